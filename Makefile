@@ -1,0 +1,54 @@
+# The front door. Every target sets up what is missing first; see `make`.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help setup labs serve locust report check-results readme test check bench clean distclean
+
+help: ## List the targets
+	@echo "Labs (set-up first, only what is missing):"
+	@sed -n 's/^    name="\([a-z][a-z-]*\)",$$/  make lab-\1/p' labs/*.py | sort -u
+	@echo "Targets:"
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+	@echo "Settings: QUICK=1  SET=\"field=value\"  MODEL=  ENDPOINT=  SEED=  RESUME=1  RESULTS="
+	@echo "          PRICE_PER_HOUR=  PLATFORM=cpu|cuda  PYTHON=   (make lab-<name> HELP=1 explains)"
+
+setup: ## Install what this machine needs, without running anything
+	@$(PYTHON) -m serving.install
+
+lab-%: setup ## Run a lab: predict, measure, judge, report
+	@$(BIN)/labs run $(if $(HELP),--help,$*)
+
+labs: setup ## List the labs with the questions they answer
+	@$(BIN)/labs list
+
+serve: setup ## Start a variant's engine: LAB=.. [VARIANT=..] [PORT=..]
+	@$(BIN)/labs serve
+
+locust: setup ## Open Locust's web UI on a lab's workload: LAB=.. [ENDPOINT=..]
+	@$(BIN)/labs locust
+
+report: setup ## Compute reports again from the files of runs: [RUN=..]
+	@$(BIN)/labs report
+
+check-results: setup ## Validate the results on file
+	@$(BIN)/labs check
+
+readme: setup ## Write the README's generated tables anew
+	@$(BIN)/labs readme
+
+test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where there is one
+	@$(BIN)/pytest $(TESTS)
+
+check: setup ## Lint, format and type check; README and results in order
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/labs readme --verify && $(BIN)/labs check
+
+bench: setup ## Measure the load generator itself, against a server that records what it sent
+	@$(BIN)/python -m tests.bench
+
+clean: ## Remove caches; results, environment and models' packages stay
+	rm -rf .cache .pytest_cache .ruff_cache .mypy_cache
+
+distclean: clean ## Also remove the environment and downloaded tools
+	rm -rf .venv .tools *.egg-info

@@ -1,0 +1,1 @@
+"""What is watched: Prometheus beside every run."""

@@ -1,0 +1,361 @@
+"""The command line: `labs --help`. The Makefile's targets set up first, then call it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from labs import LABS, report
+from labs.lab import Lab, LabError, parse_changes
+from labs.questions import QUESTIONS
+from labs.readme import README, refreshed
+from labs.results import RESULTS, RunFolder, all_runs, problems
+from serving.models import ROOT, ModelError
+
+app = typer.Typer(
+    help="Ask a question about LLM inference serving; answer it by measuring this machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+PORT, WEB_PORT = 8000, 8089
+
+LabName = Annotated[str, typer.Argument(help="A lab's name; `labs list` names them all.")]
+SetOption = Annotated[
+    str,
+    typer.Option(
+        "--set",
+        envvar="SET",
+        help="Change existing fields for this run: 'window_s=4 repeats=5"
+        " workloads.exponential.output_tokens.mean_tokens=48'. The run is marked ad hoc.",
+    ),
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", envvar="MODEL", help="A model folder or a Hugging Face id.")
+]
+SeedOption = Annotated[
+    str, typer.Option("--seed", envvar="SEED", help="Another draw of lengths, prompts and order.")
+]
+
+
+@app.command()
+def run(
+    lab: LabName,
+    quick: Annotated[
+        bool, typer.Option(envvar="QUICK", help="Short windows, two repeats: a smoke test.")
+    ] = False,
+    changes: SetOption = "",
+    model: ModelOption = "",
+    endpoint: Annotated[
+        str,
+        typer.Option(
+            envvar="ENDPOINT",
+            help="Drive this running OpenAI-compatible server, for a lab with one variant.",
+        ),
+    ] = "",
+    seed: SeedOption = "",
+    resume: Annotated[
+        bool,
+        typer.Option(envvar="RESUME", help="Go on with the newest unfinished run of this lab."),
+    ] = False,
+    engine_command: Annotated[
+        str,
+        typer.Option(
+            envvar="ENGINE_COMMAND",
+            help="What starts the engine, its flags follow: to wrap vLLM in a profiler, say.",
+        ),
+    ] = "",
+) -> None:
+    """Run a lab: predict, measure, judge, report."""
+    from labs.run import Request
+    from labs.run import run as run_lab
+    from serving.engine import SERVER
+
+    with _plainly():
+        request = Request(
+            lab=_lab(lab),
+            quick=quick,
+            changes=_changes(changes, seed),
+            model=model,
+            endpoint=endpoint,
+            resume=resume,
+            engine_command=shlex.split(engine_command) or SERVER,
+        )
+        with ConsoleTeller() as teller:
+            try:
+                folder = run_lab(request, teller)
+            except KeyboardInterrupt:
+                teller.step("Stopping: finished trials are kept, RESUME=1 goes on from there")
+                raise
+        summary, resolved = folder.summary(), folder.run().rebuilt_lab()
+        points = folder.run().points()
+        for note in report.notes(folder.run(), summary):
+            console.print(f"[bold yellow]{escape(note)}[/]")
+        teller.show(*report.points_table(points, resolved, summary, report.MAIN_COLUMNS))
+        for title, lines in (
+            ("The answer", report.answers(summary, resolved)),
+            ("Validity", report.validity_lines(summary.caveats, resolved)),
+        ):
+            console.print(f"\n[bold]{title}[/]")
+            for line in lines:
+                console.print("  " + _plain(line))
+        console.print(f"\nReport: [bold]{os.path.relpath(folder.path / 'report.md')}[/]")
+        if not folder.complete:
+            console.print(
+                f"{len(summary.failed)} trials failed; the finished ones are kept. The first:"
+                f" {escape(next(iter(summary.failed.values())))}\n"
+                "Try them again with RESUME=1."
+            )
+            raise typer.Exit(1)
+
+
+@app.command("list")
+def list_labs() -> None:
+    """List the labs and the questions each answers."""
+    table = Table("Lab", "Question", "Answers", title="Labs", title_justify="left")
+    for lab in LABS.values():
+        answers = "\n".join(f"{i}  {QUESTIONS[i]}" for i in lab.answers)
+        table.add_row(f"make lab-{lab.name}", lab.question, answers)
+    console.print(table)
+
+
+@app.command()
+def serve(
+    lab: Annotated[str, typer.Option(envvar="LAB", help="Whose engine settings.")],
+    variant: Annotated[str, typer.Option(envvar="VARIANT", help="Default: the first.")] = "",
+    port: Annotated[int, typer.Option(envvar="PORT", min=1, max=65535)] = PORT,
+    changes: SetOption = "",
+    model: ModelOption = "",
+) -> None:
+    """Start a variant's engine in the foreground; Ctrl-C ends it."""
+    from serving import engine, machine, models
+
+    with _plainly():
+        host = machine.detect()
+        resolved = _lab(lab).at(host.kind, quick=False, changes=_changes(changes))
+        by_name = {v.name: v for v in resolved.variants}
+        if variant and variant not in by_name:
+            raise LabError(f"{lab} has no variant {variant!r}; it has {', '.join(by_name)}")
+        flags = resolved.flags_of(by_name[variant] if variant else resolved.variants[0])
+        served = models.resolve(host, model)
+        engine.require_port(port, "PORT")
+        engine.check_flags([flags])
+        argv = [*engine.SERVER, *engine.serve_argv(served, flags, port)]
+        console.print(f"Serving {served.name} at http://127.0.0.1:{port} (ready in about 35 s):")
+        console.print("python " + escape(" ".join(argv[1:])), style="dim")
+        os.execve(argv[0], argv, {**os.environ, **engine.serve_env(host.kind, served)})
+
+
+@app.command()
+def locust(
+    lab: Annotated[str, typer.Option(envvar="LAB", help="Whose workload.")],
+    workload: Annotated[str, typer.Option(envvar="WORKLOAD", help="Default: the first.")] = "",
+    endpoint: Annotated[
+        str, typer.Option(envvar="ENDPOINT", help="The server to drive; `make serve` starts one.")
+    ] = f"http://127.0.0.1:{PORT}",
+    web_port: Annotated[int, typer.Option(envvar="WEB_PORT", min=1, max=65535)] = WEB_PORT,
+    changes: SetOption = "",
+    model: ModelOption = "",
+) -> None:
+    """Open Locust's own web UI on a lab's workload, for turning knobs by hand."""
+    from labs.run import start_locust_ui
+    from serving.engine import require_port
+
+    with _plainly():
+        require_port(web_port, "WEB_PORT")
+        with start_locust_ui(
+            _lab(lab), _changes(changes), workload, endpoint, model, web_port
+        ) as process:
+            console.print(
+                f"Locust: http://127.0.0.1:{web_port} drives {endpoint}; choose the number of users"
+                " there. Ctrl-C ends it."
+            )
+            while process.returncode is None:
+                time.sleep(0.5)
+            raise LabError(f"Locust ended; its last lines:\n{process.tail()}")
+
+
+@app.command("report")
+def rebuild(
+    run: Annotated[
+        Path | None, typer.Argument(envvar="RUN", help="A run's folder; default: every run.")
+    ] = None,
+) -> None:
+    """Compute summaries and reports again from the files of finished trials."""
+    from labs.run import summarise
+
+    with _plainly():
+        for folder in _folders(run):
+            summarise(folder)
+            console.print(f"{os.path.relpath(report.write(folder))}")
+
+
+@app.command()
+def check(
+    run: Annotated[Path | None, typer.Argument(envvar="RUN", help="Default: every run.")] = None,
+) -> None:
+    """Validate results on file: readable, complete, under the right machine."""
+    with _plainly():
+        wrong = 0
+        for folder in _folders(run):
+            for problem in problems(folder):
+                wrong += 1
+                console.print(f"{os.path.relpath(folder.path)}: {escape(problem)}")
+        if wrong:
+            raise LabError(f"{wrong} problems: mend or remove these runs")
+        console.print("Every run is well formed.")
+
+
+@app.command()
+def readme(
+    verify: Annotated[bool, typer.Option("--verify", help="Only say whether it is stale.")] = False,
+) -> None:
+    """Write the README's generated tables anew."""
+    with _plainly():
+        before, after = README.read_text(), refreshed()
+        if verify and before != after:
+            raise LabError("README.md's tables are stale: run `labs readme`")
+        README.write_text(after)
+
+
+# --------------------------------------------------------------------------------- for all of them
+
+
+class ConsoleTeller:
+    """Shows a run: a live line with time remaining on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(30),
+            TimeElapsedColumn(),
+            TextColumn("[cyan]{task.fields[remaining]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("setting up", total=None, remaining="")
+        self._began = time.monotonic()
+
+    def __enter__(self) -> ConsoleTeller:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _elapsed(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
+        return f"[dim]{minutes}:{seconds:02}[/]"
+
+    def step(self, text: str) -> None:
+        console.print(f"{self._elapsed()} {escape(text)}")
+
+    def plan(self, seconds: float) -> None:
+        """From here on about this much is left."""
+        done = time.monotonic() - self._began
+        self._progress.update(self._task, total=done + seconds, completed=done)
+        self.step(f"About {_minutes(seconds)} of load to come")
+
+    def waiting(self, text: str) -> None:
+        self._progress.update(
+            self._task, description=escape(text), completed=time.monotonic() - self._began
+        )
+
+    def trial_done(self, text: str, remaining_s: float) -> None:
+        done = time.monotonic() - self._began
+        left = f"{_minutes(remaining_s)} left" if remaining_s else "last trial"
+        self._progress.update(self._task, total=done + remaining_s, completed=done, remaining=left)
+        console.print(f"{self._elapsed()} {escape(text)} [dim]({left})[/]")
+
+    def show(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for i, head in enumerate(rows[0]):
+            table.add_column(head, no_wrap=i == 0, justify="left" if i == 0 else "right")
+        for row in rows[1:]:
+            table.add_row(*(escape(cell) for cell in row))
+        console.print(table)
+
+
+def _plain(markdown_line: str) -> str:
+    """Markdown's bold as the terminal's."""
+    return re.sub(r"\*\*(.+?)\*\*", r"[bold]\1[/]", escape(markdown_line))
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _lab(name: str) -> Lab:
+    if name not in LABS:
+        raise LabError(f"there is no lab {name!r}; the labs are {', '.join(LABS)}")
+    return LABS[name]
+
+
+def _changes(text: str, seed: str = "") -> dict[str, Any]:
+    return parse_changes(f"{text} seed={seed}" if seed else text)
+
+
+def _folders(run: Path | None) -> list[RunFolder]:
+    if run is None:
+        found = all_runs()
+        if not found:
+            raise LabError(
+                f"no run under {os.path.relpath(RESULTS)} yet: `make lab-{next(iter(LABS))}`"
+            )
+        return found
+    path = run if run.exists() else ROOT / run
+    if not (path / "run.json").exists():
+        raise LabError(
+            f"{run} is no run: give a folder with run.json, results/<machine>/<lab>/<run>"
+        )
+    return [RunFolder(path)]
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Expected failures end in one sentence and exit code 1; SIGTERM and SIGHUP as Ctrl-C does."""
+    from loadtests.generator import GeneratorError
+    from serving.engine import EngineError
+
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _stop)
+    try:
+        yield
+    except (LabError, ModelError, EngineError, GeneratorError) as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}")
+        raise typer.Exit(1) from None
+    except OSError as error:
+        name = f" ({error.filename})" if error.filename else ""
+        Console(stderr=True, highlight=False).print(
+            f"[bold red]error:[/] {escape(str(error.strerror or error))}{escape(name)};"
+            " finished trials are kept"
+        )
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+        raise typer.Exit(130) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,388 @@
+"""From measurements to verdicts: validity first, then effects with intervals, then claims.
+
+An effect is the ratio treatment / baseline. Repeats are paired (the same requests, the same block
+of time), so the statistic is the mean of the log ratios over repeats, with Student's t interval:
+with three to five repeats a bootstrap over repeats is known to be too narrow, t is not. The
+*noise floor* is the half-width the same interval would have if treatment and baseline were the
+same thing (A/A), estimated from how much repeats of one point differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel
+from scipy import stats
+
+from labs.lab import Claim, Evidence, Forecast, Prediction
+from labs.measure import METRICS, Trial
+from serving import metrics
+
+CONFIDENCE = 0.95
+INDIFFERENT = 0.03  # effects below 3 % change no decision
+MOST_REPEATS = 100
+
+Outcome = Literal["helps", "hurts", "no effect", "inconclusive", "not valid"]
+
+
+class Caveat(BaseModel, frozen=True, extra="forbid"):
+    """A named weakness, with advice; one that `blocks` allows no verdict."""
+
+    name: str
+    text: str
+    blocks: bool = False
+    point: str | None = None
+
+
+class Interval(BaseModel, frozen=True, extra="forbid"):
+    """A mean over repeats with its 95 % interval; the bounds are None with a single repeat."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+class Effect(BaseModel, frozen=True, extra="forbid"):
+    """The ratio treatment / baseline."""
+
+    ratio: Interval
+    floor: float | None  # A/A half-width as a fraction: 0.02 means 2 %
+    spread: float | None  # standard deviation of the log ratios
+
+
+class Judgement(BaseModel, frozen=True, extra="forbid"):
+    """A claim at one pair of points."""
+
+    claim: str
+    title: str
+    metric: str
+    treatment: str
+    baseline: str
+    outcome: Outcome
+    expected: bool | None  # did what the claim expects happen; None when undecided
+    effect: Effect | None
+    prediction: Prediction
+    prediction_held: bool | None
+    why: str
+
+
+class ForecastResult(BaseModel, frozen=True, extra="forbid"):
+    """A predicted absolute figure beside the measured one."""
+
+    metric: str
+    point: str
+    measured: Interval | None
+    prediction: Prediction
+    held: bool | None
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean and Student-t interval over repeats."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Interval(value=mean, low=None, high=None, n=len(values))
+    half = _t(len(values)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return Interval(value=mean, low=mean - half, high=mean + half, n=len(values))
+
+
+def effect(treatment: Mapping[int, float], baseline: Mapping[int, float]) -> Effect | None:
+    """Effect from the repeats both have (repeat number -> value); None when there is none.
+
+    Values must be positive: a ratio of logarithms knows no zero.
+    """
+    both = sorted(set(treatment) & set(baseline))
+    logs = [
+        math.log(treatment[r] / baseline[r]) for r in both if treatment[r] > 0 and baseline[r] > 0
+    ]
+    if not logs:
+        return None
+    log = mean_interval(logs)
+    ratio = Interval(
+        value=math.exp(log.value),
+        low=None if log.low is None else math.exp(log.low),
+        high=None if log.high is None else math.exp(log.high),
+        n=len(logs),
+    )
+    spread = float(np.std(logs, ddof=1)) if len(logs) > 1 else None
+    return Effect(ratio=ratio, floor=noise_floor(treatment, baseline), spread=spread)
+
+
+def noise_floor(*arms: Mapping[int, float]) -> float | None:
+    """Half-width of an A/A interval with as many repeats, as a fraction; None with one repeat.
+
+    Repeats of one point vary with pooled standard deviation s (of logs); the difference of two
+    means of n such repeats has the half-width t s sqrt(2 / n).
+    """
+    arms_logs = [[math.log(v) for v in arm.values() if v > 0] for arm in arms]
+    arms_logs = [logs for logs in arms_logs if len(logs) > 1]
+    if not arms_logs:
+        return None
+    freedom = sum(len(logs) - 1 for logs in arms_logs)
+    pooled = math.sqrt(sum(float(np.var(logs, ddof=0)) * len(logs) for logs in arms_logs) / freedom)
+    n = min(len(logs) for logs in arms_logs)
+    return math.expm1(_t(freedom + 1) * pooled * math.sqrt(2 / n))
+
+
+def repeats_to_decide(effect: Effect) -> int | None:
+    """The least number of repeats whose interval would exclude 1, or lie within 3 % of it.
+
+    Assumes that the effect and the spread stay as measured; None past a hundred.
+    """
+    if effect.spread is None:
+        return 3
+    size = abs(math.log(effect.ratio.value))
+    for n in range(3, MOST_REPEATS + 1):
+        half = _t(n) * effect.spread / math.sqrt(n)
+        if half < size or size + half < math.log1p(INDIFFERENT):
+            return n
+    return None
+
+
+def _t(n: int) -> float:
+    """Two-sided Student quantile for n values."""
+    return float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1))
+
+
+# -------------------------------------------------------------------------------------- verdicts
+
+
+def outcome_of(effect: Effect, metric: str) -> Outcome:
+    """helps / hurts: the interval excludes 1 and the effect exceeds the floor. no effect: the
+    interval lies inside the larger of the floor and 3 %. Else inconclusive."""
+    ratio = effect.ratio
+    if ratio.low is None or ratio.high is None:
+        return "inconclusive"
+    floor = effect.floor or 0.0
+    if (ratio.low > 1 or ratio.high < 1) and abs(math.log(ratio.value)) > math.log1p(floor):
+        better = METRICS[metric].better == "higher"
+        return "helps" if (ratio.value > 1) == better else "hurts"
+    margin = max(floor, INDIFFERENT)
+    if ratio.low >= 1 / (1 + margin) and ratio.high <= 1 + margin:
+        return "no effect"
+    return "inconclusive"
+
+
+def holds(prediction: Prediction, measured: Interval) -> bool | None:
+    """Does the measured interval agree with the prediction? None without an interval."""
+    if measured.low is None or measured.high is None:
+        return None
+    if prediction.kind == "ceiling":
+        return measured.low <= prediction.value * (1 + prediction.tolerance)
+    if prediction.kind == "floor":
+        return measured.high >= prediction.value * (1 - prediction.tolerance)
+    low, high = (prediction.value * (1 + s * prediction.tolerance) for s in (-1, 1))
+    return measured.low <= high and measured.high >= low
+
+
+def judge(
+    claim: Claim,
+    treatment: str,
+    baseline: str,
+    values: Mapping[str, Mapping[int, Mapping[str, float | None]]],
+    prediction: Prediction,
+    caveats: Sequence[Caveat],
+) -> Judgement:
+    """Judge a claim at one pair; `values[point][repeat][metric]` holds the measurements."""
+
+    def column(point: str) -> dict[int, float]:
+        rows = values.get(point, {})
+        return {r: v for r, row in rows.items() if (v := row.get(claim.metric)) is not None}
+
+    found = effect(column(treatment), column(baseline))
+    blocking = [c for c in caveats if c.blocks and c.point in (None, treatment, baseline)]
+    outcome: Outcome = "inconclusive"
+    expected = held = None
+    if found is None:
+        why = "no repeat has both sides measured"
+    elif blocking:
+        outcome, why = "not valid", "; ".join(sorted({c.name for c in blocking}))
+    else:
+        outcome, held = outcome_of(found, claim.metric), holds(prediction, found.ratio)
+        why = _explain(found, outcome)
+        if outcome != "inconclusive":
+            direction = "unchanged" if outcome == "no effect" else None
+            direction = direction or ("rises" if found.ratio.value > 1 else "falls")
+            expected = direction == claim.expect
+    return Judgement(
+        claim=claim.name,
+        title=claim.title,
+        metric=claim.metric,
+        treatment=treatment,
+        baseline=baseline,
+        outcome=outcome,
+        expected=expected,
+        effect=found,
+        prediction=prediction,
+        prediction_held=held,
+        why=why,
+    )
+
+
+def _explain(effect: Effect, outcome: Outcome) -> str:
+    if effect.ratio.low is None:
+        return "one repeat gives no interval: ask for more with SET=repeats=3"
+    if outcome == "inconclusive":
+        more = repeats_to_decide(effect)
+        need = f"about {more} repeats" if more else f"more than {MOST_REPEATS} repeats"
+        return f"the interval neither excludes 1 nor lies near it; {need} would settle it"
+    return f"noise floor {effect.floor or 0:.1%}"
+
+
+def judge_forecast(
+    forecast: Forecast,
+    point: str,
+    values: Mapping[int, Mapping[str, float | None]],
+    prediction: Prediction,
+) -> ForecastResult:
+    found = [v for row in values.values() if (v := row.get(forecast.metric)) is not None]
+    measured = mean_interval(found) if found else None
+    held = holds(prediction, measured) if measured else None
+    return ForecastResult(
+        metric=forecast.metric, point=point, measured=measured, prediction=prediction, held=held
+    )
+
+
+# -------------------------------------------------------------------------------------- validity
+
+LATE_S, LATE_SHARE = 0.005, 0.05  # a send this late, or this part of TTFT late, counts as late
+MOST_LATE = 0.05
+MOST_LOOP_LAG_S = 0.02
+MOST_ERRORS = 0.01
+LEAST_ACHIEVED = 0.95
+
+
+def validity(trial: Trial, evidence: Sequence[Evidence]) -> list[Caveat]:
+    """What is wrong with one trial; a blocking caveat allows no claim on its point."""
+    key, found = trial.point.key, []
+
+    def add(name: str, text: str, blocks: bool = True) -> None:
+        found.append(Caveat(name=name, text=text, blocks=blocks, point=key))
+
+    records, summary = trial.records, trial.summary
+    if errors := [r.error for r in records if not r.ok]:
+        share = len(errors) / len(records)
+        text = f"{len(errors)} of {len(records)} requests failed, the first with: {errors[0]}"
+        add("errors", text, share > MOST_ERRORS)
+    if not trial.counted:
+        add("nothing measured", "no request was sent and answered within the window: widen it")
+        return found
+    if summary.exhausted:
+        add("ran out of requests", "the window was cut short: raise `requests`", False)
+    lags = [(r.send_lag_s or 0.0, r.ttft_s or 0.0) for r in trial.counted]
+    late = sum(lag > max(LATE_S, LATE_SHARE * ttft) for lag, ttft in lags) / len(lags)
+    if late > MOST_LATE:
+        add(
+            "generator lagged",
+            f"{late:.0%} of the requests were sent late: lower the rate or add client cores",
+        )
+    if summary.loop_lag_p99_s > MOST_LOOP_LAG_S:
+        add(
+            "generator's loop lagged",
+            f"its event loop ran {1000 * summary.loop_lag_p99_s:.0f} ms late (p99), so times are"
+            " that uncertain: free a core for it",
+        )
+    if summary.planned and summary.sent < LEAST_ACHIEVED * summary.planned:
+        add(
+            "fell behind the schedule",
+            f"{summary.sent} of {summary.planned} scheduled requests were sent: this was no longer"
+            " an open loop; lower the rate",
+        )
+    if odd := sum(sum(k for _, k in r.chunks) != r.output_tokens for r in records if r.ok):
+        add(
+            "token counts differ",
+            f"{odd} answers' chunks do not add up to the usage reported: ITL and TPOT are"
+            " estimates on this server",
+        )
+    if short := sum(r.output_tokens != r.asked_tokens for r in records if r.ok):
+        add("lengths differ", f"{short} answers have another length than asked", False)
+    found += _reconcile(trial)
+    if trial.engine is not None:
+        missing = [e for e in evidence if e.variant == trial.point.variant.name]
+        for item in (e for e in missing if not _shown(e, trial)):
+            add("treatment not applied", f"the engine does not show {item}")
+    return found
+
+
+def _shown(evidence: Evidence, trial: Trial) -> bool:
+    assert trial.engine
+    if evidence.kind == "echoes":
+        return trial.engine.info.get(evidence.metric, {}).get(evidence.label) == evidence.value
+    moved = trial.engine.values.get(evidence.metric, 0.0)
+    return moved > 0 if evidence.kind == "rises" else moved == 0
+
+
+def _reconcile(trial: Trial) -> list[Caveat]:
+    """Client and engine must have seen the same requests, tokens and TTFT."""
+    if trial.engine is None or metrics.TTFT not in trial.engine.histograms:
+        return []
+    key = trial.point.key
+    found: list[Caveat] = []
+    done = [r for r in trial.records if r.ok]
+    for what, theirs, ours in (
+        ("requests", trial.engine.values.get(metrics.REQUESTS), len(done)),
+        (
+            "output tokens",
+            trial.engine.values.get(metrics.GENERATION_TOKENS),
+            sum(r.output_tokens or 0 for r in done),
+        ),
+    ):
+        if theirs is not None and theirs != ours and len(done) == len(trial.records):
+            found.append(
+                Caveat(
+                    name="client and engine disagree",
+                    text=f"the engine counts {theirs:.0f} {what}, the client {ours}: was another"
+                    " client using it?",
+                    blocks=True,
+                    point=key,
+                )
+            )
+    engine = trial.engine.histograms[metrics.TTFT]
+    bucket = engine.bucket_of(0.5)
+    ours_s = float(np.median([r.chunks[0][0] - r.sent_s for r in done])) if done else None
+    if bucket and ours_s is not None and not ttft_agrees(engine, ours_s):
+        found.append(
+            Caveat(
+                name="client and engine disagree",
+                text=f"median TTFT is {1000 * ours_s:.1f} ms at the client, in the engine's"
+                f" histogram between {1000 * bucket[0]:.0f} and {1000 * bucket[1]:.0f} ms: the"
+                " transport or the generator adds the rest",
+                blocks=True,
+                point=key,
+            )
+        )
+    return found
+
+
+TRANSPORT_S = 0.010  # HTTP parsing, tokenizing and templating before the engine's clock starts
+
+
+def ttft_agrees(engine: metrics.Histogram, client_median_s: float) -> bool:
+    """The client's median lies in the engine's median bucket or a neighbour, transport allowed."""
+    bucket = engine.bucket_of(0.5)
+    if bucket is None:
+        return True
+    bounds = (0.0, *engine.le)
+    low = bounds[max(0, bounds.index(bucket[0]) - 1)]
+    after = bounds.index(bucket[1]) + 1 if bucket[1] in bounds else len(bounds)
+    high = bounds[after] if after < len(bounds) else math.inf
+    return low <= client_median_s <= high + TRANSPORT_S
+
+
+def first_trial_slow(values: Mapping[int, Mapping[str, float | None]], point: str) -> list[Caveat]:
+    """The first repeat stands out from the others by more than a quarter."""
+    rates = {r: row.get("output_tokens_per_s") for r, row in values.items()}
+    known = {r: v for r, v in rates.items() if v}
+    if len(known) < 3:
+        return []
+    first, *others = (known[r] for r in sorted(known))
+    if first < 0.75 * min(others):
+        text = f"the first repeat ran at {first / float(np.mean(others)):.0%} of the others"
+        return [Caveat(name="slow first trial", text=text + ": discard it or warm up", point=point)]
+    return []

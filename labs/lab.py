@@ -1,0 +1,310 @@
+"""The vocabulary a lab is written in.
+
+A lab file is one `Lab` literal and the pure functions that predict. A **point** is what a trial
+repeats: a variant (an engine configuration) under a workload (what is sent) with an arrival (when).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from loadtests.arrivals import Arrival
+from loadtests.workload import Workload
+from serving.engine import FlagValue
+from serving.machine import Ceilings
+from serving.models import Shape
+
+
+class Variant(BaseModel, frozen=True, extra="forbid"):
+    """An engine configuration: vLLM's own flag names and their values."""
+
+    name: str
+    flags: dict[str, FlagValue] = {}
+
+    def but(self, name: str, flags: Mapping[str, FlagValue]) -> Variant:
+        """This variant with one thing changed."""
+        return Variant(name=name, flags={**self.flags, **flags})
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a prediction is asked for: everything known before an engine starts."""
+
+    variant: Variant
+    workload: Workload
+    load: Arrival
+    lengths: tuple[tuple[int, int], ...]  # (prompt, output) tokens of the requests to be sent
+    shape: Shape
+    ceilings: Ceilings
+
+    @property
+    def key(self) -> str:
+        return f"{self.variant.name}/{self.workload.name}/{self.load.name}"
+
+    @property
+    def prompt_tokens(self) -> float:
+        return sum(p for p, _ in self.lengths) / len(self.lengths)
+
+    @property
+    def output_tokens(self) -> float:
+        return sum(o for _, o in self.lengths) / len(self.lengths)
+
+
+class Prediction(BaseModel, frozen=True, extra="forbid"):
+    """A number written down before measuring, with what it rests on.
+
+    A `point` holds when the measured interval meets value x (1 +- tolerance). A `ceiling` says that
+    nothing exceeds it, a `floor` that nothing falls below it: they hold unless the whole interval
+    lies beyond value x (1 +- tolerance).
+    """
+
+    value: float
+    kind: Literal["point", "ceiling", "floor"] = "point"
+    tolerance: NonNegativeFloat
+    formula: str
+    assumptions: tuple[str, ...] = ()
+    source: str = ""
+
+
+class Arm(BaseModel, frozen=True, extra="forbid"):
+    """A partial description of points; what is left out may be anything."""
+
+    variant: str | None = None
+    workload: str | None = None
+    load: str | None = None  # text form, `concurrent:8`
+    kind: str | None = None  # of load: `concurrent`
+
+    def matches(self, point: Point) -> bool:
+        have = (point.variant.name, point.workload.name, str(point.load), point.load.kind)
+        want = (self.variant, self.workload, self.load, self.kind)
+        return all(w is None or w == h for w, h in zip(want, have, strict=True))
+
+
+PredictEffect = Callable[[Point, Point], Prediction]
+PredictPoint = Callable[[Point], Prediction]
+
+
+class Claim(BaseModel, frozen=True, extra="forbid"):
+    """What the lab expects of a treatment against its baseline: ratio treatment / baseline.
+
+    The claim is judged at every pair of points that agree on what the arms leave open.
+    """
+
+    name: str
+    title: str  # the claim as a sentence
+    metric: str
+    treatment: Arm
+    baseline: Arm
+    expect: Literal["rises", "falls", "unchanged"]
+    predict: PredictEffect
+
+
+class Forecast(BaseModel, frozen=True, extra="forbid"):
+    """A predicted absolute figure at every point of an arm: the curve drawn over the measured."""
+
+    name: str
+    metric: str
+    arm: Arm
+    predict: PredictPoint
+
+
+class Evidence(BaseModel, frozen=True, extra="forbid"):
+    """What the engine itself must show in a trial before its figures count.
+
+    `rises` and `stays` look at a counter over the trial; `echoes` at a label of an info metric.
+    """
+
+    variant: str
+    kind: Literal["rises", "stays", "echoes"]
+    metric: str
+    label: str = ""
+    value: str = ""
+
+    def __str__(self) -> str:
+        what = f"{self.label}={self.value}" if self.kind == "echoes" else self.kind
+        return f"{self.metric} {what}"
+
+
+class SLO(BaseModel, frozen=True, extra="forbid"):
+    """What a user should wait at most; goodput counts requests that meet all of it."""
+
+    ttft_s: PositiveFloat
+    tpot_s: PositiveFloat
+
+
+class LabError(Exception):
+    """The reader asked for something that cannot be; the message says what can."""
+
+
+class Lab(BaseModel, frozen=True, extra="forbid"):
+    """A question, how it is put to an engine, and what is expected.
+
+    `scales` holds sizes only: for each kind of machine, other values for some of these fields, by
+    dotted path (`workloads.exponential.output_tokens.mean_tokens`). `quick` is laid over that.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
+    title: str
+    question: str
+    answers: tuple[str, ...]  # ids of the catalogue of questions
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
+    flags: dict[str, FlagValue] = {}  # of every variant; a variant's own win
+    workloads: Annotated[tuple[Workload, ...], Field(min_length=1)]
+    claims: tuple[Claim, ...]
+    forecasts: tuple[Forecast, ...] = ()
+    evidence: tuple[Evidence, ...] = ()
+    plots: tuple[str, ...] = ()
+    slo: SLO
+    requests: PositiveInt  # prepared for each trial; it ends early if they run out
+    warmup_s: PositiveFloat
+    window_s: PositiveFloat
+    repeats: PositiveInt
+    timeout_s: PositiveFloat = 60.0  # longest silence within one answer
+    seed: NonNegativeInt = 0
+    scales: dict[str, dict[str, Any]] = {}
+    quick: dict[str, Any] = {}
+    limits: dict[str, str] = {}  # kind of machine -> what such a machine can and cannot show
+    next_knobs: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        variants = {v.name for v in self.variants}
+        named = {a.variant for c in self.claims for a in (c.treatment, c.baseline)}
+        named |= {e.variant for e in self.evidence}
+        if unknown := named - variants - {None}:
+            raise ValueError(f"{sorted(map(str, unknown))} are no variants of {self.name}")
+        return self
+
+    def at(self, kind: str, quick: bool, changes: Mapping[str, Any] | None = None) -> Lab:
+        """The lab resolved for a kind of machine: scale, then quick, then the reader's changes.
+
+        Raises LabError naming the field, and the known ones, for a change that does not fit.
+        """
+        fields = self.model_dump(exclude={"scales", "quick"})
+        layers = [self.scales.get(kind, {}), self.quick if quick else {}, changes or {}]
+        for path, value in (item for layer in layers for item in layer.items()):
+            _set(fields, path, value)
+        try:
+            return Lab.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(p) for p in first["loc"])
+            raise LabError(f"{where}: {first['msg']} (given {first['input']!r})") from error
+
+    def flags_of(self, variant: Variant) -> dict[str, FlagValue]:
+        return {**self.flags, **variant.flags}
+
+    def resolved(self) -> dict[str, Any]:
+        """As plain JSON; functions by name."""
+        plain: dict[str, Any] = json.loads(
+            json.dumps(self.model_dump(), default=lambda f: f"{f.__module__}.{f.__qualname__}")
+        )
+        return plain
+
+    def digest(self) -> str:
+        """Changes with any knob, not with a word of explanation."""
+        knobs = {k: v for k, v in self.resolved().items() if k not in _PROSE}
+        knobs["claims"] = [{k: v for k, v in c.items() if k != "title"} for c in knobs["claims"]]
+        text = json.dumps(knobs, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def points(self, shape: Shape, ceilings: Ceilings) -> list[Point]:
+        return [
+            Point(
+                variant,
+                workload,
+                load,
+                tuple(workload.lengths(self.requests, self.seed)),
+                shape,
+                ceilings,
+            )
+            for variant in self.variants
+            for workload in self.workloads
+            for load in workload.loads
+        ]
+
+    def pairs(self, claim: Claim, points: list[Point]) -> list[tuple[Point, Point]]:
+        """(treatment, baseline) points that agree on what the claim's arms leave open."""
+
+        def open_part(point: Point, arm: Arm, other: Arm) -> tuple[str | None, ...]:
+            have = (point.variant.name, point.workload.name, str(point.load))
+            ours = (arm.variant, arm.workload, arm.load)
+            theirs = (other.variant, other.workload, other.load)
+            return tuple(
+                h if o is None and t is None else None
+                for h, o, t in zip(have, ours, theirs, strict=True)
+            )
+
+        return [
+            (t, b)
+            for t in points
+            if claim.treatment.matches(t)
+            for b in points
+            if claim.baseline.matches(b)
+            and open_part(t, claim.treatment, claim.baseline)
+            == open_part(b, claim.baseline, claim.treatment)
+        ]
+
+
+_PROSE = ("title", "question", "limits", "next_knobs")
+
+
+def parse_changes(text: str) -> dict[str, Any]:
+    """`window_s=4 workloads.fixed.output_tokens.tokens=16` -> {path: value}.
+
+    Values are JSON where they can be read as such, else text. Raises LabError.
+    """
+    changes: dict[str, Any] = {}
+    for item in text.split():
+        path, equals, value = item.partition("=")
+        if not equals:
+            raise LabError(f"SET: {item!r} is not field=value")
+        try:
+            changes[path] = json.loads(value)
+        except json.JSONDecodeError:
+            changes[path] = value
+    return changes
+
+
+def _set(fields: dict[str, Any], path: str, value: Any) -> None:
+    """Change an existing field in place; items of a list are found by their name."""
+    *parents, last = path.split(".")
+    at: Any = fields
+    for step in (*parents, last):
+        known = _steps(at)
+        free = at is fields.get("flags") or (step == last and "flags" in parents)
+        if step not in known and not free:
+            raise LabError(f"{path}: no field {step!r}; known here: {', '.join(known) or 'none'}")
+        if step == last:
+            break
+        at = at[step] if isinstance(at, dict) else at[known[step]]
+    if not isinstance(at, dict):
+        raise LabError(f"{path}: give one of its fields, {path}.<field>=")
+    at[last] = value
+
+
+def _steps(at: Any) -> dict[str, Any]:
+    if isinstance(at, dict):
+        return {key: key for key in at}
+    if isinstance(at, list | tuple):
+        return {
+            item["name"]: i
+            for i, item in enumerate(at)
+            if isinstance(item, dict) and "name" in item
+        }
+    return {}

@@ -1,0 +1,214 @@
+"""From the records of a trial to its measurements. Every trial-level metric is defined here, once.
+
+Request-level metrics (TTFT, TPOT, ITL ...) are defined in `loadtests/records.py`; here they are
+taken over the requests *sent* in the measured window that succeeded. Throughput counts the tokens
+that *arrived* in the window, whichever request they belong to. Percentiles are of raw samples
+(linear interpolation), and one that too few samples support is None.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from labs import theory
+from labs.lab import SLO, Point
+from loadtests.plan import TrialSummary
+from loadtests.records import RequestRecord
+from serving import metrics
+from serving.metrics import Snapshot
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished trial: what was asked, what came back, what the engine counted meanwhile."""
+
+    point: Point
+    repeat: int
+    slo: SLO
+    records: list[RequestRecord]
+    summary: TrialSummary
+    engine: Snapshot | None  # the engine's counters over this trial
+
+    @cached_property
+    def counted(self) -> list[RequestRecord]:
+        return [r for r in self.records if r.in_window and r.ok]
+
+    @property
+    def window_length_s(self) -> float:
+        start, end = self.summary.window_s
+        return end - start
+
+    def samples(self, name: str) -> list[float]:
+        """All samples of a request-level metric: one a request, or one a token."""
+        values = [getattr(r, name) for r in self.counted]
+        if name in ("itl_s", "chunk_gaps_s"):
+            return [v for many in values for v in many]
+        return [v for v in values if v is not None]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A trial-level figure."""
+
+    title: str
+    unit: Literal["s", "tok/s", "req/s", "FLOP/s", "1", "USD"]  # "1": a bare number or a share
+    better: Literal["higher", "lower"]
+    of: Callable[[Trial], float | None]
+
+
+LEAST_SAMPLES = {50: 5, 90: 30, 99: 200}
+"""A p99 rests on the 1 % above it: with fewer than two samples there it is a lottery ticket."""
+
+
+def percentile(samples: list[float], q: int) -> float | None:
+    """The q-th percentile of raw samples, or None when there are too few for it."""
+    if len(samples) < LEAST_SAMPLES[q]:
+        return None
+    return float(np.percentile(samples, q))
+
+
+def _percentile_of(name: str, q: int) -> Callable[[Trial], float | None]:
+    return lambda trial: percentile(trial.samples(name), q)
+
+
+def _mean_of(name: str) -> Callable[[Trial], float | None]:
+    def mean(trial: Trial) -> float | None:
+        samples = trial.samples(name)
+        return float(np.mean(samples)) if samples else None
+
+    return mean
+
+
+def output_tokens_per_s(trial: Trial) -> float | None:
+    start, end = trial.summary.window_s
+    if end <= start:
+        return None
+    arrived = sum(k for r in trial.records for at, k in r.chunks if start <= at < end)
+    return arrived / (end - start) if arrived else None
+
+
+def requests_per_s(trial: Trial) -> float | None:
+    return len(trial.counted) / trial.window_length_s if trial.window_length_s > 0 else None
+
+
+def goodput_per_s(trial: Trial) -> float | None:
+    """Requests/s that succeed and meet every part of the SLO; a one-token answer has no TPOT."""
+    if trial.window_length_s <= 0:
+        return None
+    good = [
+        r
+        for r in trial.counted
+        if (r.ttft_s or 0) <= trial.slo.ttft_s and (r.tpot_s or 0) <= trial.slo.tpot_s
+    ]
+    return len(good) / trial.window_length_s
+
+
+def error_rate(trial: Trial) -> float | None:
+    return sum(not r.ok for r in trial.records) / len(trial.records) if trial.records else None
+
+
+def batch(trial: Trial) -> float | None:
+    """Mean number of requests in decode at once: decode seconds over the window's seconds."""
+    start, end = trial.summary.window_s
+    busy = sum(
+        max(0.0, min(end, r.chunks[-1][0]) - max(start, r.chunks[0][0]))
+        for r in trial.records
+        if r.chunks
+    )
+    return busy / (end - start) if busy and end > start else None
+
+
+def mbu(trial: Trial) -> float | None:
+    """Memory bandwidth used by decode / the measured ceiling (Databricks 2023).
+
+    Bytes a step from the model's shape at the mean batch and context, steps/s from TPOT: what
+    decode must read, not what the device happened to move.
+    """
+    tpot, size = _mean_of("tpot_s")(trial), batch(trial)
+    if not tpot or not size:
+        return None
+    point = trial.point
+    context = point.prompt_tokens + point.output_tokens / 2
+    moved = theory.decode_bytes(point.shape, size, context)
+    return moved / tpot / point.ceilings.memory_bandwidth_bytes_per_s
+
+
+def flops_per_s(trial: Trial) -> float | None:
+    """FLOP/s the arriving tokens needed in decode; prefill is left out."""
+    rate, point = output_tokens_per_s(trial), trial.point
+    if rate is None:
+        return None
+    context = point.prompt_tokens + point.output_tokens / 2
+    return rate * theory.decode_flops(point.shape, 1, context)
+
+
+def mfu(trial: Trial) -> float | None:
+    """Decode FLOP/s / the measured BF16 ceiling (PaLM, Chowdhery et al. 2022)."""
+    rate = flops_per_s(trial)
+    return rate and rate / trial.point.ceilings.bf16_flops_per_s
+
+
+def intensity(trial: Trial) -> float | None:
+    """FLOP a byte of the decode steps at the batch that was in fact in flight."""
+    size, point = batch(trial), trial.point
+    if size is None:
+        return None
+    context = point.prompt_tokens + point.output_tokens / 2
+    return theory.decode_flops(point.shape, size, context) / theory.decode_bytes(
+        point.shape, size, context
+    )
+
+
+def usd_per_million_tokens(trial: Trial) -> float | None:
+    """At PRICE_PER_HOUR US dollars for this machine; None where no price is given."""
+    price, rate = os.environ.get("PRICE_PER_HOUR"), output_tokens_per_s(trial)
+    return float(price) / 3600 / rate * 1e6 if price and rate else None
+
+
+def engine_ttft_mean_s(trial: Trial) -> float | None:
+    histogram = trial.engine and trial.engine.histograms.get(metrics.TTFT)
+    return histogram.mean() if histogram else None
+
+
+def client_ttft_mean_s(trial: Trial) -> float | None:
+    """Over every request of the trial, from the send, as the engine sees it: for reconciling."""
+    values = [r.chunks[0][0] - r.sent_s for r in trial.records if r.ok]
+    return float(np.mean(values)) if values else None
+
+
+METRICS: dict[str, Metric] = {
+    "output_tokens_per_s": Metric("Output throughput", "tok/s", "higher", output_tokens_per_s),
+    "requests_per_s": Metric("Requests completed", "req/s", "higher", requests_per_s),
+    "goodput_per_s": Metric("Goodput", "req/s", "higher", goodput_per_s),
+    "ttft_mean_s": Metric("TTFT, mean", "s", "lower", _mean_of("ttft_s")),
+    "ttft_p50_s": Metric("TTFT, p50", "s", "lower", _percentile_of("ttft_s", 50)),
+    "ttft_p90_s": Metric("TTFT, p90", "s", "lower", _percentile_of("ttft_s", 90)),
+    "ttft_p99_s": Metric("TTFT, p99", "s", "lower", _percentile_of("ttft_s", 99)),
+    "tpot_mean_s": Metric("TPOT, mean", "s", "lower", _mean_of("tpot_s")),
+    "tpot_p50_s": Metric("TPOT, p50", "s", "lower", _percentile_of("tpot_s", 50)),
+    "tpot_p99_s": Metric("TPOT, p99", "s", "lower", _percentile_of("tpot_s", 99)),
+    "itl_p50_s": Metric("ITL, p50", "s", "lower", _percentile_of("itl_s", 50)),
+    "itl_p99_s": Metric("ITL, p99", "s", "lower", _percentile_of("itl_s", 99)),
+    "chunk_gap_p99_s": Metric("Chunk gap, p99", "s", "lower", _percentile_of("chunk_gaps_s", 99)),
+    "e2e_p50_s": Metric("E2E, p50", "s", "lower", _percentile_of("e2e_s", 50)),
+    "e2e_p99_s": Metric("E2E, p99", "s", "lower", _percentile_of("e2e_s", 99)),
+    "error_rate": Metric("Error rate", "1", "lower", error_rate),
+    "batch": Metric("Requests in decode, mean", "1", "higher", batch),
+    "mbu": Metric("MBU", "1", "higher", mbu),
+    "mfu": Metric("MFU", "1", "higher", mfu),
+    "intensity": Metric("FLOP a byte", "1", "higher", intensity),
+    "flops_per_s": Metric("Decode rate", "FLOP/s", "higher", flops_per_s),
+    "usd_per_million_tokens": Metric("$/M tokens", "USD", "lower", usd_per_million_tokens),
+    "engine_ttft_mean_s": Metric("TTFT, engine's mean", "s", "lower", engine_ttft_mean_s),
+    "client_ttft_mean_s": Metric("TTFT, client's mean", "s", "lower", client_ttft_mean_s),
+}
+
+
+def measure(trial: Trial) -> dict[str, float | None]:
+    return {name: metric.of(trial) for name, metric in METRICS.items()}

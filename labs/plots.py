@@ -1,0 +1,273 @@
+"""The plots of a report, as SVG. Colours are Okabe and Ito's, told apart by colour-blind readers.
+
+A lab names the plots it wants in `Lab.plots`; each function draws from the summary (or, for the
+timeline, from the records) and returns its caption, or None when there is nothing to draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+
+from labs.judge import mean_interval
+from labs.lab import Lab, Point
+from labs.measure import METRICS
+from labs.results import RunFolder, Summary
+from loadtests import records
+
+mpl.use("svg")
+mpl.rcParams.update(
+    {
+        "svg.hashsalt": "labs",  # the same data gives the same file
+        "figure.constrained_layout.use": True,
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "savefig.facecolor": "white",
+    }
+)
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+
+Draw = Callable[[RunFolder, Lab, Sequence[Point], Summary], str | None]
+
+
+def draw(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> dict[str, str]:
+    """Draw the lab's plots into its folder; name -> caption, in order."""
+    captions = {}
+    for name in ("effects", *lab.plots):
+        caption = PLOTS[name](folder, lab, points, summary)
+        if caption:
+            plt.savefig(folder.path / f"{name}.svg", metadata={"Date": None})
+            captions[name] = caption
+        plt.close("all")
+    return captions
+
+
+def effects(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
+    """Every claim's ratio with its interval, on its prediction."""
+    found = [j for j in summary.judgements if j.effect]
+    if not found:
+        return None
+    figure, ax = plt.subplots(figsize=(7.5, 1.2 + 0.6 * len(found)))
+    for row, j in enumerate(reversed(found)):
+        assert j.effect
+        ratio, p = j.effect.ratio, j.prediction
+        ax.barh(
+            row,
+            width=2 * p.value * p.tolerance,
+            height=0.5,
+            left=p.value * (1 - p.tolerance),
+            color=ORANGE,
+            alpha=0.2,
+            label="predicted ± tolerance" if row == 0 else None,
+        )
+        ax.plot([p.value], [row], "|", color=ORANGE, ms=14, mew=2)
+        low, high = ratio.low or ratio.value, ratio.high or ratio.value
+        error = [[ratio.value - low], [high - ratio.value]]
+        ax.errorbar(
+            ratio.value, row, xerr=error, fmt="o", color=BLUE, capsize=4,
+            label="measured, 95 % interval" if row == 0 else None,
+        )  # fmt: skip
+    ax.axvline(1, color=GREY, lw=1)
+    ax.set_xscale("log")
+    left, right = ax.get_xlim()
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100) if left <= t <= right]
+    ax.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    ax.minorticks_off()
+    ax.set_yticks(
+        range(len(found)),
+        [f"{_wrapped(j.title)}\n({METRICS[j.metric].title})" for j in reversed(found)],
+    )
+    ax.set_ylim(-0.6, len(found) - 0.4)
+    ax.set_xlabel("treatment / baseline")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return "Each claim: the measured ratio on the predicted one."
+
+
+def _wrapped(title: str, width: int = 34) -> str:
+    words, lines = title.split(), [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def _sweep(points: Sequence[Point]) -> list[Point]:
+    """The closed-loop concurrency sweep of the first workload, in order."""
+    mine = [p for p in points if p.workload.name == points[0].workload.name]
+    return sorted((p for p in mine if p.load.kind == "concurrent"), key=lambda p: p.load.users)
+
+
+def _errorbar(
+    ax: Axes,
+    x: Sequence[float],
+    points: Sequence[Point],
+    summary: Summary,
+    metric: str,
+    scale: float,
+    label: str,
+) -> None:
+    centre, low, high = [], [], []
+    for point in points:
+        rows = summary.measurements.get(point.key, {}).values()
+        values = [v * scale for row in rows if (v := row.get(metric)) is not None]
+        found = mean_interval(values) if values else None
+        centre.append(found.value if found else np.nan)
+        low.append(found.value - found.low if found and found.low is not None else 0)
+        high.append(found.high - found.value if found and found.high is not None else 0)
+    ax.errorbar(x, centre, yerr=[low, high], fmt="o-", capsize=4, color=BLUE, label=label)
+
+
+def sweep(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
+    """Throughput and TPOT against requests in flight, measured on predicted."""
+    swept = _sweep(points)
+    if len(swept) < 2:
+        return None
+    x = [p.load.users for p in swept]
+    _, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for ax, metric, scale, label, bound in (
+        (axes[0], "output_tokens_per_s", 1.0, "output throughput (tok/s)", "ceiling"),
+        (axes[1], "tpot_mean_s", 1000.0, "TPOT, mean (ms)", "floor"),
+    ):
+        known = {f.point: f.prediction.value for f in summary.forecasts if f.metric == metric}
+        if known:
+            predicted = [known.get(p.key, np.nan) * scale for p in swept]
+            ax.plot(x, predicted, "--", color=ORANGE, label=f"predicted {bound} (roofline)")
+        _errorbar(ax, x, swept, summary, metric, scale, "measured, 95 % interval")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(x, [str(v) for v in x])
+        ax.set_xlabel("requests in flight")
+        ax.set_ylabel(label)
+        ax.set_ylim(bottom=0)
+        ax.legend(frameon=False)
+    return (
+        "Throughput and time per output token against requests in flight. While the right curve is"
+        " flat a larger batch is free; where it bends, each user starts to pay."
+    )
+
+
+def pareto(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
+    """What the operator gets against what one user gets."""
+    swept = _sweep(points)
+    if len(swept) < 2:
+        return None
+    _, ax = plt.subplots(figsize=(5.5, 3.6))
+    for point in swept:
+        rows = summary.measurements.get(point.key, {}).values()
+        both = [
+            (1 / tpot, rate)
+            for row in rows
+            if (tpot := row.get("tpot_mean_s")) and (rate := row.get("output_tokens_per_s"))
+        ]
+        if not both:
+            continue
+        user, total = np.mean(both, axis=0)
+        ax.plot([u for u, _ in both], [t for _, t in both], ".", color=BLUE, alpha=0.4)
+        ax.plot([user], [total], "o", color=BLUE)
+        ax.annotate(f"{point.load.users} in flight", (user, total), xytext=(7, 2),
+                    textcoords="offset points")  # fmt: skip
+    ax.axvline(
+        1 / lab.slo.tpot_s, color=GREY, ls=":", label=f"SLO: TPOT {1000 * lab.slo.tpot_s:g} ms"
+    )
+    ax.margins(x=0.25)
+    ax.set_ylim(0, 1.25 * ax.get_ylim()[1])
+    ax.set_xlabel("one user's speed, 1 / TPOT (tok/s)")
+    ax.set_ylabel("output throughput (tok/s)")
+    ax.legend(frameon=False, loc="upper right")
+    return (
+        "The trade: up is better for whoever pays for the machine, right is better for whoever"
+        " reads the answer. Small dots are single repeats."
+    )
+
+
+def static(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
+    """Requests being decoded over time, fixed batches above continuous ones."""
+    pairs = [p for p in points if p.load.kind == "waves"]
+    chosen = [
+        (wave, same)
+        for wave in pairs
+        for same in points
+        if same.load.kind == "concurrent"
+        and same.load.users == wave.load.users
+        and (same.variant, same.workload) == (wave.variant, wave.workload)
+    ]
+    if not chosen:
+        return None
+    _, axes = plt.subplots(
+        2, len(chosen), figsize=(9, 3.6), sharex=True, sharey=True, squeeze=False
+    )
+    for column, pair in enumerate(chosen):
+        for row, (point, colour) in enumerate(zip(pair, (ORANGE, BLUE), strict=True)):
+            ax = axes[row][column]
+            path = folder.trial_folder(point, 1) / "requests.jsonl.gz"
+            if not path.exists():
+                continue
+            spans = [(r.chunks[0][0], r.chunks[-1][0]) for r in records.read(path) if r.chunks]
+            edges = sorted([(a, 1) for a, _ in spans] + [(b, -1) for _, b in spans])
+            times = [0.0, *(t for t, _ in edges)]
+            ax.step(times, np.cumsum([0, *(d for _, d in edges)]), where="post", color=colour, lw=1)
+            ax.fill_between(times, np.cumsum([0, *(d for _, d in edges)]), step="post",
+                            color=colour, alpha=0.2)  # fmt: skip
+            kind = "fixed batches" if row == 0 else "continuous"
+            rows = summary.measurements.get(point.key, {}).values()
+            rates = [v for r in rows if (v := r.get("output_tokens_per_s"))]
+            rate = f", {np.mean(rates):.0f} tok/s" if rates else ""
+            ax.set_title(f"{point.workload.name} lengths, {kind} ({point.load}){rate}", fontsize=9)
+            if column == 0:
+                ax.set_ylabel("in decode")
+    for ax in axes[1]:
+        ax.set_xlabel("time in the first repeat (s)")
+        ax.set_xlim(0, lab.warmup_s + lab.window_s)
+    return (
+        "Requests in decode over time. With varying lengths a fixed batch runs empty while its"
+        " longest answer is finished; continuous batching keeps the places filled."
+    )
+
+
+def roofline(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
+    """Achieved decode FLOP/s over arithmetic intensity, under the machine's measured roof."""
+    swept = _sweep(points)
+    if not swept:
+        return None
+    ceilings = swept[0].ceilings
+    ridge = ceilings.ridge_flops_per_byte
+    _, ax = plt.subplots(figsize=(6, 3.8))
+    x = np.geomspace(0.5, 4 * ridge, 200)
+    roof = np.minimum(x * ceilings.memory_bandwidth_bytes_per_s, ceilings.bf16_flops_per_s)
+    ax.plot(x, roof / 1e9, color=ORANGE, label="measured roof")
+    ax.axvline(ridge, color=GREY, ls=":", label=f"ridge, {ridge:.0f} FLOP/byte")
+    for point in swept:
+        rows = summary.measurements.get(point.key, {}).values()
+        both = [
+            (i, f)
+            for row in rows
+            if (i := row.get("intensity")) is not None and (f := row.get("flops_per_s")) is not None
+        ]
+        if both:
+            at, rate = np.mean(both, axis=0)
+            ax.plot([at], [rate / 1e9], "o", color=BLUE)
+            ax.annotate(str(point.load.users), (at, rate / 1e9), xytext=(4, -11),
+                        textcoords="offset points")  # fmt: skip
+    ax.plot([], [], "o", color=BLUE, label="decode at 1, 2, 4 ... in flight")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("arithmetic intensity (FLOP/byte)")
+    ax.set_ylabel("decode GFLOP/s")
+    ax.legend(frameon=False, loc="upper left")
+    return (
+        "Decode on this machine's measured roofline. Left of the ridge memory bandwidth is the"
+        " limit; a point's distance below the roof is what neither memory nor compute explains."
+    )
+
+
+PLOTS: dict[str, Draw] = {
+    "effects": effects, "sweep": sweep, "pareto": pareto, "static": static, "roofline": roofline,
+}  # fmt: skip

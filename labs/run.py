@@ -1,0 +1,622 @@
+"""A run, from a question to a report: `run()` reads top to bottom as what happens."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from dashboards.prometheus import Prometheus
+from labs import report
+from labs.judge import Caveat, first_trial_slow, judge, judge_forecast, validity
+from labs.lab import Lab, LabError, Point, Variant
+from labs.measure import LEAST_SAMPLES, measure, percentile
+from labs.results import (
+    RESULTS,
+    Agreement,
+    MachineFile,
+    Predictions,
+    Run,
+    RunFolder,
+    Session,
+    Summary,
+    TrialResult,
+    latest,
+    read_json,
+    require_space,
+    run_id,
+    snapshot_json,
+    write_json,
+)
+from loadtests import generator, plan, records
+from loadtests.arrivals import Concurrent
+from loadtests.prompts import Writer, counter
+from loadtests.workload import Workload
+from serving import machine as machines
+from serving import metrics, models
+from serving.engine import (
+    SERVER,
+    Endpoint,
+    EngineError,
+    VllmEngine,
+    check_flags,
+    flag_argv,
+    free_port,
+)
+from serving.machine import Ceilings, Machine
+from serving.metrics import Snapshot
+from serving.process import Process
+
+PER_TRIAL_S = 2.0  # drain and bookkeeping, for the estimate of the time remaining
+ENGINE_START_S = 40.0
+ENGINE_OVERHEAD_BYTES = 2 * 2**30  # a vLLM process beside its weights and KV cache
+STEAL_SHARE = 0.05
+
+
+class Teller(Protocol):
+    """Whoever shows a run to a person."""
+
+    def step(self, text: str) -> None: ...
+    def plan(self, seconds: float) -> None: ...
+    def waiting(self, text: str) -> None: ...
+    def trial_done(self, text: str, remaining_s: float) -> None: ...
+    def show(self, text: str, rows: Sequence[Sequence[str]]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the reader asked for."""
+
+    lab: Lab
+    quick: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+    endpoint: str = ""
+    resume: bool = False
+    engine_command: Sequence[str] = SERVER
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything resolved and checked, before anything starts."""
+
+    lab: Lab
+    machine: Machine
+    ceilings: Ceilings
+    model: models.Model
+    points: list[Point]
+    writer: Writer
+    endpoint: Endpoint | None
+    engine_command: Sequence[str]
+
+    @property
+    def users(self) -> int:
+        return max(p.load.users for p in self.points)
+
+
+def run(request: Request, teller: Teller) -> RunFolder:
+    """Run a lab; raises LabError, EngineError or ModelError with one sentence that says what to do.
+
+    Returns the folder; its `complete` is false when a trial failed. Ctrl-C leaves what was finished
+    for `resume`.
+    """
+    began = time.monotonic()
+    with _alone():
+        setup = resolve(request, teller)
+        folder = _resumed(setup) if request.resume else None
+        folder = folder or RunFolder.create(_manifest(setup, request))
+        predictions = predict(setup)
+        write_json(folder.path / "predictions.json", predictions)
+        teller.show(*report.predictions_table(setup.points, setup.lab, predictions))
+        session = _Session(setup, folder, teller)
+        with session:
+            for group in resident_groups(setup):
+                with session.engines(group):
+                    for point, repeat in interleave(setup, group):
+                        session.trial(point, repeat)
+            agreement = session.agree()
+        write_json(
+            folder.path / "session.json",
+            Session(
+                engine_start_s=round(session.engine_start_s, 2),
+                load_s=round(session.load_s, 2),
+                wall_s=round(time.monotonic() - began, 2),
+                resident=len(resident_groups(setup)) == 1,
+                agreement=agreement,
+                prometheus=session.prometheus.missing,
+            ),
+        )
+        summary = summarise(folder)
+        report.write(folder)
+        if not summary.failed:
+            (folder.path / "COMPLETE").write_text(datetime.now(UTC).isoformat() + "\n")
+    return folder
+
+
+# --------------------------------------------------------------------------------------- resolve
+
+
+def resolve(request: Request, teller: Teller) -> Setup:
+    """Check everything that can be checked before the first process starts."""
+    machine = machines.detect()
+    lab = request.lab.at(machine.kind, request.quick, request.changes)
+    RESULTS.mkdir(exist_ok=True)
+    require_space(RESULTS)
+    model = models.resolve(machine, request.model)
+    longest = max(w.longest_tokens for w in lab.workloads)
+    if longest > model.shape.max_positions:
+        raise LabError(
+            f"requests of up to {longest} tokens do not fit {model.name}'s"
+            f" {model.shape.max_positions} positions: lower the lengths with SET="
+        )
+    for variant in lab.variants:
+        limit = lab.flags_of(variant).get("max-model-len")
+        if isinstance(limit, int) and longest > limit:
+            raise LabError(
+                f"requests of up to {longest} tokens exceed {variant.name}'s max-model-len={limit}:"
+                " lower the lengths or raise flags.max-model-len with SET="
+            )
+    endpoint = None
+    if request.endpoint:
+        if len(lab.variants) > 1:
+            raise LabError(
+                f"{lab.name} compares engine settings: it needs to start its own engines"
+            )
+        endpoint = Endpoint(request.endpoint)
+    else:
+        check_flags([lab.flags_of(v) for v in lab.variants])
+    writer = Writer(counter(str(model.path)))
+    for workload in lab.workloads:
+        try:
+            workload.requests(1, lab.seed, writer)
+        except ValueError as error:
+            raise LabError(f"workload {workload.name}: {error}") from error
+    ceilings = measured_ceilings(machine, teller)
+    teller.step(f"Machine: {machine.describe()}; {report.ceilings_text(ceilings)}")
+    teller.step(f"Model: {model.name}, {model.shape.params / 1e6:,.0f} M parameters")
+    points = lab.points(model.shape, ceilings)
+    return Setup(lab, machine, ceilings, model, points, writer, endpoint, request.engine_command)
+
+
+def measured_ceilings(machine: Machine, teller: Teller) -> Ceilings:
+    """From machine.json, or measured now and kept there."""
+    path = RESULTS / machine.slug / "machine.json"
+    if not path.exists():
+        teller.step("Measuring memory bandwidth and BF16 rate (once a machine, about 15 s)")
+        ceilings = machines.measure_ceilings(machine)
+        write_json(path, MachineFile(machine=machine, ceilings=ceilings))
+    return read_json(path, MachineFile).ceilings
+
+
+def _manifest(setup: Setup, request: Request) -> Run:
+    lab = setup.lab
+    prompts = hashlib.sha256()
+    for workload in lab.workloads:
+        for item in workload.requests(64, lab.seed, setup.writer):
+            prompts.update(repr((item.messages, item.output_tokens)).encode())
+    model = "" if setup.endpoint else "<model>"
+    return Run(
+        run_id=run_id(lab.digest()),
+        lab=lab.resolved(),
+        digest=lab.digest(),
+        scale=setup.machine.kind,
+        quick=request.quick,
+        changes=request.changes,
+        endpoint=request.endpoint or None,
+        model=setup.model.name,
+        model_shape=vars(setup.model.shape),
+        machine=setup.machine,
+        ceilings=setup.ceilings,
+        environment=machines.environment(models.ROOT),
+        argv={v.name: [model, *flag_argv(lab.flags_of(v))] for v in lab.variants},
+        prompts_sha256=prompts.hexdigest(),
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _resumed(setup: Setup) -> RunFolder | None:
+    folder = latest(setup.lab.name, complete=False)
+    if folder is None:
+        return None
+    run = folder.run()
+    same = (run.digest, run.model, run.machine.slug) == (
+        setup.lab.digest(),
+        setup.model.name,
+        setup.machine.slug,
+    )
+    return folder if same else None
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Two labs at once would measure each other. Raises LabError."""
+    models.CACHE.mkdir(exist_ok=True)
+    with (models.CACHE / "run.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LabError(
+                "another lab is running from this checkout and would be measured too: wait for it"
+            ) from error
+        yield
+
+
+# --------------------------------------------------------------------------- predict and arrange
+
+
+def predict(setup: Setup) -> Predictions:
+    lab, points = setup.lab, setup.points
+    return Predictions(
+        effects={
+            c.name: {f"{t.key}|{b.key}": c.predict(t, b) for t, b in lab.pairs(c, points)}
+            for c in lab.claims
+        },
+        forecasts={
+            f.name: {p.key: f.predict(p) for p in points if f.arm.matches(p)} for f in lab.forecasts
+        },
+    )
+
+
+def resident_groups(setup: Setup) -> list[list[Variant]]:
+    """Variants that stay loaded together: all where host memory admits it, else one at a time.
+
+    A GPU engine takes its share of the device for itself, so there they take turns.
+    """
+    variants = list(setup.lab.variants)
+    if len(variants) == 1 or setup.endpoint:
+        return [variants]
+    kv = [int(str(setup.lab.flags_of(v).get("kv-cache-memory-bytes", 4 * 2**30))) for v in variants]
+    need = sum(kv) + len(variants) * (ENGINE_OVERHEAD_BYTES + setup.model.shape.weight_bytes)
+    fits = setup.machine.kind == "cpu" and need < 0.7 * psutil.virtual_memory().available
+    return [variants] if fits else [[v] for v in variants]
+
+
+def interleave(setup: Setup, group: Sequence[Variant]) -> list[tuple[Point, int]]:
+    """Every point once in random order, then all again: drift of the machine hits all alike."""
+    rng = random.Random(f"{setup.lab.seed}/order")
+    names = {v.name for v in group}
+    points = [p for p in setup.points if p.variant.name in names]
+    return [
+        (point, repeat)
+        for repeat in range(1, setup.lab.repeats + 1)
+        for point in sorted(points, key=lambda _: rng.random())
+    ]
+
+
+# ---------------------------------------------------------------------------------- one sitting
+
+
+class _Session:
+    """The processes of a run, and the trials played on them."""
+
+    def __init__(self, setup: Setup, folder: RunFolder, teller: Teller) -> None:
+        self.setup, self.folder, self.teller = setup, folder, teller
+        self.work = models.CACHE / "runs" / folder.path.name
+        self.logs = folder.path / "logs"
+        self.engine_start_s = self.load_s = 0.0
+        self.running: dict[str, VllmEngine | Endpoint] = {}
+        self.exits = contextlib.ExitStack()
+        self.counts: dict[str, int] = {"requests": 0, "output tokens": 0}
+        self.engine_counts: dict[str, int | None] = {"requests": 0, "output tokens": 0}
+        done = [
+            folder.trial_result(p, r) for p in setup.points for r in range(1, setup.lab.repeats + 1)
+        ]
+        self.left = sum(d is None or d.failed is not None for d in done)
+        self.label = {"lab": setup.lab.name, "run_id": folder.path.name}
+
+    # processes
+
+    def __enter__(self) -> _Session:
+        exporter_port = free_port()
+        self.prometheus = self.exits.enter_context(
+            Prometheus(free_port(), exporter_port, self.logs / "prometheus.log")
+        )
+        if self.prometheus.missing:
+            self.teller.step(
+                f"{self.prometheus.missing}; the run goes on: its records are complete"
+            )
+        else:
+            self.teller.step(f"Prometheus: {self.prometheus.graph_url}")
+        self._start_generator(exporter_port)
+        return self
+
+    def _start_generator(self, exporter_port: int) -> None:
+        child = self.exits.enter_context(
+            Process(
+                "locust",
+                generator.argv(self.setup.users, exporter_port, free_port()),
+                log=self.logs / "locust.log",
+                cores=machines.split_cores()[1],
+                talk=True,
+            )
+        )
+        self.generator = generator.Generator(child)
+
+    def __exit__(self, *_: object) -> None:
+        self.exits.close()
+
+    @contextlib.contextmanager
+    def engines(self, group: Sequence[Variant]) -> Iterator[None]:
+        """These variants' engines, serving."""
+        try:
+            for variant in group:
+                self._start(variant)
+            self.teller.plan(self.left * self._trial_s())
+            yield
+        finally:
+            for engine in self.running.values():
+                engine.stop()
+            self.running.clear()
+
+    def _start(self, variant: Variant) -> None:
+        if self.setup.endpoint:
+            self.running[variant.name] = self.setup.endpoint
+            return
+        began, setup = time.monotonic(), self.setup
+        engine = VllmEngine(
+            variant.name,
+            setup.model,
+            setup.lab.flags_of(variant),
+            kind=setup.machine.kind,
+            log=self.logs / f"engine-{variant.name}.log",
+            command=setup.engine_command,
+        )
+        self.running[variant.name] = engine
+        engine.wait(
+            lambda s: self.teller.waiting(f"starting vLLM ({variant.name}): {s:.0f} s of about 35")
+        )
+        took = time.monotonic() - began
+        self.engine_start_s += took
+        self.teller.step(f"vLLM ({variant.name}) serves at {engine.url} after {took:.0f} s")
+        self.prometheus.watch_engine(engine.url, {**self.label, "variant": variant.name})
+
+    # trials
+
+    def trial(self, point: Point, repeat: int) -> None:
+        """Play one trial unless it is on file; a failure is recorded with its reason."""
+        before = self.folder.trial_result(point, repeat)
+        if before and not before.failed:
+            return
+        began, steal = time.monotonic(), _steal_s()
+        name = f"{point.workload.name} {point.load}, repeat {repeat} of {self.setup.lab.repeats}"
+        if len(self.setup.lab.variants) > 1:
+            name = f"{point.variant.name} {name}"
+        try:
+            summary, engine, rate = self._play(point, repeat, name)
+            result = TrialResult(
+                point=point.key, repeat=repeat, summary=summary, engine=engine,
+                cpu_steal=_steal_share(steal, began), took_s=round(time.monotonic() - began, 3),
+            )  # fmt: skip
+        except (EngineError, generator.GeneratorError, OSError) as error:
+            result = TrialResult(point=point.key, repeat=repeat, failed=str(error))
+            rate = f"failed: {str(error).splitlines()[0]}"
+        write_json(self.folder.trial_folder(point, repeat) / "trial.json", result)
+        self.left -= 1
+        self.teller.trial_done(f"{name}: {rate}", self.left * self._trial_s())
+
+    def _play(
+        self, point: Point, repeat: int, name: str
+    ) -> tuple[plan.TrialSummary, dict[str, Any] | None, str]:
+        setup = self.setup
+        if (engine := self.running.get(point.variant.name)) is None or engine.died():
+            if engine:
+                engine.stop()
+            self._start(point.variant)  # it died in an earlier trial: the others deserve a new one
+            engine = self.running[point.variant.name]
+        engine.reset_prefix_cache()
+        before = engine.snapshot()
+        path = self.folder.trial_folder(point, repeat) / "requests.jsonl.gz"
+        trial_plan = plan.TrialPlan(
+            url=engine.url,
+            arrival=point.load,
+            requests=self._requests(point.workload, repeat, engine.model),
+            records=path,
+            warmup_s=setup.lab.warmup_s,
+            window_s=setup.lab.window_s,
+            timeout_s=setup.lab.timeout_s,
+            seed=setup.lab.seed + repeat,
+            lab=setup.lab.name,
+            variant=point.variant.name,
+            run_id=self.folder.path.name,
+            workload=point.workload.name,
+        )
+        began = time.monotonic()
+        summary = self.generator.play(trial_plan, lambda: self.teller.waiting(name))
+        self.load_s += time.monotonic() - began
+        if summary.aborted or engine.died():
+            raise EngineError(engine.died() or summary.aborted or "")
+        found = list(records.read(path))
+        done = [r for r in found if r.ok]
+        engine_delta = _settled(engine, before, len(done))
+        self._count(done, engine_delta)
+        start, end = summary.window_s
+        tokens = sum(k for r in found for at, k in r.chunks if start <= at < end)
+        rate = f"{tokens / (end - start):.0f} tok/s" if end > start else "nothing in the window"
+        return summary, None if engine_delta is None else snapshot_json(engine_delta), rate
+
+    def _requests(self, workload: Workload, repeat: int, model: str) -> Path:
+        """The same requests for every variant and load of a repeat; others in the next repeat."""
+        path = self.work / f"{workload.name}-{repeat}.jsonl"
+        if not path.exists():
+            lab = self.setup.lab
+            items = workload.requests(lab.requests, lab.seed + repeat - 1, self.setup.writer)
+            plan.write_requests(path, items, model)
+        return path
+
+    def _trial_s(self) -> float:
+        return self.setup.lab.warmup_s + self.setup.lab.window_s + PER_TRIAL_S
+
+    # counting three ways
+
+    def _count(self, done: list[records.RequestRecord], engine: Snapshot | None) -> None:
+        self.counts["requests"] += len(done)
+        self.counts["output tokens"] += sum(r.output_tokens or 0 for r in done)
+        for what, metric in (
+            ("requests", metrics.REQUESTS),
+            ("output tokens", metrics.GENERATION_TOKENS),
+        ):
+            known = self.engine_counts[what]
+            value = None if engine is None else engine.values.get(metric)
+            self.engine_counts[what] = (
+                None if known is None or value is None else known + int(value)
+            )
+
+    def agree(self) -> list[Agreement]:
+        """The same counts in the records, in Prometheus, and in the engines."""
+        run = f'{{run_id="{self.folder.path.name}"}}'
+        queries = {
+            "requests": f'sum(lab_requests_total{{outcome="ok",{run[1:]})',
+            "output tokens": f"sum(lab_output_tokens_total{run})",
+        }
+        found = []
+        for what, query in queries.items():
+            value = self.prometheus.settle(query, self.counts[what])
+            found.append(
+                Agreement(
+                    what=what,
+                    records=self.counts[what],
+                    prometheus=None if value is None else int(value),
+                    engine=self.engine_counts[what],
+                )
+            )
+        return found
+
+
+def _settled(engine: VllmEngine | Endpoint, before: Snapshot | None, done: int) -> Snapshot | None:
+    """The engine's counters over the trial, read once it has counted the last request."""
+    if before is None:
+        return None
+    deadline = time.monotonic() + 2
+    while (after := engine.snapshot()) is not None:
+        delta = after.since(before)
+        counted = delta.values.get(metrics.REQUESTS)
+        if counted is None or counted >= done or time.monotonic() > deadline:
+            return delta
+        time.sleep(0.05)
+    return None
+
+
+def _steal_s() -> float:
+    return float(getattr(psutil.cpu_times(), "steal", 0.0))
+
+
+def _steal_share(before_s: float, began: float) -> float:
+    cpus = psutil.cpu_count() or 1
+    return round((_steal_s() - before_s) / (time.monotonic() - began) / cpus, 4)
+
+
+@contextlib.contextmanager
+def start_locust_ui(
+    lab: Lab, changes: dict[str, Any], workload: str, endpoint: str, model: str, web_port: int
+) -> Iterator[Process]:
+    """Locust's web UI sending a lab's workload to a running server; ends with the block."""
+    machine = machines.detect()
+    resolved = lab.at(machine.kind, quick=False, changes=changes)
+    by_name = {w.name: w for w in resolved.workloads}
+    if workload and workload not in by_name:
+        raise LabError(f"{lab.name} has no workload {workload!r}; it has {', '.join(by_name)}")
+    chosen = by_name[workload] if workload else resolved.workloads[0]
+    server = Endpoint(endpoint)
+    writer = Writer(counter(str(models.resolve(machine, model).path)))
+    work = models.CACHE / "runs" / "locust"
+    plan.write_requests(
+        work / "requests.jsonl",
+        chosen.requests(resolved.requests, resolved.seed, writer),
+        server.model,
+    )
+    by_hand = plan.TrialPlan(
+        url=server.url,
+        arrival=Concurrent(users=1),  # the number of users is chosen in the web UI
+        requests=work / "requests.jsonl",
+        records=work / "records.jsonl.gz",
+        warmup_s=0,
+        window_s=None,
+        timeout_s=resolved.timeout_s,
+        seed=resolved.seed,
+        lab=lab.name,
+        variant="by-hand",
+        run_id="by-hand",
+        workload=chosen.name,
+    )
+    (work / "plan.json").write_text(by_hand.model_dump_json())
+    argv = generator.web_argv(work / "plan.json", 4, web_port, free_port(), free_port())
+    with Process("locust", argv, log=work / "locust.log") as process:
+        yield process
+
+
+# ------------------------------------------------------------------------------ measure and judge
+
+
+def summarise(folder: RunFolder) -> Summary:
+    """Everything the report says, computed from the files of a run and nothing else."""
+    run = folder.run()
+    lab, points, predictions = run.rebuilt_lab(), run.points(), folder.predictions()
+    values: dict[str, dict[int, dict[str, float | None]]] = {p.key: {} for p in points}
+    samples: dict[str, dict[str, list[float]]] = {}
+    caveats: dict[str, Caveat] = {}
+    failed: dict[str, str] = {}
+
+    def keep(caveat: Caveat) -> None:
+        caveats.setdefault(f"{caveat.name}|{caveat.point}", caveat)
+
+    for point, result, trial in folder.trials(points, lab):
+        if trial is None:
+            failed[f"{point.key}/{result.repeat}"] = result.failed or "no summary"
+            continue
+        values[point.key][result.repeat] = measure(trial)
+        for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s"):
+            samples.setdefault(point.key, {}).setdefault(name, []).extend(trial.samples(name))
+        for caveat in validity(trial, lab.evidence):
+            keep(caveat)
+        if (result.cpu_steal or 0) > STEAL_SHARE:
+            text = f"other guests of the host took {result.cpu_steal:.0%} of this trial's CPU time"
+            keep(Caveat(name="load from others", text=text, point=point.key))
+    for point in points:
+        for caveat in first_trial_slow(values[point.key], point.key):
+            keep(caveat)
+    if run.endpoint:
+        text = "predictions rest on this machine's ceilings; the endpoint may run on another"
+        keep(Caveat(name="endpoint's hardware unknown", text=text))
+    found = list(caveats.values())
+    summary = Summary(
+        measurements=values,
+        pooled={
+            key: {
+                f"{name[:-2]}_p{q}_s": v
+                for name, drawn in of.items()
+                for q in LEAST_SAMPLES
+                if (v := percentile(drawn, q)) is not None
+            }
+            for key, of in samples.items()
+        },
+        judgements=[
+            judge(
+                claim,
+                t.key,
+                b.key,
+                values,
+                predictions.effects[claim.name][f"{t.key}|{b.key}"],
+                found,
+            )
+            for claim in lab.claims
+            for t, b in lab.pairs(claim, points)
+        ],
+        forecasts=[
+            judge_forecast(forecast, key, values.get(key, {}), prediction)
+            for forecast in lab.forecasts
+            for key, prediction in predictions.forecasts[forecast.name].items()
+        ],
+        caveats=found,
+        failed=failed,
+    )
+    write_json(folder.path / "summary.json", summary)
+    return summary

@@ -1,0 +1,107 @@
+"""The client's metrics for Prometheus: what a dashboard watches while a lab runs.
+
+Labels are `lab`, `variant`, `run_id` and no more; what else there is to say about a moment (which
+workload, which load) is in one info-like gauge, `lab_load_point`, which is 1 while it is sent.
+Buckets grow by 1.2, so that a quantile read from them is within 20 %; exact figures come from the
+records, never from here.
+"""
+
+from __future__ import annotations
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from loadtests.plan import TrialPlan
+from loadtests.records import RequestRecord
+
+LABELS = ("lab", "variant", "run_id")
+TTFT, ITL, TPOT, E2E = (
+    "lab_ttft_seconds", "lab_itl_seconds", "lab_tpot_seconds", "lab_e2e_seconds",
+)  # fmt: skip
+CHUNK_GAP, SEND_LAG = "lab_chunk_gap_seconds", "lab_send_lag_seconds"
+REQUESTS, OUTPUT_TOKENS, PROMPT_TOKENS = (
+    "lab_requests", "lab_output_tokens", "lab_prompt_tokens",
+)  # fmt: skip
+IN_FLIGHT, LOAD_POINT = "lab_requests_in_flight", "lab_load_point"
+
+
+def _buckets(low: float, high: float, growth: float = 1.2) -> list[float]:
+    bounds = [low]
+    while bounds[-1] < high:
+        bounds.append(float(f"{bounds[-1] * growth:.3g}"))
+    return bounds
+
+
+class Exporter:
+    """Owns a registry; `serve` listens on loopback, `begin` and `observe` follow the trials."""
+
+    def __init__(self) -> None:
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        seconds = _buckets(0.0005, 120)
+        self._histograms = {
+            name: Histogram(name, text, LABELS, registry=self.registry, buckets=seconds)
+            for name, text in (
+                (TTFT, "Time to the first output token, from the schedule under open loop"),
+                (ITL, "Inter-token latency, one sample a token"),
+                (TPOT, "Time per output token after the first chunk, one sample a request"),
+                (E2E, "Whole request, from the schedule under open loop"),
+                (CHUNK_GAP, "Between two chunks that carry tokens"),
+                (SEND_LAG, "How late a scheduled request was sent"),
+            )
+        }
+        self._requests = Counter(
+            REQUESTS, "Requests ended", (*LABELS, "outcome"), registry=self.registry
+        )
+        self._output = Counter(OUTPUT_TOKENS, "Output tokens", LABELS, registry=self.registry)
+        self._prompt = Counter(PROMPT_TOKENS, "Prompt tokens", LABELS, registry=self.registry)
+        self._in_flight = Gauge(
+            IN_FLIGHT, "Requests sent and not ended", LABELS, registry=self.registry
+        )
+        self._load_point = Gauge(
+            LOAD_POINT,
+            "1 while this load is being sent",
+            (*LABELS, "workload", "load"),
+            registry=self.registry,
+        )
+        self._now: tuple[str, ...] = ()
+        self._point: tuple[str, ...] = ()
+
+    def serve(self, port: int) -> None:
+        prometheus_client.start_http_server(port, "127.0.0.1", self.registry)
+
+    def begin(self, plan: TrialPlan) -> None:
+        """Follow a new trial; every series of its labels exists, at zero, from now on."""
+        self._now = (plan.lab, plan.variant, plan.run_id)
+        for histogram in self._histograms.values():
+            histogram.labels(*self._now)
+        for outcome in ("ok", "error"):
+            self._requests.labels(*self._now, outcome)
+        for other in (self._output, self._prompt, self._in_flight):
+            other.labels(*self._now)
+        self._point = (*self._now, plan.workload, plan.arrival.name)
+        self._load_point.labels(*self._point).set(1)
+
+    def end(self) -> None:
+        self._load_point.labels(*self._point).set(0)
+        self._in_flight.labels(*self._now).set(0)
+
+    def in_flight(self, requests: int) -> None:
+        self._in_flight.labels(*self._now).set(requests)
+
+    def observe(self, record: RequestRecord) -> None:
+        self._requests.labels(*self._now, "ok" if record.ok else "error").inc()
+        self._output.labels(*self._now).inc(record.output_tokens or 0)
+        self._prompt.labels(*self._now).inc(record.prompt_tokens or 0)
+        for name, value in (
+            (TTFT, record.ttft_s),
+            (TPOT, record.tpot_s),
+            (E2E, record.e2e_s),
+            (SEND_LAG, record.send_lag_s),
+        ):
+            if value is not None:
+                self._histograms[name].labels(*self._now).observe(value)
+        for name, values in ((ITL, record.itl_s), (CHUNK_GAP, record.chunk_gaps_s)):
+            histogram = self._histograms[name].labels(*self._now)
+            for value in values:
+                histogram.observe(value)

@@ -1,0 +1,110 @@
+"""The runner's side of the load generator: its command line, and the talk over its pipes."""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from loadtests.plan import TrialPlan, TrialSummary
+
+LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+START_TIMEOUT_S = 60.0
+
+
+class GeneratorError(Exception):
+    """The load generator died or no longer answers."""
+
+
+class Child(Protocol):
+    """The process this module talks to, started by the caller."""
+
+    @property
+    def stdin(self) -> IO[str]: ...
+    @property
+    def stdout(self) -> IO[str]: ...
+    @property
+    def returncode(self) -> int | None: ...
+    def tail(self, lines: int = 12) -> str: ...
+
+
+def argv(users: int, exporter_port: int, master_port: int) -> list[str]:
+    """Headless, one load worker, everything on loopback."""
+    return [
+        *_locust(exporter_port, master_port),
+        *("--headless", "--only-summary", "-u", str(users), "-r", str(users)),
+    ]
+
+
+def web_argv(
+    plan: Path, users: int, web_port: int, exporter_port: int, master_port: int
+) -> list[str]:
+    """Locust's own web UI, sending a plan's requests with as many users as one asks for there."""
+    return [
+        *_locust(exporter_port, master_port),
+        *("--web-host", "127.0.0.1", "--web-port", str(web_port), "--lab-plan", str(plan)),
+        *("-u", str(users), "-r", str(users)),
+    ]
+
+
+def _locust(exporter_port: int, master_port: int) -> list[str]:
+    return [
+        *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--processes", "1"),
+        *("--master-bind-host", "127.0.0.1", "--master-bind-port", str(master_port)),
+        *("--master-host", "127.0.0.1", "--master-port", str(master_port)),
+        *("--lab-exporter-port", str(exporter_port), "--loglevel", "WARNING"),
+    ]
+
+
+class Generator:
+    """Plays trials one after another on one Locust."""
+
+    def __init__(self, child: Child) -> None:
+        self._child = child
+        self._events: queue.Queue[dict[str, Any]] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+        self._expect("ready", START_TIMEOUT_S, lambda: None)
+
+    def _listen(self) -> None:
+        try:
+            for line in self._child.stdout:
+                if line.startswith('{"event"'):  # Locust prints its own summary there too
+                    self._events.put(json.loads(line))
+        except ValueError:  # the pipe was closed under us: the run is over
+            return
+
+    def _expect(self, event: str, timeout_s: float, waiting: Callable[[], None]) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            try:
+                said = self._events.get(timeout=0.2)
+            except queue.Empty:
+                if (code := self._child.returncode) is not None:
+                    raise GeneratorError(
+                        f"Locust ended with exit code {code}; its last lines:\n{self._child.tail()}"
+                    ) from None
+                waiting()
+                continue
+            if said["event"] == event:
+                return said
+        raise GeneratorError(
+            f"Locust said nothing for {timeout_s:.0f} s; its last lines:\n{self._child.tail()}"
+        )
+
+    def play(
+        self, plan: TrialPlan, waiting: Callable[[], None] = lambda: None, grace_s: float = 30
+    ) -> TrialSummary:
+        """Play one trial; its records are on disk when this returns. Raises GeneratorError.
+
+        `waiting` is called a few times a second; what it raises (a dead engine, Ctrl-C) ends the
+        wait.
+        """
+        self._child.stdin.write(plan.model_dump_json() + "\n")
+        self._child.stdin.flush()
+        longest_s = plan.warmup_s + (plan.window_s or 0) + plan.timeout_s + grace_s
+        return TrialSummary.model_validate(self._expect("done", longest_s, waiting)["summary"])

@@ -1,0 +1,463 @@
+"""The load generator: Locust's master directs and records, its worker sends and stamps.
+
+    locust -f loadtests/locustfile.py --headless --processes 1 -u 16 -r 16 --lab-exporter-port 9111
+
+Trials come as JSON lines on the master's standard input (`TrialPlan`), events go out as JSON lines
+on its standard output. Users are started once and wait between trials, so that a trial costs no
+process start. With `--lab-plan FILE` there are no trials: every user that Locust's web UI starts
+sends that plan's requests one after another, until it is stopped.
+
+The worker does as little as it can while streams are open: it stamps each line as it is read and
+parses it when the request has ended; connections are opened before the load; garbage is collected
+between trials. The master, another process, writes the records and serves Prometheus.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import gevent
+import gevent.event
+import gevent.fileobject
+import orjson
+from geventhttpclient import HTTPClient
+from locust import User, events, task
+from locust.env import Environment
+from locust.runners import MasterRunner, WorkerRunner
+
+from loadtests import records
+from loadtests.arrivals import Concurrent, Waves
+from loadtests.exporter import Exporter
+from loadtests.plan import PlannedRequest, TrialPlan, TrialSummary, read_requests
+from loadtests.records import RequestRecord
+
+PATH = "/v1/chat/completions"
+HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+REPORT_EVERY_S = 0.5
+LOOP_TICK_S = 0.01
+GIVE_UP_AFTER = 5  # connection failures in a row: the engine is gone
+now = time.monotonic
+
+
+# ------------------------------------------------------------------------------ one trial's load
+
+
+class Turn:
+    """Permission to send one request: which one, when it was due, whether it counts."""
+
+    def __init__(self, request: PlannedRequest, due_s: float | None, counts: bool) -> None:
+        self.request, self.due_s, self.counts = request, due_s, counts
+
+
+class Load:
+    """Hands out turns to users according to the arrival, and keeps what comes back."""
+
+    def __init__(self, plan: TrialPlan) -> None:
+        self.plan = plan
+        self.requests = read_requests(plan.requests)
+        self.users = plan.arrival.users
+        self.sent = self.in_flight = self.failures = 0
+        self.aborted: str | None = None
+        self.exhausted = False
+        self.fresh: list[RequestRecord] = []
+        self._order: Iterator[PlannedRequest] = iter(self.requests)
+        if plan.window_s is None:
+            self._order = itertools.cycle(self.requests)
+        self._schedule: list[float] | None = None
+        if not isinstance(plan.arrival, Concurrent | Waves):
+            duration_s = plan.warmup_s + (plan.window_s or 0)
+            self._schedule = plan.arrival.schedule(duration_s, random.Random(f"{plan.seed}/times"))
+        self._due = iter(self._schedule or ())
+        self._gathered = 0
+        self._gate = gevent.event.Event()
+        self._wave_counts = False
+        self.window_start_s = plan.warmup_s
+        self.window_end_s = plan.warmup_s + (plan.window_s or 0)
+        if isinstance(plan.arrival, Waves):
+            self.window_start_s = float("inf")  # set by the first wave that counts
+
+    @property
+    def name(self) -> str:
+        """What Locust's own statistics call it; by hand, the web UI knows the number of users."""
+        by_hand = self.plan.window_s is None
+        return self.plan.workload if by_hand else f"{self.plan.workload} {self.plan.arrival}"
+
+    @property
+    def planned(self) -> int | None:
+        return None if self._schedule is None else len(self._schedule)
+
+    def start(self) -> None:
+        self.t0, self.started_unix_s = now(), time.time()
+
+    def elapsed_s(self) -> float:
+        return now() - self.t0
+
+    def _gather(self) -> None:
+        """Wait until all users are here (the last one to arrive opens the gate)."""
+        self._gathered += 1
+        if self._gathered < self.users:
+            self._gate.wait()
+            return
+        self._gathered = 0
+        gate, self._gate = self._gate, gevent.event.Event()
+        self._begin_wave()
+        gate.set()
+
+    def _begin_wave(self) -> None:
+        at = self.elapsed_s()
+        deadline_s = self.plan.warmup_s + (self.plan.window_s or float("inf"))
+        self.exhausted = self.sent + self.users > len(self.requests)
+        enough = at >= deadline_s and self.window_start_s < at  # at least one wave counts
+        self._waves_over = enough or self.exhausted or self.aborted is not None
+        self._wave_counts = at >= self.plan.warmup_s
+        if self._waves_over:
+            self.window_end_s = at
+            self.window_start_s = min(self.window_start_s, at)
+        elif self._wave_counts:
+            self.window_start_s = min(self.window_start_s, at)
+
+    def next_turn(self) -> Turn | None:
+        """Blocks until this user may send; None when the trial has nothing more to send."""
+        due_s: float | None = None
+        if isinstance(self.plan.arrival, Waves):
+            self._gather()  # whatever has happened, all leave together
+            if self._waves_over:
+                return None
+            counts = self._wave_counts
+        elif self.aborted:
+            return None
+        elif self._schedule is not None:
+            due_s = next(self._due, None)
+            if due_s is None:
+                return None
+            gevent.sleep(max(0.0, due_s - self.elapsed_s()))
+            counts = due_s >= self.plan.warmup_s
+        else:
+            at = self.elapsed_s()
+            if self.plan.window_s is not None and at >= self.window_end_s:
+                return None
+            counts = at >= self.plan.warmup_s
+        request = next(self._order, None)
+        if request is None:
+            if not self.exhausted:
+                self.exhausted = True
+                self.window_end_s = min(self.window_end_s, self.elapsed_s())
+            return None
+        self.sent += 1
+        return Turn(request, due_s, counts)
+
+    def keep(self, record: RequestRecord, connection_failed: bool) -> None:
+        self.fresh.append(record)
+        self.failures = self.failures + 1 if connection_failed else 0
+        if self.failures >= GIVE_UP_AFTER and self.aborted is None:
+            self.aborted = f"{GIVE_UP_AFTER} connections failed in a row: {record.error}"
+
+
+def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, bool]:
+    """Send one request and stamp every line; (record, whether the connection failed)."""
+    lines: list[tuple[float, bytes]] = []
+    error, connection_failed = None, False
+    load.in_flight += 1
+    sent = now()
+    try:
+        response = client.request("POST", PATH, turn.request.body.encode(), HEADERS)
+        while line := response.readline(b"\n"):
+            if line != b"\n":
+                lines.append((now(), line))
+        if response.status_code != 200:
+            text = b"".join(line for _, line in lines).decode(errors="replace")
+            error = f"HTTP {response.status_code}: {text[:200]}"
+    except Exception as failure:  # whatever the network does becomes this request's record
+        error, connection_failed = f"{type(failure).__name__}: {failure}", True
+    end = now()
+    load.in_flight -= 1
+    t0 = load.t0
+    chunks, prompt_tokens, output_tokens, complaint = (
+        tokens_of(lines, t0) if lines else ([],) + (None,) * 3
+    )
+    if error is None and not chunks:
+        error = complaint or "the stream ended without a token"
+    return RequestRecord(
+        index=turn.request.index,
+        asked_tokens=turn.request.output_tokens,
+        scheduled_s=turn.due_s,
+        sent_s=round(sent - t0, 6),
+        chunks=chunks,
+        end_s=round(end - t0, 6),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        in_window=turn.counts,
+        error=error or complaint,
+        first_byte_s=round(lines[0][0] - t0, 6) if lines else None,
+    ), connection_failed
+
+
+def tokens_of(
+    lines: list[tuple[float, bytes]], t0: float
+) -> tuple[list[tuple[float, int]], int | None, int | None, str | None]:
+    """Server-sent events -> (chunks that carry tokens, prompt tokens, output tokens, complaint).
+
+    A chunk's tokens are the growth of the usage it carries. A server that sends usage only at the
+    end counts as one token for each chunk with text; the sums are compared later.
+    """
+    chunks: list[tuple[float, int]] = []
+    prompt_tokens = output_tokens = complaint = None
+    counted = 0
+    for at, line in lines:
+        if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
+            continue
+        try:
+            event = orjson.loads(line[5:])
+        except orjson.JSONDecodeError:
+            return chunks, prompt_tokens, output_tokens, f"not JSON: {line[:80]!r}"
+        if "error" in event:
+            complaint = str(event["error"])[:200]
+        usage = event.get("usage")
+        if usage:
+            prompt_tokens, output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+            tokens = output_tokens - counted if event.get("choices") else 0
+        else:
+            choices = event.get("choices") or [{}]
+            tokens = 1 if choices[0].get("delta", {}).get("content") else 0
+        if tokens > 0:
+            counted += tokens
+            chunks.append((round(at - t0, 6), tokens))
+    return chunks, prompt_tokens, output_tokens, complaint
+
+
+# ------------------------------------------------------------------------------ Locust's worker
+
+
+class Stage:
+    """Where users wait between trials."""
+
+    def __init__(self) -> None:
+        self.load: Load | None = None
+        self.opened = gevent.event.Event()
+        self.arrived = 0
+        self.left = 0
+        self.seats = itertools.count()
+
+    def play(self, load: Load) -> None:
+        """Run one trial to its end: connect every user, start the clock, wait for the last."""
+        self.arrived = self.left = 0
+        self.go = gevent.event.Event()
+        self.everyone_ready, self.everyone_left = gevent.event.Event(), gevent.event.Event()
+        self.load = load
+        opened, self.opened = self.opened, gevent.event.Event()
+        opened.set()
+        self.everyone_ready.wait()
+        gc.collect()
+        gc.disable()
+        load.start()
+        self.go.set()
+        self.everyone_left.wait()
+        gc.enable()
+        self.load = None
+
+    def ready(self) -> None:
+        assert self.load
+        self.arrived += 1
+        if self.arrived == self.load.users:
+            self.everyone_ready.set()
+        self.go.wait()
+
+    def leave(self) -> None:
+        assert self.load
+        self.left += 1
+        if self.left == self.load.users:
+            self.everyone_left.set()
+
+
+stage = Stage()
+
+
+class ChatUser(User):
+    """One user: at most one request in flight."""
+
+    def on_start(self) -> None:
+        self.seat = next(stage.seats)
+
+    @task
+    def take_part(self) -> None:
+        if stage.load is None or stage.load.plan.window_s is not None:
+            stage.opened.wait()
+        load = stage.load
+        if load is None or (load.plan.window_s is not None and self.seat >= load.users):
+            return
+        client = connect(load)
+        if load.plan.window_s is not None:
+            stage.ready()
+        try:
+            while turn := load.next_turn():
+                record, connection_failed = stream(client, turn, load)
+                load.keep(record, connection_failed)
+                self.environment.events.request.fire(
+                    request_type="POST",
+                    name=load.name,
+                    response_time=1000 * ((record.end_s or 0) - record.start_s),
+                    response_length=record.output_tokens or 0,
+                    exception=RuntimeError(record.error) if record.error else None,
+                    context={},
+                )
+                if record.error:
+                    gevent.sleep(0.1)
+        finally:
+            client.close()
+            if load.plan.window_s is not None:
+                stage.leave()
+
+
+def connect(load: Load) -> HTTPClient:
+    address = urlsplit(load.plan.url)
+    client = HTTPClient(
+        address.hostname or "",
+        port=address.port,
+        ssl=address.scheme == "https",
+        connection_timeout=10,
+        network_timeout=load.plan.timeout_s,
+        concurrency=1,
+    )
+    try:
+        client.get("/health").read()
+    except Exception:  # the first request will say what is wrong
+        client.close()
+        return HTTPClient(address.hostname or "", port=address.port, concurrency=1)
+    return client
+
+
+def play_trial(environment: Environment, msg: Any, **_: object) -> None:
+    """On the worker: run the trial, send records as they come and the summary at the end."""
+    plan = TrialPlan.model_validate_json(msg.data)
+    load = Load(plan)
+    runner = environment.runner
+    assert isinstance(runner, WorkerRunner)
+    if plan.window_s is None:
+        load.start()
+        stage.load = load
+        stage.opened.set()
+        gevent.spawn(report_forever, runner, load)
+        return
+    lags: list[float] = []
+    helpers = [gevent.spawn(watch_loop, lags), gevent.spawn(report_forever, runner, load)]
+    cpu = time.process_time()
+    stage.play(load)
+    cpu = time.process_time() - cpu
+    gevent.killall(helpers)
+    report(runner, load)
+    lags.sort()
+    summary = TrialSummary(
+        started_unix_s=load.started_unix_s,
+        window_s=(load.window_start_s, load.window_end_s),
+        planned=load.planned,
+        sent=load.sent,
+        exhausted=load.exhausted,
+        loop_lag_p99_s=lags[int(0.99 * (len(lags) - 1))] if lags else 0.0,
+        loop_lag_max_s=lags[-1] if lags else 0.0,
+        cpu_s=cpu,
+        aborted=load.aborted,
+    )
+    runner.send_message("lab-done", summary.model_dump_json())
+
+
+def watch_loop(lags: list[float]) -> None:
+    """Measure how late the event loop wakes a greenlet that asked to sleep 10 ms."""
+    while True:
+        asked = now()
+        gevent.sleep(LOOP_TICK_S)
+        lags.append(max(0.0, now() - asked - LOOP_TICK_S))
+
+
+def report(runner: WorkerRunner, load: Load) -> None:
+    fresh, load.fresh = load.fresh, []
+    runner.send_message(
+        "lab-records", {"records": [asdict(r) for r in fresh], "in_flight": load.in_flight}
+    )
+
+
+def report_forever(runner: WorkerRunner, load: Load) -> None:
+    while True:
+        gevent.sleep(REPORT_EVERY_S)
+        report(runner, load)
+
+
+# ------------------------------------------------------------------------------ Locust's master
+
+
+class Director:
+    """Reads plans, sends them to the worker, writes the records, feeds Prometheus."""
+
+    def __init__(self, runner: MasterRunner, exporter: Exporter) -> None:
+        self.runner, self.exporter = runner, exporter
+        self.plan: TrialPlan | None = None
+        self.records: list[RequestRecord] = []
+        runner.register_message("lab-records", self.on_records)
+        runner.register_message("lab-done", self.on_done)
+
+    def say(self, **event: object) -> None:
+        print(json.dumps(event), flush=True)
+
+    def begin(self, plan: TrialPlan) -> None:
+        self.plan, self.records = plan, []
+        self.exporter.begin(plan)
+        self.runner.send_message("lab-trial", plan.model_dump_json())
+
+    def direct(self, users: int) -> None:
+        while self.runner.user_count < users:
+            gevent.sleep(0.02)
+        self.say(event="ready")
+        for line in gevent.fileobject.FileObjectPosix(sys.stdin.fileno(), "rb"):
+            plan = TrialPlan.model_validate_json(line)
+            assert plan.arrival.users <= users, f"{plan.arrival} needs more than {users} users"
+            self.begin(plan)
+
+    def on_records(self, msg: Any, **_: object) -> None:
+        for fields in msg.data["records"]:
+            fields["chunks"] = [(at, tokens) for at, tokens in fields["chunks"]]
+            record = RequestRecord(**fields)
+            self.exporter.observe(record)
+            if self.plan and self.plan.window_s is not None:
+                self.records.append(record)
+        self.exporter.in_flight(msg.data["in_flight"])
+
+    def on_done(self, msg: Any, **_: object) -> None:
+        assert self.plan
+        self.exporter.end()
+        records.write(self.plan.records, self.records)
+        self.say(event="done", summary=json.loads(msg.data))
+
+
+@events.init_command_line_parser.add_listener
+def _options(parser: Any) -> None:
+    group = parser.add_argument_group("inference-serving lab")
+    group.add_argument("--lab-exporter-port", type=int, help="serve client metrics on this port")
+    # options travel from master to worker as msgpack, which knows no Path
+    group.add_argument("--lab-plan", help="send this TrialPlan's requests until stopped")
+
+
+@events.init.add_listener
+def _begin(environment: Environment, **_: object) -> None:
+    runner, options = environment.runner, environment.parsed_options
+    assert options
+    if isinstance(runner, WorkerRunner):
+        runner.register_message("lab-trial", play_trial, concurrent=True)
+    elif isinstance(runner, MasterRunner):
+        exporter = Exporter()
+        if options.lab_exporter_port:
+            exporter.serve(options.lab_exporter_port)
+        director = Director(runner, exporter)
+        if options.lab_plan:
+            plan = TrialPlan.model_validate_json(Path(options.lab_plan).read_bytes())
+            events.test_start.add_listener(lambda **_: director.begin(plan))
+        else:
+            gevent.spawn(director.direct, options.num_users)

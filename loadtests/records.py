@@ -1,0 +1,109 @@
+"""The record of every request, and each request-level metric, defined once.
+
+All times are seconds on the load process's monotonic clock, counted from the start of the trial,
+taken as bytes are read from the socket. The file holds one JSON object a line, the
+fields of `RequestRecord` under their own names, `chunks` as [[time_s, tokens], ...].
+
+Definitions (they differ between tools; these are ours):
+
+- TTFT: first chunk that carries an output token, from the scheduled time under open loop (so that
+  a late generator cannot hide a queue: no coordinated omission), from the send under closed loop.
+  The role-only chunk that vLLM sends first is not a token.
+- ITL: a chunk of k tokens after a gap g counts as k samples of g / k.
+- TPOT: (last - first) / (output tokens - tokens in the first chunk).
+- E2E: last - scheduled (or sent).
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import orjson
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One request as the client saw it. A field that was never reached is None, never 0."""
+
+    index: int
+    asked_tokens: int
+    scheduled_s: float | None  # None under closed loop: there is no schedule
+    sent_s: float  # request handed to the socket
+    chunks: list[tuple[float, int]]  # (arrival, output tokens) of chunks that carry tokens
+    end_s: float | None  # the stream's end
+    prompt_tokens: int | None  # the engine's usage, as is output_tokens
+    output_tokens: int | None
+    in_window: bool  # sent inside the measured window
+    error: str | None = None
+    first_byte_s: float | None = None  # first bytes of any kind, a role-only chunk included
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None and bool(self.chunks)
+
+    @property
+    def start_s(self) -> float:
+        return self.sent_s if self.scheduled_s is None else self.scheduled_s
+
+    @property
+    def send_lag_s(self) -> float | None:
+        return None if self.scheduled_s is None else self.sent_s - self.scheduled_s
+
+    @property
+    def ttft_s(self) -> float | None:
+        return self.chunks[0][0] - self.start_s if self.chunks else None
+
+    @property
+    def e2e_s(self) -> float | None:
+        return self.chunks[-1][0] - self.start_s if self.chunks else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        later_tokens = sum(tokens for _, tokens in self.chunks[1:])
+        if not later_tokens:
+            return None
+        return (self.chunks[-1][0] - self.chunks[0][0]) / later_tokens
+
+    @property
+    def chunk_gaps_s(self) -> list[float]:
+        """Between chunks that carry tokens: what a person sees as stutter."""
+        times = [time for time, _ in self.chunks]
+        return [b - a for a, b in pairwise(times)]
+
+    @property
+    def itl_s(self) -> list[float]:
+        """One sample a token after the first chunk."""
+        return [
+            gap / tokens
+            for gap, (_, tokens) in zip(self.chunk_gaps_s, self.chunks[1:], strict=True)
+            for _ in range(tokens)
+        ]
+
+
+def write(path: Path, records: Iterable[RequestRecord]) -> None:
+    """Write gzip'd JSON lines, in place only when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.half")
+    # mtime=0: the same records give the same bytes
+    with half.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+        for record in records:
+            file.write(orjson.dumps(asdict(record)) + b"\n")
+    half.rename(path)
+
+
+def read(path: Path) -> Iterator[RequestRecord]:
+    """Read them back; raises ValueError naming the line that cannot be read."""
+    with gzip.open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                fields = orjson.loads(line)
+                fields["chunks"] = [(time, tokens) for time, tokens in fields["chunks"]]
+                yield RequestRecord(**fields)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}, line {number}: not a request record") from error

@@ -1,0 +1,1 @@
+"""What is served: the machine, the models, the engine process and its metrics."""

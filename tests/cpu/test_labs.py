@@ -1,0 +1,55 @@
+"""Every lab on a real vLLM, the bundled model and a real Prometheus; and an engine's bad days."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from labs import LABS
+from serving import engine, machine, models
+from tests.real import check_run, quick_run
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(
+        machine.detect().kind != "cpu", reason="this machine has a GPU: see tests/gpu"
+    ),
+]
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_lab_runs_on_a_real_engine(lab: str, tmp_path: Path) -> None:
+    check_run(quick_run(lab, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize("lab", LABS)
+def test_vllm_accepts_every_scale(lab: str, kind: str) -> None:
+    resolved = LABS[lab].at(kind, quick=False)
+    engine.check_flags([resolved.flags_of(v) for v in resolved.variants])
+
+
+def test_a_misspelled_flag_is_named_with_its_neighbour() -> None:
+    with pytest.raises(engine.EngineError, match="--enable-prefix-caching"):
+        engine.check_flags([{"enable-prefix-cachin": True}])
+
+
+def test_a_wrong_value_is_refused_in_vllms_words() -> None:
+    with pytest.raises(engine.EngineError, match=r"kv-cache-dtype.*fp9"):
+        engine.check_flags([{"kv-cache-dtype": "fp9"}])
+
+
+@pytest.fixture
+def impossible(tmp_path: Path) -> Iterator[engine.VllmEngine]:
+    model = models.resolve(machine.detect())
+    flags = {"max-model-len": 8192, "kv-cache-memory-bytes": 2**20, "enforce-eager": True}
+    starting = engine.VllmEngine("small", model, flags, kind="cpu", log=tmp_path / "engine.log")
+    yield starting
+    starting.stop()
+
+
+def test_an_engine_that_cannot_start_says_why(impossible: engine.VllmEngine) -> None:
+    with pytest.raises(engine.EngineError, match=r"exit code 1: ValueError: .*memory"):
+        impossible.wait()

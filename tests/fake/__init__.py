@@ -1,0 +1,1 @@
+"""A fake engine with a known latency law, and the labs run end to end on it."""

