@@ -172,13 +172,13 @@ LAB = Lab(
     ),
     evidence=(
         Evidence(
-            variant="base",
+            arm=Arm(),
             kind="echoes",
             metric=metrics.CACHE_CONFIG,
             label="enable_prefix_caching",
             value="False",
         ),
-        Evidence(variant="base", kind="stays", metric=metrics.PREEMPTIONS),
+        Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
     ),
     plots=("sweep", "pareto", "static", "roofline"),
     slo=SLO(ttft_s=1.0, tpot_s=0.1),

@@ -304,8 +304,8 @@ def validity(trial: Trial, evidence: Sequence[Evidence]) -> list[Caveat]:
         add("lengths differ", f"{short} answers have another length than asked", False)
     found += _reconcile(trial)
     if trial.engine is not None:
-        missing = [e for e in evidence if e.variant == trial.point.variant.name]
-        for item in (e for e in missing if not _shown(e, trial)):
+        expected = [e for e in evidence if e.arm.matches(trial.point)]
+        for item in (e for e in expected if not _shown(e, trial)):
             add("treatment not applied", f"the engine does not show {item}")
     return found
 

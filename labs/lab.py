@@ -129,7 +129,7 @@ class Evidence(BaseModel, frozen=True, extra="forbid"):
     `rises` and `stays` look at a counter over the trial; `echoes` at a label of an info metric.
     """
 
-    variant: str
+    arm: Arm
     kind: Literal["rises", "stays", "echoes"]
     metric: str
     label: str = ""
@@ -185,7 +185,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     def _names_exist(self) -> Self:
         variants = {v.name for v in self.variants}
         named = {a.variant for c in self.claims for a in (c.treatment, c.baseline)}
-        named |= {e.variant for e in self.evidence}
+        named |= {e.arm.variant for e in self.evidence}
         if unknown := named - variants - {None}:
             raise ValueError(f"{sorted(map(str, unknown))} are no variants of {self.name}")
         return self
@@ -224,9 +224,10 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def points(self, shape: Shape, ceilings: Ceilings) -> list[Point]:
+        """Every variant, with all its flags, under every workload and load."""
         return [
             Point(
-                variant,
+                Variant(name=variant.name, flags=self.flags_of(variant)),
                 workload,
                 load,
                 tuple(workload.lengths(self.requests, self.seed)),

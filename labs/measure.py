@@ -171,6 +171,13 @@ def usd_per_million_tokens(trial: Trial) -> float | None:
     return float(price) / 3600 / rate * 1e6 if price and rate else None
 
 
+def prefix_hit_rate(trial: Trial) -> float | None:
+    """Prompt tokens found in the prefix cache / looked up, over the whole trial, by the engine."""
+    values = trial.engine.values if trial.engine else {}
+    queries = values.get(metrics.PREFIX_QUERIES)
+    return values.get(metrics.PREFIX_HITS, 0.0) / queries if queries else None
+
+
 def engine_ttft_mean_s(trial: Trial) -> float | None:
     histogram = trial.engine and trial.engine.histograms.get(metrics.TTFT)
     return histogram.mean() if histogram else None
@@ -204,6 +211,7 @@ METRICS: dict[str, Metric] = {
     "mfu": Metric("MFU", "1", "higher", mfu),
     "intensity": Metric("FLOP a byte", "1", "higher", intensity),
     "flops_per_s": Metric("Decode rate", "FLOP/s", "higher", flops_per_s),
+    "prefix_hit_rate": Metric("Prefix hit rate", "1", "higher", prefix_hit_rate),
     "usd_per_million_tokens": Metric("$/M tokens", "USD", "lower", usd_per_million_tokens),
     "engine_ttft_mean_s": Metric("TTFT, engine's mean", "s", "lower", engine_ttft_mean_s),
     "client_ttft_mean_s": Metric("TTFT, client's mean", "s", "lower", client_ttft_mean_s),

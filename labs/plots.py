@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
-from labs.judge import mean_interval
+from labs.judge import Interval, mean_interval
 from labs.lab import Lab, Point
 from labs.measure import METRICS
 from labs.results import RunFolder, Summary
@@ -33,7 +33,8 @@ mpl.rcParams.update(
 )
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+CYCLE = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
 
 Draw = Callable[[RunFolder, Lab, Sequence[Point], Summary], str | None]
 
@@ -100,10 +101,16 @@ def _wrapped(title: str, width: int = 34) -> str:
     return "\n".join(lines)
 
 
-def _sweep(points: Sequence[Point]) -> list[Point]:
+def sweep_points(points: Sequence[Point]) -> list[Point]:
     """The closed-loop concurrency sweep of the first workload, in order."""
     mine = [p for p in points if p.workload.name == points[0].workload.name]
     return sorted((p for p in mine if p.load.kind == "concurrent"), key=lambda p: p.load.users)
+
+
+def _over_repeats(summary: Summary, point: Point, metric: str) -> Interval | None:
+    rows = summary.measurements.get(point.key, {}).values()
+    values = [v for row in rows if (v := row.get(metric)) is not None]
+    return mean_interval(values) if values else None
 
 
 def _errorbar(
@@ -115,20 +122,15 @@ def _errorbar(
     scale: float,
     label: str,
 ) -> None:
-    centre, low, high = [], [], []
-    for point in points:
-        rows = summary.measurements.get(point.key, {}).values()
-        values = [v * scale for row in rows if (v := row.get(metric)) is not None]
-        found = mean_interval(values) if values else None
-        centre.append(found.value if found else np.nan)
-        low.append(found.value - found.low if found and found.low is not None else 0)
-        high.append(found.high - found.value if found and found.high is not None else 0)
-    ax.errorbar(x, centre, yerr=[low, high], fmt="o-", capsize=4, color=BLUE, label=label)
+    found = [_over_repeats(summary, point, metric) for point in points]
+    centre = [f.value * scale if f else np.nan for f in found]
+    reach = [(f.high - f.value) * scale if f and f.high is not None else 0 for f in found]
+    ax.errorbar(x, centre, yerr=reach, fmt="o-", capsize=4, color=BLUE, label=label)
 
 
 def sweep(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
     """Throughput and TPOT against requests in flight, measured on predicted."""
-    swept = _sweep(points)
+    swept = sweep_points(points)
     if len(swept) < 2:
         return None
     x = [p.load.users for p in swept]
@@ -156,7 +158,7 @@ def sweep(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary
 
 def pareto(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
     """What the operator gets against what one user gets."""
-    swept = _sweep(points)
+    swept = sweep_points(points)
     if len(swept) < 2:
         return None
     _, ax = plt.subplots(figsize=(5.5, 3.6))
@@ -234,7 +236,7 @@ def static(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summar
 
 def roofline(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
     """Achieved decode FLOP/s over arithmetic intensity, under the machine's measured roof."""
-    swept = _sweep(points)
+    swept = sweep_points(points)
     if not swept:
         return None
     ceilings = swept[0].ceilings
@@ -268,6 +270,28 @@ def roofline(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
     )
 
 
+def variants(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
+    """The first claim's metric for every variant, workload by workload."""
+    metric = METRICS[lab.claims[0].metric]
+    places = list(dict.fromkeys((p.workload.name, str(p.load)) for p in points))
+    scale, unit = (1000.0, "ms") if metric.unit == "s" else (1.0, metric.unit)
+    width = 0.8 / len(lab.variants)
+    _, ax = plt.subplots(figsize=(1.5 + 1.0 * len(places), 3.4))
+    for column, (variant, colour) in enumerate(zip(lab.variants, CYCLE, strict=False)):
+        mine = {(p.workload.name, str(p.load)): p for p in points if p.variant.name == variant.name}
+        at = [i + (column - (len(lab.variants) - 1) / 2) * width for i in range(len(places))]
+        found = [_over_repeats(summary, mine[place], lab.claims[0].metric) for place in places]
+        heights = [f.value * scale if f else np.nan for f in found]
+        reach = [(f.high - f.value) * scale if f and f.high is not None else 0 for f in found]
+        ax.bar(at, heights, width, yerr=reach, capsize=3, color=colour, label=variant.name)
+    ax.set_xticks(range(len(places)), [f"{workload}\n{load}" for workload, load in places])
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel(f"{metric.title} ({unit})")
+    ax.legend(frameon=False)
+    return f"{metric.title} of each variant, with 95 % intervals, workload by workload."
+
+
 PLOTS: dict[str, Draw] = {
     "effects": effects, "sweep": sweep, "pareto": pareto, "static": static, "roofline": roofline,
+    "variants": variants,
 }  # fmt: skip

@@ -70,26 +70,27 @@ def ceilings_text(ceilings: Ceilings) -> str:
 # ------------------------------------------------------------------------------------ the tables
 
 
-def predictions_table(points: Sequence[Point], lab: Lab, predictions: Predictions) -> Table:
-    rows = [["Figure", "Where", "Predicted", "Formula"]]
+def predictions_table(lab: Lab, predictions: Predictions) -> Table:
+    rows = [["Figure", "Where", "Predicted"]]
     for claim in lab.claims:
         for pair, prediction in predictions.effects[claim.name].items():
             treatment, _, baseline = pair.partition("|")
             where = f"{short(treatment, lab)} / {short(baseline, lab)}"
-            value = f"{prediction.value:.2f}x"
-            rows.append([METRICS[claim.metric].title, where, value, prediction.formula])
+            rows.append([METRICS[claim.metric].title, where, f"{prediction.value:.2f}x"])
     for forecast in lab.forecasts:
-        unit = METRICS[forecast.metric].unit
+        metric = METRICS[forecast.metric]
         for key, prediction in predictions.forecasts[forecast.name].items():
-            rows.append(
-                [
-                    METRICS[forecast.metric].title,
-                    short(key, lab),
-                    predicted(prediction, unit),
-                    prediction.formula,
-                ]
-            )
+            rows.append([metric.title, short(key, lab), predicted(prediction, metric.unit)])
     return "Predicted, before any engine starts", rows
+
+
+def formulas(predictions: Predictions) -> list[str]:
+    """Each formula once, with its source and what it assumes."""
+    every = [p for group in (predictions.effects, predictions.forecasts) for p in group.values()]
+    seen = {p.formula: p for by_place in every for p in by_place.values()}
+    return [
+        f"`{p.formula}` ({p.source}); assumes: {'; '.join(p.assumptions)}" for p in seen.values()
+    ]
 
 
 def short(key: str, lab: Lab) -> str:
@@ -131,7 +132,7 @@ def verdict(judgement: Judgement) -> str:
 
 COLUMNS = (
     "output_tokens_per_s", "ttft_p50_s", "ttft_p90_s", "tpot_mean_s", "itl_p99_s", "e2e_p50_s",
-    "goodput_per_s", "error_rate", "mbu", "mfu", "usd_per_million_tokens",
+    "goodput_per_s", "error_rate", "prefix_hit_rate", "mbu", "mfu", "usd_per_million_tokens",
 )  # fmt: skip
 
 
@@ -162,7 +163,8 @@ def forecasts_table(lab: Lab, summary: Summary) -> Table:
     rows = [["Figure", "Where", "Measured", "95 % interval", "Predicted", "Share", "Held"]]
     for f in summary.forecasts:
         unit = METRICS[f.metric].unit
-        share = "–" if f.measured is None else f"{f.measured.value / f.prediction.value:.0%}"
+        known = f.measured and f.prediction.value
+        share = f"{f.measured.value / f.prediction.value:.0%}" if f.measured and known else "–"
         rows.append(
             [
                 METRICS[f.metric].title,
@@ -254,13 +256,8 @@ def _lines(
     ]
     if summary.forecasts:
         out += ["## Predicted beside measured", "", *markdown(forecasts_table(lab, summary)[1])]
-        out += ["", *_regime(run, points, summary), ""]
-        seen = {f"{f.prediction.formula}": f.prediction for f in summary.forecasts}
-        seen |= {j.prediction.formula: j.prediction for j in summary.judgements}
-        out += [
-            f"- `{p.formula}` ({p.source}); assumes: {'; '.join(p.assumptions)}"
-            for p in seen.values()
-        ]
+        out += ["", *_regime(run, lab, points, summary)]
+        out += [f"- {line}" for line in formulas(folder.predictions())]
         out += [""]
     agreement, ttft = agreement_table(folder)[1], ttft_table(points, lab, summary)[1]
     if len(agreement) > 1:
@@ -342,32 +339,34 @@ def validity_lines(caveats: Sequence[Caveat], lab: Lab) -> list[str]:
     return lines
 
 
-def _regime(run: Run, points: Sequence[Point], summary: Summary) -> list[str]:
+def _regime(run: Run, lab: Lab, points: Sequence[Point], summary: Summary) -> list[str]:
     """Where the answer flips: the ridge from the ceilings, the slope of the step from the sweep."""
-    ridge = theory.ridge_batch(points[0].shape, points[0].ceilings)
-    lines = [
-        f"On the roofline decode stays bound by memory up to a batch of about {ridge:,.0f} (ridge:"
-        f" {run.ceilings.ridge_flops_per_byte:,.0f} FLOP/byte); beyond it each further request"
-        " lengthens the step in proportion."
-    ]
-    sweep = [
-        (size, tpot)
-        for p in points
-        if p.load.kind == "concurrent" and p.workload.name == points[0].workload.name
-        for row in summary.measurements.get(p.key, {}).values()
-        if (size := row.get("batch")) and (tpot := row.get("tpot_mean_s"))
-    ]
-    if len({round(size) for size, _ in sweep}) > 2:
-        sizes, tpots = zip(*sweep, strict=True)
-        slope, fixed = np.polyfit(sizes, tpots, 1)
+    lines = []
+    if "roofline" in lab.plots:
+        ridge = theory.ridge_batch(points[0].shape, points[0].ceilings)
         lines.append(
-            f"Measured: TPOT = {1000 * fixed:.1f} ms + {1000 * slope:.2f} ms x B (least squares"
-            f" over the sweep), so throughput would reach half of its limit, 1 / slope ="
-            f" {number(1 / slope, 'tok/s')}, near B = {fixed / slope:.0f}."
-            if slope > 0
-            else "Measured: TPOT did not grow with the batch in this range."
+            f"On the roofline decode stays bound by memory up to a batch of about {ridge:,.0f}"
+            f" (ridge: {run.ceilings.ridge_flops_per_byte:,.0f} FLOP/byte); beyond it each further"
+            " request lengthens the step in proportion."
         )
-    return lines
+    if "sweep" in lab.plots:
+        swept = [
+            (size, tpot)
+            for point in plots.sweep_points(points)
+            for row in summary.measurements.get(point.key, {}).values()
+            if (size := row.get("batch")) and (tpot := row.get("tpot_mean_s"))
+        ]
+        if len({round(size) for size, _ in swept}) > 2:
+            sizes, tpots = zip(*swept, strict=True)
+            slope, fixed = np.polyfit(sizes, tpots, 1)
+            lines.append(
+                f"Measured: TPOT = {1000 * fixed:.1f} ms + {1000 * slope:.2f} ms x B (least"
+                " squares over the sweep), so throughput would reach half of its limit, 1 / slope"
+                f" = {number(1 / slope, 'tok/s')}, near B = {fixed / slope:.0f}."
+                if slope > 0
+                else "Measured: TPOT did not grow with the batch in this range."
+            )
+    return [*lines, ""] if lines else []
 
 
 def _method(folder: RunFolder, run: Run, lab: Lab) -> list[str]:

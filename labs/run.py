@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import random
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -110,14 +111,19 @@ def run(request: Request, teller: Teller) -> RunFolder:
     for `resume`.
     """
     began = time.monotonic()
-    with _alone():
+    with contextlib.ExitStack() as exits:
+        exits.enter_context(_alone())
         setup = resolve(request, teller)
+        work = exits.enter_context(_scratch())
+        prompts = write_requests(setup, work)
         folder = _resumed(setup) if request.resume else None
-        folder = folder or RunFolder.create(_manifest(setup, request))
+        folder = folder or RunFolder.create(_manifest(setup, request, prompts))
         predictions = predict(setup)
         write_json(folder.path / "predictions.json", predictions)
-        teller.show(*report.predictions_table(setup.points, setup.lab, predictions))
-        session = _Session(setup, folder, teller)
+        teller.show(*report.predictions_table(setup.lab, predictions))
+        for formula in report.formulas(predictions):
+            teller.step(formula)
+        session = _Session(setup, folder, work, teller)
         with session:
             for group in resident_groups(setup):
                 with session.engines(group):
@@ -197,12 +203,32 @@ def measured_ceilings(machine: Machine, teller: Teller) -> Ceilings:
     return read_json(path, MachineFile).ceilings
 
 
-def _manifest(setup: Setup, request: Request) -> Run:
-    lab = setup.lab
-    prompts = hashlib.sha256()
+def requests_file(work: Path, workload: Workload, repeat: int) -> Path:
+    return work / f"{workload.name}-{repeat}.jsonl"
+
+
+def write_requests(setup: Setup, work: Path) -> str:
+    """Write what each repeat sends, the same for all its variants and loads; their SHA-256."""
+    lab, digest = setup.lab, hashlib.sha256()
+    served = setup.endpoint.model if setup.endpoint else setup.model.name
     for workload in lab.workloads:
-        for item in workload.requests(64, lab.seed, setup.writer):
-            prompts.update(repr((item.messages, item.output_tokens)).encode())
+        for repeat in range(1, lab.repeats + 1):
+            items = workload.requests(lab.requests, lab.seed + repeat - 1, setup.writer)
+            path = requests_file(work, workload, repeat)
+            plan.write_requests(path, items, served)
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for what a run needs on disk and nobody needs afterwards."""
+    with tempfile.TemporaryDirectory(dir=models.CACHE, prefix="run-") as folder:
+        yield Path(folder)
+
+
+def _manifest(setup: Setup, request: Request, prompts_sha256: str) -> Run:
+    lab = setup.lab
     model = "" if setup.endpoint else "<model>"
     return Run(
         run_id=run_id(lab.digest()),
@@ -218,7 +244,7 @@ def _manifest(setup: Setup, request: Request) -> Run:
         ceilings=setup.ceilings,
         environment=machines.environment(models.ROOT),
         argv={v.name: [model, *flag_argv(lab.flags_of(v))] for v in lab.variants},
-        prompts_sha256=prompts.hexdigest(),
+        prompts_sha256=prompts_sha256,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -298,9 +324,8 @@ def interleave(setup: Setup, group: Sequence[Variant]) -> list[tuple[Point, int]
 class _Session:
     """The processes of a run, and the trials played on them."""
 
-    def __init__(self, setup: Setup, folder: RunFolder, teller: Teller) -> None:
-        self.setup, self.folder, self.teller = setup, folder, teller
-        self.work = models.CACHE / "runs" / folder.path.name
+    def __init__(self, setup: Setup, folder: RunFolder, work: Path, teller: Teller) -> None:
+        self.setup, self.folder, self.work, self.teller = setup, folder, work, teller
         self.logs = folder.path / "logs"
         self.engine_start_s = self.load_s = 0.0
         self.running: dict[str, VllmEngine | Endpoint] = {}
@@ -418,7 +443,7 @@ class _Session:
         trial_plan = plan.TrialPlan(
             url=engine.url,
             arrival=point.load,
-            requests=self._requests(point.workload, repeat, engine.model),
+            requests=requests_file(self.work, point.workload, repeat),
             records=path,
             warmup_s=setup.lab.warmup_s,
             window_s=setup.lab.window_s,
@@ -442,15 +467,6 @@ class _Session:
         tokens = sum(k for r in found for at, k in r.chunks if start <= at < end)
         rate = f"{tokens / (end - start):.0f} tok/s" if end > start else "nothing in the window"
         return summary, None if engine_delta is None else snapshot_json(engine_delta), rate
-
-    def _requests(self, workload: Workload, repeat: int, model: str) -> Path:
-        """The same requests for every variant and load of a repeat; others in the next repeat."""
-        path = self.work / f"{workload.name}-{repeat}.jsonl"
-        if not path.exists():
-            lab = self.setup.lab
-            items = workload.requests(lab.requests, lab.seed + repeat - 1, self.setup.writer)
-            plan.write_requests(path, items, model)
-        return path
 
     def _trial_s(self) -> float:
         return self.setup.lab.warmup_s + self.setup.lab.window_s + PER_TRIAL_S
@@ -527,7 +543,7 @@ def start_locust_ui(
     chosen = by_name[workload] if workload else resolved.workloads[0]
     server = Endpoint(endpoint)
     writer = Writer(counter(str(models.resolve(machine, model).path)))
-    work = models.CACHE / "runs" / "locust"
+    work = models.CACHE / "locust"
     plan.write_requests(
         work / "requests.jsonl",
         chosen.requests(resolved.requests, resolved.seed, writer),

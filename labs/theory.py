@@ -22,6 +22,16 @@ def prefill_s(shape: Shape, ceilings: Ceilings, tokens: float) -> float:
     return (2 * shape.matmul_params * tokens + attention) / ceilings.bf16_flops_per_s
 
 
+def prefill_left_s(shape: Shape, ceilings: Ceilings, tokens: float, cached_tokens: float) -> float:
+    """Seconds to prefill the rest of a prompt whose first `cached_tokens` have their KV cached.
+
+    FLOP left: 2 P N (1 - h) + 2 L d N^2 (1 - h^2), h = cached / tokens: the rest still attends to
+    all that is cached. Never less than one read of the weights, which any forward pass takes.
+    """
+    whole, cached = (prefill_s(shape, ceilings, n) for n in (tokens, cached_tokens))
+    return max(whole - cached, shape.weight_bytes / ceilings.memory_bandwidth_bytes_per_s)
+
+
 def decode_bytes(shape: Shape, batch: float, context_tokens: float) -> float:
     """Bytes one decode step reads: the weights once, and every sequence's keys and values."""
     return shape.weight_bytes + batch * context_tokens * shape.kv_bytes_per_token()

@@ -90,6 +90,8 @@ class Generator:
                     ) from None
                 waiting()
                 continue
+            if said["event"] == "failed":
+                raise GeneratorError(said["reason"])
             if said["event"] == event:
                 return said
         raise GeneratorError(

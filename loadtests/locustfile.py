@@ -433,8 +433,12 @@ class Director:
     def on_done(self, msg: Any, **_: object) -> None:
         assert self.plan
         self.exporter.end()
-        records.write(self.plan.records, self.records)
-        self.say(event="done", summary=json.loads(msg.data))
+        try:
+            records.write(self.plan.records, self.records)
+        except OSError as error:  # a full disk, for one
+            self.say(event="failed", reason=f"the records could not be written: {error}")
+        else:
+            self.say(event="done", summary=json.loads(msg.data))
 
 
 @events.init_command_line_parser.add_listener

@@ -32,6 +32,7 @@ _ENDINGS = (
     "near the end of the week", "with great care", "for the third time", "while others slept",
     "and nobody was surprised", "because the water was low", "until the bell rang", "at noon",
 )  # fmt: skip
+_LONGEST_SENTENCE_TOKENS, _LONGEST_WORD_TOKENS = 24, 6  # only to take larger steps at first
 _FILLERS = ("and", "so", "then", "now", "there", "again", "still", "too")
 
 
@@ -45,26 +46,45 @@ class Writer:
         self._count = count
         self.least_tokens = count(_messages("")) + 1
 
-    def chat(self, tokens: int, rng: random.Random) -> Messages:
-        """Raises ValueError when the chat template alone is longer, or no text fits exactly."""
-        if tokens < self.least_tokens:
-            raise ValueError(
-                f"prompt_tokens={tokens} is below the {self.least_tokens} tokens that the chat"
-                " template itself takes: give more"
+    def chat(self, tokens: int, rng: random.Random, lead: str = "") -> Messages:
+        """Messages of exactly `tokens`, the user's text beginning with `lead`.
+
+        Raises ValueError when the chat template and the lead alone are longer, or no text fits.
+        """
+        least = self._count(_messages(lead)) + 1
+        if tokens < least:
+            what = (
+                "chat template and its shared prefix take" if lead else "chat template itself takes"
             )
+            raise ValueError(f"prompt_tokens={tokens} is below the {least} tokens that the {what}")
+        return _messages(self._text(tokens, rng, lead))
+
+    def lead(self, tokens: int, rng: random.Random) -> str:
+        """A text of exactly `tokens`, the template's not counted: to begin several prompts with."""
+        return self._text(self._count(_messages("")) + tokens, rng, "")
+
+    def _text(self, total: int, rng: random.Random, lead: str) -> str:
+        """`lead` and sentences after it, so that the whole message counts `total` tokens."""
         words: list[str] = []
-        while self._count(_messages(" ".join(words))) < tokens:
-            words += _sentence(rng).split()
-        while self._count(_messages(" ".join(words))) > tokens:
-            words.pop()
-        fillers = [f for f in sorted(_FILLERS, key=lambda _: rng.random())]
-        for filler in fillers * tokens:  # a word lost may have been two tokens: add single ones
-            messages = _messages(" ".join(words))
-            if self._count(messages) == tokens:
-                return messages
-            if self._count(_messages(" ".join([*words, filler]))) <= tokens:
+
+        def text(*more: str) -> str:
+            return " ".join(filter(None, (lead, *words, *more)))
+
+        def count(*more: str) -> int:
+            return self._count(_messages(text(*more)))
+
+        while (missing := total - count()) > 0:
+            for _ in range(max(1, missing // _LONGEST_SENTENCE_TOKENS)):
+                words += _sentence(rng).split()
+        while (excess := count() - total) > 0:
+            del words[-max(1, excess // _LONGEST_WORD_TOKENS) :]
+        fillers = sorted(_FILLERS, key=lambda _: rng.random())
+        for filler in fillers * total:  # a word lost may have been two tokens: add single ones
+            if count() == total:
+                return text()
+            if count(filler) <= total:
                 words.append(filler)
-        raise ValueError(f"no text of exactly {tokens} tokens was found with this tokenizer")
+        raise ValueError(f"no text of exactly {total} tokens was found with this tokenizer")
 
 
 def _messages(text: str) -> Messages:

@@ -55,6 +55,17 @@ class Exponential(BaseModel, frozen=True, extra="forbid"):
 Lengths = Annotated[Fixed | Exponential, Field(discriminator="kind")]
 
 
+class Prefix(BaseModel, frozen=True, extra="forbid"):
+    """The first `tokens` of every prompt's text are shared by the requests of a group.
+
+    Requests take the groups in turn. The chat template's own first tokens are shared by all, and
+    are not counted here.
+    """
+
+    tokens: PositiveInt
+    groups: PositiveInt = 1
+
+
 @dataclass(frozen=True)
 class Request:
     """One request: chat messages of exactly `prompt_tokens`, and how many tokens to answer."""
@@ -75,6 +86,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     name: str
     prompt_tokens: Lengths
     output_tokens: Lengths
+    prefix: Prefix | None = None
     loads: Annotated[tuple[Arrival, ...], Field(min_length=1)]
 
     def lengths(self, n: int, seed: int) -> list[tuple[int, int]]:
@@ -86,8 +98,12 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     def requests(self, n: int, seed: int, writer: Writer) -> list[Request]:
         """The first n requests, the same for the same seed and tokenizer on any machine."""
         rng = random.Random(f"{seed}/{self.name}/text")
+        leads = [""]
+        if self.prefix:
+            groups = range(min(n, self.prefix.groups))
+            leads = [writer.lead(self.prefix.tokens, rng) for _ in groups]
         return [
-            Request(i, writer.chat(prompt, rng), prompt, output)
+            Request(i, writer.chat(prompt, rng, leads[i % len(leads)]), prompt, output)
             for i, (prompt, output) in enumerate(self.lengths(n, seed))
         ]
 

@@ -1,0 +1,231 @@
+"""Prefix caching: when does reusing the KV cache of a shared prefix pay?
+
+Prompts that begin alike (a system prompt, a document, the turns of a chat so far) have the same
+keys and values there. With the cache on, the engine looks a prompt's beginning up block by block
+and computes only what follows: prefill, and so TTFT, falls to the unshared part. Decode gains
+nothing. What is looked up must still be in memory: with more prefixes in turn than the cache
+holds, each is evicted before it comes back (least recently used), and nothing is gained.
+
+Turn: the shared part (`workloads.share-90.prefix.tokens`), the number of prefixes
+(`workloads.many.prefix.groups`), the cache (`flags.kv-cache-memory-bytes`).
+"""
+
+from __future__ import annotations
+
+from labs import theory
+from labs.lab import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
+from loadtests.arrivals import Concurrent
+from loadtests.workload import Fixed, Prefix, Workload
+from serving import metrics
+
+
+def cached_tokens(point: Point) -> float:
+    """Tokens of a prompt found in the cache: the shared ones, in whole blocks, while they stay."""
+    prefix, flags = point.workload.prefix, point.variant.flags
+    if prefix is None or not flags["enable-prefix-caching"]:
+        return 0
+    request_bytes = (point.prompt_tokens + point.output_tokens) * point.shape.kv_bytes_per_token()
+    fits = int(str(flags["kv-cache-memory-bytes"])) // request_bytes
+    if prefix.groups > fits:
+        return 0
+    block = int(str(flags["block-size"]))
+    return prefix.tokens // block * block
+
+
+def first_token_s(point: Point) -> float:
+    return theory.prefill_left_s(
+        point.shape, point.ceilings, point.prompt_tokens, cached_tokens(point)
+    )
+
+
+def ttft_left(on: Point, off: Point) -> Prediction:
+    return Prediction(
+        value=first_token_s(on) / first_token_s(off),
+        tolerance=0.3,
+        formula="max(FLOP left / rate, weight bytes / bandwidth) / (FLOP / rate)",
+        assumptions=(
+            "prefill runs at the measured BF16 rate, or at least at one rate whatever its length",
+            "a prefix is cached while all groups' prompts fit the KV memory, else never",
+            "tokenizing, scheduling and HTTP take no time",
+        ),
+        source="FLOP: Kaplan et al. 2020; blocks: Kwon et al., PagedAttention, SOSP 2023",
+    )
+
+
+def throughput_gain(on: Point, off: Point) -> Prediction:
+    def request_s(point: Point) -> float:
+        """What one of B requests in flight takes: its prefill, and its share of decode steps."""
+        step_s = theory.decode_step_s(
+            point.shape, point.ceilings, point.load.users, point.prompt_tokens
+        )
+        return first_token_s(point) + point.output_tokens * step_s / point.load.users
+
+    return Prediction(
+        value=request_s(off) / request_s(on),
+        tolerance=0.3,
+        formula="(t_prefill + L t(B) / B) off / on",
+        assumptions=("prefill and decode take turns on the device",),
+        source="Williams et al., Roofline, 2009",
+    )
+
+
+def hit_rate(point: Point) -> Prediction:
+    return Prediction(
+        value=cached_tokens(point) / point.prompt_tokens,
+        tolerance=0.15,
+        formula="floor(shared / block) block / prompt; 0 where the groups do not fit the cache",
+        assumptions=("the first request of each group, which finds nothing, is one of many",),
+        source="Kwon et al., PagedAttention, SOSP 2023",
+    )
+
+
+OFF = Variant(name="off", flags={"enable-prefix-caching": False})
+ON = OFF.but("on", {"enable-prefix-caching": True})
+ONE, FOUR = Concurrent(users=1), Concurrent(users=4)
+
+
+def workload(name: str, shared_tokens: int, groups: int = 1, *loads: Concurrent) -> Workload:
+    return Workload(
+        name=name,
+        prompt_tokens=Fixed(tokens=768),
+        output_tokens=Fixed(tokens=4),
+        prefix=Prefix(tokens=shared_tokens, groups=groups) if shared_tokens else None,
+        loads=loads or (ONE,),
+    )
+
+
+LAB = Lab(
+    name="prefix-caching",
+    title="Prefix caching",
+    question="When does reusing the KV cache of a shared prefix pay, and when does it thrash?",
+    answers=("SO-4", "IP-5"),
+    variants=(OFF, ON),
+    flags={
+        "max-model-len": 1024,
+        "enforce-eager": True,
+        "block-size": 32,
+        "kv-cache-memory-bytes": 96 * 2**20,  # five prompts: enough to fill, little to overflow
+    },
+    workloads=(
+        workload("share-0", 0, 1, ONE, FOUR),
+        workload("share-50", 384),
+        workload("share-90", 690, 1, ONE, FOUR),
+        workload("share-97", 740),
+        workload("few", 690, 4),
+        workload("many", 690, 8),
+    ),
+    claims=(
+        *(
+            Claim(
+                name=f"ttft-{name}",
+                title=f"TTFT falls to the unshared part ({text})",
+                metric="ttft_mean_s",
+                treatment=Arm(variant="on", workload=name, load="concurrent:1"),
+                baseline=Arm(variant="off", workload=name, load="concurrent:1"),
+                expect="falls",
+                predict=ttft_left,
+            )
+            for name, text in (
+                ("share-50", "half shared"),
+                ("share-90", "nine tenths shared"),
+                ("share-97", "all but a question shared"),
+                ("few", "four prefixes that fit the cache"),
+            )
+        ),
+        Claim(
+            name="thrash",
+            title="More prefixes than the cache holds gain nothing",
+            metric="ttft_mean_s",
+            treatment=Arm(variant="on", workload="many"),
+            baseline=Arm(variant="off", workload="many"),
+            expect="unchanged",
+            predict=ttft_left,
+        ),
+        Claim(
+            name="cost",
+            title="Where nothing is shared the cache costs nothing",
+            metric="output_tokens_per_s",
+            treatment=Arm(variant="on", workload="share-0"),
+            baseline=Arm(variant="off", workload="share-0"),
+            expect="unchanged",
+            predict=throughput_gain,
+        ),
+        Claim(
+            name="throughput",
+            title="Under load the prefill saved becomes throughput",
+            metric="output_tokens_per_s",
+            treatment=Arm(variant="on", workload="share-90", load="concurrent:4"),
+            baseline=Arm(variant="off", workload="share-90", load="concurrent:4"),
+            expect="rises",
+            predict=throughput_gain,
+        ),
+    ),
+    forecasts=(
+        Forecast(
+            name="hit-rate",
+            metric="prefix_hit_rate",
+            arm=Arm(variant="on", load="concurrent:1"),
+            predict=hit_rate,
+        ),
+    ),
+    evidence=(
+        *(
+            Evidence(
+                arm=Arm(variant=name),
+                kind="echoes",
+                metric=metrics.CACHE_CONFIG,
+                label="enable_prefix_caching",
+                value=str(name == "on"),
+            )
+            for name in ("off", "on")
+        ),
+        Evidence(arm=Arm(variant="off"), kind="stays", metric=metrics.PREFIX_HITS),
+        Evidence(
+            arm=Arm(variant="on", workload="share-90"), kind="rises", metric=metrics.PREFIX_HITS
+        ),
+    ),
+    plots=("variants",),
+    slo=SLO(ttft_s=0.5, tpot_s=0.1),
+    requests=64,
+    warmup_s=2,
+    window_s=4,
+    repeats=3,
+    scales={
+        "gpu": {
+            "flags": {
+                "max-model-len": 16384,
+                "block-size": 16,
+                "kv-cache-memory-bytes": 8 * 2**30,
+            },
+            **{
+                f"workloads.{name}.{field}": value
+                for name, tokens in (("share-0", 0), ("share-50", 4096), ("share-90", 7370),
+                                     ("share-97", 7940), ("few", 7370), ("many", 7370))
+                for field, value in (
+                    ("prompt_tokens.tokens", 8192),
+                    ("output_tokens.tokens", 16),
+                    *([("prefix.tokens", tokens)] if tokens else []),
+                )
+            },
+            "workloads.many.prefix.groups": 64,
+            "requests": 1024,
+            "warmup_s": 8,
+            "window_s": 12,
+        }
+    },
+    quick={"warmup_s": 1.2, "window_s": 1.6, "repeats": 2},
+    limits={
+        "cpu": "The cache, its blocks and its eviction are vLLM's own, so hit rates carry over."
+        " TTFT here has a floor of one forward pass of many small operations, which a GPU passes in"
+        " a few milliseconds: the longest shared prefixes gain less here than there.",
+        "gpu": "A KV memory of 8 GiB was given so that thrashing can be reached in seconds; a"
+        " server left to its default holds far more prefixes.",
+    },
+    next_knobs=(
+        'SET="workloads.few.prefix.groups=6" overflows the cache by one prompt: the hit rate of'
+        " `few` collapses",
+        'SET="flags.kv-cache-memory-bytes=268435456" gives the cache room for fifteen prompts:'
+        " `many` stops thrashing",
+        'SET="flags.block-size=128" coarsens what can be shared: hits are floored to whole blocks',
+    ),
+)  # fmt: skip
