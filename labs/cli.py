@@ -34,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
 PORT, WEB_PORT = 8000, 8089
 
 LabName = Annotated[str, typer.Argument(help="A lab's name; `labs list` names them all.")]
@@ -201,9 +202,13 @@ def rebuild(
     from labs.run import summarise
 
     with _plainly():
-        for folder in _folders(run):
+        for folder in (folders := _folders(run)):
             summarise(folder)
-            console.print(f"{os.path.relpath(report.write(folder))}")
+            console.print(os.path.relpath(report.write(folder)), soft_wrap=True)
+        if not folders:
+            console.print(
+                f"No run under {os.path.relpath(RESULTS)} yet: `make labs` lists the labs"
+            )
 
 
 @app.command()
@@ -213,13 +218,14 @@ def check(
     """Validate results on file: readable, complete, under the right machine."""
     with _plainly():
         wrong = 0
-        for folder in _folders(run):
+        for folder in (folders := _folders(run)):
             for problem in problems(folder):
                 wrong += 1
-                console.print(f"{os.path.relpath(folder.path)}: {escape(problem)}")
+                text = f"{os.path.relpath(folder.path)}: {escape(problem)}"
+                console.print(text, soft_wrap=True)
         if wrong:
             raise LabError(f"{wrong} problems: mend or remove these runs")
-        console.print("Every run is well formed.")
+        console.print(f"Well-formed runs: {len(folders)}.")
 
 
 @app.command()
@@ -313,13 +319,9 @@ def _changes(text: str, seed: str = "") -> dict[str, Any]:
 
 
 def _folders(run: Path | None) -> list[RunFolder]:
+    """The run named, or every run there is."""
     if run is None:
-        found = all_runs()
-        if not found:
-            raise LabError(
-                f"no run under {os.path.relpath(RESULTS)} yet: `make lab-{next(iter(LABS))}`"
-            )
-        return found
+        return all_runs()
     path = run if run.exists() else ROOT / run
     if not (path / "run.json").exists():
         raise LabError(
@@ -343,11 +345,11 @@ def _plainly() -> Iterator[None]:
     try:
         yield
     except (LabError, ModelError, EngineError, GeneratorError) as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}")
+        errors.print(f"[bold red]error:[/] {escape(str(error))}")
         raise typer.Exit(1) from None
     except OSError as error:
         name = f" ({error.filename})" if error.filename else ""
-        Console(stderr=True, highlight=False).print(
+        errors.print(
             f"[bold red]error:[/] {escape(str(error.strerror or error))}{escape(name)};"
             " finished trials are kept"
         )

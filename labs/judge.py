@@ -23,6 +23,7 @@ from serving import metrics
 
 CONFIDENCE = 0.95
 INDIFFERENT = 0.03  # effects below 3 % change no decision
+MOST_INDIFFERENT = 0.05  # noise beyond this shows nothing, equality least of all
 MOST_REPEATS = 100
 
 Outcome = Literal["helps", "hurts", "no effect", "inconclusive", "not valid"]
@@ -131,16 +132,17 @@ def noise_floor(*arms: Mapping[int, float]) -> float | None:
 
 
 def repeats_to_decide(effect: Effect) -> int | None:
-    """The least number of repeats whose interval would exclude 1, or lie within 3 % of it.
+    """The least number of repeats that would give a verdict, if effect and spread stay as measured.
 
-    Assumes that the effect and the spread stay as measured; None past a hundred.
+    The floor shrinks with the square root of the repeats. None past a hundred.
     """
     if effect.spread is None:
         return 3
-    size = abs(math.log(effect.ratio.value))
-    for n in range(3, MOST_REPEATS + 1):
+    size, have = abs(math.log(effect.ratio.value)), effect.ratio.n
+    for n in range(have + 1, MOST_REPEATS + 1):
         half = _t(n) * effect.spread / math.sqrt(n)
-        if half < size or size + half < math.log1p(INDIFFERENT):
+        floor = math.log1p(effect.floor or 0.0) * math.sqrt(have / n)
+        if max(half, floor) < size or size + half < math.log1p(INDIFFERENT):
             return n
     return None
 
@@ -155,7 +157,8 @@ def _t(n: int) -> float:
 
 def outcome_of(effect: Effect, metric: str) -> Outcome:
     """helps / hurts: the interval excludes 1 and the effect exceeds the floor. no effect: the
-    interval lies inside the larger of the floor and 3 %. Else inconclusive."""
+    interval lies inside the larger of 3 % and the floor, of which 5 % count at most: between
+    noisier repeats nothing is shown to be equal. Else inconclusive."""
     ratio = effect.ratio
     if ratio.low is None or ratio.high is None:
         return "inconclusive"
@@ -163,7 +166,7 @@ def outcome_of(effect: Effect, metric: str) -> Outcome:
     if (ratio.low > 1 or ratio.high < 1) and abs(math.log(ratio.value)) > math.log1p(floor):
         better = METRICS[metric].better == "higher"
         return "helps" if (ratio.value > 1) == better else "hurts"
-    margin = max(floor, INDIFFERENT)
+    margin = max(min(floor, MOST_INDIFFERENT), INDIFFERENT)
     if ratio.low >= 1 / (1 + margin) and ratio.high <= 1 + margin:
         return "no effect"
     return "inconclusive"
@@ -199,10 +202,10 @@ def judge(
     blocking = [c for c in caveats if c.blocks and c.point in (None, treatment, baseline)]
     outcome: Outcome = "inconclusive"
     expected = held = None
-    if found is None:
-        why = "no repeat has both sides measured"
-    elif blocking:
+    if blocking:
         outcome, why = "not valid", "; ".join(sorted({c.name for c in blocking}))
+    elif found is None:
+        why = "no repeat has both sides measured"
     else:
         outcome, held = outcome_of(found, claim.metric), holds(prediction, found.ratio)
         why = _explain(found, outcome)
@@ -231,7 +234,10 @@ def _explain(effect: Effect, outcome: Outcome) -> str:
     if outcome == "inconclusive":
         more = repeats_to_decide(effect)
         need = f"about {more} repeats" if more else f"more than {MOST_REPEATS} repeats"
-        return f"the interval neither excludes 1 nor lies near it; {need} would settle it"
+        what = "the interval neither excludes 1 nor lies near it"
+        if effect.ratio.low > 1 or (effect.ratio.high or 1) < 1:
+            what = f"the effect does not exceed the noise floor of {effect.floor or 0:.0%}"
+        return f"{what}; {need} would settle it"
     return f"noise floor {effect.floor or 0:.1%}"
 
 
@@ -314,7 +320,9 @@ def _shown(evidence: Evidence, trial: Trial) -> bool:
     assert trial.engine
     if evidence.kind == "echoes":
         return trial.engine.info.get(evidence.metric, {}).get(evidence.label) == evidence.value
-    moved = trial.engine.values.get(evidence.metric, 0.0)
+    moved = trial.engine.values.get(evidence.metric)
+    if moved is None:  # a renamed counter proves nothing
+        return False
     return moved > 0 if evidence.kind == "rises" else moved == 0
 
 

@@ -171,8 +171,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     plots: tuple[str, ...] = ()
     slo: SLO
     requests: PositiveInt  # prepared for each trial; it ends early if they run out
-    warmup_s: PositiveFloat
-    window_s: PositiveFloat
+    warmup_s: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
+    window_s: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
     repeats: PositiveInt
     timeout_s: PositiveFloat = 60.0  # longest silence within one answer
     seed: NonNegativeInt = 0
@@ -180,6 +180,14 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     quick: dict[str, Any] = {}
     limits: dict[str, str] = {}  # kind of machine -> what such a machine can and cannot show
     next_knobs: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _enough_requests(self) -> Self:
+        closed = [a.users for w in self.workloads for a in w.loads if not a.open_loop]
+        most = max(closed, default=1)
+        if self.requests < most:
+            raise ValueError(f"requests={self.requests} do not fill a load of {most} at once")
+        return self
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
@@ -217,11 +225,11 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         return plain
 
     def digest(self) -> str:
-        """Changes with any knob, not with a word of explanation."""
-        knobs = {k: v for k, v in self.resolved().items() if k not in _PROSE}
-        knobs["claims"] = [{k: v for k, v in c.items() if k != "title"} for c in knobs["claims"]]
-        text = json.dumps(knobs, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        return digest_of(self.resolved())
+
+    def draw_seed(self, repeat: int) -> int:
+        """Of a repeat's lengths and prompts; no two seeds of a lab share any."""
+        return 1000 * self.seed + repeat
 
     def points(self, shape: Shape, ceilings: Ceilings) -> list[Point]:
         """Every variant, with all its flags, under every workload and load."""
@@ -230,7 +238,11 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
                 Variant(name=variant.name, flags=self.flags_of(variant)),
                 workload,
                 load,
-                tuple(workload.lengths(self.requests, self.seed)),
+                tuple(
+                    length
+                    for repeat in range(1, self.repeats + 1)
+                    for length in workload.lengths(self.requests, self.draw_seed(repeat))
+                ),
                 shape,
                 ceilings,
             )
@@ -265,6 +277,13 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
 _PROSE = ("title", "question", "limits", "next_knobs")
 
 
+def digest_of(resolved: Mapping[str, Any]) -> str:
+    """Of a resolved lab: changes with any knob, not with a word of explanation."""
+    knobs = {k: v for k, v in resolved.items() if k not in _PROSE}
+    knobs["claims"] = [{k: v for k, v in c.items() if k != "title"} for c in knobs["claims"]]
+    return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def parse_changes(text: str) -> dict[str, Any]:
     """`window_s=4 workloads.fixed.output_tokens.tokens=16` -> {path: value}.
 
@@ -286,14 +305,17 @@ def _set(fields: dict[str, Any], path: str, value: Any) -> None:
     """Change an existing field in place; items of a list are found by their name."""
     *parents, last = path.split(".")
     at: Any = fields
-    for step in (*parents, last):
+
+    def require(step: str, free: bool) -> dict[str, Any]:
         known = _steps(at)
-        free = at is fields.get("flags") or (step == last and "flags" in parents)
         if step not in known and not free:
             raise LabError(f"{path}: no field {step!r}; known here: {', '.join(known) or 'none'}")
-        if step == last:
-            break
+        return known
+
+    for step in parents:
+        known = require(step, free=False)
         at = at[step] if isinstance(at, dict) else at[known[step]]
+    require(last, free=bool(parents) and parents[-1] == "flags")  # vLLM knows its flags
     if not isinstance(at, dict):
         raise LabError(f"{path}: give one of its fields, {path}.<field>=")
     at[last] = value

@@ -167,8 +167,20 @@ def intensity(trial: Trial) -> float | None:
 
 def usd_per_million_tokens(trial: Trial) -> float | None:
     """At PRICE_PER_HOUR US dollars for this machine; None where no price is given."""
-    price, rate = os.environ.get("PRICE_PER_HOUR"), output_tokens_per_s(trial)
-    return float(price) / 3600 / rate * 1e6 if price and rate else None
+    price, rate = price_per_hour(), output_tokens_per_s(trial)
+    return price / 3600 / rate * 1e6 if price and rate else None
+
+
+def price_per_hour() -> float | None:
+    """PRICE_PER_HOUR in US dollars; raises ValueError when it is no price."""
+    text = os.environ.get("PRICE_PER_HOUR", "")
+    try:
+        price = float(text) if text else None
+    except ValueError:
+        price = -1.0
+    if price is not None and not 0 < price < float("inf"):
+        raise ValueError(f"PRICE_PER_HOUR={text} is no price: give US dollars, such as 2.50")
+    return price
 
 
 def prefix_hit_rate(trial: Trial) -> float | None:

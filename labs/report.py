@@ -27,10 +27,13 @@ def number(value: float | None, unit: str = "1") -> str:
     """Three digits that matter, times in ms; a figure that is not there is a dash, never 0."""
     if value is None:
         return "–"
-    if unit == "s":
-        return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return text if unit in ("1", "USD") else f"{text} {unit}"
+    if unit == "s" and abs(value) < 0.9995:
+        return f"{_three_digits(1000 * value)} ms"
+    return _three_digits(value) if unit in ("1", "USD") else f"{_three_digits(value)} {unit}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def interval(found: Interval | None, unit: str = "1") -> str:
@@ -239,8 +242,8 @@ def _lines(
         "A measured ratio is treatment / baseline over paired repeats, with a 95 % Student-t"
         " interval. *Helps* and *hurts*: the interval excludes 1 and the effect exceeds the noise"
         " floor (what the same statistic would show between two copies of one thing). *No effect*:"
-        " the interval lies within the larger of that floor and 3 %. A prediction *held* when the"
-        " interval meets it within its tolerance.",
+        " the interval lies within 3 %, or within that floor where it is at most 5 %. A prediction"
+        " *held* when the interval meets it within its tolerance.",
         "",
     ]
     for name, caption in drawn.items():

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from labs.judge import Caveat, ForecastResult, Judgement
-from labs.lab import Lab, LabError, Point, Prediction
+from labs.lab import Lab, LabError, Point, Prediction, digest_of
 from labs.measure import Trial
 from loadtests import records
 from loadtests.plan import TrialSummary
@@ -259,6 +259,8 @@ def problems(folder: RunFolder) -> list[str]:
     try:
         run, lab = folder.run(), folder.run().rebuilt_lab()
         folder.predictions(), folder.summary()
+        if run.digest != digest_of(run.lab):
+            wrong.append("its lab was changed after the run: the digest is another")
         if run.digest not in folder.path.name:
             wrong.append("its folder does not carry its digest")
         if run.machine.slug != folder.path.parent.parent.name:
@@ -268,8 +270,8 @@ def problems(folder: RunFolder) -> list[str]:
                 if folder.complete and folder.trial_result(point, repeat) is None:
                     wrong.append(f"trial {point.key}/{repeat} is missing")
         list(folder.trials(run.points(), lab))
-    except (OSError, ValidationError, ValueError) as error:
-        wrong.append(str(error).splitlines()[0])
+    except (OSError, ValidationError, ValueError, KeyError, TypeError) as error:
+        wrong.append(f"it cannot be read: {str(error).splitlines()[0]}")
     if not folder.complete:
         wrong.append("it has no COMPLETE")
     return wrong

@@ -19,8 +19,9 @@ import psutil
 from dashboards.prometheus import Prometheus
 from labs import report
 from labs.judge import Caveat, first_trial_slow, judge, judge_forecast, validity
-from labs.lab import Lab, LabError, Point, Variant
-from labs.measure import LEAST_SAMPLES, measure, percentile
+from labs.lab import Claim, Forecast, Lab, LabError, Point, Variant
+from labs.measure import LEAST_SAMPLES, METRICS, measure, percentile, price_per_hour
+from labs.plots import PLOTS
 from labs.results import (
     RESULTS,
     Agreement,
@@ -155,7 +156,8 @@ def resolve(request: Request, teller: Teller) -> Setup:
     """Check everything that can be checked before the first process starts."""
     machine = machines.detect()
     lab = request.lab.at(machine.kind, request.quick, request.changes)
-    RESULTS.mkdir(exist_ok=True)
+    _require_known_names(lab)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     require_space(RESULTS)
     model = models.resolve(machine, request.model)
     longest = max(w.longest_tokens for w in lab.workloads)
@@ -175,7 +177,8 @@ def resolve(request: Request, teller: Teller) -> Setup:
     if request.endpoint:
         if len(lab.variants) > 1:
             raise LabError(
-                f"{lab.name} compares engine settings: it needs to start its own engines"
+                f"{lab.name} compares engine settings, so it must start its own engines: leave"
+                " ENDPOINT out"
             )
         endpoint = Endpoint(request.endpoint)
     else:
@@ -191,6 +194,22 @@ def resolve(request: Request, teller: Teller) -> Setup:
     teller.step(f"Model: {model.name}, {model.shape.params / 1e6:,.0f} M parameters")
     points = lab.points(model.shape, ceilings)
     return Setup(lab, machine, ceilings, model, points, writer, endpoint, request.engine_command)
+
+
+def _require_known_names(lab: Lab) -> None:
+    """What only other modules know: metrics and plots; and the price, read when measuring."""
+    parts: list[Claim | Forecast] = [*lab.claims, *lab.forecasts]
+    for part in parts:
+        if part.metric not in METRICS:
+            known = ", ".join(METRICS)
+            raise LabError(f"{part.name}: no metric {part.metric!r}; the known ones are {known}")
+    for plot in lab.plots:
+        if plot not in PLOTS:
+            raise LabError(f"no plot {plot!r}; the known ones are {', '.join(PLOTS)}")
+    try:
+        price_per_hour()
+    except ValueError as error:
+        raise LabError(str(error)) from error
 
 
 def measured_ceilings(machine: Machine, teller: Teller) -> Ceilings:
@@ -213,7 +232,7 @@ def write_requests(setup: Setup, work: Path) -> str:
     served = setup.endpoint.model if setup.endpoint else setup.model.name
     for workload in lab.workloads:
         for repeat in range(1, lab.repeats + 1):
-            items = workload.requests(lab.requests, lab.seed + repeat - 1, setup.writer)
+            items = workload.requests(lab.requests, lab.draw_seed(repeat), setup.writer)
             path = requests_file(work, workload, repeat)
             plan.write_requests(path, items, served)
             digest.update(path.read_bytes())
@@ -448,7 +467,7 @@ class _Session:
             warmup_s=setup.lab.warmup_s,
             window_s=setup.lab.window_s,
             timeout_s=setup.lab.timeout_s,
-            seed=setup.lab.seed + repeat,
+            seed=setup.lab.draw_seed(repeat),
             lab=setup.lab.name,
             variant=point.variant.name,
             run_id=self.folder.path.name,

@@ -11,6 +11,7 @@ Every arrival has a text form, `concurrent:8`, which is also how one is given on
 from __future__ import annotations
 
 import random
+from itertools import count, takewhile
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -27,8 +28,10 @@ MAX_USERS = 1024  # Locust users of one process: an open loop with more outstand
 
 class _Arrival(BaseModel, frozen=True, extra="forbid"):
     def __str__(self) -> str:
-        level = [v for k, v in self.model_dump().items() if k != "kind"]
-        return f"{self.model_dump()['kind']}:{level[0]:g}"
+        fields = self.model_dump()
+        level = next(v for k, v in fields.items() if k != "kind")
+        short = f"{level:g}"
+        return f"{fields['kind']}:{short if float(short) == level else repr(level)}"
 
     @property
     def name(self) -> str:
@@ -55,7 +58,7 @@ class Waves(_Arrival, frozen=True):
 
 
 class _OpenLoop(_Arrival, frozen=True):
-    rate_per_s: PositiveFloat
+    rate_per_s: PositiveFloat = Field(allow_inf_nan=False)
 
     @property
     def open_loop(self) -> bool:
@@ -84,7 +87,7 @@ class Constant(_OpenLoop, frozen=True):
 
     def schedule(self, duration_s: float, rng: random.Random) -> list[float]:
         """Send times in [0, duration_s), one every 1 / rate seconds."""
-        return [i / self.rate_per_s for i in range(int(duration_s * self.rate_per_s))]
+        return list(takewhile(lambda at: at < duration_s, (i / self.rate_per_s for i in count())))
 
 
 _KINDS: dict[str, type[_Arrival]] = {

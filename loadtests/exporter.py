@@ -2,8 +2,8 @@
 
 Labels are `lab`, `variant`, `run_id` and no more; what else there is to say about a moment (which
 workload, which load) is in one info-like gauge, `lab_load_point`, which is 1 while it is sent.
-Buckets grow by 1.2, so that a quantile read from them is within 20 %; exact figures come from the
-records, never from here.
+Buckets grow by less than a fifth, so a quantile read from them is within 20 %; exact figures come
+from the records, never from here.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ REQUESTS, OUTPUT_TOKENS, PROMPT_TOKENS = (
 IN_FLIGHT, LOAD_POINT = "lab_requests_in_flight", "lab_load_point"
 
 
-def _buckets(low: float, high: float, growth: float = 1.2) -> list[float]:
+def _buckets(low: float, high: float, growth: float = 1.19) -> list[float]:
     bounds = [low]
     while bounds[-1] < high:
-        bounds.append(float(f"{bounds[-1] * growth:.3g}"))
+        bounds.append(float(f"{bounds[-1] * growth:.4g}"))
     return bounds
 
 

@@ -218,17 +218,16 @@ def tokens_of(
             continue
         try:
             event = orjson.loads(line[5:])
-        except orjson.JSONDecodeError:
-            return chunks, prompt_tokens, output_tokens, f"not JSON: {line[:80]!r}"
-        if "error" in event:
-            complaint = str(event["error"])[:200]
-        usage = event.get("usage")
-        if usage:
-            prompt_tokens, output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-            tokens = output_tokens - counted if event.get("choices") else 0
-        else:
-            choices = event.get("choices") or [{}]
-            tokens = 1 if choices[0].get("delta", {}).get("content") else 0
+            if "error" in event:
+                complaint = str(event["error"])[:200]
+            if usage := event.get("usage"):
+                prompt_tokens, output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+                tokens = output_tokens - counted if event.get("choices") else 0
+            else:
+                choices = event.get("choices") or [{}]
+                tokens = 1 if (choices[0].get("delta") or {}).get("content") else 0
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return chunks, prompt_tokens, output_tokens, f"not a completion event: {line[:80]!r}"
         if tokens > 0:
             counted += tokens
             chunks.append((round(at - t0, 6), tokens))

@@ -17,6 +17,7 @@ Definitions (they differ between tools; these are ours):
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -65,8 +66,9 @@ class RequestRecord:
 
     @property
     def tpot_s(self) -> float | None:
-        later_tokens = sum(tokens for _, tokens in self.chunks[1:])
-        if not later_tokens:
+        counted = sum(tokens for _, tokens in self.chunks)
+        later_tokens = (self.output_tokens or counted) - self.chunks[0][1] if self.chunks else 0
+        if later_tokens <= 0 or len(self.chunks) == 1:
             return None
         return (self.chunks[-1][0] - self.chunks[0][0]) / later_tokens
 
@@ -99,11 +101,15 @@ def write(path: Path, records: Iterable[RequestRecord]) -> None:
 
 def read(path: Path) -> Iterator[RequestRecord]:
     """Read them back; raises ValueError naming the line that cannot be read."""
-    with gzip.open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
+    number = 0
+    try:
+        with gzip.open(path, "rb") as file:
+            for line in file:
+                number += 1
                 fields = orjson.loads(line)
                 fields["chunks"] = [(time, tokens) for time, tokens in fields["chunks"]]
                 yield RequestRecord(**fields)
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}, line {number}: not a request record") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}, line {number}: not a request record") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged after line {number} ({error})") from error

@@ -256,12 +256,13 @@ class Endpoint:
 
 
 def _snapshot(url: str) -> metrics.Snapshot | None:
-    """The engine's metrics, or None where it has none or is gone."""
+    """The engine's metrics, or None where it has none that we know, or is gone."""
     try:
         answer = requests.get(f"{url}/metrics", timeout=10)
-        return metrics.parse(answer.text) if answer.ok else None
+        found = metrics.parse(answer.text) if answer.ok else metrics.Snapshot()
     except (requests.RequestException, ValueError):
         return None
+    return found if metrics.REQUESTS in found.values else None
 
 
 def _cause(log: Path) -> str:

@@ -15,6 +15,7 @@ Linux only (prctl). A process stuck in uninterruptible I/O cannot be killed by a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -129,17 +130,26 @@ def _prctl(option: int, value: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
-def _end_family(grace_s: float) -> None:
+def _end_family(child: subprocess.Popen[bytes], grace_s: float) -> None:
     """SIGTERM every descendant, SIGKILL what is left after `grace_s`, until none remains."""
-    me, deadline, sign = psutil.Process(), time.monotonic() + grace_s, signal.SIGTERM
-    while family := [p for p in me.children(recursive=True) if p.is_running()]:
-        for member in family:
-            try:
-                member.send_signal(sign)
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(family, timeout=max(0.1, deadline - time.monotonic()))
-        sign = signal.SIGKILL
+    me, deadline, sent = psutil.Process(), time.monotonic() + grace_s, set[tuple[int, int]]()
+    while True:
+        child.poll()  # reaped here and nowhere else: its exit code becomes ours
+        family = [p for p in me.children(recursive=True) if p.pid != child.pid]
+        for orphan in family:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(orphan.pid, os.WNOHANG)
+        alive = [p.pid for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        alive += [child.pid] if child.returncode is None else []
+        if not alive:
+            return
+        sign = signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL
+        for pid in alive:
+            if (pid, sign) not in sent:
+                sent.add((pid, sign))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, sign)
+        time.sleep(0.05)
 
 
 def guard(alive_fd: int, argv: Sequence[str]) -> int:
@@ -165,7 +175,7 @@ def guard(alive_fd: int, argv: Sequence[str]) -> int:
         if wake_r in ready:
             os.read(wake_r, 4096)
         orphaned = alive_fd in ready  # nothing is ever written: readable means end-of-file
-    _end_family(ORPHAN_GRACE_S if orphaned else GRACE_S)
+    _end_family(child, ORPHAN_GRACE_S if orphaned else GRACE_S)
     code = child.wait()
     return code if code >= 0 else 128 - code
 

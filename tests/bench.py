@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
 
+import numpy as np
 import psutil
 import requests
 import typer
@@ -31,15 +32,14 @@ from rich.table import Table
 
 from labs import results
 from labs.judge import effect
-from labs.measure import percentile
 from loadtests import generator, plan, records
 from loadtests.arrivals import Concurrent
 from loadtests.prompts import Writer, counter
 from loadtests.records import RequestRecord
 from loadtests.workload import Request
-from serving import metrics, models
 from serving import machine as machines
-from serving.engine import LOOPBACK, VllmEngine, free_port
+from serving import metrics, models
+from serving.engine import LOOPBACK, EngineError, VllmEngine, free_port
 from serving.process import Process
 from tests.fake import engine as truth_server
 
@@ -91,7 +91,8 @@ def compare(client: Iterable[RequestRecord], server: Mapping[int, Truth], t0: fl
         found.ttft_s.append(read[0] - record.sent_s - (written[0] - truth["received"]))
         found.read_s += [r + t0 - w for r, w in zip(read, written, strict=True)]
         found.gap_s += [
-            abs((read[i] - read[i - 1]) - (written[i] - written[i - 1])) for i in range(1, len(sent))
+            abs((read[i] - read[i - 1]) - (written[i] - written[i - 1]))
+            for i in range(1, len(sent))
         ]
         found.server_late_s += [w - due for w, due in zip(written, truth["due"], strict=True)]
     return found
@@ -108,13 +109,7 @@ def delivered(
 
 def ms(values: Sequence[float], q: float) -> float:
     """Percentile in milliseconds (linear interpolation), NaN of nothing."""
-    ordered = sorted(values)
-    if not ordered:
-        return math.nan
-    at = q / 100 * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return 1000 * (ordered[low] + (at - low) * (ordered[high] - ordered[low]))
+    return 1000 * float(np.percentile(values, q)) if len(values) else math.nan
 
 
 @dataclass(frozen=True)
@@ -181,7 +176,7 @@ def trial(
 
 # -------------------------------------------------------------------------- 1: against the truth
 
-TTFT_S, GAP_S, CHUNKS = 0.05, 0.01, 50
+TTFT_S, CHUNKS = 0.05, 50
 MARK_S = 1e-7  # request i asks for TTFT_S + i * MARK_S: so the server's record tells which it was
 WARMUP_S, WINDOW_S = 1.0, 6.0
 
@@ -189,19 +184,22 @@ WARMUP_S, WINDOW_S = 1.0, 6.0
 @dataclass(frozen=True)
 class Row:
     streams: int
+    gap_s: float = 0.01
     tokens_per_chunk: int = 1
     early_role: bool = False
 
     @property
     def title(self) -> str:
-        return f"{self.streams}" + (f" × {self.tokens_per_chunk} tok" * (self.tokens_per_chunk > 1))
+        tokens = f" × {self.tokens_per_chunk}" if self.tokens_per_chunk > 1 else ""
+        return f"{self.streams}{tokens}, {1000 * self.gap_s:g} ms"
 
     @property
     def ideal_chunks_per_s(self) -> float:
-        return self.streams * CHUNKS / (TTFT_S + (CHUNKS - 1) * GAP_S)
+        return self.streams * CHUNKS / (TTFT_S + (CHUNKS - 1) * self.gap_s)
 
 
-ROWS = (Row(1), Row(16), Row(64), Row(256), Row(64, tokens_per_chunk=4, early_role=True))
+PLAIN = (Row(1), Row(16), Row(64), Row(256))
+ROWS = (*PLAIN, Row(64, gap_s=0.003), Row(64, tokens_per_chunk=4, early_role=True))
 
 
 @dataclass
@@ -223,7 +221,7 @@ def write_programmed(path: Path, row: Row, n: int) -> None:
     """Bodies that tell the truth server when to send what."""
     with path.open("w") as file:
         for i in range(n):
-            truth = {"ttft_s": TTFT_S + i * MARK_S, "gap_s": GAP_S}
+            truth = {"ttft_s": TTFT_S + i * MARK_S, "gap_s": row.gap_s}
             request = Request(i, [{"role": "user", "content": "Say it."}], 12, CHUNKS)
             body = plan.body(request, "fake") | {
                 "max_tokens": CHUNKS * row.tokens_per_chunk,
@@ -271,7 +269,7 @@ def wait_for(ready: Callable[[], bool], process: Process, timeout_s: float) -> N
 
 def measure_row(row: Row, load: Played, work: Path, cost: Cost) -> None:
     work.mkdir(parents=True)
-    write_programmed(work / "requests.jsonl", row, row.streams * 20)
+    write_programmed(work / "requests.jsonl", row, row.streams * 60)
     with truth(row, work) as (url, log):
         cpu_s = load.cpu_s()
         summary = load.generator.play(
@@ -301,7 +299,7 @@ def streams(work: Path, repeats: int, rows: Sequence[Row], locustfiles: Sequence
             for row in rows:
                 for i, (file, load) in enumerate(loads.items()):
                     tell(f"streams: {row.title}, repeat {repeat + 1} of {repeats}")
-                    folder = work / f"{row.title.replace(' ', '')}-{repeat}-{i}"
+                    folder = work / f"{row.title.replace(' ', '').replace(',', '-')}-{repeat}-{i}"
                     measure_row(row, load, folder, costs[row, file])
     for file in locustfiles:
         if len(locustfiles) > 1:
@@ -310,59 +308,72 @@ def streams(work: Path, repeats: int, rows: Sequence[Row], locustfiles: Sequence
 
 
 def show_streams(costs: Mapping[Row, Cost]) -> None:
-    table = Table(
-        title="The load generator against a server that records what it sent (ms, client minus"
-        " server)"
+    times = table(
+        "What the load generator adds, against a server that records what it sent (ms)",
+        *("streams, gap", "requests", "TTFT added p50", "p99", "read late p50", "p99"),
+        *("gap error p50", "p99", "server late p99"),
     )
-    for name in ("streams", "requests", "TTFT added p50", "p99", "read late p50", "p99",
-                 "gap error p50", "p99", "chunks lost", "delivered", "µs CPU a chunk",
-                 "with master", "CPU s per 1,000 tok", "server late p99"):  # fmt: skip
-        table.add_column(name, justify="right")
+    spent = table(
+        "What it delivers, and the CPU of its load worker",
+        *("streams, gap", "chunks", "lost", "delivered", "µs a chunk", "with the master"),
+        *("s per 1,000 tokens",),
+    )
     for row, cost in costs.items():
         e = cost.errors
-        table.add_row(
+        times.add_row(
             row.title,
             f"{len(e.ttft_s)}",
             *(f"{ms(v, q):.2f}" for v in (e.ttft_s, e.read_s, e.gap_s) for q in (50, 99)),
+            f"{ms(e.server_late_s, 99):.2f}",
+        )
+        spent.add_row(
+            row.title,
+            f"{cost.chunks:,}",
             f"{e.lost}",
             f"{mean(cost.delivered):.1%}",
             f"{cost.us_per_chunk(cost.worker_cpu_s):.1f}",
             f"{cost.us_per_chunk(cost.all_cpu_s):.1f}",
             f"{1000 * cost.worker_cpu_s / max(1, cost.tokens):.4f}",
-            f"{ms(e.server_late_s, 99):.2f}",
         )
-    console.print(table)
+    console.print(times)
     console.print(
-        f"[dim]Each stream: {CHUNKS} chunks, first after {1000 * TTFT_S:.0f} ms, then every"
-        f" {1000 * GAP_S:.0f} ms; a user sends again at once. TTFT added: the client's"
-        " (first chunk - sent) less the server's (first chunk - received), so the request's way is"
-        " in it. Read late: written to stamped. Below 100 requests p99 is near the largest. The"
-        " row of several tokens a chunk has its role chunk early.[/]"
+        f"[dim]A stream: {CHUNKS} chunks, the first after {1000 * TTFT_S:.0f} ms; a user sends"
+        " again at once. × 4: so many tokens a chunk, the role chunk early. TTFT added: the"
+        " client's (first chunk - sent) less the server's (first chunk - received), so the"
+        " request's way is in it. Read late: written to stamped. Server late: due to written;"
+        " where it is large, other work disturbed the server, or it is past its limit.[/]"
+    )
+    console.print(spent)
+    console.print(
+        "[dim]Delivered: chunks in the window, of those an instant client and server would"
+        " exchange. An empty epoll loop that only reads costs about as much as most of this: many"
+        " chunks a wake-up are cheap, one alone is not.[/]"
     )
     for row, most in ((Row(16), 1.0), (Row(256), 10.0)):
         if row in costs:
             p99 = ms(costs[row].errors.ttft_s, 99)
-            aim(f"TTFT added at {row.streams} streams, p99", p99, most, "ms")
-    if Row(64) in costs:
-        cpu = costs[Row(64)].us_per_chunk(costs[Row(64)].worker_cpu_s)
-        aim("CPU of the load worker at 64 streams", cpu, 10.0, "µs a chunk")
+            aim(f"TTFT added at {row.title}, p99", p99, most, "ms")
+    if (row := Row(64)) in costs:
+        cpu = costs[row].us_per_chunk(costs[row].worker_cpu_s)
+        aim(f"CPU of the load worker at {row.title}", cpu, 10.0, "µs a chunk")
     aim("chunks lost", sum(c.errors.lost for c in costs.values()), 0, "")
 
 
 # --------------------------------------------------------------- 2: against `vllm bench serve`
 
-USERS, PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 8, 48, 48, 48
+USERS, PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 8, 48, 48, 40
 ENGINE_FLAGS: dict[str, str | int | float | bool | dict[str, object]] = {
     "max-model-len": 1024, "enable-prefix-caching": False, "enforce-eager": True,
     "kv-cache-memory-bytes": 2**30,
 }  # fmt: skip
+# The `vllm` command fails in the CPU build; a "custom" data set needs pandas, ShareGPT's does not.
 VLLM_BENCH = """
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = FlexibleArgumentParser()
 add_cli_args(parser)
 main(parser.parse_args())
-"""  # the `vllm` command fails in the CPU build
+"""
 
 
 def ours(load: Played, url: str, requests_file: Path, work: Path) -> list[Answered]:
@@ -382,12 +393,12 @@ def theirs(
 ) -> list[Answered]:
     flags = {
         "backend": "openai-chat", "base-url": engine.url, "endpoint": "/v1/chat/completions",
-        "model": model.path, "served-model-name": model.name, "dataset-name": "custom",
-        "dataset-path": prompts, "custom-output-len": OUTPUT_TOKENS, "num-prompts": REQUESTS,
+        "model": model.path, "served-model-name": model.name, "dataset-name": "sharegpt",
+        "dataset-path": prompts, "sharegpt-output-len": OUTPUT_TOKENS, "num-prompts": REQUESTS,
         "max-concurrency": USERS, "temperature": 0, "ready-check-timeout-sec": 0,
         "result-dir": work, "result-filename": "theirs.json",
     }  # fmt: skip
-    bare = ("ignore-eos", "skip-chat-template", "disable-shuffle", "disable-tqdm",
+    bare = ("ignore-eos", "disable-shuffle", "disable-tqdm",
             "save-result", "save-detailed")  # fmt: skip
     argv = [sys.executable, "-c", VLLM_BENCH, *(f"--{flag}" for flag in bare)]
     for flag, value in flags.items():
@@ -415,7 +426,8 @@ def engine(work: Path, pairs: int, unpinned: bool) -> None:
     work.mkdir(parents=True, exist_ok=True)
     writer, rng = Writer(counter(str(model.path))), random.Random("bench")
     texts = [writer.chat(PROMPT_TOKENS, rng)[-1]["content"] for _ in range(REQUESTS)]
-    (work / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    told = [{"conversations": [{"value": text}, {"value": ""}]} for text in texts]
+    (work / "prompts.json").write_text(json.dumps(told))
     plan.write_requests(
         work / "requests.jsonl",
         [
@@ -430,9 +442,7 @@ def engine(work: Path, pairs: int, unpinned: bool) -> None:
         found[free_name] = []
     counted: dict[str, set[tuple[float, float]]] = {name: set() for name in found}
     tell("engine: starting vLLM")
-    served = VllmEngine(
-        "bench", model, ENGINE_FLAGS, kind=machine.kind, log=work / "engine.log"
-    )
+    served = VllmEngine("bench", model, ENGINE_FLAGS, kind=machine.kind, log=work / "engine.log")
     with contextlib.closing(_Stops(served)), locust(USERS, work) as load:
         served.wait()
         pinned, everywhere = machines.split_cores()[1], sorted(os.sched_getaffinity(0))
@@ -447,7 +457,7 @@ def engine(work: Path, pairs: int, unpinned: bool) -> None:
                     answers = ours(load, served.url, work / "requests.jsonl", folder)
                 elif pair >= 0:
                     cores = pinned if name == theirs_name else everywhere
-                    answers = theirs(served, model, work / "prompts.jsonl", folder, cores)
+                    answers = theirs(served, model, work / "prompts.json", folder, cores)
                 else:
                     continue
                 after = served.snapshot()
@@ -473,22 +483,22 @@ def show_engine(
     found: Mapping[str, Sequence[Sequence[Answered]]],
     counted: Mapping[str, set[tuple[float, float]]],
 ) -> None:
-    table = Table(title=f"The same {REQUESTS} requests on the same engine, {USERS} at a time")
-    for name in ("client", "runs", "output tok/s, each run", "mean", "TTFT mean (ms)",
-                 "TPOT mean (ms)", "engine counted, prompt + output tokens"):  # fmt: skip
-        table.add_column(name, justify="left" if name == "client" else "right")
+    shown = table(
+        f"The same {REQUESTS} requests on the same engine, {USERS} at a time",
+        *("client", "output tok/s, each run", "mean", "TTFT mean (ms)", "TPOT mean (ms)"),
+        *("engine's tokens, in + out",),
+    )
     for name, runs in found.items():
         rates = [rate(run) for run in runs]
-        table.add_row(
+        shown.add_row(
             name,
-            f"{len(runs)}",
             " ".join(f"{r:.0f}" for r in rates),
             f"{mean(rates):.1f}",
             f"{mean(ttft_ms(run) for run in runs):.1f}",
             f"{mean(tpot_ms(run) for run in runs):.2f}",
             ", ".join(f"{p:.0f} + {g:.0f}" for p, g in sorted(counted[name])),
         )
-    console.print(table)
+    console.print(shown)
     console.print(
         "[dim]Output tokens / (last token - first send), computed alike for both from each tool's"
         " own stamps. vllm bench's TTFT is to its first event, which may be the role chunk.[/]"
@@ -517,17 +527,25 @@ def overhead() -> None:
         console.print("Lab overhead: no complete run on file (a full one, not QUICK=1).")
         return
     share = overhead_share(session.wall_s, session.engine_start_s, session.load_s)
-    table = Table(title=f"Where a run's time goes: {folder.path.parent.name}, {folder.path.name}")
-    for name in ("whole", "engine start", "load", "the lab itself", "share"):
-        table.add_column(name, justify="right")
+    shown = table(
+        f"Where a run's time goes: {folder.path.parent.name}, {folder.path.name}",
+        *("whole", "engine start", "load", "the lab itself", "share"),
+    )
     own_s = session.wall_s - session.engine_start_s - session.load_s
     times = (session.wall_s, session.engine_start_s, session.load_s, own_s)
-    table.add_row(*(f"{t:.1f} s" for t in times), f"{share:.1%}")
-    console.print(table)
+    shown.add_row(*(f"{t:.1f} s" for t in times), f"{share:.1%}")
+    console.print(shown)
     aim("the lab's own share of a run", 100 * share, 10.0, "%")
 
 
 # --------------------------------------------------------------------------------- command line
+
+
+def table(title: str, *columns: str) -> Table:
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="right" if i else "left")
+    return made
 
 
 def aim(what: str, value: float, bound: float, unit: str, at_least: bool = False) -> None:
@@ -578,16 +596,17 @@ def main(
 ) -> None:
     """Measure the lab's own instruments and print each figure beside its aim.
 
-    [bold]streams[/] (1.5 min): what our Locust adds to TTFT and to chunk gaps and the CPU it costs,
-    against a server that records what it really sent.
+    [bold]streams[/] (2 min): what our Locust adds to TTFT and to chunk gaps,
+    and the CPU it costs, against a server that records what it really sent.
 
-    [bold]engine[/] (3.5 min): vLLM's throughput under our Locust and under `vllm bench serve`,
-    the same requests, in turns on one engine.
+    [bold]engine[/] (3 min): vLLM's throughput under our Locust and under
+    `vllm bench serve`: the same requests, in turns on one engine.
 
-    [bold]overhead[/] (at once): the lab's own share of the newest full run in results/.
+    [bold]overhead[/] (at once): the lab's own share of the newest full run
+    in results/.
 
-    The figures are this machine's, now: close what else runs on it. The exit code is 0 unless
-    something broke, whatever the figures.
+    The figures are this machine's, now: close what else runs on it. The exit
+    code is 0 unless something broke, whatever the figures.
     """
     if unknown := set(part) - set(PARTS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
@@ -599,8 +618,12 @@ def main(
     engine_cores, client_cores = machines.split_cores()
     console.print(
         f"{machines.detect().describe()}; server on CPU {_cores(engine_cores)}, clients on CPU"
-        f" {_cores(client_cores)}; load average {os.getloadavg()[0]:.1f}"
+        f" {_cores(client_cores)}"
     )
+    if (load := os.getloadavg()[0]) > 0.5:
+        console.print(
+            f"[yellow]Other work is running (load average {load:.1f}): it is in these figures.[/]"
+        )
     with contextlib.ExitStack() as exits:
         if keep:
             keep.mkdir(parents=True)
@@ -612,7 +635,7 @@ def main(
                 engine(work / "engine", pairs, unpinned)
             if "overhead" in part:
                 overhead()
-        except (BenchError, generator.GeneratorError, models.ModelError) as error:
+        except (BenchError, EngineError, generator.GeneratorError, models.ModelError) as error:
             console.print(f"[red]{escape(str(error))}[/]")
             raise typer.Exit(1) from None
 
@@ -622,6 +645,6 @@ def _cores(cores: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
+    app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
     app.command()(main)
     app()

@@ -1,0 +1,279 @@
+"""Labs on the fake engine: a reader at a terminal, what they type, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from labs.results import MachineFile, RunFolder, write_json
+from serving import machine
+from serving.install import find_prometheus
+from serving.models import CACHE, ROOT
+
+Json = dict[str, Any]
+LAW = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
+SETTINGS = (
+    "SET", "QUICK", "MODEL", "ENDPOINT", "SEED", "RESUME", "ENGINE_COMMAND", "RUN", "LAB",
+    "PRICE_PER_HOUR", "RESULTS",
+)  # fmt: skip
+LABS = ("-m", "labs.cli")
+LABS_WITHOUT_PROMETHEUS = (
+    "-c",
+    "import dashboards.prometheus as p; p.find_prometheus = lambda root: None\n"
+    "from labs.cli import app; app()",
+)
+CEILINGS = machine.Ceilings(
+    memory_bandwidth_bytes_per_s=2e10,
+    bf16_flops_per_s=1e12,
+    threads=1,
+    torch="none",
+    measured_at="not measured: given by the test",
+)
+
+needs_prometheus = pytest.mark.skipif(
+    find_prometheus(ROOT) is None, reason="Prometheus is not installed"
+)
+
+
+class Command:
+    """A `labs` command under way, or ended."""
+
+    def __init__(self, argv: list[str], env: dict[str, str], out: Path, results: Path) -> None:
+        self._out, self._results = out, results
+        with out.open("wb") as sink:
+            self.process = subprocess.Popen(
+                argv,
+                cwd=ROOT,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # a shell's background job ignores SIGINT, and its children inherit that
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            )
+
+    @property
+    def said(self) -> str:
+        return self._out.read_text(errors="replace")
+
+    def until(self, pattern: str, timeout_s: float = 60) -> re.Match[str]:
+        """Waits until it has said something that matches; fails when it ends before."""
+        deadline = time.monotonic() + timeout_s
+        while (found := re.search(pattern, self.said, re.M)) is None:
+            assert self.process.poll() is None, f"it ended before {pattern!r}:\n{self.said}"
+            assert time.monotonic() < deadline, f"it never said {pattern!r}:\n{self.said}"
+            time.sleep(0.02)
+        return found
+
+    def wait(self, timeout_s: float = 120) -> int:
+        return self.process.wait(timeout_s)
+
+    def family(self) -> list[psutil.Process]:
+        """Every descendant that lives now."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    @property
+    def folder(self) -> RunFolder:
+        """The one run in the results folder."""
+        (found,) = self._results.glob("*/*/*/run.json")
+        return RunFolder(found.parent)
+
+    @property
+    def folders(self) -> list[Path]:
+        return [found.parent for found in self._results.glob("*/*/*/run.json")]
+
+
+class Reader:
+    """Someone at a terminal, with a results folder of their own and a fake engine for vLLM."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.results, self.engines = home, home / "results", home / "engines"
+        self.engines.mkdir(parents=True)
+        here = machine.detect()
+        write_json(
+            self.results / here.slug / "machine.json",
+            MachineFile(machine=here, ceilings=CEILINGS),  # measuring takes 15 s
+        )
+        self.commands: list[Command] = []
+
+    def types(
+        self,
+        *words: str,
+        engine: tuple[str, ...] = (),
+        first_engine: tuple[str, ...] = (),
+        program: tuple[str, ...] = LABS,
+        **settings: str,
+    ) -> Command:
+        """Starts `labs WORDS` with the settings in its environment, as make does.
+
+        `engine` are flags of every fake engine it starts, `first_engine` of the first one alone.
+        """
+        clean = {key: value for key, value in os.environ.items() if key not in SETTINGS}
+        env = {
+            **clean,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "COLUMNS": "1000",
+            "RESULTS": str(self.results),
+            "ENGINE_COMMAND": self._engine_command(engine, first_engine),
+            **settings,
+        }
+        out = self.home / f"{len(self.commands)}.out"
+        command = Command([sys.executable, *program, *words], env, out, self.results)
+        self.commands.append(command)
+        return command
+
+    def _engine_command(self, flags: tuple[str, ...], first: tuple[str, ...]) -> str:
+        """Every start keeps its own arguments and its own log."""
+        fake = shlex.join([sys.executable, "-m", "tests.fake.engine", *LAW, *flags])
+        here = shlex.quote(str(self.engines))
+        script = (
+            f'echo "$@" > {here}/$$.argv; if mkdir {here}/first 2> {os.devnull};'
+            f' then set -- {shlex.join(first)} "$@"; fi; exec {fake} --log {here}/$$.jsonl "$@"'
+        )
+        return shlex.join(["/bin/sh", "-c", script, "engine"])
+
+    def engine_starts(self) -> list[tuple[float, str]]:
+        """(wall clock, arguments) of each engine that was started, in order."""
+        return sorted((p.stat().st_mtime, p.read_text()) for p in self.engines.glob("*.argv"))
+
+    def engine_log(self) -> list[Json]:
+        """What the engines say they sent, in the order in which it was asked for."""
+        lines = [
+            json.loads(line)
+            for path in self.engines.glob("*.jsonl")
+            for line in path.read_text().splitlines()
+        ]
+        return sorted(lines, key=lambda line: float(line["received"]))
+
+    def processes(self) -> list[psutil.Process]:
+        """All that live and belong to a command typed here, told by their environment."""
+        mine = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("RESULTS") == str(self.results) and _lives(process):
+                    mine.append(process)
+        return mine
+
+    def leaves(self) -> None:
+        """Ends what still runs, and removes what the runs keep outside of their results."""
+        for command in self.commands:
+            if command.process.poll() is None:
+                command.process.kill()
+                command.process.wait()
+        left = still_alive(self.processes())
+        for found in self.results.glob("*/*/*/run.json"):
+            shutil.rmtree(CACHE / "runs" / found.parent.name, ignore_errors=True)
+        assert not left
+
+
+@contextmanager
+def reading(home: Path) -> Iterator[Reader]:
+    """A reader; nothing of what they started is left when the block ends."""
+    someone = Reader(home)
+    try:
+        yield someone
+    finally:
+        someone.leaves()
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[Reader]:
+    with reading(tmp_path / "reader") as someone:
+        yield someone
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A whole run of a lab that ended, and who ran it."""
+
+    reader: Reader
+    command: Command
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.command.folder
+
+
+BRIEF = "warmup_s=0.1 window_s=0.3 repeats=1 requests=64"
+SMALLER = {
+    "continuous-batching": "warmup_s=0.15 window_s=0.7 repeats=2 requests=128"
+    " workloads.exponential.output_tokens.mean_tokens=12"
+    " workloads.exponential.output_tokens.max_tokens=48"
+    ' workloads.exponential.loads=["concurrent:1","concurrent:8","waves:8","concurrent:16",'
+    '"poisson:8"]',
+    "prefix-caching": " ".join(
+        f"workloads.{name}.prompt_tokens.tokens=128"
+        + (f" workloads.{name}.prefix.tokens={shared}" if shared else "")
+        for name, shared in {
+            "share-0": 0, "share-50": 64, "share-90": 98, "share-97": 106, "few": 98, "many": 98,
+        }.items()
+    ),
+}  # fmt: skip
+"""What makes a lab's whole run a matter of seconds, beside `BRIEF`."""
+Finish = Callable[[str], Finished]
+
+
+@pytest.fixture(scope="session")
+def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
+    """Runs a lab to its end, once; many tests look at what it left."""
+    done: dict[str, Finished] = {}
+    with ExitStack() as readers:
+
+        def finish(lab: str) -> Finished:
+            if lab not in done:
+                someone = readers.enter_context(reading(tmp_path_factory.mktemp(lab) / "reader"))
+                settings = f"{BRIEF} {SMALLER.get(lab, '')}"
+                command = someone.types("run", lab, QUICK="1", SET=settings)
+                command.wait(400)
+                done[lab] = Finished(someone, command)
+            return done[lab]
+
+        yield finish
+
+
+@contextmanager
+def fake_engine(log: Path, *flags: str) -> Iterator[str]:
+    """A fake engine that no lab started; its address. Its log is whole when the block has ended."""
+    argv = [sys.executable, "-m", "tests.fake.engine", "--port", "0", "--log", str(log), *flags]
+    process = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    try:
+        found = next(m for line in process.stderr if (m := re.search(r"http://\S+", line)))
+        yield found[0]
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def still_alive(family: list[psutil.Process], timeout_s: float = 20) -> list[psutil.Process]:
+    """Those that live on when the time is up; a zombie has ended."""
+    deadline = time.monotonic() + timeout_s
+    while left := [p for p in family if _lives(p)]:
+        if time.monotonic() > deadline:
+            return left
+        time.sleep(0.05)
+    return []
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,291 @@
+"""What the load generator writes down, held against what the engine really sent.
+
+Both clocks are CLOCK_MONOTONIC of one machine. A record counts from its trial's start, so it is
+durations that are compared; each prompt has a length of its own, by which a record finds its line
+in the engine's log. What must be exact is; times get room, since other work may be on the machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from loadtests import generator, plan, records
+from loadtests.arrivals import Arrival, Concurrent, Constant, Poisson, Waves
+from loadtests.plan import TrialPlan, TrialSummary
+from loadtests.records import RequestRecord
+from loadtests.workload import Request
+from serving.engine import free_port
+from serving.machine import split_cores
+from serving.process import Process
+from tests.fake.conftest import Json, fake_engine
+
+TYPICAL_S, WORST_S = 0.002, 0.025  # median and p99 of the client's error
+ROUNDING_S = 2e-6
+TEMPLATE = 10  # tokens that the fake counts for a message beside its words
+FAST = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
+MOST_USERS = 480  # of the Poisson load below: a minute's worth
+
+
+@dataclass(frozen=True)
+class Played:
+    """One trial: the client's records and the engine's lines, in the order of the requests."""
+
+    summary: TrialSummary
+    records: list[RequestRecord]
+    log: list[Json]
+
+    @property
+    def pairs(self) -> list[tuple[RequestRecord, Json]]:
+        lines = {line["n_in"] - TEMPLATE: line for line in self.log}
+        return [(r, lines[r.index + 1]) for r in self.records]
+
+
+Play = Callable[..., Played]
+
+
+@pytest.fixture(scope="module")
+def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
+    """Plays one trial after another on one Locust, each on an engine of its own."""
+    home = tmp_path_factory.mktemp("fidelity")
+    argv = generator.argv(MOST_USERS, free_port(), free_port())
+    cores = split_cores()[1]
+    with Process("locust", argv, log=home / "locust.log", cores=cores, talk=True) as child:
+        playing = generator.Generator(child)
+
+        def play(
+            arrival: Arrival,
+            *flags: str,
+            law: Sequence[str] = FAST,
+            window_s: float = 0.6,
+            tokens: Sequence[int] = tuple(range(5, 30, 3)),
+        ) -> Played:
+            path = Path(home / str(len(list(home.iterdir()))))
+            path.mkdir()
+            asked = [tokens[i % len(tokens)] for i in range(400)]
+            plan.write_requests(
+                path / "requests.jsonl",
+                [Request(i, _prompt(i + 1), 0, n) for i, n in enumerate(asked)],
+                "fake",
+            )
+            with fake_engine(path / "log.jsonl", *law, *flags) as url:
+                trial = TrialPlan(
+                    url=url,
+                    arrival=arrival,
+                    requests=path / "requests.jsonl",
+                    records=path / "records.jsonl.gz",
+                    warmup_s=0.2,
+                    window_s=window_s,
+                    timeout_s=10,
+                    seed=7,
+                    lab="none",
+                    variant="none",
+                    run_id="none",
+                    workload="none",
+                )
+                summary = playing.play(trial)
+            found = sorted(records.read(trial.records), key=lambda r: r.index)
+            return Played(summary, found, _lines(path / "log.jsonl"))
+
+        yield play
+
+
+def _prompt(words: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": " ".join(["word"] * words)}]
+
+
+def _lines(log: Path) -> list[Json]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def _sound(played: Played) -> None:
+    """Nothing lost, nothing made up: each request, each chunk, each token."""
+    assert len(played.records) == len(played.log) == played.summary.sent > 4
+    for record, line in played.pairs:
+        assert record.ok, record.error
+        assert record.output_tokens == record.asked_tokens == line["n_out"]
+        assert record.prompt_tokens == line["n_in"]
+        assert [k for _, k in record.chunks] == [k for _, k in line["chunks"]]
+
+
+def _close(errors: Sequence[float]) -> None:
+    """Stamps of the client are never early, typically right, and seldom much too late."""
+    ordered = sorted(map(abs, errors))
+    assert len(ordered) > 4
+    assert median(ordered) < TYPICAL_S
+    assert ordered[int(0.99 * (len(ordered) - 1))] < WORST_S
+
+
+def _ttft_errors(played: Played) -> list[float]:
+    return [
+        (record.chunks[0][0] - record.sent_s) - (line["chunks"][0][0] - line["received"])
+        for record, line in played.pairs
+    ]
+
+
+def _gap_errors(played: Played) -> list[float]:
+    return [
+        ours - (after - before)
+        for record, line in played.pairs
+        for ours, ((before, _), (after, _)) in zip(
+            record.chunk_gaps_s, pairwise(line["chunks"]), strict=True
+        )
+    ]
+
+
+def _true_to_the_clock(played: Played) -> None:
+    """Durations agree, and one start of the trial makes every stamp follow its cause."""
+    ttft = _ttft_errors(played)
+    assert min(ttft) > -ROUNDING_S  # sent before it was received, read after it was written
+    _close(ttft)
+    _close(_gap_errors(played))
+    latest = min(line["received"] - record.sent_s for record, line in played.pairs)
+    earliest = max(
+        written - read
+        for record, line in played.pairs
+        for (read, _), (written, _) in zip(record.chunks, line["chunks"], strict=True)
+    )
+    assert earliest - ROUNDING_S <= latest
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--tokens-per-chunk", "4"),
+        ("--sse-comments",),
+        ("--early-role-chunk",),
+        ("--max-num-seqs", "4", "--jitter", "0.3"),
+    ],
+    ids=lambda flags: flags[0] if flags else "plain",
+)
+def test_times_and_counts_are_the_engines(flags: tuple[str, ...], play: Play) -> None:
+    played = play(Concurrent(users=8), *flags)
+    _sound(played)
+    _true_to_the_clock(played)
+
+
+def test_chunks_of_many_tokens_are_not_taken_for_one(play: Play) -> None:
+    """ITL counts tokens, not chunks: four in a chunk after 10 ms are four samples of 2.5 ms."""
+    played = play(Concurrent(users=4), "--tokens-per-chunk", "4", tokens=(13,))
+    _sound(played)
+    for record in played.records:
+        assert [k for _, k in record.chunks] == [1, 4, 4, 4]
+        assert len(record.itl_s) == 12
+        assert record.tpot_s == pytest.approx(sum(record.itl_s) / 12)
+
+
+def test_a_role_is_no_token(play: Play) -> None:
+    """vLLM's first chunk may hold a role alone: something arrives at once, the token later."""
+    slow_prefill = ("--step-s", ".1", "--step-per-seq-s", "0", "--prefill-per-token-s", "0")
+    early = play(Concurrent(users=2), "--early-role-chunk", law=slow_prefill, tokens=(2, 3))
+    _sound(early)
+    _close(_ttft_errors(early))
+    for record, line in early.pairs:
+        assert record.ttft_s
+        assert record.ttft_s >= line["chunks"][0][0] - line["received"] > 0.09
+        assert record.first_byte_s is not None
+    waits = [(r.first_byte_s or 0) - r.sent_s for r in early.records]
+    assert median(waits) < 0.03
+
+
+def test_a_stall_is_one_long_gap_and_no_error(play: Play) -> None:
+    played = play(
+        Concurrent(users=4), "--stall-after", "100", "--stall-s", "3", tokens=(30,), window_s=3.4
+    )
+    _sound(played)
+    _true_to_the_clock(played)
+    worst = [max(record.chunk_gaps_s) for record in played.records]
+    assert sum(gap >= 2.9 for gap in worst) >= 3  # all that were under way, once each
+    for record in played.records:
+        assert sum(gap > 1 for gap in record.chunk_gaps_s) <= 1
+
+
+# ----------------------------------------------------------------------------------- when to send
+
+
+def _most_in_flight(found: Sequence[RequestRecord]) -> int:
+    events = [(r.sent_s, 1) for r in found] + [(r.chunks[-1][0], -1) for r in found]
+    now = most = 0
+    for _, change in sorted(events):
+        now += change
+        most = max(most, now)
+    return most
+
+
+def test_concurrent_keeps_so_many_in_flight_and_no_more(play: Play) -> None:
+    played = play(Concurrent(users=5))
+    _sound(played)
+    assert _most_in_flight(played.records) == 5
+    assert max(batch for line in played.log for batch in line["batch"]) == 5
+
+
+def test_a_wave_waits_for_all_of_the_last(play: Play) -> None:
+    size = 8
+    played = play(Waves(size=size), window_s=1.0)
+    _sound(played)
+    order = sorted(played.records, key=lambda r: r.sent_s)
+    waves = [order[i : i + size] for i in range(0, len(order), size)]
+    assert len(waves) >= 3
+    assert all(len(wave) == size for wave in waves)
+    for before, after in pairwise(waves):
+        ended = max(max(r.chunks[-1][0], r.end_s or 0) for r in before)
+        assert min(r.sent_s for r in after) >= ended
+        assert {r.in_window for r in after} in ({True}, {False})
+    for i in range(0, len(order), size):  # as the engine saw it
+        lines = sorted(played.log, key=lambda line: float(line["received"]))
+        done = max(line["chunks"][-1][0] for line in lines[i : i + size])
+        assert all(line["received"] > done for line in lines[i + size : i + 2 * size])
+    start, end = played.summary.window_s
+    counted = [r for r in order if r.in_window]
+    assert start <= min(r.sent_s for r in counted)
+    assert max(r.chunks[-1][0] for r in counted) <= end  # whole waves: nobody's tail is cut off
+
+
+@pytest.mark.parametrize("arrival", [Poisson(rate_per_s=8), Constant(rate_per_s=8)], ids=str)
+def test_an_open_loop_keeps_its_schedule_whatever_is_outstanding(
+    arrival: Arrival, play: Play
+) -> None:
+    """Each answer takes a second, so that many are outstanding when the next is due."""
+    played = play(arrival, window_s=2.0, tokens=(50,), law=("--step-s", ".02"))
+    _sound(played)
+    due = [r.scheduled_s for r in played.records if r.scheduled_s is not None]
+    assert len(due) == len(played.records) == played.summary.planned
+    assert due == sorted(due)
+    assert _most_in_flight(played.records) >= 4
+    lags = [lag for r in played.records if (lag := r.send_lag_s) is not None]
+    assert min(lags) > -0.001
+    assert median(lags) < 0.005
+    assert all(r.in_window == ((r.scheduled_s or 0) >= 0.2) for r in played.records)
+    _true_to_the_clock(played)
+
+
+# ------------------------------------------------------------------------------ broken connections
+
+
+def test_an_answer_that_breaks_off_is_an_error(play: Play) -> None:
+    """An engine that dies in mid-answer: what had come is kept, and nothing of it counts as ok."""
+    played = play(Concurrent(users=4), "--die-after", "200", tokens=(40,))
+    assert played.summary.aborted
+    assert "connections failed in a row" in played.summary.aborted
+    finished = [line for line in played.log if line["finish"] == "length"]
+    assert sum(r.ok for r in played.records) == len(finished)
+    cut = [r for r in played.records if r.chunks and r.error]
+    assert len(cut) == len(played.log) - len(finished) > 0
+    for record in cut:
+        assert sum(k for _, k in record.chunks) < 40
+
+
+def test_an_error_answer_is_no_answer_and_no_end(play: Play) -> None:
+    played = play(Concurrent(users=4), "--error-every", "5")
+    failed = [r for r in played.records if r.error]
+    assert len(failed) == sum(line["finish"] == "error" for line in played.log) > 0
+    assert all((r.error or "").startswith("HTTP 500: ") for r in failed)
+    assert all(not r.ok and r.ttft_s is None and not r.chunks for r in failed)
+    assert played.summary.aborted is None

@@ -1,0 +1,169 @@
+"""Hand-made shapes, records, trials, labs and runs, small enough to compute with by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
+from labs.measure import Trial
+from labs.results import Predictions, Run, RunFolder, TrialResult, write_json
+from labs.run import summarise
+from loadtests import records
+from loadtests.arrivals import Concurrent, parse
+from loadtests.plan import TrialSummary
+from loadtests.records import RequestRecord
+from loadtests.workload import Fixed, Workload
+from serving.machine import Ceilings, Environment, Machine
+from serving.metrics import PREFIX_HITS, Snapshot
+from serving.models import Shape
+
+SHAPE = Shape(
+    layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, vocab=16, max_positions=4096,
+    params=1000, matmul_params=1000, weight_bytes=2000,
+)  # fmt: skip
+CEILINGS = Ceilings(
+    memory_bandwidth_bytes_per_s=1e6, bf16_flops_per_s=1e7, threads=1, torch="-", measured_at="-"
+)
+MACHINE = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**30)
+PREDICTION = Prediction(value=2.0, tolerance=0.25, formula="by hand")
+
+
+def make_record(
+    chunks: list[tuple[float, int]], *, sent_s: float = 10.0, **fields: Any
+) -> RequestRecord:
+    """A request under closed loop; it failed if there are no chunks."""
+    tokens = sum(k for _, k in chunks)
+    plain: dict[str, Any] = {
+        "index": 0,
+        "asked_tokens": tokens,
+        "scheduled_s": None,
+        "sent_s": sent_s,
+        "chunks": chunks,
+        "end_s": chunks[-1][0] if chunks else None,
+        "prompt_tokens": 4 if chunks else None,
+        "output_tokens": tokens if chunks else None,
+        "in_window": True,
+        "error": None if chunks else "ConnectionError: refused",
+    }
+    return RequestRecord(**{**plain, **fields})
+
+
+def make_summary(**fields: Any) -> TrialSummary:
+    plain: dict[str, Any] = {
+        "started_unix_s": 0.0,
+        "window_s": (10.0, 20.0),
+        "planned": None,
+        "sent": 1,
+        "exhausted": False,
+        "loop_lag_p99_s": 0.001,
+        "loop_lag_max_s": 0.002,
+        "cpu_s": 0.1,
+    }
+    return TrialSummary(**{**plain, **fields})
+
+
+def make_point(variant: str = "off", load: str = "concurrent:1", shape: Shape = SHAPE) -> Point:
+    """Prompts of 6 tokens and answers of 4, so that the mean context is 8."""
+    workload = Workload(
+        name="short",
+        prompt_tokens=Fixed(tokens=6),
+        output_tokens=Fixed(tokens=4),
+        loads=(parse(load),),
+    )
+    lengths = tuple(workload.lengths(8, seed=0))
+    return Point(Variant(name=variant), workload, parse(load), lengths, shape, CEILINGS)
+
+
+def make_trial(
+    found: list[RequestRecord], *, engine: Snapshot | None = None, **summary: Any
+) -> Trial:
+    slo = SLO(ttft_s=0.2005, tpot_s=0.15)
+    return Trial(make_point(), 1, slo, found, make_summary(**summary), engine)
+
+
+def twice(treatment: Point, baseline: Point) -> Prediction:
+    return PREDICTION
+
+
+def make_claim(**fields: Any) -> Claim:
+    plain: dict[str, Any] = {
+        "name": "faster",
+        "title": "On is faster",
+        "metric": "output_tokens_per_s",
+        "treatment": Arm(variant="on"),
+        "baseline": Arm(variant="off"),
+        "expect": "rises",
+        "predict": twice,
+    }
+    return Claim(**{**plain, **fields})
+
+
+def make_lab(**fields: Any) -> Lab:
+    off = Variant(name="off", flags={"enable-prefix-caching": False})
+    plain: dict[str, Any] = {
+        "name": "tiny",
+        "title": "Tiny",
+        "question": "Is on faster?",
+        "answers": ("SO-4",),
+        "variants": (off, off.but("on", {"enable-prefix-caching": True})),
+        "flags": {"max-model-len": 128},
+        "workloads": (
+            Workload(
+                name="short",
+                prompt_tokens=Fixed(tokens=6),
+                output_tokens=Fixed(tokens=4),
+                loads=(Concurrent(users=1), Concurrent(users=2)),
+            ),
+        ),
+        "claims": (make_claim(),),
+        "evidence": (Evidence(arm=Arm(variant="on"), kind="rises", metric=PREFIX_HITS),),
+        "slo": SLO(ttft_s=1, tpot_s=0.1),
+        "requests": 8,
+        "warmup_s": 1,
+        "window_s": 4,
+        "repeats": 2,
+    }
+    return Lab(**{**plain, **fields})
+
+
+def write_run(results: Path) -> RunFolder:
+    """A complete run on disk in which `on` is three times as fast as `off`."""
+    lab = make_lab().at("cpu", quick=False)
+    run = Run(
+        run_id=f"20260101T000000Z-{lab.digest()}",
+        lab=lab.resolved(),
+        digest=lab.digest(),
+        scale="cpu",
+        quick=False,
+        changes={},
+        endpoint=None,
+        model="abacus-1",
+        model_shape=vars(SHAPE),
+        machine=MACHINE,
+        ceilings=CEILINGS,
+        environment=Environment(python="3", packages={}, kernel="6"),
+        argv={v.name: [] for v in lab.variants},
+        prompts_sha256="0" * 64,
+        started_at="2026-01-01T00:00:00+00:00",
+    )
+    folder = RunFolder(results / MACHINE.slug / lab.name / run.run_id)
+    write_json(folder.path / "run.json", run)
+    points = run.points()
+    pairs = lab.pairs(lab.claims[0], points)
+    write_json(
+        folder.path / "predictions.json",
+        Predictions(effects={"faster": {f"{t.key}|{b.key}": twice(t, b) for t, b in pairs}},
+                    forecasts={}),
+    )  # fmt: skip
+    for point in points:
+        for repeat in range(1, lab.repeats + 1):
+            tokens = (300 if point.variant.name == "on" else 100) + repeat
+            found = [make_record([(11.0, 1), (12.0, tokens - 1)])]
+            home = folder.trial_folder(point, repeat)
+            records.write(home / "requests.jsonl.gz", found)
+            result = TrialResult(point=point.key, repeat=repeat, summary=make_summary())
+            write_json(home / "trial.json", result)
+    summarise(folder)
+    (folder.path / "COMPLETE").write_text("2026-01-01\n")
+    return folder

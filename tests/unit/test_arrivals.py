@@ -1,0 +1,106 @@
+"""When requests are sent."""
+
+import math
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from scipy import stats
+
+from loadtests.arrivals import Concurrent, Constant, Poisson, Waves, parse
+
+RATE_PER_S, DURATION_S, SEEDS = 20.0, 100.0, range(40)
+
+
+@pytest.mark.parametrize(
+    ("text", "arrival"),
+    [
+        ("concurrent:8", Concurrent(users=8)),
+        ("waves:32", Waves(size=32)),
+        ("poisson:2.5", Poisson(rate_per_s=2.5)),
+        ("constant:0.25", Constant(rate_per_s=0.25)),
+    ],
+)
+def test_text_form_reads_back(text: str, arrival: Concurrent | Waves | Poisson | Constant) -> None:
+    assert parse(text) == arrival
+    assert str(arrival) == text
+    assert arrival.name == text.replace(":", "-")
+
+
+def test_text_form_of_any_rate_reads_back() -> None:
+    arrival = Poisson(rate_per_s=1 / 3)
+    assert parse(str(arrival)) == arrival
+
+
+@pytest.mark.parametrize("text", ["bursty:3", "concurrent", "8", ""])
+def test_unknown_arrival_names_the_known_ones(text: str) -> None:
+    known = "concurrent:<users>, waves:<size>, poisson:<rate_per_s>, constant:<rate_per_s>"
+    with pytest.raises(ValidationError, match=known):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["concurrent:0", "waves:0", "concurrent:1025", "waves:1025", "concurrent:1.5", "poisson:0",
+     "constant:-1", "poisson:nan", "poisson:many"],
+)  # fmt: skip
+def test_level_out_of_range_is_refused(text: str) -> None:
+    with pytest.raises(ValidationError):
+        parse(text)
+
+
+def test_infinite_rate_is_refused() -> None:
+    with pytest.raises(ValidationError):
+        parse("poisson:inf")
+
+
+def test_largest_closed_loop() -> None:
+    assert (parse("concurrent:1024").users, parse("waves:1024").users) == (1024, 1024)
+
+
+@pytest.mark.parametrize(("rate_per_s", "users"), [(0.1, 16), (2, 120), (100, 1024)])
+def test_open_loop_has_a_minute_of_users(rate_per_s: float, users: int) -> None:
+    assert Poisson(rate_per_s=rate_per_s).users == users
+
+
+def test_only_poisson_and_constant_are_open_loop() -> None:
+    texts = ("concurrent:1", "waves:1", "poisson:1", "constant:1")
+    assert [t for t in texts if parse(t).open_loop] == ["poisson:1", "constant:1"]
+
+
+def poisson(seed: int) -> list[float]:
+    return Poisson(rate_per_s=RATE_PER_S).schedule(DURATION_S, random.Random(seed))
+
+
+def test_poisson_has_its_mean_rate() -> None:
+    expected = RATE_PER_S * DURATION_S * len(SEEDS)
+    assert abs(sum(len(poisson(s)) for s in SEEDS) - expected) < 4 * math.sqrt(expected)
+
+
+def test_poisson_gaps_are_exponential() -> None:
+    gaps = [b - a for seed in SEEDS for a, b in pairwise([0.0, *poisson(seed)])]
+    assert stats.kstest(gaps, "expon", args=(0, 1 / RATE_PER_S)).pvalue > 0.01
+
+
+def test_poisson_counts_vary_as_much_as_their_mean() -> None:
+    edges = np.arange(DURATION_S + 1)
+    counts = np.concatenate([np.histogram(poisson(seed), edges)[0] for seed in SEEDS])
+    assert np.var(counts) / np.mean(counts) == pytest.approx(1, abs=0.1)
+
+
+def test_poisson_is_the_same_for_the_same_seed_on_any_machine() -> None:
+    times = Poisson(rate_per_s=2).schedule(100, random.Random("0/times"))
+    assert times == Poisson(rate_per_s=2).schedule(100, random.Random("0/times"))
+    assert times[:3] == pytest.approx([0.688749306561378, 1.8077633022658763, 2.6677460242122457])
+    assert all(0 <= t < 100 for t in times)
+    assert times != Poisson(rate_per_s=2).schedule(100, random.Random("1/times"))
+
+
+def test_constant_spacing_is_exact() -> None:
+    assert Constant(rate_per_s=4).schedule(1.5, random.Random()) == [0, 0.25, 0.5, 0.75, 1, 1.25]
+
+
+def test_constant_fills_a_duration_that_is_no_multiple_of_the_gap() -> None:
+    assert Constant(rate_per_s=0.25).schedule(10, random.Random()) == [0, 4, 8]

@@ -1,0 +1,118 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from labs import LABS, results
+from labs.cli import app
+from labs.questions import QUESTIONS
+from tests.unit.builders import write_run
+
+LAB = next(iter(LABS))
+COMMANDS = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands]
+
+
+@pytest.fixture(autouse=True)
+def _as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The commands take over two signals, and read the variables that make hands on."""
+    for name in ("LAB", "SET", "SEED", "QUICK", "MODEL", "ENDPOINT", "RESUME", "RUN", "VARIANT"):
+        monkeypatch.delenv(name, raising=False)
+    taken = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for signum, handler in taken.items():
+        signal.signal(signum, handler)
+
+
+def labs(*args: str) -> tuple[int, str]:
+    """Exit code, and what is shown with its white space made single."""
+    result = CliRunner().invoke(app, args)
+    return result.exit_code, " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("args", [("run", "no-lab"), ("serve", "--lab", "no-lab")])
+def test_unknown_lab_lists_the_known_ones(args: tuple[str, ...]) -> None:
+    code, said = labs(*args)
+    assert code == 1
+    assert f"error: there is no lab 'no-lab'; the labs are {', '.join(LABS)}" in said
+
+
+def test_setting_without_value_is_refused() -> None:
+    code, said = labs("run", LAB, "--set", "window_s")
+    assert (code, "SET: 'window_s' is not field=value" in said) == (1, True)
+
+
+def test_unknown_field_lists_the_known_ones() -> None:
+    code, said = labs("serve", "--lab", LAB, "--set", "windw_s=3")
+    assert code == 1
+    assert "windw_s: no field 'windw_s'; known here: name, " in said
+
+
+def test_value_out_of_range_is_refused() -> None:
+    code, said = labs("serve", "--lab", LAB, "--set", "window_s=0")
+    assert (code, "greater than 0 (given 0)" in said) == (1, True)
+
+
+def test_unknown_variant_lists_the_known_ones() -> None:
+    code, said = labs("serve", "--lab", LAB, "--variant", "best")
+    names = ", ".join(v.name for v in LABS[LAB].variants)
+    assert code == 1
+    assert f"{LAB} has no variant 'best'; it has {names}" in said
+
+
+def test_list_shows_every_lab_and_the_questions_it_answers() -> None:
+    code, said = labs("list")
+    assert code == 0
+    for lab in LABS.values():
+        assert f"make lab-{lab.name}" in said
+        assert all(f"{id} {QUESTIONS[id][:20]}" in said for id in lab.answers)
+
+
+def test_commands_are_those_the_makefile_calls() -> None:
+    assert set(COMMANDS) == {"run", "list", "serve", "locust", "report", "check", "readme"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_a_command_does(command: str) -> None:
+    code, said = labs(command, "--help")
+    assert code == 0
+    assert f"{command} [OPTIONS]" in said
+    callback = next(c.callback for c in app.registered_commands if command in
+                    (c.name, getattr(c.callback, "__name__", "")))  # fmt: skip
+    assert callback
+    assert callback.__doc__
+    assert callback.__doc__[:30] in said
+
+
+def test_check_passes_whole_runs_and_names_what_is_wrong_with_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    folder = write_run(tmp_path)
+    code, said = labs("check")
+    assert (code, "Well-formed" in said) == (0, True)
+    (folder.path / "COMPLETE").unlink()
+    code, said = labs("check", str(folder.path))
+    assert code == 1
+    assert "it has no COMPLETE" in said
+
+
+def test_check_of_what_is_no_run_says_what_to_give(tmp_path: Path) -> None:
+    code, said = labs("check", str(tmp_path))
+    assert (code, "is no run: give a folder with run.json" in said) == (1, True)
+
+
+def test_report_is_written_anew_from_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    folder = write_run(tmp_path)
+    (folder.path / "summary.json").unlink()
+    code, said = labs("report")
+    assert code == 0, said
+    assert (folder.path / "report.md").exists()

@@ -1,0 +1,408 @@
+"""Effects, verdicts, validity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import pytest
+
+from labs.judge import (
+    Caveat,
+    Effect,
+    Interval,
+    Judgement,
+    Outcome,
+    effect,
+    first_trial_slow,
+    holds,
+    judge,
+    judge_forecast,
+    mean_interval,
+    noise_floor,
+    outcome_of,
+    repeats_to_decide,
+    ttft_agrees,
+    validity,
+)
+from labs.lab import Arm, Evidence, Forecast, Prediction
+from labs.measure import Trial
+from loadtests.records import RequestRecord
+from serving import metrics
+from serving.metrics import Histogram, Snapshot
+from tests.unit.builders import PREDICTION, make_claim, make_record, make_trial
+
+T2, T4 = 4.302653, 2.776445  # two-sided 95 % Student quantiles, 2 and 4 degrees of freedom
+INF = float("inf")
+
+
+def make_effect(
+    value: float, low: float | None, high: float | None, floor: float = 0.0, n: int = 3
+) -> Effect:
+    return Effect(ratio=Interval(value=value, low=low, high=high, n=n), floor=floor, spread=0.1)
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+def test_mean_interval_is_students() -> None:
+    found = mean_interval([1.0, 2.0, 3.0])
+    assert (found.value, found.n) == (2, 3)
+    assert (found.low, found.high) == pytest.approx((2 - T2 / math.sqrt(3), 2 + T2 / math.sqrt(3)))
+
+
+def test_effect_is_the_geometric_mean_of_paired_ratios() -> None:
+    found = effect({1: 220.0, 2: 210.0, 3: 180.0}, {1: 100.0, 2: 105.0, 3: 100.0})
+    logs = [math.log(r) for r in (2.2, 2.0, 1.8)]
+    half = T2 * stdev(logs) / math.sqrt(3)
+    assert found
+    assert found.ratio.value == pytest.approx(math.exp(fmean(logs)))
+    assert found.ratio.low == pytest.approx(math.exp(fmean(logs) - half))
+    assert found.ratio.high == pytest.approx(math.exp(fmean(logs) + half))
+    assert (found.ratio.n, found.spread) == pytest.approx((3, stdev(logs)))
+
+
+def test_effect_uses_only_repeats_that_both_sides_have() -> None:
+    found = effect({1: 2.0, 2: 3.0, 4: 900.0}, {1: 1.0, 2: 1.5, 3: 0.001})
+    assert found
+    assert (found.ratio.value, found.ratio.n) == pytest.approx((2, 2))
+    assert effect({1: 2.0}, {2: 1.0}) is None
+    assert effect({1: 0.0}, {1: 1.0}) is None
+
+
+def test_one_repeat_gives_a_ratio_without_interval() -> None:
+    found = effect({1: 3.0}, {1: 2.0})
+    assert found
+    ratio = found.ratio
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((1.5, None, None))
+    assert (found.floor, found.spread) == (None, None)
+
+
+def test_noise_floor_is_the_half_width_between_two_copies_of_one_thing() -> None:
+    one = {1: 1.0, 2: math.exp(0.1), 3: math.exp(-0.1)}  # s = 0.1
+    other = {1: 9.0, 2: 9 * math.exp(0.2), 3: 9 * math.exp(-0.2)}  # s = 0.2
+    pooled = math.sqrt((0.1**2 + 0.2**2) / 2)
+    assert noise_floor(one, other) == pytest.approx(math.expm1(T4 * pooled * math.sqrt(2 / 3)))
+    assert noise_floor({1: 1.0}, {1: 2.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("ratio", "spread", "repeats"),
+    [
+        (math.exp(0.1), 0.1, 7),  # t(6) / sqrt(7) = 0.92 is the first below 1
+        (1.0, 0.01, 3),  # 2.48 x 0.01 lies within log 1.03
+        (1.0, 0.5, None),  # never within a hundred
+        (1.5, None, 3),
+    ],
+)
+def test_repeats_that_would_decide(ratio: float, spread: float | None, repeats: int | None) -> None:
+    interval = Interval(value=ratio, low=None, high=None, n=2)
+    assert repeats_to_decide(Effect(ratio=interval, floor=None, spread=spread)) == repeats
+
+
+def simulated(
+    n: int, pairs: int, ratio: float, seed: int, drift: float = 0.2, noise: float = 0.05
+) -> list[Effect]:
+    """Lognormal repeats: both sides of a pair share the machine's drift."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(pairs):
+        shared, mine, theirs = rng.normal(0, [[drift], [noise], [noise]], (3, n))
+        treatment = dict(enumerate(ratio * np.exp(shared + mine)))
+        one = effect(treatment, dict(enumerate(np.exp(shared + theirs))))
+        assert one
+        found.append(one)
+    return found
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_interval_covers_the_true_ratio_in_95_of_100(n: int) -> None:
+    found = simulated(n, 2000, ratio=1.3, seed=n)
+    covered = [(e.ratio.low or INF) <= 1.3 <= (e.ratio.high or 0) for e in found]
+    assert 0.93 <= fmean(covered) <= 0.97
+
+
+@pytest.mark.parametrize("n", [3, 5])
+@pytest.mark.parametrize("drift", [0.0, 0.2])
+def test_two_copies_of_one_thing_seldom_differ(n: int, drift: float) -> None:
+    found = simulated(n, 2000, ratio=1.0, seed=n, drift=drift)
+    alarms = [outcome_of(e, "output_tokens_per_s") in ("helps", "hurts") for e in found]
+    assert fmean(alarms) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / len(found))
+
+
+def test_large_effect_is_found() -> None:
+    found = simulated(3, 300, ratio=2.0, seed=0, drift=0.05)
+    assert fmean(outcome_of(e, "output_tokens_per_s") == "helps" for e in found) > 0.95
+
+
+# -------------------------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("found", "outcome"),
+    [
+        (make_effect(1.2, 1.1, 1.3), "helps"),
+        (make_effect(0.8, 0.7, 0.9), "hurts"),
+        (make_effect(1.0, 0.98, 1.02), "no effect"),
+        (make_effect(1.02, 1.01, 1.029), "helps"),  # small, but there
+        (make_effect(1.0, 0.98, 1.031), "inconclusive"),
+        (make_effect(1.0, 0.97, 1.02), "inconclusive"),  # 1 / 0.97 is more than 3 %
+        (make_effect(1.1, 0.9, 1.3, 0.02), "inconclusive"),
+        (make_effect(1.02, 0.99, 1.045, 0.10), "no effect"),  # within the floor, up to 5 % of it
+        (make_effect(1.05, 1.01, 1.09, 0.10), "inconclusive"),  # noise hides more than it shows
+        (make_effect(1.5, None, None, n=1), "inconclusive"),
+    ],
+)
+def test_outcome(found: Effect, outcome: Outcome) -> None:
+    assert outcome_of(found, "output_tokens_per_s") == outcome
+    swapped: dict[str, Outcome] = {"helps": "hurts", "hurts": "helps"}
+    assert outcome_of(found, "ttft_p50_s") == swapped.get(outcome, outcome)  # lower is better
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high", "held"),
+    [
+        ("point", 1.4, 1.6, True),  # meets 2 - 25 %
+        ("point", 1.3, 1.49, False),
+        ("point", 2.49, 3.0, True),
+        ("point", 2.51, 3.0, False),
+        ("ceiling", 0.1, 0.2, True),
+        ("ceiling", 2.49, 9.0, True),
+        ("ceiling", 2.51, 9.0, False),
+        ("floor", 8.0, 9.0, True),
+        ("floor", 0.1, 1.51, True),
+        ("floor", 0.1, 1.49, False),
+        ("point", None, None, None),
+    ],
+)
+def test_prediction_holds(
+    kind: Any, low: float | None, high: float | None, held: bool | None
+) -> None:
+    prediction = Prediction(value=2.0, kind=kind, tolerance=0.25, formula="")
+    assert holds(prediction, Interval(value=2.0, low=low, high=high, n=2)) is held
+
+
+Values = Mapping[str, Mapping[int, Mapping[str, float | None]]]
+
+
+def rates(**points: list[float | None]) -> Values:
+    return {
+        point: {r: {"output_tokens_per_s": v} for r, v in enumerate(values, 1)}
+        for point, values in points.items()
+    }
+
+
+FASTER = rates(on=[200.0, 202.0, 198.0], off=[100.0, 101.0, 99.5])
+SAME = rates(on=[100.0, 101.0, 99.5], off=[100.0, 101.0, 99.6])
+
+
+def judged(values: Values, *caveats: Caveat, **claim: Any) -> Judgement:
+    return judge(make_claim(**claim), "on", "off", values, PREDICTION, caveats)
+
+
+@pytest.mark.parametrize(
+    ("values", "expect", "outcome", "expected"),
+    [
+        (FASTER, "rises", "helps", True),
+        (FASTER, "falls", "helps", False),
+        (FASTER, "unchanged", "helps", False),
+        (SAME, "unchanged", "no effect", True),
+        (SAME, "rises", "no effect", False),
+        (rates(on=[90.0, 140.0, 100.0], off=[100.0, 100.0, 100.0]), "rises", "inconclusive", None),
+    ],
+)
+def test_claim_is_as_expected_or_not(
+    values: Values, expect: str, outcome: Outcome, expected: bool | None
+) -> None:
+    found = judged(values, expect=expect)
+    assert (found.outcome, found.expected) == (outcome, expected)
+
+
+def test_prediction_is_judged_apart_from_the_claim() -> None:
+    assert judged(FASTER).prediction_held is True  # 2.0 x
+    assert judged(SAME, expect="unchanged").prediction_held is False
+
+
+def test_inconclusive_says_how_many_repeats_would_settle_it() -> None:
+    values = rates(on=[120.0, 140.0, 100.0], off=[100.0, 100.0, 100.0])
+    assert "about 8 repeats would settle it" in judged(values).why
+
+
+def test_inconclusive_never_asks_for_as_few_repeats_as_there_are() -> None:
+    # a steady gain of 5 % whose interval excludes 1, below the floor of a machine that drifts
+    pairs = [(1.0, 1.03), (1.03, 1.0815), (0.97, 1.037)]
+    found = effect(*({r: p[i] for r, p in enumerate(pairs)} for i in (1, 0)))
+    assert found
+    assert outcome_of(found, "output_tokens_per_s") == "inconclusive"
+    assert (repeats_to_decide(found) or 101) > found.ratio.n
+
+
+def test_one_repeat_is_inconclusive_and_says_what_to_ask_for() -> None:
+    found = judged(rates(on=[200.0], off=[100.0]))
+    assert (found.outcome, found.expected, found.prediction_held) == ("inconclusive", None, None)
+    assert "SET=repeats=3" in found.why
+
+
+def test_missing_side_is_inconclusive() -> None:
+    for values in (rates(on=[None, None], off=[1.0, 2.0]), rates(off=[1.0, 2.0])):
+        found = judged(values)
+        assert (found.outcome, found.effect) == ("inconclusive", None)
+
+
+@pytest.mark.parametrize("point", ["on", "off", None])
+def test_blocking_caveat_allows_no_verdict(point: str | None) -> None:
+    found = judged(FASTER, Caveat(name="errors", text="", blocks=True, point=point))
+    assert (found.outcome, found.why) == ("not valid", "errors")
+    assert (found.expected, found.prediction_held) == (None, None)
+
+
+def test_caveat_elsewhere_or_one_that_does_not_block_leaves_the_verdict() -> None:
+    elsewhere = Caveat(name="errors", text="", blocks=True, point="third")
+    minor = Caveat(name="slow first trial", text="", point="on")
+    assert judged(FASTER, elsewhere, minor).outcome == "helps"
+
+
+def test_forecast_is_compared_with_the_mean_over_repeats() -> None:
+    forecast = Forecast(name="f", metric="x", arm=Arm(), predict=lambda point: PREDICTION)
+    values = {r: {"x": x} for r, x in enumerate((2.0, 2.2, None))}
+    found = judge_forecast(forecast, "on", values, PREDICTION)
+    assert found.measured
+    assert (found.measured.value, found.measured.n, found.held) == pytest.approx((2.1, 2, True))
+    assert judge_forecast(forecast, "on", {}, PREDICTION).held is None
+
+
+# -------------------------------------------------------------------------------------- validity
+
+HITS, CACHE = metrics.PREFIX_HITS, metrics.CACHE_CONFIG
+EVIDENCE = (
+    Evidence(arm=Arm(variant="off"), kind="stays", metric=metrics.PREEMPTIONS),
+    Evidence(arm=Arm(variant="off"), kind="echoes", metric=CACHE, label="caching", value="False"),
+    Evidence(arm=Arm(variant="off"), kind="rises", metric=metrics.PROMPT_TOKENS),
+    Evidence(arm=Arm(variant="on"), kind="rises", metric=HITS),  # of another variant
+)
+VALUES = {
+    metrics.REQUESTS: 50.0,
+    metrics.GENERATION_TOKENS: 100.0,
+    metrics.PREEMPTIONS: 0.0,
+    metrics.PROMPT_TOKENS: 200.0,
+}
+SEEN = Histogram((0.05, 0.1, 0.2, 0.4, INF), (0, 0, 50, 50, 50), 7.0, 50)
+CLEAN = [
+    make_record([(t + 0.15, 1), (t + 0.2, 1)], sent_s=t, scheduled_s=t - 0.001)
+    for t in np.linspace(10, 19, 50)
+]
+
+
+def checked(
+    found: list[RequestRecord] | None = None,
+    values: Mapping[str, float] = VALUES,
+    seen: Histogram = SEEN,
+    caching: str = "False",
+    engine: bool = True,
+    **summary: Any,
+) -> list[Caveat]:
+    snapshot = Snapshot(dict(values), {metrics.TTFT: seen}, {CACHE: {"caching": caching}})
+    records = CLEAN if found is None else found
+    trial: Trial = make_trial(records, engine=snapshot if engine else None, **summary)
+    return validity(trial, EVIDENCE)
+
+
+def some(n: int, **fields: Any) -> list[RequestRecord]:
+    """The clean trial with its first n records changed."""
+    return [replace(r, **fields) for r in CLEAN[:n]] + CLEAN[n:]
+
+
+def test_clean_trial_has_no_caveat() -> None:
+    assert checked() == []
+    assert checked(engine=False) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "changes"),
+    [
+        ("errors", True, {"found": some(1, error="reset")}),
+        ("nothing measured", True, {"found": some(50, in_window=False)}),
+        ("ran out of requests", False, {"exhausted": True}),
+        ("generator lagged", True, {"found": some(3, scheduled_s=9.0, sent_s=9.1)}),
+        ("generator's loop lagged", True, {"loop_lag_p99_s": 0.021}),
+        ("fell behind the schedule", True, {"planned": 100, "sent": 94}),
+        ("token counts differ", True, {"found": some(1, chunks=[(10.15, 1)])}),
+        ("lengths differ", False, {"found": some(1, asked_tokens=3)}),
+        ("client and engine disagree", True, {"values": {**VALUES, metrics.REQUESTS: 51}}),
+        ("client and engine disagree", True, {"values": {**VALUES, metrics.GENERATION_TOKENS: 99}}),
+        (
+            "client and engine disagree",
+            True,
+            {"seen": Histogram(SEEN.le, (50, 50, 50, 50, 50), 1.0, 50)},
+        ),
+        ("treatment not applied", True, {"values": {**VALUES, metrics.PREEMPTIONS: 1}}),
+        ("treatment not applied", True, {"values": {**VALUES, metrics.PROMPT_TOKENS: 0}}),
+        ("treatment not applied", True, {"caching": "True"}),
+    ],
+)
+def test_caveat(name: str, blocks: bool, changes: dict[str, Any]) -> None:
+    (found,) = checked(**changes)
+    assert (found.name, found.blocks, found.point) == (name, blocks, "off/short/concurrent-1")
+    assert found.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"found": some(2, scheduled_s=9.0, sent_s=9.1)},  # 4 % late
+        {"found": [replace(r, scheduled_s=r.sent_s - 0.0049) for r in CLEAN]},  # up to 5 ms
+        {"loop_lag_p99_s": 0.019},
+        {"planned": 100, "sent": 95},
+    ],
+)
+def test_just_good_enough_is_no_caveat(changes: dict[str, Any]) -> None:
+    assert checked(**changes) == []
+
+
+def test_one_error_in_a_hundred_is_told_but_does_not_block() -> None:
+    (found,) = checked([*some(1, error="reset"), *CLEAN])
+    assert (found.name, found.blocks) == ("errors", False)
+
+
+def test_counter_that_the_engine_does_not_have_proves_nothing() -> None:
+    without = {n: v for n, v in VALUES.items() if n != metrics.PREEMPTIONS}
+    assert [c.name for c in checked(values=without)] == ["treatment not applied"]
+
+
+@pytest.mark.parametrize(
+    ("client_median_s", "agrees"),
+    [
+        (0.15, True),  # the median's own bucket is 0.1 to 0.2
+        (0.06, True),  # a neighbour
+        (0.04, False),
+        (0.39, True),
+        (0.409, True),  # and 10 ms for transport
+        (0.42, False),
+    ],
+)
+def test_ttft_agrees_with_the_engines_median_bucket(client_median_s: float, agrees: bool) -> None:
+    assert ttft_agrees(SEEN, client_median_s) is agrees
+
+
+def test_ttft_agrees_where_the_engine_cannot_tell() -> None:
+    assert ttft_agrees(Histogram(), 5.0)
+    assert ttft_agrees(Histogram((0.1, INF), (1, 9), 9.0, 9), 500.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "slow"),
+    [
+        ([74.0, 100.0, 101.0], True),
+        ([76.0, 100.0, 101.0], False),
+        ([100.0, 74.0, 101.0], False),
+        ([10.0, 100.0], False),  # two cannot tell which is odd
+        ([10.0, None, 100.0], False),
+    ],
+)
+def test_first_trial_that_stands_out_is_told(values: list[float | None], slow: bool) -> None:
+    found = first_trial_slow(rates(on=values)["on"], "on")
+    assert [c.name for c in found] == (["slow first trial"] if slow else [])

@@ -1,0 +1,299 @@
+"""The vocabulary of labs, and every lab of the list."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from labs import LABS
+from labs.lab import Arm, Evidence, Lab, LabError, Variant, parse_changes
+from labs.measure import METRICS
+from labs.plots import PLOTS
+from labs.questions import QUESTIONS
+from loadtests.arrivals import Concurrent
+from loadtests.workload import Fixed, Workload
+from serving import metrics
+from tests.unit.builders import CEILINGS, SHAPE, make_claim, make_lab, make_point
+
+# ------------------------------------------------------------------------------------- resolving
+
+LAYERED = make_lab(
+    scales={"gpu": {"window_s": 20, "repeats": 5, "workloads.short.output_tokens.tokens": 64}},
+    quick={"window_s": 1},
+)
+
+
+def outputs(lab: Lab) -> int:
+    lengths = lab.workloads[0].output_tokens
+    assert isinstance(lengths, Fixed)
+    return lengths.tokens
+
+
+def test_scale_lies_over_the_lab_quick_over_scale_and_changes_over_all() -> None:
+    layers: list[tuple[str, bool, dict[str, Any]]] = [
+        ("cpu", False, {}), ("gpu", False, {}), ("gpu", True, {}), ("gpu", True, {"window_s": 3}),
+    ]  # fmt: skip
+    found = [LAYERED.at(*layer) for layer in layers]
+    assert [lab.window_s for lab in found] == [4, 20, 1, 3]
+    assert [lab.repeats for lab in found] == [2, 5, 5, 5]
+    assert [outputs(lab) for lab in found] == [4, 64, 64, 64]
+    assert outputs(LAYERED) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"windw_s": 3}, "windw_s: no field 'windw_s'; known here: .*window_s"),
+        ({"workloads.long.loads": []}, "no field 'long'; known here: short"),
+        ({"workloads.short.output_tokens.mean": 3}, "no field 'mean'; known here: kind, tokens"),
+        ({"window_s.x": 3}, "no field 'x'; known here: none"),
+        ({"scales.gpu": {}}, "no field 'scales'"),
+        ({"workloads.short": 3}, r"give one of its fields, workloads\.short\.<field>="),
+        ({"window_s": -1}, r"window_s: Input should be greater than 0 \(given -1\)"),
+        ({"repeats": "many"}, r"repeats: .*\(given 'many'\)"),
+        ({"workloads.short.loads": ["bursty:8"]}, "the known ones are concurrent:<users>"),
+        ({"workloads.short.loads": ["concurrent:2000"]}, "less than or equal to 1024"),
+    ],
+)
+def test_change_that_does_not_fit_is_refused_with_what_would(
+    changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(LabError, match=said):
+        make_lab().at("cpu", quick=False, changes=changes)
+
+
+def test_flags_may_be_added() -> None:
+    changes = {"flags.block-size": 32, "variants.on.flags.max-num-seqs": 4}
+    lab = make_lab().at("cpu", quick=False, changes=changes)
+    off, on = lab.variants
+    plain = {"max-model-len": 128, "block-size": 32}
+    assert lab.flags_of(off) == {**plain, "enable-prefix-caching": False}
+    assert lab.flags_of(on) == {**plain, "enable-prefix-caching": True, "max-num-seqs": 4}
+
+
+def test_variants_flag_wins_over_the_labs() -> None:
+    lab = make_lab(flags={"enable-prefix-caching": True})
+    assert lab.flags_of(lab.variants[0]) == {"enable-prefix-caching": False}
+
+
+def test_item_may_be_named_like_its_field() -> None:
+    named = make_lab().workloads[0].model_copy(update={"name": "loads"})
+    lab = make_lab(workloads=(named,))
+    changed = lab.at("cpu", quick=False, changes={"workloads.loads.loads": ["waves:2"]})
+    assert str(changed.workloads[0].loads[0]) == "waves:2"
+
+
+def test_set_reads_json_and_else_text() -> None:
+    text = ' window_s=4  a.b=true\tload=waves:8 loads=["waves:8"] name= x=1=2 '
+    assert parse_changes(text) == {
+        "window_s": 4, "a.b": True, "load": "waves:8", "loads": ["waves:8"], "name": "", "x": "1=2",
+    }  # fmt: skip
+    assert parse_changes("") == {}
+
+
+def test_set_without_equals_sign_is_refused() -> None:
+    with pytest.raises(LabError, match="'repeats' is not field=value"):
+        parse_changes("window_s=4 repeats")
+
+
+# ---------------------------------------------------------------------------------------- digest
+
+
+def longer(point: Any, other: Any) -> Any:
+    raise NotImplementedError
+
+
+WORKLOAD = make_lab().workloads[0]
+
+
+@pytest.mark.parametrize(
+    "knob",
+    [
+        {"seed": 1},
+        {"window_s": 5},
+        {"requests": 9},
+        {"slo": {"ttft_s": 2, "tpot_s": 0.1}},
+        {"flags": {"max-model-len": 256}},
+        {"variants": (Variant(name="off"), Variant(name="on"))},
+        {"workloads": (WORKLOAD.model_copy(update={"loads": (Concurrent(users=3),)}),)},
+        {"workloads": (WORKLOAD.model_copy(update={"output_tokens": Fixed(tokens=5)}),)},
+        {"claims": (make_claim(metric="ttft_p50_s"),)},
+        {"claims": (make_claim(expect="falls"),)},
+        {"claims": (make_claim(predict=longer),)},
+        {"evidence": ()},
+    ],
+    ids=str,
+)
+def test_digest_changes_with_a_knob(knob: dict[str, Any]) -> None:
+    assert make_lab(**knob).digest() != make_lab().digest()
+
+
+@pytest.mark.parametrize(
+    "prose",
+    [
+        {"title": "Another title"},
+        {"question": "Another question?"},
+        {"limits": {"cpu": "It is slow."}},
+        {"next_knobs": ("SET=window_s=9 takes longer",)},
+        {"claims": (make_claim(title="Another claim"),)},
+    ],
+    ids=str,
+)
+def test_digest_stays_with_a_word(prose: dict[str, Any]) -> None:
+    assert make_lab(**prose).digest() == make_lab().digest()
+
+
+def test_digest_is_of_the_resolved_lab() -> None:
+    plain = make_lab().at("cpu", quick=False)
+    assert LAYERED.at("cpu", quick=False).digest() == plain.digest()
+    assert LAYERED.at("cpu", quick=True).digest() != plain.digest()
+
+
+# ------------------------------------------------------------------------------ points and pairs
+
+
+def test_points_are_every_variant_under_every_load_with_all_flags() -> None:
+    points = make_lab().points(SHAPE, CEILINGS)
+    assert [p.key for p in points] == [
+        "off/short/concurrent-1", "off/short/concurrent-2",
+        "on/short/concurrent-1", "on/short/concurrent-2",
+    ]  # fmt: skip
+    assert points[2].variant.flags == {"max-model-len": 128, "enable-prefix-caching": True}
+    assert (points[0].prompt_tokens, points[0].output_tokens) == (6, 4)
+
+
+def paired(**arms: Arm) -> list[str]:
+    lab = make_lab()
+    found = lab.pairs(make_claim(**arms), lab.points(SHAPE, CEILINGS))
+    return [f"{t.key.replace('/short/concurrent', '')} {b.key.replace('/short/concurrent', '')}"
+            for t, b in found]  # fmt: skip
+
+
+def test_pairs_agree_on_what_both_arms_leave_open() -> None:
+    assert paired() == ["on-1 off-1", "on-2 off-2"]
+
+
+def test_pairs_meet_what_the_arms_say() -> None:
+    assert paired(treatment=Arm(variant="on", load="concurrent:2")) == ["on-2 off-1", "on-2 off-2"]
+    many, one = Arm(load="concurrent:2"), Arm(load="concurrent:1")
+    assert paired(treatment=many, baseline=one) == ["off-2 off-1", "on-2 on-1"]
+    assert paired(treatment=Arm(variant="on", kind="waves")) == []
+
+
+def test_arm_matches_by_all_it_says() -> None:
+    point = make_point("on", "waves:8")
+    assert Arm().matches(point)
+    assert Arm(variant="on", workload="short", load="waves:8", kind="waves").matches(point)
+    others: list[dict[str, str]] = [
+        {"variant": "off"}, {"workload": "long"}, {"load": "waves:4"}, {"kind": "poisson"},
+    ]  # fmt: skip
+    assert not any(Arm(**other).matches(point) for other in others)
+
+
+@pytest.mark.parametrize(
+    "naming",
+    [
+        {"claims": (make_claim(treatment=Arm(variant="best")),)},
+        {"claims": (make_claim(baseline=Arm(variant="best")),)},
+        {
+            "evidence": (
+                Evidence(arm=Arm(variant="best"), kind="rises", metric=metrics.PREFIX_HITS),
+            )
+        },
+    ],
+    ids=["treatment", "baseline", "evidence"],
+)
+def test_unknown_variant_is_refused(naming: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"\['best'\] are no variants of tiny"):
+        make_lab(**naming)
+
+
+# ------------------------------------------------------------------------------ the labs we have
+
+EVERY = pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
+SCALES = [(kind, quick) for kind in ("cpu", "gpu") for quick in (False, True)]
+RESOLVED = pytest.mark.parametrize(
+    "lab",
+    [lab.at(*scale) for lab in LABS.values() for scale in SCALES],
+    ids=[f"{name}-{kind}{'-quick' * quick}" for name in LABS for kind, quick in SCALES],
+)
+# a shape and ceilings of a size that predictions make sense for
+REAL = replace(
+    SHAPE, layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64,
+    params=135 * 10**6, matmul_params=135 * 10**6, weight_bytes=270 * 10**6,
+)  # fmt: skip
+
+
+@RESOLVED
+def test_every_claim_has_a_pair_and_a_prediction(lab: Lab) -> None:
+    points = lab.points(REAL, CEILINGS)
+    for claim in lab.claims:
+        pairs = lab.pairs(claim, points)
+        assert pairs, claim.name
+        assert all(0 < claim.predict(t, b).value < math.inf for t, b in pairs), claim.name
+    for forecast in lab.forecasts:
+        values = [forecast.predict(p).value for p in points if forecast.arm.matches(p)]
+        assert values, forecast.name
+        assert all(0 <= v < math.inf for v in values), forecast.name
+
+
+@RESOLVED
+def test_every_point_has_a_name_of_its_own_and_requests_for_its_users(lab: Lab) -> None:
+    points = lab.points(SHAPE, CEILINGS)
+    assert len({p.key for p in points}) == len(points)
+    assert all(p.load.users <= lab.requests for p in points)
+    assert len({c.name for c in lab.claims}) == len(lab.claims)
+
+
+@EVERY
+def test_names_in_a_lab_exist(lab: Lab) -> None:
+    assert lab.answers
+    assert set(lab.answers) <= QUESTIONS.keys()
+    assert set(lab.plots) <= PLOTS.keys()
+    assert {c.metric for c in lab.claims} | {f.metric for f in lab.forecasts} <= METRICS.keys()
+    known = {name for golden in metrics.GOLDEN.values() for name in golden}
+    assert {e.metric for e in lab.evidence} <= known
+    assert set(lab.scales) <= {"cpu", "gpu"}
+    assert set(lab.limits) == {"cpu", "gpu"}
+
+
+@EVERY
+def test_name_is_the_one_the_list_and_its_file_give(lab: Lab) -> None:
+    assert LABS[lab.name] is lab
+    module: Any = importlib.import_module(f"labs.{lab.name.replace('-', '_')}")
+    assert module.LAB is lab
+
+
+@EVERY
+def test_variants_differ_in_flags_and_show_it(lab: Lab) -> None:
+    first, *others = lab.variants
+    assert all(lab.flags_of(v) != lab.flags_of(first) for v in others)
+    assert len({v.name for v in lab.variants}) == len(lab.variants)
+    if others:
+        assert {e.arm.variant for e in lab.evidence} >= {v.name for v in lab.variants}
+
+
+@EVERY
+def test_what_to_turn_next_can_be_turned(lab: Lab) -> None:
+    for knob in lab.next_knobs:
+        setting = re.match(r"""SET=(?:(["'])(.+?)\1|(\S+)) """, knob)
+        assert setting, knob
+        changes = parse_changes(setting[2] or setting[3])
+        turned = lab.at("cpu", quick=False, changes=changes)
+        assert turned.digest() != lab.at("cpu", quick=False).digest(), knob
+
+
+def test_workload_needs_a_load() -> None:
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        Workload(
+            name="idle",
+            prompt_tokens=Fixed(tokens=1),
+            output_tokens=Fixed(tokens=1),
+            loads=(),
+        )

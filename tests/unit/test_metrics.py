@@ -1,0 +1,102 @@
+"""The engine's /metrics, on hand-written exposition text."""
+
+import pytest
+
+from serving import metrics
+from serving.metrics import GOLDEN, Histogram, Snapshot, names, parse
+
+BEFORE = """\
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0"} 3.0
+# TYPE vllm:request_success_total counter
+vllm:request_success_total{engine="0",finished_reason="length"} 5.0
+vllm:request_success_total{engine="0",finished_reason="stop"} 2.0
+# TYPE vllm:time_to_first_token_seconds histogram
+vllm:time_to_first_token_seconds_bucket{engine="0",le="0.1"} 1.0
+vllm:time_to_first_token_seconds_bucket{engine="0",le="0.5"} 4.0
+vllm:time_to_first_token_seconds_bucket{engine="0",le="+Inf"} 5.0
+vllm:time_to_first_token_seconds_count{engine="0"} 5.0
+vllm:time_to_first_token_seconds_sum{engine="0"} 2.5
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{block_size="16",enable_prefix_caching="False"} 1.0
+# TYPE somebody_elses gauge
+somebody_elses 7.0
+"""
+AFTER = (
+    BEFORE.replace('running{engine="0"} 3.0', 'running{engine="0"} 1.0')
+    .replace('"length"} 5.0', '"length"} 9.0')
+    .replace('le="0.1"} 1.0', 'le="0.1"} 2.0')
+    .replace('le="0.5"} 4.0', 'le="0.5"} 8.0')
+    .replace('le="+Inf"} 5.0', 'le="+Inf"} 9.0')
+    .replace('count{engine="0"} 5.0', 'count{engine="0"} 9.0')
+    .replace('sum{engine="0"} 2.5', 'sum{engine="0"} 3.75')
+)
+TWO_ENGINES = "".join(
+    line + (line.replace('engine="0"', 'engine="1"') if "engine" in line else "")
+    for line in BEFORE.splitlines(keepends=True)
+)
+INF = float("inf")
+NEW = Histogram((0.1, 0.5, INF), (1, 4, 4), 1.25, 4)
+
+
+def test_values_are_summed_over_labels() -> None:
+    found = parse(BEFORE)
+    assert found.values[metrics.REQUESTS] == 7
+    assert found.values[metrics.RUNNING] == 3
+    assert found.values["somebody_elses"] == 7
+
+
+def test_histogram_is_read_cumulative() -> None:
+    assert parse(BEFORE).histograms == {metrics.TTFT: Histogram((0.1, 0.5, INF), (1, 4, 5), 2.5, 5)}
+
+
+def test_engines_of_one_server_are_added() -> None:
+    found = parse(TWO_ENGINES)
+    assert found.values[metrics.REQUESTS] == 14
+    assert found.histograms[metrics.TTFT] == Histogram((0.1, 0.5, INF), (2, 8, 10), 5, 10)
+
+
+def test_info_keeps_its_labels() -> None:
+    assert parse(BEFORE).info[metrics.CACHE_CONFIG]["enable_prefix_caching"] == "False"
+
+
+def test_since_takes_counters_and_histograms_as_differences_and_gauges_as_they_are() -> None:
+    found = parse(AFTER).since(parse(BEFORE))
+    assert found.values[metrics.REQUESTS] == 4
+    assert found.values[metrics.RUNNING] == 1
+    assert found.histograms[metrics.TTFT] == NEW
+    assert found.info == parse(AFTER).info
+
+
+def test_since_an_empty_reading_is_everything() -> None:
+    found = parse(BEFORE).since(Snapshot())
+    assert (found.values, found.histograms) == (parse(BEFORE).values, parse(BEFORE).histograms)
+
+
+@pytest.mark.parametrize(
+    ("quantile", "bucket"),
+    [(0.25, (0.0, 0.1)), (0.26, (0.1, 0.5)), (0.5, (0.1, 0.5)), (1.0, (0.1, 0.5))],
+)
+def test_bucket_holds_the_quantile(quantile: float, bucket: tuple[float, float]) -> None:
+    assert NEW.bucket_of(quantile) == bucket
+
+
+def test_bucket_beyond_the_last_bound_is_open() -> None:
+    assert Histogram((0.1, INF), (1, 4), 9, 4).bucket_of(0.5) == (0.1, INF)
+
+
+def test_empty_histogram_has_neither_mean_nor_bucket() -> None:
+    assert (Histogram().mean(), Histogram().bucket_of(0.5)) == (None, None)
+    assert NEW.mean() == 1.25 / 4
+
+
+def test_every_name_the_lab_knows_is_golden() -> None:
+    known = {v for v in vars(metrics).values() if isinstance(v, str) and v.startswith("vllm:")}
+    assert known
+    for version, golden in GOLDEN.items():
+        assert set(golden) == known, version
+        assert len(golden) == len(known), version
+
+
+def test_names_lists_values_and_histograms() -> None:
+    assert {metrics.TTFT, metrics.REQUESTS, metrics.CACHE_CONFIG} <= set(names(parse(BEFORE)))

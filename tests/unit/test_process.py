@@ -1,0 +1,174 @@
+"""Nothing outlives the process that started it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from serving.process import Process
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 15.0  # a bound, not a measurement: a busy machine may take seconds to start Python
+
+# leaves two sleepers: one in a session of its own whose parent is gone, as a daemon's would be
+FAMILY = """
+import os, subprocess, sys
+pids = [subprocess.Popen(["sleep", "600"], start_new_session=True).pid]
+r, w = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    pid = os.fork()
+    if pid:
+        os.write(w, str(pid).encode())
+        os._exit(0)
+    os.execvp("sleep", ["sleep", "600"])
+os.wait()
+pids.append(int(os.read(r, 20)))
+print(*pids, flush=True)
+"""
+STAYING = FAMILY + "\nimport time\ntime.sleep(600)\n"
+
+
+def until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.02)
+
+
+def ended(process: Process) -> int | None:
+    until(lambda: process.returncode is not None)
+    return process.returncode
+
+
+def running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def python(code: str, log: Path, talk: bool = False) -> Process:
+    return Process("child", [sys.executable, "-c", code], log=log, talk=talk)
+
+
+def test_exit_code_is_the_childs(tmp_path: Path) -> None:
+    with Process("child", ["sh", "-c", "exit 7"], log=tmp_path / "log") as process:
+        assert ended(process) == 7
+
+
+def test_death_by_a_signal_is_128_and_the_signal(tmp_path: Path) -> None:
+    with Process("child", ["sh", "-c", "kill -KILL $$"], log=tmp_path / "log") as process:
+        assert ended(process) == 128 + signal.SIGKILL
+
+
+def test_stopped_child_died_by_sigterm(tmp_path: Path) -> None:
+    argv = ["sh", "-c", "echo up; exec sleep 600"]
+    with Process("child", argv, log=tmp_path / "log", talk=True) as process:
+        assert process.stdout.readline() == "up\n"
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_log_keeps_both_streams_and_shows_its_last_lines(tmp_path: Path) -> None:
+    script = "echo one; echo two >&2; echo three"
+    with Process("child", ["sh", "-c", script], log=tmp_path / "deep" / "log") as process:
+        ended(process)
+        assert process.tail() == "one\ntwo\nthree"
+        assert process.tail(1) == "three"
+
+
+def test_program_that_does_not_exist_says_so_in_the_log(tmp_path: Path) -> None:
+    with Process("child", ["/no/such/program"], log=tmp_path / "log") as process:
+        assert ended(process) != 0
+        assert "/no/such/program" in process.tail()
+
+
+def test_environment_is_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INHERITED", "yes")
+    argv = ["sh", "-c", "echo $INHERITED $ADDED"]
+    with Process("child", argv, log=tmp_path / "log", env={"ADDED": "too"}) as process:
+        ended(process)
+        assert process.tail() == "yes too"
+
+
+def test_talk_is_a_line_protocol(tmp_path: Path) -> None:
+    with Process("child", ["cat"], log=tmp_path / "log", talk=True) as process:
+        for line in ("ping\n", "pong\n"):
+            process.stdin.write(line)
+            assert process.stdout.readline() == line
+    assert (tmp_path / "log").read_text() == ""
+
+
+@pytest.fixture
+def family() -> Iterator[list[int]]:
+    """Process ids to clear away if a test fails to see them end."""
+    pids: list[int] = []
+    yield pids
+    for pid in filter(running, pids):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_stop_ends_grandchildren_in_sessions_of_their_own(
+    tmp_path: Path, family: list[int]
+) -> None:
+    with python(STAYING, tmp_path / "log", talk=True) as process:
+        family += map(int, process.stdout.readline().split())
+        assert [running(pid) for pid in family] == [True, True]
+    assert [running(pid) for pid in family] == [False, False]
+
+
+def test_child_that_exits_takes_its_grandchildren_with_it(
+    tmp_path: Path, family: list[int]
+) -> None:
+    with python(FAMILY, tmp_path / "log", talk=True) as process:
+        family += map(int, process.stdout.readline().split())
+        assert ended(process) == 0
+        assert [running(pid) for pid in family] == [False, False]
+
+
+def test_killed_parent_leaves_no_process(tmp_path: Path, family: list[int]) -> None:
+    code = f"""
+import sys, time
+from pathlib import Path
+from serving.process import Process
+argv = [sys.executable, "-c", {STAYING!r}]
+process = Process("child", argv, log=Path({str(tmp_path / "log")!r}), talk=True)
+print(process.pid, process.stdout.readline(), flush=True)
+time.sleep(600)
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    family.append(parent.pid)
+    assert parent.stdout
+    guard, *sleepers = map(int, parent.stdout.readline().split())
+    family += [guard, *sleepers, *(p.pid for p in psutil.Process(guard).children(recursive=True))]
+    assert len(sleepers) == 2
+    assert all(running(pid) for pid in family)
+    parent.kill()
+    parent.communicate()
+    until(lambda: not any(running(pid) for pid in family))
+
+
+def test_child_that_ignores_sigterm_is_killed_after_the_grace(family: list[int]) -> None:
+    guard = "import sys, serving.process as p; p.GRACE_S = 0.2; sys.exit(p.guard(0, sys.argv[1:]))"
+    stubborn = ["sh", "-c", "trap '' TERM; echo $$; exec sleep 600"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", guard, *stubborn],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,  # the guard's sign that its parent lives
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout
+    child = int(process.stdout.readline())
+    family += [process.pid, child]
+    process.terminate()
+    process.communicate(timeout=PATIENCE_S)
+    assert not running(child)

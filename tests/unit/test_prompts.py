@@ -1,0 +1,76 @@
+"""Prompts of an exact number of tokens."""
+
+import hashlib
+import random
+
+import pytest
+
+from loadtests.prompts import CountTokens, Messages, Writer, counter
+from serving.models import BUNDLED, CACHE
+
+MODEL = CACHE / "models" / BUNDLED
+
+
+def words(messages: Messages) -> int:
+    """A template of 5 tokens, one token a word."""
+    return 5 + sum(len(m["content"].split()) for m in messages)
+
+
+def pieces(messages: Messages) -> int:
+    """A template of 5 tokens, one for every five letters of a word."""
+    return 5 + sum(1 + len(w) // 6 for m in messages for w in m["content"].split())
+
+
+def evens(messages: Messages) -> int:
+    return 2 * words(messages)
+
+
+@pytest.fixture(scope="module")
+def bundled() -> CountTokens:
+    if not (MODEL / "config.json").exists():
+        pytest.skip("the bundled model is not converted yet (`make setup` does it)")
+    return counter(str(MODEL))
+
+
+def digest(count: CountTokens) -> str:
+    rng = random.Random("0/chat/text")
+    prompts = [Writer(count).chat(tokens, rng) for tokens in range(40, 72)]
+    return hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("count", [words, pieces])
+def test_length_is_exact(count: CountTokens) -> None:
+    writer, rng = Writer(count), random.Random(0)
+    asked = range(writer.least_tokens, 200)
+    assert [count(writer.chat(tokens, rng)) for tokens in asked] == list(asked)
+
+
+def test_too_short_names_the_least() -> None:
+    # 5 of the template, 1 of the system message, and 1 to say something
+    with pytest.raises(ValueError, match="prompt_tokens=6 is below the 7 tokens"):
+        Writer(words).chat(6, random.Random(0))
+
+
+def test_length_that_no_text_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="no text of exactly 41 tokens"):
+        Writer(evens).chat(41, random.Random(0))
+
+
+def test_prompts_are_the_same_on_any_machine_and_python() -> None:
+    assert digest(words) == "618aa2d897e570e0"
+
+
+def test_prompts_differ_from_one_another() -> None:
+    rng = random.Random(0)
+    assert len({str(Writer(words).chat(60, rng)) for _ in range(50)}) == 50
+
+
+@pytest.mark.parametrize("extra", [0, 1, 2, 3, 10, 33, 100, 257, 1000])
+def test_length_is_exact_under_the_bundled_tokenizer(bundled: CountTokens, extra: int) -> None:
+    writer = Writer(bundled)
+    tokens = writer.least_tokens + extra
+    assert bundled(writer.chat(tokens, random.Random(extra))) == tokens
+
+
+def test_bundled_tokenizer_gives_the_same_prompts_on_any_machine(bundled: CountTokens) -> None:
+    assert digest(bundled) == "f30ab79cbbb1d6a0"

@@ -1,0 +1,222 @@
+"""Request-level metrics on hand-made traces, and the file of records."""
+
+import gzip
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtests.records import RequestRecord, read, write
+from tests.unit.builders import make_record
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# sent late at 10.2 instead of 10: 2 tokens at 10.5, 3 tokens at 10.8, 1 token at 10.9
+TRACE = [(10.5, 2), (10.8, 3), (10.9, 1)]
+CLOSED = make_record(TRACE, sent_s=10.2)
+OPEN = make_record(TRACE, sent_s=10.2, scheduled_s=10.0)
+FAILED = make_record([])
+
+
+def test_ttft_runs_from_the_schedule_under_open_loop_and_from_the_send_under_closed() -> None:
+    assert (OPEN.ttft_s, CLOSED.ttft_s) == pytest.approx((0.5, 0.3))
+
+
+def test_e2e_runs_from_where_ttft_does_to_the_last_token() -> None:
+    assert (OPEN.e2e_s, CLOSED.e2e_s) == pytest.approx((0.9, 0.7))
+    assert make_record(TRACE, end_s=99.0).e2e_s == pytest.approx(0.9)
+
+
+def test_send_lag_is_kept_apart_and_is_not_known_under_closed_loop() -> None:
+    assert OPEN.send_lag_s == pytest.approx(0.2)
+    assert CLOSED.send_lag_s is None
+
+
+def test_chunk_of_k_tokens_gives_k_intervals_of_a_kth() -> None:
+    assert CLOSED.itl_s == pytest.approx([0.1, 0.1, 0.1, 0.1])
+
+
+def test_chunk_gaps_are_what_a_person_sees() -> None:
+    assert CLOSED.chunk_gaps_s == pytest.approx([0.3, 0.1])
+
+
+def test_tpot_leaves_the_first_chunk_out_of_both_time_and_tokens() -> None:
+    assert CLOSED.tpot_s == pytest.approx(0.4 / 4)
+
+
+def test_tpot_counts_the_usage_where_a_server_reports_it_only_at_the_end() -> None:
+    # chunks without usage count as one token each; the answer had 9
+    assert make_record([(10.5, 1), (10.9, 1)], output_tokens=9).tpot_s == pytest.approx(0.4 / 8)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_answer_of_one_chunk_has_no_tpot(tokens: int) -> None:
+    record = make_record([(10.5, tokens)])
+    assert (record.tpot_s, record.itl_s, record.chunk_gaps_s) == (None, [], [])
+    assert record.ttft_s == record.e2e_s == 0.5
+
+
+def test_failed_request_has_no_figures_rather_than_zero() -> None:
+    assert not FAILED.ok
+    assert (FAILED.ttft_s, FAILED.tpot_s, FAILED.e2e_s) == (None, None, None)
+    assert (FAILED.itl_s, FAILED.chunk_gaps_s) == ([], [])
+
+
+def test_answer_that_broke_off_or_never_came_is_not_ok() -> None:
+    assert CLOSED.ok
+    assert not make_record(TRACE, error="reset").ok
+    assert not make_record([], error=None).ok
+
+
+# ------------------------------------------------------------------------------------- the file
+
+
+def test_records_read_back_as_they_were(tmp_path: Path) -> None:
+    write(tmp_path / "r.gz", [OPEN, CLOSED, FAILED])
+    assert list(read(tmp_path / "r.gz")) == [OPEN, CLOSED, FAILED]
+
+
+def test_rewriting_gives_the_same_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "a.gz", [OPEN, FAILED])
+    write(tmp_path / "b.gz", read(tmp_path / "a.gz"))
+    first = (tmp_path / "a.gz").read_bytes()
+    assert (tmp_path / "b.gz").read_bytes() == first
+    assert first[4:8] == bytes(4)  # gzip's time stamp
+
+
+def test_file_holds_one_json_object_a_line_under_the_fields_names(tmp_path: Path) -> None:
+    write(tmp_path / "r.gz", [OPEN])
+    (line,) = gzip.decompress((tmp_path / "r.gz").read_bytes()).splitlines()
+    found = json.loads(line)
+    assert list(found) == [f.name for f in fields(RequestRecord)]
+    assert found["chunks"] == [[10.5, 2], [10.8, 3], [10.9, 1]]
+
+
+@pytest.mark.parametrize("damage", [b'{"index": 1', b"5", b'{"index": 1}', b'{"chunks": [[1]]}'])
+def test_damaged_line_is_named(tmp_path: Path, damage: bytes) -> None:
+    write(tmp_path / "r.gz", [OPEN])
+    good = gzip.decompress((tmp_path / "r.gz").read_bytes())
+    (tmp_path / "r.gz").write_bytes(gzip.compress(good + damage + b"\n" + good))
+    with pytest.raises(ValueError, match=r"r\.gz, line 2: not a request record"):
+        list(read(tmp_path / "r.gz"))
+
+
+def test_truncated_file_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "r.gz", [OPEN] * 100)
+    whole = (tmp_path / "r.gz").read_bytes()
+    (tmp_path / "r.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"r\.gz"):
+        list(read(tmp_path / "r.gz"))
+
+
+def test_interrupted_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    def interrupted() -> Iterator[RequestRecord]:
+        yield CLOSED
+        raise KeyboardInterrupt
+
+    write(tmp_path / "r.gz", [OPEN])
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "r.gz", interrupted())
+    assert list(read(tmp_path / "r.gz")) == [OPEN]
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "new.gz", interrupted())
+    assert not (tmp_path / "new.gz").exists()
+
+
+# ------------------------------------------------------------------- from the stream's lines
+
+_SERVE = """
+import json, sys
+from loadtests.locustfile import tokens_of
+for line in sys.stdin:
+    lines = [(at, text.encode()) for at, text in json.loads(line)]
+    try:
+        answer = tokens_of(lines, 100.0)
+    except Exception as error:
+        answer = [repr(error)]
+    print(json.dumps(answer), flush=True)
+"""
+Parse = Callable[[list[tuple[float, str]]], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def tokens_of() -> Iterator[Parse]:
+    """`loadtests.locustfile.tokens_of`, in a process of its own: Locust patches the one it is in.
+
+    The trial began at 100 on the process's clock.
+    """
+    argv = [sys.executable, "-c", _SERVE]
+    with subprocess.Popen(
+        argv, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdin
+        assert child.stdout
+        talk = child.stdin, child.stdout
+
+        def ask(lines: list[tuple[float, str]]) -> list[Any]:
+            talk[0].write(json.dumps(lines) + "\n")
+            talk[0].flush()
+            return list(json.loads(talk[1].readline()))
+
+        yield ask
+        child.stdin.close()
+
+
+def sse(delta: dict[str, str] | None, tokens: int | None = None) -> str:
+    """One event: a delta of the first choice (None: no choice), and the usage so far."""
+    event: dict[str, Any] = {"choices": [] if delta is None else [{"index": 0, "delta": delta}]}
+    if tokens is not None:
+        event["usage"] = {"prompt_tokens": 9, "completion_tokens": tokens}
+    return f"data: {json.dumps(event)}\n"
+
+
+ROLE, TEXT = {"role": "assistant", "content": ""}, {"content": "and"}
+
+
+def test_role_chunk_is_not_a_token(tokens_of: Parse) -> None:
+    lines = [(101.0, sse(ROLE, 0)), (102.0, sse(TEXT, 1)), (103.0, "data: [DONE]\n")]
+    assert tokens_of(lines) == [[[2.0, 1]], 9, 1, None]
+    assert tokens_of([(101.0, sse(ROLE)), (102.0, sse(TEXT))])[0] == [[2.0, 1]]
+
+
+def test_chunks_tokens_are_the_growth_of_the_usage(tokens_of: Parse) -> None:
+    lines = [(101.0, sse(TEXT, 1)), (102.0, sse(TEXT, 5)), (103.0, sse(TEXT, 5))]
+    assert tokens_of(lines)[0] == [[1.0, 1], [2.0, 4]]
+
+
+def test_token_without_text_counts(tokens_of: Parse) -> None:
+    """Half of a multi-byte character, or a special token: the engine has made it."""
+    assert tokens_of([(101.0, sse({"content": ""}, 1))])[0] == [[1.0, 1]]
+
+
+def test_closing_usage_is_not_a_chunk(tokens_of: Parse) -> None:
+    assert tokens_of([(101.0, sse(TEXT, 1)), (102.0, sse(None, 1))]) == [[[1.0, 1]], 9, 1, None]
+    assert tokens_of([(101.0, sse(TEXT)), (102.0, sse(None, 3))]) == [[[1.0, 1]], 9, 3, None]
+
+
+def test_error_within_the_stream_is_told(tokens_of: Parse) -> None:
+    lines = [(101.0, sse(TEXT, 1)), (102.0, 'data: {"error": "out of memory"}\n')]
+    assert tokens_of(lines) == [[[1.0, 1]], 9, 1, "out of memory"]
+
+
+def test_line_that_is_not_json_is_told_and_earlier_chunks_are_kept(tokens_of: Parse) -> None:
+    chunks, _, _, complaint = tokens_of([(101.0, sse(TEXT, 1)), (102.0, "data: <html>\n")])
+    assert chunks == [[1.0, 1]]
+    assert "<html>" in complaint
+
+
+def test_lines_that_are_not_data_are_passed_over(tokens_of: Parse) -> None:
+    assert tokens_of([(101.0, ": ping\n"), (102.0, sse(TEXT, 1))])[0] == [[2.0, 1]]
+
+
+@pytest.mark.parametrize(
+    "event",
+    ["5", '{"choices": [{"delta": null}]}', '{"choices": [{}], "usage": {"prompt_tokens": 3}}'],
+)
+def test_event_of_another_shape_keeps_the_earlier_chunks(tokens_of: Parse, event: str) -> None:
+    assert tokens_of([(101.0, sse(TEXT, 1)), (102.0, f"data: {event}\n")])[0] == [[1.0, 1]]

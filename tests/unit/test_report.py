@@ -1,0 +1,157 @@
+"""What a person reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labs import readme, report, results
+from labs.judge import Caveat, Effect, Interval, Judgement
+from labs.lab import Prediction
+from labs.results import RunFolder, TrialResult, write_json
+from labs.run import summarise
+from tests.unit.builders import PREDICTION, make_lab, write_run
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    return write_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (None, "1", "–"),
+        (None, "s", "–"),
+        (0.0, "1", "0"),
+        (0.0, "s", "0 ms"),
+        (0.01234, "s", "12.3 ms"),
+        (0.999, "s", "999 ms"),
+        (1.0, "s", "1 s"),
+        (12.345, "s", "12.3 s"),
+        (-0.0025, "s", "-2.5 ms"),
+        (0.12345, "1", "0.123"),
+        (999.4, "tok/s", "999 tok/s"),
+        (1000.0, "tok/s", "1,000 tok/s"),
+        (1234567.0, "FLOP/s", "1,234,567 FLOP/s"),
+        (0.5, "USD", "0.5"),
+        (0.9996, "s", "1 s"),
+        (999.7, "tok/s", "1,000 tok/s"),
+        (-5.0, "s", "-5 s"),
+    ],
+)
+def test_number(value: float | None, unit: str, text: str) -> None:
+    assert report.number(value, unit) == text
+
+
+def test_interval_has_both_bounds_or_is_a_dash() -> None:
+    found = Interval(value=0.5, low=0.4, high=0.6, n=3)
+    assert report.interval(found, "s") == "400 ms to 600 ms"
+    assert report.interval(None) == "–"
+    assert report.interval(Interval(value=1, low=None, high=None, n=1)) == "–"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [("point", "2"), ("ceiling", "at most 2"), ("floor", "at least 2")]
+)
+def test_prediction_says_what_kind_it_is(kind: Any, text: str) -> None:
+    assert report.predicted(Prediction(value=2, kind=kind, tolerance=0, formula="")) == text
+
+
+def test_cells_cannot_break_the_table() -> None:
+    assert report.markdown([["a", "b"], ["x|y", "|"]]) == [
+        "| a | b |", "| --- | --- |", "| x\\|y | \\| |",
+    ]  # fmt: skip
+
+
+def test_point_is_named_by_what_varies() -> None:
+    lab = make_lab()
+    assert report.short("on/short/concurrent-2", lab) == "on concurrent 2"
+    alone = make_lab(variants=lab.variants[:1], claims=(), evidence=())
+    assert report.short("off/short/concurrent-2", alone) == "concurrent 2"
+    again = lab.workloads[0].model_copy(update={"name": "long"})
+    two = make_lab(workloads=(*lab.workloads, again))
+    assert report.short("on/long/waves-8", two) == "on long waves 8"
+
+
+def judgement(outcome: Any, expected: bool | None, effect: Effect | None = None) -> Judgement:
+    return Judgement(
+        claim="faster", title="On is faster", metric="output_tokens_per_s", treatment="on",
+        baseline="off", outcome=outcome, expected=expected, effect=effect, prediction=PREDICTION,
+        prediction_held=None, why="errors",
+    )  # fmt: skip
+
+
+def test_verdict_in_words() -> None:
+    assert report.verdict(judgement("helps", True)) == "helps (as claimed)"
+    assert report.verdict(judgement("no effect", False)) == "no effect (against the claim)"
+    assert report.verdict(judgement("not valid", None)) == "not valid: errors"
+    assert report.verdict(judgement("inconclusive", None)) == "inconclusive: errors"
+
+
+def test_ratio_without_effect_or_interval_is_a_dash() -> None:
+    none = judgement("inconclusive", None)
+    assert (report.ratio_text(none), report.ratio_interval(none)) == ("–", "–")
+    ratio = Interval(value=1.5, low=None, high=None, n=1)
+    single = judgement("inconclusive", None, Effect(ratio=ratio, floor=None, spread=None))
+    assert (report.ratio_text(single), report.ratio_interval(single)) == ("1.50x", "–")
+
+
+def test_caveats_are_told_once_each_with_where_and_whether_they_block() -> None:
+    points = ("on/short/concurrent-1", "on/short/concurrent-2")
+    found = [Caveat(name="errors", text="3 of 9", blocks=True, point=p) for p in points]
+    (line,) = report.validity_lines(found, make_lab())
+    where = "on concurrent 1, on concurrent 2"
+    assert line == f"- **errors** (no verdict there; {where}): 3 of 9"
+    assert "Every check passed" in report.validity_lines([], make_lab())[0]
+
+
+def test_report_is_the_same_bytes_from_the_same_files(folder: RunFolder) -> None:
+    def files() -> dict[str, bytes]:
+        report.write(folder)
+        found = [p for p in folder.path.iterdir() if p.suffix in (".md", ".svg")]
+        return {p.name: p.read_bytes() for p in found}
+
+    first = files()
+    assert set(first) == {"report.md", "effects.svg"}
+    assert files() == first
+
+
+def test_report_shows_the_verdict_beside_the_prediction(folder: RunFolder) -> None:
+    text = report.write(folder).read_text()
+    (row,) = (line for line in text.splitlines() if "on concurrent 2 / off concurrent 2" in line)
+    assert [cell.strip() for cell in row.split("|")][2:-1] == [
+        "2.97x", "2.85 to 3.10", "2.00x ± 25%", "no", "helps (as claimed)",
+    ]  # fmt: skip
+    assert "SO-4" in text
+
+
+def test_report_of_a_failed_trial_has_a_dash_not_a_zero(folder: RunFolder) -> None:
+    for repeat in (1, 2):
+        path = folder.path / f"trials/on/short/concurrent-2/{repeat}/trial.json"
+        failed = TrialResult(point="on/short/concurrent-2", repeat=repeat, failed="engine died")
+        write_json(path, failed)
+    summarise(folder)
+    text = report.write(folder).read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith("| on concurrent 2 |"))
+    assert set(row.removeprefix("| on concurrent 2 |").split()) == {"–", "|"}
+    assert "`on/short/concurrent-2/1`: engine died" in text
+
+
+def test_only_complete_ordinary_runs_are_published(folder: RunFolder) -> None:
+    assert [f.path for f in readme.published()] == [folder.path]
+    run = folder.run()
+    for change in ({"quick": True}, {"changes": {"seed": 1}}, {"endpoint": "http://there"}):
+        write_json(folder.path / "run.json", run.model_copy(update=change))
+        assert readme.published() == [], change
+    write_json(folder.path / "run.json", run)
+    (folder.path / "COMPLETE").unlink()
+    assert readme.published() == []
+
+
+@pytest.mark.skipif(not readme.README.exists(), reason="README.md is not written yet")
+def test_readme_is_in_sync() -> None:
+    assert readme.README.read_text() == readme.refreshed(), "run `labs readme`"

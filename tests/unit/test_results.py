@@ -1,0 +1,209 @@
+"""A run on disk."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from labs import results
+from labs.lab import LabError
+from labs.results import (
+    RunFolder,
+    TrialResult,
+    all_runs,
+    latest,
+    problems,
+    require_space,
+    snapshot_from,
+    snapshot_json,
+    write_json,
+)
+from labs.run import summarise
+from serving import metrics
+from serving.metrics import Histogram, Snapshot
+from tests.unit.builders import make_record, write_run
+
+RECORDS = "trials/on/short/concurrent-2/1/requests.jsonl.gz"
+TRIAL = "trials/on/short/concurrent-2/1/trial.json"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    return write_run(tmp_path)
+
+
+def copy(folder: RunFolder, name: str) -> RunFolder:
+    shutil.copytree(folder.path, folder.path.with_name(name))
+    return RunFolder(folder.path.with_name(name))
+
+
+def test_results_go_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESULTS", str(tmp_path / "elsewhere"))
+    assert runpy.run_path(results.__file__)["RESULTS"] == tmp_path / "elsewhere"
+    monkeypatch.delenv("RESULTS")
+    root = Path(results.__file__).parent.parent
+    assert runpy.run_path(results.__file__)["RESULTS"] == root / "results"
+
+
+def test_run_is_created_under_its_machine_and_lab_and_never_twice(folder: RunFolder) -> None:
+    run = folder.run().model_copy(update={"run_id": "20260102T000000Z-other"})
+    created = RunFolder.create(run)
+    parts = created.path.relative_to(results.RESULTS).parts
+    assert parts == (run.machine.slug, "tiny", "20260102T000000Z-other")
+    assert created.run() == run
+    assert not created.complete
+    with pytest.raises(FileExistsError):
+        RunFolder.create(run)
+
+
+def test_trials_read_back(folder: RunFolder) -> None:
+    run = folder.run()
+    found = list(folder.trials(run.points(), run.rebuilt_lab()))
+    assert len(found) == 2 * 2 * 2  # variants, loads, repeats
+    point, result, trial = found[-1]
+    assert trial
+    assert (point.key, result.repeat, trial.repeat) == ("on/short/concurrent-2", 2, 2)
+    assert trial.records == [make_record([(11.0, 1), (12.0, 301)])]
+    assert trial.summary == result.summary
+
+
+def test_failed_trial_is_null_with_its_reason(folder: RunFolder) -> None:
+    failed = TrialResult(point="on/short/concurrent-2", repeat=1, failed="the engine died")
+    write_json(folder.path / TRIAL, failed)
+    summary = summarise(folder)
+    assert summary.failed == {"on/short/concurrent-2/1": "the engine died"}
+    assert list(summary.measurements["on/short/concurrent-2"]) == [2]
+
+
+def test_summary_is_computed_from_the_files_alone(folder: RunFolder) -> None:
+    before = (folder.path / "summary.json").read_bytes()
+    (folder.path / "summary.json").unlink()
+    summarise(folder)
+    assert (folder.path / "summary.json").read_bytes() == before
+    judgements = folder.summary().judgements
+    assert [(j.treatment, j.outcome) for j in judgements] == [
+        ("on/short/concurrent-1", "helps"), ("on/short/concurrent-2", "helps"),
+    ]  # fmt: skip
+
+
+def test_engine_metrics_read_back_without_the_unknown_ones() -> None:
+    seen = Histogram((0.1, float("inf")), (1.0, 2.0), 0.5, 2.0)
+    info = {metrics.CACHE_CONFIG: {"block_size": "16"}}
+    known = Snapshot({metrics.REQUESTS: 2.0}, {metrics.TTFT: seen}, info)
+    more = Snapshot({**known.values, "up": 1.0}, {**known.histograms, "other": seen}, info)
+    assert snapshot_from(json.loads(json.dumps(snapshot_json(more)))) == known
+
+
+# ------------------------------------------------------------------------------------- problems
+
+
+def test_whole_run_has_no_problem(folder: RunFolder) -> None:
+    assert problems(folder) == []
+
+
+def remove(path: str) -> Callable[[RunFolder], None]:
+    return lambda folder: (folder.path / path).unlink()
+
+
+def damage(path: str) -> Callable[[RunFolder], None]:
+    def cut(folder: RunFolder) -> None:
+        whole = (folder.path / path).read_bytes()
+        (folder.path / path).write_bytes(whole[: len(whole) // 2])
+
+    return cut
+
+
+def empty_lab(folder: RunFolder) -> None:
+    run = json.loads((folder.path / "run.json").read_text())
+    (folder.path / "run.json").write_text(json.dumps({**run, "lab": {}}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (remove("COMPLETE"), "it has no COMPLETE"),
+        (remove(TRIAL), "trial on/short/concurrent-2/1 is missing"),
+        (remove(RECORDS), "No such file"),
+        (remove("predictions.json"), "No such file"),
+        (damage("summary.json"), "1 validation error for Summary"),
+        (damage(TRIAL), "1 validation error for TrialResult"),
+        (damage(RECORDS), "requests.jsonl.gz"),
+        (empty_lab, "it cannot be read"),
+    ],
+)
+def test_problem_is_found(folder: RunFolder, harm: Callable[[RunFolder], None], said: str) -> None:
+    harm(folder)
+    (found,) = problems(folder)
+    assert said in found
+
+
+def test_folder_with_another_digest_is_a_problem(folder: RunFolder) -> None:
+    moved = copy(folder, "20260101T000000Z-00000000")
+    assert problems(moved) == ["its folder does not carry its digest"]
+
+
+def test_folder_of_another_machine_is_a_problem(folder: RunFolder) -> None:
+    there = results.RESULTS / "other-1cpu-000000" / "tiny" / folder.path.name
+    shutil.copytree(folder.path, there)
+    assert problems(RunFolder(there)) == ["its folder is under another machine's name"]
+
+
+def test_lab_that_was_edited_after_the_run_is_a_problem(folder: RunFolder) -> None:
+    run = json.loads((folder.path / "run.json").read_text())
+    run["lab"]["window_s"] = 60
+    (folder.path / "run.json").write_text(json.dumps(run))
+    assert problems(folder)
+
+
+# -------------------------------------------------------------------------------- half-written
+
+
+def test_interrupted_file_is_not_there(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    point = folder.run().points()[-1]
+    (folder.path / TRIAL).unlink()
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(folder.path / TRIAL, TrialResult(point=point.key, repeat=1))
+    assert folder.trial_result(point, 1) is None
+    assert problems(folder) == ["trial on/short/concurrent-2/1 is missing"]
+
+
+def test_interrupted_run_is_not_complete(folder: RunFolder) -> None:
+    shutil.rmtree(folder.path / "trials" / "on")
+    (folder.path / "COMPLETE").unlink()
+    assert not folder.complete
+    assert problems(folder) == ["it has no COMPLETE"]
+
+
+def test_runs_are_found_newest_last(folder: RunFolder) -> None:
+    later, broken = copy(folder, "20260103T000000Z-b"), copy(folder, "20260102T000000Z-a")
+    (broken.path / "COMPLETE").unlink()
+    (folder.path.with_name("20260104T000000Z-c")).mkdir()  # no run.json: nothing has begun
+    assert [f.path for f in all_runs()] == [folder.path, broken.path, later.path]
+    for complete, expected in ((True, later), (False, broken)):
+        found = latest("tiny", complete)
+        assert found
+        assert found.path == expected.path
+    assert latest("other") is None
+
+
+def test_full_disk_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * 2**20))
+    with pytest.raises(LabError, match=r"^100 MiB are free under .*, a run needs 300: make room"):
+        require_space(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=300 * 2**20))
+    require_space(tmp_path)

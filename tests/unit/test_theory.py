@@ -1,0 +1,111 @@
+"""Predictions against numbers worked by hand.
+
+A dense 70B in 16 bits (80 layers, 8 KV heads of 128, 140 GB) on 3350 GB/s and 989 TFLOP/s.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from labs import theory
+from serving.machine import Ceilings
+from serving.models import Shape
+from tests.unit.builders import CEILINGS, SHAPE
+
+BIG = Shape(
+    layers=80, hidden=8192, heads=64, kv_heads=8, head_dim=128, vocab=128_256,
+    max_positions=8192, params=70 * 10**9, matmul_params=70 * 10**9, weight_bytes=140 * 10**9,
+)  # fmt: skip
+FAST = Ceilings(
+    memory_bandwidth_bytes_per_s=3350e9, bf16_flops_per_s=989e12, threads=1, torch="-",
+    measured_at="-",
+)  # fmt: skip
+
+
+def test_kv_cache_of_a_token() -> None:
+    assert BIG.kv_bytes_per_token() == 2 * 80 * 8 * 128 * 2 == 327_680
+    assert BIG.kv_bytes_per_token() * 8192 == 2.5 * 2**30
+    assert BIG.kv_bytes_per_token(bytes_per_value=1) == 163_840
+
+
+def test_grouped_queries_save_eight_times_the_kv_cache() -> None:
+    assert replace(BIG, kv_heads=64).kv_bytes_per_token() == 8 * BIG.kv_bytes_per_token()
+
+
+def test_one_sequence_decodes_no_faster_than_the_weights_are_read() -> None:
+    step_s = theory.decode_step_s(BIG, FAST, batch=1, context_tokens=0)
+    assert round(1000 * step_s, 1) == 41.8
+    assert round(1 / step_s, 2) == 23.93
+
+
+def test_decode_reads_the_weights_once_and_every_sequences_keys_and_values() -> None:
+    assert theory.decode_bytes(BIG, batch=2, context_tokens=8192) == 140e9 + 2 * 2_684_354_560
+    assert theory.decode_bytes(SHAPE, batch=3, context_tokens=10) == 2000 + 3 * 10 * 32
+
+
+def test_decode_work_is_two_flop_a_parameter_and_attention_over_the_context() -> None:
+    # 4 x 2 layers x 2 heads x 4 a token of context
+    assert theory.decode_flops(SHAPE, batch=3, context_tokens=10) == 3 * (2 * 1000 + 64 * 10)
+
+
+def test_step_takes_the_slower_of_memory_and_compute() -> None:
+    # 2000 bytes at 1e6 bytes/s; 2000 FLOP a sequence at 1e7 FLOP/s
+    assert theory.decode_step_s(SHAPE, CEILINGS, 1, 0) == pytest.approx(0.002)
+    assert theory.decode_step_s(SHAPE, CEILINGS, 50, 0) == pytest.approx(0.01)
+
+
+def test_ridge_is_where_memory_and_compute_take_equally_long() -> None:
+    assert theory.ridge_batch(SHAPE, CEILINGS) == pytest.approx(10)
+    below, above = (theory.decode_step_s(SHAPE, CEILINGS, b, 0) for b in (9.9, 10.1))
+    assert below == 0.002 < above
+    assert theory.ridge_batch(BIG, FAST) == pytest.approx(989 / 3.35)
+
+
+def test_prefill_is_two_flop_a_parameter_and_token_and_causal_attention() -> None:
+    # 2 x 1000 x 10 + 2 x 2 layers x 2 heads x 4 x 10^2 = 23,200 FLOP
+    assert theory.prefill_s(SHAPE, CEILINGS, 10) == pytest.approx(23_200 / 1e7)
+
+
+def test_prefill_of_the_rest_still_attends_to_what_is_cached() -> None:
+    # 2 x 1000 x 100 + 32 x 100^2 FLOP, less 2 x 1000 x 50 + 32 x 50^2
+    assert theory.prefill_left_s(SHAPE, CEILINGS, 100, 50) == pytest.approx(340_000 / 1e7)
+    assert theory.prefill_left_s(SHAPE, CEILINGS, 100, 0) == theory.prefill_s(SHAPE, CEILINGS, 100)
+
+
+def test_prefill_of_a_cached_prompt_reads_the_weights_once() -> None:
+    assert theory.prefill_left_s(SHAPE, CEILINGS, 100, 99.9) == 0.002
+
+
+def test_throughput_without_prefill_is_batch_over_step() -> None:
+    for batch in (1, 4):
+        step_s = theory.decode_step_s(SHAPE, CEILINGS, batch, 5)
+        rate = theory.batch_throughput(SHAPE, CEILINGS, batch, prompt_tokens=0, output_tokens=10)
+        assert rate == pytest.approx(batch / step_s)
+
+
+def test_throughput_gives_every_request_a_prefill_of_its_own() -> None:
+    # context 10 + 5: a step reads 2000 + 4 x 15 x 32 bytes, 3.92 ms; prefill takes 2.32 ms
+    rate = theory.batch_throughput(SHAPE, CEILINGS, 4, prompt_tokens=10, output_tokens=10)
+    assert rate == pytest.approx(10 / (10 * 0.00392 / 4 + 0.00232))
+
+
+def test_equal_lengths_cost_a_static_batch_nothing() -> None:
+    assert theory.static_batching_penalty([24] * 64, batch=8) == 1
+
+
+def test_static_batch_lasts_as_long_as_its_longest_answer() -> None:
+    # (5 + 4) / 2 over (1 + 1 + 1 + 5 + 4 + 4 + 4 + 4) / 8; the last two fill no batch
+    lengths = [1, 1, 1, 5, 4, 4, 4, 4, 100, 100]
+    assert theory.static_batching_penalty(lengths, batch=4) == pytest.approx(4.5 / 3)
+
+
+@pytest.mark.parametrize(("batch", "harmonic"), [(8, 2.717857), (32, 4.058495)])
+def test_static_penalty_of_exponential_lengths_is_the_harmonic_number(
+    batch: int, harmonic: float
+) -> None:
+    lengths = np.random.default_rng(0).exponential(1000, 320_000).round().astype(int).tolist()
+    # four standard errors of 10,000 maxima, each spread by at most pi / sqrt(6)
+    error = 4 * 1.2825 / np.sqrt(len(lengths) / batch)
+    found = theory.static_batching_penalty(lengths, batch)
+    assert found == pytest.approx(harmonic, abs=float(error))
