@@ -117,7 +117,7 @@ def run(
             for line in lines:
                 console.print("  " + _plain(line))
         console.print(f"\nReport: [bold]{os.path.relpath(folder.path / 'report.md')}[/]")
-        if not folder.complete:
+        if summary.failed:
             console.print(
                 f"{len(summary.failed)} trials failed; the finished ones are kept. The first:"
                 f" {escape(next(iter(summary.failed.values())))}\n"

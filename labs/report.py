@@ -298,6 +298,8 @@ def notes(run: Run, summary: Summary) -> list[str]:
     said = []
     if summary.failed:
         said.append(f"{len(summary.failed)} trials failed: this run is not complete.")
+    if summary.missing:
+        said.append(f"{summary.missing} trials were not played: this run is not complete.")
     if run.quick:
         said.append("QUICK run: few and short repeats. A smoke test, not a benchmark.")
     if run.changes:

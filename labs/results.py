@@ -119,6 +119,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     forecasts: list[ForecastResult]
     caveats: list[Caveat]
     failed: dict[str, str]
+    missing: int  # trials that were never played
 
 
 class Session(BaseModel, frozen=True, extra="forbid"):

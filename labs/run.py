@@ -113,14 +113,15 @@ def run(request: Request, teller: Teller) -> RunFolder:
     """
     began = time.monotonic()
     with contextlib.ExitStack() as exits:
-        exits.enter_context(_alone())
+        exits.enter_context(alone())
         setup = resolve(request, teller)
         work = exits.enter_context(_scratch())
         prompts = write_requests(setup, work)
         folder = _resumed(setup) if request.resume else None
         folder = folder or RunFolder.create(_manifest(setup, request, prompts))
         predictions = predict(setup)
-        write_json(folder.path / "predictions.json", predictions)
+        if not (folder.path / "predictions.json").exists():  # what was said before stays said
+            write_json(folder.path / "predictions.json", predictions)
         teller.show(*report.predictions_table(setup.lab, predictions))
         for formula in report.formulas(predictions):
             teller.step(formula)
@@ -144,7 +145,7 @@ def run(request: Request, teller: Teller) -> RunFolder:
         )
         summary = summarise(folder)
         report.write(folder)
-        if not summary.failed:
+        if not summary.failed and not summary.missing:
             (folder.path / "COMPLETE").write_text(datetime.now(UTC).isoformat() + "\n")
     return folder
 
@@ -282,7 +283,7 @@ def _resumed(setup: Setup) -> RunFolder | None:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """Two labs at once would measure each other. Raises LabError."""
     models.CACHE.mkdir(exist_ok=True)
     with (models.CACHE / "run.lock").open("w") as lock:
@@ -350,6 +351,7 @@ class _Session:
         self.running: dict[str, VllmEngine | Endpoint] = {}
         self.exits = contextlib.ExitStack()
         self.counts: dict[str, int] = {"requests": 0, "output tokens": 0}
+        self.discarded: dict[str, int] = {"requests": 0, "output tokens": 0}  # of failed trials
         self.engine_counts: dict[str, int | None] = {"requests": 0, "output tokens": 0}
         done = [
             folder.trial_result(p, r) for p in setup.points for r in range(1, setup.lab.repeats + 1)
@@ -360,7 +362,7 @@ class _Session:
     # processes
 
     def __enter__(self) -> _Session:
-        exporter_port = free_port()
+        self.exporter_port = exporter_port = free_port()
         self.prometheus = self.exits.enter_context(
             Prometheus(free_port(), exporter_port, self.logs / "prometheus.log")
         )
@@ -476,10 +478,11 @@ class _Session:
         began = time.monotonic()
         summary = self.generator.play(trial_plan, lambda: self.teller.waiting(name))
         self.load_s += time.monotonic() - began
-        if summary.aborted or engine.died():
-            raise EngineError(engine.died() or summary.aborted or "")
         found = list(records.read(path))
         done = [r for r in found if r.ok]
+        if summary.aborted or engine.died():
+            _add(self.discarded, done)
+            raise EngineError(engine.died() or summary.aborted or "")
         engine_delta = _settled(engine, before, len(done))
         self._count(done, engine_delta)
         start, end = summary.window_s
@@ -493,8 +496,7 @@ class _Session:
     # counting three ways
 
     def _count(self, done: list[records.RequestRecord], engine: Snapshot | None) -> None:
-        self.counts["requests"] += len(done)
-        self.counts["output tokens"] += sum(r.output_tokens or 0 for r in done)
+        _add(self.counts, done)
         for what, metric in (
             ("requests", metrics.REQUESTS),
             ("output tokens", metrics.GENERATION_TOKENS),
@@ -506,24 +508,32 @@ class _Session:
             )
 
     def agree(self) -> list[Agreement]:
-        """The same counts in the records, in Prometheus, and in the engines."""
-        run = f'{{run_id="{self.folder.path.name}"}}'
+        """The same counts in the records, in Prometheus, and in the engines.
+
+        Prometheus is asked for this sitting's exporter alone; a run that was resumed had others.
+        """
+        ours = f'run_id="{self.folder.path.name}",instance="127.0.0.1:{self.exporter_port}"'
         queries = {
-            "requests": f'sum(lab_requests_total{{outcome="ok",{run[1:]})',
-            "output tokens": f"sum(lab_output_tokens_total{run})",
+            "requests": f'sum(lab_requests_total{{outcome="ok",{ours}}})',
+            "output tokens": f"sum(lab_output_tokens_total{{{ours}}})",
         }
         found = []
         for what, query in queries.items():
-            value = self.prometheus.settle(query, self.counts[what])
+            value = self.prometheus.settle(query, self.counts[what] + self.discarded[what])
             found.append(
                 Agreement(
                     what=what,
                     records=self.counts[what],
-                    prometheus=None if value is None else int(value),
+                    prometheus=None if value is None else int(value) - self.discarded[what],
                     engine=self.engine_counts[what],
                 )
             )
         return found
+
+
+def _add(counts: dict[str, int], done: Sequence[records.RequestRecord]) -> None:
+    counts["requests"] += len(done)
+    counts["output tokens"] += sum(r.output_tokens or 0 for r in done)
 
 
 def _settled(engine: VllmEngine | Endpoint, before: Snapshot | None, done: int) -> Snapshot | None:
@@ -652,6 +662,7 @@ def summarise(folder: RunFolder) -> Summary:
         ],
         caveats=found,
         failed=failed,
+        missing=len(points) * lab.repeats - sum(map(len, values.values())) - len(failed),
     )
     write_json(folder.path / "summary.json", summary)
     return summary

@@ -17,11 +17,11 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import os
 import random
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,7 +44,7 @@ from loadtests.records import RequestRecord
 PATH = "/v1/chat/completions"
 HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream"}
 REPORT_EVERY_S = 0.5
-LOOP_TICK_S = 0.01
+LOOP_TICK_S = 0.02
 GIVE_UP_AFTER = 5  # connection failures in a row: the engine is gone
 now = time.monotonic
 
@@ -174,6 +174,8 @@ def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, b
         while line := response.readline(b"\n"):
             if line != b"\n":
                 lines.append((now(), line))
+        if rest := response.read():  # an error's body ends without a newline
+            lines.append((now(), rest))
         if response.status_code != 200:
             text = b"".join(line for _, line in lines).decode(errors="replace")
             error = f"HTTP {response.status_code}: {text[:200]}"
@@ -370,7 +372,7 @@ def play_trial(environment: Environment, msg: Any, **_: object) -> None:
 
 
 def watch_loop(lags: list[float]) -> None:
-    """Measure how late the event loop wakes a greenlet that asked to sleep 10 ms."""
+    """Measure how late the event loop wakes a greenlet that asked to sleep 20 ms."""
     while True:
         asked = now()
         gevent.sleep(LOOP_TICK_S)
@@ -380,7 +382,7 @@ def watch_loop(lags: list[float]) -> None:
 def report(runner: WorkerRunner, load: Load) -> None:
     fresh, load.fresh = load.fresh, []
     runner.send_message(
-        "lab-records", {"records": [asdict(r) for r in fresh], "in_flight": load.in_flight}
+        "lab-records", {"records": [vars(r) for r in fresh], "in_flight": load.in_flight}
     )
 
 
@@ -455,6 +457,7 @@ def _begin(environment: Environment, **_: object) -> None:
     if isinstance(runner, WorkerRunner):
         runner.register_message("lab-trial", play_trial, concurrent=True)
     elif isinstance(runner, MasterRunner):
+        os.nice(19)  # it shares a core with the worker, whose stamps must not wait
         exporter = Exporter()
         if options.lab_exporter_port:
             exporter.serve(options.lab_exporter_port)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def write(path: Path, records: Iterable[RequestRecord]) -> None:
     # mtime=0: the same records give the same bytes
     with half.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
         for record in records:
-            file.write(orjson.dumps(asdict(record)) + b"\n")
+            file.write(orjson.dumps(vars(record)) + b"\n")
     half.rename(path)
 
 

@@ -262,6 +262,11 @@ def fake_engine(log: Path, *flags: str) -> Iterator[str]:
         process.communicate()
 
 
+def the_program(name: str, family: list[psutil.Process]) -> psutil.Process:
+    """The process itself, not the guard that has its name among its arguments."""
+    return next(p for p in family if name in p.cmdline()[:3] or Path(p.cmdline()[0]).name == name)
+
+
 def still_alive(family: list[psutil.Process], timeout_s: float = 20) -> list[psutil.Process]:
     """Those that live on when the time is up; a zombie has ended."""
     deadline = time.monotonic() + timeout_s

@@ -28,6 +28,7 @@ from tests.fake.conftest import (
     needs_prometheus,
     reading,
     still_alive,
+    the_program,
 )
 
 BATCHING = "continuous-batching"
@@ -157,10 +158,6 @@ def test_a_run_with_a_failed_trial_looks_unfinished(died: tuple[Reader, Command]
 
 
 @needs_prometheus
-@pytest.mark.xfail(
-    strict=True,
-    reason="the exporter counts the requests of a failed trial, _Session.counts does not",
-)
 def test_prometheus_agrees_though_a_trial_failed(died: tuple[Reader, Command]) -> None:
     session = died[1].folder.session()
     assert session
@@ -206,10 +203,6 @@ def test_errors_allow_no_verdict(erring: Command) -> None:
     assert all(r.ttft_s is None and r.output_tokens is None for r in failed)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="readline() gives nothing of a body that does not end in a newline",
-)
 def test_an_error_is_shown_in_the_servers_words(erring: Command) -> None:
     assert "EngineCore failed, as it was told to" in (erring.folder.path / "report.md").read_text()
 
@@ -225,35 +218,10 @@ def test_without_prometheus_a_run_goes_on_and_says_so(erring: Command) -> None:
     assert "Prometheus is not installed" in report
 
 
-# ------------------------------------------------------------------------- helpers that are killed
-
-
-def _of(family: list[psutil.Process], program: str) -> psutil.Process:
-    """The process itself, not the guard that has its name among its arguments."""
-    return next(
-        p for p in family if program in p.cmdline()[:3] or Path(p.cmdline()[0]).name == program
-    )
-
-
-@needs_prometheus
-def test_a_run_outlives_prometheus_and_says_so(reader: Reader) -> None:
-    command = reader.types("run", BATCHING, SET=SHORT)
-    command.until(TRIAL_ENDED)
-    _of(command.family(), "prometheus").kill()
-    assert command.wait() == 0, command.said
-    folder = command.folder
-    assert folder.complete
-    assert "Prometheus ended during the run" in (folder.path / "report.md").read_text()
-    session = folder.session()
-    assert session
-    assert all(a.prometheus is None and a.records == a.engine for a in session.agreement)
-    assert not reader.processes()
-
-
 def test_a_run_whose_load_generator_is_killed_keeps_and_reports_what_it_has(reader: Reader) -> None:
-    command = reader.types("run", BATCHING, SET=SHORT)
+    command = reader.types("run", BATCHING, SET=SHORT, program=LABS_WITHOUT_PROMETHEUS)
     command.until(TRIAL_ENDED)
-    _of(command.family(), "locust").kill()
+    the_program("locust", command.family()).kill()
     assert command.wait() == 1, command.said
     assert not reader.processes()
     folder = command.folder
@@ -373,7 +341,6 @@ def test_resume_keeps_what_is_finished_and_plays_what_failed_or_is_missing(
     assert check.wait() == 0, check.said
 
 
-@pytest.mark.xfail(strict=True, reason="run() writes predictions.json anew after trials are known")
 def test_resume_leaves_the_predictions_alone(stopped: Stopped, resumed: Command) -> None:
     file = resumed.folder.path / "predictions.json"
     assert _files(resumed)[file] == stopped.files[file]
@@ -388,10 +355,6 @@ def test_what_is_counted_after_a_resume_is_exact(stopped: Stopped, resumed: Comm
 
 
 @needs_prometheus
-@pytest.mark.xfail(
-    strict=True,
-    reason="a sum over run_id also finds the exporter of the sitting before, for five minutes",
-)
 def test_prometheus_counts_a_resumed_sitting_alone(resumed: Command) -> None:
     session = resumed.folder.session()
     assert session

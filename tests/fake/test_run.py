@@ -6,8 +6,10 @@ Counts are exact. Times belong to test_fidelity, bad days to test_faults.
 from __future__ import annotations
 
 import re
+import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,20 @@ from labs.results import RunFolder, Summary
 from loadtests.records import RequestRecord
 from serving.install import find_prometheus
 from serving.models import ROOT
-from tests.fake.conftest import Finish, Finished, Reader, fake_engine
+from tests.fake.conftest import (
+    Command,
+    Finish,
+    Finished,
+    Reader,
+    fake_engine,
+    needs_prometheus,
+    reading,
+    the_program,
+)
 
 every_lab = pytest.mark.parametrize("lab", LABS)
 BATCHING = "continuous-batching"
+PROMETHEUS = find_prometheus(ROOT) is not None
 
 
 def _trials(finished: Finished) -> list[tuple[Point, int, list[RequestRecord]]]:
@@ -86,13 +98,12 @@ def test_counts_are_exact(lab: str, finish: Finish) -> None:
     )
     session = finished.folder.session()
     assert session
-    prometheus = find_prometheus(ROOT) is not None
-    assert (session.prometheus is None) == prometheus
+    assert (session.prometheus is None) == PROMETHEUS
     truth = {"requests": len(log), "output tokens": sum(line["n_out"] for line in log)}
     for agreement in session.agreement:
         number = truth.pop(agreement.what)
         assert (agreement.records, agreement.engine) == (number, number)
-        assert agreement.prometheus == (number if prometheus else None)
+        assert agreement.prometheus == (number if PROMETHEUS else None)
     assert not truth
 
 
@@ -142,22 +153,34 @@ def test_check_finds_nothing_wrong(lab: str, finish: Finish) -> None:
     finished = finish(lab)
     check = finished.reader.types("check", str(finished.folder.path))
     assert check.wait() == 0, check.said
-    assert "well formed" in check.said
+    assert re.search("well.formed", check.said, re.I)
+
+
+def _with_a_hole(source: RunFolder, home: Path) -> RunFolder:
+    """A copy of a run from which the second repeats are gone."""
+    copy = home.joinpath(*source.path.parts[-3:])
+    shutil.copytree(source.path, copy, ignore=shutil.ignore_patterns("2"))
+    return RunFolder(copy)
 
 
 def test_check_misses_a_trial(finish: Finish, reader: Reader, tmp_path: Path) -> None:
     """A complete run with a hole in it is not well formed."""
-    source = finish(BATCHING).folder.path
-    copy = tmp_path.joinpath(*source.parts[-3:])
-    for file in source.rglob("*"):
-        if file.is_file() and "/2/" not in str(file.relative_to(source)):
-            target = copy / file.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read_bytes())
-    check = reader.types("check", str(copy))
+    folder = _with_a_hole(finish(BATCHING).folder, tmp_path)
+    check = reader.types("check", str(folder.path))
     assert check.wait() == 1
     assert "is missing" in check.said
     assert "error:" in check.said
+
+
+def test_a_report_of_a_run_that_was_interrupted_says_so(
+    finish: Finish, reader: Reader, tmp_path: Path
+) -> None:
+    folder = _with_a_hole(finish(BATCHING).folder, tmp_path)
+    (folder.path / "COMPLETE").unlink()
+    report = reader.types("report", str(folder.path))
+    assert report.wait() == 0, report.said
+    assert "not complete" in (folder.path / "report.md").read_text()
+    assert not folder.complete
 
 
 def _unless_too_busy(summary: Summary) -> None:
@@ -183,38 +206,63 @@ def test_static_batches_lose_on_an_engine_whose_step_knows_no_batch(finish: Fini
 # ------------------------------------------------------------------- a server that is already there
 
 
-@pytest.fixture
-def endpoint_log(tmp_path: Path) -> Path:
-    return tmp_path / "endpoint.jsonl"
+@dataclass(frozen=True)
+class Driven:
+    """A run against a server that is already there; Prometheus is killed in the middle of it."""
+
+    reader: Reader
+    command: Command
+    url: str
+    requests: int  # that the server has answered
 
 
-def test_an_endpoint_is_driven_and_not_taken_for_the_labs_own(
-    reader: Reader, endpoint_log: Path
-) -> None:
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driven]:
     settings = (
         'warmup_s=0.1 window_s=0.5 repeats=1 workloads.exponential.loads=["concurrent:4","waves:4"]'
         ' workloads.fixed.loads=["concurrent:4"] requests=64'
         " claims.static.treatment.load=concurrent:4 claims.static.baseline.load=waves:4"
     )
+    home = tmp_path_factory.mktemp("driven")
     law = ("--step-s", ".01", "--no-enable-prefix-caching", "--served-model-name", "theirs")
-    with fake_engine(endpoint_log, *law) as url:
-        command = reader.types("run", BATCHING, ENDPOINT=f"{url}/v1", QUICK="1", SET=settings)
-        assert command.wait() == 0, command.said
-    assert not reader.engine_starts()
-    folder = command.folder
+    with reading(home / "reader") as reader:
+        with fake_engine(home / "log.jsonl", *law) as url:
+            command = reader.types("run", BATCHING, ENDPOINT=f"{url}/v1", QUICK="1", SET=settings)
+            command.until(r"repeat 1 of .* tok/s \(")
+            if PROMETHEUS:
+                the_program("prometheus", command.family()).kill()
+            command.wait()
+        yield Driven(reader, command, url, len((home / "log.jsonl").read_text().splitlines()))
+
+
+def test_an_endpoint_is_driven_and_not_taken_for_the_labs_own(driven: Driven) -> None:
+    assert driven.command.process.returncode == 0, driven.command.said
+    assert not driven.reader.engine_starts()
+    folder = driven.command.folder
     report, note = (folder.path / "report.md").read_text(), "which this lab did not configure"
     assert note in report
-    assert note in command.said
-    assert url in report
+    assert note in driven.command.said
+    assert driven.url in report
     assert folder.complete
-    summary = folder.summary()
-    assert "endpoint's hardware unknown" in {c.name for c in summary.caveats}
-    assert "treatment not applied" not in {c.name for c in summary.caveats}
-    records = _records(folder)
-    assert len(records) == len(endpoint_log.read_text().splitlines())
+    caveats = {c.name for c in folder.summary().caveats}
+    assert "endpoint's hardware unknown" in caveats
+    assert "treatment not applied" not in caveats  # it echoes the lab's own setting, by luck
+    assert len(_records(folder)) == driven.requests
     session = folder.session()
     assert session
     assert all(a.engine == a.records for a in session.agreement)
+
+
+@needs_prometheus
+def test_a_run_outlives_prometheus_and_says_so(driven: Driven) -> None:
+    assert driven.command.process.returncode == 0, driven.command.said
+    folder = driven.command.folder
+    assert folder.complete
+    assert "Prometheus ended during the run" in (folder.path / "report.md").read_text()
+    session = folder.session()
+    assert session
+    assert all(a.prometheus is None for a in session.agreement)
+    assert not driven.reader.processes()
 
 
 def _records(folder: RunFolder) -> list[RequestRecord]:
