@@ -53,8 +53,13 @@ class Exporter:
         self._requests = Counter(
             REQUESTS, "Requests ended", (*LABELS, "outcome"), registry=self.registry
         )
-        self._output = Counter(OUTPUT_TOKENS, "Output tokens", LABELS, registry=self.registry)
-        self._prompt = Counter(PROMPT_TOKENS, "Prompt tokens", LABELS, registry=self.registry)
+        self._output = Counter(
+            OUTPUT_TOKENS,
+            "Output tokens of requests that ended well",
+            LABELS,
+            registry=self.registry,
+        )
+        self._prompt = Counter(PROMPT_TOKENS, "Their prompt tokens", LABELS, registry=self.registry)
         self._in_flight = Gauge(
             IN_FLIGHT, "Requests sent and not ended", LABELS, registry=self.registry
         )
@@ -91,8 +96,9 @@ class Exporter:
 
     def observe(self, record: RequestRecord) -> None:
         self._requests.labels(*self._now, "ok" if record.ok else "error").inc()
-        self._output.labels(*self._now).inc(record.output_tokens or 0)
-        self._prompt.labels(*self._now).inc(record.prompt_tokens or 0)
+        if record.ok:
+            self._output.labels(*self._now).inc(record.output_tokens or 0)
+            self._prompt.labels(*self._now).inc(record.prompt_tokens or 0)
         for name, value in (
             (TTFT, record.ttft_s),
             (TPOT, record.tpot_s),
