@@ -280,11 +280,13 @@ class ConsoleTeller:
         self.step(f"About {_minutes(seconds)} of load to come")
 
     def waiting(self, text: str) -> None:
+        _heed()
         self._progress.update(
             self._task, description=escape(text), completed=time.monotonic() - self._began
         )
 
     def trial_done(self, text: str, remaining_s: float) -> None:
+        _heed()
         done = time.monotonic() - self._began
         left = f"{_minutes(remaining_s)} left" if remaining_s else "last trial"
         self._progress.update(self._task, total=done + remaining_s, completed=done, remaining=left)
@@ -330,8 +332,18 @@ def _folders(run: Path | None) -> list[RunFolder]:
     return [RunFolder(path)]
 
 
+_told: list[int] = []  # signals that asked us to end
+
+
 def _stop(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+    _told.append(signum)
+    _heed()
+
+
+def _heed() -> None:
+    """End if we were told to: what a handler raises is lost when it falls into a finalizer."""
+    if _told:
+        raise KeyboardInterrupt if _told[-1] == signal.SIGINT else SystemExit(128 + _told[-1])
 
 
 @contextmanager
@@ -340,7 +352,7 @@ def _plainly() -> Iterator[None]:
     from loadtests.generator import GeneratorError
     from serving.engine import EngineError
 
-    for signum in (signal.SIGTERM, signal.SIGHUP):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, _stop)
     try:
         yield
