@@ -101,7 +101,7 @@ def run(
         with ConsoleTeller() as teller:
             try:
                 folder = run_lab(request, teller)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):
                 teller.step("Stopping: finished trials are kept, RESUME=1 goes on from there")
                 raise
         summary, resolved = folder.summary(), folder.run().rebuilt_lab()
@@ -111,7 +111,7 @@ def run(
         teller.show(*report.points_table(points, resolved, summary, report.MAIN_COLUMNS))
         for title, lines in (
             ("The answer", report.answers(summary, resolved)),
-            ("Validity", report.validity_lines(summary.caveats, resolved)),
+            ("Validity", report.validity_lines(summary.caveats, resolved, len(summary.failed))),
         ):
             console.print(f"\n[bold]{title}[/]")
             for line in lines:
@@ -119,7 +119,7 @@ def run(
         console.print(f"\nReport: [bold]{os.path.relpath(folder.path / 'report.md')}[/]")
         if summary.failed:
             console.print(
-                f"{len(summary.failed)} trials failed; the finished ones are kept. The first:"
+                f"Trials that failed: {len(summary.failed)}; the finished ones are kept. The first:"
                 f" {escape(next(iter(summary.failed.values())))}\n"
                 "Try them again with RESUME=1."
             )

@@ -273,7 +273,7 @@ def _lines(
             *markdown(ttft),
             "",
         ]
-    out += ["## Validity", "", *validity_lines(summary.caveats, lab), ""]
+    out += ["## Validity", "", *validity_lines(summary.caveats, lab, len(summary.failed)), ""]
     if summary.failed:
         out += ["Trials that failed (their figures are missing, not zero):", ""]
         out += [f"- `{key}`: {why.splitlines()[0]}" for key, why in summary.failed.items()] + [""]
@@ -297,9 +297,9 @@ def notes(run: Run, summary: Summary) -> list[str]:
     """What a reader must know before the first figure."""
     said = []
     if summary.failed:
-        said.append(f"{len(summary.failed)} trials failed: this run is not complete.")
+        said.append(f"Trials that failed: {len(summary.failed)}. This run is not complete.")
     if summary.missing:
-        said.append(f"{summary.missing} trials were not played: this run is not complete.")
+        said.append(f"Trials not played: {summary.missing}. This run is not complete.")
     if run.quick:
         said.append("QUICK run: few and short repeats. A smoke test, not a benchmark.")
     if run.changes:
@@ -326,12 +326,13 @@ def answers(summary: Summary, lab: Lab) -> list[str]:
     return lines
 
 
-def validity_lines(caveats: Sequence[Caveat], lab: Lab) -> list[str]:
+def validity_lines(caveats: Sequence[Caveat], lab: Lab, failed: int = 0) -> list[str]:
     if not caveats:
+        where = " in the trials that did not fail" if failed else ""
         return [
-            "Every check passed: requests sent on time, no event-loop lag, no errors, client and"
-            " engine agree on requests, tokens and TTFT, and the engine showed each variant's"
-            " evidence."
+            f"Every check passed{where}: requests sent on time, no event-loop lag, no errors,"
+            " client and engine agree on requests, tokens and TTFT, and the engine showed each"
+            " variant's evidence."
         ]
     groups: dict[tuple[str, bool], list[Caveat]] = {}
     for caveat in caveats:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 Messages = list[dict[str, str]]
 CountTokens = Callable[[Messages], int]
@@ -101,9 +102,12 @@ def _sentence(rng: random.Random) -> str:
 
 def counter(model_path: str) -> CountTokens:
     """The token count of chat messages under a model folder's tokenizer and chat template."""
-    from transformers import AutoTokenizer
+    # the fast class by name: AutoTokenizer imports torch, which takes seconds
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    fast = (Path(model_path) / "tokenizer.json").exists()
+    kind = PreTrainedTokenizerFast if fast else AutoTokenizer
+    tokenizer = kind.from_pretrained(model_path)
 
     def count(messages: Messages) -> int:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

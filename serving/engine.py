@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -209,8 +210,9 @@ class VllmEngine:
         code = self._process.returncode
         if code is None:
             return None
+        killed = " (SIGKILL: was memory short?)" if code == 128 + signal.SIGKILL else ""
         return (
-            f"the engine {self.name} ended with exit code {code}: {_cause(self.log)}\n"
+            f"the engine {self.name} ended with exit code {code}{killed}: {_cause(self.log)}\n"
             f"its last lines ({self.log}):\n{self._process.tail()}"
         )
 
@@ -270,4 +272,4 @@ def _cause(log: Path) -> str:
     text = log.read_text(errors="replace") if log.exists() else ""
     found = re.findall(r"^(?:\(.*?\) )?.*?\b(\w*(?:Error|Exception): .+)$", text, re.MULTILINE)
     telling = [line for line in found if "See root cause above" not in line]
-    return telling[-1].strip()[:300] if telling else "no exception in its log"
+    return telling[-1].strip()[:300] if telling else "its log names no exception"

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -164,6 +165,8 @@ def measure_ceilings(machine: Machine) -> Ceilings:
 
 def environment(root: Path) -> Environment:
     def git(*args: str) -> str | None:
+        if not shutil.which("git"):
+            return None
         out = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
         return out.stdout.strip() if out.returncode == 0 else None
 
