@@ -6,7 +6,7 @@ import os
 
 from labs import LABS
 from labs.questions import QUESTIONS
-from labs.report import markdown, number, ratio_interval, ratio_text, verdict
+from labs.report import markdown, number, ratio_interval, ratio_text, verdict, yes
 from labs.results import RunFolder, all_runs
 from serving.models import ROOT
 
@@ -61,7 +61,7 @@ def published() -> list[RunFolder]:
 
 
 def _results() -> list[str]:
-    rows = [["Machine", "Lab", "Claim", "Effect", "95 % interval", "Predicted", "Verdict"]]
+    rows = [["Machine", "Lab", "Claim", "Effect", "95 % interval", "Predicted", "Held", "Verdict"]]
     for folder in published():
         run = folder.run()
         link = f"[{run.lab['name']}]({os.path.relpath(folder.path, ROOT)}/report.md)"
@@ -75,6 +75,7 @@ def _results() -> list[str]:
                     ratio_text(j),
                     ratio_interval(j),
                     predicted,
+                    yes(j.prediction_held),
                     verdict(j),
                 ]
             )
