@@ -213,7 +213,7 @@ LAB = Lab(
             "window_s": 12,
         }
     },
-    quick={"warmup_s": 1.2, "window_s": 1.6, "repeats": 2},
+    quick={"warmup_s": 0.9, "window_s": 1.3, "repeats": 2},
     limits={
         "cpu": "The cache, its blocks and its eviction are vLLM's own, so hit rates carry over."
         " TTFT here has a floor of one forward pass of many small operations, which a GPU passes in"

@@ -150,7 +150,7 @@ def test_a_run_with_a_failed_trial_looks_unfinished(died: tuple[Reader, Command]
     folder = command.folder
     report = (folder.path / "report.md").read_text()
     assert not folder.complete
-    assert "this run is not complete" in report
+    assert "This run is not complete" in report
     assert "the engine base ended with exit code 1" in report
     assert "RESUME=1" in command.said
     check = reader.types("check", str(folder.path))
@@ -228,7 +228,7 @@ def test_a_run_whose_load_generator_is_killed_keeps_and_reports_what_it_has(read
     folder = command.folder
     assert not folder.complete
     assert "Locust ended" in command.said
-    assert "this run is not complete" in (folder.path / "report.md").read_text()
+    assert "This run is not complete" in (folder.path / "report.md").read_text()
 
 
 # --------------------------------------------------------------------------- the runner is stopped
