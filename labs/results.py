@@ -71,7 +71,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
         """The lab as it was run; its predictions are on file, its functions are not needed."""
 
         def gone(*_: object) -> Prediction:
-            raise NotImplementedError("a run on file has its predictions on file")
+            raise LookupError("a run on file has its predictions on file")
 
         fields = json.loads(json.dumps(self.lab))
         for part in (*fields["claims"], *fields["forecasts"]):
