@@ -20,7 +20,6 @@ from serving.install import find_prometheus
 from serving.models import CACHE, ROOT
 from serving.process import Process
 
-SCRAPE_INTERVAL_S = 1.0
 READY_TIMEOUT_S = 15.0
 
 _CONFIG = """\

@@ -60,7 +60,6 @@ from serving.metrics import Snapshot
 from serving.process import Process
 
 PER_TRIAL_S = 2.0  # drain and bookkeeping, for the estimate of the time remaining
-ENGINE_START_S = 40.0
 ENGINE_OVERHEAD_BYTES = 2 * 2**30  # a vLLM process beside its weights and KV cache
 STEAL_SHARE = 0.05
 

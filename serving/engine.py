@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import requests
 
@@ -37,19 +36,6 @@ LOOPBACK = "127.0.0.1"
 
 class EngineError(Exception):
     """The engine cannot be started or has died; the message says why and what to do."""
-
-
-class Engine(Protocol):
-    """What a trial needs of an engine, whether we started it or found it running."""
-
-    name: str
-    url: str
-    model: str
-
-    def died(self) -> str | None: ...
-    def snapshot(self) -> metrics.Snapshot | None: ...
-    def reset_prefix_cache(self) -> None: ...
-    def stop(self) -> None: ...
 
 
 def free_port() -> int:
