@@ -1,7 +1,10 @@
 """What is asked: the labs, and the machinery that runs, judges and reports them."""
 
-from labs import continuous_batching, prefix_caching
+from labs import chunked_prefill, continuous_batching, prefix_caching, speculative_decoding
 from labs.lab import Lab
 
-LABS: dict[str, Lab] = {lab.name: lab for lab in (continuous_batching.LAB, prefix_caching.LAB)}
+LABS: dict[str, Lab] = {
+    module.LAB.name: module.LAB
+    for module in (continuous_batching, prefix_caching, chunked_prefill, speculative_decoding)
+}
 """Every lab, in reading order: whatever enumerates labs reads this."""

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from scipy import stats
 
 from labs.lab import Claim, Evidence, Forecast, Prediction
-from labs.measure import METRICS, Trial
+from labs.measure import METRICS, Trial, expected_pieces
 from serving import metrics
 
 CONFIDENCE = 0.95
@@ -320,6 +320,12 @@ def _shown(evidence: Evidence, trial: Trial) -> bool:
     assert trial.engine
     if evidence.kind == "echoes":
         return trial.engine.info.get(evidence.metric, {}).get(evidence.label) == evidence.value
+    if evidence.kind == "pieces":
+        found, expected = METRICS[evidence.metric].of(trial), expected_pieces(trial.point)
+        # the step under way when the prompt arrives may or may not count as one
+        return found is not None and 0.7 * expected <= found <= 1.3 * expected + 1.5
+    if evidence.kind == "absent":
+        return evidence.metric not in trial.engine.values
     moved = trial.engine.values.get(evidence.metric)
     if moved is None:  # a renamed counter proves nothing
         return False

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -31,14 +32,23 @@ from serving.models import Shape
 
 
 class Variant(BaseModel, frozen=True, extra="forbid"):
-    """An engine configuration: vLLM's own flag names and their values."""
+    """An engine configuration: vLLM's own flag names and their values, and whose weights it serves.
+
+    `weights` names a model derived from the lab's own (`labs/derived.py`), as does `<name>` within
+    a flag's value, where the derived model's folder will stand.
+    """
 
     name: str
     flags: dict[str, FlagValue] = {}
+    weights: str = ""
 
-    def but(self, name: str, flags: Mapping[str, FlagValue]) -> Variant:
+    def but(
+        self, name: str, flags: Mapping[str, FlagValue] | None = None, weights: str = ""
+    ) -> Variant:
         """This variant with one thing changed."""
-        return Variant(name=name, flags={**self.flags, **flags})
+        return Variant(
+            name=name, flags={**self.flags, **(flags or {})}, weights=weights or self.weights
+        )
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,7 @@ class Point:
     lengths: tuple[tuple[int, int], ...]  # (prompt, output) tokens of the requests to be sent
     shape: Shape
     ceilings: Ceilings
+    about: Mapping[str, Any] = field(default_factory=dict)  # derived model -> what is known of it
 
     @property
     def key(self) -> str:
@@ -127,10 +138,13 @@ class Evidence(BaseModel, frozen=True, extra="forbid"):
     """What the engine itself must show in a trial before its figures count.
 
     `rises` and `stays` look at a counter over the trial; `echoes` at a label of an info metric.
+    `absent` says that the engine has no such counter.
+    `pieces` counts the tokens the running streams received while a long prompt was prefilled: one
+    a piece, so as many as the variant's token budget makes (the engine counts no pieces itself).
     """
 
     arm: Arm
-    kind: Literal["rises", "stays", "echoes"]
+    kind: Literal["rises", "stays", "echoes", "absent", "pieces"]
     metric: str
     label: str = ""
     value: str = ""
@@ -145,6 +159,7 @@ class SLO(BaseModel, frozen=True, extra="forbid"):
 
     ttft_s: PositiveFloat
     tpot_s: PositiveFloat
+    itl_s: PositiveFloat | None = None  # the longest gap between tokens, where a lab judges it
 
 
 class LabError(Exception):
@@ -168,6 +183,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     claims: tuple[Claim, ...]
     forecasts: tuple[Forecast, ...] = ()
     evidence: tuple[Evidence, ...] = ()
+    probes: tuple[str, ...] = ()  # what else is asked of the engines, beside the load
+    findings: tuple[str, ...] = ()  # what is concluded beyond the claims
     plots: tuple[str, ...] = ()
     slo: SLO
     requests: PositiveInt  # prepared for each trial; it ends early if they run out
@@ -194,6 +211,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         variants = {v.name for v in self.variants}
         named = {a.variant for c in self.claims for a in (c.treatment, c.baseline)}
         named |= {e.arm.variant for e in self.evidence}
+        named |= {name for w in self.workloads for name in w.only}
         if unknown := named - variants - {None}:
             raise ValueError(f"{sorted(map(str, unknown))} are no variants of {self.name}")
         return self
@@ -231,11 +249,25 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         """Of a repeat's lengths and prompts; no two seeds of a lab share any."""
         return 1000 * self.seed + repeat
 
-    def points(self, shape: Shape, ceilings: Ceilings) -> list[Point]:
-        """Every variant, with all its flags, under every workload and load."""
+    def derived(self) -> list[str]:
+        """The models derived from the served one that its variants need, each once, in order."""
+        text = [json.dumps(self.flags_of(v)) + f"<{v.weights}>" for v in self.variants]
+        return list(dict.fromkeys(re.findall(r"<([a-z][a-z0-9-]*)[>/]", " ".join(text))))
+
+    def points(
+        self,
+        shape: Shape,
+        ceilings: Ceilings,
+        weights: Mapping[str, Shape] | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> list[Point]:
+        """Every variant, with all its flags, under every workload that is for it, and load.
+
+        `weights` holds the shapes of variants that serve other weights than the lab's model.
+        """
         return [
             Point(
-                Variant(name=variant.name, flags=self.flags_of(variant)),
+                Variant(name=variant.name, flags=self.flags_of(variant), weights=variant.weights),
                 workload,
                 load,
                 tuple(
@@ -243,11 +275,13 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
                     for repeat in range(1, self.repeats + 1)
                     for length in workload.lengths(self.requests, self.draw_seed(repeat))
                 ),
-                shape,
+                (weights or {}).get(variant.name, shape),
                 ceilings,
+                about or {},
             )
             for variant in self.variants
             for workload in self.workloads
+            if not workload.only or variant.name in workload.only
             for load in workload.loads
         ]
 

@@ -8,10 +8,12 @@ that *arrived* in the window, whichever request they belong to. Percentiles are 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -37,6 +39,15 @@ class Trial:
 
     @cached_property
     def counted(self) -> list[RequestRecord]:
+        """What every metric is taken over, unless it says otherwise; an intruder's are not."""
+        return [r for r in self._good if not self.point.workload.is_intruder(r.index)]
+
+    @cached_property
+    def intruders(self) -> list[RequestRecord]:
+        return [r for r in self._good if self.point.workload.is_intruder(r.index)]
+
+    @cached_property
+    def _good(self) -> list[RequestRecord]:
         return [r for r in self.records if r.in_window and r.ok]
 
     @property
@@ -57,7 +68,9 @@ class Metric:
     """A trial-level figure."""
 
     title: str
-    unit: Literal["s", "tok/s", "req/s", "FLOP/s", "1", "USD"]  # "1": a bare number or a share
+    unit: Literal[
+        "s", "tok", "tok/s", "req/s", "FLOP/s", "1", "USD"
+    ]  # "1": a bare number or a share
     better: Literal["higher", "lower"]
     of: Callable[[Trial], float | None]
 
@@ -190,6 +203,84 @@ def prefix_hit_rate(trial: Trial) -> float | None:
     return values.get(metrics.PREFIX_HITS, 0.0) / queries if queries else None
 
 
+def _counted(trial: Trial, metric: str) -> float | None:
+    """An engine's counter over the whole trial."""
+    return trial.engine.values.get(metric) if trial.engine else None
+
+
+def acceptance_rate(trial: Trial) -> float | None:
+    """Draft tokens accepted / drafted, over the whole trial, by the engine."""
+    drafted, accepted = (_counted(trial, m) for m in (metrics.SPEC_DRAFTED, metrics.SPEC_ACCEPTED))
+    return accepted / drafted if drafted and accepted is not None else None
+
+
+def acceptance_length(trial: Trial) -> float | None:
+    """Tokens a verified draft yields: the accepted ones and the target's own next token."""
+    drafts, accepted = (_counted(trial, m) for m in (metrics.SPEC_DRAFTS, metrics.SPEC_ACCEPTED))
+    return 1 + accepted / drafts if drafts and accepted is not None else None
+
+
+def kv_capacity_tokens(trial: Trial) -> float | None:
+    """Tokens the KV cache holds: blocks x block size, as the engine's configuration echoes them."""
+    config = trial.engine.info.get(metrics.CACHE_CONFIG, {}) if trial.engine else {}
+    try:
+        return float(int(config["num_gpu_blocks"]) * int(config["block_size"]))
+    except (KeyError, ValueError):
+        return None
+
+
+def stalls_s(trial: Trial) -> list[float]:
+    """For each intruder, the longest gap between tokens that any other stream saw meanwhile.
+
+    Gaps that overlap the time from the intruder's send to its first token count, whole.
+    """
+    gaps = [
+        (a, b)
+        for r in trial.records
+        if not trial.point.workload.is_intruder(r.index)
+        for (a, _), (b, _) in pairwise(r.chunks)
+    ]
+    found = []
+    for intruder in trial.intruders:
+        start, end = intruder.sent_s, intruder.chunks[0][0]
+        if hit := [b - a for a, b in gaps if a < end and b > start]:
+            found.append(max(hit))
+    return found
+
+
+def prefill_pieces(trial: Trial) -> float | None:
+    """Tokens a running stream received while a long prompt was prefilled, the mean over streams.
+
+    Streams that were not decoding all that time are left out.
+    """
+    found = []
+    for intruder in trial.intruders:
+        start, end = intruder.sent_s, intruder.chunks[0][0]
+        for r in trial.records:
+            if trial.point.workload.is_intruder(r.index) or not r.chunks:
+                continue
+            if r.chunks[0][0] <= start and r.chunks[-1][0] >= end:
+                found.append(sum(start < at <= end + 0.005 for at, _ in r.chunks))
+    return float(np.mean(found)) if found else None
+
+
+def expected_pieces(point: Point) -> int:
+    """How many pieces the token budget cuts a long prompt into beside the running streams."""
+    assert point.workload.intruder
+    budget = int(str(point.variant.flags["max-num-batched-tokens"])) - point.load.users
+    return math.ceil(point.workload.intruder.prompt_tokens / budget)
+
+
+def stall_mean_s(trial: Trial) -> float | None:
+    found = stalls_s(trial)
+    return float(np.mean(found)) if found else None
+
+
+def intruder_ttft_mean_s(trial: Trial) -> float | None:
+    found = [r.ttft_s for r in trial.intruders if r.ttft_s is not None]
+    return float(np.mean(found)) if found else None
+
+
 def engine_ttft_mean_s(trial: Trial) -> float | None:
     histogram = trial.engine and trial.engine.histograms.get(metrics.TTFT)
     return histogram.mean() if histogram else None
@@ -224,6 +315,13 @@ METRICS: dict[str, Metric] = {
     "intensity": Metric("FLOP a byte", "1", "higher", intensity),
     "flops_per_s": Metric("Decode rate", "FLOP/s", "higher", flops_per_s),
     "prefix_hit_rate": Metric("Prefix hit rate", "1", "higher", prefix_hit_rate),
+    "acceptance_rate": Metric("Drafts accepted", "1", "higher", acceptance_rate),
+    "acceptance_length": Metric("Tokens a draft step", "1", "higher", acceptance_length),
+    "preemptions": Metric("Preemptions", "1", "lower", lambda t: _counted(t, metrics.PREEMPTIONS)),
+    "kv_capacity_tokens": Metric("KV capacity", "tok", "higher", kv_capacity_tokens),
+    "prefill_pieces": Metric("Pieces of a long prompt", "1", "lower", prefill_pieces),
+    "stall_mean_s": Metric("Stall during a prefill, mean", "s", "lower", stall_mean_s),
+    "intruder_ttft_mean_s": Metric("TTFT of the long prompt", "s", "lower", intruder_ttft_mean_s),
     "usd_per_million_tokens": Metric("$/M tokens", "USD", "lower", usd_per_million_tokens),
     "engine_ttft_mean_s": Metric("TTFT, engine's mean", "s", "lower", engine_ttft_mean_s),
     "client_ttft_mean_s": Metric("TTFT, client's mean", "s", "lower", client_ttft_mean_s),

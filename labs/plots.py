@@ -12,6 +12,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
+from labs import findings
+from labs.findings import Context
 from labs.judge import Interval, mean_interval
 from labs.lab import Lab, Point
 from labs.measure import METRICS
@@ -280,7 +282,10 @@ def variants(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
     for column, (variant, colour) in enumerate(zip(lab.variants, CYCLE, strict=False)):
         mine = {(p.workload.name, str(p.load)): p for p in points if p.variant.name == variant.name}
         at = [i + (column - (len(lab.variants) - 1) / 2) * width for i in range(len(places))]
-        found = [_over_repeats(summary, mine[place], lab.claims[0].metric) for place in places]
+        found = [
+            _over_repeats(summary, mine[place], lab.claims[0].metric) if place in mine else None
+            for place in places
+        ]
         heights = [f.value * scale if f else np.nan for f in found]
         reach = [(f.high - f.value) * scale if f and f.high is not None else 0 for f in found]
         ax.bar(at, heights, width, yerr=reach, capsize=3, color=colour, label=variant.name)
@@ -291,7 +296,125 @@ def variants(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
     return f"{metric.title} of each variant, with 95 % intervals, workload by workload."
 
 
+def stall(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
+    """The stall and the long prompt's own wait, over the token budget."""
+    _, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for ax, metric, label in (
+        (axes[0], "stall_mean_s", "stall of the streams, mean (ms)"),
+        (axes[1], "intruder_ttft_mean_s", "TTFT of the long prompt, mean (ms)"),
+    ):
+        known = {f.point: f.prediction.value for f in summary.forecasts if f.metric == metric}
+        x = range(len(points))
+        if known:
+            predicted = [1000 * known.get(p.key, np.nan) for p in points]
+            ax.plot(x, predicted, "_", ms=22, mew=2, color=ORANGE, label="predicted floor")
+        found = [_over_repeats(summary, p, metric) for p in points]
+        heights = [1000 * f.value if f else np.nan for f in found]
+        reach = [1000 * (f.high - f.value) if f and f.high is not None else 0 for f in found]
+        ax.bar(x, heights, 0.6, yerr=reach, capsize=4, color=BLUE, label="measured, 95 % interval")
+        budgets = [p.variant.flags["max-num-batched-tokens"] for p in points]
+        ax.set_xticks(x, [f"{p.variant.name}\n{b}" for p, b in zip(points, budgets, strict=True)])
+        ax.set_xlabel("variant, token budget")
+        ax.set_ylabel(label)
+        ax.set_ylim(0, 1.25 * max([1, *(h for h in heights if h == h)]))
+    if lab.slo.itl_s:
+        label = f"SLO {1000 * lab.slo.itl_s:g} ms"
+        axes[0].axhline(1000 * lab.slo.itl_s, color=GREY, ls=":", label=label)
+    axes[0].legend(frameon=False, loc="upper left")
+    return (
+        "A smaller token budget shortens the stall of everybody else (left) and makes the long"
+        " prompt wait longer for its first token (right)."
+    )
+
+
+def timeline(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
+    """One intrusion as the streams felt it: a tick for every token of each stream."""
+    drawn = []
+    for point in points:
+        path = folder.trial_folder(point, 1) / "requests.jsonl.gz"
+        if not path.exists() or point.workload.intruder is None:
+            continue
+        every = list(records.read(path))
+        longs = [r for r in every if point.workload.is_intruder(r.index) and r.ok and r.in_window]
+        if longs:
+            drawn.append((point, longs[0], every))
+    if not drawn:
+        return None
+    _, axes = plt.subplots(
+        len(drawn), 1, figsize=(9, 0.6 + 1.0 * len(drawn)), sharex=True, squeeze=False
+    )
+    before_s = 0.5
+    after_s = max(2 * max(long.ttft_s or 0 for _, long, _ in drawn), 1.0)
+    for ax, (point, long, every) in zip(axes[:, 0], drawn, strict=True):
+        start, first = long.sent_s, long.chunks[0][0]
+        ax.axvspan(0, first - start, color=ORANGE, alpha=0.25, lw=0)
+        streams = [r for r in every if not point.workload.is_intruder(r.index) and r.chunks]
+        seats: list[float] = []  # when each row is free again: a user's next answer takes it
+        for r in sorted(streams, key=lambda r: r.sent_s):
+            row = next((i for i, free in enumerate(seats) if free <= r.sent_s), len(seats))
+            seats[row : row + 1] = [r.chunks[-1][0]]
+            at = [t - start for t, _ in r.chunks if -before_s < t - start < after_s]
+            ax.plot(at, [row] * len(at), "|", color=BLUE, ms=7, mew=1)
+        ax.set_ylabel(point.variant.name, rotation=0, ha="right", va="center")
+        ax.set_yticks([])
+        ax.set_ylim(-0.7, len(seats) - 0.3)
+        ax.grid(False)
+    axes[-1, 0].set_xlim(-before_s, after_s)
+    axes[-1, 0].set_xlabel("seconds from the long prompt's arrival (first intrusion measured)")
+    return (
+        "Every stream is a row, every token it receives a tick; shaded, from the long prompt's"
+        " arrival to its first token. Without chunks the rows are empty while it is prefilled: that"
+        " gap is what a reader sees. Small budgets spread it thin."
+    )
+
+
+def speculation(
+    folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary
+) -> str | None:
+    """Acceptance by position, and the speed-up over load, measured and explained."""
+    context = Context(folder, folder.run(), lab, list(points), summary.measurements)
+    found = findings.speed_ups(context)
+    if not found:
+        return None
+    _, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    kinds = list(dict.fromkeys((f.point.variant.name, f.point.workload.name) for f in found))
+    marks = dict(zip(dict.fromkeys(w for _, w in kinds), "os^D", strict=False))
+    colours = dict(zip(dict.fromkeys(v for v, _ in kinds), CYCLE, strict=False))
+    for kind in kinds:
+        variant, workload = kind
+        mine = sorted(
+            (f for f in found if (f.point.variant.name, f.point.workload.name) == kind),
+            key=lambda f: f.point.load.users,
+        )
+        style = {"color": colours[variant], "marker": marks[workload]}
+        at = findings.accepted_at(context, mine[0].point)
+        axes[0].plot(range(1, len(at) + 1), at, **style, label=f"{variant}, {workload}")
+        x = [f.point.load.users for f in mine]
+        axes[1].plot(x, [f.measured for f in mine], **style, label=f"{variant}, {workload}")
+        explained = [np.nan if f.explained is None else f.explained for f in mine]
+        axes[1].plot(x, explained, **style, ls="none", mfc="none", ms=10)
+    axes[0].set_xlabel("position drafted")
+    axes[0].set_ylabel("share of drafts accepted that far")
+    axes[0].set_ylim(0, 1.05)
+    longest = max(len(findings.accepted_at(context, f.point)) for f in found)
+    axes[0].set_xticks(range(1, longest + 1))
+    axes[1].axhline(1, color=GREY, lw=1)
+    axes[1].set_xscale("log", base=2)
+    users = sorted({f.point.load.users for f in found})
+    axes[1].set_xticks(users, [str(n) for n in users])
+    axes[1].set_xlabel("requests in flight")
+    axes[1].set_ylabel("speed-up (TPOT without / with)")
+    axes[1].set_ylim(bottom=0)
+    axes[1].plot([], [], "o", color=GREY, mfc="none", ms=10, label="formula, measured parts")
+    axes[1].legend(frameon=False, fontsize=8)
+    return (
+        "Left: how far ahead guesses are right, at one stream. Right: what that gains; below 1"
+        " speculation loses. Open marks are Leviathan's formula with acceptance, draft cost and"
+        " verification cost as measured."
+    )
+
+
 PLOTS: dict[str, Draw] = {
     "effects": effects, "sweep": sweep, "pareto": pareto, "static": static, "roofline": roofline,
-    "variants": variants,
+    "variants": variants, "stall": stall, "timeline": timeline, "speculation": speculation,
 }  # fmt: skip

@@ -6,8 +6,9 @@ import os
 
 from labs import LABS
 from labs.questions import QUESTIONS
-from labs.report import markdown, number, ratio_interval, ratio_text, verdict, yes
+from labs.report import markdown, ratio_interval, ratio_text, verdict
 from labs.results import RunFolder, all_runs
+from labs.text import number, yes
 from serving.models import ROOT
 
 README = ROOT / "README.md"

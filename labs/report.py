@@ -16,24 +16,12 @@ from labs.lab import Lab, Point, Prediction
 from labs.measure import METRICS
 from labs.questions import QUESTIONS
 from labs.results import Predictions, Run, RunFolder, Summary
+from labs.text import number, short, yes
 from serving.machine import Ceilings
 
 Table = tuple[str, list[list[str]]]  # title, rows of which the first is the header
 
 # ------------------------------------------------------------------------------- numbers as text
-
-
-def number(value: float | None, unit: str = "1") -> str:
-    """Three digits that matter, times in ms; a figure that is not there is a dash, never 0."""
-    if value is None:
-        return "–"
-    if unit == "s" and abs(value) < 0.9995:
-        return f"{_three_digits(1000 * value)} ms"
-    return _three_digits(value) if unit in ("1", "USD") else f"{_three_digits(value)} {unit}"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def interval(found: Interval | None, unit: str = "1") -> str:
@@ -56,10 +44,6 @@ def ratio_interval(judgement: Judgement) -> str:
 def predicted(prediction: Prediction, unit: str = "1") -> str:
     sign = {"point": "", "ceiling": "at most ", "floor": "at least "}[prediction.kind]
     return f"{sign}{number(prediction.value, unit)}"
-
-
-def yes(held: bool | None) -> str:
-    return {True: "yes", False: "no", None: "–"}[held]
 
 
 def ceilings_text(ceilings: Ceilings) -> str:
@@ -96,17 +80,6 @@ def formulas(predictions: Predictions) -> list[str]:
     ]
 
 
-def short(key: str, lab: Lab) -> str:
-    """A point's name without the parts that never vary in this lab."""
-    variant, workload, load = key.split("/")
-    parts = [load.replace("-", " ")]
-    if len(lab.workloads) > 1:
-        parts.insert(0, workload)
-    if len(lab.variants) > 1:
-        parts.insert(0, variant)
-    return " ".join(parts)
-
-
 def claims_table(lab: Lab, summary: Summary) -> Table:
     rows = [["Claim", "Measured", "95 % interval", "Predicted", "Held", "Verdict"]]
     for j in summary.judgements:
@@ -135,7 +108,10 @@ def verdict(judgement: Judgement) -> str:
 
 COLUMNS = (
     "output_tokens_per_s", "ttft_p50_s", "ttft_p90_s", "tpot_mean_s", "itl_p99_s", "e2e_p50_s",
-    "goodput_per_s", "error_rate", "prefix_hit_rate", "mbu", "mfu", "usd_per_million_tokens",
+    "goodput_per_s", "error_rate", "prefix_hit_rate", "stall_mean_s", "prefill_pieces",
+    "intruder_ttft_mean_s",
+    "acceptance_rate", "acceptance_length", "kv_capacity_tokens", "preemptions", "mbu", "mfu",
+    "usd_per_million_tokens",
 )  # fmt: skip
 
 
@@ -262,6 +238,10 @@ def _lines(
         out += ["", *_regime(run, lab, points, summary)]
         out += [f"- {line}" for line in formulas(folder.predictions())]
         out += [""]
+    for finding in summary.findings:
+        out += [f"## {finding.title}", ""]
+        out += [*markdown(finding.rows), ""] if finding.rows else []
+        out += [*(f"- {line}" for line in finding.lines), ""]
     agreement, ttft = agreement_table(folder)[1], ttft_table(points, lab, summary)[1]
     if len(agreement) > 1:
         out += ["## Do client and server agree?", "", *markdown(agreement), ""]

@@ -56,6 +56,8 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     endpoint: str | None
     model: str
     model_shape: dict[str, int]
+    weights: dict[str, dict[str, int]] = {}  # variant -> shape, of those with other weights
+    about: dict[str, Any] = {}  # derived model -> what its maker wrote down
     machine: Machine
     ceilings: Ceilings
     environment: Environment
@@ -79,7 +81,12 @@ class Run(BaseModel, frozen=True, extra="forbid"):
         return Lab.model_validate(fields)
 
     def points(self) -> list[Point]:
-        return self.rebuilt_lab().points(Shape(**self.model_shape), self.ceilings)
+        return self.rebuilt_lab().points(
+            Shape(**self.model_shape),
+            self.ceilings,
+            {name: Shape(**shape) for name, shape in self.weights.items()},
+            self.about,
+        )
 
 
 class Predictions(BaseModel, frozen=True, extra="forbid"):
@@ -110,6 +117,15 @@ class Agreement(BaseModel, frozen=True, extra="forbid"):
     engine: int | None
 
 
+class Finding(BaseModel, frozen=True, extra="forbid"):
+    """What a lab concludes beyond its claims: a table and sentences; `passed` where it can fail."""
+
+    title: str
+    rows: list[list[str]] = []  # the first is the header
+    lines: list[str] = []
+    passed: bool | None = None
+
+
 class Summary(BaseModel, frozen=True, extra="forbid"):
     """Everything a report says, computed from the trials."""
 
@@ -117,6 +133,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     pooled: dict[str, dict[str, float]]  # point -> percentile over the samples of all repeats
     judgements: list[Judgement]
     forecasts: list[ForecastResult]
+    findings: list[Finding] = []
     caveats: list[Caveat]
     failed: dict[str, str]
     missing: int  # trials that were never played
@@ -163,6 +180,17 @@ class RunFolder:
         path = self.path / "session.json"
         return read_json(path, Session) if path.exists() else None
 
+    def probe_file(self, probe: str, variant: str) -> Path:
+        return self.path / "probes" / f"{probe}-{variant}.json"
+
+    def probed(self, probe: str, variant: str) -> dict[str, Any] | None:
+        """What a probe found on a variant's engine, if it was asked there."""
+        path = self.probe_file(probe, variant)
+        if not path.exists():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
     def trial_folder(self, point: Point, repeat: int) -> Path:
         return self.path / "trials" / point.key / str(repeat)
 
@@ -198,9 +226,7 @@ def run_id(digest: str) -> str:
 def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
     """The engine metrics the lab knows by name, as plain JSON."""
     return {
-        "values": {
-            n: v for n, v in snapshot.values.items() if n in (*metrics.COUNTERS, *metrics.GAUGES)
-        },
+        "values": {n: v for n, v in snapshot.values.items() if metrics.is_known(n)},
         "histograms": {
             n: {**asdict(h), "le": [str(b) for b in h.le]}
             for n, h in snapshot.histograms.items()
@@ -222,10 +248,14 @@ def snapshot_from(plain: dict[str, Any]) -> Snapshot:
 
 
 def write_json(path: Path, model: BaseModel) -> None:
-    """Whole or not at all."""
+    write_plain(path, model.model_dump(mode="json"))
+
+
+def write_plain(path: Path, plain: Any) -> None:
+    """JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.half")
-    half.write_text(json.dumps(model.model_dump(mode="json"), indent=1) + "\n")
+    half.write_text(json.dumps(plain, indent=1) + "\n")
     half.rename(path)
 
 

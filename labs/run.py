@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
+import requests
 
 from dashboards.prometheus import Prometheus
-from labs import report
+from labs import derived, report
+from labs.findings import FINDINGS, Context
 from labs.judge import Caveat, first_trial_slow, judge, judge_forecast, validity
 from labs.lab import Claim, Forecast, Lab, LabError, Point, Variant
 from labs.measure import LEAST_SAMPLES, METRICS, measure, percentile, price_per_hour
 from labs.plots import PLOTS
+from labs.probes import PROBES, Served
 from labs.results import (
     RESULTS,
     Agreement,
@@ -39,6 +42,7 @@ from labs.results import (
     run_id,
     snapshot_json,
     write_json,
+    write_plain,
 )
 from loadtests import generator, plan, records
 from loadtests.arrivals import Concurrent
@@ -54,6 +58,7 @@ from serving.engine import (
     check_flags,
     flag_argv,
     free_port,
+    placed,
 )
 from serving.machine import Ceilings, Machine
 from serving.metrics import Snapshot
@@ -96,13 +101,15 @@ class Setup:
     ceilings: Ceilings
     model: models.Model
     points: list[Point]
+    places: dict[str, Path]  # derived model -> its folder
+    weights: dict[str, models.Model]  # variant -> what it serves, where it is not the model itself
     writer: Writer
     endpoint: Endpoint | None
     engine_command: Sequence[str]
 
     @property
     def users(self) -> int:
-        return max(p.load.users for p in self.points)
+        return max(p.load.seats for p in self.points)
 
 
 def run(request: Request, teller: Teller) -> RunFolder:
@@ -131,6 +138,8 @@ def run(request: Request, teller: Teller) -> RunFolder:
                 with session.engines(group):
                     for point, repeat in interleave(setup, group):
                         session.trial(point, repeat)
+                    for variant in group:
+                        session.probe(variant)
             agreement = session.agree()
         write_json(
             folder.path / "session.json",
@@ -190,11 +199,25 @@ def resolve(request: Request, teller: Teller) -> Setup:
             workload.requests(1, lab.seed, writer)
         except ValueError as error:
             raise LabError(f"workload {workload.name}: {error}") from error
+    places = {name: derived.make(model, name, teller.step) for name in lab.derived()}
+    weights = {
+        v.name: derived.with_weights(model, v.weights, places[v.weights])
+        for v in lab.variants
+        if v.weights
+    }
     ceilings = measured_ceilings(machine, teller)
     teller.step(f"Machine: {machine.describe()}; {report.ceilings_text(ceilings)}")
     teller.step(f"Model: {model.name}, {model.shape.params / 1e6:,.0f} M parameters")
-    points = lab.points(model.shape, ceilings)
-    return Setup(lab, machine, ceilings, model, points, writer, endpoint, request.engine_command)
+    points = lab.points(
+        model.shape,
+        ceilings,
+        {name: served.shape for name, served in weights.items()},
+        {name: derived.about(path) for name, path in places.items()},
+    )
+    return Setup(
+        lab, machine, ceilings, model, points, places, weights, writer, endpoint,
+        request.engine_command,
+    )  # fmt: skip
 
 
 def _require_known_names(lab: Lab) -> None:
@@ -204,9 +227,14 @@ def _require_known_names(lab: Lab) -> None:
         if part.metric not in METRICS:
             known = ", ".join(METRICS)
             raise LabError(f"{part.name}: no metric {part.metric!r}; the known ones are {known}")
-    for plot in lab.plots:
-        if plot not in PLOTS:
-            raise LabError(f"no plot {plot!r}; the known ones are {', '.join(PLOTS)}")
+    for kind, names, known_names in (
+        ("plot", lab.plots, PLOTS),
+        ("probe", lab.probes, PROBES),
+        ("finding", lab.findings, FINDINGS),
+    ):
+        for name in names:
+            if name not in known_names:
+                raise LabError(f"no {kind} {name!r}; the known ones are {', '.join(known_names)}")
     try:
         price_per_hour()
     except ValueError as error:
@@ -262,10 +290,15 @@ def _manifest(setup: Setup, request: Request, prompts_sha256: str) -> Run:
         endpoint=request.endpoint or None,
         model=setup.model.name,
         model_shape=vars(setup.model.shape),
+        weights={name: vars(served.shape) for name, served in setup.weights.items()},
+        about=dict(setup.points[0].about),
         machine=setup.machine,
         ceilings=setup.ceilings,
         environment=machines.environment(models.ROOT),
-        argv={v.name: [model, *flag_argv(lab.flags_of(v))] for v in lab.variants},
+        argv={
+            v.name: [f"<{v.weights}>" if v.weights else model, *flag_argv(lab.flags_of(v))]
+            for v in lab.variants
+        },
         prompts_sha256=prompts_sha256,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -396,8 +429,9 @@ class _Session:
     def engines(self, group: Sequence[Variant]) -> Iterator[None]:
         """These variants' engines, serving."""
         try:
-            for variant in group:
-                self._start(variant)
+            starting = [(v, self._launch(v)) for v in group]  # side by side: they import for long
+            for variant, engine in starting:
+                self._await(variant, engine)
             self.teller.plan(self.left * self._trial_s())
             yield
         finally:
@@ -405,20 +439,26 @@ class _Session:
                 engine.stop()
             self.running.clear()
 
-    def _start(self, variant: Variant) -> None:
-        if self.setup.endpoint:
-            self.running[variant.name] = self.setup.endpoint
-            return
-        began, setup = time.monotonic(), self.setup
+    def _launch(self, variant: Variant) -> VllmEngine | Endpoint:
+        setup = self.setup
+        if setup.endpoint:
+            self.running[variant.name] = setup.endpoint
+            return setup.endpoint
         engine = VllmEngine(
             variant.name,
-            setup.model,
-            setup.lab.flags_of(variant),
+            setup.weights.get(variant.name, setup.model),
+            placed(setup.lab.flags_of(variant), setup.places),
             kind=setup.machine.kind,
             log=self.logs / f"engine-{variant.name}.log",
             command=setup.engine_command,
         )
         self.running[variant.name] = engine
+        return engine
+
+    def _await(self, variant: Variant, engine: VllmEngine | Endpoint) -> None:
+        if isinstance(engine, Endpoint):
+            return
+        began = time.monotonic()
         engine.wait(
             lambda s: self.teller.waiting(f"starting vLLM ({variant.name}): {s:.0f} s of about 35")
         )
@@ -458,8 +498,8 @@ class _Session:
         if (engine := self.running.get(point.variant.name)) is None or engine.died():
             if engine:
                 engine.stop()
-            self._start(point.variant)  # it died in an earlier trial: the others deserve a new one
-            engine = self.running[point.variant.name]
+            engine = self._launch(point.variant)  # it died in an earlier trial: a new one
+            self._await(point.variant, engine)
         engine.reset_prefix_cache()
         before = engine.snapshot()
         path = self.folder.trial_folder(point, repeat) / "requests.jsonl.gz"
@@ -476,6 +516,7 @@ class _Session:
             variant=point.variant.name,
             run_id=self.folder.path.name,
             workload=point.workload.name,
+            keep_text=point.workload.keep_text,
         )
         began = time.monotonic()
         summary = self.generator.play(trial_plan, lambda: self.teller.waiting(name))
@@ -491,6 +532,30 @@ class _Session:
         tokens = sum(k for r in found for at, k in r.chunks if start <= at < end)
         rate = f"{tokens / (end - start):.0f} tok/s" if end > start else "nothing in the window"
         return summary, None if engine_delta is None else snapshot_json(engine_delta), rate
+
+    def probe(self, variant: Variant) -> None:
+        """Ask what the lab wants to know of this engine beside the load, unless it is on file."""
+        engine = self.running.get(variant.name)
+        for name in self.setup.lab.probes:
+            path = self.folder.probe_file(name, variant.name)
+            if path.exists() or engine is None or engine.died():
+                continue
+            self.teller.waiting(f"{variant.name}: {name}")
+            began = time.monotonic()
+            engine.reset_prefix_cache()
+            served = Served(
+                variant, self.setup.lab, engine.url, engine.model, self.setup.places,
+                self.setup.writer,
+            )  # fmt: skip
+            try:
+                found = PROBES[name](served)
+            except (requests.RequestException, KeyError, ValueError) as error:
+                self.teller.step(f"{variant.name}: the probe {name} failed: {error}")
+                continue
+            if found is not None:
+                write_plain(path, found)
+                took = time.monotonic() - began
+                self.teller.step(f"{variant.name}: {name} asked in {took:.0f} s")
 
     def _trial_s(self) -> float:
         return self.setup.lab.warmup_s + self.setup.lab.window_s + PER_TRIAL_S
@@ -635,6 +700,7 @@ def summarise(folder: RunFolder) -> Summary:
         text = "predictions rest on this machine's ceilings; the endpoint may run on another"
         keep(Caveat(name="endpoint's hardware unknown", text=text))
     found = list(caveats.values())
+    context = Context(folder, run, lab, points, values)
     summary = Summary(
         measurements=values,
         pooled={
@@ -663,6 +729,7 @@ def summarise(folder: RunFolder) -> Summary:
             for forecast in lab.forecasts
             for key, prediction in predictions.forecasts[forecast.name].items()
         ],
+        findings=[FINDINGS[name](context) for name in lab.findings],
         caveats=found,
         failed=failed,
         missing=len(points) * lab.repeats - sum(map(len, values.values())) - len(failed),

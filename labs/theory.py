@@ -5,6 +5,7 @@ Units: seconds, bytes, tokens, FLOP (one multiply-add counts as two).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -93,3 +94,76 @@ def static_batching_penalty(output_tokens: Sequence[int], batch: int) -> float:
     whole = len(output_tokens) // batch * batch
     batches = [output_tokens[i : i + batch] for i in range(0, whole, batch)]
     return fmean(max(b) for b in batches) / fmean(output_tokens[:whole])
+
+
+def chunk_step_s(
+    shape: Shape,
+    ceilings: Ceilings,
+    batch: float,
+    context_tokens: float,
+    prompt_tokens: int,
+    chunk_tokens: int,
+) -> float:
+    """Seconds of the longest step that carries a chunk of a long prompt beside a decoding batch.
+
+    t_dec(B) + the prefill of the prompt's last `chunk_tokens`, which attend to all before them.
+    Sarathi-Serve (Agrawal et al., OSDI 2024). Decode is taken to wait for memory and prefill for
+    compute, one after the other; a kernel that overlaps them would do better.
+    """
+    chunk = min(chunk_tokens, prompt_tokens)
+    whole, before = (prefill_s(shape, ceilings, n) for n in (prompt_tokens, prompt_tokens - chunk))
+    return decode_step_s(shape, ceilings, batch, context_tokens) + whole - before
+
+
+def chunked_prefill_s(
+    shape: Shape,
+    ceilings: Ceilings,
+    batch: float,
+    context_tokens: float,
+    prompt_tokens: int,
+    chunk_tokens: int,
+) -> float:
+    """Seconds until a long prompt is prefilled in chunks: its compute, and a decode step a chunk.
+
+    Sarathi-Serve, section 4; the same assumptions as `chunk_step_s`.
+    """
+    steps = math.ceil(prompt_tokens / min(chunk_tokens, prompt_tokens))
+    step_s = decode_step_s(shape, ceilings, batch, context_tokens)
+    return steps * step_s + prefill_s(shape, ceilings, prompt_tokens)
+
+
+def accepted_length(acceptance: float, draft_tokens: int) -> float:
+    """Expected tokens a verified draft yields: (1 - a^(g + 1)) / (1 - a), g + 1 at a = 1.
+
+    Leviathan, Kalman, Matias 2023, equation 1; every token is taken to be accepted with the same
+    probability, independently.
+    """
+    if acceptance == 1:
+        return draft_tokens + 1
+    return (1 - acceptance ** (draft_tokens + 1)) / (1 - acceptance)
+
+
+def speculative_speedup(
+    acceptance: float, draft_tokens: int, draft_cost: float, verify_cost: float
+) -> float:
+    """Decode speed with speculation / without: E[tokens] / (g c + v).
+
+    `draft_cost` c is a draft step's time and `verify_cost` v a verification's, both in units of the
+    target's own step. Leviathan et al. 2023, theorem 3.8, where v = 1; v grows with the batch,
+    t(B (g + 1)) / t(B), because each sequence brings g + 1 tokens.
+    """
+    return accepted_length(acceptance, draft_tokens) / (draft_tokens * draft_cost + verify_cost)
+
+
+def forward_s(shape: Shape, ceilings: Ceilings, tokens: float, context_bytes: float) -> float:
+    """Seconds of a forward pass over `tokens` that reads the weights and `context_bytes` of KV.
+
+    The roofline (Williams et al. 2009); attention's own FLOP are left out.
+    """
+    memory_s = (shape.weight_bytes + context_bytes) / ceilings.memory_bandwidth_bytes_per_s
+    return max(memory_s, 2 * shape.matmul_params * tokens / ceilings.bf16_flops_per_s)
+
+
+def kv_tokens(shape: Shape, memory_bytes: float, bytes_per_value: float, block: int) -> float:
+    """Tokens a KV memory holds, in whole blocks. PagedAttention (Kwon et al., SOSP 2023)."""
+    return memory_bytes // (block * shape.kv_bytes_per_token(bytes_per_value)) * block

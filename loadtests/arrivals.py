@@ -3,7 +3,8 @@
 Closed loop: a user sends, waits for the whole answer, sends again. `Concurrent(users)` keeps that
 many requests in flight; `Waves(size)` sends that many, waits for *all* of them, and sends the next:
 static batching done by the client. Open loop: requests come on a schedule drawn beforehand,
-whatever is still outstanding (`Poisson`, `Constant`).
+whatever is still outstanding (`Poisson`, `Constant`). `Contended(users, every_s)` is both: that
+many users in closed loop, and beside them an intruder's request every so many seconds.
 
 Every arrival has a text form, `concurrent:8`, which is also how one is given on a command line.
 """
@@ -29,18 +30,22 @@ MAX_USERS = 1024  # Locust users of one process: an open loop with more outstand
 class _Arrival(BaseModel, frozen=True, extra="forbid"):
     def __str__(self) -> str:
         fields = self.model_dump()
-        level = next(v for k, v in fields.items() if k != "kind")
-        short = f"{level:g}"
-        return f"{fields['kind']}:{short if float(short) == level else repr(level)}"
+        levels = [_short(v) for k, v in fields.items() if k != "kind"]
+        return f"{fields['kind']}:{'/'.join(levels)}"
 
     @property
     def name(self) -> str:
         """As a folder name: `concurrent-8`."""
-        return str(self).replace(":", "-")
+        return str(self).replace(":", "-").replace("/", "-")
 
     @property
     def open_loop(self) -> bool:
         return False
+
+    @property
+    def seats(self) -> int:
+        """Locust users it needs: each has at most one request in flight."""
+        return int(getattr(self, "users"))  # noqa: B009  (every arrival has it, its base has not)
 
 
 class Concurrent(_Arrival, frozen=True):
@@ -55,6 +60,16 @@ class Waves(_Arrival, frozen=True):
     @property
     def users(self) -> int:
         return self.size
+
+
+class Contended(_Arrival, frozen=True):
+    kind: Literal["contended"] = "contended"
+    users: PositiveInt = Field(le=MAX_USERS)  # the intruder not counted
+    every_s: PositiveFloat = Field(allow_inf_nan=False)
+
+    @property
+    def seats(self) -> int:
+        return self.users + 1  # the intruder takes the last one
 
 
 class _OpenLoop(_Arrival, frozen=True):
@@ -92,6 +107,7 @@ class Constant(_OpenLoop, frozen=True):
 
 _KINDS: dict[str, type[_Arrival]] = {
     "concurrent": Concurrent, "waves": Waves, "poisson": Poisson, "constant": Constant,
+    "contended": Contended,
 }  # fmt: skip
 
 
@@ -99,24 +115,30 @@ def _from_text(value: Any) -> Any:
     """`concurrent:8` -> Concurrent(users=8); anything else passes on."""
     if not isinstance(value, str):
         return value
-    kind, _, level = value.partition(":")
-    if kind not in _KINDS or not level:
-        known = ", ".join(f"{k}:<{_level_field(c)}>" for k, c in _KINDS.items())
-        raise ValueError(f"{value!r} is no arrival; the known ones are {known}")
-    return {"kind": kind, _level_field(_KINDS[kind]): level}
+    kind, _, text = value.partition(":")
+    levels = text.split("/")
+    if kind not in _KINDS or not text or len(levels) != len(_level_fields(_KINDS[kind])):
+        forms = (f"{k}:{'/'.join(f'<{f}>' for f in _level_fields(c))}" for k, c in _KINDS.items())
+        raise ValueError(f"{value!r} is no arrival; the known ones are {', '.join(forms)}")
+    return {"kind": kind, **dict(zip(_level_fields(_KINDS[kind]), levels, strict=True))}
 
 
-def _level_field(arrival: type[_Arrival]) -> str:
-    return next(f for f in arrival.model_fields if f != "kind")
+def _level_fields(arrival: type[_Arrival]) -> list[str]:
+    return [f for f in arrival.model_fields if f != "kind"]
+
+
+def _short(level: float) -> str:
+    short = f"{level:g}"
+    return short if float(short) == level else repr(level)
 
 
 Arrival = Annotated[
-    Annotated[Concurrent | Waves | Poisson | Constant, Field(discriminator="kind")],
+    Annotated[Concurrent | Waves | Poisson | Constant | Contended, Field(discriminator="kind")],
     BeforeValidator(_from_text),
 ]
 
 
-def parse(text: str) -> Concurrent | Waves | Poisson | Constant:
+def parse(text: str) -> Concurrent | Waves | Poisson | Constant | Contended:
     """Read an arrival's text form; raises pydantic.ValidationError naming the known ones."""
-    arrival: Concurrent | Waves | Poisson | Constant = TypeAdapter(Arrival).validate_python(text)
-    return arrival
+    read: TypeAdapter[Concurrent | Waves | Poisson | Constant | Contended] = TypeAdapter(Arrival)
+    return read.validate_python(text)

@@ -36,7 +36,7 @@ from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
 from loadtests import records
-from loadtests.arrivals import Concurrent, Waves
+from loadtests.arrivals import Concurrent, Contended, Waves
 from loadtests.exporter import Exporter
 from loadtests.plan import PlannedRequest, TrialPlan, TrialSummary, read_requests
 from loadtests.records import RequestRecord
@@ -64,8 +64,10 @@ class Load:
 
     def __init__(self, plan: TrialPlan) -> None:
         self.plan = plan
-        self.requests = read_requests(plan.requests)
-        self.users = plan.arrival.users
+        every = read_requests(plan.requests)
+        self.requests = [r for r in every if not r.intruder]
+        self.users = plan.arrival.seats
+        self._intrusions = iter([r for r in every if r.intruder])
         self.sent = self.in_flight = self.failures = 0
         self.aborted: str | None = None
         self.exhausted = False
@@ -74,10 +76,11 @@ class Load:
         if plan.window_s is None:
             self._order = itertools.cycle(self.requests)
         self._schedule: list[float] | None = None
-        if not isinstance(plan.arrival, Concurrent | Waves):
+        if not isinstance(plan.arrival, Concurrent | Contended | Waves):
             duration_s = plan.warmup_s + (plan.window_s or 0)
             self._schedule = plan.arrival.schedule(duration_s, random.Random(f"{plan.seed}/times"))
         self._due = iter(self._schedule or ())
+        self._next_intrusion_s = 0.0
         self._gathered = 0
         self._gate = gevent.event.Event()
         self._wave_counts = False
@@ -126,8 +129,10 @@ class Load:
         elif self._wave_counts:
             self.window_start_s = min(self.window_start_s, at)
 
-    def next_turn(self) -> Turn | None:
+    def next_turn(self, seat: int) -> Turn | None:
         """Blocks until this user may send; None when the trial has nothing more to send."""
+        if isinstance(self.plan.arrival, Contended) and seat == self.users - 1:
+            return self._intrude(self.plan.arrival.every_s)
         due_s: float | None = None
         if isinstance(self.plan.arrival, Waves):
             self._gather()  # whatever has happened, all leave together
@@ -155,6 +160,19 @@ class Load:
             return None
         self.sent += 1
         return Turn(request, due_s, counts)
+
+    def _intrude(self, every_s: float) -> Turn | None:
+        """The intruder's next turn, a period after the last; a late one is sent at once."""
+        due_s = self._next_intrusion_s = self._next_intrusion_s + every_s
+        if due_s >= self.window_end_s or self.aborted:
+            return None
+        gevent.sleep(max(0.0, due_s - self.elapsed_s()))
+        request = next(self._intrusions, None)
+        if request is None:
+            self.exhausted = True
+            return None
+        self.sent += 1
+        return Turn(request, None, due_s >= self.plan.warmup_s)
 
     def keep(self, record: RequestRecord, connection_failed: bool) -> None:
         self.fresh.append(record)
@@ -187,6 +205,7 @@ def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, b
     chunks, prompt_tokens, output_tokens, complaint = (
         tokens_of(lines, t0) if lines else ([],) + (None,) * 3
     )
+    keep = load.plan.keep_text and chunks and not complaint
     if error is None and not chunks:
         error = complaint or "the stream ended without a token"
     return RequestRecord(
@@ -201,6 +220,7 @@ def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, b
         in_window=turn.counts,
         error=error or complaint,
         first_byte_s=round(lines[0][0] - t0, 6) if lines else None,
+        text=text_of(lines) if keep else None,
     ), connection_failed
 
 
@@ -234,6 +254,13 @@ def tokens_of(
             counted += tokens
             chunks.append((round(at - t0, 6), tokens))
     return chunks, prompt_tokens, output_tokens, complaint
+
+
+def text_of(lines: list[tuple[float, bytes]]) -> str:
+    """The answer of an event stream that `tokens_of` has read without complaint."""
+    events = [orjson.loads(e) for _, line in lines if (e := line[5:].strip()).startswith(b"{")]
+    choices = [choice for event in events for choice in event.get("choices") or ()]
+    return "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
 
 
 # ------------------------------------------------------------------------------ Locust's worker
@@ -300,7 +327,7 @@ class ChatUser(User):
         if load.plan.window_s is not None:
             stage.ready()
         try:
-            while turn := load.next_turn():
+            while turn := load.next_turn(self.seat):
                 record, connection_failed = stream(client, turn, load)
                 load.keep(record, connection_failed)
                 self.environment.events.request.fire(
@@ -419,7 +446,7 @@ class Director:
         self.say(event="ready")
         for line in gevent.fileobject.FileObjectPosix(sys.stdin.fileno(), "rb"):
             plan = TrialPlan.model_validate_json(line)
-            assert plan.arrival.users <= users, f"{plan.arrival} needs more than {users} users"
+            assert plan.arrival.seats <= users, f"{plan.arrival} needs more than {users} users"
             self.begin(plan)
 
     def on_records(self, msg: Any, **_: object) -> None:

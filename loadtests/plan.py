@@ -27,6 +27,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     variant: str
     run_id: str
     workload: str
+    keep_text: bool = False
 
 
 class TrialSummary(BaseModel, frozen=True, extra="forbid"):
@@ -47,12 +48,13 @@ class PlannedRequest(BaseModel, frozen=True, extra="forbid"):
     index: int
     output_tokens: int
     body: str
+    intruder: bool = False
 
 
 def body(request: Request, model: str) -> dict[str, Any]:
     """The chat completion request: streamed, greedy, of an exact length, usage in every chunk."""
     return {
-        "model": model,
+        "model": request.adapter or model,
         "messages": request.messages,
         "max_tokens": request.output_tokens,
         "ignore_eos": True,
@@ -70,6 +72,7 @@ def write_requests(path: Path, requests: list[Request], model: str) -> None:
                 index=request.index,
                 output_tokens=request.output_tokens,
                 body=orjson.dumps(body(request, model)).decode(),
+                intruder=request.intruder,
             )
             file.write(planned.model_dump_json().encode() + b"\n")
 

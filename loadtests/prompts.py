@@ -2,7 +2,8 @@
 
 The sentences come from a small grammar written for this project (no corpus, no licence to carry).
 They read as text, so that a model's tokenizer and embedding see ordinary input, but they mean
-little: a lab whose answer depends on content must bring its own.
+little. What the model is asked to do with them is the task: go on, tell a story, or repeat them
+word for word (where what is copied can be guessed).
 """
 
 from __future__ import annotations
@@ -10,11 +11,20 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
-Messages = list[dict[str, str]]
+Message = dict[str, str]
+Messages = list[Message]
 CountTokens = Callable[[Messages], int]
 
+Task = Literal["continue", "story", "quote"]
+
 SYSTEM = "Continue."
+TASKS: dict[Task, str] = {
+    "continue": "",
+    "story": "Write a story that goes on from here:",
+    "quote": "Repeat this text word for word:",
+}
 _SUBJECTS = (
     "the keeper", "a young clerk", "the old bridge", "our neighbour", "the harbour", "a letter",
     "the engineer", "every traveller", "the river", "a quiet student", "the market", "the captain",
@@ -47,24 +57,27 @@ class Writer:
         self._count = count
         self.least_tokens = count(_messages("")) + 1
 
-    def chat(self, tokens: int, rng: random.Random, lead: str = "") -> Messages:
-        """Messages of exactly `tokens`, the user's text beginning with `lead`.
+    def chat(
+        self, tokens: int, rng: random.Random, lead: str = "", history: Sequence[Message] = ()
+    ) -> Messages:
+        """Messages of exactly `tokens`: `history`, and the user's text beginning with `lead`.
 
-        Raises ValueError when the chat template and the lead alone are longer, or no text fits.
+        Raises ValueError when the chat template and what is given are longer, or no text fits.
         """
-        least = self._count(_messages(lead)) + 1
+        least = self._count(_messages(lead, history)) + 1
         if tokens < least:
-            what = (
-                "chat template and its shared prefix take" if lead else "chat template itself takes"
-            )
+            given = " and earlier turns" if history else " and its shared prefix" if lead else ""
+            what = f"chat template{given} take" if given else "chat template itself takes"
             raise ValueError(f"prompt_tokens={tokens} is below the {least} tokens that the {what}")
-        return _messages(self._text(tokens, rng, lead))
+        return _messages(self._text(tokens, rng, lead, history), history)
 
     def lead(self, tokens: int, rng: random.Random) -> str:
         """A text of exactly `tokens`, the template's not counted: to begin several prompts with."""
         return self._text(self._count(_messages("")) + tokens, rng, "")
 
-    def _text(self, total: int, rng: random.Random, lead: str) -> str:
+    def _text(
+        self, total: int, rng: random.Random, lead: str, history: Sequence[Message] = ()
+    ) -> str:
         """`lead` and sentences after it, so that the whole message counts `total` tokens."""
         words: list[str] = []
 
@@ -72,7 +85,7 @@ class Writer:
             return " ".join(filter(None, (lead, *words, *more)))
 
         def count(*more: str) -> int:
-            return self._count(_messages(text(*more)))
+            return self._count(_messages(text(*more), history))
 
         while (missing := total - count()) > 0:
             for _ in range(max(1, missing // _LONGEST_SENTENCE_TOKENS)):
@@ -88,8 +101,9 @@ class Writer:
         raise ValueError(f"no text of exactly {total} tokens was found with this tokenizer")
 
 
-def _messages(text: str) -> Messages:
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+def _messages(text: str, history: Sequence[Message] = ()) -> Messages:
+    before = history or [{"role": "system", "content": SYSTEM}]
+    return [*before, {"role": "user", "content": text}]
 
 
 def _sentence(rng: random.Random) -> str:

@@ -43,6 +43,7 @@ class RequestRecord:
     in_window: bool  # sent inside the measured window
     error: str | None = None
     first_byte_s: float | None = None  # first bytes of any kind, a role-only chunk included
+    text: str | None = None  # the answer, where the plan asks to keep it
 
     @property
     def ok(self) -> bool:
@@ -95,7 +96,8 @@ def write(path: Path, records: Iterable[RequestRecord]) -> None:
     # mtime=0: the same records give the same bytes
     with half.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
         for record in records:
-            file.write(orjson.dumps(vars(record)) + b"\n")
+            fields = {k: v for k, v in vars(record).items() if k != "text" or v is not None}
+            file.write(orjson.dumps(fields) + b"\n")
     half.rename(path)
 
 

@@ -27,7 +27,7 @@ from serving.machine import engine_version, split_cores
 from serving.models import CACHE, Model
 from serving.process import Process
 
-FlagValue = str | int | float | bool | dict[str, object]
+FlagValue = str | int | float | bool | dict[str, object] | list[str]
 
 SERVER = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 START_TIMEOUT_S = 900.0
@@ -64,9 +64,21 @@ def flag_argv(flags: Mapping[str, FlagValue]) -> list[str]:
         if isinstance(value, bool):
             argv.append(f"--{name}" if value else f"--no-{name}")
         else:
-            text = json.dumps(value) if isinstance(value, dict) else str(value)
-            argv += [f"--{name}", text]
+            items = value if isinstance(value, list) else [value]
+            argv += [
+                f"--{name}",
+                *(json.dumps(v) if isinstance(v, dict) else str(v) for v in items),
+            ]
     return argv
+
+
+def placed(flags: Mapping[str, FlagValue], places: Mapping[str, Path]) -> dict[str, FlagValue]:
+    """Flags with `<name>` replaced by where that model lies on this machine."""
+    text = json.dumps(dict(flags))
+    for name, path in places.items():
+        text = text.replace(f"<{name}>", str(path))
+    found: dict[str, FlagValue] = json.loads(text)
+    return found
 
 
 def serve_argv(model: Model, flags: Mapping[str, FlagValue], port: int) -> list[str]:
@@ -80,6 +92,7 @@ def serve_env(kind: str, model: Model) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache, on loopback only
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",  # connections opened before the load stay open
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # adapters come and go, on loopback only
     }
     if model.path.exists():
         env["HF_HUB_OFFLINE"] = "1"

@@ -29,15 +29,35 @@ RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
 KV_USAGE = "vllm:kv_cache_usage_perc"
 CACHE_CONFIG = "vllm:cache_config_info"
+SPEC_DRAFTS = "vllm:spec_decode_num_drafts_total"
+SPEC_DRAFTED = "vllm:spec_decode_num_draft_tokens_total"
+SPEC_ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
+SPEC_ACCEPTED_AT = "vllm:spec_decode_num_accepted_tokens_per_pos_total"  # by label `position`
+LORA = "vllm:lora_requests_info"
 
 HISTOGRAMS = (TTFT, ITL, E2E, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, STEP_TOKENS)
 COUNTERS = (
     REQUESTS, PROMPT_TOKENS, GENERATION_TOKENS, PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS,
 )  # fmt: skip
 GAUGES = (RUNNING, WAITING, KV_USAGE, CACHE_CONFIG)
+SPECULATION = (SPEC_DRAFTS, SPEC_DRAFTED, SPEC_ACCEPTED, SPEC_ACCEPTED_AT)
 
 GOLDEN: dict[str, tuple[str, ...]] = {"0.32": (*HISTOGRAMS, *COUNTERS, *GAUGES)}
-"""vLLM minor version -> the names the lab needs from it."""
+"""vLLM minor version -> the names the lab needs from it, whatever the engine's settings."""
+
+
+def position(at: int) -> str:
+    """The counter of drafts accepted at this position (0 is the first token drafted)."""
+    return f"{SPEC_ACCEPTED_AT}:{at}"
+
+
+def is_counter(name: str) -> bool:
+    return name in (*COUNTERS, *SPECULATION) or name.startswith(f"{SPEC_ACCEPTED_AT}:")
+
+
+def is_known(name: str) -> bool:
+    """Whether the lab knows this sample by name; histograms have their own list."""
+    return is_counter(name) or name in (*GAUGES, LORA)
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,7 @@ class Snapshot:
         """Counters and histograms as differences; gauges and info as they are now."""
         return Snapshot(
             {
-                name: value - before.values.get(name, 0.0) if name in COUNTERS else value
+                name: value - before.values.get(name, 0.0) if is_counter(name) else value
                 for name, value in self.values.items()
             },
             {n: h.minus(before.histograms.get(n, Histogram())) for n, h in self.histograms.items()},
@@ -112,6 +132,9 @@ def parse(text: str) -> Snapshot:
                     part[sample.name] = part.get(sample.name, 0.0) + sample.value
             else:
                 values[sample.name] = values.get(sample.name, 0.0) + sample.value
+                if sample.name == SPEC_ACCEPTED_AT:
+                    at_position = position(int(sample.labels["position"]))
+                    values[at_position] = values.get(at_position, 0.0) + sample.value
                 if sample.name.endswith("_info"):
                     info[sample.name] = dict(sample.labels)
     histograms = {

@@ -33,6 +33,14 @@ GPU_DEFAULTS: tuple[tuple[int, str], ...] = (
 )
 
 
+SIBLINGS: dict[tuple[str, str], str] = {
+    # (served model, what is derived from it) -> Hugging Face id of one that others have made
+    ("Qwen/Qwen2.5-7B-Instruct", "draft"): "Qwen/Qwen2.5-0.5B-Instruct",
+    ("Qwen/Qwen2.5-3B-Instruct", "draft"): "Qwen/Qwen2.5-0.5B-Instruct",
+    ("Qwen/Qwen2.5-1.5B-Instruct", "draft"): "Qwen/Qwen2.5-0.5B-Instruct",
+}
+
+
 class ModelError(Exception):
     """The model cannot be had or read; the message says what to give instead."""
 
@@ -100,6 +108,12 @@ def _download(name: str) -> Path:
             " folder with MODEL=/path/to/model, or, if it is gated, accept its licence and set"
             " HF_TOKEN"
         ) from error
+
+
+def sibling(model: Model, derived: str) -> Path | None:
+    """The folder of a published model that serves as this derived one, downloaded if need be."""
+    name = SIBLINGS.get((model.name, derived))
+    return _download(name) if name else None
 
 
 def load(path: Path, name: str) -> Model:

@@ -12,6 +12,7 @@ from labs.judge import Caveat, Effect, Interval, Judgement
 from labs.lab import Prediction
 from labs.results import RunFolder, TrialResult, write_json
 from labs.run import summarise
+from labs.text import number, short
 from tests.unit.builders import PREDICTION, make_lab, write_run
 
 
@@ -44,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     ],
 )
 def test_number(value: float | None, unit: str, text: str) -> None:
-    assert report.number(value, unit) == text
+    assert number(value, unit) == text
 
 
 def test_interval_has_both_bounds_or_is_a_dash() -> None:
@@ -69,12 +70,12 @@ def test_cells_cannot_break_the_table() -> None:
 
 def test_point_is_named_by_what_varies() -> None:
     lab = make_lab()
-    assert report.short("on/short/concurrent-2", lab) == "on concurrent 2"
+    assert short("on/short/concurrent-2", lab) == "on concurrent 2"
     alone = make_lab(variants=lab.variants[:1], claims=(), evidence=())
-    assert report.short("off/short/concurrent-2", alone) == "concurrent 2"
+    assert short("off/short/concurrent-2", alone) == "concurrent 2"
     again = lab.workloads[0].model_copy(update={"name": "long"})
     two = make_lab(workloads=(*lab.workloads, again))
-    assert report.short("on/long/waves-8", two) == "on long waves 8"
+    assert short("on/long/waves-8", two) == "on long waves 8"
 
 
 def judgement(outcome: Any, expected: bool | None, effect: Effect | None = None) -> Judgement:

@@ -1,0 +1,207 @@
+"""Chunked prefill: what does one long prompt do to everybody else's stream, and what mends it?
+
+An engine step serves all running requests at once. A prompt that is prefilled whole makes its step
+as long as its prefill, and every stream that is being decoded stands still meanwhile. *Chunked
+prefill* (Sarathi-Serve, OSDI 2024) gives each step a token budget: the decoding requests take
+theirs first, what is left goes to a piece of the prompt. The longest gap a reader sees becomes a
+decode step and one piece; the long prompt itself waits longer for its first token, because every
+piece brings a decode step along.
+
+Four streams decode; a long prompt comes in every two seconds. Variants differ in the budget,
+written as a share of the long prompt; `whole` has chunking off (which forces a budget of at least
+the longest prompt: the one place where the engine couples two settings).
+
+Turn: the budget (`variants.quarter.flags.max-num-batched-tokens`), the length of the long prompt
+(`workloads.contended.intruder.prompt_tokens`), the number of streams
+(`workloads.contended.loads`).
+"""
+
+from __future__ import annotations
+
+from labs import theory
+from labs.lab import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
+from loadtests.arrivals import Contended
+from loadtests.workload import Fixed, Intruder, Workload
+from serving import metrics
+
+
+def long_prompt_tokens(point: Point) -> int:
+    assert point.workload.intruder
+    return point.workload.intruder.prompt_tokens
+
+
+def chunk_tokens(point: Point) -> int:
+    """What a step has left for the long prompt beside one token for each stream."""
+    return int(str(point.variant.flags["max-num-batched-tokens"])) - point.load.users
+
+
+def context_tokens(point: Point) -> float:
+    """The mean context of the streams."""
+    (prompt, output), *_ = point.lengths
+    return prompt + output / 2
+
+
+def stall(point: Point) -> Prediction:
+    return Prediction(
+        value=theory.chunk_step_s(
+            point.shape,
+            point.ceilings,
+            point.load.users,
+            context_tokens(point),
+            long_prompt_tokens(point),
+            chunk_tokens(point),
+        ),
+        kind="floor",
+        tolerance=0.05,
+        formula="t_dec(B) + prefill of the last min(budget - B, prompt) tokens",
+        assumptions=("decode takes its memory time, prefill its compute time, in turn",),
+        source="Agrawal et al., Sarathi-Serve, OSDI 2024",
+    )
+
+
+def stall_ratio(chunked: Point, whole: Point) -> Prediction:
+    return Prediction(
+        value=stall(chunked).value / stall(whole).value,
+        tolerance=0.35,
+        formula="(t_dec + budget / prefill rate) / (t_dec + prompt / prefill rate)",
+        assumptions=("what the roofline leaves out is a small share of either",),
+        source="Agrawal et al., Sarathi-Serve, OSDI 2024",
+    )
+
+
+def long_ttft(point: Point) -> float:
+    return theory.chunked_prefill_s(
+        point.shape,
+        point.ceilings,
+        point.load.users,
+        context_tokens(point),
+        long_prompt_tokens(point),
+        chunk_tokens(point),
+    )
+
+
+def long_ttft_ratio(chunked: Point, whole: Point) -> Prediction:
+    return Prediction(
+        value=long_ttft(chunked) / long_ttft(whole),
+        tolerance=0.35,
+        formula="(pieces t_dec + t_prefill) / (t_dec + t_prefill)",
+        assumptions=("a piece computes at the same rate as the whole",),
+        source="Agrawal et al., Sarathi-Serve, OSDI 2024",
+    )
+
+
+def budget(name: str, tokens: int) -> Variant:
+    return Variant(
+        name=name, flags={"enable-chunked-prefill": True, "max-num-batched-tokens": tokens}
+    )
+
+
+WHOLE = Variant(
+    name="whole", flags={"enable-chunked-prefill": False, "max-num-batched-tokens": 1024}
+)
+
+LAB = Lab(
+    name="chunked-prefill",
+    title="Chunked prefill",
+    question="How long do running streams stand still for a long prompt, and what does cutting the"
+    " prompt into chunks cost its own first token?",
+    answers=("SO-3", "SA-1"),
+    variants=(
+        budget("sixteenth", 48),
+        budget("quarter", 192),
+        budget("half", 384),
+        budget("larger", 1024),
+        WHOLE,
+    ),
+    flags={
+        "max-model-len": 1024,
+        "enable-prefix-caching": False,
+        "enforce-eager": True,
+        "kv-cache-memory-bytes": 256 * 2**20,
+    },
+    workloads=(
+        Workload(
+            name="contended",
+            prompt_tokens=Fixed(tokens=32),
+            output_tokens=Fixed(tokens=32),
+            intruder=Intruder(prompt_tokens=768),
+            loads=(Contended(users=4, every_s=2),),
+        ),
+    ),
+    claims=(
+        *(
+            Claim(
+                name=f"stall-{name}",
+                title=f"A budget of {text} of the long prompt shortens the stall",
+                metric="stall_mean_s",
+                treatment=Arm(variant=name),
+                baseline=Arm(variant="whole"),
+                expect="falls",
+                predict=stall_ratio,
+            )
+            for name, text in (("sixteenth", "a sixteenth"), ("quarter", "a quarter"),
+                               ("half", "half"))
+        ),
+        Claim(
+            name="larger",
+            title="A budget larger than the prompt is no chunking at all",
+            metric="stall_mean_s",
+            treatment=Arm(variant="larger"),
+            baseline=Arm(variant="whole"),
+            expect="unchanged",
+            predict=stall_ratio,
+        ),
+        Claim(
+            name="ttft",
+            title="The long prompt pays for its small pieces with a later first token",
+            metric="intruder_ttft_mean_s",
+            treatment=Arm(variant="sixteenth"),
+            baseline=Arm(variant="whole"),
+            expect="rises",
+            predict=long_ttft_ratio,
+        ),
+    ),
+    forecasts=(Forecast(name="stall", metric="stall_mean_s", arm=Arm(), predict=stall),),
+    evidence=(
+        Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
+        Evidence(arm=Arm(), kind="pieces", metric="prefill_pieces"),
+    ),
+    findings=("token-budget",),
+    plots=("stall", "timeline"),
+    slo=SLO(ttft_s=2, tpot_s=0.1, itl_s=0.2),
+    requests=256,
+    warmup_s=1.5,
+    window_s=10.6,
+    repeats=3,
+    scales={
+        "gpu": {
+            "flags": {"max-model-len": 16384, "enable-prefix-caching": False},
+            **{
+                f"variants.{name}.flags.max-num-batched-tokens": tokens
+                for name, tokens in (("sixteenth", 512), ("quarter", 2048), ("half", 4096),
+                                     ("larger", 16384), ("whole", 16384))
+            },
+            "workloads.contended.prompt_tokens.tokens": 128,
+            "workloads.contended.output_tokens.tokens": 256,
+            "workloads.contended.intruder.prompt_tokens": 8192,
+            "workloads.contended.loads": (Contended(users=32, every_s=1),),
+            "slo.itl_s": 0.05,
+            "requests": 4096,
+        }
+    },
+    quick={"warmup_s": 1, "window_s": 4.5, "repeats": 2},
+    limits={
+        "cpu": "The scheduler that cuts prompts into chunks is vLLM's own, so the shape of the"
+        " trade carries over: the stall grows with the budget, the first token comes later as it"
+        " shrinks. A decode step here is mostly the cost of launching small operations, which"
+        " every piece pays again: small budgets cost the long prompt more than on a GPU.",
+        "gpu": "One long prompt at a time; where several arrive together they share the budget.",
+    },
+    next_knobs=(
+        'SET="variants.quarter.flags.max-num-batched-tokens=96" tries a budget between two of the'
+        " table's",
+        'SET="workloads.contended.intruder.prompt_tokens=384" halves the long prompt: the stall of'
+        " `whole` halves, that of `sixteenth` stays",
+        'SET=\'workloads.contended.loads=["contended:8/2"]\' puts twice the streams beside it',
+    ),
+)  # fmt: skip

@@ -1,0 +1,129 @@
+"""Models made from the served one: a draft, tenants' adapters, quantized weights.
+
+Each is made once a checkout, by a module of `serving` that runs as a process of its own (it needs
+torch, or an environment of its own), and is found again by name.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from labs.lab import LabError
+from loadtests.arrivals import Concurrent
+from loadtests.prompts import Writer, counter
+from loadtests.workload import Fixed, Workload
+from serving import models
+from serving.models import Model
+from serving.process import Process
+
+SEED = 2**31 - 1  # of the prompts trained on: no trial draws from it
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a derived model is made: `python -m module BASE OUT INPUT`, and about how long it takes.
+
+    `prompts` are the workloads whose kind of prompt it is trained on; a quantizer gets text.
+    """
+
+    what: str
+    module: str
+    minutes: float
+    prompts: tuple[Workload, ...] = ()
+    method: str = ""
+
+
+def _kind(name: str, tokens: int, **fields: Any) -> Workload:
+    return Workload(
+        name=name,
+        prompt_tokens=Fixed(tokens=tokens),
+        output_tokens=Fixed(tokens=1),
+        loads=(Concurrent(users=1),),
+        **fields,
+    )
+
+
+RECIPES: dict[str, Recipe] = {
+    "draft": Recipe(
+        "a small draft model, distilled from the served one",
+        "serving.draft",
+        4,
+        prompts=(_kind("story", 96, task="story"), _kind("quote", 160, task="quote")),
+    ),
+    "adapters": Recipe(
+        "a LoRA adapter for each of eight tenants, each with its own mark",
+        "serving.adapters",
+        3,
+        prompts=(_kind("short", 48), _kind("long", 96)),
+    ),
+}
+PROMPTS_EACH = 80
+
+
+def place(model: Model, name: str) -> Path:
+    """Where it lies, or will."""
+    published = models.sibling(model, name)
+    return published or models.CACHE / "models" / f"{model.name.replace('/', '--')}-{name}"
+
+
+def make(model: Model, name: str, say: Callable[[str], None]) -> Path:
+    """The derived model's folder, made first if need be. Raises LabError with the maker's words."""
+    folder = place(model, name)
+    if folder.exists():
+        return folder
+    if name not in RECIPES:
+        raise LabError(f"no way to make {name!r} is known; the known ones are {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    say(f"Making {recipe.what} (once, about {recipe.minutes:g} min)")
+    inputs = models.CACHE / f"{name}-input"
+    if recipe.prompts:
+        _write_prompts(inputs, model, recipe.prompts)
+    began, log = time.monotonic(), models.CACHE / f"{name}.log"
+    log.unlink(missing_ok=True)
+    argv = [sys.executable, "-m", recipe.module, str(model.path), str(folder), str(inputs)]
+    with Process(name, argv, log=log, talk=True) as maker:
+        for line in maker.stdout:
+            say(f"  {line.rstrip()}")
+        while maker.returncode is None:
+            time.sleep(0.05)
+        if maker.returncode:
+            raise LabError(f"{name} could not be made: {maker.tail(1)} (all of it: {log})")
+    say(f"Made in {time.monotonic() - began:.0f} s: {folder.name}")
+    return folder
+
+
+def _write_prompts(path: Path, model: Model, kinds: Sequence[Workload]) -> None:
+    """Prompts of all kinds, mixed, as JSON lines."""
+    writer, rng = Writer(counter(str(model.path))), random.Random(SEED)
+    drawn = [r.messages for kind in kinds for r in kind.requests(PROMPTS_EACH, SEED, writer)]
+    drawn.sort(key=lambda _: rng.random())
+    path.write_bytes(b"".join(orjson.dumps({"messages": m}) + b"\n" for m in drawn))
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What its maker wrote down of it, and its bytes; a published model has only those."""
+    path = folder / "about.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if (folder / "config.json").exists():
+        found["weight_bytes"] = models.load(folder, folder.name).shape.weight_bytes
+    return found
+
+
+def with_weights(model: Model, name: str, folder: Path) -> Model:
+    """What a variant serves instead of the model, under the model's name.
+
+    Quantized weights are stored packed: they keep the parameters of the model and change the bytes.
+    """
+    shape = models.load(folder, name).shape
+    if shape.layers == model.shape.layers:
+        shape = replace(model.shape, weight_bytes=shape.weight_bytes)
+    return Model(model.name, folder, shape)

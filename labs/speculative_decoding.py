@@ -1,0 +1,236 @@
+"""Speculative decoding: when does guessing ahead win, and where does it start to lose?
+
+Decode reads all the weights to make one token. A cheap *draft* guesses the next g tokens, the
+target checks all of them in one step, and keeps the longest correct beginning and one token of its
+own (Leviathan et al. 2023): under greedy decoding the text is the same. With each token accepted
+with probability a, a step yields (1 - a^(g+1)) / (1 - a) tokens and costs g draft steps and one
+verification, which is nearly free while decode waits for memory, and is not in a large batch.
+
+Who guesses: `ngram` looks for the last few tokens earlier in the context and copies what followed
+(free, good at quoting and editing); `draft` is a small model, on a CPU distilled from the served
+one by `make draft`. What is asked: `story`, open text, and `quote`, repeating a text word for word.
+
+Turn: how far to guess (`variants.draft-2.flags.speculative-config.num_speculative_tokens`), the
+load (`workloads.story.loads`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from labs import theory
+from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
+from loadtests.arrivals import Concurrent
+from loadtests.prompts import Task
+from loadtests.workload import Fixed, Workload
+from serving import metrics
+
+
+def config(point: Point) -> dict[str, Any]:
+    found = point.variant.flags.get("speculative-config", {})
+    return found if isinstance(found, dict) else {}
+
+
+def verify_cost(point: Point) -> float:
+    """v = t(B (g + 1)) / t(B) on the roofline."""
+    batch, context = point.load.users, point.prompt_tokens + point.output_tokens / 2
+    kv_bytes = batch * context * point.shape.kv_bytes_per_token()
+    tokens = batch * (1 + config(point)["num_speculative_tokens"])
+    step_s, verify_s = (
+        theory.forward_s(point.shape, point.ceilings, n, kv_bytes) for n in (batch, tokens)
+    )
+    return verify_s / step_s
+
+
+def draft_cost(point: Point) -> float:
+    """c: the draft's bytes / the target's."""
+    if config(point)["method"] == "ngram":
+        return 0.0
+    return float(point.about["draft"].get("weight_bytes", 0)) / point.shape.weight_bytes
+
+
+def tpot_ratio(acceptance: Callable[[Point], float]) -> Callable[[Point, Point], Prediction]:
+    def predict(speculating: Point, plain: Point) -> Prediction:
+        a, g = acceptance(speculating), config(speculating)["num_speculative_tokens"]
+        c, v = draft_cost(speculating), verify_cost(speculating)
+        return Prediction(
+            value=1 / theory.speculative_speedup(a, g, c, v),
+            tolerance=0.35,
+            formula="(g c + v) / ((1 - a^(g+1)) / (1 - a))",
+            assumptions=(
+                f"a = {a:.2f}, c = {c:.2f} by bytes, v = {v:.2f} on the roofline",
+                "each token is accepted with the same probability, whatever came before",
+            ),
+            source="Leviathan, Kalman, Matias, ICML 2023",
+        )
+
+    return predict
+
+
+def drafts_accepted(point: Point) -> float:
+    """What the draft's maker measured on held-out prompts; a published draft is taken at 0.6."""
+    return float(point.about["draft"].get("acceptance", 0.6))
+
+
+def copies_accepted(point: Point) -> float:
+    """A word-for-word copy is nearly always guessed; open text seldom repeats its own words."""
+    return 0.9 if point.workload.task == "quote" else 0.2
+
+
+def further(far: Point, near: Point) -> Prediction:
+    """The formula at both draft lengths, at the load of both."""
+    alone = tpot_ratio(drafts_accepted)
+    farther, nearer = alone(far, far), alone(near, near)
+    return farther.model_copy(update={"value": farther.value / nearer.value})
+
+
+def speculating(name: str, method: str, tokens: int, **more: Any) -> Variant:
+    return Variant(
+        name=name,
+        flags={"speculative-config": {"method": method, "num_speculative_tokens": tokens, **more}},
+    )
+
+
+def workload(task: Task, prompt_tokens: int, *loads: int) -> Workload:
+    return Workload(
+        name=task,
+        prompt_tokens=Fixed(tokens=prompt_tokens),
+        output_tokens=Fixed(tokens=48),
+        task=task,
+        keep_text=True,
+        only=("none", "ngram", "draft-2", "draft-5"),
+        loads=tuple(Concurrent(users=n) for n in loads),
+    )
+
+
+def claim(
+    name: str, title: str, variant: str, task: Task, load: int, expect: str,
+    acceptance: Callable[[Point], float],
+) -> Claim:  # fmt: skip
+    arm = {"workload": task, "load": f"concurrent:{load}"}
+    return Claim.model_validate(
+        {
+            "name": name,
+            "title": title,
+            "metric": "tpot_mean_s",
+            "treatment": {"variant": variant, **arm},
+            "baseline": {"variant": "none", **arm},
+            "expect": expect,
+            "predict": tpot_ratio(acceptance),
+        }
+    )
+
+
+LAB = Lab(
+    name="speculative-decoding",
+    title="Speculative decoding",
+    question="When does guessing tokens ahead shorten the time per token, and at which load does it"
+    " start to lose?",
+    answers=("SO-5",),
+    variants=(
+        Variant(name="none"),
+        speculating("ngram", "ngram", 3, prompt_lookup_max=4, prompt_lookup_min=2),
+        speculating("draft-2", "draft_model", 2, model="<draft>"),
+        speculating("draft-5", "draft_model", 5, model="<draft>"),
+        Variant(name="draft-alone", weights="draft"),
+    ),
+    flags={
+        "max-model-len": 512,
+        "enable-prefix-caching": False,
+        "enforce-eager": True,
+        "kv-cache-memory-bytes": 512 * 2**20,
+    },
+    workloads=(
+        workload("story", 64, 1, 4, 16),
+        workload("quote", 128, 1, 16),
+        Workload(
+            name="alone",
+            prompt_tokens=Fixed(tokens=64),
+            output_tokens=Fixed(tokens=48),
+            only=("draft-alone",),
+            loads=(Concurrent(users=1),),
+        ),
+        Workload(
+            name="crowd",
+            prompt_tokens=Fixed(tokens=64),
+            output_tokens=Fixed(tokens=48),
+            only=("none",),
+            loads=(Concurrent(users=48), Concurrent(users=96)),
+        ),
+    ),
+    claims=(
+        claim("ngram-quote", "Copying from the context pays where text is quoted",
+              "ngram", "quote", 1, "falls", copies_accepted),
+        claim("ngram-story", "In open text there is little to copy",
+              "ngram", "story", 1, "unchanged", copies_accepted),
+        claim("draft-story", "A draft model shortens TPOT of a single stream",
+              "draft-2", "story", 1, "falls", drafts_accepted),
+        Claim(
+            name="draft-far",
+            title="Five guesses ahead cost more than two, and yield less than they cost",
+            metric="tpot_mean_s",
+            treatment=Arm(variant="draft-5", workload="story", load="concurrent:1"),
+            baseline=Arm(variant="draft-2", workload="story", load="concurrent:1"),
+            expect="rises",
+            predict=further,
+        ),
+        claim("draft-crowd", "In a batch of sixteen verification is no longer free",
+              "draft-5", "story", 16, "rises", drafts_accepted),
+    ),
+    evidence=(
+        *(
+            Evidence(arm=Arm(variant=name, workload=task), kind="rises", metric=metric)
+            for name in ("draft-2", "draft-5")
+            for task in ("story", "quote")
+            for metric in (metrics.SPEC_DRAFTS, metrics.SPEC_ACCEPTED)
+        ),
+        Evidence(
+            arm=Arm(variant="ngram", workload="quote"), kind="rises", metric=metrics.SPEC_ACCEPTED
+        ),
+        Evidence(arm=Arm(variant="none"), kind="absent", metric=metrics.SPEC_DRAFTS),
+    ),
+    findings=("acceptance", "speed-up", "same-text"),
+    plots=("speculation", "variants"),
+    slo=SLO(ttft_s=1, tpot_s=0.1),
+    requests=192,
+    warmup_s=1,
+    window_s=3,
+    repeats=3,
+    scales={
+        "gpu": {
+            "flags": {"max-model-len": 4096, "enable-prefix-caching": False},
+            **{
+                f"workloads.{name}.{field}": value
+                for name, prompt, loads in (("story", 512, (1, 16, 128)), ("quote", 1024, (1, 128)),
+                                            ("alone", 512, (1,)), ("crowd", 512, (384, 768)))
+                for field, value in (
+                    ("prompt_tokens.tokens", prompt),
+                    ("output_tokens.tokens", 256),
+                    ("loads", tuple(Concurrent(users=n) for n in loads)),
+                )
+            },
+            "claims.draft-crowd.treatment.load": "concurrent:128",
+            "claims.draft-crowd.baseline.load": "concurrent:128",
+            "requests": 4096,
+            "warmup_s": 4,
+            "window_s": 10,
+        }
+    },
+    quick={"window_s": 2, "repeats": 2},
+    limits={
+        "cpu": "Acceptance depends on the models and the text, and carries over to any machine that"
+        " serves them. The costs do not: a step here is mostly the launch of small operations, so"
+        " a draft of few layers is cheap and verification grows early. The draft was trained on"
+        " this model's own answers to this kind of prompt: elsewhere it would guess less well.",
+        "gpu": "Greedy decoding of two kinds of text; sampling at a temperature accepts less.",
+    },
+    next_knobs=(
+        'SET="variants.draft-2.flags.speculative-config.num_speculative_tokens=1" guesses one'
+        " token ahead",
+        'SET="variants.ngram.flags.speculative-config.num_speculative_tokens=6" copies longer'
+        " spans: good for `quote`, a burden for `story`",
+        'SET=\'workloads.story.loads=["concurrent:1","concurrent:8","concurrent:32"]\' looks for'
+        " the load at which it turns",
+    ),
+)  # fmt: skip
