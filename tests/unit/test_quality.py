@@ -1,0 +1,329 @@
+"""Every quality figure against numbers worked by hand, and what an engine's answers become."""
+
+import json
+import math
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import numpy as np
+import pytest
+import requests
+
+from labs import answers, quality
+from labs.answers import Answers, Passage, Reply, ask
+from labs.quality import (
+    Margin,
+    QualityFigure,
+    compare,
+    figures_table,
+    gate,
+    kl_divergence,
+    paired_difference,
+    per_token,
+)
+
+HALF, QUARTER = math.log(0.5), math.log(0.25)
+
+
+def passage(*actual: float) -> Passage:
+    """Token 1 follows at every position, with these probabilities; token 2 gets the rest."""
+    return Passage(
+        token_ids=(1,) * len(actual),
+        known=tuple({1: math.log(p), 2: math.log(1 - p)} for p in actual),
+    )
+
+
+def replies(*correct: bool, needles: bool = False) -> tuple[Reply, ...]:
+    return tuple(
+        Reply(
+            question=f"question {i}",
+            expected="7",
+            answer="7" if right else "8",
+            correct=right,
+            length_tokens=256 * (1 + i % 2) if needles else None,
+            depth=0.5 if needles else None,
+        )
+        for i, right in enumerate(correct)
+    )
+
+
+def of(passages: list[Passage], correct: tuple[bool, ...] = (True,) * 4) -> Answers:
+    return Answers(
+        model="m",
+        passages=tuple(passages),
+        needles=replies(*correct, needles=True),
+        tasks=replies(*correct),
+        took_s=1.0,
+    )
+
+
+def by_name(figures: list[QualityFigure]) -> dict[str, QualityFigure]:
+    return {" ".join(filter(None, (f.name, f.where))): f for f in figures}
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+def test_perplexity_and_its_ratio() -> None:
+    before = of([passage(0.5, 0.5), passage(0.5, 0.5)])
+    after = of([passage(0.25, 0.25), passage(0.5, 0.25)])
+    found = by_name(compare(before, after))
+    assert found["perplexity baseline"].value == pytest.approx(2)
+    # -mean log p = (3 log 4 + log 2) / 4 = 7/4 log 2; a ratio of 2^(3/4)
+    assert found["perplexity treatment"].value == pytest.approx(2**1.75)
+    ratio = found["perplexity_ratio"]
+    assert ratio.value == pytest.approx(2**0.75)
+    # passage means 1 and 1/2 (log 2): standard error 1/4 log 2, t(1 degree) = 12.706
+    assert ratio.high == pytest.approx(2 ** (0.75 + 12.7062 * 0.25), rel=1e-4)
+    assert ratio.low == pytest.approx(2 ** (0.75 - 12.7062 * 0.25), rel=1e-4)
+    assert ratio.n == 4
+
+
+def test_top1_agreement() -> None:
+    before, after = of([passage(0.6, 0.6), passage(0.6)]), of([passage(0.7, 0.3), passage(0.9)])
+    found = by_name(compare(before, after))["top1_agreement"]
+    assert found.value == pytest.approx(2 / 3)
+    assert found.high == 1.0  # a share's interval ends at one
+
+
+def test_a_tie_goes_to_the_lowest_id_on_both_sides() -> None:
+    tie = Passage(token_ids=(5,), known=({5: HALF, 3: HALF},))
+    turned = Passage(token_ids=(5,), known=({3: HALF, 5: HALF},))
+    assert by_name(compare(of([tie]), of([turned])))["top1_agreement"].value == 1
+
+
+def test_longer_passages_weigh_more() -> None:
+    found = per_token([[1.0, 1.0, 1.0], [0.0]])
+    assert found.value == 0.75
+    # residuals 3 - 9/4 and 0 - 3/4: sqrt(2 * (9/16 + 9/16)) / 4 = 3/8
+    assert found.high == pytest.approx(0.75 + 12.7062 * 0.375, rel=1e-4)
+    assert per_token([[1.0, 2.0]]).low is None  # one passage gives no interval
+
+
+def test_kl_of_a_known_pair() -> None:
+    p, q = {1: HALF, 2: QUARTER}, {1: QUARTER, 2: QUARTER}
+    # 1/2 log 2 + 0 + 1/4 log(1/4 / 1/2)
+    assert kl_divergence(p, q) == pytest.approx(0.25 * math.log(2))
+    # an id only one side knows goes to the rest: 1/2 log 2 + 1/2 log(1/2 / 3/4)
+    expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    assert kl_divergence({1: HALF, 2: QUARTER}, {1: QUARTER, 9: QUARTER}) == pytest.approx(expected)
+
+
+def test_kl_of_one_with_itself_is_zero_whatever_is_left_over() -> None:
+    whole = {1: HALF, 2: HALF + 1e-5}  # rounding may sum to more than one
+    assert kl_divergence(whole, whole) == 0
+    assert kl_divergence({1: 0.0}, {2: 0.0}) == 0  # nothing in common shows nothing
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_coarsened_kl_never_exceeds_the_exact_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 2, 500)
+    log_p, log_q = (
+        x - math.log(np.exp(x).sum()) for x in (logits, logits + rng.normal(0, 0.5, 500))
+    )
+    exact = float((np.exp(log_p) * (log_p - log_q)).sum())
+    found = []
+    for k in (5, 20, 500):
+        p, q = ({int(i): float(x[i]) for i in np.argsort(-x)[:k]} for x in (log_p, log_q))
+        found.append(kl_divergence(p, q))
+    assert 0 < found[0] <= exact
+    assert 0 < found[1] <= exact
+    assert found[2] == pytest.approx(exact, abs=1e-5)  # all known: nothing is lost
+
+
+def test_paired_difference_and_mcnemar() -> None:
+    before = [True] * 6 + [False] * 2 + [True] * 2
+    after = [False] * 6 + [False] * 2 + [True] * 2
+    found, p_value = paired_difference(before, after)
+    assert found.value == -0.6
+    assert p_value == pytest.approx(2 * 0.5**6)  # six changed, all one way
+    # (0 + 1) / 12 - (6 + 1) / 12 = -1/2; variance (8/12 - 1/4) / 12
+    half = 1.959964 * math.sqrt((8 / 12 - 0.25) / 12)
+    assert found.low == pytest.approx(-0.5 - half)
+    assert found.high == pytest.approx(-0.5 + half)
+
+
+def test_no_answer_changed_still_leaves_doubt() -> None:
+    found, p_value = paired_difference([True] * 45, [True] * 45)
+    assert (found.value, p_value) == (0, 1)
+    assert found.high == pytest.approx(1.959964 * math.sqrt(2) / 47)
+
+
+def test_shares_by_length_and_depth() -> None:
+    found = by_name(compare(of([passage(0.5)]), of([passage(0.5)], (True, False, True, False))))
+    assert found["needle_retrieval baseline"].value == 1
+    assert found["needle_retrieval treatment"].value == 0.5
+    assert found["needle_retrieval_difference"].value == -0.5
+    assert found["needle_retrieval_difference 256 tokens"].value == 0
+    assert found["needle_retrieval_difference 512 tokens"].value == -1
+    assert found["needle_retrieval_difference depth 0.5"].n == 4
+    assert found["task_accuracy_difference"].p_value == 0.5
+
+
+def test_only_the_same_questions_compare() -> None:
+    one, other = of([passage(0.5)]), of([passage(0.5, 0.5)])
+    with pytest.raises(ValueError, match="passages differ"):
+        compare(one, other)
+    renamed = tuple(r.model_copy(update={"question": "another"}) for r in one.tasks)
+    with pytest.raises(ValueError, match="task_accuracy"):
+        compare(one, one.model_copy(update={"tasks": renamed}))
+
+
+# -------------------------------------------------------------------------------- gate and table
+
+
+def figure(low: float | None, high: float | None, name: str = "perplexity_ratio") -> QualityFigure:
+    return QualityFigure(name=name, value=1.0, low=low, high=high, n=9, source="by hand")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "outcome"),
+    [
+        (0.99, 1.01, "pass"),
+        (0.99, 1.02, "pass"),
+        (1.0, 1.03, "undecided"),
+        (1.03, 1.05, "fail"),
+        (None, None, "undecided"),
+    ],
+)
+def test_the_whole_interval_must_keep_the_margin(
+    low: float | None, high: float | None, outcome: str
+) -> None:
+    margin = Margin(figure="perplexity_ratio", at_most=1.02)
+    assert gate([figure(low, high)], [margin])[0] == outcome
+
+
+def test_one_failure_decides_and_doubt_is_no_pass() -> None:
+    margins = [Margin(figure="a", at_least=-0.05), Margin(figure="b", at_least=-0.05)]
+    good, bad, vague = (-0.01, 0.01), (-0.3, -0.1), (-0.1, 0.1)
+    for first, second, outcome in (
+        (good, good, "pass"),
+        (good, vague, "undecided"),
+        (vague, bad, "fail"),
+    ):
+        found, verdicts = gate([figure(*first, name="a"), figure(*second, name="b")], margins)
+        assert found == outcome
+        assert [v.margin.figure for v in verdicts] == ["a", "b"]
+
+
+def test_a_worse_engine_fails_the_gate_and_the_same_one_passes() -> None:
+    base = of([passage(0.5, 0.6)] * 4, (True,) * 60)
+    worse = of([passage(0.25, 0.3)] * 4, (True, False) * 30)
+    assert gate(compare(base, base))[0] == "pass"
+    outcome, verdicts = gate(compare(base, worse))
+    assert outcome == "fail"
+    assert [v.outcome for v in verdicts] == ["fail"] * 3
+
+
+def test_table() -> None:
+    base, other = of([passage(0.5)] * 2), of([passage(0.25)] * 2)
+    plain = figures_table(compare(base, other))
+    assert {len(row) for row in plain} == {6}
+    beside = figures_table(compare(base, other), compare(base, base))
+    ratio = next(row for row in beside if row[0] == "perplexity ratio")
+    assert ratio[:5] == ["perplexity ratio", "2", "2 to 2", "1", "2"]
+    assert beside[0][3] == "Baseline again"
+
+
+# ---------------------------------------------------------------------------------------- asking
+
+
+class Engine(BaseHTTPRequestHandler):
+    """Knows every token's probability to be 1/2, the numbers in every text, and no task."""
+
+    bodies: list[dict[str, object]]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.bodies.append(body)
+        if body["model"] != "m":
+            self.send_error(404)
+            return
+        choice: dict[str, object] = {"text": " no idea"}
+        if "messages" in body:
+            question, start = (m["content"] for m in body["messages"])
+            number = question.partition(start)[2].split(".")[0]
+            choice = {"message": {"content": f"{number}."}}
+        elif "prompt_logprobs" in body:
+            ids = list(range(len(body["prompt"].split())))
+            known = {"logprob": HALF, "rank": 1, "decoded_token": "x"}
+            choice = {
+                "prompt_token_ids": ids,
+                "prompt_logprobs": [None, *({str(i): known, "99999": known} for i in ids[1:])],
+            }
+        reply = json.dumps({"choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def engine() -> Iterator[str]:
+    Engine.bodies = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Engine) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+def test_what_an_engine_says_becomes_answers(engine: str) -> None:
+    found = ask(engine, "m")
+    assert len(found.passages) == 12
+    assert all(p.logprobs == [round(HALF, 5)] * len(p.token_ids) for p in found.passages)
+    assert len(found.needles) == 3 * 5 * 4
+    assert all(r.correct for r in found.needles)
+    assert len(found.tasks) == 112
+    assert not any(r.correct for r in found.tasks)
+    assert {r.answer for r in found.tasks} == {"no idea"}
+    assert {(b["temperature"], b["seed"]) for b in Engine.bodies} == {(0, 0)}
+    assert Answers.model_validate_json(found.model_dump_json()) == found
+
+
+def test_quick_asks_less_of_the_same(engine: str) -> None:
+    quick, whole = ask(engine, "m", quick=True), ask(engine, "m")
+    assert (len(quick.passages), len(quick.needles), len(quick.tasks)) == (4, 10, 38)
+    assert set(quick.needles) <= set(whole.needles)
+    assert set(quick.tasks) <= set(whole.tasks)
+
+
+def test_an_engine_that_refuses_is_an_error(engine: str) -> None:
+    with pytest.raises(requests.HTTPError):
+        ask(engine, "another")
+
+
+# ----------------------------------------------------------------------------------------- texts
+
+
+@pytest.mark.parametrize("length_tokens", answers.LENGTHS_TOKENS)
+def test_needles_lie_at_their_depths(length_tokens: int) -> None:
+    text, numbers = answers.needles_text(length_tokens, 0)
+    assert (text, numbers) == answers.needles_text(length_tokens, 0)
+    assert text != answers.needles_text(length_tokens, 1)[0]
+    places = [text.index(number) / len(text) for number in numbers.values()]
+    assert places == pytest.approx(answers.DEPTHS, abs=0.16)
+    assert all(text.count(number) == 1 for number in numbers.values())
+
+
+def test_no_text_is_held_out_and_calibrated_on() -> None:
+    held_out, calibration = (
+        (answers.TEXTS / name).read_text().strip().split("\n\n")
+        for name in ("held_out.txt", "calibration.txt")
+    )
+    assert len(held_out) == 12
+    assert sum(len(p.split()) for p in calibration) > 4000
+    assert not {s for p in held_out for s in p.split(". ")} & {
+        s for p in calibration for s in p.split(". ")
+    }
+
+
+def test_every_margin_names_a_figure() -> None:
+    same = of([passage(0.5)] * 2)
+    assert {m.figure for m in quality.MARGINS} <= {f.name for f in compare(same, same)}
