@@ -1,10 +1,26 @@
 """What is asked: the labs, and the machinery that runs, judges and reports them."""
 
-from labs import chunked_prefill, continuous_batching, prefix_caching, speculative_decoding
+from labs import (
+    chunked_prefill,
+    continuous_batching,
+    kv_quantization,
+    multi_lora,
+    prefix_caching,
+    speculative_decoding,
+    weight_quantization,
+)
 from labs.lab import Lab
 
 LABS: dict[str, Lab] = {
     module.LAB.name: module.LAB
-    for module in (continuous_batching, prefix_caching, chunked_prefill, speculative_decoding)
+    for module in (
+        continuous_batching,
+        prefix_caching,
+        speculative_decoding,
+        chunked_prefill,
+        kv_quantization,
+        weight_quantization,
+        multi_lora,
+    )
 }
 """Every lab, in reading order: whatever enumerates labs reads this."""

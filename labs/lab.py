@@ -184,6 +184,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     forecasts: tuple[Forecast, ...] = ()
     evidence: tuple[Evidence, ...] = ()
     probes: tuple[str, ...] = ()  # what else is asked of the engines, beside the load
+    probed: tuple[str, ...] = ()  # of these variants; of all where none is named
     findings: tuple[str, ...] = ()  # what is concluded beyond the claims
     plots: tuple[str, ...] = ()
     slo: SLO
@@ -211,7 +212,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         variants = {v.name for v in self.variants}
         named = {a.variant for c in self.claims for a in (c.treatment, c.baseline)}
         named |= {e.arm.variant for e in self.evidence}
-        named |= {name for w in self.workloads for name in w.only}
+        named |= {name for w in self.workloads for name in w.only} | set(self.probed)
         if unknown := named - variants - {None}:
             raise ValueError(f"{sorted(map(str, unknown))} are no variants of {self.name}")
         return self

@@ -12,8 +12,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
-from labs import findings
-from labs.findings import Context
+from labs.findings import quantization, tenants
+from labs.findings import speculation as speculations
+from labs.findings.context import Context
 from labs.judge import Interval, mean_interval
 from labs.lab import Lab, Point
 from labs.measure import METRICS
@@ -373,7 +374,7 @@ def speculation(
 ) -> str | None:
     """Acceptance by position, and the speed-up over load, measured and explained."""
     context = Context(folder, folder.run(), lab, list(points), summary.measurements)
-    found = findings.speed_ups(context)
+    found = speculations.speed_ups(context)
     if not found:
         return None
     _, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
@@ -387,7 +388,7 @@ def speculation(
             key=lambda f: f.point.load.users,
         )
         style = {"color": colours[variant], "marker": marks[workload]}
-        at = findings.accepted_at(context, mine[0].point)
+        at = speculations.accepted_at(context, mine[0].point)
         axes[0].plot(range(1, len(at) + 1), at, **style, label=f"{variant}, {workload}")
         x = [f.point.load.users for f in mine]
         axes[1].plot(x, [f.measured for f in mine], **style, label=f"{variant}, {workload}")
@@ -396,7 +397,7 @@ def speculation(
     axes[0].set_xlabel("position drafted")
     axes[0].set_ylabel("share of drafts accepted that far")
     axes[0].set_ylim(0, 1.05)
-    longest = max(len(findings.accepted_at(context, f.point)) for f in found)
+    longest = max(len(speculations.accepted_at(context, f.point)) for f in found)
     axes[0].set_xticks(range(1, longest + 1))
     axes[1].axhline(1, color=GREY, lw=1)
     axes[1].set_xscale("log", base=2)
@@ -414,7 +415,106 @@ def speculation(
     )
 
 
+def preemption(
+    folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary
+) -> str | None:
+    """Requests in decode and preemptions over the requests in flight."""
+    mine = [p for p in points if p.workload.name == "growing"]
+    if not mine:
+        return None
+    _, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    names = list(dict.fromkeys(p.variant.name for p in mine))
+    for name, colour in zip(names, CYCLE, strict=False):
+        of = sorted((p for p in mine if p.variant.name == name), key=lambda p: p.load.users)
+        x = [p.load.users for p in of]
+        for ax, metric in ((axes[0], "batch"), (axes[1], "preemptions")):
+            found = [_over_repeats(summary, p, metric) for p in of]
+            ax.plot(x, [f.value if f else np.nan for f in found], "o-", color=colour, label=name)
+        full = of[0].prompt_tokens + of[0].output_tokens
+        capacity = _over_repeats(summary, of[0], "kv_capacity_tokens")
+        if capacity:
+            axes[1].axvspan(
+                capacity.value / full, capacity.value / (full - of[0].output_tokens / 2),
+                color=colour, alpha=0.15, lw=0, label=f"predicted onset, {name}",
+            )  # fmt: skip
+    for ax, label in ((axes[0], "requests in decode, mean"), (axes[1], "preemptions a trial")):
+        ax.set_xlabel("requests in flight")
+        ax.set_ylabel(label)
+        ax.set_ylim(bottom=0)
+        ax.legend(frameon=False, fontsize=8)
+    return (
+        "With the same memory the quantized cache keeps more requests running (left) and begins to"
+        " preempt later (right); shaded, where capacity / request length puts the onset, from the"
+        " longest to the mean length."
+    )
+
+
+def adapters(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
+    """Throughput over the adapters in the batch, measured on what bytes predict."""
+    mine = [p for p in points if p.variant.name == "lora" and p.load == points[0].load]
+    of = [(p.workload.adapters.count if p.workload.adapters else 0, p) for p in mine
+          if p.workload.adapters is None or p.workload.adapters.mix == "uniform"]  # fmt: skip
+    of.sort(key=lambda pair: pair[0])
+    found = [_over_repeats(summary, p, "output_tokens_per_s") for _, p in of]
+    if not any(found):
+        return None
+    _, ax = plt.subplots(figsize=(6, 3.6))
+    x = range(len(of))
+    heights = [f.value if f else np.nan for f in found]
+    reach = [f.high - f.value if f and f.high is not None else 0 for f in found]
+    ax.errorbar(x, heights, yerr=reach, fmt="o-", capsize=4, color=BLUE,
+                label="measured, 95 % interval")  # fmt: skip
+    base = next((p for p in points if p.variant.name == "base"), None)
+    level = _over_repeats(summary, base, "output_tokens_per_s") if base else None
+    if level:
+        shares = [
+            1 + n * tenants.adapter_bytes(p) / p.shape.weight_bytes if n else 1.0 for n, p in of
+        ]
+        ax.plot(x, [level.value / s for s in shares], "--", color=ORANGE,
+                label="base / bytes of the active adapters")  # fmt: skip
+        ax.plot([-0.35], [level.value], "D", color=GREY, label="engine without LoRA")
+    ax.set_xticks(x, ["base only" if n == 0 else str(n) for n, _ in of])
+    ax.set_xlabel("adapters in the batch")
+    ax.set_ylabel("output throughput (tok/s)")
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False)
+    return (
+        "What adapters cost: by their bytes hardly anything; the gap between the curves is the"
+        " launches of the small operations that apply them."
+    )
+
+
+def tradeoff(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
+    """Perplexity against speed, a dot for each kind of weights."""
+    context = Context(folder, folder.run(), lab, list(points), summary.measurements)
+    compared = quantization.compared(context)
+    base = lab.variants[0].name
+    at = {p.variant.name: p for p in points if p.workload.name == "decode" and p.load.users == 1}
+    speed = {n: _over_repeats(summary, p, "tpot_mean_s") for n, p in at.items()}
+    plain = speed.get(base)
+    if not compared or plain is None:
+        return None
+    _, ax = plt.subplots(figsize=(6.5, 4))
+    for colour, name in zip(CYCLE, [base, *compared], strict=False):
+        figures = compared.get(name)
+        ratio = next(f for f in figures if f.name == "perplexity_ratio") if figures else None
+        found = speed.get(name)
+        if found is None:
+            continue
+        x, y = plain.value / found.value, ratio.value if ratio else 1.0
+        reach = [[y - (ratio.low or y)], [(ratio.high or y) - y]] if ratio else None
+        size = at[name].shape.weight_bytes / 1e6
+        ax.errorbar(x, y, yerr=reach, fmt="o", color=colour, capsize=4, ms=8,
+                    label=f"{name}, {size:,.0f} MB")  # fmt: skip
+    ax.axhline(1.02, color=GREY, ls=":", label="gate: 2 % more perplexity")
+    ax.set_xlabel("decode speed-up, one stream")
+    ax.set_ylabel(f"perplexity / that of {base}")
+    ax.legend(frameon=False, fontsize=8)
+    return "Speed against quality: right is faster, down is better."
+
+
 PLOTS: dict[str, Draw] = {
     "effects": effects, "sweep": sweep, "pareto": pareto, "static": static, "roofline": roofline,
     "variants": variants, "stall": stall, "timeline": timeline, "speculation": speculation,
+    "preemption": preemption, "adapters": adapters, "tradeoff": tradeoff,
 }  # fmt: skip

@@ -6,30 +6,56 @@ and computes only what follows: prefill, and so TTFT, falls to the unshared part
 nothing. What is looked up must still be in memory: with more prefixes in turn than the cache
 holds, each is evicted before it comes back (least recently used), and nothing is gained.
 
+What counts as alike is the *beginning*, token by token: the same retrieved documents in another
+order are another prompt. And what is fast gives away that it was asked before, unless tenants are
+kept apart by a `cache_salt` each.
+
 Turn: the shared part (`workloads.share-90.prefix.tokens`), the number of prefixes
 (`workloads.many.prefix.groups`), the cache (`flags.kv-cache-memory-bytes`).
 """
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 from labs import theory
 from labs.lab import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
 from loadtests.arrivals import Concurrent
-from loadtests.workload import Fixed, Prefix, Workload
+from loadtests.workload import Chat, Fixed, Prefix, Workload
 from serving import metrics
 
 
 def cached_tokens(point: Point) -> float:
     """Tokens of a prompt found in the cache: the shared ones, in whole blocks, while they stay."""
-    prefix, flags = point.workload.prefix, point.variant.flags
-    if prefix is None or not flags["enable-prefix-caching"]:
-        return 0
-    request_bytes = (point.prompt_tokens + point.output_tokens) * point.shape.kv_bytes_per_token()
-    fits = int(str(flags["kv-cache-memory-bytes"])) // request_bytes
-    if prefix.groups > fits:
+    prefix, chat, flags = point.workload.prefix, point.workload.chat, point.variant.flags
+    if not flags["enable-prefix-caching"]:
         return 0
     block = int(str(flags["block-size"]))
+    if chat:  # all earlier turns; the first of each conversation finds nothing
+        earlier = [point.lengths[0][0] + i * chat.grows_tokens for i in range(chat.turns - 1)]
+        return sum(tokens // block * block for tokens in earlier) / chat.turns
+    request_bytes = (point.prompt_tokens + point.output_tokens) * point.shape.kv_bytes_per_token()
+    fits = int(str(flags["kv-cache-memory-bytes"])) // request_bytes
+    if prefix is None or prefix.groups > fits:
+        return 0
+    if prefix.shuffled:
+        return shuffled_tokens(prefix, int(fits), block)
     return prefix.tokens // block * block
+
+
+def shuffled_tokens(prefix: Prefix, fits: int, block: int) -> float:
+    """Tokens in common with the best of the `fits` prompts last seen, in whole blocks, expected.
+
+    Prompts are alike only as far as their documents come in the same order: the first k of n agree
+    with chance (n - k)! / n!, for each prompt that is still cached.
+    """
+    n, each = prefix.documents, prefix.tokens // prefix.documents
+    reached = [1 - (1 - 1 / math.perm(n, k)) ** fits for k in range(1, n + 1)]
+    return sum(
+        (a - b) * (k * each // block * block)
+        for k, (a, b) in enumerate(pairwise([*reached, 0.0]), start=1)
+    )
 
 
 def first_token_s(point: Point) -> float:
@@ -79,6 +105,16 @@ def hit_rate(point: Point) -> Prediction:
     )
 
 
+def hits_left(shuffled: Point, ordered: Point) -> Prediction:
+    return Prediction(
+        value=cached_tokens(shuffled) / cached_tokens(ordered),
+        tolerance=0.3,
+        formula="E[tokens of the leading documents that agree] / shared tokens, in whole blocks",
+        assumptions=("the cache holds as many whole prompts as fit, the last ones seen",),
+        source="Kwon et al., PagedAttention, SOSP 2023",
+    )
+
+
 OFF = Variant(name="off", flags={"enable-prefix-caching": False})
 ON = OFF.but("on", {"enable-prefix-caching": True})
 ONE, FOUR = Concurrent(users=1), Concurrent(users=4)
@@ -94,11 +130,18 @@ def workload(name: str, shared_tokens: int, groups: int = 1, *loads: Concurrent)
     )
 
 
+def documents(name: str, shuffled: bool) -> Workload:
+    """Four retrieved documents before each question, in one order or in any."""
+    plain = workload(name, 672)
+    prefix = Prefix(tokens=672, documents=4, shuffled=shuffled)
+    return plain.model_copy(update={"prefix": prefix})
+
+
 LAB = Lab(
     name="prefix-caching",
     title="Prefix caching",
     question="When does reusing the KV cache of a shared prefix pay, and when does it thrash?",
-    answers=("SO-4", "IP-5"),
+    answers=("SO-4", "IP-5", "SA-4"),
     variants=(OFF, ON),
     flags={
         "max-model-len": 1024,
@@ -113,6 +156,15 @@ LAB = Lab(
         workload("share-97", 740),
         workload("few", 690, 4),
         workload("many", 690, 8),
+        documents("documents", shuffled=False),
+        documents("shuffled", shuffled=True),
+        Workload(
+            name="chat",
+            prompt_tokens=Fixed(tokens=160),
+            output_tokens=Fixed(tokens=4),
+            chat=Chat(turns=6, grows_tokens=120),
+            loads=(ONE,),
+        ),
     ),
     claims=(
         *(
@@ -130,6 +182,8 @@ LAB = Lab(
                 ("share-90", "nine tenths shared"),
                 ("share-97", "all but a question shared"),
                 ("few", "four prefixes that fit the cache"),
+                ("documents", "four documents in one order"),
+                ("chat", "a chat that carries its earlier turns"),
             )
         ),
         Claim(
@@ -140,6 +194,15 @@ LAB = Lab(
             baseline=Arm(variant="off", workload="many"),
             expect="unchanged",
             predict=ttft_left,
+        ),
+        Claim(
+            name="order",
+            title="The same documents in another order each time are found far less often",
+            metric="prefix_hit_rate",
+            treatment=Arm(variant="on", workload="shuffled"),
+            baseline=Arm(variant="on", workload="documents"),
+            expect="falls",
+            predict=hits_left,
         ),
         Claim(
             name="cost",
@@ -184,11 +247,14 @@ LAB = Lab(
             arm=Arm(variant="on", workload="share-90"), kind="rises", metric=metrics.PREFIX_HITS
         ),
     ),
+    probes=("salt",),
+    probed=("on",),
+    findings=("timing-leak",),
     plots=("variants",),
     slo=SLO(ttft_s=0.5, tpot_s=0.1),
     requests=64,
-    warmup_s=2,
-    window_s=4,
+    warmup_s=1.5,
+    window_s=3,
     repeats=3,
     scales={
         "gpu": {
@@ -200,20 +266,24 @@ LAB = Lab(
             **{
                 f"workloads.{name}.{field}": value
                 for name, tokens in (("share-0", 0), ("share-50", 4096), ("share-90", 7370),
-                                     ("share-97", 7940), ("few", 7370), ("many", 7370))
+                                     ("share-97", 7940), ("few", 7370), ("many", 7370),
+                                     ("documents", 7360), ("shuffled", 7360))
                 for field, value in (
                     ("prompt_tokens.tokens", 8192),
                     ("output_tokens.tokens", 16),
                     *([("prefix.tokens", tokens)] if tokens else []),
                 )
             },
+            "workloads.chat.prompt_tokens.tokens": 2048,
+            "workloads.chat.chat.grows_tokens": 1024,
+            "workloads.chat.output_tokens.tokens": 16,
             "workloads.many.prefix.groups": 64,
             "requests": 1024,
             "warmup_s": 8,
             "window_s": 12,
         }
     },
-    quick={"warmup_s": 0.9, "window_s": 1.3, "repeats": 2},
+    quick={"warmup_s": 0.9, "window_s": 1.3, "repeats": 2, "probes": ("salt-quick",)},
     limits={
         "cpu": "The cache, its blocks and its eviction are vLLM's own, so hit rates carry over."
         " TTFT here has a floor of one forward pass of many small operations, which a GPU passes in"

@@ -11,6 +11,7 @@ results/<machine>/<lab>/<UTC>-<digest>/
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import orjson
 from pydantic import BaseModel, ValidationError
 
 from labs.judge import Caveat, ForecastResult, Judgement
@@ -181,15 +183,15 @@ class RunFolder:
         return read_json(path, Session) if path.exists() else None
 
     def probe_file(self, probe: str, variant: str) -> Path:
-        return self.path / "probes" / f"{probe}-{variant}.json"
+        return self.path / "probes" / f"{probe}-{variant}.json.gz"
 
     def probed(self, probe: str, variant: str) -> dict[str, Any] | None:
-        """What a probe found on a variant's engine, if it was asked there."""
-        path = self.probe_file(probe, variant)
-        if not path.exists():
-            return None
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        """What a probe, or its quick form, found on a variant's engine, if it was asked there."""
+        for path in (self.probe_file(name, variant) for name in (probe, f"{probe}-quick")):
+            if path.exists():
+                found: dict[str, Any] = orjson.loads(gzip.decompress(path.read_bytes()))
+                return found
+        return None
 
     def trial_folder(self, point: Point, repeat: int) -> Path:
         return self.path / "trials" / point.key / str(repeat)
@@ -248,14 +250,18 @@ def snapshot_from(plain: dict[str, Any]) -> Snapshot:
 
 
 def write_json(path: Path, model: BaseModel) -> None:
-    write_plain(path, model.model_dump(mode="json"))
+    _write(path, (json.dumps(model.model_dump(mode="json"), indent=1) + "\n").encode())
 
 
-def write_plain(path: Path, plain: Any) -> None:
-    """JSON, whole or not at all."""
+def write_gzip(path: Path, plain: Any) -> None:
+    """Gzip'd JSON, whole or not at all."""
+    _write(path, gzip.compress(orjson.dumps(plain, option=orjson.OPT_NON_STR_KEYS), mtime=0))
+
+
+def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.half")
-    half.write_text(json.dumps(plain, indent=1) + "\n")
+    half.write_bytes(content)
     half.rename(path)
 
 

@@ -20,7 +20,8 @@ import requests
 
 from dashboards.prometheus import Prometheus
 from labs import derived, report
-from labs.findings import FINDINGS, Context
+from labs.findings import FINDINGS
+from labs.findings.context import Context
 from labs.judge import Caveat, first_trial_slow, judge, judge_forecast, validity
 from labs.lab import Claim, Forecast, Lab, LabError, Point, Variant
 from labs.measure import LEAST_SAMPLES, METRICS, measure, percentile, price_per_hour
@@ -41,8 +42,8 @@ from labs.results import (
     require_space,
     run_id,
     snapshot_json,
+    write_gzip,
     write_json,
-    write_plain,
 )
 from loadtests import generator, plan, records
 from loadtests.arrivals import Concurrent
@@ -535,8 +536,8 @@ class _Session:
 
     def probe(self, variant: Variant) -> None:
         """Ask what the lab wants to know of this engine beside the load, unless it is on file."""
-        engine = self.running.get(variant.name)
-        for name in self.setup.lab.probes:
+        engine, lab = self.running.get(variant.name), self.setup.lab
+        for name in lab.probes if variant.name in (lab.probed or [variant.name]) else ():
             path = self.folder.probe_file(name, variant.name)
             if path.exists() or engine is None or engine.died():
                 continue
@@ -544,18 +545,15 @@ class _Session:
             began = time.monotonic()
             engine.reset_prefix_cache()
             served = Served(
-                variant, self.setup.lab, engine.url, engine.model, self.setup.places,
-                self.setup.writer,
-            )  # fmt: skip
+                variant, lab, engine.url, engine.model, self.setup.places, self.setup.writer
+            )
             try:
                 found = PROBES[name](served)
             except (requests.RequestException, KeyError, ValueError) as error:
                 self.teller.step(f"{variant.name}: the probe {name} failed: {error}")
                 continue
-            if found is not None:
-                write_plain(path, found)
-                took = time.monotonic() - began
-                self.teller.step(f"{variant.name}: {name} asked in {took:.0f} s")
+            write_gzip(path, found)
+            self.teller.step(f"{variant.name}: {name} asked in {time.monotonic() - began:.0f} s")
 
     def _trial_s(self) -> float:
         return self.setup.lab.warmup_s + self.setup.lab.window_s + PER_TRIAL_S

@@ -1,0 +1,33 @@
+"""A run as findings see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from labs.lab import Lab, Point
+from labs.results import Run, RunFolder
+
+
+@dataclass(frozen=True)
+class Context:
+    """A run as findings see it; `values[point][repeat][metric]` holds the measurements."""
+
+    folder: RunFolder
+    run: Run
+    lab: Lab
+    points: list[Point]
+    values: Mapping[str, Mapping[int, Mapping[str, float | None]]]
+
+    def mean(self, point: Point, metric: str) -> float | None:
+        """Over the repeats that have it."""
+        rows = self.values.get(point.key, {}).values()
+        found = [v for row in rows if (v := row.get(metric)) is not None]
+        return float(np.mean(found)) if found else None
+
+    def point(self, variant: str, workload: str, load: str) -> Point | None:
+        wanted = (variant, workload, load)
+        every = ((p.variant.name, p.workload.name, str(p.load)) for p in self.points)
+        return next((p for p, has in zip(self.points, every, strict=True) if has == wanted), None)

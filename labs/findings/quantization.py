@@ -1,0 +1,274 @@
+"""What fewer bits buy in memory and speed, and what they cost in quality."""
+
+from __future__ import annotations
+
+from scipy import stats
+
+from labs.answers import Answers
+from labs.findings.context import Context
+from labs.quality import QualityFigure, compare, gate
+from labs.results import Finding
+from labs.text import number
+
+
+def asked(context: Context, variant: str) -> list[Answers]:
+    probe = context.folder.probed("quality", variant)
+    return [Answers.model_validate(a) for a in probe["answers"]] if probe else []
+
+
+def compared(context: Context) -> dict[str, list[QualityFigure]]:
+    """Variant -> its figures against the first variant's."""
+    base = asked(context, context.lab.variants[0].name)
+    return {
+        v.name: compare(base[0], answers[0])
+        for v in context.lab.variants[1:]
+        if base and (answers := asked(context, v.name))
+    }
+
+
+def quality(context: Context) -> Finding:
+    """Every variant against the first, with the gate of ME-2 and its false alarms."""
+    base_name = context.lab.variants[0].name
+    base, found = asked(context, base_name), compared(context)
+    if not base or not found:
+        return Finding(title="Quality", lines=["Not asked: the probe did not run."])
+    again = compare(base[0], base[1]) if len(base) > 1 else None
+    columns = {**({f"{base_name} again": again} if again else {}), **found}
+    first = next(iter(found.values()))
+    overall = [f for f in first if f.where in ("", "baseline")]
+    rows = [["Figure", f"`{base_name}`", *(f"`{name}`" for name in columns)]]
+    for figure in overall:
+        if figure.where == "baseline":
+            rows.append(_level_row(figure, columns))
+        else:
+            rows.append([figure.name.replace("_", " "), "", *(
+                _with_interval(_same(figure, figures)) for figures in columns.values()
+            )])  # fmt: skip
+    rows.append(["**gate**", "", *(f"**{gate(f)[0]}**" for f in columns.values())])
+    lines = [
+        f"`{name}`: {gate(figures)[0]}; "
+        + ", ".join(f"{v.figure.name.replace('_', ' ')} {v.outcome}" for v in gate(figures)[1])
+        + "."
+        for name, figures in columns.items()
+    ]
+    lines.append(
+        "The gate passes when the whole interval keeps a margin (perplexity at most 2 % up, needles"
+        " and tasks at most 5 points down), fails when the whole interval breaks it, and is"
+        " undecided in between. Intervals are of 95 %, over passages or questions, paired."
+        + (
+            f" `{base_name} again` is the same engine asked twice: its own false alarms."
+            if again
+            else ""
+        )
+    )
+    return Finding(title="Quality", rows=rows, lines=lines)
+
+
+def _same(figure: QualityFigure, figures: list[QualityFigure]) -> QualityFigure:
+    return next(f for f in figures if (f.name, f.where) == (figure.name, figure.where))
+
+
+def _with_interval(figure: QualityFigure) -> str:
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.3g}"
+    return f"{figure.value:.3g} ({figure.low:.3g} to {figure.high:.3g})"
+
+
+def _level_row(figure: QualityFigure, columns: dict[str, list[QualityFigure]]) -> list[str]:
+    treated = [
+        next(f for f in figures if (f.name, f.where) == (figure.name, "treatment"))
+        for figures in columns.values()
+    ]
+    cells = [f"{f.value:.3g}" for f in treated]
+    return [figure.name.replace("_", " "), f"{figure.value:.3g}", *cells]
+
+
+def needles(context: Context) -> Finding:
+    """Retrieval by length and depth: the change of the share found."""
+    found = compared(context)
+    if not found:
+        return Finding(title="Needles by length and depth", lines=["Not asked."])
+    names = list(found)
+    places = [f for f in found[names[0]] if f.name == "needle_retrieval_difference" and f.where]
+    rows = [["Where", *(f"`{n}`" for n in names)]]
+    rows += [[p.where, *(_with_interval(_same(p, found[n])) for n in names)] for p in places]
+    return Finding(
+        title="Needles by length and depth",
+        rows=rows,
+        lines=["The change of the share of needles found, against the first variant."],
+    )
+
+
+def preemption(context: Context) -> Finding:
+    """From which concurrency on the engine throws running requests' caches away."""
+    rows = [["Variant", "KV capacity", "In flight", "Requests in decode", "Preemptions a trial",
+             "Output throughput"]]  # fmt: skip
+    onset: dict[str, list[tuple[int, float]]] = {}
+    lines = []
+    mine = [p for p in context.points if p.workload.name == "growing"]
+    for point in mine:
+        thrown = context.mean(point, "preemptions")
+        capacity = context.mean(point, "kv_capacity_tokens")
+        if thrown is None:
+            continue
+        onset.setdefault(point.variant.name, []).append((point.load.users, thrown))
+        rows.append(
+            [
+                point.variant.name,
+                number(capacity, "tok"),
+                str(point.load.users),
+                number(context.mean(point, "batch")),
+                number(thrown),
+                number(context.mean(point, "output_tokens_per_s"), "tok/s"),
+            ]
+        )
+    for name, counts in onset.items():
+        point = next(p for p in mine if p.variant.name == name)
+        capacity = context.mean(point, "kv_capacity_tokens") or 0.0
+        full, half = point.prompt_tokens + point.output_tokens, point.output_tokens / 2
+        first = next((n for n, thrown in sorted(counts) if thrown), None)
+        lines.append(
+            f"`{name}`: {capacity:,.0f} tokens hold {capacity / full:.1f} requests at their longest"
+            f" and {capacity / (full - half):.1f} at their mean length, so preemption was predicted"
+            f" to begin between those; it was first seen at {first} in flight."
+            if first
+            else f"`{name}`: no preemption up to {max(n for n, _ in counts)} in flight."
+        )
+    return Finding(title="Where does preemption begin?", rows=rows, lines=lines)
+
+
+def context_slope(context: Context) -> Finding:
+    """TPOT as a line over the context, and where the quantized cache breaks even."""
+    rows = [["Variant", "TPOT at no context", "A thousand tokens more", "KV bytes a token"]]
+    fits: dict[str, tuple[float, float]] = {}
+    lines = []
+    for variant in context.lab.variants:
+        at = [
+            (p.prompt_tokens + p.output_tokens / 2, row["tpot_mean_s"])
+            for p in context.points
+            if p.variant.name == variant.name and p.workload.name in ("near", "far")
+            for row in context.values.get(p.key, {}).values()
+            if row.get("tpot_mean_s")
+        ]
+        if len({x for x, _ in at}) < 2:
+            continue
+        fit = stats.linregress([x for x, _ in at], [y for _, y in at])
+        fits[variant.name] = (float(fit.intercept), float(fit.slope))
+        quantized = str(context.lab.flags_of(variant)["kv-cache-dtype"]).startswith("fp8")
+        point = next(p for p in context.points if p.variant.name == variant.name)
+        per_token = point.shape.kv_bytes_per_token(1 if quantized else 2)
+        rows.append(
+            [variant.name, number(float(fit.intercept), "s"),
+             number(1000 * float(fit.slope), "s"), f"{per_token:,.0f}"]
+        )  # fmt: skip
+    base = context.lab.variants[0].name
+    for name, (intercept, slope) in fits.items():
+        if name == base or base not in fits:
+            continue
+        ratio, gap = slope / fits[base][1], intercept - fits[base][0]
+        gain = fits[base][1] - slope
+        text = f"`{name}`: {ratio:.0%} of the slope of `{base}` (bytes say 50 %)"
+        if gain <= 0:
+            text += "; it never breaks even: reading less does not pay for widening here."
+        elif gap <= 0:
+            text += "; ahead at every context."
+        else:
+            text += f"; it breaks even at {gap / gain:,.0f} tokens of context."
+        lines.append(text)
+    lines.append(
+        "A least-squares line through the two contexts' repeats, four sequences in the batch; the"
+        " published GPU figures for FP8 are 54 % of the slope and a break-even at 7,010 tokens"
+        " (vLLM, April 2026)."
+    )
+    return Finding(title="TPOT over context", rows=rows, lines=lines)
+
+
+def memory_ladder(context: Context) -> Finding:
+    """KV-7: out of memory on long prompts. Each step's largest prompt, and its price."""
+    points = {p.variant.name: p for p in context.points}
+    plain, tight = points.get("bf16"), points.get("bf16-tight")
+    if plain is None or tight is None:
+        return Finding(title="Out of memory on long prompts: in which order?")
+    memory = int(str(tight.variant.flags["kv-cache-memory-bytes"]))
+    per_token = plain.shape.kv_bytes_per_token()
+    capacity = context.mean(tight, "kv_capacity_tokens") or memory / per_token
+    eight = points.get("fp8-tight")
+    twice = (eight and context.mean(eight, "kv_capacity_tokens")) or 2 * capacity
+    freed = 0.75 * plain.shape.weight_bytes
+    quarter_gib = 256 * 2**20
+    price = _price(context)
+    rows = [
+        ["Step", "Largest prompt", "Price", "Known from"],
+        ["as it is", f"{capacity:,.0f} tokens", "–", "measured"],
+        ["lower `max-model-len`", f"{capacity:,.0f} tokens",
+         "longer prompts are refused at once, not in mid-flight", "engine's own check"],
+        ["lower `max-num-seqs` to 1", f"{capacity:,.0f} tokens",
+         "one request at a time: the whole cache is one prompt's", "arithmetic"],
+        ["FP8 KV cache", f"{twice:,.0f} tokens", price, "measured"],
+        ["and 4-bit weights", f"{twice + freed / (per_token / 2):,.0f} tokens",
+         "see the weight-quantization lab", "arithmetic: ¾ of the weights' bytes become cache"],
+        ["and 256 MiB of offload", f"{twice + (freed + quarter_gib) / (per_token / 2):,.0f} tokens",
+         "every step copies what was moved out back in", "arithmetic, not run"],
+    ]  # fmt: skip
+    lines = [
+        f"For {memory / 2**20:.0f} MiB of KV memory and {per_token:,.0f} bytes a token in BF16. The"
+        " first two steps cost nothing but honesty; the next ones cost quality or time, least"
+        f" first. The model itself ends at {plain.shape.max_positions:,} positions.",
+    ]
+    return Finding(title="Out of memory on long prompts: in which order?", rows=rows, lines=lines)
+
+
+def _price(context: Context) -> str:
+    """Of the FP8 cache: perplexity and TPOT over the long context, where both were measured."""
+    parts = []
+    if (figures := compared(context).get("fp8")) is not None:
+        ratio = next(f for f in figures if f.name == "perplexity_ratio")
+        parts.append(f"perplexity {ratio.value - 1:+.1%}")
+    far = {p.variant.name: p for p in context.points if p.workload.name == "far"}
+    both = [context.mean(far[n], "tpot_mean_s") if n in far else None for n in ("fp8", "bf16")]
+    if both[0] and both[1]:
+        parts.append(f"TPOT {both[0] / both[1] - 1:+.0%} over a long context")
+    return ", ".join(parts) or "–"
+
+
+def weights_table(context: Context) -> Finding:
+    """Bytes, speed and the bound by bytes of every kind of weights."""
+    rows = [["Weights", "In memory", "Bytes ratio", "TPOT, one stream", "Speed-up", "By bytes",
+             "Throughput, 16 in flight", "Prefill"]]  # fmt: skip
+    base = context.lab.variants[0].name
+
+    def at(variant: str, workload: str, load: str, metric: str) -> float | None:
+        point = context.point(variant, workload, load)
+        return context.mean(point, metric) if point else None
+
+    lines = []
+    many = max(p.load.users for p in context.points if p.workload.name == "decode")
+    for variant in context.lab.variants:
+        point = next(p for p in context.points if p.variant.name == variant.name)
+        plain = next(p for p in context.points if p.variant.name == base)
+        tpot_s, plain_s = (
+            at(v, "decode", "concurrent:1", "tpot_mean_s") for v in (variant.name, base)
+        )
+        ttft_s = at(variant.name, "prefill", "concurrent:1", "ttft_mean_s")
+        prompt = next(p for p in context.points if p.workload.name == "prefill").prompt_tokens
+        ratio = plain.shape.weight_bytes / point.shape.weight_bytes
+        rows.append(
+            [
+                f"`{variant.name}`",
+                f"{point.shape.weight_bytes / 1e6:,.0f} MB",
+                f"{1 / ratio:.2f}",
+                number(tpot_s, "s"),
+                f"{plain_s / tpot_s:.2f}x" if plain_s and tpot_s else "–",
+                f"{ratio:.2f}x",
+                number(at(variant.name, "decode", f"concurrent:{many}", "output_tokens_per_s"),
+                       "tok/s"),
+                f"{prompt / ttft_s:,.0f} tok/s" if ttft_s else "–",
+            ]
+        )  # fmt: skip
+    lines.append(
+        "*By bytes* is what decode would gain at one stream if reading weights were all it did. On"
+        " an accelerator fewer bytes are fewer microseconds; where unpacking 4-bit weights costs"
+        " arithmetic on every step, as on a CPU, W4 saves memory and not time, and INT8, which the"
+        " matrix unit multiplies directly, wins."
+    )
+    return Finding(title="What the weights weigh, and how fast they are", rows=rows, lines=lines)

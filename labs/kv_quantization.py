@@ -1,0 +1,249 @@
+"""KV quantization: what does a smaller KV cache buy, and what does it cost?
+
+Every token of context keeps a key and a value in every layer: 2 x layers x KV heads x head
+dimension x bytes. Stored in 8 bits instead of 16 the same memory holds twice the tokens, so twice
+the requests run at once before the engine must *preempt*: throw a running request's cache away and
+compute it again later. Decode reads the whole context for each token, so long contexts also decode
+faster where reading is what takes the time; the 8-bit values must be widened again, which costs
+where arithmetic is dear. And what is rounded is lost: quality is measured on the same engine.
+
+`fp8` has 4 exponent and 3 mantissa bits (e4m3), `e5m2` the other way round. The `tight` pair has so
+little KV memory that preemption can be seen.
+
+Turn: the type (`variants.fp8.flags.kv-cache-dtype`), the memory
+(`variants.fp8-tight.flags.kv-cache-memory-bytes`), the context
+(`workloads.far.prompt_tokens.tokens`).
+"""
+
+from __future__ import annotations
+
+from labs import theory
+from labs.lab import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
+from loadtests.arrivals import Concurrent
+from loadtests.workload import Fixed, Prefix, Workload
+from serving import metrics
+
+
+def value_bytes(point: Point) -> float:
+    """Bytes of a cached number; the handful of scales beside them are left out."""
+    return 1 if str(point.variant.flags["kv-cache-dtype"]).startswith("fp8") else 2
+
+
+def capacity_tokens(point: Point) -> float:
+    flags = point.variant.flags
+    return theory.kv_tokens(
+        point.shape,
+        int(str(flags["kv-cache-memory-bytes"])),
+        value_bytes(point),
+        int(str(flags["block-size"])),
+    )
+
+
+def capacity(point: Point) -> Prediction:
+    return Prediction(
+        value=capacity_tokens(point),
+        tolerance=0.02,
+        formula="floor(memory / (block x 2 layers KV-heads head-dim bytes)) block",
+        source="Kwon et al., PagedAttention, SOSP 2023",
+    )
+
+
+def capacity_gain(quantized: Point, plain: Point) -> Prediction:
+    return Prediction(
+        value=capacity_tokens(quantized) / capacity_tokens(plain),
+        tolerance=0.02,
+        formula="tokens in whole blocks, 8 bits / 16 bits",
+        source="Kwon et al., PagedAttention, SOSP 2023",
+    )
+
+
+def step_s(point: Point) -> float:
+    context = point.prompt_tokens + point.output_tokens / 2
+    kv_bytes = point.load.users * context * point.shape.kv_bytes_per_token(value_bytes(point))
+    return theory.forward_s(point.shape, point.ceilings, point.load.users, kv_bytes)
+
+
+def step_ratio(quantized: Point, plain: Point) -> Prediction:
+    return Prediction(
+        value=step_s(quantized) / step_s(plain),
+        tolerance=0.15,
+        formula="(weight bytes + B context KV bytes) 8 bits / 16 bits",
+        assumptions=("reading is all a step does: widening 8 bits to 16 costs nothing",),
+        source="Williams et al., Roofline, 2009",
+    )
+
+
+def batch_gain(quantized: Point, plain: Point) -> Prediction:
+    """Requests that fit at their mean length, of those in flight."""
+
+    def running(point: Point) -> float:
+        mean = point.prompt_tokens + point.output_tokens / 2
+        return min(point.load.users, capacity_tokens(point) / mean)
+
+    return Prediction(
+        value=running(quantized) / running(plain),
+        tolerance=0.3,
+        formula="min(B, capacity / mean context), 8 bits / 16 bits",
+        assumptions=("requests are spread evenly over their lives", "blocks waste nothing"),
+        source="Kwon et al., PagedAttention, SOSP 2023",
+    )
+
+
+PLAIN = Variant(name="bf16", flags={"kv-cache-dtype": "auto"})
+FP8 = PLAIN.but("fp8", {"kv-cache-dtype": "fp8_e4m3"})
+TIGHT = {"kv-cache-memory-bytes": 32 * 2**20}
+PAIRS = (("bf16", "fp8"), ("bf16", "e5m2"), ("bf16-tight", "fp8-tight"))
+
+
+def near_or_far(name: str, context_tokens: int) -> Workload:
+    """Decode over a context that all requests share, so that it is prefilled once."""
+    return Workload(
+        name=name,
+        prompt_tokens=Fixed(tokens=context_tokens),
+        output_tokens=Fixed(tokens=24),
+        prefix=Prefix(tokens=context_tokens - 64),
+        only=("bf16", "fp8", "e5m2"),
+        loads=(Concurrent(users=4),),
+    )
+
+
+LAB = Lab(
+    name="kv-quantization",
+    title="KV quantization",
+    question="What do 8 bits for keys and values buy in capacity and speed, and what do they cost"
+    " in quality?",
+    answers=("KV-1", "KV-2", "KV-6", "KV-7"),
+    variants=(
+        PLAIN,
+        FP8,
+        PLAIN.but("e5m2", {"kv-cache-dtype": "fp8_e5m2"}),
+        PLAIN.but("bf16-tight", TIGHT),
+        FP8.but("fp8-tight", TIGHT),
+    ),
+    flags={
+        "max-model-len": 4096,
+        "enable-prefix-caching": True,
+        "enforce-eager": True,
+        "block-size": 32,
+        "kv-cache-memory-bytes": 512 * 2**20,
+        # later pieces of a prompt read what earlier ones left in the cache, quantized
+        "max-num-batched-tokens": 128,
+    },
+    workloads=(
+        near_or_far("near", 128),
+        near_or_far("far", 3584),
+        Workload(
+            name="growing",
+            prompt_tokens=Fixed(tokens=64),
+            output_tokens=Fixed(tokens=96),
+            only=("bf16-tight", "fp8-tight"),
+            loads=tuple(Concurrent(users=n) for n in (6, 14, 28)),
+        ),
+    ),
+    claims=(
+        Claim(
+            name="capacity",
+            title="The same memory holds twice the tokens",
+            metric="kv_capacity_tokens",
+            treatment=Arm(variant="fp8", workload="near"),
+            baseline=Arm(variant="bf16", workload="near"),
+            expect="rises",
+            predict=capacity_gain,
+        ),
+        Claim(
+            name="batch",
+            title="Twice the requests run at once where memory is short",
+            metric="batch",
+            treatment=Arm(variant="fp8-tight", workload="growing", load="concurrent:28"),
+            baseline=Arm(variant="bf16-tight", workload="growing", load="concurrent:28"),
+            expect="rises",
+            predict=batch_gain,
+        ),
+        Claim(
+            name="near",
+            title="Over a short context there is little to read, and nothing to gain",
+            metric="tpot_mean_s",
+            treatment=Arm(variant="fp8", workload="near"),
+            baseline=Arm(variant="bf16", workload="near"),
+            expect="unchanged",
+            predict=step_ratio,
+        ),
+        Claim(
+            name="far",
+            title="Over a long context half the bytes make a shorter step",
+            metric="tpot_mean_s",
+            treatment=Arm(variant="fp8", workload="far"),
+            baseline=Arm(variant="bf16", workload="far"),
+            expect="falls",
+            predict=step_ratio,
+        ),
+    ),
+    forecasts=(
+        Forecast(name="capacity", metric="kv_capacity_tokens",
+                 arm=Arm(workload="near"), predict=capacity),
+    ),
+    evidence=tuple(
+        Evidence(
+            arm=Arm(variant=name),
+            kind="echoes",
+            metric=metrics.CACHE_CONFIG,
+            label="cache_dtype",
+            value=dtype,
+        )
+        for name, dtype in (("bf16", "auto"), ("fp8", "fp8_e4m3"), ("e5m2", "fp8_e5m2"),
+                            ("bf16-tight", "auto"), ("fp8-tight", "fp8_e4m3"))
+    ),
+    probes=("quality",),
+    probed=("bf16", "fp8", "e5m2"),
+    findings=("preemption", "context-slope", "quality", "memory-ladder"),
+    plots=("preemption",),
+    slo=SLO(ttft_s=2, tpot_s=0.15),
+    requests=192,
+    warmup_s=1.5,
+    window_s=4,
+    repeats=3,
+    scales={
+        "gpu": {
+            "flags": {
+                "max-model-len": 32768,
+                "enable-prefix-caching": True,
+                "block-size": 16,
+                "kv-cache-memory-bytes": 12 * 2**30,
+                "max-num-batched-tokens": 2048,
+            },
+            "variants.bf16-tight.flags.kv-cache-memory-bytes": 2 * 2**30,
+            "variants.fp8-tight.flags.kv-cache-memory-bytes": 2 * 2**30,
+            "workloads.near.prompt_tokens.tokens": 512,
+            "workloads.near.prefix.tokens": 448,
+            "workloads.near.loads": (Concurrent(users=16),),
+            "workloads.near.output_tokens.tokens": 128,
+            "workloads.far.prompt_tokens.tokens": 24576,
+            "workloads.far.prefix.tokens": 24512,
+            "workloads.far.loads": (Concurrent(users=16),),
+            "workloads.far.output_tokens.tokens": 128,
+            "workloads.growing.prompt_tokens.tokens": 256,
+            "workloads.growing.output_tokens.tokens": 512,
+            "workloads.growing.loads": tuple(Concurrent(users=n) for n in (32, 96, 192)),
+            "claims.batch.treatment.load": "concurrent:192",
+            "claims.batch.baseline.load": "concurrent:192",
+            "requests": 2048,
+            "warmup_s": 4,
+            "window_s": 10,
+        }
+    },
+    quick={"warmup_s": 1, "window_s": 1.5, "repeats": 2, "probes": ("quality-quick",)},
+    limits={
+        "cpu": "Capacity, preemption and quality are the engine's own and carry over. Speed does"
+        " not: this CPU widens 8-bit values in software, so that long contexts decode slower with"
+        " them, where a GPU reads half the bytes and gains.",
+        "gpu": "The long context is shared by all requests, so that it is prefilled once; each"
+        " still reads it for itself in decode.",
+    },
+    next_knobs=(
+        'SET="variants.fp8.flags.kv-cache-dtype=fp8_e5m2" compares the coarser type in speed',
+        'SET="variants.fp8-tight.flags.kv-cache-memory-bytes=16777216" halves the memory of the'
+        " quantized side: it preempts where BF16 did",
+        'SET="workloads.far.prompt_tokens.tokens=2048 workloads.far.prefix.tokens=1984" halves the'
+        " long context",
+    ),
+)  # fmt: skip

@@ -1,0 +1,224 @@
+"""Multi-LoRA: what does it cost to serve many tenants' adapters on one base, and are they apart?
+
+A LoRA adapter (Hu et al. 2021) adds a thin product B A beside some of the base's matrices. One
+engine keeps many of them beside one base, and mixes requests of different tenants in one batch
+(Punica, S-LoRA): the base is read once for all, each active adapter's few megabytes once a step.
+That is the price in bytes; the small operations it takes to apply them are the rest. Adapters wait
+in *slots*: with fewer slots than adapters in use, one must be loaded before its requests can run.
+
+Each tenant's adapter here begins every answer with the tenant's own mark, `[amber]`, `[azure]`,
+..., so whose adapter answered can be read off every single answer: *no answer may carry another
+tenant's mark*.
+
+Turn: the adapters in use (`workloads.uniform-8.adapters.count`), the slots
+(`variants.slots-2.flags.max-loras`), the rank (`variants.rank-64`).
+"""
+
+from __future__ import annotations
+
+from labs import theory
+from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
+from loadtests.arrivals import Concurrent
+from loadtests.workload import Adapters, Fixed, Workload
+from serving import metrics
+
+TENANTS = 8
+USERS = 8
+
+
+def adapter_bytes(point: Point) -> float:
+    """Of one adapter, at the rank the engine is set to."""
+    about = point.about["adapters"]
+    rank = int(str(point.variant.flags.get("max-lora-rank", about["rank"])))
+    return 2 * float(about["params_per_adapter"]) * rank / float(about["rank"])
+
+
+def step_s(point: Point) -> float:
+    """A decode step: weights, KV, and every adapter that is in the batch."""
+    context = point.prompt_tokens + point.output_tokens / 2
+    moved = point.load.users * context * point.shape.kv_bytes_per_token()
+    if point.workload.adapters:
+        moved += adapter_bytes(point) * min(point.workload.adapters.count, point.load.users)
+    return theory.forward_s(point.shape, point.ceilings, point.load.users, moved)
+
+
+def by_bytes(treatment: Point, baseline: Point) -> Prediction:
+    return Prediction(
+        value=step_s(baseline) / step_s(treatment),
+        tolerance=0.1,
+        formula="(weights + KV + active adapters) bytes, baseline / treatment",
+        assumptions=("reading is all a step does: the launches to apply an adapter are free",),
+        source="Chen et al., Punica, MLSys 2024; Sheng et al., S-LoRA, MLSys 2024",
+    )
+
+
+def running_share(point: Point) -> float:
+    """Requests that run at once / requests in flight, where `max-loras` slots hold adapters.
+
+    A slot serves all requests in flight of its adapter. In turn, each adapter has its even part; by
+    Zipf's law the one whose turn it is (drawn by its share p) has 1 + (B - 1) p of them.
+    """
+    adapters, batch = point.workload.adapters, point.load.users
+    assert adapters
+    slots = min(int(str(point.variant.flags["max-loras"])), adapters.count)
+    each = batch / adapters.count
+    if adapters.mix == "zipf":
+        shares = [1 / k for k in range(1, adapters.count + 1)]
+        each = 1 + (batch - 1) * sum(s**2 for s in shares) / sum(shares) ** 2
+    return min(1.0, slots * each / batch)
+
+
+def first_token_s(point: Point) -> float:
+    """Its own prefill and a step, after the wait for a slot (Little's law over the answers)."""
+    share = running_share(point)
+    answer_s = point.output_tokens * step_s(point)
+    prefill_s = theory.prefill_s(point.shape, point.ceilings, point.prompt_tokens)
+    return (1 / share - 1) * answer_s + prefill_s + step_s(point)
+
+
+def by_slots(treatment: Point, baseline: Point) -> Prediction:
+    return Prediction(
+        value=first_token_s(treatment) / first_token_s(baseline),
+        tolerance=0.4,
+        formula="((1 / share running - 1) L t(B) + t_prefill + t(B)), treatment / baseline",
+        assumptions=(
+            "a request waits while both slots hold other adapters whose requests run",
+            "the copy into a slot itself takes no time worth counting",
+        ),
+        source="Little 1961; Sheng et al., S-LoRA, MLSys 2024",
+    )
+
+
+def modules(suffix: str = "") -> list[str]:
+    return [f"tenant-{i}{suffix}=<adapters>/tenant-{i}{suffix}" for i in range(TENANTS)]
+
+
+LORA = Variant(
+    name="lora",
+    flags={
+        "enable-lora": True,
+        "max-loras": TENANTS,
+        "max-cpu-loras": 2 * TENANTS,
+        "max-lora-rank": 8,
+        "lora-modules": modules(),
+    },
+)
+
+
+def workload(name: str, adapters: Adapters | None, *only: str) -> Workload:
+    return Workload(
+        name=name,
+        prompt_tokens=Fixed(tokens=48),
+        output_tokens=Fixed(tokens=16),
+        adapters=adapters,
+        keep_text=adapters is not None,
+        only=only,
+        loads=(Concurrent(users=USERS),),
+    )
+
+
+def claim(name: str, title: str, metric: str, of: Arm, against: Arm, expect: str) -> Claim:
+    predict = by_slots if metric == "ttft_mean_s" else by_bytes
+    return Claim.model_validate(
+        {"name": name, "title": title, "metric": metric, "treatment": of, "baseline": against,
+         "expect": expect, "predict": predict}
+    )  # fmt: skip
+
+
+RATE = "output_tokens_per_s"
+ONE, ALL = Arm(variant="lora", workload="one"), Arm(variant="lora", workload="uniform-8")
+
+LAB = Lab(
+    name="multi-lora",
+    title="Multi-LoRA",
+    question="What do many tenants' adapters on one base cost, and does any answer come from"
+    " another tenant's adapter?",
+    answers=("SA-2", "SA-3", "SA-4"),
+    variants=(
+        Variant(name="base"),
+        LORA,
+        LORA.but("slots-2", {"max-loras": 2}),
+        LORA.but("rank-64", {"max-lora-rank": 64, "lora-modules": modules("-rank-64")}),
+    ),
+    flags={
+        "max-model-len": 512,
+        "enable-prefix-caching": True,  # where a leak between tenants could hide
+        "enforce-eager": True,
+        "kv-cache-memory-bytes": 256 * 2**20,
+    },
+    workloads=(
+        workload("none", None, "base", "lora"),
+        workload("one", Adapters(count=1), "lora"),
+        workload("uniform-2", Adapters(count=2), "lora"),
+        workload("uniform-4", Adapters(count=4), "lora"),
+        workload("uniform-8", Adapters(count=8), "lora", "slots-2"),
+        workload("zipf-8", Adapters(count=8, mix="zipf"), "lora", "slots-2"),
+        workload("wide-8", Adapters(count=8, suffix="-rank-64"), "rank-64"),
+    ),
+    claims=(
+        claim("ready", "An engine ready for adapters serves the base as fast as before",
+              RATE, Arm(variant="lora", workload="none"), Arm(variant="base", workload="none"),
+              "unchanged"),
+        claim("one", "Applying one adapter costs throughput",
+              RATE, ONE, Arm(variant="base", workload="none"), "falls"),
+        claim("eight", "Eight adapters in a batch cost hardly more than one",
+              RATE, ALL, ONE, "unchanged"),
+        claim("wide", "Rank 64 costs more than rank 8",
+              RATE, Arm(variant="rank-64", workload="wide-8"), ALL, "falls"),
+        claim("swap", "With two slots for eight adapters requests wait for theirs to be loaded",
+              "ttft_mean_s", Arm(variant="slots-2", workload="uniform-8"), ALL, "rises"),
+        claim("skew", "A skewed mix needs fewer slots than a uniform one",
+              "ttft_mean_s", Arm(variant="slots-2", workload="zipf-8"),
+              Arm(variant="slots-2", workload="uniform-8"), "falls"),
+    ),
+    evidence=(
+        *(
+            Evidence(
+                arm=Arm(variant=name), kind="echoes", metric=metrics.LORA, label="max_lora",
+                value=slots,
+            )
+            for name, slots in (("lora", "8"), ("slots-2", "2"), ("rank-64", "8"))
+        ),
+        Evidence(arm=Arm(variant="base"), kind="absent", metric=metrics.LORA),
+    ),
+    probes=("tenants",),
+    probed=("lora",),
+    findings=("tenant-leaks", "adapter-cost", "tenant-memory"),
+    plots=("adapters",),
+    slo=SLO(ttft_s=1, tpot_s=0.2),
+    requests=512,
+    warmup_s=1,
+    window_s=4,
+    repeats=3,
+    scales={
+        "gpu": {
+            "flags": {"max-model-len": 2048, "enable-prefix-caching": True},
+            **{
+                f"workloads.{name}.{field}": value
+                for name in ("none", "one", "uniform-2", "uniform-4", "uniform-8", "zipf-8",
+                             "wide-8")
+                for field, value in (
+                    ("prompt_tokens.tokens", 256),
+                    ("output_tokens.tokens", 64),
+                    ("loads", (Concurrent(users=32),)),
+                )
+            },
+            "requests": 4096,
+            "warmup_s": 3,
+            "window_s": 10,
+        }
+    },
+    quick={"window_s": 1.5, "repeats": 2, "probes": ("tenants-quick",)},
+    limits={
+        "cpu": "Which adapter answers, how slots are filled and what is refused is the engine's own"
+        " and carries over. The price does not: applying an adapter is many small operations, which"
+        " on a CPU cost far more beside the base's than their bytes say.",
+        "gpu": "Eight adapters of rank 8 and 64; a server for a hundred tenants has as many more to"
+        " keep in host memory.",
+    },
+    next_knobs=(
+        'SET="variants.slots-2.flags.max-loras=4" gives half the adapters a slot',
+        'SET="workloads.uniform-8.adapters.count=3" puts three adapters on two slots',
+        'SET=\'workloads.uniform-8.loads=["concurrent:16"]\' batches two requests of each tenant',
+    ),
+)  # fmt: skip

@@ -1,0 +1,157 @@
+"""Weight quantization: what do fewer bits a weight buy, what do they cost, and which recipe?
+
+At a batch of one, decode reads every weight for every token: halve the bytes and, if reading is
+all it does, a token takes half the time. In a large batch, and in prefill, arithmetic is the limit:
+there 8-bit activations (W8A8) gain, if the hardware multiplies 8-bit numbers faster, and 4-bit
+weights (W4A16), which are unpacked to 16 bits first, gain nothing. What is rounded is lost; the
+recipes differ in how they round. *Round to nearest* is the naive one. *SmoothQuant* moves the
+outliers of the activations into the weights before 8-bit rounding; *GPTQ* rounds weight by weight
+and lets the rest of the row make up for the error; *AWQ* scales up the channels that the
+activations make matter. Quality is measured on the served engine, against BF16.
+
+Turn: the recipe (`make quantize METHOD=..` makes another, `variants.w4a16-gptq.weights` serves
+it), the batch (`workloads.decode.loads`).
+"""
+
+from __future__ import annotations
+
+from labs import theory
+from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
+from loadtests.arrivals import Concurrent
+from loadtests.workload import Fixed, Workload
+from serving import metrics
+
+
+def step_s(point: Point) -> float:
+    context = point.prompt_tokens + point.output_tokens / 2
+    kv_bytes = point.load.users * context * point.shape.kv_bytes_per_token()
+    return theory.forward_s(point.shape, point.ceilings, point.load.users, kv_bytes)
+
+
+def by_bytes(quantized: Point, plain: Point) -> Prediction:
+    return Prediction(
+        value=step_s(quantized) / step_s(plain),
+        tolerance=0.15,
+        formula="max((weight + KV bytes) / bandwidth, FLOP / BF16 rate), quantized / BF16",
+        assumptions=("unpacking weights is free", "arithmetic runs at the BF16 rate or hides"),
+        source="Williams et al., Roofline, 2009",
+    )
+
+
+def throughput_by_bytes(quantized: Point, plain: Point) -> Prediction:
+    slower = by_bytes(quantized, plain)
+    return slower.model_copy(update={"value": 1 / slower.value})
+
+
+def prefill_by_rate(quantized: Point, plain: Point) -> Prediction:
+    return Prediction(
+        value=1.0,
+        tolerance=0.15,
+        formula="FLOP / BF16 rate, the same on both sides",
+        assumptions=("prefill is bound by compute", "8-bit products run no faster than BF16 ones"),
+        source="Williams et al., Roofline, 2009",
+    )
+
+
+BASE = Variant(name="bf16")
+RECIPES = ("w8a8-rtn", "w8a8", "w4a16-gptq", "w4a16-awq")
+
+
+def claim(
+    name: str, title: str, metric: str, variant: str, workload: str, load: int, expect: str
+) -> Claim:
+    predict = {"tpot_mean_s": by_bytes, "output_tokens_per_s": throughput_by_bytes}
+    arm = {"workload": workload, "load": f"concurrent:{load}"}
+    return Claim.model_validate(
+        {
+            "name": name,
+            "title": title,
+            "metric": metric,
+            "treatment": {"variant": variant, **arm},
+            "baseline": {"variant": "bf16", **arm},
+            "expect": expect,
+            "predict": predict.get(metric, prefill_by_rate),
+        }
+    )
+
+
+LAB = Lab(
+    name="weight-quantization",
+    title="Weight quantization",
+    question="What do 8-bit and 4-bit weights buy at a batch of one and of many, and which recipe"
+    " keeps the quality?",
+    answers=("CO-1", "CO-3", "CO-7", "ME-2", "IP-2"),
+    variants=(BASE, *(BASE.but(name, weights=name) for name in RECIPES)),
+    flags={
+        "max-model-len": 1280,
+        "enable-prefix-caching": False,
+        "enforce-eager": True,
+        "kv-cache-memory-bytes": 256 * 2**20,
+    },
+    workloads=(
+        Workload(
+            name="decode",
+            prompt_tokens=Fixed(tokens=32),
+            output_tokens=Fixed(tokens=24),
+            loads=(Concurrent(users=1), Concurrent(users=16)),
+        ),
+        Workload(
+            name="prefill",
+            prompt_tokens=Fixed(tokens=512),
+            output_tokens=Fixed(tokens=1),
+            loads=(Concurrent(users=1),),
+        ),
+    ),
+    claims=(
+        claim("w8-one", "Half the bytes shorten a single stream's TPOT (INT8)",
+              "tpot_mean_s", "w8a8", "decode", 1, "falls"),
+        claim("w4-one", "A quarter of the bytes shorten it too (4 bits)",
+              "tpot_mean_s", "w4a16-gptq", "decode", 1, "falls"),
+        claim("w8-many", "INT8 still gains with sixteen in flight",
+              "output_tokens_per_s", "w8a8", "decode", 16, "rises"),
+        claim("w4-many", "4 bits still gain there, if unpacking is free",
+              "output_tokens_per_s", "w4a16-gptq", "decode", 16, "rises"),
+        claim("w4-prefill", "Prefill gains nothing from 4-bit weights",
+              "ttft_mean_s", "w4a16-gptq", "prefill", 1, "unchanged"),
+    ),
+    evidence=(Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),),
+    probes=("quality",),
+    findings=("weights", "quality", "needles"),
+    plots=("tradeoff", "variants"),
+    slo=SLO(ttft_s=1, tpot_s=0.1),
+    requests=384,
+    warmup_s=1,
+    window_s=3,
+    repeats=3,
+    scales={
+        "gpu": {
+            "flags": {"max-model-len": 4096, "enable-prefix-caching": False},
+            "workloads.decode.prompt_tokens.tokens": 128,
+            "workloads.decode.output_tokens.tokens": 128,
+            "workloads.decode.loads": (Concurrent(users=1), Concurrent(users=128)),
+            "workloads.prefill.prompt_tokens.tokens": 2048,
+            **{
+                f"claims.{name}.{arm}.load": "concurrent:128"
+                for name in ("w8-many", "w4-many")
+                for arm in ("treatment", "baseline")
+            },
+            "requests": 4096,
+            "warmup_s": 3,
+            "window_s": 10,
+        }
+    },
+    quick={"window_s": 1.5, "repeats": 2, "probes": ("quality-quick",)},
+    limits={
+        "cpu": "Quality and bytes carry over; speed does not. This CPU multiplies INT8 in its"
+        " matrix unit but has to unpack 4 bits in software, on every step: W4 saves memory, not"
+        " time. On a GPU at a batch of one the order is the other way round.",
+        "gpu": "One model: larger ones lose less quality at 4 bits.",
+    },
+    next_knobs=(
+        'SET="variants.w4a16-gptq.weights=w4a16-rtn" serves 4 bits rounded to nearest: see what'
+        " GPTQ was worth",
+        'SET="variants.w8a8.weights=fp8" serves FP8 weights, where the hardware has them',
+        'SET=\'workloads.decode.loads=["concurrent:1","concurrent:16","concurrent:64"]\' looks'
+        " further along the batch",
+    ),
+)  # fmt: skip
