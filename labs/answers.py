@@ -9,7 +9,10 @@ zero; needle retrieval goes through the cache even there, since the questions ab
 follow each other and find it in the prefix cache (on by default). Requests for `prompt_logprobs`
 never read the prefix cache, so asking twice scores twice.
 
-Passages are scored one at a time, for batching alone moves perplexity by 0.1 to 0.3 %.
+Kernels round differently for another batch or another share of cached tokens, which alone moves
+perplexity by 0.1 to 0.3 % and turns a needle's last digit. So passages are scored one at a time,
+and every round of questions brings its own cache salt, lest a second one find the first one's
+blocks. What noise is left shows when an engine is asked twice; `at_once=1` leaves next to none.
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import requests
 from pydantic import BaseModel
@@ -65,6 +70,24 @@ class Answers(BaseModel, frozen=True, extra="forbid"):
     took_s: float
 
 
+@dataclass(frozen=True)
+class Engine:
+    """A served model, and a salt under which the prefix cache is cold once, then warm."""
+
+    url: str
+    model: str
+    salt: str = field(default_factory=lambda: uuid4().hex)
+
+    def choice(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The first choice of a greedy answer; an HTTP error is raised."""
+        greedy = {"model": self.model, "temperature": 0, "seed": 0, "cache_salt": self.salt}
+        url = f"{self.url.rstrip('/')}/v1/{path}"
+        response = requests.post(url, json={**greedy, **body}, timeout=TIMEOUT_S)
+        response.raise_for_status()
+        choice: dict[str, Any] = response.json()["choices"][0]
+        return choice
+
+
 def ask(
     url: str,
     model: str,
@@ -76,20 +99,21 @@ def ask(
 ) -> Answers:
     """Ask the engine at `url` everything, greedily; `quick` asks a third and decides little.
 
-    `at_once` requests are in flight with needles and tasks; passages go one at a time. With fewer
-    than four seeds needles decide nothing: no difference in 45 still leaves ± 6 points.
+    `at_once` requests are in flight with needles and tasks. Fewer than four seeds of needles decide
+    nothing: not one difference in 45 answers still leaves ± 6 points.
     """
     start_s = time.monotonic()
     third = slice(None, None, 3 if quick else 1)
+    engine = Engine(url, model)
     texts = [
         (length, seed)
         for length in (lengths_tokens[:2] if quick else lengths_tokens)
         for seed in range(1 if quick else seeds)
     ]
-    passages = tuple(score(url, model, text) for text in _passages("held_out.txt")[third])
+    passages = tuple(score(engine, text) for text in _passages("held_out.txt")[third])
     with ThreadPoolExecutor(at_once) as pool:
-        found = pool.map(lambda text: ask_needles(url, model, *text), texts)
-        tasks = pool.map(lambda task: ask_task(url, model, *task), tasks_with_shots()[third])
+        found = pool.map(lambda text: ask_needles(engine, *text), texts)
+        tasks = pool.map(lambda task: ask_task(engine, *task), tasks_with_shots()[third])
         return Answers(
             model=model,
             passages=passages,
@@ -99,10 +123,10 @@ def ask(
         )
 
 
-def score(url: str, model: str, text: str, top: int = TOP) -> Passage:
+def score(engine: Engine, text: str, top: int = TOP) -> Passage:
     """The logprobs of every token but the first, which nothing precedes."""
     body = {"prompt": text, "max_tokens": 1, "prompt_logprobs": top, "return_token_ids": True}
-    choice = _post(url, "completions", model, body)
+    choice = engine.choice("completions", body)
     return Passage(
         token_ids=choice["prompt_token_ids"][1:],
         known=tuple(
@@ -112,7 +136,7 @@ def score(url: str, model: str, text: str, top: int = TOP) -> Passage:
     )
 
 
-def ask_needles(url: str, model: str, length_tokens: int, seed: int) -> list[Reply]:
+def ask_needles(engine: Engine, length_tokens: int, seed: int) -> list[Reply]:
     """One text with a number at every depth, each asked for in turn: the prefix cache is warm."""
     text, numbers = needles_text(length_tokens, seed)
     replies = []
@@ -127,7 +151,7 @@ def ask_needles(url: str, model: str, length_tokens: int, seed: int) -> list[Rep
             "continue_final_message": True,
             "max_tokens": 8,
         }
-        answer = _post(url, "chat/completions", model, body)["message"]["content"] or ""
+        answer = engine.choice("chat/completions", body)["message"]["content"] or ""
         replies.append(
             Reply(
                 question=f"{question} (text {seed})",
@@ -169,20 +193,11 @@ def tasks_with_shots() -> list[tuple[str, str, str]]:
     return tasks
 
 
-def ask_task(url: str, model: str, shots: str, question: str, expected: str) -> Reply:
+def ask_task(engine: Engine, shots: str, question: str, expected: str) -> Reply:
     body = {"prompt": shots + question, "max_tokens": 8, "stop": ["\n"]}
-    answer = _post(url, "completions", model, body)["text"].strip()
+    answer = engine.choice("completions", body)["text"].strip()
     return Reply(question=question, expected=expected, answer=answer, correct=answer == expected)
 
 
 def _passages(name: str) -> list[str]:
     return (TEXTS / name).read_text(encoding="utf-8").strip().split("\n\n")
-
-
-def _post(url: str, path: str, model: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """The first choice of a greedy answer."""
-    greedy = {"model": model, "temperature": 0, "seed": 0, **body}
-    response = requests.post(f"{url.rstrip('/')}/v1/{path}", json=greedy, timeout=TIMEOUT_S)
-    response.raise_for_status()
-    choice: dict[str, Any] = response.json()["choices"][0]
-    return choice

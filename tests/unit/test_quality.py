@@ -284,6 +284,9 @@ def test_what_an_engine_says_becomes_answers(engine: str) -> None:
     assert not any(r.correct for r in found.tasks)
     assert {r.answer for r in found.tasks} == {"no idea"}
     assert {(b["temperature"], b["seed"]) for b in Engine.bodies} == {(0, 0)}
+    assert len({b["cache_salt"] for b in Engine.bodies}) == 1
+    ask(engine, "m", quick=True)
+    assert len({b["cache_salt"] for b in Engine.bodies}) == 2  # it found nothing of the first
     assert Answers.model_validate_json(found.model_dump_json()) == found
 
 
