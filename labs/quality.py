@@ -45,7 +45,10 @@ class QualityFigure(BaseModel, frozen=True, extra="forbid"):
 
 
 def compare(baseline: Answers, treatment: Answers) -> list[QualityFigure]:
-    """Every figure; differences are treatment - baseline, so a loss is negative."""
+    """Every figure; differences are treatment - baseline, so a loss is negative.
+
+    McNemar's test takes the needles of one text to be independent, which they are but roughly.
+    """
     pairs = list(zip(baseline.passages, treatment.passages, strict=True))
     if any(a.token_ids != b.token_ids for a, b in pairs):
         raise ValueError("the passages differ: not the same texts or not the same tokenizer")
