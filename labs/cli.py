@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -20,11 +21,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from labs import LABS, report
+from labs import LABS, derived, pages, report, sitting
 from labs.lab import Lab, LabError, parse_changes
 from labs.questions import QUESTIONS
-from labs.readme import README, refreshed
 from labs.results import RESULTS, RunFolder, all_runs, problems
+from labs.run import Request, start_locust_ui, summarise
+from labs.run import run as run_lab
+from loadtests.generator import GeneratorError
+from serving import engine, machine, models
+from serving.engine import EngineError
 from serving.models import ROOT, ModelError
 
 app = typer.Typer(
@@ -36,6 +41,7 @@ app = typer.Typer(
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 PORT, WEB_PORT = 8000, 8089
+EXPECTED = (LabError, ModelError, EngineError, GeneratorError)  # each a sentence for the reader
 
 LabName = Annotated[str, typer.Argument(help="A lab's name; `labs list` names them all.")]
 SetOption = Annotated[
@@ -46,6 +52,9 @@ SetOption = Annotated[
         help="Change existing fields for this run: 'window_s=4 repeats=5"
         " workloads.exponential.output_tokens.mean_tokens=48'. The run is marked ad hoc.",
     ),
+]
+QuickOption = Annotated[
+    bool, typer.Option(envvar="QUICK", help="Short windows, two repeats: a smoke test.")
 ]
 ModelOption = Annotated[
     str, typer.Option("--model", envvar="MODEL", help="A model folder or a Hugging Face id.")
@@ -58,9 +67,7 @@ SeedOption = Annotated[
 @app.command()
 def run(
     lab: LabName,
-    quick: Annotated[
-        bool, typer.Option(envvar="QUICK", help="Short windows, two repeats: a smoke test.")
-    ] = False,
+    quick: QuickOption = False,
     changes: SetOption = "",
     model: ModelOption = "",
     endpoint: Annotated[
@@ -84,10 +91,6 @@ def run(
     ] = "",
 ) -> None:
     """Run a lab: predict, measure, judge, report."""
-    from labs.run import Request
-    from labs.run import run as run_lab
-    from serving.engine import SERVER
-
     with _plainly():
         request = Request(
             lab=_lab(lab),
@@ -96,34 +99,68 @@ def run(
             model=model,
             endpoint=endpoint,
             resume=resume,
-            engine_command=shlex.split(engine_command) or SERVER,
+            engine_command=shlex.split(engine_command) or engine.SERVER,
         )
-        with ConsoleTeller() as teller:
-            try:
-                folder = run_lab(request, teller)
-            except (KeyboardInterrupt, SystemExit):
-                teller.step("Stopping: finished trials are kept, RESUME=1 goes on from there")
-                raise
-        summary, resolved = folder.summary(), folder.run().rebuilt_lab()
-        points = folder.run().points()
-        for note in report.notes(folder.run(), summary):
-            console.print(f"[bold yellow]{escape(note)}[/]")
-        teller.show(*report.points_table(points, resolved, summary, report.MAIN_COLUMNS))
-        for title, lines in (
-            ("The answer", report.answers(summary, resolved)),
-            ("Validity", report.validity_lines(summary.caveats, resolved, len(summary.failed))),
-        ):
-            console.print(f"\n[bold]{title}[/]")
-            for line in lines:
-                console.print("  " + _plain(line))
-        console.print(f"\nReport: [bold]{os.path.relpath(folder.path / 'report.md')}[/]")
-        if summary.failed:
-            console.print(
-                f"Trials that failed: {len(summary.failed)}; the finished ones are kept. The first:"
-                f" {escape(next(iter(summary.failed.values())))}\n"
-                "Try them again with RESUME=1."
-            )
+        if not _play(request).complete:
+            console.print("Try the rest again with RESUME=1.")
             raise typer.Exit(1)
+
+
+@app.command("all")
+def run_all(
+    quick: QuickOption = False,
+    model: ModelOption = "",
+    fresh: Annotated[
+        bool, typer.Option(envvar="FRESH", help="Forget what an unfinished sitting has done.")
+    ] = False,
+) -> None:
+    """Run every lab in order, go on where an earlier call stopped, and end in one page."""
+    with _plainly():
+        state = sitting.start(quick, model, fresh)
+        left: dict[str, str] = {}
+        for place, (name, lab) in enumerate(LABS.items(), 1):
+            console.print(f"\n[bold]Lab {place} of {len(LABS)}: {lab.title}[/]")
+            if name in state.done:
+                console.print(f"Done in this sitting: {state.done[name]}")
+                continue
+            request = Request(lab, quick=quick, model=model, resume=state.begin(name))
+            try:
+                folder = _play(request)
+            except EXPECTED as error:
+                left[name] = str(error)
+                errors.print(f"[bold red]error:[/] {escape(str(error))}")
+                continue
+            if folder.complete:
+                state.finish(name, folder.path)
+            else:
+                left[name] = "some of its trials failed"
+        if page := state.page():
+            console.print(f"\nEvery lab on one page: [bold]{os.path.relpath(page)}[/]")
+        for name, why in left.items():
+            console.print(f"Not finished: {name}: {escape(why)}")
+        if left:
+            console.print("`make labs-all` again runs only these.")
+            raise typer.Exit(1)
+        state.end()
+
+
+@app.command()
+def make(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(derived.RECIPES)}.")],
+    model: ModelOption = "",
+    again: Annotated[
+        bool, typer.Option(envvar="AGAIN", help="Make it anew where it is there already.")
+    ] = False,
+) -> None:
+    """Make a model that labs derive from the served one; a lab makes what it needs by itself."""
+    with _plainly():
+        served = models.resolve(machine.detect(), model)
+        if again and (place := derived.place(served, name)).is_relative_to(models.CACHE):
+            shutil.rmtree(place, ignore_errors=True)
+        folder = derived.make(served, name, lambda line: console.print(escape(line)))
+        for key, value in derived.about(folder).items():
+            console.print(f"  {key}: {escape(str(value))}", style="dim")
+        console.print(f"There: [bold]{os.path.relpath(folder)}[/]")
 
 
 @app.command("list")
@@ -145,8 +182,6 @@ def serve(
     model: ModelOption = "",
 ) -> None:
     """Start a variant's engine in the foreground; Ctrl-C ends it."""
-    from serving import engine, machine, models
-
     with _plainly():
         host = machine.detect()
         resolved = _lab(lab).at(host.kind, quick=False, changes=_changes(changes))
@@ -175,11 +210,8 @@ def locust(
     model: ModelOption = "",
 ) -> None:
     """Open Locust's own web UI on a lab's workload, for turning knobs by hand."""
-    from labs.run import start_locust_ui
-    from serving.engine import require_port
-
     with _plainly():
-        require_port(web_port, "WEB_PORT")
+        engine.require_port(web_port, "WEB_PORT")
         with start_locust_ui(
             _lab(lab), _changes(changes), workload, endpoint, model, web_port
         ) as process:
@@ -199,8 +231,6 @@ def rebuild(
     ] = None,
 ) -> None:
     """Compute summaries and reports again from the files of finished trials."""
-    from labs.run import summarise
-
     with _plainly():
         for folder in (folders := _folders(run)):
             summarise(folder)
@@ -232,15 +262,46 @@ def check(
 def readme(
     verify: Annotated[bool, typer.Option("--verify", help="Only say whether it is stale.")] = False,
 ) -> None:
-    """Write the README's generated tables anew."""
+    """Write the generated tables anew: README.md's, and each machine's page."""
     with _plainly():
-        before, after = README.read_text(), refreshed()
-        if verify and before != after:
-            raise LabError("README.md's tables are stale: run `labs readme`")
-        README.write_text(after)
+        if verify and (stale := pages.stale()):
+            names = ", ".join(os.path.relpath(path) for path in stale)
+            raise LabError(f"generated tables are stale in {names}: run `make readme`")
+        for path in pages.write():
+            console.print(os.path.relpath(path), soft_wrap=True)
 
 
 # --------------------------------------------------------------------------------- for all of them
+
+
+def _play(request: Request) -> RunFolder:
+    """Run a lab before the reader's eyes, and print what came of it."""
+    with ConsoleTeller() as teller:
+        try:
+            folder = run_lab(request, teller)
+        except (KeyboardInterrupt, SystemExit):
+            teller.step("Stopping: finished trials are kept, RESUME=1 goes on from there")
+            raise
+    summary, resolved = folder.summary(), folder.run().rebuilt_lab()
+    for note in report.notes(folder.run(), summary):
+        console.print(f"[bold yellow]{escape(note)}[/]")
+    points = folder.run().points()
+    teller.show(*report.points_table(points, resolved, summary, report.MAIN_COLUMNS))
+    for title, lines in (
+        ("The answer", report.answers(summary, resolved)),
+        *((found.title, found.lines) for found in summary.findings),
+        ("Validity", report.validity_lines(summary.caveats, resolved, len(summary.failed))),
+    ):
+        console.print(f"\n[bold]{title}[/]")
+        for line in lines:
+            console.print("  " + _plain(line))
+    console.print(f"\nReport: [bold]{os.path.relpath(folder.path / 'report.md')}[/]")
+    if summary.failed:
+        console.print(
+            f"Trials that failed: {len(summary.failed)}; the finished ones are kept. The first:"
+            f" {escape(next(iter(summary.failed.values())))}"
+        )
+    return folder
 
 
 class ConsoleTeller:
@@ -349,14 +410,11 @@ def _heed() -> None:
 @contextmanager
 def _plainly() -> Iterator[None]:
     """Expected failures end in one sentence and exit code 1; SIGTERM and SIGHUP as Ctrl-C does."""
-    from loadtests.generator import GeneratorError
-    from serving.engine import EngineError
-
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, _stop)
     try:
         yield
-    except (LabError, ModelError, EngineError, GeneratorError) as error:
+    except EXPECTED as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}")
         raise typer.Exit(1) from None
     except OSError as error:

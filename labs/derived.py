@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from labs.answers import TEXTS
 from labs.lab import LabError
 from loadtests.arrivals import Concurrent
 from loadtests.prompts import Writer, counter
@@ -30,9 +31,9 @@ SEED = 2**31 - 1  # of the prompts trained on: no trial draws from it
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a derived model is made: `python -m module BASE OUT INPUT`, and about how long it takes.
+    """How a derived model is made: `python -m serving.X [METHOD] BASE OUT INPUT`; about how long.
 
-    `prompts` are the workloads whose kind of prompt it is trained on; a quantizer gets text.
+    `prompts` are the workloads whose kind of prompt it is trained on; a quantizer gets `text`.
     """
 
     what: str
@@ -40,6 +41,7 @@ class Recipe:
     minutes: float
     prompts: tuple[Workload, ...] = ()
     method: str = ""
+    text: str = ""
 
 
 def _kind(name: str, tokens: int, **fields: Any) -> Workload:
@@ -50,6 +52,10 @@ def _kind(name: str, tokens: int, **fields: Any) -> Workload:
         loads=(Concurrent(users=1),),
         **fields,
     )
+
+
+def _quantized(method: str, what: str, minutes: float, text: str = "calibration.txt") -> Recipe:
+    return Recipe(what, "serving.quantize", minutes, method=method, text=text)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -65,7 +71,20 @@ RECIPES: dict[str, Recipe] = {
         3,
         prompts=(_kind("short", 48), _kind("long", 96)),
     ),
+    "w8a8-rtn": _quantized("w8a8-rtn", "INT8 weights and activations, rounded to nearest", 1),
+    "w8a8": _quantized("w8a8", "INT8 weights and activations by SmoothQuant and GPTQ", 2),
+    "w4a16-rtn": _quantized("w4a16-rtn", "4-bit weights, rounded to nearest", 1),
+    "w4a16-gptq": _quantized("w4a16-gptq", "4-bit weights by GPTQ", 2),
+    "w4a16-gptq-code": _quantized(
+        "w4a16-gptq", "4-bit weights by GPTQ, calibrated on code", 2, "calibration_code.txt"
+    ),
+    "w4a16-awq": _quantized("w4a16-awq", "4-bit weights by AWQ", 3),
+    "fp8": _quantized("fp8", "FP8 weights, activations scaled as they come", 1),
+    "gptqmodel": _quantized("gptqmodel", "4-bit weights by GPTQ, by GPTQModel", 4),
+    "auto-gptq": _quantized("auto-gptq", "4-bit weights by GPTQ, by the archived AutoGPTQ", 4),
+    "autoawq": _quantized("autoawq", "4-bit weights by AWQ, by the archived AutoAWQ", 6),
 }
+QUANTIZED = [name for name, recipe in RECIPES.items() if recipe.text]
 PROMPTS_EACH = 80
 
 
@@ -84,12 +103,13 @@ def make(model: Model, name: str, say: Callable[[str], None]) -> Path:
         raise LabError(f"no way to make {name!r} is known; the known ones are {', '.join(RECIPES)}")
     recipe = RECIPES[name]
     say(f"Making {recipe.what} (once, about {recipe.minutes:g} min)")
-    inputs = models.CACHE / f"{name}-input"
+    inputs = TEXTS / recipe.text if recipe.text else models.CACHE / f"{name}-prompts.jsonl"
     if recipe.prompts:
         _write_prompts(inputs, model, recipe.prompts)
     began, log = time.monotonic(), models.CACHE / f"{name}.log"
     log.unlink(missing_ok=True)
-    argv = [sys.executable, "-m", recipe.module, str(model.path), str(folder), str(inputs)]
+    argv = [sys.executable, "-m", recipe.module, *([recipe.method] if recipe.method else [])]
+    argv += [str(model.path), str(folder), str(inputs)]
     with Process(name, argv, log=log, talk=True) as maker:
         for line in maker.stdout:
             say(f"  {line.rstrip()}")

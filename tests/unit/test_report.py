@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from labs import readme, report, results
+from labs import pages, report, results
 from labs.judge import Caveat, Effect, Interval, Judgement
 from labs.lab import Prediction
 from labs.results import RunFolder, TrialResult, write_json
@@ -155,4 +155,4 @@ def test_only_complete_ordinary_runs_are_published(folder: RunFolder) -> None:
 
 @pytest.mark.skipif(not readme.README.exists(), reason="README.md is not written yet")
 def test_readme_is_in_sync() -> None:
-    assert readme.README.read_text() == readme.refreshed(), "run `labs readme`"
+    assert not pages.stale(), "run `make readme`"

@@ -1,0 +1,58 @@
+"""Running every lab in one sitting that may be interrupted: what is begun, what is done."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from labs import pages
+from labs.results import RESULTS, read_json, write_json
+from serving.models import CACHE, ROOT
+
+FILE = CACHE / "labs-all.json"
+
+
+class Sitting(BaseModel, extra="forbid"):
+    """Labs by name; a sitting with other settings is another sitting."""
+
+    quick: bool
+    model: str
+    results: str
+    begun: list[str] = []
+    done: dict[str, str] = {}  # lab -> its run's folder
+
+    def begin(self, lab: str) -> bool:
+        """Note that a lab is being run; true where it was begun before, so that it is resumed."""
+        before = lab in self.begun
+        if not before:
+            self.begun.append(lab)
+        write_json(FILE, self)
+        return before
+
+    def finish(self, lab: str, run: Path) -> None:
+        self.done[lab] = os.path.relpath(run, ROOT)
+        write_json(FILE, self)
+
+    def page(self) -> Path | None:
+        """The summary page of the machine that ran; none where nothing was finished."""
+        slugs = {Path(run).parent.parent.name for run in self.done.values()}
+        return pages.write_machine(slugs.pop()) if slugs else None
+
+    def end(self) -> None:
+        FILE.unlink(missing_ok=True)
+
+
+def start(quick: bool, model: str, fresh: bool) -> Sitting:
+    """The unfinished sitting with these settings, or a new one."""
+    new = Sitting(quick=quick, model=model, results=str(RESULTS))
+    if fresh or not FILE.exists():
+        return new
+    try:
+        old = read_json(FILE, Sitting)
+    except ValidationError:
+        return new
+    same = (old.quick, old.model, old.results) == (new.quick, new.model, new.results)
+    kept = {lab: run for lab, run in old.done.items() if (ROOT / run / "COMPLETE").exists()}
+    return old.model_copy(update={"done": kept}) if same else new
