@@ -179,7 +179,7 @@ def _machine(runs: Sequence[RunFolder]) -> str:
                 + (" (quick)" if run.quick else ""),
                 str(run.lab["question"]),
                 run.model,
-                run.environment.packages.get("vllm", "–"),
+                next((v for p, v in run.environment.packages.items() if p.startswith("vllm")), "–"),
                 run.started_at[:16].replace("T", " "),
                 f"{session.load_s / 60:.1f} min" if session else "–",
                 f"{sum(held)} of {len(held)}",

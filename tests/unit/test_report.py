@@ -143,16 +143,15 @@ def test_report_of_a_failed_trial_has_a_dash_not_a_zero(folder: RunFolder) -> No
 
 
 def test_only_complete_ordinary_runs_are_published(folder: RunFolder) -> None:
-    assert [f.path for f in readme.published()] == [folder.path]
+    assert [f.path for f in pages.published()] == [folder.path]
     run = folder.run()
     for change in ({"quick": True}, {"changes": {"seed": 1}}, {"endpoint": "http://there"}):
         write_json(folder.path / "run.json", run.model_copy(update=change))
-        assert readme.published() == [], change
+        assert pages.published() == [], change
     write_json(folder.path / "run.json", run)
     (folder.path / "COMPLETE").unlink()
-    assert readme.published() == []
+    assert pages.published() == []
 
 
-@pytest.mark.skipif(not readme.README.exists(), reason="README.md is not written yet")
 def test_readme_is_in_sync() -> None:
     assert not pages.stale(), "run `make readme`"
