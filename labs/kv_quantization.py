@@ -25,8 +25,7 @@ from serving import metrics
 
 
 def value_bytes(point: Point) -> float:
-    """Bytes of a cached number; the handful of scales beside them are left out."""
-    return 1 if str(point.variant.flags["kv-cache-dtype"]).startswith("fp8") else 2
+    return theory.kv_value_bytes(str(point.variant.flags["kv-cache-dtype"]))
 
 
 def capacity_tokens(point: Point) -> float:
@@ -91,7 +90,7 @@ def batch_gain(quantized: Point, plain: Point) -> Prediction:
 
 PLAIN = Variant(name="bf16", flags={"kv-cache-dtype": "auto"})
 FP8 = PLAIN.but("fp8", {"kv-cache-dtype": "fp8_e4m3"})
-TIGHT = {"kv-cache-memory-bytes": 32 * 2**20}
+TIGHT = {"kv-cache-memory-bytes": 32 * 2**20, "max-model-len": 1024}
 PAIRS = (("bf16", "fp8"), ("bf16", "e5m2"), ("bf16-tight", "fp8-tight"))
 
 

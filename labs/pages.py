@@ -33,11 +33,10 @@ def published(quick: bool = False) -> list[RunFolder]:
         if run.quick and before and not before.run().quick:
             continue
         newest[key] = folder
-    order = list(LABS)
-    return sorted(
-        (f for f in newest.values() if f.run().lab["name"] in LABS),
-        key=lambda f: (f.run().machine.slug, order.index(f.run().lab["name"])),
-    )
+    order = {name: place for place, name in enumerate(LABS)}
+    return [
+        newest[key] for key in sorted(newest, key=lambda k: (k[0], order.get(k[1], len(order))))
+    ]
 
 
 def stale() -> list[Path]:

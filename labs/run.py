@@ -19,7 +19,7 @@ import psutil
 import requests
 
 from dashboards.prometheus import Prometheus
-from labs import derived, report
+from labs import derived, report, theory
 from labs.findings import FINDINGS
 from labs.findings.context import Context
 from labs.judge import Caveat, first_trial_slow, judge, judge_forecast, validity
@@ -171,19 +171,7 @@ def resolve(request: Request, teller: Teller) -> Setup:
     RESULTS.mkdir(parents=True, exist_ok=True)
     require_space(RESULTS)
     model = models.resolve(machine, request.model)
-    longest = max(w.longest_tokens for w in lab.workloads)
-    if longest > model.shape.max_positions:
-        raise LabError(
-            f"requests of up to {longest} tokens do not fit {model.name}'s"
-            f" {model.shape.max_positions} positions: lower the lengths with SET="
-        )
-    for variant in lab.variants:
-        limit = lab.flags_of(variant).get("max-model-len")
-        if isinstance(limit, int) and longest > limit:
-            raise LabError(
-                f"requests of up to {longest} tokens exceed {variant.name}'s max-model-len={limit}:"
-                " lower the lengths or raise flags.max-model-len with SET="
-            )
+    _require_sizes(lab, model)
     endpoint = None
     if request.endpoint:
         if len(lab.variants) > 1:
@@ -219,6 +207,35 @@ def resolve(request: Request, teller: Teller) -> Setup:
         lab, machine, ceilings, model, points, places, weights, writer, endpoint,
         request.engine_command,
     )  # fmt: skip
+
+
+def _require_sizes(lab: Lab, model: models.Model) -> None:
+    """The requests fit the model and the engines, and the engines' limits fit their memory."""
+    longest = max(w.longest_tokens for w in lab.workloads)
+    if longest > model.shape.max_positions:
+        raise LabError(
+            f"requests of up to {longest} tokens do not fit {model.name}'s"
+            f" {model.shape.max_positions} positions: lower the lengths with SET="
+        )
+    for variant in lab.variants:
+        flags = lab.flags_of(variant)
+        limit, memory = flags.get("max-model-len"), flags.get("kv-cache-memory-bytes")
+        if not isinstance(limit, int):
+            continue
+        sent = [w for w in lab.workloads if not w.only or variant.name in w.only]
+        if (longest := max((w.longest_tokens for w in sent), default=0)) > limit:
+            raise LabError(
+                f"requests of up to {longest} tokens exceed {variant.name}'s max-model-len={limit}:"
+                " lower the lengths or raise flags.max-model-len with SET="
+            )
+        value_bytes = theory.kv_value_bytes(str(flags.get("kv-cache-dtype", "auto")))
+        needed = limit * model.shape.kv_bytes_per_token(value_bytes)
+        if isinstance(memory, int) and memory < needed:
+            raise LabError(
+                f"{variant.name}'s kv-cache-memory-bytes={memory} cannot hold one request of"
+                f" max-model-len={limit}, which takes {needed:.0f}: raise the one or lower the"
+                " other with SET="
+            )
 
 
 def _require_known_names(lab: Lab) -> None:
