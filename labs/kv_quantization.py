@@ -94,7 +94,7 @@ TIGHT = {"kv-cache-memory-bytes": 32 * 2**20, "max-model-len": 1024}
 PAIRS = (("bf16", "fp8"), ("bf16", "e5m2"), ("bf16-tight", "fp8-tight"))
 
 
-def near_or_far(name: str, context_tokens: int) -> Workload:
+def near_or_far(name: str, context_tokens: int, warmup_s: float | None = None) -> Workload:
     """Decode over a context that all requests share, so that it is prefilled once."""
     return Workload(
         name=name,
@@ -102,6 +102,7 @@ def near_or_far(name: str, context_tokens: int) -> Workload:
         output_tokens=Fixed(tokens=24),
         prefix=Prefix(tokens=context_tokens - 64),
         only=("bf16", "fp8", "e5m2"),
+        warmup_s=warmup_s,
         loads=(Concurrent(users=4),),
     )
 
@@ -120,7 +121,7 @@ LAB = Lab(
         FP8.but("fp8-tight", TIGHT),
     ),
     flags={
-        "max-model-len": 4096,
+        "max-model-len": 2304,
         "enable-prefix-caching": True,
         "enforce-eager": True,
         "block-size": 32,
@@ -130,13 +131,13 @@ LAB = Lab(
     },
     workloads=(
         near_or_far("near", 128),
-        near_or_far("far", 3584),
+        near_or_far("far", 2048, warmup_s=4),
         Workload(
             name="growing",
             prompt_tokens=Fixed(tokens=64),
-            output_tokens=Fixed(tokens=96),
+            output_tokens=Fixed(tokens=64),
             only=("bf16-tight", "fp8-tight"),
-            loads=tuple(Concurrent(users=n) for n in (6, 14, 28)),
+            loads=tuple(Concurrent(users=n) for n in (8, 16, 28)),
         ),
     ),
     claims=(
@@ -219,6 +220,7 @@ LAB = Lab(
             "workloads.far.prompt_tokens.tokens": 24576,
             "workloads.far.prefix.tokens": 24512,
             "workloads.far.loads": (Concurrent(users=16),),
+            "workloads.far.warmup_s": 8,
             "workloads.far.output_tokens.tokens": 128,
             "workloads.growing.prompt_tokens.tokens": 256,
             "workloads.growing.output_tokens.tokens": 512,
@@ -230,7 +232,15 @@ LAB = Lab(
             "window_s": 10,
         }
     },
-    quick={"warmup_s": 1, "window_s": 1.5, "repeats": 2, "probes": ("quality-quick",)},
+    quick={
+        "warmup_s": 1,
+        "window_s": 3,
+        "repeats": 2,
+        "workloads.near.only": ("bf16", "fp8"),
+        "workloads.far.only": ("bf16", "fp8"),
+        "workloads.growing.loads": (Concurrent(users=16), Concurrent(users=28)),
+        "probes": ("quality-quick",),
+    },
     limits={
         "cpu": "Capacity, preemption and quality are the engine's own and carry over. Speed does"
         " not: this CPU widens 8-bit values in software, so that long contexts decode slower with"
@@ -242,7 +252,7 @@ LAB = Lab(
         'SET="variants.fp8.flags.kv-cache-dtype=fp8_e5m2" compares the coarser type in speed',
         'SET="variants.fp8-tight.flags.kv-cache-memory-bytes=16777216" halves the memory of the'
         " quantized side: it preempts where BF16 did",
-        'SET="workloads.far.prompt_tokens.tokens=2048 workloads.far.prefix.tokens=1984" halves the'
+        'SET="workloads.far.prompt_tokens.tokens=1024 workloads.far.prefix.tokens=960" halves the'
         " long context",
     ),
 )  # fmt: skip

@@ -526,7 +526,7 @@ class _Session:
             arrival=point.load,
             requests=requests_file(self.work, point.workload, repeat),
             records=path,
-            warmup_s=setup.lab.warmup_s,
+            warmup_s=point.workload.warmup_s or setup.lab.warmup_s,
             window_s=setup.lab.window_s,
             timeout_s=setup.lab.timeout_s,
             seed=setup.lab.draw_seed(repeat),
@@ -573,7 +573,10 @@ class _Session:
             self.teller.step(f"{variant.name}: {name} asked in {time.monotonic() - began:.0f} s")
 
     def _trial_s(self) -> float:
-        return self.setup.lab.warmup_s + self.setup.lab.window_s + PER_TRIAL_S
+        """About how long a trial takes: the mean over the points."""
+        lab, points = self.setup.lab, self.setup.points
+        warmup_s = sum(p.workload.warmup_s or lab.warmup_s for p in points) / len(points)
+        return warmup_s + lab.window_s + PER_TRIAL_S
 
     # counting three ways
 

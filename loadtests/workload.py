@@ -132,7 +132,8 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
 
     Outputs have exactly the drawn length: the engine is told to ignore its end-of-sequence token,
     because here the lengths are the point, not what is said. `task` is what prompts ask for;
-    `keep_text` keeps the answers' text in the records; `only` names the variants it is for.
+    `keep_text` keeps the answers' text in the records; `only` names the variants it is for;
+    `warmup_s` replaces the lab's where that is too short, as for a long prefix to be prefilled.
     """
 
     name: str
@@ -145,6 +146,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     adapters: Adapters | None = None
     keep_text: bool = False
     only: tuple[str, ...] = ()
+    warmup_s: PositiveFloat | None = None
     loads: Annotated[tuple[Arrival, ...], Field(min_length=1)]
 
     @model_validator(mode="after")

@@ -127,10 +127,11 @@ def preemption(context: Context) -> Finding:
         capacity = context.mean(point, "kv_capacity_tokens") or 0.0
         full, half = point.prompt_tokens + point.output_tokens, point.output_tokens / 2
         first = next((n for n, thrown in sorted(counts) if thrown), None)
+        calm = max((n for n, _ in counts if first and n < first), default=0)
         lines.append(
             f"`{name}`: {capacity:,.0f} tokens hold {capacity / full:.1f} requests at their longest"
             f" and {capacity / (full - half):.1f} at their mean length, so preemption was predicted"
-            f" to begin between those; it was first seen at {first} in flight."
+            f" to begin between those; there was none at {calm} in flight, and some at {first}."
             if first
             else f"`{name}`: no preemption up to {max(n for n, _ in counts)} in flight."
         )
