@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, PositiveInt, model_validator
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
 
 from loadtests.arrivals import Arrival, Contended
 from loadtests.prompts import TASKS, Messages, Task, Writer
