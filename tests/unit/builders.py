@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from labs.measure import Trial
 from labs.results import Predictions, Run, RunFolder, TrialResult, write_json
 from labs.run import summarise
 from loadtests import records
-from loadtests.arrivals import Concurrent, parse
+from loadtests.arrivals import parse
 from loadtests.plan import TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.workload import Fixed, Workload
@@ -63,23 +64,40 @@ def make_summary(**fields: Any) -> TrialSummary:
     return TrialSummary(**{**plain, **fields})
 
 
-def make_point(variant: str = "off", load: str = "concurrent:1", shape: Shape = SHAPE) -> Point:
+def make_workload(*loads: str, **fields: Any) -> Workload:
     """Prompts of 6 tokens and answers of 4, so that the mean context is 8."""
-    workload = Workload(
-        name="short",
-        prompt_tokens=Fixed(tokens=6),
-        output_tokens=Fixed(tokens=4),
-        loads=(parse(load),),
-    )
+    plain: dict[str, Any] = {
+        "name": "short",
+        "prompt_tokens": Fixed(tokens=6),
+        "output_tokens": Fixed(tokens=4),
+        "loads": loads or ("concurrent:1",),
+    }
+    return Workload(**{**plain, **fields})
+
+
+def make_point(
+    variant: str = "off",
+    load: str = "concurrent:1",
+    shape: Shape = SHAPE,
+    flags: Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> Point:
+    """`fields` are of its workload."""
+    workload = make_workload(load, **fields)
     lengths = tuple(workload.lengths(8, seed=0))
-    return Point(Variant(name=variant), workload, parse(load), lengths, shape, CEILINGS)
+    varied = Variant(name=variant, flags=dict(flags or {}))
+    return Point(varied, workload, parse(load), lengths, shape, CEILINGS)
 
 
 def make_trial(
-    found: list[RequestRecord], *, engine: Snapshot | None = None, **summary: Any
+    found: list[RequestRecord],
+    *,
+    engine: Snapshot | None = None,
+    point: Point | None = None,
+    **summary: Any,
 ) -> Trial:
     slo = SLO(ttft_s=0.2005, tpot_s=0.15)
-    return Trial(make_point(), 1, slo, found, make_summary(**summary), engine)
+    return Trial(point or make_point(), 1, slo, found, make_summary(**summary), engine)
 
 
 def twice(treatment: Point, baseline: Point) -> Prediction:
@@ -108,14 +126,7 @@ def make_lab(**fields: Any) -> Lab:
         "answers": ("SO-4",),
         "variants": (off, off.but("on", {"enable-prefix-caching": True})),
         "flags": {"max-model-len": 128},
-        "workloads": (
-            Workload(
-                name="short",
-                prompt_tokens=Fixed(tokens=6),
-                output_tokens=Fixed(tokens=4),
-                loads=(Concurrent(users=1), Concurrent(users=2)),
-            ),
-        ),
+        "workloads": (make_workload("concurrent:1", "concurrent:2"),),
         "claims": (make_claim(),),
         "evidence": (Evidence(arm=Arm(variant="on"), kind="rises", metric=PREFIX_HITS),),
         "slo": SLO(ttft_s=1, tpot_s=0.1),

@@ -18,7 +18,8 @@ MAY_IMPORT = {
 }
 FILES = sorted(path for house in MAY_IMPORT for path in (ROOT / house).rglob("*.py"))
 LAB_VOCABULARY = {
-    "labs.lab", "labs.theory", "loadtests.arrivals", "loadtests.workload", "serving.metrics",
+    "labs.lab", "labs.theory", "loadtests.arrivals", "loadtests.prompts", "loadtests.workload",
+    "serving.metrics",
 }  # fmt: skip
 
 

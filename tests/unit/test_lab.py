@@ -12,9 +12,11 @@ import pytest
 from pydantic import ValidationError
 
 from labs import LABS
-from labs.lab import Arm, Evidence, Lab, LabError, Variant, parse_changes
+from labs.findings import FINDINGS
+from labs.lab import Arm, Evidence, Lab, LabError, Point, Variant, parse_changes
 from labs.measure import METRICS
 from labs.plots import PLOTS
+from labs.probes import PROBES
 from labs.questions import QUESTIONS
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
@@ -228,11 +230,24 @@ REAL = replace(
     SHAPE, layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64,
     params=135 * 10**6, matmul_params=135 * 10**6, weight_bytes=270 * 10**6,
 )  # fmt: skip
+HALF = replace(REAL, weight_bytes=135 * 10**6)
+ABOUT = {
+    "draft": {"weight_bytes": 27 * 10**6, "acceptance": 0.6},
+    "adapters": {"params_per_adapter": 10**6, "rank": 8},
+}
+
+
+def real_points(lab: Lab) -> list[Point]:
+    """With what would be known of the models it says it needs, and of no other."""
+    weights = {v.name: HALF for v in lab.variants if v.weights}
+    return lab.points(
+        REAL, CEILINGS, weights, {name: ABOUT.get(name, {}) for name in lab.derived()}
+    )
 
 
 @RESOLVED
 def test_every_claim_has_a_pair_and_a_prediction(lab: Lab) -> None:
-    points = lab.points(REAL, CEILINGS)
+    points = real_points(lab)
     for claim in lab.claims:
         pairs = lab.pairs(claim, points)
         assert pairs, claim.name
@@ -257,8 +272,12 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
     assert set(lab.answers) <= QUESTIONS.keys()
     assert set(lab.plots) <= PLOTS.keys()
     assert {c.metric for c in lab.claims} | {f.metric for f in lab.forecasts} <= METRICS.keys()
-    known = {name for golden in metrics.GOLDEN.values() for name in golden}
-    assert {e.metric for e in lab.evidence} <= known
+    assert set(lab.probes) | set(lab.quick.get("probes", ())) <= PROBES.keys()
+    assert set(lab.findings) <= FINDINGS.keys()
+    pieces = {e.metric for e in lab.evidence if e.kind == "pieces"}
+    assert pieces <= METRICS.keys()
+    assert all(metrics.is_known(e.metric) for e in lab.evidence if e.metric not in pieces)
+    assert all(bool(e.label) == (e.kind == "echoes") for e in lab.evidence)
     assert set(lab.scales) <= {"cpu", "gpu"}
     assert set(lab.limits) == {"cpu", "gpu"}
 
@@ -271,12 +290,16 @@ def test_name_is_the_one_the_list_and_its_file_give(lab: Lab) -> None:
 
 
 @EVERY
-def test_variants_differ_in_flags_and_show_it(lab: Lab) -> None:
+def test_variants_differ_and_those_with_other_flags_show_it(lab: Lab) -> None:
+    """Other weights show in no counter: the engine's command line on file names them."""
     first, *others = lab.variants
-    assert all(lab.flags_of(v) != lab.flags_of(first) for v in others)
+    assert len({str((lab.flags_of(v), v.weights)) for v in lab.variants}) == len(lab.variants)
     assert len({v.name for v in lab.variants}) == len(lab.variants)
-    if others:
-        assert {e.arm.variant for e in lab.evidence} >= {v.name for v in lab.variants}
+    flagged = [v for v in others if lab.flags_of(v) != lab.flags_of(first)]
+    # how many pieces is each variant's own; any other evidence must say whose it is
+    telling = [e for e in lab.evidence if e.arm.variant or e.kind == "pieces"]
+    for variant in [first, *flagged] if flagged else []:
+        assert any(e.arm.variant in (None, variant.name) for e in telling), variant.name
 
 
 @EVERY

@@ -2,9 +2,21 @@
 
 import pytest
 
-from labs.measure import LEAST_SAMPLES, METRICS, measure, output_tokens_per_s, percentile
+from labs.measure import (
+    LEAST_SAMPLES,
+    METRICS,
+    Trial,
+    expected_pieces,
+    measure,
+    output_tokens_per_s,
+    percentile,
+    stalls_s,
+)
+from loadtests.records import RequestRecord
+from loadtests.workload import Intruder
+from serving import metrics
 from serving.metrics import PREFIX_HITS, PREFIX_QUERIES, TTFT, Histogram, Snapshot
-from tests.unit.builders import make_record, make_trial
+from tests.unit.builders import make_point, make_record, make_trial
 
 # 200 requests of the window 10 to 20 s, TTFT 100, 101 ... 299 ms, then two tokens in one chunk
 STEADY = [
@@ -15,8 +27,16 @@ STEADY = [
 WARM_UP = make_record([(9.5, 1), (10.5, 4)], sent_s=9.0, in_window=False)
 FAILED = make_record([])
 ENGINE = Snapshot(
-    {PREFIX_QUERIES: 400.0, PREFIX_HITS: 100.0},
+    {
+        PREFIX_QUERIES: 400.0,
+        PREFIX_HITS: 100.0,
+        metrics.SPEC_DRAFTS: 50.0,
+        metrics.SPEC_DRAFTED: 150.0,
+        metrics.SPEC_ACCEPTED: 60.0,
+        metrics.PREEMPTIONS: 3.0,
+    },
     {TTFT: Histogram((1.0, float("inf")), (200, 200), 38.0, 200)},
+    {metrics.CACHE_CONFIG: {"num_gpu_blocks": "40", "block_size": "16"}},
 )
 
 EXPECTED = {
@@ -42,6 +62,13 @@ EXPECTED = {
     "intensity": 4.05 * (2000 + 64 * 8) / (2000 + 4.05 * 8 * 32),
     "flops_per_s": 60.4 * (2000 + 64 * 8),
     "prefix_hit_rate": 100 / 400,
+    "acceptance_rate": 60 / 150,
+    "acceptance_length": 1 + 60 / 50,  # and the target's own token
+    "preemptions": 3,
+    "kv_capacity_tokens": 640,
+    "prefill_pieces": None,  # nobody intrudes here: see below
+    "stall_mean_s": None,
+    "intruder_ttft_mean_s": None,
     "usd_per_million_tokens": 3.6 / 3600 / 60.4 * 1e6,
     "engine_ttft_mean_s": 38 / 200,
     "client_ttft_mean_s": (200 * 0.1995 + 0.5) / 201,  # the warm-up too, as the engine counts it
@@ -50,6 +77,7 @@ LOWER_IS_BETTER = {
     "ttft_mean_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "tpot_mean_s", "tpot_p50_s",
     "tpot_p99_s", "itl_p50_s", "itl_p99_s", "chunk_gap_p99_s", "e2e_p50_s", "e2e_p99_s",
     "error_rate", "usd_per_million_tokens", "engine_ttft_mean_s", "client_ttft_mean_s",
+    "preemptions", "prefill_pieces", "stall_mean_s", "intruder_ttft_mean_s",
 }  # fmt: skip
 
 
@@ -135,4 +163,84 @@ def test_no_price_no_cost(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engine_without_metrics_has_no_engine_figures() -> None:
     for engine in (None, Snapshot()):
         found = measure(make_trial(STEADY, engine=engine))
-        assert (found["engine_ttft_mean_s"], found["prefix_hit_rate"]) == (None, None)
+        assert [found[n] for n in ("engine_ttft_mean_s", "prefix_hit_rate", "acceptance_rate",
+                                   "acceptance_length", "preemptions", "kv_capacity_tokens")
+                ] == [None] * 6  # fmt: skip
+
+
+def test_an_engine_that_has_drafted_nothing_has_no_acceptance() -> None:
+    nothing = dict.fromkeys(metrics.SPECULATION, 0.0)
+    found = measure(make_trial(STEADY, engine=Snapshot(nothing)))
+    assert (found["acceptance_rate"], found["acceptance_length"]) == (None, None)
+
+
+@pytest.mark.parametrize("blocks", ["None", ""])
+def test_a_cache_of_unknown_size_has_no_capacity(blocks: str) -> None:
+    config = {metrics.CACHE_CONFIG: {"num_gpu_blocks": blocks, "block_size": "16"}}
+    assert METRICS["kv_capacity_tokens"].of(make_trial([], engine=Snapshot(info=config))) is None
+
+
+# ---------------------------------------------------------------------------- an intruder's visit
+
+CONTENDED = make_point(
+    load="contended:2/3",
+    flags={"max-num-batched-tokens": 34},
+    intruder=Intruder(prompt_tokens=96),
+)
+"""Three steps of 32 tokens of a long prompt, beside two streams."""
+
+
+def stream(index: int, *times: float, **fields: float) -> RequestRecord:
+    return make_record([(t, 1) for t in times], index=index, **fields)
+
+
+# the long prompt is sent at 11.05 and has its token at 11.6, with the third step's others
+VISIT = stream(3, 11.6, sent_s=11.05)
+STREAM = stream(0, 10.9, 11.0, 11.2, 11.4, 11.6, 11.7)
+BESIDE = stream(1, 10.95, 11.0, 11.1, 11.5, 11.602, 11.7)
+
+
+def visited(*records: RequestRecord) -> Trial:
+    return make_trial(list(records), point=CONTENDED)
+
+
+def test_the_stall_is_the_longest_gap_that_touches_the_visit_whole() -> None:
+    assert stalls_s(visited(STREAM, VISIT)) == pytest.approx([0.2])
+    assert stalls_s(visited(STREAM, BESIDE, VISIT)) == pytest.approx([0.4])
+    elsewhere = stream(1, 10.0, 11.04, 11.9)  # 1.04 s before it, 0.86 s across it
+    assert stalls_s(visited(elsewhere, VISIT)) == pytest.approx([0.86])
+
+
+def test_stalls_are_averaged_over_visits_and_one_beside_nobody_counts_not() -> None:
+    second, alone = stream(7, 11.66, sent_s=11.62), stream(11, 13.5, sent_s=13.0)
+    trial = visited(STREAM, VISIT, second, alone)
+    assert stalls_s(trial) == pytest.approx([0.2, 0.1])
+    assert METRICS["stall_mean_s"].of(trial) == pytest.approx(0.15)
+
+
+def test_an_intruder_counts_neither_as_a_request_nor_against_itself() -> None:
+    found = measure(visited(STREAM, VISIT, stream(7, 11.65, 11.68, sent_s=11.2)))
+    assert found["requests_per_s"] == 0.1
+    assert found["ttft_mean_s"] == pytest.approx(0.9)
+    assert found["intruder_ttft_mean_s"] == pytest.approx((0.55 + 0.45) / 2)
+    assert found["output_tokens_per_s"] == pytest.approx(0.9)  # the engine made those all the same
+    assert found["stall_mean_s"] == pytest.approx(0.2)
+
+
+def test_pieces_are_the_tokens_streams_got_meanwhile() -> None:
+    """The last step's token arrives together with the intruder's own, or just after."""
+    assert METRICS["prefill_pieces"].of(visited(STREAM, VISIT)) == 3
+    assert METRICS["prefill_pieces"].of(visited(STREAM, BESIDE, VISIT)) == 3
+    came_late, left_early = stream(1, 11.1, 11.5, 11.7), stream(2, 11.0, 11.2, 11.4)
+    assert METRICS["prefill_pieces"].of(visited(STREAM, came_late, left_early, VISIT)) == 3
+    assert METRICS["prefill_pieces"].of(visited(came_late, left_early, VISIT)) is None
+
+
+@pytest.mark.parametrize(("budget", "pieces"), [(34, 3), (33, 4), (98, 1), (1024, 1), (10, 12)])
+def test_as_many_pieces_as_the_budget_leaves_beside_the_streams(budget: int, pieces: int) -> None:
+    point = make_point(
+        load="contended:2/3",
+        flags={"max-num-batched-tokens": budget},
+        intruder=Intruder(prompt_tokens=96),
+    )
+    assert expected_pieces(point) == pieces
