@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 from scipy import stats
 
-from loadtests.arrivals import Concurrent, Constant, Poisson, Waves, parse
+from loadtests.arrivals import Arrival, Concurrent, Constant, Contended, Poisson, Waves, parse
 
 RATE_PER_S, DURATION_S, SEEDS = 20.0, 100.0, range(40)
 
@@ -21,12 +21,13 @@ RATE_PER_S, DURATION_S, SEEDS = 20.0, 100.0, range(40)
         ("waves:32", Waves(size=32)),
         ("poisson:2.5", Poisson(rate_per_s=2.5)),
         ("constant:0.25", Constant(rate_per_s=0.25)),
+        ("contended:4/2.5", Contended(users=4, every_s=2.5)),
     ],
 )
-def test_text_form_reads_back(text: str, arrival: Concurrent | Waves | Poisson | Constant) -> None:
+def test_text_form_reads_back(text: str, arrival: Arrival) -> None:
     assert parse(text) == arrival
     assert str(arrival) == text
-    assert arrival.name == text.replace(":", "-")
+    assert arrival.name == text.replace(":", "-").replace("/", "-")
 
 
 def test_text_form_of_any_rate_reads_back() -> None:
@@ -34,9 +35,14 @@ def test_text_form_of_any_rate_reads_back() -> None:
     assert parse(str(arrival)) == arrival
 
 
-@pytest.mark.parametrize("text", ["bursty:3", "concurrent", "8", ""])
+@pytest.mark.parametrize(
+    "text", ["bursty:3", "concurrent", "8", "", "contended:4", "concurrent:4/2"]
+)
 def test_unknown_arrival_names_the_known_ones(text: str) -> None:
-    known = "concurrent:<users>, waves:<size>, poisson:<rate_per_s>, constant:<rate_per_s>"
+    known = (
+        "concurrent:<users>, waves:<size>, poisson:<rate_per_s>, constant:<rate_per_s>,"
+        " contended:<users>/<every_s>"
+    )
     with pytest.raises(ValidationError, match=known):
         parse(text)
 
@@ -44,7 +50,8 @@ def test_unknown_arrival_names_the_known_ones(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["concurrent:0", "waves:0", "concurrent:1025", "waves:1025", "concurrent:1.5", "poisson:0",
-     "constant:-1", "poisson:nan", "poisson:many"],
+     "constant:-1", "poisson:nan", "poisson:many", "contended:0/2", "contended:4/0",
+     "contended:4/inf"],
 )  # fmt: skip
 def test_level_out_of_range_is_refused(text: str) -> None:
     with pytest.raises(ValidationError):
@@ -66,8 +73,14 @@ def test_open_loop_has_a_minute_of_users(rate_per_s: float, users: int) -> None:
 
 
 def test_only_poisson_and_constant_are_open_loop() -> None:
-    texts = ("concurrent:1", "waves:1", "poisson:1", "constant:1")
+    texts = ("concurrent:1", "waves:1", "poisson:1", "constant:1", "contended:1/1")
     assert [t for t in texts if parse(t).open_loop] == ["poisson:1", "constant:1"]
+
+
+def test_an_intruder_takes_a_seat_beside_the_users() -> None:
+    assert (parse("contended:4/2").users, parse("contended:4/2").seats) == (4, 5)
+    for text in ("concurrent:8", "waves:8", "poisson:2", "constant:100"):
+        assert parse(text).seats == parse(text).users
 
 
 def poisson(seed: int) -> list[float]:

@@ -32,9 +32,10 @@ from labs.judge import (
 from labs.lab import Arm, Evidence, Forecast, Prediction
 from labs.measure import Trial
 from loadtests.records import RequestRecord
+from loadtests.workload import Intruder
 from serving import metrics
 from serving.metrics import Histogram, Snapshot
-from tests.unit.builders import PREDICTION, make_claim, make_record, make_trial
+from tests.unit.builders import PREDICTION, make_claim, make_point, make_record, make_trial
 
 T2, T4 = 4.302653, 2.776445  # two-sided 95 % Student quantiles, 2 and 4 degrees of freedom
 INF = float("inf")
@@ -366,6 +367,40 @@ def test_just_good_enough_is_no_caveat(changes: dict[str, Any]) -> None:
 def test_one_error_in_a_hundred_is_told_but_does_not_block() -> None:
     (found,) = checked([*some(1, error="reset"), *CLEAN])
     assert (found.name, found.blocks) == ("errors", False)
+
+
+def shows(evidence: Evidence, trial: Trial) -> bool:
+    found = validity(trial, [evidence])
+    assert all(c.blocks for c in found)
+    return "treatment not applied" not in {c.name for c in found}
+
+
+def test_absent_is_not_there_rather_than_zero() -> None:
+    none = Evidence(arm=Arm(), kind="absent", metric=metrics.SPEC_DRAFTS)
+    assert shows(none, make_trial(CLEAN, engine=Snapshot({})))
+    assert not shows(none, make_trial(CLEAN, engine=Snapshot({metrics.SPEC_DRAFTS: 0.0})))
+
+
+@pytest.mark.parametrize(
+    ("tokens_meanwhile", "shown"), [(2, False), (3, True), (6, True), (7, False)]
+)
+def test_a_long_prompt_comes_in_as_many_pieces_as_its_budget_says(
+    tokens_meanwhile: int, shown: bool
+) -> None:
+    """4 pieces expected: from 2.8 to 6.7 are taken, for the step under way at its arrival."""
+    point = make_point(
+        load="contended:1/2",
+        flags={"max-num-batched-tokens": 26},
+        intruder=Intruder(prompt_tokens=100),
+    )
+    visit = make_record([(12.0, 1)], sent_s=11.0, index=3)
+    times = [10.9, *(11.1 + 0.1 * i for i in range(tokens_meanwhile)), 12.1]
+    beside = make_record([(t, 1) for t in times], index=0)
+    pieces = Evidence(arm=Arm(), kind="pieces", metric="prefill_pieces")
+    trial = make_trial([beside, visit], point=point, engine=Snapshot({}))
+    assert shows(pieces, trial) is shown
+    alone = make_trial([beside], point=point, engine=Snapshot({}))
+    assert not shows(pieces, alone)  # nothing seen proves nothing
 
 
 def test_counter_that_the_engine_does_not_have_proves_nothing() -> None:

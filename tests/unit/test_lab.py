@@ -21,7 +21,7 @@ from labs.questions import QUESTIONS
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
 from serving import metrics
-from tests.unit.builders import CEILINGS, SHAPE, make_claim, make_lab, make_point
+from tests.unit.builders import CEILINGS, SHAPE, make_claim, make_lab, make_point, make_workload
 
 # ------------------------------------------------------------------------------------- resolving
 
@@ -170,6 +170,36 @@ def test_points_are_every_variant_under_every_load_with_all_flags() -> None:
     assert (points[0].prompt_tokens, points[0].output_tokens) == (6, 4)
 
 
+def test_a_workload_may_be_for_some_variants_only() -> None:
+    lab = make_lab(workloads=(make_workload(), make_workload(name="long", only=("on",))))
+    keys = [p.key for p in lab.points(SHAPE, CEILINGS)]
+    assert [k for k in keys if "long" in k] == ["on/long/concurrent-1"]
+    assert len(keys) == 3
+
+
+def test_a_variant_with_other_weights_has_another_shape() -> None:
+    lab = make_lab(variants=(Variant(name="off"), Variant(name="on", weights="small")))
+    smaller = replace(SHAPE, weight_bytes=500)
+    points = lab.points(SHAPE, CEILINGS, {"on": smaller}, {"small": {"bits": 4}})
+    assert [p.shape.weight_bytes for p in points] == [2000, 2000, 500, 500]
+    assert {p.variant.weights for p in points} == {"", "small"}
+    assert all(p.about == {"small": {"bits": 4}} for p in points)
+
+
+def test_derived_models_are_those_of_weights_and_flags_once_each() -> None:
+    guessing: dict[str, Any] = {"speculative-config": {"model": "<draft>", "method": "x"}}
+    tenants: dict[str, Any] = {"lora-modules": ["a=<adapters>/a", "b=<adapters>/b"]}
+    off, far, on = Variant(name="off", flags=guessing), Variant(name="far"), Variant(name="on")
+    on = on.but("on", tenants, weights="w8a8")
+    lab = make_lab(variants=(off, far.but("far", guessing), on))
+    assert lab.derived() == ["draft", "adapters", "w8a8"]
+    assert make_lab().derived() == []
+
+
+def test_a_change_keeps_the_weights() -> None:
+    assert Variant(name="a", weights="w").but("b", {"x": 1}).weights == "w"
+
+
 def paired(**arms: Arm) -> list[str]:
     lab = make_lab()
     found = lab.pairs(make_claim(**arms), lab.points(SHAPE, CEILINGS))
@@ -208,8 +238,10 @@ def test_arm_matches_by_all_it_says() -> None:
                 Evidence(arm=Arm(variant="best"), kind="rises", metric=metrics.PREFIX_HITS),
             )
         },
+        {"probed": ("best",)},
+        {"workloads": (make_workload(only=("best", "on")),)},
     ],
-    ids=["treatment", "baseline", "evidence"],
+    ids=["treatment", "baseline", "evidence", "probed", "only"],
 )
 def test_unknown_variant_is_refused(naming: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=r"\['best'\] are no variants of tiny"):

@@ -100,5 +100,16 @@ def test_every_name_the_lab_knows_is_golden_or_comes_with_a_setting() -> None:
     assert all(metrics.is_known(name) for name in known - set(metrics.HISTOGRAMS))
 
 
+def test_acceptance_is_counted_by_position_too() -> None:
+    labels = 'engine="0",position="{}"'
+    lines = [f"{metrics.SPEC_ACCEPTED_AT}{{{labels.format(at)}}} {n}" for at, n in ((0, 9), (1, 4))]
+    family = metrics.SPEC_ACCEPTED_AT.removesuffix("_total")
+    found = parse("\n".join([f"# TYPE {family} counter", *lines, ""]))
+    assert (found.values[metrics.position(0)], found.values[metrics.position(1)]) == (9, 4)
+    before = Snapshot({metrics.position(0): 5.0})
+    assert found.since(before).values[metrics.position(0)] == 4
+    assert metrics.is_known(metrics.position(1))
+
+
 def test_names_lists_values_and_histograms() -> None:
     assert {metrics.TTFT, metrics.REQUESTS, metrics.CACHE_CONFIG} <= set(names(parse(BEFORE)))

@@ -74,3 +74,19 @@ def test_length_is_exact_under_the_bundled_tokenizer(bundled: CountTokens, extra
 
 def test_bundled_tokenizer_gives_the_same_prompts_on_any_machine(bundled: CountTokens) -> None:
     assert digest(bundled) == "f30ab79cbbb1d6a0"
+
+
+def test_a_lead_has_its_length_without_the_template() -> None:
+    rng = random.Random(0)
+    for tokens in (1, 2, 30, 200):
+        assert len(Writer(words).lead(tokens, rng).split()) == tokens
+
+
+def test_history_comes_first_and_counts() -> None:
+    rng, writer = random.Random(0), Writer(words)
+    before = [*writer.chat(20, rng), {"role": "assistant", "content": "Very well."}]
+    found = writer.chat(40, rng, history=before)
+    assert found[:-1] == before
+    assert words(found) == 40
+    with pytest.raises(ValueError, match="below the 23 tokens that the chat template and earlier"):
+        writer.chat(22, rng, history=before)

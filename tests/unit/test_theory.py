@@ -109,3 +109,55 @@ def test_static_penalty_of_exponential_lengths_is_the_harmonic_number(
     error = 4 * 1.2825 / np.sqrt(len(lengths) / batch)
     found = theory.static_batching_penalty(lengths, batch)
     assert found == pytest.approx(harmonic, abs=float(error))
+
+
+def test_a_piece_of_a_prompt_lengthens_a_decode_step_by_its_own_prefill() -> None:
+    # 3.92 ms as above; prefill of 10 tokens less that of 6: 23,200 - (12,000 + 32 x 36) FLOP
+    found = theory.chunk_step_s(SHAPE, CEILINGS, 4, 15, prompt_tokens=10, chunk_tokens=4)
+    assert found == pytest.approx(0.00392 + 10_048 / 1e7)
+
+
+@pytest.mark.parametrize("chunk_tokens", [10, 4000])
+def test_a_piece_is_at_most_the_prompt(chunk_tokens: int) -> None:
+    found = [
+        of(SHAPE, CEILINGS, 4, 15, 10, chunk_tokens)
+        for of in (theory.chunk_step_s, theory.chunked_prefill_s)
+    ]
+    assert found == pytest.approx([0.00392 + 0.00232] * 2)
+
+
+def test_every_piece_brings_a_decode_step_along() -> None:
+    # 4 + 4 + 2 tokens: three steps, and the prefill itself stays what it was
+    found = theory.chunked_prefill_s(SHAPE, CEILINGS, 4, 15, prompt_tokens=10, chunk_tokens=4)
+    assert found == pytest.approx(3 * 0.00392 + 0.00232)
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "draft_tokens", "tokens"),
+    [(0.5, 2, 1 + 0.5 + 0.25), (0.0, 5, 1), (1.0, 3, 4), (0.9, 1, 1.9)],
+)
+def test_a_draft_yields_its_accepted_beginning_and_one_token(
+    acceptance: float, draft_tokens: int, tokens: float
+) -> None:
+    assert theory.accepted_length(acceptance, draft_tokens) == pytest.approx(tokens)
+
+
+def test_speculation_gains_what_it_yields_over_what_it_costs() -> None:
+    # 1.75 tokens for two draft steps of a tenth each and a verification of 1.2 steps
+    assert theory.speculative_speedup(0.5, 2, 0.1, 1.2) == pytest.approx(1.75 / 1.4)
+    assert theory.speculative_speedup(0.0, 2, 0.1, 1.0) == pytest.approx(1 / 1.2)  # a loss
+    # Leviathan et al. 2023, table 1: acceptance 0.8, five tokens, a draft that costs nothing
+    assert theory.speculative_speedup(0.8, 5, 0, 1) == pytest.approx(3.69, abs=0.005)
+
+
+def test_forward_pass_is_the_slower_of_reading_and_computing() -> None:
+    # 2000 + 1920 bytes at 1 MB/s against 2 x 1000 x 4 FLOP at 10 MFLOP/s
+    assert theory.forward_s(SHAPE, CEILINGS, 4, 1920) == pytest.approx(0.00392)
+    assert theory.forward_s(SHAPE, CEILINGS, 50, 1920) == pytest.approx(0.01)
+
+
+def test_kv_memory_holds_whole_blocks() -> None:
+    # 16 tokens of 32 bytes a block in 16 bits, of 16 bytes in 8
+    assert theory.kv_tokens(SHAPE, 10 * 512 + 300, 2, block=16) == 160
+    assert theory.kv_tokens(SHAPE, 10 * 512 + 300, 1, block=16) == 21 * 16
+    assert theory.kv_tokens(SHAPE, 511, 2, block=16) == 0

@@ -1,15 +1,31 @@
 """How long prompts and answers are."""
 
 import hashlib
+import json
 import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from loadtests.arrivals import Concurrent
+from loadtests.plan import read_requests, write_requests
 from loadtests.prompts import Messages, Writer
-from loadtests.workload import BLOCK, Exponential, Fixed, Prefix, Workload
+from loadtests.workload import (
+    BLOCK,
+    Adapters,
+    Chat,
+    Exponential,
+    Fixed,
+    Intruder,
+    Prefix,
+    Request,
+    Workload,
+)
+from tests.unit.builders import make_workload
 
 VARYING = Exponential(mean_tokens=100, max_tokens=400)
 WORKLOAD = Workload(
@@ -110,3 +126,139 @@ def test_prefix_longer_than_the_prompt_is_refused() -> None:
 def test_longest_context_is_the_most_of_both_parts() -> None:
     mixed = WORKLOAD.model_copy(update={"prompt_tokens": Fixed(tokens=32)})
     assert mixed.longest_tokens == 32 + 400
+
+
+# ------------------------------------------------------------------------------- how prompts begin
+
+
+def drawn(n: int, seed: int = 0, **fields: Any) -> list[Request]:
+    """Requests of a workload whose prompts have 50 tokens unless it says otherwise."""
+    workload = make_workload(**{"prompt_tokens": Fixed(tokens=50), **fields})
+    requests = workload.requests(n, seed, Writer(words))
+    assert [(words(r.messages), r.output_tokens) for r in requests] == workload.lengths(n, seed)
+    assert requests == workload.requests(n, seed, Writer(words))
+    return requests
+
+
+def user_words(request: Request) -> list[str]:
+    return request.messages[-1]["content"].split()
+
+
+def documents(request: Request) -> list[tuple[str, ...]]:
+    text = user_words(request)
+    return [tuple(text[i : i + 10]) for i in range(0, 40, 10)]
+
+
+def test_documents_are_pieces_of_equal_length_in_one_order() -> None:
+    requests = drawn(24, prefix=Prefix(tokens=40, documents=4))
+    first = documents(requests[0])
+    assert len(set(first)) == 4
+    assert all(documents(r) == first for r in requests)
+    assert len({tuple(user_words(r)[40:]) for r in requests}) == 24
+
+
+def test_shuffled_documents_are_the_same_pieces_in_every_order() -> None:
+    requests = drawn(600, prefix=Prefix(tokens=40, documents=4, shuffled=True))
+    assert len({frozenset(documents(r)) for r in requests}) == 1
+    orders = Counter(tuple(documents(r)) for r in requests)
+    assert len(orders) == 24
+    assert max(orders.values()) < 2.5 * 600 / 24  # none is preferred: 25 each, give or take 5
+
+
+def test_a_chat_carries_its_earlier_turns_and_begins_anew() -> None:
+    requests = drawn(7, chat=Chat(turns=3, grows_tokens=20))
+    assert [r.prompt_tokens for r in requests] == [50, 70, 90, 50, 70, 90, 50]
+    for i, request in enumerate(requests):
+        roles = [m["role"] for m in request.messages]
+        assert roles == ["system", *["user", "assistant"] * (i % 3), "user"]
+        if i % 3:
+            before = requests[i - 1].messages
+            assert request.messages[: len(before)] == before
+            assert len(request.messages[-2]["content"].split()) == 10  # half of what it grows by
+    assert len({r.messages[1]["content"] for r in requests}) == 3  # a conversation each
+
+
+@pytest.mark.parametrize(
+    ("task", "begins"),
+    [("story", "Write a story that goes on from here:"), ("quote", "Repeat this text word for")],
+)
+def test_a_task_comes_first_and_counts(task: str, begins: str) -> None:
+    requests = drawn(5, task=task)
+    assert all(r.messages[-1]["content"].startswith(begins) for r in requests)
+
+
+# ------------------------------------------------------------------------------- who asks for what
+
+
+def test_every_fourth_request_is_the_intruders() -> None:
+    intruder = Intruder(prompt_tokens=200, output_tokens=2)
+    requests = drawn(12, loads=("contended:2/1",), intruder=intruder)
+    assert [r.index for r in requests if r.intruder] == [3, 7, 11]
+    assert [r.prompt_tokens for r in requests[:4]] == [50, 50, 50, 200]
+    assert [r.output_tokens for r in requests[:4]] == [4, 4, 4, 2]
+
+
+def test_adapters_in_turn() -> None:
+    requests = drawn(7, adapters=Adapters(count=3, suffix="-rank-64"))
+    assert [r.tenant for r in requests] == [0, 1, 2, 0, 1, 2, 0]
+    assert requests[2].adapter == "tenant-2-rank-64"
+    assert all((r.tenant, r.adapter) == (None, None) for r in drawn(3))
+
+
+def test_adapters_by_zipfs_law() -> None:
+    """Shares of 1, 1/2, 1/3 and 1/4 over 25/12; four standard errors of the largest are 0.6 %."""
+    zipf = make_workload(adapters=Adapters(count=4, mix="zipf"))
+    n = 100_000
+    shares = Counter(zipf.tenants(n, seed=1))
+    found = [shares[k] / n for k in range(4)]
+    assert found == pytest.approx([0.48, 0.24, 0.16, 0.12], abs=0.0065)
+    assert zipf.tenants(50, 1) == zipf.tenants(60, 1)[:50]
+    assert zipf.tenants(50, 1) != zipf.tenants(50, 2)
+
+
+def test_a_draw_of_adapters_is_the_same_on_any_machine_and_python() -> None:
+    zipf = make_workload(adapters=Adapters(count=8, mix="zipf"))
+    assert zipf.tenants(16, seed=0) == [6, 1, 1, 1, 0, 5, 7, 7, 3, 1, 5, 7, 3, 1, 0, 1]
+
+
+def test_who_asks_does_not_change_what_is_asked() -> None:
+    """So that a base and its adapters are compared on the same prompts."""
+    plain, tenants = drawn(6), drawn(6, adapters=Adapters(count=2, mix="zipf"))
+    assert [r.messages for r in plain] == [r.messages for r in tenants]
+
+
+def test_a_planned_request_asks_its_adapter_and_says_whose_it_is(tmp_path: Path) -> None:
+    requests = drawn(4, loads=("contended:2/1",), intruder=Intruder(prompt_tokens=90),
+                     adapters=Adapters(count=2))  # fmt: skip
+    requests[1] = drawn(2)[1]
+    write_requests(tmp_path / "requests.jsonl", requests, "base")
+    planned = read_requests(tmp_path / "requests.jsonl")
+    models = [json.loads(p.body)["model"] for p in planned]
+    assert models == ["tenant-0", "base", "tenant-0", "tenant-1"]
+    assert [p.intruder for p in planned] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"prefix": Prefix(tokens=9), "task": "story"}, "each say how prompts begin"),
+        ({"prefix": Prefix(tokens=9), "chat": Chat(turns=2, grows_tokens=9)}, "each say how"),
+        ({"intruder": Intruder(prompt_tokens=9)}, "belong together"),
+        ({"loads": ("contended:2/1",)}, "belong together"),
+        (
+            {"loads": ("contended:2/1", "concurrent:2"), "intruder": Intruder(prompt_tokens=9)},
+            "belong together",
+        ),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        make_workload(**fields)
+
+
+def test_longest_context_counts_every_turn_and_the_intruder() -> None:
+    assert make_workload(chat=Chat(turns=3, grows_tokens=20)).longest_tokens == 6 + 4 + 2 * 20
+    for tokens, longest in ((7, 10), (200, 203)):
+        intruder = Intruder(prompt_tokens=tokens, output_tokens=3)
+        workload = make_workload("contended:2/1", intruder=intruder)
+        assert workload.longest_tokens == longest
