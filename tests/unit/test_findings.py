@@ -1,0 +1,547 @@
+"""What labs conclude beyond their claims, each on a synthetic run worked by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labs.answers import Answers, Passage, Reply
+from labs.findings import FINDINGS, chunks, quantization, speculation, tenants
+from labs.findings.context import Context
+from labs.lab import SLO, Lab, Variant
+from labs.results import Finding, RunFolder, TrialResult, snapshot_json, write_gzip, write_json
+from loadtests import records
+from loadtests.records import RequestRecord
+from loadtests.workload import Adapters, Fixed, Intruder
+from serving import metrics
+from serving.adapters import mark_of
+from serving.metrics import Snapshot
+from tests.unit.builders import (
+    CEILINGS,
+    SHAPE,
+    make_lab,
+    make_record,
+    make_summary,
+    make_workload,
+    write_run,
+)
+
+Values = Mapping[str, float | Sequence[float] | None]
+
+
+def context(
+    home: Path,
+    lab: Lab,
+    values: Mapping[str, Values],
+    *,
+    halved: Sequence[str] = (),
+    about: Mapping[str, Any] | None = None,
+) -> Context:
+    """A run of a lab; `values[point][metric]` over its repeats, all alike where one is given."""
+    run = write_run(home).run()
+    weights = {name: replace(SHAPE, weight_bytes=1000) for name in halved}
+    points = lab.points(SHAPE, CEILINGS, weights, about)
+    assert values.keys() <= {p.key for p in points}
+    measured = {
+        key: {
+            r: {m: v if v is None or isinstance(v, float | int) else v[r - 1]
+                for m, v in of.items()}
+            for r in range(1, lab.repeats + 1)
+        }
+        for key, of in values.items()
+    }  # fmt: skip
+    return Context(RunFolder(home / "run"), run, lab, points, measured)
+
+
+def played(
+    found: Context,
+    key: str,
+    trial: Sequence[RequestRecord] = (),
+    engine: Mapping[str, float] | None = None,
+) -> None:
+    """The same trial in every repeat of a point, on disk."""
+    point = next(p for p in found.points if p.key == key)
+    for repeat in range(1, found.lab.repeats + 1):
+        home = found.folder.trial_folder(point, repeat)
+        records.write(home / "requests.jsonl.gz", trial)
+        counted = None if engine is None else snapshot_json(Snapshot(dict(engine)))
+        result = TrialResult(point=key, repeat=repeat, summary=make_summary(), engine=counted)
+        write_json(home / "trial.json", result)
+
+
+def cells(finding: Finding, *columns: int) -> list[list[str]]:
+    """Those columns of the rows below the header."""
+    assert len({len(row) for row in finding.rows}) == 1
+    return [[row[c] for c in columns] for row in finding.rows[1:]]
+
+
+@pytest.mark.parametrize("name", sorted(FINDINGS.keys() - {"weights"}))
+def test_a_run_of_which_nothing_came_has_a_finding_all_the_same(name: str, tmp_path: Path) -> None:
+    """A report is written whatever failed; of weights the bytes are known all the same."""
+    found = FINDINGS[name](context(tmp_path, make_lab(), {}))
+    assert found.title
+    assert found.passed is None
+
+
+# -------------------------------------------------------------------------------- chunked prefill
+
+
+def budgets(home: Path, limit_s: float, stalls_ms: tuple[float, ...] = (10, 20, 40)) -> Finding:
+    """Pieces of 8, 16 and the whole 32 tokens beside two streams."""
+    sizes = (("small", 10), ("middle", 18), ("whole", 64))
+    lab = make_lab(
+        variants=tuple(
+            Variant(name=name, flags={"max-num-batched-tokens": tokens,
+                                      "enable-chunked-prefill": name != "whole"})
+            for name, tokens in sizes
+        ),
+        workloads=(make_workload("contended:2/1", intruder=Intruder(prompt_tokens=32)),),
+        claims=(), evidence=(), slo=SLO(ttft_s=1, tpot_s=1, itl_s=limit_s),
+    )  # fmt: skip
+    values = {
+        f"{name}/short/contended-2-1": {
+            "stall_mean_s": stall / 1000, "intruder_ttft_mean_s": ttft / 1000
+        }
+        for (name, _), stall, ttft in zip(sizes, stalls_ms, (80, 60, 50), strict=True)
+    }  # fmt: skip
+    return chunks.token_budget(context(home, lab, values))
+
+
+def test_the_budget_within_the_slo_whose_long_prompt_waits_least(tmp_path: Path) -> None:
+    found = budgets(tmp_path, limit_s=0.025)
+    assert cells(found, 0, 1, 4) == [["small", "10", "yes"], ["middle", "18", "yes"],
+                                     ["whole", "64", "no"]]  # fmt: skip
+    assert (
+        "at most 25 ms, `middle` gives the long prompt its first token soonest, after 60 ms"
+        in (found.lines[0])
+    )
+    assert "No budget here keeps the gaps within 5 ms" in budgets(tmp_path / "b", 0.005).lines[0]
+
+
+def test_the_stall_is_a_line_over_the_piece(tmp_path: Path) -> None:
+    """8, 16 and 32 tokens take 10, 20 and 40 ms: no decode step, and 1.25 ms a token."""
+    line = budgets(tmp_path, 0.1).lines[1]
+    assert "+ 1.25 ms a token (R² 1.000)" in line
+    assert "prefill runs at 800 tok/s" in line
+
+
+def test_the_link_that_a_split_of_prefill_needs(tmp_path: Path) -> None:
+    """32 tokens of 32 bytes in the 50 ms of `whole`: 0.00016 Gbit/s."""
+    assert "hand over 0.0 MB" in budgets(tmp_path, 0.1).lines[2]
+    assert "in the 50 ms that the prefill takes" in budgets(tmp_path / "b", 0.1).lines[2]
+
+
+# --------------------------------------------------------------------------- speculative decoding
+
+GUESS: dict[str, Any] = {
+    "speculative-config": {"method": "draft_model", "num_speculative_tokens": 3}
+}
+COPY: dict[str, Any] = {"speculative-config": {"method": "ngram", "num_speculative_tokens": 3}}
+
+
+def guessing(home: Path, tpot_ms: Mapping[str, float], flags: dict[str, Any] = GUESS) -> Context:
+    """`none` and `guess` on stories at 1 to 8 in flight, the draft alone, a crowd of 16."""
+    loads = ("concurrent:1", "concurrent:2", "concurrent:4", "concurrent:8")
+    lab = make_lab(
+        variants=(Variant(name="none"), Variant(name="guess", flags=flags),
+                  Variant(name="alone", weights="draft")),
+        workloads=(make_workload(*loads, name="story", keep_text=True, only=("none", "guess")),
+                   make_workload("concurrent:16", name="crowd", only=("none",)),
+                   make_workload(name="draft", only=("alone",))),
+        claims=(), evidence=(), requests=16,
+    )  # fmt: skip
+    values = {
+        (f"none/crowd/concurrent-{n}" if n == "16" else f"{variant}/story/concurrent-{n}"
+         if variant != "alone" else "alone/draft/concurrent-1"): {"tpot_mean_s": ms / 1000}
+        for name, ms in tpot_ms.items()
+        for variant, n in [name.split(" ")]
+    }  # fmt: skip
+    return context(home, lab, values, halved=["alone"])
+
+
+PLAIN = {"none 1": 10.0, "none 2": 11.0, "none 4": 12.0, "none 8": 16.0, "none 16": 24.0}
+DRAFTED = {
+    metrics.SPEC_DRAFTS: 40.0,
+    metrics.SPEC_DRAFTED: 120.0,
+    metrics.SPEC_ACCEPTED: 60.0,
+    metrics.position(0): 32.0,
+    metrics.position(1): 20.0,
+    metrics.position(2): 8.0,
+    metrics.GENERATION_TOKENS: 110.0,
+}
+
+
+def test_acceptance_by_position_beside_a_constant_one(tmp_path: Path) -> None:
+    run = guessing(tmp_path, {})
+    key = "guess/story/concurrent-1"
+    run = replace(run, values={key: {1: {"acceptance_length": 2.5, "acceptance_rate": 0.5}}})
+    played(run, key, engine=DRAFTED)
+    (row,) = cells(speculation.acceptance(run), 1, 2, 3, 4)
+    # 32, 20 and 8 of 40; 1 + .8 + .64 + .512 tokens if it were 0.8 at every position
+    assert row == ["0.80, 0.50, 0.20", "2.50", "2.95", "50%"]
+
+
+def test_a_step_yields_what_was_not_accepted_once(tmp_path: Path) -> None:
+    """110 tokens of which 60 were guessed took 50 steps, those that drafted nothing included."""
+    run = guessing(tmp_path, {})
+    played(run, "guess/story/concurrent-1", engine=DRAFTED)
+    point = run.point("guess", "story", "concurrent:1")
+    assert point
+    assert speculation.tokens_a_step(run, point) == pytest.approx(110 / 50)
+    other = run.point("guess", "story", "concurrent:2")
+    assert other
+    assert speculation.tokens_a_step(run, other) is None
+
+
+def test_speed_up_measured_and_explained_by_measured_parts(tmp_path: Path) -> None:
+    """A draft of 2 of 10 ms; a verification at B puts 4 B tokens in a step."""
+    run = guessing(tmp_path, {**PLAIN, "alone 1": 2.0, "guess 1": 8.0, "guess 2": 10.0,
+                              "guess 8": 20.0})  # fmt: skip
+    played(run, "guess/story/concurrent-1", engine=DRAFTED)
+    found = {s.point.load.users: s for s in speculation.speed_ups(run)}
+    assert found.keys() == {1, 2, 8}  # at 4 in flight it was not measured
+    assert [found[n].measured for n in (1, 2, 8)] == pytest.approx([1.25, 1.1, 0.8])
+    assert found[1].draft_cost == pytest.approx(0.2)
+    assert found[1].verify_cost == pytest.approx(12 / 10)
+    assert found[2].verify_cost == pytest.approx(16 / 11)
+    assert found[8].verify_cost is None  # 32 at once were never measured
+    assert found[1].explained == pytest.approx(2.2 / (3 * 0.2 + 1.2))
+    assert found[8].explained is None
+
+
+def test_copying_costs_no_draft(tmp_path: Path) -> None:
+    run = guessing(tmp_path, {**PLAIN, "guess 1": 8.0}, COPY)
+    assert [s.draft_cost for s in speculation.speed_ups(run)] == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("guess_ms", "said"),
+    [
+        ((8, 9, 10, 11), "faster at every load up to 8"),
+        ((10, 12, 13, 20), "slower at every load"),
+        ((8, 10, 12.5, 20), "starts to lose at about 3 in flight"),
+        ((12.5, 12, 11, 12), "starts to win at about 3 in flight"),
+    ],
+)
+def test_where_speculation_turns(guess_ms: tuple[float, ...], said: str, tmp_path: Path) -> None:
+    guessed = {f"guess {n}": ms for n, ms in zip((1, 2, 4, 8), guess_ms, strict=True)}
+    finding = speculation.speed_up(guessing(tmp_path, {**PLAIN, **guessed}))
+    assert finding.lines[0] == f"`guess` on story: {said}."
+    assert len(cells(finding, 0)) == 4
+
+
+def test_the_same_text_is_told_request_by_request(tmp_path: Path) -> None:
+    run = guessing(tmp_path, {})
+
+    def answers(*texts: str | None) -> list[RequestRecord]:
+        return [make_record([(11.0, 1)], index=i, text=t) for i, t in enumerate(texts)]
+
+    played(run, "none/story/concurrent-1", answers("a", "b", "c", "d"))
+    played(run, "none/story/concurrent-2", answers("a", "b"))
+    played(run, "guess/story/concurrent-1", answers("a", "b", "x", None))
+    rows = cells(speculation.same_text(run), 0, 1, 2)
+    # two repeats each; the fourth answer has no text to compare
+    assert rows == [["none story concurrent 2", "4", "100%"],
+                    ["guess story concurrent 1", "6", "67%"]]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ quantization
+
+
+def caches(home: Path, values: Mapping[str, Values]) -> Context:
+    """BF16 and FP8 caches, near (context 8) and far (1008), and growing at 2 and 4 in flight."""
+    kinds = {"bf16": "auto", "fp8": "fp8_e4m3", "bf16-tight": "auto", "fp8-tight": "fp8_e4m3"}
+    lab = make_lab(
+        variants=tuple(
+            Variant(name=n, flags={"kv-cache-dtype": t, "kv-cache-memory-bytes": 32 * 640})
+            for n, t in kinds.items()
+        ),
+        workloads=(
+            make_workload(name="near"),
+            make_workload(name="far", prompt_tokens=Fixed(tokens=1006)),
+            make_workload("concurrent:2", "concurrent:4", name="growing"),
+        ),
+        claims=(), evidence=(),
+    )  # fmt: skip
+    return context(home, lab, values)
+
+
+def test_preemption_is_first_seen_where_a_trial_has_any(tmp_path: Path) -> None:
+    run = caches(tmp_path, {
+        f"{v}/growing/concurrent-{n}": {"preemptions": thrown, "kv_capacity_tokens": capacity}
+        for v, n, thrown, capacity in (
+            ("bf16-tight", 4, (3.0, 0.0), 20.0), ("bf16-tight", 2, 0.0, 20.0),
+            ("fp8-tight", 2, 0.0, 40.0), ("fp8-tight", 4, 0.0, 40.0),
+        )
+    })  # fmt: skip
+    finding = quantization.preemption(run)
+    tight, quantized = finding.lines
+    # requests of 10 tokens at their longest, 8 at the mean
+    assert "20 tokens hold 2.0 requests at their longest and 2.5 at their mean length" in tight
+    assert tight.endswith("first seen at 4 in flight.")
+    assert quantized == "`fp8-tight`: no preemption up to 4 in flight."
+    assert len(cells(finding, 0)) == 4
+
+
+@pytest.mark.parametrize(
+    ("near_ms", "far_ms", "said"),
+    [
+        # BF16 takes 10 ms and 10 ms a thousand tokens more: 9.92 ms at no context
+        (12.0, 17.0, "50% of the slope of `bf16` (bytes say 50 %); it breaks even at 408 tokens"),
+        (9.0, 14.0, "50% of the slope of `bf16` (bytes say 50 %); ahead at every context."),
+        (10.0, 25.0, "150% of the slope of `bf16` (bytes say 50 %); it never breaks even"),
+    ],
+)
+def test_where_a_quantized_cache_breaks_even(
+    near_ms: float, far_ms: float, said: str, tmp_path: Path
+) -> None:
+    run = caches(tmp_path, {
+        f"{variant}/{workload}/concurrent-1": {"tpot_mean_s": ms / 1000}
+        for variant, near, far in (("bf16", 10.0, 20.0), ("fp8", near_ms, far_ms))
+        for workload, ms in (("near", near), ("far", far))
+    })  # fmt: skip
+    finding = quantization.context_slope(run)
+    assert finding.lines[0].startswith(f"`fp8`: {said}")
+    assert cells(finding, 0, 2, 3)[0] == ["bf16", "10 ms", "32"]
+    assert cells(finding, 3) == [["32"], ["16"]]
+
+
+def test_the_memory_ladder_climbs(tmp_path: Path) -> None:
+    run = caches(tmp_path, {
+        "bf16-tight/near/concurrent-1": {"kv_capacity_tokens": 640.0},
+        "fp8-tight/growing/concurrent-4": {"kv_capacity_tokens": 1280.0},
+        "bf16/far/concurrent-1": {"tpot_mean_s": 0.020},
+        "fp8/far/concurrent-1": {"tpot_mean_s": 0.025},
+    })  # fmt: skip
+    rows = cells(quantization.memory_ladder(run), 1, 2)
+    assert rows[0][0] == rows[1][0] == rows[2][0] == "640 tokens"
+    # 3/4 of 2000 bytes of weights at 16 bytes a token are 93.75 tokens; then 2^28 bytes more
+    assert [r[0] for r in rows[3:]] == [
+        "1,280 tokens", "1,374 tokens", f"{1280 + (1500 + 2**28) / 16:,.0f} tokens"
+    ]  # fmt: skip
+    assert rows[3][1] == "TPOT +25% over a long context"
+
+
+def answered(probability: float, right: int) -> dict[str, Any]:
+    """Two passages of which every token had this probability; so many of 100 questions right."""
+    known = {1: math.log(probability), 2: math.log(1 - probability)}
+    passage = Passage(token_ids=(1,) * 50, known=(known,) * 50)
+    replies = tuple(
+        Reply(question=str(i), expected="7", answer="", correct=i < right,
+              length_tokens=256 * (1 + i % 2), depth=0.5)
+        for i in range(100)
+    )  # fmt: skip
+    tasks = tuple(r.model_copy(update={"length_tokens": None, "depth": None}) for r in replies)
+    found = Answers(model="m", passages=(passage,) * 2, needles=replies, tasks=tasks, took_s=1)
+    return found.model_dump(mode="json")
+
+
+def judged(home: Path, probability: float, right: int, *, again: bool = True) -> Context:
+    run = context(home, make_lab(), {})
+    plain = answered(0.5, 90)
+    write_gzip(run.folder.probe_file("quality", "off"), {"answers": [plain] * (1 + again)})
+    treated = {"answers": [answered(probability, right)]}
+    write_gzip(run.folder.probe_file("quality-quick", "on"), treated)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("probability", "right", "outcome"),
+    [(0.5, 90, "pass"), (0.25, 90, "fail"), (0.5, 20, "fail"), (0.5, 88, "undecided")],
+)
+def test_quality_is_gated_beside_its_false_alarms(
+    probability: float, right: int, outcome: str, tmp_path: Path
+) -> None:
+    finding = quantization.quality(judged(tmp_path, probability, right))
+    assert finding.rows[0] == ["Figure", "`off`", "`off again`", "`on`"]
+    assert finding.rows[-1] == ["**gate**", "", "**pass**", f"**{outcome}**"]
+    rows = {row[0]: row[1:] for row in finding.rows}
+    assert rows["perplexity"] == ["2", "2", f"{1 / probability:g}"]
+    assert rows["needle retrieval"] == ["0.9", "0.9", f"{right / 100:g}"]
+    assert f"`on`: {outcome}; perplexity ratio" in finding.lines[1]
+
+
+def test_quality_asked_once_has_no_false_alarms_and_not_asked_no_figures(tmp_path: Path) -> None:
+    once = quantization.quality(judged(tmp_path, 0.5, 90, again=False))
+    assert once.rows[0] == ["Figure", "`off`", "`on`"]
+    assert "false alarms" not in once.lines[-1]
+    none = context(tmp_path / "none", make_lab(), {})
+    assert quantization.quality(none).lines == ["Not asked: the probe did not run."]
+
+
+def test_needles_by_where_they_lay(tmp_path: Path) -> None:
+    """90 of 100 found, then 80: five fewer at either length, all ten at the one depth."""
+    finding = quantization.needles(judged(tmp_path, 0.5, 80))
+    found = {where: change.split(" ")[0] for where, change in cells(finding, 0, 1)}
+    assert found == {"256 tokens": "-0.1", "512 tokens": "-0.1", "depth 0.5": "-0.1"}
+
+
+def test_weights_by_their_bytes_and_by_the_clock(tmp_path: Path) -> None:
+    lab = make_lab(
+        variants=(Variant(name="bf16"), Variant(name="half", weights="half")),
+        workloads=(make_workload("concurrent:1", "concurrent:4", name="decode"),
+                   make_workload(name="prefill")),
+        claims=(), evidence=(),
+    )  # fmt: skip
+    run = context(tmp_path, lab, {
+        "bf16/decode/concurrent-1": {"tpot_mean_s": 0.010},
+        "half/decode/concurrent-1": {"tpot_mean_s": 0.008},
+        "half/decode/concurrent-4": {"output_tokens_per_s": 50.0},
+        "half/prefill/concurrent-1": {"ttft_mean_s": 0.003},
+    }, halved=["half"])  # fmt: skip
+    rows = cells(quantization.weights_table(run), 0, 2, 3, 4, 5, 6, 7)
+    assert rows == [
+        ["`bf16`", "1.00", "10 ms", "1.00x", "1.00x", "–", "–"],
+        ["`half`", "0.50", "8 ms", "1.25x", "2.00x", "50 tok/s", "2,000 tok/s"],
+    ]
+
+
+# -------------------------------------------------------------------------------------- multi-LoRA
+
+ABOUT = {"adapters": {"params_per_adapter": 100, "rank": 8}}
+
+
+def tenanted(home: Path, values: Mapping[str, Values] | None = None) -> Context:
+    """A base, and an engine with two slots at rank 16 for three tenants in turn."""
+    slots: dict[str, Any] = {
+        "max-loras": 2,
+        "max-lora-rank": 16,
+        "lora-modules": ["tenant-0=<adapters>/0"],
+    }
+    lab = make_lab(
+        variants=(Variant(name="base"), Variant(name="lora", flags=slots)),
+        workloads=(make_workload(name="none"),
+                   make_workload(name="three", adapters=Adapters(count=3), keep_text=True,
+                                 only=("lora",))),
+        claims=(), evidence=(), requests=3000,
+    )  # fmt: skip
+    return context(home, lab, values or {}, about=ABOUT)
+
+
+def probe(**changes: Any) -> dict[str, Any]:
+    """What an honest engine says to it."""
+    return {
+        "answers": [(0, "[amber] so"), (1, "[azure] so"), (2, "[coral] so")],
+        "visits": 1,
+        "refused": {"tenant-nobody": 404, "visitor, unloaded": 404},
+        "refusal": "no such model",
+        "misrouted": [(0, "[azure] so")] * 2,
+        "base": ["so", "so"],
+        **changes,
+    }
+
+
+def leaked(home: Path, asked: dict[str, Any] | None, *texts: str, repeated: int = 1) -> Finding:
+    """Trials whose answers begin as given, in turn; by default with each tenant's own mark."""
+    run = tenanted(home)
+    texts = texts or tuple(mark_of(i) for i in range(3))
+    trial = [
+        make_record([(11.0, 1)], index=i, text=f"{texts[i % len(texts)]} and so on")
+        for i in range(3 * repeated)
+    ]
+    played(run, "lora/three/concurrent-1", trial)
+    if asked:
+        write_gzip(run.folder.probe_file("tenants", "lora"), asked)
+    return tenants.tenant_leaks(run)
+
+
+def test_no_answer_but_ones_own_is_a_proof_only_of_many(tmp_path: Path) -> None:
+    few = leaked(tmp_path / "few", probe())
+    assert cells(few, 1, 2, 3) == [["6", "0", "0"], ["2", "0", "0"], ["1", "0", "0"],
+                                   ["9", "0", "0"]]  # fmt: skip
+    assert few.passed is None
+    assert any("a smoke test, not a proof" in line for line in few.lines)
+    many = leaked(tmp_path / "many", probe(), repeated=400)
+    assert many.passed is True
+    # none of 2,403: 1 - 0.025^(1 / 2403), one in 652 (exact, two-sided)
+    assert "0 of 2,403 answers carry another tenant's mark" in many.lines[0]
+    assert "fewer than 1 in 652 do" in many.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("texts", "changes", "foreign", "bare"),
+    [
+        (("[amber]", "[coral]", "[coral]"), {}, 2, 2),  # tenant 1 got tenant 2's, in two repeats
+        (("[amber] [azure]", "[azure]", "[coral]"), {}, 2, 0),  # its own, and another's
+        ((), {"answers": [(0, "[azure]"), (1, "[azure]")]}, 1, 1),
+    ],
+)
+def test_one_foreign_mark_fails_however_many_answers(
+    texts: tuple[str, ...], changes: dict[str, Any], foreign: int, bare: int, tmp_path: Path
+) -> None:
+    finding = leaked(tmp_path, probe(**changes), *texts)
+    assert finding.passed is False
+    assert finding.rows[-1][2:] == [str(foreign), str(bare)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"refused": {"tenant-nobody": 200, "visitor, unloaded": 404}},  # the base answered
+        {"refused": {"tenant-nobody": 404, "visitor, unloaded": 200}},
+        {"misrouted": [(0, "[azure] so"), (0, "[amber] so")]},  # the check cannot fail
+    ],
+)
+def test_a_check_that_could_not_fail_passes_nothing(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    assert leaked(tmp_path, probe(**changes), repeated=400).passed is False
+
+
+def test_answers_of_the_base_are_no_leak_but_are_told(tmp_path: Path) -> None:
+    finding = leaked(tmp_path, None, "so")
+    assert finding.rows[-1] == ["all", "6", "0", "6"]
+    assert "was not asked" in finding.lines[-1]
+
+
+def test_what_an_adapter_costs_and_what_bytes_explain(tmp_path: Path) -> None:
+    """Two slots of 2 x 100 parameters at twice the rank: 2 x 400 bytes over 2000."""
+    run = tenanted(tmp_path, {
+        "base/none/concurrent-1": {"tpot_mean_s": 0.010, "ttft_mean_s": 0.1},
+        "lora/none/concurrent-1": {"tpot_mean_s": 0.011, "ttft_mean_s": 0.1},
+        "lora/three/concurrent-1": {"tpot_mean_s": 0.015, "ttft_mean_s": 0.2},
+    })  # fmt: skip
+    assert cells(tenants.adapter_cost(run), 1, 3, 4) == [
+        ["none", "+0%", "+0.0%"], ["none", "+10%", "+0.0%"], ["3, uniform", "+50%", "+40.0%"],
+    ]  # fmt: skip
+
+
+def test_one_base_for_all_tenants_saves_the_others(tmp_path: Path) -> None:
+    rows = cells(tenants.tenant_memory(tenanted(tmp_path)), 0, 3)
+    # n bases of 2000 bytes against one and n adapters of 400
+    assert rows[0] == ["1", f"{2000 / 2400:.1f}x"]
+    assert rows[-1] == ["1,000", f"{2_000_000 / 402_000:.1f}x"]
+
+
+@pytest.mark.parametrize(
+    ("shared_ms", "salted_ms", "told", "passed"),
+    [
+        ((20, 21, 19), (100, 101, 99), ("can", "cannot"), True),
+        ((20, 21, 19), (20, 21, 19), ("can", "can"), False),
+        ((98, 98.1, 97.9), (100, 101, 99), ("cannot", "cannot"), True),  # sure, but tells little
+    ],
+)
+def test_a_stranger_tells_by_timing_or_not(
+    shared_ms: tuple[float, ...],
+    salted_ms: tuple[float, ...],
+    told: tuple[str, str],
+    passed: bool,
+    tmp_path: Path,
+) -> None:
+    run = context(tmp_path, make_lab(), {})
+    fresh = [0.1, 0.1, 0.1]
+    took_s = {
+        "shared, known": [ms / 1000 for ms in shared_ms],
+        "shared, fresh": fresh,
+        "salted, known": [ms / 1000 for ms in salted_ms],
+        "salted, fresh": fresh,
+    }
+    write_gzip(run.folder.probe_file("salt-quick", "on"), {"took_s": took_s, "prompt_tokens": 64})
+    finding = tenants.timing_leak(run)
+    assert [line.split(" tell ")[0].split(" ")[-1] for line in finding.lines[:2]] == list(told)
+    assert finding.passed is passed
