@@ -17,10 +17,11 @@ blocks. What noise is left shows when an engine is asked twice; `at_once=1` leav
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -88,6 +89,17 @@ class Engine:
         return choice
 
 
+@contextlib.contextmanager
+def threads(at_once: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool that drops what it has not begun when its block fails or is interrupted."""
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def ask(
     url: str,
     model: str,
@@ -111,7 +123,7 @@ def ask(
         for seed in range(1 if quick else seeds)
     ]
     passages = tuple(score(engine, text) for text in _passages("held_out.txt")[third])
-    with ThreadPoolExecutor(at_once) as pool:
+    with threads(at_once) as pool:
         found = pool.map(lambda text: ask_needles(engine, *text), texts)
         tasks = pool.map(lambda task: ask_task(engine, *task), tasks_with_shots()[third])
         return Answers(

@@ -126,6 +126,7 @@ def _write_prompts(path: Path, model: Model, kinds: Sequence[Workload]) -> None:
     writer, rng = Writer(counter(str(model.path))), random.Random(SEED)
     drawn = [r.messages for kind in kinds for r in kind.requests(PROMPTS_EACH, SEED, writer)]
     drawn.sort(key=lambda _: rng.random())
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(orjson.dumps({"messages": m}) + b"\n" for m in drawn))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import requests
 
-from labs.answers import LENGTHS_TOKENS, ask
+from labs.answers import LENGTHS_TOKENS, ask, threads
 from labs.lab import Lab, Variant
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Fixed
@@ -72,7 +71,7 @@ def tenants(served: Served, requests_sent: int = 1400, at_once: int = 16) -> dic
 
     drawn = [rng.randrange(count) for _ in range(requests_sent)]
     visits: list[tuple[int, str]] = []
-    with ThreadPoolExecutor(at_once) as pool:
+    with threads(at_once) as pool:
         asked = [pool.submit(answer, f"tenant-{t}", i) for i, t in enumerate(drawn)]
         for owner in range(count):
             path = str(served.places["adapters"] / f"tenant-{owner}")

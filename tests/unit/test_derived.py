@@ -1,0 +1,164 @@
+"""Models made from the served one, by a maker that is a process of its own."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labs import LABS, derived
+from labs.answers import TEXTS
+from labs.derived import RECIPES, about, make, place, with_weights
+from labs.lab import LabError
+from loadtests.prompts import Messages, Writer
+from serving import models
+from serving.engine import placed
+from serving.models import Model, ModelError
+from tests.unit.builders import SHAPE
+
+MAKER = """
+import pathlib, sys
+*method, base, out, given = sys.argv[1:]
+print("reading", base, flush=True)
+if "fails" in base:
+    print("first this", file=sys.stderr)
+    sys.exit("the base takes no adapter")
+pathlib.Path(out).mkdir(parents=True)
+pathlib.Path(out, "given").write_text(pathlib.Path(given).read_text())
+pathlib.Path(out, "method").write_text(" ".join(method))
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """A base whose makers are all the one above, in a checkout that has made nothing yet."""
+    (tmp_path / "a_maker.py").write_text(MAKER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{models.ROOT}")
+    monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(derived, "counter", lambda path: words)
+    for name, recipe in RECIPES.items():
+        monkeypatch.setitem(RECIPES, name, replace(recipe, module="a_maker"))
+    return Model("lab/base-1B", tmp_path / "base", SHAPE)
+
+
+def words(messages: Messages) -> int:
+    return 5 + sum(len(m["content"].split()) for m in messages)
+
+
+def test_it_is_made_once_and_then_found(model: Model) -> None:
+    said: list[str] = []
+    folder = make(model, "draft", said.append)
+    assert folder == place(model, "draft") == models.CACHE / "models" / "lab--base-1B-draft"
+    assert "about" in said[0]
+    assert said[1] == f"  reading {model.path}"
+    assert make(model, "draft", pytest.fail) == folder  # in silence
+
+
+def test_prompts_are_of_every_kind_and_the_same_wherever_made(model: Model) -> None:
+    recipe = RECIPES["adapters"]
+    given = (make(model, "adapters", list[str]().append) / "given").read_text()
+    prompts = [json.loads(line)["messages"] for line in given.splitlines()]
+    kinds = [kind.requests(1, 0, Writer(words))[0].prompt_tokens for kind in recipe.prompts]
+    lengths = [words(p) for p in prompts]
+    assert {n: lengths.count(n) for n in kinds} == dict.fromkeys(kinds, derived.PROMPTS_EACH)
+    assert lengths[: derived.PROMPTS_EACH] != sorted(lengths)[: derived.PROMPTS_EACH]  # mixed
+    place(model, "adapters").rename(models.CACHE / "moved")
+    assert (make(model, "adapters", list[str]().append) / "given").read_text() == given
+
+
+def test_a_quantizer_gets_its_method_and_a_text(model: Model) -> None:
+    folder = make(model, "w4a16-gptq-code", list[str]().append)
+    assert (folder / "method").read_text() == RECIPES["w4a16-gptq-code"].method == "w4a16-gptq"
+    text = (TEXTS / "calibration_code.txt").read_text()
+    assert (folder / "given").read_text() == text
+
+
+def test_a_maker_that_fails_has_the_last_word(model: Model, tmp_path: Path) -> None:
+    failing = replace(model, path=tmp_path / "fails")
+    with pytest.raises(LabError, match="draft could not be made: the base takes no adapter") as e:
+        make(failing, "draft", list[str]().append)
+    log = models.CACHE / "draft.log"
+    assert str(log) in str(e.value)
+    assert "first this" in log.read_text()
+    assert not place(model, "draft").exists()
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones(model: Model) -> None:
+    with pytest.raises(LabError, match=r"'w2' is known; the known ones are draft, adapters"):
+        make(model, "w2", pytest.fail)
+
+
+def test_a_published_model_stands_in_for_a_made_one(
+    model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(models.SIBLINGS, (model.name, "draft"), "lab/base-0.1B")
+    monkeypatch.setattr(models, "_download", lambda name: tmp_path / name)
+    (tmp_path / "lab/base-0.1B").mkdir(parents=True)
+    assert make(model, "draft", pytest.fail) == tmp_path / "lab/base-0.1B"
+    assert place(model, "adapters").parent == models.CACHE / "models"
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_what_a_lab_needs_can_be_made(lab: str) -> None:
+    for kind in ("cpu", "gpu"):
+        assert set(LABS[lab].at(kind, quick=False).derived()) <= RECIPES.keys()
+
+
+def write_model(folder: Path, layers: int, *, packed: bool = False) -> Path:
+    """A folder with the config and the header of one tensor of 64 numbers, or of 32 packed ones."""
+    folder.mkdir()
+    config = {"num_hidden_layers": layers, "hidden_size": 8, "num_attention_heads": 2,
+              "num_key_value_heads": 1, "vocab_size": 16, "max_position_embeddings": 4096,
+              "tie_word_embeddings": True}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    size = 32 if packed else 64
+    tensor = {"dtype": "I8" if packed else "BF16", "shape": [size],
+              "data_offsets": [0, size if packed else 2 * size]}  # fmt: skip
+    header = json.dumps({"model.x": tensor}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    return folder
+
+
+def test_packed_weights_change_the_bytes_and_nothing_else(model: Model, tmp_path: Path) -> None:
+    served = with_weights(model, "w4", write_model(tmp_path / "w4", 2, packed=True))
+    assert served.name == model.name  # what requests ask for
+    assert served.path == tmp_path / "w4"
+    assert served.shape == replace(model.shape, weight_bytes=32)
+
+
+def test_a_draft_has_a_shape_of_its_own(model: Model, tmp_path: Path) -> None:
+    shape = with_weights(model, "draft", write_model(tmp_path / "draft", 1)).shape
+    assert (shape.layers, shape.params, shape.weight_bytes) == (1, 64, 128)
+
+
+def test_what_is_known_of_it_is_what_its_maker_wrote_and_its_bytes(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "draft", 1)
+    assert about(folder) == {"weight_bytes": 128}
+    (folder / "about.json").write_text('{"acceptance": 0.7}')
+    assert about(folder) == {"acceptance": 0.7, "weight_bytes": 128}
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no \*\.safetensors"):
+        about(folder)
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "about.json").write_text('{"rank": 8}')
+    assert about(adapters) == {"rank": 8}
+
+
+def test_flags_name_a_place_that_only_this_machine_knows() -> None:
+    flags: dict[str, Any] = {
+        "speculative-config": {"model": "<draft>", "num_speculative_tokens": 2},
+        "lora-modules": ["tenant-0=<adapters>/tenant-0"],
+        "block-size": 16,
+    }
+    places = {"draft": Path("/m/draft"), "adapters": Path("/m/adapters")}
+    assert placed(flags, places) == {
+        "speculative-config": {"model": "/m/draft", "num_speculative_tokens": 2},
+        "lora-modules": ["tenant-0=/m/adapters/tenant-0"],
+        "block-size": 16,
+    }
+    assert flags["speculative-config"] == {"model": "<draft>", "num_speculative_tokens": 2}

@@ -1,0 +1,197 @@
+"""What the probes ask, and what they tell of an honest engine and of faulty ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, Literal
+
+import pytest
+import requests
+
+from labs import probes
+from labs.answers import Answers, threads
+from labs.findings.tenants import leaks
+from labs.lab import Variant
+from labs.probes import PROBES, Served
+from loadtests.prompts import Messages, Writer
+from loadtests.workload import Fixed
+from serving.adapters import mark_of, marks_in
+from tests.unit.builders import make_lab, make_workload
+
+TENANTS = 3
+Fault = Literal["", "wrong adapter", "base for unknown", "old files", "broken"]
+
+
+class Engine(BaseHTTPRequestHandler):
+    """Answers as the asked adapter does: with the mark of the tenant whose files it was given."""
+
+    fault: Fault
+    owners: dict[str, int]
+    bodies: list[dict[str, Any]]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.bodies.append(body)
+        if self.fault == "broken":
+            return self.reply(500, {})
+        if self.path == "/v1/load_lora_adapter":
+            owner = int(Path(body["lora_path"]).name.removeprefix("tenant-"))
+            kept = self.owners if self.fault == "old files" else {}
+            self.owners[body["lora_name"]] = kept.get(f"old {body['lora_name']}", owner)
+            self.owners.setdefault(f"old {body['lora_name']}", owner)
+            return self.reply(200, {})
+        if self.path == "/v1/unload_lora_adapter":
+            del self.owners[body["lora_name"]]
+            return self.reply(200, {})
+        assert self.path == "/v1/chat/completions"
+        name = body["model"]
+        if name not in {*self.owners, "base"} and self.fault != "base for unknown":
+            return self.reply(404, {"error": {"message": f"The model `{name}` does not exist."}})
+        mark = mark_of(self.owners[name]) if name in self.owners else ""
+        if self.fault == "wrong adapter" and mark == mark_of(1):
+            mark = mark_of(2)
+        text = f"{mark} so it goes"
+        self.reply(200, {"choices": [{"message": {"content": text}}]})
+
+    def reply(self, status: int, body: Mapping[str, Any]) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def words(messages: Messages) -> int:
+    return 5 + sum(len(m["content"].split()) for m in messages)
+
+
+@contextmanager
+def serving(fault: Fault = "", max_model_len: int = 512) -> Iterator[Served]:
+    Engine.fault, Engine.bodies = fault, []
+    Engine.owners = {f"tenant-{i}": i for i in range(TENANTS)}
+    modules = [f"tenant-{i}=<adapters>/tenant-{i}" for i in range(TENANTS)]
+    variant = Variant(name="on", flags={"lora-modules": modules})
+    lab = make_lab(
+        variants=(variant, Variant(name="off")),
+        flags={"max-model-len": max_model_len},
+        workloads=(make_workload(prompt_tokens=Fixed(tokens=40)),),
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), Engine) as server:
+        thread = Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        url, places = f"http://127.0.0.1:{server.server_port}", {"adapters": Path("/adapters")}
+        try:
+            yield Served(variant, lab, url, "base", places, Writer(words))
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def tenants(fault: Fault = "") -> dict[str, Any]:
+    with serving(fault) as served:
+        return probes.tenants(served, requests_sent=60, at_once=4)
+
+
+def test_an_honest_engine_answers_each_tenant_as_its_own() -> None:
+    found = tenants()
+    assert len(found["answers"]) == 60 + found["visits"]
+    assert leaks(found["answers"]) == (0, 0)
+    visits = found["answers"][60:]
+    assert sorted({owner for owner, _ in visits}) == [0, 1, 2]
+    assert found["refused"] == {"tenant-nobody": 404, "visitor, unloaded": 404}
+    assert "does not exist" in found["refusal"]
+    assert leaks(found["misrouted"]) == (4, 4)  # the check notices what it must
+    assert not any(marks_in(text) for text in found["base"])
+    chats = [b for b in Engine.bodies if "messages" in b]
+    asked = {b["model"] for b in chats}
+    assert asked == {"tenant-0", "tenant-1", "tenant-2", "visitor", "tenant-nobody", "base"}
+    assert len({str(b["messages"]) for b in chats}) == 16  # prefixes to be mixed up
+    assert {b["temperature"] for b in chats} == {0}
+
+
+def test_an_answer_from_another_adapter_is_a_leak() -> None:
+    found = tenants("wrong adapter")
+    foreign, bare = leaks(found["answers"])
+    assert foreign == bare == sum(tenant == 1 for tenant, _ in found["answers"]) > 0
+
+
+def test_files_that_outlive_their_name_are_a_leak() -> None:
+    found = tenants("old files")
+    at = len(found["answers"]) - found["visits"]
+    assert leaks(found["answers"][:at]) == (0, 0)
+    assert leaks(found["answers"][at:])[0] == found["visits"] * 2 / 3  # all but the first tenant's
+
+
+def test_a_base_that_answers_for_an_unknown_adapter_is_told() -> None:
+    assert tenants("base for unknown")["refused"] == {
+        "tenant-nobody": 200, "visitor, unloaded": 200
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("probe", [PROBES["tenants-quick"], probes.salt])
+def test_a_broken_engine_is_an_error_and_no_finding(probe: probes.Probe) -> None:
+    with serving("broken") as served, pytest.raises(requests.HTTPError):
+        probe(served)
+
+
+def test_what_has_not_begun_is_dropped_when_a_reader_interrupts() -> None:
+    """A probe's hundreds of requests would hold up the end of the run for minutes."""
+    dropped = Event()
+    waiting: list[Future[bool]] = []
+
+    def interrupt() -> None:
+        with threads(1) as pool:
+            pool.submit(dropped.wait, 5)  # what is under way is waited for
+            waiting.append(pool.submit(dropped.is_set))
+            waiting[0].add_done_callback(lambda _: dropped.set())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert waiting[0].cancelled()
+
+
+def test_the_stranger_asks_what_the_victim_asked_and_as_much_that_nobody_did() -> None:
+    with serving() as served:
+        found = probes.salt(served, rounds=3)
+    assert {name: len(took) for name, took in found["took_s"].items()} == {
+        f"{how}, {state}": 3 for how in ("shared", "salted") for state in ("known", "fresh")
+    }
+    assert found["prompt_tokens"] == 40
+    assert {words(b["messages"]) for b in Engine.bodies} == {40}
+    triples = [Engine.bodies[i : i + 3] for i in range(0, len(Engine.bodies), 3)]
+    assert len(triples) == 6
+    for i, triple in enumerate(triples):
+        secret, copy, fresh = (str(b["messages"]) for b in triple)
+        assert secret == copy != fresh
+        salts = [b.get("cache_salt") for b in triple]
+        assert salts == (["victim", "stranger", "stranger"] if i % 2 else [None] * 3)
+    prompts = {str(b["messages"]) for b in Engine.bodies}
+    assert len(prompts) == 12  # nothing of an earlier round is found by a later one
+
+
+def test_quality_is_asked_twice_of_the_first_variant_and_of_lengths_that_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def ask(url: str, model: str, **settings: Any) -> Answers:
+        asked.append(settings)
+        return Answers(model=model, passages=(), needles=(), tasks=(), took_s=0)
+
+    monkeypatch.setattr(probes, "ask", ask)
+    with serving(max_model_len=700) as served:
+        off = Served(served.lab.variants[1], served.lab, served.url, "m", {}, served.writer)
+        assert len(PROBES["quality"](served)["answers"]) == 2
+        assert len(PROBES["quality-quick"](off)["answers"]) == 1
+    assert [s["quick"] for s in asked] == [False, False, True]
+    assert [s["lengths_tokens"] for s in asked] == [[256, 512]] * 3  # 1,024 and room do not fit
