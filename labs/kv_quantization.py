@@ -238,7 +238,6 @@ LAB = Lab(
         "repeats": 2,
         "workloads.near.only": ("bf16", "fp8"),
         "workloads.far.only": ("bf16", "fp8"),
-        "workloads.growing.loads": (Concurrent(users=16), Concurrent(users=28)),
         "probes": ("quality-quick",),
     },
     limits={

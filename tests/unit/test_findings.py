@@ -283,7 +283,7 @@ def test_preemption_is_first_seen_where_a_trial_has_any(tmp_path: Path) -> None:
     tight, quantized = finding.lines
     # requests of 10 tokens at their longest, 8 at the mean
     assert "20 tokens hold 2.0 requests at their longest and 2.5 at their mean length" in tight
-    assert tight.endswith("first seen at 4 in flight.")
+    assert tight.endswith("there was none at 2 in flight, and some at 4.")
     assert quantized == "`fp8-tight`: no preemption up to 4 in flight."
     assert len(cells(finding, 0)) == 4
 
