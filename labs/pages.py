@@ -131,15 +131,14 @@ def _results(runs: Sequence[RunFolder]) -> list[str]:
 def _questions(runs: Sequence[RunFolder]) -> list[str]:
     rows = [["Id", "Question", "Lab", "Result"]]
     for lab in LABS.values():
-        reports = [
-            f"[{'GPU' if f.run().scale == 'gpu' else 'CPU'}]"
-            f"({os.path.relpath(f.path / 'report.md', ROOT)})"
-            for f in runs
-            if f.run().lab["name"] == lab.name
-        ]
-        rows += [
-            [id, QUESTIONS[id], f"`{lab.name}`", ", ".join(reports) or "–"] for id in lab.answers
-        ]
+        for id in lab.answers:
+            reports = [
+                f"[{f.run().machine.describe().partition(',')[0]}]"
+                f"({os.path.relpath(f.path / 'report.md', ROOT)})"
+                for f in runs
+                if f.run().lab["name"] == lab.name and id in f.run().lab["answers"]
+            ]
+            rows.append([id, QUESTIONS[id], f"`{lab.name}`", ", ".join(reports) or "–"])
     return markdown(rows)
 
 
