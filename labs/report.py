@@ -5,6 +5,7 @@ Nothing is computed here that a verdict rests on; numbers come from summary.json
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,7 +77,9 @@ def formulas(predictions: Predictions) -> list[str]:
     every = [p for group in (predictions.effects, predictions.forecasts) for p in group.values()]
     seen = {p.formula: p for by_place in every for p in by_place.values()}
     return [
-        f"`{p.formula}` ({p.source}); assumes: {'; '.join(p.assumptions)}" for p in seen.values()
+        f"`{p.formula}` ({p.source})"
+        + (f"; assumes: {'; '.join(p.assumptions)}" if p.assumptions else "")
+        for p in seen.values()
     ]
 
 
@@ -260,7 +263,7 @@ def _lines(
     if limits := lab.limits.get(run.scale):
         out += ["## What this machine can and cannot show", "", limits, ""]
     if lab.next_knobs:
-        out += ["## What to turn next", "", *(f"- `{_knob(k)}" for k in lab.next_knobs), ""]
+        out += ["## What to turn next", "", *(f"- {_knob(k)}" for k in lab.next_knobs), ""]
     out += ["## How it was measured", "", *_method(folder, run, lab), ""]
     out += ["## Questions this answers", ""]
     out += [f"- **{id}** {QUESTIONS[id]}" for id in lab.answers]
@@ -268,9 +271,9 @@ def _lines(
 
 
 def _knob(text: str) -> str:
-    """`SET="..." explanation` with the setting as code."""
-    command, _, rest = text.partition(" ")
-    return f"{command}` {rest}"
+    """`SET="..." explanation` with the setting as code; a quoted setting may hold spaces."""
+    setting = re.match(r"""\w+=("[^"]*"|'[^']*'|\S+)""", text)
+    return f"`{setting[0]}`{text[setting.end() :]}" if setting else text
 
 
 def notes(run: Run, summary: Summary) -> list[str]:
