@@ -124,10 +124,14 @@ def make(model: Model, name: str, say: Callable[[str], None]) -> Path:
 def _write_prompts(path: Path, model: Model, kinds: Sequence[Workload]) -> None:
     """Prompts of all kinds, mixed, as JSON lines."""
     writer, rng = Writer(counter(str(model.path))), random.Random(SEED)
-    drawn = [r.messages for kind in kinds for r in kind.requests(PROMPTS_EACH, SEED, writer)]
-    drawn.sort(key=lambda _: rng.random())
+    drawn = [
+        {"messages": request.messages, "kind": kind.name}
+        for kind in kinds
+        for request in kind.requests(PROMPTS_EACH, SEED, writer)
+    ]
+    rng.shuffle(drawn)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"".join(orjson.dumps({"messages": m}) + b"\n" for m in drawn))
+    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in drawn))
 
 
 def about(folder: Path) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from labs import LABS
 from labs.judge import Judgement
 from labs.questions import QUESTIONS
 from labs.report import ceilings_text, markdown, ratio_interval, ratio_text, verdict
-from labs.results import RESULTS, RunFolder, all_runs
+from labs.results import RunFolder, all_runs
 from labs.text import number, yes
 from serving.models import ROOT
 
-README = ROOT / "README.md"
+PAGE = "README.md"
+README = ROOT / PAGE
 CLAIMS_EACH = 2  # in README.md, of each lab; the machine's page has them all
 
 
@@ -52,10 +53,10 @@ def write() -> list[Path]:
     return changed
 
 
-def write_machine(slug: str) -> Path:
-    """The page of one machine, quick runs included."""
-    page = RESULTS / slug / "README.md"
-    page.write_text(_machine([f for f in published(quick=True) if f.run().machine.slug == slug]))
+def write_machine(home: Path) -> Path:
+    """The page of the machine whose results lie there, quick runs included."""
+    page = home / PAGE
+    page.write_text(_machine(_by_machine(published(quick=True))[home]))
     return page
 
 
@@ -67,14 +68,15 @@ def _pages() -> dict[Path, str]:
     runs = published()
     return {
         README: _readme(README.read_text(), runs),
-        **{RESULTS / slug / "README.md": _machine(f) for slug, f in _by_machine(runs).items()},
+        **{home / PAGE: _machine(found) for home, found in _by_machine(runs).items()},
     }
 
 
-def _by_machine(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
-    found: dict[str, list[RunFolder]] = {}
+def _by_machine(runs: Sequence[RunFolder]) -> dict[Path, list[RunFolder]]:
+    """By the folder of a machine's results."""
+    found: dict[Path, list[RunFolder]] = {}
     for folder in runs:
-        found.setdefault(folder.run().machine.slug, []).append(folder)
+        found.setdefault(folder.path.parent.parent, []).append(folder)
     return found
 
 
@@ -119,9 +121,9 @@ def _labs() -> list[str]:
 def _results(runs: Sequence[RunFolder]) -> list[str]:
     """The first claims of each lab, under each machine's name."""
     lines: list[str] = []
-    for slug, found in _by_machine(runs).items():
+    for home, found in _by_machine(runs).items():
         run = found[0].run()
-        page = os.path.relpath(RESULTS / slug / "README.md", ROOT)
+        page = os.path.relpath(home / PAGE, ROOT)
         rows = [_claim(f, j, ROOT) for f in found for j in f.summary().judgements[:CLAIMS_EACH]]
         lines += [f"**{run.machine.describe()}**, {run.model} ([every claim]({page})):", ""]
         lines += [*markdown([CLAIM_COLUMNS, *rows]), ""]
@@ -164,7 +166,7 @@ def _claim(folder: RunFolder, judgement: Judgement, seen_from: Path) -> list[str
 def _machine(runs: Sequence[RunFolder]) -> str:
     """Every claim of every lab, what was found beside them, and the questions they answer."""
     first = runs[0].run()
-    here = RESULTS / first.machine.slug
+    here = runs[0].path.parent.parent
     out = [f"# What was measured on {first.machine.describe()}", ""]
     out += [f"Ceilings: {ceilings_text(first.ceilings)}. Each lab's newest complete run:", ""]
     rows = [["Lab", "Question", "Model", "vLLM", "When (UTC)", "Load", "Predictions held"]]

@@ -37,8 +37,8 @@ class Sitting(BaseModel, extra="forbid"):
 
     def page(self) -> Path | None:
         """The summary page of the machine that ran; none where nothing was finished."""
-        slugs = {Path(run).parent.parent.name for run in self.done.values()}
-        return pages.write_machine(slugs.pop()) if slugs else None
+        homes = {(ROOT / run).resolve().parent.parent for run in self.done.values()}
+        return pages.write_machine(homes.pop()) if homes else None
 
     def end(self) -> None:
         FILE.unlink(missing_ok=True)
