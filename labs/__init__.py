@@ -6,6 +6,7 @@ from labs import (
     kv_quantization,
     multi_lora,
     prefix_caching,
+    quantization_tools,
     speculative_decoding,
     weight_quantization,
 )
@@ -21,6 +22,7 @@ LABS: dict[str, Lab] = {
         kv_quantization,
         weight_quantization,
         multi_lora,
+        quantization_tools,
     )
 }
 """Every lab, in reading order: whatever enumerates labs reads this."""

@@ -233,43 +233,83 @@ def _price(context: Context) -> str:
 
 
 def weights_table(context: Context) -> Finding:
-    """Bytes, speed and the bound by bytes of every kind of weights."""
+    """Bytes, speed, the bound by bytes and the making of every kind of weights."""
+    plain = context.points[0]
+    prefill = next((p for p in context.points if p.workload.name == "prefill"), None)
+    many = max(p.load.users for p in context.points if p.workload.name == "decode")
     rows = [["Weights", "In memory", "Bytes ratio", "TPOT, one stream", "Speed-up", "By bytes",
-             "Throughput, 16 in flight", "Prefill"]]  # fmt: skip
-    base = context.lab.variants[0].name
+             *([f"Throughput, {many} in flight"] if many > 1 else []),
+             *(["Prefill"] if prefill else []), "Made by"]]  # fmt: skip
 
-    def at(variant: str, workload: str, load: str, metric: str) -> float | None:
-        point = context.point(variant, workload, load)
+    def at(variant: str, workload: str, users: int, metric: str) -> float | None:
+        point = context.point(variant, workload, f"concurrent:{users}")
         return context.mean(point, metric) if point else None
 
-    lines = []
-    many = max(p.load.users for p in context.points if p.workload.name == "decode")
+    plain_s = at(plain.variant.name, "decode", 1, "tpot_mean_s")
     for variant in context.lab.variants:
         point = next(p for p in context.points if p.variant.name == variant.name)
-        plain = next(p for p in context.points if p.variant.name == base)
-        tpot_s, plain_s = (
-            at(v, "decode", "concurrent:1", "tpot_mean_s") for v in (variant.name, base)
-        )
-        ttft_s = at(variant.name, "prefill", "concurrent:1", "ttft_mean_s")
-        prompt = next(p for p in context.points if p.workload.name == "prefill").prompt_tokens
+        tpot_s = at(variant.name, "decode", 1, "tpot_mean_s")
+        ttft_s = at(variant.name, "prefill", 1, "ttft_mean_s")
         ratio = plain.shape.weight_bytes / point.shape.weight_bytes
-        rows.append(
-            [
-                f"`{variant.name}`",
-                f"{point.shape.weight_bytes / 1e6:,.0f} MB",
-                f"{1 / ratio:.2f}",
-                number(tpot_s, "s"),
-                f"{plain_s / tpot_s:.2f}x" if plain_s and tpot_s else "–",
-                f"{ratio:.2f}x",
-                number(at(variant.name, "decode", f"concurrent:{many}", "output_tokens_per_s"),
-                       "tok/s"),
-                f"{prompt / ttft_s:,.0f} tok/s" if ttft_s else "–",
-            ]
-        )  # fmt: skip
-    lines.append(
+        row = [
+            f"`{variant.name}`",
+            f"{point.shape.weight_bytes / 1e6:,.0f} MB",
+            f"{1 / ratio:.2f}",
+            number(tpot_s, "s"),
+            f"{plain_s / tpot_s:.2f}x" if plain_s and tpot_s else "–",
+            f"{ratio:.2f}x",
+        ]
+        if many > 1:
+            row.append(number(at(variant.name, "decode", many, "output_tokens_per_s"), "tok/s"))
+        if prefill:
+            row.append(f"{prefill.prompt_tokens / ttft_s:,.0f} tok/s" if ttft_s else "–")
+        rows.append([*row, _maker(context, variant.weights)])
+    lines = [
         "*By bytes* is what decode would gain at one stream if reading weights were all it did. On"
         " an accelerator fewer bytes are fewer microseconds; where unpacking 4-bit weights costs"
         " arithmetic on every step, as on a CPU, W4 saves memory and not time, and INT8, which the"
         " matrix unit multiplies directly, wins."
-    )
+    ]
     return Finding(title="What the weights weigh, and how fast they are", rows=rows, lines=lines)
+
+
+def _maker(context: Context, weights: str) -> str:
+    about = context.run.about.get(weights, {})
+    if "tool" not in about:
+        return "–"
+    text = f"{about['tool']} {about['tool_version']}, {about['seconds']:.0f} s"
+    return f"{text}, {about['calibration']}" if about.get("calibration") else text
+
+
+TOOLS = (
+    ("gptqmodel", "auto-gptq", "GPTQ: GPTQModel, the heir, against AutoGPTQ"),
+    ("w4a16-gptq", "auto-gptq", "GPTQ: llm-compressor against AutoGPTQ"),
+    ("w4a16-awq", "autoawq", "AWQ: llm-compressor against AutoAWQ"),
+    ("w4a16-awq", "w4a16-gptq", "one tool: AWQ against GPTQ"),
+    ("w4a16-gptq-code", "w4a16-gptq", "one tool: calibrated on code against on prose"),
+)
+
+
+def tools(context: Context) -> Finding:
+    """Tool against tool, and text against text, on the same passages and questions."""
+    rows = [["Compared", "Perplexity ratio", "Top-1 agreement", "Needles", "Tasks"]]
+    lines = []
+    for one, other, title in TOOLS:
+        ours, theirs = asked(context, one), asked(context, other)
+        if not ours or not theirs:
+            continue
+        found = {f.name: f for f in compare(theirs[0], ours[0]) if f.where == ""}
+        ratio = found["perplexity_ratio"]
+        names = ("perplexity_ratio", "top1_agreement", "needle_retrieval_difference",
+                 "task_accuracy_difference")  # fmt: skip
+        rows.append([title, *(_with_interval(found[name]) for name in names)])
+        if ratio.low is not None and ratio.high is not None and not ratio.low <= 1 <= ratio.high:
+            better = one if ratio.value < 1 else other
+            lines.append(f"{title}: `{better}` keeps the lower perplexity.")
+        else:
+            lines.append(f"{title}: no difference in perplexity is shown.")
+    lines.append(
+        "Ratios and differences are the first against the second; intervals of 95 %, paired over"
+        " passages or questions. Held-out text is prose that no tool has seen."
+    )
+    return Finding(title="Tool against tool, text against text", rows=rows, lines=lines)
