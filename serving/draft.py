@@ -1,0 +1,277 @@
+"""A draft model for speculative decoding: a few layers of the target, taught to write like it.
+
+`python -m serving.draft TARGET_FOLDER OUT_FOLDER PROMPTS_JSONL` writes a model folder that vLLM's
+`--speculative-config '{"method": "draft_model", ..}'` loads. A line of the prompts is
+`{"messages": [..]}`, with an optional `"kind"` by which acceptance is also told apart.
+
+Leviathan et al. (2023) let a cheap model guess and the target check. Under greedy decoding a guess
+is accepted when it is the target's own next token, so the acceptance rate is how often the two
+agree on the target's text: it is measured here on prompts that were not trained on.
+
+The draft keeps the target's tokenizer, embeddings and output matrix, its first layers and the last
+one. Cut out like that it agrees with the target nearly never. Distillation (Hinton et al. 2015)
+teaches it: not which token the target chose but how probable it found each one, on texts that the
+target wrote itself (Kim and Rush 2016), of the kind that will be served (Zhou et al. 2024,
+DistillSpec). The target's distribution is kept as its last hidden state, a vector of the width:
+target and draft share the output matrix that turns it into one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ANSWER_TOKENS = 64  # of the target's, to each prompt
+ANSWER_BATCH, BATCH = 48, 8
+LEARNING_RATE, WARMUP = 1e-3, 0.1
+LEAST_PROMPTS, MOST_HELD_OUT = 12, 64  # a third held out, but not more than these
+
+
+class DraftError(Exception):
+    """The draft cannot be made; the message says why."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The target's greedy answer, and its last hidden state before each of the tokens."""
+
+    kind: str
+    prompt: list[int]
+    tokens: list[int]
+    states: Any  # (tokens, width)
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    try:
+        prompts = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        for prompt in prompts:
+            prompt["messages"][0]["content"]
+    except OSError as error:
+        raise DraftError(f"the prompts {path} cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise DraftError(f'{path} has a line that is not {{"messages": [..]}}') from error
+    if len(prompts) < LEAST_PROMPTS:
+        raise DraftError(f"{path} has {len(prompts)} prompts, fewer than {LEAST_PROMPTS}")
+    return prompts
+
+
+class Clock:
+    """Says what is done, and about how long the rest of this stage takes."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+
+    def say(self, what: str, done: int, of: int) -> None:
+        left_s = (time.monotonic() - self.began) / done * (of - done)
+        print(f"{what}: {done} of {of}; about {left_s:.0f} s left", flush=True)
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, attn_implementation="eager"
+        )
+    except (OSError, ValueError) as error:
+        raise DraftError(f"{folder} is not a model folder that loads: {error}") from error
+    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def answers(tokenizer: Any, model: Any, prompts: Sequence[dict[str, Any]]) -> list[Answer]:
+    """What the target writes. It goes on after its end token, as a server told to ignore it does.
+
+    Prompts of about one length share a batch, padded on the left and masked, to end together.
+    """
+    import torch
+
+    def tokens(prompt: dict[str, Any]) -> list[int]:
+        text = tokenizer.apply_chat_template(
+            prompt["messages"], add_generation_prompt=True, tokenize=False
+        )
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    rows = [(p.get("kind", "text"), tokens(p)) for p in prompts]
+    rows.sort(key=lambda row: len(row[1]))
+    found, clock = list[Answer](), Clock()
+    states = list[Any]()
+    hook = model.base_model.norm.register_forward_hook(lambda *a: states.append(a[2][:, -1]))
+    for start in range(0, len(rows), ANSWER_BATCH):
+        batch = rows[start : start + ANSWER_BATCH]
+        width = len(batch[-1][1])
+        ids = torch.tensor([[0] * (width - len(p)) + p for _, p in batch], device=model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, p in batch])
+        with torch.no_grad():
+            out = model.generate(
+                ids,
+                attention_mask=mask.to(model.device),
+                max_new_tokens=ANSWER_TOKENS,
+                do_sample=False,
+                eos_token_id=-1,
+            )
+        of_row = torch.stack(states, dim=1)
+        states.clear()
+        for (kind, prompt), written, state in zip(batch, out[:, width:], of_row, strict=True):
+            found.append(Answer(kind, prompt, written.tolist(), state))
+        clock.say("prompts answered by the target", len(found), len(rows))
+    hook.remove()
+    return found
+
+
+def prune(model: Any, layers: int) -> None:
+    """Keep the first layers and the last one. Embeddings and output matrix stay as they are."""
+    import torch
+
+    config, body = model.config, model.base_model
+    kept = [*range(layers - 1), len(body.layers) - 1]
+    body.layers = torch.nn.ModuleList(body.layers[i] for i in kept)
+    for place, layer in enumerate(body.layers):
+        layer.self_attn.layer_idx = place  # its place in the KV cache
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+
+
+def logits(model: Any, batch: Sequence[Answer]) -> Any:
+    """What the draft predicts for each token of the answers: (all their tokens, vocabulary).
+
+    Padding is on the right, where causal attention does not see it: no mask, and the positions of
+    serving. Only the rows that are needed meet the output matrix.
+    """
+    import torch
+
+    rows = [a.prompt + a.tokens[:-1] for a in batch]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    with torch.autocast(model.device.type, torch.bfloat16):
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state
+        wanted = [hidden[i, len(a.prompt) - 1 : len(rows[i])] for i, a in enumerate(batch)]
+        return model.get_output_embeddings()(torch.cat(wanted)).float()
+
+
+def acceptance(model: Any, held_out: Sequence[Answer]) -> dict[str, float]:
+    """The share of the target's tokens that the draft's first guess is: by kind, and of all."""
+    import torch
+
+    right = dict[str, list[bool]]()
+    for start in range(0, len(held_out), BATCH):
+        batch = held_out[start : start + BATCH]
+        with torch.no_grad():
+            guesses = logits(model, batch).argmax(-1).tolist()
+        tokens = [(a.kind, token) for a in batch for token in a.tokens]
+        for (kind, token), guess in zip(tokens, guesses, strict=True):
+            for group in {kind, "all"}:
+                right.setdefault(group, []).append(token == guess)
+    return {group: sum(found) / len(found) for group, found in sorted(right.items())}
+
+
+def distil(
+    model: Any, taught: Sequence[Answer], held_out: Sequence[Answer], epochs: int, seed: int
+) -> int:
+    """Train the layers towards the target's distribution (forward KL); returns the steps taken."""
+    import torch
+
+    torch.manual_seed(seed)
+    rng, clock, head = random.Random(seed), Clock(), model.get_output_embeddings()
+    model.requires_grad_(False)
+    parts = (model.base_model.layers, model.base_model.norm)
+    weights = [p.requires_grad_() for part in parts for p in part.float().parameters()]
+    steps = epochs * -(-len(taught) // BATCH)
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=WARMUP
+    )
+    for epoch in range(epochs):
+        order = rng.sample(taught, len(taught))
+        for start in range(0, len(order), BATCH):
+            batch = order[start : start + BATCH]
+            with torch.no_grad():
+                wanted = head(torch.cat([a.states for a in batch])).float().log_softmax(-1)
+            guessed = logits(model, batch).log_softmax(-1)
+            torch.nn.functional.kl_div(
+                guessed, wanted, log_target=True, reduction="batchmean"
+            ).backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        share = acceptance(model, held_out)["all"]
+        clock.say(f"{share:.0%} of held-out tokens guessed; epochs", epoch + 1, epochs)
+    return steps
+
+
+def make(target: Path, out: Path, prompts: Path, layers: int, epochs: int, seed: int) -> None:
+    """The draft's folder, which appears when it is complete."""
+    if out.exists():
+        raise DraftError(f"{out} exists already: remove it, or name another folder")
+    if not (target / "config.json").exists():
+        raise DraftError(f"{target} has no config.json: give a model folder")
+    of = json.loads((target / "config.json").read_text()).get("num_hidden_layers", 0)
+    if not 0 < layers < of:
+        raise DraftError(f"--layers {layers} is not fewer than the target's {of}, or none")
+    chats, began = read_prompts(prompts), time.monotonic()
+    half = out.with_name(f".{out.name}.{os.getpid()}")
+    half.mkdir(parents=True)
+    try:
+        print("loading the target", flush=True)
+        tokenizer, model = load(target)
+        texts = answers(tokenizer, model, chats)
+        random.Random(seed).shuffle(texts)
+        cut = min(len(texts) // 3, MOST_HELD_OUT)
+        held_out, taught = texts[:cut], texts[cut:]
+        prune(model, layers)
+        steps = distil(model, taught, held_out, epochs, seed)
+        model = model.bfloat16()
+        by_kind = acceptance(model, held_out)
+        model.save_pretrained(half)
+        tokenizer.save_pretrained(half)
+        about = {
+            "acceptance": by_kind.pop("all"),
+            "acceptance_by_kind": by_kind,
+            "layers": layers,
+            "params": model.num_parameters(),
+            "steps": steps,
+            "trained_on_tokens": sum(len(a.tokens) for a in taught),
+            "seconds": round(time.monotonic() - began, 1),
+            "seed": seed,
+        }
+        (half / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        half.rename(out)
+        print(f"{about['acceptance']:.0%} of held-out tokens are guessed", flush=True)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m serving.draft", description=__doc__)
+    for name in ("target", "out", "prompts"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=6, help="0: cut out, and not trained")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        make(**vars(args))
+    except DraftError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("stopped before the draft was complete: nothing was kept")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Refusals, and a draft distilled from a tiny random Llama."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving import draft
+from serving.draft import DraftError, make
+
+
+def write_prompts(path: Path, count: int) -> Path:
+    lines = [
+        {"kind": "even" if i % 2 else "odd", "messages": [{"role": "user", "content": f"{i} " * 3}]}
+        for i in range(count)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.mark.parametrize("text", ['{"messages": [1', '{"prompt": "a"}', '{"messages": []}', "[1]"])
+def test_prompts_that_are_not_chats_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "p").write_text(text)
+    with pytest.raises(DraftError, match="has a line that is not"):
+        draft.read_prompts(tmp_path / "p")
+
+
+def test_what_cannot_work_is_refused_before_the_model_loads(tmp_path: Path) -> None:
+    prompts, (base, out) = write_prompts(tmp_path / "p", 11), (tmp_path / "base", tmp_path / "out")
+    with pytest.raises(DraftError, match=r"no config\.json"):
+        make(base, out, prompts, 3, 1, 0)
+    base.mkdir()
+    (base / "config.json").write_text('{"num_hidden_layers": 4}')
+    with pytest.raises(DraftError, match="11 prompts, fewer than 12"):
+        make(base, out, prompts, 3, 1, 0)
+    for layers in (0, 4, 5):
+        with pytest.raises(DraftError, match=f"--layers {layers} is not"):
+            make(base, out, prompts, layers, 1, 0)
+    with pytest.raises(DraftError, match="exists already"):
+        make(base, tmp_path, prompts, 3, 1, 0)
+    with pytest.raises(DraftError, match="cannot be read"):
+        make(base, out, tmp_path / "none", 3, 1, 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "p"]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A random Llama of four layers, with a tokenizer of single bytes."""
+    torch = pytest.importorskip("torch")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+        initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_distilling_makes_a_smaller_model_that_agrees_with_the_target(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(draft, "LEARNING_RATE", 1e-2)
+    prompts = write_prompts(tmp_path / "p", 48)
+
+    def made(epochs: int) -> dict[str, Any]:
+        make(tiny, tmp_path / f"{epochs}", prompts, 2, epochs, 0)
+        found: dict[str, Any] = json.loads((tmp_path / f"{epochs}" / "about.json").read_text())
+        return found
+
+    untrained, trained = made(0), made(8)
+    assert untrained["steps"] == 0
+    assert trained["steps"] == 8 * 4
+    assert trained["trained_on_tokens"] == 32 * draft.ANSWER_TOKENS
+    assert trained["acceptance"] > untrained["acceptance"] + 0.1
+    assert trained["acceptance_by_kind"].keys() == {"even", "odd"}
+
+    target = AutoModelForCausalLM.from_pretrained(tiny)
+    cut, taught = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("0", "8"))
+    assert taught.config.num_hidden_layers == 2
+    assert taught.dtype == torch.bfloat16
+    assert trained["params"] == taught.num_parameters()
+    for ours, first in ((0, 0), (1, 3)):  # the first layer and the last
+        torch.testing.assert_close(
+            cut.model.layers[ours].mlp.up_proj.weight,
+            target.model.layers[first].mlp.up_proj.weight.bfloat16(),
+        )
+    assert torch.equal(taught.lm_head.weight, cut.lm_head.weight)
+
+
+def test_a_failure_leaves_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(draft, "distil", fail)
+    before = {*tmp_path.iterdir(), prompts := write_prompts(tmp_path / "p", 12)}
+    with pytest.raises(SystemExit) as stopped:
+        draft.main([str(tiny), str(tmp_path / "out"), str(prompts)])
+    assert "nothing was kept" in str(stopped.value.code)
+    assert {*tmp_path.iterdir()} == before
