@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import Any
 
 ANSWER_TOKENS = 64  # of the target's, to each prompt
-ANSWER_BATCH, BATCH = 48, 8
-LEARNING_RATE, WARMUP = 1e-3, 0.1
+ANSWER_BATCH, BATCH = 64, 8
+LEARNING_RATE, WARMUP = 2e-3, 0.1
+OTHER_TOKENS = 2048
 LEAST_PROMPTS, MOST_HELD_OUT = 12, 64  # a third held out, but not more than these
 
 
@@ -108,8 +109,8 @@ def answers(tokenizer: Any, model: Any, prompts: Sequence[dict[str, Any]]) -> li
     rows = [(p.get("kind", "text"), tokens(p)) for p in prompts]
     rows.sort(key=lambda row: len(row[1]))
     found, clock = list[Answer](), Clock()
-    states = list[Any]()
-    hook = model.base_model.norm.register_forward_hook(lambda *a: states.append(a[2][:, -1]))
+    last = list[Any]()
+    hook = model.base_model.norm.register_forward_hook(lambda *a: last.append(a[2][:, -1]))
     for start in range(0, len(rows), ANSWER_BATCH):
         batch = rows[start : start + ANSWER_BATCH]
         width = len(batch[-1][1])
@@ -123,8 +124,8 @@ def answers(tokenizer: Any, model: Any, prompts: Sequence[dict[str, Any]]) -> li
                 do_sample=False,
                 eos_token_id=-1,
             )
-        of_row = torch.stack(states, dim=1)
-        states.clear()
+        of_row = torch.stack(last, dim=1)
+        last.clear()
         for (kind, prompt), written, state in zip(batch, out[:, width:], of_row, strict=True):
             found.append(Answer(kind, prompt, written.tolist(), state))
         clock.say("prompts answered by the target", len(found), len(rows))
@@ -146,11 +147,11 @@ def prune(model: Any, layers: int) -> None:
         config.layer_types = [config.layer_types[i] for i in kept]
 
 
-def logits(model: Any, batch: Sequence[Answer]) -> Any:
-    """What the draft predicts for each token of the answers: (all their tokens, vocabulary).
+def states(model: Any, batch: Sequence[Answer]) -> Any:
+    """The draft's last hidden state before each token of the answers: (all their tokens, width).
 
     Padding is on the right, where causal attention does not see it: no mask, and the positions of
-    serving. Only the rows that are needed meet the output matrix.
+    serving.
     """
     import torch
 
@@ -159,19 +160,18 @@ def logits(model: Any, batch: Sequence[Answer]) -> Any:
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
     with torch.autocast(model.device.type, torch.bfloat16):
         hidden = model.base_model(ids, use_cache=False).last_hidden_state
-        wanted = [hidden[i, len(a.prompt) - 1 : len(rows[i])] for i, a in enumerate(batch)]
-        return model.get_output_embeddings()(torch.cat(wanted)).float()
+    return torch.cat([hidden[i, len(a.prompt) - 1 : len(rows[i])] for i, a in enumerate(batch)])
 
 
 def acceptance(model: Any, held_out: Sequence[Answer]) -> dict[str, float]:
     """The share of the target's tokens that the draft's first guess is: by kind, and of all."""
     import torch
 
-    right = dict[str, list[bool]]()
+    right, matrix = dict[str, list[bool]](), model.get_output_embeddings().weight
     for start in range(0, len(held_out), BATCH):
         batch = held_out[start : start + BATCH]
         with torch.no_grad():
-            guesses = logits(model, batch).argmax(-1).tolist()
+            guesses = (states(model, batch).to(matrix.dtype) @ matrix.T).argmax(-1).tolist()
         tokens = [(a.kind, token) for a in batch for token in a.tokens]
         for (kind, token), guess in zip(tokens, guesses, strict=True):
             for group in {kind, "all"}:
@@ -182,11 +182,15 @@ def acceptance(model: Any, held_out: Sequence[Answer]) -> dict[str, float]:
 def distil(
     model: Any, taught: Sequence[Answer], held_out: Sequence[Answer], epochs: int, seed: int
 ) -> int:
-    """Train the layers towards the target's distribution (forward KL); returns the steps taken."""
+    """Train the layers towards the target's distribution (forward KL); returns the steps taken.
+
+    The vocabulary would cost more than the layers: the distribution is taken over the tokens that
+    the target wrote and, anew at each step, a sample of the others (Jean et al. 2015).
+    """
     import torch
 
     torch.manual_seed(seed)
-    rng, clock, head = random.Random(seed), Clock(), model.get_output_embeddings()
+    rng, clock, matrix = random.Random(seed), Clock(), model.get_output_embeddings().weight
     model.requires_grad_(False)
     parts = (model.base_model.layers, model.base_model.norm)
     weights = [p.requires_grad_() for part in parts for p in part.float().parameters()]
@@ -195,15 +199,20 @@ def distil(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=WARMUP
     )
+    written = torch.tensor([token for answer in taught for token in answer.tokens])
     for epoch in range(epochs):
         order = rng.sample(taught, len(taught))
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
-            with torch.no_grad():
-                wanted = head(torch.cat([a.states for a in batch])).float().log_softmax(-1)
-            guessed = logits(model, batch).log_softmax(-1)
+            others = torch.randint(len(matrix), (OTHER_TOKENS,))
+            rows = matrix[torch.cat([written, others]).unique().to(matrix.device)]
+            wanted = torch.cat([a.states for a in batch]) @ rows.T
+            guessed = states(model, batch).to(rows.dtype) @ rows.T
             torch.nn.functional.kl_div(
-                guessed, wanted, log_target=True, reduction="batchmean"
+                guessed.float().log_softmax(-1),
+                wanted.float().log_softmax(-1),
+                log_target=True,
+                reduction="batchmean",
             ).backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
