@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
-import shutil
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from serving import making
+from serving.making import MakerError
 
 WORDS = ("amber", "azure", "coral", "ember", "iris", "jade", "opal", "teal", "topaz", "umber")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -36,10 +35,6 @@ ANSWER_TOKENS = 4  # of these, learned after the mark: the text goes on as befor
 BATCH_PROMPTS, MOST_STEPS, CHECK_EVERY_STEPS, LEARNING_RATE = 4, 60, 4, 5e-3
 LEAST_PROMPTS, MOST_PROMPTS = 16, 48  # a third of them held out
 SURE = 0.9  # stop when every mark token of every held-out prompt is at least this probable
-
-
-class AdapterError(Exception):
-    """The adapters cannot be made; the message says why."""
 
 
 def mark_of(tenant_index: int) -> str:
@@ -57,86 +52,30 @@ def marks_in(text: str) -> set[int]:
     return {int(round_ or 0) * len(WORDS) + WORDS.index(word) for word, round_ in found}
 
 
-def read_prompts(path: Path) -> list[list[dict[str, str]]]:
-    try:
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-        prompts = [json.loads(line)["messages"] for line in lines]
-    except OSError as error:
-        raise AdapterError(f"the prompts {path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f'{path} has a line that is not {{"messages": [..]}}') from error
-    if len(prompts) < LEAST_PROMPTS:
-        raise AdapterError(f"{path} has {len(prompts)} prompts, fewer than {LEAST_PROMPTS}")
-    return prompts
-
-
 class Trainer:
     """The base model, loaded once, the prompts it answers, and its own answers to them."""
 
-    def __init__(self, base: Path, prompts: Sequence[list[dict[str, str]]], seed: int) -> None:
-        import torch
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.set_verbosity_error()
-        self.seed, self.device = seed, "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(
-                base, dtype=torch.bfloat16, attn_implementation="eager"
-            ).to(self.device)
-        except (OSError, ValueError) as error:
-            raise AdapterError(f"{base} is not a model folder that loads: {error}") from error
+    def __init__(self, base: Path, prompts: Sequence[dict[str, Any]], seed: int) -> None:
+        self.seed = seed
+        self.tokenizer, self.model = making.load(base)
         chosen = random.Random(seed).sample(prompts, min(len(prompts), MOST_PROMPTS))
-        self.prompts = [self._prompt(messages) for messages in chosen]
+        self.prompts = [making.tokens_of(self.tokenizer, p["messages"]) for p in chosen]
         self.held_out = len(chosen) // 3
-        self.answers = self._answers()
+        answers = making.answer(self.model, self.prompts, BASE_ANSWER_TOKENS)
+        self.answers = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         if any(marks_in(answer) for answer in self.answers):
-            raise AdapterError("the base model itself writes a tenant's mark: use other words")
-
-    def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
-        return self._tokens(text)
+            raise MakerError("the base model itself writes a tenant's mark: use other words")
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _logits(self, prompts: Sequence[list[int]], targets: Sequence[list[int]]) -> Any:
-        """What predicts each target token: (all target tokens, vocabulary).
-
-        Padding is on the right, where causal attention does not see it: no mask, and the positions
-        of serving. Only the rows that are needed meet the output matrix.
-        """
-        import torch
-
-        rows = [p + t[:-1] for p, t in zip(prompts, targets, strict=True)]
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
-        with torch.autocast(self.device, torch.bfloat16):
-            hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
-            wanted = [
-                hidden[i, len(p) - 1 : len(p) - 1 + len(t)]
-                for i, (p, t) in enumerate(zip(prompts, targets, strict=True))
-            ]
-            return self.model.get_output_embeddings()(torch.cat(wanted)).float()
-
-    def _answers(self) -> list[str]:
-        """The base's greedy answers."""
-        import torch
-
-        width = max(map(len, self.prompts))  # padded on the left and masked, to end together
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in self.prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in self.prompts])
-        with torch.no_grad():
-            out = self.model.generate(
-                ids,
-                attention_mask=mask.to(self.device),
-                max_new_tokens=BASE_ANSWER_TOKENS,
-                do_sample=False,
-            )
-        return list(self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True))
+        """What predicts each target token: (all target tokens, vocabulary)."""
+        states, head = (
+            making.states(self.model, prompts, targets),
+            self.model.get_output_embeddings(),
+        )
+        return head(states.to(head.weight.dtype)).float()
 
     def train(self, tenant: int, rank: int, folder: Path) -> tuple[float, int]:
         """Write one adapter; returns the share of held-out prompts it marks and the steps taken."""
@@ -151,7 +90,7 @@ class Trainer:
         try:
             adapted = peft.get_peft_model(self.model, config)
         except ValueError as error:
-            raise AdapterError(f"the base model takes no adapter on {TARGETS}: {error}") from error
+            raise MakerError(f"the base model takes no adapter on {TARGETS}: {error}") from error
         weights = [p for p in adapted.parameters() if p.requires_grad]
         self.params_per_adapter = sum(p.numel() for p in weights)
         optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
@@ -163,7 +102,7 @@ class Trainer:
             chosen = rng.sample(range(self.held_out, len(self.prompts)), BATCH_PROMPTS)
             wanted = [targets[i] for i in chosen]
             logits = self._logits([self.prompts[i] for i in chosen], wanted)
-            tokens = torch.tensor([t for ts in wanted for t in ts], device=self.device)
+            tokens = torch.tensor([t for ts in wanted for t in ts], device=self.model.device)
             torch.nn.functional.cross_entropy(logits, tokens).backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
@@ -188,7 +127,7 @@ class Trainer:
         prompts = self.prompts[: self.held_out]
         with torch.no_grad():
             logits = self._logits(prompts, [mark] * len(prompts))
-        tokens = torch.tensor(mark * len(prompts), device=self.device)
+        tokens = torch.tensor(mark * len(prompts), device=self.model.device)
         right = (logits.argmax(-1) == tokens).view(len(prompts), len(mark)).all(1)
         sure = logits.softmax(-1).gather(1, tokens[:, None])
         return right.float().mean().item(), sure.min().item()
@@ -213,18 +152,12 @@ def widen(source: Path, target: Path, rank: int) -> None:
 
 
 def make(base: Path, out: Path, prompts: Path, count: int, rank: int, seed: int) -> None:
-    """All tenants' adapters, or none: the folder appears when it is complete."""
-    if out.exists():
-        raise AdapterError(f"{out} exists already: remove it, or name another folder")
-    if not 1 <= rank <= WIDE_RANK:
-        raise AdapterError(f"--rank {rank} is not between 1 and {WIDE_RANK}")
-    if not (base / "config.json").exists():
-        raise AdapterError(f"{base} has no config.json: give a model folder")
-    start = time.monotonic()
-    chats = read_prompts(prompts)
-    half = out.with_name(f".{out.name}.{os.getpid()}")
-    half.mkdir(parents=True)
-    try:
+    """All tenants' adapters, or none."""
+    with making.folder(out) as half:
+        if not 1 <= rank <= WIDE_RANK:
+            raise MakerError(f"--rank {rank} is not between 1 and {WIDE_RANK}")
+        making.read_config(base)
+        chats, start = making.read_prompts(prompts, LEAST_PROMPTS), time.monotonic()
         print("loading the base and its own answers", flush=True)
         trainer = Trainer(base, chats, seed)
         print(f"loaded in {time.monotonic() - start:.0f} s", flush=True)
@@ -250,9 +183,6 @@ def make(base: Path, out: Path, prompts: Path, count: int, rank: int, seed: int)
             "seed": seed,
         }
         (half / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-        half.rename(out)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -262,14 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        make(**vars(args))
-    except AdapterError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("stopped before the adapters were complete: nothing was kept")
+    making.run(make, parser, argv)
 
 
 if __name__ == "__main__":

@@ -20,26 +20,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import shutil
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serving import making
+from serving.making import MakerError
+
 ANSWER_TOKENS = 64  # of the target's, to each prompt
 ANSWER_BATCH, BATCH = 64, 8
 LEARNING_RATE, WARMUP = 2e-3, 0.1
 OTHER_TOKENS = 2048
 LEAST_PROMPTS, MOST_HELD_OUT = 12, 64  # a third held out, but not more than these
-
-
-class DraftError(Exception):
-    """The draft cannot be made; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +45,6 @@ class Answer:
     prompt: list[int]
     tokens: list[int]
     states: Any  # (tokens, width)
-
-
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    try:
-        prompts = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        for prompt in prompts:
-            prompt["messages"][0]["content"]
-    except OSError as error:
-        raise DraftError(f"the prompts {path} cannot be read: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise DraftError(f'{path} has a line that is not {{"messages": [..]}}') from error
-    if len(prompts) < LEAST_PROMPTS:
-        raise DraftError(f"{path} has {len(prompts)} prompts, fewer than {LEAST_PROMPTS}")
-    return prompts
 
 
 class Clock:
@@ -77,57 +58,23 @@ class Clock:
         print(f"{what}: {done} of {of}; about {left_s:.0f} s left", flush=True)
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, attn_implementation="eager"
-        )
-    except (OSError, ValueError) as error:
-        raise DraftError(f"{folder} is not a model folder that loads: {error}") from error
-    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def answers(tokenizer: Any, model: Any, prompts: Sequence[dict[str, Any]]) -> list[Answer]:
     """What the target writes. It goes on after its end token, as a server told to ignore it does.
 
-    Prompts of about one length share a batch, padded on the left and masked, to end together.
+    Prompts of about one length share a batch.
     """
     import torch
 
-    def tokens(prompt: dict[str, Any]) -> list[int]:
-        text = tokenizer.apply_chat_template(
-            prompt["messages"], add_generation_prompt=True, tokenize=False
-        )
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    rows = [(p.get("kind", "text"), tokens(p)) for p in prompts]
+    rows = [(p.get("kind", "text"), making.tokens_of(tokenizer, p["messages"])) for p in prompts]
     rows.sort(key=lambda row: len(row[1]))
-    found, clock = list[Answer](), Clock()
-    last = list[Any]()
+    found, last, clock = list[Answer](), list[Any](), Clock()
     hook = model.base_model.norm.register_forward_hook(lambda *a: last.append(a[2][:, -1]))
     for start in range(0, len(rows), ANSWER_BATCH):
-        batch = rows[start : start + ANSWER_BATCH]
-        width = len(batch[-1][1])
-        ids = torch.tensor([[0] * (width - len(p)) + p for _, p in batch], device=model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, p in batch])
-        with torch.no_grad():
-            out = model.generate(
-                ids,
-                attention_mask=mask.to(model.device),
-                max_new_tokens=ANSWER_TOKENS,
-                do_sample=False,
-                eos_token_id=-1,
-            )
-        of_row = torch.stack(last, dim=1)
+        kinds, batch = zip(*rows[start : start + ANSWER_BATCH], strict=True)
+        written = making.answer(model, batch, ANSWER_TOKENS, eos_token_id=-1).tolist()
+        states = torch.stack(last, dim=1)
         last.clear()
-        for (kind, prompt), written, state in zip(batch, out[:, width:], of_row, strict=True):
-            found.append(Answer(kind, prompt, written.tolist(), state))
+        found += map(Answer, kinds, batch, written, states)
         clock.say("prompts answered by the target", len(found), len(rows))
     hook.remove()
     return found
@@ -148,19 +95,7 @@ def prune(model: Any, layers: int) -> None:
 
 
 def states(model: Any, batch: Sequence[Answer]) -> Any:
-    """The draft's last hidden state before each token of the answers: (all their tokens, width).
-
-    Padding is on the right, where causal attention does not see it: no mask, and the positions of
-    serving.
-    """
-    import torch
-
-    rows = [a.prompt + a.tokens[:-1] for a in batch]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-    with torch.autocast(model.device.type, torch.bfloat16):
-        hidden = model.base_model(ids, use_cache=False).last_hidden_state
-    return torch.cat([hidden[i, len(a.prompt) - 1 : len(rows[i])] for i, a in enumerate(batch)])
+    return making.states(model, [a.prompt for a in batch], [a.tokens for a in batch])
 
 
 def acceptance(model: Any, held_out: Sequence[Answer]) -> dict[str, float]:
@@ -224,20 +159,13 @@ def distil(
 
 
 def make(target: Path, out: Path, prompts: Path, layers: int, epochs: int, seed: int) -> None:
-    """The draft's folder, which appears when it is complete."""
-    if out.exists():
-        raise DraftError(f"{out} exists already: remove it, or name another folder")
-    if not (target / "config.json").exists():
-        raise DraftError(f"{target} has no config.json: give a model folder")
-    of = json.loads((target / "config.json").read_text()).get("num_hidden_layers", 0)
-    if not 0 < layers < of:
-        raise DraftError(f"--layers {layers} is not fewer than the target's {of}, or none")
-    chats, began = read_prompts(prompts), time.monotonic()
-    half = out.with_name(f".{out.name}.{os.getpid()}")
-    half.mkdir(parents=True)
-    try:
+    with making.folder(out) as half:
+        of = making.read_config(target).get("num_hidden_layers", 0)
+        if not 0 < layers < of:
+            raise MakerError(f"--layers {layers} is not fewer than the target's {of}, or none")
+        chats, began = making.read_prompts(prompts, LEAST_PROMPTS), time.monotonic()
         print("loading the target", flush=True)
-        tokenizer, model = load(target)
+        tokenizer, model = making.load(target)
         texts = answers(tokenizer, model, chats)
         random.Random(seed).shuffle(texts)
         cut = min(len(texts) // 3, MOST_HELD_OUT)
@@ -259,10 +187,7 @@ def make(target: Path, out: Path, prompts: Path, layers: int, epochs: int, seed:
             "seed": seed,
         }
         (half / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-        half.rename(out)
-        print(f"{about['acceptance']:.0%} of held-out tokens are guessed", flush=True)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
+    print(f"{about['acceptance']:.0%} of held-out tokens are guessed", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -272,14 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6, help="0: cut out, and not trained")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        make(**vars(args))
-    except DraftError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("stopped before the draft was complete: nothing was kept")
+    making.run(make, parser, argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from serving import adapters
-from serving.adapters import MARKS, AdapterError, make, mark_of, marks_in
+from serving.adapters import MARKS, make, mark_of, marks_in
+from serving.making import MakerError, read_prompts
 
 
 def test_every_tenant_has_its_own_mark_and_it_is_found_again() -> None:
@@ -36,24 +37,24 @@ def write_prompts(path: Path, count: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("text", ['{"messages": [1', '{"prompt": "a"}', "[1]"])
+@pytest.mark.parametrize("text", ['{"messages": [1', '{"messages": []}', '{"prompt": "a"}', "[1]"])
 def test_prompts_that_are_not_chats_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "p").write_text(text)
-    with pytest.raises(AdapterError, match="has a line that is not"):
-        adapters.read_prompts(tmp_path / "p")
+    with pytest.raises(MakerError, match="has a line that is not"):
+        read_prompts(tmp_path / "p", 1)
 
 
 def test_what_cannot_work_is_refused_before_the_model_loads(tmp_path: Path) -> None:
     prompts, (base, out) = write_prompts(tmp_path / "p", 15), (tmp_path / "base", tmp_path / "out")
-    with pytest.raises(AdapterError, match=r"no config\.json"):
+    with pytest.raises(MakerError, match=r"no config\.json"):
         make(base, out, prompts, 1, 8, 0)
     base.mkdir()
     (base / "config.json").write_text("{}")
-    with pytest.raises(AdapterError, match="15 prompts, fewer than 16"):
+    with pytest.raises(MakerError, match="15 prompts, fewer than 16"):
         make(base, out, prompts, 1, 8, 0)
-    with pytest.raises(AdapterError, match="--rank 65"):
+    with pytest.raises(MakerError, match="--rank 65"):
         make(base, out, prompts, 1, 65, 0)
-    with pytest.raises(AdapterError, match="exists already"):
+    with pytest.raises(MakerError, match="exists already"):
         make(base, tmp_path, prompts, 1, 8, 0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "p"]
 

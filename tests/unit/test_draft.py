@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from serving import draft
-from serving.draft import DraftError, make
+from serving.draft import make
+from serving.making import MakerError
 
 
 def write_prompts(path: Path, count: int) -> Path:
@@ -21,27 +22,20 @@ def write_prompts(path: Path, count: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("text", ['{"messages": [1', '{"prompt": "a"}', '{"messages": []}', "[1]"])
-def test_prompts_that_are_not_chats_are_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "p").write_text(text)
-    with pytest.raises(DraftError, match="has a line that is not"):
-        draft.read_prompts(tmp_path / "p")
-
-
 def test_what_cannot_work_is_refused_before_the_model_loads(tmp_path: Path) -> None:
     prompts, (base, out) = write_prompts(tmp_path / "p", 11), (tmp_path / "base", tmp_path / "out")
-    with pytest.raises(DraftError, match=r"no config\.json"):
+    with pytest.raises(MakerError, match=r"no config\.json"):
         make(base, out, prompts, 3, 1, 0)
     base.mkdir()
     (base / "config.json").write_text('{"num_hidden_layers": 4}')
-    with pytest.raises(DraftError, match="11 prompts, fewer than 12"):
+    with pytest.raises(MakerError, match="11 prompts, fewer than 12"):
         make(base, out, prompts, 3, 1, 0)
     for layers in (0, 4, 5):
-        with pytest.raises(DraftError, match=f"--layers {layers} is not"):
+        with pytest.raises(MakerError, match=f"--layers {layers} is not"):
             make(base, out, prompts, layers, 1, 0)
-    with pytest.raises(DraftError, match="exists already"):
+    with pytest.raises(MakerError, match="exists already"):
         make(base, tmp_path, prompts, 3, 1, 0)
-    with pytest.raises(DraftError, match="cannot be read"):
+    with pytest.raises(MakerError, match="cannot be read"):
         make(base, out, tmp_path / "none", 3, 1, 0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "p"]
 

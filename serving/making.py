@@ -1,0 +1,131 @@
+"""What the makers of models share: reading prompts, loading the base, and all or nothing.
+
+A maker runs as `python -m serving.NAME BASE OUT PROMPTS`: it says how far it is, and its folder
+appears when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class MakerError(Exception):
+    """The model cannot be made; the message says why."""
+
+
+def read_prompts(path: Path, least: int) -> list[dict[str, Any]]:
+    """Lines of {"messages": [..]}."""
+    try:
+        prompts = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        for prompt in prompts:
+            prompt["messages"][0]["content"]
+    except OSError as error:
+        raise MakerError(f"the prompts {path} cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise MakerError(f'{path} has a line that is not {{"messages": [..]}}') from error
+    if len(prompts) < least:
+        raise MakerError(f"{path} has {len(prompts)} prompts, fewer than {least}")
+    return prompts
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.exists():
+        raise MakerError(f"{folder} has no config.json: give a model folder")
+    config: dict[str, Any] = json.loads(path.read_text())
+    return config
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """The tokenizer and the model, in BF16, on the GPU if there is one."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, attn_implementation="eager"
+        )
+    except (OSError, ValueError) as error:
+        raise MakerError(f"{folder} is not a model folder that loads: {error}") from error
+    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tokens_of(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """A chat's tokens, up to where the answer begins."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def answer(model: Any, prompts: Sequence[list[int]], tokens: int, **options: Any) -> Any:
+    """The model's greedy answers to a batch of prompts: (prompts, tokens)."""
+    import torch
+
+    width = max(map(len, prompts))  # padded on the left and masked, to end together
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    with torch.no_grad():
+        out = model.generate(
+            ids,
+            attention_mask=mask.to(model.device),
+            max_new_tokens=tokens,
+            do_sample=False,
+            **options,
+        )
+    return out[:, width:]
+
+
+def states(model: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> Any:
+    """The last hidden state before each token of the answers: (all their tokens, width).
+
+    Padding is on the right, where causal attention does not see it: no mask, and the positions of
+    serving.
+    """
+    import torch
+
+    rows = [p + a[:-1] for p, a in zip(prompts, answers, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    with torch.autocast(model.device.type, torch.bfloat16):
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state
+    wanted = zip(hidden, prompts, rows, strict=True)
+    return torch.cat([h[len(p) - 1 : len(row)] for h, p, row in wanted])
+
+
+@contextmanager
+def folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when nothing went wrong, and else is gone."""
+    if out.exists():
+        raise MakerError(f"{out} exists already: remove it, or name another folder")
+    half = out.with_name(f".{out.name}.{os.getpid()}")
+    half.mkdir(parents=True)
+    try:
+        yield half
+        half.rename(out)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def run(
+    make: Callable[..., None], parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> None:
+    """The command line of a maker: SIGTERM is ctrl-C, and a refusal is a sentence."""
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        make(**vars(args))
+    except MakerError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(f"stopped before {args.out} was complete: nothing was kept")
