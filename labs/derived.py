@@ -84,8 +84,7 @@ RECIPES: dict[str, Recipe] = {
     "auto-gptq": _quantized("auto-gptq", "4-bit weights by GPTQ, by the archived AutoGPTQ", 4),
     "autoawq": _quantized("autoawq", "4-bit weights by AWQ, by the archived AutoAWQ", 6),
 }
-QUANTIZED = [name for name, recipe in RECIPES.items() if recipe.text]
-PROMPTS_EACH = 80
+PROMPTS_EACH = 200
 
 
 def place(model: Model, name: str) -> Path:

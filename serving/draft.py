@@ -33,7 +33,7 @@ from serving.making import MakerError
 ANSWER_TOKENS = 64  # of the target's, to each prompt
 ANSWER_BATCH, BATCH = 64, 8
 LEARNING_RATE, WARMUP = 2e-3, 0.1
-OTHER_TOKENS = 2048
+OTHER_TOKENS = 2048  # of the vocabulary, besides those that the target wrote
 LEAST_PROMPTS, MOST_HELD_OUT = 12, 64  # a third held out, but not more than these
 
 
@@ -159,6 +159,7 @@ def distil(
 
 
 def make(target: Path, out: Path, prompts: Path, layers: int, epochs: int, seed: int) -> None:
+    """The draft's folder, complete or absent."""
     with making.folder(out) as half:
         of = making.read_config(target).get("num_hidden_layers", 0)
         if not 0 < layers < of:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
 from labs.measure import Trial
 from labs.results import Predictions, Run, RunFolder, TrialResult, write_json
@@ -177,4 +179,26 @@ def write_run(results: Path) -> RunFolder:
             write_json(home / "trial.json", result)
     summarise(folder)
     (folder.path / "COMPLETE").write_text("2026-01-01\n")
+    return folder
+
+
+def write_tiny_llama(folder: Path, layers: int, **more: Any) -> Path:
+    """A random Llama, with a tokenizer of single bytes; skips the test where there is no torch."""
+    torch = pytest.importorskip("torch")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True, **more,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

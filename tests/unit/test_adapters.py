@@ -11,6 +11,7 @@ import pytest
 from serving import adapters
 from serving.adapters import MARKS, make, mark_of, marks_in
 from serving.making import MakerError, read_prompts
+from tests.unit.builders import write_tiny_llama
 
 
 def test_every_tenant_has_its_own_mark_and_it_is_found_again() -> None:
@@ -61,25 +62,7 @@ def test_what_cannot_work_is_refused_before_the_model_loads(tmp_path: Path) -> N
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """A random Llama of two layers, with a tokenizer of single bytes."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1,
-    )  # fmt: skip
-    LlamaForCausalLM(shape).save_pretrained(tmp_path / "tiny")
-    tokenizer.save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
+    return write_tiny_llama(tmp_path / "tiny", layers=2)
 
 
 def test_the_maker_writes_adapters_and_the_wide_ones_compute_the_same(

@@ -11,6 +11,7 @@ import pytest
 from serving import draft
 from serving.draft import make
 from serving.making import MakerError
+from tests.unit.builders import write_tiny_llama
 
 
 def write_prompts(path: Path, count: int) -> Path:
@@ -42,26 +43,7 @@ def test_what_cannot_work_is_refused_before_the_model_loads(tmp_path: Path) -> N
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """A random Llama of four layers, with a tokenizer of single bytes."""
-    torch = pytest.importorskip("torch")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
-        initializer_range=0.3,
-    )  # fmt: skip
-    LlamaForCausalLM(shape).save_pretrained(tmp_path / "tiny")
-    tokenizer.save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
+    return write_tiny_llama(tmp_path / "tiny", layers=4, initializer_range=0.3)
 
 
 def test_distilling_makes_a_smaller_model_that_agrees_with_the_target(
