@@ -1,0 +1,335 @@
+"""Weights in fewer bits: `python -m serving.quantize METHOD BASE OUT CALIBRATION_TXT`.
+
+OUT is a model folder that vLLM serves like BASE: the linear layers quantized, `lm_head` and the
+embeddings in BF16, the tokenizer the same. The methods differ in how they round.
+
+Round to nearest ("rtn") looks at the weights alone. The others look at what meets the weights,
+on a calibration text: GPTQ (Frantar et al. 2022) rounds a row weight by weight and moves each
+error into the weights not yet rounded, by the inverse Hessian of the layer's output; AWQ (Lin et
+al. 2023) scales up the channels that meet large activations, so that rounding hurts them less;
+SmoothQuant (Xiao et al. 2022) moves the outliers of the activations into the weights, since in
+W8A8 the activations are rounded too. 4-bit weights share a scale among 128 neighbours, or 64 where
+128 does not divide the model's widths.
+
+Every tool pins its own transformers, so each has an environment of its own, .tools/quantize-TOOL,
+made on first use from serving/locks/quantize-TOOL.txt, where a script of serving/quantizers runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serving import install
+from serving.process import Process
+
+ROOT = install.ROOT
+SAMPLES, SAMPLE_TOKENS = 64, 256
+ENVIRONMENT_GB = 4  # what the largest takes, and what pip unpacks on the way
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges*")
+GENERATION = "generation_config.json"
+
+
+class QuantizeError(Exception):
+    """The weights cannot be made; the message says why and how to mend it."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A quantization tool: its lock and script bear its name."""
+
+    name: str
+    package: str  # on PyPI
+    layer: str  # in its log: (layers begun)/(all)
+    transformers: int = 5
+
+    @property
+    def lock(self) -> Path:
+        return ROOT / "serving" / "locks" / f"quantize-{self.name}.txt"
+
+    @property
+    def home(self) -> Path:
+        return ROOT / ".tools" / f"quantize-{self.name}"
+
+    @property
+    def script(self) -> Path:
+        return ROOT / "serving" / "quantizers" / f"{self.name.replace('-', '_')}.py"
+
+    def pinned(self, package: str) -> str:
+        found = re.search(rf"(?im)^{package}==(\S+)", self.lock.read_text())
+        assert found, f"{self.lock} does not pin {package}"
+        return found[1]
+
+
+@dataclass(frozen=True)
+class Method:
+    tool: Tool
+    bits: int  # of a weight
+    what: str
+    calibrated: bool = True
+
+
+LLM_COMPRESSOR = Tool("llm-compressor", "llmcompressor", r"\((\d+)/(\d+)\): Calibrating")
+GPTQMODEL = Tool("gptqmodel", "gptqmodel", r"layer (\d+) of (\d+)")
+AUTO_GPTQ = Tool("auto-gptq", "auto_gptq", r"Start quantizing layer (\d+)/(\d+)", transformers=4)
+AUTOAWQ = Tool("autoawq", "autoawq", r"AWQ:.* (\d+)/(\d+) \[", transformers=4)
+METHODS: dict[str, Method] = {
+    "w8a8-rtn": Method(
+        LLM_COMPRESSOR, 8, "INT8 weights and activations, rounded to nearest", calibrated=False
+    ),
+    "w8a8": Method(LLM_COMPRESSOR, 8, "INT8 weights and activations, SmoothQuant then GPTQ"),
+    "w4a16-rtn": Method(LLM_COMPRESSOR, 4, "INT4 weights, rounded to nearest", calibrated=False),
+    "w4a16-gptq": Method(LLM_COMPRESSOR, 4, "INT4 weights, GPTQ"),
+    "w4a16-awq": Method(LLM_COMPRESSOR, 4, "INT4 weights, AWQ"),
+    "fp8": Method(
+        LLM_COMPRESSOR,
+        8,
+        "FP8 (E4M3) weights and activations, rounded to nearest",
+        calibrated=False,
+    ),
+}
+
+
+# --- the tool's environment ---------------------------------------------------------------------
+
+
+def digest(tool: Tool) -> str:
+    """Of what the environment was made from: the lock, this place, this Python."""
+    made_from = (tool.lock.read_text(), str(tool.home), os.path.realpath(sys.executable))
+    return hashlib.sha256(repr(made_from).encode()).hexdigest()
+
+
+def environment(tool: Tool) -> Path:
+    """The Python of the tool's environment, which is made first where it is not up to date."""
+    with install.alone(ROOT):
+        python, ready = install.venv_python(tool.home), tool.home / "ready"
+        if ready.exists() and ready.read_text() == digest(tool) and python.exists():
+            return python
+        if (free := shutil.disk_usage(ROOT).free / 1e9) < ENVIRONMENT_GB:
+            raise QuantizeError(
+                f"{tool.name} needs about {ENVIRONMENT_GB} GB for its environment and {ROOT} has"
+                f" {free:.1f} GB free: free some, and run this again"
+            )
+        print(f"setting up {tool.name} (once, about a minute)", flush=True)
+        shutil.rmtree(tool.home, ignore_errors=True)
+        tool.home.mkdir(parents=True)
+        try:
+            with install.Step(f"set up {tool.name}") as step:
+                _fill(tool, step)
+            ready.write_text(digest(tool))
+        except install.SetupError as error:
+            raise QuantizeError(
+                f"{tool.name} could not be set up and nothing of it was kept; see that pip reaches"
+                f" its package index (PIP_INDEX_URL) and run this again: {error}"
+            ) from error
+        finally:
+            if not ready.exists():
+                shutil.rmtree(tool.home, ignore_errors=True)
+        return python
+
+
+def _fill(tool: Tool, step: install.Step) -> None:
+    platform = install.detect_platform()
+    install.make_venv(tool.home, platform, step)
+    torch = f"torch=={tool.pinned('torch')}{'+cpu' if platform == 'cpu' else ''}"
+    # First what other packages are built with.
+    command = ("install", "--constraint", str(tool.lock), torch, "setuptools")
+    if not install.pip(tool.home, step, *command):
+        if platform != "cpu":
+            raise install.failure(tool.home, "pip could not install torch")
+        install.install_with_torch_index(tool.home, step, *command)
+    # Without dependencies: the lock names them all, at versions that work, not always those that
+    # a tool asks for.
+    whole = ("install", "--no-deps", "--no-build-isolation", "--requirement", str(tool.lock))
+    if not install.pip(tool.home, step, *whole):
+        raise install.failure(tool.home, "pip could not install the packages")
+
+
+# --- the job ------------------------------------------------------------------------------------
+
+
+def windows(tokens: Sequence[int]) -> list[list[int]]:
+    """Calibration samples: equally long, evenly spread over the text, overlapping if it is short.
+
+    No seed: the same text always gives the same samples, and every passage has its share.
+    """
+    if (last := len(tokens) - SAMPLE_TOKENS) < 0:
+        raise QuantizeError(
+            f"the calibration text has {len(tokens)} tokens, fewer than one sample of"
+            f" {SAMPLE_TOKENS}: give a longer one (a few thousand words do)"
+        )
+    starts = [i * last // (SAMPLES - 1) for i in range(SAMPLES)]
+    return [list(tokens[start : start + SAMPLE_TOKENS]) for start in starts]
+
+
+def read_samples(base: Path, calibration: Path) -> list[list[int]]:
+    from tokenizers import Tokenizer
+
+    try:
+        text = calibration.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise QuantizeError(
+            f"the calibration text {calibration} cannot be read: {error}"
+        ) from error
+    passages = [passage for passage in re.split(r"\n\s*\n", text.strip()) if passage]
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    return windows(tokenizer.encode("\n\n".join(passages), add_special_tokens=False).ids)
+
+
+def read_config(base: Path) -> dict[str, Any]:
+    for name in ("config.json", "tokenizer.json"):
+        if not (base / name).exists():
+            raise QuantizeError(f"{base} has no {name}: give a model folder")
+    if not any(base.glob("*.safetensors")):
+        raise QuantizeError(f"{base} has no *.safetensors weights; other formats are not loaded")
+    config: dict[str, Any] = json.loads((base / "config.json").read_text())
+    if "quantization_config" in config:
+        raise QuantizeError(f"{base} is quantized already: give the model it was made from")
+    return config
+
+
+def with_older_config(base: Path, config: dict[str, Any], folder: Path) -> Path:
+    """The same model, its weights by link, with the keys that transformers 4 reads."""
+    older = {k: v for k, v in config.items() if k not in ("rope_parameters", "dtype")}
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        older["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = rope
+    if "dtype" in config:
+        older["torch_dtype"] = config["dtype"]
+    folder.mkdir()
+    for path in base.glob("*.safetensors*"):
+        (folder / path.name).symlink_to(path.resolve())
+    (folder / "config.json").write_text(json.dumps(older))
+    return folder
+
+
+def group_size(config: dict[str, Any]) -> int:
+    widths = (config["hidden_size"], config["intermediate_size"])
+    return 128 if all(width % 128 == 0 for width in widths) else 64
+
+
+def run_tool(tool: Tool, python: Path, job: Path, log: Path) -> None:
+    """Run the tool's script, and tell how far its log says it is."""
+    began, told = time.monotonic(), ""
+    # -I: nothing of this project's environment reaches the tool's
+    argv = [str(python), "-I", str(tool.script), str(job)]
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    log.unlink(missing_ok=True)
+    with Process(tool.name, argv, log=log, env={"PATH": path, "HF_HUB_OFFLINE": "1"}) as process:
+        while process.returncode is None:
+            time.sleep(0.2)
+            found = re.findall(tool.layer, "\n".join(install.last_lines(log, 50)))
+            if found and (now := "/".join(found[-1])) != told:
+                layer, layers = map(int, found[-1])
+                began = began if told else time.monotonic()
+                spent_s = time.monotonic() - began
+                left = f"; about {spent_s / (layer - 1) * (layers - layer + 1):.0f} s left"
+                print(f"layer {now}{left if told and layer > 1 else ''}", flush=True)
+                told = now
+        if process.returncode:
+            raise QuantizeError(
+                f"{tool.name} ended with code {process.returncode}: {process.tail(1)}"
+                f" (all of it: {log})"
+            )
+
+
+def make(method: str, base: Path, out: Path, calibration: Path) -> None:
+    """The folder appears when it is complete."""
+    if method not in METHODS:
+        near = difflib.get_close_matches(method, METHODS, n=1, cutoff=0)[0]
+        raise QuantizeError(
+            f"no method {method!r}; did you mean {near}? The methods are {', '.join(METHODS)}"
+        )
+    if out.exists():
+        raise QuantizeError(f"{out} exists already: remove it, or name another folder")
+    recipe, config = METHODS[method], read_config(base)
+    samples = read_samples(base, calibration) if recipe.calibrated else []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    if (free := shutil.disk_usage(out.parent).free) < needed:
+        raise QuantizeError(
+            f"{out.parent} has {free / 1e9:.1f} GB free and the result may take"
+            f" {needed / 1e9:.1f} GB: free some, or name another folder"
+        )
+    python = environment(recipe.tool)
+    start = time.monotonic()
+    half = out.with_name(f".{out.name}.{os.getpid()}")
+    made, job = half / "made", half / "job.json"
+    half.mkdir()
+    try:
+        size = group_size(config)
+        source = base
+        if recipe.tool.transformers < 5:
+            source = with_older_config(base, config, half / "base")
+        job.write_text(
+            json.dumps(
+                {
+                    "method": method,
+                    "base": str(source.resolve()),
+                    "out": str(made.resolve()),
+                    "samples": samples,
+                    "bits": recipe.bits,
+                    "group_size": size,
+                }
+            )
+        )
+        print(f"quantizing with {recipe.tool.name}", flush=True)
+        run_tool(recipe.tool, python, job, recipe.tool.home / f"{method}.log")
+        for pattern in (*TOKENIZER_FILES, GENERATION):
+            for path in base.glob(pattern):
+                shutil.copy(path, made)
+        about: dict[str, Any] = {
+            "method": method,
+            "tool": recipe.tool.name,
+            "tool_version": recipe.tool.pinned(recipe.tool.package),
+            "calibration": calibration.name if recipe.calibrated else None,
+            "bits": recipe.bits,
+            "group_size": size if recipe.bits == 4 else None,
+            "seconds": round(time.monotonic() - start, 1),
+            "bytes": sum(path.stat().st_size for path in made.glob("*.safetensors")),
+        }
+        (made / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        made.rename(out)
+        print(f"made in {about['seconds']:.0f} s, {about['bytes'] / 1e6:.0f} MB", flush=True)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    methods = "\n".join(f"  {name:<12}{method.what}" for name, method in METHODS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.quantize",
+        description=__doc__,
+        epilog=f"methods:\n{methods}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("method", help="one of those below")
+    parser.add_argument("base", type=Path, help="a model folder with safetensors weights")
+    parser.add_argument("out", type=Path, help="the folder to make")
+    parser.add_argument("calibration", type=Path, help="text, passages separated by blank lines")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        make(**vars(args))
+    except QuantizeError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("stopped before the weights were complete: nothing was kept")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Quantize with AutoAWQ (archived in 2025; llm-compressor took it in), into the AWQ format.
+
+Without a GPU it writes garbage and says nothing: before it tries a scale it backs the weights up
+with `.cpu()`, which on a CPU is no copy, so that every attempt starts from the one before. Here the
+backup is a copy. The search for a clipping range is left out: it doubles the time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(job: dict[str, Any]) -> None:
+    import torch
+    from awq import AutoAWQForCausalLM
+    from awq.quantize.quantizer import AwqQuantizer
+
+    class Quantizer(AwqQuantizer):
+        def _compute_best_scale(
+            self, x: Any, w_mean: Any, x_mean: Any, module2inspect: Any, *rest: Any
+        ) -> Any:
+            weights = module2inspect.state_dict
+            module2inspect.state_dict = lambda: {k: v.clone() for k, v in weights().items()}
+            try:
+                return super()._compute_best_scale(x, w_mean, x_mean, module2inspect, *rest)
+            finally:
+                del module2inspect.state_dict
+
+    model = AutoAWQForCausalLM.from_pretrained(
+        job["base"], torch_dtype=torch.float32, device_map=None, trust_remote_code=False
+    )
+    model.quantize(
+        None,
+        quant_config={
+            "w_bit": 4,
+            "q_group_size": job["group_size"],
+            "zero_point": True,
+            "version": "GEMM",
+        },
+        calib_data=job["samples"],
+        max_calib_samples=len(job["samples"]),
+        max_calib_seq_len=len(job["samples"][0]),
+        apply_clip=False,
+        quantizer_cls=Quantizer,
+    )
+    for parameter in model.parameters():  # what is not quantized; a quantized layer has buffers
+        parameter.data = parameter.data.bfloat16()
+    if model.model.config.tie_word_embeddings:
+        del model.model.lm_head
+    model.save_quantized(job["out"])
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
