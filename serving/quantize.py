@@ -99,6 +99,9 @@ METHODS: dict[str, Method] = {
         "FP8 (E4M3) weights and activations, rounded to nearest",
         calibrated=False,
     ),
+    "gptqmodel": Method(GPTQMODEL, 4, "INT4 weights, GPTQ by GPTQModel"),
+    "auto-gptq": Method(AUTO_GPTQ, 4, "INT4 weights, GPTQ by AutoGPTQ (archived)"),
+    "autoawq": Method(AUTOAWQ, 4, "INT4 weights with zero points, AWQ by AutoAWQ (archived)"),
 }
 
 
@@ -224,7 +227,7 @@ def group_size(config: dict[str, Any]) -> int:
 
 def run_tool(tool: Tool, python: Path, job: Path, log: Path) -> None:
     """Run the tool's script, and tell how far its log says it is."""
-    began, told = time.monotonic(), ""
+    began, first, told = 0.0, 0, ()
     # -I: nothing of this project's environment reaches the tool's
     argv = [str(python), "-I", str(tool.script), str(job)]
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
@@ -233,13 +236,14 @@ def run_tool(tool: Tool, python: Path, job: Path, log: Path) -> None:
         while process.returncode is None:
             time.sleep(0.2)
             found = re.findall(tool.layer, "\n".join(install.last_lines(log, 50)))
-            if found and (now := "/".join(found[-1])) != told:
+            if found and found[-1] != told:
                 layer, layers = map(int, found[-1])
-                began = began if told else time.monotonic()
-                spent_s = time.monotonic() - began
-                left = f"; about {spent_s / (layer - 1) * (layers - layer + 1):.0f} s left"
-                print(f"layer {now}{left if told and layer > 1 else ''}", flush=True)
-                told = now
+                if not told:
+                    first, began = layer, time.monotonic()
+                spent_s, done = time.monotonic() - began, layer - first
+                left = f"; about {spent_s / done * (layers - layer + 1):.0f} s left" if done else ""
+                print(f"layer {layer}/{layers}{left}", flush=True)
+                told = found[-1]
         if process.returncode:
             raise QuantizeError(
                 f"{tool.name} ended with code {process.returncode}: {process.tail(1)}"

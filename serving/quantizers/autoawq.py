@@ -18,17 +18,17 @@ def main(job: dict[str, Any]) -> None:
     from awq import AutoAWQForCausalLM
     from awq.quantize.quantizer import AwqQuantizer
 
-    class Quantizer(AwqQuantizer):
-        def _compute_best_scale(
-            self, x: Any, w_mean: Any, x_mean: Any, module2inspect: Any, *rest: Any
-        ) -> Any:
-            weights = module2inspect.state_dict
-            module2inspect.state_dict = lambda: {k: v.clone() for k, v in weights().items()}
-            try:
-                return super()._compute_best_scale(x, w_mean, x_mean, module2inspect, *rest)
-            finally:
-                del module2inspect.state_dict
+    search = AwqQuantizer._compute_best_scale
 
+    def with_copies(self: Any, x: Any, w_mean: Any, x_mean: Any, module: Any, *rest: Any) -> Any:
+        weights = module.state_dict
+        module.state_dict = lambda: {name: w.clone() for name, w in weights().items()}
+        try:
+            return search(self, x, w_mean, x_mean, module, *rest)
+        finally:
+            del module.state_dict
+
+    AwqQuantizer._compute_best_scale = with_copies
     model = AutoAWQForCausalLM.from_pretrained(
         job["base"], torch_dtype=torch.float32, device_map=None, trust_remote_code=False
     )
@@ -44,7 +44,6 @@ def main(job: dict[str, Any]) -> None:
         max_calib_samples=len(job["samples"]),
         max_calib_seq_len=len(job["samples"][0]),
         apply_clip=False,
-        quantizer_cls=Quantizer,
     )
     for parameter in model.parameters():  # what is not quantized; a quantized layer has buffers
         parameter.data = parameter.data.bfloat16()

@@ -1,0 +1,244 @@
+"""Refusals, calibration samples, locks, and tools' environments, with pip and the tools faked."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving import install, quantize
+from serving.quantize import METHODS, QuantizeError, Tool, environment, make, windows
+
+TOOLS = {method.tool.name: method.tool for method in METHODS.values()}
+CONFIG = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "dtype": "bfloat16",
+    "rope_parameters": {"rope_theta": 1e5, "rope_type": "default"},
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A model folder with a tokenizer of words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    words = Tokenizer(models.WordLevel({"a": 1, "b": 2, "?": 0}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(folder / "tokenizer.json"))
+    for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        (folder / name).write_text("of the base")
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("a " * 300 + "\n \n" + "b " * 300)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with one tool's lock; what pip is asked for goes to pip.log, and works."""
+    monkeypatch.setattr(quantize, "ROOT", tmp_path)
+    monkeypatch.setenv("PLATFORM", "cpu")
+    (tmp_path / "serving" / "locks").mkdir(parents=True)
+    TOOL.lock.write_text("torch==2.0\nllmcompressor==1.5\n")
+
+    def make_venv(home: Path, *_: object) -> None:
+        python = install.venv_python(home)
+        python.parent.mkdir(parents=True)
+        python.symlink_to("/bin/sh")
+
+    def pip(home: Path, _: object, *arguments: str) -> bool:
+        with (tmp_path / "pip.log").open("a") as log:
+            log.write(" ".join(arguments) + "\n")
+        return True
+
+    monkeypatch.setattr(install, "make_venv", make_venv)
+    monkeypatch.setattr(install, "pip", pip)
+    return tmp_path
+
+
+TOOL = METHODS["w8a8"].tool
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def test_an_unknown_method_is_named_with_its_nearest(tmp_path: Path) -> None:
+    with pytest.raises(QuantizeError, match=r"no method 'w4a16-gtpq'; did you mean w4a16-gptq\?"):
+        make("w4a16-gtpq", tmp_path, tmp_path / "out", tmp_path)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_made(
+    base: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = base.parent / "out"
+    with pytest.raises(QuantizeError, match="exists already"):
+        make("w8a8", base, base, text)
+    with pytest.raises(QuantizeError, match="cannot be read"):
+        make("w8a8", base, out, base.parent / "none.txt")
+    text.write_text("a b")
+    with pytest.raises(QuantizeError, match="2 tokens, fewer than one sample"):
+        make("w8a8", base, out, text)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Disk", (), {"free": 1}))
+    with pytest.raises(QuantizeError, match="GB free"):
+        make("w8a8-rtn", base, out, text)
+    (base / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": {}}))
+    with pytest.raises(QuantizeError, match="quantized already"):
+        make("w8a8", base, out, text)
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        (base / name).unlink()
+        with pytest.raises(QuantizeError, match=f"has no .*{Path(name).suffix}"):
+            make("w8a8", base, out, text)
+    assert not out.exists()
+
+
+def test_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        quantize.main(["--help"])
+    told = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\S", told, re.M) for name in METHODS)
+
+
+# --- calibration --------------------------------------------------------------------------------
+
+
+def test_samples_are_equally_long_and_cover_the_text() -> None:
+    for count in (256, 300, 6000, 100_000):
+        samples = windows(range(count))
+        assert {len(s) for s in samples} == {256}
+        assert len(samples) == 64
+        assert samples[0][0] == 0
+        assert samples[-1][-1] == count - 1
+    assert len({token for sample in windows(range(16384)) for token in sample}) == 16384
+
+
+def test_passages_follow_each_other_in_the_samples(base: Path, text: Path) -> None:
+    samples = quantize.read_samples(base, text)
+    assert samples[0] == [1] * 256
+    assert samples[-1] == [2] * 256
+    assert quantize.read_samples(base, text) == samples
+
+
+@pytest.mark.parametrize(("widths", "size"), [((576, 1536), 64), ((2048, 8192), 128)])
+def test_groups_divide_the_widths(widths: tuple[int, int], size: int) -> None:
+    config = dict(zip(("hidden_size", "intermediate_size"), widths, strict=True))
+    assert quantize.group_size(config) == size
+
+
+def test_transformers_4_gets_the_keys_it_reads(base: Path, tmp_path: Path) -> None:
+    folder = quantize.with_older_config(base, CONFIG, tmp_path / "older")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == 1e5
+    assert config["torch_dtype"] == "bfloat16"
+    assert not {"rope_parameters", "rope_scaling", "dtype"} & config.keys()
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    scaled = {**CONFIG, "rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4}}
+    folder = quantize.with_older_config(base, scaled, tmp_path / "scaled")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_scaling"] == {"rope_type": "yarn", "factor": 4}
+
+
+# --- locks and environments ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
+def test_a_lock_pins_versions_and_names_no_place(tool: Tool) -> None:
+    lines = [line for line in tool.lock.read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)  # nor +cpu, nor URLs
+    assert tool.pinned("torch")
+    assert tool.pinned(tool.package)
+    assert tool.script.exists()
+
+
+def test_an_environment_is_made_once_and_again_when_its_lock_changes(root: Path) -> None:
+    python = environment(TOOL)
+    first, second = (root / "pip.log").read_text().splitlines()
+    assert python == root / ".tools" / "quantize-llm-compressor" / ".venv" / "bin" / "python"
+    assert first.startswith("install")
+    assert "torch==2.0+cpu" in first
+    assert "--no-deps" in second
+    environment(TOOL)
+    assert len((root / "pip.log").read_text().splitlines()) == 2
+    TOOL.lock.write_text("torch==2.1\nllmcompressor==1.5\n")
+    environment(TOOL)
+    assert len((root / "pip.log").read_text().splitlines()) == 4
+
+
+def test_a_set_up_that_fails_leaves_nothing_and_says_how_to_mend_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise install.SetupError("no network")
+
+    monkeypatch.setattr(install, "pip", lambda *_: False)
+    monkeypatch.setattr(install, "install_with_torch_index", fail)
+    with pytest.raises(QuantizeError, match=r"nothing of it was kept; .* run this again.*no netw"):
+        environment(TOOL)
+    assert not TOOL.home.exists()
+
+
+def test_an_interrupted_set_up_leaves_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(install, "pip", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        environment(TOOL)
+    assert not TOOL.home.exists()
+
+
+# --- the job ------------------------------------------------------------------------------------
+
+
+def fake_tool(root: Path, script: str) -> None:
+    """Shell instead of Python: `sh -I SCRIPT JOB` would not start, so a wrapper drops the flag."""
+    python = install.venv_python(TOOL.home)
+    python.unlink()
+    python.write_text(f'#!/bin/sh\nout=$(sed \'s/.*"out": "\\([^"]*\\)".*/\\1/\' "$3")\n{script}\n')
+    python.chmod(0o755)
+
+
+def test_the_folder_appears_complete(
+    root: Path, base: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment(TOOL)
+    fake_tool(root, 'mkdir "$out"; echo "(1/2): Calibrating"; echo 12345 > "$out/x.safetensors"')
+    out = root / "models" / "small"
+    make("w4a16-gptq", base, out, text)
+    about: dict[str, Any] = json.loads((out / "about.json").read_text())
+    assert about.pop("seconds") >= 0
+    assert about == {
+        "method": "w4a16-gptq",
+        "tool": "llm-compressor",
+        "tool_version": "1.5",
+        "calibration": "text.txt",
+        "bits": 4,
+        "group_size": 64,
+        "bytes": 6,
+    }
+    for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (out / name).read_text() == "of the base"
+    assert [path.name for path in out.parent.iterdir()] == ["small"]
+    assert "made in" in capsys.readouterr().out
+
+
+def test_a_tool_that_fails_leaves_no_folder_and_its_last_words(
+    root: Path, base: Path, text: Path
+) -> None:
+    environment(TOOL)
+    fake_tool(root, 'mkdir "$out"; echo "out of memory" >&2; exit 3')
+    with pytest.raises(QuantizeError, match=r"ended with code 3: out of memory \(all of it: "):
+        make("w8a8", base, root / "models" / "small", text)
+    assert list((root / "models").iterdir()) == []
