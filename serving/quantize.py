@@ -36,7 +36,9 @@ from serving import install
 from serving.process import Process
 
 ROOT = install.ROOT
-SAMPLES, SAMPLE_TOKENS = 64, 256
+SAMPLE_TOKENS = 256
+GPTQ_SAMPLES = 64
+AWQ_SAMPLES = 16  # the paper's number: it only needs the channels' average sizes
 ENVIRONMENT_GB = 4  # what the largest takes, and what pip unpacks on the way
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges*")
 GENERATION = "generation_config.json"
@@ -78,7 +80,7 @@ class Method:
     tool: Tool
     bits: int  # of a weight
     what: str
-    calibrated: bool = True
+    samples: int  # of the calibration text, 0 where the weights alone decide
 
 
 LLM_COMPRESSOR = Tool("llm-compressor", "llmcompressor", r"\((\d+)/(\d+)\): Calibrating")
@@ -86,22 +88,19 @@ GPTQMODEL = Tool("gptqmodel", "gptqmodel", r"layer (\d+) of (\d+)")
 AUTO_GPTQ = Tool("auto-gptq", "auto_gptq", r"Start quantizing layer (\d+)/(\d+)", transformers=4)
 AUTOAWQ = Tool("autoawq", "autoawq", r"AWQ:.* (\d+)/(\d+) \[", transformers=4)
 METHODS: dict[str, Method] = {
-    "w8a8-rtn": Method(
-        LLM_COMPRESSOR, 8, "INT8 weights and activations, rounded to nearest", calibrated=False
+    "w8a8-rtn": Method(LLM_COMPRESSOR, 8, "INT8 weights and activations, rounded to nearest", 0),
+    "w8a8": Method(LLM_COMPRESSOR, 8, "the same by SmoothQuant, then GPTQ", GPTQ_SAMPLES),
+    "w4a16-rtn": Method(LLM_COMPRESSOR, 4, "INT4 weights, rounded to nearest", 0),
+    "w4a16-gptq": Method(LLM_COMPRESSOR, 4, "INT4 weights by GPTQ", GPTQ_SAMPLES),
+    "w4a16-awq": Method(LLM_COMPRESSOR, 4, "INT4 weights by AWQ", AWQ_SAMPLES),
+    "fp8": Method(LLM_COMPRESSOR, 8, "FP8 (E4M3) weights and activations, rounded to nearest", 0),
+    "gptqmodel": Method(GPTQMODEL, 4, "INT4 weights by GPTQ, with GPTQModel", GPTQ_SAMPLES),
+    "auto-gptq": Method(
+        AUTO_GPTQ, 4, "INT4 weights by GPTQ, with AutoGPTQ (archived)", GPTQ_SAMPLES
     ),
-    "w8a8": Method(LLM_COMPRESSOR, 8, "INT8 weights and activations, SmoothQuant then GPTQ"),
-    "w4a16-rtn": Method(LLM_COMPRESSOR, 4, "INT4 weights, rounded to nearest", calibrated=False),
-    "w4a16-gptq": Method(LLM_COMPRESSOR, 4, "INT4 weights, GPTQ"),
-    "w4a16-awq": Method(LLM_COMPRESSOR, 4, "INT4 weights, AWQ"),
-    "fp8": Method(
-        LLM_COMPRESSOR,
-        8,
-        "FP8 (E4M3) weights and activations, rounded to nearest",
-        calibrated=False,
+    "autoawq": Method(
+        AUTOAWQ, 4, "INT4 weights with zero points by AWQ, with AutoAWQ (archived)", AWQ_SAMPLES
     ),
-    "gptqmodel": Method(GPTQMODEL, 4, "INT4 weights, GPTQ by GPTQModel"),
-    "auto-gptq": Method(AUTO_GPTQ, 4, "INT4 weights, GPTQ by AutoGPTQ (archived)"),
-    "autoawq": Method(AUTOAWQ, 4, "INT4 weights with zero points, AWQ by AutoAWQ (archived)"),
 }
 
 
@@ -163,7 +162,7 @@ def _fill(tool: Tool, step: install.Step) -> None:
 # --- the job ------------------------------------------------------------------------------------
 
 
-def windows(tokens: Sequence[int]) -> list[list[int]]:
+def windows(tokens: Sequence[int], count: int) -> list[list[int]]:
     """Calibration samples: equally long, evenly spread over the text, overlapping if it is short.
 
     No seed: the same text always gives the same samples, and every passage has its share.
@@ -173,11 +172,11 @@ def windows(tokens: Sequence[int]) -> list[list[int]]:
             f"the calibration text has {len(tokens)} tokens, fewer than one sample of"
             f" {SAMPLE_TOKENS}: give a longer one (a few thousand words do)"
         )
-    starts = [i * last // (SAMPLES - 1) for i in range(SAMPLES)]
+    starts = [i * last // (count - 1) for i in range(count)]
     return [list(tokens[start : start + SAMPLE_TOKENS]) for start in starts]
 
 
-def read_samples(base: Path, calibration: Path) -> list[list[int]]:
+def read_samples(base: Path, calibration: Path, count: int) -> list[list[int]]:
     from tokenizers import Tokenizer
 
     try:
@@ -188,7 +187,7 @@ def read_samples(base: Path, calibration: Path) -> list[list[int]]:
         ) from error
     passages = [passage for passage in re.split(r"\n\s*\n", text.strip()) if passage]
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    return windows(tokenizer.encode("\n\n".join(passages), add_special_tokens=False).ids)
+    return windows(tokenizer.encode("\n\n".join(passages), add_special_tokens=False).ids, count)
 
 
 def read_config(base: Path) -> dict[str, Any]:
@@ -261,7 +260,7 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
     if out.exists():
         raise QuantizeError(f"{out} exists already: remove it, or name another folder")
     recipe, config = METHODS[method], read_config(base)
-    samples = read_samples(base, calibration) if recipe.calibrated else []
+    samples = read_samples(base, calibration, recipe.samples) if recipe.samples else []
     out.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     if (free := shutil.disk_usage(out.parent).free) < needed:
@@ -279,18 +278,9 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
         source = base
         if recipe.tool.transformers < 5:
             source = with_older_config(base, config, half / "base")
-        job.write_text(
-            json.dumps(
-                {
-                    "method": method,
-                    "base": str(source.resolve()),
-                    "out": str(made.resolve()),
-                    "samples": samples,
-                    "bits": recipe.bits,
-                    "group_size": size,
-                }
-            )
-        )
+        task = {"method": method, "samples": samples, "group_size": size}
+        folders = {"base": str(source.resolve()), "out": str(made.resolve())}
+        job.write_text(json.dumps(task | folders))
         print(f"quantizing with {recipe.tool.name}", flush=True)
         run_tool(recipe.tool, python, job, recipe.tool.home / f"{method}.log")
         for pattern in (*TOKENIZER_FILES, GENERATION):
@@ -300,7 +290,8 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
             "method": method,
             "tool": recipe.tool.name,
             "tool_version": recipe.tool.pinned(recipe.tool.package),
-            "calibration": calibration.name if recipe.calibrated else None,
+            "calibration": calibration.name if recipe.samples else None,
+            "samples": [recipe.samples, SAMPLE_TOKENS] if recipe.samples else None,
             "bits": recipe.bits,
             "group_size": size if recipe.bits == 4 else None,
             "seconds": round(time.monotonic() - start, 1),

@@ -116,19 +116,19 @@ def test_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_samples_are_equally_long_and_cover_the_text() -> None:
     for count in (256, 300, 6000, 100_000):
-        samples = windows(range(count))
+        samples = windows(range(count), 64)
         assert {len(s) for s in samples} == {256}
         assert len(samples) == 64
         assert samples[0][0] == 0
         assert samples[-1][-1] == count - 1
-    assert len({token for sample in windows(range(16384)) for token in sample}) == 16384
+    assert len({token for sample in windows(range(16384), 64) for token in sample}) == 16384
 
 
 def test_passages_follow_each_other_in_the_samples(base: Path, text: Path) -> None:
-    samples = quantize.read_samples(base, text)
+    samples = quantize.read_samples(base, text, 64)
     assert samples[0] == [1] * 256
     assert samples[-1] == [2] * 256
-    assert quantize.read_samples(base, text) == samples
+    assert quantize.read_samples(base, text, 64) == samples
 
 
 @pytest.mark.parametrize(("widths", "size"), [((576, 1536), 64), ((2048, 8192), 128)])
@@ -224,6 +224,7 @@ def test_the_folder_appears_complete(
         "tool": "llm-compressor",
         "tool_version": "1.5",
         "calibration": "text.txt",
+        "samples": [64, 256],
         "bits": 4,
         "group_size": 64,
         "bytes": 6,
