@@ -10,15 +10,28 @@ The law is continuous batching, simulated. A step serves every running sequence,
     step_s + step_per_seq_s * batch + prefill_per_token_s * (prompt tokens it prefills)
 
 and ends with one chunk of `--tokens-per-chunk` tokens for each sequence, or with its first token
-for one that was just prefilled. As in vLLM, a prompt's full blocks stay in a prefix cache and are
-not prefilled again (`--no-enable-prefix-caching` turns that off). Steps follow each other on an
-absolute schedule, so lateness never adds up. With `--programmed` there is no scheduler: chunk i of
-a request is due `ttft_s + i * gap_s` after its arrival, from the body's own
+for one whose prompt is now prefilled. Steps follow each other on an absolute schedule, so lateness
+never adds up. As in vLLM
+
+- a step has a budget of `--max-num-batched-tokens`: running sequences take theirs first, a prompt
+  that does not fit in what is left comes in pieces (`--no-enable-chunked-prefill`: it waits);
+- a prompt's full blocks stay in a prefix cache, apart for every adapter and `cache_salt`, and are
+  not prefilled again (`--no-enable-prefix-caching` turns that off);
+- when the KV cache is full, the last sequence is preempted: it waits and is prefilled anew. The
+  blocks of `--kv-cache-memory-bytes` follow from the model's config.json and the cache's type;
+- with `--speculative-config` each sequence drafts in every step after its first, and each drafted
+  token is accepted with `--acceptance`, as long as all before it were. Drafting takes no time;
+- a batch holds at most `--max-loras` adapters, and others wait for a slot. An adapter's answers
+  begin with what its folder's `mark.txt` says, as if it had been trained to.
+
+With `--programmed` there is no scheduler: chunk i of a request is due `ttft_s + i * gap_s` after
+its arrival, from the body's own
 
     "truth": {"ttft_s": 0.1, "gap_s": 0.01, "tokens_per_chunk": 1}
 
-`--log` gets one JSON line a request: `index` (its X-Request-Id, else its number), `received` (when
-it was parsed), `scheduled`, `n_in`, `n_cached`, `n_out`, `finish` (stop, length, abort, error),
+`--log` gets one JSON line a request: `index` (its X-Request-Id, else its number), `model`,
+`received` (when it was parsed), `scheduled`, `n_in`, `n_cached`, `n_out`, `finish` (stop, length,
+abort, error),
 `stream`, `chunks` as [[time, tokens], ...] (stamped just before the write; of a request that does
 not stream, when its tokens were ready), and beside each chunk `due` (when the law wanted it),
 `batch` and `prefilled` (of its step). Lines appear as requests end and all are there once the
@@ -49,7 +62,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
+from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, cast
+from zlib import crc32
 
 from orjson import dumps  # json would hold the loop ten times as long
 
@@ -82,6 +97,9 @@ HISTOGRAMS: dict[str, Sequence[float]] = {
 }
 COUNTERS = ("prompt_tokens_total", "generation_tokens_total", "prefix_cache_queries_total",
             "prefix_cache_hits_total", "num_preemptions_total")  # fmt: skip
+SPECULATION = ("spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total",
+               "spec_decode_num_accepted_tokens_total")  # fmt: skip
+ACCEPTED_AT = "spec_decode_num_accepted_tokens_per_pos_total"
 
 
 class Alarm:
@@ -126,8 +144,9 @@ class Alarm:
 class Metrics:
     """What /metrics shows, each updated at the moment when vLLM updates it."""
 
-    def __init__(self) -> None:
-        self.counters = dict.fromkeys(COUNTERS, 0)
+    def __init__(self, guesses: int) -> None:
+        self.counters = dict.fromkeys((*COUNTERS, *(SPECULATION if guesses else ())), 0)
+        self.accepted_at = [0] * guesses
         self.finished = dict.fromkeys(("stop", "length", "abort", "error", "repetition"), 0)
         self._buckets = {name: [0] * (len(bounds) + 1) for name, bounds in HISTOGRAMS.items()}
         self._sums = dict.fromkeys(HISTOGRAMS, 0.0)
@@ -136,7 +155,20 @@ class Metrics:
         self._buckets[histogram][bisect_left(HISTOGRAMS[histogram], value)] += 1
         self._sums[histogram] += value
 
-    def render(self, model: str, gauges: dict[str, float], cache_config: dict[str, str]) -> str:
+    def drafted(self, accepted: int) -> None:
+        drafts = (1, len(self.accepted_at), accepted)
+        for name, more in zip(SPECULATION, drafts, strict=True):
+            self.counters[name] += more
+        for position in range(accepted):
+            self.accepted_at[position] += 1
+
+    def render(
+        self,
+        model: str,
+        gauges: dict[str, float],
+        cache_config: dict[str, str],
+        lora: dict[str, str] | None,
+    ) -> str:
         lines: list[str] = []
         common = {"engine": "0", "model_name": model}
 
@@ -154,6 +186,10 @@ class Metrics:
         family("counter", "request_success_total")
         for reason, count in self.finished.items():
             sample("request_success_total", count, {**common, "finished_reason": reason})
+        if self.accepted_at:
+            family("counter", ACCEPTED_AT)
+        for position, count in enumerate(self.accepted_at):
+            sample(ACCEPTED_AT, count, {**common, "position": str(position)})
         for name, bounds in HISTOGRAMS.items():
             family("histogram", name)
             totals = list(itertools.accumulate(self._buckets[name]))
@@ -163,6 +199,9 @@ class Metrics:
             sample(f"{name}_sum", self._sums[name], common)
         family("gauge", "cache_config_info")
         sample("cache_config_info", 1, {"engine": "0", **cache_config})
+        if lora:
+            family("gauge", "lora_requests_info")
+            sample("lora_requests_info", time.time(), lora)
         return "\n".join(lines) + "\n"
 
 
@@ -189,6 +228,11 @@ class Request:
     received: float
     index: str
     head: str  # the JSON that every answer starts with
+    model: str
+    adapter: str | None  # its name, of a model that is one
+    mark: str  # its first word
+    salt: str
+    top: int | None  # how many of the prompt's logprobs are wanted at each position
     chat: bool
     stream: bool
     usage: bool  # a last chunk with the usage
@@ -199,11 +243,17 @@ class Request:
     truth: dict[str, float]
     scheduled: float = 0.0
     n_cached: int = 0
+    computed: int = 0  # tokens whose keys and values are there
     sent: int = 0
     finish: str = ""
     times: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        """Tokens to compute before the next one can be sampled: one, once it decodes."""
+        return len(self.prompt) + self.sent - self.computed
 
     def frame(self, choice: str, rest: str) -> str:
         """One server-sent event as one HTTP chunk; all ASCII, so characters are bytes."""
@@ -221,7 +271,10 @@ class Request:
 
     def text(self, tokens: int) -> str:
         """The last `tokens` tokens of what was sent."""
-        return "".join(WORDS[i % len(WORDS)] for i in range(self.sent - tokens, self.sent))
+        words = [WORDS[i % len(WORDS)] for i in range(self.sent - tokens, self.sent)]
+        if self.sent == tokens and self.mark:
+            words[0] = self.mark
+        return "".join(words)
 
     def role_frame(self) -> str:
         """Chat's first chunk: a role and no token."""
@@ -251,13 +304,27 @@ class Request:
         else:
             answer = f'"text":"{text}"'
         choice = f'{answer},"logprobs":null,"finish_reason":"{self.finish}","stop_reason":null'
+        if self.top is not None:
+            ids = [crc32(str(token).encode()) % 50_000 for token in self.prompt]
+            known = dumps([None, *map(self._known, ids[1:])]).decode()
+            choice += f',"prompt_logprobs":{known},"prompt_token_ids":{dumps(ids).decode()}'
         details = ',"prompt_tokens_details":null,"completion_tokens_details":null'
         rest = f'"service_tier":null,{FINGERPRINT}{self.usage_json(details)}'
         return f'{self.head}{{"index":0,{choice}}}],{rest}}}'.encode()
 
+    def _known(self, token: int) -> dict[str, dict[str, Any]]:
+        """The top of a position: the token itself has a probability of a half, others share."""
+        ids = [token, *(50_000 + i for i in range((self.top or 1) - 1))]
+        shares = [0.5, *(0.4 / 2**i for i in range(1, len(ids)))]
+        return {
+            str(i): {"logprob": math.log(share), "rank": rank, "decoded_token": "w"}
+            for rank, (i, share) in enumerate(zip(ids, shares, strict=True), start=1)
+        }
+
     def record(self) -> dict[str, Any]:
         return {
             "index": self.index,
+            "model": self.model,
             "received": self.received,
             "scheduled": self.scheduled or None,
             "n_in": len(self.prompt),
@@ -292,29 +359,78 @@ class Batching:
         (self.waiting if request in self.waiting else self.running).remove(request)
 
     def _begin(self, start: float) -> None:
-        options, prefilled = self.options, 0
-        while self.waiting and len(self.running) < options.max_num_seqs:
-            request = self.waiting.popleft()
-            request.scheduled = max(start, request.received)
-            request.n_cached = self.engine.look_up(request.prompt)
-            prefilled += len(request.prompt) - request.n_cached
-            self.running.append(request)
-        batch = len(self.running)
-        self._stepping = batch > 0
-        if self._stepping:
-            length = options.step_s + options.step_per_seq_s * batch
+        options = self.options
+        preempted, work = self._preempt(), list[tuple[Request, int]]()
+        budget: int = options.max_num_batched_tokens
+        for request in self.running:
+            if new := min(request.left, budget):
+                work.append((request, new))
+                budget = max(0, budget - new - self.engine.guesses * (request.left == 1))
+        if not preempted:
+            work += self._admit(start, budget)
+        self._stepping = bool(work)
+        if work:
+            prefilled = sum(new for request, new in work if new > 1 or not request.times)
+            length = options.step_s + options.step_per_seq_s * len(work)
             length += options.prefill_per_token_s * prefilled
             if sigma := options.jitter:  # of mean 1: the law holds on average
                 length *= self._random.lognormvariate(-sigma * sigma / 2, sigma)
-            step = Step(start + length, batch, prefilled)
-            self.engine.alarm.at(step.due, partial(self._end, step))
+            step = Step(start + length, len(work), prefilled)
+            self.engine.alarm.at(step.due, partial(self._end, step, work))
 
-    def _end(self, step: Step) -> None:
+    def _preempt(self) -> bool:
+        """Makes room for the next tokens of those that came first."""
+        found = False
+        while len(self.running) > 1 and self._blocks(self.running) > self.engine.blocks:
+            request = self.running.pop()
+            request.computed, found = 0, True
+            self.waiting.appendleft(request)
+            self.engine.metrics.counters["num_preemptions_total"] += 1
+        return found
+
+    def _blocks(self, requests: Sequence[Request]) -> int:
+        """Of the KV cache, that they fill by the end of the next step."""
+        size = self.options.block_size
+        return sum(-(-(len(r.prompt) + r.sent) // size) for r in requests)
+
+    def _admit(self, start: float, budget: int) -> list[tuple[Request, int]]:
+        """The waiting ones that budget, memory and adapter slots have room for, and their tokens.
+
+        One without a slot is passed over, as in vLLM; the others keep their order.
+        """
+        options, admitted, skipped = self.options, list[tuple[Request, int]](), deque[Request]()
+        while self.waiting and len(self.running) < options.max_num_seqs and budget:
+            request = self.waiting[0]
+            whole = len(request.prompt) + request.sent
+            if self.running and (
+                self._blocks([*self.running, request]) > self.engine.blocks
+                or (whole > budget and not options.enable_chunked_prefill)
+            ):
+                break
+            self.waiting.popleft()
+            adapters = {r.adapter for r in (*self.running, request)} - {None}
+            if len(adapters) > options.max_loras:
+                skipped.append(request)
+                continue
+            if not request.scheduled:
+                request.scheduled = max(start, request.received)
+                request.n_cached = request.computed = self.engine.look_up(request)
+            new = min(request.left, budget)
+            budget -= new
+            admitted.append((request, new))
+            self.running.append(request)
+        self.waiting.extendleft(reversed(skipped))
+        return admitted
+
+    def _end(self, step: Step, work: Sequence[tuple[Request, int]]) -> None:
         generated = 0
-        for request in self.running:
-            size = self.options.tokens_per_chunk if request.times else 1
-            generated += self.engine.emit(request, size, step)
-        if self.running:  # else all of them have gone away meanwhile
+        here = [(request, new) for request, new in work if not request.finish]
+        for request, new in here:
+            request.computed += new
+            if request.left == 0:
+                generated += self.engine.emit(request, self._size(request), step)
+                request.computed = len(request.prompt) + request.sent - 1
+        if here:  # else all of them have gone away meanwhile
             self.engine.metrics.observe("iteration_tokens_total", step.prefilled + generated)
         self.running = [request for request in self.running if not request.finish]
         sent = self.engine.metrics.counters["generation_tokens_total"]
@@ -323,6 +439,18 @@ class Batching:
             self.engine.alarm.at(resume, partial(self._begin, resume))
         else:
             self._begin(step.due)
+
+    def _size(self, request: Request) -> int:
+        """Tokens of its next chunk; all that were accepted count, even past the answer's end."""
+        if not request.times:
+            return 1
+        if not (guesses := self.engine.guesses):
+            return int(self.options.tokens_per_chunk)
+        accepted = 0
+        while accepted < guesses and self._random.random() < self.options.acceptance:
+            accepted += 1
+        self.engine.metrics.drafted(accepted)
+        return 1 + accepted
 
 
 class Programmed:
@@ -364,12 +492,17 @@ class Engine:
 
     def __init__(self, options: argparse.Namespace, log: IO[bytes] | None) -> None:
         self.options = options
-        self.metrics = Metrics()
+        self.guesses = int(options.speculative_config.get("num_speculative_tokens", 0))
+        self.blocks = _kv_blocks(options)
+        self.metrics = Metrics(self.guesses)
         self.loop = asyncio.get_running_loop()
         self.alarm = Alarm(self.loop)
         self.scheduler = Programmed(self) if options.programmed else Batching(self)
         self.names: list[str] = options.served_model_name or [options.model]
-        self.models = [*self.names, *(name.split("=")[0] for name in options.lora_modules)]
+        self.adapters = {  # name -> folder
+            name: Path(folder)
+            for name, _, folder in (m.partition("=") for m in options.lora_modules)
+        }
         self._blocks: dict[int, None] = {}  # hashes of the cached blocks, the least recent first
         self._arrived = 0
         self._active: set[Request] = set()
@@ -384,6 +517,13 @@ class Engine:
             "/v1/completions": ("POST", partial(self._complete, chat=False)),
             "/reset_prefix_cache": ("POST", self._reset_prefix_cache),
         }
+        if options.enable_lora and os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING") == "1":
+            self._routes["/v1/load_lora_adapter"] = ("POST", self._load_adapter)
+            self._routes["/v1/unload_lora_adapter"] = ("POST", self._unload_adapter)
+
+    @property
+    def models(self) -> list[str]:
+        return [*self.names, *self.adapters]
 
     def answer(
         self, connection: Connection, verb: str, path: str, headers: dict[str, str], body: bytes
@@ -408,12 +548,12 @@ class Engine:
         connection.respond_json({"object": "list", "data": data})
 
     def _render_metrics(self, connection: Connection, *_: object) -> None:
-        options, running = self.options, self.scheduler.running
-        size, blocks = options.block_size, options.num_gpu_blocks_override
+        options, running, waiting = self.options, self.scheduler.running, self.scheduler.waiting
+        size, blocks = options.block_size, self.blocks
         used = sum(-(-(len(request.prompt) + request.sent) // size) for request in running)
         gauges = {
             "num_requests_running": len(running),
-            "num_requests_waiting": len(self.scheduler.waiting),
+            "num_requests_waiting": len(waiting),
             "kv_cache_usage_perc": min(1.0, used / blocks),
         }
         config = {
@@ -422,13 +562,42 @@ class Engine:
             "enable_prefix_caching": str(options.enable_prefix_caching),
             "num_gpu_blocks": str(blocks),
         }
-        text = self.metrics.render(self.names[0], gauges, config)
+        lora = {
+            "max_lora": str(options.max_loras),
+            "running_lora_adapters": ",".join({r.adapter for r in running if r.adapter}),
+            "waiting_lora_adapters": ",".join({r.adapter for r in waiting if r.adapter}),
+        }
+        text = self.metrics.render(
+            self.names[0], gauges, config, lora if options.enable_lora else None
+        )
         kind = "text/plain; version=1.0.0; charset=utf-8"
         connection.respond(HTTPStatus.OK, text.encode(), kind)
 
     def _reset_prefix_cache(self, connection: Connection, *_: object) -> None:
         self._blocks.clear()
         connection.respond_json({"success": True})
+
+    def _load_adapter(self, connection: Connection, _: dict[str, str], body: bytes) -> None:
+        asked = json.loads(body)
+        name, folder = asked["lora_name"], Path(asked["lora_path"])
+        if name in self.adapters:
+            message = f"The lora adapter '{name}' has already been loaded."
+            raise Refused(HTTPStatus.BAD_REQUEST, "InvalidUserInput", message)
+        if not folder.is_dir():
+            message = f"Loading lora {name} failed: No adapter found for {folder}"
+            raise Refused(HTTPStatus.NOT_FOUND, "NotFoundError", message)
+        self.adapters[name] = folder
+        text = f"Success: LoRA adapter '{name}' added successfully."
+        connection.respond(HTTPStatus.OK, text.encode(), "text/plain")
+
+    def _unload_adapter(self, connection: Connection, _: dict[str, str], body: bytes) -> None:
+        name = json.loads(body)["lora_name"]
+        if name not in self.adapters:
+            message = f"The lora adapter '{name}' cannot be found."
+            raise Refused(HTTPStatus.NOT_FOUND, "NotFoundError", message)
+        del self.adapters[name]
+        text = f"Success: LoRA adapter '{name}' removed successfully."
+        connection.respond(HTTPStatus.OK, text.encode(), "text/plain")
 
     def _complete(
         self, connection: Connection, headers: dict[str, str], body: bytes, *, chat: bool
@@ -486,6 +655,9 @@ class Engine:
             refuse(f"min_tokens must be at most max_tokens={most}, got {least}.", "min_tokens")
         ends = self.options.eos_after if not body.get("ignore_eos") else 0
         n_out = min(most, max(least, ends)) if ends else most
+        top = None if body.get("prompt_logprobs") is None else count("prompt_logprobs", 0)
+        if top is not None and body.get("stream"):
+            refuse("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
         truth = body.get("truth") or {}
         if not (isinstance(truth, dict) and all(type(v) in (int, float) for v in truth.values())):
             refuse("truth must map ttft_s, gap_s and tokens_per_chunk to numbers.", "truth")
@@ -503,6 +675,11 @@ class Engine:
             received=time.monotonic(),
             index=index,
             head=json.dumps(head, separators=(",", ":"))[:-1] + ',"choices":[',
+            model=model,
+            adapter=model if model in self.adapters else None,
+            mark=_mark(self.adapters.get(model)),
+            salt=str(body.get("cache_salt") or ""),
+            top=top,
             chat=chat,
             stream=stream,
             usage=usage,
@@ -513,22 +690,23 @@ class Engine:
             truth=truth,
         )
 
-    def look_up(self, prompt: Sequence[object]) -> int:
+    def look_up(self, request: Request) -> int:
         """How many of the prompt's tokens the prefix cache holds; holds all full blocks after.
 
         As in vLLM: whole blocks, each known by all that precedes it, and at least one token is
-        left to compute.
+        left to compute. A prompt whose logprobs are wanted is computed whole.
         """
-        if not self.options.enable_prefix_caching:
+        if not self.options.enable_prefix_caching or request.top is not None:
             return 0
-        size, key, found, unbroken = self.options.block_size, 0, 0, True
+        prompt, size = request.prompt, self.options.block_size
+        key, found, unbroken = hash((request.adapter, request.salt)), 0, True
         for i in range(0, len(prompt) - size + 1, size):
             key = hash((key, *prompt[i : i + size]))
             unbroken = unbroken and key in self._blocks and i + size < len(prompt)
             found += size * unbroken
             self._blocks.pop(key, None)
             self._blocks[key] = None
-        while len(self._blocks) > self.options.num_gpu_blocks_override:
+        while len(self._blocks) > self.blocks:
             del self._blocks[next(iter(self._blocks))]
         self.metrics.counters["prefix_cache_queries_total"] += len(prompt)
         self.metrics.counters["prefix_cache_hits_total"] += found
@@ -616,6 +794,24 @@ class Engine:
             self._close(request, "abort")
         while self._to_log:
             self._write_line()
+
+
+def _kv_blocks(options: argparse.Namespace) -> int:
+    """Of the KV cache: as given, or as many as the memory holds of this model's in this type."""
+    path = Path(options.model) / "config.json"
+    if options.kv_cache_memory_bytes is None or not path.exists():
+        return int(options.num_gpu_blocks_override)
+    config = json.loads(path.read_text())
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    values = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads)
+    each = 1 if options.kv_cache_dtype.startswith("fp8") else 2
+    return int(options.kv_cache_memory_bytes // (options.block_size * values * head_dim * each))
+
+
+def _mark(adapter: Path | None) -> str:
+    path = adapter and adapter / "mark.txt"
+    return path.read_text().strip() if path and path.exists() else ""
 
 
 def _tokens(text: object) -> Sequence[object]:
@@ -724,14 +920,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--port", type=int, default=8000, help="on 127.0.0.1; 0 takes a free one, see stderr")
     add("--model", default="fake", help="the model's name")
     add("--served-model-name", nargs="+", help="the names clients use instead of --model")
+    add("--enable-lora", action="store_true", help="adapters can be loaded and are counted")
     add("--lora-modules", nargs="+", default=[], help="NAME=PATH: adapters, served by name")
+    add("--max-loras", type=int, default=1, help="adapters in a batch")
     add("--max-model-len", type=int, default=8192, help="prompt and output together, in tokens")
     add("--max-num-seqs", type=int, default=256, help="the largest batch; other requests wait")
+    add("--max-num-batched-tokens", type=int, default=8192, help="tokens computed in a step")
+    add("--enable-chunked-prefill", action=argparse.BooleanOptionalAction, default=True,
+        help="prefill a prompt in pieces where it exceeds what a step has left")  # fmt: skip
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
         help="keep prompts' full blocks and do not prefill them again")  # fmt: skip
     add("--block-size", type=int, default=16, help="tokens in a block of the KV cache")
     add("--num-gpu-blocks-override", type=int, default=8192, help="blocks in the KV cache")
-    add("--kv-cache-dtype", default="auto", help="shown in cache_config_info, else without effect")
+    add("--kv-cache-memory-bytes", type=int, help="instead, where the model has a config.json")
+    add("--kv-cache-dtype", default="auto", help="fp8 and its kin hold twice the tokens")
+    add("--speculative-config", type=json.loads, default={}, help="num_speculative_tokens of it")
     add("--seed", type=int, default=0, help="of the jitter")
     add = parser.add_argument_group("the law").add_argument
     add("--step-s", type=float, default=0.02, help="length of a step, before what follows")
@@ -740,6 +943,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="more for each prompt token that the step prefills")  # fmt: skip
     add("--tokens-per-chunk", type=int, default=1, metavar="K",
         help="tokens a sequence gets in a step, after its first, as with speculation")  # fmt: skip
+    add("--acceptance", type=float, default=0.6, help="chance of each drafted token in turn")
     add("--jitter", type=float, default=0.0, help="sigma of a lognormal factor (mean 1) on steps")
     add("--slowdown", type=float, default=1.0, help="multiplies every time of the law")
     add("--eos-after", type=int, default=128, metavar="N",

@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import itertools
 import json
+import math
 import re
 import signal
 import subprocess
@@ -44,12 +45,14 @@ class Fake:
             connection.request("GET", path)
             return connection.getresponse().read().decode()
 
-    def post(self, path: str, body: Json | str = "", **headers: str) -> tuple[int, Json]:
+    def post(self, path: str, body: Json | str = "") -> tuple[int, Any]:
+        """The status, and the answer: JSON, or text where it says that it is."""
         with contextlib.closing(self.connect()) as connection:
-            text = body if isinstance(body, str) else json.dumps(body)
-            connection.request("POST", path, text, headers)
+            connection.request("POST", path, body if isinstance(body, str) else json.dumps(body))
             answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
+            text = answer.read().decode()
+            plain = answer.getheader("content-type") == "text/plain"
+            return answer.status, text if plain else json.loads(text)
 
     def stream(self, path: str = CHAT, **body: Any) -> list[tuple[float, Json]]:
         """The events of one stream, each with the time when its line was read."""
@@ -250,6 +253,169 @@ def test_prefix_cache(start: Start) -> None:
     ask(off, words)
     assert off.metric("prefix_cache_queries_total") == off.metric("prefix_cache_hits_total") == 0
     assert 'enable_prefix_caching="False"' in off.get("/metrics")
+
+
+def test_the_prefix_cache_is_apart_for_each_salt_and_adapter(start: Start) -> None:
+    fake = start("--enable-lora", "--lora-modules", "a=/x")
+    words = " ".join(str(i) for i in range(40))
+    asked: list[Json] = [{}, {}, {"cache_salt": "s"}, {"cache_salt": "s"}, {"model": "a"},
+                         {"model": "a"}, {"prompt_logprobs": 2}]  # fmt: skip
+    for more in asked:
+        assert fake.post(TEXT, {"prompt": words, "max_tokens": 1, **more})[0] == 200
+    assert [r["n_cached"] for r in fake.stop()] == [0, 32, 0, 32, 0, 32, 0]
+
+
+def test_a_long_prompt_comes_in_pieces(start: Start) -> None:
+    """100 tokens beside one stream: 7 steps of 15 and what is left; or one step of its own."""
+    law = ("--no-enable-prefix-caching", "--step-s", ".02")
+
+    def beside(fake: Fake) -> tuple[Json, Json]:
+        with ThreadPoolExecutor(2) as pool:
+            pool.submit(fake.stream, TEXT, id="stream", max_tokens=60)
+            while not fake.metric("generation_tokens_total"):
+                time.sleep(0.002)
+            pool.submit(fake.stream, TEXT, id="long", prompt="w " * 100, max_tokens=2)
+        found = {record["index"]: record for record in fake.stop()}
+        return found["stream"], found["long"]
+
+    stream, long = beside(start(*law, "--max-num-batched-tokens", "16"))
+    meanwhile = [p for p in stream["prefilled"][1:] if p]
+    assert meanwhile == [15] * 6 + [10]
+    assert stream["prefilled"].index(10) == stream["due"].index(long["due"][0])  # its first token
+    for flags in (("--no-enable-chunked-prefill",), ("--max-num-batched-tokens", "512")):
+        stream, long = beside(start(*law, *flags))
+        assert [p for p in stream["prefilled"][1:] if p] == [100]
+
+
+def test_a_prompt_that_may_not_be_cut_waits_for_room(start: Start) -> None:
+    fake = start("--max-num-batched-tokens", "10", "--no-enable-chunked-prefill")
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda i: fake.stream(TEXT, prompt="w " * 6, max_tokens=4), range(3)))
+    records = fake.stop()
+    assert all(p in (0, 6) for record in records for p in record["prefilled"])
+    assert len({record["due"][0] for record in records}) == 3  # two would be 12
+
+
+def test_a_full_cache_preempts_the_last(start: Start) -> None:
+    """Four blocks of 16: two sequences of 20 tokens fit, until the first needs its third block."""
+    fake = start("--num-gpu-blocks-override", "4", "--no-enable-prefix-caching")
+    with ThreadPoolExecutor(2) as pool:
+        seen = list(
+            pool.map(lambda i: fake.stream(TEXT, prompt="w " * 20, max_tokens=24), range(2))
+        )
+    assert fake.metric("num_preemptions_total") == 1
+    assert [len(_tokens(events)) for events in seen] == [24, 24]  # none is lost
+    _, last = sorted(fake.stop(), key=lambda record: record["received"])
+    again = [p for p in last["prefilled"][1:] if p > 20]
+    assert len(again) == 1  # what it had written is computed with its prompt
+    assert max(b - a for a, b in itertools.pairwise(last["due"])) > 5 * 0.0025
+
+
+def test_the_cache_holds_twice_as_much_in_eight_bits(start: Start, tmp_path: Path) -> None:
+    """2 layers x K and V x 1 head x 4 x 2 bytes: 32 bytes a token, 512 a block."""
+    config = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+              "hidden_size": 8}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = ("--model", str(tmp_path), "--kv-cache-memory-bytes", "5220")
+    for dtype, blocks in (("auto", 10), ("fp8_e4m3", 20)):
+        shown = start(*given, "--kv-cache-dtype", dtype).get("/metrics")
+        assert f'num_gpu_blocks="{blocks}"' in shown
+        assert f'cache_dtype="{dtype}"' in shown
+
+
+def test_speculation_counts_as_vllm_does(start: Start) -> None:
+    """Every draft of three tokens is accepted up to the first that is not."""
+    config = json.dumps({"method": "ngram", "num_speculative_tokens": 3})
+    for chance, sizes in (("1", [1, 4, 4, 1]), ("0", [1] * 10)):
+        fake = start("--speculative-config", config, "--acceptance", chance)
+        assert _tokens(fake.stream(max_tokens=10)) == sizes
+        drafts = len(sizes) - 1
+        assert fake.metric("spec_decode_num_drafts_total") == drafts
+        assert fake.metric("spec_decode_num_draft_tokens_total") == 3 * drafts
+        accepted = 3 * drafts if chance == "1" else 0
+        assert fake.metric("spec_decode_num_accepted_tokens_total") == accepted
+        for position in range(3):
+            name = f'spec_decode_num_accepted_tokens_per_pos_total{{.*position="{position}"}}'
+            assert fake.metric(name) == accepted / 3
+    assert "spec_decode" not in start().get("/metrics")
+
+
+def test_acceptance_has_its_chance(start: Start) -> None:
+    config = json.dumps({"method": "ngram", "num_speculative_tokens": 2})
+    fake = start("--speculative-config", config, "--acceptance", ".6", "--step-s", "0")
+    fake.stream(max_tokens=1000)
+    drafts, first, second = (
+        fake.metric(name)
+        for name in (
+            "spec_decode_num_drafts_total",
+            'spec_decode_num_accepted_tokens_per_pos_total{.*position="0"}',
+            'spec_decode_num_accepted_tokens_per_pos_total{.*position="1"}',
+        )
+    )
+    assert first / drafts == pytest.approx(0.6, abs=0.08)  # some 500 drafts
+    assert second / first == pytest.approx(0.6, abs=0.1)
+
+
+def test_adapters(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    for name in ("red", "blue"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mark.txt").write_text(f"[{name}]\n")
+    flags = ("--enable-lora", "--max-loras", "2", "--lora-modules", f"a={tmp_path}/red")
+    fake = start(*flags)
+
+    def says(model: str) -> str:
+        _, answer = fake.post(TEXT, {"prompt": "x", "max_tokens": 3, "model": model})
+        assert answer["model"] == model
+        return str(answer["choices"][0]["text"])
+
+    assert says("a") == "[red] quick brown"
+    assert says("fake") == " the quick brown"
+    load = {"lora_name": "b", "lora_path": str(tmp_path / "blue")}
+    assert fake.post("/v1/load_lora_adapter", load) == (
+        200, "Success: LoRA adapter 'b' added successfully."
+    )  # fmt: skip
+    assert says("b") == "[blue] quick brown"
+    assert fake.post("/v1/load_lora_adapter", load)[0] == 400
+    nowhere = {"lora_name": "c", "lora_path": "/nowhere"}
+    assert fake.post("/v1/load_lora_adapter", nowhere)[0] == 404
+    unload = {"lora_name": "b"}
+    assert fake.post("/v1/unload_lora_adapter", unload)[0] == 200
+    assert fake.post("/v1/unload_lora_adapter", unload)[0] == 404
+    assert fake.post(TEXT, {"prompt": "x", "model": "b"})[0] == 404
+    assert 'lora_requests_info{max_lora="2"' in fake.get("/metrics")
+    assert "lora_requests_info" not in start().get("/metrics")
+    monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+    assert start(*flags).post("/v1/load_lora_adapter", load)[0] == 404
+
+
+def test_adapters_wait_for_a_slot(start: Start) -> None:
+    fake = start("--enable-lora", "--lora-modules", *(f"t{i}=/x" for i in range(3)))
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda i: fake.stream(TEXT, model=f"t{i % 3}", max_tokens=20), range(6)))
+    records = fake.stop()
+    spans = {
+        name: (min(r["scheduled"] for r in mine), max(r["due"][-1] for r in mine))
+        for name in ("t0", "t1", "t2")
+        for mine in [[r for r in records if r["model"] == name]]
+    }
+    by_start = sorted(spans.values())
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(by_start))
+
+
+def test_logprobs_of_a_prompt(start: Start) -> None:
+    fake = start()
+    body = {"prompt": "one two one", "max_tokens": 1, "prompt_logprobs": 5}
+    _, answer = fake.post(TEXT, body)
+    ids = answer["choices"][0]["prompt_token_ids"]
+    assert ids[0] == ids[2] != ids[1]
+    first, *positions = answer["choices"][0]["prompt_logprobs"]
+    assert first is None
+    for token, known in zip(ids[1:], positions, strict=True):
+        assert len(known) == 5
+        assert sum(math.exp(k["logprob"]) for k in known.values()) <= 1
+        assert known[str(token)]["rank"] == 1
+    assert fake.post(TEXT, {**body, "stream": True})[0] == 400
 
 
 def test_several_tokens_a_chunk_early_role_and_comments(start: Start) -> None:

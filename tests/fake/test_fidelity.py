@@ -17,7 +17,7 @@ from statistics import median
 import pytest
 
 from loadtests import generator, plan, records
-from loadtests.arrivals import Arrival, Concurrent, Poisson, Waves
+from loadtests.arrivals import Arrival, Concurrent, Contended, Poisson, Waves
 from loadtests.plan import TrialPlan, TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.workload import Request
@@ -65,13 +65,18 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
             law: Sequence[str] = FAST,
             window_s: float = 0.6,
             tokens: Sequence[int] = tuple(range(5, 30, 3)),
+            keep_text: bool = False,
         ) -> Played:
             path = Path(home / str(len(list(home.iterdir()))))
             path.mkdir()
             asked = [tokens[i % len(tokens)] for i in range(400)]
+            intruders = range(3, 400, 4) if isinstance(arrival, Contended) else ()
             plan.write_requests(
                 path / "requests.jsonl",
-                [Request(i, _prompt(i + 1), 0, n) for i, n in enumerate(asked)],
+                [
+                    Request(i, _prompt(i + 1), 0, n, intruder=i in intruders)
+                    for i, n in enumerate(asked)
+                ],
                 "fake",
             )
             with fake_engine(path / "log.jsonl", *law, *flags) as url:
@@ -88,6 +93,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
                     variant="none",
                     run_id="none",
                     workload="none",
+                    keep_text=keep_text,
                 )
                 summary = playing.play(trial)
             found = sorted(records.read(trial.records), key=lambda r: r.index)
@@ -195,6 +201,17 @@ def test_a_role_is_no_token(play: Play) -> None:
     assert median(waits) < 0.03
 
 
+def test_the_text_is_kept_where_it_is_asked_for(play: Play) -> None:
+    chunky = ("--tokens-per-chunk", "3", "--early-role-chunk", "--sse-comments")
+    kept = play(Concurrent(users=2), *chunky, tokens=(2, 12), keep_text=True)
+    _sound(kept)
+    words = "the quick brown fox jumps over a lazy dog.".replace(".", " .").split()
+    for record in kept.records:
+        said = (record.text or "").replace(".", " .").split()
+        assert said == [words[i % len(words)] for i in range(record.asked_tokens)]
+    assert all(r.text is None for r in play(Concurrent(users=2), tokens=(2,)).records)
+
+
 def test_a_stall_is_one_long_gap_and_no_error(play: Play) -> None:
     played = play(
         Concurrent(users=4), "--stall-after", "100", "--stall-s", "3", tokens=(30,), window_s=3.4
@@ -246,6 +263,24 @@ def test_a_wave_waits_for_all_of_the_last(play: Play) -> None:
     counted = [r for r in order if r.in_window]
     assert start <= min(r.sent_s for r in counted)
     assert max(r.chunks[-1][0] for r in counted) <= end  # whole waves: nobody's tail is cut off
+
+
+def test_an_intruder_comes_by_its_own_clock_beside_a_full_house(play: Play) -> None:
+    """It takes nobody's turn, and its first visit is one period after the start."""
+    played = play(Contended(users=3, every_s=0.25), window_s=1.2)
+    _sound(played)
+    visits = [r for r in played.records if r.index % 4 == 3]
+    others = [r for r in played.records if r.index % 4 != 3]
+    due = [0.25 * n for n in range(1, 6)]
+    assert [r.index for r in visits] == [3, 7, 11, 15, 19]
+    assert all(r.sent_s >= at for r, at in zip(visits, due, strict=True))
+    assert median(r.sent_s - at for r, at in zip(visits, due, strict=True)) < 0.03
+    assert [r.in_window for r in visits] == [True] * 5  # the window begins at 0.2
+    assert _most_in_flight(others) == 3
+    assert _most_in_flight(played.records) == 4
+    turns = [i for i in range(400) if i % 4 != 3]
+    assert [r.index for r in others] == turns[: len(others)]
+    assert not played.summary.exhausted
 
 
 def test_an_open_loop_keeps_its_schedule_whatever_is_outstanding(play: Play) -> None:
