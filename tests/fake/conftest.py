@@ -31,6 +31,7 @@ SETTINGS = (
     "PRICE_PER_HOUR", "RESULTS",
 )  # fmt: skip
 LABS = ("-m", "labs.cli")
+LABS_WITH_FAKE_MODELS = ("-m", "tests.fake.made")
 LABS_WITHOUT_PROMETHEUS = (
     "-c",
     "import dashboards.prometheus as p; p.find_prometheus = lambda root: None\n"
@@ -208,6 +209,11 @@ class Finished:
         return self.command.folder
 
 
+def _outputs(tokens: int, *workloads: str) -> str:
+    """Answers of so many tokens, ten milliseconds each: some begin and end within the window."""
+    return " ".join(f"workloads.{name}.output_tokens.tokens={tokens}" for name in workloads)
+
+
 BRIEF = "warmup_s=0.1 window_s=0.3 repeats=1 requests=64"
 SMALLER = {
     "continuous-batching": "warmup_s=0.15 window_s=0.7 repeats=2 requests=128"
@@ -220,7 +226,24 @@ SMALLER = {
         + (f" workloads.{name}.prefix.tokens={shared}" if shared else "")
         for name, shared in {
             "share-0": 0, "share-50": 64, "share-90": 98, "share-97": 106, "few": 98, "many": 98,
+            "documents": 96, "shuffled": 96,
         }.items()
+    ) + " workloads.chat.prompt_tokens.tokens=64 workloads.chat.chat.grows_tokens=40",
+    "speculative-decoding": 'workloads.crowd.loads=["concurrent:24","concurrent:48"] '
+    + _outputs(12, "story", "quote", "alone", "crowd"),
+    "chunked-prefill": 'warmup_s=0.3 window_s=1.2 workloads.contended.loads=["contended:4/0.5"] '
+    + _outputs(12, "contended"),
+    "kv-quantization": "workloads.far.prompt_tokens.tokens=512 workloads.far.prefix.tokens=448"
+    " workloads.far.warmup_s=0.1"
+    ' workloads.growing.loads=["concurrent:4","concurrent:16"]'
+    " claims.batch.treatment.load=concurrent:16 claims.batch.baseline.load=concurrent:16 "
+    + " ".join(
+        f"variants.{name}.flags.kv-cache-memory-bytes={32 * 2**20}"
+        for name in ("bf16-tight", "fp8-tight")
+    ) + " " + _outputs(8, "near", "far") + " " + _outputs(48, "growing"),
+    "weight-quantization": _outputs(8, "decode"),
+    "multi-lora": _outputs(
+        8, "none", "one", "uniform-2", "uniform-4", "uniform-8", "zipf-8", "wide-8"
     ),
 }  # fmt: skip
 """What makes a lab's whole run a matter of seconds, beside `BRIEF`."""
@@ -237,7 +260,9 @@ def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
             if lab not in done:
                 someone = readers.enter_context(reading(tmp_path_factory.mktemp(lab) / "reader"))
                 settings = f"{BRIEF} {SMALLER.get(lab, '')}"
-                command = someone.types("run", lab, QUICK="1", SET=settings)
+                command = someone.types(
+                    "run", lab, QUICK="1", SET=settings, program=LABS_WITH_FAKE_MODELS
+                )
                 command.wait(400)
                 done[lab] = Finished(someone, command)
             return done[lab]

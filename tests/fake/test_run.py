@@ -18,8 +18,10 @@ from labs import LABS
 from labs.lab import Point
 from labs.results import RunFolder, Summary
 from loadtests.records import RequestRecord
+from serving import models
 from serving.install import find_prometheus
 from serving.models import ROOT
+from tests.fake import made
 from tests.fake.conftest import (
     Command,
     Finish,
@@ -74,12 +76,17 @@ def test_predictions_come_before_any_engine_and_complete_comes_last(
 
 @every_lab
 def test_the_engines_got_the_command_lines_that_are_on_file(lab: str, finish: Finish) -> None:
+    """With the folders of derived models in the places of their names."""
     finished = finish(lab)
     started = [text.split() for _, text in finished.reader.engine_starts()]
-    run = finished.folder.run()
+    run, results = finished.folder.run(), finished.reader.results
     assert len(started) == len(run.argv)
-    for _, *flags in run.argv.values():
-        assert any(argv[-len(flags) :] == " ".join(flags).split() for argv in started)
+    for served, *flags in run.argv.values():
+        words = " ".join([served, *flags])
+        words = words.replace("<model>", str(models.resolve(run.machine).path))
+        words = re.sub("<([a-z0-9-]+)>", lambda m: str(made.folder_of(m[1], results)), words)
+        folder, *own = words.split()
+        assert any(a[1] == folder and a[len(a) - len(own) :] == own for a in started), words
 
 
 @every_lab
@@ -87,7 +94,8 @@ def test_counts_are_exact(lab: str, finish: Finish) -> None:
     """Each request, each chunk and each token: in the records, the engines and Prometheus."""
     finished = finish(lab)
     records = [r for _, _, trial in _trials(finished) for r in trial]
-    log = finished.reader.engine_log()
+    # a load streams its answers, probes do not
+    log = [line for line in finished.reader.engine_log() if line["stream"]]
     assert all(r.ok and r.output_tokens == r.asked_tokens for r in records)
 
     def seen(tokens: int | None, chunks: Sequence[Sequence[float]]) -> tuple[object, ...]:
@@ -111,8 +119,12 @@ def test_counts_are_exact(lab: str, finish: Finish) -> None:
 def test_each_load_of_a_repeat_gets_the_same_requests(lab: str, finish: Finish) -> None:
     """And the next repeat gets others. The fake counts words, so that prompts differ in tokens."""
     asked: dict[tuple[str, int], dict[int, tuple[int | None, int]]] = {}
+    prepared = finish(lab).folder.run().rebuilt_lab().requests
     for point, repeat, records in _trials(finish(lab)):
-        assert sorted(r.index for r in records) == list(range(len(records)))
+        for visiting in (False, True):  # an intruder's requests go out by a clock of their own
+            kind = [i for i in range(prepared) if point.workload.is_intruder(i) == visiting]
+            sent = sorted(r.index for r in records if r.index in set(kind))
+            assert sent == kind[: len(sent)]
         mine = asked.setdefault((point.workload.name, repeat), {})
         for record in records:
             request = (record.prompt_tokens, record.asked_tokens)
@@ -136,6 +148,29 @@ def test_the_report_answers_every_claim(lab: str, finish: Finish) -> None:
     assert set(re.findall(r"\]\((\S+\.svg)\)", report)) == pictures
     assert "QUICK run" in report
     assert "Ad hoc run" in report
+
+
+@every_lab
+def test_every_treatment_shows_in_the_engine(lab: str, finish: Finish) -> None:
+    """But for the pieces of a prompt, which a busy machine may smear: see test_engine."""
+    caveats = finish(lab).folder.summary().caveats
+    missing = [c.text for c in caveats if c.name == "treatment not applied"]
+    assert not [text for text in missing if "pieces" not in text]
+
+
+@every_lab
+def test_every_finding_has_its_figures_and_every_probe_was_asked(lab: str, finish: Finish) -> None:
+    finished = finish(lab)
+    resolved, findings = finished.folder.run().rebuilt_lab(), finished.folder.summary().findings
+    assert len(findings) == len(resolved.findings)
+    report = (finished.folder.path / "report.md").read_text()
+    for finding in findings:
+        assert finding.title in report
+        assert len(finding.rows) > 1, finding.title
+        assert finding.passed is not False
+    for probe in resolved.probes:
+        asked = {v.name for v in resolved.variants if finished.folder.probed(probe, v.name)}
+        assert asked == set(resolved.probed or [v.name for v in resolved.variants])
 
 
 @every_lab
@@ -201,6 +236,64 @@ def test_static_batches_lose_on_an_engine_whose_step_knows_no_batch(finish: Fini
     assert judged["static"].expected is True
     assert judged["static"].prediction_held is True
     assert judged["throughput"].outcome == "helps"
+
+
+# ------------------------------------------------------------------- what the engine's record says
+
+
+def _rows(finished: Finished, title: str) -> dict[str, list[str]]:
+    (finding,) = (f for f in finished.folder.summary().findings if f.title == title)
+    return {row[0]: row[1:] for row in finding.rows[1:]}
+
+
+def test_acceptance_is_the_chance_the_engine_was_given(finish: Finish) -> None:
+    """A draft of five is accepted at 0.6, 0.6^2, ...; a hundred drafts and more tell that well."""
+    rows = _rows(finish("speculative-decoding"), "What was accepted")
+    most, *_ = max(rows.items(), key=lambda row: ("draft-5" in row[0], int(row[0].split(" ")[-1])))
+    positions = [float(share) for share in rows[most][0].split(", ")]
+    assert positions == pytest.approx([0.6**n for n in range(1, 6)], abs=0.15)
+    # each is accepted only with those before it, so the shares add up to what a draft yields
+    assert float(rows[most][1]) == pytest.approx(1 + sum(positions), abs=0.03)
+
+
+def test_a_quantized_cache_holds_twice_the_tokens(finish: Finish) -> None:
+    summary = finish("kv-quantization").folder.summary()
+    forecasts = {f.point.split("/")[0]: f for f in summary.forecasts}
+    held = {name: f.measured.value for name, f in forecasts.items() if f.measured}
+    for name in ("bf16", "fp8"):
+        assert held[name] == forecasts[name].prediction.value
+    assert held["fp8"] == pytest.approx(2 * held["bf16"], rel=0.01)
+
+
+def test_a_tight_cache_preempts_and_eight_bits_do_later(finish: Finish) -> None:
+    summary = finish("kv-quantization").folder.summary()
+    thrown = {
+        key: sum(row["preemptions"] or 0 for row in rows.values())
+        for key, rows in summary.measurements.items()
+    }
+    tight, quantized = (
+        [thrown[f"{v}-tight/growing/concurrent-{n}"] for n in (4, 16)] for v in ("bf16", "fp8")
+    )
+    assert tight[0] == quantized[0] == 0
+    assert tight[1] > quantized[1]
+
+
+def test_two_engines_that_answer_alike_differ_in_nothing(finish: Finish) -> None:
+    rows = _rows(finish("weight-quantization"), "Quality")
+    assert set(rows["perplexity"]) == {"2"}
+    assert {cell.split(" ")[0] for cell in rows["perplexity ratio"][1:]} == {"1"}
+    assert {cell.split(" ")[0] for cell in rows["kl divergence"][1:]} == {"0"}
+
+
+def test_every_tenant_hears_its_own_adapter(finish: Finish) -> None:
+    finished = finish("multi-lora")
+    rows = _rows(finished, "Does any answer come from another tenant's adapter?")
+    asked = sum(len(records) for point, _, records in _trials(finished) if point.workload.adapters)
+    assert rows["under load, in trials"] == [f"{asked:,}", "0", "0"]
+    assert rows["shared prompts, 16 at once"] == ["120", "0", "0"]
+    assert rows["of an adapter loaded at run time"] == ["32", "0", "0"]
+    names = Counter(line["model"] for line in finished.reader.engine_log() if line["stream"])
+    assert {f"tenant-{i}" for i in range(8)} | {f"tenant-{i}-rank-64" for i in range(8)} < {*names}
 
 
 # ------------------------------------------------------------------- a server that is already there

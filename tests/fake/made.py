@@ -1,0 +1,61 @@
+"""The `labs` command where derived models are made in an instant: what a lab and the fake engine
+read of them, beside the results, and no weights. The checkout's own models are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from labs import derived, results
+from labs.cli import app
+from serving.adapters import mark_of
+from serving.models import Model
+
+TENANTS = 8
+PARAMS_PER_ADAPTER = 460_800  # rank 8 on the attention of the bundled model
+DRAFT_LAYERS = 2
+ACCEPTANCE = 0.6
+
+
+def folder_of(name: str, results: Path) -> Path:
+    return results.with_name("made") / name
+
+
+def make(model: Model, name: str, say: Callable[[str], None]) -> Path:
+    folder = folder_of(name, results.RESULTS)
+    if folder.exists():
+        return folder
+    say(f"Making a fake {name}")
+    folder.mkdir(parents=True)
+    if name == "adapters":
+        about = {"rank": 8, "params_per_adapter": PARAMS_PER_ADAPTER}
+        (folder / "about.json").write_text(json.dumps(about))
+        for tenant in range(TENANTS):
+            for suffix in ("", "-rank-64"):
+                adapter = folder / f"tenant-{tenant}{suffix}"
+                adapter.mkdir()
+                (adapter / "mark.txt").write_text(mark_of(tenant))
+        return folder
+    config = json.loads((model.path / "config.json").read_text())
+    if name == "draft":
+        config["num_hidden_layers"] = DRAFT_LAYERS
+        (folder / "about.json").write_text(json.dumps({"acceptance": ACCEPTANCE}))
+    (folder / "config.json").write_text(json.dumps(config))
+    _half_as_large(model, folder / "model.safetensors")
+    return folder
+
+
+def _half_as_large(model: Model, path: Path) -> None:
+    """A header that says so; nobody reads the rest."""
+    size = model.shape.weight_bytes // 2
+    tensor = {"dtype": "I8", "shape": [size], "data_offsets": [0, size]}
+    header = json.dumps({"model.weight": tensor}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+if __name__ == "__main__":
+    derived.make = make
+    app()
