@@ -33,6 +33,7 @@ def check_run(folder: RunFolder) -> None:
     lab, points = run.rebuilt_lab(), run.points()
     assert folder.complete
     assert not summary.failed
+    assert not summary.missing
     assert session
     for found in session.agreement:
         assert found.records > 0
@@ -45,14 +46,25 @@ def check_run(folder: RunFolder) -> None:
         assert trial
         assert trial.engine
         assert set(metrics.names(trial.engine)) >= set(metrics.GOLDEN["0.32"])
+        lengths = trial.point.lengths[(trial.repeat - 1) * lab.requests :]
         for record in trial.records:
             assert record.error is None
             assert record.output_tokens == record.asked_tokens
             assert sum(tokens for _, tokens in record.chunks) == record.output_tokens
-            assert record.prompt_tokens == trial.point.lengths[record.index][0]
+            assert (record.prompt_tokens, record.asked_tokens) == lengths[record.index]
+            assert (record.text is not None) == trial.point.workload.keep_text
+        assert bool(trial.intruders) == (trial.point.workload.intruder is not None)
     blocking = [c for c in summary.caveats if c.blocks]
     assert not [c for c in blocking if c.name in ("treatment not applied", "token counts differ")]
     assert not [c for c in blocking if c.name == "client and engine disagree"]
+    for probe in lab.probes:
+        asked = {v.name for v in lab.variants if folder.probed(probe, v.name)}
+        assert asked == set(lab.probed or [v.name for v in lab.variants])
     report = (folder.path / "report.md").read_text()
+    for name, finding in zip(lab.findings, summary.findings, strict=True):
+        assert finding.title in report
+        assert len(finding.rows) > 1, name
+        # four rounds of a quick run may take an accident for a leak by timing
+        assert finding.passed is not False or name == "timing-leak", finding
     assert all(claim.title in report for claim in lab.claims)
     assert all((folder.path / f"{name}.svg").exists() for name in ("effects", *lab.plots))

@@ -19,6 +19,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.timeout(3600)  # a checkout's first run makes the models derived from the served one
 @pytest.mark.parametrize("lab", LABS)
 def test_lab_runs_on_a_real_engine(lab: str, tmp_path: Path) -> None:
     check_run(quick_run(lab, tmp_path))
