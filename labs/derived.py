@@ -63,7 +63,7 @@ RECIPES: dict[str, Recipe] = {
         "a small draft model, distilled from the served one",
         "serving.draft",
         4,
-        prompts=(_kind("story", 96, task="story"), _kind("quote", 160, task="quote")),
+        prompts=(_kind("story", 64, task="story"), _kind("quote", 128, task="quote")),
     ),
     "adapters": Recipe(
         "a LoRA adapter for each of eight tenants, each with its own mark",
