@@ -1,6 +1,6 @@
 """Quantize with GPTQModel, the maintained heir of AutoGPTQ, into the GPTQ format.
 
-It compiles a packer when it first runs, so it needs a C++ compiler.
+Of its ways to pack the weights it is told the plain one: the others compile C++ first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ def main(job: dict[str, Any]) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(
-        bits=4, group_size=job["group_size"], sym=True, desc_act=False, offload_to_disk=False
+        bits=4,
+        group_size=job["group_size"],
+        sym=True,
+        desc_act=False,
+        offload_to_disk=False,
+        pack_impl="original",
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = GPTQModel.load(job["base"], config, device=device, dtype=torch.bfloat16)

@@ -214,7 +214,8 @@ def test_the_folder_appears_complete(
     root: Path, base: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environment(TOOL)
-    fake_tool(root, 'mkdir "$out"; echo "(1/2): Calibrating"; echo 12345 > "$out/x.safetensors"')
+    layers = 'for i in 1 2 3; do echo "($i/3): Calibrating"; sleep 0.5; done'
+    fake_tool(root, f'mkdir "$out"; {layers}; echo 12345 > "$out/x.safetensors"')
     out = root / "models" / "small"
     make("w4a16-gptq", base, out, text)
     about: dict[str, Any] = json.loads((out / "about.json").read_text())
@@ -232,7 +233,8 @@ def test_the_folder_appears_complete(
     for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         assert (out / name).read_text() == "of the base"
     assert [path.name for path in out.parent.iterdir()] == ["small"]
-    assert "made in" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert re.search(r"layer 1/3\nlayer 2/3; about \d s left\nlayer 3/3; .*\nmade in", told)
 
 
 def test_a_tool_that_fails_leaves_no_folder_and_its_last_words(
