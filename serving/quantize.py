@@ -92,7 +92,7 @@ METHODS: dict[str, Method] = {
     "w8a8": Method(LLM_COMPRESSOR, 8, "the same by SmoothQuant, then GPTQ", GPTQ_SAMPLES),
     "w4a16-rtn": Method(LLM_COMPRESSOR, 4, "INT4 weights, rounded to nearest", 0),
     "w4a16-gptq": Method(LLM_COMPRESSOR, 4, "INT4 weights by GPTQ", GPTQ_SAMPLES),
-    "w4a16-awq": Method(LLM_COMPRESSOR, 4, "INT4 weights by AWQ", AWQ_SAMPLES),
+    "w4a16-awq": Method(LLM_COMPRESSOR, 4, "INT4 weights with zero points by AWQ", AWQ_SAMPLES),
     "fp8": Method(LLM_COMPRESSOR, 8, "FP8 (E4M3) weights and activations, rounded to nearest", 0),
     "gptqmodel": Method(GPTQMODEL, 4, "INT4 weights by GPTQ, with GPTQModel", GPTQ_SAMPLES),
     "auto-gptq": Method(
@@ -149,7 +149,8 @@ def _fill(tool: Tool, step: install.Step) -> None:
     # First what other packages are built with.
     command = ("install", "--constraint", str(tool.lock), torch, "setuptools")
     if not install.pip(tool.home, step, *command):
-        if platform != "cpu":
+        said = "\n".join(install.last_lines(tool.home / ".venv" / "install.log", 12))
+        if not re.search(r"ERROR: .*torch\S*\+cpu", said):
             raise install.failure(tool.home, "pip could not install torch")
         install.install_with_torch_index(tool.home, step, *command)
     # Without dependencies: the lock names them all, at versions that work, not always those that

@@ -42,6 +42,7 @@ def main(job: dict[str, Any]) -> None:
         model.quantize(samples, batch_size=BATCH)
     for parameter in model.parameters():  # what is not quantized; a quantized layer has buffers
         parameter.data = parameter.data.bfloat16()
+    model.model.config.torch_dtype = torch.bfloat16
     if model.model.config.tie_word_embeddings:
         del model.model.lm_head
     model.save_quantized(job["out"], use_safetensors=True)

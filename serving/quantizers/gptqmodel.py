@@ -16,7 +16,7 @@ BATCH = 8
 
 def main(job: dict[str, Any]) -> None:
     os.environ["GPTQMODEL_CPU_WORKERS"] = str(os.cpu_count())  # else more than there are cores
-    os.chdir(Path(job["out"]).parent)  # it writes a log of its own wherever it runs
+    os.chdir(Path(job["out"]).parent)  # it writes logs/ wherever it stands
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 

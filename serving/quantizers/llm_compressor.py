@@ -20,8 +20,12 @@ def recipe(method: str, group_size: int) -> list[Any]:
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform import AWQModifier, SmoothQuantModifier
 
-    int4 = QuantizationArgs(num_bits=4, strategy="group", group_size=group_size)
-    groups = {"config_groups": {"linear": QuantizationScheme(targets=["Linear"], weights=int4)}}
+    def int4(symmetric: bool) -> dict[str, Any]:
+        weights = QuantizationArgs(
+            num_bits=4, strategy="group", group_size=group_size, symmetric=symmetric
+        )
+        scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+        return {"config_groups": {"linear": scheme}}
 
     def with_preset(scheme: str) -> dict[str, str]:
         return {"targets": "Linear", "scheme": scheme}
@@ -30,9 +34,9 @@ def recipe(method: str, group_size: int) -> list[Any]:
         "fp8": ([], QuantizationModifier, with_preset("FP8_DYNAMIC")),
         "w8a8-rtn": ([], QuantizationModifier, with_preset("W8A8")),
         "w8a8": ([SmoothQuantModifier()], GPTQModifier, with_preset("W8A8")),
-        "w4a16-rtn": ([], QuantizationModifier, groups),
-        "w4a16-gptq": ([], GPTQModifier, groups),
-        "w4a16-awq": ([AWQModifier()], QuantizationModifier, groups),
+        "w4a16-rtn": ([], QuantizationModifier, int4(symmetric=True)),
+        "w4a16-gptq": ([], GPTQModifier, int4(symmetric=True)),
+        "w4a16-awq": ([AWQModifier()], QuantizationModifier, int4(symmetric=False)),
     }
     transform, modifier, scheme = methods[method]
     return [*transform, modifier(ignore=["lm_head"], **scheme)]
@@ -57,6 +61,7 @@ def main(job: dict[str, Any]) -> None:
         "num_calibration_samples": len(samples),
         "max_seq_length": max(map(len, samples), default=0),
         "batch_size": BATCH,
+        "shuffle_calibration_samples": False,  # it has no seed
     }
     modifiers = recipe(job["method"], job["group_size"])
     oneshot(model=model, recipe=modifiers, **(calibration if samples else {}))
