@@ -125,14 +125,18 @@ def speed_ups(context: Context) -> list[SpeedUp]:
 
 
 def tokens_a_step(context: Context, point: Point) -> float | None:
-    """Output tokens a step and sequence, steps that drafted nothing included."""
-    tokens = accepted = 0.0
+    """Output tokens a decode step and sequence, steps that drafted nothing included.
+
+    Each of those steps is one sample of the engine's inter-token latency. Its counter of accepted
+    tokens would say too much: it takes in those that an answer's end cuts off its last draft.
+    """
+    tokens = steps = 0.0
     for _, _, trial in context.folder.trials([point], context.lab):
-        if trial and trial.engine:
-            values = trial.engine.values
-            tokens += values.get(metrics.GENERATION_TOKENS, 0.0)
-            accepted += values.get(metrics.SPEC_ACCEPTED, 0.0)
-    return tokens / (tokens - accepted) if tokens > accepted else None
+        if trial and trial.engine and metrics.ITL in trial.engine.histograms:
+            first = trial.engine.histograms[metrics.TTFT].count
+            tokens += trial.engine.values[metrics.GENERATION_TOKENS] - first
+            steps += trial.engine.histograms[metrics.ITL].count
+    return tokens / steps if steps else None
 
 
 def speed_up(context: Context) -> Finding:

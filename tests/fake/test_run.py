@@ -11,10 +11,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from labs import LABS
+from labs.findings.context import Context
+from labs.findings.speculation import speculations, tokens_a_step
 from labs.lab import Point
 from labs.results import RunFolder, Summary
 from loadtests.records import RequestRecord
@@ -254,6 +257,20 @@ def test_acceptance_is_the_chance_the_engine_was_given(finish: Finish) -> None:
     assert positions == pytest.approx([0.6**n for n in range(1, 6)], abs=0.15)
     # each is accepted only with those before it, so the shares add up to what a draft yields
     assert float(rows[most][1]) == pytest.approx(1 + sum(positions), abs=0.03)
+
+
+def test_a_step_yields_the_tokens_that_the_engine_sent_in_it(finish: Finish) -> None:
+    folder = finish("speculative-decoding").folder
+    run, lab = folder.run(), folder.run().rebuilt_lab()
+    context = Context(folder, run, lab, run.points(), folder.summary().measurements)
+    for point, _ in speculations(context):
+        chunks = [
+            tokens
+            for _, _, trial in folder.trials([point], lab)
+            for record in (trial.records if trial else ())
+            for _, tokens in record.chunks[1:]
+        ]
+        assert tokens_a_step(context, point) == pytest.approx(fmean(chunks))
 
 
 def test_a_quantized_cache_holds_twice_the_tokens(finish: Finish) -> None:

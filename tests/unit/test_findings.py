@@ -20,7 +20,7 @@ from loadtests.records import RequestRecord
 from loadtests.workload import Adapters, Fixed, Intruder
 from serving import metrics
 from serving.adapters import mark_of
-from serving.metrics import Snapshot
+from serving.metrics import Histogram, Snapshot
 from tests.unit.builders import (
     CEILINGS,
     SHAPE,
@@ -31,6 +31,7 @@ from tests.unit.builders import (
     write_run,
 )
 
+INF = float("inf")
 Values = Mapping[str, float | Sequence[float] | None]
 
 
@@ -43,7 +44,7 @@ def context(
     about: Mapping[str, Any] | None = None,
 ) -> Context:
     """A run of a lab; `values[point][metric]` over its repeats, all alike where one is given."""
-    run = write_run(home).run()
+    run = write_run(home).run().model_copy(update={"about": dict(about or {})})
     weights = {name: replace(SHAPE, weight_bytes=1000) for name in halved}
     points = lab.points(SHAPE, CEILINGS, weights, about)
     assert values.keys() <= {p.key for p in points}
@@ -62,14 +63,14 @@ def played(
     found: Context,
     key: str,
     trial: Sequence[RequestRecord] = (),
-    engine: Mapping[str, float] | None = None,
+    engine: Snapshot | None = None,
 ) -> None:
     """The same trial in every repeat of a point, on disk."""
     point = next(p for p in found.points if p.key == key)
     for repeat in range(1, found.lab.repeats + 1):
         home = found.folder.trial_folder(point, repeat)
         records.write(home / "requests.jsonl.gz", trial)
-        counted = None if engine is None else snapshot_json(Snapshot(dict(engine)))
+        counted = None if engine is None else snapshot_json(engine)
         result = TrialResult(point=key, repeat=repeat, summary=make_summary(), engine=counted)
         write_json(home / "trial.json", result)
 
@@ -165,15 +166,19 @@ def guessing(home: Path, tpot_ms: Mapping[str, float], flags: dict[str, Any] = G
 
 
 PLAIN = {"none 1": 10.0, "none 2": 11.0, "none 4": 12.0, "none 8": 16.0, "none 16": 24.0}
-DRAFTED = {
-    metrics.SPEC_DRAFTS: 40.0,
-    metrics.SPEC_DRAFTED: 120.0,
-    metrics.SPEC_ACCEPTED: 60.0,
-    metrics.position(0): 32.0,
-    metrics.position(1): 20.0,
-    metrics.position(2): 8.0,
-    metrics.GENERATION_TOKENS: 110.0,
-}
+DRAFTED = Snapshot(
+    {
+        metrics.SPEC_DRAFTS: 40.0,
+        metrics.SPEC_DRAFTED: 120.0,
+        metrics.SPEC_ACCEPTED: 60.0,
+        metrics.position(0): 32.0,
+        metrics.position(1): 20.0,
+        metrics.position(2): 8.0,
+        metrics.GENERATION_TOKENS: 114.0,
+    },
+    {name: Histogram((INF,), (n,), 1.0, n) for name, n in ((metrics.TTFT, 4), (metrics.ITL, 50))},
+)
+"""Four answers of which 50 decode steps made 110 tokens, ten of the steps without a draft."""
 
 
 def test_acceptance_by_position_beside_a_constant_one(tmp_path: Path) -> None:
@@ -186,8 +191,8 @@ def test_acceptance_by_position_beside_a_constant_one(tmp_path: Path) -> None:
     assert row == ["0.80, 0.50, 0.20", "2.50", "2.95", "50%"]
 
 
-def test_a_step_yields_what_was_not_accepted_once(tmp_path: Path) -> None:
-    """110 tokens of which 60 were guessed took 50 steps, those that drafted nothing included."""
+def test_a_step_yields_what_it_delivers(tmp_path: Path) -> None:
+    """Steps that drafted nothing count; what was accepted beyond an answer's end does not."""
     run = guessing(tmp_path, {})
     played(run, "guess/story/concurrent-1", engine=DRAFTED)
     point = run.point("guess", "story", "concurrent:1")
@@ -393,11 +398,30 @@ def test_weights_by_their_bytes_and_by_the_clock(tmp_path: Path) -> None:
         "half/decode/concurrent-1": {"tpot_mean_s": 0.008},
         "half/decode/concurrent-4": {"output_tokens_per_s": 50.0},
         "half/prefill/concurrent-1": {"ttft_mean_s": 0.003},
-    }, halved=["half"])  # fmt: skip
-    rows = cells(quantization.weights_table(run), 0, 2, 3, 4, 5, 6, 7)
-    assert rows == [
-        ["`bf16`", "1.00", "10 ms", "1.00x", "1.00x", "–", "–"],
-        ["`half`", "0.50", "8 ms", "1.25x", "2.00x", "50 tok/s", "2,000 tok/s"],
+    }, halved=["half"],
+       about={"half": {"tool": "halver", "tool_version": "1.2", "seconds": 61.2}})  # fmt: skip
+    finding = quantization.weights_table(run)
+    assert finding.rows[0][6:] == ["Throughput, 4 in flight", "Prefill", "Made by"]
+    assert cells(finding, 0, 2, 3, 4, 5, 6, 7, 8) == [
+        ["`bf16`", "1.00", "10 ms", "1.00x", "1.00x", "–", "–", "–"],
+        ["`half`", "0.50", "8 ms", "1.25x", "2.00x", "50 tok/s", "2,000 tok/s", "halver 1.2, 61 s"],
+    ]
+
+
+def test_a_tool_is_compared_with_its_heir_and_says_which_is_better(tmp_path: Path) -> None:
+    """AutoGPTQ halves every probability against both others, which are alike."""
+    names = ("bf16", "gptqmodel", "auto-gptq", "w4a16-gptq", "w4a16-gptq-code")
+    run = context(tmp_path, make_lab(variants=tuple(Variant(name=n) for n in names), claims=(),
+                                     evidence=()), {})  # fmt: skip
+    for name in names[1:]:
+        asked = answered(0.25 if name == "auto-gptq" else 0.5, 90)
+        write_gzip(run.folder.probe_file("quality", name), {"answers": [asked]})
+    finding = quantization.tools(run)
+    assert [cell.split(" ")[0] for (cell,) in cells(finding, 1)] == ["0.5", "0.5", "1"]
+    assert [line.split(": ")[-1] for line in finding.lines[:3]] == [
+        "`gptqmodel` keeps the lower perplexity.",
+        "`w4a16-gptq` keeps the lower perplexity.",
+        "no difference in perplexity is shown.",
     ]
 
 
