@@ -19,8 +19,10 @@ from typing import Any
 import psutil
 import pytest
 
+from labs import LABS as EVERY_LAB
 from labs.results import MachineFile, RunFolder, write_json
 from serving import machine
+from serving.engine import check_flags
 from serving.install import find_prometheus
 from serving.models import ROOT
 
@@ -255,6 +257,9 @@ Finish = Callable[[str], Finished]
 def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
     """Runs a lab to its end, once; many tests look at what it left."""
     done: dict[str, Finished] = {}
+    resolved = [lab.at(machine.detect().kind, quick=True) for lab in EVERY_LAB.values()]
+    # vLLM's parser takes ten seconds to import: once, not for every lab
+    check_flags([lab.flags_of(variant) for lab in resolved for variant in lab.variants])
     with ExitStack() as readers:
 
         def finish(lab: str) -> Finished:

@@ -308,11 +308,12 @@ class Stopped:
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stopped]:
     with reading(tmp_path_factory.mktemp("stopped") / "reader") as reader:
         command = reader.types("run", BATCHING, SET=LONGER, first_engine=("--die-after", "60"))
-        command.until(TRIAL_ENDED)
-        family = command.family()
+        command.until("Predicted, before any engine starts")  # long before it ends
         with reading(tmp_path_factory.mktemp("second") / "reader") as other:
             second = other.types("run", BATCHING, SET=LONGER)
             second.wait()
+        command.until(TRIAL_ENDED)
+        family = command.family()
         command.process.terminate()
         command.wait()
         log = reader.engine_log()
