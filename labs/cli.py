@@ -54,7 +54,7 @@ SetOption = Annotated[
     ),
 ]
 QuickOption = Annotated[
-    bool, typer.Option(envvar="QUICK", help="Short windows, two repeats: a smoke test.")
+    bool, typer.Option(envvar="QUICK", help="Short windows, one repeat or two: a smoke test.")
 ]
 ModelOption = Annotated[
     str, typer.Option("--model", envvar="MODEL", help="A model folder or a Hugging Face id.")

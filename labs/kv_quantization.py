@@ -90,7 +90,7 @@ def batch_gain(quantized: Point, plain: Point) -> Prediction:
 
 PLAIN = Variant(name="bf16", flags={"kv-cache-dtype": "auto"})
 FP8 = PLAIN.but("fp8", {"kv-cache-dtype": "fp8_e4m3"})
-TIGHT = {"kv-cache-memory-bytes": 32 * 2**20, "max-model-len": 1024}
+TIGHT = {"kv-cache-memory-bytes": 16 * 2**20, "max-model-len": 512}
 PAIRS = (("bf16", "fp8"), ("bf16", "e5m2"), ("bf16-tight", "fp8-tight"))
 
 
@@ -134,10 +134,10 @@ LAB = Lab(
         near_or_far("far", 2048, warmup_s=4),
         Workload(
             name="growing",
-            prompt_tokens=Fixed(tokens=64),
-            output_tokens=Fixed(tokens=64),
+            prompt_tokens=Fixed(tokens=96),
+            output_tokens=Fixed(tokens=32),
             only=("bf16-tight", "fp8-tight"),
-            loads=tuple(Concurrent(users=n) for n in (8, 16, 28)),
+            loads=tuple(Concurrent(users=n) for n in (4, 8, 14)),
         ),
     ),
     claims=(
@@ -154,8 +154,8 @@ LAB = Lab(
             name="batch",
             title="Twice the requests run at once where memory is short",
             metric="batch",
-            treatment=Arm(variant="fp8-tight", workload="growing", load="concurrent:28"),
-            baseline=Arm(variant="bf16-tight", workload="growing", load="concurrent:28"),
+            treatment=Arm(variant="fp8-tight", workload="growing", load="concurrent:14"),
+            baseline=Arm(variant="bf16-tight", workload="growing", load="concurrent:14"),
             expect="rises",
             predict=batch_gain,
         ),
@@ -235,7 +235,7 @@ LAB = Lab(
     quick={
         "warmup_s": 1,
         "window_s": 3,
-        "repeats": 2,
+        "repeats": 1,
         "workloads.near.only": ("bf16", "fp8"),
         "workloads.far.only": ("bf16", "fp8"),
         "probes": ("quality-quick",),
@@ -249,7 +249,7 @@ LAB = Lab(
     },
     next_knobs=(
         'SET="variants.fp8.flags.kv-cache-dtype=fp8_e5m2" compares the coarser type in speed',
-        'SET="variants.fp8-tight.flags.kv-cache-memory-bytes=16777216" halves the memory of the'
+        'SET="variants.fp8-tight.flags.kv-cache-memory-bytes=8388608" halves the memory of the'
         " quantized side: it preempts where BF16 did",
         'SET="workloads.far.prompt_tokens.tokens=1024 workloads.far.prefix.tokens=960" halves the'
         " long context",

@@ -208,7 +208,7 @@ LAB = Lab(
             "window_s": 10,
         }
     },
-    quick={"window_s": 1.5, "repeats": 2, "probes": ("tenants-quick",)},
+    quick={"window_s": 2, "repeats": 1, "probes": ("tenants-quick",)},
     limits={
         "cpu": "Which adapter answers, how slots are filled and what is refused is the engine's own"
         " and carries over. The price does not: applying an adapter is many small operations, which"

@@ -94,7 +94,7 @@ LAB = Lab(
             "window_s": 10,
         }
     },
-    quick={"window_s": 1.5, "repeats": 2, "probes": ("quality-quick",)},
+    quick={"window_s": 2, "repeats": 1, "probes": ("quality-quick",)},
     limits={
         "cpu": "Quality carries over. A small model loses more to 4 bits than a large one.",
         "gpu": "One model and one size of calibration set.",

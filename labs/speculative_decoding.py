@@ -96,7 +96,7 @@ def workload(task: Task, prompt_tokens: int, *loads: int) -> Workload:
     return Workload(
         name=task,
         prompt_tokens=Fixed(tokens=prompt_tokens),
-        output_tokens=Fixed(tokens=48),
+        output_tokens=Fixed(tokens=24),
         task=task,
         keep_text=True,
         only=("none", "ngram", "draft-2", "draft-5"),
@@ -142,21 +142,22 @@ LAB = Lab(
         "kv-cache-memory-bytes": 512 * 2**20,
     },
     workloads=(
-        workload("story", 64, 1, 4, 16),
-        workload("quote", 128, 1, 16),
+        workload("story", 64, 1, 4, 8),
+        workload("quote", 128, 1, 8),
         Workload(
             name="alone",
             prompt_tokens=Fixed(tokens=64),
-            output_tokens=Fixed(tokens=48),
+            output_tokens=Fixed(tokens=24),
             only=("draft-alone",),
             loads=(Concurrent(users=1),),
         ),
         Workload(
             name="crowd",
-            prompt_tokens=Fixed(tokens=64),
-            output_tokens=Fixed(tokens=48),
+            prompt_tokens=Fixed(tokens=32),
+            output_tokens=Fixed(tokens=12),
             only=("none",),
-            loads=(Concurrent(users=48), Concurrent(users=96)),
+            warmup_s=2,
+            loads=(Concurrent(users=24), Concurrent(users=48)),
         ),
     ),
     claims=(
@@ -175,8 +176,8 @@ LAB = Lab(
             expect="rises",
             predict=further,
         ),
-        claim("draft-crowd", "In a batch of sixteen verification is no longer free",
-              "draft-5", "story", 16, "rises", drafts_accepted),
+        claim("draft-crowd", "In a batch verification is no longer free",
+              "draft-5", "story", 8, "rises", drafts_accepted),
     ),
     evidence=(
         *(
@@ -195,7 +196,7 @@ LAB = Lab(
     slo=SLO(ttft_s=1, tpot_s=0.1),
     requests=192,
     warmup_s=1,
-    window_s=3,
+    window_s=3.5,
     repeats=3,
     scales={
         "gpu": {
@@ -217,7 +218,7 @@ LAB = Lab(
             "window_s": 10,
         }
     },
-    quick={"window_s": 2, "repeats": 2},
+    quick={"window_s": 2, "repeats": 1},
     limits={
         "cpu": "Acceptance depends on the models and the text, and carries over to any machine that"
         " serves them. The costs do not: a step here is mostly the launch of small operations, so"

@@ -140,7 +140,7 @@ LAB = Lab(
             "window_s": 10,
         }
     },
-    quick={"window_s": 1.5, "repeats": 2, "probes": ("quality-quick",)},
+    quick={"window_s": 3, "repeats": 1, "probes": ("quality-quick",)},
     limits={
         "cpu": "Quality and bytes carry over; speed does not. This CPU multiplies INT8 in its"
         " matrix unit but has to unpack 4 bits in software, on every step: W4 saves memory, not"
