@@ -246,7 +246,7 @@ SMALLER = {
     "weight-quantization": _outputs(8, "decode"),
     "quantization-tools": _outputs(8, "decode"),
     "multi-lora": _outputs(
-        8, "none", "one", "uniform-2", "uniform-4", "uniform-8", "zipf-8", "wide-8"
+        8, "none", "one", "uniform-2", "uniform-4", "uniform-8", "zipf-8", "rank-8", "rank-64"
     ),
 }  # fmt: skip
 """What makes a lab's whole run a matter of seconds, beside `BRIEF`."""
