@@ -91,7 +91,7 @@ def adapter_cost(context: Context) -> Finding:
     base_s = context.mean(base, "tpot_mean_s") if base else None
     for point in context.points:
         tpot_s = context.mean(point, "tpot_mean_s")
-        if base_s is None or tpot_s is None:
+        if base is None or base_s is None or tpot_s is None:
             continue
         adapters = point.workload.adapters
         moved = 0.0
@@ -104,15 +104,16 @@ def adapter_cost(context: Context) -> Finding:
                 short(point.key, context.lab),
                 f"{adapters.count}, {adapters.mix}" if adapters else "none",
                 number(tpot_s, "s"),
-                f"{tpot_s / base_s - 1:+.0%}",
+                f"{tpot_s / base_s - 1:+.0%}" if point.load == base.load else "–",
                 f"{share:+.1%}",
                 number(context.mean(point, "ttft_mean_s"), "s"),
             ]
         )
     lines = [
         "*Bytes explain* is the active adapters' bytes over the base's weights, read once a step."
-        " What is left is the launches: two thin products and an addition beside every adapted"
-        " matrix of every layer, whatever the rank.",
+        " What is left is the launches, two thin products and an addition beside every adapted"
+        " matrix of every layer, and on a CPU the products too: its kernel copies an adapter's"
+        " matrices once a token, so that prefill and rank are dear.",
     ]
     return Finding(title="What does an adapter cost?", rows=rows, lines=lines)
 
