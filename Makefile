@@ -3,14 +3,14 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup labs labs-all draft adapters quantize serve locust report check-results readme test check bench clean distclean
+.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report check-results readme test check bench clean distclean
 
 help: ## List the targets
 	@echo "Labs (set-up first, only what is missing):"
 	@grep -hA1 '^LAB = Lab(' labs/*.py | sed -n 's/^    name="\(.*\)",$$/  make lab-\1/p'
 	@echo "Targets:"
 	@sed -n 's/^\([a-z -]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
-	@echo "Settings: QUICK=1  SET=\"field=value\"  MODEL=  ENDPOINT=  SEED=  RESUME=1  AGAIN=1  RESULTS="
+	@echo "Settings: QUICK=1  SET=\"field=value\"  AA=1  MODEL=  ENDPOINT=  SEED=  RESUME=1  AGAIN=1  RESULTS="
 	@echo "          PRICE_PER_HOUR=  PLATFORM=cpu|cuda  PYTHON=   (make lab-<name> HELP=1 explains)"
 
 setup: ## Install what this machine needs, without running anything
@@ -25,7 +25,7 @@ labs-all: setup ## Run every lab in order; goes on where it stopped, ends in one
 labs: setup ## List the labs with the questions they answer
 	@$(BIN)/labs list
 
-draft adapters: setup ## Make the draft model, or the tenants' adapters: [AGAIN=1]
+draft adapters outliers: setup ## Make the draft model, the tenants' adapters, the study: [AGAIN=1]
 	@$(BIN)/labs make $@
 
 quantize: setup ## Make quantized weights: METHOD=w8a8|w4a16-gptq|.. (make quantize lists them)

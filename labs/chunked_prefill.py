@@ -100,6 +100,8 @@ WHOLE = Variant(
     name="whole", flags={"enable-chunked-prefill": False, "max-num-batched-tokens": 1024}
 )
 
+COUPLED = "without chunks the engine wants a budget that holds a whole prompt"
+
 LAB = Lab(
     name="chunked-prefill",
     title="Chunked prefill",
@@ -138,6 +140,7 @@ LAB = Lab(
                 baseline=Arm(variant="whole"),
                 expect="falls",
                 predict=stall_ratio,
+                coupled=COUPLED,
             )
             for name, text in (("sixteenth", "a sixteenth"), ("quarter", "a quarter"),
                                ("half", "half"))
@@ -159,6 +162,7 @@ LAB = Lab(
             baseline=Arm(variant="whole"),
             expect="rises",
             predict=long_ttft_ratio,
+            coupled=COUPLED,
         ),
     ),
     forecasts=(Forecast(name="stall", metric="stall_mean_s", arm=Arm(), predict=stall),),

@@ -68,6 +68,14 @@ SeedOption = Annotated[
 def run(
     lab: LabName,
     quick: QuickOption = False,
+    aa: Annotated[
+        bool,
+        typer.Option(
+            "--aa",
+            envvar="AA",
+            help="Run the lab's baseline against itself: what is found then is noise.",
+        ),
+    ] = False,
     changes: SetOption = "",
     model: ModelOption = "",
     endpoint: Annotated[
@@ -95,6 +103,7 @@ def run(
         request = Request(
             lab=_lab(lab),
             quick=quick,
+            aa=aa,
             changes=_changes(changes, seed),
             model=model,
             endpoint=endpoint,

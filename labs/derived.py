@@ -1,4 +1,4 @@
-"""Models made from the served one: a draft, tenants' adapters, quantized weights.
+"""What is made from the served model: a draft, tenants' adapters, quantized weights, studies of it.
 
 Each is made once a checkout, by a module of `serving` that runs as a process of its own (it needs
 torch, or an environment of its own), and is found again by name.
@@ -33,7 +33,8 @@ SEED = 2**31 - 1  # of the prompts trained on: no trial draws from it
 class Recipe:
     """How a derived model is made: `python -m serving.X [METHOD] BASE OUT INPUT`; about how long.
 
-    `prompts` are the workloads whose kind of prompt it is trained on; a quantizer gets `text`.
+    `prompts` are the workloads whose kind of prompt it is trained on; a quantizer gets `text`, and
+    so does a study, which leaves figures and no model.
     """
 
     what: str
@@ -70,6 +71,12 @@ RECIPES: dict[str, Recipe] = {
         "serving.adapters",
         3,
         prompts=(_kind("short", 48), _kind("long", 96)),
+    ),
+    "outliers": Recipe(
+        "a study of outlying activations under 8-bit rounding",
+        "serving.outliers",
+        1,
+        text="held_out.txt",
     ),
     "w8a8-rtn": _quantized("w8a8-rtn", "INT8 weights and activations, rounded to nearest", 1),
     "w8a8": _quantized("w8a8", "INT8 weights and activations by SmoothQuant and GPTQ", 2),

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel
 from scipy import stats
 
-from labs.lab import Claim, Evidence, Forecast, Prediction
+from labs.lab import Claim, Evidence, Forecast, Point, Prediction, factors
 from labs.measure import METRICS, Trial, expected_pieces
 from serving import metrics
 
@@ -387,6 +387,21 @@ def ttft_agrees(engine: metrics.Histogram, client_median_s: float) -> bool:
     after = bounds.index(bucket[1]) + 1 if bucket[1] in bounds else len(bounds)
     high = bounds[after] if after < len(bounds) else math.inf
     return low <= client_median_s <= high + TRANSPORT_S
+
+
+def confounded(claim: Claim, treatment: Point, baseline: Point) -> list[Caveat]:
+    """More than one thing differs between the two sides, so that none of them is the cause."""
+    differ = factors(treatment, baseline)
+    if len(differ) < 2:
+        return []
+    return [
+        Caveat(
+            name=f"more than one factor: {', '.join(differ)}",
+            text=claim.coupled or "change one alone, or both sides alike",
+            blocks=not claim.coupled,
+            point=treatment.key,
+        )
+    ]
 
 
 def first_trial_slow(values: Mapping[int, Mapping[str, float | None]], point: str) -> list[Caveat]:

@@ -113,7 +113,8 @@ PredictPoint = Callable[[Point], Prediction]
 class Claim(BaseModel, frozen=True, extra="forbid"):
     """What the lab expects of a treatment against its baseline: ratio treatment / baseline.
 
-    The claim is judged at every pair of points that agree on what the arms leave open.
+    The claim is judged at every pair of points that agree on what the arms leave open. The two
+    differ in one thing (`factors`); where more must, `coupled` says why.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
     baseline: Arm
     expect: Literal["rises", "falls", "unchanged"]
     predict: PredictEffect
+    coupled: str = ""
 
 
 class Forecast(BaseModel, frozen=True, extra="forbid"):
@@ -183,6 +185,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     claims: tuple[Claim, ...]
     forecasts: tuple[Forecast, ...] = ()
     evidence: tuple[Evidence, ...] = ()
+    studies: tuple[str, ...] = ()  # what is measured on the model itself, once, without an engine
     probes: tuple[str, ...] = ()  # what else is asked of the engines, beside the load
     probed: tuple[str, ...] = ()  # of these variants; of all where none is named
     findings: tuple[str, ...] = ()  # what is concluded beyond the claims
@@ -192,10 +195,12 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     warmup_s: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
     window_s: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
     repeats: PositiveInt
+    most_repeats: NonNegativeInt = 0  # where a claim is still undecided; fewer than repeats: none
     timeout_s: PositiveFloat = 60.0  # longest silence within one answer
     seed: NonNegativeInt = 0
     scales: dict[str, dict[str, Any]] = {}
     quick: dict[str, Any] = {}
+    aa: bool = False  # the baseline against itself: `against_itself`
     limits: dict[str, str] = {}  # kind of machine -> what such a machine can and cannot show
     next_knobs: tuple[str, ...] = ()
 
@@ -233,6 +238,61 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             where = ".".join(str(p) for p in first["loc"])
             raise LabError(f"{where}: {first['msg']} (given {first['input']!r})") from error
 
+    def against_itself(self) -> Lab:
+        """A/A: the first claim's baseline and a twin of it, wherever claims have it as baseline.
+
+        Whatever is found between the two is noise, so every claim expects no change. Raises
+        LabError where no claim has a baseline to repeat.
+        """
+        name = self.claims[0].baseline.variant or self.variants[0].name if self.claims else ""
+        arms = {
+            (c.metric, c.baseline.model_copy(update={"variant": name})): c
+            for c in self.claims
+            if c.baseline.variant in (name, None)
+        }
+        if not arms:
+            raise LabError(f"{self.name} has no claim whose baseline could run against itself")
+        base = next(v for v in self.variants if v.name == name)
+        twin = base.but(f"{name}-again")
+        both = (base.name, twin.name)
+        workloads = []
+        for workload in self.workloads:
+            asked = [a for _, a in arms if a.workload in (workload.name, None)]
+            loads = tuple(
+                load
+                for load in workload.loads
+                if any(a.load in (str(load), None) and a.kind in (load.kind, None) for a in asked)
+            )
+            if loads and (not workload.only or name in workload.only):
+                only = both if workload.only else ()
+                workloads.append(workload.model_copy(update={"loads": loads, "only": only}))
+        return self.model_copy(update={
+            "aa": True,
+            "variants": (base, twin),
+            "workloads": tuple(workloads),
+            "claims": tuple(
+                Claim(
+                    name=f"aa-{claim.name}",
+                    title=f"Nothing tells `{name}` from its twin",
+                    metric=metric,
+                    treatment=arm.model_copy(update={"variant": twin.name}),
+                    baseline=arm,
+                    expect="unchanged",
+                    predict=the_same,
+                )
+                for (metric, arm), claim in arms.items()
+            ),
+            "forecasts": (),
+            "evidence": tuple(
+                e.model_copy(update={"arm": e.arm.model_copy(update={"variant": v})})
+                for e in self.evidence
+                if e.arm.variant in (name, None)
+                for v in both
+            ),
+            "studies": (), "probes": (), "probed": (), "findings": (), "plots": (),
+            "limits": {}, "next_knobs": (),
+        })  # fmt: skip
+
     def flags_of(self, variant: Variant) -> dict[str, FlagValue]:
         return {**self.flags, **variant.flags}
 
@@ -246,14 +306,20 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     def digest(self) -> str:
         return digest_of(self.resolved())
 
+    @property
+    def rounds(self) -> int:
+        """Repeats of a point at most."""
+        return max(self.repeats, self.most_repeats)
+
     def draw_seed(self, repeat: int) -> int:
         """Of a repeat's lengths and prompts; no two seeds of a lab share any."""
         return 1000 * self.seed + repeat
 
     def derived(self) -> list[str]:
-        """The models derived from the served one that its variants need, each once, in order."""
+        """What is derived from the served model for this lab, each once, in order."""
         text = [json.dumps(self.flags_of(v)) + f"<{v.weights}>" for v in self.variants]
-        return list(dict.fromkeys(re.findall(r"<([a-z][a-z0-9-]*)[>/]", " ".join(text))))
+        named = re.findall(r"<([a-z][a-z0-9-]*)[>/]", " ".join(text))
+        return list(dict.fromkeys([*named, *self.studies]))
 
     def points(
         self,
@@ -309,13 +375,35 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         ]
 
 
+def the_same(twin: Point, base: Point) -> Prediction:
+    return Prediction(
+        value=1.0,
+        tolerance=0.03,
+        formula="1",
+        assumptions=("both are the same engine",),
+        source="A/A tests: Kohavi et al., Data Mining and Knowledge Discovery, 2009",
+    )
+
+
+def factors(treatment: Point, baseline: Point) -> list[str]:
+    """What differs between two points: engine flags, the weights, the workload, the load."""
+    ours, theirs = treatment.variant, baseline.variant
+    flags = sorted({*ours.flags, *theirs.flags})
+    found = [f"--{k}" for k in flags if ours.flags.get(k) != theirs.flags.get(k)]
+    found += ["weights"] if ours.weights != theirs.weights else []
+    found += ["workload"] if treatment.workload.name != baseline.workload.name else []
+    return found + (["load"] if treatment.load != baseline.load else [])
+
+
 _PROSE = ("title", "question", "limits", "next_knobs")
 
 
 def digest_of(resolved: Mapping[str, Any]) -> str:
     """Of a resolved lab: changes with any knob, not with a word of explanation."""
     knobs = {k: v for k, v in resolved.items() if k not in _PROSE}
-    knobs["claims"] = [{k: v for k, v in c.items() if k != "title"} for c in knobs["claims"]]
+    knobs["claims"] = [
+        {k: v for k, v in c.items() if k not in ("title", "coupled")} for c in knobs["claims"]
+    ]
     return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:8]
 
 

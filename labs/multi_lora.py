@@ -128,11 +128,13 @@ def workload(name: str, adapters: Adapters | None, *only: str, users: int = USER
     )
 
 
-def claim(name: str, title: str, metric: str, of: Arm, against: Arm, expect: str) -> Claim:
+def claim(
+    name: str, title: str, metric: str, of: Arm, against: Arm, expect: str, coupled: str = ""
+) -> Claim:
     predict = {RATE: by_bytes, TPOT: longer_by_bytes}.get(metric, by_slots)
     return Claim.model_validate(
         {"name": name, "title": title, "metric": metric, "treatment": of, "baseline": against,
-         "expect": expect, "predict": predict}
+         "expect": expect, "predict": predict, "coupled": coupled}
     )  # fmt: skip
 
 
@@ -169,14 +171,16 @@ LAB = Lab(
     claims=(
         claim("ready", "An engine ready for adapters serves the base as fast as before",
               TPOT, Arm(variant="lora", workload="none"), Arm(variant="base", workload="none"),
-              "unchanged"),
+              "unchanged", "an engine that serves adapters is told of them by several flags"),
         claim("one", "Applying one adapter costs throughput",
-              RATE, ONE, Arm(variant="base", workload="none"), "falls"),
+              RATE, ONE, Arm(variant="base", workload="none"), "falls",
+              "an adapter is asked for by its name, from an engine that was told of it"),
         claim("eight", "Eight adapters in a batch cost hardly more than one",
               TPOT, ALL, ONE, "unchanged"),
         claim("rank", "Rank 64 costs more than rank 8, with two adapters in the batch",
               TPOT, Arm(variant="rank-64", workload="rank-64"),
-              Arm(variant="lora", workload="rank-8"), "rises"),
+              Arm(variant="lora", workload="rank-8"), "rises",
+              "adapters of another rank have other names, and the engine is told of the largest"),
         claim("swap", "With two slots for eight adapters requests wait for theirs to be loaded",
               "ttft_mean_s", Arm(variant="slots-2", workload="uniform-8"), ALL, "rises"),
         claim("skew", "A skewed mix needs fewer slots than a uniform one",

@@ -93,17 +93,22 @@ def kl_divergence(p: Mapping[int, float], q: Mapping[int, float]) -> float:
 
 
 def per_token(clusters: Sequence[Sequence[float]]) -> Interval:
-    """The mean over tokens; its interval takes passages, not tokens, to be independent.
+    """The mean over tokens; its interval takes passages, not tokens, to be independent."""
+    return over_clusters([math.fsum(c) for c in clusters], [len(c) for c in clusters])
+
+
+def over_clusters(totals: Sequence[float], sizes: Sequence[int]) -> Interval:
+    """The sum of the clusters' totals over that of their sizes; `n` is the latter.
 
     The standard error of a ratio of cluster totals (Cochran 1977, 9.1), Student's t.
     """
-    totals, sizes = (np.array([float(f(c)) for c in clusters]) for f in (math.fsum, len))
-    m, mean = len(clusters), float(totals.sum() / sizes.sum())
+    total, size = np.array(totals, dtype=float), np.array(sizes, dtype=float)
+    m, mean = len(total), float(total.sum() / size.sum())
     if m < 2:
-        return Interval(value=mean, low=None, high=None, n=int(sizes.sum()))
-    spread = math.sqrt(float(((totals - mean * sizes) ** 2).sum()) * m / (m - 1))
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, m - 1)) * spread / float(sizes.sum())
-    return Interval(value=mean, low=mean - half, high=mean + half, n=int(sizes.sum()))
+        return Interval(value=mean, low=None, high=None, n=int(size.sum()))
+    spread = math.sqrt(float(((total - mean * size) ** 2).sum()) * m / (m - 1))
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, m - 1)) * spread / float(size.sum())
+    return Interval(value=mean, low=mean - half, high=mean + half, n=int(size.sum()))
 
 
 def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[Interval, float]:

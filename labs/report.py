@@ -229,7 +229,7 @@ def _lines(
         out += [f"![{caption}]({name}.svg)", "", caption, ""]
     out += ["## Every point", "", *markdown(points_table(points, lab, summary)[1]), ""]
     out += [
-        f"Over {lab.repeats} repeats of {lab.window_s:g} s each: means over repeats; percentiles of"
+        f"Over {_repeats(lab)} of {lab.window_s:g} s each: means over repeats; percentiles of"
         " the samples of all repeats together, left out where too few samples support them."
         f" Goodput counts requests/s with TTFT up to {number(lab.slo.ttft_s, 's')} and TPOT up to"
         f" {number(lab.slo.tpot_s, 's')}. MBU and MFU are shares of this machine's measured"
@@ -285,6 +285,12 @@ def notes(run: Run, summary: Summary) -> list[str]:
         said.append(f"Trials not played: {summary.missing}. This run is not complete.")
     if run.quick:
         said.append("QUICK run: few and short repeats. A smoke test, not a benchmark.")
+    if run.aa:
+        alarms = sum(j.outcome in ("helps", "hurts") for j in summary.judgements)
+        said.append(
+            f"A/A run: an engine against its twin, so whatever is found is noise. False alarms:"
+            f" {alarms} of {len(summary.judgements)}."
+        )
     if run.changes:
         changed = ", ".join(f"{k}={v}" for k, v in run.changes.items())
         said.append(f"Ad hoc run ({changed}): it stays out of summary tables.")
@@ -377,7 +383,7 @@ def _method(folder: RunFolder, run: Run, lab: Lab) -> list[str]:
         ),
         f"- Engine threads on cores {list(env.engine_cores)}; the load generator on"
         f" {list(env.client_cores)}.",
-        f"- {lab.repeats} repeats; in each, every point once, in random order (seed {lab.seed});"
+        f"- {_repeats(lab)}; in each, every point once, in random order (seed {lab.seed});"
         " the same requests for every load of a repeat.",
     ]
     if session:
@@ -393,7 +399,7 @@ def _method(folder: RunFolder, run: Run, lab: Lab) -> list[str]:
         ]
         if session.prometheus:
             lines.append(f"- {session.prometheus}; the records are complete without it.")
-    made = f"make lab-{lab.name}{' QUICK=1' if run.quick else ''}"
+    made = f"make lab-{lab.name}{' QUICK=1' if run.quick else ''}{' AA=1' if run.aa else ''}"
     if run.changes:
         settings = " ".join(f"{k}={v}" for k, v in run.changes.items())
         made += f" SET='{settings}'"
@@ -402,6 +408,11 @@ def _method(folder: RunFolder, run: Run, lab: Lab) -> list[str]:
     )
     lines.append(f"- Run {run.run_id}, started {run.started_at}, commit {commit}: `{made}`.")
     return lines
+
+
+def _repeats(lab: Lab) -> str:
+    more = f" (up to {lab.rounds} where a claim was undecided)" if lab.rounds > lab.repeats else ""
+    return f"{lab.repeats} repeats{more}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:

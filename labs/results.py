@@ -69,7 +69,12 @@ class Run(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def ad_hoc(self) -> bool:
-        return bool(self.changes) or self.endpoint is not None
+        return bool(self.changes) or self.endpoint is not None or self.aa
+
+    @property
+    def aa(self) -> bool:
+        """The lab's baseline ran against itself."""
+        return bool(self.lab.get("aa"))
 
     def rebuilt_lab(self) -> Lab:
         """The lab as it was run; its predictions are on file, its functions are not needed."""
@@ -205,7 +210,7 @@ class RunFolder:
     ) -> Iterator[tuple[Point, TrialResult, Trial | None]]:
         """Every trial that ended, with its data unless it failed."""
         for point in points:
-            for repeat in range(1, lab.repeats + 1):
+            for repeat in range(1, lab.rounds + 1):
                 result = self.trial_result(point, repeat)
                 if result is None:
                     continue

@@ -22,7 +22,7 @@ from dashboards.prometheus import Prometheus
 from labs import derived, report, theory
 from labs.findings import FINDINGS
 from labs.findings.context import Context
-from labs.judge import Caveat, first_trial_slow, judge, judge_forecast, validity
+from labs.judge import Caveat, confounded, first_trial_slow, judge, judge_forecast, validity
 from labs.lab import Claim, Forecast, Lab, LabError, Point, Variant
 from labs.measure import LEAST_SAMPLES, METRICS, measure, percentile, price_per_hour
 from labs.plots import PLOTS
@@ -86,6 +86,7 @@ class Request:
 
     lab: Lab
     quick: bool = False
+    aa: bool = False  # the lab's baseline against itself
     changes: dict[str, Any] = field(default_factory=dict)
     model: str = ""
     endpoint: str = ""
@@ -139,6 +140,8 @@ def run(request: Request, teller: Teller) -> RunFolder:
                 with session.engines(group):
                     for point, repeat in interleave(setup, group):
                         session.trial(point, repeat)
+                    if len(group) == len(setup.lab.variants):
+                        session.settle()
                     for variant in group:
                         session.probe(variant)
             agreement = session.agree()
@@ -167,6 +170,7 @@ def resolve(request: Request, teller: Teller) -> Setup:
     """Check everything that can be checked before the first process starts."""
     machine = machines.detect()
     lab = request.lab.at(machine.kind, request.quick, request.changes)
+    lab = lab.against_itself() if request.aa else lab
     _require_known_names(lab)
     RESULTS.mkdir(parents=True, exist_ok=True)
     require_space(RESULTS)
@@ -278,7 +282,7 @@ def write_requests(setup: Setup, work: Path) -> str:
     lab, digest = setup.lab, hashlib.sha256()
     served = setup.endpoint.model if setup.endpoint else setup.model.name
     for workload in lab.workloads:
-        for repeat in range(1, lab.repeats + 1):
+        for repeat in range(1, lab.rounds + 1):
             items = workload.requests(lab.requests, lab.draw_seed(repeat), setup.writer)
             path = requests_file(work, workload, repeat)
             plan.write_requests(path, items, served)
@@ -493,7 +497,8 @@ class _Session:
         if before and not before.failed:
             return
         began, steal = time.monotonic(), _steal_s()
-        name = f"{point.workload.name} {point.load}, repeat {repeat} of {self.setup.lab.repeats}"
+        of = max(repeat, self.setup.lab.repeats)
+        name = f"{point.workload.name} {point.load}, repeat {repeat} of {of}"
         if len(self.setup.lab.variants) > 1:
             name = f"{point.variant.name} {name}"
         try:
@@ -508,6 +513,32 @@ class _Session:
         write_json(self.folder.trial_folder(point, repeat) / "trial.json", result)
         self.left -= 1
         self.teller.trial_done(f"{name}: {rate}", self.left * self._trial_s())
+
+    def settle(self) -> None:
+        """Repeat the points of claims that are still undecided, as often as the lab admits.
+
+        Only where all engines stand loaded: later repeats of one side alone would meet another
+        machine than the earlier ones did.
+        """
+        lab = self.setup.lab
+        for repeat in range(lab.repeats + 1, lab.rounds + 1):
+            keys = {
+                key
+                for j in summarise(self.folder).judgements
+                if j.outcome == "inconclusive" and j.effect
+                for key in (j.treatment, j.baseline)
+            }
+            points = [p for p in self.setup.points if p.key in keys]
+            if not points:
+                return
+            self.left = len(points)
+            self.teller.step(
+                f"Undecided after {repeat - 1} repeats: {len(points)} points get another"
+                f" (at most {lab.rounds})"
+            )
+            self.teller.plan(self.left * self._trial_s())
+            for point in random.Random(f"{lab.seed}/order/{repeat}").sample(points, len(points)):
+                self.trial(point, repeat)
 
     def _play(
         self, point: Point, repeat: int, name: str
@@ -737,7 +768,7 @@ def summarise(folder: RunFolder) -> Summary:
                 b.key,
                 values,
                 predictions.effects[claim.name][f"{t.key}|{b.key}"],
-                found,
+                [*found, *confounded(claim, t, b)],
             )
             for claim in lab.claims
             for t, b in lab.pairs(claim, points)
@@ -748,9 +779,19 @@ def summarise(folder: RunFolder) -> Summary:
             for key, prediction in predictions.forecasts[forecast.name].items()
         ],
         findings=[FINDINGS[name](context) for name in lab.findings],
-        caveats=found,
+        caveats=[
+            *found,
+            *(
+                c
+                for claim in lab.claims
+                for pair in lab.pairs(claim, points)
+                for c in confounded(claim, *pair)
+            ),
+        ],
         failed=failed,
-        missing=len(points) * lab.repeats - sum(map(len, values.values())) - len(failed),
+        missing=sum(
+            folder.trial_result(p, r) is None for p in points for r in range(1, lab.repeats + 1)
+        ),
     )
     write_json(folder.path / "summary.json", summary)
     return summary

@@ -80,7 +80,7 @@ LAB = Lab(
     title="Weight quantization",
     question="What do 8-bit and 4-bit weights buy at a batch of one and of many, and which recipe"
     " keeps the quality?",
-    answers=("CO-1", "CO-3", "CO-7", "ME-2", "IP-2"),
+    answers=("CO-1", "CO-2", "CO-3", "CO-7", "ME-2", "IP-2"),
     variants=(BASE, *(BASE.but(name, weights=name) for name in RECIPES)),
     flags={
         "max-model-len": 1280,
@@ -115,8 +115,9 @@ LAB = Lab(
               "ttft_mean_s", "w4a16-gptq", "prefill", 1, "unchanged"),
     ),
     evidence=(Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),),
+    studies=("outliers",),
     probes=("quality",),
-    findings=("weights", "quality", "needles"),
+    findings=("weights", "outliers", "quality", "needles"),
     plots=("tradeoff", "variants"),
     slo=SLO(ttft_s=1, tpot_s=0.1),
     requests=384,

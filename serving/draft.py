@@ -172,6 +172,8 @@ def make(target: Path, out: Path, prompts: Path, layers: int, epochs: int, seed:
         cut = min(len(texts) // 3, MOST_HELD_OUT)
         held_out, taught = texts[:cut], texts[cut:]
         prune(model, layers)
+        untrained = acceptance(model, held_out)["all"]
+        print(f"cut out and untrained, it guesses {untrained:.0%} of held-out tokens", flush=True)
         steps = distil(model, taught, held_out, epochs, seed)
         model = model.bfloat16()
         by_kind = acceptance(model, held_out)
@@ -180,6 +182,7 @@ def make(target: Path, out: Path, prompts: Path, layers: int, epochs: int, seed:
         about = {
             "acceptance": by_kind.pop("all"),
             "acceptance_by_kind": by_kind,
+            "acceptance_untrained": untrained,
             "layers": layers,
             "params": model.num_parameters(),
             "steps": steps,

@@ -20,6 +20,7 @@ FINDINGS: dict[str, Callable[[Context], Finding]] = {
     "needles": quantization.needles,
     "memory-ladder": quantization.memory_ladder,
     "weights": quantization.weights_table,
+    "outliers": quantization.outliers,
     "tools": quantization.tools,
     "tenant-leaks": tenants.tenant_leaks,
     "adapter-cost": tenants.adapter_cost,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from scipy import stats
 
 from labs.answers import Answers
 from labs.findings.context import Context
-from labs.quality import QualityFigure, compare, gate
+from labs.quality import QualityFigure, compare, gate, over_clusters
 from labs.results import Finding
 from labs.text import number
 
@@ -279,6 +281,49 @@ def _maker(context: Context, weights: str) -> str:
         return "–"
     text = f"{about['tool']} {about['tool_version']}, {about['seconds']:.0f} s"
     return f"{text}, {about['calibration']}" if about.get("calibration") else text
+
+
+INPUTS = {
+    "q_proj": "attention's input", "o_proj": "attention's output", "gate_proj": "MLP's input",
+    "down_proj": "MLP's middle",
+}  # fmt: skip
+
+
+def outliers(context: Context) -> Finding:
+    """CO-2: which activations are outliers, and what 8-bit rounding makes of them."""
+    about = context.run.about.get("outliers", {})
+    if "loss_nats" not in about:
+        return Finding(title="What is the outlier problem?", lines=["Not studied."])
+    sizes, plain = about["passages_tokens"], about["loss_nats"]["none"]
+    rows = [["Rounded to 8 bits", "Perplexity", "Ratio to none rounded", "95 % interval"]]
+    ratios: dict[str, float] = {}
+    for name, nats in about["loss_nats"].items():
+        lost = over_clusters([n - p for n, p in zip(nats, plain, strict=True)], sizes)
+        ratios[name] = math.exp(lost.value)
+        row = [name, f"{math.exp(sum(nats) / sum(sizes)):.2f}"]
+        if lost.low is not None and lost.high is not None and name != "none":
+            row += [f"{ratios[name]:.3f}", f"{math.exp(lost.low):.3f} to {math.exp(lost.high):.3f}"]
+        rows.append([*row, "–", "–"][:4])
+    seen = "; ".join(
+        f"{title}: {inputs['largest_over_median_max']:,.0f} times the median channel, kurtosis"
+        f" {inputs['kurtosis_mean']:,.0f} on average and {inputs['kurtosis_max']:,.0f} at most"
+        for kind, title in INPUTS.items()
+        if (inputs := about["inputs"].get(kind))
+    )
+    tensor, smooth, token = (
+        ratios[f"activations by {how}, weights by channel"]
+        for how in ("tensor", "tensor, smoothed", "token")
+    )
+    lines = [
+        f"The largest channel of what enters the linear layers, in the worst layer: {seen}. A"
+        " normal distribution has kurtosis 3.",
+        f"One scale for a whole tensor multiplies perplexity by {tensor:.2f}; dividing the channels"
+        f" by their sizes first (SmoothQuant) by {smooth:.2f}; a scale for each token, which the"
+        f" served W8A8 has, by {token:.3f}.",
+        "Simulated in float32 on the model itself, on the held-out text, a third of it for the"
+        " scales; intervals are paired over passages. The quality of what is served is below.",
+    ]
+    return Finding(title="What is the outlier problem?", rows=rows, lines=lines)
 
 
 TOOLS = (

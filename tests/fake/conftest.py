@@ -29,7 +29,7 @@ from serving.models import ROOT
 Json = dict[str, Any]
 LAW = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
 SETTINGS = (
-    "SET", "QUICK", "MODEL", "ENDPOINT", "SEED", "RESUME", "ENGINE_COMMAND", "RUN", "LAB",
+    "SET", "QUICK", "AA", "MODEL", "ENDPOINT", "SEED", "RESUME", "ENGINE_COMMAND", "RUN", "LAB",
     "PRICE_PER_HOUR", "RESULTS",
 )  # fmt: skip
 LABS = ("-m", "labs.cli")

@@ -13,11 +13,17 @@ from labs import derived, results
 from labs.cli import app
 from serving.adapters import mark_of
 from serving.models import Model
+from serving.outliers import SCHEMES
 
 TENANTS = 8
 PARAMS_PER_ADAPTER = 460_800  # rank 8 on the attention of the bundled model
 DRAFT_LAYERS = 2
 ACCEPTANCE = 0.6
+STUDY = {
+    "passages_tokens": [10, 20],
+    "loss_nats": {"none": [30.0, 60.0], **{name: [31.0, 63.0] for name in SCHEMES}},
+    "inputs": {},
+}
 
 
 def folder_of(name: str, results: Path) -> Path:
@@ -38,6 +44,9 @@ def make(model: Model, name: str, say: Callable[[str], None]) -> Path:
                 adapter = folder / f"tenant-{tenant}{suffix}"
                 adapter.mkdir()
                 (adapter / "mark.txt").write_text(mark_of(tenant))
+        return folder
+    if name == "outliers":
+        (folder / "about.json").write_text(json.dumps(STUDY))
         return folder
     config = json.loads((model.path / "config.json").read_text())
     if name == "draft":

@@ -313,6 +313,54 @@ def test_every_tenant_hears_its_own_adapter(finish: Finish) -> None:
     assert {f"tenant-{i}" for i in range(8)} | {f"tenant-{i}-rank-64" for i in range(8)} < {*names}
 
 
+# ------------------------------------------------------------------------- an engine and its twin
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """Continuous batching against itself, on engines whose steps vary; five repeats at most."""
+    settings = (
+        "warmup_s=0.1 window_s=0.4 repeats=2 most_repeats=4 requests=128"
+        " workloads.exponential.output_tokens.mean_tokens=8"
+        " workloads.exponential.output_tokens.max_tokens=16"
+    )
+    with reading(tmp_path_factory.mktemp("twins") / "reader") as reader:
+        command = reader.types(
+            "run", BATCHING, AA="1", QUICK="1", SET=settings, engine=("--jitter", "0.3")
+        )
+        command.wait()
+        yield Finished(reader, command)
+
+
+def test_a_lab_against_itself_is_one_engine_twice_and_counts_its_false_alarms(
+    twins: Finished,
+) -> None:
+    assert twins.command.process.returncode == 0, twins.command.said
+    run, summary = twins.folder.run(), twins.folder.summary()
+    assert run.argv["base"] == run.argv["base-again"]
+    assert {j.metric for j in summary.judgements} == {"output_tokens_per_s", "tpot_mean_s"}
+    alarms = sum(j.outcome in ("helps", "hurts") for j in summary.judgements)
+    assert f"False alarms: {alarms} of 4" in (twins.folder.path / "report.md").read_text()
+    assert run.ad_hoc
+    assert not any(c.blocks for c in summary.caveats), summary.caveats
+
+
+def test_only_points_of_undecided_claims_are_repeated_and_no_more_than_asked(
+    twins: Finished,
+) -> None:
+    summary = twins.folder.summary()
+    repeats = {key: len(rows) for key, rows in summary.measurements.items()}
+    assert set(repeats.values()) <= {2, 3, 4}
+    assert max(repeats.values()) > 2  # two repeats decide next to nothing
+    for j in summary.judgements:
+        assert j.effect
+        assert j.effect.ratio.n == repeats[j.treatment] == repeats[j.baseline]
+        if j.outcome == "inconclusive":
+            assert j.effect.ratio.n == 4
+    assert "(up to 4 where a claim was undecided)" in (twins.folder.path / "report.md").read_text()
+    assert "Undecided after 2 repeats" in twins.command.said
+
+
 # ------------------------------------------------------------------- a server that is already there
 
 

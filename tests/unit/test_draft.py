@@ -65,6 +65,7 @@ def test_distilling_makes_a_smaller_model_that_agrees_with_the_target(
     assert trained["steps"] == 8 * 4
     assert trained["trained_on_tokens"] == 32 * draft.ANSWER_TOKENS
     assert trained["acceptance"] > untrained["acceptance"] + 0.1
+    assert trained["acceptance_untrained"] == untrained["acceptance_untrained"]
     assert trained["acceptance_by_kind"].keys() == {"even", "odd"}
 
     target = AutoModelForCausalLM.from_pretrained(tiny)

@@ -181,6 +181,10 @@ DRAFTED = Snapshot(
 """Four answers of which 50 decode steps made 110 tokens, ten of the steps without a draft."""
 
 
+def stepping(step_s: float) -> Snapshot:
+    return Snapshot({}, {metrics.ITL: Histogram((INF,), (50.0,), 50 * step_s, 50)})
+
+
 def test_acceptance_by_position_beside_a_constant_one(tmp_path: Path) -> None:
     run = guessing(tmp_path, {})
     key = "guess/story/concurrent-1"
@@ -189,6 +193,10 @@ def test_acceptance_by_position_beside_a_constant_one(tmp_path: Path) -> None:
     (row,) = cells(speculation.acceptance(run), 1, 2, 3, 4)
     # 32, 20 and 8 of 40; 1 + .8 + .64 + .512 tokens if it were 0.8 at every position
     assert row == ["0.80, 0.50, 0.20", "2.50", "2.95", "50%"]
+    made = {"layers": 2, "acceptance": 0.7, "acceptance_untrained": 0.004}
+    told = replace(run, run=run.run.model_copy(update={"about": {"draft": made}}))
+    said = speculation.acceptance(told).lines[0]
+    assert "guessed 70% of held-out tokens. Cut out and not trained, it guessed 0.4%" in said
 
 
 def test_a_step_yields_what_it_delivers(tmp_path: Path) -> None:
@@ -204,10 +212,12 @@ def test_a_step_yields_what_it_delivers(tmp_path: Path) -> None:
 
 
 def test_speed_up_measured_and_explained_by_measured_parts(tmp_path: Path) -> None:
-    """A draft of 2 of 10 ms; a verification at B puts 4 B tokens in a step."""
-    run = guessing(tmp_path, {**PLAIN, "alone 1": 2.0, "guess 1": 8.0, "guess 2": 10.0,
+    """A draft of 2 of 10 ms, by the engine; a verification at B puts 4 B tokens in a step."""
+    run = guessing(tmp_path, {**PLAIN, "alone 1": 1.0, "guess 1": 8.0, "guess 2": 10.0,
                               "guess 8": 20.0})  # fmt: skip
     played(run, "guess/story/concurrent-1", engine=DRAFTED)
+    played(run, "alone/draft/concurrent-1", engine=stepping(0.002))
+    played(run, "none/story/concurrent-1", engine=stepping(0.010))
     found = {s.point.load.users: s for s in speculation.speed_ups(run)}
     assert found.keys() == {1, 2, 8}  # at 4 in flight it was not measured
     assert [found[n].measured for n in (1, 2, 8)] == pytest.approx([1.25, 1.1, 0.8])
@@ -227,8 +237,8 @@ def test_copying_costs_no_draft(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("guess_ms", "said"),
     [
-        ((8, 9, 10, 11), "faster at every load up to 8"),
-        ((10, 12, 13, 20), "slower at every load"),
+        ((8, 9, 10, 11), "faster at every load from 1 to 8 in flight"),
+        ((10, 12, 13, 20), "slower at every load from 1 to 8 in flight"),
         ((8, 10, 12.5, 20), "starts to lose at about 3 in flight"),
         ((12.5, 12, 11, 12), "starts to win at about 3 in flight"),
     ],
@@ -406,6 +416,30 @@ def test_weights_by_their_bytes_and_by_the_clock(tmp_path: Path) -> None:
         ["`bf16`", "1.00", "10 ms", "1.00x", "1.00x", "–", "–", "–"],
         ["`half`", "0.50", "8 ms", "1.25x", "2.00x", "50 tok/s", "2,000 tok/s", "halver 1.2, 61 s"],
     ]
+
+
+def test_outliers_by_what_they_cost(tmp_path: Path) -> None:
+    """Two passages of 10 and 30 tokens; one scale a tensor costs half a nat a token in each."""
+    dearer = {"tensor": 0.5, "tensor, smoothed": 0.1, "token": 0.0}
+    study = {
+        "passages_tokens": [10, 30],
+        "loss_nats": {"none": [20.0, 60.0], **{
+            f"activations by {name}, weights by channel": [20 + 10 * nats, 60 + 30 * nats]
+            for name, nats in dearer.items()
+        }},
+        "inputs": {"q_proj": {"kurtosis_mean": 9.0, "kurtosis_max": 40.0,
+                              "largest_over_median_max": 1234.5}},
+    }  # fmt: skip
+    finding = quantization.outliers(context(tmp_path, make_lab(), {}, about={"outliers": study}))
+    assert cells(finding, 1, 2, 3) == [
+        ["7.39", "–", "–"],  # e^2
+        ["12.18", "1.649", "1.649 to 1.649"],
+        ["8.17", "1.105", "1.105 to 1.105"],
+        ["7.39", "1.000", "1.000 to 1.000"],
+    ]
+    assert "attention's input: 1,234 times the median channel, kurtosis 9" in finding.lines[0]
+    assert "multiplies perplexity by 1.65;" in finding.lines[1]
+    assert quantization.outliers(context(tmp_path / "no", make_lab(), {})).lines == ["Not studied."]
 
 
 def test_a_tool_is_compared_with_its_heir_and_says_which_is_better(tmp_path: Path) -> None:

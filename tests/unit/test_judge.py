@@ -17,6 +17,7 @@ from labs.judge import (
     Interval,
     Judgement,
     Outcome,
+    confounded,
     effect,
     first_trial_slow,
     holds,
@@ -265,6 +266,20 @@ def test_caveat_elsewhere_or_one_that_does_not_block_leaves_the_verdict() -> Non
     elsewhere = Caveat(name="errors", text="", blocks=True, point="third")
     minor = Caveat(name="slow first trial", text="", point="on")
     assert judged(FASTER, elsewhere, minor).outcome == "helps"
+
+
+def test_two_factors_at_once_allow_no_verdict_unless_the_engine_couples_them() -> None:
+    on, one, two = (
+        make_point(flags={"enable-prefix-caching": caching, "block-size": block})
+        for caching, block in ((True, 32), (False, 32), (False, 16))
+    )
+    assert confounded(make_claim(), on, one) == []
+    (caveat,) = confounded(make_claim(), on, two)
+    assert caveat.blocks
+    assert caveat.name.endswith("--block-size, --enable-prefix-caching")
+    (caveat,) = confounded(make_claim(coupled="it must"), on, two)
+    assert not caveat.blocks
+    assert caveat.text == "it must"
 
 
 def test_forecast_is_compared_with_the_mean_over_repeats() -> None:

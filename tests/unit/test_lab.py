@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from labs import LABS
 from labs.findings import FINDINGS
-from labs.lab import Arm, Evidence, Lab, LabError, Point, Variant, parse_changes
+from labs.lab import Arm, Evidence, Lab, LabError, Point, Variant, factors, parse_changes
 from labs.measure import METRICS
 from labs.plots import PLOTS
 from labs.probes import PROBES
@@ -193,6 +193,8 @@ def test_derived_models_are_those_of_weights_and_flags_once_each() -> None:
     on = on.but("on", tenants, weights="w8a8")
     lab = make_lab(variants=(off, far.but("far", guessing), on))
     assert lab.derived() == ["draft", "adapters", "w8a8"]
+    studying = lab.model_copy(update={"studies": ("outliers", "draft")})
+    assert studying.derived() == ["draft", "adapters", "w8a8", "outliers"]
     assert make_lab().derived() == []
 
 
@@ -288,6 +290,33 @@ def test_every_claim_has_a_pair_and_a_prediction(lab: Lab) -> None:
         values = [forecast.predict(p).value for p in points if forecast.arm.matches(p)]
         assert values, forecast.name
         assert all(0 <= v < math.inf for v in values), forecast.name
+
+
+@RESOLVED
+def test_a_claim_changes_one_thing_or_says_why_not(lab: Lab) -> None:
+    points = real_points(lab)
+    for claim in lab.claims:
+        several = [factors(*pair) for pair in lab.pairs(claim, points) if len(factors(*pair)) > 1]
+        assert bool(several) == bool(claim.coupled), (claim.name, several)
+
+
+@RESOLVED
+def test_every_lab_runs_against_itself(lab: Lab) -> None:
+    twins = lab.against_itself()
+    base, twin = twins.variants
+    assert twins.flags_of(base) == twins.flags_of(twin)
+    assert Lab.model_validate(dict(twins)) == twins
+    points = real_points(twins)
+    assert len(points) < len(real_points(lab)) or len(lab.variants) < 2
+    for claim in twins.claims:
+        assert claim.expect == "unchanged"
+        assert claim.metric in {c.metric for c in lab.claims}
+        pairs = lab.pairs(claim, points)
+        assert pairs
+        for ours, theirs in pairs:
+            assert factors(ours, theirs) == []
+            assert claim.predict(ours, theirs).value == 1
+    assert twins.digest() != lab.digest()
 
 
 @RESOLVED

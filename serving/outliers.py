@@ -1,0 +1,213 @@
+"""What outlying activations do to 8-bit rounding: `python -m serving.outliers MODEL OUT TEXT`.
+
+OUT is a folder with `about.json` and no model in it.
+
+An INT8 product rounds what enters a linear layer to 255 levels between the largest value and its
+negative. A few channels of a transformer carry values many times as large as the others (Dettmers
+et al. 2022): with one scale for a whole tensor they take the levels, and the rest rounds to nearly
+nothing. Two cures: a scale for each token (Yao et al. 2022, ZeroQuant), which helps where tokens
+differ and not where channels do; and SmoothQuant (Xiao et al. 2022), which divides each channel by
+its size and multiplies the weights that meet it by the same.
+
+The rounding is simulated in float32 and nothing else is rounded, so that only what is compared
+differs. The served kernels' own quality is measured by the labs, on the engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serving import making
+from serving.making import MakerError
+
+LEVELS = 127
+SMOOTHING = 0.5  # alpha: how much of a channel's size moves into the weights
+LEAST_PASSAGES = 4
+CALIBRATED = 3  # every third passage gives the scales, the others are scored
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What entered a linear layer: the largest magnitude of each channel, and the mean kurtosis.
+
+    `kurtosis` is that of a token's values over the channels (3 for a normal distribution), the mean
+    over tokens; `peak` is (channels,).
+    """
+
+    peak: Any
+    kurtosis: float
+
+    @property
+    def largest_over_median(self) -> float:
+        return float(self.peak.max() / self.peak.median())
+
+
+def rounded(values: Any, scale: Any) -> Any:
+    """To the nearest of 255 levels, `scale` apart, and back."""
+    import torch
+
+    scale = torch.clamp(scale, min=1e-12)
+    return torch.clamp(torch.round(values / scale), -LEVELS, LEVELS) * scale
+
+
+def linears(model: Any) -> dict[str, Any]:
+    """The linear layers that are quantized: all but the output matrix."""
+    import torch
+
+    output = model.get_output_embeddings()
+    modules = model.named_modules()
+    return {n: m for n, m in modules if isinstance(m, torch.nn.Linear) and m is not output}
+
+
+@contextmanager
+def entering(model: Any, change: Callable[[str, Any], Any]) -> Iterator[None]:
+    """What enters each linear layer is handed to `change`, and what that returns enters it."""
+
+    def hook(name: str) -> Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]:
+        return lambda _, args: (change(name, args[0]), *args[1:])
+
+    hooks = [m.register_forward_pre_hook(hook(n)) for n, m in linears(model).items()]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def observe(model: Any, passages: Sequence[list[int]]) -> dict[str, Inputs]:
+    import torch
+
+    peaks = dict[str, Any]()
+    kurtoses = dict[str, list[Any]]()
+
+    def look(name: str, x: Any) -> Any:
+        flat = x.reshape(-1, x.shape[-1])
+        peak = flat.abs().amax(0)
+        peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
+        centred = flat - flat.mean(-1, keepdim=True)
+        kurtosis = centred.pow(4).mean(-1) / centred.pow(2).mean(-1).pow(2)
+        kurtoses.setdefault(name, []).append(kurtosis)
+        return x
+
+    with entering(model, look):
+        for passage in passages:
+            losses(model, passage)
+    return {n: Inputs(peaks[n], float(torch.cat(kurtoses[n]).mean())) for n in peaks}
+
+
+def losses(model: Any, passage: list[int]) -> list[float]:
+    """Negative log-likelihood of each token from the second on, in nats."""
+    import torch
+
+    ids = torch.tensor([passage], device=model.device)
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[0, :-1].float()
+        found: list[float] = torch.nn.functional.cross_entropy(
+            logits, ids[0, 1:], reduction="none"
+        ).tolist()
+    return found
+
+
+@contextmanager
+def scheme(model: Any, seen: dict[str, Inputs], name: str) -> Iterator[None]:
+    """The model under one of `SCHEMES`; as it was afterwards."""
+    import torch
+
+    layers = linears(model)
+    kept = {n: m.weight.data for n, m in layers.items()}
+    smooth = {n: torch.ones_like(seen[n].peak) for n in layers}
+    if "smoothed" in name:
+        for n, weight in kept.items():
+            meets = weight.abs().amax(0).clamp(min=1e-5)
+            smooth[n] = (seen[n].peak.clamp(min=1e-5) ** SMOOTHING) / (meets ** (1 - SMOOTHING))
+    for n, layer in layers.items():
+        weight = kept[n] * smooth[n]
+        largest = weight.abs().amax() if "weights by tensor" in name else weight.abs().amax(1, True)
+        layer.weight.data = rounded(weight, largest / LEVELS)
+
+    def enter(n: str, x: Any) -> Any:
+        if "activations" not in name:
+            return x
+        x = x / smooth[n]
+        if "by token" in name:
+            return rounded(x, x.abs().amax(-1, keepdim=True) / LEVELS)
+        return rounded(x, (seen[n].peak / smooth[n]).amax() / LEVELS)
+
+    try:
+        with entering(model, enter):
+            yield
+    finally:
+        for n, layer in layers.items():
+            layer.weight.data = kept[n]
+
+
+SCHEMES = (
+    "weights by channel",
+    "weights by tensor",
+    "activations by token, weights by channel",
+    "activations by tensor, weights by channel",
+    "activations by tensor, smoothed, weights by channel",
+)
+
+
+def make(base: Path, out: Path, text: Path) -> None:
+    """The folder, complete or absent."""
+    with making.folder(out) as half:
+        making.read_config(base)
+        try:
+            passages = [p for p in re.split(r"\n\s*\n", text.read_text().strip()) if p]
+        except OSError as error:
+            raise MakerError(f"the text {text} cannot be read: {error.strerror}") from error
+        if len(passages) < LEAST_PASSAGES:
+            raise MakerError(f"{text} has {len(passages)} passages, fewer than {LEAST_PASSAGES}")
+        began = time.monotonic()
+        tokenizer, model = making.load(base)
+        model = model.float()
+        tokens = [list(tokenizer(p, add_special_tokens=False)["input_ids"]) for p in passages]
+        calibrating = tokens[::CALIBRATED]
+        scored = [t for i, t in enumerate(tokens) if i % CALIBRATED]
+        print(f"watching what enters {len(linears(model))} linear layers", flush=True)
+        seen = observe(model, calibrating)
+        loss = {"none": [losses(model, p) for p in scored]}
+        for name in SCHEMES:
+            print(f"scoring with rounded {name}", flush=True)
+            with scheme(model, seen, name):
+                loss[name] = [losses(model, p) for p in scored]
+        kinds = dict[str, list[Inputs]]()
+        for name, inputs in seen.items():
+            kinds.setdefault(name.rsplit(".", 1)[-1], []).append(inputs)
+        about = {
+            "inputs": {
+                kind: {
+                    "kurtosis_mean": sum(i.kurtosis for i in found) / len(found),
+                    "kurtosis_max": max(i.kurtosis for i in found),
+                    "largest_over_median_max": max(i.largest_over_median for i in found),
+                }
+                for kind, found in kinds.items()
+            },
+            "passages_tokens": [len(p) - 1 for p in scored],
+            "loss_nats": {name: [sum(p) for p in found] for name, found in loss.items()},
+            "text": text.name,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        (half / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+    print(f"measured in {about['seconds']:.0f} s", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m serving.outliers", description=__doc__)
+    for name in ("base", "out", "text"):
+        parser.add_argument(name, type=Path)
+    making.run(make, parser, argv)
+
+
+if __name__ == "__main__":
+    main()

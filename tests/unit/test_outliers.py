@@ -1,0 +1,89 @@
+"""8-bit rounding simulated on a tiny random Llama, one of whose channels is made an outlier."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving import making, outliers
+from tests.unit.builders import write_tiny_llama
+
+torch = pytest.importorskip("torch")
+
+TEXT = "\n\n".join(f"the {n} quick brown foxes jump over {n + 1} lazy dogs" for n in range(9))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The first channel of what enters every attention is 200 times as large as it would be."""
+    from transformers import AutoModelForCausalLM
+
+    folder = write_tiny_llama(tmp_path / "tiny", layers=2, initializer_range=0.3)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data[0] = 200.0
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            part.weight.data[:, 0] /= 200.0
+    model.save_pretrained(folder)
+    return folder
+
+
+def study(model: Path, out: Path) -> dict[str, Any]:
+    text = out.with_suffix(".txt")
+    text.write_text(TEXT)
+    outliers.make(model, out, text)
+    found: dict[str, Any] = json.loads((out / "about.json").read_text())
+    return found
+
+
+def test_rounding_keeps_255_levels() -> None:
+    values = torch.tensor([-2.0, -1.0, 0.0, 0.004, 0.3, 1.0])
+    found = outliers.rounded(values, torch.tensor(1.0 / 127))
+    wanted = torch.tensor([-1.0, -1.0, 0.0, 1.0 / 127, 38.0 / 127, 1.0])
+    torch.testing.assert_close(found, wanted)
+
+
+def test_an_outlier_is_seen_and_what_it_costs(tiny: Path, tmp_path: Path) -> None:
+    found = study(tiny, tmp_path / "study")
+    assert found["inputs"].keys() == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    entering, within = (found["inputs"][kind] for kind in ("q_proj", "up_proj"))
+    assert entering["largest_over_median_max"] > 100 > 10 > within["largest_over_median_max"]
+    assert entering["kurtosis_mean"] > 20 > 6 > within["kurtosis_mean"]
+    assert found["loss_nats"].keys() == {"none", *outliers.SCHEMES}
+    assert len(found["passages_tokens"]) == 6  # of nine, three gave the scales
+
+    def moved(name: str) -> float:
+        """How far a scheme moves the losses of the passages."""
+        pairs = zip(found["loss_nats"][name], found["loss_nats"]["none"], strict=True)
+        return sum(abs(a - b) for a, b in pairs)
+
+    by_tensor = moved("activations by tensor, weights by channel")
+    smoothed = moved("activations by tensor, smoothed, weights by channel")
+    assert by_tensor > 3 * smoothed > 0
+    # a weight that meets an outlier is small, and by itself rounds to nothing
+    assert moved("weights by channel") > smoothed
+
+
+def test_the_model_is_as_it_was_after_each_scheme(tiny: Path) -> None:
+    tokenizer, model = making.load(tiny)
+    model = model.float()
+    passage = list(tokenizer("the quick brown fox")["input_ids"])
+    before = outliers.losses(model, passage)
+    seen = outliers.observe(model, [passage])
+    for name in outliers.SCHEMES:
+        with outliers.scheme(model, seen, name):
+            assert outliers.losses(model, passage) != before
+        assert outliers.losses(model, passage) == before
+
+
+def test_a_text_too_short_is_refused_and_nothing_kept(tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("one\n\ntwo")
+    with pytest.raises(making.MakerError, match="2 passages, fewer than 4"):
+        outliers.make(tiny, tmp_path / "study", text)
+    assert not (tmp_path / "study").exists()
