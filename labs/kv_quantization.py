@@ -90,19 +90,19 @@ def batch_gain(quantized: Point, plain: Point) -> Prediction:
 
 PLAIN = Variant(name="bf16", flags={"kv-cache-dtype": "auto"})
 FP8 = PLAIN.but("fp8", {"kv-cache-dtype": "fp8_e4m3"})
-TIGHT = {"kv-cache-memory-bytes": 16 * 2**20, "max-model-len": 512}
+TIGHT = {"kv-cache-memory-bytes": 12 * 2**20, "max-model-len": 512}
 PAIRS = (("bf16", "fp8"), ("bf16", "e5m2"), ("bf16-tight", "fp8-tight"))
 
 
-def near_or_far(name: str, context_tokens: int, warmup_s: float | None = None) -> Workload:
+def near_or_far(name: str, context_tokens: int, *only: str) -> Workload:
     """Decode over a context that all requests share, so that it is prefilled once."""
     return Workload(
         name=name,
         prompt_tokens=Fixed(tokens=context_tokens),
-        output_tokens=Fixed(tokens=24),
+        output_tokens=Fixed(tokens=16),
         prefix=Prefix(tokens=context_tokens - 64),
-        only=("bf16", "fp8", "e5m2"),
-        warmup_s=warmup_s,
+        primed=True,
+        only=only,
         loads=(Concurrent(users=4),),
     )
 
@@ -127,17 +127,17 @@ LAB = Lab(
         "block-size": 32,
         "kv-cache-memory-bytes": 512 * 2**20,
         # later pieces of a prompt read what earlier ones left in the cache, quantized
-        "max-num-batched-tokens": 128,
+        "max-num-batched-tokens": 256,
     },
     workloads=(
-        near_or_far("near", 128),
-        near_or_far("far", 2048, warmup_s=4),
+        near_or_far("near", 128, "bf16", "fp8", "e5m2"),
+        near_or_far("far", 2048, "bf16", "fp8"),
         Workload(
             name="growing",
             prompt_tokens=Fixed(tokens=96),
-            output_tokens=Fixed(tokens=32),
+            output_tokens=Fixed(tokens=24),
             only=("bf16-tight", "fp8-tight"),
-            loads=tuple(Concurrent(users=n) for n in (4, 8, 14)),
+            loads=tuple(Concurrent(users=n) for n in (3, 6, 12)),
         ),
     ),
     claims=(
@@ -154,8 +154,8 @@ LAB = Lab(
             name="batch",
             title="Twice the requests run at once where memory is short",
             metric="batch",
-            treatment=Arm(variant="fp8-tight", workload="growing", load="concurrent:14"),
-            baseline=Arm(variant="bf16-tight", workload="growing", load="concurrent:14"),
+            treatment=Arm(variant="fp8-tight", workload="growing", load="concurrent:12"),
+            baseline=Arm(variant="bf16-tight", workload="growing", load="concurrent:12"),
             expect="rises",
             predict=batch_gain,
         ),
@@ -199,8 +199,8 @@ LAB = Lab(
     plots=("preemption",),
     slo=SLO(ttft_s=2, tpot_s=0.15),
     requests=192,
-    warmup_s=1.5,
-    window_s=4,
+    warmup_s=1,
+    window_s=3.5,
     repeats=3,
     scales={
         "gpu": {
@@ -220,7 +220,6 @@ LAB = Lab(
             "workloads.far.prompt_tokens.tokens": 24576,
             "workloads.far.prefix.tokens": 24512,
             "workloads.far.loads": (Concurrent(users=16),),
-            "workloads.far.warmup_s": 8,
             "workloads.far.output_tokens.tokens": 128,
             "workloads.growing.prompt_tokens.tokens": 256,
             "workloads.growing.output_tokens.tokens": 512,
@@ -236,8 +235,6 @@ LAB = Lab(
         "warmup_s": 1,
         "window_s": 3,
         "repeats": 1,
-        "workloads.near.only": ("bf16", "fp8"),
-        "workloads.far.only": ("bf16", "fp8"),
         "probes": ("quality-quick",),
     },
     limits={
@@ -249,7 +246,7 @@ LAB = Lab(
     },
     next_knobs=(
         'SET="variants.fp8.flags.kv-cache-dtype=fp8_e5m2" compares the coarser type in speed',
-        'SET="variants.fp8-tight.flags.kv-cache-memory-bytes=8388608" halves the memory of the'
+        'SET="variants.fp8-tight.flags.kv-cache-memory-bytes=6291456" halves the memory of the'
         " quantized side: it preempts where BF16 did",
         'SET="workloads.far.prompt_tokens.tokens=1024 workloads.far.prefix.tokens=960" halves the'
         " long context",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import random
 import shutil
 import tempfile
@@ -550,12 +551,15 @@ class _Session:
             engine = self._launch(point.variant)  # it died in an earlier trial: a new one
             self._await(point.variant, engine)
         engine.reset_prefix_cache()
+        sending = requests_file(self.work, point.workload, repeat)
+        if point.workload.primed and point.workload.prefix:
+            _prime(engine.url, sending, point.workload.prefix.groups, setup.lab.timeout_s)
         before = engine.snapshot()
         path = self.folder.trial_folder(point, repeat) / "requests.jsonl.gz"
         trial_plan = plan.TrialPlan(
             url=engine.url,
             arrival=point.load,
-            requests=requests_file(self.work, point.workload, repeat),
+            requests=sending,
             records=path,
             warmup_s=point.workload.warmup_s or setup.lab.warmup_s,
             window_s=setup.lab.window_s,
@@ -645,6 +649,15 @@ class _Session:
                 )
             )
         return found
+
+
+def _prime(url: str, sending: Path, groups: int, timeout_s: float) -> None:
+    """Have the engine prefill the first request of each prefix group, one after another."""
+    for planned in plan.read_requests(sending)[:groups]:
+        body = {**json.loads(planned.body), "max_tokens": 1, "stream": False}
+        del body["stream_options"]
+        answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=timeout_s)
+        answer.raise_for_status()
 
 
 def _add(counts: dict[str, int], done: Sequence[records.RequestRecord]) -> None:

@@ -133,7 +133,8 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     Outputs have exactly the drawn length: the engine is told to ignore its end-of-sequence token,
     because here the lengths are the point, not what is said. `task` is what prompts ask for;
     `keep_text` keeps the answers' text in the records; `only` names the variants it is for;
-    `warmup_s` replaces the lab's where that is too short, as for a long prefix to be prefilled.
+    `warmup_s` replaces the lab's where that is too short. `primed` sends one request of each prefix
+    group before a trial begins, so that all that is shared is in the cache.
     """
 
     name: str
@@ -141,6 +142,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     output_tokens: Lengths
     task: Task = "continue"
     prefix: Prefix | None = None
+    primed: bool = False
     chat: Chat | None = None
     intruder: Intruder | None = None
     adapters: Adapters | None = None
@@ -153,6 +155,8 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     def _coherent(self) -> Self:
         if sum(map(bool, (self.prefix, self.chat, self.task != "continue"))) > 1:
             raise ValueError(f"{self.name}: prefix, chat and task each say how prompts begin")
+        if self.primed and self.prefix is None:
+            raise ValueError(f"{self.name}: without a prefix there is nothing to prime")
         contended = [a for a in self.loads if isinstance(a, Contended)]
         if bool(self.intruder) != bool(contended) or len(contended) not in (0, len(self.loads)):
             raise ValueError(f"{self.name}: contended loads and an intruder belong together")

@@ -236,7 +236,6 @@ SMALLER = {
     "chunked-prefill": 'warmup_s=0.3 window_s=1.2 workloads.contended.loads=["contended:4/0.5"] '
     + _outputs(12, "contended"),
     "kv-quantization": "workloads.far.prompt_tokens.tokens=512 workloads.far.prefix.tokens=448"
-    " workloads.far.warmup_s=0.1"
     ' workloads.growing.loads=["concurrent:4","concurrent:16"]'
     " claims.batch.treatment.load=concurrent:16 claims.batch.baseline.load=concurrent:16 "
     + " ".join(

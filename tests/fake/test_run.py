@@ -282,6 +282,14 @@ def test_a_quantized_cache_holds_twice_the_tokens(finish: Finish) -> None:
     assert held["fp8"] == pytest.approx(2 * held["bf16"], rel=0.01)
 
 
+def test_a_primed_trial_finds_all_that_is_shared(finish: Finish) -> None:
+    """Its first requests too: every one finds the same."""
+    folder = finish("kv-quantization").folder
+    rows = folder.summary().measurements["bf16/far/concurrent-4"].values()
+    found = [rate for row in rows if (rate := row["prefix_hit_rate"]) is not None]
+    assert found == pytest.approx([448 / 512] * len(found), abs=0.06)  # in whole blocks
+
+
 def test_a_tight_cache_preempts_and_eight_bits_do_later(finish: Finish) -> None:
     summary = finish("kv-quantization").folder.summary()
     thrown = {

@@ -244,6 +244,7 @@ def test_a_planned_request_asks_its_adapter_and_says_whose_it_is(tmp_path: Path)
         ({"prefix": Prefix(tokens=9), "task": "story"}, "each say how prompts begin"),
         ({"prefix": Prefix(tokens=9), "chat": Chat(turns=2, grows_tokens=9)}, "each say how"),
         ({"intruder": Intruder(prompt_tokens=9)}, "belong together"),
+        ({"primed": True}, "nothing to prime"),
         ({"loads": ("contended:2/1",)}, "belong together"),
         (
             {"loads": ("contended:2/1", "concurrent:2"), "intruder": Intruder(prompt_tokens=9)},
