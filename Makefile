@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report check-results readme test check bench clean distclean
+.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report score check-results readme test check bench clean distclean
 
 help: ## List the targets
 	@echo "Labs (set-up first, only what is missing):"
@@ -39,6 +39,9 @@ locust: setup ## Open Locust's web UI on a lab's workload: LAB=.. [ENDPOINT=..]
 
 report: setup ## Compute reports again from the files of runs: [RUN=..]
 	@$(BIN)/labs report
+
+score: setup ## What other tools would have reported of a run: RUN=..
+	@$(BIN)/labs score $(if $(RUN),,--help)
 
 check-results: setup ## Validate the results on file
 	@$(BIN)/labs check

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from labs import LABS, derived, pages, report, sitting
+from labs import LABS, derived, pages, report, score, sitting
 from labs.lab import Lab, LabError, parse_changes
 from labs.questions import QUESTIONS
 from labs.results import RESULTS, RunFolder, all_runs, problems
@@ -250,6 +250,19 @@ def rebuild(
             )
 
 
+@app.command("score")
+def rescore(
+    run: Annotated[Path, typer.Argument(envvar="RUN", help="A run's folder.")],
+) -> None:
+    """What other tools would have reported of a run's own records, and why they differ."""
+    with _plainly():
+        (folder,) = _folders(run)
+        lab, points = folder.run().rebuilt_lab(), folder.run().points()
+        show("One trace, every definition", score.table(score.scores(folder), lab))
+        for line in score.explained(points):
+            console.print("  " + escape(line))
+
+
 @app.command()
 def check(
     run: Annotated[Path | None, typer.Argument(envvar="RUN", help="Default: every run.")] = None,
@@ -363,12 +376,16 @@ class ConsoleTeller:
         console.print(f"{self._elapsed()} {escape(text)} [dim]({left})[/]")
 
     def show(self, title: str, rows: Sequence[Sequence[str]]) -> None:
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for i, head in enumerate(rows[0]):
-            table.add_column(head, no_wrap=i == 0, justify="left" if i == 0 else "right")
-        for row in rows[1:]:
-            table.add_row(*(escape(cell) for cell in row))
-        console.print(table)
+        show(title, rows)
+
+
+def show(title: str, rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, head in enumerate(rows[0]):
+        table.add_column(head, no_wrap=i == 0, justify="left" if i == 0 else "right")
+    for row in rows[1:]:
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
 
 
 def _plain(markdown_line: str) -> str:

@@ -284,7 +284,10 @@ def write_requests(setup: Setup, work: Path) -> str:
     served = setup.endpoint.model if setup.endpoint else setup.model.name
     for workload in lab.workloads:
         for repeat in range(1, lab.rounds + 1):
-            items = workload.requests(lab.requests, lab.draw_seed(repeat), setup.writer)
+            try:
+                items = workload.requests(lab.requests, lab.draw_seed(repeat), setup.writer)
+            except ValueError as error:
+                raise LabError(f"workload {workload.name}: {error}") from error
             path = requests_file(work, workload, repeat)
             plan.write_requests(path, items, served)
             digest.update(path.read_bytes())

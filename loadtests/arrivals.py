@@ -3,8 +3,10 @@
 Closed loop: a user sends, waits for the whole answer, sends again. `Concurrent(users)` keeps that
 many requests in flight; `Waves(size)` sends that many, waits for *all* of them, and sends the next:
 static batching done by the client. Open loop: requests come on a schedule drawn beforehand,
-whatever is still outstanding (`Poisson`, `Constant`). `Contended(users, every_s)` is both: that
-many users in closed loop, and beside them an intruder's request every so many seconds.
+whatever is still outstanding: `Poisson`; `Constant`; `Gamma`, burstier than Poisson below a
+burstiness of 1 and smoother above; `Replay`, at a trace's own times. `Contended(users, every_s)`
+is both: that many users in closed loop, and beside them an intruder's request every so many
+seconds.
 
 Every arrival has a text form, `concurrent:8`, which is also how one is given on a command line.
 """
@@ -25,6 +27,7 @@ from pydantic import (
 )
 
 MAX_USERS = 1024  # Locust users of one process: an open loop with more outstanding falls behind
+REPLAY_USERS = 256
 
 
 class _Arrival(BaseModel, frozen=True, extra="forbid"):
@@ -105,9 +108,43 @@ class Constant(_OpenLoop, frozen=True):
         return list(takewhile(lambda at: at < duration_s, (i / self.rate_per_s for i in count())))
 
 
+class Gamma(_OpenLoop, frozen=True):
+    """Gaps of a gamma distribution of this shape: their coefficient of variation is its -1/2 power.
+
+    As in `vllm bench serve --burstiness`.
+    """
+
+    kind: Literal["gamma"] = "gamma"
+    burstiness: PositiveFloat = Field(allow_inf_nan=False)
+
+    def schedule(self, duration_s: float, rng: random.Random) -> list[float]:
+        """Send times in [0, duration_s)."""
+        scale_s = 1 / (self.rate_per_s * self.burstiness)
+        times, at = [], rng.gammavariate(self.burstiness, scale_s)
+        while at < duration_s:
+            times.append(at)
+            at += rng.gammavariate(self.burstiness, scale_s)
+        return times
+
+
+class Replay(_Arrival, frozen=True):
+    """The times of the workload's trace, `speed` times as fast."""
+
+    kind: Literal["replay"] = "replay"
+    speed: PositiveFloat = Field(allow_inf_nan=False)
+
+    @property
+    def open_loop(self) -> bool:
+        return True
+
+    @property
+    def users(self) -> int:
+        return REPLAY_USERS
+
+
 _KINDS: dict[str, type[_Arrival]] = {
     "concurrent": Concurrent, "waves": Waves, "poisson": Poisson, "constant": Constant,
-    "contended": Contended,
+    "gamma": Gamma, "replay": Replay, "contended": Contended,
 }  # fmt: skip
 
 
@@ -132,13 +169,14 @@ def _short(level: float) -> str:
     return short if float(short) == level else repr(level)
 
 
+AnyArrival = Concurrent | Waves | Poisson | Constant | Gamma | Replay | Contended
 Arrival = Annotated[
-    Annotated[Concurrent | Waves | Poisson | Constant | Contended, Field(discriminator="kind")],
+    Annotated[AnyArrival, Field(discriminator="kind")],
     BeforeValidator(_from_text),
 ]
 
 
-def parse(text: str) -> Concurrent | Waves | Poisson | Constant | Contended:
+def parse(text: str) -> AnyArrival:
     """Read an arrival's text form; raises pydantic.ValidationError naming the known ones."""
-    read: TypeAdapter[Concurrent | Waves | Poisson | Constant | Contended] = TypeAdapter(Arrival)
+    read: TypeAdapter[AnyArrival] = TypeAdapter(Arrival)
     return read.validate_python(text)

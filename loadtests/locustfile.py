@@ -36,7 +36,7 @@ from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
 from loadtests import records
-from loadtests.arrivals import Concurrent, Contended, Waves
+from loadtests.arrivals import Concurrent, Contended, Replay, Waves
 from loadtests.exporter import Exporter
 from loadtests.plan import PlannedRequest, TrialPlan, TrialSummary, read_requests
 from loadtests.records import RequestRecord
@@ -76,8 +76,11 @@ class Load:
         if plan.window_s is None:
             self._order = itertools.cycle(self.requests)
         self._schedule: list[float] | None = None
-        if not isinstance(plan.arrival, Concurrent | Contended | Waves):
-            duration_s = plan.warmup_s + (plan.window_s or 0)
+        duration_s = plan.warmup_s + (plan.window_s or 0)
+        if isinstance(plan.arrival, Replay):
+            due = [r.due_s / plan.arrival.speed for r in every if r.due_s is not None]
+            self._schedule = [at_s for at_s in due if at_s < duration_s]
+        elif not isinstance(plan.arrival, Concurrent | Contended | Waves):
             self._schedule = plan.arrival.schedule(duration_s, random.Random(f"{plan.seed}/times"))
         self._due = iter(self._schedule or ())
         self._next_intrusion_s = 0.0

@@ -49,6 +49,7 @@ class PlannedRequest(BaseModel, frozen=True, extra="forbid"):
     output_tokens: int
     body: str
     intruder: bool = False
+    due_s: float | None = None  # in the trace that is replayed
 
 
 def body(request: Request, model: str) -> dict[str, Any]:
@@ -73,6 +74,7 @@ def write_requests(path: Path, requests: list[Request], model: str) -> None:
                 output_tokens=request.output_tokens,
                 body=orjson.dumps(body(request, model)).decode(),
                 intruder=request.intruder,
+                due_s=request.due_s,
             )
             file.write(planned.model_dump_json().encode() + b"\n")
 

@@ -6,12 +6,21 @@ import bisect
 import math
 import random
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-from loadtests.arrivals import Arrival, Contended
+from loadtests.arrivals import Arrival, Contended, Replay
 from loadtests.prompts import TASKS, Messages, Task, Writer
+from loadtests.trace import Row, read_trace
 
 BLOCK = 64  # every block of this many drawn lengths holds the same lengths, in another order
 
@@ -111,6 +120,11 @@ class Adapters(BaseModel, frozen=True, extra="forbid"):
         return [min(bisect.bisect(marks, rng.random()), self.count - 1) for _ in range(n)]
 
 
+def _trace(value: Any) -> Any:
+    """A path is read; what was read passes on."""
+    return read_trace(Path(value)) if isinstance(value, str | Path) else value
+
+
 INTRUDER_EVERY = 4
 
 
@@ -125,6 +139,7 @@ class Request:
     intruder: bool = False
     tenant: int | None = None
     adapter: str | None = None  # its name; None asks for the base model
+    due_s: float | None = None  # in its trace
 
 
 class Workload(BaseModel, frozen=True, extra="forbid"):
@@ -134,7 +149,9 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     because here the lengths are the point, not what is said. `task` is what prompts ask for;
     `keep_text` keeps the answers' text in the records; `only` names the variants it is for;
     `warmup_s` replaces the lab's where that is too short. `primed` sends one request of each prefix
-    group before a trial begins, so that all that is shared is in the cache.
+    group before a trial begins, so that all that is shared is in the cache. A `trace` (a file, by
+    its path) gives the lengths of prompts and answers in place of those drawn, and the times of
+    `replay` loads; where it ends before the requests do, its lengths begin again.
     """
 
     name: str
@@ -143,6 +160,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     task: Task = "continue"
     prefix: Prefix | None = None
     primed: bool = False
+    trace: Annotated[tuple[Row, ...], BeforeValidator(_trace)] = ()
     chat: Chat | None = None
     intruder: Intruder | None = None
     adapters: Adapters | None = None
@@ -157,6 +175,12 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"{self.name}: prefix, chat and task each say how prompts begin")
         if self.primed and self.prefix is None:
             raise ValueError(f"{self.name}: without a prefix there is nothing to prime")
+        if not self.trace and any(isinstance(a, Replay) for a in self.loads):
+            raise ValueError(
+                f"{self.name}: a replay needs a trace: workloads.{self.name}.trace=FILE"
+            )
+        if self.trace and (self.chat or self.intruder):
+            raise ValueError(f"{self.name}: a trace knows no chats and no intruders")
         contended = [a for a in self.loads if isinstance(a, Contended)]
         if bool(self.intruder) != bool(contended) or len(contended) not in (0, len(self.loads)):
             raise ValueError(f"{self.name}: contended loads and an intruder belong together")
@@ -173,6 +197,8 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
 
     def lengths(self, n: int, seed: int) -> list[tuple[int, int]]:
         """(prompt, output) tokens of the first n requests; needs no tokenizer."""
+        if rows := self.trace:
+            return [rows[i % len(rows)][1:] for i in range(n)]
         prompt_rng, output_rng = (random.Random(f"{seed}/{self.name}/{part}") for part in "po")
         prompts = self.prompt_tokens.draw(n, prompt_rng)
         if self.chat:
@@ -194,6 +220,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
                 i, text, prompt, output, self.is_intruder(i), tenant,
                 None if tenant is None or self.adapters is None
                 else f"tenant-{tenant}{self.adapters.suffix}",
+                self.trace[i][0] if i < len(self.trace) else None,
             )
             for i, (text, (prompt, output), tenant) in enumerate(
                 zip(messages, lengths, tenants, strict=True)
@@ -237,6 +264,8 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     @property
     def longest_tokens(self) -> int:
         """The longest context a request can reach."""
+        if self.trace:
+            return max(prompt + output for _, prompt, output in self.trace)
         longest = sum(
             part.tokens if isinstance(part, Fixed) else part.max_tokens
             for part in (self.prompt_tokens, self.output_tokens)

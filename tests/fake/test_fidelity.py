@@ -17,7 +17,7 @@ from statistics import median
 import pytest
 
 from loadtests import generator, plan, records
-from loadtests.arrivals import Arrival, Concurrent, Contended, Poisson, Waves
+from loadtests.arrivals import Arrival, Concurrent, Contended, Poisson, Replay, Waves
 from loadtests.plan import TrialPlan, TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.workload import Request
@@ -66,6 +66,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
             window_s: float = 0.6,
             tokens: Sequence[int] = tuple(range(5, 30, 3)),
             keep_text: bool = False,
+            due_s: Sequence[float] = (),
         ) -> Played:
             path = Path(home / str(len(list(home.iterdir()))))
             path.mkdir()
@@ -74,7 +75,14 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
             plan.write_requests(
                 path / "requests.jsonl",
                 [
-                    Request(i, _prompt(i + 1), 0, n, intruder=i in intruders)
+                    Request(
+                        i,
+                        _prompt(i + 1),
+                        0,
+                        n,
+                        intruder=i in intruders,
+                        due_s=due_s[i] if i < len(due_s) else None,
+                    )
                     for i, n in enumerate(asked)
                 ],
                 "fake",
@@ -296,6 +304,17 @@ def test_an_open_loop_keeps_its_schedule_whatever_is_outstanding(play: Play) -> 
     assert median(lags) < 0.005
     assert all(r.in_window == ((r.scheduled_s or 0) >= 0.2) for r in played.records)
     _true_to_the_clock(played)
+
+
+def test_a_replay_sends_at_its_traces_times(play: Play) -> None:
+    """Twice as fast as it was, with a burst in it; what lies beyond the window is not sent."""
+    at_s = [0.0, 0.3, 0.5, 0.5, 0.5, 0.5, 1.1, 1.5, 40.0]
+    played = play(Replay(speed=2), window_s=0.8, tokens=(20,), due_s=at_s)
+    _sound(played)
+    assert [r.scheduled_s for r in played.records] == [at / 2 for at in at_s[:-1]]
+    assert played.summary.planned == 8
+    assert not played.summary.exhausted
+    assert median(r.send_lag_s or 0.0 for r in played.records) < 0.005
 
 
 # ------------------------------------------------------------------------------ broken connections

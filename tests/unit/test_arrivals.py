@@ -9,7 +9,17 @@ import pytest
 from pydantic import ValidationError
 from scipy import stats
 
-from loadtests.arrivals import Arrival, Concurrent, Constant, Contended, Poisson, Waves, parse
+from loadtests.arrivals import (
+    Arrival,
+    Concurrent,
+    Constant,
+    Contended,
+    Gamma,
+    Poisson,
+    Replay,
+    Waves,
+    parse,
+)
 
 RATE_PER_S, DURATION_S, SEEDS = 20.0, 100.0, range(40)
 
@@ -21,6 +31,8 @@ RATE_PER_S, DURATION_S, SEEDS = 20.0, 100.0, range(40)
         ("waves:32", Waves(size=32)),
         ("poisson:2.5", Poisson(rate_per_s=2.5)),
         ("constant:0.25", Constant(rate_per_s=0.25)),
+        ("gamma:8/0.5", Gamma(rate_per_s=8, burstiness=0.5)),
+        ("replay:2", Replay(speed=2)),
         ("contended:4/2.5", Contended(users=4, every_s=2.5)),
     ],
 )
@@ -41,7 +53,7 @@ def test_text_form_of_any_rate_reads_back() -> None:
 def test_unknown_arrival_names_the_known_ones(text: str) -> None:
     known = (
         "concurrent:<users>, waves:<size>, poisson:<rate_per_s>, constant:<rate_per_s>,"
-        " contended:<users>/<every_s>"
+        " gamma:<rate_per_s>/<burstiness>, replay:<speed>, contended:<users>/<every_s>"
     )
     with pytest.raises(ValidationError, match=known):
         parse(text)
@@ -51,6 +63,7 @@ def test_unknown_arrival_names_the_known_ones(text: str) -> None:
     "text",
     ["concurrent:0", "waves:0", "concurrent:1025", "waves:1025", "concurrent:1.5", "poisson:0",
      "constant:-1", "poisson:nan", "poisson:many", "contended:0/2", "contended:4/0",
+     "gamma:8/0", "gamma:0/1", "replay:0",
      "contended:4/inf"],
 )  # fmt: skip
 def test_level_out_of_range_is_refused(text: str) -> None:
@@ -72,9 +85,10 @@ def test_open_loop_has_a_minute_of_users(rate_per_s: float, users: int) -> None:
     assert Poisson(rate_per_s=rate_per_s).users == users
 
 
-def test_only_poisson_and_constant_are_open_loop() -> None:
-    texts = ("concurrent:1", "waves:1", "poisson:1", "constant:1", "contended:1/1")
-    assert [t for t in texts if parse(t).open_loop] == ["poisson:1", "constant:1"]
+def test_schedules_are_open_loop() -> None:
+    opened = ["poisson:1", "constant:1", "gamma:1/1", "replay:1"]
+    texts = ("concurrent:1", "waves:1", *opened, "contended:1/1")
+    assert [t for t in texts if parse(t).open_loop] == opened
 
 
 def test_an_intruder_takes_a_seat_beside_the_users() -> None:
@@ -109,6 +123,17 @@ def test_poisson_is_the_same_for_the_same_seed_on_any_machine() -> None:
     assert times[:3] == pytest.approx([0.688749306561378, 1.8077633022658763, 2.6677460242122457])
     assert all(0 <= t < 100 for t in times)
     assert times != Poisson(rate_per_s=2).schedule(100, random.Random("1/times"))
+
+
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
+def test_gamma_gaps_have_their_mean_and_burstiness(burstiness: float) -> None:
+    arrival = Gamma(rate_per_s=RATE_PER_S, burstiness=burstiness)
+    drawn = [arrival.schedule(DURATION_S, random.Random(seed)) for seed in SEEDS]
+    gaps = [b - a for times in drawn for a, b in pairwise([0.0, *times])]
+    assert np.mean(gaps) == pytest.approx(1 / RATE_PER_S, rel=0.05)
+    assert np.std(gaps) / np.mean(gaps) == pytest.approx(burstiness**-0.5, rel=0.05)
+    assert all(0 <= t < DURATION_S for times in drawn for t in times)
+    assert drawn[0] == arrival.schedule(DURATION_S, random.Random(0))
 
 
 def test_constant_spacing_is_exact() -> None:

@@ -245,6 +245,8 @@ def test_a_planned_request_asks_its_adapter_and_says_whose_it_is(tmp_path: Path)
         ({"prefix": Prefix(tokens=9), "chat": Chat(turns=2, grows_tokens=9)}, "each say how"),
         ({"intruder": Intruder(prompt_tokens=9)}, "belong together"),
         ({"primed": True}, "nothing to prime"),
+        ({"loads": ("replay:1",)}, "a replay needs a trace: workloads.short.trace=FILE"),
+        ({"trace": ((0.0, 9, 9),), "chat": Chat(turns=2, grows_tokens=9)}, "knows no chats"),
         ({"loads": ("contended:2/1",)}, "belong together"),
         (
             {"loads": ("contended:2/1", "concurrent:2"), "intruder": Intruder(prompt_tokens=9)},
@@ -255,6 +257,21 @@ def test_a_planned_request_asks_its_adapter_and_says_whose_it_is(tmp_path: Path)
 def test_parts_that_do_not_go_together_are_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         make_workload(**fields)
+
+
+def test_a_trace_gives_lengths_and_times(tmp_path: Path) -> None:
+    file = tmp_path / "trace.csv"
+    file.write_text("timestamp,input_tokens,output_tokens\n10,40,5\n12.5,60,7\n")
+    traced = make_workload("replay:1", trace=str(file))
+    assert traced.lengths(3, seed=1) == [(40, 5), (60, 7), (40, 5)]
+    assert traced.longest_tokens == 67
+    requests = traced.requests(3, 1, Writer(words))
+    assert [(r.due_s, r.prompt_tokens, r.output_tokens) for r in requests] == [
+        (0.0, 40, 5), (2.5, 60, 7), (None, 40, 5),
+    ]  # fmt: skip
+    write_requests(tmp_path / "requests.jsonl", requests, "base")
+    assert [p.due_s for p in read_requests(tmp_path / "requests.jsonl")] == [0.0, 2.5, None]
+    assert Workload.model_validate_json(traced.model_dump_json()) == traced  # without the file
 
 
 def test_longest_context_counts_every_turn_and_the_intruder() -> None:

@@ -1,0 +1,72 @@
+"""Traces as they are published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loadtests import trace
+from loadtests.trace import read_trace
+
+PLAIN = "timestamp,input_tokens,output_tokens\n1.5,100,20\n1.0,50,10\n2.25,70,30\n"
+AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:46.6805900,374,44
+2023-11-16 18:15:50.9951690,396,109
+"""
+MOONCAKE = """{"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47]}
+{"timestamp": 30535, "input_length": 6472, "output_length": 26, "hash_ids": [46]}
+"""
+
+
+def written(folder: Path, text: str, name: str = "trace.csv") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_times_count_from_the_first_request_in_their_order(tmp_path: Path) -> None:
+    assert read_trace(written(tmp_path, PLAIN)) == ((0.0, 50, 10), (0.5, 100, 20), (1.25, 70, 30))
+
+
+def test_azures_columns_and_dates(tmp_path: Path) -> None:
+    first, second = read_trace(written(tmp_path, AZURE))
+    assert first == (0.0, 374, 44)
+    assert second == (pytest.approx(4.314579, abs=1e-5), 396, 109)
+
+
+def test_mooncakes_milliseconds(tmp_path: Path) -> None:
+    found = read_trace(written(tmp_path, MOONCAKE, "trace.jsonl"))
+    assert found == ((0.0, 6955, 52), (3.053, 6472, 26))
+
+
+def test_a_request_without_an_answer_is_left_out(tmp_path: Path) -> None:
+    assert read_trace(written(tmp_path, PLAIN + "9,80,0\n")) == read_trace(written(tmp_path, PLAIN))
+
+
+def test_a_long_trace_is_kept_from_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace, "MOST_ROWS", 2)
+    assert [row[0] for row in read_trace(written(tmp_path, PLAIN))] == [0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "said"),
+    [
+        ("at,in,out\n1,2,3\n", "t.csv", "has the columns at, in, out; known are timestamp, input"),
+        (PLAIN + "3,many,5\n", "t.csv", "request 4: .*many"),
+        ("timestamp,input_tokens,output_tokens\nnoon,2,5\n", "t.csv", "request 1: .*noon"),
+        ("timestamp,input_tokens,output_tokens\n1,2\n", "t.csv", "request 1: "),
+        ("timestamp,input_tokens,output_tokens\n", "t.csv", "holds no requests"),
+        ("not json\n", "t.jsonl", "t.jsonl cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, name: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        read_trace(written(tmp_path, text, name))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_trace(tmp_path / "none.csv")
