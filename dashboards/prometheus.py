@@ -35,6 +35,10 @@ scrape_configs:
     file_sd_configs:
       - files: ["{targets}"]
         refresh_interval: 1s
+    metric_relabel_configs:  # a series for every set of adapters that ever ran together
+      - source_labels: [__name__]
+        regex: vllm:lora_requests_info
+        action: drop
 """
 
 

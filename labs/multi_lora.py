@@ -155,6 +155,7 @@ LAB = Lab(
     flags={
         "max-model-len": 512,
         "enable-prefix-caching": True,  # where a leak between tenants could hide
+        "block-size": 32,  # a CPU's default of 128 would hold none of these prompts
         "enforce-eager": True,
         "kv-cache-memory-bytes": 256 * 2**20,
     },
@@ -208,7 +209,7 @@ LAB = Lab(
     repeats=3,
     scales={
         "gpu": {
-            "flags": {"max-model-len": 2048, "enable-prefix-caching": True},
+            "flags": {"max-model-len": 2048, "enable-prefix-caching": True, "block-size": 16},
             **{
                 f"workloads.{name}.{field}": value
                 for name in ("none", "one", "uniform-2", "uniform-4", "uniform-8", "zipf-8",

@@ -20,6 +20,7 @@ from labs.answers import LENGTHS_TOKENS, ask, threads
 from labs.lab import Lab, Variant
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Fixed
+from serving import metrics
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def quality(served: Served, quick: bool = False) -> dict[str, Any]:
     return {"answers": [a.model_dump(mode="json") for a in asked]}
 
 
-def tenants(served: Served, requests_sent: int = 1400, at_once: int = 16) -> dict[str, Any]:
+def tenants(served: Served, requests_sent: int = 1700, at_once: int = 16) -> dict[str, Any]:
     """Is every answer its own tenant's? Under concurrency, prefix caching and hot loading.
 
     All tenants ask the same few prompts, so that their prefixes could be mistaken for each other's.
@@ -58,10 +59,12 @@ def tenants(served: Served, requests_sent: int = 1400, at_once: int = 16) -> dic
     """
     count = len(served.lab.flags_of(served.variant)["lora-modules"])  # type: ignore[arg-type]
     rng = random.Random(f"{served.lab.seed}/tenants")
-    prompts = [served.writer.chat(32 + 8 * (i % 8), rng) for i in range(16)]
+    # a token more than whole blocks: all the rest can come out of the cache
+    prompts = [served.writer.chat(33 + 32 * (i % 2), rng) for i in range(16)]
+    before = _prefix_tokens(served.url)
 
     def answer(model: str, prompt: int) -> requests.Response:
-        body = {"model": model, "messages": prompts[prompt % len(prompts)], "max_tokens": 8,
+        body = {"model": model, "messages": prompts[prompt % len(prompts)], "max_tokens": 5,
                 "temperature": 0, "ignore_eos": True}  # fmt: skip
         return requests.post(f"{served.url}/v1/chat/completions", json=body, timeout=TIMEOUT_S)
 
@@ -79,16 +82,24 @@ def tenants(served: Served, requests_sent: int = 1400, at_once: int = 16) -> dic
             visits += [(owner, said(answer("visitor", i))) for i in range(4)]
             _adapter(served, "unload", {"lora_name": "visitor"})
         answers = [(t, said(future.result())) for t, future in zip(drawn, asked, strict=True)]
+    looked_up, found = (b - a for a, b in zip(before, _prefix_tokens(served.url), strict=True))
     unknown, gone = answer("tenant-nobody", 0), answer("visitor", 0)
     return {
         "answers": [*answers, *visits],
         "visits": len(visits),
+        "cached_share": found / looked_up if looked_up else None,
         "refused": {"tenant-nobody": unknown.status_code, "visitor, unloaded": gone.status_code},
         "refusal": unknown.text[:200],
         # the right question sent to the wrong adapter: the check must notice
         "misrouted": [(0, said(answer("tenant-1", i))) for i in range(4)],
         "base": [said(answer(served.model, i)) for i in range(4)],
     }
+
+
+def _prefix_tokens(url: str) -> tuple[float, float]:
+    """(looked up, found) in the engine's prefix cache so far."""
+    values = metrics.parse(requests.get(f"{url}/metrics", timeout=TIMEOUT_S).text).values
+    return values.get(metrics.PREFIX_QUERIES, 0.0), values.get(metrics.PREFIX_HITS, 0.0)
 
 
 def _adapter(served: Served, what: str, body: dict[str, str]) -> None:

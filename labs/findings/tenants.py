@@ -64,6 +64,11 @@ def tenant_leaks(context: Context) -> Finding:
     if probe:
         caught, _ = leaks([(int(t), str(text)) for t, text in probe["misrouted"]])
         base = sum(bool(marks_in(text)) for text in probe["base"])
+        if (cached := probe.get("cached_share")) is not None:
+            lines.append(
+                f"{cached:.0%} of the prompt tokens of the shared prompts came out of the prefix"
+                " cache, where tenants' keys and values lie side by side."
+            )
         refused = ", ".join(f"`{name}`: HTTP {code}" for name, code in probe["refused"].items())
         lines += [
             f"The check can fail: of {len(probe['misrouted'])} requests sent to the wrong adapter"

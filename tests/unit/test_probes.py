@@ -22,6 +22,7 @@ from labs.probes import PROBES, Served
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Fixed
 from serving.adapters import mark_of, marks_in
+from serving.metrics import PREFIX_HITS, PREFIX_QUERIES
 from tests.unit.builders import make_lab, make_workload
 
 TENANTS = 3
@@ -59,8 +60,19 @@ class Engine(BaseHTTPRequestHandler):
         text = f"{mark} so it goes"
         self.reply(200, {"choices": [{"message": {"content": text}}]})
 
+    def do_GET(self) -> None:
+        """Each chat looks 40 tokens up and finds 30."""
+        assert self.path == "/metrics"
+        chats = sum("messages" in body for body in self.bodies)
+        self.send(200, "".join(
+            f"# TYPE {name.removesuffix('_total')} counter\n{name}{{model_name=\"base\"}} {n}\n"
+            for name, n in ((PREFIX_QUERIES, 40 * chats), (PREFIX_HITS, 30 * chats))
+        ).encode())  # fmt: skip
+
     def reply(self, status: int, body: Mapping[str, Any]) -> None:
-        content = json.dumps(body).encode()
+        self.send(status, json.dumps(body).encode())
+
+    def send(self, status: int, content: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -116,6 +128,7 @@ def test_an_honest_engine_answers_each_tenant_as_its_own() -> None:
     assert asked == {"tenant-0", "tenant-1", "tenant-2", "visitor", "tenant-nobody", "base"}
     assert len({str(b["messages"]) for b in chats}) == 16  # prefixes to be mixed up
     assert {b["temperature"] for b in chats} == {0}
+    assert found["cached_share"] == 30 / 40
 
 
 def test_an_answer_from_another_adapter_is_a_leak() -> None:
