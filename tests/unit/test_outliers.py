@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_an_outlier_is_seen_and_what_it_costs(tiny: Path, tmp_path: Path) -> Non
     def moved(name: str) -> float:
         """How far a scheme moves the losses of the passages."""
         pairs = zip(found["loss_nats"][name], found["loss_nats"]["none"], strict=True)
-        return sum(abs(a - b) for a, b in pairs)
+        return math.fsum(abs(a - b) for a, b in pairs)
 
     by_tensor = moved("activations by tensor, weights by channel")
     smoothed = moved("activations by tensor, smoothed, weights by channel")

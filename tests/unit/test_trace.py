@@ -32,7 +32,8 @@ def test_times_count_from_the_first_request_in_their_order(tmp_path: Path) -> No
 def test_azures_columns_and_dates(tmp_path: Path) -> None:
     first, second = read_trace(written(tmp_path, AZURE))
     assert first == (0.0, 374, 44)
-    assert second == (pytest.approx(4.314579, abs=1e-5), 396, 109)
+    assert second[0] == pytest.approx(4.314579, abs=1e-5)
+    assert second[1:] == (396, 109)
 
 
 def test_mooncakes_milliseconds(tmp_path: Path) -> None:
