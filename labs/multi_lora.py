@@ -119,7 +119,7 @@ LORA = Variant(
 def workload(name: str, adapters: Adapters | None, *only: str, users: int = USERS) -> Workload:
     return Workload(
         name=name,
-        prompt_tokens=Fixed(tokens=48),
+        prompt_tokens=Fixed(tokens=32),
         output_tokens=Fixed(tokens=16),
         adapters=adapters,
         keep_text=adapters is not None,
@@ -205,7 +205,7 @@ LAB = Lab(
     slo=SLO(ttft_s=1, tpot_s=0.2),
     requests=512,
     warmup_s=1,
-    window_s=4,
+    window_s=5,
     repeats=3,
     scales={
         "gpu": {
