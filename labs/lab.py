@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
@@ -236,7 +237,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(p) for p in first["loc"])
-            raise LabError(f"{where}: {first['msg']} (given {first['input']!r})") from error
+            given = textwrap.shorten(repr(first["input"]), 80, placeholder=" ..")
+            raise LabError(f"{where}: {first['msg']} (given {given})") from error
 
     def against_itself(self) -> Lab:
         """A/A: the first claim's baseline and a twin of it, wherever claims have it as baseline.

@@ -294,6 +294,9 @@ def notes(run: Run, summary: Summary) -> list[str]:
     if run.changes:
         changed = ", ".join(f"{k}={v}" for k, v in run.changes.items())
         said.append(f"Ad hoc run ({changed}): it stays out of summary tables.")
+    judged = {j.claim for j in summary.judgements}
+    if lost := [c["name"] for c in run.lab["claims"] if c["name"] not in judged]:
+        said.append(f"Claims that no points of this run answer: {', '.join(lost)}.")
     if run.endpoint:
         said.append(f"Measured on the endpoint {run.endpoint}, which this lab did not configure.")
     return said

@@ -130,6 +130,13 @@ def test_report_shows_the_verdict_beside_the_prediction(folder: RunFolder) -> No
     assert "SO-4" in text
 
 
+def test_a_claim_without_points_is_named_and_not_lost(folder: RunFolder) -> None:
+    run, summary = folder.run(), folder.summary()
+    assert report.notes(run, summary) == []
+    (note,) = report.notes(run, summary.model_copy(update={"judgements": []}))
+    assert note == "Claims that no points of this run answer: faster."
+
+
 def test_report_of_a_failed_trial_has_a_dash_not_a_zero(folder: RunFolder) -> None:
     for repeat in (1, 2):
         path = folder.path / f"trials/on/short/concurrent-2/{repeat}/trial.json"
