@@ -201,6 +201,16 @@ def _with_a_hole(source: RunFolder, home: Path) -> RunFolder:
     return RunFolder(copy)
 
 
+def test_one_trace_is_scored_under_every_definition(finish: Finish) -> None:
+    finished = finish(BATCHING)
+    command = finished.reader.types("score", str(finished.folder.path))
+    assert command.wait() == 0, command.said
+    points = len(finished.folder.run().points())
+    for tool in ("this lab", "vllm bench serve", "GuideLLM", "AIPerf", "inference-perf"):
+        assert len(re.findall(rf"│ +{tool} │", command.said)) == points
+    assert "what a late generator adds" in command.said  # there is an open loop among them
+
+
 def test_check_misses_a_trial(finish: Finish, reader: Reader, tmp_path: Path) -> None:
     """A complete run with a hole in it is not well formed."""
     folder = _with_a_hole(finish(BATCHING).folder, tmp_path)

@@ -75,7 +75,7 @@ def test_list_shows_every_lab_and_the_questions_it_answers() -> None:
 
 def test_commands_are_those_the_makefile_calls() -> None:
     assert set(COMMANDS) == {
-        "run", "all", "list", "make", "serve", "locust", "report", "check", "readme"
+        "run", "all", "list", "make", "serve", "locust", "report", "score", "check", "readme"
     }  # fmt: skip
 
 
