@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any
@@ -134,6 +134,41 @@ def test_two_copies_of_one_thing_seldom_differ(n: int, drift: float) -> None:
     found = simulated(n, 2000, ratio=1.0, seed=n, drift=drift)
     alarms = [outcome_of(e, "output_tokens_per_s") in ("helps", "hurts") for e in found]
     assert fmean(alarms) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / len(found))
+
+
+def bootstrapped(treatment: Sequence[float], baseline: Sequence[float], seed: int) -> Interval:
+    """The percentile bootstrap over repeats, of the same statistic."""
+    logs = np.log(np.array(treatment) / np.array(baseline))
+    means = np.random.default_rng(seed).choice(logs, (500, len(logs))).mean(axis=1)
+    low, high = np.exp(np.percentile(means, [2.5, 97.5]))
+    return Interval(value=float(np.exp(logs.mean())), low=low, high=high, n=len(logs))
+
+
+def test_a_bootstrap_over_so_few_repeats_would_cover_too_seldom() -> None:
+    """Why the interval is Student's."""
+    rng, covered = np.random.default_rng(3), []
+    for seed in range(400):
+        on, off = np.exp(rng.normal(0, 0.05, (2, 3)))
+        found = bootstrapped(1.3 * on, off, seed)
+        covered.append((found.low or INF) <= 1.3 <= (found.high or 0))
+    assert fmean(covered) < 0.85
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.02, 0.05])
+def test_repeating_until_decided_raises_few_false_alarms(noise: float) -> None:
+    """Looking again after each repeat, from the third to the eighth, at copies of one thing."""
+    rng, alarms, covered = np.random.default_rng(8), [], []
+    for _ in range(400):
+        both = np.exp(rng.normal(0, 0.05, 8) + rng.normal(0, noise, (2, 8)))
+        for n in range(3, 9):
+            found = effect(*(dict(enumerate(side[:n])) for side in both))
+            assert found
+            if (outcome := outcome_of(found, "output_tokens_per_s")) != "inconclusive":
+                break
+        alarms.append(outcome in ("helps", "hurts"))
+        covered.append((found.ratio.low or INF) <= 1 <= (found.ratio.high or 0))
+    assert fmean(alarms) <= 0.05
+    assert fmean(covered) >= 0.89  # stopping at a decision costs the interval a little
 
 
 def test_large_effect_is_found() -> None:
