@@ -262,6 +262,8 @@ MOST_LATE = 0.05
 MOST_LOOP_LAG_S = 0.02
 MOST_ERRORS = 0.01
 LEAST_ACHIEVED = 0.95
+MOST_SEVERAL = 0.05  # of the chunks carry several tokens, where nothing is guessed ahead
+MOST_WARM_TOKENS = 64  # found in the cache by a request that shares no more than a chat template
 
 
 def validity(trial: Trial, evidence: Sequence[Evidence]) -> list[Caveat]:
@@ -306,6 +308,22 @@ def validity(trial: Trial, evidence: Sequence[Evidence]) -> list[Caveat]:
             f"{odd} answers' chunks do not add up to the usage reported: ITL and TPOT are"
             " estimates on this server",
         )
+    if chunks := [k for r in trial.counted for _, k in r.chunks[1:]]:
+        several = sum(k > 1 for k in chunks) / len(chunks)
+        if several > MOST_SEVERAL and "speculative-config" not in trial.point.variant.flags:
+            add(
+                "several tokens a chunk",
+                f"{several:.0%} of the chunks carry more than one: the client or the server fell"
+                " behind the engine, and ITL is spread evenly over a chunk's tokens",
+                False,
+            )
+    warm = _warm_tokens(trial)
+    if warm is not None and warm > MOST_WARM_TOKENS:
+        add(
+            "warm prefix cache",
+            f"{warm:.0f} tokens of each prompt were found in the cache, though these prompts share"
+            " nothing: was it not reset, or is another client using the engine?",
+        )
     if short := sum(r.output_tokens != r.asked_tokens for r in records if r.ok):
         add("lengths differ", f"{short} answers have another length than asked", False)
     found += _reconcile(trial)
@@ -314,6 +332,14 @@ def validity(trial: Trial, evidence: Sequence[Evidence]) -> list[Caveat]:
         for item in (e for e in expected if not _shown(e, trial)):
             add("treatment not applied", f"the engine does not show {item}")
     return found
+
+
+def _warm_tokens(trial: Trial) -> float | None:
+    """Tokens a request found in the prefix cache, where its workload shares none."""
+    workload, engine = trial.point.workload, trial.engine
+    if workload.prefix or workload.chat or engine is None or not trial.records:
+        return None
+    return engine.values.get(metrics.PREFIX_HITS, 0.0) / len(trial.records)
 
 
 def _shown(evidence: Evidence, trial: Trial) -> bool:

@@ -112,6 +112,7 @@ class TrialResult(BaseModel, frozen=True, extra="forbid"):
     summary: TrialSummary | None = None
     engine: dict[str, Any] | None = None
     cpu_steal: float | None = None  # share of CPU time taken by other guests of the host
+    cpu_others: float | None = None  # by processes here that are not the run's
     took_s: float = 0.0
 
 

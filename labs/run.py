@@ -26,6 +26,7 @@ from labs.findings.context import Context
 from labs.judge import Caveat, confounded, first_trial_slow, judge, judge_forecast, validity
 from labs.lab import Claim, Forecast, Lab, LabError, Point, Variant
 from labs.measure import LEAST_SAMPLES, METRICS, measure, percentile, price_per_hour
+from labs.others import Others
 from labs.plots import PLOTS
 from labs.probes import PROBES, Served
 from labs.results import (
@@ -69,6 +70,7 @@ from serving.process import Process
 PER_TRIAL_S = 2.0  # drain and bookkeeping, for the estimate of the time remaining
 ENGINE_OVERHEAD_BYTES = 2 * 2**30  # a vLLM process beside its weights and KV cache
 STEAL_SHARE = 0.05
+OTHERS_SHARE = 0.1
 
 
 class Teller(Protocol):
@@ -500,7 +502,7 @@ class _Session:
         before = self.folder.trial_result(point, repeat)
         if before and not before.failed:
             return
-        began, steal = time.monotonic(), _steal_s()
+        began, others = time.monotonic(), Others()
         of = max(repeat, self.setup.lab.repeats)
         name = f"{point.workload.name} {point.load}, repeat {repeat} of {of}"
         if len(self.setup.lab.variants) > 1:
@@ -509,7 +511,7 @@ class _Session:
             summary, engine, rate = self._play(point, repeat, name)
             result = TrialResult(
                 point=point.key, repeat=repeat, summary=summary, engine=engine,
-                cpu_steal=_steal_share(steal, began), took_s=round(time.monotonic() - began, 3),
+                took_s=round(time.monotonic() - began, 3), **others.shares(),
             )  # fmt: skip
         except (EngineError, generator.GeneratorError, OSError) as error:
             result = TrialResult(point=point.key, repeat=repeat, failed=str(error))
@@ -682,15 +684,6 @@ def _settled(engine: VllmEngine | Endpoint, before: Snapshot | None, done: int) 
     return None
 
 
-def _steal_s() -> float:
-    return float(getattr(psutil.cpu_times(), "steal", 0.0))
-
-
-def _steal_share(before_s: float, began: float) -> float:
-    cpus = psutil.cpu_count() or 1
-    return round((_steal_s() - before_s) / (time.monotonic() - began) / cpus, 4)
-
-
 @contextlib.contextmanager
 def start_locust_ui(
     lab: Lab, changes: dict[str, Any], workload: str, endpoint: str, model: str, web_port: int
@@ -758,6 +751,12 @@ def summarise(folder: RunFolder) -> Summary:
         if (result.cpu_steal or 0) > STEAL_SHARE:
             text = f"other guests of the host took {result.cpu_steal:.0%} of this trial's CPU time"
             keep(Caveat(name="load from others", text=text, point=point.key))
+        if (result.cpu_others or 0) > OTHERS_SHARE and not run.endpoint:
+            text = (
+                f"other processes on this machine took {result.cpu_others:.0%} of its CPU time:"
+                " end them and measure again"
+            )
+            keep(Caveat(name="other processes", text=text, point=point.key))
     for point in points:
         for caveat in first_trial_slow(values[point.key], point.key):
             keep(caveat)

@@ -33,7 +33,7 @@ from labs.judge import (
 from labs.lab import Arm, Evidence, Forecast, Prediction
 from labs.measure import Trial
 from loadtests.records import RequestRecord
-from loadtests.workload import Intruder
+from loadtests.workload import Chat, Intruder, Prefix
 from serving import metrics
 from serving.metrics import Histogram, Snapshot
 from tests.unit.builders import PREDICTION, make_claim, make_point, make_record, make_trial
@@ -328,6 +328,7 @@ def test_forecast_is_compared_with_the_mean_over_repeats() -> None:
 
 # -------------------------------------------------------------------------------------- validity
 
+CHAT = Chat(turns=2, grows_tokens=4)
 HITS, CACHE = metrics.PREFIX_HITS, metrics.CACHE_CONFIG
 EVIDENCE = (
     Evidence(arm=Arm(variant="off"), kind="stays", metric=metrics.PREEMPTIONS),
@@ -367,6 +368,13 @@ def some(n: int, **fields: Any) -> list[RequestRecord]:
     return [replace(r, **fields) for r in CLEAN[:n]] + CLEAN[n:]
 
 
+TRIPLED = {**VALUES, metrics.GENERATION_TOKENS: 150.0}
+BUNDLED = [
+    replace(r, chunks=[r.chunks[0], (r.chunks[1][0], 2)], output_tokens=3, asked_tokens=3)
+    for r in CLEAN
+]
+
+
 def test_clean_trial_has_no_caveat() -> None:
     assert checked() == []
     assert checked(engine=False) == []
@@ -383,6 +391,8 @@ def test_clean_trial_has_no_caveat() -> None:
         ("fell behind the schedule", True, {"planned": 100, "sent": 94}),
         ("token counts differ", True, {"found": some(1, chunks=[(10.15, 1)])}),
         ("lengths differ", False, {"found": some(1, asked_tokens=3)}),
+        ("several tokens a chunk", False, {"found": BUNDLED, "values": TRIPLED}),
+        ("warm prefix cache", True, {"values": {**VALUES, HITS: 50 * 65.0}}),
         ("client and engine disagree", True, {"values": {**VALUES, metrics.REQUESTS: 51}}),
         ("client and engine disagree", True, {"values": {**VALUES, metrics.GENERATION_TOKENS: 99}}),
         (
@@ -412,6 +422,18 @@ def test_caveat(name: str, blocks: bool, changes: dict[str, Any]) -> None:
 )
 def test_just_good_enough_is_no_caveat(changes: dict[str, Any]) -> None:
     assert checked(**changes) == []
+
+
+def test_guesses_come_several_to_a_chunk() -> None:
+    guessing: dict[str, Any] = {"speculative-config": {"method": "ngram"}}
+    assert validity(make_trial(BUNDLED, point=make_point(flags=guessing)), ()) == []
+
+
+@pytest.mark.parametrize("shared", [{"prefix": Prefix(tokens=4)}, {"chat": CHAT}])
+def test_what_is_shared_may_be_warm(shared: dict[str, Any]) -> None:
+    values = {**VALUES, HITS: 50 * 500.0}
+    engine = Snapshot(values, {metrics.TTFT: SEEN}, {})
+    assert validity(make_trial(CLEAN, engine=engine, point=make_point(**shared)), ()) == []
 
 
 def test_one_error_in_a_hundred_is_told_but_does_not_block() -> None:

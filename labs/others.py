@@ -1,0 +1,34 @@
+"""Load on this machine from others than the run: it is measured, and told."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import psutil
+
+
+class Others:
+    """What others took of the machine's CPU time since this was made, as shares of all of it."""
+
+    def __init__(self) -> None:
+        self._began, self._before = time.monotonic(), self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """CPU seconds so far: stolen by the host's other guests, used here, used by this run."""
+        times = psutil.cpu_times()
+        used_s = sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "softirq"))
+        me, ours_s = psutil.Process(), 0.0
+        for process in (me, *me.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):  # it ended meanwhile
+                ours_s += sum(process.cpu_times()[:4])  # with children that have ended
+        return float(getattr(times, "steal", 0.0)), float(used_s), ours_s
+
+    def shares(self) -> dict[str, float]:
+        stolen_s, used_s, ours_s = (b - a for a, b in zip(self._before, self._now(), strict=True))
+        all_s = (time.monotonic() - self._began) * (psutil.cpu_count() or 1)
+        return {
+            "cpu_steal": round(stolen_s / all_s, 4),
+            "cpu_others": round(max(0.0, used_s - ours_s) / all_s, 4),
+        }
