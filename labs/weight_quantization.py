@@ -83,8 +83,8 @@ LAB = Lab(
     answers=("CO-1", "CO-2", "CO-3", "CO-7", "ME-2", "IP-2"),
     variants=(BASE, *(BASE.but(name, weights=name) for name in RECIPES)),
     flags={
-        "max-model-len": 1280,
-        "enable-prefix-caching": False,
+        "max-model-len": 1024,
+        "enable-prefix-caching": True,  # for the needles: what the loads send shares nothing
         "enforce-eager": True,
         "kv-cache-memory-bytes": 256 * 2**20,
     },
@@ -127,7 +127,7 @@ LAB = Lab(
     repeats=3,
     scales={
         "gpu": {
-            "flags": {"max-model-len": 4096, "enable-prefix-caching": False},
+            "flags": {"max-model-len": 4096, "enable-prefix-caching": True},
             "workloads.decode.prompt_tokens.tokens": 128,
             "workloads.decode.output_tokens.tokens": 128,
             "workloads.decode.loads": (Concurrent(users=1), Concurrent(users=128)),
