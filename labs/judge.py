@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median_low
 from typing import Literal
 
 import numpy as np
@@ -281,6 +282,12 @@ def validity(trial: Trial, evidence: Sequence[Evidence]) -> list[Caveat]:
     if not trial.counted:
         add("nothing measured", "no request was sent and answered within the window: widen it")
         return found
+    if summary.lost_share:
+        add(
+            "load process lost",
+            f"one of the processes that send died, and {summary.lost_share:.0%} of the users with"
+            " it: what is missing is not random",
+        )
     if summary.exhausted:
         add("ran out of requests", "the window was cut short: raise `requests`", False)
     lags = [(r.send_lag_s or 0.0, r.ttft_s or 0.0) for r in trial.counted]
@@ -385,7 +392,8 @@ def _reconcile(trial: Trial) -> list[Caveat]:
             )
     engine = trial.engine.histograms[metrics.TTFT]
     bucket = engine.bucket_of(0.5)
-    ours_s = float(np.median([r.chunks[0][0] - r.sent_s for r in done])) if done else None
+    # the lower of two middle ones, as the histogram has it: the two may lie far apart
+    ours_s = median_low([r.chunks[0][0] - r.sent_s for r in done]) if done else None
     if bucket and ours_s is not None and not ttft_agrees(engine, ours_s):
         found.append(
             Caveat(

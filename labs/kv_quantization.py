@@ -134,10 +134,10 @@ LAB = Lab(
         near_or_far("far", 2048, "bf16", "fp8"),
         Workload(
             name="growing",
-            prompt_tokens=Fixed(tokens=96),
-            output_tokens=Fixed(tokens=24),
+            prompt_tokens=Fixed(tokens=72),
+            output_tokens=Fixed(tokens=32),  # a fourth block for the last of them
             only=("bf16-tight", "fp8-tight"),
-            loads=tuple(Concurrent(users=n) for n in (3, 6, 12)),
+            loads=tuple(Concurrent(users=n) for n in (4, 8, 12)),
         ),
     ),
     claims=(

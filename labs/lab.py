@@ -194,10 +194,12 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     slo: SLO
     requests: PositiveInt  # prepared for each trial; it ends early if they run out
     warmup_s: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
+    # held open in a closed loop, up to fourfold, until there is an answer for each user
     window_s: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
     repeats: PositiveInt
     most_repeats: NonNegativeInt = 0  # where a claim is still undecided; fewer than repeats: none
     timeout_s: PositiveFloat = 60.0  # longest silence within one answer
+    load_processes: PositiveInt = 1  # that share the sending: one core sends 60,000 tokens/s
     seed: NonNegativeInt = 0
     scales: dict[str, dict[str, Any]] = {}
     quick: dict[str, Any] = {}

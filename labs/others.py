@@ -25,10 +25,8 @@ class Others:
                 ours_s += sum(process.cpu_times()[:4])  # with children that have ended
         return float(getattr(times, "steal", 0.0)), float(used_s), ours_s
 
-    def shares(self) -> dict[str, float]:
+    def shares(self) -> tuple[float, float]:
+        """Of other guests of the host, and of other processes here."""
         stolen_s, used_s, ours_s = (b - a for a, b in zip(self._before, self._now(), strict=True))
         all_s = (time.monotonic() - self._began) * (psutil.cpu_count() or 1)
-        return {
-            "cpu_steal": round(stolen_s / all_s, 4),
-            "cpu_others": round(max(0.0, used_s - ours_s) / all_s, 4),
-        }
+        return round(stolen_s / all_s, 4), round(max(0.0, used_s - ours_s) / all_s, 4)

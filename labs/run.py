@@ -442,7 +442,9 @@ class _Session:
         child = self.exits.enter_context(
             Process(
                 "locust",
-                generator.argv(self.setup.users, exporter_port, free_port()),
+                generator.argv(
+                    self.setup.users, exporter_port, free_port(), self.setup.lab.load_processes
+                ),
                 log=self.logs / "locust.log",
                 cores=machines.split_cores()[1],
                 talk=True,
@@ -509,9 +511,10 @@ class _Session:
             name = f"{point.variant.name} {name}"
         try:
             summary, engine, rate = self._play(point, repeat, name)
+            stolen, strangers = others.shares()
             result = TrialResult(
                 point=point.key, repeat=repeat, summary=summary, engine=engine,
-                took_s=round(time.monotonic() - began, 3), **others.shares(),
+                cpu_steal=stolen, cpu_others=strangers, took_s=round(time.monotonic() - began, 3),
             )  # fmt: skip
         except (EngineError, generator.GeneratorError, OSError) as error:
             result = TrialResult(point=point.key, repeat=repeat, failed=str(error))
@@ -557,7 +560,8 @@ class _Session:
             self._await(point.variant, engine)
         engine.reset_prefix_cache()
         sending = requests_file(self.work, point.workload, repeat)
-        if point.workload.primed and point.workload.prefix:
+        cached = point.variant.flags.get("enable-prefix-caching") is not False
+        if cached and point.workload.primed and point.workload.prefix:
             _prime(engine.url, sending, point.workload.prefix.groups, setup.lab.timeout_s)
         before = engine.snapshot()
         path = self.folder.trial_folder(point, repeat) / "requests.jsonl.gz"

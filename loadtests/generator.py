@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import queue
 import sys
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from loadtests.plan import TrialPlan, TrialSummary
+from loadtests.plan import WINDOWS_AT_MOST, TrialPlan, TrialSummary
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 START_TIMEOUT_S = 60.0
@@ -33,11 +34,12 @@ class Child(Protocol):
     def tail(self, lines: int = 12) -> str: ...
 
 
-def argv(users: int, exporter_port: int, master_port: int) -> list[str]:
-    """Headless, one load worker, everything on loopback."""
+def argv(users: int, exporter_port: int, master_port: int, processes: int = 1) -> list[str]:
+    """Headless, so many load processes, everything on loopback."""
+    even = processes * math.ceil(users / processes)  # as many in each
     return [
-        *_locust(exporter_port, master_port),
-        *("--headless", "--only-summary", "-u", str(users), "-r", str(users)),
+        *_locust(exporter_port, master_port, processes),
+        *("--headless", "--only-summary", "-u", str(even), "-r", str(even)),
     ]
 
 
@@ -52,9 +54,9 @@ def web_argv(
     ]
 
 
-def _locust(exporter_port: int, master_port: int) -> list[str]:
+def _locust(exporter_port: int, master_port: int, processes: int = 1) -> list[str]:
     return [
-        *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--processes", "1"),
+        *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--processes", str(processes)),
         *("--master-bind-host", "127.0.0.1", "--master-bind-port", str(master_port)),
         *("--master-host", "127.0.0.1", "--master-port", str(master_port)),
         *("--lab-exporter-port", str(exporter_port), "--loglevel", "WARNING"),
@@ -108,5 +110,6 @@ class Generator:
         """
         self._child.stdin.write(plan.model_dump_json() + "\n")
         self._child.stdin.flush()
-        longest_s = plan.warmup_s + (plan.window_s or 0) + plan.timeout_s + grace_s
+        windows_s = WINDOWS_AT_MOST * (plan.window_s or 0)
+        longest_s = plan.warmup_s + windows_s + plan.timeout_s + grace_s
         return TrialSummary.model_validate(self._expect("done", longest_s, waiting)["summary"])

@@ -1,4 +1,4 @@
-"""The load generator: Locust's master directs and records, its worker sends and stamps.
+"""The load generator: Locust's master directs and records, its workers send and stamp.
 
     locust -f loadtests/locustfile.py --headless --processes 1 -u 16 -r 16 --lab-exporter-port 9111
 
@@ -7,13 +7,18 @@ on its standard output. Users are started once and wait between trials, so that 
 process start. With `--lab-plan FILE` there are no trials: every user that Locust's web UI starts
 sends that plan's requests one after another, until it is stopped.
 
-The worker does as little as it can while streams are open: it stamps each line as it is read and
+With several `--processes` each worker has its share of the users, of the requests and of the
+schedule; they start together, and each counts from its own start. One that dies takes its share
+with it, and the trial says so.
+
+A worker does as little as it can while streams are open: it stamps each line as it is read and
 parses it when the request has ended; connections are opened before the load; garbage is collected
 between trials. The master, another process, writes the records and serves Prometheus.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -21,7 +26,8 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,12 +39,19 @@ import orjson
 from geventhttpclient import HTTPClient
 from locust import User, events, task
 from locust.env import Environment
-from locust.runners import MasterRunner, WorkerRunner
+from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
 from loadtests import records
 from loadtests.arrivals import Concurrent, Contended, Replay, Waves
 from loadtests.exporter import Exporter
-from loadtests.plan import PlannedRequest, TrialPlan, TrialSummary, read_requests
+from loadtests.plan import (
+    WINDOWS_AT_MOST,
+    PlannedRequest,
+    TrialPlan,
+    TrialSummary,
+    merged,
+    read_requests,
+)
 from loadtests.records import RequestRecord
 
 PATH = "/v1/chat/completions"
@@ -65,10 +78,11 @@ class Load:
     def __init__(self, plan: TrialPlan) -> None:
         self.plan = plan
         every = read_requests(plan.requests)
-        self.requests = [r for r in every if not r.intruder]
-        self.users = plan.arrival.seats
+        self.requests = plan.mine([r for r in every if not r.intruder])
+        self.users = plan.seats
         self._intrusions = iter([r for r in every if r.intruder])
         self.sent = self.in_flight = self.failures = 0
+        self._counted = self._answered = 0  # sent within the window, and answered
         self.aborted: str | None = None
         self.exhausted = False
         self.fresh: list[RequestRecord] = []
@@ -79,9 +93,10 @@ class Load:
         duration_s = plan.warmup_s + (plan.window_s or 0)
         if isinstance(plan.arrival, Replay):
             due = [r.due_s / plan.arrival.speed for r in every if r.due_s is not None]
-            self._schedule = [at_s for at_s in due if at_s < duration_s]
+            self._schedule = [*plan.mine([at_s for at_s in due if at_s < duration_s])]
         elif not isinstance(plan.arrival, Concurrent | Contended | Waves):
-            self._schedule = plan.arrival.schedule(duration_s, random.Random(f"{plan.seed}/times"))
+            times = plan.arrival.schedule(duration_s, random.Random(f"{plan.seed}/times"))
+            self._schedule = [*plan.mine(times)]
         self._due = iter(self._schedule or ())
         self._next_intrusion_s = 0.0
         self._gathered = 0
@@ -89,7 +104,8 @@ class Load:
         self._wave_counts = False
         self.window_start_s = plan.warmup_s
         self.window_end_s = plan.warmup_s + (plan.window_s or 0)
-        if isinstance(plan.arrival, Waves):
+        self._latest_end_s = plan.warmup_s + WINDOWS_AT_MOST * (plan.window_s or 0)
+        if isinstance(plan.arrival, Waves) and self.users:
             self.window_start_s = float("inf")  # set by the first wave that counts
 
     @property
@@ -134,7 +150,9 @@ class Load:
 
     def next_turn(self, seat: int) -> Turn | None:
         """Blocks until this user may send; None when the trial has nothing more to send."""
-        if isinstance(self.plan.arrival, Contended) and seat == self.users - 1:
+        intruding = isinstance(self.plan.arrival, Contended) and self.plan.share[0] == 0
+        if intruding and seat == self.users - 1:
+            assert isinstance(self.plan.arrival, Contended)
             return self._intrude(self.plan.arrival.every_s)
         due_s: float | None = None
         if isinstance(self.plan.arrival, Waves):
@@ -152,7 +170,7 @@ class Load:
             counts = due_s >= self.plan.warmup_s
         else:
             at = self.elapsed_s()
-            if self.plan.window_s is not None and at >= self.window_end_s:
+            if self.plan.window_s is not None and self._closed(at):
                 return None
             counts = at >= self.plan.warmup_s
         request = next(self._order, None)
@@ -162,7 +180,17 @@ class Load:
                 self.window_end_s = min(self.window_end_s, self.elapsed_s())
             return None
         self.sent += 1
+        self._counted += counts
         return Turn(request, due_s, counts)
+
+    def _closed(self, at_s: float) -> bool:
+        """Is nothing more to be sent in a closed loop's window?
+
+        On a slow machine it is held open until as many requests as there are users have been sent
+        in it, and then until they are answered.
+        """
+        late = at_s >= self._latest_end_s
+        return at_s >= self.window_end_s and (late or self._counted >= self.users)
 
     def _intrude(self, every_s: float) -> Turn | None:
         """The intruder's next turn, a period after the last; a late one is sent at once."""
@@ -179,6 +207,10 @@ class Load:
 
     def keep(self, record: RequestRecord, connection_failed: bool) -> None:
         self.fresh.append(record)
+        self._answered += record.in_window and record.ok
+        closed_loop = self._schedule is None and not isinstance(self.plan.arrival, Waves)
+        if closed_loop and record.in_window and self._answered == self.users:
+            self.window_end_s = max(self.window_end_s, self.elapsed_s())
         self.failures = self.failures + 1 if connection_failed else 0
         if self.failures >= GIVE_UP_AFTER and self.aborted is None:
             self.aborted = f"{GIVE_UP_AFTER} connections failed in a row: {record.error}"
@@ -279,20 +311,26 @@ class Stage:
         self.left = 0
         self.seats = itertools.count()
 
-    def play(self, load: Load) -> None:
-        """Run one trial to its end: connect every user, start the clock, wait for the last."""
+    def play(self, load: Load, meet: Callable[[], None]) -> None:
+        """Run one trial to its end: connect every user, start the clock, wait for the last.
+
+        `meet` waits for the other load processes, before the clock starts.
+        """
         self.arrived = self.left = 0
         self.go = gevent.event.Event()
         self.everyone_ready, self.everyone_left = gevent.event.Event(), gevent.event.Event()
         self.load = load
         opened, self.opened = self.opened, gevent.event.Event()
         opened.set()
-        self.everyone_ready.wait()
+        if load.users:
+            self.everyone_ready.wait()
         gc.collect()
         gc.disable()
+        meet()
         load.start()
         self.go.set()
-        self.everyone_left.wait()
+        if load.users:
+            self.everyone_left.wait()
         gc.enable()
         self.load = None
 
@@ -382,7 +420,7 @@ def play_trial(environment: Environment, msg: Any, **_: object) -> None:
     lags: list[float] = []
     helpers = [gevent.spawn(watch_loop, lags), gevent.spawn(report_forever, runner, load)]
     cpu = time.process_time()
-    stage.play(load)
+    stage.play(load, partial(meet, runner))
     cpu = time.process_time() - cpu
     gevent.killall(helpers)
     report(runner, load)
@@ -399,6 +437,16 @@ def play_trial(environment: Environment, msg: Any, **_: object) -> None:
         aborted=load.aborted,
     )
     runner.send_message("lab-done", summary.model_dump_json())
+
+
+together = gevent.event.Event()
+
+
+def meet(runner: WorkerRunner) -> None:
+    """Says that this process is ready, and waits until all are."""
+    together.clear()
+    runner.send_message("lab-ready")
+    together.wait()
 
 
 def watch_loop(lags: list[float]) -> None:
@@ -426,12 +474,17 @@ def report_forever(runner: WorkerRunner, load: Load) -> None:
 
 
 class Director:
-    """Reads plans, sends them to the worker, writes the records, feeds Prometheus."""
+    """Reads plans, gives each worker its share, writes the records, feeds Prometheus."""
 
     def __init__(self, runner: MasterRunner, exporter: Exporter) -> None:
         self.runner, self.exporter = runner, exporter
         self.plan: TrialPlan | None = None
         self.records: list[RequestRecord] = []
+        self.shares: dict[str, TrialPlan] = {}  # worker -> its share of the trial under way
+        self.ready: set[str] = set()
+        self.done: dict[str, TrialSummary] = {}
+        self.in_flight: dict[str, int] = {}
+        runner.register_message("lab-ready", self.on_ready)
         runner.register_message("lab-records", self.on_records)
         runner.register_message("lab-done", self.on_done)
 
@@ -441,16 +494,51 @@ class Director:
     def begin(self, plan: TrialPlan) -> None:
         self.plan, self.records = plan, []
         self.exporter.begin(plan)
-        self.runner.send_message("lab-trial", plan.model_dump_json())
+        workers = sorted(self.alive())
+        self.ready, self.done, self.in_flight = set(), {}, {}
+        self.shares = {
+            worker: plan.model_copy(update={"share": (number, len(workers))})
+            for number, worker in enumerate(workers)
+        }
+        for worker, share in self.shares.items():
+            self.runner.send_message("lab-trial", share.model_dump_json(), client_id=worker)
 
     def direct(self, users: int) -> None:
         while self.runner.user_count < users:
             gevent.sleep(0.02)
+        gevent.spawn(self.watch)
         self.say(event="ready")
         for line in gevent.fileobject.FileObjectPosix(sys.stdin.fileno(), "rb"):
             plan = TrialPlan.model_validate_json(line)
             assert plan.arrival.seats <= users, f"{plan.arrival} needs more than {users} users"
             self.begin(plan)
+
+    def watch(self) -> None:
+        """A worker that dies is nobody to wait for."""
+        while True:
+            gevent.sleep(REPORT_EVERY_S)
+            if self.shares:
+                self.go_on()
+
+    def alive(self) -> set[str]:
+        return {c.id for c in self.runner.clients.all if c.state != STATE_MISSING}
+
+    def lost(self) -> set[str]:
+        """Workers of this trial that have gone without an answer."""
+        return self.shares.keys() - self.alive() - self.done.keys()
+
+    def go_on(self) -> None:
+        """Start once all that live are ready, end once all of them are done."""
+        lost = self.lost()
+        if self.ready and self.shares.keys() <= self.ready | lost:
+            self.ready = set()
+            self.runner.send_message("lab-go")
+        if self.shares.keys() <= self.done.keys() | lost:
+            self.end(lost)
+
+    def on_ready(self, msg: Any, **_: object) -> None:
+        self.ready.add(msg.node_id)
+        self.go_on()
 
     def on_records(self, msg: Any, **_: object) -> None:
         for fields in msg.data["records"]:
@@ -459,17 +547,29 @@ class Director:
             self.exporter.observe(record)
             if self.plan and self.plan.window_s is not None:
                 self.records.append(record)
-        self.exporter.in_flight(msg.data["in_flight"])
+        self.in_flight[msg.node_id] = msg.data["in_flight"]
+        self.exporter.in_flight(sum(self.in_flight.values()))
 
     def on_done(self, msg: Any, **_: object) -> None:
+        self.done[msg.node_id] = TrialSummary.model_validate_json(msg.data)
+        self.go_on()
+
+    def end(self, lost: set[str]) -> None:
         assert self.plan
+        seats = {worker: share.seats for worker, share in self.shares.items()}
+        self.shares = {}
         self.exporter.end()
+        sent = [s for worker, s in self.done.items() if seats[worker]]
+        if not sent:
+            self.say(event="failed", reason="every load process died")
+            return
+        summary = merged(sent, sum(seats[worker] for worker in lost) / sum(seats.values()))
         try:
             records.write(self.plan.records, self.records)
         except OSError as error:  # a full disk, for one
             self.say(event="failed", reason=f"the records could not be written: {error}")
         else:
-            self.say(event="done", summary=json.loads(msg.data))
+            self.say(event="done", summary=summary.model_dump())
 
 
 @events.init_command_line_parser.add_listener
@@ -485,7 +585,10 @@ def _begin(environment: Environment, **_: object) -> None:
     runner, options = environment.runner, environment.parsed_options
     assert options
     if isinstance(runner, WorkerRunner):
+        with contextlib.suppress(PermissionError):
+            os.nice(-10)  # its stamps must not wait for an engine that spins on its core
         runner.register_message("lab-trial", play_trial, concurrent=True)
+        runner.register_message("lab-go", lambda **_: together.set())
     elif isinstance(runner, MasterRunner):
         os.nice(19)  # it shares a core with the worker, whose stamps must not wait
         exporter = Exporter()

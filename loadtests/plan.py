@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, PositiveFloat
 
-from loadtests.arrivals import Arrival
+from loadtests.arrivals import Arrival, Waves
 from loadtests.workload import Request
+
+T = TypeVar("T")
+WINDOWS_AT_MOST = 4  # how long a closed loop's window may be held open for answers, in windows
 
 
 class TrialPlan(BaseModel, frozen=True, extra="forbid"):
@@ -28,20 +32,54 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     run_id: str
     workload: str
     keep_text: bool = False
+    share: tuple[int, int] = (0, 1)  # of a load process: its number, and how many there are
+
+    @property
+    def seats(self) -> int:
+        """Of this share: users, each with at most one request in flight."""
+        number, of = self.share
+        if isinstance(self.arrival, Waves):  # they leave together: one process sends them all
+            return self.arrival.seats if number == 0 else 0
+        extra = self.arrival.seats - self.arrival.users  # an intruder's
+        mine = self.arrival.users // of + (number < self.arrival.users % of)
+        return mine + (extra if number == 0 else 0)
+
+    def mine(self, items: Sequence[T]) -> Sequence[T]:
+        """This share of what is sent one after another: divided, not multiplied."""
+        number, of = self.share
+        return items if isinstance(self.arrival, Waves) else items[number::of]
 
 
 class TrialSummary(BaseModel, frozen=True, extra="forbid"):
-    """What only the load process can know; everything else is computed from the records."""
+    """What only the load processes can know; everything else is computed from the records."""
 
     started_unix_s: float  # wall clock at the trial's time 0: for dashboards, never for durations
     window_s: tuple[float, float]  # the measured window, on the trial's clock
     planned: int | None  # requests the schedule holds (open loop)
     sent: int
     exhausted: bool  # the prepared requests ran out before the window did
-    loop_lag_p99_s: float  # how late the load process's event loop ran
+    loop_lag_p99_s: float  # how late a load process's event loop ran: the latest of them
     loop_lag_max_s: float
-    cpu_s: float  # CPU time of the load process
+    cpu_s: float  # CPU time of the load processes
     aborted: str | None = None
+    lost_share: float = 0.0  # of the users, who went with a load process that died
+
+
+def merged(summaries: Sequence[TrialSummary], lost_share: float) -> TrialSummary:
+    """Of all shares of a trial. Each counts from its own start: no clocks are compared."""
+    planned = [s.planned for s in summaries if s.planned is not None]
+    return TrialSummary(
+        started_unix_s=min(s.started_unix_s for s in summaries),
+        window_s=(max(s.window_s[0] for s in summaries), min(s.window_s[1] for s in summaries)),
+        planned=sum(planned) if planned else None,
+        sent=sum(s.sent for s in summaries),
+        exhausted=any(s.exhausted for s in summaries),
+        loop_lag_p99_s=max(s.loop_lag_p99_s for s in summaries),
+        loop_lag_max_s=max(s.loop_lag_max_s for s in summaries),
+        cpu_s=sum(s.cpu_s for s in summaries),
+        aborted=next((s.aborted for s in summaries if s.aborted), None),
+        lost_share=lost_share,
+    )
 
 
 class PlannedRequest(BaseModel, frozen=True, extra="forbid"):

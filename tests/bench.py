@@ -145,9 +145,11 @@ def overhead_share(wall_s: float, engine_start_s: float, load_s: float) -> float
 
 
 @contextlib.contextmanager
-def locust(users: int, work: Path, locustfile: Path = generator.LOCUSTFILE) -> Iterator[Played]:
+def locust(
+    users: int, work: Path, locustfile: Path = generator.LOCUSTFILE, processes: int = 1
+) -> Iterator[Played]:
     """Our Locust as `labs/run.py` starts it, with its exporter."""
-    argv = generator.argv(users, free_port(), free_port())
+    argv = generator.argv(users, free_port(), free_port(), processes)
     argv[argv.index(str(generator.LOCUSTFILE))] = str(locustfile)
     log, cores = work / f"locust-{users}.log", machines.split_cores()[1]
     with Process("locust", argv, log=log, cores=cores, talk=True) as child:
@@ -160,7 +162,7 @@ class Played:
     child: Process
 
     def cpu_s(self) -> float:
-        """CPU time so far of Locust's master and load worker together."""
+        """CPU time so far of Locust's master and load workers together."""
         family = psutil.Process(self.child.pid).children(recursive=True)
         return sum(sum(p.cpu_times()[:2]) for p in family)
 
@@ -287,25 +289,30 @@ def measure_row(row: Row, load: Played, work: Path, cost: Cost) -> None:
     cost.worker_cpu_s += summary.cpu_s
 
 
-def streams(work: Path, repeats: int, rows: Sequence[Row], locustfiles: Sequence[Path]) -> None:
-    """Every row once, then all again; with several locustfiles each row goes to all in turn."""
-    costs = {(row, file): Cost() for row in rows for file in locustfiles}
+Sender = tuple[Path, int]  # a locustfile, and how many load processes run it
+
+
+def streams(work: Path, repeats: int, rows: Sequence[Row], senders: Sequence[Sender]) -> None:
+    """Every row once, then all again; with several senders each row goes to all in turn."""
+    costs = {(row, sender): Cost() for row in rows for sender in senders}
     users = max(row.streams for row in rows)
     with contextlib.ExitStack() as exits:
         loads = {
-            file: exits.enter_context(locust(users, work / str(i), file))
-            for i, file in enumerate(locustfiles)
+            (file, processes): exits.enter_context(locust(users, work / str(i), file, processes))
+            for i, (file, processes) in enumerate(senders)
         }
         for repeat in range(repeats):
             for row in rows:
-                for i, (file, load) in enumerate(loads.items()):
+                for i, (sender, load) in enumerate(loads.items()):
                     tell(f"streams: {row.title}, repeat {repeat + 1} of {repeats}")
                     folder = work / f"{row.title.replace(' ', '').replace(',', '-')}-{repeat}-{i}"
-                    measure_row(row, load, folder, costs[row, file])
-    for file in locustfiles:
-        if len(locustfiles) > 1:
-            console.print(f"\n[bold]{escape(str(file))}[/]")
-        show_streams({row: costs[row, file] for row in rows})
+                    measure_row(row, load, folder, costs[row, sender])
+    for sender in senders:
+        if len(senders) > 1:
+            file, processes = sender
+            many = f"{processes} load process{'es' if processes > 1 else ''}"
+            console.print(f"\n[bold]{escape(file.name)}, {many}[/]")
+        show_streams({row: costs[row, sender] for row in rows})
 
 
 def show_streams(costs: Mapping[Row, Cost]) -> None:
@@ -582,6 +589,10 @@ def main(
             help="Also measure this changed copy of loadtests/locustfile.py, in turn with it.",
         ),
     ] = [],  # noqa: B006
+    processes: Annotated[
+        list[int],
+        typer.Option(min=1, help="streams: also by so many load processes, in turn."),
+    ] = [1],  # noqa: B006
     pairs: Annotated[int, typer.Option(min=1, help="engine: runs of each client, in turn.")] = 4,
     unpinned: Annotated[
         bool,
@@ -627,7 +638,9 @@ def main(
         work = keep or Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="lab-bench-")))
         try:
             if "streams" in part:
-                streams(work / "streams", repeats, rows, [generator.LOCUSTFILE, *against])
+                files = [generator.LOCUSTFILE, *against]
+                senders = [(file, n) for file in files for n in processes]
+                streams(work / "streams", repeats, rows, senders)
             if "engine" in part:
                 engine(work / "engine", pairs, unpinned, [generator.LOCUSTFILE, *against])
             if "overhead" in part:

@@ -8,12 +8,15 @@ in the engine's log. What must be exact is; times get room, since other work may
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+import psutil
 import pytest
 
 from loadtests import generator, plan, records
@@ -52,9 +55,21 @@ Play = Callable[..., Played]
 
 @pytest.fixture(scope="module")
 def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
+    with playing_trials(tmp_path_factory.mktemp("fidelity")) as (play, _):
+        yield play
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
+    """As `play`, by two load processes."""
+    with playing_trials(tmp_path_factory.mktemp("shared"), processes=2) as (play, _):
+        yield play
+
+
+@contextmanager
+def playing_trials(home: Path, processes: int = 1) -> Iterator[tuple[Play, Process]]:
     """Plays one trial after another on one Locust, each on an engine of its own."""
-    home = tmp_path_factory.mktemp("fidelity")
-    argv = generator.argv(MOST_USERS, free_port(), free_port())
+    argv = generator.argv(MOST_USERS, free_port(), free_port(), processes)
     cores = split_cores()[1]
     with Process("locust", argv, log=home / "locust.log", cores=cores, talk=True) as child:
         playing = generator.Generator(child)
@@ -67,6 +82,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
             tokens: Sequence[int] = tuple(range(5, 30, 3)),
             keep_text: bool = False,
             due_s: Sequence[float] = (),
+            meanwhile: Callable[[], None] = lambda: None,
         ) -> Played:
             path = Path(home / str(len(list(home.iterdir()))))
             path.mkdir()
@@ -103,11 +119,11 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
                     workload="none",
                     keep_text=keep_text,
                 )
-                summary = playing.play(trial)
+                summary = playing.play(trial, meanwhile)
             found = sorted(records.read(trial.records), key=lambda r: r.index)
             return Played(summary, found, _lines(path / "log.jsonl"))
 
-        yield play
+        yield play, child
 
 
 def _prompt(words: int) -> list[dict[str, str]]:
@@ -315,6 +331,65 @@ def test_a_replay_sends_at_its_traces_times(play: Play) -> None:
     assert played.summary.planned == 8
     assert not played.summary.exhausted
     assert median(r.send_lag_s or 0.0 for r in played.records) < 0.005
+
+
+def test_a_window_is_held_open_until_there_is_an_answer_for_each_user(play: Play) -> None:
+    """Answers of 1.2 s in a window of 0.8: the first ones began before it."""
+    played = play(Concurrent(users=4), window_s=0.8, tokens=(60,), law=("--step-s", ".02"))
+    _sound(played)
+    start, end = played.summary.window_s
+    counted = [r for r in played.records if r.in_window]
+    assert len(counted) == 4
+    assert start == 0.2
+    assert end == pytest.approx(max(r.end_s or 0.0 for r in counted), abs=0.05)
+
+
+# -------------------------------------------------------------------------- several load processes
+
+
+@pytest.mark.parametrize(
+    "arrival",
+    [Concurrent(users=5), Concurrent(users=1), Waves(size=4), Contended(users=3, every_s=0.1)],
+    ids=str,
+)
+def test_two_processes_send_together_what_one_would(shared: Play, arrival: Arrival) -> None:
+    played = shared(arrival)
+    _sound(played)
+    assert len({r.index for r in played.records}) == len(played.records)  # none twice
+    others = [r for r in played.records if r.index % 4 != 3 or not isinstance(arrival, Contended)]
+    assert _most_in_flight(others) == arrival.users
+    assert played.summary.lost_share == 0
+
+
+@pytest.mark.parametrize("arrival", [Poisson(rate_per_s=8), Replay(speed=1)], ids=str)
+def test_a_schedule_is_divided_among_processes(play: Play, shared: Play, arrival: Arrival) -> None:
+    """The same requests at the same times as one process sends."""
+    due_s = [0.05 * i for i in range(40)]
+    one, two = (of(arrival, tokens=(10,), window_s=1.5, due_s=due_s) for of in (play, shared))
+    _sound(two)
+    assert one.summary.planned == two.summary.planned == len(two.records)
+    assert [(r.index, r.scheduled_s) for r in one.records] == [
+        (r.index, r.scheduled_s) for r in two.records
+    ]
+    assert median(r.send_lag_s or 0.0 for r in two.records) < 0.005
+
+
+def test_a_process_that_dies_takes_its_share_and_the_trial_says_so(tmp_path: Path) -> None:
+    with playing_trials(tmp_path, processes=2) as (play, locust):
+        began = time.monotonic()
+
+        def kill_one() -> None:
+            (master,) = psutil.Process(locust.pid).children()
+            workers = master.children()
+            if time.monotonic() - began > 2 and len(workers) == 2:
+                workers[0].kill()
+
+        played = play(Concurrent(users=4), window_s=6.0, tokens=(20,), meanwhile=kill_one)
+        assert played.summary.lost_share == 0.5
+        assert 4 < len(played.records) < len(played.log)
+        again = play(Concurrent(users=4))  # by the one that is left
+        assert again.summary.lost_share == 0
+        assert _most_in_flight(again.records) == 4
 
 
 # ------------------------------------------------------------------------------ broken connections

@@ -163,10 +163,11 @@ def test_repeating_until_decided_raises_few_false_alarms(noise: float) -> None:
         for n in range(3, 9):
             found = effect(*(dict(enumerate(side[:n])) for side in both))
             assert found
+            low, high = found.ratio.low or INF, found.ratio.high or 0.0
             if (outcome := outcome_of(found, "output_tokens_per_s")) != "inconclusive":
                 break
         alarms.append(outcome in ("helps", "hurts"))
-        covered.append((found.ratio.low or INF) <= 1 <= (found.ratio.high or 0))
+        covered.append(low <= 1 <= high)
     assert fmean(alarms) <= 0.05
     assert fmean(covered) >= 0.89  # stopping at a decision costs the interval a little
 
@@ -385,6 +386,7 @@ def test_clean_trial_has_no_caveat() -> None:
     [
         ("errors", True, {"found": some(1, error="reset")}),
         ("nothing measured", True, {"found": some(50, in_window=False)}),
+        ("load process lost", True, {"lost_share": 0.5}),
         ("ran out of requests", False, {"exhausted": True}),
         ("generator lagged", True, {"found": some(3, scheduled_s=9.0, sent_s=9.1)}),
         ("generator's loop lagged", True, {"loop_lag_p99_s": 0.021}),

@@ -1,0 +1,60 @@
+"""How a trial is divided among load processes, and put together again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loadtests.arrivals import parse
+from loadtests.generator import argv
+from loadtests.plan import TrialPlan, merged
+from tests.unit.builders import make_summary
+
+
+def make_plan(arrival: str, number: int = 0, of: int = 1) -> TrialPlan:
+    return TrialPlan(
+        url="http://127.0.0.1:1", arrival=parse(arrival), requests=Path("r"), records=Path("o"),
+        warmup_s=1, window_s=2, timeout_s=3, seed=0, lab="l", variant="v", run_id="r",
+        workload="w", share=(number, of),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arrival", "seats"),
+    [
+        ("concurrent:8", [3, 3, 2]),
+        ("concurrent:1", [1, 0, 0]),
+        ("contended:4/2", [3, 1, 1]),  # the intruder is the first one's
+        ("waves:8", [8, 0, 0]),  # one process can have all leave together
+        ("poisson:1", [20, 20, 20]),
+    ],
+)
+def test_users_are_divided(arrival: str, seats: list[int]) -> None:
+    assert [make_plan(arrival, number, 3).seats for number in range(3)] == seats
+    assert make_plan(arrival).seats == sum(seats) == parse(arrival).seats
+
+
+def test_what_is_sent_is_divided_and_nothing_twice() -> None:
+    shares = [make_plan("poisson:1", number, 3).mine(range(8)) for number in range(3)]
+    assert [list(share) for share in shares] == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert list(make_plan("waves:4", 0, 3).mine(range(4))) == [0, 1, 2, 3]
+
+
+def test_summaries_are_put_together() -> None:
+    one = make_summary(planned=5, sent=5, loop_lag_p99_s=0.001, cpu_s=1.0, started_unix_s=20.0)
+    two = make_summary(planned=4, sent=3, loop_lag_p99_s=0.003, cpu_s=2.0, started_unix_s=19.0,
+                       exhausted=True, window_s=(10.0, 15.0), aborted="gone")  # fmt: skip
+    both = merged([one, two], 0.25)
+    assert (both.planned, both.sent, both.cpu_s) == (9, 8, 3.0)
+    assert (both.loop_lag_p99_s, both.started_unix_s) == (0.003, 19.0)
+    assert (both.exhausted, both.aborted, both.lost_share) == (True, "gone", 0.25)
+    assert both.window_s == (one.window_s[0], 15.0)
+    closed = make_summary(planned=None)
+    assert merged([closed, closed], 0).planned is None
+
+
+def test_each_process_gets_as_many_users() -> None:
+    asked = argv(5, 1, 2, processes=2)
+    assert asked[asked.index("--processes") + 1] == "2"
+    assert asked[asked.index("-u") + 1] == asked[asked.index("-r") + 1] == "6"
