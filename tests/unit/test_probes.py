@@ -208,3 +208,4 @@ def test_quality_is_asked_twice_of_the_first_variant_and_of_lengths_that_fit(
         assert len(PROBES["quality-quick"](off)["answers"]) == 1
     assert [s["quick"] for s in asked] == [False, False, True]
     assert [s["lengths_tokens"] for s in asked] == [[256, 512]] * 3  # 1,024 and room do not fit
+    assert {s["seeds"] for s in asked} == {6}  # twelve texts at any number of lengths
