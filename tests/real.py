@@ -56,7 +56,9 @@ def check_run(folder: RunFolder) -> None:
         assert bool(trial.intruders) == (trial.point.workload.intruder is not None)
     blocking = [c for c in summary.caveats if c.blocks]
     assert not [c for c in blocking if c.name in ("treatment not applied", "token counts differ")]
-    assert not [c for c in blocking if c.name == "client and engine disagree"]
+    # in what they count: whether they agree on times depends on what else the machine does
+    disagreeing = [c for c in blocking if c.name == "client and engine disagree"]
+    assert not [c for c in disagreeing if "the engine counts" in c.text]
     for probe in lab.probes:
         asked = {v.name for v in lab.variants if folder.probed(probe, v.name)}
         assert asked == set(lab.probed or [v.name for v in lab.variants])
