@@ -456,12 +456,12 @@ def test_absent_is_not_there_rather_than_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens_meanwhile", "shown"), [(2, False), (3, True), (6, True), (7, False)]
+    ("tokens_meanwhile", "shown"), [(2, False), (3, True), (7, True), (8, False)]
 )
 def test_a_long_prompt_comes_in_as_many_pieces_as_its_budget_says(
     tokens_meanwhile: int, shown: bool
 ) -> None:
-    """4 pieces expected: from 2.8 to 6.7 are taken, for the step under way at its arrival."""
+    """4 pieces expected: from 2.8 to 7.7 are taken, for the steps until the engine has it."""
     point = make_point(
         load="contended:1/2",
         flags={"max-num-batched-tokens": 26},
