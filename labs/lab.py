@@ -199,7 +199,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     repeats: PositiveInt
     most_repeats: NonNegativeInt = 0  # where a claim is still undecided; fewer than repeats: none
     timeout_s: PositiveFloat = 60.0  # longest silence within one answer
-    load_processes: PositiveInt = 1  # that share the sending: one core sends 60,000 tokens/s
+    load_processes: PositiveInt = 1  # that share the sending
     seed: NonNegativeInt = 0
     scales: dict[str, dict[str, Any]] = {}
     quick: dict[str, Any] = {}

@@ -768,6 +768,11 @@ def summarise(folder: RunFolder) -> Summary:
         text = "predictions rest on this machine's ceilings; the endpoint may run on another"
         keep(Caveat(name="endpoint's hardware unknown", text=text))
     found = list(caveats.values())
+    judged = [
+        (claim, t, b, confounded(claim, t, b))
+        for claim in lab.claims
+        for t, b in lab.pairs(claim, points)
+    ]
     context = Context(folder, run, lab, points, values)
     summary = Summary(
         measurements=values,
@@ -787,10 +792,9 @@ def summarise(folder: RunFolder) -> Summary:
                 b.key,
                 values,
                 predictions.effects[claim.name][f"{t.key}|{b.key}"],
-                [*found, *confounded(claim, t, b)],
+                [*found, *own],
             )
-            for claim in lab.claims
-            for t, b in lab.pairs(claim, points)
+            for claim, t, b, own in judged
         ],
         forecasts=[
             judge_forecast(forecast, key, values.get(key, {}), prediction)
@@ -798,15 +802,7 @@ def summarise(folder: RunFolder) -> Summary:
             for key, prediction in predictions.forecasts[forecast.name].items()
         ],
         findings=[FINDINGS[name](context) for name in lab.findings],
-        caveats=[
-            *found,
-            *(
-                c
-                for claim in lab.claims
-                for pair in lab.pairs(claim, points)
-                for c in confounded(claim, *pair)
-            ),
-        ],
+        caveats=[*found, *(caveat for *_, own in judged for caveat in own)],
         failed=failed,
         missing=sum(
             folder.trial_result(p, r) is None for p in points for r in range(1, lab.repeats + 1)

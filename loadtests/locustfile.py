@@ -207,10 +207,11 @@ class Load:
 
     def keep(self, record: RequestRecord, connection_failed: bool) -> None:
         self.fresh.append(record)
-        self._answered += record.in_window and record.ok
-        closed_loop = self._schedule is None and not isinstance(self.plan.arrival, Waves)
-        if closed_loop and record.in_window and self._answered == self.users:
-            self.window_end_s = max(self.window_end_s, self.elapsed_s())
+        if record.in_window and record.ok:
+            self._answered += 1
+            closed_loop = self._schedule is None and not isinstance(self.plan.arrival, Waves)
+            if closed_loop and self._answered == self.users:
+                self.window_end_s = max(self.window_end_s, self.elapsed_s())
         self.failures = self.failures + 1 if connection_failed else 0
         if self.failures >= GIVE_UP_AFTER and self.aborted is None:
             self.aborted = f"{GIVE_UP_AFTER} connections failed in a row: {record.error}"

@@ -525,7 +525,7 @@ def test_the_process_dies(start: Start) -> None:
 def test_it_takes_vllms_flags_and_starts_late(start: Start) -> None:
     began = time.monotonic()
     fake = start(
-        *("--model", "X", "--served-model-name", "m", "--host", "0.0.0.0", "--enforce-eager"),
+        *("--model", "X", "--served-model-name", "m", "--host", "127.0.0.1", "--enforce-eager"),
         *("--max_num_seqs=7", "-tp", "2", "--speculative-config", '{"method": "ngram"}'),
         *("--kv-cache-dtype", "fp8", "--lora-modules", "a=/x", "b=/y", "--start-delay", ".2"),
     )
