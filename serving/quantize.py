@@ -24,7 +24,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -32,7 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serving import install
+from serving import install, making
+from serving.making import MakerError
 from serving.process import Process
 
 ROOT = install.ROOT
@@ -44,7 +44,7 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "v
 GENERATION = "generation_config.json"
 
 
-class QuantizeError(Exception):
+class QuantizeError(MakerError):
     """The weights cannot be made; the message says why and how to mend it."""
 
 
@@ -317,14 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("base", type=Path, help="a model folder with safetensors weights")
     parser.add_argument("out", type=Path, help="the folder to make")
     parser.add_argument("calibration", type=Path, help="text, passages separated by blank lines")
-    args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        make(**vars(args))
-    except QuantizeError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("stopped before the weights were complete: nothing was kept")
+    making.run(make, parser, argv)
 
 
 if __name__ == "__main__":
