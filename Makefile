@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report score check-results readme test check bench clean distclean
+.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report score check-results readme watch watch-stop import test check bench clean distclean
 
 help: ## List the targets
 	@echo "Labs (set-up first, only what is missing):"
@@ -48,6 +48,15 @@ check-results: setup ## Validate the results on file
 
 readme: setup ## Write the README's generated tables anew
 	@$(BIN)/labs readme
+
+watch: setup ## Keep Prometheus up between labs, with a live page: [PORT=..]
+	@$(BIN)/labs watch
+
+watch-stop: setup ## End it; its data stay
+	@$(BIN)/labs watch-stop
+
+import: setup ## Load finished runs into Prometheus at their own times: [RUN=..]
+	@$(BIN)/labs import
 
 test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where there is one
 	@$(BIN)/pytest $(TESTS)

@@ -1,27 +1,39 @@
-"""Prometheus beside a run: no container, no service, its data kept between runs.
+"""Prometheus: beside every run, and, once asked for (`make watch`), between runs too.
 
-It scrapes the load generator's exporter and every engine once a second. Engines are found through
-a file that is rewritten as they start, with the labels `lab, variant, run_id` that the client's
-metrics carry too. The Debian build serves its graph page at /classic/graph.
+No container and no service: the program on PATH or in .tools, its data under .cache, on loopback.
+Once a second it scrapes what a run names in two files, the load generator's exporter and the
+engines, with the labels `lab, variant, run_id` that the client's metrics carry too. Finished runs
+can be loaded into the same data as blocks (`load`). The Debian build serves its graph page at
+/classic/graph.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
+import subprocess
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+import psutil
 import requests
 
+from serving.engine import free_port
 from serving.install import find_prometheus
 from serving.models import CACHE, ROOT
 from serving.process import Process
 
+HOME = Path(os.environ.get("PROMETHEUS_DATA", CACHE / "prometheus")).resolve()
 READY_TIMEOUT_S = 15.0
-
+STOP_TIMEOUT_S = 15.0
+MISSING = "Prometheus is not installed (`make setup` says how to get it)"
+JOBS = ("client", "engine")
 _CONFIG = """\
 global:
   scrape_interval: 1s
@@ -29,11 +41,12 @@ global:
 scrape_configs:
   - job_name: client
     honor_labels: true
-    static_configs:
-      - targets: ["127.0.0.1:{exporter_port}"]
+    file_sd_configs:
+      - files: ["client.json"]
+        refresh_interval: 1s
   - job_name: engine
     file_sd_configs:
-      - files: ["{targets}"]
+      - files: ["engine.json"]
         refresh_interval: 1s
     metric_relabel_configs:  # a series for every set of adapters that ever ran together
       - source_labels: [__name__]
@@ -42,65 +55,98 @@ scrape_configs:
 """
 
 
-class Prometheus:
-    """A running Prometheus, or the reason why there is none (`missing`)."""
+class PrometheusError(Exception):
+    """Prometheus cannot do what was asked; the message says what would mend it."""
 
-    def __init__(self, port: int, exporter_port: int, log: Path) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+
+def argv(port: int) -> list[str]:
+    """What starts it; its configuration is written first. Raises PrometheusError."""
+    binary = find_prometheus(ROOT)
+    if binary is None:
+        raise PrometheusError(MISSING)
+    HOME.mkdir(parents=True, exist_ok=True)
+    (HOME / "prometheus.yml").write_text(_CONFIG)
+    return [
+        str(binary),
+        f"--config.file={HOME / 'prometheus.yml'}",
+        f"--storage.tsdb.path={HOME / 'data'}",
+        "--storage.tsdb.retention.size=2GB",  # and no limit of age: runs of last year stay
+        f"--web.user-assets={HOME / 'web'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
+
+
+def ready(url: str, alive: Callable[[], bool]) -> bool:
+    """Wait until it answers; False when it ended or the time is up."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline and alive():
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(f"{url}/-/ready", timeout=1).ok:
+                return True
+        time.sleep(0.1)
+    return False
+
+
+class Prometheus:
+    """The Prometheus of one run, or the reason why there is none (`missing`).
+
+    It is the one that `make watch` started, if that is up, and else one that ends with the run.
+    """
+
+    def __init__(self, log: Path) -> None:
         self.missing: str | None = None
         self._process: Process | None = None
-        self._found: list[dict[str, object]] = []
-        home = CACHE / "prometheus"
-        home.mkdir(parents=True, exist_ok=True)
-        self._targets = home / "engines.json"
-        self._write_targets()
-        config = home / "prometheus.yml"
-        config.write_text(_CONFIG.format(exporter_port=exporter_port, targets=self._targets))
-        binary = find_prometheus(ROOT)
-        if binary is None:
-            self.missing = "Prometheus is not installed (`make setup` says how to get it)"
+        self._targets: dict[str, list[dict[str, object]]] = {job: [] for job in JOBS}
+        if watch := watching():
+            self.url = watch.url
+            self._write_targets()
             return
-        argv = [
-            str(binary),
-            f"--config.file={config}",
-            f"--storage.tsdb.path={home / 'data'}",
-            "--storage.tsdb.retention.size=2GB",
-            f"--web.listen-address=127.0.0.1:{port}",
-        ]
-        self._process = Process("prometheus", argv, log=log)
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while time.monotonic() < deadline and self._process.returncode is None:
-            with contextlib.suppress(requests.RequestException):
-                if requests.get(f"{self.url}/-/ready", timeout=1).ok:
-                    return
-            time.sleep(0.1)
-        self.missing = f"Prometheus did not start: {self._process.tail(1)}"
-        self.stop()
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        try:
+            started = argv(port)
+        except PrometheusError as error:
+            self.missing = str(error)
+            return
+        self._write_targets()
+        self._process = process = Process("prometheus", started, log=log)
+        if not ready(self.url, lambda: process.returncode is None):
+            self.missing = f"Prometheus did not start: {process.tail(1)}"
+            self.stop()
 
     @property
     def graph_url(self) -> str:
         return f"{self.url}/classic/graph"
 
-    def watch_engine(self, url: str, labels: Mapping[str, str]) -> None:
-        """Scrape this engine from now on."""
-        self._found.append({"targets": [url.removeprefix("http://")], "labels": dict(labels)})
+    def scrape(self, job: str, url: str, labels: Mapping[str, str] | None = None) -> None:
+        """Scrape this address from now on, as `client` or `engine`."""
+        target: dict[str, object] = {
+            "targets": [url.removeprefix("http://")],
+            "labels": dict(labels or {}),
+        }
+        self._targets[job].append(target)
         self._write_targets()
 
     def _write_targets(self) -> None:
-        half = self._targets.with_suffix(".half")
-        half.write_text(json.dumps(self._found))
-        half.rename(self._targets)
+        HOME.mkdir(parents=True, exist_ok=True)
+        for job, targets in self._targets.items():
+            half = HOME / f".{job}.half"
+            half.write_text(json.dumps(targets))
+            half.rename(HOME / f"{job}.json")
 
-    def value(self, expression: str) -> float | None:
-        """An instant query's single number; None without an answer."""
-        if self.missing or (self._process and self._process.returncode is not None):
-            self.missing = self.missing or "Prometheus ended during the run"
+    def value(self, expression: str, at_unix_s: float | None = None) -> float | None:
+        """An instant query's single number, now or then; None without an answer."""
+        if self.missing:
             return None
+        asked = {"query": expression}
+        if at_unix_s is not None:
+            asked["time"] = f"{at_unix_s:.3f}"
         try:
-            answer = requests.get(
-                f"{self.url}/api/v1/query", {"query": expression}, timeout=10
-            ).json()
+            answer = requests.get(f"{self.url}/api/v1/query", asked, timeout=10).json()
             return float(answer["data"]["result"][0]["value"][1])
+        except requests.ConnectionError:
+            self.missing = "Prometheus ended during the run"
+            return None
         except (requests.RequestException, KeyError, IndexError, ValueError):
             return None
 
@@ -117,6 +163,9 @@ class Prometheus:
         return found
 
     def stop(self) -> None:
+        if not self.missing:
+            self._targets = {job: [] for job in JOBS}
+            self._write_targets()
         if self._process:
             self._process.stop()
 
@@ -125,3 +174,95 @@ class Prometheus:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+# --------------------------------------------------------------------- one that outlives the labs
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A Prometheus that stays up between labs."""
+
+    port: int
+    pid: int
+    started: float  # tells the process from a later one with its pid
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def process(self) -> psutil.Process | None:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            if process.create_time() == self.started and process.status() != "zombie":
+                return process
+        return None
+
+
+def watching() -> Watch | None:
+    """The Prometheus that `watch` started, if it is still there."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        found = Watch(**json.loads((HOME / "watch.json").read_text()))
+        return found if found.process() else None
+    return None
+
+
+def watch(port: int) -> Watch:
+    """Start a Prometheus that outlives this process. Raises PrometheusError."""
+    log = HOME / "watch.log"
+    started = argv(port)
+    for job in JOBS:
+        if not (HOME / f"{job}.json").exists():
+            (HOME / f"{job}.json").write_text("[]")
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            started, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
+        )
+    found = Watch(port, process.pid, psutil.Process(process.pid).create_time())
+    (HOME / "watch.json").write_text(json.dumps(asdict(found)))
+    if ready(found.url, lambda: process.poll() is None):
+        return found
+    process.terminate()
+    last = (log.read_text(errors="replace").splitlines() or ["it said nothing"])[-1]
+    raise PrometheusError(f"Prometheus did not start: {last} (all of it: {log})")
+
+
+def unwatch() -> bool:
+    """End it; whether there was one."""
+    found = watching()
+    if found is None or (process := found.process()) is None:
+        return False
+    process.terminate()
+    with contextlib.suppress(psutil.Error):
+        process.wait(STOP_TIMEOUT_S)
+    (HOME / "watch.json").unlink(missing_ok=True)
+    return True
+
+
+# ------------------------------------------------------------------------------- what is past
+
+
+def load(samples: Iterable[str]) -> None:
+    """Add samples of the past (OpenMetrics lines with times) to the data, as blocks of their own.
+
+    A Prometheus that is running sees them within a minute. Raises PrometheusError.
+    """
+    promtool = find_prometheus(ROOT, "promtool")
+    if promtool is None:
+        raise PrometheusError(MISSING)
+    (HOME / "data").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=HOME, prefix="load-") as scratch:
+        text, blocks = Path(scratch) / "openmetrics.txt", Path(scratch) / "blocks"
+        with text.open("w") as file:
+            file.writelines(f"{line}\n" for line in samples)
+            file.write("# EOF\n")
+        made = subprocess.run(
+            [str(promtool), *["tsdb", "create-blocks-from", "openmetrics", "--quiet"],
+             str(text), str(blocks)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if made.returncode:
+            said = (made.stderr or made.stdout).strip().splitlines() or ["no reason given"]
+            raise PrometheusError(f"promtool could not load the samples: {said[-1]}")
+        for block in blocks.iterdir():  # whole blocks appear at once: a rename
+            shutil.move(str(block), HOME / "data" / block.name)

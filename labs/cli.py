@@ -21,11 +21,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from labs import LABS, derived, pages, report, score, sitting
+from dashboards import live, prometheus
+from dashboards.prometheus import PrometheusError
+from labs import LABS, backfill, derived, pages, report, score, sitting
 from labs.lab import Lab, LabError, parse_changes
 from labs.questions import QUESTIONS
 from labs.results import RESULTS, RunFolder, all_runs, problems
-from labs.run import Request, start_locust_ui, summarise
+from labs.run import Request, alone, start_locust_ui, summarise
 from labs.run import run as run_lab
 from loadtests.generator import GeneratorError
 from serving import engine, machine, models
@@ -40,8 +42,14 @@ app = typer.Typer(
 )
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
-PORT, WEB_PORT = 8000, 8089
-EXPECTED = (LabError, ModelError, EngineError, GeneratorError)  # each a sentence for the reader
+PORT, WEB_PORT, WATCH_PORT = 8000, 8089, 9090
+EXPECTED = (
+    LabError,
+    ModelError,
+    EngineError,
+    GeneratorError,
+    PrometheusError,
+)  # each a sentence for the reader
 
 LabName = Annotated[str, typer.Argument(help="A lab's name; `labs list` names them all.")]
 SetOption = Annotated[
@@ -291,6 +299,46 @@ def readme(
             raise LabError(f"generated tables are stale in {names}: run `make readme`")
         for path in pages.write():
             console.print(os.path.relpath(path), soft_wrap=True)
+
+
+@app.command()
+def watch(
+    port: Annotated[int, typer.Option(envvar="PORT", min=1, max=65535)] = WATCH_PORT,
+) -> None:
+    """Start a Prometheus that stays up between labs, with a page that draws what it sees."""
+    with _plainly():
+        found = prometheus.watching()
+        if found is None:
+            engine.require_port(port, "PORT")
+            found = live.start(port)
+        console.print(f"Watching: [bold]{found.url}/user/[/] (expressions: {found.url}/graph)")
+        console.print("Labs record there from now on; `make watch-stop` ends it.")
+
+
+@app.command("watch-stop")
+def watch_stop() -> None:
+    """End the Prometheus that `watch` started; its data stay."""
+    with _plainly():
+        console.print("Stopped." if prometheus.unwatch() else "None was up.")
+
+
+@app.command("import")
+def import_runs(
+    run: Annotated[
+        Path | None, typer.Argument(envvar="RUN", help="A run's folder; default: every run.")
+    ] = None,
+) -> None:
+    """Load finished runs into Prometheus at their own times; what is there already stays."""
+    with _plainly(), alone():
+        folders = _folders(run)
+        backfill.load(
+            folders,
+            lambda folder, loaded: console.print(
+                f"{os.path.relpath(folder)}: {loaded}", soft_wrap=True
+            ),
+        )
+        if folders and prometheus.watching() is None:
+            console.print("`make watch` shows them.")
 
 
 # --------------------------------------------------------------------------------- for all of them

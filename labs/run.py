@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import psutil
 import requests
 
-from dashboards.prometheus import Prometheus
-from labs import derived, report, theory
+from dashboards.prometheus import Prometheus, PrometheusError
+from labs import backfill, derived, report, theory
 from labs.findings import FINDINGS
 from labs.findings.context import Context
 from labs.judge import Caveat, confounded, first_trial_slow, judge, judge_forecast, validity
@@ -161,6 +161,11 @@ def run(request: Request, teller: Teller) -> RunFolder:
         )
         summary = summarise(folder)
         report.write(folder)
+        if not session.prometheus.missing:
+            try:
+                backfill.load_figures(folder)
+            except PrometheusError as error:
+                teller.step(f"{error}; `make import RUN={folder.path}` tries again")
         if not summary.failed and not summary.missing:
             (folder.path / "COMPLETE").write_text(datetime.now(UTC).isoformat() + "\n")
     return folder
@@ -426,9 +431,8 @@ class _Session:
 
     def __enter__(self) -> _Session:
         self.exporter_port = exporter_port = free_port()
-        self.prometheus = self.exits.enter_context(
-            Prometheus(free_port(), exporter_port, self.logs / "prometheus.log")
-        )
+        self.prometheus = self.exits.enter_context(Prometheus(self.logs / "prometheus.log"))
+        self.prometheus.scrape("client", f"127.0.0.1:{exporter_port}")
         if self.prometheus.missing:
             self.teller.step(
                 f"{self.prometheus.missing}; the run goes on: its records are complete"
@@ -495,7 +499,7 @@ class _Session:
         took = time.monotonic() - began
         self.engine_start_s += took
         self.teller.step(f"vLLM ({variant.name}) serves at {engine.url} after {took:.0f} s")
-        self.prometheus.watch_engine(engine.url, {**self.label, "variant": variant.name})
+        self.prometheus.scrape("engine", engine.url, {**self.label, "variant": variant.name})
 
     # trials
 

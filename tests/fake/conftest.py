@@ -134,6 +134,7 @@ class Reader:
             "PYTHONUNBUFFERED": "1",
             "COLUMNS": "1000",
             "RESULTS": str(self.results),
+            "PROMETHEUS_DATA": str(self.home / "prometheus"),
             "ENGINE_COMMAND": self._engine_command(engine, first_engine),
             **settings,
         }

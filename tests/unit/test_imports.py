@@ -12,7 +12,7 @@ from labs import LABS
 ROOT = Path(__file__).resolve().parents[2]
 MAY_IMPORT = {
     "labs": {"labs", "serving", "loadtests", "dashboards"},
-    "dashboards": {"dashboards", "serving"},
+    "dashboards": {"dashboards", "serving", "loadtests"},
     "serving": {"serving"},
     "loadtests": {"loadtests"},
 }

@@ -1,0 +1,29 @@
+"""The page of `make watch`: the committed dashboards drawn by a browser, without a Grafana.
+
+Prometheus itself hands it out (its user assets, under /user/), so the page asks the server it came
+from and nothing else listens anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from plotly.offline import get_plotlyjs
+
+from dashboards.prometheus import HOME, Watch, watch
+
+PAGE = Path(__file__).with_name("page")
+BOARDS = Path(__file__).with_name("grafana")
+
+
+def start(port: int) -> Watch:
+    """Put the page in place and start the Prometheus that shows it. Raises PrometheusError."""
+    web = HOME / "web"
+    shutil.rmtree(web, ignore_errors=True)
+    shutil.copytree(PAGE, web)
+    (web / "plotly.min.js").write_text(get_plotlyjs())
+    boards = [json.loads(path.read_text()) for path in sorted(BOARDS.glob("*.json"))]
+    (web / "boards.json").write_text(json.dumps(boards))
+    return watch(port)

@@ -1,0 +1,158 @@
+"""A Prometheus that stays up between labs, and finished runs loaded into it."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+
+from dashboards import series
+from labs.results import RunFolder
+from loadtests import exporter
+from loadtests.records import RequestRecord
+from serving.engine import free_port
+from tests.fake.conftest import Command, Reader, needs_prometheus, reading, the_program
+
+pytestmark = needs_prometheus
+
+BRIEF = (
+    'warmup_s=0.1 window_s=0.5 repeats=2 workloads.exponential.loads=["concurrent:4","waves:4"]'
+    ' workloads.fixed.loads=["concurrent:4"] requests=64'
+    " claims.static.treatment.load=concurrent:4 claims.static.baseline.load=waves:4"
+)
+
+
+def records_of(folder: RunFolder) -> list[RequestRecord]:
+    trials = folder.trials(folder.run().points(), folder.run().rebuilt_lab())
+    return [record for _, _, trial in trials if trial for record in trial.records]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Someone who watches at this address."""
+
+    reader: Reader
+    port: int
+
+    def ask(self, expression: str) -> list[dict[str, object]]:
+        """An instant query, over the last hour."""
+        url = f"http://127.0.0.1:{self.port}/api/v1/query"
+        answer = requests.get(url, {"query": expression.replace("$1", "[1h]")}, timeout=10)
+        found: list[dict[str, object]] = answer.json()["data"]["result"]
+        return found
+
+    def value(self, expression: str) -> float:
+        (only,) = self.ask(expression)
+        return float(only["value"][1])  # type: ignore[index]
+
+    def imports(self) -> str:
+        command = self.reader.types("import")
+        assert command.wait() == 0, command.said
+        return command.said
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    with reading(tmp_path_factory.mktemp("watched") / "reader") as someone:
+        port = free_port()
+        command = someone.types("watch", PORT=str(port))
+        try:
+            assert command.wait() == 0, command.said
+            yield Watched(someone, port)
+        finally:
+            someone.types("watch-stop").wait()
+
+
+@pytest.fixture(scope="module")
+def cut(watched: Watched) -> Command:
+    """A run whose own Prometheus was killed in the middle of it, before anybody watched."""
+    watched.reader.types("watch-stop").wait()
+    command = watched.reader.types("run", "continuous-batching", QUICK="1", SET=BRIEF)
+    command.until(r"repeat 1 of .* tok/s \(")
+    the_program("prometheus", command.family()).kill()
+    assert command.wait() == 0, command.said
+    again = watched.reader.types("watch", PORT=str(watched.port))
+    assert again.wait() == 0, again.said
+    return command
+
+
+def test_the_page_and_its_parts_are_handed_out(watched: Watched) -> None:
+    home = f"http://127.0.0.1:{watched.port}/user/"
+    page = requests.get(home, timeout=10).text
+    for part in {"boards.json", *re.findall(r'(?:src|href)="([a-z.]+)"', page)}:
+        assert requests.get(home + part, timeout=10).ok, part
+
+
+def test_watching_twice_names_the_one_that_is_up(watched: Watched) -> None:
+    command = watched.reader.types("watch", PORT=str(free_port()))
+    assert command.wait() == 0
+    assert f":{watched.port}/user/" in command.said
+
+
+def test_a_taken_port_is_one_sentence(tmp_path: Path) -> None:
+    with reading(tmp_path / "reader") as someone, socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = someone.types("watch", PORT=str(taken.getsockname()[1]))
+        assert command.wait() == 1
+        assert "is taken: choose another with PORT=" in command.said
+
+
+def test_a_run_that_lost_its_prometheus_is_made_whole(watched: Watched, cut: Command) -> None:
+    """What was scraped and what is loaded add up to the records; no request counts twice."""
+    folder = cut.folder
+    found = re.search(r"(\d+) trials and the figures", watched.imports())
+    played = len(list(folder.path.rglob("trial.json")))
+    assert found
+    assert 0 < int(found[1]) <= played
+    labels = f"outcome='ok',run_id='{folder.path.name}'"
+    counted = watched.value(f"sum(max_over_time({exporter.REQUESTS}_total{{{labels}}}$1))")
+    known = len(records_of(folder))
+    # of the trial in which it died, what it had not heard of yet is on neither side
+    assert known * (1 - 2 / played) <= counted <= known
+
+
+def test_loading_twice_changes_nothing(watched: Watched, cut: Command) -> None:
+    watched.imports()
+    samples = f"sum(count_over_time({exporter.OUTPUT_TOKENS}_total$1))"
+    before = watched.value(samples)
+    assert "there already" in watched.imports()
+    assert watched.value(samples) == before > 0
+
+
+def test_the_figures_are_those_of_the_report(watched: Watched, cut: Command) -> None:
+    watched.imports()
+    summary = cut.folder.summary()
+    for judgement in summary.judgements:
+        assert judgement.effect
+        labels = f"claim='{judgement.claim}',treatment='{judgement.treatment}'"
+        known = watched.value(f"last_over_time({series.EFFECT}{{{labels}}}$1)")
+        assert known == pytest.approx(judgement.effect.ratio.value)
+        (verdict,) = watched.ask(f"last_over_time({series.VERDICT}{{{labels}}}$1)")
+        assert verdict["metric"]["outcome"] == judgement.outcome  # type: ignore[index]
+
+
+def test_a_lab_records_where_it_is_watched(watched: Watched, cut: Command, tmp_path: Path) -> None:
+    """Every request that ended well is there; the one that watches outlives the run."""
+    results = tmp_path / "results"
+    (here,) = watched.reader.results.glob("*/machine.json")
+    (results / here.parent.name).mkdir(parents=True)
+    (results / here.parent.name / "machine.json").write_bytes(here.read_bytes())
+    command = watched.reader.types(
+        "run", "continuous-batching", QUICK="1", SET=BRIEF, RESULTS=str(results)
+    )
+    assert command.wait() == 0, command.said
+    assert f":{watched.port}/" in command.said
+    (found,) = results.glob("*/*/*/run.json")
+    folder = RunFolder(found.parent)
+    good = sum(r.ok for r in records_of(folder))
+    labels = f"outcome='ok',run_id='{folder.path.name}'"
+    assert watched.value(f"sum(max_over_time({exporter.REQUESTS}_total{{{labels}}}$1))") == good
+    session = folder.session()
+    assert session
+    assert all(a.prometheus == a.records for a in session.agreement)
