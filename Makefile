@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report score check-results readme watch watch-stop import test check bench clean distclean
+.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report score check-results readme watch watch-stop import dashboards test check bench clean distclean
 
 help: ## List the targets
 	@echo "Labs (set-up first, only what is missing):"
@@ -57,6 +57,9 @@ watch-stop: setup ## End it; its data stay
 
 import: setup ## Load finished runs into Prometheus at their own times: [RUN=..]
 	@$(BIN)/labs import
+
+dashboards: setup ## Write dashboards/grafana/*.json anew from dashboards/boards.py
+	@$(BIN)/labs dashboards
 
 test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where there is one
 	@$(BIN)/pytest $(TESTS)

@@ -7,6 +7,8 @@ own times, and those of the GPUs.
 
 from __future__ import annotations
 
+from loadtests import exporter
+
 # of a finished run; labels: lab, run_id, machine, and
 RUN_INFO = "lab_run_info"  # model, scale, quick, report: 1
 MEASUREMENT = "lab_measurement"  # variant, workload, load, metric: the mean over the repeats
@@ -17,7 +19,7 @@ EFFECT_PREDICTED = f"{EFFECT}_predicted"
 VERDICT = "lab_verdict"  # claim, title, outcome, held: 1
 FORECAST = "lab_forecast"  # variant, workload, load, metric: measured
 FORECAST_PREDICTED = f"{FORECAST}_predicted"
-SLO = "lab_slo_seconds"
+SLO = exporter.SLO  # slo (ttft, tpot, itl); without machine while a lab runs
 FINISHED = (
     RUN_INFO, MEASUREMENT, MEASUREMENT_LOW, MEASUREMENT_HIGH, EFFECT, EFFECT_LOW, EFFECT_HIGH,
     EFFECT_PREDICTED, VERDICT, FORECAST, FORECAST_PREDICTED, SLO,

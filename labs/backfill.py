@@ -25,7 +25,7 @@ from labs.measure import METRICS, Trial
 from labs.results import Run, RunFolder, Summary
 from loadtests import exporter
 from loadtests.exporter import Exporter
-from loadtests.plan import TrialPlan
+from loadtests.plan import Progress, TrialPlan
 from loadtests.records import RequestRecord
 from serving.models import CACHE
 
@@ -147,18 +147,28 @@ def _client(folder: RunFolder, parts: Sequence[_Part]) -> Iterator[str]:
         trial, point, start = part.trial, part.trial.point, part.trial.summary.started_unix_s
         client = by_variant.setdefault(point.variant.name, Exporter())
         client.begin(_plan(folder, trial))
-        left = sorted(
+        found = sorted(
             (r for r in trial.records if _end_s(r) > part.since_s or not part.since_s), key=_end_s
         )
+        left = list(found)
         length_s = _length_s(trial)
         for now in (*range(math.ceil(length_s)), length_s):  # every second, as Prometheus scrapes
             while left and _end_s(left[0]) <= now:
                 client.observe(left.pop(0))
-            client.in_flight(sum(r.sent_s <= now for r in left))
+            client.progress(_progress(found, len(left), now))
             if now == length_s:
                 client.end()
             if now >= part.since_s:
                 yield from _scrape(client.registry, start + now)
+
+
+def _progress(records: Sequence[RequestRecord], left: int, now_s: float) -> Progress:
+    """As far as records tell: neither adapters nor the event loop's lag are in them."""
+    sent = sum(r.sent_s <= now_s for r in records)
+    due = [r.scheduled_s <= now_s for r in records if r.scheduled_s is not None]
+    return Progress(
+        sent=sent, in_flight=sent - (len(records) - left), due=sum(due) if due else None
+    )
 
 
 def _plan(folder: RunFolder, trial: Trial) -> TrialPlan:

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dashboards import live, prometheus
+from dashboards import boards, live, prometheus
 from dashboards.prometheus import PrometheusError
 from labs import LABS, backfill, derived, pages, report, score, sitting
 from labs.lab import Lab, LabError, parse_changes
@@ -339,6 +339,14 @@ def import_runs(
         )
         if folders and prometheus.watching() is None:
             console.print("`make watch` shows them.")
+
+
+@app.command()
+def dashboards() -> None:
+    """Write the Grafana dashboards anew from their code."""
+    with _plainly():
+        for path in boards.write():
+            console.print(os.path.relpath(path), soft_wrap=True)
 
 
 # --------------------------------------------------------------------------------- for all of them

@@ -164,6 +164,10 @@ class SLO(BaseModel, frozen=True, extra="forbid"):
     tpot_s: PositiveFloat
     itl_s: PositiveFloat | None = None  # the longest gap between tokens, where a lab judges it
 
+    def by_name(self) -> dict[str, float]:
+        """ttft, tpot and, where there is one, itl -> seconds."""
+        return {name.removesuffix("_s"): value for name, value in self if value is not None}
+
 
 class LabError(Exception):
     """The reader asked for something that cannot be; the message says what can."""

@@ -583,6 +583,7 @@ class _Session:
             run_id=self.folder.path.name,
             workload=point.workload.name,
             keep_text=point.workload.keep_text,
+            slo_s=setup.lab.slo.by_name(),
         )
         began = time.monotonic()
         summary = self.generator.play(trial_plan, lambda: self.teller.waiting(name))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from loadtests.plan import TrialPlan
+from loadtests.plan import Progress, TrialPlan
 from loadtests.records import RequestRecord
 
 LABELS = ("lab", "variant", "run_id")
@@ -22,7 +22,9 @@ CHUNK_GAP, SEND_LAG = "lab_chunk_gap_seconds", "lab_send_lag_seconds"
 REQUESTS, OUTPUT_TOKENS, PROMPT_TOKENS = (
     "lab_requests", "lab_output_tokens", "lab_prompt_tokens",
 )  # fmt: skip
-IN_FLIGHT, LOAD_POINT = "lab_requests_in_flight", "lab_load_point"
+SCHEDULED, SENT = "lab_requests_scheduled", "lab_requests_sent"
+IN_FLIGHT, ADAPTERS = "lab_requests_in_flight", "lab_adapters_in_flight"
+LOOP_LAG, LOAD_POINT, SLO = "lab_loop_lag_seconds", "lab_load_point", "lab_slo_seconds"
 
 
 def _buckets(low: float, high: float, growth: float = 1.19) -> list[float]:
@@ -60,8 +62,24 @@ class Exporter:
             registry=self.registry,
         )
         self._prompt = Counter(PROMPT_TOKENS, "Their prompt tokens", LABELS, registry=self.registry)
+        self._scheduled = Counter(
+            SCHEDULED, "Requests due by now, under open loop", LABELS, registry=self.registry
+        )
+        self._sent = Counter(SENT, "Requests sent", LABELS, registry=self.registry)
         self._in_flight = Gauge(
             IN_FLIGHT, "Requests sent and not ended", LABELS, registry=self.registry
+        )
+        self._adapters = Gauge(
+            ADAPTERS, "Different adapters they ask for", LABELS, registry=self.registry
+        )
+        self._loop_lag = Gauge(
+            LOOP_LAG,
+            "How late the load's event loop ran, the worst since the last report",
+            LABELS,
+            registry=self.registry,
+        )
+        self._slo = Gauge(
+            SLO, "What a user should wait at most", ("lab", "run_id", "slo"), registry=self.registry
         )
         self._load_point = Gauge(
             LOAD_POINT,
@@ -71,6 +89,7 @@ class Exporter:
         )
         self._now: tuple[str, ...] = ()
         self._point: tuple[str, ...] = ()
+        self._told = Progress()
 
     def serve(self, port: int) -> None:
         prometheus_client.start_http_server(port, "127.0.0.1", self.registry)
@@ -82,17 +101,33 @@ class Exporter:
             histogram.labels(*self._now)
         for outcome in ("ok", "error"):
             self._requests.labels(*self._now, outcome)
-        for other in (self._output, self._prompt, self._in_flight):
+        for other in (self._output, self._prompt, self._sent, self._in_flight):
             other.labels(*self._now)
+        if plan.arrival.open_loop:
+            self._scheduled.labels(*self._now)
+        for name, seconds in plan.slo_s.items():
+            self._slo.labels(plan.lab, plan.run_id, name).set(seconds)
+        self._told = Progress()
         self._point = (*self._now, plan.workload, plan.arrival.name)
         self._load_point.labels(*self._point).set(1)
 
     def end(self) -> None:
         self._load_point.labels(*self._point).set(0)
         self._in_flight.labels(*self._now).set(0)
+        for gauge in (self._loop_lag, self._adapters):  # nothing is measured between trials
+            gauge.remove(*self._now)
 
-    def in_flight(self, requests: int) -> None:
-        self._in_flight.labels(*self._now).set(requests)
+    def progress(self, now: Progress) -> None:
+        """Take over how far the load is; counters grow by what is new."""
+        self._sent.labels(*self._now).inc(now.sent - self._told.sent)
+        if now.due is not None:
+            self._scheduled.labels(*self._now).inc(now.due - (self._told.due or 0))
+        self._in_flight.labels(*self._now).set(now.in_flight)
+        if now.adapters is not None:
+            self._adapters.labels(*self._now).set(len(now.adapters))
+        if now.loop_lag_s is not None:
+            self._loop_lag.labels(*self._now).set(now.loop_lag_s)
+        self._told = now
 
     def observe(self, record: RequestRecord) -> None:
         self._requests.labels(*self._now, "ok" if record.ok else "error").inc()

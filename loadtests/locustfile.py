@@ -18,6 +18,7 @@ between trials. The master, another process, writes the records and serves Prome
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import gc
 import itertools
@@ -26,6 +27,7 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -47,10 +49,12 @@ from loadtests.exporter import Exporter
 from loadtests.plan import (
     WINDOWS_AT_MOST,
     PlannedRequest,
+    Progress,
     TrialPlan,
     TrialSummary,
     merged,
     read_requests,
+    together,
 )
 from loadtests.records import RequestRecord
 
@@ -82,6 +86,10 @@ class Load:
         self.users = plan.seats
         self._intrusions = iter([r for r in every if r.intruder])
         self.sent = self.in_flight = self.failures = 0
+        self.adapters: Counter[str] = Counter()  # of the requests in flight
+        self._adapted = any(r.adapter for r in every)
+        self.loop_lag_s: float | None = None  # the worst since the last report
+        self.t0 = float("inf")  # not started
         self._counted = self._answered = 0  # sent within the window, and answered
         self.aborted: str | None = None
         self.exhausted = False
@@ -123,6 +131,17 @@ class Load:
 
     def elapsed_s(self) -> float:
         return now() - self.t0
+
+    def progress(self) -> Progress:
+        """How far it is; the loop's lag is told once."""
+        lag_s, self.loop_lag_s = self.loop_lag_s, None
+        due = None
+        if self._schedule is not None:
+            due = bisect.bisect_right(self._schedule, self.elapsed_s())
+        adapters = frozenset(+self.adapters) if self._adapted else None
+        return Progress(
+            sent=self.sent, in_flight=self.in_flight, due=due, adapters=adapters, loop_lag_s=lag_s
+        )
 
     def _gather(self) -> None:
         """Wait until all users are here (the last one to arrive opens the gate)."""
@@ -222,6 +241,8 @@ def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, b
     lines: list[tuple[float, bytes]] = []
     error, connection_failed = None, False
     load.in_flight += 1
+    if turn.request.adapter:
+        load.adapters[turn.request.adapter] += 1
     sent = now()
     try:
         response = client.request("POST", PATH, turn.request.body.encode(), HEADERS)
@@ -237,6 +258,8 @@ def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, b
         error, connection_failed = f"{type(failure).__name__}: {failure}", True
     end = now()
     load.in_flight -= 1
+    if turn.request.adapter:
+        load.adapters[turn.request.adapter] -= 1
     t0 = load.t0
     chunks, prompt_tokens, output_tokens, complaint = (
         tokens_of(lines, t0) if lines else ([],) + (None,) * 3
@@ -419,7 +442,7 @@ def play_trial(environment: Environment, msg: Any, **_: object) -> None:
         gevent.spawn(report_forever, runner, load)
         return
     lags: list[float] = []
-    helpers = [gevent.spawn(watch_loop, lags), gevent.spawn(report_forever, runner, load)]
+    helpers = [gevent.spawn(watch_loop, load, lags), gevent.spawn(report_forever, runner, load)]
     cpu = time.process_time()
     stage.play(load, partial(meet, runner))
     cpu = time.process_time() - cpu
@@ -440,28 +463,30 @@ def play_trial(environment: Environment, msg: Any, **_: object) -> None:
     runner.send_message("lab-done", summary.model_dump_json())
 
 
-together = gevent.event.Event()
+gate = gevent.event.Event()
 
 
 def meet(runner: WorkerRunner) -> None:
     """Says that this process is ready, and waits until all are."""
-    together.clear()
+    gate.clear()
     runner.send_message("lab-ready")
-    together.wait()
+    gate.wait()
 
 
-def watch_loop(lags: list[float]) -> None:
+def watch_loop(load: Load, lags: list[float]) -> None:
     """Measure how late the event loop wakes a greenlet that asked to sleep 20 ms."""
     while True:
         asked = now()
         gevent.sleep(LOOP_TICK_S)
         lags.append(max(0.0, now() - asked - LOOP_TICK_S))
+        load.loop_lag_s = max(load.loop_lag_s or 0.0, lags[-1])
 
 
 def report(runner: WorkerRunner, load: Load) -> None:
     fresh, load.fresh = load.fresh, []
     runner.send_message(
-        "lab-records", {"records": [vars(r) for r in fresh], "in_flight": load.in_flight}
+        "lab-records",
+        {"records": [vars(r) for r in fresh], "progress": load.progress().model_dump_json()},
     )
 
 
@@ -484,7 +509,7 @@ class Director:
         self.shares: dict[str, TrialPlan] = {}  # worker -> its share of the trial under way
         self.ready: set[str] = set()
         self.done: dict[str, TrialSummary] = {}
-        self.in_flight: dict[str, int] = {}
+        self.progress: dict[str, Progress] = {}
         runner.register_message("lab-ready", self.on_ready)
         runner.register_message("lab-records", self.on_records)
         runner.register_message("lab-done", self.on_done)
@@ -496,7 +521,7 @@ class Director:
         self.plan, self.records = plan, []
         self.exporter.begin(plan)
         workers = sorted(self.alive())
-        self.ready, self.done, self.in_flight = set(), {}, {}
+        self.ready, self.done, self.progress = set(), {}, {}
         self.shares = {
             worker: plan.model_copy(update={"share": (number, len(workers))})
             for number, worker in enumerate(workers)
@@ -548,8 +573,8 @@ class Director:
             self.exporter.observe(record)
             if self.plan and self.plan.window_s is not None:
                 self.records.append(record)
-        self.in_flight[msg.node_id] = msg.data["in_flight"]
-        self.exporter.in_flight(sum(self.in_flight.values()))
+        self.progress[msg.node_id] = Progress.model_validate_json(msg.data["progress"])
+        self.exporter.progress(together([*self.progress.values()]))
 
     def on_done(self, msg: Any, **_: object) -> None:
         self.done[msg.node_id] = TrialSummary.model_validate_json(msg.data)
@@ -589,7 +614,7 @@ def _begin(environment: Environment, **_: object) -> None:
         with contextlib.suppress(PermissionError):
             os.nice(-10)  # its stamps must not wait for an engine that spins on its core
         runner.register_message("lab-trial", play_trial, concurrent=True)
-        runner.register_message("lab-go", lambda **_: together.set())
+        runner.register_message("lab-go", lambda **_: gate.set())
     elif isinstance(runner, MasterRunner):
         os.nice(19)  # it shares a core with the worker, whose stamps must not wait
         exporter = Exporter()

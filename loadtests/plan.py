@@ -32,6 +32,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     run_id: str
     workload: str
     keep_text: bool = False
+    slo_s: dict[str, float] = {}  # ttft, tpot, itl: lines on a dashboard
     share: tuple[int, int] = (0, 1)  # of a load process: its number, and how many there are
 
     @property
@@ -82,12 +83,37 @@ def merged(summaries: Sequence[TrialSummary], lost_share: float) -> TrialSummary
     )
 
 
+class Progress(BaseModel, frozen=True, extra="forbid"):
+    """How far a trial's load is, told while it runs."""
+
+    sent: int = 0
+    in_flight: int = 0
+    due: int | None = None  # of the schedule, by now (open loop)
+    adapters: frozenset[str] | None = None  # of the requests in flight, where any are asked for
+    loop_lag_s: float | None = None  # the worst since the last report, where it is watched
+
+
+def together(shares: Sequence[Progress]) -> Progress:
+    """Of all load processes."""
+    due = [p.due for p in shares if p.due is not None]
+    adapters = [p.adapters for p in shares if p.adapters is not None]
+    lags = [p.loop_lag_s for p in shares if p.loop_lag_s is not None]
+    return Progress(
+        sent=sum(p.sent for p in shares),
+        in_flight=sum(p.in_flight for p in shares),
+        due=sum(due) if due else None,
+        adapters=frozenset().union(*adapters) if adapters else None,
+        loop_lag_s=max(lags, default=None),
+    )
+
+
 class PlannedRequest(BaseModel, frozen=True, extra="forbid"):
     index: int
     output_tokens: int
     body: str
     intruder: bool = False
     due_s: float | None = None  # in the trace that is replayed
+    adapter: str | None = None
 
 
 def body(request: Request, model: str) -> dict[str, Any]:
@@ -113,6 +139,7 @@ def write_requests(path: Path, requests: list[Request], model: str) -> None:
                 body=orjson.dumps(body(request, model)).decode(),
                 intruder=request.intruder,
                 due_s=request.due_s,
+                adapter=request.adapter,
             )
             file.write(planned.model_dump_json().encode() + b"\n")
 

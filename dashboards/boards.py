@@ -1,0 +1,618 @@
+"""The dashboards, as code: `make dashboards` writes them to dashboards/grafana/*.json.
+
+*Lab, live* is one run as it happens, *Compare* a finished run's variants side by side, *Machines*
+one lab on several machines, *Generator health* whether the load was sent as it should have been.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from grafana_foundation_sdk.builders import dashboard
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+
+from dashboards import series
+from dashboards.panels import (
+    BOUND,
+    DASHED,
+    PER_S,
+    PLAIN,
+    RATIO,
+    SECONDS,
+    THIN,
+    TOKENS,
+    TOKENS_PER_S,
+    Column,
+    Line,
+    Panel,
+    bars,
+    beside,
+    board,
+    choice,
+    interval,
+    lines,
+    load_points,
+    rows,
+    runs_on_file,
+)
+from loadtests import exporter
+from serving import metrics
+
+FOLDER = Path(__file__).parent / "grafana"
+LATE_S, LOOP_LAG_S, MOST_ERRORS = 0.005, 0.02, 0.01  # beyond them no verdict (labs/judge.py)
+OUTCOMES = {
+    "helps": "green", "hurts": "red", "no effect": "blue", "inconclusive": "orange",
+    "not valid": "purple",
+}  # fmt: skip
+
+NEEDS = {
+    "Tokens a draft step": "speculation",
+    "Drafts accepted, by position": "speculation",
+    "Adapters in flight": "adapters",
+    "GPU utilisation": "GPU",
+    "GPU power": "GPU",
+    "GPU clock": "GPU",
+    "GPU memory": "GPU",
+    "GPU throttled": "GPU",
+    "Due and not sent": "open loop",
+    "Send lag": "open loop",
+    "Forecasts": "forecasts",
+    "ITL, p99": "samples enough for a p99",
+}
+"""Panel -> without what it is empty, and must be empty for that reason alone."""
+
+LIVE = 'lab="$lab",run_id="$run",variant=~"$variant"'
+RUN = 'lab="$lab",run_id="$run"'
+POINTS = f'{RUN},variant=~"$variant",workload=~"$workload",load=~"$load"'
+EVERYWHERE = 'lab="$lab",run_id=~"$run",machine=~"$machine"'
+
+
+def _rate(name: str, where: str = LIVE, by: str = "variant") -> str:
+    return f"sum by ({by}) (rate({name}{{{where}}}[$__rate_interval]))"
+
+
+def _ratio(part: str, whole: str) -> str:
+    return f"{_rate(part)} / {_rate(whole)}"
+
+
+def _quantile(q: float, histogram: str) -> str:
+    return f"histogram_quantile({q}, {_rate(f'{histogram}_bucket', by='variant, le')})"
+
+
+def _sum(gauge: str) -> str:
+    return f"sum by (variant) ({gauge}{{{LIVE}}})"
+
+
+def _last(name: str, where: str) -> str:
+    """A finished run's figure, wherever in the time range it lies."""
+    return f"last_over_time({name}{{{where}}}[$__range])"
+
+
+def _slo(name: str) -> Line:
+    where = f'{RUN},slo="{name}"'
+    return Line(f"max({_last(series.SLO, where)})", "SLO", BOUND)
+
+
+def _latency(title: str, says: str, histogram: str, *more: Line) -> Panel:
+    return lines(
+        title,
+        f"{says} Solid p50, thin p90, dashed p99.",
+        SECONDS,
+        Line(_quantile(0.5, histogram)),
+        Line(_quantile(0.9, histogram), style=THIN),
+        Line(_quantile(0.99, histogram), style=DASHED),
+        *more,
+    )
+
+
+def _runs(where: str) -> Panel:
+    return rows(
+        "Reports",
+        "Where each run's report lies under results/; a run is here once it has ended or been"
+        " imported.",
+        Column("Machine", "described", width=300),
+        Column("Run", "run_id", width=240),
+        Column("Model", "model", width=200),
+        Column("Scale", "scale", width=80),
+        Column("Quick", "quick", width=80),
+        Column("Report", "report"),
+        Column("1", expr=_last(series.RUN_INFO, where), width=40),
+        sort_by="Run",
+    )
+
+
+# ------------------------------------------------------------------------------------- Lab, live
+
+
+def live() -> dashboard.Dashboard:
+    drafts = f"sum by (variant) (increase({metrics.SPEC_DRAFTS}{{{LIVE}}}[$__range]))"
+    accepted = (
+        f"sum by (variant, position) (increase({metrics.SPEC_ACCEPTED_AT}{{{LIVE}}}[$__range]))"
+    )
+    latency = (
+        _latency(
+            "TTFT",
+            "Time to the first token, as a user waits for it; it climbs when requests queue.",
+            exporter.TTFT,
+            _slo("ttft"),
+        ),
+        _latency(
+            "ITL",
+            "Between two tokens; a p99 far above the p50 is a stream that stands still.",
+            exporter.ITL,
+            _slo("itl"),
+        ),
+        _latency(
+            "TPOT",
+            "Time per output token, a request's mean; it grows with the batch.",
+            exporter.TPOT,
+            _slo("tpot"),
+        ),
+        _latency("E2E", "Whole requests, so it follows the length of answers.", exporter.E2E),
+    )
+    flow = (
+        lines(
+            "Output tokens",
+            "Tokens of answers that ended; the plateau is what the machine can do at this load.",
+            TOKENS_PER_S,
+            Line(_rate(f"{exporter.OUTPUT_TOKENS}_total")),
+        ),
+        lines(
+            "Prompt tokens",
+            "Prompt tokens of the same requests: how much prefill competes with decode.",
+            TOKENS_PER_S,
+            Line(_rate(f"{exporter.PROMPT_TOKENS}_total")),
+        ),
+        lines(
+            "Requests running and waiting",
+            "In the engine; waiting (dashed) above zero means TTFT is queueing time.",
+            PLAIN,
+            Line(_sum(metrics.RUNNING)),
+            Line(_sum(metrics.WAITING), style=DASHED),
+        ),
+        lines(
+            "TTFT, client and engine",
+            "Medians of both; the client's (solid) lies above the engine's (dashed) by transport"
+            " and, under open loop, by how late requests were sent.",
+            SECONDS,
+            Line(_quantile(0.5, exporter.TTFT)),
+            Line(_quantile(0.5, metrics.TTFT), style=DASHED),
+        ),
+    )
+    memory = (
+        lines(
+            "KV cache in use",
+            "Of the KV blocks; near the line requests are preempted or wait for memory.",
+            RATIO,
+            Line(f"max by (variant) ({metrics.KV_USAGE}{{{LIVE}}})"),
+            limit=0.95,
+            most=1,
+        ),
+        lines(
+            "Preemptions",
+            "Requests thrown out of the batch for want of KV memory; any costs its work again.",
+            PER_S,
+            Line(_rate(metrics.PREEMPTIONS)),
+        ),
+        lines(
+            "Prefix hit rate",
+            "Prompt tokens found in the cache; TTFT falls by about this share of its prefill.",
+            RATIO,
+            Line(_ratio(metrics.PREFIX_HITS, metrics.PREFIX_QUERIES)),
+            most=1,
+        ),
+        lines(
+            "Tokens a step",
+            "What one step of the engine computes, prefill and decode; mean, and p99 dashed: long"
+            " steps are what stalls running streams.",
+            TOKENS,
+            Line(_ratio(f"{metrics.STEP_TOKENS}_sum", f"{metrics.STEP_TOKENS}_count")),
+            Line(_quantile(0.99, metrics.STEP_TOKENS), style=DASHED),
+        ),
+    )
+    features = (
+        lines(
+            "Tokens a draft step",
+            "Accepted drafts and the target's own token: the most that speculation can save.",
+            TOKENS,
+            Line(f"1 + {_ratio(metrics.SPEC_ACCEPTED, metrics.SPEC_DRAFTS)}"),
+        ),
+        bars(
+            "Drafts accepted, by position",
+            "Over the time shown; where it falls off, drafting further ahead is wasted.",
+            RATIO,
+            f"{accepted} / on (variant) group_left {drafts}",
+            row="position",
+            column="variant",
+        ).height(8),
+        lines(
+            "Adapters in flight",
+            "Different adapters asked for at once; beyond the engine's slots they swap.",
+            PLAIN,
+            Line(_sum(exporter.ADAPTERS)),
+        ),
+    )
+    gpu = tuple(
+        lines(title, says, unit, Line(f"max by (gpu) ({name}{{{RUN}}})", "GPU {{gpu}}"))
+        for title, says, unit, name in (
+            ("GPU utilisation", "Time a kernel ran: busy, not efficient.", RATIO,
+             series.GPU_UTILISATION),
+            ("GPU power", "At the power limit clocks fall and so does throughput.", "watt",
+             series.GPU_POWER),
+            ("GPU clock", "Of the SMs; steady, or variants were not measured alike.", "hertz",
+             series.GPU_CLOCK),
+            ("GPU memory", "Weights, KV cache and activations; flat once the engine serves.",
+             "bytes", series.GPU_MEMORY),
+            ("GPU throttled", "1 while heat or power held the clock down: compare nothing then.",
+             PLAIN, series.GPU_THROTTLED),
+        )
+    )  # fmt: skip
+    return board(
+        "lab-live",
+        "Lab, live",
+        "One run as it happens: what users wait for, and what the engine does meanwhile.",
+        "now-15m",
+        "5s",
+        _live_choices(),
+        (load_points(f"{exporter.LOAD_POINT}{{{LIVE}}} > 0"), runs_on_file()),
+        (
+            ("What a user waits for", latency),
+            ("Throughput and queue", flow),
+            ("Memory and steps", memory),
+            ("Speculation and adapters", features),
+            ("GPU", gpu),
+            ("Report", (_runs(RUN).height(4),)),
+        ),
+    )
+
+
+def _live_choices() -> list[dashboard.QueryVariable]:
+    point = exporter.LOAD_POINT
+    return [
+        choice("lab", "Lab", f"label_values({point}, lab)"),
+        choice("run", "Run", f'label_values({point}{{lab="$lab"}}, run_id)'),
+        choice("variant", "Variant", f"label_values({point}{{{RUN}}}, variant)", several=True),
+    ]
+
+
+# --------------------------------------------------------------------------------------- Compare
+
+
+def compare() -> dashboard.Dashboard:
+    def measured(metric: str) -> str:
+        figure = _last(series.MEASUREMENT, f'{POINTS},metric="{metric}"')
+        return f'label_join({figure}, "point", " ", "workload", "load")'
+
+    effect, low, high, predicted = (
+        _last(name, RUN)
+        for name in (
+            series.EFFECT, series.EFFECT_LOW, series.EFFECT_HIGH, series.EFFECT_PREDICTED,
+        )
+    )  # fmt: skip
+    forecast, foretold = (
+        _last(name, POINTS) for name in (series.FORECAST, series.FORECAST_PREDICTED)
+    )
+    answer = (
+        rows(
+            "Verdicts",
+            "What each claim came to: the ratio of treatment to baseline with its 95 % interval,"
+            " and the ratio predicted before anything ran.",
+            Column("Claim", "title", width=420),
+            Column("Verdict", "outcome", width=110, colours=OUTCOMES),
+            Column("Held", "held", width=70),
+            Column("Metric", "metric", width=180),
+            Column("", expr=_last(series.VERDICT, RUN), width=20),
+            Column("Ratio", expr=effect, width=90),
+            Column("Low", expr=low, width=90),
+            Column("High", expr=high, width=90),
+            Column("Predicted", expr=predicted, width=100),
+            Column("Treatment", "treatment"),
+            Column("Baseline", "baseline"),
+        ),
+        interval(
+            "Ratio to the baseline, 95 % interval",
+            "The colour changes at the ratio; a bar across the line at 1 shows no effect.",
+            "title",
+            effect,
+            low,
+            high,
+            limit=1,
+        ),
+        beside(
+            "Ratio, measured and predicted",
+            "Bars of a length: theory explains the effect; else its assumptions do not hold here.",
+            PLAIN,
+            "title",
+            {"measured": effect, "predicted": predicted},
+            limit=1,
+        ),
+    )
+    figures = tuple(
+        bars(title, says, unit, measured(metric), row="point", column="variant")
+        for title, says, unit, metric in (
+            ("Output throughput", "Higher is better; see at which load the variants part.",
+             TOKENS_PER_S, "output_tokens_per_s"),
+            ("Goodput", "Requests that met the SLO: throughput that nobody waited too long for.",
+             PER_S, "goodput_per_s"),
+            ("TTFT, p50", "Lower is better; prefill and queueing.", SECONDS, "ttft_p50_s"),
+            ("TPOT, mean", "Lower is better; the pace of an answer.", SECONDS, "tpot_mean_s"),
+            ("ITL, p99", "Lower is better; how long a stream stands still.", SECONDS,
+             "itl_p99_s"),
+            ("E2E, p50", "Lower is better; the whole answer.", SECONDS, "e2e_p50_s"),
+        )
+    )  # fmt: skip
+    point = (
+        Column("Variant", "variant", width=160),
+        Column("Workload", "workload", width=160),
+        Column("Load", "load", width=140),
+        Column("Metric", "metric", width=220),
+    )
+    return board(
+        "lab-compare",
+        "Compare",
+        "A finished run's variants side by side, with what was predicted and what was concluded.",
+        "now-2y",
+        "",
+        _finished_choices(),
+        (),
+        (
+            ("The answer", answer),
+            ("Variants side by side", figures),
+            (
+                "Predicted beside measured",
+                (
+                    rows(
+                        "Forecasts",
+                        "Absolute figures predicted from this machine's ceilings, in base units;"
+                        " measured over predicted near 1 means the model of the machine is right.",
+                        *point,
+                        Column("Predicted", expr=foretold),
+                        Column("Measured", expr=forecast),
+                        Column("Measured / predicted", expr=f"{forecast} / {foretold}"),
+                    ),
+                    rows(
+                        "Every figure",
+                        "Mean over the repeats with its 95 % interval, in base units (s, tok/s).",
+                        *point,
+                        Column("Mean", expr=_last(series.MEASUREMENT, POINTS)),
+                        Column("Low", expr=_last(series.MEASUREMENT_LOW, POINTS)),
+                        Column("High", expr=_last(series.MEASUREMENT_HIGH, POINTS)),
+                    ).height(14),
+                    _runs(RUN).height(4),
+                ),
+            ),
+        ),
+    )
+
+
+def _finished_choices() -> list[dashboard.QueryVariable]:
+    found = series.MEASUREMENT
+    return [
+        choice("lab", "Lab", f"label_values({series.RUN_INFO}, lab)"),
+        choice("run", "Run", f'label_values({series.RUN_INFO}{{lab="$lab"}}, run_id)'),
+        *(
+            choice(name, name.capitalize(), f"label_values({found}{{{RUN}}}, {name})", several=True)
+            for name in ("variant", "workload", "load")
+        ),
+    ]
+
+
+# -------------------------------------------------------------------------------------- Machines
+
+
+def machines() -> dashboard.Dashboard:
+    def measured(metric: str) -> str:
+        where = f'{EVERYWHERE},workload=~"$workload",load=~"$load",metric="{metric}"'
+        return f"avg by (machine, variant) ({_last(series.MEASUREMENT, where)})"
+
+    effect = f"avg by (title, machine) ({_last(series.EFFECT, EVERYWHERE)})"
+    figures = tuple(
+        bars(title, says, unit, measured(metric), row="machine", column="variant")
+        for title, says, unit, metric in (
+            ("Output throughput", "Absolute figures are a machine's own; the order of variants"
+             " is what may carry over.", TOKENS_PER_S, "output_tokens_per_s"),
+            ("TTFT, p50", "Mean over the runs and loads chosen; choose one load to compare.",
+             SECONDS, "ttft_p50_s"),
+            ("TPOT, mean", "Decode is bound by memory bandwidth, so this follows it.", SECONDS,
+             "tpot_mean_s"),
+            ("MBU", "Share of the measured bandwidth that decode needs: what is left is overhead.",
+             RATIO, "mbu"),
+        )
+    )  # fmt: skip
+    verdict = _last(series.VERDICT, EVERYWHERE)
+    return board(
+        "lab-machines",
+        "Machines",
+        "The same lab on several machines: which effects carry over, and how much they differ.",
+        "now-2y",
+        "",
+        [
+            choice("lab", "Lab", f"label_values({series.RUN_INFO}, lab)"),
+            choice(
+                "machine",
+                "Machine",
+                f'label_values({series.RUN_INFO}{{lab="$lab"}}, machine)',
+                several=True,
+            ),
+            choice(
+                "run",
+                "Run",
+                f'label_values({series.RUN_INFO}{{lab="$lab",machine=~"$machine"}}, run_id)',
+                several=True,
+            ),
+            *(
+                choice(
+                    name,
+                    name.capitalize(),
+                    f"label_values({series.MEASUREMENT}{{{EVERYWHERE}}}, {name})",
+                    several=True,
+                )
+                for name in ("workload", "load")
+            ),
+        ],
+        (),
+        (
+            (
+                "Effects",
+                (
+                    bars(
+                        "Ratio to the baseline",
+                        "On the same side of 1 everywhere: a mechanism; else it is the machine's.",
+                        PLAIN,
+                        effect,
+                        row="title",
+                        column="machine",
+                        limit=1,
+                    ).span(24),
+                    rows(
+                        "Verdicts",
+                        "The same claim, machine by machine.",
+                        Column("Claim", "title", width=460),
+                        Column("Machine", "machine", width=260),
+                        Column("Run", "run_id", width=260),
+                        Column("Verdict", "outcome", width=120, colours=OUTCOMES),
+                        Column("Held", "held", width=80),
+                        Column("", expr=verdict),
+                        sort_by="Claim",
+                    ),
+                ),
+            ),
+            ("Figures", figures),
+            ("Runs", (_runs(EVERYWHERE).height(8),)),
+        ),
+    )
+
+
+# ------------------------------------------------------------------------------ Generator health
+
+
+def generator() -> dashboard.Dashboard:
+    ended, sent, due = (
+        f"{name}_total" for name in (exporter.REQUESTS, exporter.SENT, exporter.SCHEDULED)
+    )
+    failed = _rate(ended, f'{LIVE},outcome="error"')
+    panels = (
+        lines(
+            "Send lag",
+            "How late scheduled requests left; beyond the line a late generator, not the engine,"
+            " is measured, and there is no verdict. p50 and p99 (dashed).",
+            SECONDS,
+            Line(_quantile(0.5, exporter.SEND_LAG)),
+            Line(_quantile(0.99, exporter.SEND_LAG), style=DASHED),
+            limit=LATE_S,
+            most=2 * LATE_S,
+        ),
+        lines(
+            "Event-loop lag",
+            "How late the load process woke, the worst of each half second; every stamp may be so"
+            " late.",
+            SECONDS,
+            Line(f"max by (variant) ({exporter.LOOP_LAG}{{{LIVE}}})"),
+            limit=LOOP_LAG_S,
+            most=2 * LOOP_LAG_S,
+        ),
+        lines(
+            "Offered and achieved",
+            "Requests due (solid), sent (thin) and ended well (dashed): below what is due, either"
+            " the generator or the engine does not keep up.",
+            PER_S,
+            Line(_rate(due)),
+            Line(_rate(sent), style=THIN),
+            Line(_rate(ended, f'{LIVE},outcome="ok"'), style=DASHED),
+        ),
+        lines(
+            "Due and not sent",
+            "Requests whose time has come and that no free user could send; it must return to 0.",
+            PLAIN,
+            Line(f"sum by (variant) ({due}{{{LIVE}}}) - sum by (variant) ({sent}{{{LIVE}}})"),
+        ),
+        lines(
+            "Requests in flight",
+            "Under closed loop flat at the number of users; under open loop it shows the queue.",
+            PLAIN,
+            Line(_sum(exporter.IN_FLIGHT)),
+        ),
+        lines(
+            "Errors",
+            "Share of requests that failed; beyond the line the survivors' latencies mislead.",
+            RATIO,
+            Line(f"{failed} / {_rate(ended)}"),
+            limit=MOST_ERRORS,
+            most=2 * MOST_ERRORS,
+        ),
+        _latency(
+            "Chunk gap",
+            "Between two chunks as they were read: what a person sees as stutter.",
+            exporter.CHUNK_GAP,
+        ),
+        lines(
+            "Requests ended, client and engine",
+            "Both count the same requests (engine dashed); a lasting difference is lost ones.",
+            PER_S,
+            Line(_rate(ended, f'{LIVE},outcome="ok"')),
+            Line(_rate(metrics.REQUESTS), style=DASHED),
+        ),
+    )
+    return board(
+        "lab-generator",
+        "Generator health",
+        "Was the load sent as it should have been? Past its limit a generator measures itself.",
+        "now-15m",
+        "5s",
+        _live_choices(),
+        (load_points(f"{exporter.LOAD_POINT}{{{LIVE}}} > 0"), runs_on_file()),
+        (("The load generator", panels),),
+    )
+
+
+# ---------------------------------------------------------------------------- files and expressions
+
+BOARDS = {"lab-live": live, "compare": compare, "machines": machines, "generator": generator}
+
+
+def files() -> dict[Path, str]:
+    """Every dashboard's file and what belongs in it."""
+    return {
+        FOLDER / f"{name}.json": json.dumps(make().build(), cls=JSONEncoder, indent=1) + "\n"
+        for name, make in BOARDS.items()
+    }
+
+
+def write() -> list[Path]:
+    """Write the dashboards anew; those that changed."""
+    changed = [p for p, text in files().items() if not p.exists() or p.read_text() != text]
+    FOLDER.mkdir(exist_ok=True)
+    for path in changed:
+        half = path.with_suffix(".half")
+        half.write_text(files()[path])
+        half.rename(path)
+    return changed
+
+
+def panels(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A dashboard's panels, without the rows that head them."""
+    return [panel for panel in found["panels"] if panel["type"] != "row"]
+
+
+def expressions(values: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """(dashboard, panel, query) with every variable replaced, to run against a Prometheus.
+
+    A value for a drop-down of several is a regular expression; where none is given it is `.*`.
+    """
+    known = {"__range": "1h", "__rate_interval": "1m", **values}
+
+    def resolved(query: str) -> str:
+        return re.sub(r"\$\{?(\w+)\}?", lambda found: known.get(found[1], ".*"), query)
+
+    for text in files().values():
+        found = json.loads(text)
+        for panel in panels(found):
+            for target in panel["targets"]:
+                yield found["title"], panel["title"], resolved(target["expr"])
+        for annotation in found["annotations"].get("list", ()):
+            if "expr" in annotation:
+                yield found["title"], annotation["name"], resolved(annotation["expr"])

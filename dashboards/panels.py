@@ -1,0 +1,379 @@
+"""The building blocks of the dashboards: lines over time, bars and tables of finished runs.
+
+A colour belongs to a name, so a variant has the same one on every panel. Where a panel draws
+several lines of one variant they share its name and colour and differ in style; the legend names
+the first of them.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grafana_foundation_sdk.builders import barchart, common, dashboard, prometheus, table
+from grafana_foundation_sdk.builders import timeseries as series
+from grafana_foundation_sdk.builders.dashboard import ThresholdsConfig
+from grafana_foundation_sdk.models import common as kinds
+from grafana_foundation_sdk.models.common import DataSourceRef
+from grafana_foundation_sdk.models.dashboard import (
+    DashboardCursorSync,
+    DashboardLinkType,
+    DataTransformerConfig,
+    DynamicConfigValue,
+    FieldColorModeId,
+    Threshold,
+    ThresholdsMode,
+    ValueMap,
+    ValueMappingResult,
+    VariableRefresh,
+    VariableSort,
+)
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+
+DATASOURCE = DataSourceRef("prometheus", "inference-lab")
+TAG = "inference-lab"
+SECONDS, RATIO, PLAIN = "s", "percentunit", "short"
+TOKENS, TOKENS_PER_S, PER_S = "suffix: tok", "suffix: tok/s", "suffix: /s"
+LIMIT = "semi-dark-red"
+STEP = "5s"  # $__rate_interval is four steps: few requests end in less on a slow machine
+Panel = series.Panel | barchart.Panel | table.Panel
+
+
+@dataclass(frozen=True)
+class Style:
+    width: int = 2
+    dash: tuple[int, ...] = ()
+    in_legend: bool = True
+    colour: str = ""
+
+    def overrides(self) -> list[DynamicConfigValue]:
+        found = [DynamicConfigValue("custom.lineWidth", self.width)]
+        if self.dash:
+            value = {"fill": "dash", "dash": list(self.dash)}
+            found.append(DynamicConfigValue("custom.lineStyle", value))
+        if not self.in_legend:
+            value = {"legend": True, "tooltip": False, "viz": False}
+            found.append(DynamicConfigValue("custom.hideFrom", value))
+        if self.colour:
+            value = {"mode": "fixed", "fixedColor": self.colour}
+            found.append(DynamicConfigValue("color", value))
+        return found
+
+
+SOLID = Style()
+THIN = Style(width=1, in_legend=False)
+DASHED = Style(width=1, dash=(6, 4), in_legend=False)
+BOUND = Style(width=1, dash=(10, 6), colour=LIMIT)
+
+
+@dataclass(frozen=True)
+class Line:
+    expr: str
+    legend: str = "{{variant}}"
+    style: Style = SOLID
+
+
+def lines(
+    title: str, says: str, unit: str, *found: Line, limit: float | None = None, most: float = 0
+) -> series.Panel:
+    """Over time; `limit` draws a line there, `most` is where the axis ends at least."""
+    panel = (
+        series.Panel()
+        .title(title)
+        .description(says)
+        .unit(unit)
+        .min(0)
+        .height(8)
+        .span(12)
+        .datasource(DATASOURCE)
+        .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.PALETTE_CLASSIC_BY_NAME))
+        .legend(_legend())
+        .tooltip(common.VizTooltipOptions().mode(kinds.TooltipDisplayMode.MULTI))
+        .fill_opacity(0)
+        .show_points(kinds.VisibilityMode.AUTO)
+        .thresholds(_thresholds(limit))
+    )
+    if most:
+        panel.axis_soft_max(most)
+    if limit is not None:
+        style = common.GraphThresholdsStyleConfig().mode(kinds.GraphThresholdsStyleMode.DASHED)
+        panel.thresholds_style(style)
+    for ref, line in zip(string.ascii_uppercase, found, strict=False):
+        panel.with_target(
+            prometheus.Dataquery()
+            .expr(line.expr)
+            .legend_format(line.legend)
+            .interval(STEP)
+            .range()
+            .ref_id(ref)
+            .datasource(DATASOURCE)
+        )
+        panel.override_by_query(ref, line.style.overrides())
+    return panel
+
+
+def bars(
+    title: str, says: str, unit: str, expr: str, row: str, column: str, limit: float | None = None
+) -> barchart.Panel:
+    """One figure of finished runs: a group of bars for each `row`, in it one for each `column`."""
+    matrix = {"rowField": row, "columnField": column, "valueField": "Value", "emptyValue": "null"}
+    panel = _bars(title, says, unit, limit).with_target(_instant("A", expr))
+    panel.with_transformation(DataTransformerConfig("groupingToMatrix", options=matrix))
+    return panel
+
+
+def beside(
+    title: str, says: str, unit: str, row: str, found: Mapping[str, str], limit: float | None = None
+) -> barchart.Panel:
+    """Several figures of finished runs: a group of bars for each `row`, in it one for each name."""
+    panel = _bars(title, says, unit, limit).x_field(row)
+    panel.orientation(kinds.VizOrientation.HORIZONTAL).x_tick_label_max_length(44)
+    _merge(panel, [row], found)
+    return panel
+
+
+def interval(
+    title: str, says: str, row: str, value: str, low: str, high: str, limit: float
+) -> barchart.Panel:
+    """A floating bar from the lower to the upper end; its colour changes at the value."""
+    below, lower, upper = "below", "lower end to ratio", "ratio to upper end"
+    found = {below: low, lower: f"{value} - {low}", upper: f"{high} - {value}"}
+    panel = beside(title, says, PLAIN, row, found, limit).stacking(kinds.StackingMode.NORMAL)
+    hidden = {"legend": True, "tooltip": True, "viz": False}
+    panel.override_by_name(
+        below,
+        [
+            DynamicConfigValue("custom.fillOpacity", 0),
+            DynamicConfigValue("custom.lineWidth", 0),
+            DynamicConfigValue("custom.hideFrom", hidden),
+        ],
+    )
+    for name, colour in ((lower, "semi-dark-blue"), (upper, "super-light-blue")):
+        fixed = {"mode": "fixed", "fixedColor": colour}
+        panel.override_by_name(name, [DynamicConfigValue("color", fixed)])
+    return panel
+
+
+@dataclass(frozen=True)
+class Column:
+    """A table's column: a label, or the value of a query."""
+
+    name: str
+    label: str = ""
+    expr: str = ""
+    width: int = 0
+    unit: str = ""
+    colours: Mapping[str, str] | None = None  # of its words
+
+
+def rows(title: str, says: str, *columns: Column, sort_by: str = "") -> table.Panel:
+    """A table of finished runs: queries whose labels agree share a row."""
+    panel = (
+        table.Panel()
+        .title(title)
+        .description(says)
+        .unit(PLAIN)
+        .decimals(3)
+        .height(10)
+        .span(24)
+        .datasource(DATASOURCE)
+        .filterable(True)
+        .thresholds(_thresholds(None))
+    )
+    values = {c.name: c.expr for c in columns if c.expr}
+    _merge(panel, [c.label for c in columns if c.label], values)
+    order = {c.label or c.name: place for place, c in enumerate(columns)}
+    names = {c.label: c.name for c in columns if c.label}
+    panel.with_transformation(
+        DataTransformerConfig("organize", options={"indexByName": order, "renameByName": names})
+    )
+    for column in columns:
+        if column.width:
+            panel.override_by_name(column.name, [DynamicConfigValue("custom.width", column.width)])
+        if column.unit:
+            panel.override_by_name(column.name, [DynamicConfigValue("unit", column.unit)])
+        if column.colours:
+            words = {
+                word: ValueMappingResult(color=colour, index=place)
+                for place, (word, colour) in enumerate(column.colours.items())
+            }
+            panel.override_by_name(
+                column.name,
+                [
+                    DynamicConfigValue("mappings", [ValueMap(words)]),
+                    DynamicConfigValue("custom.cellOptions", {"type": "color-text"}),
+                ],
+            )
+    if sort_by:
+        panel.sort_by([common.TableSortByFieldState().display_name(sort_by)])
+    return panel
+
+
+def _merge(
+    panel: barchart.Panel | table.Panel, labels: Sequence[str], found: Mapping[str, str]
+) -> None:
+    """Put the queries' values under their names, beside the labels, and leave the rest out."""
+    refs = dict(zip(string.ascii_uppercase, found, strict=False))
+    for ref, name in refs.items():
+        panel.with_target(_instant(ref, found[name]))
+    renamed = {f"Value #{ref}" if len(refs) > 1 else "Value": name for ref, name in refs.items()}
+    panel.with_transformation(DataTransformerConfig("merge", options={}))
+    keep: dict[str, Any] = {"include": {"names": [*labels, *renamed]}}
+    panel.with_transformation(DataTransformerConfig("filterFieldsByName", options=keep))
+    panel.with_transformation(DataTransformerConfig("organize", options={"renameByName": renamed}))
+
+
+def _instant(ref: str, expr: str) -> prometheus.Dataquery:
+    return (
+        prometheus.Dataquery()
+        .expr(expr)
+        .instant()
+        .format(PromQueryFormat.TABLE)
+        .ref_id(ref)
+        .datasource(DATASOURCE)
+    )
+
+
+def _bars(title: str, says: str, unit: str, limit: float | None) -> barchart.Panel:
+    panel = (
+        barchart.Panel()
+        .title(title)
+        .description(says)
+        .unit(unit)
+        .min(0)
+        .height(9)
+        .span(12)
+        .datasource(DATASOURCE)
+        .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.PALETTE_CLASSIC_BY_NAME))
+        .legend(_legend())
+        .tooltip(common.VizTooltipOptions().mode(kinds.TooltipDisplayMode.MULTI))
+        .fill_opacity(80)
+        .show_value(kinds.VisibilityMode.NEVER)
+        .x_tick_label_max_length(28)
+        .thresholds(_thresholds(limit))
+    )
+    if limit is not None:
+        style = common.GraphThresholdsStyleConfig().mode(kinds.GraphThresholdsStyleMode.DASHED)
+        panel.thresholds_style(style)
+    return panel
+
+
+def _legend() -> common.VizLegendOptions:
+    return (
+        common.VizLegendOptions()
+        .display_mode(kinds.LegendDisplayMode.LIST)
+        .placement(kinds.LegendPlacement.BOTTOM)
+        .show_legend(True)
+    )
+
+
+def _thresholds(limit: float | None) -> ThresholdsConfig:
+    steps = [Threshold(value=None, color="green")]
+    if limit is not None:
+        steps.append(Threshold(value=limit, color=LIMIT))
+    return ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
+
+
+# ---------------------------------------------------------------------------- a board and its head
+
+
+def choice(name: str, label: str, query: str, several: bool = False) -> dashboard.QueryVariable:
+    """A drop-down of a label's values; the newest run comes first, whose ids are times."""
+    order = VariableSort.ALPHABETICAL_DESC if name == "run" else VariableSort.ALPHABETICAL_ASC
+    variable = (
+        dashboard.QueryVariable(name)
+        .label(label)
+        .query(query)
+        .definition(query)
+        .datasource(DATASOURCE)
+        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(order)
+        .multi(several)
+        .include_all(several)
+    )
+    if several:
+        everything: Any = {"selected": True, "text": ["All"], "value": ["$__all"]}
+        variable.current(everything).all_value(".*")
+    return variable
+
+
+def load_points(expr: str) -> dashboard.AnnotationQuery:
+    """A region for as long as a load is sent."""
+    query = prometheus.Dataquery().expr(expr).range().ref_id("Anno").datasource(DATASOURCE)
+    return (
+        dashboard.AnnotationQuery()
+        .name("Load points")
+        .datasource(DATASOURCE)
+        .enable(True)
+        .icon_color("light-orange")
+        .expr(expr)
+        .step("1s")
+        .target(query)
+        .title_format("{{workload}} {{load}}")
+        .text_format("{{variant}}")
+        .tag_keys("lab,variant,run_id")
+    )
+
+
+def runs_on_file() -> dashboard.AnnotationQuery:
+    """The regions that `make grafana-push` writes."""
+    return (
+        dashboard.AnnotationQuery()
+        .name("Runs")
+        .datasource(DataSourceRef("datasource", "-- Grafana --"))
+        .enable(True)
+        .icon_color("light-blue")
+        .target(_Tagged([TAG]))
+    )
+
+
+class _Tagged(dashboard.AnnotationTarget):
+    """Grafana's own annotations that carry these tags."""
+
+    def __init__(self, tags: list[str]) -> None:
+        super().__init__()
+        self.limit(100).match_any(False).tags(tags).type("tags")
+
+
+def board(
+    uid: str,
+    title: str,
+    says: str,
+    since: str,
+    refresh: str,
+    variables: Sequence[dashboard.QueryVariable],
+    annotations: Sequence[dashboard.AnnotationQuery],
+    parts: Sequence[tuple[str, Sequence[Panel]]],
+) -> dashboard.Dashboard:
+    links = (
+        dashboard.DashboardLink("The lab's dashboards")
+        .type(DashboardLinkType.DASHBOARDS)
+        .tags([TAG])
+        .include_vars(True)
+    )
+    found = (
+        dashboard.Dashboard(title)
+        .uid(uid)
+        .description(says)
+        .tags([TAG])
+        .timezone("browser")
+        .editable()
+        .tooltip(DashboardCursorSync.CROSSHAIR)
+        .time(since, "now")
+        .refresh(refresh)
+        .link(links)
+    )
+    for variable in variables:
+        found.with_variable(variable)
+    for annotation in annotations:
+        found.annotation(annotation)
+    number = 0
+    for part, panels in parts:
+        number += 1
+        found.with_row(dashboard.Row(part).id(number))
+        for panel in panels:
+            number += 1
+            found.with_panel(panel.id(number))
+    return found

@@ -1,0 +1,157 @@
+"""The dashboards: in sync, well formed, and asking only for what somebody exports."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import promql_parser
+import pytest
+
+from dashboards import boards, series
+from labs import judge
+from labs.measure import METRICS
+from loadtests.exporter import Exporter
+from serving import metrics
+
+SCHEMA = Path(
+    os.environ.get(
+        "GRAFANA_SCHEMA",
+        boards.FOLDER.parents[2] / "shared" / "grafana" / "dashboard.jsonschema.json",
+    )
+)
+BUILT: dict[str, dict[str, Any]] = {p.stem: json.loads(t) for p, t in boards.files().items()}
+EVERY = [(name, panel) for name, found in BUILT.items() for panel in boards.panels(found)]
+QUERIES = [
+    *boards.expressions({"lab": "prefix-caching", "run": "20261125T111404Z-d3cbb5f9"}),
+    *(
+        (name, variable["name"], variable["query"].split("(", 1)[1].rsplit(",", 1)[0])
+        for name, found in BUILT.items()
+        for variable in found["templating"]["list"]
+    ),
+]
+
+
+def histogram(name: str) -> set[str]:
+    return {f"{name}_bucket", f"{name}_sum", f"{name}_count"}
+
+
+def exported() -> set[str]:
+    """Every sample's name that the client, the engine, finished runs and the GPUs have."""
+    client: set[str] = set()
+    for family in Exporter().registry.collect():
+        kinds = {"histogram": histogram(family.name), "counter": {f"{family.name}_total"}}
+        client |= kinds.get(family.type, {family.name})
+    engine = {*metrics.COUNTERS, *metrics.GAUGES, *metrics.SPECULATION}
+    for name in metrics.HISTOGRAMS:
+        engine |= histogram(name)
+    return client | engine | {*series.FINISHED, *series.GPU}
+
+
+def asked(query: str) -> set[str]:
+    found: set[str] = set()
+
+    def note(node: Any) -> None:
+        if isinstance(node, promql_parser.VectorSelector):
+            found.add(str(node.name))
+
+    promql_parser.walk(promql_parser.parse(query), note)
+    return found
+
+
+def test_the_files_are_as_generated() -> None:
+    for path, text in boards.files().items():
+        assert path.read_text() == text, f"{path.name}: run `make dashboards`"
+    assert {*boards.FOLDER.iterdir()} == {*boards.files()}
+
+
+def test_writing_again_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boards, "FOLDER", tmp_path / "grafana")
+    assert len(boards.write()) == len(boards.BOARDS)
+    assert boards.write() == []
+    one = tmp_path / "grafana" / "machines.json"
+    one.write_text("{}")
+    assert boards.write() == [one]
+
+
+@pytest.mark.parametrize(("board", "panel", "query"), QUERIES)
+def test_every_query_parses_and_asks_for_what_is_exported(
+    board: str, panel: str, query: str
+) -> None:
+    assert "$" not in query.replace('"$lab"', "").replace('"$run"', "").replace('"$machine"', "")
+    names = asked(query)
+    assert names
+    assert names <= exported()
+
+
+def test_metrics_of_the_report_are_asked_for_by_their_names() -> None:
+    found = {
+        str(matcher.value)
+        for _, _, query in QUERIES
+        for node in _selectors(query)
+        for matcher in node.matchers.matchers
+        if matcher.name == "metric"
+    }
+    assert found
+    assert found <= METRICS.keys()
+
+
+def _selectors(query: str) -> list[Any]:
+    found: list[Any] = []
+    promql_parser.walk(
+        promql_parser.parse(query),
+        lambda n: found.append(n) if isinstance(n, promql_parser.VectorSelector) else None,
+    )
+    return found
+
+
+@pytest.mark.parametrize(("board", "panel"), EVERY, ids=lambda x: x if isinstance(x, str) else "")
+def test_every_panel_says_its_unit_and_what_to_see(board: str, panel: dict[str, Any]) -> None:
+    assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+    says = panel["description"]
+    assert says.endswith("."), panel["title"]
+    assert len(says) > 20, panel["title"]
+
+
+def test_uids_and_titles_are_their_own() -> None:
+    assert len({found["uid"] for found in BUILT.values()}) == len(BUILT)
+    for name, found in BUILT.items():
+        titles = [panel["title"] for panel in boards.panels(found)]
+        assert len(titles) == len(set(titles)), name
+        ids = [panel["id"] for panel in found["panels"]]
+        assert len(ids) == len(set(ids)), name
+
+
+def test_panels_that_may_be_empty_are_panels() -> None:
+    assert boards.NEEDS.keys() <= {panel["title"] for _, panel in EVERY}
+
+
+def test_limits_are_those_of_the_verdicts() -> None:
+    assert boards.LATE_S == judge.LATE_S
+    assert boards.LOOP_LAG_S == judge.MOST_LOOP_LAG_S
+    assert boards.MOST_ERRORS == judge.MOST_ERRORS
+
+
+def test_every_outcome_of_a_verdict_has_its_colour() -> None:
+    outcomes = judge.Judgement.model_fields["outcome"].annotation.__args__  # type: ignore[union-attr]
+    assert set(outcomes) == boards.OUTCOMES.keys()
+
+
+def valid(found: dict[str, Any]) -> bool:
+    schema = json.loads(SCHEMA.read_text())
+    # where Grafana takes any value, the published schema says object
+    schema["definitions"]["MatcherConfig"]["properties"]["options"] = {}
+    schema["definitions"]["DynamicConfigValue"]["properties"]["value"] = {}
+    return jsonschema.validators.validator_for(schema)(schema).is_valid(found)
+
+
+@pytest.mark.skipif(not SCHEMA.exists(), reason="GRAFANA_SCHEMA names no dashboard.jsonschema.json")
+@pytest.mark.parametrize("name", BUILT)
+def test_dashboards_obey_the_published_schema(name: str) -> None:
+    assert valid(BUILT[name])
+    broken = json.loads(json.dumps(BUILT[name]))
+    broken["panels"][1]["fieldConfig"]["defaults"]["thresholds"]["mode"] = "nonsense"
+    assert not valid(broken)

@@ -1,0 +1,81 @@
+"""What the load generator tells Prometheus, sample by sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loadtests import exporter
+from loadtests.arrivals import parse
+from loadtests.exporter import Exporter
+from loadtests.plan import Progress, TrialPlan, together
+
+MINE = {"lab": "l", "variant": "v", "run_id": "r"}
+
+
+def begun(arrival: str) -> Exporter:
+    found = Exporter()
+    found.begin(
+        TrialPlan(
+            url="", arrival=parse(arrival), requests=Path(), records=Path(), warmup_s=1,
+            window_s=2, timeout_s=3, seed=0, **MINE, workload="w", slo_s={"ttft": 0.5},
+        )
+    )  # fmt: skip
+    return found
+
+
+def value(of: Exporter, name: str, **labels: str) -> float | None:
+    return of.registry.get_sample_value(name, labels or MINE)
+
+
+def test_counters_grow_by_what_is_new_and_start_again_with_a_trial() -> None:
+    found = begun("poisson:2")
+    assert value(found, f"{exporter.SCHEDULED}_total") == 0
+    for due, sent in ((4, 3), (9, 8)):
+        found.progress(Progress(sent=sent, due=due, in_flight=2))
+    assert value(found, f"{exporter.SCHEDULED}_total") == 9
+    assert value(found, f"{exporter.SENT}_total") == 8
+    assert value(found, exporter.IN_FLIGHT) == 2
+
+
+def test_a_closed_loop_has_no_schedule() -> None:
+    found = begun("concurrent:2")
+    found.progress(Progress(sent=3))
+    assert value(found, f"{exporter.SCHEDULED}_total") is None
+    assert value(found, f"{exporter.SENT}_total") == 3
+
+
+def test_what_is_not_watched_is_not_there_and_ends_with_the_trial() -> None:
+    found = begun("concurrent:2")
+    found.progress(Progress())
+    assert value(found, exporter.LOOP_LAG) is None
+    assert value(found, exporter.ADAPTERS) is None
+    found.progress(Progress(loop_lag_s=0.03, adapters=frozenset("ab")))
+    assert value(found, exporter.LOOP_LAG) == 0.03
+    assert value(found, exporter.ADAPTERS) == 2
+    found.end()
+    assert value(found, exporter.LOOP_LAG) is None
+    assert value(found, exporter.ADAPTERS) is None
+    begun("concurrent:2").end()  # a trial that told nothing ends too
+
+
+def test_the_slo_is_there_while_the_lab_runs() -> None:
+    found = begun("concurrent:2")
+    assert value(found, exporter.SLO, lab="l", run_id="r", slo="ttft") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("shares", "whole"),
+    [
+        ([Progress(sent=1, in_flight=1), Progress(sent=2)], Progress(sent=3, in_flight=1)),
+        ([Progress(due=2), Progress(due=3)], Progress(due=5)),
+        ([Progress(loop_lag_s=0.1), Progress(loop_lag_s=0.2)], Progress(loop_lag_s=0.2)),
+        (
+            [Progress(adapters=frozenset("ab")), Progress(adapters=frozenset("bc"))],
+            Progress(adapters=frozenset("abc")),
+        ),
+    ],
+)
+def test_load_processes_are_taken_together(shares: list[Progress], whole: Progress) -> None:
+    assert together(shares) == whole
