@@ -187,6 +187,7 @@ def _plan(folder: RunFolder, trial: Trial) -> TrialPlan:
         variant=point.variant.name,
         run_id=folder.path.name,
         workload=point.workload.name,
+        slo_s=lab.slo.by_name(),
     )
 
 
