@@ -10,8 +10,8 @@ help: ## List the targets
 	@grep -hA1 '^LAB = Lab(' labs/*.py | sed -n 's/^    name="\(.*\)",$$/  make lab-\1/p'
 	@echo "Targets:"
 	@sed -n 's/^\([a-z -]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
-	@echo "Settings: QUICK=1  SET=\"field=value\"  AA=1  MODEL=  ENDPOINT=  SEED=  RESUME=1  AGAIN=1  RESULTS="
-	@echo "          PRICE_PER_HOUR=  PLATFORM=cpu|cuda  PYTHON=   (make lab-<name> HELP=1 explains)"
+	@echo "Settings: QUICK=1  SET=\"field=value\"  AA=1  MODEL=  WEIGHTS=dummy  ENDPOINT=  SEED=  RESUME=1  AGAIN=1"
+	@echo "          RESULTS=  TP=  PP=  DP=  PRICE_PER_HOUR=  PLATFORM=cpu|cuda  PYTHON=   (make lab-<name> HELP=1 explains)"
 
 setup: ## Install what this machine needs, without running anything
 	@$(PYTHON) -m serving.install

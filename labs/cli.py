@@ -27,7 +27,15 @@ from labs import LABS, backfill, derived, pages, report, score, sitting
 from labs.lab import Lab, LabError, parse_changes
 from labs.questions import QUESTIONS
 from labs.results import RESULTS, RunFolder, all_runs, problems
-from labs.run import Request, alone, start_locust_ui, summarise
+from labs.run import (
+    Request,
+    alone,
+    is_dummy,
+    model_of,
+    require_devices,
+    start_locust_ui,
+    summarise,
+)
 from labs.run import run as run_lab
 from loadtests.generator import GeneratorError
 from serving import engine, machine, models
@@ -67,6 +75,24 @@ QuickOption = Annotated[
 ModelOption = Annotated[
     str, typer.Option("--model", envvar="MODEL", help="A model folder or a Hugging Face id.")
 ]
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        envvar="WEIGHTS",
+        help="`dummy` serves random weights in an architecture that ships with the lab (MODEL="
+        " names it): speed is real, text is not.",
+    ),
+]
+TpOption = Annotated[
+    int, typer.Option("--tp", envvar="TP", min=1, help="GPUs that share each layer (tensors).")
+]
+DpOption = Annotated[
+    int, typer.Option("--dp", envvar="DP", min=1, help="Copies of the model, each on its GPUs.")
+]
+PpOption = Annotated[
+    int, typer.Option("--pp", envvar="PP", min=1, help="GPUs that share the layers (pipeline).")
+]
 SeedOption = Annotated[
     str, typer.Option("--seed", envvar="SEED", help="Another draw of lengths, prompts and order.")
 ]
@@ -86,6 +112,10 @@ def run(
     ] = False,
     changes: SetOption = "",
     model: ModelOption = "",
+    weights: WeightsOption = "",
+    tp: TpOption = 1,
+    dp: DpOption = 1,
+    pp: PpOption = 1,
     endpoint: Annotated[
         str,
         typer.Option(
@@ -112,8 +142,9 @@ def run(
             lab=_lab(lab),
             quick=quick,
             aa=aa,
-            changes=_changes(changes, seed),
+            changes={**_parallel(tp, dp, pp), **_changes(changes, seed)},
             model=model,
+            weights=weights,
             endpoint=endpoint,
             resume=resume,
             engine_command=shlex.split(engine_command) or engine.SERVER,
@@ -127,20 +158,28 @@ def run(
 def run_all(
     quick: QuickOption = False,
     model: ModelOption = "",
+    weights: WeightsOption = "",
+    tp: TpOption = 1,
+    dp: DpOption = 1,
+    pp: PpOption = 1,
     fresh: Annotated[
         bool, typer.Option(envvar="FRESH", help="Forget what an unfinished sitting has done.")
     ] = False,
 ) -> None:
     """Run every lab in order, go on where an earlier call stopped, and end in one page."""
     with _plainly():
-        state = sitting.start(quick, model, fresh)
+        parallel = _parallel(tp, dp, pp)
+        state = sitting.start(quick, model, fresh, weights, parallel)
         left: dict[str, str] = {}
         for place, (name, lab) in enumerate(LABS.items(), 1):
             console.print(f"\n[bold]Lab {place} of {len(LABS)}: {lab.title}[/]")
             if name in state.done:
                 console.print(f"Done in this sitting: {state.done[name]}")
                 continue
-            request = Request(lab, quick=quick, model=model, resume=state.begin(name))
+            request = Request(
+                lab, quick=quick, changes=dict(parallel), model=model, weights=weights,
+                resume=state.begin(name),
+            )  # fmt: skip
             try:
                 folder = _play(request)
             except EXPECTED as error:
@@ -165,13 +204,14 @@ def run_all(
 def make(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(derived.RECIPES)}.")],
     model: ModelOption = "",
+    weights: WeightsOption = "",
     again: Annotated[
         bool, typer.Option(envvar="AGAIN", help="Make it anew where it is there already.")
     ] = False,
 ) -> None:
     """Make a model that labs derive from the served one; a lab makes what it needs by itself."""
     with _plainly():
-        served = models.resolve(machine.detect(), model)
+        served = model_of(machine.detect(), model, weights)
         if again and (place := derived.place(served, name)).is_relative_to(models.CACHE):
             shutil.rmtree(place, ignore_errors=True)
         folder = derived.make(served, name, lambda line: console.print(escape(line)))
@@ -197,16 +237,22 @@ def serve(
     port: Annotated[int, typer.Option(envvar="PORT", min=1, max=65535)] = PORT,
     changes: SetOption = "",
     model: ModelOption = "",
+    weights: WeightsOption = "",
+    tp: TpOption = 1,
+    dp: DpOption = 1,
+    pp: PpOption = 1,
 ) -> None:
     """Start a variant's engine in the foreground; Ctrl-C ends it."""
     with _plainly():
         host = machine.detect()
-        resolved = _lab(lab).at(host.kind, quick=False, changes=_changes(changes))
+        asked = {**_parallel(tp, dp, pp), **_changes(changes)}
+        resolved = _lab(lab).at(models.scale_of(host), False, asked, is_dummy(weights))
+        require_devices(resolved, host)
         by_name = {v.name: v for v in resolved.variants}
         if variant and variant not in by_name:
             raise LabError(f"{lab} has no variant {variant!r}; it has {', '.join(by_name)}")
         flags = resolved.flags_of(by_name[variant] if variant else resolved.variants[0])
-        served = models.resolve(host, model)
+        served = model_of(host, model, weights)
         engine.require_port(port, "PORT")
         engine.check_flags([flags])
         argv = [*engine.SERVER, *engine.serve_argv(served, flags, port)]
@@ -225,12 +271,13 @@ def locust(
     web_port: Annotated[int, typer.Option(envvar="WEB_PORT", min=1, max=65535)] = WEB_PORT,
     changes: SetOption = "",
     model: ModelOption = "",
+    weights: WeightsOption = "",
 ) -> None:
     """Open Locust's own web UI on a lab's workload, for turning knobs by hand."""
     with _plainly():
         engine.require_port(web_port, "WEB_PORT")
         with start_locust_ui(
-            _lab(lab), _changes(changes), workload, endpoint, model, web_port
+            _lab(lab), _changes(changes), workload, endpoint, model, weights, web_port
         ) as process:
             console.print(
                 f"Locust: http://127.0.0.1:{web_port} drives {endpoint}; choose the number of users"
@@ -461,6 +508,12 @@ def _lab(name: str) -> Lab:
 
 def _changes(text: str, seed: str = "") -> dict[str, Any]:
     return parse_changes(f"{text} seed={seed}" if seed else text)
+
+
+def _parallel(tp: int, dp: int, pp: int) -> dict[str, int]:
+    """As changes of a lab's flags; the run is marked with them as with any other."""
+    asked = {"tensor": tp, "data": dp, "pipeline": pp}
+    return {f"flags.{way}-parallel-size": n for way, n in asked.items() if n > 1}
 
 
 def _folders(run: Path | None) -> list[RunFolder]:

@@ -22,8 +22,8 @@ from labs.lab import LabError
 from loadtests.arrivals import Concurrent
 from loadtests.prompts import Writer, counter
 from loadtests.workload import Fixed, Workload
-from serving import models
-from serving.models import Model
+from serving import dummy, models
+from serving.models import Model, ModelError
 from serving.process import Process
 
 SEED = 2**31 - 1  # of the prompts trained on: no trial draws from it
@@ -95,18 +95,32 @@ PROMPTS_EACH = 200
 
 
 def place(model: Model, name: str) -> Path:
-    """Where it lies, or will."""
-    published = models.sibling(model, name)
-    return published or models.CACHE / "models" / f"{model.name.replace('/', '--')}-{name}"
+    """Where it lies, or will, when it is made here."""
+    return models.CACHE / "models" / f"{model.name.replace('/', '--')}-{name}"
 
 
 def make(model: Model, name: str, say: Callable[[str], None]) -> Path:
-    """The derived model's folder, made first if need be. Raises LabError with the maker's words."""
+    """The derived model's folder, published, or made here if need be.
+
+    Raises LabError with the maker's words, ModelError where there is no way to have it.
+    """
+    if model.dummy:
+        return dummy.derive(model, name)
     folder = place(model, name)
     if folder.exists():
         return folder
+    try:
+        if published := models.sibling(model, name):
+            return published
+    except ModelError as error:
+        if name not in RECIPES:
+            raise
+        say(f"{name} is made here: {error}")
     if name not in RECIPES:
-        raise LabError(f"no way to make {name!r} is known; the known ones are {', '.join(RECIPES)}")
+        raise LabError(
+            f"for {model.name} no {name!r} is published, nor known how to make; the known ones are"
+            f" {', '.join(RECIPES)}"
+        )
     recipe = RECIPES[name]
     say(f"Making {recipe.what} (once, about {recipe.minutes:g} min)")
     inputs = TEXTS / recipe.text if recipe.text else models.CACHE / f"{name}-prompts.jsonl"
@@ -146,7 +160,8 @@ def about(folder: Path) -> dict[str, Any]:
     """What its maker wrote down of it, and its bytes; a published model has only those."""
     path = folder / "about.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if (folder / "config.json").exists():
+    config = folder / "config.json"
+    if config.exists() and "hidden_size" in json.loads(config.read_text()):  # a head has none
         found["weight_bytes"] = models.load(folder, folder.name).shape.weight_bytes
     return found
 
@@ -158,5 +173,6 @@ def with_weights(model: Model, name: str, folder: Path) -> Model:
     """
     shape = models.load(folder, name).shape
     if shape.layers == model.shape.layers:
-        shape = replace(model.shape, weight_bytes=shape.weight_bytes)
-    return Model(model.name, folder, shape)
+        read = {"weight_bytes": shape.weight_bytes, "expert_bytes": shape.expert_bytes}
+        shape = replace(model.shape, **read)
+    return Model(model.name, folder, shape, model.dummy)

@@ -107,6 +107,13 @@ def near_or_far(name: str, context_tokens: int, *only: str) -> Workload:
     )
 
 
+def tight(memory_bytes: int) -> dict[str, int]:
+    """The tight pair's KV memory on a GPU, where its requests are longer."""
+    sizes = {"kv-cache-memory-bytes": memory_bytes, "max-model-len": 1024}
+    pair = ("bf16-tight", "fp8-tight")
+    return {f"variants.{name}.flags.{flag}": n for name in pair for flag, n in sizes.items()}
+
+
 LAB = Lab(
     name="kv-quantization",
     title="KV quantization",
@@ -211,8 +218,7 @@ LAB = Lab(
                 "kv-cache-memory-bytes": 12 * 2**30,
                 "max-num-batched-tokens": 2048,
             },
-            "variants.bf16-tight.flags.kv-cache-memory-bytes": 2 * 2**30,
-            "variants.fp8-tight.flags.kv-cache-memory-bytes": 2 * 2**30,
+            **tight(2 * 2**30),
             "workloads.near.prompt_tokens.tokens": 512,
             "workloads.near.prefix.tokens": 448,
             "workloads.near.loads": (Concurrent(users=16),),
@@ -229,7 +235,9 @@ LAB = Lab(
             "requests": 2048,
             "warmup_s": 4,
             "window_s": 10,
-        }
+        },
+        "gpu-16": {"flags.kv-cache-memory-bytes": 4 * 2**30, **tight(2**30)},
+        "gpu-141": tight(6 * 2**30),
     },
     quick={
         "warmup_s": 1,

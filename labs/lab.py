@@ -173,11 +173,22 @@ class LabError(Exception):
     """The reader asked for something that cannot be; the message says what can."""
 
 
+NEED_TEXT: dict[str, frozenset[str]] = {
+    # what means nothing where the weights are random: they write no text
+    "studies": frozenset({"outliers"}),
+    "probes": frozenset({"quality", "quality-quick", "tenants", "tenants-quick"}),
+    "findings": frozenset(("quality", "needles", "outliers", "tools", "same-text", "tenant-leaks")),
+    "plots": frozenset({"tradeoff"}),
+}
+NO_TEXT = "quality is not measured on random weights, nor is what else is read off the text"
+
+
 class Lab(BaseModel, frozen=True, extra="forbid"):
     """A question, how it is put to an engine, and what is expected.
 
-    `scales` holds sizes only: for each kind of machine, other values for some of these fields, by
-    dotted path (`workloads.exponential.output_tokens.mean_tokens`). `quick` is laid over that.
+    `scales` holds sizes only: for each kind of machine, and for GPUs of some class of memory
+    (`gpu-24`) over that, other values for some of these fields, by dotted path
+    (`workloads.exponential.output_tokens.mean_tokens`). `quick` is laid over that.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
@@ -208,6 +219,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     scales: dict[str, dict[str, Any]] = {}
     quick: dict[str, Any] = {}
     aa: bool = False  # the baseline against itself: `against_itself`
+    # how the lab asks its question of random weights, beyond leaving out what needs text
+    dummy: Annotated[Callable[[Lab], Lab] | None, Field(exclude=True)] = None
+    left_out: tuple[str, ...] = ()  # by a run with random weights, each with its reason
     limits: dict[str, str] = {}  # kind of machine -> what such a machine can and cannot show
     next_knobs: tuple[str, ...] = ()
 
@@ -229,13 +243,44 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"{sorted(map(str, unknown))} are no variants of {self.name}")
         return self
 
-    def at(self, kind: str, quick: bool, changes: Mapping[str, Any] | None = None) -> Lab:
-        """The lab resolved for a kind of machine: scale, then quick, then the reader's changes.
+    def at(
+        self,
+        scale: str,
+        quick: bool,
+        changes: Mapping[str, Any] | None = None,
+        dummy: bool = False,
+    ) -> Lab:
+        """The lab resolved for a scale, `cpu` or `gpu` or `gpu-24`: its sizes, then quick, then
+        what random weights leave of it, then the reader's changes.
 
         Raises LabError naming the field, and the known ones, for a change that does not fit.
         """
+        kind = scale.partition("-")[0]
+        layers = [self.scales.get(name, {}) for name in dict.fromkeys((kind, scale))]
+        lab = self._changed(*layers, self.quick if quick else {})
+        if not dummy:
+            return lab._changed(changes or {})
+        lab = lab._without_text()
+        lab = (self.dummy(lab) if self.dummy else lab)._changed(changes or {})
+        if asked := lab._needing_text():
+            raise LabError(f"{', '.join(asked)}: {NO_TEXT}")
+        return lab
+
+    def _needing_text(self) -> list[str]:
+        return [n for field, names in NEED_TEXT.items() for n in getattr(self, field) if n in names]
+
+    def _without_text(self) -> Lab:
+        if not (gone := self._needing_text()):
+            return self
+        kept = {
+            field: tuple(n for n in getattr(self, field) if n not in names)
+            for field, names in NEED_TEXT.items()
+        }
+        why = f"{', '.join(dict.fromkeys(gone))}: {NO_TEXT}"
+        return self.model_copy(update={**kept, "left_out": (why,)})
+
+    def _changed(self, *layers: Mapping[str, Any]) -> Lab:
         fields = self.model_dump(exclude={"scales", "quick"})
-        layers = [self.scales.get(kind, {}), self.quick if quick else {}, changes or {}]
         for path, value in (item for layer in layers for item in layer.items()):
             _set(fields, path, value)
         try:
@@ -403,7 +448,7 @@ def factors(treatment: Point, baseline: Point) -> list[str]:
     return found + (["load"] if treatment.load != baseline.load else [])
 
 
-_PROSE = ("title", "question", "limits", "next_knobs")
+_PROSE = ("title", "question", "limits", "next_knobs", "left_out")
 
 
 def digest_of(resolved: Mapping[str, Any]) -> str:

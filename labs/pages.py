@@ -10,7 +10,7 @@ from labs import LABS
 from labs.judge import Judgement
 from labs.questions import QUESTIONS
 from labs.report import ceilings_text, markdown, ratio_interval, ratio_text, verdict
-from labs.results import RunFolder, all_runs
+from labs.results import Run, RunFolder, all_runs
 from labs.text import number, yes
 from serving.models import ROOT
 
@@ -22,7 +22,8 @@ CLAIMS_EACH = 2  # in README.md, of each lab; the machine's page has them all
 def published(quick: bool = False) -> list[RunFolder]:
     """The newest complete, ordinary run of each lab on each machine, in the labs' order.
 
-    With `quick`, a quick run stands in where a lab has no other.
+    One with random weights stands in where a lab has no other, and is marked. With `quick`, so does
+    a quick run.
     """
     newest: dict[tuple[str, str], RunFolder] = {}
     for folder in all_runs():
@@ -31,13 +32,22 @@ def published(quick: bool = False) -> list[RunFolder]:
         before = newest.get(key)
         if not folder.complete or run.ad_hoc or (run.quick and not quick):
             continue
-        if run.quick and before and not before.run().quick:
+        if before and _rank(run) < _rank(before.run()):
             continue
         newest[key] = folder
     order = {name: place for place, name in enumerate(LABS)}
     return [
         newest[key] for key in sorted(newest, key=lambda k: (k[0], order.get(k[1], len(order))))
     ]
+
+
+def _rank(run: Run) -> tuple[bool, bool]:
+    return not run.dummy, not run.quick
+
+
+def _marks(run: Run) -> str:
+    """What kind of run it was, where it was no ordinary one."""
+    return (" (random weights)" if run.dummy else "") + (" (quick)" if run.quick else "")
 
 
 def stale() -> list[Path]:
@@ -105,6 +115,7 @@ def _plot(runs: Sequence[RunFolder]) -> list[str]:
             caption = (
                 "Throughput and TPOT against requests in flight, measured with 95 % intervals, and"
                 f" the bounds predicted beforehand ({folder.run().machine.describe()})"
+                f"{_marks(folder.run())}"
             )
             return [f"![{caption}]({os.path.relpath(path, ROOT)})", "", f"*{caption}.*"]
     return []
@@ -123,9 +134,10 @@ def _results(runs: Sequence[RunFolder]) -> list[str]:
     lines: list[str] = []
     for home, found in _by_machine(runs).items():
         run = found[0].run()
+        served = ", ".join(dict.fromkeys(f.run().model for f in found))
         page = os.path.relpath(home / PAGE, ROOT)
         rows = [_claim(f, j, ROOT) for f in found for j in f.summary().judgements[:CLAIMS_EACH]]
-        lines += [f"**{run.machine.describe()}**, {run.model} ([every claim]({page})):", ""]
+        lines += [f"**{run.machine.describe()}**, {served} ([every claim]({page})):", ""]
         lines += [*markdown([CLAIM_COLUMNS, *rows]), ""]
     return lines[:-1]
 
@@ -136,7 +148,7 @@ def _questions(runs: Sequence[RunFolder]) -> list[str]:
         for id in lab.answers:
             reports = [
                 f"[{f.run().machine.describe().partition(',')[0]}]"
-                f"({os.path.relpath(f.path / 'report.md', ROOT)})"
+                f"({os.path.relpath(f.path / 'report.md', ROOT)}){_marks(f.run())}"
                 for f in runs
                 if f.run().lab["name"] == lab.name and id in f.run().lab["answers"]
             ]
@@ -150,10 +162,9 @@ CLAIM_COLUMNS = ["Lab", "Claim", "Effect", "95 % interval", "Predicted", "Held",
 
 
 def _claim(folder: RunFolder, judgement: Judgement, seen_from: Path) -> list[str]:
-    run = folder.run()
-    quick = " (quick)" if run.quick else ""
+    run, path = folder.run(), os.path.relpath(folder.path / "report.md", seen_from)
     return [
-        f"[{run.lab['name']}]({os.path.relpath(folder.path / 'report.md', seen_from)}){quick}",
+        f"[{run.lab['name']}]({path}){_marks(run)}",
         judgement.title,
         ratio_text(judgement),
         ratio_interval(judgement),
@@ -176,7 +187,7 @@ def _machine(runs: Sequence[RunFolder]) -> str:
         rows.append(
             [
                 f"[{run.lab['name']}]({os.path.relpath(folder.path / 'report.md', here)})"
-                + (" (quick)" if run.quick else ""),
+                + _marks(run),
                 str(run.lab["question"]),
                 run.model,
                 next((v for p, v in run.environment.packages.items() if p.startswith("vllm")), "–"),

@@ -282,7 +282,8 @@ LAB = Lab(
             "requests": 1024,
             "warmup_s": 8,
             "window_s": 12,
-        }
+        },
+        "gpu-141": {"flags.kv-cache-memory-bytes": 24 * 2**30},  # the larger model's few prefixes
     },
     quick={"window_s": 1.5, "repeats": 1, "probes": ("salt-quick",)},
     limits={

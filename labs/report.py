@@ -18,6 +18,7 @@ from labs.measure import METRICS
 from labs.questions import QUESTIONS
 from labs.results import Predictions, Run, RunFolder, Summary
 from labs.text import number, short, yes
+from serving.dummy import SUFFIX
 from serving.machine import Ceilings
 
 Table = tuple[str, list[list[str]]]  # title, rows of which the first is the header
@@ -214,7 +215,8 @@ def _lines(
     summary: Summary,
     drawn: dict[str, str],
 ) -> list[str]:
-    out = [f"# {lab.title} on {run.machine.describe()}", "", f"*{lab.question}*", ""]
+    weights = ", with random weights" if run.dummy else ""
+    out = [f"# {lab.title} on {run.machine.describe()}{weights}", "", f"*{lab.question}*", ""]
     out += [f"> **{note}**" for note in notes(run, summary)]
     out += ["", "## The answer", "", *markdown(claims_table(lab, summary)[1]), ""]
     out += [
@@ -260,7 +262,7 @@ def _lines(
     if summary.failed:
         out += ["Trials that failed (their figures are missing, not zero):", ""]
         out += [f"- `{key}`: {why.splitlines()[0]}" for key, why in summary.failed.items()] + [""]
-    if limits := lab.limits.get(run.scale):
+    if limits := lab.limits.get(run.machine.kind):
         out += ["## What this machine can and cannot show", "", limits, ""]
     if lab.next_knobs:
         out += ["## What to turn next", "", *(f"- {_knob(k)}" for k in lab.next_knobs), ""]
@@ -279,6 +281,12 @@ def _knob(text: str) -> str:
 def notes(run: Run, summary: Summary) -> list[str]:
     """What a reader must know before the first figure."""
     said = []
+    if run.dummy:
+        said.append(
+            f"Random weights in the architecture of {run.model}: speed, memory and scheduling are"
+            " real, the text is not, and no quality is measured."
+        )
+        said += [f"Left out: {what}." for what in run.lab.get("left_out", ())]
     if summary.failed:
         said.append(f"Trials that failed: {len(summary.failed)}. This run is not complete.")
     if summary.missing:
@@ -403,6 +411,8 @@ def _method(folder: RunFolder, run: Run, lab: Lab) -> list[str]:
         if session.prometheus:
             lines.append(f"- {session.prometheus}; the records are complete without it.")
     made = f"make lab-{lab.name}{' QUICK=1' if run.quick else ''}{' AA=1' if run.aa else ''}"
+    if run.dummy:
+        made += f" WEIGHTS=dummy MODEL={run.model.removesuffix(SUFFIX)}"
     if run.changes:
         settings = " ".join(f"{k}={v}" for k, v in run.changes.items())
         made += f" SET='{settings}'"

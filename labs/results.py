@@ -57,6 +57,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     changes: dict[str, Any]  # what SET changed; any makes the run ad hoc
     endpoint: str | None
     model: str
+    dummy: bool = False  # the weights were random
     model_shape: dict[str, int]
     weights: dict[str, dict[str, int]] = {}  # variant -> shape, of those with other weights
     about: dict[str, Any] = {}  # derived model -> what its maker wrote down

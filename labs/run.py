@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import random
 import shutil
 import tempfile
@@ -51,8 +52,8 @@ from loadtests import generator, plan, records
 from loadtests.arrivals import Concurrent
 from loadtests.prompts import Writer, counter
 from loadtests.workload import Workload
+from serving import dummy, metrics, models
 from serving import machine as machines
-from serving import metrics, models
 from serving.engine import (
     SERVER,
     Endpoint,
@@ -68,6 +69,7 @@ from serving.metrics import Snapshot
 from serving.process import Process
 
 PER_TRIAL_S = 2.0  # drain and bookkeeping, for the estimate of the time remaining
+ACTIVATION_BYTES = 10**9  # at least, beside weights and KV cache on a GPU
 ENGINE_OVERHEAD_BYTES = 2 * 2**30  # a vLLM process beside its weights and KV cache
 STEAL_SHARE = 0.05
 OTHERS_SHARE = 0.1
@@ -92,6 +94,7 @@ class Request:
     aa: bool = False  # the lab's baseline against itself
     changes: dict[str, Any] = field(default_factory=dict)
     model: str = ""
+    weights: str = ""  # `dummy`: random ones
     endpoint: str = ""
     resume: bool = False
     engine_command: Sequence[str] = SERVER
@@ -177,13 +180,17 @@ def run(request: Request, teller: Teller) -> RunFolder:
 def resolve(request: Request, teller: Teller) -> Setup:
     """Check everything that can be checked before the first process starts."""
     machine = machines.detect()
-    lab = request.lab.at(machine.kind, request.quick, request.changes)
+    lab = request.lab.at(
+        models.scale_of(machine), request.quick, request.changes, is_dummy(request.weights)
+    )
     lab = lab.against_itself() if request.aa else lab
     _require_known_names(lab)
+    require_devices(lab, machine)
     RESULTS.mkdir(parents=True, exist_ok=True)
     require_space(RESULTS)
-    model = models.resolve(machine, request.model)
-    _require_sizes(lab, model)
+    model = model_of(machine, request.model, request.weights)
+    require_sizes(lab, model)
+    require_memory(lab, machine, model)
     endpoint = None
     if request.endpoint:
         if len(lab.variants) > 1:
@@ -208,7 +215,10 @@ def resolve(request: Request, teller: Teller) -> Setup:
     }
     ceilings = measured_ceilings(machine, teller)
     teller.step(f"Machine: {machine.describe()}; {report.ceilings_text(ceilings)}")
-    teller.step(f"Model: {model.name}, {model.shape.params / 1e6:,.0f} M parameters")
+    random_weights = ", random weights" if model.dummy else ""
+    teller.step(
+        f"Model: {model.name}, {model.shape.params / 1e6:,.0f} M parameters{random_weights}"
+    )
     points = lab.points(
         model.shape,
         ceilings,
@@ -221,7 +231,63 @@ def resolve(request: Request, teller: Teller) -> Setup:
     )  # fmt: skip
 
 
-def _require_sizes(lab: Lab, model: models.Model) -> None:
+def is_dummy(weights: str) -> bool:
+    """Of the setting WEIGHTS. Raises LabError for what it does not know."""
+    if weights not in ("", "dummy"):
+        raise LabError(f"WEIGHTS={weights} is not known: WEIGHTS=dummy serves random weights")
+    return bool(weights)
+
+
+def model_of(machine: Machine, wanted: str, weights: str) -> models.Model:
+    """What MODEL and WEIGHTS ask for on this machine. Raises ModelError and LabError."""
+    if is_dummy(weights):
+        return dummy.resolve(machine, wanted)
+    if wanted in dummy.SHAPES and not Path(wanted).exists():
+        raise LabError(f"MODEL={wanted} is a shape without weights: say WEIGHTS=dummy with it")
+    return models.resolve(machine, wanted)
+
+
+PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
+
+
+def require_devices(lab: Lab, machine: Machine) -> None:
+    """What is asked of vLLM's parallelism and sampling, this machine's kind and GPUs can do."""
+    for variant in lab.variants:
+        flags = lab.flags_of(variant)
+        ways = math.prod(int(str(flags.get(flag, 1))) for flag in PARALLEL)
+        gpus = machine.count if machine.kind == "gpu" else 0
+        if ways > max(1, gpus) and flags.get("distributed-executor-backend") != "ray":
+            raise LabError(
+                f"TP x PP x DP = {ways} takes as many GPUs, and this machine has {gpus}: lower"
+                " them, or span machines with SET=flags.distributed-executor-backend=ray"
+            )
+        speculation = flags.get("speculative-config", {})
+        if machine.kind == "cpu" and "synthetic" in json.dumps(speculation):
+            raise LabError(
+                f"{variant.name} is to accept guesses at a rate that is set, and the sampler that"
+                " does so is written in Triton, which vLLM's CPU engine lacks: this needs a GPU"
+            )
+
+
+def require_memory(lab: Lab, machine: Machine, model: models.Model) -> None:
+    """On a GPU, weights and the KV memory a variant asks for leave room for activations."""
+    if machine.kind == "cpu":
+        return
+    for variant in lab.variants:
+        flags = lab.flags_of(variant)
+        parts = math.prod(int(str(flags.get(flag, 1))) for flag in PARALLEL[:2])
+        weights, kv = model.shape.weight_bytes / parts, flags.get("kv-cache-memory-bytes", 0)
+        needed = weights + int(str(kv)) + ACTIVATION_BYTES
+        if not variant.weights and needed > machine.memory_bytes:
+            raise LabError(
+                f"{variant.name}: {weights / 1e9:.1f} GB of weights, {int(str(kv)) / 1e9:.1f} of KV"
+                f" cache and about {ACTIVATION_BYTES / 1e9:.0f} for activations do not fit the"
+                f" GPU's {machine.memory_bytes / 1e9:.1f}: give a smaller model with MODEL=, more"
+                " GPUs with TP=, or less with SET=flags.kv-cache-memory-bytes="
+            )
+
+
+def require_sizes(lab: Lab, model: models.Model) -> None:
     """The requests fit the model and the engines, and the engines' limits fit their memory."""
     longest = max(w.longest_tokens for w in lab.workloads)
     if longest > model.shape.max_positions:
@@ -234,6 +300,11 @@ def _require_sizes(lab: Lab, model: models.Model) -> None:
         limit, memory = flags.get("max-model-len"), flags.get("kv-cache-memory-bytes")
         if not isinstance(limit, int):
             continue
+        if limit > model.shape.max_positions:
+            raise LabError(
+                f"{variant.name}'s max-model-len={limit} exceeds {model.name}'s"
+                f" {model.shape.max_positions} positions: lower it and the lengths with SET="
+            )
         sent = [w for w in lab.workloads if not w.only or variant.name in w.only]
         if (longest := max((w.longest_tokens for w in sent), default=0)) > limit:
             raise LabError(
@@ -317,11 +388,12 @@ def _manifest(setup: Setup, request: Request, prompts_sha256: str) -> Run:
         run_id=run_id(lab.digest()),
         lab=lab.resolved(),
         digest=lab.digest(),
-        scale=setup.machine.kind,
+        scale=models.scale_of(setup.machine),
         quick=request.quick,
         changes=request.changes,
         endpoint=request.endpoint or None,
         model=setup.model.name,
+        dummy=setup.model.dummy,
         model_shape=vars(setup.model.shape),
         weights={name: vars(served.shape) for name, served in setup.weights.items()},
         about=dict(setup.points[0].about),
@@ -695,17 +767,23 @@ def _settled(engine: VllmEngine | Endpoint, before: Snapshot | None, done: int) 
 
 @contextlib.contextmanager
 def start_locust_ui(
-    lab: Lab, changes: dict[str, Any], workload: str, endpoint: str, model: str, web_port: int
+    lab: Lab,
+    changes: dict[str, Any],
+    workload: str,
+    endpoint: str,
+    model: str,
+    weights: str,
+    web_port: int,
 ) -> Iterator[Process]:
     """Locust's web UI sending a lab's workload to a running server; ends with the block."""
     machine = machines.detect()
-    resolved = lab.at(machine.kind, quick=False, changes=changes)
+    resolved = lab.at(models.scale_of(machine), False, changes, is_dummy(weights))
     by_name = {w.name: w for w in resolved.workloads}
     if workload and workload not in by_name:
         raise LabError(f"{lab.name} has no workload {workload!r}; it has {', '.join(by_name)}")
     chosen = by_name[workload] if workload else resolved.workloads[0]
     server = Endpoint(endpoint)
-    writer = Writer(counter(str(models.resolve(machine, model).path)))
+    writer = Writer(counter(str(model_of(machine, model, weights).path)))
     work = models.CACHE / "locust"
     plan.write_requests(
         work / "requests.jsonl",

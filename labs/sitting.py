@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -19,6 +20,8 @@ class Sitting(BaseModel, extra="forbid"):
 
     quick: bool
     model: str
+    weights: str = ""
+    parallel: dict[str, int] = {}  # TP, DP and PP, as vLLM's flags
     results: str
     begun: list[str] = []
     done: dict[str, str] = {}  # lab -> its run's folder
@@ -44,15 +47,27 @@ class Sitting(BaseModel, extra="forbid"):
         FILE.unlink(missing_ok=True)
 
 
-def start(quick: bool, model: str, fresh: bool) -> Sitting:
+def start(
+    quick: bool,
+    model: str,
+    fresh: bool,
+    weights: str = "",
+    parallel: Mapping[str, int] | None = None,
+) -> Sitting:
     """The unfinished sitting with these settings, or a new one."""
-    new = Sitting(quick=quick, model=model, results=str(RESULTS))
+    new = Sitting(
+        quick=quick,
+        model=model,
+        weights=weights,
+        parallel=dict(parallel or {}),
+        results=str(RESULTS),
+    )
     if fresh or not FILE.exists():
         return new
     try:
         old = read_json(FILE, Sitting)
     except ValidationError:
         return new
-    same = (old.quick, old.model, old.results) == (new.quick, new.model, new.results)
+    same = old.model_copy(update={"begun": [], "done": {}}) == new
     kept = {lab: run for lab, run in old.done.items() if (ROOT / run / "COMPLETE").exists()}
     return old.model_copy(update={"done": kept}) if same else new

@@ -16,7 +16,7 @@ load (`workloads.story.loads`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from labs import theory
@@ -43,11 +43,17 @@ def verify_cost(point: Point) -> float:
     return verify_s / step_s
 
 
+def draft(point: Point) -> Mapping[str, Any]:
+    """What is known of the model that guesses."""
+    found: Mapping[str, Any] = point.about[config(point)["model"].strip("<>")]
+    return found
+
+
 def draft_cost(point: Point) -> float:
     """c: the draft's bytes / the target's."""
     if config(point)["method"] == "ngram":
         return 0.0
-    return float(point.about["draft"].get("weight_bytes", 0)) / point.shape.weight_bytes
+    return float(draft(point).get("weight_bytes", 0)) / point.shape.weight_bytes
 
 
 def tpot_ratio(acceptance: Callable[[Point], float]) -> Callable[[Point, Point], Prediction]:
@@ -70,7 +76,7 @@ def tpot_ratio(acceptance: Callable[[Point], float]) -> Callable[[Point, Point],
 
 def drafts_accepted(point: Point) -> float:
     """What the draft's maker measured on held-out prompts; a published draft is taken at 0.6."""
-    return float(point.about["draft"].get("acceptance", 0.6))
+    return float(draft(point).get("acceptance", 0.6))
 
 
 def copies_accepted(point: Point) -> float:
@@ -118,6 +124,63 @@ def claim(
             "baseline": {"variant": "none", **arm},
             "expect": expect,
             "predict": tpot_ratio(acceptance),
+        }
+    )
+
+
+# where the KV cache beside the model does not hold hundreds of requests
+CROWD_32: dict[str, Any] = {
+    "workloads.story.loads": tuple(Concurrent(users=n) for n in (1, 8, 32)),
+    "workloads.quote.loads": tuple(Concurrent(users=n) for n in (1, 32)),
+    "workloads.crowd.loads": tuple(Concurrent(users=n) for n in (96, 192)),
+    "claims.draft-crowd.treatment.load": "concurrent:32",
+    "claims.draft-crowd.baseline.load": "concurrent:32",
+}
+
+CHOSEN = {f"accepts-{percent}": percent / 100 for percent in (30, 60, 80, 95)}
+
+
+def chosen(point: Point) -> float:
+    return CHOSEN[point.variant.name]
+
+
+def on_random_weights(lab: Lab) -> Lab:
+    """The engine accepts three guesses of a draft as often as it is told."""
+    guesses, many = 3, max(load.seats for load in lab.workloads[0].loads)
+    variants = tuple(
+        speculating(
+            name, "draft_model", guesses, model="<draft>", rejection_sample_method="synthetic",
+            synthetic_acceptance_length=round(theory.accepted_length(a, guesses), 4),
+        )
+        for name, a in CHOSEN.items()
+    )  # fmt: skip
+    workloads = {w.name: w for w in lab.workloads if w.name != "quote"}
+    workloads["story"] = workloads["story"].model_copy(update={"only": ("none", *CHOSEN)})
+    kept = [v for v in lab.variants if v.name in ("none", "draft-alone")]
+
+    def at(name: str, load: int, expect: str) -> Claim:
+        gain = "shortens TPOT" if expect == "falls" else "costs more than it yields"
+        title = f"With {name.removeprefix('accepts-')} % accepted a draft {gain}, {load} in flight"
+        return claim(f"{name}-at-{load}", title, name, "story", load, expect, chosen)
+
+    return lab.model_copy(
+        update={
+            "variants": (kept[0], *variants, *kept[1:]),
+            "workloads": tuple(workloads.values()),
+            "claims": (
+                at("accepts-30", 1, "rises"),
+                *(at(name, 1, "falls") for name in ("accepts-60", "accepts-80", "accepts-95")),
+                at("accepts-30", many, "rises"),
+                at("accepts-95", many, "falls"),
+            ),
+            "evidence": (
+                *(
+                    Evidence(arm=Arm(variant=name), kind="rises", metric=metrics.SPEC_ACCEPTED)
+                    for name in CHOSEN
+                ),
+                Evidence(arm=Arm(variant="none"), kind="absent", metric=metrics.SPEC_DRAFTS),
+            ),
+            "left_out": (*lab.left_out, "ngram and the text `quote`: there is nothing to copy"),
         }
     )
 
@@ -200,7 +263,8 @@ LAB = Lab(
     repeats=3,
     scales={
         "gpu": {
-            "flags": {"max-model-len": 4096, "enable-prefix-caching": False},
+            # as many as `crowd` sends: the engine's own limit depends on the GPU
+            "flags": {"max-model-len": 4096, "enable-prefix-caching": False, "max-num-seqs": 1024},
             **{
                 f"workloads.{name}.{field}": value
                 for name, prompt, loads in (("story", 512, (1, 16, 128)), ("quote", 1024, (1, 128)),
@@ -216,8 +280,10 @@ LAB = Lab(
             "requests": 4096,
             "warmup_s": 4,
             "window_s": 10,
-        }
+        },
+        **{f"gpu-{gb}": CROWD_32 for gb in (16, 24, 48, 141)},
     },
+    dummy=on_random_weights,
     quick={"window_s": 2, "repeats": 1},
     limits={
         "cpu": "Acceptance depends on the models and the text, and carries over to any machine that"
@@ -227,6 +293,9 @@ LAB = Lab(
         "gpu": "Greedy decoding of two kinds of text; sampling at a temperature accepts less.",
     },
     next_knobs=(
+        'SET="variants.draft-2.flags.speculative-config.method=eagle3'
+        ' variants.draft-2.flags.speculative-config.model=<eagle>" lets an EAGLE head guess, where'
+        " one is published for the model (`serving/models.py`)",
         'SET="variants.draft-2.flags.speculative-config.num_speculative_tokens=1" guesses one'
         " token ahead",
         'SET="variants.ngram.flags.speculative-config.num_speculative_tokens=6" copies longer'

@@ -1,6 +1,8 @@
 """What theory says, before anything is measured. Pure functions; every one names its source.
 
-Units: seconds, bytes, tokens, FLOP (one multiply-add counts as two).
+Units: seconds, bytes, tokens, FLOP (one multiply-add counts as two). Of a mixture of experts a step
+reads the experts that its tokens are expected to be sent to (`Shape.step_bytes`), and each token
+is multiplied with its own; what sending tokens about costs is left out.
 """
 
 from __future__ import annotations
@@ -30,12 +32,13 @@ def prefill_left_s(shape: Shape, ceilings: Ceilings, tokens: float, cached_token
     all that is cached. Never less than one read of the weights, which any forward pass takes.
     """
     whole, cached = (prefill_s(shape, ceilings, n) for n in (tokens, cached_tokens))
-    return max(whole - cached, shape.weight_bytes / ceilings.memory_bandwidth_bytes_per_s)
+    weights_s = shape.step_bytes(tokens - cached_tokens) / ceilings.memory_bandwidth_bytes_per_s
+    return max(whole - cached, weights_s)
 
 
 def decode_bytes(shape: Shape, batch: float, context_tokens: float) -> float:
     """Bytes one decode step reads: the weights once, and every sequence's keys and values."""
-    return shape.weight_bytes + batch * context_tokens * shape.kv_bytes_per_token()
+    return shape.step_bytes(batch) + batch * context_tokens * shape.kv_bytes_per_token()
 
 
 def decode_flops(shape: Shape, batch: float, context_tokens: float) -> float:
@@ -160,7 +163,7 @@ def forward_s(shape: Shape, ceilings: Ceilings, tokens: float, context_bytes: fl
 
     The roofline (Williams et al. 2009); attention's own FLOP are left out.
     """
-    memory_s = (shape.weight_bytes + context_bytes) / ceilings.memory_bandwidth_bytes_per_s
+    memory_s = (shape.step_bytes(tokens) + context_bytes) / ceilings.memory_bandwidth_bytes_per_s
     return max(memory_s, 2 * shape.matmul_params * tokens / ceilings.bf16_flops_per_s)
 
 

@@ -75,6 +75,21 @@ def claim(
     )
 
 
+KINDS = ("bf16", "w8a8", "w4a16-gptq")
+
+
+def on_random_weights(lab: Lab) -> Lab:
+    """One recipe for each kind of weights: what tells recipes apart is their quality."""
+    return lab.model_copy(
+        update={
+            "variants": tuple(v for v in lab.variants if v.name in KINDS),
+            "answers": ("CO-1", "IP-2"),
+            "plots": ("variants",),
+            "left_out": (*lab.left_out, "w8a8-rtn, w4a16-awq: the same bytes as another recipe's"),
+        }
+    )
+
+
 LAB = Lab(
     name="weight-quantization",
     title="Weight quantization",
@@ -142,6 +157,7 @@ LAB = Lab(
             "window_s": 10,
         }
     },
+    dummy=on_random_weights,
     quick={"window_s": 2.5, "repeats": 1, "probes": ("quality-quick",)},
     limits={
         "cpu": "Quality and bytes carry over; speed does not. This CPU multiplies INT8 in its"

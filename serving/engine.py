@@ -83,6 +83,7 @@ def placed(flags: Mapping[str, FlagValue], places: Mapping[str, Path]) -> dict[s
 
 def serve_argv(model: Model, flags: Mapping[str, FlagValue], port: int) -> list[str]:
     own = ["--model", str(model.path), "--served-model-name", model.name]
+    own += ["--load-format", "dummy"] if model.dummy else []
     return [*own, "--host", LOOPBACK, "--port", str(port), *flag_argv(flags)]
 
 
@@ -96,6 +97,8 @@ def serve_env(kind: str, model: Model) -> dict[str, str]:
     }
     if model.path.exists():
         env["HF_HUB_OFFLINE"] = "1"
+    if model.dummy:  # evenly, as trained routers aim to; a random one has its favourites
+        env["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = "uniform_random"
     if kind == "cpu":
         env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(c) for c in split_cores()[0])
     return env

@@ -15,30 +15,88 @@ import os
 import shutil
 import struct
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from serving.machine import GIB, Machine
+from serving.machine import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 BUNDLED = "SmolLM2-135M-Instruct"
 BUNDLED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-GPU_DEFAULTS: tuple[tuple[int, str], ...] = (
-    # least GPU memory in GiB, ungated Hugging Face id
-    (40, "Qwen/Qwen2.5-7B-Instruct"),
-    (20, "Qwen/Qwen2.5-3B-Instruct"),
-    (0, "Qwen/Qwen2.5-1.5B-Instruct"),
+RANDOM = "RANDOM_WEIGHTS"  # a file that marks a folder without weights: see serving/dummy.py
+
+
+@dataclass(frozen=True)
+class MemoryClass:
+    """GPUs of about this much memory, and what one of them serves unless told otherwise."""
+
+    gb: int
+    model: str  # a Hugging Face id that asks for no account
+    dummy: str  # a shape of serving/dummy.py, under WEIGHTS=dummy
+
+
+CLASSES = (
+    MemoryClass(16, "Qwen/Qwen2.5-1.5B-Instruct", "llama-1b"),
+    MemoryClass(24, "Qwen/Qwen2.5-3B-Instruct", "llama-1b"),
+    MemoryClass(48, "Qwen/Qwen2.5-7B-Instruct", "llama-8b"),
+    MemoryClass(80, "NousResearch/Meta-Llama-3.1-8B-Instruct", "llama-8b"),
+    MemoryClass(141, "Qwen/Qwen2.5-32B-Instruct", "llama-8b"),
 )
 
-
-SIBLINGS: dict[tuple[str, str], str] = {
-    # (served model, what is derived from it) -> Hugging Face id of one that others have made
-    ("Qwen/Qwen2.5-7B-Instruct", "draft"): "Qwen/Qwen2.5-0.5B-Instruct",
-    ("Qwen/Qwen2.5-3B-Instruct", "draft"): "Qwen/Qwen2.5-0.5B-Instruct",
-    ("Qwen/Qwen2.5-1.5B-Instruct", "draft"): "Qwen/Qwen2.5-0.5B-Instruct",
+# What others have made of these models, by the names of labs/derived.py. What is not listed, the
+# lab makes itself. The ids are as they are known; they were not checked from here. A draft must
+# share its target's vocabulary, which the smallest Qwen2.5 do not with those of 7B and more.
+SIBLINGS: dict[str, dict[str, str]] = {
+    "Qwen/Qwen2.5-1.5B-Instruct": {
+        "draft": "Qwen/Qwen2.5-0.5B-Instruct",
+        "fp8": "RedHatAI/Qwen2.5-1.5B-Instruct-FP8-dynamic",
+        "w8a8": "RedHatAI/Qwen2.5-1.5B-Instruct-quantized.w8a8",
+        "w4a16-awq": "Qwen/Qwen2.5-1.5B-Instruct-AWQ",
+        "w4a16-gptq": "Qwen/Qwen2.5-1.5B-Instruct-GPTQ-Int4",
+    },
+    "Qwen/Qwen2.5-3B-Instruct": {
+        "draft": "Qwen/Qwen2.5-0.5B-Instruct",
+        "w8a8": "RedHatAI/Qwen2.5-3B-Instruct-quantized.w8a8",
+        "w4a16-awq": "Qwen/Qwen2.5-3B-Instruct-AWQ",
+        "w4a16-gptq": "Qwen/Qwen2.5-3B-Instruct-GPTQ-Int4",
+    },
+    "Qwen/Qwen2.5-7B-Instruct": {
+        "fp8": "RedHatAI/Qwen2.5-7B-Instruct-FP8-dynamic",
+        "w8a8": "RedHatAI/Qwen2.5-7B-Instruct-quantized.w8a8",
+        "w4a16-awq": "Qwen/Qwen2.5-7B-Instruct-AWQ",
+        "w4a16-gptq": "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4",
+    },
+    "NousResearch/Meta-Llama-3.1-8B-Instruct": {
+        "draft": "unsloth/Llama-3.2-1B-Instruct",
+        "eagle": "RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3",
+        "fp8": "RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8-dynamic",
+        "w8a8": "RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w8a8",
+        "w4a16-awq": "hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4",
+        "w4a16-gptq": "hugging-quants/Meta-Llama-3.1-8B-Instruct-GPTQ-INT4",
+    },
+    "Qwen/Qwen2.5-32B-Instruct": {
+        "draft": "Qwen/Qwen2.5-7B-Instruct",
+        "fp8": "RedHatAI/Qwen2.5-32B-Instruct-FP8-dynamic",
+        "w8a8": "RedHatAI/Qwen2.5-32B-Instruct-quantized.w8a8",
+        "w4a16-awq": "Qwen/Qwen2.5-32B-Instruct-AWQ",
+        "w4a16-gptq": "Qwen/Qwen2.5-32B-Instruct-GPTQ-Int4",
+    },
 }
+
+
+def class_of(machine: Machine) -> MemoryClass:
+    """The largest that the GPU fills; the smallest one where it fills none. Drivers keep some."""
+    filled = [c for c in CLASSES if machine.memory_bytes >= 0.95 * c.gb * 10**9]
+    return filled[-1] if filled else CLASSES[0]
+
+
+def scale_of(machine: Machine) -> str:
+    """Which sizes of a lab fit: `cpu`, or `gpu-` and the class of memory."""
+    return "cpu" if machine.kind == "cpu" else f"gpu-{class_of(machine).gb}"
 
 
 class ModelError(Exception):
@@ -47,7 +105,7 @@ class ModelError(Exception):
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense decoder's shape. Mixture-of-experts and sliding windows are not described by it."""
+    """A decoder's shape, dense or with routed experts; sliding windows are not described by it."""
 
     layers: int
     hidden: int
@@ -57,10 +115,23 @@ class Shape:
     vocab: int
     max_positions: int
     params: int  # stored parameters, tied embeddings once
-    matmul_params: (
-        int  # parameters every token is multiplied with: all but an untied input embedding
-    )
-    weight_bytes: int  # bytes one decode step must read: matmul parameters in their stored type
+    # a token is multiplied with all but an untied input embedding and the experts it is not sent to
+    matmul_params: int
+    weight_bytes: int  # of all that a large batch reads: all but an untied input embedding
+    experts: int = 0  # a layer; of these each token is sent to
+    experts_per_token: int = 0
+    expert_bytes: int = 0  # of all experts of all layers, within weight_bytes
+
+    def step_bytes(self, tokens: float) -> float:
+        """Bytes of weights that a step over `tokens` reads: experts that no token needs are not.
+
+        Expected, each token being sent to experts drawn evenly and independently of the others':
+        an expert is idle with probability (1 - k / E)^tokens.
+        """
+        if not self.experts:
+            return self.weight_bytes
+        idle = (1 - self.experts_per_token / self.experts) ** tokens
+        return self.weight_bytes - idle * self.expert_bytes
 
     def kv_bytes_per_token(self, bytes_per_value: float = 2) -> float:
         """K and V, every layer: 2 x layers x KV heads x head dim x bytes."""
@@ -72,6 +143,7 @@ class Model:
     name: str
     path: Path
     shape: Shape
+    dummy: bool = False  # its weights are random
 
 
 def resolve(machine: Machine, wanted: str = "") -> Model:
@@ -82,8 +154,7 @@ def resolve(machine: Machine, wanted: str = "") -> Model:
     if not wanted:
         if machine.kind == "cpu":
             return load(bundled(), BUNDLED)
-        gib = machine.memory_bytes / GIB
-        wanted = next(name for least, name in GPU_DEFAULTS if gib >= least)
+        wanted = class_of(machine).model
     folder = Path(wanted).expanduser()
     if (folder / "config.json").exists():
         return load(folder.resolve(), folder.resolve().name)
@@ -94,7 +165,13 @@ def resolve(machine: Machine, wanted: str = "") -> Model:
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(
@@ -102,17 +179,26 @@ def _download(name: str) -> Path:
         )
     except HFValidationError as error:
         raise ModelError(f"MODEL={name} is neither a folder nor a Hugging Face id") from error
+    except GatedRepoError as error:
+        raise ModelError(
+            f"the model {name} is gated: accept its licence at https://huggingface.co/{name} and"
+            " set HF_TOKEN to a token of that account, or give a local folder with MODEL=/path"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"Hugging Face has no model {name}, or it is private: correct the name, or set HF_TOKEN"
+            " to a token that may read it"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"the model {name} could not be downloaded ({type(error).__name__}): give a local"
-            " folder with MODEL=/path/to/model, or, if it is gated, accept its licence and set"
-            " HF_TOKEN"
+            " folder with MODEL=/path/to/model, or measure speed without it with WEIGHTS=dummy"
         ) from error
 
 
 def sibling(model: Model, derived: str) -> Path | None:
     """The folder of a published model that serves as this derived one, downloaded if need be."""
-    name = SIBLINGS.get((model.name, derived))
+    name = SIBLINGS.get(model.name, {}).get(derived)
     return _download(name) if name else None
 
 
@@ -120,6 +206,8 @@ def load(path: Path, name: str) -> Model:
     """Read the shape from config.json and the safetensors headers; no weights are loaded."""
     config = json.loads((path / "config.json").read_text())
     config = config.get("text_config", config)
+    if (path / RANDOM).exists():
+        return Model(name, path, shape_of(config), dummy=True)
     sizes: dict[str, tuple[int, int]] = {}
     for shard in sorted(path.glob("*.safetensors")):
         sizes |= _tensor_sizes(shard)
@@ -127,25 +215,81 @@ def load(path: Path, name: str) -> Model:
         raise ModelError(f"{path} has no *.safetensors weights; other formats are not loaded")
     inputs = next((s for n, s in sizes.items() if n.endswith("embed_tokens.weight")), (0, 0))
     tied = config.get("tie_word_embeddings", False) or not any("lm_head" in n for n in sizes)
-    idle = (0, 0) if tied else inputs  # an untied input embedding is looked up, not multiplied
+    untied = (0, 0) if tied else inputs  # an untied input embedding is looked up, not multiplied
     params, stored = (sum(s[i] for s in sizes.values()) for i in (0, 1))
+    routed, routed_bytes = (sum(s[i] for n, s in sizes.items() if ".experts." in n) for i in (0, 1))
+    experts, per_token = _experts(config)
+    idle = routed * (experts - per_token) // experts if experts else 0
     return Model(
         name,
         path,
         Shape(
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            heads=config["num_attention_heads"],
-            kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-            head_dim=config.get("head_dim")
-            or config["hidden_size"] // config["num_attention_heads"],
-            vocab=config["vocab_size"],
-            max_positions=config["max_position_embeddings"],
+            **_dimensions(config),
             params=params,
-            matmul_params=params - idle[0],
-            weight_bytes=stored - idle[1],
+            matmul_params=params - untied[0] - idle,
+            weight_bytes=stored - untied[1],
+            experts=experts,
+            experts_per_token=per_token,
+            expert_bytes=routed_bytes,
         ),
     )
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """From config.json alone, where there are no weights to look at: Llama's and Qwen3 MoE's.
+
+    A quantized layer's scales are counted where there is one a group, not where one a channel.
+    """
+    size = _dimensions(config)
+    layers, hidden, head_dim = size["layers"], size["hidden"], size["head_dim"]
+    experts, per_token = _experts(config)
+    width = config["moe_intermediate_size"] if experts else config["intermediate_size"]
+    expert = layers * 3 * hidden * width  # gate, up and down of every layer; dense: the only one
+    attention = layers * 2 * hidden * head_dim * (size["heads"] + size["kv_heads"])
+    norms = hidden + layers * 2 * (hidden + (head_dim if experts else 0))  # Qwen3's: of Q and K too
+    embedding = size["vocab"] * hidden
+    tied = bool(config["tie_word_embeddings"])
+    linear = attention + expert * (experts or 1)
+    params = linear + norms + layers * hidden * experts + embedding * (1 if tied else 2)
+    looked_up = 0 if tied else embedding
+    return Shape(
+        **size,
+        params=params,
+        matmul_params=params - looked_up - expert * max(0, experts - per_token),
+        weight_bytes=round(linear * _linear_bytes(config) + 2 * (params - linear - looked_up)),
+        experts=experts,
+        experts_per_token=per_token,
+        expert_bytes=2 * expert * experts,
+    )
+
+
+def _dimensions(config: Mapping[str, Any]) -> dict[str, int]:
+    heads = config["num_attention_heads"]
+    return {
+        "layers": config["num_hidden_layers"],
+        "hidden": config["hidden_size"],
+        "heads": heads,
+        "kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "vocab": config["vocab_size"],
+        "max_positions": config["max_position_embeddings"],
+    }
+
+
+def _experts(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(routed experts a layer, of these for each token); models name the first in three ways."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((n for name in names if (n := config.get(name))), 0)
+    return (experts, config["num_experts_per_tok"]) if experts else (0, 0)
+
+
+def _linear_bytes(config: Mapping[str, Any]) -> float:
+    """Bytes a weight of the linear layers takes."""
+    if "quantization_config" not in config:
+        return 2
+    (group,) = config["quantization_config"]["config_groups"].values()
+    bits, size = group["weights"]["num_bits"], group["weights"].get("group_size")
+    return bits / 8 + (2 / size if size else 0)
 
 
 def _tensor_sizes(shard: Path) -> dict[str, tuple[int, int]]:

@@ -12,12 +12,18 @@ from serving import metrics
 from serving.models import ROOT
 
 
-def quick_run(lab: str, results: Path, settings: str = "") -> RunFolder:
-    """`labs run LAB` with QUICK=1 and SET into a folder of its own; the run it left."""
+def quick_run(lab: str, results: Path, settings: str = "", weights: str = "") -> RunFolder:
+    """`labs run LAB` with QUICK=1, SET and WEIGHTS into a folder of its own; the run it left."""
     done = subprocess.run(
         [sys.executable, "-m", "labs.cli", "run", lab],
         cwd=ROOT,
-        env={**os.environ, "QUICK": "1", "SET": settings, "RESULTS": str(results)},
+        env={
+            **os.environ,
+            "QUICK": "1",
+            "SET": settings,
+            "WEIGHTS": weights,
+            "RESULTS": str(results),
+        },
         capture_output=True,
         text=True,
     )

@@ -46,7 +46,9 @@ def acceptance(context: Context) -> Finding:
         at, length = accepted_at(context, point), context.mean(point, "acceptance_length")
         if not at or length is None:
             continue
-        expected = theory.accepted_length(at[0], config["num_speculative_tokens"])
+        expected = config.get("synthetic_acceptance_length") or theory.accepted_length(
+            at[0], config["num_speculative_tokens"]
+        )
         rate = context.mean(point, "acceptance_rate")
         rows.append(
             [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from labs import LABS
-from serving import engine, machine, models
+from serving import dummy, engine, machine, models
 from tests.real import check_run, quick_run
 
 pytestmark = [
@@ -36,11 +37,43 @@ def test_lab_runs_on_a_real_engine(lab: str, tmp_path: Path) -> None:
     check_run(quick_run(lab, tmp_path, ROUNDED if lab == "weight-quantization" else ""))
 
 
-@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("lab", ["continuous-batching", "multi-lora", "weight-quantization"])
+def test_lab_runs_on_random_weights_and_says_so_first(lab: str, tmp_path: Path) -> None:
+    folder = quick_run(lab, tmp_path, weights="dummy")
+    check_run(folder)
+    run = folder.run()
+    assert (run.model, run.dummy, run.ad_hoc) == ("llama-tiny-dummy", True, False)
+    for argv in run.argv.values():
+        assert "--load-format" not in argv  # no setting of the lab's: the model brings it
+    report = (folder.path / "report.md").read_text()
+    assert report.partition("\n")[0].endswith("with random weights")
+    assert "no quality is measured" in report
+    asked = lab != "continuous-batching"  # which reads nothing off the text anyway
+    assert ("quality is not measured on random weights" in report) == asked
+    assert not list(folder.path.glob("probes/*"))
+
+
+def test_the_arithmetic_of_shapes_is_that_of_the_models_themselves() -> None:
+    import torch
+    import transformers
+
+    for name in dummy.SHAPES:
+        config = json.loads((dummy.HOME / f"{name}.json").read_text())
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                transformers.AutoConfig.for_model(**config)
+            )
+        assert models.shape_of(config).params == sum(p.numel() for p in model.parameters())
+
+
 @pytest.mark.parametrize("lab", LABS)
-def test_vllm_accepts_every_scale(lab: str, kind: str) -> None:
-    resolved = LABS[lab].at(kind, quick=False)
-    engine.check_flags([resolved.flags_of(v) for v in resolved.variants])
+def test_vllm_accepts_every_scale(lab: str) -> None:
+    scales = ["cpu", "gpu", *(f"gpu-{c.gb}" for c in models.CLASSES)]
+    resolved = [
+        LABS[lab].at(at, quick=False, dummy=random) for at in scales for random in (False, True)
+    ]
+    engine.check_flags([r.flags_of(v) for r in resolved for v in r.variants])
 
 
 def test_a_misspelled_flag_is_named_with_its_neighbour() -> None:

@@ -95,11 +95,27 @@ def test_an_unknown_name_is_answered_with_the_known_ones(model: Model) -> None:
 def test_a_published_model_stands_in_for_a_made_one(
     model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(models.SIBLINGS, (model.name, "draft"), "lab/base-0.1B")
+    monkeypatch.setitem(models.SIBLINGS, model.name, {"draft": "lab/base-0.1B"})
     monkeypatch.setattr(models, "_download", lambda name: tmp_path / name)
     (tmp_path / "lab/base-0.1B").mkdir(parents=True)
     assert make(model, "draft", pytest.fail) == tmp_path / "lab/base-0.1B"
     assert place(model, "adapters").parent == models.CACHE / "models"
+
+
+def test_what_is_published_and_cannot_be_had_is_made(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(name: str) -> Path:
+        raise ModelError(f"no model {name}")
+
+    monkeypatch.setattr(models, "_download", gone)
+    published = {"draft": "lab/base-0.1B", "eagle": "lab/base-head"}
+    monkeypatch.setitem(models.SIBLINGS, model.name, published)
+    said: list[str] = []
+    assert make(model, "draft", said.append) == place(model, "draft")
+    assert said[0] == "draft is made here: no model lab/base-0.1B"
+    with pytest.raises(ModelError, match="no model lab/base-head"):  # of which there is no maker
+        make(model, "eagle", pytest.fail)
 
 
 @pytest.mark.parametrize("lab", LABS)

@@ -11,16 +11,27 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from labs import LABS
+from labs import LABS, derived
 from labs.findings import FINDINGS
-from labs.lab import Arm, Evidence, Lab, LabError, Point, Variant, factors, parse_changes
+from labs.lab import (
+    NEED_TEXT,
+    NO_TEXT,
+    Arm,
+    Evidence,
+    Lab,
+    LabError,
+    Point,
+    Variant,
+    factors,
+    parse_changes,
+)
 from labs.measure import METRICS
 from labs.plots import PLOTS
 from labs.probes import PROBES
 from labs.questions import QUESTIONS
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
-from serving import metrics
+from serving import metrics, models
 from tests.unit.builders import CEILINGS, SHAPE, make_claim, make_lab, make_point, make_workload
 
 # ------------------------------------------------------------------------------------- resolving
@@ -68,6 +79,35 @@ def test_change_that_does_not_fit_is_refused_with_what_would(
 ) -> None:
     with pytest.raises(LabError, match=said):
         make_lab().at("cpu", quick=False, changes=changes)
+
+
+def test_a_class_of_memory_lies_over_the_gpu_sizes() -> None:
+    lab = make_lab(scales={"gpu": {"window_s": 20, "repeats": 5}, "gpu-24": {"window_s": 9}})
+    found = [lab.at(scale, quick=False) for scale in ("gpu", "gpu-24", "gpu-80")]
+    assert [(at.window_s, at.repeats) for at in found] == [(20, 5), (9, 5), (20, 5)]
+
+
+READ = make_lab(probes=("quality", "salt"), findings=("quality",), quick={"window_s": 1})
+
+
+def test_random_weights_leave_what_is_not_read_off_the_text() -> None:
+    lab = READ.at("cpu", quick=True, dummy=True)
+    assert (lab.probes, lab.findings, lab.window_s) == (("salt",), (), 1)
+    assert lab.left_out == (f"quality: {NO_TEXT}",)
+    assert READ.at("cpu", quick=False).left_out == ()
+    assert make_lab().at("cpu", quick=False, dummy=True).left_out == ()
+
+
+def test_a_lab_says_how_it_asks_random_weights_and_the_reader_has_the_last_word() -> None:
+    longer = make_lab(dummy=lambda lab: lab.model_copy(update={"window_s": 7, "repeats": 3}))
+    lab = longer.at("cpu", quick=False, changes={"repeats": 4}, dummy=True)
+    assert (lab.window_s, lab.repeats) == (7, 4)
+    assert longer.at("cpu", quick=False).digest() == make_lab().at("cpu", quick=False).digest()
+
+
+def test_quality_of_random_weights_is_refused() -> None:
+    with pytest.raises(LabError, match="quality: quality is not measured on random weights"):
+        READ.at("cpu", quick=False, changes={"probes": ["quality"]}, dummy=True)
 
 
 def test_flags_may_be_added() -> None:
@@ -253,11 +293,23 @@ def test_unknown_variant_is_refused(naming: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------ the labs we have
 
 EVERY = pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
-SCALES = [(kind, quick) for kind in ("cpu", "gpu") for quick in (False, True)]
+CLASSES = [f"gpu-{c.gb}" for c in models.CLASSES]
+SCALES = [
+    *((kind, quick, dummy) for kind in ("cpu", "gpu") for quick in (0, 1) for dummy in (0, 1)),
+    *((scale, 0, dummy) for scale in CLASSES for dummy in (0, 1)),
+]
 RESOLVED = pytest.mark.parametrize(
     "lab",
-    [lab.at(*scale) for lab in LABS.values() for scale in SCALES],
-    ids=[f"{name}-{kind}{'-quick' * quick}" for name in LABS for kind, quick in SCALES],
+    [
+        lab.at(scale, bool(quick), dummy=bool(dummy))
+        for lab in LABS.values()
+        for scale, quick, dummy in SCALES
+    ],
+    ids=[
+        f"{name}-{scale}{'-quick' * quick}{'-dummy' * dummy}"
+        for name in LABS
+        for scale, quick, dummy in SCALES
+    ],
 )
 # a shape and ceilings of a size that predictions make sense for
 REAL = replace(
@@ -339,8 +391,15 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
     assert pieces <= METRICS.keys()
     assert all(metrics.is_known(e.metric) for e in lab.evidence if e.metric not in pieces)
     assert all(bool(e.label) == (e.kind == "echoes") for e in lab.evidence)
-    assert set(lab.scales) <= {"cpu", "gpu"}
+    assert set(lab.scales) <= {"cpu", "gpu", *CLASSES}
     assert set(lab.limits) == {"cpu", "gpu"}
+
+
+def test_what_needs_text_exists() -> None:
+    known: dict[str, Any] = {
+        "studies": derived.RECIPES, "probes": PROBES, "findings": FINDINGS, "plots": PLOTS,
+    }  # fmt: skip
+    assert all(names <= known[field].keys() for field, names in NEED_TEXT.items())
 
 
 @EVERY

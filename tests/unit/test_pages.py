@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,22 @@ def test_a_quick_run_stands_in_only_where_there_is_no_other_and_is_marked(
     assert "(quick)" in pages.write_machine(folder.path.parent.parent).read_text()
 
 
+def test_random_weights_stand_in_only_where_there_is_no_other_run_and_are_marked(
+    folder: RunFolder,
+) -> None:
+    later = RunFolder(folder.path.with_name("20270101T000000Z-later"))
+    shutil.copytree(folder.path, later.path)
+    run = folder.run().model_copy(update={"dummy": True, "model": "llama-8b-dummy"})
+    write_json(later.path / "run.json", run)
+    page = folder.path.parent.parent
+    assert [f.path for f in pages.published()] == [folder.path]
+    assert "random weights" not in pages.write_machine(page).read_text()
+    (folder.path / "COMPLETE").unlink()
+    assert [f.path for f in pages.published()] == [later.path]
+    text = pages.write_machine(page).read_text()
+    assert text.count("(random weights)") == 1 + len(folder.summary().judgements)
+
+
 def test_a_stale_page_is_named_until_it_is_written(
     folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +98,9 @@ def test_a_sitting_goes_on_where_it_stopped(folder: RunFolder) -> None:
     assert sitting.start(quick=False, model="", fresh=False).done == {}
 
 
-@pytest.mark.parametrize("change", ["quick", "model", "fresh", "spoilt", "gone"])
+@pytest.mark.parametrize(
+    "change", ["quick", "model", "fresh", "weights", "parallel", "spoilt", "gone"]
+)
 def test_a_sitting_of_another_kind_starts_over(folder: RunFolder, change: str) -> None:
     first = sitting.start(quick=False, model="", fresh=False)
     first.begin("tiny")
@@ -90,7 +109,13 @@ def test_a_sitting_of_another_kind_starts_over(folder: RunFolder, change: str) -
         sitting.FILE.write_text("{")
     if change == "gone":
         (folder.path / "COMPLETE").unlink()
-    again = sitting.start(change == "quick", "m" if change == "model" else "", change == "fresh")
+    again = sitting.start(
+        change == "quick",
+        "m" if change == "model" else "",
+        change == "fresh",
+        "dummy" if change == "weights" else "",
+        {"flags.tensor-parallel-size": 2} if change == "parallel" else {},
+    )
     assert again.done == {}
 
 

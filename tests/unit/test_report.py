@@ -137,6 +137,18 @@ def test_a_claim_without_points_is_named_and_not_lost(folder: RunFolder) -> None
     assert note == "Claims that no points of this run answer: faster."
 
 
+def test_a_run_with_random_weights_says_so_first(folder: RunFolder) -> None:
+    lab = {**folder.run().lab, "left_out": ("quality: there is no text",)}
+    changed = {"dummy": True, "model": "llama-8b-dummy", "lab": lab}
+    write_json(folder.path / "run.json", folder.run().model_copy(update=changed))
+    lines = [line for line in report.write(folder).read_text().splitlines() if line]
+    assert lines[0].startswith("# ")
+    assert lines[0].endswith(", with random weights")
+    assert lines[2].startswith("> **Random weights in the architecture of llama-8b-dummy: speed")
+    assert lines[3] == "> **Left out: quality: there is no text.**"
+    assert any("WEIGHTS=dummy MODEL=llama-8b`" in line for line in lines)
+
+
 def test_report_of_a_failed_trial_has_a_dash_not_a_zero(folder: RunFolder) -> None:
     for repeat in (1, 2):
         path = folder.path / f"trials/on/short/concurrent-2/{repeat}/trial.json"

@@ -1,0 +1,187 @@
+"""Random weights in a real architecture: speed, memory and scheduling are true, the text is not.
+
+vLLM's `--load-format dummy` fills a model with small random numbers as it starts, so an
+architecture needs its config and a tokenizer and nothing to download. The configs ship with the
+lab; the tokenizer and the chat template are the bundled model's, whose 49,152 tokens lie within
+each vocabulary here. Prompts are therefore text of an exact length; answers are mostly ids beyond
+the tokenizer, which decode to nothing, and end at the length asked for (`ignore_eos`).
+
+What a lab derives from the served model is made alike: a draft is the same architecture with fewer
+layers, 8-bit and 4-bit weights are a config that says so, adapters are random matrices of true
+shape. What rests on text, a study of activations for one, is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from serving import models
+from serving.machine import Machine
+from serving.models import RANDOM, Model, ModelError, Shape
+
+SHAPES: dict[str, str] = {
+    # serving/shapes/<name>.json -> the public architecture whose numbers it has
+    "llama-8b": "Llama 3.1 8B: dense, 8 KV heads for 32",
+    "llama-1b": "Llama 3.2 1B: dense, tied embeddings",
+    "moe-30b": "Qwen3 30B-A3B: a mixture of 128 experts, 8 for each token",
+    "llama-tiny": "nobody's: four layers for a CPU, with a vocabulary beyond the tokenizer's",
+}
+HOME = Path(__file__).parent / "shapes"
+SUFFIX = "-dummy"  # whoever reads the model's name shall know
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+NOTE = "vLLM fills this model with random weights as it starts: --load-format dummy\n"
+
+Maker = Callable[[str, dict[str, Any]], Path]  # (folder's name, the target's config) -> folder
+
+DRAFT_LAYERS = 8  # the draft has a layer for each so many of the target's
+TENANTS, RANKS = 8, (8, 64)  # as serving/adapters.py trains them
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def resolve(machine: Machine, wanted: str = "") -> Model:
+    """A shape that ships, by name, or the machine's default one. Raises ModelError."""
+    if not wanted:
+        wanted = "llama-tiny" if machine.kind == "cpu" else models.class_of(machine).dummy
+    if wanted not in SHAPES:
+        known = "; ".join(f"{name} ({text})" for name, text in SHAPES.items())
+        raise ModelError(
+            f"no shape {wanted!r} ships with the lab for WEIGHTS=dummy; known: {known}"
+        )
+    config = json.loads((HOME / f"{wanted}.json").read_text())
+    return models.load(_folder(f"{wanted}{SUFFIX}", config), f"{wanted}{SUFFIX}")
+
+
+def derive(model: Model, name: str) -> Path:
+    """The folder of what a lab derives from a model with random weights. Raises ModelError."""
+    if name not in DERIVED:
+        raise ModelError(
+            f"{name} is made of real weights, and {model.name} has random ones: leave WEIGHTS=dummy"
+            f" out (of random weights are made: {', '.join(DERIVED)})"
+        )
+    config = json.loads((model.path / "config.json").read_text())
+    return DERIVED[name](f"{model.name}-{name}", config)
+
+
+def _folder(name: str, config: dict[str, Any]) -> Path:
+    """A model folder without weights: config, tokenizer, and the mark that it has none."""
+    source, folder = models.bundled(), models.CACHE / "dummy" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in TOKENIZER:
+        if not (folder / part).exists():
+            _whole(folder / part, partial(shutil.copyfile, source / part))
+    _whole(folder / "config.json", lambda half: half.write_text(json.dumps(config, indent=1)))
+    _whole(folder / RANDOM, lambda half: half.write_text(NOTE))
+    return folder
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    write(half)
+    half.rename(path)
+
+
+def _draft(name: str, config: dict[str, Any]) -> Path:
+    layers = max(1, config["num_hidden_layers"] // DRAFT_LAYERS)
+    return _folder(name, {**config, "num_hidden_layers": layers})
+
+
+def _quantized(weights: dict[str, Any], inputs: dict[str, Any] | None, form: str) -> Maker:
+    """A maker of folders whose config says, as llm-compressor would, how the linear layers are."""
+
+    def make(name: str, config: dict[str, Any]) -> Path:
+        if models.shape_of(config).experts:
+            raise ModelError(f"{name}: quantized experts with random weights are not supported")
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+        quantization = {
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "format": form,
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": group},
+        }
+        return _folder(name, {**config, "quantization_config": quantization})
+
+    return make
+
+
+def _numbers(bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
+    fixed = {"symmetric": True, "dynamic": False, **more}
+    return {"num_bits": bits, "type": kind, "strategy": strategy, **fixed}
+
+
+def _adapters(name: str, config: dict[str, Any]) -> Path:
+    """An adapter for each tenant, in PEFT's format; those of a rank share one file of numbers."""
+    folder = models.CACHE / "dummy" / name
+    if folder.exists():
+        return folder
+    half = folder.with_name(f".{name}.{os.getpid()}")
+    try:
+        for rank in RANKS:
+            suffix = "" if rank == RANKS[0] else f"-rank-{rank}"
+            for tenant in range(TENANTS):
+                _adapter(half / f"tenant-{tenant}{suffix}", models.shape_of(config), rank,
+                         None if tenant == 0 else half / f"tenant-0{suffix}")  # fmt: skip
+        params = adapter_params(models.shape_of(config), RANKS[0])
+        about = {"rank": RANKS[0], "params_per_adapter": params, "weights": "random"}
+        (half / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        half.rename(folder)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return folder
+
+
+def _adapter(folder: Path, shape: Shape, rank: int, like: Path | None) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True)
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none",
+              "target_modules": list(TARGETS), "task_type": "CAUSAL_LM"}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2))
+    weights = folder / "adapter_model.safetensors"
+    if like:
+        os.link(like / weights.name, weights)
+        return
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for layer in range(shape.layers):
+        for target, (inputs, outputs) in _targets(shape).items():
+            at = f"base_model.model.model.layers.{layer}.self_attn.{target}"
+            for part, size in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
+                drawn = rng.standard_normal(size, dtype=np.float32) * 1e-3
+                tensors[f"{at}.{part}.weight"] = drawn.astype(np.float16)
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def adapter_params(shape: Shape, rank: int) -> int:
+    """rank x (inputs + outputs) of every adapted matrix of every layer."""
+    return shape.layers * sum(rank * (i + o) for i, o in _targets(shape).values())
+
+
+def _targets(shape: Shape) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the adapted matrices."""
+    queries, keys = (n * shape.head_dim for n in (shape.heads, shape.kv_heads))
+    sizes = ((shape.hidden, queries), (shape.hidden, keys), (shape.hidden, keys),
+             (queries, shape.hidden))  # fmt: skip
+    return dict(zip(TARGETS, sizes, strict=True))
+
+
+DERIVED: dict[str, Maker] = {
+    "draft": _draft,
+    "adapters": _adapters,
+    "w8a8": _quantized(
+        _numbers(8, "int", "channel"), _numbers(8, "int", "token", dynamic=True), "int-quantized"
+    ),
+    "fp8": _quantized(
+        _numbers(8, "float", "channel"),
+        _numbers(8, "float", "token", dynamic=True),
+        "float-quantized",
+    ),
+    "w4a16-gptq": _quantized(_numbers(4, "int", "group", group_size=128), None, "pack-quantized"),
+}

@@ -1,0 +1,108 @@
+"""Folders without weights: what vLLM reads of a model that it fills with random numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from labs.derived import about, make, with_weights
+from serving import dummy, models
+from serving.engine import serve_argv, serve_env
+from serving.machine import Machine
+from serving.models import Model, ModelError
+
+GPU = Machine(kind="gpu", model="Abacus", count=1, memory_bytes=80 * 10**9)
+CPU = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=16 * 10**9)
+
+
+@pytest.fixture(autouse=True)
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has nothing but a tokenizer."""
+    bundled = tmp_path / "bundled"
+    bundled.mkdir()
+    for part in dummy.TOKENIZER:
+        (bundled / part).write_text(part)
+    monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(models, "bundled", lambda: bundled)
+
+
+def made(model: Model, name: str) -> Path:
+    return make(model, name, pytest.fail)  # in silence: it takes no time
+
+
+@pytest.mark.parametrize("name", dummy.SHAPES)
+def test_a_shape_is_a_folder_with_the_bundled_tokenizer_and_no_weights(name: str) -> None:
+    model = dummy.resolve(GPU, name)
+    assert model.name == f"{name}-dummy"
+    files = {path.name for path in model.path.iterdir()}
+    assert files == {"config.json", models.RANDOM, *dummy.TOKENIZER}
+    config = json.loads((model.path / "config.json").read_text())
+    assert config == json.loads((dummy.HOME / f"{name}.json").read_text())
+    assert config["vocab_size"] >= 49_152  # the tokenizer's
+    assert models.load(model.path, model.name) == model
+    assert dummy.resolve(GPU, name) == model
+
+
+def test_the_default_is_the_classs_on_a_gpu_and_tiny_on_a_cpu() -> None:
+    assert dummy.resolve(GPU).name == "llama-8b-dummy"
+    assert dummy.resolve(CPU).name == "llama-tiny-dummy"
+
+
+def test_vllm_is_told_to_draw_the_weights_itself() -> None:
+    model = dummy.resolve(CPU)
+    argv = serve_argv(model, {}, 1)
+    assert argv[argv.index("--load-format") + 1] == "dummy"
+    assert serve_env("gpu", model)["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] == "uniform_random"
+    real = Model("real", model.path, model.shape)
+    assert "--load-format" not in serve_argv(real, {}, 1)
+    assert "VLLM_MOE_ROUTING_SIMULATION_STRATEGY" not in serve_env("gpu", real)
+
+
+def test_a_draft_is_the_same_architecture_with_an_eighth_of_the_layers() -> None:
+    model = dummy.resolve(GPU)
+    draft = with_weights(model, "draft", made(model, "draft"))
+    assert (draft.shape.layers, draft.shape.vocab) == (4, model.shape.vocab)
+    assert draft.dummy
+    layers_bytes = 4 * (15_009_849_344 - 2 * 4096 * 128_257) // 32
+    assert about(draft.path) == {"weight_bytes": layers_bytes + 2 * 4096 * 128_257}
+
+
+@pytest.mark.parametrize(
+    ("name", "weight_bytes"),
+    [  # of 6,979,321,856 weights in linear layers, and 525,602,816 beside them in 16 bits
+        ("w8a8", 8_030_527_488), ("fp8", 8_030_527_488), ("w4a16-gptq", 4_649_918_464),
+    ],
+)  # fmt: skip
+def test_fewer_bits_a_weight_are_a_config_that_says_so(name: str, weight_bytes: int) -> None:
+    model = dummy.resolve(GPU)
+    served = with_weights(model, name, made(model, name))
+    assert (served.name, served.dummy) == (model.name, True)
+    assert served.shape.weight_bytes == weight_bytes
+    assert served.shape.params == model.shape.params
+
+
+def test_adapters_have_the_true_shape_at_both_ranks() -> None:
+    from safetensors import safe_open
+
+    model = dummy.resolve(CPU)
+    folder = made(model, "adapters")
+    names = {path.name for path in folder.iterdir() if path.is_dir()}
+    assert names == {f"tenant-{i}{suffix}" for i in range(8) for suffix in ("", "-rank-64")}
+    found = {}
+    with safe_open(folder / "tenant-7-rank-64/adapter_model.safetensors", "np") as tensors:
+        found = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+    assert len(found) == 4 * 4 * 2
+    at = "base_model.model.model.layers.3.self_attn"
+    assert found[f"{at}.k_proj.lora_A.weight"] == [64, 256]
+    assert found[f"{at}.k_proj.lora_B.weight"] == [128, 64]
+    assert about(folder)["params_per_adapter"] == 4 * 8 * (2 * (256 + 256) + 2 * (256 + 128))
+    assert made(model, "adapters") == folder
+
+
+def test_what_is_made_of_real_weights_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"outliers is made of real weights.*leave WEIGHTS=dummy"):
+        made(dummy.resolve(CPU), "outliers")
+    with pytest.raises(ModelError, match="quantized experts with random weights are not"):
+        made(dummy.resolve(GPU, "moe-30b"), "w8a8")

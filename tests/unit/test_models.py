@@ -1,0 +1,234 @@
+"""Shapes from numbers alone, the table of GPUs by memory, and what is said of a missing model."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from labs import LABS
+from labs.derived import RECIPES
+from labs.lab import Lab, LabError
+from labs.run import model_of, require_devices, require_memory, require_sizes
+from serving import dummy, models
+from serving.machine import Machine
+from serving.models import CLASSES, SIBLINGS, MemoryClass, Model, ModelError, shape_of
+
+
+def config_of(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((dummy.HOME / f"{name}.json").read_text())
+    return found
+
+
+def gpu(mib: int, count: int = 1) -> Machine:
+    return Machine(kind="gpu", model="Abacus", count=count, memory_bytes=mib * 2**20)
+
+
+# ----------------------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "kv_bytes"),
+    [
+        ("llama-8b", 8_030_261_248, 131_072),
+        ("llama-1b", 1_235_814_400, 32_768),
+        ("moe-30b", 30_532_122_624, 98_304),
+    ],
+)
+def test_shapes_have_the_published_parameters(name: str, params: int, kv_bytes: int) -> None:
+    shape = shape_of(config_of(name))
+    assert shape.params == params
+    assert shape.kv_bytes_per_token() == kv_bytes
+
+
+def test_every_shape_that_ships_is_listed() -> None:
+    assert {path.stem for path in dummy.HOME.glob("*.json")} == dummy.SHAPES.keys()
+
+
+def test_an_untied_embedding_is_not_read_and_a_tied_one_is() -> None:
+    untied, tied = (shape_of(config_of(name)) for name in ("llama-8b", "llama-1b"))
+    assert untied.params - untied.matmul_params == 128_256 * 4096
+    assert tied.matmul_params == tied.params
+    assert (untied.weight_bytes, tied.weight_bytes) == (15_009_849_344, 2_471_628_800)
+
+
+def test_a_token_alone_reads_its_own_experts_and_a_large_batch_all() -> None:
+    shape = shape_of(config_of("moe-30b"))
+    assert shape.matmul_params + 151_936 * 2048 == pytest.approx(3.35e9, rel=0.01)  # 3.3 B active
+    assert shape.step_bytes(1) == 2 * shape.matmul_params
+    assert shape.step_bytes(1000) == pytest.approx(shape.weight_bytes)
+    two = shape.weight_bytes - (15 / 16) ** 2 * shape.expert_bytes  # each misses 15 of 16 experts
+    assert shape.step_bytes(2) == pytest.approx(two)
+    assert shape_of(config_of("llama-8b")).step_bytes(1) == 15_009_849_344
+
+
+def test_weights_with_experts_are_read_alike(tmp_path: Path) -> None:
+    """From the headers of safetensors: 6 experts, 2 for each token, and a shared one for all."""
+    names = {
+        "model.embed_tokens.weight": 100, "lm_head.weight": 100, "model.norm.weight": 8,
+        "layers.0.mlp.experts.0.up_proj": 600, "layers.0.mlp.shared_experts.up_proj": 30,
+    }  # fmt: skip
+    at, header = 0, dict[str, Any]()
+    for name, size in names.items():
+        header[name] = {"dtype": "BF16", "shape": [size], "data_offsets": [at, at := at + 2 * size]}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    config = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9,
+              "max_position_embeddings": 64, "num_local_experts": 6,
+              "num_experts_per_tok": 2}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = models.load(tmp_path, "mixture").shape
+    assert (shape.params, shape.matmul_params) == (838, 100 + 8 + 200 + 30)
+    assert (shape.weight_bytes, shape.expert_bytes) == (1476, 1200)
+    assert shape.step_bytes(1) == pytest.approx(2 * shape.matmul_params)
+
+
+# ---------------------------------------------------------------------------------- GPUs by memory
+
+
+@pytest.mark.parametrize(
+    ("mib", "gb"),
+    [  # as drivers report them: T4, L4, A100 of 40 GB, L40S, H100, H200; and less than any class
+        (15_360, 16), (23_034, 24), (40_960, 24), (46_068, 48), (81_559, 80), (143_771, 141),
+        (8_192, 16),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_of_the_largest_class_that_it_fills(mib: int, gb: int) -> None:
+    assert models.class_of(gpu(mib)).gb == gb
+    assert models.scale_of(gpu(mib)) == f"gpu-{gb}"
+
+
+# what the default models' own config.json say; biases and the like are left out
+DEFAULTS = {
+    "Qwen/Qwen2.5-1.5B-Instruct": (28, 1536, 12, 2, 8960, 151_936, 32_768, True),
+    "Qwen/Qwen2.5-3B-Instruct": (36, 2048, 16, 2, 11_008, 151_936, 32_768, True),
+    "Qwen/Qwen2.5-7B-Instruct": (28, 3584, 28, 4, 18_944, 152_064, 32_768, False),
+    "NousResearch/Meta-Llama-3.1-8B-Instruct": (
+        32, 4096, 32, 8, 14_336, 128_256, 131_072, False,
+    ),
+    "Qwen/Qwen2.5-32B-Instruct": (64, 5120, 40, 8, 27_648, 152_064, 32_768, False),
+}  # fmt: skip
+FIELDS = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "vocab_size", "max_position_embeddings", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def default(name: str) -> Model:
+    return Model(name, Path(), shape_of(dict(zip(FIELDS, DEFAULTS[name], strict=True))))
+
+
+def of_the_class(lab: str, c: MemoryClass, random: bool) -> tuple[Lab, Machine, Model]:
+    machine = gpu(round(0.96 * c.gb * 10**9 / 2**20))
+    shape = Model(c.dummy, Path(), shape_of(config_of(c.dummy)), dummy=True)
+    lab_ = LABS[lab].at(models.scale_of(machine), quick=False, dummy=random)
+    return lab_, machine, shape if random else default(c.model)
+
+
+@pytest.mark.parametrize("random", [False, True], ids=["real", "random"])
+@pytest.mark.parametrize("c", CLASSES, ids=lambda c: f"{c.gb}")
+@pytest.mark.parametrize("lab", LABS)
+def test_every_lab_fits_every_class_of_gpu(lab: str, c: MemoryClass, random: bool) -> None:
+    """Its lengths the model, its weights and KV cache the memory; what it derives can be had."""
+    resolved, machine, model = of_the_class(lab, c, random)
+    require_devices(resolved, machine)
+    require_sizes(resolved, model)
+    require_memory(resolved, machine, model)
+    known = {*SIBLINGS[model.name], *RECIPES} if not random else {*dummy.DERIVED}
+    if lab == "quantization-tools" and random:  # compares what tools make of real weights
+        with pytest.raises(ModelError, match="w4a16-gptq-code is made of real weights"):
+            dummy.derive(model, "w4a16-gptq-code")
+    else:
+        assert set(resolved.derived()) <= known
+
+
+def test_siblings_are_of_the_default_models_and_known_kinds() -> None:
+    assert {c.model for c in CLASSES} == SIBLINGS.keys() == DEFAULTS.keys()
+    assert all(named.keys() <= {*RECIPES, "eagle"} for named in SIBLINGS.values())
+
+
+@pytest.mark.parametrize("c", CLASSES, ids=lambda c: f"{c.gb}")
+def test_memory_is_exercised_where_a_lab_is_about_it(c: MemoryClass) -> None:
+    """On each class some prefixes fit the cache and some do not, and a tight cache overflows."""
+    lab, _, model = of_the_class("prefix-caching", c, random=False)
+    workloads = {w.name: w for w in lab.workloads}
+    memory = int(str(lab.flags["kv-cache-memory-bytes"]))
+    longest = workloads["few"].longest_tokens * model.shape.kv_bytes_per_token()
+    few, many = (w.prefix.groups for n in ("few", "many") if (w := workloads[n]).prefix)
+    assert few <= memory / longest < many
+    lab, _, model = of_the_class("kv-quantization", c, random=False)
+    (growing,) = (w for w in lab.workloads if w.name == "growing")
+    tight = next(v for v in lab.variants if v.name == "bf16-tight")
+    held = int(str(tight.flags["kv-cache-memory-bytes"])) / (
+        growing.longest_tokens * model.shape.kv_bytes_per_token()
+    )
+    assert 4 < held < max(load.seats for load in growing.loads)
+
+
+# ------------------------------------------------------------------------- what cannot be is said
+
+
+def test_too_little_memory_is_said_before_anything_starts() -> None:
+    lab, machine, model = of_the_class("kv-quantization", CLASSES[0], random=False)
+    large = default("Qwen/Qwen2.5-7B-Instruct")
+    require_memory(lab, machine, model)
+    with pytest.raises(LabError, match=r"14\.1 GB of weights.*smaller model with MODEL=.*TP="):
+        require_memory(lab, machine, large)
+    parts = {"flags.tensor-parallel-size": 2}
+    scale = models.scale_of(machine)
+    require_memory(LABS["kv-quantization"].at(scale, False, parts), machine, large)
+
+
+def test_more_gpus_than_there_are_is_said_before_anything_starts() -> None:
+    changes = {"flags.tensor-parallel-size": 2, "flags.pipeline-parallel-size": 2}
+    lab = LABS["chunked-prefill"].at("gpu", quick=False, changes=changes)
+    require_devices(lab, gpu(81_559, count=4))
+    with pytest.raises(LabError, match="TP x PP x DP = 4 takes as many GPUs, and this machine has"):
+        require_devices(lab, gpu(81_559, count=2))
+    across = {**changes, "flags.distributed-executor-backend": "ray"}
+    require_devices(LABS["chunked-prefill"].at("gpu", False, across), gpu(81_559, count=2))
+
+
+def test_a_rate_of_acceptance_is_set_on_a_gpu_only() -> None:
+    lab = LABS["speculative-decoding"]
+    require_devices(lab.at("gpu", quick=False, dummy=True), gpu(81_559))
+    cpu = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34)
+    require_devices(lab.at("cpu", quick=False), cpu)
+    with pytest.raises(LabError, match=r"accepts-30 .* Triton.*needs a GPU"):
+        require_devices(lab.at("cpu", quick=False, dummy=True), cpu)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (
+            errors.GatedRepoError,
+            "accept its licence at https://huggingface.co/a/b and set HF_TOKEN",
+        ),
+        (errors.RepositoryNotFoundError, "no model a/b, or it is private: .* HF_TOKEN"),
+        (errors.LocalEntryNotFoundError, "local folder with MODEL=.* WEIGHTS=dummy"),
+    ],
+)
+def test_a_model_that_cannot_be_had_says_what_to_give(
+    kind: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise kind.__new__(kind)  # without the response that belongs to it
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelError, match=said):
+        models.resolve(gpu(81_559), "a/b")
+
+
+def test_settings_that_do_not_fit_are_named() -> None:
+    with pytest.raises(LabError, match="WEIGHTS=real is not known: WEIGHTS=dummy"):
+        model_of(gpu(81_559), "", "real")
+    with pytest.raises(LabError, match="llama-8b is a shape without weights: say WEIGHTS=dummy"):
+        model_of(gpu(81_559), "llama-8b", "")
+    with pytest.raises(ModelError, match=r"no shape 'llama-9b' ships.*llama-8b \(Llama 3\.1 8B"):
+        model_of(gpu(81_559), "llama-9b", "dummy")
