@@ -6,6 +6,7 @@ repeats: a variant (an engine configuration) under a workload (what is sent) wit
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -282,7 +283,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     def _changed(self, *layers: Mapping[str, Any]) -> Lab:
         fields = self.model_dump(exclude={"scales", "quick"})
         for path, value in (item for layer in layers for item in layer.items()):
-            _set(fields, path, value)
+            _set(fields, path, copy.deepcopy(value))  # a later path may lead into it
         try:
             return Lab.model_validate(fields)
         except ValidationError as error:

@@ -30,7 +30,7 @@ Json = dict[str, Any]
 LAW = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
 SETTINGS = (
     "SET", "QUICK", "AA", "MODEL", "ENDPOINT", "SEED", "RESUME", "ENGINE_COMMAND", "RUN", "LAB",
-    "PRICE_PER_HOUR", "RESULTS",
+    "PRICE_PER_HOUR", "RESULTS", "WEIGHTS", "TP", "DP", "PP",
 )  # fmt: skip
 LABS = ("-m", "labs.cli")
 LABS_WITH_FAKE_MODELS = ("-m", "tests.fake.made")

@@ -87,6 +87,13 @@ def test_a_class_of_memory_lies_over_the_gpu_sizes() -> None:
     assert [(at.window_s, at.repeats) for at in found] == [(20, 5), (9, 5), (20, 5)]
 
 
+def test_a_change_within_a_layers_value_leaves_the_layer_alone() -> None:
+    lab = make_lab(scales={"gpu": {"flags": {"block-size": 16}}})
+    changed = lab.at("gpu", quick=False, changes={"flags.block-size": 32})
+    assert changed.flags == {"block-size": 32}
+    assert lab.at("gpu", quick=False).flags == {"block-size": 16}
+
+
 READ = make_lab(probes=("quality", "salt"), findings=("quality",), quick={"window_s": 1})
 
 
