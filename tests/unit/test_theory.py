@@ -44,6 +44,16 @@ def test_decode_reads_the_weights_once_and_every_sequences_keys_and_values() -> 
     assert theory.decode_bytes(SHAPE, batch=3, context_tokens=10) == 2000 + 3 * 10 * 32
 
 
+def test_a_small_batch_reads_few_experts_of_a_mixture() -> None:
+    """Of 2000 bytes 1600 are four experts', two for each token: of two tokens each misses half."""
+    mixture = replace(SHAPE, experts=4, experts_per_token=2, expert_bytes=1600)
+    assert theory.decode_bytes(mixture, batch=2, context_tokens=0) == 400 + 1600 * 3 / 4
+    assert theory.forward_s(mixture, CEILINGS, 1, 0) == pytest.approx(0.002)  # of 1200: compute
+    fast = CEILINGS.model_copy(update={"bf16_flops_per_s": 1e9})
+    assert theory.forward_s(mixture, fast, 1, 0) == pytest.approx(0.0012)
+    assert theory.prefill_left_s(mixture, fast, 10, 8) == pytest.approx(0.0016)
+
+
 def test_decode_work_is_two_flop_a_parameter_and_attention_over_the_context() -> None:
     # 4 x 2 layers x 2 heads x 4 a token of context
     assert theory.decode_flops(SHAPE, batch=3, context_tokens=10) == 3 * (2 * 1000 + 64 * 10)
