@@ -118,7 +118,7 @@ def make(model: Model, name: str, say: Callable[[str], None]) -> Path:
         say(f"{name} is made here: {error}")
     if name not in RECIPES:
         raise LabError(
-            f"for {model.name} no {name!r} is published, nor known how to make; the known ones are"
+            f"for {model.name} no {name!r} is published, nor known how to make; known are"
             f" {', '.join(RECIPES)}"
         )
     recipe = RECIPES[name]

@@ -130,7 +130,7 @@ class Shape:
         """
         if not self.experts:
             return self.weight_bytes
-        idle = (1 - self.experts_per_token / self.experts) ** tokens
+        idle: float = (1 - self.experts_per_token / self.experts) ** tokens
         return self.weight_bytes - idle * self.expert_bytes
 
     def kv_bytes_per_token(self, bytes_per_value: float = 2) -> float:
@@ -288,7 +288,8 @@ def _linear_bytes(config: Mapping[str, Any]) -> float:
     if "quantization_config" not in config:
         return 2
     (group,) = config["quantization_config"]["config_groups"].values()
-    bits, size = group["weights"]["num_bits"], group["weights"].get("group_size")
+    bits: int = group["weights"]["num_bits"]
+    size: int | None = group["weights"].get("group_size")
     return bits / 8 + (2 / size if size else 0)
 
 
