@@ -277,7 +277,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             field: tuple(n for n in getattr(self, field) if n not in names)
             for field, names in NEED_TEXT.items()
         }
-        why = f"{', '.join(dict.fromkeys(gone))}: {NO_TEXT}"
+        named = dict.fromkeys(name.removesuffix("-quick") for name in gone)
+        why = f"{', '.join(named)}: {NO_TEXT}"
         return self.model_copy(update={**kept, "left_out": (why,)})
 
     def _changed(self, *layers: Mapping[str, Any]) -> Lab:

@@ -30,7 +30,7 @@ SHAPES: dict[str, str] = {
     "llama-8b": "Llama 3.1 8B: dense, 8 KV heads for 32",
     "llama-1b": "Llama 3.2 1B: dense, tied embeddings",
     "moe-30b": "Qwen3 30B-A3B: a mixture of 128 experts, 8 for each token",
-    "llama-tiny": "nobody's: four layers for a CPU, with a vocabulary beyond the tokenizer's",
+    "llama-tiny": "nobody's: sized for a CPU, with a vocabulary beyond the tokenizer's",
 }
 HOME = Path(__file__).parent / "shapes"
 SUFFIX = "-dummy"  # whoever reads the model's name shall know

@@ -93,11 +93,11 @@ def test_adapters_have_the_true_shape_at_both_ranks() -> None:
     found = {}
     with safe_open(folder / "tenant-7-rank-64/adapter_model.safetensors", "np") as tensors:
         found = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
-    assert len(found) == 4 * 4 * 2
+    assert len(found) == 16 * 4 * 2
     at = "base_model.model.model.layers.3.self_attn"
-    assert found[f"{at}.k_proj.lora_A.weight"] == [64, 256]
-    assert found[f"{at}.k_proj.lora_B.weight"] == [128, 64]
-    assert about(folder)["params_per_adapter"] == 4 * 8 * (2 * (256 + 256) + 2 * (256 + 128))
+    assert found[f"{at}.k_proj.lora_A.weight"] == [64, 512]
+    assert found[f"{at}.k_proj.lora_B.weight"] == [256, 64]
+    assert about(folder)["params_per_adapter"] == 16 * 8 * (2 * (512 + 512) + 2 * (512 + 256))
     assert made(model, "adapters") == folder
 
 
