@@ -118,9 +118,9 @@ class Shape:
     # a token is multiplied with all but an untied input embedding and the experts it is not sent to
     matmul_params: int
     weight_bytes: int  # of all that a large batch reads: all but an untied input embedding
-    experts: int = 0  # a layer; of these each token is sent to
+    experts: int = 0  # that tokens are sent to, a layer; none in a dense model
     experts_per_token: int = 0
-    expert_bytes: int = 0  # of all experts of all layers, within weight_bytes
+    expert_bytes: int = 0  # of all of them in all layers, within weight_bytes
 
     def step_bytes(self, tokens: float) -> float:
         """Bytes of weights that a step over `tokens` reads: experts that no token needs are not.
