@@ -850,6 +850,9 @@ def summarise(folder: RunFolder) -> Summary:
     if run.endpoint:
         text = "predictions rest on this machine's ceilings; the endpoint may run on another"
         keep(Caveat(name="endpoint's hardware unknown", text=text))
+    if any(flag in lab.flags_of(v) for flag in PARALLEL for v in lab.variants):
+        text = "predictions rest on one GPU's ceilings and count no communication"
+        keep(Caveat(name="several GPUs", text=text))
     found = list(caveats.values())
     judged = [
         (claim, t, b, confounded(claim, t, b))

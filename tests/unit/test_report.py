@@ -149,6 +149,16 @@ def test_a_run_with_random_weights_says_so_first(folder: RunFolder) -> None:
     assert any("WEIGHTS=dummy MODEL=llama-8b`" in line for line in lines)
 
 
+def test_several_gpus_are_a_caveat_of_the_predictions(folder: RunFolder) -> None:
+    assert "several GPUs" not in {c.name for c in folder.summary().caveats}
+    lab = folder.run().lab
+    lab["flags"]["tensor-parallel-size"] = 2
+    write_json(folder.path / "run.json", folder.run().model_copy(update={"lab": lab}))
+    caveats = {c.name: c for c in summarise(folder).caveats}
+    assert not caveats["several GPUs"].blocks
+    assert "one GPU's ceilings" in caveats["several GPUs"].text
+
+
 def test_report_of_a_failed_trial_has_a_dash_not_a_zero(folder: RunFolder) -> None:
     for repeat in (1, 2):
         path = folder.path / f"trials/on/short/concurrent-2/{repeat}/trial.json"
