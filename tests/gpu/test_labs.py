@@ -20,3 +20,10 @@ pytestmark = [
 @pytest.mark.parametrize("lab", LABS)
 def test_lab_runs_on_a_real_engine(lab: str, tmp_path: Path) -> None:
     check_run(quick_run(lab, tmp_path))
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("lab", [name for name in LABS if name != "quantization-tools"])
+def test_lab_runs_on_random_weights(lab: str, tmp_path: Path) -> None:
+    """Without a download; that one lab compares what tools make of real weights."""
+    check_run(quick_run(lab, tmp_path, weights="dummy"))
