@@ -3,7 +3,7 @@
 vLLM's `--load-format dummy` fills a model with small random numbers as it starts, so an
 architecture needs its config and a tokenizer and nothing to download. The configs ship with the
 lab; the tokenizer and the chat template are the bundled model's, whose 49,152 tokens lie within
-each vocabulary here. Prompts are therefore text of an exact length; answers are mostly ids beyond
+each vocabulary here. Prompts are therefore text of an exact length; answers hold ids beyond
 the tokenizer, which decode to nothing, and end at the length asked for (`ignore_eos`).
 
 What a lab derives from the served model is made alike: a draft is the same architecture with fewer
