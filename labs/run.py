@@ -258,7 +258,7 @@ def require_devices(lab: Lab, machine: Machine) -> None:
         gpus = machine.count if machine.kind == "gpu" else 0
         if ways > max(1, gpus) and flags.get("distributed-executor-backend") != "ray":
             raise LabError(
-                f"TP x PP x DP = {ways} takes as many GPUs, and this machine has {gpus}: lower"
+                f"TP x PP x DP = {ways} needs as many GPUs, and this machine has {gpus}: lower"
                 " them, or span machines with SET=flags.distributed-executor-backend=ray"
             )
         speculation = flags.get("speculative-config", {})

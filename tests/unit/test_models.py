@@ -188,7 +188,7 @@ def test_more_gpus_than_there_are_is_said_before_anything_starts() -> None:
     changes = {"flags.tensor-parallel-size": 2, "flags.pipeline-parallel-size": 2}
     lab = LABS["chunked-prefill"].at("gpu", quick=False, changes=changes)
     require_devices(lab, gpu(81_559, count=4))
-    with pytest.raises(LabError, match="TP x PP x DP = 4 takes as many GPUs, and this machine has"):
+    with pytest.raises(LabError, match="TP x PP x DP = 4 needs as many GPUs, and this machine has"):
         require_devices(lab, gpu(81_559, count=2))
     across = {**changes, "flags.distributed-executor-backend": "ray"}
     require_devices(LABS["chunked-prefill"].at("gpu", False, across), gpu(81_559, count=2))
