@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report score check-results readme watch watch-stop import dashboards test check bench clean distclean
+.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards test check bench clean distclean
 
 help: ## List the targets
 	@echo "Labs (set-up first, only what is missing):"
@@ -60,6 +60,25 @@ import: setup ## Load finished runs into Prometheus at their own times: [RUN=..]
 
 dashboards: setup ## Write dashboards/grafana/*.json anew from dashboards/boards.py
 	@$(BIN)/labs dashboards
+
+compare: setup ## Two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.md] [JSON=1]
+	@$(BIN)/labs compare $(if $(A),,--help)
+
+reproduce: setup ## Run a run on file again; is it the same? RUN=..
+	@$(BIN)/labs reproduce $(if $(RUN),,--help)
+
+gate: setup ## Fail where a run is worse than another: RUN=.. BASELINE=.. [THRESHOLDS=x.toml]
+	@$(BIN)/labs gate $(if $(RUN),,--help)
+
+manifest-diff: setup ## What differs in how two runs were made: A=.. B=..
+	@$(BIN)/labs manifest-diff $(if $(A),,--help)
+
+export: setup ## A run as tables or as vllm bench serve saves it: RUN=.. AS=csv|parquet|vllm [OUT=..]
+	@$(if $(filter parquet,$(AS)),$(BIN)/python -c 'import pyarrow' 2> /dev/null || $(BIN)/python -m pip install --quiet 'pyarrow>=17')
+	@$(BIN)/labs export $(if $(RUN),,--help)
+
+leaderboard: setup ## Every lab on every machine: effect, interval, verdict
+	@$(BIN)/labs leaderboard
 
 test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where there is one
 	@$(BIN)/pytest $(TESTS)

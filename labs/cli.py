@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -23,10 +23,24 @@ from rich.table import Table
 
 from dashboards import boards, live, prometheus
 from dashboards.prometheus import PrometheusError
-from labs import LABS, backfill, derived, pages, report, score, sitting
+from labs import (
+    LABS,
+    backfill,
+    compare,
+    derived,
+    export,
+    gate,
+    manifest,
+    pages,
+    report,
+    reproduce,
+    score,
+    sitting,
+)
+from labs.export import Format as ExportFormat
 from labs.lab import Lab, LabError, parse_changes
 from labs.questions import QUESTIONS
-from labs.results import RESULTS, RunFolder, all_runs, problems
+from labs.results import RESULTS, RunFolder, all_runs, open_run, problems
 from labs.run import (
     Request,
     alone,
@@ -71,6 +85,18 @@ SetOption = Annotated[
 ]
 QuickOption = Annotated[
     bool, typer.Option(envvar="QUICK", help="Short windows, one repeat or two: a smoke test.")
+]
+TWO = "A run's folder, one with `:variant` behind it, or a machine's folder of results."
+ForceOption = Annotated[
+    bool,
+    typer.Option("--force", envvar="FORCE", help="Compare all the same; every table says so."),
+]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        envvar="ENGINE_COMMAND",
+        help="What starts the engine, its flags follow: to wrap vLLM in a profiler, say.",
+    ),
 ]
 ModelOption = Annotated[
     str, typer.Option("--model", envvar="MODEL", help="A model folder or a Hugging Face id.")
@@ -128,13 +154,7 @@ def run(
         bool,
         typer.Option(envvar="RESUME", help="Go on with the newest unfinished run of this lab."),
     ] = False,
-    engine_command: Annotated[
-        str,
-        typer.Option(
-            envvar="ENGINE_COMMAND",
-            help="What starts the engine, its flags follow: to wrap vLLM in a profiler, say.",
-        ),
-    ] = "",
+    engine_command: EngineOption = "",
 ) -> None:
     """Run a lab: predict, measure, judge, report."""
     with _plainly():
@@ -396,7 +416,141 @@ def dashboards() -> None:
             console.print(os.path.relpath(path), soft_wrap=True)
 
 
+@app.command("compare")
+def compare_two(
+    a: Annotated[str, typer.Option("-a", envvar="A", help=TWO)],
+    b: Annotated[str, typer.Option("-b", envvar="B", help="The other; ratios are B / A.")],
+    force: ForceOption = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", envvar="OUT", help="Also write Markdown and plots here."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", envvar="JSON", help="Print JSON instead of tables.")
+    ] = False,
+) -> None:
+    """Two runs, variants or machines side by side: what differs, and by how much."""
+    with _plainly():
+        found, refused = compare.pairs(a, b, force)
+        if out:
+            compare.write(found, refused, out)
+        if as_json:
+            print(compare.plain(found, refused))
+            return
+        for comparison in found:
+            console.print(f"[bold]{comparison.lab}[/]")
+            _say(compare.headline(comparison))
+            for title, rows in compare.tables(comparison):
+                show(title, rows)
+        _say(f"Not compared: {line}" for line in refused)
+        if out:
+            console.print(f"Written: [bold]{out}[/]")
+
+
+@app.command("manifest-diff")
+def manifest_diff(
+    a: Annotated[Path, typer.Option("-a", envvar="A", help="A run's folder.")],
+    b: Annotated[Path, typer.Option("-b", envvar="B", help="Another run's.")],
+) -> None:
+    """What differs in how two runs were made, the likeliest cause of other figures first."""
+    with _plainly():
+        runs = [open_run(path) for path in (a, b)]
+        said = [manifest.facts(f.run(), manifest.load_from_others(f)) for f in runs]
+        rows = manifest.table(manifest.differences(*said), ("A", "B"))
+        if len(rows) > 1:
+            show("What differs", rows)
+        else:
+            console.print("Nothing recorded differs.")
+        if missing := manifest.unrecorded(*said):
+            console.print(f"Recorded in one of them only: {', '.join(missing)}.")
+
+
+@app.command("reproduce")
+def reproduce_run(
+    run: Annotated[Path, typer.Option("--run", envvar="RUN", help="The run to repeat.")],
+    model: ModelOption = "",
+    resume: Annotated[
+        bool, typer.Option(envvar="RESUME", help="Go on with an unfinished reproduction.")
+    ] = False,
+    engine_command: EngineOption = "",
+) -> None:
+    """Run a run on file again, and say which of its figures and verdicts came out the same."""
+    with _plainly():
+        original = open_run(run)
+        before = original.run()
+        asked = reproduce.request(
+            before, model, resume, shlex.split(engine_command) or engine.SERVER
+        )
+        if note := reproduce.stale_note(before):
+            console.print(f"[bold yellow]{escape(note)}[/]")
+        differ = manifest.table(reproduce.differs_here(before, asked), ("there", "here"))
+        if len(differ) > 1:
+            show("What differs here", differ)
+        folder = _play(asked)
+        if not folder.complete:
+            raise LabError("some of its trials failed: try the rest again with RESUME=1")
+        found = reproduce.answer(original, folder)
+        console.print("\n[bold]Reproduced?[/]")
+        _say(reproduce.lines(found))
+        show("What does not agree", compare.figure_rows(found.apart))
+        page = folder.path / "reproduction.md"
+        console.print(f"Every figure: [bold]{os.path.relpath(page)}[/]", soft_wrap=True)
+        if not found.verdicts_agree:
+            raise typer.Exit(1)
+
+
+@app.command("gate")
+def pass_gate(
+    run: Annotated[str, typer.Option("--run", envvar="RUN", help="The run to let pass.")],
+    baseline: Annotated[str, typer.Option(envvar="BASELINE", help="What it is held against.")],
+    limits: Annotated[
+        Path, typer.Option("--thresholds", envvar="THRESHOLDS", help="TOML; see the default.")
+    ] = gate.DEFAULT,
+    force: ForceOption = False,
+) -> None:
+    """Fail where a run is worse than its baseline: a verdict flipped, a figure past its margin."""
+    with _plainly():
+        allowed = gate.thresholds(limits)
+        found = compare.compare(compare.side(baseline), compare.side(run), force)
+        _say(compare.headline(found))
+        if failed := gate.failures(found, allowed):
+            _say(f"FAILED {line}" for line in failed)
+            _say([f"Likeliest cause: {manifest.likeliest_cause(found.differences)}"])
+            raise typer.Exit(1)
+        console.print("Passed: no verdict flipped, no figure is worse past its margin.")
+
+
+@app.command("export")
+def export_run(
+    run: Annotated[Path, typer.Option("--run", envvar="RUN", help="A run's folder.")],
+    kind: Annotated[
+        ExportFormat, typer.Option("--as", envvar="AS", help="csv, parquet, or vllm.")
+    ] = "csv",
+    out: Annotated[
+        Path | None, typer.Option("--out", envvar="OUT", help="Default: exports/<run>.")
+    ] = None,
+) -> None:
+    """A run as CSV or Parquet tables, or as result files of vllm bench serve."""
+    with _plainly():
+        folder = open_run(run)
+        written = export.export(folder, kind, out or ROOT / "exports" / folder.path.name)
+        console.print(f"{len(written)} files in [bold]{os.path.relpath(written[0].parent)}[/]:")
+        console.print(", ".join(path.name for path in written), style="dim")
+
+
+@app.command()
+def leaderboard() -> None:
+    """Every lab on every machine: effect, interval and verdict of its claims."""
+    with _plainly():
+        show("Leaderboard", pages.leaderboard())
+
+
 # --------------------------------------------------------------------------------- for all of them
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print("  " + _plain(line), soft_wrap=True)
 
 
 def _play(request: Request) -> RunFolder:
@@ -520,12 +674,7 @@ def _folders(run: Path | None) -> list[RunFolder]:
     """The run named, or every run there is."""
     if run is None:
         return all_runs()
-    path = run if run.exists() else ROOT / run
-    if not (path / "run.json").exists():
-        raise LabError(
-            f"{run} is no run: give a folder with run.json, results/<machine>/<lab>/<run>"
-        )
-    return [RunFolder(path)]
+    return [open_run(run)]
 
 
 _told: list[int] = []  # signals that asked us to end

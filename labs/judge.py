@@ -26,6 +26,7 @@ CONFIDENCE = 0.95
 INDIFFERENT = 0.03  # effects below 3 % change no decision
 MOST_INDIFFERENT = 0.05  # noise beyond this shows nothing, equality least of all
 MOST_REPEATS = 100
+STILL = 1e-9  # logs that differ by less do not differ
 
 Outcome = Literal["helps", "hurts", "no effect", "inconclusive", "not valid"]
 
@@ -54,6 +55,13 @@ class Effect(BaseModel, frozen=True, extra="forbid"):
     ratio: Interval
     floor: float | None  # A/A half-width as a fraction: 0.02 means 2 %
     spread: float | None  # standard deviation of the log ratios
+
+
+class Contrast(BaseModel, frozen=True, extra="forbid"):
+    """The ratio of one figure in two places, and how likely chance alone is to part them so."""
+
+    ratio: Interval
+    p: float | None
 
 
 class Judgement(BaseModel, frozen=True, extra="forbid"):
@@ -130,6 +138,36 @@ def noise_floor(*arms: Mapping[int, float]) -> float | None:
     pooled = math.sqrt(sum(float(np.var(logs, ddof=0)) * len(logs) for logs in arms_logs) / freedom)
     n = min(len(logs) for logs in arms_logs)
     return math.expm1(_t(freedom + 1) * pooled * math.sqrt(2 / n))
+
+
+def contrast(
+    treatment: Mapping[int, float], baseline: Mapping[int, float], paired: bool
+) -> Contrast | None:
+    """Ratio of two columns (repeat number -> value, positive) that may come from two runs.
+
+    Paired where both were sent the same requests in a repeat: Student's t over the log ratios.
+    Otherwise Welch's interval of the difference of the mean logs. None where there is nothing.
+    """
+    both = sorted(set(treatment) & set(baseline))
+    if paired and both:
+        logs = [math.log(treatment[r] / baseline[r]) for r in both]
+        mean, counts, still = float(np.mean(logs)), len(logs), np.ptp(logs) < STILL
+        test = None if counts < 2 or still else stats.ttest_1samp(logs, 0.0)
+    elif not paired and treatment and baseline:
+        ours, theirs = ([math.log(v) for v in arm.values()] for arm in (treatment, baseline))
+        mean, counts = float(np.mean(ours) - np.mean(theirs)), min(len(ours), len(theirs))
+        still = max(np.ptp(ours), np.ptp(theirs)) < STILL
+        test = None if counts < 2 or still else stats.ttest_ind(ours, theirs, equal_var=False)
+    else:
+        return None
+    value = math.exp(mean)
+    if test is None:  # a single repeat, or figures that do not vary: an exact count, say
+        bound = value if counts > 1 else None
+        same = 1.0 if abs(mean) < STILL else 0.0
+        ratio = Interval(value=value, low=bound, high=bound, n=counts)
+        return Contrast(ratio=ratio, p=same if counts > 1 else None)
+    low, high = (math.exp(float(b)) for b in test.confidence_interval(CONFIDENCE))
+    return Contrast(ratio=Interval(value=value, low=low, high=high, n=counts), p=float(test.pvalue))
 
 
 def repeats_to_decide(effect: Effect) -> int | None:

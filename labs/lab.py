@@ -451,6 +451,7 @@ def factors(treatment: Point, baseline: Point) -> list[str]:
 
 
 _PROSE = ("title", "question", "limits", "next_knobs", "left_out")
+_DRAWN = ("answers", "findings", "plots")  # from the files of a run, at any time
 
 
 def digest_of(resolved: Mapping[str, Any]) -> str:
@@ -460,6 +461,17 @@ def digest_of(resolved: Mapping[str, Any]) -> str:
         {k: v for k, v in c.items() if k not in ("title", "coupled")} for c in knobs["claims"]
     ]
     return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a resolved lab what can change a figure: no prose, no predictions, nothing drawn."""
+    found = {k: v for k, v in resolved.items() if k not in (*_PROSE, *_DRAWN)}
+    for part in ("claims", "forecasts"):
+        found[part] = [
+            {k: v for k, v in c.items() if k not in ("title", "coupled", "predict")}
+            for c in found[part]
+        ]
+    return found
 
 
 def parse_changes(text: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from labs import LABS
+from labs import LABS, manifest, results
 from labs.judge import Judgement
 from labs.questions import QUESTIONS
 from labs.report import ceilings_text, markdown, ratio_interval, ratio_text, verdict
@@ -30,7 +30,7 @@ def published(quick: bool = False) -> list[RunFolder]:
         run = folder.run()
         key = run.machine.slug, run.lab["name"]
         before = newest.get(key)
-        if not folder.complete or run.ad_hoc or (run.quick and not quick):
+        if not folder.complete or run.ad_hoc or run.reproduces or (run.quick and not quick):
             continue
         if before and _rank(run) < _rank(before.run()):
             continue
@@ -78,6 +78,7 @@ def _pages() -> dict[Path, str]:
     runs = published()
     return {
         README: _readme(README.read_text(), runs),
+        results.RESULTS / PAGE: _collection(),
         **{home / PAGE: _machine(found) for home, found in _by_machine(runs).items()},
     }
 
@@ -154,6 +155,55 @@ def _questions(runs: Sequence[RunFolder]) -> list[str]:
             ]
             rows.append([id, QUESTIONS[id], f"`{lab.name}`", ", ".join(reports) or "–"])
     return markdown(rows)
+
+
+# ---------------------------------------------------------------------------- the collection's page
+
+HOW_TO_ADD = """\
+# Results
+
+One folder a machine, in it one a lab, in it one a run: data only, readable without this code.
+
+## Add a machine
+
+1. Fork, clone, `make lab-<name>` or `make labs-all`; leave the machine alone meanwhile.
+2. Its folder appears here by itself, named after the hardware: `results/<machine>/`.
+3. Keep runs that are complete (`COMPLETE`), of an unchanged lab, on a clean checkout: `QUICK=1`,
+   `SET=` and `ENDPOINT=` runs stay out of every table.
+4. Remove the runs you do not want; nothing refers to them. Logs are not committed (`.gitignore`).
+5. `make readme` writes the machine's page, this one, and the tables of the front page.
+6. `make check` must pass: every run readable and whole, its digest right, no secret and no home
+   folder's name in any file, at most 10 MiB a run.
+7. `git add results README.md`, commit, and propose it; the same checks run there.
+8. Was the lab measured elsewhere? `make compare A=results/<theirs> B=results/<yours>`, and
+   `make reproduce RUN=results/<theirs>/<lab>/<run>` to repeat exactly their run.
+
+## Leaderboard
+
+The first claims of each lab, machine beside machine. *Stale*: the lab has other knobs by now.
+"""
+
+
+def _collection() -> str:
+    return "\n".join([HOW_TO_ADD, *markdown(leaderboard(results.RESULTS))]) + "\n"
+
+
+def leaderboard(seen_from: Path | None = None) -> list[list[str]]:
+    """Lab x claim x machine, of the newest runs; with links where it is a page."""
+    rows = [["Lab", "Claim", "Machine", "Effect", "95 % interval", "Verdict", "Lab now"]]
+    for name in LABS:
+        found = []
+        for folder in (f for f in published() if f.path.parent.name == name):
+            run = folder.run()
+            home = run.machine.describe()
+            if seen_from:
+                home = f"[{home}]({os.path.relpath(folder.path / 'report.md', seen_from)})"
+            standing = "**stale**" if manifest.is_stale(run) else "the same"
+            for place, j in enumerate(folder.summary().judgements[:CLAIMS_EACH]):
+                cells = [name, j.title, home, ratio_text(j), ratio_interval(j), j.outcome, standing]
+                found.append((place, cells))
+        rows += [cells for _, cells in sorted(found, key=lambda item: (item[0], item[1][2]))]
+    return rows
 
 
 # ----------------------------------------------------------------------------- a machine's own page

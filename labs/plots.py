@@ -7,6 +7,7 @@ timeline, from the records) and returns its caption, or None when there is nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -94,6 +95,34 @@ def effects(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summa
     ax.set_xlabel("treatment / baseline")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return "Each claim: the measured ratio on the predicted one."
+
+
+def ratios(found: Sequence[tuple[str, Interval, bool]], path: Path) -> bool:
+    """Draw (name, ratio, does it differ) one below the other; whether there was anything."""
+    if not found:
+        return False
+    figure, ax = plt.subplots(figsize=(8, 1 + 0.2 * len(found)))
+    for row, (_, ratio, differs) in enumerate(reversed(found)):
+        low, high = ratio.low or ratio.value, ratio.high or ratio.value
+        ax.errorbar(
+            ratio.value, row, xerr=[[ratio.value - low], [high - ratio.value]], fmt="o", ms=4,
+            capsize=2, color=ORANGE if differs else BLUE,
+        )  # fmt: skip
+    ax.axvline(1, color=GREY, lw=1)
+    ax.set_xscale("log")
+    left, right = ax.get_xlim()
+    steps = (0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 1, 1.1, 1.25, 2, 5, 10, 20)
+    ticks = [t for t in steps if left <= t <= right]
+    if right / left > 8:
+        ticks = [t for t in ticks if t not in (0.8, 0.9, 1.1, 1.25)]
+    ax.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    ax.minorticks_off()
+    ax.set_yticks(range(len(found)), [name for name, *_ in reversed(found)], fontsize=7)
+    ax.set_ylim(-0.6, len(found) - 0.4)
+    ax.set_xlabel("B / A with its 95 % interval (orange: differs)")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return True
 
 
 def _wrapped(title: str, width: int = 34) -> str:

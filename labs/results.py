@@ -6,6 +6,7 @@ results/<machine>/<lab>/<UTC>-<digest>/
     predictions.json    written before the first engine starts
     trials/<variant>/<workload>/<load>/<repeat>/requests.jsonl.gz  trial.json
     summary.json  report.md  *.svg      computed from the above
+    reproduction.json  .md              where the run repeats another: which figures came out so
     COMPLETE            written last, and only when no trial failed
 """
 
@@ -14,8 +15,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import subprocess
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +29,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from labs.judge import Caveat, ForecastResult, Judgement
-from labs.lab import Lab, LabError, Point, Prediction, digest_of
+from labs.lab import Lab, LabError, Point, Prediction, digest_of, knobs
 from labs.measure import Trial
 from loadtests import records
 from loadtests.plan import TrialSummary
@@ -65,7 +69,11 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     ceilings: Ceilings
     environment: Environment
     argv: dict[str, list[str]]  # variant -> the engine's command line, model path left out
+    model_revision: str | None = None  # of a model from Hugging Face
+    model_files: dict[str, str] = {}  # file -> SHA-256, the tokenizer's among them
+    derived_sha256: dict[str, str] = {}  # derived model -> SHA-256 over its files
     prompts_sha256: str
+    reproduces: str = ""  # the run that this one was to reproduce; it stays out of summary tables
     started_at: str
 
     @property
@@ -79,14 +87,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
 
     def rebuilt_lab(self) -> Lab:
         """The lab as it was run; its predictions are on file, its functions are not needed."""
-
-        def gone(*_: object) -> Prediction:
-            raise LookupError("a run on file has its predictions on file")
-
-        fields = json.loads(json.dumps(self.lab))
-        for part in (*fields["claims"], *fields["forecasts"]):
-            part["predict"] = gone
-        return Lab.model_validate(fields)
+        return reread(self.lab)
 
     def points(self) -> list[Point]:
         return self.rebuilt_lab().points(
@@ -95,6 +96,25 @@ class Run(BaseModel, frozen=True, extra="forbid"):
             {name: Shape(**shape) for name, shape in self.weights.items()},
             self.about,
         )
+
+
+def reread(resolved: Mapping[str, Any], like: Lab | None = None) -> Lab:
+    """A lab from its plain form; what its claims and forecasts predict with is another's."""
+
+    def gone(*_: object) -> Prediction:
+        raise LookupError("a run on file has its predictions on file")
+
+    fields = json.loads(json.dumps(resolved))
+    for kind in ("claims", "forecasts"):
+        known = {part.name: part.predict for part in getattr(like, kind, ())}
+        for part in fields[kind]:
+            part["predict"] = known.get(part["name"], gone)
+    return Lab.model_validate(fields)
+
+
+def fresh_knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved lab's knobs as today's code reads them: a field added since has its default."""
+    return knobs(reread(resolved).resolved())
 
 
 class Predictions(BaseModel, frozen=True, extra="forbid"):
@@ -157,6 +177,7 @@ class Session(BaseModel, frozen=True, extra="forbid"):
     resident: bool
     agreement: list[Agreement]
     prometheus: str | None  # why there was none
+    ended_at: str | None = None
 
 
 class RunFolder:
@@ -292,6 +313,16 @@ def all_runs() -> list[RunFolder]:
     return [RunFolder(p.parent) for p in sorted(found, key=lambda p: p.parent.name)]
 
 
+def open_run(path: Path) -> RunFolder:
+    """The run in a folder, seen from here or from the checkout; raises LabError."""
+    found = next((p for p in (path, ROOT / path) if (p / "run.json").exists()), None)
+    if found is None:
+        raise LabError(
+            f"{path} is no run: give a folder with run.json, results/<machine>/<lab>/<run>"
+        )
+    return RunFolder(found)
+
+
 def latest(lab: str, complete: bool = True) -> RunFolder | None:
     found = [f for f in all_runs() if f.path.parent.name == lab and f.complete == complete]
     return found[-1] if found else None
@@ -318,4 +349,37 @@ def problems(folder: RunFolder) -> list[str]:
         wrong.append(f"it cannot be read: {str(error).splitlines()[0]}")
     if not folder.complete:
         wrong.append("it has no COMPLETE")
+    return [*wrong, *_unfit_to_publish(folder.path)]
+
+
+MOST_BYTES = 10 * 2**20  # of a run: a collection is cloned whole
+SECRET = re.compile(
+    rb"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glsa_\w{30,}"
+    rb"|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16})\b|Bearer [\w.-]{20,}|PRIVATE KEY-----"
+)
+HOME = re.compile(rb"(?<![\w.~])/(?:home/[^/\s\"']+|Users/[^/\s\"']+|root)/")
+
+
+def _unfit_to_publish(run: Path) -> list[str]:
+    """A secret, a home folder's name, a log that git keeps, or too much of it all."""
+    wrong = []
+    files = [p for p in sorted(run.rglob("*")) if p.is_file() and p.suffix != ".log"]
+    size = sum(p.stat().st_size for p in files)
+    if size > MOST_BYTES:
+        wrong.append(f"it has {size / 2**20:.1f} MiB, a run may have {MOST_BYTES / 2**20:.0f}")
+    for path in files:
+        try:
+            content = path.read_bytes()
+            content = gzip.decompress(content) if path.suffix == ".gz" else content
+        except (OSError, EOFError, zlib.error):
+            continue  # a damaged file is told of where it is read
+        name = path.relative_to(run)
+        if SECRET.search(content):  # which is not repeated here
+            wrong.append(f"{name} holds what looks like a secret: revoke it, then remove it")
+        if found := HOME.search(content):
+            wrong.append(f"{name} names a home folder, {found[0].decode(errors='replace')}..")
+    if shutil.which("git"):
+        kept = ["git", "-C", run, "ls-files", "*.log"]
+        logs = subprocess.run(kept, capture_output=True, text=True).stdout.split()
+        wrong += [f"{name} is a log that git keeps: remove it" for name in logs]
     return wrong

@@ -63,8 +63,9 @@ from serving.engine import (
     flag_argv,
     free_port,
     placed,
+    serve_env,
 )
-from serving.machine import Ceilings, Machine
+from serving.machine import Ceilings, Environment, Machine
 from serving.metrics import Snapshot
 from serving.process import Process
 
@@ -97,6 +98,7 @@ class Request:
     weights: str = ""  # `dummy`: random ones
     endpoint: str = ""
     resume: bool = False
+    reproduces: str = ""  # the run whose resolved lab this is
     engine_command: Sequence[str] = SERVER
 
 
@@ -160,6 +162,7 @@ def run(request: Request, teller: Teller) -> RunFolder:
                 resident=len(resident_groups(setup)) == 1,
                 agreement=agreement,
                 prometheus=session.prometheus.missing,
+                ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
             ),
         )
         summary = summarise(folder)
@@ -399,14 +402,28 @@ def _manifest(setup: Setup, request: Request, prompts_sha256: str) -> Run:
         about=dict(setup.points[0].about),
         machine=setup.machine,
         ceilings=setup.ceilings,
-        environment=machines.environment(models.ROOT),
+        environment=engine_environment(setup.machine.kind, setup.model),
         argv={
             v.name: [f"<{v.weights}>" if v.weights else model, *flag_argv(lab.flags_of(v))]
             for v in lab.variants
         },
+        model_revision=models.revision(setup.model.path),
+        model_files=models.file_hashes(setup.model.path),
+        derived_sha256={
+            name: hashlib.sha256(json.dumps(models.file_hashes(path)).encode()).hexdigest()
+            for name, path in setup.places.items()
+        },
         prompts_sha256=prompts_sha256,
+        reproduces=request.reproduces,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def engine_environment(kind: str, model: models.Model) -> Environment:
+    """Of this machine, with what an engine started here would find."""
+    found = machines.environment(models.ROOT)
+    own = machines.engine_variables(serve_env(kind, model))
+    return found.model_copy(update={"variables": found.variables | own})
 
 
 def _resumed(setup: Setup) -> RunFolder | None:

@@ -11,6 +11,7 @@ The ceilings are measured on the serving device with the threads the engine will
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -83,6 +84,11 @@ class Environment(BaseModel, frozen=True, extra="forbid"):
     git_dirty: bool | None = None
     engine_cores: tuple[int, ...] = ()
     client_cores: tuple[int, ...] = ()
+    cuda: str | None = None  # what the driver supports
+    clocks: dict[str, str] = {}
+    numa: dict[str, str] = {}  # node -> its cores
+    variables: dict[str, str] = {}  # that the engine reads, its secrets left out
+    load_average: float | None = None  # processes that wanted a CPU in the minute before
 
 
 def detect() -> Machine:
@@ -172,11 +178,20 @@ def environment(root: Path) -> Environment:
 
     status = git("status", "--porcelain", "--untracked-files=no")
     engine_cores, client_cores = split_cores()
+    driver, cuda, gpu_clocks = _driver()
     return Environment(
         python=platform.python_version(),
         packages={d.name.lower(): d.version for d in metadata.distributions()},
         kernel=platform.release(),
-        driver=_driver(),
+        driver=driver,
+        cuda=cuda,
+        clocks=gpu_clocks or _cpu_clocks(),
+        numa={
+            node.name: (node / "cpulist").read_text().strip()
+            for node in sorted(Path("/sys/devices/system/node").glob("node[0-9]*"))
+        },
+        variables=engine_variables(os.environ),
+        load_average=round(os.getloadavg()[0], 2),
         git_commit=git("rev-parse", "HEAD"),
         git_dirty=None if status is None else bool(status),
         engine_cores=engine_cores,
@@ -194,14 +209,45 @@ def engine_version() -> str:
     raise RuntimeError("vLLM is not installed here: run `make setup`")
 
 
-def _driver() -> str | None:
+# of vLLM and what it stands on; a name that the second finds holds a secret, an address may
+READ_BY_ENGINE = re.compile(
+    r"(VLLM|OMP|GOMP|KMP|MKL|ONEDNN|DNNL|CUDA|NVIDIA|NCCL|TORCH|PYTORCH|TRITON|HF|TRANSFORMERS"
+    r"|TOKENIZERS|MALLOC)_|LD_PRELOAD$|PRICE_PER_HOUR$"
+)
+SECRET = re.compile(r"TOKEN$|TOKEN_|KEY|SECRET|PASSW|CREDENTIAL|AUTH")
+
+
+def engine_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Of an environment what may change an engine; no secret, and no home folder's name."""
+    return {
+        name: value.replace(f"{Path.home()}/", "~/")
+        for name, value in sorted(variables.items())
+        if READ_BY_ENGINE.match(name) and not SECRET.search(name) and "://" not in value
+    }
+
+
+def _cpu_clocks() -> dict[str, str]:
+    """What the kernel lets the first core do; a virtual machine says nothing of it."""
+    home = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+    names = ("scaling_governor", "scaling_min_freq", "scaling_max_freq")
+    return {n: (home / n).read_text().strip() for n in names if (home / n).exists()}
+
+
+def _driver() -> tuple[str | None, str | None, dict[str, str]]:
+    """NVIDIA driver, the CUDA version it supports, and the first GPU's highest clocks."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return None
-    return str(pynvml.nvmlSystemGetDriverVersion())
+        return None, None, {}
+    version = int(pynvml.nvmlSystemGetCudaDriverVersion())
+    handle, clocks = pynvml.nvmlDeviceGetHandleByIndex(0), {}
+    for name, kind in (("sm", pynvml.NVML_CLOCK_SM), ("memory", pynvml.NVML_CLOCK_MEM)):
+        with contextlib.suppress(pynvml.NVMLError):
+            clocks[f"{name}_max"] = f"{pynvml.nvmlDeviceGetMaxClockInfo(handle, kind)} MHz"
+    driver = str(pynvml.nvmlSystemGetDriverVersion())
+    return driver, f"{version // 1000}.{version % 1000 // 10}", clocks
 
 
 def _measure(kind: str) -> Ceilings:

@@ -8,10 +8,12 @@ reference for the quality of the original model.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import sys
@@ -146,15 +148,21 @@ class Model:
     dummy: bool = False  # its weights are random
 
 
+def default_name(machine: Machine) -> str:
+    """The model served where none is asked for."""
+    if machine.kind == "cpu":
+        return BUNDLED
+    return class_of(machine).model
+
+
 def resolve(machine: Machine, wanted: str = "") -> Model:
     """The machine's default, a local folder, or a Hugging Face id (downloaded, safetensors only).
 
     Raises ModelError with the remedy when it cannot be had.
     """
-    if not wanted:
-        if machine.kind == "cpu":
-            return load(bundled(), BUNDLED)
-        wanted = class_of(machine).model
+    if not wanted and machine.kind == "cpu":
+        return load(bundled(), BUNDLED)
+    wanted = wanted or default_name(machine)
     folder = Path(wanted).expanduser()
     if (folder / "config.json").exists():
         return load(folder.resolve(), folder.resolve().name)
@@ -303,6 +311,41 @@ def _tensor_sizes(shard: Path) -> dict[str, tuple[int, int]]:
         name: (math.prod(t["shape"]), t["data_offsets"][1] - t["data_offsets"][0])
         for name, t in header.items()
     }
+
+
+HASHED = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """File -> SHA-256, of weights, tokenizer and configuration.
+
+    A file that Hugging Face's cache has under its SHA-256 is not read; of the others the hash is
+    remembered until they change.
+    """
+    memory = CACHE / "hashes.json"
+    known: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
+    found, before = {}, dict(known)
+    for path in sorted({p for pattern in HASHED for p in folder.rglob(pattern)}):
+        real = path.resolve()
+        about = real.stat()
+        key = f"{real}|{about.st_size}|{about.st_mtime_ns}"
+        if re.fullmatch(r"[0-9a-f]{64}", real.name):
+            known[key] = real.name
+        elif key not in known:
+            with real.open("rb") as file:
+                known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        found[str(path.relative_to(folder))] = known[key]
+    if known != before:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        half = memory.with_name(f".hashes.{os.getpid()}")
+        half.write_text(json.dumps(known))
+        half.rename(memory)
+    return found
+
+
+def revision(folder: Path) -> str | None:
+    """The commit of a model from Hugging Face's cache, whose folder is named after it."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def bundled() -> Path:

@@ -31,6 +31,7 @@ LAW = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", 
 SETTINGS = (
     "SET", "QUICK", "AA", "MODEL", "ENDPOINT", "SEED", "RESUME", "ENGINE_COMMAND", "RUN", "LAB",
     "PRICE_PER_HOUR", "RESULTS", "WEIGHTS", "TP", "DP", "PP",
+    "PRICE_PER_HOUR", "RESULTS", "BASELINE", "THRESHOLDS", "A", "B", "FORCE", "OUT", "JSON", "AS",
 )  # fmt: skip
 LABS = ("-m", "labs.cli")
 LABS_WITH_FAKE_MODELS = ("-m", "tests.fake.made")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,38 @@ def write_run(results: Path) -> RunFolder:
     summarise(folder)
     (folder.path / "COMPLETE").write_text("2026-01-01\n")
     return folder
+
+
+def write_slowed(folder: RunFolder, factor: float, variant: str = "") -> RunFolder:
+    """A copy of the run, a day later, in which everything (of a variant) took `factor` longer."""
+    later = RunFolder(folder.path.with_name(folder.path.name.replace("20260101", "20260102")))
+    shutil.copytree(folder.path, later.path)
+    run = later.run().model_copy(update={"run_id": later.path.name})
+    write_json(later.path / "run.json", run)
+    for point in run.points():
+        for repeat in range(1, run.rebuilt_lab().repeats + 1):
+            if variant not in ("", point.variant.name):
+                continue
+            home = later.trial_folder(point, repeat)
+            slow = [
+                dataclasses.replace(
+                    r,
+                    sent_s=factor * r.sent_s,
+                    chunks=[(factor * at, k) for at, k in r.chunks],
+                    end_s=None if r.end_s is None else factor * r.end_s,
+                )
+                for r in records.read(home / "requests.jsonl.gz")
+            ]
+            records.write(home / "requests.jsonl.gz", slow)
+            result = later.trial_result(point, repeat)
+            assert result
+            assert result.summary
+            start, end = result.summary.window_s
+            window = {"window_s": (factor * start, factor * end)}
+            summary = result.summary.model_copy(update=window)
+            write_json(home / "trial.json", result.model_copy(update={"summary": summary}))
+    summarise(later)
+    return later
 
 
 def write_tiny_llama(folder: Path, layers: int, **more: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from labs import LABS, results
 from labs.cli import app
 from labs.questions import QUESTIONS
-from tests.unit.builders import write_run
+from tests.unit.builders import write_run, write_slowed
 
 LAB = next(iter(LABS))
 COMMANDS = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands]
@@ -21,7 +22,25 @@ COMMANDS = [c.name or getattr(c.callback, "__name__", "") for c in app.registere
 @pytest.fixture(autouse=True)
 def _as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The commands take over two signals, and read the variables that make hands on."""
-    for name in ("LAB", "SET", "SEED", "QUICK", "MODEL", "ENDPOINT", "RESUME", "RUN", "VARIANT"):
+    for name in (
+        "LAB",
+        "SET",
+        "SEED",
+        "QUICK",
+        "MODEL",
+        "ENDPOINT",
+        "RESUME",
+        "RUN",
+        "VARIANT",
+        "BASELINE",
+        "THRESHOLDS",
+        "A",
+        "B",
+        "FORCE",
+        "OUT",
+        "JSON",
+        "AS",
+    ):
         monkeypatch.delenv(name, raising=False)
     taken = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
     yield
@@ -75,7 +94,8 @@ def test_list_shows_every_lab_and_the_questions_it_answers() -> None:
 
 def test_commands_are_those_the_makefile_calls() -> None:
     assert set(COMMANDS) == {
-        "run", "all", "list", "make", "serve", "locust", "report", "score", "check", "readme"
+        "run", "all", "list", "make", "serve", "locust", "report", "score", "check", "readme",
+        "compare", "manifest-diff", "reproduce", "gate", "export", "leaderboard",
     }  # fmt: skip
 
 
@@ -118,3 +138,48 @@ def test_report_is_written_anew_from_the_files(
     code, said = labs("report")
     assert code == 0, said
     assert (folder.path / "report.md").exists()
+
+
+# ----------------------------------------------------------------------------- runs side by side
+
+
+@pytest.fixture
+def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """A run, and a copy that took a quarter longer."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    first = write_run(tmp_path)
+    return str(first.path), str(write_slowed(first, 1.25).path)
+
+
+def test_gate_has_its_exit_code_and_names_what_failed(two: tuple[str, str]) -> None:
+    run, slower = two
+    assert labs("gate", "--run", run, "--baseline", run)[0] == 0
+    code, said = labs("gate", "--run", slower, "--baseline", run)
+    assert code == 1
+    assert "FAILED Output throughput at on/short/concurrent-1: worse by 25%, 10% allowed" in said
+    assert labs("gate", "--run", run, "--baseline", slower)[0] == 0
+
+
+def test_comparison_is_shown_written_and_printed_as_json(
+    two: tuple[str, str], tmp_path: Path
+) -> None:
+    a, b = two
+    page = tmp_path / "page.md"
+    code, said = labs("compare", "-a", a, "-b", b, "--out", str(page))
+    assert (code, "Output throughput" in said) == (0, True)
+    assert "0.80x" in page.read_text()
+    code, said = labs("compare", "-a", a, "-b", b, "--json")
+    (found,) = json.loads(said)["comparisons"]
+    assert (code, found["lab"], found["paired"]) == (0, "tiny", True)
+    code, said = labs("compare", "-a", a, "-b", f"{b}:on")
+    assert (code, "on both sides" in said) == (1, True)
+
+
+def test_manifests_of_a_copy_differ_in_nothing(two: tuple[str, str]) -> None:
+    assert labs("manifest-diff", "-a", two[0], "-b", two[1]) == (0, "Nothing recorded differs.")
+
+
+def test_export_says_what_it_wrote(two: tuple[str, str], tmp_path: Path) -> None:
+    code, said = labs("export", "--run", two[0], "--as", "csv", "--out", str(tmp_path / "out"))
+    assert (code, "requests.csv, measurements.csv" in said) == (0, True)
+    assert (tmp_path / "out" / "requests.csv").exists()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from labs import pages, results, sitting
+from labs import manifest, pages, results, sitting
 from labs.results import RunFolder, write_json
-from tests.unit.builders import write_run
+from tests.unit.builders import make_lab, write_run, write_slowed
 
 
 @pytest.fixture
@@ -77,12 +77,39 @@ def test_a_stale_page_is_named_until_it_is_written(
     )
     monkeypatch.setattr(pages, "README", readme)
     machine_page = folder.path.parent.parent / pages.PAGE
-    assert pages.stale() == [readme, machine_page]
-    assert pages.write() == [readme, machine_page]
+    every = [readme, tmp_path / pages.PAGE, machine_page]
+    assert pages.stale() == every
+    assert pages.write() == every
     assert pages.stale() == []
     assert "| On is faster | 2.97x |" in readme.read_text()
     machine_page.write_text("by hand")
     assert pages.stale() == [machine_page]
+
+
+def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "LABS", {"tiny": make_lab()})
+    monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab()})
+    _, row, _ = pages.leaderboard()
+    assert row == [
+        "tiny", "On is faster", folder.run().machine.describe(), "2.97x", "2.85 to 3.10", "helps",
+        "the same",
+    ]  # fmt: skip
+    linked = pages.leaderboard(results.RESULTS)
+    assert linked[1][2].startswith(f"[{row[2]}]({folder.run().machine.slug}/tiny/")
+    monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(window_s=5)})
+    assert {row[-1] for row in pages.leaderboard()[1:]} == {"**stale**"}
+    monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(title="Said better")})
+    assert {row[-1] for row in pages.leaderboard()[1:]} == {"the same"}
+
+
+def test_a_reproduction_displaces_no_published_run(folder: RunFolder) -> None:
+    again = write_slowed(folder, 2)
+    assert [f.path for f in pages.published()] == [again.path]
+    run = again.run().model_copy(update={"reproduces": folder.path.name})
+    write_json(again.path / "run.json", run)
+    assert [f.path for f in pages.published()] == [folder.path]
 
 
 def test_a_sitting_goes_on_where_it_stopped(folder: RunFolder) -> None:

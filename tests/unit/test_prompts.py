@@ -2,9 +2,12 @@
 
 import hashlib
 import random
+from pathlib import Path
 
 import pytest
 
+from labs import LABS
+from loadtests import plan
 from loadtests.prompts import CountTokens, Messages, Writer, counter
 from serving.models import BUNDLED, CACHE
 
@@ -58,6 +61,34 @@ def test_length_that_no_text_has_is_refused() -> None:
 
 def test_prompts_are_the_same_on_any_machine_and_python() -> None:
     assert digest(words) == "618aa2d897e570e0"
+
+
+def request_file(count: CountTokens, lab: str, workload: str, home: Path) -> str:
+    """SHA-256 of what a CPU run of a lab sends in its second repeat."""
+    resolved = LABS[lab].at("cpu", quick=False)
+    (sent,) = (w for w in resolved.workloads if w.name == workload)
+    drawn = sent.requests(24, resolved.draw_seed(2), Writer(count))
+    plan.write_requests(home / "requests.jsonl", drawn, "m")
+    return hashlib.sha256((home / "requests.jsonl").read_bytes()).hexdigest()
+
+
+PINNED = {  # lab, workload -> what is sent, with words counted and with the bundled tokenizer
+    ("continuous-batching", "exponential"): ("01c06a0e98b60bca", "bf52e37bf2b437c0"),
+    ("prefix-caching", "share-90"): ("543f06728f129b29", "56cc72ccf452672d"),
+    ("prefix-caching", "chat"): ("db8890253de76bcc", "169cf03eec156481"),
+}
+
+
+@pytest.mark.parametrize(("lab", "workload"), PINNED)
+def test_what_a_lab_sends_is_pinned_byte_for_byte(lab: str, workload: str, tmp_path: Path) -> None:
+    assert request_file(words, lab, workload, tmp_path)[:16] == PINNED[lab, workload][0]
+
+
+@pytest.mark.parametrize(("lab", "workload"), PINNED)
+def test_and_with_the_bundled_tokenizer(
+    bundled: CountTokens, lab: str, workload: str, tmp_path: Path
+) -> None:
+    assert request_file(bundled, lab, workload, tmp_path)[:16] == PINNED[lab, workload][1]
 
 
 def test_prompts_differ_from_one_another() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,6 +163,49 @@ def test_lab_that_was_edited_after_the_run_is_a_problem(folder: RunFolder) -> No
     run["lab"]["window_s"] = 60
     (folder.path / "run.json").write_text(json.dumps(run))
     assert problems(folder)
+
+
+def text_of(text: str) -> Callable[[RunFolder], None]:
+    def write(folder: RunFolder) -> None:
+        results.write_gzip(folder.path / "probes" / "p-on.json.gz", {"said": text})
+
+    return write
+
+
+def large(folder: RunFolder) -> None:
+    with (folder.path / "plot.svg").open("wb") as file:
+        file.truncate(results.MOST_BYTES)
+
+
+def kept_log(folder: RunFolder) -> None:
+    (folder.path / "engine.log").write_text("-")
+    for words in (["init", "-q"], ["add", "-f", "engine.log"]):
+        subprocess.run(["git", "-C", folder.path, *words], check=True)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (text_of("hf_" + "aB3" * 11), "p-on.json.gz holds what looks like a secret"),
+        (text_of("Authorization: Bearer " + "x1" * 20), "holds what looks like a secret"),
+        (text_of("in /home/ada/models/x"), "names a home folder, /home/ada/.."),
+        (large, "it has 10.0 MiB, a run may have 10"),
+        (kept_log, "engine.log is a log that git keeps"),
+    ],
+)
+def test_what_must_not_be_published_is_a_problem(
+    folder: RunFolder, harm: Callable[[RunFolder], None], said: str
+) -> None:
+    harm(folder)
+    (found,) = problems(folder)
+    assert said in found
+    assert "aB3" not in found
+
+
+def test_a_log_that_stays_here_is_none(folder: RunFolder) -> None:
+    (folder.path / "logs").mkdir()
+    (folder.path / "logs" / "engine-on.log").write_text("loading /root/model")
+    assert problems(folder) == []
 
 
 # -------------------------------------------------------------------------------- half-written

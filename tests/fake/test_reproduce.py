@@ -1,0 +1,106 @@
+"""Run, repeat, compare, on an engine whose law is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from labs.results import RunFolder
+from tests.fake.conftest import Command, Reader, reading
+
+LAB = "continuous-batching"
+SETTINGS = (
+    "warmup_s=0.2 window_s=0.6 repeats=3 requests=128"
+    " workloads.exponential.output_tokens.mean_tokens=12"
+    " workloads.exponential.output_tokens.max_tokens=48"
+    ' workloads.exponential.loads=["concurrent:1","concurrent:8","waves:8","concurrent:16"]'
+)
+SLOWER = 3.0
+SLOW = ("--step-s", f"{SLOWER * 0.01}", "--step-per-seq-s", f"{SLOWER * 0.0001}")
+
+
+class History:
+    """A run, its repetition on the same engine, and one on an engine that is slower by a factor."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.folders: set[Path] = set()
+        run = self._folder(reader.types("run", LAB, SET=SETTINGS))
+        self.original = run
+        self.again = reader.types("reproduce", RUN=str(run.path))
+        self.same = self._folder(self.again)
+        self.late = reader.types("reproduce", engine=SLOW, RUN=str(run.path))
+        self.slow = self._folder(self.late)
+
+    def _folder(self, command: Command) -> RunFolder:
+        command.wait(200)
+        before = self.folders
+        self.folders = {p.parent for p in self.reader.results.glob("*/*/*/COMPLETE")}
+        (new,) = self.folders - before
+        return RunFolder(new)
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
+    with reading(tmp_path_factory.mktemp("history") / "reader") as someone:
+        yield History(someone)
+
+
+def found(folder: RunFolder) -> dict[str, object]:
+    plain: dict[str, object] = json.loads((folder.path / "reproduction.json").read_text())
+    return plain
+
+
+def test_the_same_lab_was_run_with_the_same_requests(history: History) -> None:
+    first, second = history.original.run(), history.same.run()
+    assert second.digest == first.digest
+    assert second.prompts_sha256 == first.prompts_sha256
+    assert second.changes == first.changes
+    assert second.reproduces == first.run_id
+    assert second.model_files
+    assert "tokenizer.json" in second.model_files
+
+
+def test_the_exit_code_is_that_of_the_verdicts(history: History) -> None:
+    for command, folder in ((history.again, history.same), (history.late, history.slow)):
+        agree = found(folder)["verdicts_agree"]
+        assert command.process.returncode == (0 if agree else 1), command.said
+        assert "Reproduced?" in command.said
+
+
+def test_a_slower_engine_differs_by_its_factor(history: History) -> None:
+    answers = found(history.slow)["answers"]
+    assert isinstance(answers, list)
+    tpot = [a for a in answers if a["row"]["figure"] == "tpot_mean_s"]
+    assert len(tpot) == 6
+    assert {a["answer"] for a in tpot} == {"differs"}
+    for a in tpot:
+        assert a["row"]["contrast"]["ratio"]["value"] == pytest.approx(SLOWER, rel=0.35)
+
+
+def test_the_gate_lets_the_same_pass_and_catches_the_slower(
+    history: History, tmp_path: Path
+) -> None:
+    wide = tmp_path / "wide.toml"  # machines that run tests are busy; the factor is 3
+    wide.write_text("[worse]\ndefault = 0.8\n[verdicts]\nundecided_fails = false\n")
+
+    def gate(run: RunFolder) -> Command:
+        command = history.reader.types(
+            "gate", RUN=str(run.path), BASELINE=str(history.original.path), THRESHOLDS=str(wide)
+        )
+        command.wait()
+        return command
+
+    passed, caught = gate(history.same), gate(history.slow)
+    assert passed.process.returncode == 0, passed.said
+    assert caught.process.returncode == 1
+    assert "FAILED TPOT, mean at base/exponential/concurrent-1: worse by" in caught.said
+
+
+def test_a_reproduction_is_no_result_of_its_own(history: History) -> None:
+    command = history.reader.types("check")
+    assert command.wait() == 0, command.said
+    assert "Well-formed runs: 3." in command.said

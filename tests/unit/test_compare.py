@@ -1,0 +1,272 @@
+"""Two runs side by side, and a gate between them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from labs import compare, gate, results
+from labs.compare import Row, side
+from labs.judge import contrast
+from labs.lab import LabError, digest_of
+from labs.results import RunFolder, write_json
+from labs.run import summarise
+from tests.unit.builders import MACHINE, write_run, write_slowed
+
+ALLOWED = gate.thresholds()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    return write_run(tmp_path)
+
+
+def compared(a: RunFolder, b: RunFolder, force: bool = False) -> compare.Comparison:
+    return compare.compare(side(str(a.path)), side(str(b.path)), force)
+
+
+def row(found: compare.Comparison, figure: str, where: str) -> Row:
+    return next(r for r in found.rows if (r.figure, r.where) == (figure, where))
+
+
+def edited(folder: RunFolder, machine: str = MACHINE.model, **lab: object) -> RunFolder:
+    """A copy whose lab or machine is another."""
+    run = folder.run()
+    fields = {**run.lab, **lab}
+    host = run.machine.model_copy(update={"model": machine})
+    digest = digest_of(fields)
+    name = f"20260103T000000Z-{digest}"
+    copy = RunFolder(folder.path.parents[2] / host.slug / "tiny" / name)
+    shutil.copytree(folder.path, copy.path)
+    update = {"lab": fields, "machine": host, "digest": digest, "run_id": name}
+    write_json(copy.path / "run.json", run.model_copy(update=update))
+    summarise(copy)
+    return copy
+
+
+# ------------------------------------------------------------------------------------- statistics
+
+
+def test_paired_ratio_sees_through_what_both_repeats_share() -> None:
+    found = contrast({1: 2.0, 2: 200.0, 3: 20.2}, {1: 1.0, 2: 100.0, 3: 10.0}, paired=True)
+    assert found
+    assert found.p
+    assert found.ratio.n == 3
+    assert found.ratio.low
+    assert found.ratio.high
+    # logs: ln 2 twice and ln 2.02; mean ln 2 + 0.003317, s = 0.005745, t(2) = 4.3027
+    assert math.log(found.ratio.value / 2) == pytest.approx(0.003317, rel=1e-3)
+    half = 4.3027 * 0.005745 / math.sqrt(3)
+    assert math.log(found.ratio.high / found.ratio.value) == pytest.approx(half, rel=1e-3)
+    assert found.p < 0.001
+
+
+def test_unpaired_ratio_has_welchs_interval() -> None:
+    e = math.e
+    found = contrast({1: 1.0, 2: e**0.2}, {1: e, 2: e**1.2}, paired=False)
+    assert found
+    assert found.ratio.low
+    # mean logs 0.1 and 1.1; both variances 0.02, so that se = sqrt(0.02) and t(2) = 4.3027
+    assert math.log(found.ratio.value) == pytest.approx(-1)
+    assert math.log(found.ratio.low) == pytest.approx(-1 - 4.3027 * math.sqrt(0.02), rel=1e-4)
+
+
+def test_one_repeat_has_no_interval_and_exact_counts_have_an_exact_one() -> None:
+    single = contrast({1: 2.0}, {1: 1.0}, paired=True)
+    exact = contrast({1: 64.0, 2: 64.0}, {1: 32.0, 2: 32.0}, paired=False)
+    assert single
+    assert exact
+    assert (single.ratio.low, single.p) == (None, None)
+    assert (exact.ratio.low, exact.ratio.high) == pytest.approx((2.0, 2.0))
+    assert exact.p == 0
+    assert contrast({2: 1.0}, {1: 1.0}, paired=True) is None
+
+
+def test_a_lone_interval_among_many_is_taken_for_chance() -> None:
+    """p = 0.04 differs alone, but not as the smallest of twenty."""
+
+    def judged(*ps: float) -> list[str]:
+        found = contrast({1: 1.2, 2: 1.2}, {1: 1.0, 2: 1.0}, paired=True)
+        assert found
+        rows = [
+            Row(
+                figure="tpot_mean_s", where="x", unit="s", better="lower", a=1, b=1.2,
+                contrast=found.model_copy(update={"p": p}), outcome="undecided",
+            )
+            for p in ps
+        ]  # fmt: skip
+        return [r.outcome for r in compare._judged([rows])[0]]
+
+    assert judged(0.04) == ["differs"]
+    assert judged(0.04, *[0.5] * 19)[0] == "same"  # within 20 %, which the interval says
+    assert judged(*[0.04] * 20) == ["differs"] * 20
+
+
+# --------------------------------------------------------------------------------------- comparing
+
+
+def test_a_run_is_the_same_as_itself(folder: RunFolder) -> None:
+    found = compared(folder, folder)
+    assert found.rows
+    assert {r.outcome for r in [*found.rows, *found.effects]} == {"same"}
+    assert all(v.agrees and not v.flips for v in found.verdicts)
+    assert found.paired
+    assert found.differences == []
+    assert gate.failures(found, ALLOWED) == []
+
+
+def test_a_slower_copy_differs_by_as_much_and_fails_the_gate(folder: RunFolder) -> None:
+    found = compared(folder, write_slowed(folder, 1.25))
+    rate = row(found, "output_tokens_per_s", "on/short/concurrent-1")
+    assert rate.outcome == "differs"
+    assert rate.contrast
+    assert rate.contrast.ratio.value == pytest.approx(0.8)
+    assert rate.worse_by == pytest.approx(0.25)
+    assert {r.outcome for r in found.effects} == {"same"}  # both sides slowed alike
+    failed = gate.failures(found, ALLOWED)
+    assert any("TPOT, mean" in line and "worse by 25%, 10% allowed" in line for line in failed)
+
+
+def test_a_faster_copy_passes(folder: RunFolder) -> None:
+    found = compared(folder, write_slowed(folder, 0.5))
+    assert row(found, "tpot_mean_s", "on/short/concurrent-1").outcome == "differs"
+    assert gate.failures(found, ALLOWED) == []
+
+
+def test_a_margin_lets_pass_what_it_says(folder: RunFolder, tmp_path: Path) -> None:
+    found = compared(folder, write_slowed(folder, 1.25))
+    wide = tmp_path / "wide.toml"
+    wide.write_text("[worse]\ndefault = 0.3\n")
+    failed = gate.failures(found, gate.thresholds(wide))
+    assert not [line for line in failed if "worse by" in line]
+    assert failed  # nothing meets the SLO any more, of which no share is left
+    wide.write_text("[worse]\ndefault = 0.3\ntpot_mean_s = 0.2\n")
+    failed = gate.failures(found, gate.thresholds(wide))
+    assert {line.partition(" at ")[0] for line in failed if "worse by" in line} == {"TPOT, mean"}
+
+
+def test_a_verdict_that_flips_fails_whatever_the_margins(folder: RunFolder, tmp_path: Path) -> None:
+    """`on`, three times as fast, is made six times slower: it hurts."""
+    slow = write_slowed(folder, 6, variant="on")
+    blind = tmp_path / "blind.toml"
+    blind.write_text("[worse]\ndefault = 100\n")
+    failed = gate.failures(compared(folder, slow), gate.thresholds(blind))
+    assert ["helps in the baseline, hurts now" in line for line in failed[:2]] == [True, True]
+    assert "helps in the baseline" not in str(failed[2:])
+
+
+def test_what_is_missing_now_fails(folder: RunFolder) -> None:
+    bare = write_slowed(folder, 1)
+    summary = bare.summary()
+    summary.measurements["on/short/concurrent-1"].clear()
+    write_json(bare.path / "summary.json", summary)
+    failed = gate.failures(compared(folder, bare), ALLOWED)
+    assert "Output throughput at on/short/concurrent-1: missing now" in failed
+
+
+def test_errors_where_there_were_none_fail(folder: RunFolder) -> None:
+    broken = write_slowed(folder, 1)
+    summary = broken.summary()
+    for repeat in summary.measurements["on/short/concurrent-1"].values():
+        repeat["error_rate"] = 0.01
+    write_json(broken.path / "summary.json", summary)
+    assert gate.failures(compared(folder, broken), ALLOWED) == [
+        "Error rate at on/short/concurrent-1: 0 in the baseline, 0.01 now"
+    ]
+    assert gate.failures(compared(broken, folder), ALLOWED) == []
+
+
+def test_a_gate_that_could_not_fail_lets_nothing_pass(folder: RunFolder) -> None:
+    """One repeat each: no figure has an interval."""
+    other = write_slowed(folder, 3)
+    for run in (folder, other):
+        summary = run.summary()
+        for rows in summary.measurements.values():
+            del rows[2]
+        write_json(run.path / "summary.json", summary)
+    with pytest.raises(LabError, match="nothing can be let pass: measure more repeats"):
+        gate.failures(compared(folder, other), ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[worse]\nspeed = 0.1\ndefault = 0.1", "names no known figure: speed"),
+        ("[worse]\ntpot_mean_s = 0.1", "has no `default`"),
+        ("[worse\n", "holds no thresholds"),
+        ("[worse]\ndefault = -1", "holds no thresholds"),
+    ],
+)
+def test_thresholds_that_make_no_sense_are_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.toml"
+    path.write_text(text)
+    with pytest.raises(LabError, match=said):
+        gate.thresholds(path)
+
+
+def test_variants_of_a_run_are_compared_where_they_met_the_same(folder: RunFolder) -> None:
+    off, on = (side(f"{folder.path}:{name}") for name in ("off", "on"))
+    found = compare.compare(off, on)
+    rate = row(found, "output_tokens_per_s", "short/concurrent-1")
+    assert rate.outcome == "differs"
+    assert rate.contrast
+    assert rate.contrast.ratio.value == pytest.approx(math.sqrt(301 * 302 / (101 * 102)))
+    assert not found.verdicts
+    assert not found.effects
+    with pytest.raises(LabError, match="has no variant 'best'; it has off, on"):
+        side(f"{folder.path}:best")
+    with pytest.raises(LabError, match="on both sides"):
+        compare.compare(off, side(str(folder.path)))
+
+
+def test_another_load_is_refused_and_forced_it_is_said_on_every_table(folder: RunFolder) -> None:
+    longer = edited(folder, window_s=60)
+    with pytest.raises(LabError, match=r"not sent the same load: window_s differ; FORCE=1"):
+        compared(folder, longer)
+    tables = compare.tables(compared(folder, longer, force=True))
+    assert tables
+    assert all("FORCED: they were not sent the same load: window_s" in name for name, _ in tables)
+
+
+def test_a_field_that_came_later_makes_no_other_load(folder: RunFolder) -> None:
+    old = folder.run()
+    del old.lab["load_processes"]
+    write_json(folder.path / "run.json", old)
+    assert compared(folder, write_slowed(folder, 1)).forced == ""
+
+
+def test_other_flags_are_compared_and_named(folder: RunFolder) -> None:
+    found = compared(folder, edited(folder, flags={"max-model-len": 256}))
+    assert [str(d) for d in found.differences] == ["lab.flags.max-model-len: 128 / 256"]
+
+
+def test_on_other_hardware_only_what_has_no_dimension_is_compared(folder: RunFolder) -> None:
+    found = compared(folder, edited(folder, machine="Slide rule"))
+    assert not found.same_hardware
+    assert {r.unit for r in [*found.rows, *found.effects]} == {"1"}
+    assert len(found.effects) == 2
+    assert found.left_out > 4
+    assert found.differences[0].what == "machine.model"
+
+
+def test_machines_are_compared_lab_by_lab(folder: RunFolder) -> None:
+    other = edited(folder, machine="Slide rule")
+    here, there = (f.path.parents[1] for f in (folder, other))
+    for home in (here, there):
+        (home / "machine.json").write_text("{}")
+    found, refused = compare.pairs(str(here), str(there))
+    assert [c.lab for c in found] == ["tiny"]
+    assert refused == []
+    json.loads(compare.plain(found, refused))
+    page = folder.path.parents[2] / "compared.md"
+    compare.write(found, refused, page)
+    assert "| Claim | Where | A | B |" in page.read_text()
+    assert "](compared-tiny.svg)" in page.read_text()
+    assert "<svg" in page.with_name("compared-tiny.svg").read_text()
+    with pytest.raises(LabError, match="two machines"):
+        compare.pairs(str(here), str(folder.path))

@@ -1,0 +1,92 @@
+"""A run in other tools' formats, each loaded back."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from labs import export
+from labs.export import Format
+from labs.results import RunFolder
+from loadtests import records
+from tests.unit.builders import make_record, write_run
+
+VLLM_KEYS = {  # of vLLM 0.32, --save-result --save-detailed
+    "date", "endpoint_type", "backend", "label", "model_id", "tokenizer_id", "num_prompts",
+    "request_rate", "burstiness", "max_concurrency", "duration", "completed", "failed",
+    "total_input_tokens", "total_output_tokens", "request_throughput", "request_goodput",
+    "output_throughput", "total_token_throughput", "input_lens", "output_lens", "ttfts", "itls",
+    "latencies", "start_times", "queue_times", "generated_texts", "errors",
+    "max_output_tokens_per_s", "max_concurrent_requests", "rtfx",
+} | {
+    f"{statistic}_{figure}_ms"
+    for figure in ("ttft", "tpot", "itl", "e2el")
+    for statistic in ("mean", "median", "std", "p50", "p90", "p99")
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """One of its 8 trials holds a request that failed, beside one by hand."""
+    made = write_run(tmp_path)
+    found = [make_record([(11.0, 1), (11.5, 2), (12.0, 2)]), make_record([], index=1, sent_s=10.5)]
+    point = made.run().points()[0]
+    records.write(made.trial_folder(point, 1) / "requests.jsonl.gz", found)
+    return made
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    if path.suffix == ".csv":
+        with path.open() as file:
+            return [dict(row) for row in csv.DictReader(file)]
+    import pyarrow.parquet
+
+    rows: list[dict[str, object]] = pyarrow.parquet.read_table(path).to_pylist()
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_tables_read_back(folder: RunFolder, kind: Format, tmp_path: Path) -> None:
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    written = export.export(folder, kind, tmp_path / "out")
+    assert [p.name for p in written] == [f"requests.{kind}", f"measurements.{kind}"]
+    requests, measurements = map(read, written)
+    assert len(requests) == 7 + 2
+    missing = "" if kind == "csv" else None
+    first, failed = requests[:2]
+    keys = ("variant", "workload", "load", "output_tokens", "ttft_s", "tpot_s", "error")
+    assert [str(first[k]) for k in keys] == [
+        "off", "short", "concurrent:1", "5", "1.0", "0.25", str(missing),
+    ]  # fmt: skip
+    assert failed["ttft_s"] == failed["output_tokens"] == missing
+    assert failed["error"] == "ConnectionError: refused"
+    (rate,) = [
+        m for m in measurements
+        if (m["variant"], m["load"], str(m["repeat"]), m["metric"])
+        == ("on", "concurrent:2", "2", "output_tokens_per_s")
+    ]  # fmt: skip
+    assert float(str(rate["value"])) == pytest.approx(30.2)
+    assert rate["unit"] == "tok/s"
+
+
+def test_vllms_format_has_its_keys_and_its_definitions(folder: RunFolder, tmp_path: Path) -> None:
+    written = export.export(folder, "vllm", tmp_path / "out")
+    assert len(written) == 8
+    found = json.loads((tmp_path / "out" / "off-short-concurrent-1-1.json").read_text())
+    assert found.keys() == VLLM_KEYS
+    assert (found["num_prompts"], found["completed"], found["failed"]) == (2, 1, 1)
+    assert found["duration"] == 2.0
+    assert found["output_throughput"] == 2.5
+    assert found["mean_ttft_ms"] == 1000
+    assert found["mean_tpot_ms"] == 250  # 1 s for all but one of 5 tokens, however they came
+    assert found["itls"] == [[0.5, 0.5], []]
+    assert found["ttfts"] == [1.0, None]  # vLLM would say 0
+    assert found["max_concurrency"] == 1
+    assert found["request_rate"] == "inf"
+    # 12.0 falls into the third second after 10.0
+    assert (found["max_output_tokens_per_s"], found["max_concurrent_requests"]) == (2.0, 1)
+    assert found["errors"] == ["", "ConnectionError: refused"]

@@ -1,0 +1,153 @@
+"""What a manifest says, and a run asked for again from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from labs import LABS, manifest, reproduce, results
+from labs.compare import VerdictPair
+from labs.lab import LabError
+from labs.results import Run, RunFolder, all_runs, write_json
+from serving.machine import Environment, engine_variables
+from serving.models import file_hashes
+from tests.unit.builders import write_run, write_slowed
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    return write_run(tmp_path)
+
+
+def run_of(name: str, like: Run, aa: bool = False) -> Run:
+    lab = LABS[name].at("cpu", quick=True)
+    lab = lab.against_itself() if aa else lab
+    update = {"lab": json.loads(json.dumps(lab.resolved())), "digest": lab.digest(), "quick": True}
+    return like.model_copy(update=update)
+
+
+# --------------------------------------------------------------------------------------- asking
+
+
+@pytest.mark.parametrize("name", LABS)
+@pytest.mark.parametrize("aa", [False, True])
+def test_the_lab_of_a_manifest_is_the_lab_that_ran(name: str, aa: bool, folder: RunFolder) -> None:
+    """Knobs, seeds and the functions that predict, once resolved for this machine."""
+    run = run_of(name, folder.run(), aa)
+    asked = reproduce.request(run)
+    again = asked.lab.at("cpu", asked.quick, asked.changes)
+    assert again.digest() == run.digest
+    assert again.resolved() == run.lab
+    assert asked.reproduces == run.run_id
+
+
+def test_what_was_changed_by_hand_is_changed_again_and_marked(folder: RunFolder) -> None:
+    name = next(iter(LABS))
+    changes = {"window_s": 1.5, "seed": 7}
+    lab = LABS[name].at("cpu", False, changes)
+    update = {"lab": lab.resolved(), "digest": lab.digest(), "changes": changes}
+    asked = reproduce.request(folder.run().model_copy(update=update))
+    assert asked.changes == changes
+    assert asked.lab.at("cpu", False, asked.changes).digest() == lab.digest()
+
+
+def test_what_this_checkout_cannot_run_names_the_commit_that_could(folder: RunFolder) -> None:
+    run = folder.run()
+    there = Environment(python="3", packages={}, kernel="6", git_commit="0123456789abcdef")
+    run = run.model_copy(update={"environment": there})
+    with pytest.raises(LabError, match="no lab tiny in this checkout: `git checkout 0123456789ab`"):
+        reproduce.request(run)
+    name = next(iter(LABS))
+    lab = json.loads(json.dumps(run_of(name, run).lab))
+    lab["claims"][0]["name"] = "older"
+    with pytest.raises(LabError, match=r"predicts older of .* any more: `git checkout"):
+        reproduce.request(run.model_copy(update={"lab": lab}))
+
+
+# ------------------------------------------------------------------------------------- answering
+
+
+def test_a_copy_is_reproduced_and_says_so_on_disk(folder: RunFolder) -> None:
+    again = write_slowed(folder, 1)
+    found = reproduce.answer(folder, again)
+    assert found.verdicts_agree
+    assert {a.answer for a in found.answers} == {"reproduced"}
+    assert found.likeliest_cause == ""
+    on_disk = json.loads((again.path / "reproduction.json").read_text())
+    assert on_disk["verdicts_agree"] is True
+    assert "the verdicts agree" in (again.path / "reproduction.md").read_text()
+    assert results.problems(again) == []
+
+
+def test_a_slower_copy_differs_and_its_likeliest_cause_is_named(folder: RunFolder) -> None:
+    again = write_slowed(folder, 6, variant="on")
+    there = again.run().environment
+    update = there.model_copy(update={"packages": {"vllm": "2", "zipp": "9"}, "kernel": "7"})
+    write_json(again.path / "run.json", again.run().model_copy(update={"environment": update}))
+    first = folder.run().environment.model_copy(update={"packages": {"vllm": "1", "zipp": "8"}})
+    write_json(folder.path / "run.json", folder.run().model_copy(update={"environment": first}))
+    found = reproduce.answer(folder, again)
+    assert not found.verdicts_agree
+    said = reproduce.lines(found)
+    assert "Verdicts: 0 of 2 agree." in said
+    assert any("environment.packages.vllm: 1 there, 2 here (and 2 more)" in s for s in said)
+    assert {d.what for d in found.differences} == {
+        "environment.packages.vllm", "environment.kernel", "environment.packages.zipp",
+    }  # fmt: skip
+
+
+def test_a_verdict_agrees_only_with_its_like() -> None:
+    def pair(a: str, b: str) -> bool:
+        made = {"claim": "c", "title": "t", "where": "w", "a": a, "b": b}
+        return VerdictPair.model_validate(made).agrees
+
+    assert pair("helps", "helps")
+    assert pair("inconclusive", "no effect")
+    assert not pair("helps", "inconclusive")
+    assert not pair("inconclusive", "not valid")
+    assert not pair("no effect", "hurts")
+
+
+# -------------------------------------------------------------------------------------- manifests
+
+
+def test_runs_on_file_load_whatever_was_recorded_then() -> None:
+    """And a difference is not made of what one of them never recorded."""
+    for folder in all_runs():
+        run = folder.run()
+        richer = run.model_copy(update={"model_files": {"tokenizer.json": "0" * 64}})
+        said = [manifest.facts(r) for r in (run, richer)]
+        if not run.model_files:
+            assert manifest.differences(*said) == []
+            assert manifest.unrecorded(*said) == ["model.files"]
+
+
+def test_the_engines_environment_is_kept_without_its_secrets() -> None:
+    home = str(Path.home())
+    found = engine_variables(
+        {
+            "VLLM_CPU_KVCACHE_SPACE": "4", "OMP_NUM_THREADS": "2", "HF_HOME": f"{home}/hf",
+            "HF_TOKEN": "t", "VLLM_API_KEY": "k", "CUDA_SECRET_THING": "s", "EDITOR": "ed",
+            "HF_ENDPOINT": "https://me:pw@hub",
+        }
+    )  # fmt: skip
+    assert found == {"VLLM_CPU_KVCACHE_SPACE": "4", "OMP_NUM_THREADS": "2", "HF_HOME": "~/hf"}
+
+
+def test_files_are_hashed_and_a_cached_blobs_name_is_its_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.models.CACHE", tmp_path / "cache")
+    model, blob = tmp_path / "model", tmp_path / ("a" * 64)
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "notes.md").write_text("-")
+    blob.write_text("weights")
+    (model / "model.safetensors").symlink_to(blob)
+    empty = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"  # of {}
+    assert file_hashes(model) == {"config.json": empty, "model.safetensors": "a" * 64}
+    (model / "config.json").write_text("{ }")
+    assert file_hashes(model)["config.json"] != empty
