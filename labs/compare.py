@@ -27,7 +27,7 @@ from labs.judge import CONFIDENCE, INDIFFERENT, Caveat, Contrast, Interval, Judg
 from labs.lab import LabError, Point
 from labs.manifest import Difference
 from labs.measure import METRICS
-from labs.report import markdown
+from labs.report import Table, markdown
 from labs.results import Run, RunFolder, Summary, fresh_knobs, open_run
 from labs.text import number
 from serving.models import ROOT
@@ -301,10 +301,8 @@ def _without_ratio(a: Column, b: Column) -> tuple[Outcome, str]:
         return "undecided", ""
     if a == b:
         return "same", "zero in the same repeats"
-    if all(a.values()) or all(b.values()):
-        return "differs" if not any((b if all(a.values()) else a).values()) else "undecided", (
-            "zero on one side"
-        )
+    if any(all(x.values()) and not any(y.values()) for x, y in ((a, b), (b, a))):
+        return "differs", "zero on one side"
     return "undecided", "zero in some repeats"
 
 
@@ -397,8 +395,6 @@ def _machine(text: str) -> Path | None:
 
 
 # -------------------------------------------------------------------------- as a person reads it
-
-Table = tuple[str, list[list[str]]]
 
 
 def headline(found: Comparison) -> list[str]:

@@ -28,6 +28,7 @@ LIKELIEST = (  # causes of other figures; what is not named comes last
     "environment.packages.locust", "environment.packages.gevent", "environment.git",
 )  # fmt: skip
 PACKAGES = "environment.packages."
+MOST_OTHERS = 12  # differences of no likely effect that are shown one by one
 
 
 class Difference(BaseModel, frozen=True, extra="forbid"):
@@ -144,9 +145,6 @@ def table(found: Sequence[Difference], names: tuple[str, str]) -> list[list[str]
     else:
         rows += [[d.what, _short(d.a), _short(d.b)] for d in others]
     return rows
-
-
-MOST_OTHERS = 12
 
 
 def likeliest_cause(found: Sequence[Difference]) -> str:
