@@ -35,6 +35,7 @@ from labs import (
     report,
     reproduce,
     score,
+    side_by_side,
     sitting,
 )
 from labs.export import Format as ExportFormat
@@ -433,14 +434,14 @@ def compare_two(
     with _plainly():
         found, refused = compare.pairs(a, b, force)
         if out:
-            compare.write(found, refused, out)
+            side_by_side.write(found, refused, out)
         if as_json:
-            print(compare.plain(found, refused))
+            print(side_by_side.plain(found, refused))
             return
         for comparison in found:
             console.print(f"[bold]{comparison.lab}[/]")
-            _say(compare.headline(comparison))
-            for title, rows in compare.tables(comparison):
+            _say(side_by_side.headline(comparison))
+            for title, rows in side_by_side.tables(comparison):
                 show(title, rows)
         _say(f"Not compared: {line}" for line in refused)
         if out:
@@ -492,7 +493,8 @@ def reproduce_run(
         found = reproduce.answer(original, folder)
         console.print("\n[bold]Reproduced?[/]")
         _say(reproduce.lines(found))
-        show("What does not agree", compare.figure_rows(found.apart))
+        if found.apart:
+            show("What was not reproduced", side_by_side.figure_rows(found.apart))
         page = folder.path / "reproduction.md"
         console.print(f"Every figure: [bold]{os.path.relpath(page)}[/]", soft_wrap=True)
         if not found.verdicts_agree:
@@ -512,7 +514,7 @@ def pass_gate(
     with _plainly():
         allowed = gate.thresholds(limits)
         found = compare.compare(compare.side(baseline), compare.side(run), force)
-        _say(compare.headline(found))
+        _say(side_by_side.headline(found))
         if failed := gate.failures(found, allowed):
             _say(f"FAILED {line}" for line in failed)
             _say([f"Likeliest cause: {manifest.likeliest_cause(found.differences)}"])

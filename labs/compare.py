@@ -10,7 +10,6 @@ dimensionless figures are compared.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -22,14 +21,12 @@ import numpy as np
 from pydantic import BaseModel
 from scipy import stats
 
-from labs import manifest, pages, plots
-from labs.judge import CONFIDENCE, INDIFFERENT, Caveat, Contrast, Interval, Judgement, contrast
+from labs import manifest, pages
+from labs.judge import CONFIDENCE, INDIFFERENT, Caveat, Contrast, Judgement, contrast
 from labs.lab import LabError, Point
 from labs.manifest import Difference
 from labs.measure import METRICS
-from labs.report import Table, markdown
 from labs.results import Run, RunFolder, Summary, fresh_knobs, open_run
-from labs.text import number
 from serving.models import ROOT
 
 ABSOLUTE = (
@@ -391,136 +388,4 @@ def _machine(text: str) -> Path | None:
     """A machine's folder of results."""
     return next(
         (p.resolve() for p in (Path(text), ROOT / text) if (p / "machine.json").exists()), None
-    )
-
-
-# -------------------------------------------------------------------------- as a person reads it
-
-
-def headline(found: Comparison) -> list[str]:
-    """What was compared, and how it came out."""
-    rows = [*found.rows, *found.effects]
-    count = {o: sum(r.outcome == o for r in rows) for o in ("same", "differs", "undecided")}
-    lines = [f"A: {found.a}", f"B: {found.b}"]
-    if found.forced:
-        lines.append(f"NOT COMPARABLE, and compared all the same: {found.forced}.")
-    lines.append(
-        f"Figures: {count['same']} the same, {count['differs']} differ, {count['undecided']}"
-        " undecided."
-    )
-    if found.left_out:
-        lines.append(
-            f"Other hardware: {found.left_out} absolute figures are not compared, only those"
-            " without a dimension."
-        )
-    how = "paired by repeat, the same requests" if found.paired else "Welch's, other requests"
-    lines.append(f"Ratios are B / A with 95 % intervals ({how}).")
-    return lines
-
-
-def tables(found: Comparison) -> list[Table]:
-    mark = f" (FORCED: {found.forced})" if found.forced else ""
-    result = [
-        ("Verdicts" + mark, _verdict_rows(found)),
-        ("Effects" + mark, figure_rows(found.effects)),
-        ("Figures" + mark, figure_rows(found.rows)),
-        ("Validity" + mark, _validity_rows(found)),
-        ("What differs in how they were run" + mark, manifest.table(found.differences, ("A", "B"))),
-    ]
-    return [(title, rows) for title, rows in result if len(rows) > 1]
-
-
-def figure_rows(rows: Sequence[Row]) -> list[list[str]]:
-    out = [["Figure", "Where", "A", "B", "B / A", "95 % interval", "Outcome"]]
-    for row, where in zip(rows, _places([r.where for r in rows]), strict=True):
-        ratio = row.contrast.ratio if row.contrast else None
-        known = ratio is not None and ratio.low is not None and ratio.high is not None
-        out.append(
-            [
-                title(row.figure),
-                where,
-                number(row.a, row.unit),
-                number(row.b, row.unit),
-                f"{ratio.value:.2f}x" if ratio else "–",
-                f"{ratio.low:.2f} to {ratio.high:.2f}" if ratio and known else "–",
-                row.outcome + (f" ({row.why})" if row.why else ""),
-            ]
-        )
-    return out
-
-
-def _places(wheres: Sequence[str]) -> list[str]:
-    """Points, or pairs of them, without the parts of their names that never vary."""
-    points = [point.split("/") for where in wheres for point in where.split(" / ")]
-    varied = [i for i, parts in enumerate(zip(*points, strict=True)) if len(set(parts)) > 1]
-
-    def short(point: str) -> str:
-        parts = point.split("/")
-        return " ".join(parts[i] for i in varied or [-1])
-
-    return [" / ".join(short(p) for p in where.split(" / ")) for where in wheres]
-
-
-def title(figure: str) -> str:
-    """`effect on ttft_p50_s` with the metric's title."""
-    *before, metric = figure.split()
-    return " ".join([*before, METRICS[metric].title])
-
-
-def _verdict_rows(found: Comparison) -> list[list[str]]:
-    rows = [["Claim", "Where", "A", "B", ""]]
-    places = _places([v.where for v in found.verdicts])
-    for v, where in zip(found.verdicts, places, strict=True):
-        said = "agree" if v.agrees else "**flips**" if v.flips else "not confirmed"
-        rows.append([v.title, where, v.a, v.b, said])
-    return rows
-
-
-def _validity_rows(found: Comparison) -> list[list[str]]:
-    rows = [["Side", "Caveat", "Where", "Text"]]
-    for name, caveats in found.caveats.items():
-        grouped: dict[str, list[Caveat]] = {}
-        for caveat in caveats:
-            grouped.setdefault(caveat.name, []).append(caveat)
-        for what, members in grouped.items():
-            where = f"{len(members)} points" if len(members) > 1 else members[0].point or "the run"
-            weight = " (no verdict there)" if any(c.blocks for c in members) else ""
-            rows.append([name, what + weight, where, members[0].text])
-        if not caveats:
-            rows.append([name, "every check passed", "", ""])
-    return rows
-
-
-def write(found: Sequence[Comparison], refused: Sequence[str], path: Path) -> None:
-    """As Markdown, each lab's ratios drawn in a file beside it."""
-    out = ["# Compared", ""]
-    for comparison in found:
-        out += [f"## {comparison.lab}", "", *(f"- {line}" for line in headline(comparison)), ""]
-        drawn = path.with_name(f"{path.stem}-{comparison.lab}.svg")
-        if plots.ratios(_drawable([*comparison.effects, *comparison.rows]), drawn):
-            mark = f" FORCED: {comparison.forced}." if comparison.forced else ""
-            out += [f"![Each figure, B / A, with its 95 % interval.{mark}]({drawn.name})", ""]
-        for name, rows in tables(comparison):
-            out += [f"### {name}", "", *markdown(rows), ""]
-    if refused:
-        out += ["## Not compared", "", *(f"- {line}" for line in refused), ""]
-    half = path.with_name(f".{path.name}.half")
-    half.write_text("\n".join(out))
-    half.rename(path)
-
-
-def _drawable(rows: Sequence[Row]) -> list[tuple[str, Interval, bool]]:
-    """(name, ratio, does it differ) of the rows with an interval."""
-    return [
-        (f"{title(row.figure)}, {where}", row.contrast.ratio, row.outcome == "differs")
-        for row, where in zip(rows, _places([r.where for r in rows]), strict=True)
-        if row.contrast and row.contrast.ratio.low is not None
-    ]
-
-
-def plain(found: Sequence[Comparison], refused: Sequence[str]) -> str:
-    """As JSON."""
-    return json.dumps(
-        {"comparisons": [c.model_dump(mode="json") for c in found], "refused": list(refused)},
-        indent=1,
     )

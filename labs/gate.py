@@ -12,9 +12,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, NonNegativeFloat, ValidationError
 
-from labs.compare import NO_VERDICT, Comparison, Row, title
+from labs.compare import NO_VERDICT, Comparison, Row
 from labs.lab import LabError
 from labs.measure import METRICS
+from labs.side_by_side import title
 
 DEFAULT = Path(__file__).with_name("thresholds.toml")
 

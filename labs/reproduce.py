@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
-from labs import LABS, compare, manifest
+from labs import LABS, compare, manifest, side_by_side
 from labs.compare import Comparison, Row, VerdictPair
 from labs.lab import LabError
 from labs.manifest import Difference
@@ -182,6 +182,6 @@ def _page(found: Reproduction, comparison: Comparison) -> str:
         *(f"- {line}" for line in lines(found)),
         "",
     ]
-    for title, rows in compare.tables(comparison):
+    for title, rows in side_by_side.tables(comparison):
         out += [f"## {title}", "", *markdown(rows), ""]
     return "\n".join(out)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from labs import compare, gate, results
+from labs import compare, gate, results, side_by_side
 from labs.compare import Row, side
 from labs.judge import contrast
 from labs.lab import LabError, digest_of
@@ -228,7 +228,7 @@ def test_another_load_is_refused_and_forced_it_is_said_on_every_table(folder: Ru
     longer = edited(folder, window_s=60)
     with pytest.raises(LabError, match=r"not sent the same load: window_s differ; FORCE=1"):
         compared(folder, longer)
-    tables = compare.tables(compared(folder, longer, force=True))
+    tables = side_by_side.tables(compared(folder, longer, force=True))
     assert tables
     assert all("FORCED: they were not sent the same load: window_s" in name for name, _ in tables)
 
@@ -262,9 +262,9 @@ def test_machines_are_compared_lab_by_lab(folder: RunFolder) -> None:
     found, refused = compare.pairs(str(here), str(there))
     assert [c.lab for c in found] == ["tiny"]
     assert refused == []
-    json.loads(compare.plain(found, refused))
+    json.loads(side_by_side.plain(found, refused))
     page = folder.path.parents[2] / "compared.md"
-    compare.write(found, refused, page)
+    side_by_side.write(found, refused, page)
     assert "| Claim | Where | A | B |" in page.read_text()
     assert "](compared-tiny.svg)" in page.read_text()
     assert "<svg" in page.with_name("compared-tiny.svg").read_text()
