@@ -59,6 +59,7 @@ def write() -> list[Path]:
     """Write every generated file anew; those that changed."""
     changed = stale()
     for path, text in _pages().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return changed
 
