@@ -379,7 +379,7 @@ def _unfit_to_publish(run: Path) -> list[str]:
         if found := HOME.search(content):
             wrong.append(f"{name} names a home folder, {found[0].decode(errors='replace')}..")
     if shutil.which("git"):
-        kept = ["git", "-C", run, "ls-files", "*.log"]
+        kept = ["git", "-C", str(run), "ls-files", "*.log"]
         logs = subprocess.run(kept, capture_output=True, text=True).stdout.split()
         wrong += [f"{name} is a log that git keeps: remove it" for name in logs]
     return wrong
