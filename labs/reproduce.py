@@ -18,9 +18,10 @@ from labs.lab import LabError
 from labs.manifest import Difference
 from labs.report import markdown
 from labs.results import Run, RunFolder, reread, write_json
-from labs.run import Request, engine_environment
+from labs.run import Request, engine_environment, model_of
 from serving import machine as machines
 from serving import models
+from serving.dummy import SUFFIX
 from serving.engine import SERVER
 
 ANSWERS = {
@@ -85,22 +86,29 @@ def request(
             f"this checkout cannot read the run's lab any more ({str(error).splitlines()[0]}):"
             f" {there}"
         ) from error
-    default = models.default_name(machines.detect())
     return Request(
         lab=lab,
         quick=run.quick,
         changes=run.changes,
-        model=model or ("" if run.model == default else run.model),
+        model=model or _asked_for(run),
+        weights="dummy" if run.dummy else "",
         resume=resume,
         reproduces=run.run_id,
         engine_command=engine_command,
     )
 
 
+def _asked_for(run: Run) -> str:
+    """The MODEL that serves what the run served."""
+    if run.dummy:
+        return run.model.removesuffix(SUFFIX)
+    return "" if run.model == models.default_name(machines.detect()) else run.model
+
+
 def differs_here(run: Run, asked: Request) -> list[Difference]:
     """What of the run's environment this machine has otherwise, before anything starts."""
     host = machines.detect()
-    model = models.resolve(host, asked.model)
+    model = model_of(host, asked.model, asked.weights)
     here = run.model_copy(
         update={
             "machine": host,
