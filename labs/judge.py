@@ -20,7 +20,8 @@ from scipy import stats
 
 from labs.lab import Claim, Evidence, Forecast, Point, Prediction, factors
 from labs.measure import METRICS, Trial, expected_pieces
-from serving import metrics
+from serving import metrics, telemetry
+from serving.telemetry import POWER_CAP, SLOWDOWNS
 
 CONFIDENCE = 0.95
 INDIFFERENT = 0.03  # effects below 3 % change no decision
@@ -302,6 +303,8 @@ MOST_LOOP_LAG_S = 0.02
 MOST_ERRORS = 0.01
 LEAST_ACHIEVED = 0.95
 MOST_SEVERAL = 0.05  # of the chunks carry several tokens, where nothing is guessed ahead
+MOST_SLOWED = 0.01  # of the window; one sample can be a change of load
+MOST_CAPPED = 0.5
 MOST_WARM_TOKENS = 64  # found in the cache by a request that shares no more than a chat template
 
 
@@ -372,10 +375,33 @@ def validity(trial: Trial, evidence: Sequence[Evidence]) -> list[Caveat]:
     if short := sum(r.output_tokens != r.asked_tokens for r in records if r.ok):
         add("lengths differ", f"{short} answers have another length than asked", False)
     found += _reconcile(trial)
+    found += _throttled(trial)
     if trial.engine is not None:
         expected = [e for e in evidence if e.arm.matches(trial.point)]
         for item in (e for e in expected if not _shown(e, trial)):
             add("treatment not applied", f"the engine does not show {item}")
+    return found
+
+
+def _throttled(trial: Trial) -> list[Caveat]:
+    """The GPU did not run at the clock it could have."""
+    inside = telemetry.within(trial.telemetry, *trial.summary.window_s)
+    causes = [c for c in SLOWDOWNS.values() if telemetry.throttled_share(inside, [c])]
+    slowed = telemetry.throttled_share(inside, causes) or 0.0
+    capped = telemetry.throttled_share(inside, [POWER_CAP]) or 0.0
+    found = []
+    if slowed > MOST_SLOWED:
+        text = (
+            f"the GPU was slowed for {slowed:.0%} of the window ({', '.join(causes)}): cool it or"
+            " mend its power supply, and measure again"
+        )
+        found.append(Caveat(name="throttled", text=text, point=trial.point.key))
+    if capped > MOST_CAPPED:
+        text = (
+            f"the GPU ran at its power limit for {capped:.0%} of the window: absolute figures are"
+            " those of this limit"
+        )
+        found.append(Caveat(name="at the power limit", text=text, point=trial.point.key))
     return found
 
 

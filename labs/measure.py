@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal
@@ -22,8 +22,9 @@ from labs import theory
 from labs.lab import SLO, Point
 from loadtests.plan import TrialSummary
 from loadtests.records import RequestRecord
-from serving import metrics
+from serving import metrics, telemetry
 from serving.metrics import Snapshot
+from serving.telemetry import Sample
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Trial:
     records: list[RequestRecord]
     summary: TrialSummary
     engine: Snapshot | None  # the engine's counters over this trial
+    telemetry: list[Sample] = field(default_factory=list)  # of the hardware, on the trial's clock
 
     @cached_property
     def counted(self) -> list[RequestRecord]:
@@ -69,7 +71,7 @@ class Metric:
 
     title: str
     unit: Literal[
-        "s", "tok", "tok/s", "req/s", "FLOP/s", "1", "USD"
+        "s", "tok", "tok/s", "req/s", "FLOP/s", "1", "USD", "J"
     ]  # "1": a bare number or a share
     better: Literal["higher", "lower"]
     of: Callable[[Trial], float | None]
@@ -182,6 +184,16 @@ def usd_per_million_tokens(trial: Trial) -> float | None:
     """At PRICE_PER_HOUR US dollars for this machine; None where no price is given."""
     price, rate = price_per_hour(), output_tokens_per_s(trial)
     return price / 3600 / rate * 1e6 if price and rate else None
+
+
+def joules_per_token(trial: Trial) -> float | None:
+    """Energy of the serving GPUs (or of the processors) over the window / the tokens that arrived.
+
+    All of it: the device's idle draw and prefill too, not the host's.
+    """
+    rate = output_tokens_per_s(trial)
+    used_j = telemetry.energy_j(trial.telemetry, *trial.summary.window_s)
+    return used_j / (rate * trial.window_length_s) if used_j and rate else None
 
 
 def price_per_hour() -> float | None:
@@ -323,6 +335,7 @@ METRICS: dict[str, Metric] = {
     "stall_mean_s": Metric("Stall during a prefill, mean", "s", "lower", stall_mean_s),
     "intruder_ttft_mean_s": Metric("TTFT of the long prompt", "s", "lower", intruder_ttft_mean_s),
     "usd_per_million_tokens": Metric("$/M tokens", "USD", "lower", usd_per_million_tokens),
+    "joules_per_token": Metric("J/token", "J", "lower", joules_per_token),
     "engine_ttft_mean_s": Metric("TTFT, engine's mean", "s", "lower", engine_ttft_mean_s),
     "client_ttft_mean_s": Metric("TTFT, client's mean", "s", "lower", client_ttft_mean_s),
 }

@@ -19,7 +19,7 @@ from labs.questions import QUESTIONS
 from labs.results import Predictions, Run, RunFolder, Summary
 from labs.text import number, short, yes
 from serving.dummy import SUFFIX
-from serving.machine import Ceilings
+from serving.machine import DATASHEETS, Ceilings, Machine
 
 Table = tuple[str, list[list[str]]]  # title, rows of which the first is the header
 
@@ -50,10 +50,30 @@ def predicted(prediction: Prediction, unit: str = "1") -> str:
 
 def ceilings_text(ceilings: Ceilings) -> str:
     threads = f"{ceilings.threads} thread{'s' if ceilings.threads > 1 else ''}"
+    fp8 = ceilings.fp8_flops_per_s
     return (
         f"memory {ceilings.memory_bandwidth_bytes_per_s / 1e9:,.1f} GB/s, BF16"
-        f" {ceilings.bf16_flops_per_s / 1e12:,.2f} TFLOP/s ({threads}, measured)"
+        f" {ceilings.bf16_flops_per_s / 1e12:,.2f} TFLOP/s"
+        + (f", FP8 {fp8 / 1e12:,.0f} TFLOP/s" if fp8 else "")
+        + f" ({threads}, measured)"
     )
+
+
+def ceilings_table(machine: Machine, ceilings: Ceilings) -> Table:
+    """The measured ceilings beside the vendor's figures, for the GPUs whose figures are known."""
+    rows = [["Ceiling", "Measured", "Datasheet", "Share"]]
+    stated = DATASHEETS.get(machine.model)
+    for title, field, scale, unit in (
+        ("Memory bandwidth", "memory_bandwidth_bytes_per_s", 1e9, "GB/s"),
+        ("BF16", "bf16_flops_per_s", 1e12, "TFLOP/s"),
+        ("FP8", "fp8_flops_per_s", 1e12, "TFLOP/s"),
+    ):
+        ours, theirs = getattr(ceilings, field), stated and getattr(stated, field)
+        if theirs:
+            share = f"{ours / theirs:.0%}" if ours else "–"
+            mine = number(ours and ours / scale, unit)
+            rows.append([title, mine, number(theirs / scale, unit), share])
+    return "Ceilings beside the datasheet", rows
 
 
 # ------------------------------------------------------------------------------------ the tables
@@ -115,7 +135,7 @@ COLUMNS = (
     "goodput_per_s", "error_rate", "prefix_hit_rate", "stall_mean_s", "prefill_pieces",
     "intruder_ttft_mean_s",
     "acceptance_rate", "acceptance_length", "kv_capacity_tokens", "preemptions", "mbu", "mfu",
-    "usd_per_million_tokens",
+    "joules_per_token", "usd_per_million_tokens",
 )  # fmt: skip
 
 
@@ -267,6 +287,9 @@ def _lines(
     if lab.next_knobs:
         out += ["## What to turn next", "", *(f"- {_knob(k)}" for k in lab.next_knobs), ""]
     out += ["## How it was measured", "", *_method(folder, run, lab), ""]
+    ceilings = ceilings_table(run.machine, run.ceilings)[1]
+    if len(ceilings) > 1:
+        out += ["This machine's ceilings beside its datasheet:", "", *markdown(ceilings), ""]
     out += ["## Questions this answers", ""]
     out += [f"- **{id}** {QUESTIONS[id]}" for id in lab.answers]
     return out

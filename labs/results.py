@@ -5,6 +5,7 @@ results/<machine>/<lab>/<UTC>-<digest>/
     run.json            the resolved lab, seeds, argv, environment
     predictions.json    written before the first engine starts
     trials/<variant>/<workload>/<load>/<repeat>/requests.jsonl.gz  trial.json
+                        telemetry.csv.gz    on a GPU; on a CPU where its energy can be read
     summary.json  report.md  *.svg      computed from the above
     reproduction.json  .md              where the run repeats another: which figures came out so
     COMPLETE            written last, and only when no trial failed
@@ -33,7 +34,7 @@ from labs.lab import Lab, LabError, Point, Prediction, digest_of, knobs
 from labs.measure import Trial
 from loadtests import records
 from loadtests.plan import TrialSummary
-from serving import metrics
+from serving import metrics, telemetry
 from serving.machine import Ceilings, Environment, Machine
 from serving.metrics import Histogram, Snapshot
 from serving.models import ROOT, Shape
@@ -240,13 +241,17 @@ class RunFolder:
                 if result.failed or result.summary is None:
                     yield point, result, None
                     continue
-                path = self.trial_folder(point, repeat) / "requests.jsonl.gz"
-                engine = None if result.engine is None else snapshot_from(result.engine)
-                yield (
+                home = self.trial_folder(point, repeat)
+                trial = Trial(
                     point,
-                    result,
-                    Trial(point, repeat, lab.slo, list(records.read(path)), result.summary, engine),
+                    repeat,
+                    lab.slo,
+                    list(records.read(home / "requests.jsonl.gz")),
+                    result.summary,
+                    None if result.engine is None else snapshot_from(result.engine),
+                    telemetry.read(home / "telemetry.csv.gz"),
                 )
+                yield point, result, trial
 
 
 def run_id(digest: str) -> str:

@@ -9,6 +9,7 @@ import json
 import math
 import random
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -52,7 +53,7 @@ from loadtests import generator, plan, records
 from loadtests.arrivals import Concurrent
 from loadtests.prompts import Writer, counter
 from loadtests.workload import Workload
-from serving import dummy, metrics, models
+from serving import dummy, metrics, models, telemetry
 from serving import machine as machines
 from serving.engine import (
     SERVER,
@@ -187,7 +188,7 @@ def resolve(request: Request, teller: Teller) -> Setup:
         models.scale_of(machine), request.quick, request.changes, is_dummy(request.weights)
     )
     lab = lab.against_itself() if request.aa else lab
-    _require_known_names(lab)
+    require_known_names(lab)
     require_devices(lab, machine)
     RESULTS.mkdir(parents=True, exist_ok=True)
     require_space(RESULTS)
@@ -324,7 +325,7 @@ def require_sizes(lab: Lab, model: models.Model) -> None:
             )
 
 
-def _require_known_names(lab: Lab) -> None:
+def require_known_names(lab: Lab) -> None:
     """What only other modules know: metrics and plots; and the price, read when measuring."""
     parts: list[Claim | Forecast] = [*lab.claims, *lab.forecasts]
     for part in parts:
@@ -350,7 +351,11 @@ def measured_ceilings(machine: Machine, teller: Teller) -> Ceilings:
     path = RESULTS / machine.slug / "machine.json"
     if not path.exists():
         teller.step("Measuring memory bandwidth and BF16 rate (once a machine, about 15 s)")
-        ceilings = machines.measure_ceilings(machine)
+        try:
+            ceilings = machines.measure_ceilings(machine)
+        except subprocess.CalledProcessError as error:
+            last = str(error.stderr).strip().splitlines()[-1:]
+            raise LabError(f"the ceilings could not be measured: {' '.join(last)}") from error
         write_json(path, MachineFile(machine=machine, ceilings=ceilings))
     return read_json(path, MachineFile).ceilings
 
@@ -515,6 +520,8 @@ class _Session:
         ]
         self.left = sum(d is None or d.failed is not None for d in done)
         self.label = {"lab": setup.lab.name, "run_id": folder.path.name}
+        own = None if setup.endpoint else telemetry.source(setup.machine.kind)
+        self.telemetry = telemetry.Telemetry(own, self.label)
 
     # processes
 
@@ -528,6 +535,9 @@ class _Session:
             )
         else:
             self.teller.step(f"Prometheus: {self.prometheus.graph_url}")
+        self.exits.enter_context(self.telemetry)
+        if self.telemetry.serve(telemetry_port := free_port()):
+            self.prometheus.scrape("client", f"127.0.0.1:{telemetry_port}")
         self._start_generator(exporter_port)
         return self
 
@@ -675,7 +685,9 @@ class _Session:
             slo_s=setup.lab.slo.by_name(),
         )
         began = time.monotonic()
+        self.telemetry.begin(point.variant.name)
         summary = self.generator.play(trial_plan, lambda: self.teller.waiting(name))
+        self.telemetry.write(path.with_name("telemetry.csv.gz"), summary.started_unix_s)
         self.load_s += time.monotonic() - began
         found = list(records.read(path))
         done = [r for r in found if r.ok]

@@ -4,7 +4,8 @@ The ceilings are measured on the serving device with the threads the engine will
 
 - memory bandwidth: a copy far larger than the caches, bytes read plus bytes written per second
   (the STREAM "copy" convention, McCalpin 1995);
-- BF16 rate: the best of a few square matrix products, 2 n^3 floating-point operations each.
+- BF16 rate: the best of a few square matrix products, 2 n^3 floating-point operations each;
+  FP8 likewise (E4M3, scaled, fast accumulation) where the GPU has it.
 
 `python -m serving.machine` prints both as JSON; torch is imported only there.
 """
@@ -31,6 +32,7 @@ import psutil
 from pydantic import BaseModel, PositiveFloat, PositiveInt
 
 GIB = 2**30
+FP8_CAPABILITY = (8, 9)  # compute capability of Ada, the first with FP8 tensor cores
 
 
 class Machine(BaseModel, frozen=True, extra="forbid"):
@@ -63,6 +65,7 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
 
     memory_bandwidth_bytes_per_s: PositiveFloat
     bf16_flops_per_s: PositiveFloat
+    fp8_flops_per_s: PositiveFloat | None = None  # where the device multiplies FP8
     threads: PositiveInt
     torch: str
     measured_at: str
@@ -71,6 +74,31 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
     def ridge_flops_per_byte(self) -> float:
         """Arithmetic intensity where memory and compute take equally long (Williams 2009)."""
         return self.bf16_flops_per_s / self.memory_bandwidth_bytes_per_s
+
+
+class Datasheet(BaseModel, frozen=True, extra="forbid"):
+    """What the vendor states, dense; shown beside the measured ceilings, used for nothing."""
+
+    memory_bandwidth_bytes_per_s: float
+    bf16_flops_per_s: float
+    fp8_flops_per_s: float | None = None
+
+
+def _datasheet(tb_per_s: float, bf16_tflops: float, fp8_tflops: float | None = None) -> Datasheet:
+    return Datasheet(
+        memory_bandwidth_bytes_per_s=tb_per_s * 1e12,
+        bf16_flops_per_s=bf16_tflops * 1e12,
+        fp8_flops_per_s=None if fp8_tflops is None else fp8_tflops * 1e12,
+    )
+
+
+DATASHEETS = {  # by the name NVML gives: SXM and PCIe cards of one name differ
+    "NVIDIA H100 80GB HBM3": _datasheet(3.35, 989, 1979),
+    "NVIDIA H200": _datasheet(4.8, 989, 1979),
+    "NVIDIA A100-SXM4-80GB": _datasheet(2.04, 312),
+    "NVIDIA L4": _datasheet(0.30, 121),
+    "NVIDIA GeForce RTX 4090": _datasheet(1.008, 165),
+}
 
 
 class Environment(BaseModel, frozen=True, extra="forbid"):
@@ -177,6 +205,9 @@ def environment(root: Path) -> Environment:
         return out.stdout.strip() if out.returncode == 0 else None
 
     status = git("status", "--porcelain", "--untracked-files=no")
+    commit, bundled = git("rev-parse", "HEAD"), root / ".unbundled" / "manifest.json"
+    if bundled.exists():  # a bundle's files are those of a commit, without its history
+        commit = json.loads(bundled.read_text())["commit"]
     engine_cores, client_cores = split_cores()
     driver, cuda, gpu_clocks = _driver()
     return Environment(
@@ -192,7 +223,7 @@ def environment(root: Path) -> Environment:
         },
         variables=engine_variables(os.environ),
         load_average=round(os.getloadavg()[0], 2),
-        git_commit=git("rev-parse", "HEAD"),
+        git_commit=commit,
         git_dirty=None if status is None else bool(status),
         engine_cores=engine_cores,
         client_cores=client_cores,
@@ -259,6 +290,8 @@ def _measure(kind: str) -> Ceilings:
 
     def best_s(work: Callable[[], object], repeats: int) -> float:
         times = []
+        if device == "cuda":
+            repeats *= 20  # a GPU leaves its idle clock only after some work
         for _ in range(repeats + 1):  # the first one pages memory in and picks the kernel
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -270,7 +303,7 @@ def _measure(kind: str) -> Ceilings:
         return min(times[1:])
 
     # 1 GiB each way leaves any cache one guest can count on; more would only lengthen the set-up.
-    n_bytes = GIB if device == "cpu" else 4 * GIB
+    n_bytes = GIB if device == "cpu" else min(4 * GIB, torch.cuda.mem_get_info()[0] // 4)
 
     def copy_bytes_per_s() -> float:
         source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
@@ -281,11 +314,26 @@ def _measure(kind: str) -> Ceilings:
         a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
         return float(2 * n**3 / best_s(lambda: a @ b, 5))
 
+    def fp8_flops_per_s(n: int) -> float:
+        a, b = (torch.randn(n, n, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+        one = torch.ones((), device=device)
+
+        def product() -> object:  # the second factor has to lie column by column
+            return torch._scaled_mm(
+                a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+
+        return float(2 * n**3 / best_s(product, 5))
+
+    sizes = (1024, 2048) if device == "cpu" else (4096, 8192)
+    fp8 = None
+    if device == "cuda" and torch.cuda.get_device_capability() >= FP8_CAPABILITY:
+        with contextlib.suppress(RuntimeError):  # this build of torch has no kernel for it
+            fp8 = max(map(fp8_flops_per_s, sizes))
     return Ceilings(
         memory_bandwidth_bytes_per_s=copy_bytes_per_s(),
-        bf16_flops_per_s=max(
-            matmul_flops_per_s(n) for n in ((1024, 2048) if device == "cpu" else (4096, 8192))
-        ),
+        bf16_flops_per_s=max(map(matmul_flops_per_s, sizes)),
+        fp8_flops_per_s=fp8,
         threads=threads,
         torch=torch.__version__,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),

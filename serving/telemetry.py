@@ -1,0 +1,285 @@
+"""What the hardware did while a trial ran: power, energy, clocks, throttling, memory and load.
+
+GPUs are read through NVML ten times a second; nothing is ever set. Without a GPU the processors'
+energy counters (RAPL) are read where this user may. Each trial's samples go to its folder, in its
+own time, and the newest ones are shown to Prometheus as gauges. What the hardware does not tell is
+missing, never 0.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import prometheus_client
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+PERIOD_S = 0.1
+RAPL = Path("/sys/class/powercap")
+POWER_CAP = "power cap"
+SLOWDOWNS = {  # bits of NVML's clock event reasons, nvml.h
+    0x08: "hardware slowdown",
+    0x20: "driver's thermal slowdown",
+    0x40: "thermal slowdown",
+    0x80: "power brake",
+}
+REASONS = {0x04: POWER_CAP, **SLOWDOWNS}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One device at one moment; `time_s` is wall clock until it is a trial's."""
+
+    time_s: float
+    device: str  # a GPU's number, or `cpu`
+    power_w: float | None = None
+    energy_j: float | None = None  # a counter: only differences mean something
+    sm_clock_hz: float | None = None
+    throttle: str | None = None  # what holds the clock down, joined by `+`; empty when nothing does
+    memory_used_bytes: float | None = None
+    utilization: float | None = None  # share of the last period in which any kernel ran
+
+
+class Source(Protocol):
+    def read(self) -> list[Sample]: ...
+
+
+# ---------------------------------------------------------------------------------------- sources
+
+
+class Gpus:
+    """Every GPU that NVML shows."""
+
+    def __init__(self, nvml: ModuleType) -> None:
+        self._nvml = nvml
+        self._handles = [
+            nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())
+        ]
+
+    def read(self) -> list[Sample]:
+        return [self._sample(i, handle) for i, handle in enumerate(self._handles)]
+
+    def _sample(self, index: int, handle: Any) -> Sample:
+        n = self._nvml
+
+        def told(ask: Callable[..., Any], *more: Any) -> Any:
+            try:
+                return ask(handle, *more)
+            except n.NVMLError:  # not on this GPU, or not for this user
+                return None
+
+        def scaled(value: float | None, factor: float) -> float | None:
+            return None if value is None else value * factor
+
+        reasons = told(n.nvmlDeviceGetCurrentClocksThrottleReasons)
+        memory = told(n.nvmlDeviceGetMemoryInfo)
+        load = told(n.nvmlDeviceGetUtilizationRates)
+        return Sample(
+            time.time(),
+            str(index),
+            power_w=scaled(told(n.nvmlDeviceGetPowerUsage), 1e-3),
+            energy_j=scaled(told(n.nvmlDeviceGetTotalEnergyConsumption), 1e-3),
+            sm_clock_hz=scaled(told(n.nvmlDeviceGetClockInfo, n.NVML_CLOCK_SM), 1e6),
+            throttle=None if reasons is None else named(reasons),
+            memory_used_bytes=None if memory is None else memory.used,
+            utilization=None if load is None else load.gpu / 100,
+        )
+
+
+def named(reasons: int) -> str:
+    return "+".join(name for bit, name in REASONS.items() if reasons & bit)
+
+
+class Processors:
+    """The energy of all processor packages, by RAPL; its counters wrap around."""
+
+    def __init__(self, zones: Sequence[Path]) -> None:
+        self._zones = zones
+        self._range_uj = [int((z / "max_energy_range_uj").read_text()) for z in zones]
+        self._last_uj = self._now_uj()
+        self._used_uj = 0
+
+    def _now_uj(self) -> list[int]:
+        return [int((zone / "energy_uj").read_text()) for zone in self._zones]
+
+    def read(self) -> list[Sample]:
+        now_uj = self._now_uj()
+        for now, last, wrap in zip(now_uj, self._last_uj, self._range_uj, strict=True):
+            self._used_uj += now - last + (wrap if now < last else 0)
+        self._last_uj = now_uj
+        return [Sample(time.time(), "cpu", energy_j=self._used_uj / 1e6)]
+
+
+def source(kind: str) -> Source | None:
+    """What can be read on this kind of machine; None where nothing can."""
+    if kind == "gpu":
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+            return Gpus(pynvml)
+        except pynvml.NVMLError:
+            return None
+    zones = sorted(RAPL.glob("intel-rapl:?"))  # a package each, AMD's too; the rest are parts of it
+    try:
+        return Processors(zones) if zones else None
+    except (OSError, ValueError):  # for root alone since 2020, and in few containers
+        return None
+
+
+# ----------------------------------------------------------------------------------------- a run's
+
+
+class Telemetry(Collector):
+    """Samples a source in a thread of its own, from entry to exit. Without a source: nothing."""
+
+    def __init__(self, source: Source | None, labels: Mapping[str, str]) -> None:
+        self._source, self._labels = source, dict(labels)
+        self._kept: list[Sample] = []
+        self._newest: list[Sample] = []
+        self._stop_serving: Callable[[], None] = lambda: None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._source:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._source:
+            self._thread.join()
+        self._stop_serving()
+
+    def _watch(self) -> None:
+        assert self._source
+        due = time.monotonic()
+        while not self._ended.wait(max(0.0, due - time.monotonic())):
+            self._newest = self._source.read()
+            self._kept.extend(self._newest)  # not +=, which would undo what begin() does meanwhile
+            due = max(due + PERIOD_S, time.monotonic())
+
+    def begin(self, variant: str) -> None:
+        """From now on samples are this variant's trial's."""
+        self._labels["variant"] = variant
+        self._kept = []
+
+    def write(self, path: Path, started_unix_s: float) -> None:
+        """The trial's samples, on the clock of a trial that started then; no file without any."""
+        if self._kept:
+            write(path, self._kept, started_unix_s)
+
+    def serve(self, port: int) -> bool:
+        """Show the newest samples to Prometheus, on loopback; False where there is no GPU."""
+        if not isinstance(self._source, Gpus):
+            return False
+        registry = CollectorRegistry()
+        registry.register(self)
+        server, _ = prometheus_client.start_http_server(port, "127.0.0.1", registry)
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+
+        self._stop_serving = stop
+        return True
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ("lab", "variant", "run_id", "gpu")
+        shown = self._newest if "variant" in self._labels else []
+        for name, text, of in _GAUGES:
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = kind(name, text, labels=labels)
+            for sample in shown:
+                if (value := of(sample)) is not None:
+                    of_run = [self._labels[label] for label in labels[:-1]]
+                    family.add_metric([*of_run, sample.device], value)
+            yield family
+
+
+def _throttled(sample: Sample) -> float | None:
+    return None if sample.throttle is None else float(bool(sample.throttle))
+
+
+_GAUGES: tuple[tuple[str, str, Callable[[Sample], float | None]], ...] = (
+    ("lab_gpu_power_watts", "Power drawn", lambda s: s.power_w),
+    ("lab_gpu_energy_joules_total", "Energy since the driver was loaded", lambda s: s.energy_j),
+    ("lab_gpu_sm_clock_hertz", "Clock of the multiprocessors", lambda s: s.sm_clock_hz),
+    ("lab_gpu_memory_used_bytes", "Memory in use", lambda s: s.memory_used_bytes),
+    ("lab_gpu_utilization_ratio", "Share of time in which a kernel ran", lambda s: s.utilization),
+    ("lab_gpu_throttled", "1 while heat, a slowdown or a power cap holds the clock", _throttled),
+)
+
+
+# --------------------------------------------------------------------------------- a trial's file
+
+_COLUMNS = tuple(f.name for f in fields(Sample))
+_TEXT = ("device", "throttle")
+
+
+def write(path: Path, samples: Sequence[Sample], started_unix_s: float) -> None:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(_COLUMNS)
+    for sample in samples:
+        values = [getattr(sample, name) for name in _COLUMNS[1:]]
+        plain = ["none" if value == "" else value for value in values]  # empty: not told
+        rows.writerow([f"{sample.time_s - started_unix_s:.3f}", *plain])
+    half = path.with_name(f".{path.name}.half")
+    half.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+    half.rename(path)
+
+
+def read(path: Path) -> list[Sample]:
+    """A trial's samples on its clock; none where there is no file."""
+    if not path.exists():
+        return []
+    found = []
+    for row in csv.DictReader(io.StringIO(gzip.decompress(path.read_bytes()).decode())):
+        plain: dict[str, Any] = {
+            name: (text if name in _TEXT else float(text)) if text else None
+            for name, text in row.items()
+        }
+        if plain["throttle"] == "none":
+            plain["throttle"] = ""
+        found.append(Sample(**plain))
+    return found
+
+
+def within(samples: Sequence[Sample], start_s: float, end_s: float) -> list[Sample]:
+    """Those of devices that worked between these times: a GPU that stood idle is not the run's."""
+    inside = [s for s in samples if start_s <= s.time_s <= end_s]
+    busy = {s.device for s in inside if s.utilization is None or s.utilization > 0}
+    return [s for s in inside if s.device in busy]
+
+
+def energy_j(samples: Sequence[Sample], start_s: float, end_s: float) -> float | None:
+    """Energy between two moments, counters read between their samples; None unless all tell it."""
+    busy = {s.device for s in within(samples, start_s, end_s)}
+    used = []
+    for device in busy:
+        own = [s for s in samples if s.device == device]
+        known = [(s.time_s, s.energy_j) for s in own if s.energy_j is not None]
+        if not known or known[0][0] > start_s or known[-1][0] < end_s:
+            return None
+        times, counts = zip(*known, strict=True)
+        used.append(float(np.interp(end_s, times, counts) - np.interp(start_s, times, counts)))
+    return sum(used) if used else None
+
+
+def throttled_share(samples: Sequence[Sample], reasons: Sequence[str]) -> float | None:
+    """Share of the samples in which any of these reasons held the clock; None where untold."""
+    told = [s.throttle.split("+") for s in samples if s.throttle is not None]
+    return sum(bool(set(reasons) & set(held)) for held in told) / len(told) if told else None

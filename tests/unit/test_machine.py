@@ -1,0 +1,106 @@
+"""The ceilings on a GPU, on a stand-in for torch; and what the vendor states beside them."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from labs import report
+from serving import machine
+from serving.machine import GIB, Ceilings, Machine
+
+H100 = Machine(kind="gpu", model="NVIDIA H100 80GB HBM3", count=1, memory_bytes=80 * GIB)
+
+
+class Tensor:
+    """Stands for any tensor; the clock of the test moves on by its cost."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def to(self, dtype: str) -> Tensor:
+        return self
+
+    def t(self) -> Tensor:
+        return self
+
+    def copy_(self, source: Tensor) -> None:
+        self.clock.now_s += 2.0
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        self.clock.now_s += 1.0
+        return self
+
+
+class Clock:
+    now_s = 0.0
+
+    def read(self) -> float:
+        return self.now_s
+
+
+def make_torch(clock: Clock, capability: tuple[int, int], free_bytes: int) -> ModuleType:
+    def scaled_mm(*_: object, **__: object) -> None:
+        clock.now_s += 0.5
+
+    torch = ModuleType("torch")
+    made = {name: lambda *_, **__: Tensor(clock) for name in ("ones", "randn", "empty_like")}
+    cuda = SimpleNamespace(
+        synchronize=lambda: None,
+        get_device_capability=lambda: capability,
+        mem_get_info=lambda: (free_bytes, 80 * GIB),
+    )
+    plain = {"uint8": "", "bfloat16": "", "float8_e4m3fn": "", "set_num_threads": lambda n: None}
+    for name, value in {**made, **plain, "cuda": cuda, "_scaled_mm": scaled_mm}.items():
+        setattr(torch, name, value)
+    torch.__version__ = "2.11.0+cu130"  # type: ignore[attr-defined]
+    return torch
+
+
+def measured(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], free_bytes: int = 79 * GIB
+) -> Ceilings:
+    clock = Clock()
+    monkeypatch.setitem(sys.modules, "torch", make_torch(clock, capability, free_bytes))
+    monkeypatch.setattr("serving.machine.time.perf_counter", clock.read)
+    return machine._measure("gpu")
+
+
+def test_a_hopper_gpu_has_three_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measured(monkeypatch, (9, 0))
+    assert found.memory_bandwidth_bytes_per_s == 2 * 4 * GIB / 2.0
+    assert found.bf16_flops_per_s == 2 * 8192**3 / 1.0
+    assert found.fp8_flops_per_s == 2 * 8192**3 / 0.5
+
+
+def test_a_gpu_without_fp8_has_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measured(monkeypatch, (8, 0)).fp8_flops_per_s is None
+
+
+def test_the_copy_fits_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measured(monkeypatch, (8, 9), free_bytes=8 * GIB)
+    assert found.memory_bandwidth_bytes_per_s == 2 * 2 * GIB / 2.0
+
+
+def test_ceilings_on_file_from_before_fp8_are_read() -> None:
+    old = {
+        "memory_bandwidth_bytes_per_s": 3e12, "bf16_flops_per_s": 7.98e14, "threads": 1,
+        "torch": "2.11.0", "measured_at": "-",
+    }  # fmt: skip
+    assert Ceilings.model_validate(old).fp8_flops_per_s is None
+
+
+def test_the_datasheet_stands_beside_the_measured() -> None:
+    ours = Ceilings(
+        memory_bandwidth_bytes_per_s=3.0e12, bf16_flops_per_s=8e14, fp8_flops_per_s=None,
+        threads=1, torch="-", measured_at="-",
+    )  # fmt: skip
+    assert report.ceilings_table(H100, ours)[1][1:] == [
+        ["Memory bandwidth", "3,000 GB/s", "3,350 GB/s", "90%"],
+        ["BF16", "800 TFLOP/s", "989 TFLOP/s", "81%"],
+        ["FP8", "–", "1,979 TFLOP/s", "–"],
+    ]
+    unknown = H100.model_copy(update={"model": "NVIDIA H100 PCIe"})
+    assert report.ceilings_table(unknown, ours)[1][1:] == []

@@ -1,0 +1,198 @@
+"""What the hardware did: read through a stand-in for NVML, kept per trial, judged."""
+
+from __future__ import annotations
+
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from labs.judge import validity
+from labs.measure import METRICS, Trial
+from serving import telemetry
+from serving.engine import free_port
+from serving.telemetry import Gpus, Sample, Telemetry
+from tests.unit.builders import make_record, make_trial
+
+LABELS = {"lab": "tiny", "run_id": "r1"}
+
+
+class NVMLError(Exception):
+    pass
+
+
+def unsupported(*_: object) -> None:
+    raise NVMLError
+
+
+def make_nvml(**changed: object) -> ModuleType:
+    """One GPU at work: 300 W, 1.755 GHz, held by heat and by its power cap."""
+    nvml = ModuleType("pynvml")
+    known: dict[str, object] = {
+        "NVMLError": NVMLError,
+        "NVML_CLOCK_SM": 1,
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetCount": lambda: 1,
+        "nvmlDeviceGetHandleByIndex": lambda i: i,
+        "nvmlDeviceGetPowerUsage": lambda h: 300_000,
+        "nvmlDeviceGetTotalEnergyConsumption": lambda h: 5_000,
+        "nvmlDeviceGetClockInfo": lambda h, kind: 1755,
+        "nvmlDeviceGetCurrentClocksThrottleReasons": lambda h: 0x44,
+        "nvmlDeviceGetMemoryInfo": lambda h: SimpleNamespace(used=2**30),
+        "nvmlDeviceGetUtilizationRates": lambda h: SimpleNamespace(gpu=87),
+    }
+    for name, value in {**known, **changed}.items():
+        setattr(nvml, name, value)
+    return nvml
+
+
+def test_a_gpu_is_read_in_plain_units() -> None:
+    (found,) = Gpus(make_nvml()).read()
+    assert found == Sample(
+        found.time_s, "0", 300.0, 5.0, 1.755e9, "power cap+thermal slowdown", 2**30, 0.87
+    )
+
+
+def test_what_a_gpu_does_not_tell_is_missing_not_zero() -> None:
+    refused = {
+        name: unsupported
+        for name in (
+            "nvmlDeviceGetTotalEnergyConsumption",
+            "nvmlDeviceGetCurrentClocksThrottleReasons",
+            "nvmlDeviceGetUtilizationRates",
+        )
+    }
+    (found,) = Gpus(make_nvml(**refused)).read()
+    assert (found.energy_j, found.throttle, found.utilization) == (None, None, None)
+    assert found.power_w == 300.0
+
+
+def test_without_a_driver_there_is_no_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", make_nvml(nvmlInit=unsupported))
+    assert telemetry.source("gpu") is None
+
+
+def test_without_a_source_a_trial_leaves_no_file(tmp_path: Path) -> None:
+    with Telemetry(None, LABELS) as watched:
+        assert not watched.serve(free_port())
+        watched.begin("off")
+        watched.write(tmp_path / "telemetry.csv.gz", 0)
+    assert list(tmp_path.iterdir()) == []
+    assert telemetry.read(tmp_path / "telemetry.csv.gz") == []
+
+
+def test_a_trials_samples_go_to_its_file_and_the_newest_to_prometheus(tmp_path: Path) -> None:
+    port, began = free_port(), time.time()
+    with Telemetry(Gpus(make_nvml()), LABELS) as watched:
+        assert watched.serve(port)
+        watched.begin("on")
+        while len(watched._kept) < 3:
+            time.sleep(0.01)
+        watched.write(tmp_path / "telemetry.csv.gz", began)
+        url = f"http://127.0.0.1:{port}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            shown = answer.read().decode()
+    found = telemetry.read(tmp_path / "telemetry.csv.gz")
+    assert len(found) >= 3
+    assert 0 <= found[0].time_s <= found[-1].time_s <= time.time() - began
+    assert found[-1].throttle == "power cap+thermal slowdown"
+    labels = '{gpu="0",lab="tiny",run_id="r1",variant="on"}'
+    for series in (
+        f"lab_gpu_power_watts{labels} 300.0",
+        f"lab_gpu_energy_joules_total{labels} 5.0",
+        f"lab_gpu_sm_clock_hertz{labels} 1.755e+09",
+        f"lab_gpu_utilization_ratio{labels} 0.87",
+        f"lab_gpu_throttled{labels} 1.0",
+    ):
+        assert series in shown.splitlines()
+
+
+def test_a_file_keeps_untold_apart_from_nothing(tmp_path: Path) -> None:
+    samples = [Sample(100.0, "0", throttle=""), Sample(100.1, "0", power_w=0.0)]
+    telemetry.write(tmp_path / "t.csv.gz", samples, started_unix_s=100.0)
+    first, second = telemetry.read(tmp_path / "t.csv.gz")
+    assert (first.throttle, first.power_w) == ("", None)
+    assert (second.throttle, second.power_w, second.time_s) == (None, 0.0, 0.1)
+
+
+def rapl(folder: Path, used_uj: int, most_uj: int = 1_000_000) -> Path:
+    zone = folder / "intel-rapl:0"
+    zone.mkdir(exist_ok=True)
+    (zone / "energy_uj").write_text(str(used_uj))
+    (zone / "max_energy_range_uj").write_text(str(most_uj))
+    return zone
+
+
+def test_a_processors_counter_that_wraps_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rapl(tmp_path, 900_000)
+    (tmp_path / "intel-rapl:0:0").mkdir()  # a part of the package: counted with it
+    monkeypatch.setattr(telemetry, "RAPL", tmp_path)
+    read = telemetry.source("cpu")
+    assert read
+    rapl(tmp_path, 100_000)
+    assert [s.energy_j for s in read.read()] == [pytest.approx(0.2)]
+
+
+def test_without_rapl_there_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "RAPL", tmp_path)
+    assert telemetry.source("cpu") is None
+
+
+# --------------------------------------------------------------------------- a trial's own figures
+
+
+def draw(
+    watts: float, device: str = "0", utilization: float = 1.0, throttle: Sequence[str] = ("",)
+) -> list[Sample]:
+    """Every half second from 8 to 22 s, around the window from 10 to 20 s."""
+    return [
+        Sample(
+            t / 2, device, watts, watts * t / 2, 1e9, throttle[t % len(throttle)], 1.0, utilization
+        )
+        for t in range(16, 45)
+    ]
+
+
+def trial_with(samples: list[Sample]) -> Trial:
+    """A hundred tokens arrive within the window."""
+    plain = make_trial([make_record([(11.0, 50), (12.0, 50)])])
+    return Trial(plain.point, 1, plain.slo, plain.records, plain.summary, None, samples)
+
+
+def test_joules_a_token_count_the_gpus_that_worked_over_the_window() -> None:
+    of = METRICS["joules_per_token"].of
+    busy, idle = draw(300), draw(70, device="1", utilization=0.0)
+    assert of(trial_with(busy)) == pytest.approx(300 * 10 / 100)
+    assert of(trial_with([*busy, *idle])) == pytest.approx(30)
+    assert of(trial_with([*busy, *draw(200, device="1")])) == pytest.approx(50)
+
+
+def test_joules_a_token_need_counters_over_the_whole_window() -> None:
+    of = METRICS["joules_per_token"].of
+    assert of(trial_with([])) is None
+    assert of(trial_with([s for s in draw(300) if s.time_s > 10.6])) is None
+    assert of(trial_with([Sample(s.time_s, "0", 300.0) for s in draw(300)])) is None
+
+
+def caveats(samples: list[Sample]) -> list[str]:
+    return [c.name for c in validity(trial_with(samples), ())]
+
+
+def test_a_slowed_trial_gets_its_caveat_and_an_idle_gpus_heat_does_not() -> None:
+    hot = draw(300, throttle=["thermal slowdown", "", ""])
+    assert "throttled" in caveats(hot)
+    assert "throttled" not in caveats(draw(300))
+    cool = draw(300)
+    assert "throttled" not in caveats([*cool, *draw(70, "1", 0.0, ["thermal slowdown"])])
+
+
+def test_a_power_cap_is_a_caveat_where_it_held_for_most_of_the_window() -> None:
+    assert "at the power limit" in caveats(draw(700, throttle=["power cap"]))
+    assert "at the power limit" not in caveats(draw(700, throttle=["power cap", "", ""]))
+    assert "throttled" not in caveats(draw(700, throttle=["power cap"]))
