@@ -1,9 +1,9 @@
 # The front door. Every target sets up what is missing first; see `make`.
 SHELL := /bin/bash
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := $(if $(wildcard .unbundled/bin),.unbundled/bin,.venv/bin)
 .DEFAULT_GOAL := help
-.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards test check bench clean distclean
+.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards doctor bundle unbundle test check bench clean distclean
 
 help: ## List the targets
 	@echo "Labs (set-up first, only what is missing):"
@@ -79,6 +79,16 @@ export: setup ## A run as tables or as vllm bench serve saves it: RUN=.. AS=csv|
 
 leaderboard: setup ## Every lab on every machine: effect, interval, verdict
 	@$(BIN)/labs leaderboard
+
+doctor: ## What this machine has and lacks, how to mend it, and which labs can run
+	@if $(PYTHON) -m serving.install; then $(BIN)/labs doctor; \
+	else $(PYTHON) -m serving.install --check; exit 1; fi
+
+bundle: setup ## Gather what a GPU box without internet needs: FOR=cuda [HAVE=list] [PART=60M] ..
+	@$(BIN)/labs bundle
+
+unbundle: ## On that box: check and install a bundle: FROM=bundle TO=folder
+	@$(PYTHON) -m serving.unbundle --from "$(or $(FROM),bundle)" "$(TO)"
 
 test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where there is one
 	@$(BIN)/pytest $(TESTS)

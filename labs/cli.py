@@ -28,6 +28,7 @@ from labs import (
     backfill,
     compare,
     derived,
+    doctor,
     export,
     gate,
     manifest,
@@ -53,7 +54,8 @@ from labs.run import (
 )
 from labs.run import run as run_lab
 from loadtests.generator import GeneratorError
-from serving import engine, machine, models
+from serving import bundle, engine, machine, models
+from serving.bundle import BundleError
 from serving.engine import EngineError
 from serving.models import ROOT, ModelError
 
@@ -72,6 +74,7 @@ EXPECTED = (
     EngineError,
     GeneratorError,
     PrometheusError,
+    BundleError,
 )  # each a sentence for the reader
 
 LabName = Annotated[str, typer.Argument(help="A lab's name; `labs list` names them all.")]
@@ -545,6 +548,66 @@ def leaderboard() -> None:
     """Every lab on every machine: effect, interval and verdict of its claims."""
     with _plainly():
         show("Leaderboard", pages.leaderboard())
+
+
+@app.command("doctor")
+def examine(model: ModelOption = "") -> None:
+    """What this machine has and lacks, how to mend it, and which labs can run."""
+    with _plainly():
+        lines, abilities = doctor.examine(model)
+        found = Table("Part", "Found", "To mend it", title="This machine", title_justify="left")
+        for line in lines:
+            found.add_row(line.part, escape(line.found), f"[bold red]{escape(line.mend)}[/]")
+        console.print(found)
+        able = Table("Lab", "Runs here", "", title="Labs", title_justify="left")
+        for a in abilities:
+            able.add_row(a.lab, "yes" if a.able else "[bold red]no[/]", escape(a.note))
+        console.print(able)
+        if not all(a.able for a in abilities):
+            raise typer.Exit(1)
+
+
+@app.command("bundle")
+def make_bundle(
+    platform: Annotated[str, typer.Option("--for", envvar="FOR", help="cuda.")] = "cuda",
+    python_version: Annotated[
+        str, typer.Option(envvar="PYTHON_VERSION", help="Of the other machine's Python.")
+    ] = "3.12",
+    have: Annotated[
+        Path | None,
+        typer.Option(envvar="HAVE", help="A file with the other machine's `pip list`."),
+    ] = None,
+    without: Annotated[
+        str,
+        typer.Option(envvar="WITHOUT", help="Packages to leave out with all that only they need."),
+    ] = "",
+    vllm: Annotated[
+        str, typer.Option(envvar="VLLM", help="Its version; default: what fits the torch there.")
+    ] = "",
+    part: Annotated[
+        str, typer.Option(envvar="PART", help="Size of a part: bytes, or such as 60M, 2G.")
+    ] = "1G",
+    out: Annotated[Path, typer.Option(envvar="OUT", help="The folder for the parts.")] = Path(
+        "bundle"
+    ),
+) -> None:
+    """Gather all a GPU machine without internet needs, in parts with checksums."""
+    with _plainly():
+        bundle.check(platform, python_version)
+        wanted = bundle.Wanted(
+            python=python_version,
+            have=bundle.read_have(have) if have else {},
+            without=tuple(bundle.normal(name) for name in without.split()),
+            vllm=vllm,
+            part_bytes=bundle.part_size(part),
+        )
+        bundle.bundle(
+            wanted,
+            out.resolve(),
+            models.CACHE / "bundle",
+            bundle.prometheus_programs(),
+            lambda line: console.print(escape(line), soft_wrap=True),
+        )
 
 
 # --------------------------------------------------------------------------------- for all of them

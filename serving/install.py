@@ -459,6 +459,8 @@ def parse(arguments: "list[str] | None") -> argparse.Namespace:
 
 
 def main(arguments: "list[str] | None" = None) -> int:
+    if (ROOT / ".unbundled").exists():  # a bundle brought everything: there is nothing to fetch
+        return 0
     try:
         check_system()
         options = parse(arguments)

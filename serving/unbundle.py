@@ -1,0 +1,210 @@
+"""Put a bundle in place on a machine without internet: `python3 bundle/unbundle.py FOLDER`.
+
+`make bundle` lays this file beside the parts it makes, so that it runs with nothing but that
+machine's own Python. Every part is checked before anything is written. The lab's files go to
+FOLDER and the packages to FOLDER/.unbundled/site, which goes before what that Python holds already
+(its torch, for one) and leaves it as it is. FOLDER/.unbundled/bin has the commands that know both
+places; where it is there, `make` uses it and sets nothing up.
+
+Standard library only, and syntax that Python 3.6 can parse: a Python that is too old gets a
+sentence, not a traceback.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+MANIFEST, SCRIPT = "manifest.json", "unbundle.py"
+HOME, PROGRAMS_HOME = ".unbundled", ".tools/prometheus"
+COMMANDS = {"python": "", "labs": " -m labs.cli", "pytest": " -m pytest"}
+# PYTHONPATH alone does not read the .pth files by which some packages name further folders.
+READ_PTH = "import os, site\n\nsite.addsitedir(os.path.dirname(__file__))\n"
+
+
+class UnbundleError(Exception):
+    """The bundle cannot be put in place; the message says why and how to mend it."""
+
+
+def sha256(path: Path) -> str:
+    seen = hashlib.sha256()
+    with path.open("rb") as file:
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            seen.update(chunk)
+    return seen.hexdigest()
+
+
+def read_manifest(folder: Path) -> "dict[str, Any]":
+    try:
+        found = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise UnbundleError(
+            f"{folder} has no readable {MANIFEST}, which `make bundle` writes: give the folder with"
+            " the parts, or copy that file again"
+        ) from error
+    assert isinstance(found, dict)
+    return found
+
+
+def check_python(manifest: "dict[str, Any]") -> None:
+    """This Python is the one the bundle was made for, and has what was left out of it."""
+    here, made_for = ".".join(platform.python_version_tuple()[:2]), manifest["python"]
+    if here != made_for:
+        raise UnbundleError(
+            f"{sys.executable} is Python {here} and the bundle is for {made_for}: run this with"
+            f" that one, or make the bundle with PYTHON_VERSION={here}"
+        )
+    if platform.machine() != manifest["machine"]:
+        raise UnbundleError(
+            f"this machine is {platform.machine()} and the bundle is for {manifest['machine']}"
+        )
+    differ = []
+    for name, version in manifest["expected"].items():
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found = "missing"
+        if found.split("+")[0] != version.split("+")[0]:
+            differ.append(f"{name} {version} is {found}")
+    if differ:
+        raise UnbundleError(
+            f"the bundle leaves out what {sys.executable} was said to have, but here"
+            f" {', '.join(differ)}: make it again with this machine's `pip list` as HAVE="
+        )
+
+
+def check_parts(folder: Path, manifest: "dict[str, Any]") -> None:
+    missing, damaged = [], []
+    for part in manifest["parts"]:
+        path = folder / part["name"]
+        if not path.exists():
+            missing.append(part["name"])
+        elif path.stat().st_size != part["bytes"] or sha256(path) != part["sha256"]:
+            damaged.append(part["name"])
+    said = [
+        f"{what}: {', '.join(names)}"
+        for what, names in (("missing", missing), ("damaged", damaged))
+        if names
+    ]
+    if said:
+        raise UnbundleError(
+            f"of {len(manifest['parts'])} parts in {folder} are {'; '.join(said)}. Copy these again"
+        )
+
+
+class Joined:
+    """The parts as one file, read from front to back."""
+
+    def __init__(self, paths: "list[Path]") -> None:
+        self._files = [path.open("rb") for path in paths]
+
+    def read(self, size: int) -> bytes:
+        found = b""
+        while self._files and len(found) < size:
+            chunk = self._files[0].read(size - len(found))
+            found += chunk
+            if not chunk:
+                self._files.pop(0).close()
+        return found
+
+
+def unpack(folder: Path, manifest: "dict[str, Any]", target: Path) -> None:
+    stream: Any = Joined([folder / part["name"] for part in manifest["parts"]])
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(str(target))
+    for packed in (target / PROGRAMS_HOME).glob("*.gz"):
+        with gzip.open(str(packed)) as source, packed.with_suffix("").open("wb") as program:
+            shutil.copyfileobj(source, program)
+        packed.with_suffix("").chmod(0o755)
+        packed.unlink()
+
+
+def install(target: Path) -> None:
+    """Fill .unbundled/site from the wheels, whole or not at all, and write the commands."""
+    home = target / HOME
+    site, half, wheels = home / "site", home / "site.half", home / "wheels"
+    shutil.rmtree(str(half), ignore_errors=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    offline = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(half)]
+    files = sorted(str(path) for path in wheels.glob("*.whl"))
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHONPATH"))}
+    if subprocess.call([*pip, *offline, *files], env=env):
+        raise UnbundleError(f"pip could not install the packages into {half}: its lines say why")
+    if any(half.glob("*.pth")):
+        (half / "sitecustomize.py").write_text(READ_PTH)
+    shutil.rmtree(str(site), ignore_errors=True)
+    half.rename(site)
+    shutil.rmtree(str(wheels))
+    (home / "bin").mkdir(exist_ok=True)
+    places = f"{shlex.quote(str(site))}:{shlex.quote(str(target))}"
+    for name, arguments in COMMANDS.items():
+        command = home / "bin" / name
+        command.write_text(
+            f'#!/bin/sh\nPYTHONPATH={places}"${{PYTHONPATH:+:$PYTHONPATH}}" exec'
+            f' {shlex.quote(sys.executable)}{arguments} "$@"\n'
+        )
+        command.chmod(0o755)
+
+
+def unbundle(folder: Path, target: Path) -> None:
+    manifest = read_manifest(folder)
+    if (target / ".git").exists():
+        raise UnbundleError(
+            f"{target} is a Git checkout, whose files the bundle's would replace: give another"
+            " folder"
+        )
+    check_python(manifest)
+    print(f"checking {len(manifest['parts'])} parts", flush=True)
+    check_parts(folder, manifest)
+    print(f"unpacking into {target}", flush=True)
+    target.mkdir(parents=True, exist_ok=True)
+    unpack(folder, manifest, target)
+    print(f"installing {len(manifest['packages'])} packages", flush=True)
+    install(target)
+    shutil.copyfile(str(folder / MANIFEST), str(target / HOME / MANIFEST))
+    print("converting the bundled model", flush=True)
+    command = [str(target / HOME / "bin" / "python"), "-m", "serving.models"]
+    converted = subprocess.run(command, cwd=str(target), stderr=subprocess.PIPE)
+    if converted.returncode:
+        last = converted.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise UnbundleError(f"the bundled model could not be converted ({' '.join(last)})")
+    print(
+        f"ready: cd {shlex.quote(str(target))} && make doctor"
+        f"\n(without make: {HOME}/bin/labs doctor, {HOME}/bin/labs run <lab>)"
+    )
+
+
+def main(arguments: "list[str] | None" = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Check a bundle, unpack it, and install its packages beside what this Python"
+        " holds, in a folder of their own. Nothing is fetched.",
+    )
+    parser.add_argument("target", help="the folder to put the lab in")
+    parser.add_argument(
+        "--from",
+        dest="folder",
+        default=str(Path(__file__).resolve().parent),
+        help="the folder with the parts (default: where this file lies)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        unbundle(Path(options.folder).resolve(), Path(options.target).resolve())
+    except (UnbundleError, OSError, tarfile.TarError) as error:
+        print(f"unbundle stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

