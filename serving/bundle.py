@@ -116,6 +116,7 @@ def resolve(wanted: Wanted, work: Path, say: Callable[[str], None]) -> Packages:
     }
     if unknown := [n for n in wanted.without if n not in taken]:
         raise BundleError(f"WITHOUT names {', '.join(unknown)}, which is not in the lock")
+    (work / "there").mkdir()
     for name, version in taken.items():
         write_empty_wheel(work / "there", name, version)
     fixed = {name: wanted.have[name] for name in BUILT_AS_ONE if name in wanted.have}
@@ -158,7 +159,6 @@ def write_pins(path: Path, packages: Mapping[str, str]) -> None:
 
 
 def write_empty_wheel(folder: Path, name: str, version: str) -> None:
-    folder.mkdir(exist_ok=True)
     stem = f"{name.replace('-', '_')}-{version}"
     about = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from loadtests.workload import Fixed, Workload
 from serving.machine import Ceilings, Environment, Machine
 from serving.metrics import PREFIX_HITS, Snapshot
 from serving.models import Shape
+from serving.telemetry import Sample
 
 SHAPE = Shape(
     layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, vocab=16, max_positions=4096,
@@ -98,10 +99,12 @@ def make_trial(
     *,
     engine: Snapshot | None = None,
     point: Point | None = None,
+    telemetry: Sequence[Sample] = (),
     **summary: Any,
 ) -> Trial:
     slo = SLO(ttft_s=0.2005, tpot_s=0.15)
-    return Trial(point or make_point(), 1, slo, found, make_summary(**summary), engine)
+    ended = make_summary(**summary)
+    return Trial(point or make_point(), 1, slo, found, ended, engine, list(telemetry))
 
 
 def twice(treatment: Point, baseline: Point) -> Prediction:

@@ -16,6 +16,7 @@ from loadtests.records import RequestRecord
 from loadtests.workload import Intruder
 from serving import metrics
 from serving.metrics import PREFIX_HITS, PREFIX_QUERIES, TTFT, Histogram, Snapshot
+from serving.telemetry import Sample
 from tests.unit.builders import make_point, make_record, make_trial
 
 # 200 requests of the window 10 to 20 s, TTFT 100, 101 ... 299 ms, then two tokens in one chunk
@@ -38,6 +39,7 @@ ENGINE = Snapshot(
     {TTFT: Histogram((1.0, float("inf")), (200, 200), 38.0, 200)},
     {metrics.CACHE_CONFIG: {"num_gpu_blocks": "40", "block_size": "16"}},
 )
+AT_300_W = [Sample(time_s, "0", energy_j=300 * time_s) for time_s in (8.0, 15.0, 22.0)]
 
 EXPECTED = {
     "output_tokens_per_s": (200 * 3 + 4) / 10,  # the warm-up's second chunk came in the window
@@ -70,6 +72,7 @@ EXPECTED = {
     "stall_mean_s": None,
     "intruder_ttft_mean_s": None,
     "usd_per_million_tokens": 3.6 / 3600 / 60.4 * 1e6,
+    "joules_per_token": 300 / 60.4,
     "engine_ttft_mean_s": 38 / 200,
     "client_ttft_mean_s": (200 * 0.1995 + 0.5) / 201,  # the warm-up too, as the engine counts it
 }
@@ -77,13 +80,14 @@ LOWER_IS_BETTER = {
     "ttft_mean_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "tpot_mean_s", "tpot_p50_s",
     "tpot_p99_s", "itl_p50_s", "itl_p99_s", "chunk_gap_p99_s", "e2e_p50_s", "e2e_p99_s",
     "error_rate", "usd_per_million_tokens", "engine_ttft_mean_s", "client_ttft_mean_s",
-    "preemptions", "prefill_pieces", "stall_mean_s", "intruder_ttft_mean_s",
+    "preemptions", "prefill_pieces", "stall_mean_s", "intruder_ttft_mean_s", "joules_per_token",
 }  # fmt: skip
 
 
 def test_every_metric_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRICE_PER_HOUR", "3.6")
-    found = measure(make_trial([WARM_UP, *STEADY, FAILED], engine=ENGINE))
+    trial = make_trial([WARM_UP, *STEADY, FAILED], engine=ENGINE, telemetry=AT_300_W)
+    found = measure(trial)
     assert found == pytest.approx(EXPECTED)
 
 

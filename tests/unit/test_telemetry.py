@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from dashboards import series
 from labs.judge import validity
 from labs.measure import METRICS, Trial
 from serving import telemetry
@@ -101,14 +102,14 @@ def test_a_trials_samples_go_to_its_file_and_the_newest_to_prometheus(tmp_path: 
     assert 0 <= found[0].time_s <= found[-1].time_s <= time.time() - began
     assert found[-1].throttle == "power cap+thermal slowdown"
     labels = '{gpu="0",lab="tiny",run_id="r1",variant="on"}'
-    for series in (
+    for line in (
         f"lab_gpu_power_watts{labels} 300.0",
         f"lab_gpu_energy_joules_total{labels} 5.0",
         f"lab_gpu_sm_clock_hertz{labels} 1.755e+09",
         f"lab_gpu_utilization_ratio{labels} 0.87",
         f"lab_gpu_throttled{labels} 1.0",
     ):
-        assert series in shown.splitlines()
+        assert line in shown.splitlines()
 
 
 def test_a_file_keeps_untold_apart_from_nothing(tmp_path: Path) -> None:
@@ -161,8 +162,7 @@ def draw(
 
 def trial_with(samples: list[Sample]) -> Trial:
     """A hundred tokens arrive within the window."""
-    plain = make_trial([make_record([(11.0, 50), (12.0, 50)])])
-    return Trial(plain.point, 1, plain.slo, plain.records, plain.summary, None, samples)
+    return make_trial([make_record([(11.0, 50), (12.0, 50)])], telemetry=samples)
 
 
 def test_joules_a_token_count_the_gpus_that_worked_over_the_window() -> None:
@@ -196,3 +196,9 @@ def test_a_power_cap_is_a_caveat_where_it_held_for_most_of_the_window() -> None:
     assert "at the power limit" in caveats(draw(700, throttle=["power cap"]))
     assert "at the power limit" not in caveats(draw(700, throttle=["power cap", "", ""]))
     assert "throttled" not in caveats(draw(700, throttle=["power cap"]))
+
+
+def test_what_is_shown_bears_the_names_that_dashboards_ask_for() -> None:
+    with Telemetry(Gpus(make_nvml()), LABELS) as watched:
+        assert {metric for metric, *_ in telemetry._GAUGES} == set(series.GPU)
+        assert [m.samples for m in watched.collect()] == [[]] * len(series.GPU)  # no trial yet
