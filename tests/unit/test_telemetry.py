@@ -7,7 +7,6 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -17,42 +16,14 @@ from labs.measure import METRICS, Trial
 from serving import telemetry
 from serving.engine import free_port
 from serving.telemetry import Gpus, Sample, Telemetry
+from tests.fake.nvml import make_nvml, unsupported
 from tests.unit.builders import make_record, make_trial
 
 LABELS = {"lab": "tiny", "run_id": "r1"}
 
 
-class NVMLError(Exception):
-    pass
-
-
-def unsupported(*_: object) -> None:
-    raise NVMLError
-
-
-def make_nvml(**changed: object) -> ModuleType:
-    """One GPU at work: 300 W, 1.755 GHz, held by heat and by its power cap."""
-    nvml = ModuleType("pynvml")
-    known: dict[str, object] = {
-        "NVMLError": NVMLError,
-        "NVML_CLOCK_SM": 1,
-        "nvmlInit": lambda: None,
-        "nvmlDeviceGetCount": lambda: 1,
-        "nvmlDeviceGetHandleByIndex": lambda i: i,
-        "nvmlDeviceGetPowerUsage": lambda h: 300_000,
-        "nvmlDeviceGetTotalEnergyConsumption": lambda h: 5_000,
-        "nvmlDeviceGetClockInfo": lambda h, kind: 1755,
-        "nvmlDeviceGetCurrentClocksThrottleReasons": lambda h: 0x44,
-        "nvmlDeviceGetMemoryInfo": lambda h: SimpleNamespace(used=2**30),
-        "nvmlDeviceGetUtilizationRates": lambda h: SimpleNamespace(gpu=87),
-    }
-    for name, value in {**known, **changed}.items():
-        setattr(nvml, name, value)
-    return nvml
-
-
 def test_a_gpu_is_read_in_plain_units() -> None:
-    (found,) = Gpus(make_nvml()).read()
+    (found,) = Gpus(make_nvml(nvmlDeviceGetTotalEnergyConsumption=lambda h: 5_000)).read()
     assert found == Sample(
         found.time_s, "0", 300.0, 5.0, 1.755e9, "power cap+thermal slowdown", 2**30, 0.87
     )
@@ -88,7 +59,8 @@ def test_without_a_source_a_trial_leaves_no_file(tmp_path: Path) -> None:
 
 def test_a_trials_samples_go_to_its_file_and_the_newest_to_prometheus(tmp_path: Path) -> None:
     port, began = free_port(), time.time()
-    with Telemetry(Gpus(make_nvml()), LABELS) as watched:
+    nvml = make_nvml(nvmlDeviceGetTotalEnergyConsumption=lambda h: 5_000)
+    with Telemetry(Gpus(nvml), LABELS) as watched:
         assert watched.serve(port)
         watched.begin("on")
         while len(watched._kept) < 3:
