@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := $(if $(wildcard .unbundled/bin),.unbundled/bin,.venv/bin)
 .DEFAULT_GOAL := help
-.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards doctor bundle unbundle test check bench clean distclean
+.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards doctor bundle unbundle test check bench clean distclean
 
 help: ## List the targets
 	@echo "Labs (set-up first, only what is missing):"
@@ -39,6 +39,9 @@ locust: setup ## Open Locust's web UI on a lab's workload: LAB=.. [ENDPOINT=..]
 
 report: setup ## Compute reports again from the files of runs: [RUN=..]
 	@$(BIN)/labs report
+
+site: setup ## Write a page of every run and an index, to publish as they are: [OUT=site]
+	@$(BIN)/labs site
 
 score: setup ## What other tools would have reported of a run: RUN=..
 	@$(BIN)/labs score $(if $(RUN),,--help)

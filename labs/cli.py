@@ -31,6 +31,7 @@ from labs import (
     doctor,
     export,
     gate,
+    html,
     manifest,
     pages,
     report,
@@ -322,11 +323,26 @@ def rebuild(
     with _plainly():
         for folder in (folders := _folders(run)):
             summarise(folder)
-            console.print(os.path.relpath(report.write(folder)), soft_wrap=True)
+            for path in (report.write(folder), html.write(folder)):
+                console.print(os.path.relpath(path), soft_wrap=True)
         if not folders:
             console.print(
                 f"No run under {os.path.relpath(RESULTS)} yet: `make labs` lists the labs"
             )
+
+
+@app.command()
+def site(
+    out: Annotated[
+        Path, typer.Option(envvar="OUT", file_okay=False, help="The folder to write into.")
+    ] = ROOT / "site",
+) -> None:
+    """Write a page of every run and an index, to be opened or published as they are."""
+    with _plainly():
+        index, left_out = html.write_site(out)
+        for name, why in left_out.items():
+            console.print(f"Left out: {name} cannot be read: {escape(why)}", soft_wrap=True)
+        console.print(os.path.relpath(index), soft_wrap=True)
 
 
 @app.command("score")
@@ -640,6 +656,7 @@ def _play(request: Request) -> RunFolder:
         for line in lines:
             console.print("  " + _plain(line))
     console.print(f"\nReport: [bold]{os.path.relpath(folder.path / 'report.md')}[/]")
+    console.print("[dim]report.html beside it shows every request; a browser opens it.[/]")
     if summary.failed:
         console.print(
             f"Trials that failed: {len(summary.failed)}; the finished ones are kept. The first:"

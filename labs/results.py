@@ -6,7 +6,7 @@ results/<machine>/<lab>/<UTC>-<digest>/
     predictions.json    written before the first engine starts
     trials/<variant>/<workload>/<load>/<repeat>/requests.jsonl.gz  trial.json
                         telemetry.csv.gz    on a GPU; on a CPU where its energy can be read
-    summary.json  report.md  *.svg      computed from the above
+    summary.json  report.md  *.svg  report.html     computed from the above
     reproduction.json  .md              where the run repeats another: which figures came out so
     COMPLETE            written last, and only when no trial failed
 """

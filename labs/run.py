@@ -22,7 +22,7 @@ import psutil
 import requests
 
 from dashboards.prometheus import Prometheus, PrometheusError
-from labs import backfill, derived, report, theory
+from labs import backfill, derived, html, report, theory
 from labs.findings import FINDINGS
 from labs.findings.context import Context
 from labs.judge import Caveat, confounded, first_trial_slow, judge, judge_forecast, validity
@@ -175,6 +175,7 @@ def run(request: Request, teller: Teller) -> RunFolder:
                 teller.step(f"{error}; `make import RUN={folder.path}` tries again")
         if not summary.failed and not summary.missing:
             (folder.path / "COMPLETE").write_text(datetime.now(UTC).isoformat() + "\n")
+        html.write(folder)
     return folder
 
 

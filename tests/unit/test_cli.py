@@ -138,6 +138,7 @@ def test_report_is_written_anew_from_the_files(
     code, said = labs("report")
     assert code == 0, said
     assert (folder.path / "report.md").exists()
+    assert (folder.path / "report.html").exists()
 
 
 # ----------------------------------------------------------------------------- runs side by side

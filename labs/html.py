@@ -1,0 +1,277 @@
+"""A run as one HTML file that needs no server, and all runs on file as a site.
+
+The words and tables are report.md's, rendered; added is what paper cannot do: tables that sort, the
+distributions behind the percentiles, figures over the load, every request of a trial on a timeline.
+A page loads nothing from anywhere, and its content security policy forbids it: only the scripts it
+was written with run, whatever a model's name or an error message holds.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from markupsafe import Markup, escape
+from plotly.offline import get_plotlyjs
+
+from labs import drawn
+from labs.questions import QUESTIONS
+from labs.report import ceilings_text, ratio_text
+from labs.results import Run, RunFolder, Summary, all_runs
+
+WEB = Path(__file__).parent / "web"
+PLOTLY = "plotly.min.js"
+DRAWN_HERE = ("effects", "sweep", "variants")  # whose SVG is shown only where no script runs
+
+
+# ------------------------------------------------------------------------------------- the pages
+
+
+def write(folder: RunFolder) -> Path:
+    """report.html beside report.md, everything in it."""
+    return _write(folder.path / "report.html", page(folder))
+
+
+def write_site(out: Path) -> tuple[Path, dict[str, str]]:
+    """An index, a page a run and one copy of the library; runs left out, each with the reason."""
+    entries: list[Entry] = []
+    left_out: dict[str, str] = {}
+    _write(out / PLOTLY, get_plotlyjs())
+    for folder in all_runs():
+        machine, lab, name = folder.path.parts[-3:]
+        try:
+            href = f"{machine}/{lab}/{name}.html"
+            _write(out / href, page(folder, root="../../"))
+            entries.append(Entry(folder, folder.run(), folder.summary(), href))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            left_out[f"{machine}/{lab}/{name}"] = str(error).splitlines()[0]
+    return _write(out / "index.html", index(entries)), left_out
+
+
+def page(folder: RunFolder, root: str | None = None) -> str:
+    """A run's page; the library is in it, or at the site's `root`."""
+    run, summary = folder.run(), folder.summary()
+    title, intro, sections = _sections(folder)
+    code = _web("page.js") + _web("run.js")
+    return _render(
+        "run.html",
+        scripts=[code] if root else [get_plotlyjs(), code],
+        root=root,
+        title=title,
+        intro=intro,
+        sections=sections,
+        marks=_marks(run, folder.complete),
+        data=drawn.data(folder, run, summary),
+    )
+
+
+def _render(template: str, scripts: Sequence[str], root: str | None = "", **fields: Any) -> str:
+    hashes = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
+    allowed = " ".join([*(f"'sha256-{h}'" for h in hashes), *(["'self'"] if root else [])])
+    policy = (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline';"
+        " img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+    made = _templates().get_template(template)
+    return made.render(
+        scripts=[Markup(s) for s in scripts],
+        policy=Markup(policy),
+        css=Markup(_web("page.css")),
+        plotly=PLOTLY,
+        root=root,
+        **fields,
+    )
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(WEB), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    found.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # and the order as it is
+    return found
+
+
+@cache
+def _web(name: str) -> str:
+    return (WEB / name).read_text()
+
+
+def _write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.half")
+    half.write_text(text)
+    half.rename(path)
+    return path
+
+
+def _marks(run: Run, complete: bool) -> list[str]:
+    """What sets a run apart from an ordinary one."""
+    known = {
+        "quick": run.quick,
+        "A/A": run.aa,
+        "ad hoc": run.ad_hoc and not run.aa,
+        "not complete": not complete,
+    }
+    return [mark for mark, is_so in known.items() if is_so]
+
+
+# ------------------------------------------------------------------------------ report.md as HTML
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    id: str
+    body: Markup
+
+
+def _sections(folder: RunFolder) -> tuple[str, Markup, list[Section]]:
+    """Title, what stands before the first section, and the sections of report.md."""
+    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
+    reader.disable(["link", "autolink", "reference", "entity", "hr", "lheading", "code"])
+    tokens = _figures(reader.parse((folder.path / "report.md").read_text()), folder)
+    parts: list[list[Token]] = [[]]
+    for token in tokens:
+        if token.type == "heading_open" and token.tag in ("h1", "h2"):
+            parts.append([])
+        parts[-1].append(token)
+
+    def html(found: Sequence[Token]) -> Markup:
+        rendered = reader.renderer.render(found, reader.options, {})
+        table = '<div class="table" role="region" aria-label="table" tabindex="0"><table>'
+        wrapped = rendered.replace("<table>", table).replace("</table>", "</table></div>")
+        return Markup(wrapped)
+
+    if len(parts) < 3:
+        raise ValueError("report.md has no sections: `make report` writes it anew")
+    (_, (_, head, _, *intro), *rest) = parts
+    sections = [
+        Section(title.content, re.sub(r"\W+", "-", title.content.lower()).strip("-"), html(body))
+        for _, title, _, *body in rest
+    ]
+    return head.content, html(intro), sections
+
+
+def _figures(tokens: Sequence[Token], folder: RunFolder) -> list[Token]:
+    """A paragraph that is one picture becomes a figure; the caption that follows goes into it."""
+    found: list[Token] = []
+    caption = ""
+    for is_picture, group in groupby(_paragraphs(tokens), _is_picture):
+        for part in group:
+            if is_picture:
+                picture = (part[1].children or [])[0]
+                caption = picture.content
+                found.append(_picture(folder, str(picture.attrs["src"]), caption))
+            elif not (caption and part[0].type == "paragraph_open" and part[1].content == caption):
+                found += part
+    return found
+
+
+def _paragraphs(tokens: Sequence[Token]) -> list[list[Token]]:
+    """Tokens one by one, but a paragraph's together."""
+    parts: list[list[Token]] = []
+    for token in tokens:
+        if parts and parts[-1][0].type == "paragraph_open" and len(parts[-1]) < 3:
+            parts[-1].append(token)
+        else:
+            parts.append([token])
+    return parts
+
+
+def _is_picture(part: Sequence[Token]) -> bool:
+    children = part[1].children if part[0].type == "paragraph_open" else None
+    return bool(children) and [c.type for c in children or []] == ["image"]
+
+
+def _picture(folder: RunFolder, name: str, caption: str) -> Token:
+    path = folder.path / name
+    if path.parent != folder.path or path.suffix != ".svg" or not path.exists():
+        html = escape(f"({caption}: {name} is missing)")
+    else:
+        source = "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+        html = Markup('<figure><img src="{}" alt="{}"><figcaption>{}</figcaption></figure>').format(
+            source, caption, caption
+        )
+    if path.stem in DRAWN_HERE:
+        html = Markup("<noscript>{}</noscript>").format(html)
+    return Token("html_block", "", 0, content=f"{html}\n")
+
+
+# --------------------------------------------------------------------------------------- the index
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run and where its page is."""
+
+    folder: RunFolder
+    run: Run
+    summary: Summary
+    href: str
+
+    @property
+    def lab(self) -> str:
+        return str(self.run.lab["name"])
+
+    @property
+    def machine(self) -> str:
+        return self.run.machine.describe()
+
+    @property
+    def vllm(self) -> str:
+        packages = self.run.environment.packages
+        return next((v for p, v in packages.items() if p.startswith("vllm")), "–")
+
+    @property
+    def marks(self) -> list[str]:
+        return _marks(self.run, self.folder.complete)
+
+    @property
+    def held(self) -> str:
+        told = [j.prediction_held for j in self.summary.judgements if j.prediction_held is not None]
+        return f"{sum(told)} of {len(told)}" if told else "–"
+
+    @property
+    def outcomes(self) -> str:
+        found = [j.outcome for j in self.summary.judgements]
+        return ", ".join(f"{found.count(o)} {o}" for o in dict.fromkeys(found)) or "–"
+
+    @property
+    def said(self) -> str:
+        """The first claims that were decided, in a few words."""
+        decided = [j for j in self.summary.judgements if j.expected is not None]
+        told = (f"{j.title} ({ratio_text(j)}, {j.outcome})" for j in decided[:2])
+        return "; ".join(told) or "nothing decided"
+
+
+def index(entries: Sequence[Entry]) -> str:
+    newest = {  # of each lab on each machine: the last one wins
+        (e.machine, e.lab): e for e in entries if e.folder.complete and not e.run.ad_hoc
+    }
+    machines = {e.machine: e for e in entries}
+    return _render(
+        "index.html",
+        scripts=[_web("page.js")],
+        entries=entries[::-1],
+        machines=[
+            (name, ceilings_text(e.run.ceilings), sum(o.machine == name for o in entries))
+            for name, e in machines.items()
+        ],
+        labs=sorted({e.lab for e in entries}),
+        questions=[
+            (id, question, [e for e in newest.values() if id in e.run.lab["answers"]])
+            for id, question in QUESTIONS.items()
+        ],
+    )

@@ -1,0 +1,97 @@
+// Of every page: light or dark, tables that sort, and the index's filter.
+"use strict";
+
+function themed(onChange) {
+  const root = document.documentElement;
+  const button = document.getElementById("theme");
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
+  const tell = () => {
+    button.textContent = dark() ? "Light" : "Dark";
+    onChange();
+  };
+  try {  // a browser may refuse storage to a file
+    const kept = localStorage.getItem("theme");
+    if (kept === "dark" || kept === "light") root.dataset.theme = kept;
+  } catch {}
+  button.hidden = false;
+  button.addEventListener("click", () => {
+    root.dataset.theme = dark() ? "light" : "dark";
+    try { localStorage.setItem("theme", root.dataset.theme); } catch {}
+    tell();
+  });
+  system.addEventListener("change", tell);
+  tell();
+}
+
+// A cell as a number, times in seconds; null where it is none.
+function amount(text) {
+  const found = /^(?:at (?:most|least) )?(-?[\d,]*\.?\d+)(?:x|%)?(?: (ms|s)\b)?/.exec(text);
+  if (!found) return null;
+  return Number(found[1].replaceAll(",", "")) * (found[2] === "ms" ? 1e-3 : 1);
+}
+
+function isMissing(text) {
+  return text === "–" || text === "";
+}
+
+function sortable(table) {
+  const body = table.tBodies[0];
+  const heads = [...table.tHead.rows[0].cells];
+  const text = (row, column) => (row.cells[column] ? row.cells[column].textContent.trim() : "");
+  const numeric = heads.map((_, column) => {
+    const there = [...body.rows].map((row) => text(row, column)).filter((t) => !isMissing(t));
+    const dates = there.some((t) => /^\d{4}-\d\d-\d\d/.test(t));
+    return there.length > 0 && !dates && there.every((t) => amount(t) !== null);
+  });
+  for (const row of body.rows) {
+    [...row.cells].forEach((cell, i) => cell.classList.add(numeric[i] ? "number" : "words"));
+  }
+  if (heads.length > 4) table.classList.add("wide");
+  heads.forEach((head, column) => {
+    if (head.querySelector("button")) return;
+    head.scope = "col";
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const way = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", way === 1 ? "ascending" : "descending");
+      const rows = [...body.rows].sort((a, b) => {
+        const [one, two] = [text(a, column), text(b, column)];
+        if (isMissing(one) || isMissing(two)) return isMissing(one) - isMissing(two);
+        const order = numeric[column]
+          ? amount(one) - amount(two)
+          : one.localeCompare(two, "en", { numeric: true });
+        return way * order;
+      });
+      body.append(...rows);
+    });
+  });
+}
+
+function filtered(form) {
+  const rows = [...document.querySelectorAll("#all-runs tbody tr[data-lab]")];
+  const { lab, machine, words } = form.elements;
+  const filter = () => {
+    const wanted = words.value.toLowerCase().split(/\s+/);
+    for (const row of rows) {
+      const said = row.textContent.toLowerCase();
+      row.hidden =
+        (lab.value !== "" && row.dataset.lab !== lab.value) ||
+        (machine.value !== "" && row.dataset.machine !== machine.value) ||
+        !wanted.every((word) => said.includes(word));
+    }
+    const shown = rows.filter((row) => !row.hidden).length;
+    document.getElementById("shown").textContent = `${shown} of ${rows.length} runs`;
+  };
+  form.addEventListener("input", filter);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  filter();
+}
+
+document.querySelectorAll("main table").forEach(sortable);
+if (document.getElementById("filter")) filtered(document.getElementById("filter"));
+if (!document.getElementById("data")) themed(() => {});

@@ -1,0 +1,253 @@
+"""The pages as text: what is on them, and what cannot get onto them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plotly.offline import get_plotlyjs
+
+from labs import drawn, html, report, results
+from labs.questions import QUESTIONS
+from labs.results import RunFolder, TrialResult, all_runs, write_json
+from labs.run import summarise
+from loadtests import records
+from tests.unit.builders import make_record, make_summary, write_run
+
+HOSTILE = "</script><script>hacked()</script><img src=x onerror=hacked()>[a](javascript:hacked())"
+
+
+class Seen(HTMLParser):
+    """Every tag with its attributes, the text of scripts and styles, and what a reader reads."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.code: list[str] = []
+        self.read = ""
+        self._in = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {k: v or "" for k, v in attrs}))
+        self._in = tag
+        if tag in ("script", "style"):
+            self.code.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._in in ("script", "style"):
+            self.code[-1] += data
+        else:
+            self.read += data
+
+    def attributes(self, name: str) -> list[str]:
+        return [attrs[name] for _, attrs in self.tags if name in attrs]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        (text,) = (c for c in self.code if c.startswith('{"colours"'))
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    return write_run(tmp_path)
+
+
+def written(folder: RunFolder) -> Seen:
+    summarise(folder)
+    report.write(folder)
+    return Seen(html.write(folder).read_text())
+
+
+def hostile_run(folder: RunFolder) -> None:
+    """Names and errors that try to become code."""
+    run = folder.run()
+    lab = {**run.lab, "title": HOSTILE, "question": HOSTILE}
+    write_json(folder.path / "run.json", run.model_copy(update={"model": HOSTILE, "lab": lab}))
+    points = run.points()
+    write_json(
+        folder.trial_folder(points[0], 1) / "trial.json",
+        TrialResult(point=points[0].key, repeat=1, failed=HOSTILE),
+    )
+    broken = [make_record([(11.0, 1), (12.0, 3)]), make_record([], error=HOSTILE, index=1)]
+    records.write(folder.trial_folder(points[1], 1) / "requests.jsonl.gz", broken)
+
+
+def test_a_page_says_what_the_report_says(folder: RunFolder) -> None:
+    seen, summary = written(folder), folder.summary()
+    for table in (
+        report.claims_table(folder.run().rebuilt_lab(), summary),
+        report.points_table(folder.run().points(), folder.run().rebuilt_lab(), summary),
+    ):
+        for cell in (c for row in table[1] for c in row):
+            assert cell in seen.read
+    assert [c["title"] for c in seen.data["claims"]] == [j.title for j in summary.judgements]
+    ids = seen.attributes("id")
+    assert ids.index("the-answer") < ids.index("distributions") < ids.index("every-point")
+    assert len(ids) == len(set(ids))
+    targets = [h[1:] for h in seen.attributes("href") if h.startswith("#")]
+    assert set(targets) <= set(ids)
+
+
+def test_nothing_is_loaded_from_anywhere(folder: RunFolder) -> None:
+    seen = written(folder)
+    places = [*seen.attributes("src"), *seen.attributes("href"), *seen.attributes("srcset")]
+    assert all(p.startswith(("#", "data:")) for p in places)
+    own = [c for c in seen.code if c != get_plotlyjs()]
+    assert len(own) == len(seen.code) - 1
+    assert not any("http" in c or "url(" in c or "@import" in c for c in own)
+    (policy,) = (a["content"] for _, a in seen.tags if a.get("http-equiv"))
+    assert policy.startswith("default-src 'none';")
+    assert "http" not in policy
+
+
+def test_only_the_scripts_the_page_was_written_with_may_run(folder: RunFolder) -> None:
+    hostile_run(folder)
+    seen = written(folder)
+    (policy,) = (a["content"] for _, a in seen.tags if a.get("http-equiv"))
+    kinds = [a for tag, a in seen.tags if tag == "script"]
+    assert [a.get("type") for a in kinds] == ["application/json", None, None]
+    scripts = [c for c in seen.code if c.lstrip().startswith(("/", '"use'))][-2:]
+    for script in scripts:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+    assert "'unsafe-inline'" not in policy.split("script-src")[1].split(";")[0]
+
+
+def test_what_tries_to_be_code_is_read_as_text(folder: RunFolder) -> None:
+    hostile_run(folder)
+    seen = written(folder)
+    assert seen.read.count("<script>hacked()</script>") > 3  # as a reader sees it
+    assert not seen.attributes("onerror")
+    assert all(s.startswith("data:image/svg+xml") for t, a in seen.tags if t == "img"
+               for s in [a["src"]])  # fmt: skip
+    assert not [h for h in seen.attributes("href") if "script" in h]
+    assert HOSTILE in seen.data["trials"][0]["failed"]
+    out = Seen(html.index([html.Entry(folder, folder.run(), folder.summary(), "a/b/c.html")]))
+    assert "<script>hacked()</script>" in out.read
+    assert not out.attributes("onerror")
+
+
+def test_a_missing_figure_is_a_dash_and_null_never_zero(folder: RunFolder) -> None:
+    for repeat in (1, 2):
+        path = folder.path / f"trials/on/short/concurrent-2/{repeat}/trial.json"
+        failed = TrialResult(point="on/short/concurrent-2", repeat=repeat, failed="engine died")
+        write_json(path, failed)
+    seen = written(folder)
+    (gone,) = (p for p in seen.data["points"] if p["key"] == "on/short/concurrent-2")
+    assert set(gone["figures"].values()) == {None}
+    (claim,) = (c for c in seen.data["claims"] if c["point"] == "on/short/concurrent-2")
+    assert (claim["value"], claim["low"], claim["high"]) == (None, None, None)
+    assert {t["failed"] for t in seen.data["trials"] if t["point"] == gone["key"]} == {
+        "engine died"
+    }
+    assert all(gone["key"] not in of["points"] for of in seen.data["samples"].values())
+
+
+def test_requests_in_columns_of_tenths_of_milliseconds(folder: RunFolder) -> None:
+    point = folder.run().points()[0]
+    found = [
+        make_record([(10.2, 1), (10.25, 1), (10.75, 1)], sent_s=10.0, index=3),
+        make_record([], sent_s=9.0, index=4, end_s=9.5),
+    ]
+    records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", found)
+    trial = next(t for t in written(folder).data["trials"] if t["point"] == point.key)
+    assert trial["index"] == [4, 3]  # by when they were sent
+    assert trial["start_dms"] == [90_000, 100_000]
+    assert trial["first_dms"] == [None, 2_000]
+    assert trial["last_dms"] == [5_000, 7_500]
+    assert trial["gap_dms"] == [None, 5_000]
+    assert trial["tpot_dms"] == [None, 2_750]
+    assert trial["errors"] == {"0": "ConnectionError: refused"}
+    assert trial["counted"] == [0, 1]
+
+
+def test_of_too_many_requests_the_longest_stay_and_the_page_says_so(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = folder.run().points()[0]
+    found = [make_record([(11.0, 1), (11.0 + i, 1)], index=i) for i in range(1, 6)]
+    found.append(make_record([], index=9))
+    records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", found)
+    monkeypatch.setattr(drawn, "MOST_REQUESTS", 8 * 3)  # of eight trials
+    trial = next(t for t in written(folder).data["trials"] if t["point"] == point.key)
+    assert (trial["sent"], sorted(trial["index"])) == (6, [4, 5, 9])
+
+
+def test_samples_are_quantiles_of_all_repeats(folder: RunFolder) -> None:
+    point = folder.run().points()[0]
+    for repeat in (1, 2):
+        found = [make_record([(10 + (i + repeat) / 100, 1)], index=i) for i in range(300)]
+        home = folder.trial_folder(point, repeat)
+        records.write(home / "requests.jsonl.gz", found)
+        write_json(home / "trial.json", TrialResult(
+            point=point.key, repeat=repeat, summary=make_summary(sent=300)))  # fmt: skip
+    ttft = written(folder).data["samples"]["ttft_s"]["points"][point.key]
+    assert ttft["n"] == 600
+    assert len(ttft["ms"]) == drawn.MOST_QUANTILES
+    assert (ttft["ms"][0], ttft["ms"][-1]) == (10, 3010)
+
+
+@pytest.mark.parametrize("name", ["../other.svg", "http://there/a.svg", "gone.svg", "run.json"])
+def test_a_picture_is_of_this_run_or_it_is_not_shown(folder: RunFolder, name: str) -> None:
+    (folder.path.parent / "other.svg").write_text("<svg/>")
+    report.write(folder)
+    path = folder.path / "report.md"
+    path.write_text(path.read_text().replace("](effects.svg)", f"]({name})"))
+    seen = Seen(html.write(folder).read_text())
+    assert "img" not in [tag for tag, _ in seen.tags]
+    assert f"{name} is missing" in seen.read
+
+
+def test_a_site_has_every_run_that_can_be_read_and_links_that_lead_there(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    written(folder)
+    run = folder.run()
+    quick = RunFolder(folder.path.with_name("20260202T000000Z-quick"))
+    damaged = RunFolder(folder.path.with_name("20260303T000000Z-damaged"))
+    for other in (quick, damaged):
+        other.path.mkdir()
+        for name in ("run.json", "summary.json", "predictions.json", "report.md"):
+            (other.path / name).write_bytes((folder.path / name).read_bytes())
+    write_json(quick.path / "run.json", run.model_copy(update={"quick": True}))
+    (damaged.path / "summary.json").write_text("{")
+
+    index, left_out = html.write_site(tmp_path / "out")
+    assert list(left_out) == [f"{run.machine.slug}/tiny/{damaged.path.name}"]
+    seen = Seen(index.read_text())
+    links = [h for h in seen.attributes("href") if h.endswith(".html")]
+    assert len(set(links)) == 2
+    for link in links:
+        text = (index.parent / link).read_text()
+        assert 'src="../../plotly.min.js"' in text
+        assert get_plotlyjs() not in text
+    assert (index.parent / "plotly.min.js").read_text() == get_plotlyjs()
+    assert "quick, not complete" in seen.read
+    assert all(id in seen.read for id in QUESTIONS)
+    answer = "On is faster (2.97x, helps)"
+    assert answer in re.sub(r"\s+", " ", seen.read)
+
+
+@pytest.mark.parametrize("run", all_runs(), ids=lambda f: f.path.name)
+def test_pages_of_the_runs_on_file_are_whole_and_small(run: RunFolder) -> None:
+    text = html.page(run, root="../../")
+    assert len(text) < 1_000_000
+    seen = Seen(text)
+    assert all(j.title in seen.read for j in run.summary().judgements)
+    ids = seen.attributes("id")
+    assert len(ids) == len(set(ids))
+    shown = sum(len(t["index"]) for t in seen.data["trials"] if "failed" not in t)
+    assert shown == sum(t["sent"] for t in seen.data["trials"] if "failed" not in t)

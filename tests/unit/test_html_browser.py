@@ -1,0 +1,206 @@
+"""The pages in a real browser: opened, used, and no script error. Needs Debian's `chromium`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from labs import html, report, results
+from labs.results import RESULTS, RunFolder
+from loadtests import records
+from tests.browser import Browser, Page, browser, find
+from tests.unit.builders import write_run
+from tests.unit.test_html import hostile_run
+
+pytestmark = pytest.mark.skipif(
+    find() is None, reason="no chromium: `apt-get install chromium` brings it"
+)
+RUNS = ("continuous-batching", "chunked-prefill")  # one with a sweep, one with long prompts
+PLOTS = ("claims", "samples", "left", "right", "timeline", "forecasts")
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site of two committed runs, copied; their folders lie beside it."""
+    home = tmp_path_factory.mktemp("site")
+    for lab in RUNS:
+        newest = max(RESULTS.glob(f"*/{lab}/*/COMPLETE"), key=lambda p: p.parent.name).parent
+        shutil.copytree(newest, home / "results" / newest.relative_to(RESULTS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "RESULTS", home / "results")
+        html.write_site(home / "site")
+    return home
+
+
+def folder_of(site: Path, lab: str) -> RunFolder:
+    (run,) = (site / "results").glob(f"*/{lab}/*/run.json")
+    return RunFolder(run.parent)
+
+
+def opened(chromium: Browser, path: Path, width: int = 1280, scheme: str = "light") -> Page:
+    page = Page(chromium, width, 900)
+    page.prefer(scheme)
+    page.open(path)
+    return page
+
+
+def of(site: Path, lab: str) -> Path:
+    (path,) = (site / "site").glob(f"*/{lab}/*.html")
+    return path
+
+
+@pytest.mark.parametrize("lab", RUNS)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_plot_is_drawn_and_nothing_else_is_asked_for(
+    chromium: Browser, site: Path, lab: str, width: int
+) -> None:
+    page = opened(chromium, of(site, lab), width)
+    for plot in PLOTS:
+        assert page.js(f"document.querySelectorAll('#{plot} .main-svg').length > 0"), plot
+    assert page.errors == []
+    assert {url.split(":")[0] for url in page.requested} == {"file", "data"}
+    assert page.js("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_one_file_of_a_run_needs_no_other(chromium: Browser, site: Path) -> None:
+    path = html.write(folder_of(site, RUNS[0]))
+    page = opened(chromium, path)
+    assert page.js("document.querySelectorAll('#timeline .main-svg').length > 0")
+    assert page.errors == []
+    files = [url for url in page.requested if url.startswith("file:")]
+    assert files == [path.as_uri()]
+
+
+def test_a_table_sorts_from_the_keyboard_by_number_with_dashes_last(
+    chromium: Browser, site: Path
+) -> None:
+    page = opened(chromium, of(site, RUNS[0]))
+    table = "document.querySelector('#every-point table')"
+    page.js(f"{table}.rows[1].cells[2].textContent = '–'")
+    cells = f"[...{table}.tBodies[0].rows].map(r => r.cells[2].textContent)"
+    page.js(f"{table}.rows[0].cells[2].querySelector('button').focus()")
+    told = f"{table}.rows[0].cells[2].getAttribute('aria-sort')"
+
+    def in_ms(text: str) -> float:
+        value, unit = text.split()
+        return float(value.replace(",", "")) * {"ms": 1, "s": 1000}[unit]
+
+    for way, reverse in (("ascending", False), ("descending", True)):
+        page.press("Enter")
+        *found, last = page.js(cells)
+        assert page.js(told) == way
+        assert last == "–"
+        assert found == sorted(found, key=in_ms, reverse=reverse)
+    assert page.js("document.activeElement.matches(':focus-visible')")
+    assert page.errors == []
+
+
+def test_the_metric_and_how_it_is_drawn_are_chosen(chromium: Browser, site: Path) -> None:
+    page = opened(chromium, of(site, RUNS[0]))
+    title = "document.getElementById('samples').layout.xaxis.title.text"
+    for metric, name in (("itl_s", "ITL (ms)"), ("e2e_s", "E2E (ms)")):
+        page.choose("samples-metric", metric)
+        assert page.js(title) == name
+    page.choose("samples-scale", "log")
+    assert page.js("document.getElementById('samples').layout.xaxis.type") == "log"
+    page.choose("samples-shape", "violin")
+    assert page.js("document.getElementById('samples').data.every(t => t.type === 'violin')")
+    page.choose("samples-workload", "fixed")
+    assert page.js("document.getElementById('samples').data.length") == 2
+    page.choose("left-metric", "mbu")
+    assert page.js("document.getElementById('left').layout.yaxis.title.text") == "MBU"
+    assert page.errors == []
+
+
+def test_a_trial_is_chosen_and_its_longest_request_found(chromium: Browser, site: Path) -> None:
+    page = opened(chromium, of(site, RUNS[0]))
+    folder = folder_of(site, RUNS[0])
+    point = folder.run().points()[4]
+    path = folder.trial_folder(point, 2) / "requests.jsonl.gz"
+    found = list(records.read(path))
+    page.choose("trial-point", point.key)
+    page.choose("trial-repeat", "2")
+    page.choose("trial-order", "e2e")
+    assert page.js("document.getElementById('timeline').data[0].y.length") == len(found)
+    longest = max(found, key=lambda r: r.e2e_s or 0)
+    first = "document.querySelector('#trial-table tbody').rows[0].cells[0].textContent"
+    assert page.js(first) == str(longest.index)
+    hover = page.js("document.getElementById('timeline').data[0].hovertext[0]")
+    assert f"request {longest.index}<br>{longest.prompt_tokens} prompt" in hover
+    assert f"{len(found)} requests" in page.js("document.getElementById('trial-said').textContent")
+    assert page.errors == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark_follow_the_system_until_the_reader_chooses(
+    chromium: Browser, site: Path, scheme: str
+) -> None:
+    page = opened(chromium, of(site, RUNS[1]), scheme=scheme)
+    page.js("localStorage.clear(); location.reload()")
+    page.wait("document.readyState === 'complete' && document.querySelector('#claims .main-svg')")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    ink = "document.getElementById('claims').layout.font.color"
+    light, dark = ("rgb(255, 255, 255)", "#1b1f24"), ("rgb(20, 23, 28)", "#e6e8eb")
+    before, after = (light, dark) if scheme == "light" else (dark, light)
+    assert (page.js(paper), page.js(ink)) == before
+    page.js("document.getElementById('theme').focus()")
+    page.press("Enter")
+    assert (page.js(paper), page.js(ink)) == after
+    page.js("location.reload()")
+    page.wait("document.readyState === 'complete' && document.querySelector('#claims .main-svg')")
+    assert page.js(paper) == after[0]  # it is kept
+    page.js("localStorage.clear()")
+    assert page.errors == []
+
+
+def test_the_index_filters_and_sorts(chromium: Browser, site: Path) -> None:
+    page = opened(chromium, site / "site" / "index.html", 390)
+    shown = "[...document.querySelectorAll('#all-runs tbody tr')].filter(r => !r.hidden).length"
+    said = "document.getElementById('shown').textContent"
+    assert (page.js(shown), page.js(said)) == (2, "2 of 2 runs")
+    page.js("document.querySelector('[name=words]').focus()")
+    page.call("Input.insertText", text="SmolLM2 chunked")
+    assert (page.js(shown), page.js(said)) == (1, "1 of 2 runs")
+    labs = "[...document.querySelectorAll('#all-runs tbody tr')].map(r => r.dataset.lab)"
+    page.js("document.querySelector('#all-runs th button').focus()")
+    page.press("Enter")
+    assert page.js(labs) == sorted(RUNS)
+    page.press("Enter")
+    assert page.js(labs) == sorted(RUNS, reverse=True)
+    assert page.js("document.documentElement.scrollWidth <= innerWidth")
+    assert page.errors == []
+
+
+def test_a_name_that_is_code_does_not_run(
+    chromium: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    folder = write_run(tmp_path)
+    hostile_run(folder)
+    report.write(folder)
+    page = Page(chromium, 1280, 900)
+    page.call("Page.addScriptToEvaluateOnNewDocument",
+              source="window.ran = 0; window.hacked = () => { window.ran += 1; };")  # fmt: skip
+    page.open(html.write(folder))
+    page.choose("trial-point", folder.run().points()[1].key)
+    assert "hacked()" in page.js("document.getElementById('trial-table').textContent")
+    assert page.js("window.ran") == 0
+    assert page.errors == []
+
+
+def test_without_scripts_every_table_and_picture_is_there(chromium: Browser, site: Path) -> None:
+    page = Page(chromium, 1280, 900)
+    page.call("Emulation.setScriptExecutionDisabled", value=True)
+    page.open(of(site, RUNS[0]))
+    assert page.js("getComputedStyle(document.getElementById('distributions')).display") == "none"
+    assert page.js("document.querySelectorAll('noscript img').length") == 2
+    assert "Scripts are off" in page.js("document.body.innerText")
