@@ -107,6 +107,7 @@ def _claims(lab: Lab, summary: Summary) -> list[dict[str, Any]]:
     return [
         {
             "title": j.title,
+            "metric": j.metric,
             "where": f"{METRICS[j.metric].title}:"
             f" {short(j.treatment, lab)} / {short(j.baseline, lab)}",
             "point": j.treatment,

@@ -158,7 +158,8 @@ def browser(profile: Path) -> Iterator[Browser]:
         [program, "--headless", "--remote-debugging-pipe", f"--user-data-dir={profile}",
          "--no-first-run", "--disable-gpu", "--disable-background-networking", "--disable-sync",
          "--disable-component-update", "--hide-scrollbars",
-         *(["--no-sandbox"] if os.geteuid() == 0 else [])],
+         # containers often have neither user namespaces nor room in /dev/shm; the pages are ours
+         "--no-sandbox", "--disable-dev-shm-usage"],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         pass_fds=(3, 4), preexec_fn=place,
     )  # fmt: skip

@@ -75,4 +75,5 @@ def check_run(folder: RunFolder) -> None:
         # four rounds of a quick run may take an accident for a leak by timing
         assert finding.passed is not False or name == "timing-leak", finding
     assert all(claim.title in report for claim in lab.claims)
+    assert (folder.path / "report.html").exists()
     assert all((folder.path / f"{name}.svg").exists() for name in ("effects", *lab.plots))

@@ -44,10 +44,15 @@ function sortable(table) {
     const dates = there.some((t) => /^\d{4}-\d\d-\d\d/.test(t));
     return there.length > 0 && !dates && there.every((t) => amount(t) !== null);
   });
-  for (const row of body.rows) {
-    [...row.cells].forEach((cell, i) => cell.classList.add(numeric[i] ? "number" : "words"));
-  }
-  if (heads.length > 4) table.classList.add("wide");
+  // short cells stay whole; long ones get about thirty letters a line before the table scrolls
+  heads.forEach((_, column) => {
+    const longest = Math.max(0, ...[...body.rows].map((row) => text(row, column).length));
+    for (const row of body.rows) {
+      if (!row.cells[column]) continue;
+      if (longest <= (numeric[column] ? 22 : 14)) row.cells[column].classList.add("whole");
+      else row.cells[column].style.minWidth = `${Math.min(15, longest / 2)}rem`;
+    }
+  });
   heads.forEach((head, column) => {
     if (head.querySelector("button")) return;
     head.scope = "col";

@@ -104,9 +104,12 @@
     let height = 4;
     labels.forEach((lines) => { tops.push(height); height += lines.length * LINE + MARK + 8; });
     const bound = (item, sign) => item.predicted * (1 + sign * item.tolerance);
-    const known = items.flatMap((i) => [i.value, i.low, i.high, i.predicted, bound(i, 1),
-                                        bound(i, -1), 1]).filter((v) => v > 0);
-    const low = Math.min(...known) / 1.25, high = Math.max(...known) * 1.25;
+    const firm = items.flatMap((i) => [i.value, i.predicted, bound(i, 1), bound(i, -1), 1])
+      .filter((v) => v > 0);
+    // one very wide interval must not press all others together: it leaves the picture
+    const whiskers = items.flatMap((i) => [i.low, i.high]).filter((v) =>
+      v > Math.min(...firm) / 4 && v < Math.max(...firm) * 4);
+    const low = Math.min(...firm, ...whiskers) / 1.25, high = Math.max(...firm, ...whiskers) * 1.25;
     const middle = (row) => tops[row] + labels[row].length * LINE + MARK / 2;
     const shapes = items.map((item, row) => ({
       type: "rect", layer: "below", line: { width: 0 }, fillcolor: data.predicted, opacity: 0.25,
@@ -149,7 +152,7 @@
           y: tops[row], yanchor: "top", showarrow: false, bgcolor: css("--paper"),
         })),
         ...missing.map(({ item, row }) => ({
-          text: "– (not measured)", x: Math.log10(item.predicted), y: middle(row), xanchor: "left",
+          text: "– (no ratio)", x: Math.log10(item.predicted || 1), y: middle(row), xanchor: "left",
           xshift: 10, showarrow: false, font: { color: css("--soft") },
         })),
       ],
@@ -173,6 +176,8 @@
       Object.entries(data.samples).map(([name, of]) => [name, of.title]), redraw);
     const workload = choice("samples-workload", workloads, redraw);
     if (data.workloads.length === 1) workload.parentElement.hidden = true;
+    const asked = data.claims.length ? data.claims[0].metric.replace(/_[^_]+_s$/, "_s") : "";
+    if (data.samples[asked]) metric.value = asked;
     if (data.points.length > 8) workload.value = data.workloads[0];
     const shape = at("samples-shape"), scale = at("samples-scale");
     shape.addEventListener("change", redraw);
@@ -255,7 +260,7 @@
     const left = choice("left-metric", options, redraw);
     const right = choice("right-metric", options, redraw);
     if (has("output_tokens_per_s")) left.value = "output_tokens_per_s";
-    const beside = ["stall_mean_s", "tpot_mean_s", "ttft_mean_s", "ttft_p50_s", ...Object.keys(data.metrics)]
+    const beside = [data.claims[0]?.metric, "tpot_mean_s", "ttft_mean_s", "ttft_p50_s", ...Object.keys(data.metrics)]
       .find((name) => has(name) && name !== left.value);
     if (beside) right.value = beside;
 
@@ -271,7 +276,7 @@
       const place = (p) => [
         ...(sameWorkload ? [] : [plain(p.workload)]),
         ...(sameKind ? [p.level] : [p.kind, p.level]),
-      ].join(crowded ? " " : "<br>");
+      ].join(crowded ? (sameKind ? ", " : " ") : "<br>");
       const places = [...new Set(points.map(place))];
       const groups = Map.groupBy(points, (p) => JSON.stringify([p.variant, p.kind, p.workload]));
       const named = new Set();
@@ -288,7 +293,7 @@
           error_y: { type: "data", symmetric: false, thickness: 1.5, width: 4,
             array: found.map((f) => (f.high ?? null) === null ? 0 : scaled(f.high - f.value)),
             arrayminus: found.map((f) => (f.low ?? null) === null ? 0 : scaled(f.value - f.low)) },
-          hovertext: found.map((f) => `${plain(f.p.name)}<br><b>${digits(scaled(f.value ?? 0))}</b>${unit}` +
+          hovertext: found.map((f) => `${plain(f.p.name)}<br><b>${f.value === null ? "–" : digits(scaled(f.value))}</b>${unit}` +
             ((f.low ?? null) === null ? "" : `<br>${digits(scaled(f.low))} to ${digits(scaled(f.high))}`)),
           hovertemplate: "%{hovertext}<extra></extra>",
         });
@@ -302,7 +307,7 @@
         const foretold = mine.filter((p) => p.predicted[metric]);
         if (foretold.length) traces.push({
           name: `predicted${{ ceiling: ", at most", floor: ", at least", point: "" }[foretold[0].predicted[metric].kind]}`,
-          legendgroup: "predicted", showlegend: !named.has(" predicted"), offsetgroup: variant,
+          legendgroup: "predicted", legendrank: 2000, showlegend: !named.has(" predicted"), offsetgroup: variant,
           x: foretold.map(place), y: foretold.map((p) => scaled(p.predicted[metric].value)),
           mode: "markers", marker: { symbol: "line-ew", size: 16, line: { width: 3, color: data.predicted }, color: data.predicted },
           hovertext: foretold.map((p) => `${plain(p.name)}<br>predicted ${digits(scaled(p.predicted[metric].value))}${unit}`),
@@ -317,7 +322,8 @@
         scattermode: "group",
         margin: { l: 10, r: 10, t: 10, b: 40 },
         xaxis: axis({ type: "category", tickangle: crowded ? -45 : 0, categoryorder: "array", categoryarray: places,
-                      title: { text: sameKind ? (title[points[0].kind] ?? points[0].kind) : "load" } }),
+                      title: { text: (sameWorkload ? "" : "workload, ") +
+                                     (sameKind ? title[points[0].kind] ?? points[0].kind : "load") } }),
         yaxis: axis({ title: { text: of.title + unit }, rangemode: "tozero", tickformat: ",~r" }),
         showlegend: data.variants.length > 1 || named.has(" predicted"),
       });
