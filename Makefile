@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := $(if $(wildcard .unbundled/bin),.unbundled/bin,.venv/bin)
 .DEFAULT_GOAL := help
-.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards doctor bundle unbundle test check bench clean distclean
+.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview doctor bundle unbundle test check bench clean distclean
 
 help: ## List the targets
 	@echo "Labs (set-up first, only what is missing):"
@@ -92,6 +92,19 @@ bundle: setup ## Gather what a GPU box without internet needs: FOR=cuda [HAVE=li
 
 unbundle: ## On that box: check and install a bundle: FROM=bundle TO=folder
 	@$(PYTHON) -m serving.unbundle --from "$(or $(FROM),bundle)" "$(TO)"
+
+stack: setup ## Prometheus and Grafana in containers: [GRAFANA_PORT=..]
+	@$(BIN)/labs stack
+
+stack-stop: setup ## End the containers; the data stay
+	@$(BIN)/labs stack-stop
+
+grafana-push: setup ## Dashboards and runs onto a Grafana: GRAFANA_URL=.. (and GRAFANA_TOKEN)
+	@$(BIN)/labs grafana-push $(if $(GRAFANA_URL),,--help)
+
+preview: ## Draw the dashboards in a browser, without a Grafana: [PROMETHEUS_URL=..]
+	@command -v npm >/dev/null || { echo "error: npm is not installed: make preview needs Node 20 or later" >&2; exit 1; }
+	@cd dashboards/preview && { [ -e node_modules ] || npm install --no-audit --no-fund; } && npm run --silent preview
 
 test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where there is one
 	@$(BIN)/pytest $(TESTS)

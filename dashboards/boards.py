@@ -120,7 +120,7 @@ def _runs(where: str) -> Panel:
         Column("Scale", "scale", width=80),
         Column("Quick", "quick", width=80),
         Column("Report", "report"),
-        Column("1", expr=_last(series.RUN_INFO, where), width=40),
+        Column(expr=_last(series.RUN_INFO, where)),
         sort_by="Run",
     )
 
@@ -305,7 +305,7 @@ def compare() -> dashboard.Dashboard:
             Column("Verdict", "outcome", width=110, colours=OUTCOMES),
             Column("Held", "held", width=70),
             Column("Metric", "metric", width=180),
-            Column("", expr=_last(series.VERDICT, RUN), width=20),
+            Column(expr=_last(series.VERDICT, RUN)),
             Column("Ratio", expr=effect, width=90),
             Column("Low", expr=low, width=90),
             Column("High", expr=high, width=90),
@@ -423,7 +423,6 @@ def machines() -> dashboard.Dashboard:
              RATIO, "mbu"),
         )
     )  # fmt: skip
-    verdict = _last(series.VERDICT, EVERYWHERE)
     return board(
         "lab-machines",
         "Machines",
@@ -476,7 +475,7 @@ def machines() -> dashboard.Dashboard:
                         Column("Run", "run_id", width=260),
                         Column("Verdict", "outcome", width=120, colours=OUTCOMES),
                         Column("Held", "held", width=80),
-                        Column("", expr=verdict),
+                        Column(expr=_last(series.VERDICT, EVERYWHERE)),
                         sort_by="Claim",
                     ),
                 ),
@@ -584,12 +583,15 @@ def files() -> dict[Path, str]:
 
 def write() -> list[Path]:
     """Write the dashboards anew; those that changed."""
-    changed = [p for p, text in files().items() if not p.exists() or p.read_text() != text]
     FOLDER.mkdir(exist_ok=True)
-    for path in changed:
+    changed = []
+    for path, text in files().items():
+        if path.exists() and path.read_text() == text:
+            continue
         half = path.with_suffix(".half")
-        half.write_text(files()[path])
+        half.write_text(text)
         half.rename(path)
+        changed.append(path)
     return changed
 
 

@@ -51,14 +51,13 @@ class Style:
     def overrides(self) -> list[DynamicConfigValue]:
         found = [DynamicConfigValue("custom.lineWidth", self.width)]
         if self.dash:
-            value = {"fill": "dash", "dash": list(self.dash)}
-            found.append(DynamicConfigValue("custom.lineStyle", value))
+            style = {"fill": "dash", "dash": list(self.dash)}
+            found.append(DynamicConfigValue("custom.lineStyle", style))
         if not self.in_legend:
-            value = {"legend": True, "tooltip": False, "viz": False}
-            found.append(DynamicConfigValue("custom.hideFrom", value))
+            hidden = {"legend": True, "tooltip": False, "viz": False}
+            found.append(DynamicConfigValue("custom.hideFrom", hidden))
         if self.colour:
-            value = {"mode": "fixed", "fixedColor": self.colour}
-            found.append(DynamicConfigValue("color", value))
+            found.append(_fixed(self.colour))
         return found
 
 
@@ -151,16 +150,15 @@ def interval(
         ],
     )
     for name, colour in ((lower, "semi-dark-blue"), (upper, "super-light-blue")):
-        fixed = {"mode": "fixed", "fixedColor": colour}
-        panel.override_by_name(name, [DynamicConfigValue("color", fixed)])
+        panel.override_by_name(name, [_fixed(colour)])
     return panel
 
 
 @dataclass(frozen=True)
 class Column:
-    """A table's column: a label, or the value of a query."""
+    """A table's column: a label, or the value of a query; without a name it is not shown."""
 
-    name: str
+    name: str = ""
     label: str = ""
     expr: str = ""
     width: int = 0
@@ -184,7 +182,7 @@ def rows(title: str, says: str, *columns: Column, sort_by: str = "") -> table.Pa
     )
     values = {c.name: c.expr for c in columns if c.expr}
     _merge(panel, [c.label for c in columns if c.label], values)
-    order = {c.label or c.name: place for place, c in enumerate(columns)}
+    order = {c.label or c.name: place for place, c in enumerate(columns) if c.name}
     names = {c.label: c.name for c in columns if c.label}
     panel.with_transformation(
         DataTransformerConfig("organize", options={"indexByName": order, "renameByName": names})
@@ -214,11 +212,15 @@ def rows(title: str, says: str, *columns: Column, sort_by: str = "") -> table.Pa
 def _merge(
     panel: barchart.Panel | table.Panel, labels: Sequence[str], found: Mapping[str, str]
 ) -> None:
-    """Put the queries' values under their names, beside the labels, and leave the rest out."""
+    """Put the queries' values under their names, beside the labels, and leave the rest out.
+
+    A query without a name is there for its labels alone.
+    """
     refs = dict(zip(string.ascii_uppercase, found, strict=False))
     for ref, name in refs.items():
         panel.with_target(_instant(ref, found[name]))
-    renamed = {f"Value #{ref}" if len(refs) > 1 else "Value": name for ref, name in refs.items()}
+    values = {ref: f"Value #{ref}" if len(refs) > 1 else "Value" for ref in refs}
+    renamed = {values[ref]: name for ref, name in refs.items() if name}
     panel.with_transformation(DataTransformerConfig("merge", options={}))
     keep: dict[str, Any] = {"include": {"names": [*labels, *renamed]}}
     panel.with_transformation(DataTransformerConfig("filterFieldsByName", options=keep))
@@ -258,6 +260,10 @@ def _bars(title: str, says: str, unit: str, limit: float | None) -> barchart.Pan
         style = common.GraphThresholdsStyleConfig().mode(kinds.GraphThresholdsStyleMode.DASHED)
         panel.thresholds_style(style)
     return panel
+
+
+def _fixed(colour: str) -> DynamicConfigValue:
+    return DynamicConfigValue("color", {"mode": "fixed", "fixedColor": colour})
 
 
 def _legend() -> common.VizLegendOptions:
@@ -319,22 +325,15 @@ def load_points(expr: str) -> dashboard.AnnotationQuery:
 
 def runs_on_file() -> dashboard.AnnotationQuery:
     """The regions that `make grafana-push` writes."""
+    tagged: Any = dashboard.AnnotationTarget().limit(100).match_any(False).tags([TAG]).type("tags")
     return (
         dashboard.AnnotationQuery()
         .name("Runs")
         .datasource(DataSourceRef("datasource", "-- Grafana --"))
         .enable(True)
         .icon_color("light-blue")
-        .target(_Tagged([TAG]))
+        .target(tagged)
     )
-
-
-class _Tagged(dashboard.AnnotationTarget):
-    """Grafana's own annotations that carry these tags."""
-
-    def __init__(self, tags: list[str]) -> None:
-        super().__init__()
-        self.limit(100).match_any(False).tags(tags).type("tags")
 
 
 def board(

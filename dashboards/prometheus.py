@@ -52,6 +52,10 @@ scrape_configs:
       - source_labels: [__name__]
         regex: vllm:lora_requests_info
         action: drop
+  - job_name: gpu  # dcgm-exporter, in the stack of containers only
+    file_sd_configs:
+      - files: ["gpu.json"]
+        refresh_interval: 1s
 """
 
 
@@ -64,8 +68,7 @@ def argv(port: int) -> list[str]:
     binary = find_prometheus(ROOT)
     if binary is None:
         raise PrometheusError(MISSING)
-    HOME.mkdir(parents=True, exist_ok=True)
-    (HOME / "prometheus.yml").write_text(_CONFIG)
+    prepare()
     return [
         str(binary),
         f"--config.file={HOME / 'prometheus.yml'}",
@@ -74,6 +77,15 @@ def argv(port: int) -> list[str]:
         f"--web.user-assets={HOME / 'web'}",
         f"--web.listen-address=127.0.0.1:{port}",
     ]
+
+
+def prepare() -> None:
+    """Write the configuration, and the files that name what to scrape where there are none."""
+    (HOME / "data").mkdir(parents=True, exist_ok=True)
+    (HOME / "prometheus.yml").write_text(_CONFIG)
+    for job in (*JOBS, "gpu"):
+        if not (HOME / f"{job}.json").exists():
+            (HOME / f"{job}.json").write_text("[]")
 
 
 def ready(url: str, alive: Callable[[], bool]) -> bool:
@@ -211,20 +223,23 @@ def watch(port: int) -> Watch:
     """Start a Prometheus that outlives this process. Raises PrometheusError."""
     log = HOME / "watch.log"
     started = argv(port)
-    for job in JOBS:
-        if not (HOME / f"{job}.json").exists():
-            (HOME / f"{job}.json").write_text("[]")
     with log.open("wb") as sink:
         process = subprocess.Popen(
             started, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
         )
-    found = Watch(port, process.pid, psutil.Process(process.pid).create_time())
-    (HOME / "watch.json").write_text(json.dumps(asdict(found)))
+    found = adopt(port, process.pid)
     if ready(found.url, lambda: process.poll() is None):
         return found
     process.terminate()
     last = (log.read_text(errors="replace").splitlines() or ["it said nothing"])[-1]
     raise PrometheusError(f"Prometheus did not start: {last} (all of it: {log})")
+
+
+def adopt(port: int, pid: int) -> Watch:
+    """Have labs record into this process from now on."""
+    found = Watch(port, pid, psutil.Process(pid).create_time())
+    (HOME / "watch.json").write_text(json.dumps(asdict(found)))
+    return found
 
 
 def unwatch() -> bool:

@@ -21,8 +21,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dashboards import boards, live, prometheus
+from dashboards import boards, live, prometheus, push, stack
 from dashboards.prometheus import PrometheusError
+from dashboards.push import GrafanaError
+from dashboards.stack import Stack, StackError
 from labs import (
     LABS,
     backfill,
@@ -43,6 +45,7 @@ from labs import (
 from labs.export import Format as ExportFormat
 from labs.lab import Lab, LabError, parse_changes
 from labs.questions import QUESTIONS
+from labs.regions import regions
 from labs.results import RESULTS, RunFolder, all_runs, open_run, problems
 from labs.run import (
     Request,
@@ -68,7 +71,7 @@ app = typer.Typer(
 )
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
-PORT, WEB_PORT, WATCH_PORT = 8000, 8089, 9090
+PORT, WEB_PORT, WATCH_PORT, GRAFANA_PORT = 8000, 8089, 9090, 3000
 EXPECTED = (
     LabError,
     ModelError,
@@ -76,6 +79,8 @@ EXPECTED = (
     GeneratorError,
     PrometheusError,
     BundleError,
+    GrafanaError,
+    StackError,
 )  # each a sentence for the reader
 
 LabName = Annotated[str, typer.Argument(help="A lab's name; `labs list` names them all.")]
@@ -624,6 +629,54 @@ def make_bundle(
             bundle.prometheus_programs(),
             lambda line: console.print(escape(line), soft_wrap=True),
         )
+
+
+@app.command("stack")
+def start_stack(
+    grafana_port: Annotated[
+        int, typer.Option(envvar="GRAFANA_PORT", min=1, max=65535)
+    ] = GRAFANA_PORT,
+    prometheus_port: Annotated[
+        int, typer.Option(envvar="PROMETHEUS_PORT", min=1, max=65535)
+    ] = WATCH_PORT,
+) -> None:
+    """Start Prometheus and Grafana in containers, with the lab's dashboards in place."""
+    with _plainly():
+        found = Stack(grafana_port, prometheus_port, gpu=machine.detect().kind == "gpu")
+        found.start()
+        secret = "GRAFANA_PASSWORD"
+        if secret not in os.environ:
+            secret = f"in {os.path.relpath(stack.PASSWORD_FILE)}"
+        console.print(f"Grafana: [bold]{found.url}[/] (user admin, password {secret})")
+        console.print("Labs record there from now on; `make stack-stop` ends it.")
+
+
+@app.command("stack-stop")
+def stop_stack() -> None:
+    """End the containers that `stack` started; the data stay."""
+    with _plainly():
+        Stack(GRAFANA_PORT, WATCH_PORT).stop()
+        console.print("Stopped.")
+
+
+@app.command("grafana-push")
+def grafana_push(
+    url: Annotated[
+        str, typer.Option(envvar="GRAFANA_URL", help="The Grafana, such as http://host:3000.")
+    ],
+    prometheus_url: Annotated[
+        str,
+        typer.Option(envvar="PROMETHEUS_URL", help="The Prometheus, as that Grafana reaches it."),
+    ] = f"http://127.0.0.1:{WATCH_PORT}",
+) -> None:
+    """Put the dashboards, their data source and the runs on file on a Grafana that is there.
+
+    The token of a service account is read from GRAFANA_TOKEN.
+    """
+    with _plainly():
+        found = regions(all_runs())
+        push.push(url, os.environ.get("GRAFANA_TOKEN", ""), prometheus_url, found)
+        console.print(f"There: {len(boards.BOARDS)} dashboards and {len(found)} runs at {url}")
 
 
 # --------------------------------------------------------------------------------- for all of them

@@ -19,7 +19,8 @@ def begun(arrival: str) -> Exporter:
     found.begin(
         TrialPlan(
             url="", arrival=parse(arrival), requests=Path(), records=Path(), warmup_s=1,
-            window_s=2, timeout_s=3, seed=0, **MINE, workload="w", slo_s={"ttft": 0.5},
+            window_s=2, timeout_s=3, seed=0, lab="l", variant="v", run_id="r", workload="w",
+            slo_s={"ttft": 0.5},
         )
     )  # fmt: skip
     return found

@@ -1,0 +1,185 @@
+// One panel of a dashboard's JSON, drawn by Grafana's own components. Grafana publishes none for bar
+// charts, so those alone are drawn here, with Grafana's colours, units and legend.
+import {
+  FieldConfigOptionsRegistry,
+  FieldType,
+  applyFieldOverrides,
+  dateTime,
+  getFieldDisplayName,
+  getFieldSeriesColor,
+  standardTransformers,
+  standardTransformersRegistry,
+  transformDataFrame,
+} from '@grafana/data';
+import { PanelChrome, TimeSeries, VizLegend, useTheme2 } from '@grafana/ui';
+import { TableNG } from '@grafana/ui/unstable';
+import { useEffect, useState } from 'react';
+import { lastValueFrom } from 'rxjs';
+
+import { frames } from './prometheus.js';
+
+standardTransformersRegistry.setInit(() =>
+  Object.values(standardTransformers).map((found) => ({
+    id: found.id,
+    name: found.name,
+    transformation: async () => found,
+  }))
+);
+
+const OPTIONS = ['unit', 'min', 'max', 'decimals', 'thresholds', 'mappings', 'color'];
+const CUSTOM = ['lineWidth', 'lineStyle', 'hideFrom', 'fillOpacity', 'width', 'cellOptions'];
+const registry = new FieldConfigOptionsRegistry(() => [
+  ...OPTIONS.map((id) => option(id, id, false)),
+  ...CUSTOM.map((path) => option(`custom.${path}`, path, true)),
+]);
+const LINE = {
+  axisPlacement: 'auto',
+  drawStyle: 'line',
+  lineInterpolation: 'linear',
+  pointSize: 5,
+  scaleDistribution: { type: 'linear' },
+  spanNulls: false,
+};
+const TABLE = { align: 'auto', cellOptions: { type: 'auto' }, inspect: false };
+
+function option(id, path, isCustom) {
+  const same = (value) => value;
+  return { id, path, name: id, isCustom, process: same, shouldApply: () => true, editor: null, override: null };
+}
+
+async function prepare(panel, values, range, theme) {
+  const found = await frames(panel, values, range);
+  const transformed = await lastValueFrom(transformDataFrame(panel.transformations ?? [], found));
+  const custom = panel.type === 'timeseries' ? LINE : TABLE;
+  const { defaults, overrides } = panel.fieldConfig;
+  return applyFieldOverrides({
+    data: transformed,
+    fieldConfig: { defaults: { ...defaults, custom: { ...custom, ...defaults.custom } }, overrides },
+    fieldConfigRegistry: registry,
+    replaceVariables: (text) => text,
+    theme,
+    timeZone: 'browser',
+  });
+}
+
+export function Panel({ panel, values, range, width, height }) {
+  const theme = useTheme2();
+  const [data, setData] = useState();
+  const [error, setError] = useState();
+  useEffect(() => {
+    prepare(panel, values, range, theme).then(setData, (failure) => {
+      console.error(`${panel.title}: ${failure.stack}`);
+      setError(failure.message);
+    });
+  }, [panel, values, range, theme]);
+  const state = error ? 'error' : data ? 'drawn' : 'waiting';
+  return (
+    <section data-panel={panel.title} data-state={state} data-frames={data?.length ?? 0}>
+      <PanelChrome title={panel.title} description={panel.description} width={width} height={height}>
+        {(innerWidth, innerHeight) => {
+          if (error) {
+            return <p>{error}</p>;
+          }
+          if (!data?.length) {
+            return <p>{data ? 'No data' : ''}</p>;
+          }
+          const Kind = { timeseries: Lines, barchart: Bars, table: Rows }[panel.type];
+          return <Kind panel={panel} data={data} range={range} width={innerWidth} height={innerHeight} />;
+        }}
+      </PanelChrome>
+    </section>
+  );
+}
+
+function Lines({ panel, data, range, width, height }) {
+  const [from, to] = [dateTime(1000 * range.from), dateTime(1000 * range.to)];
+  return (
+    <TimeSeries
+      frames={data}
+      timeRange={{ from, to, raw: { from, to } }}
+      timeZone="browser"
+      legend={panel.options.legend}
+      options={panel.options}
+      width={width}
+      height={height}
+    />
+  );
+}
+
+function Rows({ data, width, height }) {
+  return <TableNG data={data[0]} width={width} height={height} />;
+}
+
+function Bars({ panel, data, width, height }) {
+  const theme = useTheme2();
+  const frame = data[0];
+  const names = frame.fields.find((field) => field.type === FieldType.string).values;
+  const fields = frame.fields.filter((field) => field.type === FieldType.number);
+  const stacked = panel.options.stacking === 'normal';
+  const colour = (field) => getFieldSeriesColor(field, theme).color;
+  const title = (field) => getFieldDisplayName(field, frame, data);
+  const sums = names.map((_, row) => fields.reduce((sum, field) => sum + (field.values[row] ?? 0), 0));
+  const limit = panel.fieldConfig.defaults.thresholds.steps.at(-1).value;
+  const highest = Math.max(
+    limit ?? 0,
+    ...(stacked ? sums : fields.flatMap((field) => field.values.filter((v) => v !== null)))
+  );
+  const left = Math.min(300, width / 2);
+  const space = width - left - 70;
+  const rowHeight = Math.max(8, (height - 40) / names.length);
+  const thickness = (0.8 * rowHeight) / (stacked ? 1 : fields.length);
+  const x = (value) => left + (space * value) / highest;
+  const shown = fields.filter((field) => !field.config.custom?.hideFrom?.legend);
+  return (
+    <>
+      <svg width={width} height={height - 32} fill={theme.colors.text.primary} fontSize="11">
+        {names.map((name, row) => {
+          let before = 0;
+          return (
+            <g key={name} transform={`translate(0 ${row * rowHeight})`}>
+              <text x={left - 8} y={rowHeight / 2 + 4} textAnchor="end">
+                {name.length > 52 ? `${name.slice(0, 51)}…` : name}
+              </text>
+              {fields.map((field, place) => {
+                const value = field.values[row];
+                if (value === null || value === undefined) {
+                  return null;
+                }
+                const start = stacked ? before : 0;
+                before += value;
+                const y = 0.1 * rowHeight + (stacked ? 0 : place * thickness);
+                const opacity = (field.config.custom?.fillOpacity ?? 80) / 100;
+                const { text, suffix = '' } = field.display(value);
+                return (
+                  <g key={title(field)}>
+                    <rect
+                      x={x(start)}
+                      y={y}
+                      width={x(start + value) - x(start)}
+                      height={thickness}
+                      fill={colour(field)}
+                      fillOpacity={opacity}
+                    />
+                    {!stacked && thickness > 8 && (
+                      <text x={x(value) + 4} y={y + thickness / 2 + 4}>
+                        {text + suffix}
+                      </text>
+                    )}
+                  </g>
+                );
+              })}
+            </g>
+          );
+        })}
+        {limit !== null && (
+          <line x1={x(limit)} x2={x(limit)} y1="0" y2={height} stroke={theme.colors.error.main} strokeDasharray="6 4" />
+        )}
+      </svg>
+      <VizLegend
+        displayMode="list"
+        placement="bottom"
+        items={shown.map((field) => ({ label: title(field), color: colour(field), yAxis: 1 }))}
+      />
+    </>
+  );
+}

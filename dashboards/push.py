@@ -1,0 +1,136 @@
+"""The dashboards on a Grafana that already exists: `make grafana-push GRAFANA_URL=...`.
+
+Through grafana-client, the maintained fork of grafana-api. Data source, folder and dashboards have
+uids of their own and a run's annotation carries its run id, so pushing again mends what differs
+and adds nothing twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from grafana_client import GrafanaApi
+from grafana_client.client import GrafanaClientError, GrafanaException
+from niquests.exceptions import RequestException
+
+from dashboards import boards
+from dashboards.panels import DATASOURCE, TAG
+
+FOLDER_UID, FOLDER_TITLE = "inference-lab", "Inference-serving lab"
+MOST_REGIONS = 10_000
+
+
+class GrafanaError(Exception):
+    """Grafana cannot be reached or refused; the message says what would mend it."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A run as a region of time; one of its tags is its own."""
+
+    start_ms: int
+    end_ms: int
+    tags: tuple[str, ...]
+    text: str
+
+    @property
+    def own_tag(self) -> str:
+        return next(tag for tag in self.tags if tag.startswith("run:"))
+
+
+def push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) -> None:
+    """Put everything there, or what is there in order. Raises GrafanaError."""
+    grafana = _connect(url, token)
+    try:
+        _datasource(grafana, prometheus_url)
+        _folder(grafana)
+        for text in boards.files().values():
+            grafana.dashboard.update_dashboard(
+                {"dashboard": json.loads(text), "folderUid": FOLDER_UID, "overwrite": True}
+            )
+        _regions(grafana, regions)
+    except GrafanaClientError as error:
+        if error.status_code not in (401, 403):
+            raise GrafanaError(f"Grafana at {url} did not accept this: {error}") from error
+        raise GrafanaError(
+            f"Grafana at {url} refused GRAFANA_TOKEN ({error.status_code}): give the token of a"
+            " service account with the role Admin, which data sources need"
+        ) from error
+    except GrafanaException as error:
+        raise GrafanaError(f"Grafana at {url} failed: {error}; try again later") from error
+    except (RequestException, OSError) as error:
+        raise GrafanaError(f"Grafana at {url} cannot be reached: is GRAFANA_URL right?") from error
+
+
+def _connect(url: str, token: str) -> GrafanaApi:
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        raise GrafanaError(f"GRAFANA_URL={url} is no address: give one such as http://host:3000")
+    if not token:
+        raise GrafanaError(
+            "GRAFANA_TOKEN is not set: put the token of a Grafana service account (role Admin)"
+            " into the environment"
+        )
+    return GrafanaApi.from_url(url.rstrip("/") + "/", credential=token)
+
+
+def _absent(error: GrafanaClientError) -> bool:
+    return int(error.status_code) == 404
+
+
+def _datasource(grafana: GrafanaApi, prometheus_url: str) -> None:
+    uid = DATASOURCE.uid
+    wanted = {
+        "uid": uid,
+        "name": FOLDER_TITLE,
+        "type": DATASOURCE.type_val,
+        "access": "proxy",
+        "url": prometheus_url,
+        "jsonData": {"timeInterval": "1s", "httpMethod": "POST"},
+    }
+    try:
+        grafana.datasource.get_datasource_by_uid(uid)
+    except GrafanaClientError as error:
+        if not _absent(error):
+            raise
+        grafana.datasource.create_datasource(wanted)
+    else:
+        grafana.datasource.update_datasource_by_uid(uid, wanted)
+
+
+def _folder(grafana: GrafanaApi) -> None:
+    try:
+        grafana.folder.get_folder(FOLDER_UID)
+    except GrafanaClientError as error:
+        if not _absent(error):
+            raise
+        grafana.folder.create_folder(FOLDER_TITLE, uid=FOLDER_UID)
+
+
+def _regions(grafana: GrafanaApi, regions: Sequence[Region]) -> None:
+    there: dict[str, dict[str, Any]] = {}
+    for found in grafana.annotations.find_annotations(tags=[TAG], limit=MOST_REGIONS):
+        there |= {tag: found for tag in found["tags"] if tag.startswith("run:")}
+    for region in regions:
+        wanted = {
+            "time_from": region.start_ms,
+            "time_to": region.end_ms,
+            "tags": [TAG, *region.tags],
+            "text": region.text,
+        }
+        known = there.get(region.own_tag)
+        if known is None:
+            grafana.annotations.add_annotation(**wanted)
+        elif not _same(known, wanted):
+            grafana.annotations.update_annotation(known["id"], **wanted)
+
+
+def _same(known: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    return (
+        (known["time"], known["timeEnd"]) == (wanted["time_from"], wanted["time_to"])
+        and set(known["tags"]) == set(wanted["tags"])
+        and known["text"] == wanted["text"]
+    )

@@ -1,0 +1,124 @@
+"""Prometheus and Grafana in containers: `make stack`, `make stack-stop`.
+
+The containers read the committed dashboards and the data and targets of `make watch`, whose place
+their Prometheus takes: labs record into it and imports are seen in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from dashboards import prometheus
+from serving.models import CACHE
+
+COMPOSE = Path(__file__).with_name("compose.yml")
+PASSWORD_FILE = CACHE / "grafana-password"
+DCGM_TARGET = '[{"targets": ["127.0.0.1:9400"]}]'
+WITHOUT = "`make watch` needs no container"
+
+
+class StackError(Exception):
+    """The containers cannot be had; the message says what would mend it."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    grafana_port: int
+    prometheus_port: int
+    gpu: bool = False
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.grafana_port}"
+
+    def start(self) -> None:
+        """Raises StackError."""
+        require_docker()
+        if prometheus.watching():
+            raise StackError(
+                "a Prometheus is up already and has the data: `make watch-stop` (or `make"
+                " stack-stop`) ends it"
+            )
+        prometheus.prepare()
+        (prometheus.HOME / "gpu.json").write_text(DCGM_TARGET if self.gpu else "[]")
+        self._compose("up", "--detach", "--wait")
+        try:
+            prometheus.adopt(self.prometheus_port, self._pid("prometheus"))
+        except psutil.Error as error:
+            self.stop()
+            raise StackError(
+                "docker does not run on this machine itself (in a virtual machine?), so labs could"
+                f" not record into its Prometheus; {WITHOUT}"
+            ) from error
+
+    def stop(self) -> None:
+        require_docker()
+        prometheus.unwatch()
+        self._compose("down")
+
+    def _pid(self, service: str) -> int:
+        container = self._compose("ps", "--quiet", service).strip()
+        return int(_said(["docker", "inspect", "--format", "{{.State.Pid}}", container]))
+
+    def _compose(self, *what: str) -> str:
+        profile = ["--profile", "gpu"] if self.gpu or what[0] == "down" else []
+        return _said(
+            ["docker", "compose", "--file", str(COMPOSE), *profile, *what],
+            {
+                "GRAFANA_PASSWORD": password(),
+                "GRAFANA_PORT": str(self.grafana_port),
+                "PROMETHEUS_PORT": str(self.prometheus_port),
+                "PROMETHEUS_DATA": str(prometheus.HOME),
+                "LAB_USER": f"{os.getuid()}:{os.getgid()}",
+            },
+        )
+
+
+def require_docker() -> None:
+    """Raises StackError where containers cannot be started."""
+    if shutil.which("docker") is None:
+        raise StackError(f"docker is not installed: the stack runs in containers; {WITHOUT}")
+    if _fails("docker", "compose", "version"):
+        raise StackError(
+            "docker has no compose plugin (`docker compose version` fails): install it, on Debian"
+            f" and Ubuntu as docker-compose-plugin or docker-compose-v2; {WITHOUT}"
+        )
+    if _fails("docker", "info"):
+        raise StackError(
+            "the docker daemon does not answer: start it, or have yourself added to the group"
+            f" docker; {WITHOUT}"
+        )
+
+
+def password() -> str:
+    """GRAFANA_PASSWORD, or one made once and kept where only its owner can read it."""
+    if given := os.environ.get("GRAFANA_PASSWORD"):
+        return given
+    PASSWORD_FILE.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        made = os.open(PASSWORD_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(made, "w") as file:
+            file.write(secrets.token_urlsafe(18))
+    return PASSWORD_FILE.read_text()
+
+
+def _fails(*command: str) -> bool:
+    return subprocess.run(command, capture_output=True, check=False).returncode != 0
+
+
+def _said(command: list[str], settings: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **(settings or {})}
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise StackError(f"`{' '.join(command[:2])}` failed: {last}")
+    return done.stdout

@@ -1,0 +1,182 @@
+"""What is sent to a Grafana, recorded by a stub of it: the shapes of requests, no more.
+
+The stub knows uids and annotations as Grafana does, so a second push shows what is idempotent.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dashboards import boards, push
+from dashboards.push import GrafanaError, Region
+from labs.regions import regions
+from serving.engine import free_port
+from tests.unit.builders import write_run
+
+TOKEN = "glsa_of_a_test"
+REGION = Region(1000, 2000, ("lab:l", "run:r", "variant:a", "variant:b"), "A lab")
+
+
+class Stub(ThreadingHTTPServer):
+    """Remembers every request, and what was created."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.asked: list[tuple[str, str, Any]] = []
+        self.tokens: set[str | None] = set()
+        self.there: set[str] = set()
+        self.annotations: list[dict[str, Any]] = []
+        self.refuses = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def of(self, method: str, path: str) -> list[Any]:
+        return [body for m, p, body in self.asked if (m, p) == (method, path)]
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Stub
+
+    def answer(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        body = json.loads(self.rfile.read(length)) if length else None
+        self.server.asked.append((self.command, self.path, body))
+        self.server.tokens.add(self.headers.get("Authorization"))
+        status, found = self.server.refuses or 200, self.reply(body)
+        if found is None and status == 200:
+            status = 404
+        content = json.dumps(found if status == 200 else {"message": "no"}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST = do_PUT = answer
+
+    def reply(self, body: Any) -> Any:
+        """None: not found."""
+        there, notes = self.server.there, self.server.annotations
+        path = self.path.partition("?")[0]
+        if path == "/api/annotations" and self.command == "GET":
+            return notes
+        if path == "/api/annotations":
+            notes.append({**body, "id": len(notes) + 1})
+        elif self.command == "PUT" and path.startswith("/api/annotations/"):
+            number = int(path.rpartition("/")[2])
+            notes[number - 1] = {**body, "id": number}
+        elif self.command == "GET":
+            return {} if path in there else None
+        elif path == "/api/datasources":
+            there.add(f"{path}/uid/{body['uid']}")
+        elif path == "/api/folders":
+            there.add(f"{path}/{body['uid']}")
+        return {"status": "success"}
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def grafana() -> Iterator[Stub]:
+    stub = Stub()
+    threading.Thread(target=stub.serve_forever, daemon=True).start()
+    yield stub
+    stub.shutdown()
+    stub.server_close()
+
+
+def pushed(grafana: Stub, *found: Region) -> Stub:
+    grafana.asked.clear()
+    push.push(f"{grafana.url}/", TOKEN, "http://127.0.0.1:9090", found)
+    return grafana
+
+
+def test_what_is_sent_the_first_time(grafana: Stub) -> None:
+    pushed(grafana, REGION)
+    assert grafana.tokens == {f"Bearer {TOKEN}"}
+    (source,) = grafana.of("POST", "/api/datasources")
+    assert source["uid"] == "inference-lab"
+    assert source["type"] == "prometheus"
+    assert source["url"] == "http://127.0.0.1:9090"
+    assert source["jsonData"]["timeInterval"] == "1s"
+    assert grafana.of("POST", "/api/folders") == [
+        {"title": "Inference-serving lab", "uid": "inference-lab"}
+    ]
+    sent = grafana.of("POST", "/api/dashboards/db")
+    assert [s["dashboard"]["uid"] for s in sent] == [
+        json.loads(text)["uid"] for text in boards.files().values()
+    ]
+    assert {(s["folderUid"], s["overwrite"]) for s in sent} == {("inference-lab", True)}
+    assert {p["datasource"]["uid"] for s in sent for p in boards.panels(s["dashboard"])} == {
+        source["uid"]
+    }
+    (note,) = grafana.of("POST", "/api/annotations")
+    assert (note["time"], note["timeEnd"], note["text"]) == (1000, 2000, "A lab")
+    assert note["tags"] == ["inference-lab", "lab:l", "run:r", "variant:a", "variant:b"]
+
+
+def test_pushing_again_adds_nothing(grafana: Stub) -> None:
+    pushed(grafana, REGION)
+    pushed(grafana, REGION)
+    assert grafana.of("POST", "/api/datasources") == []
+    assert len(grafana.of("PUT", "/api/datasources/uid/inference-lab")) == 1
+    assert grafana.of("POST", "/api/folders") == []
+    assert grafana.of("POST", "/api/annotations") == []
+    assert len(grafana.annotations) == 1
+
+
+def test_a_region_that_changed_is_mended(grafana: Stub) -> None:
+    pushed(grafana, REGION)
+    pushed(grafana, Region(1000, 3000, REGION.tags, REGION.text))
+    assert [note["timeEnd"] for note in grafana.annotations] == [3000]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_token_is_one_sentence(grafana: Stub, status: int) -> None:
+    grafana.refuses = status
+    with pytest.raises(GrafanaError, match=rf"refused GRAFANA_TOKEN \({status}\)") as caught:
+        pushed(grafana)
+    assert TOKEN not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "says"), [(500, "failed"), (412, "did not accept")])
+def test_another_refusal_is_one_sentence(grafana: Stub, status: int, says: str) -> None:
+    grafana.refuses = status
+    with pytest.raises(GrafanaError, match=says):
+        pushed(grafana)
+
+
+@pytest.mark.parametrize(
+    ("url", "token", "says"),
+    [
+        (f"http://127.0.0.1:{free_port()}", TOKEN, "cannot be reached"),
+        ("grafana:3000", TOKEN, "is no address"),
+        ("http://127.0.0.1:3000", "", "GRAFANA_TOKEN is not set"),
+    ],
+)
+def test_what_is_missing_is_one_sentence(url: str, token: str, says: str) -> None:
+    with pytest.raises(GrafanaError, match=says):
+        push.push(url, token, "http://127.0.0.1:9090", [])
+
+
+def test_a_finished_run_is_a_region_with_its_tags(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    (found,) = regions([folder])
+    lab = folder.run().rebuilt_lab()
+    assert found.own_tag == f"run:{folder.path.name}"
+    assert found.tags[0] == f"lab:{lab.name}"
+    assert {f"variant:{v.name}" for v in lab.variants} <= set(found.tags)
+    assert 0 < found.end_ms - found.start_ms < 3_600_000
+    (folder.path / "COMPLETE").unlink()
+    assert regions([folder]) == []

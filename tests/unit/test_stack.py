@@ -1,0 +1,128 @@
+"""The containers' file, and what is said where there are no containers; none is started here."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dashboards import boards, prometheus, push, stack
+from dashboards.panels import DATASOURCE
+from dashboards.stack import Stack, StackError
+from serving import install
+
+HERE = stack.COMPOSE.parent
+SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(stack.COMPOSE.read_text())["services"]
+
+
+def docker(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
+    """A docker that notes what it is asked and answers by this shell script."""
+    program, log = folder / "docker", folder / "asked"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {log}\n{script}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return log
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prometheus, "HOME", tmp_path / "prometheus")
+    monkeypatch.setattr(stack, "PASSWORD_FILE", tmp_path / "password")
+    monkeypatch.delenv("GRAFANA_PASSWORD", raising=False)
+
+
+def test_images_are_pinned_and_the_gpus_exporter_is_apart() -> None:
+    for service in SERVICES.values():
+        assert service["image"].partition(":")[2][0] in "v0123456789"
+    assert SERVICES["prometheus"]["image"].endswith(f":v{install.PROMETHEUS}")
+    assert SERVICES["grafana"]["image"].partition(":")[2].startswith("13.")
+    assert [n for n, s in SERVICES.items() if "profiles" in s] == ["dcgm-exporter"]
+
+
+def test_everything_listens_on_loopback_and_no_password_is_a_default() -> None:
+    assert {s["network_mode"] for s in SERVICES.values()} == {"host"}
+    grafana, dcgm = SERVICES["grafana"]["environment"], SERVICES["dcgm-exporter"]["environment"]
+    assert grafana["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
+    assert dcgm["DCGM_EXPORTER_LISTEN"].startswith("127.0.0.1:")
+    assert any("listen-address=127.0.0.1:" in c for c in SERVICES["prometheus"]["command"])
+    assert grafana["GF_SECURITY_ADMIN_PASSWORD"].startswith("${GRAFANA_PASSWORD:?")
+
+
+def test_what_is_provisioned_is_what_is_committed() -> None:
+    mounts = dict(v.split(":")[:2] for v in SERVICES["grafana"]["volumes"])
+    assert (HERE / "grafana").samefile(boards.FOLDER)
+    assert mounts["./provisioning"] == "/etc/grafana/provisioning"
+    (source,) = yaml.safe_load(
+        (HERE / "provisioning" / "datasources" / "prometheus.yml").read_text()
+    )["datasources"]
+    assert (source["uid"], source["type"]) == (DATASOURCE.uid, DATASOURCE.type_val)
+    (provider,) = yaml.safe_load((HERE / "provisioning" / "dashboards" / "lab.yml").read_text())[
+        "providers"
+    ]
+    assert provider["folderUid"] == push.FOLDER_UID
+    assert provider["options"]["path"] == mounts["./grafana"]
+
+
+def test_a_password_is_made_once_for_its_owner_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = stack.password()
+    assert len(made) >= 20
+    assert stack.password() == made
+    assert stat.S_IMODE(stack.PASSWORD_FILE.stat().st_mode) == 0o600
+    monkeypatch.setenv("GRAFANA_PASSWORD", "mine")
+    assert stack.password() == "mine"
+    assert stack.PASSWORD_FILE.read_text() == made
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ('[ "$1" = info ]', "no compose plugin"),
+        ('[ "$1" != info ]', "daemon does not answer"),
+        (
+            'case "$*" in *up*) echo "no space" >&2; exit 1;; esac',
+            "`docker compose` failed: no space",
+        ),
+    ],
+)
+def test_what_docker_lacks_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str
+) -> None:
+    docker(tmp_path, monkeypatch, script)
+    with pytest.raises(StackError, match=says):
+        Stack(3000, 9090).start()
+
+
+def test_without_docker_there_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(StackError, match="docker is not installed"):
+        Stack(3000, 9090).start()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_labs_record_into_the_containers_prometheus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    contained = subprocess.Popen(["sleep", "60"])
+    answers = f'case "$1" in inspect) echo {contained.pid};; *) echo a-container;; esac'
+    log = docker(tmp_path, monkeypatch, answers)
+    Stack(3000, 9091, gpu).start()
+    watch = prometheus.watching()
+    assert watch is not None
+    assert watch.url == "http://127.0.0.1:9091"
+    assert (prometheus.HOME / "prometheus.yml").exists()
+    assert ("9400" in (prometheus.HOME / "gpu.json").read_text()) is gpu
+    asked = log.read_text()
+    assert "up --detach --wait" in asked
+    assert ("--profile gpu" in asked) is gpu
+    with pytest.raises(StackError, match="watch-stop"):
+        Stack(3000, 9091).start()
+    Stack(3000, 9091).stop()
+    assert prometheus.watching() is None
+    assert contained.poll() is not None
+    assert "down" in log.read_text().splitlines()[-1]
