@@ -44,6 +44,8 @@ PLATFORM_TAGS = [
 # For sound and video, of which the labs send none. Each fits one build of torch and the system's
 # FFmpeg, and where it does not, its import fails and takes transformers' with it.
 NEVER = ("torchaudio", "torchcodec")
+# Talks to a Grafana, of which there is none; what it needs puts itself in urllib3's place.
+NOT_THERE = ("grafana-client",)
 TESTS_NEED = "pytest\npytest-timeout\n"  # of the dev extra, what runs tests/gpu there
 BUILT_AS_ONE = ("torch", "torchaudio", "torchvision", "triton")  # with the driver in mind
 
@@ -111,7 +113,7 @@ def resolve(wanted: Wanted, work: Path, say: Callable[[str], None]) -> Packages:
     """Every package the labs need there, what it has included. Raises BundleError."""
     locked = dict(pins(ROOT / "serving" / "locks" / "cuda.txt"))
     taken = {
-        **{name: locked[name] for name in wanted.without if name in locked},
+        **{name: locked[name] for name in (*NOT_THERE, *wanted.without) if name in locked},
         **wanted.have,
     }
     if unknown := [n for n in wanted.without if n not in taken]:
@@ -281,7 +283,7 @@ def bundle(
     carried = {
         name: version
         for name, version in needed.items()
-        if name not in (*NEVER, *wanted.without) and wanted.have.get(name) != version
+        if name not in (*NEVER, *NOT_THERE, *wanted.without) and wanted.have.get(name) != version
     }
     left_out = {n: v for n, v in needed.items() if wanted.have.get(n) == v}
     carried |= dict([BUNDLED_PACKAGE.split("==")])

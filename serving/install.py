@@ -50,6 +50,8 @@ QUIET = {  # for pip, apt-get and the model's conversion, over whatever this use
     "PIP_USER": "0",
     "DEBIAN_FRONTEND": "noninteractive",
     "HF_HUB_OFFLINE": "1",
+    # what grafana-client needs would put its fork in the place of everybody's urllib3
+    "URLLIB3_NO_OVERRIDE": "1",
 }
 
 
@@ -281,7 +283,10 @@ def make_venv(root: Path, platform: str, step: Step) -> None:
 
 def install_packages(root: Path, platform: str, step: Step) -> None:
     lock = f"serving/locks/{platform}.txt"
-    command = ("install", "--constraint", lock, "--editable", f".[{platform},dev]")
+    command = (
+        *("install", "--constraint", lock, "--editable", f".[{platform},dev]"),
+        *("--no-binary", "urllib3-future"),  # its wheel ignores URLLIB3_NO_OVERRIDE
+    )
     if not pip(root, step, *command):
         said = "\n".join(last_lines(root / ".venv" / "install.log", 12))
         if platform != "cpu" or not re.search(r"torch\S*\+cpu", said):
