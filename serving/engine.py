@@ -207,6 +207,11 @@ class VllmEngine:
             f" lines:\n{self._process.tail()}"
         )
 
+    @property
+    def pid(self) -> int:
+        """Of its guard; the engine's own processes are below it."""
+        return self._process.pid
+
     def died(self) -> str | None:
         """None while it lives, else one paragraph: the exit code, the cause, the last lines."""
         code = self._process.returncode

@@ -44,7 +44,7 @@ from serving.engine import LOOPBACK, EngineError, VllmEngine, free_port
 from serving.process import Process
 from tests.fake import engine as truth_server
 
-PARTS = ("streams", "engine", "overhead")
+PARTS = ("streams", "engine", "neighbour", "overhead")
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
@@ -432,9 +432,8 @@ def theirs(
     ]
 
 
-def engine(work: Path, pairs: int, unpinned: bool, locustfiles: Sequence[Path]) -> None:
-    machine = machines.detect()
-    model = models.resolve(machine)
+def write_work(work: Path, model: models.Model) -> None:
+    """The same requests twice: for our Locust, and for vLLM's tool."""
     work.mkdir(parents=True, exist_ok=True)
     writer, rng = Writer(counter(str(model.path))), random.Random("bench")
     texts = [writer.chat(PROMPT_TOKENS, rng)[-1]["content"] for _ in range(REQUESTS)]
@@ -448,6 +447,12 @@ def engine(work: Path, pairs: int, unpinned: bool, locustfiles: Sequence[Path]) 
         ],
         model.name,
     )
+
+
+def engine(work: Path, pairs: int, unpinned: bool, locustfiles: Sequence[Path]) -> None:
+    machine = machines.detect()
+    model = models.resolve(machine)
+    write_work(work, model)
     tell("engine: starting vLLM")
     with contextlib.ExitStack() as exits:
         served = VllmEngine(
@@ -516,11 +521,61 @@ def show_engine(
         doubt = "the interval reaches below: more --pairs" if wide else ""
         what = f"throughput under {name} / {THEIRS}{interval}"
         aim(what, value, 0.97, at_least=True, doubt=doubt)
+    for what, of in (("TTFT", ttft_ms), ("TPOT", tpot_ms)):
+        both = [dict(enumerate(map(of, found[name]))) for name in (OURS, THEIRS)]
+        if (ratio := effect(*both)) and ratio.ratio.low and ratio.ratio.high:
+            low, high = ratio.ratio.low, ratio.ratio.high
+            agree = "they agree" if low <= 1 <= high else "they differ"
+            console.print(
+                f"Mean {what}, {OURS} / {THEIRS}: {ratio.ratio.value:.3f} (95 % interval"
+                f" {low:.3f} to {high:.3f}): {agree}"
+            )
     if len(set().union(*counted.values())) > 1:
         console.print("[red]The tools did not send the same work: see the engine's counts.[/]")
 
 
-# ------------------------------------------------------------------------------- 3: the lab's own
+# -------------------------------------------------------------- 3: an idle engine beside the loaded
+
+
+def neighbour(work: Path, pairs: int) -> None:
+    """One engine under load, in turn beside an idle one and beside the same one held still."""
+    machine = machines.detect()
+    model = models.resolve(machine)
+    write_work(work, model)
+    with contextlib.ExitStack() as exits:
+        engines = []
+        for name in ("loaded", "idle"):
+            started = VllmEngine(
+                name, model, ENGINE_FLAGS, kind=machine.kind, log=work / f"{name}.log"
+            )
+            exits.callback(started.stop)
+            engines.append(started)
+        load = exits.enter_context(locust(USERS, work / "locust"))
+        tell("neighbour: starting two engines")
+        for started in engines:
+            started.wait()
+        family = psutil.Process(engines[1].pid).children(recursive=True)
+        exits.callback(lambda: [p.resume() for p in family])  # what is held still cannot end
+        play = partial(ours, load, engines[0].url, work / "requests.jsonl")
+        tell("neighbour: warming up")
+        play(work / "warm-up")
+        rates: dict[str, dict[int, float]] = {"idle": {}, "held": {}}
+        for pair in range(pairs):
+            for arm in list(rates)[:: -1 if pair % 2 else 1]:
+                tell(f"neighbour: {arm}, {pair + 1} of {pairs}")
+                for process in family:
+                    process.suspend() if arm == "held" else process.resume()
+                rates[arm][pair] = rate(play(work / f"{pair}-{arm}"))
+    found = effect(rates["idle"], rates["held"])
+    assert found
+    low, high = found.ratio.low, found.ratio.high
+    interval = f" (95 % interval {low:.3f} to {high:.3f})" if low and high else ""
+    doubt = "the interval reaches below: more --pairs" if low and low < 0.97 else ""
+    what = f"throughput beside an idle engine / beside one held still{interval}"
+    aim(what, found.ratio.value, 0.97, at_least=True, doubt=doubt)
+
+
+# ------------------------------------------------------------------------------- 4: the lab's own
 
 
 def overhead() -> None:
@@ -593,7 +648,9 @@ def main(
         list[int],
         typer.Option(min=1, help="streams: also by so many load processes, in turn."),
     ] = [1],  # noqa: B006
-    pairs: Annotated[int, typer.Option(min=1, help="engine: runs of each client, in turn.")] = 4,
+    pairs: Annotated[
+        int, typer.Option(min=1, help="engine, neighbour: runs of each side, in turn.")
+    ] = 4,
     unpinned: Annotated[
         bool,
         typer.Option(help="engine: also run vLLM's tool free to use the engine's cores."),
@@ -609,6 +666,9 @@ def main(
 
     [bold]engine[/] (3 min): vLLM's throughput under our Locust and under
     `vllm bench serve`: the same requests, in turns on one engine.
+
+    [bold]neighbour[/] (3 min): an engine's throughput beside another that is
+    loaded and idle, as variants of a lab are, and beside one held still.
 
     [bold]overhead[/] (at once): the lab's own share of the newest full run
     in results/.
@@ -643,6 +703,8 @@ def main(
                 streams(work / "streams", repeats, rows, senders)
             if "engine" in part:
                 engine(work / "engine", pairs, unpinned, [generator.LOCUSTFILE, *against])
+            if "neighbour" in part:
+                neighbour(work / "neighbour", pairs)
             if "overhead" in part:
                 overhead()
         except (BenchError, EngineError, generator.GeneratorError, models.ModelError) as error:
