@@ -569,10 +569,10 @@ def leaderboard() -> None:
 
 
 @app.command("doctor")
-def examine(model: ModelOption = "") -> None:
+def examine(model: ModelOption = "", weights: WeightsOption = "") -> None:
     """What this machine has and lacks, how to mend it, and which labs can run."""
     with _plainly():
-        lines, abilities = doctor.examine(model)
+        lines, abilities = doctor.examine(model, weights)
         found = Table("Part", "Found", "To mend it", title="This machine", title_justify="left")
         for line in lines:
             found.add_row(line.part, escape(line.found), f"[bold red]{escape(line.mend)}[/]")

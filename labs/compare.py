@@ -351,6 +351,8 @@ def _caveats(side: Side) -> list[Caveat]:
         found.append(Caveat(name="not complete", text=text))
     if side.run.quick:
         found.append(Caveat(name="quick run", text="few and short repeats: a smoke test"))
+    if side.run.dummy:
+        found.append(Caveat(name="random weights", text="speed is real, the text is not"))
     return found
 
 

@@ -22,8 +22,15 @@ import requests
 from labs import LABS, derived
 from labs.lab import Lab, LabError
 from labs.results import LEAST_FREE_BYTES, RESULTS, MachineFile, read_json
-from labs.run import require_known_names, require_sizes
-from serving import engine, install, models, telemetry
+from labs.run import (
+    is_dummy,
+    model_of,
+    require_devices,
+    require_known_names,
+    require_memory,
+    require_sizes,
+)
+from serving import dummy, engine, install, models, telemetry
 from serving import machine as machines
 from serving.engine import EngineError
 from serving.machine import GIB, Machine
@@ -51,12 +58,15 @@ class Ability:
     note: str
 
 
-def examine(wanted: str) -> tuple[list[Line], list[Ability]]:
-    """Everything about this machine, and every lab, with the model a run would serve."""
+def examine(wanted: str, weights: str = "") -> tuple[list[Line], list[Ability]]:
+    """Everything about this machine, and every lab, with the model and weights a run would serve.
+
+    Raises LabError for weights that are not known.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not here is told, not fetched
     machine = machines.detect()
     vllm = _vllm(machine)
-    model, about_model = _model(machine, wanted)
+    model, about_model = _model(machine, wanted, weights)
     lines = [
         *_hardware(machine),
         *_software(machine),
@@ -66,7 +76,8 @@ def examine(wanted: str) -> tuple[list[Line], list[Ability]]:
     ]
     if vllm.mend:
         return lines, [Ability(name, False, "vLLM has to be mended first") for name in LABS]
-    return lines, [_ability(lab, machine, model, about_model) for lab in LABS.values()]
+    random = is_dummy(weights)
+    return lines, [_ability(lab, machine, model, about_model, random) for lab in LABS.values()]
 
 
 # ------------------------------------------------------------------------------------ the machine
@@ -153,14 +164,14 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _model(machine: Machine, wanted: str) -> tuple[Model | None, Line]:
+def _model(machine: Machine, wanted: str, weights: str) -> tuple[Model | None, Line]:
     try:
-        model = models.resolve(machine, wanted)
+        model = model_of(machine, wanted, weights)
     except ModelError as error:
         if _hub_answers():
             return None, Line("Model", "not here yet: the first run downloads it")
         return None, Line("Model", "not here, and its hub cannot be reached", str(error))
-    size = f"{model.shape.params / 1e6:,.0f} M parameters"
+    size = f"{model.shape.params / 1e6:,.0f} M parameters{', random weights' * model.dummy}"
     return model, Line("Model", f"{model.name}, {size}, {model.shape.max_positions:,} positions")
 
 
@@ -200,17 +211,28 @@ def _beside(machine: Machine) -> Iterator[Line]:
 # --------------------------------------------------------------------------------------- the labs
 
 
-def _ability(lab: Lab, machine: Machine, model: Model | None, about_model: Line) -> Ability:
+def _ability(
+    lab: Lab, machine: Machine, model: Model | None, about_model: Line, random: bool
+) -> Ability:
     if about_model.mend:
         return Ability(lab.name, False, "it has no model to serve")
     try:
-        here = lab.at(machine.kind, quick=False)
+        here = lab.at(models.scale_of(machine), quick=False, dummy=random)
         require_known_names(here)
+        require_devices(here, machine)
         engine.check_flags([here.flags_of(v) for v in here.variants])
         if model is None:
             return Ability(lab.name, True, "once the model is here")
         require_sizes(here, model)
-        missing = [n for n in here.derived() if not derived.place(model, n).exists()]
+        require_memory(here, machine, model)
+        if random:
+            for name in here.derived():
+                dummy.derive(model, name)  # in an instant, or refused
+            return Ability(lab.name, True, "")
+        published = models.SIBLINGS.get(model.name, {})
+        missing = [
+            n for n in here.derived() if n not in published and not derived.place(model, n).exists()
+        ]
     except (LabError, EngineError, ModelError) as error:
         return Ability(lab.name, False, str(error))
     minutes = sum(derived.RECIPES[name].minutes for name in missing)

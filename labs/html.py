@@ -119,6 +119,7 @@ def _write(path: Path, text: str) -> Path:
 def _marks(run: Run, complete: bool) -> list[str]:
     """What sets a run apart from an ordinary one."""
     known = {
+        "random weights": run.dummy,
         "quick": run.quick,
         "A/A": run.aa,
         "ad hoc": run.ad_hoc and not run.aa,

@@ -81,7 +81,7 @@ def current_lab(run: Run) -> Lab:
     name = run.lab["name"]
     if name not in LABS:
         raise LabError(f"there is no lab {name} any more")
-    lab = LABS[name].at(run.scale, run.quick, run.changes)
+    lab = LABS[name].at(run.scale, run.quick, run.changes, run.dummy)
     return lab.against_itself() if run.aa else lab
 
 

@@ -199,6 +199,7 @@ def leaderboard(seen_from: Path | None = None) -> list[list[str]]:
             home = run.machine.describe()
             if seen_from:
                 home = f"[{home}]({os.path.relpath(folder.path / 'report.md', seen_from)})"
+            home += _marks(run)
             standing = "**stale**" if manifest.is_stale(run) else "the same"
             for place, j in enumerate(folder.summary().judgements[:CLAIMS_EACH]):
                 cells = [name, j.title, home, ratio_text(j), ratio_interval(j), j.outcome, standing]

@@ -68,7 +68,9 @@ def request(
         raise LabError("it was measured on an endpoint: only its owner can bring that back")
     if name not in LABS:
         raise LabError(f"there is no lab {name} in this checkout: {there}")
-    now = LABS[name].against_itself() if run.aa else LABS[name]
+    now = LABS[name]
+    now = now.at(run.scale, run.quick, dummy=True) if run.dummy else now
+    now = now.against_itself() if run.aa else now
     lost = [
         part["name"]
         for kind in ("claims", "forecasts")

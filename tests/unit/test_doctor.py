@@ -12,6 +12,7 @@ import pytest
 from labs import LABS, doctor
 from labs.doctor import Ability, Line
 from labs.lab import LabError
+from serving import dummy
 from serving.engine import EngineError
 from serving.machine import GIB, Machine
 from serving.models import Model, ModelError
@@ -80,6 +81,23 @@ def test_what_a_lab_makes_first_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr("labs.doctor.derived.place", lambda model, name: tmp_path / "none" / name)
     notes = {a.lab: a for a in doctor.examine("")[1]}
     assert notes["multi-lora"] == Ability("multi-lora", True, "makes adapters first (about 3 min)")
+
+
+@pytest.mark.usefixtures("healthy")
+def test_random_weights_run_what_does_not_need_real_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for part in dummy.TOKENIZER:
+        (tmp_path / part).touch()
+    monkeypatch.setattr("serving.models.bundled", lambda: tmp_path)
+    monkeypatch.setattr("serving.models.CACHE", tmp_path)
+    lines, abilities = doctor.examine("", "dummy")
+    assert "llama-tiny-dummy" in line(lines, "Model").found
+    assert "random weights" in line(lines, "Model").found
+    cannot = {a.lab: a.note for a in abilities if not a.able}
+    assert cannot.keys() == {"speculative-decoding", "quantization-tools"}
+    assert "needs a GPU" in cannot["speculative-decoding"]
+    assert "made of real weights" in cannot["quantization-tools"]
 
 
 @pytest.mark.usefixtures("healthy")

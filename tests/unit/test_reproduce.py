@@ -22,10 +22,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     return write_run(tmp_path)
 
 
-def run_of(name: str, like: Run, aa: bool = False) -> Run:
-    lab = LABS[name].at("cpu", quick=True)
+def run_of(name: str, like: Run, aa: bool = False, random: bool = False) -> Run:
+    lab = LABS[name].at("cpu", quick=True, dummy=random)
     lab = lab.against_itself() if aa else lab
-    update = {"lab": json.loads(json.dumps(lab.resolved())), "digest": lab.digest(), "quick": True}
+    update = {"lab": json.loads(json.dumps(lab.resolved())), "digest": lab.digest(), "quick": True,
+              "dummy": random}  # fmt: skip
     return like.model_copy(update=update)
 
 
@@ -34,11 +35,16 @@ def run_of(name: str, like: Run, aa: bool = False) -> Run:
 
 @pytest.mark.parametrize("name", LABS)
 @pytest.mark.parametrize("aa", [False, True])
-def test_the_lab_of_a_manifest_is_the_lab_that_ran(name: str, aa: bool, folder: RunFolder) -> None:
+@pytest.mark.parametrize("random", [False, True])
+def test_the_lab_of_a_manifest_is_the_lab_that_ran(
+    name: str, aa: bool, random: bool, folder: RunFolder
+) -> None:
     """Knobs, seeds and the functions that predict, once resolved for this machine."""
-    run = run_of(name, folder.run(), aa)
+    run = run_of(name, folder.run(), aa, random)
+    assert not manifest.is_stale(run)
     asked = reproduce.request(run)
-    again = asked.lab.at("cpu", asked.quick, asked.changes)
+    assert asked.weights == ("dummy" if random else "")
+    again = asked.lab.at("cpu", asked.quick, asked.changes, bool(asked.weights))
     assert again.digest() == run.digest
     assert again.resolved() == run.lab
     assert asked.reproduces == run.run_id
