@@ -70,7 +70,7 @@ def facts(run: Run, load: Mapping[str, str] | None = None) -> dict[str, str]:
                     "files": run.model_files,
                     "derived": run.derived_sha256,
                 },
-                "prompts_sha256": run.prompts_sha256,
+                "prompts_sha256": run.prompts_sha256 if run.format_version > 1 else None,
             }
         )
     )

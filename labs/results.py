@@ -41,7 +41,7 @@ from serving.models import ROOT, Shape
 
 M = TypeVar("M", bound=BaseModel)
 RESULTS = Path(os.environ.get("RESULTS", ROOT / "results")).resolve()
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 hashed the files that held the prompts, with all that stood beside them
 LEAST_FREE_BYTES = 300 * 2**20
 
 

@@ -367,7 +367,7 @@ def requests_file(work: Path, workload: Workload, repeat: int) -> Path:
 
 def write_requests(setup: Setup, work: Path) -> str:
     """Write what each repeat sends, the same for all its variants and loads; their SHA-256."""
-    lab, digest = setup.lab, hashlib.sha256()
+    lab, written = setup.lab, []
     served = setup.endpoint.model if setup.endpoint else setup.model.name
     for workload in lab.workloads:
         for repeat in range(1, lab.rounds + 1):
@@ -377,8 +377,8 @@ def write_requests(setup: Setup, work: Path) -> str:
                 raise LabError(f"workload {workload.name}: {error}") from error
             path = requests_file(work, workload, repeat)
             plan.write_requests(path, items, served)
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+            written.append(path)
+    return plan.sent_sha256(written)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -142,6 +143,14 @@ def write_requests(path: Path, requests: list[Request], model: str) -> None:
                 adapter=request.adapter,
             )
             file.write(planned.model_dump_json().encode() + b"\n")
+
+
+def sent_sha256(paths: Sequence[Path]) -> str:
+    """Of what is sent and when a trace has it due, whatever else the files come to say."""
+    digest = hashlib.sha256()
+    for planned in (request for path in paths for request in read_requests(path)):
+        digest.update(f"{planned.due_s} {planned.body}\n".encode())
+    return digest.hexdigest()
 
 
 def read_requests(path: Path) -> list[PlannedRequest]:

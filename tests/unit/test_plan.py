@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from loadtests import plan
 from loadtests.arrivals import parse
 from loadtests.generator import argv
 from loadtests.plan import TrialPlan, merged
@@ -58,3 +59,17 @@ def test_each_process_gets_as_many_users() -> None:
     asked = argv(5, 1, 2, processes=2)
     assert asked[asked.index("--processes") + 1] == "2"
     assert asked[asked.index("-u") + 1] == asked[asked.index("-r") + 1] == "6"
+
+
+def test_what_is_sent_has_one_hash_whatever_stands_beside_it(tmp_path: Path) -> None:
+    """A field that says how it is sent changes nothing; a word, or when it is due, does."""
+
+    def of(**fields: object) -> str:
+        plain: dict[str, object] = {"index": 0, "output_tokens": 4, "body": "hello"}
+        planned = plan.PlannedRequest.model_validate({**plain, **fields})
+        path = tmp_path / "requests.jsonl"
+        path.write_text(planned.model_dump_json() + "\n")
+        return plan.sent_sha256([path])
+
+    assert of() == of(intruder=True)
+    assert len({of(), of(body="hallo"), of(due_s=1.5)}) == 3
