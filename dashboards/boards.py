@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from dashboards.panels import (
     beside,
     board,
     choice,
+    coloured,
     interval,
     lines,
     load_points,
@@ -59,7 +60,6 @@ NEEDS = {
     "GPU memory": "GPU",
     "GPU throttled": "GPU",
     "Due and not sent": "open loop",
-    "Send lag": "open loop",
     "Forecasts": "forecasts",
     "ITL, p99": "samples enough for a p99",
 }
@@ -88,13 +88,16 @@ def _sum(gauge: str) -> str:
 
 
 def _last(name: str, where: str) -> str:
-    """A finished run's figure, wherever in the time range it lies."""
-    return f"last_over_time({name}{{{where}}}[$__range])"
+    """A finished run's figure, wherever in the time range it lies.
+
+    Without the series' name, which last_over_time keeps and by which a table would tell rows apart.
+    """
+    return f"max without (instance, job) (last_over_time({name}{{{where}}}[$__range]))"
 
 
 def _slo(name: str) -> Line:
-    where = f'{RUN},slo="{name}"'
-    return Line(f"max({_last(series.SLO, where)})", "SLO", BOUND)
+    found = f'{series.SLO}{{{RUN},slo="{name}"}}'
+    return Line(f"max(last_over_time({found}[$__range]))", "SLO", BOUND)
 
 
 def _latency(title: str, says: str, histogram: str, *more: Line) -> Panel:
@@ -197,6 +200,7 @@ def live() -> dashboard.Dashboard:
             "Requests thrown out of the batch for want of KV memory; any costs its work again.",
             PER_S,
             Line(_rate(metrics.PREEMPTIONS)),
+            most=1,
         ),
         lines(
             "Prefix hit rate",
@@ -228,7 +232,7 @@ def live() -> dashboard.Dashboard:
             f"{accepted} / on (variant) group_left {drafts}",
             row="position",
             column="variant",
-        ).height(8),
+        ),
         lines(
             "Adapters in flight",
             "Different adapters asked for at once; beyond the engine's slots they swap.",
@@ -237,7 +241,7 @@ def live() -> dashboard.Dashboard:
         ),
     )
     gpu = tuple(
-        lines(title, says, unit, Line(f"max by (gpu) ({name}{{{RUN}}})", "GPU {{gpu}}"))
+        lines(title, says, unit, Line(f"max by (gpu) ({name}{{{RUN}}})", "GPU {{gpu}}"), most=1)
         for title, says, unit, name in (
             ("GPU utilisation", "Time a kernel ran: busy, not efficient.", RATIO,
              series.GPU_UTILISATION),
@@ -251,6 +255,8 @@ def live() -> dashboard.Dashboard:
              PLAIN, series.GPU_THROTTLED),
         )
     )  # fmt: skip
+    for panel in (*features, *gpu[:3]):  # three beside each other
+        panel.height(8).span(8)
     return board(
         "lab-live",
         "Lab, live",
@@ -516,10 +522,10 @@ def generator() -> dashboard.Dashboard:
         ),
         lines(
             "Offered and achieved",
-            "Requests due (solid), sent (thin) and ended well (dashed): below what is due, either"
-            " the generator or the engine does not keep up.",
+            "Requests due (solid, under open loop), sent (thin) and ended well (dashed): below what"
+            " is due, the generator or the engine does not keep up.",
             PER_S,
-            Line(_rate(due)),
+            Line(f"{_rate(due)} > 0"),
             Line(_rate(sent), style=THIN),
             Line(_rate(ended, f'{LIVE},outcome="ok"'), style=DASHED),
         ),
@@ -527,7 +533,8 @@ def generator() -> dashboard.Dashboard:
             "Due and not sent",
             "Requests whose time has come and that no free user could send; it must return to 0.",
             PLAIN,
-            Line(f"sum by (variant) ({due}{{{LIVE}}}) - sum by (variant) ({sent}{{{LIVE}}})"),
+            Line(_sum(exporter.OVERDUE)),
+            most=1,
         ),
         lines(
             "Requests in flight",
@@ -573,19 +580,30 @@ def generator() -> dashboard.Dashboard:
 BOARDS = {"lab-live": live, "compare": compare, "machines": machines, "generator": generator}
 
 
-def files() -> dict[Path, str]:
-    """Every dashboard's file and what belongs in it."""
+def built() -> dict[str, dict[str, Any]]:
+    """Every dashboard as plain JSON, by the name of its file."""
     return {
-        FOLDER / f"{name}.json": json.dumps(make().build(), cls=JSONEncoder, indent=1) + "\n"
+        name: json.loads(json.dumps(make().build(), cls=JSONEncoder))
         for name, make in BOARDS.items()
     }
 
 
-def write() -> list[Path]:
+def files(variants: Sequence[Sequence[str]]) -> dict[Path, str]:
+    """Every dashboard's file and what belongs in it, coloured for these labs' variants."""
+    found = built()
+    for one in found.values():
+        for panel in panels(one):
+            coloured(panel, variants)
+    return {
+        FOLDER / f"{name}.json": f"{json.dumps(one, indent=1)}\n" for name, one in found.items()
+    }
+
+
+def write(variants: Sequence[Sequence[str]]) -> list[Path]:
     """Write the dashboards anew; those that changed."""
     FOLDER.mkdir(exist_ok=True)
     changed = []
-    for path, text in files().items():
+    for path, text in files(variants).items():
         if path.exists() and path.read_text() == text:
             continue
         half = path.with_suffix(".half")
@@ -610,8 +628,7 @@ def expressions(values: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
     def resolved(query: str) -> str:
         return re.sub(r"\$\{?(\w+)\}?", lambda found: known.get(found[1], ".*"), query)
 
-    for text in files().values():
-        found = json.loads(text)
+    for found in built().values():
         for panel in panels(found):
             for target in panel["targets"]:
                 yield found["title"], panel["title"], resolved(target["expr"])

@@ -1,8 +1,7 @@
 """The building blocks of the dashboards: lines over time, bars and tables of finished runs.
 
-A colour belongs to a name, so a variant has the same one on every panel. Where a panel draws
-several lines of one variant they share its name and colour and differ in style; the legend names
-the first of them.
+A colour belongs to a variant, on every panel (`coloured`). Where a panel draws several lines of one
+variant they share its name and colour and differ in style; the legend names the first of them.
 """
 
 from __future__ import annotations
@@ -35,8 +34,11 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 DATASOURCE = DataSourceRef("prometheus", "inference-lab")
 TAG = "inference-lab"
 SECONDS, RATIO, PLAIN = "s", "percentunit", "short"
-TOKENS, TOKENS_PER_S, PER_S = "suffix: tok", "suffix: tok/s", "suffix: /s"
+TOKENS, TOKENS_PER_S, PER_S = "suffix:tok", "suffix:tok/s", "suffix:/s"
 LIMIT = "semi-dark-red"
+COLOURS = (  # Okabe and Ito's, told apart by colour-blind readers; readable on dark and light
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999",
+)  # fmt: skip
 STEP = "5s"  # $__rate_interval is four steps: few requests end in less on a slow machine
 Panel = series.Panel | barchart.Panel | table.Panel
 
@@ -248,7 +250,7 @@ def _bars(title: str, says: str, unit: str, limit: float | None) -> barchart.Pan
         .height(9)
         .span(12)
         .datasource(DATASOURCE)
-        .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.PALETTE_CLASSIC_BY_NAME))
+        .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.PALETTE_CLASSIC))
         .legend(_legend())
         .tooltip(common.VizTooltipOptions().mode(kinds.TooltipDisplayMode.MULTI))
         .fill_opacity(80)
@@ -264,6 +266,31 @@ def _bars(title: str, says: str, unit: str, limit: float | None) -> barchart.Pan
 
 def _fixed(colour: str) -> DynamicConfigValue:
     return DynamicConfigValue("color", {"mode": "fixed", "fixedColor": colour})
+
+
+def coloured(panel: dict[str, Any], variants: Sequence[Sequence[str]]) -> None:
+    """Give each variant's lines and bars its colour; no two variants of one lab share one."""
+    if panel["type"] in ("timeseries", "barchart"):
+        overrides = panel["fieldConfig"].setdefault("overrides", [])
+        overrides[:0] = [
+            {
+                "matcher": {"id": "byRegexp", "options": f"/^({'|'.join(names)})$/"},
+                "properties": [_fixed(colour).to_json()],
+            }
+            for colour, names in shared_out(variants).items()
+        ]
+
+
+def shared_out(variants: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """Colour -> the variants that have it, given each lab's variants."""
+    found: dict[str, str] = {}
+    for lab in variants:
+        free = [c for c in COLOURS if c not in {found.get(name) for name in lab}]
+        found |= dict(zip((n for n in lab if n not in found), free, strict=False))
+    names: dict[str, list[str]] = {}
+    for name, colour in found.items():
+        names.setdefault(colour, []).append(name)
+    return names
 
 
 def _legend() -> common.VizLegendOptions:

@@ -48,9 +48,10 @@ def push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) -
     try:
         _datasource(grafana, prometheus_url)
         _folder(grafana)
-        for text in boards.files().values():
+        for path in sorted(boards.FOLDER.glob("*.json")):
+            found = json.loads(path.read_text())
             grafana.dashboard.update_dashboard(
-                {"dashboard": json.loads(text), "folderUid": FOLDER_UID, "overwrite": True}
+                {"dashboard": found, "folderUid": FOLDER_UID, "overwrite": True}
             )
         _regions(grafana, regions)
     except GrafanaClientError as error:

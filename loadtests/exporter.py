@@ -23,7 +23,9 @@ REQUESTS, OUTPUT_TOKENS, PROMPT_TOKENS = (
     "lab_requests", "lab_output_tokens", "lab_prompt_tokens",
 )  # fmt: skip
 SCHEDULED, SENT = "lab_requests_scheduled", "lab_requests_sent"
-IN_FLIGHT, ADAPTERS = "lab_requests_in_flight", "lab_adapters_in_flight"
+OVERDUE, IN_FLIGHT, ADAPTERS = (
+    "lab_requests_overdue", "lab_requests_in_flight", "lab_adapters_in_flight",
+)  # fmt: skip
 LOOP_LAG, LOAD_POINT, SLO = "lab_loop_lag_seconds", "lab_load_point", "lab_slo_seconds"
 
 
@@ -66,6 +68,9 @@ class Exporter:
             SCHEDULED, "Requests due by now, under open loop", LABELS, registry=self.registry
         )
         self._sent = Counter(SENT, "Requests sent", LABELS, registry=self.registry)
+        self._overdue = Gauge(
+            OVERDUE, "Requests due and not sent, under open loop", LABELS, registry=self.registry
+        )
         self._in_flight = Gauge(
             IN_FLIGHT, "Requests sent and not ended", LABELS, registry=self.registry
         )
@@ -114,7 +119,11 @@ class Exporter:
     def end(self) -> None:
         self._load_point.labels(*self._point).set(0)
         self._in_flight.labels(*self._now).set(0)
-        for gauge in (self._loop_lag, self._adapters):  # nothing is measured between trials
+        for gauge in (
+            self._overdue,
+            self._loop_lag,
+            self._adapters,
+        ):  # nothing is measured between trials
             gauge.remove(*self._now)
 
     def progress(self, now: Progress) -> None:
@@ -122,6 +131,7 @@ class Exporter:
         self._sent.labels(*self._now).inc(now.sent - self._told.sent)
         if now.due is not None:
             self._scheduled.labels(*self._now).inc(now.due - (self._told.due or 0))
+            self._overdue.labels(*self._now).set(max(0, now.due - now.sent))
         self._in_flight.labels(*self._now).set(now.in_flight)
         if now.adapters is not None:
             self._adapters.labels(*self._now).set(len(now.adapters))

@@ -21,6 +21,13 @@ const to = Number(asked.get('to') ?? Date.now() / 1000);
 const range = { from: Number(asked.get('from') ?? to - 900), to };
 const CELL = 30; // px of a grid row's height, without the gap
 const GAP = 8;
+const SELECT = {
+  appearance: 'auto',
+  background: theme.colors.background.secondary,
+  color: theme.colors.text.primary,
+  height: 28,
+  width: 'auto',
+};
 
 function choose(parameter, value) {
   asked.set(parameter, value);
@@ -31,7 +38,7 @@ function Choice({ label, parameter, options, value }) {
   return (
     <label style={{ marginRight: 16 }}>
       {label}{' '}
-      <select value={value} onChange={(event) => choose(parameter, event.target.value)}>
+      <select style={SELECT} value={value} onChange={(event) => choose(parameter, event.target.value)}>
         {options.map((option) => (
           <option key={option}>{option}</option>
         ))}

@@ -4,6 +4,7 @@ import {
   FieldConfigOptionsRegistry,
   FieldType,
   applyFieldOverrides,
+  cacheFieldDisplayNames,
   dateTime,
   getFieldDisplayName,
   getFieldSeriesColor,
@@ -18,8 +19,9 @@ import { lastValueFrom } from 'rxjs';
 
 import { frames } from './prometheus.js';
 
+const transformers = new Map(Object.values(standardTransformers).map((found) => [found.id, found]));
 standardTransformersRegistry.setInit(() =>
-  Object.values(standardTransformers).map((found) => ({
+  [...transformers.values()].map((found) => ({
     id: found.id,
     name: found.name,
     transformation: async () => found,
@@ -27,7 +29,11 @@ standardTransformersRegistry.setInit(() =>
 );
 
 const OPTIONS = ['unit', 'min', 'max', 'decimals', 'thresholds', 'mappings', 'color'];
-const CUSTOM = ['lineWidth', 'lineStyle', 'hideFrom', 'fillOpacity', 'width', 'cellOptions'];
+const CUSTOM = [
+  'align', 'axisPlacement', 'axisSoftMax', 'cellOptions', 'drawStyle', 'fillOpacity', 'hideFrom', 'inspect',
+  'lineInterpolation', 'lineStyle', 'lineWidth', 'pointSize', 'scaleDistribution', 'showPoints', 'spanNulls',
+  'thresholdsStyle', 'width',
+];
 const registry = new FieldConfigOptionsRegistry(() => [
   ...OPTIONS.map((id) => option(id, id, false)),
   ...CUSTOM.map((path) => option(`custom.${path}`, path, true)),
@@ -52,7 +58,7 @@ async function prepare(panel, values, range, theme) {
   const transformed = await lastValueFrom(transformDataFrame(panel.transformations ?? [], found));
   const custom = panel.type === 'timeseries' ? LINE : TABLE;
   const { defaults, overrides } = panel.fieldConfig;
-  return applyFieldOverrides({
+  const drawn = applyFieldOverrides({
     data: transformed,
     fieldConfig: { defaults: { ...defaults, custom: { ...custom, ...defaults.custom } }, overrides },
     fieldConfigRegistry: registry,
@@ -60,6 +66,8 @@ async function prepare(panel, values, range, theme) {
     theme,
     timeZone: 'browser',
   });
+  cacheFieldDisplayNames(drawn);
+  return drawn;
 }
 
 export function Panel({ panel, values, range, width, height }) {

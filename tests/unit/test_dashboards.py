@@ -12,7 +12,8 @@ import promql_parser
 import pytest
 
 from dashboards import boards, series
-from labs import judge
+from dashboards.panels import shared_out
+from labs import LABS, judge
 from labs.measure import METRICS
 from loadtests.exporter import Exporter
 from serving import metrics
@@ -23,7 +24,10 @@ SCHEMA = Path(
         boards.FOLDER.parents[2] / "shared" / "grafana" / "dashboard.jsonschema.json",
     )
 )
-BUILT: dict[str, dict[str, Any]] = {p.stem: json.loads(t) for p, t in boards.files().items()}
+VARIANTS = [[variant.name for variant in lab.variants] for lab in LABS.values()]
+BUILT: dict[str, dict[str, Any]] = {
+    path.stem: json.loads(text) for path, text in boards.files(VARIANTS).items()
+}
 EVERY = [(name, panel) for name, found in BUILT.items() for panel in boards.panels(found)]
 QUERIES = [
     *boards.expressions({"lab": "prefix-caching", "run": "20261125T111404Z-d3cbb5f9"}),
@@ -63,18 +67,18 @@ def asked(query: str) -> set[str]:
 
 
 def test_the_files_are_as_generated() -> None:
-    for path, text in boards.files().items():
+    for path, text in boards.files(VARIANTS).items():
         assert path.read_text() == text, f"{path.name}: run `make dashboards`"
-    assert {*boards.FOLDER.iterdir()} == {*boards.files()}
+    assert {*boards.FOLDER.iterdir()} == {*boards.files(VARIANTS)}
 
 
 def test_writing_again_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(boards, "FOLDER", tmp_path / "grafana")
-    assert len(boards.write()) == len(boards.BOARDS)
-    assert boards.write() == []
+    assert len(boards.write(VARIANTS)) == len(boards.BOARDS)
+    assert boards.write(VARIANTS) == []
     one = tmp_path / "grafana" / "machines.json"
     one.write_text("{}")
-    assert boards.write() == [one]
+    assert boards.write(VARIANTS) == [one]
 
 
 @pytest.mark.parametrize(("board", "panel", "query"), QUERIES)
@@ -127,6 +131,23 @@ def test_uids_and_titles_are_their_own() -> None:
 
 def test_panels_that_may_be_empty_are_panels() -> None:
     assert boards.NEEDS.keys() <= {panel["title"] for _, panel in EVERY}
+
+
+def test_variants_of_a_lab_differ_in_colour_and_keep_theirs() -> None:
+    colour_of = {n: colour for colour, names in shared_out(VARIANTS).items() for n in names}
+    for lab in VARIANTS:
+        assert len({colour_of[name] for name in lab}) == len(lab)
+    for _, panel in EVERY:
+        if panel["type"] != "table":
+            fixed = [
+                (o["matcher"]["options"], o["properties"][0]["value"]["fixedColor"])
+                for o in panel["fieldConfig"]["overrides"]
+                if o["matcher"]["id"] == "byRegexp"
+            ]
+            assert fixed == [
+                (f"/^({'|'.join(names)})$/", colour)
+                for colour, names in shared_out(VARIANTS).items()
+            ]
 
 
 def test_limits_are_those_of_the_verdicts() -> None:

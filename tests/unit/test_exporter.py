@@ -38,12 +38,14 @@ def test_counters_grow_by_what_is_new_and_start_again_with_a_trial() -> None:
     assert value(found, f"{exporter.SCHEDULED}_total") == 9
     assert value(found, f"{exporter.SENT}_total") == 8
     assert value(found, exporter.IN_FLIGHT) == 2
+    assert value(found, exporter.OVERDUE) == 1
 
 
 def test_a_closed_loop_has_no_schedule() -> None:
     found = begun("concurrent:2")
     found.progress(Progress(sent=3))
     assert value(found, f"{exporter.SCHEDULED}_total") is None
+    assert value(found, exporter.OVERDUE) is None
     assert value(found, f"{exporter.SENT}_total") == 3
 
 
