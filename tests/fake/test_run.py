@@ -5,6 +5,7 @@ Counts are exact. Times belong to test_fidelity, bad days to test_faults.
 
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 from collections import Counter
@@ -151,6 +152,9 @@ def test_the_report_answers_every_claim(lab: str, finish: Finish) -> None:
     assert set(re.findall(r"\]\((\S+\.svg)\)", report)) == pictures
     assert "QUICK run" in report
     assert "Ad hoc run" in report
+    page = (folder.path / "report.html").read_text()
+    drawn = [base64.b64encode(path.read_bytes()).decode() for path in folder.path.glob("*.svg")]
+    assert all(picture in page for picture in drawn)
 
 
 @every_lab
