@@ -27,6 +27,7 @@ from dashboards.panels import (
     TOKENS,
     TOKENS_PER_S,
     Column,
+    Drawn,
     Line,
     Panel,
     bars,
@@ -218,7 +219,7 @@ def live() -> dashboard.Dashboard:
             Line(_quantile(0.99, metrics.STEP_TOKENS), style=DASHED),
         ),
     )
-    features = (
+    features: tuple[Drawn, ...] = (
         lines(
             "Tokens a draft step",
             "Accepted drafts and the target's own token: the most that speculation can save.",

@@ -76,6 +76,9 @@ class Line:
     style: Style = SOLID
 
 
+Drawn = series.Panel | barchart.Panel
+
+
 def lines(
     title: str, says: str, unit: str, *found: Line, limit: float | None = None, most: float = 0
 ) -> series.Panel:

@@ -555,7 +555,8 @@ def neighbour(work: Path, pairs: int) -> None:
         for started in engines:
             started.wait()
         family = psutil.Process(engines[1].pid).children(recursive=True)
-        exits.callback(lambda: [p.resume() for p in family])  # what is held still cannot end
+        for process in family:
+            exits.callback(process.resume)  # what is held still cannot end
         play = partial(ours, load, engines[0].url, work / "requests.jsonl")
         tell("neighbour: warming up")
         play(work / "warm-up")
