@@ -58,8 +58,8 @@ def write_site(out: Path) -> tuple[Path, dict[str, str]]:
     return _write(out / "index.html", index(entries)), left_out
 
 
-def page(folder: RunFolder, root: str | None = None) -> str:
-    """A run's page; the library is in it, or at the site's `root`."""
+def page(folder: RunFolder, root: str = "") -> str:
+    """A run's page; the library is in it, or at the `root` of a site, where the index is too."""
     run, summary = folder.run(), folder.summary()
     title, intro, sections = _sections(folder)
     code = _web("page.js") + _web("run.js")
@@ -75,7 +75,7 @@ def page(folder: RunFolder, root: str | None = None) -> str:
     )
 
 
-def _render(template: str, scripts: Sequence[str], root: str | None = "", **fields: Any) -> str:
+def _render(template: str, scripts: Sequence[str], root: str = "", **fields: Any) -> str:
     hashes = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
     allowed = " ".join([*(f"'sha256-{h}'" for h in hashes), *(["'self'"] if root else [])])
     policy = (
@@ -149,18 +149,19 @@ def _sections(folder: RunFolder) -> tuple[str, Markup, list[Section]]:
             parts.append([])
         parts[-1].append(token)
 
-    def html(found: Sequence[Token]) -> Markup:
+    def html(found: Sequence[Token], label: str = "") -> Markup:
         rendered = reader.renderer.render(found, reader.options, {})
-        table = '<div class="table" role="region" aria-label="table" tabindex="0"><table>'
-        wrapped = rendered.replace("<table>", table).replace("</table>", "</table></div>")
-        return Markup(wrapped)
+        box = '<div class="table" role="region" aria-label="{}" tabindex="0"><table>'
+        opened = rendered.replace("<table>", Markup(box).format(label))
+        return Markup(opened.replace("</table>", "</table></div>"))
 
     if len(parts) < 3:
         raise ValueError("report.md has no sections: `make report` writes it anew")
     (_, (_, head, _, *intro), *rest) = parts
     sections = [
-        Section(title.content, re.sub(r"\W+", "-", title.content.lower()).strip("-"), html(body))
+        Section(name, re.sub(r"\W+", "-", name.lower()).strip("-"), html(body, name))
         for _, title, _, *body in rest
+        for name in (title.content,)
     ]
     return head.content, html(intro), sections
 

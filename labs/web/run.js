@@ -84,10 +84,6 @@
     return select;
   }
 
-  function onSight(redraw) {
-    redraws.push(redraw);
-  }
-
   // -------------------------------------------------- ratios on predictions: claims and forecasts
 
   function ratios(id, items, title) {
@@ -162,9 +158,9 @@
     });
   }
 
-  if (data.claims.length) onSight(() => ratios("claims", data.claims, "treatment / baseline"));
+  if (data.claims.length) redraws.push(() => ratios("claims", data.claims, "treatment / baseline"));
   if (at("forecasts")) {
-    onSight(() => ratios("forecasts", data.forecasts, "measured / predicted"));
+    redraws.push(() => ratios("forecasts", data.forecasts, "measured / predicted"));
   }
 
   // -------------------------------------------------------------------------------- distributions
@@ -242,7 +238,7 @@
         `${Math.max(...drawn.map(({ ms: q }) => q.length), 0)} quantiles a point.` +
         (limit && !inReach ? ` The SLO, ${ms(1000 * limit)}, lies beyond the picture.` : "");
     }
-    onSight(distributions);
+    redraws.push(distributions);
   }
 
   // ------------------------------------------------------------------------ figures over the load
@@ -332,7 +328,7 @@
       one("left", left.value);
       one("right", right.value);
     }
-    onSight(both);
+    redraws.push(both);
   }
 
   // --------------------------------------------------------------------------------- every request
@@ -466,7 +462,7 @@
                         showarrow: false, font: { color: css("--soft"), size: 11 } }],
       });
     }
-    onSight(timeline);
+    redraws.push(timeline);
   }
 
   themed(() => redraws.forEach((redraw) => redraw()));
