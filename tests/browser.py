@@ -44,6 +44,11 @@ class Page:
         self.call("Page.navigate", url=path.as_uri())
         self.wait("document.readyState === 'complete'")
 
+    def reload(self) -> None:
+        """Returns when the page is there again, not the one that goes."""
+        self.js("window.gone = true; location.reload()")
+        self.wait("!window.gone && document.readyState === 'complete'")
+
     def js(self, expression: str) -> Any:
         """The value of an expression; one that throws raises AssertionError."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)

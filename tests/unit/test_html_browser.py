@@ -145,8 +145,9 @@ def test_light_and_dark_follow_the_system_until_the_reader_chooses(
     chromium: Browser, site: Path, scheme: str
 ) -> None:
     page = opened(chromium, of(site, RUNS[1]), scheme=scheme)
-    page.js("localStorage.clear(); location.reload()")
-    page.wait("document.readyState === 'complete' && document.querySelector('#claims .main-svg')")
+    page.js("localStorage.clear()")
+    page.reload()
+    page.wait("document.querySelector('#claims .main-svg')")
     paper = "getComputedStyle(document.body).backgroundColor"
     ink = "document.getElementById('claims').layout.font.color"
     light, dark = ("rgb(255, 255, 255)", "#1b1f24"), ("rgb(20, 23, 28)", "#e6e8eb")
@@ -155,8 +156,8 @@ def test_light_and_dark_follow_the_system_until_the_reader_chooses(
     page.js("document.getElementById('theme').focus()")
     page.press("Enter")
     assert (page.js(paper), page.js(ink)) == after
-    page.js("location.reload()")
-    page.wait("document.readyState === 'complete' && document.querySelector('#claims .main-svg')")
+    page.reload()
+    page.wait("document.querySelector('#claims .main-svg')")
     assert page.js(paper) == after[0]  # it is kept
     page.js("localStorage.clear()")
     assert page.errors == []
