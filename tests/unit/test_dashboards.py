@@ -91,6 +91,15 @@ def test_every_query_parses_and_asks_for_what_is_exported(
     assert names <= exported()
 
 
+@pytest.mark.parametrize(("board", "panel"), EVERY, ids=lambda x: x if isinstance(x, str) else "")
+def test_rows_join_because_no_series_keeps_its_name(board: str, panel: dict[str, Any]) -> None:
+    nameless = promql_parser.AggregateExpr | promql_parser.BinaryExpr
+    if "merge" in [step["id"] for step in panel.get("transformations", ())]:
+        for target in panel["targets"]:
+            query = target["expr"].replace("$__range", "1h")
+            assert isinstance(promql_parser.parse(query), nameless), query
+
+
 def test_metrics_of_the_report_are_asked_for_by_their_names() -> None:
     found = {
         str(matcher.value)
