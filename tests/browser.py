@@ -40,8 +40,9 @@ class Page:
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         return self._browser.call(method, self._session, **params)
 
-    def open(self, path: Path) -> None:
-        self.call("Page.navigate", url=path.as_uri())
+    def open(self, place: Path | str) -> None:
+        """A file, or an address."""
+        self.call("Page.navigate", url=place if isinstance(place, str) else place.as_uri())
         self.wait("document.readyState === 'complete'")
 
     def reload(self) -> None:

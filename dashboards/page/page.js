@@ -55,7 +55,7 @@ async function choices() {
   const form = made("form", { id: "choices" });
   form.setAttribute("aria-label", "What is shown");
   form.append(select("board", "Dashboard", state.boards.map((b) => [b.uid, b.title]),
-    state.board.uid, (uid) => { state.board = state.boards.find((b) => b.uid === uid); begin(); }));
+    state.board.uid, (uid) => { show(uid); begin(); }));
   const wide = { start: Date.now() / 1000 - 2 * 365 * 86400, end: Date.now() / 1000 + 60 };
   for (const variable of state.board.templating.list) {
     const found = await values(variable, wide);
@@ -76,6 +76,11 @@ async function choices() {
 }
 
 const live = () => state.board.panels.some((p) => p.type === "timeseries");
+
+function show(uid) { // what may be all, is all again
+  state.board = state.boards.find((b) => b.uid === uid) ?? state.boards[0];
+  for (const { name, includeAll } of state.board.templating.list) if (includeAll) delete state.chosen[name];
+}
 
 async function newestRun() {
   const now = Date.now() / 1000;
@@ -283,7 +288,7 @@ function figure(value) {
 
 async function table(panel, window) {
   const rows = transformed(panel, await frames(panel, window));
-  const names = [...new Set(rows.flatMap((r) => Object.keys(r)))].filter((n) => n && n !== "1" && n !== "__name__");
+  const names = [...new Set(rows.flatMap((r) => Object.keys(r)))].filter((n) => n && n !== "1" && n !== "__name__" && !isFigure(n));
   const isNumber = (n) => rows.every((r) => typeof r[n] !== "string");
   const head = made("tr", {}, ...names.map((n) => made("th", { textContent: n, scope: "col", className: isNumber(n) ? "figure" : "" })));
   const body = rows.map((row) => made("tr", {}, ...names.map((n) => made("td",
@@ -379,8 +384,8 @@ async function open() {
   state.boards = await (await fetch("boards.json")).json();
   state.boards.sort((a, b) => Number(b.uid === "lab-live") - Number(a.uid === "lab-live"));
   const asked = new URLSearchParams(location.search);
-  state.board = state.boards.find((b) => b.uid === asked.get("board")) ?? state.boards[0];
   await newestRun();
+  show(asked.get("board"));
   for (const [name, value] of asked) state.chosen[name] = value;
   await begin();
 }

@@ -16,6 +16,7 @@ from labs.results import RunFolder
 from loadtests import exporter
 from loadtests.records import RequestRecord
 from serving.engine import free_port
+from tests.browser import Page, browser, find
 from tests.fake.conftest import Command, Reader, needs_prometheus, reading, the_program
 
 pytestmark = needs_prometheus
@@ -135,6 +136,31 @@ def test_the_figures_are_those_of_the_report(watched: Watched, cut: Command) -> 
         assert known == pytest.approx(judgement.effect.ratio.value)
         (verdict,) = watched.ask(f"last_over_time({series.VERDICT}{{{labels}}}$1)")
         assert verdict["metric"]["outcome"] == judgement.outcome  # type: ignore[index]
+
+
+@pytest.mark.skipif(find() is None, reason="no chromium: `apt-get install chromium` brings it")
+def test_the_page_draws_a_run_and_its_verdicts(
+    watched: Watched, cut: Command, tmp_path: Path
+) -> None:
+    watched.imports()
+    home, run = f"http://127.0.0.1:{watched.port}/user/", cut.folder.path.name
+    with browser(tmp_path / "profile") as chromium:
+        page = Page(chromium, 1280, 900)
+        page.open(f"{home}?run={run}")
+        page.wait("document.body.dataset.drawn")
+        assert page.js("document.getElementById('choose-run').value") == run
+        drawn = (
+            "[...document.querySelectorAll('section')]"
+            ".filter(s => s.querySelector('.main-svg')).map(s => s.children[0].textContent)"
+        )
+        assert {"TTFT", "TPOT", "ITL", "E2E", "Output tokens"} <= set(page.js(drawn))
+        assert "GPU power" not in page.js(drawn)
+        page.choose("choose-board", "lab-compare")
+        titles = [judgement.title for judgement in cut.folder.summary().judgements]
+        page.wait(f"document.getElementById('panels').textContent.includes({titles[0]!r})")
+        said = page.js("document.getElementById('panels').textContent")
+        assert all(title in said for title in titles)
+        assert page.errors == []
 
 
 def test_a_lab_records_where_it_is_watched(watched: Watched, cut: Command, tmp_path: Path) -> None:
