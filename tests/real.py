@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from datetime import datetime
 from pathlib import Path
 
+import requests
+
+from dashboards import boards
+from dashboards.prometheus import Prometheus
 from labs.results import RunFolder
 from serving import metrics
 from serving.models import ROOT
@@ -77,3 +83,33 @@ def check_run(folder: RunFolder) -> None:
     assert all(claim.title in report for claim in lab.claims)
     assert (folder.path / "report.html").exists()
     assert all((folder.path / f"{name}.svg").exists() for name in ("effects", *lab.plots))
+
+
+def check_dashboards(folder: RunFolder) -> None:
+    """Each query of each panel, asked of the Prometheus that has just followed the run.
+
+    A panel is empty only where the lab or the machine lacks what it is about.
+    """
+    run, lab = folder.run(), folder.run().rebuilt_lab()
+    has = {
+        "speculation": any("speculative-config" in lab.flags_of(v) for v in lab.variants),
+        "adapters": any(w.adapters and w.adapters.count for w in lab.workloads),
+        "GPU": run.machine.kind == "gpu",
+        "open loop": any(load.open_loop for w in lab.workloads for load in w.loads),
+        "forecasts": bool(lab.forecasts),
+    }
+    values = {"lab": lab.name, "run": folder.path.name, "__rate_interval": "6s"}
+    start = datetime.fromisoformat(run.started_at).timestamp()
+    found: dict[tuple[str, str], int] = {}
+    with Prometheus(folder.path / "logs" / "dashboards.log") as there:
+        for board, panel, query in boards.expressions(values):
+            asked = {"query": query, "start": start, "end": time.time(), "step": 5}
+            url = f"{there.url}/api/v1/query_range"
+            answer = requests.get(url, {k: str(v) for k, v in asked.items()}, timeout=10).json()
+            assert answer["status"] == "success", (panel, query, answer)
+            key = (board, panel)
+            found[key] = found.get(key, 0) + len(answer["data"]["result"])
+    for (board, panel), series in found.items():
+        needed = boards.NEEDS.get(panel, "")
+        if needed in has or not needed:
+            assert bool(series) == has.get(needed, True), (board, panel, needed)

@@ -10,7 +10,7 @@ import pytest
 
 from labs import LABS
 from serving import dummy, engine, machine, models
-from tests.real import check_run, quick_run
+from tests.real import check_dashboards, check_run, quick_run
 
 pytestmark = [
     pytest.mark.cpu,
@@ -34,13 +34,14 @@ ROUNDED = " ".join(  # in seconds, where calibrating takes minutes
 @pytest.mark.timeout(3600)  # a checkout's first run makes the models derived from the served one
 @pytest.mark.parametrize("lab", [name for name in LABS if name != NOT_HERE])
 def test_lab_runs_on_a_real_engine(lab: str, tmp_path: Path) -> None:
-    check_run(quick_run(lab, tmp_path, ROUNDED if lab == "weight-quantization" else ""))
+    folder = quick_run(lab, tmp_path, ROUNDED if lab == "weight-quantization" else "")
+    check_run(folder)
+    check_dashboards(folder)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("lab", ["multi-lora", "weight-quantization"])
-def test_lab_runs_on_random_weights_and_says_so_first(lab: str, tmp_path: Path) -> None:
-    folder = quick_run(lab, tmp_path, weights="dummy")
+def test_a_lab_runs_on_random_weights_and_says_so_first(tmp_path: Path) -> None:
+    folder = quick_run("weight-quantization", tmp_path, weights="dummy")
     check_run(folder)
     run = folder.run()
     assert (run.model, run.dummy, run.ad_hoc) == ("llama-tiny-dummy", True, False)
