@@ -168,9 +168,9 @@ def _model(machine: Machine, wanted: str, weights: str) -> tuple[Model | None, L
     try:
         model = model_of(machine, wanted, weights)
     except ModelError as error:
-        if _hub_answers():
+        if not is_dummy(weights) and _hub_answers():
             return None, Line("Model", "not here yet: the first run downloads it")
-        return None, Line("Model", "not here, and its hub cannot be reached", str(error))
+        return None, Line("Model", "cannot be had here", str(error))
     size = f"{model.shape.params / 1e6:,.0f} M parameters{', random weights' * model.dummy}"
     return model, Line("Model", f"{model.name}, {size}, {model.shape.max_positions:,} positions")
 
@@ -229,12 +229,25 @@ def _ability(
             for name in here.derived():
                 dummy.derive(model, name)  # in an instant, or refused
             return Ability(lab.name, True, "")
-        published = models.SIBLINGS.get(model.name, {})
-        missing = [
-            n for n in here.derived() if n not in published and not derived.place(model, n).exists()
-        ]
+        missing = [n for n in here.derived() if not _there(model, n)]
     except (LabError, EngineError, ModelError) as error:
         return Ability(lab.name, False, str(error))
-    minutes = sum(derived.RECIPES[name].minutes for name in missing)
-    note = f"makes {', '.join(missing)} first (about {minutes:.0f} min)" if missing else ""
-    return Ability(lab.name, True, note)
+    published = models.SIBLINGS.get(model.name, {})
+    made = [n for n in missing if n not in published]
+    if unknown := [n for n in made if n not in derived.RECIPES]:
+        why = f"for {model.name} no {', '.join(unknown)} is published, nor known how to make"
+        return Ability(lab.name, False, why)
+    minutes = sum(derived.RECIPES[name].minutes for name in made)
+    notes = [f"makes {', '.join(made)} first (about {minutes:.0f} min)"] if made else []
+    if fetched := [n for n in missing if n in published]:
+        notes.append(f"downloads {', '.join(fetched)} first")
+    return Ability(lab.name, True, "; ".join(notes))
+
+
+def _there(model: Model, name: str) -> bool:
+    if derived.place(model, name).exists():
+        return True
+    try:
+        return models.sibling(model, name) is not None
+    except ModelError:  # published, and not downloaded yet
+        return False

