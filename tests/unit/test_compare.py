@@ -169,6 +169,16 @@ def test_what_is_missing_now_fails(folder: RunFolder) -> None:
     assert "Output throughput at on/short/concurrent-1: missing now" in failed
 
 
+def test_a_percentile_that_too_few_samples_support_fails_nothing(folder: RunFolder) -> None:
+    full, thin = write_slowed(folder, 1), folder
+    summary = full.summary()
+    for repeat in summary.measurements["on/short/concurrent-1"].values():
+        repeat["ttft_p50_s"] = 1.0
+    write_json(full.path / "summary.json", summary)
+    assert row(compared(full, thin), "ttft_p50_s", "on/short/concurrent-1").b is None
+    assert gate.failures(compared(full, thin), ALLOWED) == []
+
+
 def test_errors_where_there_were_none_fail(folder: RunFolder) -> None:
     broken = write_slowed(folder, 1)
     summary = broken.summary()
