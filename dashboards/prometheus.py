@@ -279,5 +279,17 @@ def load(samples: Iterable[str]) -> None:
         if made.returncode:
             said = (made.stderr or made.stdout).strip().splitlines() or ["no reason given"]
             raise PrometheusError(f"promtool could not load the samples: {said[-1]}")
-        for block in blocks.iterdir():  # whole blocks appear at once: a rename
-            shutil.move(str(block), HOME / "data" / block.name)
+        for block in blocks.iterdir():
+            _mark_late(block / "meta.json")
+            shutil.move(str(block), HOME / "data" / block.name)  # a rename: it appears whole
+
+
+def _mark_late(path: Path) -> None:
+    """Say that a block came out of order.
+
+    On its next start Prometheus would else drop what it had scraped before the block's end and not
+    yet written to a block of its own.
+    """
+    meta = json.loads(path.read_text())
+    meta["compaction"]["hints"] = ["from-out-of-order"]
+    path.write_text(json.dumps(meta))

@@ -182,3 +182,11 @@ def test_a_lab_records_where_it_is_watched(watched: Watched, cut: Command, tmp_p
     session = folder.session()
     assert session
     assert all(a.prometheus == a.records for a in session.agreement)
+    samples = f"sum(count_over_time({exporter.LOAD_POINT}{{run_id='{folder.path.name}'}}$1))"
+    scraped = watched.value(samples)
+    watched.reader.types("watch-stop").wait()
+    again = watched.reader.types("watch", PORT=str(watched.port))
+    assert again.wait() == 0, again.said
+    # the figures were loaded after the last scrape, which is not to cost what came before it
+    assert watched.value(samples) == scraped
+    assert watched.ask(f"last_over_time({series.RUN_INFO}{{run_id='{folder.path.name}'}}$1)")
