@@ -198,6 +198,7 @@ class Watch:
     port: int
     pid: int
     started: float  # tells the process from a later one with its pid
+    own: bool  # started by `watch`; else in a container
 
     @property
     def url(self) -> str:
@@ -227,7 +228,7 @@ def watch(port: int) -> Watch:
         process = subprocess.Popen(
             started, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
         )
-    found = adopt(port, process.pid)
+    found = adopt(port, process.pid, own=True)
     if ready(found.url, lambda: process.poll() is None):
         return found
     process.terminate()
@@ -235,9 +236,9 @@ def watch(port: int) -> Watch:
     raise PrometheusError(f"Prometheus did not start: {last} (all of it: {log})")
 
 
-def adopt(port: int, pid: int) -> Watch:
+def adopt(port: int, pid: int, own: bool) -> Watch:
     """Have labs record into this process from now on."""
-    found = Watch(port, pid, psutil.Process(pid).create_time())
+    found = Watch(port, pid, psutil.Process(pid).create_time(), own)
     (HOME / "watch.json").write_text(json.dumps(asdict(found)))
     return found
 

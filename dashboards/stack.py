@@ -51,7 +51,7 @@ class Stack:
         (prometheus.HOME / "gpu.json").write_text(DCGM_TARGET if self.gpu else "[]")
         self._compose("up", "--detach", "--wait")
         try:
-            prometheus.adopt(self.prometheus_port, self._pid("prometheus"))
+            prometheus.adopt(self.prometheus_port, self._pid("prometheus"), own=False)
         except psutil.Error as error:
             self.stop()
             raise StackError(

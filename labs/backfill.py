@@ -63,25 +63,37 @@ class Loaded:
         return f"{self.trials} trials{' and the figures of its report' if self.figures else ''}"
 
 
-def load(folders: Sequence[RunFolder], say: Callable[[str, Loaded], None]) -> None:
-    """Add what is not there yet; nobody else may be measuring. Raises LabError."""
+def load(folders: Sequence[RunFolder], say: Callable[[RunFolder, str], None]) -> None:
+    """Add what is not there yet; nobody else may be measuring. Raises LabError.
+
+    A run that cannot be read is left out, and told of in the end.
+    """
     watch = prometheus.watching()
+    wanted: list[tuple[RunFolder, list[_Part], bool]] = []
+    damaged: list[RunFolder] = []
     try:
         with Prometheus(CACHE / "import.log") as there:
             if there.missing:
                 raise LabError(there.missing)
-            missing = [_missing(folder, there) for folder in folders]
-        if watch:  # it would see new blocks only after a while: it is started again instead
+            for folder in folders:
+                try:
+                    wanted.append((folder, *_missing(folder, there)))
+                except (OSError, ValueError, KeyError) as error:
+                    damaged.append(folder)
+                    say(folder, f"left out: {str(error).splitlines()[0]}")
+        if watch and watch.own:  # it would see new blocks only after a while: it starts again
             prometheus.unwatch()
-        for folder, (trials, figures) in zip(folders, missing, strict=True):
-            if trials or figures:
-                prometheus.load(_all(folder, trials, figures))
-            say(str(folder.path), Loaded(len(trials), figures))
+        for folder, parts, figures in wanted:
+            if parts or figures:
+                prometheus.load(_all(folder, parts, figures))
+            say(folder, str(Loaded(len(parts), figures)))
     except PrometheusError as error:
         raise LabError(str(error)) from error
     finally:
         if watch and not prometheus.watching():
             prometheus.watch(watch.port)
+    if damaged:
+        raise LabError(f"runs that could not be read: {len(damaged)}; mend or remove them")
 
 
 def load_figures(folder: RunFolder) -> None:

@@ -422,8 +422,8 @@ def import_runs(
         folders = _folders(run)
         backfill.load(
             folders,
-            lambda folder, loaded: console.print(
-                f"{os.path.relpath(folder)}: {loaded}", soft_wrap=True
+            lambda folder, came_of_it: console.print(
+                f"{os.path.relpath(folder.path)}: {escape(came_of_it)}", soft_wrap=True
             ),
         )
         if folders and prometheus.watching() is None:

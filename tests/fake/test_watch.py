@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,6 +125,19 @@ def test_loading_twice_changes_nothing(watched: Watched, cut: Command) -> None:
     before = watched.value(samples)
     assert "there already" in watched.imports()
     assert watched.value(samples) == before > 0
+
+
+def test_a_damaged_run_is_named_and_left_out(
+    watched: Watched, cut: Command, tmp_path: Path
+) -> None:
+    results = tmp_path / "results"
+    shutil.copytree(watched.reader.results, results)
+    path = next(results.rglob("requests.jsonl.gz"))
+    path.write_bytes(path.read_bytes()[:-20])
+    command = watched.reader.types("import", RESULTS=str(results))
+    assert command.wait() == 1
+    assert re.search(rf"{cut.folder.path.name}: left out: .*damaged after line", command.said)
+    assert "runs that could not be read: 1; mend or remove them" in command.said
 
 
 def test_the_figures_are_those_of_the_report(watched: Watched, cut: Command) -> None:
