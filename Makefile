@@ -16,14 +16,18 @@ help: ## List the targets
 setup: ## Install what this machine needs, without running anything
 	@$(PYTHON) -m serving.install
 
+doctor: ## What this machine has and lacks, how to mend it, and which labs can run
+	@if $(PYTHON) -m serving.install; then $(BIN)/labs doctor; \
+	else $(PYTHON) -m serving.install --check; exit 1; fi
+
+labs: setup ## List the labs with the questions they answer
+	@$(BIN)/labs list
+
 lab-%: setup ## Run a lab: predict, measure, judge, report
 	@$(BIN)/labs run $(if $(HELP),--help,$*)
 
 labs-all: setup ## Run every lab in order; goes on where it stopped, ends in one page
 	@$(BIN)/labs all
-
-labs: setup ## List the labs with the questions they answer
-	@$(BIN)/labs list
 
 draft adapters outliers: setup ## Make the draft model, the tenants' adapters, the study: [AGAIN=1]
 	@$(BIN)/labs make $@
@@ -46,24 +50,6 @@ site: setup ## Write a page of every run and an index, to publish as they are: [
 score: setup ## What other tools would have reported of a run: RUN=..
 	@$(BIN)/labs score $(if $(RUN),,--help)
 
-check-results: setup ## Validate the results on file
-	@$(BIN)/labs check
-
-readme: setup ## Write the README's generated tables anew
-	@$(BIN)/labs readme
-
-watch: setup ## Keep Prometheus up between labs, with a live page: [PORT=..]
-	@$(BIN)/labs watch
-
-watch-stop: setup ## End it; its data stay
-	@$(BIN)/labs watch-stop
-
-import: setup ## Load finished runs into Prometheus at their own times: [RUN=..]
-	@$(BIN)/labs import
-
-dashboards: setup ## Write dashboards/grafana/*.json anew from dashboards/boards.py
-	@$(BIN)/labs dashboards
-
 compare: setup ## Two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.md] [JSON=1]
 	@$(BIN)/labs compare $(if $(A),,--help)
 
@@ -83,15 +69,23 @@ export: setup ## A run as tables or as vllm bench serve saves it: RUN=.. AS=csv|
 leaderboard: setup ## Every lab on every machine: effect, interval, verdict
 	@$(BIN)/labs leaderboard
 
-doctor: ## What this machine has and lacks, how to mend it, and which labs can run
-	@if $(PYTHON) -m serving.install; then $(BIN)/labs doctor; \
-	else $(PYTHON) -m serving.install --check; exit 1; fi
+check-results: setup ## Validate the results on file
+	@$(BIN)/labs check
 
-bundle: setup ## Gather what a GPU box without internet needs: FOR=cuda [HAVE=list] [PART=60M] ..
-	@$(BIN)/labs bundle
+readme: setup ## Write the README's generated tables anew
+	@$(BIN)/labs readme
 
-unbundle: ## On that box: check and install a bundle: FROM=bundle TO=folder
-	@$(PYTHON) -m serving.unbundle --from "$(or $(FROM),bundle)" "$(TO)"
+watch: setup ## Keep Prometheus up between labs, with a live page: [PORT=..]
+	@$(BIN)/labs watch
+
+watch-stop: setup ## End it; its data stay
+	@$(BIN)/labs watch-stop
+
+import: setup ## Load finished runs into Prometheus at their own times: [RUN=..]
+	@$(BIN)/labs import
+
+dashboards: setup ## Write dashboards/grafana/*.json anew from dashboards/boards.py
+	@$(BIN)/labs dashboards
 
 stack: setup ## Prometheus and Grafana in containers: [GRAFANA_PORT=..]
 	@$(BIN)/labs stack
@@ -105,6 +99,12 @@ grafana-push: setup ## Dashboards and runs onto a Grafana: GRAFANA_URL=.. (and G
 preview: ## Draw the dashboards in a browser, without a Grafana: [PROMETHEUS_URL=..]
 	@command -v npm >/dev/null || { echo "error: npm is not installed: make preview needs Node 20 or later" >&2; exit 1; }
 	@cd dashboards/preview && { [ -e node_modules ] || npm install --no-audit --no-fund; } && npm run --silent preview
+
+bundle: setup ## Gather what a GPU box without internet needs: FOR=cuda [HAVE=list] [PART=60M] ..
+	@$(BIN)/labs bundle
+
+unbundle: ## On that box: check and install a bundle: FROM=bundle TO=folder
+	@$(PYTHON) -m serving.unbundle --from "$(or $(FROM),bundle)" "$(TO)"
 
 test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where there is one
 	@$(BIN)/pytest $(TESTS)
