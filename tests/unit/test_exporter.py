@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram
 
 from loadtests import exporter
 from loadtests.arrivals import parse
@@ -82,3 +83,27 @@ def test_the_slo_is_there_while_the_lab_runs() -> None:
 )
 def test_load_processes_are_taken_together(shares: list[Progress], whole: Progress) -> None:
     assert together(shares) == whole
+
+
+def test_a_histogram_of_many_samples_is_the_librarys_of_each() -> None:
+    bounds = exporter.SECONDS.tolist()
+    samples = [bounds[3], bounds[3] + 1e-9, 0.0, 0.02, 0.02, 1000.0]  # a bound, and beyond the last
+    mine, registry = CollectorRegistry(), CollectorRegistry()
+    theirs = Histogram("lab_x_seconds", "x", exporter.LABELS, registry=registry, buckets=bounds)
+    ours = exporter.Seconds("lab_x_seconds", "x")
+    mine.register(ours)
+    ours.observe(("l", "v", "r"), [])
+    ours.observe(("l", "v", "r"), samples[:2])
+    ours.observe(("l", "v", "r"), samples[2:])
+    for sample in samples:
+        theirs.labels("l", "v", "r").observe(sample)
+
+    def said(of: CollectorRegistry) -> dict[tuple[str, str], float]:
+        found = [s for family in of.collect() for s in family.samples]
+        return {
+            (s.name, str(float(s.labels.get("le", "nan")))): s.value
+            for s in found
+            if not s.name.endswith("_created")
+        }
+
+    assert said(mine) == pytest.approx(said(registry))
