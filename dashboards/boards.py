@@ -62,6 +62,7 @@ NEEDS = {
     "GPU throttled": "GPU",
     "Due and not sent": "open loop",
     "Forecasts": "forecasts",
+    "Ratio to the baseline, 95 % interval": "a second repeat",
     "ITL, p99": "samples enough for a p99",
 }
 """Panel -> without what it is empty, and must be empty for that reason alone."""
