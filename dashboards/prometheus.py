@@ -48,9 +48,9 @@ scrape_configs:
     file_sd_configs:
       - files: ["engine.json"]
         refresh_interval: 1s
-    metric_relabel_configs:  # a series for every set of adapters that ever ran together
-      - source_labels: [__name__]
-        regex: vllm:lora_requests_info
+    metric_relabel_configs:  # no panel asks for them; the first has a series for every set of
+      - source_labels: [__name__]  # adapters that ever ran together
+        regex: vllm:lora_requests_info|http_.*|python_.*|.*_created
         action: drop
   - job_name: gpu  # dcgm-exporter, in the stack of containers only
     file_sd_configs:

@@ -17,6 +17,8 @@ from labs.results import RunFolder
 from serving import metrics
 from serving.models import ROOT
 
+MOST_SERIES = 5000  # of one run in Prometheus
+
 
 def quick_run(lab: str, results: Path, settings: str = "", weights: str = "") -> RunFolder:
     """`labs run LAB` with QUICK=1, SET and WEIGHTS into a folder of its own; the run it left."""
@@ -103,6 +105,9 @@ def check_dashboards(folder: RunFolder) -> None:
     start = datetime.fromisoformat(run.started_at).timestamp()
     found: dict[tuple[str, str], int] = {}
     with Prometheus(folder.path / "logs" / "dashboards.log") as there:
+        mine = {"match[]": f'{{run_id="{folder.path.name}"}}'}
+        every = requests.get(f"{there.url}/api/v1/series", mine, timeout=10).json()["data"]
+        series_of_run = len(every)
         for board, panel, query in boards.expressions(values):
             asked = {"query": query, "start": start, "end": time.time(), "step": 5}
             url = f"{there.url}/api/v1/query_range"
@@ -117,3 +122,4 @@ def check_dashboards(folder: RunFolder) -> None:
         if bool(series) != has.get(needed or "", True)
     }
     assert not wrong
+    assert series_of_run < MOST_SERIES
