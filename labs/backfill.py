@@ -66,7 +66,8 @@ class Loaded:
 def load(folders: Sequence[RunFolder], say: Callable[[RunFolder, str], None]) -> None:
     """Add what is not there yet; nobody else may be measuring. Raises LabError.
 
-    A run that cannot be read is left out, and told of in the end.
+    A run that cannot be read is left out, and told of in the end; of one that was interrupted its
+    finished trials are added.
     """
     watch = prometheus.watching()
     wanted: list[tuple[RunFolder, list[_Part], bool]] = []
@@ -77,10 +78,15 @@ def load(folders: Sequence[RunFolder], say: Callable[[RunFolder, str], None]) ->
                 raise LabError(there.missing)
             for folder in folders:
                 try:
-                    wanted.append((folder, *_missing(folder, there)))
-                except (OSError, ValueError, KeyError) as error:
+                    if trials := _trials(folder):
+                        wanted.append((folder, *_missing(folder, trials, there)))
+                    else:
+                        say(folder, "left out: no trial of it has finished")
+                except (OSError, ValueError, KeyError, TypeError) as error:
                     damaged.append(folder)
                     say(folder, f"left out: {str(error).splitlines()[0]}")
+                if there.missing:  # what it did not answer looks as if it were not there
+                    raise LabError(there.missing)
         if watch and watch.own:  # it would see new blocks only after a while: it starts again
             prometheus.unwatch()
         for folder, parts, figures in wanted:
@@ -97,8 +103,9 @@ def load(folders: Sequence[RunFolder], say: Callable[[RunFolder, str], None]) ->
 
 
 def load_figures(folder: RunFolder) -> None:
-    """The figures of a run that Prometheus has just followed."""
-    prometheus.load(_figures(folder))
+    """The figures of a run that Prometheus has just followed; none where every trial failed."""
+    if _trials(folder):
+        prometheus.load(_figures(folder))
 
 
 @dataclass(frozen=True)
@@ -109,15 +116,18 @@ class _Part:
     since_s: float
 
 
-def _missing(folder: RunFolder, there: Prometheus) -> tuple[list[_Part], bool]:
+def _missing(
+    folder: RunFolder, trials: Sequence[Trial], there: Prometheus
+) -> tuple[list[_Part], bool]:
     """What Prometheus has no sample of, in order of time; and whether it lacks the figures."""
     run_id = folder.path.name
     known = f'count(last_over_time({series.RUN_INFO}{{run_id="{run_id}"}}[1m]))'
-    parts = [_Part(t, _known_s(t, run_id, there)) for t in _trials(folder)]
-    return (
-        [p for p in parts if not p.since_s or _length_s(p.trial) - p.since_s > SCRAPES_LATE_S],
-        there.value(known, _end_unix_s(folder) + 1) is None,
-    )
+    parts = [_Part(t, _known_s(t, run_id, there)) for t in trials]
+    lacking = [p for p in parts if not p.since_s or _length_s(p.trial) - p.since_s > SCRAPES_LATE_S]
+    if not (folder.path / "summary.json").exists():  # it was interrupted: there are none yet
+        return lacking, False
+    folder.summary()  # before anything is added, it can be read
+    return lacking, there.value(known, _end_unix_s(trials) + 1) is None
 
 
 def _trials(folder: RunFolder) -> list[Trial]:
@@ -139,11 +149,8 @@ def _length_s(trial: Trial) -> float:
     return max([trial.summary.window_s[1], *map(_end_s, trial.records)])
 
 
-def _end_unix_s(folder: RunFolder) -> float:
-    ends = [t.summary.started_unix_s + _length_s(t) for t in _trials(folder)]
-    if not ends:
-        raise LabError(f"{folder.path} has no finished trial to load")
-    return max(ends)
+def _end_unix_s(trials: Sequence[Trial]) -> float:
+    return max(t.summary.started_unix_s + _length_s(t) for t in trials)
 
 
 def _all(folder: RunFolder, parts: Sequence[_Part], figures: bool) -> Iterator[str]:
@@ -250,7 +257,7 @@ def _figures(folder: RunFolder) -> Iterator[str]:
         put(series.FORECAST_PREDICTED, f.prediction.value, **place)
     for slo, value in run.rebuilt_lab().slo.model_dump().items():
         put(series.SLO, value, slo=slo.removesuffix("_s"))
-    yield from _scrape(registry, _end_unix_s(folder))
+    yield from _scrape(registry, _end_unix_s(_trials(folder)))
 
 
 def _about(folder: RunFolder, run: Run) -> dict[str, str]:

@@ -1,0 +1,95 @@
+"""Which runs an import adds, with a Prometheus that has seen nothing; the rest is in tests/fake."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from dashboards import prometheus, series
+from labs import backfill
+from labs.lab import LabError
+from labs.results import RunFolder
+from loadtests import exporter
+from tests.unit.builders import write_run
+
+
+class Empty:
+    """A Prometheus without a sample; `gone` after so many questions."""
+
+    missing: str | None = None
+    asked, gone = 0, 1_000_000
+
+    def __init__(self, log: Path) -> None:
+        del log
+
+    def value(self, expression: str, at_unix_s: float | None = None) -> None:
+        del expression, at_unix_s
+        self.asked += 1
+        if self.asked > self.gone:
+            self.missing = "Prometheus ended during the run"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every line that is handed to Prometheus."""
+    lines: list[str] = []
+
+    def load(samples: Iterable[str]) -> None:
+        lines.extend(samples)
+
+    monkeypatch.setattr(backfill, "Prometheus", Empty)
+    monkeypatch.setattr(prometheus, "watching", lambda: None)
+    monkeypatch.setattr(prometheus, "load", load)
+    return lines
+
+
+def imported(*folders: RunFolder) -> list[str]:
+    said: list[str] = []
+    backfill.load(folders, lambda folder, what: said.append(f"{folder.path.name}: {what}"))
+    return said
+
+
+def test_of_an_interrupted_run_its_finished_trials_are_added(
+    tmp_path: Path, loaded: list[str]
+) -> None:
+    """And the runs beside it whole, also where one has barely begun."""
+    whole, cut, begun = (write_run(tmp_path / name) for name in ("whole", "cut", "begun"))
+    for folder in (cut, begun):
+        (folder.path / "summary.json").unlink()
+        (folder.path / "COMPLETE").unlink()
+    shutil.rmtree(begun.path / "trials")
+    trials = len(list(whole.path.rglob("trial.json")))
+    first, second, third = imported(begun, cut, whole)
+    assert first.endswith(": left out: no trial of it has finished")
+    assert second.endswith(f": {trials} trials")
+    assert third.endswith(f": {trials} trials and the figures of its report")
+    assert sum(line.startswith(series.RUN_INFO) for line in loaded) == 1
+    assert sum(line.startswith(exporter.LOAD_POINT) for line in loaded) > 0
+
+
+def test_figures_of_a_run_whose_trials_all_failed_are_none(
+    tmp_path: Path, loaded: list[str]
+) -> None:
+    folder = write_run(tmp_path)
+    shutil.rmtree(folder.path / "trials")
+    backfill.load_figures(folder)
+    assert loaded == []
+
+
+def test_nothing_is_added_once_prometheus_no_longer_answers(
+    tmp_path: Path, loaded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it did not answer is not to be taken for what it does not have."""
+    monkeypatch.setattr(Empty, "gone", 1)
+    with pytest.raises(LabError, match="ended during the run"):
+        imported(write_run(tmp_path))
+    assert loaded == []
