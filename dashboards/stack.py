@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from dashboards import prometheus
+from serving.engine import require_port
 from serving.models import CACHE
 
 COMPOSE = Path(__file__).with_name("compose.yml")
@@ -40,33 +41,45 @@ class Stack:
         return f"http://127.0.0.1:{self.grafana_port}"
 
     def start(self) -> None:
-        """Raises StackError."""
+        """Raises StackError, and EngineError where a port is taken; then nothing is left up."""
         require_docker()
         if prometheus.watching():
             raise StackError(
                 "a Prometheus is up already and has the data: `make watch-stop` (or `make"
                 " stack-stop`) ends it"
             )
+        if not self._compose("ps", "--quiet"):  # else the ports are its own
+            require_port(self.prometheus_port, "PROMETHEUS_PORT")
+            require_port(self.grafana_port, "GRAFANA_PORT")
         prometheus.prepare()
         (prometheus.HOME / "gpu.json").write_text(DCGM_TARGET if self.gpu else "[]")
-        self._compose("up", "--detach", "--wait")
         try:
-            prometheus.adopt(self.prometheus_port, self._pid("prometheus"), own=False)
-        except psutil.Error as error:
-            self.stop()
-            raise StackError(
-                "docker does not run on this machine itself (in a virtual machine?), so labs could"
-                f" not record into its Prometheus; {WITHOUT}"
-            ) from error
+            self._compose("up", "--detach", "--wait")
+            prometheus.adopt(self.prometheus_port, self._prometheus_pid(), own=False)
+        except StackError:
+            with contextlib.suppress(StackError):
+                self._compose("down")
+            raise
 
     def stop(self) -> None:
         require_docker()
         prometheus.unwatch()
         self._compose("down")
 
-    def _pid(self, service: str) -> int:
-        container = self._compose("ps", "--quiet", service).strip()
-        return int(_said(["docker", "inspect", "--format", "{{.State.Pid}}", container]))
+    def _prometheus_pid(self) -> int:
+        """On this machine, where a process of that number could also be somebody else's."""
+        container = self._compose("ps", "--quiet", "prometheus").strip()
+        if not container:
+            said = self._compose("logs", "--no-log-prefix", "--tail", "1", "prometheus").strip()
+            raise StackError(f"Prometheus ended in its container: {said or 'it said nothing'}")
+        pid = int(_said(["docker", "inspect", "--format", "{{.State.Pid}}", container]))
+        with contextlib.suppress(psutil.Error):
+            if psutil.Process(pid).name() == "prometheus":
+                return pid
+        raise StackError(
+            "docker does not run on this machine itself (in a virtual machine?), so labs could"
+            f" not record into its Prometheus; {WITHOUT}"
+        )
 
     def _compose(self, *what: str) -> str:
         profile = ["--profile", "gpu"] if self.gpu or what[0] == "down" else []

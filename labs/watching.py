@@ -82,9 +82,10 @@ def start_stack(
     """Start Prometheus and Grafana in containers, with the lab's dashboards in place."""
     with plainly():
         found = Stack(grafana_port, prometheus_port, gpu=machine.detect().kind == "gpu")
+        console.print("Starting the containers; the first time docker downloads their images.")
         found.start()
         secret = "GRAFANA_PASSWORD"
-        if secret not in os.environ:
+        if not os.environ.get(secret):
             secret = f"in {os.path.relpath(stack.PASSWORD_FILE)}"
         console.print(f"Grafana: [bold]{found.url}[/] (user admin, password {secret})")
         console.print("Labs record there from now on; `make stack-stop` ends it.")

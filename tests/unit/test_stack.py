@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import stat
 import subprocess
 from pathlib import Path
@@ -14,6 +15,7 @@ from dashboards import boards, prometheus, push, stack
 from dashboards.panels import DATASOURCE
 from dashboards.stack import Stack, StackError
 from serving import install
+from serving.engine import EngineError, free_port
 
 HERE = stack.COMPOSE.parent
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(stack.COMPOSE.read_text())["services"]
@@ -93,7 +95,49 @@ def test_what_docker_lacks_is_one_sentence(
 ) -> None:
     docker(tmp_path, monkeypatch, script)
     with pytest.raises(StackError, match=says):
-        Stack(3000, 9090).start()
+        Stack(free_port(), free_port()).start()
+
+
+def test_what_came_up_only_half_is_taken_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Prometheus would keep the data to itself, and labs would not record into it."""
+    log = docker(tmp_path, monkeypatch, 'case "$*" in *logs*) echo "the disk is full";; esac')
+    with pytest.raises(StackError, match="ended in its container: the disk is full"):
+        Stack(free_port(), free_port()).start()
+    assert log.read_text().splitlines()[-1].endswith(" down")
+    assert prometheus.watching() is None
+
+
+def test_a_process_of_the_same_number_is_not_taken_for_the_containers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where docker runs in a virtual machine; `stack-stop` would end it."""
+    with subprocess.Popen(["sleep", "60"]) as other:
+        answers = f'case "$1" in inspect) echo {other.pid};; *) echo a-container;; esac'
+        log = docker(tmp_path, monkeypatch, answers)
+        with pytest.raises(StackError, match="virtual machine"):
+            Stack(free_port(), free_port()).start()
+        assert log.read_text().splitlines()[-1].endswith(" down")
+        assert prometheus.watching() is None
+        assert other.poll() is None
+        other.kill()
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_taken_port_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    log = docker(tmp_path, monkeypatch, ":")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = [free_port(), free_port()]
+        ports[place] = taken.getsockname()[1]
+        setting = ("GRAFANA_PORT", "PROMETHEUS_PORT")[place]
+        with pytest.raises(EngineError, match=f"taken: choose another with {setting}="):
+            Stack(ports[0], ports[1]).start()
+    assert " up " not in log.read_text()
 
 
 def test_without_docker_there_is_one_sentence(
@@ -108,7 +152,11 @@ def test_without_docker_there_is_one_sentence(
 def test_labs_record_into_the_containers_prometheus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool
 ) -> None:
-    contained = subprocess.Popen(["sleep", "60"])
+    program = tmp_path / "bin" / "prometheus"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nread nothing\n")
+    program.chmod(0o755)
+    contained = subprocess.Popen([str(program)], stdin=subprocess.PIPE)
     answers = f'case "$1" in inspect) echo {contained.pid};; *) echo a-container;; esac'
     log = docker(tmp_path, monkeypatch, answers)
     Stack(3000, 9091, gpu).start()
