@@ -29,7 +29,7 @@ from serving.install import find_prometheus
 from serving.models import CACHE, ROOT
 from serving.process import Process
 
-HOME = Path(os.environ.get("PROMETHEUS_DATA", CACHE / "prometheus")).resolve()
+HOME = Path(os.environ.get("PROMETHEUS_DATA") or CACHE / "prometheus").resolve()
 READY_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 15.0
 MISSING = "Prometheus is not installed (`make setup` says how to get it)"
@@ -175,9 +175,8 @@ class Prometheus:
         return found
 
     def stop(self) -> None:
-        if not self.missing:
-            self._targets = {job: [] for job in JOBS}
-            self._write_targets()
+        self._targets = {job: [] for job in JOBS}
+        self._write_targets()
         if self._process:
             self._process.stop()
 
@@ -249,8 +248,12 @@ def unwatch() -> bool:
     if found is None or (process := found.process()) is None:
         return False
     process.terminate()
-    with contextlib.suppress(psutil.Error):
-        process.wait(STOP_TIMEOUT_S)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except psutil.TimeoutExpired:  # what it had not written yet is in its write-ahead log
+            process.kill()
+            process.wait(STOP_TIMEOUT_S)
     (HOME / "watch.json").unlink(missing_ok=True)
     return True
 

@@ -96,7 +96,7 @@ def load(folders: Sequence[RunFolder], say: Callable[[RunFolder, str], None]) ->
     except PrometheusError as error:
         raise LabError(str(error)) from error
     finally:
-        if watch and not prometheus.watching():
+        if watch and watch.own and not prometheus.watching():
             prometheus.watch(watch.port)
     if damaged:
         raise LabError(f"runs that could not be read: {len(damaged)}; mend or remove them")
