@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dashboards.push import Region
 from labs.results import RunFolder
 
 
-def regions(folders: Sequence[RunFolder]) -> list[Region]:
-    """One a finished run, from its first trial's start to its last one's end."""
-    return [region for folder in folders if folder.complete and (region := _region(folder))]
+def regions(folders: Sequence[RunFolder], say: Callable[[RunFolder, str], None]) -> list[Region]:
+    """One a finished run, from its first trial's start to its last one's end.
+
+    A run that cannot be read is left out and told of.
+    """
+    found: list[Region] = []
+    for folder in folders:
+        try:
+            if folder.complete and (region := _region(folder)):
+                found.append(region)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            say(folder, f"left out: {str(error).splitlines()[0]}")
+    return found
 
 
 def _region(folder: RunFolder) -> Region | None:

@@ -13,7 +13,7 @@ from dashboards import boards, live, prometheus, stack
 from dashboards.stack import Stack
 from labs import LABS, backfill
 from labs.lab import LabError
-from labs.results import all_runs
+from labs.results import RunFolder, all_runs
 from labs.run import alone
 from labs.terminal import console, folders_of, plainly
 from serving import engine, machine
@@ -52,12 +52,7 @@ def import_runs(
     """Load finished runs into Prometheus at their own times; what is there already stays."""
     with plainly(), alone():
         folders = folders_of(run)
-        backfill.load(
-            folders,
-            lambda folder, came_of_it: console.print(
-                f"{os.path.relpath(folder.path)}: {escape(came_of_it)}", soft_wrap=True
-            ),
-        )
+        backfill.load(folders, _tell)
         if folders and prometheus.watching() is None:
             console.print("`make watch` shows them.")
 
@@ -113,13 +108,21 @@ def grafana_push(
 
     The token of a service account is read from GRAFANA_TOKEN.
     """
-    from dashboards import push  # its client is not everywhere: a bundle leaves it out
-    from labs.regions import regions
-
     with plainly():
-        found = regions(all_runs())
+        try:
+            from dashboards import push
+            from labs.regions import regions
+        except ImportError as error:  # a bundle leaves its client out
+            raise LabError(
+                f"{error.name} is not installed here, so push from where the lab was set up"
+            ) from error
+        found = regions(all_runs(), _tell)
         try:
             push.push(url, os.environ.get("GRAFANA_TOKEN", ""), prometheus_url, found)
         except push.GrafanaError as error:
             raise LabError(str(error)) from error
         console.print(f"There: {len(boards.BOARDS)} dashboards and {len(found)} runs at {url}")
+
+
+def _tell(folder: RunFolder, what: str) -> None:
+    console.print(f"{os.path.relpath(folder.path)}: {escape(what)}", soft_wrap=True)

@@ -17,6 +17,7 @@ import pytest
 from dashboards import boards, push
 from dashboards.push import GrafanaError, Region
 from labs.regions import regions
+from labs.results import RunFolder
 from serving.engine import free_port
 from tests.unit.builders import write_run
 
@@ -170,11 +171,23 @@ def test_what_is_missing_is_one_sentence(url: str, token: str, says: str) -> Non
 
 def test_a_finished_run_is_a_region_with_its_tags(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
-    (found,) = regions([folder])
+    (found,) = regions([folder], never)
     lab = folder.run().rebuilt_lab()
     assert found.own_tag == f"run:{folder.path.name}"
     assert found.tags[0] == f"lab:{lab.name}"
     assert {f"variant:{v.name}" for v in lab.variants} <= set(found.tags)
     assert 0 < found.end_ms - found.start_ms < 3_600_000
     (folder.path / "COMPLETE").unlink()
-    assert regions([folder]) == []
+    assert regions([folder], never) == []
+
+
+def test_a_damaged_run_is_named_and_left_out(tmp_path: Path) -> None:
+    good, bad = write_run(tmp_path / "good"), write_run(tmp_path / "bad")
+    (bad.path / "run.json").write_text("{")
+    told: list[RunFolder] = []
+    assert len(regions([bad, good], lambda folder, _: told.append(folder))) == 1
+    assert told == [bad]
+
+
+def never(folder: RunFolder, what: str) -> None:
+    raise AssertionError(f"{folder.path}: {what}")
