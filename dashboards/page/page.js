@@ -5,7 +5,7 @@
 const COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999"];
 const LIMIT = "#c4451c"; // of an SLO or threshold
 const GRAFANAS = { "semi-dark-blue": "#0072B2", "super-light-blue": "#9fd3f5", "semi-dark-red": LIMIT };
-const SCRAPE_S = 1, LEAST_STEP_S = 5, POINTS = 300;
+const SCRAPE_S = 1, LEAST_STEP_S = 5, POINTS = 300, AGAIN_MS = 3000;
 const UNITS = { percentunit: ".0%", watt: "W", hertz: "Hz", bytes: "B" };
 const SPANS = { run: "the whole run", 300: "last 5 min", 900: "last 15 min", 3600: "last hour",
   86400: "last day" };
@@ -22,7 +22,7 @@ function made(kind, fields = {}, ...inside) {
 async function ask(path, fields) {
   const asked = new URLSearchParams(fields);
   const reply = await fetch(`/api/v1/${path}?${asked}`);
-  const answer = await reply.json();
+  const answer = await reply.json().catch(() => ({ error: reply.statusText })); // while it starts it says so
   if (answer.status !== "success") throw new Error(answer.error);
   return answer.data.result ?? answer.data; // a query wraps what it found, a list of labels does not
 }
@@ -324,7 +324,7 @@ function frame(panel) {
   return box;
 }
 
-async function fill(panel, window) {
+async function fill(panel, window, turn) {
   const inside = byId(`panel-${panel.id}`);
   if (!inside) return;
   const empty = (text) => {
@@ -335,17 +335,19 @@ async function fill(panel, window) {
   try {
     if (panel.type === "table") {
       const found = await table(panel, window);
+      if (turn !== state.turn) return; // something else has been chosen meanwhile
       inside.replaceChildren(found ?? "nothing recorded");
       return;
     }
     const [traces, drawn, tall] = await (panel.type === "barchart" ? barchart : timeseries)(panel, window);
+    if (turn !== state.turn) return;
     if (!traces.length) { empty("nothing recorded"); return; }
     if (inside.classList.contains("empty")) inside.replaceChildren();
     inside.className = "plot";
     if (tall) inside.style.height = `${tall}rem`;
     await Plotly.react(inside, traces, drawn, { displayModeBar: false, responsive: true });
   } catch (error) {
-    empty(`Prometheus did not answer: ${error.message}`);
+    if (turn === state.turn) empty(`Prometheus did not answer: ${error.message}`);
   }
 }
 
@@ -353,17 +355,22 @@ async function draw() {
   const turn = ++state.turn;
   try {
     const window = await windowShown();
-    state.bands = await bands(window);
-    await Promise.all(state.board.panels.filter((p) => p.type !== "row").map((p) => fill(p, window)));
-    if (turn === state.turn) {
-      byId("said").textContent = state.chosen.lab
-        ? `${state.board.description} Drawn ${new Date().toLocaleTimeString()}.`
-        : "Nothing is recorded yet: run a lab, or `make import` the results on file.";
-    }
+    const found = await bands(window);
+    if (turn !== state.turn) return;
+    state.bands = found;
+    await Promise.all(state.board.panels.filter((p) => p.type !== "row").map((p) => fill(p, window, turn)));
+    if (turn !== state.turn) return;
+    byId("said").textContent = state.chosen.lab
+      ? `${state.board.description} Drawn ${new Date().toLocaleTimeString()}.`
+      : "Nothing is recorded yet: run a lab, or `make import` the results on file.";
   } catch (error) {
-    byId("said").textContent = `Prometheus does not answer (${error.message}); \`make watch\` starts it.`;
+    unanswered(error);
   }
   document.body.dataset.drawn = String(turn);
+}
+
+function unanswered(error) {
+  byId("said").textContent = `Prometheus does not answer (${error.message}); \`make watch\` starts it.`;
 }
 
 function again() {
@@ -374,7 +381,14 @@ function again() {
 
 async function begin() {
   clearTimeout(state.timer);
-  await choices();
+  state.turn++; // what is under way belongs to what was chosen before
+  try {
+    await choices();
+  } catch (error) {
+    unanswered(error);
+    state.timer = setTimeout(begin, AGAIN_MS);
+    return;
+  }
   byId("panels").replaceChildren(...state.board.panels.map(frame));
   await draw();
   again();
@@ -384,7 +398,13 @@ async function open() {
   state.boards = await (await fetch("boards.json")).json();
   state.boards.sort((a, b) => Number(b.uid === "lab-live") - Number(a.uid === "lab-live"));
   const asked = new URLSearchParams(location.search);
-  await newestRun();
+  try {
+    await newestRun();
+  } catch (error) {
+    unanswered(error);
+    setTimeout(open, AGAIN_MS);
+    return;
+  }
   show(asked.get("board"));
   for (const [name, value] of asked) state.chosen[name] = value;
   await begin();
