@@ -191,10 +191,11 @@ function unitText(unit, largest) {
 
 const scaleOf = (panel, largest) => (panel.fieldConfig.defaults.unit === "s" && largest < 1 ? 1000 : 1);
 
-const colours = new Map(); // a name keeps its colour across panels
+const colours = new Map(); // a name to which the dashboards give no colour keeps its own across panels
 
 function colourOf(name, own) {
-  const fixed = GRAFANAS[own.color?.fixedColor];
+  const asked = own.color?.fixedColor;
+  const fixed = GRAFANAS[asked] ?? (asked?.startsWith("#") ? asked : undefined);
   if (!fixed && !colours.has(name)) colours.set(name, COLOURS[colours.size % COLOURS.length]);
   return fixed ?? colours.get(name);
 }
@@ -202,7 +203,8 @@ function colourOf(name, own) {
 function overrides(panel, matcher, name) {
   const found = {};
   for (const { matcher: m, properties } of panel.fieldConfig.overrides ?? []) {
-    if (m.id === matcher && m.options === name) for (const p of properties) found[p.id] = p.value;
+    const matches = matcher === "byRegexp" ? (text) => RegExp(text.slice(1, -1)).test(name) : (text) => text === name;
+    if (m.id === matcher && matches(m.options)) for (const p of properties) found[p.id] = p.value;
   }
   return found;
 }
@@ -215,8 +217,8 @@ async function timeseries(panel, window) {
   const answers = await Promise.all(panel.targets.map((target) => ask("query_range",
     { query: filled(target.expr, length, step), start: window.start, end: window.end, step })));
   const traces = answers.flatMap((found, i) => found.map(({ metric, values: at }) => {
-    const own = overrides(panel, "byFrameRefID", panel.targets[i].refId);
     const name = named(panel.targets[i].legendFormat, metric) || metric.__name__ || "value";
+    const own = { ...overrides(panel, "byRegexp", name), ...overrides(panel, "byFrameRefID", panel.targets[i].refId) };
     return { name, x: [], y: [], raw: at, type: "scatter", mode: at.length < 3 ? "markers" : "lines",
       connectgaps: false, legendgroup: name, showlegend: !own["custom.hideFrom"]?.legend,
       line: { color: colourOf(name, own), width: own["custom.lineWidth"] ?? 1.5,
@@ -249,7 +251,7 @@ async function barchart(panel, window) {
   const scale = scaleOf(panel, largest);
   const ticks = rows.map((r) => wrapped(String(r[at]), flat ? 34 : 16));
   const traces = names.map((name) => {
-    const own = overrides(panel, "byName", name);
+    const own = { ...overrides(panel, "byRegexp", name), ...overrides(panel, "byName", name) };
     const heights = rows.map((r) => (r[name] === undefined ? null : r[name] * scale));
     return { name, type: "bar", orientation: flat ? "h" : "v", x: flat ? heights : ticks, y: flat ? ticks : heights,
       showlegend: !own["custom.hideFrom"]?.legend,
