@@ -175,16 +175,15 @@ class Exporter:
         self._told = now
 
     def observe(self, record: RequestRecord) -> None:
+        """Take over a request that ended; one that failed has no latencies, as in the report."""
         self._requests.labels(*self._now, "ok" if record.ok else "error").inc()
-        if record.ok:
-            self._output.labels(*self._now).inc(record.output_tokens or 0)
-            self._prompt.labels(*self._now).inc(record.prompt_tokens or 0)
-        for name, value in (
-            (TTFT, record.ttft_s),
-            (TPOT, record.tpot_s),
-            (E2E, record.e2e_s),
-            (SEND_LAG, record.send_lag_s),
-        ):
+        if record.send_lag_s is not None:
+            self._histograms[SEND_LAG].observe(self._now, [record.send_lag_s])
+        if not record.ok:
+            return
+        self._output.labels(*self._now).inc(record.output_tokens or 0)
+        self._prompt.labels(*self._now).inc(record.prompt_tokens or 0)
+        for name, value in ((TTFT, record.ttft_s), (TPOT, record.tpot_s), (E2E, record.e2e_s)):
             if value is not None:
                 self._histograms[name].observe(self._now, [value])
         for name, values in ((ITL, record.itl_s), (CHUNK_GAP, record.chunk_gaps_s)):

@@ -11,6 +11,7 @@ from loadtests import exporter
 from loadtests.arrivals import parse
 from loadtests.exporter import Exporter
 from loadtests.plan import Progress, TrialPlan, together
+from tests.unit.builders import make_record
 
 MINE = {"lab": "l", "variant": "v", "run_id": "r"}
 
@@ -67,6 +68,18 @@ def test_what_is_not_watched_is_not_there_and_ends_with_the_trial() -> None:
 def test_the_slo_is_there_while_the_lab_runs() -> None:
     found = begun("concurrent:2")
     assert value(found, exporter.SLO, lab="l", run_id="r", slo="ttft") == 0.5
+
+
+def test_a_request_that_failed_half_way_is_an_error_without_latencies() -> None:
+    found = begun("poisson:2")
+    half = [(1.0, 1), (1.5, 1)]
+    found.observe(make_record(half, scheduled_s=0.2))
+    found.observe(make_record(half, scheduled_s=0.2, error="cut off"))
+    assert value(found, f"{exporter.REQUESTS}_total", **MINE, outcome="ok") == 1
+    assert value(found, f"{exporter.REQUESTS}_total", **MINE, outcome="error") == 1
+    for name in (exporter.TTFT, exporter.ITL, exporter.TPOT, exporter.E2E, exporter.CHUNK_GAP):
+        assert value(found, f"{name}_count") == 1, name
+    assert value(found, f"{exporter.SEND_LAG}_count") == 2
 
 
 @pytest.mark.parametrize(
