@@ -491,8 +491,11 @@ def report(runner: WorkerRunner, load: Load) -> None:
 
 
 def report_forever(runner: WorkerRunner, load: Load) -> None:
+    """Until another load takes its place: by hand, whenever the web UI starts again."""
     while True:
         gevent.sleep(REPORT_EVERY_S)
+        if stage.load is not load:
+            return
         report(runner, load)
 
 
