@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -136,9 +137,17 @@ def heed() -> None:
         raise KeyboardInterrupt if _told[-1] == signal.SIGINT else SystemExit(128 + _told[-1])
 
 
+def _ask_loopback_directly() -> None:
+    """Engines and Prometheus are never asked through a proxy, whatever http_proxy says."""
+    spared = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if "127.0.0.1" not in spared.split(","):
+        os.environ["no_proxy"] = ",".join(filter(None, (spared, "127.0.0.1")))
+
+
 @contextmanager
 def plainly() -> Iterator[None]:
     """Expected failures end in one sentence and exit code 1; SIGTERM and SIGHUP as Ctrl-C does."""
+    _ask_loopback_directly()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, _stop)
     try:

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 from typer.testing import CliRunner
 
 from labs import LABS, results
 from labs.cli import app
 from labs.questions import QUESTIONS
+from labs.terminal import plainly
 from serving.models import ROOT
 from tests.unit.builders import write_run, write_slowed
 
@@ -184,3 +186,16 @@ def test_export_says_what_it_wrote(two: tuple[str, str], tmp_path: Path) -> None
     code, said = labs("export", "--run", two[0], "--as", "csv", "--out", str(tmp_path / "out"))
     assert (code, "requests.csv, measurements.csv" in said) == (0, True)
     assert (tmp_path / "out" / "requests.csv").exists()
+
+
+@pytest.mark.parametrize("spared", ["", "example.org"])
+def test_loopback_is_asked_directly_where_there_is_a_proxy(
+    monkeypatch: pytest.MonkeyPatch, spared: str
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy.example:1")
+    monkeypatch.setenv("NO_PROXY", spared)
+    monkeypatch.setenv("no_proxy", "")  # as it is afterwards
+    assert requests.utils.get_environ_proxies("http://127.0.0.1:9090/")
+    with plainly():
+        assert not requests.utils.get_environ_proxies("http://127.0.0.1:9090/")
+        assert bool(requests.utils.get_environ_proxies("http://example.org/")) is not bool(spared)
