@@ -12,10 +12,10 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
+from dashboards import boards
 from dashboards.prometheus import HOME, Watch, watch
 
 PAGE = Path(__file__).with_name("page")
-BOARDS = Path(__file__).with_name("grafana")
 
 
 def start(port: int) -> Watch:
@@ -24,6 +24,6 @@ def start(port: int) -> Watch:
     shutil.rmtree(web, ignore_errors=True)
     shutil.copytree(PAGE, web)
     (web / "plotly.min.js").write_text(get_plotlyjs())
-    boards = [json.loads(path.read_text()) for path in sorted(BOARDS.glob("*.json"))]
-    (web / "boards.json").write_text(json.dumps(boards))
+    found = [json.loads(path.read_text()) for path in sorted(boards.FOLDER.glob("*.json"))]
+    (web / "boards.json").write_text(json.dumps(found))
     return watch(port)
