@@ -65,6 +65,8 @@ class Stack:
         require_docker()
         prometheus.unwatch()
         self._compose("down")
+        prometheus.prepare()
+        (prometheus.HOME / "gpu.json").write_text("[]")
 
     def _prometheus_pid(self) -> int:
         """On this machine, where a process of that number could also be somebody else's."""

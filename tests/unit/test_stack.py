@@ -174,3 +174,4 @@ def test_labs_record_into_the_containers_prometheus(
     assert prometheus.watching() is None
     assert contained.poll() is not None
     assert "down" in log.read_text().splitlines()[-1]
+    assert (prometheus.HOME / "gpu.json").read_text() == "[]"
