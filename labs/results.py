@@ -45,6 +45,10 @@ FORMAT_VERSION = 2  # 1 hashed the files that held the prompts, with all that st
 LEAST_FREE_BYTES = 300 * 2**20
 
 
+class DamagedError(LabError, ValueError):
+    """A file of a run cannot be read; the message says which, and what is wrong with it."""
+
+
 class MachineFile(BaseModel, frozen=True, extra="forbid"):
     machine: Machine
     ceilings: Ceilings
@@ -242,11 +246,15 @@ class RunFolder:
                     yield point, result, None
                     continue
                 home = self.trial_folder(point, repeat)
+                try:
+                    found = list(records.read(home / "requests.jsonl.gz"))
+                except ValueError as error:
+                    raise DamagedError(str(error)) from error
                 trial = Trial(
                     point,
                     repeat,
                     lab.slo,
-                    list(records.read(home / "requests.jsonl.gz")),
+                    found,
                     result.summary,
                     None if result.engine is None else snapshot_from(result.engine),
                     telemetry.read(home / "telemetry.csv.gz"),
@@ -299,7 +307,15 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path, kind: type[M]) -> M:
-    return kind.model_validate_json(path.read_text())
+    """Raises DamagedError, and OSError where there is no such file."""
+    try:
+        return kind.model_validate_json(path.read_text())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = f", {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
+        raise DamagedError(f"{path}{place}: {first['msg']}") from error
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{path}: not text") from error
 
 
 def require_space(path: Path) -> None:
@@ -350,7 +366,7 @@ def problems(folder: RunFolder) -> list[str]:
                 if folder.complete and folder.trial_result(point, repeat) is None:
                     wrong.append(f"trial {point.key}/{repeat} is missing")
         list(folder.trials(run.points(), lab))
-    except (OSError, ValidationError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         wrong.append(f"it cannot be read: {str(error).splitlines()[0]}")
     if not folder.complete:
         wrong.append("it has no COMPLETE")

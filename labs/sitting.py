@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from labs import pages
-from labs.results import RESULTS, read_json, write_json
+from labs.results import RESULTS, DamagedError, read_json, write_json
 from serving.models import CACHE, ROOT
 
 FILE = CACHE / "labs-all.json"
@@ -66,7 +66,7 @@ def start(
         return new
     try:
         old = read_json(FILE, Sitting)
-    except ValidationError:
+    except DamagedError:
         return new
     same = old.model_copy(update={"begun": [], "done": {}}) == new
     kept = {lab: run for lab, run in old.done.items() if (ROOT / run / "COMPLETE").exists()}

@@ -182,6 +182,24 @@ def test_manifests_of_a_copy_differ_in_nothing(two: tuple[str, str]) -> None:
     assert labs("manifest-diff", "-a", two[0], "-b", two[1]) == (0, "Nothing recorded differs.")
 
 
+@pytest.mark.parametrize("command", [("score",), ("report",), ("export", "--run")])
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("run.json", b"{", "run.json: Invalid JSON"),
+        ("run.json", b"\xff", "run.json: not text"),
+        ("trials/on/short/concurrent-1/1/requests.jsonl.gz", b"no gzip", "damaged after line 0"),
+    ],
+)
+def test_a_damaged_run_is_one_sentence(
+    two: tuple[str, str], command: tuple[str, ...], name: str, content: bytes, says: str
+) -> None:
+    (Path(two[0]) / name).write_bytes(content)
+    code, said = labs(*command, two[0])
+    assert (code, said.startswith("error:")) == (1, True)
+    assert says in said
+
+
 def test_export_says_what_it_wrote(two: tuple[str, str], tmp_path: Path) -> None:
     code, said = labs("export", "--run", two[0], "--as", "csv", "--out", str(tmp_path / "out"))
     assert (code, "requests.csv, measurements.csv" in said) == (0, True)
