@@ -70,7 +70,7 @@ def load(folders: Sequence[RunFolder], say: Callable[[RunFolder, str], None]) ->
     finished trials are added.
     """
     watch = prometheus.watching()
-    wanted: list[tuple[RunFolder, list[_Part], bool]] = []
+    wanted: list[tuple[RunFolder, _Since, bool]] = []  # without records: runs may be many
     damaged: list[RunFolder] = []
     try:
         with Prometheus(CACHE / "import.log") as there:
@@ -89,10 +89,10 @@ def load(folders: Sequence[RunFolder], say: Callable[[RunFolder, str], None]) ->
                     raise LabError(there.missing)
         if watch and watch.own:  # it would see new blocks only after a while: it starts again
             prometheus.unwatch()
-        for folder, parts, figures in wanted:
-            if parts or figures:
-                prometheus.load(_all(folder, parts, figures))
-            say(folder, str(Loaded(len(parts), figures)))
+        for folder, since, figures in wanted:
+            if since or figures:
+                prometheus.load(_all(folder, since, figures))
+            say(folder, str(Loaded(len(since), figures)))
     except PrometheusError as error:
         raise LabError(str(error)) from error
     finally:
@@ -108,22 +108,23 @@ def load_figures(folder: RunFolder) -> None:
         prometheus.load(_figures(folder))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A trial from this time of its own on: what came before was scraped."""
-
-    trial: Trial
-    since_s: float
+_Since = dict[tuple[str, int], float]
+"""Trial (point, repeat) -> from which time of its own on: what came before was scraped."""
 
 
-def _missing(
-    folder: RunFolder, trials: Sequence[Trial], there: Prometheus
-) -> tuple[list[_Part], bool]:
-    """What Prometheus has no sample of, in order of time; and whether it lacks the figures."""
+def _name(trial: Trial) -> tuple[str, int]:
+    return trial.point.key, trial.repeat
+
+
+def _missing(folder: RunFolder, trials: Sequence[Trial], there: Prometheus) -> tuple[_Since, bool]:
+    """What Prometheus has no sample of; and whether it lacks the figures."""
     run_id = folder.path.name
     known = f'count(last_over_time({series.RUN_INFO}{{run_id="{run_id}"}}[1m]))'
-    parts = [_Part(t, _known_s(t, run_id, there)) for t in trials]
-    lacking = [p for p in parts if not p.since_s or _length_s(p.trial) - p.since_s > SCRAPES_LATE_S]
+    lacking = {
+        _name(t): since_s
+        for t in trials
+        if not (since_s := _known_s(t, run_id, there)) or _length_s(t) - since_s > SCRAPES_LATE_S
+    }
     if not (folder.path / "summary.json").exists():  # it was interrupted: there are none yet
         return lacking, False
     folder.summary()  # before anything is added, it can be read
@@ -153,22 +154,22 @@ def _end_unix_s(trials: Sequence[Trial]) -> float:
     return max(t.summary.started_unix_s + _length_s(t) for t in trials)
 
 
-def _all(folder: RunFolder, parts: Sequence[_Part], figures: bool) -> Iterator[str]:
-    yield from _client(folder, parts)
+def _all(folder: RunFolder, since: _Since, figures: bool) -> Iterator[str]:
+    yield from _client(folder, since)
     if figures:
         yield from _figures(folder)
 
 
-def _client(folder: RunFolder, parts: Sequence[_Part]) -> Iterator[str]:
+def _client(folder: RunFolder, since: _Since) -> Iterator[str]:
     """What the exporter would have said of these trials at every second of them."""
     by_variant: dict[str, Exporter] = {}  # only the one under load says anything
-    for part in parts:
-        trial, point, start = part.trial, part.trial.point, part.trial.summary.started_unix_s
+    for trial in _trials(folder):
+        if (since_s := since.get(_name(trial))) is None:
+            continue
+        point, start = trial.point, trial.summary.started_unix_s
         client = by_variant.setdefault(point.variant.name, Exporter())
         client.begin(_plan(folder, trial))
-        found = sorted(
-            (r for r in trial.records if _end_s(r) > part.since_s or not part.since_s), key=_end_s
-        )
+        found = sorted((r for r in trial.records if _end_s(r) > since_s or not since_s), key=_end_s)
         left = list(found)
         length_s = _length_s(trial)
         for now in (*range(math.ceil(length_s)), length_s):  # every second, as Prometheus scrapes
@@ -177,7 +178,7 @@ def _client(folder: RunFolder, parts: Sequence[_Part]) -> Iterator[str]:
             client.progress(_progress(found, len(left), now))
             if now == length_s:
                 client.end()
-            if now >= part.since_s:
+            if now >= since_s:
                 yield from _scrape(client.registry, start + now)
 
 
