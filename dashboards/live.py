@@ -1,4 +1,4 @@
-"""The page of `make watch`: the committed dashboards drawn by a browser, without a Grafana.
+"""The live page: the committed dashboards drawn by a browser, without a Grafana.
 
 Prometheus itself hands it out (its user assets, under /user/), so the page asks the server it came
 from and nothing else listens anywhere.
@@ -13,17 +13,24 @@ from pathlib import Path
 from plotly.offline import get_plotlyjs
 
 from dashboards import boards
-from dashboards.prometheus import HOME, Watch, watch
+from dashboards.prometheus import HOME, Watch, watch, watching
 
 PAGE = Path(__file__).with_name("page")
 
 
 def start(port: int) -> Watch:
     """Put the page in place and start the Prometheus that shows it. Raises PrometheusError."""
+    place()
+    return watch(port)
+
+
+def place() -> None:
+    """Put the page where Prometheus hands it out, unless somebody is looking at it."""
+    if watching():
+        return
     web = HOME / "web"
     shutil.rmtree(web, ignore_errors=True)
     shutil.copytree(PAGE, web)
     (web / "plotly.min.js").write_text(get_plotlyjs())
     found = [json.loads(path.read_text()) for path in sorted(boards.FOLDER.glob("*.json"))]
     (web / "boards.json").write_text(json.dumps(found))
-    return watch(port)

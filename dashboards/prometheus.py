@@ -3,8 +3,8 @@
 No container and no service: the program on PATH or in .tools, its data under .cache, on loopback.
 Once a second it scrapes what a run names in two files, the load generator's exporter and the
 engines, with the labels `lab, variant, run_id` that the client's metrics carry too. Finished runs
-can be loaded into the same data as blocks (`load`). The Debian build serves its graph page at
-/classic/graph.
+can be loaded into the same data as blocks (`load`). Builds differ in where their own graph page is,
+and whether they have one: what a person is pointed to is the live page (`live`).
 """
 
 from __future__ import annotations
@@ -110,11 +110,12 @@ class Prometheus:
         self._process: Process | None = None
         self._targets: dict[str, list[dict[str, object]]] = {job: [] for job in JOBS}
         if watch := watching():
-            self.url = watch.url
+            self.url, self.page_url = watch.url, watch.page_url
             self._write_targets()
             return
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
+        self.page_url = f"{self.url}/user/"
         try:
             started = argv(port)
         except PrometheusError as error:
@@ -125,10 +126,6 @@ class Prometheus:
         if not ready(self.url, lambda: process.returncode is None):
             self.missing = f"Prometheus did not start: {process.tail(1)}"
             self.stop()
-
-    @property
-    def graph_url(self) -> str:
-        return f"{self.url}/classic/graph"
 
     def scrape(self, job: str, url: str, labels: Mapping[str, str] | None = None) -> None:
         """Scrape this address from now on, as `client` or `engine`."""
@@ -202,6 +199,11 @@ class Watch:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def page_url(self) -> str:
+        """The live page; beside a container's, Grafana draws."""
+        return f"{self.url}/user/" if self.own else self.url
 
     def process(self) -> psutil.Process | None:
         with contextlib.suppress(psutil.Error):

@@ -43,10 +43,10 @@ class Stack:
     def start(self) -> None:
         """Raises StackError, and EngineError where a port is taken; then nothing is left up."""
         require_docker()
-        if prometheus.watching():
+        if up := prometheus.watching():
             raise StackError(
-                "a Prometheus is up already and has the data: `make watch-stop` (or `make"
-                " stack-stop`) ends it"
+                "a Prometheus is up already and has the data:"
+                f" `make {'watch' if up.own else 'stack'}-stop` ends it"
             )
         if not self._compose("ps", "--quiet"):  # else the ports are its own
             require_port(self.prometheus_port, "PROMETHEUS_PORT")

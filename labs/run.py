@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import psutil
 import requests
 
+from dashboards import live
 from dashboards.prometheus import Prometheus, PrometheusError
 from labs import backfill, derived, html, report, theory
 from labs.findings import FINDINGS
@@ -535,7 +536,8 @@ class _Session:
                 f"{self.prometheus.missing}; the run goes on: its records are complete"
             )
         else:
-            self.teller.step(f"Prometheus: {self.prometheus.graph_url}")
+            live.place()
+            self.teller.step(f"Prometheus: {self.prometheus.page_url}")
         self.exits.enter_context(self.telemetry)
         if self.telemetry.serve(telemetry_port := free_port()):
             self.prometheus.scrape("client", f"127.0.0.1:{telemetry_port}")

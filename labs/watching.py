@@ -32,14 +32,17 @@ def watch(
         if found is None:
             engine.require_port(port, "PORT")
             found = live.start(port)
-        console.print(f"Watching: [bold]{found.url}/user/[/] (expressions: {found.url}/graph)")
-        console.print("Labs record there from now on; `make watch-stop` ends it.")
+        console.print(f"Watching: [bold]{found.page_url}[/]")
+        ends = "watch-stop" if found.own else "stack-stop"
+        console.print(f"Labs record there from now on; `make {ends}` ends it.")
 
 
 @app.command("watch-stop")
 def watch_stop() -> None:
     """End the Prometheus that `watch` started; its data stay."""
     with plainly():
+        if (found := prometheus.watching()) and not found.own:
+            raise LabError("this one runs in a container: `make stack-stop` ends it, and Grafana")
         console.print("Stopped." if prometheus.unwatch() else "None was up.")
 
 

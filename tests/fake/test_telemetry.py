@@ -34,7 +34,7 @@ def _asked(url: str, query: str) -> list[dict[str, dict[str, str]]]:
 def test_a_run_beside_a_gpu(reader: Reader) -> None:
     command = reader.types("run", "continuous-batching", SET=LOADS, program=WITH_A_GPU)
     if find_prometheus(ROOT):
-        url = re.sub(r"/classic.*", "", command.until(r"Prometheus: (\S+)")[1])
+        url = re.sub(r"/user.*", "", command.until(r"Prometheus: (\S+)")[1])
         while not (shown := _asked(url, "lab_gpu_power_watts")):
             assert command.process.poll() is None, command.said
             time.sleep(0.1)
