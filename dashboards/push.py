@@ -58,8 +58,9 @@ def push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) -
         if error.status_code not in (401, 403):
             raise GrafanaError(f"Grafana at {url} did not accept this: {error}") from error
         raise GrafanaError(
-            f"Grafana at {url} refused GRAFANA_TOKEN ({error.status_code}): give the token of a"
-            " service account with the role Admin, which data sources need"
+            f"Grafana at {url} refused GRAFANA_TOKEN ({error.status_code}, {error}): give the token"
+            " of a service account with the role Admin, which data sources need; what the Grafana"
+            " of `make stack` has is there already and cannot be changed"
         ) from error
     except GrafanaException as error:
         raise GrafanaError(f"Grafana at {url} failed: {error}; try again later") from error
