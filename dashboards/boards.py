@@ -42,7 +42,7 @@ from dashboards.panels import (
     runs_on_file,
 )
 from loadtests import exporter
-from serving import metrics
+from serving import metrics, telemetry
 
 FOLDER = Path(__file__).parent / "grafana"
 LATE_S, LOOP_LAG_S, MOST_ERRORS = 0.005, 0.02, 0.01  # beyond them no verdict (labs/judge.py)
@@ -246,15 +246,15 @@ def live() -> dashboard.Dashboard:
         lines(title, says, unit, Line(f"max by (gpu) ({name}{{{RUN}}})", "GPU {{gpu}}"), most=1)
         for title, says, unit, name in (
             ("GPU utilisation", "Time a kernel ran: busy, not efficient.", RATIO,
-             series.GPU_UTILISATION),
+             telemetry.GPU_UTILISATION),
             ("GPU power", "At the power limit clocks fall and so does throughput.", "watt",
-             series.GPU_POWER),
+             telemetry.GPU_POWER),
             ("GPU clock", "Of the SMs; steady, or variants were not measured alike.", "hertz",
-             series.GPU_CLOCK),
+             telemetry.GPU_CLOCK),
             ("GPU memory", "Weights, KV cache and activations; flat once the engine serves.",
-             "bytes", series.GPU_MEMORY),
+             "bytes", telemetry.GPU_MEMORY),
             ("GPU throttled", "1 while heat or power held the clock down: compare nothing then.",
-             PLAIN, series.GPU_THROTTLED),
+             PLAIN, telemetry.GPU_THROTTLED),
         )
     )  # fmt: skip
     for panel in (*features, *gpu[:3]):  # three beside each other

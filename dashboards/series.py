@@ -1,8 +1,8 @@
 """The series a dashboard may ask for, by name.
 
-What the load generator exports is named in `loadtests/exporter.py` and what the engine exports in
-`serving/metrics.py`; here are the figures of finished runs, loaded back into Prometheus at their
-own times, and those of the GPUs.
+What the load generator exports is named in `loadtests/exporter.py`, what the engine exports in
+`serving/metrics.py`, what GPUs do in `serving/telemetry.py`; here are the figures of finished runs,
+loaded back into Prometheus at their own times.
 """
 
 from __future__ import annotations
@@ -24,12 +24,3 @@ FINISHED = (
     RUN_INFO, MEASUREMENT, MEASUREMENT_LOW, MEASUREMENT_HIGH, EFFECT, EFFECT_LOW, EFFECT_HIGH,
     EFFECT_PREDICTED, VERDICT, FORECAST, FORECAST_PREDICTED, SLO,
 )  # fmt: skip
-
-# of a GPU while a lab runs; label gpu beside the lab's
-GPU_UTILISATION = "lab_gpu_utilization_ratio"
-GPU_POWER = "lab_gpu_power_watts"
-GPU_CLOCK = "lab_gpu_sm_clock_hertz"
-GPU_MEMORY = "lab_gpu_memory_used_bytes"
-GPU_THROTTLED = "lab_gpu_throttled"
-GPU_ENERGY = "lab_gpu_energy_joules_total"
-GPU = (GPU_UTILISATION, GPU_POWER, GPU_CLOCK, GPU_MEMORY, GPU_THROTTLED, GPU_ENERGY)

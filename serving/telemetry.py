@@ -213,14 +213,18 @@ def _throttled(sample: Sample) -> float | None:
     return None if sample.throttle is None else float(bool(sample.throttle))
 
 
+GPU_POWER, GPU_ENERGY = "lab_gpu_power_watts", "lab_gpu_energy_joules_total"
+GPU_CLOCK, GPU_MEMORY = "lab_gpu_sm_clock_hertz", "lab_gpu_memory_used_bytes"
+GPU_UTILISATION, GPU_THROTTLED = "lab_gpu_utilization_ratio", "lab_gpu_throttled"
 _GAUGES: tuple[tuple[str, str, Callable[[Sample], float | None]], ...] = (
-    ("lab_gpu_power_watts", "Power drawn", lambda s: s.power_w),
-    ("lab_gpu_energy_joules_total", "Energy since the driver was loaded", lambda s: s.energy_j),
-    ("lab_gpu_sm_clock_hertz", "Clock of the multiprocessors", lambda s: s.sm_clock_hz),
-    ("lab_gpu_memory_used_bytes", "Memory in use", lambda s: s.memory_used_bytes),
-    ("lab_gpu_utilization_ratio", "Share of time in which a kernel ran", lambda s: s.utilization),
-    ("lab_gpu_throttled", "1 while heat, a slowdown or a power cap holds the clock", _throttled),
+    (GPU_POWER, "Power drawn", lambda s: s.power_w),
+    (GPU_ENERGY, "Energy since the driver was loaded", lambda s: s.energy_j),
+    (GPU_CLOCK, "Clock of the multiprocessors", lambda s: s.sm_clock_hz),
+    (GPU_MEMORY, "Memory in use", lambda s: s.memory_used_bytes),
+    (GPU_UTILISATION, "Share of time in which a kernel ran", lambda s: s.utilization),
+    (GPU_THROTTLED, "1 while heat, a slowdown or a power cap holds the clock", _throttled),
 )
+SERIES = tuple(name for name, _, _ in _GAUGES)
 
 
 # --------------------------------------------------------------------------------- a trial's file

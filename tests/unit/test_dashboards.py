@@ -16,7 +16,7 @@ from dashboards.panels import shared_out
 from labs import LABS, judge
 from labs.measure import METRICS
 from loadtests.exporter import Exporter
-from serving import metrics
+from serving import metrics, telemetry
 
 SCHEMA = Path(
     os.environ.get(
@@ -52,7 +52,7 @@ def exported() -> set[str]:
     engine = {*metrics.COUNTERS, *metrics.GAUGES, *metrics.SPECULATION}
     for name in metrics.HISTOGRAMS:
         engine |= histogram(name)
-    return client | engine | {*series.FINISHED, *series.GPU}
+    return client | engine | {*series.FINISHED, *telemetry.SERIES}
 
 
 def asked(query: str) -> set[str]:
