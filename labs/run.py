@@ -172,7 +172,7 @@ def run(request: Request, teller: Teller) -> RunFolder:
         if not session.prometheus.missing:
             try:
                 backfill.load_figures(folder)
-            except PrometheusError as error:
+            except (PrometheusError, OSError) as error:  # the run itself is whole
                 teller.step(f"{error}; `make import RUN={folder.path}` tries again")
         if not summary.failed and not summary.missing:
             (folder.path / "COMPLETE").write_text(datetime.now(UTC).isoformat() + "\n")
