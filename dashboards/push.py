@@ -69,6 +69,11 @@ def push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) -
 
 
 def _connect(url: str, token: str) -> GrafanaApi:
+    if "@" in urlsplit(url).netloc:
+        raise GrafanaError(
+            "GRAFANA_URL holds a user or a password, which would be shown: leave them out,"
+            " GRAFANA_TOKEN is what is used"
+        )
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
         raise GrafanaError(f"GRAFANA_URL={url} is no address: give one such as http://host:3000")
     if not token:

@@ -162,11 +162,13 @@ def test_another_refusal_is_one_sentence(grafana: Stub, status: int, says: str) 
         (f"http://127.0.0.1:{free_port()}", TOKEN, "cannot be reached"),
         ("grafana:3000", TOKEN, "is no address"),
         ("http://127.0.0.1:3000", "", "GRAFANA_TOKEN is not set"),
+        ("http://me:secret@127.0.0.1:3000", TOKEN, "leave them out"),
     ],
 )
 def test_what_is_missing_is_one_sentence(url: str, token: str, says: str) -> None:
-    with pytest.raises(GrafanaError, match=says):
+    with pytest.raises(GrafanaError, match=says) as caught:
         push.push(url, token, "http://127.0.0.1:9090", [])
+    assert "secret" not in str(caught.value)
 
 
 def test_a_finished_run_is_a_region_with_its_tags(tmp_path: Path) -> None:
