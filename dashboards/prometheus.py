@@ -144,20 +144,26 @@ class Prometheus:
             half.rename(HOME / f"{job}.json")
 
     def value(self, expression: str, at_unix_s: float | None = None) -> float | None:
-        """An instant query's single number, now or then; None without an answer."""
+        """An instant query's single number, now or then; None without one or without an answer."""
         if self.missing:
             return None
+        try:
+            return self.known(expression, at_unix_s)
+        except requests.ConnectionError:
+            self.missing = "Prometheus ended during the run"
+        except (requests.RequestException, KeyError, ValueError):
+            pass
+        return None
+
+    def known(self, expression: str, at_unix_s: float | None = None) -> float | None:
+        """The same; None says that there is no such sample. Raises requests.RequestException."""
         asked = {"query": expression}
         if at_unix_s is not None:
             asked["time"] = f"{at_unix_s:.3f}"
-        try:
-            answer = requests.get(f"{self.url}/api/v1/query", asked, timeout=10).json()
-            return float(answer["data"]["result"][0]["value"][1])
-        except requests.ConnectionError:
-            self.missing = "Prometheus ended during the run"
-            return None
-        except (requests.RequestException, KeyError, IndexError, ValueError):
-            return None
+        answer = requests.get(f"{self.url}/api/v1/query", asked, timeout=10)
+        answer.raise_for_status()
+        found = answer.json()["data"]["result"]
+        return float(found[0]["value"][1]) if found else None
 
     def settle(self, expression: str, expected: float, timeout_s: float = 5.0) -> float | None:
         """The query's value once it equals `expected`, or its last one when time is up.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import requests
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.openmetrics.exposition import generate_latest
 
@@ -82,11 +83,11 @@ def load(folders: Sequence[RunFolder], say: Callable[[RunFolder, str], None]) ->
                         wanted.append((folder, *_missing(folder, trials, there)))
                     else:
                         say(folder, "left out: no trial of it has finished")
+                except requests.RequestException as error:  # which does not mean "not there"
+                    raise LabError(f"Prometheus did not answer: {error}") from error
                 except (OSError, ValueError, KeyError, TypeError) as error:
                     damaged.append(folder)
                     say(folder, f"left out: {str(error).splitlines()[0]}")
-                if there.missing:  # what it did not answer looks as if it were not there
-                    raise LabError(there.missing)
         if watch and watch.own:  # it would see new blocks only after a while: it starts again
             prometheus.unwatch()
         for folder, since, figures in wanted:
@@ -128,7 +129,7 @@ def _missing(folder: RunFolder, trials: Sequence[Trial], there: Prometheus) -> t
     if not (folder.path / "summary.json").exists():  # it was interrupted: there are none yet
         return lacking, False
     folder.summary()  # before anything is added, it can be read
-    return lacking, there.value(known, _end_unix_s(trials) + 1) is None
+    return lacking, there.known(known, _end_unix_s(trials) + 1) is None
 
 
 def _trials(folder: RunFolder) -> list[Trial]:
@@ -140,7 +141,7 @@ def _trials(folder: RunFolder) -> list[Trial]:
 def _known_s(trial: Trial, run_id: str, there: Prometheus) -> float:
     """How far into the trial there are samples of its run."""
     start, end = trial.summary.started_unix_s, trial.summary.started_unix_s + _length_s(trial)
-    latest = there.value(
+    latest = there.known(
         f'max(timestamp({exporter.LOAD_POINT}{{run_id="{run_id}"}}))', end + ROUNDED_S
     )
     return max(0.0, (latest or start) - start)

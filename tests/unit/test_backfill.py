@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 import pytest
+import requests
 
 from dashboards import prometheus, series
 from labs import backfill
@@ -18,19 +19,19 @@ from tests.unit.builders import write_run
 
 
 class Empty:
-    """A Prometheus without a sample; `gone` after so many questions."""
+    """A Prometheus without a sample, which answers so many questions."""
 
     missing: str | None = None
-    asked, gone = 0, 1_000_000
+    answers = 1_000_000
 
     def __init__(self, log: Path) -> None:
         del log
 
-    def value(self, expression: str, at_unix_s: float | None = None) -> None:
+    def known(self, expression: str, at_unix_s: float | None = None) -> None:
         del expression, at_unix_s
-        self.asked += 1
-        if self.asked > self.gone:
-            self.missing = "Prometheus ended during the run"
+        self.answers -= 1
+        if self.answers < 0:
+            raise requests.ReadTimeout("read timed out")
 
     def __enter__(self) -> Self:
         return self
@@ -85,11 +86,11 @@ def test_figures_of_a_run_whose_trials_all_failed_are_none(
     assert loaded == []
 
 
-def test_nothing_is_added_once_prometheus_no_longer_answers(
+def test_nothing_is_added_where_prometheus_does_not_answer(
     tmp_path: Path, loaded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it did not answer is not to be taken for what it does not have."""
-    monkeypatch.setattr(Empty, "gone", 1)
-    with pytest.raises(LabError, match="ended during the run"):
+    monkeypatch.setattr(Empty, "answers", 1)
+    with pytest.raises(LabError, match="did not answer: read timed out"):
         imported(write_run(tmp_path))
     assert loaded == []
