@@ -30,7 +30,7 @@ def place() -> None:
         return
     web = HOME / "web"
     shutil.rmtree(web, ignore_errors=True)
-    shutil.copytree(PAGE, web)
+    shutil.copytree(PAGE, web, dirs_exist_ok=True)
     (web / "plotly.min.js").write_text(get_plotlyjs())
     found = [json.loads(path.read_text()) for path in sorted(boards.FOLDER.glob("*.json"))]
     (web / "boards.json").write_text(json.dumps(found))

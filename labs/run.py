@@ -528,6 +528,14 @@ class _Session:
     # processes
 
     def __enter__(self) -> _Session:
+        try:
+            self._start()
+        except BaseException:  # what has started would be in the next lab's way
+            self.exits.close()
+            raise
+        return self
+
+    def _start(self) -> None:
         self.exporter_port = exporter_port = free_port()
         self.prometheus = self.exits.enter_context(Prometheus(self.logs / "prometheus.log"))
         self.prometheus.scrape("client", f"127.0.0.1:{exporter_port}")
@@ -542,7 +550,6 @@ class _Session:
         if self.telemetry.serve(telemetry_port := free_port()):
             self.prometheus.scrape("client", f"127.0.0.1:{telemetry_port}")
         self._start_generator(exporter_port)
-        return self
 
     def _start_generator(self, exporter_port: int) -> None:
         child = self.exits.enter_context(
