@@ -136,6 +136,11 @@ class Prometheus:
         self._targets[job].append(target)
         self._write_targets()
 
+    def forget(self, job: str) -> None:
+        """Scrape nothing more as this."""
+        self._targets[job] = []
+        self._write_targets()
+
     def _write_targets(self) -> None:
         HOME.mkdir(parents=True, exist_ok=True)
         for job, targets in self._targets.items():
@@ -178,8 +183,8 @@ class Prometheus:
         return found
 
     def stop(self) -> None:
-        self._targets = {job: [] for job in JOBS}
-        self._write_targets()
+        for job in JOBS:
+            self.forget(job)
         if self._process:
             self._process.stop()
 

@@ -581,6 +581,7 @@ class _Session:
             for engine in self.running.values():
                 engine.stop()
             self.running.clear()
+            self.prometheus.forget("engine")  # the next one may get a port of theirs
 
     def _launch(self, variant: Variant) -> VllmEngine | Endpoint:
         setup = self.setup
