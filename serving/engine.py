@@ -108,11 +108,10 @@ def serve_env(kind: str, model: Model) -> dict[str, str]:
 
 _PARSE = """
 import contextlib, io, json, sys
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 try:
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
 except ImportError:  # before 0.32
-    from vllm.utils import FlexibleArgumentParser
     from vllm.entrypoints.openai.cli_args import make_arg_parser
 parser = make_arg_parser(FlexibleArgumentParser())
 errors = []
