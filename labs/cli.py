@@ -251,7 +251,8 @@ def serve(
         argv = [*engine.SERVER, *engine.serve_argv(served, flags, port)]
         console.print(f"Serving {served.name} at http://127.0.0.1:{port} (ready in about 35 s):")
         console.print("python " + escape(" ".join(argv[1:])), style="dim")
-        os.execve(argv[0], argv, {**os.environ, **engine.serve_env(host.kind, served)})
+        env = engine.serve_env(host.kind, served, resolved.speculates)
+        os.execve(argv[0], argv, {**os.environ, **env})
 
 
 @app.command()

@@ -348,6 +348,11 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             "limits": {}, "next_knobs": (),
         })  # fmt: skip
 
+    @property
+    def speculates(self) -> bool:
+        """Whether any of its engines guesses ahead."""
+        return any("speculative-config" in self.flags_of(v) for v in self.variants)
+
     def flags_of(self, variant: Variant) -> dict[str, FlagValue]:
         return {**self.flags, **variant.flags}
 

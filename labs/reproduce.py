@@ -114,7 +114,7 @@ def differs_here(run: Run, asked: Request) -> list[Difference]:
     here = run.model_copy(
         update={
             "machine": host,
-            "environment": engine_environment(host.kind, model),
+            "environment": engine_environment(host.kind, model, run.rebuilt_lab()),
             "model": model.name,
             "model_revision": models.revision(model.path),
             "model_files": models.file_hashes(model.path),

@@ -409,7 +409,7 @@ def _manifest(setup: Setup, request: Request, prompts_sha256: str) -> Run:
         about=dict(setup.points[0].about),
         machine=setup.machine,
         ceilings=setup.ceilings,
-        environment=engine_environment(setup.machine.kind, setup.model),
+        environment=engine_environment(setup.machine.kind, setup.model, setup.lab),
         argv={
             v.name: [f"<{v.weights}>" if v.weights else model, *flag_argv(lab.flags_of(v))]
             for v in lab.variants
@@ -426,10 +426,10 @@ def _manifest(setup: Setup, request: Request, prompts_sha256: str) -> Run:
     )
 
 
-def engine_environment(kind: str, model: models.Model) -> Environment:
+def engine_environment(kind: str, model: models.Model, lab: Lab) -> Environment:
     """Of this machine, with what an engine started here would find."""
-    found = machines.environment(models.ROOT)
-    own = machines.engine_variables(serve_env(kind, model))
+    found = machines.environment(models.ROOT, kind)
+    own = machines.engine_variables(serve_env(kind, model, lab.speculates))
     return found.model_copy(update={"variables": found.variables | own})
 
 
@@ -559,7 +559,7 @@ class _Session:
                     self.setup.users, exporter_port, free_port(), self.setup.lab.load_processes
                 ),
                 log=self.logs / "locust.log",
-                cores=machines.split_cores()[1],
+                cores=machines.split_cores(self.setup.machine.kind)[1],
                 talk=True,
             )
         )
@@ -595,6 +595,7 @@ class _Session:
             kind=setup.machine.kind,
             log=self.logs / f"engine-{variant.name}.log",
             command=setup.engine_command,
+            one_runner=setup.lab.speculates,
         )
         self.running[variant.name] = engine
         return engine

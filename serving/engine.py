@@ -87,8 +87,13 @@ def serve_argv(model: Model, flags: Mapping[str, FlagValue], port: int) -> list[
     return [*own, "--host", LOOPBACK, "--port", str(port), *flag_argv(flags)]
 
 
-def serve_env(kind: str, model: Model) -> dict[str, str]:
-    """The environment that matters to vLLM; everything else is inherited."""
+def serve_env(kind: str, model: Model, one_runner: bool = False) -> dict[str, str]:
+    """The environment that matters to vLLM; everything else is inherited.
+
+    `one_runner` has a GPU's engines all run on vLLM's first model runner. Its second, the default,
+    knows neither n-grams nor draft models: with it, an engine that guesses ahead would differ from
+    one that does not in more than the guesses.
+    """
     env = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache, on loopback only
@@ -99,6 +104,11 @@ def serve_env(kind: str, model: Model) -> dict[str, str]:
         env["HF_HUB_OFFLINE"] = "1"
     if model.dummy:  # evenly, as trained routers aim to; a random one has its favourites
         env["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = "uniform_random"
+    if kind == "gpu":
+        # Top-k and top-p alone need it, and all that is sent is greedy; it is compiled as the
+        # engine starts, which takes a CUDA toolkit that few machines have.
+        env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+        env |= {"VLLM_USE_V2_MODEL_RUNNER": "0"} if one_runner else {}
     if kind == "cpu":
         env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(c) for c in split_cores()[0])
     return env
@@ -183,12 +193,14 @@ class VllmEngine:
         log: Path,
         command: Sequence[str] = SERVER,
         port: int | None = None,
+        one_runner: bool = False,
     ) -> None:
         self.name, self.model, self.log = name, model.name, log
         port = port or free_port()
         self.url = f"http://{LOOPBACK}:{port}"
         self.argv = [*command, *serve_argv(model, flags, port)]
-        self._process = Process(f"engine {name}", self.argv, log=log, env=serve_env(kind, model))
+        env = serve_env(kind, model, one_runner)
+        self._process = Process(f"engine {name}", self.argv, log=log, env=env)
 
     def wait(self, waiting: Callable[[float], None] = lambda elapsed_s: None) -> None:
         """Return when it answers; raises EngineError with its last lines when it cannot."""

@@ -163,13 +163,16 @@ def _cpu() -> Machine:
     )
 
 
-def split_cores() -> tuple[tuple[int, ...], tuple[int, ...]]:
+def split_cores(kind: str = "cpu") -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(engine's, everyone else's) cores: one hardware thread per core, the last core kept back.
 
     The engine's compute threads own theirs; the API server, the load generator and Prometheus share
     the rest, so that sending work does not slow what it measures. On one core they must share it.
+    Beside a GPU all may use all: the engine computes elsewhere, and its load needs more than a core.
     """
     available = sorted(os.sched_getaffinity(0))
+    if kind == "gpu":
+        return tuple(available), tuple(available)
     first_threads = []
     for cpu in available:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
@@ -197,7 +200,7 @@ def measure_ceilings(machine: Machine) -> Ceilings:
     return Ceilings.model_validate_json(out.stdout.splitlines()[-1])
 
 
-def environment(root: Path) -> Environment:
+def environment(root: Path, kind: str) -> Environment:
     def git(*args: str) -> str | None:
         if not shutil.which("git"):
             return None
@@ -208,11 +211,12 @@ def environment(root: Path) -> Environment:
     commit, bundled = git("rev-parse", "HEAD"), root / ".unbundled" / "manifest.json"
     if bundled.exists():  # a bundle's files are those of a commit, without its history
         commit = json.loads(bundled.read_text())["commit"]
-    engine_cores, client_cores = split_cores()
+    engine_cores, client_cores = split_cores(kind)
     driver, cuda, gpu_clocks = _driver()
     return Environment(
         python=platform.python_version(),
-        packages={d.name.lower(): d.version for d in metadata.distributions()},
+        # of two that are there, the first on the path is the one that is imported
+        packages={d.name.lower(): d.version for d in [*metadata.distributions()][::-1]},
         kernel=platform.release(),
         driver=driver,
         cuda=cuda,

@@ -2,7 +2,8 @@
 
 vLLM renames metrics between versions, so the names the lab relies on are kept per version in
 `GOLDEN` and a test compares them with what the installed engine exposes.
-Source: vLLM documentation, "Production metrics"; seen live on vLLM 0.32 (CPU).
+Source: vLLM documentation, "Production metrics"; seen live on vLLM 0.32 (CPU), and read in 0.26's
+source.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ COUNTERS = (
 GAUGES = (RUNNING, WAITING, KV_USAGE, CACHE_CONFIG)
 SPECULATION = (SPEC_DRAFTS, SPEC_DRAFTED, SPEC_ACCEPTED, SPEC_ACCEPTED_AT)
 
-GOLDEN: dict[str, tuple[str, ...]] = {"0.32": (*HISTOGRAMS, *COUNTERS, *GAUGES)}
+_SINCE_0_26 = (*HISTOGRAMS, *COUNTERS, *GAUGES)
+GOLDEN: dict[str, tuple[str, ...]] = {"0.26": _SINCE_0_26, "0.32": _SINCE_0_26}
 """vLLM minor version -> the names the lab needs from it, whatever the engine's settings."""
 
 
