@@ -168,7 +168,7 @@ def split_cores(kind: str = "cpu") -> tuple[tuple[int, ...], tuple[int, ...]]:
 
     The engine's compute threads own theirs; the API server, the load generator and Prometheus share
     the rest, so that sending work does not slow what it measures. On one core they must share it.
-    Beside a GPU all may use all: the engine computes elsewhere, and its load needs more than a core.
+    Beside a GPU all may use all: the engine computes elsewhere, its load needs more than a core.
     """
     available = sorted(os.sched_getaffinity(0))
     if kind == "gpu":

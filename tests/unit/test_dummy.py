@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from labs import LABS
 from labs.derived import about, make, with_weights
 from serving import dummy, models
 from serving.engine import serve_argv, serve_env
@@ -58,6 +59,15 @@ def test_vllm_is_told_to_draw_the_weights_itself() -> None:
     real = Model("real", model.path, model.shape)
     assert "--load-format" not in serve_argv(real, {}, 1)
     assert "VLLM_MOE_ROUTING_SIMULATION_STRATEGY" not in serve_env("gpu", real)
+
+
+def test_engines_of_a_lab_that_guesses_ahead_share_a_model_runner() -> None:
+    model = dummy.resolve(GPU)
+    assert LABS["speculative-decoding"].speculates
+    assert serve_env("gpu", model, True)["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    assert not LABS["prefix-caching"].speculates
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in serve_env("gpu", model)
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in serve_env("cpu", model, True)
 
 
 def test_a_draft_is_the_same_architecture_with_an_eighth_of_the_layers() -> None:

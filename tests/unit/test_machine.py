@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -82,6 +83,26 @@ def test_a_gpu_without_fp8_has_two(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_copy_fits_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measured(monkeypatch, (8, 9), free_bytes=8 * GIB)
     assert found.memory_bandwidth_bytes_per_s == 2 * 2 * GIB / 2.0
+
+
+def test_beside_a_gpu_the_load_may_use_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.machine.os.sched_getaffinity", lambda _: set(range(16)))
+    everything = tuple(range(16))
+    assert machine.split_cores("gpu") == (everything, everything)
+    engine, others = machine.split_cores("cpu")
+    assert not set(engine) & set(others)
+
+
+def test_of_two_installed_versions_the_first_on_the_path_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, version in (("first", "2.0"), ("second", "1.0")):
+        about = tmp_path / place / "shadowed-1.dist-info" / "METADATA"
+        about.parent.mkdir(parents=True)
+        about.write_text(f"Metadata-Version: 2.1\nName: shadowed\nVersion: {version}\n")
+    places = [str(tmp_path / "first"), str(tmp_path / "second")]
+    monkeypatch.setattr(sys, "path", [*places, *sys.path])
+    assert machine.environment(tmp_path, "cpu").packages["shadowed"] == "2.0"
 
 
 def test_ceilings_on_file_from_before_fp8_are_read() -> None:
