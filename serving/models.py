@@ -156,11 +156,13 @@ def default_name(machine: Machine) -> str:
 
 
 def resolve(machine: Machine, wanted: str = "") -> Model:
-    """The machine's default, a local folder, or a Hugging Face id (downloaded, safetensors only).
+    """The machine's default, the bundled one by its name, a local folder, or a Hugging Face id.
 
+    By its id a model is downloaded, safetensors only.
     Raises ModelError with the remedy when it cannot be had.
     """
-    if not wanted and machine.kind == "cpu":
+    named = wanted == BUNDLED and not Path(wanted).exists()
+    if named or (not wanted and machine.kind == "cpu"):
         return load(bundled(), BUNDLED)
     wanted = wanted or default_name(machine)
     folder = Path(wanted).expanduser()
@@ -200,7 +202,8 @@ def _download(name: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"the model {name} could not be downloaded ({type(error).__name__}): give a local"
-            " folder with MODEL=/path/to/model, or measure speed without it with WEIGHTS=dummy"
+            f" folder with MODEL=/path/to/model or the bundled one, MODEL={BUNDLED}, or measure"
+            " speed without it with WEIGHTS=dummy"
         ) from error
 
 

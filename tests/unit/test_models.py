@@ -147,6 +147,13 @@ def test_every_lab_fits_every_class_of_gpu(lab: str, c: MemoryClass, random: boo
         assert set(resolved.derived()) <= known
 
 
+def test_the_bundled_model_is_served_on_a_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "bundled", lambda: Path("carried"))
+    monkeypatch.setattr(models, "load", lambda path, name: (path, name))
+    found: object = models.resolve(gpu(81559), models.BUNDLED)
+    assert found == (Path("carried"), models.BUNDLED)
+
+
 def test_siblings_are_of_the_default_models_and_known_kinds() -> None:
     assert {c.model for c in CLASSES} == SIBLINGS.keys() == DEFAULTS.keys()
     assert all(named.keys() <= {*RECIPES, "eagle"} for named in SIBLINGS.values())
