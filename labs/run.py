@@ -146,14 +146,20 @@ def run(request: Request, teller: Teller) -> RunFolder:
             teller.step(formula)
         session = _Session(setup, folder, work, teller)
         with session:
-            for group in resident_groups(setup):
-                with session.engines(group):
-                    for point, repeat in interleave(setup, group):
-                        session.trial(point, repeat)
-                    if len(group) == len(setup.lab.variants):
-                        session.settle()
-                    for variant in group:
-                        session.probe(variant)
+            groups = resident_groups(setup)
+            for group in groups:
+                try:
+                    with session.engines(group):
+                        for point, repeat in interleave(setup, group):
+                            session.trial(point, repeat)
+                        if len(group) == len(setup.lab.variants):
+                            session.settle()
+                        for variant in group:
+                            session.probe(variant)
+                except EngineError as error:  # it did not start; others may
+                    if not session.measured and group is groups[-1]:
+                        raise
+                    session.give_up(group, error)
             agreement = session.agree()
         write_json(
             folder.path / "session.json",
@@ -161,7 +167,7 @@ def run(request: Request, teller: Teller) -> RunFolder:
                 engine_start_s=round(session.engine_start_s, 2),
                 load_s=round(session.load_s, 2),
                 wall_s=round(time.monotonic() - began, 2),
-                resident=len(resident_groups(setup)) == 1,
+                resident=len(groups) == 1,
                 agreement=agreement,
                 prometheus=session.prometheus.missing,
                 ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -637,6 +643,26 @@ class _Session:
         write_json(self.folder.trial_folder(point, repeat) / "trial.json", result)
         self.left -= 1
         self.teller.trial_done(f"{name}: {rate}", self.left * self._trial_s())
+
+    @property
+    def measured(self) -> bool:
+        """Whether any trial has succeeded, in this sitting or before."""
+        results = (
+            self.folder.trial_result(p, r)
+            for p in self.setup.points
+            for r in range(1, self.setup.lab.repeats + 1)
+        )
+        return any(r is not None and r.failed is None for r in results)
+
+    def give_up(self, group: Sequence[Variant], error: EngineError) -> None:
+        """Their engine does not start: all their trials that are not on file fail for it."""
+        for point, repeat in interleave(self.setup, group):
+            before = self.folder.trial_result(point, repeat)
+            if before is None or before.failed:
+                result = TrialResult(point=point.key, repeat=repeat, failed=str(error))
+                write_json(self.folder.trial_folder(point, repeat) / "trial.json", result)
+                self.left -= 1
+        self.teller.step(str(error))
 
     def settle(self) -> None:
         """Repeat the points of claims that are still undecided, as often as the lab admits.
