@@ -135,6 +135,7 @@ def run(request: Request, teller: Teller) -> RunFolder:
         exits.enter_context(alone())
         setup = resolve(request, teller)
         work = exits.enter_context(_scratch())
+        teller.waiting("writing the prompts")
         prompts = write_requests(setup, work)
         folder = _resumed(setup) if request.resume else None
         folder = folder or RunFolder.create(_manifest(setup, request, prompts))

@@ -44,7 +44,21 @@ _ENDINGS = (
     "and nobody was surprised", "because the water was low", "until the bell rang", "at noon",
 )  # fmt: skip
 _LONGEST_SENTENCE_TOKENS, _LONGEST_WORD_TOKENS = 24, 6  # only to take larger steps at first
+MOST_BEGINNINGS = 256
 _FILLERS = ("and", "so", "then", "now", "there", "again", "still", "too")
+
+
+class _WordTokens(dict[str, int]):
+    """Word -> its tokens after another word; one that is new is tokenized."""
+
+    def __init__(self, count: CountTokens) -> None:
+        super().__init__()
+        self._count = count
+
+    def __missing__(self, word: str) -> int:
+        one, two = (self._count(_messages(text)) for text in ("so", f"so {word}"))
+        self[word] = two - one
+        return self[word]
 
 
 class Writer:
@@ -55,6 +69,8 @@ class Writer:
 
     def __init__(self, count: CountTokens) -> None:
         self._count = count
+        self._word_tokens = _WordTokens(count)
+        self._beginnings: dict[str, int] = {}  # the text of a first message -> tokens of the whole
         self.least_tokens = count(_messages("")) + 1
 
     def chat(
@@ -64,7 +80,7 @@ class Writer:
 
         Raises ValueError when the chat template and what is given are longer, or no text fits.
         """
-        least = self._count(_messages(lead, history)) + 1
+        least = self._begun(lead, history) + 1
         if tokens < least:
             given = " and earlier turns" if history else " and its shared prefix" if lead else ""
             what = f"chat template{given} take" if given else "chat template itself takes"
@@ -78,14 +94,55 @@ class Writer:
     def _text(
         self, total: int, rng: random.Random, lead: str, history: Sequence[Message] = ()
     ) -> str:
-        """`lead` and sentences after it, so that the whole message counts `total` tokens."""
+        """`lead` and sentences after it, so that the whole message counts `total` tokens.
+
+        While it searches, a word counts as many tokens as after another word, which is true of
+        tokenizers that split at spaces; where it is not, each attempt is counted as a whole.
+        """
+        before = rng.getstate()
+        text = self._search(total, rng, lead, self._by_word(lead, history))
+        if text is not None and self._count(_messages(text, history)) == total:
+            return text
+        rng.setstate(before)
+        text = self._search(
+            total,
+            rng,
+            lead,
+            lambda words: self._count(_messages(" ".join(filter(None, (lead, *words))), history)),
+        )
+        if text is None:
+            raise ValueError(f"no text of exactly {total} tokens was found with this tokenizer")
+        return text
+
+    def _by_word(self, lead: str, history: Sequence[Message]) -> Callable[[Sequence[str]], int]:
+        """Counts the message of `lead` and words, each word tokenized once."""
+        begun: dict[str, int] = {}
+
+        def count(words: Sequence[str]) -> int:
+            first, rest = (lead, words) if lead else (words[0] if words else "", words[1:])
+            if first not in begun:
+                begun[first] = self._begun(first, history)
+            return begun[first] + sum(map(self._word_tokens.__getitem__, rest))
+
+        return count
+
+    def _begun(self, text: str, history: Sequence[Message]) -> int:
+        """Tokens of a message that is so far this text; a lead serves many, and is remembered."""
+        if history:
+            return self._count(_messages(text, history))
+        if text not in self._beginnings:
+            if len(self._beginnings) >= MOST_BEGINNINGS:
+                self._beginnings.clear()
+            self._beginnings[text] = self._count(_messages(text))
+        return self._beginnings[text]
+
+    def _search(
+        self, total: int, rng: random.Random, lead: str, tokens: Callable[[Sequence[str]], int]
+    ) -> str | None:
         words: list[str] = []
 
-        def text(*more: str) -> str:
-            return " ".join(filter(None, (lead, *words, *more)))
-
         def count(*more: str) -> int:
-            return self._count(_messages(text(*more), history))
+            return tokens([*words, *more])
 
         while (missing := total - count()) > 0:
             for _ in range(max(1, missing // _LONGEST_SENTENCE_TOKENS)):
@@ -95,10 +152,10 @@ class Writer:
         fillers = sorted(_FILLERS, key=lambda _: rng.random())
         for filler in fillers * total:  # a word lost may have been two tokens: add single ones
             if count() == total:
-                return text()
+                return " ".join(filter(None, (lead, *words)))
             if count(filler) <= total:
                 words.append(filler)
-        raise ValueError(f"no text of exactly {total} tokens was found with this tokenizer")
+        return None
 
 
 def _messages(text: str, history: Sequence[Message] = ()) -> Messages:

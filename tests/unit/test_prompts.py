@@ -121,3 +121,28 @@ def test_history_comes_first_and_counts() -> None:
     assert words(found) == 40
     with pytest.raises(ValueError, match="below the 23 tokens that the chat template and earlier"):
         writer.chat(22, rng, history=before)
+
+
+def joined(messages: Messages) -> int:
+    """No tokenizer that splits at spaces: now and then two words are one token."""
+    return 5 + sum(len(m["content"]) // 4 + 1 for m in messages)
+
+
+def test_length_is_exact_where_words_do_not_add_up() -> None:
+    writer, rng = Writer(joined), random.Random(0)
+    asked = range(writer.least_tokens, 200)
+    assert [joined(writer.chat(tokens, rng)) for tokens in asked] == list(asked)
+
+
+def test_a_long_prompt_is_not_tokenized_again_for_each_attempt() -> None:
+    seen: list[int] = []
+
+    def counted(messages: Messages) -> int:
+        seen.append(words(messages))
+        return seen[-1]
+
+    writer, rng = Writer(counted), random.Random(0)
+    lead = writer.lead(4000, rng)
+    for _ in range(10):
+        writer.chat(5000, rng, lead)
+    assert sum(n > 1000 for n in seen) <= 1 + 1 + 10  # the lead made, begun with, each prompt whole
