@@ -179,3 +179,16 @@ def test_what_others_published_is_downloaded_and_what_nobody_knows_stops_a_lab(
     refused = {a.lab: a for a in doctor.examine("")[1]}["multi-lora"]
     assert not refused.able
     assert "no adapters is published" in refused.note
+
+
+def test_a_gpu_needs_a_compiler_and_pythons_headers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("labs.doctor.shutil.which", lambda name: None)
+    assert "install gcc" in doctor._compiler().mend
+    monkeypatch.setattr("labs.doctor.shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("labs.doctor.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    assert f"-dev: vLLM's Triton kernels need {tmp_path / 'Python.h'}" in doctor._compiler().mend
+    (tmp_path / "Python.h").touch()
+    assert doctor._compiler() == Line("C compiler", "/usr/bin/gcc")
