@@ -179,18 +179,18 @@ LAB = Lab(
     repeats=3,
     scales={
         "gpu": {
-            "flags": {"max-model-len": 16384, "enable-prefix-caching": False},
+            "flags": {"max-model-len": 8192, "enable-prefix-caching": False},
             **{
                 f"variants.{name}.flags.max-num-batched-tokens": tokens
-                for name, tokens in (("sixteenth", 512), ("quarter", 2048), ("half", 4096),
-                                     ("larger", 16384), ("whole", 16384))
+                for name, tokens in (("sixteenth", 480), ("quarter", 1920), ("half", 3840),
+                                     ("larger", 8192), ("whole", 8192))
             },
             "workloads.contended.prompt_tokens.tokens": 128,
             "workloads.contended.output_tokens.tokens": 256,
-            "workloads.contended.intruder.prompt_tokens": 8192,
+            "workloads.contended.intruder.prompt_tokens": 7680,
             "workloads.contended.loads": (Contended(users=32, every_s=1),),
             "slo.itl_s": 0.05,
-            "requests": 1024,  # every fourth of 8,192 tokens, which take long to write
+            "requests": 1024,  # every fourth of 7,680 tokens, which take long to write
         }
     },
     quick={"warmup_s": 1, "window_s": 4.5, "repeats": 2},

@@ -260,17 +260,17 @@ LAB = Lab(
     scales={
         "gpu": {
             "flags": {
-                "max-model-len": 16384,
+                "max-model-len": 8192,
                 "block-size": 16,
                 "kv-cache-memory-bytes": 8 * 2**30,
             },
             **{
                 f"workloads.{name}.{field}": value
-                for name, tokens in (("share-0", 0), ("share-50", 4096), ("share-90", 7370),
-                                     ("share-97", 7940), ("few", 7370), ("many", 7370),
-                                     ("documents", 7360), ("shuffled", 7360))
+                for name, tokens in (("share-0", 0), ("share-50", 4000), ("share-90", 7200),
+                                     ("share-97", 7760), ("few", 7200), ("many", 7200),
+                                     ("documents", 7168), ("shuffled", 7168))
                 for field, value in (
-                    ("prompt_tokens.tokens", 8192),
+                    ("prompt_tokens.tokens", 8000),
                     ("output_tokens.tokens", 16),
                     *([("prefix.tokens", tokens)] if tokens else []),
                 )
@@ -279,7 +279,7 @@ LAB = Lab(
             "workloads.chat.chat.grows_tokens": 1024,
             "workloads.chat.output_tokens.tokens": 16,
             "workloads.many.prefix.groups": 64,
-            "requests": 512,  # of 8,192 tokens, which take long to write
+            "requests": 512,  # of 8,000 tokens, which take long to write
             "warmup_s": 8,
             "window_s": 12,
         },
