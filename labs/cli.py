@@ -249,7 +249,8 @@ def serve(
         engine.require_port(port, "PORT")
         engine.check_flags([flags])
         argv = [*engine.SERVER, *engine.serve_argv(served, flags, port)]
-        console.print(f"Serving {served.name} at http://127.0.0.1:{port} (ready in about 35 s):")
+        soon = "in about 35 s" if host.kind == "cpu" else "in a minute or more"
+        console.print(f"Serving {served.name} at http://127.0.0.1:{port} (ready {soon}):")
         console.print("python " + escape(" ".join(argv[1:])), style="dim")
         env = engine.serve_env(host.kind, served, resolved.speculates)
         os.execve(argv[0], argv, {**os.environ, **env})

@@ -611,8 +611,10 @@ class _Session:
         if isinstance(engine, Endpoint):
             return
         began = time.monotonic()
+        # on a GPU it compiles and captures, for minutes the first time
+        about = " of about 35" if self.setup.machine.kind == "cpu" else ""
         engine.wait(
-            lambda s: self.teller.waiting(f"starting vLLM ({variant.name}): {s:.0f} s of about 35")
+            lambda s: self.teller.waiting(f"starting vLLM ({variant.name}): {s:.0f} s{about}")
         )
         took = time.monotonic() - began
         self.engine_start_s += took
