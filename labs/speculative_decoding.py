@@ -263,8 +263,14 @@ LAB = Lab(
     repeats=3,
     scales={
         "gpu": {
-            # as many as `crowd` sends: the engine's own limit depends on the GPU
-            "flags": {"max-model-len": 4096, "enable-prefix-caching": False, "max-num-seqs": 1024},
+            "flags": {
+                "max-model-len": 4096,
+                "enable-prefix-caching": False,
+                # as many as `crowd` sends: the engine's own limit depends on the GPU
+                "max-num-seqs": 1024,
+                # left to itself, vLLM has it on in the engine that guesses nothing alone
+                "async-scheduling": False,
+            },
             **{
                 f"workloads.{name}.{field}": value
                 # `crowd` has many sequences and short contexts, so that it reads about the keys
@@ -293,7 +299,9 @@ LAB = Lab(
         " serves them. The costs do not: a step here is mostly the launch of small operations, so"
         " a draft of few layers is cheap and verification grows early. The draft was trained on"
         " this model's own answers to this kind of prompt: elsewhere it would guess less well.",
-        "gpu": "Greedy decoding of two kinds of text; sampling at a temperature accepts less.",
+        "gpu": "Greedy decoding of two kinds of text; sampling at a temperature accepts less. All"
+        " engines run without asynchronous scheduling and on vLLM's first model runner: n-grams and"
+        " draft models have no other, an engine that guesses nothing would by itself.",
     },
     next_knobs=(
         'SET="variants.draft-2.flags.speculative-config.method=eagle3'
