@@ -477,6 +477,22 @@ def test_a_long_prompt_comes_in_as_many_pieces_as_its_budget_says(
     assert not shows(pieces, alone)  # nothing seen proves nothing
 
 
+def test_a_prompt_on_its_way_to_an_engine_of_short_steps_sees_more_of_them() -> None:
+    """10 ms and 3 us a token, at 5 ms a step: 5.6 steps and one beside the piece itself."""
+    point = make_point(
+        load="contended:1/2",
+        flags={"max-num-batched-tokens": 8192},
+        intruder=Intruder(prompt_tokens=6000),
+    )
+    pieces = Evidence(arm=Arm(), kind="pieces", metric="prefill_pieces")
+    for meanwhile, shown in ((1, True), (7, True), (9, False)):
+        times = [*(11.0 + 0.005 * i for i in range(200 + meanwhile)), 12.2]
+        visit = make_record([(times[-2] + 0.001, 1)], sent_s=times[199] + 0.001, index=3)
+        beside = make_record([(t, 1) for t in times], index=0)
+        trial = make_trial([beside, visit], point=point, engine=Snapshot({}))
+        assert shows(pieces, trial) is shown, meanwhile
+
+
 def test_counter_that_the_engine_does_not_have_proves_nothing() -> None:
     without = {n: v for n, v in VALUES.items() if n != metrics.PREEMPTIONS}
     assert [c.name for c in checked(values=without)] == ["treatment not applied"]
