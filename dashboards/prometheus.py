@@ -204,7 +204,7 @@ class Watch:
 
     port: int
     pid: int
-    started: float  # tells the process from a later one with its pid
+    started: str  # tells the process from a later one with its pid
     own: bool  # started by `watch`; else in a container
 
     @property
@@ -219,9 +219,19 @@ class Watch:
     def process(self) -> psutil.Process | None:
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self.pid)
-            if process.create_time() == self.started and process.status() != "zombie":
+            if _started(self.pid) == self.started and process.status() != "zombie":
                 return process
         return None
+
+
+def _started(pid: int) -> str:
+    """When, in clock ticks since which boot: a wall clock that is set tells another time later."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    try:
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError as error:
+        raise psutil.NoSuchProcess(pid) from error
+    return f"{boot}/{ticks}"
 
 
 def watching() -> Watch | None:
@@ -250,7 +260,7 @@ def watch(port: int) -> Watch:
 
 def adopt(port: int, pid: int, own: bool) -> Watch:
     """Have labs record into this process from now on."""
-    found = Watch(port, pid, psutil.Process(pid).create_time(), own)
+    found = Watch(port, pid, _started(pid), own)
     (HOME / "watch.json").write_text(json.dumps(asdict(found)))
     return found
 

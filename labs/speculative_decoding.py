@@ -150,7 +150,8 @@ def on_random_weights(lab: Lab) -> Lab:
     variants = tuple(
         speculating(
             name, "draft_model", guesses, model="<draft>", rejection_sample_method="synthetic",
-            synthetic_acceptance_length=round(theory.accepted_length(a, guesses), 4),
+            # of each position: that it and all before it are accepted
+            synthetic_acceptance_rates=[round(a**i, 4) for i in range(1, guesses + 1)],
         )
         for name, a in CHOSEN.items()
     )  # fmt: skip

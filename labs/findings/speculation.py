@@ -46,9 +46,7 @@ def acceptance(context: Context) -> Finding:
         at, length = accepted_at(context, point), context.mean(point, "acceptance_length")
         if not at or length is None:
             continue
-        expected = config.get("synthetic_acceptance_length") or theory.accepted_length(
-            at[0], config["num_speculative_tokens"]
-        )
+        expected = theory.accepted_length(at[0], config["num_speculative_tokens"])
         rate = context.mean(point, "acceptance_rate")
         rows.append(
             [

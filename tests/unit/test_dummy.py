@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from labs import LABS
+from labs import LABS, theory
 from labs.derived import about, make, with_weights
 from serving import dummy, models
 from serving.engine import serve_argv, serve_env
@@ -116,3 +117,12 @@ def test_what_is_made_of_real_weights_is_refused() -> None:
         made(dummy.resolve(CPU), "outliers")
     with pytest.raises(ModelError, match="quantized experts with random weights are not"):
         made(dummy.resolve(GPU, "moe-30b"), "w8a8")
+
+
+def test_chosen_acceptance_is_the_formulas_at_every_position() -> None:
+    lab = LABS["speculative-decoding"].at("gpu-80", quick=False, dummy=True)
+    told: list[Any] = [v.flags.get("speculative-config", {}) for v in lab.variants]
+    rates = [r for config in told if (r := config.get("synthetic_acceptance_rates"))]
+    assert [r[0] for r in rates] == [0.3, 0.6, 0.8, 0.95]
+    for r in rates:
+        assert 1 + sum(r) == pytest.approx(theory.accepted_length(r[0], 3), abs=1e-3)

@@ -193,11 +193,6 @@ def test_acceptance_by_position_beside_a_constant_one(tmp_path: Path) -> None:
     (row,) = cells(speculation.acceptance(run), 1, 2, 3, 4)
     # 32, 20 and 8 of 40; 1 + .8 + .64 + .512 tokens if it were 0.8 at every position
     assert row == ["0.80, 0.50, 0.20", "2.50", "2.95", "50%"]
-    set_to: dict[str, object] = {"num_speculative_tokens": 3, "synthetic_acceptance_length": 2.176}
-    (point,) = (p for p in run.points if p.key == key)
-    synthetic = Variant(name="guess", flags={"speculative-config": set_to})
-    told = replace(run, points=[replace(point, variant=synthetic)])
-    assert cells(speculation.acceptance(told), 3) == [["2.18"]]  # what the engine was told
     made = {"layers": 2, "acceptance": 0.7, "acceptance_untrained": 0.004}
     told = replace(run, run=run.run.model_copy(update={"about": {"draft": made}}))
     said = speculation.acceptance(told).lines[0]
