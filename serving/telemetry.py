@@ -167,7 +167,10 @@ class Telemetry(Collector):
         assert self._source
         due = time.monotonic()
         while not self._ended.wait(max(0.0, due - time.monotonic())):
-            self._newest = self._source.read()
+            try:
+                self._newest = self._source.read()
+            except Exception:  # whatever a driver raises: this moment is missing, not the rest
+                self._newest = []
             self._kept.extend(self._newest)  # not +=, which would undo what begin() does meanwhile
             due = max(due + PERIOD_S, time.monotonic())
 

@@ -83,6 +83,28 @@ def test_a_trials_samples_go_to_its_file_and_the_newest_to_prometheus(tmp_path: 
         assert line in shown.splitlines()
 
 
+def test_a_source_that_falters_once_goes_on(tmp_path: Path) -> None:
+    """The moment is missing; what comes after it is not."""
+
+    class Faltering:
+        reads = 0
+
+        def read(self) -> list[Sample]:
+            self.reads += 1
+            if self.reads == 1:
+                raise OSError("the counter is gone")
+            return Gpus(make_nvml()).read()
+
+    source, path = Faltering(), tmp_path / "telemetry.csv.gz"
+    with Telemetry(source, LABELS) as watched:
+        watched.begin("on")
+        deadline = time.monotonic() + 10
+        while source.reads < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        watched.write(path, 0)
+    assert telemetry.read(path)
+
+
 def test_a_file_keeps_untold_apart_from_nothing(tmp_path: Path) -> None:
     samples = [Sample(100.0, "0", throttle=""), Sample(100.1, "0", power_w=0.0)]
     telemetry.write(tmp_path / "t.csv.gz", samples, started_unix_s=100.0)
