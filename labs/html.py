@@ -70,7 +70,7 @@ def page(folder: RunFolder, root: str = "") -> str:
         title=title,
         intro=intro,
         sections=sections,
-        marks=_marks(run, folder.complete),
+        marks=_marks(run, not summary.failed and not summary.missing),  # COMPLETE comes last
         data=drawn.data(folder, run, summary),
     )
 

@@ -176,6 +176,7 @@ def run(request: Request, teller: Teller) -> RunFolder:
         )
         summary = summarise(folder)
         report.write(folder)
+        html.write(folder)
         if not session.prometheus.missing:
             try:
                 backfill.load_figures(folder)
@@ -183,7 +184,6 @@ def run(request: Request, teller: Teller) -> RunFolder:
                 teller.step(f"{error}; `make import RUN={folder.path}` tries again")
         if not summary.failed and not summary.missing:
             (folder.path / "COMPLETE").write_text(datetime.now(UTC).isoformat() + "\n")
-        html.write(folder)
     return folder
 
 
