@@ -21,7 +21,7 @@ from prometheus_client.openmetrics.exposition import generate_latest
 from dashboards import prometheus, series
 from dashboards.prometheus import Prometheus, PrometheusError
 from labs.judge import Interval, mean_interval
-from labs.lab import LabError
+from labs.lab import Lab, LabError
 from labs.measure import METRICS, Trial
 from labs.results import Run, RunFolder, Summary
 from loadtests import exporter
@@ -163,13 +163,14 @@ def _all(folder: RunFolder, since: _Since, figures: bool) -> Iterator[str]:
 
 def _client(folder: RunFolder, since: _Since) -> Iterator[str]:
     """What the exporter would have said of these trials at every second of them."""
+    lab = folder.run().rebuilt_lab()
     by_variant: dict[str, Exporter] = {}  # only the one under load says anything
     for trial in _trials(folder):
         if (since_s := since.get(_name(trial))) is None:
             continue
         point, start = trial.point, trial.summary.started_unix_s
         client = by_variant.setdefault(point.variant.name, Exporter())
-        client.begin(_plan(folder, trial))
+        client.begin(_plan(lab, folder.path.name, trial))
         found = sorted((r for r in trial.records if _end_s(r) > since_s or not since_s), key=_end_s)
         left = list(found)
         length_s = _length_s(trial)
@@ -192,9 +193,9 @@ def _progress(records: Sequence[RequestRecord], left: int, now_s: float) -> Prog
     )
 
 
-def _plan(folder: RunFolder, trial: Trial) -> TrialPlan:
+def _plan(lab: Lab, run_id: str, trial: Trial) -> TrialPlan:
     """What was played, as far as an exporter asks."""
-    lab, point = folder.run().rebuilt_lab(), trial.point
+    point = trial.point
     return TrialPlan(
         url="",
         arrival=point.load,
@@ -206,7 +207,7 @@ def _plan(folder: RunFolder, trial: Trial) -> TrialPlan:
         seed=lab.draw_seed(trial.repeat),
         lab=lab.name,
         variant=point.variant.name,
-        run_id=folder.path.name,
+        run_id=run_id,
         workload=point.workload.name,
         slo_s=lab.slo.by_name(),
     )
