@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from labs import LABS, derived
+from labs import LABS, derived, plots
 from labs.findings import FINDINGS
 from labs.lab import (
     NEED_TEXT,
@@ -447,3 +447,8 @@ def test_workload_needs_a_load() -> None:
             output_tokens=Fixed(tokens=1),
             loads=(),
         )
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_plots_have_a_colour_for_every_variant(lab: str) -> None:
+    assert len(LABS[lab].variants) <= len(plots.CYCLE)
