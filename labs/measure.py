@@ -263,7 +263,8 @@ def stalls_s(trial: Trial) -> list[float]:
 def prefill_pieces(trial: Trial) -> float | None:
     """Tokens a running stream received while a long prompt was prefilled, the mean over streams.
 
-    Streams that were not decoding all that time are left out.
+    A stream that decoded for a part of that time counts for the whole at its own pace; for less
+    than half of it, not at all.
     """
     found = []
     for intruder in trial.intruders:
@@ -271,8 +272,11 @@ def prefill_pieces(trial: Trial) -> float | None:
         for r in trial.records:
             if trial.point.workload.is_intruder(r.index) or not r.chunks:
                 continue
-            if r.chunks[0][0] <= start and r.chunks[-1][0] >= end:
-                found.append(sum(start < at <= end + 0.005 for at, _ in r.chunks))
+            since, until = max(start, r.chunks[0][0]), min(end, r.chunks[-1][0])
+            if until - since >= (end - start) / 2:
+                # the last step's token comes together with the intruder's own, or just after
+                received = sum(since < at <= until + 0.005 for at, _ in r.chunks)
+                found.append(received * (end - start) / (until - since))
     return float(np.mean(found)) if found else None
 
 

@@ -235,9 +235,18 @@ def test_pieces_are_the_tokens_streams_got_meanwhile() -> None:
     """The last step's token arrives together with the intruder's own, or just after."""
     assert METRICS["prefill_pieces"].of(visited(STREAM, VISIT)) == 3
     assert METRICS["prefill_pieces"].of(visited(STREAM, BESIDE, VISIT)) == 3
-    came_late, left_early = stream(1, 11.1, 11.5, 11.7), stream(2, 11.0, 11.2, 11.4)
-    assert METRICS["prefill_pieces"].of(visited(STREAM, came_late, left_early, VISIT)) == 3
-    assert METRICS["prefill_pieces"].of(visited(came_late, left_early, VISIT)) is None
+    barely = stream(1, 11.5, 11.6, 11.7)
+    assert METRICS["prefill_pieces"].of(visited(STREAM, barely, VISIT)) == 3
+    assert METRICS["prefill_pieces"].of(visited(barely, VISIT)) is None
+
+
+def test_a_stream_that_came_late_or_left_early_counts_at_its_own_pace() -> None:
+    """Steps of 0.1 s from 11.05 to 12.05: ten, of which each stream saw seven or so."""
+    visit = stream(3, 12.05, sent_s=11.05)
+    came = stream(0, *(11.35 + 0.1 * i for i in range(12)))
+    left = stream(1, *(10.85 + 0.1 * i for i in range(10)))
+    assert METRICS["prefill_pieces"].of(visited(came, visit)) == pytest.approx(10)
+    assert METRICS["prefill_pieces"].of(visited(left, visit)) == pytest.approx(10)
 
 
 @pytest.mark.parametrize(("budget", "pieces"), [(34, 3), (33, 4), (98, 1), (1024, 1), (10, 12)])
