@@ -29,16 +29,11 @@ from labs import (
     sitting,
     watching,
 )
+from labs.by_hand import start_locust_ui
 from labs.lab import Lab, LabError, parse_changes
 from labs.questions import QUESTIONS
+from labs.resolve import Request, is_dummy, model_of, require_devices
 from labs.results import RunFolder, open_run
-from labs.run import (
-    Request,
-    is_dummy,
-    model_of,
-    require_devices,
-    start_locust_ui,
-)
 from labs.run import run as run_lab
 from labs.terminal import EXPECTED, ConsoleTeller, console, errors, plain, plainly, say, show
 from serving import bundle, engine, machine, models

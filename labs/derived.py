@@ -34,7 +34,8 @@ class Recipe:
     """How a derived model is made: `python -m serving.X [METHOD] BASE OUT INPUT`; about how long.
 
     `prompts` are the workloads whose kind of prompt it is trained on; a quantizer gets `text`, and
-    so does a study, which leaves figures and no model.
+    so does a study, which leaves figures and no model. A quick run makes do with one of
+    `quick_prompts_each`, where that is a number.
     """
 
     what: str
@@ -43,6 +44,7 @@ class Recipe:
     prompts: tuple[Workload, ...] = ()
     method: str = ""
     text: str = ""
+    quick_prompts_each: int = 0
 
 
 def _kind(name: str, tokens: int, **fields: Any) -> Workload:
@@ -65,6 +67,7 @@ RECIPES: dict[str, Recipe] = {
         "serving.draft",
         4,
         prompts=(_kind("story", 64, task="story"), _kind("quote", 128, task="quote")),
+        quick_prompts_each=50,
     ),
     "adapters": Recipe(
         "a LoRA adapter for each of eight tenants, each with its own mark",
@@ -99,9 +102,10 @@ def place(model: Model, name: str) -> Path:
     return models.CACHE / "models" / f"{model.name.replace('/', '--')}-{name}"
 
 
-def make(model: Model, name: str, say: Callable[[str], None]) -> Path:
+def make(model: Model, name: str, say: Callable[[str], None], quick: bool = False) -> Path:
     """The derived model's folder, published, or made here if need be.
 
+    A quick run takes the whole one where it is there, and else may make a lesser one beside it.
     Raises LabError with the maker's words, ModelError where there is no way to have it.
     """
     if model.dummy:
@@ -122,10 +126,17 @@ def make(model: Model, name: str, say: Callable[[str], None]) -> Path:
             f" {', '.join(RECIPES)}"
         )
     recipe = RECIPES[name]
-    say(f"Making {recipe.what} (once, about {recipe.minutes:g} min)")
+    each, minutes, lesser = PROMPTS_EACH, recipe.minutes, ""
+    if quick and recipe.quick_prompts_each:
+        each, minutes = recipe.quick_prompts_each, 1
+        lesser = f" on {each / PROMPTS_EACH:.0%} of its prompts, as QUICK is set"
+        folder = folder.with_name(f"{folder.name}-quick")
+        if folder.exists():
+            return folder
+    say(f"Making {recipe.what}{lesser} (once, about {minutes:g} min)")
     inputs = TEXTS / recipe.text if recipe.text else models.CACHE / f"{name}-prompts.jsonl"
     if recipe.prompts:
-        _write_prompts(inputs, model, recipe.prompts)
+        _write_prompts(inputs, model, recipe.prompts, each)
     began, log = time.monotonic(), models.CACHE / f"{name}.log"
     log.unlink(missing_ok=True)
     argv = [sys.executable, "-m", recipe.module, *([recipe.method] if recipe.method else [])]
@@ -143,13 +154,13 @@ def make(model: Model, name: str, say: Callable[[str], None]) -> Path:
     return folder
 
 
-def _write_prompts(path: Path, model: Model, kinds: Sequence[Workload]) -> None:
+def _write_prompts(path: Path, model: Model, kinds: Sequence[Workload], each: int) -> None:
     """Prompts of all kinds, mixed, as JSON lines."""
     writer, rng = Writer(counter(str(model.path))), random.Random(SEED)
     drawn = [
         {"messages": request.messages, "kind": kind.name}
         for kind in kinds
-        for request in kind.requests(PROMPTS_EACH, SEED, writer)
+        for request in kind.requests(each, SEED, writer)
     ]
     rng.shuffle(drawn)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,7 @@ import requests
 
 from labs import LABS, derived
 from labs.lab import Lab, LabError
-from labs.results import LEAST_FREE_BYTES, RESULTS, MachineFile, read_json
-from labs.run import (
+from labs.resolve import (
     is_dummy,
     model_of,
     require_devices,
@@ -32,6 +31,7 @@ from labs.run import (
     require_memory,
     require_sizes,
 )
+from labs.results import LEAST_FREE_BYTES, RESULTS, MachineFile, read_json
 from serving import dummy, engine, install, models, telemetry
 from serving import machine as machines
 from serving.engine import EngineError

@@ -13,7 +13,7 @@ from labs import compare, export, gate, html, manifest, pages, report, score, si
 from labs.export import Format as ExportFormat
 from labs.lab import LabError
 from labs.results import RESULTS, open_run, problems
-from labs.run import summarise
+from labs.summary import summarise
 from labs.terminal import console, folders_of, plainly, say, show
 from serving.models import ROOT
 

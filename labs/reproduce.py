@@ -17,8 +17,8 @@ from labs.compare import Comparison, Row, VerdictPair
 from labs.lab import LabError
 from labs.manifest import Difference
 from labs.report import markdown
+from labs.resolve import Request, engine_environment, model_of
 from labs.results import Run, RunFolder, reread, write_json
-from labs.run import Request, engine_environment, model_of
 from serving import machine as machines
 from serving import models
 from serving.dummy import SUFFIX

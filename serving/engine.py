@@ -125,7 +125,7 @@ except ImportError:  # before 0.32
     from vllm.entrypoints.openai.cli_args import make_arg_parser
 parser = make_arg_parser(FlexibleArgumentParser())
 errors = []
-for argv in json.loads(sys.argv[1]):
+for argv in json.load(sys.stdin):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
@@ -153,7 +153,8 @@ def check_flags(flag_sets: Sequence[Mapping[str, FlagValue]]) -> None:
         _check_names(argvs, known["options"])
     if not set(digests) <= set(known["accepted"]):
         out = subprocess.run(
-            [sys.executable, "-c", _PARSE, json.dumps(argvs)],
+            [sys.executable, "-c", _PARSE],
+            input=json.dumps(argvs),
             capture_output=True,
             text=True,
             env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},

@@ -148,7 +148,7 @@ def overhead_share(wall_s: float, engine_start_s: float, load_s: float) -> float
 def locust(
     users: int, work: Path, locustfile: Path = generator.LOCUSTFILE, processes: int = 1
 ) -> Iterator[Played]:
-    """Our Locust as `labs/run.py` starts it, with its exporter."""
+    """Our Locust as `labs/stage.py` starts it, with its exporter."""
     argv = generator.argv(users, free_port(), free_port(), processes)
     argv[argv.index(str(generator.LOCUSTFILE))] = str(locustfile)
     log, cores = work / f"locust-{users}.log", machines.split_cores()[1]

@@ -17,11 +17,13 @@ from labs.results import RunFolder
 from serving import metrics
 from serving.models import ROOT
 
+RUNS = "*/*/*/run.json"
 MOST_SERIES = 5000  # of one run in Prometheus
 
 
 def quick_run(lab: str, results: Path, settings: str = "", weights: str = "") -> RunFolder:
-    """`labs run LAB` with QUICK=1, SET and WEIGHTS into a folder of its own; the run it left."""
+    """`labs run LAB` with QUICK=1, SET and WEIGHTS; the run it left among the results."""
+    before = set(results.glob(RUNS))
     done = subprocess.run(
         [sys.executable, "-m", "labs.cli", "run", lab],
         cwd=ROOT,
@@ -37,7 +39,7 @@ def quick_run(lab: str, results: Path, settings: str = "", weights: str = "") ->
     )
     print(done.stdout, done.stderr)
     assert done.returncode == 0, done.stderr
-    (run,) = results.glob("*/*/*/run.json")
+    (run,) = set(results.glob(RUNS)) - before
     return RunFolder(run.parent)
 
 

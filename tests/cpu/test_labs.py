@@ -31,17 +31,35 @@ ROUNDED = " ".join(  # in seconds, where calibrating takes minutes
 )  # fmt: skip
 
 
+def test_vllm_accepts_every_scale_of_every_lab() -> None:
+    """First of all: the runs below need not ask the parser again, which takes seconds to import."""
+    scales = ["cpu", "gpu", *(f"gpu-{c.gb}" for c in models.CLASSES)]
+    resolved = [
+        lab.at(at, quick=False, dummy=random)
+        for lab in LABS.values()
+        for at in scales
+        for random in (False, True)
+    ]
+    engine.check_flags([r.flags_of(v) for r in resolved for v in r.variants])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all of them: the machine's ceilings are measured once."""
+    return tmp_path_factory.mktemp("results")
+
+
 @pytest.mark.timeout(3600)  # a checkout's first run makes the models derived from the served one
 @pytest.mark.parametrize("lab", [name for name in LABS if name != NOT_HERE])
-def test_lab_runs_on_a_real_engine(lab: str, tmp_path: Path) -> None:
-    folder = quick_run(lab, tmp_path, ROUNDED if lab == "weight-quantization" else "")
+def test_lab_runs_on_a_real_engine(lab: str, results: Path) -> None:
+    folder = quick_run(lab, results, ROUNDED if lab == "weight-quantization" else "")
     check_run(folder)
     check_dashboards(folder)
 
 
 @pytest.mark.timeout(600)
-def test_a_lab_runs_on_random_weights_and_says_so_first(tmp_path: Path) -> None:
-    folder = quick_run("weight-quantization", tmp_path, weights="dummy")
+def test_a_lab_runs_on_random_weights_and_says_so_first(results: Path) -> None:
+    folder = quick_run("weight-quantization", results, weights="dummy")
     check_run(folder)
     run = folder.run()
     assert (run.model, run.dummy, run.ad_hoc) == ("llama-tiny-dummy", True, False)
@@ -64,15 +82,6 @@ def test_the_arithmetic_of_shapes_is_that_of_the_models_themselves() -> None:
                 transformers.AutoConfig.for_model(**config)
             )
         assert models.shape_of(config).params == sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize("lab", LABS)
-def test_vllm_accepts_every_scale(lab: str) -> None:
-    scales = ["cpu", "gpu", *(f"gpu-{c.gb}" for c in models.CLASSES)]
-    resolved = [
-        LABS[lab].at(at, quick=False, dummy=random) for at in scales for random in (False, True)
-    ]
-    engine.check_flags([r.flags_of(v) for r in resolved for v in r.variants])
 
 
 def test_a_misspelled_flag_is_named_with_its_neighbour() -> None:

@@ -30,7 +30,7 @@ def folder_of(name: str, results: Path) -> Path:
     return results.with_name("made") / name
 
 
-def make(model: Model, name: str, say: Callable[[str], None]) -> Path:
+def make(model: Model, name: str, say: Callable[[str], None], quick: bool = False) -> Path:
     folder = folder_of(name, results.RESULTS)
     if folder.exists():
         return folder

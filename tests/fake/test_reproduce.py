@@ -13,7 +13,7 @@ from tests.fake.conftest import Command, Reader, reading
 
 LAB = "continuous-batching"
 SETTINGS = (
-    "warmup_s=0.2 window_s=0.6 repeats=3 requests=128"
+    "warmup_s=0.2 window_s=0.6 repeats=3 most_repeats=3 requests=128"
     " workloads.exponential.output_tokens.mean_tokens=12"
     " workloads.exponential.output_tokens.max_tokens=48"
     ' workloads.exponential.loads=["concurrent:1","concurrent:8","waves:8","concurrent:16"]'

@@ -13,7 +13,7 @@ import pytest
 from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
 from labs.measure import Trial
 from labs.results import Predictions, Run, RunFolder, TrialResult, write_json
-from labs.run import summarise
+from labs.summary import summarise
 from loadtests import records
 from loadtests.arrivals import parse
 from loadtests.plan import TrialSummary

@@ -14,7 +14,7 @@ from labs.compare import Row, side
 from labs.judge import contrast
 from labs.lab import LabError, digest_of
 from labs.results import RunFolder, write_json
-from labs.run import summarise
+from labs.summary import summarise
 from tests.unit.builders import MACHINE, write_run, write_slowed
 
 ALLOWED = gate.thresholds()

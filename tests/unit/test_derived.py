@@ -58,6 +58,21 @@ def test_it_is_made_once_and_then_found(model: Model) -> None:
     assert make(model, "draft", pytest.fail) == folder  # in silence
 
 
+def test_a_quick_run_makes_a_lesser_draft_unless_the_whole_one_is_there(model: Model) -> None:
+    def taught(folder: Path) -> int:
+        return len((folder / "given").read_text().splitlines())
+
+    said: list[str] = []
+    lesser = make(model, "draft", said.append, quick=True)
+    assert lesser.name == "lab--base-1B-draft-quick"
+    assert "on 25% of its prompts" in said[0]
+    assert make(model, "draft", pytest.fail, quick=True) == lesser  # in silence
+    whole = make(model, "draft", said.append)
+    assert taught(whole) == 4 * taught(lesser)
+    assert make(model, "draft", pytest.fail, quick=True) == whole
+    assert make(model, "adapters", said.append, quick=True) == place(model, "adapters")
+
+
 def test_prompts_are_of_every_kind_and_the_same_wherever_made(model: Model) -> None:
     recipe = RECIPES["adapters"]
     given = (make(model, "adapters", list[str]().append) / "given").read_text()

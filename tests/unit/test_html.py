@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from labs import drawn, html, report, results
 from labs.questions import QUESTIONS
 from labs.results import RunFolder, TrialResult, all_runs, write_json
-from labs.run import summarise
+from labs.summary import summarise
 from loadtests import records
 from tests.unit.builders import make_record, make_summary, write_run
 

@@ -14,7 +14,7 @@ from huggingface_hub import errors
 from labs import LABS
 from labs.derived import RECIPES
 from labs.lab import Lab, LabError
-from labs.run import model_of, require_devices, require_memory, require_sizes
+from labs.resolve import model_of, require_devices, require_memory, require_sizes
 from serving import dummy, models
 from serving.machine import Machine
 from serving.models import CLASSES, SIBLINGS, MemoryClass, Model, ModelError, shape_of

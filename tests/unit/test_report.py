@@ -11,7 +11,7 @@ from labs import pages, report, results
 from labs.judge import Caveat, Effect, Interval, Judgement
 from labs.lab import Prediction
 from labs.results import RunFolder, TrialResult, write_json
-from labs.run import summarise
+from labs.summary import summarise
 from labs.text import number, short
 from tests.unit.builders import PREDICTION, make_lab, write_run
 

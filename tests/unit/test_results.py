@@ -25,7 +25,7 @@ from labs.results import (
     snapshot_json,
     write_json,
 )
-from labs.run import summarise
+from labs.summary import summarise
 from serving import metrics
 from serving.metrics import Histogram, Snapshot
 from tests.unit.builders import make_record, write_run

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from labs.results import TrialResult, write_json
-from labs.run import _Session
+from labs.stage import Stage
 from serving.engine import EngineError
 from tests.unit.builders import write_run
 
@@ -25,14 +25,14 @@ def session(tmp_path: Path) -> Any:
     fake = SimpleNamespace(
         setup=setup, folder=folder, left=100, teller=SimpleNamespace(step=said.append), said=said
     )
-    fake.measured = lambda: _Session.measured.__get__(fake)
+    fake.measured = lambda: Stage.measured.__get__(fake)
     return fake
 
 
 def test_the_trials_of_an_engine_that_does_not_start_fail_with_its_reason(session: Any) -> None:
     on = next(v for v in session.setup.lab.variants if v.name == "on")
     lab, folder = session.setup.lab, session.folder
-    _Session.give_up(session, [on], EngineError("no kernel for this type"))
+    Stage.give_up(session, [on], EngineError("no kernel for this type"))
     for point in session.setup.points:
         for repeat in range(1, lab.repeats + 1):
             found = folder.trial_result(point, repeat)
@@ -49,6 +49,6 @@ def test_what_was_measured_before_is_kept(session: Any) -> None:
     point = session.setup.points[0]
     done = TrialResult(point=point.key, repeat=1)
     write_json(session.folder.trial_folder(point, 1) / "trial.json", done)
-    _Session.give_up(session, [point.variant], EngineError("died"))
+    Stage.give_up(session, [point.variant], EngineError("died"))
     assert session.folder.trial_result(point, 1) == done
     assert session.measured()

@@ -1,0 +1,98 @@
+"""Everything a report says, computed from the files of a run and nothing else."""
+
+from __future__ import annotations
+
+from labs.findings import FINDINGS
+from labs.findings.context import Context
+from labs.judge import Caveat, confounded, first_trial_slow, judge, judge_forecast, validity
+from labs.measure import LEAST_SAMPLES, measure, percentile
+from labs.resolve import PARALLEL
+from labs.results import RunFolder, Summary, write_json
+
+STEAL_SHARE = 0.05
+OTHERS_SHARE = 0.1
+
+
+def summarise(folder: RunFolder) -> Summary:
+    """Everything the report says, computed from the files of a run and nothing else."""
+    run = folder.run()
+    lab, points, predictions = run.rebuilt_lab(), run.points(), folder.predictions()
+    values: dict[str, dict[int, dict[str, float | None]]] = {p.key: {} for p in points}
+    samples: dict[str, dict[str, list[float]]] = {}
+    caveats: dict[str, Caveat] = {}
+    failed: dict[str, str] = {}
+
+    def keep(caveat: Caveat) -> None:
+        caveats.setdefault(f"{caveat.name}|{caveat.point}", caveat)
+
+    for point, result, trial in folder.trials(points, lab):
+        if trial is None:
+            failed[f"{point.key}/{result.repeat}"] = result.failed or "no summary"
+            continue
+        values[point.key][result.repeat] = measure(trial)
+        for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s"):
+            samples.setdefault(point.key, {}).setdefault(name, []).extend(trial.samples(name))
+        # an endpoint's engine was not configured here: there is no treatment to prove
+        for caveat in validity(trial, () if run.endpoint else lab.evidence):
+            keep(caveat)
+        if (result.cpu_steal or 0) > STEAL_SHARE:
+            text = f"other guests of the host took {result.cpu_steal:.0%} of this trial's CPU time"
+            keep(Caveat(name="load from others", text=text, point=point.key))
+        if (result.cpu_others or 0) > OTHERS_SHARE and not run.endpoint:
+            text = (
+                f"other processes on this machine took {result.cpu_others:.0%} of its CPU time:"
+                " end them and measure again"
+            )
+            keep(Caveat(name="other processes", text=text, point=point.key))
+    for point in points:
+        for caveat in first_trial_slow(values[point.key], point.key):
+            keep(caveat)
+    if run.endpoint:
+        text = "predictions rest on this machine's ceilings; the endpoint may run on another"
+        keep(Caveat(name="endpoint's hardware unknown", text=text))
+    if any(flag in lab.flags_of(v) for flag in PARALLEL for v in lab.variants):
+        text = "predictions rest on one GPU's ceilings and count no communication"
+        keep(Caveat(name="several GPUs", text=text))
+    found = list(caveats.values())
+    judged = [
+        (claim, t, b, confounded(claim, t, b))
+        for claim in lab.claims
+        for t, b in lab.pairs(claim, points)
+    ]
+    context = Context(folder, run, lab, points, values)
+    summary = Summary(
+        measurements=values,
+        pooled={
+            key: {
+                f"{name[:-2]}_p{q}_s": v
+                for name, drawn in of.items()
+                for q in LEAST_SAMPLES
+                if (v := percentile(drawn, q)) is not None
+            }
+            for key, of in samples.items()
+        },
+        judgements=[
+            judge(
+                claim,
+                t.key,
+                b.key,
+                values,
+                predictions.effects[claim.name][f"{t.key}|{b.key}"],
+                [*found, *own],
+            )
+            for claim, t, b, own in judged
+        ],
+        forecasts=[
+            judge_forecast(forecast, key, values.get(key, {}), prediction)
+            for forecast in lab.forecasts
+            for key, prediction in predictions.forecasts[forecast.name].items()
+        ],
+        findings=[FINDINGS[name](context) for name in lab.findings],
+        caveats=[*found, *(caveat for *_, own in judged for caveat in own)],
+        failed=failed,
+        missing=sum(
+            folder.trial_result(p, r) is None for p in points for r in range(1, lab.repeats + 1)
+        ),
+    )
+    write_json(folder.path / "summary.json", summary)
+    return summary
