@@ -9,7 +9,8 @@ The law is continuous batching, simulated. A step serves every running sequence,
 
     step_s + step_per_seq_s * batch + prefill_per_token_s * (prompt tokens it prefills)
 
-and ends with one chunk of `--tokens-per-chunk` tokens for each sequence, or with its first token
+times a factor that varies as a machine's speed does (`Noise`, off by default), and ends with one
+chunk of `--tokens-per-chunk` tokens for each sequence, or with its first token
 for one whose prompt is now prefilled. Steps follow each other on an absolute schedule, so lateness
 never adds up. As in vLLM
 
@@ -25,9 +26,9 @@ never adds up. As in vLLM
   begin with what its folder's `mark.txt` says, as if it had been trained to.
 
 With `--programmed` there is no scheduler: chunk i of a request is due `ttft_s + i * gap_s` after
-its arrival, from the body's own
+its arrival, and `stall_s` later from the middle one on, from the body's own
 
-    "truth": {"ttft_s": 0.1, "gap_s": 0.01, "tokens_per_chunk": 1}
+    "truth": {"ttft_s": 0.1, "gap_s": 0.01, "tokens_per_chunk": 1, "stall_s": 0}
 
 `--log` gets one JSON line a request: `index` (its X-Request-Id, else its number), `model`,
 `received` (when it was parsed), `scheduled`, `n_in`, `n_cached`, `n_out`, `finish` (stop, length,
@@ -339,6 +340,30 @@ class Request:
         }
 
 
+class Noise:
+    """A factor on the length of a step, of mean 1, as a machine's speed varies.
+
+    `jitter` acts from step to step, `drift` over seconds (an Ornstein-Uhlenbeck process, so that
+    what is measured soon after something else is like it), `spread` from one start to the next.
+    Each is the standard deviation of a logarithm.
+    """
+
+    def __init__(
+        self, seed: int | None, jitter: float, drift: float, drift_s: float, spread: float
+    ) -> None:
+        self._random = random.Random(seed)
+        self._jitter, self._drift, self._drift_s = jitter, drift, drift_s
+        self._start = self._random.gauss(0, spread) - (jitter**2 + drift**2 + spread**2) / 2
+        self._at, self._drifted = -math.inf, 0.0
+
+    def factor(self, at_s: float) -> float:
+        """Of a step that begins at this time, no earlier than the last one asked for."""
+        kept = math.exp((self._at - at_s) / self._drift_s)
+        fresh = self._random.gauss(0, self._drift) * math.sqrt(1 - kept * kept)
+        self._at, self._drifted = at_s, kept * self._drifted + fresh
+        return math.exp(self._start + self._drifted + self._random.gauss(0, self._jitter))
+
+
 class Batching:
     """Continuous batching: steps, one after another, as long as there is work."""
 
@@ -349,6 +374,13 @@ class Batching:
         self._stepping = False
         self._stall_s: float = self.options.stall_s
         self._random = random.Random(self.options.seed)
+        self._noise = Noise(
+            self.options.seed,
+            self.options.jitter,
+            self.options.drift,
+            self.options.drift_s,
+            self.options.start_spread,
+        )
 
     def arrive(self, request: Request) -> None:
         self.waiting.append(request)
@@ -373,8 +405,7 @@ class Batching:
             prefilled = sum(new for request, new in work if new > 1 or not request.times)
             length = options.step_s + options.step_per_seq_s * len(work)
             length += options.prefill_per_token_s * prefilled
-            if sigma := options.jitter:  # of mean 1: the law holds on average
-                length *= self._random.lognormvariate(-sigma * sigma / 2, sigma)
+            length *= self._noise.factor(start)
             step = Step(start + length, len(work), prefilled)
             self.engine.alarm.at(step.due, partial(self._end, step, work))
 
@@ -467,24 +498,29 @@ class Programmed:
         self.running.add(request)
         first = request.received + truth.get("ttft_s", options.step_s) * options.slowdown
         gap_s = truth.get("gap_s", options.step_s) * options.slowdown
+        stall_s = truth.get("stall_s", 0.0) * options.slowdown
         size = max(1, int(truth.get("tokens_per_chunk", options.tokens_per_chunk)))
-        self.engine.alarm.at(first, partial(self._chunk, request, first, gap_s, size))
+        middle = -(-request.n_out // size) // 2
+
+        def due(i: int) -> float:
+            return first + i * gap_s + stall_s * (i >= middle)
+
+        self.engine.alarm.at(due(0), partial(self._chunk, request, due, size))
 
     def drop(self, request: Request) -> None:
         self.running.remove(request)
 
-    def _chunk(self, request: Request, first: float, gap_s: float, size: int) -> None:
+    def _chunk(self, request: Request, due: Callable[[int], float], size: int) -> None:
         if request.finish:
             return  # it went away
         i = len(request.times)
-        step = Step(first + i * gap_s, len(self.running), 0 if i else len(request.prompt))
+        step = Step(due(i), len(self.running), 0 if i else len(request.prompt))
         sent = self.engine.emit(request, size, step)
         self.engine.metrics.observe("iteration_tokens_total", step.prefilled + sent)
         if request.sent == request.n_out:
             self.running.remove(request)
         else:
-            due = first + (i + 1) * gap_s
-            self.engine.alarm.at(due, partial(self._chunk, request, first, gap_s, size))
+            self.engine.alarm.at(due(i + 1), partial(self._chunk, request, due, size))
 
 
 class Engine:
@@ -574,7 +610,8 @@ class Engine:
         connection.respond(HTTPStatus.OK, text.encode(), kind)
 
     def _reset_prefix_cache(self, connection: Connection, *_: object) -> None:
-        self._blocks.clear()
+        if not self.options.keep_prefix_cache:
+            self._blocks.clear()
         connection.respond_json({"success": True})
 
     def _load_adapter(self, connection: Connection, _: dict[str, str], body: bytes) -> None:
@@ -660,7 +697,7 @@ class Engine:
             refuse("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
         truth = body.get("truth") or {}
         if not (isinstance(truth, dict) and all(type(v) in (int, float) for v in truth.values())):
-            refuse("truth must map ttft_s, gap_s and tokens_per_chunk to numbers.", "truth")
+            refuse("truth must map ttft_s, gap_s, stall_s, tokens_per_chunk to numbers.", "truth")
 
         self._arrived += 1
         index = headers.get("x-request-id", str(self._arrived))
@@ -935,7 +972,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--kv-cache-memory-bytes", type=int, help="instead, where the model has a config.json")
     add("--kv-cache-dtype", default="auto", help="fp8 and its kin hold twice the tokens")
     add("--speculative-config", type=json.loads, default={}, help="num_speculative_tokens of it")
-    add("--seed", type=int, default=0, help="of the jitter")
+    add("--seed", type=_seed, default=0, help="of what is random; `any`: another at each start")
     add = parser.add_argument_group("the law").add_argument
     add("--step-s", type=float, default=0.02, help="length of a step, before what follows")
     add("--step-per-seq-s", type=float, default=0.0005, help="more for each running sequence")
@@ -945,6 +982,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="tokens a sequence gets in a step, after its first, as with speculation")  # fmt: skip
     add("--acceptance", type=float, default=0.6, help="chance of each drafted token in turn")
     add("--jitter", type=float, default=0.0, help="sigma of a lognormal factor (mean 1) on steps")
+    add("--drift", type=float, default=0.0, help="of another, which changes over --drift-s")
+    add("--drift-s", type=float, default=3.0, metavar="S", help="its correlation time")
+    add("--start-spread", type=float, default=0.0, help="of a third, drawn once at the start")
     add("--slowdown", type=float, default=1.0, help="multiplies every time of the law")
     add("--eos-after", type=int, default=128, metavar="N",
         help="a sequence stops by itself after N tokens (not before min_tokens) unless it asks "
@@ -963,6 +1003,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--stall-after", type=int, default=0, metavar="N",
         help="the scheduler pauses once N tokens were sent in all")  # fmt: skip
     add("--stall-s", type=float, default=1.0, metavar="S", help="for so long")
+    add("--keep-prefix-cache", action="store_true", help="it says it was reset, and was not")
+    add("--drop", metavar="FLAG", type=lambda flag: flag.replace("-", "_"),
+        help="one of vLLM's flags, as in max-num-seqs: it never gets here")  # fmt: skip
     add("--die-after", type=int, default=0, metavar="N",
         help="the process exits with 1, in mid-stream, once N tokens were sent in all")  # fmt: skip
     add = parser.add_argument_group("the record").add_argument
@@ -973,6 +1016,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         flag, equals, value = word.partition("=")
         words.append((flag.replace("_", "-") if flag[:2] == "--" else flag) + equals + value)
     options, others = parser.parse_known_args(words)
+    if options.drop:
+        setattr(options, options.drop, parser.get_default(options.drop))
     if others:
         if not others[0].startswith("-"):
             parser.error(f"not an option: {others[0]}")
@@ -981,6 +1026,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if not options.programmed:  # there `slowdown` acts on each request's own times
             setattr(options, name, getattr(options, name) * options.slowdown)
     return options
+
+
+def _seed(text: str) -> int | None:
+    return None if text == "any" else int(text)
 
 
 def fail(message: str) -> NoReturn:

@@ -21,7 +21,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import pytest
+
+from tests.fake.engine import Noise, parse
 
 ENGINE = Path(__file__).with_name("engine.py")
 FAST = ("--step-s", ".002", "--step-per-seq-s", ".0005", "--prefill-per-token-s", ".0001")
@@ -195,6 +198,33 @@ def test_the_law(start: Start) -> None:
     assert first == sorted(first)  # first come, first served
     assert min(lateness) >= 0
     assert median(lateness) < 0.02
+
+
+def _logs(noise: Noise, at_s: np.ndarray[Any, np.dtype[np.float64]]) -> Any:
+    return np.log([noise.factor(at) for at in at_s])
+
+
+def test_the_machines_speed_varies_from_step_to_step_over_seconds_and_between_starts() -> None:
+    steps = np.arange(0, 4000, 0.5)  # seconds
+    jitter = _logs(Noise(1, 0.1, 0, 1, 0), steps)
+    assert np.std(jitter) == pytest.approx(0.1, rel=0.1)
+    assert abs(np.corrcoef(jitter[1:], jitter[:-1])[0, 1]) < 0.1
+    drift = _logs(Noise(1, 0, 0.1, 3, 0), steps)
+    assert np.std(drift) == pytest.approx(0.1, rel=0.2)
+    assert np.corrcoef(drift[6:], drift[:-6])[0, 1] == pytest.approx(math.exp(-1), abs=0.1)
+    starts = [_logs(Noise(seed, 0, 0, 1, 0.1), steps[:2]) for seed in range(400)]
+    assert np.ptp(starts, axis=1).max() == 0
+    assert np.std(starts) == pytest.approx(0.1, rel=0.1)
+    for noise in (Noise(1, 0.3, 0, 1, 0), Noise(1, 0, 0.3, 0.5, 0)):
+        assert np.mean(np.exp(_logs(noise, steps))) == pytest.approx(1, abs=0.03)
+    assert Noise(1, 0, 0, 1, 0).factor(5.0) == 1
+
+
+def test_a_seed_may_be_another_at_each_start() -> None:
+    assert parse(["--seed", "7"]).seed == 7
+    assert parse(["--seed", "any"]).seed is None  # which `random` takes for a fresh one
+    first, second = (Noise(None, 0.1, 0, 1, 0).factor(0) for _ in range(2))
+    assert first != second
 
 
 def test_metrics_equal_the_log(start: Start) -> None:
@@ -441,6 +471,14 @@ def test_programmed(start: Start) -> None:
         late = [at - due for (at, _), due in zip(record["chunks"], record["due"], strict=True)]
         assert min(late) >= 0
         assert max(late) < 0.1
+
+
+def test_a_programmed_stream_may_stand_still_in_the_middle(start: Start) -> None:
+    fake = start("--programmed")
+    fake.stream(max_tokens=4, truth={"ttft_s": 0.02, "gap_s": 0.01, "stall_s": 0.1})
+    (record,) = fake.stop()
+    due = [at - record["received"] for at in record["due"]]
+    assert due == pytest.approx([0.02, 0.03, 0.14, 0.15], abs=1e-8)
 
 
 def test_a_connection_is_used_again(start: Start) -> None:
