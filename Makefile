@@ -113,7 +113,7 @@ check: setup ## Lint, format and type check; README and results in order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(BIN)/labs readme --verify && $(BIN)/labs check
 
-bench: setup ## Measure the load generator itself, against a server that records what it sent
+bench: setup ## Measure the lab's own instruments: [PART=streams|engine|neighbour|recording|aa]
 	@$(BIN)/python -m tests.bench
 
 clean: ## Remove caches; results, environment and models' packages stay

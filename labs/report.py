@@ -43,6 +43,12 @@ def ratio_interval(judgement: Judgement) -> str:
     return f"{found.low:.2f} to {found.high:.2f}"
 
 
+def ratio(found: Interval) -> str:
+    if found.low is None or found.high is None:
+        return f"{found.value:.2f}"
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
 def predicted(prediction: Prediction, unit: str = "1") -> str:
     sign = {"point": "", "ceiling": "at most ", "floor": "at least "}[prediction.kind]
     return f"{sign}{number(prediction.value, unit)}"

@@ -3,7 +3,8 @@
     python -m tests.bench --help
 
 Nothing here fails because of a time: a bench shows where the lab stands, `make test` says whether
-it is right. The server of the first part records what it handed to the socket, and when.
+it is right. The server of the first part records what it handed to the socket, and when. What a
+part found goes to `results/<machine>/bench.json` as soon as it is there; README.md shows it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import os
 import random
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Annotated, Any
 
 import numpy as np
@@ -30,9 +33,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from scipy import stats
 
-from labs import results
-from labs.judge import effect
+from labs import instruments, results
+from labs.judge import CONFIDENCE, Effect, Interval, Judgement, effect, mean_interval
+from labs.others import Others
+from labs.terminal import minutes
 from loadtests import generator, plan, records
 from loadtests.arrivals import Concurrent
 from loadtests.prompts import Writer, counter
@@ -42,9 +48,13 @@ from serving import machine as machines
 from serving import metrics, models
 from serving.engine import LOOPBACK, EngineError, VllmEngine, free_port
 from serving.process import Process
+from tests.fake import conftest as fake
 from tests.fake import engine as truth_server
 
-PARTS = ("streams", "engine", "neighbour", "overhead")
+MAIN = ("streams", "engine", "neighbour", "recording", "overhead")
+PARTS = (*MAIN, "aa")
+REPEATS, PROCESSES, PAIRS, RUNS = 2, (1, 2), 4, 20
+TRIAL_S = 9.0  # a truth server's start, warm-up, window and drain
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
@@ -108,9 +118,9 @@ def delivered(
     return chunks / (end - start) / ideal_chunks_per_s
 
 
-def ms(values: Sequence[float], q: float) -> float:
-    """Percentile in milliseconds (linear interpolation), NaN of nothing."""
-    return 1000 * float(np.percentile(values, q)) if len(values) else math.nan
+def percentile_s(values: Sequence[float], q: float) -> float | None:
+    """By linear interpolation; None of nothing."""
+    return float(np.percentile(values, q)) if len(values) else None
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,59 @@ def overhead_share(wall_s: float, engine_start_s: float, load_s: float) -> float
     return (wall_s - engine_start_s - load_s) / wall_s
 
 
+def alarms_of(runs: Sequence[Sequence[Judgement]], lab: str) -> instruments.Alarms:
+    """Of runs of a lab against itself: any claim with a direction is a false alarm."""
+    every = [j for run in runs for j in run]
+    judged = [j for j in every if j.outcome != "not valid"]
+    alarms = sum(j.outcome in ("helps", "hurts") for j in judged)
+    exact = stats.binomtest(alarms, len(judged)).proportion_ci(CONFIDENCE, method="exact")
+    spreads = [j.effect.spread for j in judged if j.effect and j.effect.spread is not None]
+    return instruments.Alarms(
+        lab=lab,
+        runs=len(runs),
+        alarms=alarms,
+        judged=len(judged),
+        not_judged=len(every) - len(judged),
+        low=exact.low,
+        high=exact.high,
+        spread=median(spreads),
+    )
+
+
+# ------------------------------------------------------------------------------------ time to come
+
+
+class Clock:
+    """Tells what is being measured, and about how long all that was asked for will still take."""
+
+    def __init__(self, expected_s: Mapping[str, float]) -> None:
+        self._left_s = dict(expected_s)  # of the parts that have not ended
+        self._part, self._began = "", time.monotonic()
+
+    @contextlib.contextmanager
+    def during(self, part: str) -> Iterator[None]:
+        self._part, self._began = part, time.monotonic()
+        try:
+            yield
+        finally:
+            del self._left_s[part]
+
+    def tell(self, text: str, done: float) -> None:
+        """`done` is the share of the part that is over."""
+        left = minutes(self.left_s(done, time.monotonic() - self._began))
+        line = f"{self._part}: {text} (about {left} left)"
+        if sys.stderr.isatty():
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def left_s(self, done: float, spent_s: float) -> float:
+        """At the pace so far once a fifth of the part is over, as expected until then."""
+        later_s = sum(s for part, s in self._left_s.items() if part != self._part)
+        expected_s = max(0.0, self._left_s[self._part] - spent_s)
+        return later_s + (spent_s * (1 - done) / done if done >= 0.2 else expected_s)
+
+
 # ---------------------------------------------------------------------- the generator, as it runs
 
 
@@ -149,22 +212,25 @@ def locust(
     users: int, work: Path, locustfile: Path = generator.LOCUSTFILE, processes: int = 1
 ) -> Iterator[Played]:
     """Our Locust as `labs/stage.py` starts it, with its exporter."""
-    argv = generator.argv(users, free_port(), free_port(), processes)
+    argv = generator.argv(users, exporter_port := free_port(), free_port(), processes)
     argv[argv.index(str(generator.LOCUSTFILE))] = str(locustfile)
     log, cores = work / f"locust-{users}.log", machines.split_cores()[1]
     with Process("locust", argv, log=log, cores=cores, talk=True) as child:
-        yield Played(generator.Generator(child), child)
+        yield Played(generator.Generator(child), child, exporter_port)
 
 
 @dataclass(frozen=True)
 class Played:
     generator: generator.Generator
     child: Process
+    exporter_port: int
 
-    def cpu_s(self) -> float:
-        """CPU time so far of Locust's master and load workers together."""
-        family = psutil.Process(self.child.pid).children(recursive=True)
-        return sum(sum(p.cpu_times()[:2]) for p in family)
+    def cpu_s(self) -> tuple[float, float]:
+        """CPU time so far of Locust's master, which records, and of it and its load workers."""
+        (master,) = psutil.Process(self.child.pid).children()
+        family = (master, *master.children(recursive=True))
+        used = [sum(p.cpu_times()[:2]) for p in family]
+        return used[0], sum(used)
 
 
 def trial(
@@ -179,7 +245,7 @@ def trial(
 
 # -------------------------------------------------------------------------- 1: against the truth
 
-TTFT_S, CHUNKS = 0.05, 50
+TTFT_S, CHUNKS, STALL_S = 0.05, 50, 0.3
 MARK_S = 1e-7  # request i asks for TTFT_S + i * MARK_S: so the server's record tells which it was
 WARMUP_S, WINDOW_S = 1.0, 6.0
 
@@ -190,19 +256,42 @@ class Row:
     gap_s: float = 0.01
     tokens_per_chunk: int = 1
     early_role: bool = False
+    sse_comments: bool = False
+    stall_s: float = 0.0
+
+    @property
+    def shape(self) -> str:
+        odd = {
+            "the role early": self.early_role,
+            "SSE comments": self.sse_comments,
+            f"a stall of {self.stall_s:g} s": self.stall_s,
+        }
+        return ", ".join(name for name, there in odd.items() if there)
 
     @property
     def title(self) -> str:
         tokens = f" × {self.tokens_per_chunk}" if self.tokens_per_chunk > 1 else ""
-        return f"{self.streams}{tokens}, {1000 * self.gap_s:g} ms"
+        shape = f", {self.shape}" if self.shape else ""
+        return f"{self.streams}{tokens}, {1000 * self.gap_s:g} ms{shape}"
+
+    @property
+    def request_s(self) -> float:
+        return TTFT_S + (CHUNKS - 1) * self.gap_s + self.stall_s
 
     @property
     def ideal_chunks_per_s(self) -> float:
-        return self.streams * CHUNKS / (TTFT_S + (CHUNKS - 1) * self.gap_s)
+        return self.streams * CHUNKS / self.request_s
 
 
 PLAIN = (Row(1), Row(16), Row(64), Row(256))
-ROWS = (*PLAIN, Row(64, gap_s=0.003), Row(64, tokens_per_chunk=4, early_role=True))
+ROWS = (
+    *PLAIN,
+    Row(64, gap_s=0.003),
+    Row(64, tokens_per_chunk=4, early_role=True),
+    Row(64, sse_comments=True),
+    Row(64, stall_s=STALL_S),
+)
+SHARED = PLAIN[1:]  # what several load processes send too
 
 
 @dataclass
@@ -214,17 +303,38 @@ class Cost:
     chunks: int = 0
     tokens: int = 0
     worker_cpu_s: float = 0.0
+    master_cpu_s: float = 0.0
     all_cpu_s: float = 0.0
 
-    def us_per_chunk(self, cpu_s: float) -> float:
-        return 1e6 * cpu_s / self.chunks if self.chunks else math.nan
+    def sent(self, row: Row, processes: int) -> instruments.Sent:
+        errors, share = self.errors, mean(self.delivered)
+        return instruments.Sent(
+            load_processes=processes,
+            streams=row.streams,
+            gap_s=row.gap_s,
+            tokens_per_chunk=row.tokens_per_chunk,
+            shape=row.shape,
+            chunks_per_s=share * row.ideal_chunks_per_s,
+            delivered=share,
+            lost=errors.lost,
+            ttft_added_p50_s=percentile_s(errors.ttft_s, 50),
+            ttft_added_p99_s=percentile_s(errors.ttft_s, 99),
+            read_late_p50_s=percentile_s(errors.read_s, 50),
+            read_late_p99_s=percentile_s(errors.read_s, 99),
+            gap_error_p50_s=percentile_s(errors.gap_s, 50),
+            gap_error_p99_s=percentile_s(errors.gap_s, 99),
+            server_late_p99_s=percentile_s(errors.server_late_s, 99),
+            cpu_s_per_chunk=self.worker_cpu_s / self.chunks if self.chunks else None,
+            all_cpu_s_per_chunk=self.all_cpu_s / self.chunks if self.chunks else None,
+        )
 
 
-def write_programmed(path: Path, row: Row, n: int) -> None:
-    """Bodies that tell the truth server when to send what."""
+def write_programmed(path: Path, row: Row) -> None:
+    """Bodies that tell the truth server when to send what; half as many again as can be sent."""
+    each = math.ceil(1.5 * (WARMUP_S + WINDOW_S) / row.request_s)
     with path.open("w") as file:
-        for i in range(n):
-            truth = {"ttft_s": TTFT_S + i * MARK_S, "gap_s": row.gap_s}
+        for i in range(row.streams * each):
+            truth = {"ttft_s": TTFT_S + i * MARK_S, "gap_s": row.gap_s, "stall_s": row.stall_s}
             request = Request(i, [{"role": "user", "content": "Say it."}], 12, CHUNKS)
             body = plan.body(request, "fake") | {
                 "max_tokens": CHUNKS * row.tokens_per_chunk,
@@ -250,6 +360,7 @@ def truth(row: Row, work: Path) -> Iterator[tuple[str, Path]]:
     """The truth server on the engine's cores: (its URL, its log, complete once it has ended)."""
     port, log = free_port(), work / "truth.jsonl"
     flags = ["--programmed", *(["--early-role-chunk"] if row.early_role else [])]
+    flags += ["--sse-comments"] if row.sse_comments else []
     argv = [sys.executable, truth_server.__file__, "--port", str(port), "--log", str(log), *flags]
     cores = machines.split_cores()[0]
     with Process("truth server", argv, log=work / "truth.log", cores=cores) as process:
@@ -272,13 +383,15 @@ def wait_for(ready: Callable[[], bool], process: Process, timeout_s: float) -> N
 
 def measure_row(row: Row, load: Played, work: Path, cost: Cost) -> None:
     work.mkdir(parents=True)
-    write_programmed(work / "requests.jsonl", row, row.streams * 60)
+    write_programmed(work / "requests.jsonl", row)
     with truth(row, work) as (url, log):
-        cpu_s = load.cpu_s()
+        before_s = load.cpu_s()
         summary = load.generator.play(
             trial(url, row.streams, work / "requests.jsonl", WARMUP_S, WINDOW_S, work / "records")
         )
-        cost.all_cpu_s += load.cpu_s() - cpu_s
+        master_s, all_s = (b - a for a, b in zip(before_s, load.cpu_s(), strict=True))
+    cost.master_cpu_s += master_s
+    cost.all_cpu_s += all_s
     # CLOCK_MONOTONIC is one clock for both processes; the summary's wall clock leads to it
     t0 = summary.started_unix_s - (time.time() - time.monotonic())
     client = list(records.read(work / "records"))
@@ -292,61 +405,84 @@ def measure_row(row: Row, load: Played, work: Path, cost: Cost) -> None:
 Sender = tuple[Path, int]  # a locustfile, and how many load processes run it
 
 
-def streams(work: Path, repeats: int, rows: Sequence[Row], senders: Sequence[Sender]) -> None:
-    """Every row once, then all again; with several senders each row goes to all in turn."""
-    costs = {(row, sender): Cost() for row in rows for sender in senders}
+def streams(
+    clock: Clock, work: Path, repeats: int, rows: Sequence[Row], senders: Sequence[Sender]
+) -> instruments.Streams:
+    """Every row once, then all again; with several senders each row goes to all in turn.
+
+    Returns what our own Locust did.
+    """
+    cases = cases_of(rows, senders)
+    costs = {case: Cost() for case in cases}
     users = max(row.streams for row in rows)
     with contextlib.ExitStack() as exits:
+        clock.tell("starting Locust", 0)
         loads = {
             (file, processes): exits.enter_context(locust(users, work / str(i), file, processes))
             for i, (file, processes) in enumerate(senders)
         }
         for repeat in range(repeats):
-            for row in rows:
-                for i, (sender, load) in enumerate(loads.items()):
-                    tell(f"streams: {row.title}, repeat {repeat + 1} of {repeats}")
-                    folder = work / f"{row.title.replace(' ', '').replace(',', '-')}-{repeat}-{i}"
-                    measure_row(row, load, folder, costs[row, sender])
-    for sender in senders:
+            for i, (row, sender) in enumerate(cases):
+                done = (repeat + i / len(cases)) / repeats
+                clock.tell(f"{row.title}, {many(sender[1])}, {repeat + 1} of {repeats}", done)
+                folder = work / f"{repeat}-{i}"
+                measure_row(row, loads[sender], folder, costs[row, sender])
+    for file in dict.fromkeys(file for file, _ in senders):
         if len(senders) > 1:
-            file, processes = sender
-            many = f"{processes} load process{'es' if processes > 1 else ''}"
-            console.print(f"\n[bold]{escape(file.name)}, {many}[/]")
-        show_streams({row: costs[row, sender] for row in rows})
+            console.print(f"\n[bold]{escape(file.name)}[/]")
+        found = {c: cost for c, cost in costs.items() if c[1][0] == file}
+        show_streams([cost.sent(row, sender[1]) for (row, sender), cost in found.items()])
+    ours = [(c, cost) for c, cost in costs.items() if c[1][0] == generator.LOCUSTFILE]
+    return instruments.Streams(rows=[cost.sent(row, n) for (row, (_, n)), cost in ours])
 
 
-def show_streams(costs: Mapping[Row, Cost]) -> None:
+def cases_of(rows: Sequence[Row], senders: Sequence[Sender]) -> list[tuple[Row, Sender]]:
+    """What is measured, in turn: the odd shapes by one load process alone."""
+    return [(row, s) for row in rows for s in senders if s[1] == 1 or row in SHARED]
+
+
+def many(processes: int) -> str:
+    return f"{processes} load process{'es' if processes > 1 else ''}"
+
+
+def show_streams(found: Sequence[instruments.Sent]) -> None:
     times = table(
         "What the load generator adds, against a server that records what it sent (ms)",
-        *("streams, gap", "requests", "TTFT added p50", "p99", "read late p50", "p99"),
+        *("streams, gap", "load processes", "TTFT added p50", "p99", "read late p50", "p99"),
         *("gap error p50", "p99", "server late p99"),
     )
     spent = table(
-        "What it delivers, and the CPU of its load worker",
-        *("streams, gap", "chunks", "lost", "delivered", "µs a chunk", "with the master"),
-        *("s per 1,000 tokens",),
+        "What it delivers, and the CPU of what sends",
+        *("streams, gap", "load processes", "chunks/s", "lost", "delivered", "µs a chunk"),
+        *("with the master", "s per 1,000 tokens"),
     )
-    for row, cost in costs.items():
-        e = cost.errors
+    for sent in found:
+        tokens = f" × {sent.tokens_per_chunk}" if sent.tokens_per_chunk > 1 else ""
+        shape = f", {sent.shape}" if sent.shape else ""
+        name = f"{sent.streams}{tokens}, {1000 * sent.gap_s:g} ms{shape}"
         times.add_row(
-            row.title,
-            f"{len(e.ttft_s)}",
-            *(f"{ms(v, q):.2f}" for v in (e.ttft_s, e.read_s, e.gap_s) for q in (50, 99)),
-            f"{ms(e.server_late_s, 99):.2f}",
-        )
+            name,
+            f"{sent.load_processes}",
+            *(scaled(t, 1000, 2) for t in (
+                sent.ttft_added_p50_s, sent.ttft_added_p99_s, sent.read_late_p50_s,
+                sent.read_late_p99_s, sent.gap_error_p50_s, sent.gap_error_p99_s,
+                sent.server_late_p99_s,
+            )),
+        )  # fmt: skip
         spent.add_row(
-            row.title,
-            f"{cost.chunks:,}",
-            f"{e.lost}",
-            f"{mean(cost.delivered):.1%}",
-            f"{cost.us_per_chunk(cost.worker_cpu_s):.1f}",
-            f"{cost.us_per_chunk(cost.all_cpu_s):.1f}",
-            f"{1000 * cost.worker_cpu_s / max(1, cost.tokens):.4f}",
+            name,
+            f"{sent.load_processes}",
+            f"{sent.chunks_per_s:,.0f}",
+            f"{sent.lost}",
+            f"{sent.delivered:.1%}",
+            scaled(sent.cpu_s_per_chunk, 1e6, 1),
+            scaled(sent.all_cpu_s_per_chunk, 1e6, 1),
+            scaled(sent.cpu_s_per_chunk, 1000 / sent.tokens_per_chunk, 4),
         )
     console.print(times)
     console.print(
         f"[dim]A stream: {CHUNKS} chunks, the first after {1000 * TTFT_S:.0f} ms; a user sends"
-        " again at once. × 4: so many tokens a chunk, the role chunk early. TTFT added: the"
+        " again at once. × 4: so many tokens a chunk. TTFT added: the"
         " client's (first chunk - sent) less the server's (first chunk - received), so the"
         " request's way is in it. Read late: written to stamped. Server late: due to written;"
         " where it is large, other work disturbed the server, or it is past its limit.[/]"
@@ -357,17 +493,21 @@ def show_streams(costs: Mapping[Row, Cost]) -> None:
         " exchange. Waking up for one chunk costs more than reading it, so chunks that come"
         " together cost less each; a bare epoll loop took 14 to 18 µs at 64, 10 ms.[/]"
     )
-    for row, most in ((Row(16), 1.0), (Row(256), 10.0)):
-        if row in costs:
-            p99 = ms(costs[row].errors.ttft_s, 99)
-            late = ms(costs[row].errors.server_late_s, 99)
-            disturbed = p99 > most and late > most
-            doubt = f"the server itself ran {late:.1f} ms late" if disturbed else ""
-            aim(f"TTFT added at {row.title}, p99", p99, most, "ms", doubt=doubt)
-    if (row := Row(64)) in costs:
-        cpu = costs[row].us_per_chunk(costs[row].worker_cpu_s)
-        aim(f"CPU of the load worker at {row.title}", cpu, 10.0, "µs a chunk")
-    aim("chunks lost", sum(c.errors.lost for c in costs.values()), 0)
+    for sent in (s for s in found if s.gap_s == 0.01 and not s.shape):
+        most_s = {16: 0.001, 256: 0.010}.get(sent.streams)
+        p99_s, late_s = sent.ttft_added_p99_s, sent.server_late_p99_s
+        name = f"{sent.streams} streams, {many(sent.load_processes)}"
+        if most_s and p99_s is not None and late_s is not None:
+            disturbed = p99_s > most_s and late_s > most_s
+            doubt = f"the server itself ran {1000 * late_s:.1f} ms late" if disturbed else ""
+            aim(f"TTFT added at {name}, p99", 1000 * p99_s, 1000 * most_s, "ms", doubt=doubt)
+        if sent.streams == 64 and sent.load_processes == 1 and sent.cpu_s_per_chunk:
+            aim(f"CPU of what sends at {name}", 1e6 * sent.cpu_s_per_chunk, 10.0, "µs a chunk")
+    aim("chunks lost", sum(sent.lost for sent in found), 0)
+
+
+def scaled(value: float | None, by: float, digits: int) -> str:
+    return "–" if value is None else f"{by * value:.{digits}f}"
 
 
 # --------------------------------------------------------------- 2: against `vllm bench serve`
@@ -449,11 +589,14 @@ def write_work(work: Path, model: models.Model) -> None:
     )
 
 
-def engine(work: Path, pairs: int, unpinned: bool, locustfiles: Sequence[Path]) -> None:
+def engine(
+    clock: Clock, work: Path, pairs: int, unpinned: bool, locustfiles: Sequence[Path]
+) -> instruments.Engine:
+    """The same requests under our Locust and under vLLM's own tool."""
     machine = machines.detect()
     model = models.resolve(machine)
     write_work(work, model)
-    tell("engine: starting vLLM")
+    clock.tell("starting vLLM", 0)
     with contextlib.ExitStack() as exits:
         served = VllmEngine(
             "bench", model, ENGINE_FLAGS, kind=machine.kind, log=work / "engine.log"
@@ -469,13 +612,13 @@ def engine(work: Path, pairs: int, unpinned: bool, locustfiles: Sequence[Path]) 
         if unpinned:
             arms[FREE] = partial(theirs, served, model, work / "prompts.json", everywhere)
         served.wait()
-        tell("engine: warming up")
+        clock.tell("warming up", 0)
         arms[OURS](work / "warm-up")
         found: dict[str, list[list[Answered]]] = {name: [] for name in arms}
         counted: dict[str, set[tuple[float, float]]] = {name: set() for name in arms}
         for pair in range(pairs):  # A B, B A, ...: what drifts hits both alike
             for i, name in list(enumerate(arms))[:: -1 if pair % 2 else 1]:
-                tell(f"engine: {name}, {pair + 1} of {pairs}")
+                clock.tell(f"{name}, {pair + 1} of {pairs}", (pair + 0.5) / (pairs + 1))
                 before = served.snapshot()
                 found[name].append(arms[name](work / f"{pair}-{i}"))
                 time.sleep(0.3)  # the engine counts a request a moment after its last chunk
@@ -485,6 +628,20 @@ def engine(work: Path, pairs: int, unpinned: bool, locustfiles: Sequence[Path]) 
                         (delta[metrics.PROMPT_TOKENS], delta[metrics.GENERATION_TOKENS])
                     )
     show_engine(found, counted)
+    figures = (ratio_of(found, OURS, of) for of in (rate, ttft_ms, tpot_ms))
+    throughput, ttft, tpot = (figure.ratio for figure in figures)
+    return instruments.Engine(throughput=throughput, ttft=ttft, tpot=tpot)
+
+
+def ratio_of(
+    found: Mapping[str, Sequence[Sequence[Answered]]],
+    name: str,
+    of: Callable[[Sequence[Answered]], float],
+) -> Effect:
+    """A figure under one tool / under vLLM's."""
+    ratio = effect(*(dict(enumerate(map(of, found[tool]))) for tool in (name, THEIRS)))
+    assert ratio
+    return ratio
 
 
 def show_engine(
@@ -511,25 +668,18 @@ def show_engine(
         "[dim]Output tokens / (last token - first send), computed alike for both from each tool's"
         " own stamps. vllm bench's TTFT is to its first event, which may be the role chunk.[/]"
     )
-    rates_of = {name: dict(enumerate(map(rate, runs))) for name, runs in found.items()}
     for name in (name for name in found if name not in (THEIRS, FREE)):
-        ratio = effect(rates_of[name], rates_of[THEIRS])
-        assert ratio
-        value, low, high = ratio.ratio.value, ratio.ratio.low, ratio.ratio.high
-        interval = f" (95 % interval {low:.3f} to {high:.3f})" if low and high else ""
-        wide = low is not None and low < 0.97 < value
+        ratio = ratio_of(found, name, rate).ratio
+        wide = ratio.low is not None and ratio.low < 0.97 < ratio.value
         doubt = "the interval reaches below: more --pairs" if wide else ""
-        what = f"throughput under {name} / {THEIRS}{interval}"
-        aim(what, value, 0.97, at_least=True, doubt=doubt)
+        what = f"throughput under {name} / {THEIRS}{within(ratio)}"
+        aim(what, ratio.value, 0.97, at_least=True, doubt=doubt)
     for what, of in (("TTFT", ttft_ms), ("TPOT", tpot_ms)):
-        both = [dict(enumerate(map(of, found[name]))) for name in (OURS, THEIRS)]
-        if (ratio := effect(*both)) and ratio.ratio.low and ratio.ratio.high:
-            low, high = ratio.ratio.low, ratio.ratio.high
-            agree = "they agree" if low <= 1 <= high else "they differ"
-            console.print(
-                f"Mean {what}, {OURS} / {THEIRS}: {ratio.ratio.value:.3f} (95 % interval"
-                f" {low:.3f} to {high:.3f}): {agree}"
-            )
+        ratio = ratio_of(found, OURS, of).ratio
+        if ratio.low and ratio.high:
+            agree = "they agree" if ratio.low <= 1 <= ratio.high else "they differ"
+            text = f"Mean {what}, {OURS} / {THEIRS}: {ratio.value:.3f}{within(ratio)}: {agree}"
+            console.print(text)
     if len(set().union(*counted.values())) > 1:
         console.print("[red]The tools did not send the same work: see the engine's counts.[/]")
 
@@ -537,7 +687,7 @@ def show_engine(
 # -------------------------------------------------------------- 3: an idle engine beside the loaded
 
 
-def neighbour(work: Path, pairs: int) -> None:
+def neighbour(clock: Clock, work: Path, pairs: int) -> instruments.Neighbour:
     """One engine under load, in turn beside an idle one and beside the same one held still."""
     machine = machines.detect()
     model = models.resolve(machine)
@@ -551,42 +701,105 @@ def neighbour(work: Path, pairs: int) -> None:
             exits.callback(started.stop)
             engines.append(started)
         load = exits.enter_context(locust(USERS, work / "locust"))
-        tell("neighbour: starting two engines")
+        clock.tell("starting two engines", 0)
         for started in engines:
             started.wait()
         family = psutil.Process(engines[1].pid).children(recursive=True)
         for process in family:
             exits.callback(process.resume)  # what is held still cannot end
         play = partial(ours, load, engines[0].url, work / "requests.jsonl")
-        tell("neighbour: warming up")
+        clock.tell("warming up", 0)
         play(work / "warm-up")
         rates: dict[str, dict[int, float]] = {"idle": {}, "held": {}}
         for pair in range(pairs):
             for arm in list(rates)[:: -1 if pair % 2 else 1]:
-                tell(f"neighbour: {arm}, {pair + 1} of {pairs}")
+                clock.tell(f"{arm}, {pair + 1} of {pairs}", (pair + 0.5) / (pairs + 1))
                 for process in family:
                     process.suspend() if arm == "held" else process.resume()
                 rates[arm][pair] = rate(play(work / f"{pair}-{arm}"))
     found = effect(rates["idle"], rates["held"])
     assert found
-    low, high = found.ratio.low, found.ratio.high
-    interval = f" (95 % interval {low:.3f} to {high:.3f})" if low and high else ""
-    doubt = "the interval reaches below: more --pairs" if low and low < 0.97 else ""
-    what = f"throughput beside an idle engine / beside one held still{interval}"
+    wide = found.ratio.low is not None and found.ratio.low < 0.97 < found.ratio.value
+    doubt = "the interval reaches below: more --pairs" if wide else ""
+    what = f"throughput beside an idle engine / beside one held still{within(found.ratio)}"
     aim(what, found.ratio.value, 0.97, at_least=True, doubt=doubt)
+    return instruments.Neighbour(throughput=found.ratio)
 
 
-# ------------------------------------------------------------------------------- 4: the lab's own
+# ---------------------------------------------------------------------- 4: what recording costs
+
+UNRECORDED = Path(__file__).with_name("unrecorded.py")
+RECORDED = Row(108)  # streams of a token every 10 ms: 10,000 tokens/s
 
 
-def overhead() -> None:
+def recording(clock: Clock, work: Path, pairs: int) -> instruments.Recording:
+    """The same streams into a Locust that records and into one that does not, in turn.
+
+    Its master records; what its load workers do is the same in both, so only the master's CPU time
+    is compared, and then taken as a share of all.
+    """
+    shares, rates = [], []
+    with contextlib.ExitStack() as exits:
+        clock.tell("starting Locust", 0)
+        loads = {
+            file: exits.enter_context(locust(RECORDED.streams, work / file.stem, file))
+            for file in (generator.LOCUSTFILE, UNRECORDED)
+        }
+        for pair in range(pairs):
+            costs = {file: Cost() for file in loads}
+            for i, (file, load) in enumerate(list(loads.items())[:: -1 if pair % 2 else 1]):
+                clock.tell(f"{file.stem}, {pair + 1} of {pairs}", (pair + i / 2) / pairs)
+                scraped = file == generator.LOCUSTFILE
+                with scraping(load.exporter_port) if scraped else contextlib.nullcontext():
+                    measure_row(RECORDED, load, work / f"{pair}-{i}", costs[file])
+            recorded, bare = costs.values()
+            shares.append(recording_share(recorded, bare))
+            tokens_per_chunk = recorded.tokens / recorded.chunks
+            rates.append(mean(recorded.delivered) * RECORDED.ideal_chunks_per_s * tokens_per_chunk)
+    share = mean_interval(shares)
+    wide = share.high is not None and share.value < 0.03 < share.high
+    doubt = "the interval reaches above: more --pairs" if wide else ""
+    interval = f" (95 % interval {share.low:.1%} to {share.high:.1%})" if share.low else ""
+    what = f"recording's share of the generator's CPU at {mean(rates):,.0f} tokens/s{interval}"
+    aim(what, 100 * share.value, 3.0, "%", doubt=doubt)
+    return instruments.Recording(tokens_per_s=mean(rates), share=share)
+
+
+def recording_share(recorded: Cost, bare: Cost) -> float:
+    """Of the generator's CPU time a token: what the master spends more, of all that is spent."""
+    more_s = recorded.master_cpu_s / recorded.tokens - bare.master_cpu_s / bare.tokens
+    return more_s / (recorded.all_cpu_s / recorded.tokens)
+
+
+@contextlib.contextmanager
+def scraping(port: int) -> Iterator[None]:
+    """Read the exporter once a second, as Prometheus does."""
+    ended = threading.Event()
+
+    def scrape() -> None:
+        while not ended.wait(1.0):
+            requests.get(f"http://{LOOPBACK}:{port}/metrics", timeout=5).raise_for_status()
+
+    scraper = threading.Thread(target=scrape)
+    scraper.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        scraper.join()
+
+
+# ------------------------------------------------------------------------------- 5: the lab's own
+
+
+def overhead() -> instruments.Overhead | None:
     for folder in reversed(results.all_runs()):
         session = folder.session()
         if folder.complete and session and not folder.run().quick:
             break
     else:
         console.print("Lab overhead: no complete run on file (a full one, not QUICK=1).")
-        return
+        return None
     share = overhead_share(session.wall_s, session.engine_start_s, session.load_s)
     shown = table(
         f"Where a run's time goes: {folder.path.parent.name}, {folder.path.name}",
@@ -597,6 +810,46 @@ def overhead() -> None:
     shown.add_row(*(f"{t:.1f} s" for t in times), f"{share:.1%}")
     console.print(shown)
     aim("the lab's own share of a run", 100 * share, 10.0, "%")
+    return instruments.Overhead(lab=folder.path.parent.name, share=share)
+
+
+# ------------------------------------------------------------------------------- 6: false alarms
+
+AA_LAB = "continuous-batching"
+AA_SET = (
+    "warmup_s=0.1 window_s=0.4 repeats=3 requests=128"
+    " workloads.exponential.output_tokens.mean_tokens=8"
+    " workloads.exponential.output_tokens.max_tokens=16"
+)
+# a step varies by a tenth, the machine's speed by 3 % over seconds, two starts by half a percent
+NOISE = ("--seed", "any", "--jitter", ".1", "--drift", ".03", "--start-spread", ".005")
+
+
+def false_alarms(clock: Clock, work: Path, runs: int) -> instruments.Alarms:
+    """A lab's baseline against itself, on fake engines whose speed varies."""
+    found: list[list[Judgement]] = []
+    for i in range(runs):
+        clock.tell(f"run {i + 1} of {runs}", i / runs)
+        with fake.reading(work / str(i)) as reader:
+            command = reader.types("run", AA_LAB, AA="1", SET=AA_SET, SEED=str(i), engine=NOISE)
+            if command.wait() != 0:
+                raise BenchError(f"the lab failed; it said:\n{command.said}")
+            found.append(command.folder.summary().judgements)
+    if all(j.outcome == "not valid" for run in found for j in run):
+        raise BenchError("not one claim could be judged: this machine is too busy")
+    alarms = alarms_of(found, AA_LAB)
+    console.print(
+        f"False alarms: {alarms.alarms} of {alarms.judged} claims judged ({alarms.low:.1%} to"
+        f" {alarms.high:.1%}, exact 95 % interval), {alarms.not_judged} not judged; the ratio"
+        f" varies by {alarms.spread:.1%} between repeats"
+    )
+    console.print(
+        "[dim]Two claims of a run that look at one trial are not independent, so the interval is"
+        " somewhat too narrow.[/]"
+    )
+    doubt = "the interval admits it: more --runs" if alarms.low <= 0.05 < alarms.rate else ""
+    aim("false alarms", 100 * alarms.rate, 5.0, "% of the claims judged", doubt=doubt)
+    return alarms
 
 
 # --------------------------------------------------------------------------------- command line
@@ -621,20 +874,20 @@ def aim(
     console.print(f"Aim: {escape(what)} {sign} {bound:g}{unit}; it is {value:.3g}{unit}: {verdict}")
 
 
-def tell(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-    else:
-        print(text, file=sys.stderr, flush=True)
+def within(ratio: Interval) -> str:
+    if ratio.low is None or ratio.high is None:
+        return ""
+    return f" (95 % interval {ratio.low:.3f} to {ratio.high:.3f})"
 
 
 def main(
     part: Annotated[
-        list[str], typer.Option(help=f"Only this part, again for another: {', '.join(PARTS)}.")
-    ] = list(PARTS),  # noqa: B006
+        list[str],
+        typer.Option(envvar="PART", help=f"Only this part, again for another: {', '.join(PARTS)}."),
+    ] = list(MAIN),  # noqa: B006
     repeats: Annotated[
         int, typer.Option(min=1, help="streams: how often each row is measured, interleaved.")
-    ] = 2,
+    ] = REPEATS,
     stream_counts: Annotated[
         str, typer.Option("--streams", help="streams: only these rows, as in '16,256'.")
     ] = "",
@@ -647,11 +900,16 @@ def main(
     ] = [],  # noqa: B006
     processes: Annotated[
         list[int],
-        typer.Option(min=1, help="streams: also by so many load processes, in turn."),
-    ] = [1],  # noqa: B006
+        typer.Option(
+            min=1, help="streams: by so many load processes, in turn; the odd shapes by one alone."
+        ),
+    ] = list(PROCESSES),  # noqa: B006
     pairs: Annotated[
-        int, typer.Option(min=1, help="engine, neighbour: runs of each side, in turn.")
-    ] = 4,
+        int, typer.Option(min=1, help="engine, neighbour, recording: runs of each side, in turn.")
+    ] = PAIRS,
+    runs: Annotated[
+        int, typer.Option(min=1, help="aa: how often a lab runs against itself.")
+    ] = RUNS,
     unpinned: Annotated[
         bool,
         typer.Option(help="engine: also run vLLM's tool free to use the engine's cores."),
@@ -662,7 +920,7 @@ def main(
 ) -> None:
     """Measure the lab's own instruments and print each figure beside its aim.
 
-    [bold]streams[/] (2 min): what our Locust adds to TTFT and to chunk gaps,
+    [bold]streams[/] (4 min): what our Locust adds to TTFT and to chunk gaps,
     and the CPU it costs, against a server that records what it really sent.
 
     [bold]engine[/] (3 min): vLLM's throughput under our Locust and under
@@ -671,11 +929,19 @@ def main(
     [bold]neighbour[/] (3 min): an engine's throughput beside another that is
     loaded and idle, as variants of a lab are, and beside one held still.
 
+    [bold]recording[/] (2 min): the share of our Locust's CPU time that goes
+    into recording for Prometheus at 10,000 tokens/s.
+
     [bold]overhead[/] (at once): the lab's own share of the newest full run
     in results/.
 
-    The figures are this machine's, now: close what else runs on it. The exit
-    code is 0 unless something broke, whatever the figures.
+    [bold]aa[/] (8 min, only when asked for): twenty runs of a lab against
+    itself on a fake engine whose speed varies; the false alarms among them.
+
+    The figures are this machine's, now: close what else runs on it. What a
+    part finds is kept in results/ as soon as it is there, unless fewer repeats,
+    pairs or runs, or not all rows, were asked for. The exit code is 0 unless
+    something broke, whatever the figures.
     """
     if unknown := set(part) - set(PARTS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
@@ -693,24 +959,57 @@ def main(
         console.print(
             f"[yellow]Other work is running (load average {load:.1f}): it is in these figures.[/]"
         )
+    files = [generator.LOCUSTFILE, *against]
+    senders = [(file, n) for file in files for n in processes]
+    expected_s = {
+        "streams": 10 + TRIAL_S * repeats * len(cases_of(rows, senders)),
+        "engine": 60 + 30 * pairs,
+        "neighbour": 60 + 30 * pairs,
+        "recording": 10 + 2 * TRIAL_S * pairs,
+        "overhead": 1,
+        "aa": 25 * runs,
+    }
+    clock = Clock({name: expected_s[name] for name in PARTS if name in part})
+    ordinary = {
+        "streams": rows == list(ROWS) and processes == list(PROCESSES) and repeats >= REPEATS,
+        "engine": pairs >= PAIRS,
+        "neighbour": pairs >= PAIRS,
+        "recording": pairs >= PAIRS,
+        "overhead": True,
+        "aa": runs >= RUNS,
+    }
+    failed = False
     with contextlib.ExitStack() as exits:
         if keep:
             keep.mkdir(parents=True)
         work = keep or Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="lab-bench-")))
-        try:
-            if "streams" in part:
-                files = [generator.LOCUSTFILE, *against]
-                senders = [(file, n) for file in files for n in processes]
-                streams(work / "streams", repeats, rows, senders)
-            if "engine" in part:
-                engine(work / "engine", pairs, unpinned, [generator.LOCUSTFILE, *against])
-            if "neighbour" in part:
-                neighbour(work / "neighbour", pairs)
-            if "overhead" in part:
-                overhead()
-        except (BenchError, EngineError, generator.GeneratorError, models.ModelError) as error:
-            console.print(f"[red]{escape(str(error))}[/]")
-            raise typer.Exit(1) from None
+        measure: dict[str, Callable[[], instruments.Part | None]] = {
+            "streams": lambda: streams(clock, work / "streams", repeats, rows, senders),
+            "engine": lambda: engine(clock, work / "engine", pairs, unpinned, files),
+            "neighbour": lambda: neighbour(clock, work / "neighbour", pairs),
+            "recording": lambda: recording(clock, work / "recording", pairs),
+            "overhead": overhead,
+            "aa": lambda: false_alarms(clock, work / "aa", runs),
+        }
+        for name in (name for name in PARTS if name in part):
+            others = Others()
+            try:
+                with clock.during(name):
+                    found = measure[name]()
+            except (BenchError, EngineError, generator.GeneratorError, models.ModelError) as error:
+                console.print(f"[red]{name}: {escape(str(error))}[/]")  # the other parts go on
+                failed = True
+                continue
+            if found and ordinary[name] and not against:
+                kept = instruments.keep(machines.detect(), name, dated(found, others))
+                console.print(f"[dim]{name}: kept in {os.path.relpath(kept)}[/]")
+    if failed:
+        raise typer.Exit(1)
+
+
+def dated(part: instruments.Part, others: Others) -> instruments.Part:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return part.model_copy(update={"measured_at": now, "cpu_others": sum(others.shares())})
 
 
 def _cores(cores: Sequence[int]) -> str:

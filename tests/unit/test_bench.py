@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from labs.judge import Effect, Interval, Judgement, Outcome
+from loadtests import generator
 from loadtests.records import RequestRecord
 from tests import bench
+from tests.unit.builders import PREDICTION
 
 
 def client(index: int, *chunks: tuple[float, int], in_window: bool = True) -> RequestRecord:
@@ -67,3 +70,66 @@ def test_the_servers_record_tells_which_request_it_was(tmp_path: Any) -> None:
     log = tmp_path / "truth.jsonl"
     log.write_text(f'{{"received": 86400.25, "due": [{86400.25 + asked!r}]}}\n{{"due": []}}\n')
     assert list(bench.read_truth(log)) == [1234]
+
+
+@pytest.mark.parametrize("row", bench.ROWS, ids=lambda row: row.title)
+def test_enough_requests_are_written_for_the_fastest_client(row: bench.Row, tmp_path: Any) -> None:
+    bench.write_programmed(tmp_path / "requests.jsonl", row)
+    lines = len((tmp_path / "requests.jsonl").read_text().splitlines())
+    longest_s = bench.WARMUP_S + bench.WINDOW_S + row.request_s
+    assert lines >= row.streams * longest_s / row.request_s
+
+
+def test_a_stall_is_in_what_an_instant_client_would_get() -> None:
+    assert bench.Row(10).ideal_chunks_per_s == pytest.approx(10 * 50 / 0.54)
+    assert bench.Row(10, stall_s=0.46).ideal_chunks_per_s == pytest.approx(10 * 50 / 1.0)
+
+
+def test_several_processes_send_the_plain_streams_and_one_all_of_them() -> None:
+    one, two = ((generator.LOCUSTFILE, n) for n in (1, 2))
+    cases = bench.cases_of(bench.ROWS, [one, two])
+    assert [row for row, sender in cases if sender == one] == list(bench.ROWS)
+    assert [row.streams for row, sender in cases if sender == two] == [16, 64, 256]
+
+
+def test_what_recording_costs_is_what_the_master_spends_more() -> None:
+    recorded = bench.Cost(tokens=1000, master_cpu_s=0.003, all_cpu_s=0.010)
+    bare = bench.Cost(tokens=2000, master_cpu_s=0.004, all_cpu_s=0.018)
+    assert bench.recording_share(recorded, bare) == pytest.approx(0.1)
+
+
+def judged(outcome: Outcome, spread: float | None = 0.02) -> Judgement:
+    ratio = Interval(value=1.0, low=0.9, high=1.1, n=3)
+    return Judgement(
+        claim="aa", title="", metric="ttft_p50_s", treatment="t", baseline="b", outcome=outcome,
+        expected=None, effect=Effect(ratio=ratio, floor=None, spread=spread),
+        prediction=PREDICTION, prediction_held=None, why="",
+    )  # fmt: skip
+
+
+def test_false_alarms_are_claims_with_a_direction_of_those_that_were_judged() -> None:
+    runs = [
+        [judged("helps", 0.01), judged("no effect")],
+        [judged("inconclusive"), judged("hurts", 0.03), judged("not valid", 9.0)],
+    ]
+    found = bench.alarms_of(runs, "tiny")
+    assert (found.runs, found.alarms, found.judged, found.not_judged) == (2, 2, 4, 1)
+    # Clopper and Pearson, 2 of 4
+    assert (found.low, found.high) == pytest.approx((0.0676, 0.9324), abs=1e-4)
+    assert found.spread == pytest.approx(0.02)
+
+
+def test_none_in_eighty_still_leaves_room() -> None:
+    found = bench.alarms_of([[judged("inconclusive")] * 4] * 20, "tiny")
+    assert (found.alarms, found.judged, found.low) == (0, 80, 0)
+    assert found.high == pytest.approx(1 - 0.025 ** (1 / 80))
+
+
+def test_time_to_come_is_as_expected_and_then_as_measured() -> None:
+    clock = bench.Clock({"streams": 100.0, "engine": 60.0})
+    with clock.during("streams"):
+        assert clock.left_s(done=0.1, spent_s=30) == 70 + 60
+        assert clock.left_s(done=0.5, spent_s=80) == 80 + 60
+        assert clock.left_s(done=0.0, spent_s=500) == 60
+    with clock.during("engine"):
+        assert clock.left_s(done=0.0, spent_s=0) == 60

@@ -1,0 +1,94 @@
+"""What `make bench` leaves on file, and how the README shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from labs import instruments, results
+from labs.instruments import Alarms, Engine, Neighbour, Overhead, Recording, Sent, Streams
+from labs.judge import Interval
+from serving.machine import Machine
+
+MACHINE = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=24 * 2**30)
+DAY = "2026-11-25T19:30:00+00:00"
+
+
+def ratio(value: float, low: float | None = None, high: float | None = None) -> Interval:
+    return Interval(value=value, low=low, high=high, n=4)
+
+
+ROW = Sent(
+    load_processes=2, streams=64, gap_s=0.01, tokens_per_chunk=4, shape="SSE comments",
+    chunks_per_s=5926.4, delivered=0.997, lost=0, ttft_added_p50_s=0.00081,
+    ttft_added_p99_s=0.0052, read_late_p50_s=0.0001, read_late_p99_s=0.002,
+    gap_error_p50_s=0.0001, gap_error_p99_s=None, server_late_p99_s=0.001,
+    cpu_s_per_chunk=21.64e-6, all_cpu_s_per_chunk=30e-6,
+)  # fmt: skip
+ALARMS = Alarms(
+    lab="tiny", runs=20, alarms=2, judged=80, not_judged=1, low=0.003, high=0.087, spread=0.021,
+    measured_at=DAY,
+)  # fmt: skip
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_a_part_replaces_itself_and_leaves_the_others(home: Path) -> None:
+    instruments.keep(MACHINE, "streams", Streams(rows=[ROW], measured_at=DAY))
+    instruments.keep(MACHINE, "aa", ALARMS.model_copy(update={"alarms": 9}))
+    path = instruments.keep(MACHINE, "aa", ALARMS)
+    assert path == home / MACHINE.slug / "bench.json"
+    (found,) = instruments.on_file()
+    assert found.machine == MACHINE
+    assert found.streams == Streams(rows=[ROW], measured_at=DAY)
+    assert found.aa == ALARMS
+    assert found.engine is None
+
+
+def test_a_row_has_units_and_a_dash_for_what_is_not_there(home: Path) -> None:
+    instruments.keep(MACHINE, "streams", Streams(rows=[ROW], measured_at=DAY))
+    head, _, table_head, _, row, *_ = instruments.lines(*instruments.on_file())
+    assert head == f"**{MACHINE.describe()}**, 2026-11-25:"
+    assert row == (
+        "| 2 | 64, a chunk every 10 ms, 4 tokens each, SSE comments | 5,926 | 99.7% | 0 | 0.81 ms"
+        " | 5.2 ms | 0.1 ms | – | 21.6 µs |"
+    )
+    assert table_head.count("|") == row.count("|")
+
+
+def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None:
+    empty = instruments.Bench(machine=MACHINE)
+    whole = empty.model_copy(
+        update={
+            "engine": Engine(throughput=ratio(1.01, 0.99, 1.03), ttft=ratio(0.9), tpot=ratio(1.0)),
+            "neighbour": Neighbour(throughput=ratio(0.995, 0.98, 1.01)),
+            "recording": Recording(tokens_per_s=9980, share=ratio(0.021, 0.015, 0.027)),
+            "overhead": Overhead(lab="tiny", share=0.07),
+            "aa": ALARMS,
+        }
+    )
+    sentences = [line for line in instruments.lines(whole) if line.startswith("- ")]
+    said = (
+        "throughput 1.01 (0.99 to 1.03), mean TTFT 0.90, mean TPOT 1.00",
+        "one held still: 0.99 (0.98 to 1.01)",
+        "takes 2.1% (1.5% to 2.7%) of the generator's CPU time at 9,980 tokens/s",
+        "own share of a run (`tiny`), beside engine starts and load: 7.0%",
+        "2 false alarms in 80 claims judged, 2.5% (0.3% to 8.7%), 1 not judged",
+    )
+    assert len(sentences) == len(said)
+    for sentence, words in zip(sentences, said, strict=True):
+        assert words in sentence
+    assert not [line for line in instruments.lines(empty) if line.startswith("- ")]
+
+
+def test_work_of_others_is_told() -> None:
+    quiet = ALARMS.model_copy(update={"cpu_others": 0.04})
+    busy = ALARMS.model_copy(update={"cpu_others": 0.21})
+    for aa, told in ((quiet, False), (busy, True)):
+        head = instruments.lines(instruments.Bench(machine=MACHINE, aa=aa))[0]
+        assert ("other work took up to 21% of the CPU time" in head) is told
