@@ -39,6 +39,11 @@ class Caveat(BaseModel, frozen=True, extra="forbid"):
     text: str
     blocks: bool = False
     point: str | None = None
+    metrics: tuple[str, ...] = ()  # on which it allows none; where none is named, on any
+
+    def hits(self, metric: str, *points: str) -> bool:
+        here = self.point is None or self.point in points
+        return self.blocks and here and (not self.metrics or metric in self.metrics)
 
 
 class Interval(BaseModel, frozen=True, extra="forbid"):
@@ -239,7 +244,7 @@ def judge(
         return {r: v for r, row in rows.items() if (v := row.get(claim.metric)) is not None}
 
     found = effect(column(treatment), column(baseline))
-    blocking = [c for c in caveats if c.blocks and c.point in (None, treatment, baseline)]
+    blocking = [c for c in caveats if c.hits(claim.metric, treatment, baseline)]
     outcome: Outcome = "inconclusive"
     expected = held = None
     if blocking:
@@ -303,6 +308,8 @@ MOST_LOOP_LAG_S = 0.02
 MOST_ERRORS = 0.01
 LEAST_ACHIEVED = 0.95
 MOST_SEVERAL = 0.05  # of the chunks carry several tokens, where nothing is guessed ahead
+MOSTLY_SEVERAL = 0.5  # beyond this no token's own time is known
+TOKEN_TIMES = tuple(m for m in METRICS if m.startswith(("tpot", "itl", "chunk_gap", "stall")))
 MOST_SLOWED = 0.01  # of the window; one sample can be a change of load
 MOST_CAPPED = 0.5
 MOST_WARM_TOKENS = 64  # found in the cache by a request that shares no more than a chat template
@@ -359,12 +366,17 @@ def validity(trial: Trial, evidence: Sequence[Evidence]) -> list[Caveat]:
     if chunks := [k for r in trial.counted for _, k in r.chunks[1:]]:
         several = sum(k > 1 for k in chunks) / len(chunks)
         if several > MOST_SEVERAL and "speculative-config" not in trial.point.variant.flags:
-            add(
-                "several tokens a chunk",
+            text = (
                 f"{several:.0%} of the chunks carry more than one: the client or the server fell"
-                " behind the engine, and ITL is spread evenly over a chunk's tokens",
-                False,
+                " behind the engine, or gathers tokens; ITL is spread evenly over a chunk's tokens"
             )
+            mostly = several > MOSTLY_SEVERAL
+            found.append(
+                Caveat(
+                    name="several tokens a chunk", text=text, blocks=mostly, point=key,
+                    metrics=TOKEN_TIMES if mostly else (),
+                )
+            )  # fmt: skip
     warm = _warm_tokens(trial)
     if warm is not None and warm > MOST_WARM_TOKENS:
         add(

@@ -370,6 +370,8 @@ def validity_lines(caveats: Sequence[Caveat], lab: Lab, failed: int = 0) -> list
     for (name, blocks), members in groups.items():
         where = ", ".join(short(c.point, lab) for c in members if c.point)
         weight = "no verdict there" if blocks else "caveat"
+        if blocks and members[0].metrics:
+            weight = "no verdict on times between tokens there"
         lines.append(f"- **{name}** ({weight}; {where or 'the run'}): {members[0].text}")
     return lines
 

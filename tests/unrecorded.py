@@ -17,4 +17,4 @@ class Nothing:
         return lambda *_: None
 
 
-locustfile.Exporter = Nothing  # type: ignore[assignment, misc]
+locustfile.Exporter = Nothing  # type: ignore[assignment, attr-defined]

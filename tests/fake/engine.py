@@ -361,7 +361,8 @@ class Noise:
         kept = math.exp((self._at - at_s) / self._drift_s)
         fresh = self._random.gauss(0, self._drift) * math.sqrt(1 - kept * kept)
         self._at, self._drifted = at_s, kept * self._drifted + fresh
-        return math.exp(self._start + self._drifted + self._random.gauss(0, self._jitter))
+        log = self._start + self._drifted + self._random.gauss(0, self._jitter)
+        return math.exp(log)
 
 
 class Batching:
@@ -496,9 +497,9 @@ class Programmed:
         options, truth = self.options, request.truth
         request.scheduled = request.received
         self.running.add(request)
-        first = request.received + truth.get("ttft_s", options.step_s) * options.slowdown
-        gap_s = truth.get("gap_s", options.step_s) * options.slowdown
-        stall_s = truth.get("stall_s", 0.0) * options.slowdown
+        first: float = request.received + truth.get("ttft_s", options.step_s) * options.slowdown
+        gap_s: float = truth.get("gap_s", options.step_s) * options.slowdown
+        stall_s: float = truth.get("stall_s", 0.0) * options.slowdown
         size = max(1, int(truth.get("tokens_per_chunk", options.tokens_per_chunk)))
         middle = -(-request.n_out // size) // 2
 

@@ -200,7 +200,7 @@ def test_the_law(start: Start) -> None:
     assert median(lateness) < 0.02
 
 
-def _logs(noise: Noise, at_s: np.ndarray[Any, np.dtype[np.float64]]) -> Any:
+def _logs(noise: Noise, at_s: Any) -> Any:
     return np.log([noise.factor(at) for at in at_s])
 
 

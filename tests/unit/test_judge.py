@@ -376,6 +376,10 @@ BUNDLED = [
 ]
 
 
+A_FEW = BUNDLED[:5] + CLEAN[5:]
+A_FEW_MORE = {**VALUES, metrics.GENERATION_TOKENS: 105.0}
+
+
 def test_clean_trial_has_no_caveat() -> None:
     assert checked() == []
     assert checked(engine=False) == []
@@ -393,7 +397,8 @@ def test_clean_trial_has_no_caveat() -> None:
         ("fell behind the schedule", True, {"planned": 100, "sent": 94}),
         ("token counts differ", True, {"found": some(1, chunks=[(10.15, 1)])}),
         ("lengths differ", False, {"found": some(1, asked_tokens=3)}),
-        ("several tokens a chunk", False, {"found": BUNDLED, "values": TRIPLED}),
+        ("several tokens a chunk", True, {"found": BUNDLED, "values": TRIPLED}),
+        ("several tokens a chunk", False, {"found": A_FEW, "values": A_FEW_MORE}),
         ("warm prefix cache", True, {"values": {**VALUES, HITS: 50 * 65.0}}),
         ("client and engine disagree", True, {"values": {**VALUES, metrics.REQUESTS: 51}}),
         ("client and engine disagree", True, {"values": {**VALUES, metrics.GENERATION_TOKENS: 99}}),
@@ -424,6 +429,20 @@ def test_caveat(name: str, blocks: bool, changes: dict[str, Any]) -> None:
 )
 def test_just_good_enough_is_no_caveat(changes: dict[str, Any]) -> None:
     assert checked(**changes) == []
+
+
+def test_where_tokens_come_gathered_their_times_allow_no_verdict_but_their_number_does() -> None:
+    gathered = checked(BUNDLED, TRIPLED)
+    gathered = [c.model_copy(update={"point": "on"}) for c in gathered]
+    assert judged(FASTER, *gathered).outcome == "helps"  # throughput counts tokens
+    times = {
+        point: {r: {"tpot_mean_s": row["output_tokens_per_s"]} for r, row in rows.items()}
+        for point, rows in FASTER.items()
+    }
+    found = judged(times, *gathered, metric="tpot_mean_s")
+    assert (found.outcome, found.why) == ("not valid", "several tokens a chunk")
+    elsewhere = [c.model_copy(update={"point": "third"}) for c in gathered]
+    assert judged(times, *elsewhere, metric="tpot_mean_s").outcome == "hurts"
 
 
 def test_guesses_come_several_to_a_chunk() -> None:
