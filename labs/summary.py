@@ -47,6 +47,13 @@ def summarise(folder: RunFolder) -> Summary:
     for point in points:
         for caveat in first_trial_slow(values[point.key], point.key):
             keep(caveat)
+    session = folder.session()
+    if session and not session.resident:
+        text = (
+            "each was measured in a block of its own, so what the machine drifted between two"
+            " blocks is in their ratio: where an effect is small, run again with another SEED="
+        )
+        keep(Caveat(name="engines took turns", text=text))
     if run.endpoint:
         text = "predictions rest on this machine's ceilings; the endpoint may run on another"
         keep(Caveat(name="endpoint's hardware unknown", text=text))

@@ -17,15 +17,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from labs import LABS
+from labs import LABS as EVERY_LAB
 from labs.results import RunFolder, TrialResult
 from loadtests.records import RequestRecord
 from serving.engine import free_port
 from serving.models import CACHE
 from tests.fake.conftest import (
+    LABS,
     LABS_WITHOUT_PROMETHEUS,
     Command,
     Reader,
+    fake_engine,
     needs_prometheus,
     reading,
     still_alive,
@@ -90,7 +92,7 @@ def test_a_wrong_setting_is_named_before_anything_starts(
 
 
 def test_an_unknown_lab_is_answered_with_the_known_ones(reader: Reader) -> None:
-    _plainly_refused(reader.types("run", "continous-batching"), "'continous-batching'", *LABS)
+    _plainly_refused(reader.types("run", "continous-batching"), "'continous-batching'", *EVERY_LAB)
 
 
 def test_an_endpoint_that_does_not_answer(reader: Reader) -> None:
@@ -99,7 +101,7 @@ def test_an_endpoint_that_does_not_answer(reader: Reader) -> None:
     _plainly_refused(command, f"ENDPOINT={url} does not answer", "start the server first")
 
 
-@pytest.mark.parametrize("lab", [name for name, lab in LABS.items() if len(lab.variants) > 1])
+@pytest.mark.parametrize("lab", [name for name, lab in EVERY_LAB.items() if len(lab.variants) > 1])
 def test_an_endpoint_cannot_be_two_variants(lab: str, reader: Reader) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     _plainly_refused(reader.types("run", lab, ENDPOINT=url), lab, "its own engines")
@@ -230,6 +232,103 @@ def test_a_run_whose_load_generator_is_killed_keeps_and_reports_what_it_has(read
     assert not folder.complete
     assert "Locust ended" in command.said
     assert "This run is not complete" in (folder.path / "report.md").read_text()
+
+
+# ------------------------------------------------------ faults that leave figures, and no verdict
+
+PAIRS = (
+    "warmup_s=0.1 window_s=0.5 repeats=1 requests=128"
+    ' workloads.exponential.loads=["concurrent:4","waves:4","concurrent:1"]'
+    ' workloads.fixed.loads=["concurrent:4","waves:4"]'
+    + "".join(
+        f" claims.{claim}.{side}.load={load}"
+        for claim, sides in {
+            "static": ("concurrent:4", "waves:4"),
+            "static-fixed": ("concurrent:4", "waves:4"),
+            "throughput": ("concurrent:4", "concurrent:1"),
+            "tpot": ("concurrent:4", "concurrent:1"),
+        }.items()
+        for side, load in zip(("treatment", "baseline"), sides, strict=True)
+    )
+)
+SLOWED = (
+    "-c",
+    "from pathlib import Path; import loadtests.generator as g\n"
+    "g.LOCUSTFILE = Path('tests/fake/slowed.py').resolve()\n"
+    "from labs.cli import app; app()",
+)
+
+
+def _no_verdict_for(caveat: str, command: Command) -> set[str]:
+    """Wherever it hit there is none, the report says why, and what to do; the claims it hit."""
+    folder = command.folder
+    summary, report = folder.summary(), (folder.path / "report.md").read_text()
+    hit = [c for c in summary.caveats if c.name == caveat and c.blocks]
+    assert hit, [(c.name, c.text) for c in summary.caveats]
+    withheld = set()
+    for j in summary.judgements:
+        if any(c.hits(j.metric, j.treatment, j.baseline) for c in hit):
+            assert j.outcome == "not valid"
+            assert caveat in j.why
+            assert (j.expected, j.prediction_held) == (None, None)
+            withheld.add(j.claim)
+    assert f"**{caveat}** (no verdict" in report
+    assert hit[0].text in report
+    return withheld
+
+
+@pytest.mark.parametrize(
+    ("caveat", "claims", "settings", "engine", "program"),
+    [
+        ("generator's loop lagged", "static static-fixed throughput tpot", "", (), SLOWED),
+        (
+            "treatment not applied",
+            "static static-fixed throughput tpot",
+            "",
+            ("--drop", "enable-prefix-caching"),
+            LABS,
+        ),
+        ("several tokens a chunk", "tpot", "", ("--tokens-per-chunk", "4"), LABS),
+        ("errors", "", "timeout_s=1", ("--stall-after", "300", "--stall-s", "1.5"), LABS),
+    ],
+    ids=["a busy loop", "a flag that never arrives", "several tokens a chunk", "a stalled engine"],
+)
+def test_a_fault_is_noticed_and_ends_in_no_verdict(
+    caveat: str,
+    claims: str,
+    settings: str,
+    engine: tuple[str, ...],
+    program: tuple[str, ...],
+    reader: Reader,
+) -> None:
+    command = reader.types(
+        "run", BATCHING, SET=f"{PAIRS} {settings}", engine=engine, program=program
+    )
+    command.wait()
+    withheld = _no_verdict_for(caveat, command)
+    assert withheld
+    assert not claims or withheld == set(claims.split())
+
+
+def test_a_cache_that_stays_warm_is_noticed(reader: Reader, tmp_path: Path) -> None:
+    """What one load has sent, the next finds, on a server that only says it was reset."""
+    settings = f"{PAIRS} workloads.exponential.prompt_tokens.tokens=256"
+    with fake_engine(tmp_path / "log.jsonl", "--step-s", ".01", "--keep-prefix-cache") as url:
+        command = reader.types("run", BATCHING, ENDPOINT=url, SET=settings)
+        command.wait()
+    assert _no_verdict_for("warm prefix cache", command)
+
+
+def test_a_load_process_that_dies_is_reported_with_its_share(reader: Reader) -> None:
+    settings = f"{PAIRS} window_s=2 requests=512 load_processes=2"
+    command = reader.types("run", BATCHING, SET=settings)
+    command.until(TRIAL_ENDED)
+    time.sleep(0.5)  # the next one is well under way
+    the_program("locust", command.family()).children()[0].kill()
+    command.wait()
+    assert _no_verdict_for("load process lost", command)
+    (caveat,) = (c for c in command.folder.summary().caveats if c.name == "load process lost")
+    assert "of the users" in caveat.text
 
 
 # --------------------------------------------------------------------------- the runner is stopped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any
@@ -38,6 +38,7 @@ from serving import metrics
 from serving.metrics import Histogram, Snapshot
 from tests.unit.builders import PREDICTION, make_claim, make_point, make_record, make_trial
 
+Requests = np.ndarray[Any, np.dtype[np.float64]]  # repeats x requests
 T2, T4 = 4.302653, 2.776445  # two-sided 95 % Student quantiles, 2 and 4 degrees of freedom
 INF = float("inf")
 
@@ -136,22 +137,36 @@ def test_two_copies_of_one_thing_seldom_differ(n: int, drift: float) -> None:
     assert fmean(alarms) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / len(found))
 
 
-def bootstrapped(treatment: Sequence[float], baseline: Sequence[float], seed: int) -> Interval:
-    """The percentile bootstrap over repeats, of the same statistic."""
-    logs = np.log(np.array(treatment) / np.array(baseline))
-    means = np.random.default_rng(seed).choice(logs, (500, len(logs))).mean(axis=1)
+def hierarchical(on: Requests, off: Requests, seed: int) -> Interval:
+    """The percentile bootstrap over pairs of repeats, and over the requests within each."""
+    rng, (repeats, requests) = np.random.default_rng(seed), on.shape
+    pairs = rng.integers(repeats, size=(300, repeats, 1))
+    ours, theirs = (
+        side[pairs, rng.integers(requests, size=(300, repeats, requests))].mean(axis=2)
+        for side in (on, off)
+    )
+    means = np.log(ours / theirs).mean(axis=1)
     low, high = np.exp(np.percentile(means, [2.5, 97.5]))
-    return Interval(value=float(np.exp(logs.mean())), low=low, high=high, n=len(logs))
+    value = np.exp(np.log(on.mean(axis=1) / off.mean(axis=1)).mean())
+    return Interval(value=float(value), low=low, high=high, n=repeats)
 
 
-def test_a_bootstrap_over_so_few_repeats_would_cover_too_seldom() -> None:
-    """Why the interval is Student's."""
-    rng, covered = np.random.default_rng(3), []
+def test_over_so_few_repeats_a_hierarchical_bootstrap_would_cover_too_seldom() -> None:
+    """Why the interval is Student's: three repeats of 40 requests, a true ratio of 1.3."""
+    rng, ours, theirs = np.random.default_rng(3), [], []
     for seed in range(400):
-        on, off = np.exp(rng.normal(0, 0.05, (2, 3)))
-        found = bootstrapped(1.3 * on, off, seed)
-        covered.append((found.low or INF) <= 1.3 <= (found.high or 0))
-    assert fmean(covered) < 0.85
+        repeats = np.exp(rng.normal(0, 0.05, (2, 3, 1)))
+        on, off = repeats * np.exp(rng.normal(0, 0.1, (2, 3, 40)))
+        means = (dict(enumerate(side.mean(axis=1))) for side in (1.3 * on, off))
+        student = effect(*means)
+        assert student
+        for found, covered in (
+            (student.ratio, ours),
+            (hierarchical(1.3 * on, off, seed), theirs),
+        ):
+            covered.append((found.low or INF) <= 1.3 <= (found.high or 0))
+    assert 0.93 <= fmean(ours) <= 0.97
+    assert fmean(theirs) < 0.88
 
 
 @pytest.mark.parametrize("noise", [0.01, 0.02, 0.05])
@@ -289,6 +304,14 @@ def test_missing_side_is_inconclusive() -> None:
     for values in (rates(on=[None, None], off=[1.0, 2.0]), rates(off=[1.0, 2.0])):
         found = judged(values)
         assert (found.outcome, found.effect) == ("inconclusive", None)
+
+
+def test_a_percentile_of_too_few_samples_is_refused_with_how_many_it_takes() -> None:
+    few = {point: {1: {"ttft_p99_s": None}} for point in ("on", "off")}
+    found = judged(few, metric="ttft_p99_s")
+    assert (found.outcome, found.effect) == ("inconclusive", None)
+    assert "a p99 takes 200 samples" in found.why
+    assert "samples" not in judged({}, metric="output_tokens_per_s").why
 
 
 @pytest.mark.parametrize("point", ["on", "off", None])

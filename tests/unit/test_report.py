@@ -10,7 +10,7 @@ import pytest
 from labs import pages, report, results
 from labs.judge import Caveat, Effect, Interval, Judgement
 from labs.lab import Prediction
-from labs.results import RunFolder, TrialResult, write_json
+from labs.results import RunFolder, Session, TrialResult, write_json
 from labs.summary import summarise
 from labs.text import number, short
 from tests.unit.builders import PREDICTION, make_lab, write_run
@@ -184,3 +184,20 @@ def test_only_complete_ordinary_runs_are_published(folder: RunFolder) -> None:
 
 def test_readme_is_in_sync() -> None:
     assert not pages.stale(), "run `make readme`"
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_engines_that_took_turns_are_a_caveat(resident: bool, folder: RunFolder) -> None:
+    sitting = Session(
+        engine_start_s=1, load_s=1, wall_s=3, resident=resident, agreement=[], prometheus=None
+    )
+    write_json(folder.path / "session.json", sitting)
+    caveats = {c.name: c for c in summarise(folder).caveats}
+    assert ("engines took turns" in caveats) is not resident
+    assert not any(c.blocks for c in caveats.values())
+
+
+def test_a_caveat_about_times_between_tokens_withholds_only_verdicts_on_them() -> None:
+    found = Caveat(name="several", text="80 %", blocks=True, metrics=("tpot_mean_s",))
+    (line,) = report.validity_lines([found], make_lab())
+    assert "(no verdict on times between tokens there; the run)" in line

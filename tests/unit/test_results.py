@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from labs import results
-from labs.lab import LabError
+from labs.lab import LabError, digest_of
 from labs.results import (
     RunFolder,
     TrialResult,
@@ -75,6 +75,49 @@ def test_trials_read_back(folder: RunFolder) -> None:
     assert (point.key, result.repeat, trial.repeat) == ("on/short/concurrent-2", 2, 2)
     assert trial.records == [make_record([(11.0, 1), (12.0, 301)])]
     assert trial.summary == result.summary
+
+
+SINCE_FORMAT_1 = {
+    "lab": ("studies", "probes", "probed", "findings", "most_repeats", "load_processes", "aa",
+            "left_out"),
+    "workloads": ("task", "primed", "trace", "chat", "intruder", "adapters", "keep_text", "only",
+                  "warmup_s"),
+    "run": ("dummy", "weights", "about", "model_revision", "model_files", "derived_sha256",
+            "reproduces"),
+}  # fmt: skip
+
+
+def _as_the_first_format_had_it(folder: RunFolder) -> RunFolder:
+    """Without the fields that were added since, in a folder with the digest of what is left."""
+    run = json.loads((folder.path / "run.json").read_text())
+    lab = run["lab"]
+    for at, names in (
+        (lab, SINCE_FORMAT_1["lab"]),
+        *((workload, SINCE_FORMAT_1["workloads"]) for workload in lab["workloads"]),
+        *((variant, ("weights",)) for variant in lab["variants"]),
+        *((claim, ("coupled",)) for claim in lab["claims"]),
+        (lab["slo"], ("itl_s",)),
+        (run, SINCE_FORMAT_1["run"]),
+    ):
+        for name in names:
+            del at[name]
+    run |= {"format_version": 1, "digest": digest_of(lab)}
+    old = RunFolder(folder.path.with_name(f"20251124T000000Z-{run['digest']}"))
+    folder.path.rename(old.path)
+    (old.path / "run.json").write_text(json.dumps(run))
+    for path in old.path.rglob("trial.json"):
+        trial = json.loads(path.read_text())
+        del trial["cpu_others"], trial["summary"]["lost_share"]
+        path.write_text(json.dumps(trial))
+    return old
+
+
+def test_a_year_old_run_still_loads_and_says_the_same(folder: RunFolder) -> None:
+    before = folder.summary()
+    old = _as_the_first_format_had_it(folder)
+    assert problems(old) == []
+    assert summarise(old) == before
+    assert len(list(old.trials(old.run().points(), old.run().rebuilt_lab()))) > 4
 
 
 def test_failed_trial_is_null_with_its_reason(folder: RunFolder) -> None:
