@@ -1,6 +1,7 @@
 """What a run leaves on disk: one folder, readable without this code, rebuilt into a report by it.
 
 results/<machine>/machine.json          the hardware and its measured ceilings
+results/<machine>/bench.json            what `make bench` found of the lab's own instruments
 results/<machine>/<lab>/<UTC>-<digest>/
     run.json            the resolved lab, seeds, argv, environment
     predictions.json    written before the first engine starts
