@@ -8,6 +8,7 @@ from the records, never from here.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -41,7 +42,8 @@ def _buckets(low: float, high: float, growth: float = 1.19) -> list[float]:
 
 
 SECONDS = np.array(_buckets(0.0005, 120))
-_LE = [*map(str, SECONDS.tolist()), "+Inf"]
+_BOUNDS = SECONDS.tolist()
+_LE = [*map(str, _BOUNDS), "+Inf"]
 
 
 class Seconds:
@@ -57,10 +59,15 @@ class Seconds:
 
     def observe(self, labels: tuple[str, ...], values: Sequence[float]) -> None:
         """With no values: the series exists from now on."""
-        at = np.searchsorted(SECONDS, values)  # the first bound that is not below the value
-        found = np.bincount(at, minlength=len(_LE))
-        self._counts[labels] = self._counts.get(labels, 0) + found
-        self._sums[labels] = self._sums.get(labels, 0.0) + sum(values)
+        if labels not in self._counts:
+            self._counts[labels] = np.zeros(len(_LE), np.int64)
+            self._sums[labels] = 0.0
+        counts = self._counts[labels]  # of each, the first bound that is not below the value
+        if len(values) == 1:
+            counts[bisect_left(_BOUNDS, values[0])] += 1
+        else:
+            counts += np.bincount(np.searchsorted(SECONDS, values), minlength=len(_LE))
+        self._sums[labels] += sum(values)
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         family = HistogramMetricFamily(self._name, self._text, labels=LABELS)

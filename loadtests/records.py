@@ -82,10 +82,11 @@ class RequestRecord:
     @property
     def itl_s(self) -> list[float]:
         """One sample a token after the first chunk."""
+        gaps, sizes = self.chunk_gaps_s, [tokens for _, tokens in self.chunks[1:]]
+        if sizes.count(1) == len(sizes):  # as nearly always, and a run has many: nothing to divide
+            return gaps
         return [
-            gap / tokens
-            for gap, (_, tokens) in zip(self.chunk_gaps_s, self.chunks[1:], strict=True)
-            for _ in range(tokens)
+            gap / tokens for gap, tokens in zip(gaps, sizes, strict=True) for _ in range(tokens)
         ]
 
 

@@ -98,7 +98,8 @@ def test_load_processes_are_taken_together(shares: list[Progress], whole: Progre
     assert together(shares) == whole
 
 
-def test_a_histogram_of_many_samples_is_the_librarys_of_each() -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 6])
+def test_a_histogram_of_many_samples_is_the_librarys_of_each(at_once: int) -> None:
     bounds = exporter.SECONDS.tolist()
     samples = [bounds[3], bounds[3] + 1e-9, 0.0, 0.02, 0.02, 1000.0]  # a bound, and beyond the last
     mine, registry = CollectorRegistry(), CollectorRegistry()
@@ -106,8 +107,8 @@ def test_a_histogram_of_many_samples_is_the_librarys_of_each() -> None:
     ours = exporter.Seconds("lab_x_seconds", "x")
     mine.register(ours)
     ours.observe(("l", "v", "r"), [])
-    ours.observe(("l", "v", "r"), samples[:2])
-    ours.observe(("l", "v", "r"), samples[2:])
+    for i in range(0, len(samples), at_once):
+        ours.observe(("l", "v", "r"), samples[i : i + at_once])
     for sample in samples:
         theirs.labels("l", "v", "r").observe(sample)
 
