@@ -56,7 +56,8 @@ def write_requests(setup: Setup, work: Path) -> str:
 def resident_groups(setup: Setup) -> list[list[Variant]]:
     """Variants that stay loaded together: all where host memory admits it, else one at a time.
 
-    A GPU engine takes its share of the device for itself, so there they take turns.
+    A GPU engine takes its share of the device for itself, so there they take turns, in an order
+    that is drawn: none is always measured first.
     """
     variants = list(setup.lab.variants)
     if len(variants) == 1 or setup.endpoint:
@@ -64,7 +65,10 @@ def resident_groups(setup: Setup) -> list[list[Variant]]:
     kv = [int(str(setup.lab.flags_of(v).get("kv-cache-memory-bytes", 4 * 2**30))) for v in variants]
     need = sum(kv) + len(variants) * (ENGINE_OVERHEAD_BYTES + setup.model.shape.weight_bytes)
     fits = setup.machine.kind == "cpu" and need < 0.7 * psutil.virtual_memory().available
-    return [variants] if fits else [[v] for v in variants]
+    if fits:
+        return [variants]
+    turns = random.Random(f"{setup.lab.seed}/turns")
+    return [[v] for v in turns.sample(variants, len(variants))]
 
 
 def interleave(setup: Setup, group: Sequence[Variant]) -> list[tuple[Point, int]]:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from labs.results import TrialResult, write_json
-from labs.stage import Stage
+from labs.stage import Stage, resident_groups
 from serving.engine import EngineError
-from tests.unit.builders import write_run
+from tests.unit.builders import make_lab, write_run
 
 
 @pytest.fixture
@@ -52,3 +52,22 @@ def test_what_was_measured_before_is_kept(session: Any) -> None:
     Stage.give_up(session, [point.variant], EngineError("died"))
     assert session.folder.trial_result(point, 1) == done
     assert session.measured()
+
+
+def test_the_order_of_turns_is_drawn_from_the_seed() -> None:
+    lab = make_lab()
+
+    def order(seed: int) -> list[str]:
+        setup: Any = SimpleNamespace(
+            lab=lab.model_copy(update={"seed": seed}),
+            endpoint=None,
+            machine=SimpleNamespace(kind="gpu"),
+            model=SimpleNamespace(shape=SimpleNamespace(weight_bytes=1)),
+        )
+        return [variant.name for (variant,) in resident_groups(setup)]
+
+    orders = [order(seed) for seed in range(20)]
+    assert orders == [order(seed) for seed in range(20)]
+    assert {frozenset(o) for o in orders} == {frozenset(v.name for v in lab.variants)}
+    firsts = [o[0] for o in orders]
+    assert all(firsts.count(v.name) >= 3 for v in lab.variants)
