@@ -262,7 +262,7 @@ class Row:
     @property
     def shape(self) -> str:
         odd = {
-            "the role early": self.early_role,
+            "role chunk early": self.early_role,
             "SSE comments": self.sse_comments,
             f"a stall of {self.stall_s:g} s": self.stall_s,
         }
@@ -759,7 +759,9 @@ def recording(clock: Clock, work: Path, pairs: int) -> instruments.Recording:
     share = mean_interval(shares)
     wide = share.high is not None and share.value < 0.03 < share.high
     doubt = "the interval reaches above: more --pairs" if wide else ""
-    interval = f" (95 % interval {share.low:.1%} to {share.high:.1%})" if share.low else ""
+    interval = (
+        f" (95 % interval {share.low:.1%} to {share.high:.1%})" if share.low is not None else ""
+    )
     what = f"recording's share of the generator's CPU at {mean(rates):,.0f} tokens/s{interval}"
     aim(what, 100 * share.value, 3.0, "%", doubt=doubt)
     return instruments.Recording(tokens_per_s=mean(rates), share=share)
@@ -793,12 +795,13 @@ def scraping(port: int) -> Iterator[None]:
 
 
 def overhead() -> instruments.Overhead | None:
-    for folder in reversed(results.all_runs()):
+    here = machines.detect().slug
+    for folder in (f for f in reversed(results.all_runs()) if f.path.parent.parent.name == here):
         session = folder.session()
         if folder.complete and session and not folder.run().quick:
             break
     else:
-        console.print("Lab overhead: no complete run on file (a full one, not QUICK=1).")
+        console.print("Lab overhead: no complete run of this machine on file (not QUICK=1).")
         return None
     share = overhead_share(session.wall_s, session.engine_start_s, session.load_s)
     shown = table(
@@ -967,7 +970,7 @@ def main(
         "neighbour": 60 + 30 * pairs,
         "recording": 10 + 2 * TRIAL_S * pairs,
         "overhead": 1,
-        "aa": 25 * runs,
+        "aa": 22 * runs,
     }
     clock = Clock({name: expected_s[name] for name in PARTS if name in part})
     ordinary = {
