@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import queue
 import sys
 import threading
@@ -35,11 +34,14 @@ class Child(Protocol):
 
 
 def argv(users: int, exporter_port: int, master_port: int, processes: int = 1) -> list[str]:
-    """Headless, so many load processes, everything on loopback."""
-    even = processes * math.ceil(users / processes)  # as many in each
+    """Headless, so many load processes, everything on loopback.
+
+    Each process has all the users, idle but for its share: one that is left can go on alone.
+    """
+    every = str(processes * users)
     return [
         *_locust(exporter_port, master_port, processes),
-        *("--headless", "--only-summary", "-u", str(even), "-r", str(even)),
+        *("--headless", "--only-summary", "-u", every, "-r", every),
     ]
 
 

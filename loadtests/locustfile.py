@@ -9,7 +9,7 @@ sends that plan's requests one after another, until it is stopped.
 
 With several `--processes` each worker has its share of the users, of the requests and of the
 schedule; they start together, and each counts from its own start. One that dies takes its share
-with it, and the trial says so.
+with it, and the trial says so; the next trial is shared by those that are left.
 
 A worker does as little as it can while streams are open: it stamps each line as it is read and
 parses it when the request has ended; connections are opened before the load; garbage is collected
@@ -535,11 +535,12 @@ class Director:
     def direct(self, users: int) -> None:
         while self.runner.user_count < users:
             gevent.sleep(0.02)
+        each = users // len(self.alive())
         gevent.spawn(self.watch)
         self.say(event="ready")
         for line in gevent.fileobject.FileObjectPosix(sys.stdin.fileno(), "rb"):
             plan = TrialPlan.model_validate_json(line)
-            assert plan.arrival.seats <= users, f"{plan.arrival} needs more than {users} users"
+            assert plan.arrival.seats <= each, f"{plan.arrival} needs more than {each} users"
             self.begin(plan)
 
     def watch(self) -> None:
@@ -590,7 +591,7 @@ class Director:
         self.exporter.end()
         sent = [s for worker, s in self.done.items() if seats[worker]]
         if not sent:
-            self.say(event="failed", reason="every load process died")
+            self.say(event="failed", reason="the load processes that were to send have died")
             return
         summary = merged(sent, sum(seats[worker] for worker in lost) / sum(seats.values()))
         try:

@@ -320,7 +320,12 @@ def test_a_cache_that_stays_warm_is_noticed(reader: Reader, tmp_path: Path) -> N
 
 
 def test_a_load_process_that_dies_is_reported_with_its_share(reader: Reader) -> None:
-    settings = f"{PAIRS} window_s=2 requests=512 load_processes=2"
+    settings = (
+        f"{PAIRS} window_s=2 requests=512 load_processes=2"
+        ' workloads.exponential.loads=["concurrent:4","concurrent:2"]'
+        ' workloads.fixed.loads=["concurrent:4"]'
+        " claims.throughput.baseline.load=concurrent:2 claims.tpot.baseline.load=concurrent:2"
+    )
     command = reader.types("run", BATCHING, SET=settings)
     command.until(TRIAL_ENDED)
     time.sleep(0.5)  # the next one is well under way
@@ -329,6 +334,8 @@ def test_a_load_process_that_dies_is_reported_with_its_share(reader: Reader) -> 
     assert _no_verdict_for("load process lost", command)
     (caveat,) = (c for c in command.folder.summary().caveats if c.name == "load process lost")
     assert "of the users" in caveat.text
+    assert len(_results(command.folder)) == 3  # the process that was left went on alone
+    assert all(result.summary for result in _results(command.folder))
 
 
 # --------------------------------------------------------------------------- the runner is stopped

@@ -67,9 +67,11 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
 
 
 @contextmanager
-def playing_trials(home: Path, processes: int = 1) -> Iterator[tuple[Play, Process]]:
+def playing_trials(
+    home: Path, processes: int = 1, users: int = MOST_USERS
+) -> Iterator[tuple[Play, Process]]:
     """Plays one trial after another on one Locust, each on an engine of its own."""
-    argv = generator.argv(MOST_USERS, free_port(), free_port(), processes)
+    argv = generator.argv(users, free_port(), free_port(), processes)
     cores = split_cores()[1]
     with Process("locust", argv, log=home / "locust.log", cores=cores, talk=True) as child:
         playing = generator.Generator(child)
@@ -375,7 +377,7 @@ def test_a_schedule_is_divided_among_processes(play: Play, shared: Play, arrival
 
 
 def test_a_process_that_dies_takes_its_share_and_the_trial_says_so(tmp_path: Path) -> None:
-    with playing_trials(tmp_path, processes=2) as (play, locust):
+    with playing_trials(tmp_path, processes=2, users=4) as (play, locust):
         began = time.monotonic()
 
         def kill_one() -> None:

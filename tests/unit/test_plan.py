@@ -55,10 +55,10 @@ def test_summaries_are_put_together() -> None:
     assert merged([closed, closed], 0).planned is None
 
 
-def test_each_process_gets_as_many_users() -> None:
+def test_each_process_has_users_for_all_of_the_load() -> None:
     asked = argv(5, 1, 2, processes=2)
     assert asked[asked.index("--processes") + 1] == "2"
-    assert asked[asked.index("-u") + 1] == asked[asked.index("-r") + 1] == "6"
+    assert asked[asked.index("-u") + 1] == asked[asked.index("-r") + 1] == "10"
 
 
 def test_what_is_sent_has_one_hash_whatever_stands_beside_it(tmp_path: Path) -> None:
