@@ -15,7 +15,6 @@ __all__ = ["ChatUser"]  # Locust takes the users it finds here
 BUSY_S, FREE_S = 0.06, 0.02
 
 
-@events.init.add_listener
 def _slow_down(environment: Environment, **_: object) -> None:
     if isinstance(environment.runner, WorkerRunner):
         gevent.spawn(_busy_loop)
@@ -27,3 +26,6 @@ def _busy_loop() -> None:
         while time.monotonic() < until:
             pass
         gevent.sleep(FREE_S)
+
+
+events.init.add_listener(_slow_down)

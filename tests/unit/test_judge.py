@@ -153,7 +153,9 @@ def hierarchical(on: Requests, off: Requests, seed: int) -> Interval:
 
 def test_over_so_few_repeats_a_hierarchical_bootstrap_would_cover_too_seldom() -> None:
     """Why the interval is Student's: three repeats of 40 requests, a true ratio of 1.3."""
-    rng, ours, theirs = np.random.default_rng(3), [], []
+    rng = np.random.default_rng(3)
+    ours: list[bool] = []
+    theirs: list[bool] = []
     for seed in range(400):
         repeats = np.exp(rng.normal(0, 0.05, (2, 3, 1)))
         on, off = repeats * np.exp(rng.normal(0, 0.1, (2, 3, 40)))
