@@ -37,7 +37,7 @@ from dashboards.panels import (
     coloured,
     interval,
     lines,
-    load_points,
+    moments,
     rows,
     runs_on_file,
 )
@@ -60,6 +60,7 @@ NEEDS = {
     "GPU clock": "GPU",
     "GPU memory": "GPU",
     "GPU throttled": "GPU",
+    "Tensor cores and memory bus": "dcgm-exporter",
     "Due and not sent": "open loop",
     "Forecasts": "forecasts",
     "Ratio to the baseline, 95 % interval": "a second repeat",
@@ -95,6 +96,13 @@ def _last(name: str, where: str) -> str:
     Without the series' name, which last_over_time keeps and by which a table would tell rows apart.
     """
     return f"max without (instance, job) (last_over_time({name}{{{where}}}[$__range]))"
+
+
+def _verdicts(where: str) -> str:
+    """Of a run that was resumed, those reached last: a verdict's value is when that was."""
+    found = _last(series.VERDICT, where)
+    newest = f"max without (outcome, held) ({found})"
+    return f"{found} == ignoring (outcome, held) group_left {newest}"
 
 
 def _slo(name: str) -> Line:
@@ -257,7 +265,16 @@ def live() -> dashboard.Dashboard:
              PLAIN, telemetry.GPU_THROTTLED),
         )
     )  # fmt: skip
-    for panel in (*features, *gpu[:3]):  # three beside each other
+    units = lines(
+        "Tensor cores and memory bus",
+        "Share of the time each worked (the bus dashed): prefill wants the cores, decode the bus."
+        " From dcgm-exporter, in the stack of containers.",
+        RATIO,
+        Line(series.TENSOR_ACTIVE, "GPU {{gpu}}"),
+        Line(series.DRAM_ACTIVE, "GPU {{gpu}}", DASHED),
+        most=1,
+    )
+    for panel in (*features, *gpu, units):  # three beside each other
         panel.height(8).span(8)
     return board(
         "lab-live",
@@ -266,13 +283,13 @@ def live() -> dashboard.Dashboard:
         "now-15m",
         "5s",
         _live_choices(),
-        (load_points(f"{exporter.LOAD_POINT}{{{LIVE}}} > 0"), runs_on_file()),
+        _annotations(),
         (
             ("What a user waits for", latency),
             ("Throughput and queue", flow),
             ("Memory and steps", memory),
             ("Speculation and adapters", features),
-            ("GPU", gpu),
+            ("GPU", (*gpu, units)),
             ("Report", (_runs(RUN).height(4),)),
         ),
     )
@@ -285,6 +302,15 @@ def _live_choices() -> list[dashboard.QueryVariable]:
         choice("run", "Run", f'label_values({point}{{lab="$lab"}}, run_id)'),
         choice("variant", "Variant", f"label_values({point}{{{RUN}}}, variant)", several=True),
     ]
+
+
+def _annotations() -> tuple[dashboard.AnnotationQuery, ...]:
+    points, warm_up = (f"{name}{{{LIVE}}} > 0" for name in (exporter.LOAD_POINT, exporter.WARM_UP))
+    return (
+        moments("Load points", points, "light-blue", "{{workload}} {{load}}"),
+        moments("Warm-up", warm_up, "light-orange", "warm-up"),
+        runs_on_file(),
+    )
 
 
 # --------------------------------------------------------------------------------------- Compare
@@ -313,7 +339,7 @@ def compare() -> dashboard.Dashboard:
             Column("Verdict", "outcome", width=110, colours=OUTCOMES),
             Column("Held", "held", width=70),
             Column("Metric", "metric", width=180),
-            Column(expr=_last(series.VERDICT, RUN)),
+            Column(expr=_verdicts(RUN)),
             Column("Ratio", expr=effect, width=90),
             Column("Low", expr=low, width=90),
             Column("High", expr=high, width=90),
@@ -483,7 +509,7 @@ def machines() -> dashboard.Dashboard:
                         Column("Run", "run_id", width=260),
                         Column("Verdict", "outcome", width=120, colours=OUTCOMES),
                         Column("Held", "held", width=80),
-                        Column(expr=_last(series.VERDICT, EVERYWHERE)),
+                        Column(expr=_verdicts(EVERYWHERE)),
                         sort_by="Claim",
                     ),
                 ),
@@ -572,7 +598,7 @@ def generator() -> dashboard.Dashboard:
         "now-15m",
         "5s",
         _live_choices(),
-        (load_points(f"{exporter.LOAD_POINT}{{{LIVE}}} > 0"), runs_on_file()),
+        _annotations(),
         (("The load generator", panels),),
     )
 

@@ -335,19 +335,19 @@ def choice(name: str, label: str, query: str, several: bool = False) -> dashboar
     return variable
 
 
-def load_points(expr: str) -> dashboard.AnnotationQuery:
-    """A region for as long as a load is sent."""
+def moments(name: str, expr: str, colour: str, title: str) -> dashboard.AnnotationQuery:
+    """A region for as long as the query has a value."""
     query = prometheus.Dataquery().expr(expr).range().ref_id("Anno").datasource(DATASOURCE)
     return (
         dashboard.AnnotationQuery()
-        .name("Load points")
+        .name(name)
         .datasource(DATASOURCE)
         .enable(True)
-        .icon_color("light-orange")
+        .icon_color(colour)
         .expr(expr)
         .step("1s")
         .target(query)
-        .title_format("{{workload}} {{load}}")
+        .title_format(title)
         .text_format("{{variant}}")
         .tag_keys("lab,variant,run_id")
     )

@@ -10,6 +10,7 @@ and whether they have one: what a person is pointed to is the live page (`live`)
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -109,6 +110,17 @@ class Prometheus:
         self.missing: str | None = None
         self._process: Process | None = None
         self._targets: dict[str, list[dict[str, object]]] = {job: [] for job in JOBS}
+        HOME.mkdir(parents=True, exist_ok=True)
+        self._lock = (HOME / "run.lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # held by another checkout: what is scraped is its own
+            self._lock.close()
+            self.url = self.page_url = ""
+            self.missing = (
+                f"a lab of another checkout records into {HOME}: PROMETHEUS_DATA= names another"
+            )
+            return
         if watch := watching():
             self.url, self.page_url = watch.url, watch.page_url
             self._write_targets()
@@ -142,7 +154,8 @@ class Prometheus:
         self._write_targets()
 
     def _write_targets(self) -> None:
-        HOME.mkdir(parents=True, exist_ok=True)
+        if self._lock.closed:
+            return
         for job, targets in self._targets.items():
             half = HOME / f".{job}.half"
             half.write_text(json.dumps(targets))
@@ -187,6 +200,7 @@ class Prometheus:
             self.forget(job)
         if self._process:
             self._process.stop()
+        self._lock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -293,6 +307,14 @@ def load(samples: Iterable[str]) -> None:
     if promtool is None:
         raise PrometheusError(MISSING)
     (HOME / "data").mkdir(parents=True, exist_ok=True)
+    with (HOME / "load.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in HOME.glob("load-*"):  # by a load that was killed
+            shutil.rmtree(left)
+        _load(promtool, samples)
+
+
+def _load(promtool: Path, samples: Iterable[str]) -> None:
     with tempfile.TemporaryDirectory(dir=HOME, prefix="load-") as scratch:
         text, blocks = Path(scratch) / "openmetrics.txt", Path(scratch) / "blocks"
         with text.open("w") as file:

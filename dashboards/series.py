@@ -16,7 +16,7 @@ MEASUREMENT_LOW, MEASUREMENT_HIGH = f"{MEASUREMENT}_low", f"{MEASUREMENT}_high" 
 EFFECT = "lab_effect"  # claim, title, metric, treatment, baseline: their ratio
 EFFECT_LOW, EFFECT_HIGH = f"{EFFECT}_low", f"{EFFECT}_high"
 EFFECT_PREDICTED = f"{EFFECT}_predicted"
-VERDICT = "lab_verdict"  # claim, title, outcome, held: 1
+VERDICT = "lab_verdict"  # claim, title, outcome, held: when it was reached, Unix time
 FORECAST = "lab_forecast"  # variant, workload, load, metric: measured
 FORECAST_PREDICTED = f"{FORECAST}_predicted"
 SLO = exporter.SLO  # slo (ttft, tpot, itl); without machine while a lab runs
@@ -24,3 +24,6 @@ FINISHED = (
     RUN_INFO, MEASUREMENT, MEASUREMENT_LOW, MEASUREMENT_HIGH, EFFECT, EFFECT_LOW, EFFECT_HIGH,
     EFFECT_PREDICTED, VERDICT, FORECAST, FORECAST_PREDICTED, SLO,
 )  # fmt: skip
+
+# of dcgm-exporter; labels: gpu, and no run's
+TENSOR_ACTIVE, DRAM_ACTIVE = "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE", "DCGM_FI_PROF_DRAM_ACTIVE"

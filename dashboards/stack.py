@@ -106,10 +106,17 @@ def require_docker() -> None:
             "docker has no compose plugin (`docker compose version` fails): install it, on Debian"
             f" and Ubuntu as docker-compose-plugin or docker-compose-v2; {WITHOUT}"
         )
-    if _fails("docker", "info"):
+    try:
+        security = _said(["docker", "info", "--format", "{{.SecurityOptions}}"])
+    except StackError as error:
         raise StackError(
             "the docker daemon does not answer: start it, or have yourself added to the group"
             f" docker; {WITHOUT}"
+        ) from error
+    if "rootless" in security:
+        raise StackError(
+            "this docker is rootless: its containers do not share this machine's loopback, on"
+            f" which labs and Prometheus meet; {WITHOUT}"
         )
 
 
@@ -117,11 +124,15 @@ def password() -> str:
     """GRAFANA_PASSWORD, or one made once and kept where only its owner can read it."""
     if given := os.environ.get("GRAFANA_PASSWORD"):
         return given
+    with contextlib.suppress(FileNotFoundError):
+        if kept := PASSWORD_FILE.read_text():
+            return kept
     PASSWORD_FILE.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        made = os.open(PASSWORD_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(made, "w") as file:
-            file.write(secrets.token_urlsafe(18))
+    half = PASSWORD_FILE.with_suffix(".half")
+    half.unlink(missing_ok=True)
+    with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_urlsafe(18))
+    half.rename(PASSWORD_FILE)
     return PASSWORD_FILE.read_text()
 
 

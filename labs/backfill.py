@@ -177,19 +177,23 @@ def _client(folder: RunFolder, since: _Since) -> Iterator[str]:
         for now in (*range(math.ceil(length_s)), length_s):  # every second, as Prometheus scrapes
             while left and _end_s(left[0]) <= now:
                 client.observe(left.pop(0))
-            client.progress(_progress(found, len(left), now))
+            warm = now >= trial.summary.window_s[0]
+            client.progress(_progress(found, len(left), now, warm))
             if now == length_s:
                 client.end()
             if now >= since_s:
                 yield from _scrape(client.registry, start + now)
 
 
-def _progress(records: Sequence[RequestRecord], left: int, now_s: float) -> Progress:
+def _progress(records: Sequence[RequestRecord], left: int, now_s: float, warm: bool) -> Progress:
     """As far as records tell: neither adapters nor the event loop's lag are in them."""
     sent = sum(r.sent_s <= now_s for r in records)
     due = [r.scheduled_s <= now_s for r in records if r.scheduled_s is not None]
     return Progress(
-        sent=sent, in_flight=sent - (len(records) - left), due=sum(due) if due else None
+        sent=sent,
+        in_flight=sent - (len(records) - left),
+        warm=warm,
+        due=sum(due) if due else None,
     )
 
 
@@ -230,6 +234,7 @@ def _figures(folder: RunFolder) -> Iterator[str]:
     registry = CollectorRegistry()
     gauges = {name: Gauge(name, name, labels, registry=registry)
               for name, labels in _LABELS.items()}  # fmt: skip
+    ended = _end_unix_s(_trials(folder))
     mine = {"lab": run.lab["name"], "run_id": folder.path.name, "machine": run.machine.slug}
 
     def put(name: str, value: float | None, **labels: str) -> None:
@@ -253,14 +258,14 @@ def _figures(folder: RunFolder) -> Iterator[str]:
         put_interval(series.EFFECT, ratio, **claim, metric=j.metric)
         put(series.EFFECT_PREDICTED, j.prediction.value, **claim, metric=j.metric)
         held = {True: "yes", False: "no", None: ""}[j.prediction_held]
-        put(series.VERDICT, 1, **claim, outcome=j.outcome, held=held)
+        put(series.VERDICT, ended, **claim, outcome=j.outcome, held=held)
     for f in summary.forecasts:
         place = {**_point(f.point), "metric": f.metric}
         put(series.FORECAST, f.measured.value if f.measured else None, **place)
         put(series.FORECAST_PREDICTED, f.prediction.value, **place)
     for slo, value in run.rebuilt_lab().slo.model_dump().items():
         put(series.SLO, value, slo=slo.removesuffix("_s"))
-    yield from _scrape(registry, _end_unix_s(_trials(folder)))
+    yield from _scrape(registry, ended)
 
 
 def _about(folder: RunFolder, run: Run) -> dict[str, str]:

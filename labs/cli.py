@@ -387,7 +387,7 @@ def _play(request: Request) -> RunFolder:
     with ConsoleTeller() as teller:
         try:
             folder = run_lab(request, teller)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, OSError):
             teller.step("Stopping: finished trials are kept, RESUME=1 goes on from there")
             raise
     summary, resolved = folder.summary(), folder.run().rebuilt_lab()

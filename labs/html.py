@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -31,6 +31,7 @@ from labs.results import Run, RunFolder, Summary, all_runs
 
 WEB = Path(__file__).parent / "web"
 PLOTLY = "plotly.min.js"
+RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
 DRAWN_HERE = ("effects", "sweep", "variants")  # whose SVG is shown only where no script runs
 
 
@@ -55,7 +56,15 @@ def write_site(out: Path) -> tuple[Path, dict[str, str]]:
             entries.append(Entry(folder, folder.run(), folder.summary(), href))
         except (OSError, ValueError, KeyError, TypeError) as error:
             left_out[f"{machine}/{lab}/{name}"] = str(error).splitlines()[0]
+    _remove_others(out, {out / e.href for e in entries})
     return _write(out / "index.html", index(entries)), left_out
+
+
+def _remove_others(out: Path, pages: Set[Path]) -> None:
+    """Pages of runs that are gone, or that cannot be read any more."""
+    for path in out.glob("*/*/*.html"):
+        if path not in pages and RUN_PAGE.fullmatch(path.name):
+            path.unlink()
 
 
 def page(folder: RunFolder, root: str = "") -> str:

@@ -342,7 +342,7 @@ def open_run(path: Path) -> RunFolder:
         raise LabError(
             f"{path} is no run: give a folder with run.json, results/<machine>/<lab>/<run>"
         )
-    return RunFolder(found)
+    return RunFolder(found.resolve())  # its name and its parents' tell which run it is
 
 
 def latest(lab: str, complete: bool = True) -> RunFolder | None:

@@ -157,10 +157,7 @@ def plainly() -> Iterator[None]:
         raise typer.Exit(1) from None
     except OSError as error:
         name = f" ({error.filename})" if error.filename else ""
-        errors.print(
-            f"[bold red]error:[/] {escape(str(error.strerror or error))}{escape(name)};"
-            " finished trials are kept"
-        )
+        errors.print(f"[bold red]error:[/] {escape(str(error.strerror or error))}{escape(name)}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("Stopped.")

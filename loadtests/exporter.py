@@ -2,6 +2,8 @@
 
 Labels are `lab`, `variant`, `run_id` and no more; what else there is to say about a moment (which
 workload, which load) is in one info-like gauge, `lab_load_point`, which is 1 while it is sent.
+Long prompts that are sent beside streams count as requests, but their latencies are not the
+streams' and stay out, as in the report.
 Buckets grow by less than a fifth, so a quantile read from them is within 20 %; exact figures come
 from the records, never from here.
 """
@@ -9,7 +11,7 @@ from the records, never from here.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import prometheus_client
@@ -31,7 +33,8 @@ SCHEDULED, SENT = "lab_requests_scheduled", "lab_requests_sent"
 OVERDUE, IN_FLIGHT, ADAPTERS = (
     "lab_requests_overdue", "lab_requests_in_flight", "lab_adapters_in_flight",
 )  # fmt: skip
-LOOP_LAG, LOAD_POINT, SLO = "lab_loop_lag_seconds", "lab_load_point", "lab_slo_seconds"
+LOOP_LAG, SLO = "lab_loop_lag_seconds", "lab_slo_seconds"
+LOAD_POINT, WARM_UP = "lab_load_point", "lab_warm_up"
 
 
 def _buckets(low: float, high: float, growth: float = 1.19) -> list[float]:
@@ -134,6 +137,10 @@ class Exporter:
             (*LABELS, "workload", "load"),
             registry=self.registry,
         )
+        self._warm_up = Gauge(
+            WARM_UP, "1 while what is sent does not count yet", LABELS, registry=self.registry
+        )
+        self._is_intruder: Callable[[int], bool] = lambda index: False
         self._now: tuple[str, ...] = ()
         self._point: tuple[str, ...] = ()
         self._told = Progress()
@@ -157,9 +164,12 @@ class Exporter:
         self._told = Progress()
         self._point = (*self._now, plan.workload, plan.arrival.name)
         self._load_point.labels(*self._point).set(1)
+        self._warm_up.labels(*self._now).set(1)
+        self._is_intruder = plan.is_intruder
 
     def end(self) -> None:
         self._load_point.labels(*self._point).set(0)
+        self._warm_up.labels(*self._now).set(0)
         self._in_flight.labels(*self._now).set(0)
         for gauge in (
             self._overdue,
@@ -175,6 +185,7 @@ class Exporter:
             self._scheduled.labels(*self._now).inc(now.due - (self._told.due or 0))
             self._overdue.labels(*self._now).set(max(0, now.due - now.sent))
         self._in_flight.labels(*self._now).set(now.in_flight)
+        self._warm_up.labels(*self._now).set(not now.warm)
         if now.adapters is not None:
             self._adapters.labels(*self._now).set(len(now.adapters))
         if now.loop_lag_s is not None:
@@ -190,6 +201,8 @@ class Exporter:
             return
         self._output.labels(*self._now).inc(record.output_tokens or 0)
         self._prompt.labels(*self._now).inc(record.prompt_tokens or 0)
+        if self._is_intruder(record.index):
+            return
         for name, value in ((TTFT, record.ttft_s), (TPOT, record.tpot_s), (E2E, record.e2e_s)):
             if value is not None:
                 self._histograms[name].observe(self._now, [value])

@@ -140,7 +140,12 @@ class Load:
             due = bisect.bisect_right(self._schedule, self.elapsed_s())
         adapters = frozenset(+self.adapters) if self._adapted else None
         return Progress(
-            sent=self.sent, in_flight=self.in_flight, due=due, adapters=adapters, loop_lag_s=lag_s
+            sent=self.sent,
+            in_flight=self.in_flight,
+            warm=self.elapsed_s() >= self.window_start_s,
+            due=due,
+            adapters=adapters,
+            loop_lag_s=lag_s,
         )
 
     def _gather(self) -> None:

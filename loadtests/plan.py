@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import orjson
 from pydantic import BaseModel, PositiveFloat
 
-from loadtests.arrivals import Arrival, Waves
-from loadtests.workload import Request
+from loadtests.arrivals import Arrival, Contended, Waves
+from loadtests.workload import Request, intrudes
 
 T = TypeVar("T")
 WINDOWS_AT_MOST = 4  # how long a closed loop's window may be held open for answers, in windows
@@ -51,6 +51,9 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
         number, of = self.share
         return items if isinstance(self.arrival, Waves) else items[number::of]
 
+    def is_intruder(self, index: int) -> bool:
+        return isinstance(self.arrival, Contended) and intrudes(index)
+
 
 class TrialSummary(BaseModel, frozen=True, extra="forbid"):
     """What only the load processes can know; everything else is computed from the records."""
@@ -89,6 +92,7 @@ class Progress(BaseModel, frozen=True, extra="forbid"):
 
     sent: int = 0
     in_flight: int = 0
+    warm: bool = False  # the warm-up is over: what is sent now counts
     due: int | None = None  # of the schedule, by now (open loop)
     adapters: frozenset[str] | None = None  # of the requests in flight, where any are asked for
     loop_lag_s: float | None = None  # the worst since the last report, where it is watched
@@ -102,6 +106,7 @@ def together(shares: Sequence[Progress]) -> Progress:
     return Progress(
         sent=sum(p.sent for p in shares),
         in_flight=sum(p.in_flight for p in shares),
+        warm=all(p.warm for p in shares),
         due=sum(due) if due else None,
         adapters=frozenset().union(*adapters) if adapters else None,
         loop_lag_s=max(lags, default=None),

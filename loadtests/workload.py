@@ -128,6 +128,11 @@ def _trace(value: Any) -> Any:
 INTRUDER_EVERY = 4
 
 
+def intrudes(index: int) -> bool:
+    """Whether this request is the intruder's, where there is one."""
+    return index % INTRUDER_EVERY == INTRUDER_EVERY - 1
+
+
 @dataclass(frozen=True)
 class Request:
     """One request: chat messages of exactly `prompt_tokens`, and how many tokens to answer."""
@@ -187,7 +192,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
         return self
 
     def is_intruder(self, index: int) -> bool:
-        return self.intruder is not None and index % INTRUDER_EVERY == INTRUDER_EVERY - 1
+        return self.intruder is not None and intrudes(index)
 
     def tenants(self, n: int, seed: int) -> list[int | None]:
         """The tenant of each of the first n requests; None where there are no adapters."""

@@ -238,8 +238,9 @@ async function timeseries(panel, window) {
   }
   const drawn = layout(panel, largest);
   drawn.xaxis.range = [new Date(window.start * 1000), new Date(window.end * 1000)];
-  drawn.shapes = state.bands;
-  return [traces.filter((t) => t.y.some((v) => v !== null)), drawn];
+  drawn.shapes = state.annotated.bands;
+  const seen = traces.filter((t) => t.y.some((v) => v !== null));
+  return [seen.length ? [pointNames(window, step), ...seen] : [], drawn];
 }
 
 async function barchart(panel, window) {
@@ -298,23 +299,46 @@ async function table(panel, window) {
   return rows.length ? made("table", {}, made("thead", {}, head), made("tbody", {}, ...body)) : null;
 }
 
-async function bands(window) { // a shaded band for every second load point under way
-  const annotation = (state.board.annotations?.list ?? []).find((a) => a.expr);
+const ANNOTATED = "Grey: every other load point. Orange: its warm-up, which counts in no figure of the report.";
+
+async function moments(name, window) { // when the annotation's query had a value, first ones first
+  const annotation = (state.board.annotations?.list ?? []).find((a) => a.name === name);
   if (!annotation || !live()) return [];
   const step = Math.max(1, Math.ceil((window.end - window.start) / 5000));
   const found = await ask("query_range", { query: filled(annotation.expr, window.end - window.start, step),
     start: window.start, end: window.end, step });
-  const starts = [];
+  const spans = [];
   for (const { metric, values: at } of found) {
     at.forEach(([time], i) => {
-      if (i === 0 || time - at[i - 1][0] > 1.5 * step) starts.push({ from: time, to: time, metric });
-      starts.at(-1).to = time;
+      if (i === 0 || time - at[i - 1][0] > 1.5 * step) spans.push({ from: time, name: named(annotation.titleFormat, metric) });
+      spans.at(-1).to = time + step;
     });
   }
-  starts.sort((a, b) => a.from - b.from);
-  return starts.filter((_, i) => i % 2 === 0).map(({ from, to }) => ({ type: "rect", yref: "paper", y0: 0, y1: 1,
-    x0: new Date(from * 1000), x1: new Date((to + step) * 1000), line: { width: 0 },
-    fillcolor: resolvedColour("--faint"), opacity: 0.08, layer: "below" }));
+  return spans.sort((a, b) => a.from - b.from);
+}
+
+const band = ({ from, to }, colour, opacity) => ({ type: "rect", yref: "paper", y0: 0, y1: 1, layer: "below",
+  x0: new Date(from * 1000), x1: new Date(to * 1000), line: { width: 0 }, fillcolor: colour, opacity });
+
+async function annotated(window) {
+  const [points, warmUps] = await Promise.all(["Load points", "Warm-up"].map((name) => moments(name, window)));
+  return { points, warmUps, bands: [
+    ...points.filter((_, i) => i % 2 === 0).map((span) => band(span, resolvedColour("--faint"), 0.08)),
+    ...warmUps.map((span) => band(span, resolvedColour("--warm"), 0.16))] };
+}
+
+function pointNames(window, step) { // an unseen line that tells, under the pointer, what is sent
+  const trace = { x: [], y: [], text: [], type: "scatter", mode: "lines", line: { width: 0, color: "rgba(0,0,0,0)" },
+    showlegend: false, hovertemplate: "%{text}<extra></extra>" };
+  const during = (spans, at) => spans.find(({ from, to }) => from <= at && at < to)?.name;
+  for (let at = window.start; at <= window.end; at += step) {
+    const point = during(state.annotated.points, at);
+    if (!point) continue;
+    trace.x.push(new Date(at * 1000));
+    trace.y.push(0);
+    trace.text.push([point, during(state.annotated.warmUps, at)].filter(Boolean).join(", "));
+  }
+  return trace;
 }
 
 function frame(panel) {
@@ -357,13 +381,13 @@ async function draw() {
   const turn = ++state.turn;
   try {
     const window = await windowShown();
-    const found = await bands(window);
+    const found = await annotated(window);
     if (turn !== state.turn) return;
-    state.bands = found;
+    state.annotated = found;
     await Promise.all(state.board.panels.filter((p) => p.type !== "row").map((p) => fill(p, window, turn)));
     if (turn !== state.turn) return;
     byId("said").textContent = state.chosen.lab
-      ? `${state.board.description} Drawn ${new Date().toLocaleTimeString()}.`
+      ? `${state.board.description}${found.points.length ? ` ${ANNOTATED}` : ""} Drawn ${new Date().toLocaleTimeString()}.`
       : "Nothing is recorded yet: run a lab, or `make import` the results on file.";
   } catch (error) {
     unanswered(error);

@@ -77,6 +77,16 @@ def test_of_an_interrupted_run_its_finished_trials_are_added(
     assert sum(line.startswith(exporter.LOAD_POINT) for line in loaded) > 0
 
 
+def test_the_warm_up_of_every_trial_is_told(tmp_path: Path, loaded: list[str]) -> None:
+    """Its window begins at 10 s, so the scrapes of ten seconds lie before it."""
+    folder = write_run(tmp_path)
+    imported(folder)
+    told = [line for line in loaded if line.startswith(exporter.WARM_UP)]
+    trials = len(list(folder.path.rglob("trial.json")))
+    assert sum(line.split()[-2] == "1.0" for line in told) == 10 * trials
+    assert len(told) > 10 * trials
+
+
 def test_figures_of_a_run_whose_trials_all_failed_are_none(
     tmp_path: Path, loaded: list[str]
 ) -> None:

@@ -206,6 +206,12 @@ def test_export_says_what_it_wrote(two: tuple[str, str], tmp_path: Path) -> None
     assert (tmp_path / "out" / "requests.csv").exists()
 
 
+def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "site").touch()
+    code, said = labs("site", "--out", str(tmp_path / "site" / "deeper"))
+    assert (code, said) == (1, f"error: Not a directory ({tmp_path / 'site' / 'deeper'})")
+
+
 @pytest.mark.parametrize("spared", ["", "example.org"])
 def test_loopback_is_asked_directly_where_there_is_a_proxy(
     monkeypatch: pytest.MonkeyPatch, spared: str

@@ -15,6 +15,7 @@ from dashboards import boards, series
 from dashboards.panels import shared_out
 from labs import LABS, judge
 from labs.measure import METRICS
+from loadtests import exporter
 from loadtests.exporter import Exporter
 from serving import metrics, telemetry
 
@@ -52,7 +53,8 @@ def exported() -> set[str]:
     engine = {*metrics.COUNTERS, *metrics.GAUGES, *metrics.SPECULATION}
     for name in metrics.HISTOGRAMS:
         engine |= histogram(name)
-    return client | engine | {*series.FINISHED, *telemetry.SERIES}
+    dcgm = {series.TENSOR_ACTIVE, series.DRAM_ACTIVE}
+    return client | engine | dcgm | {*series.FINISHED, *telemetry.SERIES}
 
 
 def asked(query: str) -> set[str]:
@@ -127,6 +129,14 @@ def test_every_panel_says_its_unit_and_what_to_see(board: str, panel: dict[str, 
     says = panel["description"]
     assert says.endswith("."), panel["title"]
     assert len(says) > 20, panel["title"]
+
+
+@pytest.mark.parametrize("name", ["lab-live", "generator"])
+def test_load_points_and_warm_up_are_annotations(name: str) -> None:
+    found = BUILT[name]["annotations"]["list"]
+    asks = {a["name"]: asked(a["expr"].replace("$lab", "x")) for a in found if "expr" in a}
+    assert asks == {"Load points": {exporter.LOAD_POINT}, "Warm-up": {exporter.WARM_UP}}
+    assert len({a["iconColor"] for a in found if "expr" in a}) == 2
 
 
 def test_uids_and_titles_are_their_own() -> None:

@@ -82,9 +82,36 @@ def test_a_request_that_failed_half_way_is_an_error_without_latencies() -> None:
     assert value(found, f"{exporter.SEND_LAG}_count") == 2
 
 
+def test_warm_up_lasts_until_what_is_sent_counts() -> None:
+    found = begun("waves:2")
+    assert value(found, exporter.WARM_UP) == 1
+    for warm in (False, True):
+        found.progress(Progress(warm=warm))
+        assert value(found, exporter.WARM_UP) == (not warm)
+    cut = begun("waves:2")
+    cut.end()  # before a wave counted
+    assert value(cut, exporter.WARM_UP) == 0
+
+
+@pytest.mark.parametrize(("arrival", "streams"), [("contended:2/1", 3), ("concurrent:2", 4)])
+def test_a_long_prompt_counts_but_its_latencies_are_not_the_streams(
+    arrival: str, streams: int
+) -> None:
+    found = begun(arrival)
+    for index in range(4):
+        found.observe(make_record([(10.5, 1), (10.6, 2)], index=index))
+    assert value(found, f"{exporter.REQUESTS}_total", **MINE, outcome="ok") == 4
+    assert value(found, f"{exporter.OUTPUT_TOKENS}_total") == 12
+    for name in (exporter.TTFT, exporter.ITL, exporter.TPOT, exporter.E2E, exporter.CHUNK_GAP):
+        per_request = {exporter.ITL: 2}.get(name, 1)
+        assert value(found, f"{name}_count") == streams * per_request, name
+
+
 @pytest.mark.parametrize(
     ("shares", "whole"),
     [
+        ([Progress(warm=True), Progress(warm=False)], Progress(warm=False)),
+        ([Progress(warm=True), Progress(warm=True)], Progress(warm=True)),
         ([Progress(sent=1, in_flight=1), Progress(sent=2)], Progress(sent=3, in_flight=1)),
         ([Progress(due=2), Progress(due=3)], Progress(due=5)),
         ([Progress(loop_lag_s=0.1), Progress(loop_lag_s=0.2)], Progress(loop_lag_s=0.2)),

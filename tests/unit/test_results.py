@@ -19,6 +19,7 @@ from labs.results import (
     TrialResult,
     all_runs,
     latest,
+    open_run,
     problems,
     require_space,
     snapshot_from,
@@ -53,6 +54,15 @@ def test_results_go_where_the_environment_says(
     monkeypatch.delenv("RESULTS")
     root = Path(results.__file__).parent.parent
     assert runpy.run_path(results.__file__)["RESULTS"] == root / "results"
+
+
+def test_a_run_is_known_by_its_place_from_wherever_it_is_opened(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.path)
+    assert open_run(Path(".")).path == folder.path
+    monkeypatch.chdir(folder.path.parent)
+    assert open_run(Path(folder.path.name)).path == folder.path
 
 
 def test_run_is_created_under_its_machine_and_lab_and_never_twice(folder: RunFolder) -> None:

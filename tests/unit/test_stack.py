@@ -50,6 +50,7 @@ def test_everything_listens_on_loopback_and_no_password_is_a_default() -> None:
     grafana, dcgm = SERVICES["grafana"]["environment"], SERVICES["dcgm-exporter"]["environment"]
     assert grafana["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
     assert dcgm["DCGM_EXPORTER_LISTEN"].startswith("127.0.0.1:")
+    assert grafana["GF_PLUGINS_PREINSTALL_DISABLED"] == "true"  # it starts without internet
     assert any("listen-address=127.0.0.1:" in c for c in SERVICES["prometheus"]["command"])
     assert grafana["GF_SECURITY_ADMIN_PASSWORD"].startswith("${GRAFANA_PASSWORD:?")
 
@@ -79,11 +80,19 @@ def test_a_password_is_made_once_for_its_owner_alone(monkeypatch: pytest.MonkeyP
     assert stack.PASSWORD_FILE.read_text() == made
 
 
+def test_a_password_file_that_was_left_empty_is_no_password() -> None:
+    stack.PASSWORD_FILE.touch()
+    stack.PASSWORD_FILE.with_suffix(".half").write_text("cut")
+    assert len(stack.password()) >= 20
+    assert stat.S_IMODE(stack.PASSWORD_FILE.stat().st_mode) == 0o600
+
+
 @pytest.mark.parametrize(
     ("script", "says"),
     [
         ('[ "$1" = info ]', "no compose plugin"),
         ('[ "$1" != info ]', "daemon does not answer"),
+        ('[ "$1" != info ] || echo "[name=seccomp,profile=builtin name=rootless]"', "is rootless"),
         (
             'case "$*" in *up*) echo "no space" >&2; exit 1;; esac',
             "`docker compose` failed: no space",
