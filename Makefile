@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := $(if $(wildcard .unbundled/bin),.unbundled/bin,.venv/bin)
 .DEFAULT_GOAL := help
-.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview doctor bundle unbundle test check bench clean distclean
+.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test check bench clean distclean
 
 help: ## List the targets
 	@echo "Labs (set-up first, only what is missing):"
@@ -96,9 +96,16 @@ stack-stop: setup ## End the containers; the data stay
 grafana-push: setup ## Dashboards and runs onto a Grafana: GRAFANA_URL=.. (and GRAFANA_TOKEN)
 	@$(BIN)/labs grafana-push $(if $(GRAFANA_URL),,--help)
 
-preview: ## Draw the dashboards in a browser, without a Grafana: [PROMETHEUS_URL=..]
-	@command -v npm >/dev/null || { echo "error: npm is not installed: make preview needs Node 20 or later" >&2; exit 1; }
-	@cd dashboards/preview && { [ -e node_modules ] || npm install --no-audit --no-fund; } && npm run --silent preview
+COMPONENTS := dashboards/preview/node_modules/.whole
+$(COMPONENTS):
+	@command -v npm >/dev/null || { echo "error: npm is not installed: the preview needs Node 20 or later" >&2; exit 1; }
+	@cd dashboards/preview && npm install --no-audit --no-fund --no-package-lock && touch node_modules/.whole
+
+preview: $(COMPONENTS) ## Draw the dashboards in a browser, without a Grafana: [PROMETHEUS_URL=..]
+	@cd dashboards/preview && npm run --silent preview
+
+preview-check: setup $(COMPONENTS) ## Draw them so from a run, and see that no panel is empty
+	@$(BIN)/pytest tests/fake/test_preview.py
 
 bundle: setup ## Gather what a GPU box without internet needs: FOR=cuda [HAVE=list] [PART=60M] ..
 	@$(BIN)/labs bundle
