@@ -81,7 +81,7 @@ watch: setup ## Keep Prometheus up between labs, with a live page: [PORT=..]
 watch-stop: setup ## End it; its data stay
 	@$(BIN)/labs watch-stop
 
-import: setup ## Load finished runs into Prometheus at their own times: [RUN=..]
+import: setup ## Load finished runs into Prometheus at their own times: [RUN=".. .."]
 	@$(BIN)/labs import
 
 dashboards: setup ## Write dashboards/grafana/*.json anew from dashboards/boards.py

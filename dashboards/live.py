@@ -18,19 +18,25 @@ from dashboards.prometheus import HOME, Watch, watch, watching
 PAGE = Path(__file__).with_name("page")
 
 
-def start(port: int) -> Watch:
+def start(port: int, results: Path) -> Watch:
     """Put the page in place and start the Prometheus that shows it. Raises PrometheusError."""
-    place()
+    place(results)
     return watch(port)
 
 
-def place() -> None:
-    """Put the page where Prometheus hands it out, unless somebody is looking at it."""
+def place(results: Path) -> None:
+    """Put the page where Prometheus hands it out, unless somebody is looking at it.
+
+    It links to the folders of runs, which are handed out with it.
+    """
     if watching():
         return
     web = HOME / "web"
     shutil.rmtree(web, ignore_errors=True)
     shutil.copytree(PAGE, web, dirs_exist_ok=True)
     (web / "plotly.min.js").write_text(get_plotlyjs())
+    (web / "reports").symlink_to(results)
     found = [json.loads(path.read_text()) for path in sorted(boards.FOLDER.glob("*.json"))]
+    for panel in (panel for board in found for panel in boards.panels(board)):
+        panel["needs"] = boards.NEEDS.get(panel["title"])
     (web / "boards.json").write_text(json.dumps(found))

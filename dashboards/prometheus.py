@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 import psutil
 import requests
@@ -81,12 +81,18 @@ def argv(port: int) -> list[str]:
 
 
 def prepare() -> None:
-    """Write the configuration, and the files that name what to scrape where there are none."""
-    (HOME / "data").mkdir(parents=True, exist_ok=True)
-    (HOME / "prometheus.yml").write_text(_CONFIG)
-    for job in (*JOBS, "gpu"):
-        if not (HOME / f"{job}.json").exists():
-            (HOME / f"{job}.json").write_text("[]")
+    """Write the configuration, and the files that name what to scrape where there are none.
+
+    Raises PrometheusError.
+    """
+    try:
+        (HOME / "data").mkdir(parents=True, exist_ok=True)
+        (HOME / "prometheus.yml").write_text(_CONFIG)
+        for job in (*JOBS, "gpu"):
+            if not (HOME / f"{job}.json").exists():
+                (HOME / f"{job}.json").write_text("[]")
+    except OSError as error:
+        raise PrometheusError(_unusable(error)) from error
 
 
 def ready(url: str, alive: Callable[[], bool]) -> bool:
@@ -100,6 +106,26 @@ def ready(url: str, alive: Callable[[], bool]) -> bool:
     return False
 
 
+def _locked() -> IO[str]:
+    """Closing it lets others record into the data again. Raises PrometheusError."""
+    try:
+        HOME.mkdir(parents=True, exist_ok=True)
+        lock = (HOME / "run.lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise PrometheusError(
+            f"a lab of another checkout records into {HOME}: PROMETHEUS_DATA= names another"
+        ) from error
+    except OSError as error:
+        raise PrometheusError(_unusable(error)) from error
+    return lock
+
+
+def _unusable(error: OSError) -> str:
+    return f"Prometheus cannot use {HOME}: {error.strerror}"
+
+
 class Prometheus:
     """The Prometheus of one run, or the reason why there is none (`missing`).
 
@@ -108,36 +134,32 @@ class Prometheus:
 
     def __init__(self, log: Path) -> None:
         self.missing: str | None = None
+        self.url = self.page_url = ""
+        self._log = log
+        self._lock: IO[str] | None = None
         self._process: Process | None = None
         self._targets: dict[str, list[dict[str, object]]] = {job: [] for job in JOBS}
-        HOME.mkdir(parents=True, exist_ok=True)
-        self._lock = (HOME / "run.lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # held by another checkout: what is scraped is its own
-            self._lock.close()
-            self.url = self.page_url = ""
-            self.missing = (
-                f"a lab of another checkout records into {HOME}: PROMETHEUS_DATA= names another"
-            )
-            return
+            self._lock = _locked()
+            self._start()
+        except PrometheusError as error:
+            self.missing = str(error)
+            self.stop()
+
+    def _start(self) -> None:
         if watch := watching():
             self.url, self.page_url = watch.url, watch.page_url
+            self._log = HOME / "watch.log"
             self._write_targets()
             return
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.page_url = f"{self.url}/user/"
-        try:
-            started = argv(port)
-        except PrometheusError as error:
-            self.missing = str(error)
-            return
+        started = argv(port)
         self._write_targets()
-        self._process = process = Process("prometheus", started, log=log)
+        self._process = process = Process("prometheus", started, log=self._log)
         if not ready(self.url, lambda: process.returncode is None):
-            self.missing = f"Prometheus did not start: {process.tail(1)}"
-            self.stop()
+            raise PrometheusError(f"Prometheus did not start: {process.tail(1)}")
 
     def scrape(self, job: str, url: str, labels: Mapping[str, str] | None = None) -> None:
         """Scrape this address from now on, as `client` or `engine`."""
@@ -154,12 +176,15 @@ class Prometheus:
         self._write_targets()
 
     def _write_targets(self) -> None:
-        if self._lock.closed:
+        if self._lock is None:  # what is scraped is another's
             return
-        for job, targets in self._targets.items():
-            half = HOME / f".{job}.half"
-            half.write_text(json.dumps(targets))
-            half.rename(HOME / f"{job}.json")
+        try:
+            for job, targets in self._targets.items():
+                half = HOME / f".{job}.half"
+                half.write_text(json.dumps(targets))
+                half.rename(HOME / f"{job}.json")
+        except OSError as error:
+            self.missing = self.missing or _unusable(error)
 
     def value(self, expression: str, at_unix_s: float | None = None) -> float | None:
         """An instant query's single number, now or then; None without one or without an answer."""
@@ -193,6 +218,9 @@ class Prometheus:
             if self.missing:
                 return None
             time.sleep(0.25)
+        if found != expected and "no space left on device" in self._log.read_text(errors="replace"):
+            self.missing = f"Prometheus has no space left on its disk ({HOME})"
+            return None
         return found
 
     def stop(self) -> None:
@@ -200,7 +228,9 @@ class Prometheus:
             self.forget(job)
         if self._process:
             self._process.stop()
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
+            self._lock = None
 
     def __enter__(self) -> Self:
         return self
@@ -306,12 +336,15 @@ def load(samples: Iterable[str]) -> None:
     promtool = find_prometheus(ROOT, "promtool")
     if promtool is None:
         raise PrometheusError(MISSING)
-    (HOME / "data").mkdir(parents=True, exist_ok=True)
-    with (HOME / "load.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in HOME.glob("load-*"):  # by a load that was killed
-            shutil.rmtree(left)
-        _load(promtool, samples)
+    try:
+        (HOME / "data").mkdir(parents=True, exist_ok=True)
+        with (HOME / "load.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in HOME.glob("load-*"):  # by a load that was killed
+                shutil.rmtree(left)
+            _load(promtool, samples)
+    except OSError as error:
+        raise PrometheusError(_unusable(error)) from error
 
 
 def _load(promtool: Path, samples: Iterable[str]) -> None:

@@ -19,7 +19,15 @@ from labs.lab import LabError, Point, Variant
 from labs.others import Others
 from labs.probes import PROBES, Served
 from labs.resolve import Setup, Teller
-from labs.results import Agreement, RunFolder, TrialResult, snapshot_json, write_gzip, write_json
+from labs.results import (
+    RESULTS,
+    Agreement,
+    RunFolder,
+    TrialResult,
+    snapshot_json,
+    write_gzip,
+    write_json,
+)
 from labs.summary import summarise
 from loadtests import generator, plan, records
 from loadtests.workload import Workload
@@ -122,7 +130,7 @@ class Stage:
                 f"{self.prometheus.missing}; the run goes on: its records are complete"
             )
         else:
-            live.place()
+            live.place(RESULTS)
             self.teller.step(f"Prometheus: {self.prometheus.page_url}")
         self.exits.enter_context(self.telemetry)
         if self.telemetry.serve(telemetry_port := free_port()):

@@ -13,9 +13,9 @@ from dashboards import boards, live, prometheus, stack
 from dashboards.stack import Stack
 from labs import LABS, backfill
 from labs.lab import LabError
-from labs.results import RunFolder, all_runs
+from labs.results import RESULTS, RunFolder, all_runs, open_run
 from labs.run import alone
-from labs.terminal import console, folders_of, plainly
+from labs.terminal import console, plainly
 from serving import engine, machine
 
 app = typer.Typer()
@@ -31,7 +31,7 @@ def watch(
         found = prometheus.watching()
         if found is None:
             engine.require_port(port, "PORT")
-            found = live.start(port)
+            found = live.start(port, RESULTS)
         console.print(f"Watching: [bold]{found.page_url}[/]")
         ends = "watch-stop" if found.own else "stack-stop"
         console.print(f"Labs record there from now on; `make {ends}` ends it.")
@@ -48,13 +48,13 @@ def watch_stop() -> None:
 
 @app.command("import")
 def import_runs(
-    run: Annotated[
-        Path | None, typer.Argument(envvar="RUN", help="A run's folder; default: every run.")
+    runs: Annotated[
+        list[str] | None, typer.Argument(envvar="RUN", help="Runs' folders; default: every run.")
     ] = None,
 ) -> None:
     """Load finished runs into Prometheus at their own times; what is there already stays."""
     with plainly(), alone():
-        folders = folders_of(run)
+        folders = [open_run(Path(run)) for run in runs or ()] or all_runs()
         backfill.load(folders, _tell)
         if folders and prometheus.watching() is None:
             console.print("`make watch` shows them.")

@@ -95,8 +95,8 @@ def may_be_empty(run: Run) -> dict[str, bool | None]:
     has = {
         "speculation": any("speculative-config" in lab.flags_of(v) for v in lab.variants),
         "adapters": any(w.adapters and w.adapters.count for w in lab.workloads),
-        "GPU": run.machine.kind == "gpu",
-        "open loop": any(load.open_loop for w in lab.workloads for load in w.loads),
+        "a GPU": run.machine.kind == "gpu",
+        "an open loop": any(load.open_loop for w in lab.workloads for load in w.loads),
         "forecasts": bool(lab.forecasts),
         "a second repeat": lab.repeats > 1,
     }

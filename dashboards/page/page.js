@@ -141,7 +141,16 @@ function transformed(panel, tables) {
     if (id === "organize") rows = organized(rows, options);
     if (id === "groupingToMatrix") rows = matrix(rows, options);
   }
-  return rows ?? merged(tables);
+  return (rows ?? merged(tables)).sort(byNames);
+}
+
+function byNames(a, b) { // column by column, and 2 before 16
+  for (const name of Object.keys(a)) {
+    const order = isFigure(name) || typeof a[name] !== "string" ? 0
+      : a[name].localeCompare(b[name] ?? "", undefined, { numeric: true });
+    if (order) return order;
+  }
+  return 0;
 }
 
 function organized(rows, { renameByName = {}, indexByName = {} }) {
@@ -158,7 +167,7 @@ function matrix(rows, { rowField, columnField }) {
     if (!found.has(at)) found.set(at, { [rowField]: at });
     found.get(at)[row[columnField]] = row["Value #A"];
   }
-  return [...found.values()].sort((a, b) => a[rowField].localeCompare(b[rowField], undefined, { numeric: true }));
+  return [...found.values()];
 }
 
 // ----------------------------------------------------------------------------------- drawing
@@ -177,6 +186,8 @@ function layout(panel, largest) {
   const axis = { gridcolor: line, linecolor: line, zerolinecolor: line, automargin: true };
   const y = { ...axis, rangemode: "tozero", ...(unit === "percentunit" ? { tickformat: UNITS[unit] } : {}),
     title: { text: unitText(unit, largest), standoff: 6 } };
+  const least = panel.fieldConfig.defaults.custom?.axisSoftMax;
+  if (least) y.range = [0, 1.05 * scaleOf(panel, largest) * Math.max(largest, least)];
   return { font: { color: ink, size: 11 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 50, r: 10, t: 24, b: 30 }, hovermode: "x unified", xaxis: { ...axis }, yaxis: y,
     hoverlabel: { bgcolor: resolvedColour("--paper") },
@@ -238,9 +249,9 @@ async function timeseries(panel, window) {
   }
   const drawn = layout(panel, largest);
   drawn.xaxis.range = [new Date(window.start * 1000), new Date(window.end * 1000)];
-  drawn.shapes = state.annotated.bands;
+  drawn.shapes = [...state.annotated.bands, ...limits(panel, scale, false)];
   const seen = traces.filter((t) => t.y.some((v) => v !== null));
-  return [seen.length ? [pointNames(window, step), ...seen] : [], drawn];
+  return [seen.length ? [pointNames(window), ...seen] : [], drawn];
 }
 
 async function barchart(panel, window) {
@@ -263,16 +274,19 @@ async function barchart(panel, window) {
   if (flat) [drawn.xaxis, drawn.yaxis] = [drawn.yaxis, { ...drawn.xaxis, autorange: "reversed" }];
   drawn.hovermode = flat ? "y unified" : "x unified";
   drawn.barmode = panel.options.stacking === "normal" ? "stack" : "group";
-  const thresholds = panel.fieldConfig.defaults.thresholds?.steps ?? [];
-  if (panel.fieldConfig.defaults.custom?.thresholdsStyle) {
-    for (const { value } of thresholds.filter((t) => t.value !== null)) {
-      const line = { color: LIMIT, dash: "dash", width: 1 };
-      drawn.shapes.push(flat ? { type: "line", x0: value, x1: value, y0: 0, y1: 1, yref: "paper", line }
-        : { type: "line", y0: value * scale, y1: value * scale, x0: 0, x1: 1, xref: "paper", line });
-    }
-  }
+  drawn.shapes = limits(panel, scale, flat);
   const tall = flat ? 3 + 2.6 * rows.length : 17;
   return [rows.length ? traces : [], drawn, tall];
+}
+
+function limits(panel, scale, flat) { // a line at each threshold, across the panel
+  const { custom, thresholds } = panel.fieldConfig.defaults;
+  const line = { color: LIMIT, dash: "dash", width: 1 };
+  return (custom?.thresholdsStyle ? thresholds.steps : []).filter((t) => t.value !== null).map(({ value }) => {
+    const at = value * scale;
+    return { type: "line", line, ...(flat ? { x0: at, x1: at, y0: 0, y1: 1, yref: "paper" }
+      : { y0: at, y1: at, x0: 0, x1: 1, xref: "paper" }) };
+  });
 }
 
 function wrapped(text, width) {
@@ -286,8 +300,11 @@ function wrapped(text, width) {
 
 function figure(value) {
   if (typeof value !== "number") return value ?? "–";
+  if (Math.abs(value) >= 1e6) return value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 3 });
   return Math.abs(value) >= 1000 ? value.toLocaleString("en", { maximumFractionDigits: 0 }) : value.toPrecision(3);
 }
+
+const linked = (report) => made("a", { textContent: report, href: `reports/${report.replace(/[^/]*$/, "")}` });
 
 async function table(panel, window) {
   const rows = transformed(panel, await frames(panel, window));
@@ -295,7 +312,7 @@ async function table(panel, window) {
   const isNumber = (n) => rows.every((r) => typeof r[n] !== "string");
   const head = made("tr", {}, ...names.map((n) => made("th", { textContent: n, scope: "col", className: isNumber(n) ? "figure" : "" })));
   const body = rows.map((row) => made("tr", {}, ...names.map((n) => made("td",
-    { textContent: figure(row[n]), className: isNumber(n) ? "figure" : row[n] ?? "" }))));
+    { className: isNumber(n) ? "figure" : row[n] ?? "" }, n === "Report" ? linked(row[n]) : figure(row[n])))));
   return rows.length ? made("table", {}, made("thead", {}, head), made("tbody", {}, ...body)) : null;
 }
 
@@ -327,10 +344,11 @@ async function annotated(window) {
     ...warmUps.map((span) => band(span, resolvedColour("--warm"), 0.16))] };
 }
 
-function pointNames(window, step) { // an unseen line that tells, under the pointer, what is sent
+function pointNames(window) { // an unseen line that tells, under the pointer, what is sent
   const trace = { x: [], y: [], text: [], type: "scatter", mode: "lines", line: { width: 0, color: "rgba(0,0,0,0)" },
     showlegend: false, hovertemplate: "%{text}<extra></extra>" };
   const during = (spans, at) => spans.find(({ from, to }) => from <= at && at < to)?.name;
+  const step = Math.max(SCRAPE_S, (window.end - window.start) / POINTS);
   for (let at = window.start; at <= window.end; at += step) {
     const point = during(state.annotated.points, at);
     if (!point) continue;
@@ -353,6 +371,7 @@ function frame(panel) {
 async function fill(panel, window, turn) {
   const inside = byId(`panel-${panel.id}`);
   if (!inside) return;
+  const nothing = panel.needs ? `nothing recorded: it needs ${panel.needs}` : "nothing recorded";
   const empty = (text) => {
     Plotly.purge(inside);
     inside.className = "plot empty";
@@ -362,12 +381,12 @@ async function fill(panel, window, turn) {
     if (panel.type === "table") {
       const found = await table(panel, window);
       if (turn !== state.turn) return; // something else has been chosen meanwhile
-      inside.replaceChildren(found ?? "nothing recorded");
+      inside.replaceChildren(found ?? nothing);
       return;
     }
     const [traces, drawn, tall] = await (panel.type === "barchart" ? barchart : timeseries)(panel, window);
     if (turn !== state.turn) return;
-    if (!traces.length) { empty("nothing recorded"); return; }
+    if (!traces.length) { empty(nothing); return; }
     if (inside.classList.contains("empty")) inside.replaceChildren();
     inside.className = "plot";
     if (tall) inside.style.height = `${tall}rem`;

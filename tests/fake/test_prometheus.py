@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -66,10 +67,26 @@ def test_what_a_load_that_was_killed_left_is_removed(home: Path) -> None:
     assert list((home / "data").iterdir())
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = tmp_path / "promtool"
-    full.write_text("#!/bin/sh\necho 'write block: no space left on device' >&2\nexit 1\n")
-    full.chmod(0o755)
-    monkeypatch.setattr(prometheus, "find_prometheus", lambda *_: full)
-    with pytest.raises(PrometheusError, match=r"could not load the samples: .*no space left"):
+def test_a_full_disk_costs_what_is_recorded_and_no_run(home: Path, tmp_path: Path) -> None:
+    """As its log says while it answers with what it still had."""
+    log = tmp_path / "log"
+    with Prometheus(log) as there:
+        assert there.settle("vector(1)", 2, timeout_s=0) == 1
+        with log.open("a") as file:
+            file.write('msg="Scrape commit failed" err="write to WAL: no space left on device"\n')
+        assert there.settle("vector(1)", 2, timeout_s=0) is None
+        assert there.missing == f"Prometheus has no space left on its disk ({home})"
+
+
+def test_a_folder_that_cannot_be_used_costs_no_run(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Prometheus(tmp_path / "log") as there:
+        shutil.rmtree(home)
+        home.touch()  # whatever is written there fails from now on
+        there.scrape("client", "http://127.0.0.1:1")
+        says = f"Prometheus cannot use {home}: Not a directory"
+        assert there.missing == says
+    assert Prometheus(tmp_path / "log").missing is not None
+    with pytest.raises(PrometheusError, match="cannot use"):
         prometheus.load(["x 1 1764000000"])

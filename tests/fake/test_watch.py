@@ -86,7 +86,7 @@ def cut(watched: Watched) -> Command:
 def test_the_page_and_its_parts_are_handed_out(watched: Watched) -> None:
     home = f"http://127.0.0.1:{watched.port}/user/"
     page = requests.get(home, timeout=10).text
-    for part in {"boards.json", *re.findall(r'(?:src|href)="([a-z.]+)"', page)}:
+    for part in {"boards.json", "reports/", *re.findall(r'(?:src|href)="([a-z.]+)"', page)}:
         assert requests.get(home + part, timeout=10).ok, part
 
 
@@ -169,11 +169,22 @@ def test_the_page_draws_a_run_and_its_verdicts(
         )
         assert {"TTFT", "TPOT", "ITL", "E2E", "Output tokens"} <= set(page.js(drawn))
         assert "GPU power" not in page.js(drawn)
+        assert "it needs a GPU" in page.js("document.getElementById('panels').textContent")
+        known = "document.querySelector('.js-plotly-plot').data[0].text"
+        page.wait(f"{known}.length > 0")
+        told = set(page.js(known))
+        points = {f"{p.workload.name} {p.load.name}" for p in cut.folder.run().points()}
+        assert {text.removesuffix(", warm-up") for text in told} <= points
+        colours = "document.querySelector('.js-plotly-plot').layout.shapes.map(s => s.fillcolor)"
+        assert len(set(page.js(colours)) - {None}) == 2  # load points, and their warm-up
         page.choose("choose-board", "lab-compare")
         titles = [judgement.title for judgement in cut.folder.summary().judgements]
         page.wait(f"document.getElementById('panels').textContent.includes({titles[0]!r})")
         said = page.js("document.getElementById('panels').textContent")
         assert all(title in said for title in titles)
+        report = page.js("document.querySelector('td a').href")
+        assert report == f"{home}reports/{'/'.join(cut.folder.path.parts[-3:])}/"
+        assert 'href="report.html"' in requests.get(report, timeout=10).text
         assert page.errors == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -12,7 +13,7 @@ import pytest
 import requests
 from typer.testing import CliRunner
 
-from labs import LABS, results
+from labs import LABS, results, watching
 from labs.cli import app
 from labs.questions import QUESTIONS
 from labs.terminal import plainly
@@ -204,6 +205,21 @@ def test_export_says_what_it_wrote(two: tuple[str, str], tmp_path: Path) -> None
     code, said = labs("export", "--run", two[0], "--as", "csv", "--out", str(tmp_path / "out"))
     assert (code, "requests.csv, measurements.csv" in said) == (0, True)
     assert (tmp_path / "out" / "requests.csv").exists()
+
+
+def test_one_run_several_or_all_are_imported(
+    two: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(watching, "alone", contextlib.nullcontext)
+    monkeypatch.setattr(watching, "all_runs", lambda: [])
+    monkeypatch.setattr(
+        watching.backfill, "load", lambda folders, _: asked.append([str(f.path) for f in folders])
+    )
+    for run in (two[0], " ".join(two), ""):
+        monkeypatch.setenv("RUN", run)
+        assert labs("import")[0] == 0
+    assert asked == [[two[0]], [*two], []]
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
