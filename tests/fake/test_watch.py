@@ -108,6 +108,8 @@ def test_a_taken_port_is_one_sentence(tmp_path: Path) -> None:
 def test_a_run_that_lost_its_prometheus_is_made_whole(watched: Watched, cut: Command) -> None:
     """What was scraped and what is loaded add up to the records; no request counts twice."""
     folder = cut.folder
+    report = (folder.path / "report.md").read_text()
+    assert "Prometheus ended during the run; the records are complete without it." in report
     found = re.search(r"(\d+) trials and the figures", watched.imports())
     played = len(list(folder.path.rglob("trial.json")))
     assert found
