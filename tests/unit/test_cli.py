@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import signal
@@ -13,7 +14,7 @@ import pytest
 import requests
 from typer.testing import CliRunner
 
-from labs import LABS, results, watching
+from labs import LABS, cli, results, watching
 from labs.cli import app
 from labs.questions import QUESTIONS
 from labs.terminal import plainly
@@ -220,6 +221,19 @@ def test_one_run_several_or_all_are_imported(
         monkeypatch.setenv("RUN", run)
         assert labs("import")[0] == 0
     assert asked == [[two[0]], [*two], []]
+
+
+def test_a_run_whose_disk_is_full_says_that_what_is_finished_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "records")
+
+    monkeypatch.setattr(cli, "run_lab", full)
+    code, said = labs("run", LAB)
+    assert code == 1
+    assert "finished trials are kept, RESUME=1 goes on from there" in said
+    assert said.endswith("error: No space left on device (records)")
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
