@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from plotly.offline import get_plotlyjs
 
@@ -38,5 +39,11 @@ def place(results: Path) -> None:
     (web / "reports").symlink_to(results)
     found = [json.loads(path.read_text()) for path in sorted(boards.FOLDER.glob("*.json"))]
     for panel in (panel for board in found for panel in boards.panels(board)):
-        panel["needs"] = boards.NEEDS.get(panel["title"])
+        panel["needs"] = boards.NEEDS.get(panel["title"]) or _engines_own(panel)
     (web / "boards.json").write_text(json.dumps(found))
+
+
+def _engines_own(panel: dict[str, Any]) -> str | None:
+    """What a panel lacks of a run that was imported, where it asks for nothing but the engine's."""
+    asks_engine = all("vllm:" in target["expr"] for target in panel["targets"])
+    return "the engine's own series, which no file keeps" if asks_engine else None

@@ -36,7 +36,7 @@ def data(folder: RunFolder, run: Run, summary: Summary) -> dict[str, Any]:
     trials = list(folder.trials(points, lab))
     figures = _figure_names(lab, summary)
     return {
-        "colours": [*CYCLE, "#999999"],
+        "colours": CYCLE,
         "predicted": ORANGE,
         "variants": [v.name for v in lab.variants],
         "workloads": [w.name for w in lab.workloads],

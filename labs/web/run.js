@@ -9,10 +9,12 @@
   // ------------------------------------------------------------------------------ colours, text
 
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const BRIGHTER = { "#0072B2": "#2188CC" };  // blue on a dark page
+  const FITTED = {  // to the page: blue is too dark on a dark one, yellow too faint on a light one
+    dark: { "#0072B2": "#2188CC" }, light: { "#F0E442": "#A39600" },
+  };
   function colour(place) {
     const found = data.colours[Math.min(place, data.colours.length - 1)];
-    return (css("color-scheme") === "dark" && BRIGHTER[found]) || found;
+    return FITTED[css("color-scheme")]?.[found] ?? found;
   }
   const ofVariant = (name) => colour(data.variants.indexOf(name));
   const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
