@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 BRIEF = (
-    "warmup_s=1 window_s=3 repeats=2 requests=256 claims.static.treatment.load=concurrent:4"
+    "warmup_s=0.5 window_s=1.5 repeats=2 requests=256 claims.static.treatment.load=concurrent:4"
     ' claims.static.baseline.load=waves:4 workloads.fixed.loads=["concurrent:4"]'
     ' workloads.exponential.loads=["concurrent:4","waves:4","poisson:8"]'
     " workloads.exponential.output_tokens.mean_tokens=12"
@@ -66,6 +66,8 @@ def previewed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Previewed]:
         try:
             command = someone.types("run", "continuous-batching", QUICK="1", SET=BRIEF)
             assert command.wait() == 0, command.said
+            assert someone.types("watch-stop").wait() == 0  # a fresh one sees the figures at once
+            assert someone.types("watch", PORT=str(prometheus)).wait() == 0
             environment = {
                 "PATH": str(Path(shutil.which("node") or "").parent),
                 "PROMETHEUS_URL": f"http://127.0.0.1:{prometheus}",
