@@ -3,10 +3,11 @@
 "use strict";
 
 const COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999"];
+const DARK = window.matchMedia("(prefers-color-scheme: dark)"), BRIGHTER = { "#0072B2": "#2188CC" };
 const LIMIT = "#c4451c"; // of an SLO or threshold
 const GRAFANAS = { "semi-dark-blue": "#0072B2", "super-light-blue": "#9fd3f5", "semi-dark-red": LIMIT };
 const SCRAPE_S = 1, LEAST_STEP_S = 5, POINTS = 300, AGAIN_MS = 3000;
-const UNITS = { percentunit: ".0%", watt: "W", hertz: "Hz", bytes: "B" };
+const UNITS = { percentunit: ".1~%", watt: "W", hertz: "Hz", bytes: "B" };
 const SPANS = { run: "the whole run", 300: "last 5 min", 900: "last 15 min", 3600: "last hour",
   86400: "last day" };
 const REFRESH = { 2: "every 2 s", 5: "every 5 s", 30: "every 30 s", 0: "off" };
@@ -208,7 +209,7 @@ function colourOf(name, own) {
   const asked = own.color?.fixedColor;
   const fixed = GRAFANAS[asked] ?? (asked?.startsWith("#") ? asked : undefined);
   if (!fixed && !colours.has(name)) colours.set(name, COLOURS[colours.size % COLOURS.length]);
-  return fixed ?? colours.get(name);
+  return (DARK.matches && BRIGHTER[fixed ?? colours.get(name)]) || (fixed ?? colours.get(name));
 }
 
 function overrides(panel, matcher, name) {
@@ -237,7 +238,10 @@ async function timeseries(panel, window) {
   }));
   const largest = Math.max(0, ...traces.flatMap((t) => t.raw.map(([, v]) => Number(v)).filter(isFinite)));
   const scale = scaleOf(panel, largest);
+  const unit = panel.fieldConfig.defaults.unit ?? "short";
+  const value = unit === "percentunit" ? `%{y:${UNITS[unit]}}` : `%{y:.3~g} ${unitText(unit, largest)}`;
   for (const trace of traces) {
+    trace.hovertemplate = `${wrapped(trace.name, 40)}: ${value}<extra></extra>`;
     let before = null;
     for (const [at, value] of trace.raw) {
       if (before !== null && at - before > step * 1.5) { trace.x.push(null); trace.y.push(null); }
@@ -455,5 +459,5 @@ async function open() {
   await begin();
 }
 
-window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+DARK.addEventListener("change", draw);
 open();
