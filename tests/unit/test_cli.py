@@ -14,7 +14,7 @@ import pytest
 import requests
 from typer.testing import CliRunner
 
-from labs import LABS, cli, results, watching
+from labs import LABS, backfill, cli, results, watching
 from labs.cli import app
 from labs.questions import QUESTIONS
 from labs.terminal import plainly
@@ -215,7 +215,7 @@ def test_one_run_several_or_all_are_imported(
     monkeypatch.setattr(watching, "alone", contextlib.nullcontext)
     monkeypatch.setattr(watching, "all_runs", lambda: [])
     monkeypatch.setattr(
-        watching.backfill, "load", lambda folders, _: asked.append([str(f.path) for f in folders])
+        backfill, "load", lambda folders, _: asked.append([str(f.path) for f in folders])
     )
     for run in (two[0], " ".join(two), ""):
         monkeypatch.setenv("RUN", run)

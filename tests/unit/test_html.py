@@ -226,12 +226,12 @@ def test_a_site_has_every_run_that_can_be_read_and_links_that_lead_there(
     (damaged.path / "summary.json").write_text("{")
 
     gone = tmp_path / "out" / run.machine.slug / "tiny" / "20250101T000000Z-01234567.html"
-    other = gone.with_name("notes.html")
+    notes = gone.with_name("notes.html")
     gone.parent.mkdir(parents=True)
-    for page in (gone, other):
+    for page in (gone, notes):
         page.touch()
     index, left_out = html.write_site(tmp_path / "out")
-    assert (gone.exists(), other.exists()) == (False, True)
+    assert (gone.exists(), notes.exists()) == (False, True)
     assert list(left_out) == [f"{run.machine.slug}/tiny/{damaged.path.name}"]
     seen = Seen(index.read_text())
     links = [h for h in seen.attributes("href") if h.endswith(".html")]
