@@ -6,12 +6,12 @@ Nothing is computed here that a verdict rests on; numbers come from summary.json
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from labs import plots, theory
+from labs import plots, published, theory
 from labs.judge import Caveat, Interval, Judgement
 from labs.lab import Lab, Point, Prediction
 from labs.measure import METRICS
@@ -22,6 +22,7 @@ from serving.dummy import SUFFIX
 from serving.machine import DATASHEETS, Ceilings, Machine
 
 Table = tuple[str, list[list[str]]]  # title, rows of which the first is the header
+THEIRS = "Published by others, of their models on their hardware; no verdict rests on it"
 
 # ------------------------------------------------------------------------------- numbers as text
 
@@ -111,8 +112,9 @@ def formulas(predictions: Predictions) -> list[str]:
 
 
 def claims_table(lab: Lab, summary: Summary) -> Table:
-    rows = [["Claim", "Measured", "95 % interval", "Predicted", "Held", "Verdict"]]
+    rows = [["Claim", "Measured", "95 % interval", "Predicted", "Held", "Published", "Verdict"]]
     for j in summary.judgements:
+        theirs = published.about(lab.name, "claims", j.claim)
         tolerance = f" ± {j.prediction.tolerance:.0%}" if j.prediction.tolerance else ""
         rows.append(
             [
@@ -122,10 +124,20 @@ def claims_table(lab: Lab, summary: Summary) -> Table:
                 ratio_interval(j),
                 f"{j.prediction.value:.2f}x{tolerance}",
                 yes(j.prediction_held),
+                "; ".join(p.figure for p in theirs) or "–",
                 verdict(j),
             ]
         )
     return "The answer", rows
+
+
+def published_lines(lab: Lab, part: published.Part, titles: Mapping[str, str]) -> list[str]:
+    """Of these parts of the lab, by name: each figure with its setting and source."""
+    return [
+        f"- {title}: {', '.join(map(str, found))}"
+        for name, title in titles.items()
+        if (found := published.about(lab.name, part, name))
+    ]
 
 
 def verdict(judgement: Judgement) -> str:
@@ -253,6 +265,8 @@ def _lines(
         " *held* when the interval meets it within its tolerance.",
         "",
     ]
+    if theirs := published_lines(lab, "claims", {j.claim: j.title for j in summary.judgements}):
+        out += [f"{THEIRS}:", "", *theirs, ""]
     for name, caption in drawn.items():
         out += [f"![{caption}]({name}.svg)", "", caption, ""]
     out += ["## Every point", "", *markdown(points_table(points, lab, summary)[1]), ""]
@@ -269,10 +283,14 @@ def _lines(
         out += ["", *_regime(run, lab, points, summary)]
         out += [f"- {line}" for line in formulas(folder.predictions())]
         out += [""]
-    for finding in summary.findings:
+        titles = {f.name: METRICS[f.metric].title for f in lab.forecasts}
+        if theirs := published_lines(lab, "forecasts", titles):
+            out += [f"{THEIRS}:", "", *theirs, ""]
+    for name, finding in zip(lab.findings, summary.findings, strict=True):
         out += [f"## {finding.title}", ""]
         out += [*markdown(finding.rows), ""] if finding.rows else []
-        out += [*(f"- {line}" for line in finding.lines), ""]
+        out += [f"- {line}" for line in finding.lines]
+        out += [*published_lines(lab, "findings", {name: "published by others"}), ""]
     agreement, ttft = agreement_table(folder)[1], ttft_table(points, lab, summary)[1]
     if len(agreement) > 1:
         out += ["## Do client and server agree?", "", *markdown(agreement), ""]

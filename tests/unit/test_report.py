@@ -125,7 +125,7 @@ def test_report_shows_the_verdict_beside_the_prediction(folder: RunFolder) -> No
     text = report.write(folder).read_text()
     (row,) = (line for line in text.splitlines() if "on concurrent 2 / off concurrent 2" in line)
     assert [cell.strip() for cell in row.split("|")][2:-1] == [
-        "2.97x", "2.85 to 3.10", "2.00x ± 25%", "no", "helps (as claimed)",
+        "2.97x", "2.85 to 3.10", "2.00x ± 25%", "no", "–", "helps (as claimed)",
     ]  # fmt: skip
     assert "SO-4" in text
 

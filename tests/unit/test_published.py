@@ -1,0 +1,41 @@
+"""What others published stands in the report beside ours, under the parts of labs it is about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from labs import LABS, published, report
+from labs.published import Published
+from labs.results import Finding, write_json
+from tests.unit.builders import write_run
+
+THEIRS = Published(figure="9x", setting="an abacus of oak", source="Al-Khwarizmi, 820")
+
+
+@pytest.mark.parametrize("lab", published.every())
+def test_each_entry_is_about_a_part_of_a_lab(lab: str) -> None:
+    asked = LABS[lab].at("gpu-80", quick=False)
+    for part, entries in published.every()[lab].items():
+        known = [p if isinstance(p, str) else p.name for p in getattr(asked, part)]
+        assert set(entries) <= set(known)
+
+
+def test_a_report_shows_theirs_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path)
+    entries = {"tiny": {"claims": {"faster": [THEIRS]}, "findings": {"quality": [THEIRS]}}}
+    monkeypatch.setattr(published, "every", lambda: entries)
+    run, summary = folder.run(), folder.summary()
+    write_json(
+        folder.path / "run.json",
+        run.model_copy(update={"lab": {**run.lab, "findings": ["quality"]}}),
+    )
+    found = summary.model_copy(update={"findings": [Finding(title="Quality")]})
+    write_json(folder.path / "summary.json", found)
+    text = report.write(folder).read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| On is faster (")]
+    assert all("| 2.00x ± 25% | no | 9x | " in row for row in rows)
+    assert len(rows) == 2
+    assert "- On is faster: 9x (an abacus of oak; Al-Khwarizmi, 820)" in text
+    assert "## Quality\n\n- published by others: 9x (" in text
