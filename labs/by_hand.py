@@ -1,4 +1,4 @@
-"""Turning knobs by hand: Locust's own web UI on a lab's workload."""
+"""Turning knobs by hand: an engine in the foreground, Locust's own web UI on a lab's workload."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from serving import machine as machines
 from serving import models
 from serving.engine import Endpoint, free_port
 from serving.process import Process
+
+PORT, WEB_PORT = 8000, 8089  # of `labs serve` and `labs locust`, unless told otherwise
 
 
 @contextlib.contextmanager

@@ -29,8 +29,8 @@ from labs import (
     sitting,
     watching,
 )
-from labs.by_hand import start_locust_ui
-from labs.lab import Lab, LabError, parse_changes
+from labs.by_hand import PORT, WEB_PORT, start_locust_ui
+from labs.lab import Lab, LabError, NotApplicable, parse_changes
 from labs.questions import QUESTIONS
 from labs.resolve import Request, is_dummy, model_of, require_devices
 from labs.results import RunFolder, open_run
@@ -44,7 +44,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-PORT, WEB_PORT = 8000, 8089
 
 LabName = Annotated[str, typer.Argument(help="A lab's name; `labs list` names them all.")]
 SetOption = Annotated[
@@ -159,6 +158,7 @@ def run_all(
         parallel = _parallel(tp, dp, pp)
         state = sitting.start(quick, model, fresh, weights, parallel)
         left: dict[str, str] = {}
+        skipped: dict[str, str] = {}
         for place, (name, lab) in enumerate(LABS.items(), 1):
             console.print(f"\n[bold]Lab {place} of {len(LABS)}: {lab.title}[/]")
             if name in state.done:
@@ -170,6 +170,10 @@ def run_all(
             )  # fmt: skip
             try:
                 folder = _play(request)
+            except NotApplicable as reason:
+                skipped[name] = str(reason)
+                console.print(f"Skipped: {escape(str(reason))}")
+                continue
             except EXPECTED as error:
                 left[name] = str(error)
                 errors.print(f"[bold red]error:[/] {escape(str(error))}")
@@ -180,6 +184,8 @@ def run_all(
                 left[name] = "some of its trials failed"
         if page := state.page():
             console.print(f"\nEvery lab on one page: [bold]{os.path.relpath(page)}[/]")
+        for name, why in skipped.items():
+            console.print(f"Skipped: {name}: {escape(why)}")
         for name, why in left.items():
             console.print(f"Not finished: {name}: {escape(why)}")
         if left:
@@ -324,9 +330,10 @@ def examine(model: ModelOption = "", weights: WeightsOption = "") -> None:
         console.print(found)
         able = Table("Lab", "Runs here", "", title="Labs", title_justify="left")
         for a in abilities:
-            able.add_row(a.lab, "yes" if a.able else "[bold red]no[/]", escape(a.note))
+            runs = {True: "yes", False: "[bold red]no[/]", None: "does not apply"}[a.able]
+            able.add_row(a.lab, runs, escape(a.note))
         console.print(able)
-        if not all(a.able for a in abilities):
+        if any(a.able is False for a in abilities):
             raise typer.Exit(1)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 
 from labs.answers import TEXTS
-from labs.lab import LabError
+from labs.lab import LabError, NotApplicable
 from loadtests.arrivals import Concurrent
 from loadtests.prompts import Writer, counter
 from loadtests.workload import Fixed, Workload
@@ -106,10 +106,14 @@ def make(model: Model, name: str, say: Callable[[str], None], quick: bool = Fals
     """The derived model's folder, published, or made here if need be.
 
     A quick run takes the whole one where it is there, and else may make a lesser one beside it.
-    Raises LabError with the maker's words, ModelError where there is no way to have it.
+    Raises LabError with the maker's words, NotApplicable for what cannot be made of random weights,
+    ModelError where there is no way to have it.
     """
     if model.dummy:
-        return dummy.derive(model, name)
+        try:
+            return dummy.derive(model, name)
+        except ModelError as reason:
+            raise NotApplicable(str(reason)) from reason
     folder = place(model, name)
     if folder.exists():
         return folder

@@ -11,10 +11,12 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -22,7 +24,8 @@ import psutil
 import requests
 
 from labs import LABS, derived
-from labs.lab import Lab, LabError
+from labs.by_hand import PORT, WEB_PORT
+from labs.lab import Lab, LabError, NotApplicable
 from labs.resolve import (
     is_dummy,
     model_of,
@@ -32,13 +35,13 @@ from labs.resolve import (
     require_sizes,
 )
 from labs.results import LEAST_FREE_BYTES, RESULTS, MachineFile, read_json
-from serving import dummy, engine, install, models, telemetry
+from serving import engine, install, models, quantize, telemetry
 from serving import machine as machines
 from serving.engine import EngineError
 from serving.machine import GIB, Machine
 from serving.models import ROOT, Model, ModelError
 
-PORTS = {"make serve": (8000, "PORT"), "make locust": (8089, "WEB_PORT")}
+PORTS = {"make serve": (PORT, "PORT"), "make locust": (WEB_PORT, "WEB_PORT")}
 LEAST_FREE_SHARE = 0.9  # of a GPU's memory: what vLLM takes unless told otherwise
 
 
@@ -53,10 +56,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Ability:
-    """Can a lab run here: what it does first, or why it cannot."""
+    """Can a lab run here: what it does first, or why it cannot; None where it does not apply."""
 
     lab: str
-    able: bool
+    able: bool | None
     note: str
 
 
@@ -192,6 +195,7 @@ def _model(machine: Machine, wanted: str, weights: str) -> tuple[Model | None, L
     return model, Line("Model", f"{model.name}, {size}, {model.shape.max_positions:,} positions")
 
 
+@cache
 def _hub_answers() -> bool:
     from huggingface_hub import constants
 
@@ -199,6 +203,13 @@ def _hub_answers() -> bool:
         return requests.head(constants.ENDPOINT, timeout=5).status_code < 500
     except requests.RequestException:
         return False
+
+
+@cache
+def _index_answers() -> bool:
+    """Whether pip reaches its package index, asked for what a tool's environment begins with."""
+    argv = [sys.executable, "-m", "pip", "--retries=0", "--timeout=5", "index", "versions"]
+    return subprocess.run([*argv, "setuptools"], capture_output=True).returncode == 0
 
 
 def _beside(machine: Machine) -> Iterator[Line]:
@@ -244,15 +255,26 @@ def _ability(
         require_memory(here, machine, model)
         if random:
             for name in here.derived():
-                dummy.derive(model, name)  # in an instant, or refused
+                derived.make(model, name, lambda _: None)  # in an instant, or refused
             return Ability(lab.name, True, "")
         missing = [n for n in here.derived() if not _there(model, n)]
+    except NotApplicable as reason:
+        return Ability(lab.name, None, str(reason))
     except (LabError, EngineError, ModelError) as error:
         return Ability(lab.name, False, str(error))
-    published = models.SIBLINGS.get(model.name, {})
+    known = models.SIBLINGS.get(model.name, {})
+    published = known if known and _hub_answers() else {}
     made = [n for n in missing if n not in published]
     if unknown := [n for n in made if n not in derived.RECIPES]:
         why = f"for {model.name} no {', '.join(unknown)} is published, nor known how to make"
+        return Ability(lab.name, False, why)
+    methods = [m for n in made if (m := quantize.METHODS.get(derived.RECIPES[n].method))]
+    lacking = {m.tool.name for m in methods if not quantize.is_set_up(m.tool)}
+    if lacking and not _index_answers():
+        why = (
+            f"what makes its weights ({', '.join(sorted(lacking))}) is not set up here, and pip"
+            " reaches no package index: see PIP_INDEX_URL, or measure speed with WEIGHTS=dummy"
+        )
         return Ability(lab.name, False, why)
     minutes = sum(derived.RECIPES[name].minutes for name in made)
     notes = [f"makes {', '.join(made)} first (about {minutes:.0f} min)"] if made else []

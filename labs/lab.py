@@ -174,6 +174,10 @@ class LabError(Exception):
     """The reader asked for something that cannot be; the message says what can."""
 
 
+class NotApplicable(LabError):
+    """The lab's question means nothing of random weights, or on this kind of machine."""
+
+
 NEED_TEXT: dict[str, frozenset[str]] = {
     # what means nothing where the weights are random: they write no text
     "studies": frozenset({"outliers"}),

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from labs import derived, report, theory
 from labs.findings import FINDINGS
-from labs.lab import Claim, Forecast, Lab, LabError, Point
+from labs.lab import Claim, Forecast, Lab, LabError, NotApplicable, Point
 from labs.measure import METRICS, price_per_hour
 from labs.plots import PLOTS
 from labs.probes import PROBES
@@ -146,7 +146,10 @@ PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-siz
 
 
 def require_devices(lab: Lab, machine: Machine) -> None:
-    """What is asked of vLLM's parallelism and sampling, this machine's kind and GPUs can do."""
+    """What is asked of vLLM's parallelism and sampling, this machine's kind and GPUs can do.
+
+    Raises LabError; NotApplicable where no setting of the reader's would help.
+    """
     for variant in lab.variants:
         flags = lab.flags_of(variant)
         ways = math.prod(int(str(flags.get(flag, 1))) for flag in PARALLEL)
@@ -158,7 +161,7 @@ def require_devices(lab: Lab, machine: Machine) -> None:
             )
         speculation = flags.get("speculative-config", {})
         if machine.kind == "cpu" and "synthetic" in json.dumps(speculation):
-            raise LabError(
+            raise NotApplicable(
                 f"{variant.name} is to accept guesses at a rate that is set, and the sampler that"
                 " does so is written in Triton, which vLLM's CPU engine lacks: this needs a GPU"
             )

@@ -113,11 +113,18 @@ def digest(tool: Tool) -> str:
     return hashlib.sha256(repr(made_from).encode()).hexdigest()
 
 
+def is_set_up(tool: Tool) -> bool:
+    """Whether its environment is there and up to date."""
+    ready = tool.home / "ready"
+    there = ready.exists() and install.venv_python(tool.home).exists()
+    return there and ready.read_text() == digest(tool)
+
+
 def environment(tool: Tool) -> Path:
     """The Python of the tool's environment, which is made first where it is not up to date."""
     with install.alone(ROOT):
         python, ready = install.venv_python(tool.home), tool.home / "ready"
-        if ready.exists() and ready.read_text() == digest(tool) and python.exists():
+        if is_set_up(tool):
             return python
         if (free := shutil.disk_usage(ROOT).free / 1e9) < ENVIRONMENT_GB:
             raise QuantizeError(

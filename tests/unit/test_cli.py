@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from labs import LABS, backfill, cli, results, watching
 from labs.cli import app
+from labs.lab import LabError, NotApplicable
 from labs.questions import QUESTIONS
 from labs.terminal import plainly
 from serving.models import ROOT
@@ -96,6 +97,21 @@ def test_list_shows_every_lab_and_the_questions_it_answers() -> None:
     for lab in LABS.values():
         assert f"make lab-{lab.name}" in said
         assert all(f"{id} {QUESTIONS[id][:20]}" in said for id in lab.answers)
+
+
+@pytest.mark.parametrize(("refusal", "code"), [(NotApplicable, 0), (LabError, 1)])
+def test_a_lab_that_does_not_apply_is_skipped_and_fails_nothing(
+    refusal: type[LabError], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise refusal("needs real weights")
+
+    monkeypatch.setattr("labs.sitting.FILE", tmp_path / "sitting.json")
+    monkeypatch.setattr("labs.cli.run_lab", refuse)
+    found, said = labs("all", "--weights", "dummy")
+    assert found == code
+    assert (f"Skipped: {LAB}: needs real weights" in said) == (refusal is NotApplicable)
+    assert (f"Not finished: {LAB}: needs real weights" in said) == (refusal is LabError)
 
 
 def test_commands_are_those_the_makefile_calls() -> None:

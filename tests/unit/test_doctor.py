@@ -41,6 +41,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("labs.doctor.engine.check_flags", lambda _: None)
     monkeypatch.setattr(doctor, "require_sizes", lambda *_: None)
     monkeypatch.setattr("labs.doctor.derived.place", lambda model, name: tmp_path)
+    monkeypatch.setattr(doctor, "_index_answers", lambda: True)
 
 
 def line(lines: Iterable[Line], part: str) -> Line:
@@ -85,6 +86,21 @@ def test_what_a_lab_makes_first_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.usefixtures("healthy")
+def test_without_a_package_index_no_tool_is_promised(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("labs.doctor.derived.place", lambda model, name: tmp_path / "none" / name)
+    monkeypatch.setattr(doctor.quantize, "is_set_up", lambda tool: tool.name != "gptqmodel")
+    monkeypatch.setattr(doctor, "_index_answers", lambda: False)
+    notes = {a.lab: a for a in doctor.examine("")[1]}
+    assert notes["weight-quantization"].able
+    assert not notes["quantization-tools"].able
+    assert "its weights (gptqmodel) is not set up here" in notes["quantization-tools"].note
+    monkeypatch.setattr(doctor, "_index_answers", lambda: True)
+    assert {a.lab: a for a in doctor.examine("")[1]}["quantization-tools"].able
+
+
+@pytest.mark.usefixtures("healthy")
 def test_random_weights_run_what_does_not_need_real_ones(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -95,10 +111,11 @@ def test_random_weights_run_what_does_not_need_real_ones(
     lines, abilities = doctor.examine("", "dummy")
     assert "llama-tiny-dummy" in line(lines, "Model").found
     assert "random weights" in line(lines, "Model").found
-    cannot = {a.lab: a.note for a in abilities if not a.able}
-    assert cannot.keys() == {"speculative-decoding", "quantization-tools"}
-    assert "needs a GPU" in cannot["speculative-decoding"]
-    assert "made of real weights" in cannot["quantization-tools"]
+    assert {a.able for a in abilities} == {True, None}
+    skipped = {a.lab: a.note for a in abilities if a.able is None}
+    assert skipped.keys() == {"speculative-decoding", "quantization-tools"}
+    assert "needs a GPU" in skipped["speculative-decoding"]
+    assert "made of real weights" in skipped["quantization-tools"]
 
 
 @pytest.mark.usefixtures("healthy")
@@ -173,6 +190,7 @@ def test_what_others_published_is_downloaded_and_what_nobody_knows_stops_a_lab(
     monkeypatch.setattr("labs.doctor.derived.place", lambda model, name: tmp_path / "none" / name)
     monkeypatch.setattr("labs.doctor.models.sibling", absent)
     monkeypatch.setattr("labs.doctor.models.SIBLINGS", {"abacus-1": {"draft": "abacus/half"}})
+    monkeypatch.setattr(doctor, "_hub_answers", lambda: True)
     abilities = {a.lab: a for a in doctor.examine("")[1]}
     assert "downloads draft first" in abilities["speculative-decoding"].note
     monkeypatch.delitem(RECIPES, "adapters")
