@@ -35,7 +35,7 @@ from labs.resolve import (
     require_sizes,
 )
 from labs.results import LEAST_FREE_BYTES, RESULTS, MachineFile, read_json
-from serving import engine, install, models, quantize, telemetry
+from serving import engine, gpus, install, models, quantize, telemetry
 from serving import machine as machines
 from serving.engine import EngineError
 from serving.machine import GIB, Machine
@@ -93,10 +93,13 @@ def _hardware(machine: Machine) -> Iterator[Line]:
     if machine.kind == "gpu":
         yield from _gpus()
     elif install.detect_platform() == "cuda":
+        chosen = os.environ.get(gpus.VARIABLE)
         yield Line(
             "GPU",
-            "there is an NVIDIA device, but its driver does not answer",
-            "see what `nvidia-smi` says; in a container, pass the GPU on (`--gpus all`)",
+            "there is an NVIDIA device, but its driver does not answer"
+            if chosen is None
+            else f"{gpus.VARIABLE}={chosen} leaves this process none",
+            "see what `nvidia-smi -L` says; in a container, pass the GPU on (`--gpus all`)",
         )
     else:
         yield Line("GPU", "none with an NVIDIA driver: labs run on the CPU")
@@ -110,8 +113,7 @@ def _gpus() -> Iterator[Line]:
     import pynvml
 
     pynvml.nvmlInit()
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    for index, handle in enumerate(gpus.visible(pynvml)):
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
         taken = memory.free < LEAST_FREE_SHARE * memory.total

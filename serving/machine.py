@@ -31,6 +31,8 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, PositiveFloat, PositiveInt
 
+from serving import gpus
+
 GIB = 2**30
 FP8_CAPABILITY = (8, 9)  # compute capability of Ada, the first with FP8 tensor cores
 
@@ -120,7 +122,7 @@ class Environment(BaseModel, frozen=True, extra="forbid"):
 
 
 def detect() -> Machine:
-    """The first NVIDIA GPU's kind if there is one, else this CPU."""
+    """The NVIDIA GPUs this process may use, of the first one's kind; without any, this CPU."""
     return _gpu() or _cpu()
 
 
@@ -131,12 +133,13 @@ def _gpu() -> Machine | None:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return None
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    if not (handles := gpus.visible(pynvml)):
+        return None
     return Machine(
         kind="gpu",
-        model=pynvml.nvmlDeviceGetName(handle),
-        count=pynvml.nvmlDeviceGetCount(),
-        memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+        model=pynvml.nvmlDeviceGetName(handles[0]),
+        count=len(handles),
+        memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handles[0]).total),
     )
 
 
@@ -277,10 +280,11 @@ def _driver() -> tuple[str | None, str | None, dict[str, str]]:
     except pynvml.NVMLError:
         return None, None, {}
     version = int(pynvml.nvmlSystemGetCudaDriverVersion())
-    handle, clocks = pynvml.nvmlDeviceGetHandleByIndex(0), {}
-    for name, kind in (("sm", pynvml.NVML_CLOCK_SM), ("memory", pynvml.NVML_CLOCK_MEM)):
-        with contextlib.suppress(pynvml.NVMLError):
-            clocks[f"{name}_max"] = f"{pynvml.nvmlDeviceGetMaxClockInfo(handle, kind)} MHz"
+    clocks = {}
+    for handle in gpus.visible(pynvml)[:1]:
+        for name, kind in (("sm", pynvml.NVML_CLOCK_SM), ("memory", pynvml.NVML_CLOCK_MEM)):
+            with contextlib.suppress(pynvml.NVMLError):
+                clocks[f"{name}_max"] = f"{pynvml.nvmlDeviceGetMaxClockInfo(handle, kind)} MHz"
     driver = str(pynvml.nvmlSystemGetDriverVersion())
     return driver, f"{version // 1000}.{version % 1000 // 10}", clocks
 

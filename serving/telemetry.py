@@ -25,6 +25,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from serving import gpus
+
 PERIOD_S = 0.1
 RAPL = Path("/sys/class/powercap")
 POWER_CAP = "power cap"
@@ -59,13 +61,11 @@ class Source(Protocol):
 
 
 class Gpus:
-    """Every GPU that NVML shows."""
+    """Those this process may use: others' work is not the run's."""
 
     def __init__(self, nvml: ModuleType) -> None:
         self._nvml = nvml
-        self._handles = [
-            nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())
-        ]
+        self._handles = gpus.visible(nvml)
 
     def read(self) -> list[Sample]:
         return [self._sample(i, handle) for i, handle in enumerate(self._handles)]

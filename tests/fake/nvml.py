@@ -25,6 +25,8 @@ def make_nvml(**changed: object) -> ModuleType:
         "nvmlInit": lambda: None,
         "nvmlDeviceGetCount": lambda: 1,
         "nvmlDeviceGetHandleByIndex": lambda i: i,
+        "nvmlDeviceGetUUID": lambda h: f"GPU-{h}",
+        "nvmlDeviceGetMigMode": unsupported,
         "nvmlDeviceGetPowerUsage": lambda h: 1000 * WATTS,
         "nvmlDeviceGetTotalEnergyConsumption": lambda h: int(WATTS * 1000 * time.time()),
         "nvmlDeviceGetClockInfo": lambda h, kind: 1755,

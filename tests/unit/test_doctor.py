@@ -17,6 +17,7 @@ from serving import dummy
 from serving.engine import EngineError
 from serving.machine import GIB, Machine
 from serving.models import Model, ModelError
+from tests.fake import nvml
 from tests.unit.builders import SHAPE
 
 CPU = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=8 * GIB)
@@ -144,19 +145,14 @@ def test_a_port_that_is_taken_names_its_setting(monkeypatch: pytest.MonkeyPatch)
 
 
 def make_nvml(free_gib: int, cuda: int) -> ModuleType:
-    nvml = ModuleType("pynvml")
-    for name, value in {
-        "nvmlInit": None,
-        "nvmlDeviceGetCount": 1,
-        "nvmlDeviceGetHandleByIndex": 0,
+    told: dict[str, object] = {
         "nvmlDeviceGetMemoryInfo": SimpleNamespace(free=free_gib * GIB, total=80 * GIB),
         "nvmlDeviceGetCudaComputeCapability": (9, 0),
         "nvmlDeviceGetName": GPU.model,
         "nvmlSystemGetDriverVersion": "580.1",
         "nvmlSystemGetCudaDriverVersion": cuda,
-    }.items():
-        setattr(nvml, name, lambda *_, value=value: value)
-    return nvml
+    }
+    return nvml.make_nvml(**{name: lambda *_, v=value: v for name, value in told.items()})
 
 
 def test_a_gpu_in_use_and_a_driver_too_old_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +167,16 @@ def test_a_gpu_in_use_and_a_driver_too_old_are_told(monkeypatch: pytest.MonkeyPa
     assert "nvidia-smi" in gpu.mend
     assert driver.found == "580.1, up to CUDA 12.8"
     assert "built for CUDA 13.0" in driver.mend
+
+
+def test_gpus_that_are_hidden_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("labs.doctor.install.detect_platform", lambda: "cuda")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "driver does not answer" in line(doctor._hardware(CPU), "GPU").found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    hidden = line(doctor._hardware(CPU), "GPU")
+    assert hidden.found == "CUDA_VISIBLE_DEVICES=7 leaves this process none"
+    assert hidden.mend
 
 
 def test_the_cpu_build_on_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
