@@ -119,10 +119,18 @@ class Joined:
 
 
 def unpack(folder: Path, manifest: "dict[str, Any]", target: Path) -> None:
+    """Write the lab's files; what only an earlier bundle had goes, what the reader has stays."""
     stream: Any = Joined([folder / part["name"] for part in manifest["parts"]])
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         archive.extraction_filter = getattr(tarfile, "data_filter", None)
         archive.extractall(str(target))
+        files = [m.name for m in archive.getmembers() if not m.isdir()]
+    listed = target / HOME / "files.json"
+    before = json.loads(listed.read_text()) if listed.exists() else []
+    for name in set(before) - set(files):
+        if (target / name).exists():
+            (target / name).unlink()
+    listed.write_text(json.dumps([name for name in files if not name.startswith(HOME)]))
     for packed in (target / PROGRAMS_HOME).glob("*.gz"):
         with gzip.open(str(packed)) as source, packed.with_suffix("").open("wb") as program:
             shutil.copyfileobj(source, program)

@@ -41,9 +41,8 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     repository = tmp_path / "repository"
     (repository / "serving").mkdir(parents=True)
     (repository / "serving" / "models.py").write_text(MODELS)
-    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
-        subprocess.run([*git, *words], check=True)
+    git(repository, "init", "-q")
+    commit(repository)
     monkeypatch.setattr(bundle, "ROOT", repository)
     monkeypatch.setattr(bundle, "ARCH", platform.machine())
     needed = {"stand-in": "1.0", "pip": metadata.version("pip"), "torchcodec": "0.17.0"}
@@ -55,6 +54,16 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     bundle.write_empty_wheel(wheels, *BUNDLED_PACKAGE.split("=="))
     make(tmp_path)
     return tmp_path / "out"
+
+
+def git(repository: Path, *words: str) -> None:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(repository), *who, *words], check=True)
+
+
+def commit(repository: Path) -> None:
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "all")
 
 
 def make(home: Path) -> list[str]:
@@ -88,6 +97,23 @@ def test_a_bundle_arrives_whole(out: Path, tmp_path: Path) -> None:
     assert manifest["expected"].keys() == {"pip"}
     assert len(manifest["commit"]) == 40
     assert unpack(out, target) == (0, "")  # again, over what is there
+
+
+def test_over_an_older_lab_its_files_go_and_the_readers_stay(out: Path, tmp_path: Path) -> None:
+    repository, lab = tmp_path / "repository", tmp_path / "lab"
+    (repository / "serving" / "old.py").write_text("")
+    commit(repository)
+    make(tmp_path)
+    assert unpack(out, lab) == (0, "")
+    assert (lab / "serving" / "old.py").exists()
+    (lab / "serving" / "mine.py").write_text("")
+    (repository / "serving" / "old.py").unlink()
+    commit(repository)
+    make(tmp_path)
+    assert unpack(out, lab) == (0, "")
+    assert not (lab / "serving" / "old.py").exists()
+    assert (lab / "serving" / "mine.py").exists()
+    assert (lab / ".tools" / "prometheus" / "prometheus").exists()
 
 
 def test_missing_and_damaged_parts_are_named_and_nothing_is_written(
