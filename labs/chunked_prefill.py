@@ -100,6 +100,17 @@ WHOLE = Variant(
     name="whole", flags={"enable-chunked-prefill": False, "max-num-batched-tokens": 1024}
 )
 
+
+def knobs(budget: int, prompt: int, load: str) -> tuple[str, ...]:
+    return (
+        f'SET="variants.quarter.flags.max-num-batched-tokens={budget}" tries a budget between two'
+        " of the table's",
+        f'SET="workloads.contended.intruder.prompt_tokens={prompt}" halves the long prompt: the'
+        " stall of `whole` halves, that of `sixteenth` stays",
+        f"SET='workloads.contended.loads=[\"{load}\"]' puts twice the streams beside it",
+    )
+
+
 COUPLED = "without chunks the engine wants a budget that holds a whole prompt"
 
 LAB = Lab(
@@ -191,6 +202,7 @@ LAB = Lab(
             "workloads.contended.loads": (Contended(users=32, every_s=1),),
             "slo.itl_s": 0.05,
             "requests": 1024,  # every fourth of 7,680 tokens, which take long to write
+            "next_knobs": knobs(budget=960, prompt=3840, load="contended:64/1"),
         }
     },
     quick={"warmup_s": 1, "window_s": 4.5, "repeats": 2},
@@ -201,11 +213,5 @@ LAB = Lab(
         " every piece pays again: small budgets cost the long prompt more than on a GPU.",
         "gpu": "One long prompt at a time; where several arrive together they share the budget.",
     },
-    next_knobs=(
-        'SET="variants.quarter.flags.max-num-batched-tokens=96" tries a budget between two of the'
-        " table's",
-        'SET="workloads.contended.intruder.prompt_tokens=384" halves the long prompt: the stall of'
-        " `whole` halves, that of `sixteenth` stays",
-        'SET=\'workloads.contended.loads=["contended:8/2"]\' puts twice the streams beside it',
-    ),
+    next_knobs=knobs(budget=96, prompt=384, load="contended:8/2"),
 )  # fmt: skip

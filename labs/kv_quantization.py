@@ -17,6 +17,8 @@ Turn: the type (`variants.fp8.flags.kv-cache-dtype`), the memory
 
 from __future__ import annotations
 
+from typing import Any
+
 from labs import theory
 from labs.lab import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
 from loadtests.arrivals import Concurrent
@@ -135,11 +137,21 @@ WITHOUT_E5M2 = {
 }
 
 
-def tight(memory_bytes: int) -> dict[str, int]:
+def knobs(tight_bytes: int, far_tokens: int) -> tuple[str, ...]:
+    return (
+        f'SET="variants.fp8-tight.flags.kv-cache-memory-bytes={tight_bytes // 2}" halves the memory'
+        " of the quantized side: it preempts where BF16 did",
+        f'SET="workloads.far.prompt_tokens.tokens={far_tokens // 2}'
+        f' workloads.far.prefix.tokens={far_tokens // 2 - 64}" halves the long context',
+    )
+
+
+def tight(memory_bytes: int) -> dict[str, Any]:
     """The tight pair's KV memory on a GPU, where its requests are longer."""
     sizes = {"kv-cache-memory-bytes": memory_bytes, "max-model-len": 1024}
     pair = ("bf16-tight", "fp8-tight")
-    return {f"variants.{name}.flags.{flag}": n for name in pair for flag, n in sizes.items()}
+    changes = {f"variants.{name}.flags.{flag}": n for name in pair for flag, n in sizes.items()}
+    return {**changes, "next_knobs": knobs(memory_bytes, 24576)}
 
 
 LAB = Lab(
@@ -268,9 +280,6 @@ LAB = Lab(
     },
     next_knobs=(
         'SET="variants.fp8.flags.kv-cache-dtype=fp8_e5m2" compares the coarser type in speed',
-        'SET="variants.fp8-tight.flags.kv-cache-memory-bytes=6291456" halves the memory of the'
-        " quantized side: it preempts where BF16 did",
-        'SET="workloads.far.prompt_tokens.tokens=1024 workloads.far.prefix.tokens=960" halves the'
-        " long context",
+        *knobs(12 * 2**20, 2048),
     ),
 )  # fmt: skip

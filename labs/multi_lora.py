@@ -145,6 +145,11 @@ def on_random_weights(lab: Lab) -> Lab:
 
 ONE, ALL = Arm(variant="lora", workload="one"), Arm(variant="lora", workload="uniform-8")
 
+SLOTS = (
+    'SET="variants.slots-2.flags.max-loras=4" gives half the adapters a slot',
+    'SET="workloads.uniform-8.adapters.count=3" puts three adapters on two slots',
+)
+
 LAB = Lab(
     name="multi-lora",
     title="Multi-LoRA",
@@ -228,6 +233,11 @@ LAB = Lab(
             "requests": 4096,
             "warmup_s": 3,
             "window_s": 10,
+            "next_knobs": (
+                *SLOTS,
+                'SET=\'workloads.uniform-8.loads=["concurrent:64"]\' batches eight requests of'
+                " each tenant",
+            ),
         }
     },
     dummy=on_random_weights,
@@ -240,8 +250,7 @@ LAB = Lab(
         " keep in host memory.",
     },
     next_knobs=(
-        'SET="variants.slots-2.flags.max-loras=4" gives half the adapters a slot',
-        'SET="workloads.uniform-8.adapters.count=3" puts three adapters on two slots',
+        *SLOTS,
         'SET=\'workloads.uniform-8.loads=["concurrent:16"]\' batches two requests of each tenant',
     ),
 )  # fmt: skip

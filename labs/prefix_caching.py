@@ -138,6 +138,8 @@ def documents(name: str, shuffled: bool) -> Workload:
     return plain.model_copy(update={"prefix": prefix})
 
 
+BLOCKS = 'SET="flags.block-size=128" coarsens what can be shared: hits are floored to whole blocks'
+
 LAB = Lab(
     name="prefix-caching",
     title="Prefix caching",
@@ -282,6 +284,13 @@ LAB = Lab(
             "requests": 512,  # of 8,000 tokens, which take long to write
             "warmup_s": 8,
             "window_s": 12,
+            "next_knobs": (
+                'SET="workloads.few.prefix.groups=64" overflows the cache: the hit rate of `few`'
+                " collapses",
+                'SET="workloads.many.prefix.groups=4" sends no more prefixes than the cache holds:'
+                " `many` stops thrashing",
+                BLOCKS,
+            ),
         },
         "gpu-141": {"flags.kv-cache-memory-bytes": 24 * 2**30},  # the larger model's few prefixes
     },
@@ -298,6 +307,6 @@ LAB = Lab(
         " `few` collapses",
         'SET="flags.kv-cache-memory-bytes=268435456" gives the cache room for twenty prompts:'
         " `many` stops thrashing",
-        'SET="flags.block-size=128" coarsens what can be shared: hits are floored to whole blocks',
+        BLOCKS,
     ),
 )  # fmt: skip

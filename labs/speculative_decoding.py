@@ -182,9 +182,25 @@ def on_random_weights(lab: Lab) -> Lab:
                 Evidence(arm=Arm(variant="none"), kind="absent", metric=metrics.SPEC_DRAFTS),
             ),
             "left_out": (*lab.left_out, "ngram and the text `quote`: there is nothing to copy"),
+            "next_knobs": lab.next_knobs[-1:],  # the others turn variants that are not here
         }
     )
 
+
+def loads_knob(*users: int) -> str:
+    loads = ",".join(f'"concurrent:{n}"' for n in users)
+    return f"SET='workloads.story.loads=[{loads}]' looks for the load at which it turns"
+
+
+GUESSES = (
+    'SET="variants.draft-2.flags.speculative-config.method=eagle3'
+    ' variants.draft-2.flags.speculative-config.model=<eagle>" lets an EAGLE head guess, where'
+    " one is published for the model (`serving/models.py`)",
+    'SET="variants.draft-2.flags.speculative-config.num_speculative_tokens=1" guesses one'
+    " token ahead",
+    'SET="variants.ngram.flags.speculative-config.num_speculative_tokens=6" copies longer'
+    " spans: good for `quote`, a burden for `story`",
+)
 
 LAB = Lab(
     name="speculative-decoding",
@@ -290,6 +306,7 @@ LAB = Lab(
             "load_processes": 4,  # one sends and reads some 20,000 tokens/s
             "warmup_s": 4,
             "window_s": 10,
+            "next_knobs": (*GUESSES, loads_knob(1, 4, 64)),
         },
         **{f"gpu-{gb}": CROWD_32 for gb in (16, 24, 48, 141)},
     },
@@ -304,15 +321,5 @@ LAB = Lab(
         " engines run without asynchronous scheduling and on vLLM's first model runner: n-grams and"
         " draft models have no other, an engine that guesses nothing would by itself.",
     },
-    next_knobs=(
-        'SET="variants.draft-2.flags.speculative-config.method=eagle3'
-        ' variants.draft-2.flags.speculative-config.model=<eagle>" lets an EAGLE head guess, where'
-        " one is published for the model (`serving/models.py`)",
-        'SET="variants.draft-2.flags.speculative-config.num_speculative_tokens=1" guesses one'
-        " token ahead",
-        'SET="variants.ngram.flags.speculative-config.num_speculative_tokens=6" copies longer'
-        " spans: good for `quote`, a burden for `story`",
-        'SET=\'workloads.story.loads=["concurrent:1","concurrent:8","concurrent:32"]\' looks for'
-        " the load at which it turns",
-    ),
+    next_knobs=(*GUESSES, loads_knob(1, 8, 32)),
 )  # fmt: skip

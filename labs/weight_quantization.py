@@ -86,6 +86,7 @@ def on_random_weights(lab: Lab) -> Lab:
             "answers": ("CO-1", "IP-2"),
             "plots": ("variants",),
             "left_out": (*lab.left_out, "w8a8-rtn, w4a16-awq: the same bytes as another recipe's"),
+            "next_knobs": lab.next_knobs[1:],  # rounding matters to quality alone
         }
     )
 

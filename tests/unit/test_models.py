@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from huggingface_hub import errors
 
 from labs import LABS
 from labs.derived import RECIPES
-from labs.lab import Lab, LabError
+from labs.lab import Lab, LabError, NotApplicable, parse_changes
 from labs.resolve import model_of, require_devices, require_memory, require_sizes
 from serving import dummy, models
 from serving.machine import Machine
@@ -147,6 +148,25 @@ def test_every_lab_fits_every_class_of_gpu(lab: str, c: MemoryClass, random: boo
         assert set(resolved.derived()) <= known
 
 
+@pytest.mark.parametrize("random", [False, True], ids=["real", "random"])
+@pytest.mark.parametrize("c", CLASSES, ids=lambda c: f"{c.gb}")
+@pytest.mark.parametrize("lab", LABS)
+def test_what_to_turn_next_can_be_turned_on_every_gpu(
+    lab: str, c: MemoryClass, random: bool
+) -> None:
+    resolved, machine, model = of_the_class(lab, c, random)
+    for knob in resolved.next_knobs:
+        setting = re.match(r"""SET=(["'])(.+?)\1 """, knob)
+        assert setting, knob
+        changes = parse_changes(setting[2])
+        turned = LABS[lab].at(models.scale_of(machine), False, changes, random)
+        assert turned.digest() != resolved.digest(), knob
+        require_sizes(turned, model)
+        require_memory(turned, machine, model)
+        if random and lab != "quantization-tools":
+            assert set(turned.derived()) <= dummy.DERIVED.keys()
+
+
 def test_the_bundled_model_is_served_on_a_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "bundled", lambda: Path("carried"))
     monkeypatch.setattr(models, "load", lambda path, name: (path, name))
@@ -206,7 +226,7 @@ def test_a_rate_of_acceptance_is_set_on_a_gpu_only() -> None:
     require_devices(lab.at("gpu", quick=False, dummy=True), gpu(81_559))
     cpu = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34)
     require_devices(lab.at("cpu", quick=False), cpu)
-    with pytest.raises(LabError, match=r"accepts-30 .* Triton.*needs a GPU"):
+    with pytest.raises(NotApplicable, match=r"accepts-30 .* Triton.*needs a GPU"):
         require_devices(lab.at("cpu", quick=False, dummy=True), cpu)
 
 
