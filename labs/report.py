@@ -448,7 +448,8 @@ def _method(folder: RunFolder, run: Run, lab: Lab) -> list[str]:
     ]
     if session:
         overhead = session.wall_s - session.engine_start_s - session.load_s
-        together = "stayed loaded together" if session.resident else "were started in turn"
+        back = ", there and back" if session.there_and_back else ""
+        together = "stayed loaded together" if session.resident else f"were started in turn{back}"
         lines += [
             f"- Engines {together}."
             if len(lab.variants) > 1

@@ -181,6 +181,7 @@ class Session(BaseModel, frozen=True, extra="forbid"):
     load_s: float
     wall_s: float
     resident: bool
+    there_and_back: bool = False  # engines that were not: A B C, then C B A
     agreement: list[Agreement]
     prometheus: str | None  # why there was none
     ended_at: str | None = None

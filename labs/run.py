@@ -18,10 +18,10 @@ from labs import backfill, html, report
 from labs.lab import LabError
 from labs.resolve import Request, Setup, Teller, engine_environment, resolve
 from labs.results import Predictions, Run, RunFolder, Session, latest, run_id, write_json
-from labs.stage import Stage, interleave, resident_groups, write_requests
+from labs.stage import Stage, in_turn, interleave, resident_groups, write_requests
 from labs.summary import summarise
 from serving import models
-from serving.engine import EngineError, flag_argv
+from serving.engine import flag_argv
 
 
 def run(request: Request, teller: Teller) -> RunFolder:
@@ -48,19 +48,10 @@ def run(request: Request, teller: Teller) -> RunFolder:
         stage = Stage(setup, folder, work, teller)
         with stage:
             groups = resident_groups(setup)
-            for group in groups:
-                try:
-                    with stage.engines(group):
-                        for point, repeat in interleave(setup, group):
-                            stage.trial(point, repeat)
-                        if len(group) == len(setup.lab.variants):
-                            stage.settle()
-                        for variant in group:
-                            stage.probe(variant)
-                except EngineError as error:  # it did not start; others may
-                    if not stage.measured and group is groups[-1]:
-                        raise
-                    stage.give_up(group, error)
+            turns = in_turn(groups, setup.lab.repeats)
+            for group, repeats in turns:
+                stage.visit(group, [(p, r) for p, r in interleave(setup, group) if r in repeats])
+            stage.settle(groups)
             agreement = stage.agree()
         write_json(
             folder.path / "session.json",
@@ -69,6 +60,7 @@ def run(request: Request, teller: Teller) -> RunFolder:
                 load_s=round(stage.load_s, 2),
                 wall_s=round(time.monotonic() - began, 2),
                 resident=len(groups) == 1,
+                there_and_back=len(turns) > len(groups),
                 agreement=agreement,
                 prometheus=stage.prometheus.missing,
                 ended_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -6,7 +6,7 @@ import contextlib
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ from serving.process import Process
 PER_TRIAL_S = 2.0  # drain and bookkeeping, for the estimate of the time remaining
 ENGINE_OVERHEAD_BYTES = 2 * 2**30  # a vLLM process beside its weights and KV cache
 
+Groups = list[list[Variant]]  # variants that stay loaded together
+
 
 def requests_file(work: Path, workload: Workload, repeat: int) -> Path:
     return work / f"{workload.name}-{repeat}.jsonl"
@@ -61,8 +63,8 @@ def write_requests(setup: Setup, work: Path) -> str:
     return plan.sent_sha256(written)
 
 
-def resident_groups(setup: Setup) -> list[list[Variant]]:
-    """Variants that stay loaded together: all where host memory admits it, else one at a time.
+def resident_groups(setup: Setup) -> Groups:
+    """All variants where host memory admits it, else one at a time.
 
     A GPU engine takes its share of the device for itself, so there they take turns, in an order
     that is drawn: none is always measured first.
@@ -77,6 +79,18 @@ def resident_groups(setup: Setup) -> list[list[Variant]]:
         return [variants]
     turns = random.Random(f"{setup.lab.seed}/turns")
     return [[v] for v in turns.sample(variants, len(variants))]
+
+
+def in_turn(groups: Groups, repeats: int) -> list[tuple[list[Variant], range]]:
+    """Which engines are loaded one after another, and the repeats that they then play.
+
+    There and back, A B C and C B A: what drifts meanwhile then tells the repeats apart, not the
+    variants alone, and is in the intervals. With fewer than three repeats, there alone.
+    """
+    if len(groups) == 1 or repeats < 3:
+        return [(group, range(1, repeats + 1)) for group in groups]
+    there, back = range(1, repeats // 2 + 1), range(repeats // 2 + 1, repeats + 1)
+    return [*((group, there) for group in groups), *((group, back) for group in groups[::-1])]
 
 
 def interleave(setup: Setup, group: Sequence[Variant]) -> list[tuple[Point, int]]:
@@ -99,14 +113,14 @@ class Stage:
         self.logs = folder.path / "logs"
         self.engine_start_s = self.load_s = 0.0
         self.running: dict[str, VllmEngine | Endpoint] = {}
+        self.lost: set[str] = set()  # variants whose engine does not start
         self.exits = contextlib.ExitStack()
         self.counts: dict[str, int] = {"requests": 0, "output tokens": 0}
         self.discarded: dict[str, int] = {"requests": 0, "output tokens": 0}  # of failed trials
         self.engine_counts: dict[str, int | None] = {"requests": 0, "output tokens": 0}
-        done = [
-            folder.trial_result(p, r) for p in setup.points for r in range(1, setup.lab.repeats + 1)
-        ]
-        self.left = sum(d is None or d.failed is not None for d in done)
+        self.left = sum(
+            not self._is_on_file(p, r) for p, r in interleave(setup, setup.lab.variants)
+        )
         self.label = {"lab": setup.lab.name, "run_id": folder.path.name}
         own = None if setup.endpoint else telemetry.source(setup.machine.kind)
         self.telemetry = telemetry.Telemetry(own, self.label)
@@ -136,6 +150,7 @@ class Stage:
         if self.telemetry.serve(telemetry_port := free_port()):
             self.prometheus.scrape("client", f"127.0.0.1:{telemetry_port}")
         self._start_generator(exporter_port)
+        self.exits.callback(self.unload)
 
     def _start_generator(self, exporter_port: int) -> None:
         child = self.exits.enter_context(
@@ -154,20 +169,21 @@ class Stage:
     def __exit__(self, *_: object) -> None:
         self.exits.close()
 
-    @contextlib.contextmanager
-    def engines(self, group: Sequence[Variant]) -> Iterator[None]:
-        """These variants' engines, serving."""
-        try:
-            starting = [(v, self._launch(v)) for v in group]  # side by side: they import for long
-            for variant, engine in starting:
-                self._await(variant, engine)
-            self.teller.plan(self.left * self._trial_s())
-            yield
-        finally:
-            for engine in self.running.values():
-                engine.stop()
-            self.running.clear()
-            self.prometheus.forget("engine")  # the next one may get a port of theirs
+    def load(self, group: Sequence[Variant]) -> None:
+        """Have the engines of these variants serve, and no others. Raises EngineError."""
+        if self.running.keys() == {v.name for v in group}:
+            return
+        self.unload()
+        starting = [(v, self._launch(v)) for v in group]  # side by side: they import for long
+        for variant, engine in starting:
+            self._await(variant, engine)
+        self.teller.plan(self.left * self._trial_s())
+
+    def unload(self) -> None:
+        for engine in self.running.values():
+            engine.stop()
+        self.running.clear()
+        self.prometheus.forget("engine")  # the next one may get a port of theirs
 
     def _launch(self, variant: Variant) -> VllmEngine | Endpoint:
         setup = self.setup
@@ -202,11 +218,37 @@ class Stage:
 
     # trials
 
-    def trial(self, point: Point, repeat: int) -> None:
-        """Play one trial unless it is on file; a failure is recorded with its reason."""
-        before = self.folder.trial_result(point, repeat)
-        if before and not before.failed:
+    def visit(self, group: Sequence[Variant], trials: Sequence[tuple[Point, int]]) -> None:
+        """Play what of these trials is not on file; after the last repeats, probe the engines.
+
+        Where they do not start their trials fail, others may succeed. Raises EngineError when no
+        variant's does.
+        """
+        due = [(point, repeat) for point, repeat in trials if not self._is_on_file(point, repeat)]
+        ended = any(repeat >= self.setup.lab.repeats for _, repeat in trials)
+        asked = ended and any(self._unasked(variant) for variant in group)
+        if self.lost.intersection(v.name for v in group) or not (due or asked):
             return
+        try:
+            self.load(group)
+        except EngineError as error:
+            self.unload()
+            self.lost.update(v.name for v in group)
+            if len(self.lost) == len(self.setup.lab.variants) and not self.measured:
+                raise
+            self.give_up(group, error)
+            return
+        for point, repeat in due:
+            self.trial(point, repeat)
+        for variant in group if ended else ():
+            self.probe(variant)
+
+    def _is_on_file(self, point: Point, repeat: int) -> bool:
+        found = self.folder.trial_result(point, repeat)
+        return found is not None and found.failed is None
+
+    def trial(self, point: Point, repeat: int) -> None:
+        """Play one trial; a failure is recorded with its reason."""
         began, others = time.monotonic(), Others()
         of = max(repeat, self.setup.lab.repeats)
         name = f"{point.workload.name} {point.load}, repeat {repeat} of {of}"
@@ -229,29 +271,20 @@ class Stage:
     @property
     def measured(self) -> bool:
         """Whether any trial has succeeded, in this sitting or before."""
-        results = (
-            self.folder.trial_result(p, r)
-            for p in self.setup.points
-            for r in range(1, self.setup.lab.repeats + 1)
-        )
-        return any(r is not None and r.failed is None for r in results)
+        every = interleave(self.setup, self.setup.lab.variants)
+        return any(self._is_on_file(point, repeat) for point, repeat in every)
 
     def give_up(self, group: Sequence[Variant], error: EngineError) -> None:
         """Their engine does not start: all their trials that are not on file fail for it."""
         for point, repeat in interleave(self.setup, group):
-            before = self.folder.trial_result(point, repeat)
-            if before is None or before.failed:
+            if not self._is_on_file(point, repeat):
                 result = TrialResult(point=point.key, repeat=repeat, failed=str(error))
                 write_json(self.folder.trial_folder(point, repeat) / "trial.json", result)
                 self.left -= 1
         self.teller.step(str(error))
 
-    def settle(self) -> None:
-        """Repeat the points of claims that are still undecided, as often as the lab admits.
-
-        Only where all engines stand loaded: later repeats of one side alone would meet another
-        machine than the earlier ones did.
-        """
+    def settle(self, groups: Groups) -> None:
+        """Repeat the points of claims that are still undecided, as often as the lab admits."""
         lab = self.setup.lab
         for repeat in range(lab.repeats + 1, lab.rounds + 1):
             keys = {
@@ -269,8 +302,11 @@ class Stage:
                 f" (at most {lab.rounds})"
             )
             self.teller.plan(self.left * self._trial_s())
-            for point in random.Random(f"{lab.seed}/order/{repeat}").sample(points, len(points)):
-                self.trial(point, repeat)
+            order = random.Random(f"{lab.seed}/order/{repeat}").sample(points, len(points))
+            begun = groups[0][0].name in self.running  # go on from the engine that is loaded
+            for group in groups if begun else groups[::-1]:
+                names = {v.name for v in group}
+                self.visit(group, [(p, repeat) for p in order if p.variant.name in names])
 
     def _play(
         self, point: Point, repeat: int, name: str
@@ -324,10 +360,10 @@ class Stage:
     def probe(self, variant: Variant) -> None:
         """Ask what the lab wants to know of this engine beside the load, unless it is on file."""
         engine, lab = self.running.get(variant.name), self.setup.lab
-        for name in lab.probes if variant.name in (lab.probed or [variant.name]) else ():
-            path = self.folder.probe_file(name, variant.name)
-            if path.exists() or engine is None or engine.died():
+        for name in self._unasked(variant):
+            if engine is None or engine.died():
                 continue
+            path = self.folder.probe_file(name, variant.name)
             self.teller.waiting(f"{variant.name}: {name}")
             began = time.monotonic()
             engine.reset_prefix_cache()
@@ -341,6 +377,12 @@ class Stage:
                 continue
             write_gzip(path, found)
             self.teller.step(f"{variant.name}: {name} asked in {time.monotonic() - began:.0f} s")
+
+    def _unasked(self, variant: Variant) -> list[str]:
+        """The probes of this variant that are not on file."""
+        lab = self.setup.lab
+        names = lab.probes if variant.name in (lab.probed or [variant.name]) else ()
+        return [name for name in names if not self.folder.probe_file(name, variant.name).exists()]
 
     def _trial_s(self) -> float:
         """About how long a trial takes: the mean over the points."""

@@ -48,7 +48,7 @@ def summarise(folder: RunFolder) -> Summary:
         for caveat in first_trial_slow(values[point.key], point.key):
             keep(caveat)
     session = folder.session()
-    if session and not session.resident:
+    if session and not session.resident and not session.there_and_back:
         text = (
             "each was measured in a block of its own, so what the machine drifted between two"
             " blocks is in their ratio: where an effect is small, run again with another SEED="

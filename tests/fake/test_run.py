@@ -27,6 +27,8 @@ from serving.install import find_prometheus
 from serving.models import ROOT
 from tests.fake import made
 from tests.fake.conftest import (
+    BRIEF,
+    SMALLER,
     Command,
     Finish,
     Finished,
@@ -365,6 +367,29 @@ def test_a_lab_against_itself_is_one_engine_twice_and_counts_its_false_alarms(
     assert f"False alarms: {alarms} of 4" in (twins.folder.path / "report.md").read_text()
     assert run.ad_hoc
     assert not any(c.blocks for c in summary.caveats), summary.caveats
+
+
+def test_engines_that_do_not_fit_together_are_visited_there_and_back(reader: Reader) -> None:
+    """Each asks for more KV cache than any machine has."""
+    settings = (
+        f"{BRIEF} {SMALLER['chunked-prefill']} repeats=3 flags.kv-cache-memory-bytes={10**15}"
+    )
+    command = reader.types("run", "chunked-prefill", AA="1", QUICK="1", SET=settings)
+    assert command.wait(400) == 0, command.said
+    folder = command.folder
+    played = [(p.variant.name, r) for p, r, _ in _trials(Finished(reader, command))]
+    names = [name for name, r in played if r == 1]  # in the order that was drawn
+    assert set(names) == {v.name for v in folder.run().rebuilt_lab().variants}
+    assert played == [
+        *((name, 1) for name in names),
+        *((name, r) for name in names[::-1] for r in (2, 3)),
+    ]
+    assert len(reader.engine_starts()) == 2 * len(names) - 1
+    assert "were started in turn, there and back" in (folder.path / "report.md").read_text()
+    session = folder.session()
+    assert session
+    assert all(a.engine == a.records > 0 for a in session.agreement)
+    assert not reader.processes()
 
 
 def test_only_points_of_undecided_claims_are_repeated_and_no_more_than_asked(

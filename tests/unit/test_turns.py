@@ -1,4 +1,5 @@
-"""Engines that take turns, as on a GPU: one that does not start costs its own trials alone."""
+"""Engines that take turns, as on a GPU: there and back, and one that does not start costs its own
+trials alone."""
 
 from __future__ import annotations
 
@@ -8,50 +9,67 @@ from typing import Any
 
 import pytest
 
-from labs.results import TrialResult, write_json
-from labs.stage import Stage, resident_groups
+from labs import report
+from labs.lab import Point, Variant
+from labs.results import RunFolder, Session, TrialResult, write_json
+from labs.stage import Stage, in_turn, interleave, resident_groups
+from labs.summary import summarise
 from serving.engine import EngineError
 from tests.unit.builders import make_lab, write_run
 
+A, B, C = (Variant(name=name) for name in "ABC")
+
+
+class Played(Stage):
+    """Engines whose starts and trials are noted; those named in `dead` do not start."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        lab, points, said = folder.run().rebuilt_lab(), folder.run().points(), list[str]()
+        setup: Any = SimpleNamespace(lab=lab, points=points, endpoint="none")
+        teller: Any = SimpleNamespace(step=said.append, plan=lambda seconds: None)
+        super().__init__(setup, folder, folder.path, teller)
+        self.said, self.noted, self.dead = said, list[str](), set[str]()
+        self.prometheus = SimpleNamespace(forget=lambda kind: None)  # type: ignore[assignment]
+
+    def _launch(self, variant: Variant) -> Any:
+        self.noted.append(variant.name)
+        self.running[variant.name] = SimpleNamespace(stop=lambda: None)  # type: ignore[assignment]
+
+    def _await(self, variant: Variant, engine: Any) -> None:
+        if variant.name in self.dead:
+            raise EngineError("no kernel for this type")
+
+    def trial(self, point: Point, repeat: int) -> None:
+        self.noted.append(str(repeat))
+        result = TrialResult(point=point.key, repeat=repeat)
+        write_json(self.folder.trial_folder(point, repeat) / "trial.json", result)
+
+    def goes(self, repeats: int) -> str:
+        """Through all engines in turn; what was noted."""
+        for group, some in in_turn([[v] for v in self.setup.lab.variants], repeats):
+            trials = [(p, r) for p, r in interleave(self.setup, group) if r in some]
+            self.visit(group, trials)
+        return " ".join(self.noted)
+
 
 @pytest.fixture
-def session(tmp_path: Path) -> Any:
+def folder(tmp_path: Path) -> RunFolder:
+    """A run of `off` and `on` under two loads, of which no trial is on file."""
     folder = write_run(tmp_path)
-    for point in folder.run().points():
-        for repeat in range(1, folder.run().rebuilt_lab().repeats + 1):
-            (folder.trial_folder(point, repeat) / "trial.json").unlink()
-    said: list[str] = []
-    setup = SimpleNamespace(lab=folder.run().rebuilt_lab(), points=folder.run().points())
-    fake = SimpleNamespace(
-        setup=setup, folder=folder, left=100, teller=SimpleNamespace(step=said.append), said=said
-    )
-    fake.measured = lambda: Stage.measured.__get__(fake)
-    return fake
+    for path in folder.path.rglob("trial.json"):
+        path.unlink()
+    return folder
 
 
-def test_the_trials_of_an_engine_that_does_not_start_fail_with_its_reason(session: Any) -> None:
-    on = next(v for v in session.setup.lab.variants if v.name == "on")
-    lab, folder = session.setup.lab, session.folder
-    Stage.give_up(session, [on], EngineError("no kernel for this type"))
-    for point in session.setup.points:
-        for repeat in range(1, lab.repeats + 1):
-            found = folder.trial_result(point, repeat)
-            assert (found.failed if found else None) == (
-                "no kernel for this type" if point.variant.name == "on" else None
-            )
-    theirs = sum(point.variant.name == "on" for point in session.setup.points)
-    assert session.left == 100 - theirs * lab.repeats
-    assert session.said == ["no kernel for this type"]
-    assert not session.measured()
+def test_engines_in_turn_are_visited_there_and_back() -> None:
+    def visits(groups: list[list[Variant]], repeats: int) -> list[tuple[str, list[int]]]:
+        return [("".join(v.name for v in g), [*r]) for g, r in in_turn(groups, repeats)]
 
-
-def test_what_was_measured_before_is_kept(session: Any) -> None:
-    point = session.setup.points[0]
-    done = TrialResult(point=point.key, repeat=1)
-    write_json(session.folder.trial_folder(point, 1) / "trial.json", done)
-    Stage.give_up(session, [point.variant], EngineError("died"))
-    assert session.folder.trial_result(point, 1) == done
-    assert session.measured()
+    assert visits([[A], [B], [C]], 3) == [
+        ("A", [1]), ("B", [1]), ("C", [1]), ("C", [2, 3]), ("B", [2, 3]), ("A", [2, 3]),
+    ]  # fmt: skip
+    assert visits([[A], [B]], 2) == [("A", [1, 2]), ("B", [1, 2])]
+    assert visits([[A, B, C]], 4) == [("ABC", [1, 2, 3, 4])]
 
 
 def test_the_order_of_turns_is_drawn_from_the_seed() -> None:
@@ -71,3 +89,71 @@ def test_the_order_of_turns_is_drawn_from_the_seed() -> None:
     assert {frozenset(o) for o in orders} == {frozenset(v.name for v in lab.variants)}
     firsts = [o[0] for o in orders]
     assert all(firsts.count(v.name) >= 3 for v in lab.variants)
+
+
+def test_the_last_engine_is_not_started_again_to_turn_back(folder: RunFolder) -> None:
+    lab = {**folder.run().lab, "repeats": 4}
+    write_json(folder.path / "run.json", folder.run().model_copy(update={"lab": lab}))
+    assert Played(folder).goes(4) == "off 1 1 2 2 on 1 1 2 2 3 3 4 4 off 3 3 4 4"
+    assert Played(folder).goes(4) == ""  # all of it is on file
+
+
+def test_the_trials_of_an_engine_that_does_not_start_fail_with_its_reason(
+    folder: RunFolder,
+) -> None:
+    stage = Played(folder)
+    stage.dead = {"on"}
+    assert stage.goes(2) == "off 1 1 2 2 on"
+    for point, repeat in interleave(stage.setup, stage.setup.lab.variants):
+        found = folder.trial_result(point, repeat)
+        assert found
+        assert found.failed == ("no kernel for this type" if point.variant.name == "on" else None)
+    assert stage.said == ["no kernel for this type"]
+    stage.visit(stage.setup.lab.variants[1:], [(stage.setup.points[-1], 1)])
+    assert stage.noted[-1] == "on"
+    assert stage.noted.count("on") == 1  # it is not tried again
+
+
+def test_where_no_engine_starts_the_run_ends_with_the_reason(folder: RunFolder) -> None:
+    stage = Played(folder)
+    stage.dead = {"on", "off"}
+    with pytest.raises(EngineError, match="no kernel"):
+        stage.goes(2)
+
+
+def test_undecided_points_are_repeated_in_turn_too(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = {**folder.run().lab, "most_repeats": 4}
+    write_json(folder.path / "run.json", folder.run().model_copy(update={"lab": lab}))
+    stage = Played(folder)
+    undecided = SimpleNamespace(
+        outcome="inconclusive", effect=True, treatment="on/short/concurrent-1",
+        baseline="off/short/concurrent-1",
+    )  # fmt: skip
+    monkeypatch.setattr("labs.stage.summarise", lambda _: SimpleNamespace(judgements=[undecided]))
+    assert stage.goes(2) == "off 1 1 2 2 on 1 1 2 2"
+    stage.noted.clear()
+    stage.settle([[v] for v in stage.setup.lab.variants])
+    assert " ".join(stage.noted) == "3 off 3 4 on 4"
+
+
+def test_engines_started_once_each_are_a_caveat(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+
+    def told(resident: bool, back: bool) -> tuple[bool, str]:
+        session = Session(
+            engine_start_s=1, load_s=1, wall_s=4, resident=resident, there_and_back=back,
+            agreement=[], prometheus=None,
+        )  # fmt: skip
+        write_json(folder.path / "session.json", session)
+        caveat = "engines took turns" in {c.name for c in summarise(folder).caveats}
+        return caveat, report.write(folder).read_text()
+
+    for resident, back, caveat, text in (
+        (True, False, False, "Engines stayed loaded together."),
+        (False, False, True, "Engines were started in turn."),
+        (False, True, False, "Engines were started in turn, there and back."),
+    ):
+        found, said = told(resident, back)
+        assert (found, text in said) == (caveat, True)
