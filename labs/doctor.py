@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -207,13 +206,6 @@ def _hub_answers() -> bool:
         return False
 
 
-@cache
-def _index_answers() -> bool:
-    """Whether pip reaches its package index, asked for what a tool's environment begins with."""
-    argv = [sys.executable, "-m", "pip", "--retries=0", "--timeout=5", "index", "versions"]
-    return subprocess.run([*argv, "setuptools"], capture_output=True).returncode == 0
-
-
 def _beside(machine: Machine) -> Iterator[Line]:
     program = install.find_prometheus(ROOT)
     yield Line(
@@ -271,8 +263,7 @@ def _ability(
         why = f"for {model.name} no {', '.join(unknown)} is published, nor known how to make"
         return Ability(lab.name, False, why)
     methods = [m for n in made if (m := quantize.METHODS.get(derived.RECIPES[n].method))]
-    lacking = {m.tool.name for m in methods if not quantize.is_set_up(m.tool)}
-    if lacking and not _index_answers():
+    if lacking := {m.tool.name for m in methods if not quantize.is_available(m.tool)}:
         why = (
             f"what makes its weights ({', '.join(sorted(lacking))}) is not set up here, and pip"
             " reaches no package index: see PIP_INDEX_URL, or measure speed with WEIGHTS=dummy"

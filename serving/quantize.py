@@ -24,10 +24,12 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,18 @@ def is_set_up(tool: Tool) -> bool:
     ready = tool.home / "ready"
     there = ready.exists() and install.venv_python(tool.home).exists()
     return there and ready.read_text() == digest(tool)
+
+
+def is_available(tool: Tool) -> bool:
+    """Whether it is set up, or can be from where this machine is."""
+    return is_set_up(tool) or _index_answers()
+
+
+@cache
+def _index_answers() -> bool:
+    """Whether pip reaches its package index, asked for what an environment begins with."""
+    argv = [sys.executable, "-m", "pip", "--retries=0", "--timeout=5", "index", "versions"]
+    return subprocess.run([*argv, "setuptools"], capture_output=True).returncode == 0
 
 
 def environment(tool: Tool) -> Path:

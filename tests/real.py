@@ -19,10 +19,18 @@ from serving.models import ROOT
 
 RUNS = "*/*/*/run.json"
 MOST_SERIES = 5000  # of one run in Prometheus
+ROUNDED = " ".join(  # SET of weight-quantization: in seconds, where calibrating takes minutes
+    f"variants.{variant}.weights={weights}"
+    for variant, weights in (
+        ("w8a8", "w8a8-rtn"), ("w4a16-gptq", "w4a16-rtn"), ("w4a16-awq", "w4a16-rtn")
+    )
+)  # fmt: skip
 
 
-def quick_run(lab: str, results: Path, settings: str = "", weights: str = "") -> RunFolder:
-    """`labs run LAB` with QUICK=1, SET and WEIGHTS; the run it left among the results."""
+def quick_run(
+    lab: str, results: Path, settings: str = "", weights: str = "", model: str = ""
+) -> RunFolder:
+    """`labs run LAB` with QUICK=1 and these settings; the run it left among the results."""
     before = set(results.glob(RUNS))
     done = subprocess.run(
         [sys.executable, "-m", "labs.cli", "run", lab],
@@ -31,6 +39,7 @@ def quick_run(lab: str, results: Path, settings: str = "", weights: str = "") ->
             **os.environ,
             "QUICK": "1",
             "SET": settings,
+            "MODEL": model,
             "WEIGHTS": weights,
             "RESULTS": str(results),
         },

@@ -10,7 +10,7 @@ import pytest
 
 from labs import LABS
 from serving import dummy, engine, machine, models
-from tests.real import check_dashboards, check_run, quick_run
+from tests.real import ROUNDED, check_dashboards, check_run, quick_run
 
 pytestmark = [
     pytest.mark.cpu,
@@ -23,12 +23,6 @@ pytestmark = [
 # Setting up four tools and calibrating with each takes half an hour: what differs between the two
 # labs of quantization, its list of weights and one finding, runs on the fake engine.
 NOT_HERE = "quantization-tools"
-ROUNDED = " ".join(  # in seconds, where calibrating takes minutes
-    f"variants.{variant}.weights={weights}"
-    for variant, weights in (
-        ("w8a8", "w8a8-rtn"), ("w4a16-gptq", "w4a16-rtn"), ("w4a16-awq", "w4a16-rtn")
-    )
-)  # fmt: skip
 
 
 def test_vllm_accepts_every_scale_of_every_lab() -> None:

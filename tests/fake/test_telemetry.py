@@ -15,7 +15,8 @@ from tests.fake.nvml import WATTS
 
 WITH_A_GPU = (
     "-c",
-    "from serving import telemetry; from tests.fake.nvml import make_nvml\n"
+    "from serving import gpus, telemetry; from tests.fake.nvml import make_nvml\n"
+    "gpus.visible = lambda nvml: [0]\n"
     "telemetry.source = lambda kind: telemetry.Gpus(make_nvml())\n"
     "from labs.cli import app; app()",
 )

@@ -42,7 +42,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("labs.doctor.engine.check_flags", lambda _: None)
     monkeypatch.setattr(doctor, "require_sizes", lambda *_: None)
     monkeypatch.setattr("labs.doctor.derived.place", lambda model, name: tmp_path)
-    monkeypatch.setattr(doctor, "_index_answers", lambda: True)
+    monkeypatch.setattr("labs.doctor.quantize.is_available", lambda tool: True)
 
 
 def line(lines: Iterable[Line], part: str) -> Line:
@@ -91,14 +91,11 @@ def test_without_a_package_index_no_tool_is_promised(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("labs.doctor.derived.place", lambda model, name: tmp_path / "none" / name)
-    monkeypatch.setattr(doctor.quantize, "is_set_up", lambda tool: tool.name != "gptqmodel")
-    monkeypatch.setattr(doctor, "_index_answers", lambda: False)
+    monkeypatch.setattr("labs.doctor.quantize.is_available", lambda tool: tool.name != "gptqmodel")
     notes = {a.lab: a for a in doctor.examine("")[1]}
     assert notes["weight-quantization"].able
     assert not notes["quantization-tools"].able
     assert "its weights (gptqmodel) is not set up here" in notes["quantization-tools"].note
-    monkeypatch.setattr(doctor, "_index_answers", lambda: True)
-    assert {a.lab: a for a in doctor.examine("")[1]}["quantization-tools"].able
 
 
 @pytest.mark.usefixtures("healthy")

@@ -19,6 +19,7 @@ from labs.resolve import model_of, require_devices, require_memory, require_size
 from serving import dummy, models
 from serving.machine import Machine
 from serving.models import CLASSES, SIBLINGS, MemoryClass, Model, ModelError, shape_of
+from tests.gpu import test_labs as on_gpu
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -172,6 +173,18 @@ def test_the_bundled_model_is_served_on_a_gpu_by_its_name(monkeypatch: pytest.Mo
     monkeypatch.setattr(models, "load", lambda path, name: (path, name))
     found: object = models.resolve(gpu(81559), models.BUNDLED)
     assert found == (Path("carried"), models.BUNDLED)
+
+
+@pytest.mark.parametrize("c", CLASSES, ids=lambda c: f"{c.gb}")
+@pytest.mark.parametrize("lab", on_gpu.BUNDLED)
+def test_what_the_tests_on_a_gpu_send_fits_the_bundled_model(lab: str, c: MemoryClass) -> None:
+    machine = of_the_class(lab, c, random=False)[1]
+    smollm = (30, 576, 9, 3, 1536, 49152, 8192, True)
+    shape = shape_of(dict(zip(FIELDS, smollm, strict=True)))
+    assert shape.params == 134_515_008
+    changes = parse_changes(on_gpu.BUNDLED[lab])
+    resolved = LABS[lab].at(models.scale_of(machine), True, changes)
+    require_sizes(resolved, Model(models.BUNDLED, Path(), shape))
 
 
 def test_siblings_are_of_the_default_models_and_known_kinds() -> None:
