@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -154,7 +155,14 @@ def require_devices(lab: Lab, machine: Machine) -> None:
         flags = lab.flags_of(variant)
         ways = math.prod(int(str(flags.get(flag, 1))) for flag in PARALLEL)
         gpus = machine.count if machine.kind == "gpu" else 0
-        if ways > max(1, gpus) and flags.get("distributed-executor-backend") != "ray":
+        ray = flags.get("distributed-executor-backend") == "ray"
+        if ray and not importlib.util.find_spec("ray"):
+            raise LabError(
+                "distributed-executor-backend=ray needs Ray, which is not installed here: run"
+                " `.venv/bin/pip install 'ray[default]'` on every machine, then `ray start --head`"
+                " on this one and `ray start --address=<this one>:6379` on the others"
+            )
+        if ways > max(1, gpus) and not ray:
             raise LabError(
                 f"TP x PP x DP = {ways} needs as many GPUs, and this machine has {gpus}: lower"
                 " them, or span machines with SET=flags.distributed-executor-backend=ray"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
+from labs.resolve import PARALLEL
 from serving import dummy, engine, machine, models
 from tests.real import ROUNDED, check_dashboards, check_run, quick_run
 
@@ -34,7 +35,8 @@ def test_vllm_accepts_every_scale_of_every_lab() -> None:
         for at in scales
         for random in (False, True)
     ]
-    engine.check_flags([r.flags_of(v) for r in resolved for v in r.variants])
+    several = {f: 2 for f in PARALLEL} | {"distributed-executor-backend": "ray"}
+    engine.check_flags([several, *(r.flags_of(v) for r in resolved for v in r.variants)])
 
 
 @pytest.fixture(scope="module")

@@ -175,6 +175,14 @@ def test_the_bundled_model_is_served_on_a_gpu_by_its_name(monkeypatch: pytest.Mo
     assert found == (Path("carried"), models.BUNDLED)
 
 
+@pytest.mark.parametrize("quick", [False, True], ids=["full", "quick"])
+@pytest.mark.parametrize("lab", LABS)
+def test_every_lab_that_applies_to_random_weights_fits_them_on_a_cpu(lab: str, quick: bool) -> None:
+    resolved = LABS[lab].at("cpu", quick, dummy=True)
+    tiny = Model("llama-tiny", Path(), shape_of(config_of("llama-tiny")), dummy=True)
+    require_sizes(resolved, tiny)
+
+
 @pytest.mark.parametrize("c", CLASSES, ids=lambda c: f"{c.gb}")
 @pytest.mark.parametrize("lab", on_gpu.BUNDLED)
 def test_what_the_tests_on_a_gpu_send_fits_the_bundled_model(lab: str, c: MemoryClass) -> None:
@@ -224,14 +232,21 @@ def test_too_little_memory_is_said_before_anything_starts() -> None:
     require_memory(LABS["kv-quantization"].at(scale, False, parts), machine, large)
 
 
-def test_more_gpus_than_there_are_is_said_before_anything_starts() -> None:
+def test_more_gpus_than_there_are_is_said_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     changes = {"flags.tensor-parallel-size": 2, "flags.pipeline-parallel-size": 2}
     lab = LABS["chunked-prefill"].at("gpu", quick=False, changes=changes)
     require_devices(lab, gpu(81_559, count=4))
     with pytest.raises(LabError, match="TP x PP x DP = 4 needs as many GPUs, and this machine has"):
         require_devices(lab, gpu(81_559, count=2))
     across = {**changes, "flags.distributed-executor-backend": "ray"}
-    require_devices(LABS["chunked-prefill"].at("gpu", False, across), gpu(81_559, count=2))
+    lab = LABS["chunked-prefill"].at("gpu", False, across)
+    monkeypatch.setattr("labs.resolve.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LabError, match="needs Ray, which is not installed here"):
+        require_devices(lab, gpu(81_559, count=2))
+    monkeypatch.setattr("labs.resolve.importlib.util.find_spec", lambda name: name)
+    require_devices(lab, gpu(81_559, count=2))
 
 
 def test_a_rate_of_acceptance_is_set_on_a_gpu_only() -> None:
