@@ -28,6 +28,7 @@ LAB = next(iter(LABS))
 @pytest.fixture(autouse=True)
 def _as_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.fixture
@@ -168,7 +169,6 @@ def test_a_gpu_in_use_and_a_driver_too_old_are_told(monkeypatch: pytest.MonkeyPa
 
 def test_gpus_that_are_hidden_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("labs.doctor.install.detect_platform", lambda: "cuda")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert "driver does not answer" in line(doctor._hardware(CPU), "GPU").found
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     hidden = line(doctor._hardware(CPU), "GPU")

@@ -21,6 +21,11 @@ from tests.unit.builders import make_record, make_trial
 LABELS = {"lab": "tiny", "run_id": "r1"}
 
 
+@pytest.fixture(autouse=True)
+def _every_gpu_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
 def test_a_gpu_is_read_in_plain_units() -> None:
     (found,) = Gpus(make_nvml(nvmlDeviceGetTotalEnergyConsumption=lambda h: 5_000)).read()
     assert found == Sample(
