@@ -44,17 +44,38 @@ def throughput_by_bytes(quantized: Point, plain: Point) -> Prediction:
 
 
 def prefill_by_rate(quantized: Point, plain: Point) -> Prediction:
+    """Of FP8 weights the linear layers' share runs at the FP8 rate, where the GPU has one."""
+    fp8 = plain.ceilings.fp8_flops_per_s
+    if quantized.variant.weights != "fp8" or not fp8:
+        return Prediction(
+            value=1.0,
+            tolerance=0.15,
+            formula="FLOP / BF16 rate, the same on both sides",
+            assumptions=(
+                "prefill is bound by compute",
+                "8-bit products run no faster than BF16 ones",
+            ),
+            source="Williams et al., Roofline, 2009",
+        )
+    linear = 2 * plain.shape.matmul_params * plain.prompt_tokens
+    whole = theory.prefill_s(plain.shape, plain.ceilings, plain.prompt_tokens)
+    share = linear / (whole * plain.ceilings.bf16_flops_per_s)
     return Prediction(
-        value=1.0,
+        value=1 - share + share * plain.ceilings.bf16_flops_per_s / fp8,
         tolerance=0.15,
-        formula="FLOP / BF16 rate, the same on both sides",
-        assumptions=("prefill is bound by compute", "8-bit products run no faster than BF16 ones"),
+        formula="(linear FLOP / FP8 rate + attention FLOP / BF16 rate) / (FLOP / BF16 rate)",
+        assumptions=("prefill is bound by compute", "scaling the activations is free"),
         source="Williams et al., Roofline, 2009",
     )
 
 
 BASE = Variant(name="bf16")
 RECIPES = ("w8a8-rtn", "w8a8", "w4a16-gptq", "w4a16-awq")
+VARIANTS = (BASE, *(BASE.but(name, weights=name) for name in RECIPES))
+ROUNDED = (
+    'SET="variants.w4a16-gptq.weights=w4a16-rtn" serves 4 bits rounded to nearest: see what GPTQ'
+    " was worth"
+)
 
 
 def claim(
@@ -75,7 +96,35 @@ def claim(
     )
 
 
-KINDS = ("bf16", "w8a8", "w4a16-gptq")
+def claims(many: int) -> tuple[Claim, ...]:
+    return (
+        claim("w8-one", "Half the bytes shorten a single stream's TPOT (INT8)",
+              "tpot_mean_s", "w8a8", "decode", 1, "falls"),
+        claim("w4-one", "A quarter of the bytes shorten it too (4 bits)",
+              "tpot_mean_s", "w4a16-gptq", "decode", 1, "falls"),
+        claim("w8-many", f"INT8 still gains with {many} in flight",
+              "output_tokens_per_s", "w8a8", "decode", many, "rises"),
+        claim("w4-many", "4 bits still gain there, if unpacking is free",
+              "output_tokens_per_s", "w4a16-gptq", "decode", many, "rises"),
+        claim("w4-prefill", "Prefill gains nothing from 4-bit weights",
+              "ttft_mean_s", "w4a16-gptq", "prefill", 1, "unchanged"),
+    )  # fmt: skip
+
+
+def fp8_claims(many: int) -> tuple[Claim, ...]:
+    return (
+        claim("fp8-one", "Half the bytes shorten a single stream's TPOT (FP8)",
+              "tpot_mean_s", "fp8", "decode", 1, "falls"),
+        claim("fp8-many", f"FP8 still gains with {many} in flight",
+              "output_tokens_per_s", "fp8", "decode", many, "rises"),
+        claim("fp8-prefill", "Prefill gains where the GPU multiplies FP8",
+              "ttft_mean_s", "fp8", "prefill", 1, "falls"),
+    )  # fmt: skip
+
+
+# no CPU has a fast kernel for FP8; a GPU without FP8 products widens the weights as it reads them
+FP8 = BASE.but("fp8", weights="fp8")
+KINDS = ("bf16", "w8a8", "w4a16-gptq", "fp8")
 
 
 def on_random_weights(lab: Lab) -> Lab:
@@ -97,7 +146,7 @@ LAB = Lab(
     question="What do 8-bit and 4-bit weights buy at a batch of one and of many, and which recipe"
     " keeps the quality?",
     answers=("CO-1", "CO-2", "CO-3", "CO-7", "ME-2", "IP-2"),
-    variants=(BASE, *(BASE.but(name, weights=name) for name in RECIPES)),
+    variants=VARIANTS,
     flags={
         "max-model-len": 1024,
         "enable-prefix-caching": True,  # for the needles: what the loads send shares nothing
@@ -119,18 +168,7 @@ LAB = Lab(
             loads=(Concurrent(users=1),),
         ),
     ),
-    claims=(
-        claim("w8-one", "Half the bytes shorten a single stream's TPOT (INT8)",
-              "tpot_mean_s", "w8a8", "decode", 1, "falls"),
-        claim("w4-one", "A quarter of the bytes shorten it too (4 bits)",
-              "tpot_mean_s", "w4a16-gptq", "decode", 1, "falls"),
-        claim("w8-many", "INT8 still gains with sixteen in flight",
-              "output_tokens_per_s", "w8a8", "decode", 16, "rises"),
-        claim("w4-many", "4 bits still gain there, if unpacking is free",
-              "output_tokens_per_s", "w4a16-gptq", "decode", 16, "rises"),
-        claim("w4-prefill", "Prefill gains nothing from 4-bit weights",
-              "ttft_mean_s", "w4a16-gptq", "prefill", 1, "unchanged"),
-    ),
+    claims=claims(16),
     evidence=(Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),),
     studies=("outliers",),
     probes=("quality",),
@@ -148,11 +186,10 @@ LAB = Lab(
             "workloads.decode.output_tokens.tokens": 128,
             "workloads.decode.loads": (Concurrent(users=1), Concurrent(users=128)),
             "workloads.prefill.prompt_tokens.tokens": 2048,
-            **{
-                f"claims.{name}.{arm}.load": "concurrent:128"
-                for name in ("w8-many", "w4-many")
-                for arm in ("treatment", "baseline")
-            },
+            "workloads.prefill.only": KINDS,
+            "variants": [v.model_dump() for v in (*VARIANTS, FP8)],
+            "claims": [c.model_dump() for c in (*claims(128), *fp8_claims(128))],
+            "next_knobs": (ROUNDED,),
             "requests": 4096,
             "warmup_s": 3,
             "window_s": 10,
@@ -164,11 +201,12 @@ LAB = Lab(
         "cpu": "Quality and bytes carry over; speed does not. This CPU multiplies INT8 in its"
         " matrix unit but has to unpack 4 bits in software, on every step: W4 saves memory, not"
         " time. On a GPU at a batch of one the order is the other way round.",
-        "gpu": "One model: larger ones lose less quality at 4 bits.",
+        "gpu": "One model: larger ones lose less quality at 4 bits. FP8 activations take a GPU of"
+        " compute capability 8.9; an older one widens FP8 weights and gains only what it need not"
+        " read.",
     },
     next_knobs=(
-        'SET="variants.w4a16-gptq.weights=w4a16-rtn" serves 4 bits rounded to nearest: see what'
-        " GPTQ was worth",
+        ROUNDED,
         'SET="variants.w8a8.weights=fp8" serves FP8 weights, where the hardware has them',
         'SET=\'workloads.decode.loads=["concurrent:1","concurrent:16","concurrent:64"]\' looks'
         " further along the batch",

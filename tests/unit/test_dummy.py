@@ -10,10 +10,11 @@ import pytest
 
 from labs import LABS, theory
 from labs.derived import about, make, with_weights
+from labs.lab import NotApplicable
 from serving import dummy, models
 from serving.engine import serve_argv, serve_env
 from serving.machine import Machine
-from serving.models import Model, ModelError
+from serving.models import Model
 
 GPU = Machine(kind="gpu", model="Abacus", count=1, memory_bytes=80 * 10**9)
 CPU = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=16 * 10**9)
@@ -113,9 +114,11 @@ def test_adapters_have_the_true_shape_at_both_ranks() -> None:
 
 
 def test_what_is_made_of_real_weights_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"outliers is made of real weights.*leave WEIGHTS=dummy"):
+    with pytest.raises(
+        NotApplicable, match=r"outliers is made of real weights.*leave WEIGHTS=dummy"
+    ):
         made(dummy.resolve(CPU), "outliers")
-    with pytest.raises(ModelError, match="quantized experts with random weights are not"):
+    with pytest.raises(NotApplicable, match="quantized experts with random weights are not"):
         made(dummy.resolve(GPU, "moe-30b"), "w8a8")
 
 

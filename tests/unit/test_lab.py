@@ -351,6 +351,19 @@ def test_every_claim_has_a_pair_and_a_prediction(lab: Lab) -> None:
         assert all(0 <= v < math.inf for v in values), forecast.name
 
 
+def test_fp8_prefill_is_predicted_from_the_fp8_rate_that_was_measured() -> None:
+    """12,000 FLOP of the linear layers at twice the rate, 1,152 of attention as before."""
+    lab = LABS["weight-quantization"].at("gpu", quick=False)
+    predict = next(c.predict for c in lab.claims if c.name == "fp8-prefill")
+    twice = CEILINGS.model_copy(update={"fp8_flops_per_s": 2 * CEILINGS.bf16_flops_per_s})
+    for ceilings, expected in ((twice, (6000 + 1152) / 13_152), (CEILINGS, 1)):
+        plain = replace(make_point(), ceilings=ceilings)
+        quantized = replace(plain, variant=Variant(name="fp8", weights="fp8"))
+        assert predict(quantized, plain).value == pytest.approx(expected)
+    w4a16 = replace(plain, variant=Variant(name="w4", weights="w4a16-gptq"), ceilings=twice)
+    assert predict(w4a16, replace(plain, ceilings=twice)).value == 1
+
+
 @RESOLVED
 def test_a_claim_changes_one_thing_or_says_why_not(lab: Lab) -> None:
     points = real_points(lab)
