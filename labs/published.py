@@ -25,8 +25,8 @@ class Published(BaseModel, frozen=True, extra="forbid"):
     setting: str = ""  # as far as it is known
 
     def __str__(self) -> str:
-        setting = f"{self.setting}; " if self.setting else ""
-        return f"{self.figure} ({setting}{self.source})"
+        setting = f", {self.setting}" if self.setting else ""
+        return f"{self.figure}{setting} ({self.source})"
 
 
 @cache

@@ -134,7 +134,7 @@ def claims_table(lab: Lab, summary: Summary) -> Table:
 def published_lines(lab: Lab, part: published.Part, titles: Mapping[str, str]) -> list[str]:
     """Of these parts of the lab, by name: each figure with its setting and source."""
     return [
-        f"- {title}: {', '.join(map(str, found))}"
+        f"- {title}: {'; '.join(map(str, found))}"
         for name, title in titles.items()
         if (found := published.about(lab.name, part, name))
     ]
