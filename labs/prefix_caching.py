@@ -138,7 +138,9 @@ def documents(name: str, shuffled: bool) -> Workload:
     return plain.model_copy(update={"prefix": prefix})
 
 
-BLOCKS = 'SET="flags.block-size=128" coarsens what can be shared: hits are floored to whole blocks'
+COARSER_BLOCKS = (
+    'SET="flags.block-size=128" coarsens what can be shared: hits are floored to whole blocks'
+)
 
 LAB = Lab(
     name="prefix-caching",
@@ -289,7 +291,7 @@ LAB = Lab(
                 " collapses",
                 'SET="workloads.many.prefix.groups=4" sends no more prefixes than the cache holds:'
                 " `many` stops thrashing",
-                BLOCKS,
+                COARSER_BLOCKS,
             ),
         },
         "gpu-141": {"flags.kv-cache-memory-bytes": 24 * 2**30},  # the larger model's few prefixes
@@ -307,6 +309,6 @@ LAB = Lab(
         " `few` collapses",
         'SET="flags.kv-cache-memory-bytes=268435456" gives the cache room for twenty prompts:'
         " `many` stops thrashing",
-        BLOCKS,
+        COARSER_BLOCKS,
     ),
 )  # fmt: skip
