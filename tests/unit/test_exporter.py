@@ -107,6 +107,16 @@ def test_a_long_prompt_counts_but_its_latencies_are_not_the_streams(
         assert value(found, f"{name}_count") == streams * per_request, name
 
 
+def test_a_chunk_of_several_tokens_is_one_gap_and_several_intervals() -> None:
+    found = begun("concurrent:2")
+    found.observe(make_record([(1.0, 1), (1.5, 2), (2.5, 1)]))
+    assert (value(found, f"{exporter.ITL}_count"), value(found, f"{exporter.ITL}_sum")) == (3, 1.5)
+    assert value(found, f"{exporter.CHUNK_GAP}_count") == 2
+    found.observe(make_record([(1.0, 1), (1.5, 1)]))
+    assert value(found, f"{exporter.ITL}_count") == 4
+    assert value(found, f"{exporter.CHUNK_GAP}_count") == 3
+
+
 @pytest.mark.parametrize(
     ("shares", "whole"),
     [
