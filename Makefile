@@ -1,7 +1,10 @@
 # The front door. Every target sets up what is missing first; see `make`.
 SHELL := /bin/bash
 PYTHON ?= python3
-BIN := $(if $(wildcard .unbundled/bin),.unbundled/bin,.venv/bin)
+# Another vLLM has an environment of its own; to `make bundle`, VLLM= says which one to carry.
+OTHER_VLLM := $(if $(filter bundle,$(MAKECMDGOALS)),,$(VLLM))
+BIN := $(if $(wildcard .unbundled/bin),.unbundled/bin,$(if $(OTHER_VLLM),.tools/vllm-$(OTHER_VLLM)/).venv/bin)
+INSTALL := $(PYTHON) -m serving.install $(if $(OTHER_VLLM),--vllm "$(OTHER_VLLM)")
 .DEFAULT_GOAL := help
 .PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test check bench clean distclean
 
@@ -11,14 +14,15 @@ help: ## List the targets
 	@echo "Targets:"
 	@sed -n 's/^\([a-z -]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 	@echo "Settings: QUICK=1  SET=\"field=value\"  AA=1  MODEL=  WEIGHTS=dummy  ENDPOINT=  SEED=  RESUME=1  AGAIN=1"
-	@echo "          RESULTS=  TP=  PP=  DP=  PRICE_PER_HOUR=  PLATFORM=cpu|cuda  PYTHON=   (make lab-<name> HELP=1 explains)"
+	@echo "          RESULTS=  TP=  PP=  DP=  PRICE_PER_HOUR=  VLLM=0.31.0 (in an environment of its own)"
+	@echo "          PLATFORM=cpu|cuda  PYTHON=   (make lab-<name> HELP=1 explains)"
 
 setup: ## Install what this machine needs, without running anything
-	@$(PYTHON) -m serving.install
+	@$(INSTALL)
 
 doctor: ## What this machine has and lacks, how to mend it, and which labs can run
-	@if $(PYTHON) -m serving.install; then $(BIN)/labs doctor; \
-	else $(PYTHON) -m serving.install --check; exit 1; fi
+	@if $(INSTALL); then $(BIN)/labs doctor; \
+	else $(INSTALL) --check; exit 1; fi
 
 labs: setup ## List the labs with the questions they answer
 	@$(BIN)/labs list
@@ -50,7 +54,7 @@ site: setup ## Write a page of every run and an index, to publish as they are: [
 score: setup ## What other tools would have reported of a run: RUN=..
 	@$(BIN)/labs score $(if $(RUN),,--help)
 
-compare: setup ## Two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.md] [JSON=1]
+compare: setup ## Two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.html|x.md] [JSON=1]
 	@$(BIN)/labs compare $(if $(A),,--help)
 
 reproduce: setup ## Run a run on file again; is it the same? RUN=..

@@ -22,6 +22,7 @@ from labs.stage import Stage, in_turn, interleave, resident_groups, write_reques
 from labs.summary import summarise
 from serving import models
 from serving.engine import flag_argv
+from serving.machine import engine_version
 
 
 def run(request: Request, teller: Teller) -> RunFolder:
@@ -133,7 +134,8 @@ def _resumed(setup: Setup) -> RunFolder | None:
         setup.model.name,
         setup.machine.slug,
     )
-    return folder if same else None
+    same_engine = setup.endpoint is not None or run.environment.vllm == engine_version()
+    return folder if same and same_engine else None
 
 
 @contextlib.contextmanager

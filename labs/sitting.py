@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from labs import pages
 from labs.results import RESULTS, DamagedError, read_json, write_json
+from serving.machine import engine_version
 from serving.models import CACHE, ROOT
 
 FILE = CACHE / "labs-all.json"
@@ -22,6 +23,7 @@ class Sitting(BaseModel, extra="forbid"):
     model: str
     weights: str = ""
     parallel: dict[str, int] = {}  # TP, DP and PP, as vLLM's flags
+    vllm: str = ""
     results: str
     begun: list[str] = []
     done: dict[str, str] = {}  # lab -> its run's folder
@@ -60,6 +62,7 @@ def start(
         model=model,
         weights=weights,
         parallel=dict(parallel or {}),
+        vllm=engine_version(),
         results=str(RESULTS),
     )
     if fresh or not FILE.exists():

