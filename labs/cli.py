@@ -25,6 +25,7 @@ from labs import (
     on_file,
     report,
     reproduce,
+    reproduction,
     side_by_side,
     sitting,
     watching,
@@ -123,7 +124,10 @@ def run(
     ] = False,
     engine_command: EngineOption = "",
 ) -> None:
-    """Run a lab: predict, measure, judge, report."""
+    """Run a lab: predict, measure, judge, report.
+
+    `VLLM=0.31.0 make lab-<name>` runs it with another vLLM, in an environment of its own.
+    """
     with plainly():
         request = Request(
             lab=_lab(lab),
@@ -300,7 +304,7 @@ def reproduce_run(
         asked = reproduce.request(
             before, model, resume, shlex.split(engine_command) or engine.SERVER
         )
-        if note := reproduce.stale_note(before):
+        for note in reproduce.notes(before, machine.engine_version()):
             console.print(f"[bold yellow]{escape(note)}[/]")
         differ = manifest.table(reproduce.differs_here(before, asked), ("there", "here"))
         if len(differ) > 1:
@@ -308,13 +312,15 @@ def reproduce_run(
         folder = _play(asked)
         if not folder.complete:
             raise LabError("some of its trials failed: try the rest again with RESUME=1")
-        found = reproduce.answer(original, folder)
+        found = reproduction.answer(original, folder)
         console.print("\n[bold]Reproduced?[/]")
-        say(reproduce.lines(found))
+        say(reproduction.lines(found))
         if found.apart:
             show("What was not reproduced", side_by_side.figure_rows(found.apart))
         page = folder.path / "reproduction.md"
         console.print(f"Every figure: [bold]{os.path.relpath(page)}[/]", soft_wrap=True)
+        filed = os.path.relpath(reproduction.file(found, original))
+        console.print(f"Filed with the original, to be published: [bold]{filed}[/]", soft_wrap=True)
         if not found.verdicts_agree:
             raise typer.Exit(1)
 

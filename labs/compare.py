@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from scipy import stats
 
-from labs import manifest, pages
-from labs.judge import CONFIDENCE, INDIFFERENT, Caveat, Contrast, Judgement, contrast
+from labs import manifest
+from labs.judge import CONFIDENCE, INDIFFERENT, Caveat, Contrast, Interval, Judgement, contrast
 from labs.lab import LabError, Point
-from labs.manifest import Difference
+from labs.manifest import Fact
 from labs.measure import METRICS
+from labs.newest import published
 from labs.results import Run, RunFolder, Summary, fresh_knobs, open_run
 from serving.models import ROOT
 
@@ -77,6 +78,8 @@ class VerdictPair(BaseModel, frozen=True, extra="forbid"):
     where: str
     a: str
     b: str
+    a_ratio: Interval | None = None  # treatment / baseline
+    b_ratio: Interval | None = None
 
     @property
     def flips(self) -> bool:
@@ -107,7 +110,8 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
     left_out: int  # absolute figures, of other hardware
     verdicts: list[VerdictPair]
     caveats: dict[str, list[Caveat]]  # side -> what is wrong with it
-    differences: list[Difference]  # of the manifests, the likeliest cause first
+    facts: list[Fact] = Field(default=[], exclude=True)  # of both manifests, likeliest cause first
+    differences: list[Fact]  # among them
     unrecorded: list[str]
 
 
@@ -211,6 +215,7 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
         left_out=len(left_out),
         verdicts=[] if a.variant else _verdicts(a.summary.judgements, b.summary.judgements),
         caveats={name: _caveats(s) for name, s in (("A", a), ("B", b))},
+        facts=manifest.paired(*said),
         differences=manifest.differences(*said),
         unrecorded=manifest.unrecorded(*said),
     )
@@ -321,7 +326,9 @@ def _judged(groups: Sequence[list[Row]]) -> list[list[Row]]:
         if far <= math.log1p(RESOLVES):
             why = f"within {math.expm1(far):.0%}" if far > math.log1p(0.005) else ""
             return row.model_copy(update={"outcome": "same", "why": why})
-        return row.model_copy(update={"outcome": "undecided", "why": "the interval is too wide"})
+        alone = ratio.low > 1 or ratio.high < 1
+        why = "may be chance among so many figures" if alone else "the interval is too wide"
+        return row.model_copy(update={"outcome": "undecided", "why": why})
 
     return [[judged(row) for row in rows] for rows in groups]
 
@@ -338,9 +345,15 @@ def _verdicts(a: Sequence[Judgement], b: Sequence[Judgement]) -> list[VerdictPai
             where=f"{key[1]} / {key[2]}",
             a=ours[key].outcome if key in ours else "missing",
             b=theirs[key].outcome if key in theirs else "missing",
+            a_ratio=_ratio(ours.get(key)),
+            b_ratio=_ratio(theirs.get(key)),
         )
         for key in {**ours, **theirs}
     ]
+
+
+def _ratio(judged: Judgement | None) -> Interval | None:
+    return judged.effect.ratio if judged and judged.effect else None
 
 
 def _caveats(side: Side) -> list[Caveat]:
@@ -367,7 +380,7 @@ def pairs(a: str, b: str, force: bool = False) -> tuple[list[Comparison], list[s
             raise LabError(f"{a} and {b}: give two runs, two variants of runs, or two machines")
         return [compare(side(a), side(b), force)], []
     ours, theirs = (
-        {f.path.parent.name: f for f in pages.published() if f.path.parent.parent == home}
+        {f.path.parent.name: f for f in published() if f.path.parent.parent == home}
         for home in homes
     )
     found, refused = [], []

@@ -40,24 +40,24 @@ DRAWN_HERE = ("effects", "sweep", "variants")  # whose SVG is shown only where n
 
 def write(folder: RunFolder) -> Path:
     """report.html beside report.md, everything in it."""
-    return _write(folder.path / "report.html", page(folder))
+    return keep(folder.path / "report.html", page(folder))
 
 
 def write_site(out: Path) -> tuple[Path, dict[str, str]]:
     """An index, a page a run and one copy of the library; runs left out, each with the reason."""
     entries: list[Entry] = []
     left_out: dict[str, str] = {}
-    _write(out / PLOTLY, get_plotlyjs())
+    keep(out / PLOTLY, get_plotlyjs())
     for folder in all_runs():
         machine, lab, name = folder.path.parts[-3:]
         try:
             href = f"{machine}/{lab}/{name}.html"
-            _write(out / href, page(folder, root="../../"))
+            keep(out / href, page(folder, root="../../"))
             entries.append(Entry(folder, folder.run(), folder.summary(), href))
         except (OSError, ValueError, KeyError, TypeError) as error:
             left_out[f"{machine}/{lab}/{name}"] = str(error).splitlines()[0]
     _remove_others(out, {out / e.href for e in entries})
-    return _write(out / "index.html", index(entries)), left_out
+    return keep(out / "index.html", index(entries)), left_out
 
 
 def _remove_others(out: Path, pages: Set[Path]) -> None:
@@ -70,9 +70,10 @@ def _remove_others(out: Path, pages: Set[Path]) -> None:
 def page(folder: RunFolder, root: str = "") -> str:
     """A run's page; the library is in it, or at the `root` of a site, where the index is too."""
     run, summary = folder.run(), folder.summary()
-    title, intro, sections = _sections(folder)
-    code = _web("page.js") + _web("run.js")
-    return _render(
+    report_text = (folder.path / "report.md").read_text()
+    title, intro, sections = in_sections(_figures(READER.parse(report_text), folder))
+    code = web("page.js", "plot.js", "run.js")
+    return render(
         "run.html",
         scripts=[code] if root else [get_plotlyjs(), code],
         root=root,
@@ -84,7 +85,7 @@ def page(folder: RunFolder, root: str = "") -> str:
     )
 
 
-def _render(template: str, scripts: Sequence[str], root: str = "", **fields: Any) -> str:
+def render(template: str, scripts: Sequence[str], root: str = "", **fields: Any) -> str:
     hashes = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
     allowed = " ".join([*(f"'sha256-{h}'" for h in hashes), *(["'self'"] if root else [])])
     policy = (
@@ -95,7 +96,7 @@ def _render(template: str, scripts: Sequence[str], root: str = "", **fields: Any
     return made.render(
         scripts=[Markup(s) for s in scripts],
         policy=Markup(policy),
-        css=Markup(_web("page.css")),
+        css=Markup(web("page.css")),
         plotly=PLOTLY,
         root=root,
         **fields,
@@ -113,11 +114,11 @@ def _templates() -> jinja2.Environment:
 
 
 @cache
-def _web(name: str) -> str:
-    return (WEB / name).read_text()
+def web(*names: str) -> str:
+    return "".join((WEB / name).read_text() for name in names)
 
 
-def _write(path: Path, text: str) -> Path:
+def keep(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.half")
     half.write_text(text)
@@ -137,7 +138,10 @@ def _marks(run: Run, complete: bool) -> list[str]:
     return [mark for mark, is_so in known.items() if is_so]
 
 
-# ------------------------------------------------------------------------------ report.md as HTML
+# -------------------------------------------------------------------------------- Markdown as HTML
+
+READER = MarkdownIt("commonmark", {"html": False}).enable("table")
+READER.disable(["link", "autolink", "reference", "entity", "hr", "lheading", "code"])
 
 
 @dataclass(frozen=True)
@@ -147,11 +151,8 @@ class Section:
     body: Markup
 
 
-def _sections(folder: RunFolder) -> tuple[str, Markup, list[Section]]:
-    """Title, what stands before the first section, and the sections of report.md."""
-    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
-    reader.disable(["link", "autolink", "reference", "entity", "hr", "lheading", "code"])
-    tokens = _figures(reader.parse((folder.path / "report.md").read_text()), folder)
+def in_sections(tokens: Sequence[Token]) -> tuple[str, Markup, list[Section]]:
+    """Title, what stands before the first section, and the sections."""
     parts: list[list[Token]] = [[]]
     for token in tokens:
         if token.type == "heading_open" and token.tag in ("h1", "h2"):
@@ -159,13 +160,13 @@ def _sections(folder: RunFolder) -> tuple[str, Markup, list[Section]]:
         parts[-1].append(token)
 
     def html(found: Sequence[Token], label: str = "") -> Markup:
-        rendered = reader.renderer.render(found, reader.options, {})
+        rendered = READER.renderer.render(found, READER.options, {})
         box = '<div class="table" role="region" aria-label="{}" tabindex="0"><table>'
         opened = rendered.replace("<table>", Markup(box).format(label))
         return Markup(opened.replace("</table>", "</table></div>"))
 
     if len(parts) < 3:
-        raise ValueError("report.md has no sections: `make report` writes it anew")
+        raise ValueError("it has no sections: `make report` writes report.md anew")
     (_, (_, head, _, *intro), *rest) = parts
     sections = [
         Section(name, re.sub(r"\W+", "-", name.lower()).strip("-"), html(body, name))
@@ -242,8 +243,7 @@ class Entry:
 
     @property
     def vllm(self) -> str:
-        packages = self.run.environment.packages
-        return next((v for p, v in packages.items() if p.startswith("vllm")), "–")
+        return self.run.environment.vllm or "–"
 
     @property
     def marks(self) -> list[str]:
@@ -272,9 +272,9 @@ def index(entries: Sequence[Entry]) -> str:
         (e.machine, e.lab): e for e in entries if e.folder.complete and not e.run.ad_hoc
     }
     machines = {e.machine: e for e in entries}
-    return _render(
+    return render(
         "index.html",
-        scripts=[_web("page.js")],
+        scripts=[web("page.js")],
         entries=entries[::-1],
         machines=[
             (name, ceilings_text(e.run.ceilings), sum(o.machine == name for o in entries))

@@ -12,6 +12,7 @@ same thing (A/A), estimated from how much repeats of one point differ.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from statistics import median_low
 from typing import Literal
@@ -165,7 +166,9 @@ def contrast(
         ours, theirs = ([math.log(v) for v in arm.values()] for arm in (treatment, baseline))
         mean, counts = float(np.mean(ours) - np.mean(theirs)), min(len(ours), len(theirs))
         still = max(np.ptp(ours), np.ptp(theirs)) < STILL
-        test = None if counts < 2 or still else stats.ttest_ind(ours, theirs, equal_var=False)
+        with warnings.catch_warnings():  # one arm may be an exact count, the same in every repeat
+            warnings.simplefilter("ignore", RuntimeWarning)
+            test = None if counts < 2 or still else stats.ttest_ind(ours, theirs, equal_var=False)
     else:
         return None
     value = math.exp(mean)

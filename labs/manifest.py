@@ -31,10 +31,17 @@ PACKAGES = "environment.packages."
 MOST_OTHERS = 12  # differences of no likely effect that are shown one by one
 
 
-class Difference(BaseModel, frozen=True, extra="forbid"):
+class Fact(BaseModel, frozen=True, extra="forbid"):
+    """What two manifests say of one thing."""
+
     what: str
     a: str
     b: str
+
+    @property
+    def differs(self) -> bool:
+        """What one side never recorded differs in nothing."""
+        return self.a != self.b and NOTHING not in (self.a, self.b)
 
     def __str__(self) -> str:
         return f"{self.what}: {self.a} / {self.b}"
@@ -113,14 +120,15 @@ def load_from_others(folder: RunFolder) -> dict[str, str]:
     }
 
 
-def differences(a: Mapping[str, str], b: Mapping[str, str]) -> list[Difference]:
-    """The likeliest cause first. What one side never recorded differs in nothing."""
-    found = []
-    for path in {**a, **b}:
-        ours, theirs = (side.get(path, _absent(path, side)) for side in (a, b))
-        if ours != theirs and NOTHING not in (ours, theirs):
-            found.append(Difference(what=path, a=ours, b=theirs))
-    return sorted(found, key=lambda d: (_rank(d.what), d.what))
+def paired(a: Mapping[str, str], b: Mapping[str, str]) -> list[Fact]:
+    """Every fact of either, the likeliest cause of other figures first."""
+    found = [Fact(what=path, a=_said(path, a), b=_said(path, b)) for path in {**a, **b}]
+    return sorted(found, key=lambda fact: (_rank(fact.what), fact.what))
+
+
+def differences(a: Mapping[str, str], b: Mapping[str, str]) -> list[Fact]:
+    """The likeliest cause first."""
+    return [fact for fact in paired(a, b) if fact.differs]
 
 
 def unrecorded(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
@@ -134,7 +142,7 @@ def unrecorded(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
     )
 
 
-def table(found: Sequence[Difference], names: tuple[str, str]) -> list[list[str]]:
+def table(found: Sequence[Fact], names: tuple[str, str]) -> list[list[str]]:
     """Side by side; packages by their number when there are many of no likely effect."""
     likely = [d for d in found if _rank(d.what) < len(LIKELIEST)]
     others = [d for d in found if _rank(d.what) == len(LIKELIEST)]
@@ -147,7 +155,7 @@ def table(found: Sequence[Difference], names: tuple[str, str]) -> list[list[str]
     return rows
 
 
-def likeliest_cause(found: Sequence[Difference]) -> str:
+def likeliest_cause(found: Sequence[Fact]) -> str:
     """One sentence: the first difference that can change a figure."""
     if not found:
         return "nothing recorded differs: the machine itself, or what else ran beside it"
@@ -170,7 +178,9 @@ def _known_by(path: str) -> str:
     return ".".join(parts[:2]) if len(parts) > 1 else path
 
 
-def _absent(path: str, side: Mapping[str, str]) -> str:
+def _said(path: str, side: Mapping[str, str]) -> str:
+    if path in side:
+        return side[path]
     if path.startswith("lab."):
         return "none"
     unknown = path.startswith("load.") or side.get(_known_by(path)) == NOTHING

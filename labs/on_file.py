@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from labs import compare, export, gate, html, manifest, pages, report, score, side_by_side
+from labs import (
+    compare,
+    export,
+    gate,
+    html,
+    html_side_by_side,
+    manifest,
+    pages,
+    report,
+    reproduction,
+    score,
+    side_by_side,
+)
 from labs.export import Format as ExportFormat
 from labs.lab import LabError
 from labs.results import RESULTS, open_run, problems
@@ -31,11 +43,17 @@ def rebuild(
         Path | None, typer.Argument(envvar="RUN", help="A run's folder; default: every run.")
     ] = None,
 ) -> None:
-    """Compute summaries and reports again from the files of finished trials."""
+    """Compute summaries and reports again from the files of finished trials.
+
+    Where the run repeats another that is on file: the answer, too.
+    """
     with plainly():
         for folder in (folders := folders_of(run)):
             summarise(folder)
             for path in (report.write(folder), html.write(folder)):
+                console.print(os.path.relpath(path), soft_wrap=True)
+            if original := reproduction.original_of(folder):
+                path = reproduction.file(reproduction.answer(original, folder), original)
                 console.print(os.path.relpath(path), soft_wrap=True)
         if not folders:
             console.print(
@@ -78,7 +96,7 @@ def check(
     with plainly():
         wrong = 0
         for folder in (folders := folders_of(run)):
-            for problem in problems(folder):
+            for problem in [*problems(folder), *reproduction.problems(folder)]:
                 wrong += 1
                 text = f"{os.path.relpath(folder.path)}: {escape(problem)}"
                 console.print(text, soft_wrap=True)
@@ -107,7 +125,11 @@ def compare_two(
     force: ForceOption = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", envvar="OUT", help="Also write Markdown and plots here."),
+        typer.Option(
+            "--out",
+            envvar="OUT",
+            help="Also write it: as a page (x.html), or Markdown and plots.",
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", envvar="JSON", help="Print JSON instead of tables.")
@@ -117,7 +139,8 @@ def compare_two(
     with plainly():
         found, refused = compare.pairs(a, b, force)
         if out:
-            side_by_side.write(found, refused, out)
+            write = html_side_by_side.write if out.suffix == ".html" else side_by_side.write
+            write(found, refused, out)
         if as_json:
             print(side_by_side.plain(found, refused))
             return

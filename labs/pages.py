@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from labs import LABS, instruments, manifest, results
+from labs import LABS, instruments, manifest, reproduction, results
 from labs.judge import Judgement
+from labs.newest import published
 from labs.questions import QUESTIONS
 from labs.report import ceilings_text, markdown, ratio_interval, ratio_text, verdict
+from labs.reproduction import FILED
 from labs.results import Run, RunFolder, all_runs
 from labs.text import number, yes
 from serving.models import ROOT
@@ -17,32 +20,6 @@ from serving.models import ROOT
 PAGE = "README.md"
 README = ROOT / PAGE
 CLAIMS_EACH = 2  # in README.md, of each lab; the machine's page has them all
-
-
-def published(quick: bool = False) -> list[RunFolder]:
-    """The newest complete, ordinary run of each lab on each machine, in the labs' order.
-
-    One with random weights stands in where a lab has no other, and is marked. With `quick`, so does
-    a quick run.
-    """
-    newest: dict[tuple[str, str], RunFolder] = {}
-    for folder in all_runs():
-        run = folder.run()
-        key = run.machine.slug, run.lab["name"]
-        before = newest.get(key)
-        if not folder.complete or run.ad_hoc or run.reproduces or (run.quick and not quick):
-            continue
-        if before and _rank(run) < _rank(before.run()):
-            continue
-        newest[key] = folder
-    order = {name: place for place, name in enumerate(LABS)}
-    return [
-        newest[key] for key in sorted(newest, key=lambda k: (k[0], order.get(k[1], len(order))))
-    ]
-
-
-def _rank(run: Run) -> tuple[bool, bool]:
-    return not run.dummy, not run.quick
 
 
 def _marks(run: Run) -> str:
@@ -81,7 +58,12 @@ def _pages() -> dict[Path, str]:
         README: _readme(README.read_text(), runs),
         results.RESULTS / PAGE: _collection(),
         **{home / PAGE: _machine(found) for home, found in _by_machine(runs).items()},
+        **{f.path / FILED / PAGE: reproduction.page(f) for f in _repeated()},
     }
+
+
+def _repeated() -> list[RunFolder]:
+    return [f for f in all_runs() if (f.path / FILED).exists()]
 
 
 def _by_machine(runs: Sequence[RunFolder]) -> dict[Path, list[RunFolder]]:
@@ -184,21 +166,70 @@ One folder a machine, in it one a lab, in it one a run: data only, readable with
    folder's name in any file, at most 10 MiB a run.
 7. `git add results README.md`, commit, and propose it; the same checks run there.
 8. Was the lab measured elsewhere? `make compare A=results/<theirs> B=results/<yours>`, and
-   `make reproduce RUN=results/<theirs>/<lab>/<run>` to repeat exactly their run.
+   `make reproduce RUN=results/<theirs>/<lab>/<run>` repeats exactly their run and files the answer
+   in its `reproductions/`. Write what you know of a verdict that does not agree into the file's
+   `remark`, `make readme`, and commit both, with or without the new run.
 
 ## Leaderboard
 
 The first claims of each lab, machine beside machine. *Stale*: the lab has other knobs by now.
+*Reproduced*: how many of all its verdicts the newest reproduction agrees with, and when that was.
+"""
+REPEATED = """
+## Reproduced
+
+Each run that was repeated, knob for knob and with its seeds. A verdict agrees with its like; where
+the original was inconclusive, any valid one agrees. A figure is *the same* when its interval lies
+within 25 % of 1; between *the same* and *differs* are those that too few repeats decide.
 """
 
 
 def _collection() -> str:
-    return "\n".join([HOW_TO_ADD, *markdown(leaderboard(results.RESULTS))]) + "\n"
+    board = [HOW_TO_ADD, *markdown(leaderboard(results.RESULTS))]
+    repeated = _reproduced(results.RESULTS)
+    if len(repeated) > 1:
+        board += [REPEATED, *markdown(repeated)]
+    return "\n".join(board) + "\n"
+
+
+def _reproduced(seen_from: Path) -> list[list[str]]:
+    """Each repetition of each run, the newest of a run first."""
+    rows = [["Lab", "Run", "Repeated on", "When", "vLLM", "Verdicts", "Figures the same", "Differ"]]
+    for original in sorted(_repeated(), key=lambda f: f.path):
+        for found in reproduction.filed(original):
+            count = Counter(a.answer for a in found.answers)
+            rows.append(
+                [
+                    original.path.parent.name,
+                    f"[{original.path.name}]({_link(original, seen_from)})",
+                    found.by.machine.describe(),
+                    found.day,
+                    found.by.vllm or "–",
+                    found.agreement,
+                    f"{count['reproduced']} of {len(found.answers)}",
+                    str(count["differs"]),
+                ]
+            )
+    return rows
+
+
+def _link(original: RunFolder, seen_from: Path) -> str:
+    return os.path.relpath(original.path / FILED / PAGE, seen_from)
+
+
+def _newest(original: RunFolder, seen_from: Path | None) -> str:
+    """What came of a run's newest repetition."""
+    for found in reproduction.filed(original):
+        text = f"{found.agreement} ({found.day})"
+        return f"[{text}]({_link(original, seen_from)})" if seen_from else text
+    return "–"
 
 
 def leaderboard(seen_from: Path | None = None) -> list[list[str]]:
     """Lab x claim x machine, of the newest runs; with links where it is a page."""
-    rows = [["Lab", "Claim", "Machine", "Effect", "95 % interval", "Verdict", "Lab now"]]
+    rows = [
+        ["Lab", "Claim", "Machine", "Effect", "95 % interval", "Verdict", "Lab now", "Reproduced"]
+    ]
     for name in LABS:
         found = []
         for folder in (f for f in published() if f.path.parent.name == name):
@@ -208,9 +239,10 @@ def leaderboard(seen_from: Path | None = None) -> list[list[str]]:
                 home = f"[{home}]({os.path.relpath(folder.path / 'report.md', seen_from)})"
             home += _marks(run)
             standing = "**stale**" if manifest.is_stale(run) else "the same"
+            repeated = _newest(folder, seen_from)
             for place, j in enumerate(folder.summary().judgements[:CLAIMS_EACH]):
-                cells = [name, j.title, home, ratio_text(j), ratio_interval(j), j.outcome, standing]
-                found.append((place, cells))
+                cells = [name, j.title, home, ratio_text(j), ratio_interval(j), j.outcome]
+                found.append((place, [*cells, standing, repeated]))
         rows += [cells for _, cells in sorted(found, key=lambda item: (item[0], item[1][2]))]
     return rows
 
@@ -239,7 +271,9 @@ def _machine(runs: Sequence[RunFolder]) -> str:
     here = runs[0].path.parent.parent
     out = [f"# What was measured on {first.machine.describe()}", ""]
     out += [f"Ceilings: {ceilings_text(first.ceilings)}. Each lab's newest complete run:", ""]
-    rows = [["Lab", "Question", "Model", "vLLM", "When (UTC)", "Load", "Predictions held"]]
+    rows = [
+        ["Lab", "Question", "Model", "vLLM", "When (UTC)", "Load", "Predictions held", "Reproduced"]
+    ]
     for folder in runs:
         run, session, summary = folder.run(), folder.session(), folder.summary()
         held = [j.prediction_held for j in summary.judgements if j.prediction_held is not None]
@@ -249,10 +283,11 @@ def _machine(runs: Sequence[RunFolder]) -> str:
                 + _marks(run),
                 str(run.lab["question"]),
                 run.model,
-                next((v for p, v in run.environment.packages.items() if p.startswith("vllm")), "–"),
+                run.environment.vllm or "–",
                 run.started_at[:16].replace("T", " "),
                 f"{session.load_s / 60:.1f} min" if session else "–",
                 f"{sum(held)} of {len(held)}",
+                _newest(folder, here),
             ]
         )
     out += [*markdown(rows), "", "## Every claim", ""]

@@ -9,6 +9,7 @@ results/<machine>/<lab>/<UTC>-<digest>/
                         telemetry.csv.gz    on a GPU; on a CPU where its energy can be read
     summary.json  report.md  *.svg  report.html     computed from the above
     reproduction.json  .md              where the run repeats another: which figures came out so
+    reproductions/<run>.json  README.md where the run was repeated: the same answers, filed here
     COMPLETE            written last, and only when no trial failed
 """
 

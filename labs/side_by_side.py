@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from labs import manifest, plots
-from labs.compare import Comparison, Row
+from labs.compare import Comparison, Row, VerdictPair
 from labs.judge import Caveat, Interval
 from labs.measure import METRICS
 from labs.report import Table, markdown
@@ -38,10 +38,10 @@ def headline(found: Comparison) -> list[str]:
 def tables(found: Comparison) -> list[Table]:
     mark = f" (FORCED: {found.forced})" if found.forced else ""
     result = [
-        ("Verdicts" + mark, _verdict_rows(found)),
+        ("Verdicts" + mark, verdict_rows(found.verdicts)),
         ("Effects" + mark, figure_rows(found.effects)),
         ("Figures" + mark, figure_rows(found.rows)),
-        ("Validity" + mark, _validity_rows(found)),
+        ("Validity" + mark, validity_rows(found.caveats)),
         ("What differs in how they were run" + mark, manifest.table(found.differences, ("A", "B"))),
     ]
     return [(title, rows) for title, rows in result if len(rows) > 1]
@@ -84,18 +84,25 @@ def title(figure: str) -> str:
     return " ".join([*before, METRICS[metric].title])
 
 
-def _verdict_rows(found: Comparison) -> list[list[str]]:
+def verdict_rows(verdicts: Sequence[VerdictPair]) -> list[list[str]]:
     rows = [["Claim", "Where", "A", "B", ""]]
-    places = _places([v.where for v in found.verdicts])
-    for v, where in zip(found.verdicts, places, strict=True):
+    places = _places([v.where for v in verdicts])
+    for v, where in zip(verdicts, places, strict=True):
         said = "agree" if v.agrees else "**flips**" if v.flips else "not confirmed"
-        rows.append([v.title, where, v.a, v.b, said])
+        a, b = (_decided(*of) for of in ((v.a, v.a_ratio), (v.b, v.b_ratio)))
+        rows.append([v.title, where, a, b, said])
     return rows
 
 
-def _validity_rows(found: Comparison) -> list[list[str]]:
+def _decided(outcome: str, ratio: Interval | None) -> str:
+    if ratio is None or ratio.low is None or ratio.high is None:
+        return outcome
+    return f"{outcome}, {ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def validity_rows(side_caveats: Mapping[str, Sequence[Caveat]]) -> list[list[str]]:
     rows = [["Side", "Caveat", "Where", "Text"]]
-    for name, caveats in found.caveats.items():
+    for name, caveats in side_caveats.items():
         grouped: dict[str, list[Caveat]] = {}
         for caveat in caveats:
             grouped.setdefault(caveat.name, []).append(caveat)
@@ -110,26 +117,43 @@ def _validity_rows(found: Comparison) -> list[list[str]]:
 
 def write(found: Sequence[Comparison], refused: Sequence[str], path: Path) -> None:
     """As Markdown, each lab's ratios drawn in a file beside it."""
+    pictures = {}
+    for comparison in found:
+        file = path.with_name(f"{path.stem}-{comparison.lab}.svg")
+        if plots.ratios(
+            [(f"{title(r.figure)}, {where}", i, r.outcome == "differs")
+             for r, where, i in drawable(comparison)], file
+        ):  # fmt: skip
+            mark = f" FORCED: {comparison.forced}." if comparison.forced else ""
+            pictures[comparison.lab] = (
+                f"![Each figure, B / A, with its 95 % interval.{mark}]({file.name})"
+            )
+    half = path.with_name(f".{path.name}.half")
+    half.write_text(text(found, refused, pictures))
+    half.rename(path)
+
+
+def text(
+    found: Sequence[Comparison], refused: Sequence[str], pictures: Mapping[str, str] | None = None
+) -> str:
+    """In Markdown, with a picture for each lab that has one."""
     out = ["# Compared", ""]
     for comparison in found:
         out += [f"## {comparison.lab}", "", *(f"- {line}" for line in headline(comparison)), ""]
-        drawn = path.with_name(f"{path.stem}-{comparison.lab}.svg")
-        if plots.ratios(_drawable([*comparison.effects, *comparison.rows]), drawn):
-            mark = f" FORCED: {comparison.forced}." if comparison.forced else ""
-            out += [f"![Each figure, B / A, with its 95 % interval.{mark}]({drawn.name})", ""]
+        if picture := (pictures or {}).get(comparison.lab):
+            out += [picture, ""]
         for name, rows in tables(comparison):
             out += [f"### {name}", "", *markdown(rows), ""]
     if refused:
         out += ["## Not compared", "", *(f"- {line}" for line in refused), ""]
-    half = path.with_name(f".{path.name}.half")
-    half.write_text("\n".join(out))
-    half.rename(path)
+    return "\n".join(out)
 
 
-def _drawable(rows: Sequence[Row]) -> list[tuple[str, Interval, bool]]:
-    """(name, ratio, does it differ) of the rows with an interval."""
+def drawable(found: Comparison) -> list[tuple[Row, str, Interval]]:
+    """Rows with an interval, where each is, and its ratio; what claims compare comes first."""
+    rows = [*found.effects, *found.rows]
     return [
-        (f"{title(row.figure)}, {where}", row.contrast.ratio, row.outcome == "differs")
+        (row, where, row.contrast.ratio)
         for row, where in zip(rows, _places([r.where for r in rows]), strict=True)
         if row.contrast and row.contrast.ratio.low is not None
     ]

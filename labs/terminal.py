@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import typer
 from rich.console import Console
@@ -96,7 +97,8 @@ class ConsoleTeller:
 def show(title: str, rows: Sequence[Sequence[str]]) -> None:
     table = Table(title=title, title_justify="left", title_style="bold")
     for i, head in enumerate(rows[0]):
-        table.add_column(head, no_wrap=i == 0, justify="left" if i == 0 else "right")
+        justify: Literal["left", "right"] = "left" if i == 0 else "right"
+        table.add_column(head, no_wrap=i == 0, justify=justify, overflow="fold")
     for row in rows[1:]:
         table.add_row(*(escape(cell) for cell in row))
     console.print(table)

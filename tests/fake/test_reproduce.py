@@ -23,7 +23,7 @@ SLOW = ("--step-s", f"{SLOWER * 0.01}", "--step-per-seq-s", f"{SLOWER * 0.0001}"
 
 
 class History:
-    """A run, its repetition on the same engine, and one on an engine that is slower by a factor."""
+    """A run, its repetition on the same engine, one on an engine slower by a factor, and an A/A."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -34,6 +34,7 @@ class History:
         self.same = self._folder(self.again)
         self.late = reader.types("reproduce", engine=SLOW, RUN=str(run.path))
         self.slow = self._folder(self.late)
+        self.twins = self._folder(reader.types("run", LAB, AA="1", SET=SETTINGS))
 
     def _folder(self, command: Command) -> RunFolder:
         command.wait(200)
@@ -47,6 +48,13 @@ class History:
 def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
     with reading(tmp_path_factory.mktemp("history") / "reader") as someone:
         yield History(someone)
+
+
+def wide(home: Path) -> Path:
+    """Machines that run tests are busy; the factor is 3."""
+    path = home / "wide.toml"
+    path.write_text("[worse]\ndefault = 0.8\n[verdicts]\nundecided_fails = false\n")
+    return path
 
 
 def found(folder: RunFolder) -> dict[str, object]:
@@ -84,12 +92,12 @@ def test_a_slower_engine_differs_by_its_factor(history: History) -> None:
 def test_the_gate_lets_the_same_pass_and_catches_the_slower(
     history: History, tmp_path: Path
 ) -> None:
-    wide = tmp_path / "wide.toml"  # machines that run tests are busy; the factor is 3
-    wide.write_text("[worse]\ndefault = 0.8\n[verdicts]\nundecided_fails = false\n")
-
     def gate(run: RunFolder) -> Command:
         command = history.reader.types(
-            "gate", RUN=str(run.path), BASELINE=str(history.original.path), THRESHOLDS=str(wide)
+            "gate",
+            RUN=str(run.path),
+            BASELINE=str(history.original.path),
+            THRESHOLDS=str(wide(tmp_path)),
         )
         command.wait()
         return command
@@ -100,7 +108,24 @@ def test_the_gate_lets_the_same_pass_and_catches_the_slower(
     assert "FAILED TPOT, mean at base/exponential/concurrent-1: worse by" in caught.said
 
 
+def test_the_baseline_against_itself_passes_the_gate(history: History, tmp_path: Path) -> None:
+    twins = history.twins.path
+    command = history.reader.types(
+        "gate", RUN=f"{twins}:base-again", BASELINE=f"{twins}:base", THRESHOLDS=str(wide(tmp_path))
+    )
+    assert command.wait() == 0, command.said
+    assert "Passed" in command.said
+
+
+def test_both_answers_are_filed_with_the_original(history: History) -> None:
+    home = history.original.path / "reproductions"
+    ids = {f.path.name for f in (history.same, history.slow)}
+    assert {p.stem for p in home.glob("*.json")} == ids
+    said = (home / "README.md").read_text()
+    assert all(id in said for id in ids)
+
+
 def test_a_reproduction_is_no_result_of_its_own(history: History) -> None:
     command = history.reader.types("check")
     assert command.wait() == 0, command.said
-    assert "Well-formed runs: 3." in command.said
+    assert "Well-formed runs: 4." in command.said

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from labs import compare, gate, results, side_by_side
+from labs import compare, gate, html_side_by_side, results, side_by_side
 from labs.compare import Row, side
 from labs.judge import contrast
 from labs.lab import LabError, digest_of
 from labs.results import RunFolder, write_json
 from labs.summary import summarise
 from tests.unit.builders import MACHINE, write_run, write_slowed
+from tests.unit.test_html import Seen
 
 ALLOWED = gate.thresholds()
 
@@ -90,21 +91,24 @@ def test_one_repeat_has_no_interval_and_exact_counts_have_an_exact_one() -> None
 def test_a_lone_interval_among_many_is_taken_for_chance() -> None:
     """p = 0.04 differs alone, but not as the smallest of twenty."""
 
-    def judged(*ps: float) -> list[str]:
-        found = contrast({1: 1.2, 2: 1.2}, {1: 1.0, 2: 1.0}, paired=True)
+    def judged(*ps: float, ratio: float = 1.2) -> list[Row]:
+        found = contrast({1: ratio, 2: ratio}, {1: 1.0, 2: 1.0}, paired=True)
         assert found
         rows = [
             Row(
-                figure="tpot_mean_s", where="x", unit="s", better="lower", a=1, b=1.2,
+                figure="tpot_mean_s", where="x", unit="s", better="lower", a=1, b=ratio,
                 contrast=found.model_copy(update={"p": p}), outcome="undecided",
             )
             for p in ps
         ]  # fmt: skip
-        return [r.outcome for r in compare._judged([rows])[0]]
+        return compare._judged([rows])[0]
 
-    assert judged(0.04) == ["differs"]
-    assert judged(0.04, *[0.5] * 19)[0] == "same"  # within 20 %, which the interval says
-    assert judged(*[0.04] * 20) == ["differs"] * 20
+    assert [r.outcome for r in judged(0.04)] == ["differs"]
+    within = judged(0.04, *[0.5] * 19)[0]
+    assert (within.outcome, within.why) == ("same", "within 20%")
+    beyond = judged(0.04, *[0.5] * 19, ratio=1.3)[0]
+    assert (beyond.outcome, beyond.why) == ("undecided", "may be chance among so many figures")
+    assert [r.outcome for r in judged(*[0.04] * 20)] == ["differs"] * 20
 
 
 # --------------------------------------------------------------------------------------- comparing
@@ -158,6 +162,18 @@ def test_a_verdict_that_flips_fails_whatever_the_margins(folder: RunFolder, tmp_
     failed = gate.failures(compared(folder, slow), gate.thresholds(blind))
     assert ["helps in the baseline, hurts now" in line for line in failed[:2]] == [True, True]
     assert "helps in the baseline" not in str(failed[2:])
+
+
+def test_a_lost_flag_fails(folder: RunFolder) -> None:
+    """What made `on` three times as fast is lost; or it is, and the engine's counters show it."""
+    failed = gate.failures(compared(folder, write_slowed(folder, 3, variant="on")), ALLOWED)
+    assert any("Output throughput at on/short/concurrent-1: worse by 200%" in f for f in failed)
+    summary = folder.summary()
+    lost = [j.model_copy(update={"outcome": "not valid"}) for j in summary.judgements]
+    seen = edited(folder)
+    write_json(seen.path / "summary.json", summary.model_copy(update={"judgements": lost}))
+    failed = gate.failures(compared(folder, seen), ALLOWED)
+    assert ["helps in the baseline, not valid now" in line for line in failed] == [True, True]
 
 
 def test_what_is_missing_now_fails(folder: RunFolder) -> None:
@@ -280,3 +296,39 @@ def test_machines_are_compared_lab_by_lab(folder: RunFolder) -> None:
     assert "<svg" in page.with_name("compared-tiny.svg").read_text()
     with pytest.raises(LabError, match="two machines"):
         compare.pairs(str(here), str(folder.path))
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_has_the_words_and_tables_of_the_markdown_and_every_fact(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    found = compared(folder, write_slowed(folder, 1.25))
+    seen = Seen(html_side_by_side.page([found], ["other: B has no run of it"]))
+    words = " ".join(seen.read.split())
+    for name, rows in side_by_side.tables(found):
+        assert name in words
+        assert all(cell in words for row in rows for cell in row)
+    assert all(fact.what in words for fact in found.facts)
+    assert "other: B has no run of it" in words
+    (drawn,) = seen.data["comparisons"]
+    (rate,) = (r for r in drawn["rows"] if (r["kind"], r["where"]) == (
+        "Output throughput", "on concurrent-1"))  # fmt: skip
+    assert (rate["outcome"], round(rate["value"], 3)) == ("differs", 0.8)
+
+
+def test_on_the_page_facts_that_differ_are_marked(folder: RunFolder) -> None:
+    seen = Seen(
+        html_side_by_side.page([compared(folder, edited(folder, machine="Slide rule"))], [])
+    )
+    marked = [attrs for tag, attrs in seen.tags if tag == "tr" and attrs.get("class") == "differs"]
+    assert len(marked) == 1
+    assert "differ." in seen.read
+
+
+def test_what_is_forced_is_said_on_the_page_too(folder: RunFolder) -> None:
+    found = compared(folder, edited(folder, window_s=60), force=True)
+    said = Seen(html_side_by_side.page([found], [])).read
+    tables = len(side_by_side.tables(found))
+    assert said.count("FORCED: they were not sent the same load: window_s") == tables + 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from labs import manifest, pages, results, sitting
+from labs.newest import published
 from labs.results import RunFolder, write_json
 from tests.unit.builders import make_lab, write_run, write_slowed
 
@@ -41,10 +42,10 @@ def test_a_quick_run_stands_in_only_where_there_is_no_other_and_is_marked(
     write_json(other.path / "run.json", folder.run())
     quick(other)
     (other.path / "COMPLETE").touch()
-    assert [f.path for f in pages.published(quick=True)] == [folder.path]
+    assert [f.path for f in published(quick=True)] == [folder.path]
     quick(folder)
-    assert pages.published() == []
-    assert [f.path for f in pages.published(quick=True)] == [other.path]
+    assert published() == []
+    assert [f.path for f in published(quick=True)] == [other.path]
     for name in ("summary.json", "session.json", "predictions.json"):
         if (folder.path / name).exists():
             (other.path / name).write_bytes((folder.path / name).read_bytes())
@@ -59,10 +60,10 @@ def test_random_weights_stand_in_only_where_there_is_no_other_run_and_are_marked
     run = folder.run().model_copy(update={"dummy": True, "model": "llama-8b-dummy"})
     write_json(later.path / "run.json", run)
     page = folder.path.parent.parent
-    assert [f.path for f in pages.published()] == [folder.path]
+    assert [f.path for f in published()] == [folder.path]
     assert "random weights" not in pages.write_machine(page).read_text()
     (folder.path / "COMPLETE").unlink()
-    assert [f.path for f in pages.published()] == [later.path]
+    assert [f.path for f in published()] == [later.path]
     text = pages.write_machine(page).read_text()
     assert text.count("(random weights)") == 1 + len(folder.summary().judgements)
 
@@ -94,22 +95,22 @@ def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
     _, row, _ = pages.leaderboard()
     assert row == [
         "tiny", "On is faster", folder.run().machine.describe(), "2.97x", "2.85 to 3.10", "helps",
-        "the same",
+        "the same", "–",
     ]  # fmt: skip
     linked = pages.leaderboard(results.RESULTS)
     assert linked[1][2].startswith(f"[{row[2]}]({folder.run().machine.slug}/tiny/")
     monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(window_s=5)})
-    assert {row[-1] for row in pages.leaderboard()[1:]} == {"**stale**"}
+    assert {row[-2] for row in pages.leaderboard()[1:]} == {"**stale**"}
     monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(title="Said better")})
-    assert {row[-1] for row in pages.leaderboard()[1:]} == {"the same"}
+    assert {row[-2] for row in pages.leaderboard()[1:]} == {"the same"}
 
 
 def test_a_reproduction_displaces_no_published_run(folder: RunFolder) -> None:
     again = write_slowed(folder, 2)
-    assert [f.path for f in pages.published()] == [again.path]
+    assert [f.path for f in published()] == [again.path]
     run = again.run().model_copy(update={"reproduces": folder.path.name})
     write_json(again.path / "run.json", run)
-    assert [f.path for f in pages.published()] == [folder.path]
+    assert [f.path for f in published()] == [folder.path]
 
 
 def test_a_sitting_goes_on_where_it_stopped(folder: RunFolder) -> None:
@@ -126,14 +127,18 @@ def test_a_sitting_goes_on_where_it_stopped(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["quick", "model", "fresh", "weights", "parallel", "spoilt", "gone"]
+    "change", ["quick", "model", "fresh", "weights", "parallel", "vllm", "spoilt", "gone"]
 )
-def test_a_sitting_of_another_kind_starts_over(folder: RunFolder, change: str) -> None:
+def test_a_sitting_of_another_kind_starts_over(
+    folder: RunFolder, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = sitting.start(quick=False, model="", fresh=False)
     first.begin("tiny")
     first.finish("tiny", folder.path)
     if change == "spoilt":
         sitting.FILE.write_text("{")
+    if change == "vllm":
+        monkeypatch.setattr(sitting, "engine_version", lambda: "0.99.0")
     if change == "gone":
         (folder.path / "COMPLETE").unlink()
     again = sitting.start(

