@@ -35,11 +35,15 @@ function wrapped(text, width) {
 
 // 1, 2, 5 in each decade; only the decades where there are many.
 function logTicks(low, high) {
+  const ticks = ticksAt(high / low > 2000 ? [1] : [1, 2, 5], low, high);
+  return ticks.length > 1 ? ticks : ticksAt([1, 1.1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9], low, high);
+}
+
+function ticksAt(steps, low, high) {
   const ticks = [];
-  const steps = high / low > 2000 ? [1] : [1, 2, 5];
   for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
     for (const step of steps) {
-      const tick = Number((step * 10 ** power).toPrecision(1));
+      const tick = Number((step * 10 ** power).toPrecision(2));
       if (tick >= low * 0.999 && tick <= high * 1.001) ticks.push(tick);
     }
   }
