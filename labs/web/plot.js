@@ -33,7 +33,7 @@ function wrapped(text, width) {
   return lines;
 }
 
-// 1, 2, 5 in each decade; only the decades where there are many.
+// 1, 2, 5 in each decade; only the decades where there are many, more where there would be one.
 function logTicks(low, high) {
   const ticks = ticksAt(high / low > 2000 ? [1] : [1, 2, 5], low, high);
   return ticks.length > 1 ? ticks : ticksAt([1, 1.1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9], low, high);

@@ -184,7 +184,7 @@ def test_the_page_draws_a_run_and_its_verdicts(
         page.wait(f"document.getElementById('panels').textContent.includes({titles[0]!r})")
         said = page.js("document.getElementById('panels').textContent")
         assert all(title in said for title in titles)
-        page.wait("document.querySelector('td a')")
+        page.wait("!!document.querySelector('td a')")
         report = page.js("document.querySelector('td a').href")
         assert report == f"{home}reports/{'/'.join(cut.folder.path.parts[-3:])}/"
         assert 'href="report.html"' in requests.get(report, timeout=10).text
