@@ -53,8 +53,9 @@ def stall(point: Point) -> Prediction:
         ),
         kind="floor",
         tolerance=0.05,
-        formula="t_dec(B) + prefill of the last min(budget - B, prompt) tokens",
-        assumptions=("decode takes its memory time, prefill its compute time, in turn",),
+        formula="max(bytes / bandwidth, FLOP / rate) of B decoding and the prompt's last piece,"
+        " min(budget - B, prompt) tokens",
+        assumptions=("perfect overlap", "no launch, scheduling or sampling cost"),
         source="Agrawal et al., Sarathi-Serve, OSDI 2024",
     )
 
@@ -63,7 +64,7 @@ def stall_ratio(chunked: Point, whole: Point) -> Prediction:
     return Prediction(
         value=stall(chunked).value / stall(whole).value,
         tolerance=0.35,
-        formula="(t_dec + budget / prefill rate) / (t_dec + prompt / prefill rate)",
+        formula="the longest step, max(bytes / bandwidth, FLOP / rate), with a piece / whole",
         assumptions=("what the roofline leaves out is a small share of either",),
         source="Agrawal et al., Sarathi-Serve, OSDI 2024",
     )
@@ -84,7 +85,7 @@ def long_ttft_ratio(chunked: Point, whole: Point) -> Prediction:
     return Prediction(
         value=long_ttft(chunked) / long_ttft(whole),
         tolerance=0.35,
-        formula="(pieces t_dec + t_prefill) / (t_dec + t_prefill)",
+        formula="sum over the pieces' steps of max(bytes / bandwidth, FLOP / rate), budget / whole",
         assumptions=("a piece computes at the same rate as the whole",),
         source="Agrawal et al., Sarathi-Serve, OSDI 2024",
     )

@@ -48,8 +48,12 @@ def throughput(point: Point) -> Prediction:
         ),
         kind="ceiling",
         tolerance=0.05,
-        formula="L / (L t(B) / B + t_prefill), t(B) = max(bytes / bandwidth, FLOP / rate)",
-        assumptions=("perfect overlap", "no launch, scheduling or sampling cost"),
+        formula="L / ((L - 1) t(B) / B + t_prefill), t(B) = max(bytes / bandwidth, FLOP / rate)",
+        assumptions=(
+            "reading and computing overlap perfectly within a step",
+            "prefill and decode take turns on the device",
+            "no launch, scheduling or sampling cost",
+        ),
         source="Williams et al., Roofline, 2009",
     )
 
@@ -74,7 +78,11 @@ def token_interval(point: Point) -> Prediction:
         kind="floor",
         tolerance=0.05,
         formula="t(B) + (B - 1) / L t_prefill",
-        assumptions=("perfect overlap", "no launch, scheduling or sampling cost"),
+        assumptions=(
+            "reading and computing overlap perfectly within a step",
+            "prefill and decode take turns on the device",
+            "no launch, scheduling or sampling cost",
+        ),
         source="Williams et al., Roofline, 2009",
     )
 

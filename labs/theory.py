@@ -7,7 +7,6 @@ is multiplied with its own; what sending tokens about costs is left out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -15,25 +14,32 @@ from serving.machine import Ceilings
 from serving.models import Shape
 
 
-def prefill_s(shape: Shape, ceilings: Ceilings, tokens: float) -> float:
-    """Seconds of compute to prefill one prompt: 2 FLOP a parameter and token, plus attention.
+def prefill_flops(shape: Shape, tokens: float, cached_tokens: float = 0) -> float:
+    """FLOP to prefill a prompt whose first `cached_tokens` have their KV cached.
 
-    2 P N + 2 L d N^2 (causal: half of 4 L d N^2), d = heads x head dim.
-    Kaplan et al. 2020, table 1. Assumes full use of the measured BF16 rate.
+    2 P (N - c) + 2 L d (N^2 - c^2) (causal: half of 4 L d N^2), d = heads x head dim: what follows
+    still attends to all that is cached. P is without the output head, which only a prompt's last
+    token is multiplied with. Kaplan et al. 2020, table 1, whose N has no embeddings in it either.
     """
-    attention = 2 * shape.layers * shape.heads * shape.head_dim * tokens**2
-    return (2 * shape.matmul_params * tokens + attention) / ceilings.bf16_flops_per_s
+    head = shape.vocab * shape.hidden
+    body = 2 * (shape.matmul_params - head) * (tokens - cached_tokens)
+    attention = 2 * shape.layers * shape.heads * shape.head_dim * (tokens**2 - cached_tokens**2)
+    return body + attention + 2 * head
+
+
+def prefill_s(shape: Shape, ceilings: Ceilings, tokens: float) -> float:
+    """Seconds of compute to prefill one prompt, at full use of the measured BF16 rate."""
+    return prefill_flops(shape, tokens) / ceilings.bf16_flops_per_s
 
 
 def prefill_left_s(shape: Shape, ceilings: Ceilings, tokens: float, cached_tokens: float) -> float:
     """Seconds to prefill the rest of a prompt whose first `cached_tokens` have their KV cached.
 
-    FLOP left: 2 P N (1 - h) + 2 L d N^2 (1 - h^2), h = cached / tokens: the rest still attends to
-    all that is cached. Never less than one read of the weights, which any forward pass takes.
+    Never less than one read of the weights, which any forward pass takes.
     """
-    whole, cached = (prefill_s(shape, ceilings, n) for n in (tokens, cached_tokens))
+    compute_s = prefill_flops(shape, tokens, cached_tokens) / ceilings.bf16_flops_per_s
     weights_s = shape.step_bytes(tokens - cached_tokens) / ceilings.memory_bandwidth_bytes_per_s
-    return max(whole - cached, weights_s)
+    return max(compute_s, weights_s)
 
 
 def decode_bytes(shape: Shape, batch: float, context_tokens: float) -> float:
@@ -67,14 +73,13 @@ def batch_throughput(
 ) -> float:
     """Output tokens/s with `batch` requests always in flight, each with its own prefill.
 
-    A request of L output tokens takes L steps shared by `batch` requests, and its prefill takes
-    the device for itself: L / (L t(B) / B + t_prefill). The context counts as the prompt and half
-    the output, its mean over a request's life.
+    A request's prefill takes the device for itself and yields its first token; the other L - 1
+    take a step each, shared by `batch` requests: L / ((L - 1) t(B) / B + t_prefill). The context
+    counts as the prompt and half the output, its mean over a request's life.
     """
     step_s = decode_step_s(shape, ceilings, batch, prompt_tokens + output_tokens / 2)
-    return output_tokens / (
-        output_tokens * step_s / batch + prefill_s(shape, ceilings, prompt_tokens)
-    )
+    steps_s = (output_tokens - 1) * step_s / batch
+    return output_tokens / (steps_s + prefill_s(shape, ceilings, prompt_tokens))
 
 
 def ridge_batch(shape: Shape, ceilings: Ceilings) -> float:
@@ -99,6 +104,26 @@ def static_batching_penalty(output_tokens: Sequence[int], batch: int) -> float:
     return fmean(max(b) for b in batches) / fmean(output_tokens[:whole])
 
 
+def mixed_step_s(
+    shape: Shape,
+    ceilings: Ceilings,
+    batch: float,
+    context_tokens: float,
+    done_tokens: int,
+    piece_tokens: int,
+) -> float:
+    """Seconds of a step that decodes a batch and prefills a piece of a prompt behind `done_tokens`.
+
+    The slower of memory and compute: the weights are read once for both, which is why decodes that
+    ride along with a piece are nearly free (Sarathi-Serve, Agrawal et al., OSDI 2024).
+    """
+    kv_tokens = batch * context_tokens + done_tokens
+    moved = shape.step_bytes(batch + piece_tokens) + kv_tokens * shape.kv_bytes_per_token()
+    flop = decode_flops(shape, batch, context_tokens)
+    flop += prefill_flops(shape, done_tokens + piece_tokens, done_tokens)
+    return max(moved / ceilings.memory_bandwidth_bytes_per_s, flop / ceilings.bf16_flops_per_s)
+
+
 def chunk_step_s(
     shape: Shape,
     ceilings: Ceilings,
@@ -107,15 +132,10 @@ def chunk_step_s(
     prompt_tokens: int,
     chunk_tokens: int,
 ) -> float:
-    """Seconds of the longest step that carries a chunk of a long prompt beside a decoding batch.
-
-    t_dec(B) + the prefill of the prompt's last `chunk_tokens`, which attend to all before them.
-    Sarathi-Serve (Agrawal et al., OSDI 2024). Decode is taken to wait for memory and prefill for
-    compute, one after the other; a kernel that overlaps them would do better.
-    """
+    """Seconds of the longest step that carries a chunk of a long prompt beside a decoding batch:
+    its last `chunk_tokens`, which attend to all before them."""
     chunk = min(chunk_tokens, prompt_tokens)
-    whole, before = (prefill_s(shape, ceilings, n) for n in (prompt_tokens, prompt_tokens - chunk))
-    return decode_step_s(shape, ceilings, batch, context_tokens) + whole - before
+    return mixed_step_s(shape, ceilings, batch, context_tokens, prompt_tokens - chunk, chunk)
 
 
 def chunked_prefill_s(
@@ -126,13 +146,13 @@ def chunked_prefill_s(
     prompt_tokens: int,
     chunk_tokens: int,
 ) -> float:
-    """Seconds until a long prompt is prefilled in chunks: its compute, and a decode step a chunk.
-
-    Sarathi-Serve, section 4; the same assumptions as `chunk_step_s`.
-    """
-    steps = math.ceil(prompt_tokens / min(chunk_tokens, prompt_tokens))
-    step_s = decode_step_s(shape, ceilings, batch, context_tokens)
-    return steps * step_s + prefill_s(shape, ceilings, prompt_tokens)
+    """Seconds until a long prompt is prefilled in chunks, each in a step with a decoding batch."""
+    return sum(
+        mixed_step_s(
+            shape, ceilings, batch, context_tokens, done, min(chunk_tokens, prompt_tokens - done)
+        )
+        for done in range(0, prompt_tokens, chunk_tokens)
+    )
 
 
 def accepted_length(acceptance: float, draft_tokens: int) -> float:

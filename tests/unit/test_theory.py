@@ -49,6 +49,7 @@ def test_a_small_batch_reads_few_experts_of_a_mixture() -> None:
     mixture = replace(SHAPE, experts=4, experts_per_token=2, expert_bytes=1600)
     assert theory.decode_bytes(mixture, batch=2, context_tokens=0) == 400 + 1600 * 3 / 4
     assert theory.forward_s(mixture, CEILINGS, 1, 0) == pytest.approx(0.0012)
+    # two tokens at 2 x 872, a head and 32 x (100 - 64) are 4,896 FLOP, less than 1,600 bytes take
     assert theory.prefill_left_s(mixture, CEILINGS, 10, 8) == pytest.approx(0.0016)
 
 
@@ -71,13 +72,14 @@ def test_ridge_is_where_memory_and_compute_take_equally_long() -> None:
 
 
 def test_prefill_is_two_flop_a_parameter_and_token_and_causal_attention() -> None:
-    # 2 x 1000 x 10 + 2 x 2 layers x 2 heads x 4 x 10^2 = 23,200 FLOP
-    assert theory.prefill_s(SHAPE, CEILINGS, 10) == pytest.approx(23_200 / 1e7)
+    # of 1000 parameters 16 x 8 are the head's, which one token needs:
+    # 2 x 872 x 10 + 2 x 128 + 2 x 2 layers x 2 heads x 4 x 10^2 = 20,896 FLOP
+    assert theory.prefill_s(SHAPE, CEILINGS, 10) == pytest.approx(20_896 / 1e7)
 
 
 def test_prefill_of_the_rest_still_attends_to_what_is_cached() -> None:
-    # 2 x 1000 x 100 + 32 x 100^2 FLOP, less 2 x 1000 x 50 + 32 x 50^2
-    assert theory.prefill_left_s(SHAPE, CEILINGS, 100, 50) == pytest.approx(340_000 / 1e7)
+    # 2 x 872 x 50 + 2 x 128 + 32 x (100^2 - 50^2) FLOP
+    assert theory.prefill_left_s(SHAPE, CEILINGS, 100, 50) == pytest.approx(327_456 / 1e7)
     assert theory.prefill_left_s(SHAPE, CEILINGS, 100, 0) == theory.prefill_s(SHAPE, CEILINGS, 100)
 
 
@@ -85,17 +87,19 @@ def test_prefill_of_a_cached_prompt_reads_the_weights_once() -> None:
     assert theory.prefill_left_s(SHAPE, CEILINGS, 100, 99.9) == 0.002
 
 
-def test_throughput_without_prefill_is_batch_over_step() -> None:
+def test_throughput_of_long_answers_is_batch_over_step() -> None:
     for batch in (1, 4):
-        step_s = theory.decode_step_s(SHAPE, CEILINGS, batch, 5)
-        rate = theory.batch_throughput(SHAPE, CEILINGS, batch, prompt_tokens=0, output_tokens=10)
-        assert rate == pytest.approx(batch / step_s)
+        step_s = theory.decode_step_s(SHAPE, CEILINGS, batch, 1e6 / 2 + 1)
+        rate = theory.batch_throughput(SHAPE, CEILINGS, batch, prompt_tokens=1, output_tokens=1e6)
+        assert rate == pytest.approx(batch / step_s, rel=1e-5)
 
 
-def test_throughput_gives_every_request_a_prefill_of_its_own() -> None:
-    # context 10 + 5: a step reads 2000 + 4 x 15 x 32 bytes, 3.92 ms; prefill takes 2.32 ms
+def test_throughput_gives_every_request_a_prefill_that_makes_its_first_token() -> None:
+    # context 10 + 5: a step reads 2000 + 4 x 15 x 32 bytes, 3.92 ms; prefill takes 2.0896 ms
     rate = theory.batch_throughput(SHAPE, CEILINGS, 4, prompt_tokens=10, output_tokens=10)
-    assert rate == pytest.approx(10 / (10 * 0.00392 / 4 + 0.00232))
+    assert rate == pytest.approx(10 / (9 * 0.00392 / 4 + 0.0020896))
+    only = theory.batch_throughput(SHAPE, CEILINGS, 4, prompt_tokens=10, output_tokens=1)
+    assert only == pytest.approx(1 / 0.0020896)
 
 
 def test_equal_lengths_cost_a_static_batch_nothing() -> None:
@@ -119,25 +123,28 @@ def test_static_penalty_of_exponential_lengths_is_the_harmonic_number(
     assert found == pytest.approx(harmonic, abs=float(error))
 
 
-def test_a_piece_of_a_prompt_lengthens_a_decode_step_by_its_own_prefill() -> None:
-    # 3.92 ms as above; prefill of 10 tokens less that of 6: 23,200 - (12,000 + 32 x 36) FLOP
-    found = theory.chunk_step_s(SHAPE, CEILINGS, 4, 15, prompt_tokens=10, chunk_tokens=4)
-    assert found == pytest.approx(0.00392 + 10_048 / 1e7)
+def test_a_piece_rides_along_free_until_its_compute_takes_longer_than_the_reading() -> None:
+    # four at 15 tokens read 2000 + 4 x 15 x 32 bytes, the piece the 96 tokens before it
+    found = theory.chunk_step_s(SHAPE, CEILINGS, 4, 15, prompt_tokens=100, chunk_tokens=4)
+    # they compute 4 x (2000 + 64 x 15) FLOP, it 2 x 872 x 4 + 256 + 32 x (100^2 - 96^2)
+    assert found == pytest.approx(max((3920 + 96 * 32) / 1e6, (11_840 + 32_320) / 1e7))
+    larger = theory.chunk_step_s(SHAPE, CEILINGS, 4, 15, prompt_tokens=100, chunk_tokens=40)
+    assert larger == pytest.approx((11_840 + 2 * 872 * 40 + 256 + 32 * (100**2 - 60**2)) / 1e7)
 
 
-@pytest.mark.parametrize("chunk_tokens", [10, 4000])
+@pytest.mark.parametrize("chunk_tokens", [100, 4000])
 def test_a_piece_is_at_most_the_prompt(chunk_tokens: int) -> None:
     found = [
-        of(SHAPE, CEILINGS, 4, 15, 10, chunk_tokens)
+        of(SHAPE, CEILINGS, 4, 15, 100, chunk_tokens)
         for of in (theory.chunk_step_s, theory.chunked_prefill_s)
     ]
-    assert found == pytest.approx([0.00392 + 0.00232] * 2)
+    assert found == pytest.approx([(11_840 + 2 * 872 * 100 + 256 + 32 * 100**2) / 1e7] * 2)
 
 
-def test_every_piece_brings_a_decode_step_along() -> None:
-    # 4 + 4 + 2 tokens: three steps, and the prefill itself stays what it was
-    found = theory.chunked_prefill_s(SHAPE, CEILINGS, 4, 15, prompt_tokens=10, chunk_tokens=4)
-    assert found == pytest.approx(3 * 0.00392 + 0.00232)
+def test_every_piece_brings_the_decoding_streams_along() -> None:
+    # 40 + 40 + 20 tokens: three times the streams' step and the head, the rest stays what it was
+    found = theory.chunked_prefill_s(SHAPE, CEILINGS, 4, 15, prompt_tokens=100, chunk_tokens=40)
+    assert found == pytest.approx((3 * (11_840 + 256) + 2 * 872 * 100 + 32 * 100**2) / 1e7)
 
 
 @pytest.mark.parametrize(
