@@ -31,7 +31,7 @@ from labs import (
     watching,
 )
 from labs.by_hand import PORT, WEB_PORT, start_locust_ui
-from labs.lab import Lab, LabError, NotApplicable, parse_changes
+from labs.lab import Lab, LabError, NotApplicable, near, parse_changes
 from labs.questions import QUESTIONS
 from labs.resolve import Request, is_dummy, model_of, require_devices
 from labs.results import RunFolder, open_run
@@ -52,8 +52,8 @@ SetOption = Annotated[
     typer.Option(
         "--set",
         envvar="SET",
-        help="Change existing fields for this run: 'window_s=4 repeats=5"
-        " workloads.exponential.output_tokens.mean_tokens=48'. The run is marked ad hoc.",
+        help="Change existing fields for this run: 'window_s=4 flags.max-num-seqs=8'."
+        " The run is marked ad hoc.",
     ),
 ]
 QuickOption = Annotated[
@@ -138,7 +138,7 @@ def run(
             weights=weights,
             endpoint=endpoint,
             resume=resume,
-            engine_command=shlex.split(engine_command) or engine.SERVER,
+            engine_command=_words(engine_command) or engine.SERVER,
         )
         if not _play(request).complete:
             console.print("Try the rest again with RESUME=1.")
@@ -301,9 +301,7 @@ def reproduce_run(
     with plainly():
         original = open_run(run)
         before = original.run()
-        asked = reproduce.request(
-            before, model, resume, shlex.split(engine_command) or engine.SERVER
-        )
+        asked = reproduce.request(before, model, resume, _words(engine_command) or engine.SERVER)
         for note in reproduce.notes(before, machine.engine_version()):
             console.print(f"[bold yellow]{escape(note)}[/]")
         differ = manifest.table(reproduce.differs_here(before, asked), ("there", "here"))
@@ -428,8 +426,19 @@ def _play(request: Request) -> RunFolder:
 
 def _lab(name: str) -> Lab:
     if name not in LABS:
-        raise LabError(f"there is no lab {name!r}; the labs are {', '.join(LABS)}")
+        raise LabError(f"there is no lab {name!r}{near(name, LABS)} are {', '.join(LABS)}")
     return LABS[name]
+
+
+def _words(command: str) -> list[str]:
+    """Of ENGINE_COMMAND; raises LabError where there is nothing to start."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise LabError(f"ENGINE_COMMAND={command}: {error}") from error
+    if words and shutil.which(words[0]) is None:
+        raise LabError(f"ENGINE_COMMAND: there is no program {words[0]}: install it, or correct it")
+    return words
 
 
 def _changes(text: str, seed: str = "") -> dict[str, Any]:

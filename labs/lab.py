@@ -7,11 +7,12 @@ repeats: a variant (an engine configuration) under a workload (what is sent) wit
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 import json
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
@@ -292,10 +293,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         try:
             return Lab.model_validate(fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(p) for p in first["loc"])
-            given = textwrap.shorten(repr(first["input"]), 80, placeholder=" ..")
-            raise LabError(f"{where}: {first['msg']} (given {given})") from error
+            raise LabError(_sentence(error, fields)) from error
 
     def against_itself(self) -> Lab:
         """A/A: the first claim's baseline and a twin of it, wherever claims have it as baseline.
@@ -508,7 +506,8 @@ def _set(fields: dict[str, Any], path: str, value: Any) -> None:
     def require(step: str, free: bool) -> dict[str, Any]:
         known = _steps(at)
         if step not in known and not free:
-            raise LabError(f"{path}: no field {step!r}; known here: {', '.join(known) or 'none'}")
+            names = ", ".join(known) or "none"
+            raise LabError(f"{path}: no field {step!r}{near(step, known)} here: {names}")
         return known
 
     for step in parents:
@@ -518,6 +517,27 @@ def _set(fields: dict[str, Any], path: str, value: Any) -> None:
     if not isinstance(at, dict):
         raise LabError(f"{path}: give one of its fields, {path}.<field>=")
     at[last] = value
+
+
+def _sentence(error: ValidationError, fields: Mapping[str, Any]) -> str:
+    """The first complaint, with a list's items called by their names as in a change's path."""
+    first = error.errors()[0]
+    said = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list in JSON")
+    if not first["loc"]:
+        return said
+    at: Any = fields
+    steps = []
+    for step in first["loc"]:
+        at = at[step] if isinstance(at, dict | list | tuple) else None
+        steps.append(str(at["name"] if isinstance(at, dict) and isinstance(step, int) else step))
+    given = textwrap.shorten(repr(first["input"]), 80, placeholder=" ..")
+    return f"{'.'.join(steps)}: {said} (given {given})"
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """What a misspelled name was meant to be, as the middle of a sentence about the known ones."""
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f": did you mean {found[0]}? Known" if found else "; known"
 
 
 def _steps(at: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from labs.lab import Claim, Forecast, Lab, LabError, NotApplicable, Point
 from labs.measure import METRICS, price_per_hour
 from labs.plots import PLOTS
 from labs.probes import PROBES
-from labs.results import RESULTS, MachineFile, read_json, require_space, write_json
+from labs.results import RESULTS, MachineFile, read_json, require_room, write_json
 from loadtests.prompts import Writer, counter
 from serving import dummy, models
 from serving import machine as machines
@@ -82,8 +82,7 @@ def resolve(request: Request, teller: Teller) -> Setup:
     lab = lab.against_itself() if request.aa else lab
     require_known_names(lab)
     require_devices(lab, machine)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    require_space(RESULTS)
+    require_room(RESULTS)
     model = model_of(machine, request.model, request.weights)
     require_sizes(lab, model)
     require_memory(lab, machine, model)

@@ -15,6 +15,7 @@ results/<machine>/<lab>/<UTC>-<digest>/
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -310,9 +311,11 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path, kind: type[M]) -> M:
-    """Raises DamagedError, and OSError where there is no such file."""
+    """Raises DamagedError."""
     try:
         return kind.model_validate_json(path.read_text())
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path} is missing") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = f", {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
@@ -321,8 +324,16 @@ def read_json(path: Path, kind: type[M]) -> M:
         raise DamagedError(f"{path}: not text") from error
 
 
-def require_space(path: Path) -> None:
-    """Raises LabError when a run's files might not fit."""
+def require_room(path: Path) -> None:
+    """Raises LabError where a run's files cannot be written or might not fit."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise LabError(
+            f"RESULTS={path} cannot be written ({error.strerror}): name another folder"
+        ) from error
     free = shutil.disk_usage(path).free
     if free < LEAST_FREE_BYTES:
         raise LabError(

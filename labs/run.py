@@ -39,6 +39,8 @@ def run(request: Request, teller: Teller) -> RunFolder:
         teller.waiting("writing the prompts")
         prompts = write_requests(setup, work)
         folder = _resumed(setup) if request.resume else None
+        if request.resume and folder is None:
+            teller.step("Nothing to resume: no unfinished run of this lab as it is asked for now")
         folder = folder or RunFolder.create(_manifest(setup, request, prompts))
         predictions = predict(setup)
         if not (folder.path / "predictions.json").exists():  # what was said before stays said

@@ -168,7 +168,9 @@ def resolve(machine: Machine, wanted: str = "") -> Model:
     folder = Path(wanted).expanduser()
     if (folder / "config.json").exists():
         return load(folder.resolve(), folder.resolve().name)
-    if folder.exists() or wanted.startswith((".", "/", "~")):
+    if not folder.exists() and wanted.startswith((".", "/", "~")):
+        raise ModelError(f"MODEL={wanted} is not there: give a model folder or a Hugging Face id")
+    if folder.exists():
         raise ModelError(f"MODEL={wanted} is a folder without config.json: give a model folder")
     return load(_download(wanted), wanted)
 

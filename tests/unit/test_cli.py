@@ -65,7 +65,22 @@ def labs(*args: str) -> tuple[int, str]:
 def test_unknown_lab_lists_the_known_ones(args: tuple[str, ...]) -> None:
     code, said = labs(*args)
     assert code == 1
-    assert f"error: there is no lab 'no-lab'; the labs are {', '.join(LABS)}" in said
+    assert f"error: there is no lab 'no-lab'; known are {', '.join(LABS)}" in said
+
+
+def test_misspelled_lab_is_told_what_was_meant() -> None:
+    code, said = labs("run", "prefix-cachin")
+    assert code == 1
+    assert "no lab 'prefix-cachin': did you mean prefix-caching? Known are continuous-" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [("no-such-program serve", "no program no-such-program"), ("nsys 'x", "No closing quotation")],
+)
+def test_engine_command_that_cannot_start_is_refused_at_once(command: str, why: str) -> None:
+    code, said = labs("run", LAB, "--engine-command", command)
+    assert (code, why in said) == (1, True)
 
 
 def test_setting_without_value_is_refused() -> None:
@@ -76,7 +91,7 @@ def test_setting_without_value_is_refused() -> None:
 def test_unknown_field_lists_the_known_ones() -> None:
     code, said = labs("serve", "--lab", LAB, "--set", "windw_s=3")
     assert code == 1
-    assert "windw_s: no field 'windw_s'; known here: name, " in said
+    assert "windw_s: no field 'windw_s': did you mean window_s? Known here: name, " in said
 
 
 def test_value_out_of_range_is_refused() -> None:

@@ -62,9 +62,11 @@ def test_scale_lies_over_the_lab_quick_over_scale_and_changes_over_all() -> None
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"windw_s": 3}, "windw_s: no field 'windw_s'; known here: .*window_s"),
+        ({"windw_s": 3}, "no field 'windw_s': did you mean window_s. Known here: name, "),
         ({"workloads.long.loads": []}, "no field 'long'; known here: short"),
         ({"workloads.short.output_tokens.mean": 3}, "no field 'mean'; known here: kind, tokens"),
+        ({"workloads.short.loads": "[concurrent:1"}, r"^workloads\.short\.loads: .* list in JSON"),
+        ({"requests": 1}, "^requests=1 do not fill a load of 2 at once$"),
         ({"window_s.x": 3}, "no field 'x'; known here: none"),
         ({"scales.gpu": {}}, "no field 'scales'"),
         ({"workloads.short": 3}, r"give one of its fields, workloads\.short\.<field>="),

@@ -280,6 +280,13 @@ def test_a_model_that_cannot_be_had_says_what_to_give(
         models.resolve(gpu(81_559), "a/b")
 
 
+def test_a_model_folder_that_is_not_one_is_told_why(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"MODEL=.*/none is not there: give"):
+        models.resolve(gpu(81_559), str(tmp_path / "none"))
+    with pytest.raises(ModelError, match=r"is a folder without config\.json"):
+        models.resolve(gpu(81_559), str(tmp_path))
+
+
 def test_settings_that_do_not_fit_are_named() -> None:
     with pytest.raises(LabError, match="WEIGHTS=real is not known: WEIGHTS=dummy"):
         model_of(gpu(81_559), "", "real")

@@ -23,7 +23,7 @@ from labs.results import (
     latest,
     open_run,
     problems,
-    require_space,
+    require_room,
     snapshot_from,
     snapshot_json,
     write_json,
@@ -191,7 +191,7 @@ def empty_lab(folder: RunFolder) -> None:
         (remove("COMPLETE"), "it has no COMPLETE"),
         (remove(TRIAL), "trial on/short/concurrent-2/1 is missing"),
         (remove(RECORDS), "No such file"),
-        (remove("predictions.json"), "No such file"),
+        (remove("predictions.json"), "predictions.json is missing"),
         (damage("summary.json"), "summary.json: Invalid JSON"),
         (damage(TRIAL), "trial.json: Invalid JSON"),
         (damage(RECORDS), "requests.jsonl.gz"),
@@ -324,6 +324,12 @@ def test_full_disk_is_refused_in_a_sentence(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * 2**20))
     with pytest.raises(LabError, match=r"^100 MiB are free under .*, a run needs 300: make room"):
-        require_space(tmp_path)
+        require_room(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=300 * 2**20))
-    require_space(tmp_path)
+    require_room(tmp_path)
+
+
+def test_results_that_cannot_be_written_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LabError, match=r"^RESULTS=.*/file cannot be written \(.*\): name another"):
+        require_room(tmp_path / "file")
