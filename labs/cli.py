@@ -407,11 +407,13 @@ def _play(request: Request) -> RunFolder:
     points = folder.run().points()
     teller.show(*report.points_table(points, resolved, summary, report.MAIN_COLUMNS))
     for title, lines in (
-        ("The answer", report.answers(summary, resolved)),
+        ("The answer", report.replies(resolved, summary)),
+        ("Claim by claim", report.claims(summary)),
         *((found.title, found.lines) for found in summary.findings),
         ("Validity", report.validity_lines(summary.caveats, resolved, len(summary.failed))),
     ):
-        console.print(f"\n[bold]{title}[/]")
+        if lines:
+            console.print(f"\n[bold]{title}[/]")
         for line in lines:
             console.print("  " + plain(line))
     console.print(f"\nReport: [bold]{os.path.relpath(folder.path / 'report.md')}[/]")

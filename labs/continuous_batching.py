@@ -230,7 +230,8 @@ LAB = Lab(
         "cpu": "A CPU engine shows the same scheduler as a GPU's, and so the same cost of waiting"
         " for the longest answer. The figures themselves do not carry over: a step here is mostly"
         " the cost of launching small operations, so that batching looks even cheaper than memory"
-        " bandwidth alone would make it, and the ridge is far away.",
+        " bandwidth alone would make it, and the ridge is where this core's arithmetic puts it: far"
+        " off with matrix instructions, near without.",
         "gpu": "One GPU with one model: the knee moves with the model's size, the context length"
         " and the KV cache that is left.",
     },

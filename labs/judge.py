@@ -234,6 +234,11 @@ def holds(prediction: Prediction, measured: Interval) -> bool | None:
     return measured.low <= high and measured.high >= low
 
 
+def holds_at(prediction: Prediction, value: float) -> bool:
+    """Is the value itself, whatever its interval, within the prediction's tolerance?"""
+    return bool(holds(prediction, Interval(value=value, low=value, high=value, n=1)))
+
+
 def judge(
     claim: Claim,
     treatment: str,

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from labs import LABS, instruments, manifest, reproduction, results
 from labs.judge import Judgement
+from labs.measure import METRICS
 from labs.newest import published
 from labs.questions import QUESTIONS
-from labs.report import ceilings_text, markdown, ratio_interval, ratio_text, verdict
+from labs.report import ceilings_text, held, markdown, ratio_interval, ratio_text, verdict
 from labs.reproduction import FILED
 from labs.results import Run, RunFolder, all_runs
-from labs.text import number, yes
+from labs.text import number
 from serving.models import ROOT
 
 PAGE = "README.md"
@@ -257,12 +258,17 @@ def _claim(folder: RunFolder, judgement: Judgement, seen_from: Path) -> list[str
     return [
         f"[{run.lab['name']}]({path}){_marks(run)}",
         judgement.title,
-        ratio_text(judgement),
+        f"{METRICS[judgement.metric].title} {ratio_text(judgement)}",
         ratio_interval(judgement),
         f"{number(judgement.prediction.value)}x",
-        yes(judgement.prediction_held),
+        _held(judgement),
         verdict(judgement),
     ]
+
+
+def _held(judgement: Judgement) -> str:
+    measured = judgement.effect and judgement.effect.ratio
+    return held(measured, judgement.prediction, judgement.prediction_held)
 
 
 def _machine(runs: Sequence[RunFolder]) -> str:
@@ -276,7 +282,7 @@ def _machine(runs: Sequence[RunFolder]) -> str:
     ]
     for folder in runs:
         run, session, summary = folder.run(), folder.session(), folder.summary()
-        held = [j.prediction_held for j in summary.judgements if j.prediction_held is not None]
+        told = [_held(j) for j in summary.judgements if j.prediction_held is not None]
         rows.append(
             [
                 f"[{run.lab['name']}]({os.path.relpath(folder.path / 'report.md', here)})"
@@ -286,7 +292,7 @@ def _machine(runs: Sequence[RunFolder]) -> str:
                 run.environment.vllm or "–",
                 run.started_at[:16].replace("T", " "),
                 f"{session.load_s / 60:.1f} min" if session else "–",
-                f"{sum(held)} of {len(held)}",
+                f"{told.count('yes')} of {len(told)}",
                 _newest(folder, here),
             ]
         )
@@ -312,9 +318,9 @@ def _machine(runs: Sequence[RunFolder]) -> str:
     for folder in runs:
         run = folder.run()
         link = f"[{run.lab['name']}]({os.path.relpath(folder.path / 'report.md', here)})"
-        decided = [j for j in folder.summary().judgements if j.expected is not None]
-        said = "; ".join(f"{j.title} ({ratio_text(j)}, {j.outcome})" for j in decided[:2])
+        said = folder.summary().answers
         rows += [
-            [id, QUESTIONS[id], f"{link}: {said or 'nothing decided'}"] for id in run.lab["answers"]
+            [id, QUESTIONS[id], f"{link}: {said.get(id, 'not answered by this run')}"]
+            for id in run.lab["answers"]
         ]
     return "\n".join([*out, *markdown(rows)]) + "\n"

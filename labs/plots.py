@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from labs.findings import quantization, tenants
 from labs.findings import speculation as speculations
 from labs.findings.context import Context
+from labs.findings.replies import concurrency_sweep
 from labs.judge import Interval, mean_interval
 from labs.lab import Lab, Point
 from labs.measure import METRICS
@@ -134,12 +135,6 @@ def _wrapped(title: str, width: int = 34) -> str:
     return "\n".join(lines)
 
 
-def sweep_points(points: Sequence[Point]) -> list[Point]:
-    """The closed-loop concurrency sweep of the first workload, in order."""
-    mine = [p for p in points if p.workload.name == points[0].workload.name]
-    return sorted((p for p in mine if p.load.kind == "concurrent"), key=lambda p: p.load.users)
-
-
 def _over_repeats(summary: Summary, point: Point, metric: str) -> Interval | None:
     rows = summary.measurements.get(point.key, {}).values()
     values = [v for row in rows if (v := row.get(metric)) is not None]
@@ -163,7 +158,7 @@ def _errorbar(
 
 def sweep(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
     """Throughput and TPOT against requests in flight, measured on predicted."""
-    swept = sweep_points(points)
+    swept = concurrency_sweep(points)
     if len(swept) < 2:
         return None
     x = [p.load.users for p in swept]
@@ -191,7 +186,7 @@ def sweep(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary
 
 def pareto(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
     """What the operator gets against what one user gets."""
-    swept = sweep_points(points)
+    swept = concurrency_sweep(points)
     if len(swept) < 2:
         return None
     _, ax = plt.subplots(figsize=(5.5, 3.6))
@@ -269,7 +264,7 @@ def static(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summar
 
 def roofline(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
     """Achieved decode FLOP/s over arithmetic intensity, under the machine's measured roof."""
-    swept = sweep_points(points)
+    swept = concurrency_sweep(points)
     if not swept:
         return None
     ceilings = swept[0].ceilings
@@ -289,7 +284,7 @@ def roofline(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
         if both:
             at, rate = np.mean(both, axis=0)
             ax.plot([at], [rate / 1e9], "o", color=BLUE)
-            ax.annotate(str(point.load.users), (at, rate / 1e9), xytext=(4, -11),
+            ax.annotate(str(point.load.users), (at, rate / 1e9), xytext=(-4, 5), ha="right",
                         textcoords="offset points")  # fmt: skip
     ax.plot([], [], "o", color=BLUE, label="decode at 1, 2, 4 ... in flight")
     ax.set_xscale("log")

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from labs import plots, published, theory
-from labs.judge import Caveat, Interval, Judgement
+from labs.findings.replies import step_line
+from labs.judge import Caveat, Interval, Judgement, holds_at
 from labs.lab import Lab, Point, Prediction
 from labs.measure import METRICS
 from labs.questions import QUESTIONS
@@ -111,6 +112,14 @@ def formulas(predictions: Predictions) -> list[str]:
     ]
 
 
+def replies(lab: Lab, summary: Summary) -> list[str]:
+    """What the run says to each question of the lab, in plain words."""
+    if lab.aa:  # an engine beside its twin answers nothing
+        return []
+    missing = "This run has not the figures that would answer it."
+    return [f"**{QUESTIONS[id]}** ({id}) {summary.answers.get(id, missing)}" for id in lab.answers]
+
+
 def claims_table(lab: Lab, summary: Summary) -> Table:
     rows = [["Claim", "Measured", "95 % interval", "Predicted", "Held", "Published", "Verdict"]]
     for j in summary.judgements:
@@ -123,12 +132,19 @@ def claims_table(lab: Lab, summary: Summary) -> Table:
                 ratio_text(j),
                 ratio_interval(j),
                 f"{j.prediction.value:.2f}x{tolerance}",
-                yes(j.prediction_held),
+                held(j.effect and j.effect.ratio, j.prediction, j.prediction_held),
                 "; ".join(p.figure for p in theirs) or "–",
                 verdict(j),
             ]
         )
-    return "The answer", rows
+    return "Claim by claim", rows
+
+
+def held(measured: Interval | None, prediction: Prediction, agrees: bool | None) -> str:
+    """A prediction that only the end of a wide interval reaches has not been borne out."""
+    if not agrees or measured is None or holds_at(prediction, measured.value):
+        return yes(agrees)
+    return "not refuted"
 
 
 def published_lines(lab: Lab, part: published.Part, titles: Mapping[str, str]) -> list[str]:
@@ -194,7 +210,7 @@ def forecasts_table(lab: Lab, summary: Summary) -> Table:
                 interval(f.measured, unit),
                 predicted(f.prediction, unit),
                 share,
-                yes(f.held),
+                held(f.measured, f.prediction, f.held),
             ]
         )
     return "Predicted beside measured", rows
@@ -256,13 +272,16 @@ def _lines(
     weights = ", with random weights" if run.dummy else ""
     out = [f"# {lab.title} on {run.machine.describe()}{weights}", "", f"*{lab.question}*", ""]
     out += [f"> **{note}**" for note in notes(run, summary)]
-    out += ["", "## The answer", "", *markdown(claims_table(lab, summary)[1]), ""]
+    if said := replies(lab, summary):
+        out += ["", "## The answer", "", *(f"- {line}" for line in said)]
+    out += ["", "## Claim by claim", "", *markdown(claims_table(lab, summary)[1]), ""]
     out += [
         "A measured ratio is treatment / baseline over paired repeats, with a 95 % Student-t"
         " interval. *Helps* and *hurts*: the interval excludes 1 and the effect exceeds the noise"
         " floor (what the same statistic would show between two copies of one thing). *No effect*:"
         " the interval lies within 3 %, or within that floor where it is at most 5 %. A prediction"
-        " *held* when the interval meets it within its tolerance.",
+        " *held* (yes) when the measured ratio lies within its tolerance; it is *not refuted* where"
+        " no more than the interval reaches there.",
         "",
     ]
     if theirs := published_lines(lab, "claims", {j.claim: j.title for j in summary.judgements}):
@@ -272,10 +291,12 @@ def _lines(
     out += ["## Every point", "", *markdown(points_table(points, lab, summary)[1]), ""]
     out += [
         f"Over {_repeats(lab)} of {lab.window_s:g} s each: means over repeats; percentiles of"
-        " the samples of all repeats together, left out where too few samples support them."
+        " the samples of all repeats together, left out where too few samples support them. TTFT is"
+        " the time to a request's first token, TPOT its time per token after that, ITL the gap"
+        " before each token, E2E the whole request."
         f" Goodput counts requests/s with TTFT up to {number(lab.slo.ttft_s, 's')} and TPOT up to"
-        f" {number(lab.slo.tpot_s, 's')}. MBU and MFU are shares of this machine's measured"
-        " ceilings, decode alone.",
+        f" {number(lab.slo.tpot_s, 's')}. MBU and MFU are the memory bandwidth and the FLOP/s that"
+        " decode used, as shares of this machine's measured ceilings.",
         "",
     ]
     if summary.forecasts:
@@ -314,9 +335,7 @@ def _lines(
     ceilings = ceilings_table(run.machine, run.ceilings)[1]
     if len(ceilings) > 1:
         out += ["This machine's ceilings beside its datasheet:", "", *markdown(ceilings), ""]
-    out += ["## Questions this answers", ""]
-    out += [f"- **{id}** {QUESTIONS[id]}" for id in lab.answers]
-    return out
+    return out[:-1]
 
 
 def _knob(text: str) -> str:
@@ -357,20 +376,14 @@ def notes(run: Run, summary: Summary) -> list[str]:
     return said
 
 
-def answers(summary: Summary, lab: Lab) -> list[str]:
+def claims(summary: Summary) -> list[str]:
     """One sentence a claim."""
-    lines = []
-    for j in summary.judgements:
-        held = {True: "the prediction held", False: "the prediction did not hold", None: ""}
-        predicted_text = f"predicted {j.prediction.value:.2f}x"
-        if j.prediction_held is not None:
-            predicted_text += f", {held[j.prediction_held]}"
-        interval_text = ratio_interval(j)
-        lines.append(
-            f"{j.title}: **{verdict(j)}**, {METRICS[j.metric].title} {ratio_text(j)}"
-            f" ({interval_text}), {predicted_text}."
-        )
-    return lines
+    return [
+        f"{j.title}: **{verdict(j)}**, {METRICS[j.metric].title} {ratio_text(j)}"
+        f" ({ratio_interval(j)}), predicted {j.prediction.value:.2f}x (held:"
+        f" {held(j.effect and j.effect.ratio, j.prediction, j.prediction_held)})."
+        for j in summary.judgements
+    ]
 
 
 def validity_lines(caveats: Sequence[Caveat], lab: Lab, failed: int = 0) -> list[str]:
@@ -404,23 +417,15 @@ def _regime(run: Run, lab: Lab, points: Sequence[Point], summary: Summary) -> li
             f" (ridge: {run.ceilings.ridge_flops_per_byte:,.0f} FLOP/byte); beyond it each further"
             " request lengthens the step in proportion."
         )
-    if "sweep" in lab.plots:
-        swept = [
-            (size, tpot)
-            for point in plots.sweep_points(points)
-            for row in summary.measurements.get(point.key, {}).values()
-            if (size := row.get("batch")) and (tpot := row.get("tpot_mean_s"))
-        ]
-        if len({round(size) for size, _ in swept}) > 2:
-            sizes, tpots = zip(*swept, strict=True)
-            slope, fixed = np.polyfit(sizes, tpots, 1)
-            lines.append(
-                f"Measured: TPOT = {1000 * fixed:.1f} ms + {1000 * slope:.2f} ms x B (least"
-                " squares over the sweep), so throughput would reach half of its limit, 1 / slope"
-                f" = {number(1 / slope, 'tok/s')}, near B = {fixed / slope:.0f}."
-                if slope > 0
-                else "Measured: TPOT did not grow with the batch in this range."
-            )
+    if "sweep" in lab.plots and (line := step_line(points, summary)):
+        fixed, slope = line
+        lines.append(
+            f"Measured: TPOT = {1000 * fixed:.1f} ms + {1000 * slope:.2f} ms x B (least"
+            " squares over the sweep), so throughput would reach half of its limit, 1 / slope"
+            f" = {number(1 / slope, 'tok/s')}, near B = {fixed / slope:.0f}."
+            if slope > 0
+            else "Measured: TPOT did not grow with the batch in this range."
+        )
     return [*lines, ""] if lines else []
 
 

@@ -171,6 +171,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     judgements: list[Judgement]
     forecasts: list[ForecastResult]
     findings: list[Finding] = []
+    answers: dict[str, str] = {}  # id of a question the lab answers -> what this run says to it
     caveats: list[Caveat]
     failed: dict[str, str]
     missing: int  # trials that were never played

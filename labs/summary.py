@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labs.findings import FINDINGS
+from labs.findings import FINDINGS, replies
 from labs.findings.context import Context
 from labs.judge import Caveat, confounded, first_trial_slow, judge, judge_forecast, validity
 from labs.measure import LEAST_SAMPLES, measure, percentile
@@ -101,5 +101,7 @@ def summarise(folder: RunFolder) -> Summary:
             folder.trial_result(p, r) is None for p in points for r in range(1, lab.repeats + 1)
         ),
     )
+    if not run.aa:  # where an engine meets its twin there is nothing to answer
+        summary = summary.model_copy(update={"answers": replies.answer(context, summary)})
     write_json(folder.path / "summary.json", summary)
     return summary

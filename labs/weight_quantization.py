@@ -198,8 +198,8 @@ LAB = Lab(
     dummy=on_random_weights,
     quick={"window_s": 2.5, "repeats": 1, "probes": ("quality-quick",)},
     limits={
-        "cpu": "Quality and bytes carry over; speed does not. This CPU multiplies INT8 in its"
-        " matrix unit but has to unpack 4 bits in software, on every step: W4 saves memory, not"
+        "cpu": "Quality and bytes carry over; speed does not. A CPU has instructions that"
+        " multiply INT8 but has to unpack 4 bits in software, on every step: W4 saves memory, not"
         " time. On a GPU at a batch of one the order is the other way round.",
         "gpu": "One model: larger ones lose less quality at 4 bits. FP8 activations take a GPU of"
         " compute capability 8.9; an older one widens FP8 weights and gains only what it need not"

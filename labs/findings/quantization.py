@@ -197,7 +197,7 @@ def memory_ladder(context: Context) -> Finding:
     capacity = context.mean(tight, "kv_capacity_tokens") or memory / per_token
     eight = points.get("fp8-tight")
     twice = (eight and context.mean(eight, "kv_capacity_tokens")) or 2 * capacity
-    freed = 0.75 * plain.shape.weight_bytes
+    freed = 0.75 * (plain.shape.weight_bytes - 2 * plain.shape.vocab * plain.shape.hidden)
     quarter_gib = 256 * 2**20
     price = _price(context)
     rows = [
@@ -209,7 +209,8 @@ def memory_ladder(context: Context) -> Finding:
          "one request at a time: the whole cache is one prompt's", "arithmetic"],
         ["FP8 KV cache", f"{twice:,.0f} tokens", price, "measured"],
         ["and 4-bit weights", f"{twice + freed / (per_token / 2):,.0f} tokens",
-         "see the weight-quantization lab", "arithmetic: ¾ of the weights' bytes become cache"],
+         "see the weight-quantization lab",
+         "arithmetic: ¾ of the bytes of all weights but the output head become cache"],
         ["and 256 MiB of offload", f"{twice + (freed + quarter_gib) / (per_token / 2):,.0f} tokens",
          "every step copies what was moved out back in", "arithmetic, not run"],
     ]  # fmt: skip
@@ -269,8 +270,8 @@ def weights_table(context: Context) -> Finding:
     lines = [
         "*By bytes* is what decode would gain at one stream if reading weights were all it did. On"
         " an accelerator fewer bytes are fewer microseconds; where unpacking 4-bit weights costs"
-        " arithmetic on every step, as on a CPU, W4 saves memory and not time, and INT8, which the"
-        " matrix unit multiplies directly, wins."
+        " arithmetic on every step, as on a CPU, W4 saves memory and not time, and INT8, for which"
+        " it has instructions, wins."
     ]
     return Finding(title="What the weights weigh, and how fast they are", rows=rows, lines=lines)
 

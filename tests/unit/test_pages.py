@@ -29,7 +29,7 @@ def test_a_machines_page_has_its_claims_and_links_that_lead_there(folder: RunFol
     page = pages.write_machine(folder.path.parent.parent)
     text = page.read_text()
     assert folder.run().machine.describe() in text
-    assert "| On is faster | 2.97x |" in text
+    assert "| On is faster | Output throughput 2.97x |" in text
     link = f"[tiny]({folder.path.relative_to(page.parent)}/report.md)"
     assert text.count(link) >= 3  # the lab's row, its claim's, its question's
     assert "SO-4" in text
@@ -82,7 +82,7 @@ def test_a_stale_page_is_named_until_it_is_written(
     assert pages.stale() == every
     assert pages.write() == every
     assert pages.stale() == []
-    assert "| On is faster | 2.97x |" in readme.read_text()
+    assert "| On is faster | Output throughput 2.97x |" in readme.read_text()
     machine_page.write_text("by hand")
     assert pages.stale() == [machine_page]
 

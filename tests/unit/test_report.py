@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from labs import pages, report, results
-from labs.judge import Caveat, Effect, Interval, Judgement
+from labs.judge import Caveat, Effect, Interval, Judgement, holds
 from labs.lab import Prediction
 from labs.newest import published
 from labs.results import RunFolder, Session, TrialResult, write_json
@@ -128,7 +129,38 @@ def test_report_shows_the_verdict_beside_the_prediction(folder: RunFolder) -> No
     assert [cell.strip() for cell in row.split("|")][2:-1] == [
         "2.97x", "2.85 to 3.10", "2.00x ± 25%", "no", "–", "helps (as claimed)",
     ]  # fmt: skip
-    assert "SO-4" in text
+
+
+def test_report_begins_with_the_questions_and_what_the_run_says_to_them(folder: RunFolder) -> None:
+    lab, summary = folder.run().rebuilt_lab(), folder.summary()
+    (unknown,) = report.replies(lab, summary)
+    assert unknown.endswith("(SO-4) This run has not the figures that would answer it.")
+    known = summary.model_copy(update={"answers": {"SO-4": "Where much is shared."}})
+    assert report.replies(lab, known) == [
+        "**When does prefix caching help most?** (SO-4) Where much is shared."
+    ]
+    assert report.replies(lab.model_copy(update={"aa": True}), known) == []
+    first = re.findall("^## (.*)$", report.write(folder).read_text(), re.MULTILINE)[:2]
+    assert first == ["The answer", "Claim by claim"]
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "kind", "said"),
+    [
+        (2.1, 1.9, 2.3, "point", "yes"),
+        (3.5, 2.4, 5.0, "point", "not refuted"),  # 2 + 25 % is within reach of the interval alone
+        (3.5, 3.0, 4.0, "point", "no"),
+        (2.4, 2.0, 3.0, "ceiling", "yes"),
+        (2.7, 2.4, 3.0, "ceiling", "not refuted"),
+        (3.5, None, None, "point", "–"),
+    ],
+)
+def test_a_wide_interval_bears_no_prediction_out(
+    value: float, low: float | None, high: float | None, kind: Any, said: str
+) -> None:
+    prediction = Prediction(value=2, kind=kind, tolerance=0.25, formula="")
+    measured = Interval(value=value, low=low, high=high, n=3)
+    assert report.held(measured, prediction, holds(prediction, measured)) == said
 
 
 def test_a_claim_without_points_is_named_and_not_lost(folder: RunFolder) -> None:
