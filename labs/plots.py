@@ -21,6 +21,7 @@ from labs.judge import Interval, mean_interval
 from labs.lab import Lab, Point
 from labs.measure import METRICS
 from labs.results import RunFolder, Summary
+from labs.text import short
 from loadtests import records
 from loadtests.records import RequestRecord
 
@@ -82,16 +83,14 @@ def effects(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summa
             ratio.value, row, xerr=error, fmt="o", color=BLUE, capsize=4,
             label="measured, 95 % interval" if row == 0 else None,
         )  # fmt: skip
-    ax.axvline(1, color=GREY, lw=1)
-    ax.set_xscale("log")
-    left, right = ax.get_xlim()
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100) if left <= t <= right]
-    ax.set_xticks(ticks, [f"{t:g}x" for t in ticks])
-    ax.minorticks_off()
-    ax.set_yticks(
-        range(len(found)),
-        [f"{_wrapped(j.title)}\n({METRICS[j.metric].title})" for j in reversed(found)],
-    )
+    _ratio_axis(ax)
+    claims = [j.claim for j in found]
+    wheres = [f", {short(j.treatment, lab)}" * (claims.count(j.claim) > 1) for j in found]
+    names = [
+        f"{_wrapped(j.title)}\n({METRICS[j.metric].title}{where})"
+        for j, where in zip(found, wheres, strict=True)
+    ]
+    ax.set_yticks(range(len(found)), names[::-1])
     ax.set_ylim(-0.6, len(found) - 0.4)
     ax.set_xlabel("treatment / baseline")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
@@ -109,21 +108,27 @@ def ratios(found: Sequence[tuple[str, Interval, bool]], path: Path) -> bool:
             ratio.value, row, xerr=[[ratio.value - low], [high - ratio.value]], fmt="o", ms=4,
             capsize=2, color=ORANGE if differs else BLUE,
         )  # fmt: skip
-    ax.axvline(1, color=GREY, lw=1)
-    ax.set_xscale("log")
-    left, right = ax.get_xlim()
-    steps = (0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 1, 1.1, 1.25, 2, 5, 10, 20)
-    ticks = [t for t in steps if left <= t <= right]
-    if right / left > 8:
-        ticks = [t for t in ticks if t not in (0.8, 0.9, 1.1, 1.25)]
-    ax.set_xticks(ticks, [f"{t:g}x" for t in ticks])
-    ax.minorticks_off()
+    _ratio_axis(ax)
     ax.set_yticks(range(len(found)), [name for name, *_ in reversed(found)], fontsize=7)
     ax.set_ylim(-0.6, len(found) - 0.4)
     ax.set_xlabel("B / A with its 95 % interval (orange: differs)")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     return True
+
+
+WIDE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+NARROW = (0.25, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4)
+
+
+def _ratio_axis(ax: Axes) -> None:
+    """A logarithmic axis with ticks of which several are in sight, and a line at 1."""
+    ax.axvline(1, color=GREY, lw=1)
+    ax.set_xscale("log")
+    left, right = ax.get_xlim()
+    ticks = [t for t in (WIDE if right / left > 8 else NARROW) if left <= t <= right]
+    ax.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    ax.minorticks_off()
 
 
 def _wrapped(title: str, width: int = 34) -> str:
@@ -301,7 +306,10 @@ def roofline(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
 def variants(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
     """The first claim's metric for every variant, workload by workload."""
     metric = METRICS[lab.claims[0].metric]
-    places = list(dict.fromkeys((p.workload.name, str(p.load)) for p in points))
+    measured = [p for p in points if _over_repeats(summary, p, lab.claims[0].metric)]
+    places = list(dict.fromkeys((p.workload.name, str(p.load)) for p in measured))
+    if not places:
+        return None
     scale, unit = (1000.0, "ms") if metric.unit == "s" else (1.0, metric.unit)
     width = 0.8 / len(lab.variants)
     _, ax = plt.subplots(figsize=(1.5 + 1.0 * len(places), 3.4))
