@@ -70,8 +70,9 @@ def throughput_gain(many: Point, one: Point) -> Prediction:
 
 def token_interval(point: Point) -> Prediction:
     """A step, and the prefills of the others that come between two of one's tokens."""
-    context = point.prompt_tokens + point.output_tokens / 2
-    step_s = theory.decode_step_s(point.shape, point.ceilings, point.load.users, context)
+    step_s = theory.decode_step_s(
+        point.shape, point.ceilings, point.load.users, point.context_tokens
+    )
     others = (point.load.users - 1) / point.output_tokens  # prefills a step
     return Prediction(
         value=step_s + others * theory.prefill_s(point.shape, point.ceilings, point.prompt_tokens),

@@ -59,8 +59,7 @@ def capacity_gain(quantized: Point, plain: Point) -> Prediction:
 
 
 def step_s(point: Point) -> float:
-    context = point.prompt_tokens + point.output_tokens / 2
-    kv_bytes = point.load.users * context * point.shape.kv_bytes_per_token(value_bytes(point))
+    kv_bytes = point.kv_bytes(value_bytes(point))
     return theory.forward_s(point.shape, point.ceilings, point.load.users, kv_bytes)
 
 
@@ -78,8 +77,7 @@ def batch_gain(quantized: Point, plain: Point) -> Prediction:
     """Requests that fit at their mean length, of those in flight."""
 
     def running(point: Point) -> float:
-        mean = point.prompt_tokens + point.output_tokens / 2
-        return min(point.load.users, capacity_tokens(point) / mean)
+        return min(point.load.users, capacity_tokens(point) / point.context_tokens)
 
     return Prediction(
         value=running(quantized) / running(plain),

@@ -78,6 +78,16 @@ class Point:
     def output_tokens(self) -> float:
         return sum(o for _, o in self.lengths) / len(self.lengths)
 
+    @property
+    def context_tokens(self) -> float:
+        """Mean over a request's life in decode: its prompt and half its answer."""
+        return self.prompt_tokens + self.output_tokens / 2
+
+    def kv_bytes(self, bytes_per_value: float = 2) -> float:
+        """Keys and values of all that are in flight."""
+        per_token = self.shape.kv_bytes_per_token(bytes_per_value)
+        return self.load.users * self.context_tokens * per_token
+
 
 class Prediction(BaseModel, frozen=True, extra="forbid"):
     """A number written down before measuring, with what it rests on.

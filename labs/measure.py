@@ -149,8 +149,7 @@ def mbu(trial: Trial) -> float | None:
     if not tpot or not size:
         return None
     point = trial.point
-    context = point.prompt_tokens + point.output_tokens / 2
-    moved = theory.decode_bytes(point.shape, size, context)
+    moved = theory.decode_bytes(point.shape, size, point.context_tokens)
     return moved / tpot / point.ceilings.memory_bandwidth_bytes_per_s
 
 
@@ -159,8 +158,7 @@ def flops_per_s(trial: Trial) -> float | None:
     rate, point = output_tokens_per_s(trial), trial.point
     if rate is None:
         return None
-    context = point.prompt_tokens + point.output_tokens / 2
-    return rate * theory.decode_flops(point.shape, 1, context)
+    return rate * theory.decode_flops(point.shape, 1, point.context_tokens)
 
 
 def mfu(trial: Trial) -> float | None:
@@ -174,10 +172,8 @@ def intensity(trial: Trial) -> float | None:
     size, point = batch(trial), trial.point
     if size is None:
         return None
-    context = point.prompt_tokens + point.output_tokens / 2
-    return theory.decode_flops(point.shape, size, context) / theory.decode_bytes(
-        point.shape, size, context
-    )
+    done = theory.decode_flops(point.shape, size, point.context_tokens)
+    return done / theory.decode_bytes(point.shape, size, point.context_tokens)
 
 
 def usd_per_million_tokens(trial: Trial) -> float | None:

@@ -27,7 +27,8 @@ USERS = 8
 
 
 def adapter_bytes(point: Point) -> float:
-    """Of one adapter, at the rank the engine is set to."""
+    """Of one adapter, at the rank the engine is set to: vLLM pads every adapter to its
+    `max-lora-rank`."""
     about = point.about["adapters"]
     rank = int(str(point.variant.flags.get("max-lora-rank", about["rank"])))
     return 2 * float(about["params_per_adapter"]) * rank / float(about["rank"])
@@ -38,8 +39,7 @@ RATE, TPOT = "output_tokens_per_s", "tpot_mean_s"
 
 def step_s(point: Point) -> float:
     """A decode step: weights, KV, and every adapter that is in the batch."""
-    context = point.prompt_tokens + point.output_tokens / 2
-    moved = point.load.users * context * point.shape.kv_bytes_per_token()
+    moved = point.kv_bytes()
     if point.workload.adapters:
         moved += adapter_bytes(point) * min(point.workload.adapters.count, point.load.users)
     return theory.forward_s(point.shape, point.ceilings, point.load.users, moved)

@@ -13,13 +13,14 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
-from labs.findings import quantization, tenants
+from labs.findings import quantization
 from labs.findings import speculation as speculations
 from labs.findings.context import Context
 from labs.findings.replies import concurrency_sweep
 from labs.judge import Interval, mean_interval
 from labs.lab import Lab, Point
 from labs.measure import METRICS
+from labs.multi_lora import adapter_bytes
 from labs.results import RunFolder, Summary
 from labs.text import short
 from loadtests import records
@@ -474,7 +475,7 @@ def preemption(
         capacity = _over_repeats(summary, of[0], "kv_capacity_tokens")
         if capacity:
             axes[1].axvspan(
-                capacity.value / full, capacity.value / (full - of[0].output_tokens / 2),
+                capacity.value / full, capacity.value / of[0].context_tokens,
                 color=colour, alpha=0.15, lw=0, label=f"predicted onset, {name}",
             )  # fmt: skip
     for ax, label in ((axes[0], "requests in decode, mean"), (axes[1], "preemptions a trial")):
@@ -507,9 +508,7 @@ def adapters(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
     base = next((p for p in points if p.variant.name == "base"), None)
     level = _over_repeats(summary, base, "output_tokens_per_s") if base else None
     if level:
-        shares = [
-            1 + n * tenants.adapter_bytes(p) / p.shape.weight_bytes if n else 1.0 for n, p in of
-        ]
+        shares = [1 + n * adapter_bytes(p) / p.shape.weight_bytes if n else 1.0 for n, p in of]
         ax.plot(x, [level.value / s for s in shares], "--", color=ORANGE,
                 label="base / bytes of the active adapters")  # fmt: skip
         ax.plot([-0.35], [level.value], "D", color=GREY, label="engine without LoRA")

@@ -34,11 +34,10 @@ def config(point: Point) -> dict[str, Any]:
 
 def verify_cost(point: Point) -> float:
     """v = t(B (g + 1)) / t(B) on the roofline."""
-    batch, context = point.load.users, point.prompt_tokens + point.output_tokens / 2
-    kv_bytes = batch * context * point.shape.kv_bytes_per_token()
-    tokens = batch * (1 + config(point)["num_speculative_tokens"])
+    tokens = point.load.users * (1 + config(point)["num_speculative_tokens"])
     step_s, verify_s = (
-        theory.forward_s(point.shape, point.ceilings, n, kv_bytes) for n in (batch, tokens)
+        theory.forward_s(point.shape, point.ceilings, n, point.kv_bytes())
+        for n in (point.load.users, tokens)
     )
     return verify_s / step_s
 

@@ -23,9 +23,7 @@ from serving import metrics
 
 
 def step_s(point: Point) -> float:
-    context = point.prompt_tokens + point.output_tokens / 2
-    kv_bytes = point.load.users * context * point.shape.kv_bytes_per_token()
-    return theory.forward_s(point.shape, point.ceilings, point.load.users, kv_bytes)
+    return theory.forward_s(point.shape, point.ceilings, point.load.users, point.kv_bytes())
 
 
 def by_bytes(quantized: Point, plain: Point) -> Prediction:

@@ -127,13 +127,14 @@ def preemption(context: Context) -> Finding:
     for name, counts in onset.items():
         point = next(p for p in mine if p.variant.name == name)
         capacity = context.mean(point, "kv_capacity_tokens") or 0.0
-        full, half = point.prompt_tokens + point.output_tokens, point.output_tokens / 2
+        full = point.prompt_tokens + point.output_tokens
         first = next((n for n, thrown in sorted(counts) if thrown), None)
         calm = max((n for n, _ in counts if first and n < first), default=0)
         lines.append(
             f"`{name}`: {capacity:,.0f} tokens hold {capacity / full:.1f} requests at their longest"
-            f" and {capacity / (full - half):.1f} at their mean length, so preemption was predicted"
-            f" to begin between those; there was none at {calm} in flight, and some at {first}."
+            f" and {capacity / point.context_tokens:.1f} at their mean length, so preemption was"
+            f" predicted to begin between those; there was none at {calm} in flight, and some at"
+            f" {first}."
             if first
             else f"`{name}`: no preemption up to {max(n for n, _ in counts)} in flight."
         )
@@ -147,7 +148,7 @@ def context_slope(context: Context) -> Finding:
     lines = []
     for variant in context.lab.variants:
         at = [
-            (p.prompt_tokens + p.output_tokens / 2, row["tpot_mean_s"])
+            (p.context_tokens, row["tpot_mean_s"])
             for p in context.points
             if p.variant.name == variant.name and p.workload.name in ("near", "far")
             for row in context.values.get(p.key, {}).values()

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from labs import theory
-from labs.findings import quantization, speculation, tenants
+from labs.findings import quantization, speculation
 from labs.findings.context import Context
 from labs.judge import Judgement
 from labs.lab import Point
+from labs.multi_lora import adapter_bytes
 from labs.quality import gate
 from labs.results import Summary
 from labs.text import number
@@ -448,7 +449,7 @@ def many_adapters(told: Told) -> str | None:
     one = told.ratio("one")
     if point is None or not one:
         return None
-    base, each = point.shape.weight_bytes, tenants.adapter_bytes(point)
+    base, each = point.shape.weight_bytes, adapter_bytes(point)
     return (
         f"Eight tenants on one engine take {(base + 8 * each) / 1e9:.2f} GB of weights, with a"
         f" server each {8 * base / 1e9:.2f}. With adapters applied throughput is {one} the base's."

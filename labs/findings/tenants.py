@@ -7,7 +7,7 @@ from scipy import stats
 
 from labs.findings.context import Context
 from labs.judge import effect
-from labs.lab import Point
+from labs.multi_lora import adapter_bytes
 from labs.results import Finding
 from labs.text import number, short
 from serving.adapters import mark_of, marks_in
@@ -121,13 +121,6 @@ def adapter_cost(context: Context) -> Finding:
         " matrices once a token, so that prefill and rank are dear.",
     ]
     return Finding(title="What does an adapter cost?", rows=rows, lines=lines)
-
-
-def adapter_bytes(point: Point) -> float:
-    """At the rank the engine is set to: vLLM pads every adapter to its `max-lora-rank`."""
-    about = point.about["adapters"]
-    rank = int(str(point.variant.flags["max-lora-rank"]))
-    return 2 * float(about["params_per_adapter"]) * rank / float(about["rank"])
 
 
 def tenant_memory(context: Context) -> Finding:
