@@ -6,7 +6,7 @@ Nothing is computed here that a verdict rests on; numbers come from summary.json
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,15 +101,38 @@ def predictions_table(lab: Lab, predictions: Predictions) -> Table:
     return "Predicted, before any engine starts", rows
 
 
-def formulas(predictions: Predictions) -> list[str]:
-    """Each formula once, with its source and what it assumes."""
-    every = [p for group in (predictions.effects, predictions.forecasts) for p in group.values()]
-    seen = {p.formula: p for by_place in every for p in by_place.values()}
-    return [
-        f"`{p.formula}` ({p.source})"
-        + (f"; assumes: {'; '.join(p.assumptions)}" if p.assumptions else "")
-        for p in seen.values()
+def formulas(lab: Lab, predictions: Predictions) -> list[str]:
+    """Each formula once: what it predicts, its source, what it assumes.
+
+    What is assumed for one claim and not for another stands with the claim's title.
+    """
+    made = [
+        (f"{METRICS[c.metric].title}, treatment / baseline", c.title, p)
+        for c in lab.claims
+        for p in predictions.effects[c.name].values()
+    ] + [
+        (METRICS[f.metric].title, "", p)
+        for f in lab.forecasts
+        for p in predictions.forecasts[f.name].values()
     ]
+    found: dict[tuple[str, str, str], list[tuple[str, Prediction]]] = {}
+    for what, title, p in made:
+        found.setdefault((what, p.formula, p.source), []).append((title, p))
+    lines = []
+    for (what, formula, source), uses in found.items():
+        every = [p.assumptions for _, p in uses]
+        shared = [text for text in every[0] if all(text in other for other in every)]
+        own = {
+            f"for *{title}* {text}": None for title, p in uses for text in p.assumptions
+            if text not in shared
+        }  # fmt: skip
+        assumed = "; ".join([*shared, *own])
+        lines.append(
+            f"{what}: `{formula}`"
+            + (f" ({source})" if source else "")
+            + (f"; assumes: {assumed}" if assumed else "")
+        )
+    return lines
 
 
 def replies(lab: Lab, summary: Summary) -> list[str]:
@@ -270,72 +293,116 @@ def _lines(
     drawn: dict[str, str],
 ) -> list[str]:
     weights = ", with random weights" if run.dummy else ""
-    out = [f"# {lab.title} on {run.machine.describe()}{weights}", "", f"*{lab.question}*", ""]
-    out += [f"> **{note}**" for note in notes(run, summary)]
-    if said := replies(lab, summary):
-        out += ["", "## The answer", "", *(f"- {line}" for line in said)]
-    out += ["", "## Claim by claim", "", *markdown(claims_table(lab, summary)[1]), ""]
-    out += [
-        "A measured ratio is treatment / baseline over paired repeats, with a 95 % Student-t"
-        " interval. *Helps* and *hurts*: the interval excludes 1 and the effect exceeds the noise"
-        " floor (what the same statistic would show between two copies of one thing). *No effect*:"
-        " the interval lies within 3 %, or within that floor where it is at most 5 %. A prediction"
-        " *held* (yes) when the measured ratio lies within its tolerance; it is *not refuted* where"
-        " no more than the interval reaches there.",
-        "",
-    ]
-    if theirs := published_lines(lab, "claims", {j.claim: j.title for j in summary.judgements}):
-        out += [f"{THEIRS}:", "", *theirs, ""]
-    for name, caption in drawn.items():
-        out += [f"![{caption}]({name}.svg)", "", caption, ""]
-    out += ["## Every point", "", *markdown(points_table(points, lab, summary)[1]), ""]
-    out += [
-        f"Over {_repeats(lab)} of {lab.window_s:g} s each: means over repeats; percentiles of"
-        " the samples of all repeats together, left out where too few samples support them. TTFT is"
-        " the time to a request's first token, TPOT its time per token after that, ITL the gap"
-        " before each token, E2E the whole request."
-        f" Goodput counts requests/s with TTFT up to {number(lab.slo.ttft_s, 's')} and TPOT up to"
-        f" {number(lab.slo.tpot_s, 's')}. MBU and MFU are the memory bandwidth and the FLOP/s that"
-        " decode used, as shares of this machine's measured ceilings.",
-        "",
-    ]
-    if summary.forecasts:
-        out += ["## Predicted beside measured", "", *markdown(forecasts_table(lab, summary)[1])]
-        out += ["", *_regime(run, lab, points, summary)]
-        out += [f"- {line}" for line in formulas(folder.predictions())]
-        out += [""]
-        titles = {f.name: METRICS[f.metric].title for f in lab.forecasts}
-        if theirs := published_lines(lab, "forecasts", titles):
-            out += [f"{THEIRS}:", "", *theirs, ""]
-    for name, finding in zip(lab.findings, summary.findings, strict=True):
-        out += [f"## {finding.title}", ""]
-        out += [*markdown(finding.rows), ""] if finding.rows else []
-        out += [f"- {line}" for line in finding.lines]
-        out += [*published_lines(lab, "findings", {name: "published by others"}), ""]
     agreement, ttft = agreement_table(folder)[1], ttft_table(points, lab, summary)[1]
-    if len(agreement) > 1:
-        out += ["## Do client and server agree?", "", *markdown(agreement), ""]
-    if len(ttft) > 1:
-        out += [
-            "TTFT from the send, every request of the trial, warm-up included; the client's is"
-            " larger by transport, HTTP parsing and tokenizing:",
-            "",
-            *markdown(ttft),
-            "",
-        ]
-    out += ["## Validity", "", *validity_lines(summary.caveats, lab, len(summary.failed)), ""]
-    if summary.failed:
-        out += ["Trials that failed (their figures are missing, not zero):", ""]
-        out += [f"- `{key}`: {why.splitlines()[0]}" for key, why in summary.failed.items()] + [""]
-    if limits := lab.limits.get(run.machine.kind):
-        out += ["## What this machine can and cannot show", "", limits, ""]
-    if lab.next_knobs:
-        out += ["## What to turn next", "", *(f"- {_knob(k)}" for k in lab.next_knobs), ""]
-    out += ["## How it was measured", "", *_method(folder, run, lab), ""]
     ceilings = ceilings_table(run.machine, run.ceilings)[1]
-    if len(ceilings) > 1:
-        out += ["This machine's ceilings beside its datasheet:", "", *markdown(ceilings), ""]
-    return out[:-1]
+    parts = [
+        [f"# {lab.title} on {run.machine.describe()}{weights}", "", f"*{lab.question}*", ""],
+        _blocks([f"> **{note}**" for note in notes(run, summary)]),
+        _section("The answer", _bullets(replies(lab, summary))),
+        _section(
+            "Claim by claim",
+            markdown(claims_table(lab, summary)[1]),
+            [VERDICTS],
+            *_published(lab, "claims", {j.claim: j.title for j in summary.judgements}),
+            *(block for name, caption in drawn.items()
+              for block in ([f"![{caption}]({name}.svg)"], [caption])),
+        ),
+        _section(
+            "Every point", markdown(points_table(points, lab, summary)[1]), [_figures(lab)]
+        ),
+        _section(
+            "Predicted beside measured",
+            markdown(forecasts_table(lab, summary)[1]) if summary.forecasts else [],
+            _regime(run, lab, points, summary),
+            _bullets(formulas(lab, folder.predictions())),
+            *_published(
+                lab, "forecasts", {f.name: METRICS[f.metric].title for f in lab.forecasts}
+            ),
+        ),
+        *(
+            _section(
+                finding.title,
+                markdown(finding.rows) if finding.rows else [],
+                [
+                    *_bullets(finding.lines),
+                    *published_lines(lab, "findings", {name: "published by others"}),
+                ],
+            )
+            for name, finding in zip(lab.findings, summary.findings, strict=True)
+        ),
+        _section(
+            "Do client and server agree?",
+            markdown(agreement) if len(agreement) > 1 else [],
+            *([[TTFT_TWICE], markdown(ttft)] if len(ttft) > 1 else []),
+        ),
+        _section(
+            "Validity",
+            validity_lines(summary.caveats, lab, len(summary.failed)),
+            ["Trials that failed (their figures are missing, not zero):"] if summary.failed else [],
+            _bullets(f"`{key}`: {why.splitlines()[0]}" for key, why in summary.failed.items()),
+        ),
+        _section(
+            "What this machine can and cannot show",
+            [limits] if (limits := lab.limits.get(run.machine.kind)) else [],
+        ),
+        _section("What to turn next", _bullets(_knob(k) for k in lab.next_knobs)),
+        _section(
+            "How it was measured",
+            _method(folder, run, lab),
+            *(
+                [["This machine's ceilings beside its datasheet:"], markdown(ceilings)]
+                if len(ceilings) > 1
+                else []
+            ),
+        ),
+    ]  # fmt: skip
+    return [line for part in parts for line in part][:-1]
+
+
+VERDICTS = (
+    "A measured ratio is treatment / baseline over paired repeats, with a 95 % Student-t interval."
+    " *Helps* and *hurts*: the interval excludes 1 and the effect exceeds the noise floor (what the"
+    " same statistic would show between two copies of one thing). *No effect*: the interval lies"
+    " within 3 %, or within that floor where it is at most 5 %. A prediction *held* (yes) when the"
+    " measured ratio lies within its tolerance; it is *not refuted* where no more than the interval"
+    " reaches there."
+)
+TTFT_TWICE = (
+    "TTFT from the send, every request of the trial, warm-up included; the client's is larger by"
+    " transport, HTTP parsing and tokenizing:"
+)
+
+
+def _figures(lab: Lab) -> str:
+    """What the columns of every point are."""
+    return (
+        f"Over {_repeats(lab)} of {lab.window_s:g} s each: means over repeats; percentiles of the"
+        " samples of all repeats together, left out where too few samples support them. TTFT is the"
+        " time to a request's first token, TPOT its time per token after that, ITL the gap before"
+        " each token, E2E the whole request. Goodput counts requests/s with TTFT up to"
+        f" {number(lab.slo.ttft_s, 's')} and TPOT up to {number(lab.slo.tpot_s, 's')}. MBU and MFU"
+        " are the memory bandwidth and the FLOP/s that decode used, as shares of this machine's"
+        " measured ceilings."
+    )
+
+
+def _published(lab: Lab, part: published.Part, titles: Mapping[str, str]) -> list[list[str]]:
+    lines = published_lines(lab, part, titles)
+    return [[f"{THEIRS}:"], lines] if lines else []
+
+
+def _section(title: str, *blocks: Sequence[str]) -> list[str]:
+    """A heading and what stands under it, or nothing where there is nothing to say."""
+    body = _blocks(*blocks)
+    return [f"## {title}", "", *body] if body else []
+
+
+def _blocks(*blocks: Sequence[str]) -> list[str]:
+    return [line for block in blocks if block for line in (*block, "")]
+
+
+def _bullets(lines: Iterable[str]) -> list[str]:
+    return [f"- {line}" for line in lines]
 
 
 def _knob(text: str) -> str:
@@ -426,7 +493,7 @@ def _regime(run: Run, lab: Lab, points: Sequence[Point], summary: Summary) -> li
             if slope > 0
             else "Measured: TPOT did not grow with the batch in this range."
         )
-    return [*lines, ""] if lines else []
+    return lines
 
 
 def _method(folder: RunFolder, run: Run, lab: Lab) -> list[str]:

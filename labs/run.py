@@ -46,7 +46,7 @@ def run(request: Request, teller: Teller) -> RunFolder:
         if not (folder.path / "predictions.json").exists():  # what was said before stays said
             write_json(folder.path / "predictions.json", predictions)
         teller.show(*report.predictions_table(setup.lab, predictions))
-        for formula in report.formulas(predictions):
+        for formula in report.formulas(setup.lab, predictions):
             teller.step(formula)
         stage = Stage(setup, folder, work, teller)
         with stage:

@@ -12,10 +12,10 @@ from labs import pages, report, results
 from labs.judge import Caveat, Effect, Interval, Judgement, holds
 from labs.lab import Prediction
 from labs.newest import published
-from labs.results import RunFolder, Session, TrialResult, write_json
+from labs.results import Predictions, RunFolder, Session, TrialResult, write_json
 from labs.summary import summarise
 from labs.text import number, short
-from tests.unit.builders import PREDICTION, make_lab, write_run
+from tests.unit.builders import PREDICTION, make_claim, make_lab, write_run
 
 
 @pytest.fixture
@@ -142,6 +142,25 @@ def test_report_begins_with_the_questions_and_what_the_run_says_to_them(folder: 
     assert report.replies(lab.model_copy(update={"aa": True}), known) == []
     first = re.findall("^## (.*)$", report.write(folder).read_text(), re.MULTILINE)[:2]
     assert first == ["The answer", "Claim by claim"]
+
+
+def test_each_formula_is_told_once_with_what_one_claim_alone_assumes() -> None:
+    def predicts(*assumptions: str) -> dict[str, Prediction]:
+        made = Prediction(
+            value=1, tolerance=0, formula="2 x", source="Euclid", assumptions=assumptions
+        )
+        return {"a|b": made}
+
+    lab = make_lab(claims=(make_claim(), make_claim(name="more", title="On is more")))
+    effects = {"faster": predicts("flat", "a = 1"), "more": predicts("flat", "a = 2")}
+    assert report.formulas(lab, Predictions(effects=effects, forecasts={})) == [
+        "Output throughput, treatment / baseline: `2 x` (Euclid); assumes: flat;"
+        " for *On is faster* a = 1; for *On is more* a = 2"
+    ]
+
+
+def test_a_report_without_forecasts_has_its_formulas_all_the_same(folder: RunFolder) -> None:
+    assert "treatment / baseline: `by hand`" in report.write(folder).read_text()
 
 
 @pytest.mark.parametrize(
