@@ -295,11 +295,13 @@ def _explain(effect: Effect, outcome: Outcome) -> str:
         return "one repeat gives no interval: ask for more with SET=repeats=3"
     if outcome == "inconclusive":
         more = repeats_to_decide(effect)
-        need = f"about {more} repeats" if more else f"more than {MOST_REPEATS} repeats"
+        need = f"more than {MOST_REPEATS} repeats would settle it"
+        if more:
+            need = f"about {more} repeats would settle it (SET=repeats={more})"
         what = "the interval neither excludes 1 nor lies near it"
         if effect.ratio.low > 1 or (effect.ratio.high or 1) < 1:
             what = f"the effect does not exceed the noise floor of {effect.floor or 0:.0%}"
-        return f"{what}; {need} would settle it"
+        return f"{what}; {need}"
     return f"noise floor {effect.floor or 0:.1%}"
 
 

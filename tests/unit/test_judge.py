@@ -284,7 +284,7 @@ def test_prediction_is_judged_apart_from_the_claim() -> None:
 
 def test_inconclusive_says_how_many_repeats_would_settle_it() -> None:
     values = rates(on=[120.0, 140.0, 100.0], off=[100.0, 100.0, 100.0])
-    assert "about 8 repeats would settle it" in judged(values).why
+    assert "about 8 repeats would settle it (SET=repeats=8)" in judged(values).why
 
 
 def test_inconclusive_never_asks_for_as_few_repeats_as_there_are() -> None:
