@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from scipy import stats
 
@@ -141,10 +142,26 @@ def preemption(context: Context) -> Finding:
     return Finding(title="Where does preemption begin?", rows=rows, lines=lines)
 
 
+@dataclass(frozen=True)
+class Line:
+    """TPOT over context, fitted: seconds, seconds a token and their standard error."""
+
+    intercept: float
+    slope: float
+    error: float
+    freedom: int
+
+    @staticmethod
+    def reach(error: float, freedom: int) -> float:
+        """Half of the 95 % interval; infinite where as many points as parameters were fitted."""
+        return error * float(stats.t.ppf(0.975, freedom)) if freedom else math.inf
+
+
 def context_slope(context: Context) -> Finding:
     """TPOT as a line over the context, and where the quantized cache breaks even."""
-    rows = [["Variant", "TPOT at no context", "A thousand tokens more", "KV bytes a token"]]
-    fits: dict[str, tuple[float, float]] = {}
+    rows = [["Variant", "TPOT at no context", "A thousand tokens more", "95 % interval",
+             "KV bytes a token"]]  # fmt: skip
+    fits: dict[str, Line] = {}
     lines = []
     for variant in context.lab.variants:
         at = [
@@ -157,22 +174,28 @@ def context_slope(context: Context) -> Finding:
         if len({x for x, _ in at}) < 2:
             continue
         fit = stats.linregress([x for x, _ in at], [y for _, y in at])
-        fits[variant.name] = (float(fit.intercept), float(fit.slope))
+        line = Line(float(fit.intercept), float(fit.slope), float(fit.stderr), len(at) - 2)
+        fits[variant.name] = line
+        reach = line.reach(line.error, line.freedom)
+        low, high = (number(1000 * (line.slope + s * reach), "s") for s in (-1, 1))
         quantized = str(context.lab.flags_of(variant)["kv-cache-dtype"]).startswith("fp8")
         point = next(p for p in context.points if p.variant.name == variant.name)
         per_token = point.shape.kv_bytes_per_token(1 if quantized else 2)
         rows.append(
-            [variant.name, number(float(fit.intercept), "s"),
-             number(1000 * float(fit.slope), "s"), f"{per_token:,.0f}"]
+            [variant.name, number(line.intercept, "s"), number(1000 * line.slope, "s"),
+             f"{low} to {high}" if line.freedom else "–", f"{per_token:,.0f}"]
         )  # fmt: skip
     base = context.lab.variants[0].name
-    for name, (intercept, slope) in fits.items():
+    for name, line in fits.items():
         if name == base or base not in fits:
             continue
-        ratio, gap = slope / fits[base][1], intercept - fits[base][0]
-        gain = fits[base][1] - slope
-        text = f"`{name}`: {ratio:.0%} of the slope of `{base}` (bytes say 50 %)"
-        if gain <= 0:
+        plain = fits[base]
+        gap, gain = line.intercept - plain.intercept, plain.slope - line.slope
+        error, freedom = math.hypot(line.error, plain.error), line.freedom + plain.freedom
+        text = f"`{name}`: {line.slope / plain.slope:.0%} of the slope of `{base}` (bytes say 50 %)"
+        if abs(gain) <= line.reach(error, freedom):
+            text += "; the repeats vary too much to tell the two slopes apart."
+        elif gain <= 0:
             text += "; it never breaks even: reading less does not pay for widening here."
         elif gap <= 0:
             text += "; ahead at every context."

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from labs.answers import Answers, Passage, Reply
@@ -322,8 +323,23 @@ def test_where_a_quantized_cache_breaks_even(
     })  # fmt: skip
     finding = quantization.context_slope(run)
     assert finding.lines[0].startswith(f"`fp8`: {said}")
-    assert cells(finding, 0, 2, 3)[0] == ["bf16", "10 ms", "32"]
-    assert cells(finding, 3) == [["32"], ["16"]]
+    assert cells(finding, 0, 2, 3, 4)[0] == ["bf16", "10 ms", "10 ms to 10 ms", "32"]
+    assert cells(finding, 4) == [["32"], ["16"]]
+
+
+@pytest.mark.parametrize("far_ms", [(18.0, 24.0), 21.0])
+def test_slopes_within_their_noise_are_not_told_apart(far_ms: Any, tmp_path: Path) -> None:
+    """The second time with one repeat, that has no noise to go by."""
+    run = caches(tmp_path, {
+        f"{variant}/{workload}/concurrent-1": {"tpot_mean_s": np.divide(ms, 1000).tolist()}
+        for variant, far in (("bf16", 20.0), ("fp8", far_ms))
+        for workload, ms in (("near", 10.0), ("far", far))
+    })  # fmt: skip
+    if far_ms == 21.0:
+        one = {k: {1: of[1]} for k, of in run.values.items()}
+        run = replace(run, values=one)
+    (line, *_) = quantization.context_slope(run).lines
+    assert "the repeats vary too much to tell the two slopes apart" in line
 
 
 def test_the_memory_ladder_climbs(tmp_path: Path) -> None:
