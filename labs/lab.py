@@ -538,7 +538,10 @@ def _sentence(error: ValidationError, fields: Mapping[str, Any]) -> str:
     at: Any = fields
     steps = []
     for step in first["loc"]:
-        at = at[step] if isinstance(at, dict | list | tuple) else None
+        if isinstance(at, dict):
+            at = at.get(step)
+        else:
+            at = at[step] if isinstance(at, list | tuple) and isinstance(step, int) else None
         steps.append(str(at["name"] if isinstance(at, dict) and isinstance(step, int) else step))
     given = textwrap.shorten(repr(first["input"]), 80, placeholder=" ..")
     return f"{'.'.join(steps)}: {said} (given {given})"

@@ -12,7 +12,7 @@ from labs.judge import Judgement
 from labs.measure import METRICS
 from labs.newest import published
 from labs.questions import QUESTIONS
-from labs.report import ceilings_text, held, markdown, ratio_interval, ratio_text, verdict
+from labs.report import ceilings_text, claim_held, markdown, ratio_interval, ratio_text, verdict
 from labs.reproduction import FILED
 from labs.results import Run, RunFolder, all_runs
 from labs.text import number
@@ -261,14 +261,9 @@ def _claim(folder: RunFolder, judgement: Judgement, seen_from: Path) -> list[str
         f"{METRICS[judgement.metric].title} {ratio_text(judgement)}",
         ratio_interval(judgement),
         f"{number(judgement.prediction.value)}x",
-        _held(judgement),
+        claim_held(judgement),
         verdict(judgement),
     ]
-
-
-def _held(judgement: Judgement) -> str:
-    measured = judgement.effect and judgement.effect.ratio
-    return held(measured, judgement.prediction, judgement.prediction_held)
 
 
 def _machine(runs: Sequence[RunFolder]) -> str:
@@ -282,7 +277,7 @@ def _machine(runs: Sequence[RunFolder]) -> str:
     ]
     for folder in runs:
         run, session, summary = folder.run(), folder.session(), folder.summary()
-        told = [_held(j) for j in summary.judgements if j.prediction_held is not None]
+        told = [claim_held(j) for j in summary.judgements if j.prediction_held is not None]
         rows.append(
             [
                 f"[{run.lab['name']}]({os.path.relpath(folder.path / 'report.md', here)})"

@@ -155,7 +155,7 @@ def claims_table(lab: Lab, summary: Summary) -> Table:
                 ratio_text(j),
                 ratio_interval(j),
                 f"{j.prediction.value:.2f}x{tolerance}",
-                held(j.effect and j.effect.ratio, j.prediction, j.prediction_held),
+                claim_held(j),
                 "; ".join(p.figure for p in theirs) or "–",
                 verdict(j),
             ]
@@ -168,6 +168,11 @@ def held(measured: Interval | None, prediction: Prediction, agrees: bool | None)
     if not agrees or measured is None or holds_at(prediction, measured.value):
         return yes(agrees)
     return "not refuted"
+
+
+def claim_held(judgement: Judgement) -> str:
+    measured = judgement.effect.ratio if judgement.effect else None
+    return held(measured, judgement.prediction, judgement.prediction_held)
 
 
 def published_lines(lab: Lab, part: published.Part, titles: Mapping[str, str]) -> list[str]:
@@ -448,7 +453,7 @@ def claims(summary: Summary) -> list[str]:
     return [
         f"{j.title}: **{verdict(j)}**, {METRICS[j.metric].title} {ratio_text(j)}"
         f" ({ratio_interval(j)}), predicted {j.prediction.value:.2f}x (held:"
-        f" {held(j.effect and j.effect.ratio, j.prediction, j.prediction_held)})."
+        f" {claim_held(j)})."
         for j in summary.judgements
     ]
 

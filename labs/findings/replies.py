@@ -17,7 +17,7 @@ from labs.findings.context import Context
 from labs.judge import Judgement
 from labs.lab import Point
 from labs.multi_lora import adapter_bytes
-from labs.quality import gate
+from labs.quality import QualityFigure, compare, gate
 from labs.results import Summary
 from labs.text import number
 from loadtests.arrivals import Arrival
@@ -92,7 +92,8 @@ def step_line(points: Sequence[Point], summary: Summary) -> tuple[float, float] 
     ]
     if len({round(size) for size, _ in sweep}) < 3:
         return None
-    slope, fixed = np.polyfit(*zip(*sweep, strict=True), 1)
+    sizes, tpots = zip(*sweep, strict=True)
+    slope, fixed = np.polyfit(sizes, tpots, 1)
     return float(fixed), float(slope)
 
 
@@ -323,7 +324,7 @@ def kv_in_8_bits(told: Told) -> str | None:
     return f"{', '.join(said)}. Quality: {_quality(figures)}." if figures else ", ".join(said) + "."
 
 
-def _quality(figures: list[quantization.QualityFigure]) -> str:
+def _quality(figures: list[QualityFigure]) -> str:
     overall = {f.name: f.value for f in figures if f.where == ""}
     return (
         f"perplexity {overall['perplexity_ratio'] - 1:+.1%}, needles found"
@@ -397,7 +398,7 @@ def quality_gate(told: Told) -> str | None:
     twice = quantization.asked(told.context, base)
     gates = ", ".join(f"`{name}` {gate(figures)[0]}" for name, figures in found.items())
     again = (
-        f" {base} asked twice: {gate(quantization.compare(twice[0], twice[1]))[0]}, which is what a"
+        f" {base} asked twice: {gate(compare(twice[0], twice[1]))[0]}, which is what a"
         " gate without false alarms says."
         if len(twice) > 1
         else ""

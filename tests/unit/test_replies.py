@@ -23,7 +23,8 @@ from tests.unit.test_findings import context, played
 
 def told(found: Context, judgements: Sequence[Judgement] = ()) -> Told:
     return Told(found, Summary(
-        measurements={k: dict(of) for k, of in found.values.items()}, pooled={},
+        measurements={k: {r: dict(row) for r, row in of.items()} for k, of in found.values.items()},
+        pooled={},
         judgements=list(judgements), forecasts=[], caveats=[], failed={}, missing=0,
     ))  # fmt: skip
 
