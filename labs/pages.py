@@ -255,8 +255,9 @@ CLAIM_COLUMNS = ["Lab", "Claim", "Effect", "95 % interval", "Predicted", "Held",
 
 def _claim(folder: RunFolder, judgement: Judgement, seen_from: Path) -> list[str]:
     run, path = folder.run(), os.path.relpath(folder.path / "report.md", seen_from)
+    earlier = " (the lab has other knobs by now)" if manifest.is_stale(run) else ""
     return [
-        f"[{run.lab['name']}]({path}){_marks(run)}",
+        f"[{run.lab['name']}]({path}){_marks(run)}{earlier}",
         judgement.title,
         f"{METRICS[judgement.metric].title} {ratio_text(judgement)}",
         ratio_interval(judgement),

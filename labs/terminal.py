@@ -105,8 +105,9 @@ def show(title: str, rows: Sequence[Sequence[str]]) -> None:
 
 
 def plain(markdown_line: str) -> str:
-    """Markdown's bold as the terminal's."""
-    return re.sub(r"\*\*(.+?)\*\*", r"[bold]\1[/]", escape(markdown_line))
+    """Markdown's bold and italics as the terminal's."""
+    bold = re.sub(r"\*\*(.+?)\*\*", r"[bold]\1[/]", escape(markdown_line))
+    return re.sub(r"(?<!\w)\*(\S[^*]*)\*(?!\w)", r"[italic]\1[/]", bold)
 
 
 def minutes(seconds: float) -> str:

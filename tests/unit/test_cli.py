@@ -18,7 +18,7 @@ from labs import LABS, backfill, cli, results, watching
 from labs.cli import app
 from labs.lab import LabError, NotApplicable
 from labs.questions import QUESTIONS
-from labs.terminal import plainly
+from labs.terminal import plain, plainly
 from serving.models import ROOT
 from tests.unit.builders import write_run, write_slowed
 
@@ -284,3 +284,9 @@ def test_loopback_is_asked_directly_where_there_is_a_proxy(
     with plainly():
         assert not requests.utils.get_environ_proxies("http://127.0.0.1:9090/")
         assert bool(requests.utils.get_environ_proxies("http://example.org/")) is not bool(spared)
+
+
+def test_markdown_is_emphasis_on_a_terminal() -> None:
+    assert plain("**a** [b], *c d* and 2 * 3 * 4") == (
+        r"[bold]a[/] \[b], [italic]c d[/] and 2 * 3 * 4"
+    )

@@ -101,8 +101,13 @@ def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
     assert linked[1][2].startswith(f"[{row[2]}]({folder.run().machine.slug}/tiny/")
     monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(window_s=5)})
     assert {row[-2] for row in pages.leaderboard()[1:]} == {"**stale**"}
+    home = folder.path.parent.parent
+    assert (
+        "(the lab has other knobs by now) | On is faster" in pages.write_machine(home).read_text()
+    )
     monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(title="Said better")})
     assert {row[-2] for row in pages.leaderboard()[1:]} == {"the same"}
+    assert "other knobs" not in pages.write_machine(home).read_text()
 
 
 def test_a_reproduction_displaces_no_published_run(folder: RunFolder) -> None:
