@@ -249,32 +249,3 @@ def _outcome(figure: QualityFigure, margin: Margin) -> Outcome:
 
 
 # ----------------------------------------------------------------------------------------- table
-
-
-def figures_table(
-    figures: Sequence[QualityFigure], again: Sequence[QualityFigure] | None = None
-) -> list[list[str]]:
-    """Rows of text, the header first; `again` is the baseline compared with itself."""
-    rows = [["Figure", "Value", "95 % interval", "n", "McNemar's p", "Source"]]
-    for f in figures:
-        known = f.low is not None and f.high is not None
-        rows.append(
-            [
-                f.name.replace("_", " ") + (f", {f.where}" if f.where else ""),
-                _number(f.value) + (f" {f.unit}" if f.unit != "1" else ""),
-                f"{_number(f.low)} to {_number(f.high)}" if known else "–",
-                f"{f.n:,}",
-                _number(f.p_value, 2),
-                f.source,
-            ]
-        )
-    if again is not None:
-        alarms = {(f.name, f.where): f.value for f in again}
-        column = [_number(alarms.get((f.name, f.where))) for f in figures]
-        for row, cell in zip(rows, ["Baseline again", *column], strict=True):
-            row.insert(3, cell)
-    return rows
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None else f"{value:.{digits}g}"

@@ -9,7 +9,7 @@ from scipy import stats
 
 from labs.answers import Answers
 from labs.findings.context import Context
-from labs.quality import QualityFigure, compare, gate, over_clusters
+from labs.quality import SOURCES, QualityFigure, compare, gate, over_clusters
 from labs.results import Finding
 from labs.text import number
 
@@ -54,6 +54,18 @@ def quality(context: Context) -> Finding:
         + "."
         for name, figures in columns.items()
     ]
+    n = {f.name: f.n for f in first if f.where == ""}
+    lines.append(
+        f"Asked on the served engine: {n['perplexity_ratio']:,} tokens of held-out text scored,"
+        f" {n['needle_retrieval_difference']} needles and {n['task_accuracy_difference']} tasks."
+        " Sources: "
+        + ", ".join(
+            f"{name.replace('_', ' ')} ({source.replace(';', ',')})"
+            for name, source in SOURCES.items()
+            if name != "perplexity_ratio"
+        )
+        + "."
+    )
     lines.append(
         "The gate passes when the whole interval keeps a margin (perplexity at most 2 % up, needles"
         " and tasks at most 5 points down), fails when the whole interval breaks it, and is"

@@ -401,6 +401,7 @@ def test_quality_asked_once_has_no_false_alarms_and_not_asked_no_figures(tmp_pat
     once = quantization.quality(judged(tmp_path, 0.5, 90, again=False))
     assert once.rows[0] == ["Figure", "`off`", "`on`"]
     assert "false alarms" not in once.lines[-1]
+    assert "100 tokens of held-out text scored, 100 needles and 100 tasks" in once.lines[-2]
     none = context(tmp_path / "none", make_lab(), {})
     assert quantization.quality(none).lines == ["Not asked: the probe did not run."]
 

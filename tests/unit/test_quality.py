@@ -16,7 +16,6 @@ from labs.quality import (
     Margin,
     QualityFigure,
     compare,
-    figures_table,
     gate,
     kl_divergence,
     paired_difference,
@@ -215,16 +214,6 @@ def test_a_worse_engine_fails_the_gate_and_the_same_one_passes() -> None:
     outcome, verdicts = gate(compare(base, worse))
     assert outcome == "fail"
     assert [v.outcome for v in verdicts] == ["fail"] * 3
-
-
-def test_table() -> None:
-    base, other = of([passage(0.5)] * 2), of([passage(0.25)] * 2)
-    plain = figures_table(compare(base, other))
-    assert {len(row) for row in plain} == {6}
-    beside = figures_table(compare(base, other), compare(base, base))
-    ratio = next(row for row in beside if row[0] == "perplexity ratio")
-    assert ratio[:5] == ["perplexity ratio", "2", "2 to 2", "1", "2"]
-    assert beside[0][3] == "Baseline again"
 
 
 # ---------------------------------------------------------------------------------------- asking
