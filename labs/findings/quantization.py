@@ -44,7 +44,8 @@ def quality(context: Context) -> Finding:
         if figure.where == "baseline":
             rows.append(_level_row(figure, columns))
         else:
-            rows.append([figure.name.replace("_", " "), "", *(
+            unit = "" if figure.unit == "1" else f", {figure.unit}"
+            rows.append([figure.name.replace("_", " ") + unit, "", *(
                 _with_interval(_same(figure, figures)) for figures in columns.values()
             )])  # fmt: skip
     rows.append(["**gate**", "", *(f"**{gate(f)[0]}**" for f in columns.values())])
