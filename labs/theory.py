@@ -21,10 +21,9 @@ def prefill_flops(shape: Shape, tokens: float, cached_tokens: float = 0) -> floa
     still attends to all that is cached. P is without the output head, which only a prompt's last
     token is multiplied with. Kaplan et al. 2020, table 1, whose N has no embeddings in it either.
     """
-    head = shape.vocab * shape.hidden
-    body = 2 * (shape.matmul_params - head) * (tokens - cached_tokens)
+    body = 2 * (shape.matmul_params - shape.head_params) * (tokens - cached_tokens)
     attention = 2 * shape.layers * shape.heads * shape.head_dim * (tokens**2 - cached_tokens**2)
-    return body + attention + 2 * head
+    return body + attention + 2 * shape.head_params
 
 
 def prefill_s(shape: Shape, ceilings: Ceilings, tokens: float) -> float:

@@ -124,6 +124,12 @@ class Shape:
     experts_per_token: int = 0
     expert_bytes: int = 0  # of all of them in all layers, within weight_bytes
 
+    @property
+    def head_params(self) -> int:
+        """Of the output head: 16 bits even where the rest is quantized, and of a prompt's tokens
+        the last one alone is multiplied with it."""
+        return self.vocab * self.hidden
+
     def step_bytes(self, tokens: float) -> float:
         """Bytes of weights that a step over `tokens` reads: experts that no token needs are not.
 

@@ -234,7 +234,7 @@ def memory_ladder(context: Context) -> Finding:
     capacity = context.mean(tight, "kv_capacity_tokens") or memory / per_token
     eight = points.get("fp8-tight")
     twice = (eight and context.mean(eight, "kv_capacity_tokens")) or 2 * capacity
-    freed = 0.75 * (plain.shape.weight_bytes - 2 * plain.shape.vocab * plain.shape.hidden)
+    freed = 0.75 * (plain.shape.weight_bytes - 2 * plain.shape.head_params)
     quarter_gib = 256 * 2**20
     price = _price(context)
     rows = [
