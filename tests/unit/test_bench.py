@@ -133,3 +133,39 @@ def test_time_to_come_is_as_expected_and_then_as_measured() -> None:
         assert clock.left_s(done=0.0, spent_s=500) == 60
     with clock.during("engine"):
         assert clock.left_s(done=0.0, spent_s=0) == 60
+
+
+def answers(pace_s: float) -> list[bench.Answered]:
+    """Two requests of eleven tokens, one every `pace_s`."""
+    return [bench.Answered(at, at + 0.1, at + 0.1 + 10 * pace_s, 11) for at in (0.0, 1.0)]
+
+
+def test_two_tools_are_compared_pair_by_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {
+        bench.OURS: [answers(0.010), answers(0.020)],
+        bench.THEIRS: [answers(0.010), answers(0.020)],
+    }
+    for of in (bench.rate, bench.ttft_ms, bench.tpot_ms):
+        same = bench.ratio_of(found, bench.OURS, of).ratio
+        assert (same.value, same.low, same.high) == pytest.approx((1, 1, 1))
+    bench.show_engine(found, {name: {(96.0, 22.0)} for name in found})
+    said = capsys.readouterr().out
+    assert "Mean TPOT, our Locust / vllm bench serve: 1.000" in said
+    assert said.count("they agree") == 2
+    assert "did not send the same work" not in said
+
+
+def test_streams_are_shown_with_a_dash_for_what_is_not_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cost = bench.Cost(delivered=[0.5], chunks=1000, worker_cpu_s=0.02, all_cpu_s=0.03)
+    cost.errors.ttft_s = [0.002] * 10
+    cost.errors.server_late_s = [0.001] * 10
+    sent = cost.sent(bench.Row(16), processes=2)
+    assert (sent.chunks_per_s, sent.delivered) == pytest.approx((8 * 50 / 0.54, 0.5))
+    assert (sent.ttft_added_p99_s, sent.gap_error_p99_s) == (pytest.approx(0.002), None)
+    bench.show_streams([sent])
+    said = capsys.readouterr().out
+    assert "20.0" in said
+    assert "–" in said
+    assert "TTFT added at 16 streams, 2 load processes, p99 at most 1 ms; it is 2 ms: not" in said
