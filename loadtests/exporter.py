@@ -49,6 +49,14 @@ _BOUNDS = SECONDS.tolist()
 _LE = [*map(str, _BOUNDS), "+Inf"]
 
 
+Counts = np.ndarray[tuple[int], np.dtype[np.int64]]  # of samples in each bucket
+
+
+def binned(values: Sequence[float]) -> Counts:
+    """Each in the bucket of the first bound that is not below it."""
+    return np.bincount(np.searchsorted(SECONDS, values), minlength=len(_LE))
+
+
 class Seconds:
     """A histogram that takes all samples of a request at once.
 
@@ -57,7 +65,7 @@ class Seconds:
 
     def __init__(self, name: str, text: str) -> None:
         self._name, self._text = name, text
-        self._counts: dict[tuple[str, ...], np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
+        self._counts: dict[tuple[str, ...], Counts] = {}
         self._sums: dict[tuple[str, ...], float] = {}
 
     def observe(self, labels: tuple[str, ...], values: Sequence[float]) -> None:
@@ -65,12 +73,16 @@ class Seconds:
         if labels not in self._counts:
             self._counts[labels] = np.zeros(len(_LE), np.int64)
             self._sums[labels] = 0.0
-        counts = self._counts[labels]  # of each, the first bound that is not below the value
         if len(values) == 1:
-            counts[bisect_left(_BOUNDS, values[0])] += 1
+            self._counts[labels][bisect_left(_BOUNDS, values[0])] += 1
+            self._sums[labels] += values[0]
         else:
-            counts += np.bincount(np.searchsorted(SECONDS, values), minlength=len(_LE))
-        self._sums[labels] += sum(values)
+            self.add(labels, binned(values), sum(values))
+
+    def add(self, labels: tuple[str, ...], counts: Counts, total: float) -> None:
+        """Samples whose buckets are counted, as another histogram's were."""
+        self._counts[labels] += counts
+        self._sums[labels] += total
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         family = HistogramMetricFamily(self._name, self._text, labels=LABELS)
@@ -212,6 +224,9 @@ class Exporter:
             if value is not None:
                 self._histograms[name].observe(self._now, [value])
         itl_s = record.itl_s
-        one_each = len(itl_s) == len(record.chunks) - 1  # then a gap is a token's, too
-        self._histograms[ITL].observe(self._now, itl_s)
-        self._histograms[CHUNK_GAP].observe(self._now, itl_s if one_each else record.chunk_gaps_s)
+        counts, total = binned(itl_s), sum(itl_s)
+        self._histograms[ITL].add(self._now, counts, total)
+        if len(itl_s) == len(record.chunks) - 1:  # one token a chunk: its gap is the interval
+            self._histograms[CHUNK_GAP].add(self._now, counts, total)
+        else:
+            self._histograms[CHUNK_GAP].observe(self._now, record.chunk_gaps_s)
