@@ -33,11 +33,12 @@ class Told:
 
     def ratio(self, claim: str) -> str | None:
         """Of the first pair at which the claim was validly judged, with its interval."""
-        for j in self.judged(claim):
-            found = j.effect.ratio if j.effect else None
-            if found and found.low is not None and found.high is not None:
-                return f"{found.value:.2f}x ({found.low:.2f} to {found.high:.2f})"
-        return None
+        found = next((j.effect.ratio for j in self.judged(claim) if j.effect), None)
+        if found is None:
+            return None
+        if found.low is None or found.high is None:
+            return f"{found.value:.2f}x (of one repeat)"
+        return f"{found.value:.2f}x ({found.low:.2f} to {found.high:.2f})"
 
     def judged(self, claim: str) -> list[Judgement]:
         return [j for j in self.summary.judgements if j.claim == claim and j.outcome != "not valid"]
@@ -120,8 +121,8 @@ def larger_batch(told: Told) -> str | None:
     users = [p.load.users for p in concurrency_sweep(told.context.points)]
     return (
         f"A step serves all requests and reads the weights once for them: {1000 * line[0]:.3g} ms"
-        f" are there anyway, each request in decode adds {1000 * line[1]:.3g}. From {users[0]} to"
-        f" {users[-1]} in flight throughput is {rate}, and TPOT {tpot}."
+        f" are there anyway, each request in decode adds {1000 * line[1]:.3g} ms. From"
+        f" {users[0]} to {users[-1]} in flight throughput is {rate}, and TPOT {tpot}."
     )
 
 

@@ -146,6 +146,7 @@ def test_the_report_answers_every_claim(lab: str, finish: Finish) -> None:
     folder = finish(lab).folder
     report, resolved = (folder.path / "report.md").read_text(), folder.run().rebuilt_lab()
     assert resolved.question in report
+    assert folder.summary().answers.keys() == set(resolved.answers)
     for claim in resolved.claims:
         assert claim.title in report
         assert claim.title in finish(lab).command.said

@@ -62,6 +62,15 @@ def test_a_claim_that_was_not_valid_is_not_told(tmp_path: Path) -> None:
     )
 
 
+def test_one_repeat_is_told_as_one(tmp_path: Path) -> None:
+    one = Effect(ratio=Interval(value=0.5, low=None, high=None, n=1), floor=None, spread=None)
+    found = told(context(tmp_path, make_lab(), {}), [judged("ttft-share-50", 1, effect=one)])
+    text = replies.sharing(found)
+    assert (
+        text == "The more is shared: TTFT is 0.50x (of one repeat) with half of the prompt shared."
+    )
+
+
 def swept(home: Path, intensities: tuple[float, float]) -> Told:
     lab = make_lab(variants=(Variant(name="base"),), claims=(), evidence=())
     values = {
