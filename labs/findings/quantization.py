@@ -368,8 +368,8 @@ TOOLS = (
     ("gptqmodel", "auto-gptq", "GPTQ: GPTQModel, the heir, against AutoGPTQ"),
     ("w4a16-gptq", "auto-gptq", "GPTQ: llm-compressor against AutoGPTQ"),
     ("w4a16-awq", "autoawq", "AWQ: llm-compressor against AutoAWQ"),
-    ("w4a16-awq", "w4a16-gptq", "one tool: AWQ against GPTQ"),
-    ("w4a16-gptq-code", "w4a16-gptq", "one tool: calibrated on code against on prose"),
+    ("w4a16-awq", "w4a16-gptq", "One tool: AWQ against GPTQ"),
+    ("w4a16-gptq-code", "w4a16-gptq", "One tool: calibrated on code against on prose"),
 )
 
 
