@@ -163,7 +163,8 @@ def test_streams_are_shown_with_a_dash_for_what_is_not_there(
     cost.errors.server_late_s = [0.001] * 10
     sent = cost.sent(bench.Row(16), processes=2)
     assert (sent.chunks_per_s, sent.delivered) == pytest.approx((8 * 50 / 0.54, 0.5))
-    assert (sent.ttft_added_p99_s, sent.gap_error_p99_s) == (pytest.approx(0.002), None)
+    assert sent.ttft_added_p99_s == pytest.approx(0.002)
+    assert sent.gap_error_p99_s is None
     bench.show_streams([sent])
     said = capsys.readouterr().out
     assert "20.0" in said
