@@ -795,13 +795,17 @@ def scraping(port: int) -> Iterator[None]:
 
 
 def overhead() -> instruments.Overhead | None:
+    """Of the newest whole run here that asks for nothing beside its load: answers take time too."""
     here = machines.detect().slug
     for folder in (f for f in reversed(results.all_runs()) if f.path.parent.parent.name == here):
         session = folder.session()
-        if folder.complete and session and not folder.run().quick:
+        if folder.complete and session and not (folder.run().quick or folder.run().lab["probes"]):
             break
     else:
-        console.print("Lab overhead: no complete run of this machine on file (not QUICK=1).")
+        console.print(
+            "Lab overhead: no complete run of this machine on file (a lab without probes, not"
+            " QUICK=1)."
+        )
         return None
     share = overhead_share(session.wall_s, session.engine_start_s, session.load_s)
     shown = table(
@@ -1011,8 +1015,10 @@ def main(
 
 
 def dated(part: instruments.Part, others: Others) -> instruments.Part:
+    """With the day, and what others took of the CPU, except where it was read from a file."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return part.model_copy(update={"measured_at": now, "cpu_others": sum(others.shares())})
+    taken = 0.0 if isinstance(part, instruments.Overhead) else sum(others.shares())
+    return part.model_copy(update={"measured_at": now, "cpu_others": taken})
 
 
 def _cores(cores: Sequence[int]) -> str:

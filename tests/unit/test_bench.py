@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from labs import instruments
 from labs.judge import Effect, Interval, Judgement, Outcome
 from loadtests import generator
 from loadtests.records import RequestRecord
@@ -170,3 +172,13 @@ def test_streams_are_shown_with_a_dash_for_what_is_not_there(
     assert "20.0" in said
     assert "–" in said
     assert "TTFT added at 16 streams, 2 load processes, p99 at most 1 ms; it is 2 ms: not" in said
+
+
+def test_what_is_read_from_a_file_was_disturbed_by_nobody() -> None:
+    busy: Any = SimpleNamespace(shares=lambda: (0.1, 0.3))
+    share = instruments.Overhead(lab="tiny", share=0.05)
+    assert bench.dated(share, busy).cpu_others == 0
+    recording = instruments.Recording(
+        tokens_per_s=9000, share=Interval(value=0.02, low=None, high=None, n=1)
+    )
+    assert bench.dated(recording, busy).cpu_others == pytest.approx(0.4)
