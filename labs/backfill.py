@@ -23,6 +23,7 @@ from dashboards.prometheus import Prometheus, PrometheusError
 from labs.judge import Interval, mean_interval
 from labs.lab import Lab, LabError
 from labs.measure import METRICS, Trial
+from labs.report import claim_held
 from labs.results import Run, RunFolder, Summary
 from loadtests import exporter
 from loadtests.exporter import Exporter
@@ -257,8 +258,7 @@ def _figures(folder: RunFolder) -> Iterator[str]:
         ratio = j.effect.ratio if j.effect else None
         put_interval(series.EFFECT, ratio, **claim, metric=j.metric)
         put(series.EFFECT_PREDICTED, j.prediction.value, **claim, metric=j.metric)
-        held = {True: "yes", False: "no", None: ""}[j.prediction_held]
-        put(series.VERDICT, ended, **claim, outcome=j.outcome, held=held)
+        put(series.VERDICT, ended, **claim, outcome=j.outcome, held=claim_held(j))
     for f in summary.forecasts:
         place = {**_point(f.point), "metric": f.metric}
         put(series.FORECAST, f.measured.value if f.measured else None, **place)

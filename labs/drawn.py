@@ -11,7 +11,7 @@ from labs.judge import Interval, mean_interval
 from labs.lab import Lab, Point
 from labs.measure import METRICS, Trial
 from labs.plots import CYCLE, ORANGE
-from labs.report import COLUMNS, verdict
+from labs.report import COLUMNS, held, verdict
 from labs.results import Run, RunFolder, Summary, TrialResult
 from labs.text import short
 from loadtests.records import RequestRecord
@@ -139,7 +139,7 @@ def _forecasts(lab: Lab, summary: Summary) -> list[dict[str, Any]]:
                 "predicted": 1,
                 "tolerance": f.prediction.tolerance,
                 "kind": f.prediction.kind,
-                "verdict": {True: "held", False: "not held", None: "–"}[f.held],
+                "verdict": "the prediction held: " + held(f.measured, f.prediction, f.held),
                 "valid": True,
             }
         )

@@ -26,7 +26,7 @@ from plotly.offline import get_plotlyjs
 
 from labs import drawn
 from labs.questions import QUESTIONS
-from labs.report import ceilings_text, ratio_text
+from labs.report import ceilings_text, claim_held, ratio_text
 from labs.results import Run, RunFolder, Summary, all_runs
 
 WEB = Path(__file__).parent / "web"
@@ -251,8 +251,9 @@ class Entry:
 
     @property
     def held(self) -> str:
-        told = [j.prediction_held for j in self.summary.judgements if j.prediction_held is not None]
-        return f"{sum(told)} of {len(told)}" if told else "–"
+        judged = [j for j in self.summary.judgements if j.prediction_held is not None]
+        told = [claim_held(j) for j in judged]
+        return f"{told.count('yes')} of {len(told)}" if told else "–"
 
     @property
     def outcomes(self) -> str:
