@@ -75,12 +75,12 @@ def _plainly_refused(command: Command, *words: str) -> None:
     ("option", "value", "words"),
     [
         ("--set", "flags.enable-prefix-cachin=true", ("did you mean --enable-prefix-caching?",)),
-        ("--set", "window=3", ("no field 'window'", "known here:", "window_s")),
+        ("--set", "window=3", ("no field 'window'", "did you mean window_s?", "Known here:")),
         ("--set", "window_s=-1", ("window_s", "greater than 0", "-1")),
         ("--set", 'workloads.fixed.loads=["wave:8"]', ("'wave:8' is no arrival", "waves:<size>")),
         ("--set", "flags.max-model-len=64", ("exceed base's max-model-len=64", "raise")),
         ("--set", "flags.kv-cache-memory-bytes=65536", ("cannot hold one request", "raise")),
-        ("--model", "/no/such/folder", ("MODEL=/no/such/folder", "config.json", "give")),
+        ("--model", "/no/such/folder", ("MODEL=/no/such/folder", "is not there", "give")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
