@@ -190,7 +190,7 @@ def _sentences(bench: Bench) -> list[str]:
     if aa := bench.aa:
         out.append(
             f"A lab against itself (`{aa.lab}`, `AA=1`, {aa.runs} runs on a fake engine whose speed"
-            f" varies): {aa.alarms} false alarms in {aa.judged} claims judged, {aa.rate:.1%}"
+            f" varies): a false alarm in {aa.alarms} of {aa.judged} claims judged, {aa.rate:.1%}"
             f" ({aa.low:.1%} to {aa.high:.1%}), {aa.not_judged} not judged; the ratio varies by"
             f" {aa.spread:.1%} between repeats."
         )

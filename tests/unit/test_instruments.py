@@ -78,7 +78,7 @@ def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None
         "one held still: 0.99 (0.98 to 1.01)",
         "takes 2.1% (1.5% to 2.7%) of the generator's CPU time at 9,980 tokens/s",
         "own share of a run (`tiny`), beside engine starts and load: 7.0%",
-        "2 false alarms in 80 claims judged, 2.5% (0.3% to 8.7%), 1 not judged",
+        "a false alarm in 2 of 80 claims judged, 2.5% (0.3% to 8.7%), 1 not judged",
     )
     assert len(sentences) == len(said)
     for sentence, words in zip(sentences, said, strict=True):
