@@ -351,7 +351,8 @@ def stall(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary
         ax.set_xticks(x, [f"{p.variant.name}\n{b}" for p, b in zip(points, budgets, strict=True)])
         ax.set_xlabel("variant, token budget")
         ax.set_ylabel(label)
-        ax.set_ylim(0, 1.25 * max([1, *(h for h in heights if h == h)]))
+        tops = [(h, r) for h, r in zip(heights, reach, strict=True) if h == h]
+        ax.set_ylim(0, max([1, *(max(1.25 * h, 1.05 * (h + r)) for h, r in tops)]))
     if lab.slo.itl_s:
         label = f"SLO {1000 * lab.slo.itl_s:g} ms"
         axes[0].axhline(1000 * lab.slo.itl_s, color=GREY, ls=":", label=label)

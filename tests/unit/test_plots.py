@@ -1,0 +1,25 @@
+"""The plots of a run, as matplotlib draws them."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pytest
+
+from labs import plots
+from labs.judge import Interval
+from labs.newest import published
+from labs.results import RunFolder
+
+CHUNKED = [f for f in published() if f.path.parent.name == "chunked-prefill"]
+
+
+@pytest.mark.parametrize("folder", CHUNKED, ids=lambda folder: folder.path.name)
+def test_however_wide_an_interval_ends_within_its_plot(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = Interval(value=1.0, low=0.0, high=2.0, n=3)
+    monkeypatch.setattr(plots, "_over_repeats", lambda *_: wide)
+    lab, points, summary = folder.run().rebuilt_lab(), folder.run().points(), folder.summary()
+    plots.stall(folder, lab, points, summary)
+    assert all(ax.get_ylim()[1] > 2000 for ax in plt.gcf().axes)  # in ms
+    plt.close("all")
