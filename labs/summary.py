@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from labs.findings import FINDINGS, replies
 from labs.findings.context import Context
-from labs.judge import Caveat, confounded, first_trial_slow, judge, judge_forecast, validity
+from labs.judge import Caveat, judge, judge_forecast
 from labs.lab import Lab
 from labs.measure import LEAST_SAMPLES, measure, percentile
 from labs.resolve import PARALLEL
 from labs.results import Run, RunFolder, Session, Summary, TrialResult, write_json
+from labs.validity import confounded, first_trial_slow, validity
 
 STEAL_SHARE = 0.05
 OTHERS_SHARE = 0.1

@@ -13,7 +13,7 @@ import pytest
 
 from dashboards import boards, series
 from dashboards.panels import shared_out
-from labs import LABS, judge
+from labs import LABS, judge, validity
 from labs.measure import METRICS
 from loadtests import exporter
 from loadtests.exporter import Exporter
@@ -170,9 +170,9 @@ def test_variants_of_a_lab_differ_in_colour_and_keep_theirs() -> None:
 
 
 def test_limits_are_those_of_the_verdicts() -> None:
-    assert boards.LATE_S == judge.LATE_S
-    assert boards.LOOP_LAG_S == judge.MOST_LOOP_LAG_S
-    assert boards.MOST_ERRORS == judge.MOST_ERRORS
+    assert boards.LATE_S == validity.LATE_S
+    assert boards.LOOP_LAG_S == validity.MOST_LOOP_LAG_S
+    assert boards.MOST_ERRORS == validity.MOST_ERRORS
 
 
 def test_every_outcome_of_a_verdict_has_its_colour() -> None:
