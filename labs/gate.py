@@ -17,6 +17,7 @@ from labs.compare import NO_VERDICT, Comparison, Row
 from labs.lab import LabError
 from labs.measure import METRICS
 from labs.side_by_side import title
+from labs.text import times
 
 DEFAULT = Path(__file__).with_name("thresholds.toml")
 
@@ -75,10 +76,9 @@ def failures(found: Comparison, limits: Thresholds) -> list[str]:
             if (row.better == "lower") == (row.a == 0):
                 failed.append(f"{what}: {row.a:.3g} in the baseline, {row.b:.3g} now")
         elif row.outcome == "differs" and (row.worse_by or 0) > limits.of(row):
-            ratio = row.contrast.ratio if row.contrast else None
-            assert ratio
+            assert row.contrast
             failed.append(
-                f"{what}: worse by {row.worse_by:.0%}, {limits.of(row):.0%} allowed"
-                f" ({ratio.value:.2f}x, {ratio.low:.2f} to {ratio.high:.2f})"
+                f"{what}: worse by {row.worse_by:.0%}, {limits.of(row):.0%} allowed:"
+                f" {times(row.contrast.ratio)}"
             )
     return failed

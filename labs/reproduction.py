@@ -8,6 +8,7 @@ collection of results says of each run whether others got the same.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -83,7 +84,6 @@ def answer(original: RunFolder, new: RunFolder) -> Reproduction:
     found = compare.compare(compare.side(str(original.path)), compare.side(str(new.path)))
     rows = [*found.rows, *found.effects]
     agree = all(v.agrees for v in found.verdicts)
-    apart = not agree or any(r.outcome == "differs" for r in rows)
     run = new.run()
     result = Reproduction(
         original=found.a,
@@ -100,7 +100,7 @@ def answer(original: RunFolder, new: RunFolder) -> Reproduction:
         verdicts=found.verdicts,
         answers=[Answer(answer=ANSWERS[row.outcome], row=row) for row in rows],
         not_comparable=found.left_out,
-        likeliest_cause=manifest.likeliest_cause(found.differences) if apart else "",
+        likeliest_cause=likeliest_cause(found.verdicts, rows, found.differences),
         caveats=found.caveats,
         differences=found.differences,
         unrecorded=found.unrecorded,
@@ -114,15 +114,21 @@ def answer(original: RunFolder, new: RunFolder) -> Reproduction:
     return result
 
 
+def likeliest_cause(
+    verdicts: Sequence[VerdictPair], rows: Sequence[Row], differences: Sequence[Fact]
+) -> str:
+    """Of what differs; what is only left open has none but chance."""
+    apart = any(v.flips for v in verdicts) or any(r.outcome == "differs" for r in rows)
+    return manifest.likeliest_cause(differences) if apart else ""
+
+
 def lines(found: Reproduction) -> list[str]:
     """The answer in a few sentences."""
     count = Counter(a.answer for a in found.answers)
     count["not comparable"] += found.not_comparable
     said = ", ".join(f"{n} {what}" for what, n in count.items() if n)
     out = [f"Verdicts: {found.agreement}.", f"Figures: {said}."]
-    out += [
-        f"{v.title} ({v.where}): {v.a} there, {v.b} here" for v in found.verdicts if not v.agrees
-    ]
+    out += [_disagreement(v) for v in found.verdicts if not v.agrees]
     if not found.same_hardware:
         out.append("Other hardware: only figures without a dimension are compared.")
     if found.likeliest_cause:
@@ -130,6 +136,16 @@ def lines(found: Reproduction) -> list[str]:
     if found.unrecorded:
         out.append(f"One of the manifests does not record {', '.join(found.unrecorded)}.")
     return out
+
+
+def _disagreement(verdict: VerdictPair) -> str:
+    there, here = verdict.a_ratio, verdict.b_ratio
+    text = f"{verdict.title} ({verdict.where}): {side_by_side.decided(verdict.a, there)} there;"
+    text += f" {side_by_side.decided(verdict.b, here)} here"
+    if there and here and here.low is not None and here.high is not None:
+        holds = here.low <= there.value <= here.high
+        text += ", an interval that holds the value there" * (holds and not verdict.flips)
+    return text
 
 
 # ------------------------------------------------------------------------- filed with the original

@@ -11,7 +11,7 @@ from labs.compare import Comparison, Row, VerdictPair
 from labs.judge import Caveat, Interval
 from labs.measure import METRICS
 from labs.report import Table, markdown
-from labs.text import number
+from labs.text import number, times
 
 
 def headline(found: Comparison) -> list[str]:
@@ -89,15 +89,13 @@ def verdict_rows(verdicts: Sequence[VerdictPair]) -> list[list[str]]:
     places = _places([v.where for v in verdicts])
     for v, where in zip(verdicts, places, strict=True):
         said = "agree" if v.agrees else "**flips**" if v.flips else "not confirmed"
-        a, b = (_decided(*of) for of in ((v.a, v.a_ratio), (v.b, v.b_ratio)))
+        a, b = (decided(*of) for of in ((v.a, v.a_ratio), (v.b, v.b_ratio)))
         rows.append([v.title, where, a, b, said])
     return rows
 
 
-def _decided(outcome: str, ratio: Interval | None) -> str:
-    if ratio is None or ratio.low is None or ratio.high is None:
-        return outcome
-    return f"{outcome}, {ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+def decided(outcome: str, ratio: Interval | None) -> str:
+    return outcome if ratio is None or ratio.low is None else f"{outcome}, {times(ratio)}"
 
 
 def validity_rows(side_caveats: Mapping[str, Sequence[Caveat]]) -> list[list[str]]:

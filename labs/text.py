@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from labs.judge import Interval
 from labs.lab import Lab
 
 
@@ -16,6 +17,13 @@ def number(value: float | None, unit: str = "1") -> str:
 
 def _three_digits(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
+def times(ratio: Interval) -> str:
+    """With its interval, where more than one repeat gave one."""
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.value:.2f}x (of one repeat)"
+    return f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 def yes(held: bool | None) -> str:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from labs import LABS, manifest, pages, reproduce, reproduction, results
 from labs.cli import app
 from labs.compare import VerdictPair
+from labs.judge import Interval
 from labs.lab import LabError
 from labs.results import Run, RunFolder, all_runs, write_json
 from serving.machine import Environment, engine_variables
@@ -116,6 +117,26 @@ def test_a_slower_copy_differs_and_its_likeliest_cause_is_named(folder: RunFolde
     assert {d.what for d in found.differences} == {
         "environment.packages.vllm", "environment.kernel", "environment.packages.zipp",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "holds"), [(0.98, 1.16, True), (0.9, 1.03, False), (None, None, False)]
+)
+def test_what_is_left_open_is_no_difference_and_has_no_cause(
+    folder: RunFolder, low: float | None, high: float | None, holds: bool
+) -> None:
+    found = reproduction.answer(folder, write_slowed(folder, 1))
+    (agreed, *others) = found.verdicts
+    there = Interval(value=1.08, low=1.05, high=1.11, n=3)
+    here = Interval(value=1.06, low=low, high=high, n=3)
+    left_open = agreed.model_copy(
+        update={"a": "hurts", "b": "inconclusive", "a_ratio": there, "b_ratio": here}
+    )
+    opened = found.model_copy(update={"verdicts": [left_open, *others]})
+    (said,) = (line for line in reproduction.lines(opened) if agreed.title in line)
+    assert "hurts, 1.08x (1.05 to 1.11) there; inconclusive" in said
+    assert said.endswith("an interval that holds the value there") == holds
+    assert reproduction.likeliest_cause([left_open], [], found.differences) == ""
 
 
 def test_a_verdict_agrees_only_with_its_like() -> None:
