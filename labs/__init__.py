@@ -7,6 +7,7 @@ from labs import (
     multi_lora,
     prefix_caching,
     quantization_tools,
+    single_stream,
     speculative_decoding,
     weight_quantization,
 )
@@ -22,6 +23,7 @@ LABS: dict[str, Lab] = {
         kv_quantization,
         weight_quantization,
         multi_lora,
+        single_stream,
         quantization_tools,
     )
 }

@@ -11,8 +11,6 @@ import os
 import platform
 import re
 import shutil
-import sys
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +26,7 @@ from labs.lab import Lab, LabError, NotApplicable
 from labs.resolve import (
     is_dummy,
     model_of,
+    require_compiler,
     require_devices,
     require_known_names,
     require_memory,
@@ -132,19 +131,6 @@ def _gpus() -> Iterator[Line]:
     )
 
 
-def _compiler() -> Line:
-    """Triton compiles the glue of its kernels as an engine starts."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not compiler:
-        mend = "install gcc, or name a compiler in CC: vLLM's Triton kernels need one"
-        return Line("C compiler", "missing", mend)
-    if not header.exists():
-        mend = f"install python3.{sys.version_info[1]}-dev: vLLM's Triton kernels need {header}"
-        return Line("C compiler", f"{compiler}, without Python's headers", mend)
-    return Line("C compiler", compiler)
-
-
 def _torch_cuda() -> str | None:
     """The CUDA that torch is built for, read without importing it."""
     spec = importlib.util.find_spec("torch")
@@ -161,8 +147,7 @@ def _software(machine: Machine) -> Iterator[Line]:
     built = f"{version} for {f'CUDA {cuda}' if cuda else 'the CPU'}" if version else "missing"
     wrong = version is None or (machine.kind == "gpu" and cuda is None)
     yield Line("torch", built, _set_up(machine) if wrong else "")
-    if machine.kind == "gpu":
-        yield _compiler()
+    yield Line("Compiler", *machines.compiler(machine.kind))
 
 
 def _vllm(machine: Machine) -> Line:
@@ -242,6 +227,7 @@ def _ability(
         here = lab.at(models.scale_of(machine), quick=False, dummy=random)
         require_known_names(here)
         require_devices(here, machine)
+        require_compiler(here, machine)
         engine.check_flags([here.flags_of(v) for v in here.variants])
         if model is None:
             return Ability(lab.name, True, "once the model is here")

@@ -95,6 +95,7 @@ def resolve(request: Request, teller: Teller) -> Setup:
             )
         endpoint = Endpoint(request.endpoint)
     else:
+        require_compiler(lab, machine)
         check_flags([lab.flags_of(v) for v in lab.variants])
     writer = Writer(counter(str(model.path)))
     for workload in lab.workloads:
@@ -172,6 +173,14 @@ def require_devices(lab: Lab, machine: Machine) -> None:
                 f"{variant.name} is to accept guesses at a rate that is set, and the sampler that"
                 " does so is written in Triton, which vLLM's CPU engine lacks: this needs a GPU"
             )
+
+
+def require_compiler(lab: Lab, machine: Machine) -> None:
+    """On a CPU, what is not run eagerly is compiled as the engine starts. Raises LabError."""
+    compiled = [v.name for v in lab.variants if lab.flags_of(v).get("enforce-eager") is not True]
+    _, mend = machines.compiler(machine.kind)
+    if compiled and mend and machine.kind == "cpu":
+        raise LabError(f"{compiled[0]} is compiled as its engine starts: {mend}")
 
 
 def require_memory(lab: Lab, machine: Machine, model: models.Model) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -236,7 +237,16 @@ class VllmEngine:
         )
 
     def snapshot(self) -> metrics.Snapshot | None:
-        return _snapshot(self.url)
+        found = _snapshot(self.url)
+        if found and (resolved := self._resolved):
+            found.info[metrics.ENGINE_CONFIG] = resolved
+        return found
+
+    @functools.cached_property
+    def _resolved(self) -> dict[str, str]:
+        """How it says that it runs the model: vLLM's metrics do not tell."""
+        with self.log.open(errors="replace") as lines:
+            return resolved(next((x for x in lines if "Initializing a V1 LLM engine" in x), ""))
 
     def reset_prefix_cache(self) -> None:
         requests.post(f"{self.url}/reset_prefix_cache", timeout=30).raise_for_status()
@@ -284,6 +294,19 @@ def _snapshot(url: str) -> metrics.Snapshot | None:
     except (requests.RequestException, ValueError):
         return None
     return found if metrics.REQUESTS in found.values else None
+
+
+_RESOLVED = {  # in vLLM 0.31 and 0.32
+    "enforce_eager": re.compile(r"\benforce_eager=(\w+)"),
+    "compilation_mode": re.compile(r"'mode': <CompilationMode\.(\w+)"),
+    "cudagraph_mode": re.compile(r"'cudagraph_mode': <CUDAGraphMode\.(\w+)"),
+}
+
+
+def resolved(said: str) -> dict[str, str]:
+    """Setting -> value, of those that can be read in an engine's own account of its config."""
+    found = {name: pattern.search(said) for name, pattern in _RESOLVED.items()}
+    return {name: match[1] for name, match in found.items() if match}
 
 
 def _cause(log: Path) -> str:

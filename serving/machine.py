@@ -21,6 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -240,6 +241,24 @@ def environment(root: Path, kind: str) -> Environment:
         engine_cores=engine_cores,
         client_cores=client_cores,
     )
+
+
+def compiler(kind: str) -> tuple[str, str]:
+    """(What compiles kernels as an engine starts, what to do where it cannot or is missing.)
+
+    On a GPU the glue of Triton's kernels; on a CPU the model, unless it is run eagerly.
+    """
+    gpu = kind == "gpu"
+    variable, names = ("CC", ("gcc", "clang")) if gpu else ("CXX", ("g++",))
+    for_what = "vLLM's Triton kernels need" if gpu else "vLLM compiles models with"
+    found = os.environ.get(variable) or next(filter(None, map(shutil.which, names)), None)
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not found:
+        return "missing", f"install {names[0]}, or name a compiler in {variable}: {for_what} one"
+    if not header.exists():
+        package = f"python3.{sys.version_info[1]}-dev"
+        return f"{found}, without Python's headers", f"install {package}: {for_what} {header}"
+    return found, ""
 
 
 def engine_version() -> str:

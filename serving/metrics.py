@@ -35,6 +35,7 @@ SPEC_DRAFTED = "vllm:spec_decode_num_draft_tokens_total"
 SPEC_ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
 SPEC_ACCEPTED_AT = "vllm:spec_decode_num_accepted_tokens_per_pos_total"  # by label `position`
 LORA = "vllm:lora_requests_info"
+ENGINE_CONFIG = "engine_config"  # no metric: what the engine's log says that it resolved
 
 HISTOGRAMS = (TTFT, ITL, E2E, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, STEP_TOKENS)
 COUNTERS = (
@@ -59,7 +60,7 @@ def is_counter(name: str) -> bool:
 
 def is_known(name: str) -> bool:
     """Whether the lab knows this sample by name; histograms have their own list."""
-    return is_counter(name) or name in (*GAUGES, LORA)
+    return is_counter(name) or name in (*GAUGES, LORA, ENGINE_CONFIG)
 
 
 @dataclass(frozen=True)

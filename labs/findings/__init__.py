@@ -5,7 +5,7 @@ A lab names its findings (`Lab.findings`); each function here is pure and return
 
 from collections.abc import Callable
 
-from labs.findings import chunks, quantization, speculation, tenants
+from labs.findings import chunks, quantization, speculation, streams, tenants
 from labs.findings.context import Context
 from labs.results import Finding
 
@@ -26,4 +26,6 @@ FINDINGS: dict[str, Callable[[Context], Finding]] = {
     "adapter-cost": tenants.adapter_cost,
     "tenant-memory": tenants.tenant_memory,
     "timing-leak": tenants.timing_leak,
+    "phases": streams.phases,
+    "flags": streams.flags,
 }

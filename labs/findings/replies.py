@@ -19,7 +19,7 @@ from labs.lab import Point
 from labs.multi_lora import adapter_bytes
 from labs.quality import QualityFigure, compare, gate
 from labs.results import Summary
-from labs.text import number
+from labs.text import number, times
 from loadtests.arrivals import Arrival
 from serving import metrics
 
@@ -34,11 +34,7 @@ class Told:
     def ratio(self, claim: str) -> str | None:
         """Of the first pair at which the claim was validly judged, with its interval."""
         found = next((j.effect.ratio for j in self.judged(claim) if j.effect), None)
-        if found is None:
-            return None
-        if found.low is None or found.high is None:
-            return f"{found.value:.2f}x (of one repeat)"
-        return f"{found.value:.2f}x ({found.low:.2f} to {found.high:.2f})"
+        return times(found) if found else None
 
     def judged(self, claim: str) -> list[Judgement]:
         return [j for j in self.summary.judgements if j.claim == claim and j.outcome != "not valid"]
@@ -473,6 +469,30 @@ def leak_by_answer(told: Told) -> str | None:
     return " ".join([lines[0], *lines[-1:]]) if len(lines) > 1 else None
 
 
+# ----------------------------------------------------------------------------------- one stream
+
+
+def two_phases(told: Told) -> str | None:
+    lines = told.lines("Two phases, two limits")
+    bounds = {row[0].partition(",")[0]: row[-1] for row in told.rows("Two phases, two limits")}
+    if not lines or len(bounds) < 2:
+        return None
+    limits = " and ".join(f"{bound} limits {phase}" for phase, bound in bounds.items())
+    return f"{lines[0]} On this machine {limits}."
+
+
+def fused(told: Told) -> str | None:
+    decode, prefill = told.ratio("eager"), told.ratio("eager-prefill")
+    if not decode:
+        return None
+    graphs, fusion = told.ratio("no-graphs"), told.ratio("no-fusion")
+    said = [f"with every operation launched for itself TPOT is {decode} the defaults'"]
+    said += [f"TTFT of a long prompt {prefill}"] if prefill else []
+    said += [f"compiled but without CUDA graphs TPOT is {graphs}"] if graphs else []
+    said += [f"with graphs but not compiled {fusion}"] if fusion else []
+    return f"{_sentences(said)} {' '.join(told.lines('Which flag matters to one stream?')[:1])}"
+
+
 def _sentences(parts: Iterable[str]) -> str:
     return " ".join(f"{part[0].upper()}{part[1:]}." for part in parts)
 
@@ -492,5 +512,6 @@ REPLIES: dict[str, dict[str, Reply]] = {
         "ME-2": quality_gate, "IP-2": phases,
     },
     "multi-lora": {"SA-2": many_adapters, "SA-3": mixed_adapters, "SA-4": leak_by_answer},
+    "single-stream": {"IP-1": two_phases, "KO-2": fused},
     "quantization-tools": {"CO-7": tools, "ME-2": quality_gate},
 }  # fmt: skip

@@ -48,6 +48,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(3600)  # a checkout's first run makes the models derived from the served one
 @pytest.mark.parametrize("lab", [name for name in LABS if name != NOT_HERE])
 def test_lab_runs_on_a_real_engine(lab: str, results: Path) -> None:
+    if lab == "single-stream" and (mend := machine.compiler("cpu")[1]):
+        pytest.skip(mend)
     folder = quick_run(lab, results, ROUNDED if lab == "weight-quantization" else "")
     check_run(folder)
     check_dashboards(folder)

@@ -248,6 +248,7 @@ SMALLER = {
         for name in ("bf16-tight", "fp8-tight")
     ) + " " + _outputs(8, "near", "far") + " " + _outputs(48, "growing"),
     "weight-quantization": _outputs(8, "decode"),
+    "single-stream": _outputs(8, "decode"),
     "quantization-tools": _outputs(8, "decode"),
     "multi-lora": _outputs(
         8, "none", "one", "uniform-2", "uniform-4", "uniform-8", "zipf-8", "rank-8", "rank-64"

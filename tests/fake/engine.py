@@ -973,6 +973,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--kv-cache-memory-bytes", type=int, help="instead, where the model has a config.json")
     add("--kv-cache-dtype", default="auto", help="fp8 and its kin hold twice the tokens")
     add("--speculative-config", type=json.loads, default={}, help="num_speculative_tokens of it")
+    add("--enforce-eager", action=argparse.BooleanOptionalAction, default=False,
+        help="said in the log, and nothing else")  # fmt: skip
     add("--seed", type=_seed, default=0, help="of what is random; `any`: another at each start")
     add = parser.add_argument_group("the law").add_argument
     add("--step-s", type=float, default=0.02, help="length of a step, before what follows")
@@ -1050,6 +1052,8 @@ async def serve(options: argparse.Namespace) -> None:
         make = partial(Connection, engine)
         server = await loop.create_server(make, "127.0.0.1", options.port, backlog=4096)
         port = server.sockets[0].getsockname()[1]
+        print("Initializing a V1 LLM engine (a fake) with config:"
+              f" enforce_eager={options.enforce_eager}", file=sys.stderr)  # fmt: skip
         print(f"Listening on http://127.0.0.1:{port}", file=sys.stderr, flush=True)
         gc.freeze()
         gc.disable()  # its pauses would show in the stamps; nothing here makes cycles that grow

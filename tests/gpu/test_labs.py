@@ -23,6 +23,7 @@ BUNDLED = {  # lab -> SET, by which a GPU's sizes fit the bundled model's 8,192 
     " workloads.far.prefix.tokens=7104",
     "weight-quantization": ROUNDED,
     "multi-lora": "",
+    "single-stream": "",
 }
 
 

@@ -40,6 +40,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("labs.doctor.machines.detect", lambda: CPU)
     monkeypatch.setattr(doctor, "_version", versions.get)
     monkeypatch.setattr("labs.doctor.models.resolve", lambda *_: model)
+    monkeypatch.setattr("serving.machine.compiler", lambda kind: ("/usr/bin/g++", ""))
     monkeypatch.setattr("labs.doctor.engine.check_flags", lambda _: None)
     monkeypatch.setattr(doctor, "require_sizes", lambda *_: None)
     monkeypatch.setattr("labs.doctor.derived.place", lambda model, name: tmp_path)
@@ -202,14 +203,12 @@ def test_what_others_published_is_downloaded_and_what_nobody_knows_stops_a_lab(
     assert "no adapters is published" in refused.note
 
 
-def test_a_gpu_needs_a_compiler_and_pythons_headers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr("labs.doctor.shutil.which", lambda name: None)
-    assert "install gcc" in doctor._compiler().mend
-    monkeypatch.setattr("labs.doctor.shutil.which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr("labs.doctor.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
-    assert f"-dev: vLLM's Triton kernels need {tmp_path / 'Python.h'}" in doctor._compiler().mend
-    (tmp_path / "Python.h").touch()
-    assert doctor._compiler() == Line("C compiler", "/usr/bin/gcc")
+@pytest.mark.usefixtures("healthy")
+def test_without_a_compiler_what_runs_eagerly_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.machine.compiler", lambda kind: ("missing", "install g++"))
+    lines, abilities = doctor.examine("")
+    assert line(lines, "Compiler") == Line("Compiler", "missing", "install g++")
+    (unable,) = (a for a in abilities if not a.able)
+    assert unable == Ability(
+        "single-stream", False, "default is compiled as its engine starts: install g++"
+    )

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from labs import theory
 from labs.answers import Answers, Passage, Reply
-from labs.findings import FINDINGS, chunks, quantization, speculation, tenants
+from labs.findings import FINDINGS, chunks, quantization, speculation, streams, tenants
 from labs.findings.context import Context
 from labs.lab import SLO, Lab, Variant
 from labs.results import Finding, RunFolder, TrialResult, snapshot_json, write_gzip, write_json
@@ -620,3 +621,83 @@ def test_a_stranger_tells_by_timing_or_not(
     finding = tenants.timing_leak(run)
     assert [line.split(" tell ")[0].split(" ")[-1] for line in finding.lines[:2]] == list(told)
     assert finding.passed is passed
+
+
+# ------------------------------------------------------------------------------------ one stream
+
+
+def alone(home: Path, values: Mapping[str, Values]) -> Context:
+    """Two variants decode eight tokens after four, and prefill eight."""
+    return context(
+        home,
+        make_lab(
+            variants=(Variant(name="default"), Variant(name="eager")),
+            workloads=(
+                make_workload("concurrent:1", name="decode"),
+                make_workload("concurrent:1", name="prefill", prompt_tokens=Fixed(tokens=8),
+                              output_tokens=Fixed(tokens=1)),
+            ),
+            claims=(), evidence=(),
+        ),
+        {f"{variant}/{workload}/concurrent-1": of for (variant, workload), of in
+         ((key.split(), of) for key, of in values.items())},
+    )  # fmt: skip
+
+
+def test_the_two_phases_by_their_work(tmp_path: Path) -> None:
+    found = alone(
+        tmp_path, {"default decode": {"tpot_mean_s": 1}, "default prefill": {"ttft_mean_s": 2}}
+    )
+    decode, prefill = (streams.phase(found, "default", name) for name in ("decode", "prefill"))
+    assert decode
+    assert prefill
+    assert decode.moved_bytes == theory.decode_bytes(SHAPE, 1, decode.point.context_tokens)
+    assert decode.bandwidth == pytest.approx(
+        decode.moved_bytes / CEILINGS.memory_bandwidth_bytes_per_s
+    )
+    assert prefill.flop == theory.prefill_flops(SHAPE, 8)
+    assert prefill.arithmetic == pytest.approx(prefill.flop / 2 / CEILINGS.bf16_flops_per_s)
+    finding = streams.phases(found)
+    assert cells(finding, 0, 1, 2) == [
+        ["decode, 1 token", "1 s", "1"], ["prefill, 8 tokens", "2 s", "4"],
+    ]  # fmt: skip
+    ridge = CEILINGS.ridge_flops_per_byte
+    for row, p in zip(finding.rows[1:], (decode, prefill), strict=True):
+        above = p.flop / p.moved_bytes > ridge
+        assert row[-1] == ("arithmetic" if above else "memory bandwidth")
+    assert (
+        "takes in 4 tokens/s where decode, with the same weights, puts out 1." in finding.lines[0]
+    )
+
+
+def test_which_flag_matters_is_told_beside_the_noise(tmp_path: Path) -> None:
+    found = alone(
+        tmp_path,
+        {
+            "default decode": {"tpot_mean_s": [1.0, 1.01, 0.99]},
+            "eager decode": {"tpot_mean_s": [1.5, 1.515, 1.485]},
+            "default prefill": {"ttft_mean_s": [1.0, 1.01, 0.99]},
+            "eager prefill": {"ttft_mean_s": [1.0, 1.01, 0.99]},
+        },
+    )
+    finding = streams.flags(found)
+    assert cells(finding, 0, 3, 4, 7, 8) == [
+        ["default", "–", "–", "–", "–"],
+        ["eager", "1.50x (1.50 to 1.50)", "yes", "1.00x (1.00 to 1.00)", "no"],
+    ]
+    assert finding.lines[0].startswith("`default` decodes fastest")
+    assert finding.lines[1:] == [
+        "It matters to decode, TPOT beside the defaults: `eager` 1.50x (1.50 to 1.50)."
+    ]
+
+
+def test_one_repeat_settles_no_flag(tmp_path: Path) -> None:
+    found = alone(
+        tmp_path, {"default decode": {"tpot_mean_s": 1.0}, "eager decode": {"tpot_mean_s": 1.5}}
+    )
+    found = replace(found, values={key: {1: of[1]} for key, of in found.values.items()})
+    finding = streams.flags(found)
+    assert cells(finding, 3, 4, 8) == [
+        ["–", "–", "–"], ["1.50x (of one repeat)", "not settled", "–"],
+    ]  # fmt: skip
+    assert finding.lines[-1] == "Not settled by these repeats: `eager` 1.50x (of one repeat)."

@@ -381,7 +381,8 @@ def test_every_lab_runs_against_itself(lab: Lab) -> None:
     assert twins.flags_of(base) == twins.flags_of(twin)
     assert Lab.model_validate(dict(twins)) == twins
     points = real_points(twins)
-    assert len(points) < len(real_points(lab)) or len(lab.variants) < 2
+    most = len(real_points(lab)) - (len(lab.variants) > 2)
+    assert len(points) <= most or len(lab.variants) < 2
     for claim in twins.claims:
         assert claim.expect == "unchanged"
         assert claim.metric in {c.metric for c in lab.claims}

@@ -125,3 +125,25 @@ def test_the_datasheet_stands_beside_the_measured() -> None:
     ]
     unknown = H100.model_copy(update={"model": "NVIDIA H100 PCIe"})
     assert report.ceilings_table(unknown, ours)[1][1:] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "variable"), [("gpu", "gcc", "CC"), ("cpu", "g++", "CXX")]
+)
+def test_a_compiler_needs_pythons_headers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, first: str, variable: str
+) -> None:
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("serving.machine.shutil.which", lambda name: None)
+    missing, mend = machine.compiler(kind)
+    assert (missing, mend.split(":")[0]) == (
+        "missing", f"install {first}, or name a compiler in {variable}"
+    )  # fmt: skip
+    monkeypatch.setattr("serving.machine.shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("serving.machine.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    found, mend = machine.compiler(kind)
+    assert found == f"/usr/bin/{first}, without Python's headers"
+    assert f"install python3.{sys.version_info[1]}-dev: " in mend
+    assert str(tmp_path / "Python.h") in mend
+    (tmp_path / "Python.h").touch()
+    assert machine.compiler(kind) == (f"/usr/bin/{first}", "")
