@@ -42,7 +42,7 @@ mpl.rcParams.update(
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-CYCLE = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#999999")
+CYCLE = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#999999", "#000000")
 
 Draw = Callable[[RunFolder, Lab, Sequence[Point], Summary], str | None]
 

@@ -3,9 +3,10 @@
 AutoGPTQ and AutoAWQ made 4-bit weights popular and are archived; GPTQModel and llm-compressor go
 on from there. All of them round the same layers of the same model in groups of the same size on
 the same calibration text, each in an environment of its own, and what they made is served by the
-same engine: what differs is the tool. One more is made by the same tool on another text, Python
-code, while quality is judged on prose: GPTQ makes up for its errors where the calibration text
-says that they matter.
+same engine: what differs is the tool. One more is only rounded to the nearest of the 16 levels, to
+show what the recipes are worth, and one is made by the same tool on another text, Python code,
+while quality is judged on prose: GPTQ makes up for its errors where the calibration text says that
+they matter.
 
 Making all of it takes about twenty minutes the first time, most of it setting up the four tools.
 
@@ -44,14 +45,16 @@ def claim(name: str, title: str, heir: str, original: str) -> Claim:
 
 
 BASE = Variant(name="bf16")
-MADE = ("w4a16-gptq", "w4a16-gptq-code", "gptqmodel", "auto-gptq", "w4a16-awq", "autoawq")
+MADE = (
+    "w4a16-rtn", "w4a16-gptq", "w4a16-gptq-code", "gptqmodel", "auto-gptq", "w4a16-awq", "autoawq",
+)  # fmt: skip
 
 LAB = Lab(
     name="quantization-tools",
     title="Quantization tools",
     question="Do the archived AutoGPTQ and AutoAWQ and their maintained heirs make the same 4 bits,"
-    " and what does the calibration text change?",
-    answers=("CO-7", "ME-2"),
+    " and what do recipe and calibration text change?",
+    answers=("CO-3", "CO-7", "ME-2"),
     variants=(BASE, *(BASE.but(name, weights=name) for name in MADE)),
     flags={
         "max-model-len": 1280,
@@ -100,7 +103,6 @@ LAB = Lab(
         "gpu": "One model and one size of calibration set.",
     },
     next_knobs=(
-        'SET="variants.w4a16-gptq.weights=w4a16-rtn" shows what GPTQ was worth at all',
         'SET="variants.autoawq.weights=w8a8" puts 8 bits into the same table',
     ),
 )  # fmt: skip

@@ -369,6 +369,8 @@ TOOLS = (
     ("w4a16-gptq", "auto-gptq", "GPTQ: llm-compressor against AutoGPTQ"),
     ("w4a16-awq", "autoawq", "AWQ: llm-compressor against AutoAWQ"),
     ("w4a16-awq", "w4a16-gptq", "One tool: AWQ against GPTQ"),
+    ("w4a16-gptq", "w4a16-rtn", "One tool: GPTQ against rounding to nearest"),
+    ("w4a16-awq", "w4a16-rtn", "One tool: AWQ, with zero points, against rounding to nearest"),
     ("w4a16-gptq-code", "w4a16-gptq", "One tool: calibrated on code against on prose"),
 )
 

@@ -371,8 +371,24 @@ def recipes(told: Told) -> str | None:
         for one, other, ours, theirs in pairs
         if one in found and other in found
     ]
-    rtn = " 4 bits rounded to nearest were not served: `make quantize METHOD=w4a16-rtn` makes them."
+    rtn = " 4 bits rounded to nearest stand beside both in `make lab-quantization-tools`."
     return _sentences(said) + rtn if said else None
+
+
+def worth(told: Told) -> str | None:
+    found = quantization.compared(told.context)
+    if "w4a16-rtn" not in found:
+        return None
+    said = [
+        f"{name}: {_quality(found[made])}"
+        for made, name in (
+            ("w4a16-rtn", "4 bits rounded to nearest"), ("w4a16-gptq", "GPTQ"),
+            ("w4a16-awq", "AWQ (with zero points)"),
+        )
+        if made in found
+    ]  # fmt: skip
+    eight = " SmoothQuant beside 8 bits rounded to nearest is `make lab-weight-quantization`'s."
+    return f"All beside BF16. {_sentences(said)}{eight}"
 
 
 def formats(told: Told) -> str | None:
@@ -513,5 +529,5 @@ REPLIES: dict[str, dict[str, Reply]] = {
     },
     "multi-lora": {"SA-2": many_adapters, "SA-3": mixed_adapters, "SA-4": leak_by_answer},
     "single-stream": {"IP-1": two_phases, "KO-2": fused},
-    "quantization-tools": {"CO-7": tools, "ME-2": quality_gate},
+    "quantization-tools": {"CO-3": worth, "CO-7": tools, "ME-2": quality_gate},
 }  # fmt: skip

@@ -461,17 +461,18 @@ def test_outliers_by_what_they_cost(tmp_path: Path) -> None:
 
 
 def test_a_tool_is_compared_with_its_heir_and_says_which_is_better(tmp_path: Path) -> None:
-    """AutoGPTQ halves every probability against both others, which are alike."""
-    names = ("bf16", "gptqmodel", "auto-gptq", "w4a16-gptq", "w4a16-gptq-code")
+    """AutoGPTQ and rounding halve every probability against all others, which are alike."""
+    names = ("bf16", "gptqmodel", "auto-gptq", "w4a16-rtn", "w4a16-gptq", "w4a16-gptq-code")
     run = context(tmp_path, make_lab(variants=tuple(Variant(name=n) for n in names), claims=(),
                                      evidence=()), {})  # fmt: skip
     for name in names[1:]:
-        asked = answered(0.25 if name == "auto-gptq" else 0.5, 90)
+        asked = answered(0.25 if name in ("auto-gptq", "w4a16-rtn") else 0.5, 90)
         write_gzip(run.folder.probe_file("quality", name), {"answers": [asked]})
     finding = quantization.tools(run)
-    assert [cell.split(" ")[0] for (cell,) in cells(finding, 1)] == ["0.5", "0.5", "1"]
-    assert [line.split(": ")[-1] for line in finding.lines[:3]] == [
+    assert [cell.split(" ")[0] for (cell,) in cells(finding, 1)] == ["0.5", "0.5", "0.5", "1"]
+    assert [line.split(": ")[-1] for line in finding.lines[:4]] == [
         "`gptqmodel` keeps the lower perplexity.",
+        "`w4a16-gptq` keeps the lower perplexity.",
         "`w4a16-gptq` keeps the lower perplexity.",
         "no difference in perplexity is shown.",
     ]
