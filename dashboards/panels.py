@@ -36,8 +36,8 @@ TAG = "inference-lab"
 SECONDS, RATIO, PLAIN = "s", "percentunit", "short"
 TOKENS, TOKENS_PER_S, PER_S = "suffix:tok", "suffix:tok/s", "suffix:/s"
 LIMIT = "semi-dark-red"
-COLOURS = (  # Okabe and Ito's, told apart by colour-blind readers; readable on dark and light
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999",
+COLOURS = (  # Okabe and Ito's and a brown, apart for the colour-blind; readable on dark and light
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#A6761D",
 )  # fmt: skip
 STEP = "5s"  # $__rate_interval is four steps: few requests end in less on a slow machine
 Panel = series.Panel | barchart.Panel | table.Panel

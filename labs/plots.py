@@ -1,4 +1,5 @@
-"""The plots of a report, as SVG. Colours are Okabe and Ito's, told apart by colour-blind readers.
+"""The plots of a report, as SVG. Colours are Okabe and Ito's (and a brown), told apart by
+colour-blind readers.
 
 A lab names the plots it wants in `Lab.plots`; each function draws from the summary (or, for the
 timeline, from the records) and returns its caption, or None when there is nothing to draw.
@@ -42,7 +43,7 @@ mpl.rcParams.update(
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-CYCLE = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#999999", "#000000")
+CYCLE = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#999999", "#A6761D")
 
 Draw = Callable[[RunFolder, Lab, Sequence[Point], Summary], str | None]
 
