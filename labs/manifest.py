@@ -155,13 +155,14 @@ def table(found: Sequence[Fact], names: tuple[str, str]) -> list[list[str]]:
     return rows
 
 
-def likeliest_cause(found: Sequence[Fact]) -> str:
+def likeliest_cause(found: Sequence[Fact], sides: tuple[str, str] = ("there", "here")) -> str:
     """One sentence: the first difference that can change a figure."""
     if not found:
         return "nothing recorded differs: the machine itself, or what else ran beside it"
     first, *rest = found
     more = f" (and {len(rest)} more)" if rest else ""
-    return f"{first.what}: {_short(first.a)} there, {_short(first.b)} here{more}"
+    a, b = sides
+    return f"{first.what}: {_short(first.a)} {a}, {_short(first.b)} {b}{more}"
 
 
 def _short(text: str, most: int = 60) -> str:

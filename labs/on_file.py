@@ -188,7 +188,8 @@ def pass_gate(
         say(side_by_side.headline(found))
         if failed := gate.failures(found, allowed):
             say(f"FAILED {line}" for line in failed)
-            say([f"Likeliest cause: {manifest.likeliest_cause(found.differences)}"])
+            if not found.differences:  # those were told above
+                say([f"Likeliest cause: {manifest.likeliest_cause([])}"])
             raise typer.Exit(1)
         console.print("Passed: no verdict flipped, no figure is worse past its margin.")
 

@@ -19,6 +19,9 @@ def headline(found: Comparison) -> list[str]:
     rows = [*found.rows, *found.effects]
     count = {o: sum(r.outcome == o for r in rows) for o in ("same", "differs", "undecided")}
     lines = [f"A: {found.a}", f"B: {found.b}"]
+    if found.differences:
+        first = manifest.likeliest_cause(found.differences, ("in A", "in B"))
+        lines.append(f"What differs in how they were run, the likeliest to matter first: {first}.")
     if found.forced:
         lines.append(f"NOT COMPARABLE, and compared all the same: {found.forced}.")
     lines.append(

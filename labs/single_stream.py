@@ -199,7 +199,7 @@ LAB = Lab(
     requests=64,
     warmup_s=1.5,
     window_s=8,
-    repeats=4,
+    repeats=6,
     scales={
         "gpu": {
             "flags": {

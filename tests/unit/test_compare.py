@@ -266,6 +266,19 @@ def test_a_field_that_came_later_makes_no_other_load(folder: RunFolder) -> None:
     assert compared(folder, write_slowed(folder, 1)).forced == ""
 
 
+def test_what_differs_most_is_told_first(folder: RunFolder) -> None:
+    other = write_slowed(folder, 1)
+    for at, vllm, zipp in ((folder, "1", "8"), (other, "2", "9")):
+        run = at.run()
+        packages = run.environment.model_copy(update={"packages": {"zipp": zipp, "vllm": vllm}})
+        write_json(at.path / "run.json", run.model_copy(update={"environment": packages}))
+    assert side_by_side.headline(compared(folder, other))[2] == (
+        "What differs in how they were run, the likeliest to matter first:"
+        " environment.packages.vllm: 1 in A, 2 in B (and 1 more)."
+    )
+    assert not any("differs in" in line for line in side_by_side.headline(compared(other, other)))
+
+
 def test_other_flags_are_compared_and_named(folder: RunFolder) -> None:
     found = compared(folder, edited(folder, flags={"max-model-len": 256}))
     assert [str(d) for d in found.differences] == ["lab.flags.max-model-len: 128 / 256"]
