@@ -314,7 +314,8 @@ def variants(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
         return None
     scale, unit = (1000.0, "ms") if metric.unit == "s" else (1.0, metric.unit)
     width = 0.8 / len(lab.variants)
-    _, ax = plt.subplots(figsize=(1.5 + 1.0 * len(places), 3.4))
+    wide = max(1.0 * len(places), min(0.3 * len(lab.variants) * len(places), 8))
+    figure, ax = plt.subplots(figsize=(2.4 + wide, 3.4))
     for column, (variant, colour) in enumerate(zip(lab.variants, CYCLE, strict=False)):
         mine = {(p.workload.name, str(p.load)): p for p in points if p.variant.name == variant.name}
         at = [i + (column - (len(lab.variants) - 1) / 2) * width for i in range(len(places))]
@@ -328,7 +329,7 @@ def variants(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
     ax.set_xticks(range(len(places)), [f"{workload}\n{load}" for workload, load in places])
     ax.set_ylim(bottom=0)
     ax.set_ylabel(f"{metric.title} ({unit})")
-    ax.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return f"{metric.title} of each variant, with 95 % intervals, workload by workload."
 
 
