@@ -42,7 +42,7 @@ def summarise(folder: RunFolder) -> Summary:
         for claim in lab.claims
         for t, b in lab.pairs(claim, points)
     ]
-    context = Context(folder, run, lab, points, values)
+    context = Context(folder, run, lab, points, values, found)
     summary = Summary(
         measurements=values,
         pooled={key: _percentiles(of) for key, of in samples.items()},

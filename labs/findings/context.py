@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from labs.judge import Caveat
 from labs.lab import Lab, Point
 from labs.results import Run, RunFolder
 
@@ -20,6 +21,7 @@ class Context:
     lab: Lab
     points: list[Point]
     values: Mapping[str, Mapping[int, Mapping[str, float | None]]]
+    caveats: Sequence[Caveat] = ()
 
     def mean(self, point: Point, metric: str) -> float | None:
         """Over the repeats that have it."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from labs import theory
-from labs.findings import quantization, speculation
+from labs.findings import quantization, speculation, streams
 from labs.findings.context import Context
 from labs.judge import Judgement
 from labs.lab import Point
@@ -490,10 +490,10 @@ def leak_by_answer(told: Told) -> str | None:
 
 def two_phases(told: Told) -> str | None:
     lines = told.lines("Two phases, two limits")
-    bounds = {row[0].partition(",")[0]: row[-1] for row in told.rows("Two phases, two limits")}
-    if not lines or len(bounds) < 2:
+    found = {name: streams.phase(told.context, "default", name) for name in streams.METRIC_OF}
+    if not lines:
         return None
-    limits = " and ".join(f"{bound} limits {phase}" for phase, bound in bounds.items())
+    limits = " and ".join(f"{phase.bound} limits {name}" for name, phase in found.items() if phase)
     return f"{lines[0]} On this machine {limits}."
 
 

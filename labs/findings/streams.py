@@ -14,6 +14,7 @@ from labs.text import number, times
 
 METRIC_OF = {"decode": "tpot_mean_s", "prefill": "ttft_mean_s"}
 MATTERS = {"helps": "yes", "hurts": "yes", "no effect": "no", "inconclusive": "not settled"}
+NOT_VALID = "not valid"
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,14 @@ def flags(context: Context) -> Finding:
         "TTFT of the long prompt", "MFU", "Beside the defaults", "Matters to prefill",
     ]]  # fmt: skip
     fastest: list[tuple[float, str, Phase]] = []
-    told: dict[str, list[str]] = {"yes": [], "no": [], "not settled": []}
+    told: dict[str, list[str]] = {"yes": [], "no": [], "not settled": [], NOT_VALID: []}
     for variant in context.lab.variants:
         decode, prefill = (phase(context, variant.name, name) for name in METRIC_OF)
         if decode is None and prefill is None:
             continue
-        fastest += [(decode.seconds, variant.name, decode)] if decode else []
         ratios = {name: beside(context, variant.name, name) for name in METRIC_OF}
+        if decode and ratios["decode"][1] != NOT_VALID:
+            fastest.append((decode.seconds, variant.name, decode))
         rows.append([
             variant.name,
             number(decode.seconds if decode else None, "s"),
@@ -128,6 +130,7 @@ def flags(context: Context) -> Finding:
         ("It matters to decode, TPOT beside the defaults", "yes"),
         ("It does not", "no"),
         ("Not settled by these repeats", "not settled"),
+        ("Not valid, see validity", NOT_VALID),
     ):
         lines += [f"{text}: {', '.join(told[matters])}."] if told[matters] else []
     return Finding(title="Which flag matters to one stream?", rows=rows, lines=lines)
@@ -135,14 +138,17 @@ def flags(context: Context) -> Finding:
 
 def beside(context: Context, variant: str, workload: str) -> tuple[str, str]:
     """(the ratio to the defaults with its interval, whether it is one); dashes for themselves."""
-    ours, defaults = (_repeats(context, name, workload) for name in (variant, "default"))
-    found = effect(ours, defaults) if variant != "default" else None
+    metric = METRIC_OF[workload]
+    pair = [context.point(name, workload, "concurrent:1") for name in (variant, "default")]
+    keys = [point.key for point in pair if point]
+    repeats = [_repeats(context, key, metric) for key in keys]
+    found = effect(*repeats) if variant != "default" and len(repeats) == len(pair) else None
     if found is None:
         return "–", "–"
-    return times(found.ratio), MATTERS[outcome_of(found, METRIC_OF[workload])]
+    withheld = any(caveat.hits(metric, *keys) for caveat in context.caveats)
+    return times(found.ratio), NOT_VALID if withheld else MATTERS[outcome_of(found, metric)]
 
 
-def _repeats(context: Context, variant: str, workload: str) -> Mapping[int, float]:
-    point = context.point(variant, workload, "concurrent:1")
-    rows = context.values.get(point.key, {}) if point else {}
-    return {r: v for r, row in rows.items() if (v := row.get(METRIC_OF[workload])) is not None}
+def _repeats(context: Context, key: str, metric: str) -> Mapping[int, float]:
+    rows = context.values.get(key, {})
+    return {r: v for r, row in rows.items() if (v := row.get(metric)) is not None}

@@ -15,6 +15,7 @@ from labs import theory
 from labs.answers import Answers, Passage, Reply
 from labs.findings import FINDINGS, chunks, quantization, speculation, streams, tenants
 from labs.findings.context import Context
+from labs.judge import Caveat
 from labs.lab import SLO, Lab, Variant
 from labs.results import Finding, RunFolder, TrialResult, snapshot_json, write_gzip, write_json
 from loadtests import records
@@ -690,6 +691,21 @@ def test_which_flag_matters_is_told_beside_the_noise(tmp_path: Path) -> None:
     assert finding.lines[1:] == [
         "It matters to decode, TPOT beside the defaults: `eager` 1.50x (1.50 to 1.50)."
     ]
+
+
+def test_a_flag_without_its_evidence_matters_to_nothing(tmp_path: Path) -> None:
+    found = alone(
+        tmp_path,
+        {"default decode": {"tpot_mean_s": [1.5, 1.51, 1.49]},
+         "eager decode": {"tpot_mean_s": [1.0, 1.01, 0.99]},
+         "eager prefill": {"ttft_mean_s": 1.0}},
+    )  # fmt: skip
+    caveat = Caveat(name="treatment not applied", text="", blocks=True,
+                    point="eager/decode/concurrent-1")  # fmt: skip
+    finding = streams.flags(replace(found, caveats=[caveat]))
+    assert cells(finding, 0, 4, 8) == [["default", "–", "–"], ["eager", "not valid", "–"]]
+    assert finding.lines[0].startswith("`default` decodes fastest")
+    assert finding.lines[1].startswith("Not valid, see validity: `eager` 0.67x")
 
 
 def test_one_repeat_settles_no_flag(tmp_path: Path) -> None:
