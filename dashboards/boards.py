@@ -45,7 +45,11 @@ from loadtests import exporter
 from serving import metrics, telemetry
 
 FOLDER = Path(__file__).parent / "grafana"
-LATE_S, LOOP_LAG_S, MOST_ERRORS = 0.005, 0.02, 0.01  # beyond them no verdict (labs/judge.py)
+LATE_S, LOOP_LAG_S, MOST_ERRORS = (
+    0.005,
+    0.02,
+    0.01,
+)  # beyond them no verdict (labs/judging/judge.py)
 OUTCOMES = {
     "helps": "green", "hurts": "red", "no effect": "blue", "inconclusive": "orange",
     "not valid": "purple",

@@ -37,8 +37,8 @@ from serving.models import Shape
 class Variant(BaseModel, frozen=True, extra="forbid"):
     """An engine configuration: vLLM's own flag names and their values, and whose weights it serves.
 
-    `weights` names a model derived from the lab's own (`labs/derived.py`), as does `<name>` within
-    a flag's value, where the derived model's folder will stand.
+    `weights` names a model derived from the lab's own (`labs/running/derived_models.py`), as does
+    `<name>` within a flag's value, where the derived model's folder will stand.
     """
 
     name: str

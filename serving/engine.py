@@ -32,6 +32,7 @@ FlagValue = str | int | float | bool | dict[str, object] | list[str]
 
 SERVER = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 START_TIMEOUT_S = 900.0
+PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 LOOPBACK = "127.0.0.1"
 
 

@@ -49,9 +49,9 @@ CLASSES = (
     MemoryClass(141, "Qwen/Qwen2.5-32B-Instruct", "llama-8b"),
 )
 
-# What others have made of these models, by the names of labs/derived.py. What is not listed, the
-# lab makes itself. The ids are as they are known; they were not checked from here. A draft must
-# share its target's vocabulary, which the smallest Qwen2.5 do not with those of 7B and more.
+# What others have made of these models, by the names of labs/running/derived_models.py. What is
+# not listed, the lab makes itself. The ids are as they are known; they were not checked from here.
+# A draft must share its target's vocabulary: the smallest Qwen2.5 do not share that of 7B and more.
 SIBLINGS: dict[str, dict[str, str]] = {
     "Qwen/Qwen2.5-1.5B-Instruct": {
         "draft": "Qwen/Qwen2.5-0.5B-Instruct",

@@ -27,7 +27,7 @@ from typing import Any
 
 MANIFEST, SCRIPT = "manifest.json", "unbundle.py"
 HOME, PROGRAMS_HOME = ".unbundled", ".tools/prometheus"
-COMMANDS = {"python": "", "labs": " -m labs.cli", "pytest": " -m pytest"}
+COMMANDS = {"python": "", "labs": " -m labs.commands.cli", "pytest": " -m pytest"}
 # PYTHONPATH alone does not read the .pth files by which some packages name further folders.
 READ_PTH = "import os, site\n\nsite.addsitedir(os.path.dirname(__file__))\n"
 

@@ -35,10 +35,11 @@ from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
-from labs import instruments, results
-from labs.judge import CONFIDENCE, Effect, Interval, Judgement, effect, mean_interval
-from labs.others import Others
-from labs.terminal import minutes
+from labs.commands.terminal import minutes
+from labs.filing import results
+from labs.judging.judge import CONFIDENCE, Effect, Interval, Judgement, effect, mean_interval
+from labs.running.machine_load import Others
+from labs.telling import instruments
 from loadtests import generator, plan, records
 from loadtests.arrivals import Concurrent
 from loadtests.prompts import Writer, counter
@@ -211,7 +212,7 @@ class Clock:
 def locust(
     users: int, work: Path, locustfile: Path = generator.LOCUSTFILE, processes: int = 1
 ) -> Iterator[Played]:
-    """Our Locust as `labs/stage.py` starts it, with its exporter."""
+    """Our Locust as `labs/running/stage.py` starts it, with its exporter."""
     argv = generator.argv(users, exporter_port := free_port(), free_port(), processes)
     argv[argv.index(str(generator.LOCUSTFILE))] = str(locustfile)
     log, cores = work / f"locust-{users}.log", machines.split_cores()[1]

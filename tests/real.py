@@ -13,7 +13,7 @@ import requests
 
 from dashboards import boards
 from dashboards.prometheus import Prometheus
-from labs.results import Run, RunFolder
+from labs.filing.results import Run, RunFolder
 from serving import metrics
 from serving.models import ROOT
 
@@ -33,7 +33,7 @@ def quick_run(
     """`labs run LAB` with QUICK=1 and these settings; the run it left among the results."""
     before = set(results.glob(RUNS))
     done = subprocess.run(
-        [sys.executable, "-m", "labs.cli", "run", lab],
+        [sys.executable, "-m", "labs.commands.cli", "run", lab],
         cwd=ROOT,
         env={
             **os.environ,

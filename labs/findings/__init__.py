@@ -5,9 +5,9 @@ A lab names its findings (`Lab.findings`); each function here is pure and return
 
 from collections.abc import Callable
 
+from labs.filing.results import Finding
 from labs.findings import chunks, quantization, speculation, streams, tenants
 from labs.findings.context import Context
-from labs.results import Finding
 
 FINDINGS: dict[str, Callable[[Context], Finding]] = {
     "token-budget": chunks.token_budget,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from scipy import stats
 
+from labs.filing.results import Finding
 from labs.findings.context import Context
-from labs.results import Finding
-from labs.text import number, yes
+from labs.judging.text import number, yes
 
 
 def token_budget(context: Context) -> Finding:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from labs.judge import Caveat
+from labs.filing.results import Run, RunFolder
+from labs.judging.judge import Caveat
 from labs.lab import Lab, Point
-from labs.results import Run, RunFolder
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from labs.answers import Answers
+from labs.filing.results import Finding
 from labs.findings.context import Context
-from labs.quality import SOURCES, QualityFigure, compare, gate, over_clusters
-from labs.results import Finding
-from labs.text import number
+from labs.judging.evaluation import Answers
+from labs.judging.quality import SOURCES, QualityFigure, compare, gate, over_clusters
+from labs.judging.text import number
 
 
 def asked(context: Context, variant: str) -> list[Answers]:

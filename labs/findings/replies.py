@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from labs import theory
+from labs.filing.results import Summary
 from labs.findings import quantization, speculation, streams
 from labs.findings.context import Context
-from labs.judge import Judgement
+from labs.judging.judge import Judgement
+from labs.judging.quality import QualityFigure, compare, gate
+from labs.judging.text import number, times
 from labs.lab import Point
 from labs.multi_lora import adapter_bytes
-from labs.quality import QualityFigure, compare, gate
-from labs.results import Summary
-from labs.text import number, times
 from loadtests.arrivals import Arrival
 from serving import metrics
 

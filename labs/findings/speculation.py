@@ -11,10 +11,10 @@ import numpy as np
 from scipy import stats
 
 from labs import theory
+from labs.filing.results import Finding
 from labs.findings.context import Context
+from labs.judging.text import number, short
 from labs.lab import Point
-from labs.results import Finding
-from labs.text import number, short
 from serving import metrics
 
 

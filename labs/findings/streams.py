@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from labs import theory
+from labs.filing.results import Finding
 from labs.findings.context import Context
-from labs.judge import effect, outcome_of
+from labs.judging.judge import effect, outcome_of
+from labs.judging.text import number, times
 from labs.lab import Point
-from labs.results import Finding
-from labs.text import number, times
 
 METRIC_OF = {"decode": "tpot_mean_s", "prefill": "ttft_mean_s"}
 MATTERS = {"helps": "yes", "hurts": "yes", "no effect": "no", "inconclusive": "not settled"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
+from labs.filing.results import Finding
 from labs.findings.context import Context
-from labs.judge import effect
+from labs.judging.judge import effect
+from labs.judging.text import number, short
 from labs.multi_lora import adapter_bytes
-from labs.results import Finding
-from labs.text import number, short
 from serving.adapters import mark_of, marks_in
 
 LEAST_ANSWERS = 2000

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from labs import export
-from labs.results import RunFolder
+from labs.filing import export
+from labs.filing.results import RunFolder
 from tests.unit.builders import make_record, make_trial, write_run
 
 pytestmark = pytest.mark.cpu

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.resolve import PARALLEL
 from serving import dummy, engine, machine, models
+from serving.engine import PARALLEL
 from tests.real import ROUNDED, check_dashboards, check_run, quick_run
 
 pytestmark = [

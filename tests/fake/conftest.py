@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from labs import LABS as EVERY_LAB
-from labs.results import MachineFile, RunFolder, write_json
+from labs.filing.results import MachineFile, RunFolder, write_json
 from serving import gpus, machine
 from serving.engine import check_flags
 from serving.install import find_prometheus
@@ -33,12 +33,12 @@ SETTINGS = (
     "PRICE_PER_HOUR", "RESULTS", "WEIGHTS", "TP", "DP", "PP",
     "PRICE_PER_HOUR", "RESULTS", "BASELINE", "THRESHOLDS", "A", "B", "FORCE", "OUT", "JSON", "AS",
 )  # fmt: skip
-LABS = ("-m", "labs.cli")
+LABS = ("-m", "labs.commands.cli")
 LABS_WITH_FAKE_MODELS = ("-m", "tests.fake.made")
 LABS_WITHOUT_PROMETHEUS = (
     "-c",
     "import dashboards.prometheus as p; p.find_prometheus = lambda root: None\n"
-    "from labs.cli import app; app()",
+    "from labs.commands.cli import app; app()",
 )
 CEILINGS = machine.Ceilings(
     memory_bandwidth_bytes_per_s=2e10,

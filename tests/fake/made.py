@@ -9,8 +9,9 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from labs import derived, results
-from labs.cli import app
+from labs.commands.cli import app
+from labs.filing import results
+from labs.running import derived_models
 from serving.adapters import mark_of
 from serving.models import Model
 from serving.outliers import SCHEMES
@@ -66,5 +67,5 @@ def _half_as_large(model: Model, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    derived.make = make
+    derived_models.make = make
     app()

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from labs import LABS as EVERY_LAB
-from labs.results import RunFolder, TrialResult
+from labs.filing.results import RunFolder, TrialResult
 from loadtests.records import RequestRecord
 from serving.engine import free_port
 from serving.models import CACHE
@@ -255,7 +255,7 @@ SLOWED = (
     "-c",
     "from pathlib import Path; import loadtests.generator as g\n"
     "g.LOCUSTFILE = Path('tests/fake/slowed.py').resolve()\n"
-    "from labs.cli import app; app()",
+    "from labs.commands.cli import app; app()",
 )
 
 
@@ -391,7 +391,7 @@ def test_a_ctrl_c_that_falls_into_a_finalizer_is_not_lost(reader: Reader) -> Non
         "    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\n"
         "collected, read = [Collected()], engine._snapshot\n"
         "engine._snapshot = lambda url: collected.clear() or read(url)\n"
-        "from labs.cli import app; app()",
+        "from labs.commands.cli import app; app()",
     )
     command = reader.types("run", BATCHING, SET=SHORT, program=program)
     assert command.wait() == 130, command.said

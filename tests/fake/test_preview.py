@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dashboards import boards
-from labs.results import Run
+from labs.filing.results import Run
 from serving.engine import free_port
 from tests.browser import Page, browser, find
 from tests.fake.conftest import needs_prometheus, reading

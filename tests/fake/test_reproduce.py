@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from labs.results import RunFolder
+from labs.filing.results import RunFolder
 from tests.fake.conftest import Command, Reader, reading
 
 LAB = "continuous-batching"

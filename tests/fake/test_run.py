@@ -17,10 +17,10 @@ from statistics import fmean
 import pytest
 
 from labs import LABS
+from labs.filing.results import RunFolder, Summary
 from labs.findings.context import Context
 from labs.findings.speculation import speculations, tokens_a_step
 from labs.lab import Point
-from labs.results import RunFolder, Summary
 from loadtests.records import RequestRecord
 from serving import models
 from serving.install import find_prometheus

@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from dashboards import series
-from labs.results import RunFolder
+from labs.filing.results import RunFolder
 from loadtests import exporter
 from loadtests.records import RequestRecord
 from serving.engine import free_port

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from labs.filing.results import Predictions, Run, RunFolder, TrialResult, write_json
+from labs.judging.measure import Trial
 from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
-from labs.measure import Trial
-from labs.results import Predictions, Run, RunFolder, TrialResult, write_json
-from labs.summary import summarise
+from labs.telling.summary import summarise
 from loadtests import records
 from loadtests.arrivals import parse
 from loadtests.plan import TrialSummary

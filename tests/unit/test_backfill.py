@@ -11,9 +11,9 @@ import pytest
 import requests
 
 from dashboards import prometheus, series
-from labs import backfill
+from labs.filing.results import RunFolder
 from labs.lab import LabError
-from labs.results import RunFolder
+from labs.running import backfill
 from loadtests import exporter
 from tests.unit.builders import write_run
 

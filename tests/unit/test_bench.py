@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from labs import instruments
-from labs.judge import Effect, Interval, Judgement, Outcome
+from labs.judging.judge import Effect, Interval, Judgement, Outcome
+from labs.telling import instruments
 from loadtests import generator
 from loadtests.records import RequestRecord
 from tests import bench

@@ -14,11 +14,14 @@ import pytest
 import requests
 from typer.testing import CliRunner
 
-from labs import LABS, backfill, cli, results, watching
-from labs.cli import app
+from labs import LABS
+from labs.commands import cli, monitoring
+from labs.commands.cli import app
+from labs.commands.terminal import plain, plainly
+from labs.filing import results
 from labs.lab import LabError, NotApplicable
 from labs.questions import QUESTIONS
-from labs.terminal import plain, plainly
+from labs.running import backfill
 from serving.models import ROOT
 from tests.unit.builders import write_run, write_slowed
 
@@ -121,8 +124,8 @@ def test_a_lab_that_does_not_apply_is_skipped_and_fails_nothing(
     def refuse(*_: object) -> None:
         raise refusal("needs real weights")
 
-    monkeypatch.setattr("labs.sitting.FILE", tmp_path / "sitting.json")
-    monkeypatch.setattr("labs.cli.run_lab", refuse)
+    monkeypatch.setattr("labs.commands.all_labs.FILE", tmp_path / "sitting.json")
+    monkeypatch.setattr("labs.commands.cli.run_lab", refuse)
     found, said = labs("all", "--weights", "dummy")
     assert found == code
     assert (f"Skipped: {LAB}: needs real weights" in said) == (refusal is NotApplicable)
@@ -243,8 +246,8 @@ def test_one_run_several_or_all_are_imported(
     two: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
-    monkeypatch.setattr(watching, "alone", contextlib.nullcontext)
-    monkeypatch.setattr(watching, "all_runs", lambda: [])
+    monkeypatch.setattr(monitoring, "alone", contextlib.nullcontext)
+    monkeypatch.setattr(monitoring, "all_runs", lambda: [])
     monkeypatch.setattr(
         backfill, "load", lambda folders, _: asked.append([str(f.path) for f in folders])
     )

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from labs import compare, gate, html_side_by_side, results, side_by_side
-from labs.compare import Row, side
-from labs.judge import contrast
+from labs.comparing import compare, gate, page, side_by_side
+from labs.comparing.compare import Row, side
+from labs.filing import results
+from labs.filing.results import RunFolder, write_json
+from labs.judging.judge import contrast
 from labs.lab import LabError, digest_of
-from labs.results import RunFolder, write_json
-from labs.summary import summarise
+from labs.telling.summary import summarise
 from tests.unit.builders import MACHINE, write_run, write_slowed
 from tests.unit.test_html import Seen
 
@@ -318,7 +319,7 @@ def test_the_page_has_the_words_and_tables_of_the_markdown_and_every_fact(
     folder: RunFolder, tmp_path: Path
 ) -> None:
     found = compared(folder, write_slowed(folder, 1.25))
-    seen = Seen(html_side_by_side.page([found], ["other: B has no run of it"]))
+    seen = Seen(page.page([found], ["other: B has no run of it"]))
     words = " ".join(seen.read.split())
     for name, rows in side_by_side.tables(found):
         assert name in words
@@ -332,9 +333,7 @@ def test_the_page_has_the_words_and_tables_of_the_markdown_and_every_fact(
 
 
 def test_on_the_page_facts_that_differ_are_marked(folder: RunFolder) -> None:
-    seen = Seen(
-        html_side_by_side.page([compared(folder, edited(folder, machine="Slide rule"))], [])
-    )
+    seen = Seen(page.page([compared(folder, edited(folder, machine="Slide rule"))], []))
     marked = [attrs for tag, attrs in seen.tags if tag == "tr" and attrs.get("class") == "differs"]
     assert len(marked) == 1
     assert "differ." in seen.read
@@ -342,6 +341,6 @@ def test_on_the_page_facts_that_differ_are_marked(folder: RunFolder) -> None:
 
 def test_what_is_forced_is_said_on_the_page_too(folder: RunFolder) -> None:
     found = compared(folder, edited(folder, window_s=60), force=True)
-    said = Seen(html_side_by_side.page([found], [])).read
+    said = Seen(page.page([found], [])).read
     tables = len(side_by_side.tables(found))
     assert said.count("FORCED: they were not sent the same load: window_s") == tables + 1

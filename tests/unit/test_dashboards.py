@@ -13,8 +13,9 @@ import pytest
 
 from dashboards import boards, series
 from dashboards.panels import shared_out
-from labs import LABS, judge, validity
-from labs.measure import METRICS
+from labs import LABS
+from labs.judging import judge, validity
+from labs.judging.measure import METRICS
 from loadtests import exporter
 from loadtests.exporter import Exporter
 from serving import metrics, telemetry

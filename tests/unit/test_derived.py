@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from labs import LABS, derived
-from labs.answers import TEXTS
-from labs.derived import RECIPES, about, make, place, with_weights
+from labs import LABS
+from labs.judging.evaluation import TEXTS
 from labs.lab import LabError
+from labs.running import derived_models
+from labs.running.derived_models import RECIPES, about, make, place, with_weights
 from loadtests.prompts import Messages, Writer
 from serving import models
 from serving.engine import placed
@@ -39,7 +40,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     (tmp_path / "a_maker.py").write_text(MAKER)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{models.ROOT}")
     monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(derived, "counter", lambda path: words)
+    monkeypatch.setattr(derived_models, "counter", lambda path: words)
     for name, recipe in RECIPES.items():
         monkeypatch.setitem(RECIPES, name, replace(recipe, module="a_maker"))
     return Model("lab/base-1B", tmp_path / "base", SHAPE)
@@ -79,8 +80,10 @@ def test_prompts_are_of_every_kind_and_the_same_wherever_made(model: Model) -> N
     prompts = [json.loads(line)["messages"] for line in given.splitlines()]
     kinds = [kind.requests(1, 0, Writer(words))[0].prompt_tokens for kind in recipe.prompts]
     lengths = [words(p) for p in prompts]
-    assert {n: lengths.count(n) for n in kinds} == dict.fromkeys(kinds, derived.PROMPTS_EACH)
-    assert lengths[: derived.PROMPTS_EACH] != sorted(lengths)[: derived.PROMPTS_EACH]  # mixed
+    assert {n: lengths.count(n) for n in kinds} == dict.fromkeys(kinds, derived_models.PROMPTS_EACH)
+    assert (
+        lengths[: derived_models.PROMPTS_EACH] != sorted(lengths)[: derived_models.PROMPTS_EACH]
+    )  # mixed
     place(model, "adapters").rename(models.CACHE / "moved")
     assert (make(model, "adapters", list[str]().append) / "given").read_text() == given
 

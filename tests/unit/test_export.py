@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from labs import export
-from labs.export import Format
-from labs.results import RunFolder
+from labs.filing import export
+from labs.filing.export import Format
+from labs.filing.results import RunFolder
 from loadtests import records
 from tests.unit.builders import make_record, write_run
 

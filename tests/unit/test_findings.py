@@ -12,12 +12,19 @@ import numpy as np
 import pytest
 
 from labs import theory
-from labs.answers import Answers, Passage, Reply
+from labs.filing.results import (
+    Finding,
+    RunFolder,
+    TrialResult,
+    snapshot_json,
+    write_gzip,
+    write_json,
+)
 from labs.findings import FINDINGS, chunks, quantization, speculation, streams, tenants
 from labs.findings.context import Context
-from labs.judge import Caveat
+from labs.judging.evaluation import Answers, Passage, Reply
+from labs.judging.judge import Caveat
 from labs.lab import SLO, Lab, Variant
-from labs.results import Finding, RunFolder, TrialResult, snapshot_json, write_gzip, write_json
 from loadtests import records
 from loadtests.records import RequestRecord
 from loadtests.workload import Adapters, Fixed, Intruder

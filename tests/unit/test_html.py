@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from plotly.offline import get_plotlyjs
 
-from labs import drawn, html, report, results
+from labs.filing import results
+from labs.filing.results import RunFolder, TrialResult, all_runs, write_json
 from labs.questions import QUESTIONS
-from labs.results import RunFolder, TrialResult, all_runs, write_json
-from labs.summary import summarise
+from labs.telling import chart_data, html, report
+from labs.telling.summary import summarise
 from loadtests import records
 from tests.unit.builders import make_record, make_summary, write_run
 
@@ -181,7 +182,7 @@ def test_of_too_many_requests_the_longest_stay_and_the_page_says_so(
     found = [make_record([(11.0, 1), (11.0 + i, 1)], index=i) for i in range(1, 6)]
     found.append(make_record([], index=9))
     records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", found)
-    monkeypatch.setattr(drawn, "MOST_REQUESTS", 8 * 3)  # of eight trials
+    monkeypatch.setattr(chart_data, "MOST_REQUESTS", 8 * 3)  # of eight trials
     trial = next(t for t in written(folder).data["trials"] if t["point"] == point.key)
     assert (trial["sent"], sorted(trial["index"])) == (6, [4, 5, 9])
 
@@ -196,7 +197,7 @@ def test_samples_are_quantiles_of_all_repeats(folder: RunFolder) -> None:
             point=point.key, repeat=repeat, summary=make_summary(sent=300)))  # fmt: skip
     ttft = written(folder).data["samples"]["ttft_s"]["points"][point.key]
     assert ttft["n"] == 600
-    assert len(ttft["ms"]) == drawn.MOST_QUANTILES
+    assert len(ttft["ms"]) == chart_data.MOST_QUANTILES
     assert (ttft["ms"][0], ttft["ms"][-1]) == (10, 3010)
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from labs import compare, html, html_side_by_side, report, results
-from labs.results import RESULTS, RunFolder
+from labs.comparing import compare, page
+from labs.filing import results
+from labs.filing.results import RESULTS, RunFolder
+from labs.telling import html, report
 from loadtests import records
 from tests.browser import Browser, Page, browser, find
 from tests.unit.builders import write_run
@@ -205,24 +207,24 @@ def test_a_comparison_is_drawn_and_its_figures_are_chosen(
     run = str(folder_of(site, RUNS[0]).path)
     whole, variant = compare.side(run), compare.side(f"{run}:base")
     found = [compare.compare(variant, variant), compare.compare(whole, whole)]
-    html_side_by_side.write(found, [], tmp_path / "x.html")
-    page = opened(chromium, tmp_path / "x.html", width, scheme)
+    page.write(found, [], tmp_path / "x.html")
+    shown = opened(chromium, tmp_path / "x.html", width, scheme)
     for place in (0, 1):
-        assert page.js(f"document.querySelectorAll('#ratios-{place} .main-svg').length > 0")
-    page.js("document.getElementById('figures-0').focus()")
-    page.choose("figures-0", "kind TPOT, mean")
+        assert shown.js(f"document.querySelectorAll('#ratios-{place} .main-svg').length > 0")
+    shown.js("document.getElementById('figures-0').focus()")
+    shown.choose("figures-0", "kind TPOT, mean")
     points = "document.getElementById('ratios-0').data.flatMap(t => t.x)"
     tpot = [r for r in found[0].rows if r.figure == "tpot_mean_s" and r.contrast]
-    assert page.js(points) == [1] * len(tpot)
-    assert page.js("document.documentElement.scrollWidth <= innerWidth")
-    assert page.errors == []
-    assert [u for u in page.requested if u.startswith("file:")] == [(tmp_path / "x.html").as_uri()]
+    assert shown.js(points) == [1] * len(tpot)
+    assert shown.js("document.documentElement.scrollWidth <= innerWidth")
+    assert shown.errors == []
+    assert [u for u in shown.requested if u.startswith("file:")] == [(tmp_path / "x.html").as_uri()]
 
 
 def test_without_scripts_every_table_and_picture_is_there(chromium: Browser, site: Path) -> None:
-    page = Page(chromium, 1280, 900)
-    page.call("Emulation.setScriptExecutionDisabled", value=True)
-    page.open(of(site, RUNS[0]))
-    assert page.js("getComputedStyle(document.getElementById('distributions')).display") == "none"
-    assert page.js("document.querySelectorAll('noscript img').length") == 2
-    assert "Scripts are off" in page.js("document.body.innerText")
+    shown = Page(chromium, 1280, 900)
+    shown.call("Emulation.setScriptExecutionDisabled", value=True)
+    shown.open(of(site, RUNS[0]))
+    assert shown.js("getComputedStyle(document.getElementById('distributions')).display") == "none"
+    assert shown.js("document.querySelectorAll('noscript img').length") == 2
+    assert "Scripts are off" in shown.js("document.body.innerText")

@@ -16,6 +16,9 @@ MAY_IMPORT = {
     "serving": {"serving"},
     "loadtests": {"loadtests"},
 }
+ROOMS = (  # of labs/, from the ground up: a room imports from itself and from those before it
+    "judging", "filing", "findings", "telling", "comparing", "running", "commands",
+)  # fmt: skip
 FILES = sorted(path for house in MAY_IMPORT for path in (ROOT / house).rglob("*.py"))
 LAB_VOCABULARY = {
     "labs.lab", "labs.theory", "loadtests.arrivals", "loadtests.prompts", "loadtests.workload",
@@ -55,6 +58,23 @@ def test_imports_go_one_way(path: Path) -> None:
     on_import = {name.split(".")[0] for name in imported(at_module_level(tree))}
     assert not on_import & {"torch", "vllm", "transformers"}
     assert not {"utils", "common", "helpers", "misc"} & {path.stem, path.parent.name}
+
+
+ROOM_FILES = [path for path in FILES if path.relative_to(ROOT).parts[0] == "labs"]
+
+
+@pytest.mark.parametrize("path", ROOM_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_rooms_import_those_below_them(path: Path) -> None:
+    """The vocabulary and the lab files know no room; a room knows only those below it."""
+    parts = path.relative_to(ROOT).parts[1:]
+    at = ROOMS.index(parts[0]) if len(parts) > 1 else -1
+    names = (name.split(".") for name in imported(ast.walk(ast.parse(path.read_text()))))
+    rooms = {name[1] for name in names if name[0] == "labs" and len(name) > 1 and name[1] in ROOMS}
+    assert rooms <= set(ROOMS[: at + 1])
+
+
+def test_every_room_of_the_house_has_its_place_in_the_order() -> None:
+    assert {path.parent.name for path in (ROOT / "labs").glob("*/__init__.py")} == set(ROOMS)
 
 
 @pytest.mark.parametrize("lab", LABS)

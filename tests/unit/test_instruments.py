@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from labs import instruments, results
-from labs.instruments import Alarms, Engine, Neighbour, Overhead, Recording, Sent, Streams
-from labs.judge import Interval
+from labs.filing import results
+from labs.judging.judge import Interval
+from labs.telling import instruments
+from labs.telling.instruments import Alarms, Engine, Neighbour, Overhead, Recording, Sent, Streams
 from serving.machine import Machine
 
 MACHINE = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=24 * 2**30)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs.judge import (
+from labs.judging.judge import (
     Caveat,
     Effect,
     Interval,

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from labs import LABS, derived, plots
+from labs import LABS
 from labs.findings import FINDINGS
+from labs.judging.measure import METRICS
 from labs.lab import (
     NEED_TEXT,
     NO_TEXT,
@@ -25,10 +26,11 @@ from labs.lab import (
     factors,
     parse_changes,
 )
-from labs.measure import METRICS
-from labs.plots import PLOTS
-from labs.probes import PROBES
 from labs.questions import QUESTIONS
+from labs.running import derived_models
+from labs.running.probes import PROBES
+from labs.telling import plots
+from labs.telling.plots import PLOTS
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
 from serving import metrics, models
@@ -420,7 +422,7 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
 
 def test_what_needs_text_exists() -> None:
     known: dict[str, Any] = {
-        "studies": derived.RECIPES, "probes": PROBES, "findings": FINDINGS, "plots": PLOTS,
+        "studies": derived_models.RECIPES, "probes": PROBES, "findings": FINDINGS, "plots": PLOTS,
     }  # fmt: skip
     assert all(names <= known[field].keys() for field, names in NEED_TEXT.items())
 

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from labs import report
+from labs.telling import report
 from serving import machine
 from serving.machine import GIB, Ceilings, Machine
 

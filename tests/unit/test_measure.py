@@ -2,7 +2,7 @@
 
 import pytest
 
-from labs.measure import (
+from labs.judging.measure import (
     LEAST_SAMPLES,
     METRICS,
     Trial,

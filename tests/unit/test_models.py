@@ -13,9 +13,9 @@ import pytest
 from huggingface_hub import errors
 
 from labs import LABS
-from labs.derived import RECIPES
 from labs.lab import Lab, LabError, NotApplicable, parse_changes
-from labs.resolve import model_of, require_devices, require_memory, require_sizes
+from labs.running.derived_models import RECIPES
+from labs.running.resolve import model_of, require_devices, require_memory, require_sizes
 from serving import dummy, models
 from serving.machine import Machine
 from serving.models import CLASSES, SIBLINGS, MemoryClass, Model, ModelError, shape_of
@@ -242,10 +242,10 @@ def test_more_gpus_than_there_are_is_said_before_anything_starts(
         require_devices(lab, gpu(81_559, count=2))
     across = {**changes, "flags.distributed-executor-backend": "ray"}
     lab = LABS["chunked-prefill"].at("gpu", False, across)
-    monkeypatch.setattr("labs.resolve.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("labs.running.resolve.importlib.util.find_spec", lambda name: None)
     with pytest.raises(LabError, match="needs Ray, which is not installed here"):
         require_devices(lab, gpu(81_559, count=2))
-    monkeypatch.setattr("labs.resolve.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("labs.running.resolve.importlib.util.find_spec", lambda name: name)
     require_devices(lab, gpu(81_559, count=2))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pytest
 
-from labs import plots
-from labs.judge import Interval
-from labs.newest import published
-from labs.results import RunFolder
+from labs.filing.newest import published
+from labs.filing.results import RunFolder
+from labs.judging.judge import Interval
+from labs.telling import plots
 
 CHUNKED = [f for f in published() if f.path.parent.name == "chunked-prefill"]
 

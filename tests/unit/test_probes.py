@@ -14,11 +14,11 @@ from typing import Any, Literal
 import pytest
 import requests
 
-from labs import probes
-from labs.answers import Answers, threads
 from labs.findings.tenants import leaks
+from labs.judging.evaluation import Answers, threads
 from labs.lab import Variant
-from labs.probes import PROBES, Served
+from labs.running import probes
+from labs.running.probes import PROBES, Served
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Fixed
 from serving.adapters import mark_of, marks_in

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from labs import LABS, published, report
-from labs.published import Published
-from labs.results import Finding, write_json
+from labs import LABS
+from labs.filing import published
+from labs.filing.published import Published
+from labs.filing.results import Finding, write_json
+from labs.telling import report
 from tests.unit.builders import write_run
 
 THEIRS = Published(figure="9x", setting="an abacus of oak", source="Al-Khwarizmi, 820")

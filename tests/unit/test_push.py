@@ -16,8 +16,8 @@ import pytest
 
 from dashboards import boards, push
 from dashboards.push import GrafanaError, Region
-from labs.regions import regions
-from labs.results import RunFolder
+from labs.commands.annotations import regions
+from labs.filing.results import RunFolder
 from serving.engine import free_port
 from tests.unit.builders import write_run
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import requests
 
-from labs import answers, quality
-from labs.answers import Answers, Passage, Reply, ask
-from labs.quality import (
+from labs.judging import evaluation, quality
+from labs.judging.evaluation import Answers, Passage, Reply, ask
+from labs.judging.quality import (
     Margin,
     QualityFigure,
     compare,
@@ -294,19 +294,19 @@ def test_an_engine_that_refuses_is_an_error(engine: str) -> None:
 # ----------------------------------------------------------------------------------------- texts
 
 
-@pytest.mark.parametrize("length_tokens", answers.LENGTHS_TOKENS)
+@pytest.mark.parametrize("length_tokens", evaluation.LENGTHS_TOKENS)
 def test_needles_lie_at_their_depths(length_tokens: int) -> None:
-    text, numbers = answers.needles_text(length_tokens, 0)
-    assert (text, numbers) == answers.needles_text(length_tokens, 0)
-    assert text != answers.needles_text(length_tokens, 1)[0]
+    text, numbers = evaluation.needles_text(length_tokens, 0)
+    assert (text, numbers) == evaluation.needles_text(length_tokens, 0)
+    assert text != evaluation.needles_text(length_tokens, 1)[0]
     places = [text.index(number) / len(text) for number in numbers.values()]
-    assert places == pytest.approx(answers.DEPTHS, abs=0.16)
+    assert places == pytest.approx(evaluation.DEPTHS, abs=0.16)
     assert all(text.count(number) == 1 for number in numbers.values())
 
 
 def test_no_text_is_held_out_and_calibrated_on() -> None:
     held_out, calibration = (
-        (answers.TEXTS / name).read_text().strip().split("\n\n")
+        (evaluation.TEXTS / name).read_text().strip().split("\n\n")
         for name in ("held_out.txt", "calibration.txt")
     )
     assert len(held_out) == 12

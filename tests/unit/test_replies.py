@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from labs import LABS
+from labs.filing.results import Agreement, Session, Summary, write_json
 from labs.findings import replies
 from labs.findings.context import Context
 from labs.findings.replies import REPLIES, Told
-from labs.judge import Effect, Interval, Judgement
+from labs.judging.judge import Effect, Interval, Judgement
 from labs.lab import Lab, Variant
-from labs.results import Agreement, Session, Summary, write_json
 from serving import metrics
 from serving.metrics import Histogram, Snapshot
 from tests.unit.builders import PREDICTION, make_lab, make_workload

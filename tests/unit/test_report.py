@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
-from labs import pages, report, results
-from labs.judge import Caveat, Effect, Interval, Judgement, holds
+from labs.comparing import leaderboards
+from labs.filing import results
+from labs.filing.newest import published
+from labs.filing.results import Predictions, RunFolder, Session, TrialResult, write_json
+from labs.judging.judge import Caveat, Effect, Interval, Judgement, holds
+from labs.judging.text import number, short
 from labs.lab import Prediction
-from labs.newest import published
-from labs.results import Predictions, RunFolder, Session, TrialResult, write_json
-from labs.summary import summarise
-from labs.text import number, short
+from labs.telling import report
+from labs.telling.summary import summarise
 from tests.unit.builders import PREDICTION, make_claim, make_lab, write_run
 
 
@@ -235,7 +237,7 @@ def test_only_complete_ordinary_runs_are_published(folder: RunFolder) -> None:
 
 
 def test_readme_is_in_sync() -> None:
-    assert not pages.stale(), "run `make readme`"
+    assert not leaderboards.stale(), "run `make readme`"
 
 
 @pytest.mark.parametrize("resident", [True, False])

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from labs import LABS, manifest, pages, reproduce, reproduction, results
-from labs.cli import app
-from labs.compare import VerdictPair
-from labs.judge import Interval
+from labs import LABS
+from labs.commands.cli import app
+from labs.comparing import leaderboards, reproduction
+from labs.comparing.compare import VerdictPair
+from labs.filing import manifest, results
+from labs.filing.results import Run, RunFolder, all_runs, write_json
+from labs.judging.judge import Interval
 from labs.lab import LabError
-from labs.results import Run, RunFolder, all_runs, write_json
+from labs.running import reproduce
 from serving.machine import Environment, engine_variables
 from serving.models import file_hashes
 from tests.unit.builders import write_run, write_slowed
@@ -168,11 +171,14 @@ def test_an_answer_is_filed_with_the_original_and_needs_no_records(folder: RunFo
     (found,) = reproduction.filed(folder)
     assert (found.agreement, found.day) == ("2 of 2 agree", "2026-01-01")
     assert results.problems(folder) + reproduction.problems(folder) == []
-    page = (path.parent / pages.PAGE).read_text()
+    page = (path.parent / leaderboards.PAGE).read_text()
     assert "## 2026-01-01: 2 of 2 agree" in page
     same = "helps, 2.97x (2.85 to 3.10)"
     assert f"on concurrent-1 / off concurrent-1 | {same} | {same} | agree |" in page
-    assert "2 of 2 agree (2026-01-01)" in pages.write_machine(folder.path.parents[1]).read_text()
+    assert (
+        "2 of 2 agree (2026-01-01)"
+        in leaderboards.write_machine(folder.path.parents[1]).read_text()
+    )
 
 
 def test_a_remark_by_hand_is_shown_and_outlives_another_answer(
@@ -181,14 +187,14 @@ def test_a_remark_by_hand_is_shown_and_outlives_another_answer(
     path = filed(folder, factor=1.1)
     by_hand = json.loads(path.read_text()) | {"remark": "The other guest was busy."}
     path.write_text(json.dumps(by_hand))
-    assert (path.parent / pages.PAGE) in pages.stale()
+    assert (path.parent / leaderboards.PAGE) in leaderboards.stale()
     original = reproduction.original_of(RunFolder(folder.path.with_name(path.stem)))
     assert original
     assert original.path == folder.path
     code = CliRunner().invoke(app, ["report", str(folder.path.with_name(path.stem))]).exit_code
     assert code == 0
     assert reproduction.filed(folder)[0].remark == "The other guest was busy."
-    assert "**Remark.** The other guest was busy." in (path.parent / pages.PAGE).read_text()
+    assert "**Remark.** The other guest was busy." in (path.parent / leaderboards.PAGE).read_text()
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,8 @@ from typing import cast
 
 import pytest
 
-from labs import results
-from labs.lab import LabError, digest_of
-from labs.resolve import Setup
-from labs.results import (
+from labs.filing import results
+from labs.filing.results import (
     RunFolder,
     TrialResult,
     all_runs,
@@ -28,8 +26,10 @@ from labs.results import (
     snapshot_json,
     write_json,
 )
-from labs.run import _resumed
-from labs.summary import summarise
+from labs.lab import LabError, digest_of
+from labs.running.resolve import Setup
+from labs.running.run import _resumed
+from labs.telling.summary import summarise
 from serving import metrics
 from serving.machine import Environment
 from serving.metrics import Histogram, Snapshot
@@ -56,7 +56,7 @@ def test_results_go_where_the_environment_says(
     monkeypatch.setenv("RESULTS", str(tmp_path / "elsewhere"))
     assert runpy.run_path(results.__file__)["RESULTS"] == tmp_path / "elsewhere"
     monkeypatch.delenv("RESULTS")
-    root = Path(results.__file__).parent.parent
+    root = Path(results.__file__).parents[2]
     assert runpy.run_path(results.__file__)["RESULTS"] == root / "results"
 
 
@@ -295,7 +295,7 @@ def test_an_unfinished_run_of_another_vllm_is_not_gone_on_with(
         lab=lab, model=SimpleNamespace(name="abacus-1"), machine=MACHINE, endpoint=None
     )
     for version, expected in (("0.31.0", folder.path), ("0.32.0", None)):
-        monkeypatch.setattr("labs.run.engine_version", lambda version=version: version)
+        monkeypatch.setattr("labs.running.run.engine_version", lambda version=version: version)
         found = _resumed(cast("Setup", setup))
         assert (found and found.path) == expected
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from labs.measure import METRICS, Trial
-from labs.validity import validity
+from labs.judging.measure import METRICS, Trial
+from labs.judging.validity import validity
 from serving import telemetry
 from serving.engine import free_port
 from serving.telemetry import Gpus, Sample, Telemetry

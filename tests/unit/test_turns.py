@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from labs import report
+from labs.filing.results import RunFolder, Session, TrialResult, write_json
 from labs.lab import Point, Variant
-from labs.results import RunFolder, Session, TrialResult, write_json
-from labs.stage import Stage, in_turn, interleave, resident_groups
-from labs.summary import summarise
+from labs.running.stage import Stage, in_turn, interleave, resident_groups
+from labs.telling import report
+from labs.telling.summary import summarise
 from serving.engine import EngineError
 from tests.unit.builders import make_lab, write_run
 
@@ -131,7 +131,9 @@ def test_undecided_points_are_repeated_in_turn_too(
         outcome="inconclusive", effect=True, treatment="on/short/concurrent-1",
         baseline="off/short/concurrent-1",
     )  # fmt: skip
-    monkeypatch.setattr("labs.stage.summarise", lambda _: SimpleNamespace(judgements=[undecided]))
+    monkeypatch.setattr(
+        "labs.running.stage.summarise", lambda _: SimpleNamespace(judgements=[undecided])
+    )
     assert stage.goes(2) == "off 1 1 2 2 on 1 1 2 2"
     stage.noted.clear()
     stage.settle([[v] for v in stage.setup.lab.variants])

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs.judge import Caveat
+from labs.judging.judge import Caveat
+from labs.judging.measure import Trial
+from labs.judging.validity import confounded, first_trial_slow, ttft_agrees, validity
 from labs.lab import Arm, Evidence
-from labs.measure import Trial
-from labs.validity import confounded, first_trial_slow, ttft_agrees, validity
 from loadtests.records import RequestRecord
 from loadtests.workload import Chat, Intruder, Prefix
 from serving import metrics

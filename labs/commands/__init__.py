@@ -1,0 +1,1 @@
+"""What is typed: the command line and what its commands print."""

@@ -1,0 +1,46 @@
+"""Finished runs as regions of time on a Grafana's dashboards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dashboards.push import Region
+from labs.filing.results import RunFolder
+
+
+def regions(folders: Sequence[RunFolder], say: Callable[[RunFolder, str], None]) -> list[Region]:
+    """One a finished run, from its first trial's start to its last one's end.
+
+    A run that cannot be read is left out and told of.
+    """
+    found: list[Region] = []
+    for folder in folders:
+        try:
+            if folder.complete and (region := _region(folder)):
+                found.append(region)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            say(folder, f"left out: {str(error).splitlines()[0]}")
+    return found
+
+
+def _region(folder: RunFolder) -> Region | None:
+    run = folder.run()
+    lab = run.rebuilt_lab()
+    results = (
+        folder.trial_result(point, repeat)
+        for point in run.points()
+        for repeat in range(1, lab.rounds + 1)
+    )
+    played = [result.summary for result in results if result and result.summary]
+    if not played:
+        return None
+    return Region(
+        start_ms=round(1000 * min(s.started_unix_s for s in played)),
+        end_ms=round(1000 * max(s.started_unix_s + s.window_s[1] for s in played)),
+        tags=(
+            f"lab:{lab.name}",
+            f"run:{folder.path.name}",
+            *(f"variant:{variant.name}" for variant in lab.variants),
+        ),
+        text=f"{lab.title} on {run.machine.describe()}, {run.model}",
+    )

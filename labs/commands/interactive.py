@@ -1,0 +1,64 @@
+"""Turning knobs by hand: an engine in the foreground, Locust's own web UI on a lab's workload."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from labs.lab import Lab, LabError
+from labs.running.resolve import is_dummy, model_of
+from loadtests import generator, plan
+from loadtests.arrivals import Concurrent
+from loadtests.prompts import Writer, counter
+from serving import machine as machines
+from serving import models
+from serving.engine import Endpoint, free_port
+from serving.process import Process
+
+PORT, WEB_PORT = 8000, 8089  # of `labs serve` and `labs locust`, unless told otherwise
+
+
+@contextlib.contextmanager
+def start_locust_ui(
+    lab: Lab,
+    changes: dict[str, Any],
+    workload: str,
+    endpoint: str,
+    model: str,
+    weights: str,
+    web_port: int,
+) -> Iterator[Process]:
+    """Locust's web UI sending a lab's workload to a running server; ends with the block."""
+    machine = machines.detect()
+    resolved = lab.at(models.scale_of(machine), False, changes, is_dummy(weights))
+    by_name = {w.name: w for w in resolved.workloads}
+    if workload and workload not in by_name:
+        raise LabError(f"{lab.name} has no workload {workload!r}; it has {', '.join(by_name)}")
+    chosen = by_name[workload] if workload else resolved.workloads[0]
+    server = Endpoint(endpoint)
+    writer = Writer(counter(str(model_of(machine, model, weights).path)))
+    work = models.CACHE / "locust"
+    plan.write_requests(
+        work / "requests.jsonl",
+        chosen.requests(resolved.requests, resolved.seed, writer),
+        server.model,
+    )
+    by_hand = plan.TrialPlan(
+        url=server.url,
+        arrival=Concurrent(users=1),  # the number of users is chosen in the web UI
+        requests=work / "requests.jsonl",
+        records=work / "records.jsonl.gz",
+        warmup_s=0,
+        window_s=None,
+        timeout_s=resolved.timeout_s,
+        seed=resolved.seed,
+        lab=lab.name,
+        variant="by-hand",
+        run_id="by-hand",
+        workload=chosen.name,
+    )
+    (work / "plan.json").write_text(by_hand.model_dump_json())
+    argv = generator.web_argv(work / "plan.json", 4, web_port, free_port(), free_port())
+    with Process("locust", argv, log=work / "locust.log") as process:
+        yield process

@@ -1,0 +1,414 @@
+"""Two runs, two variants or two machines side by side: is it the same, and if not, by how much?
+
+A **figure** is a metric at a point, what a claim compares (the ratio of its two points), or a
+forecast's measured share of the predicted. Each has the ratio B / A with a 95 % interval: paired by
+repeat where both sides sent the same requests, Welch's otherwise. With dozens of figures some
+intervals exclude 1 by chance, so a figure *differs* only where it still does when the rate of false
+discoveries over all of them is held at 5 % (Benjamini and Hochberg 1995). On other hardware only
+dimensionless figures are compared.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, Field
+from scipy import stats
+
+from labs.filing import manifest
+from labs.filing.manifest import Fact
+from labs.filing.newest import published
+from labs.filing.results import Run, RunFolder, Summary, fresh_knobs, open_run
+from labs.judging.judge import (
+    CONFIDENCE,
+    INDIFFERENT,
+    Caveat,
+    Contrast,
+    Interval,
+    Judgement,
+    contrast,
+)
+from labs.judging.measure import METRICS
+from labs.lab import LabError, Point
+from serving.models import ROOT
+
+ABSOLUTE = (
+    "output_tokens_per_s", "ttft_p50_s", "ttft_p90_s", "tpot_mean_s", "itl_p99_s", "e2e_p50_s",
+    "goodput_per_s", "stall_mean_s", "intruder_ttft_mean_s", "kv_capacity_tokens",
+)  # fmt: skip
+DIMENSIONLESS = (
+    "mbu", "mfu", "error_rate", "prefix_hit_rate", "acceptance_rate", "acceptance_length",
+    "prefill_pieces",
+)  # fmt: skip
+SENT = (  # the knobs of a lab that say what is sent and what is measured of it
+    "workloads", "requests", "warmup_s", "window_s", "timeout_s", "load_processes", "seed", "slo",
+)  # fmt: skip
+RESOLVES = 0.25  # an interval that reaches further from 1 cannot call two figures the same
+
+Outcome = Literal["same", "differs", "undecided", "not comparable"]
+Column = dict[int, float]  # repeat -> value
+Columns = dict[tuple[str, str], Column]  # (figure, where) -> column
+
+
+class Row(BaseModel, frozen=True, extra="forbid"):
+    """One figure on both sides."""
+
+    figure: str  # a metric, or `effect of <claim>`, or `measured / predicted <metric>`
+    where: str
+    unit: str
+    better: Literal["higher", "lower"]
+    a: float | None  # mean over repeats
+    b: float | None
+    contrast: Contrast | None  # B / A
+    outcome: Outcome
+    why: str = ""
+
+    @property
+    def worse_by(self) -> float | None:
+        """By which share B is worse than A; negative where it is better."""
+        if self.contrast is None:
+            return None
+        ratio = self.contrast.ratio.value
+        return (1 / ratio if self.better == "higher" else ratio) - 1
+
+
+class VerdictPair(BaseModel, frozen=True, extra="forbid"):
+    """A claim's verdict on both sides."""
+
+    claim: str
+    title: str
+    where: str
+    a: str
+    b: str
+    a_ratio: Interval | None = None  # treatment / baseline
+    b_ratio: Interval | None = None
+
+    @property
+    def flips(self) -> bool:
+        """What A decided, B decides otherwise."""
+        open_ = ("inconclusive", "not valid", "missing")
+        return self.a != self.b and self.a not in open_ and self.b not in open_
+
+    @property
+    def agrees(self) -> bool:
+        """B says what A said; where A decided nothing, B only has to be valid."""
+        return self.a == self.b or (self.a == "inconclusive" and self.b not in NO_VERDICT)
+
+
+NO_VERDICT = ("not valid", "missing")
+
+
+class Comparison(BaseModel, frozen=True, extra="forbid"):
+    """B beside A, on one lab."""
+
+    a: str
+    b: str
+    lab: str
+    same_hardware: bool
+    paired: bool
+    forced: str = ""  # why they are not comparable, where the reader insisted
+    rows: list[Row]
+    effects: list[Row]  # what claims compare; dimensionless, and their sides are among the rows
+    left_out: int  # absolute figures, of other hardware
+    verdicts: list[VerdictPair]
+    caveats: dict[str, list[Caveat]]  # side -> what is wrong with it
+    facts: list[Fact] = Field(default=[], exclude=True)  # of both manifests, likeliest cause first
+    differences: list[Fact]  # among them
+    unrecorded: list[str]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A run, or one variant of it."""
+
+    folder: RunFolder
+    variant: str | None
+    run: Run
+    summary: Summary
+
+    @property
+    def name(self) -> str:
+        path = self.folder.path.resolve()
+        text = os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else path.name
+        return f"{text}:{self.variant}" if self.variant else text
+
+    @property
+    def hardware(self) -> str:
+        return self.run.endpoint or self.run.machine.slug
+
+    def key(self, point: Point) -> str:
+        """The point's name, without the variant where that is what is compared."""
+        return point.key.partition("/")[2] if self.variant else point.key
+
+    @property
+    def points(self) -> list[Point]:
+        return [p for p in self.run.points() if self.variant in (None, p.variant.name)]
+
+
+def side(text: str) -> Side:
+    """`results/<machine>/<lab>/<run>`, or that with `:variant` behind it; raises LabError."""
+    path, colon, variant = text.rpartition(":") if ":" in Path(text).name else (text, "", "")
+    folder = open_run(Path(path))
+    try:
+        run, summary = folder.run(), folder.summary()
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise LabError(f"{path} cannot be compared: {reason}; try `make report RUN={path}`") from (
+            error
+        )
+    known = [v["name"] for v in run.lab["variants"]]
+    if colon and variant not in known:
+        raise LabError(f"{path} has no variant {variant!r}; it has {', '.join(known)}")
+    return Side(folder, variant or None, run, summary)
+
+
+# ------------------------------------------------------------------------------------ comparable?
+
+
+def obstacle(a: Side, b: Side) -> str:
+    """Why the two cannot be compared, or nothing."""
+    if (a.variant is None) != (b.variant is None):
+        raise LabError("name a variant on both sides, run:variant, or on neither")
+    ours, theirs = a.run.lab["name"], b.run.lab["name"]
+    if ours != theirs:
+        return f"they are runs of other labs, {ours} and {theirs}"
+    mine, yours = (fresh_knobs(s.run.lab) for s in (a, b))
+    if odd := [k for k in SENT if mine[k] != yours[k]]:
+        return f"they were not sent the same load: {', '.join(odd)} differ"
+    return ""
+
+
+def same_requests(a: Side, b: Side) -> bool:
+    """Repeat by repeat the same prompts, so that repeats can be paired."""
+    return a.folder.path == b.folder.path or a.run.prompts_sha256 == b.run.prompts_sha256
+
+
+# ---------------------------------------------------------------------------------------- compare
+
+
+def compare(a: Side, b: Side, force: bool = False) -> Comparison:
+    """Raises LabError for two that are not comparable, unless forced."""
+    if (why := obstacle(a, b)) and not force:
+        raise LabError(f"{a.name} and {b.name} are not comparable: {why}; FORCE=1 compares them")
+    same_hardware, paired = a.hardware == b.hardware, same_requests(a, b)
+    claimed = [c["metric"] for c in a.run.lab["claims"]]
+    metrics = dict.fromkeys([*ABSOLUTE, *DIMENSIONLESS, *claimed])
+    absolute = [m for m in metrics if METRICS[m].unit != "1"]
+    wanted = [m for m in metrics if same_hardware or m not in absolute]
+    figures = [_measured(s, wanted) | ({} if same_hardware else _shares(s)) for s in (a, b)]
+    rows, effects = _judged(
+        [
+            _rows(figures[0], figures[1], paired),
+            _rows(_effects(a), _effects(b), paired),
+        ]
+    )
+    elsewhere = [] if same_hardware else absolute
+    left_out = _rows(_measured(a, elsewhere), _measured(b, elsewhere), paired)
+    said = [manifest.facts(s.run, manifest.load_from_others(s.folder)) for s in (a, b)]
+    return Comparison(
+        a=a.name,
+        b=b.name,
+        lab=a.run.lab["name"],
+        same_hardware=same_hardware,
+        paired=paired,
+        forced=why,
+        rows=rows,
+        effects=effects,
+        left_out=len(left_out),
+        verdicts=[] if a.variant else _verdicts(a.summary.judgements, b.summary.judgements),
+        caveats={name: _caveats(s) for name, s in (("A", a), ("B", b))},
+        facts=manifest.paired(*said),
+        differences=manifest.differences(*said),
+        unrecorded=manifest.unrecorded(*said),
+    )
+
+
+def _measured(side: Side, metrics: Sequence[str]) -> Columns:
+    found: Columns = {}
+    for point in side.points:
+        rows = side.summary.measurements.get(point.key, {})
+        for metric in metrics:
+            column = {r: v for r, row in rows.items() if (v := row.get(metric)) is not None}
+            if column:
+                found[metric, side.key(point)] = column
+    return found
+
+
+def _effects(side: Side) -> Columns:
+    """Of each claim's pair, treatment / baseline by repeat; of a single variant there is none."""
+    found: Columns = {}
+    every = side.summary.measurements
+    for j in [] if side.variant else side.summary.judgements:
+        treatment, baseline = every.get(j.treatment, {}), every.get(j.baseline, {})
+        column = {
+            repeat: top / bottom
+            for repeat in sorted(set(treatment) & set(baseline))
+            if (top := treatment[repeat].get(j.metric))
+            and (bottom := baseline[repeat].get(j.metric))
+        }
+        if column:
+            found[f"effect on {j.metric}", f"{j.treatment} / {j.baseline}"] = column
+    return found
+
+
+def _shares(side: Side) -> Columns:
+    """Measured / predicted, of each forecast."""
+    found: Columns = {}
+    for f in side.summary.forecasts:
+        if side.variant not in (None, f.point.partition("/")[0]) or not f.prediction.value:
+            continue
+        rows = side.summary.measurements.get(f.point, {})
+        column = {
+            r: v / f.prediction.value
+            for r, row in rows.items()
+            if (v := row.get(f.metric)) is not None
+        }
+        where = f.point.partition("/")[2] if side.variant else f.point
+        if column:
+            found[f"measured / predicted {f.metric}", where] = column
+    return found
+
+
+def _rows(a: Columns, b: Columns, paired: bool) -> list[Row]:
+    """Every figure of either side; one that is zero throughout on both has nothing to compare."""
+    return [
+        _row(key, a.get(key, {}), b.get(key, {}), paired)
+        for key in {**a, **b}
+        if any(a.get(key, {}).values()) or any(b.get(key, {}).values())
+    ]
+
+
+def _row(key: tuple[str, str], a: Column, b: Column, paired: bool) -> Row:
+    figure, where = key
+    metric = METRICS[figure.split()[-1]]
+    found, (outcome, why) = None, _without_ratio(a, b)
+    if not why and (found := contrast(b, a, paired)) is None:
+        outcome, why = "not comparable", "no repeat in common"
+    return Row(
+        figure=figure,
+        where=where,
+        unit=metric.unit if figure in METRICS else "1",
+        better=metric.better,
+        a=float(np.mean(list(a.values()))) if a else None,
+        b=float(np.mean(list(b.values()))) if b else None,
+        contrast=found,
+        outcome=outcome,
+        why=why,
+    )
+
+
+def _without_ratio(a: Column, b: Column) -> tuple[Outcome, str]:
+    """What can be said where a figure is missing or zero: no ratio knows a zero."""
+    if not a or not b:
+        return "not comparable", f"missing in {'A' if not a else 'B'}"
+    if all(v > 0 for v in (*a.values(), *b.values())):
+        return "undecided", ""
+    if a == b:
+        return "same", "zero in the same repeats"
+    if any(all(x.values()) and not any(y.values()) for x, y in ((a, b), (b, a))):
+        return "differs", "zero on one side"
+    return "undecided", "zero in some repeats"
+
+
+def _judged(groups: Sequence[list[Row]]) -> list[list[Row]]:
+    """Each row with a ratio gets its outcome, with the false discoveries over all rows bounded."""
+    ps = [r.contrast.p for rows in groups for r in rows if r.contrast and r.contrast.p is not None]
+    adjusted = iter(stats.false_discovery_control(ps) if ps else ())
+
+    def judged(row: Row) -> Row:
+        if row.contrast is None:
+            return row
+        ratio = row.contrast.ratio
+        if ratio.low is None or ratio.high is None:
+            return row.model_copy(update={"why": "one repeat gives no interval"})
+        shown = float(next(adjusted)) < 1 - CONFIDENCE
+        far = max(abs(math.log(ratio.low)), abs(math.log(ratio.high)))
+        if shown and abs(math.log(ratio.value)) > math.log1p(INDIFFERENT):
+            return row.model_copy(update={"outcome": "differs"})
+        if far <= math.log1p(RESOLVES):
+            why = f"within {math.expm1(far):.0%}" if far > math.log1p(0.005) else ""
+            return row.model_copy(update={"outcome": "same", "why": why})
+        alone = ratio.low > 1 or ratio.high < 1
+        why = "may be chance among so many figures" if alone else "the interval is too wide"
+        return row.model_copy(update={"outcome": "undecided", "why": why})
+
+    return [[judged(row) for row in rows] for rows in groups]
+
+
+def _verdicts(a: Sequence[Judgement], b: Sequence[Judgement]) -> list[VerdictPair]:
+    def by_pair(judgements: Sequence[Judgement]) -> dict[tuple[str, str, str], Judgement]:
+        return {(j.claim, j.treatment, j.baseline): j for j in judgements}
+
+    ours, theirs = by_pair(a), by_pair(b)
+    return [
+        VerdictPair(
+            claim=key[0],
+            title=(ours.get(key) or theirs[key]).title,
+            where=f"{key[1]} / {key[2]}",
+            a=ours[key].outcome if key in ours else "missing",
+            b=theirs[key].outcome if key in theirs else "missing",
+            a_ratio=_ratio(ours.get(key)),
+            b_ratio=_ratio(theirs.get(key)),
+        )
+        for key in {**ours, **theirs}
+    ]
+
+
+def _ratio(judged: Judgement | None) -> Interval | None:
+    return judged.effect.ratio if judged and judged.effect else None
+
+
+def _caveats(side: Side) -> list[Caveat]:
+    mine = {p.key for p in side.points}
+    found = [c for c in side.summary.caveats if c.point is None or c.point in mine]
+    if side.summary.failed or side.summary.missing or not side.folder.complete:
+        text = f"{len(side.summary.failed)} trials failed, {side.summary.missing} were not played"
+        found.append(Caveat(name="not complete", text=text))
+    if side.run.quick:
+        found.append(Caveat(name="quick run", text="few and short repeats: a smoke test"))
+    if side.run.dummy:
+        found.append(Caveat(name="random weights", text="speed is real, the text is not"))
+    return found
+
+
+# --------------------------------------------------------------------------------------- machines
+
+
+def pairs(a: str, b: str, force: bool = False) -> tuple[list[Comparison], list[str]]:
+    """What A and B name, compared; and of two machines, why some of their labs could not be."""
+    homes = [_machine(text) for text in (a, b)]
+    if None in homes:
+        if homes != [None, None]:
+            raise LabError(f"{a} and {b}: give two runs, two variants of runs, or two machines")
+        return [compare(side(a), side(b), force)], []
+    ours, theirs = (
+        {f.path.parent.name: f for f in published() if f.path.parent.parent == home}
+        for home in homes
+    )
+    found, refused = [], []
+    for lab in ours:
+        if lab not in theirs:
+            refused.append(f"{lab}: {b} has no run of it")
+            continue
+        mine, yours = (side(str(f.path)) for f in (ours[lab], theirs[lab]))
+        if (why := obstacle(mine, yours)) and not force:
+            refused.append(f"{lab}: {why}")
+        else:
+            found.append(compare(mine, yours, force))
+    refused += [f"{lab}: {a} has no run of it" for lab in theirs if lab not in ours]
+    if not found:
+        raise LabError(f"no lab of {a} and {b} is comparable: {'; '.join(refused) or 'no runs'}")
+    return found, refused
+
+
+def _machine(text: str) -> Path | None:
+    """A machine's folder of results."""
+    return next(
+        (p.resolve() for p in (Path(text), ROOT / text) if (p / "machine.json").exists()), None
+    )

@@ -1,0 +1,88 @@
+"""A gate for who pins an upgrade on a run: does anything get worse than its baseline?
+
+It fails when a claim's verdict flips, when a figure is worse beyond chance and beyond a stated
+margin, and when something of the baseline is missing. The margins come from a TOML file
+(`labs/comparing/thresholds.toml` is the default and says what each line means).
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, NonNegativeFloat, ValidationError
+
+from labs.comparing.compare import NO_VERDICT, Comparison, Row
+from labs.comparing.side_by_side import title
+from labs.judging.measure import METRICS
+from labs.judging.text import times
+from labs.lab import LabError
+
+DEFAULT = Path(__file__).with_name("thresholds.toml")
+
+
+class Verdicts(BaseModel, frozen=True, extra="forbid"):
+    undecided_fails: bool = False
+    missing_fails: bool = True
+
+
+class Thresholds(BaseModel, frozen=True, extra="forbid"):
+    worse: dict[str, NonNegativeFloat]
+    verdicts: Verdicts = Verdicts()
+
+    def of(self, row: Row) -> float:
+        """The share by which this figure may get worse."""
+        own = row.figure if row.figure in METRICS else row.figure.split()[0]
+        return self.worse.get(own, self.worse["default"])
+
+
+def thresholds(path: Path = DEFAULT) -> Thresholds:
+    """Raises LabError with what is wrong in the file."""
+    try:
+        found = Thresholds.model_validate(tomllib.loads(path.read_text()))
+    except (tomllib.TOMLDecodeError, OSError, ValidationError) as error:
+        raise LabError(f"{path} holds no thresholds: {' '.join(str(error).split())}") from error
+    known = {*METRICS, "default", "effect", "measured"}
+    if odd := sorted(set(found.worse) - known):
+        raise LabError(
+            f"{path} names no known figure: {', '.join(odd)}; see labs/comparing/thresholds.toml"
+        )
+    if "default" not in found.worse:
+        raise LabError(
+            f"{path} has no `default` under [worse]: give one, as labs/comparing/thresholds.toml"
+        )
+    return found
+
+
+def failures(found: Comparison, limits: Thresholds) -> list[str]:
+    """What of the run (B) does not pass beside its baseline (A); empty when all does.
+
+    Raises LabError where the two decide nothing: a gate that cannot fail lets nothing pass.
+    """
+    if not any(r.contrast and r.outcome in ("same", "differs") for r in found.rows):
+        raise LabError(
+            f"no figure of {found.a} and {found.b} can be told apart or called the same, so nothing"
+            " can be let pass: measure more repeats, without QUICK"
+        )
+    failed = []
+    for v in found.verdicts:
+        lost = v.b in NO_VERDICT and v.a not in NO_VERDICT
+        open_ = v.b == "inconclusive" and v.a not in (*NO_VERDICT, "inconclusive")
+        if v.flips or lost or (open_ and limits.verdicts.undecided_fails):
+            failed.append(f"{v.title} ({v.where}): {v.a} in the baseline, {v.b} now")
+    for row in found.rows if found.same_hardware else [*found.rows, *found.effects]:
+        what = f"{title(row.figure)} at {row.where}"
+        if row.b is None:  # a percentile is missing where few samples came, which chance decides
+            if limits.verdicts.missing_fails and not re.search(r"_p\d+_s$", row.figure):
+                failed.append(f"{what}: missing now")
+        elif row.contrast is None and row.outcome == "differs":
+            if (row.better == "lower") == (row.a == 0):
+                failed.append(f"{what}: {row.a:.3g} in the baseline, {row.b:.3g} now")
+        elif row.outcome == "differs" and (row.worse_by or 0) > limits.of(row):
+            assert row.contrast
+            failed.append(
+                f"{what}: worse by {row.worse_by:.0%}, {limits.of(row):.0%} allowed:"
+                f" {times(row.contrast.ratio)}"
+            )
+    return failed

@@ -1,0 +1,169 @@
+"""A comparison as a person reads it: tables for the terminal, Markdown with a plot, and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from labs.comparing.compare import Comparison, Row, VerdictPair
+from labs.filing import manifest
+from labs.judging.judge import Caveat, Interval
+from labs.judging.measure import METRICS
+from labs.judging.text import number, times
+from labs.telling import plots
+from labs.telling.report import Table, markdown
+
+
+def headline(found: Comparison) -> list[str]:
+    """What was compared, and how it came out."""
+    rows = [*found.rows, *found.effects]
+    count = {o: sum(r.outcome == o for r in rows) for o in ("same", "differs", "undecided")}
+    lines = [f"A: {found.a}", f"B: {found.b}"]
+    if found.differences:
+        first = manifest.likeliest_cause(found.differences, ("in A", "in B"))
+        lines.append(f"What differs in how they were run, the likeliest to matter first: {first}.")
+    if found.forced:
+        lines.append(f"NOT COMPARABLE, and compared all the same: {found.forced}.")
+    lines.append(
+        f"Figures: {count['same']} the same, {count['differs']} differ, {count['undecided']}"
+        " undecided."
+    )
+    if found.left_out:
+        lines.append(
+            f"Other hardware: {found.left_out} absolute figures are not compared, only those"
+            " without a dimension."
+        )
+    how = "paired by repeat, the same requests" if found.paired else "Welch's, other requests"
+    lines.append(f"Ratios are B / A with 95 % intervals ({how}).")
+    return lines
+
+
+def tables(found: Comparison) -> list[Table]:
+    mark = f" (FORCED: {found.forced})" if found.forced else ""
+    result = [
+        ("Verdicts" + mark, verdict_rows(found.verdicts)),
+        ("Effects" + mark, figure_rows(found.effects)),
+        ("Figures" + mark, figure_rows(found.rows)),
+        ("Validity" + mark, validity_rows(found.caveats)),
+        ("What differs in how they were run" + mark, manifest.table(found.differences, ("A", "B"))),
+    ]
+    return [(title, rows) for title, rows in result if len(rows) > 1]
+
+
+def figure_rows(rows: Sequence[Row]) -> list[list[str]]:
+    out = [["Figure", "Where", "A", "B", "B / A", "95 % interval", "Outcome"]]
+    for row, where in zip(rows, _places([r.where for r in rows]), strict=True):
+        ratio = row.contrast.ratio if row.contrast else None
+        known = ratio is not None and ratio.low is not None and ratio.high is not None
+        out.append(
+            [
+                title(row.figure),
+                where,
+                number(row.a, row.unit),
+                number(row.b, row.unit),
+                f"{ratio.value:.2f}x" if ratio else "–",
+                f"{ratio.low:.2f} to {ratio.high:.2f}" if ratio and known else "–",
+                row.outcome + (f" ({row.why})" if row.why else ""),
+            ]
+        )
+    return out
+
+
+def _places(wheres: Sequence[str]) -> list[str]:
+    """Points, or pairs of them, without the parts of their names that never vary."""
+    points = [point.split("/") for where in wheres for point in where.split(" / ")]
+    varied = [i for i, parts in enumerate(zip(*points, strict=True)) if len(set(parts)) > 1]
+
+    def short(point: str) -> str:
+        parts = point.split("/")
+        return " ".join(parts[i] for i in varied or [-1])
+
+    return [" / ".join(short(p) for p in where.split(" / ")) for where in wheres]
+
+
+def title(figure: str) -> str:
+    """`effect on ttft_p50_s` with the metric's title."""
+    *before, metric = figure.split()
+    return " ".join([*before, METRICS[metric].title])
+
+
+def verdict_rows(verdicts: Sequence[VerdictPair]) -> list[list[str]]:
+    rows = [["Claim", "Where", "A", "B", ""]]
+    places = _places([v.where for v in verdicts])
+    for v, where in zip(verdicts, places, strict=True):
+        said = "agree" if v.agrees else "**flips**" if v.flips else "not confirmed"
+        a, b = (decided(*of) for of in ((v.a, v.a_ratio), (v.b, v.b_ratio)))
+        rows.append([v.title, where, a, b, said])
+    return rows
+
+
+def decided(outcome: str, ratio: Interval | None) -> str:
+    return outcome if ratio is None or ratio.low is None else f"{outcome}, {times(ratio)}"
+
+
+def validity_rows(side_caveats: Mapping[str, Sequence[Caveat]]) -> list[list[str]]:
+    rows = [["Side", "Caveat", "Where", "Text"]]
+    for name, caveats in side_caveats.items():
+        grouped: dict[str, list[Caveat]] = {}
+        for caveat in caveats:
+            grouped.setdefault(caveat.name, []).append(caveat)
+        for what, members in grouped.items():
+            where = f"{len(members)} points" if len(members) > 1 else members[0].point or "the run"
+            weight = " (no verdict there)" if any(c.blocks for c in members) else ""
+            rows.append([name, what + weight, where, members[0].text])
+        if not caveats:
+            rows.append([name, "every check passed", "", ""])
+    return rows
+
+
+def write(found: Sequence[Comparison], refused: Sequence[str], path: Path) -> None:
+    """As Markdown, each lab's ratios drawn in a file beside it."""
+    pictures = {}
+    for comparison in found:
+        file = path.with_name(f"{path.stem}-{comparison.lab}.svg")
+        if plots.ratios(
+            [(f"{title(r.figure)}, {where}", i, r.outcome == "differs")
+             for r, where, i in drawable(comparison)], file
+        ):  # fmt: skip
+            mark = f" FORCED: {comparison.forced}." if comparison.forced else ""
+            pictures[comparison.lab] = (
+                f"![Each figure, B / A, with its 95 % interval.{mark}]({file.name})"
+            )
+    half = path.with_name(f".{path.name}.half")
+    half.write_text(text(found, refused, pictures))
+    half.rename(path)
+
+
+def text(
+    found: Sequence[Comparison], refused: Sequence[str], pictures: Mapping[str, str] | None = None
+) -> str:
+    """In Markdown, with a picture for each lab that has one."""
+    out = ["# Compared", ""]
+    for comparison in found:
+        out += [f"## {comparison.lab}", "", *(f"- {line}" for line in headline(comparison)), ""]
+        if picture := (pictures or {}).get(comparison.lab):
+            out += [picture, ""]
+        for name, rows in tables(comparison):
+            out += [f"### {name}", "", *markdown(rows), ""]
+    if refused:
+        out += ["## Not compared", "", *(f"- {line}" for line in refused), ""]
+    return "\n".join(out)
+
+
+def drawable(found: Comparison) -> list[tuple[Row, str, Interval]]:
+    """Rows with an interval, where each is, and its ratio; what claims compare comes first."""
+    rows = [*found.effects, *found.rows]
+    return [
+        (row, where, row.contrast.ratio)
+        for row, where in zip(rows, _places([r.where for r in rows]), strict=True)
+        if row.contrast and row.contrast.ratio.low is not None
+    ]
+
+
+def plain(found: Sequence[Comparison], refused: Sequence[str]) -> str:
+    """As JSON."""
+    return json.dumps(
+        {"comparisons": [c.model_dump(mode="json") for c in found], "refused": list(refused)},
+        indent=1,
+    )

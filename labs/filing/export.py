@@ -1,0 +1,233 @@
+"""A run for other tools: CSV or Parquet tables, or what `vllm bench serve` saves.
+
+The tables are long, one row a request and one row a measurement, each with its variant, workload,
+load and repeat. Of vLLM's format there is one file a trial, under its own keys (read from
+`vllm/benchmarks/serve.py`, version 0.32: `--save-result --save-detailed`), computed by its
+definitions from our records: every request of the trial, from the send. What it cannot know stays
+null, where vLLM would write 0.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from labs.filing.results import RunFolder
+from labs.filing.score import after_first_token, from_send
+from labs.judging.measure import METRICS, Trial
+from labs.lab import LabError, Point
+from loadtests.records import RequestRecord
+
+Format = Literal["csv", "parquet", "vllm"]
+Row = dict[str, Any]
+
+
+def export(folder: RunFolder, kind: Format, out: Path) -> list[Path]:
+    """Write the run's tables or files into `out`; raises LabError where Parquet has no writer."""
+    out.mkdir(parents=True, exist_ok=True)
+    if kind == "vllm":
+        return list(_vllm_files(folder, out))
+    tables = {"requests": requests(folder), "measurements": measurements(folder)}
+    write = _write_csv if kind == "csv" else _write_parquet
+    written = []
+    for name, rows in tables.items():
+        path = out / f"{name}.{kind}"
+        half = path.with_suffix(".half")
+        write(half, rows)
+        half.rename(path)
+        written.append(path)
+    return written
+
+
+# ------------------------------------------------------------------------------------- the tables
+
+
+def requests(folder: RunFolder) -> list[Row]:
+    """A row a request. Times are seconds from the start of its trial, null where not reached."""
+    return [
+        {
+            **about,
+            "index": r.index,
+            "in_window": r.in_window,
+            "ok": r.ok,
+            "error": r.error,
+            "asked_tokens": r.asked_tokens,
+            "prompt_tokens": r.prompt_tokens,
+            "output_tokens": r.output_tokens,
+            "chunks": len(r.chunks),
+            "scheduled_s": r.scheduled_s,
+            "sent_s": r.sent_s,
+            "first_token_s": r.chunks[0][0] if r.chunks else None,
+            "last_token_s": r.chunks[-1][0] if r.chunks else None,
+            "end_s": r.end_s,
+            "send_lag_s": r.send_lag_s,
+            "ttft_s": r.ttft_s,
+            "tpot_s": r.tpot_s,
+            "e2e_s": r.e2e_s,
+        }
+        for about, trial in _trials(folder)
+        for r in trial.records
+    ]
+
+
+def measurements(folder: RunFolder) -> list[Row]:
+    """A row a metric of a trial; one that too few samples support is null."""
+    summary, run = folder.summary(), folder.run()
+    return [
+        {
+            **_about(folder, point, repeat),
+            "metric": metric,
+            "unit": METRICS[metric].unit,
+            "better": METRICS[metric].better,
+            "value": value,
+        }
+        for point in run.points()
+        for repeat, row in summary.measurements.get(point.key, {}).items()
+        for metric, value in row.items()
+    ]
+
+
+def _trials(folder: RunFolder) -> Iterator[tuple[Row, Trial]]:
+    run = folder.run()
+    for point, result, trial in folder.trials(run.points(), run.rebuilt_lab()):
+        if trial is not None:
+            yield _about(folder, point, result.repeat), trial
+
+
+def _about(folder: RunFolder, point: Point, repeat: int) -> Row:
+    return {
+        "machine": folder.path.parent.parent.name,
+        "lab": folder.path.parent.name,
+        "run": folder.path.name,
+        "variant": point.variant.name,
+        "workload": point.workload.name,
+        "load": str(point.load),
+        "repeat": repeat,
+    }
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise LabError(
+            "Parquet needs pyarrow: .venv/bin/python -m pip install 'pyarrow>=17', or AS=csv"
+        ) from error
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+
+
+# ---------------------------------------------------------------------------- as vllm bench serve
+
+PERCENTILES = (50, 90, 99)
+
+
+def _vllm_files(folder: RunFolder, out: Path) -> Iterator[Path]:
+    for about, trial in _trials(folder):
+        load = trial.point.load.name
+        name = f"{about['variant']}-{about['workload']}-{load}-{about['repeat']}.json"
+        half = out / f".{name}.half"
+        half.write_text(json.dumps(vllm_result(folder, trial)) + "\n")
+        yield half.rename(out / name)
+
+
+def vllm_result(folder: RunFolder, trial: Trial) -> Row:
+    """One trial under the keys of vLLM's benchmark."""
+    run, load = folder.run(), trial.point.load
+    every = trial.records
+    done = [r for r in every if r.ok]
+    duration_s = _duration_s(done)
+    taken_in = sum(r.prompt_tokens or 0 for r in done)
+    given_out = sum(r.output_tokens or 0 for r in done)
+
+    def a_second(count: float) -> float | None:
+        return count / duration_s if duration_s else None
+
+    tokens_per_s, in_flight = _peaks(done)
+    return {
+        "date": datetime.fromtimestamp(trial.summary.started_unix_s, UTC).strftime("%Y%m%d-%H%M%S"),
+        "endpoint_type": "openai-chat",
+        "backend": "openai-chat",
+        "label": f"{run.lab['name']} {trial.point.key} {trial.repeat}",
+        "model_id": run.model,
+        "tokenizer_id": run.model,
+        "num_prompts": len(every),
+        "request_rate": getattr(load, "rate_per_s", "inf"),
+        "burstiness": getattr(load, "burstiness", 1.0),
+        "max_concurrency": None if load.open_loop else load.seats,
+        "duration": duration_s,
+        "completed": len(done),
+        "failed": len(every) - len(done),
+        "total_input_tokens": taken_in,
+        "total_output_tokens": given_out,
+        "request_throughput": a_second(len(done)),
+        "request_goodput": None,  # without its own --goodput, it writes none either
+        "output_throughput": a_second(given_out),
+        "total_token_throughput": a_second(taken_in + given_out),
+        "input_lens": [r.prompt_tokens for r in every],
+        "output_lens": [r.output_tokens for r in every],
+        "ttfts": [from_send(r)[0] if r.ok else None for r in every],
+        "itls": [r.chunk_gaps_s for r in every],
+        "latencies": [_latency_s(r) if r.ok else None for r in every],
+        "start_times": [r.sent_s for r in every],
+        "queue_times": [r.send_lag_s for r in every],
+        "generated_texts": [r.text for r in every],
+        "errors": [r.error or "" for r in every],
+        "max_output_tokens_per_s": tokens_per_s,
+        "max_concurrent_requests": in_flight,
+        "rtfx": None,  # of audio
+        **_statistics("ttft", [s for r in done for s in from_send(r)]),
+        **_statistics("tpot", [s for r in done for s in after_first_token(r)]),
+        **_statistics("itl", [s for r in done for s in r.chunk_gaps_s]),
+        **_statistics("e2el", [_latency_s(r) for r in done]),
+    }
+
+
+def _latency_s(record: RequestRecord) -> float:
+    return record.chunks[-1][0] - record.sent_s
+
+
+def _duration_s(done: Sequence[RequestRecord]) -> float | None:
+    if not done:
+        return None
+    return max(r.chunks[-1][0] for r in done) - min(r.sent_s for r in done)
+
+
+def _statistics(name: str, samples: Sequence[float]) -> dict[str, float | None]:
+    def ms(of: Any) -> float | None:
+        return 1000 * float(of(samples)) if samples else None
+
+    return {
+        f"mean_{name}_ms": ms(np.mean),
+        f"median_{name}_ms": ms(np.median),
+        f"std_{name}_ms": ms(np.std),
+        **{f"p{q}_{name}_ms": ms(lambda s, q=q: np.percentile(s, q)) for q in PERCENTILES},
+    }
+
+
+def _peaks(done: Sequence[RequestRecord]) -> tuple[float | None, int | None]:
+    """Most chunks in a second, and most requests that touch one, counted from the first send."""
+    if not done:
+        return None, None
+    began = min(r.sent_s for r in done)
+    seconds = math.ceil(max(r.chunks[-1][0] for r in done) - began) + 1
+    chunks, active = np.zeros(seconds), np.zeros(seconds)
+    for r in done:
+        for at, _ in r.chunks:
+            chunks[int(at - began)] += 1
+        active[int(r.sent_s - began) : int(r.chunks[-1][0] - began) + 1] += 1
+    return float(chunks.max()), int(active.max())

@@ -1,0 +1,32 @@
+"""Which runs on file stand for their machine in every table."""
+
+from __future__ import annotations
+
+from labs import LABS
+from labs.filing.results import Run, RunFolder, all_runs
+
+
+def published(quick: bool = False) -> list[RunFolder]:
+    """The newest complete, ordinary run of each lab on each machine, in the labs' order.
+
+    One with random weights stands in where a lab has no other, and is marked. With `quick`, so does
+    a quick run.
+    """
+    newest: dict[tuple[str, str], RunFolder] = {}
+    for folder in all_runs():
+        run = folder.run()
+        key = run.machine.slug, run.lab["name"]
+        before = newest.get(key)
+        if not folder.complete or run.ad_hoc or run.reproduces or (run.quick and not quick):
+            continue
+        if before and _rank(run) < _rank(before.run()):
+            continue
+        newest[key] = folder
+    order = {name: place for place, name in enumerate(LABS)}
+    return [
+        newest[key] for key in sorted(newest, key=lambda k: (k[0], order.get(k[1], len(order))))
+    ]
+
+
+def _rank(run: Run) -> tuple[bool, bool]:
+    return not run.dummy, not run.quick

@@ -1,0 +1,421 @@
+"""What a run leaves on disk: one folder, readable without this code, rebuilt into a report by it.
+
+results/<machine>/machine.json          the hardware and its measured ceilings
+results/<machine>/bench.json            what `make bench` found of the lab's own instruments
+results/<machine>/<lab>/<UTC>-<digest>/
+    run.json            the resolved lab, seeds, argv, environment
+    predictions.json    written before the first engine starts
+    trials/<variant>/<workload>/<load>/<repeat>/requests.jsonl.gz  trial.json
+                        telemetry.csv.gz    on a GPU; on a CPU where its energy can be read
+    summary.json  report.md  *.svg  report.html     computed from the above
+    reproduction.json  .md              where the run repeats another: which figures came out so
+    reproductions/<run>.json  README.md where the run was repeated: the same answers, filed here
+    COMPLETE            written last, and only when no trial failed
+"""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import re
+import shutil
+import subprocess
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+
+from labs.judging.judge import Caveat, ForecastResult, Judgement
+from labs.judging.measure import Trial
+from labs.lab import Lab, LabError, Point, Prediction, digest_of, knobs
+from loadtests import records
+from loadtests.plan import TrialSummary
+from serving import metrics, telemetry
+from serving.machine import Ceilings, Environment, Machine
+from serving.metrics import Histogram, Snapshot
+from serving.models import ROOT, Shape
+
+M = TypeVar("M", bound=BaseModel)
+RESULTS = Path(os.environ.get("RESULTS") or ROOT / "results").resolve()
+FORMAT_VERSION = 2  # 1 hashed the files that held the prompts, with all that stood beside them
+LEAST_FREE_BYTES = 300 * 2**20
+
+
+class DamagedError(LabError, ValueError):
+    """A file of a run cannot be read; the message says which, and what is wrong with it."""
+
+
+class MachineFile(BaseModel, frozen=True, extra="forbid"):
+    machine: Machine
+    ceilings: Ceilings
+
+
+class Run(BaseModel, frozen=True, extra="forbid"):
+    """The manifest of a run: enough to repeat it and to compute its report again."""
+
+    format_version: int = FORMAT_VERSION
+    run_id: str
+    lab: dict[str, Any]
+    digest: str
+    scale: str
+    quick: bool
+    changes: dict[str, Any]  # what SET changed; any makes the run ad hoc
+    endpoint: str | None
+    model: str
+    dummy: bool = False  # the weights were random
+    model_shape: dict[str, int]
+    weights: dict[str, dict[str, int]] = {}  # variant -> shape, of those with other weights
+    about: dict[str, Any] = {}  # derived model -> what its maker wrote down
+    machine: Machine
+    ceilings: Ceilings
+    environment: Environment
+    argv: dict[str, list[str]]  # variant -> the engine's command line, model path left out
+    model_revision: str | None = None  # of a model from Hugging Face
+    model_files: dict[str, str] = {}  # file -> SHA-256, the tokenizer's among them
+    derived_sha256: dict[str, str] = {}  # derived model -> SHA-256 over its files
+    prompts_sha256: str
+    reproduces: str = ""  # the run that this one was to reproduce; it stays out of summary tables
+    started_at: str
+
+    @property
+    def ad_hoc(self) -> bool:
+        return bool(self.changes) or self.endpoint is not None or self.aa
+
+    @property
+    def aa(self) -> bool:
+        """The lab's baseline ran against itself."""
+        return bool(self.lab.get("aa"))
+
+    def rebuilt_lab(self) -> Lab:
+        """The lab as it was run; its predictions are on file, its functions are not needed."""
+        return reread(self.lab)
+
+    def points(self) -> list[Point]:
+        return self.rebuilt_lab().points(
+            Shape(**self.model_shape),
+            self.ceilings,
+            {name: Shape(**shape) for name, shape in self.weights.items()},
+            self.about,
+        )
+
+
+def reread(resolved: Mapping[str, Any], like: Lab | None = None) -> Lab:
+    """A lab from its plain form; what its claims and forecasts predict with is another's."""
+
+    def gone(*_: object) -> Prediction:
+        raise LookupError("a run on file has its predictions on file")
+
+    fields = json.loads(json.dumps(resolved))
+    for kind in ("claims", "forecasts"):
+        known = {part.name: part.predict for part in getattr(like, kind, ())}
+        for part in fields[kind]:
+            part["predict"] = known.get(part["name"], gone)
+    return Lab.model_validate(fields)
+
+
+def fresh_knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved lab's knobs as today's code reads them: a field added since has its default."""
+    return knobs(reread(resolved).resolved())
+
+
+class Predictions(BaseModel, frozen=True, extra="forbid"):
+    """`effects[claim][treatment|baseline]` and `forecasts[name][point]`."""
+
+    effects: dict[str, dict[str, Prediction]]
+    forecasts: dict[str, dict[str, Prediction]]
+
+
+class TrialResult(BaseModel, frozen=True, extra="forbid"):
+    """A trial's own file: what the records beside it cannot say."""
+
+    point: str
+    repeat: int
+    failed: str | None = None  # why; then everything else is null
+    summary: TrialSummary | None = None
+    engine: dict[str, Any] | None = None
+    cpu_steal: float | None = None  # share of CPU time taken by other guests of the host
+    cpu_others: float | None = None  # by processes here that are not the run's
+    took_s: float = 0.0
+
+
+class Agreement(BaseModel, frozen=True, extra="forbid"):
+    """The same counts seen three ways, over the trials of one session; None: not to be had."""
+
+    what: str
+    records: int
+    prometheus: int | None
+    engine: int | None
+
+
+class Finding(BaseModel, frozen=True, extra="forbid"):
+    """What a lab concludes beyond its claims: a table and sentences; `passed` where it can fail."""
+
+    title: str
+    rows: list[list[str]] = []  # the first is the header
+    lines: list[str] = []
+    passed: bool | None = None
+
+
+class Summary(BaseModel, frozen=True, extra="forbid"):
+    """Everything a report says, computed from the trials."""
+
+    measurements: dict[str, dict[int, dict[str, float | None]]]
+    pooled: dict[str, dict[str, float]]  # point -> percentile over the samples of all repeats
+    judgements: list[Judgement]
+    forecasts: list[ForecastResult]
+    findings: list[Finding] = []
+    answers: dict[str, str] = {}  # id of a question the lab answers -> what this run says to it
+    caveats: list[Caveat]
+    failed: dict[str, str]
+    missing: int  # trials that were never played
+
+
+class Session(BaseModel, frozen=True, extra="forbid"):
+    """How one sitting at a run went: where its time went, and whether the counts agreed."""
+
+    engine_start_s: float
+    load_s: float
+    wall_s: float
+    resident: bool
+    there_and_back: bool = False  # engines that were not: A B C, then C B A
+    agreement: list[Agreement]
+    prometheus: str | None  # why there was none
+    ended_at: str | None = None
+
+
+class RunFolder:
+    """A run on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, run: Run) -> RunFolder:
+        folder = cls(RESULTS / run.machine.slug / run.lab["name"] / run.run_id)
+        folder.path.mkdir(parents=True)
+        write_json(folder.path / "run.json", run)
+        return folder
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / "COMPLETE").exists()
+
+    def run(self) -> Run:
+        return read_json(self.path / "run.json", Run)
+
+    def predictions(self) -> Predictions:
+        return read_json(self.path / "predictions.json", Predictions)
+
+    def summary(self) -> Summary:
+        return read_json(self.path / "summary.json", Summary)
+
+    def session(self) -> Session | None:
+        path = self.path / "session.json"
+        return read_json(path, Session) if path.exists() else None
+
+    def probe_file(self, probe: str, variant: str) -> Path:
+        return self.path / "probes" / f"{probe}-{variant}.json.gz"
+
+    def probed(self, probe: str, variant: str) -> dict[str, Any] | None:
+        """What a probe, or its quick form, found on a variant's engine, if it was asked there."""
+        for path in (self.probe_file(name, variant) for name in (probe, f"{probe}-quick")):
+            if path.exists():
+                found: dict[str, Any] = orjson.loads(gzip.decompress(path.read_bytes()))
+                return found
+        return None
+
+    def trial_folder(self, point: Point, repeat: int) -> Path:
+        return self.path / "trials" / point.key / str(repeat)
+
+    def trial_result(self, point: Point, repeat: int) -> TrialResult | None:
+        path = self.trial_folder(point, repeat) / "trial.json"
+        return read_json(path, TrialResult) if path.exists() else None
+
+    def trials(
+        self, points: list[Point], lab: Lab
+    ) -> Iterator[tuple[Point, TrialResult, Trial | None]]:
+        """Every trial that ended, with its data unless it failed."""
+        for point in points:
+            for repeat in range(1, lab.rounds + 1):
+                result = self.trial_result(point, repeat)
+                if result is None:
+                    continue
+                if result.failed or result.summary is None:
+                    yield point, result, None
+                    continue
+                home = self.trial_folder(point, repeat)
+                try:
+                    found = list(records.read(home / "requests.jsonl.gz"))
+                except ValueError as error:
+                    raise DamagedError(str(error)) from error
+                trial = Trial(
+                    point,
+                    repeat,
+                    lab.slo,
+                    found,
+                    result.summary,
+                    None if result.engine is None else snapshot_from(result.engine),
+                    telemetry.read(home / "telemetry.csv.gz"),
+                )
+                yield point, result, trial
+
+
+def run_id(digest: str) -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{digest}"
+
+
+def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
+    """The engine metrics the lab knows by name, as plain JSON."""
+    return {
+        "values": {n: v for n, v in snapshot.values.items() if metrics.is_known(n)},
+        "histograms": {
+            n: {**asdict(h), "le": [str(b) for b in h.le]}
+            for n, h in snapshot.histograms.items()
+            if n in metrics.HISTOGRAMS
+        },
+        "info": snapshot.info,
+    }
+
+
+def snapshot_from(plain: dict[str, Any]) -> Snapshot:
+    return Snapshot(
+        plain["values"],
+        {
+            n: Histogram(tuple(map(float, h["le"])), tuple(h["counts"]), h["sum"], h["count"])
+            for n, h in plain["histograms"].items()
+        },
+        plain["info"],
+    )
+
+
+def write_json(path: Path, model: BaseModel) -> None:
+    _write(path, (json.dumps(model.model_dump(mode="json"), indent=1) + "\n").encode())
+
+
+def write_gzip(path: Path, plain: Any) -> None:
+    """Gzip'd JSON, whole or not at all."""
+    _write(path, gzip.compress(orjson.dumps(plain, option=orjson.OPT_NON_STR_KEYS), mtime=0))
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.half")
+    half.write_bytes(content)
+    half.rename(path)
+
+
+def read_json(path: Path, kind: type[M]) -> M:
+    """Raises DamagedError."""
+    try:
+        return kind.model_validate_json(path.read_text())
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path} is missing") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = f", {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
+        raise DamagedError(f"{path}{place}: {first['msg']}") from error
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{path}: not text") from error
+
+
+def require_room(path: Path) -> None:
+    """Raises LabError where a run's files cannot be written or might not fit."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise LabError(
+            f"RESULTS={path} cannot be written ({error.strerror}): name another folder"
+        ) from error
+    free = shutil.disk_usage(path).free
+    if free < LEAST_FREE_BYTES:
+        raise LabError(
+            f"{free / 2**20:.0f} MiB are free under {path}, a run needs"
+            f" {LEAST_FREE_BYTES / 2**20:.0f}: make room and run again"
+        )
+
+
+def all_runs() -> list[RunFolder]:
+    """Newest last."""
+    found = RESULTS.glob("*/*/*/run.json")
+    return [RunFolder(p.parent) for p in sorted(found, key=lambda p: p.parent.name)]
+
+
+def open_run(path: Path) -> RunFolder:
+    """The run in a folder, seen from here or from the checkout; raises LabError."""
+    found = next((p for p in (path, ROOT / path) if (p / "run.json").exists()), None)
+    if found is None:
+        raise LabError(
+            f"{path} is no run: give a folder with run.json, results/<machine>/<lab>/<run>"
+        )
+    return RunFolder(found.resolve())  # its name and its parents' tell which run it is
+
+
+def latest(lab: str, complete: bool = True) -> RunFolder | None:
+    found = [f for f in all_runs() if f.path.parent.name == lab and f.complete == complete]
+    return found[-1] if found else None
+
+
+def problems(folder: RunFolder) -> list[str]:
+    """What is wrong with a run on file; empty when it is well formed."""
+    wrong = []
+    try:
+        run, lab = folder.run(), folder.run().rebuilt_lab()
+        folder.predictions(), folder.summary()
+        if run.digest != digest_of(run.lab):
+            wrong.append("its lab was changed after the run: the digest is another")
+        if run.digest not in folder.path.name:
+            wrong.append("its folder does not carry its digest")
+        if run.machine.slug != folder.path.parent.parent.name:
+            wrong.append("its folder is under another machine's name")
+        for point in run.points():
+            for repeat in range(1, lab.repeats + 1):
+                if folder.complete and folder.trial_result(point, repeat) is None:
+                    wrong.append(f"trial {point.key}/{repeat} is missing")
+        list(folder.trials(run.points(), lab))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        wrong.append(f"it cannot be read: {str(error).splitlines()[0]}")
+    if not folder.complete:
+        wrong.append("it has no COMPLETE")
+    return [*wrong, *_unfit_to_publish(folder.path)]
+
+
+MOST_BYTES = 10 * 2**20  # of a run: a collection is cloned whole
+SECRET = re.compile(
+    rb"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glsa_\w{30,}"
+    rb"|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16})\b|Bearer [\w.-]{20,}|PRIVATE KEY-----"
+)
+HOME = re.compile(rb"(?<![\w.~])/(?:home/[^/\s\"']+|Users/[^/\s\"']+|root)/")
+
+
+def _unfit_to_publish(run: Path) -> list[str]:
+    """A secret, a home folder's name, a log that git keeps, or too much of it all."""
+    wrong = []
+    files = [p for p in sorted(run.rglob("*")) if p.is_file() and p.suffix != ".log"]
+    size = sum(p.stat().st_size for p in files)
+    if size > MOST_BYTES:
+        wrong.append(f"it has {size / 2**20:.1f} MiB, a run may have {MOST_BYTES / 2**20:.0f}")
+    for path in files:
+        try:
+            content = path.read_bytes()
+            content = gzip.decompress(content) if path.suffix == ".gz" else content
+        except (OSError, EOFError, zlib.error):
+            continue  # a damaged file is told of where it is read
+        name = path.relative_to(run)
+        if SECRET.search(content):  # which is not repeated here
+            wrong.append(f"{name} holds what looks like a secret: revoke it, then remove it")
+        if found := HOME.search(content):
+            wrong.append(f"{name} names a home folder, {found[0].decode(errors='replace')}..")
+    if shutil.which("git"):
+        kept = ["git", "-C", str(run), "ls-files", "*.log"]
+        logs = subprocess.run(kept, capture_output=True, text=True).stdout.split()
+        wrong += [f"{name} is a log that git keeps: remove it" for name in logs]
+    return wrong

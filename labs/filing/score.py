@@ -1,0 +1,181 @@
+"""One trace, every definition: what other tools would have reported of a run's own records.
+
+Read from the tools' sources in November 2026: `vllm bench serve` (`benchmarks/serve.py`), GuideLLM
+(`GenerativeRequestStats`), AIPerf (`InterTokenLatencyMetric`) and inference-perf
+(`summarize_requests`). All four count a request from its send, whatever the schedule said, take in
+every request of the benchmark, and divide its tokens by its whole duration; we measure a window
+between warm-up and drain. Here a trial is the benchmark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from labs.filing.results import RunFolder
+from labs.judging.measure import Trial, output_tokens_per_s
+from labs.judging.text import number, short
+from labs.lab import Lab, Point
+from loadtests.records import RequestRecord
+
+FIGURES = ("TTFT", "TPOT", "ITL", "output throughput")
+UNITS = ("s", "s", "s", "tok/s")
+PerRequest = Callable[[RequestRecord], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Tool:
+    """Samples of one request, under the name by which the tool reports them; none: it has none."""
+
+    name: str
+    says: str
+    ttft_s: PerRequest
+    tpot_s: PerRequest
+    itl_s: PerRequest
+
+
+def _one(value: float | None) -> list[float]:
+    return [] if value is None else [value]
+
+
+def from_send(record: RequestRecord) -> list[float]:
+    return [record.chunks[0][0] - record.sent_s]
+
+
+def decode_s(record: RequestRecord) -> float:
+    return record.chunks[-1][0] - record.chunks[0][0]
+
+
+def after_first_token(record: RequestRecord) -> list[float]:
+    """(last - first) / (n - 1): the first chunk is taken for one token."""
+    n = record.output_tokens or 0
+    return [decode_s(record) / (n - 1)] if n > 1 else []
+
+
+def after_first_chunk(record: RequestRecord) -> list[float]:
+    """(last - first) / (n - tokens of the first chunk)."""
+    n = (record.output_tokens or 0) - record.chunks[0][1]
+    return [decode_s(record) / n] if n > 0 else []
+
+
+def first_token_included(record: RequestRecord) -> list[float]:
+    """(last - send) / n."""
+    n = record.output_tokens or 0
+    return [(record.chunks[-1][0] - record.sent_s) / n] if n else []
+
+
+def token_gaps(record: RequestRecord) -> list[float]:
+    """Between the times of one token and the next; tokens of one chunk came at one time."""
+    times = [at for at, tokens in record.chunks for _ in range(tokens)]
+    return [b - a for a, b in pairwise(times)]
+
+
+OURS = Tool(
+    "this lab",
+    "from the schedule under open loop; requests sent in the window; a chunk of k tokens after a"
+    " gap g is k latencies of g / k; tokens that arrive in the window, over the window",
+    lambda r: _one(r.ttft_s),
+    lambda r: _one(r.tpot_s),
+    lambda r: r.itl_s,
+)
+OTHERS = (
+    Tool(
+        "vllm bench serve",
+        "ITL is the gap between chunks, however many tokens each carries",
+        from_send,
+        after_first_token,
+        lambda r: r.chunk_gaps_s,
+    ),
+    Tool(
+        "GuideLLM",
+        "TPOT has the first token in it, (last - send) / n; ITL is one average a request",
+        from_send,
+        first_token_included,
+        after_first_token,
+    ),
+    Tool(
+        "AIPerf",
+        "ITL is one average a request, without the tokens of the first chunk; no TPOT beside it",
+        from_send,
+        lambda _: [],
+        after_first_chunk,
+    ),
+    Tool(
+        "inference-perf",
+        "ITL is the gap between tokens, so that all but one of a chunk's are zero; it counts tokens"
+        " by tokenizing the text again, here they are the engine's",
+        from_send,
+        after_first_token,
+        token_gaps,
+    ),
+)
+
+
+def whole_throughput(found: Sequence[RequestRecord]) -> float | None:
+    """Output tokens / (last end - first send)."""
+    if not found:
+        return None
+    duration_s = max(r.chunks[-1][0] for r in found) - min(r.sent_s for r in found)
+    return sum(r.output_tokens or 0 for r in found) / duration_s if duration_s > 0 else None
+
+
+def score(trial: Trial) -> dict[str, list[float | None]]:
+    """Tool -> its mean TTFT, TPOT and ITL, and output throughput of one trial."""
+    every = [r for r in trial.records if r.ok]
+
+    def means(tool: Tool, found: Sequence[RequestRecord]) -> list[float | None]:
+        columns = (
+            [s for r in found for s in of(r)] for of in (tool.ttft_s, tool.tpot_s, tool.itl_s)
+        )
+        return [float(np.mean(c)) if c else None for c in columns]
+
+    return {
+        OURS.name: [*means(OURS, trial.counted), output_tokens_per_s(trial)],
+        **{tool.name: [*means(tool, every), whole_throughput(every)] for tool in OTHERS},
+    }
+
+
+def scores(folder: RunFolder) -> dict[str, dict[str, list[float | None]]]:
+    """Point -> tool -> figures, each the mean over the repeats."""
+    run = folder.run()
+    found: dict[str, list[dict[str, list[float | None]]]] = {}
+    for point, _, trial in folder.trials(run.points(), run.rebuilt_lab()):
+        if trial is not None:
+            found.setdefault(point.key, []).append(score(trial))
+
+    def over_repeats(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
+        columns = ([v for v in column if v is not None] for column in zip(*rows, strict=True))
+        return [float(np.mean(c)) if c else None for c in columns]
+
+    return {
+        key: {tool: over_repeats([t[tool] for t in trials]) for tool in trials[0]}
+        for key, trials in found.items()
+    }
+
+
+def table(found: Mapping[str, Mapping[str, Sequence[float | None]]], lab: Lab) -> list[list[str]]:
+    rows = [["Point", "Tool", *(f"{name}, mean" if name != FIGURES[-1] else name.capitalize()
+                                for name in FIGURES)]]  # fmt: skip
+    for key, tools in found.items():
+        for place, (tool, figures) in enumerate(tools.items()):
+            cells = [number(v, unit) for v, unit in zip(figures, UNITS, strict=True)]
+            rows.append([short(key, lab) if place == 0 else "", tool, *cells])
+    return rows
+
+
+def explained(points: Sequence[Point]) -> list[str]:
+    """Why the rows differ."""
+    lines = [f"{tool.name}: {tool.says}." for tool in (OURS, *OTHERS)]
+    if any(p.load.open_loop for p in points):
+        lines.append(
+            "Under an open loop the others count from the send: what a late generator adds to the"
+            " wait is not in their TTFT."
+        )
+    lines.append(
+        "All but this lab take in warm-up and drain, where fewer requests are in flight, and"
+        " requests that began in one and ended in the other."
+    )
+    return lines

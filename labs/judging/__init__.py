@@ -1,0 +1,1 @@
+"""Whether it is so: measurements from records, statistics, validity, quality."""

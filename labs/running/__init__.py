@@ -1,0 +1,1 @@
+"""The run itself: resolve, predict, start engines, play the trials, probe."""

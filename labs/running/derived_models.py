@@ -1,0 +1,193 @@
+"""What is made from the served model: a draft, tenants' adapters, quantized weights, studies of it.
+
+Each is made once a checkout, by a module of `serving` that runs as a process of its own (it needs
+torch, or an environment of its own), and is found again by name.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from labs.judging.evaluation import TEXTS
+from labs.lab import LabError, NotApplicable
+from loadtests.arrivals import Concurrent
+from loadtests.prompts import Writer, counter
+from loadtests.workload import Fixed, Workload
+from serving import dummy, models
+from serving.models import Model, ModelError
+from serving.process import Process
+
+SEED = 2**31 - 1  # of the prompts trained on: no trial draws from it
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a derived model is made: `python -m serving.X [METHOD] BASE OUT INPUT`; about how long.
+
+    `prompts` are the workloads whose kind of prompt it is trained on; a quantizer gets `text`, and
+    so does a study, which leaves figures and no model. A quick run makes do with one of
+    `quick_prompts_each`, where that is a number.
+    """
+
+    what: str
+    module: str
+    minutes: float
+    prompts: tuple[Workload, ...] = ()
+    method: str = ""
+    text: str = ""
+    quick_prompts_each: int = 0
+
+
+def _kind(name: str, tokens: int, **fields: Any) -> Workload:
+    return Workload(
+        name=name,
+        prompt_tokens=Fixed(tokens=tokens),
+        output_tokens=Fixed(tokens=1),
+        loads=(Concurrent(users=1),),
+        **fields,
+    )
+
+
+def _quantized(method: str, what: str, minutes: float, text: str = "calibration.txt") -> Recipe:
+    return Recipe(what, "serving.quantize", minutes, method=method, text=text)
+
+
+RECIPES: dict[str, Recipe] = {
+    "draft": Recipe(
+        "a small draft model, distilled from the served one",
+        "serving.draft",
+        4,
+        prompts=(_kind("story", 64, task="story"), _kind("quote", 128, task="quote")),
+        quick_prompts_each=50,
+    ),
+    "adapters": Recipe(
+        "a LoRA adapter for each of eight tenants, each with its own mark",
+        "serving.adapters",
+        3,
+        prompts=(_kind("short", 48), _kind("long", 96)),
+    ),
+    "outliers": Recipe(
+        "a study of outlying activations under 8-bit rounding",
+        "serving.outliers",
+        1,
+        text="held_out.txt",
+    ),
+    "w8a8-rtn": _quantized("w8a8-rtn", "INT8 weights and activations, rounded to nearest", 1),
+    "w8a8": _quantized("w8a8", "INT8 weights and activations by SmoothQuant and GPTQ", 2),
+    "w4a16-rtn": _quantized("w4a16-rtn", "4-bit weights, rounded to nearest", 1),
+    "w4a16-gptq": _quantized("w4a16-gptq", "4-bit weights by GPTQ", 2),
+    "w4a16-gptq-code": _quantized(
+        "w4a16-gptq", "4-bit weights by GPTQ, calibrated on code", 2, "calibration_code.txt"
+    ),
+    "w4a16-awq": _quantized("w4a16-awq", "4-bit weights by AWQ", 3),
+    "fp8": _quantized("fp8", "FP8 weights, activations scaled as they come", 1),
+    "gptqmodel": _quantized("gptqmodel", "4-bit weights by GPTQ, by GPTQModel", 4),
+    "auto-gptq": _quantized("auto-gptq", "4-bit weights by GPTQ, by the archived AutoGPTQ", 4),
+    "autoawq": _quantized("autoawq", "4-bit weights by AWQ, by the archived AutoAWQ", 6),
+}
+PROMPTS_EACH = 200
+
+
+def place(model: Model, name: str) -> Path:
+    """Where it lies, or will, when it is made here."""
+    return models.CACHE / "models" / f"{model.name.replace('/', '--')}-{name}"
+
+
+def make(model: Model, name: str, say: Callable[[str], None], quick: bool = False) -> Path:
+    """The derived model's folder, published, or made here if need be.
+
+    A quick run takes the whole one where it is there, and else may make a lesser one beside it.
+    Raises LabError with the maker's words, NotApplicable for what cannot be made of random weights,
+    ModelError where there is no way to have it.
+    """
+    if model.dummy:
+        try:
+            return dummy.derive(model, name)
+        except ModelError as reason:
+            raise NotApplicable(str(reason)) from reason
+    folder = place(model, name)
+    if folder.exists():
+        return folder
+    try:
+        if published := models.sibling(model, name):
+            return published
+    except ModelError as error:
+        if name not in RECIPES:
+            raise
+        say(f"{name} is made here: {error}")
+    if name not in RECIPES:
+        raise LabError(
+            f"for {model.name} no {name!r} is published, nor known how to make; known are"
+            f" {', '.join(RECIPES)}"
+        )
+    recipe = RECIPES[name]
+    each, minutes, lesser = PROMPTS_EACH, recipe.minutes, ""
+    if quick and recipe.quick_prompts_each:
+        each, minutes = recipe.quick_prompts_each, 1
+        lesser = f" on {each / PROMPTS_EACH:.0%} of its prompts, as QUICK is set"
+        folder = folder.with_name(f"{folder.name}-quick")
+        if folder.exists():
+            return folder
+    say(f"Making {recipe.what}{lesser} (once, about {minutes:g} min)")
+    inputs = TEXTS / recipe.text if recipe.text else models.CACHE / f"{name}-prompts.jsonl"
+    if recipe.prompts:
+        _write_prompts(inputs, model, recipe.prompts, each)
+    began, log = time.monotonic(), models.CACHE / f"{name}.log"
+    log.unlink(missing_ok=True)
+    argv = [sys.executable, "-m", recipe.module, *([recipe.method] if recipe.method else [])]
+    argv += [str(model.path), str(folder), str(inputs)]
+    # threads that spin while they wait take twenty times as long on a machine that is shared
+    patient = {"OMP_WAIT_POLICY": "PASSIVE"}
+    with Process(name, argv, log=log, env=patient, talk=True) as maker:
+        for line in maker.stdout:
+            say(f"  {line.rstrip()}")
+        while maker.returncode is None:
+            time.sleep(0.05)
+        if maker.returncode:
+            raise LabError(f"{name} could not be made: {maker.tail(1)} (all of it: {log})")
+    say(f"Made in {time.monotonic() - began:.0f} s: {folder.name}")
+    return folder
+
+
+def _write_prompts(path: Path, model: Model, kinds: Sequence[Workload], each: int) -> None:
+    """Prompts of all kinds, mixed, as JSON lines."""
+    writer, rng = Writer(counter(str(model.path))), random.Random(SEED)
+    drawn = [
+        {"messages": request.messages, "kind": kind.name}
+        for kind in kinds
+        for request in kind.requests(each, SEED, writer)
+    ]
+    rng.shuffle(drawn)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in drawn))
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What its maker wrote down of it, and its bytes; a published model has only those."""
+    path = folder / "about.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    config = folder / "config.json"
+    if config.exists() and "hidden_size" in json.loads(config.read_text()):  # a head has none
+        found["weight_bytes"] = models.load(folder, folder.name).shape.weight_bytes
+    return found
+
+
+def with_weights(model: Model, name: str, folder: Path) -> Model:
+    """What a variant serves instead of the model, under the model's name.
+
+    Quantized weights are stored packed: they keep the parameters of the model and change the bytes.
+    """
+    shape = models.load(folder, name).shape
+    if shape.layers == model.shape.layers:
+        read = {"weight_bytes": shape.weight_bytes, "expert_bytes": shape.expert_bytes}
+        shape = replace(model.shape, **read)
+    return Model(model.name, folder, shape, model.dummy)

@@ -1,0 +1,278 @@
+"""What the reader asked for, resolved and checked before the first process starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from labs import theory
+from labs.filing.results import RESULTS, MachineFile, read_json, require_room, write_json
+from labs.findings import FINDINGS
+from labs.judging.measure import METRICS, price_per_hour
+from labs.lab import Claim, Forecast, Lab, LabError, NotApplicable, Point
+from labs.running import derived_models
+from labs.running.probes import PROBES
+from labs.telling import report
+from labs.telling.plots import PLOTS
+from loadtests.prompts import Writer, counter
+from serving import dummy, models
+from serving import machine as machines
+from serving.engine import PARALLEL, SERVER, Endpoint, check_flags, serve_env
+from serving.machine import Ceilings, Environment, Machine
+
+ACTIVATION_BYTES = 10**9  # at least, beside weights and KV cache on a GPU
+
+
+class Teller(Protocol):
+    """Whoever shows a run to a person."""
+
+    def step(self, text: str) -> None: ...
+    def plan(self, seconds: float) -> None: ...
+    def waiting(self, text: str) -> None: ...
+    def trial_done(self, text: str, remaining_s: float) -> None: ...
+    def show(self, text: str, rows: Sequence[Sequence[str]]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the reader asked for."""
+
+    lab: Lab
+    quick: bool = False
+    aa: bool = False  # the lab's baseline against itself
+    changes: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+    weights: str = ""  # `dummy`: random ones
+    endpoint: str = ""
+    resume: bool = False
+    reproduces: str = ""  # the run whose resolved lab this is
+    engine_command: Sequence[str] = SERVER
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything resolved and checked, before anything starts."""
+
+    lab: Lab
+    machine: Machine
+    ceilings: Ceilings
+    model: models.Model
+    points: list[Point]
+    places: dict[str, Path]  # derived model -> its folder
+    weights: dict[str, models.Model]  # variant -> what it serves, where it is not the model itself
+    writer: Writer
+    endpoint: Endpoint | None
+    engine_command: Sequence[str]
+
+    @property
+    def users(self) -> int:
+        return max(p.load.seats for p in self.points)
+
+
+def resolve(request: Request, teller: Teller) -> Setup:
+    """Check everything that can be checked before the first process starts."""
+    machine = machines.detect()
+    lab = request.lab.at(
+        models.scale_of(machine), request.quick, request.changes, is_dummy(request.weights)
+    )
+    lab = lab.against_itself() if request.aa else lab
+    require_known_names(lab)
+    require_devices(lab, machine)
+    require_room(RESULTS)
+    model = model_of(machine, request.model, request.weights)
+    require_sizes(lab, model)
+    require_memory(lab, machine, model)
+    endpoint = None
+    if request.endpoint:
+        if len(lab.variants) > 1:
+            raise LabError(
+                f"{lab.name} compares engine settings, so it must start its own engines: leave"
+                " ENDPOINT out"
+            )
+        endpoint = Endpoint(request.endpoint)
+    else:
+        require_compiler(lab, machine)
+        check_flags([lab.flags_of(v) for v in lab.variants])
+    writer = Writer(counter(str(model.path)))
+    for workload in lab.workloads:
+        try:
+            workload.requests(1, lab.seed, writer)
+        except ValueError as error:
+            raise LabError(f"workload {workload.name}: {error}") from error
+    places = {
+        name: derived_models.make(model, name, teller.step, request.quick) for name in lab.derived()
+    }
+    weights = {
+        v.name: derived_models.with_weights(model, v.weights, places[v.weights])
+        for v in lab.variants
+        if v.weights
+    }
+    ceilings = measured_ceilings(machine, teller)
+    teller.step(f"Machine: {machine.describe()}; {report.ceilings_text(ceilings)}")
+    random_weights = ", random weights" if model.dummy else ""
+    teller.step(
+        f"Model: {model.name}, {model.shape.params / 1e6:,.0f} M parameters{random_weights}"
+    )
+    points = lab.points(
+        model.shape,
+        ceilings,
+        {name: served.shape for name, served in weights.items()},
+        {name: derived_models.about(path) for name, path in places.items()},
+    )
+    return Setup(
+        lab, machine, ceilings, model, points, places, weights, writer, endpoint,
+        request.engine_command,
+    )  # fmt: skip
+
+
+def is_dummy(weights: str) -> bool:
+    """Of the setting WEIGHTS. Raises LabError for what it does not know."""
+    if weights not in ("", "dummy"):
+        raise LabError(f"WEIGHTS={weights} is not known: WEIGHTS=dummy serves random weights")
+    return bool(weights)
+
+
+def model_of(machine: Machine, wanted: str, weights: str) -> models.Model:
+    """What MODEL and WEIGHTS ask for on this machine. Raises ModelError and LabError."""
+    if is_dummy(weights):
+        return dummy.resolve(machine, wanted)
+    if wanted in dummy.SHAPES and not Path(wanted).exists():
+        raise LabError(f"MODEL={wanted} is a shape without weights: say WEIGHTS=dummy with it")
+    return models.resolve(machine, wanted)
+
+
+def require_devices(lab: Lab, machine: Machine) -> None:
+    """What is asked of vLLM's parallelism and sampling, this machine's kind and GPUs can do.
+
+    Raises LabError; NotApplicable where no setting of the reader's would help.
+    """
+    for variant in lab.variants:
+        flags = lab.flags_of(variant)
+        ways = math.prod(int(str(flags.get(flag, 1))) for flag in PARALLEL)
+        gpus = machine.count if machine.kind == "gpu" else 0
+        ray = flags.get("distributed-executor-backend") == "ray"
+        if ray and not importlib.util.find_spec("ray"):
+            raise LabError(
+                "distributed-executor-backend=ray needs Ray, which is not installed here: run"
+                " `.venv/bin/pip install 'ray[default]'` on every machine, then `ray start --head`"
+                " on this one and `ray start --address=<this one>:6379` on the others"
+            )
+        if ways > max(1, gpus) and not ray:
+            raise LabError(
+                f"TP x PP x DP = {ways} needs as many GPUs, and this machine has {gpus}: lower"
+                " them, or span machines with SET=flags.distributed-executor-backend=ray"
+            )
+        speculation = flags.get("speculative-config", {})
+        if machine.kind == "cpu" and "synthetic" in json.dumps(speculation):
+            raise NotApplicable(
+                f"{variant.name} is to accept guesses at a rate that is set, and the sampler that"
+                " does so is written in Triton, which vLLM's CPU engine lacks: this needs a GPU"
+            )
+
+
+def require_compiler(lab: Lab, machine: Machine) -> None:
+    """On a CPU, what is not run eagerly is compiled as the engine starts. Raises LabError."""
+    compiled = [v.name for v in lab.variants if lab.flags_of(v).get("enforce-eager") is not True]
+    _, mend = machines.compiler(machine.kind)
+    if compiled and mend and machine.kind == "cpu":
+        raise LabError(f"{compiled[0]} is compiled as its engine starts: {mend}")
+
+
+def require_memory(lab: Lab, machine: Machine, model: models.Model) -> None:
+    """On a GPU, weights and the KV memory a variant asks for leave room for activations."""
+    if machine.kind == "cpu":
+        return
+    for variant in lab.variants:
+        flags = lab.flags_of(variant)
+        parts = math.prod(int(str(flags.get(flag, 1))) for flag in PARALLEL[:2])
+        weights, kv = model.shape.weight_bytes / parts, flags.get("kv-cache-memory-bytes", 0)
+        needed = weights + int(str(kv)) + ACTIVATION_BYTES
+        if not variant.weights and needed > machine.memory_bytes:
+            raise LabError(
+                f"{variant.name}: {weights / 1e9:.1f} GB of weights, {int(str(kv)) / 1e9:.1f} of KV"
+                f" cache and about {ACTIVATION_BYTES / 1e9:.0f} for activations do not fit the"
+                f" GPU's {machine.memory_bytes / 1e9:.1f}: give a smaller model with MODEL=, more"
+                " GPUs with TP=, or less with SET=flags.kv-cache-memory-bytes="
+            )
+
+
+def require_sizes(lab: Lab, model: models.Model) -> None:
+    """The requests fit the model and the engines, and the engines' limits fit their memory."""
+    longest = max(w.longest_tokens for w in lab.workloads)
+    if longest > model.shape.max_positions:
+        raise LabError(
+            f"requests of up to {longest} tokens do not fit {model.name}'s"
+            f" {model.shape.max_positions} positions: lower the lengths with SET="
+        )
+    for variant in lab.variants:
+        flags = lab.flags_of(variant)
+        limit, memory = flags.get("max-model-len"), flags.get("kv-cache-memory-bytes")
+        if not isinstance(limit, int):
+            continue
+        if limit > model.shape.max_positions:
+            raise LabError(
+                f"{variant.name}'s max-model-len={limit} exceeds {model.name}'s"
+                f" {model.shape.max_positions} positions: lower it and the lengths with SET="
+            )
+        sent = [w for w in lab.workloads if not w.only or variant.name in w.only]
+        if (longest := max((w.longest_tokens for w in sent), default=0)) > limit:
+            raise LabError(
+                f"requests of up to {longest} tokens exceed {variant.name}'s max-model-len={limit}:"
+                " lower the lengths or raise flags.max-model-len with SET="
+            )
+        value_bytes = theory.kv_value_bytes(str(flags.get("kv-cache-dtype", "auto")))
+        needed = limit * model.shape.kv_bytes_per_token(value_bytes)
+        if isinstance(memory, int) and memory < needed:
+            raise LabError(
+                f"{variant.name}'s kv-cache-memory-bytes={memory} cannot hold one request of"
+                f" max-model-len={limit}, which takes {needed:.0f}: raise the one or lower the"
+                " other with SET="
+            )
+
+
+def require_known_names(lab: Lab) -> None:
+    """What only other modules know: metrics and plots; and the price, read when measuring."""
+    parts: list[Claim | Forecast] = [*lab.claims, *lab.forecasts]
+    for part in parts:
+        if part.metric not in METRICS:
+            known = ", ".join(METRICS)
+            raise LabError(f"{part.name}: no metric {part.metric!r}; the known ones are {known}")
+    for kind, names, known_names in (
+        ("plot", lab.plots, PLOTS),
+        ("probe", lab.probes, PROBES),
+        ("finding", lab.findings, FINDINGS),
+    ):
+        for name in names:
+            if name not in known_names:
+                raise LabError(f"no {kind} {name!r}; the known ones are {', '.join(known_names)}")
+    try:
+        price_per_hour()
+    except ValueError as error:
+        raise LabError(str(error)) from error
+
+
+def measured_ceilings(machine: Machine, teller: Teller) -> Ceilings:
+    """From machine.json, or measured now and kept there."""
+    path = RESULTS / machine.slug / "machine.json"
+    if not path.exists():
+        teller.step("Measuring memory bandwidth and BF16 rate (once a machine, about 15 s)")
+        try:
+            ceilings = machines.measure_ceilings(machine)
+        except subprocess.CalledProcessError as error:
+            last = str(error.stderr).strip().splitlines()[-1:]
+            raise LabError(f"the ceilings could not be measured: {' '.join(last)}") from error
+        write_json(path, MachineFile(machine=machine, ceilings=ceilings))
+    return read_json(path, MachineFile).ceilings
+
+
+def engine_environment(kind: str, model: models.Model, lab: Lab) -> Environment:
+    """Of this machine, with what an engine started here would find."""
+    found = machines.environment(models.ROOT, kind)
+    own = machines.engine_variables(serve_env(kind, model, lab.speculates))
+    return found.model_copy(update={"variables": found.variables | own})

@@ -1,0 +1,168 @@
+"""A run, from a question to a report: `run()` reads top to bottom as what happens."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dashboards.prometheus import PrometheusError
+from labs.filing.results import Predictions, Run, RunFolder, Session, latest, run_id, write_json
+from labs.lab import LabError
+from labs.running import backfill
+from labs.running.resolve import Request, Setup, Teller, engine_environment, resolve
+from labs.running.stage import Stage, in_turn, interleave, resident_groups, write_requests
+from labs.telling import html, report
+from labs.telling.summary import summarise
+from serving import models
+from serving.engine import flag_argv
+from serving.machine import engine_version
+
+
+def run(request: Request, teller: Teller) -> RunFolder:
+    """Run a lab; raises LabError, EngineError or ModelError with one sentence that says what to do.
+
+    Returns the folder; its `complete` is false when a trial failed. Ctrl-C leaves what was finished
+    for `resume`.
+    """
+    began = time.monotonic()
+    with contextlib.ExitStack() as exits:
+        exits.enter_context(alone())
+        setup = resolve(request, teller)
+        work = exits.enter_context(_scratch())
+        teller.waiting("writing the prompts")
+        prompts = write_requests(setup, work)
+        folder = _resumed(setup) if request.resume else None
+        if request.resume and folder is None:
+            teller.step("Nothing to resume: no unfinished run of this lab as it is asked for now")
+        folder = folder or RunFolder.create(_manifest(setup, request, prompts))
+        predictions = predict(setup)
+        if not (folder.path / "predictions.json").exists():  # what was said before stays said
+            write_json(folder.path / "predictions.json", predictions)
+        teller.show(*report.predictions_table(setup.lab, predictions))
+        for formula in report.formulas(setup.lab, predictions):
+            teller.step(formula)
+        stage = Stage(setup, folder, work, teller)
+        with stage:
+            groups = resident_groups(setup)
+            turns = in_turn(groups, setup.lab.repeats)
+            for group, repeats in turns:
+                stage.visit(group, [(p, r) for p, r in interleave(setup, group) if r in repeats])
+            stage.settle(groups)
+            agreement = stage.agree()
+        write_json(
+            folder.path / "session.json",
+            Session(
+                engine_start_s=round(stage.engine_start_s, 2),
+                load_s=round(stage.load_s, 2),
+                wall_s=round(time.monotonic() - began, 2),
+                resident=len(groups) == 1,
+                there_and_back=len(turns) > len(groups),
+                agreement=agreement,
+                prometheus=stage.prometheus.missing,
+                ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            ),
+        )
+        summary = summarise(folder)
+        report.write(folder)
+        html.write(folder)
+        if not stage.prometheus.missing:
+            try:
+                backfill.load_figures(folder)
+            except (PrometheusError, OSError) as error:  # the run itself is whole
+                teller.step(f"{error}; `make import RUN={folder.path}` tries again")
+        if not summary.failed and not summary.missing:
+            (folder.path / "COMPLETE").write_text(datetime.now(UTC).isoformat() + "\n")
+    return folder
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for what a run needs on disk and nobody needs afterwards."""
+    for left in models.CACHE.glob("run-*/"):  # by a run that was killed; we run alone
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=models.CACHE, prefix="run-") as folder:
+        yield Path(folder)
+
+
+def _manifest(setup: Setup, request: Request, prompts_sha256: str) -> Run:
+    lab = setup.lab
+    model = "" if setup.endpoint else "<model>"
+    return Run(
+        run_id=run_id(lab.digest()),
+        lab=lab.resolved(),
+        digest=lab.digest(),
+        scale=models.scale_of(setup.machine),
+        quick=request.quick,
+        changes=request.changes,
+        endpoint=request.endpoint or None,
+        model=setup.model.name,
+        dummy=setup.model.dummy,
+        model_shape=vars(setup.model.shape),
+        weights={name: vars(served.shape) for name, served in setup.weights.items()},
+        about=dict(setup.points[0].about),
+        machine=setup.machine,
+        ceilings=setup.ceilings,
+        environment=engine_environment(setup.machine.kind, setup.model, setup.lab),
+        argv={
+            v.name: [f"<{v.weights}>" if v.weights else model, *flag_argv(lab.flags_of(v))]
+            for v in lab.variants
+        },
+        model_revision=models.revision(setup.model.path),
+        model_files=models.file_hashes(setup.model.path),
+        derived_sha256={
+            name: hashlib.sha256(json.dumps(models.file_hashes(path)).encode()).hexdigest()
+            for name, path in setup.places.items()
+        },
+        prompts_sha256=prompts_sha256,
+        reproduces=request.reproduces,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _resumed(setup: Setup) -> RunFolder | None:
+    folder = latest(setup.lab.name, complete=False)
+    if folder is None:
+        return None
+    run = folder.run()
+    same = (run.digest, run.model, run.machine.slug) == (
+        setup.lab.digest(),
+        setup.model.name,
+        setup.machine.slug,
+    )
+    same_engine = setup.endpoint is not None or run.environment.vllm == engine_version()
+    return folder if same and same_engine else None
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Two labs at once would measure each other. Raises LabError."""
+    models.CACHE.mkdir(exist_ok=True)
+    with (models.CACHE / "run.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LabError(
+                "another lab is running from this checkout and would be measured too: wait for it"
+            ) from error
+        yield
+
+
+def predict(setup: Setup) -> Predictions:
+    lab, points = setup.lab, setup.points
+    return Predictions(
+        effects={
+            c.name: {f"{t.key}|{b.key}": c.predict(t, b) for t, b in lab.pairs(c, points)}
+            for c in lab.claims
+        },
+        forecasts={
+            f.name: {p.key: f.predict(p) for p in points if f.arm.matches(p)} for f in lab.forecasts
+        },
+    )

@@ -1,0 +1,241 @@
+"""What the page of a run draws: figures, samples, every request; small enough to stand in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from labs.filing.results import Run, RunFolder, Summary, TrialResult
+from labs.judging.judge import Interval, mean_interval
+from labs.judging.measure import METRICS, Trial
+from labs.judging.text import short
+from labs.lab import Lab, Point
+from labs.telling.plots import CYCLE, ORANGE
+from labs.telling.report import COLUMNS, held, verdict
+from loadtests.records import RequestRecord
+from serving import metrics
+
+SAMPLES = {
+    "ttft_s": "TTFT",
+    "tpot_s": "TPOT",
+    "itl_s": "ITL",
+    "e2e_s": "E2E",
+    "chunk_gaps_s": "Gap between chunks",
+}
+MOST_QUANTILES = 250
+MOST_REQUESTS = 12_000  # on one page, which stays under a megabyte beside the library
+
+Played = tuple[Point, TrialResult, Trial | None]
+
+
+def data(folder: RunFolder, run: Run, summary: Summary) -> dict[str, Any]:
+    """Everything a page draws: times in ms, or in 0.1 ms where the name ends in `_dms`."""
+    lab, points = run.rebuilt_lab(), run.points()
+    trials = list(folder.trials(points, lab))
+    figures = _figure_names(lab, summary)
+    return {
+        "colours": CYCLE,
+        "predicted": ORANGE,
+        "variants": [v.name for v in lab.variants],
+        "workloads": [w.name for w in lab.workloads],
+        "slo": {
+            "ttft_s": lab.slo.ttft_s, "tpot_s": lab.slo.tpot_s,
+            "itl_s": lab.slo.itl_s, "chunk_gaps_s": lab.slo.itl_s,
+        },
+        "metrics": {n: {"title": METRICS[n].title, "unit": METRICS[n].unit} for n in figures},
+        "points": [
+            {
+                "key": p.key,
+                "name": short(p.key, lab),
+                "variant": p.variant.name,
+                "workload": p.workload.name,
+                "kind": p.load.kind,
+                "level": str(p.load).partition(":")[2],
+                "figures": {n: _over_repeats(summary, p, n) for n in figures},
+                "predicted": {
+                    f.metric: {"value": _round(f.prediction.value), "kind": f.prediction.kind}
+                    for f in summary.forecasts
+                    if f.point == p.key
+                },
+            }
+            for p in points
+        ],
+        "claims": _claims(lab, summary),
+        "forecasts": _forecasts(lab, summary),
+        "samples": _samples(trials),
+        "trials": _trials(trials),
+    }  # fmt: skip
+
+
+def _figure_names(lab: Lab, summary: Summary) -> list[str]:
+    """Metrics that any trial has, those the lab asks about first."""
+    rows = [row for by_repeat in summary.measurements.values() for row in by_repeat.values()]
+    asked = [*(c.metric for c in lab.claims), *(f.metric for f in lab.forecasts), *COLUMNS]
+    return [n for n in dict.fromkeys(asked) if any(row.get(n) is not None for row in rows)]
+
+
+def _over_repeats(summary: Summary, point: Point, metric: str) -> dict[str, Any] | None:
+    """The mean with its interval, or a percentile of all repeats' samples, and each repeat's."""
+    rows = summary.measurements.get(point.key, {})
+    each = [v for row in rows.values() if (v := row.get(metric)) is not None]
+    pooled = any(metric in of for of in summary.pooled.values())
+    value = summary.pooled.get(point.key, {}).get(metric)
+    if pooled and value is not None:
+        found = Interval(value=value, low=None, high=None, n=len(each))
+    elif each and not pooled:
+        found = mean_interval(each)
+    else:
+        return None
+    return {**_interval(found), "each": [_round(v) for v in each], "pooled": pooled}
+
+
+def _interval(found: Interval | None) -> dict[str, float | None]:
+    return {
+        "value": _round(found.value if found else None),
+        "low": _round(found.low if found else None),
+        "high": _round(found.high if found else None),
+    }
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
+
+
+def _claims(lab: Lab, summary: Summary) -> list[dict[str, Any]]:
+    return [
+        {
+            "title": j.title,
+            "metric": j.metric,
+            "where": f"{METRICS[j.metric].title}:"
+            f" {short(j.treatment, lab)} / {short(j.baseline, lab)}",
+            "point": j.treatment,
+            **_interval(j.effect.ratio if j.effect else None),
+            "predicted": _round(j.prediction.value),
+            "tolerance": j.prediction.tolerance,
+            "kind": j.prediction.kind,
+            "verdict": verdict(j),
+            "valid": j.outcome != "not valid",
+        }
+        for j in summary.judgements
+    ]
+
+
+def _forecasts(lab: Lab, summary: Summary) -> list[dict[str, Any]]:
+    """Measured as a multiple of predicted."""
+    found = []
+    for f in summary.forecasts:
+        measured, predicted = f.measured, f.prediction.value
+        share = None
+        if measured and predicted:
+            bounds = {k: v / predicted for k, v in measured if k != "n" and v is not None}
+            share = Interval(**{"low": None, "high": None, **bounds}, n=measured.n)
+        found.append(
+            {
+                "title": f"{METRICS[f.metric].title}: {short(f.point, lab)}",
+                "where": "",
+                **_interval(share),
+                "predicted": 1,
+                "tolerance": f.prediction.tolerance,
+                "kind": f.prediction.kind,
+                "verdict": "the prediction held: " + held(f.measured, f.prediction, f.held),
+                "valid": True,
+            }
+        )
+    return found
+
+
+def _samples(trials: Sequence[Played]) -> dict[str, Any]:
+    """Of each metric and point, over all repeats: their number, and quantiles in equal steps."""
+    found: dict[str, Any] = {}
+    for name, title in SAMPLES.items():
+        points: dict[str, list[float]] = {}
+        for point, _, trial in trials:
+            points.setdefault(point.key, []).extend(trial.samples(name) if trial else [])
+        found[name] = {"title": title, "points": _quantiles(points)}
+    long: dict[str, list[float]] = {}
+    for point, _, trial in trials:
+        waits = [r.ttft_s for r in trial.intruders] if trial else []
+        long.setdefault(point.key, []).extend(w for w in waits if w is not None)
+    found["intruder_ttft_s"] = {"title": "TTFT of the long prompts", "points": _quantiles(long)}
+    return {name: of for name, of in found.items() if of["points"]}
+
+
+def _quantiles(points: dict[str, list[float]]) -> dict[str, Any]:
+    return {
+        key: {
+            "n": len(drawn),
+            "ms": [
+                round(1000 * float(v), 2)
+                for v in np.quantile(drawn, np.linspace(0, 1, min(len(drawn), MOST_QUANTILES)))
+            ],
+        }
+        for key, drawn in points.items()
+        if drawn
+    }
+
+
+def _trials(trials: Sequence[Played]) -> list[dict[str, Any]]:
+    """Every request, a list a column; the longest alone where there are very many."""
+    most = max(1, MOST_REQUESTS // max(1, len(trials)))
+    found: list[dict[str, Any]] = []
+    for point, result, trial in trials:
+        about: dict[str, Any] = {"point": point.key, "repeat": result.repeat}
+        if trial is None:
+            found.append({**about, "failed": result.failed or "no summary"})
+            continue
+        shown = sorted(trial.records, key=_length_s, reverse=True)[:most]
+        shown.sort(key=lambda r: r.start_s)
+        histograms = trial.engine.histograms if trial.engine else {}
+        found.append(
+            {
+                **about,
+                "window_s": [round(t, 3) for t in trial.summary.window_s],
+                "sent": len(trial.records),
+                "engine_ms": [
+                    _round(1000 * mean)
+                    if (h := histograms.get(name)) and (mean := h.mean()) is not None
+                    else None
+                    for name in (metrics.QUEUE_TIME, metrics.PREFILL_TIME, metrics.DECODE_TIME)
+                ],
+                "open_loop": point.load.open_loop,
+                **_columns(shown),
+                "long": [
+                    i for i, r in enumerate(shown) if point.workload.is_intruder(r.index)
+                ],
+                "errors": {i: r.error[:300] for i, r in enumerate(shown) if r.error},
+            }
+        )  # fmt: skip
+    return found
+
+
+def _length_s(record: RequestRecord) -> float:
+    """From start to last token; those that never got one come first."""
+    return float("inf") if record.e2e_s is None else record.e2e_s
+
+
+def _columns(shown: Sequence[RequestRecord]) -> dict[str, list[int | None]]:
+    """Times in 0.1 ms, all but the start counted from it."""
+
+    def since_start(times: Sequence[float | None]) -> list[int | None]:
+        return [
+            None if t is None else _dms(t - r.start_s) for t, r in zip(times, shown, strict=True)
+        ]
+
+    return {
+        "index": [r.index for r in shown],
+        "start_dms": [_dms(r.start_s) for r in shown],
+        "sent_dms": since_start([r.sent_s for r in shown]),
+        "first_dms": since_start([r.chunks[0][0] if r.chunks else None for r in shown]),
+        "last_dms": since_start([r.chunks[-1][0] if r.chunks else r.end_s for r in shown]),
+        "gap_dms": [_dms(max(r.chunk_gaps_s)) if len(r.chunks) > 1 else None for r in shown],
+        "prompt": [r.prompt_tokens for r in shown],
+        "output": [r.output_tokens for r in shown],
+        "tpot_dms": [None if r.tpot_s is None else _dms(r.tpot_s) for r in shown],
+        "counted": [int(r.in_window and r.ok) for r in shown],
+    }
+
+
+def _dms(seconds: float) -> int:
+    return round(10_000 * seconds)

@@ -1,0 +1,197 @@
+"""What `make bench` found of the lab's own instruments: `results/<machine>/bench.json`.
+
+One file a machine, beside its results. Each part carries its own date: a part that is measured
+again replaces that part alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from labs.filing import results
+from labs.judging.judge import Interval
+from labs.judging.text import number
+from labs.telling.report import markdown, ratio
+from serving.machine import Machine
+
+FILE = "bench.json"
+QUIET = 0.05  # share of the CPU time that others may take before it is told
+P = TypeVar("P", bound="Part")
+
+
+class Part(BaseModel, frozen=True, extra="forbid"):
+    measured_at: str = ""
+    cpu_others: float = 0.0  # share of the machine's CPU time that other processes and guests took
+
+
+class Sent(BaseModel, frozen=True, extra="forbid"):
+    """Streams of one shape, against a server that records when it handed over each chunk."""
+
+    load_processes: int
+    streams: int
+    gap_s: float  # between two chunks
+    tokens_per_chunk: int = 1
+    shape: str = ""  # what else is odd about the streams
+    chunks_per_s: float  # that were read
+    delivered: float  # share of what an instant client and server would exchange
+    lost: int
+    ttft_added_p50_s: float | None
+    ttft_added_p99_s: float | None
+    read_late_p50_s: float | None  # a chunk: handed to the socket to stamped
+    read_late_p99_s: float | None
+    gap_error_p50_s: float | None
+    gap_error_p99_s: float | None
+    server_late_p99_s: float | None  # the server's own lateness: not the client's fault
+    cpu_s_per_chunk: float | None  # of the processes that send
+    all_cpu_s_per_chunk: float | None  # with the one that records
+
+
+class Streams(Part, frozen=True):
+    rows: list[Sent]
+
+
+class Engine(Part, frozen=True):
+    """Ours / `vllm bench serve`'s, on one engine and the same requests."""
+
+    throughput: Interval
+    ttft: Interval
+    tpot: Interval
+
+
+class Neighbour(Part, frozen=True):
+    throughput: Interval  # beside an idle engine / beside one held still
+
+
+class Recording(Part, frozen=True):
+    tokens_per_s: float
+    share: Interval  # of the generator's CPU time
+
+
+class Overhead(Part, frozen=True):
+    lab: str
+    share: float  # of a run's time
+
+
+class Alarms(Part, frozen=True):
+    """A lab's baseline against itself on the fake engine, whose speed varies."""
+
+    lab: str
+    runs: int
+    alarms: int  # verdicts of helps or hurts, where there is nothing
+    judged: int
+    not_judged: int  # not valid
+    low: float  # exact 95 % interval of alarms / judged
+    high: float
+    spread: float  # median standard deviation of the log ratio between repeats
+
+    @property
+    def rate(self) -> float:
+        return self.alarms / self.judged
+
+
+class Bench(BaseModel, frozen=True, extra="forbid"):
+    machine: Machine
+    streams: Streams | None = None
+    engine: Engine | None = None
+    neighbour: Neighbour | None = None
+    recording: Recording | None = None
+    overhead: Overhead | None = None
+    aa: Alarms | None = None
+
+
+def path_of(machine: Machine) -> Path:
+    return results.RESULTS / machine.slug / FILE
+
+
+def keep(machine: Machine, name: str, part: Part) -> Path:
+    """Put one part on file; what is there of the others stays."""
+    path = path_of(machine)
+    before = results.read_json(path, Bench) if path.exists() else Bench(machine=machine)
+    results.write_json(path, before.model_copy(update={name: part}))
+    return path
+
+
+def on_file() -> list[Bench]:
+    """Of every machine; raises DamagedError."""
+    return [results.read_json(path, Bench) for path in sorted(results.RESULTS.glob(f"*/{FILE}"))]
+
+
+# ------------------------------------------------------------------------------------- as README.md
+
+COLUMNS = (
+    "Load processes", "Streams", "Chunks/s", "Delivered", "Lost", "TTFT added, p50", "p99",
+    "Gap error, p50", "p99", "CPU a chunk",
+)  # fmt: skip
+
+
+def lines(bench: Bench) -> list[str]:
+    """A machine's table and sentences, in Markdown."""
+    out = [f"**{bench.machine.describe()}**{_when(bench)}:", ""]
+    if bench.streams:
+        out += [*markdown([COLUMNS, *map(_row, bench.streams.rows)]), ""]
+    return out + [f"- {sentence}" for sentence in _sentences(bench)]
+
+
+def _when(bench: Bench) -> str:
+    """The days, and how much of the CPU others took, where they did."""
+    parts = [part for _, part in bench if isinstance(part, Part)]
+    days = sorted({part.measured_at[:10] for part in parts})
+    others = max((part.cpu_others for part in parts), default=0.0)
+    busy = f" (other work took up to {others:.0%} of the CPU time)" if others > QUIET else ""
+    return f", {' and '.join(days)}{busy}"
+
+
+def _row(row: Sent) -> list[str]:
+    tokens = f", {row.tokens_per_chunk} tokens each" if row.tokens_per_chunk > 1 else ""
+    shape = f", {row.shape}" if row.shape else ""
+    times = (
+        row.ttft_added_p50_s, row.ttft_added_p99_s, row.gap_error_p50_s, row.gap_error_p99_s,
+    )  # fmt: skip
+    cpu = row.cpu_s_per_chunk
+    return [
+        f"{row.load_processes}",
+        f"{row.streams}, a chunk every {1000 * row.gap_s:g} ms{tokens}{shape}",
+        f"{row.chunks_per_s:,.0f}",
+        f"{row.delivered:.1%}",
+        f"{row.lost}",
+        *(number(time, "s") for time in times),
+        "–" if cpu is None else f"{1e6 * cpu:.1f} µs",
+    ]
+
+
+def _sentences(bench: Bench) -> list[str]:
+    out = []
+    if found := bench.engine:
+        out.append(
+            f"Our Locust / `vllm bench serve`, the same requests on one vLLM: throughput"
+            f" {ratio(found.throughput)}, mean TTFT {ratio(found.ttft)}, mean TPOT"
+            f" {ratio(found.tpot)}."
+        )
+    if neighbour := bench.neighbour:
+        out.append(
+            "An engine's throughput beside another that is loaded and idle / beside one held"
+            f" still: {ratio(neighbour.throughput)}."
+        )
+    if recording := bench.recording:
+        share = recording.share
+        within = "" if share.low is None else f" ({share.low:.1%} to {share.high:.1%})"
+        out.append(
+            f"Recording into Prometheus takes {share.value:.1%}{within} of the generator's CPU"
+            f" time at {recording.tokens_per_s:,.0f} tokens/s."
+        )
+    if overhead := bench.overhead:
+        out.append(
+            f"The lab's own share of a run (`{overhead.lab}`), beside engine starts and load:"
+            f" {overhead.share:.1%}."
+        )
+    if aa := bench.aa:
+        out.append(
+            f"A lab against itself (`{aa.lab}`, `AA=1`, {aa.runs} runs on a fake engine whose speed"
+            f" varies): a false alarm in {aa.alarms} of {aa.judged} claims judged, {aa.rate:.1%}"
+            f" ({aa.low:.1%} to {aa.high:.1%}), {aa.not_judged} not judged; the ratio varies by"
+            f" {aa.spread:.1%} between repeats."
+        )
+    return out

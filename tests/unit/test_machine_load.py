@@ -1,0 +1,47 @@
+"""Whose CPU time it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+from labs.running.machine_load import Others
+
+BUSY = "import time; e = time.process_time() + 0.4\nwhile time.process_time() < e: pass"
+ORPHAN = f"""
+import subprocess, sys
+print(subprocess.Popen([sys.executable, "-c", {BUSY!r}], stdout=subprocess.DEVNULL).pid)
+"""
+
+
+def test_what_a_stranger_uses_is_told() -> None:
+    """A process whose parent has gone is no child of ours."""
+    others = Others()
+    printed = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, check=True)
+    stranger = psutil.Process(int(printed.stdout))
+    try:
+        deadline, used_s = time.monotonic() + 30, 0.0
+        while used_s < 0.3 and time.monotonic() < deadline:
+            used_s = sum(stranger.cpu_times()[:2])
+            time.sleep(0.01)
+        shares = others.shares()
+    finally:
+        if stranger.is_running():
+            os.kill(stranger.pid, signal.SIGKILL)
+    stolen, strangers = shares
+    assert 0 <= stolen <= 1
+    assert 0 < strangers <= 1.05
+
+
+def test_our_own_work_is_not_others() -> None:
+    others = Others()
+    before = others._now()
+    subprocess.run([sys.executable, "-c", BUSY], check=True)
+    _, used_s, ours_s = (b - a for a, b in zip(before, others._now(), strict=True))
+    assert ours_s >= 0.4
+    assert used_s >= ours_s - 0.1  # both in ticks of 10 ms
