@@ -1,10 +1,40 @@
 # The front door. Every target sets up what is missing first; see `make`.
 SHELL := /bin/bash
-PYTHON ?= python3
+
+# A setting comes from make's own command line (`make lab-x QUICK=1`) and goes to the program as
+# LABS_QUICK, as it was typed: make expands nothing in it, and it is never part of a shell's text.
+# LABS_QUICK in the environment holds for every call; QUICK there is not read, and make says so.
+SETTINGS := A AA AGAIN AS B BASELINE DP ENDPOINT ENGINE_COMMAND FOR FORCE FRESH FROM GRAFANA_PORT \
+	GRAFANA_URL HAVE HELP JSON LAB METHOD MODEL OUT PART PLATFORM PORT PP PREVIEW_PORT \
+	PRICE_PER_HOUR PROMETHEUS_DATA PROMETHEUS_PORT PROMETHEUS_URL PYTHON PYTHON_VERSION QUICK \
+	RESULTS RESUME RUN SEED SET TESTS THRESHOLDS TO TP VARIANT VLLM WEB_PORT WEIGHTS WITHOUT WORKLOAD
+SECRETS := GRAFANA_PASSWORD GRAFANA_TOKEN HF_TOKEN  # have one name, here as in the environment
+# The names in $2 that come from $1: "command" (line) or "environment".
+from = $(strip $(foreach name,$2,$(if $(filter $1,$(firstword $(origin $(name)))),$(name))))
+$(foreach name,$(call from,command,$(SETTINGS)),\
+	$(eval export LABS_$(name) := $$(value $(name)))$(eval unexport $(name)))
+$(foreach name,$(call from,command,$(SECRETS)),$(eval override export $(name) := $$(value $(name))))
+UNKNOWN := $(filter-out $(SETTINGS) $(SECRETS),$(call from,command,$(.VARIABLES)))
+ifneq ($(and $(UNKNOWN),$(filter 0,$(MAKELEVEL))),)  # a make that calls this one may have its own
+$(error there is no setting $(UNKNOWN), there are $(SETTINGS). A variable for another program goes \
+	before make: NAME=.. make ..)
+endif
+STRAY := $(call from,environment,$(SETTINGS))
+ifneq ($(STRAY),)
+$(warning $(STRAY) in the environment: not read. A setting goes behind the target, \
+	make $(or $(firstword $(MAKECMDGOALS)),lab-x) $(firstword $(STRAY))=.., and one for every call is \
+	called LABS_$(firstword $(STRAY)))
+endif
+MAKEOVERRIDES :=  # no other make that a program starts has these settings
+
 # Another vLLM has an environment of its own; to `make bundle`, VLLM= says which one to carry.
-OTHER_VLLM := $(if $(filter bundle,$(MAKECMDGOALS)),,$(VLLM))
-BIN := $(if $(wildcard .unbundled/bin),.unbundled/bin,$(if $(OTHER_VLLM),.tools/vllm-$(OTHER_VLLM)/).venv/bin)
-INSTALL := $(PYTHON) -m serving.install $(if $(OTHER_VLLM),--vllm "$(OTHER_VLLM)")
+OTHER_VLLM := $(if $(filter bundle,$(MAKECMDGOALS)),,$(value LABS_VLLM))
+ENVIRONMENT := $(if $(OTHER_VLLM),".tools/vllm-$$LABS_VLLM/.venv",.venv)
+BIN := $(if $(wildcard .unbundled/bin),.unbundled/bin,$(ENVIRONMENT)/bin)
+PYTHON_HERE := "$${LABS_PYTHON:-python3}"
+INSTALL := $(PYTHON_HERE) -m serving.install $(if $(OTHER_VLLM),--vllm "$$LABS_VLLM")
+# Without the setting $1 a command shows what it takes.
+or_help = $(if $(value LABS_$1),,--help)
 .DEFAULT_GOAL := help
 .PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test check bench clean distclean
 
@@ -28,7 +58,7 @@ labs: setup ## List the labs with the questions they answer
 	@$(BIN)/labs list
 
 lab-%: setup ## Run a lab: predict, measure, judge, report
-	@$(BIN)/labs run $(if $(HELP),--help,$*)
+	@$(BIN)/labs run $(if $(value LABS_HELP),--help,'$*')
 
 labs-all: setup ## Run every lab in order; goes on where it stopped, ends in one page
 	@$(BIN)/labs all
@@ -37,7 +67,7 @@ draft adapters outliers: setup ## Make the draft model, the tenants' adapters, t
 	@$(BIN)/labs make $@
 
 quantize: setup ## Make quantized weights: METHOD=w8a8|w4a16-gptq|.. (make quantize lists them)
-	@$(BIN)/labs make $(or $(METHOD),--help)
+	@$(BIN)/labs make "$${LABS_METHOD:---help}"
 
 serve: setup ## Start a variant's engine: LAB=.. [VARIANT=..] [PORT=..]
 	@$(BIN)/labs serve
@@ -52,23 +82,23 @@ site: setup ## Write a page of every run and an index, to publish as they are: [
 	@$(BIN)/labs site
 
 score: setup ## What other tools would have reported of a run: RUN=..
-	@$(BIN)/labs score $(if $(RUN),,--help)
+	@$(BIN)/labs score $(call or_help,RUN)
 
 compare: setup ## Two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.html|x.md] [JSON=1]
-	@$(BIN)/labs compare $(if $(A),,--help)
+	@$(BIN)/labs compare $(call or_help,A)
 
 reproduce: setup ## Run a run on file again; is it the same? RUN=..
-	@$(BIN)/labs reproduce $(if $(RUN),,--help)
+	@$(BIN)/labs reproduce $(call or_help,RUN)
 
 gate: setup ## Fail where a run is worse than another: RUN=.. BASELINE=.. [THRESHOLDS=x.toml]
-	@$(BIN)/labs gate $(if $(RUN),,--help)
+	@$(BIN)/labs gate $(call or_help,RUN)
 
 manifest-diff: setup ## What differs in how two runs were made: A=.. B=..
-	@$(BIN)/labs manifest-diff $(if $(A),,--help)
+	@$(BIN)/labs manifest-diff $(call or_help,A)
 
 export: setup ## A run as tables or as vllm bench serve saves it: RUN=.. AS=csv|parquet|vllm [OUT=..]
-	@$(if $(filter parquet,$(AS)),$(BIN)/python -c 'import pyarrow' 2> /dev/null || $(BIN)/python -m pip install --quiet 'pyarrow>=17')
-	@$(BIN)/labs export $(if $(RUN),,--help)
+	@$(if $(filter parquet,$(value LABS_AS)),$(BIN)/python -c 'import pyarrow' 2> /dev/null || $(BIN)/python -m pip install --quiet 'pyarrow>=17')
+	@$(BIN)/labs export $(call or_help,RUN)
 
 leaderboard: setup ## Every lab on every machine: effect, interval, verdict
 	@$(BIN)/labs leaderboard
@@ -98,7 +128,7 @@ stack-stop: setup ## End the containers; the data stay
 	@$(BIN)/labs stack-stop
 
 grafana-push: setup ## Dashboards and runs onto a Grafana: GRAFANA_URL=.. (and GRAFANA_TOKEN)
-	@$(BIN)/labs grafana-push $(if $(GRAFANA_URL),,--help)
+	@$(BIN)/labs grafana-push $(call or_help,GRAFANA_URL)
 
 COMPONENTS := dashboards/preview/node_modules/.whole
 $(COMPONENTS):
@@ -115,10 +145,10 @@ bundle: setup ## Gather what a GPU box without internet needs: FOR=cuda [HAVE=li
 	@$(BIN)/labs bundle
 
 unbundle: ## On that box: check and install a bundle: FROM=bundle TO=folder
-	@$(PYTHON) -m serving.unbundle --from "$(or $(FROM),bundle)" "$(TO)"
+	@$(PYTHON_HERE) -m serving.unbundle --from "$${LABS_FROM:-bundle}" "$$LABS_TO"
 
 test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where there is one
-	@$(BIN)/pytest $(TESTS)
+	@PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$LABS_TESTS" $(BIN)/pytest
 
 check: setup ## Lint, format and type check; README and results in order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -30,7 +30,7 @@ from serving.install import find_prometheus
 from serving.models import CACHE, ROOT
 from serving.process import Process
 
-HOME = Path(os.environ.get("PROMETHEUS_DATA") or CACHE / "prometheus").resolve()
+HOME = Path(os.environ.get("LABS_PROMETHEUS_DATA") or CACHE / "prometheus").resolve()
 READY_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 15.0
 MISSING = "Prometheus is not installed (`make setup` says how to get it)"

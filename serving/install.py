@@ -113,7 +113,7 @@ def check_system() -> None:
 
 def detect_platform() -> str:
     """`cuda` where an NVIDIA driver and device can be used, else `cpu`; PLATFORM= overrides."""
-    wanted = os.environ.get("PLATFORM")
+    wanted = os.environ.get("LABS_PLATFORM")
     if wanted:
         if wanted not in NEEDED_GB:
             raise SetupError(f"PLATFORM={wanted} is not known here: give cpu or cuda, or neither")
@@ -510,9 +510,9 @@ def parse(arguments: "list[str] | None") -> argparse.Namespace:
         description="Set up what the labs need and is not there yet: .venv with the packages of"
         " serving/locks/PLATFORM.txt, the bundled model in .cache, Prometheus from PATH or in"
         " .tools. Calling it again is free; interrupted, it goes on from where it was.",
-        epilog="PLATFORM=cpu or PLATFORM=cuda in the environment overrides what is detected. pip's"
-        " own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) hold. Full output: .venv/install.log."
-        " To start over, delete .venv, .tools and .cache.",
+        epilog="LABS_PLATFORM=cpu or LABS_PLATFORM=cuda in the environment overrides what is"
+        " detected. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) hold. Full output:"
+        " .venv/install.log. To start over, delete .venv, .tools and .cache.",
     )
     parser.add_argument(
         "--check", action="store_true", help="only tell what is there; exit 1 if a part is missing"

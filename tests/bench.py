@@ -891,7 +891,9 @@ def within(ratio: Interval) -> str:
 def main(
     part: Annotated[
         list[str],
-        typer.Option(envvar="PART", help=f"Only this part, again for another: {', '.join(PARTS)}."),
+        typer.Option(
+            envvar="LABS_PART", help=f"Only this part, again for another: {', '.join(PARTS)}."
+        ),
     ] = list(MAIN),  # noqa: B006
     repeats: Annotated[
         int, typer.Option(min=1, help="streams: how often each row is measured, interleaved.")

@@ -3,13 +3,13 @@ import { defineConfig } from 'vite';
 
 const prometheus = {
   '/prometheus': {
-    target: process.env.PROMETHEUS_URL ?? 'http://127.0.0.1:9090',
+    target: process.env.LABS_PROMETHEUS_URL || 'http://127.0.0.1:9090',
     rewrite: (path) => path.replace(/^\/prometheus/, ''),
   },
 };
 const server = {
   host: '127.0.0.1',
-  port: Number(process.env.PREVIEW_PORT ?? 5173),
+  port: Number(process.env.LABS_PREVIEW_PORT || 5173),
   strictPort: true,
   proxy: prometheus,
 };

@@ -1,5 +1,8 @@
 """The command line: `labs --help`. The Makefile's targets set up first, then call it.
 
+What a reader sets behind a target (`make lab-x QUICK=1`) comes in the environment, under one
+prefix: LABS_QUICK.
+
 Here are the commands that run something; those about runs on file and about what is watched are in
 modules of their own.
 """
@@ -53,44 +56,47 @@ SetOption = Annotated[
     str,
     typer.Option(
         "--set",
-        envvar="SET",
+        envvar="LABS_SET",
         help="Change existing fields for this run: 'window_s=4 flags.max-num-seqs=8'."
         " The run is marked ad hoc.",
     ),
 ]
 QuickOption = Annotated[
-    bool, typer.Option(envvar="QUICK", help="Short windows, one repeat or two: a smoke test.")
+    bool, typer.Option(envvar="LABS_QUICK", help="Short windows, one repeat or two: a smoke test.")
 ]
 EngineOption = Annotated[
     str,
     typer.Option(
-        envvar="ENGINE_COMMAND",
+        envvar="LABS_ENGINE_COMMAND",
         help="What starts the engine, its flags follow: to wrap vLLM in a profiler, say.",
     ),
 ]
 ModelOption = Annotated[
-    str, typer.Option("--model", envvar="MODEL", help="A model folder or a Hugging Face id.")
+    str, typer.Option("--model", envvar="LABS_MODEL", help="A model folder or a Hugging Face id.")
 ]
 WeightsOption = Annotated[
     str,
     typer.Option(
         "--weights",
-        envvar="WEIGHTS",
+        envvar="LABS_WEIGHTS",
         help="`dummy` serves random weights in an architecture that ships with the lab (MODEL="
         " names it): speed is real, text is not.",
     ),
 ]
 TpOption = Annotated[
-    int, typer.Option("--tp", envvar="TP", min=1, help="GPUs that share each layer (tensors).")
+    int, typer.Option("--tp", envvar="LABS_TP", min=1, help="GPUs that share each layer (tensors).")
 ]
 DpOption = Annotated[
-    int, typer.Option("--dp", envvar="DP", min=1, help="Copies of the model, each on its GPUs.")
+    int,
+    typer.Option("--dp", envvar="LABS_DP", min=1, help="Copies of the model, each on its GPUs."),
 ]
 PpOption = Annotated[
-    int, typer.Option("--pp", envvar="PP", min=1, help="GPUs that share the layers (pipeline).")
+    int,
+    typer.Option("--pp", envvar="LABS_PP", min=1, help="GPUs that share the layers (pipeline)."),
 ]
 SeedOption = Annotated[
-    str, typer.Option("--seed", envvar="SEED", help="Another draw of lengths, prompts and order.")
+    str,
+    typer.Option("--seed", envvar="LABS_SEED", help="Another draw of lengths, prompts and order."),
 ]
 
 
@@ -102,7 +108,7 @@ def run(
         bool,
         typer.Option(
             "--aa",
-            envvar="AA",
+            envvar="LABS_AA",
             help="Run the lab's baseline against itself: what is found then is noise.",
         ),
     ] = False,
@@ -115,20 +121,22 @@ def run(
     endpoint: Annotated[
         str,
         typer.Option(
-            envvar="ENDPOINT",
+            envvar="LABS_ENDPOINT",
             help="Drive this running OpenAI-compatible server, for a lab with one variant.",
         ),
     ] = "",
     seed: SeedOption = "",
     resume: Annotated[
         bool,
-        typer.Option(envvar="RESUME", help="Go on with the newest unfinished run of this lab."),
+        typer.Option(
+            envvar="LABS_RESUME", help="Go on with the newest unfinished run of this lab."
+        ),
     ] = False,
     engine_command: EngineOption = "",
 ) -> None:
     """Run a lab: predict, measure, judge, report.
 
-    `VLLM=0.31.0 make lab-<name>` runs it with another vLLM, in an environment of its own.
+    `make lab-<name> VLLM=0.31.0` runs it with another vLLM, in an environment of its own.
     """
     with plainly():
         request = Request(
@@ -156,7 +164,7 @@ def run_all(
     dp: DpOption = 1,
     pp: PpOption = 1,
     fresh: Annotated[
-        bool, typer.Option(envvar="FRESH", help="Forget what an unfinished sitting has done.")
+        bool, typer.Option(envvar="LABS_FRESH", help="Forget what an unfinished sitting has done.")
     ] = False,
 ) -> None:
     """Run every lab in order, go on where an earlier call stopped, and end in one page."""
@@ -206,7 +214,7 @@ def make(
     model: ModelOption = "",
     weights: WeightsOption = "",
     again: Annotated[
-        bool, typer.Option(envvar="AGAIN", help="Make it anew where it is there already.")
+        bool, typer.Option(envvar="LABS_AGAIN", help="Make it anew where it is there already.")
     ] = False,
 ) -> None:
     """Make a model that labs derive from the served one; a lab makes what it needs by itself."""
@@ -232,9 +240,9 @@ def list_labs() -> None:
 
 @app.command()
 def serve(
-    lab: Annotated[str, typer.Option(envvar="LAB", help="Whose engine settings.")],
-    variant: Annotated[str, typer.Option(envvar="VARIANT", help="Default: the first.")] = "",
-    port: Annotated[int, typer.Option(envvar="PORT", min=1, max=65535)] = PORT,
+    lab: Annotated[str, typer.Option(envvar="LABS_LAB", help="Whose engine settings.")],
+    variant: Annotated[str, typer.Option(envvar="LABS_VARIANT", help="Default: the first.")] = "",
+    port: Annotated[int, typer.Option(envvar="LABS_PORT", min=1, max=65535)] = PORT,
     changes: SetOption = "",
     model: ModelOption = "",
     weights: WeightsOption = "",
@@ -265,12 +273,13 @@ def serve(
 
 @app.command()
 def locust(
-    lab: Annotated[str, typer.Option(envvar="LAB", help="Whose workload.")],
-    workload: Annotated[str, typer.Option(envvar="WORKLOAD", help="Default: the first.")] = "",
+    lab: Annotated[str, typer.Option(envvar="LABS_LAB", help="Whose workload.")],
+    workload: Annotated[str, typer.Option(envvar="LABS_WORKLOAD", help="Default: the first.")] = "",
     endpoint: Annotated[
-        str, typer.Option(envvar="ENDPOINT", help="The server to drive; `make serve` starts one.")
+        str,
+        typer.Option(envvar="LABS_ENDPOINT", help="The server to drive; `make serve` starts one."),
     ] = f"http://127.0.0.1:{PORT}",
-    web_port: Annotated[int, typer.Option(envvar="WEB_PORT", min=1, max=65535)] = WEB_PORT,
+    web_port: Annotated[int, typer.Option(envvar="LABS_WEB_PORT", min=1, max=65535)] = WEB_PORT,
     changes: SetOption = "",
     model: ModelOption = "",
     weights: WeightsOption = "",
@@ -292,10 +301,10 @@ def locust(
 
 @app.command("reproduce")
 def reproduce_run(
-    run: Annotated[Path, typer.Option("--run", envvar="RUN", help="The run to repeat.")],
+    run: Annotated[Path, typer.Option("--run", envvar="LABS_RUN", help="The run to repeat.")],
     model: ModelOption = "",
     resume: Annotated[
-        bool, typer.Option(envvar="RESUME", help="Go on with an unfinished reproduction.")
+        bool, typer.Option(envvar="LABS_RESUME", help="Go on with an unfinished reproduction.")
     ] = False,
     engine_command: EngineOption = "",
 ) -> None:
@@ -345,25 +354,28 @@ def examine(model: ModelOption = "", weights: WeightsOption = "") -> None:
 
 @app.command("bundle")
 def make_bundle(
-    platform: Annotated[str, typer.Option("--for", envvar="FOR", help="cuda.")] = "cuda",
+    platform: Annotated[str, typer.Option("--for", envvar="LABS_FOR", help="cuda.")] = "cuda",
     python_version: Annotated[
-        str, typer.Option(envvar="PYTHON_VERSION", help="Of the other machine's Python.")
+        str, typer.Option(envvar="LABS_PYTHON_VERSION", help="Of the other machine's Python.")
     ] = "3.12",
     have: Annotated[
         Path | None,
-        typer.Option(envvar="HAVE", help="A file with the other machine's `pip list`."),
+        typer.Option(envvar="LABS_HAVE", help="A file with the other machine's `pip list`."),
     ] = None,
     without: Annotated[
         str,
-        typer.Option(envvar="WITHOUT", help="Packages to leave out with all that only they need."),
+        typer.Option(
+            envvar="LABS_WITHOUT", help="Packages to leave out with all that only they need."
+        ),
     ] = "",
     vllm: Annotated[
-        str, typer.Option(envvar="VLLM", help="Its version; default: what fits the torch there.")
+        str,
+        typer.Option(envvar="LABS_VLLM", help="Its version; default: what fits the torch there."),
     ] = "",
     part: Annotated[
-        str, typer.Option(envvar="PART", help="Size of a part: bytes, or such as 60M, 2G.")
+        str, typer.Option(envvar="LABS_PART", help="Size of a part: bytes, or such as 60M, 2G.")
     ] = "1G",
-    out: Annotated[Path, typer.Option(envvar="OUT", help="The folder for the parts.")] = Path(
+    out: Annotated[Path, typer.Option(envvar="LABS_OUT", help="The folder for the parts.")] = Path(
         "bundle"
     ),
 ) -> None:

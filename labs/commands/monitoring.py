@@ -25,7 +25,7 @@ WATCH_PORT, GRAFANA_PORT = 9090, 3000
 
 @app.command()
 def watch(
-    port: Annotated[int, typer.Option(envvar="PORT", min=1, max=65535)] = WATCH_PORT,
+    port: Annotated[int, typer.Option(envvar="LABS_PORT", min=1, max=65535)] = WATCH_PORT,
 ) -> None:
     """Start a Prometheus that stays up between labs, with a page that draws what it sees."""
     with plainly():
@@ -50,7 +50,8 @@ def watch_stop() -> None:
 @app.command("import")
 def import_runs(
     runs: Annotated[
-        list[str] | None, typer.Argument(envvar="RUN", help="Runs' folders; default: every run.")
+        list[str] | None,
+        typer.Argument(envvar="LABS_RUN", help="Runs' folders; default: every run."),
     ] = None,
 ) -> None:
     """Load finished runs into Prometheus at their own times; what is there already stays."""
@@ -72,10 +73,10 @@ def dashboards() -> None:
 @app.command("stack")
 def start_stack(
     grafana_port: Annotated[
-        int, typer.Option(envvar="GRAFANA_PORT", min=1, max=65535)
+        int, typer.Option(envvar="LABS_GRAFANA_PORT", min=1, max=65535)
     ] = GRAFANA_PORT,
     prometheus_port: Annotated[
-        int, typer.Option(envvar="PROMETHEUS_PORT", min=1, max=65535)
+        int, typer.Option(envvar="LABS_PROMETHEUS_PORT", min=1, max=65535)
     ] = WATCH_PORT,
 ) -> None:
     """Start Prometheus and Grafana in containers, with the lab's dashboards in place."""
@@ -101,11 +102,13 @@ def stop_stack() -> None:
 @app.command("grafana-push")
 def grafana_push(
     url: Annotated[
-        str, typer.Option(envvar="GRAFANA_URL", help="The Grafana, such as http://host:3000.")
+        str, typer.Option(envvar="LABS_GRAFANA_URL", help="The Grafana, such as http://host:3000.")
     ],
     prometheus_url: Annotated[
         str,
-        typer.Option(envvar="PROMETHEUS_URL", help="The Prometheus, as that Grafana reaches it."),
+        typer.Option(
+            envvar="LABS_PROMETHEUS_URL", help="The Prometheus, as that Grafana reaches it."
+        ),
     ] = f"http://127.0.0.1:{WATCH_PORT}",
 ) -> None:
     """Put the dashboards, their data source and the runs on file on a Grafana that is there.

@@ -23,14 +23,14 @@ app = typer.Typer()
 TWO = "A run's folder, one with `:variant` behind it, or a machine's folder of results."
 ForceOption = Annotated[
     bool,
-    typer.Option("--force", envvar="FORCE", help="Compare all the same; every table says so."),
+    typer.Option("--force", envvar="LABS_FORCE", help="Compare all the same; every table says so."),
 ]
 
 
 @app.command("report")
 def rebuild(
     run: Annotated[
-        Path | None, typer.Argument(envvar="RUN", help="A run's folder; default: every run.")
+        Path | None, typer.Argument(envvar="LABS_RUN", help="A run's folder; default: every run.")
     ] = None,
 ) -> None:
     """Compute summaries and reports again from the files of finished trials.
@@ -54,7 +54,7 @@ def rebuild(
 @app.command()
 def site(
     out: Annotated[
-        Path, typer.Option(envvar="OUT", file_okay=False, help="The folder to write into.")
+        Path, typer.Option(envvar="LABS_OUT", file_okay=False, help="The folder to write into.")
     ] = ROOT / "site",
 ) -> None:
     """Write a page of every run and an index, to be opened or published as they are."""
@@ -67,7 +67,7 @@ def site(
 
 @app.command("score")
 def rescore(
-    run: Annotated[Path, typer.Argument(envvar="RUN", help="A run's folder.")],
+    run: Annotated[Path, typer.Argument(envvar="LABS_RUN", help="A run's folder.")],
 ) -> None:
     """What other tools would have reported of a run's own records, and why they differ."""
     with plainly():
@@ -80,7 +80,9 @@ def rescore(
 
 @app.command()
 def check(
-    run: Annotated[Path | None, typer.Argument(envvar="RUN", help="Default: every run.")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(envvar="LABS_RUN", help="Default: every run.")
+    ] = None,
 ) -> None:
     """Validate results on file: readable, complete, under the right machine."""
     with plainly():
@@ -110,19 +112,19 @@ def readme(
 
 @app.command("compare")
 def compare_two(
-    a: Annotated[str, typer.Option("-a", envvar="A", help=TWO)],
-    b: Annotated[str, typer.Option("-b", envvar="B", help="The other; ratios are B / A.")],
+    a: Annotated[str, typer.Option("-a", envvar="LABS_A", help=TWO)],
+    b: Annotated[str, typer.Option("-b", envvar="LABS_B", help="The other; ratios are B / A.")],
     force: ForceOption = False,
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
-            envvar="OUT",
+            envvar="LABS_OUT",
             help="Also write it: as a page (x.html), or Markdown and plots.",
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", envvar="JSON", help="Print JSON instead of tables.")
+        bool, typer.Option("--json", envvar="LABS_JSON", help="Print JSON instead of tables.")
     ] = False,
 ) -> None:
     """Two runs, variants or machines side by side: what differs, and by how much."""
@@ -146,8 +148,8 @@ def compare_two(
 
 @app.command("manifest-diff")
 def manifest_diff(
-    a: Annotated[Path, typer.Option("-a", envvar="A", help="A run's folder.")],
-    b: Annotated[Path, typer.Option("-b", envvar="B", help="Another run's.")],
+    a: Annotated[Path, typer.Option("-a", envvar="LABS_A", help="A run's folder.")],
+    b: Annotated[Path, typer.Option("-b", envvar="LABS_B", help="Another run's.")],
 ) -> None:
     """What differs in how two runs were made, the likeliest cause of other figures first."""
     with plainly():
@@ -164,10 +166,10 @@ def manifest_diff(
 
 @app.command("gate")
 def pass_gate(
-    run: Annotated[str, typer.Option("--run", envvar="RUN", help="The run to let pass.")],
-    baseline: Annotated[str, typer.Option(envvar="BASELINE", help="What it is held against.")],
+    run: Annotated[str, typer.Option("--run", envvar="LABS_RUN", help="The run to let pass.")],
+    baseline: Annotated[str, typer.Option(envvar="LABS_BASELINE", help="What it is held against.")],
     limits: Annotated[
-        Path, typer.Option("--thresholds", envvar="THRESHOLDS", help="TOML; see the default.")
+        Path, typer.Option("--thresholds", envvar="LABS_THRESHOLDS", help="TOML; see the default.")
     ] = gate.DEFAULT,
     force: ForceOption = False,
 ) -> None:
@@ -186,12 +188,12 @@ def pass_gate(
 
 @app.command("export")
 def export_run(
-    run: Annotated[Path, typer.Option("--run", envvar="RUN", help="A run's folder.")],
+    run: Annotated[Path, typer.Option("--run", envvar="LABS_RUN", help="A run's folder.")],
     kind: Annotated[
-        ExportFormat, typer.Option("--as", envvar="AS", help="csv, parquet, or vllm.")
+        ExportFormat, typer.Option("--as", envvar="LABS_AS", help="csv, parquet, or vllm.")
     ] = "csv",
     out: Annotated[
-        Path | None, typer.Option("--out", envvar="OUT", help="Default: exports/<run>.")
+        Path | None, typer.Option("--out", envvar="LABS_OUT", help="Default: exports/<run>.")
     ] = None,
 ) -> None:
     """A run as CSV or Parquet tables, or as result files of vllm bench serve."""

@@ -43,7 +43,7 @@ from serving.metrics import Histogram, Snapshot
 from serving.models import ROOT, Shape
 
 M = TypeVar("M", bound=BaseModel)
-RESULTS = Path(os.environ.get("RESULTS") or ROOT / "results").resolve()
+RESULTS = Path(os.environ.get("LABS_RESULTS") or ROOT / "results").resolve()
 FORMAT_VERSION = 2  # 1 hashed the files that held the prompts, with all that stood beside them
 LEAST_FREE_BYTES = 300 * 2**20
 

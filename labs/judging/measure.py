@@ -194,7 +194,7 @@ def joules_per_token(trial: Trial) -> float | None:
 
 def price_per_hour() -> float | None:
     """PRICE_PER_HOUR in US dollars; raises ValueError when it is no price."""
-    text = os.environ.get("PRICE_PER_HOUR", "")
+    text = os.environ.get("LABS_PRICE_PER_HOUR", "")
     try:
         price = float(text) if text else None
     except ValueError:

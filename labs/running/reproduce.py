@@ -97,7 +97,7 @@ def notes(run: Run, here: str) -> list[str]:
         )
     if there and there != here:
         out.append(
-            f"It ran on vLLM {there}, here is {here}: with VLLM={there} before `make reproduce` it"
-            " runs on the same, in an environment of its own."
+            f"It ran on vLLM {there}, here is {here}: `make reproduce RUN=.. VLLM={there}` runs on"
+            " the same, in an environment of its own."
         )
     return out

@@ -28,11 +28,6 @@ from serving.models import ROOT
 
 Json = dict[str, Any]
 LAW = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
-SETTINGS = (
-    "SET", "QUICK", "AA", "MODEL", "ENDPOINT", "SEED", "RESUME", "ENGINE_COMMAND", "RUN", "LAB",
-    "PRICE_PER_HOUR", "RESULTS", "WEIGHTS", "TP", "DP", "PP",
-    "PRICE_PER_HOUR", "RESULTS", "BASELINE", "THRESHOLDS", "A", "B", "FORCE", "OUT", "JSON", "AS",
-)  # fmt: skip
 LABS = ("-m", "labs.commands.cli")
 LABS_WITH_FAKE_MODELS = ("-m", "tests.fake.made")
 LABS_WITHOUT_PROMETHEUS = (
@@ -126,21 +121,23 @@ class Reader:
         program: tuple[str, ...] = LABS,
         **settings: str,
     ) -> Command:
-        """Starts `labs WORDS` with the settings in its environment, as make does.
+        """Starts `labs WORDS` with the settings in its environment, as make hands them on.
 
         `engine` are flags of every fake engine it starts, `first_engine` of the first one alone.
         """
-        clean = {key: value for key, value in os.environ.items() if key not in SETTINGS}
-        env = {
-            **clean,
-            "PYTHONPATH": str(ROOT),
-            "PYTHONUNBUFFERED": "1",
-            "COLUMNS": "1000",
+        settings = {
             "RESULTS": str(self.results),
             "PROMETHEUS_DATA": str(self.home / "prometheus"),
             "ENGINE_COMMAND": self._engine_command(engine, first_engine),
-            gpus.VARIABLE: "",  # where there is a GPU too, a fake engine's labs are a CPU's
             **settings,
+        }
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "COLUMNS": "1000",
+            gpus.VARIABLE: "",  # where there is a GPU too, a fake engine's labs are a CPU's
+            **{f"LABS_{name}": value for name, value in settings.items()},
         }
         out = self.home / f"{len(self.commands)}.out"
         command = Command([sys.executable, *program, *words], env, out, self.results)
@@ -175,7 +172,7 @@ class Reader:
         mine = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                if process.environ().get("RESULTS") == str(self.results) and _lives(process):
+                if process.environ().get("LABS_RESULTS") == str(self.results) and _lives(process):
                     mine.append(process)
         return mine
 

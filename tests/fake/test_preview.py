@@ -70,8 +70,8 @@ def previewed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Previewed]:
             assert someone.types("watch", PORT=str(prometheus)).wait() == 0
             environment = {
                 "PATH": str(Path(shutil.which("node") or "").parent),
-                "PROMETHEUS_URL": f"http://127.0.0.1:{prometheus}",
-                "PREVIEW_PORT": str(port),
+                "LABS_PROMETHEUS_URL": f"http://127.0.0.1:{prometheus}",
+                "LABS_PREVIEW_PORT": str(port),
             }
             with subprocess.Popen(
                 [*vite, "preview", *outside], cwd=PREVIEW, env=environment, text=True,

@@ -30,28 +30,8 @@ COMMANDS = [c.name or getattr(c.callback, "__name__", "") for c in app.registere
 
 
 @pytest.fixture(autouse=True)
-def _as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The commands take over two signals, and read the variables that make hands on."""
-    for name in (
-        "LAB",
-        "SET",
-        "SEED",
-        "QUICK",
-        "MODEL",
-        "ENDPOINT",
-        "RESUME",
-        "RUN",
-        "VARIANT",
-        "BASELINE",
-        "THRESHOLDS",
-        "A",
-        "B",
-        "FORCE",
-        "OUT",
-        "JSON",
-        "AS",
-    ):
-        monkeypatch.delenv(name, raising=False)
+def _as_found() -> Iterator[None]:
+    """The commands take over two signals."""
     taken = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
     yield
     for signum, handler in taken.items():
@@ -252,7 +232,7 @@ def test_one_run_several_or_all_are_imported(
         backfill, "load", lambda folders, _: asked.append([str(f.path) for f in folders])
     )
     for run in (two[0], " ".join(two), ""):
-        monkeypatch.setenv("RUN", run)
+        monkeypatch.setenv("LABS_RUN", run)
         assert labs("import")[0] == 0
     assert asked == [[two[0]], [*two], []]
 

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import threading
@@ -41,7 +40,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         program(tmp_path / ".tools" / "prometheus" / name)
     (tmp_path / ".venv" / "ready").write_text(install.digest(tmp_path, "cpu"))
     monkeypatch.setattr(install, "ROOT", tmp_path)
-    monkeypatch.setenv("PLATFORM", "cpu")
+    monkeypatch.setenv("LABS_PLATFORM", "cpu")
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     return tmp_path
 
@@ -69,7 +68,7 @@ def stub_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_platform_is_cuda_with_a_driver_and_a_device(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("PLATFORM")
+    monkeypatch.delenv("LABS_PLATFORM")
     driver, device = root / "driver", root / "device"
     monkeypatch.setattr(install, "NVIDIA_FILES", (driver, device))
     assert install.detect_platform() == "cpu"
@@ -90,7 +89,7 @@ def test_platform_is_cuda_with_a_driver_and_a_device(
 def test_platform_from_nvidia_smi(
     root: Path, monkeypatch: pytest.MonkeyPatch, script: str, platform: str
 ) -> None:
-    monkeypatch.setenv("PLATFORM", "")
+    monkeypatch.setenv("LABS_PLATFORM", "")
     monkeypatch.setattr(install, "NVIDIA_FILES", (root / "none",))
     program(root / "path" / "nvidia-smi", script)
     assert install.detect_platform() == platform
@@ -98,9 +97,9 @@ def test_platform_from_nvidia_smi(
 
 def test_platform_override(monkeypatch: pytest.MonkeyPatch) -> None:
     for platform in ("cpu", "cuda"):
-        monkeypatch.setenv("PLATFORM", platform)
+        monkeypatch.setenv("LABS_PLATFORM", platform)
         assert install.detect_platform() == platform
-    monkeypatch.setenv("PLATFORM", "gpu")
+    monkeypatch.setenv("LABS_PLATFORM", "gpu")
     with pytest.raises(install.SetupError, match=r"PLATFORM=gpu .*cpu or cuda"):
         install.detect_platform()
 
@@ -374,29 +373,6 @@ def test_a_bundle_has_one_vllm(root: Path, capsys: pytest.CaptureFixture[str]) -
     assert install.main([]) == 0
     assert install.main(["--vllm", "0.31.0"]) == 1
     assert "came out of a bundle, which holds one vLLM" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-@pytest.mark.parametrize(
-    ("goal", "settings", "calls"),
-    [
-        ("lab-x", "", ["serving.install", ".venv/bin/labs run x"]),
-        ("lab-x", "VLLM=0.31.0", ["serving.install --vllm \"0.31.0\"",
-                                  ".tools/vllm-0.31.0/.venv/bin/labs run x"]),
-        ("bundle", "VLLM=0.26.0", ["serving.install", ".venv/bin/labs bundle"]),
-    ],
-)  # fmt: skip
-def test_make_sets_up_and_calls_the_environment_that_is_asked_for(
-    goal: str, settings: str, calls: list[str]
-) -> None:
-    clean = {k: v for k, v in os.environ.items() if k not in ("VLLM", "MAKEFLAGS", "HELP")}
-    quiet = "--no-print-directory"  # make says where it is when another make called it
-    command = ["make", "-n", quiet, goal, "PYTHON=python3", *settings.split()]
-    said = subprocess.run(
-        command, cwd=Path(__file__).parents[2], env=clean, capture_output=True, text=True
-    )
-    lines = [line.strip() for line in said.stdout.splitlines()]
-    assert lines == [f"python3 -m {calls[0]}", calls[1]]
 
 
 # --- Prometheus ---------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ LOWER_IS_BETTER = {
 
 
 def test_every_metric_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PRICE_PER_HOUR", "3.6")
+    monkeypatch.setenv("LABS_PRICE_PER_HOUR", "3.6")
     trial = make_trial([WARM_UP, *STEADY, FAILED], engine=ENGINE, telemetry=AT_300_W)
     found = measure(trial)
     assert found == pytest.approx(EXPECTED)

@@ -50,7 +50,7 @@ def text(tmp_path: Path) -> Path:
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with one tool's lock; what pip is asked for goes to pip.log, and works."""
     monkeypatch.setattr(quantize, "ROOT", tmp_path)
-    monkeypatch.setenv("PLATFORM", "cpu")
+    monkeypatch.setenv("LABS_PLATFORM", "cpu")
     (tmp_path / "serving" / "locks").mkdir(parents=True)
     TOOL.lock.write_text("torch==2.0\nllmcompressor==1.5\n")
 

@@ -87,7 +87,7 @@ def test_how_to_have_its_vllm_is_said_where_it_was_another(folder: RunFolder) ->
     run = run.model_copy(update={"environment": there})
     assert reproduce.notes(run, "0.31.0") == []
     (note,) = reproduce.notes(run, "0.32.0")
-    assert "VLLM=0.31.0 before `make reproduce`" in note
+    assert "`make reproduce RUN=.. VLLM=0.31.0`" in note
 
 
 # ------------------------------------------------------------------------------------- answering

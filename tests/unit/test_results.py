@@ -53,9 +53,9 @@ def copy(folder: RunFolder, name: str) -> RunFolder:
 def test_results_go_where_the_environment_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RESULTS", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("LABS_RESULTS", str(tmp_path / "elsewhere"))
     assert runpy.run_path(results.__file__)["RESULTS"] == tmp_path / "elsewhere"
-    monkeypatch.delenv("RESULTS")
+    monkeypatch.delenv("LABS_RESULTS")
     root = Path(results.__file__).parents[2]
     assert runpy.run_path(results.__file__)["RESULTS"] == root / "results"
 

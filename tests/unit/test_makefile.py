@@ -1,0 +1,218 @@
+"""Settings on their way from make's command line to the program, with make as it is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from serving.models import ROOT
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+MAKEFILE = (ROOT / "Makefile").read_text()
+LINES = MAKEFILE.replace("\\\n", "").splitlines()
+SETTINGS = next(line.split()[2:] for line in LINES if line.startswith("SETTINGS :="))
+RECORD = """\
+import json, os, pathlib, sys
+with pathlib.Path("calls.jsonl").open("a") as calls:
+    calls.write(json.dumps([[NAME, *sys.argv[1:]], dict(os.environ)]) + "\\n")
+"""
+LABS = ".venv/bin/labs"
+HOSTILE = (
+    "$(shell touch made-by-make) `touch made-by-a-shell` \"; touch made-by-a-shell; ' $HOME # %"
+)
+
+
+class Checkout:
+    """The Makefile beside programs that write down how they were called."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        shutil.copy(ROOT / "Makefile", home)
+        for program in (
+            ".venv/bin/labs",
+            ".venv/bin/pytest",
+            ".venv/bin/python",
+            ".tools/vllm-0.31.0/.venv/bin/labs",
+        ):
+            self._program(home / program, f"#!{sys.executable}\n", program)
+        for module in ("install", "unbundle"):
+            self._program(home / "serving" / f"{module}.py", "", module)
+
+    def _program(self, path: Path, first_line: str, name: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(first_line + RECORD.replace("NAME", repr(name)))
+        path.chmod(0o755)
+
+    def make(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        clean = {k: v for k, v in os.environ.items() if k not in SETTINGS}
+        return subprocess.run(
+            ["make", *words], cwd=self.home, env=clean | environment, capture_output=True, text=True
+        )
+
+    def calls(self) -> list[tuple[list[str], dict[str, str]]]:
+        """(program and arguments, its environment), in order."""
+        path = self.home / "calls.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [(argv, env) for argv, env in map(json.loads, lines)]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def settings_of(env: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in env.items() if name.startswith("LABS_")}
+
+
+def test_every_setting_that_is_read_is_one_that_make_hands_on() -> None:
+    sources = [
+        p for p in ROOT.glob("[a-z]*/**/*.py") if not p.is_relative_to(ROOT / "tests" / "unit")
+    ]
+    sources.append(ROOT / "dashboards" / "preview" / "vite.config.js")
+    read = {name for p in sources for name in re.findall(r"[\"'.]LABS_([A-Z_]+)\b", p.read_text())}
+    in_recipes = set(re.findall(r"LABS_([A-Z_]+)", MAKEFILE.partition("DEFAULT_GOAL")[2]))
+    in_recipes |= {"VLLM", "PYTHON"}
+    assert sorted(SETTINGS) == sorted(read | in_recipes)
+
+
+def test_settings_arrive_as_they_were_typed_and_nothing_in_them_runs(checkout: Checkout) -> None:
+    given = {name: HOSTILE for name in SETTINGS if name not in ("PYTHON", "VLLM")}
+    for target in ("serve", "quantize", "unbundle", "test", "export"):
+        done = checkout.make(target, *(f"{name}={value}" for name, value in given.items()))
+        assert (done.returncode, done.stderr) == (0, "")
+    for _, environment in checkout.calls():
+        handed_on = settings_of(environment)
+        assert handed_on == {f"LABS_{name}": value for name, value in given.items()}
+        assert not environment.keys() & set(SETTINGS)
+        assert "SET=" not in environment.get("MAKEFLAGS", "")
+    called = [argv for argv, _ in checkout.calls() if argv[0] != "install"]
+    assert called == [
+        [LABS, "serve"], [LABS, "make", HOSTILE], ["unbundle", "--from", HOSTILE, HOSTILE],
+        [".venv/bin/pytest"], [LABS, "export"],
+    ]  # fmt: skip
+    assert not list(checkout.home.glob("made-by-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "set_up"), [("VLLM", [["install", "--vllm", HOSTILE]]), ("PYTHON", [])]
+)
+def test_what_names_a_program_runs_nothing_else(
+    name: str, set_up: list[list[str]], checkout: Checkout
+) -> None:
+    assert checkout.make("serve", f"{name}={HOSTILE}").returncode != 0  # there is none of that name
+    assert [argv for argv, _ in checkout.calls()] == set_up
+    assert not list(checkout.home.glob("made-by-*"))
+
+
+def test_a_plain_name_in_the_environment_changes_nothing_and_is_named(checkout: Checkout) -> None:
+    done = checkout.make("serve", PORT="1", A="$(shell touch made-by-make)", SEED="2")
+    said = "A PORT SEED in the environment: not read. A setting goes behind the target,"
+    assert said in done.stderr
+    assert done.stderr.endswith("make serve A=.., and one for every call is called LABS_A\n")
+    assert [settings_of(env) for _, env in checkout.calls()] == [{}, {}]
+    assert not list(checkout.home.glob("made-by-*"))
+
+
+def test_the_prefixed_name_holds_for_every_call_and_the_command_line_goes_before_it(
+    checkout: Checkout,
+) -> None:
+    in_environment = {"LABS_SEED": "1", "LABS_PORT": "$(shell touch made-by-make)"}
+    done = checkout.make("serve", "SEED=2", **in_environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    *_, (_, environment) = checkout.calls()
+    assert settings_of(environment) == in_environment | {"LABS_SEED": "2"}
+    assert not list(checkout.home.glob("made-by-*"))
+
+
+def test_a_setting_that_is_none_is_refused_before_anything_runs(checkout: Checkout) -> None:
+    done = checkout.make("lab-x", "QIUCK=1")
+    assert done.returncode != 0
+    assert "there is no setting QIUCK, there are A AA AGAIN" in done.stderr
+    assert checkout.calls() == []
+
+
+def test_a_make_that_calls_this_one_may_have_variables_of_its_own(checkout: Checkout) -> None:
+    (checkout.home / "outer.mk").write_text("all:\n\t@$(MAKE) --no-print-directory lab-x\n")
+    done = checkout.make("-f", "outer.mk", "CC=clang", "SEED=2")
+    assert (done.returncode, done.stderr) == (0, "")
+    *_, (argv, environment) = checkout.calls()
+    assert (argv, settings_of(environment)) == ([LABS, "run", "x"], {"LABS_SEED": "2"})
+
+
+def test_secrets_keep_their_names(checkout: Checkout) -> None:
+    secret = "$HOME$(shell touch made-by-make)"
+    done = checkout.make("grafana-push", f"GRAFANA_TOKEN={secret}", HF_TOKEN=secret)
+    assert (done.returncode, done.stderr) == (0, "")
+    *_, (_, environment) = checkout.calls()
+    assert environment["GRAFANA_TOKEN"] == environment["HF_TOKEN"] == secret
+    assert not list(checkout.home.glob("made-by-*"))
+
+
+@pytest.mark.parametrize(
+    ("target", "setting", "argv"),
+    [
+        ("lab-x", "HELP=1", ["run", "--help"]),
+        ("lab-x", "HELP=", ["run", "x"]),
+        ("quantize", "METHOD=", ["make", "--help"]),
+        ("quantize", "METHOD=fp8", ["make", "fp8"]),
+        ("compare", "A=", ["compare", "--help"]),
+        ("compare", "A=there", ["compare"]),
+    ],
+)
+def test_a_command_without_what_it_needs_shows_what_it_takes(
+    target: str, setting: str, argv: list[str], checkout: Checkout
+) -> None:
+    assert checkout.make(target, setting).returncode == 0
+    assert checkout.calls()[-1][0] == [LABS, *argv]
+
+
+@pytest.mark.parametrize(
+    ("goal", "vllm", "set_up", "program"),
+    [
+        ("lab-x", "0.31.0", ["--vllm", "0.31.0"], ".tools/vllm-0.31.0/.venv/bin/labs"),
+        ("bundle", "0.26.0", [], LABS),  # which vLLM the bundle is to carry
+    ],
+)
+def test_another_vllm_has_an_environment_of_its_own(
+    goal: str, vllm: str, set_up: list[str], program: str, checkout: Checkout
+) -> None:
+    for words, environment in (([f"VLLM={vllm}"], {}), ([], {"LABS_VLLM": vllm})):
+        assert checkout.make(goal, *words, **environment).returncode == 0
+        (install, _), (argv, found) = checkout.calls()[-2:]
+        assert (install, argv[0]) == (["install", *set_up], program)
+        assert found["LABS_VLLM"] == vllm
+
+
+def test_tests_are_chosen_as_pytest_reads_its_options(checkout: Checkout) -> None:
+    chosen = "tests/unit -k 'a or b'"
+    assert checkout.make("test", f"TESTS={chosen}", PYTEST_ADDOPTS="-x").returncode == 0
+    assert checkout.calls()[-1][1]["PYTEST_ADDOPTS"] == f"-x {chosen}"
+
+
+# -------------------------------------------------------------------------------- what README says
+
+CALLS = sorted(
+    call
+    for call in re.findall(r"(?:^|`)(make [^`\n]*?)(?:`|$)", (ROOT / "README.md").read_text(), re.M)
+    if "=" in call and ".." not in call
+)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_in_the_readme_hands_its_settings_on(call: str, checkout: Checkout) -> None:
+    _, *words = shlex.split(call)
+    targets = [word for word in words if "=" not in word]
+    done = checkout.make(*(word.replace("<name>", "x") for word in words))
+    assert (done.returncode, done.stderr) == (0, "")
+    given = dict(word.split("=", 1) for word in words if word not in targets)
+    found = settings_of(checkout.calls()[-1][1])
+    assert found == {f"LABS_{name}": value for name, value in given.items()}
