@@ -36,6 +36,7 @@ from labs.commands.terminal import (
 from labs.comparing import reproduction, side_by_side
 from labs.filing import manifest
 from labs.filing.results import RunFolder, open_run
+from labs.judging.metrics import main_columns
 from labs.lab import Lab, LabError, NotApplicable, near, parse_changes
 from labs.questions import QUESTIONS
 from labs.running import derived_models, reproduce
@@ -419,7 +420,7 @@ def _play(request: Request) -> RunFolder:
     for note in report.notes(folder.run(), summary):
         console.print(f"[bold yellow]{escape(note)}[/]")
     points = folder.run().points()
-    teller.show(*report.points_table(points, resolved, summary, report.MAIN_COLUMNS))
+    teller.show(*report.points_table(points, resolved, summary, main_columns()))
     for title, lines in (
         ("The answer", report.replies(resolved, summary)),
         ("Claim by claim", report.claims(summary)),

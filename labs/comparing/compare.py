@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from pydantic import BaseModel, Field
 from scipy import stats
 
@@ -33,19 +32,12 @@ from labs.judging.judge import (
     Interval,
     Judgement,
     contrast,
+    mean_interval,
 )
-from labs.judging.measure import METRICS
+from labs.judging.metrics import METRICS, by_repeat, compared
 from labs.lab import LabError, Point
 from serving.models import ROOT
 
-ABSOLUTE = (
-    "output_tokens_per_s", "ttft_p50_s", "ttft_p90_s", "tpot_mean_s", "itl_p99_s", "e2e_p50_s",
-    "goodput_per_s", "stall_mean_s", "intruder_ttft_mean_s", "kv_capacity_tokens",
-)  # fmt: skip
-DIMENSIONLESS = (
-    "mbu", "mfu", "error_rate", "prefix_hit_rate", "acceptance_rate", "acceptance_length",
-    "prefill_pieces",
-)  # fmt: skip
 SENT = (  # the knobs of a lab that say what is sent and what is measured of it
     "workloads", "requests", "warmup_s", "window_s", "timeout_s", "load_processes", "seed", "slo",
 )  # fmt: skip
@@ -68,6 +60,16 @@ class Row(BaseModel, frozen=True, extra="forbid"):
     contrast: Contrast | None  # B / A
     outcome: Outcome
     why: str = ""
+
+    @property
+    def kind(self) -> str:
+        """`metric`, `effect` (of a claim) or `measured` (over predicted)."""
+        return "metric" if self.figure in METRICS else self.figure.split()[0]
+
+    @property
+    def metric(self) -> str:
+        """The metric that the figure is, or is a ratio of."""
+        return self.figure.split()[-1]
 
     @property
     def worse_by(self) -> float | None:
@@ -198,8 +200,8 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
         raise LabError(f"{a.name} and {b.name} are not comparable: {why}; FORCE=1 compares them")
     same_hardware, paired = a.hardware == b.hardware, same_requests(a, b)
     claimed = [c["metric"] for c in a.run.lab["claims"]]
-    metrics = dict.fromkeys([*ABSOLUTE, *DIMENSIONLESS, *claimed])
-    absolute = [m for m in metrics if METRICS[m].unit != "1"]
+    metrics = dict.fromkeys([*compared(), *claimed])
+    absolute = [m for m in metrics if not METRICS[m].across_machines]
     wanted = [m for m in metrics if same_hardware or m not in absolute]
     figures = [_measured(s, wanted) | ({} if same_hardware else _shares(s)) for s in (a, b)]
     rows, effects = _judged(
@@ -232,10 +234,8 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
 def _measured(side: Side, metrics: Sequence[str]) -> Columns:
     found: Columns = {}
     for point in side.points:
-        rows = side.summary.measurements.get(point.key, {})
         for metric in metrics:
-            column = {r: v for r, row in rows.items() if (v := row.get(metric)) is not None}
-            if column:
+            if column := by_repeat(side.summary.measurements.get(point.key, {}), metric):
                 found[metric, side.key(point)] = column
     return found
 
@@ -245,12 +245,13 @@ def _effects(side: Side) -> Columns:
     found: Columns = {}
     every = side.summary.measurements
     for j in [] if side.variant else side.summary.judgements:
-        treatment, baseline = every.get(j.treatment, {}), every.get(j.baseline, {})
+        treatment, baseline = (
+            by_repeat(every.get(key, {}), j.metric) for key in (j.treatment, j.baseline)
+        )
         column = {
-            repeat: top / bottom
+            repeat: treatment[repeat] / baseline[repeat]
             for repeat in sorted(set(treatment) & set(baseline))
-            if (top := treatment[repeat].get(j.metric))
-            and (bottom := baseline[repeat].get(j.metric))
+            if treatment[repeat] and baseline[repeat]
         }
         if column:
             found[f"effect on {j.metric}", f"{j.treatment} / {j.baseline}"] = column
@@ -263,12 +264,8 @@ def _shares(side: Side) -> Columns:
     for f in side.summary.forecasts:
         if side.variant not in (None, f.point.partition("/")[0]) or not f.prediction.value:
             continue
-        rows = side.summary.measurements.get(f.point, {})
-        column = {
-            r: v / f.prediction.value
-            for r, row in rows.items()
-            if (v := row.get(f.metric)) is not None
-        }
+        measured = by_repeat(side.summary.measurements.get(f.point, {}), f.metric)
+        column = {repeat: v / f.prediction.value for repeat, v in measured.items()}
         where = f.point.partition("/")[2] if side.variant else f.point
         if column:
             found[f"measured / predicted {f.metric}", where] = column
@@ -295,8 +292,8 @@ def _row(key: tuple[str, str], a: Column, b: Column, paired: bool) -> Row:
         where=where,
         unit=metric.unit if figure in METRICS else "1",
         better=metric.better,
-        a=float(np.mean(list(a.values()))) if a else None,
-        b=float(np.mean(list(b.values()))) if b else None,
+        a=mean_interval(list(a.values())).value if a else None,
+        b=mean_interval(list(b.values())).value if b else None,
         contrast=found,
         outcome=outcome,
         why=why,

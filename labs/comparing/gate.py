@@ -7,7 +7,6 @@ margin, and when something of the baseline is missing. The margins come from a T
 
 from __future__ import annotations
 
-import re
 import tomllib
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from pydantic import BaseModel, NonNegativeFloat, ValidationError
 
 from labs.comparing.compare import NO_VERDICT, Comparison, Row
 from labs.comparing.side_by_side import title
-from labs.judging.measure import METRICS
+from labs.judging.metrics import METRICS
 from labs.judging.text import times
 from labs.lab import LabError
 
@@ -33,8 +32,9 @@ class Thresholds(BaseModel, frozen=True, extra="forbid"):
 
     def of(self, row: Row) -> float:
         """The share by which this figure may get worse."""
-        own = row.figure if row.figure in METRICS else row.figure.split()[0]
-        return self.worse.get(own, self.worse["default"])
+        return self.worse.get(
+            row.metric if row.kind == "metric" else row.kind, self.worse["default"]
+        )
 
 
 def thresholds(path: Path = DEFAULT) -> Thresholds:
@@ -74,7 +74,7 @@ def failures(found: Comparison, limits: Thresholds) -> list[str]:
     for row in found.rows if found.same_hardware else [*found.rows, *found.effects]:
         what = f"{title(row.figure)} at {row.where}"
         if row.b is None:  # a percentile is missing where few samples came, which chance decides
-            if limits.verdicts.missing_fails and not re.search(r"_p\d+_s$", row.figure):
+            if limits.verdicts.missing_fails and METRICS[row.metric].statistic.q is None:
                 failed.append(f"{what}: missing now")
         elif row.contrast is None and row.outcome == "differs":
             if (row.better == "lower") == (row.a == 0):

@@ -14,7 +14,7 @@ from labs.filing import manifest, results
 from labs.filing.newest import published
 from labs.filing.results import Run, RunFolder, all_runs
 from labs.judging.judge import Judgement
-from labs.judging.measure import METRICS
+from labs.judging.metrics import METRICS
 from labs.judging.text import number
 from labs.questions import QUESTIONS
 from labs.telling import instruments

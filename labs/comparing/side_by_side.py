@@ -9,7 +9,7 @@ from pathlib import Path
 from labs.comparing.compare import Comparison, Row, VerdictPair
 from labs.filing import manifest
 from labs.judging.judge import Caveat, Interval
-from labs.judging.measure import METRICS
+from labs.judging.metrics import METRICS
 from labs.judging.text import number, times
 from labs.telling import plots
 from labs.telling.report import Table, markdown

@@ -21,7 +21,8 @@ import numpy as np
 
 from labs.filing.results import RunFolder
 from labs.filing.score import after_first_token, from_send
-from labs.judging.measure import METRICS, Trial
+from labs.judging.measure import Trial
+from labs.judging.metrics import METRICS
 from labs.lab import LabError, Point
 from loadtests.records import RequestRecord
 

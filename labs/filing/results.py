@@ -32,7 +32,14 @@ from typing import Any, TypeVar
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from labs.judging.judge import Caveat, ForecastResult, Judgement
+from labs.judging.judge import (
+    Caveat,
+    ForecastResult,
+    Interval,
+    Judgement,
+    figure,
+    over_repeats,
+)
 from labs.judging.measure import Trial
 from labs.lab import Lab, LabError, Point, Prediction, digest_of, knobs
 from loadtests import records
@@ -175,6 +182,14 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     caveats: list[Caveat]
     failed: dict[str, str]
     missing: int  # trials that were never played
+
+    def figure(self, point: str, metric: str) -> Interval | None:
+        """A point's figure as the table of metrics wants it shown."""
+        return figure(self.measurements.get(point, {}), self.pooled.get(point, {}), metric)
+
+    def over_repeats(self, point: str, metric: str) -> Interval | None:
+        """The mean over a point's repeats with its interval, of a percentile too."""
+        return over_repeats(self.measurements.get(point, {}), metric)
 
 
 class Session(BaseModel, frozen=True, extra="forbid"):

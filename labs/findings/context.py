@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from labs.filing.results import Run, RunFolder
-from labs.judging.judge import Caveat
+from labs.judging.judge import Caveat, over_repeats
+from labs.judging.metrics import Repeats
 from labs.lab import Lab, Point
 
 
@@ -20,14 +19,13 @@ class Context:
     run: Run
     lab: Lab
     points: list[Point]
-    values: Mapping[str, Mapping[int, Mapping[str, float | None]]]
+    values: Mapping[str, Repeats]
     caveats: Sequence[Caveat] = ()
 
     def mean(self, point: Point, metric: str) -> float | None:
         """Over the repeats that have it."""
-        rows = self.values.get(point.key, {}).values()
-        found = [v for row in rows if (v := row.get(metric)) is not None]
-        return float(np.mean(found)) if found else None
+        interval = over_repeats(self.values.get(point.key, {}), metric)
+        return interval.value if interval else None
 
     def point(self, variant: str, workload: str, load: str) -> Point | None:
         wanted = (variant, workload, load)

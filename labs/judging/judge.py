@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import BaseModel
 from scipy import stats
 
-from labs.judging.measure import LEAST_SAMPLES, METRICS
+from labs.judging.metrics import METRICS, Repeats, by_repeat
 from labs.lab import Claim, Forecast, Prediction
 
 CONFIDENCE = 0.95
@@ -106,6 +106,24 @@ def mean_interval(values: Sequence[float]) -> Interval:
         return Interval(value=mean, low=None, high=None, n=len(values))
     half = _t(len(values)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return Interval(value=mean, low=mean - half, high=mean + half, n=len(values))
+
+
+def over_repeats(repeats: Repeats, metric: str) -> Interval | None:
+    """The mean over the repeats that have the metric, on which every verdict rests."""
+    values = by_repeat(repeats, metric)
+    return mean_interval(list(values.values())) if values else None
+
+
+def figure(repeats: Repeats, pooled: Mapping[str, float], metric: str) -> Interval | None:
+    """A point's figure as the table of metrics wants it shown; None where there is none.
+
+    A pooled percentile (`pooled` has the point's) is of the samples of all repeats together and
+    has no interval; any other metric is the mean over the repeats.
+    """
+    if not METRICS[metric].statistic.pooled:
+        return over_repeats(repeats, metric)
+    value, n = pooled.get(metric), len(by_repeat(repeats, metric))
+    return None if value is None else Interval(value=value, low=None, high=None, n=n)
 
 
 def effect(treatment: Mapping[int, float], baseline: Mapping[int, float]) -> Effect | None:
@@ -240,17 +258,14 @@ def judge(
     claim: Claim,
     treatment: str,
     baseline: str,
-    values: Mapping[str, Mapping[int, Mapping[str, float | None]]],
+    values: Mapping[str, Repeats],
     prediction: Prediction,
     caveats: Sequence[Caveat],
 ) -> Judgement:
     """Judge a claim at one pair; `values[point][repeat][metric]` holds the measurements."""
-
-    def column(point: str) -> dict[int, float]:
-        rows = values.get(point, {})
-        return {r: v for r, row in rows.items() if (v := row.get(claim.metric)) is not None}
-
-    found = effect(column(treatment), column(baseline))
+    found = effect(
+        *(by_repeat(values.get(point, {}), claim.metric) for point in (treatment, baseline))
+    )
     blocking = [c for c in caveats if c.hits(claim.metric, treatment, baseline)]
     outcome: Outcome = "inconclusive"
     expected = held = None
@@ -281,10 +296,10 @@ def judge(
 
 
 def _samples_needed(metric: str) -> str:
-    for q, least in LEAST_SAMPLES.items():
-        if metric.endswith(f"_p{q}_s"):
-            return f": a p{q} takes {least} samples in a trial, widen `window_s`"
-    return ""
+    how = METRICS[metric].statistic
+    if how.q is None:
+        return ""
+    return f": a p{how.q} takes {how.least_samples} samples in a trial, widen `window_s`"
 
 
 def _explain(effect: Effect, outcome: Outcome) -> str:
@@ -305,11 +320,11 @@ def _explain(effect: Effect, outcome: Outcome) -> str:
 def judge_forecast(
     forecast: Forecast,
     point: str,
-    values: Mapping[int, Mapping[str, float | None]],
+    repeats: Repeats,
     prediction: Prediction,
 ) -> ForecastResult:
-    found = [v for row in values.values() if (v := row.get(forecast.metric)) is not None]
-    measured = mean_interval(found) if found else None
+    """Hold the mean over the repeats of a point against what was forecast for it."""
+    measured = over_repeats(repeats, forecast.metric)
     held = holds(prediction, measured) if measured else None
     return ForecastResult(
         metric=forecast.metric, point=point, measured=measured, prediction=prediction, held=held

@@ -1,25 +1,25 @@
-"""From the records of a trial to its measurements. Every trial-level metric is defined here, once.
+"""How each trial-level metric is computed from a trial; `labs/judging/metrics.py` lists them all.
 
 Request-level metrics (TTFT, TPOT, ITL ...) are defined in `loadtests/records.py`; here they are
 taken over the requests *sent* in the measured window that succeeded. Throughput counts the tokens
 that *arrived* in the window, whichever request they belong to. Percentiles are of raw samples
-(linear interpolation), and one that too few samples support is None.
+(linear interpolation), and one that too few samples support is None. A function that has nothing to
+measure returns None, never 0.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 
 from labs import theory
 from labs.lab import SLO, Point
+from loadtests.latencies import TPOT, Latency
 from loadtests.plan import TrialSummary
 from loadtests.records import RequestRecord
 from serving import metrics, telemetry
@@ -57,24 +57,9 @@ class Trial:
         start, end = self.summary.window_s
         return end - start
 
-    def samples(self, name: str) -> list[float]:
-        """All samples of a request-level metric: one a request, or one a token."""
-        values = [getattr(r, name) for r in self.counted]
-        if name in ("itl_s", "chunk_gaps_s"):
-            return [v for many in values for v in many]
-        return [v for v in values if v is not None]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A trial-level figure."""
-
-    title: str
-    unit: Literal[
-        "s", "tok", "tok/s", "req/s", "FLOP/s", "1", "USD", "J"
-    ]  # "1": a bare number or a share
-    better: Literal["higher", "lower"]
-    of: Callable[[Trial], float | None]
+    def samples_s(self, latency: Latency) -> list[float]:
+        """All samples of a latency in seconds: one a request, a token or a chunk."""
+        return [sample_s for r in self.counted for sample_s in latency.samples_s(r)]
 
 
 LEAST_SAMPLES = {50: 5, 90: 30, 99: 200}
@@ -88,19 +73,16 @@ def percentile(samples: list[float], q: int) -> float | None:
     return float(np.percentile(samples, q))
 
 
-def _percentile_of(name: str, q: int) -> Callable[[Trial], float | None]:
-    return lambda trial: percentile(trial.samples(name), q)
-
-
-def _mean_of(name: str) -> Callable[[Trial], float | None]:
-    def mean(trial: Trial) -> float | None:
-        samples = trial.samples(name)
-        return float(np.mean(samples)) if samples else None
-
-    return mean
+def mean(samples: list[float]) -> float | None:
+    """The arithmetic mean, or None where there is no sample."""
+    return float(np.mean(samples)) if samples else None
 
 
 def output_tokens_per_s(trial: Trial) -> float | None:
+    """Output tokens/s: those that arrive in the measured window / its length.
+
+    Whichever request they belong to, so that warm-up and drain bias it as little as can be.
+    """
     start, end = trial.summary.window_s
     if end <= start:
         return None
@@ -109,11 +91,15 @@ def output_tokens_per_s(trial: Trial) -> float | None:
 
 
 def requests_per_s(trial: Trial) -> float | None:
+    """Requests/s: those sent in the window that succeeded / the window's length."""
     return len(trial.counted) / trial.window_length_s if trial.window_length_s > 0 else None
 
 
 def goodput_per_s(trial: Trial) -> float | None:
-    """Requests/s that succeed and meet every part of the SLO; a one-token answer has no TPOT."""
+    """Requests/s that succeed and meet every part of the SLO; a one-token answer has no TPOT.
+
+    Goodput as DistServe defines it (Zhong et al. 2024), over the measured window.
+    """
     if trial.window_length_s <= 0:
         return None
     good = [
@@ -125,6 +111,7 @@ def goodput_per_s(trial: Trial) -> float | None:
 
 
 def error_rate(trial: Trial) -> float | None:
+    """Requests that failed / all requests of the trial, warm-up and drain included; a share."""
     return sum(not r.ok for r in trial.records) / len(trial.records) if trial.records else None
 
 
@@ -145,12 +132,12 @@ def mbu(trial: Trial) -> float | None:
     Bytes a step from the model's shape at the mean batch and context, steps/s from TPOT: what
     decode must read, not what the device happened to move.
     """
-    tpot, size = _mean_of("tpot_s")(trial), batch(trial)
-    if not tpot or not size:
+    tpot_s, size = mean(trial.samples_s(TPOT)), batch(trial)
+    if not tpot_s or not size:
         return None
     point = trial.point
-    moved = theory.decode_bytes(point.shape, size, point.context_tokens)
-    return moved / tpot / point.ceilings.memory_bandwidth_bytes_per_s
+    moved_bytes = theory.decode_bytes(point.shape, size, point.context_tokens)
+    return moved_bytes / tpot_s / point.ceilings.memory_bandwidth_bytes_per_s
 
 
 def flops_per_s(trial: Trial) -> float | None:
@@ -211,20 +198,20 @@ def prefix_hit_rate(trial: Trial) -> float | None:
     return values.get(metrics.PREFIX_HITS, 0.0) / queries if queries else None
 
 
-def _counted(trial: Trial, metric: str) -> float | None:
-    """An engine's counter over the whole trial."""
+def counted(trial: Trial, metric: str) -> float | None:
+    """How far an engine's counter rose over the whole trial, warm-up and drain included."""
     return trial.engine.values.get(metric) if trial.engine else None
 
 
 def acceptance_rate(trial: Trial) -> float | None:
     """Draft tokens accepted / drafted, over the whole trial, by the engine."""
-    drafted, accepted = (_counted(trial, m) for m in (metrics.SPEC_DRAFTED, metrics.SPEC_ACCEPTED))
+    drafted, accepted = (counted(trial, m) for m in (metrics.SPEC_DRAFTED, metrics.SPEC_ACCEPTED))
     return accepted / drafted if drafted and accepted is not None else None
 
 
 def acceptance_length(trial: Trial) -> float | None:
     """Tokens a verified draft yields: the accepted ones and the target's own next token."""
-    drafts, accepted = (_counted(trial, m) for m in (metrics.SPEC_DRAFTS, metrics.SPEC_ACCEPTED))
+    drafts, accepted = (counted(trial, m) for m in (metrics.SPEC_DRAFTS, metrics.SPEC_ACCEPTED))
     return 1 + accepted / drafts if drafts and accepted is not None else None
 
 
@@ -248,12 +235,12 @@ def stalls_s(trial: Trial) -> list[float]:
         if not trial.point.workload.is_intruder(r.index)
         for (a, _), (b, _) in pairwise(r.chunks)
     ]
-    found = []
+    stalls = []
     for intruder in trial.intruders:
         start, end = intruder.sent_s, intruder.chunks[0][0]
-        if hit := [b - a for a, b in gaps if a < end and b > start]:
-            found.append(max(hit))
-    return found
+        if touching_s := [b - a for a, b in gaps if a < end and b > start]:
+            stalls.append(max(touching_s))
+    return stalls
 
 
 def prefill_pieces(trial: Trial) -> float | None:
@@ -262,7 +249,7 @@ def prefill_pieces(trial: Trial) -> float | None:
     A stream that decoded for a part of that time counts for the whole at its own pace; for less
     than half of it, not at all.
     """
-    found = []
+    pieces = []
     for intruder in trial.intruders:
         start, end = intruder.sent_s, intruder.chunks[0][0]
         for r in trial.records:
@@ -272,8 +259,8 @@ def prefill_pieces(trial: Trial) -> float | None:
             if until - since >= (end - start) / 2:
                 # the last step's token comes together with the intruder's own, or just after
                 received = sum(since < at <= until + 0.005 for at, _ in r.chunks)
-                found.append(received * (end - start) / (until - since))
-    return float(np.mean(found)) if found else None
+                pieces.append(received * (end - start) / (until - since))
+    return mean(pieces)
 
 
 def expected_pieces(point: Point) -> int:
@@ -284,62 +271,21 @@ def expected_pieces(point: Point) -> int:
 
 
 def stall_mean_s(trial: Trial) -> float | None:
-    found = stalls_s(trial)
-    return float(np.mean(found)) if found else None
+    """The mean stall of the other streams over the long prompts of a trial; see `stalls_s`."""
+    return mean(stalls_s(trial))
 
 
 def intruder_ttft_mean_s(trial: Trial) -> float | None:
-    found = [r.ttft_s for r in trial.intruders if r.ttft_s is not None]
-    return float(np.mean(found)) if found else None
+    """The mean TTFT of the long prompts sent beside the streams."""
+    return mean([r.ttft_s for r in trial.intruders if r.ttft_s is not None])
 
 
 def engine_ttft_mean_s(trial: Trial) -> float | None:
+    """The mean TTFT over every request of the trial as the engine's own histogram has it."""
     histogram = trial.engine and trial.engine.histograms.get(metrics.TTFT)
     return histogram.mean() if histogram else None
 
 
 def client_ttft_mean_s(trial: Trial) -> float | None:
-    """Over every request of the trial, from the send, as the engine sees it: for reconciling."""
-    values = [r.chunks[0][0] - r.sent_s for r in trial.records if r.ok]
-    return float(np.mean(values)) if values else None
-
-
-METRICS: dict[str, Metric] = {
-    "output_tokens_per_s": Metric("Output throughput", "tok/s", "higher", output_tokens_per_s),
-    "requests_per_s": Metric("Requests completed", "req/s", "higher", requests_per_s),
-    "goodput_per_s": Metric("Goodput", "req/s", "higher", goodput_per_s),
-    "ttft_mean_s": Metric("TTFT, mean", "s", "lower", _mean_of("ttft_s")),
-    "ttft_p50_s": Metric("TTFT, p50", "s", "lower", _percentile_of("ttft_s", 50)),
-    "ttft_p90_s": Metric("TTFT, p90", "s", "lower", _percentile_of("ttft_s", 90)),
-    "ttft_p99_s": Metric("TTFT, p99", "s", "lower", _percentile_of("ttft_s", 99)),
-    "tpot_mean_s": Metric("TPOT, mean", "s", "lower", _mean_of("tpot_s")),
-    "tpot_p50_s": Metric("TPOT, p50", "s", "lower", _percentile_of("tpot_s", 50)),
-    "tpot_p99_s": Metric("TPOT, p99", "s", "lower", _percentile_of("tpot_s", 99)),
-    "itl_p50_s": Metric("ITL, p50", "s", "lower", _percentile_of("itl_s", 50)),
-    "itl_p99_s": Metric("ITL, p99", "s", "lower", _percentile_of("itl_s", 99)),
-    "chunk_gap_p99_s": Metric("Chunk gap, p99", "s", "lower", _percentile_of("chunk_gaps_s", 99)),
-    "e2e_p50_s": Metric("E2E, p50", "s", "lower", _percentile_of("e2e_s", 50)),
-    "e2e_p99_s": Metric("E2E, p99", "s", "lower", _percentile_of("e2e_s", 99)),
-    "error_rate": Metric("Error rate", "1", "lower", error_rate),
-    "batch": Metric("Requests in decode, mean", "1", "higher", batch),
-    "mbu": Metric("MBU", "1", "higher", mbu),
-    "mfu": Metric("MFU", "1", "higher", mfu),
-    "intensity": Metric("FLOP a byte", "1", "higher", intensity),
-    "flops_per_s": Metric("Decode rate", "FLOP/s", "higher", flops_per_s),
-    "prefix_hit_rate": Metric("Prefix hit rate", "1", "higher", prefix_hit_rate),
-    "acceptance_rate": Metric("Drafts accepted", "1", "higher", acceptance_rate),
-    "acceptance_length": Metric("Tokens a draft step", "1", "higher", acceptance_length),
-    "preemptions": Metric("Preemptions", "1", "lower", lambda t: _counted(t, metrics.PREEMPTIONS)),
-    "kv_capacity_tokens": Metric("KV capacity", "tok", "higher", kv_capacity_tokens),
-    "prefill_pieces": Metric("Pieces of a long prompt", "1", "lower", prefill_pieces),
-    "stall_mean_s": Metric("Stall during a prefill, mean", "s", "lower", stall_mean_s),
-    "intruder_ttft_mean_s": Metric("TTFT of the long prompt", "s", "lower", intruder_ttft_mean_s),
-    "usd_per_million_tokens": Metric("$/M tokens", "USD", "lower", usd_per_million_tokens),
-    "joules_per_token": Metric("J/token", "J", "lower", joules_per_token),
-    "engine_ttft_mean_s": Metric("TTFT, engine's mean", "s", "lower", engine_ttft_mean_s),
-    "client_ttft_mean_s": Metric("TTFT, client's mean", "s", "lower", client_ttft_mean_s),
-}
-
-
-def measure(trial: Trial) -> dict[str, float | None]:
-    return {name: metric.of(trial) for name, metric in METRICS.items()}
+    """The mean TTFT over every request, from the send: what is held against the engine's."""
+    return mean([r.chunks[0][0] - r.sent_s for r in trial.records if r.ok])

@@ -7,13 +7,14 @@ was sent against what was due, and each variant against what the engine shows of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median_low
 
 import numpy as np
 
 from labs.judging.judge import Caveat
-from labs.judging.measure import METRICS, Trial, expected_pieces
+from labs.judging.measure import Trial, expected_pieces
+from labs.judging.metrics import METRICS, Repeats, by_repeat
 from labs.lab import Claim, Evidence, Point, factors
 from serving import metrics, telemetry
 from serving.telemetry import POWER_CAP, SLOWDOWNS
@@ -25,7 +26,7 @@ MOST_ERRORS = 0.01
 LEAST_ACHIEVED = 0.95
 MOST_SEVERAL = 0.05  # of the chunks carry several tokens, where nothing is guessed ahead
 MOSTLY_SEVERAL = 0.5  # beyond this no token's own time is known
-TOKEN_TIMES = tuple(m for m in METRICS if m.startswith(("tpot", "itl", "chunk_gap", "stall")))
+TOKEN_TIMES = tuple(name for name, metric in METRICS.items() if metric.token_times)
 MOST_SLOWED = 0.01  # of the window; one sample can be a change of load
 MOST_CAPPED = 0.5
 MOST_WARM_TOKENS = 64  # found in the cache by a request that shares no more than a chat template
@@ -259,10 +260,9 @@ def confounded(claim: Claim, treatment: Point, baseline: Point) -> list[Caveat]:
     ]
 
 
-def first_trial_slow(values: Mapping[int, Mapping[str, float | None]], point: str) -> list[Caveat]:
+def first_trial_slow(repeats: Repeats, point: str) -> list[Caveat]:
     """The first repeat stands out from the others by more than a quarter."""
-    rates = {r: row.get("output_tokens_per_s") for r, row in values.items()}
-    known = {r: v for r, v in rates.items() if v}
+    known = by_repeat(repeats, "output_tokens_per_s")
     if len(known) < 3:
         return []
     first, *others = (known[r] for r in sorted(known))

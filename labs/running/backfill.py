@@ -20,9 +20,10 @@ from prometheus_client.openmetrics.exposition import generate_latest
 
 from dashboards import prometheus, series
 from dashboards.prometheus import Prometheus, PrometheusError
-from labs.filing.results import Run, RunFolder, Summary
-from labs.judging.judge import Interval, mean_interval
-from labs.judging.measure import METRICS, Trial
+from labs.filing.results import Run, RunFolder
+from labs.judging.judge import Interval
+from labs.judging.measure import Trial
+from labs.judging.metrics import METRICS
 from labs.lab import Lab, LabError
 from labs.telling.report import claim_held
 from loadtests import exporter
@@ -249,9 +250,10 @@ def _figures(folder: RunFolder) -> Iterator[str]:
 
     put(series.RUN_INFO, 1, **_about(folder, run))
     for key in summary.measurements:
-        for metric in METRICS:
-            put_interval(series.MEASUREMENT, _over_repeats(summary, key, metric),
-                         **_point(key), metric=metric)  # fmt: skip
+        for metric in METRICS.values():
+            if metric.exported:
+                shown = summary.figure(key, metric.name)
+                put_interval(series.MEASUREMENT, shown, **_point(key), metric=metric.name)
     for j in summary.judgements:
         claim = {"claim": j.claim, "title": j.title, "treatment": j.treatment,
                  "baseline": j.baseline}  # fmt: skip
@@ -280,12 +282,3 @@ def _about(folder: RunFolder, run: Run) -> dict[str, str]:
 
 def _point(key: str) -> dict[str, str]:
     return dict(zip(("variant", "workload", "load"), key.split("/"), strict=True))
-
-
-def _over_repeats(summary: Summary, key: str, metric: str) -> Interval | None:
-    """As the report has it: a percentile of all samples together, else the mean over repeats."""
-    pooled = summary.pooled.get(key, {}).get(metric)
-    if pooled is not None:
-        return Interval(value=pooled, low=None, high=None, n=1)
-    values = [v for row in summary.measurements[key].values() if (v := row.get(metric)) is not None]
-    return mean_interval(values) if values else None

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from labs import theory
 from labs.filing.results import RESULTS, MachineFile, read_json, require_room, write_json
 from labs.findings import FINDINGS
-from labs.judging.measure import METRICS, price_per_hour
+from labs.judging.measure import price_per_hour
+from labs.judging.metrics import measured
 from labs.lab import Claim, Forecast, Lab, LabError, NotApplicable, Point
 from labs.running import derived_models
 from labs.running.probes import PROBES
@@ -240,8 +241,8 @@ def require_known_names(lab: Lab) -> None:
     """What only other modules know: metrics and plots; and the price, read when measuring."""
     parts: list[Claim | Forecast] = [*lab.claims, *lab.forecasts]
     for part in parts:
-        if part.metric not in METRICS:
-            known = ", ".join(METRICS)
+        if part.metric not in measured():
+            known = ", ".join(measured())
             raise LabError(f"{part.name}: no metric {part.metric!r}; the known ones are {known}")
     for kind, names, known_names in (
         ("plot", lab.plots, PLOTS),

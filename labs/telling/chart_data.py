@@ -8,22 +8,18 @@ from typing import Any
 import numpy as np
 
 from labs.filing.results import Run, RunFolder, Summary, TrialResult
-from labs.judging.judge import Interval, mean_interval
-from labs.judging.measure import METRICS, Trial
+from labs.judging.judge import Interval
+from labs.judging.measure import Trial
+from labs.judging.metrics import METRICS, Metric, by_repeat, columns
 from labs.judging.text import short
 from labs.lab import Lab, Point
 from labs.telling.plots import CYCLE, ORANGE
-from labs.telling.report import COLUMNS, held, verdict
+from labs.telling.report import held, verdict
+from loadtests.latencies import CHUNK_GAP, E2E, ITL, TPOT, TTFT
 from loadtests.records import RequestRecord
 from serving import metrics
 
-SAMPLES = {
-    "ttft_s": "TTFT",
-    "tpot_s": "TPOT",
-    "itl_s": "ITL",
-    "e2e_s": "E2E",
-    "chunk_gaps_s": "Gap between chunks",
-}
+DRAWN = (TTFT, TPOT, ITL, E2E, CHUNK_GAP)  # of which a reader may look at every sample
 MOST_QUANTILES = 250
 MOST_REQUESTS = 12_000  # on one page, which stays under a megabyte beside the library
 
@@ -41,10 +37,10 @@ def data(folder: RunFolder, run: Run, summary: Summary) -> dict[str, Any]:
         "variants": [v.name for v in lab.variants],
         "workloads": [w.name for w in lab.workloads],
         "slo": {
-            "ttft_s": lab.slo.ttft_s, "tpot_s": lab.slo.tpot_s,
-            "itl_s": lab.slo.itl_s, "chunk_gaps_s": lab.slo.itl_s,
+            TTFT.attribute: lab.slo.ttft_s, TPOT.attribute: lab.slo.tpot_s,
+            ITL.attribute: lab.slo.itl_s, CHUNK_GAP.attribute: lab.slo.itl_s,
         },
-        "metrics": {n: {"title": METRICS[n].title, "unit": METRICS[n].unit} for n in figures},
+        "metrics": {n: _described(METRICS[n]) for n in figures},
         "points": [
             {
                 "key": p.key,
@@ -72,22 +68,27 @@ def data(folder: RunFolder, run: Run, summary: Summary) -> dict[str, Any]:
 def _figure_names(lab: Lab, summary: Summary) -> list[str]:
     """Metrics that any trial has, those the lab asks about first."""
     rows = [row for by_repeat in summary.measurements.values() for row in by_repeat.values()]
-    asked = [*(c.metric for c in lab.claims), *(f.metric for f in lab.forecasts), *COLUMNS]
+    asked = [*(c.metric for c in lab.claims), *(f.metric for f in lab.forecasts), *columns()]
     return [n for n in dict.fromkeys(asked) if any(row.get(n) is not None for row in rows)]
+
+
+def _described(metric: Metric) -> dict[str, str | None]:
+    """What the page says of a metric, and under which name it has the samples behind it."""
+    latency = metric.statistic.latency
+    return {
+        "title": metric.title,
+        "unit": metric.unit,
+        "samples": latency.attribute if latency else None,
+    }
 
 
 def _over_repeats(summary: Summary, point: Point, metric: str) -> dict[str, Any] | None:
     """The mean with its interval, or a percentile of all repeats' samples, and each repeat's."""
-    rows = summary.measurements.get(point.key, {})
-    each = [v for row in rows.values() if (v := row.get(metric)) is not None]
-    pooled = any(metric in of for of in summary.pooled.values())
-    value = summary.pooled.get(point.key, {}).get(metric)
-    if pooled and value is not None:
-        found = Interval(value=value, low=None, high=None, n=len(each))
-    elif each and not pooled:
-        found = mean_interval(each)
-    else:
+    found = summary.figure(point.key, metric)
+    if found is None:
         return None
+    each = by_repeat(summary.measurements.get(point.key, {}), metric).values()
+    pooled = METRICS[metric].statistic.pooled
     return {**_interval(found), "each": [_round(v) for v in each], "pooled": pooled}
 
 
@@ -149,11 +150,11 @@ def _forecasts(lab: Lab, summary: Summary) -> list[dict[str, Any]]:
 def _samples(trials: Sequence[Played]) -> dict[str, Any]:
     """Of each metric and point, over all repeats: their number, and quantiles in equal steps."""
     found: dict[str, Any] = {}
-    for name, title in SAMPLES.items():
+    for latency in DRAWN:
         points: dict[str, list[float]] = {}
         for point, _, trial in trials:
-            points.setdefault(point.key, []).extend(trial.samples(name) if trial else [])
-        found[name] = {"title": title, "points": _quantiles(points)}
+            points.setdefault(point.key, []).extend(trial.samples_s(latency) if trial else [])
+        found[latency.attribute] = {"title": latency.title, "points": _quantiles(points)}
     long: dict[str, list[float]] = {}
     for point, _, trial in trials:
         waits = [r.ttft_s for r in trial.intruders] if trial else []

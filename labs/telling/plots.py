@@ -19,8 +19,8 @@ from labs.findings import quantization
 from labs.findings import speculation as speculations
 from labs.findings.context import Context
 from labs.findings.replies import concurrency_sweep
-from labs.judging.judge import Interval, mean_interval
-from labs.judging.measure import METRICS
+from labs.judging.judge import Interval
+from labs.judging.metrics import METRICS
 from labs.judging.text import short
 from labs.lab import Lab, Point
 from labs.multi_lora import adapter_bytes
@@ -142,12 +142,6 @@ def _wrapped(title: str, width: int = 34) -> str:
     return "\n".join(lines)
 
 
-def _over_repeats(summary: Summary, point: Point, metric: str) -> Interval | None:
-    rows = summary.measurements.get(point.key, {}).values()
-    values = [v for row in rows if (v := row.get(metric)) is not None]
-    return mean_interval(values) if values else None
-
-
 def _errorbar(
     ax: Axes,
     x: Sequence[float],
@@ -157,7 +151,7 @@ def _errorbar(
     scale: float,
     label: str,
 ) -> None:
-    found = [_over_repeats(summary, point, metric) for point in points]
+    found = [summary.over_repeats(point.key, metric) for point in points]
     centre = [f.value * scale if f else np.nan for f in found]
     reach = [(f.high - f.value) * scale if f and f.high is not None else 0 for f in found]
     ax.errorbar(x, centre, yerr=reach, fmt="o-", capsize=4, color=BLUE, label=label)
@@ -254,9 +248,8 @@ def static(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summar
             ax.fill_between(times, np.cumsum([0, *(d for _, d in edges)]), step="post",
                             color=colour, alpha=0.2)  # fmt: skip
             kind = "fixed batches" if row == 0 else "continuous"
-            rows = summary.measurements.get(point.key, {}).values()
-            rates = [v for r in rows if (v := r.get("output_tokens_per_s"))]
-            rate = f", {np.mean(rates):.0f} tok/s" if rates else ""
+            throughput = summary.figure(point.key, "output_tokens_per_s")
+            rate = f", {throughput.value:.0f} tok/s" if throughput else ""
             ax.set_title(f"{point.workload.name} lengths, {kind} ({point.load}){rate}", fontsize=9)
             if column == 0:
                 ax.set_ylabel("in decode")
@@ -308,7 +301,7 @@ def roofline(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
 def variants(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:
     """The first claim's metric for every variant, workload by workload."""
     metric = METRICS[lab.claims[0].metric]
-    measured = [p for p in points if _over_repeats(summary, p, lab.claims[0].metric)]
+    measured = [p for p in points if summary.over_repeats(p.key, lab.claims[0].metric)]
     places = list(dict.fromkeys((p.workload.name, str(p.load)) for p in measured))
     if not places:
         return None
@@ -320,7 +313,7 @@ def variants(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
         mine = {(p.workload.name, str(p.load)): p for p in points if p.variant.name == variant.name}
         at = [i + (column - (len(lab.variants) - 1) / 2) * width for i in range(len(places))]
         found = [
-            _over_repeats(summary, mine[place], lab.claims[0].metric) if place in mine else None
+            summary.over_repeats(mine[place].key, lab.claims[0].metric) if place in mine else None
             for place in places
         ]
         heights = [f.value * scale if f else np.nan for f in found]
@@ -345,7 +338,7 @@ def stall(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary
         if known:
             predicted = [1000 * known.get(p.key, np.nan) for p in points]
             ax.plot(x, predicted, "_", ms=22, mew=2, color=ORANGE, label="predicted floor")
-        found = [_over_repeats(summary, p, metric) for p in points]
+        found = [summary.over_repeats(p.key, metric) for p in points]
         heights = [1000 * f.value if f else np.nan for f in found]
         reach = [1000 * (f.high - f.value) if f and f.high is not None else 0 for f in found]
         ax.bar(x, heights, 0.6, yerr=reach, capsize=4, color=BLUE, label="measured, 95 % interval")
@@ -472,10 +465,10 @@ def preemption(
         of = sorted((p for p in mine if p.variant.name == name), key=lambda p: p.load.users)
         x = [p.load.users for p in of]
         for ax, metric in ((axes[0], "batch"), (axes[1], "preemptions")):
-            found = [_over_repeats(summary, p, metric) for p in of]
+            found = [summary.over_repeats(p.key, metric) for p in of]
             ax.plot(x, [f.value if f else np.nan for f in found], "o-", color=colour, label=name)
         full = of[0].prompt_tokens + of[0].output_tokens
-        capacity = _over_repeats(summary, of[0], "kv_capacity_tokens")
+        capacity = summary.over_repeats(of[0].key, "kv_capacity_tokens")
         if capacity:
             axes[1].axvspan(
                 capacity.value / full, capacity.value / of[0].context_tokens,
@@ -499,7 +492,7 @@ def adapters(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
     of = [(p.workload.adapters.count if p.workload.adapters else 0, p) for p in mine
           if p.workload.adapters is None or p.workload.adapters.mix == "uniform"]  # fmt: skip
     of.sort(key=lambda pair: pair[0])
-    found = [_over_repeats(summary, p, "output_tokens_per_s") for _, p in of]
+    found = [summary.over_repeats(p.key, "output_tokens_per_s") for _, p in of]
     if not any(found):
         return None
     _, ax = plt.subplots(figsize=(6, 3.6))
@@ -509,7 +502,7 @@ def adapters(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
     ax.errorbar(x, heights, yerr=reach, fmt="o-", capsize=4, color=BLUE,
                 label="measured, 95 % interval")  # fmt: skip
     base = next((p for p in points if p.variant.name == "base"), None)
-    level = _over_repeats(summary, base, "output_tokens_per_s") if base else None
+    level = summary.over_repeats(base.key, "output_tokens_per_s") if base else None
     if level:
         shares = [1 + n * adapter_bytes(p) / p.shape.weight_bytes if n else 1.0 for n, p in of]
         ax.plot(x, [level.value / s for s in shares], "--", color=ORANGE,
@@ -532,7 +525,7 @@ def tradeoff(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
     compared = quantization.compared(context)
     base = lab.variants[0].name
     at = {p.variant.name: p for p in points if p.workload.name == "decode" and p.load.users == 1}
-    speed = {n: _over_repeats(summary, p, "tpot_mean_s") for n, p in at.items()}
+    speed = {n: summary.over_repeats(p.key, "tpot_mean_s") for n, p in at.items()}
     plain = speed.get(base)
     if not compared or plain is None:
         return None

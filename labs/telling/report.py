@@ -9,14 +9,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from labs import theory
 from labs.filing import published
 from labs.filing.results import Predictions, Run, RunFolder, Summary
 from labs.findings.replies import step_line
 from labs.judging.judge import Caveat, Interval, Judgement, holds_at
-from labs.judging.measure import METRICS
+from labs.judging.metrics import METRICS, columns
 from labs.judging.text import number, short, yes
 from labs.lab import Lab, Point, Prediction
 from labs.questions import QUESTIONS
@@ -194,23 +192,12 @@ def verdict(judgement: Judgement) -> str:
     return f"{judgement.outcome} ({agrees})"
 
 
-COLUMNS = (
-    "output_tokens_per_s", "ttft_p50_s", "ttft_p90_s", "tpot_mean_s", "itl_p99_s", "e2e_p50_s",
-    "goodput_per_s", "error_rate", "prefix_hit_rate", "stall_mean_s", "prefill_pieces",
-    "intruder_ttft_mean_s",
-    "acceptance_rate", "acceptance_length", "kv_capacity_tokens", "preemptions", "mbu", "mfu",
-    "joules_per_token", "usd_per_million_tokens",
-)  # fmt: skip
-
-
-MAIN_COLUMNS = ("output_tokens_per_s", "ttft_p50_s", "tpot_mean_s", "e2e_p50_s", "mbu")
-
-
 def points_table(
-    points: Sequence[Point], lab: Lab, summary: Summary, columns: Sequence[str] = COLUMNS
+    points: Sequence[Point], lab: Lab, summary: Summary, metrics: Sequence[str] | None = None
 ) -> Table:
     """Means over repeats; percentiles of the samples of all repeats together."""
-    shown = [c for c in columns if any(_figure(summary, p.key, c) is not None for p in points)]
+    metrics = columns() if metrics is None else metrics
+    shown = [c for c in metrics if any(_figure(summary, p.key, c) is not None for p in points)]
     rows = [["Point", *(METRICS[c].title for c in shown)]]
     for point in points:
         cells = [number(_figure(summary, point.key, c), METRICS[c].unit) for c in shown]
@@ -219,11 +206,8 @@ def points_table(
 
 
 def _figure(summary: Summary, key: str, metric: str) -> float | None:
-    if "_p" in metric and metric[-1] == "s" and metric.split("_p")[1][0].isdigit():
-        return summary.pooled.get(key, {}).get(metric)
-    rows = summary.measurements.get(key, {}).values()
-    values = [v for row in rows if (v := row.get(metric)) is not None]
-    return float(np.mean(values)) if values else None
+    interval = summary.figure(key, metric)
+    return interval.value if interval else None
 
 
 def forecasts_table(lab: Lab, summary: Summary) -> Table:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from labs.filing.results import Run, RunFolder, Session, Summary, TrialResult, write_json
 from labs.findings import FINDINGS, replies
 from labs.findings.context import Context
 from labs.judging.judge import Caveat, judge, judge_forecast
-from labs.judging.measure import LEAST_SAMPLES, measure, percentile
+from labs.judging.metrics import measure, pooled, pooled_latencies
 from labs.judging.validity import confounded, first_trial_slow, validity
 from labs.lab import Lab
+from loadtests.latencies import Latency
 from serving.engine import PARALLEL
 
 STEAL_SHARE = 0.05
@@ -22,7 +23,7 @@ def summarise(folder: RunFolder) -> Summary:
     run = folder.run()
     lab, points, predictions = run.rebuilt_lab(), run.points(), folder.predictions()
     values: dict[str, dict[int, dict[str, float | None]]] = {p.key: {} for p in points}
-    samples: dict[str, dict[str, list[float]]] = {}
+    samples_s: dict[str, dict[Latency, list[float]]] = {}
     found: list[Caveat] = []
     failed: dict[str, str] = {}
     for point, result, trial in folder.trials(points, lab):
@@ -30,8 +31,9 @@ def summarise(folder: RunFolder) -> Summary:
             failed[f"{point.key}/{result.repeat}"] = result.failed or "no summary"
             continue
         values[point.key][result.repeat] = measure(trial)
-        for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s"):
-            samples.setdefault(point.key, {}).setdefault(name, []).extend(trial.samples(name))
+        for latency in pooled_latencies():
+            of_point = samples_s.setdefault(point.key, {})
+            of_point.setdefault(latency, []).extend(trial.samples_s(latency))
         # an endpoint's engine was not configured here: there is no treatment to prove
         found += validity(trial, () if run.endpoint else lab.evidence)
         found += _disturbed(result, run)
@@ -45,7 +47,7 @@ def summarise(folder: RunFolder) -> Summary:
     context = Context(folder, run, lab, points, values, found)
     summary = Summary(
         measurements=values,
-        pooled={key: _percentiles(of) for key, of in samples.items()},
+        pooled={key: pooled(of_point) for key, of_point in samples_s.items()},
         judgements=[
             judge(
                 claim,
@@ -73,16 +75,6 @@ def summarise(folder: RunFolder) -> Summary:
         summary = summary.model_copy(update={"answers": replies.answer(context, summary)})
     write_json(folder.path / "summary.json", summary)
     return summary
-
-
-def _percentiles(samples: Mapping[str, list[float]]) -> dict[str, float]:
-    """Of a point's samples, all repeats together; those that too few samples support are out."""
-    return {
-        f"{name.removesuffix('_s')}_p{q}_s": found
-        for name, drawn in samples.items()
-        for q in LEAST_SAMPLES
-        if (found := percentile(drawn, q)) is not None
-    }
 
 
 def _disturbed(result: TrialResult, run: Run) -> list[Caveat]:

@@ -15,7 +15,7 @@ from dashboards import boards, series
 from dashboards.panels import shared_out
 from labs import LABS
 from labs.judging import judge, validity
-from labs.judging.measure import METRICS
+from labs.judging.metrics import METRICS
 from loadtests import exporter
 from loadtests.exporter import Exporter
 from serving import metrics, telemetry

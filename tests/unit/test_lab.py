@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from labs import LABS
 from labs.findings import FINDINGS
-from labs.judging.measure import METRICS
+from labs.judging.metrics import METRICS
 from labs.lab import (
     NEED_TEXT,
     NO_TEXT,

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from labs.filing.newest import published
-from labs.filing.results import RunFolder
+from labs.filing.results import RunFolder, Summary
 from labs.judging.judge import Interval
 from labs.telling import plots
 
@@ -18,7 +18,7 @@ def test_however_wide_an_interval_ends_within_its_plot(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wide = Interval(value=1.0, low=0.0, high=2.0, n=3)
-    monkeypatch.setattr(plots, "_over_repeats", lambda *_: wide)
+    monkeypatch.setattr(Summary, "over_repeats", lambda *_: wide)
     lab, points, summary = folder.run().rebuilt_lab(), folder.run().points(), folder.summary()
     plots.stall(folder, lab, points, summary)
     assert all(ax.get_ylim()[1] > 2000 for ax in plt.gcf().axes)  # in ms

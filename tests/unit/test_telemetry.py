@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from labs.judging.measure import METRICS, Trial
+from labs.judging.measure import Trial
+from labs.judging.metrics import METRICS
 from labs.judging.validity import validity
 from serving import telemetry
 from serving.engine import free_port

@@ -100,7 +100,7 @@
       Object.entries(data.samples).map(([name, of]) => [name, of.title]), redraw);
     const workload = choice("samples-workload", workloads, redraw);
     if (data.workloads.length === 1) workload.parentElement.hidden = true;
-    const asked = data.claims.length ? data.claims[0].metric.replace(/_[^_]+_s$/, "_s") : "";
+    const asked = data.metrics[data.claims[0]?.metric]?.samples;
     if (data.samples[asked]) metric.value = asked;
     if (data.points.length > 8) workload.value = data.workloads[0];
     const shape = at("samples-shape"), scale = at("samples-scale");

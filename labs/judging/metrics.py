@@ -1,0 +1,258 @@
+"""The table of metrics: all that is known of each, in one row.
+
+A metric is added by adding a row, and the function that computes it in `labs/judging/measure.py`
+where it is neither a mean nor a percentile of a latency. Whoever measures, judges, compares, draws
+or exports asks this table; nobody reads anything out of a metric's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from labs.judging.measure import (
+    LEAST_SAMPLES,
+    Trial,
+    acceptance_length,
+    acceptance_rate,
+    batch,
+    client_ttft_mean_s,
+    counted,
+    engine_ttft_mean_s,
+    error_rate,
+    flops_per_s,
+    goodput_per_s,
+    intensity,
+    intruder_ttft_mean_s,
+    joules_per_token,
+    kv_capacity_tokens,
+    mbu,
+    mean,
+    mfu,
+    output_tokens_per_s,
+    percentile,
+    prefill_pieces,
+    prefix_hit_rate,
+    requests_per_s,
+    stall_mean_s,
+    usd_per_million_tokens,
+)
+from loadtests.latencies import CHUNK_GAP, E2E, ITL, TPOT, TTFT, Latency
+from serving.metrics import PREEMPTIONS
+
+Unit = Literal["s", "tok", "tok/s", "req/s", "FLOP/s", "1", "USD", "J"]  # "1": a number or a share
+Row = Mapping[str, float | None]  # metric -> value in one repeat
+Repeats = Mapping[int, Row]  # of one point: repeat -> row
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What is computed of a trial, and of which samples."""
+
+    kind: Literal["mean", "percentile", "rate", "ratio", "count"]
+    per: Literal["token", "chunk", "request", "long prompt", "trial"]  # what gives one sample
+    of: Callable[[Trial], float | None]
+    latency: Latency | None = None  # whose samples a mean or a percentile is of
+    q: int | None = None  # which percentile
+    pooled: bool = False  # a point's figure is of the samples of all repeats together, else a mean
+
+    @property
+    def least_samples(self) -> int:
+        """Fewer give None."""
+        return 1 if self.q is None else LEAST_SAMPLES[self.q]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A trial-level metric and where a reader meets it."""
+
+    name: str  # its key in summary.json, in lab files, and as a label in Prometheus
+    title: str
+    unit: Unit
+    better: Literal["higher", "lower"]
+    statistic: Statistic
+    column: int | None = None  # its place in the table of every point, from the left
+    main: bool = False  # also in the short table that a terminal shows
+    compared: bool = False  # in comparisons, hence in reproductions and by the gate
+    exported: bool = True  # to Prometheus, once a run has ended
+    each_trial: bool = True  # measured in every trial; else only of all repeats together
+    across_machines: bool = False  # says the same on other hardware, so it may be compared there
+    token_times: bool = False  # rests on the times of single tokens within a stream
+
+    def of(self, trial: Trial) -> float | None:
+        return self.statistic.of(trial)
+
+
+# ---------------------------------------------------------------------------------- the statistics
+
+
+def mean_of(latency: Latency) -> Statistic:
+    """The mean of a latency's samples; a point's figure is the mean over repeats."""
+    return Statistic("mean", latency.per, lambda t: mean(t.samples_s(latency)), latency)
+
+
+def percentile_of(latency: Latency, q: int, pooled: bool = True) -> Statistic:
+    """The q-th percentile of a latency's raw samples."""
+    return Statistic(
+        "percentile", latency.per, lambda t: percentile(t.samples_s(latency), q), latency, q, pooled
+    )
+
+
+def rate(of: Callable[[Trial], float | None]) -> Statistic:
+    """Something per second of the measured window."""
+    return Statistic("rate", "trial", of)
+
+
+def ratio(of: Callable[[Trial], float | None]) -> Statistic:
+    """Two totals of a trial, one divided by the other."""
+    return Statistic("ratio", "trial", of)
+
+
+def count(of: Callable[[Trial], float | None]) -> Statistic:
+    """A number of things over the whole trial."""
+    return Statistic("count", "trial", of)
+
+
+def average(
+    per: Literal["request", "long prompt", "trial"], of: Callable[[Trial], float | None]
+) -> Statistic:
+    """A mean of what is no latency of the streams that count."""
+    return Statistic("mean", per, of)
+
+
+# --------------------------------------------------------------------------------------- the table
+
+LOW: Literal["lower"] = "lower"
+HIGH: Literal["higher"] = "higher"
+
+
+def _table(*rows: Metric) -> dict[str, Metric]:
+    return {row.name: row for row in rows}
+
+
+# fmt: off
+METRICS: dict[str, Metric] = _table(
+    Metric("output_tokens_per_s", "Output throughput", "tok/s", HIGH, rate(output_tokens_per_s),
+           column=10, main=True, compared=True),
+    Metric("requests_per_s", "Requests completed", "req/s", HIGH, rate(requests_per_s)),
+    Metric("goodput_per_s", "Goodput", "req/s", HIGH, rate(goodput_per_s),
+           column=70, compared=True),
+    Metric("ttft_mean_s", "TTFT, mean", "s", LOW, mean_of(TTFT)),
+    Metric("ttft_p50_s", "TTFT, p50", "s", LOW, percentile_of(TTFT, 50),
+           column=20, main=True, compared=True),
+    Metric("ttft_p90_s", "TTFT, p90", "s", LOW, percentile_of(TTFT, 90), column=30, compared=True),
+    Metric("ttft_p99_s", "TTFT, p99", "s", LOW, percentile_of(TTFT, 99)),
+    Metric("tpot_mean_s", "TPOT, mean", "s", LOW, mean_of(TPOT),
+           column=40, main=True, compared=True, token_times=True),
+    Metric("tpot_p50_s", "TPOT, p50", "s", LOW, percentile_of(TPOT, 50), token_times=True),
+    Metric("tpot_p90_s", "TPOT, p90", "s", LOW, percentile_of(TPOT, 90),
+           exported=False, each_trial=False, token_times=True),
+    Metric("tpot_p99_s", "TPOT, p99", "s", LOW, percentile_of(TPOT, 99), token_times=True),
+    Metric("itl_p50_s", "ITL, p50", "s", LOW, percentile_of(ITL, 50), token_times=True),
+    Metric("itl_p90_s", "ITL, p90", "s", LOW, percentile_of(ITL, 90),
+           exported=False, each_trial=False, token_times=True),
+    Metric("itl_p99_s", "ITL, p99", "s", LOW, percentile_of(ITL, 99),
+           column=50, compared=True, token_times=True),
+    Metric("chunk_gap_p99_s", "Chunk gap, p99", "s", LOW,
+           percentile_of(CHUNK_GAP, 99, pooled=False), token_times=True),
+    Metric("e2e_p50_s", "E2E, p50", "s", LOW, percentile_of(E2E, 50),
+           column=60, main=True, compared=True),
+    Metric("e2e_p90_s", "E2E, p90", "s", LOW, percentile_of(E2E, 90),
+           exported=False, each_trial=False),
+    Metric("e2e_p99_s", "E2E, p99", "s", LOW, percentile_of(E2E, 99)),
+    Metric("error_rate", "Error rate", "1", LOW, ratio(error_rate),
+           column=80, compared=True, across_machines=True),
+    Metric("batch", "Requests in decode, mean", "1", HIGH, average("trial", batch),
+           across_machines=True),
+    Metric("mbu", "MBU", "1", HIGH, ratio(mbu),
+           column=170, main=True, compared=True, across_machines=True),
+    Metric("mfu", "MFU", "1", HIGH, ratio(mfu), column=180, compared=True, across_machines=True),
+    Metric("intensity", "FLOP a byte", "1", HIGH, ratio(intensity), across_machines=True),
+    Metric("flops_per_s", "Decode rate", "FLOP/s", HIGH, rate(flops_per_s)),
+    Metric("prefix_hit_rate", "Prefix hit rate", "1", HIGH, ratio(prefix_hit_rate),
+           column=90, compared=True, across_machines=True),
+    Metric("acceptance_rate", "Drafts accepted", "1", HIGH, ratio(acceptance_rate),
+           column=130, compared=True, across_machines=True),
+    Metric("acceptance_length", "Tokens a draft step", "1", HIGH, ratio(acceptance_length),
+           column=140, compared=True, across_machines=True),
+    Metric("preemptions", "Preemptions", "1", LOW, count(lambda t: counted(t, PREEMPTIONS)),
+           column=160, across_machines=True),
+    Metric("kv_capacity_tokens", "KV capacity", "tok", HIGH, count(kv_capacity_tokens),
+           column=150, compared=True),
+    Metric("prefill_pieces", "Pieces of a long prompt", "1", LOW,
+           average("long prompt", prefill_pieces),
+           column=110, compared=True, across_machines=True),
+    Metric("stall_mean_s", "Stall during a prefill, mean", "s", LOW,
+           average("long prompt", stall_mean_s), column=100, compared=True, token_times=True),
+    Metric("intruder_ttft_mean_s", "TTFT of the long prompt", "s", LOW,
+           average("long prompt", intruder_ttft_mean_s), column=120, compared=True),
+    Metric("usd_per_million_tokens", "$/M tokens", "USD", LOW, ratio(usd_per_million_tokens),
+           column=200),
+    Metric("joules_per_token", "J/token", "J", LOW, ratio(joules_per_token), column=190),
+    Metric("engine_ttft_mean_s", "TTFT, engine's mean", "s", LOW,
+           average("request", engine_ttft_mean_s)),
+    Metric("client_ttft_mean_s", "TTFT, client's mean", "s", LOW,
+           average("request", client_ttft_mean_s)),
+)
+# fmt: on
+
+
+# -------------------------------------------------------------------------------- questions to it
+
+
+def measure(trial: Trial) -> dict[str, float | None]:
+    """Every metric of one trial; None where the trial has too few samples for it, or none."""
+    return {name: metric.of(trial) for name, metric in METRICS.items() if metric.each_trial}
+
+
+def measured() -> list[str]:
+    """Metrics that every trial is asked for: of which claims and forecasts may speak."""
+    return [name for name, metric in METRICS.items() if metric.each_trial]
+
+
+def pooled_latencies() -> set[Latency]:
+    """The latencies whose samples are taken together over the repeats of a point."""
+    return {
+        metric.statistic.latency
+        for metric in METRICS.values()
+        if metric.statistic.pooled and metric.statistic.latency
+    }
+
+
+def pooled(samples_s: Mapping[Latency, list[float]]) -> dict[str, float]:
+    """The percentiles of a point from the samples of all its repeats together.
+
+    Those that too few samples support are left out.
+    """
+    figures = {}
+    for name, metric in METRICS.items():
+        how = metric.statistic
+        if how.pooled and how.latency and how.q:
+            value = percentile(samples_s[how.latency], how.q)
+            if value is not None:
+                figures[name] = value
+    return figures
+
+
+def columns() -> list[str]:
+    """The columns of the table of every point, from the left."""
+    placed = {name: metric.column for name, metric in METRICS.items() if metric.column is not None}
+    return sorted(placed, key=placed.__getitem__)
+
+
+def main_columns() -> list[str]:
+    """Those of them that a terminal has room for."""
+    return [name for name in columns() if METRICS[name].main]
+
+
+def compared() -> list[str]:
+    """The figures of a comparison: a machine's own first, then those without a dimension."""
+    chosen = [name for name in columns() if METRICS[name].compared]
+    chosen += [name for name in METRICS if METRICS[name].compared and name not in chosen]
+    return sorted(chosen, key=lambda name: METRICS[name].across_machines)
+
+
+def by_repeat(repeats: Repeats, metric: str) -> dict[int, float]:
+    """A metric repeat by repeat; a repeat that could not measure it is left out."""
+    return {repeat: v for repeat, row in repeats.items() if (v := row.get(metric)) is not None}

@@ -1,0 +1,114 @@
+"""The table of metrics: a metric is one row, and everyone who shows one asks the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from dashboards import prometheus, series
+from labs.comparing import compare, gate, side_by_side
+from labs.filing import export
+from labs.judging.judge import Interval, figure, over_repeats
+from labs.judging.metrics import METRICS, Metric, Repeats, count, main_columns, measured, pooled
+from labs.running import backfill
+from labs.telling import chart_data, report
+from loadtests.latencies import LATENCIES, TTFT, Latency
+from tests.unit.builders import make_record, write_run, write_slowed
+
+TOKENS = Metric(
+    "answer_tokens", "Tokens of all answers", "tok", "higher",
+    count(lambda trial: sum(r.output_tokens or 0 for r in trial.records)),
+    column=15, main=True, compared=True,
+)  # fmt: skip
+
+
+def test_a_row_of_the_table_is_all_that_a_metric_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(METRICS, TOKENS.name, TOKENS)
+    folder = write_run(tmp_path)
+    run, summary = folder.run(), folder.summary()
+    lab, points = run.rebuilt_lab(), run.points()
+
+    first = next(p for p in points if p.variant.name == "on")
+    assert summary.figure(first.key, TOKENS.name) == over_repeats(
+        {1: {TOKENS.name: 301}, 2: {TOKENS.name: 302}}, TOKENS.name
+    )
+    for columns in (None, main_columns()):
+        header = report.points_table(points, lab, summary, columns)[1][0]
+        assert header.index(TOKENS.title) == header.index("Output throughput") + 1
+    assert chart_data.data(folder, run, summary)["metrics"][TOKENS.name]["title"] == TOKENS.title
+    assert TOKENS.name in {row["metric"] for row in export.measurements(folder)}
+
+    slowed = compare.side(str(write_slowed(folder, 2).path))
+    compared = compare.compare(compare.side(str(folder.path)), slowed)
+    assert TOKENS.name in {row.figure for row in compared.rows}
+    assert TOKENS.title in {row[0] for row in side_by_side.figure_rows(compared.rows)}
+
+    limits = tmp_path / "thresholds.toml"
+    limits.write_text(f"[worse]\ndefault = 0.1\n{TOKENS.name} = 0.3\n")
+    row = next(row for row in compared.rows if row.figure == TOKENS.name)
+    assert gate.thresholds(limits).of(row) == 0.3
+
+    gauges: list[str] = []
+
+    def keep(lines: Iterable[str]) -> None:
+        gauges.extend(lines)
+
+    monkeypatch.setattr(prometheus, "load", keep)
+    backfill.load_figures(folder)
+    mine = [g for g in gauges if g.startswith(f"{series.MEASUREMENT}{{") and TOKENS.name in g]
+    assert len(mine) == len(points)
+
+
+def test_a_pooled_percentile_is_of_all_samples_and_any_other_metric_a_mean_over_repeats() -> None:
+    repeats: Repeats = {
+        1: {"ttft_p50_s": 1.0, "ttft_mean_s": 1.0},
+        2: {"ttft_p50_s": 3.0, "ttft_mean_s": 3.0},
+        3: {"ttft_p50_s": None, "ttft_mean_s": None},
+    }
+    together = {"ttft_p50_s": 2.5}
+    assert figure(repeats, together, "ttft_p50_s") == Interval(value=2.5, low=None, high=None, n=2)
+    assert figure(repeats, {}, "ttft_p50_s") is None
+    mean = figure(repeats, together, "ttft_mean_s")
+    assert mean == over_repeats(repeats, "ttft_mean_s") == over_repeats(repeats, "ttft_p50_s")
+    assert mean
+    assert (mean.value, mean.n) == (2.0, 2)
+    assert figure({}, {}, "ttft_mean_s") is None
+
+
+def test_percentiles_of_a_point_are_those_that_its_samples_support() -> None:
+    samples_s = {latency: [float(i) for i in range(1, 41)] for latency in LATENCIES}
+    assert pooled({**samples_s, TTFT: [1.0] * 4}) == {
+        f"{name}_p{q}_s": value
+        for name in ("tpot", "itl", "e2e")
+        for q, value in ((50, 20.5), (90, 36.1))
+    }
+
+
+def test_no_column_is_given_twice_and_a_short_table_holds_no_other() -> None:
+    columns = [metric.column for metric in METRICS.values() if metric.column is not None]
+    assert len(columns) == len(set(columns))
+    assert all(metric.column is not None for metric in METRICS.values() if metric.main)
+
+
+def test_what_is_the_same_on_other_machines_has_no_dimension() -> None:
+    assert {m.unit for m in METRICS.values() if m.across_machines} == {"1"}
+
+
+def test_what_is_compared_or_exported_by_repeat_is_measured_in_every_trial() -> None:
+    for name, metric in METRICS.items():
+        assert metric.each_trial or metric.statistic.pooled, name
+        assert metric.each_trial or not metric.compared, name
+    assert measured()
+
+
+@pytest.mark.parametrize("latency", LATENCIES, ids=lambda latency: latency.title)
+def test_a_latency_names_what_a_record_has(latency: Latency) -> None:
+    answer = make_record([(1.0, 1), (1.5, 2), (2.5, 1)], sent_s=0.5, scheduled_s=0.25)
+    expected = {"request": 1, "token": 3, "chunk": 2}[latency.per]
+    assert len(latency.samples_s(answer)) == expected
+    refused = make_record([])
+    assert latency.samples_s(refused) == []
