@@ -1,0 +1,35 @@
+"""The glossary names what is there."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+GLOSSARY = Path(__file__).resolve().parents[2] / "docs" / "glossary.md"
+ROWS = re.findall(r"^\| ([^|]+) \| [^|]+ \| `([\w.]+)` \|$", GLOSSARY.read_text(), re.MULTILINE)
+
+
+def named(path: str) -> object:
+    """The module, class, function or attribute of that dotted name."""
+    parts = path.split(".")
+    for size in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:size]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[size:]:
+            found = getattr(found, attribute)
+        return found
+    raise ModuleNotFoundError(path)
+
+
+@pytest.mark.parametrize(("word", "path"), ROWS, ids=[word for word, _ in ROWS])
+def test_a_word_is_defined_where_the_glossary_says(word: str, path: str) -> None:
+    assert named(path) is not None
+
+
+def test_every_row_is_read() -> None:
+    rows = [line for line in GLOSSARY.read_text().splitlines() if line.startswith("| ")]
+    headers = sum(line.startswith("| Word |") for line in rows)
+    assert len(ROWS) == len(rows) - 2 * headers > 20
