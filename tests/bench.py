@@ -362,7 +362,8 @@ def truth(row: Row, work: Path) -> Iterator[tuple[str, Path]]:
     port, log = free_port(), work / "truth.jsonl"
     flags = ["--programmed", *(["--early-role-chunk"] if row.early_role else [])]
     flags += ["--sse-comments"] if row.sse_comments else []
-    argv = [sys.executable, truth_server.__file__, "--port", str(port), "--log", str(log), *flags]
+    argv = [sys.executable, "-m", truth_server.__name__, "--port", str(port)]
+    argv += ["--log", str(log), *flags]
     cores = machines.split_cores()[0]
     with Process("truth server", argv, log=work / "truth.log", cores=cores) as process:
         url = f"http://{LOOPBACK}:{port}"

@@ -24,9 +24,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.fake.engine import Noise, parse
+from serving.models import ROOT
+from tests.fake.engine.law import Noise
+from tests.fake.engine.options import parse
 
-ENGINE = Path(__file__).with_name("engine.py")
+ENGINE = (sys.executable, "-m", "tests.fake.engine")
 FAST = ("--step-s", ".002", "--step-per-seq-s", ".0005", "--prefill-per-token-s", ".0001")
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 Json = dict[str, Any]
@@ -107,8 +109,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def start(*flags: str) -> Fake:
         log = tmp_path / f"{len(running)}.jsonl"
-        command = [sys.executable, str(ENGINE), "--port", "0", "--log", str(log), *FAST, *flags]
-        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        command = [*ENGINE, "--port", "0", "--log", str(log), *FAST, *flags]
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT))
         return Fake(running[-1], log)
 
     yield start
@@ -575,10 +577,9 @@ def test_it_takes_vllms_flags_and_starts_late(start: Start) -> None:
     assert 'cache_dtype="fp8"' in fake.get("/metrics")
 
 
-def test_it_fails_to_start_as_a_module() -> None:
-    command = [sys.executable, "-m", "tests.fake.engine", "--fail-start", "ValueError: no memory"]
-    root = ENGINE.parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+def test_it_fails_to_start_as_vllm_does() -> None:
+    command = [*ENGINE, "--fail-start", "ValueError: no memory"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
     assert done.stderr.endswith("\nValueError: no memory\n")

@@ -1,0 +1,58 @@
+"""Starts the fake engine: `python -m tests.fake.engine --help`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import sys
+from functools import partial
+from typing import NoReturn
+
+from tests.fake.engine.alarm import Alarm
+from tests.fake.engine.api import Api
+from tests.fake.engine.connection import Connection
+from tests.fake.engine.engine import Engine
+from tests.fake.engine.options import parse
+from tests.fake.engine.request_log import RequestLog
+
+
+def fail(message: str) -> NoReturn:
+    where = '  File "vllm/v1/engine/core.py", line 1, in run_engine_core\n    raise RuntimeError'
+    print(f"Traceback (most recent call last):\n{where}\n{message}", file=sys.stderr)
+    sys.exit(1)
+
+
+async def serve(options: argparse.Namespace) -> None:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), options.start_delay)
+    with open(options.log or os.devnull, "wb") as log:
+        engine = Engine(options, Alarm(loop), RequestLog(log if options.log else None))
+        make = partial(Connection, Api(engine).answer)
+        server = await loop.create_server(make, "127.0.0.1", options.port, backlog=4096)
+        port = server.sockets[0].getsockname()[1]
+        print("Initializing a V1 LLM engine (a fake) with config:"
+              f" enforce_eager={options.enforce_eager}", file=sys.stderr)  # fmt: skip
+        print(f"Listening on http://127.0.0.1:{port}", file=sys.stderr, flush=True)
+        gc.freeze()
+        gc.disable()  # its pauses would show in the stamps; nothing here makes cycles that grow
+        await stop.wait()
+        server.close()
+        engine.shut_down()
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    if options.fail_start is not None:
+        fail(options.fail_start)
+    asyncio.run(serve(options))  # the standard loop, whose transports send within write()
+
+
+if __name__ == "__main__":
+    main()

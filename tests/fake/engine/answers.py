@@ -1,0 +1,121 @@
+"""vLLM's answers to a completion: the events of a stream, the whole answer, and errors.
+
+What is streamed is put together as text, because building and dumping objects for every chunk
+would hold the loop ten times as long; it is all ASCII, so characters are bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from http import HTTPStatus
+from typing import Any
+from zlib import crc32
+
+from orjson import dumps
+
+from tests.fake.engine.request import Request
+
+VERSION = "0.32.0"
+FINGERPRINT = f'"system_fingerprint":"vllm-{VERSION}-fake"'
+WORDS = " the", " quick", " brown", " fox", " jumps", " over", " a", " lazy", " dog", "."
+PING = "8\r\n: ping\n\n\r\n"
+DONE = "e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+
+
+class Refused(Exception):
+    """An error to answer with, in OpenAI's shape."""
+
+    def __init__(self, status: HTTPStatus, kind: str, message: str, param: str | None = None):
+        self.status = status
+        error = {"message": message, "type": kind, "param": param, "code": int(status)}
+        self.answer = {"error": error}
+
+
+def head(index: str, model: str, chat: bool, stream: bool) -> str:
+    """The JSON that every answer to a request starts with, up to its first choice."""
+    kind = ("chat.completion" + ".chunk" * stream) if chat else "text_completion"
+    name = ("chatcmpl-" if chat else "cmpl-") + index
+    fields = {"id": name, "object": kind, "created": int(time.time()), "model": model}
+    return json.dumps(fields, separators=(",", ":"))[:-1] + ',"choices":['
+
+
+def role_frame(request: Request) -> str:
+    """Chat's first chunk: a role and no token."""
+    delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+    rest = f'{_usage_so_far(request)},"prompt_token_ids":null,"prompt_text":null'
+    return _frame(request, f'{{"index":0,{delta}}}', rest)
+
+
+def content_frame(request: Request, tokens: int, reason: str) -> str:
+    """A chunk of the last `tokens` tokens of what was sent; `reason` is why it is the last one."""
+    finish = f'"finish_reason":"{reason}"' if reason else '"finish_reason":null'
+    if request.chat:
+        delta = f'"delta":{{"content":"{_text(request, tokens)}"}}'
+        ids = '"stop_reason":null,"token_ids":null' if reason else '"token_ids":null'
+    else:
+        delta = f'"text":"{_text(request, tokens)}"'
+        ids = '"stop_reason":null,"prompt_token_ids":null,"token_ids":null'
+    rest = f",{FINGERPRINT}" if reason and not request.usage else _usage_so_far(request)
+    return _frame(request, f'{{"index":0,{delta},"logprobs":null,{finish},{ids}}}', rest)
+
+
+def closing_frames(request: Request) -> str:
+    """What follows the last chunk: the usage where it was asked for, and the stream's end."""
+    usage = _frame(request, "", f"{_usage(request)},{FINGERPRINT}") if request.usage else ""
+    return usage + DONE
+
+
+def whole(request: Request) -> bytes:
+    """The answer to a request that does not stream."""
+    text = _text(request, request.sent)
+    if request.chat:
+        answer = f'"message":{{"role":"assistant","content":"{text}","refusal":null}}'
+    else:
+        answer = f'"text":"{text}"'
+    choice = f'{answer},"logprobs":null,"finish_reason":"{request.finish}","stop_reason":null'
+    if request.top is not None:
+        ids = [crc32(str(token).encode()) % 50_000 for token in request.prompt]
+        known = dumps([None, *(_prompt_logprobs(token, request.top) for token in ids[1:])])
+        choice += f',"prompt_logprobs":{known.decode()},"prompt_token_ids":{dumps(ids).decode()}'
+    details = ',"prompt_tokens_details":null,"completion_tokens_details":null'
+    rest = f'"service_tier":null,{FINGERPRINT}{_usage(request, details)}'
+    return f'{request.head}{{"index":0,{choice}}}],{rest}}}'.encode()
+
+
+def _frame(request: Request, choice: str, rest: str) -> str:
+    """One server-sent event as one HTTP chunk."""
+    event = f"data: {request.head}{choice}]{rest}}}\n\n"
+    return f"{len(event):x}\r\n{event}\r\n"
+
+
+def _usage(request: Request, details: str = "") -> str:
+    counts = (
+        f'"prompt_tokens":{len(request.prompt)},"total_tokens":{request.length},'
+        f'"completion_tokens":{request.sent}'
+    )
+    return f',"usage":{{{counts}{details}}}'
+
+
+def _usage_so_far(request: Request) -> str:
+    details = ',"completion_tokens_details":null' if request.chat else ""
+    return _usage(request, details) if request.continuous else ""
+
+
+def _text(request: Request, tokens: int) -> str:
+    """The last `tokens` tokens of what was sent."""
+    words = [WORDS[i % len(WORDS)] for i in range(request.sent - tokens, request.sent)]
+    if request.sent == tokens and request.mark:
+        words[0] = request.mark
+    return "".join(words)
+
+
+def _prompt_logprobs(token: int, top: int) -> dict[str, dict[str, Any]]:
+    """The top of a position: the token itself has a probability of a half, others share."""
+    ids = [token, *(50_000 + i for i in range((top or 1) - 1))]
+    shares = [0.5, *(0.4 / 2**i for i in range(1, len(ids)))]
+    return {
+        str(i): {"logprob": math.log(share), "rank": rank, "decoded_token": "w"}
+        for rank, (i, share) in enumerate(zip(ids, shares, strict=True), start=1)
+    }

@@ -1,0 +1,199 @@
+"""vLLM's routes, and completions read from the JSON that clients send."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tests.fake.engine import answers
+from tests.fake.engine.answers import Refused
+from tests.fake.engine.connection import Connection
+from tests.fake.engine.engine import Engine
+from tests.fake.engine.request import Request
+
+Handler = Callable[[Connection, dict[str, str], bytes], None]
+
+
+class Api:
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._options = engine, engine.options
+        self._arrived = 0
+        self._routes: dict[str, tuple[str, Handler]] = {
+            "/health": ("GET", lambda to, *_: to.respond(HTTPStatus.OK, b"")),
+            "/version": ("GET", lambda to, *_: to.respond_json({"version": answers.VERSION})),
+            "/v1/models": ("GET", self._list_models),
+            "/metrics": ("GET", self._render_metrics),
+            "/v1/chat/completions": ("POST", partial(self._complete, chat=True)),
+            "/v1/completions": ("POST", partial(self._complete, chat=False)),
+            "/reset_prefix_cache": ("POST", self._reset_prefix_cache),
+        }
+        if self._options.enable_lora and os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING") == "1":
+            self._routes["/v1/load_lora_adapter"] = ("POST", self._load_adapter)
+            self._routes["/v1/unload_lora_adapter"] = ("POST", self._unload_adapter)
+
+    def answer(
+        self, connection: Connection, method: str, path: str, headers: dict[str, str], body: bytes
+    ) -> None:
+        """Answers one HTTP request: at once or, a completion, as the scheduler lets it."""
+        allowed, handle = self._routes.get(path, ("", None))
+        if not handle:
+            connection.respond_json({"detail": "Not Found"}, HTTPStatus.NOT_FOUND)
+        elif method != allowed:
+            status = HTTPStatus.METHOD_NOT_ALLOWED
+            connection.respond_json({"detail": "Method Not Allowed"}, status)
+        else:
+            try:
+                handle(connection, headers, body)
+            except Refused as refusal:
+                connection.respond_json(refusal.answer, refusal.status)
+
+    def _list_models(self, connection: Connection, *_: object) -> None:
+        shared = {"object": "model", "created": int(time.time()), "owned_by": "vllm"}
+        more = {"root": self._options.model, "max_model_len": self._options.max_model_len}
+        data = [{"id": name, **shared, **more} for name in self._engine.models]
+        connection.respond_json({"object": "list", "data": data})
+
+    def _render_metrics(self, connection: Connection, *_: object) -> None:
+        kind = "text/plain; version=1.0.0; charset=utf-8"
+        connection.respond(HTTPStatus.OK, self._engine.metrics_text().encode(), kind)
+
+    def _reset_prefix_cache(self, connection: Connection, *_: object) -> None:
+        self._engine.cache.reset_prefixes()
+        connection.respond_json({"success": True})
+
+    def _load_adapter(self, connection: Connection, _: dict[str, str], body: bytes) -> None:
+        asked = json.loads(body)
+        name, folder = asked["lora_name"], Path(asked["lora_path"])
+        if name in self._engine.adapters:
+            message = f"The lora adapter '{name}' has already been loaded."
+            raise Refused(HTTPStatus.BAD_REQUEST, "InvalidUserInput", message)
+        if not folder.is_dir():
+            message = f"Loading lora {name} failed: No adapter found for {folder}"
+            raise Refused(HTTPStatus.NOT_FOUND, "NotFoundError", message)
+        self._engine.adapters[name] = folder
+        text = f"Success: LoRA adapter '{name}' added successfully."
+        connection.respond(HTTPStatus.OK, text.encode(), "text/plain")
+
+    def _unload_adapter(self, connection: Connection, _: dict[str, str], body: bytes) -> None:
+        name = json.loads(body)["lora_name"]
+        if name not in self._engine.adapters:
+            message = f"The lora adapter '{name}' cannot be found."
+            raise Refused(HTTPStatus.NOT_FOUND, "NotFoundError", message)
+        del self._engine.adapters[name]
+        text = f"Success: LoRA adapter '{name}' removed successfully."
+        connection.respond(HTTPStatus.OK, text.encode(), "text/plain")
+
+    def _complete(
+        self, connection: Connection, headers: dict[str, str], body: bytes, *, chat: bool
+    ) -> None:
+        request = self._read(connection, headers, body, chat)
+        if self._options.error_every and self._arrived % self._options.error_every == 0:
+            self._engine.close(request, "error")
+            status = HTTPStatus.INTERNAL_SERVER_ERROR
+            raise Refused(status, "InternalServerError", "EngineCore failed, as it was told to")
+        self._engine.start(request)
+
+    def _read(
+        self, connection: Connection, headers: dict[str, str], text: bytes, chat: bool
+    ) -> Request:
+        """The request in `text`. Raises Refused where vLLM would answer with an error."""
+
+        def refuse(message: str, param: str | None = None) -> NoReturn:
+            raise Refused(HTTPStatus.BAD_REQUEST, "BadRequestError", message, param)
+
+        def count(name: str, default: int) -> int:
+            value = body.get(name)
+            if value is not None and (type(value) is not int or value < 0):
+                refuse(f"{name} must be a whole number, got {value}.", name)
+            return default if value is None else value
+
+        try:
+            body = json.loads(text)
+            if not isinstance(body, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            refuse(f"JSON decode error: {error}", "body")
+        engine = self._engine
+        model = body.get("model") or engine.names[0]
+        if model not in engine.models:
+            aliases = ", ".join(engine.models)
+            message = f"The model `{model}` does not exist. Valid aliases: {aliases}."
+            raise Refused(HTTPStatus.NOT_FOUND, "NotFoundError", message, "model")
+        try:
+            prompt = _chat_tokens(body["messages"]) if chat else _tokens(body["prompt"])
+        except (KeyError, TypeError, AttributeError):
+            refuse("Field required", "messages" if chat else "prompt")
+        longest = self._options.max_model_len
+        rest = longest - len(prompt)
+        most = count("max_tokens", rest if chat else min(rest, 16))
+        most = count("max_completion_tokens", most) if chat else most
+        least = count("min_tokens", 0)
+        if most < 1 or len(prompt) + most > longest:
+            refuse(f"{len(prompt)} + {most} tokens, of max_model_len={longest}.", "max_tokens")
+        if least > most:
+            refuse(f"min_tokens must be at most max_tokens={most}, got {least}.", "min_tokens")
+        ends = self._options.eos_after if not body.get("ignore_eos") else 0
+        n_out = min(most, max(least, ends)) if ends else most
+        top = None if body.get("prompt_logprobs") is None else count("prompt_logprobs", 0)
+        if top is not None and body.get("stream"):
+            refuse("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
+        truth = body.get("truth") or {}
+        if not (isinstance(truth, dict) and all(type(v) in (int, float) for v in truth.values())):
+            refuse("truth must map ttft_s, gap_s, stall_s, tokens_per_chunk to numbers.", "truth")
+
+        self._arrived += 1
+        index = headers.get("x-request-id", str(self._arrived))
+        stream = bool(body.get("stream"))
+        wanted = body.get("stream_options") or {}
+        usage = bool(stream and wanted.get("include_usage"))
+        return Request(
+            connection=connection,
+            received=time.monotonic(),
+            index=index,
+            head=answers.head(index, model, chat, stream),
+            model=model,
+            adapter=model if model in engine.adapters else None,
+            mark=_mark(engine.adapters.get(model)),
+            salt=str(body.get("cache_salt") or ""),
+            top=top,
+            chat=chat,
+            stream=stream,
+            usage=usage,
+            continuous=bool(usage and wanted.get("continuous_usage_stats")),
+            prompt=prompt,
+            n_out=n_out,
+            stops=n_out < most or n_out == ends,
+            truth=truth,
+        )
+
+
+def _mark(adapter: Path | None) -> str:
+    """The first word of an adapter's answers, where its folder names one."""
+    path = adapter and adapter / "mark.txt"
+    return path.read_text().strip() if path and path.exists() else ""
+
+
+def _tokens(text: object) -> Sequence[object]:
+    """A token a word, of a prompt, or the prompt itself when it is a list of token ids."""
+    if isinstance(text, list) and all(isinstance(token, int) for token in text):
+        return text
+    if not isinstance(text, str):
+        raise TypeError
+    return text.split()
+
+
+def _chat_tokens(messages: list[dict[str, Any]]) -> list[object]:
+    """The words of all messages, and ten tokens of template before each."""
+    tokens: list[object] = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = " ".join(part["text"] for part in content)
+        tokens += [message["role"]] * 10 + content.split()
+    return tokens

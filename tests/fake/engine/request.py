@@ -1,0 +1,56 @@
+"""A completion under way: what was asked, how far it is, and what was sent when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tests.fake.engine.connection import Connection
+
+
+class Step(NamedTuple):
+    """What the law says of the step that a chunk comes from."""
+
+    due: float
+    batch: int
+    prefilled: int
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    connection: Connection
+    received: float
+    index: str
+    head: str  # the JSON that every answer starts with
+    model: str
+    adapter: str | None  # its name, of a model that is one
+    mark: str  # its first word
+    salt: str
+    top: int | None  # how many of the prompt's logprobs are wanted at each position
+    chat: bool
+    stream: bool
+    usage: bool  # a last chunk with the usage
+    continuous: bool  # the usage in every chunk
+    prompt: Sequence[object]
+    n_out: int
+    stops: bool  # ends by itself, not by max_tokens
+    truth: dict[str, float]
+    scheduled: float = 0.0
+    n_cached: int = 0
+    computed: int = 0  # tokens whose keys and values are there
+    sent: int = 0
+    finish: str = ""
+    times: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the answer so far."""
+        return len(self.prompt) + self.sent
+
+    @property
+    def left(self) -> int:
+        """Tokens to compute before the next one can be sampled: one, once it decodes."""
+        return self.length - self.computed
