@@ -42,6 +42,7 @@ from dashboards.panels import (
     runs_on_file,
 )
 from loadtests import exporter
+from loadtests.latencies import CHUNK_GAP, E2E, ITL, SEND_LAG, TPOT, TTFT, Latency
 from serving import metrics, telemetry
 
 FOLDER = Path(__file__).parent / "grafana"
@@ -114,9 +115,10 @@ def _slo(name: str) -> Line:
     return Line(f"max(last_over_time({found}[$__range]))", "SLO", BOUND)
 
 
-def _latency(title: str, says: str, histogram: str, *more: Line) -> Panel:
+def _latency(latency: Latency, says: str, *more: Line) -> Panel:
+    histogram = latency.histogram
     return lines(
-        title,
+        latency.title,
         f"{says} Solid p50, thin p90, dashed p99.",
         SECONDS,
         Line(_quantile(0.5, histogram)),
@@ -152,24 +154,21 @@ def live() -> dashboard.Dashboard:
     )
     latency = (
         _latency(
-            "TTFT",
+            TTFT,
             "Time to the first token, as a user waits for it; it climbs when requests queue.",
-            exporter.TTFT,
             _slo("ttft"),
         ),
         _latency(
-            "ITL",
+            ITL,
             "Between two tokens; a p99 far above the p50 is a stream that stands still.",
-            exporter.ITL,
             _slo("itl"),
         ),
         _latency(
-            "TPOT",
+            TPOT,
             "Time per output token, a request's mean; it grows with the batch.",
-            exporter.TPOT,
             _slo("tpot"),
         ),
-        _latency("E2E", "Whole requests, so it follows the length of answers.", exporter.E2E),
+        _latency(E2E, "Whole requests, so it follows the length of answers."),
     )
     flow = (
         lines(
@@ -196,7 +195,7 @@ def live() -> dashboard.Dashboard:
             "Medians of both; the client's (solid) lies above the engine's (dashed) by transport"
             " and, under open loop, by how late requests were sent.",
             SECONDS,
-            Line(_quantile(0.5, exporter.TTFT)),
+            Line(_quantile(0.5, TTFT.histogram)),
             Line(_quantile(0.5, metrics.TTFT), style=DASHED),
         ),
     )
@@ -534,12 +533,12 @@ def generator() -> dashboard.Dashboard:
     failed = _rate(ended, f'{LIVE},outcome="error"')
     panels = (
         lines(
-            "Send lag",
+            SEND_LAG.title,
             "How late scheduled requests left; beyond the line a late generator, not the engine,"
             " is measured, and there is no verdict. p50 and p99 (dashed).",
             SECONDS,
-            Line(_quantile(0.5, exporter.SEND_LAG)),
-            Line(_quantile(0.99, exporter.SEND_LAG), style=DASHED),
+            Line(_quantile(0.5, SEND_LAG.histogram)),
+            Line(_quantile(0.99, SEND_LAG.histogram), style=DASHED),
             limit=LATE_S,
             most=2 * LATE_S,
         ),
@@ -583,9 +582,8 @@ def generator() -> dashboard.Dashboard:
             most=2 * MOST_ERRORS,
         ),
         _latency(
-            "Chunk gap",
+            CHUNK_GAP,
             "Between two chunks as they were read: what a person sees as stutter.",
-            exporter.CHUNK_GAP,
         ),
         lines(
             "Requests ended, client and engine",

@@ -178,7 +178,8 @@ class SLO(BaseModel, frozen=True, extra="forbid"):
 
     def by_name(self) -> dict[str, float]:
         """ttft, tpot and, where there is one, itl -> seconds."""
-        return {name.removesuffix("_s"): value for name, value in self if value is not None}
+        every = {"ttft": self.ttft_s, "tpot": self.tpot_s, "itl": self.itl_s}
+        return {name: seconds for name, seconds in every.items() if seconds is not None}
 
 
 class LabError(Exception):

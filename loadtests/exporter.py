@@ -5,7 +5,7 @@ workload, which load) is in one info-like gauge, `lab_load_point`, which is 1 wh
 Long prompts that are sent beside streams count as requests, but their latencies are not the
 streams' and stay out, as in the report.
 Buckets grow by less than a fifth, so a quantile read from them is within 20 %; exact figures come
-from the records, never from here.
+from the records, never from here. The histograms are those of `loadtests/latencies.py`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import HistogramMetricFamily
 
+from loadtests.latencies import CHUNK_GAP, E2E, ITL, LATENCIES, SEND_LAG, TPOT, TTFT
 from loadtests.plan import Progress, TrialPlan
 from loadtests.records import RequestRecord
 
 LABELS = ("lab", "variant", "run_id")
-TTFT, ITL, TPOT, E2E = (
-    "lab_ttft_seconds", "lab_itl_seconds", "lab_tpot_seconds", "lab_e2e_seconds",
-)  # fmt: skip
-CHUNK_GAP, SEND_LAG = "lab_chunk_gap_seconds", "lab_send_lag_seconds"
 REQUESTS, OUTPUT_TOKENS, PROMPT_TOKENS = (
     "lab_requests", "lab_output_tokens", "lab_prompt_tokens",
 )  # fmt: skip
@@ -99,15 +96,8 @@ class Exporter:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._histograms = {
-            name: Seconds(name, text)
-            for name, text in (
-                (TTFT, "Time to the first output token, from the schedule under open loop"),
-                (ITL, "Inter-token latency, one sample a token"),
-                (TPOT, "Time per output token after the first chunk, one sample a request"),
-                (E2E, "Whole request, from the schedule under open loop"),
-                (CHUNK_GAP, "Between two chunks that carry tokens"),
-                (SEND_LAG, "How late a scheduled request was sent"),
-            )
+            latency.histogram: Seconds(latency.histogram, latency.description)
+            for latency in LATENCIES
         }
         for histogram in self._histograms.values():
             self.registry.register(histogram)
@@ -213,20 +203,20 @@ class Exporter:
         """Take over a request that ended; one that failed has no latencies, as in the report."""
         (self._ok_now if record.ok else self._failed_now).inc()
         if record.send_lag_s is not None:
-            self._histograms[SEND_LAG].observe(self._now, [record.send_lag_s])
+            self._histograms[SEND_LAG.histogram].observe(self._now, [record.send_lag_s])
         if not record.ok:
             return
         self._output_now.inc(record.output_tokens or 0)
         self._prompt_now.inc(record.prompt_tokens or 0)
         if self._is_intruder(record.index):
             return
-        for name, value in ((TTFT, record.ttft_s), (TPOT, record.tpot_s), (E2E, record.e2e_s)):
-            if value is not None:
-                self._histograms[name].observe(self._now, [value])
+        for latency in (TTFT, TPOT, E2E):
+            if samples_s := latency.samples_s(record):
+                self._histograms[latency.histogram].observe(self._now, samples_s)
         itl_s = record.itl_s
         counts, total = binned(itl_s), sum(itl_s)
-        self._histograms[ITL].add(self._now, counts, total)
+        self._histograms[ITL.histogram].add(self._now, counts, total)
         if len(itl_s) == len(record.chunks) - 1:  # one token a chunk: its gap is the interval
-            self._histograms[CHUNK_GAP].add(self._now, counts, total)
+            self._histograms[CHUNK_GAP.histogram].add(self._now, counts, total)
         else:
-            self._histograms[CHUNK_GAP].observe(self._now, record.chunk_gaps_s)
+            self._histograms[CHUNK_GAP.histogram].observe(self._now, record.chunk_gaps_s)

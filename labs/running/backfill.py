@@ -265,8 +265,8 @@ def _figures(folder: RunFolder) -> Iterator[str]:
         place = {**_point(f.point), "metric": f.metric}
         put(series.FORECAST, f.measured.value if f.measured else None, **place)
         put(series.FORECAST_PREDICTED, f.prediction.value, **place)
-    for slo, value in run.rebuilt_lab().slo.model_dump().items():
-        put(series.SLO, value, slo=slo.removesuffix("_s"))
+    for slo, value in run.rebuilt_lab().slo.by_name().items():
+        put(series.SLO, value, slo=slo)
     yield from _scrape(registry, ended)
 
 

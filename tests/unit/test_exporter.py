@@ -10,9 +10,11 @@ from prometheus_client import CollectorRegistry, Histogram
 from loadtests import exporter
 from loadtests.arrivals import parse
 from loadtests.exporter import Exporter
+from loadtests.latencies import CHUNK_GAP, E2E, ITL, SEND_LAG, TPOT, TTFT
 from loadtests.plan import Progress, TrialPlan, together
 from tests.unit.builders import make_record
 
+STREAMS = (TTFT, ITL, TPOT, E2E, CHUNK_GAP)
 MINE = {"lab": "l", "variant": "v", "run_id": "r"}
 
 
@@ -77,9 +79,9 @@ def test_a_request_that_failed_half_way_is_an_error_without_latencies() -> None:
     found.observe(make_record(half, scheduled_s=0.2, error="cut off"))
     assert value(found, f"{exporter.REQUESTS}_total", **MINE, outcome="ok") == 1
     assert value(found, f"{exporter.REQUESTS}_total", **MINE, outcome="error") == 1
-    for name in (exporter.TTFT, exporter.ITL, exporter.TPOT, exporter.E2E, exporter.CHUNK_GAP):
-        assert value(found, f"{name}_count") == 1, name
-    assert value(found, f"{exporter.SEND_LAG}_count") == 2
+    for latency in STREAMS:
+        assert value(found, f"{latency.histogram}_count") == 1, latency.title
+    assert value(found, f"{SEND_LAG.histogram}_count") == 2
 
 
 def test_warm_up_lasts_until_what_is_sent_counts() -> None:
@@ -102,19 +104,23 @@ def test_a_long_prompt_counts_but_its_latencies_are_not_the_streams(
         found.observe(make_record([(10.5, 1), (10.6, 2)], index=index))
     assert value(found, f"{exporter.REQUESTS}_total", **MINE, outcome="ok") == 4
     assert value(found, f"{exporter.OUTPUT_TOKENS}_total") == 12
-    for name in (exporter.TTFT, exporter.ITL, exporter.TPOT, exporter.E2E, exporter.CHUNK_GAP):
-        per_request = {exporter.ITL: 2}.get(name, 1)
-        assert value(found, f"{name}_count") == streams * per_request, name
+    for latency in STREAMS:
+        per_request = {ITL: 2}.get(latency, 1)
+        samples = value(found, f"{latency.histogram}_count")
+        assert samples == streams * per_request, latency.title
 
 
 def test_a_chunk_of_several_tokens_is_one_gap_and_several_intervals() -> None:
     found = begun("concurrent:2")
     found.observe(make_record([(1.0, 1), (1.5, 2), (2.5, 1)]))
-    assert (value(found, f"{exporter.ITL}_count"), value(found, f"{exporter.ITL}_sum")) == (3, 1.5)
-    assert value(found, f"{exporter.CHUNK_GAP}_count") == 2
+    assert (value(found, f"{ITL.histogram}_count"), value(found, f"{ITL.histogram}_sum")) == (
+        3,
+        1.5,
+    )
+    assert value(found, f"{CHUNK_GAP.histogram}_count") == 2
     found.observe(make_record([(1.0, 1), (1.5, 1)]))
-    assert value(found, f"{exporter.ITL}_count") == 4
-    assert value(found, f"{exporter.CHUNK_GAP}_count") == 3
+    assert value(found, f"{ITL.histogram}_count") == 4
+    assert value(found, f"{CHUNK_GAP.histogram}_count") == 3
 
 
 @pytest.mark.parametrize(
