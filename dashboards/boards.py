@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
@@ -45,6 +45,18 @@ from loadtests import exporter
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, SEND_LAG, TPOT, TTFT, Latency
 from serving import metrics, telemetry
 
+
+class Described(Protocol):
+    """What a panel says of a metric of finished runs; the table of metrics belongs to the labs."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def unit(self) -> str: ...
+
+
+Figures = Mapping[str, Described]  # by the name under which it is exported
+UNITS = {"s": SECONDS, "tok": TOKENS, "tok/s": TOKENS_PER_S, "req/s": PER_S, "1": RATIO}
 FOLDER = Path(__file__).parent / "grafana"
 LATE_S, LOOP_LAG_S, MOST_ERRORS = (
     0.005,
@@ -128,6 +140,11 @@ def _latency(latency: Latency, says: str, *more: Line) -> Panel:
     )
 
 
+def _figure(metric: Described, says: str, expr: str, row: str) -> Panel:
+    """A metric of finished runs: a group of bars for each `row`, in it one for each variant."""
+    return bars(metric.title, says, UNITS[metric.unit], expr, row=row, column="variant")
+
+
 def _runs(where: str) -> Panel:
     return rows(
         "Reports",
@@ -147,7 +164,7 @@ def _runs(where: str) -> Panel:
 # ------------------------------------------------------------------------------------- Lab, live
 
 
-def live() -> dashboard.Dashboard:
+def live(_: Figures) -> dashboard.Dashboard:
     drafts = f"sum by (variant) (increase({metrics.SPEC_DRAFTS}{{{LIVE}}}[$__range]))"
     accepted = (
         f"sum by (variant, position) (increase({metrics.SPEC_ACCEPTED_AT}{{{LIVE}}}[$__range]))"
@@ -319,7 +336,7 @@ def _annotations() -> tuple[dashboard.AnnotationQuery, ...]:
 # --------------------------------------------------------------------------------------- Compare
 
 
-def compare() -> dashboard.Dashboard:
+def compare(described: Figures) -> dashboard.Dashboard:
     def measured(metric: str) -> str:
         figure = _last(series.MEASUREMENT, f'{POINTS},metric="{metric}"')
         return f'label_join({figure}, "point", " ", "workload", "load")'
@@ -369,19 +386,19 @@ def compare() -> dashboard.Dashboard:
         ),
     )
     figures = tuple(
-        bars(title, says, unit, measured(metric), row="point", column="variant")
-        for title, says, unit, metric in (
-            ("Output throughput", "Higher is better; see at which load the variants part.",
-             TOKENS_PER_S, "output_tokens_per_s"),
-            ("Goodput", "Requests that met the SLO: throughput that nobody waited too long for.",
-             PER_S, "goodput_per_s"),
-            ("TTFT, p50", "Lower is better; prefill and queueing.", SECONDS, "ttft_p50_s"),
-            ("TPOT, mean", "Lower is better; the pace of an answer.", SECONDS, "tpot_mean_s"),
-            ("ITL, p99", "Lower is better; how long a stream stands still.", SECONDS,
-             "itl_p99_s"),
-            ("E2E, p50", "Lower is better; the whole answer.", SECONDS, "e2e_p50_s"),
+        _figure(described[metric], says, measured(metric), row="point")
+        for metric, says in (
+            ("output_tokens_per_s", "Higher is better; see at which load the variants part."),
+            (
+                "goodput_per_s",
+                "Requests that met the SLO: throughput that nobody waited too long for.",
+            ),
+            ("ttft_p50_s", "Lower is better; prefill and queueing."),
+            ("tpot_mean_s", "Lower is better; the pace of an answer."),
+            ("itl_p99_s", "Lower is better; how long a stream stands still."),
+            ("e2e_p50_s", "Lower is better; the whole answer."),
         )
-    )  # fmt: skip
+    )
     point = (
         Column("Variant", "variant", width=160),
         Column("Workload", "workload", width=160),
@@ -441,25 +458,28 @@ def _finished_choices() -> list[dashboard.QueryVariable]:
 # -------------------------------------------------------------------------------------- Machines
 
 
-def machines() -> dashboard.Dashboard:
+def machines(described: Figures) -> dashboard.Dashboard:
     def measured(metric: str) -> str:
         where = f'{EVERYWHERE},workload=~"$workload",load=~"$load",metric="{metric}"'
         return f"avg by (machine, variant) ({_last(series.MEASUREMENT, where)})"
 
     effect = f"avg by (title, machine) ({_last(series.EFFECT, EVERYWHERE)})"
     figures = tuple(
-        bars(title, says, unit, measured(metric), row="machine", column="variant")
-        for title, says, unit, metric in (
-            ("Output throughput", "Absolute figures are a machine's own; the order of variants"
-             " is what may carry over.", TOKENS_PER_S, "output_tokens_per_s"),
-            ("TTFT, p50", "Mean over the runs and loads chosen; choose one load to compare.",
-             SECONDS, "ttft_p50_s"),
-            ("TPOT, mean", "Decode is bound by memory bandwidth, so this follows it.", SECONDS,
-             "tpot_mean_s"),
-            ("MBU", "Share of the measured bandwidth that decode needs: what is left is overhead.",
-             RATIO, "mbu"),
+        _figure(described[metric], says, measured(metric), row="machine")
+        for metric, says in (
+            (
+                "output_tokens_per_s",
+                "Absolute figures are a machine's own; the order of variants is what may carry"
+                " over.",
+            ),
+            ("ttft_p50_s", "Mean over the runs and loads chosen; choose one load to compare."),
+            ("tpot_mean_s", "Decode is bound by memory bandwidth, so this follows it."),
+            (
+                "mbu",
+                "Share of the measured bandwidth that decode needs: what is left is overhead.",
+            ),
         )
-    )  # fmt: skip
+    )
     return board(
         "lab-machines",
         "Machines",
@@ -526,7 +546,7 @@ def machines() -> dashboard.Dashboard:
 # ------------------------------------------------------------------------------ Generator health
 
 
-def generator() -> dashboard.Dashboard:
+def generator(_: Figures) -> dashboard.Dashboard:
     ended, sent, due = (
         f"{name}_total" for name in (exporter.REQUESTS, exporter.SENT, exporter.SCHEDULED)
     )
@@ -610,30 +630,27 @@ def generator() -> dashboard.Dashboard:
 BOARDS = {"lab-live": live, "compare": compare, "machines": machines, "generator": generator}
 
 
-def built() -> dict[str, dict[str, Any]]:
-    """Every dashboard as plain JSON, by the name of its file."""
-    return {
-        name: json.loads(json.dumps(make().build(), cls=JSONEncoder))
-        for name, make in BOARDS.items()
-    }
-
-
-def files(variants: Sequence[Sequence[str]]) -> dict[Path, str]:
+def files(variants: Sequence[Sequence[str]], described: Figures) -> dict[Path, str]:
     """Every dashboard's file and what belongs in it, coloured for these labs' variants."""
-    found = built()
-    for one in found.values():
-        for panel in panels(one):
+    texts = {}
+    for name, make in BOARDS.items():
+        plain = json.loads(json.dumps(make(described).build(), cls=JSONEncoder))
+        for panel in panels(plain):
             coloured(panel, variants)
-    return {
-        FOLDER / f"{name}.json": f"{json.dumps(one, indent=1)}\n" for name, one in found.items()
-    }
+        texts[FOLDER / f"{name}.json"] = f"{json.dumps(plain, indent=1)}\n"
+    return texts
 
 
-def write(variants: Sequence[Sequence[str]]) -> list[Path]:
+def written() -> dict[str, dict[str, Any]]:
+    """Every dashboard as plain JSON, by the name of its file."""
+    return {name: json.loads((FOLDER / f"{name}.json").read_text()) for name in BOARDS}
+
+
+def write(variants: Sequence[Sequence[str]], described: Figures) -> list[Path]:
     """Write the dashboards anew; those that changed."""
     FOLDER.mkdir(exist_ok=True)
     changed = []
-    for path, text in files(variants).items():
+    for path, text in files(variants, described).items():
         if path.exists() and path.read_text() == text:
             continue
         half = path.with_suffix(".half")
@@ -658,7 +675,7 @@ def expressions(values: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
     def resolved(query: str) -> str:
         return re.sub(r"\$\{?(\w+)\}?", lambda found: known.get(found[1], ".*"), query)
 
-    for found in built().values():
+    for found in written().values():
         for panel in panels(found):
             for target in panel["targets"]:
                 yield found["title"], panel["title"], resolved(target["expr"])

@@ -11,7 +11,7 @@ from loadtests import exporter
 
 # of a finished run; labels: lab, run_id, machine, and
 RUN_INFO = "lab_run_info"  # model, scale, quick, report: 1
-MEASUREMENT = "lab_measurement"  # variant, workload, load, metric: the mean over the repeats
+MEASUREMENT = "lab_measurement"  # variant, workload, load, metric: a point's figure
 MEASUREMENT_LOW, MEASUREMENT_HIGH = f"{MEASUREMENT}_low", f"{MEASUREMENT}_high"  # 95 % interval
 EFFECT = "lab_effect"  # claim, title, metric, treatment, baseline: their ratio
 EFFECT_LOW, EFFECT_HIGH = f"{EFFECT}_low", f"{EFFECT}_high"

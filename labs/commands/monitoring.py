@@ -14,6 +14,7 @@ from dashboards.stack import Stack
 from labs import LABS
 from labs.commands.terminal import console, plainly
 from labs.filing.results import RESULTS, RunFolder, all_runs, open_run
+from labs.judging.metrics import METRICS
 from labs.lab import LabError
 from labs.running import backfill
 from labs.running.run import alone
@@ -66,7 +67,8 @@ def import_runs(
 def dashboards() -> None:
     """Write the Grafana dashboards anew from their code."""
     with plainly():
-        for path in boards.write([[v.name for v in lab.variants] for lab in LABS.values()]):
+        variants = [[v.name for v in lab.variants] for lab in LABS.values()]
+        for path in boards.write(variants, METRICS):
             console.print(os.path.relpath(path), soft_wrap=True)
 
 

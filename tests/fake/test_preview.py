@@ -93,7 +93,7 @@ def test_every_panel_is_seen_with_data(previewed: Previewed, tmp_path: Path, boa
     run = previewed.run
     start = datetime.fromisoformat(run.started_at).timestamp()
     asked = f"board={board}&lab={run.lab['name']}&from={start:.0f}"
-    every = len(boards.panels(boards.built()[board]))
+    every = len(boards.panels(boards.written()[board]))
     with browser(tmp_path / "profile") as chromium:
         page = Page(chromium, 1400, 1000)
         page.open(f"{previewed.url}/?{asked}")

@@ -28,7 +28,7 @@ SCHEMA = Path(
 )
 VARIANTS = [[variant.name for variant in lab.variants] for lab in LABS.values()]
 BUILT: dict[str, dict[str, Any]] = {
-    path.stem: json.loads(text) for path, text in boards.files(VARIANTS).items()
+    path.stem: json.loads(text) for path, text in boards.files(VARIANTS, METRICS).items()
 }
 EVERY = [(name, panel) for name, found in BUILT.items() for panel in boards.panels(found)]
 QUERIES = [
@@ -70,18 +70,18 @@ def asked(query: str) -> set[str]:
 
 
 def test_the_files_are_as_generated() -> None:
-    for path, text in boards.files(VARIANTS).items():
+    for path, text in boards.files(VARIANTS, METRICS).items():
         assert path.read_text() == text, f"{path.name}: run `make dashboards`"
-    assert {*boards.FOLDER.iterdir()} == {*boards.files(VARIANTS)}
+    assert {*boards.FOLDER.iterdir()} == {*boards.files(VARIANTS, METRICS)}
 
 
 def test_writing_again_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(boards, "FOLDER", tmp_path / "grafana")
-    assert len(boards.write(VARIANTS)) == len(boards.BOARDS)
-    assert boards.write(VARIANTS) == []
+    assert len(boards.write(VARIANTS, METRICS)) == len(boards.BOARDS)
+    assert boards.write(VARIANTS, METRICS) == []
     one = tmp_path / "grafana" / "machines.json"
     one.write_text("{}")
-    assert boards.write(VARIANTS) == [one]
+    assert boards.write(VARIANTS, METRICS) == [one]
 
 
 @pytest.mark.parametrize(("board", "panel", "query"), QUERIES)

@@ -114,7 +114,7 @@ def test_what_is_sent_the_first_time(grafana: Stub) -> None:
         {"title": "Inference-serving lab", "uid": "inference-lab"}
     ]
     sent = grafana.of("POST", "/api/dashboards/db")
-    assert {s["dashboard"]["uid"] for s in sent} == {b["uid"] for b in boards.built().values()}
+    assert {s["dashboard"]["uid"] for s in sent} == {b["uid"] for b in boards.written().values()}
     assert {(s["folderUid"], s["overwrite"]) for s in sent} == {("inference-lab", True)}
     assert {p["datasource"]["uid"] for s in sent for p in boards.panels(s["dashboard"])} == {
         source["uid"]
