@@ -187,6 +187,11 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
         """A point's figure as the table of metrics wants it shown."""
         return figure(self.measurements.get(point, {}), self.pooled.get(point, {}), metric)
 
+    def value(self, point: str, metric: str) -> float | None:
+        """That figure without its interval."""
+        interval = self.figure(point, metric)
+        return interval.value if interval else None
+
     def over_repeats(self, point: str, metric: str) -> Interval | None:
         """The mean over a point's repeats with its interval, of a percentile too."""
         return over_repeats(self.measurements.get(point, {}), metric)

@@ -16,6 +16,7 @@ from labs.filing.results import Summary
 from labs.findings import quantization, speculation, streams
 from labs.findings.context import Context
 from labs.judging.judge import Judgement
+from labs.judging.metrics import METRICS
 from labs.judging.quality import QualityFigure, compare, gate
 from labs.judging.text import number, times
 from labs.lab import Point
@@ -163,12 +164,11 @@ def both_ends(told: Told) -> str | None:
     if not most or not ends or not session:
         return None
     (point,) = most
-    of = told.summary.pooled.get(point.key, {})
-    figures = (
-        f"TTFT {number(of.get('ttft_p50_s'), 's')}, ITL {number(of.get('itl_p50_s'), 's')}, end to"
-        f" end {number(of.get('e2e_p50_s'), 's')} (medians) and"
-        f" {number(told.context.mean(point, 'output_tokens_per_s'), 'tok/s')}"
+    ttft, itl, e2e, throughput = (
+        number(told.summary.value(point.key, metric), METRICS[metric].unit)
+        for metric in ("ttft_p50_s", "itl_p50_s", "e2e_p50_s", "output_tokens_per_s")
     )
+    figures = f"TTFT {ttft}, ITL {itl}, end to end {e2e} (medians) and {throughput}"
     counts = (a for a in session.agreement if a.engine is not None)
     differ = [a.what for a in counts if len({a.records, a.prometheus or a.records, a.engine}) > 1]
     agree = (

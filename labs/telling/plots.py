@@ -248,8 +248,8 @@ def static(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summar
             ax.fill_between(times, np.cumsum([0, *(d for _, d in edges)]), step="post",
                             color=colour, alpha=0.2)  # fmt: skip
             kind = "fixed batches" if row == 0 else "continuous"
-            throughput = summary.figure(point.key, "output_tokens_per_s")
-            rate = f", {throughput.value:.0f} tok/s" if throughput else ""
+            throughput = summary.value(point.key, "output_tokens_per_s")
+            rate = f", {throughput:.0f} tok/s" if throughput else ""
             ax.set_title(f"{point.workload.name} lengths, {kind} ({point.load}){rate}", fontsize=9)
             if column == 0:
                 ax.set_ylabel("in decode")

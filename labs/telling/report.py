@@ -197,17 +197,12 @@ def points_table(
 ) -> Table:
     """Means over repeats; percentiles of the samples of all repeats together."""
     metrics = columns() if metrics is None else metrics
-    shown = [c for c in metrics if any(_figure(summary, p.key, c) is not None for p in points)]
+    shown = [c for c in metrics if any(summary.value(p.key, c) is not None for p in points)]
     rows = [["Point", *(METRICS[c].title for c in shown)]]
     for point in points:
-        cells = [number(_figure(summary, point.key, c), METRICS[c].unit) for c in shown]
+        cells = [number(summary.value(point.key, c), METRICS[c].unit) for c in shown]
         rows.append([short(point.key, lab), *cells])
     return "Every point", rows
-
-
-def _figure(summary: Summary, key: str, metric: str) -> float | None:
-    interval = summary.figure(key, metric)
-    return interval.value if interval else None
 
 
 def forecasts_table(lab: Lab, summary: Summary) -> Table:
@@ -250,7 +245,8 @@ def ttft_table(points: Sequence[Point], lab: Lab, summary: Summary) -> Table:
     rows = [["Point", "Client's mean", "Engine's mean", "Difference"]]
     for point in points:
         ours, theirs = (
-            _figure(summary, point.key, f"{side}_ttft_mean_s") for side in ("client", "engine")
+            summary.value(point.key, metric)
+            for metric in ("client_ttft_mean_s", "engine_ttft_mean_s")
         )
         if ours is not None and theirs is not None:
             gap = number(ours - theirs, "s")
