@@ -98,7 +98,7 @@ def requests_per_s(trial: Trial) -> float | None:
 def goodput_per_s(trial: Trial) -> float | None:
     """Requests/s that succeed and meet every part of the SLO; a one-token answer has no TPOT.
 
-    Goodput as DistServe defines it (Zhong et al. 2024), over the measured window.
+    After the goodput of DistServe (Zhong et al. 2024), here at the load that was sent.
     """
     if trial.window_length_s <= 0:
         return None
@@ -116,7 +116,10 @@ def error_rate(trial: Trial) -> float | None:
 
 
 def batch(trial: Trial) -> float | None:
-    """Mean number of requests in decode at once: decode seconds over the window's seconds."""
+    """The mean number of requests in decode at once: decode seconds / the window's seconds.
+
+    A request decodes from its first token to its last (Little's law over the window).
+    """
     start, end = trial.summary.window_s
     busy = sum(
         max(0.0, min(end, r.chunks[-1][0]) - max(start, r.chunks[0][0]))
@@ -127,7 +130,9 @@ def batch(trial: Trial) -> float | None:
 
 
 def mbu(trial: Trial) -> float | None:
-    """Memory bandwidth used by decode / the measured ceiling (Databricks 2023).
+    """Model bandwidth utilisation: bytes/s that decode needs / the measured ceiling; a share.
+
+    Defined by Databricks ("LLM Inference Performance Engineering", 2023).
 
     Bytes a step from the model's shape at the mean batch and context, steps/s from TPOT: what
     decode must read, not what the device happened to move.
@@ -141,7 +146,7 @@ def mbu(trial: Trial) -> float | None:
 
 
 def flops_per_s(trial: Trial) -> float | None:
-    """FLOP/s the arriving tokens needed in decode; prefill is left out."""
+    """FLOP/s that the arriving tokens needed in decode; prefill is left out."""
     rate, point = output_tokens_per_s(trial), trial.point
     if rate is None:
         return None
@@ -149,13 +154,19 @@ def flops_per_s(trial: Trial) -> float | None:
 
 
 def mfu(trial: Trial) -> float | None:
-    """Decode FLOP/s / the measured BF16 ceiling (PaLM, Chowdhery et al. 2022)."""
+    """Model FLOP utilisation: decode FLOP/s / the measured BF16 ceiling; a share.
+
+    Defined in PaLM (Chowdhery et al. 2022), there for training.
+    """
     rate = flops_per_s(trial)
     return rate and rate / trial.point.ceilings.bf16_flops_per_s
 
 
 def intensity(trial: Trial) -> float | None:
-    """FLOP a byte of the decode steps at the batch that was in fact in flight."""
+    """Arithmetic intensity of the decode steps at the batch that was in flight, in FLOP/byte.
+
+    The abscissa of the roofline (Williams et al. 2009).
+    """
     size, point = batch(trial), trial.point
     if size is None:
         return None
@@ -164,15 +175,15 @@ def intensity(trial: Trial) -> float | None:
 
 
 def usd_per_million_tokens(trial: Trial) -> float | None:
-    """At PRICE_PER_HOUR US dollars for this machine; None where no price is given."""
+    """US dollars a million output tokens cost at PRICE_PER_HOUR; None where no price is given."""
     price, rate = price_per_hour(), output_tokens_per_s(trial)
     return price / 3600 / rate * 1e6 if price and rate else None
 
 
 def joules_per_token(trial: Trial) -> float | None:
-    """Energy of the serving GPUs (or of the processors) over the window / the tokens that arrived.
+    """Joules that an output token took: energy of the serving GPUs or processors / tokens.
 
-    All of it: the device's idle draw and prefill too, not the host's.
+    All energy of the window: the device's idle draw and prefill too, not the host's.
     """
     rate = output_tokens_per_s(trial)
     used_j = telemetry.energy_j(trial.telemetry, *trial.summary.window_s)
@@ -192,7 +203,10 @@ def price_per_hour() -> float | None:
 
 
 def prefix_hit_rate(trial: Trial) -> float | None:
-    """Prompt tokens found in the prefix cache / looked up, over the whole trial, by the engine."""
+    """Prompt tokens found in the prefix cache / looked up; a share, as the engine counts them.
+
+    Over the whole trial, warm-up included.
+    """
     values = trial.engine.values if trial.engine else {}
     queries = values.get(metrics.PREFIX_QUERIES)
     return values.get(metrics.PREFIX_HITS, 0.0) / queries if queries else None
@@ -204,13 +218,16 @@ def counted(trial: Trial, metric: str) -> float | None:
 
 
 def acceptance_rate(trial: Trial) -> float | None:
-    """Draft tokens accepted / drafted, over the whole trial, by the engine."""
+    """Draft tokens accepted / drafted; a share, as the engine counts them over the whole trial."""
     drafted, accepted = (counted(trial, m) for m in (metrics.SPEC_DRAFTED, metrics.SPEC_ACCEPTED))
     return accepted / drafted if drafted and accepted is not None else None
 
 
 def acceptance_length(trial: Trial) -> float | None:
-    """Tokens a verified draft yields: the accepted ones and the target's own next token."""
+    """Tokens that a verified draft yields: those accepted and the target's own next one.
+
+    Counted by the engine over the whole trial (Leviathan et al. 2023).
+    """
     drafts, accepted = (counted(trial, m) for m in (metrics.SPEC_DRAFTS, metrics.SPEC_ACCEPTED))
     return 1 + accepted / drafts if drafts and accepted is not None else None
 

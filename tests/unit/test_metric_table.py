@@ -10,12 +10,22 @@ import pytest
 from dashboards import prometheus, series
 from labs.comparing import compare, gate, side_by_side
 from labs.filing import export
-from labs.judging.judge import Interval, figure, over_repeats
-from labs.judging.metrics import METRICS, Metric, Repeats, count, main_columns, measured, pooled
+from labs.judging.judge import Interval, figure, judge, over_repeats
+from labs.judging.metrics import (
+    METRICS,
+    Metric,
+    Repeats,
+    compared,
+    count,
+    main_columns,
+    measured,
+    percentile_of,
+    pooled,
+)
 from labs.running import backfill
 from labs.telling import chart_data, report
 from loadtests.latencies import LATENCIES, TTFT, Latency
-from tests.unit.builders import make_record, write_run, write_slowed
+from tests.unit.builders import PREDICTION, make_claim, make_record, write_run, write_slowed
 
 TOKENS = Metric(
     "answer_tokens", "Tokens of all answers", "tok", "higher",
@@ -43,13 +53,13 @@ def test_a_row_of_the_table_is_all_that_a_metric_takes(
     assert TOKENS.name in {row["metric"] for row in export.measurements(folder)}
 
     slowed = compare.side(str(write_slowed(folder, 2).path))
-    compared = compare.compare(compare.side(str(folder.path)), slowed)
-    assert TOKENS.name in {row.figure for row in compared.rows}
-    assert TOKENS.title in {row[0] for row in side_by_side.figure_rows(compared.rows)}
+    comparison = compare.compare(compare.side(str(folder.path)), slowed)
+    assert TOKENS.name in {row.figure for row in comparison.rows}
+    assert TOKENS.title in {row[0] for row in side_by_side.figure_rows(comparison.rows)}
 
     limits = tmp_path / "thresholds.toml"
     limits.write_text(f"[worse]\ndefault = 0.1\n{TOKENS.name} = 0.3\n")
-    row = next(row for row in compared.rows if row.figure == TOKENS.name)
+    row = next(row for row in comparison.rows if row.figure == TOKENS.name)
     assert gate.thresholds(limits).of(row) == 0.3
 
     gauges: list[str] = []
@@ -61,6 +71,20 @@ def test_a_row_of_the_table_is_all_that_a_metric_takes(
     backfill.load_figures(folder)
     mine = [g for g in gauges if g.startswith(f"{series.MEASUREMENT}{{") and TOKENS.name in g]
     assert len(mine) == len(points)
+
+
+def test_nothing_is_read_out_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A percentile whose name does not say so is missing where too few samples support it."""
+    waiting = Metric("waiting", "Waiting", "s", "lower", percentile_of(TTFT, 90), compared=True)
+    monkeypatch.setitem(METRICS, waiting.name, waiting)
+    claim = make_claim(metric=waiting.name)
+    judged = judge(claim, "on", "off", {}, PREDICTION, [])
+    assert judged.why.endswith(": a p90 takes 30 samples in a trial, widen `window_s`")
+    assert figure({1: {waiting.name: 1.0}}, {waiting.name: 2.0}, waiting.name) == Interval(
+        value=2.0, low=None, high=None, n=1
+    )
+    assert waiting.name in compared()
+    assert waiting.name in {name for name in pooled({latency: [1.0] * 30 for latency in LATENCIES})}
 
 
 def test_a_pooled_percentile_is_of_all_samples_and_any_other_metric_a_mean_over_repeats() -> None:
