@@ -72,6 +72,11 @@ class Row(BaseModel, frozen=True, extra="forbid"):
         return self.figure.split()[-1]
 
     @property
+    def title(self) -> str:
+        """The figure with the metric's title for its name: `effect on TTFT, p50`."""
+        return " ".join([*self.figure.split()[:-1], METRICS[self.metric].title])
+
+    @property
     def worse_by(self) -> float | None:
         """By which share B is worse than A; negative where it is better."""
         if self.contrast is None:

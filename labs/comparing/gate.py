@@ -13,7 +13,6 @@ from pathlib import Path
 from pydantic import BaseModel, NonNegativeFloat, ValidationError
 
 from labs.comparing.compare import NO_VERDICT, Comparison, Row
-from labs.comparing.side_by_side import title
 from labs.judging.metrics import METRICS
 from labs.judging.text import times
 from labs.lab import LabError
@@ -72,7 +71,7 @@ def failures(found: Comparison, limits: Thresholds) -> list[str]:
         if v.flips or lost or (open_ and limits.verdicts.undecided_fails):
             failed.append(f"{v.title} ({v.where}): {v.a} in the baseline, {v.b} now")
     for row in found.rows if found.same_hardware else [*found.rows, *found.effects]:
-        what = f"{title(row.figure)} at {row.where}"
+        what = f"{row.title} at {row.where}"
         if row.b is None:  # a percentile is missing where few samples came, which chance decides
             if limits.verdicts.missing_fails and METRICS[row.metric].statistic.q is None:
                 failed.append(f"{what}: missing now")

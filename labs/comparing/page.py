@@ -65,7 +65,7 @@ def _apart(body: Markup) -> tuple[Markup, Markup]:
 def _rows(found: Comparison) -> list[dict[str, Any]]:
     return [
         {
-            "kind": side_by_side.title(row.figure),
+            "kind": row.title,
             "where": where,
             "a": number(row.a, row.unit),
             "b": number(row.b, row.unit),

@@ -9,7 +9,6 @@ from pathlib import Path
 from labs.comparing.compare import Comparison, Row, VerdictPair
 from labs.filing import manifest
 from labs.judging.judge import Caveat, Interval
-from labs.judging.metrics import METRICS
 from labs.judging.text import number, times
 from labs.telling import plots
 from labs.telling.report import Table, markdown
@@ -58,7 +57,7 @@ def figure_rows(rows: Sequence[Row]) -> list[list[str]]:
         known = ratio is not None and ratio.low is not None and ratio.high is not None
         out.append(
             [
-                title(row.figure),
+                row.title,
                 where,
                 number(row.a, row.unit),
                 number(row.b, row.unit),
@@ -80,12 +79,6 @@ def _places(wheres: Sequence[str]) -> list[str]:
         return " ".join(parts[i] for i in varied or [-1])
 
     return [" / ".join(short(p) for p in where.split(" / ")) for where in wheres]
-
-
-def title(figure: str) -> str:
-    """`effect on ttft_p50_s` with the metric's title."""
-    *before, metric = figure.split()
-    return " ".join([*before, METRICS[metric].title])
 
 
 def verdict_rows(verdicts: Sequence[VerdictPair]) -> list[list[str]]:
@@ -123,7 +116,7 @@ def write(found: Sequence[Comparison], refused: Sequence[str], path: Path) -> No
     for comparison in found:
         file = path.with_name(f"{path.stem}-{comparison.lab}.svg")
         if plots.ratios(
-            [(f"{title(r.figure)}, {where}", i, r.outcome == "differs")
+            [(f"{r.title}, {where}", i, r.outcome == "differs")
              for r, where, i in drawable(comparison)], file
         ):  # fmt: skip
             mark = f" FORCED: {comparison.forced}." if comparison.forced else ""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context
 from labs.judging.judge import effect, outcome_of
+from labs.judging.metrics import by_repeat
 from labs.judging.text import number, times
 from labs.lab import Point
 
@@ -141,14 +141,9 @@ def beside(context: Context, variant: str, workload: str) -> tuple[str, str]:
     metric = METRIC_OF[workload]
     pair = [context.point(name, workload, "concurrent:1") for name in (variant, "default")]
     keys = [point.key for point in pair if point]
-    repeats = [_repeats(context, key, metric) for key in keys]
+    repeats = [by_repeat(context.values.get(key, {}), metric) for key in keys]
     found = effect(*repeats) if variant != "default" and len(repeats) == len(pair) else None
     if found is None:
         return "–", "–"
     withheld = any(caveat.hits(metric, *keys) for caveat in context.caveats)
     return times(found.ratio), NOT_VALID if withheld else MATTERS[outcome_of(found, metric)]
-
-
-def _repeats(context: Context, key: str, metric: str) -> Mapping[int, float]:
-    rows = context.values.get(key, {})
-    return {r: v for r, row in rows.items() if (v := row.get(metric)) is not None}

@@ -42,8 +42,7 @@ from loadtests.latencies import CHUNK_GAP, E2E, ITL, TPOT, TTFT, Latency
 from serving.metrics import PREEMPTIONS
 
 Unit = Literal["s", "tok", "tok/s", "req/s", "FLOP/s", "1", "USD", "J"]  # "1": a number or a share
-Row = Mapping[str, float | None]  # metric -> value in one repeat
-Repeats = Mapping[int, Row]  # of one point: repeat -> row
+Repeats = Mapping[int, Mapping[str, float | None]]  # of one point: repeat -> metric -> value
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def data(folder: RunFolder, run: Run, summary: Summary) -> dict[str, Any]:
 
 def _figure_names(lab: Lab, summary: Summary) -> list[str]:
     """Metrics that any trial has, those the lab asks about first."""
-    rows = [row for by_repeat in summary.measurements.values() for row in by_repeat.values()]
+    rows = [row for repeats in summary.measurements.values() for row in repeats.values()]
     asked = [*(c.metric for c in lab.claims), *(f.metric for f in lab.forecasts), *columns()]
     return [n for n in dict.fromkeys(asked) if any(row.get(n) is not None for row in rows)]
 

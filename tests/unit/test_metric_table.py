@@ -112,6 +112,11 @@ def test_percentiles_of_a_point_are_those_that_its_samples_support() -> None:
     }
 
 
+def test_the_gates_own_margins_are_of_figures_that_a_comparison_has() -> None:
+    own = gate.thresholds().worse.keys() - {"default", "effect", "measured"}
+    assert own <= {*compared()}
+
+
 def test_no_column_is_given_twice_and_a_short_table_holds_no_other() -> None:
     columns = [metric.column for metric in METRICS.values() if metric.column is not None]
     assert len(columns) == len(set(columns))
