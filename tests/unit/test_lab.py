@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from labs import LABS
 from labs.findings import FINDINGS
-from labs.judging.metrics import METRICS
+from labs.judging.metrics import measured
 from labs.lab import (
     NEED_TEXT,
     NO_TEXT,
@@ -409,11 +409,11 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
     assert lab.answers
     assert set(lab.answers) <= QUESTIONS.keys()
     assert set(lab.plots) <= PLOTS.keys()
-    assert {c.metric for c in lab.claims} | {f.metric for f in lab.forecasts} <= METRICS.keys()
+    assert {c.metric for c in lab.claims} | {f.metric for f in lab.forecasts} <= {*measured()}
     assert set(lab.probes) | set(lab.quick.get("probes", ())) <= PROBES.keys()
     assert set(lab.findings) <= FINDINGS.keys()
     pieces = {e.metric for e in lab.evidence if e.kind == "pieces"}
-    assert pieces <= METRICS.keys()
+    assert pieces <= {*measured()}
     assert all(metrics.is_known(e.metric) for e in lab.evidence if e.metric not in pieces)
     assert all(bool(e.label) == (e.kind == "echoes") for e in lab.evidence)
     assert set(lab.scales) <= {"cpu", "gpu", *CLASSES}
