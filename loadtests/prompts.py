@@ -173,12 +173,11 @@ def _sentence(rng: random.Random) -> str:
 
 def counter(model_path: str) -> CountTokens:
     """The token count of chat messages under a model folder's tokenizer and chat template."""
-    # the fast class by name: AutoTokenizer imports torch, which takes seconds
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    fast = (Path(model_path) / "tokenizer.json").exists()
-    kind = PreTrainedTokenizerFast if fast else AutoTokenizer
-    tokenizer = kind.from_pretrained(model_path)
+    if (Path(model_path) / "tokenizer.json").exists():
+        from transformers import PreTrainedTokenizerFast as Tokenizer
+    else:
+        from transformers import AutoTokenizer as Tokenizer  # imports torch, which takes seconds
+    tokenizer = Tokenizer.from_pretrained(model_path)
 
     def count(messages: Messages) -> int:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

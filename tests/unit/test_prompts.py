@@ -2,6 +2,8 @@
 
 import hashlib
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from labs import LABS
 from loadtests import plan
 from loadtests.prompts import CountTokens, Messages, Writer, counter
-from serving.models import BUNDLED, CACHE
+from serving.models import BUNDLED, CACHE, ROOT
 
 MODEL = CACHE / "models" / BUNDLED
 
@@ -33,6 +35,15 @@ def bundled() -> CountTokens:
     if not (MODEL / "config.json").exists():
         pytest.skip("the bundled model is not converted yet (`make setup` does it)")
     return counter(str(MODEL))
+
+
+def test_counting_tokens_imports_no_torch(bundled: CountTokens) -> None:
+    """Every run counts tokens, and importing torch takes seconds."""
+    program = (
+        "import sys; from loadtests.prompts import counter;"
+        f" counter({str(MODEL)!r}); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def digest(count: CountTokens) -> str:
