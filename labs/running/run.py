@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -24,6 +25,9 @@ from labs.telling.summary import summarise
 from serving import models
 from serving.engine import flag_argv
 from serving.machine import engine_version
+
+# What a run needs on disk while it lasts, and the lock that keeps a second one out.
+SCRATCH = Path(os.environ.get("LABS_SCRATCH") or models.CACHE)
 
 
 def run(request: Request, teller: Teller) -> RunFolder:
@@ -86,9 +90,9 @@ def run(request: Request, teller: Teller) -> RunFolder:
 @contextlib.contextmanager
 def _scratch() -> Iterator[Path]:
     """A folder for what a run needs on disk and nobody needs afterwards."""
-    for left in models.CACHE.glob("run-*/"):  # by a run that was killed; we run alone
+    for left in SCRATCH.glob("run-*/"):  # by a run that was killed; we run alone
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=models.CACHE, prefix="run-") as folder:
+    with tempfile.TemporaryDirectory(dir=SCRATCH, prefix="run-") as folder:
         yield Path(folder)
 
 
@@ -144,8 +148,8 @@ def _resumed(setup: Setup) -> RunFolder | None:
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Two labs at once would measure each other. Raises LabError."""
-    models.CACHE.mkdir(exist_ok=True)
-    with (models.CACHE / "run.lock").open("w") as lock:
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    with (SCRATCH / "run.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

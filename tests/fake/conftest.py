@@ -103,6 +103,7 @@ class Reader:
 
     def __init__(self, home: Path) -> None:
         self.home, self.results, self.engines = home, home / "results", home / "engines"
+        self.scratch = home / "scratch"  # with a lock of their own: other tests run meanwhile
         self.engines.mkdir(parents=True)
         with pytest.MonkeyPatch.context() as patched:
             patched.setenv(gpus.VARIABLE, "")
@@ -128,6 +129,7 @@ class Reader:
         settings = {
             "RESULTS": str(self.results),
             "PROMETHEUS_DATA": str(self.home / "prometheus"),
+            "LABS_SCRATCH": str(self.scratch),
             "ENGINE_COMMAND": self._engine_command(engine, first_engine),
             **settings,
         }

@@ -21,7 +21,6 @@ from labs import LABS as EVERY_LAB
 from labs.filing.results import RunFolder, TrialResult
 from loadtests.records import RequestRecord
 from serving.engine import free_port
-from serving.models import CACHE
 from tests.fake.conftest import (
     LABS,
     LABS_WITHOUT_PROMETHEUS,
@@ -361,7 +360,7 @@ def _nothing_is_left(
     assert 1 <= len(_results(folder)) < trials
     assert _records(folder)
     assert all(record.ok for record in _records(folder))
-    with (CACHE / "run.lock").open("w") as lock:
+    with (reader.scratch / "run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -416,7 +415,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stopped]:
         command = reader.types("run", BATCHING, SET=LONGER, first_engine=("--die-after", "60"))
         command.until("Predicted, before any engine starts")  # long before it ends
         with reading(tmp_path_factory.mktemp("second") / "reader") as other:
-            second = other.types("run", BATCHING, SET=LONGER)
+            second = other.types("run", BATCHING, SET=LONGER, LABS_SCRATCH=str(reader.scratch))
             second.wait()
         command.until(TRIAL_ENDED)
         family = command.family()
