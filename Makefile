@@ -156,7 +156,7 @@ check: setup ## Lint, format and type check; README and results in order
 	@$(BIN)/labs readme --verify && $(BIN)/labs check
 
 bench: setup ## Measure the lab's own instruments: [PART=streams|engine|neighbour|recording|aa]
-	@$(BIN)/python -m tests.bench
+	@$(BIN)/python -m bench
 
 clean: ## Remove caches; results, environment and models' packages stay
 	rm -rf .cache .pytest_cache .ruff_cache .mypy_cache

@@ -11,6 +11,7 @@ from labs import LABS
 
 ROOT = Path(__file__).resolve().parents[2]
 MAY_IMPORT = {
+    "bench": {"bench", "labs", "serving", "loadtests", "dashboards"},
     "labs": {"labs", "serving", "loadtests", "dashboards"},
     "dashboards": {"dashboards", "serving", "loadtests"},
     "serving": {"serving"},
@@ -52,7 +53,7 @@ def at_module_level(tree: ast.AST) -> Iterator[ast.AST]:
 def test_imports_go_one_way(path: Path) -> None:
     tree, house = ast.parse(path.read_text()), path.relative_to(ROOT).parts[0]
     everywhere = {name.split(".")[0] for name in imported(ast.walk(tree))}
-    assert everywhere & MAY_IMPORT.keys() <= MAY_IMPORT[house]
+    assert everywhere & {*MAY_IMPORT, "tests"} <= MAY_IMPORT[house]
     if path != ROOT / "loadtests" / "locustfile.py":
         assert not everywhere & {"locust", "gevent", "geventhttpclient"}
     on_import = {name.split(".")[0] for name in imported(at_module_level(tree))}

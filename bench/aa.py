@@ -1,0 +1,114 @@
+"""A lab's baseline against itself on fake engines whose speed varies: how many false alarms."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+from scipy import stats
+
+from bench import BenchError, truth
+from bench.clock import Clock
+from bench.console import aim, console
+from labs.filing.results import MachineFile, RunFolder, write_json
+from labs.judging.judge import CONFIDENCE, Judgement
+from labs.telling import instruments
+from serving import gpus
+from serving import machine as machines
+
+LAB = "continuous-batching"
+SET = (
+    "warmup_s=0.1 window_s=0.4 repeats=3 requests=128"
+    " workloads.exponential.output_tokens.mean_tokens=8"
+    " workloads.exponential.output_tokens.max_tokens=16"
+)
+LAW = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
+# a step varies by a tenth, the machine's speed by 3 % over seconds, two starts by half a percent
+NOISE = ("--seed", "any", "--jitter", ".1", "--drift", ".03", "--start-spread", ".005")
+NO_GPU = {gpus.VARIABLE: ""}  # where there is a GPU too, a fake engine's labs are a CPU's
+CEILINGS = machines.Ceilings(
+    memory_bandwidth_bytes_per_s=2e10,
+    bf16_flops_per_s=1e12,
+    threads=1,
+    torch="none",
+    measured_at="not measured: given by the bench",
+)
+
+
+def measure(clock: Clock, work: Path, runs: int) -> instruments.Alarms:
+    """A lab's baseline against itself, on fake engines whose speed varies."""
+    judged: list[list[Judgement]] = []
+    for i in range(runs):
+        clock.tell(f"run {i + 1} of {runs}", i / runs)
+        judged.append(_run(work / str(i), seed=i).summary().judgements)
+    if all(j.outcome == "not valid" for run in judged for j in run):
+        raise BenchError("not one claim could be judged: this machine is too busy")
+    alarms = alarms_of(judged, LAB)
+    console.print(
+        f"False alarms: {alarms.alarms} of {alarms.judged} claims judged ({alarms.low:.1%} to"
+        f" {alarms.high:.1%}, exact 95 % interval), {alarms.not_judged} not judged; the ratio"
+        f" varies by {alarms.spread:.1%} between repeats"
+    )
+    console.print(
+        "[dim]Two claims of a run that look at one trial are not independent, so the interval is"
+        " somewhat too narrow.[/]"
+    )
+    doubt = "the interval admits it: more --runs" if alarms.low <= 0.05 < alarms.rate else ""
+    aim("false alarms", 100 * alarms.rate, 5.0, "% of the claims judged", doubt=doubt)
+    return alarms
+
+
+def _run(work: Path, seed: int) -> RunFolder:
+    """One run of the lab against itself, with a results folder of its own. Raises BenchError."""
+    with patch.dict(os.environ, NO_GPU):
+        machine = machines.detect()
+    results, log = work / "results", work / "lab.log"
+    write_json(
+        results / machine.slug / "machine.json",
+        MachineFile(machine=machine, ceilings=CEILINGS),  # measuring takes 15 s
+    )
+    settings = {
+        "AA": "1",
+        "SET": SET,
+        "SEED": str(seed),
+        "RESULTS": str(results),
+        "PROMETHEUS_DATA": str(work / "prometheus"),
+        "ENGINE_COMMAND": shlex.join([sys.executable, "-m", truth.SERVER, *LAW, *NOISE]),
+    }
+    env = {name: value for name, value in os.environ.items() if not name.startswith("LABS_")}
+    env |= {f"LABS_{name}": value for name, value in settings.items()}
+    env |= NO_GPU
+    argv = [sys.executable, "-m", "labs.commands.cli", "run", LAB]
+    with log.open("wb") as sink:
+        done = subprocess.run(
+            argv, env=env, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, check=False
+        )
+    if done.returncode:
+        raise BenchError(f"the lab failed; it said:\n{log.read_text()}")
+    (run,) = results.glob("*/*/*/run.json")
+    return RunFolder(run.parent)
+
+
+def alarms_of(runs: Sequence[Sequence[Judgement]], lab: str) -> instruments.Alarms:
+    """Count false alarms: in a lab against itself, any claim that is judged to help or hurt."""
+    every = [j for run in runs for j in run]
+    judged = [j for j in every if j.outcome != "not valid"]
+    alarms = sum(j.outcome in ("helps", "hurts") for j in judged)
+    exact = stats.binomtest(alarms, len(judged)).proportion_ci(CONFIDENCE, method="exact")
+    spreads = [j.effect.spread for j in judged if j.effect and j.effect.spread is not None]
+    return instruments.Alarms(
+        lab=lab,
+        runs=len(runs),
+        alarms=alarms,
+        judged=len(judged),
+        not_judged=len(every) - len(judged),
+        low=exact.low,
+        high=exact.high,
+        spread=median(spreads),
+    )

@@ -1,0 +1,42 @@
+"""What every part prints: tables, and figures beside their aims."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from labs.judging.judge import Interval
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def table(title: str, *columns: str) -> Table:
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="right" if i else "left")
+    return made
+
+
+def aim(
+    what: str, value: float, bound: float, unit: str = "", at_least: bool = False, doubt: str = ""
+) -> None:
+    """Say whether an aim is met; `doubt` is why that may be other than it looks."""
+    met = value >= bound if at_least else value <= bound
+    colour, word = ("green", "met") if met else ("yellow", "not met")
+    sign = "at least" if at_least else "at most"
+    unit = f" {unit}" if unit else ""
+    verdict = f"[{colour}]{word}[/]" + (f", in doubt: {doubt}" if doubt else "")
+    console.print(f"Aim: {escape(what)} {sign} {bound:g}{unit}; it is {value:.3g}{unit}: {verdict}")
+
+
+def within(ratio: Interval) -> str:
+    if ratio.low is None or ratio.high is None:
+        return ""
+    return f" (95 % interval {ratio.low:.3f} to {ratio.high:.3f})"
+
+
+def scaled(value: float | None, by: float, digits: int) -> str:
+    return "–" if value is None else f"{by * value:.{digits}f}"

@@ -1,0 +1,54 @@
+"""The load generator, as a run starts it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from loadtests import generator, plan
+from loadtests.arrivals import Concurrent
+from serving import machine as machines
+from serving.engine import free_port
+from serving.process import Process
+
+
+@dataclass(frozen=True)
+class RunningLocust:
+    """Our Locust, ready to play trials."""
+
+    generator: generator.Generator
+    child: Process
+    exporter_port: int
+
+    def cpu_s(self) -> tuple[float, float]:
+        """CPU time so far of Locust's master, which records, and of it and its load workers."""
+        (master,) = psutil.Process(self.child.pid).children()
+        family = (master, *master.children(recursive=True))
+        used = [sum(p.cpu_times()[:2]) for p in family]
+        return used[0], sum(used)
+
+
+@contextlib.contextmanager
+def locust(
+    users: int, work: Path, locustfile: Path = generator.LOCUSTFILE, processes: int = 1
+) -> Iterator[RunningLocust]:
+    """Our Locust, started as a run starts it, with its exporter."""
+    argv = generator.argv(users, exporter_port := free_port(), free_port(), processes)
+    argv[argv.index(str(generator.LOCUSTFILE))] = str(locustfile)
+    log, cores = work / f"locust-{users}.log", machines.split_cores()[1]
+    with Process("locust", argv, log=log, cores=cores, talk=True) as child:
+        yield RunningLocust(generator.Generator(child), child, exporter_port)
+
+
+def trial(
+    url: str, users: int, requests_file: Path, warmup_s: float, window_s: float, records_file: Path
+) -> plan.TrialPlan:
+    return plan.TrialPlan(
+        url=url, arrival=Concurrent(users=users), requests=requests_file, records=records_file,
+        warmup_s=warmup_s, window_s=window_s, timeout_s=60, seed=0, lab="bench", variant="bench",
+        run_id="bench", workload="bench",
+    )  # fmt: skip

@@ -1,0 +1,59 @@
+"""An engine's throughput beside another that is loaded and idle, as variants of a lab are."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from bench.clients import ENGINE_FLAGS, USERS, ours, rate, write_work
+from bench.clock import Clock
+from bench.console import aim, within
+from bench.load import locust
+from labs.judging.judge import effect
+from labs.telling import instruments
+from serving import machine as machines
+from serving import models
+from serving.engine import VllmEngine
+
+
+def measure(clock: Clock, work: Path, pairs: int) -> instruments.Neighbour:
+    """One engine under load, in turn beside an idle one and beside the same one held still."""
+    machine = machines.detect()
+    model = models.resolve(machine)
+    write_work(work, model)
+    with contextlib.ExitStack() as exits:
+        engines = []
+        for name in ("loaded", "idle"):
+            started = VllmEngine(
+                name, model, ENGINE_FLAGS, kind=machine.kind, log=work / f"{name}.log"
+            )
+            exits.callback(started.stop)
+            engines.append(started)
+        load = exits.enter_context(locust(USERS, work / "locust"))
+        clock.tell("starting two engines", 0)
+        for started in engines:
+            started.wait()
+        family = psutil.Process(engines[1].pid).children(recursive=True)
+        for process in family:
+            exits.callback(process.resume)  # what is held still cannot end
+        play = partial(ours, load, engines[0].url, work / "requests.jsonl")
+        clock.tell("warming up", 0)
+        play(work / "warm-up")
+        rates: dict[str, dict[int, float]] = {"idle": {}, "held": {}}
+        for pair in range(pairs):
+            for arm in list(rates)[:: -1 if pair % 2 else 1]:
+                clock.tell(f"{arm}, {pair + 1} of {pairs}", (pair + 0.5) / (pairs + 1))
+                for process in family:
+                    process.suspend() if arm == "held" else process.resume()
+                rates[arm][pair] = rate(play(work / f"{pair}-{arm}"))
+    slowed = effect(rates["idle"], rates["held"])
+    assert slowed
+    ratio = slowed.ratio
+    wide = ratio.low is not None and ratio.low < 0.97 < ratio.value
+    doubt = "the interval reaches below: more --pairs" if wide else ""
+    what = f"throughput beside an idle engine / beside one held still{within(ratio)}"
+    aim(what, ratio.value, 0.97, at_least=True, doubt=doubt)
+    return instruments.Neighbour(throughput=ratio)

@@ -1,0 +1,126 @@
+"""What the load generator adds to TTFT and to gaps, and the CPU it costs, against the truth."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.markup import escape
+
+from bench import trials
+from bench.clock import Clock
+from bench.console import aim, console, scaled, table
+from bench.load import locust
+from bench.trials import Totals
+from bench.truth import CHUNKS, SHARED, TTFT_S, Program
+from labs.telling import instruments
+from loadtests import generator
+
+Sender = tuple[Path, int]  # a locustfile, and how many load processes run it
+
+
+def measure(
+    clock: Clock, work: Path, repeats: int, programs: Sequence[Program], senders: Sequence[Sender]
+) -> instruments.Streams:
+    """Every program once, then all again; with several senders each goes to all in turn.
+
+    Returns what our own Locust did.
+    """
+    cases = cases_of(programs, senders)
+    totals = {case: Totals() for case in cases}
+    users = max(program.streams for program in programs)
+    with contextlib.ExitStack() as exits:
+        clock.tell("starting Locust", 0)
+        loads = {
+            (file, processes): exits.enter_context(locust(users, work / str(i), file, processes))
+            for i, (file, processes) in enumerate(senders)
+        }
+        for repeat in range(repeats):
+            for i, (program, sender) in enumerate(cases):
+                done = (repeat + i / len(cases)) / repeats
+                clock.tell(f"{program.title}, {many(sender[1])}, {repeat + 1} of {repeats}", done)
+                trial_folder = work / f"{repeat}-{i}"
+                trials.measure(program, loads[sender], trial_folder, totals[program, sender])
+    for file in dict.fromkeys(file for file, _ in senders):
+        if len(senders) > 1:
+            console.print(f"\n[bold]{escape(file.name)}[/]")
+        show([cost.sent(p, n) for (p, (sender, n)), cost in totals.items() if sender == file])
+    ours = [
+        cost.sent(program, processes)
+        for (program, (file, processes)), cost in totals.items()
+        if file == generator.LOCUSTFILE
+    ]
+    return instruments.Streams(rows=ours)
+
+
+def cases_of(
+    programs: Sequence[Program], senders: Sequence[Sender]
+) -> list[tuple[Program, Sender]]:
+    """What is measured, in turn: the odd shapes by one load process alone."""
+    return [(p, sender) for p in programs for sender in senders if sender[1] == 1 or p in SHARED]
+
+
+def many(processes: int) -> str:
+    return f"{processes} load process{'es' if processes > 1 else ''}"
+
+
+def show(rows: Sequence[instruments.Sent]) -> None:
+    times = table(
+        "What the load generator adds, against a server that records what it sent (ms)",
+        *("streams, gap", "load processes", "TTFT added p50", "p99", "read late p50", "p99"),
+        *("gap error p50", "p99", "server late p99"),
+    )
+    spent = table(
+        "What it delivers, and the CPU of what sends",
+        *("streams, gap", "load processes", "chunks/s", "lost", "delivered", "µs a chunk"),
+        *("with the master", "s per 1,000 tokens"),
+    )
+    for sent in rows:
+        tokens = f" × {sent.tokens_per_chunk}" if sent.tokens_per_chunk > 1 else ""
+        shape = f", {sent.shape}" if sent.shape else ""
+        name = f"{sent.streams}{tokens}, {1000 * sent.gap_s:g} ms{shape}"
+        times.add_row(
+            name,
+            f"{sent.load_processes}",
+            *(scaled(t, 1000, 2) for t in (
+                sent.ttft_added_p50_s, sent.ttft_added_p99_s, sent.read_late_p50_s,
+                sent.read_late_p99_s, sent.gap_error_p50_s, sent.gap_error_p99_s,
+                sent.server_late_p99_s,
+            )),
+        )  # fmt: skip
+        spent.add_row(
+            name,
+            f"{sent.load_processes}",
+            f"{sent.chunks_per_s:,.0f}",
+            f"{sent.lost}",
+            f"{sent.delivered:.1%}",
+            scaled(sent.cpu_s_per_chunk, 1e6, 1),
+            scaled(sent.all_cpu_s_per_chunk, 1e6, 1),
+            scaled(sent.cpu_s_per_chunk, 1000 / sent.tokens_per_chunk, 4),
+        )
+    console.print(times)
+    console.print(
+        f"[dim]A stream: {CHUNKS} chunks, the first after {1000 * TTFT_S:.0f} ms; a user sends"
+        " again at once. × 4: so many tokens a chunk. TTFT added: the"
+        " client's (first chunk - sent) less the server's (first chunk - received), so the"
+        " request's way is in it. Read late: written to stamped. Server late: due to written;"
+        " where it is large, other work disturbed the server, or it is past its limit.[/]"
+    )
+    console.print(spent)
+    console.print(
+        "[dim]Delivered: chunks in the window, of those an instant client and server would"
+        " exchange. Waking up for one chunk costs more than reading it, so chunks that come"
+        " together cost less each; a bare epoll loop took 14 to 18 µs at 64, 10 ms.[/]"
+    )
+    for sent in (s for s in rows if s.gap_s == 0.01 and not s.shape):
+        most_s = {16: 0.001, 256: 0.010}.get(sent.streams)
+        p99_s, late_s = sent.ttft_added_p99_s, sent.server_late_p99_s
+        name = f"{sent.streams} streams, {many(sent.load_processes)}"
+        if most_s and p99_s is not None and late_s is not None:
+            disturbed = p99_s > most_s and late_s > most_s
+            doubt = f"the server itself ran {1000 * late_s:.1f} ms late" if disturbed else ""
+            aim(f"TTFT added at {name}, p99", 1000 * p99_s, 1000 * most_s, "ms", doubt=doubt)
+        if sent.streams == 64 and sent.load_processes == 1 and sent.cpu_s_per_chunk:
+            aim(f"CPU of what sends at {name}", 1e6 * sent.cpu_s_per_chunk, 10.0, "µs a chunk")
+    aim("chunks lost", sum(sent.lost for sent in rows), 0)

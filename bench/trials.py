@@ -1,0 +1,133 @@
+"""Trials against the truth server: what the load generator's records say beyond its log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+
+from bench import truth
+from bench.load import RunningLocust, trial
+from labs.telling import instruments
+from loadtests import records
+from loadtests.records import RequestRecord
+
+
+@dataclass
+class Errors:
+    """What the client's record adds to the truth, in seconds; pooled over trials with `+=`."""
+
+    ttft_s: list[float] = field(default_factory=list)  # sent to first chunk, less the server's
+    read_s: list[float] = field(default_factory=list)  # each chunk: written to stamped
+    gap_s: list[float] = field(default_factory=list)  # each gap: absolute difference
+    server_late_s: list[float] = field(default_factory=list)  # each chunk: due to written
+    lost: int = 0  # chunks or whole requests that the client does not have as they were sent
+
+    def __iadd__(self, other: Errors) -> Errors:
+        for name in ("ttft_s", "read_s", "gap_s", "server_late_s"):
+            getattr(self, name).extend(getattr(other, name))
+        self.lost += other.lost
+        return self
+
+
+def compare(
+    client: Iterable[RequestRecord], server: Mapping[int, truth.Truth], t0: float
+) -> Errors:
+    """The client's records against the server's by request index; `t0` is the clients' time 0.
+
+    Requests of the warm-up count for losses only.
+    """
+    errors = Errors()
+    for record in client:
+        line = server.get(record.index)
+        sent = line["chunks"] if line else []
+        if [k for _, k in record.chunks] != [k for _, k in sent] or not sent:
+            errors.lost += max(1, abs(len(sent) - len(record.chunks)))
+            continue
+        if not record.in_window or line is None:
+            continue
+        written, read = [at for at, _ in sent], [at for at, _ in record.chunks]
+        errors.ttft_s.append(read[0] - record.sent_s - (written[0] - line["received"]))
+        errors.read_s += [r + t0 - w for r, w in zip(read, written, strict=True)]
+        errors.gap_s += [
+            abs((read[i] - read[i - 1]) - (written[i] - written[i - 1]))
+            for i in range(1, len(sent))
+        ]
+        errors.server_late_s += [w - due for w, due in zip(written, line["due"], strict=True)]
+    return errors
+
+
+def delivered(
+    client: Iterable[RequestRecord], window_s: tuple[float, float], ideal_chunks_per_s: float
+) -> float:
+    """Chunks stamped in the window, as a share of what instant clients would have had."""
+    start, end = window_s
+    chunks = sum(start <= at < end for r in client for at, _ in r.chunks)
+    return chunks / (end - start) / ideal_chunks_per_s
+
+
+def percentile_s(values: Sequence[float], q: float) -> float | None:
+    """By linear interpolation; None of nothing."""
+    return float(np.percentile(values, q)) if len(values) else None
+
+
+@dataclass
+class Totals:
+    """What the trials of a program add up to."""
+
+    errors: Errors = field(default_factory=Errors)
+    delivered: list[float] = field(default_factory=list)
+    chunks: int = 0
+    tokens: int = 0
+    worker_cpu_s: float = 0.0
+    master_cpu_s: float = 0.0
+    all_cpu_s: float = 0.0
+
+    def sent(self, program: truth.Program, processes: int) -> instruments.Sent:
+        errors, share = self.errors, mean(self.delivered)
+        return instruments.Sent(
+            load_processes=processes,
+            streams=program.streams,
+            gap_s=program.gap_s,
+            tokens_per_chunk=program.tokens_per_chunk,
+            shape=program.shape,
+            chunks_per_s=share * program.ideal_chunks_per_s,
+            delivered=share,
+            lost=errors.lost,
+            ttft_added_p50_s=percentile_s(errors.ttft_s, 50),
+            ttft_added_p99_s=percentile_s(errors.ttft_s, 99),
+            read_late_p50_s=percentile_s(errors.read_s, 50),
+            read_late_p99_s=percentile_s(errors.read_s, 99),
+            gap_error_p50_s=percentile_s(errors.gap_s, 50),
+            gap_error_p99_s=percentile_s(errors.gap_s, 99),
+            server_late_p99_s=percentile_s(errors.server_late_s, 99),
+            cpu_s_per_chunk=self.worker_cpu_s / self.chunks if self.chunks else None,
+            all_cpu_s_per_chunk=self.all_cpu_s / self.chunks if self.chunks else None,
+        )
+
+
+def measure(program: truth.Program, load: RunningLocust, work: Path, totals: Totals) -> None:
+    """Play one trial of the program, and add what it found to the totals."""
+    work.mkdir(parents=True)
+    sending, recorded = work / "requests.jsonl", work / "records"
+    truth.write_requests(sending, program)
+    with truth.serving(program, work) as (url, log):
+        before_s = load.cpu_s()
+        summary = load.generator.play(
+            trial(url, program.streams, sending, truth.WARMUP_S, truth.WINDOW_S, recorded)
+        )
+        master_s, all_s = (b - a for a, b in zip(before_s, load.cpu_s(), strict=True))
+    totals.master_cpu_s += master_s
+    totals.all_cpu_s += all_s
+    # CLOCK_MONOTONIC is one clock for both processes; the summary's wall clock leads to it
+    t0 = summary.started_unix_s - (time.time() - time.monotonic())
+    client = list(records.read(recorded))
+    totals.errors += compare(client, truth.read(log), t0)
+    totals.delivered.append(delivered(client, summary.window_s, program.ideal_chunks_per_s))
+    totals.chunks += sum(len(r.chunks) for r in client)
+    totals.tokens += sum(r.output_tokens or 0 for r in client)
+    totals.worker_cpu_s += summary.cpu_s

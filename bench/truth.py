@@ -1,0 +1,131 @@
+"""A server that sends streams as it is programmed to, and records when it sent each chunk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from bench import BenchError
+from loadtests import plan
+from loadtests.workload import Request
+from serving import machine as machines
+from serving.engine import LOOPBACK, free_port
+from serving.process import Process
+
+SERVER = "tests.fake.engine"  # the module that is run; each request tells it when to send what
+TTFT_S, CHUNKS, STALL_S = 0.05, 50, 0.3
+MARK_S = 1e-7  # request i asks for TTFT_S + i * MARK_S: so the server's record tells which it was
+WARMUP_S, WINDOW_S = 1.0, 6.0
+
+Truth = Mapping[str, Any]  # one line of the server's log
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the server is asked for: streams of one shape, each of which follows the last one."""
+
+    streams: int
+    gap_s: float = 0.01
+    tokens_per_chunk: int = 1
+    early_role: bool = False
+    sse_comments: bool = False
+    stall_s: float = 0.0
+
+    @property
+    def shape(self) -> str:
+        odd = {
+            "role chunk early": self.early_role,
+            "SSE comments": self.sse_comments,
+            f"a stall of {self.stall_s:g} s": self.stall_s,
+        }
+        return ", ".join(name for name, there in odd.items() if there)
+
+    @property
+    def title(self) -> str:
+        tokens = f" × {self.tokens_per_chunk}" if self.tokens_per_chunk > 1 else ""
+        shape = f", {self.shape}" if self.shape else ""
+        return f"{self.streams}{tokens}, {1000 * self.gap_s:g} ms{shape}"
+
+    @property
+    def request_s(self) -> float:
+        return TTFT_S + (CHUNKS - 1) * self.gap_s + self.stall_s
+
+    @property
+    def ideal_chunks_per_s(self) -> float:
+        return self.streams * CHUNKS / self.request_s
+
+
+PLAIN = (Program(1), Program(16), Program(64), Program(256))
+PROGRAMS = (
+    *PLAIN,
+    Program(64, gap_s=0.003),
+    Program(64, tokens_per_chunk=4, early_role=True),
+    Program(64, sse_comments=True),
+    Program(64, stall_s=STALL_S),
+)
+SHARED = PLAIN[1:]  # what several load processes send too
+
+
+def write_requests(path: Path, program: Program) -> None:
+    """Bodies that tell the server when to send what; half as many again as can be sent."""
+    each = math.ceil(1.5 * (WARMUP_S + WINDOW_S) / program.request_s)
+    with path.open("w") as file:
+        for i in range(program.streams * each):
+            truth = {
+                "ttft_s": TTFT_S + i * MARK_S,
+                "gap_s": program.gap_s,
+                "stall_s": program.stall_s,
+            }
+            request = Request(i, [{"role": "user", "content": "Say it."}], 12, CHUNKS)
+            body = plan.body(request, "fake") | {
+                "max_tokens": CHUNKS * program.tokens_per_chunk,
+                "truth": truth | {"tokens_per_chunk": program.tokens_per_chunk},
+            }
+            planned = plan.PlannedRequest(
+                index=i, output_tokens=body["max_tokens"], body=json.dumps(body)
+            )
+            file.write(planned.model_dump_json() + "\n")
+
+
+def read(log: Path) -> dict[int, Truth]:
+    """The lines of the server's log by the index of the request."""
+    lines = [json.loads(line) for line in log.read_bytes().splitlines()]
+    return {
+        round((line["due"][0] - line["received"] - TTFT_S) / MARK_S): line
+        for line in lines
+        if line["due"]
+    }
+
+
+@contextlib.contextmanager
+def serving(program: Program, work: Path) -> Iterator[tuple[str, Path]]:
+    """The server on the engine's cores: (its URL, its log, complete once it has ended)."""
+    port, log = free_port(), work / "truth.jsonl"
+    flags = ["--programmed", *(["--early-role-chunk"] if program.early_role else [])]
+    flags += ["--sse-comments"] if program.sse_comments else []
+    argv = [sys.executable, "-m", SERVER, "--port", str(port), "--log", str(log), *flags]
+    cores = machines.split_cores()[0]
+    with Process("truth server", argv, log=work / "truth.log", cores=cores) as process:
+        url = f"http://{LOOPBACK}:{port}"
+        _wait(url, process)
+        yield url, log
+
+
+def _wait(url: str, process: Process) -> None:
+    """Returns once the server answers. Raises BenchError after 15 s, or when it has ended."""
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline and process.returncode is None:
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(f"{url}/health", timeout=1).ok:
+                return
+        time.sleep(0.05)
+    raise BenchError(f"the {process.name} does not answer; its last lines:\n{process.tail()}")
