@@ -17,12 +17,18 @@ import numpy as np
 
 from labs.filing.results import RunFolder
 from labs.judging.measure import Trial, output_tokens_per_s
+from labs.judging.metrics import METRICS
 from labs.judging.text import number, short
 from labs.lab import Lab, Point
+from loadtests.latencies import ITL, TPOT, TTFT
 from loadtests.records import RequestRecord
 
-FIGURES = ("TTFT", "TPOT", "ITL", "output throughput")
-UNITS = ("s", "s", "s", "tok/s")
+THROUGHPUT = METRICS["output_tokens_per_s"]
+COLUMNS = {
+    **{f"{latency.title}, mean": "s" for latency in (TTFT, TPOT, ITL)},
+    THROUGHPUT.title: THROUGHPUT.unit,
+}
+"""Title -> unit, in the order of a tool's figures."""
 PerRequest = Callable[[RequestRecord], Sequence[float]]
 
 
@@ -157,11 +163,10 @@ def scores(folder: RunFolder) -> dict[str, dict[str, list[float | None]]]:
 
 
 def table(found: Mapping[str, Mapping[str, Sequence[float | None]]], lab: Lab) -> list[list[str]]:
-    rows = [["Point", "Tool", *(f"{name}, mean" if name != FIGURES[-1] else name.capitalize()
-                                for name in FIGURES)]]  # fmt: skip
+    rows = [["Point", "Tool", *COLUMNS]]
     for key, tools in found.items():
         for place, (tool, figures) in enumerate(tools.items()):
-            cells = [number(v, unit) for v, unit in zip(figures, UNITS, strict=True)]
+            cells = [number(v, unit) for v, unit in zip(figures, COLUMNS.values(), strict=True)]
             rows.append([short(key, lab) if place == 0 else "", tool, *cells])
     return rows
 
