@@ -28,21 +28,19 @@ from labs.commands.terminal import (
     ConsoleTeller,
     console,
     errors,
-    plain,
     plainly,
-    say,
     show,
 )
 from labs.comparing import reproduction, side_by_side
 from labs.filing import manifest
 from labs.filing.results import RunFolder, open_run
-from labs.judging.metrics import main_columns
 from labs.lab import Lab, LabError, NotApplicable, near, parse_changes
 from labs.questions import QUESTIONS
 from labs.running import derived_models, reproduce
 from labs.running.resolve import Request, is_dummy, model_of, require_devices
 from labs.running.run import run as run_lab
 from labs.telling import report
+from labs.telling.document import bullets, section, table_of
 from serving import bundle, engine, machine, models
 
 app = typer.Typer(
@@ -318,15 +316,18 @@ def reproduce_run(
             console.print(f"[bold yellow]{escape(note)}[/]")
         differ = manifest.table(reproduce.differs_here(before, asked), ("there", "here"))
         if len(differ) > 1:
-            show("What differs here", differ)
+            show(section("What differs here", table_of(differ)))
         folder = _play(asked)
         if not folder.complete:
             raise LabError("some of its trials failed: try the rest again with RESUME=1")
         found = reproduction.answer(original, folder)
-        console.print("\n[bold]Reproduced?[/]")
-        say(reproduction.lines(found))
-        if found.apart:
-            show("What was not reproduced", side_by_side.figure_rows(found.apart))
+        show(
+            section(
+                "Reproduced?",
+                bullets(reproduction.lines(found)),
+                section("What was not reproduced", side_by_side.figure_table(found.apart)),
+            )
+        )
         page = folder.path / "reproduction.md"
         console.print(f"Every figure: [bold]{os.path.relpath(page)}[/]", soft_wrap=True)
         filed = os.path.relpath(reproduction.file(found, original))
@@ -416,21 +417,8 @@ def _play(request: Request) -> RunFolder:
         except (KeyboardInterrupt, SystemExit, OSError):
             teller.step("Stopping: finished trials are kept, RESUME=1 goes on from there")
             raise
-    summary, resolved = folder.summary(), folder.run().rebuilt_lab()
-    for note in report.notes(folder.run(), summary):
-        console.print(f"[bold yellow]{escape(note)}[/]")
-    points = folder.run().points()
-    teller.show(*report.points_table(points, resolved, summary, main_columns()))
-    for title, lines in (
-        ("The answer", report.replies(resolved, summary)),
-        ("Claim by claim", report.claims(summary)),
-        *((found.title, found.lines) for found in summary.findings),
-        ("Validity", report.validity_lines(summary.caveats, resolved, len(summary.failed))),
-    ):
-        if lines:
-            console.print(f"\n[bold]{title}[/]")
-        for line in lines:
-            console.print("  " + plain(line))
+    summary = folder.summary()
+    teller.show(report.digest(report.Facts.of(folder)))
     console.print(f"\nReport: [bold]{os.path.relpath(folder.path / 'report.md')}[/]")
     console.print("[dim]report.html beside it shows every request; a browser opens it.[/]")
     if summary.failed:

@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from labs.commands.terminal import console, folders_of, plainly, say, show
+from labs.commands.terminal import console, folders_of, plainly, show
 from labs.comparing import compare, gate, leaderboards, page, reproduction, side_by_side
 from labs.filing import export, manifest, score
 from labs.filing.export import Format as ExportFormat
 from labs.filing.results import RESULTS, open_run, problems
 from labs.lab import LabError
 from labs.telling import html, report
+from labs.telling.document import bullets, section, table_of
 from labs.telling.summary import summarise
 from serving.models import ROOT
 
@@ -73,9 +74,8 @@ def rescore(
     with plainly():
         (folder,) = folders_of(run)
         lab, points = folder.run().rebuilt_lab(), folder.run().points()
-        show("One trace, every definition", score.table(score.scores(folder), lab))
-        for line in score.explained(points):
-            console.print("  " + escape(line))
+        table = table_of(score.table(score.scores(folder), lab))
+        show(section("One trace, every definition", table, bullets(score.explained(points))))
 
 
 @app.command()
@@ -136,12 +136,7 @@ def compare_two(
         if as_json:
             print(side_by_side.plain(found, refused))
             return
-        for comparison in found:
-            console.print(f"[bold]{comparison.lab}[/]")
-            say(side_by_side.headline(comparison))
-            for title, rows in side_by_side.tables(comparison):
-                show(title, rows)
-        say(f"Not compared: {line}" for line in refused)
+        show(side_by_side.document(found, refused))
         if out:
             console.print(f"Written: [bold]{out}[/]")
 
@@ -157,7 +152,7 @@ def manifest_diff(
         said = [manifest.facts(f.run(), manifest.load_from_others(f)) for f in runs]
         rows = manifest.table(manifest.differences(*said), ("A", "B"))
         if len(rows) > 1:
-            show("What differs", rows)
+            show(section("What differs", table_of(rows)))
         else:
             console.print("Nothing recorded differs.")
         if missing := manifest.unrecorded(*said):
@@ -177,11 +172,11 @@ def pass_gate(
     with plainly():
         allowed = gate.thresholds(limits)
         found = compare.compare(compare.side(baseline), compare.side(run), force)
-        say(side_by_side.headline(found))
+        show(side_by_side.headline(found))
         if failed := gate.failures(found, allowed):
-            say(f"FAILED {line}" for line in failed)
+            show(bullets(f"FAILED {line}" for line in failed))
             if not found.differences:  # those were told above
-                say([f"Likeliest cause: {manifest.likeliest_cause([])}"])
+                show(bullets([f"Likeliest cause: {manifest.likeliest_cause([])}"]))
             raise typer.Exit(1)
         console.print("Passed: no verdict flipped, no figure is worse past its margin.")
 
@@ -208,4 +203,4 @@ def export_run(
 def leaderboard() -> None:
     """Every lab on every machine: effect, interval and verdict of its claims."""
     with plainly():
-        show("Leaderboard", leaderboards.leaderboard())
+        show(section("Leaderboard", leaderboards.leaderboard()))

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from dashboards.prometheus import PrometheusError
 from dashboards.stack import StackError
 from labs.filing.results import RunFolder, all_runs, open_run
 from labs.lab import LabError
+from labs.telling import terminal
+from labs.telling.document import Block
 from loadtests.generator import GeneratorError
 from serving.bundle import BundleError
 from serving.engine import EngineError
@@ -90,33 +89,17 @@ class ConsoleTeller:
         self._progress.update(self._task, total=done + remaining_s, completed=done, remaining=left)
         console.print(f"{self._elapsed()} {escape(text)} [dim]({left})[/]")
 
-    def show(self, title: str, rows: Sequence[Sequence[str]]) -> None:
-        show(title, rows)
+    def show(self, content: Block) -> None:
+        show(content)
 
 
-def show(title: str, rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for i, head in enumerate(rows[0]):
-        justify: Literal["left", "right"] = "left" if i == 0 else "right"
-        table.add_column(head, no_wrap=i == 0, justify=justify, overflow="fold")
-    for row in rows[1:]:
-        table.add_row(*(escape(cell) for cell in row))
-    console.print(table)
-
-
-def plain(markdown_line: str) -> str:
-    """Markdown's bold and italics as the terminal's."""
-    bold = re.sub(r"\*\*(.+?)\*\*", r"[bold]\1[/]", escape(markdown_line))
-    return re.sub(r"(?<!\w)\*(\S[^*]*)\*(?!\w)", r"[italic]\1[/]", bold)
+def show(content: Block) -> None:
+    """Print a part of a document."""
+    terminal.show(console, content)
 
 
 def minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-def say(lines: Iterable[str]) -> None:
-    for line in lines:
-        console.print("  " + plain(line), soft_wrap=True)
 
 
 def folders_of(run: Path | None) -> list[RunFolder]:

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 from labs.comparing import side_by_side
 from labs.comparing.compare import Comparison
 from labs.judging.text import number
-from labs.telling import html
+from labs.telling import html, markdown
 from labs.telling.plots import CYCLE, ORANGE
 
 
@@ -26,7 +26,7 @@ def write(found: Sequence[Comparison], refused: Sequence[str], path: Path) -> No
 
 
 def page(found: Sequence[Comparison], refused: Sequence[str]) -> str:
-    text = side_by_side.text(found, refused)
+    text = markdown.document(side_by_side.document(found, refused))
     title, intro, sections = html.in_sections(html.READER.parse(text))
     return html.render(
         "compare.html",

@@ -19,7 +19,8 @@ from labs.filing import manifest
 from labs.filing.manifest import Fact
 from labs.filing.results import DamagedError, RunFolder, all_runs, read_json, write_json
 from labs.judging.judge import Caveat
-from labs.telling.report import markdown
+from labs.telling import markdown
+from labs.telling.document import Block, Link, Paragraph, Section, Strong, bullets, parse, section
 from serving.machine import Machine
 
 FILED = "reproductions"
@@ -109,9 +110,12 @@ def answer(original: RunFolder, new: RunFolder) -> Reproduction:
     )
     write_json(new.path / "reproduction.json", result)
     verdict = "agree" if agree else "do not all agree"
-    out = [f"# Reproduced: the verdicts {verdict}", "", *_section(result, "##")]
-    out += ["", "## Every figure", "", *markdown(side_by_side.figure_rows(rows))]
-    _write(new.path / "reproduction.md", "\n".join(out) + "\n")
+    page = section(
+        f"Reproduced: the verdicts {verdict}",
+        *_blocks(result),
+        section("Every figure", side_by_side.figure_table(rows)),
+    )
+    _write(new.path / "reproduction.md", markdown.document(page))
     return result
 
 
@@ -163,7 +167,7 @@ def file(found: Reproduction, original: RunFolder) -> Path:
     path = original.path / FILED / f"{found.by.run}.json"
     remark = read_json(path, Reproduction).remark if path.exists() else ""
     write_json(path, found.model_copy(update={"remark": remark}))
-    _write(path.with_name("README.md"), page(original))
+    _write(path.with_name("README.md"), markdown.document(page(original)))
     return path
 
 
@@ -173,12 +177,13 @@ def filed(original: RunFolder) -> list[Reproduction]:
     return [read_json(path, Reproduction) for path in found]
 
 
-def page(original: RunFolder) -> str:
+def page(original: RunFolder) -> Section:
     """What came of every repetition of a run, for its `reproductions/`."""
-    out = [f"# [{original.run().lab['title']}](../report.md), repeated", ""]
-    for found in filed(original):
-        out += [f"## {found.day}: {found.agreement}", "", *_section(found, "###"), ""]
-    return "\n".join(out)
+    title = parse(original.run().lab["title"])
+    return section(
+        (Link(title, "../report.md"), ", repeated"),
+        *(section(f"{found.day}: {found.agreement}", *_blocks(found)) for found in filed(original)),
+    )
 
 
 def problems(original: RunFolder) -> list[str]:
@@ -205,27 +210,30 @@ def problems(original: RunFolder) -> list[str]:
     return wrong
 
 
-def _section(found: Reproduction, level: str) -> list[str]:
+def _blocks(found: Reproduction) -> list[Block | None]:
+    """What came of one repetition: in sentences, then in tables."""
     by = found.by
     code = f"commit {by.git_commit[:12]}" if by.git_commit else "a commit that is not on file"
-    out = [
-        f"A is the original, {found.original}; B was run on {by.machine.describe()} with vLLM"
-        f" {by.vllm or 'unknown'}, {by.model}, {code}{' and changes to it' * bool(by.git_dirty)}"
-        f" ({by.run}).",
-        "",
-        *(f"- {line}" for line in lines(found)),
+    code += " and changes to it" * bool(by.git_dirty)
+    return [
+        Paragraph(
+            f"A is the original, {found.original}; B was run on {by.machine.describe()} with vLLM"
+            f" {by.vllm or 'unknown'}, {by.model}, {code} ({by.run})."
+        ),
+        bullets(lines(found)),
+        Paragraph((Strong("Remark."), " ", parse(found.remark))) if found.remark else None,
+        *(
+            section(title, table)
+            for title, table in {
+                "Verdicts": side_by_side.verdict_table(found.verdicts),
+                "What was not reproduced": side_by_side.figure_table(found.apart),
+                "Validity": side_by_side.validity_table(found.caveats),
+                "What differs in how they were run": side_by_side.difference_table(
+                    found.differences
+                ),
+            }.items()
+        ),
     ]
-    if found.remark:
-        out += ["", f"**Remark.** {found.remark}"]
-    for title, rows in (
-        ("Verdicts", side_by_side.verdict_rows(found.verdicts)),
-        ("What was not reproduced", side_by_side.figure_rows(found.apart)),
-        ("Validity", side_by_side.validity_rows(found.caveats)),
-        ("What differs in how they were run", manifest.table(found.differences, ("A", "B"))),
-    ):
-        if len(rows) > 1:
-            out += ["", f"{level} {title}", "", *markdown(rows)]
-    return out
 
 
 def _write(path: Path, text: str) -> None:

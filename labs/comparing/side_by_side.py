@@ -8,13 +8,47 @@ from pathlib import Path
 
 from labs.comparing.compare import Comparison, Row, VerdictPair
 from labs.filing import manifest
+from labs.filing.manifest import Fact
 from labs.judging.judge import Caveat, Interval
 from labs.judging.text import number, times
-from labs.telling import plots
-from labs.telling.report import Table, markdown
+from labs.telling import markdown, plots
+from labs.telling.document import (
+    Bullets,
+    Figure,
+    Inline,
+    Section,
+    Strong,
+    Table,
+    bullets,
+    parse,
+    section,
+    table,
+    table_of,
+)
 
 
-def headline(found: Comparison) -> list[str]:
+def document(
+    found: Sequence[Comparison],
+    refused: Sequence[str],
+    figures: Mapping[str, Figure] | None = None,
+) -> Section:
+    """Every comparison and what was not compared, with a figure (lab -> figure) where one is."""
+    return section(
+        "Compared",
+        *(
+            section(
+                comparison.lab,
+                headline(comparison),
+                (figures or {}).get(comparison.lab),
+                *tables(comparison),
+            )
+            for comparison in found
+        ),
+        section("Not compared", bullets(refused)),
+    )
+
+
+def headline(found: Comparison) -> Bullets:
     """What was compared, and how it came out."""
     rows = [*found.rows, *found.effects]
     count = {o: sum(r.outcome == o for r in rows) for o in ("same", "differs", "undecided")}
@@ -35,23 +69,30 @@ def headline(found: Comparison) -> list[str]:
         )
     how = "paired by repeat, the same requests" if found.paired else "Welch's, other requests"
     lines.append(f"Ratios are B / A with 95 % intervals ({how}).")
-    return lines
+    return bullets(lines)
 
 
-def tables(found: Comparison) -> list[Table]:
+def tables(found: Comparison) -> list[Section]:
+    """A section for each table that has rows."""
     mark = f" (FORCED: {found.forced})" if found.forced else ""
-    result = [
-        ("Verdicts" + mark, verdict_rows(found.verdicts)),
-        ("Effects" + mark, figure_rows(found.effects)),
-        ("Figures" + mark, figure_rows(found.rows)),
-        ("Validity" + mark, validity_rows(found.caveats)),
-        ("What differs in how they were run" + mark, manifest.table(found.differences, ("A", "B"))),
-    ]
-    return [(title, rows) for title, rows in result if len(rows) > 1]
+    titled = {
+        "Verdicts": verdict_table(found.verdicts),
+        "Effects": figure_table(found.effects),
+        "Figures": figure_table(found.rows),
+        "Validity": validity_table(found.caveats),
+        "What differs in how they were run": difference_table(found.differences),
+    }
+    return [section(name + mark, table) for name, table in titled.items() if table.rows]
 
 
-def figure_rows(rows: Sequence[Row]) -> list[list[str]]:
-    out = [["Figure", "Where", "A", "B", "B / A", "95 % interval", "Outcome"]]
+def difference_table(differences: Sequence[Fact]) -> Table:
+    """What the two manifests have otherwise."""
+    return table_of(manifest.table(differences, ("A", "B")))
+
+
+def figure_table(rows: Sequence[Row]) -> Table:
+    """Each figure of A and of B with their ratio and what it says."""
+    out: list[list[Inline]] = []
     for row, where in zip(rows, _places([r.where for r in rows]), strict=True):
         ratio = row.contrast.ratio if row.contrast else None
         known = ratio is not None and ratio.low is not None and ratio.high is not None
@@ -63,10 +104,10 @@ def figure_rows(rows: Sequence[Row]) -> list[list[str]]:
                 number(row.b, row.unit),
                 f"{ratio.value:.2f}x" if ratio else "–",
                 f"{ratio.low:.2f} to {ratio.high:.2f}" if ratio and known else "–",
-                row.outcome + (f" ({row.why})" if row.why else ""),
+                (row.outcome, (" (", parse(row.why), ")") if row.why else ""),
             ]
         )
-    return out
+    return table(("Figure", "Where", "A", "B", "B / A", "95 % interval", "Outcome"), out)
 
 
 def _places(wheres: Sequence[str]) -> list[str]:
@@ -81,22 +122,24 @@ def _places(wheres: Sequence[str]) -> list[str]:
     return [" / ".join(short(p) for p in where.split(" / ")) for where in wheres]
 
 
-def verdict_rows(verdicts: Sequence[VerdictPair]) -> list[list[str]]:
-    rows = [["Claim", "Where", "A", "B", ""]]
+def verdict_table(verdicts: Sequence[VerdictPair]) -> Table:
+    """Each claim's verdict in A and in B, and whether the two agree."""
+    rows: list[list[Inline]] = []
     places = _places([v.where for v in verdicts])
     for v, where in zip(verdicts, places, strict=True):
-        said = "agree" if v.agrees else "**flips**" if v.flips else "not confirmed"
+        agreement = "agree" if v.agrees else Strong("flips") if v.flips else "not confirmed"
         a, b = (decided(*of) for of in ((v.a, v.a_ratio), (v.b, v.b_ratio)))
-        rows.append([v.title, where, a, b, said])
-    return rows
+        rows.append([parse(v.title), where, a, b, agreement])
+    return table(("Claim", "Where", "A", "B", ""), rows)
 
 
 def decided(outcome: str, ratio: Interval | None) -> str:
     return outcome if ratio is None or ratio.low is None else f"{outcome}, {times(ratio)}"
 
 
-def validity_rows(side_caveats: Mapping[str, Sequence[Caveat]]) -> list[list[str]]:
-    rows = [["Side", "Caveat", "Where", "Text"]]
+def validity_table(side_caveats: Mapping[str, Sequence[Caveat]]) -> Table:
+    """Each side's caveats, once a name."""
+    rows: list[list[Inline]] = []
     for name, caveats in side_caveats.items():
         grouped: dict[str, list[Caveat]] = {}
         for caveat in caveats:
@@ -104,15 +147,15 @@ def validity_rows(side_caveats: Mapping[str, Sequence[Caveat]]) -> list[list[str
         for what, members in grouped.items():
             where = f"{len(members)} points" if len(members) > 1 else members[0].point or "the run"
             weight = " (no verdict there)" if any(c.blocks for c in members) else ""
-            rows.append([name, what + weight, where, members[0].text])
+            rows.append([name, what + weight, where, parse(members[0].text)])
         if not caveats:
             rows.append([name, "every check passed", "", ""])
-    return rows
+    return table(("Side", "Caveat", "Where", "Text"), rows)
 
 
 def write(found: Sequence[Comparison], refused: Sequence[str], path: Path) -> None:
     """As Markdown, each lab's ratios drawn in a file beside it."""
-    pictures = {}
+    figures = {}
     for comparison in found:
         file = path.with_name(f"{path.stem}-{comparison.lab}.svg")
         if plots.ratios(
@@ -120,28 +163,11 @@ def write(found: Sequence[Comparison], refused: Sequence[str], path: Path) -> No
              for r, where, i in drawable(comparison)], file
         ):  # fmt: skip
             mark = f" FORCED: {comparison.forced}." if comparison.forced else ""
-            pictures[comparison.lab] = (
-                f"![Each figure, B / A, with its 95 % interval.{mark}]({file.name})"
-            )
+            caption = f"Each figure, B / A, with its 95 % interval.{mark}"
+            figures[comparison.lab] = Figure(file.name, caption)
     half = path.with_name(f".{path.name}.half")
-    half.write_text(text(found, refused, pictures))
+    half.write_text(markdown.document(document(found, refused, figures)))
     half.rename(path)
-
-
-def text(
-    found: Sequence[Comparison], refused: Sequence[str], pictures: Mapping[str, str] | None = None
-) -> str:
-    """In Markdown, with a picture for each lab that has one."""
-    out = ["# Compared", ""]
-    for comparison in found:
-        out += [f"## {comparison.lab}", "", *(f"- {line}" for line in headline(comparison)), ""]
-        if picture := (pictures or {}).get(comparison.lab):
-            out += [picture, ""]
-        for name, rows in tables(comparison):
-            out += [f"### {name}", "", *markdown(rows), ""]
-    if refused:
-        out += ["## Not compared", "", *(f"- {line}" for line in refused), ""]
-    return "\n".join(out)
 
 
 def drawable(found: Comparison) -> list[tuple[Row, str, Interval]]:

@@ -1,9 +1,12 @@
-"""Figures and names as text."""
+"""Figures, verdicts and names as text."""
 
 from __future__ import annotations
 
-from labs.judging.judge import Interval
-from labs.lab import Lab
+import re
+
+from labs.judging.judge import Interval, Judgement, holds_at
+from labs.lab import Lab, Prediction
+from serving.machine import Ceilings
 
 
 def number(value: float | None, unit: str = "1") -> str:
@@ -39,3 +42,77 @@ def short(key: str, lab: Lab) -> str:
     if len(lab.variants) > 1:
         parts.insert(0, variant)
     return " ".join(parts)
+
+
+def literal(text: str) -> str:
+    """Text from outside as a sentence's notation has it, so that nothing in it is a mark.
+
+    `labs.telling.document.parse` reads it back as it was.
+    """
+    return re.sub(r"[\\`*]", r"\\\g<0>", text)
+
+
+def interval(measured: Interval | None, unit: str = "1") -> str:
+    """`400 ms to 600 ms`; a dash where one repeat gave no interval."""
+    if measured is None or measured.low is None:
+        return "–"
+    return f"{number(measured.low, unit)} to {number(measured.high, unit)}"
+
+
+def ratio_text(judgement: Judgement) -> str:
+    """The measured ratio, treatment / baseline, or a dash."""
+    return f"{judgement.effect.ratio.value:.2f}x" if judgement.effect else "–"
+
+
+def ratio_interval(judgement: Judgement) -> str:
+    """The 95 % interval of the measured ratio, or a dash."""
+    measured = judgement.effect.ratio if judgement.effect else None
+    if measured is None or measured.low is None or measured.high is None:
+        return "–"
+    return f"{measured.low:.2f} to {measured.high:.2f}"
+
+
+def ratio(measured: Interval) -> str:
+    """`1.05 (0.98 to 1.11)`, without the interval where there is none."""
+    if measured.low is None or measured.high is None:
+        return f"{measured.value:.2f}"
+    return f"{measured.value:.2f} ({measured.low:.2f} to {measured.high:.2f})"
+
+
+def predicted(prediction: Prediction, unit: str = "1") -> str:
+    """The predicted figure; a bound says on which side it lies."""
+    sign = {"point": "", "ceiling": "at most ", "floor": "at least "}[prediction.kind]
+    return f"{sign}{number(prediction.value, unit)}"
+
+
+def ceilings_text(ceilings: Ceilings) -> str:
+    """What was measured of the machine, in GB/s and TFLOP/s."""
+    threads = f"{ceilings.threads} thread{'s' if ceilings.threads > 1 else ''}"
+    fp8 = ceilings.fp8_flops_per_s
+    return (
+        f"memory {ceilings.memory_bandwidth_bytes_per_s / 1e9:,.1f} GB/s, BF16"
+        f" {ceilings.bf16_flops_per_s / 1e12:,.2f} TFLOP/s"
+        + (f", FP8 {fp8 / 1e12:,.0f} TFLOP/s" if fp8 else "")
+        + f" ({threads}, measured)"
+    )
+
+
+def held(measured: Interval | None, prediction: Prediction, agrees: bool | None) -> str:
+    """Whether a prediction held; `not refuted` where only the end of a wide interval does."""
+    if not agrees or measured is None or holds_at(prediction, measured.value):
+        return yes(agrees)
+    return "not refuted"
+
+
+def claim_held(judgement: Judgement) -> str:
+    """Whether a claim's prediction held."""
+    measured = judgement.effect.ratio if judgement.effect else None
+    return held(measured, judgement.prediction, judgement.prediction_held)
+
+
+def verdict(judgement: Judgement) -> str:
+    """The outcome in words a reader can act on."""
+    if judgement.outcome in ("inconclusive", "not valid"):
+        return f"{judgement.outcome}: {judgement.why}"
+    agrees = "as claimed" if judgement.expected else "against the claim"
+    return f"{judgement.outcome} ({agrees})"

@@ -15,6 +15,7 @@ import numpy as np
 from labs.judging.judge import Caveat
 from labs.judging.measure import Trial, expected_pieces
 from labs.judging.metrics import METRICS, Repeats, by_repeat
+from labs.judging.text import literal
 from labs.lab import Claim, Evidence, Point, factors
 from serving import metrics, telemetry
 from serving.telemetry import POWER_CAP, SLOWDOWNS
@@ -52,9 +53,10 @@ def _of(
 
 
 def _errors(trial: Trial) -> Iterator[Caveat]:
-    if errors := [r.error for r in trial.records if not r.ok]:
+    if errors := [r.error or "" for r in trial.records if not r.ok]:
         share = len(errors) / len(trial.records)
-        text = f"{len(errors)} of {len(trial.records)} requests failed, the first with: {errors[0]}"
+        count = f"{len(errors)} of {len(trial.records)} requests failed"
+        text = f"{count}, the first with: {literal(errors[0])}"
         yield _of(trial, "errors", text, share > MOST_ERRORS)
 
 

@@ -24,8 +24,8 @@ from labs.filing.results import Run, RunFolder
 from labs.judging.judge import Interval
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS
+from labs.judging.text import claim_held
 from labs.lab import Lab, LabError
-from labs.telling.report import claim_held
 from loadtests import exporter
 from loadtests.exporter import Exporter
 from loadtests.plan import Progress, TrialPlan

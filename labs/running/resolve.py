@@ -16,10 +16,11 @@ from labs.filing.results import RESULTS, MachineFile, read_json, require_room, w
 from labs.findings import FINDINGS
 from labs.judging.measure import price_per_hour
 from labs.judging.metrics import measured
+from labs.judging.text import ceilings_text
 from labs.lab import Claim, Forecast, Lab, LabError, NotApplicable, Point
 from labs.running import derived_models
 from labs.running.probes import PROBES
-from labs.telling import report
+from labs.telling.document import Block
 from labs.telling.plots import PLOTS
 from loadtests.prompts import Writer, counter
 from serving import dummy, models
@@ -37,7 +38,7 @@ class Teller(Protocol):
     def plan(self, seconds: float) -> None: ...
     def waiting(self, text: str) -> None: ...
     def trial_done(self, text: str, remaining_s: float) -> None: ...
-    def show(self, text: str, rows: Sequence[Sequence[str]]) -> None: ...
+    def show(self, content: Block) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def resolve(request: Request, teller: Teller) -> Setup:
         if v.weights
     }
     ceilings = measured_ceilings(machine, teller)
-    teller.step(f"Machine: {machine.describe()}; {report.ceilings_text(ceilings)}")
+    teller.step(f"Machine: {machine.describe()}; {ceilings_text(ceilings)}")
     random_weights = ", random weights" if model.dummy else ""
     teller.step(
         f"Model: {model.name}, {model.shape.params / 1e6:,.0f} M parameters{random_weights}"

@@ -20,7 +20,8 @@ from labs.lab import LabError
 from labs.running import backfill
 from labs.running.resolve import Request, Setup, Teller, engine_environment, resolve
 from labs.running.stage import Stage, in_turn, interleave, resident_groups, write_requests
-from labs.telling import html, report
+from labs.telling import html, report, tables
+from labs.telling.document import bullets, section
 from labs.telling.summary import summarise
 from serving import models
 from serving.engine import flag_argv
@@ -50,9 +51,13 @@ def run(request: Request, teller: Teller) -> RunFolder:
         predictions = predict(setup)
         if not (folder.path / "predictions.json").exists():  # what was said before stays said
             write_json(folder.path / "predictions.json", predictions)
-        teller.show(*report.predictions_table(setup.lab, predictions))
-        for formula in report.formulas(setup.lab, predictions):
-            teller.step(formula)
+        teller.show(
+            section(
+                "Predicted, before any engine starts",
+                tables.predictions(setup.lab, predictions),
+                bullets(report.formulas(setup.lab, predictions)),
+            )
+        )
         stage = Stage(setup, folder, work, teller)
         with stage:
             groups = resident_groups(setup)

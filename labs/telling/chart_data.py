@@ -11,10 +11,9 @@ from labs.filing.results import Run, RunFolder, Summary, TrialResult
 from labs.judging.judge import Interval
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS, Metric, by_repeat, columns
-from labs.judging.text import short
+from labs.judging.text import held, short, verdict
 from labs.lab import Lab, Point
 from labs.telling.plots import CYCLE, ORANGE
-from labs.telling.report import held, verdict
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, TPOT, TTFT
 from loadtests.records import RequestRecord
 from serving import metrics

@@ -25,9 +25,9 @@ from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from labs.filing.results import Run, RunFolder, Summary, all_runs
+from labs.judging.text import ceilings_text, claim_held, ratio_text
 from labs.questions import QUESTIONS
 from labs.telling import chart_data
-from labs.telling.report import ceilings_text, claim_held, ratio_text
 
 WEB = Path(__file__).parent / "web"
 PLOTLY = "plotly.min.js"

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from labs.filing import results
 from labs.judging.judge import Interval
-from labs.judging.text import number
-from labs.telling.report import markdown, ratio
+from labs.judging.text import number, ratio
+from labs.telling.document import Block, Inline, Paragraph, Strong, bullets, parse, table
 from serving.machine import Machine
 
 FILE = "bench.json"
@@ -119,7 +119,7 @@ def on_file() -> list[Bench]:
     return [results.read_json(path, Bench) for path in sorted(results.RESULTS.glob(f"*/{FILE}"))]
 
 
-# ------------------------------------------------------------------------------------- as README.md
+# ------------------------------------------------------------------------------------ as a document
 
 COLUMNS = (
     "Load processes", "Streams", "Chunks/s", "Delivered", "Lost", "TTFT added, p50", "p99",
@@ -127,12 +127,11 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def lines(bench: Bench) -> list[str]:
-    """A machine's table and sentences, in Markdown."""
-    out = [f"**{bench.machine.describe()}**{_when(bench)}:", ""]
-    if bench.streams:
-        out += [*markdown([COLUMNS, *map(_row, bench.streams.rows)]), ""]
-    return out + [f"- {sentence}" for sentence in _sentences(bench)]
+def blocks(bench: Bench) -> list[Block]:
+    """A machine's table and sentences."""
+    heading = Paragraph((Strong(bench.machine.describe()), f"{_when(bench)}:"))
+    streams = [table(COLUMNS, map(_row, bench.streams.rows))] if bench.streams else []
+    return [heading, *streams, bullets(map(parse, _sentences(bench)))]
 
 
 def _when(bench: Bench) -> str:
@@ -144,7 +143,7 @@ def _when(bench: Bench) -> str:
     return f", {' and '.join(days)}{busy}"
 
 
-def _row(row: Sent) -> list[str]:
+def _row(row: Sent) -> list[Inline]:
     tokens = f", {row.tokens_per_chunk} tokens each" if row.tokens_per_chunk > 1 else ""
     shape = f", {row.shape}" if row.shape else ""
     times = (

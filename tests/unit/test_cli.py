@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from labs import LABS
 from labs.commands import cli, monitoring
 from labs.commands.cli import app
-from labs.commands.terminal import plain, plainly
+from labs.commands.terminal import plainly
 from labs.filing import results
 from labs.lab import LabError, NotApplicable
 from labs.questions import QUESTIONS
@@ -267,9 +267,3 @@ def test_loopback_is_asked_directly_where_there_is_a_proxy(
     with plainly():
         assert not requests.utils.get_environ_proxies("http://127.0.0.1:9090/")
         assert bool(requests.utils.get_environ_proxies("http://example.org/")) is not bool(spared)
-
-
-def test_markdown_is_emphasis_on_a_terminal() -> None:
-    assert plain("**a** [b], *c d* and 2 * 3 * 4") == (
-        r"[bold]a[/] \[b], [italic]c d[/] and 2 * 3 * 4"
-    )

@@ -15,6 +15,7 @@ from labs.filing import results
 from labs.filing.results import RunFolder, write_json
 from labs.judging.judge import contrast
 from labs.lab import LabError, digest_of
+from labs.telling.document import Table, plain_text
 from labs.telling.summary import summarise
 from tests.unit.builders import MACHINE, write_run, write_slowed
 from tests.unit.test_html import Seen
@@ -257,7 +258,8 @@ def test_another_load_is_refused_and_forced_it_is_said_on_every_table(folder: Ru
         compared(folder, longer)
     tables = side_by_side.tables(compared(folder, longer, force=True))
     assert tables
-    assert all("FORCED: they were not sent the same load: window_s" in name for name, _ in tables)
+    forced = "FORCED: they were not sent the same load: window_s"
+    assert all(forced in plain_text(table.title) for table in tables)
 
 
 def test_a_field_that_came_later_makes_no_other_load(folder: RunFolder) -> None:
@@ -273,11 +275,12 @@ def test_what_differs_most_is_told_first(folder: RunFolder) -> None:
         run = at.run()
         packages = run.environment.model_copy(update={"packages": {"zipp": zipp, "vllm": vllm}})
         write_json(at.path / "run.json", run.model_copy(update={"environment": packages}))
-    assert side_by_side.headline(compared(folder, other))[2] == (
+    assert side_by_side.headline(compared(folder, other)).items[2] == (
         "What differs in how they were run, the likeliest to matter first:"
         " environment.packages.vllm: 1 in A, 2 in B (and 1 more)."
     )
-    assert not any("differs in" in line for line in side_by_side.headline(compared(other, other)))
+    same = side_by_side.headline(compared(other, other)).items
+    assert not any("differs in" in plain_text(line) for line in same)
 
 
 def test_other_flags_are_compared_and_named(folder: RunFolder) -> None:
@@ -321,9 +324,11 @@ def test_the_page_has_the_words_and_tables_of_the_markdown_and_every_fact(
     found = compared(folder, write_slowed(folder, 1.25))
     seen = Seen(page.page([found], ["other: B has no run of it"]))
     words = " ".join(seen.read.split())
-    for name, rows in side_by_side.tables(found):
-        assert name in words
-        assert all(cell in words for row in rows for cell in row)
+    for section in side_by_side.tables(found):
+        assert plain_text(section.title) in words
+        (table,) = section.blocks
+        assert isinstance(table, Table)
+        assert all(plain_text(cell) in words for row in table.rows for cell in row)
     assert all(fact.what in words for fact in found.facts)
     assert "other: B has no run of it" in words
     (drawn,) = seen.data["comparisons"]

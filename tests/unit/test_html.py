@@ -16,7 +16,8 @@ from plotly.offline import get_plotlyjs
 from labs.filing import results
 from labs.filing.results import RunFolder, TrialResult, all_runs, write_json
 from labs.questions import QUESTIONS
-from labs.telling import chart_data, html, report
+from labs.telling import chart_data, html, report, tables
+from labs.telling.document import plain_text
 from labs.telling.summary import summarise
 from loadtests import records
 from tests.unit.builders import make_record, make_summary, write_run
@@ -89,11 +90,11 @@ def hostile_run(folder: RunFolder) -> None:
 def test_a_page_says_what_the_report_says(folder: RunFolder) -> None:
     seen, summary = written(folder), folder.summary()
     for table in (
-        report.claims_table(folder.run().rebuilt_lab(), summary),
-        report.points_table(folder.run().points(), folder.run().rebuilt_lab(), summary),
+        tables.claims(folder.run().rebuilt_lab(), summary),
+        tables.points(folder.run().points(), folder.run().rebuilt_lab(), summary),
     ):
-        for cell in (c for row in table[1] for c in row):
-            assert cell in seen.read
+        for cell in (c for row in (table.header, *table.rows) for c in row):
+            assert plain_text(cell) in seen.read
     assert [c["title"] for c in seen.data["claims"]] == [j.title for j in summary.judgements]
     ids = seen.attributes("id")
     assert ids.index("the-answer") < ids.index("distributions") < ids.index("every-point")

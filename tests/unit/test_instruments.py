@@ -8,7 +8,7 @@ import pytest
 
 from labs.filing import results
 from labs.judging.judge import Interval
-from labs.telling import instruments
+from labs.telling import instruments, markdown
 from labs.telling.instruments import Alarms, Engine, Neighbour, Overhead, Recording, Sent, Streams
 from serving.machine import Machine
 
@@ -51,9 +51,14 @@ def test_a_part_replaces_itself_and_leaves_the_others(home: Path) -> None:
     assert found.engine is None
 
 
+def lines(bench: instruments.Bench) -> list[str]:
+    """As README.md shows it."""
+    return markdown.fragment(instruments.blocks(bench)).splitlines()
+
+
 def test_a_row_has_units_and_a_dash_for_what_is_not_there(home: Path) -> None:
     instruments.keep(MACHINE, "streams", Streams(rows=[ROW], measured_at=DAY))
-    head, _, table_head, _, row, *_ = instruments.lines(*instruments.on_file())
+    head, _, table_head, _, row, *_ = lines(*instruments.on_file())
     assert head == f"**{MACHINE.describe()}**, 2026-11-25:"
     assert row == (
         "| 2 | 64, a chunk every 10 ms, 4 tokens each, SSE comments | 5,926 | 99.7% | 0 | 0.81 ms"
@@ -73,7 +78,7 @@ def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None
             "aa": ALARMS,
         }
     )
-    sentences = [line for line in instruments.lines(whole) if line.startswith("- ")]
+    sentences = [line for line in lines(whole) if line.startswith("- ")]
     said = (
         "throughput 1.01 (0.99 to 1.03), mean TTFT 0.90, mean TPOT 1.00",
         "one held still: 0.99 (0.98 to 1.01)",
@@ -84,12 +89,12 @@ def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None
     assert len(sentences) == len(said)
     for sentence, words in zip(sentences, said, strict=True):
         assert words in sentence
-    assert not [line for line in instruments.lines(empty) if line.startswith("- ")]
+    assert not [line for line in lines(empty) if line.startswith("- ")]
 
 
 def test_work_of_others_is_told() -> None:
     quiet = ALARMS.model_copy(update={"cpu_others": 0.04})
     busy = ALARMS.model_copy(update={"cpu_others": 0.21})
     for aa, told in ((quiet, False), (busy, True)):
-        head = instruments.lines(instruments.Bench(machine=MACHINE, aa=aa))[0]
+        head = lines(instruments.Bench(machine=MACHINE, aa=aa))[0]
         assert ("other work took up to 21% of the CPU time" in head) is told

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from labs.telling import report
+from labs.telling import tables
 from serving import machine
 from serving.machine import GIB, Ceilings, Machine
 
@@ -118,13 +118,13 @@ def test_the_datasheet_stands_beside_the_measured() -> None:
         memory_bandwidth_bytes_per_s=3.0e12, bf16_flops_per_s=8e14, fp8_flops_per_s=None,
         threads=1, torch="-", measured_at="-",
     )  # fmt: skip
-    assert report.ceilings_table(H100, ours)[1][1:] == [
+    assert list(map(list, tables.ceilings(H100, ours).rows)) == [
         ["Memory bandwidth", "3,000 GB/s", "3,350 GB/s", "90%"],
         ["BF16", "800 TFLOP/s", "989 TFLOP/s", "81%"],
         ["FP8", "–", "1,979 TFLOP/s", "–"],
     ]
     unknown = H100.model_copy(update={"model": "NVIDIA H100 PCIe"})
-    assert report.ceilings_table(unknown, ours)[1][1:] == []
+    assert tables.ceilings(unknown, ours).rows == ()
 
 
 @pytest.mark.parametrize(

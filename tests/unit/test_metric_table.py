@@ -23,7 +23,7 @@ from labs.judging.metrics import (
     pooled,
 )
 from labs.running import backfill
-from labs.telling import chart_data, report
+from labs.telling import chart_data, tables
 from loadtests.latencies import LATENCIES, TTFT, Latency
 from tests.unit.builders import PREDICTION, make_claim, make_record, write_run, write_slowed
 
@@ -47,7 +47,7 @@ def test_a_row_of_the_table_is_all_that_a_metric_takes(
         {1: {TOKENS.name: 301}, 2: {TOKENS.name: 302}}, TOKENS.name
     )
     for columns in (None, main_columns()):
-        header = report.points_table(points, lab, summary, columns)[1][0]
+        header = tables.points(points, lab, summary, columns).header
         assert header.index(TOKENS.title) == header.index("Output throughput") + 1
     assert chart_data.data(folder, run, summary)["metrics"][TOKENS.name]["title"] == TOKENS.title
     assert TOKENS.name in {row["metric"] for row in export.measurements(folder)}
@@ -55,7 +55,7 @@ def test_a_row_of_the_table_is_all_that_a_metric_takes(
     slowed = compare.side(str(write_slowed(folder, 2).path))
     comparison = compare.compare(compare.side(str(folder.path)), slowed)
     assert TOKENS.name in {row.figure for row in comparison.rows}
-    assert TOKENS.title in {row[0] for row in side_by_side.figure_rows(comparison.rows)}
+    assert TOKENS.title in {row[0] for row in side_by_side.figure_table(comparison.rows).rows}
 
     limits = tmp_path / "thresholds.toml"
     limits.write_text(f"[worse]\ndefault = 0.1\n{TOKENS.name} = 0.3\n")

@@ -12,6 +12,7 @@ from labs.comparing import leaderboards
 from labs.filing import manifest, results
 from labs.filing.newest import published
 from labs.filing.results import RunFolder, write_json
+from labs.telling.document import Link, Strong, plain_text
 from tests.unit.builders import make_lab, write_run, write_slowed
 
 
@@ -94,22 +95,23 @@ def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
 ) -> None:
     monkeypatch.setattr(leaderboards, "LABS", {"tiny": make_lab()})
     monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab()})
-    _, row, _ = leaderboards.leaderboard()
-    assert row == [
-        "tiny", "On is faster", folder.run().machine.describe(), "2.97x", "2.85 to 3.10", "helps",
-        "the same", "–",
+    row, _ = leaderboards.leaderboard().rows
+    machine = folder.run().machine
+    assert [plain_text(cell) for cell in row] == [
+        "tiny", "On is faster", machine.describe(), "2.97x", "2.85 to 3.10", "helps", "the same",
+        "–",
     ]  # fmt: skip
-    linked = leaderboards.leaderboard(results.RESULTS)
-    assert linked[1][2].startswith(f"[{row[2]}]({folder.run().machine.slug}/tiny/")
+    report = f"{machine.slug}/tiny/{folder.path.name}/report.md"
+    assert row[2] == (Link(machine.describe(), report), "")
     monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(window_s=5)})
-    assert {row[-2] for row in leaderboards.leaderboard()[1:]} == {"**stale**"}
+    assert {row[-2] for row in leaderboards.leaderboard().rows} == {Strong("stale")}
     home = folder.path.parent.parent
     assert (
         "(the lab has other knobs by now) | On is faster"
         in leaderboards.write_machine(home).read_text()
     )
     monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(title="Said better")})
-    assert {row[-2] for row in leaderboards.leaderboard()[1:]} == {"the same"}
+    assert {row[-2] for row in leaderboards.leaderboard().rows} == {"the same"}
     assert "other knobs" not in leaderboards.write_machine(home).read_text()
 
 

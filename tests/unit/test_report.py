@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,19 @@ from labs.filing import results
 from labs.filing.newest import published
 from labs.filing.results import Predictions, RunFolder, Session, TrialResult, write_json
 from labs.judging.judge import Caveat, Effect, Interval, Judgement, holds
-from labs.judging.text import number, short
+from labs.judging.text import (
+    held,
+    interval,
+    number,
+    predicted,
+    ratio_interval,
+    ratio_text,
+    short,
+    verdict,
+)
 from labs.lab import Prediction
-from labs.telling import report
+from labs.telling import markdown, report
+from labs.telling.document import Bullets, Emphasis, Strong, bullets, section
 from labs.telling.summary import summarise
 from tests.unit.builders import PREDICTION, make_claim, make_lab, write_run
 
@@ -54,22 +65,16 @@ def test_number(value: float | None, unit: str, text: str) -> None:
 
 def test_interval_has_both_bounds_or_is_a_dash() -> None:
     found = Interval(value=0.5, low=0.4, high=0.6, n=3)
-    assert report.interval(found, "s") == "400 ms to 600 ms"
-    assert report.interval(None) == "–"
-    assert report.interval(Interval(value=1, low=None, high=None, n=1)) == "–"
+    assert interval(found, "s") == "400 ms to 600 ms"
+    assert interval(None) == "–"
+    assert interval(Interval(value=1, low=None, high=None, n=1)) == "–"
 
 
 @pytest.mark.parametrize(
     ("kind", "text"), [("point", "2"), ("ceiling", "at most 2"), ("floor", "at least 2")]
 )
 def test_prediction_says_what_kind_it_is(kind: Any, text: str) -> None:
-    assert report.predicted(Prediction(value=2, kind=kind, tolerance=0, formula="")) == text
-
-
-def test_cells_cannot_break_the_table() -> None:
-    assert report.markdown([["a", "b"], ["x|y", "|"]]) == [
-        "| a | b |", "| --- | --- |", "| x\\|y | \\| |",
-    ]  # fmt: skip
+    assert predicted(Prediction(value=2, kind=kind, tolerance=0, formula="")) == text
 
 
 def test_point_is_named_by_what_varies() -> None:
@@ -91,27 +96,27 @@ def judgement(outcome: Any, expected: bool | None, effect: Effect | None = None)
 
 
 def test_verdict_in_words() -> None:
-    assert report.verdict(judgement("helps", True)) == "helps (as claimed)"
-    assert report.verdict(judgement("no effect", False)) == "no effect (against the claim)"
-    assert report.verdict(judgement("not valid", None)) == "not valid: errors"
-    assert report.verdict(judgement("inconclusive", None)) == "inconclusive: errors"
+    assert verdict(judgement("helps", True)) == "helps (as claimed)"
+    assert verdict(judgement("no effect", False)) == "no effect (against the claim)"
+    assert verdict(judgement("not valid", None)) == "not valid: errors"
+    assert verdict(judgement("inconclusive", None)) == "inconclusive: errors"
 
 
 def test_ratio_without_effect_or_interval_is_a_dash() -> None:
     none = judgement("inconclusive", None)
-    assert (report.ratio_text(none), report.ratio_interval(none)) == ("–", "–")
+    assert (ratio_text(none), ratio_interval(none)) == ("–", "–")
     ratio = Interval(value=1.5, low=None, high=None, n=1)
     single = judgement("inconclusive", None, Effect(ratio=ratio, floor=None, spread=None))
-    assert (report.ratio_text(single), report.ratio_interval(single)) == ("1.50x", "–")
+    assert (ratio_text(single), ratio_interval(single)) == ("1.50x", "–")
 
 
 def test_caveats_are_told_once_each_with_where_and_whether_they_block() -> None:
     points = ("on/short/concurrent-1", "on/short/concurrent-2")
     found = [Caveat(name="errors", text="3 of 9", blocks=True, point=p) for p in points]
-    (line,) = report.validity_lines(found, make_lab())
+    told = markdown.fragment([report.validity(found, make_lab())])
     where = "on concurrent 1, on concurrent 2"
-    assert line == f"- **errors** (no verdict there; {where}): 3 of 9"
-    assert "Every check passed" in report.validity_lines([], make_lab())[0]
+    assert told == f"- **errors** (no verdict there; {where}): 3 of 9"
+    assert "Every check passed" in markdown.fragment([report.validity([], make_lab())])
 
 
 def test_report_is_the_same_bytes_from_the_same_files(folder: RunFolder) -> None:
@@ -134,14 +139,25 @@ def test_report_shows_the_verdict_beside_the_prediction(folder: RunFolder) -> No
 
 
 def test_report_begins_with_the_questions_and_what_the_run_says_to_them(folder: RunFolder) -> None:
-    lab, summary = folder.run().rebuilt_lab(), folder.summary()
-    (unknown,) = report.replies(lab, summary)
+    facts = report.Facts.of(folder)
+    unknown = markdown.fragment([report.answer(facts)])
     assert unknown.endswith("(SO-4) This run has not the figures that would answer it.")
-    known = summary.model_copy(update={"answers": {"SO-4": "Where much is shared."}})
-    assert report.replies(lab, known) == [
-        "**When does prefix caching help most?** (SO-4) Where much is shared."
-    ]
-    assert report.replies(lab.model_copy(update={"aa": True}), known) == []
+    answers = {"SO-4": "Where much is *shared*."}
+    known = replace(facts, summary=facts.summary.model_copy(update={"answers": answers}))
+    assert report.answer(known) == section(
+        "The answer",
+        Bullets(
+            (
+                (
+                    Strong("When does prefix caching help most?"),
+                    " (SO-4) ",
+                    ("Where much is ", Emphasis("shared"), "."),
+                ),
+            )
+        ),
+    )
+    twins = replace(known, lab=facts.lab.model_copy(update={"aa": True}))
+    assert report.answer(twins).blocks == ()
     first = re.findall("^## (.*)$", report.write(folder).read_text(), re.MULTILINE)[:2]
     assert first == ["The answer", "Claim by claim"]
 
@@ -155,10 +171,11 @@ def test_each_formula_is_told_once_with_what_one_claim_alone_assumes() -> None:
 
     lab = make_lab(claims=(make_claim(), make_claim(name="more", title="On is more")))
     effects = {"faster": predicts("flat", "a = 1"), "more": predicts("flat", "a = 2")}
-    assert report.formulas(lab, Predictions(effects=effects, forecasts={})) == [
-        "Output throughput, treatment / baseline: `2 x` (Euclid); assumes: flat;"
+    formulas = report.formulas(lab, Predictions(effects=effects, forecasts={}))
+    assert markdown.fragment([bullets(formulas)]) == (
+        "- Output throughput, treatment / baseline: `2 x` (Euclid); assumes: flat;"
         " for *On is faster* a = 1; for *On is more* a = 2"
-    ]
+    )
 
 
 def test_a_report_without_forecasts_has_its_formulas_all_the_same(folder: RunFolder) -> None:
@@ -181,7 +198,7 @@ def test_a_wide_interval_bears_no_prediction_out(
 ) -> None:
     prediction = Prediction(value=2, kind=kind, tolerance=0.25, formula="")
     measured = Interval(value=value, low=low, high=high, n=3)
-    assert report.held(measured, prediction, holds(prediction, measured)) == said
+    assert held(measured, prediction, holds(prediction, measured)) == said
 
 
 def test_a_claim_without_points_is_named_and_not_lost(folder: RunFolder) -> None:
@@ -252,5 +269,5 @@ def test_engines_that_took_turns_are_a_caveat(resident: bool, folder: RunFolder)
 
 def test_a_caveat_about_times_between_tokens_withholds_only_verdicts_on_them() -> None:
     found = Caveat(name="several", text="80 %", blocks=True, metrics=("tpot_mean_s",))
-    (line,) = report.validity_lines([found], make_lab())
+    line = markdown.fragment([report.validity([found], make_lab())])
     assert "(no verdict on times between tokens there; the run)" in line

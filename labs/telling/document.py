@@ -1,0 +1,166 @@
+"""A document as typed nodes: what a report, a comparison and a page are before they are rendered.
+
+Facts become such a tree once; `markdown`, `html` and `terminal` each render it. A `str` in the tree
+is plain text, whatever characters it holds: only the typed nodes are markup. So a model's name, a
+path or an error message can never become markup; what a lab's author or a finding wrote with marks
+becomes nodes in `parse`, the only reader of that notation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+
+@dataclass(frozen=True)
+class Code:
+    text: str
+
+
+@dataclass(frozen=True)
+class Emphasis:
+    content: Inline
+
+
+@dataclass(frozen=True)
+class Strong:
+    content: Inline
+
+
+@dataclass(frozen=True)
+class Link:
+    content: Inline
+    target: str  # relative to where the document lies
+
+
+Inline: TypeAlias = "str | Code | Emphasis | Strong | Link | tuple[Inline, ...]"
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    content: Inline
+
+
+@dataclass(frozen=True)
+class Bullets:
+    items: tuple[Inline, ...]
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a reader must know before the first figure, a sentence each."""
+
+    items: tuple[Inline, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    header: tuple[Inline, ...]
+    rows: tuple[tuple[Inline, ...], ...]
+
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.header) for row in self.rows):
+            raise ValueError(f"a row is longer or shorter than the header {self.header}")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture in a file beside the document."""
+
+    file: str
+    caption: Inline
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it; the document itself is the outermost section."""
+
+    title: Inline
+    blocks: tuple[Block, ...]
+
+
+Block: TypeAlias = "Paragraph | Bullets | Notes | Table | Figure | Section"
+Node = TypeVar("Node", Paragraph, Bullets, Notes, Table, Figure)
+
+
+def section(title: Inline, *blocks: Block | None) -> Section:
+    """A section of the blocks that hold anything."""
+    return Section(title, tuple(block for block in blocks if block and _holds_anything(block)))
+
+
+def _holds_anything(block: Block) -> bool:
+    match block:
+        case Bullets(items) | Notes(items):
+            return bool(items)
+        case Table(_, rows):
+            return bool(rows)
+        case Section(_, blocks):
+            return bool(blocks)
+    return True
+
+
+def bullets(items: Iterable[Inline]) -> Bullets:
+    return Bullets(tuple(items))
+
+
+def table(header: Sequence[Inline], rows: Iterable[Sequence[Inline]]) -> Table:
+    return Table(tuple(header), tuple(tuple(row) for row in rows))
+
+
+def table_of(rows: Sequence[Sequence[Inline]]) -> Table:
+    """A table of rows of which the first is the header; without rows an empty one."""
+    header, *body = rows or ((),)
+    return table(header, body)
+
+
+def joined(parts: Iterable[Inline], separator: str) -> Inline:
+    """Text with `separator` between the parts, as `str.join` does it for plain text."""
+    spread = [piece for part in parts for piece in (separator, part)]
+    return tuple(spread[1:])
+
+
+def plain_text(content: Inline) -> str:
+    """What a reader reads, without any markup."""
+    match content:
+        case str():
+            return content
+        case Code(text):
+            return text
+        case tuple():
+            return "".join(plain_text(part) for part in content)
+    return plain_text(content.content)
+
+
+# -------------------------------------------------------------------------------- inline notation
+
+NOTATION = re.compile(
+    r"\\(?P<literal>[\\`*])"
+    r"|`(?P<code>[^`]+)`"
+    r"|\*\*(?P<strong>\S|\S.*?\S)\*\*(?!\*)"
+    r"|(?<!\w)\*(?P<emphasis>[^\s*]|[^\s*][^*]*[^\s*])\*(?!\w)"
+)
+
+
+def parse(notation: str) -> Inline:
+    r"""Nodes of a sentence with `code`, *emphasis*, **strong**; a backslash makes a mark text.
+
+    There is no other markup: no link, no HTML. A mark that opens or closes nothing is text.
+    `labs.judging.text.literal` writes text from outside so that it is read back as it is.
+    """
+    parts: list[Inline] = []
+    end = 0
+    for mark in NOTATION.finditer(notation):
+        parts.append(notation[end : mark.start()])
+        end = mark.end()
+        if (literal := mark["literal"]) is not None:
+            parts.append(literal)
+        elif (code := mark["code"]) is not None:
+            parts.append(Code(code))
+        elif (strong := mark["strong"]) is not None:
+            parts.append(Strong(parse(strong)))
+        else:
+            parts.append(Emphasis(parse(mark["emphasis"])))
+    kept = [part for part in [*parts, notation[end:]] if part != ""]
+    return kept[0] if len(kept) == 1 else tuple(kept)

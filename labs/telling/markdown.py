@@ -1,0 +1,128 @@
+"""A document as Markdown (CommonMark with GitHub's tables).
+
+Plain text is written so that it is read as plain text: a backslash goes before a character that
+would otherwise be markup where it stands, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from labs.telling.document import (
+    Block,
+    Bullets,
+    Code,
+    Emphasis,
+    Figure,
+    Inline,
+    Link,
+    Notes,
+    Paragraph,
+    Section,
+    Strong,
+    Table,
+    plain_text,
+)
+
+MARKUP = re.compile(
+    r"""\\(?=[!-/:-@\[-`{-~])     # would escape what follows
+    |`
+    |\*(?!(?<=\s\*)\s)            # emphasis, unless it stands alone between spaces
+    |(?<![^\W_])_|_(?![^\W_])   # emphasis, unless within a word
+    |~(?=~)
+    |<(?=[A-Za-z/!?])             # HTML, an automatic link
+    |&(?=\#?\w+;)                 # an entity
+    |\](?=[(:\[])                 # a link, a picture, a definition
+    """,
+    re.VERBOSE,
+)
+BLOCK_START = re.compile(
+    r"#{1,6}(?=\s|$)|[-+](?=\s|$)|>|\||(?:-+|=+)\s*$|(?P<number>\d{1,9})(?=[.)](?:\s|$))"
+)
+
+
+def document(content: Section) -> str:
+    """The whole of a file."""
+    return "\n\n".join(_block(content, level=1)) + "\n"
+
+
+def fragment(blocks: Iterable[Block], level: int = 1) -> str:
+    """Blocks as part of another text, without a newline at the end; sections begin at `level`."""
+    return "\n\n".join(part for block in blocks for part in _block(block, level) if part)
+
+
+def _block(block: Block, level: int) -> list[str]:
+    """What blank lines separate."""
+    match block:
+        case Paragraph(content):
+            return ["\n".join(_line(line) for line in _inline(content).split("\n"))]
+        case Bullets(items):
+            return ["\n".join(f"- {_line(_one_line(_inline(item)))}" for item in items)]
+        case Notes(items):
+            return ["\n".join(f"> {_one_line(_inline(Strong(item)))}" for item in items)]
+        case Figure(file, caption):
+            words = _one_line(_text(plain_text(caption)))
+            return [f"![{words}]({_target(file)})", _line(_one_line(_inline(caption)))]
+        case Table():
+            return ["\n".join(_table(block))]
+        case Section(title, blocks):
+            heading = f"{'#' * level} {_one_line(_inline(title))}"
+            return [heading, *(part for inner in blocks for part in _block(inner, level + 1))]
+
+
+def _table(table: Table) -> list[str]:
+    return [
+        _row(table.header),
+        _row(["---"] * len(table.header)),
+        *(_row(row) for row in table.rows),
+    ]
+
+
+def _row(cells: Sequence[Inline]) -> str:
+    return "| " + " | ".join(_one_line(_inline(cell)).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _line(text: str) -> str:
+    """The first characters of a line may begin a block: a backslash keeps them text."""
+    text = text.strip()
+    if not (start := BLOCK_START.match(text)):
+        return text
+    marked = len(start["number"] or "")
+    return f"{text[:marked]}\\{text[marked:]}"
+
+
+def _inline(content: Inline) -> str:
+    match content:
+        case str():
+            return _text(content)
+        case Code(text):
+            return _code(text)
+        case Emphasis(inner):
+            return f"*{_inline(inner)}*"
+        case Strong(inner):
+            return f"**{_inline(inner)}**"
+        case Link(inner, target):
+            return f"[{_inline(inner)}]({_target(target)})"
+        case tuple():
+            return "".join(_inline(part) for part in content)
+
+
+def _text(text: str) -> str:
+    return MARKUP.sub(r"\\\g<0>", re.sub(r"\s*\n\s*", "\n", text))
+
+
+def _code(text: str) -> str:
+    """Within as many backticks as no run of them inside has."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    padding = " " if text[:1] == "`" or text[-1:] == "`" else ""
+    return f"{fence}{padding}{_one_line(text)}{padding}{fence}"
+
+
+def _target(target: str) -> str:
+    return f"<{target}>" if re.search(r"[\s()<>]", target) else target
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s*\n\s*", " ", text)

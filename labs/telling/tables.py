@@ -1,0 +1,151 @@
+"""The tables of a report, from a run's typed files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from labs.filing import published
+from labs.filing.results import Predictions, Session, Summary
+from labs.judging.judge import Judgement
+from labs.judging.metrics import METRICS, columns
+from labs.judging.text import (
+    claim_held,
+    held,
+    interval,
+    number,
+    predicted,
+    ratio_interval,
+    ratio_text,
+    short,
+    verdict,
+)
+from labs.lab import Lab, Point
+from labs.telling.document import Inline, Table, parse, table
+from serving.machine import DATASHEETS, Ceilings, Machine
+
+
+def ceilings(machine: Machine, measured: Ceilings) -> Table:
+    """The measured ceilings beside the vendor's figures; empty for a GPU without known figures."""
+    rows: list[list[Inline]] = []
+    stated = DATASHEETS.get(machine.model)
+    for title, field, scale, unit in (
+        ("Memory bandwidth", "memory_bandwidth_bytes_per_s", 1e9, "GB/s"),
+        ("BF16", "bf16_flops_per_s", 1e12, "TFLOP/s"),
+        ("FP8", "fp8_flops_per_s", 1e12, "TFLOP/s"),
+    ):
+        ours, theirs = getattr(measured, field), stated and getattr(stated, field)
+        if theirs:
+            share = f"{ours / theirs:.0%}" if ours else "–"
+            mine = number(ours and ours / scale, unit)
+            rows.append([title, mine, number(theirs / scale, unit), share])
+    return table(("Ceiling", "Measured", "Datasheet", "Share"), rows)
+
+
+def predictions(lab: Lab, predicted_before: Predictions) -> Table:
+    """Every figure that was predicted before an engine started, and where."""
+    rows: list[list[Inline]] = []
+    for claim in lab.claims:
+        for pair, prediction in predicted_before.effects[claim.name].items():
+            treatment, _, baseline = pair.partition("|")
+            where = f"{short(treatment, lab)} / {short(baseline, lab)}"
+            rows.append([METRICS[claim.metric].title, where, f"{prediction.value:.2f}x"])
+    for forecast in lab.forecasts:
+        metric = METRICS[forecast.metric]
+        for key, prediction in predicted_before.forecasts[forecast.name].items():
+            rows.append([metric.title, short(key, lab), predicted(prediction, metric.unit)])
+    return table(("Figure", "Where", "Predicted"), rows)
+
+
+def claims(lab: Lab, summary: Summary) -> Table:
+    """Every judgement: what was claimed, measured, predicted and published, and the verdict."""
+    return table(
+        ("Claim", "Measured", "95 % interval", "Predicted", "Held", "Published", "Verdict"),
+        (_claim(lab, judgement) for judgement in summary.judgements),
+    )
+
+
+def _claim(lab: Lab, j: Judgement) -> list[Inline]:
+    where = f" ({METRICS[j.metric].title}: {short(j.treatment, lab)} / {short(j.baseline, lab)})"
+    tolerance = f" ± {j.prediction.tolerance:.0%}" if j.prediction.tolerance else ""
+    figures = [p.figure for p in published.about(lab.name, "claims", j.claim)]
+    return [
+        (parse(j.title), where),
+        ratio_text(j),
+        ratio_interval(j),
+        f"{j.prediction.value:.2f}x{tolerance}",
+        claim_held(j),
+        "; ".join(figures) or "–",
+        parse(verdict(j)),
+    ]
+
+
+def points(
+    shown: Sequence[Point], lab: Lab, summary: Summary, among: Sequence[str] | None = None
+) -> Table:
+    """Means over repeats; percentiles of the samples of all repeats together.
+
+    A metric `among` these (all columns unless given) that no point has is left out.
+    """
+    among = columns() if among is None else among
+    metrics = [c for c in among if any(summary.value(p.key, c) is not None for p in shown)]
+    return table(
+        ("Point", *(METRICS[metric].title for metric in metrics)),
+        (
+            [
+                short(point.key, lab),
+                *(number(summary.value(point.key, m), METRICS[m].unit) for m in metrics),
+            ]
+            for point in shown
+        ),
+    )
+
+
+def forecasts(lab: Lab, summary: Summary) -> Table:
+    """Every forecast beside what was measured there."""
+    rows: list[list[Inline]] = []
+    for f in summary.forecasts:
+        unit = METRICS[f.metric].unit
+        known = f.measured and f.prediction.value
+        share = f"{f.measured.value / f.prediction.value:.0%}" if f.measured and known else "–"
+        rows.append(
+            [
+                METRICS[f.metric].title,
+                short(f.point, lab),
+                number(f.measured.value if f.measured else None, unit),
+                interval(f.measured, unit),
+                predicted(f.prediction, unit),
+                share,
+                held(f.measured, f.prediction, f.held),
+            ]
+        )
+    header = ("Figure", "Where", "Measured", "95 % interval", "Predicted", "Share", "Held")
+    return table(header, rows)
+
+
+def agreement(session: Session | None) -> Table:
+    """The requests and tokens that the client's records, Prometheus and the engine each counted."""
+    return table(
+        ("Counted", "Records", "Prometheus", "Engine"),
+        (
+            [
+                counted.what,
+                f"{counted.records:,}",
+                "–" if counted.prometheus is None else f"{counted.prometheus:,}",
+                "–" if counted.engine is None else f"{counted.engine:,}",
+            ]
+            for counted in (session.agreement if session else ())
+        ),
+    )
+
+
+def ttft_at_both_ends(shown: Sequence[Point], lab: Lab, summary: Summary) -> Table:
+    """TTFT as both sides see it, from the send: their difference is transport and tokenizing."""
+    rows: list[list[Inline]] = []
+    for point in shown:
+        ours, theirs = (
+            summary.value(point.key, f"{side}_ttft_mean_s") for side in ("client", "engine")
+        )
+        if ours is not None and theirs is not None:
+            gap = number(ours - theirs, "s")
+            rows.append([short(point.key, lab), number(ours, "s"), number(theirs, "s"), gap])
+    return table(("Point", "Client's mean", "Engine's mean", "Difference"), rows)

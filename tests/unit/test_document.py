@@ -1,0 +1,156 @@
+"""The document and its renderers: what is markup, and what never becomes markup."""
+
+from __future__ import annotations
+
+import io
+import re
+from html.parser import HTMLParser
+
+import pytest
+from markdown_it import MarkdownIt
+from rich.console import Console
+
+from labs.judging.text import literal
+from labs.telling import markdown, terminal
+from labs.telling.document import (
+    Bullets,
+    Code,
+    Emphasis,
+    Figure,
+    Inline,
+    Link,
+    Notes,
+    Paragraph,
+    Section,
+    Strong,
+    bullets,
+    joined,
+    parse,
+    plain_text,
+    section,
+    table,
+)
+
+FROM_OUTSIDE = [
+    "*a* **b** _c_ __d__ `e` ``f`` ***g***", "</script><script>hacked()</script>", "<b>x</b> a<b",
+    "[a](javascript:hacked())", "![a](b.svg)", "[a]: http://b", "&amp; &#60; AT&T &c", "a|b|c",
+    r"C:\new\*folder\`x`", "\\", "# heading", "## x", "- item", "+ item", "* item", "1. one",
+    "12) two", "> quote", "---", "===", "***", "```", "~~~", "~~gone~~", "| a | b |", "2 * 3 * 4",
+    "calibration_code.txt", "_private", "cores [0] and [1]", "--max-loras", "a\nb", "a\n\n# b",
+    "a\n- b", "http://example.org/_x_", "<http://example.org>", "a <!-- b -->", "*", "**", "!",
+    "3 repeats", "1.5x", "-1 to 1",
+]  # fmt: skip
+
+
+class Read(HTMLParser):
+    """The text a reader reads, and the tags it is in."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text = ""
+        self.tags: set[str] = set()
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read_back(block: Section | Paragraph | Bullets | Notes) -> Read:
+    """What a reader of the Markdown sees; everything that GitHub has is switched on."""
+    reader = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    return Read(reader.render(markdown.fragment([block])))
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("text", FROM_OUTSIDE)
+def test_text_from_outside_is_never_markup(text: str) -> None:
+    seen = read_back(Paragraph(text))
+    assert (words(seen.text), seen.tags) == (words(text), {"p"})
+    seen = read_back(bullets([text, ("of ", Strong("x"), text)]))
+    assert words(seen.text) == words(f"{text} of x{text}")
+    assert seen.tags == {"ul", "li", "strong"}
+    seen = read_back(Section(text, (table([text, "b"], [[text, Code(text)]]),)))
+    assert words(seen.text) == words(f"{text} {text} b {text} {text}")
+    assert seen.tags == {"h1", "table", "thead", "tbody", "tr", "th", "td", "code"}
+
+
+@pytest.mark.parametrize("text", FROM_OUTSIDE)
+def test_what_was_written_literally_is_read_back(text: str) -> None:
+    assert plain_text(parse(literal(text))) == text
+    assert isinstance(parse(f"{literal(text)}"), str | tuple)
+    assert not [node for node in _nodes(parse(literal(text))) if not isinstance(node, str)]
+
+
+def _nodes(content: Inline) -> list[Inline]:
+    return (
+        [n for part in content for n in _nodes(part)] if isinstance(content, tuple) else [content]
+    )
+
+
+@pytest.mark.parametrize(
+    ("notation", "nodes"),
+    [
+        ("plain [b](c) <b>", "plain [b](c) <b>"),
+        ("`a*b*` c", (Code("a*b*"), " c")),
+        ("*a b* and **c**", (Emphasis("a b"), " and ", Strong("c"))),
+        ("**a *b* `c`**", Strong(("a ", Emphasis("b"), " ", Code("c")))),
+        ("2 * 3 * 4, a*b*c, `open, **open", "2 * 3 * 4, a*b*c, `open, **open"),
+        (r"\*a\* \`b\` \\ \n", ("*", "a", "*", " ", "`", "b", "`", " ", "\\", r" \n")),
+    ],
+)
+def test_the_notation_has_three_marks_and_a_backslash(notation: str, nodes: Inline) -> None:
+    assert parse(notation) == nodes
+
+
+def test_blocks_as_markdown() -> None:
+    document = section(
+        ("On ", Emphasis("x")),
+        Notes(("first", ("a ", Code("b")))),
+        Paragraph(joined(["one", "two"], "\n")),
+        section("Inner", bullets([("see ", Link("it", "a b.md"))]), Figure("x.svg", "A plot.")),
+        section("Empty", bullets([]), table(["a"], []), None),
+        section("Numbers", table(["a", "b"], [["x|y", Code("|")]])),
+    )
+    assert markdown.document(document) == (
+        "# On *x*\n\n> **first**\n> **a `b`**\n\none\ntwo\n\n## Inner\n\n- see [it](<a b.md>)\n\n"
+        "![A plot.](x.svg)\n\nA plot.\n\n## Numbers\n\n| a | b |\n| --- | --- |\n"
+        "| x\\|y | `\\|` |\n"
+    )
+
+
+def test_code_that_holds_backticks_is_read_back() -> None:
+    assert read_back(Paragraph(("a ", Code("`b`` c`")))).text.strip() == "a `b`` c`"
+
+
+def test_a_row_has_as_many_cells_as_the_header() -> None:
+    with pytest.raises(ValueError, match="longer or shorter"):
+        table(["a", "b"], [["x"]])
+
+
+def test_a_terminal_shows_styles_and_no_markup_of_its_own() -> None:
+    console = Console(file=io.StringIO(), width=60, force_terminal=True, color_system="standard")
+    terminal.show(
+        console,
+        section(
+            "Title",
+            Notes(("[red]note",)),
+            bullets([("a ", Strong("bold"), " [b] ", Emphasis("c"), Link(" link", "x.md"))]),
+            table(["Name", "Figure"], [["[dim]x", "1"], ["y", Strong("22")]]),
+            Figure("x.svg", "A plot."),
+        ),
+    )
+    assert isinstance(console.file, io.StringIO)
+    written = console.file.getvalue()
+    assert "\x1b[1mbold\x1b[0m" in written
+    assert "\x1b[3mc\x1b[0m" in written
+    plain = re.sub(r"\x1b\[[\d;]*m", "", written)
+    lines = [line.rstrip() for line in plain.splitlines()]
+    assert lines[:4] == ["", "Title", "[red]note", "  a bold [b] c link"]
+    assert "│ [dim]x │      1 │" in plain
+    assert "plot" not in plain
