@@ -15,7 +15,7 @@ from labs.filing import export, manifest, score
 from labs.filing.export import Format as ExportFormat
 from labs.filing.results import RESULTS, open_run, problems
 from labs.lab import LabError
-from labs.telling import html, report
+from labs.telling import pages, report
 from labs.telling.document import bullets, section, table_of
 from labs.telling.summary import summarise
 from serving.models import ROOT
@@ -41,7 +41,7 @@ def rebuild(
     with plainly():
         for folder in (folders := folders_of(run)):
             summarise(folder)
-            for path in (report.write(folder), html.write(folder)):
+            for path in (report.write(folder), pages.write(folder)):
                 console.print(os.path.relpath(path), soft_wrap=True)
             if original := reproduction.original_of(folder):
                 path = reproduction.file(reproduction.answer(original, folder), original)
@@ -60,7 +60,7 @@ def site(
 ) -> None:
     """Write a page of every run and an index, to be opened or published as they are."""
     with plainly():
-        index, left_out = html.write_site(out)
+        index, left_out = pages.write_site(out)
         for name, why in left_out.items():
             console.print(f"Left out: {name} cannot be read: {escape(why)}", soft_wrap=True)
         console.print(os.path.relpath(index), soft_wrap=True)

@@ -1,7 +1,7 @@
 """A comparison as one HTML file that needs no server, made as a run's page is.
 
-The words and tables are those of the Markdown; added are the ratios as plots to look closer at, and
-everything that both manifests record, side by side.
+The words and tables are those of the Markdown, from the same nodes; added are the ratios as plots
+to look closer at, and everything that both manifests record, side by side.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from plotly.offline import get_plotlyjs
 from labs.comparing import side_by_side
 from labs.comparing.compare import Comparison
 from labs.judging.text import number
-from labs.telling import html, markdown
+from labs.telling import html, pages
+from labs.telling.document import Figure, Section, plain_text
 from labs.telling.plots import CYCLE, ORANGE
 
 
 def write(found: Sequence[Comparison], refused: Sequence[str], path: Path) -> None:
-    html.keep(path, page(found, refused))
+    pages.keep(path, page(found, refused))
 
 
 def page(found: Sequence[Comparison], refused: Sequence[str]) -> str:
-    text = markdown.document(side_by_side.document(found, refused))
-    title, intro, sections = html.in_sections(html.READER.parse(text))
-    return html.render(
+    document = side_by_side.document(found, refused)
+    sections = [b for b in document.blocks if isinstance(b, Section)]
+    return pages.render(
         "compare.html",
-        scripts=[get_plotlyjs(), html.web("page.js", "plot.js", "compare.js")],
-        title=f"{title}: {', '.join(c.lab for c in found)}",
-        intro=intro,
+        scripts=[get_plotlyjs(), pages.web("page.js", "plot.js", "compare.js")],
+        title=f"{plain_text(document.title)}: {', '.join(c.lab for c in found)}",
         sections=[
-            _Section(s.title, s.id, *_apart(s.body), c)
-            for s, c in zip(sections, [*found, None], strict=False)
+            _PageSection.of(section, comparison)
+            for section, comparison in zip(sections, [*found, None], strict=False)
         ],
         data={
             "colours": CYCLE,
@@ -46,8 +46,11 @@ def page(found: Sequence[Comparison], refused: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class _Section:
-    """One lab's, or at the end the one about what was not compared."""
+class _PageSection:
+    """One lab's, or at the end the one about what was not compared.
+
+    The plot goes between the headline and the tables.
+    """
 
     title: str
     id: str
@@ -55,11 +58,17 @@ class _Section:
     tables: Markup
     found: Comparison | None
 
+    @classmethod
+    def of(cls, section: Section, found: Comparison | None) -> _PageSection:
+        tables = [block for block in section.blocks if isinstance(block, Section)]
+        title = plain_text(section.title)
+        headline = html.introduction(section, _no_picture)
+        return cls(title, html.anchor(title), headline, html.fragment(tables, _no_picture), found)
 
-def _apart(body: Markup) -> tuple[Markup, Markup]:
-    """What stands before the first table, between which and the tables the plot goes."""
-    headline, heading, rest = body.partition("<h3>")
-    return headline, heading + rest
+
+def _no_picture(figure: Figure) -> Markup:
+    """The page draws its own."""
+    return Markup("")
 
 
 def _rows(found: Comparison) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from labs.lab import LabError
 from labs.running import backfill
 from labs.running.resolve import Request, Setup, Teller, engine_environment, resolve
 from labs.running.stage import Stage, in_turn, interleave, resident_groups, write_requests
-from labs.telling import html, report, tables
+from labs.telling import pages, report, tables
 from labs.telling.document import bullets, section
 from labs.telling.summary import summarise
 from serving import models
@@ -81,7 +81,7 @@ def run(request: Request, teller: Teller) -> RunFolder:
         )
         summary = summarise(folder)
         report.write(folder)
-        html.write(folder)
+        pages.write(folder)
         if not stage.prometheus.missing:
             try:
                 backfill.load_figures(folder)

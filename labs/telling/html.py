@@ -1,289 +1,132 @@
-"""A run as one HTML file that needs no server, and all runs on file as a site.
-
-The words and tables are report.md's, rendered; added is what paper cannot do: tables that sort, the
-distributions behind the percentiles, figures over the load, every request of a trial on a timeline.
-A page loads nothing from anywhere, and its content security policy forbids it: only the scripts it
-was written with run, whatever a model's name or an error message holds.
-"""
+"""A document as HTML: every text escaped, no tag but those written here."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-import jinja2
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
 from markupsafe import Markup, escape
-from plotly.offline import get_plotlyjs
 
-from labs.filing.results import Run, RunFolder, Summary, all_runs
-from labs.judging.text import ceilings_text, claim_held, ratio_text
-from labs.questions import QUESTIONS
-from labs.telling import chart_data
+from labs.telling.document import (
+    Block,
+    Bullets,
+    Code,
+    Emphasis,
+    Figure,
+    Inline,
+    Link,
+    Notes,
+    Paragraph,
+    Section,
+    Strong,
+    Table,
+    plain_text,
+)
 
-WEB = Path(__file__).parent / "web"
-PLOTLY = "plotly.min.js"
-RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
-DRAWN_HERE = ("effects", "sweep", "variants")  # whose SVG is shown only where no script runs
-
-
-# ------------------------------------------------------------------------------------- the pages
-
-
-def write(folder: RunFolder) -> Path:
-    """report.html beside report.md, everything in it."""
-    return keep(folder.path / "report.html", page(folder))
-
-
-def write_site(out: Path) -> tuple[Path, dict[str, str]]:
-    """An index, a page a run and one copy of the library; runs left out, each with the reason."""
-    entries: list[Entry] = []
-    left_out: dict[str, str] = {}
-    keep(out / PLOTLY, get_plotlyjs())
-    for folder in all_runs():
-        machine, lab, name = folder.path.parts[-3:]
-        try:
-            href = f"{machine}/{lab}/{name}.html"
-            keep(out / href, page(folder, root="../../"))
-            entries.append(Entry(folder, folder.run(), folder.summary(), href))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            left_out[f"{machine}/{lab}/{name}"] = str(error).splitlines()[0]
-    _remove_others(out, {out / e.href for e in entries})
-    return keep(out / "index.html", index(entries)), left_out
-
-
-def _remove_others(out: Path, pages: Set[Path]) -> None:
-    """Pages of runs that are gone, or that cannot be read any more."""
-    for path in out.glob("*/*/*.html"):
-        if path not in pages and RUN_PAGE.fullmatch(path.name):
-            path.unlink()
-
-
-def page(folder: RunFolder, root: str = "") -> str:
-    """A run's page; the library is in it, or at the `root` of a site, where the index is too."""
-    run, summary = folder.run(), folder.summary()
-    report_text = (folder.path / "report.md").read_text()
-    title, intro, sections = in_sections(_figures(READER.parse(report_text), folder))
-    code = web("page.js", "plot.js", "run.js")
-    return render(
-        "run.html",
-        scripts=[code] if root else [get_plotlyjs(), code],
-        root=root,
-        title=title,
-        intro=intro,
-        sections=sections,
-        marks=_marks(run, not summary.failed and not summary.missing),  # COMPLETE comes last
-        data=chart_data.data(folder, run, summary),
-    )
-
-
-def render(template: str, scripts: Sequence[str], root: str = "", **fields: Any) -> str:
-    hashes = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
-    allowed = " ".join([*(f"'sha256-{h}'" for h in hashes), *(["'self'"] if root else [])])
-    policy = (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline';"
-        " img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-    made = _templates().get_template(template)
-    return made.render(
-        scripts=[Markup(s) for s in scripts],
-        policy=Markup(policy),
-        css=Markup(web("page.css")),
-        plotly=PLOTLY,
-        root=root,
-        **fields,
-    )
-
-
-@cache
-def _templates() -> jinja2.Environment:
-    found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(WEB), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    found.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # and the order as it is
-    return found
-
-
-@cache
-def web(*names: str) -> str:
-    return "".join((WEB / name).read_text() for name in names)
-
-
-def keep(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.half")
-    half.write_text(text)
-    half.rename(path)
-    return path
-
-
-def _marks(run: Run, complete: bool) -> list[str]:
-    """What sets a run apart from an ordinary one."""
-    known = {
-        "random weights": run.dummy,
-        "quick": run.quick,
-        "A/A": run.aa,
-        "ad hoc": run.ad_hoc and not run.aa,
-        "not complete": not complete,
-    }
-    return [mark for mark, is_so in known.items() if is_so]
-
-
-# -------------------------------------------------------------------------------- Markdown as HTML
-
-READER = MarkdownIt("commonmark", {"html": False}).enable("table")
-READER.disable(["link", "autolink", "reference", "entity", "hr", "lheading", "code"])
+Picture = Callable[[Figure], Markup]
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
+    """A section as a page's template places it."""
+
     title: str
     id: str
     body: Markup
 
 
-def in_sections(tokens: Sequence[Token]) -> tuple[str, Markup, list[Section]]:
-    """Title, what stands before the first section, and the sections."""
-    parts: list[list[Token]] = [[]]
-    for token in tokens:
-        if token.type == "heading_open" and token.tag in ("h1", "h2"):
-            parts.append([])
-        parts[-1].append(token)
+def introduction(document: Section, picture: Picture) -> Markup:
+    """What stands before the first section."""
+    return fragment((b for b in document.blocks if not isinstance(b, Section)), picture)
 
-    def html(found: Sequence[Token], label: str = "") -> Markup:
-        rendered = READER.renderer.render(found, READER.options, {})
-        box = '<div class="table" role="region" aria-label="{}" tabindex="0"><table>'
-        opened = rendered.replace("<table>", Markup(box).format(label))
-        return Markup(opened.replace("</table>", "</table></div>"))
 
-    if len(parts) < 3:
-        raise ValueError("it has no sections: `make report` writes report.md anew")
-    (_, (_, head, _, *intro), *rest) = parts
-    sections = [
-        Section(name, re.sub(r"\W+", "-", name.lower()).strip("-"), html(body, name))
-        for _, title, _, *body in rest
-        for name in (title.content,)
+def sections(document: Section, picture: Picture) -> list[PageSection]:
+    """The sections of a document, each with the anchor that links to it."""
+    return [
+        PageSection(title, anchor(title), fragment(block.blocks, picture, label=title))
+        for block in document.blocks
+        if isinstance(block, Section)
+        for title in (plain_text(block.title),)
     ]
-    return head.content, html(intro), sections
 
 
-def _figures(tokens: Sequence[Token], folder: RunFolder) -> list[Token]:
-    """A paragraph that is one picture becomes a figure; the caption that follows goes into it."""
-    found: list[Token] = []
-    caption = ""
-    for is_picture, group in groupby(_paragraphs(tokens), _is_picture):
-        for part in group:
-            if is_picture:
-                picture = (part[1].children or [])[0]
-                caption = picture.content
-                found.append(_picture(folder, str(picture.attrs["src"]), caption))
-            elif not (caption and part[0].type == "paragraph_open" and part[1].content == caption):
-                found += part
-    return found
+def anchor(title: str) -> str:
+    """The id by which a link finds the section."""
+    return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
-def _paragraphs(tokens: Sequence[Token]) -> list[list[Token]]:
-    """Tokens one by one, but a paragraph's together."""
-    parts: list[list[Token]] = []
-    for token in tokens:
-        if parts and parts[-1][0].type == "paragraph_open" and len(parts[-1]) < 3:
-            parts[-1].append(token)
-        else:
-            parts.append([token])
-    return parts
+def fragment(blocks: Iterable[Block], picture: Picture, label: str = "", level: int = 3) -> Markup:
+    """Blocks one below the other; `label` is what a screen reader calls their tables.
+
+    Sections within have headings of this level, and their titles label their own tables.
+    """
+    return Markup("").join(_block(block, picture, label, level) for block in blocks)
 
 
-def _is_picture(part: Sequence[Token]) -> bool:
-    children = part[1].children if part[0].type == "paragraph_open" else None
-    return bool(children) and [c.type for c in children or []] == ["image"]
+def _block(block: Block, picture: Picture, label: str, level: int) -> Markup:
+    match block:
+        case Paragraph(content):
+            return Markup("<p>{}</p>\n").format(inline(content))
+        case Bullets(items):
+            listed = Markup("").join(Markup("<li>{}</li>\n").format(inline(i)) for i in items)
+            return Markup("<ul>\n{}</ul>\n").format(listed)
+        case Notes(items):
+            lines = Markup("\n").join(inline(Strong(item)) for item in items)
+            return Markup("<blockquote>\n<p>{}</p>\n</blockquote>\n").format(lines)
+        case Table():
+            return _table(block, label)
+        case Figure():
+            return picture(block)
+        case Section(title, blocks):
+            heading = Markup("<h{0}>{1}</h{0}>\n").format(level, inline(title))
+            return heading + fragment(blocks, picture, plain_text(title), level + 1)
 
 
-def _picture(folder: RunFolder, name: str, caption: str) -> Token:
-    path = folder.path / name
-    if path.parent != folder.path or path.suffix != ".svg" or not path.exists():
-        html = escape(f"({caption}: {name} is missing)")
-    else:
-        source = "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
-        html = Markup('<figure><img src="{}" alt="{}"><figcaption>{}</figcaption></figure>').format(
-            source, caption, caption
-        )
-    if path.stem in DRAWN_HERE:
-        html = Markup("<noscript>{}</noscript>").format(html)
-    return Token("html_block", "", 0, content=f"{html}\n")
-
-
-# --------------------------------------------------------------------------------------- the index
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A run and where its page is."""
-
-    folder: RunFolder
-    run: Run
-    summary: Summary
-    href: str
-
-    @property
-    def lab(self) -> str:
-        return str(self.run.lab["name"])
-
-    @property
-    def machine(self) -> str:
-        return self.run.machine.describe()
-
-    @property
-    def vllm(self) -> str:
-        return self.run.environment.vllm or "–"
-
-    @property
-    def marks(self) -> list[str]:
-        return _marks(self.run, self.folder.complete)
-
-    @property
-    def held(self) -> str:
-        judged = [j for j in self.summary.judgements if j.prediction_held is not None]
-        told = [claim_held(j) for j in judged]
-        return f"{told.count('yes')} of {len(told)}" if told else "–"
-
-    @property
-    def outcomes(self) -> str:
-        found = [j.outcome for j in self.summary.judgements]
-        return ", ".join(f"{found.count(o)} {o}" for o in dict.fromkeys(found)) or "–"
-
-    @property
-    def said(self) -> str:
-        """The first claims that were decided, in a few words."""
-        decided = [j for j in self.summary.judgements if j.expected is not None]
-        told = (f"{j.title} ({ratio_text(j)}, {j.outcome})" for j in decided[:2])
-        return "; ".join(told) or "nothing decided"
-
-
-def index(entries: Sequence[Entry]) -> str:
-    newest = {  # of each lab on each machine: the last one wins
-        (e.machine, e.lab): e for e in entries if e.folder.complete and not e.run.ad_hoc
-    }
-    machines = {e.machine: e for e in entries}
-    return render(
-        "index.html",
-        scripts=[web("page.js")],
-        entries=entries[::-1],
-        machines=[
-            (name, ceilings_text(e.run.ceilings), sum(o.machine == name for o in entries))
-            for name, e in machines.items()
-        ],
-        labs=sorted({e.lab for e in entries}),
-        questions=[
-            (id, question, [e for e in newest.values() if id in e.run.lab["answers"]])
-            for id, question in QUESTIONS.items()
-        ],
+def _table(table: Table, label: str) -> Markup:
+    """A wide one scrolls in a box of its own, which a keyboard can reach."""
+    return Markup(
+        '<div class="table" role="region" aria-label="{}" tabindex="0"><table>\n'
+        "<thead>\n{}</thead>\n<tbody>\n{}</tbody>\n</table></div>\n"
+    ).format(
+        label, _row("th", table.header), Markup("").join(_row("td", row) for row in table.rows)
     )
+
+
+def _row(tag: str, cells: Sequence[Inline]) -> Markup:
+    shown = Markup("").join(Markup("<{0}>{1}</{0}>\n").format(tag, inline(c)) for c in cells)
+    return Markup("<tr>\n{}</tr>\n").format(shown)
+
+
+def inline(content: Inline) -> Markup:
+    match content:
+        case str():
+            return escape(content)
+        case Code(text):
+            return Markup("<code>{}</code>").format(text)
+        case Emphasis(inner):
+            return Markup("<em>{}</em>").format(inline(inner))
+        case Strong(inner):
+            return Markup("<strong>{}</strong>").format(inline(inner))
+        case Link(inner, target):
+            return Markup('<a href="{}">{}</a>').format(target, inline(inner))
+        case tuple():
+            return Markup("").join(inline(part) for part in content)
+
+
+def embedded(home: Path) -> Picture:
+    """Pictures that lie in `home`, written into the page."""
+
+    def picture(figure: Figure) -> Markup:
+        path = home / figure.file
+        if path.parent != home or path.suffix != ".svg" or not path.exists():
+            missing = f"({plain_text(figure.caption)}: {figure.file} is missing)"
+            return Markup("<p>{}</p>\n").format(missing)
+        source = "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+        return Markup(
+            '<figure><img src="{}" alt="{}"><figcaption>{}</figcaption></figure>\n'
+        ).format(source, plain_text(figure.caption), inline(figure.caption))
+
+    return picture

@@ -24,6 +24,7 @@ from labs.judging.metrics import METRICS
 from labs.judging.text import short
 from labs.lab import Lab, Point
 from labs.multi_lora import adapter_bytes
+from labs.telling.document import Figure
 from loadtests import records
 from loadtests.records import RequestRecord
 
@@ -48,16 +49,19 @@ CYCLE = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#999999",
 Draw = Callable[[RunFolder, Lab, Sequence[Point], Summary], str | None]
 
 
-def draw(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> dict[str, str]:
-    """Draw the lab's plots into its folder; name -> caption, in order."""
-    captions = {}
+def draw(
+    folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary, save: bool = True
+) -> list[Figure]:
+    """Draw the lab's plots, into the run's folder unless they lie there already."""
+    figures = []
     for name in ("effects", *lab.plots):
         caption = PLOTS[name](folder, lab, points, summary)
         if caption:
-            plt.savefig(folder.path / f"{name}.svg", metadata={"Date": None})
-            captions[name] = caption
+            figures.append(Figure(f"{name}.svg", caption))
+            if save:
+                plt.savefig(folder.path / figures[-1].file, metadata={"Date": None})
         plt.close("all")
-    return captions
+    return figures
 
 
 def effects(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary) -> str | None:

@@ -82,8 +82,7 @@ def write(folder: RunFolder) -> Path:
     facts = Facts.of(folder)
     for old in folder.path.glob("*.svg"):
         old.unlink()
-    drawn = plots.draw(folder, facts.lab, facts.points, facts.summary)
-    figures = [Figure(f"{name}.svg", caption) for name, caption in drawn.items()]
+    figures = plots.draw(folder, facts.lab, facts.points, facts.summary)
     path = folder.path / "report.md"
     half = path.with_suffix(".half")
     half.write_text(markdown.document(document(facts, figures)))

@@ -16,8 +16,8 @@ from plotly.offline import get_plotlyjs
 from labs.filing import results
 from labs.filing.results import RunFolder, TrialResult, all_runs, write_json
 from labs.questions import QUESTIONS
-from labs.telling import chart_data, html, report, tables
-from labs.telling.document import plain_text
+from labs.telling import chart_data, html, pages, report, tables
+from labs.telling.document import Figure, plain_text
 from labs.telling.summary import summarise
 from loadtests import records
 from tests.unit.builders import make_record, make_summary, write_run
@@ -70,7 +70,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 def written(folder: RunFolder) -> Seen:
     summarise(folder)
     report.write(folder)
-    return Seen(html.write(folder).read_text())
+    return Seen(pages.write(folder).read_text())
 
 
 def hostile_run(folder: RunFolder) -> None:
@@ -137,7 +137,7 @@ def test_what_tries_to_be_code_is_read_as_text(folder: RunFolder) -> None:
                for s in [a["src"]])  # fmt: skip
     assert not [h for h in seen.attributes("href") if "script" in h]
     assert HOSTILE in seen.data["trials"][0]["failed"]
-    out = Seen(html.index([html.Entry(folder, folder.run(), folder.summary(), "a/b/c.html")]))
+    out = Seen(pages.index([pages.Entry(folder, folder.run(), folder.summary(), "a/b/c.html")]))
     assert "<script>hacked()</script>" in out.read
     assert not out.attributes("onerror")
 
@@ -205,12 +205,20 @@ def test_samples_are_quantiles_of_all_repeats(folder: RunFolder) -> None:
 @pytest.mark.parametrize("name", ["../other.svg", "http://there/a.svg", "gone.svg", "run.json"])
 def test_a_picture_is_of_this_run_or_it_is_not_shown(folder: RunFolder, name: str) -> None:
     (folder.path.parent / "other.svg").write_text("<svg/>")
-    report.write(folder)
-    path = folder.path / "report.md"
-    path.write_text(path.read_text().replace("](effects.svg)", f"]({name})"))
-    seen = Seen(html.write(folder).read_text())
+    seen = Seen(html.embedded(folder.path)(Figure(name, "A plot")))
     assert "img" not in [tag for tag, _ in seen.tags]
-    assert f"{name} is missing" in seen.read
+    assert seen.read.strip() == f"(A plot: {name} is missing)"
+
+
+def test_a_page_shows_the_runs_pictures_and_reads_no_markdown(folder: RunFolder) -> None:
+    before = written(folder)
+    assert [a["alt"] for tag, a in before.tags if tag == "img"] == [
+        "Each claim: the measured ratio on the predicted one."
+    ]
+    (folder.path / "report.md").unlink()
+    assert Seen(pages.write(folder).read_text()).tags == before.tags
+    (folder.path / "effects.svg").unlink()
+    assert "effects.svg is missing" in Seen(pages.write(folder).read_text()).read
 
 
 def test_a_site_has_every_run_that_can_be_read_and_links_that_lead_there(
@@ -232,7 +240,7 @@ def test_a_site_has_every_run_that_can_be_read_and_links_that_lead_there(
     gone.parent.mkdir(parents=True)
     for page in (gone, notes):
         page.touch()
-    index, left_out = html.write_site(tmp_path / "out")
+    index, left_out = pages.write_site(tmp_path / "out")
     assert (gone.exists(), notes.exists()) == (False, True)
     assert list(left_out) == [f"{run.machine.slug}/tiny/{damaged.path.name}"]
     seen = Seen(index.read_text())
@@ -251,7 +259,7 @@ def test_a_site_has_every_run_that_can_be_read_and_links_that_lead_there(
 
 @pytest.mark.parametrize("run", all_runs(), ids=lambda f: f.path.name)
 def test_pages_of_the_runs_on_file_are_whole_and_small(run: RunFolder) -> None:
-    text = html.page(run, root="../../")
+    text = pages.page(run, root="../../")
     assert len(text) < 1_000_000
     seen = Seen(text)
     assert all(j.title in seen.read for j in run.summary().judgements)

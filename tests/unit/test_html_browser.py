@@ -11,7 +11,7 @@ import pytest
 from labs.comparing import compare, page
 from labs.filing import results
 from labs.filing.results import RESULTS, RunFolder
-from labs.telling import html, report
+from labs.telling import pages, report
 from loadtests import records
 from tests.browser import Browser, Page, browser, find
 from tests.unit.builders import write_run
@@ -39,7 +39,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(newest, home / "results" / newest.relative_to(RESULTS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results, "RESULTS", home / "results")
-        html.write_site(home / "site")
+        pages.write_site(home / "site")
     return home
 
 
@@ -74,7 +74,7 @@ def test_every_plot_is_drawn_and_nothing_else_is_asked_for(
 
 
 def test_the_one_file_of_a_run_needs_no_other(chromium: Browser, site: Path) -> None:
-    path = html.write(folder_of(site, RUNS[0]))
+    path = pages.write(folder_of(site, RUNS[0]))
     page = opened(chromium, path)
     assert page.js("document.querySelectorAll('#timeline .main-svg').length > 0")
     assert page.errors == []
@@ -193,7 +193,7 @@ def test_a_name_that_is_code_does_not_run(
     page = Page(chromium, 1280, 900)
     page.call("Page.addScriptToEvaluateOnNewDocument",
               source="window.ran = 0; window.hacked = () => { window.ran += 1; };")  # fmt: skip
-    page.open(html.write(folder))
+    page.open(pages.write(folder))
     page.choose("trial-point", folder.run().points()[1].key)
     assert "hacked()" in page.js("document.getElementById('trial-table').textContent")
     assert page.js("window.ran") == 0

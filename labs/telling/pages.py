@@ -1,0 +1,218 @@
+"""A run as one HTML file that needs no server, and all runs on file as a site.
+
+The words and tables are the report's, from the same document; added is what paper cannot do:
+tables that sort, the distributions behind the percentiles, figures over the load, every request of
+a trial on a timeline. A page loads nothing from anywhere, and its content security policy forbids
+it: only the scripts it was written with run, whatever a model's name or an error message holds.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from labs.filing.results import Run, RunFolder, Summary, all_runs
+from labs.judging.text import ceilings_text, claim_held, ratio_text
+from labs.questions import QUESTIONS
+from labs.telling import chart_data, html, plots, report
+from labs.telling.document import Figure, plain_text
+
+WEB = Path(__file__).parent / "web"
+PLOTLY = "plotly.min.js"
+RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
+DRAWN_HERE = ("effects", "sweep", "variants")  # whose SVG is shown only where no script runs
+
+
+# ------------------------------------------------------------------------------------- the pages
+
+
+def write(folder: RunFolder) -> Path:
+    """report.html beside report.md, everything in it."""
+    return keep(folder.path / "report.html", page(folder))
+
+
+def write_site(out: Path) -> tuple[Path, dict[str, str]]:
+    """An index, a page a run and one copy of the library; runs left out, each with the reason."""
+    entries: list[Entry] = []
+    left_out: dict[str, str] = {}
+    keep(out / PLOTLY, get_plotlyjs())
+    for folder in all_runs():
+        machine, lab, name = folder.path.parts[-3:]
+        try:
+            href = f"{machine}/{lab}/{name}.html"
+            keep(out / href, page(folder, root="../../"))
+            entries.append(Entry(folder, folder.run(), folder.summary(), href))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            left_out[f"{machine}/{lab}/{name}"] = str(error).splitlines()[0]
+    _remove_others(out, {out / e.href for e in entries})
+    return keep(out / "index.html", index(entries)), left_out
+
+
+def _remove_others(out: Path, pages: Set[Path]) -> None:
+    """Pages of runs that are gone, or that cannot be read any more."""
+    for path in out.glob("*/*/*.html"):
+        if path not in pages and RUN_PAGE.fullmatch(path.name):
+            path.unlink()
+
+
+def page(folder: RunFolder, root: str = "") -> str:
+    """A run's page; the library is in it, or at the `root` of a site, where the index is too."""
+    facts = report.Facts.of(folder)
+    run, summary = facts.run, facts.summary
+    figures = plots.draw(folder, facts.lab, facts.points, summary, save=False)
+    document = report.document(facts, figures)
+    picture = _picture(folder)
+    code = web("page.js", "plot.js", "run.js")
+    return render(
+        "run.html",
+        scripts=[code] if root else [get_plotlyjs(), code],
+        root=root,
+        title=plain_text(document.title),
+        intro=html.introduction(document, picture),
+        sections=html.sections(document, picture),
+        marks=_marks(run, not summary.failed and not summary.missing),  # COMPLETE comes last
+        data=chart_data.data(folder, run, summary),
+    )
+
+
+def _picture(folder: RunFolder) -> html.Picture:
+    """The run's own pictures; those that scripts draw anew only where none runs."""
+    embedded = html.embedded(folder.path)
+
+    def picture(figure: Figure) -> Markup:
+        shown = embedded(figure)
+        drawn_here = Path(figure.file).stem in DRAWN_HERE
+        return Markup("<noscript>{}</noscript>").format(shown) if drawn_here else shown
+
+    return picture
+
+
+def render(template: str, scripts: Sequence[str], root: str = "", **fields: Any) -> str:
+    hashes = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
+    allowed = " ".join([*(f"'sha256-{h}'" for h in hashes), *(["'self'"] if root else [])])
+    policy = (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline';"
+        " img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+    made = _templates().get_template(template)
+    return made.render(
+        scripts=[Markup(s) for s in scripts],
+        policy=Markup(policy),
+        css=Markup(web("page.css")),
+        plotly=PLOTLY,
+        root=root,
+        **fields,
+    )
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(WEB), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    found.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # and the order as it is
+    return found
+
+
+@cache
+def web(*names: str) -> str:
+    return "".join((WEB / name).read_text() for name in names)
+
+
+def keep(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.half")
+    half.write_text(text)
+    half.rename(path)
+    return path
+
+
+def _marks(run: Run, complete: bool) -> list[str]:
+    """What sets a run apart from an ordinary one."""
+    known = {
+        "random weights": run.dummy,
+        "quick": run.quick,
+        "A/A": run.aa,
+        "ad hoc": run.ad_hoc and not run.aa,
+        "not complete": not complete,
+    }
+    return [mark for mark, is_so in known.items() if is_so]
+
+
+# --------------------------------------------------------------------------------------- the index
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run and where its page is."""
+
+    folder: RunFolder
+    run: Run
+    summary: Summary
+    href: str
+
+    @property
+    def lab(self) -> str:
+        return str(self.run.lab["name"])
+
+    @property
+    def machine(self) -> str:
+        return self.run.machine.describe()
+
+    @property
+    def vllm(self) -> str:
+        return self.run.environment.vllm or "–"
+
+    @property
+    def marks(self) -> list[str]:
+        return _marks(self.run, self.folder.complete)
+
+    @property
+    def held(self) -> str:
+        judged = [j for j in self.summary.judgements if j.prediction_held is not None]
+        told = [claim_held(j) for j in judged]
+        return f"{told.count('yes')} of {len(told)}" if told else "–"
+
+    @property
+    def outcomes(self) -> str:
+        found = [j.outcome for j in self.summary.judgements]
+        return ", ".join(f"{found.count(o)} {o}" for o in dict.fromkeys(found)) or "–"
+
+    @property
+    def said(self) -> str:
+        """The first claims that were decided, in a few words."""
+        decided = [j for j in self.summary.judgements if j.expected is not None]
+        told = (f"{j.title} ({ratio_text(j)}, {j.outcome})" for j in decided[:2])
+        return "; ".join(told) or "nothing decided"
+
+
+def index(entries: Sequence[Entry]) -> str:
+    newest = {  # of each lab on each machine: the last one wins
+        (e.machine, e.lab): e for e in entries if e.folder.complete and not e.run.ad_hoc
+    }
+    machines = {e.machine: e for e in entries}
+    return render(
+        "index.html",
+        scripts=[web("page.js")],
+        entries=entries[::-1],
+        machines=[
+            (name, ceilings_text(e.run.ceilings), sum(o.machine == name for o in entries))
+            for name, e in machines.items()
+        ],
+        labs=sorted({e.lab for e in entries}),
+        questions=[
+            (id, question, [e for e in newest.values() if id in e.run.lab["answers"]])
+            for id, question in QUESTIONS.items()
+        ],
+    )
