@@ -32,6 +32,7 @@ MAKEOVERRIDES :=  # no other make that a program starts has these settings
 OTHER_VLLM := $(if $(filter bundle,$(MAKECMDGOALS)),,$(value LABS_VLLM))
 ENVIRONMENT := $(if $(OTHER_VLLM),".tools/vllm-$$LABS_VLLM/.venv",.venv)
 BIN := $(if $(wildcard .unbundled/bin),.unbundled/bin,$(ENVIRONMENT)/bin)
+DENO := DENO_DIR=.cache/deno DENO_NO_UPDATE_CHECK=1 $(BIN)/deno
 PYTHON_HERE := "$${LABS_PYTHON:-python3}"
 INSTALL := $(PYTHON_HERE) -m serving.install $(if $(OTHER_VLLM),--vllm "$$LABS_VLLM")
 # Without the setting $1 a command shows what it takes.
@@ -153,6 +154,7 @@ test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where the
 
 check: setup ## Lint, format and type check; README and results in order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(DENO) lint --quiet && $(DENO) check --quiet dashboards/page tests/unit
 	@$(BIN)/labs readme --verify && $(BIN)/labs check
 
 bench: setup ## Measure the lab's own instruments: [PART=streams|engine|neighbour|recording|aa]

@@ -13,7 +13,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from dashboards import boards
+from dashboards import boards, palette
 from dashboards.prometheus import HOME, Watch, watch, watching
 
 PAGE = Path(__file__).with_name("page")
@@ -40,7 +40,7 @@ def place(results: Path) -> None:
     found = [json.loads(path.read_text()) for path in sorted(boards.FOLDER.glob("*.json"))]
     for panel in (panel for board in found for panel in boards.panels(board)):
         panel["needs"] = boards.NEEDS.get(panel["title"]) or _engines_own(panel)
-    (web / "boards.json").write_text(json.dumps(found))
+    (web / "boards.json").write_text(json.dumps({"boards": found, "colours": palette.VARIANTS}))
 
 
 def _engines_own(panel: dict[str, Any]) -> str | None:

@@ -31,14 +31,12 @@ from grafana_foundation_sdk.models.dashboard import (
 )
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
+from dashboards import palette
+
 DATASOURCE = DataSourceRef("prometheus", "inference-lab")
 TAG = "inference-lab"
 SECONDS, RATIO, PLAIN = "s", "percentunit", "short"
 TOKENS, TOKENS_PER_S, PER_S = "suffix:tok", "suffix:tok/s", "suffix:/s"
-LIMIT = "semi-dark-red"
-COLOURS = (  # Okabe and Ito's and a brown, apart for the colour-blind; readable on dark and light
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#A6761D",
-)  # fmt: skip
 STEP = "5s"  # $__rate_interval is four steps: few requests end in less on a slow machine
 Panel = series.Panel | barchart.Panel | table.Panel
 
@@ -66,7 +64,7 @@ class Style:
 SOLID = Style()
 THIN = Style(width=1, in_legend=False)
 DASHED = Style(width=1, dash=(6, 4), in_legend=False)
-BOUND = Style(width=1, dash=(10, 6), colour=LIMIT)
+BOUND = Style(width=1, dash=(10, 6), colour=palette.BOUND)
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ def interval(
             DynamicConfigValue("custom.hideFrom", hidden),
         ],
     )
-    for name, colour in ((lower, "semi-dark-blue"), (upper, "super-light-blue")):
+    for name, colour in ((lower, palette.BLUE), (upper, palette.SKY)):
         panel.override_by_name(name, [_fixed(colour)])
     return panel
 
@@ -288,7 +286,7 @@ def shared_out(variants: Sequence[Sequence[str]]) -> dict[str, list[str]]:
     """Colour -> the variants that have it, given each lab's variants."""
     found: dict[str, str] = {}
     for lab in variants:
-        free = [c for c in COLOURS if c not in {found.get(name) for name in lab}]
+        free = [c for c in palette.VARIANTS if c not in {found.get(name) for name in lab}]
         found |= dict(zip((n for n in lab if n not in found), free, strict=False))
     names: dict[str, list[str]] = {}
     for name, colour in found.items():
@@ -308,7 +306,7 @@ def _legend() -> common.VizLegendOptions:
 def _thresholds(limit: float | None) -> ThresholdsConfig:
     steps = [Threshold(value=None, color="green")]
     if limit is not None:
-        steps.append(Threshold(value=limit, color=LIMIT))
+        steps.append(Threshold(value=limit, color=palette.BOUND))
     return ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
 
 

@@ -5,8 +5,8 @@ import { GlobalStyles, PortalContainer, ThemeContext } from '@grafana/ui';
 import { useEffect, useState } from 'react';
 import { createRoot } from 'react-dom/client';
 
+import { choices, prometheus } from '../page/frames.js';
 import { Panel } from './panel.jsx';
-import { choices } from './prometheus.js';
 
 const BOARDS = Object.fromEntries(
   Object.entries(import.meta.glob('../grafana/*.json', { eager: true, import: 'default' })).map(
@@ -19,6 +19,7 @@ const board = BOARDS[name];
 const theme = createTheme({ colors: { mode: asked.get('theme') ?? 'dark' } });
 const to = Number(asked.get('to') ?? Date.now() / 1000);
 const range = { from: Number(asked.get('from') ?? to - 900), to };
+const ask = prometheus('/prometheus');
 const CELL = 30; // px of a grid row's height, without the gap
 const GAP = 8;
 const SELECT = {
@@ -54,9 +55,9 @@ function Board() {
       const found = {};
       const values = {};
       for (const variable of board.templating.list) {
-        const options = await choices(variable, values);
-        found[variable.name] = variable.multi ? ['.*', ...options] : options;
-        values[variable.name] = asked.get(variable.name) ?? found[variable.name][0];
+        const options = await choices(ask, variable, values);
+        found[variable.name] = options;
+        values[variable.name] = asked.get(variable.name) ?? options[0];
       }
       setChosen({ found, values });
     })();
@@ -94,6 +95,7 @@ function Board() {
           return (
             <div key={panel.id} style={place}>
               <Panel
+                ask={ask}
                 panel={panel}
                 values={chosen.values}
                 range={range}

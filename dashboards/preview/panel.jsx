@@ -10,6 +10,7 @@ import {
   getFieldSeriesColor,
   standardTransformers,
   standardTransformersRegistry,
+  toDataFrame,
   transformDataFrame,
 } from '@grafana/data';
 import { PanelChrome, TimeSeries, VizLegend, useTheme2 } from '@grafana/ui';
@@ -17,14 +18,15 @@ import { TableNG } from '@grafana/ui/unstable';
 import { useEffect, useState } from 'react';
 import { lastValueFrom } from 'rxjs';
 
-import { frames } from './prometheus.js';
+import { frames, transformed } from '../page/frames.js';
+import { requireAgreement } from './agreement.js';
 
 const transformers = new Map(Object.values(standardTransformers).map((found) => [found.id, found]));
 standardTransformersRegistry.setInit(() =>
   [...transformers.values()].map((found) => ({
     id: found.id,
     name: found.name,
-    transformation: async () => found,
+    transformation: () => Promise.resolve(found),
   }))
 );
 
@@ -53,13 +55,17 @@ function option(id, path, isCustom) {
   return { id, path, name: id, isCustom, process: same, shouldApply: () => true, editor: null, override: null };
 }
 
-async function prepare(panel, values, range, theme) {
-  const found = await frames(panel, values, range);
-  const transformed = await lastValueFrom(transformDataFrame(panel.transformations ?? [], found));
+async function prepare(ask, panel, values, range, theme) {
+  const answers = await frames(ask, panel, values, range);
+  const transformations = panel.transformations ?? [];
+  const data = await lastValueFrom(transformDataFrame(transformations, answers.map(toDataFrame)));
+  if (transformations.length) {
+    requireAgreement(transformed(transformations, answers), data);
+  }
   const custom = panel.type === 'timeseries' ? LINE : TABLE;
   const { defaults, overrides } = panel.fieldConfig;
   const drawn = applyFieldOverrides({
-    data: transformed,
+    data,
     fieldConfig: { defaults: { ...defaults, custom: { ...custom, ...defaults.custom } }, overrides },
     fieldConfigRegistry: registry,
     replaceVariables: (text) => text,
@@ -70,16 +76,16 @@ async function prepare(panel, values, range, theme) {
   return drawn;
 }
 
-export function Panel({ panel, values, range, width, height }) {
+export function Panel({ ask, panel, values, range, width, height }) {
   const theme = useTheme2();
   const [data, setData] = useState();
   const [error, setError] = useState();
   useEffect(() => {
-    prepare(panel, values, range, theme).then(setData, (failure) => {
+    prepare(ask, panel, values, range, theme).then(setData, (failure) => {
       console.error(`${panel.title}: ${failure.stack}`);
       setError(failure.message);
     });
-  }, [panel, values, range, theme]);
+  }, [ask, panel, values, range, theme]);
   const state = error ? 'error' : data ? 'drawn' : 'waiting';
   return (
     <section data-panel={panel.title} data-state={state} data-frames={data?.length ?? 0}>

@@ -14,12 +14,12 @@ from typing import Any
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from dashboards.palette import BOUND, VARIANTS
 from labs.comparing import side_by_side
 from labs.comparing.compare import Comparison
 from labs.judging.text import number
 from labs.telling import html, pages
 from labs.telling.document import Figure, Section, plain_text
-from labs.telling.plots import CYCLE, ORANGE
 
 
 def write(found: Sequence[Comparison], refused: Sequence[str], path: Path) -> None:
@@ -38,8 +38,8 @@ def page(found: Sequence[Comparison], refused: Sequence[str]) -> str:
             for section, comparison in zip(sections, [*found, None], strict=False)
         ],
         data={
-            "colours": CYCLE,
-            "differs": ORANGE,
+            "colours": VARIANTS,
+            "differs": BOUND,
             "comparisons": [{"lab": c.lab, "rows": _rows(c)} for c in found],
         },
     )

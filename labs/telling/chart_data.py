@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from dashboards.palette import BOUND, VARIANTS
 from labs.filing.results import Run, RunFolder, Summary, TrialResult
 from labs.judging.judge import Interval
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS, Metric, by_repeat, columns
 from labs.judging.text import held, short, verdict
 from labs.lab import Lab, Point
-from labs.telling.plots import CYCLE, ORANGE
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, TPOT, TTFT
 from loadtests.records import RequestRecord
 from serving import metrics
@@ -31,8 +31,8 @@ def data(folder: RunFolder, run: Run, summary: Summary) -> dict[str, Any]:
     trials = list(folder.trials(points, lab))
     figures = _figure_names(lab, summary)
     return {
-        "colours": CYCLE,
-        "predicted": ORANGE,
+        "colours": VARIANTS,
+        "predicted": BOUND,
         "variants": [v.name for v in lab.variants],
         "workloads": [w.name for w in lab.workloads],
         "slo": {

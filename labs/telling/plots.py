@@ -1,5 +1,4 @@
-"""The plots of a report, as SVG. Colours are Okabe and Ito's (and a brown), told apart by
-colour-blind readers.
+"""The plots of a report, as SVG. Colours are told apart by colour-blind readers.
 
 A lab names the plots it wants in `Lab.plots`; each function draws from the summary (or, for the
 timeline, from the records) and returns its caption, or None when there is nothing to draw.
@@ -14,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
+from dashboards.palette import BLUE, BOUND, VARIANTS
 from labs.filing.results import RunFolder, Summary
 from labs.findings import quantization
 from labs.findings import speculation as speculations
@@ -43,8 +43,7 @@ mpl.rcParams.update(
 )
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-CYCLE = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#999999", "#A6761D")
+GREY = "#666666"
 
 Draw = Callable[[RunFolder, Lab, Sequence[Point], Summary], str | None]
 
@@ -78,11 +77,11 @@ def effects(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summa
             width=2 * p.value * p.tolerance,
             height=0.5,
             left=p.value * (1 - p.tolerance),
-            color=ORANGE,
+            color=BOUND,
             alpha=0.2,
             label="predicted ± tolerance" if row == 0 else None,
         )
-        ax.plot([p.value], [row], "|", color=ORANGE, ms=14, mew=2)
+        ax.plot([p.value], [row], "|", color=BOUND, ms=14, mew=2)
         low, high = ratio.low or ratio.value, ratio.high or ratio.value
         error = [[ratio.value - low], [high - ratio.value]]
         ax.errorbar(
@@ -112,7 +111,7 @@ def ratios(found: Sequence[tuple[str, Interval, bool]], path: Path) -> bool:
         low, high = ratio.low or ratio.value, ratio.high or ratio.value
         ax.errorbar(
             ratio.value, row, xerr=[[ratio.value - low], [high - ratio.value]], fmt="o", ms=4,
-            capsize=2, color=ORANGE if differs else BLUE,
+            capsize=2, color=BOUND if differs else BLUE,
         )  # fmt: skip
     _ratio_axis(ax)
     ax.set_yticks(range(len(found)), [name for name, *_ in reversed(found)], fontsize=7)
@@ -175,7 +174,7 @@ def sweep(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary
         known = {f.point: f.prediction.value for f in summary.forecasts if f.metric == metric}
         if known:
             predicted = [known.get(p.key, np.nan) * scale for p in swept]
-            ax.plot(x, predicted, "--", color=ORANGE, label=f"predicted {bound} (roofline)")
+            ax.plot(x, predicted, "--", color=BOUND, label=f"predicted {bound} (roofline)")
         _errorbar(ax, x, swept, summary, metric, scale, "measured, 95 % interval")
         ax.set_xscale("log", base=2)
         ax.set_xticks(x, [str(v) for v in x])
@@ -240,7 +239,7 @@ def static(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summar
         2, len(chosen), figsize=(9, 3.6), sharex=True, sharey=True, squeeze=False
     )
     for column, pair in enumerate(chosen):
-        for row, (point, colour) in enumerate(zip(pair, (ORANGE, BLUE), strict=True)):
+        for row, (point, colour) in enumerate(zip(pair, (BOUND, BLUE), strict=True)):
             ax = axes[row][column]
             path = folder.trial_folder(point, 1) / "requests.jsonl.gz"
             if not path.exists():
@@ -276,7 +275,7 @@ def roofline(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
     _, ax = plt.subplots(figsize=(6, 3.8))
     x = np.geomspace(0.5, 4 * ridge, 200)
     roof = np.minimum(x * ceilings.memory_bandwidth_bytes_per_s, ceilings.bf16_flops_per_s)
-    ax.plot(x, roof / 1e9, color=ORANGE, label="measured roof")
+    ax.plot(x, roof / 1e9, color=BOUND, label="measured roof")
     ax.axvline(ridge, color=GREY, ls=":", label=f"ridge, {ridge:.0f} FLOP/byte")
     for point in swept:
         rows = summary.measurements.get(point.key, {}).values()
@@ -313,7 +312,7 @@ def variants(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
     width = 0.8 / len(lab.variants)
     wide = max(1.0 * len(places), min(0.3 * len(lab.variants) * len(places), 8))
     figure, ax = plt.subplots(figsize=(2.4 + wide, 3.4))
-    for column, (variant, colour) in enumerate(zip(lab.variants, CYCLE, strict=False)):
+    for column, (variant, colour) in enumerate(zip(lab.variants, VARIANTS, strict=False)):
         mine = {(p.workload.name, str(p.load)): p for p in points if p.variant.name == variant.name}
         at = [i + (column - (len(lab.variants) - 1) / 2) * width for i in range(len(places))]
         found = [
@@ -341,7 +340,7 @@ def stall(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary
         x = range(len(points))
         if known:
             predicted = [1000 * known.get(p.key, np.nan) for p in points]
-            ax.plot(x, predicted, "_", ms=22, mew=2, color=ORANGE, label="predicted floor")
+            ax.plot(x, predicted, "_", ms=22, mew=2, color=BOUND, label="predicted floor")
         found = [summary.over_repeats(p.key, metric) for p in points]
         heights = [1000 * f.value if f else np.nan for f in found]
         reach = [1000 * (f.high - f.value) if f and f.high is not None else 0 for f in found]
@@ -382,7 +381,7 @@ def timeline(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
     after_s = max(2 * max(long.ttft_s or 0 for _, long, _ in drawn), 1.0)
     for ax, (point, long, every) in zip(axes[:, 0], drawn, strict=True):
         start, first = long.sent_s, long.chunks[0][0]
-        ax.axvspan(0, first - start, color=ORANGE, alpha=0.25, lw=0)
+        ax.axvspan(0, first - start, color=BOUND, alpha=0.25, lw=0)
         streams = [r for r in every if not point.workload.is_intruder(r.index) and r.chunks]
         seats: list[float] = []  # when each row is free again: a user's next answer takes it
         for r in sorted(streams, key=lambda r: r.sent_s):
@@ -421,7 +420,7 @@ def speculation(
     _, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
     kinds = list(dict.fromkeys((f.point.variant.name, f.point.workload.name) for f in found))
     marks = dict(zip(dict.fromkeys(w for _, w in kinds), "os^D", strict=False))
-    colours = dict(zip(dict.fromkeys(v for v, _ in kinds), CYCLE, strict=False))
+    colours = dict(zip(dict.fromkeys(v for v, _ in kinds), VARIANTS, strict=False))
     for kind in kinds:
         variant, workload = kind
         mine = sorted(
@@ -465,7 +464,7 @@ def preemption(
         return None
     _, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     names = list(dict.fromkeys(p.variant.name for p in mine))
-    for name, colour in zip(names, CYCLE, strict=False):
+    for name, colour in zip(names, VARIANTS, strict=False):
         of = sorted((p for p in mine if p.variant.name == name), key=lambda p: p.load.users)
         x = [p.load.users for p in of]
         for ax, metric in ((axes[0], "batch"), (axes[1], "preemptions")):
@@ -509,7 +508,7 @@ def adapters(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
     level = summary.over_repeats(base.key, "output_tokens_per_s") if base else None
     if level:
         shares = [1 + n * adapter_bytes(p) / p.shape.weight_bytes if n else 1.0 for n, p in of]
-        ax.plot(x, [level.value / s for s in shares], "--", color=ORANGE,
+        ax.plot(x, [level.value / s for s in shares], "--", color=BOUND,
                 label="base / bytes of the active adapters")  # fmt: skip
         ax.plot([-0.35], [level.value], "D", color=GREY, label="engine without LoRA")
     ax.set_xticks(x, ["base only" if n == 0 else str(n) for n, _ in of])
@@ -534,7 +533,7 @@ def tradeoff(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summ
     if not compared or plain is None:
         return None
     _, ax = plt.subplots(figsize=(6.5, 4))
-    for colour, name in zip(CYCLE, [base, *compared], strict=False):
+    for colour, name in zip(VARIANTS, [base, *compared], strict=False):
         figures = compared.get(name)
         ratio = next(f for f in figures if f.name == "perplexity_ratio") if figures else None
         found = speed.get(name)

@@ -85,9 +85,14 @@ def cut(watched: Watched) -> Command:
 
 def test_the_page_and_its_parts_are_handed_out(watched: Watched) -> None:
     home = f"http://127.0.0.1:{watched.port}/user/"
-    page = requests.get(home, timeout=10).text
-    for part in {"boards.json", "reports/", *re.findall(r'(?:src|href)="([a-z.]+)"', page)}:
-        assert requests.get(home + part, timeout=10).ok, part
+    parts = ["", "boards.json", "reports/"]
+    for part in parts:  # which grows: a module names others
+        answer = requests.get(home + part, timeout=10)
+        assert answer.ok, part
+        if part in ("", "page.js", "charts.js", "moments.js"):
+            named = re.findall(r'(?:src=|href=|from )"(?:\./)?([a-z.]+)"', answer.text)
+            parts += [name for name in named if name not in parts]
+    assert {"page.css", "plotly.min.js", "page.js", "charts.js", "frames.js"} <= {*parts}
 
 
 def test_watching_twice_names_the_one_that_is_up(watched: Watched) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from dashboards import palette
 from labs import LABS
 from labs.findings import FINDINGS
 from labs.judging.metrics import measured
@@ -29,7 +30,6 @@ from labs.lab import (
 from labs.questions import QUESTIONS
 from labs.running import derived_models
 from labs.running.probes import PROBES
-from labs.telling import plots
 from labs.telling.plots import PLOTS
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
@@ -469,4 +469,4 @@ def test_workload_needs_a_load() -> None:
 
 @pytest.mark.parametrize("lab", LABS)
 def test_plots_have_a_colour_for_every_variant(lab: str) -> None:
-    assert len(LABS[lab].variants) <= len(plots.CYCLE)
+    assert len(LABS[lab].variants) <= len(palette.VARIANTS)

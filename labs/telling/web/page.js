@@ -10,14 +10,16 @@ function themed(onChange) {
     button.textContent = dark() ? "Light" : "Dark";
     onChange();
   };
-  try {  // a browser may refuse storage to a file
+  try {
     const kept = localStorage.getItem("theme");
     if (kept === "dark" || kept === "light") root.dataset.theme = kept;
-  } catch {}
+  } catch { /* a browser may refuse storage to a file */ }
   button.hidden = false;
   button.addEventListener("click", () => {
     root.dataset.theme = dark() ? "light" : "dark";
-    try { localStorage.setItem("theme", root.dataset.theme); } catch {}
+    try {
+      localStorage.setItem("theme", root.dataset.theme);
+    } catch { /* then the choice holds for this page alone */ }
     tell();
   });
   system.addEventListener("change", tell);

@@ -1,4 +1,5 @@
 // Of every page that draws with Plotly: its data, its colours and axes, and when to draw.
+// deno-lint-ignore-file no-unused-vars -- the script that follows in the same page uses them
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -8,13 +9,7 @@ const redraws = [];
 // ------------------------------------------------------------------------------ colours, text
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const FITTED = {  // to the page: blue is too dark on a dark one, yellow too faint on a light one
-  dark: { "#0072B2": "#2188CC" }, light: { "#F0E442": "#A39600" },
-};
-function colour(place) {
-  const found = data.colours[Math.min(place, data.colours.length - 1)];
-  return FITTED[css("color-scheme")]?.[found] ?? found;
-}
+const colour = (place) => data.colours[Math.min(place, data.colours.length - 1)];
 
 // Plotly reads its texts as a little HTML.
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;");

@@ -370,7 +370,7 @@
       const steps = edges.map(([, change]) => (level += change));
       traces.push({ x: [0, ...edges.map(([t]) => s(t))], y: [0, ...steps], yaxis: "y2",
         mode: "lines", line: { shape: "hv", color: colour(2), width: 1.5 }, name: "in decode",
-        showlegend: false, fill: "tozeroy", fillcolor: "rgba(0,158,115,0.2)",
+        showlegend: false, fill: "tozeroy", fillcolor: `${colour(2)}33`,
         hovertemplate: "%{y} in decode at %{x:.2f} s<extra></extra>" });
       const [from, to] = trial.window_s;
       const n = sorted.length;

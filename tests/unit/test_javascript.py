@@ -1,0 +1,23 @@
+"""The modules of the live page, tested in their own language."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DENO = shutil.which("deno", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+TESTS = Path(__file__).parent.glob("*.test.js")
+
+
+@pytest.mark.skipif(DENO is None, reason="no deno: `make setup` brings it")
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+def test_javascript(path: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "DENO_DIR": str(tmp_path), "NO_COLOR": "1"}
+    command = [str(DENO), "test", "--no-remote", str(path)]
+    ended = subprocess.run(command, env=environment, text=True, capture_output=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
