@@ -25,6 +25,10 @@ def find() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser")
 
 
+class Navigated(Exception):
+    """The page that was asked went away while it was asked."""
+
+
 class Page:
     """One tab, and everything that went wrong in it."""
 
@@ -58,9 +62,16 @@ class Page:
 
     def wait(self, expression: str) -> None:
         deadline = time.monotonic() + DEADLINE_S
-        while not self.js(expression):
+        while not self._holds(expression):
             assert time.monotonic() < deadline, f"never true: {expression}"
             time.sleep(0.05)
+
+    def _holds(self, expression: str) -> bool:
+        """Whether it is true; False while one page goes and the next is not there yet."""
+        try:
+            return bool(self.js(expression))
+        except Navigated:
+            return False
 
     def choose(self, select_id: str, value: str) -> None:
         """As a reader does: set the select, and let the page know."""
@@ -132,6 +143,8 @@ class Browser:
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while (answer := self._next()).get("id") != self._calls:
             self.events.append(answer)
+        if "navigated or closed" in str(answer.get("error")):
+            raise Navigated(method)
         assert "error" not in answer, f"{method}: {answer['error']}"
         result: dict[str, Any] = answer["result"]
         return result

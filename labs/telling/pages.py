@@ -29,6 +29,9 @@ from labs.telling.document import Figure, plain_text
 
 WEB = Path(__file__).parent / "web"
 PLOTLY = "plotly.min.js"
+RUN_SCRIPTS = (
+    "page.js", "plot.js", "run.js", "ratios.js", "distributions.js", "figures.js", "requests.js",
+)  # fmt: skip
 RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
 DRAWN_HERE = ("effects", "sweep", "variants")  # whose SVG is shown only where no script runs
 
@@ -72,7 +75,7 @@ def page(folder: RunFolder, root: str = "") -> str:
     figures = plots.draw(folder, facts.lab, facts.points, summary, save=False)
     document = report.document(facts, figures)
     picture = _picture(folder)
-    code = web("page.js", "plot.js", "run.js")
+    code = web(*RUN_SCRIPTS)
     return render(
         "run.html",
         scripts=[code] if root else [get_plotlyjs(), code],

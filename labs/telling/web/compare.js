@@ -87,6 +87,4 @@
     return `${plain(row.kind)}<br>${plain(row.where)}<br><b>${digits(row.value)}x</b>` +
       ` (${digits(row.low)} to ${digits(row.high)})<br>A ${row.a}, B ${row.b}<br>${row.outcome}`;
   }
-
-  drawn();
 }

@@ -75,11 +75,12 @@ function choice(id, options, onChange) {
   return select;
 }
 
-function drawn() {
-  themed(() => redraws.forEach((redraw) => redraw()));
+addEventListener("DOMContentLoaded", () => {  // every script has said by then what it draws
+  const drawAll = () => redraws.forEach((redraw) => redraw());
+  themed(drawAll);
   let width = innerWidth;
   addEventListener("resize", () => {
-    if (innerWidth !== width) redraws.forEach((redraw) => redraw());
+    if (innerWidth !== width) drawAll();
     width = innerWidth;
   });
-}
+});

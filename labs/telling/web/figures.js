@@ -1,0 +1,129 @@
+// Two figures of one's choice over the load, a line for each variant.
+"use strict";
+
+{
+  const AXIS_TITLES = { concurrent: "requests in flight", waves: "requests a wave",
+                        poisson: "requests/s", constant: "requests/s" };
+  const BOUND_NAMES = { ceiling: ", at most", floor: ", at least", point: "" };
+
+  const workload = choice("figures-workload", workloadOptions(), both);
+  if (data.workloads.length === 1) workload.parentElement.parentElement.hidden = true;
+  const first = data.points.filter((p) => p.workload === data.workloads[0]);
+  if (new Set(first.map((p) => p.kind + p.level)).size > 2) workload.value = data.workloads[0];
+  const options = Object.entries(data.metrics).map(([name, of]) => [name, of.title]);
+  const left = choice("left-metric", options, both);
+  const right = choice("right-metric", options, both);
+  if ("output_tokens_per_s" in data.metrics) left.value = "output_tokens_per_s";
+  const beside = [data.claims[0]?.metric, "tpot_mean_s", "ttft_mean_s", "ttft_p50_s",
+                  ...Object.keys(data.metrics)]
+    .find((name) => name in data.metrics && name !== left.value);
+  if (beside) right.value = beside;
+  redraws.push(both);
+
+  function both() {
+    overLoad("left", left.value);
+    overLoad("right", right.value);
+  }
+
+  function overLoad(id, metric) {
+    if (!data.metrics[metric]) return;
+    const points = data.points.filter((p) => workload.value === "" || p.workload === workload.value);
+    const place = places(points, at(id).clientWidth);
+    const shown = { metric, ...scaling(data.metrics[metric].unit), place };
+    const groups = Map.groupBy(points, (p) => JSON.stringify([p.variant, p.kind, p.workload]));
+    const traces = [...groups.values()].flatMap((group) => [
+      ...means(group, shown), ...repeats(group, shown), ...predictions(group, shown),
+    ]);
+    named(traces);
+    draw(id, traces, {
+      height: 380,
+      scattermode: "group",
+      margin: { l: 10, r: 10, t: 10, b: 40 },
+      xaxis: axis({ type: "category", tickangle: place.crowded ? -45 : 0, categoryorder: "array",
+                    categoryarray: [...new Set(points.map(place))], title: { text: place.title } }),
+      yaxis: axis({ title: { text: data.metrics[metric].title + shown.unit }, rangemode: "tozero",
+                    tickformat: ",~r" }),
+      showlegend: data.variants.length > 1 || traces.some((trace) => trace.legendgroup === "predicted"),
+    });
+  }
+
+  /** Point -> its place on the axis, as short as it can be; where it is crowded, on one line. */
+  function places(points, width) {
+    const sameKind = new Set(points.map((p) => p.kind)).size === 1;
+    const sameWorkload = new Set(points.map((p) => p.workload)).size === 1;
+    const crowded = width < 80 * new Set(points.map((p) => p.key.replace(/^.*?\//, ""))).size;
+    const between = crowded ? (sameKind ? ", " : " ") : "<br>";
+    const place = (p) => [
+      ...(sameWorkload ? [] : [plain(p.workload)]), ...(sameKind ? [p.level] : [p.kind, p.level]),
+    ].join(between);
+    const kind = points[0].kind;
+    const title = (sameWorkload ? "" : "workload, ") + (sameKind ? AXIS_TITLES[kind] ?? kind : "load");
+    return Object.assign(place, { crowded, title });
+  }
+
+  /** Times in ms, with their unit; `scaled` keeps what is missing missing. */
+  function scaling(unit) {
+    const factor = unit === "s" ? 1000 : 1;
+    return {
+      unit: { s: " (ms)", 1: "" }[unit] ?? ` (${unit})`,
+      scaled: (value) => (isAbsent(value) ? null : value * factor),
+    };
+  }
+
+  const isAbsent = (value) => value === null || value === undefined;
+  const figureOf = (p, metric) => p.figures[metric] ?? { value: null, each: [] };
+
+  function means(group, { metric, unit, scaled, place }) {
+    const tint = ofVariant(group[0].variant);
+    const figures = group.map((p) => ({ name: p.name, ...figureOf(p, metric) }));
+    const hover = ({ name, value, low, high }) =>
+      `${plain(name)}<br><b>${value === null ? "–" : digits(scaled(value))}</b>${unit}` +
+      (isAbsent(low) ? "" : `<br>${digits(scaled(low))} to ${digits(scaled(high))}`);
+    return [{
+      name: plain(group[0].variant), legendgroup: group[0].variant, offsetgroup: group[0].variant,
+      x: group.map(place), y: figures.map(({ value }) => scaled(value)),
+      mode: "lines+markers", line: { color: tint, width: 2 }, marker: { size: 9, color: tint },
+      error_y: { type: "data", symmetric: false, thickness: 1.5, width: 4,
+        array: figures.map(({ value, high }) => (isAbsent(high) ? 0 : scaled(high - value))),
+        arrayminus: figures.map(({ value, low }) => (isAbsent(low) ? 0 : scaled(value - low))) },
+      hovertext: figures.map(hover), hovertemplate: "%{hovertext}<extra></extra>",
+    }];
+  }
+
+  /** A small dot for each repeat, where there are more than the mean. */
+  function repeats(group, { metric, scaled, place }) {
+    const { variant } = group[0];
+    const each = group.flatMap((p) =>
+      (figureOf(p, metric).each ?? []).map((value) => [place(p), scaled(value)]));
+    if (each.length <= group.length) return [];
+    return [{
+      x: each.map(([x]) => x), y: each.map(([, y]) => y), mode: "markers", hoverinfo: "skip",
+      offsetgroup: variant, legendgroup: variant, showlegend: false,
+      marker: { size: 4, color: ofVariant(variant), opacity: 0.55 },
+    }];
+  }
+
+  function predictions(group, { metric, unit, scaled, place }) {
+    const predicted = group.filter((p) => p.predicted[metric]);
+    if (!predicted.length) return [];
+    const value = (p) => scaled(p.predicted[metric].value);
+    return [{
+      name: `predicted${BOUND_NAMES[predicted[0].predicted[metric].kind]}`,
+      legendgroup: "predicted", legendrank: 2000, offsetgroup: group[0].variant,
+      x: predicted.map(place), y: predicted.map(value), mode: "markers",
+      marker: { symbol: "line-ew", size: 16, line: { width: 3, color: data.predicted },
+                color: data.predicted },
+      hovertext: predicted.map((p) => `${plain(p.name)}<br>predicted ${digits(value(p))}${unit}`),
+      hovertemplate: "%{hovertext}<extra></extra>",
+    }];
+  }
+
+  /** Puts a group into the legend once. */
+  function named(traces) {
+    const groups = new Set();
+    for (const trace of traces) {
+      trace.showlegend ??= !groups.has(trace.legendgroup);
+      groups.add(trace.legendgroup);
+    }
+  }
+}
