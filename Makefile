@@ -155,7 +155,7 @@ test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where the
 check: setup ## Lint, format and type check; README and results in order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(DENO) lint --quiet && $(DENO) check --quiet dashboards/page tests/unit
-	@$(BIN)/labs readme --verify && $(BIN)/labs check
+	@$(BIN)/labs readme --verify && $(BIN)/labs check --committed
 
 bench: setup ## Measure the lab's own instruments: [PART=streams|engine|neighbour|recording|aa]
 	@$(BIN)/python -m bench

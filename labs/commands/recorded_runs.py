@@ -12,6 +12,7 @@ from rich.markup import escape
 from labs.commands.terminal import console, folders_of, plainly, show
 from labs.comparing import compare, gate, leaderboards, page, reproduction, side_by_side
 from labs.filing import export, manifest, score
+from labs.filing.committed import committed_runs
 from labs.filing.export import Format as ExportFormat
 from labs.filing.results import RESULTS, open_run, problems
 from labs.lab import LabError
@@ -83,11 +84,14 @@ def check(
     run: Annotated[
         Path | None, typer.Argument(envvar="LABS_RUN", help="Default: every run.")
     ] = None,
+    committed: Annotated[
+        bool, typer.Option("--committed", help="Check the runs that git knows, no others.")
+    ] = False,
 ) -> None:
     """Validate results on file: readable, complete, under the right machine."""
     with plainly():
         wrong = 0
-        for folder in (folders := folders_of(run)):
+        for folder in (folders := committed_runs() if committed else folders_of(run)):
             for problem in [*problems(folder), *reproduction.problems(folder)]:
                 wrong += 1
                 text = f"{os.path.relpath(folder.path)}: {escape(problem)}"
@@ -104,10 +108,17 @@ def readme(
     """Write the generated tables anew: README.md's, and each machine's page."""
     with plainly():
         if verify and (stale := leaderboards.stale()):
-            names = ", ".join(os.path.relpath(path) for path in stale)
+            names = "; ".join(
+                os.path.relpath(path) + f" ({why})" * bool(why) for path, why in stale.items()
+            )
             raise LabError(f"generated tables are stale in {names}: run `make readme`")
+        if verify:
+            return
         for path in leaderboards.write():
             console.print(os.path.relpath(path), soft_wrap=True)
+        for folder in leaderboards.uncounted():
+            name = os.path.relpath(folder.path)
+            console.print(f"Not counted: git does not know {name}: git add it", soft_wrap=True)
 
 
 @app.command("compare")

@@ -1,8 +1,13 @@
-"""What is generated from the results on file: README.md's tables, and one page a machine."""
+"""What is generated from results: README.md's tables, one page a machine, and a sitting's page.
+
+What git keeps is made of what git knows (labs.filing.committed): a reader's own runs change none of
+it until they are added.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +16,9 @@ from labs import LABS
 from labs.comparing import reproduction
 from labs.comparing.reproduction import FILED
 from labs.filing import manifest, results
+from labs.filing.committed import committed_runs
 from labs.filing.newest import published
-from labs.filing.results import Run, RunFolder, all_runs
+from labs.filing.results import Run, RunFolder
 from labs.judging.judge import Judgement
 from labs.judging.metrics import METRICS
 from labs.judging.text import (
@@ -44,7 +50,9 @@ from labs.telling.document import (
 from serving.models import ROOT
 
 PAGE = "README.md"
+SITTING = "labs-all.md"  # of a machine, for its reader: git ignores it
 README = ROOT / PAGE
+RUN_NAME = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{8}\b")
 CLAIMS_EACH = 2  # in README.md, of each lab; the machine's page has them all
 
 
@@ -53,38 +61,62 @@ def _marks(run: Run) -> str:
     return (" (random weights)" if run.dummy else "") + (" (quick)" if run.quick else "")
 
 
-def stale() -> list[Path]:
-    """The generated files that would change."""
-    return [path for path, text in _pages().items() if not _is(path, text)]
+def stale() -> dict[Path, str]:
+    """Find the generated files that would change, and say of which runs."""
+    return {
+        path: _why(before, text)
+        for path, text in _pages().items()
+        if (before := path.read_text() if path.exists() else "") != text
+    }
 
 
 def write() -> list[Path]:
     """Write every generated file anew; those that changed."""
-    changed = stale()
+    changed = list(stale())
     for path, text in _pages().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return changed
 
 
+def uncounted() -> list[RunFolder]:
+    """List the runs that would be in the tables if git knew them."""
+    counted = {folder.path for folder in published(committed=True)}
+    return [folder for folder in published() if folder.path not in counted]
+
+
 def write_machine(home: Path) -> Path:
-    """The page of the machine whose results lie there, quick runs included."""
-    page = home / PAGE
-    page.write_text(markdown.document(_machine(_by_machine(published(quick=True))[home])))
+    """Write the page of a machine's newest runs, its reader's own and quick ones included."""
+    page = home / SITTING
+    runs = _by_machine(published(quick=True))[home]
+    page.write_text(markdown.document(_machine(runs, committed=False)))
     return page
 
 
-def _is(path: Path, text: str) -> bool:
-    return path.exists() and path.read_text() == text
+def _why(before: str, after: str) -> str:
+    """Name the runs in the lines that differ, and what is amiss with each."""
+    lines = [set(text.splitlines()) for text in (before, after)]
+    gone, new = (
+        {name for line in mine - other for name in RUN_NAME.findall(line)}
+        for mine, other in (lines, lines[::-1])
+    )
+    on_file = {folder.path.name for folder in committed_runs()}
+    reasons = [
+        *(f"{name} is not in it" for name in sorted(new - gone)),
+        *(f"it says otherwise of {name}" for name in sorted(new & gone)),
+        *(f"git does not know {name}" for name in sorted(gone - new - on_file)),
+        *(f"it should not have {name}" for name in sorted((gone - new) & on_file)),
+    ]
+    return ", ".join(reasons)
 
 
 def _pages() -> dict[Path, str]:
-    runs = published()
+    runs = published(committed=True)
     return {
         README: _readme(README.read_text(), runs),
         results.RESULTS / PAGE: _collection(),
         **{
-            home / PAGE: markdown.document(_machine(found))
+            home / PAGE: markdown.document(_machine(found, committed=True))
             for home, found in _by_machine(runs).items()
         },
         **{f.path / FILED / PAGE: markdown.document(reproduction.page(f)) for f in _repeated()},
@@ -92,7 +124,7 @@ def _pages() -> dict[Path, str]:
 
 
 def _repeated() -> list[RunFolder]:
-    return [f for f in all_runs() if (f.path / FILED).exists()]
+    return [f for f in committed_runs() if reproduction.filed(f, committed=True)]
 
 
 def _by_machine(runs: Sequence[RunFolder]) -> dict[Path, list[RunFolder]]:
@@ -196,14 +228,15 @@ One folder a machine, in it one a lab, in it one a run: data only, readable with
 3. Keep runs that are complete (`COMPLETE`), of an unchanged lab, on a clean checkout: `QUICK=1`,
    `SET=` and `ENDPOINT=` runs stay out of every table.
 4. Remove the runs you do not want; nothing refers to them. Logs are not committed (`.gitignore`).
-5. `make readme` writes the machine's page, this one, and the tables of the front page.
+5. `git add results`: the generated pages count what git knows. Then `make readme` writes the
+   machine's page, this one, and the tables of the front page.
 6. `make check` must pass: every run readable and whole, its digest right, no secret and no home
    folder's name in any file, at most 10 MiB a run.
-7. `git add results README.md`, commit, and propose it; the same checks run there.
+7. `git add README.md results`, commit, and propose it; the same checks run there.
 8. Was the lab measured elsewhere? `make compare A=results/<theirs> B=results/<yours>`, and
    `make reproduce RUN=results/<theirs>/<lab>/<run>` repeats exactly their run and files the answer
    in its `reproductions/`. Write what you know of a verdict that does not agree into the file's
-   `remark`, `make readme`, and commit both, with or without the new run.
+   `remark`, `git add` it, `make readme`, and commit both, with or without the new run.
 
 ## Leaderboard
 
@@ -220,7 +253,7 @@ within 25 % of 1; between *the same* and *differs* are those that too few repeat
 
 
 def _collection() -> str:
-    board = [HOW_TO_ADD, markdown.fragment([leaderboard()])]
+    board = [HOW_TO_ADD, markdown.fragment([leaderboard(committed=True)])]
     repeated = _reproduced(results.RESULTS)
     if repeated.rows:
         board += [REPEATED, markdown.fragment([repeated])]
@@ -231,7 +264,7 @@ def _reproduced(seen_from: Path) -> Table:
     """Each repetition of each run, the newest of a run first."""
     rows: list[list[Inline]] = []
     for original in sorted(_repeated(), key=lambda f: f.path):
-        for found in reproduction.filed(original):
+        for found in reproduction.filed(original, committed=True):
             count = Counter(a.answer for a in found.answers)
             rows.append(
                 [
@@ -255,24 +288,25 @@ def _link(original: RunFolder, seen_from: Path) -> str:
     return os.path.relpath(original.path / FILED / PAGE, seen_from)
 
 
-def _newest(original: RunFolder, seen_from: Path) -> Inline:
+def _newest(original: RunFolder, seen_from: Path, committed: bool) -> Inline:
     """What came of a run's newest repetition, with a link to all of them."""
-    for found in reproduction.filed(original):
+    for found in reproduction.filed(original, committed):
         return Link(f"{found.agreement} ({found.day})", _link(original, seen_from))
     return "–"
 
 
-def leaderboard() -> Table:
+def leaderboard(committed: bool = False) -> Table:
     """Lab x claim x machine, of the newest runs, with links as the collection's page has them."""
     rows: list[list[Inline]] = []
+    runs = published(committed=committed)
     for name in LABS:
         mine: list[tuple[int, str, list[Inline]]] = []
-        for folder in (f for f in published() if f.path.parent.name == name):
+        for folder in (f for f in runs if f.path.parent.name == name):
             run = folder.run()
             machine = run.machine.describe()
             home = _to_report(folder, results.RESULTS, machine)
             standing = Strong("stale") if manifest.is_stale(run) else "the same"
-            repeated = _newest(folder, results.RESULTS)
+            repeated = _newest(folder, results.RESULTS, committed)
             for place, j in enumerate(folder.summary().judgements[:CLAIMS_EACH]):
                 effect = [ratio_text(j), ratio_interval(j), j.outcome]
                 cells = [name, parse(j.title), home, *effect, standing, repeated]
@@ -303,7 +337,7 @@ def _claim(folder: RunFolder, judgement: Judgement, seen_from: Path) -> list[Inl
     ]
 
 
-def _machine(runs: Sequence[RunFolder]) -> Section:
+def _machine(runs: Sequence[RunFolder], committed: bool) -> Section:
     """Every claim of every lab, what was found beside them, and the questions they answer."""
     first = runs[0].run()
     here = runs[0].path.parent.parent
@@ -317,14 +351,14 @@ def _machine(runs: Sequence[RunFolder]) -> Section:
     return section(
         f"What was measured on {first.machine.describe()}",
         Paragraph(f"Ceilings: {ceilings_text(first.ceilings)}. Each lab's newest complete run:"),
-        _runs(runs, here),
+        _runs(runs, here, committed),
         section("Every claim", table(CLAIM_COLUMNS, claims)),
         section("Checks that can fail", table(("Lab", "Check", "Outcome"), checks)),
         section("Question by question", _answers(runs, here)),
     )
 
 
-def _runs(runs: Sequence[RunFolder], seen_from: Path) -> Table:
+def _runs(runs: Sequence[RunFolder], seen_from: Path, committed: bool) -> Table:
     """Each run: what was asked and served, when, and how many predictions held."""
     rows: list[list[Inline]] = []
     for folder in runs:
@@ -339,7 +373,7 @@ def _runs(runs: Sequence[RunFolder], seen_from: Path) -> Table:
                 run.started_at[:16].replace("T", " "),
                 f"{session.load_s / 60:.1f} min" if session else "–",
                 f"{held.count('yes')} of {len(held)}",
-                _newest(folder, seen_from),
+                _newest(folder, seen_from, committed),
             ]
         )
     return table(

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from labs.comparing import compare, side_by_side
 from labs.comparing.compare import Row, VerdictPair
 from labs.filing import manifest
+from labs.filing.committed import known
 from labs.filing.manifest import Fact
 from labs.filing.results import DamagedError, RunFolder, all_runs, read_json, write_json
 from labs.judging.judge import Caveat
@@ -163,26 +164,33 @@ def original_of(folder: RunFolder) -> RunFolder | None:
 
 
 def file(found: Reproduction, original: RunFolder) -> Path:
-    """With the original; a remark that stands there already is kept."""
+    """File it with the original; a remark that stands there already is kept.
+
+    The page of a published run shows published repetitions alone, so a new one leaves it as it is.
+    """
     path = original.path / FILED / f"{found.by.run}.json"
     remark = read_json(path, Reproduction).remark if path.exists() else ""
     write_json(path, found.model_copy(update={"remark": remark}))
-    _write(path.with_name("README.md"), markdown.document(page(original)))
+    if filed(original, committed=True):
+        _write(path.with_name("README.md"), markdown.document(page(original)))
     return path
 
 
-def filed(original: RunFolder) -> list[Reproduction]:
-    """Newest first."""
-    found = sorted((original.path / FILED).glob("*.json"), reverse=True)
-    return [read_json(path, Reproduction) for path in found]
+def filed(original: RunFolder, committed: bool = False) -> list[Reproduction]:
+    """Read the answers filed with a run, newest first; with `committed`, those that git knows."""
+    paths = sorted((original.path / FILED).glob("*.json"), reverse=True)
+    if committed:
+        paths = known(paths, original.path)
+    return [read_json(path, Reproduction) for path in paths]
 
 
 def page(original: RunFolder) -> Section:
-    """What came of every repetition of a run, for its `reproductions/`."""
+    """Write what came of every published repetition of a run, for its `reproductions/`."""
     title = parse(original.run().lab["title"])
+    answers = filed(original, committed=True)
     return section(
         (Link(title, "../report.md"), ", repeated"),
-        *(section(f"{found.day}: {found.agreement}", *_blocks(found)) for found in filed(original)),
+        *(section(f"{found.day}: {found.agreement}", *_blocks(found)) for found in answers),
     )
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from labs import LABS
-from labs.filing.results import Run, RunFolder, all_runs
+from labs.filing.committed import committed_runs
+from labs.filing.results import DamagedError, Run, RunFolder, all_runs
 
 
-def published(quick: bool = False) -> list[RunFolder]:
+def published(quick: bool = False, committed: bool = False) -> list[RunFolder]:
     """The newest complete, ordinary run of each lab on each machine, in the labs' order.
 
     One with random weights stands in where a lab has no other, and is marked. With `quick`, so does
-    a quick run.
+    a quick run. With `committed`, only runs that git knows count, and one that cannot be read
+    raises DamagedError; a reader's own damaged run is passed over.
     """
     newest: dict[tuple[str, str], RunFolder] = {}
-    for folder in all_runs():
-        run = folder.run()
+    for folder in committed_runs() if committed else all_runs():
+        try:
+            run = folder.run()
+        except DamagedError:
+            if committed:
+                raise
+            continue
         key = run.machine.slug, run.lab["name"]
         before = newest.get(key)
         if not folder.complete or run.ad_hoc or run.reproduces or (run.quick and not quick):

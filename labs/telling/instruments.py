@@ -12,6 +12,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from labs.filing import results
+from labs.filing.committed import known
 from labs.judging.judge import Interval
 from labs.judging.text import number, ratio
 from labs.telling.document import Block, Inline, Paragraph, Strong, bullets, parse, table
@@ -115,8 +116,9 @@ def keep(machine: Machine, name: str, part: Part) -> Path:
 
 
 def on_file() -> list[Bench]:
-    """Of every machine; raises DamagedError."""
-    return [results.read_json(path, Bench) for path in sorted(results.RESULTS.glob(f"*/{FILE}"))]
+    """Read what was published of every machine; raises DamagedError."""
+    paths = known(sorted(results.RESULTS.glob(f"*/{FILE}")), results.RESULTS)
+    return [results.read_json(path, Bench) for path in paths]
 
 
 # ------------------------------------------------------------------------------------ as a document

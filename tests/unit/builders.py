@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from labs.comparing import reproduction
 from labs.filing.results import Predictions, Run, RunFolder, TrialResult, write_json
 from labs.judging.measure import Trial
 from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
@@ -145,11 +146,11 @@ def make_lab(**fields: Any) -> Lab:
     return Lab(**{**plain, **fields})
 
 
-def write_run(results: Path) -> RunFolder:
-    """A complete run on disk in which `on` is three times as fast as `off`."""
-    lab = make_lab().at("cpu", quick=False)
+def write_run(results: Path, day: str = "20260101", **fields: Any) -> RunFolder:
+    """A complete run on disk in which `on` is three times as fast as `off`; fields of its lab."""
+    lab = make_lab(**fields).at("cpu", quick=False)
     run = Run(
-        run_id=f"20260101T000000Z-{lab.digest()}",
+        run_id=f"{day}T000000Z-{lab.digest()}",
         lab=lab.resolved(),
         digest=lab.digest(),
         scale="cpu",
@@ -217,6 +218,46 @@ def write_slowed(folder: RunFolder, factor: float, variant: str = "") -> RunFold
             write_json(home / "trial.json", result.model_copy(update={"summary": summary}))
     summarise(later)
     return later
+
+
+def write_runs_of_others(published: RunFolder) -> list[RunFolder]:
+    """What readers leave beside a published run, newer than it; nothing of it is in a table.
+
+    An ordinary run, a repetition that is filed with the published one, a quick run, another
+    machine's with a damaged bench of its instruments, one with a trace, an unfinished and a damaged
+    run.
+    """
+    ordinary = write_slowed(published, 2)
+    repetition = _changed(ordinary, "20260103", reproduces=published.path.name)
+    reproduction.file(reproduction.answer(published, repetition), published)
+    quick = _changed(ordinary, "20260104", quick=True)
+    elsewhere = _changed(ordinary, "20260105", machine=MACHINE.model_copy(update={"count": 64}))
+    (elsewhere.path.parents[1] / "bench.json").write_text("{")
+    trace = ((0.0, 6, 4), (0.5, 6, 4))
+    traced = write_run(
+        published.path.parents[2],
+        "20260106",
+        workloads=(make_workload("replay:1", trace=trace),),
+    )
+    changes = {"workloads.short.trace": "trace.csv", "workloads.short.loads": ["replay:1"]}
+    write_json(traced.path / "run.json", traced.run().model_copy(update={"changes": changes}))
+    unfinished = _changed(ordinary, "20260107")
+    for name in ("COMPLETE", "summary.json"):
+        (unfinished.path / name).unlink()
+    shutil.rmtree(unfinished.path / "trials" / "on")
+    damaged = _changed(ordinary, "20260108")
+    (damaged.path / "run.json").write_text('{"run_id": "20260108')
+    return [ordinary, repetition, quick, elsewhere, traced, unfinished, damaged]
+
+
+def _changed(folder: RunFolder, day: str, **fields: Any) -> RunFolder:
+    """A copy of another day, with other fields of its manifest, under its machine's name."""
+    run_id = day + folder.path.name[len(day) :]
+    run = folder.run().model_copy(update={"run_id": run_id, **fields})
+    copied = RunFolder(folder.path.parents[2] / run.machine.slug / run.lab["name"] / run_id)
+    shutil.copytree(folder.path, copied.path)
+    write_json(copied.path / "run.json", run)
+    return copied
 
 
 def write_tiny_llama(folder: Path, layers: int, **more: Any) -> Path:

@@ -10,10 +10,11 @@ import pytest
 
 from labs.comparing import compare, page
 from labs.filing import results
-from labs.filing.results import RESULTS, RunFolder
+from labs.filing.results import RunFolder
 from labs.telling import pages, report
 from loadtests import records
 from tests.browser import Browser, Page, browser, find
+from tests.unit import in_git
 from tests.unit.builders import write_run
 from tests.unit.test_html import hostile_run
 
@@ -31,12 +32,11 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site of two committed runs, copied; their folders lie beside it."""
+def site(tmp_path_factory: pytest.TempPathFactory, committed: Path) -> Path:
+    """The site of two published runs, copied; their folders lie beside it."""
     home = tmp_path_factory.mktemp("site")
-    for lab in RUNS:
-        newest = max(RESULTS.glob(f"*/{lab}/*/COMPLETE"), key=lambda p: p.parent.name).parent
-        shutil.copytree(newest, home / "results" / newest.relative_to(RESULTS))
+    for name in map(in_git.newest, RUNS):
+        shutil.copytree(committed / "results" / name, home / "results" / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results, "RESULTS", home / "results")
         pages.write_site(home / "site")

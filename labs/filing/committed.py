@@ -1,0 +1,38 @@
+"""Which of the results git knows: the pages that are generated from results count no others.
+
+A reader's own runs lie in the same folders as the published ones; `git add` publishes a run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from labs.filing import results
+from labs.filing.results import RunFolder, all_runs
+
+
+def known(paths: Iterable[Path], within: Path) -> list[Path]:
+    """Keep those of the paths, all of them below `within`, that git knows.
+
+    Where git knows nothing there (no git, an archive without a repository, a folder elsewhere),
+    every path counts.
+    """
+    names = _known_to_git(within)
+    return [path for path in paths if not names or path.relative_to(within).as_posix() in names]
+
+
+def _known_to_git(folder: Path) -> set[str]:
+    """Name every file below a folder that git tracks, relative to that folder."""
+    if shutil.which("git") is None or not folder.is_dir():
+        return set()
+    command = ["git", "-C", str(folder), "ls-files", "-z"]
+    return set(subprocess.run(command, capture_output=True, text=True).stdout.split("\0")) - {""}
+
+
+def committed_runs() -> list[RunFolder]:
+    """List the published runs, newest last."""
+    manifests = (folder.path / "run.json" for folder in all_runs())
+    return [RunFolder(path.parent) for path in known(manifests, results.RESULTS)]

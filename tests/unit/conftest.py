@@ -1,0 +1,43 @@
+"""Other people's runs in the folder of results for every unit test; the published ones apart."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labs.filing import results
+from serving.models import ROOT
+from tests.unit import in_git
+from tests.unit.builders import write_run, write_runs_of_others
+
+OUT_OF_BOUNDS = tuple(str(ROOT / name) + os.sep for name in ("results", "site"))
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    """Raise AssertionError where a test opens or lists what lies in the reader's own folders."""
+    if event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], str | Path):
+        path = f"{arguments[0]}{os.sep}"  # a relative one may be in a folder that is removed
+        assert not path.startswith(OUT_OF_BOUNDS), f"a unit test reads {path}"
+
+
+sys.addaudithook(_refuse)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runs_of_others() -> None:
+    """A test that looks at the folder of results, and not at one of its own, sees these."""
+    write_runs_of_others(write_run(results.RESULTS))
+
+
+@pytest.fixture(scope="session")
+def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """README.md and results/ as git keeps them; read only. Skips where this is no checkout."""
+    if not in_git.runs():
+        pytest.skip("git knows no run here")
+    home = tmp_path_factory.mktemp("committed")
+    in_git.write_out(home)
+    return home
