@@ -129,7 +129,7 @@ class Reader:
         settings = {
             "RESULTS": str(self.results),
             "PROMETHEUS_DATA": str(self.home / "prometheus"),
-            "LABS_SCRATCH": str(self.scratch),
+            "SCRATCH": str(self.scratch),
             "ENGINE_COMMAND": self._engine_command(engine, first_engine),
             **settings,
         }

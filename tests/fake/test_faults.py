@@ -415,7 +415,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stopped]:
         command = reader.types("run", BATCHING, SET=LONGER, first_engine=("--die-after", "60"))
         command.until("Predicted, before any engine starts")  # long before it ends
         with reading(tmp_path_factory.mktemp("second") / "reader") as other:
-            second = other.types("run", BATCHING, SET=LONGER, LABS_SCRATCH=str(reader.scratch))
+            second = other.types("run", BATCHING, SET=LONGER, SCRATCH=str(reader.scratch))
             second.wait()
         command.until(TRIAL_ENDED)
         family = command.family()
