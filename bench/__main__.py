@@ -22,7 +22,7 @@ from labs.telling import instruments
 from loadtests import generator
 from serving import machine as machines
 from serving import models
-from serving.engine import EngineError
+from serving.engines.base import EngineError
 
 MAIN = ("streams", "engine", "neighbour", "recording", "overhead")
 PARTS = (*MAIN, "aa")

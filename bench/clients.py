@@ -17,7 +17,7 @@ from loadtests import plan, records
 from loadtests.prompts import Writer, counter
 from loadtests.workload import Request
 from serving import models
-from serving.engine import VllmEngine
+from serving.engines.vllm import Vllm
 from serving.process import Process
 
 USERS, PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 8, 48, 48, 40
@@ -90,7 +90,7 @@ def ours(load: RunningLocust, url: str, requests_file: Path, work: Path) -> list
 
 
 def theirs(
-    engine: VllmEngine, model: models.Model, prompts: Path, cores: Sequence[int], work: Path
+    engine: Vllm, model: models.Model, prompts: Path, cores: Sequence[int], work: Path
 ) -> list[Answered]:
     """Send the requests by `vllm bench serve` on these cores. Raises BenchError when it fails."""
     flags = {

@@ -29,7 +29,7 @@ from labs.judging.judge import Effect, effect
 from labs.telling import instruments
 from serving import machine as machines
 from serving import metrics, models
-from serving.engine import VllmEngine
+from serving.engines.vllm import Vllm
 
 OURS, THEIRS, FREE = "our Locust", "vllm bench serve", "vllm bench serve, unpinned"
 
@@ -43,9 +43,7 @@ def measure(
     write_work(work, model)
     clock.tell("starting vLLM", 0)
     with contextlib.ExitStack() as exits:
-        served = VllmEngine(
-            "bench", model, ENGINE_FLAGS, kind=machine.kind, log=work / "engine.log"
-        )
+        served = Vllm("bench", model, ENGINE_FLAGS, kind=machine.kind, log=work / "engine.log")
         exits.callback(served.stop)
         arms: dict[str, Callable[[Path], list[Answered]]] = {}
         for i, file in enumerate(locustfiles):

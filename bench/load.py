@@ -12,7 +12,7 @@ import psutil
 from loadtests import generator, plan
 from loadtests.arrivals import Concurrent
 from serving import machine as machines
-from serving.engine import free_port
+from serving.ports import free_port
 from serving.process import Process
 
 

@@ -16,7 +16,7 @@ from labs.judging.judge import effect
 from labs.telling import instruments
 from serving import machine as machines
 from serving import models
-from serving.engine import VllmEngine
+from serving.engines.vllm import Vllm
 
 
 def measure(clock: Clock, work: Path, pairs: int) -> instruments.Neighbour:
@@ -27,9 +27,7 @@ def measure(clock: Clock, work: Path, pairs: int) -> instruments.Neighbour:
     with contextlib.ExitStack() as exits:
         engines = []
         for name in ("loaded", "idle"):
-            started = VllmEngine(
-                name, model, ENGINE_FLAGS, kind=machine.kind, log=work / f"{name}.log"
-            )
+            started = Vllm(name, model, ENGINE_FLAGS, kind=machine.kind, log=work / f"{name}.log")
             exits.callback(started.stop)
             engines.append(started)
         load = exits.enter_context(locust(USERS, work / "locust"))

@@ -18,7 +18,7 @@ from bench import BenchError
 from loadtests import plan
 from loadtests.workload import Request
 from serving import machine as machines
-from serving.engine import LOOPBACK, free_port
+from serving.ports import LOOPBACK, free_port
 from serving.process import Process
 
 SERVER = "tests.fake.engine"  # the module that is run; each request tells it when to send what

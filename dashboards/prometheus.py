@@ -25,9 +25,9 @@ from typing import IO, Self
 import psutil
 import requests
 
-from serving.engine import free_port
 from serving.install import find_prometheus
 from serving.models import CACHE, ROOT
+from serving.ports import free_port
 from serving.process import Process
 
 HOME = Path(os.environ.get("LABS_PROMETHEUS_DATA") or CACHE / "prometheus").resolve()

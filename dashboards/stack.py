@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 
 from dashboards import prometheus
-from serving.engine import require_port
 from serving.models import CACHE
+from serving.ports import require_port
 
 COMPOSE = Path(__file__).with_name("compose.yml")
 PASSWORD_FILE = CACHE / "grafana-password"
@@ -41,7 +41,7 @@ class Stack:
         return f"http://127.0.0.1:{self.grafana_port}"
 
     def start(self) -> None:
-        """Raises StackError, and EngineError where a port is taken; then nothing is left up."""
+        """Raises StackError, and PortTaken where a port is taken; then nothing is left up."""
         require_docker()
         if up := prometheus.watching():
             raise StackError(

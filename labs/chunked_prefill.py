@@ -32,7 +32,7 @@ def long_prompt_tokens(point: Point) -> int:
 
 def chunk_tokens(point: Point) -> int:
     """What a step has left for the long prompt beside one token for each stream."""
-    return int(str(point.variant.flags["max-num-batched-tokens"])) - point.load.users
+    return point.flags.max_num_batched_tokens - point.load.users
 
 
 def context_tokens(point: Point) -> float:

@@ -24,33 +24,49 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from loadtests.arrivals import Arrival
 from loadtests.workload import Workload
-from serving.engine import FlagValue
+from serving.engines import DEFAULT_ENGINE, ENGINES
+from serving.engines.base import FlagValue
+from serving.engines.vllm import VllmFlags
 from serving.machine import Ceilings
 from serving.models import Shape
 
 
 class Variant(BaseModel, frozen=True, extra="forbid"):
-    """An engine configuration: vLLM's own flag names and their values, and whose weights it serves.
+    """An engine configuration: the engine, flags by its own names, and whose weights it serves.
 
     `weights` names a model derived from the lab's own (`labs/running/derived_models.py`), as does
-    `<name>` within a flag's value, where the derived model's folder will stand.
+    `<name>` within a flag's value, where the derived model's folder will stand. `engine` is a name
+    of `serving/engines/__init__.py`; the default is left out of files and digests.
     """
 
     name: str
     flags: dict[str, FlagValue] = {}
     weights: str = ""
+    engine: Annotated[str, Field(exclude_if=lambda name: name == DEFAULT_ENGINE)] = DEFAULT_ENGINE
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_is_known(cls, name: str) -> str:
+        if name not in ENGINES:
+            known = ", ".join(ENGINES)
+            raise ValueError(f"no engine {name!r}{near(name, ENGINES)} ones are {known}")
+        return name
 
     def but(
         self, name: str, flags: Mapping[str, FlagValue] | None = None, weights: str = ""
     ) -> Variant:
         """This variant with one thing changed."""
         return Variant(
-            name=name, flags={**self.flags, **(flags or {})}, weights=weights or self.weights
+            name=name,
+            flags={**self.flags, **(flags or {})},
+            weights=weights or self.weights,
+            engine=self.engine,
         )
 
 
@@ -65,6 +81,11 @@ class Point:
     shape: Shape
     ceilings: Ceilings
     about: Mapping[str, Any] = field(default_factory=dict)  # derived model -> what is known of it
+
+    @property
+    def flags(self) -> VllmFlags:
+        """The variant's flags, for those who ask by vLLM's names."""
+        return VllmFlags(self.variant.flags)
 
     @property
     def key(self) -> str:
@@ -361,13 +382,14 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             "limits": {}, "next_knobs": (),
         })  # fmt: skip
 
-    @property
-    def speculates(self) -> bool:
-        """Whether any of its engines guesses ahead."""
-        return any("speculative-config" in self.flags_of(v) for v in self.variants)
+    def flags_of(self, variant: Variant) -> VllmFlags:
+        """All flags that the variant's engine is started with."""
+        return VllmFlags({**self.flags, **variant.flags})
 
-    def flags_of(self, variant: Variant) -> dict[str, FlagValue]:
-        return {**self.flags, **variant.flags}
+    @property
+    def all_flags(self) -> list[VllmFlags]:
+        """Those of each variant, in order."""
+        return [self.flags_of(variant) for variant in self.variants]
 
     def resolved(self) -> dict[str, Any]:
         """As plain JSON; functions by name."""
@@ -407,7 +429,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         """
         return [
             Point(
-                Variant(name=variant.name, flags=self.flags_of(variant), weights=variant.weights),
+                variant.model_copy(update={"flags": dict(self.flags_of(variant))}),
                 workload,
                 load,
                 tuple(
@@ -459,10 +481,11 @@ def the_same(twin: Point, base: Point) -> Prediction:
 
 
 def factors(treatment: Point, baseline: Point) -> list[str]:
-    """What differs between two points: engine flags, the weights, the workload, the load."""
+    """What differs between two points: flags, the engine, the weights, the workload, the load."""
     ours, theirs = treatment.variant, baseline.variant
     flags = sorted({*ours.flags, *theirs.flags})
     found = [f"--{k}" for k in flags if ours.flags.get(k) != theirs.flags.get(k)]
+    found += ["engine"] if ours.engine != theirs.engine else []
     found += ["weights"] if ours.weights != theirs.weights else []
     found += ["workload"] if treatment.workload.name != baseline.workload.name else []
     return found + (["load"] if treatment.load != baseline.load else [])

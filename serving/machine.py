@@ -23,7 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -124,7 +124,11 @@ class Environment(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def vllm(self) -> str | None:
-        return next((self.packages[name] for name in ENGINES if name in self.packages), None)
+        return self.version_of(ENGINES)
+
+    def version_of(self, distributions: Sequence[str]) -> str | None:
+        """Of the first of these packages that is installed."""
+        return next((self.packages[name] for name in distributions if name in self.packages), None)
 
 
 def detect() -> Machine:
@@ -259,16 +263,6 @@ def compiler(kind: str) -> tuple[str, str]:
         package = f"python3.{sys.version_info[1]}-dev"
         return f"{found}, without Python's headers", f"install {package}: {for_what} {header}"
     return found, ""
-
-
-def engine_version() -> str:
-    """vLLM's version, whichever distribution carries it."""
-    for distribution in ENGINES:
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    raise RuntimeError("vLLM is not installed here: run `make setup`")
 
 
 # of vLLM and what it stands on; a name that the second finds holds a secret, an address may

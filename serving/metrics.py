@@ -1,14 +1,12 @@
-"""The engine's metric names: read from `/metrics`, and only named here.
+"""The lab's names of what engines count, and how their `/metrics` are read.
 
-vLLM renames metrics between versions, so the names the lab relies on are kept per version in
-`GOLDEN` and a test compares them with what the installed engine exposes.
-Source: vLLM documentation, "Production metrics"; seen live on vLLM 0.32 (CPU), and read in 0.26's
-source.
+The names are vLLM's: they stand in the files of every run, in the dashboards and in the digests of
+labs. Another engine's module maps its own names to these (`serving/engines/`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -43,10 +41,6 @@ COUNTERS = (
 )  # fmt: skip
 GAUGES = (RUNNING, WAITING, KV_USAGE, CACHE_CONFIG)
 SPECULATION = (SPEC_DRAFTS, SPEC_DRAFTED, SPEC_ACCEPTED, SPEC_ACCEPTED_AT)
-
-_SINCE_0_26 = (*HISTOGRAMS, *COUNTERS, *GAUGES)
-GOLDEN: dict[str, tuple[str, ...]] = {"0.26": _SINCE_0_26, "0.32": _SINCE_0_26}
-"""vLLM minor version -> the names the lab needs from it, whatever the engine's settings."""
 
 
 def position(at: int) -> str:
@@ -117,35 +111,42 @@ class Snapshot:
         )
 
 
-def parse(text: str) -> Snapshot:
-    """Read the Prometheus text format; unknown metrics are kept under their own names."""
+def parse(text: str, renamed: Mapping[str, str] | None = None) -> Snapshot:
+    """Read the Prometheus text format; `renamed` maps an engine's names to the lab's.
+
+    Unknown metrics are kept under their own names. Raises ValueError for another format.
+    """
+    lab_name = renamed or {}
     values: dict[str, float] = {}
     info: dict[str, dict[str, str]] = {}
     buckets: dict[str, dict[float, float]] = {}
     sums: dict[str, dict[str, float]] = {}
     for family in text_string_to_metric_families(text):
+        histogram = lab_name.get(family.name, family.name)
         for sample in family.samples:
+            name = lab_name.get(sample.name, sample.name)
             if family.type == "histogram":
                 if sample.name.endswith("_bucket"):
-                    at = buckets.setdefault(family.name, {})
+                    at = buckets.setdefault(histogram, {})
                     le = float(sample.labels["le"])
                     at[le] = at.get(le, 0.0) + sample.value
                 elif not sample.name.endswith("_created"):
-                    part = sums.setdefault(family.name, {})
-                    part[sample.name] = part.get(sample.name, 0.0) + sample.value
+                    part = sums.setdefault(histogram, {})
+                    what = sample.name.removeprefix(family.name)
+                    part[what] = part.get(what, 0.0) + sample.value
             else:
-                values[sample.name] = values.get(sample.name, 0.0) + sample.value
-                if sample.name == SPEC_ACCEPTED_AT:
+                values[name] = values.get(name, 0.0) + sample.value
+                if name == SPEC_ACCEPTED_AT:
                     at_position = position(int(sample.labels["position"]))
                     values[at_position] = values.get(at_position, 0.0) + sample.value
-                if sample.name.endswith("_info"):
-                    info[sample.name] = dict(sample.labels)
+                if name.endswith("_info"):
+                    info[name] = dict(sample.labels)
     histograms = {
         name: Histogram(
             tuple(sorted(at)),
             tuple(at[le] for le in sorted(at)),
-            sums[name].get(f"{name}_sum", 0.0),
-            sums[name].get(f"{name}_count", 0.0),
+            sums[name].get("_sum", 0.0),
+            sums[name].get("_count", 0.0),
         )
         for name, at in buckets.items()
     }

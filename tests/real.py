@@ -15,6 +15,7 @@ from dashboards import boards
 from dashboards.prometheus import Prometheus
 from labs.filing.results import Run, RunFolder
 from serving import metrics
+from serving.engines.vllm import GOLDEN
 from serving.models import ROOT
 
 RUNS = "*/*/*/run.json"
@@ -70,7 +71,7 @@ def check_run(folder: RunFolder) -> None:
     for trial in trials:
         assert trial
         assert trial.engine
-        assert set(metrics.names(trial.engine)) >= set(metrics.GOLDEN["0.32"])
+        assert set(metrics.names(trial.engine)) >= set(GOLDEN["0.32"])
         lengths = trial.point.lengths[(trial.repeat - 1) * lab.requests :]
         for record in trial.records:
             assert record.error is None

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from labs.comparing import leaderboards
 from labs.filing.results import RESULTS, DamagedError, read_json, write_json
-from serving.machine import engine_version
+from serving.engines.vllm import Vllm
 from serving.models import CACHE, ROOT
 
 FILE = CACHE / "labs-all.json"
@@ -62,7 +62,7 @@ def start(
         model=model,
         weights=weights,
         parallel=dict(parallel or {}),
-        vllm=engine_version(),
+        vllm=Vllm.version(),
         results=str(RESULTS),
     )
     if fresh or not FILE.exists():

@@ -41,7 +41,10 @@ from labs.running.resolve import Request, is_dummy, model_of, require_devices
 from labs.running.run import run as run_lab
 from labs.telling import report
 from labs.telling.document import bullets, section, table_of
-from serving import bundle, engine, machine, models
+from serving import bundle, machine, models
+from serving.engines import ENGINES
+from serving.engines.vllm import Vllm
+from serving.ports import require_port
 
 app = typer.Typer(
     help="Ask a question about LLM inference serving; answer it by measuring this machine.",
@@ -147,7 +150,7 @@ def run(
             weights=weights,
             endpoint=endpoint,
             resume=resume,
-            engine_command=_words(engine_command) or engine.SERVER,
+            engine_command=_words(engine_command),
         )
         if not _play(request).complete:
             console.print("Try the rest again with RESUME=1.")
@@ -258,15 +261,17 @@ def serve(
         by_name = {v.name: v for v in resolved.variants}
         if variant and variant not in by_name:
             raise LabError(f"{lab} has no variant {variant!r}; it has {', '.join(by_name)}")
-        flags = resolved.flags_of(by_name[variant] if variant else resolved.variants[0])
+        chosen = by_name[variant] if variant else resolved.variants[0]
+        engine, flags = ENGINES[chosen.engine], resolved.flags_of(chosen)
         served = model_of(host, model, weights)
-        engine.require_port(port, "PORT")
+        require_port(port, "PORT")
         engine.check_flags([flags])
-        argv = [*engine.SERVER, *engine.serve_argv(served, flags, port)]
-        soon = "in about 35 s" if host.kind == "cpu" else "in a minute or more"
+        argv = [*engine.command, *engine.server_argv(served, flags, port)]
+        known = host.kind == "cpu" and engine.start_s
+        soon = f"in about {engine.start_s:.0f} s" if known else "in a minute or more"
         console.print(f"Serving {served.name} at http://127.0.0.1:{port} (ready {soon}):")
         console.print("python " + escape(" ".join(argv[1:])), style="dim")
-        env = engine.serve_env(host.kind, served, resolved.speculates)
+        env = engine.environment(host.kind, served, resolved.all_flags)
         os.execve(argv[0], argv, {**os.environ, **env})
 
 
@@ -285,7 +290,7 @@ def locust(
 ) -> None:
     """Open Locust's own web UI on a lab's workload, for turning knobs by hand."""
     with plainly():
-        engine.require_port(web_port, "WEB_PORT")
+        require_port(web_port, "WEB_PORT")
         with start_locust_ui(
             _lab(lab), _changes(changes), workload, endpoint, model, weights, web_port
         ) as process:
@@ -311,8 +316,8 @@ def reproduce_run(
     with plainly():
         original = open_run(run)
         before = original.run()
-        asked = reproduce.request(before, model, resume, _words(engine_command) or engine.SERVER)
-        for note in reproduce.notes(before, machine.engine_version()):
+        asked = reproduce.request(before, model, resume, _words(engine_command))
+        for note in reproduce.notes(before, Vllm.version()):
             console.print(f"[bold yellow]{escape(note)}[/]")
         differ = manifest.table(reproduce.differs_here(before, asked), ("there", "here"))
         if len(differ) > 1:

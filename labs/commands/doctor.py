@@ -26,6 +26,7 @@ from labs.filing.results import LEAST_FREE_BYTES, RESULTS, MachineFile, read_jso
 from labs.lab import Lab, LabError, NotApplicable
 from labs.running import derived_models
 from labs.running.resolve import (
+    check_flags,
     is_dummy,
     model_of,
     require_compiler,
@@ -34,11 +35,12 @@ from labs.running.resolve import (
     require_memory,
     require_sizes,
 )
-from serving import engine, gpus, install, models, quantize, telemetry
+from serving import gpus, install, models, quantize, telemetry
 from serving import machine as machines
-from serving.engine import EngineError
+from serving.engines.base import EngineError
 from serving.machine import GIB, Machine
 from serving.models import ROOT, Model, ModelError
+from serving.ports import PortTaken, require_port
 
 PORTS = {"make serve": (PORT, "PORT"), "make locust": (WEB_PORT, "WEB_PORT")}
 LEAST_FREE_SHARE = 0.9  # of a GPU's memory: what vLLM takes unless told otherwise
@@ -204,9 +206,9 @@ def _beside(machine: Machine) -> Iterator[Line]:
     yield Line("Energy", f"{'NVML' if machine.kind == 'gpu' else 'RAPL'} {can}")
     for user, (port, setting) in PORTS.items():
         try:
-            engine.require_port(port, setting)
+            require_port(port, setting)
             yield Line(f"Port {port}", f"free ({user})")
-        except EngineError:
+        except PortTaken:
             yield Line(f"Port {port}", f"taken ({user})", f"{user} {setting}=<another>")
     path = RESULTS / machine.slug / "machine.json"
     if path.exists():
@@ -229,7 +231,7 @@ def _ability(
         require_known_names(here)
         require_devices(here, machine)
         require_compiler(here, machine)
-        engine.check_flags([here.flags_of(v) for v in here.variants])
+        check_flags(here)
         if model is None:
             return Ability(lab.name, True, "once the model is here")
         require_sizes(here, model)

@@ -13,7 +13,8 @@ from loadtests.arrivals import Concurrent
 from loadtests.prompts import Writer, counter
 from serving import machine as machines
 from serving import models
-from serving.engine import Endpoint, free_port
+from serving.engines.endpoint import Endpoint
+from serving.ports import free_port
 from serving.process import Process
 
 PORT, WEB_PORT = 8000, 8089  # of `labs serve` and `labs locust`, unless told otherwise

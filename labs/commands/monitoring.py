@@ -18,7 +18,8 @@ from labs.judging.metrics import METRICS
 from labs.lab import LabError
 from labs.running import backfill
 from labs.running.run import alone
-from serving import engine, machine
+from serving import machine
+from serving.ports import require_port
 
 app = typer.Typer()
 WATCH_PORT, GRAFANA_PORT = 9090, 3000
@@ -32,7 +33,7 @@ def watch(
     with plainly():
         found = prometheus.watching()
         if found is None:
-            engine.require_port(port, "PORT")
+            require_port(port, "PORT")
             found = live.start(port, RESULTS)
         console.print(f"Watching: [bold]{found.page_url}[/]")
         ends = "watch-stop" if found.own else "stack-stop"

@@ -24,8 +24,9 @@ from labs.telling import terminal
 from labs.telling.document import Block
 from loadtests.generator import GeneratorError
 from serving.bundle import BundleError
-from serving.engine import EngineError
+from serving.engines.base import EngineError
 from serving.models import ModelError
+from serving.ports import PortTaken
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -33,6 +34,7 @@ EXPECTED = (
     LabError,
     ModelError,
     EngineError,
+    PortTaken,
     GeneratorError,
     PrometheusError,
     BundleError,

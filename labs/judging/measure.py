@@ -283,7 +283,7 @@ def prefill_pieces(trial: Trial) -> float | None:
 def expected_pieces(point: Point) -> int:
     """How many pieces the token budget cuts a long prompt into beside the running streams."""
     assert point.workload.intruder
-    budget = int(str(point.variant.flags["max-num-batched-tokens"])) - point.load.users
+    budget = point.flags.max_num_batched_tokens - point.load.users
     return math.ceil(point.workload.intruder.prompt_tokens / budget)
 
 

@@ -109,7 +109,7 @@ def _answered(trial: Trial) -> Iterator[Caveat]:
         )
     chunks = [k for r in trial.counted for _, k in r.chunks[1:]]
     several = sum(k > 1 for k in chunks) / len(chunks) if chunks else 0.0
-    if several > MOST_SEVERAL and "speculative-config" not in trial.point.variant.flags:
+    if several > MOST_SEVERAL and not trial.point.flags.speculative_config:
         mostly = several > MOSTLY_SEVERAL
         yield _of(
             trial,

@@ -21,6 +21,7 @@ from labs.lab import Lab, Variant
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Fixed
 from serving import metrics
+from serving.engines.base import EngineError, Server
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,7 @@ class Served:
 
     variant: Variant
     lab: Lab
-    url: str
-    model: str
+    engine: Server
     places: Mapping[str, Path]
     writer: Writer
 
@@ -42,12 +42,12 @@ TEXTS_ASKED = 12  # with five needles each: with fewer the gate could not even p
 
 def quality(served: Served, quick: bool = False) -> dict[str, Any]:
     """What `labs/judging/evaluation.py` asks; the first variant twice, for the false alarms."""
-    longest = int(str(served.lab.flags_of(served.variant)["max-model-len"]))
+    engine, longest = served.engine, served.lab.flags_of(served.variant).max_model_len
     lengths = [n for n in LENGTHS_TOKENS if 1.2 * n < longest]
     seeds = TEXTS_ASKED // len(lengths)
     times = 2 if served.variant.name == served.lab.variants[0].name else 1
     asked = [
-        ask(served.url, served.model, lengths_tokens=lengths, seeds=seeds, quick=quick)
+        ask(engine.url, engine.model, lengths_tokens=lengths, seeds=seeds, quick=quick)
         for _ in range(times)
     ]
     return {"answers": [a.model_dump(mode="json") for a in asked]}
@@ -60,16 +60,16 @@ def tenants(served: Served, requests_sent: int = 1700, at_once: int = 16) -> dic
     One more adapter, `visitor`, is loaded at run time under the load, answers, and is unloaded;
     each time it is another tenant's files under the same name.
     """
-    count = len(served.lab.flags_of(served.variant)["lora-modules"])  # type: ignore[arg-type]
+    count = len(served.lab.flags_of(served.variant).lora_modules)
     rng = random.Random(f"{served.lab.seed}/tenants")
     # a token more than whole blocks: all the rest can come out of the cache
     prompts = [served.writer.chat(33 + 32 * (i % 2), rng) for i in range(16)]
-    before = _prefix_tokens(served.url)
+    url, before = f"{served.engine.url}/v1/chat/completions", _prefix_tokens(served.engine)
 
     def answer(model: str, prompt: int) -> requests.Response:
         body = {"model": model, "messages": prompts[prompt % len(prompts)], "max_tokens": 5,
                 "temperature": 0, "ignore_eos": True}  # fmt: skip
-        return requests.post(f"{served.url}/v1/chat/completions", json=body, timeout=TIMEOUT_S)
+        return requests.post(url, json=body, timeout=TIMEOUT_S)
 
     def said(response: requests.Response) -> str:
         response.raise_for_status()
@@ -80,12 +80,11 @@ def tenants(served: Served, requests_sent: int = 1700, at_once: int = 16) -> dic
     with threads(at_once) as pool:
         asked = [pool.submit(answer, f"tenant-{t}", i) for i, t in enumerate(drawn)]
         for owner in range(count):
-            path = str(served.places["adapters"] / f"tenant-{owner}")
-            _adapter(served, "load", {"lora_name": "visitor", "lora_path": path})
+            served.engine.load_adapter("visitor", served.places["adapters"] / f"tenant-{owner}")
             visits += [(owner, said(answer("visitor", i))) for i in range(4)]
-            _adapter(served, "unload", {"lora_name": "visitor"})
+            served.engine.unload_adapter("visitor")
         answers = [(t, said(future.result())) for t, future in zip(drawn, asked, strict=True)]
-    looked_up, found = (b - a for a, b in zip(before, _prefix_tokens(served.url), strict=True))
+    looked_up, found = (b - a for a, b in zip(before, _prefix_tokens(served.engine), strict=True))
     unknown, gone = answer("tenant-nobody", 0), answer("visitor", 0)
     return {
         "answers": [*answers, *visits],
@@ -95,19 +94,16 @@ def tenants(served: Served, requests_sent: int = 1700, at_once: int = 16) -> dic
         "refusal": unknown.text[:200],
         # the right question sent to the wrong adapter: the check must notice
         "misrouted": [(0, said(answer("tenant-1", i))) for i in range(4)],
-        "base": [said(answer(served.model, i)) for i in range(4)],
+        "base": [said(answer(served.engine.model, i)) for i in range(4)],
     }
 
 
-def _prefix_tokens(url: str) -> tuple[float, float]:
-    """(looked up, found) in the engine's prefix cache so far."""
-    values = metrics.parse(requests.get(f"{url}/metrics", timeout=TIMEOUT_S).text).values
+def _prefix_tokens(engine: Server) -> tuple[float, float]:
+    """(looked up, found) in the engine's prefix cache so far. Raises EngineError."""
+    if (snapshot := engine.snapshot()) is None:
+        raise EngineError(f"{engine.name} shows no metrics")
+    values = snapshot.values
     return values.get(metrics.PREFIX_QUERIES, 0.0), values.get(metrics.PREFIX_HITS, 0.0)
-
-
-def _adapter(served: Served, what: str, body: dict[str, str]) -> None:
-    url = f"{served.url}/v1/{what}_lora_adapter"
-    requests.post(url, json=body, timeout=TIMEOUT_S).raise_for_status()
 
 
 def salt(served: Served, rounds: int = 12) -> dict[str, Any]:
@@ -123,10 +119,10 @@ def salt(served: Served, rounds: int = 12) -> dict[str, Any]:
     )
 
     def took_s(prompt: Messages, who: str | None) -> float:
-        body = {"model": served.model, "messages": prompt, "max_tokens": 1, "temperature": 0}
+        body = {"model": served.engine.model, "messages": prompt, "max_tokens": 1, "temperature": 0}
         body |= {"cache_salt": who} if who else {}
         began = time.monotonic()
-        url = f"{served.url}/v1/chat/completions"
+        url = f"{served.engine.url}/v1/chat/completions"
         requests.post(url, json=body, timeout=TIMEOUT_S).raise_for_status()
         return time.monotonic() - began
 

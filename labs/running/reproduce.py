@@ -18,11 +18,10 @@ from labs.running.resolve import Request, engine_environment, model_of
 from serving import machine as machines
 from serving import models
 from serving.dummy import SUFFIX
-from serving.engine import SERVER
 
 
 def request(
-    run: Run, model: str = "", resume: bool = False, engine_command: Sequence[str] = SERVER
+    run: Run, model: str = "", resume: bool = False, engine_command: Sequence[str] = ()
 ) -> Request:
     """What to ask for to run the same again; raises LabError where this checkout cannot."""
     name, commit = run.lab["name"], run.environment.git_commit

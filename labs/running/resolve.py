@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import math
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from labs import theory
 from labs.filing.results import RESULTS, MachineFile, read_json, require_room, write_json
 from labs.findings import FINDINGS
 from labs.judging.measure import price_per_hour
@@ -25,10 +21,10 @@ from labs.telling.plots import PLOTS
 from loadtests.prompts import Writer, counter
 from serving import dummy, models
 from serving import machine as machines
-from serving.engine import PARALLEL, SERVER, Endpoint, check_flags, serve_env
+from serving.engines import ENGINES
+from serving.engines.base import Unsupported
+from serving.engines.endpoint import Endpoint
 from serving.machine import Ceilings, Environment, Machine
-
-ACTIVATION_BYTES = 10**9  # at least, beside weights and KV cache on a GPU
 
 
 class Teller(Protocol):
@@ -54,7 +50,7 @@ class Request:
     endpoint: str = ""
     resume: bool = False
     reproduces: str = ""  # the run whose resolved lab this is
-    engine_command: Sequence[str] = SERVER
+    engine_command: Sequence[str] = ()  # in the place of the engines' own
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ def resolve(request: Request, teller: Teller) -> Setup:
         endpoint = Endpoint(request.endpoint)
     else:
         require_compiler(lab, machine)
-        check_flags([lab.flags_of(v) for v in lab.variants])
+        check_flags(lab)
     writer = Writer(counter(str(model.path)))
     for workload in lab.workloads:
         try:
@@ -150,62 +146,39 @@ def model_of(machine: Machine, wanted: str, weights: str) -> models.Model:
 
 
 def require_devices(lab: Lab, machine: Machine) -> None:
-    """What is asked of vLLM's parallelism and sampling, this machine's kind and GPUs can do.
+    """What the engines' flags ask of this machine, it has.
 
-    Raises LabError; NotApplicable where no setting of the reader's would help.
+    Raises EngineError; NotApplicable where no setting of the reader's would help.
     """
     for variant in lab.variants:
-        flags = lab.flags_of(variant)
-        ways = math.prod(int(str(flags.get(flag, 1))) for flag in PARALLEL)
-        gpus = machine.count if machine.kind == "gpu" else 0
-        ray = flags.get("distributed-executor-backend") == "ray"
-        if ray and not importlib.util.find_spec("ray"):
-            raise LabError(
-                "distributed-executor-backend=ray needs Ray, which is not installed here: run"
-                " `.venv/bin/pip install 'ray[default]'` on every machine, then `ray start --head`"
-                " on this one and `ray start --address=<this one>:6379` on the others"
-            )
-        if ways > max(1, gpus) and not ray:
-            raise LabError(
-                f"TP x PP x DP = {ways} needs as many GPUs, and this machine has {gpus}: lower"
-                " them, or span machines with SET=flags.distributed-executor-backend=ray"
-            )
-        speculation = flags.get("speculative-config", {})
-        if machine.kind == "cpu" and "synthetic" in json.dumps(speculation):
-            raise NotApplicable(
-                f"{variant.name} is to accept guesses at a rate that is set, and the sampler that"
-                " does so is written in Triton, which vLLM's CPU engine lacks: this needs a GPU"
-            )
+        try:
+            ENGINES[variant.engine].require_devices(variant.name, lab.flags_of(variant), machine)
+        except Unsupported as reason:
+            raise NotApplicable(str(reason)) from reason
 
 
 def require_compiler(lab: Lab, machine: Machine) -> None:
-    """On a CPU, what is not run eagerly is compiled as the engine starts. Raises LabError."""
-    compiled = [v.name for v in lab.variants if lab.flags_of(v).get("enforce-eager") is not True]
-    _, mend = machines.compiler(machine.kind)
-    if compiled and mend and machine.kind == "cpu":
-        raise LabError(f"{compiled[0]} is compiled as its engine starts: {mend}")
+    """What an engine compiles as it starts, something here can. Raises EngineError."""
+    for variant in lab.variants:
+        ENGINES[variant.engine].require_compiler(variant.name, lab.flags_of(variant), machine)
 
 
 def require_memory(lab: Lab, machine: Machine, model: models.Model) -> None:
-    """On a GPU, weights and the KV memory a variant asks for leave room for activations."""
-    if machine.kind == "cpu":
-        return
+    """The device holds the weights and the memory that each variant asks for. Raises EngineError.
+
+    A variant with weights of its own is not judged by the model's.
+    """
     for variant in lab.variants:
-        flags = lab.flags_of(variant)
-        parts = math.prod(int(str(flags.get(flag, 1))) for flag in PARALLEL[:2])
-        weights, kv = model.shape.weight_bytes / parts, flags.get("kv-cache-memory-bytes", 0)
-        needed = weights + int(str(kv)) + ACTIVATION_BYTES
-        if not variant.weights and needed > machine.memory_bytes:
-            raise LabError(
-                f"{variant.name}: {weights / 1e9:.1f} GB of weights, {int(str(kv)) / 1e9:.1f} of KV"
-                f" cache and about {ACTIVATION_BYTES / 1e9:.0f} for activations do not fit the"
-                f" GPU's {machine.memory_bytes / 1e9:.1f}: give a smaller model with MODEL=, more"
-                " GPUs with TP=, or less with SET=flags.kv-cache-memory-bytes="
-            )
+        if not variant.weights:
+            engine, flags = ENGINES[variant.engine], lab.flags_of(variant)
+            engine.require_memory(variant.name, flags, machine, model.shape)
 
 
 def require_sizes(lab: Lab, model: models.Model) -> None:
-    """The requests fit the model and the engines, and the engines' limits fit their memory."""
+    """The requests fit the model and the engines, and the engines' limits fit their memory.
+
+    Raises LabError and EngineError.
+    """
     longest = max(w.longest_tokens for w in lab.workloads)
     if longest > model.shape.max_positions:
         raise LabError(
@@ -213,29 +186,16 @@ def require_sizes(lab: Lab, model: models.Model) -> None:
             f" {model.shape.max_positions} positions: lower the lengths with SET="
         )
     for variant in lab.variants:
-        flags = lab.flags_of(variant)
-        limit, memory = flags.get("max-model-len"), flags.get("kv-cache-memory-bytes")
-        if not isinstance(limit, int):
-            continue
-        if limit > model.shape.max_positions:
-            raise LabError(
-                f"{variant.name}'s max-model-len={limit} exceeds {model.name}'s"
-                f" {model.shape.max_positions} positions: lower it and the lengths with SET="
-            )
         sent = [w for w in lab.workloads if not w.only or variant.name in w.only]
-        if (longest := max((w.longest_tokens for w in sent), default=0)) > limit:
-            raise LabError(
-                f"requests of up to {longest} tokens exceed {variant.name}'s max-model-len={limit}:"
-                " lower the lengths or raise flags.max-model-len with SET="
-            )
-        value_bytes = theory.kv_value_bytes(str(flags.get("kv-cache-dtype", "auto")))
-        needed = limit * model.shape.kv_bytes_per_token(value_bytes)
-        if isinstance(memory, int) and memory < needed:
-            raise LabError(
-                f"{variant.name}'s kv-cache-memory-bytes={memory} cannot hold one request of"
-                f" max-model-len={limit}, which takes {needed:.0f}: raise the one or lower the"
-                " other with SET="
-            )
+        longest = max((w.longest_tokens for w in sent), default=0)
+        engine, flags = ENGINES[variant.engine], lab.flags_of(variant)
+        engine.require_sizes(variant.name, flags, model, longest)
+
+
+def check_flags(lab: Lab) -> None:
+    """Each engine takes the flags of the variants that are on it. Raises EngineError."""
+    for name in dict.fromkeys(v.engine for v in lab.variants):
+        ENGINES[name].check_flags([lab.flags_of(v) for v in lab.variants if v.engine == name])
 
 
 def require_known_names(lab: Lab) -> None:
@@ -276,5 +236,8 @@ def measured_ceilings(machine: Machine, teller: Teller) -> Ceilings:
 def engine_environment(kind: str, model: models.Model, lab: Lab) -> Environment:
     """Of this machine, with what an engine started here would find."""
     found = machines.environment(models.ROOT, kind)
-    own = machines.engine_variables(serve_env(kind, model, lab.speculates))
-    return found.model_copy(update={"variables": found.variables | own})
+    variables = dict(found.variables)
+    for name in dict.fromkeys(v.engine for v in lab.variants):
+        own = ENGINES[name].environment(kind, model, lab.all_flags)
+        variables |= machines.engine_variables(own)
+    return found.model_copy(update={"variables": variables})

@@ -24,8 +24,7 @@ from labs.telling import pages, report, tables
 from labs.telling.document import bullets, section
 from labs.telling.summary import summarise
 from serving import models
-from serving.engine import flag_argv
-from serving.machine import engine_version
+from serving.engines import ENGINES
 
 # What a run needs on disk while it lasts, and the lock that keeps a second one out.
 SCRATCH = Path(os.environ.get("LABS_SCRATCH") or models.CACHE)
@@ -121,7 +120,10 @@ def _manifest(setup: Setup, request: Request, prompts_sha256: str) -> Run:
         ceilings=setup.ceilings,
         environment=engine_environment(setup.machine.kind, setup.model, setup.lab),
         argv={
-            v.name: [f"<{v.weights}>" if v.weights else model, *flag_argv(lab.flags_of(v))]
+            v.name: [
+                f"<{v.weights}>" if v.weights else model,
+                *ENGINES[v.engine].flag_argv(lab.flags_of(v)),
+            ]
             for v in lab.variants
         },
         model_revision=models.revision(setup.model.path),
@@ -146,8 +148,11 @@ def _resumed(setup: Setup) -> RunFolder | None:
         setup.model.name,
         setup.machine.slug,
     )
-    same_engine = setup.endpoint is not None or run.environment.vllm == engine_version()
-    return folder if same and same_engine else None
+    engines = {ENGINES[v.engine] for v in setup.lab.variants}
+    same_engines = setup.endpoint is not None or all(
+        run.environment.version_of(engine.distributions) == engine.version() for engine in engines
+    )
+    return folder if same and same_engines else None
 
 
 @contextlib.contextmanager

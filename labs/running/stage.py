@@ -33,12 +33,13 @@ from loadtests import generator, plan, records
 from loadtests.workload import Workload
 from serving import machine as machines
 from serving import metrics, telemetry
-from serving.engine import Endpoint, EngineError, VllmEngine, free_port, placed
+from serving.engines import ENGINES
+from serving.engines.base import Engine, EngineError, Server, with_places
 from serving.metrics import Snapshot
+from serving.ports import free_port
 from serving.process import Process
 
 PER_TRIAL_S = 2.0  # drain and bookkeeping, for the estimate of the time remaining
-ENGINE_OVERHEAD_BYTES = 2 * 2**30  # a vLLM process beside its weights and KV cache
 
 Groups = list[list[Variant]]  # variants that stay loaded together
 
@@ -72,11 +73,14 @@ def resident_groups(setup: Setup) -> Groups:
     variants = list(setup.lab.variants)
     if len(variants) == 1 or setup.endpoint:
         return [variants]
-    kv = [int(str(setup.lab.flags_of(v).get("kv-cache-memory-bytes", 4 * 2**30))) for v in variants]
-    need = sum(kv) + len(variants) * (ENGINE_OVERHEAD_BYTES + setup.model.shape.weight_bytes)
-    fits = setup.machine.kind == "cpu" and need < 0.7 * psutil.virtual_memory().available
-    if fits:
-        return [variants]
+    if setup.machine.kind == "cpu":
+        need = [
+            ENGINES[v.engine].host_memory_bytes(setup.lab.flags_of(v), setup.model.shape)
+            for v in variants
+        ]
+        known = [n for n in need if n is not None]
+        if known == need and sum(known) < 0.7 * psutil.virtual_memory().available:
+            return [variants]
     turns = random.Random(f"{setup.lab.seed}/turns")
     return [[v] for v in turns.sample(variants, len(variants))]
 
@@ -112,7 +116,7 @@ class Stage:
         self.setup, self.folder, self.work, self.teller = setup, folder, work, teller
         self.logs = folder.path / "logs"
         self.engine_start_s = self.load_s = 0.0
-        self.running: dict[str, VllmEngine | Endpoint] = {}
+        self.running: dict[str, Server] = {}
         self.lost: set[str] = set()  # variants whose engine does not start
         self.exits = contextlib.ExitStack()
         self.counts: dict[str, int] = {"requests": 0, "output tokens": 0}
@@ -185,35 +189,36 @@ class Stage:
         self.running.clear()
         self.prometheus.forget("engine")  # the next one may get a port of theirs
 
-    def _launch(self, variant: Variant) -> VllmEngine | Endpoint:
+    def _launch(self, variant: Variant) -> Server:
         setup = self.setup
         if setup.endpoint:
             self.running[variant.name] = setup.endpoint
             return setup.endpoint
-        engine = VllmEngine(
+        engine = ENGINES[variant.engine](
             variant.name,
             setup.weights.get(variant.name, setup.model),
-            placed(setup.lab.flags_of(variant), setup.places),
+            with_places(setup.lab.flags_of(variant), setup.places),
             kind=setup.machine.kind,
             log=self.logs / f"engine-{variant.name}.log",
             command=setup.engine_command,
-            one_runner=setup.lab.speculates,
+            beside=setup.lab.all_flags,
         )
         self.running[variant.name] = engine
         return engine
 
-    def _await(self, variant: Variant, engine: VllmEngine | Endpoint) -> None:
-        if isinstance(engine, Endpoint):
+    def _await(self, variant: Variant, engine: Server) -> None:
+        if not isinstance(engine, Engine):
             return
         began = time.monotonic()
         # on a GPU it compiles and captures, for minutes the first time
-        about = " of about 35" if self.setup.machine.kind == "cpu" else ""
-        engine.wait(
-            lambda s: self.teller.waiting(f"starting vLLM ({variant.name}): {s:.0f} s{about}")
-        )
+        on_cpu = self.setup.machine.kind == "cpu"
+        about = f" of about {engine.start_s:.0f}" if on_cpu and engine.start_s else ""
+        starting = f"starting {engine.title} ({variant.name})"
+        engine.wait(lambda s: self.teller.waiting(f"{starting}: {s:.0f} s{about}"))
         took = time.monotonic() - began
         self.engine_start_s += took
-        self.teller.step(f"vLLM ({variant.name}) serves at {engine.url} after {took:.0f} s")
+        serves = f"{engine.title} ({variant.name}) serves at {engine.url}"
+        self.teller.step(f"{serves} after {took:.0f} s")
         self.prometheus.scrape("engine", engine.url, {**self.label, "variant": variant.name})
 
     # trials
@@ -319,8 +324,7 @@ class Stage:
             self._await(point.variant, engine)
         engine.reset_prefix_cache()
         sending = requests_file(self.work, point.workload, repeat)
-        cached = point.variant.flags.get("enable-prefix-caching") is not False
-        if cached and point.workload.primed and point.workload.prefix:
+        if point.flags.enable_prefix_caching and point.workload.primed and point.workload.prefix:
             _prime(engine.url, sending, point.workload.prefix.groups, setup.lab.timeout_s)
         before = engine.snapshot()
         path = self.folder.trial_folder(point, repeat) / "requests.jsonl.gz"
@@ -367,12 +371,10 @@ class Stage:
             self.teller.waiting(f"{variant.name}: {name}")
             began = time.monotonic()
             engine.reset_prefix_cache()
-            served = Served(
-                variant, lab, engine.url, engine.model, self.setup.places, self.setup.writer
-            )
+            served = Served(variant, lab, engine, self.setup.places, self.setup.writer)
             try:
                 found = PROBES[name](served)
-            except (requests.RequestException, KeyError, ValueError) as error:
+            except (requests.RequestException, EngineError, KeyError, ValueError) as error:
                 self.teller.step(f"{variant.name}: the probe {name} failed: {error}")
                 continue
             write_gzip(path, found)
@@ -442,7 +444,7 @@ def _add(counts: dict[str, int], done: Sequence[records.RequestRecord]) -> None:
     counts["output tokens"] += sum(r.output_tokens or 0 for r in done)
 
 
-def _settled(engine: VllmEngine | Endpoint, before: Snapshot | None, done: int) -> Snapshot | None:
+def _settled(engine: Server, before: Snapshot | None, done: int) -> Snapshot | None:
     """The engine's counters over the trial, read once it has counted the last request."""
     if before is None:
         return None

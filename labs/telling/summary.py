@@ -12,7 +12,6 @@ from labs.judging.metrics import measure, pooled, pooled_latencies
 from labs.judging.validity import confounded, first_trial_slow, validity
 from labs.lab import Lab
 from loadtests.latencies import Latency
-from serving.engine import PARALLEL
 
 STEAL_SHARE = 0.05
 OTHERS_SHARE = 0.1
@@ -104,7 +103,7 @@ def _of_the_whole(run: Run, lab: Lab, session: Session | None) -> list[Caveat]:
     if run.endpoint:
         text = "predictions rest on this machine's ceilings; the endpoint may run on another"
         found.append(Caveat(name="endpoint's hardware unknown", text=text))
-    if any(flag in lab.flags_of(v) for flag in PARALLEL for v in lab.variants):
+    if any(flags.is_parallel for flags in lab.all_flags):
         text = "predictions rest on one GPU's ceilings and count no communication"
         found.append(Caveat(name="several GPUs", text=text))
     return found

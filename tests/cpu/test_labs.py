@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from serving import dummy, engine, machine, models
-from serving.engine import PARALLEL
+from serving import dummy, machine, models
+from serving.engines.base import EngineError
+from serving.engines.vllm import PARALLEL, Vllm
 from tests.real import ROUNDED, check_dashboards, check_run, quick_run
 
 pytestmark = [
@@ -36,7 +37,7 @@ def test_vllm_accepts_every_scale_of_every_lab() -> None:
         for random in (False, True)
     ]
     several = {f: 2 for f in PARALLEL} | {"distributed-executor-backend": "ray"}
-    engine.check_flags([several, *(r.flags_of(v) for r in resolved for v in r.variants)])
+    Vllm.check_flags([several, *(r.flags_of(v) for r in resolved for v in r.variants)])
 
 
 @pytest.fixture(scope="module")
@@ -83,24 +84,24 @@ def test_the_arithmetic_of_shapes_is_that_of_the_models_themselves() -> None:
 
 
 def test_a_misspelled_flag_is_named_with_its_neighbour() -> None:
-    with pytest.raises(engine.EngineError, match="--enable-prefix-caching"):
-        engine.check_flags([{"enable-prefix-cachin": True}])
+    with pytest.raises(EngineError, match="--enable-prefix-caching"):
+        Vllm.check_flags([{"enable-prefix-cachin": True}])
 
 
 def test_a_wrong_value_is_refused_in_vllms_words() -> None:
-    with pytest.raises(engine.EngineError, match=r"kv-cache-dtype.*fp9"):
-        engine.check_flags([{"kv-cache-dtype": "fp9"}])
+    with pytest.raises(EngineError, match=r"kv-cache-dtype.*fp9"):
+        Vllm.check_flags([{"kv-cache-dtype": "fp9"}])
 
 
 @pytest.fixture
-def impossible(tmp_path: Path) -> Iterator[engine.VllmEngine]:
+def impossible(tmp_path: Path) -> Iterator[Vllm]:
     model = models.resolve(machine.detect())
     flags = {"max-model-len": 8192, "kv-cache-memory-bytes": 2**20, "enforce-eager": True}
-    starting = engine.VllmEngine("small", model, flags, kind="cpu", log=tmp_path / "engine.log")
+    starting = Vllm("small", model, flags, kind="cpu", log=tmp_path / "engine.log")
     yield starting
     starting.stop()
 
 
-def test_an_engine_that_cannot_start_says_why(impossible: engine.VllmEngine) -> None:
-    with pytest.raises(engine.EngineError, match=r"exit code 1: ValueError: .*memory"):
+def test_an_engine_that_cannot_start_says_why(impossible: Vllm) -> None:
+    with pytest.raises(EngineError, match=r"exit code 1: ValueError: .*memory"):
         impossible.wait()

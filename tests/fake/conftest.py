@@ -22,7 +22,7 @@ import pytest
 from labs import LABS as EVERY_LAB
 from labs.filing.results import MachineFile, RunFolder, write_json
 from serving import gpus, machine
-from serving.engine import check_flags
+from serving.engines.vllm import Vllm
 from serving.install import find_prometheus
 from serving.models import ROOT
 
@@ -263,7 +263,7 @@ def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
     done: dict[str, Finished] = {}
     resolved = [lab.at("cpu", quick=True) for lab in EVERY_LAB.values()]
     # vLLM's parser takes ten seconds to import: once, not for every lab
-    check_flags([lab.flags_of(variant) for lab in resolved for variant in lab.variants])
+    Vllm.check_flags([lab.flags_of(variant) for lab in resolved for variant in lab.variants])
     with ExitStack() as readers:
 
         def finish(lab: str) -> Finished:

@@ -20,7 +20,7 @@ import pytest
 from labs import LABS as EVERY_LAB
 from labs.filing.results import RunFolder, TrialResult
 from loadtests.records import RequestRecord
-from serving.engine import free_port
+from serving.ports import free_port
 from tests.fake.conftest import (
     LABS,
     LABS_WITHOUT_PROMETHEUS,
@@ -385,11 +385,11 @@ def test_a_ctrl_c_that_falls_into_a_finalizer_is_not_lost(reader: Reader) -> Non
     """As happens when it comes while a connection is collected: seen once in thirty runs."""
     program = (
         "-c",
-        "import os, signal, serving.engine as engine\n"
+        "import os, signal, serving.engines.base as base\n"
         "class Collected:\n"
         "    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\n"
-        "collected, read = [Collected()], engine._snapshot\n"
-        "engine._snapshot = lambda url: collected.clear() or read(url)\n"
+        "collected, read = [Collected()], base.metrics_text\n"
+        "base.metrics_text = lambda url: collected.clear() or read(url)\n"
         "from labs.commands.cli import app; app()",
     )
     command = reader.types("run", BATCHING, SET=SHORT, program=program)

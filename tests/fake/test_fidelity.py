@@ -24,8 +24,8 @@ from loadtests.arrivals import Arrival, Concurrent, Contended, Poisson, Replay, 
 from loadtests.plan import TrialPlan, TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.workload import Request
-from serving.engine import free_port
 from serving.machine import split_cores
+from serving.ports import free_port
 from serving.process import Process
 from tests.fake.conftest import Json, fake_engine
 

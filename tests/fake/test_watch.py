@@ -16,7 +16,7 @@ from dashboards import series
 from labs.filing.results import RunFolder
 from loadtests import exporter
 from loadtests.records import RequestRecord
-from serving.engine import free_port
+from serving.ports import free_port
 from tests.browser import Page, browser, find
 from tests.fake.conftest import Command, Reader, needs_prometheus, reading, the_program
 

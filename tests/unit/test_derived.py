@@ -17,7 +17,7 @@ from labs.running import derived_models
 from labs.running.derived_models import RECIPES, about, make, place, with_weights
 from loadtests.prompts import Messages, Writer
 from serving import models
-from serving.engine import placed
+from serving.engines.base import with_places
 from serving.models import Model, ModelError
 from tests.unit.builders import SHAPE
 
@@ -107,7 +107,7 @@ def test_a_maker_that_fails_has_the_last_word(model: Model, tmp_path: Path) -> N
 
 def test_an_unknown_name_is_answered_with_the_known_ones(model: Model) -> None:
     with pytest.raises(
-        LabError, match=r"no 'w2' is published, nor known how to make; known are draft, ad"
+        LabError, match=r"no 'w2' is published, nor known how to make; known are draft, "
     ):
         make(model, "w2", pytest.fail)
 
@@ -192,7 +192,7 @@ def test_flags_name_a_place_that_only_this_machine_knows() -> None:
         "block-size": 16,
     }
     places = {"draft": Path("/m/draft"), "adapters": Path("/m/adapters")}
-    assert placed(flags, places) == {
+    assert with_places(flags, places) == {
         "speculative-config": {"model": "/m/draft", "num_speculative_tokens": 2},
         "lora-modules": ["tenant-0=/m/adapters/tenant-0"],
         "block-size": 16,

@@ -15,9 +15,9 @@ from labs.commands.doctor import Ability, Line
 from labs.lab import LabError
 from labs.running.derived_models import RECIPES
 from serving import dummy
-from serving.engine import EngineError
 from serving.machine import GIB, Machine
 from serving.models import Model, ModelError
+from serving.ports import PortTaken
 from tests.fake import nvml
 from tests.unit.builders import SHAPE
 
@@ -42,7 +42,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "_version", versions.get)
     monkeypatch.setattr("labs.commands.doctor.models.resolve", lambda *_: model)
     monkeypatch.setattr("serving.machine.compiler", lambda kind: ("/usr/bin/g++", ""))
-    monkeypatch.setattr("labs.commands.doctor.engine.check_flags", lambda _: None)
+    monkeypatch.setattr(doctor, "check_flags", lambda _: None)
     monkeypatch.setattr(doctor, "require_sizes", lambda *_: None)
     monkeypatch.setattr("labs.commands.doctor.derived_models.place", lambda model, name: tmp_path)
     monkeypatch.setattr("labs.commands.doctor.quantize.is_available", lambda tool: True)
@@ -144,9 +144,9 @@ def test_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch, answers: bool
 @pytest.mark.usefixtures("healthy")
 def test_a_port_that_is_taken_names_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     def taken(port: int, setting: str) -> int:
-        raise EngineError("taken")
+        raise PortTaken("taken")
 
-    monkeypatch.setattr("labs.commands.doctor.engine.require_port", taken)
+    monkeypatch.setattr(doctor, "require_port", taken)
     assert line(doctor.examine("")[0], "Port 8000").mend == "make serve PORT=<another>"
 
 

@@ -12,7 +12,7 @@ from labs import LABS, theory
 from labs.lab import NotApplicable
 from labs.running.derived_models import about, make, with_weights
 from serving import dummy, models
-from serving.engine import serve_argv, serve_env
+from serving.engines.vllm import Vllm
 from serving.machine import Machine
 from serving.models import Model
 
@@ -55,21 +55,21 @@ def test_the_default_is_the_classs_on_a_gpu_and_tiny_on_a_cpu() -> None:
 
 def test_vllm_is_told_to_draw_the_weights_itself() -> None:
     model = dummy.resolve(CPU)
-    argv = serve_argv(model, {}, 1)
+    argv = Vllm.server_argv(model, {}, 1)
     assert argv[argv.index("--load-format") + 1] == "dummy"
-    assert serve_env("gpu", model)["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] == "uniform_random"
+    drawn = Vllm.environment("gpu", model)["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"]
+    assert drawn == "uniform_random"
     real = Model("real", model.path, model.shape)
-    assert "--load-format" not in serve_argv(real, {}, 1)
-    assert "VLLM_MOE_ROUTING_SIMULATION_STRATEGY" not in serve_env("gpu", real)
+    assert "--load-format" not in Vllm.server_argv(real, {}, 1)
+    assert "VLLM_MOE_ROUTING_SIMULATION_STRATEGY" not in Vllm.environment("gpu", real)
 
 
 def test_engines_of_a_lab_that_guesses_ahead_share_a_model_runner() -> None:
     model = dummy.resolve(GPU)
-    assert LABS["speculative-decoding"].speculates
-    assert serve_env("gpu", model, True)["VLLM_USE_V2_MODEL_RUNNER"] == "0"
-    assert not LABS["prefix-caching"].speculates
-    assert "VLLM_USE_V2_MODEL_RUNNER" not in serve_env("gpu", model)
-    assert "VLLM_USE_V2_MODEL_RUNNER" not in serve_env("cpu", model, True)
+    guessing, plain = (LABS[n].all_flags for n in ("speculative-decoding", "prefix-caching"))
+    assert Vllm.environment("gpu", model, guessing)["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in Vllm.environment("gpu", model, plain)
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in Vllm.environment("cpu", model, guessing)
 
 
 def test_a_draft_is_the_same_architecture_with_an_eighth_of_the_layers() -> None:

@@ -3,7 +3,8 @@
 import pytest
 
 from serving import metrics
-from serving.metrics import GOLDEN, Histogram, Snapshot, names, parse
+from serving.engines.vllm import GOLDEN
+from serving.metrics import Histogram, Snapshot, names, parse
 
 BEFORE = """\
 # TYPE vllm:num_requests_running gauge

@@ -17,6 +17,7 @@ from labs.lab import Lab, LabError, NotApplicable, parse_changes
 from labs.running.derived_models import RECIPES
 from labs.running.resolve import model_of, require_devices, require_memory, require_sizes
 from serving import dummy, models
+from serving.engines.base import EngineError
 from serving.machine import Machine
 from serving.models import CLASSES, SIBLINGS, MemoryClass, Model, ModelError, shape_of
 from tests.gpu import test_labs as on_gpu
@@ -225,7 +226,7 @@ def test_too_little_memory_is_said_before_anything_starts() -> None:
     lab, machine, model = of_the_class("kv-quantization", CLASSES[0], random=False)
     large = default("Qwen/Qwen2.5-7B-Instruct")
     require_memory(lab, machine, model)
-    with pytest.raises(LabError, match=r"14\.1 GB of weights.*smaller model with MODEL=.*TP="):
+    with pytest.raises(EngineError, match=r"14\.1 GB of weights.*smaller model with MODEL=.*TP="):
         require_memory(lab, machine, large)
     parts = {"flags.tensor-parallel-size": 2}
     scale = models.scale_of(machine)
@@ -238,14 +239,14 @@ def test_more_gpus_than_there_are_is_said_before_anything_starts(
     changes = {"flags.tensor-parallel-size": 2, "flags.pipeline-parallel-size": 2}
     lab = LABS["chunked-prefill"].at("gpu", quick=False, changes=changes)
     require_devices(lab, gpu(81_559, count=4))
-    with pytest.raises(LabError, match="TP x PP x DP = 4 needs as many GPUs, and this machine has"):
+    with pytest.raises(EngineError, match="TP x PP x DP = 4 needs as many GPUs, and this"):
         require_devices(lab, gpu(81_559, count=2))
     across = {**changes, "flags.distributed-executor-backend": "ray"}
     lab = LABS["chunked-prefill"].at("gpu", False, across)
-    monkeypatch.setattr("labs.running.resolve.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(LabError, match="needs Ray, which is not installed here"):
+    monkeypatch.setattr("serving.engines.vllm.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match="needs Ray, which is not installed here"):
         require_devices(lab, gpu(81_559, count=2))
-    monkeypatch.setattr("labs.running.resolve.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("serving.engines.vllm.importlib.util.find_spec", lambda name: name)
     require_devices(lab, gpu(81_559, count=2))
 
 

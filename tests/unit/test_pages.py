@@ -17,6 +17,7 @@ from labs.filing import manifest, results
 from labs.filing.newest import published
 from labs.filing.results import RunFolder, write_json
 from labs.telling.document import Link, Strong, plain_text
+from serving.engines.vllm import Vllm
 from tests.unit.builders import make_lab, write_run, write_runs_of_others, write_slowed
 
 
@@ -220,7 +221,7 @@ def test_a_sitting_of_another_kind_starts_over(
     if change == "spoilt":
         all_labs.FILE.write_text("{")
     if change == "vllm":
-        monkeypatch.setattr(all_labs, "engine_version", lambda: "0.99.0")
+        monkeypatch.setattr(Vllm, "version", lambda: "0.99.0")
     if change == "gone":
         (folder.path / "COMPLETE").unlink()
     again = all_labs.start(

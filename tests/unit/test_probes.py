@@ -22,7 +22,9 @@ from labs.running.probes import PROBES, Served
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Fixed
 from serving.adapters import mark_of, marks_in
-from serving.metrics import PREFIX_HITS, PREFIX_QUERIES
+from serving.engines.base import Server
+from serving.engines.vllm import Vllm
+from serving.metrics import PREFIX_HITS, PREFIX_QUERIES, REQUESTS
 from tests.unit.builders import make_lab, make_workload
 
 TENANTS = 3
@@ -66,7 +68,9 @@ class Engine(BaseHTTPRequestHandler):
         chats = sum("messages" in body for body in self.bodies)
         self.send(200, "".join(
             f"# TYPE {name.removesuffix('_total')} counter\n{name}{{model_name=\"base\"}} {n}\n"
-            for name, n in ((PREFIX_QUERIES, 40 * chats), (PREFIX_HITS, 30 * chats))
+            for name, n in (
+                (REQUESTS, chats), (PREFIX_QUERIES, 40 * chats), (PREFIX_HITS, 30 * chats)
+            )
         ).encode())  # fmt: skip
 
     def reply(self, status: int, body: Mapping[str, Any]) -> None:
@@ -80,6 +84,14 @@ class Engine(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         pass
+
+
+class Running(Vllm):
+    """A vLLM that no test has started."""
+
+    def __init__(self, url: str) -> None:
+        Server.__init__(self, "on", "base", url)
+        self.log = Path("/dev/null")
 
 
 def words(messages: Messages) -> int:
@@ -102,7 +114,7 @@ def serving(fault: Fault = "", max_model_len: int = 512) -> Iterator[Served]:
         thread.start()
         url, places = f"http://127.0.0.1:{server.server_port}", {"adapters": Path("/adapters")}
         try:
-            yield Served(variant, lab, url, "base", places, Writer(words))
+            yield Served(variant, lab, Running(url), places, Writer(words))
         finally:
             server.shutdown()
             thread.join()
@@ -203,7 +215,7 @@ def test_quality_is_asked_twice_of_the_first_variant_and_of_lengths_that_fit(
 
     monkeypatch.setattr(probes, "ask", ask)
     with serving(max_model_len=700) as served:
-        off = Served(served.lab.variants[1], served.lab, served.url, "m", {}, served.writer)
+        off = Served(served.lab.variants[1], served.lab, served.engine, {}, served.writer)
         assert len(PROBES["quality"](served)["answers"]) == 2
         assert len(PROBES["quality-quick"](off)["answers"]) == 1
     assert [s["quick"] for s in asked] == [False, False, True]

@@ -18,7 +18,7 @@ from dashboards import boards, push
 from dashboards.push import GrafanaError, Region
 from labs.commands.annotations import regions
 from labs.filing.results import RunFolder
-from serving.engine import free_port
+from serving.ports import free_port
 from tests.unit.builders import write_run
 
 TOKEN = "glsa_of_a_test"

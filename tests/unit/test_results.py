@@ -31,6 +31,7 @@ from labs.running.resolve import Setup
 from labs.running.run import _resumed
 from labs.telling.summary import summarise
 from serving import metrics
+from serving.engines.vllm import Vllm
 from serving.machine import Environment
 from serving.metrics import Histogram, Snapshot
 from tests.unit.builders import MACHINE, make_lab, make_record, write_run
@@ -295,7 +296,7 @@ def test_an_unfinished_run_of_another_vllm_is_not_gone_on_with(
         lab=lab, model=SimpleNamespace(name="abacus-1"), machine=MACHINE, endpoint=None
     )
     for version, expected in (("0.31.0", folder.path), ("0.32.0", None)):
-        monkeypatch.setattr("labs.running.run.engine_version", lambda version=version: version)
+        monkeypatch.setattr(Vllm, "version", lambda version=version: version)
         found = _resumed(cast("Setup", setup))
         assert (found and found.path) == expected
 

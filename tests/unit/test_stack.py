@@ -15,7 +15,7 @@ from dashboards import boards, prometheus, push, stack
 from dashboards.panels import DATASOURCE
 from dashboards.stack import Stack, StackError
 from serving import install
-from serving.engine import EngineError, free_port
+from serving.ports import PortTaken, free_port
 
 HERE = stack.COMPOSE.parent
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(stack.COMPOSE.read_text())["services"]
@@ -144,7 +144,7 @@ def test_a_taken_port_is_one_sentence(
         ports = [free_port(), free_port()]
         ports[place] = taken.getsockname()[1]
         setting = ("GRAFANA_PORT", "PROMETHEUS_PORT")[place]
-        with pytest.raises(EngineError, match=f"taken: choose another with {setting}="):
+        with pytest.raises(PortTaken, match=f"taken: choose another with {setting}="):
             Stack(ports[0], ports[1]).start()
     assert " up " not in log.read_text()
 

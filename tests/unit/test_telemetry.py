@@ -14,7 +14,7 @@ from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS
 from labs.judging.validity import validity
 from serving import telemetry
-from serving.engine import free_port
+from serving.ports import free_port
 from serving.telemetry import Gpus, Sample, Telemetry
 from tests.fake.nvml import make_nvml, unsupported
 from tests.unit.builders import make_record, make_trial

@@ -14,7 +14,7 @@ from labs.lab import Point, Variant
 from labs.running.stage import Stage, in_turn, interleave, resident_groups
 from labs.telling import report
 from labs.telling.summary import summarise
-from serving.engine import EngineError
+from serving.engines.base import EngineError
 from tests.unit.builders import make_lab, write_run
 
 A, B, C = (Variant(name=name) for name in "ABC")

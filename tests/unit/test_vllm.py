@@ -1,8 +1,8 @@
-"""What is read off an engine's log."""
+"""vLLM's flags, checks and log, as its module reads them."""
 
 import pytest
 
-from serving.engine import resolved
+from serving.engines.vllm import resolved
 
 SAID = (  # by vLLM 0.32, cut
     "(EngineCore pid=7) INFO 11-25 20:56:03 [core.py:133] Initializing a V1 LLM engine (v0.32.0)"

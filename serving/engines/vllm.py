@@ -1,0 +1,356 @@
+"""vLLM: its flags and their defaults, how it is started and checked, what is read of it.
+
+Flags keep vLLM's own names, so a reader can paste from vLLM's documentation. They are checked
+against the installed vLLM's own parser before anything starts. The lab's names of metrics are
+vLLM's (`serving/metrics.py`), so none has to be translated.
+Source: vLLM documentation, "Engine Arguments" and "Production metrics"; seen live on vLLM 0.32
+(CPU), and read in 0.26's source.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import requests
+
+from serving import machine as machines
+from serving import metrics
+from serving.engines.base import Engine, EngineError, Flags, FlagValue, Unsupported, exceptions
+from serving.machine import Machine
+from serving.models import CACHE, Model, Shape
+from serving.ports import LOOPBACK
+
+PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
+ACTIVATION_BYTES = 10**9  # at least, beside weights and KV cache on a GPU
+PROCESS_BYTES = 2 * 2**30  # on the host, beside its weights and KV cache
+CPU_KV_BYTES = 4 * 2**30  # counted where no size is given
+ADMIN_TIMEOUT_S = 30.0
+ADAPTER_TIMEOUT_S = 120.0
+
+METRICS = (*metrics.HISTOGRAMS, *metrics.COUNTERS, *metrics.GAUGES)
+GOLDEN: dict[str, tuple[str, ...]] = {"0.26": METRICS, "0.32": METRICS}
+"""vLLM minor version -> the metrics the lab needs from it, whatever the engine's settings. vLLM
+renames metrics between versions; a test compares these with what the installed one exposes."""
+
+
+class VllmFlags(dict[str, FlagValue]):
+    """An engine's flags by vLLM's names, and typed readings of those that the labs ask for.
+
+    Defaults are those of vLLM 0.32's configuration classes (vllm/config/*.py). A flag whose default
+    vLLM takes from the model or the device has none here: asking for it unset is a KeyError.
+    """
+
+    def _int(self, name: str, default: int | None = None) -> int:
+        value = self[name] if default is None else self.get(name, default)
+        return int(str(value))
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its answer at most."""
+        return self._int("max-model-len")
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        """Tokens a step computes at most."""
+        return self._int("max-num-batched-tokens")
+
+    @property
+    def kv_cache_memory_bytes(self) -> int:
+        return self._int("kv-cache-memory-bytes")
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block of the KV cache holds."""
+        return self._int("block-size")
+
+    @property
+    def kv_value_bytes(self) -> int:
+        """Bytes of a cached number; the few scales beside are left out."""
+        dtype = str(self.get("kv-cache-dtype", "auto"))
+        return 1 if dtype.startswith(("fp8", "int8")) else 2
+
+    @property
+    def enable_prefix_caching(self) -> bool:
+        return self.get("enable-prefix-caching") is not False
+
+    @property
+    def enable_chunked_prefill(self) -> bool:
+        return self.get("enable-chunked-prefill") is not False
+
+    @property
+    def enforce_eager(self) -> bool:
+        return self.get("enforce-eager") is True
+
+    @property
+    def speculative_config(self) -> dict[str, Any]:
+        """How it guesses ahead; empty where it does not."""
+        value = self.get("speculative-config", {})
+        return dict(value) if isinstance(value, dict) else dict(json.loads(str(value)))
+
+    @property
+    def max_loras(self) -> int:
+        """Adapters in one batch at most."""
+        return self._int("max-loras", 1)
+
+    @property
+    def max_lora_rank(self) -> int:
+        return self._int("max-lora-rank", 16)
+
+    @property
+    def lora_modules(self) -> list[str]:
+        """`name=folder` of each adapter it serves from its start."""
+        value = self.get("lora-modules", [])
+        return list(value) if isinstance(value, list) else [str(value)]
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether it says how many devices share the work, be it one."""
+        return any(flag in self for flag in PARALLEL)
+
+    @property
+    def devices(self) -> int:
+        """Tensor x pipeline x data parallelism: the devices it needs."""
+        return math.prod(self._int(flag, 1) for flag in PARALLEL)
+
+    @property
+    def weight_parts(self) -> int:
+        """Tensor x pipeline parallelism: the devices that share one copy of the weights."""
+        return math.prod(self._int(flag, 1) for flag in PARALLEL[:2])
+
+    @property
+    def uses_ray(self) -> bool:
+        return self.get("distributed-executor-backend") == "ray"
+
+
+_PARSE = """
+import contextlib, io, json, sys
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ImportError:  # before 0.32
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+parser = make_arg_parser(FlexibleArgumentParser())
+errors = []
+for argv in json.load(sys.stdin):
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            parser.parse_args(argv)
+        errors.append(None)
+    except (SystemExit, ValueError) as error:
+        lines = said.getvalue().strip().splitlines() or [str(error)]
+        errors.append(lines[-1].split(" error: ")[-1])
+print(json.dumps({"options": sorted(parser._option_string_actions), "errors": errors}))
+"""
+
+
+class Vllm(Engine):
+    """A vLLM server, or a stand-in that takes its arguments."""
+
+    title = "vLLM"
+    command: ClassVar[Sequence[str]] = (
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+    )  # fmt: skip
+    distributions = machines.ENGINES
+    start_s = 35.0
+
+    @classmethod
+    def server_argv(cls, model: Model, flags: Flags, port: int) -> list[str]:
+        own = ["--model", str(model.path), "--served-model-name", model.name]
+        own += ["--load-format", "dummy"] if model.dummy else []
+        return [*own, "--host", LOOPBACK, "--port", str(port), *cls.flag_argv(flags)]
+
+    @classmethod
+    def environment(cls, kind: str, model: Model, beside: Sequence[Flags] = ()) -> dict[str, str]:
+        env = {
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache, on loopback only
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",  # connections opened before the load stay open
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # adapters come and go, on loopback only
+        }
+        if model.path.exists():
+            env["HF_HUB_OFFLINE"] = "1"
+        if model.dummy:  # evenly, as trained routers aim to; a random one has its favourites
+            env["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = "uniform_random"
+        if kind == "gpu":
+            # Top-k and top-p alone need it, and all that is sent is greedy; it is compiled as the
+            # engine starts, which takes a CUDA toolkit that few machines have.
+            env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+            if any(VllmFlags(flags).speculative_config for flags in beside):
+                # vLLM's second model runner, the default, knows neither n-grams nor draft models:
+                # with it, an engine that guesses ahead would differ from one that does not in more
+                # than the guesses. So all that are compared run on the first.
+                env["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        if kind == "cpu":
+            cores = machines.split_cores()[0]
+            env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in cores)
+        return env
+
+    # what is checked before one is started
+
+    @classmethod
+    def check_flags(cls, flag_sets: Sequence[Flags]) -> None:
+        """Let the installed vLLM's parser read every flag set; what it once accepted is remembered.
+
+        Raises EngineError with the nearest known name for a misspelled flag, or the parser's own
+        words for a value out of range. The parser does not check what only the engine's start can
+        know (whether a length fits memory, for one).
+        """
+        memory = CACHE / f"vllm-{cls.version()}-flags.json"
+        known = (
+            json.loads(memory.read_text()) if memory.exists() else {"options": [], "accepted": []}
+        )
+        argvs = [cls.flag_argv(flags) for flags in flag_sets]
+        digests = [hashlib.sha256(json.dumps(argv).encode()).hexdigest()[:16] for argv in argvs]
+        if known["options"]:
+            _check_names(argvs, known["options"])
+        if not set(digests) <= set(known["accepted"]):
+            out = subprocess.run(
+                [sys.executable, "-c", _PARSE],
+                input=json.dumps(argvs),
+                capture_output=True,
+                text=True,
+                env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+            )
+            if out.returncode:
+                last = out.stderr.strip().splitlines()[-1]
+                raise EngineError(f"vLLM does not import here: {last}")
+            parsed = json.loads(out.stdout.splitlines()[-1])
+            _check_names(argvs, parsed["options"])
+            for error in filter(None, parsed["errors"]):
+                raise EngineError(f"vLLM refuses a flag: {error}")
+            known = {"options": parsed["options"], "accepted": [*known["accepted"], *digests]}
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            memory.write_text(json.dumps(known))
+
+    @classmethod
+    def require_devices(cls, variant: str, flags: Flags, machine: Machine) -> None:
+        asked, gpus = VllmFlags(flags), machine.count if machine.kind == "gpu" else 0
+        if asked.uses_ray and not importlib.util.find_spec("ray"):
+            raise EngineError(
+                "distributed-executor-backend=ray needs Ray, which is not installed here: run"
+                " `.venv/bin/pip install 'ray[default]'` on every machine, then `ray start --head`"
+                " on this one and `ray start --address=<this one>:6379` on the others"
+            )
+        if asked.devices > max(1, gpus) and not asked.uses_ray:
+            raise EngineError(
+                f"TP x PP x DP = {asked.devices} needs as many GPUs, and this machine has {gpus}:"
+                " lower them, or span machines with SET=flags.distributed-executor-backend=ray"
+            )
+        if machine.kind == "cpu" and "synthetic" in json.dumps(asked.speculative_config):
+            raise Unsupported(
+                f"{variant} is to accept guesses at a rate that is set, and the sampler that"
+                " does so is written in Triton, which vLLM's CPU engine lacks: this needs a GPU"
+            )
+
+    @classmethod
+    def require_compiler(cls, variant: str, flags: Flags, machine: Machine) -> None:
+        """On a CPU, what is not run eagerly is compiled as the engine starts."""
+        _, mend = machines.compiler(machine.kind)
+        if mend and machine.kind == "cpu" and not VllmFlags(flags).enforce_eager:
+            raise EngineError(f"{variant} is compiled as its engine starts: {mend}")
+
+    @classmethod
+    def require_sizes(cls, variant: str, flags: Flags, model: Model, longest_tokens: int) -> None:
+        positions = model.shape.max_positions
+        limit, memory = flags.get("max-model-len"), flags.get("kv-cache-memory-bytes")
+        if not isinstance(limit, int):
+            return
+        if limit > positions:
+            raise EngineError(
+                f"{variant}'s max-model-len={limit} exceeds {model.name}'s {positions}"
+                " positions: lower it and the lengths with SET="
+            )
+        if longest_tokens > limit:
+            raise EngineError(
+                f"requests of up to {longest_tokens} tokens exceed {variant}'s"
+                f" max-model-len={limit}: lower the lengths or raise flags.max-model-len with SET="
+            )
+        needed = limit * model.shape.kv_bytes_per_token(VllmFlags(flags).kv_value_bytes)
+        if isinstance(memory, int) and memory < needed:
+            raise EngineError(
+                f"{variant}'s kv-cache-memory-bytes={memory} cannot hold one request of"
+                f" max-model-len={limit}, which takes {needed:.0f}: raise the one or lower the"
+                " other with SET="
+            )
+
+    @classmethod
+    def require_memory(cls, variant: str, flags: Flags, machine: Machine, shape: Shape) -> None:
+        """On a GPU, weights and the KV memory that is asked for leave room for activations."""
+        if machine.kind == "cpu":
+            return
+        kv_bytes = int(str(flags.get("kv-cache-memory-bytes", 0)))
+        weight_bytes = shape.weight_bytes / VllmFlags(flags).weight_parts
+        if weight_bytes + kv_bytes + ACTIVATION_BYTES > machine.memory_bytes:
+            raise EngineError(
+                f"{variant}: {weight_bytes / 1e9:.1f} GB of weights, {kv_bytes / 1e9:.1f} of KV"
+                f" cache and about {ACTIVATION_BYTES / 1e9:.0f} for activations do not fit the"
+                f" GPU's {machine.memory_bytes / 1e9:.1f}: give a smaller model with MODEL=, more"
+                " GPUs with TP=, or less with SET=flags.kv-cache-memory-bytes="
+            )
+
+    @classmethod
+    def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
+        kv_bytes = int(str(flags.get("kv-cache-memory-bytes", CPU_KV_BYTES)))
+        return kv_bytes + PROCESS_BYTES + shape.weight_bytes
+
+    # what is read of a running one
+
+    @classmethod
+    def read_log(cls, log: Path) -> dict[str, dict[str, str]]:
+        """How it says that it runs the model: vLLM's metrics do not tell."""
+        with log.open(errors="replace") as lines:
+            config = resolved(next((x for x in lines if "Initializing a V1 LLM engine" in x), ""))
+        return {metrics.ENGINE_CONFIG: config} if config else {}
+
+    @classmethod
+    def cause(cls, log: Path) -> str:
+        """The first exception named last before vLLM's own summary of it."""
+        named = [line for line in exceptions(log) if "See root cause above" not in line]
+        return named[-1] if named else "its log names no exception"
+
+    def reset_prefix_cache(self) -> None:
+        answer = requests.post(f"{self.url}/reset_prefix_cache", timeout=ADMIN_TIMEOUT_S)
+        answer.raise_for_status()
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        self._adapter("load", {"lora_name": name, "lora_path": str(folder)})
+
+    def unload_adapter(self, name: str) -> None:
+        self._adapter("unload", {"lora_name": name})
+
+    def _adapter(self, action: str, body: dict[str, str]) -> None:
+        url = f"{self.url}/v1/{action}_lora_adapter"
+        requests.post(url, json=body, timeout=ADAPTER_TIMEOUT_S).raise_for_status()
+
+
+def _check_names(argvs: Sequence[Sequence[str]], options: Sequence[str]) -> None:
+    for argument in (a for argv in argvs for a in argv if a.startswith("--")):
+        if argument not in options:
+            near = difflib.get_close_matches(argument, options, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else "see vLLM's engine arguments"
+            raise EngineError(f"vLLM {Vllm.version()} has no flag {argument}: {hint}")
+
+
+_RESOLVED = {  # in vLLM 0.31 and 0.32
+    "enforce_eager": re.compile(r"\benforce_eager=(\w+)"),
+    "compilation_mode": re.compile(r"'mode': <CompilationMode\.(\w+)"),
+    "cudagraph_mode": re.compile(r"'cudagraph_mode': <CUDAGraphMode\.(\w+)"),
+}
+
+
+def resolved(line: str) -> dict[str, str]:
+    """Setting -> value, of those that can be read in an engine's own account of its config."""
+    matches = {name: pattern.search(line) for name, pattern in _RESOLVED.items()}
+    return {name: match[1] for name, match in matches.items() if match}

@@ -1,0 +1,31 @@
+"""Ports on the loopback address, on which everything the lab starts listens."""
+
+from __future__ import annotations
+
+import socket
+
+LOOPBACK = "127.0.0.1"
+
+
+class PortTaken(Exception):
+    """A port that was asked for is in use; the message names the setting that moves it."""
+
+
+def free_port() -> int:
+    """A port that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def require_port(port: int, setting: str) -> int:
+    """The port itself if it is free; raises PortTaken naming the setting that moves it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError as error:
+            raise PortTaken(
+                f"port {port} on {LOOPBACK} is taken: choose another with {setting}="
+            ) from error
+    return port
