@@ -25,6 +25,7 @@ from typing import IO, Self
 import psutil
 import requests
 
+from serving.engines import ENGINES
 from serving.install import find_prometheus
 from serving.models import CACHE, ROOT
 from serving.ports import free_port
@@ -53,11 +54,27 @@ scrape_configs:
       - source_labels: [__name__]  # adapters that ever ran together
         regex: vllm:lora_requests_info|http_.*|python_.*|.*_created
         action: drop
-  - job_name: gpu  # dcgm-exporter, in the stack of containers only
+RENAMES  - job_name: gpu  # dcgm-exporter, in the stack of containers only
     file_sd_configs:
       - files: ["gpu.json"]
         refresh_interval: 1s
 """
+
+
+_RENAME = """\
+      - source_labels: [__name__]
+        regex: {own}(|_bucket|_sum|_count)
+        target_label: __name__
+        replacement: {name}${{1}}
+"""
+
+
+def config() -> str:
+    """Its configuration: what an engine calls otherwise gets the lab's name (serving/metrics.py),
+    so that the panels know it."""
+    names = [item for engine in ENGINES.values() for item in engine.metric_names.items()]
+    renames = "".join(_RENAME.format(own=own, name=name) for own, name in names)
+    return _CONFIG.replace("RENAMES", renames)
 
 
 class PrometheusError(Exception):
@@ -87,7 +104,7 @@ def prepare() -> None:
     """
     try:
         (HOME / "data").mkdir(parents=True, exist_ok=True)
-        (HOME / "prometheus.yml").write_text(_CONFIG)
+        (HOME / "prometheus.yml").write_text(config())
         for job in (*JOBS, "gpu"):
             if not (HOME / f"{job}.json").exists():
                 (HOME / f"{job}.json").write_text("[]")

@@ -27,16 +27,13 @@ from serving import metrics
 
 
 def value_bytes(point: Point) -> float:
-    return theory.kv_value_bytes(str(point.variant.flags["kv-cache-dtype"]))
+    return point.flags.kv_value_bytes
 
 
 def capacity_tokens(point: Point) -> float:
-    flags = point.variant.flags
+    flags = point.flags
     return theory.kv_tokens(
-        point.shape,
-        int(str(flags["kv-cache-memory-bytes"])),
-        value_bytes(point),
-        int(str(flags["block-size"])),
+        point.shape, flags.kv_cache_memory_bytes, value_bytes(point), flags.block_size
     )
 
 

@@ -30,7 +30,7 @@ def adapter_bytes(point: Point) -> float:
     """Of one adapter, at the rank the engine is set to: vLLM pads every adapter to its
     `max-lora-rank`."""
     about = point.about["adapters"]
-    rank = int(str(point.variant.flags.get("max-lora-rank", about["rank"])))
+    rank = point.flags.max_lora_rank
     return 2 * float(about["params_per_adapter"]) * rank / float(about["rank"])
 
 
@@ -71,7 +71,7 @@ def running_share(point: Point) -> float:
     """
     adapters, batch = point.workload.adapters, point.load.users
     assert adapters
-    slots = min(int(str(point.variant.flags["max-loras"])), adapters.count)
+    slots = min(point.flags.max_loras, adapters.count)
     each = batch / adapters.count
     if adapters.mix == "zipf":
         shares = [1 / k for k in range(1, adapters.count + 1)]

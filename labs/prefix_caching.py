@@ -28,15 +28,15 @@ from serving import metrics
 
 def cached_tokens(point: Point) -> float:
     """Tokens of a prompt found in the cache: the shared ones, in whole blocks, while they stay."""
-    prefix, chat, flags = point.workload.prefix, point.workload.chat, point.variant.flags
-    if not flags["enable-prefix-caching"]:
+    prefix, chat, flags = point.workload.prefix, point.workload.chat, point.flags
+    if not flags.enable_prefix_caching:
         return 0
-    block = int(str(flags["block-size"]))
+    block = flags.block_size
     if chat:  # all earlier turns; the first of each conversation finds nothing
         earlier = [point.lengths[0][0] + i * chat.grows_tokens for i in range(chat.turns - 1)]
         return sum(tokens // block * block for tokens in earlier) / chat.turns
     request_bytes = (point.prompt_tokens + point.output_tokens) * point.shape.kv_bytes_per_token()
-    fits = int(str(flags["kv-cache-memory-bytes"])) // request_bytes
+    fits = flags.kv_cache_memory_bytes // request_bytes
     if prefix is None or prefix.groups > fits:
         return 0
     if prefix.shuffled:

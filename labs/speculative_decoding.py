@@ -28,8 +28,7 @@ from serving import metrics
 
 
 def config(point: Point) -> dict[str, Any]:
-    found = point.variant.flags.get("speculative-config", {})
-    return found if isinstance(found, dict) else {}
+    return point.flags.speculative_config
 
 
 def verify_cost(point: Point) -> float:

@@ -189,8 +189,3 @@ def forward_s(shape: Shape, ceilings: Ceilings, tokens: float, context_bytes: fl
 def kv_tokens(shape: Shape, memory_bytes: float, bytes_per_value: float, block: int) -> float:
     """Tokens a KV memory holds, in whole blocks. PagedAttention (Kwon et al., SOSP 2023)."""
     return memory_bytes // (block * shape.kv_bytes_per_token(bytes_per_value)) * block
-
-
-def kv_value_bytes(dtype: str) -> int:
-    """Bytes of a cached number by vLLM's `kv-cache-dtype`; the few scales beside are left out."""
-    return 1 if dtype.startswith(("fp8", "int8")) else 2

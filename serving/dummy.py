@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from serving import models
+from serving import gpus, models
 from serving.machine import Machine
 from serving.models import RANDOM, Model, ModelError, Shape
 
@@ -47,7 +47,9 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 def resolve(machine: Machine, wanted: str = "") -> Model:
     """A shape that ships, by name, or the machine's default one. Raises ModelError."""
     if not wanted:
-        wanted = "llama-tiny" if machine.kind == "cpu" else models.class_of(machine).dummy
+        wanted = (
+            "llama-tiny" if machine.kind == "cpu" else gpus.class_of(machine.memory_bytes).dummy
+        )
     if wanted not in SHAPES:
         known = "; ".join(f"{name} ({text})" for name, text in SHAPES.items())
         raise ModelError(

@@ -1,18 +1,65 @@
-"""Which GPUs this process may use, as CUDA sees them; read through NVML, nothing is set.
+"""GPUs: classes of memory and what each serves, the vendors' figures, and which are visible here.
 
-CUDA_VISIBLE_DEVICES names them by number or by the beginning of a UUID, a slice of a GPU (MIG) too;
-a name that fits nothing ends the list. Of slices a process sees one, the first, and no whole GPU
-beside it (NVIDIA, MIG User Guide, "CUDA device enumeration").
+A new class or card is a row of `CLASSES` or `DATASHEETS`. Which GPUs this process may use, as CUDA
+sees them, is read through NVML; nothing is set. CUDA_VISIBLE_DEVICES names them by number or by the
+beginning of a UUID, a slice of a GPU (MIG) too; a name that fits nothing ends the list. Of slices a
+process sees one, the first, and no whole GPU beside it (NVIDIA, MIG User Guide, "CUDA device
+enumeration").
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
+FP8_CAPABILITY = (8, 9)  # compute capability of Ada, the first with FP8 tensor cores
+FILLED = 0.95  # of a class's memory is enough to be in it: drivers keep some
+
+
+@dataclass(frozen=True)
+class MemoryClass:
+    """GPUs of about this much memory, and what one of them serves unless told otherwise."""
+
+    gb: int
+    model: str  # a Hugging Face id that asks for no account
+    dummy: str  # a shape of serving/dummy.py, under WEIGHTS=dummy
+
+
+CLASSES = (  # from the smallest; a lab has sizes for each under `gpu-<gb>`
+    MemoryClass(16, "Qwen/Qwen2.5-1.5B-Instruct", "llama-1b"),
+    MemoryClass(24, "Qwen/Qwen2.5-3B-Instruct", "llama-1b"),
+    MemoryClass(48, "Qwen/Qwen2.5-7B-Instruct", "llama-8b"),
+    MemoryClass(80, "NousResearch/Meta-Llama-3.1-8B-Instruct", "llama-8b"),
+    MemoryClass(141, "Qwen/Qwen2.5-32B-Instruct", "llama-8b"),
+)
+
+
+def class_of(memory_bytes: int) -> MemoryClass:
+    """The largest class that a GPU of this memory fills; the smallest where it fills none."""
+    filled = [c for c in CLASSES if memory_bytes >= FILLED * c.gb * 10**9]
+    return filled[-1] if filled else CLASSES[0]
+
+
+@dataclass(frozen=True)
+class Datasheet:
+    """What the vendor states, dense; shown beside the measured ceilings, used for nothing."""
+
+    memory_bandwidth_bytes_per_s: float
+    bf16_flops_per_s: float
+    fp8_flops_per_s: float | None = None
+
+
+DATASHEETS = {  # by the name NVML gives: SXM and PCIe cards of one name differ
+    "NVIDIA H100 80GB HBM3": Datasheet(3.35e12, 989e12, 1979e12),
+    "NVIDIA H200": Datasheet(4.8e12, 989e12, 1979e12),
+    "NVIDIA A100-SXM4-80GB": Datasheet(2.04e12, 312e12),
+    "NVIDIA L4": Datasheet(0.30e12, 121e12),
+    "NVIDIA GeForce RTX 4090": Datasheet(1.008e12, 165e12),
+}
 
 
 def visible(nvml: ModuleType) -> list[Any]:

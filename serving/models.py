@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serving import gpus
 from serving.machine import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,23 +32,6 @@ BUNDLED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 RANDOM = "RANDOM_WEIGHTS"  # a file that marks a folder without weights: see serving/dummy.py
 
-
-@dataclass(frozen=True)
-class MemoryClass:
-    """GPUs of about this much memory, and what one of them serves unless told otherwise."""
-
-    gb: int
-    model: str  # a Hugging Face id that asks for no account
-    dummy: str  # a shape of serving/dummy.py, under WEIGHTS=dummy
-
-
-CLASSES = (
-    MemoryClass(16, "Qwen/Qwen2.5-1.5B-Instruct", "llama-1b"),
-    MemoryClass(24, "Qwen/Qwen2.5-3B-Instruct", "llama-1b"),
-    MemoryClass(48, "Qwen/Qwen2.5-7B-Instruct", "llama-8b"),
-    MemoryClass(80, "NousResearch/Meta-Llama-3.1-8B-Instruct", "llama-8b"),
-    MemoryClass(141, "Qwen/Qwen2.5-32B-Instruct", "llama-8b"),
-)
 
 # What others have made of these models, by the names of labs/running/derived_models.py. What is
 # not listed, the lab makes itself. The ids are as they are known; they were not checked from here.
@@ -90,15 +74,9 @@ SIBLINGS: dict[str, dict[str, str]] = {
 }
 
 
-def class_of(machine: Machine) -> MemoryClass:
-    """The largest that the GPU fills; the smallest one where it fills none. Drivers keep some."""
-    filled = [c for c in CLASSES if machine.memory_bytes >= 0.95 * c.gb * 10**9]
-    return filled[-1] if filled else CLASSES[0]
-
-
 def scale_of(machine: Machine) -> str:
     """Which sizes of a lab fit: `cpu`, or `gpu-` and the class of memory."""
-    return "cpu" if machine.kind == "cpu" else f"gpu-{class_of(machine).gb}"
+    return "cpu" if machine.kind == "cpu" else f"gpu-{gpus.class_of(machine.memory_bytes).gb}"
 
 
 class ModelError(Exception):
@@ -158,7 +136,7 @@ def default_name(machine: Machine) -> str:
     """The model served where none is asked for."""
     if machine.kind == "cpu":
         return BUNDLED
-    return class_of(machine).model
+    return gpus.class_of(machine.memory_bytes).model
 
 
 def resolve(machine: Machine, wanted: str = "") -> Model:

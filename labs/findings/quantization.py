@@ -191,9 +191,8 @@ def context_slope(context: Context) -> Finding:
         fits[variant.name] = line
         reach = line.reach(line.error, line.freedom)
         low, high = (number(1000 * (line.slope + s * reach), "s") for s in (-1, 1))
-        quantized = str(context.lab.flags_of(variant)["kv-cache-dtype"]).startswith("fp8")
         point = next(p for p in context.points if p.variant.name == variant.name)
-        per_token = point.shape.kv_bytes_per_token(1 if quantized else 2)
+        per_token = point.shape.kv_bytes_per_token(point.flags.kv_value_bytes)
         rows.append(
             [variant.name, number(line.intercept, "s"), number(1000 * line.slope, "s"),
              f"{low} to {high}" if line.freedom else "–", f"{per_token:,.0f}"]
@@ -229,7 +228,7 @@ def memory_ladder(context: Context) -> Finding:
     plain, tight = points.get("bf16"), points.get("bf16-tight")
     if plain is None or tight is None:
         return Finding(title="Out of memory on long prompts: in which order?")
-    memory = int(str(tight.variant.flags["kv-cache-memory-bytes"]))
+    memory = tight.flags.kv_cache_memory_bytes
     per_token = plain.shape.kv_bytes_per_token()
     capacity = context.mean(tight, "kv_capacity_tokens") or memory / per_token
     eight = points.get("fp8-tight")

@@ -289,7 +289,7 @@ def kv_bytes(told: Told) -> str | None:
     capacity = told.context.mean(point, "kv_capacity_tokens") if point else None
     if point is None or not capacity:
         return None
-    shape, memory = point.shape, int(str(point.variant.flags["kv-cache-memory-bytes"]))
+    shape, memory = point.shape, point.flags.kv_cache_memory_bytes
     return (
         f"2 x {shape.layers} layers x {shape.kv_heads} KV heads x {shape.head_dim} x 2 bytes ="
         f" {shape.kv_bytes_per_token():,.0f} bytes in BF16, {shape.kv_bytes_per_token(1):,.0f} in 8"
@@ -300,7 +300,7 @@ def kv_bytes(told: Told) -> str | None:
 
 def kv_of_a_sequence(told: Told) -> str | None:
     point = told.context.points[0]
-    memory = int(str(point.variant.flags["kv-cache-memory-bytes"]))
+    memory = point.flags.kv_cache_memory_bytes
     both = [8192 * point.shape.kv_bytes_per_token(b) for b in (2, 1)]
     onset = " ".join(told.lines("Where does preemption begin?"))
     return (

@@ -20,8 +20,8 @@ from serving import metrics
 
 def speculations(context: Context) -> list[tuple[Point, dict[str, Any]]]:
     """The points that speculate, with their configuration."""
-    found = [(p, p.variant.flags.get("speculative-config")) for p in context.points]
-    return [(p, config) for p, config in found if isinstance(config, dict)]
+    configured = [(point, point.flags.speculative_config) for point in context.points]
+    return [(point, config) for point, config in configured if config]
 
 
 def accepted_at(context: Context, point: Point) -> list[float]:

@@ -101,7 +101,7 @@ def adapter_cost(context: Context) -> Finding:
         adapters = point.workload.adapters
         moved = 0.0
         if adapters:
-            active = min(adapters.count, int(str(point.variant.flags["max-loras"])))
+            active = min(adapters.count, point.flags.max_loras)
             moved = active * adapter_bytes(point)
         share = moved / point.shape.weight_bytes
         rows.append(
@@ -142,7 +142,7 @@ def tenant_memory(context: Context) -> Finding:
         )
     line = (
         f"Arithmetic on what was served: the base's weights take {base / 1e6:,.0f} MB, an adapter"
-        f" of rank {point.variant.flags['max-lora-rank']} {each / 1e6:.2f} MB"
+        f" of rank {point.flags.max_lora_rank} {each / 1e6:.2f} MB"
         f" ({each / base:.2%}). The KV cache and the process come on top, once or once a tenant."
     )
     return Finding(title="Memory against one server a tenant", rows=rows, lines=[line])

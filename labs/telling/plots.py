@@ -345,7 +345,7 @@ def stall(folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary
         heights = [1000 * f.value if f else np.nan for f in found]
         reach = [1000 * (f.high - f.value) if f and f.high is not None else 0 for f in found]
         ax.bar(x, heights, 0.6, yerr=reach, capsize=4, color=BLUE, label="measured, 95 % interval")
-        budgets = [p.variant.flags["max-num-batched-tokens"] for p in points]
+        budgets = [p.flags.max_num_batched_tokens for p in points]
         ax.set_xticks(x, [f"{p.variant.name}\n{b}" for p, b in zip(points, budgets, strict=True)])
         ax.set_xlabel("variant, token budget")
         ax.set_ylabel(label)

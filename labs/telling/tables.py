@@ -21,7 +21,8 @@ from labs.judging.text import (
 )
 from labs.lab import Lab, Point
 from labs.telling.document import Inline, Table, parse, table
-from serving.machine import DATASHEETS, Ceilings, Machine
+from serving.gpus import DATASHEETS
+from serving.machine import Ceilings, Machine
 
 
 def ceilings(machine: Machine, measured: Ceilings) -> Table:

@@ -162,7 +162,7 @@ class Vllm(Engine):
     command: ClassVar[Sequence[str]] = (
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
     )  # fmt: skip
-    distributions = machines.ENGINES
+    distributions = machines.VLLM
     start_s = 35.0
 
     @classmethod

