@@ -14,6 +14,7 @@ from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS, Metric, by_repeat, columns
 from labs.judging.text import held, short, verdict
 from labs.lab import Lab, Point
+from labs.telling.document import parse, plain_text
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, TPOT, TTFT
 from loadtests.records import RequestRecord
 from serving import metrics
@@ -106,7 +107,7 @@ def _round(value: float | None) -> float | None:
 def _claims(lab: Lab, summary: Summary) -> list[dict[str, Any]]:
     return [
         {
-            "title": j.title,
+            "title": plain_text(parse(j.title)),
             "metric": j.metric,
             "where": f"{METRICS[j.metric].title}:"
             f" {short(j.treatment, lab)} / {short(j.baseline, lab)}",
@@ -115,7 +116,7 @@ def _claims(lab: Lab, summary: Summary) -> list[dict[str, Any]]:
             "predicted": _round(j.prediction.value),
             "tolerance": j.prediction.tolerance,
             "kind": j.prediction.kind,
-            "verdict": verdict(j),
+            "verdict": plain_text(parse(verdict(j))),
             "valid": j.outcome != "not valid",
         }
         for j in summary.judgements

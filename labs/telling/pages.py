@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,7 @@ from labs.filing.results import Run, RunFolder, Summary, all_runs
 from labs.judging.text import ceilings_text, claim_held, ratio_text
 from labs.questions import QUESTIONS
 from labs.telling import chart_data, html, plots, report
-from labs.telling.document import Figure, plain_text
+from labs.telling.document import Figure, parse, plain_text
 
 WEB = Path(__file__).parent / "web"
 PLOTLY = "plotly.min.js"
@@ -183,21 +184,22 @@ class Entry:
 
     @property
     def held(self) -> str:
-        judged = [j for j in self.summary.judgements if j.prediction_held is not None]
-        told = [claim_held(j) for j in judged]
-        return f"{told.count('yes')} of {len(told)}" if told else "–"
+        """How many of the judged predictions held."""
+        held = [claim_held(j) for j in self.summary.judgements if j.prediction_held is not None]
+        return f"{held.count('yes')} of {len(held)}" if held else "–"
 
     @property
     def outcomes(self) -> str:
-        found = [j.outcome for j in self.summary.judgements]
-        return ", ".join(f"{found.count(o)} {o}" for o in dict.fromkeys(found)) or "–"
+        """How many verdicts of each kind."""
+        count = Counter(j.outcome for j in self.summary.judgements)
+        return ", ".join(f"{n} {outcome}" for outcome, n in count.items()) or "–"
 
     @property
-    def said(self) -> str:
+    def decided(self) -> str:
         """The first claims that were decided, in a few words."""
-        decided = [j for j in self.summary.judgements if j.expected is not None]
-        told = (f"{j.title} ({ratio_text(j)}, {j.outcome})" for j in decided[:2])
-        return "; ".join(told) or "nothing decided"
+        decided = [j for j in self.summary.judgements if j.expected is not None][:2]
+        claims = (f"{plain_text(parse(j.title))} ({ratio_text(j)}, {j.outcome})" for j in decided)
+        return "; ".join(claims) or "nothing decided"
 
 
 def index(entries: Sequence[Entry]) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
 from labs.judging.text import literal
-from labs.telling import markdown, terminal
+from labs.telling import html, markdown, terminal
 from labs.telling.document import (
     Bullets,
     Code,
@@ -45,11 +46,11 @@ FROM_OUTSIDE = [
 class Read(HTMLParser):
     """The text a reader reads, and the tags it is in."""
 
-    def __init__(self, html: str) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.text = ""
         self.tags: set[str] = set()
-        self.feed(html)
+        self.feed(str(page))  # a Markup would escape what the parser adds to it
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
@@ -78,6 +79,25 @@ def test_text_from_outside_is_never_markup(text: str) -> None:
     seen = read_back(Section(text, (table([text, "b"], [[text, Code(text)]]),)))
     assert words(seen.text) == words(f"{text} {text} b {text} {text}")
     assert seen.tags == {"h1", "table", "thead", "tbody", "tr", "th", "td", "code"}
+
+
+@pytest.mark.parametrize("text", FROM_OUTSIDE)
+def test_html_has_the_same_text_and_no_tag_of_its_own(text: str) -> None:
+    document = section(
+        "Title",
+        Notes((text,)),
+        Paragraph((text, Link(text, text))),
+        section(text, bullets([Code(text), Emphasis(text)]), table([text], [[text]])),
+    )
+    seen = Read(html.introduction(document, html.embedded(Path())))
+    assert words(seen.text) == words(f"{text} {text}{text}")
+    assert seen.tags == {"blockquote", "p", "strong", "a"}
+    (inner,) = html.sections(document, html.embedded(Path()))
+    assert inner.title == text
+    seen = Read(inner.body)
+    assert words(seen.text) == words(f"{text} {text} {text} {text}")
+    cells = {"div", "table", "thead", "tbody", "tr", "th", "td"}
+    assert seen.tags == {"ul", "li", "code", "em", *cells}
 
 
 @pytest.mark.parametrize("text", FROM_OUTSIDE)
