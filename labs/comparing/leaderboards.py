@@ -18,7 +18,7 @@ from labs.comparing.reproduction import FILED
 from labs.filing import manifest, results
 from labs.filing.committed import committed_runs
 from labs.filing.newest import published
-from labs.filing.results import Run, RunFolder
+from labs.filing.results import Run, RunFolder, write_text
 from labs.judging.judge import Judgement
 from labs.judging.metrics import METRICS
 from labs.judging.text import (
@@ -74,8 +74,7 @@ def write() -> list[Path]:
     """Write every generated file anew; those that changed."""
     changed = list(stale())
     for path, text in _pages().items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        write_text(path, text)
     return changed
 
 
@@ -87,10 +86,8 @@ def uncounted() -> list[RunFolder]:
 
 def write_machine(home: Path) -> Path:
     """Write the page of a machine's newest runs, its reader's own and quick ones included."""
-    page = home / SITTING
     runs = _by_machine(published(quick=True))[home]
-    page.write_text(markdown.document(_machine(runs, committed=False)))
-    return page
+    return write_text(home / SITTING, markdown.document(_machine(runs, committed=False)))
 
 
 def _why(before: str, after: str) -> str:

@@ -18,7 +18,7 @@ from labs.comparing.compare import Row, VerdictPair
 from labs.filing import manifest
 from labs.filing.committed import known
 from labs.filing.manifest import Fact
-from labs.filing.results import DamagedError, RunFolder, all_runs, read_json, write_json
+from labs.filing.results import DamagedError, RunFolder, all_runs, read_json, write_json, write_text
 from labs.judging.judge import Caveat
 from labs.telling import markdown
 from labs.telling.document import Block, Link, Paragraph, Section, Strong, bullets, parse, section
@@ -116,7 +116,7 @@ def answer(original: RunFolder, new: RunFolder) -> Reproduction:
         *_blocks(result),
         section("Every figure", side_by_side.figure_table(rows)),
     )
-    _write(new.path / "reproduction.md", markdown.document(page))
+    write_text(new.path / "reproduction.md", markdown.document(page))
     return result
 
 
@@ -172,7 +172,7 @@ def file(found: Reproduction, original: RunFolder) -> Path:
     remark = read_json(path, Reproduction).remark if path.exists() else ""
     write_json(path, found.model_copy(update={"remark": remark}))
     if filed(original, committed=True):
-        _write(path.with_name("README.md"), markdown.document(page(original)))
+        write_text(path.with_name("README.md"), markdown.document(page(original)))
     return path
 
 
@@ -242,9 +242,3 @@ def _blocks(found: Reproduction) -> list[Block | None]:
             }.items()
         ),
     ]
-
-
-def _write(path: Path, text: str) -> None:
-    half = path.with_name(f".{path.name}.half")
-    half.write_text(text)
-    half.rename(path)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from labs.filing.results import RunFolder
+from labs.filing.results import RunFolder, write_text
 from labs.filing.score import after_first_token, from_send
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS
@@ -141,9 +141,7 @@ def _vllm_files(folder: RunFolder, out: Path) -> Iterator[Path]:
     for about, trial in _trials(folder):
         load = trial.point.load.name
         name = f"{about['variant']}-{about['workload']}-{load}-{about['repeat']}.json"
-        half = out / f".{name}.half"
-        half.write_text(json.dumps(vllm_result(folder, trial)) + "\n")
-        yield half.rename(out / name)
+        yield write_text(out / name, json.dumps(vllm_result(folder, trial)) + "\n")
 
 
 def vllm_result(folder: RunFolder, trial: Trial) -> Row:

@@ -316,12 +316,18 @@ def snapshot_from(plain: dict[str, Any]) -> Snapshot:
 
 
 def write_json(path: Path, model: BaseModel) -> None:
-    _write(path, (json.dumps(model.model_dump(mode="json"), indent=1) + "\n").encode())
+    write_text(path, json.dumps(model.model_dump(mode="json"), indent=1) + "\n")
 
 
 def write_gzip(path: Path, plain: Any) -> None:
     """Gzip'd JSON, whole or not at all."""
     _write(path, gzip.compress(orjson.dumps(plain, option=orjson.OPT_NON_STR_KEYS), mtime=0))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """A text file, whole or not at all; its path."""
+    _write(path, text.encode())
+    return path
 
 
 def _write(path: Path, content: bytes) -> None:

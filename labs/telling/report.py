@@ -12,7 +12,7 @@ from pathlib import Path
 
 from labs import theory
 from labs.filing import published
-from labs.filing.results import Finding, Predictions, Run, RunFolder, Session, Summary
+from labs.filing.results import Finding, Predictions, Run, RunFolder, Session, Summary, write_text
 from labs.findings.replies import step_line
 from labs.judging.judge import Caveat
 from labs.judging.metrics import METRICS, main_columns
@@ -83,11 +83,7 @@ def write(folder: RunFolder) -> Path:
     for old in folder.path.glob("*.svg"):
         old.unlink()
     figures = plots.draw(folder, facts.lab, facts.points, facts.summary)
-    path = folder.path / "report.md"
-    half = path.with_suffix(".half")
-    half.write_text(markdown.document(document(facts, figures)))
-    half.rename(path)
-    return path
+    return write_text(folder.path / "report.md", markdown.document(document(facts, figures)))
 
 
 def document(facts: Facts, figures: Sequence[Figure]) -> Section:
