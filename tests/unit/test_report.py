@@ -26,7 +26,16 @@ from labs.judging.text import (
 )
 from labs.lab import Prediction
 from labs.telling import markdown, report
-from labs.telling.document import Bullets, Emphasis, Strong, bullets, section
+from labs.telling.document import (
+    Bullets,
+    Emphasis,
+    Notes,
+    Section,
+    Strong,
+    bullets,
+    plain_text,
+    section,
+)
 from labs.telling.summary import summarise
 from tests.unit.builders import PREDICTION, make_claim, make_lab, write_run
 
@@ -276,3 +285,16 @@ def test_a_caveat_about_times_between_tokens_withholds_only_verdicts_on_them() -
     found = Caveat(name="several", text="80 %", blocks=True, metrics=("tpot_mean_s",))
     line = markdown.fragment([report.validity([found], make_lab())])
     assert "(no verdict on times between tokens there; the run)" in line
+
+
+def test_a_terminal_shows_the_answer_the_claims_and_what_weakens_them(folder: RunFolder) -> None:
+    run = folder.run().model_copy(update={"quick": True})
+    digest = report.digest(replace(report.Facts.of(folder), run=run))
+    notes, *sections = digest.blocks
+    assert isinstance(notes, Notes)
+    assert plain_text(notes.items[0]).startswith("QUICK run")
+    titles = [plain_text(part.title) for part in sections if isinstance(part, Section)]
+    assert titles == ["Every point", "The answer", "Claim by claim", "Validity"]
+    assert "- On is faster: **helps (as claimed)**, Output throughput 2.97x (2.85 to 3.10)" in (
+        markdown.fragment(sections)
+    )
