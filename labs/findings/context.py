@@ -1,14 +1,18 @@
-"""A run as findings see it."""
+"""A run as findings, answers and plots see it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
-from labs.filing.results import Run, RunFolder
-from labs.judging.judge import Caveat, over_repeats
-from labs.judging.metrics import Repeats
+from labs.filing.results import Run, RunFolder, Summary
+from labs.judging.judge import Caveat, Interval, Judgement, over_repeats
+from labs.judging.metrics import Repeats, Row
+from labs.judging.text import times
 from labs.lab import Lab, Point
+
+Facts = TypeVar("Facts")
 
 
 @dataclass(frozen=True)
@@ -21,13 +25,59 @@ class Context:
     points: list[Point]
     values: Mapping[str, Repeats]
     caveats: Sequence[Caveat] = ()
+    computed: dict[Callable[[Context], Any], Any] = field(
+        default_factory=dict, init=False, compare=False
+    )
+
+    def once(self, compute: Callable[[Context], Facts]) -> Facts:
+        """What a function computes of this run, computed once however many ask for it."""
+        if compute not in self.computed:
+            self.computed[compute] = compute(self)
+        facts: Facts = self.computed[compute]
+        return facts
+
+    def rows(self, point: Point) -> Collection[Row]:
+        """The measurements of a point, one row a repeat."""
+        return self.values.get(point.key, {}).values()
 
     def mean(self, point: Point, metric: str) -> float | None:
-        """Over the repeats that have it."""
-        interval = over_repeats(self.values.get(point.key, {}), metric)
+        """The mean over the repeats that have the metric."""
+        interval = self.interval(point, metric)
         return interval.value if interval else None
+
+    def interval(self, point: Point, metric: str) -> Interval | None:
+        """The mean over the repeats that have the metric, with its 95 % interval."""
+        return over_repeats(self.values.get(point.key, {}), metric)
 
     def point(self, variant: str, workload: str, load: str) -> Point | None:
         wanted = (variant, workload, load)
         every = ((p.variant.name, p.workload.name, str(p.load)) for p in self.points)
         return next((p for p, has in zip(self.points, every, strict=True) if has == wanted), None)
+
+    def mean_at(self, variant: str, workload: str, users: int, metric: str) -> float | None:
+        """The mean over repeats with so many users in a closed loop, where that was measured."""
+        point = self.point(variant, workload, f"concurrent:{users}")
+        return self.mean(point, metric) if point else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedRun(Context):
+    """A run with its summary: what answers to the lab's questions and its plots read."""
+
+    summary: Summary
+
+    @classmethod
+    def of(cls, context: Context, summary: Summary) -> JudgedRun:
+        of_context = {f.name: getattr(context, f.name) for f in fields(context) if f.init}
+        run = cls(**of_context, summary=summary)
+        run.computed.update(context.computed)
+        return run
+
+    def judged(self, claim: str) -> list[Judgement]:
+        """The valid judgements of a claim, one a pair of points."""
+        return [j for j in self.summary.judgements if j.claim == claim and j.outcome != "not valid"]
+
+    def ratio(self, claim: str) -> str | None:
+        """Treatment / baseline with its interval, at the first pair of points that was judged."""
+        ratio = next((j.effect.ratio for j in self.judged(claim) if j.effect), None)
+        return times(ratio) if ratio else None

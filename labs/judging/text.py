@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from labs.judging.judge import Interval, Judgement, holds_at
 from labs.lab import Lab, Prediction
@@ -116,3 +117,8 @@ def verdict(judgement: Judgement) -> str:
         return f"{judgement.outcome}: {judgement.why}"
     agrees = "as claimed" if judgement.expected else "against the claim"
     return f"{judgement.outcome} ({agrees})"
+
+
+def sentences(parts: Iterable[str]) -> str:
+    """Each part begins with a capital and ends with a full stop."""
+    return " ".join(f"{part[0].upper()}{part[1:]}." for part in parts)

@@ -1,7 +1,7 @@
 """What is asked of an engine beside the load: quality, isolation, leaks by timing.
 
 A probe is asked once a variant, after its trials, of the same engine. What it found is kept as it
-came (`probes/<probe>-<variant>.json`); `labs/findings.py` concludes from it.
+came (`probes/<probe>-<variant>.json`); `labs/findings/` concludes from it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from labs.filing.results import RESULTS, MachineFile, read_json, require_room, write_json
-from labs.findings import FINDINGS
+from labs.findings.parts import parts_of
 from labs.judging.measure import price_per_hour
 from labs.judging.metrics import measured
 from labs.judging.text import ceilings_text
@@ -17,7 +17,7 @@ from labs.lab import Claim, Forecast, Lab, LabError, NotApplicable, Point
 from labs.running import derived_models
 from labs.running.probes import PROBES
 from labs.telling.document import Block
-from labs.telling.plots import PLOTS
+from labs.telling.plots import plots_of
 from loadtests.prompts import Writer, counter
 from serving import dummy, models
 from serving import machine as machines
@@ -206,9 +206,9 @@ def require_known_names(lab: Lab) -> None:
             known = ", ".join(measured())
             raise LabError(f"{part.name}: no metric {part.metric!r}; the known ones are {known}")
     for kind, names, known_names in (
-        ("plot", lab.plots, PLOTS),
+        ("plot", lab.plots, plots_of(lab.name)),
         ("probe", lab.probes, PROBES),
-        ("finding", lab.findings, FINDINGS),
+        ("finding", lab.findings, parts_of(lab.name).findings),
     ):
         for name in names:
             if name not in known_names:

@@ -13,7 +13,7 @@ from pathlib import Path
 from labs import theory
 from labs.filing import published
 from labs.filing.results import Finding, Predictions, Run, RunFolder, Session, Summary, write_text
-from labs.findings.replies import step_line
+from labs.findings.sweep import step_line
 from labs.judging.judge import Caveat
 from labs.judging.metrics import METRICS, main_columns
 from labs.judging.text import claim_held, number, ratio_interval, ratio_text, short, verdict

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from labs.filing.results import Run, RunFolder, Session, Summary, TrialResult, write_json
-from labs.findings import FINDINGS, replies
-from labs.findings.context import Context
+from labs.findings.context import Context, JudgedRun
+from labs.findings.parts import answers, parts_of
 from labs.judging.judge import Caveat, judge, judge_forecast
 from labs.judging.metrics import measure, pooled, pooled_latencies
 from labs.judging.validity import confounded, first_trial_slow, validity
@@ -44,6 +44,7 @@ def summarise(folder: RunFolder) -> Summary:
         for t, b in lab.pairs(claim, points)
     ]
     context = Context(folder, run, lab, points, values, found)
+    conclusions = parts_of(lab.name).findings
     summary = Summary(
         measurements=values,
         pooled={key: pooled(of_point) for key, of_point in samples_s.items()},
@@ -63,7 +64,7 @@ def summarise(folder: RunFolder) -> Summary:
             for forecast in lab.forecasts
             for key, prediction in predictions.forecasts[forecast.name].items()
         ],
-        findings=[FINDINGS[name](context) for name in lab.findings],
+        findings=[conclusions[name].finding(context) for name in lab.findings],
         caveats=[*found, *(caveat for *_, own in judged for caveat in own)],
         failed=failed,
         missing=sum(
@@ -71,7 +72,8 @@ def summarise(folder: RunFolder) -> Summary:
         ),
     )
     if not run.aa:  # where an engine meets its twin there is nothing to answer
-        summary = summary.model_copy(update={"answers": replies.answer(context, summary)})
+        judged_run = JudgedRun.of(context, summary)
+        summary = summary.model_copy(update={"answers": answers(judged_run)})
     write_json(folder.path / "summary.json", summary)
     return summary
 

@@ -19,7 +19,7 @@ import pytest
 from labs import LABS
 from labs.filing.results import RunFolder, Summary
 from labs.findings.context import Context
-from labs.findings.speculation import speculations, tokens_a_step
+from labs.findings.speculative_decoding import speculations, tokens_a_step
 from labs.lab import Point
 from loadtests.records import RequestRecord
 from serving import models

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs import theory
+from labs import LABS, theory
 from labs.filing.results import (
     Finding,
     RunFolder,
@@ -20,8 +20,24 @@ from labs.filing.results import (
     write_gzip,
     write_json,
 )
-from labs.findings import FINDINGS, chunks, quantization, speculation, streams, tenants
+from labs.findings.chunked_prefill import TOKEN_BUDGET
 from labs.findings.context import Context
+from labs.findings.kv_quantization import CONTEXT_SLOPE, MEMORY_LADDER, PREEMPTION
+from labs.findings.multi_lora import ADAPTER_COST, TENANT_LEAKS, TENANT_MEMORY
+from labs.findings.parts import Conclusion, parts_of
+from labs.findings.prefix_caching import TIMING_LEAK
+from labs.findings.quality import QUALITY
+from labs.findings.quantization_tools import TOOLS_COMPARED
+from labs.findings.single_stream import FLAGS, PHASES, phase
+from labs.findings.speculative_decoding import (
+    ACCEPTANCE,
+    SAME_TEXT,
+    SPEED_UP,
+    speed_ups,
+    tokens_a_step,
+)
+from labs.findings.weight_quantization import NEEDLES, OUTLIERS
+from labs.findings.weights import WEIGHTS
 from labs.judging.evaluation import Answers, Passage, Reply
 from labs.judging.judge import Caveat
 from labs.lab import SLO, Lab, Variant
@@ -91,12 +107,17 @@ def cells(finding: Finding, *columns: int) -> list[list[str]]:
     return [[row[c] for c in columns] for row in finding.rows[1:]]
 
 
-@pytest.mark.parametrize("name", sorted(FINDINGS.keys() - {"weights"}))
-def test_a_run_of_which_nothing_came_has_a_finding_all_the_same(name: str, tmp_path: Path) -> None:
+CONCLUSIONS = {c.name: c for lab in LABS for c in parts_of(lab).conclusions if c is not WEIGHTS}
+
+
+@pytest.mark.parametrize("conclusion", CONCLUSIONS.values(), ids=CONCLUSIONS)
+def test_a_run_of_which_nothing_came_has_a_finding_all_the_same(
+    conclusion: Conclusion[Any], tmp_path: Path
+) -> None:
     """A report is written whatever failed; of weights the bytes are known all the same."""
-    found = FINDINGS[name](context(tmp_path, make_lab(), {}))
-    assert found.title
-    assert found.passed is None
+    finding = conclusion.finding(context(tmp_path, make_lab(), {}))
+    assert finding.title
+    assert finding.passed is None
 
 
 # -------------------------------------------------------------------------------- chunked prefill
@@ -120,7 +141,7 @@ def budgets(home: Path, limit_s: float, stalls_ms: tuple[float, ...] = (10, 20, 
         }
         for (name, _), stall, ttft in zip(sizes, stalls_ms, (80, 60, 50), strict=True)
     }  # fmt: skip
-    return chunks.token_budget(context(home, lab, values))
+    return TOKEN_BUDGET.finding(context(home, lab, values))
 
 
 def test_the_budget_within_the_slo_whose_long_prompt_waits_least(tmp_path: Path) -> None:
@@ -200,12 +221,12 @@ def test_acceptance_by_position_beside_a_constant_one(tmp_path: Path) -> None:
     key = "guess/story/concurrent-1"
     run = replace(run, values={key: {1: {"acceptance_length": 2.5, "acceptance_rate": 0.5}}})
     played(run, key, engine=DRAFTED)
-    (row,) = cells(speculation.acceptance(run), 1, 2, 3, 4)
+    (row,) = cells(ACCEPTANCE.finding(run), 1, 2, 3, 4)
     # 32, 20 and 8 of 40; 1 + .8 + .64 + .512 tokens if it were 0.8 at every position
     assert row == ["0.80, 0.50, 0.20", "2.50", "2.95", "50%"]
     made = {"layers": 2, "acceptance": 0.7, "acceptance_untrained": 0.004}
     told = replace(run, run=run.run.model_copy(update={"about": {"draft": made}}))
-    said = speculation.acceptance(told).lines[0]
+    said = ACCEPTANCE.finding(told).lines[0]
     assert "guessed 70% of held-out tokens. Cut out and not trained, it guessed 0.4%" in said
 
 
@@ -215,10 +236,10 @@ def test_a_step_yields_what_it_delivers(tmp_path: Path) -> None:
     played(run, "guess/story/concurrent-1", engine=DRAFTED)
     point = run.point("guess", "story", "concurrent:1")
     assert point
-    assert speculation.tokens_a_step(run, point) == pytest.approx(110 / 50)
+    assert tokens_a_step(run, point) == pytest.approx(110 / 50)
     other = run.point("guess", "story", "concurrent:2")
     assert other
-    assert speculation.tokens_a_step(run, other) is None
+    assert tokens_a_step(run, other) is None
 
 
 def test_speed_up_measured_and_explained_by_measured_parts(tmp_path: Path) -> None:
@@ -228,7 +249,7 @@ def test_speed_up_measured_and_explained_by_measured_parts(tmp_path: Path) -> No
     played(run, "guess/story/concurrent-1", engine=DRAFTED)
     played(run, "alone/draft/concurrent-1", engine=stepping(0.002))
     played(run, "none/story/concurrent-1", engine=stepping(0.010))
-    found = {s.point.load.users: s for s in speculation.speed_ups(run)}
+    found = {s.point.load.users: s for s in speed_ups(run).points}
     assert found.keys() == {1, 2, 8}  # at 4 in flight it was not measured
     assert [found[n].measured for n in (1, 2, 8)] == pytest.approx([1.25, 1.1, 0.8])
     assert found[1].draft_cost == pytest.approx(0.2)
@@ -241,7 +262,7 @@ def test_speed_up_measured_and_explained_by_measured_parts(tmp_path: Path) -> No
 
 def test_copying_costs_no_draft(tmp_path: Path) -> None:
     run = guessing(tmp_path, {**PLAIN, "guess 1": 8.0}, COPY)
-    assert [s.draft_cost for s in speculation.speed_ups(run)] == [0.0]
+    assert [s.draft_cost for s in speed_ups(run).points] == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +276,7 @@ def test_copying_costs_no_draft(tmp_path: Path) -> None:
 )
 def test_where_speculation_turns(guess_ms: tuple[float, ...], said: str, tmp_path: Path) -> None:
     guessed = {f"guess {n}": ms for n, ms in zip((1, 2, 4, 8), guess_ms, strict=True)}
-    finding = speculation.speed_up(guessing(tmp_path, {**PLAIN, **guessed}))
+    finding = SPEED_UP.finding(guessing(tmp_path, {**PLAIN, **guessed}))
     assert finding.lines[0] == f"`guess` on story: {said}."
     assert len(cells(finding, 0)) == 4
 
@@ -269,7 +290,7 @@ def test_the_same_text_is_told_request_by_request(tmp_path: Path) -> None:
     played(run, "none/story/concurrent-1", answers("a", "b", "c", "d"))
     played(run, "none/story/concurrent-2", answers("a", "b"))
     played(run, "guess/story/concurrent-1", answers("a", "b", "x", None))
-    rows = cells(speculation.same_text(run), 0, 1, 2)
+    rows = cells(SAME_TEXT.finding(run), 0, 1, 2)
     # two repeats each; the fourth answer has no text to compare
     assert rows == [["none story concurrent 2", "4", "100%"],
                     ["guess story concurrent 1", "6", "67%"]]  # fmt: skip
@@ -304,7 +325,7 @@ def test_preemption_is_first_seen_where_a_trial_has_any(tmp_path: Path) -> None:
             ("fp8-tight", 2, 0.0, 40.0), ("fp8-tight", 4, 0.0, 40.0),
         )
     })  # fmt: skip
-    finding = quantization.preemption(run)
+    finding = PREEMPTION.finding(run)
     tight, quantized = finding.lines
     # requests of 10 tokens at their longest, 8 at the mean
     assert "20 tokens hold 2.0 requests at their longest and 2.5 at their mean length" in tight
@@ -330,7 +351,7 @@ def test_where_a_quantized_cache_breaks_even(
         for variant, near, far in (("bf16", 10.0, 20.0), ("fp8", near_ms, far_ms))
         for workload, ms in (("near", near), ("far", far))
     })  # fmt: skip
-    finding = quantization.context_slope(run)
+    finding = CONTEXT_SLOPE.finding(run)
     assert finding.lines[0].startswith(f"`fp8`: {said}")
     assert cells(finding, 0, 2, 3, 4)[0] == ["bf16", "10 ms", "10 ms to 10 ms", "32"]
     assert cells(finding, 4) == [["32"], ["16"]]
@@ -347,7 +368,7 @@ def test_slopes_within_their_noise_are_not_told_apart(far_ms: Any, tmp_path: Pat
     if far_ms == 21.0:
         one = {k: {1: of[1]} for k, of in run.values.items()}
         run = replace(run, values=one)
-    (line, *_) = quantization.context_slope(run).lines
+    (line, *_) = CONTEXT_SLOPE.finding(run).lines
     assert "the repeats vary too much to tell the two slopes apart" in line
 
 
@@ -358,7 +379,7 @@ def test_the_memory_ladder_climbs(tmp_path: Path) -> None:
         "bf16/far/concurrent-1": {"tpot_mean_s": 0.020},
         "fp8/far/concurrent-1": {"tpot_mean_s": 0.025},
     })  # fmt: skip
-    rows = cells(quantization.memory_ladder(run), 1, 2)
+    rows = cells(MEMORY_LADDER.finding(run), 1, 2)
     assert rows[0][0] == rows[1][0] == rows[2][0] == "640 tokens"
     # 3/4 of 2000 bytes of weights less 16 x 8 values of the head, at 16 bytes a token
     assert [r[0] for r in rows[3:]] == [
@@ -397,7 +418,7 @@ def judged(home: Path, probability: float, right: int, *, again: bool = True) ->
 def test_quality_is_gated_beside_its_false_alarms(
     probability: float, right: int, outcome: str, tmp_path: Path
 ) -> None:
-    finding = quantization.quality(judged(tmp_path, probability, right))
+    finding = QUALITY.finding(judged(tmp_path, probability, right))
     assert finding.rows[0] == ["Figure", "`off`", "`off again`", "`on`"]
     assert finding.rows[-1] == ["**gate**", "", "**pass**", f"**{outcome}**"]
     rows = {row[0]: row[1:] for row in finding.rows}
@@ -407,17 +428,17 @@ def test_quality_is_gated_beside_its_false_alarms(
 
 
 def test_quality_asked_once_has_no_false_alarms_and_not_asked_no_figures(tmp_path: Path) -> None:
-    once = quantization.quality(judged(tmp_path, 0.5, 90, again=False))
+    once = QUALITY.finding(judged(tmp_path, 0.5, 90, again=False))
     assert once.rows[0] == ["Figure", "`off`", "`on`"]
     assert "false alarms" not in once.lines[-1]
     assert "100 tokens of held-out text scored, 100 needles and 100 tasks" in once.lines[-2]
     none = context(tmp_path / "none", make_lab(), {})
-    assert quantization.quality(none).lines == ["Not asked: the probe did not run."]
+    assert QUALITY.finding(none).lines == ["Not asked: the probe did not run."]
 
 
 def test_needles_by_where_they_lay(tmp_path: Path) -> None:
     """90 of 100 found, then 80: five fewer at either length, all ten at the one depth."""
-    finding = quantization.needles(judged(tmp_path, 0.5, 80))
+    finding = NEEDLES.finding(judged(tmp_path, 0.5, 80))
     found = {where: change.split(" ")[0] for where, change in cells(finding, 0, 1)}
     assert found == {"256 tokens": "-0.1", "512 tokens": "-0.1", "depth 0.5": "-0.1"}
 
@@ -436,7 +457,7 @@ def test_weights_by_their_bytes_and_by_the_clock(tmp_path: Path) -> None:
         "half/prefill/concurrent-1": {"ttft_mean_s": 0.003},
     }, halved=["half"],
        about={"half": {"tool": "halver", "tool_version": "1.2", "seconds": 61.2}})  # fmt: skip
-    finding = quantization.weights_table(run)
+    finding = WEIGHTS.finding(run)
     assert finding.rows[0][6:] == ["Throughput, 4 in flight", "Prefill", "Made by"]
     assert cells(finding, 0, 2, 3, 4, 5, 6, 7, 8) == [
         ["`bf16`", "1.00", "10 ms", "1.00x", "1.00x", "–", "–", "–"],
@@ -456,7 +477,7 @@ def test_outliers_by_what_they_cost(tmp_path: Path) -> None:
         "inputs": {"q_proj": {"kurtosis_mean": 9.0, "kurtosis_max": 40.0,
                               "largest_over_median_max": 1234.5}},
     }  # fmt: skip
-    finding = quantization.outliers(context(tmp_path, make_lab(), {}, about={"outliers": study}))
+    finding = OUTLIERS.finding(context(tmp_path, make_lab(), {}, about={"outliers": study}))
     assert cells(finding, 1, 2, 3) == [
         ["7.39", "–", "–"],  # e^2
         ["12.18", "1.649", "1.649 to 1.649"],
@@ -465,7 +486,7 @@ def test_outliers_by_what_they_cost(tmp_path: Path) -> None:
     ]
     assert "attention's input: 1,234 times the median channel, kurtosis 9" in finding.lines[0]
     assert "multiplies perplexity by 1.65;" in finding.lines[1]
-    assert quantization.outliers(context(tmp_path / "no", make_lab(), {})).lines == ["Not studied."]
+    assert OUTLIERS.finding(context(tmp_path / "no", make_lab(), {})).lines == ["Not studied."]
 
 
 def test_a_tool_is_compared_with_its_heir_and_says_which_is_better(tmp_path: Path) -> None:
@@ -476,7 +497,7 @@ def test_a_tool_is_compared_with_its_heir_and_says_which_is_better(tmp_path: Pat
     for name in names[1:]:
         asked = answered(0.25 if name in ("auto-gptq", "w4a16-rtn") else 0.5, 90)
         write_gzip(run.folder.probe_file("quality", name), {"answers": [asked]})
-    finding = quantization.tools(run)
+    finding = TOOLS_COMPARED.finding(run)
     assert [cell.split(" ")[0] for (cell,) in cells(finding, 1)] == ["0.5", "0.5", "0.5", "1"]
     assert [line.split(": ")[-1] for line in finding.lines[:4]] == [
         "`gptqmodel` keeps the lower perplexity.",
@@ -532,7 +553,7 @@ def leaked(home: Path, asked: dict[str, Any] | None, *texts: str, repeated: int 
     played(run, "lora/three/concurrent-1", trial)
     if asked:
         write_gzip(run.folder.probe_file("tenants", "lora"), asked)
-    return tenants.tenant_leaks(run)
+    return TENANT_LEAKS.finding(run)
 
 
 def test_no_answer_but_ones_own_is_a_proof_only_of_many(tmp_path: Path) -> None:
@@ -591,13 +612,13 @@ def test_what_an_adapter_costs_and_what_bytes_explain(tmp_path: Path) -> None:
         "lora/none/concurrent-1": {"tpot_mean_s": 0.011, "ttft_mean_s": 0.1},
         "lora/three/concurrent-1": {"tpot_mean_s": 0.015, "ttft_mean_s": 0.2},
     })  # fmt: skip
-    assert cells(tenants.adapter_cost(run), 1, 3, 4) == [
+    assert cells(ADAPTER_COST.finding(run), 1, 3, 4) == [
         ["none", "+0%", "+0.0%"], ["none", "+10%", "+0.0%"], ["3, uniform", "+50%", "+40.0%"],
     ]  # fmt: skip
 
 
 def test_one_base_for_all_tenants_saves_the_others(tmp_path: Path) -> None:
-    rows = cells(tenants.tenant_memory(tenanted(tmp_path)), 0, 3)
+    rows = cells(TENANT_MEMORY.finding(tenanted(tmp_path)), 0, 3)
     # n bases of 2000 bytes against one and n adapters of 400
     assert rows[0] == ["1", f"{2000 / 2400:.1f}x"]
     assert rows[-1] == ["1,000", f"{2_000_000 / 402_000:.1f}x"]
@@ -627,7 +648,7 @@ def test_a_stranger_tells_by_timing_or_not(
         "salted, fresh": fresh,
     }
     write_gzip(run.folder.probe_file("salt-quick", "on"), {"took_s": took_s, "prompt_tokens": 64})
-    finding = tenants.timing_leak(run)
+    finding = TIMING_LEAK.finding(run)
     assert [line.split(" tell ")[0].split(" ")[-1] for line in finding.lines[:2]] == list(told)
     assert finding.passed is passed
 
@@ -657,16 +678,14 @@ def test_the_two_phases_by_their_work(tmp_path: Path) -> None:
     found = alone(
         tmp_path, {"default decode": {"tpot_mean_s": 1}, "default prefill": {"ttft_mean_s": 2}}
     )
-    decode, prefill = (streams.phase(found, "default", name) for name in ("decode", "prefill"))
+    decode, prefill = phase(found, "default", "decode"), phase(found, "default", "prefill")
     assert decode
     assert prefill
     assert decode.moved_bytes == theory.decode_bytes(SHAPE, 1, decode.point.context_tokens)
-    assert decode.bandwidth == pytest.approx(
-        decode.moved_bytes / CEILINGS.memory_bandwidth_bytes_per_s
-    )
+    assert decode.mbu == pytest.approx(decode.moved_bytes / CEILINGS.memory_bandwidth_bytes_per_s)
     assert prefill.flop == theory.prefill_flops(SHAPE, 8)
-    assert prefill.arithmetic == pytest.approx(prefill.flop / 2 / CEILINGS.bf16_flops_per_s)
-    finding = streams.phases(found)
+    assert prefill.mfu == pytest.approx(prefill.flop / 2 / CEILINGS.bf16_flops_per_s)
+    finding = PHASES.finding(found)
     assert cells(finding, 0, 1, 2) == [
         ["decode, 1 token", "1 s", "1"], ["prefill, 8 tokens", "2 s", "4"],
     ]  # fmt: skip
@@ -689,7 +708,7 @@ def test_which_flag_matters_is_told_beside_the_noise(tmp_path: Path) -> None:
             "eager prefill": {"ttft_mean_s": [1.0, 1.01, 0.99]},
         },
     )
-    finding = streams.flags(found)
+    finding = FLAGS.finding(found)
     assert cells(finding, 0, 3, 4, 7, 8) == [
         ["default", "–", "–", "–", "–"],
         ["eager", "1.50x (1.50 to 1.50)", "yes", "1.00x (1.00 to 1.00)", "no"],
@@ -709,7 +728,7 @@ def test_a_flag_without_its_evidence_matters_to_nothing(tmp_path: Path) -> None:
     )  # fmt: skip
     caveat = Caveat(name="treatment not applied", text="", blocks=True,
                     point="eager/decode/concurrent-1")  # fmt: skip
-    finding = streams.flags(replace(found, caveats=[caveat]))
+    finding = FLAGS.finding(replace(found, caveats=[caveat]))
     assert cells(finding, 0, 4, 8) == [["default", "–", "–"], ["eager", "not valid", "–"]]
     assert finding.lines[0].startswith("`default` decodes fastest")
     assert finding.lines[1].startswith("Not valid, see validity: `eager` 0.67x")
@@ -720,7 +739,7 @@ def test_one_repeat_settles_no_flag(tmp_path: Path) -> None:
         tmp_path, {"default decode": {"tpot_mean_s": 1.0}, "eager decode": {"tpot_mean_s": 1.5}}
     )
     found = replace(found, values={key: {1: of[1]} for key, of in found.values.items()})
-    finding = streams.flags(found)
+    finding = FLAGS.finding(found)
     assert cells(finding, 3, 4, 8) == [
         ["–", "–", "–"], ["1.50x (of one repeat)", "not settled", "–"],
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from dashboards import palette
 from labs import LABS
-from labs.findings import FINDINGS
+from labs.findings.parts import parts_of
 from labs.judging.metrics import measured
 from labs.lab import (
     NEED_TEXT,
@@ -30,7 +30,7 @@ from labs.lab import (
 from labs.questions import QUESTIONS
 from labs.running import derived_models
 from labs.running.probes import PROBES
-from labs.telling.plots import PLOTS
+from labs.telling.plots import plots_of
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
 from serving import gpus, metrics
@@ -408,10 +408,10 @@ def test_every_point_has_a_name_of_its_own_and_requests_for_its_users(lab: Lab) 
 def test_names_in_a_lab_exist(lab: Lab) -> None:
     assert lab.answers
     assert set(lab.answers) <= QUESTIONS.keys()
-    assert set(lab.plots) <= PLOTS.keys()
+    assert set(lab.plots) <= plots_of(lab.name).keys()
     assert {c.metric for c in lab.claims} | {f.metric for f in lab.forecasts} <= {*measured()}
     assert set(lab.probes) | set(lab.quick.get("probes", ())) <= PROBES.keys()
-    assert set(lab.findings) <= FINDINGS.keys()
+    assert set(lab.findings) == parts_of(lab.name).findings.keys()
     pieces = {e.metric for e in lab.evidence if e.kind == "pieces"}
     assert pieces <= {*measured()}
     assert all(metrics.is_known(e.metric) for e in lab.evidence if e.metric not in pieces)
@@ -422,7 +422,9 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
 
 def test_what_needs_text_exists() -> None:
     known: dict[str, Any] = {
-        "studies": derived_models.RECIPES, "probes": PROBES, "findings": FINDINGS, "plots": PLOTS,
+        "studies": derived_models.RECIPES, "probes": PROBES,
+        "findings": {name: lab for lab in LABS for name in parts_of(lab).findings},
+        "plots": {name: lab for lab in LABS for name in plots_of(lab)},
     }  # fmt: skip
     assert all(names <= known[field].keys() for field, names in NEED_TEXT.items())
 

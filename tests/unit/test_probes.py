@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pytest
 import requests
 
-from labs.findings.tenants import leaks
+from labs.findings.multi_lora import leaks
 from labs.judging.evaluation import Answers, threads
 from labs.lab import Variant
 from labs.running import probes

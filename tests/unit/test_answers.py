@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from labs import LABS
-from labs.filing.results import Agreement, Session, Summary, write_json
-from labs.findings import replies
-from labs.findings.context import Context
-from labs.findings.replies import REPLIES, Told
+from labs.filing.results import Agreement, Finding, Session, Summary, write_json
+from labs.findings.context import Context, JudgedRun
+from labs.findings.continuous_batching import both_ends, one_stream, ridge
+from labs.findings.parts import Conclusion, answers, parts_of
+from labs.findings.prefix_caching import sharing, where_to_look
+from labs.findings.weight_quantization import phases
 from labs.judging.judge import Effect, Interval, Judgement
 from labs.lab import Lab, Variant
 from serving import metrics
@@ -21,9 +24,10 @@ from tests.unit.builders import PREDICTION, make_lab, make_workload
 from tests.unit.test_findings import context, played
 
 
-def told(found: Context, judgements: Sequence[Judgement] = ()) -> Told:
-    return Told(found, Summary(
-        measurements={k: {r: dict(row) for r, row in of.items()} for k, of in found.values.items()},
+def judged_run(context: Context, judgements: Sequence[Judgement] = ()) -> JudgedRun:
+    values = context.values.items()
+    return JudgedRun.of(context, Summary(
+        measurements={k: {r: dict(row) for r, row in of.items()} for k, of in values},
         pooled={},
         judgements=list(judgements), forecasts=[], caveats=[], failed={}, missing=0,
     ))  # fmt: skip
@@ -40,22 +44,23 @@ def judged(claim: str, value: float, **fields: Any) -> Judgement:
 
 
 @pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
-def test_every_question_of_a_lab_has_a_reply_and_no_other(lab: Lab) -> None:
-    assert REPLIES[lab.name].keys() == set(lab.answers)
+def test_every_question_of_a_lab_has_an_answer_and_no_other(lab: Lab) -> None:
+    assert parts_of(lab.name).answers.keys() == set(lab.answers)
 
 
 @pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
 def test_a_run_of_which_nothing_came_invents_nothing(lab: Lab, tmp_path: Path) -> None:
-    """What a cache holds is arithmetic all the same."""
-    found = context(tmp_path, lab.model_copy(update={"requests": 64}), {})
-    assert replies.answer(found, told(found).summary).keys() <= {"KV-2"}
+    """What a cache holds is arithmetic all the same, and says so."""
+    given = answers(judged_run(context(tmp_path, lab.model_copy(update={"requests": 64}), {})))
+    assert given.keys() <= {"KV-2", "KV-7"}
+    assert "measured" not in given.get("KV-7", "")
 
 
-def test_a_claim_that_was_not_valid_is_not_told(tmp_path: Path) -> None:
+def test_a_claim_that_was_not_valid_is_no_answer(tmp_path: Path) -> None:
     found = context(tmp_path, make_lab(), {})
     invalid = judged("ttft-share-50", 0.5, outcome="not valid")
-    assert replies.sharing(told(found, [invalid])) is None
-    text = replies.sharing(told(found, [judged("ttft-share-50", 0.5), judged("thrash", 1.0)]))
+    assert sharing(judged_run(found, [invalid])) is None
+    text = sharing(judged_run(found, [judged("ttft-share-50", 0.5), judged("thrash", 1.0)]))
     assert text == (
         "The more is shared: TTFT is 0.50x (0.45 to 0.55) with half of the prompt shared."
         " TTFT with more prefixes than the cache holds: 1.00x (0.91 to 1.10)."
@@ -64,36 +69,36 @@ def test_a_claim_that_was_not_valid_is_not_told(tmp_path: Path) -> None:
 
 def test_one_repeat_is_told_as_one(tmp_path: Path) -> None:
     one = Effect(ratio=Interval(value=0.5, low=None, high=None, n=1), floor=None, spread=None)
-    found = told(context(tmp_path, make_lab(), {}), [judged("ttft-share-50", 1, effect=one)])
-    text = replies.sharing(found)
+    found = judged_run(context(tmp_path, make_lab(), {}), [judged("ttft-share-50", 1, effect=one)])
+    text = sharing(found)
     assert (
         text == "The more is shared: TTFT is 0.50x (of one repeat) with half of the prompt shared."
     )
 
 
-def swept(home: Path, intensities: tuple[float, float]) -> Told:
+def swept(home: Path, intensities: tuple[float, float]) -> JudgedRun:
     lab = make_lab(variants=(Variant(name="base"),), claims=(), evidence=())
     values = {
         f"base/short/concurrent-{users}": {"intensity": i, "tpot_mean_s": 0.004 * users}
         for users, i in zip((1, 2), intensities, strict=True)
     }
-    return told(context(home, lab, values))
+    return judged_run(context(home, lab, values))
 
 
 def test_the_side_of_the_ridge_is_told_by_the_intensities(tmp_path: Path) -> None:
     """10 MFLOP/s over 1 MB/s is a ridge of 10 FLOP a byte; a step reads 2 bytes for 2 FLOP."""
-    below = replies.ridge(swept(tmp_path, (1, 9)))
+    below = ridge(swept(tmp_path, (1, 9)))
     assert below
     assert "1 at 1 in flight, 9 at 2" in below
     assert "ridge is 10, a batch of about 10: memory bounds both." in below
-    across = replies.ridge(swept(tmp_path / "b", (1, 11)))
+    across = ridge(swept(tmp_path / "b", (1, 11)))
     assert across
     assert "memory bounds the first, arithmetic the last" in across
 
 
 def test_one_stream_is_held_against_the_weights_and_the_bandwidth(tmp_path: Path) -> None:
     """2,000 bytes at 1 MB/s are 500 steps a second; 4 ms a token are half of that."""
-    text = replies.one_stream(swept(tmp_path, (1, 2)))
+    text = one_stream(swept(tmp_path, (1, 2)))
     assert text
     assert "at most 500 tok/s. Measured: 250 tok/s (1 / TPOT), 50% of it." in text
 
@@ -106,11 +111,11 @@ def test_ttft_is_split_by_the_engines_own_clock(tmp_path: Path) -> None:
         one = {metrics.QUEUE_TIME: queue_s, metrics.PREFILL_TIME: prefill_s}
         return Snapshot({}, {n: Histogram((1.0,), (2,), 2 * s, 2) for n, s in one.items()}, {})
 
-    assert replies.where_to_look(told(found)) is None
+    assert where_to_look(judged_run(found)) is None
     played(found, "off/share-90/concurrent-1", engine=engine(0.001, 0.5))
     played(found, "off/share-90/concurrent-4", engine=engine(1.5, 0.6))
     played(found, "on/share-90/concurrent-1", engine=engine(0.001, 0.05))
-    text = replies.where_to_look(told(found))
+    text = where_to_look(judged_run(found))
     assert text
     assert "nothing cached, 1 ms and 500 ms; four at once, 1.5 s and 600 ms; one" in text
     assert "its prefix cached, 1 ms and 50 ms." in text
@@ -135,7 +140,7 @@ def test_fewer_bytes_are_held_against_both_phases(
         "w8a8/decode/concurrent-1": {"tpot_mean_s": decode_ms / 1000},
         "w8a8/prefill/concurrent-1": {"ttft_mean_s": prefill_ms / 1000},
     }
-    text = replies.phases(told(context(tmp_path, lab, values, halved=["w8a8"])))
+    text = phases(judged_run(context(tmp_path, lab, values, halved=["w8a8"])))
     assert text
     assert "With 0.50 of the bytes (`w8a8`)" in text
     assert said in text
@@ -149,13 +154,29 @@ def test_counts_that_differ_are_told(prometheus: int | None, said: str, tmp_path
     lab = make_lab(variants=(Variant(name="base"),), claims=(), evidence=())
     ends = {"client_ttft_mean_s": 0.012, "engine_ttft_mean_s": 0.010}
     found = context(tmp_path, lab, {f"base/short/concurrent-{n}": ends for n in (1, 2)})
-    assert replies.both_ends(told(found)) is None
+    assert both_ends(judged_run(found)) is None
     counts = Agreement(what="requests", records=8, prometheus=prometheus, engine=8)
     session = Session(
         engine_start_s=1, load_s=1, wall_s=3, resident=True, agreement=[counts], prometheus=None
     )
     write_json(found.folder.path / "session.json", session)
-    text = replies.both_ends(told(found))
+    text = both_ends(judged_run(found))
     assert text
     assert said in text
     assert "mean TTFT is 2 ms to 2 ms the longer" in text
+
+
+def test_facts_are_computed_once_for_the_finding_and_the_answers(tmp_path: Path) -> None:
+    calls = []
+
+    def facts(run: Context) -> str:
+        calls.append(run)
+        return "the facts"
+
+    count = Conclusion("count", facts, lambda said: Finding(title=said))
+    run = context(tmp_path, make_lab(findings=("count",)), {})
+    assert count.finding(run).title == "the facts"
+    assert count.facts_of(judged_run(run)) == "the facts"
+    assert len(calls) == 1
+    left_out = replace(run, lab=make_lab())
+    assert count.facts_of(judged_run(left_out)) is None

@@ -1,0 +1,266 @@
+"""Which token budget keeps the streams flowing while a long prompt is prefilled?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from dashboards.palette import BLUE, BOUND
+from labs.filing.results import Finding
+from labs.findings.context import Context, JudgedRun
+from labs.findings.drawing import GREY, plt
+from labs.findings.parts import Conclusion, ReportParts
+from labs.judging.text import number, yes
+from loadtests import records
+from loadtests.records import RequestRecord
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one token budget did to the streams and to the long prompt among them."""
+
+    variant: str
+    budget_tokens: int
+    piece_tokens: int  # of the prompt, in one step at most
+    chunked: bool
+    stall_s: float  # of the streams, mean
+    long_ttft_s: float
+    within_slo: bool | None  # None where the lab sets no limit
+
+
+@dataclass(frozen=True)
+class StallLine:
+    """The stall over the tokens of a piece, by least squares."""
+
+    fixed_s: float
+    s_per_token: float
+    r_squared: float
+
+
+@dataclass(frozen=True)
+class Handover:
+    """What a second machine that does the prefill would have to send, and how soon."""
+
+    kv_bytes: float
+    prefill_s: float
+
+
+@dataclass(frozen=True)
+class TokenBudgets:
+    """Every token budget, the stall as a line over them, and the link that a split would need."""
+
+    longest_gap_s: float | None  # by the SLO
+    budgets: tuple[Budget, ...]
+    line: StallLine | None
+    handover: Handover | None
+
+    @property
+    def best(self) -> Budget | None:
+        """Of the budgets within the SLO, the one whose long prompt waits least."""
+        fitting = (b for b in self.budgets if b.within_slo)
+        return min(fitting, key=lambda b: (b.long_ttft_s, b.variant), default=None)
+
+    @property
+    def whole(self) -> Budget | None:
+        """The long prompt prefilled in one step."""
+        return next((b for b in self.budgets if not b.chunked), None)
+
+
+def token_budgets(context: Context) -> TokenBudgets:
+    """The handover is the KV bytes of the prompt over the time of its prefill (DistServe, OSDI
+    2024).
+    """
+    limit_s = context.lab.slo.itl_s
+    budgets = []
+    for point in context.points:
+        stall_s, ttft_s = (context.mean(point, m) for m in ("stall_mean_s", "intruder_ttft_mean_s"))
+        if stall_s is None or ttft_s is None or not point.workload.intruder:
+            continue
+        tokens = point.flags.max_num_batched_tokens
+        prompt_tokens = point.workload.intruder.prompt_tokens
+        budgets.append(
+            Budget(
+                variant=point.variant.name,
+                budget_tokens=tokens,
+                piece_tokens=min(tokens - point.load.users, prompt_tokens),
+                chunked=point.flags.enable_chunked_prefill,
+                stall_s=stall_s,
+                long_ttft_s=ttft_s,
+                within_slo=None if limit_s is None else stall_s <= limit_s,
+            )
+        )
+    whole_s = [b.long_ttft_s for b in budgets if not b.chunked][-1:]
+    point = context.points[0]
+    handover = None
+    if whole_s and point.workload.intruder:
+        moved = point.workload.intruder.prompt_tokens * point.shape.kv_bytes_per_token()
+        handover = Handover(kv_bytes=moved, prefill_s=whole_s[0])
+    return TokenBudgets(limit_s, tuple(budgets), _stall_line(budgets), handover)
+
+
+def _stall_line(budgets: Sequence[Budget]) -> StallLine | None:
+    if len(budgets) <= 2:
+        return None
+    fit = stats.linregress([b.piece_tokens for b in budgets], [b.stall_s for b in budgets])
+    return StallLine(float(fit.intercept), float(fit.slope), float(fit.rvalue**2))
+
+
+def tell_budgets(facts: TokenBudgets) -> Finding:
+    rows = [["Variant", "Token budget", "Stall, mean", "TTFT of the long prompt", "Within the SLO"]]
+    rows += [
+        [b.variant, str(b.budget_tokens), number(b.stall_s, "s"), number(b.long_ttft_s, "s"),
+         yes(b.within_slo)]
+        for b in facts.budgets
+    ]  # fmt: skip
+    lines = []
+    if facts.longest_gap_s is not None:
+        best, gap = facts.best, number(facts.longest_gap_s, "s")
+        lines.append(
+            f"With gaps of at most {gap}, `{best.variant}` gives the long prompt its"
+            f" first token soonest, after {number(best.long_ttft_s, 's')}."
+            if best
+            else f"No budget here keeps the gaps within {gap}: a decode step alone"
+            " takes most of that, or the budgets are too large."
+        )
+    if line := facts.line:
+        lines.append(
+            f"The stall over the tokens a piece may have is a line: {number(line.fixed_s, 's')}"
+            f" + {1e3 * line.s_per_token:.3g} ms a token (R² {line.r_squared:.3f}), so prefill runs"
+            f" at {1 / line.s_per_token:,.0f} tok/s beside the streams."
+        )
+    if facts.handover:
+        lines.append(handover_sentence(facts.handover))
+    return Finding(title="Which token budget?", rows=rows, lines=lines)
+
+
+def handover_sentence(handover: Handover) -> str:
+    moved, prefill_s = handover.kv_bytes, handover.prefill_s
+    return (
+        f"A second machine that does the prefill would have to hand over {moved / 1e6:,.1f} MB"
+        f" of keys and values; moved in the {number(prefill_s, 's')} that the prefill takes"
+        f" here, that is {8 * moved / prefill_s / 1e9:.2f} Gbit/s: a faster link splits prefill"
+        " from decode at less delay than it removes."
+    )
+
+
+TOKEN_BUDGET = Conclusion("token-budget", token_budgets, tell_budgets)
+
+# ------------------------------------------------------------------------------------ the answers
+
+
+def chunks_solve(run: JudgedRun) -> str | None:
+    stall, ttft = run.ratio("stall-sixteenth"), run.ratio("ttft")
+    budgets = TOKEN_BUDGET.facts_of(run)
+    if not (stall and ttft and budgets and budgets.whole):
+        return None
+    return (
+        f"A long prompt that is prefilled whole stops every running stream for"
+        f" {number(budgets.whole.stall_s, 's')}. With a budget of a sixteenth of it the stall is"
+        f" {stall}, and the prompt's own first token takes {ttft} as long."
+    )
+
+
+def split(run: JudgedRun) -> str | None:
+    """Would a second machine for the prefill pay?"""
+    budgets = TOKEN_BUDGET.facts_of(run)
+    if not (budgets and budgets.whole and budgets.handover):
+        return None
+    return (
+        f"On one engine a prefill stops the streams for {number(budgets.whole.stall_s, 's')}; on"
+        f" two it would not touch them. {handover_sentence(budgets.handover)} The split itself was"
+        " not run."
+    )
+
+
+# -------------------------------------------------------------------------------------- its plots
+
+
+def draw_stall(run: JudgedRun) -> str | None:
+    """The stall and the long prompt's own wait, over the token budget."""
+    points, lab = run.points, run.lab
+    _, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for ax, metric, label in (
+        (axes[0], "stall_mean_s", "stall of the streams, mean (ms)"),
+        (axes[1], "intruder_ttft_mean_s", "TTFT of the long prompt, mean (ms)"),
+    ):
+        known = {f.point: f.prediction.value for f in run.summary.forecasts if f.metric == metric}
+        x = range(len(points))
+        if known:
+            predicted = [1000 * known.get(p.key, np.nan) for p in points]
+            ax.plot(x, predicted, "_", ms=22, mew=2, color=BOUND, label="predicted floor")
+        intervals = [run.interval(p, metric) for p in points]
+        heights = [1000 * i.value if i else np.nan for i in intervals]
+        reach = [1000 * (i.high - i.value) if i and i.high is not None else 0 for i in intervals]
+        ax.bar(x, heights, 0.6, yerr=reach, capsize=4, color=BLUE, label="measured, 95 % interval")
+        budgets = [p.flags.max_num_batched_tokens for p in points]
+        ax.set_xticks(x, [f"{p.variant.name}\n{b}" for p, b in zip(points, budgets, strict=True)])
+        ax.set_xlabel("variant, token budget")
+        ax.set_ylabel(label)
+        tops = [(h, r) for h, r in zip(heights, reach, strict=True) if h == h]
+        ax.set_ylim(0, max([1, *(max(1.25 * h, 1.05 * (h + r)) for h, r in tops)]))
+    if lab.slo.itl_s:
+        label = f"SLO {1000 * lab.slo.itl_s:g} ms"
+        axes[0].axhline(1000 * lab.slo.itl_s, color=GREY, ls=":", label=label)
+    axes[0].legend(frameon=False, loc="upper left")
+    return (
+        "A smaller token budget shortens the stall of everybody else (left) and makes the long"
+        " prompt wait longer for its first token (right)."
+    )
+
+
+def draw_timeline(run: JudgedRun) -> str | None:
+    """One intrusion as the streams felt it: a tick for every token of each stream."""
+    drawn = []
+    for point in run.points:
+        path = run.folder.trial_folder(point, 1) / "requests.jsonl.gz"
+        if not path.exists() or point.workload.intruder is None:
+            continue
+        every = list(records.read(path))
+        longs = [r for r in every if point.workload.is_intruder(r.index) and r.ok and r.in_window]
+        if longs:
+            drawn.append((point, max(longs, key=lambda r: _lived_through(r, every)), every))
+    if not drawn:
+        return None
+    _, axes = plt.subplots(
+        len(drawn), 1, figsize=(9, 0.6 + 1.0 * len(drawn)), sharex=True, squeeze=False
+    )
+    before_s = 0.5
+    after_s = max(2 * max(long.ttft_s or 0 for _, long, _ in drawn), 1.0)
+    for ax, (point, long, every) in zip(axes[:, 0], drawn, strict=True):
+        start, first = long.sent_s, long.chunks[0][0]
+        ax.axvspan(0, first - start, color=BOUND, alpha=0.25, lw=0)
+        streams = [r for r in every if not point.workload.is_intruder(r.index) and r.chunks]
+        seats: list[float] = []  # when each row is free again: a user's next answer takes it
+        for r in sorted(streams, key=lambda r: r.sent_s):
+            row = next((i for i, free in enumerate(seats) if free <= r.sent_s), len(seats))
+            seats[row : row + 1] = [r.chunks[-1][0]]
+            at = [t - start for t, _ in r.chunks if -before_s < t - start < after_s]
+            ax.plot(at, [row] * len(at), "|", color=BLUE, ms=7, mew=1)
+        ax.set_ylabel(point.variant.name, rotation=0, ha="right", va="center")
+        ax.set_yticks([])
+        ax.set_ylim(-0.7, len(seats) - 0.3)
+        ax.grid(False)
+    axes[-1, 0].set_xlim(-before_s, after_s)
+    axes[-1, 0].set_xlabel("seconds from the long prompt's arrival")
+    return (
+        "Every stream is a row, every token it receives a tick; shaded, from the long prompt's"
+        " arrival to its first token. Without chunks the rows are empty while it is prefilled: that"
+        " gap is what a reader sees. Small budgets spread it thin. Of a trial's long prompts, the"
+        " one during which most streams were decoding."
+    )
+
+
+def _lived_through(long: RequestRecord, every: Sequence[RequestRecord]) -> int:
+    """Counts streams that were decoding from a long prompt's arrival to its first token."""
+    start, first = long.sent_s, long.chunks[0][0]
+    return sum(r.chunks[0][0] <= start and r.chunks[-1][0] >= first for r in every if r.chunks)
+
+
+PARTS = ReportParts(
+    conclusions=(TOKEN_BUDGET,),
+    answers={"SO-3": chunks_solve, "SA-1": split},
+    plots={"stall": draw_stall, "timeline": draw_timeline},
+)

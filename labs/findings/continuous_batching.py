@@ -1,0 +1,163 @@
+"""What continuous batching tells: the step as a line over the batch, the ridge, both ends' counts.
+
+Its answers read the sweep over concurrency and the run's claims.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dashboards.palette import BLUE, BOUND
+from labs import theory
+from labs.findings.context import JudgedRun
+from labs.findings.drawing import plt
+from labs.findings.parts import ReportParts
+from labs.findings.sweep import concurrency_sweep, step_line
+from labs.judging.text import number
+from loadtests import records
+
+# ------------------------------------------------------------------------------------ the answers
+
+
+def static_batches(run: JudgedRun) -> str | None:
+    varied, equal = run.ratio("static"), run.ratio("static-fixed")
+    if not varied:
+        return None
+    (judgement, *_) = run.judged("static")
+    return (
+        f"Filling free places at once gave {varied} the throughput of fixed batches where lengths"
+        f" vary; waiting for the longest answer was predicted to cost"
+        f" {judgement.prediction.value:.2f}x." + (f" With equal lengths: {equal}." if equal else "")
+    )
+
+
+def larger_batch(run: JudgedRun) -> str | None:
+    rate, tpot = run.ratio("throughput"), run.ratio("tpot")
+    line = step_line(run.points, run.summary)
+    if not (rate and tpot and line):
+        return None
+    users = [p.load.users for p in concurrency_sweep(run.points)]
+    return (
+        f"A step serves all requests and reads the weights once for them: {1000 * line[0]:.3g} ms"
+        f" are there anyway, each request in decode adds {1000 * line[1]:.3g} ms. From"
+        f" {users[0]} to {users[-1]} in flight throughput is {rate}, and TPOT {tpot}."
+    )
+
+
+def ridge(run: JudgedRun) -> str | None:
+    """Which side of the roofline's ridge the lightest and the heaviest load stand on."""
+    sweep = concurrency_sweep(run.points)
+    intensities = [(p.load.users, i) for p in sweep if (i := run.mean(p, "intensity"))]
+    if len(intensities) < 2:
+        return None
+    (few, low), (many, high) = intensities[0], intensities[-1]
+    at = sweep[0].ceilings.ridge_flops_per_byte
+    batch = theory.ridge_batch(sweep[0].shape, sweep[0].ceilings)
+    side = "memory bounds both" if high < at else "memory bounds the first, arithmetic the last"
+    return (
+        f"FLOP for each byte read: {low:.3g} at {few} in flight, {high:.3g} at {many}. This"
+        f" machine's ridge is {at:,.3g}, a batch of about {batch:,.0f}: {side}."
+    )
+
+
+def one_stream(run: JudgedRun) -> str | None:
+    """The bandwidth over the weights' bytes bounds one stream; the share of that it reached."""
+    point = next((p for p in concurrency_sweep(run.points) if p.load.users == 1), None)
+    tpot_s = run.mean(point, "tpot_mean_s") if point else None
+    if point is None or tpot_s is None:
+        return None
+    bandwidth = point.ceilings.memory_bandwidth_bytes_per_s
+    most_per_s = bandwidth / point.shape.step_bytes(1)
+    return (
+        f"{bandwidth / 1e9:,.1f} GB/s over {point.shape.step_bytes(1) / 1e6:,.0f} MB of weights is"
+        f" at most {number(most_per_s, 'tok/s')}. Measured: {number(1 / tpot_s, 'tok/s')} (1 /"
+        f" TPOT), {1 / tpot_s / most_per_s:.0%} of it."
+    )
+
+
+def both_ends(run: JudgedRun) -> str | None:
+    """The figures at the heaviest load, and whether client and server agree on them."""
+    heaviest = concurrency_sweep(run.points)[-1:]
+    longer_s = [
+        client_s - engine_s
+        for p in run.points
+        if (client_s := run.mean(p, "client_ttft_mean_s")) is not None
+        and (engine_s := run.mean(p, "engine_ttft_mean_s")) is not None
+    ]
+    session = run.folder.session()
+    if not heaviest or not longer_s or not session:
+        return None
+    (point,) = heaviest
+    pooled = run.summary.pooled.get(point.key, {})
+    figures = (
+        f"TTFT {number(pooled.get('ttft_p50_s'), 's')}, ITL {number(pooled.get('itl_p50_s'), 's')},"
+        f" end to end {number(pooled.get('e2e_p50_s'), 's')} (medians) and"
+        f" {number(run.mean(point, 'output_tokens_per_s'), 'tok/s')}"
+    )
+    counts = (a for a in session.agreement if a.engine is not None)
+    differ = [a.what for a in counts if len({a.records, a.prometheus or a.records, a.engine}) > 1]
+    agree = (
+        f"do not agree on {', '.join(differ)}" if differ else "count the same requests and tokens"
+    )
+    return (
+        f"At {point.load.users} in flight: {figures}. Client and server {agree}; the client's mean"
+        f" TTFT is {number(min(longer_s), 's')} to {number(max(longer_s), 's')} the longer."
+    )
+
+
+# -------------------------------------------------------------------------------------- its plots
+
+
+def draw_static(run: JudgedRun) -> str | None:
+    """Requests being decoded over time, fixed batches above continuous ones."""
+    chosen = [
+        (wave, same)
+        for wave in run.points
+        if wave.load.kind == "waves"
+        for same in run.points
+        if same.load.kind == "concurrent"
+        and same.load.users == wave.load.users
+        and (same.variant, same.workload) == (wave.variant, wave.workload)
+    ]
+    if not chosen:
+        return None
+    _, axes = plt.subplots(
+        2, len(chosen), figsize=(9, 3.6), sharex=True, sharey=True, squeeze=False
+    )
+    for column, pair in enumerate(chosen):
+        for row, (point, colour) in enumerate(zip(pair, (BOUND, BLUE), strict=True)):
+            ax = axes[row][column]
+            path = run.folder.trial_folder(point, 1) / "requests.jsonl.gz"
+            if not path.exists():
+                continue
+            spans = [(r.chunks[0][0], r.chunks[-1][0]) for r in records.read(path) if r.chunks]
+            edges = sorted([(a, 1) for a, _ in spans] + [(b, -1) for _, b in spans])
+            times = [0.0, *(t for t, _ in edges)]
+            ax.step(times, np.cumsum([0, *(d for _, d in edges)]), where="post", color=colour, lw=1)
+            ax.fill_between(times, np.cumsum([0, *(d for _, d in edges)]), step="post",
+                            color=colour, alpha=0.2)  # fmt: skip
+            kind = "fixed batches" if row == 0 else "continuous"
+            tokens_per_s = run.mean(point, "output_tokens_per_s")
+            rate = f", {tokens_per_s:.0f} tok/s" if tokens_per_s else ""
+            ax.set_title(f"{point.workload.name} lengths, {kind} ({point.load}){rate}", fontsize=9)
+            if column == 0:
+                ax.set_ylabel("in decode")
+    for ax in axes[1]:
+        ax.set_xlabel("time in the first repeat (s)")
+        ax.set_xlim(0, run.lab.warmup_s + run.lab.window_s)
+    return (
+        "Requests in decode over time. With varying lengths a fixed batch runs empty while its"
+        " longest answer is finished; continuous batching keeps the places filled."
+    )
+
+
+PARTS = ReportParts(
+    answers={
+        "SO-1": static_batches,
+        "SD-1": larger_batch,
+        "IP-3": ridge,
+        "IP-7": one_stream,
+        "ME-1": both_ends,
+    },
+    plots={"static": draw_static},
+)

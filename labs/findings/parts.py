@@ -1,0 +1,75 @@
+"""The parts of a report that are one lab's own, found by the lab's name.
+
+`labs/findings/<lab>.py` holds them as one literal, `PARTS`. A lab without such a file has a report
+all the same: its claims, points, forecasts and validity, with every question left unanswered.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Generic
+
+from labs.filing.results import Finding
+from labs.findings.context import Context, Facts, JudgedRun
+
+
+@dataclass(frozen=True)
+class Conclusion(Generic[Facts]):
+    """What a lab concludes beyond its claims: facts of a run, and how a report tells them.
+
+    `facts` reads the run's files alone; `tell` makes a table and sentences of the facts alone.
+    Answers to questions read the same facts.
+    """
+
+    name: str  # as in `Lab.findings`
+    facts: Callable[[Context], Facts]
+    tell: Callable[[Facts], Finding]
+
+    def finding(self, context: Context) -> Finding:
+        return self.tell(context.once(self.facts))
+
+    def facts_of(self, run: Context) -> Facts | None:
+        """The facts of a run; None where it leaves this out, as one of random weights may."""
+        return run.once(self.facts) if self.name in run.lab.findings else None
+
+
+Answer = Callable[[JudgedRun], str | None]
+"""A sentence or two with the run's own figures; None where it lacks them."""
+Draw = Callable[[JudgedRun], str | None]
+"""Draws the current figure and returns its caption; None where there is nothing to draw."""
+
+
+@dataclass(frozen=True)
+class ReportParts:
+    """What a lab adds to its report."""
+
+    conclusions: Sequence[Conclusion[Any]] = ()
+    answers: Mapping[str, Answer] = field(default_factory=dict)  # by the question's id
+    plots: Mapping[str, Draw] = field(default_factory=dict)
+
+    @property
+    def findings(self) -> dict[str, Conclusion[Any]]:
+        return {conclusion.name: conclusion for conclusion in self.conclusions}
+
+
+@cache
+def parts_of(lab: str) -> ReportParts:
+    """Imports the parts of the lab of that name; none where it has no file of findings."""
+    name = f"labs.findings.{lab.replace('-', '_')}"
+    if importlib.util.find_spec(name) is None:
+        return ReportParts()
+    parts = importlib.import_module(name).PARTS
+    if not isinstance(parts, ReportParts):
+        raise TypeError(f"{name}.PARTS is no ReportParts")
+    return parts
+
+
+def answers(run: JudgedRun) -> dict[str, str]:
+    """Question id -> the answer of this run, of those it can give."""
+    known = parts_of(run.lab.name).answers
+    given = {id: known[id](run) for id in run.lab.answers if id in known}
+    return {id: text for id, text in given.items() if text}

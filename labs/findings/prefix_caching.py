@@ -1,0 +1,180 @@
+"""What sharing a prefix gains, where the time to the first token goes, and whether a stranger can
+tell a cached prompt by its timing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from labs.filing.results import Finding
+from labs.findings.context import Context, JudgedRun
+from labs.findings.parts import Conclusion, ReportParts
+from labs.judging.judge import Interval, effect
+from labs.judging.text import number, sentences
+from labs.lab import Point
+from serving import metrics
+
+SALTED = "a `cache_salt` each"
+TELLS_BELOW = 0.9  # a ratio of times this far from 1 can be told from a few requests
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A stranger's prompts, timed where a victim had asked them before and where nobody had."""
+
+    salting: str
+    known_median_s: float
+    fresh_median_s: float
+    ratio: Interval  # known / fresh
+    low: float
+    high: float
+
+    @property
+    def tells(self) -> bool:
+        return self.high < 1 and self.ratio.value < TELLS_BELOW
+
+
+@dataclass(frozen=True)
+class TimingLeak:
+    """Whether a stranger can tell by timing what was asked before, without and with a salt."""
+
+    prompt_tokens: int
+    timed: tuple[Timed, ...]
+
+    @property
+    def passed(self) -> bool | None:
+        """None where not both, without a salt and with one, were timed."""
+        salted = next((t for t in self.timed if t.salting == SALTED), None)
+        return not salted.tells if salted and len(self.timed) == 2 else None
+
+
+def timing_leak(context: Context) -> TimingLeak | None:
+    """The time to the first token of known prompts over fresh ones, paired by round; None where it
+    was not asked.
+    """
+    variants = context.lab.variants
+    probe = next((p for v in variants if (p := context.folder.probed("salt", v.name))), None)
+    if probe is None:
+        return None
+    timed = []
+    for name, salting in (("shared", "no salt"), ("salted", SALTED)):
+        known, fresh = (
+            dict(enumerate(probe["took_s"][f"{name}, {state}"])) for state in ("known", "fresh")
+        )
+        measured = effect(known, fresh)
+        if measured is None or measured.ratio.low is None or measured.ratio.high is None:
+            continue
+        timed.append(
+            Timed(
+                salting=salting,
+                known_median_s=float(np.median(list(known.values()))),
+                fresh_median_s=float(np.median(list(fresh.values()))),
+                ratio=measured.ratio,
+                low=measured.ratio.low,
+                high=measured.ratio.high,
+            )
+        )
+    return TimingLeak(probe["prompt_tokens"], tuple(timed))
+
+
+def tell_timing(facts: TimingLeak | None) -> Finding:
+    title = "Does the cache tell tenants about each other?"
+    if facts is None:
+        return Finding(title=title, lines=["Not asked."])
+    rows = [["Stranger's prompt", "Asked before by the victim", "Never asked", "Ratio", "95 %"]]
+    rows += [
+        [
+            t.salting,
+            number(t.known_median_s, "s"),
+            number(t.fresh_median_s, "s"),
+            f"{t.ratio.value:.2f}x",
+            f"{t.low:.2f} to {t.high:.2f}",
+        ]
+        for t in facts.timed
+    ]
+    paired = "Medians of single requests, paired by round; the ratio is of their logarithms."
+    lines = [*stranger_sentences(facts), paired]
+    return Finding(title=title, rows=rows, lines=lines, passed=facts.passed)
+
+
+def stranger_sentences(facts: TimingLeak) -> list[str]:
+    return [
+        f"With {t.salting}, a stranger {'can' if t.tells else 'cannot'} tell by timing that a"
+        f" prompt of {facts.prompt_tokens} tokens was asked before."
+        for t in facts.timed
+    ]
+
+
+TIMING_LEAK = Conclusion("timing-leak", timing_leak, tell_timing)
+
+# ------------------------------------------------------------------------------------ the answers
+
+
+def sharing(run: JudgedRun) -> str | None:
+    shared = [
+        f"{ratio} with {text}"
+        for claim, text in (
+            ("ttft-share-50", "half of the prompt shared"), ("ttft-share-90", "nine tenths"),
+            ("ttft-share-97", "all but a question"),
+        )
+        if (ratio := run.ratio(claim))
+    ]  # fmt: skip
+    if not shared:
+        return None
+    rest = [
+        f"{text} {ratio}"
+        for claim, text in (
+            ("thrash", "TTFT with more prefixes than the cache holds:"),
+            ("cost", "throughput where nothing is shared:"),
+        )
+        if (ratio := run.ratio(claim))
+    ]
+    return sentences([f"the more is shared: TTFT is {', '.join(shared)}", *rest])
+
+
+def where_to_look(run: JudgedRun) -> str | None:
+    """Splits the time to the first token into queue and prefill, as the engine counts them."""
+    parts = []
+    for variant, workload, users, text in (
+        ("off", "share-90", 1, "one prompt at a time, nothing cached"),
+        ("off", "share-90", 4, "four at once"),
+        ("on", "share-90", 1, "one at a time, its prefix cached"),
+    ):
+        point = run.point(variant, workload, f"concurrent:{users}")
+        if point is None:
+            return None
+        queue_s = _engine_mean_s(run, point, metrics.QUEUE_TIME)
+        prefill_s = _engine_mean_s(run, point, metrics.PREFILL_TIME)
+        if queue_s is None or prefill_s is None:
+            return None
+        parts.append(f"{text}, {number(queue_s, 's')} and {number(prefill_s, 's')}")
+    return (
+        "At the engine's own split, mean time in its queue and in prefill: "
+        + "; ".join(parts)
+        + "."
+        " A long queue is load; a long prefill is a long prompt, a cold cache, or neighbours that"
+        " are prefilled in the same steps."
+    )
+
+
+def _engine_mean_s(context: Context, point: Point, histogram: str) -> float | None:
+    histograms = [
+        trial.engine.histograms[histogram]
+        for _, _, trial in context.folder.trials([point], context.lab)
+        if trial and trial.engine and histogram in trial.engine.histograms
+    ]
+    count = sum(h.count for h in histograms)
+    return sum(h.sum for h in histograms) / count if count else None
+
+
+def leak_by_time(run: JudgedRun) -> str | None:
+    leak = TIMING_LEAK.facts_of(run)
+    return " ".join(stranger_sentences(leak)) or None if leak else None
+
+
+PARTS = ReportParts(
+    conclusions=(TIMING_LEAK,),
+    answers={"SO-4": sharing, "IP-5": where_to_look, "SA-4": leak_by_time},
+)

@@ -1,0 +1,146 @@
+"""What quantization costs in quality, as every lab that asks the quality probe tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from labs.filing.results import Finding
+from labs.findings.context import Context, JudgedRun
+from labs.findings.parts import Conclusion
+from labs.judging.evaluation import Answers
+from labs.judging.quality import SOURCES, QualityFigure, compare, gate
+
+Figures = list[QualityFigure]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Every variant that was asked beside the first, the base, and the base beside itself."""
+
+    base: str
+    treatments: Mapping[str, Figures]  # none where the probe did not run
+    again: Figures | None  # the base asked twice: the gate's own false alarms
+
+
+def asked(context: Context, variant: str) -> list[Answers]:
+    """What a variant answered to the quality probe, each time that it was asked."""
+    probe = context.folder.probed("quality", variant)
+    return [Answers.model_validate(a) for a in probe["answers"]] if probe else []
+
+
+def compared(context: Context) -> Quality:
+    base, *treatments = (v.name for v in context.lab.variants)
+    first = asked(context, base)
+    figures = {
+        name: compare(first[0], answers[0])
+        for name in treatments
+        if first and (answers := asked(context, name))
+    }
+    again = compare(first[0], first[1]) if len(first) > 1 else None
+    return Quality(base, figures, again)
+
+
+def tell_quality(facts: Quality) -> Finding:
+    """Every variant against the first, with the gate of ME-2 and its false alarms."""
+    if not facts.treatments:
+        return Finding(title="Quality", lines=["Not asked: the probe did not run."])
+    columns = {
+        **({f"{facts.base} again": facts.again} if facts.again else {}), **facts.treatments
+    }  # fmt: skip
+    first = next(iter(facts.treatments.values()))
+    rows = [["Figure", f"`{facts.base}`", *(f"`{name}`" for name in columns)]]
+    for figure in (f for f in first if f.where in ("", "baseline")):
+        if figure.where == "baseline":
+            rows.append(_level_row(figure, columns))
+        else:
+            unit = "" if figure.unit == "1" else f", {figure.unit}"
+            rows.append([figure.name.replace("_", " ") + unit, "", *(
+                with_interval(figure_of(figures, figure.name)) for figures in columns.values()
+            )])  # fmt: skip
+    rows.append(["**gate**", "", *(f"**{gate(f)[0]}**" for f in columns.values())])
+    lines = [
+        f"`{name}`: {gate(figures)[0]}; "
+        + ", ".join(f"{v.figure.name.replace('_', ' ')} {v.outcome}" for v in gate(figures)[1])
+        + "."
+        for name, figures in columns.items()
+    ]
+    n = {f.name: f.n for f in first if f.where == ""}
+    lines.append(
+        f"Asked on the served engine: {n['perplexity_ratio']:,} tokens of held-out text scored,"
+        f" {n['needle_retrieval_difference']} needles and {n['task_accuracy_difference']} tasks."
+        " Sources: "
+        + ", ".join(
+            f"{name.replace('_', ' ')} ({source.replace(';', ',')})"
+            for name, source in SOURCES.items()
+            if name != "perplexity_ratio"
+        )
+        + "."
+    )
+    lines.append(
+        "The gate passes when the whole interval keeps a margin (perplexity at most 2 % up, needles"
+        " and tasks at most 5 points down), fails when the whole interval breaks it, and is"
+        " undecided in between. Intervals are of 95 %, over passages or questions, paired."
+        + (
+            f" `{facts.base} again` is the same engine asked twice: its own false alarms."
+            if facts.again
+            else ""
+        )
+    )
+    return Finding(title="Quality", rows=rows, lines=lines)
+
+
+def figure_of(figures: Figures, name: str, where: str = "") -> QualityFigure:
+    """The figure of that name, over all texts or where it says."""
+    return next(f for f in figures if (f.name, f.where) == (name, where))
+
+
+def with_interval(figure: QualityFigure) -> str:
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.3g}"
+    return f"{figure.value:.3g} ({figure.low:.3g} to {figure.high:.3g})"
+
+
+def _level_row(figure: QualityFigure, columns: Mapping[str, Figures]) -> list[str]:
+    treated = [figure_of(figures, figure.name, "treatment") for figures in columns.values()]
+    cells = [f"{f.value:.3g}" for f in treated]
+    return [figure.name.replace("_", " "), f"{figure.value:.3g}", *cells]
+
+
+QUALITY = Conclusion("quality", compared, tell_quality)
+
+# ------------------------------------------------------------------------------------ in answers
+
+
+def in_brief(figures: Figures) -> str:
+    """A variant's quality beside the base's, in a clause."""
+    perplexity = figure_of(figures, "perplexity_ratio").value - 1
+    needles = figure_of(figures, "needle_retrieval_difference").value
+    return (
+        f"perplexity {perplexity:+.1%}, needles found {100 * needles:+.0f} points, the gate says"
+        f" *{gate(figures)[0]}*"
+    )
+
+
+def treatments_of(run: JudgedRun) -> Mapping[str, Figures]:
+    """Variant -> its figures beside the base's; none where quality was not asked."""
+    quality = QUALITY.facts_of(run)
+    return quality.treatments if quality else {}
+
+
+def quality_gate(run: JudgedRun) -> str | None:
+    """ME-2: what the gate says of every variant."""
+    quality = QUALITY.facts_of(run)
+    if not quality or not quality.treatments:
+        return None
+    gates = ", ".join(f"`{name}` {gate(f)[0]}" for name, f in quality.treatments.items())
+    again = (
+        f" {quality.base} asked twice: {gate(quality.again)[0]}, which is what a"
+        " gate without false alarms says."
+        if quality.again
+        else ""
+    )
+    return (
+        f"Paired with {quality.base} over the same passages and questions, with intervals:"
+        f" {gates}.{again}"
+    )

@@ -1,0 +1,118 @@
+"""Tool against tool, and text against text, on the same passages and questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from labs.filing.results import Finding
+from labs.findings.context import Context, JudgedRun
+from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.quality import (
+    QUALITY,
+    Figures,
+    asked,
+    figure_of,
+    in_brief,
+    quality_gate,
+    treatments_of,
+    with_interval,
+)
+from labs.findings.weights import WEIGHTS, draw_tradeoff
+from labs.judging.quality import compare
+from labs.judging.text import sentences
+
+TOOLS = (
+    ("gptqmodel", "auto-gptq", "GPTQ: GPTQModel, the heir, against AutoGPTQ"),
+    ("w4a16-gptq", "auto-gptq", "GPTQ: llm-compressor against AutoGPTQ"),
+    ("w4a16-awq", "autoawq", "AWQ: llm-compressor against AutoAWQ"),
+    ("w4a16-awq", "w4a16-gptq", "One tool: AWQ against GPTQ"),
+    ("w4a16-gptq", "w4a16-rtn", "One tool: GPTQ against rounding to nearest"),
+    ("w4a16-awq", "w4a16-rtn", "One tool: AWQ, with zero points, against rounding to nearest"),
+    ("w4a16-gptq-code", "w4a16-gptq", "One tool: calibrated on code against on prose"),
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One variant's quality beside another's."""
+
+    one: str
+    other: str
+    title: str
+    figures: Figures  # the first's against the second's
+
+    @property
+    def better(self) -> str | None:
+        """Whose perplexity is lower; None where the interval includes both."""
+        ratio = figure_of(self.figures, "perplexity_ratio")
+        if ratio.low is None or ratio.high is None or ratio.low <= 1 <= ratio.high:
+            return None
+        return self.one if ratio.value < 1 else self.other
+
+
+def compared_tools(context: Context) -> tuple[Compared, ...]:
+    answers = {v.name: asked(context, v.name) for v in context.lab.variants}
+    return tuple(
+        Compared(one, other, title, compare(theirs[0], ours[0]))
+        for one, other, title in TOOLS
+        if (ours := answers.get(one)) and (theirs := answers.get(other))
+    )
+
+
+def tell_tools(facts: tuple[Compared, ...]) -> Finding:
+    rows = [["Compared", "Perplexity ratio", "Top-1 agreement", "Needles", "Tasks"]]
+    names = ("perplexity_ratio", "top1_agreement", "needle_retrieval_difference",
+             "task_accuracy_difference")  # fmt: skip
+    rows += [
+        [pair.title, *(with_interval(figure_of(pair.figures, name)) for name in names)]
+        for pair in facts
+    ]
+    return Finding(
+        title="Tool against tool, text against text",
+        rows=rows,
+        lines=[
+            *(better_sentence(pair) for pair in facts),
+            "Ratios and differences are the first against the second; intervals of 95 %, paired"
+            " over passages or questions. Held-out text is prose that no tool has seen.",
+        ],
+    )
+
+
+def better_sentence(pair: Compared) -> str:
+    if pair.better is None:
+        return f"{pair.title}: no difference in perplexity is shown."
+    return f"{pair.title}: `{pair.better}` keeps the lower perplexity."
+
+
+TOOLS_COMPARED = Conclusion("tools", compared_tools, tell_tools)
+
+# ------------------------------------------------------------------------------------ the answers
+
+
+def worth(run: JudgedRun) -> str | None:
+    """What GPTQ and AWQ are worth beside rounding to nearest."""
+    treatments = treatments_of(run)
+    if "w4a16-rtn" not in treatments:
+        return None
+    parts = [
+        f"{name}: {in_brief(treatments[made])}"
+        for made, name in (
+            ("w4a16-rtn", "4 bits rounded to nearest"), ("w4a16-gptq", "GPTQ"),
+            ("w4a16-awq", "AWQ (with zero points)"),
+        )
+        if made in treatments
+    ]  # fmt: skip
+    eight = " SmoothQuant beside 8 bits rounded to nearest is `make lab-weight-quantization`'s."
+    return f"All beside BF16. {sentences(parts)}{eight}"
+
+
+def tools(run: JudgedRun) -> str | None:
+    facts = TOOLS_COMPARED.facts_of(run)
+    return " ".join(better_sentence(pair) for pair in facts) or None if facts else None
+
+
+PARTS = ReportParts(
+    conclusions=(TOOLS_COMPARED, QUALITY, WEIGHTS),
+    answers={"CO-3": worth, "CO-7": tools, "ME-2": quality_gate},
+    plots={"tradeoff": draw_tradeoff},
+)

@@ -1,0 +1,429 @@
+"""What speculation guessed right, what that gained, and whether the text is the same."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from dashboards.palette import VARIANTS
+from labs import theory
+from labs.filing.results import Finding
+from labs.findings.context import Context, JudgedRun
+from labs.findings.drawing import GREY, plt
+from labs.findings.parts import Conclusion, ReportParts
+from labs.judging.text import number, short
+from labs.lab import Point
+from serving import metrics
+
+
+def speculations(context: Context) -> list[tuple[Point, dict[str, Any]]]:
+    """The points that speculate, with their configuration."""
+    configured = [(point, point.flags.speculative_config) for point in context.points]
+    return [(point, config) for point, config in configured if config]
+
+
+# -------------------------------------------------------------------------- what was accepted
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What came of the drafts at one point."""
+
+    where: str
+    shares: tuple[float, ...]  # of the drafts, accepted as far as position 1, 2, ...
+    tokens_per_step: float
+    tokens_at_constant_share: float  # had every position the first one's share
+    wasted_share: float | None  # of the drafted tokens
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The draft model that was made, as its maker measured it on held-out text."""
+
+    layers: int
+    guessed_share: float
+    guessed_untrained_share: float
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What was accepted at every point that speculates, and who drafted."""
+
+    points: tuple[Accepted, ...]
+    draft: Draft | None
+
+
+def accepted_at(context: Context, point: Point) -> list[float]:
+    """The share of drafts whose token at each position was accepted, all repeats together."""
+    engines = [
+        trial.engine.values
+        for _, _, trial in context.folder.trials([point], context.lab)
+        if trial and trial.engine
+    ]
+    drafts = sum(values.get(metrics.SPEC_DRAFTS, 0.0) for values in engines)
+    shares: list[float] = []
+    while drafts and any(metrics.position(len(shares)) in values for values in engines):
+        name = metrics.position(len(shares))
+        shares.append(sum(values.get(name, 0.0) for values in engines) / drafts)
+    return shares
+
+
+def acceptance(context: Context) -> Acceptance:
+    """Acceptance by position beside the formula's single probability."""
+    points = []
+    for point, config in speculations(context):
+        shares, length = accepted_at(context, point), context.mean(point, "acceptance_length")
+        if not shares or length is None:
+            continue
+        rate = context.mean(point, "acceptance_rate")
+        points.append(
+            Accepted(
+                where=short(point.key, context.lab),
+                shares=tuple(shares),
+                tokens_per_step=length,
+                tokens_at_constant_share=theory.accepted_length(
+                    shares[0], config["num_speculative_tokens"]
+                ),
+                wasted_share=None if rate is None else 1 - rate,
+            )
+        )
+    about = context.run.about.get("draft", {})
+    draft = None
+    if "acceptance_untrained" in about:
+        draft = Draft(about["layers"], about["acceptance"], about["acceptance_untrained"])
+    return Acceptance(tuple(points), draft)
+
+
+def tell_acceptance(facts: Acceptance) -> Finding:
+    rows = [["Point", "Accepted at position 1, 2, ...", "Tokens a step", "At constant a", "Wasted"]]
+    rows += [
+        [
+            p.where,
+            ", ".join(f"{share:.2f}" for share in p.shares),
+            f"{p.tokens_per_step:.2f}",
+            f"{p.tokens_at_constant_share:.2f}",
+            "–" if p.wasted_share is None else f"{p.wasted_share:.0%}",
+        ]
+        for p in facts.points
+    ]
+    made = [
+        f"The draft has {draft.layers} of the target's layers and guessed"
+        f" {draft.guessed_share:.0%} of held-out tokens. Cut out and not trained, it guessed"
+        f" {draft.guessed_untrained_share:.1%}: without distillation a small model of the same"
+        " shape is only a burden."
+    ] if (draft := facts.draft) else []  # fmt: skip
+    return Finding(
+        title="What was accepted",
+        rows=rows,
+        lines=[
+            *made,
+            "A position counts as accepted when it and all before it were. *At constant a* is"
+            " (1 - a^(g+1)) / (1 - a) with a of the first position: where later positions do better"
+            " than a to the power of theirs, guesses come in runs. *Wasted* is the share of drafted"
+            " tokens thrown away.",
+            "An n-gram that finds nothing to copy drafts nothing in that step; such steps are not"
+            " counted here.",
+        ],
+    )
+
+
+ACCEPTANCE = Conclusion("acceptance", acceptance, tell_acceptance)
+
+# ------------------------------------------------------------------------------- what it gained
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """A speculating point: its speed-up as measured, and as Leviathan's formula explains it.
+
+    The costs are in steps of the target at the same batch; None where a part was not measured.
+    """
+
+    point: Point
+    where: str
+    measured: float
+    tokens_per_step: float | None
+    draft_cost: float | None
+    verify_cost: float | None
+    explained: float | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The speed-up of a variant on a workload over the requests in flight."""
+
+    variant: str
+    workload: str
+    loads: tuple[int, ...]
+    speed_ups: tuple[float, ...]
+
+    @property
+    def turn(self) -> tuple[float, bool] | None:
+        """(the load at which the speed-up first crosses 1, whether it gains there or loses)."""
+        measured = zip(self.loads, self.speed_ups, strict=True)
+        for (n, before), (m, after) in pairwise(measured):
+            if (before - 1) * (after - 1) < 0:
+                share = (1 - before) / (after - before)
+                return 2 ** (math.log2(n) + share * math.log2(m / n)), after > 1
+        return None
+
+
+@dataclass(frozen=True)
+class SpeedUps:
+    """Every speculating point that was measured beside the plain engine."""
+
+    points: tuple[SpeedUp, ...]
+
+    @property
+    def curves(self) -> list[Curve]:
+        at: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        for p in self.points:
+            kind = (p.point.variant.name, p.point.workload.name)
+            at.setdefault(kind, []).append((p.point.load.users, p.measured))
+        return [Curve(*kind, *zip(*sorted(measured), strict=True)) for kind, measured in at.items()]
+
+
+def speed_ups(context: Context) -> SpeedUps:
+    """TPOT without / with speculation, and Leviathan's formula with measured parts.
+
+    v is read off the plain engine's own TPOT over concurrency (linear between the loads measured,
+    nothing beyond them), c off the draft served alone, by the engine's clock: at a millisecond a
+    step tokens reach the client in clumps. A step's tokens are the engine's count over all steps:
+    an n-gram's steps without a draft count as steps of one token.
+    """
+    plain = {
+        p.load.users: tpot_s
+        for p in context.points
+        if p.variant.name == "none" and (tpot_s := context.mean(p, "tpot_mean_s"))
+        and p.workload.name in ("story", "crowd")
+    }  # fmt: skip
+    loads = sorted(plain)
+    alone_s = [
+        s for p in context.points if p.variant.weights == "draft" and (s := step_s(context, p))
+    ]
+    single = context.point("none", "story", "concurrent:1")
+    target_s = step_s(context, single) if single else None
+    measured = []
+    for point, config in speculations(context):
+        base = context.point("none", point.workload.name, str(point.load))
+        plain_s = context.mean(base, "tpot_mean_s") if base else None
+        tpot_s = context.mean(point, "tpot_mean_s")
+        if not plain_s or not tpot_s:
+            continue
+        g, batch = config["num_speculative_tokens"], point.load.users
+        verify = draft = explained = None
+        if loads and loads[0] <= batch and batch * (g + 1) <= loads[-1]:
+            many, few = np.interp([batch * (g + 1), batch], loads, [plain[n] for n in loads])
+            verify = float(many / few)
+        if config["method"] == "ngram":
+            draft = 0.0
+        elif alone_s and target_s:
+            draft = alone_s[0] / target_s
+        length = tokens_a_step(context, point)
+        if length and verify is not None and draft is not None:
+            explained = length / (g * draft + verify)
+        where = short(point.key, context.lab)
+        measured.append(SpeedUp(point, where, plain_s / tpot_s, length, draft, verify, explained))
+    return SpeedUps(tuple(measured))
+
+
+def step_s(context: Context, point: Point) -> float | None:
+    """Mean time between a sequence's steps, by the engine's own clock."""
+    steps = [
+        trial.engine.histograms[metrics.ITL]
+        for _, _, trial in context.folder.trials([point], context.lab)
+        if trial and trial.engine and metrics.ITL in trial.engine.histograms
+    ]
+    count = sum(h.count for h in steps)
+    return sum(h.sum for h in steps) / count if count else None
+
+
+def tokens_a_step(context: Context, point: Point) -> float | None:
+    """Output tokens a decode step and sequence, steps that drafted nothing included.
+
+    Each of those steps is one sample of the engine's inter-token latency. Its counter of accepted
+    tokens would say too much: it takes in those that an answer's end cuts off its last draft.
+    """
+    tokens = steps = 0.0
+    for _, _, trial in context.folder.trials([point], context.lab):
+        if trial and trial.engine and metrics.ITL in trial.engine.histograms:
+            first = trial.engine.histograms[metrics.TTFT].count
+            tokens += trial.engine.values[metrics.GENERATION_TOKENS] - first
+            steps += trial.engine.histograms[metrics.ITL].count
+    return tokens / steps if steps else None
+
+
+def tell_speed_up(facts: SpeedUps) -> Finding:
+    """Measured beside the formula with measured parts, and where it crosses 1."""
+    rows = [["Point", "Speed-up", "Tokens a step", "c", "v", "Tokens / (g c + v)"]]
+    rows += [
+        [
+            p.where,
+            f"{p.measured:.2f}x",
+            number(p.tokens_per_step),
+            number(p.draft_cost),
+            number(p.verify_cost),
+            "–" if p.explained is None else f"{p.explained:.2f}x",
+        ]
+        for p in facts.points
+    ]
+    return Finding(
+        title="Where does it win?",
+        rows=rows,
+        lines=[
+            *turn_sentences(facts),
+            "Speed-up is TPOT without / with speculation at the same load. c is a step of the draft"
+            " served alone over one of the target, both at one stream, by the engine's clock; v is"
+            " the plain engine's TPOT at B (g + 1) over that at B. What the last column leaves of"
+            " the first is proposing and rejecting: sampling, bookkeeping, and starting the draft.",
+        ],
+    )
+
+
+def turn_sentences(facts: SpeedUps) -> list[str]:
+    """Where each curve wins, loses, or turns from the one to the other."""
+    lines = []
+    for curve in facts.curves:
+        loads = curve.loads
+        where = f"at every load from {loads[0]} to {loads[-1]}" if loads[1:] else f"at {loads[0]}"
+        of = f"`{curve.variant}` on {curve.workload}"
+        if all(r > 1 for r in curve.speed_ups):
+            lines.append(f"{of}: faster {where} in flight.")
+        elif all(r <= 1 for r in curve.speed_ups):
+            lines.append(f"{of}: slower {where} in flight.")
+        elif turn := curve.turn:
+            users, gains = turn
+            turns = "starts to win" if gains else "starts to lose"
+            lines.append(f"{of}: {turns} at about {users:.0f} in flight.")
+    return lines
+
+
+SPEED_UP = Conclusion("speed-up", speed_ups, tell_speed_up)
+
+# ------------------------------------------------------------------------- is it the same text
+
+
+@dataclass(frozen=True)
+class SameText:
+    """How many answers of a point equal the plain engine's, with a Wilson interval of 95 %."""
+
+    where: str
+    compared: int
+    same: int
+    low_share: float
+    high_share: float
+
+
+def same_text(context: Context) -> tuple[SameText, ...]:
+    """Answers beside those of the plain engine at one stream, character for character.
+
+    The same requests with the same index are compared.
+    """
+    texts: dict[str, dict[tuple[int, int], str]] = {}
+    for point, result, trial in context.folder.trials(context.points, context.lab):
+        if trial and point.workload.keep_text:
+            texts.setdefault(point.key, {}).update(
+                {(result.repeat, r.index): r.text for r in trial.records if r.text is not None}
+            )
+    points = []
+    for point in context.points:
+        base = context.point("none", point.workload.name, "concurrent:1")
+        if base is None or base.key == point.key or point.key not in texts:
+            continue
+        ours, theirs = texts[point.key], texts.get(base.key, {})
+        both = sorted(ours.keys() & theirs.keys())
+        same = sum(ours[key] == theirs[key] for key in both)
+        if both:
+            wilson = stats.binomtest(same, len(both)).proportion_ci(method="wilson")
+            where = short(point.key, context.lab)
+            points.append(SameText(where, len(both), same, float(wilson.low), float(wilson.high)))
+    return tuple(points)
+
+
+def tell_same_text(facts: tuple[SameText, ...]) -> Finding:
+    rows = [["Point", "Answers compared", "The same", "95 % interval"]]
+    rows += [
+        [p.where, str(p.compared), f"{p.same / p.compared:.0%}",
+         f"{p.low_share:.0%} to {p.high_share:.0%}"]
+        for p in facts
+    ]  # fmt: skip
+    return Finding(
+        title="Is it the same text?",
+        rows=rows,
+        lines=[
+            "Greedy answers compared with those of the plain engine, one at a time. Rows of `none`"
+            " speculate nothing: what differs there is the arithmetic of another batch size (BF16"
+            " sums in another order, and a near tie between two tokens falls the other way), and so"
+            " it does where a verification puts g + 1 tokens in one step.",
+        ],
+    )
+
+
+SAME_TEXT = Conclusion("same-text", same_text, tell_same_text)
+
+# --------------------------------------------------------------------- its answer and its plot
+
+
+def speculation_wins(run: JudgedRun) -> str | None:
+    facts = SPEED_UP.facts_of(run)
+    if not facts or not facts.points:
+        return None
+    best = max(facts.points, key=lambda p: p.measured)
+    where = f"{best.point.workload.name}, {best.point.load.users} in flight"
+    turns = " ".join(turn_sentences(facts))
+    return f"Most: {best.measured:.2f}x by `{best.point.variant.name}` on {where}. {turns}"
+
+
+def draw_speculation(run: JudgedRun) -> str | None:
+    """Acceptance by position, and the speed-up over load, measured and explained."""
+    points = run.once(speed_ups).points
+    if not points:
+        return None
+    _, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    kinds = list(dict.fromkeys((p.point.variant.name, p.point.workload.name) for p in points))
+    marks = dict(zip(dict.fromkeys(w for _, w in kinds), "os^D", strict=False))
+    colours = dict(zip(dict.fromkeys(v for v, _ in kinds), VARIANTS, strict=False))
+    for kind in kinds:
+        variant, workload = kind
+        mine = sorted(
+            (p for p in points if (p.point.variant.name, p.point.workload.name) == kind),
+            key=lambda p: p.point.load.users,
+        )
+        style = {"color": colours[variant], "marker": marks[workload]}
+        at = accepted_at(run, mine[0].point)
+        axes[0].plot(range(1, len(at) + 1), at, **style, label=f"{variant}, {workload}")
+        x = [p.point.load.users for p in mine]
+        axes[1].plot(x, [p.measured for p in mine], **style, label=f"{variant}, {workload}")
+        explained = [np.nan if p.explained is None else p.explained for p in mine]
+        axes[1].plot(x, explained, **style, ls="none", mfc="none", ms=10)
+    axes[0].set_xlabel("position drafted")
+    axes[0].set_ylabel("share of drafts accepted that far")
+    axes[0].set_ylim(0, 1.05)
+    longest = max(len(accepted_at(run, p.point)) for p in points)
+    axes[0].set_xticks(range(1, longest + 1))
+    axes[1].axhline(1, color=GREY, lw=1)
+    axes[1].set_xscale("log", base=2)
+    users = sorted({p.point.load.users for p in points})
+    axes[1].set_xticks(users, [str(n) for n in users])
+    axes[1].set_xlabel("requests in flight")
+    axes[1].set_ylabel("speed-up (TPOT without / with)")
+    axes[1].set_ylim(bottom=0)
+    axes[1].plot([], [], "o", color=GREY, mfc="none", ms=10, label="formula, measured parts")
+    axes[1].legend(frameon=False, fontsize=8)
+    return (
+        "Left: how far ahead guesses are right, at one stream. Right: what that gains; below 1"
+        " speculation loses. Open marks are Leviathan's formula with acceptance, draft cost and"
+        " verification cost as measured."
+    )
+
+
+PARTS = ReportParts(
+    conclusions=(ACCEPTANCE, SPEED_UP, SAME_TEXT),
+    answers={"SO-5": speculation_wins},
+    plots={"speculation": draw_speculation},
+)

@@ -1,0 +1,253 @@
+"""What weights of fewer bits weigh, gain and cost, and which activations stand in their way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from labs.filing.results import Finding
+from labs.findings.context import Context, JudgedRun
+from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.quality import (
+    QUALITY,
+    Quality,
+    compared,
+    figure_of,
+    in_brief,
+    quality_gate,
+    treatments_of,
+    with_interval,
+)
+from labs.findings.weights import WEIGHTS, draw_tradeoff
+from labs.judging.quality import over_clusters
+from labs.judging.text import number, sentences
+
+BASE = "bf16"
+INPUTS = {
+    "q_proj": "attention's input", "o_proj": "attention's output", "gate_proj": "MLP's input",
+    "down_proj": "MLP's middle",
+}  # fmt: skip
+
+# -------------------------------------------------------------------------- the outlier problem
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding to 8 bits in one way makes of perplexity."""
+
+    how: str
+    perplexity: float
+    ratio: float  # to that of nothing rounded
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How far the channels of what enters the linear layers of one kind stand out."""
+
+    of: str
+    largest_over_median: float  # channel, in the worst layer
+    mean_kurtosis: float
+    max_kurtosis: float
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """CO-2: which activations are outliers, and what 8-bit rounding makes of them."""
+
+    roundings: Mapping[str, Rounding]
+    inputs: tuple[Inputs, ...]
+
+    def ratio(self, scales: str) -> float:
+        """How many times the perplexity with scales for the activations by tensor or token."""
+        return self.roundings[f"activations by {scales}, weights by channel"].ratio
+
+
+def outliers(context: Context) -> Outliers | None:
+    """None where the study was not made."""
+    about = context.run.about.get("outliers", {})
+    if "loss_nats" not in about:
+        return None
+    sizes, plain = about["passages_tokens"], about["loss_nats"]["none"]
+    roundings = {}
+    for how, nats in about["loss_nats"].items():
+        lost = over_clusters([n - p for n, p in zip(nats, plain, strict=True)], sizes)
+        low, high = (lost.low, lost.high) if how != "none" else (None, None)
+        roundings[how] = Rounding(
+            how=how,
+            perplexity=math.exp(sum(nats) / sum(sizes)),
+            ratio=math.exp(lost.value),
+            low=None if low is None else math.exp(low),
+            high=None if high is None else math.exp(high),
+        )
+    inputs = tuple(
+        Inputs(
+            title, of["largest_over_median_max"], of["kurtosis_mean"], of["kurtosis_max"]
+        )
+        for kind, title in INPUTS.items()
+        if (of := about["inputs"].get(kind))
+    )  # fmt: skip
+    return Outliers(roundings, inputs)
+
+
+def tell_outliers(facts: Outliers | None) -> Finding:
+    title = "What is the outlier problem?"
+    if facts is None:
+        return Finding(title=title, lines=["Not studied."])
+    rows = [["Rounded to 8 bits", "Perplexity", "Ratio to none rounded", "95 % interval"]]
+    for r in facts.roundings.values():
+        known = r.low is not None and r.high is not None
+        beside = [f"{r.ratio:.3f}", f"{r.low:.3f} to {r.high:.3f}"] if known else ["–", "–"]
+        rows.append([r.how, f"{r.perplexity:.2f}", *beside])
+    seen = "; ".join(
+        f"{i.of}: {i.largest_over_median:,.0f} times the median channel, kurtosis"
+        f" {i.mean_kurtosis:,.0f} on average and {i.max_kurtosis:,.0f} at most"
+        for i in facts.inputs
+    )
+    lines = [
+        f"The largest channel of what enters the linear layers, in the worst layer: {seen}. A"
+        " normal distribution has kurtosis 3.",
+        scales_sentence(facts),
+        "Simulated in float32 on the model itself, on the held-out text, a third of it for the"
+        " scales; intervals are paired over passages. The quality of what is served is below.",
+    ]
+    return Finding(title=title, rows=rows, lines=lines)
+
+
+def scales_sentence(facts: Outliers) -> str:
+    return (
+        f"One scale for a whole tensor multiplies perplexity by {facts.ratio('tensor'):.2f};"
+        " dividing the channels by their sizes first (SmoothQuant) by"
+        f" {facts.ratio('tensor, smoothed'):.2f}; a scale for each token, which the"
+        f" served W8A8 has, by {facts.ratio('token'):.3f}."
+    )
+
+
+OUTLIERS = Conclusion("outliers", outliers, tell_outliers)
+
+# ------------------------------------------------------------------ needles by length and depth
+
+
+def tell_needles(facts: Quality) -> Finding:
+    """Retrieval by length and depth: the change of the share found."""
+    title, treatments = "Needles by length and depth", facts.treatments
+    if not treatments:
+        return Finding(title=title, lines=["Not asked."])
+    first = next(iter(treatments.values()))
+    name = "needle_retrieval_difference"
+    places = [f.where for f in first if f.name == name and f.where]
+    rows = [["Where", *(f"`{variant}`" for variant in treatments)]]
+    rows += [
+        [where, *(with_interval(figure_of(f, name, where)) for f in treatments.values())]
+        for where in places
+    ]
+    lines = ["The change of the share of needles found, against the first variant."]
+    return Finding(title=title, rows=rows, lines=lines)
+
+
+NEEDLES = Conclusion("needles", compared, tell_needles)
+
+# ------------------------------------------------------------------------------------ the answers
+
+
+def winners(run: JudgedRun) -> str | None:
+    """The variants' throughput beside the base's, load by load."""
+    loads = next((w.loads for w in run.lab.workloads if w.name == "decode"), ())
+    parts = []
+    for load in loads:
+        rates = {
+            v.name: rate
+            for v in run.lab.variants
+            if (rate := run.mean_at(v.name, "decode", load.users, "output_tokens_per_s"))
+        }
+        if BASE not in rates or len(rates) < 2:
+            return None
+        order = sorted(rates, key=lambda name: -rates[name])
+        ratios = (f"`{n}` {rates[n] / rates[BASE]:.2f}x" for n in order if n != BASE)
+        parts.append(f"{load.users} in flight: {', '.join(ratios)}")
+    return (
+        f"Throughput beside BF16's, the fastest first. {sentences(parts)} An 8-bit KV cache is the"
+        " KV quantization lab's."
+    )
+
+
+def outlier_problem(run: JudgedRun) -> str | None:
+    facts = OUTLIERS.facts_of(run)
+    return scales_sentence(facts) if facts else None
+
+
+def recipes(run: JudgedRun) -> str | None:
+    treatments = treatments_of(run)
+    pairs = (
+        ("w8a8", "w8a8-rtn", "SmoothQuant with GPTQ", "round to nearest (8 bits)"),
+        ("w4a16-awq", "w4a16-gptq", "AWQ", "GPTQ (4 bits)"),
+    )
+    parts = [
+        f"{ours}: {in_brief(treatments[one])}; {theirs}: {in_brief(treatments[other])}"
+        for one, other, ours, theirs in pairs
+        if one in treatments and other in treatments
+    ]
+    rtn = " 4 bits rounded to nearest stand beside both in `make lab-quantization-tools`."
+    return sentences(parts) + rtn if parts else None
+
+
+def formats(run: JudgedRun) -> str | None:
+    treatments, parts = treatments_of(run), []
+    for name in ("w4a16-gptq", "w4a16-awq"):
+        rate = run.mean_at(name, "decode", 1, "output_tokens_per_s")
+        point = run.point(name, "decode", "concurrent:1")
+        if point and rate and name in treatments:
+            size = f"{point.shape.weight_bytes / 1e6:,.0f} MB"
+            parts.append(f"`{name}`: {size}, {number(rate, 'tok/s')}, {in_brief(treatments[name])}")
+    return f"{sentences(parts)} GGUF was not served." if parts else None
+
+
+def phases(run: JudgedRun) -> str | None:
+    """IP-2: whether fewer bytes of weights speed up decode alone, as theory has it."""
+    parts, as_bound = [], []
+    for variant in run.lab.variants[1:]:
+        decode = _gain(run, variant.name, "decode", "tpot_mean_s")
+        prefill = _gain(run, variant.name, "prefill", "ttft_mean_s")
+        if decode is None or prefill is None:
+            continue
+        ours, plain = (
+            next(p.shape.weight_bytes for p in run.points if p.variant.name == name)
+            for name in (variant.name, BASE)
+        )
+        as_bound.append(decode > 1.03 > prefill)
+        parts.append(
+            f"with {ours / plain:.2f} of the bytes (`{variant.name}`) decode runs {decode:.2f}x and"
+            f" prefill {prefill:.2f}x as fast"
+        )
+    if not parts:
+        return None
+    verdict = (
+        "they speed up decode and not prefill, as memory bounds the one and arithmetic the other"
+        if all(as_bound)
+        else "on this machine the bytes alone explain neither phase: what a format's arithmetic"
+        " takes counts in both"
+    )
+    text = sentences(["fewer bytes of weights should speed up decode alone", "; ".join(parts)])
+    return f"{text} So {verdict}."
+
+
+def _gain(run: JudgedRun, variant: str, workload: str, metric: str) -> float | None:
+    """How many times as fast as the base, one request at a time."""
+    ours, plain = (run.mean_at(name, workload, 1, metric) for name in (variant, BASE))
+    return plain / ours if ours and plain else None
+
+
+PARTS = ReportParts(
+    conclusions=(WEIGHTS, OUTLIERS, QUALITY, NEEDLES),
+    answers={
+        "CO-1": winners,
+        "CO-2": outlier_problem,
+        "CO-3": recipes,
+        "CO-7": formats,
+        "ME-2": quality_gate,
+        "IP-2": phases,
+    },
+    plots={"tradeoff": draw_tradeoff},
+)
