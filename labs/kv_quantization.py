@@ -223,6 +223,7 @@ LAB = Lab(
     probed=("bf16", "fp8", "e5m2"),
     findings=("preemption", "context-slope", "quality", "memory-ladder"),
     plots=("preemption",),
+    needs_text=("quality", "quality-quick"),
     slo=SLO(ttft_s=2, tpot_s=0.15),
     requests=192,
     warmup_s=1,

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
@@ -211,13 +211,10 @@ class NotApplicable(LabError):
     """The lab's question means nothing of random weights, or on this kind of machine."""
 
 
-NEED_TEXT: dict[str, frozenset[str]] = {
-    # what means nothing where the weights are random: they write no text
-    "studies": frozenset({"outliers"}),
-    "probes": frozenset({"quality", "quality-quick", "tenants", "tenants-quick"}),
-    "findings": frozenset(("quality", "needles", "outliers", "tools", "same-text", "tenant-leaks")),
-    "plots": frozenset({"tradeoff"}),
-}
+READ_TEXT = ("studies", "probes", "findings", "plots")
+"""The parts of a lab that may read what an engine wrote, which is no text where the weights are
+random.
+"""
 NO_TEXT = "quality is not measured on random weights, nor is what else is read off the text"
 
 
@@ -257,6 +254,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     scales: dict[str, dict[str, Any]] = {}
     quick: dict[str, Any] = {}
     aa: bool = False  # the baseline against itself: `against_itself`
+    # of its studies, probes, findings and plots, what means nothing of random weights
+    needs_text: Annotated[tuple[str, ...], Field(exclude=True)] = ()
     # how the lab asks its question of random weights, beyond leaving out what needs text
     dummy: Annotated[Callable[[Lab], Lab] | None, Field(exclude=True)] = None
     left_out: tuple[str, ...] = ()  # by a run with random weights, each with its reason
@@ -298,24 +297,20 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         lab = self._changed(*layers, self.quick if quick else {})
         if not dummy:
             return lab._changed(changes or {})
-        lab = lab._without_text()
+        lab = lab._without(self.needs_text)
         lab = (self.dummy(lab) if self.dummy else lab)._changed(changes or {})
-        if asked := lab._needing_text():
+        if asked := lab._named(self.needs_text):
             raise LabError(f"{', '.join(asked)}: {NO_TEXT}")
         return lab
 
-    def _needing_text(self) -> list[str]:
-        return [n for field, names in NEED_TEXT.items() for n in getattr(self, field) if n in names]
+    def _named(self, names: Collection[str]) -> list[str]:
+        return [name for part in READ_TEXT for name in getattr(self, part) if name in names]
 
-    def _without_text(self) -> Lab:
-        if not (gone := self._needing_text()):
+    def _without(self, names: Collection[str]) -> Lab:
+        if not (gone := self._named(names)):
             return self
-        kept = {
-            field: tuple(n for n in getattr(self, field) if n not in names)
-            for field, names in NEED_TEXT.items()
-        }
-        named = dict.fromkeys(name.removesuffix("-quick") for name in gone)
-        why = f"{', '.join(named)}: {NO_TEXT}"
+        kept = {part: tuple(n for n in getattr(self, part) if n not in names) for part in READ_TEXT}
+        why = f"{', '.join(dict.fromkeys(n.removesuffix('-quick') for n in gone))}: {NO_TEXT}"
         return self.model_copy(update={**kept, "left_out": (why,)})
 
     def _changed(self, *layers: Mapping[str, Any]) -> Lab:

@@ -212,6 +212,7 @@ LAB = Lab(
     probed=("lora",),
     findings=("tenant-leaks", "adapter-cost", "tenant-memory"),
     plots=("adapters",),
+    needs_text=("tenants", "tenants-quick", "tenant-leaks"),
     slo=SLO(ttft_s=1, tpot_s=0.2),
     requests=512,
     warmup_s=1,

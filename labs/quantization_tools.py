@@ -82,6 +82,7 @@ LAB = Lab(
     probes=("quality",),
     findings=("tools", "quality", "weights"),
     plots=("tradeoff",),
+    needs_text=("quality", "quality-quick", "tools", "tradeoff"),
     slo=SLO(ttft_s=1, tpot_s=0.1),
     requests=384,
     warmup_s=1,

@@ -271,6 +271,7 @@ LAB = Lab(
     ),
     findings=("acceptance", "speed-up", "same-text"),
     plots=("speculation", "variants"),
+    needs_text=("same-text",),
     slo=SLO(ttft_s=1, tpot_s=0.1),
     requests=192,
     warmup_s=1,

@@ -171,6 +171,7 @@ LAB = Lab(
     probes=("quality",),
     findings=("weights", "outliers", "quality", "needles"),
     plots=("tradeoff", "variants"),
+    needs_text=("outliers", "quality", "quality-quick", "needles", "tradeoff"),
     slo=SLO(ttft_s=1, tpot_s=0.1),
     requests=384,
     warmup_s=1,

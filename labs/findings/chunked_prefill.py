@@ -13,6 +13,7 @@ from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
 from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.published import Published, PublishedFigures
 from labs.judging.text import number, yes
 from loadtests import records
 from loadtests.records import RequestRecord
@@ -259,8 +260,28 @@ def _lived_through(long: RequestRecord, every: Sequence[RequestRecord]) -> int:
     return sum(r.chunks[0][0] <= start and r.chunks[-1][0] >= first for r in every if r.chunks)
 
 
+# ------------------------------------------------------------------- what others published
+
+PUBLISHED: PublishedFigures = {
+    "claims": {
+        "stall-sixteenth": (
+            Published(
+                figure="2.6x capacity",
+                setting="Mistral-7B on an A100, 5.6x for Falcon-180B",
+                source="Sarathi-Serve, OSDI 2024",
+            ),
+            Published(
+                figure="up to 28x a step",
+                setting="a step with a whole prefill beside decoding",
+                source="Sarathi-Serve, OSDI 2024",
+            ),
+        ),
+    },
+}
+
 PARTS = ReportParts(
     conclusions=(TOKEN_BUDGET,),
     answers={"SO-3": chunks_solve, "SA-1": split},
     plots={"stall": draw_stall, "timeline": draw_timeline},
+    published=PUBLISHED,
 )

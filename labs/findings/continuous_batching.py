@@ -12,6 +12,7 @@ from labs import theory
 from labs.findings.context import JudgedRun
 from labs.findings.drawing import plt
 from labs.findings.parts import ReportParts
+from labs.findings.published import ONE_STREAM, Published, PublishedFigures
 from labs.findings.sweep import concurrency_sweep, step_line
 from labs.judging.text import number
 from loadtests import records
@@ -151,6 +152,47 @@ def draw_static(run: JudgedRun) -> str | None:
     )
 
 
+# ------------------------------------------------------------------- what others published
+
+PUBLISHED: PublishedFigures = {
+    "claims": {
+        "static": (
+            Published(
+                figure="36.9x",
+                setting="against FasterTransformer, GPT-3 175B",
+                source="Orca, OSDI 2022",
+            ),
+            Published(
+                figure="8x",
+                setting="continuous against naive batching, 23x with vLLM",
+                source="Anyscale",
+            ),
+            Published(
+                figure="14 to 24x",
+                setting="vLLM against Hugging Face, 2.2 to 2.5x against TGI",
+                source="vLLM",
+            ),
+            Published(figure="2 to 4x", source="PagedAttention, SOSP 2023"),
+        ),
+    },
+    "forecasts": {
+        "throughput": (
+            *ONE_STREAM,
+            Published(
+                figure="28,312 tok/s",
+                setting="8B in FP8 on one H100, 128 tokens in and 128 out, 15,220 at 1K in and"
+                " 1K out",
+                source="TensorRT-LLM documentation",
+            ),
+            Published(
+                figure="5,777 tok/s",
+                setting="vLLM, offline, 8B in FP8 on one H100",
+                source="MLPerf v5.1",
+            ),
+        ),
+    },
+}
+
 PARTS = ReportParts(
     answers={
         "SO-1": static_batches,
@@ -160,4 +202,5 @@ PARTS = ReportParts(
         "ME-1": both_ends,
     },
     plots={"static": draw_static},
+    published=PUBLISHED,
 )

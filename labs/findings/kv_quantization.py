@@ -13,6 +13,7 @@ from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import plt
 from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.published import Published, PublishedFigures
 from labs.findings.quality import QUALITY, compared, figure_of, in_brief, treatments_of
 from labs.judging.text import number
 from labs.lab import Point
@@ -397,6 +398,32 @@ def draw_preemption(run: JudgedRun) -> str | None:
     )
 
 
+# ------------------------------------------------------------------- what others published
+
+PUBLISHED: PublishedFigures = {
+    "claims": {
+        "capacity": (Published(figure="2.6x memory", source="KIVI"),),
+        "far": (Published(figure="450 to 518 tok/s", source="vLLM, April 2026"),),
+    },
+    "findings": {
+        "context-slope": (
+            Published(
+                figure="54 %",
+                setting="slope of ITL over the context, break-even at 7,010 tokens",
+                source="vLLM, April 2026",
+            ),
+        ),
+        "quality": (
+            Published(
+                figure="91 to 13 %",
+                setting="needle in 128K tokens, FlashAttention 3 accumulating in FP8, 89 % once"
+                " mended",
+                source="vLLM, April 2026",
+            ),
+        ),
+    },
+}
+
 PARTS = ReportParts(
     conclusions=(PREEMPTION, CONTEXT_SLOPE, QUALITY, MEMORY_LADDER),
     answers={
@@ -406,4 +433,5 @@ PARTS = ReportParts(
         "KV-7": memory_steps,
     },
     plots={"preemption": draw_preemption},
+    published=PUBLISHED,
 )

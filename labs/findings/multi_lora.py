@@ -13,6 +13,7 @@ from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
 from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.published import Published, PublishedFigures
 from labs.judging.text import number, sentences, short
 from labs.multi_lora import adapter_bytes
 from serving.adapters import mark_of, marks_in
@@ -349,8 +350,28 @@ def draw_adapters(run: JudgedRun) -> str | None:
     )
 
 
+# ------------------------------------------------------------------- what others published
+
+PUBLISHED: PublishedFigures = {
+    "claims": {
+        "one": (
+            Published(figure="-34 %", source="vLLM, pull request 11267"),
+            Published(figure="-4 %", source="vLLM, pull request 11613"),
+        ),
+        "eight": (
+            Published(figure="12x, 2 ms a token more", source="Punica, MLSys 2024"),
+            Published(
+                figure="4x",
+                setting="against vLLM-packed, about 2,000 adapters",
+                source="S-LoRA, MLSys 2024",
+            ),
+        ),
+    },
+}
+
 PARTS = ReportParts(
     conclusions=(TENANT_LEAKS, ADAPTER_COST, TENANT_MEMORY),
     answers={"SA-2": many_adapters, "SA-3": mixed_adapters, "SA-4": leak_by_answer},
     plots={"adapters": draw_adapters},
+    published=PUBLISHED,
 )

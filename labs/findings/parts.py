@@ -15,6 +15,7 @@ from typing import Any, Generic
 
 from labs.filing.results import Finding
 from labs.findings.context import Context, Facts, JudgedRun
+from labs.findings.published import Part, Published, PublishedFigures
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class ReportParts:
     conclusions: Sequence[Conclusion[Any]] = ()
     answers: Mapping[str, Answer] = field(default_factory=dict)  # by the question's id
     plots: Mapping[str, Draw] = field(default_factory=dict)
+    published: PublishedFigures = field(default_factory=dict)
 
     @property
     def findings(self) -> dict[str, Conclusion[Any]]:
@@ -73,3 +75,8 @@ def answers(run: JudgedRun) -> dict[str, str]:
     known = parts_of(run.lab.name).answers
     given = {id: known[id](run) for id in run.lab.answers if id in known}
     return {id: text for id, text in given.items() if text}
+
+
+def published_of(lab: str, part: Part, name: str) -> Sequence[Published]:
+    """What others published of a claim, a forecast or a finding of the lab."""
+    return parts_of(lab).published.get(part, {}).get(name, ())

@@ -11,6 +11,7 @@ import numpy as np
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval, effect
 from labs.judging.text import number, sentences
 from labs.lab import Point
@@ -174,7 +175,24 @@ def leak_by_time(run: JudgedRun) -> str | None:
     return " ".join(stranger_sentences(leak)) or None if leak else None
 
 
+# ------------------------------------------------------------------- what others published
+
+PUBLISHED: PublishedFigures = {
+    "claims": {
+        "cost": (Published(figure="less than 1 % lost", setting="no hits", source="vLLM V1"),),
+        "throughput": (
+            Published(figure="up to 6.4x", source="SGLang"),
+            Published(figure="59 to 498 % more capacity", source="Mooncake"),
+        ),
+        "ttft-share-97": (Published(figure="TTFT a 46th", source="Mooncake Store"),),
+    },
+    "forecasts": {
+        "hit-rate": (Published(figure="94 % hits", source="traces of Codex"),),
+    },
+}
+
 PARTS = ReportParts(
     conclusions=(TIMING_LEAK,),
     answers={"SO-4": sharing, "IP-5": where_to_look, "SA-4": leak_by_time},
+    published=PUBLISHED,
 )

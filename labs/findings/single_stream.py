@@ -9,6 +9,7 @@ from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.published import ONE_STREAM, Published, PublishedFigures
 from labs.judging.judge import Effect, effect, outcome_of
 from labs.judging.metrics import by_repeat
 from labs.judging.text import number, sentences, times
@@ -279,7 +280,20 @@ def fused(run: JudgedRun) -> str | None:
     return f"{sentences(parts)} {fastest_sentence(flags) or '' if flags else ''}"
 
 
+# ------------------------------------------------------------------- what others published
+
+PUBLISHED: PublishedFigures = {
+    "forecasts": {
+        "tpot": ONE_STREAM,
+        "ttft": (
+            Published(figure="at least 51 % MFU", setting="prefill in BF16", source="vLLM"),
+            Published(figure="43 % MFU", setting="prefill, 8B in FP8", source="TensorRT-LLM"),
+        ),
+    },
+}
+
 PARTS = ReportParts(
     conclusions=(PHASES, FLAGS),
     answers={"IP-1": two_phases, "KO-2": fused},
+    published=PUBLISHED,
 )

@@ -16,6 +16,7 @@ from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
 from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.published import Published, PublishedFigures
 from labs.judging.text import number, short
 from labs.lab import Point
 from serving import metrics
@@ -422,8 +423,36 @@ def draw_speculation(run: JudgedRun) -> str | None:
     )
 
 
+# ------------------------------------------------------------------- what others published
+
+PUBLISHED: PublishedFigures = {
+    "claims": {
+        "draft-story": (
+            Published(figure="2 to 3x faster", source="Leviathan et al., ICML 2023"),
+            Published(figure="up to 6.5x faster", source="EAGLE-3"),
+            Published(
+                figure="158 to 373 tok/s",
+                setting="8B on one H100, a batch of one",
+                source="EAGLE-3",
+            ),
+            Published(
+                figure="2.03x faster",
+                setting="1 in flight, 1.71x with 4, 1.66x with 16",
+                source="EAGLE-3.1",
+            ),
+        ),
+        "draft-crowd": (
+            Published(figure="1.38x faster", setting="a batch of 64", source="EAGLE-3"),
+            Published(
+                figure="1.4 to 1.8x slower", setting="many requests a second", source="vLLM, 2024"
+            ),
+        ),
+    },
+}
+
 PARTS = ReportParts(
     conclusions=(ACCEPTANCE, SPEED_UP, SAME_TEXT),
     answers={"SO-5": speculation_wins},
     plots={"speculation": draw_speculation},
+    published=PUBLISHED,
 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.published import Published, PublishedFigures
 from labs.findings.quality import (
     QUALITY,
     Quality,
@@ -239,6 +240,26 @@ def _gain(run: JudgedRun, variant: str, workload: str, metric: str) -> float | N
     return plain / ours if ours and plain else None
 
 
+# ------------------------------------------------------------------- what others published
+
+PUBLISHED: PublishedFigures = {
+    "claims": {
+        "w4-one": (
+            Published(figure="up to 2.8x faster", setting="end to end", source="Marlin"),
+            Published(figure="57 to 150 tok/s", setting="RTX 4090", source="AWQ"),
+        ),
+    },
+    "findings": {
+        "quality": (
+            Published(
+                figure="74.06, 73.55, 74.29, 73.11",
+                setting="8B in BF16, FP8, INT8, INT4",
+                source="Kurtic et al., ACL 2025",
+            ),
+        ),
+    },
+}
+
 PARTS = ReportParts(
     conclusions=(WEIGHTS, OUTLIERS, QUALITY, NEEDLES),
     answers={
@@ -250,4 +271,5 @@ PARTS = ReportParts(
         "IP-2": phases,
     },
     plots={"tradeoff": draw_tradeoff},
+    published=PUBLISHED,
 )

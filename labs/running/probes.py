@@ -144,3 +144,5 @@ PROBES: dict[str, Probe] = {
     "salt": salt,
     "salt-quick": partial(salt, rounds=4),
 }
+READ_TEXT = frozenset(("quality", "quality-quick", "tenants", "tenants-quick"))
+"""Probes that mean nothing of random weights, as what these write is no text."""

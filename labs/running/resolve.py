@@ -13,9 +13,9 @@ from labs.findings.parts import parts_of
 from labs.judging.measure import price_per_hour
 from labs.judging.metrics import measured
 from labs.judging.text import ceilings_text
-from labs.lab import Claim, Forecast, Lab, LabError, NotApplicable, Point
+from labs.lab import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Point
 from labs.running import derived_models
-from labs.running.probes import PROBES
+from labs.running.probes import PROBES, READ_TEXT
 from labs.telling.document import Block
 from labs.telling.plots import plots_of
 from loadtests.prompts import Writer, counter
@@ -84,6 +84,8 @@ def resolve(request: Request, teller: Teller) -> Setup:
     require_devices(lab, machine)
     require_room(RESULTS)
     model = model_of(machine, request.model, request.weights)
+    if model.dummy:
+        require_no_reading(lab)
     require_sizes(lab, model)
     require_memory(lab, machine, model)
     endpoint = None
@@ -217,6 +219,12 @@ def require_known_names(lab: Lab) -> None:
         price_per_hour()
     except ValueError as error:
         raise LabError(str(error)) from error
+
+
+def require_no_reading(lab: Lab) -> None:
+    """Random weights write no text, so no probe may read it, whoever added it to the lab."""
+    if asked := [name for name in lab.probes if name in READ_TEXT]:
+        raise LabError(f"{', '.join(asked)}: {NO_TEXT}")
 
 
 def measured_ceilings(machine: Machine, teller: Teller) -> Ceilings:

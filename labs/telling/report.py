@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labs import theory
-from labs.filing import published
 from labs.filing.results import Finding, Predictions, Run, RunFolder, Session, Summary, write_text
+from labs.findings.parts import published_of
+from labs.findings.published import Part
 from labs.findings.sweep import step_line
 from labs.judging.judge import Caveat
 from labs.judging.metrics import METRICS, main_columns
@@ -222,18 +223,18 @@ def _every_point(facts: Facts) -> Section:
     )
 
 
-def _published(lab: Lab, part: published.Part, titles: Mapping[str, str]) -> list[Block]:
+def _published(lab: Lab, part: Part, titles: Mapping[str, str]) -> list[Block]:
     """What others published of these parts of the lab (name -> title), or nothing."""
     lines = _published_lines(lab, part, titles)
     return [Paragraph(THEIRS), bullets(lines)] if lines else []
 
 
-def _published_lines(lab: Lab, part: published.Part, titles: Mapping[str, str]) -> list[Inline]:
+def _published_lines(lab: Lab, part: Part, titles: Mapping[str, str]) -> list[Inline]:
     """Each figure with its setting and source."""
     return [
         (parse(title), f": {'; '.join(map(str, figures))}")
         for name, title in titles.items()
-        if (figures := published.about(lab.name, part, name))
+        if (figures := published_of(lab.name, part, name))
     ]
 
 

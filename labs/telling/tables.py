@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from labs.filing import published
 from labs.filing.results import Predictions, Session, Summary
+from labs.findings.parts import published_of
 from labs.judging.judge import Judgement
 from labs.judging.metrics import METRICS, columns
 from labs.judging.text import (
@@ -68,7 +68,7 @@ def claims(lab: Lab, summary: Summary) -> Table:
 def _claim(lab: Lab, j: Judgement) -> list[Inline]:
     where = f" ({METRICS[j.metric].title}: {short(j.treatment, lab)} / {short(j.baseline, lab)})"
     tolerance = f" ± {j.prediction.tolerance:.0%}" if j.prediction.tolerance else ""
-    figures = [p.figure for p in published.about(lab.name, "claims", j.claim)]
+    figures = [p.figure for p in published_of(lab.name, "claims", j.claim)]
     return [
         (parse(j.title), where),
         ratio_text(j),

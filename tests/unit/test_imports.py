@@ -1,6 +1,7 @@
 """The import rule of the house, read from the source."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,3 +84,21 @@ def test_a_lab_file_speaks_the_lab_vocabulary_only(lab: str) -> None:
     tree = ast.parse((ROOT / "labs" / f"{lab.replace('-', '_')}.py").read_text())
     others = imported(ast.walk(tree)) - LAB_VOCABULARY
     assert {name.split(".")[0] for name in others} <= sys.stdlib_module_names
+
+
+LAB_MODULES = {f"{package}.{lab.replace('-', '_')}" for lab in LABS
+               for package in ("labs", "labs.findings")}  # fmt: skip
+OF_LABS = {ROOT / f"{module.replace('.', '/')}.py" for module in LAB_MODULES}
+MACHINERY = [path for path in FILES if path not in OF_LABS | {ROOT / "labs" / "__init__.py"}]
+NAMED = re.compile(rf"(?<![\w-])(?:lab-)?(?:{'|'.join(LABS)})(?![\w-])")
+
+
+@pytest.mark.parametrize("path", MACHINERY, ids=lambda p: str(p.relative_to(ROOT)))
+def test_machinery_knows_no_lab(path: Path) -> None:
+    """Neither by its module nor by its name, so that the next lab needs no change here."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    froms = (node for node in nodes if isinstance(node, ast.ImportFrom))
+    inner = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+    assert not (imported(iter(nodes)) | inner) & LAB_MODULES
+    texts = (node.value for node in nodes if isinstance(node, ast.Constant))
+    assert not [text for text in texts if isinstance(text, str) and NAMED.search(text)]

@@ -16,7 +16,6 @@ from labs import LABS
 from labs.findings.parts import parts_of
 from labs.judging.metrics import measured
 from labs.lab import (
-    NEED_TEXT,
     NO_TEXT,
     Arm,
     Evidence,
@@ -28,8 +27,8 @@ from labs.lab import (
     parse_changes,
 )
 from labs.questions import QUESTIONS
-from labs.running import derived_models
-from labs.running.probes import PROBES
+from labs.running.probes import PROBES, READ_TEXT
+from labs.running.resolve import require_no_reading
 from labs.telling.plots import plots_of
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
@@ -98,7 +97,10 @@ def test_a_change_within_a_layers_value_leaves_the_layer_alone() -> None:
     assert lab.at("gpu", quick=False).flags == {"block-size": 16}
 
 
-READ = make_lab(probes=("quality", "salt"), findings=("quality",), quick={"window_s": 1})
+READ = make_lab(
+    probes=("quality", "salt"), findings=("quality",), needs_text=("quality",),
+    quick={"window_s": 1},
+)  # fmt: skip
 
 
 def test_random_weights_leave_what_is_not_read_off_the_text() -> None:
@@ -119,6 +121,14 @@ def test_a_lab_says_how_it_asks_random_weights_and_the_reader_has_the_last_word(
 def test_quality_of_random_weights_is_refused() -> None:
     with pytest.raises(LabError, match="quality: quality is not measured on random weights"):
         READ.at("cpu", quick=False, changes={"probes": ["quality"]}, dummy=True)
+
+
+def test_a_probe_that_reads_text_is_refused_whoever_added_it() -> None:
+    """A lab that asks of no text has nothing to leave out; a reader may still add a probe."""
+    added = make_lab().at("cpu", quick=False, changes={"probes": ["quality"]}, dummy=True)
+    with pytest.raises(LabError, match="quality: quality is not measured on random weights"):
+        require_no_reading(added)
+    require_no_reading(make_lab(probes=("salt",)))
 
 
 def test_flags_may_be_added() -> None:
@@ -420,13 +430,11 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
     assert set(lab.limits) == {"cpu", "gpu"}
 
 
-def test_what_needs_text_exists() -> None:
-    known: dict[str, Any] = {
-        "studies": derived_models.RECIPES, "probes": PROBES,
-        "findings": {name: lab for lab in LABS for name in parts_of(lab).findings},
-        "plots": {name: lab for lab in LABS for name in plots_of(lab)},
-    }  # fmt: skip
-    assert all(names <= known[field].keys() for field, names in NEED_TEXT.items())
+@EVERY
+def test_what_needs_text_is_part_of_the_lab(lab: Lab) -> None:
+    parts = {*lab.studies, *lab.probes, *lab.findings, *lab.plots, *lab.quick.get("probes", ())}
+    assert {name.removesuffix("-quick") for name in lab.needs_text} <= parts
+    assert not set(lab.at("cpu", quick=False, dummy=True).probes) & READ_TEXT
 
 
 @EVERY

@@ -7,27 +7,30 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.filing import published
-from labs.filing.published import Published
 from labs.filing.results import Finding, write_json
+from labs.findings import parts
+from labs.findings.parts import ReportParts, parts_of
+from labs.findings.published import Published
 from labs.telling import report
 from tests.unit.builders import write_run
 
 THEIRS = Published(figure="9x", setting="an abacus of oak", source="Al-Khwarizmi, 820")
 
 
-@pytest.mark.parametrize("lab", published.every())
+@pytest.mark.parametrize("lab", LABS)
 def test_each_entry_is_about_a_part_of_a_lab(lab: str) -> None:
     asked = LABS[lab].at("gpu-80", quick=False)
-    for part, entries in published.every()[lab].items():
+    for part, entries in parts_of(lab).published.items():
         known = [p if isinstance(p, str) else p.name for p in getattr(asked, part)]
         assert set(entries) <= set(known)
 
 
 def test_a_report_shows_theirs_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run(tmp_path)
-    entries = {"tiny": {"claims": {"faster": [THEIRS]}, "findings": {"quality": [THEIRS]}}}
-    monkeypatch.setattr(published, "every", lambda: entries)
+    theirs = ReportParts(
+        published={"claims": {"faster": [THEIRS]}, "findings": {"quality": [THEIRS]}}
+    )
+    monkeypatch.setattr(parts, "parts_of", lambda lab: theirs)
     run, summary = folder.run(), folder.summary()
     write_json(
         folder.path / "run.json",
