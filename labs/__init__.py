@@ -1,30 +1,30 @@
 """What is asked: the labs, and the machinery that runs, judges and reports them."""
 
-from labs import (
-    chunked_prefill,
-    continuous_batching,
-    kv_quantization,
-    multi_lora,
-    prefix_caching,
-    quantization_tools,
-    single_stream,
-    speculative_decoding,
-    weight_quantization,
-)
+import importlib
+
 from labs.lab import Lab
 
+
+def _lab(module: str) -> Lab:
+    """Imports the `LAB` that `labs/<module>.py` defines."""
+    lab = importlib.import_module(f"labs.{module}").LAB
+    if not isinstance(lab, Lab):
+        raise TypeError(f"labs.{module}.LAB is no Lab")
+    return lab
+
+
 LABS: dict[str, Lab] = {
-    module.LAB.name: module.LAB
-    for module in (
-        continuous_batching,
-        prefix_caching,
-        speculative_decoding,
-        chunked_prefill,
-        kv_quantization,
-        weight_quantization,
-        multi_lora,
-        single_stream,
-        quantization_tools,
+    lab.name: lab
+    for lab in (
+        _lab("continuous_batching"),
+        _lab("prefix_caching"),
+        _lab("speculative_decoding"),
+        _lab("chunked_prefill"),
+        _lab("kv_quantization"),
+        _lab("weight_quantization"),
+        _lab("multi_lora"),
+        _lab("single_stream"),
+        _lab("quantization_tools"),
     )
 }
 """Every lab, in reading order: whatever enumerates labs reads this."""

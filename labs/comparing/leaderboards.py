@@ -110,7 +110,7 @@ def _why(before: str, after: str) -> str:
 def _pages() -> dict[Path, str]:
     runs = published(committed=True)
     return {
-        README: _readme(README.read_text(), runs),
+        README: generated_tables(README.read_text(), runs),
         results.RESULTS / PAGE: _collection(),
         **{
             home / PAGE: markdown.document(_machine(found, committed=True))
@@ -135,7 +135,8 @@ def _by_machine(runs: Sequence[RunFolder]) -> dict[Path, list[RunFolder]]:
 # -------------------------------------------------------------------------------------- README.md
 
 
-def _readme(text: str, runs: Sequence[RunFolder]) -> str:
+def generated_tables(text: str, runs: Sequence[RunFolder]) -> str:
+    """The text with each of its generated parts written anew, from these runs."""
     for name, blocks in (
         ("plot", _plot(runs)),
         ("labs", [_labs()]),

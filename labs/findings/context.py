@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from labs.filing.results import Run, RunFolder, Summary
 from labs.judging.judge import Caveat, Interval, Judgement, over_repeats
-from labs.judging.metrics import Repeats, Row
+from labs.judging.metrics import Repeats
 from labs.judging.text import times
 from labs.lab import Lab, Point
 
@@ -36,8 +36,8 @@ class Context:
         facts: Facts = self.computed[compute]
         return facts
 
-    def rows(self, point: Point) -> Collection[Row]:
-        """The measurements of a point, one row a repeat."""
+    def rows(self, point: Point) -> Collection[Mapping[str, float | None]]:
+        """The measurements of a point, one mapping a repeat."""
         return self.values.get(point.key, {}).values()
 
     def mean(self, point: Point, metric: str) -> float | None:

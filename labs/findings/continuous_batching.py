@@ -14,6 +14,7 @@ from labs.findings.drawing import plt
 from labs.findings.parts import ReportParts
 from labs.findings.published import ONE_STREAM, Published, PublishedFigures
 from labs.findings.sweep import concurrency_sweep, step_line
+from labs.judging.metrics import METRICS
 from labs.judging.text import number
 from loadtests import records
 
@@ -89,12 +90,11 @@ def both_ends(run: JudgedRun) -> str | None:
     if not heaviest or not longer_s or not session:
         return None
     (point,) = heaviest
-    pooled = run.summary.pooled.get(point.key, {})
-    figures = (
-        f"TTFT {number(pooled.get('ttft_p50_s'), 's')}, ITL {number(pooled.get('itl_p50_s'), 's')},"
-        f" end to end {number(pooled.get('e2e_p50_s'), 's')} (medians) and"
-        f" {number(run.mean(point, 'output_tokens_per_s'), 'tok/s')}"
+    ttft, itl, e2e, throughput = (
+        number(run.summary.value(point.key, metric), METRICS[metric].unit)
+        for metric in ("ttft_p50_s", "itl_p50_s", "e2e_p50_s", "output_tokens_per_s")
     )
+    figures = f"TTFT {ttft}, ITL {itl}, end to end {e2e} (medians) and {throughput}"
     counts = (a for a in session.agreement if a.engine is not None)
     differ = [a.what for a in counts if len({a.records, a.prometheus or a.records, a.engine}) > 1]
     agree = (

@@ -18,7 +18,6 @@ from labs.findings.quality import QUALITY, compared, figure_of, in_brief, treatm
 from labs.judging.text import number
 from labs.lab import Point
 
-
 # ------------------------------------------------------------------ where preemption begins
 
 
