@@ -21,6 +21,7 @@ import pytest
 
 from labs import LABS as EVERY_LAB
 from labs.filing.results import MachineFile, RunFolder, write_json
+from labs.lab import parse_changes
 from serving import gpus, machine
 from serving.engines.vllm import Vllm
 from serving.install import find_prometheus
@@ -70,7 +71,7 @@ class Command:
     def said(self) -> str:
         return self._out.read_text(errors="replace")
 
-    def until(self, pattern: str, timeout_s: float = 60) -> re.Match[str]:
+    def until(self, pattern: str, timeout_s: float = 300) -> re.Match[str]:
         """Waits until it has said something that matches; fails when it ends before."""
         deadline = time.monotonic() + timeout_s
         while (found := re.search(pattern, self.said, re.M)) is None:
@@ -79,7 +80,7 @@ class Command:
             time.sleep(0.02)
         return found
 
-    def wait(self, timeout_s: float = 120) -> int:
+    def wait(self, timeout_s: float = 300) -> int:
         return self.process.wait(timeout_s)
 
     def family(self) -> list[psutil.Process]:
@@ -261,7 +262,8 @@ Finish = Callable[[str], Finished]
 def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
     """Runs a lab to its end, once; many tests look at what it left."""
     done: dict[str, Finished] = {}
-    resolved = [lab.at("cpu", quick=True) for lab in EVERY_LAB.values()]
+    changes = {name: parse_changes(SMALLER.get(name, "")) for name in EVERY_LAB}
+    resolved = [lab.at("cpu", True, changes[name]) for name, lab in EVERY_LAB.items()]
     # vLLM's parser takes ten seconds to import: once, not for every lab
     Vllm.check_flags([lab.flags_of(variant) for lab in resolved for variant in lab.variants])
     with ExitStack() as readers:

