@@ -149,8 +149,10 @@ bundle: setup ## Gather what a GPU box without internet needs: FOR=cuda [HAVE=li
 unbundle: ## On that box: check and install a bundle: FROM=bundle TO=folder
 	@$(PYTHON_HERE) -m serving.unbundle --from "$${LABS_FROM:-bundle}" "$$LABS_TO"
 
-test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where there is one
-	@PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$LABS_TESTS" $(BIN)/pytest
+# Real engines in one process, in two others all that waits for fake ones; a choice of tests in one.
+TOGETHER := -n 3 --dist loadgroup --no-loadscope-reorder
+test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where there is one: [TESTS=..]
+	@PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$LABS_TESTS" $(BIN)/pytest $(if $(value LABS_TESTS),,$(TOGETHER))
 
 check: setup ## Lint, format and type check; README and results in order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

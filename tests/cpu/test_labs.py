@@ -25,6 +25,13 @@ pytestmark = [
 # Setting up four tools and calibrating with each takes half an hour: what differs between the two
 # labs of quantization, its list of weights and one finding, runs on the fake engine.
 NOT_HERE = "quantization-tools"
+BRIEF = "warmup_s=0.5 window_s=1.5"
+SMALLER = {  # SET of these labs, beside BRIEF: every point is played, on fewer and shorter requests
+    "continuous-batching": "repeats=1",
+    "speculative-decoding": "workloads.crowd.warmup_s=0.5",
+    "chunked-prefill": 'window_s=2.5 workloads.contended.loads=["contended:4/1"]',
+    "weight-quantization": ROUNDED,
+}
 
 
 def test_vllm_accepts_every_scale_of_every_lab() -> None:
@@ -51,7 +58,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_lab_runs_on_a_real_engine(lab: str, results: Path) -> None:
     if lab == "single-stream" and (mend := machine.compiler("cpu")[1]):
         pytest.skip(mend)
-    folder = quick_run(lab, results, ROUNDED if lab == "weight-quantization" else "")
+    folder = quick_run(lab, results, f"{BRIEF} {SMALLER.get(lab, '')}")
     check_run(folder)
     check_dashboards(folder)
 

@@ -191,7 +191,7 @@ WORKLOAD = make_lab().workloads[0]
         {"claims": (make_claim(predict=longer),)},
         {"evidence": ()},
     ],
-    ids=str,
+    ids=lambda change: next(iter(change)),
 )
 def test_digest_changes_with_a_knob(knob: dict[str, Any]) -> None:
     assert make_lab(**knob).digest() != make_lab().digest()
@@ -206,7 +206,7 @@ def test_digest_changes_with_a_knob(knob: dict[str, Any]) -> None:
         {"next_knobs": ("SET=window_s=9 takes longer",)},
         {"claims": (make_claim(title="Another claim"),)},
     ],
-    ids=str,
+    ids=lambda change: next(iter(change)),
 )
 def test_digest_stays_with_a_word(prose: dict[str, Any]) -> None:
     assert make_lab(**prose).digest() == make_lab().digest()

@@ -224,3 +224,11 @@ def test_a_call_in_the_readme_hands_its_settings_on(call: str, checkout: Checkou
     given = dict(word.split("=", 1) for word in words if word not in targets)
     found = settings_of(checkout.calls()[-1][1])
     assert found == {f"LABS_{name}": value for name, value in given.items()}
+
+
+def test_all_tests_run_in_several_processes_and_a_choice_of_them_in_one(checkout: Checkout) -> None:
+    assert checkout.make("test").returncode == 0
+    assert checkout.make("test", "TESTS=tests/unit").returncode == 0
+    all_of_them, chosen = (argv[1:] for argv, _ in checkout.calls() if "pytest" in argv[0])
+    assert all_of_them[:4] == ["-n", "3", "--dist", "loadgroup"]
+    assert chosen == []

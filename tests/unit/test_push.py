@@ -159,7 +159,7 @@ def test_another_refusal_is_one_sentence(grafana: Stub, status: int, says: str) 
 @pytest.mark.parametrize(
     ("url", "token", "says"),
     [
-        (f"http://127.0.0.1:{free_port()}", TOKEN, "cannot be reached"),
+        ("http://127.0.0.1:{free}", TOKEN, "cannot be reached"),
         ("grafana:3000", TOKEN, "is no address"),
         ("http://127.0.0.1:3000", "", "GRAFANA_TOKEN is not set"),
         ("http://me:secret@127.0.0.1:3000", TOKEN, "leave them out"),
@@ -167,7 +167,7 @@ def test_another_refusal_is_one_sentence(grafana: Stub, status: int, says: str) 
 )
 def test_what_is_missing_is_one_sentence(url: str, token: str, says: str) -> None:
     with pytest.raises(GrafanaError, match=says) as caught:
-        push.push(url, token, "http://127.0.0.1:9090", [])
+        push.push(url.format(free=free_port()), token, "http://127.0.0.1:9090", [])
     assert "secret" not in str(caught.value)
 
 
