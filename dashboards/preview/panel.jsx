@@ -48,6 +48,7 @@ const LINE = {
   scaleDistribution: { type: 'linear' },
   spanNulls: false,
 };
+const LETTER = 6.7; // px, of a bar's name, about
 const TABLE = { align: 'auto', cellOptions: { type: 'auto' }, inspect: false };
 
 function option(id, path, isCustom) {
@@ -130,70 +131,85 @@ function Bars({ panel, data, width, height }) {
   const names = frame.fields.find((field) => field.type === FieldType.string).values;
   const fields = frame.fields.filter((field) => field.type === FieldType.number);
   const stacked = panel.options.stacking === 'normal';
-  const colour = (field) => getFieldSeriesColor(field, theme).color;
-  const title = (field) => getFieldDisplayName(field, frame, data);
-  const sums = names.map((_, row) => fields.reduce((sum, field) => sum + (field.values[row] ?? 0), 0));
-  const limit = panel.fieldConfig.defaults.thresholds.steps.at(-1).value;
-  const highest = Math.max(
-    limit ?? 0,
-    ...(stacked ? sums : fields.flatMap((field) => field.values.filter((v) => v !== null)))
-  );
+  const limit = panel.fieldConfig.defaults.thresholds.steps.at(-1);
   const left = Math.min(300, width / 2);
-  const space = width - left - 70;
+  const scale = (width - left - 70) / highest(fields, stacked, limit.value ?? 0);
+  const x = (value) => left + scale * value;
   const rowHeight = Math.max(8, (height - 40) / names.length);
-  const thickness = (0.8 * rowHeight) / (stacked ? 1 : fields.length);
-  const x = (value) => left + (space * value) / highest;
-  const shown = fields.filter((field) => !field.config.custom?.hideFrom?.legend);
+  const series = fields.map((field) => ({
+    field,
+    title: getFieldDisplayName(field, frame, data),
+    colour: getFieldSeriesColor(field, theme).color,
+  }));
+  const inLegend = series.filter(({ field }) => !field.config.custom?.hideFrom?.legend);
   return (
     <>
       <svg width={width} height={height - 32} fill={theme.colors.text.primary} fontSize="11">
-        {names.map((name, row) => {
-          let before = 0;
-          return (
-            <g key={name} transform={`translate(0 ${row * rowHeight})`}>
-              <text x={left - 8} y={rowHeight / 2 + 4} textAnchor="end">
-                {name.length > 52 ? `${name.slice(0, 51)}…` : name}
-              </text>
-              {fields.map((field, place) => {
-                const value = field.values[row];
-                if (value === null || value === undefined) {
-                  return null;
-                }
-                const start = stacked ? before : 0;
-                before += value;
-                const y = 0.1 * rowHeight + (stacked ? 0 : place * thickness);
-                const opacity = (field.config.custom?.fillOpacity ?? 80) / 100;
-                const { text, suffix = '' } = field.display(value);
-                return (
-                  <g key={title(field)}>
-                    <rect
-                      x={x(start)}
-                      y={y}
-                      width={x(start + value) - x(start)}
-                      height={thickness}
-                      fill={colour(field)}
-                      fillOpacity={opacity}
-                    />
-                    {!stacked && thickness > 8 && (
-                      <text x={x(value) + 4} y={y + thickness / 2 + 4}>
-                        {text + suffix}
-                      </text>
-                    )}
-                  </g>
-                );
-              })}
-            </g>
-          );
-        })}
-        {limit !== null && (
-          <line x1={x(limit)} x2={x(limit)} y1="0" y2={height} stroke={theme.colors.error.main} strokeDasharray="6 4" />
+        {names.map((name, row) => (
+          <g key={name} transform={`translate(0 ${row * rowHeight})`}>
+            <text x={left - 8} y={rowHeight / 2 + 4} textAnchor="end">
+              {shortened(name, left / LETTER)}
+            </text>
+            <Group series={series} row={row} stacked={stacked} x={x} height={rowHeight} />
+          </g>
+        ))}
+        {limit.value !== null && (
+          <line
+            x1={x(limit.value)}
+            x2={x(limit.value)}
+            y1="0"
+            y2={height}
+            stroke={theme.visualization.getColorByName(limit.color)}
+            strokeDasharray="6 4"
+          />
         )}
       </svg>
       <VizLegend
         displayMode="list"
         placement="bottom"
-        items={shown.map((field) => ({ label: title(field), color: colour(field), yAxis: 1 }))}
+        items={inLegend.map(({ title, colour }) => ({ label: title, color: colour, yAxis: 1 }))}
       />
     </>
   );
 }
+
+/** The bars of one row: on top of one another where they are stacked, else below one another. */
+function Group({ series, row, stacked, x, height }) {
+  const thickness = (0.8 * height) / (stacked ? 1 : series.length);
+  let before = 0;
+  return series.map(({ field, title, colour }, place) => {
+    const value = field.values[row];
+    if (value === null || value === undefined) {
+      return null;
+    }
+    const start = stacked ? before : 0;
+    before += value;
+    const y = 0.1 * height + (stacked ? 0 : place * thickness);
+    const opacity = (field.config.custom?.fillOpacity ?? 80) / 100;
+    const { text, suffix = '' } = field.display(value);
+    return (
+      <g key={title}>
+        <rect
+          x={x(start)}
+          y={y}
+          width={x(start + value) - x(start)}
+          height={thickness}
+          fill={colour}
+          fillOpacity={opacity}
+        />
+        {!stacked && thickness > 8 && (
+          <text x={x(value) + 4} y={y + thickness / 2 + 4}>
+            {text + suffix}
+          </text>
+        )}
+      </g>
+    );
+  });
+}
+
+function highest(fields, stacked, limit) {
+  const rows = fields[0].values.map((_, row) => fields.map((field) => field.values[row] ?? 0));
+  return Math.max(limit, ...rows.map((values) => (stacked ? values.reduce((sum, v) => sum + v) : Math.max(...values))));
+}
+
+const shortened = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 DENO = shutil.which("deno", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-TESTS = Path(__file__).parent.glob("*.test.js")
+TESTS = sorted(Path(__file__).parent.glob("*.test.js"))
 
 
 @pytest.mark.skipif(DENO is None, reason="no deno: `make setup` brings it")
