@@ -43,7 +43,7 @@ from dashboards.panels import (
 )
 from loadtests import exporter
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, SEND_LAG, TPOT, TTFT, Latency
-from serving import metrics, telemetry
+from serving import metrics, telemetry, whole
 
 
 class Described(Protocol):
@@ -653,10 +653,7 @@ def write(variants: Sequence[Sequence[str]], described: Figures) -> list[Path]:
     for path, text in files(variants, described).items():
         if path.exists() and path.read_text() == text:
             continue
-        half = path.with_suffix(".half")
-        half.write_text(text)
-        half.rename(path)
-        changed.append(path)
+        changed.append(whole.write(path, text))
     return changed
 
 

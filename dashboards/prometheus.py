@@ -25,6 +25,7 @@ from typing import IO, Self
 import psutil
 import requests
 
+from serving import whole
 from serving.engines import ENGINES
 from serving.install import find_prometheus
 from serving.models import CACHE, ROOT
@@ -197,9 +198,7 @@ class Prometheus:
             return
         try:
             for job, targets in self._targets.items():
-                half = HOME / f".{job}.half"
-                half.write_text(json.dumps(targets))
-                half.rename(HOME / f"{job}.json")
+                whole.write(HOME / f"{job}.json", json.dumps(targets))
         except OSError as error:
             self.missing = self.missing or _unusable(error)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from dashboards import prometheus
+from serving import whole
 from serving.models import CACHE
 from serving.ports import require_port
 
@@ -127,12 +128,7 @@ def password() -> str:
     with contextlib.suppress(FileNotFoundError):
         if kept := PASSWORD_FILE.read_text():
             return kept
-    PASSWORD_FILE.parent.mkdir(parents=True, exist_ok=True)
-    half = PASSWORD_FILE.with_suffix(".half")
-    half.unlink(missing_ok=True)
-    with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_urlsafe(18))
-    half.rename(PASSWORD_FILE)
+    whole.write(PASSWORD_FILE, secrets.token_urlsafe(18), mode=0o600)
     return PASSWORD_FILE.read_text()
 
 

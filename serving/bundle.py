@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from serving import whole
 from serving.install import BUNDLED_PACKAGE, PROGRAMS
 from serving.unbundle import HOME, MANIFEST, PROGRAMS_HOME, SCRIPT, sha256
 
@@ -307,9 +308,7 @@ def bundle(
         "expected": left_out,
         "parts": parts.done,
     }
-    half = out / f"{MANIFEST}.half"
-    half.write_text(json.dumps(manifest, indent=1) + "\n")
-    half.rename(out / MANIFEST)
+    whole.write(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     shutil.copyfile(Path(__file__).with_name("unbundle.py"), out / SCRIPT)
     total = sum(int(part["bytes"]) for part in parts.done)
     say(

@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from serving import gpus, models
+from serving import gpus, models, whole
 from serving.machine import Machine
 from serving.models import RANDOM, Model, ModelError, Shape
 
@@ -76,16 +74,10 @@ def _folder(name: str, config: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for part in TOKENIZER:
         if not (folder / part).exists():
-            _whole(folder / part, partial(shutil.copyfile, source / part))
-    _whole(folder / "config.json", lambda half: half.write_text(json.dumps(config, indent=1)))
-    _whole(folder / RANDOM, lambda half: half.write_text(NOTE))
+            whole.write(folder / part, (source / part).read_bytes())
+    whole.write(folder / "config.json", json.dumps(config, indent=1))
+    whole.write(folder / RANDOM, NOTE)
     return folder
-
-
-def _whole(path: Path, write: Callable[[Path], object]) -> None:
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    write(half)
-    half.rename(path)
 
 
 def _draft(name: str, config: dict[str, Any]) -> Path:
@@ -122,8 +114,7 @@ def _adapters(name: str, config: dict[str, Any]) -> Path:
     folder = models.CACHE / "dummy" / name
     if folder.exists():
         return folder
-    half = folder.with_name(f".{name}.{os.getpid()}")
-    try:
+    with whole.folder(folder) as half:
         for rank in RANKS:
             suffix = "" if rank == RANKS[0] else f"-rank-{rank}"
             for tenant in range(TENANTS):
@@ -132,9 +123,6 @@ def _adapters(name: str, config: dict[str, Any]) -> Path:
         params = adapter_params(models.shape_of(config), RANKS[0])
         about = {"rank": RANKS[0], "params_per_adapter": params, "weights": "random"}
         (half / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-        half.rename(folder)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
     return folder
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from serving import whole
 
 
 class MakerError(Exception):
@@ -108,13 +108,8 @@ def folder(out: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `out` when nothing went wrong, and else is gone."""
     if out.exists():
         raise MakerError(f"{out} exists already: remove it, or name another folder")
-    half = out.with_name(f".{out.name}.{os.getpid()}")
-    half.mkdir(parents=True)
-    try:
+    with whole.folder(out) as half:
         yield half
-        half.rename(out)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
 
 
 def run(

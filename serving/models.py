@@ -12,9 +12,7 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import re
-import shutil
 import struct
 import sys
 from collections.abc import Mapping
@@ -22,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serving import gpus
+from serving import gpus, whole
 from serving.machine import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -325,10 +323,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
                 known[key] = hashlib.file_digest(file, "sha256").hexdigest()
         found[str(path.relative_to(folder))] = known[key]
     if known != before:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        half = memory.with_name(f".hashes.{os.getpid()}")
-        half.write_text(json.dumps(known))
-        half.rename(memory)
+        whole.write(memory, json.dumps(known))
     return found
 
 
@@ -346,12 +341,8 @@ def bundled() -> Path:
     if spec is None or spec.origin is None:
         raise ModelError("the bundled model is not installed: run `make setup`, or give MODEL=")
     source = Path(spec.origin).parent
-    half = folder.with_name(f".{BUNDLED}.{os.getpid()}")
-    try:
+    with whole.folder(folder) as half:
         _convert(source, half)
-        half.rename(folder)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
     return folder
 
 

@@ -294,7 +294,7 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
         )
     python = environment(recipe.tool)
     start = time.monotonic()
-    half = out.with_name(f".{out.name}.{os.getpid()}")
+    half = out.with_name(f".{out.name}.{os.getpid()}.half")
     made, job = half / "made", half / "job.json"
     half.mkdir()
     try:

@@ -25,7 +25,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serving import gpus
+from serving import gpus, whole
 
 PERIOD_S = 0.1
 RAPL = Path("/sys/class/powercap")
@@ -244,9 +244,7 @@ def write(path: Path, samples: Sequence[Sample], started_unix_s: float) -> None:
         values = [getattr(sample, name) for name in _COLUMNS[1:]]
         plain = ["none" if value == "" else value for value in values]  # empty: not told
         rows.writerow([f"{sample.time_s - started_unix_s:.3f}", *plain])
-    half = path.with_name(f".{path.name}.half")
-    half.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
-    half.rename(path)
+    whole.write(path, gzip.compress(text.getvalue().encode(), mtime=0))
 
 
 def read(path: Path) -> list[Sample]:

@@ -18,7 +18,7 @@ from labs.comparing.reproduction import FILED
 from labs.filing import manifest, results
 from labs.filing.committed import committed_runs
 from labs.filing.newest import published
-from labs.filing.results import Run, RunFolder, write_text
+from labs.filing.results import Run, RunFolder
 from labs.judging.judge import Judgement
 from labs.judging.metrics import METRICS
 from labs.judging.text import (
@@ -47,6 +47,7 @@ from labs.telling.document import (
     section,
     table,
 )
+from serving import whole
 from serving.models import ROOT
 
 PAGE = "README.md"
@@ -74,7 +75,7 @@ def write() -> list[Path]:
     """Write every generated file anew; those that changed."""
     changed = list(stale())
     for path, text in _pages().items():
-        write_text(path, text)
+        whole.write(path, text)
     return changed
 
 
@@ -87,7 +88,7 @@ def uncounted() -> list[RunFolder]:
 def write_machine(home: Path) -> Path:
     """Write the page of a machine's newest runs, its reader's own and quick ones included."""
     runs = _by_machine(published(quick=True))[home]
-    return write_text(home / SITTING, markdown.document(_machine(runs, committed=False)))
+    return whole.write(home / SITTING, markdown.document(_machine(runs, committed=False)))
 
 
 def _why(before: str, after: str) -> str:

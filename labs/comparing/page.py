@@ -17,14 +17,14 @@ from plotly.offline import get_plotlyjs
 from dashboards.palette import BOUND, VARIANTS
 from labs.comparing import side_by_side
 from labs.comparing.compare import Comparison
-from labs.filing.results import write_text
 from labs.judging.text import number
 from labs.telling import html, pages
 from labs.telling.document import Figure, Section, plain_text
+from serving import whole
 
 
 def write(found: Sequence[Comparison], refused: Sequence[str], path: Path) -> None:
-    write_text(path, page(found, refused))
+    whole.write(path, page(found, refused))
 
 
 def page(found: Sequence[Comparison], refused: Sequence[str]) -> str:

@@ -18,10 +18,11 @@ from labs.comparing.compare import Row, VerdictPair
 from labs.filing import manifest
 from labs.filing.committed import known
 from labs.filing.manifest import Fact
-from labs.filing.results import DamagedError, RunFolder, all_runs, read_json, write_json, write_text
+from labs.filing.results import DamagedError, RunFolder, all_runs, read_json, write_json
 from labs.judging.judge import Caveat
 from labs.telling import markdown
 from labs.telling.document import Block, Link, Paragraph, Section, Strong, bullets, parse, section
+from serving import whole
 from serving.machine import Machine
 
 FILED = "reproductions"
@@ -116,7 +117,7 @@ def answer(original: RunFolder, new: RunFolder) -> Reproduction:
         *_blocks(result),
         section("Every figure", side_by_side.figure_table(rows)),
     )
-    write_text(new.path / "reproduction.md", markdown.document(page))
+    whole.write(new.path / "reproduction.md", markdown.document(page))
     return result
 
 
@@ -172,7 +173,7 @@ def file(found: Reproduction, original: RunFolder) -> Path:
     remark = read_json(path, Reproduction).remark if path.exists() else ""
     write_json(path, found.model_copy(update={"remark": remark}))
     if filed(original, committed=True):
-        write_text(path.with_name("README.md"), markdown.document(page(original)))
+        whole.write(path.with_name("README.md"), markdown.document(page(original)))
     return path
 
 

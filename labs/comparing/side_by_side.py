@@ -9,7 +9,6 @@ from pathlib import Path
 from labs.comparing.compare import Comparison, Row, VerdictPair
 from labs.filing import manifest
 from labs.filing.manifest import Fact
-from labs.filing.results import write_text
 from labs.judging.judge import Caveat, Interval
 from labs.judging.text import number, times
 from labs.telling import markdown, plots
@@ -26,6 +25,7 @@ from labs.telling.document import (
     table,
     table_of,
 )
+from serving import whole
 
 
 def document(
@@ -166,7 +166,7 @@ def write(found: Sequence[Comparison], refused: Sequence[str], path: Path) -> No
             mark = f" FORCED: {comparison.forced}." if comparison.forced else ""
             caption = f"Each figure, B / A, with its 95 % interval.{mark}"
             figures[comparison.lab] = Figure(file.name, caption)
-    write_text(path, markdown.document(document(found, refused, figures)))
+    whole.write(path, markdown.document(document(found, refused, figures)))
 
 
 def drawable(found: Comparison) -> list[tuple[Row, str, Interval]]:

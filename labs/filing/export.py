@@ -19,12 +19,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from labs.filing.results import RunFolder, write_text
+from labs.filing.results import RunFolder
 from labs.filing.score import after_first_token, from_send
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS
 from labs.lab import LabError, Point
 from loadtests.records import RequestRecord
+from serving import whole
 
 Format = Literal["csv", "parquet", "vllm"]
 Row = dict[str, Any]
@@ -40,9 +41,8 @@ def export(folder: RunFolder, kind: Format, out: Path) -> list[Path]:
     written = []
     for name, rows in tables.items():
         path = out / f"{name}.{kind}"
-        half = path.with_suffix(".half")
-        write(half, rows)
-        half.rename(path)
+        with whole.file(path) as half:
+            write(half, rows)
         written.append(path)
     return written
 
@@ -141,7 +141,7 @@ def _vllm_files(folder: RunFolder, out: Path) -> Iterator[Path]:
     for about, trial in _trials(folder):
         load = trial.point.load.name
         name = f"{about['variant']}-{about['workload']}-{load}-{about['repeat']}.json"
-        yield write_text(out / name, json.dumps(vllm_result(folder, trial)) + "\n")
+        yield whole.write(out / name, json.dumps(vllm_result(folder, trial)) + "\n")
 
 
 def vllm_result(folder: RunFolder, trial: Trial) -> Row:

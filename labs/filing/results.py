@@ -44,7 +44,7 @@ from labs.judging.measure import Trial
 from labs.lab import Lab, LabError, Point, Prediction, digest_of, knobs
 from loadtests import records
 from loadtests.plan import TrialSummary
-from serving import metrics, telemetry
+from serving import metrics, telemetry, whole
 from serving.machine import Ceilings, Environment, Machine
 from serving.metrics import Histogram, Snapshot
 from serving.models import ROOT, Shape
@@ -316,25 +316,13 @@ def snapshot_from(plain: dict[str, Any]) -> Snapshot:
 
 
 def write_json(path: Path, model: BaseModel) -> None:
-    write_text(path, json.dumps(model.model_dump(mode="json"), indent=1) + "\n")
+    whole.write(path, json.dumps(model.model_dump(mode="json"), indent=1) + "\n")
 
 
 def write_gzip(path: Path, plain: Any) -> None:
     """Gzip'd JSON, whole or not at all."""
-    _write(path, gzip.compress(orjson.dumps(plain, option=orjson.OPT_NON_STR_KEYS), mtime=0))
-
-
-def write_text(path: Path, text: str) -> Path:
-    """A text file, whole or not at all; its path."""
-    _write(path, text.encode())
-    return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.half")
-    half.write_bytes(content)
-    half.rename(path)
+    packed = gzip.compress(orjson.dumps(plain, option=orjson.OPT_NON_STR_KEYS), mtime=0)
+    whole.write(path, packed)
 
 
 def read_json(path: Path, kind: type[M]) -> M:

@@ -22,11 +22,12 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from labs.filing.results import Run, RunFolder, Summary, all_runs, write_text
+from labs.filing.results import Run, RunFolder, Summary, all_runs
 from labs.judging.text import ceilings_text, claim_held, ratio_text
 from labs.questions import QUESTIONS
 from labs.telling import chart_data, html, plots, report
 from labs.telling.document import Figure, parse, plain_text
+from serving import whole
 
 WEB = Path(__file__).parent / "web"
 PLOTLY = "plotly.min.js"
@@ -42,24 +43,24 @@ DRAWN_HERE = ("effects", "sweep", "variants")  # whose SVG is shown only where n
 
 def write(folder: RunFolder) -> Path:
     """report.html beside report.md, everything in it."""
-    return write_text(folder.path / "report.html", page(folder))
+    return whole.write(folder.path / "report.html", page(folder))
 
 
 def write_site(out: Path) -> tuple[Path, dict[str, str]]:
     """An index, a page a run and one copy of the library; runs left out, each with the reason."""
     entries: list[Entry] = []
     left_out: dict[str, str] = {}
-    write_text(out / PLOTLY, get_plotlyjs())
+    whole.write(out / PLOTLY, get_plotlyjs())
     for folder in all_runs():
         machine, lab, name = folder.path.parts[-3:]
         try:
             href = f"{machine}/{lab}/{name}.html"
-            write_text(out / href, page(folder, root="../../"))
+            whole.write(out / href, page(folder, root="../../"))
             entries.append(Entry(folder, folder.run(), folder.summary(), href))
         except (OSError, ValueError, KeyError, TypeError) as error:
             left_out[f"{machine}/{lab}/{name}"] = str(error).splitlines()[0]
     _remove_others(out, {out / e.href for e in entries})
-    return write_text(out / "index.html", index(entries)), left_out
+    return whole.write(out / "index.html", index(entries)), left_out
 
 
 def _remove_others(out: Path, pages: Set[Path]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labs import theory
-from labs.filing.results import Finding, Predictions, Run, RunFolder, Session, Summary, write_text
+from labs.filing.results import Finding, Predictions, Run, RunFolder, Session, Summary
 from labs.findings.parts import published_of
 from labs.findings.published import Part
 from labs.findings.sweep import step_line
@@ -38,6 +38,7 @@ from labs.telling.document import (
     section,
     table_of,
 )
+from serving import whole
 
 THEIRS = "Published by others, of their models on their hardware; no verdict rests on it:"
 VERDICTS = parse(
@@ -84,7 +85,7 @@ def write(folder: RunFolder) -> Path:
     for old in folder.path.glob("*.svg"):
         old.unlink()
     figures = plots.draw(folder, facts.lab, facts.points, facts.summary)
-    return write_text(folder.path / "report.md", markdown.document(document(facts, figures)))
+    return whole.write(folder.path / "report.md", markdown.document(document(facts, figures)))
 
 
 def document(facts: Facts, figures: Sequence[Figure]) -> Section:

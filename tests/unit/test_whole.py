@@ -1,0 +1,93 @@
+"""A file or a folder is there whole or not at all."""
+
+from __future__ import annotations
+
+import ast
+import stat
+import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from serving import whole
+from serving.models import ROOT
+
+
+def test_a_file_is_replaced_as_a_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.json"
+    assert whole.write(path, "é\n") == path
+    assert whole.write(path, b"\x00\x01").read_bytes() == b"\x00\x01"
+    with whole.file(path) as half:
+        half.write_text("later")
+        assert path.read_bytes() == b"\x00\x01"
+    assert path.read_text() == "later"
+    assert list(path.parent.iterdir()) == [path]
+
+
+class CutOff(Exception):
+    """Stands for whatever ends a write before it is complete."""
+
+
+def cut_off(make: Callable[[Path], AbstractContextManager[Path]], path: Path) -> Path:
+    """Begin to write there and fail; the name under which it was begun."""
+    begun: list[Path] = []
+
+    def write() -> None:
+        with make(path) as half:
+            begun.append(half)
+            (half / "part" if half.is_dir() else half).write_text("half of it")
+            raise CutOff
+
+    with pytest.raises(CutOff):
+        write()
+    return begun[0]
+
+
+def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = whole.write(tmp_path / "file", "before")
+    cut_off(whole.file, path)
+    cut_off(whole.folder, tmp_path / "folder")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    left = cut_off(whole.file, path)
+    left.write_text("left")
+    left.chmod(0o644)
+    whole.write(path, "secret", mode=0o600)
+    assert path.read_text() == "secret"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_folder_appears_when_it_is_filled(tmp_path: Path) -> None:
+    path = tmp_path / "models" / "folder"
+    with whole.folder(path) as half:
+        (half / "part").write_text("all of it")
+        assert not path.exists()
+    assert (path / "part").read_text() == "all of it"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_git_ignores_what_a_killed_process_leaves(tmp_path: Path) -> None:
+    left = ROOT / "results" / cut_off(whole.file, tmp_path / "x.json").name
+    asked = subprocess.run(["git", "check-ignore", "-q", str(left)], cwd=ROOT, check=False)
+    assert asked.returncode == 0
+
+
+@pytest.mark.parametrize("house", ["labs", "serving", "dashboards", "bench", "loadtests"])
+def test_only_one_place_renames_what_it_has_written(house: str) -> None:
+    """`unbundle.py` runs alone on a machine without the rest, and `records.py` knows nothing of
+    serving; parts of a bundle are named when their digest is known, and a quantized model is a
+    part of the folder that its tool works in."""
+    apart = {"whole.py", "unbundle.py", "records.py", "bundle.py", "quantize.py"}
+    calls = {
+        path.name
+        for path in (ROOT / house).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "rename"
+    }
+    assert calls <= apart
