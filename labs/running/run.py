@@ -17,9 +17,10 @@ from pathlib import Path
 from dashboards.prometheus import PrometheusError
 from labs.filing.results import Predictions, Run, RunFolder, Session, latest, run_id, write_json
 from labs.lab import LabError
-from labs.running import backfill
+from labs.running import backfill, harness
+from labs.running.engines import in_turn, resident_groups
 from labs.running.resolve import Request, Setup, Teller, engine_environment, resolve
-from labs.running.stage import Stage, in_turn, interleave, resident_groups, write_requests
+from labs.running.trials import interleave, write_requests
 from labs.telling import pages, report, tables
 from labs.telling.document import bullets, section
 from labs.telling.summary import summarise
@@ -57,31 +58,31 @@ def run(request: Request, teller: Teller) -> RunFolder:
                 bullets(report.formulas(setup.lab, predictions)),
             )
         )
-        stage = Stage(setup, folder, work, teller)
-        with stage:
+        with harness.started(setup, folder, work, teller) as running:
             groups = resident_groups(setup)
             turns = in_turn(groups, setup.lab.repeats)
             for group, repeats in turns:
-                stage.visit(group, [(p, r) for p, r in interleave(setup, group) if r in repeats])
-            stage.settle(groups)
-            agreement = stage.agree()
+                trials = [(p, r) for p, r in interleave(setup, group) if r in repeats]
+                running.visit(group, trials)
+            running.settle(groups)
+            agreement = running.counts.agreement(running.prometheus)
         write_json(
             folder.path / "session.json",
             Session(
-                engine_start_s=round(stage.engine_start_s, 2),
-                load_s=round(stage.load_s, 2),
+                engine_start_s=round(running.engines.start_s, 2),
+                load_s=round(running.trials.load_s, 2),
                 wall_s=round(time.monotonic() - began, 2),
                 resident=len(groups) == 1,
                 there_and_back=len(turns) > len(groups),
                 agreement=agreement,
-                prometheus=stage.prometheus.missing,
+                prometheus=running.prometheus.missing,
                 ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
             ),
         )
         summary = summarise(folder)
         report.write(folder)
         pages.write(folder)
-        if not stage.prometheus.missing:
+        if not running.prometheus.missing:
             try:
                 backfill.load_figures(folder)
             except (PrometheusError, OSError) as error:  # the run itself is whole

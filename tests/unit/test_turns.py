@@ -11,7 +11,10 @@ import pytest
 
 from labs.filing.results import RunFolder, Session, TrialResult, write_json
 from labs.lab import Point, Variant
-from labs.running.stage import Stage, in_turn, interleave, resident_groups
+from labs.running.counts import Counts
+from labs.running.engines import Engines, in_turn, resident_groups
+from labs.running.harness import Harness
+from labs.running.trials import Trials, interleave
 from labs.telling import report
 from labs.telling.summary import summarise
 from serving.engines.base import EngineError
@@ -20,29 +23,50 @@ from tests.unit.builders import make_lab, write_run
 A, B, C = (Variant(name=name) for name in "ABC")
 
 
-class Played(Stage):
-    """Engines whose starts and trials are noted; those named in `dead` do not start."""
+class NotedEngines(Engines):
+    """Engines whose starts are noted; those named in `dead` do not start."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        lab, points, said = folder.run().rebuilt_lab(), folder.run().points(), list[str]()
-        setup: Any = SimpleNamespace(lab=lab, points=points, endpoint="none")
-        teller: Any = SimpleNamespace(step=said.append, plan=lambda seconds: None)
-        super().__init__(setup, folder, folder.path, teller)
-        self.said, self.noted, self.dead = said, list[str](), set[str]()
-        self.prometheus = SimpleNamespace(forget=lambda kind: None)  # type: ignore[assignment]
+    def __init__(self, setup: Any, folder: RunFolder, prometheus: Any, teller: Any) -> None:
+        super().__init__(setup, folder.path, prometheus, {}, teller)
+        self.noted, self.dead = list[str](), set[str]()
 
-    def _launch(self, variant: Variant) -> Any:
+    def _start(self, variant: Variant) -> Any:
         self.noted.append(variant.name)
-        self.running[variant.name] = SimpleNamespace(stop=lambda: None)  # type: ignore[assignment]
+        engine: Any = SimpleNamespace(stop=lambda: None)
+        self._serving[variant.name] = engine
+        return engine
 
-    def _await(self, variant: Variant, engine: Any) -> None:
+    def _wait(self, variant: Variant, engine: Any) -> None:
         if variant.name in self.dead:
             raise EngineError("no kernel for this type")
 
-    def trial(self, point: Point, repeat: int) -> None:
+
+class NotedTrials(Trials):
+    """Trials that are noted, and take no time."""
+
+    def __init__(self, setup: Any, folder: RunFolder, engines: NotedEngines, teller: Any) -> None:
+        nothing: Any = None
+        super().__init__(setup, folder, folder.path, engines, nothing, nothing, nothing, teller)
+        self.noted = engines.noted
+
+    def play(self, point: Point, repeat: int) -> None:
         self.noted.append(str(repeat))
-        result = TrialResult(point=point.key, repeat=repeat)
-        write_json(self.folder.trial_folder(point, repeat) / "trial.json", result)
+        self._record(point, repeat, TrialResult(point=point.key, repeat=repeat))
+
+
+class Noted(Harness):
+    """A harness without processes, that tells in which order engines start and trials play."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        lab, points, self.steps = folder.run().rebuilt_lab(), folder.run().points(), list[str]()
+        setup: Any = SimpleNamespace(lab=lab, points=points, endpoint=None)
+        teller: Any = SimpleNamespace(step=self.steps.append, plan=lambda seconds: None)
+        prometheus: Any = SimpleNamespace(forget=lambda kind: None)
+        engines = NotedEngines(setup, folder, prometheus, teller)
+        self.noted, self.dead = engines.noted, engines.dead
+        trials = NotedTrials(setup, folder, engines, teller)
+        counts = Counts(folder.path.name, exporter_port=1)
+        super().__init__(setup, folder, teller, prometheus, engines, trials, counts)
 
     def goes(self, repeats: int) -> str:
         """Through all engines in turn; what was noted."""
@@ -94,31 +118,31 @@ def test_the_order_of_turns_is_drawn_from_the_seed() -> None:
 def test_the_last_engine_is_not_started_again_to_turn_back(folder: RunFolder) -> None:
     lab = {**folder.run().lab, "repeats": 4}
     write_json(folder.path / "run.json", folder.run().model_copy(update={"lab": lab}))
-    assert Played(folder).goes(4) == "off 1 1 2 2 on 1 1 2 2 3 3 4 4 off 3 3 4 4"
-    assert Played(folder).goes(4) == ""  # all of it is on file
+    assert Noted(folder).goes(4) == "off 1 1 2 2 on 1 1 2 2 3 3 4 4 off 3 3 4 4"
+    assert Noted(folder).goes(4) == ""  # all of it is on file
 
 
 def test_the_trials_of_an_engine_that_does_not_start_fail_with_its_reason(
     folder: RunFolder,
 ) -> None:
-    stage = Played(folder)
-    stage.dead = {"on"}
-    assert stage.goes(2) == "off 1 1 2 2 on"
-    for point, repeat in interleave(stage.setup, stage.setup.lab.variants):
+    harness = Noted(folder)
+    harness.dead.add("on")
+    assert harness.goes(2) == "off 1 1 2 2 on"
+    for point, repeat in interleave(harness.setup, harness.setup.lab.variants):
         found = folder.trial_result(point, repeat)
         assert found
         assert found.failed == ("no kernel for this type" if point.variant.name == "on" else None)
-    assert stage.said == ["no kernel for this type"]
-    stage.visit(stage.setup.lab.variants[1:], [(stage.setup.points[-1], 1)])
-    assert stage.noted[-1] == "on"
-    assert stage.noted.count("on") == 1  # it is not tried again
+    assert harness.steps == ["no kernel for this type"]
+    harness.visit(harness.setup.lab.variants[1:], [(harness.setup.points[-1], 1)])
+    assert harness.noted[-1] == "on"
+    assert harness.noted.count("on") == 1  # it is not tried again
 
 
 def test_where_no_engine_starts_the_run_ends_with_the_reason(folder: RunFolder) -> None:
-    stage = Played(folder)
-    stage.dead = {"on", "off"}
+    harness = Noted(folder)
+    harness.dead.update(("on", "off"))
     with pytest.raises(EngineError, match="no kernel"):
-        stage.goes(2)
+        harness.goes(2)
 
 
 def test_undecided_points_are_repeated_in_turn_too(
@@ -126,18 +150,18 @@ def test_undecided_points_are_repeated_in_turn_too(
 ) -> None:
     lab = {**folder.run().lab, "most_repeats": 4}
     write_json(folder.path / "run.json", folder.run().model_copy(update={"lab": lab}))
-    stage = Played(folder)
+    harness = Noted(folder)
     undecided = SimpleNamespace(
         outcome="inconclusive", effect=True, treatment="on/short/concurrent-1",
         baseline="off/short/concurrent-1",
     )  # fmt: skip
     monkeypatch.setattr(
-        "labs.running.stage.summarise", lambda _: SimpleNamespace(judgements=[undecided])
+        "labs.running.harness.summarise", lambda _: SimpleNamespace(judgements=[undecided])
     )
-    assert stage.goes(2) == "off 1 1 2 2 on 1 1 2 2"
-    stage.noted.clear()
-    stage.settle([[v] for v in stage.setup.lab.variants])
-    assert " ".join(stage.noted) == "3 off 3 4 on 4"
+    assert harness.goes(2) == "off 1 1 2 2 on 1 1 2 2"
+    harness.noted.clear()
+    harness.settle([[v] for v in harness.setup.lab.variants])
+    assert " ".join(harness.noted) == "3 off 3 4 on 4"
 
 
 def test_engines_started_once_each_are_a_caveat(tmp_path: Path) -> None:

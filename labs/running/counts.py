@@ -1,0 +1,85 @@
+"""How many requests and output tokens there were, counted three ways.
+
+The records, Prometheus and the engines count the same things apart from one another; where they
+disagree, one of them is wrong, and the report says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from dashboards.prometheus import Prometheus
+from labs.filing.results import Agreement
+from loadtests.records import RequestRecord
+from serving import metrics
+from serving.engines.base import Server
+from serving.metrics import Snapshot
+
+REQUESTS, OUTPUT_TOKENS = "requests", "output tokens"
+ENGINE_METRICS = {REQUESTS: metrics.REQUESTS, OUTPUT_TOKENS: metrics.GENERATION_TOKENS}
+
+
+class Counts:
+    """The counts of one sitting at a run, over all its trials."""
+
+    def __init__(self, run_id: str, exporter_port: int) -> None:
+        self._client = f'run_id="{run_id}",instance="127.0.0.1:{exporter_port}"'
+        self._records = dict.fromkeys(ENGINE_METRICS, 0)
+        self._discarded = dict.fromkeys(ENGINE_METRICS, 0)  # in trials that failed
+        self._engines: dict[str, int | None] = dict.fromkeys(ENGINE_METRICS, 0)
+
+    def add(self, done: Sequence[RequestRecord], engine: Snapshot | None) -> None:
+        """Count a trial's requests that succeeded, and by how much its engine's counters rose.
+
+        Once an engine has not told one of its counts, the engines' sum of it is unknown.
+        """
+        _add(self._records, done)
+        for name, metric in ENGINE_METRICS.items():
+            total, rise = self._engines[name], engine.values.get(metric) if engine else None
+            self._engines[name] = None if total is None or rise is None else total + int(rise)
+
+    def discard(self, done: Sequence[RequestRecord]) -> None:
+        """Leave out a trial that failed: Prometheus has its requests, its record is not used."""
+        _add(self._discarded, done)
+
+    def agreement(self, prometheus: Prometheus) -> list[Agreement]:
+        """Ask Prometheus for the same counts, and put all three side by side.
+
+        It is asked for this sitting's exporter alone; a run that was resumed had others.
+        """
+        queries = {
+            REQUESTS: f'sum(lab_requests_total{{outcome="ok",{self._client}}})',
+            OUTPUT_TOKENS: f"sum(lab_output_tokens_total{{{self._client}}})",
+        }
+        rows = []
+        for name, query in queries.items():
+            value = prometheus.settle(query, self._records[name] + self._discarded[name])
+            rows.append(
+                Agreement(
+                    what=name,
+                    records=self._records[name],
+                    prometheus=None if value is None else int(value) - self._discarded[name],
+                    engine=self._engines[name],
+                )
+            )
+        return rows
+
+
+def _add(counts: dict[str, int], done: Sequence[RequestRecord]) -> None:
+    counts[REQUESTS] += len(done)
+    counts[OUTPUT_TOKENS] += sum(record.output_tokens or 0 for record in done)
+
+
+def rise(engine: Server, before: Snapshot | None, requests_done: int) -> Snapshot | None:
+    """How the engine's counters rose over a trial, read once it has counted the last request."""
+    if before is None:
+        return None
+    deadline = time.monotonic() + 2
+    while (after := engine.snapshot()) is not None:
+        delta = after.since(before)
+        counted = delta.values.get(metrics.REQUESTS)
+        if counted is None or counted >= requests_done or time.monotonic() > deadline:
+            return delta
+        time.sleep(0.05)
+    return None

@@ -1,0 +1,188 @@
+"""The trials of a run: their order, what they send, and how one is played and recorded."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from labs.filing.results import RunFolder, TrialResult, snapshot_json, write_json
+from labs.lab import LabError, Point, Variant
+from labs.running.counts import Counts, rise
+from labs.running.engines import Engines
+from labs.running.machine_load import Others
+from labs.running.resolve import Setup, Teller
+from loadtests import generator, plan, records
+from loadtests.workload import Workload
+from serving.engines.base import EngineError
+from serving.telemetry import Telemetry
+
+PER_TRIAL_S = 2.0  # drain and bookkeeping, for the estimate of the time remaining
+
+
+def requests_file(work: Path, workload: Workload, repeat: int) -> Path:
+    return work / f"{workload.name}-{repeat}.jsonl"
+
+
+def write_requests(setup: Setup, work: Path) -> str:
+    """Write what each repeat sends, the same for all its variants and loads; their SHA-256."""
+    lab, written = setup.lab, []
+    served = setup.endpoint.model if setup.endpoint else setup.model.name
+    for workload in lab.workloads:
+        for repeat in range(1, lab.rounds + 1):
+            try:
+                items = workload.requests(lab.requests, lab.draw_seed(repeat), setup.writer)
+            except ValueError as error:
+                raise LabError(f"workload {workload.name}: {error}") from error
+            path = requests_file(work, workload, repeat)
+            plan.write_requests(path, items, served)
+            written.append(path)
+    return plan.sent_sha256(written)
+
+
+def interleave(setup: Setup, group: Sequence[Variant]) -> list[tuple[Point, int]]:
+    """Every point once in random order, then all again: drift of the machine hits all alike."""
+    rng = random.Random(f"{setup.lab.seed}/order")
+    names = {v.name for v in group}
+    points = [p for p in setup.points if p.variant.name in names]
+    return [
+        (point, repeat)
+        for repeat in range(1, setup.lab.repeats + 1)
+        for point in sorted(points, key=lambda _: rng.random())
+    ]
+
+
+def recorded(folder: RunFolder, point: Point, repeat: int) -> bool:
+    """Whether this trial has succeeded, in this sitting or before."""
+    result = folder.trial_result(point, repeat)
+    return result is not None and result.failed is None
+
+
+class Trials:
+    """Plays trials on the engines, one after another, and records each."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        folder: RunFolder,
+        work: Path,
+        engines: Engines,
+        load: generator.Generator,
+        telemetry: Telemetry,
+        counts: Counts,
+        teller: Teller,
+    ) -> None:
+        self.load_s = 0.0  # of load so far
+        self._setup, self._folder, self._work, self._teller = setup, folder, work, teller
+        self._engines, self._load = engines, load
+        self._telemetry, self._counts = telemetry, counts
+        self._left = len(self.due(interleave(setup, setup.lab.variants)))
+
+    def due(self, trials: Iterable[tuple[Point, int]]) -> list[tuple[Point, int]]:
+        """Those of these trials that have not succeeded yet."""
+        return [trial for trial in trials if not recorded(self._folder, *trial)]
+
+    @property
+    def any_recorded(self) -> bool:
+        """Whether any trial has succeeded, in this sitting or before."""
+        every = interleave(self._setup, self._setup.lab.variants)
+        return any(recorded(self._folder, *trial) for trial in every)
+
+    def expect(self, count: int) -> None:
+        """So many trials are still to come, beyond the lab's own repeats."""
+        self._left = count
+
+    @property
+    def remaining_s(self) -> float:
+        """About how long the trials take that are still to come: the mean over the points."""
+        lab, points = self._setup.lab, self._setup.points
+        warmup_s = sum(p.workload.warmup_s or lab.warmup_s for p in points) / len(points)
+        return self._left * (warmup_s + lab.window_s + PER_TRIAL_S)
+
+    def play(self, point: Point, repeat: int) -> None:
+        """Play one trial and record it; a failure is recorded with its reason."""
+        began, others = time.monotonic(), Others()
+        of = max(repeat, self._setup.lab.repeats)
+        name = f"{point.workload.name} {point.load}, repeat {repeat} of {of}"
+        if len(self._setup.lab.variants) > 1:
+            name = f"{point.variant.name} {name}"
+        try:
+            summary, engine, rate = self._play(point, repeat, name)
+            stolen, strangers = others.shares()
+            result = TrialResult(
+                point=point.key, repeat=repeat, summary=summary, engine=engine,
+                cpu_steal=stolen, cpu_others=strangers, took_s=round(time.monotonic() - began, 3),
+            )  # fmt: skip
+        except (EngineError, generator.GeneratorError, OSError) as error:
+            result = TrialResult(point=point.key, repeat=repeat, failed=str(error))
+            rate = f"failed: {str(error).splitlines()[0]}"
+        self._record(point, repeat, result)
+        self._teller.trial_done(f"{name}: {rate}", self.remaining_s)
+
+    def fail(self, trials: Iterable[tuple[Point, int]], reason: str) -> None:
+        """Record these trials as failed, but for those that succeeded in an earlier sitting."""
+        for point, repeat in self.due(trials):
+            result = TrialResult(point=point.key, repeat=repeat, failed=reason)
+            self._record(point, repeat, result)
+
+    def _record(self, point: Point, repeat: int, result: TrialResult) -> None:
+        write_json(self._folder.trial_folder(point, repeat) / "trial.json", result)
+        self._left -= 1
+
+    def _play(
+        self, point: Point, repeat: int, name: str
+    ) -> tuple[plan.TrialSummary, dict[str, Any] | None, str]:
+        lab = self._setup.lab
+        engine = self._engines.of(point.variant)
+        engine.reset_prefix_cache()
+        sending = requests_file(self._work, point.workload, repeat)
+        if point.flags.enable_prefix_caching and point.workload.primed and point.workload.prefix:
+            _prime(engine.url, sending, point.workload.prefix.groups, lab.timeout_s)
+        before = engine.snapshot()
+        path = self._folder.trial_folder(point, repeat) / "requests.jsonl.gz"
+        trial_plan = plan.TrialPlan(
+            url=engine.url,
+            arrival=point.load,
+            requests=sending,
+            records=path,
+            warmup_s=point.workload.warmup_s or lab.warmup_s,
+            window_s=lab.window_s,
+            timeout_s=lab.timeout_s,
+            seed=lab.draw_seed(repeat),
+            lab=lab.name,
+            variant=point.variant.name,
+            run_id=self._folder.path.name,
+            workload=point.workload.name,
+            keep_text=point.workload.keep_text,
+            slo_s=lab.slo.by_name(),
+        )
+        began = time.monotonic()
+        self._telemetry.begin(point.variant.name)
+        summary = self._load.play(trial_plan, lambda: self._teller.waiting(name))
+        self._telemetry.write(path.with_name("telemetry.csv.gz"), summary.started_unix_s)
+        self.load_s += time.monotonic() - began
+        every = list(records.read(path))
+        done = [r for r in every if r.ok]
+        if summary.aborted or engine.died():
+            self._counts.discard(done)
+            raise EngineError(engine.died() or summary.aborted or "")
+        engine_rise = rise(engine, before, len(done))
+        self._counts.add(done, engine_rise)
+        start, end = summary.window_s
+        tokens = sum(k for r in every for at, k in r.chunks if start <= at < end)
+        rate = f"{tokens / (end - start):.0f} tok/s" if end > start else "nothing in the window"
+        return summary, None if engine_rise is None else snapshot_json(engine_rise), rate
+
+
+def _prime(url: str, sending: Path, groups: int, timeout_s: float) -> None:
+    """Have the engine prefill the first request of each prefix group, one after another."""
+    for planned in plan.read_requests(sending)[:groups]:
+        body = {**json.loads(planned.body), "max_tokens": 1, "stream": False}
+        del body["stream_options"]
+        answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=timeout_s)
+        answer.raise_for_status()
