@@ -38,7 +38,7 @@ INSTALL := $(PYTHON_HERE) -m serving.install $(if $(OTHER_VLLM),--vllm "$$LABS_V
 # Without the setting $1 a command shows what it takes.
 or_help = $(if $(value LABS_$1),,--help)
 .DEFAULT_GOAL := help
-.PHONY: help setup labs labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test check bench clean distclean
+.PHONY: help setup labs forecast score-forecasts labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test check bench clean distclean
 
 help: ## List the targets
 	@echo "Labs (set-up first, only what is missing):"
@@ -61,6 +61,12 @@ labs: setup ## List the labs with the questions they answer
 
 lab-%: setup ## Run a lab: predict, measure, judge, report
 	@$(BIN)/labs run $(if $(value LABS_HELP),--help,'$*')
+
+forecast: setup ## What a lab would show on this machine, in seconds: LAB=.. [SET=..] [MODEL=..]
+	@$(BIN)/labs forecast $(call or_help,LAB)
+
+score-forecasts: setup ## How near the predictions of the runs on file came
+	@$(BIN)/labs score-forecasts
 
 labs-all: setup ## Run every lab in order; goes on where it stopped, ends in one page
 	@$(BIN)/labs all

@@ -258,6 +258,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     needs_text: Annotated[tuple[str, ...], Field(exclude=True)] = ()
     # how the lab asks its question of random weights, beyond leaving out what needs text
     dummy: Annotated[Callable[[Lab], Lab] | None, Field(exclude=True)] = None
+    # how often a draft token is expected to be accepted at a point whose engine guesses ahead
+    acceptance: Annotated[Callable[[Point], float] | None, Field(exclude=True)] = None
     left_out: tuple[str, ...] = ()  # by a run with random weights, each with its reason
     limits: dict[str, str] = {}  # kind of machine -> what such a machine can and cannot show
     next_knobs: tuple[str, ...] = ()
@@ -317,6 +319,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         fields = self.model_dump(exclude={"scales", "quick"})
         for path, value in (item for layer in layers for item in layer.items()):
             _set(fields, path, copy.deepcopy(value))  # a later path may lead into it
+        fields["acceptance"] = self.acceptance
         try:
             return Lab.model_validate(fields)
         except ValidationError as error:

@@ -142,6 +142,14 @@ def chosen(point: Point) -> float:
     return CHOSEN[point.variant.name]
 
 
+def accepted(point: Point) -> float:
+    """By whoever guesses at this point."""
+    if point.variant.name in CHOSEN:
+        return chosen(point)
+    by_copying = config(point)["method"] == "ngram"
+    return copies_accepted(point) if by_copying else drafts_accepted(point)
+
+
 def on_random_weights(lab: Lab) -> Lab:
     """The engine accepts three guesses of a draft as often as it is told."""
     guesses, many = 3, max(load.seats for load in lab.workloads[0].loads)
@@ -202,6 +210,7 @@ GUESSES = (
 
 LAB = Lab(
     name="speculative-decoding",
+    acceptance=accepted,
     title="Speculative decoding",
     question="When does guessing tokens ahead shorten the time per token, and at which load does it"
     " start to lose?",

@@ -32,15 +32,16 @@ from labs.commands.terminal import (
     show,
 )
 from labs.comparing import reproduction, side_by_side
-from labs.filing import manifest
+from labs.filing import manifest, newest
 from labs.filing.results import RunFolder, open_run
 from labs.lab import Lab, LabError, NotApplicable, near, parse_changes
 from labs.questions import QUESTIONS
 from labs.running import derived_models, reproduce
 from labs.running.resolve import Request, is_dummy, model_of, require_devices
+from labs.running.run import forecast_alone
 from labs.running.run import run as run_lab
-from labs.telling import report
-from labs.telling.document import bullets, section, table_of
+from labs.telling import report, tables
+from labs.telling.document import Code, bullets, section, table_of
 from serving import bundle, machine, models
 from serving.engines import ENGINES
 from serving.engines.vllm import Vllm
@@ -208,6 +209,43 @@ def run_all(
             console.print("`make labs-all` again runs only these.")
             raise typer.Exit(1)
         state.end()
+
+
+@app.command("forecast")
+def forecast_lab(
+    lab: Annotated[str, typer.Option(envvar="LABS_LAB", help="Which lab's load points.")],
+    quick: QuickOption = False,
+    changes: SetOption = "",
+    model: ModelOption = "",
+    weights: WeightsOption = "",
+    seed: SeedOption = "",
+) -> None:
+    """What a lab would show on this machine, in seconds: no engine is started, nothing is kept.
+
+    vLLM's own scheduler plays every load point in virtual time, over a step of the model's shape
+    that is timed here.
+    """
+    with plainly(), ConsoleTeller() as teller:
+        request = Request(
+            _lab(lab), quick, changes=_changes(changes, seed), model=model, weights=weights
+        )
+        setup, forecasts = forecast_alone(request, teller)
+        teller.show(
+            section(
+                f"{setup.lab.title}: forecast, nothing was measured",
+                tables.in_virtual_time(setup.lab, forecasts),
+                bullets(
+                    (Code(name), f" has none: {why}") for name, why in forecasts.without.items()
+                ),
+            )
+        )
+
+
+@app.command("score-forecasts")
+def score_forecasts() -> None:
+    """How near the forecasts of the runs on file came to what was measured, lab by lab."""
+    with plainly():
+        show(section("Forecast beside measured", tables.residuals(newest.published())))
 
 
 @app.command()

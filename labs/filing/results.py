@@ -34,6 +34,7 @@ from pydantic import BaseModel, ValidationError
 
 from labs.judging.judge import (
     Caveat,
+    ForecastAtPoint,
     ForecastResult,
     Interval,
     Judgement,
@@ -132,11 +133,34 @@ def fresh_knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
     return knobs(reread(resolved).resolved())
 
 
+class Band(BaseModel, frozen=True, extra="forbid"):
+    """A forecast figure, and between what it is expected."""
+
+    value: float
+    low: float
+    high: float
+
+
+class PointForecasts(BaseModel, frozen=True, extra="forbid"):
+    """Every load point as vLLM's scheduler would play it in virtual time."""
+
+    points: dict[str, dict[str, Band]]  # point -> metric
+    without: dict[str, str] = {}  # variant or point -> why it has no forecast
+    step_times: list[dict[str, Any]] = []  # the stand-in steps, as they were timed
+
+
 class Predictions(BaseModel, frozen=True, extra="forbid"):
-    """`effects[claim][treatment|baseline]` and `forecasts[name][point]`."""
+    """`effects[claim][treatment|baseline]`, `forecasts[name][point]`, and every point's forecast.
+
+    An effect is the ratio of two points' forecasts where both have one; `closed_forms` then holds
+    the lab's own formula beside it. `forecasts` are closed forms, most of them bounds.
+    `in_virtual_time` is None in runs before it was made, and where none could be.
+    """
 
     effects: dict[str, dict[str, Prediction]]
+    closed_forms: dict[str, dict[str, Prediction]] = {}
     forecasts: dict[str, dict[str, Prediction]]
+    in_virtual_time: PointForecasts | None = None
 
 
 class TrialResult(BaseModel, frozen=True, extra="forbid"):
@@ -178,6 +202,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     judgements: list[Judgement]
     forecasts: list[ForecastResult]
     findings: list[Finding] = []
+    in_virtual_time: list[ForecastAtPoint] = []
     answers: dict[str, str] = {}  # id of a question the lab answers -> what this run says to it
     caveats: list[Caveat]
     failed: dict[str, str]

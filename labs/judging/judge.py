@@ -96,6 +96,27 @@ class ForecastResult(BaseModel, frozen=True, extra="forbid"):
     held: bool | None
 
 
+class ForecastAtPoint(BaseModel, frozen=True, extra="forbid"):
+    """A point's figure as it was forecast in virtual time, beside what was measured."""
+
+    point: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    measured: Interval | None
+
+    @property
+    def share(self) -> float | None:
+        """Measured / forecast; None where either is missing or the forecast is 0."""
+        return self.measured.value / self.value if self.measured and self.value else None
+
+    @property
+    def within(self) -> bool | None:
+        """Whether the measured mean lies within the band."""
+        return self.low <= self.measured.value <= self.high if self.measured else None
+
+
 # ------------------------------------------------------------------------------------ statistics
 
 

@@ -15,12 +15,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dashboards.prometheus import PrometheusError
-from labs.filing.results import Predictions, Run, RunFolder, Session, latest, run_id, write_json
+from labs.filing.results import (
+    PointForecasts,
+    Predictions,
+    Run,
+    RunFolder,
+    Session,
+    latest,
+    run_id,
+    write_json,
+)
 from labs.lab import LabError
 from labs.running import backfill, harness
 from labs.running.engines import in_turn, resident_groups
+from labs.running.forecast import ForecastError, forecast, ratio_of_forecasts
 from labs.running.resolve import Request, Setup, Teller, engine_environment, resolve
-from labs.running.trials import interleave, write_requests
+from labs.running.trials import interleave, requests_file, write_requests
 from labs.telling import pages, report, tables
 from labs.telling.document import bullets, section
 from labs.telling.summary import summarise
@@ -48,12 +58,17 @@ def run(request: Request, teller: Teller) -> RunFolder:
         if request.resume and folder is None:
             teller.step("Nothing to resume: no unfinished run of this lab as it is asked for now")
         folder = folder or RunFolder.create(_manifest(setup, request, prompts))
-        predictions = predict(setup)
-        if not (folder.path / "predictions.json").exists():  # what was said before stays said
+        if (folder.path / "predictions.json").exists():  # what was said before stays said
+            predictions = folder.predictions()
+        else:
+            predictions = predict(setup, in_virtual_time(setup, work, teller))
             write_json(folder.path / "predictions.json", predictions)
         teller.show(
             section(
                 "Predicted, before any engine starts",
+                tables.in_virtual_time(setup.lab, predictions.in_virtual_time)
+                if predictions.in_virtual_time
+                else None,
                 tables.predictions(setup.lab, predictions),
                 bullets(report.formulas(setup.lab, predictions)),
             )
@@ -156,6 +171,15 @@ def _resumed(setup: Setup) -> RunFolder | None:
     return folder if same and same_engines else None
 
 
+def forecast_alone(request: Request, teller: Teller) -> tuple[Setup, PointForecasts]:
+    """Forecast a lab's points without running it. Raises what `run` raises before its engines."""
+    with alone(), _scratch() as work:
+        setup = resolve(request, teller)
+        teller.waiting("writing the prompts")
+        write_requests(setup, work)
+        return setup, forecast(setup, _files(setup, work), teller)
+
+
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Two labs at once would measure each other. Raises LabError."""
@@ -170,13 +194,43 @@ def alone() -> Iterator[None]:
         yield
 
 
-def predict(setup: Setup) -> Predictions:
+def in_virtual_time(setup: Setup, work: Path, teller: Teller) -> PointForecasts | None:
+    """Every point's forecast; None where vLLM's scheduler cannot be driven, which is told."""
+    try:
+        return forecast(setup, _files(setup, work), teller)
+    except ForecastError as error:
+        teller.step(f"No forecast: {error}; the run goes on with bounds alone")
+        return None
+
+
+def _files(setup: Setup, work: Path) -> dict[str, list[Path]]:
+    """What each workload sends, repeat by repeat."""
+    repeats = range(1, setup.lab.repeats + 1)
+    return {w.name: [requests_file(work, w, r) for r in repeats] for w in setup.lab.workloads}
+
+
+def predict(setup: Setup, forecasts: PointForecasts | None) -> Predictions:
+    """What is written down before any engine starts.
+
+    A claim is predicted by the ratio of its two points' forecasts where both have one; the lab's
+    closed form then stands beside it as an explanation. Elsewhere it is the prediction.
+    """
     lab, points = setup.lab, setup.points
+    closed = {
+        c.name: {f"{t.key}|{b.key}": c.predict(t, b) for t, b in lab.pairs(c, points)}
+        for c in lab.claims
+    }
     return Predictions(
         effects={
-            c.name: {f"{t.key}|{b.key}": c.predict(t, b) for t, b in lab.pairs(c, points)}
+            c.name: {
+                f"{t.key}|{b.key}": (forecasts and ratio_of_forecasts(forecasts, c.metric, t, b))
+                or closed[c.name][f"{t.key}|{b.key}"]
+                for t, b in lab.pairs(c, points)
+            }
             for c in lab.claims
         },
+        closed_forms=closed if forecasts and forecasts.points else {},
+        in_virtual_time=forecasts,
         forecasts={
             f.name: {p.key: f.predict(p) for p in points if f.arm.matches(p)} for f in lab.forecasts
         },

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from labs import theory
 from labs.filing.results import Finding, Predictions, Run, RunFolder, Session, Summary
@@ -100,6 +101,7 @@ def document(facts: Facts, figures: Sequence[Figure]) -> Section:
         answer(facts),
         _claims(facts, figures),
         _every_point(facts),
+        _in_virtual_time(facts),
         _forecasts(facts),
         *(
             _finding(lab, name, finding)
@@ -124,6 +126,10 @@ def digest(facts: Facts) -> Section:
         section("Every point", tables.points(facts.points, lab, summary, main_columns())),
         answer(facts),
         section("Claim by claim", _claims_in_sentences(summary)),
+        section(
+            "Forecast beside measured",
+            Paragraph(forecast_score(summary)) if summary.in_virtual_time else None,
+        ),
         *(
             section(finding.title, bullets(parse(line) for line in finding.lines))
             for finding in summary.findings
@@ -240,6 +246,44 @@ def _published_lines(lab: Lab, part: Part, titles: Mapping[str, str]) -> list[In
 
 
 # ------------------------------------------------------------------------ predictions and findings
+
+IN_VIRTUAL_TIME = (
+    "Each point was played beforehand by vLLM's own scheduler in virtual time, with the requests"
+    " that were then sent and the arguments that the engine was started with. How long a step takes"
+    " comes from a stand-in of the model's shape, timed on this machine before any engine started."
+    " The band: the engine's own step may take 0.90 to 1.18 of the stand-in's."
+)
+
+
+def _in_virtual_time(facts: Facts) -> Section:
+    """The forecast beside what came, and which points have none."""
+    before = facts.predictions.in_virtual_time
+    if before is None:
+        return section("Forecast beside measured")
+    without = [(Code(name), f": {why}") for name, why in before.without.items()]
+    return section(
+        "Forecast beside measured",
+        tables.forecast_beside_measured(facts.lab, facts.summary),
+        Paragraph(f"{forecast_score(facts.summary)} {IN_VIRTUAL_TIME}") if before.points else None,
+        tables.closed_forms(facts.lab, facts.summary, facts.predictions),
+        Paragraph("No forecast:") if without else None,
+        bullets(without),
+    )
+
+
+def forecast_score(summary: Summary) -> str:
+    """How near the forecasts came, in a sentence."""
+    known = [
+        f for f in summary.in_virtual_time if METRICS[f.metric].forecast == "shown" and f.share
+    ]
+    if not known:
+        return "Nothing was measured beside the forecasts."
+    near = median([abs((f.share or 1) - 1) for f in known])
+    within = sum(bool(f.within) for f in known)
+    return (
+        f"{within} of {len(known)} measured figures lie within their band; the median distance is"
+        f" {near:.0%}."
+    )
 
 
 def _forecasts(facts: Facts) -> Section:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from labs.filing.results import Run, RunFolder, Session, Summary, TrialResult, write_json
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import answers, parts_of
-from labs.judging.judge import Caveat, judge, judge_forecast
-from labs.judging.metrics import measure, pooled, pooled_latencies
+from labs.judging.judge import Caveat, ForecastAtPoint, judge, judge_forecast, mean_interval
+from labs.judging.metrics import by_repeat, measure, pooled, pooled_latencies
 from labs.judging.validity import confounded, first_trial_slow, validity
 from labs.lab import Lab
 from loadtests.latencies import Latency
@@ -63,6 +63,21 @@ def summarise(folder: RunFolder) -> Summary:
             judge_forecast(forecast, key, values.get(key, {}), prediction)
             for forecast in lab.forecasts
             for key, prediction in predictions.forecasts[forecast.name].items()
+        ],
+        in_virtual_time=[
+            ForecastAtPoint(
+                point=key,
+                metric=metric,
+                value=band.value,
+                low=band.low,
+                high=band.high,
+                measured=mean_interval(list(by.values())) if by else None,
+            )
+            for key, bands in (
+                predictions.in_virtual_time.points if predictions.in_virtual_time else {}
+            ).items()
+            for metric, band in bands.items()
+            for by in (by_repeat(values.get(key, {}), metric),)
         ],
         findings=[conclusions[name].finding(context) for name in lab.findings],
         caveats=[*found, *(caveat for *_, own in judged for caveat in own)],

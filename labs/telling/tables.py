@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
-from labs.filing.results import Predictions, Session, Summary
+from labs.filing.results import Band, PointForecasts, Predictions, RunFolder, Session, Summary
 from labs.findings.parts import published_of
 from labs.judging.judge import Judgement
 from labs.judging.metrics import METRICS, columns
@@ -18,9 +19,10 @@ from labs.judging.text import (
     ratio_text,
     short,
     verdict,
+    yes,
 )
 from labs.lab import Lab, Point
-from labs.telling.document import Inline, Table, parse, table
+from labs.telling.document import Code, Inline, Table, parse, table
 from serving.gpus import DATASHEETS
 from serving.machine import Ceilings, Machine
 
@@ -121,6 +123,108 @@ def forecasts(lab: Lab, summary: Summary) -> Table:
         )
     header = ("Figure", "Where", "Measured", "95 % interval", "Predicted", "Share", "Held")
     return table(header, rows)
+
+
+def in_virtual_time(lab: Lab, forecasts: PointForecasts) -> Table:
+    """Every point as vLLM's scheduler would play it, before any engine starts, each with its band.
+
+    A figure that is 0 everywhere, such as preemptions where memory is ample, is left out.
+    """
+    metrics = [
+        metric
+        for metric in METRICS
+        if METRICS[metric].forecast == "shown"
+        and any(metric in bands and bands[metric].high for bands in forecasts.points.values())
+    ]
+    return table(
+        ("Point", *(METRICS[metric].title for metric in metrics)),
+        (
+            [
+                short(key, lab),
+                *(_band(bands.get(metric), METRICS[metric].unit) for metric in metrics),
+            ]
+            for key, bands in forecasts.points.items()
+        ),
+    )
+
+
+def _band(band: Band | None, unit: str) -> str:
+    return f"{number(band.value, unit)} ({_between(band.low, band.high, unit)})" if band else "–"
+
+
+def forecast_beside_measured(lab: Lab, summary: Summary) -> Table:
+    """Every forecast figure, its band, what was measured, and their ratio."""
+    rows: list[list[Inline]] = []
+    for f in summary.in_virtual_time:
+        unit = METRICS[f.metric].unit
+        if METRICS[f.metric].forecast != "shown" or not (f.high or (f.measured or f).value):
+            continue
+        rows.append(
+            [
+                short(f.point, lab),
+                METRICS[f.metric].title,
+                number(f.value, unit),
+                _between(f.low, f.high, unit),
+                number(f.measured.value if f.measured else None, unit),
+                "–" if f.share is None else f"{f.share:.2f}",
+                yes(f.within),
+            ]
+        )
+    header = ("Point", "Figure", "Forecast", "Band", "Measured", "Measured / forecast", "Within")
+    return table(header, rows)
+
+
+def closed_forms(lab: Lab, summary: Summary, before: Predictions) -> Table:
+    """Where a claim was predicted by forecasts: what the lab's own formula says beside them."""
+    rows: list[list[Inline]] = [
+        [
+            (parse(j.title), f" ({short(j.treatment, lab)} / {short(j.baseline, lab)})"),
+            ratio_text(j),
+            f"{j.prediction.value:.2f}x",
+            f"{closed.value:.2f}x",
+            (Code(closed.formula), f" ({closed.source})" if closed.source else ""),
+        ]
+        for j in summary.judgements
+        if (closed := before.closed_forms.get(j.claim, {}).get(f"{j.treatment}|{j.baseline}"))
+        and closed.formula != j.prediction.formula
+    ]
+    return table(("Claim", "Measured", "Forecast", "Closed form", "Its formula"), rows)
+
+
+def residuals(folders: Sequence[RunFolder]) -> Table:
+    """How near predictions came, a row for each figure of each run, and one for its claims.
+
+    A claim's prediction is a ratio, of two forecasts or by the lab's formula; it counts as near
+    when the measured ratio lies within 25 % of it.
+    """
+    rows: list[list[Inline]] = []
+    for folder in folders:
+        run, summary = folder.run(), folder.summary()
+        name = f"{run.lab['name']} on {run.machine.slug}"
+        ratios = [
+            j.effect.ratio.value / j.prediction.value
+            for j in summary.judgements
+            if j.effect and j.outcome != "not valid"
+        ]
+        near = [1 / 1.25 <= r <= 1.25 for r in ratios]
+        rows += [_residual(name, "claims", ratios, near)] if ratios else []
+        shown = [f for f in summary.in_virtual_time if METRICS[f.metric].forecast == "shown"]
+        for metric in dict.fromkeys(f.metric for f in shown):
+            known = [(s, bool(f.within)) for f in shown if f.metric == metric and (s := f.share)]
+            if known:
+                shares, within = zip(*known, strict=True)
+                rows.append(_residual(name, METRICS[metric].title, shares, within))
+    header = ("Run", "Figure", "Number", "Median distance", "Within band, or 25 %")
+    return table(header, rows)
+
+
+def _residual(run: str, figure: str, shares: Sequence[float], near: Sequence[bool]) -> list[Inline]:
+    distance = median(abs(share - 1) for share in shares)
+    return [run, figure, str(len(shares)), f"{distance:.0%}", f"{sum(near)} of {len(near)}"]
+
+
+def _between(low: float, high: float, unit: str) -> str:
+    return f"{number(low, unit)} to {number(high, unit)}"
 
 
 def agreement(session: Session | None) -> Table:

@@ -1,0 +1,390 @@
+"""A forecast of every load point, before any engine starts.
+
+vLLM's own scheduler plays each trial in virtual time, with the requests that will be sent and the
+arguments that the engine will be started with, over a step timed on this machine
+(`serving/forecasting/`). What clients would have seen is then measured as a real trial is, so that
+a forecast and a measurement are the same figure by the same function.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from labs.filing.results import Band, PointForecasts
+from labs.judging.measure import Trial
+from labs.judging.metrics import METRICS, measure
+from labs.lab import Lab, LabError, Point, Prediction, Variant
+from labs.running.resolve import Setup, Teller
+from loadtests.arrivals import Concurrent, Contended, Replay, Waves
+from loadtests.plan import WINDOWS_AT_MOST, TrialSummary
+from loadtests.records import RequestRecord
+from serving import machine as machines
+from serving import metrics
+from serving.engines import ENGINES
+from serving.engines.base import with_places
+from serving.engines.vllm import Vllm, VllmFlags
+from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedEngine, PlannedTrial
+from serving.forecasting.step import StepTimes
+from serving.forecasting.timing import TimingPlan
+from serving.forecasting.traffic import Play, Traffic
+from serving.metrics import Snapshot
+
+FASTER, SLOWER = 0.90, 1.18
+"""The band: how many times as long as the stand-in's the engine's own step may take.
+
+So it came out on two machines (vLLM 0.32 on CPU, batches of 1 to 16 and a prompt of 768 tokens),
+before any run that is judged by it.
+"""
+TOLERANCE = 0.25  # of a ratio of two forecasts
+DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; more are interpolated beyond it
+WAIT_S = 300
+
+
+class ForecastError(LabError):
+    """No forecast can be made; the message says why. The run goes on without one."""
+
+
+def forecast(
+    setup: Setup, requests: Mapping[str, Sequence[Path]], teller: Teller
+) -> PointForecasts:
+    """Forecast every point that can be.
+
+    `requests[workload]` holds the file of each repeat. Raises ForecastError where vLLM does not
+    import, or its scheduler cannot be driven.
+    """
+    without = {v.name: why for v in setup.lab.variants if (why := reason_against(setup, v))}
+    points = [p for p in setup.points if p.variant.name not in without]
+    if not points:
+        return PointForecasts(points={}, without=without)
+    with _virtual_engines() as (send, answers):
+        teller.waiting("timing the stand-in step, for the forecast")
+        times = _timed([s for p in points for s in (_step_of(setup, p), _draft_of(setup, p)) if s])
+        teller.waiting("playing every load on vLLM's scheduler in virtual time")
+        send(_plan(setup, points, requests, times))
+        plays = list(answers())
+    as_timed = len(points) * setup.lab.repeats
+    by_key = {p.key: p for p in points}
+    figures = [
+        (played.key, measure(_trial(setup.lab, by_key[played.key], played))) for played in plays
+    ]
+    return PointForecasts(
+        points={
+            p.key: _bands(
+                [row for key, row in figures[:as_timed] if key == p.key],
+                [row for key, row in figures[as_timed:] if key == p.key],
+            )
+            for p in points
+        },
+        without=without,
+        step_times=[t.model_dump() for t in times.values()],
+    )
+
+
+def ratio_of_forecasts(
+    forecasts: PointForecasts, metric: str, treatment: Point, baseline: Point
+) -> Prediction | None:
+    """A claim's prediction from the forecasts of its two points; None where one has none."""
+    ours, theirs = (forecasts.points.get(p.key, {}).get(metric) for p in (treatment, baseline))
+    if not ours or not theirs or not theirs.value or not ours.value:
+        return None
+    return Prediction(
+        value=ours.value / theirs.value,
+        tolerance=TOLERANCE,
+        formula="forecast of the treatment / forecast of the baseline",
+        assumptions=(
+            "vLLM's own scheduler in virtual time, over a step timed on this machine beforehand",
+        ),
+        source="serving/forecasting/",
+    )
+
+
+def reason_against(setup: Setup, variant: Variant) -> str | None:
+    """Why this variant's step is not one that is timed; None where it is."""
+    flags = VllmFlags(setup.lab.flags_of(variant))
+    if setup.endpoint:
+        return "an endpoint's settings are not known here"
+    if setup.engine_command or ENGINES[variant.engine] is not Vllm:
+        return "the engine is not the vLLM of this environment"
+    if "quantization_config" in _config(_served(setup, variant) / "config.json"):
+        return "the kernels of quantized weights were not timed"
+    if setup.model.shape.experts:
+        return "routed experts were not timed"
+    if flags.speculative_config and setup.lab.acceptance is None:
+        return "how many drafts are accepted is not known beforehand"
+    if str(flags.get("kv-cache-dtype", "auto")) not in ("auto", "bfloat16"):
+        return "attention to a quantized cache was not timed"
+    if flags.devices > 1:
+        return "communication between devices was not timed"
+    if setup.machine.kind == "cpu" and not flags.enforce_eager:
+        return "a compiled step was not timed"
+    return None
+
+
+def _served(setup: Setup, variant: Variant) -> Path:
+    return setup.weights.get(variant.name, setup.model).path
+
+
+def _config(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+# ----------------------------------------------------------------------------- timing the step
+
+
+def _step_of(setup: Setup, point: Point) -> TimingPlan:
+    """What to time for this point: its model's step, with adapters where its requests ask."""
+    flags, cpu = VllmFlags(point.variant.flags), setup.machine.kind == "cpu"
+    adapters = point.workload.adapters is not None
+    return TimingPlan(
+        config=_served(setup, point.variant) / "config.json",
+        device="cpu" if cpu else "cuda",
+        cores=tuple(machines.split_cores()[0]) if cpu else (),
+        tokens=tuple(2**i for i in range(14) if 2**i < 2 * _largest_step(setup)),
+        rows=(1, 4, 16, 64) if cpu else (1, 16, 64, 256),
+        adapters=flags.max_loras if adapters else 0,
+        adapter_rank=flags.max_lora_rank if adapters else 0,
+    )
+
+
+def _largest_step(setup: Setup) -> int:
+    """Tokens of the largest step that may come: all users' prompts at once, within the budget."""
+    return max(
+        min(
+            VllmFlags(
+                {"max-num-batched-tokens": DEFAULT_BUDGET_TOKENS} | p.variant.flags
+            ).max_num_batched_tokens,
+            p.load.users * max(prompt for prompt, _ in p.lengths),
+        )
+        for p in setup.points
+    )
+
+
+def _draft_of(setup: Setup, point: Point) -> TimingPlan | None:
+    """What to time of the model that guesses; None where none does."""
+    flags = VllmFlags(with_places(point.variant.flags, setup.places))
+    model = flags.speculative_config.get("model")
+    if not model:
+        return None
+    step = _step_of(setup, point)
+    return step.model_copy(update={"config": Path(str(model)) / "config.json"})
+
+
+def _timed(plans: Iterable[TimingPlan]) -> dict[TimingPlan, StepTimes]:
+    """Time each kind of step once, on the engine's cores or the GPU, in a process of its own."""
+    kinds = list(dict.fromkeys(plans))
+    done = subprocess.run(
+        [sys.executable, "-m", "serving.forecasting.timing"],
+        input="\n".join(plan.model_dump_json() for plan in kinds),
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+    if done.returncode:
+        raise ForecastError(f"the step could not be timed: {_last_line(done.stderr)}")
+    lines = done.stdout.splitlines()
+    return {
+        plan: StepTimes.model_validate_json(line) for plan, line in zip(kinds, lines, strict=True)
+    }
+
+
+# ------------------------------------------------------------------------------ virtual engines
+
+Send = Callable[[ForecastPlan], None]
+Answers = Callable[[], Iterator[ForecastPlay]]
+
+
+@contextmanager
+def _virtual_engines() -> Iterator[tuple[Send, Answers]]:
+    """Their process: it imports vLLM at once, takes a plan when that is done, and answers."""
+
+    child = subprocess.Popen(
+        [sys.executable, "-m", "serving.forecasting"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    stdin, stdout, stderr = child.stdin, child.stdout, child.stderr
+    assert stdin
+    assert stdout
+    assert stderr
+
+    def send(plan: ForecastPlan) -> None:
+        if stdout.readline() != "ready\n":
+            raise ForecastError(f"vLLM's engine core does not import: {_last_line(stderr.read())}")
+        stdin.write(plan.model_dump_json() + "\n")
+        stdin.close()
+
+    def answers() -> Iterator[ForecastPlay]:
+        for line in stdout:
+            yield ForecastPlay.model_validate_json(line)
+        if child.wait():
+            raise ForecastError(
+                f"vLLM's scheduler could not be driven: {_last_line(stderr.read())}"
+            )
+
+    try:
+        yield send, answers
+    finally:
+        child.kill()
+        child.wait()
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it said nothing"])[-1]
+
+
+def _plan(
+    setup: Setup,
+    points: Sequence[Point],
+    requests: Mapping[str, Sequence[Path]],
+    times: Mapping[TimingPlan, StepTimes],
+) -> ForecastPlan:
+    """All repeats at the step as timed, then the first repeat on a faster and a slower machine."""
+    lab = setup.lab
+
+    def engine(point: Point, factor: float, repeats: Sequence[int]) -> PlannedEngine:
+        draft = _draft_of(setup, point)
+        return PlannedEngine(
+            argv=(
+                *("--model", str(_served(setup, point.variant))),
+                *(("--load-format", "dummy") if setup.model.dummy else ()),
+                *Vllm.flag_argv(with_places(point.variant.flags, setup.places)),
+            ),
+            step_times=times[_step_of(setup, point)].times(factor),
+            draft_times=times[draft].times(factor) if draft else None,
+            trials=tuple(
+                PlannedTrial(
+                    key=point.key,
+                    repeat=repeat,
+                    requests=requests[point.workload.name][repeat - 1],
+                    acceptance=lab.acceptance(point)
+                    if lab.acceptance and VllmFlags(point.variant.flags).speculative_config
+                    else 0.0,
+                    primed=_primed(point),
+                    traffic=_traffic(lab, point, repeat),
+                )
+                for repeat in repeats
+            ),
+        )
+
+    every = range(1, lab.repeats + 1)
+    return ForecastPlan(
+        tokenizer=setup.model.path,
+        engines=(
+            *(engine(p, 1, every) for p in points),
+            *(engine(p, factor, [1]) for factor in (FASTER, SLOWER) for p in points),
+        ),
+    )
+
+
+def _primed(point: Point) -> int:
+    cached = VllmFlags(point.variant.flags).enable_prefix_caching
+    prefix = point.workload.prefix
+    return prefix.groups if cached and prefix and point.workload.primed else 0
+
+
+def _traffic(lab: Lab, point: Point, repeat: int) -> Traffic:
+    """A load as the virtual clients understand it; the schedule is the one that will be sent."""
+    load = point.load
+    warmup_s = point.workload.warmup_s or lab.warmup_s
+    schedule_s: Sequence[float] = ()
+    if isinstance(load, Replay):
+        schedule_s = [at / load.speed for at, _, _ in point.workload.trace]
+    elif not isinstance(load, Waves | Concurrent | Contended):
+        rng = random.Random(f"{lab.draw_seed(repeat)}/times")
+        schedule_s = load.schedule(warmup_s + lab.window_s, rng)
+    return Traffic(
+        kind="waves" if isinstance(load, Waves) else "open" if load.open_loop else "closed",
+        users=load.users,
+        schedule_s=tuple(t for t in schedule_s if t < warmup_s + lab.window_s),
+        intruder_every_s=load.every_s if isinstance(load, Contended) else None,
+        warmup_s=warmup_s,
+        window_s=lab.window_s,
+        longest_windows=WINDOWS_AT_MOST,
+    )
+
+
+def _trial(lab: Lab, point: Point, played: ForecastPlay) -> Trial:
+    """A play as a finished trial, so that it is measured like one."""
+    play = played.play
+    return Trial(
+        point, played.repeat, lab.slo, list(_records(play)), _summary(play), _snapshot(played)
+    )
+
+
+def _records(play: Play) -> Iterator[RequestRecord]:
+    for a in play.answers:
+        yield RequestRecord(
+            index=a.index,
+            asked_tokens=a.asked_tokens,
+            scheduled_s=a.scheduled_s,
+            sent_s=a.sent_s,
+            chunks=a.chunks,
+            end_s=a.chunks[-1][0] if a.chunks else None,
+            prompt_tokens=a.prompt_tokens,
+            output_tokens=sum(tokens for _, tokens in a.chunks),
+            in_window=a.in_window,
+        )
+
+
+def _summary(play: Play) -> TrialSummary:
+    return TrialSummary(
+        started_unix_s=0, window_s=play.window_s, planned=None, sent=len(play.answers),
+        exhausted=False, loop_lag_p99_s=0, loop_lag_max_s=0, cpu_s=0,
+    )  # fmt: skip
+
+
+def _snapshot(played: ForecastPlay) -> Snapshot:
+    """What the engine would have counted, under its own metrics' names."""
+    counted = played.counters
+    return Snapshot(
+        values={
+            metrics.PREFIX_QUERIES: counted.get("prefix_queries", 0),
+            metrics.PREFIX_HITS: counted.get("prefix_hits", 0),
+            metrics.PREEMPTIONS: counted.get("preemptions", 0),
+            **(
+                {
+                    metrics.SPEC_DRAFTS: counted["drafts"],
+                    metrics.SPEC_DRAFTED: counted["draft_tokens"],
+                    metrics.SPEC_ACCEPTED: counted["accepted_tokens"],
+                }
+                if "drafts" in counted
+                else {}
+            ),
+        },
+        info={
+            metrics.CACHE_CONFIG: {
+                "num_gpu_blocks": str(played.kv_capacity_tokens), "block_size": "1",
+            }
+        },
+    )  # fmt: skip
+
+
+def _bands(
+    middle: Iterable[Mapping[str, float | None]], edges: Iterable[Mapping[str, float | None]]
+) -> dict[str, Band]:
+    """The mean over repeats, and how far it moves on a slower and a faster machine."""
+    rows, moved = list(middle), list(edges)
+    found = {}
+    for name in (name for name, metric in METRICS.items() if metric.forecast):
+        values = [v for row in rows if (v := row.get(name)) is not None]
+        if not values:
+            continue
+        value, first = fmean(values), rows[0].get(name)
+        ends = [
+            v - first for row in moved if first is not None and (v := row.get(name)) is not None
+        ]
+        found[name] = Band(
+            value=value, low=value + min(0.0, *ends, 0.0), high=value + max(0.0, *ends, 0.0)
+        )
+    return found

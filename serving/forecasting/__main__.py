@@ -1,0 +1,96 @@
+"""Play traffic on virtual engines: a `ForecastPlan` as JSON on standard input, plays as JSON lines.
+
+Runs in the engine's environment. The first line of output says that vLLM is imported, so that the
+caller can time the stand-in step meanwhile and send the plan when both are ready.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from serving.forecasting.plan import ForecastPlan, ForecastPlay
+from serving.forecasting.traffic import Prompt, play
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)  # vLLM's own account of engines that never serve
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed
+    from serving.forecasting.virtual_engine import VirtualEngine
+
+    print("ready", file=out, flush=True)
+    plan = ForecastPlan.model_validate_json(sys.stdin.readline())
+    tokenize = _tokenizer(str(plan.tokenizer))
+    for engine in plan.engines:
+        server = VirtualEngine(engine.argv, engine.step_times, engine.draft_times)
+        for trial in engine.trials:
+            server.reset_prefix_cache()
+            server.clock.acceptance = trial.acceptance
+            for prompt in list(_prompts(trial.requests, tokenize, None))[: trial.primed]:
+                server.add(f"prime-{prompt.index}", prompt.model_copy(update={"output_tokens": 1}))
+                while server.busy:
+                    server.step()
+            server.read_counters()
+            played = play(
+                server,
+                trial.traffic,
+                _prompts(trial.requests, tokenize, False),
+                _prompts(trial.requests, tokenize, True),
+                plan.delays,
+            )
+            found = ForecastPlay(
+                key=trial.key,
+                repeat=trial.repeat,
+                play=played,
+                counters=server.read_counters(),
+                kv_capacity_tokens=server.kv_capacity_tokens,
+            )
+            print(found.model_dump_json(), file=out, flush=True)
+
+
+def _prompts(requests: Path, tokenize: Any, intruders: bool | None) -> Iterator[Prompt]:
+    """In the order they are sent, tokenized one by one as they are needed."""
+    with requests.open() as lines:
+        for line in lines:
+            planned = json.loads(line)
+            if intruders in (None, bool(planned.get("intruder"))):
+                yield Prompt(
+                    index=planned["index"],
+                    token_ids=tokenize(planned["body"]),
+                    output_tokens=planned["output_tokens"],
+                    adapter=planned.get("adapter"),
+                )
+
+
+def _tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    @cache
+    def tokenize(body: str) -> tuple[int, ...]:
+        found = tokenizer.apply_chat_template(
+            json.loads(body)["messages"], add_generation_prompt=True, return_dict=False
+        )
+        return tuple(found)
+
+    return tokenize
+
+
+if __name__ == "__main__":
+    status = 0
+    try:
+        main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stderr.flush()
+    os._exit(status)  # vLLM's own tidying has nothing to tidy here, and prints pages about it

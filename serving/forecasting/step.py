@@ -1,0 +1,87 @@
+"""How long one engine step takes, as a function of what is scheduled in it.
+
+A step carries decoding requests (one token each, or a few where drafts are verified) and pieces of
+prompts. Its time is put together from four parts that `serving/forecasting/timing.py` measures on
+the serving device before any engine exists:
+
+- `linear`: all layers' matrix products, norms and activations over the step's tokens. It holds the
+  fixed cost of launching some hundreds of operations, the reading of the weights, and the
+  arithmetic at the shapes in use, which a roofline takes apart and this does not.
+- `head`: the output head over the rows that are sampled, one a request.
+- `attention_pair_s`: a query token attending to a key, in prefill (compute).
+- `attention_read_s`: a cached token read by a decoding request, in all layers (bandwidth).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel
+
+
+class StepTimes(BaseModel, frozen=True, extra="forbid"):
+    """Measured parts of a step; sizes ascend, seconds belong to them one by one."""
+
+    tokens: tuple[int, ...]
+    linear_s: tuple[float, ...]
+    rows: tuple[int, ...]
+    head_s: tuple[float, ...]
+    attention_pair_s: float
+    attention_read_s: float
+    scheduling_s: float = 0.0  # of the engine itself, around the model's forward pass
+
+    def times(self, factor: float) -> StepTimes:
+        """A machine on which everything takes so many times as long."""
+        return StepTimes(
+            tokens=self.tokens,
+            linear_s=tuple(factor * s for s in self.linear_s),
+            rows=self.rows,
+            head_s=tuple(factor * s for s in self.head_s),
+            attention_pair_s=factor * self.attention_pair_s,
+            attention_read_s=factor * self.attention_read_s,
+            scheduling_s=factor * self.scheduling_s,
+        )
+
+    def seconds(self, step: Step) -> float:
+        """Seconds of a step; sizes between those measured are interpolated, those beyond extend
+        the last slope."""
+        if not step.pieces:
+            return 0.0
+        attention_s = sum(
+            piece.context_tokens * self.attention_read_s
+            if piece.tokens == 1
+            else (piece.tokens * (piece.context_tokens + (piece.tokens + 1) / 2))
+            * self.attention_pair_s
+            for piece in step.pieces
+        )
+        tokens = sum(piece.tokens for piece in step.pieces)
+        return (
+            _at(tokens, self.tokens, self.linear_s)
+            + _at(step.rows, self.rows, self.head_s)
+            + attention_s
+            + self.scheduling_s
+        )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one request has in a step: so many tokens behind so many that are in the cache."""
+
+    tokens: int
+    context_tokens: int
+
+
+@dataclass(frozen=True)
+class Step:
+    pieces: Sequence[Piece]
+    rows: int  # that are sampled: a prompt's last piece has one, an earlier piece none
+
+
+def _at(size: float, sizes: Sequence[int], seconds: Sequence[float]) -> float:
+    """Interpolated; beyond the largest size, along the last slope."""
+    if size <= sizes[-1] or len(sizes) < 2:
+        return float(np.interp(size, sizes, seconds))
+    slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+    return seconds[-1] + slope * (size - sizes[-1])

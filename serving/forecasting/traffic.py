@@ -1,0 +1,235 @@
+"""Clients in virtual time: who sends when, and what they would have seen.
+
+The rules are those of the load generator: a closed loop's user sends its next request when its
+answer is whole; a wave waits for all of it; an open loop keeps its schedule. What lies between
+client and engine is a delay that is stated, not simulated: see `Delays`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from typing import Literal, Protocol
+
+from pydantic import BaseModel
+
+
+class VirtualServer(Protocol):
+    """What traffic needs of an engine: time, requests, and steps that yield tokens."""
+
+    @property
+    def now_s(self) -> float: ...
+
+    @property
+    def busy(self) -> bool: ...
+
+    def add(self, request_id: str, prompt: Prompt) -> None:
+        """Hand a request to the engine now."""
+
+    def step(self) -> dict[str, tuple[int, bool]]:
+        """One step: request -> (tokens it got, whether they were its last)."""
+
+    def wait_until(self, at_s: float) -> None:
+        """Let an idle engine's clock move on."""
+
+
+class Delays(BaseModel, frozen=True, extra="forbid"):
+    """Seconds outside the engine's steps, stated before anything is measured.
+
+    From vLLM 0.32 behind Locust on two cores: tokenizing, HTTP and the hand-over to the engine's
+    process take some milliseconds a request, one request after another (one thread does it), and a
+    client takes about as long from an answer to its next request.
+    """
+
+    request_s: float = 0.003  # from the send until the engine may schedule it
+    serial_s: float = 0.002  # of it, during which no other request is prepared
+    response_s: float = 0.001  # from the end of a step until the client has the token
+    client_s: float = 0.003  # from the end of an answer until the same user's next send
+
+
+class Traffic(BaseModel, frozen=True, extra="forbid"):
+    """Requests and when they are sent; times are seconds from the trial's start."""
+
+    kind: Literal["closed", "waves", "open"]
+    users: int = 1  # of a closed loop, or of each wave
+    schedule_s: tuple[float, ...] = ()  # an open loop's
+    intruder_every_s: float | None = None  # beside a closed loop: every so often one of `intruders`
+    warmup_s: float
+    window_s: float
+    longest_windows: float = 4  # how long a closed loop's window may be held open for answers
+
+
+class Prompt(BaseModel, frozen=True, extra="forbid"):
+    """A request as the engine gets it."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    output_tokens: int
+    adapter: str | None = None
+
+
+class Answer(BaseModel, extra="forbid"):
+    """One request as the client would have seen it."""
+
+    index: int
+    asked_tokens: int
+    prompt_tokens: int
+    scheduled_s: float | None
+    sent_s: float
+    chunks: list[tuple[float, int]] = []
+    in_window: bool
+
+
+class Play(BaseModel, extra="forbid"):
+    answers: list[Answer]
+    window_s: tuple[float, float]
+
+
+def play(
+    server: VirtualServer,
+    traffic: Traffic,
+    prompts: Iterable[Prompt],
+    intruders: Iterable[Prompt] = (),
+    delays: Delays | None = None,
+) -> Play:
+    """The trial until its last answer. The server's clock goes on from where it stands."""
+    return _Trial(server, traffic, prompts, intruders, delays or Delays()).run()
+
+
+class _Trial:
+    def __init__(
+        self,
+        server: VirtualServer,
+        traffic: Traffic,
+        prompts: Iterable[Prompt],
+        intruders: Iterable[Prompt],
+        delays: Delays,
+    ) -> None:
+        self.server, self.traffic, self.delays = server, traffic, delays
+        self.prompts, self.intruders = iter(prompts), iter(intruders)
+        self.start_s = server.now_s
+        self.answers: dict[str, Answer] = {}
+        self.events: list[tuple[float, int, str, Answer, Prompt]] = []  # when the engine gets it
+        self.sends: list[tuple[float, int, float | None, bool]] = []  # (when, order, due, intruder)
+        self.order = 0
+        self.free_s = 0.0  # when the server's own front is done with earlier requests
+        self.window = [traffic.warmup_s, traffic.warmup_s + traffic.window_s]
+        self.counted = self.answered = self.out = 0
+        self.over = False
+
+    @property
+    def now_s(self) -> float:
+        return self.server.now_s - self.start_s
+
+    def run(self) -> Play:
+        self._begin()
+        while True:
+            self._send_what_is_due()
+            while self.events and self.events[0][0] <= self.now_s + 1e-12:
+                _, _, name, _, prompt = heapq.heappop(self.events)
+                self.server.add(name, prompt)
+            if self.server.busy:
+                self._take(self.server.step())
+                continue
+            ahead = [heap[0][0] for heap in (self.sends, self.events) if heap]
+            if not ahead:
+                break
+            self.server.wait_until(self.start_s + max(min(ahead), self.now_s))
+        return Play(answers=[*self.answers.values()], window_s=(self.window[0], self.window[1]))
+
+    # sending
+
+    def _begin(self) -> None:
+        traffic = self.traffic
+        if traffic.kind == "open":
+            for due_s in traffic.schedule_s:
+                self._plan(due_s, due_s)
+        elif traffic.kind == "waves":
+            self.window[0] = float("inf")  # set by the first wave that counts
+            self._wave(0.0)
+        else:
+            for _ in range(traffic.users):
+                self._plan(0.0)
+        if traffic.intruder_every_s:
+            self._plan(traffic.intruder_every_s, intruder=True)
+
+    def _plan(self, at_s: float, due_s: float | None = None, intruder: bool = False) -> None:
+        self.order += 1
+        heapq.heappush(self.sends, (at_s, self.order, due_s, intruder))
+
+    def _send_what_is_due(self) -> None:
+        while self.sends and self.sends[0][0] <= self.now_s + 1e-12:
+            at_s, _, due_s, intruder = heapq.heappop(self.sends)
+            if self.traffic.kind == "closed" and not intruder and self._closed(at_s):
+                continue
+            if intruder and at_s >= self.window[1]:
+                continue
+            prompt = next(self.intruders if intruder else self.prompts, None)
+            if prompt is None:
+                self.window[1] = min(self.window[1], max(at_s, self.window[0]))
+                continue
+            self._send(prompt, at_s, due_s, intruder)
+
+    def _send(self, prompt: Prompt, at_s: float, due_s: float | None, intruder: bool) -> None:
+        counts = at_s >= self.traffic.warmup_s
+        if self.traffic.kind == "closed" and not intruder:
+            self.counted += counts
+        answer = Answer(
+            index=prompt.index, asked_tokens=prompt.output_tokens,
+            prompt_tokens=len(prompt.token_ids), scheduled_s=due_s, sent_s=at_s, in_window=counts,
+        )  # fmt: skip
+        name = f"{prompt.index}-{'i' if intruder else 'r'}-{self.order}-{len(self.answers)}"
+        self.answers[name] = answer
+        self.free_s = max(self.free_s, at_s) + self.delays.serial_s
+        there_s = max(self.free_s, at_s + self.delays.request_s)
+        self.order += 1
+        heapq.heappush(self.events, (there_s, self.order, name, answer, prompt))
+        if intruder and self.traffic.intruder_every_s:
+            self.intruder_name = name
+
+    def _closed(self, at_s: float) -> bool:
+        """Whether a closed loop's window is over: it is held open for one answer a user."""
+        traffic = self.traffic
+        latest_s = traffic.warmup_s + traffic.longest_windows * traffic.window_s
+        return at_s >= self.window[1] and (at_s >= latest_s or self.counted >= traffic.users)
+
+    def _wave(self, at_s: float) -> None:
+        """Send a wave, unless enough have been sent."""
+        traffic = self.traffic
+        deadline_s = traffic.warmup_s + traffic.window_s
+        if at_s >= deadline_s and self.window[0] < at_s:
+            self.window[1] = at_s
+            return
+        if at_s >= traffic.warmup_s:
+            self.window[0] = min(self.window[0], at_s)
+        self.out = traffic.users
+        for _ in range(traffic.users):
+            self._plan(at_s)
+
+    # receiving
+
+    def _take(self, got: dict[str, tuple[int, bool]]) -> None:
+        at_s = self.now_s + self.delays.response_s
+        for name, (tokens, last) in got.items():
+            answer = self.answers[name]
+            if tokens:
+                answer.chunks.append((at_s, tokens))
+            if last:
+                self._answered(name, answer, at_s)
+
+    def _answered(self, name: str, answer: Answer, at_s: float) -> None:
+        traffic, next_s = self.traffic, at_s + self.delays.client_s
+        if traffic.kind == "open":
+            return
+        if name == getattr(self, "intruder_name", None):  # a period after the last, or at once
+            self._plan(max(next_s, answer.sent_s + (traffic.intruder_every_s or 0)), None, True)
+        elif traffic.kind == "waves":
+            self.out -= 1
+            if not self.out:
+                self._wave(next_s)
+        else:
+            if answer.in_window:
+                self.answered += 1
+                if self.answered == traffic.users:
+                    self.window[1] = max(self.window[1], at_s)
+            self._plan(next_s)

@@ -1,0 +1,279 @@
+"""vLLM's own engine core, whose model takes virtual time instead of computing.
+
+`EngineCore` is built from the very arguments that an engine would be started with: its scheduler,
+its KV cache manager, its prefix cache, its preemptions and its bookkeeping of drafts are those that
+will serve. Only the executor is ours: asked for a forward pass, it moves a virtual clock on by what
+the step would take (`serving/forecasting/step.py`) and answers with tokens.
+
+Run in the engine's environment alone: everything here imports vLLM. Tried with vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request
+
+from serving.forecasting.step import Piece, Step, StepTimes
+from serving.forecasting.traffic import Prompt
+
+TOKEN = 1  # the token that every answer is made of
+
+
+@dataclass
+class Clock:
+    """Virtual seconds since the engine was made, and what each step held as it ended."""
+
+    now_s: float = 0.0
+    steps: list[tuple[float, Step]] = field(default_factory=list)
+    preemptions: int = 0
+    acceptance: float = 0.0  # probability that a draft token is accepted, each by itself
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+
+
+class VirtualExecutor(Executor):  # type: ignore[misc]
+    """Answers what the engine core asks of its workers; a forward pass takes virtual time."""
+
+    step_times: StepTimes
+    draft_times: StepTimes | None
+    clock: Clock
+
+    def _init_executor(self) -> None:
+        self.drafts: DraftTokenIds | None = None
+        self.context_tokens: dict[str, int] = {}
+        self.prompt_tokens: dict[str, int] = {}
+
+    def check_health(self) -> None:
+        """There is nothing to fail."""
+
+    def collective_rpc(
+        self,
+        method: Any,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        non_block: bool = False,
+    ) -> Any:
+        answer = getattr(self, f"_{method}", lambda *_: None)(*args)
+        if non_block:
+            done: Future[Any] = Future()
+            done.set_result([answer])
+            return done
+        return [answer]
+
+    # what is asked as the engine starts
+
+    def _get_kv_cache_spec(self) -> dict[str, Any]:
+        config, parallel = self.model_config, self.parallel_config
+        spec = FullAttentionSpec(
+            block_size=self.cache_config.block_size,
+            num_kv_heads=config.get_num_kv_heads(parallel),
+            head_size=config.get_head_size(),
+            dtype=_cache_dtype(self.cache_config.cache_dtype, config.dtype),
+        )
+        return {f"layers.{i}.attn": spec for i in range(config.get_num_layers(parallel))}
+
+    def _get_supported_kv_cache_layouts(self) -> list[str]:
+        return ["LBHNC"]
+
+    def _set_kv_cache_layout(self, name: str) -> None:
+        self.cache_config.kv_cache_layout = name
+
+    def _determine_available_memory(self) -> int:
+        return int(self.cache_config.kv_cache_memory_bytes or 4 * 2**30)
+
+    def _compile_or_warm_up_model(self) -> Any:
+        return None
+
+    def compile_or_warm_up_model(self) -> None:
+        """Nothing is compiled."""
+
+    def _get_supported_tasks(self) -> tuple[str, ...]:
+        return ("generate",)
+
+    def _add_lora(self, *_: Any) -> bool:
+        return True
+
+    # a step
+
+    def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+        output = self._forward(scheduler_output)
+        if not non_block:
+            return output
+        done: Future[Any] = Future()
+        done.set_result(output)
+        return done
+
+    def _forward(self, scheduled: Any) -> ModelRunnerOutput:
+        for request_id in scheduled.finished_req_ids:
+            self.context_tokens.pop(request_id, None)
+            self.prompt_tokens.pop(request_id, None)
+        for new in scheduled.scheduled_new_reqs:
+            self.context_tokens[new.req_id] = new.num_computed_tokens
+            self.prompt_tokens[new.req_id] = len(new.prompt_token_ids)
+        cached = scheduled.scheduled_cached_reqs
+        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            self.context_tokens[request_id] = computed
+        pieces: list[Piece] = []
+        sampled: dict[str, list[int]] = {}
+        drafts = scheduled.scheduled_spec_decode_tokens
+        for request_id, tokens in scheduled.num_scheduled_tokens.items():
+            before = self.context_tokens[request_id]
+            pieces.append(Piece(tokens, before))
+            guesses = len(drafts.get(request_id, ()))
+            if before + tokens < self.prompt_tokens[request_id]:
+                sampled[request_id] = []  # more of its prompt is to come
+            else:
+                sampled[request_id] = [TOKEN] * (1 + self._accepted(guesses))
+        self.clock.preemptions += len(scheduled.preempted_req_ids or ())
+        rows = sum(1 for tokens in sampled.values() if tokens)
+        step = Step(pieces, rows)
+        self.clock.now_s += self.step_times.seconds(step) + self._drafting_s(step)
+        if pieces:
+            self.clock.steps.append((self.clock.now_s, step))
+        self.drafts = self._draft(sampled)
+        ids = list(sampled)
+        return ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
+            sampled_token_ids=[sampled[request_id] for request_id in ids],
+        )
+
+    def _accepted(self, guesses: int) -> int:
+        """How many are accepted before the first that is not."""
+        accepted = 0
+        while accepted < guesses and self.clock.rng.random() < self.clock.acceptance:
+            accepted += 1
+        return accepted
+
+    def _drafting_s(self, step: Step) -> float:
+        """The draft sees what the target saw, then guesses token by token."""
+        if self.draft_times is None or self.speculative_config is None or not step.rows:
+            return 0.0
+        alone = Step([Piece(1, p.context_tokens + p.tokens) for p in step.pieces], step.rows)
+        more = int(self.speculative_config.num_speculative_tokens) - 1
+        return self.draft_times.seconds(step) + more * self.draft_times.seconds(alone)
+
+    def _draft(self, sampled: dict[str, list[int]]) -> DraftTokenIds | None:
+        if self.speculative_config is None:
+            return None
+        guesses = [TOKEN] * self.speculative_config.num_speculative_tokens
+        ids = [request_id for request_id, tokens in sampled.items() if tokens]
+        return DraftTokenIds(ids, [list(guesses) for _ in ids])
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        return self.drafts
+
+    def shutdown(self) -> None:
+        """There are no workers."""
+
+
+class VirtualEngine:
+    """An engine of these arguments that serves in virtual time."""
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        step_times: StepTimes,
+        draft_times: StepTimes | None = None,
+    ) -> None:
+        """`draft_times` are of the model that guesses; looking text up (n-gram) takes none."""
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+        config = EngineArgs.from_cli_args(parser.parse_args(list(argv))).create_engine_config()
+        self.clock = Clock()
+        executor = type(
+            "Executor",
+            (VirtualExecutor,),
+            {"step_times": step_times, "draft_times": draft_times, "clock": self.clock},
+        )
+        self.core = EngineCore(config, executor_class=executor, log_stats=True)
+        self.counters: Counter[str] = Counter()
+        self.adapters: dict[str, int] = {}
+
+    def add(self, request_id: str, prompt: Prompt) -> None:
+        lora = None
+        if prompt.adapter:
+            number = self.adapters.setdefault(prompt.adapter, len(self.adapters) + 1)
+            lora = LoRARequest(prompt.adapter, number, "none: it is never loaded")
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=list(prompt.token_ids),
+            sampling_params=SamplingParams(
+                max_tokens=prompt.output_tokens, ignore_eos=True, temperature=0
+            ),
+            lora_request=lora,
+            pooling_params=None,
+            arrival_time=self.clock.now_s,
+            block_hasher=self.core.request_block_hasher,
+        )
+        self.core.add_request(request)
+
+    def step(self) -> dict[str, tuple[int, bool]]:
+        """One step; the requests that got tokens -> how many, and whether that was the last."""
+        outputs, executed = self.core.step_fn()
+        self.core.post_step(executed)
+        for client in (outputs or {}).values():
+            self._count(client.scheduler_stats)
+        return {
+            output.request_id: (len(output.new_token_ids), output.finish_reason is not None)
+            for client in (outputs or {}).values()
+            for output in client.outputs
+        }
+
+    def _count(self, stats: Any) -> None:
+        """What vLLM's own `/metrics` would have counted, under the names of `counters`."""
+        if stats is None:
+            return
+        if prefix := stats.prefix_cache_stats:
+            self.counters["prefix_queries"] += prefix.queries + prefix.preempted_queries
+            self.counters["prefix_hits"] += prefix.hits + prefix.preempted_hits
+        if drafts := stats.spec_decoding_stats:
+            self.counters["drafts"] += drafts.num_drafts
+            self.counters["draft_tokens"] += drafts.num_draft_tokens
+            self.counters["accepted_tokens"] += drafts.num_accepted_tokens
+
+    def read_counters(self) -> dict[str, int]:
+        """Counted since they were last read."""
+        found = {**self.counters, "preemptions": self.clock.preemptions}
+        self.counters.clear()
+        self.clock.preemptions = 0
+        self.clock.steps.clear()
+        return found
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        config = self.core.scheduler.kv_cache_config
+        return int(config.num_blocks * self.core.scheduler.block_size)
+
+    @property
+    def now_s(self) -> float:
+        return self.clock.now_s
+
+    def wait_until(self, at_s: float) -> None:
+        self.clock.now_s = max(self.clock.now_s, at_s)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.core.scheduler.has_requests())
+
+    def reset_prefix_cache(self) -> None:
+        self.core.reset_prefix_cache()
+
+
+def _cache_dtype(name: str, model_dtype: Any) -> Any:
+    import torch
+
+    return torch.uint8 if name.startswith("fp8") else model_dtype

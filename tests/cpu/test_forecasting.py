@@ -1,0 +1,126 @@
+"""vLLM's own scheduler in virtual time: what it does is known exactly where a step takes a second.
+
+With another vLLM these tests say whether its engine core can still be driven so.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from serving import machine, models
+from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedEngine, PlannedTrial
+from serving.forecasting.step import StepTimes
+from serving.forecasting.traffic import Delays, Traffic
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(
+        machine.detect().kind != "cpu", reason="this machine has a GPU: blocks have another size"
+    ),
+]
+
+SECOND = StepTimes(
+    tokens=(1,), linear_s=(1.0,), rows=(1,), head_s=(0.0,), attention_pair_s=0, attention_read_s=0
+)
+ONCE = Traffic(kind="waves", users=2, warmup_s=0, window_s=1)
+IN_TURN = Traffic(kind="closed", users=1, warmup_s=0, window_s=20)
+BLOCK = 128
+WORDS = " ".join(["street"] * 300)
+
+
+@pytest.fixture(scope="module")
+def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
+    """One process for all: vLLM takes seconds to import."""
+    folder = tmp_path_factory.mktemp("requests")
+    model = models.bundled()
+    sent = {
+        "short": [("hello", 5), ("hello", 9)],
+        "same": [(WORDS, 2)] * 4,
+        "long": [(WORDS, 2), ("hello", 20)],
+        "many": [(WORDS, 140), ("other " + WORDS, 140)],
+    }
+    for name, requests in sent.items():
+        (folder / name).write_text("".join(
+            json.dumps({
+                "index": index, "output_tokens": output_tokens, "intruder": False,
+                "body": json.dumps({"messages": [{"role": "user", "content": text}]}),
+            }) + "\n"
+            for index, (text, output_tokens) in enumerate(requests)
+        ))  # fmt: skip
+
+    def engine(
+        key: str, requests: str, *flags: str, traffic: Traffic = ONCE, acceptance: float = 0
+    ) -> PlannedEngine:
+        trial = PlannedTrial(
+            key=key, repeat=1, requests=folder / requests, traffic=traffic, acceptance=acceptance
+        )
+        argv = ("--model", str(model), "--enforce-eager", "--max-model-len", "1024", *flags)
+        return PlannedEngine(argv=argv, step_times=SECOND, trials=(trial,))
+
+    small = ("--kv-cache-memory-bytes", str(8 * BLOCK * 23_040))  # two requests do not fit
+    kv = ("--kv-cache-memory-bytes", str(2**28))
+    ngram = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'
+    plan = ForecastPlan(
+        tokenizer=model,
+        delays=Delays(request_s=0, serial_s=0, response_s=0, client_s=0),
+        engines=(
+            engine("plain", "short", *kv, "--no-enable-prefix-caching"),
+            engine("cached", "same", *kv, "--enable-prefix-caching", traffic=IN_TURN),
+            engine("pieces", "long", *kv, "--max-num-batched-tokens", "128"),
+            engine("tight", "many", *small, "--max-model-len", "512"),
+            engine("guessed", "short", *kv, "--speculative-config", ngram, acceptance=1),
+        ),
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "serving.forecasting"],
+        input=plan.model_dump_json() + "\n",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    ready, *lines = done.stdout.splitlines()
+    assert ready == "ready"
+    return {play.key: play for play in map(ForecastPlay.model_validate_json, lines)}
+
+
+def tokens_at(play: ForecastPlay, index: int) -> list[tuple[float, int]]:
+    return next(a.chunks for a in play.play.answers if a.index == index)
+
+
+def test_a_batch_decodes_a_token_a_step(plays: dict[str, ForecastPlay]) -> None:
+    assert tokens_at(plays["plain"], 0) == [(float(i), 1) for i in range(1, 6)]
+    assert tokens_at(plays["plain"], 1) == [(float(i), 1) for i in range(1, 10)]
+    assert plays["plain"].counters["preemptions"] == 0
+
+
+def test_a_prompt_that_came_before_is_read_from_the_cache(plays: dict[str, ForecastPlay]) -> None:
+    play = plays["cached"]
+    prompt = play.play.answers[0].prompt_tokens
+    hit = (prompt - 1) // BLOCK * BLOCK  # the last token is always computed
+    again = len(play.play.answers) - 1
+    assert again > 0
+    assert play.counters["prefix_hits"] == again * hit > 0
+    assert play.counters["prefix_queries"] == (again + 1) * prompt
+
+
+def test_a_budget_cuts_a_long_prompt_into_pieces(plays: dict[str, ForecastPlay]) -> None:
+    play = plays["pieces"]
+    long = play.play.answers[0]
+    assert long.prompt_tokens > 2 * BLOCK
+    assert long.chunks[0][0] == -(-long.prompt_tokens // BLOCK)  # alone in its first steps
+
+
+def test_where_memory_is_short_requests_are_preempted(plays: dict[str, ForecastPlay]) -> None:
+    assert plays["tight"].kv_capacity_tokens == 8 * BLOCK
+    assert plays["tight"].counters["preemptions"] > 0
+    assert all(sum(n for _, n in a.chunks) == 140 for a in plays["tight"].play.answers)
+
+
+def test_drafts_that_are_all_accepted_come_together(plays: dict[str, ForecastPlay]) -> None:
+    play = plays["guessed"]
+    assert [n for _, n in tokens_at(play, 1)] == [1, 4, 4]
+    assert play.counters["accepted_tokens"] == play.counters["draft_tokens"] > 0

@@ -1,0 +1,71 @@
+"""A forecast beside what was measured: in files, in tables, in the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from labs.filing import results
+from labs.filing.results import Band, PointForecasts, RunFolder, write_json
+from labs.running.forecast import ratio_of_forecasts
+from labs.telling import markdown, report, tables
+from labs.telling.document import section
+from labs.telling.summary import summarise
+from tests.unit.builders import make_point, write_run
+
+NEAR = Band(value=1, low=0.9, high=1.2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A run whose first two points were forecast: twice the measured TPOT, and the very same."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    folder = write_run(tmp_path)
+    plain = summarise(folder)
+    first, second = list(plain.measurements)[:2]
+    points = {}
+    for key, factor in ((first, 2.0), (second, 1.0)):
+        measured = plain.over_repeats(key, "tpot_mean_s")
+        assert measured
+        value = factor * measured.value
+        points[key] = {"tpot_mean_s": Band(value=value, low=0.9 * value, high=1.1 * value)}
+    forecasts = PointForecasts(points=points, without={"on": "it was not timed"})
+    before = folder.predictions().model_copy(update={"in_virtual_time": forecasts})
+    write_json(folder.path / "predictions.json", before)
+    return folder
+
+
+def test_every_forecast_meets_what_was_measured(folder: RunFolder) -> None:
+    far, near = summarise(folder).in_virtual_time
+    assert far.share == pytest.approx(0.5)
+    assert (far.within, near.within) == (False, True)
+
+
+def test_the_report_tells_how_near_the_forecasts_came(folder: RunFolder) -> None:
+    summarise(folder)
+    report.write(folder)
+    text = (folder.path / "report.md").read_text()
+    _, _, told = text.partition("## Forecast beside measured")
+    assert "1 of 2 measured figures lie within their band; the median distance is 25%." in told
+    assert "| 0.50 | no |" in told
+    assert "- `on`: it was not timed" in told
+
+
+def test_residuals_are_told_run_by_run(folder: RunFolder) -> None:
+    summarise(folder)
+    rows = markdown.document(section("x", tables.residuals([folder])))
+    assert "| TPOT, mean | 2 | 25% | 1 of 2 |" in rows
+    assert "| claims |" in rows
+
+
+def test_a_claim_is_predicted_by_two_forecasts_where_both_are_there() -> None:
+    ours, theirs = make_point(variant="on"), make_point(variant="off")
+    both = {ours.key: {"tpot_mean_s": NEAR}, theirs.key: {"tpot_mean_s": NEAR}}
+    both[theirs.key]["tpot_mean_s"] = Band(value=4, low=3, high=5)
+    found = ratio_of_forecasts(PointForecasts(points=both), "tpot_mean_s", ours, theirs)
+    assert found
+    assert found.value == 0.25
+    assert not ratio_of_forecasts(PointForecasts(points=both), "batch", ours, theirs)
+    one = PointForecasts(points={ours.key: both[ours.key]})
+    assert not ratio_of_forecasts(one, "tpot_mean_s", ours, theirs)

@@ -1,0 +1,143 @@
+"""The forecaster's own parts by hand-worked numbers: a step's time, clients in virtual time."""
+
+from __future__ import annotations
+
+import pytest
+
+from serving.forecasting.step import Piece, Step, StepTimes
+from serving.forecasting.traffic import Delays, Prompt, Traffic, play
+
+TIMES = StepTimes(
+    tokens=(1, 2, 4), linear_s=(1.0, 1.5, 2.5), rows=(1, 4), head_s=(0.1, 0.4),
+    attention_pair_s=0.01, attention_read_s=0.001,
+)  # fmt: skip
+NONE = Delays(request_s=0, serial_s=0, response_s=0, client_s=0)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "rows", "seconds"),
+    [
+        ([], 0, 0.0),
+        ([Piece(1, 100)], 1, 1.0 + 0.1 + 0.1),
+        ([Piece(1, 100), Piece(1, 50)], 2, 1.5 + 0.2 + 0.15),
+        ([Piece(3, 0)], 0, 2.0 + 0.1 + 3 * 2 * 0.01),  # three tokens attend to 1, 2 and 3
+        ([Piece(2, 10)], 1, 1.5 + 0.1 + 2 * 11.5 * 0.01),
+        ([Piece(8, 0)], 1, 4.5 + 0.1 + 8 * 4.5 * 0.01),  # beyond what was timed: the last slope
+    ],
+)
+def test_a_step_takes_what_its_parts_take(pieces: list[Piece], rows: int, seconds: float) -> None:
+    assert TIMES.seconds(Step(pieces, rows)) == pytest.approx(seconds)
+    assert TIMES.times(2).seconds(Step(pieces, rows)) == pytest.approx(2 * seconds)
+
+
+class Server:
+    """Every step takes a second and gives each request in it a token; a prompt takes one step."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.left: dict[str, int] = {}
+        self.sizes: list[int] = []
+
+    def largest_batch(self) -> int:
+        return max(self.sizes)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.left)
+
+    def add(self, request_id: str, prompt: Prompt) -> None:
+        self.left[request_id] = prompt.output_tokens
+
+    def step(self) -> dict[str, tuple[int, bool]]:
+        self.now_s += 1
+        self.sizes.append(len(self.left))
+        got = {name: (1, left == 1) for name, left in self.left.items()}
+        self.left = {name: left - 1 for name, left in self.left.items() if left > 1}
+        return got
+
+    def wait_until(self, at_s: float) -> None:
+        self.now_s = max(self.now_s, at_s)
+
+
+def prompts(*output_tokens: int) -> list[Prompt]:
+    return [
+        Prompt(index=i, token_ids=(1, 2, 3), output_tokens=n) for i, n in enumerate(output_tokens)
+    ]
+
+
+def test_a_closed_loop_keeps_its_users_busy_until_the_window_is_over() -> None:
+    server = Server()
+    played = play(
+        server,
+        Traffic(kind="closed", users=2, warmup_s=2, window_s=4),
+        prompts(*[2] * 20),
+        (),
+        NONE,
+    )
+    assert [a.sent_s for a in played.answers] == [0, 0, 2, 2, 4, 4]
+    assert [a.in_window for a in played.answers] == [False, False, True, True, True, True]
+    assert all([at for at, _ in a.chunks] == [a.sent_s + 1, a.sent_s + 2] for a in played.answers)
+    assert list(played.window_s) == [2, 6]
+    assert server.largest_batch() == 2
+
+
+def test_the_window_is_held_open_until_each_user_has_an_answer() -> None:
+    played = play(
+        Server(),
+        Traffic(kind="closed", users=2, warmup_s=1, window_s=1),
+        prompts(*[3] * 20),
+        (),
+        NONE,
+    )
+    assert list(played.window_s) == [1, 6]
+
+
+def test_a_wave_waits_for_all_of_it() -> None:
+    played = play(
+        Server(),
+        Traffic(kind="waves", users=2, warmup_s=0, window_s=5),
+        prompts(1, 4, 2, 3),
+        (),
+        NONE,
+    )
+    assert [a.sent_s for a in played.answers] == [0, 0, 4, 4]
+    assert list(played.window_s) == [0, 7]
+
+
+def test_an_open_loop_keeps_its_schedule_whatever_is_outstanding() -> None:
+    played = play(
+        Server(),
+        Traffic(kind="open", schedule_s=(0.5, 0.6, 9.0), warmup_s=0.55, window_s=9),
+        prompts(5, 5, 5),
+        (),
+        NONE,
+    )
+    assert [(a.scheduled_s, a.in_window) for a in played.answers] == [
+        (0.5, False), (0.6, True), (9.0, True)
+    ]  # fmt: skip
+    assert played.answers[0].chunks[0][0] == 1.5
+    assert played.answers[1].chunks[0][0] == 2.5  # it came while a step was under way
+
+
+def test_an_intruder_comes_every_so_often_beside_the_users() -> None:
+    played = play(
+        Server(),
+        Traffic(kind="closed", users=1, intruder_every_s=3, warmup_s=0, window_s=8),
+        prompts(*[2] * 20),
+        [Prompt(index=100 + i, token_ids=(1,) * 9, output_tokens=1) for i in range(9)],
+        NONE,
+    )
+    assert [a.sent_s for a in played.answers if a.index >= 100] == [3, 6]
+
+
+def test_between_client_and_engine_lies_what_is_stated() -> None:
+    delays = Delays(request_s=0.3, serial_s=0.2, response_s=0.1, client_s=0.05)
+    played = play(
+        Server(),
+        Traffic(kind="closed", users=3, warmup_s=0, window_s=1),
+        prompts(1, 1, 1),
+        (),
+        delays,
+    )
+    # ready for the engine at 0.3, 0.4 and 0.6; the first step begins with the first alone
+    assert [a.chunks[0][0] for a in played.answers] == pytest.approx([1.4, 2.4, 2.4])
