@@ -20,12 +20,6 @@ from serving.models import ROOT
 
 RUNS = "*/*/*/run.json"
 MOST_SERIES = 5000  # of one run in Prometheus
-ROUNDED = " ".join(  # SET of weight-quantization: in seconds, where calibrating takes minutes
-    f"variants.{variant}.weights={weights}"
-    for variant, weights in (
-        ("w8a8", "w8a8-rtn"), ("w4a16-gptq", "w4a16-rtn"), ("w4a16-awq", "w4a16-rtn")
-    )
-)  # fmt: skip
 
 
 def quick_run(

@@ -59,7 +59,7 @@ def onsets(context: Context) -> tuple[Onset, ...]:
     for point in context.points:
         if point.workload.name == "growing":
             growing.setdefault(point.variant.name, []).append(point)
-    found = []
+    tight = []
     for variant, points in growing.items():
         loads = tuple(
             Load(
@@ -73,7 +73,7 @@ def onsets(context: Context) -> tuple[Onset, ...]:
             if (preemptions := context.mean(p, "preemptions")) is not None
         )
         if loads:
-            found.append(
+            tight.append(
                 Onset(
                     variant=variant,
                     capacity_tokens=context.mean(points[0], "kv_capacity_tokens") or 0.0,
@@ -82,7 +82,7 @@ def onsets(context: Context) -> tuple[Onset, ...]:
                     loads=loads,
                 )
             )
-    return tuple(found)
+    return tuple(tight)
 
 
 def tell_preemption(facts: tuple[Onset, ...]) -> Finding:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
+from labs.running.resolve import require_compiler
 from serving import dummy, gpus, machine, models
 from serving.engines.base import EngineError
 from serving.engines.vllm import PARALLEL, Vllm
-from tests.real import ROUNDED, check_dashboards, check_run, quick_run
+from tests.real import check_dashboards, check_run, quick_run
+from tests.sizes import sizes_of
 
 pytestmark = [
     pytest.mark.cpu,
@@ -22,16 +24,7 @@ pytestmark = [
 ]
 
 
-# Setting up four tools and calibrating with each takes half an hour: what differs between the two
-# labs of quantization, its list of weights and one finding, runs on the fake engine.
-NOT_HERE = "quantization-tools"
 BRIEF = "warmup_s=0.5 window_s=1.5"
-SMALLER = {  # SET of these labs, beside BRIEF: every point is played, on fewer and shorter requests
-    "continuous-batching": "repeats=1",
-    "speculative-decoding": "workloads.crowd.warmup_s=0.5",
-    "chunked-prefill": 'window_s=2.5 workloads.contended.loads=["contended:4/1"]',
-    "weight-quantization": ROUNDED,
-}
 
 
 def test_vllm_accepts_every_scale_of_every_lab() -> None:
@@ -54,11 +47,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(3600)  # a checkout's first run makes the models derived from the served one
-@pytest.mark.parametrize("lab", [name for name in LABS if name != NOT_HERE])
+@pytest.mark.parametrize("lab", LABS)
 def test_lab_runs_on_a_real_engine(lab: str, results: Path) -> None:
-    if lab == "single-stream" and (mend := machine.compiler("cpu")[1]):
-        pytest.skip(mend)
-    folder = quick_run(lab, results, f"{BRIEF} {SMALLER.get(lab, '')}")
+    sizes = sizes_of(lab)
+    if sizes.not_real:
+        pytest.skip(sizes.not_real)
+    try:
+        require_compiler(LABS[lab], machine.detect())
+    except EngineError as error:
+        pytest.skip(str(error))
+    folder = quick_run(lab, results, f"{BRIEF} {sizes.real} {sizes.cpu}")
     check_run(folder)
     check_dashboards(folder)
 

@@ -26,6 +26,7 @@ from serving import gpus, machine
 from serving.engines.vllm import Vllm
 from serving.install import find_prometheus
 from serving.models import ROOT
+from tests.sizes import BRIEF, sizes_of
 
 Json = dict[str, Any]
 LAW = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
@@ -216,45 +217,6 @@ class Finished:
         return self.command.folder
 
 
-def _outputs(tokens: int, *workloads: str) -> str:
-    """Answers of so many tokens, ten milliseconds each: some begin and end within the window."""
-    return " ".join(f"workloads.{name}.output_tokens.tokens={tokens}" for name in workloads)
-
-
-BRIEF = "warmup_s=0.1 window_s=0.3 repeats=1 requests=64"
-SMALLER = {
-    "continuous-batching": "warmup_s=0.15 window_s=0.7 repeats=2 requests=128"
-    " workloads.exponential.output_tokens.mean_tokens=12"
-    " workloads.exponential.output_tokens.max_tokens=48"
-    ' workloads.exponential.loads=["concurrent:1","concurrent:8","waves:8","concurrent:16",'
-    '"poisson:8"]',
-    "prefix-caching": " ".join(
-        f"workloads.{name}.prompt_tokens.tokens=128"
-        + (f" workloads.{name}.prefix.tokens={shared}" if shared else "")
-        for name, shared in {
-            "share-0": 0, "share-50": 64, "share-90": 98, "share-97": 106, "few": 98, "many": 98,
-            "documents": 96, "shuffled": 96,
-        }.items()
-    ) + " workloads.chat.prompt_tokens.tokens=64 workloads.chat.chat.grows_tokens=40",
-    "speculative-decoding": 'workloads.crowd.loads=["concurrent:24","concurrent:48"] '
-    + _outputs(12, "story", "quote", "alone", "crowd"),
-    "chunked-prefill": 'warmup_s=0.3 window_s=1.2 workloads.contended.loads=["contended:4/0.5"] '
-    + _outputs(12, "contended"),
-    "kv-quantization": "workloads.far.prompt_tokens.tokens=512 workloads.far.prefix.tokens=448"
-    ' workloads.growing.loads=["concurrent:4","concurrent:16"]'
-    " claims.batch.treatment.load=concurrent:16 claims.batch.baseline.load=concurrent:16 "
-    + " ".join(
-        f"variants.{name}.flags.kv-cache-memory-bytes={32 * 2**20}"
-        for name in ("bf16-tight", "fp8-tight")
-    ) + " " + _outputs(8, "near", "far") + " " + _outputs(48, "growing"),
-    "weight-quantization": _outputs(8, "decode"),
-    "single-stream": _outputs(8, "decode"),
-    "quantization-tools": _outputs(8, "decode"),
-    "multi-lora": _outputs(
-        8, "none", "one", "uniform-2", "uniform-4", "uniform-8", "zipf-8", "rank-8", "rank-64"
-    ),
-}  # fmt: skip
-"""What makes a lab's whole run a matter of seconds, beside `BRIEF`."""
 Finish = Callable[[str], Finished]
 
 
@@ -262,7 +224,7 @@ Finish = Callable[[str], Finished]
 def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
     """Runs a lab to its end, once; many tests look at what it left."""
     done: dict[str, Finished] = {}
-    changes = {name: parse_changes(SMALLER.get(name, "")) for name in EVERY_LAB}
+    changes = {name: parse_changes(sizes_of(name).fake) for name in EVERY_LAB}
     resolved = [lab.at("cpu", True, changes[name]) for name, lab in EVERY_LAB.items()]
     # vLLM's parser takes ten seconds to import: once, not for every lab
     Vllm.check_flags([lab.flags_of(variant) for lab in resolved for variant in lab.variants])
@@ -271,7 +233,7 @@ def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
         def finish(lab: str) -> Finished:
             if lab not in done:
                 someone = readers.enter_context(reading(tmp_path_factory.mktemp(lab) / "reader"))
-                settings = f"{BRIEF} {SMALLER.get(lab, '')}"
+                settings = f"{BRIEF} {sizes_of(lab).fake}"
                 command = someone.types(
                     "run", lab, QUICK="1", SET=settings, program=LABS_WITH_FAKE_MODELS
                 )

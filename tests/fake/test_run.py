@@ -27,8 +27,6 @@ from serving.install import find_prometheus
 from serving.models import ROOT
 from tests.fake import made
 from tests.fake.conftest import (
-    BRIEF,
-    SMALLER,
     Command,
     Finish,
     Finished,
@@ -38,6 +36,7 @@ from tests.fake.conftest import (
     reading,
     the_program,
 )
+from tests.sizes import BRIEF, sizes_of
 
 every_lab = pytest.mark.parametrize("lab", LABS)
 BATCHING = "continuous-batching"
@@ -377,7 +376,7 @@ def test_a_lab_against_itself_is_one_engine_twice_and_counts_its_false_alarms(
 def test_engines_that_do_not_fit_together_are_visited_there_and_back(reader: Reader) -> None:
     """Each asks for more KV cache than any machine has."""
     settings = (
-        f"{BRIEF} {SMALLER['chunked-prefill']} repeats=3 flags.kv-cache-memory-bytes={10**15}"
+        f"{BRIEF} {sizes_of('chunked-prefill').fake} repeats=3 flags.kv-cache-memory-bytes={10**15}"
     )
     command = reader.types("run", "chunked-prefill", AA="1", QUICK="1", SET=settings)
     assert command.wait(400) == 0, command.said

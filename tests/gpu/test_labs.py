@@ -8,23 +8,14 @@ import pytest
 
 from labs import LABS
 from serving import machine, models, quantize
-from tests.real import ROUNDED, check_run, quick_run
+from tests.real import check_run, quick_run
+from tests.sizes import sizes_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(machine.detect().kind != "gpu", reason="no CUDA device here"),
 ]
-BUNDLED = {  # lab -> SET, by which a GPU's sizes fit the bundled model's 8,192 positions
-    "continuous-batching": "",
-    "prefix-caching": "",
-    "speculative-decoding": "",
-    "chunked-prefill": "",
-    "kv-quantization": "flags.max-model-len=8192 workloads.far.prompt_tokens.tokens=7168"
-    " workloads.far.prefix.tokens=7104",
-    "weight-quantization": ROUNDED,
-    "multi-lora": "",
-    "single-stream": "",
-}
+REAL = [lab for lab in LABS if not sizes_of(lab).not_real]
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +25,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(3600)  # a checkout's first run makes the models derived from the served one
-@pytest.mark.parametrize("lab", BUNDLED)
+@pytest.mark.parametrize("lab", REAL)
 def test_lab_runs_on_a_real_engine(lab: str, results: Path) -> None:
-    if lab == "weight-quantization" and not quantize.is_available(quantize.LLM_COMPRESSOR):
-        pytest.skip("llm-compressor is not set up here, and pip reaches no package index")
-    check_run(quick_run(lab, results, BUNDLED[lab], model=models.BUNDLED))
+    sizes = sizes_of(lab)
+    if sizes.needs and not quantize.is_available(sizes.needs):
+        pytest.skip(f"{sizes.needs.name} is not set up here, and pip reaches no package index")
+    check_run(quick_run(lab, results, f"{sizes.real} {sizes.gpu}", model=models.BUNDLED))
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("lab", [name for name in LABS if name != "quantization-tools"])
+@pytest.mark.parametrize("lab", REAL)
 def test_lab_runs_on_random_weights(lab: str, results: Path) -> None:
-    """That one lab compares what tools make of real weights, and it takes long to set them up."""
     check_run(quick_run(lab, results, weights="dummy"))

@@ -22,6 +22,7 @@ from serving.gpus import CLASSES, MemoryClass, class_of
 from serving.machine import Machine
 from serving.models import SIBLINGS, Model, ModelError, shape_of
 from tests.gpu import test_labs as on_gpu
+from tests.sizes import sizes_of
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -186,13 +187,13 @@ def test_every_lab_that_applies_to_random_weights_fits_them_on_a_cpu(lab: str, q
 
 
 @pytest.mark.parametrize("c", CLASSES, ids=lambda c: f"{c.gb}")
-@pytest.mark.parametrize("lab", on_gpu.BUNDLED)
+@pytest.mark.parametrize("lab", on_gpu.REAL)
 def test_what_the_tests_on_a_gpu_send_fits_the_bundled_model(lab: str, c: MemoryClass) -> None:
     machine = of_the_class(lab, c, random=False)[1]
     smollm = (30, 576, 9, 3, 1536, 49152, 8192, True)
     shape = shape_of(dict(zip(FIELDS, smollm, strict=True)))
     assert shape.params == 134_515_008
-    changes = parse_changes(on_gpu.BUNDLED[lab])
+    changes = parse_changes(f"{sizes_of(lab).real} {sizes_of(lab).gpu}")
     resolved = LABS[lab].at(models.scale_of(machine), True, changes)
     require_sizes(resolved, Model(models.BUNDLED, Path(), shape))
 

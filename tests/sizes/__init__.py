@@ -1,0 +1,43 @@
+"""How small a lab is in the tests, where its own sizes take too long: one file a lab.
+
+A lab without a file here is as any other: in brief windows, and on a real engine with QUICK=1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+
+from serving.quantize import Tool
+
+BRIEF = "warmup_s=0.1 window_s=0.3 repeats=1 requests=64"
+"""SET of every lab on the fake engine: a whole run is a matter of seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What else is set, in the notation of SET, where a test runs the lab."""
+
+    fake: str = ""  # on the fake engine, whose steps take ten milliseconds
+    real: str = ""  # on a real engine, beside QUICK=1
+    cpu: str = ""  # and there on a CPU, where every point is played on fewer and shorter requests
+    gpu: str = ""  # and there on a GPU, whose sizes are to fit the bundled model's 8,192 positions
+    needs: Tool | None = None  # that makes its weights; where there is none a test skips the lab
+    not_real: str = ""  # why no test runs it on a real engine
+
+
+def sizes_of(lab: str) -> Sizes:
+    """The sizes of the lab of that name."""
+    name = f"tests.sizes.{lab.replace('-', '_')}"
+    if importlib.util.find_spec(name) is None:
+        return Sizes()
+    sizes = importlib.import_module(name).SIZES
+    if not isinstance(sizes, Sizes):
+        raise TypeError(f"{name}.SIZES is no Sizes")
+    return sizes
+
+
+def answers_of(tokens: int, *workloads: str) -> str:
+    """Answers of so many tokens, ten milliseconds each: some begin and end within the window."""
+    return " ".join(f"workloads.{name}.output_tokens.tokens={tokens}" for name in workloads)

@@ -1,0 +1,15 @@
+from tests.sizes import Sizes
+
+SHARED_TOKENS = {
+    "share-0": 0, "share-50": 64, "share-90": 98, "share-97": 106, "few": 98, "many": 98,
+    "documents": 96, "shuffled": 96,
+}  # fmt: skip
+
+SIZES = Sizes(
+    fake=" ".join(
+        f"workloads.{name}.prompt_tokens.tokens=128"
+        + (f" workloads.{name}.prefix.tokens={shared}" if shared else "")
+        for name, shared in SHARED_TOKENS.items()
+    )
+    + " workloads.chat.prompt_tokens.tokens=64 workloads.chat.chat.grows_tokens=40",
+)

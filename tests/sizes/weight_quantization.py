@@ -1,0 +1,11 @@
+from serving import quantize
+from tests.sizes import Sizes, answers_of
+
+ROUNDED = " ".join(  # in seconds, where calibrating takes minutes
+    f"variants.{variant}.weights={weights}"
+    for variant, weights in (
+        ("w8a8", "w8a8-rtn"), ("w4a16-gptq", "w4a16-rtn"), ("w4a16-awq", "w4a16-rtn")
+    )
+)  # fmt: skip
+
+SIZES = Sizes(fake=answers_of(8, "decode"), real=ROUNDED, needs=quantize.LLM_COMPRESSOR)
