@@ -3,7 +3,7 @@
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -79,6 +79,39 @@ def test_rooms_import_those_below_them(path: Path) -> None:
 
 def test_every_room_of_the_house_has_its_place_in_the_order() -> None:
     assert {path.parent.name for path in (ROOT / "labs").glob("*/__init__.py")} == set(ROOMS)
+
+
+def room_of(parts: Sequence[str]) -> str:
+    """`labs/judging` of `labs.judging.judge`; the folder alone outside the rooms of labs/."""
+    inner = parts[1] if parts[0] == "labs" and len(parts) > 1 else ""
+    return f"labs/{inner}" if inner in ROOMS else parts[0]
+
+
+def imports_between_rooms() -> set[tuple[str, str]]:
+    """(importer, imported), without those that follow from others."""
+    edges = set()
+    for path in FILES:
+        importer = room_of(path.relative_to(ROOT).parts)
+        tree = ast.parse(path.read_text())
+        names = [name.split(".") for name in imported(ast.walk(tree))]
+        rooms = {room_of(name) for name in names if name[0] in MAY_IMPORT}
+        edges |= {(importer, room) for room in rooms if room != importer}
+
+    def reaches(start: str, goal: str) -> bool:
+        return (start, goal) in edges or any(
+            reaches(room, goal) for importer, room in edges if importer == start
+        )
+
+    return {
+        (start, goal)
+        for start, goal in edges
+        if not any(reaches(room, goal) for importer, room in edges if importer == start)
+    }
+
+
+def test_the_picture_of_the_architecture_is_the_code() -> None:
+    picture = (ROOT / "docs" / "architecture.md").read_text()
+    assert set(re.findall(r"^    (\S+) --> (\S+)$", picture, re.M)) == imports_between_rooms()
 
 
 @pytest.mark.parametrize("lab", LABS)

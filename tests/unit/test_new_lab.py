@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HOUSE = ("labs", "serving", "loadtests", "dashboards", "bench", "tests", "Makefile",
-         "pyproject.toml", "README.md")  # fmt: skip
+         "docs", "pyproject.toml", "README.md")  # fmt: skip
 LINE = '        _lab("abacus_beads"),\n'
 LAST = '        _lab("quantization_tools"),\n'
 LAB = '''
