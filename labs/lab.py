@@ -55,7 +55,7 @@ class Variant(BaseModel, frozen=True, extra="forbid"):
     def _engine_is_known(cls, name: str) -> str:
         if name not in ENGINES:
             known = ", ".join(ENGINES)
-            raise ValueError(f"no engine {name!r}{near(name, ENGINES)} ones are {known}")
+            raise ValueError(f"no engine {name!r}{did_you_mean(name, ENGINES)} ones are {known}")
         return name
 
     def but(
@@ -539,7 +539,7 @@ def _set(fields: dict[str, Any], path: str, value: Any) -> None:
         known = _steps(at)
         if step not in known and not free:
             names = ", ".join(known) or "none"
-            raise LabError(f"{path}: no field {step!r}{near(step, known)} here: {names}")
+            raise LabError(f"{path}: no field {step!r}{did_you_mean(step, known)} here: {names}")
         return known
 
     for step in parents:
@@ -569,7 +569,7 @@ def _sentence(error: ValidationError, fields: Mapping[str, Any]) -> str:
     return f"{'.'.join(steps)}: {said} (given {given})"
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """What a misspelled name was meant to be, as the middle of a sentence about the known ones."""
     found = difflib.get_close_matches(name, list(known), 1)
     return f": did you mean {found[0]}? Known" if found else "; known"

@@ -41,20 +41,20 @@ def _buckets(low: float, high: float, growth: float = 1.19) -> list[float]:
     return bounds
 
 
-SECONDS = np.array(_buckets(0.0005, 120))
-_BOUNDS = SECONDS.tolist()
+BUCKET_BOUNDS_S = np.array(_buckets(0.0005, 120))
+_BOUNDS = BUCKET_BOUNDS_S.tolist()
 _LE = [*map(str, _BOUNDS), "+Inf"]
 
 
 Counts = np.ndarray[tuple[int], np.dtype[np.int64]]  # of samples in each bucket
 
 
-def binned(values: Sequence[float]) -> Counts:
+def bucket_counts(values: Sequence[float]) -> Counts:
     """Each in the bucket of the first bound that is not below it."""
-    return np.bincount(np.searchsorted(SECONDS, values), minlength=len(_LE))
+    return np.bincount(np.searchsorted(BUCKET_BOUNDS_S, values), minlength=len(_LE))
 
 
-class Seconds:
+class SecondsHistogram:
     """A histogram that takes all samples of a request at once.
 
     The library's takes them one by one, which costs as much as reading a sixth of the stream.
@@ -74,7 +74,7 @@ class Seconds:
             self._counts[labels][bisect_left(_BOUNDS, values[0])] += 1
             self._sums[labels] += values[0]
         else:
-            self.add(labels, binned(values), sum(values))
+            self.add(labels, bucket_counts(values), sum(values))
 
     def add(self, labels: tuple[str, ...], counts: Counts, total: float) -> None:
         """Samples whose buckets are counted, as another histogram's were."""
@@ -96,7 +96,7 @@ class Exporter:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._histograms = {
-            latency.histogram: Seconds(latency.histogram, latency.description)
+            latency.histogram: SecondsHistogram(latency.histogram, latency.description)
             for latency in LATENCIES
         }
         for histogram in self._histograms.values():
@@ -214,7 +214,7 @@ class Exporter:
             if samples_s := latency.samples_s(record):
                 self._histograms[latency.histogram].observe(self._now, samples_s)
         itl_s = record.itl_s
-        counts, total = binned(itl_s), sum(itl_s)
+        counts, total = bucket_counts(itl_s), sum(itl_s)
         self._histograms[ITL.histogram].add(self._now, counts, total)
         if len(itl_s) == len(record.chunks) - 1:  # one token a chunk: its gap is the interval
             self._histograms[CHUNK_GAP.histogram].add(self._now, counts, total)

@@ -52,9 +52,9 @@ from loadtests.plan import (
     Progress,
     TrialPlan,
     TrialSummary,
-    merged,
+    merged_summary,
     read_requests,
-    together,
+    total_progress,
 )
 from loadtests.records import RequestRecord
 
@@ -82,7 +82,7 @@ class Load:
     def __init__(self, plan: TrialPlan) -> None:
         self.plan = plan
         every = read_requests(plan.requests)
-        self.requests = plan.mine([r for r in every if not r.intruder])
+        self.requests = plan.own_share([r for r in every if not r.intruder])
         self.users = plan.seats
         self._intrusions = iter([r for r in every if r.intruder])
         self.sent = self.in_flight = self.failures = 0
@@ -101,10 +101,10 @@ class Load:
         duration_s = plan.warmup_s + (plan.window_s or 0)
         if isinstance(plan.arrival, Replay):
             due = [r.due_s / plan.arrival.speed for r in every if r.due_s is not None]
-            self._schedule = [*plan.mine([at_s for at_s in due if at_s < duration_s])]
+            self._schedule = [*plan.own_share([at_s for at_s in due if at_s < duration_s])]
         elif not isinstance(plan.arrival, Concurrent | Contended | Waves):
             times = plan.arrival.schedule(duration_s, random.Random(f"{plan.seed}/times"))
-            self._schedule = [*plan.mine(times)]
+            self._schedule = [*plan.own_share(times)]
         self._due = iter(self._schedule or ())
         self._next_intrusion_s = 0.0
         self._gathered = 0
@@ -330,7 +330,7 @@ def text_of(lines: list[tuple[float, bytes]]) -> str:
 # ------------------------------------------------------------------------------ Locust's worker
 
 
-class Stage:
+class WaitingRoom:
     """Where users wait between trials."""
 
     def __init__(self) -> None:
@@ -377,25 +377,25 @@ class Stage:
             self.everyone_left.set()
 
 
-stage = Stage()
+waiting_room = WaitingRoom()
 
 
 class ChatUser(User):
     """One user: at most one request in flight."""
 
     def on_start(self) -> None:
-        self.seat = next(stage.seats)
+        self.seat = next(waiting_room.seats)
 
     @task
     def take_part(self) -> None:
-        if stage.load is None or stage.load.plan.window_s is not None:
-            stage.opened.wait()
-        load = stage.load
+        if waiting_room.load is None or waiting_room.load.plan.window_s is not None:
+            waiting_room.opened.wait()
+        load = waiting_room.load
         if load is None or (load.plan.window_s is not None and self.seat >= load.users):
             return
         client = connect(load)
         if load.plan.window_s is not None:
-            stage.ready()
+            waiting_room.ready()
         try:
             while turn := load.next_turn(self.seat):
                 record, connection_failed = stream(client, turn, load)
@@ -413,7 +413,7 @@ class ChatUser(User):
         finally:
             client.close()
             if load.plan.window_s is not None:
-                stage.leave()
+                waiting_room.leave()
 
 
 def connect(load: Load) -> HTTPClient:
@@ -442,14 +442,14 @@ def play_trial(environment: Environment, msg: Any, **_: object) -> None:
     assert isinstance(runner, WorkerRunner)
     if plan.window_s is None:
         load.start()
-        stage.load = load
-        stage.opened.set()
+        waiting_room.load = load
+        waiting_room.opened.set()
         gevent.spawn(report_forever, runner, load)
         return
     lags: list[float] = []
     helpers = [gevent.spawn(watch_loop, load, lags), gevent.spawn(report_forever, runner, load)]
     cpu = time.process_time()
-    stage.play(load, partial(meet, runner))
+    waiting_room.play(load, partial(meet, runner))
     cpu = time.process_time() - cpu
     gevent.killall(helpers)
     report(runner, load)
@@ -499,7 +499,7 @@ def report_forever(runner: WorkerRunner, load: Load) -> None:
     """Until another load takes its place: by hand, whenever the web UI starts again."""
     while True:
         gevent.sleep(REPORT_EVERY_S)
-        if stage.load is not load:
+        if waiting_room.load is not load:
             return
         report(runner, load)
 
@@ -583,7 +583,7 @@ class Director:
             if self.plan and self.plan.window_s is not None:
                 self.records.append(record)
         self.progress[msg.node_id] = Progress.model_validate_json(msg.data["progress"])
-        self.exporter.progress(together([*self.progress.values()]))
+        self.exporter.progress(total_progress([*self.progress.values()]))
 
     def on_done(self, msg: Any, **_: object) -> None:
         self.done[msg.node_id] = TrialSummary.model_validate_json(msg.data)
@@ -598,7 +598,7 @@ class Director:
         if not sent:
             self.say(event="failed", reason="the load processes that were to send have died")
             return
-        summary = merged(sent, sum(seats[worker] for worker in lost) / sum(seats.values()))
+        summary = merged_summary(sent, sum(seats[worker] for worker in lost) / sum(seats.values()))
         try:
             records.write(self.plan.records, self.records)
         except OSError as error:  # a full disk, for one

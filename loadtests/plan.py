@@ -46,7 +46,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
         mine = self.arrival.users // of + (number < self.arrival.users % of)
         return mine + (extra if number == 0 else 0)
 
-    def mine(self, items: Sequence[T]) -> Sequence[T]:
+    def own_share(self, items: Sequence[T]) -> Sequence[T]:
         """This share of what is sent one after another: divided, not multiplied."""
         number, of = self.share
         return items if isinstance(self.arrival, Waves) else items[number::of]
@@ -70,7 +70,7 @@ class TrialSummary(BaseModel, frozen=True, extra="forbid"):
     lost_share: float = 0.0  # of the users, who went with a load process that died
 
 
-def merged(summaries: Sequence[TrialSummary], lost_share: float) -> TrialSummary:
+def merged_summary(summaries: Sequence[TrialSummary], lost_share: float) -> TrialSummary:
     """Of all shares of a trial. Each counts from its own start: no clocks are compared."""
     planned = [s.planned for s in summaries if s.planned is not None]
     return TrialSummary(
@@ -98,7 +98,7 @@ class Progress(BaseModel, frozen=True, extra="forbid"):
     loop_lag_s: float | None = None  # the worst since the last report, where it is watched
 
 
-def together(shares: Sequence[Progress]) -> Progress:
+def total_progress(shares: Sequence[Progress]) -> Progress:
     """Of all load processes."""
     due = [p.due for p in shares if p.due is not None]
     adapters = [p.adapters for p in shares if p.adapters is not None]

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-Row = tuple[float, int, int]  # seconds since the first request, prompt tokens, output tokens
+TraceRow = tuple[float, int, int]  # seconds since the first request, prompt tokens, output tokens
 COLUMNS = (
     ("timestamp", "input_tokens", "output_tokens"),
     ("timestamp", "contexttokens", "generatedtokens"),
@@ -23,7 +23,7 @@ COLUMNS = (
 MOST_ROWS = 4096  # kept, from the beginning: they are part of a run's manifest
 
 
-def read_trace(path: Path) -> tuple[Row, ...]:
+def read_trace(path: Path) -> tuple[TraceRow, ...]:
     """The trace, in order of time; raises ValueError with the line that is wrong and why."""
     try:
         with path.open(newline="") as file:
@@ -38,7 +38,7 @@ def read_trace(path: Path) -> tuple[Row, ...]:
     return tuple((round(at_s - first_s, 6), p, o) for at_s, p, o in rows[:MOST_ROWS])
 
 
-def _rows(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterable[Row]:
+def _rows(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterable[TraceRow]:
     for number, line in enumerate(lines, 1):
         named = {str(key).strip().lower(): value for key, value in line.items()}
         names = next((c for c in COLUMNS if set(c) <= named.keys()), None)

@@ -20,7 +20,7 @@ from pydantic import (
 
 from loadtests.arrivals import Arrival, Contended, Replay
 from loadtests.prompts import TASKS, Messages, Task, Writer
-from loadtests.trace import Row, read_trace
+from loadtests.trace import TraceRow, read_trace
 
 BLOCK = 64  # every block of this many drawn lengths holds the same lengths, in another order
 
@@ -165,7 +165,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     task: Task = "continue"
     prefix: Prefix | None = None
     primed: bool = False
-    trace: Annotated[tuple[Row, ...], BeforeValidator(_trace)] = ()
+    trace: Annotated[tuple[TraceRow, ...], BeforeValidator(_trace)] = ()
     chat: Chat | None = None
     intruder: Intruder | None = None
     adapters: Adapters | None = None

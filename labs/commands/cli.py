@@ -34,7 +34,7 @@ from labs.commands.terminal import (
 from labs.comparing import reproduction, side_by_side
 from labs.filing import manifest, newest
 from labs.filing.results import RunFolder, open_run
-from labs.lab import Lab, LabError, NotApplicable, near, parse_changes
+from labs.lab import Lab, LabError, NotApplicable, did_you_mean, parse_changes
 from labs.questions import QUESTIONS
 from labs.running import derived_models, reproduce
 from labs.running.resolve import Request, is_dummy, model_of, require_devices
@@ -245,7 +245,7 @@ def forecast_lab(
 def score_forecasts() -> None:
     """How near the forecasts of the runs on file came to what was measured, lab by lab."""
     with plainly():
-        show(section("Forecast beside measured", tables.residuals(newest.published())))
+        show(section("Forecast beside measured", tables.residuals(newest.newest_runs())))
 
 
 @app.command()
@@ -474,7 +474,7 @@ def _play(request: Request) -> RunFolder:
 
 def _lab(name: str) -> Lab:
     if name not in LABS:
-        raise LabError(f"there is no lab {name!r}{near(name, LABS)} are {', '.join(LABS)}")
+        raise LabError(f"there is no lab {name!r}{did_you_mean(name, LABS)} are {', '.join(LABS)}")
     return LABS[name]
 
 

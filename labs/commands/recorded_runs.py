@@ -76,7 +76,7 @@ def rescore(
         (folder,) = folders_of(run)
         lab, points = folder.run().rebuilt_lab(), folder.run().points()
         table = table_of(score.table(score.scores(folder), lab))
-        show(section("One trace, every definition", table, bullets(score.explained(points))))
+        show(section("One trace, every definition", table, bullets(score.explanations(points))))
 
 
 @app.command()
@@ -160,7 +160,7 @@ def manifest_diff(
     """What differs in how two runs were made, the likeliest cause of other figures first."""
     with plainly():
         runs = [open_run(path) for path in (a, b)]
-        said = [manifest.facts(f.run(), manifest.load_from_others(f)) for f in runs]
+        said = [manifest.facts(f.run(), manifest.cpu_taken_by_others(f)) for f in runs]
         rows = manifest.table(manifest.differences(*said), ("A", "B"))
         if len(rows) > 1:
             show(section("What differs", table_of(rows)))

@@ -22,11 +22,11 @@ from scipy import stats
 
 from labs.filing import manifest
 from labs.filing.manifest import Fact
-from labs.filing.newest import published
+from labs.filing.newest import newest_runs
 from labs.filing.results import Run, RunFolder, Summary, fresh_knobs, open_run
 from labs.judging.judge import (
     CONFIDENCE,
-    INDIFFERENT,
+    EQUIVALENCE_MARGIN,
     Caveat,
     Contrast,
     Interval,
@@ -34,7 +34,7 @@ from labs.judging.judge import (
     contrast,
     mean_interval,
 )
-from labs.judging.metrics import METRICS, by_repeat, compared
+from labs.judging.metrics import METRICS, by_repeat, compared_metrics
 from labs.lab import LabError, Point
 from serving.models import ROOT
 
@@ -205,7 +205,7 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
         raise LabError(f"{a.name} and {b.name} are not comparable: {why}; FORCE=1 compares them")
     same_hardware, paired = a.hardware == b.hardware, same_requests(a, b)
     claimed = [c["metric"] for c in a.run.lab["claims"]]
-    metrics = dict.fromkeys([*compared(), *claimed])
+    metrics = dict.fromkeys([*compared_metrics(), *claimed])
     absolute = [m for m in metrics if not METRICS[m].across_machines]
     wanted = [m for m in metrics if same_hardware or m not in absolute]
     figures = [_measured(s, wanted) | ({} if same_hardware else _shares(s)) for s in (a, b)]
@@ -217,7 +217,7 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
     )
     elsewhere = [] if same_hardware else absolute
     left_out = _rows(_measured(a, elsewhere), _measured(b, elsewhere), paired)
-    said = [manifest.facts(s.run, manifest.load_from_others(s.folder)) for s in (a, b)]
+    said = [manifest.facts(s.run, manifest.cpu_taken_by_others(s.folder)) for s in (a, b)]
     return Comparison(
         a=a.name,
         b=b.name,
@@ -230,7 +230,7 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
         left_out=len(left_out),
         verdicts=[] if a.variant else _verdicts(a.summary.judgements, b.summary.judgements),
         caveats={name: _caveats(s) for name, s in (("A", a), ("B", b))},
-        facts=manifest.paired(*said),
+        facts=manifest.fact_pairs(*said),
         differences=manifest.differences(*said),
         unrecorded=manifest.unrecorded(*said),
     )
@@ -331,7 +331,7 @@ def _judged(groups: Sequence[list[Row]]) -> list[list[Row]]:
             return row.model_copy(update={"why": "one repeat gives no interval"})
         shown = float(next(adjusted)) < 1 - CONFIDENCE
         far = max(abs(math.log(ratio.low)), abs(math.log(ratio.high)))
-        if shown and abs(math.log(ratio.value)) > math.log1p(INDIFFERENT):
+        if shown and abs(math.log(ratio.value)) > math.log1p(EQUIVALENCE_MARGIN):
             return row.model_copy(update={"outcome": "differs"})
         if far <= math.log1p(RESOLVES):
             why = f"within {math.expm1(far):.0%}" if far > math.log1p(0.005) else ""
@@ -390,7 +390,7 @@ def pairs(a: str, b: str, force: bool = False) -> tuple[list[Comparison], list[s
             raise LabError(f"{a} and {b}: give two runs, two variants of runs, or two machines")
         return [compare(side(a), side(b), force)], []
     ours, theirs = (
-        {f.path.parent.name: f for f in published() if f.path.parent.parent == home}
+        {f.path.parent.name: f for f in newest_runs() if f.path.parent.parent == home}
         for home in homes
     )
     found, refused = [], []

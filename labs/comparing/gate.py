@@ -14,7 +14,7 @@ from pydantic import BaseModel, NonNegativeFloat, ValidationError
 
 from labs.comparing.compare import NO_VERDICT, Comparison, Row
 from labs.judging.metrics import METRICS
-from labs.judging.text import times
+from labs.judging.text import times_with_interval
 from labs.lab import LabError
 
 DEFAULT = Path(__file__).with_name("thresholds.toml")
@@ -82,6 +82,6 @@ def failures(found: Comparison, limits: Thresholds) -> list[str]:
             assert row.contrast
             failed.append(
                 f"{what}: worse by {row.worse_by:.0%}, {limits.of(row):.0%} allowed:"
-                f" {times(row.contrast.ratio)}"
+                f" {times_with_interval(row.contrast.ratio)}"
             )
     return failed

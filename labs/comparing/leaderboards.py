@@ -17,7 +17,7 @@ from labs.comparing import reproduction
 from labs.comparing.reproduction import FILED
 from labs.filing import manifest, results
 from labs.filing.committed import committed_runs
-from labs.filing.newest import published
+from labs.filing.newest import newest_runs
 from labs.filing.results import Run, RunFolder
 from labs.judging.judge import Judgement
 from labs.judging.metrics import METRICS
@@ -27,7 +27,7 @@ from labs.judging.text import (
     number,
     ratio_interval,
     ratio_text,
-    verdict,
+    verdict_text,
 )
 from labs.questions import QUESTIONS
 from labs.telling import instruments, markdown
@@ -81,13 +81,13 @@ def write() -> list[Path]:
 
 def uncounted() -> list[RunFolder]:
     """List the runs that would be in the tables if git knew them."""
-    counted = {folder.path for folder in published(committed=True)}
-    return [folder for folder in published() if folder.path not in counted]
+    counted = {folder.path for folder in newest_runs(committed=True)}
+    return [folder for folder in newest_runs() if folder.path not in counted]
 
 
 def write_machine(home: Path) -> Path:
     """Write the page of a machine's newest runs, its reader's own and quick ones included."""
-    runs = _by_machine(published(quick=True))[home]
+    runs = _by_machine(newest_runs(quick=True))[home]
     return whole.write(home / SITTING, markdown.document(_machine(runs, committed=False)))
 
 
@@ -109,7 +109,7 @@ def _why(before: str, after: str) -> str:
 
 
 def _pages() -> dict[Path, str]:
-    runs = published(committed=True)
+    runs = newest_runs(committed=True)
     return {
         README: generated_tables(README.read_text(), runs),
         results.RESULTS / PAGE: _collection(),
@@ -297,7 +297,7 @@ def _newest(original: RunFolder, seen_from: Path, committed: bool) -> Inline:
 def leaderboard(committed: bool = False) -> Table:
     """Lab x claim x machine, of the newest runs, with links as the collection's page has them."""
     rows: list[list[Inline]] = []
-    runs = published(committed=committed)
+    runs = newest_runs(committed=committed)
     for name in LABS:
         mine: list[tuple[int, str, list[Inline]]] = []
         for folder in (f for f in runs if f.path.parent.name == name):
@@ -332,7 +332,7 @@ def _claim(folder: RunFolder, judgement: Judgement, seen_from: Path) -> list[Inl
         ratio_interval(judgement),
         f"{number(judgement.prediction.value)}x",
         claim_held(judgement),
-        parse(verdict(judgement)),
+        parse(verdict_text(judgement)),
     ]
 
 

@@ -10,7 +10,7 @@ from labs.comparing.compare import Comparison, Row, VerdictPair
 from labs.filing import manifest
 from labs.filing.manifest import Fact
 from labs.judging.judge import Caveat, Interval
-from labs.judging.text import number, times
+from labs.judging.text import number, times_with_interval
 from labs.telling import markdown, plots
 from labs.telling.document import (
     Bullets,
@@ -135,7 +135,11 @@ def verdict_table(verdicts: Sequence[VerdictPair]) -> Table:
 
 
 def decided(outcome: str, ratio: Interval | None) -> str:
-    return outcome if ratio is None or ratio.low is None else f"{outcome}, {times(ratio)}"
+    return (
+        outcome
+        if ratio is None or ratio.low is None
+        else f"{outcome}, {times_with_interval(ratio)}"
+    )
 
 
 def validity_table(side_caveats: Mapping[str, Sequence[Caveat]]) -> Table:

@@ -28,7 +28,7 @@ from loadtests.records import RequestRecord
 from serving import whole
 
 Format = Literal["csv", "parquet", "vllm"]
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 
 
 def export(folder: RunFolder, kind: Format, out: Path) -> list[Path]:
@@ -50,7 +50,7 @@ def export(folder: RunFolder, kind: Format, out: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------- the tables
 
 
-def requests(folder: RunFolder) -> list[Row]:
+def requests(folder: RunFolder) -> list[TableRow]:
     """A row a request. Times are seconds from the start of its trial, null where not reached."""
     return [
         {
@@ -78,7 +78,7 @@ def requests(folder: RunFolder) -> list[Row]:
     ]
 
 
-def measurements(folder: RunFolder) -> list[Row]:
+def measurements(folder: RunFolder) -> list[TableRow]:
     """A row a metric of a trial; one that too few samples support is null."""
     summary, run = folder.summary(), folder.run()
     return [
@@ -95,14 +95,14 @@ def measurements(folder: RunFolder) -> list[Row]:
     ]
 
 
-def _trials(folder: RunFolder) -> Iterator[tuple[Row, Trial]]:
+def _trials(folder: RunFolder) -> Iterator[tuple[TableRow, Trial]]:
     run = folder.run()
     for point, result, trial in folder.trials(run.points(), run.rebuilt_lab()):
         if trial is not None:
             yield _about(folder, point, result.repeat), trial
 
 
-def _about(folder: RunFolder, point: Point, repeat: int) -> Row:
+def _about(folder: RunFolder, point: Point, repeat: int) -> TableRow:
     return {
         "machine": folder.path.parent.parent.name,
         "lab": folder.path.parent.name,
@@ -114,14 +114,14 @@ def _about(folder: RunFolder, point: Point, repeat: int) -> Row:
     }
 
 
-def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+def _write_csv(path: Path, rows: Sequence[TableRow]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
+def _write_parquet(path: Path, rows: Sequence[TableRow]) -> None:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -144,7 +144,7 @@ def _vllm_files(folder: RunFolder, out: Path) -> Iterator[Path]:
         yield whole.write(out / name, json.dumps(vllm_result(folder, trial)) + "\n")
 
 
-def vllm_result(folder: RunFolder, trial: Trial) -> Row:
+def vllm_result(folder: RunFolder, trial: Trial) -> TableRow:
     """One trial under the keys of vLLM's benchmark."""
     run, load = folder.run(), trial.point.load
     every = trial.records

@@ -100,7 +100,7 @@ def is_stale(run: Run) -> bool:
         return True
 
 
-def load_from_others(folder: RunFolder) -> dict[str, str]:
+def cpu_taken_by_others(folder: RunFolder) -> dict[str, str]:
     """What other guests and other processes took of the CPU during the trials, to 5 %."""
     run = folder.run()
     results = [
@@ -120,7 +120,7 @@ def load_from_others(folder: RunFolder) -> dict[str, str]:
     }
 
 
-def paired(a: Mapping[str, str], b: Mapping[str, str]) -> list[Fact]:
+def fact_pairs(a: Mapping[str, str], b: Mapping[str, str]) -> list[Fact]:
     """Every fact of either, the likeliest cause of other figures first."""
     found = [Fact(what=path, a=_said(path, a), b=_said(path, b)) for path in {**a, **b}]
     return sorted(found, key=lambda fact: (_rank(fact.what), fact.what))
@@ -128,7 +128,7 @@ def paired(a: Mapping[str, str], b: Mapping[str, str]) -> list[Fact]:
 
 def differences(a: Mapping[str, str], b: Mapping[str, str]) -> list[Fact]:
     """The likeliest cause first."""
-    return [fact for fact in paired(a, b) if fact.differs]
+    return [fact for fact in fact_pairs(a, b) if fact.differs]
 
 
 def unrecorded(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:

@@ -7,7 +7,7 @@ from labs.filing.committed import committed_runs
 from labs.filing.results import DamagedError, Run, RunFolder, all_runs
 
 
-def published(quick: bool = False, committed: bool = False) -> list[RunFolder]:
+def newest_runs(quick: bool = False, committed: bool = False) -> list[RunFolder]:
     """The newest complete, ordinary run of each lab on each machine, in the labs' order.
 
     One with random weights stands in where a lab has no other, and is marked. With `quick`, so does

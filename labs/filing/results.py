@@ -103,7 +103,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
 
     def rebuilt_lab(self) -> Lab:
         """The lab as it was run; its predictions are on file, its functions are not needed."""
-        return reread(self.lab)
+        return lab_from_resolved(self.lab)
 
     def points(self) -> list[Point]:
         return self.rebuilt_lab().points(
@@ -114,7 +114,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
         )
 
 
-def reread(resolved: Mapping[str, Any], like: Lab | None = None) -> Lab:
+def lab_from_resolved(resolved: Mapping[str, Any], like: Lab | None = None) -> Lab:
     """A lab from its plain form; what its claims and forecasts predict with is another's."""
 
     def gone(*_: object) -> Prediction:
@@ -130,7 +130,7 @@ def reread(resolved: Mapping[str, Any], like: Lab | None = None) -> Lab:
 
 def fresh_knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved lab's knobs as today's code reads them: a field added since has its default."""
-    return knobs(reread(resolved).resolved())
+    return knobs(lab_from_resolved(resolved).resolved())
 
 
 class Band(BaseModel, frozen=True, extra="forbid"):
@@ -306,7 +306,7 @@ class RunFolder:
                     lab.slo,
                     found,
                     result.summary,
-                    None if result.engine is None else snapshot_from(result.engine),
+                    None if result.engine is None else snapshot_from_json(result.engine),
                     telemetry.read(home / "telemetry.csv.gz"),
                 )
                 yield point, result, trial
@@ -329,7 +329,7 @@ def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def snapshot_from(plain: dict[str, Any]) -> Snapshot:
+def snapshot_from_json(plain: dict[str, Any]) -> Snapshot:
     return Snapshot(
         plain["values"],
         {
@@ -398,7 +398,7 @@ def open_run(path: Path) -> RunFolder:
     return RunFolder(found.resolve())  # its name and its parents' tell which run it is
 
 
-def latest(lab: str, complete: bool = True) -> RunFolder | None:
+def latest_run(lab: str, complete: bool = True) -> RunFolder | None:
     found = [f for f in all_runs() if f.path.parent.name == lab and f.complete == complete]
     return found[-1] if found else None
 

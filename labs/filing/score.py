@@ -18,7 +18,7 @@ import numpy as np
 from labs.filing.results import RunFolder
 from labs.judging.measure import Trial, output_tokens_per_s
 from labs.judging.metrics import METRICS
-from labs.judging.text import number, short
+from labs.judging.text import number, point_label
 from labs.lab import Lab, Point
 from loadtests.latencies import ITL, TPOT, TTFT
 from loadtests.records import RequestRecord
@@ -37,7 +37,7 @@ class Tool:
     """Samples of one request, under the name by which the tool reports them; none: it has none."""
 
     name: str
-    says: str
+    definition: str
     ttft_s: PerRequest
     tpot_s: PerRequest
     itl_s: PerRequest
@@ -79,7 +79,7 @@ def token_gaps(record: RequestRecord) -> list[float]:
     return [b - a for a, b in pairwise(times)]
 
 
-OURS = Tool(
+THIS_LAB = Tool(
     "this lab",
     "from the schedule under open loop; requests sent in the window; a chunk of k tokens after a"
     " gap g is k latencies of g / k; tokens that arrive in the window, over the window",
@@ -87,7 +87,7 @@ OURS = Tool(
     lambda r: _one(r.tpot_s),
     lambda r: r.itl_s,
 )
-OTHERS = (
+OTHER_TOOLS = (
     Tool(
         "vllm bench serve",
         "ITL is the gap between chunks, however many tokens each carries",
@@ -139,8 +139,8 @@ def score(trial: Trial) -> dict[str, list[float | None]]:
         return [float(np.mean(c)) if c else None for c in columns]
 
     return {
-        OURS.name: [*means(OURS, trial.counted), output_tokens_per_s(trial)],
-        **{tool.name: [*means(tool, every), whole_throughput(every)] for tool in OTHERS},
+        THIS_LAB.name: [*means(THIS_LAB, trial.measured_requests), output_tokens_per_s(trial)],
+        **{tool.name: [*means(tool, every), whole_throughput(every)] for tool in OTHER_TOOLS},
     }
 
 
@@ -167,13 +167,13 @@ def table(found: Mapping[str, Mapping[str, Sequence[float | None]]], lab: Lab) -
     for key, tools in found.items():
         for place, (tool, figures) in enumerate(tools.items()):
             cells = [number(v, unit) for v, unit in zip(figures, COLUMNS.values(), strict=True)]
-            rows.append([short(key, lab) if place == 0 else "", tool, *cells])
+            rows.append([point_label(key, lab) if place == 0 else "", tool, *cells])
     return rows
 
 
-def explained(points: Sequence[Point]) -> list[str]:
+def explanations(points: Sequence[Point]) -> list[str]:
     """Why the rows differ."""
-    lines = [f"{tool.name}: {tool.says}." for tool in (OURS, *OTHERS)]
+    lines = [f"{tool.name}: {tool.definition}." for tool in (THIS_LAB, *OTHER_TOOLS)]
     if any(p.load.open_loop for p in points):
         lines.append(
             "Under an open loop the others count from the send: what a late generator adds to the"

@@ -14,7 +14,7 @@ from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
 from labs.findings.parts import Conclusion, ReportParts
 from labs.findings.published import Published, PublishedFigures
-from labs.judging.text import number, yes
+from labs.judging.text import number, yes_or_no
 from loadtests import records
 from loadtests.records import RequestRecord
 
@@ -113,7 +113,7 @@ def tell_budgets(facts: TokenBudgets) -> Finding:
     rows = [["Variant", "Token budget", "Stall, mean", "TTFT of the long prompt", "Within the SLO"]]
     rows += [
         [b.variant, str(b.budget_tokens), number(b.stall_s, "s"), number(b.long_ttft_s, "s"),
-         yes(b.within_slo)]
+         yes_or_no(b.within_slo)]
         for b in facts.budgets
     ]  # fmt: skip
     lines = []

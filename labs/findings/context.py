@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from labs.filing.results import Run, RunFolder, Summary
 from labs.judging.judge import Caveat, Interval, Judgement, over_repeats
 from labs.judging.metrics import Repeats
-from labs.judging.text import times
+from labs.judging.text import times_with_interval
 from labs.lab import Lab, Point
 
 Facts = TypeVar("Facts")
@@ -80,4 +80,4 @@ class JudgedRun(Context):
     def ratio(self, claim: str) -> str | None:
         """Treatment / baseline with its interval, at the first pair of points that was judged."""
         ratio = next((j.effect.ratio for j in self.judged(claim) if j.effect), None)
-        return times(ratio) if ratio else None
+        return times_with_interval(ratio) if ratio else None

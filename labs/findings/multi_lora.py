@@ -14,7 +14,7 @@ from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
 from labs.findings.parts import Conclusion, ReportParts
 from labs.findings.published import Published, PublishedFigures
-from labs.judging.text import number, sentences, short
+from labs.judging.text import number, point_label, sentences
 from labs.multi_lora import adapter_bytes
 from serving.adapters import mark_of, marks_in
 
@@ -188,7 +188,7 @@ def adapter_cost(context: Context) -> tuple[AdapterCost, ...]:
             moved_bytes = active * adapter_bytes(point)
         costs.append(
             AdapterCost(
-                where=short(point.key, context.lab),
+                where=point_label(point.key, context.lab),
                 adapters=f"{adapters.count}, {adapters.mix}" if adapters else "none",
                 tpot_s=tpot_s,
                 over_base=tpot_s / base_s - 1 if point.load == base.load else None,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import Conclusion
-from labs.judging.evaluation import Answers
+from labs.judging.evaluation import Evaluation
 from labs.judging.quality import SOURCES, QualityFigure, compare, gate
 
 Figures = list[QualityFigure]
@@ -23,10 +23,10 @@ class Quality:
     again: Figures | None  # the base asked twice: the gate's own false alarms
 
 
-def asked(context: Context, variant: str) -> list[Answers]:
+def asked(context: Context, variant: str) -> list[Evaluation]:
     """What a variant answered to the quality probe, each time that it was asked."""
     probe = context.folder.probed("quality", variant)
-    return [Answers.model_validate(a) for a in probe["answers"]] if probe else []
+    return [Evaluation.model_validate(a) for a in probe["answers"]] if probe else []
 
 
 def compared(context: Context) -> Quality:
@@ -61,7 +61,7 @@ def tell_quality(facts: Quality) -> Finding:
     rows.append(["**gate**", "", *(f"**{gate(f)[0]}**" for f in columns.values())])
     lines = [
         f"`{name}`: {gate(figures)[0]}; "
-        + ", ".join(f"{v.figure.name.replace('_', ' ')} {v.outcome}" for v in gate(figures)[1])
+        + ", ".join(f"{v.figure.name.replace('_', ' ')} {v.result}" for v in gate(figures)[1])
         + "."
         for name, figures in columns.items()
     ]

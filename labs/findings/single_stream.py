@@ -10,9 +10,9 @@ from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import Conclusion, ReportParts
 from labs.findings.published import ONE_STREAM, Published, PublishedFigures
-from labs.judging.judge import Effect, effect, outcome_of
+from labs.judging.judge import Effect, effect, verdict_kind
 from labs.judging.metrics import by_repeat
-from labs.judging.text import number, sentences, times
+from labs.judging.text import number, sentences, times_with_interval
 from labs.lab import Point
 
 DEFAULT = "default"
@@ -201,7 +201,7 @@ def beside(context: Context, variant: str, name: PhaseName) -> Beside | None:
         return None
     if any(caveat.hits(metric, *keys) for caveat in context.caveats):
         return Beside(measured, "not valid")
-    return Beside(measured, MATTERS[outcome_of(measured, metric)])
+    return Beside(measured, MATTERS[verdict_kind(measured, metric)])
 
 
 def tell_flags(facts: FlagEffects) -> Finding:
@@ -231,7 +231,7 @@ def tell_flags(facts: FlagEffects) -> Finding:
     )
     for text, matters in groups:
         members = [
-            f"`{v.variant}` {times(v.decode_beside.effect.ratio)}"
+            f"`{v.variant}` {times_with_interval(v.decode_beside.effect.ratio)}"
             for v in facts.variants
             if v.decode_beside and v.decode_beside.matters == matters
         ]
@@ -240,7 +240,9 @@ def tell_flags(facts: FlagEffects) -> Finding:
 
 
 def _beside_cells(compared: Beside | None) -> tuple[str, str]:
-    return (times(compared.effect.ratio), compared.matters) if compared else ("–", "–")
+    return (
+        (times_with_interval(compared.effect.ratio), compared.matters) if compared else ("–", "–")
+    )
 
 
 def fastest_sentence(facts: FlagEffects) -> str | None:

@@ -17,7 +17,7 @@ from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
 from labs.findings.parts import Conclusion, ReportParts
 from labs.findings.published import Published, PublishedFigures
-from labs.judging.text import number, short
+from labs.judging.text import number, point_label
 from labs.lab import Point
 from serving import metrics
 
@@ -84,7 +84,7 @@ def acceptance(context: Context) -> Acceptance:
         rate = context.mean(point, "acceptance_rate")
         points.append(
             Accepted(
-                where=short(point.key, context.lab),
+                where=point_label(point.key, context.lab),
                 shares=tuple(shares),
                 tokens_per_step=length,
                 tokens_at_constant_share=theory.accepted_length(
@@ -228,7 +228,7 @@ def speed_ups(context: Context) -> SpeedUps:
         length = tokens_a_step(context, point)
         if length and verify is not None and draft is not None:
             explained = length / (g * draft + verify)
-        where = short(point.key, context.lab)
+        where = point_label(point.key, context.lab)
         measured.append(SpeedUp(point, where, plain_s / tpot_s, length, draft, verify, explained))
     return SpeedUps(tuple(measured))
 
@@ -341,7 +341,7 @@ def same_text(context: Context) -> tuple[SameText, ...]:
         same = sum(ours[key] == theirs[key] for key in both)
         if both:
             wilson = stats.binomtest(same, len(both)).proportion_ci(method="wilson")
-            where = short(point.key, context.lab)
+            where = point_label(point.key, context.lab)
             points.append(SameText(where, len(both), same, float(wilson.low), float(wilson.high)))
     return tuple(points)
 

@@ -52,7 +52,7 @@ class Passage(BaseModel, frozen=True, extra="forbid"):
         return [known[token] for token, known in zip(self.token_ids, self.known, strict=True)]
 
 
-class Reply(BaseModel, frozen=True, extra="forbid"):
+class ScoredCompletion(BaseModel, frozen=True, extra="forbid"):
     question: str
     expected: str
     answer: str
@@ -61,18 +61,18 @@ class Reply(BaseModel, frozen=True, extra="forbid"):
     depth: float | None = None
 
 
-class Answers(BaseModel, frozen=True, extra="forbid"):
+class Evaluation(BaseModel, frozen=True, extra="forbid"):
     """All that one engine said; under a megabyte as JSON."""
 
     model: str
     passages: tuple[Passage, ...]
-    needles: tuple[Reply, ...]
-    tasks: tuple[Reply, ...]
+    needles: tuple[ScoredCompletion, ...]
+    tasks: tuple[ScoredCompletion, ...]
     took_s: float
 
 
 @dataclass(frozen=True)
-class Engine:
+class EvaluationClient:
     """A served model, and a salt under which the prefix cache is cold once, then warm."""
 
     url: str
@@ -90,7 +90,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def threads(at_once: int) -> Iterator[ThreadPoolExecutor]:
+def thread_pool(at_once: int) -> Iterator[ThreadPoolExecutor]:
     """A pool that drops what it has not begun when its block fails or is interrupted."""
     with ThreadPoolExecutor(at_once) as pool:
         try:
@@ -100,7 +100,7 @@ def threads(at_once: int) -> Iterator[ThreadPoolExecutor]:
             raise
 
 
-def ask(
+def evaluate(
     url: str,
     model: str,
     *,
@@ -108,7 +108,7 @@ def ask(
     seeds: int = 4,
     quick: bool = False,
     at_once: int = 4,
-) -> Answers:
+) -> Evaluation:
     """Ask the engine at `url` everything, greedily; `quick` asks a third and decides little.
 
     `at_once` requests are in flight with needles and tasks. Fewer than four seeds of needles decide
@@ -116,17 +116,17 @@ def ask(
     """
     start_s = time.monotonic()
     third = slice(None, None, 3 if quick else 1)
-    engine = Engine(url, model)
+    engine = EvaluationClient(url, model)
     texts = [
         (length, seed)
         for length in (lengths_tokens[:2] if quick else lengths_tokens)
         for seed in range(1 if quick else seeds)
     ]
-    passages = tuple(score(engine, text) for text in _passages("held_out.txt")[third])
-    with threads(at_once) as pool:
+    passages = tuple(score_passage(engine, text) for text in _passages("held_out.txt")[third])
+    with thread_pool(at_once) as pool:
         found = pool.map(lambda text: ask_needles(engine, *text), texts)
         tasks = pool.map(lambda task: ask_task(engine, *task), tasks_with_shots()[third])
-        return Answers(
+        return Evaluation(
             model=model,
             passages=passages,
             needles=tuple(chain.from_iterable(found)),
@@ -135,7 +135,7 @@ def ask(
         )
 
 
-def score(engine: Engine, text: str, top: int = TOP) -> Passage:
+def score_passage(engine: EvaluationClient, text: str, top: int = TOP) -> Passage:
     """The logprobs of every token but the first, which nothing precedes."""
     body = {"prompt": text, "max_tokens": 1, "prompt_logprobs": top, "return_token_ids": True}
     choice = engine.choice("completions", body)
@@ -148,7 +148,7 @@ def score(engine: Engine, text: str, top: int = TOP) -> Passage:
     )
 
 
-def ask_needles(engine: Engine, length_tokens: int, seed: int) -> list[Reply]:
+def ask_needles(engine: EvaluationClient, length_tokens: int, seed: int) -> list[ScoredCompletion]:
     """One text with a number at every depth, each asked for in turn: the prefix cache is warm."""
     text, numbers = needles_text(length_tokens, seed)
     replies = []
@@ -165,7 +165,7 @@ def ask_needles(engine: Engine, length_tokens: int, seed: int) -> list[Reply]:
         }
         answer = engine.choice("chat/completions", body)["message"]["content"] or ""
         replies.append(
-            Reply(
+            ScoredCompletion(
                 question=f"{question} (text {seed})",
                 expected=number,
                 answer=answer,
@@ -205,10 +205,14 @@ def tasks_with_shots() -> list[tuple[str, str, str]]:
     return tasks
 
 
-def ask_task(engine: Engine, shots: str, question: str, expected: str) -> Reply:
+def ask_task(
+    engine: EvaluationClient, shots: str, question: str, expected: str
+) -> ScoredCompletion:
     body = {"prompt": shots + question, "max_tokens": 8, "stop": ["\n"]}
     answer = engine.choice("completions", body)["text"].strip()
-    return Reply(question=question, expected=expected, answer=answer, correct=answer == expected)
+    return ScoredCompletion(
+        question=question, expected=expected, answer=answer, correct=answer == expected
+    )
 
 
 def _passages(name: str) -> list[str]:

@@ -24,12 +24,12 @@ from labs.judging.metrics import METRICS, Repeats, by_repeat
 from labs.lab import Claim, Forecast, Prediction
 
 CONFIDENCE = 0.95
-INDIFFERENT = 0.03  # effects below 3 % change no decision
-MOST_INDIFFERENT = 0.05  # noise beyond this shows nothing, equality least of all
+EQUIVALENCE_MARGIN = 0.03  # effects below 3 % change no decision
+LARGEST_EQUIVALENCE_MARGIN = 0.05  # noise beyond this shows nothing, equality least of all
 MOST_REPEATS = 100
-STILL = 1e-9  # logs that differ by less do not differ
+NEGLIGIBLE_LOG = 1e-9  # logs that differ by less do not differ
 
-Outcome = Literal["helps", "hurts", "no effect", "inconclusive", "not valid"]
+VerdictKind = Literal["helps", "hurts", "no effect", "inconclusive", "not valid"]
 
 
 class Caveat(BaseModel, frozen=True, extra="forbid"):
@@ -78,7 +78,7 @@ class Judgement(BaseModel, frozen=True, extra="forbid"):
     metric: str
     treatment: str
     baseline: str
-    outcome: Outcome
+    outcome: VerdictKind
     expected: bool | None  # did what the claim expects happen; None when undecided
     effect: Effect | None
     prediction: Prediction
@@ -196,12 +196,12 @@ def contrast(
     both = sorted(set(treatment) & set(baseline))
     if paired and both:
         logs = [math.log(treatment[r] / baseline[r]) for r in both]
-        mean, counts, still = float(np.mean(logs)), len(logs), np.ptp(logs) < STILL
+        mean, counts, still = float(np.mean(logs)), len(logs), np.ptp(logs) < NEGLIGIBLE_LOG
         test = None if counts < 2 or still else stats.ttest_1samp(logs, 0.0)
     elif not paired and treatment and baseline:
         ours, theirs = ([math.log(v) for v in arm.values()] for arm in (treatment, baseline))
         mean, counts = float(np.mean(ours) - np.mean(theirs)), min(len(ours), len(theirs))
-        still = max(np.ptp(ours), np.ptp(theirs)) < STILL
+        still = max(np.ptp(ours), np.ptp(theirs)) < NEGLIGIBLE_LOG
         with warnings.catch_warnings():  # one arm may be an exact count, the same in every repeat
             warnings.simplefilter("ignore", RuntimeWarning)
             test = None if counts < 2 or still else stats.ttest_ind(ours, theirs, equal_var=False)
@@ -210,7 +210,7 @@ def contrast(
     value = math.exp(mean)
     if test is None:  # a single repeat, or figures that do not vary: an exact count, say
         bound = value if counts > 1 else None
-        same = 1.0 if abs(mean) < STILL else 0.0
+        same = 1.0 if abs(mean) < NEGLIGIBLE_LOG else 0.0
         ratio = Interval(value=value, low=bound, high=bound, n=counts)
         return Contrast(ratio=ratio, p=same if counts > 1 else None)
     low, high = (math.exp(float(b)) for b in test.confidence_interval(CONFIDENCE))
@@ -228,7 +228,7 @@ def repeats_to_decide(effect: Effect) -> int | None:
     for n in range(have + 1, MOST_REPEATS + 1):
         half = _t(n) * effect.spread / math.sqrt(n)
         floor = math.log1p(effect.floor or 0.0) * math.sqrt(have / n)
-        if max(half, floor) < size or size + half < math.log1p(INDIFFERENT):
+        if max(half, floor) < size or size + half < math.log1p(EQUIVALENCE_MARGIN):
             return n
     return None
 
@@ -241,7 +241,7 @@ def _t(n: int) -> float:
 # -------------------------------------------------------------------------------------- verdicts
 
 
-def outcome_of(effect: Effect, metric: str) -> Outcome:
+def verdict_kind(effect: Effect, metric: str) -> VerdictKind:
     """helps / hurts: the interval excludes 1 and the effect exceeds the floor. no effect: the
     interval lies inside the larger of 3 % and the floor, of which 5 % count at most: between
     noisier repeats nothing is shown to be equal. Else inconclusive."""
@@ -252,7 +252,7 @@ def outcome_of(effect: Effect, metric: str) -> Outcome:
     if (ratio.low > 1 or ratio.high < 1) and abs(math.log(ratio.value)) > math.log1p(floor):
         better = METRICS[metric].better == "higher"
         return "helps" if (ratio.value > 1) == better else "hurts"
-    margin = max(min(floor, MOST_INDIFFERENT), INDIFFERENT)
+    margin = max(min(floor, LARGEST_EQUIVALENCE_MARGIN), EQUIVALENCE_MARGIN)
     if ratio.low >= 1 / (1 + margin) and ratio.high <= 1 + margin:
         return "no effect"
     return "inconclusive"
@@ -288,14 +288,14 @@ def judge(
         *(by_repeat(values.get(point, {}), claim.metric) for point in (treatment, baseline))
     )
     blocking = [c for c in caveats if c.hits(claim.metric, treatment, baseline)]
-    outcome: Outcome = "inconclusive"
+    outcome: VerdictKind = "inconclusive"
     expected = held = None
     if blocking:
         outcome, why = "not valid", "; ".join(sorted({c.name for c in blocking}))
     elif found is None:
         why = "no repeat has both sides measured" + _samples_needed(claim.metric)
     else:
-        outcome, held = outcome_of(found, claim.metric), holds(prediction, found.ratio)
+        outcome, held = verdict_kind(found, claim.metric), holds(prediction, found.ratio)
         why = _explain(found, outcome)
         if outcome != "inconclusive":
             direction = "unchanged" if outcome == "no effect" else None
@@ -323,7 +323,7 @@ def _samples_needed(metric: str) -> str:
     return f": a p{how.q} takes {how.least_samples} samples in a trial, widen `window_s`"
 
 
-def _explain(effect: Effect, outcome: Outcome) -> str:
+def _explain(effect: Effect, outcome: VerdictKind) -> str:
     if effect.ratio.low is None:
         return "one repeat gives no interval: ask for more with SET=repeats=3"
     if outcome == "inconclusive":

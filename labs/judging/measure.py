@@ -40,7 +40,7 @@ class Trial:
     telemetry: list[Sample] = field(default_factory=list)  # of the hardware, on the trial's clock
 
     @cached_property
-    def counted(self) -> list[RequestRecord]:
+    def measured_requests(self) -> list[RequestRecord]:
         """What every metric is taken over, unless it says otherwise; an intruder's are not."""
         return [r for r in self._good if not self.point.workload.is_intruder(r.index)]
 
@@ -59,7 +59,7 @@ class Trial:
 
     def samples_s(self, latency: Latency) -> list[float]:
         """All samples of a latency in seconds: one a request, a token or a chunk."""
-        return [sample_s for r in self.counted for sample_s in latency.samples_s(r)]
+        return [sample_s for r in self.measured_requests for sample_s in latency.samples_s(r)]
 
 
 LEAST_SAMPLES = {50: 5, 90: 30, 99: 200}
@@ -92,7 +92,9 @@ def output_tokens_per_s(trial: Trial) -> float | None:
 
 def requests_per_s(trial: Trial) -> float | None:
     """Requests/s: those sent in the window that succeeded / the window's length."""
-    return len(trial.counted) / trial.window_length_s if trial.window_length_s > 0 else None
+    return (
+        len(trial.measured_requests) / trial.window_length_s if trial.window_length_s > 0 else None
+    )
 
 
 def goodput_per_s(trial: Trial) -> float | None:
@@ -104,7 +106,7 @@ def goodput_per_s(trial: Trial) -> float | None:
         return None
     good = [
         r
-        for r in trial.counted
+        for r in trial.measured_requests
         if (r.ttft_s or 0) <= trial.slo.ttft_s and (r.tpot_s or 0) <= trial.slo.tpot_s
     ]
     return len(good) / trial.window_length_s
@@ -212,14 +214,16 @@ def prefix_hit_rate(trial: Trial) -> float | None:
     return values.get(metrics.PREFIX_HITS, 0.0) / queries if queries else None
 
 
-def counted(trial: Trial, metric: str) -> float | None:
+def counter_increase(trial: Trial, metric: str) -> float | None:
     """How far an engine's counter rose over the whole trial, warm-up and drain included."""
     return trial.engine.values.get(metric) if trial.engine else None
 
 
 def acceptance_rate(trial: Trial) -> float | None:
     """Draft tokens accepted / drafted; a share, as the engine counts them over the whole trial."""
-    drafted, accepted = (counted(trial, m) for m in (metrics.SPEC_DRAFTED, metrics.SPEC_ACCEPTED))
+    drafted, accepted = (
+        counter_increase(trial, m) for m in (metrics.SPEC_DRAFTED, metrics.SPEC_ACCEPTED)
+    )
     return accepted / drafted if drafted and accepted is not None else None
 
 
@@ -228,7 +232,9 @@ def acceptance_length(trial: Trial) -> float | None:
 
     Counted by the engine over the whole trial (Leviathan et al. 2023).
     """
-    drafts, accepted = (counted(trial, m) for m in (metrics.SPEC_DRAFTS, metrics.SPEC_ACCEPTED))
+    drafts, accepted = (
+        counter_increase(trial, m) for m in (metrics.SPEC_DRAFTS, metrics.SPEC_ACCEPTED)
+    )
     return 1 + accepted / drafts if drafts and accepted is not None else None
 
 

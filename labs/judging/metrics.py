@@ -18,7 +18,7 @@ from labs.judging.measure import (
     acceptance_rate,
     batch,
     client_ttft_mean_s,
-    counted,
+    counter_increase,
     engine_ttft_mean_s,
     error_rate,
     flops_per_s,
@@ -178,7 +178,8 @@ METRICS: dict[str, Metric] = _table(
            column=130, compared=True, across_machines=True, forecast="kept"),
     Metric("acceptance_length", "Tokens a draft step", "1", HIGH, ratio(acceptance_length),
            column=140, compared=True, across_machines=True, forecast="shown"),
-    Metric("preemptions", "Preemptions", "1", LOW, count(lambda t: counted(t, PREEMPTIONS)),
+    Metric("preemptions", "Preemptions", "1", LOW,
+           count(lambda t: counter_increase(t, PREEMPTIONS)),
            column=160, across_machines=True, forecast="shown"),
     Metric("kv_capacity_tokens", "KV capacity", "tok", HIGH, count(kv_capacity_tokens),
            column=150, compared=True, forecast="kept"),
@@ -210,7 +211,7 @@ def measure(trial: Trial) -> dict[str, float | None]:
     return {name: metric.of(trial) for name, metric in METRICS.items() if metric.each_trial}
 
 
-def measured() -> list[str]:
+def trial_metrics() -> list[str]:
     """Metrics that every trial is asked for: of which claims and forecasts may speak."""
     return [name for name, metric in METRICS.items() if metric.each_trial]
 
@@ -224,7 +225,7 @@ def pooled_latencies() -> set[Latency]:
     }
 
 
-def pooled(samples_s: Mapping[Latency, list[float]]) -> dict[str, float]:
+def pooled_percentiles(samples_s: Mapping[Latency, list[float]]) -> dict[str, float]:
     """The percentiles of a point from the samples of all its repeats together.
 
     Those that too few samples support are left out.
@@ -250,7 +251,7 @@ def main_columns() -> list[str]:
     return [name for name in columns() if METRICS[name].main]
 
 
-def compared() -> list[str]:
+def compared_metrics() -> list[str]:
     """The figures of a comparison: a machine's own first, then those without a dimension."""
     chosen = [name for name in columns() if METRICS[name].compared]
     chosen += [name for name in METRICS if METRICS[name].compared and name not in chosen]

@@ -21,13 +21,13 @@ import numpy as np
 from pydantic import BaseModel
 from scipy import stats
 
-from labs.judging.evaluation import Answers, Reply
+from labs.judging.evaluation import Evaluation, ScoredCompletion
 from labs.judging.judge import CONFIDENCE, Interval
 
 LEAST_REST = 1e-6  # logprobs are kept to 5 decimals: below this the rest's probability is rounding
 
-Unit = Literal["1", "nat/token"]
-Outcome = Literal["pass", "fail", "undecided"]
+QualityUnit = Literal["1", "nat/token"]
+GateResult = Literal["pass", "fail", "undecided"]
 
 
 class QualityFigure(BaseModel, frozen=True, extra="forbid"):
@@ -39,12 +39,12 @@ class QualityFigure(BaseModel, frozen=True, extra="forbid"):
     low: float | None
     high: float | None
     n: int
-    unit: Unit = "1"
+    unit: QualityUnit = "1"
     source: str
     p_value: float | None = None
 
 
-def compare(baseline: Answers, treatment: Answers) -> list[QualityFigure]:
+def compare(baseline: Evaluation, treatment: Evaluation) -> list[QualityFigure]:
     """Every figure; differences are treatment - baseline, so a loss is negative.
 
     McNemar's test takes the needles of one text to be independent, which they are but roughly.
@@ -150,7 +150,7 @@ def _figure(
     clusters: Sequence[Sequence[float]],
     where: str = "",
     transform: Callable[[float], float] = float,
-    unit: Unit = "1",
+    unit: QualityUnit = "1",
 ) -> QualityFigure:
     found = per_token(clusters)
     low = None if found.low is None else transform(found.low)
@@ -165,7 +165,7 @@ def _figure(
     )
 
 
-def _level(name: str, replies: Sequence[Reply], where: str) -> QualityFigure:
+def _level(name: str, replies: Sequence[ScoredCompletion], where: str) -> QualityFigure:
     right, n = sum(r.correct for r in replies), len(replies)
     bounds = stats.binomtest(right, n).proportion_ci(CONFIDENCE, method="wilson")
     return QualityFigure(
@@ -180,7 +180,10 @@ def _level(name: str, replies: Sequence[Reply], where: str) -> QualityFigure:
 
 
 def _difference(
-    name: str, before: Sequence[Reply], after: Sequence[Reply], where: str = ""
+    name: str,
+    before: Sequence[ScoredCompletion],
+    after: Sequence[ScoredCompletion],
+    where: str = "",
 ) -> QualityFigure:
     if [(r.question, r.expected) for r in before] != [(r.question, r.expected) for r in after]:
         raise ValueError(f"{name}: the two sides were not asked the same questions")
@@ -214,15 +217,15 @@ MARGINS = (
 needles can resolve: with not one answer changed, their interval is ± 4.5 points."""
 
 
-class Verdict(BaseModel, frozen=True, extra="forbid"):
+class MarginResult(BaseModel, frozen=True, extra="forbid"):
     figure: QualityFigure
     margin: Margin
-    outcome: Outcome
+    result: GateResult
 
 
 def gate(
     figures: Sequence[QualityFigure], margins: Sequence[Margin] = MARGINS
-) -> tuple[Outcome, list[Verdict]]:
+) -> tuple[GateResult, list[MarginResult]]:
     """A non-inferiority test (Piaggio et al. 2012) of every margin, and what they say together.
 
     A margin passes when the whole interval keeps it and fails when the whole interval breaks it.
@@ -230,15 +233,17 @@ def gate(
     """
     overall = {f.name: f for f in figures if not f.where}
     verdicts = [
-        Verdict(figure=overall[m.figure], margin=m, outcome=_outcome(overall[m.figure], m))
+        MarginResult(
+            figure=overall[m.figure], margin=m, result=_margin_result(overall[m.figure], m)
+        )
         for m in margins
     ]
-    outcomes = {v.outcome for v in verdicts}
-    worst: tuple[Outcome, ...] = ("fail", "undecided", "pass")
-    return next((o for o in worst if o in outcomes), "undecided"), verdicts
+    results = {v.result for v in verdicts}
+    worst: tuple[GateResult, ...] = ("fail", "undecided", "pass")
+    return next((r for r in worst if r in results), "undecided"), verdicts
 
 
-def _outcome(figure: QualityFigure, margin: Margin) -> Outcome:
+def _margin_result(figure: QualityFigure, margin: Margin) -> GateResult:
     if figure.low is None or figure.high is None:
         return "undecided"
     if margin.at_least <= figure.low and figure.high <= margin.at_most:

@@ -23,18 +23,18 @@ def _three_digits(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
-def times(ratio: Interval) -> str:
+def times_with_interval(ratio: Interval) -> str:
     """With its interval, where more than one repeat gave one."""
     if ratio.low is None or ratio.high is None:
         return f"{ratio.value:.2f}x (of one repeat)"
     return f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
-def yes(held: bool | None) -> str:
+def yes_or_no(held: bool | None) -> str:
     return {True: "yes", False: "no", None: "–"}[held]
 
 
-def short(key: str, lab: Lab) -> str:
+def point_label(key: str, lab: Lab) -> str:
     """A point's name without the parts that never vary in this lab."""
     variant, workload, load = key.split("/")
     parts = [load.replace("-", " ")]
@@ -73,14 +73,14 @@ def ratio_interval(judgement: Judgement) -> str:
     return f"{measured.low:.2f} to {measured.high:.2f}"
 
 
-def ratio(measured: Interval) -> str:
+def value_with_interval(measured: Interval) -> str:
     """`1.05 (0.98 to 1.11)`, without the interval where there is none."""
     if measured.low is None or measured.high is None:
         return f"{measured.value:.2f}"
     return f"{measured.value:.2f} ({measured.low:.2f} to {measured.high:.2f})"
 
 
-def predicted(prediction: Prediction, unit: str = "1") -> str:
+def prediction_text(prediction: Prediction, unit: str = "1") -> str:
     """The predicted figure; a bound says on which side it lies."""
     sign = {"point": "", "ceiling": "at most ", "floor": "at least "}[prediction.kind]
     return f"{sign}{number(prediction.value, unit)}"
@@ -98,20 +98,20 @@ def ceilings_text(ceilings: Ceilings) -> str:
     )
 
 
-def held(measured: Interval | None, prediction: Prediction, agrees: bool | None) -> str:
+def held_text(measured: Interval | None, prediction: Prediction, agrees: bool | None) -> str:
     """Whether a prediction held; `not refuted` where only the end of a wide interval does."""
     if not agrees or measured is None or holds_at(prediction, measured.value):
-        return yes(agrees)
+        return yes_or_no(agrees)
     return "not refuted"
 
 
 def claim_held(judgement: Judgement) -> str:
     """Whether a claim's prediction held."""
     measured = judgement.effect.ratio if judgement.effect else None
-    return held(measured, judgement.prediction, judgement.prediction_held)
+    return held_text(measured, judgement.prediction, judgement.prediction_held)
 
 
-def verdict(judgement: Judgement) -> str:
+def verdict_text(judgement: Judgement) -> str:
     """The outcome in words a reader can act on."""
     if judgement.outcome in ("inconclusive", "not valid"):
         return f"{judgement.outcome}: {judgement.why}"

@@ -35,10 +35,10 @@ TOKENIZE_S = 3e-6  # a token, by a fast tokenizer on one core
 TRANSPORT_S = 0.010  # HTTP parsing, tokenizing and templating before the engine's clock starts
 
 
-def validity(trial: Trial, evidence: Sequence[Evidence]) -> list[Caveat]:
+def caveats_of(trial: Trial, evidence: Sequence[Evidence]) -> list[Caveat]:
     """Of one trial; evidence that its engine should show may be of other variants too."""
     found = [*_errors(trial)]
-    if not trial.counted:
+    if not trial.measured_requests:
         text = "no request was sent and answered within the window: widen it"
         return [*found, _of(trial, "nothing measured", text)]
     for check in (_sent, _answered, _warm, _reconciled, _throttled):
@@ -73,7 +73,7 @@ def _sent(trial: Trial) -> Iterator[Caveat]:
     if summary.exhausted:
         text = "the window was cut short: raise `requests`"
         yield _of(trial, "ran out of requests", text, blocks=False)
-    lags = [(r.send_lag_s or 0.0, r.ttft_s or 0.0) for r in trial.counted]
+    lags = [(r.send_lag_s or 0.0, r.ttft_s or 0.0) for r in trial.measured_requests]
     late = sum(lag > max(LATE_S, LATE_SHARE * ttft) for lag, ttft in lags) / len(lags)
     if late > MOST_LATE:
         yield _of(
@@ -107,7 +107,7 @@ def _answered(trial: Trial) -> Iterator[Caveat]:
             f"{odd} answers' chunks do not add up to the usage reported: ITL and TPOT are"
             " estimates on this server",
         )
-    chunks = [k for r in trial.counted for _, k in r.chunks[1:]]
+    chunks = [k for r in trial.measured_requests for _, k in r.chunks[1:]]
     several = sum(k > 1 for k in chunks) / len(chunks) if chunks else 0.0
     if several > MOST_SEVERAL and not trial.point.flags.speculative_config:
         mostly = several > MOSTLY_SEVERAL

@@ -16,7 +16,7 @@ from typing import Any
 
 import requests
 
-from labs.judging.evaluation import LENGTHS_TOKENS, ask, threads
+from labs.judging.evaluation import LENGTHS_TOKENS, evaluate, thread_pool
 from labs.lab import Lab, Variant
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Fixed
@@ -47,7 +47,7 @@ def quality(served: Served, quick: bool = False) -> dict[str, Any]:
     seeds = TEXTS_ASKED // len(lengths)
     times = 2 if served.variant.name == served.lab.variants[0].name else 1
     asked = [
-        ask(engine.url, engine.model, lengths_tokens=lengths, seeds=seeds, quick=quick)
+        evaluate(engine.url, engine.model, lengths_tokens=lengths, seeds=seeds, quick=quick)
         for _ in range(times)
     ]
     return {"answers": [a.model_dump(mode="json") for a in asked]}
@@ -77,7 +77,7 @@ def tenants(served: Served, requests_sent: int = 1700, at_once: int = 16) -> dic
 
     drawn = [rng.randrange(count) for _ in range(requests_sent)]
     visits: list[tuple[int, str]] = []
-    with threads(at_once) as pool:
+    with thread_pool(at_once) as pool:
         asked = [pool.submit(answer, f"tenant-{t}", i) for i, t in enumerate(drawn)]
         for owner in range(count):
             served.engine.load_adapter("visitor", served.places["adapters"] / f"tenant-{owner}")

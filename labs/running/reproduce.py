@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from labs import LABS
 from labs.filing import manifest
 from labs.filing.manifest import Fact
-from labs.filing.results import Run, reread
+from labs.filing.results import Run, lab_from_resolved
 from labs.lab import LabError
 from labs.running.resolve import Request, engine_environment, model_of
 from serving import machine as machines
@@ -44,7 +44,7 @@ def request(
             f"nothing in this checkout predicts {', '.join(lost)} of {name} any more: {there}"
         )
     try:
-        lab = reread(run.lab, now)
+        lab = lab_from_resolved(run.lab, now)
     except ValueError as error:
         raise LabError(
             f"this checkout cannot read the run's lab any more ({str(error).splitlines()[0]}):"

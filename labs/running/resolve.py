@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from labs.filing.results import RESULTS, MachineFile, read_json, require_room, write_json
 from labs.findings.parts import parts_of
 from labs.judging.measure import price_per_hour
-from labs.judging.metrics import measured
+from labs.judging.metrics import trial_metrics
 from labs.judging.text import ceilings_text
 from labs.lab import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Point
 from labs.running import derived_models
@@ -204,8 +204,8 @@ def require_known_names(lab: Lab) -> None:
     """What only other modules know: metrics and plots; and the price, read when measuring."""
     parts: list[Claim | Forecast] = [*lab.claims, *lab.forecasts]
     for part in parts:
-        if part.metric not in measured():
-            known = ", ".join(measured())
+        if part.metric not in trial_metrics():
+            known = ", ".join(trial_metrics())
             raise LabError(f"{part.name}: no metric {part.metric!r}; the known ones are {known}")
     for kind, names, known_names in (
         ("plot", lab.plots, plots_of(lab.name)),

@@ -21,7 +21,7 @@ from labs.filing.results import (
     Run,
     RunFolder,
     Session,
-    latest,
+    latest_run,
     run_id,
     write_json,
 )
@@ -155,7 +155,7 @@ def _manifest(setup: Setup, request: Request, prompts_sha256: str) -> Run:
 
 
 def _resumed(setup: Setup) -> RunFolder | None:
-    folder = latest(setup.lab.name, complete=False)
+    folder = latest_run(setup.lab.name, complete=False)
     if folder is None:
         return None
     run = folder.run()

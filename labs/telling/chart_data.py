@@ -12,7 +12,7 @@ from labs.filing.results import Run, RunFolder, Summary, TrialResult
 from labs.judging.judge import Interval
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS, Metric, by_repeat, columns
-from labs.judging.text import held, short, verdict
+from labs.judging.text import held_text, point_label, verdict_text
 from labs.lab import Lab, Point
 from labs.telling.document import parse, plain_text
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, TPOT, TTFT
@@ -44,7 +44,7 @@ def data(folder: RunFolder, run: Run, summary: Summary) -> dict[str, Any]:
         "points": [
             {
                 "key": p.key,
-                "name": short(p.key, lab),
+                "name": point_label(p.key, lab),
                 "variant": p.variant.name,
                 "workload": p.workload.name,
                 "kind": p.load.kind,
@@ -110,13 +110,13 @@ def _claims(lab: Lab, summary: Summary) -> list[dict[str, Any]]:
             "title": plain_text(parse(j.title)),
             "metric": j.metric,
             "where": f"{METRICS[j.metric].title}:"
-            f" {short(j.treatment, lab)} / {short(j.baseline, lab)}",
+            f" {point_label(j.treatment, lab)} / {point_label(j.baseline, lab)}",
             "point": j.treatment,
             **_interval(j.effect.ratio if j.effect else None),
             "predicted": _round(j.prediction.value),
             "tolerance": j.prediction.tolerance,
             "kind": j.prediction.kind,
-            "verdict": plain_text(parse(verdict(j))),
+            "verdict": plain_text(parse(verdict_text(j))),
             "valid": j.outcome != "not valid",
         }
         for j in summary.judgements
@@ -134,13 +134,13 @@ def _forecasts(lab: Lab, summary: Summary) -> list[dict[str, Any]]:
             share = Interval(**{"low": None, "high": None, **bounds}, n=measured.n)
         found.append(
             {
-                "title": f"{METRICS[f.metric].title}: {short(f.point, lab)}",
+                "title": f"{METRICS[f.metric].title}: {point_label(f.point, lab)}",
                 "where": "",
                 **_interval(share),
                 "predicted": 1,
                 "tolerance": f.prediction.tolerance,
                 "kind": f.prediction.kind,
-                "verdict": "the prediction held: " + held(f.measured, f.prediction, f.held),
+                "verdict": "the prediction held: " + held_text(f.measured, f.prediction, f.held),
                 "valid": True,
             }
         )

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from labs.filing import results
 from labs.filing.committed import known
 from labs.judging.judge import Interval
-from labs.judging.text import number, ratio
+from labs.judging.text import number, value_with_interval
 from labs.telling.document import Block, Inline, Paragraph, Strong, bullets, parse, table
 from serving.machine import Machine
 
@@ -168,13 +168,13 @@ def _sentences(bench: Bench) -> list[str]:
     if found := bench.engine:
         out.append(
             f"Our Locust / `vllm bench serve`, the same requests on one vLLM: throughput"
-            f" {ratio(found.throughput)}, mean TTFT {ratio(found.ttft)}, mean TPOT"
-            f" {ratio(found.tpot)}."
+            f" {value_with_interval(found.throughput)}, mean TTFT"
+            f" {value_with_interval(found.ttft)}, mean TPOT {value_with_interval(found.tpot)}."
         )
     if neighbour := bench.neighbour:
         out.append(
             "An engine's throughput beside another that is loaded and idle / beside one held"
-            f" still: {ratio(neighbour.throughput)}."
+            f" still: {value_with_interval(neighbour.throughput)}."
         )
     if recording := bench.recording:
         share = recording.share

@@ -21,7 +21,7 @@ from labs.findings.parts import Draw, parts_of
 from labs.findings.sweep import concurrency_sweep
 from labs.judging.judge import Interval
 from labs.judging.metrics import METRICS
-from labs.judging.text import short
+from labs.judging.text import point_label
 from labs.lab import Lab, Point
 from labs.telling.document import Figure
 
@@ -74,7 +74,7 @@ def effects(run: JudgedRun) -> str | None:
         )  # fmt: skip
     _ratio_axis(ax)
     claims = [j.claim for j in found]
-    wheres = [f", {short(j.treatment, run.lab)}" * (claims.count(j.claim) > 1) for j in found]
+    wheres = [f", {point_label(j.treatment, run.lab)}" * (claims.count(j.claim) > 1) for j in found]
     names = [
         f"{_wrapped(j.title)}\n({METRICS[j.metric].title}{where})"
         for j, where in zip(found, wheres, strict=True)

@@ -18,7 +18,14 @@ from labs.findings.published import Part
 from labs.findings.sweep import step_line
 from labs.judging.judge import Caveat
 from labs.judging.metrics import METRICS, main_columns
-from labs.judging.text import claim_held, number, ratio_interval, ratio_text, short, verdict
+from labs.judging.text import (
+    claim_held,
+    number,
+    point_label,
+    ratio_interval,
+    ratio_text,
+    verdict_text,
+)
 from labs.lab import Lab, Point, Prediction
 from labs.questions import QUESTIONS
 from labs.telling import markdown, method, plots, tables
@@ -206,7 +213,7 @@ def _claims_in_sentences(summary: Summary) -> Bullets:
         (
             parse(j.title),
             ": ",
-            Strong(parse(verdict(j))),
+            Strong(parse(verdict_text(j))),
             f", {METRICS[j.metric].title} {ratio_text(j)} ({ratio_interval(j)}), predicted"
             f" {j.prediction.value:.2f}x (held: {claim_held(j)}).",
         )
@@ -411,7 +418,7 @@ def validity(caveats: Sequence[Caveat], lab: Lab, failed: int = 0) -> Paragraph 
         groups.setdefault((caveat.name, caveat.blocks), []).append(caveat)
     items: list[Inline] = []
     for (name, blocks), members in groups.items():
-        where = ", ".join(short(c.point, lab) for c in members if c.point)
+        where = ", ".join(point_label(c.point, lab) for c in members if c.point)
         weight = "no verdict there" if blocks else "caveat"
         if blocks and members[0].metrics:
             weight = "no verdict on times between tokens there"

@@ -8,8 +8,8 @@ from labs.filing.results import Run, RunFolder, Session, Summary, TrialResult, w
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import answers, parts_of
 from labs.judging.judge import Caveat, ForecastAtPoint, judge, judge_forecast, mean_interval
-from labs.judging.metrics import by_repeat, measure, pooled, pooled_latencies
-from labs.judging.validity import confounded, first_trial_slow, validity
+from labs.judging.metrics import by_repeat, measure, pooled_latencies, pooled_percentiles
+from labs.judging.validity import caveats_of, confounded, first_trial_slow
 from labs.lab import Lab
 from loadtests.latencies import Latency
 
@@ -34,7 +34,7 @@ def summarise(folder: RunFolder) -> Summary:
             of_point = samples_s.setdefault(point.key, {})
             of_point.setdefault(latency, []).extend(trial.samples_s(latency))
         # an endpoint's engine was not configured here: there is no treatment to prove
-        found += validity(trial, () if run.endpoint else lab.evidence)
+        found += caveats_of(trial, () if run.endpoint else lab.evidence)
         found += _disturbed(result, run)
     found += [c for p in points for c in first_trial_slow(values[p.key], p.key)]
     found = _each_once([*found, *_of_the_whole(run, lab, folder.session())])
@@ -47,7 +47,7 @@ def summarise(folder: RunFolder) -> Summary:
     conclusions = parts_of(lab.name).findings
     summary = Summary(
         measurements=values,
-        pooled={key: pooled(of_point) for key, of_point in samples_s.items()},
+        pooled={key: pooled_percentiles(of_point) for key, of_point in samples_s.items()},
         judgements=[
             judge(
                 claim,

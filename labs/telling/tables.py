@@ -11,15 +11,15 @@ from labs.judging.judge import Judgement
 from labs.judging.metrics import METRICS, columns
 from labs.judging.text import (
     claim_held,
-    held,
+    held_text,
     interval,
     number,
-    predicted,
+    point_label,
+    prediction_text,
     ratio_interval,
     ratio_text,
-    short,
-    verdict,
-    yes,
+    verdict_text,
+    yes_or_no,
 )
 from labs.lab import Lab, Point
 from labs.telling.document import Code, Inline, Table, parse, table
@@ -50,12 +50,14 @@ def predictions(lab: Lab, predicted_before: Predictions) -> Table:
     for claim in lab.claims:
         for pair, prediction in predicted_before.effects[claim.name].items():
             treatment, _, baseline = pair.partition("|")
-            where = f"{short(treatment, lab)} / {short(baseline, lab)}"
+            where = f"{point_label(treatment, lab)} / {point_label(baseline, lab)}"
             rows.append([METRICS[claim.metric].title, where, f"{prediction.value:.2f}x"])
     for forecast in lab.forecasts:
         metric = METRICS[forecast.metric]
         for key, prediction in predicted_before.forecasts[forecast.name].items():
-            rows.append([metric.title, short(key, lab), predicted(prediction, metric.unit)])
+            rows.append(
+                [metric.title, point_label(key, lab), prediction_text(prediction, metric.unit)]
+            )
     return table(("Figure", "Where", "Predicted"), rows)
 
 
@@ -68,7 +70,8 @@ def claims(lab: Lab, summary: Summary) -> Table:
 
 
 def _claim(lab: Lab, j: Judgement) -> list[Inline]:
-    where = f" ({METRICS[j.metric].title}: {short(j.treatment, lab)} / {short(j.baseline, lab)})"
+    pair = f"{point_label(j.treatment, lab)} / {point_label(j.baseline, lab)}"
+    where = f" ({METRICS[j.metric].title}: {pair})"
     tolerance = f" ± {j.prediction.tolerance:.0%}" if j.prediction.tolerance else ""
     figures = [p.figure for p in published_of(lab.name, "claims", j.claim)]
     return [
@@ -78,7 +81,7 @@ def _claim(lab: Lab, j: Judgement) -> list[Inline]:
         f"{j.prediction.value:.2f}x{tolerance}",
         claim_held(j),
         "; ".join(figures) or "–",
-        parse(verdict(j)),
+        parse(verdict_text(j)),
     ]
 
 
@@ -95,7 +98,7 @@ def points(
         ("Point", *(METRICS[metric].title for metric in metrics)),
         (
             [
-                short(point.key, lab),
+                point_label(point.key, lab),
                 *(number(summary.value(point.key, m), METRICS[m].unit) for m in metrics),
             ]
             for point in shown
@@ -113,12 +116,12 @@ def forecasts(lab: Lab, summary: Summary) -> Table:
         rows.append(
             [
                 METRICS[f.metric].title,
-                short(f.point, lab),
+                point_label(f.point, lab),
                 number(f.measured.value if f.measured else None, unit),
                 interval(f.measured, unit),
-                predicted(f.prediction, unit),
+                prediction_text(f.prediction, unit),
                 share,
-                held(f.measured, f.prediction, f.held),
+                held_text(f.measured, f.prediction, f.held),
             ]
         )
     header = ("Figure", "Where", "Measured", "95 % interval", "Predicted", "Share", "Held")
@@ -140,7 +143,7 @@ def in_virtual_time(lab: Lab, forecasts: PointForecasts) -> Table:
         ("Point", *(METRICS[metric].title for metric in metrics)),
         (
             [
-                short(key, lab),
+                point_label(key, lab),
                 *(_band(bands.get(metric), METRICS[metric].unit) for metric in metrics),
             ]
             for key, bands in forecasts.points.items()
@@ -161,13 +164,13 @@ def forecast_beside_measured(lab: Lab, summary: Summary) -> Table:
             continue
         rows.append(
             [
-                short(f.point, lab),
+                point_label(f.point, lab),
                 METRICS[f.metric].title,
                 number(f.value, unit),
                 _between(f.low, f.high, unit),
                 number(f.measured.value if f.measured else None, unit),
                 "–" if f.share is None else f"{f.share:.2f}",
-                yes(f.within),
+                yes_or_no(f.within),
             ]
         )
     header = ("Point", "Figure", "Forecast", "Band", "Measured", "Measured / forecast", "Within")
@@ -178,7 +181,10 @@ def closed_forms(lab: Lab, summary: Summary, before: Predictions) -> Table:
     """Where a claim was predicted by forecasts: what the lab's own formula says beside them."""
     rows: list[list[Inline]] = [
         [
-            (parse(j.title), f" ({short(j.treatment, lab)} / {short(j.baseline, lab)})"),
+            (
+                parse(j.title),
+                f" ({point_label(j.treatment, lab)} / {point_label(j.baseline, lab)})",
+            ),
             ratio_text(j),
             f"{j.prediction.value:.2f}x",
             f"{closed.value:.2f}x",
@@ -252,5 +258,5 @@ def ttft_at_both_ends(shown: Sequence[Point], lab: Lab, summary: Summary) -> Tab
         )
         if ours is not None and theirs is not None:
             gap = number(ours - theirs, "s")
-            rows.append([short(point.key, lab), number(ours, "s"), number(theirs, "s"), gap])
+            rows.append([point_label(point.key, lab), number(ours, "s"), number(theirs, "s"), gap])
     return table(("Point", "Client's mean", "Engine's mean", "Difference"), rows)

@@ -11,7 +11,7 @@ import pytest
 from bench import aa, clients, engine, overhead, recording, streams, trials, truth
 from bench.__main__ import dated
 from bench.clock import Clock
-from labs.judging.judge import Effect, Interval, Judgement, Outcome
+from labs.judging.judge import Effect, Interval, Judgement, VerdictKind
 from labs.telling import instruments
 from loadtests import generator
 from loadtests.records import RequestRecord
@@ -105,7 +105,7 @@ def test_what_recording_costs_is_what_the_master_spends_more() -> None:
     assert recording.recording_share(recorded, bare) == pytest.approx(0.1)
 
 
-def judged(outcome: Outcome, spread: float | None = 0.02) -> Judgement:
+def judged(outcome: VerdictKind, spread: float | None = 0.02) -> Judgement:
     ratio = Interval(value=1.0, low=0.9, high=1.1, n=3)
     return Judgement(
         claim="aa", title="", metric="ttft_p50_s", treatment="t", baseline="b", outcome=outcome,

@@ -11,7 +11,7 @@ from loadtests import exporter
 from loadtests.arrivals import parse
 from loadtests.exporter import Exporter
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, SEND_LAG, TPOT, TTFT
-from loadtests.plan import Progress, TrialPlan, together
+from loadtests.plan import Progress, TrialPlan, total_progress
 from tests.unit.builders import make_record
 
 STREAMS = (TTFT, ITL, TPOT, E2E, CHUNK_GAP)
@@ -138,16 +138,16 @@ def test_a_chunk_of_several_tokens_is_one_gap_and_several_intervals() -> None:
     ],
 )
 def test_load_processes_are_taken_together(shares: list[Progress], whole: Progress) -> None:
-    assert together(shares) == whole
+    assert total_progress(shares) == whole
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 6])
 def test_a_histogram_of_many_samples_is_the_librarys_of_each(at_once: int) -> None:
-    bounds = exporter.SECONDS.tolist()
+    bounds = exporter.BUCKET_BOUNDS_S.tolist()
     samples = [bounds[3], bounds[3] + 1e-9, 0.0, 0.02, 0.02, 1000.0]  # a bound, and beyond the last
     mine, registry = CollectorRegistry(), CollectorRegistry()
     theirs = Histogram("lab_x_seconds", "x", exporter.LABELS, registry=registry, buckets=bounds)
-    ours = exporter.Seconds("lab_x_seconds", "x")
+    ours = exporter.SecondsHistogram("lab_x_seconds", "x")
     mine.register(ours)
     ours.observe(("l", "v", "r"), [])
     for i in range(0, len(samples), at_once):

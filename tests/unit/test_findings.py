@@ -38,7 +38,7 @@ from labs.findings.speculative_decoding import (
 )
 from labs.findings.weight_quantization import NEEDLES, OUTLIERS
 from labs.findings.weights import WEIGHTS
-from labs.judging.evaluation import Answers, Passage, Reply
+from labs.judging.evaluation import Evaluation, Passage, ScoredCompletion
 from labs.judging.judge import Caveat
 from labs.lab import SLO, Lab, Variant
 from loadtests import records
@@ -393,12 +393,12 @@ def answered(probability: float, right: int) -> dict[str, Any]:
     known = {1: math.log(probability), 2: math.log(1 - probability)}
     passage = Passage(token_ids=(1,) * 50, known=(known,) * 50)
     replies = tuple(
-        Reply(question=str(i), expected="7", answer="", correct=i < right,
+        ScoredCompletion(question=str(i), expected="7", answer="", correct=i < right,
               length_tokens=256 * (1 + i % 2), depth=0.5)
         for i in range(100)
     )  # fmt: skip
     tasks = tuple(r.model_copy(update={"length_tokens": None, "depth": None}) for r in replies)
-    found = Answers(model="m", passages=(passage,) * 2, needles=replies, tasks=tasks, took_s=1)
+    found = Evaluation(model="m", passages=(passage,) * 2, needles=replies, tasks=tasks, took_s=1)
     return found.model_dump(mode="json")
 
 

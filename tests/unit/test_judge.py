@@ -15,15 +15,15 @@ from labs.judging.judge import (
     Effect,
     Interval,
     Judgement,
-    Outcome,
+    VerdictKind,
     effect,
     holds,
     judge,
     judge_forecast,
     mean_interval,
     noise_floor,
-    outcome_of,
     repeats_to_decide,
+    verdict_kind,
 )
 from labs.lab import Arm, Forecast, Prediction
 from tests.unit.builders import PREDICTION, make_claim
@@ -123,7 +123,7 @@ def test_interval_covers_the_true_ratio_in_95_of_100(n: int) -> None:
 @pytest.mark.parametrize("drift", [0.0, 0.2])
 def test_two_copies_of_one_thing_seldom_differ(n: int, drift: float) -> None:
     found = simulated(n, 2000, ratio=1.0, seed=n, drift=drift)
-    alarms = [outcome_of(e, "output_tokens_per_s") in ("helps", "hurts") for e in found]
+    alarms = [verdict_kind(e, "output_tokens_per_s") in ("helps", "hurts") for e in found]
     assert fmean(alarms) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / len(found))
 
 
@@ -171,7 +171,7 @@ def test_repeating_until_decided_raises_few_false_alarms(noise: float) -> None:
             found = effect(*(dict(enumerate(side[:n])) for side in both))
             assert found
             low, high = found.ratio.low or INF, found.ratio.high or 0.0
-            if (outcome := outcome_of(found, "output_tokens_per_s")) != "inconclusive":
+            if (outcome := verdict_kind(found, "output_tokens_per_s")) != "inconclusive":
                 break
         alarms.append(outcome in ("helps", "hurts"))
         covered.append(low <= 1 <= high)
@@ -181,7 +181,7 @@ def test_repeating_until_decided_raises_few_false_alarms(noise: float) -> None:
 
 def test_large_effect_is_found() -> None:
     found = simulated(3, 300, ratio=2.0, seed=0, drift=0.05)
-    assert fmean(outcome_of(e, "output_tokens_per_s") == "helps" for e in found) > 0.95
+    assert fmean(verdict_kind(e, "output_tokens_per_s") == "helps" for e in found) > 0.95
 
 
 # -------------------------------------------------------------------------------------- verdicts
@@ -202,10 +202,10 @@ def test_large_effect_is_found() -> None:
         (make_effect(1.5, None, None, n=1), "inconclusive"),
     ],
 )
-def test_outcome(found: Effect, outcome: Outcome) -> None:
-    assert outcome_of(found, "output_tokens_per_s") == outcome
-    swapped: dict[str, Outcome] = {"helps": "hurts", "hurts": "helps"}
-    assert outcome_of(found, "ttft_p50_s") == swapped.get(outcome, outcome)  # lower is better
+def test_outcome(found: Effect, outcome: VerdictKind) -> None:
+    assert verdict_kind(found, "output_tokens_per_s") == outcome
+    swapped: dict[str, VerdictKind] = {"helps": "hurts", "hurts": "helps"}
+    assert verdict_kind(found, "ttft_p50_s") == swapped.get(outcome, outcome)  # lower is better
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def judged(values: Values, *caveats: Caveat, **claim: Any) -> Judgement:
     ],
 )
 def test_claim_is_as_expected_or_not(
-    values: Values, expect: str, outcome: Outcome, expected: bool | None
+    values: Values, expect: str, outcome: VerdictKind, expected: bool | None
 ) -> None:
     found = judged(values, expect=expect)
     assert (found.outcome, found.expected) == (outcome, expected)
@@ -282,7 +282,7 @@ def test_inconclusive_never_asks_for_as_few_repeats_as_there_are() -> None:
     pairs = [(1.0, 1.03), (1.03, 1.0815), (0.97, 1.037)]
     found = effect(*({r: p[i] for r, p in enumerate(pairs)} for i in (1, 0)))
     assert found
-    assert outcome_of(found, "output_tokens_per_s") == "inconclusive"
+    assert verdict_kind(found, "output_tokens_per_s") == "inconclusive"
     assert (repeats_to_decide(found) or 101) > found.ratio.n
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from dashboards import palette
 from labs import LABS
 from labs.findings.parts import parts_of
-from labs.judging.metrics import measured
+from labs.judging.metrics import trial_metrics
 from labs.lab import (
     NO_TEXT,
     Arm,
@@ -419,11 +419,11 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
     assert lab.answers
     assert set(lab.answers) <= QUESTIONS.keys()
     assert set(lab.plots) <= plots_of(lab.name).keys()
-    assert {c.metric for c in lab.claims} | {f.metric for f in lab.forecasts} <= {*measured()}
+    assert {c.metric for c in lab.claims} | {f.metric for f in lab.forecasts} <= {*trial_metrics()}
     assert set(lab.probes) | set(lab.quick.get("probes", ())) <= PROBES.keys()
     assert set(lab.findings) == parts_of(lab.name).findings.keys()
     pieces = {e.metric for e in lab.evidence if e.kind == "pieces"}
-    assert pieces <= {*measured()}
+    assert pieces <= {*trial_metrics()}
     assert all(metrics.is_known(e.metric) for e in lab.evidence if e.metric not in pieces)
     assert all(bool(e.label) == (e.kind == "echoes") for e in lab.evidence)
     assert set(lab.scales) <= {"cpu", "gpu", *CLASSES}

@@ -10,7 +10,7 @@ from labs.judging.measure import (
     percentile,
     stalls_s,
 )
-from labs.judging.metrics import METRICS, measure, measured
+from labs.judging.metrics import METRICS, measure, trial_metrics
 from loadtests.records import RequestRecord
 from loadtests.workload import Intruder
 from serving import metrics
@@ -91,7 +91,7 @@ def test_every_metric_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_direction_of_every_metric() -> None:
-    assert {n for n in measured() if METRICS[n].better == "lower"} == LOWER_IS_BETTER
+    assert {n for n in trial_metrics() if METRICS[n].better == "lower"} == LOWER_IS_BETTER
 
 
 def test_units_are_those_of_the_names() -> None:

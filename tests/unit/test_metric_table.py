@@ -15,12 +15,12 @@ from labs.judging.metrics import (
     METRICS,
     Metric,
     Repeats,
-    compared,
+    compared_metrics,
     count,
     main_columns,
-    measured,
     percentile_of,
-    pooled,
+    pooled_percentiles,
+    trial_metrics,
 )
 from labs.running import backfill
 from labs.telling import chart_data, tables
@@ -83,8 +83,10 @@ def test_nothing_is_read_out_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figure({1: {waiting.name: 1.0}}, {waiting.name: 2.0}, waiting.name) == Interval(
         value=2.0, low=None, high=None, n=1
     )
-    assert waiting.name in compared()
-    assert waiting.name in {name for name in pooled({latency: [1.0] * 30 for latency in LATENCIES})}
+    assert waiting.name in compared_metrics()
+    assert waiting.name in {
+        name for name in pooled_percentiles({latency: [1.0] * 30 for latency in LATENCIES})
+    }
 
 
 def test_a_pooled_percentile_is_of_all_samples_and_any_other_metric_a_mean_over_repeats() -> None:
@@ -105,7 +107,7 @@ def test_a_pooled_percentile_is_of_all_samples_and_any_other_metric_a_mean_over_
 
 def test_percentiles_of_a_point_are_those_that_its_samples_support() -> None:
     samples_s = {latency: [float(i) for i in range(1, 41)] for latency in LATENCIES}
-    assert pooled({**samples_s, TTFT: [1.0] * 4}) == {
+    assert pooled_percentiles({**samples_s, TTFT: [1.0] * 4}) == {
         f"{name}_p{q}_s": value
         for name in ("tpot", "itl", "e2e")
         for q, value in ((50, 20.5), (90, 36.1))
@@ -114,7 +116,7 @@ def test_percentiles_of_a_point_are_those_that_its_samples_support() -> None:
 
 def test_the_gates_own_margins_are_of_figures_that_a_comparison_has() -> None:
     own = gate.thresholds().worse.keys() - {"default", "effect", "measured"}
-    assert own <= {*compared()}
+    assert own <= {*compared_metrics()}
 
 
 def test_no_column_is_given_twice_and_a_short_table_holds_no_other() -> None:
@@ -131,7 +133,7 @@ def test_what_is_compared_or_exported_by_repeat_is_measured_in_every_trial() -> 
     for name, metric in METRICS.items():
         assert metric.each_trial or metric.statistic.pooled, name
         assert metric.each_trial or not metric.compared, name
-    assert measured()
+    assert trial_metrics()
 
 
 @pytest.mark.parametrize("latency", LATENCIES, ids=lambda latency: latency.title)

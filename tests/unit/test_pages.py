@@ -14,7 +14,7 @@ from labs.commands import all_labs
 from labs.commands.cli import app
 from labs.comparing import leaderboards
 from labs.filing import manifest, results
-from labs.filing.newest import published
+from labs.filing.newest import newest_runs
 from labs.filing.results import RunFolder, write_json
 from labs.telling.document import Link, Strong, plain_text
 from serving.engines.vllm import Vllm
@@ -50,10 +50,10 @@ def test_a_quick_run_stands_in_only_where_there_is_no_other_and_is_marked(
     write_json(other.path / "run.json", folder.run())
     quick(other)
     (other.path / "COMPLETE").touch()
-    assert [f.path for f in published(quick=True)] == [folder.path]
+    assert [f.path for f in newest_runs(quick=True)] == [folder.path]
     quick(folder)
-    assert published() == []
-    assert [f.path for f in published(quick=True)] == [other.path]
+    assert newest_runs() == []
+    assert [f.path for f in newest_runs(quick=True)] == [other.path]
     for name in ("summary.json", "session.json", "predictions.json"):
         if (folder.path / name).exists():
             (other.path / name).write_bytes((folder.path / name).read_bytes())
@@ -68,10 +68,10 @@ def test_random_weights_stand_in_only_where_there_is_no_other_run_and_are_marked
     run = folder.run().model_copy(update={"dummy": True, "model": "llama-8b-dummy"})
     write_json(later.path / "run.json", run)
     page = folder.path.parent.parent
-    assert [f.path for f in published()] == [folder.path]
+    assert [f.path for f in newest_runs()] == [folder.path]
     assert "random weights" not in leaderboards.write_machine(page).read_text()
     (folder.path / "COMPLETE").unlink()
-    assert [f.path for f in published()] == [later.path]
+    assert [f.path for f in newest_runs()] == [later.path]
     text = leaderboards.write_machine(page).read_text()
     assert text.count("(random weights)") == 1 + len(folder.summary().judgements)
 
@@ -135,7 +135,7 @@ def test_runs_that_git_does_not_know_change_no_page_and_fail_no_check(
 
 def test_a_readers_own_tables_have_their_own_runs(published_alone: RunFolder) -> None:
     ordinary = published_alone.path.name.replace("20260101", "20260102")
-    assert ordinary in [f.path.name for f in published()]
+    assert ordinary in [f.path.name for f in newest_runs()]
     page = leaderboards.write_machine(published_alone.path.parents[1])
     assert page.name == leaderboards.SITTING
     assert f"tiny/{ordinary}/report.md" in page.read_text()
@@ -160,7 +160,7 @@ def test_the_run_that_makes_a_page_stale_is_named(
 
 def test_without_a_repository_every_run_counts(folder: RunFolder) -> None:
     newer = write_slowed(folder, 2)
-    assert [f.path for f in published(committed=True)] == [newer.path]
+    assert [f.path for f in newest_runs(committed=True)] == [newer.path]
 
 
 def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
@@ -190,10 +190,10 @@ def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
 
 def test_a_reproduction_displaces_no_published_run(folder: RunFolder) -> None:
     again = write_slowed(folder, 2)
-    assert [f.path for f in published()] == [again.path]
+    assert [f.path for f in newest_runs()] == [again.path]
     run = again.run().model_copy(update={"reproduces": folder.path.name})
     write_json(again.path / "run.json", run)
-    assert [f.path for f in published()] == [folder.path]
+    assert [f.path for f in newest_runs()] == [folder.path]
 
 
 def test_a_sitting_goes_on_where_it_stopped(folder: RunFolder) -> None:

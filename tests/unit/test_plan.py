@@ -9,7 +9,7 @@ import pytest
 from loadtests import plan
 from loadtests.arrivals import parse
 from loadtests.generator import argv
-from loadtests.plan import TrialPlan, merged
+from loadtests.plan import TrialPlan, merged_summary
 from tests.unit.builders import make_summary
 
 
@@ -37,22 +37,22 @@ def test_users_are_divided(arrival: str, seats: list[int]) -> None:
 
 
 def test_what_is_sent_is_divided_and_nothing_twice() -> None:
-    shares = [make_plan("poisson:1", number, 3).mine(range(8)) for number in range(3)]
+    shares = [make_plan("poisson:1", number, 3).own_share(range(8)) for number in range(3)]
     assert [list(share) for share in shares] == [[0, 3, 6], [1, 4, 7], [2, 5]]
-    assert list(make_plan("waves:4", 0, 3).mine(range(4))) == [0, 1, 2, 3]
+    assert list(make_plan("waves:4", 0, 3).own_share(range(4))) == [0, 1, 2, 3]
 
 
 def test_summaries_are_put_together() -> None:
     one = make_summary(planned=5, sent=5, loop_lag_p99_s=0.001, cpu_s=1.0, started_unix_s=20.0)
     two = make_summary(planned=4, sent=3, loop_lag_p99_s=0.003, cpu_s=2.0, started_unix_s=19.0,
                        exhausted=True, window_s=(10.0, 15.0), aborted="gone")  # fmt: skip
-    both = merged([one, two], 0.25)
+    both = merged_summary([one, two], 0.25)
     assert (both.planned, both.sent, both.cpu_s) == (9, 8, 3.0)
     assert (both.loop_lag_p99_s, both.started_unix_s) == (0.003, 19.0)
     assert (both.exhausted, both.aborted, both.lost_share) == (True, "gone", 0.25)
     assert both.window_s == (one.window_s[0], 15.0)
     closed = make_summary(planned=None)
-    assert merged([closed, closed], 0).planned is None
+    assert merged_summary([closed, closed], 0).planned is None
 
 
 def test_each_process_has_users_for_all_of_the_load() -> None:

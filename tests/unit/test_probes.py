@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from labs.findings.multi_lora import leaks
-from labs.judging.evaluation import Answers, threads
+from labs.judging.evaluation import Evaluation, thread_pool
 from labs.lab import Variant
 from labs.running import probes
 from labs.running.probes import PROBES, Served
@@ -174,7 +174,7 @@ def test_what_has_not_begun_is_dropped_when_a_reader_interrupts() -> None:
     waiting: list[Future[bool]] = []
 
     def interrupt() -> None:
-        with threads(1) as pool:
+        with thread_pool(1) as pool:
             pool.submit(dropped.wait, 5)  # what is under way is waited for
             waiting.append(pool.submit(dropped.is_set))
             waiting[0].add_done_callback(lambda _: dropped.set())
@@ -209,11 +209,11 @@ def test_quality_is_asked_twice_of_the_first_variant_and_of_lengths_that_fit(
 ) -> None:
     asked: list[dict[str, Any]] = []
 
-    def ask(url: str, model: str, **settings: Any) -> Answers:
+    def evaluate(url: str, model: str, **settings: Any) -> Evaluation:
         asked.append(settings)
-        return Answers(model=model, passages=(), needles=(), tasks=(), took_s=0)
+        return Evaluation(model=model, passages=(), needles=(), tasks=(), took_s=0)
 
-    monkeypatch.setattr(probes, "ask", ask)
+    monkeypatch.setattr(probes, "evaluate", evaluate)
     with serving(max_model_len=700) as served:
         off = Served(served.lab.variants[1], served.lab, served.engine, {}, served.writer)
         assert len(PROBES["quality"](served)["answers"]) == 2

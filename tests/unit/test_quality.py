@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from labs.judging import evaluation, quality
-from labs.judging.evaluation import Answers, Passage, Reply, ask
+from labs.judging.evaluation import Evaluation, Passage, ScoredCompletion, evaluate
 from labs.judging.quality import (
     Margin,
     QualityFigure,
@@ -33,9 +33,9 @@ def passage(*actual: float) -> Passage:
     )
 
 
-def replies(*correct: bool, needles: bool = False) -> tuple[Reply, ...]:
+def replies(*correct: bool, needles: bool = False) -> tuple[ScoredCompletion, ...]:
     return tuple(
-        Reply(
+        ScoredCompletion(
             question=f"question {i}",
             expected="7",
             answer="7" if right else "8",
@@ -47,8 +47,8 @@ def replies(*correct: bool, needles: bool = False) -> tuple[Reply, ...]:
     )
 
 
-def of(passages: list[Passage], correct: tuple[bool, ...] = (True,) * 4) -> Answers:
-    return Answers(
+def of(passages: list[Passage], correct: tuple[bool, ...] = (True,) * 4) -> Evaluation:
+    return Evaluation(
         model="m",
         passages=tuple(passages),
         needles=replies(*correct, needles=True),
@@ -213,7 +213,7 @@ def test_a_worse_engine_fails_the_gate_and_the_same_one_passes() -> None:
     assert gate(compare(base, base))[0] == "pass"
     outcome, verdicts = gate(compare(base, worse))
     assert outcome == "fail"
-    assert [v.outcome for v in verdicts] == ["fail"] * 3
+    assert [v.result for v in verdicts] == ["fail"] * 3
 
 
 # ---------------------------------------------------------------------------------------- asking
@@ -264,7 +264,7 @@ def engine() -> Iterator[str]:
 
 
 def test_what_an_engine_says_becomes_answers(engine: str) -> None:
-    found = ask(engine, "m")
+    found = evaluate(engine, "m")
     assert len(found.passages) == 12
     assert all(p.logprobs == [round(HALF, 5)] * len(p.token_ids) for p in found.passages)
     assert len(found.needles) == 3 * 5 * 4
@@ -274,13 +274,13 @@ def test_what_an_engine_says_becomes_answers(engine: str) -> None:
     assert {r.answer for r in found.tasks} == {"no idea"}
     assert {(b["temperature"], b["seed"]) for b in Engine.bodies} == {(0, 0)}
     assert len({b["cache_salt"] for b in Engine.bodies}) == 1
-    ask(engine, "m", quick=True)
+    evaluate(engine, "m", quick=True)
     assert len({b["cache_salt"] for b in Engine.bodies}) == 2  # it found nothing of the first
-    assert Answers.model_validate_json(found.model_dump_json()) == found
+    assert Evaluation.model_validate_json(found.model_dump_json()) == found
 
 
 def test_quick_asks_less_of_the_same(engine: str) -> None:
-    quick, whole = ask(engine, "m", quick=True), ask(engine, "m")
+    quick, whole = evaluate(engine, "m", quick=True), evaluate(engine, "m")
     assert (len(quick.passages), len(quick.needles), len(quick.tasks)) == (4, 10, 38)
     assert set(quick.needles) <= set(whole.needles)
     assert set(quick.tasks) <= set(whole.tasks)
@@ -288,7 +288,7 @@ def test_quick_asks_less_of_the_same(engine: str) -> None:
 
 def test_an_engine_that_refuses_is_an_error(engine: str) -> None:
     with pytest.raises(requests.HTTPError):
-        ask(engine, "another")
+        evaluate(engine, "another")
 
 
 # ----------------------------------------------------------------------------------------- texts

@@ -11,18 +11,18 @@ import pytest
 
 from labs.comparing import leaderboards
 from labs.filing import results
-from labs.filing.newest import published
+from labs.filing.newest import newest_runs
 from labs.filing.results import Predictions, RunFolder, Session, TrialResult, write_json
 from labs.judging.judge import Caveat, Effect, Interval, Judgement, holds
 from labs.judging.text import (
-    held,
+    held_text,
     interval,
     number,
-    predicted,
+    point_label,
+    prediction_text,
     ratio_interval,
     ratio_text,
-    short,
-    verdict,
+    verdict_text,
 )
 from labs.lab import Prediction
 from labs.telling import markdown, report
@@ -83,17 +83,17 @@ def test_interval_has_both_bounds_or_is_a_dash() -> None:
     ("kind", "text"), [("point", "2"), ("ceiling", "at most 2"), ("floor", "at least 2")]
 )
 def test_prediction_says_what_kind_it_is(kind: Any, text: str) -> None:
-    assert predicted(Prediction(value=2, kind=kind, tolerance=0, formula="")) == text
+    assert prediction_text(Prediction(value=2, kind=kind, tolerance=0, formula="")) == text
 
 
 def test_point_is_named_by_what_varies() -> None:
     lab = make_lab()
-    assert short("on/short/concurrent-2", lab) == "on concurrent 2"
+    assert point_label("on/short/concurrent-2", lab) == "on concurrent 2"
     alone = make_lab(variants=lab.variants[:1], claims=(), evidence=())
-    assert short("off/short/concurrent-2", alone) == "concurrent 2"
+    assert point_label("off/short/concurrent-2", alone) == "concurrent 2"
     again = lab.workloads[0].model_copy(update={"name": "long"})
     two = make_lab(workloads=(*lab.workloads, again))
-    assert short("on/long/waves-8", two) == "on long waves 8"
+    assert point_label("on/long/waves-8", two) == "on long waves 8"
 
 
 def judgement(outcome: Any, expected: bool | None, effect: Effect | None = None) -> Judgement:
@@ -105,10 +105,10 @@ def judgement(outcome: Any, expected: bool | None, effect: Effect | None = None)
 
 
 def test_verdict_in_words() -> None:
-    assert verdict(judgement("helps", True)) == "helps (as claimed)"
-    assert verdict(judgement("no effect", False)) == "no effect (against the claim)"
-    assert verdict(judgement("not valid", None)) == "not valid: errors"
-    assert verdict(judgement("inconclusive", None)) == "inconclusive: errors"
+    assert verdict_text(judgement("helps", True)) == "helps (as claimed)"
+    assert verdict_text(judgement("no effect", False)) == "no effect (against the claim)"
+    assert verdict_text(judgement("not valid", None)) == "not valid: errors"
+    assert verdict_text(judgement("inconclusive", None)) == "inconclusive: errors"
 
 
 def test_ratio_without_effect_or_interval_is_a_dash() -> None:
@@ -207,7 +207,7 @@ def test_a_wide_interval_bears_no_prediction_out(
 ) -> None:
     prediction = Prediction(value=2, kind=kind, tolerance=0.25, formula="")
     measured = Interval(value=value, low=low, high=high, n=3)
-    assert held(measured, prediction, holds(prediction, measured)) == said
+    assert held_text(measured, prediction, holds(prediction, measured)) == said
 
 
 def test_a_claim_without_points_is_named_and_not_lost(folder: RunFolder) -> None:
@@ -252,14 +252,14 @@ def test_report_of_a_failed_trial_has_a_dash_not_a_zero(folder: RunFolder) -> No
 
 
 def test_only_complete_ordinary_runs_are_published(folder: RunFolder) -> None:
-    assert [f.path for f in published()] == [folder.path]
+    assert [f.path for f in newest_runs()] == [folder.path]
     run = folder.run()
     for change in ({"quick": True}, {"changes": {"seed": 1}}, {"endpoint": "http://there"}):
         write_json(folder.path / "run.json", run.model_copy(update=change))
-        assert published() == [], change
+        assert newest_runs() == [], change
     write_json(folder.path / "run.json", run)
     (folder.path / "COMPLETE").unlink()
-    assert published() == []
+    assert newest_runs() == []
 
 
 def test_the_published_pages_are_those_of_the_published_runs(

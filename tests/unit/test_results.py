@@ -18,11 +18,11 @@ from labs.filing.results import (
     RunFolder,
     TrialResult,
     all_runs,
-    latest,
+    latest_run,
     open_run,
     problems,
     require_room,
-    snapshot_from,
+    snapshot_from_json,
     snapshot_json,
     write_json,
 )
@@ -159,7 +159,7 @@ def test_engine_metrics_read_back_without_the_unknown_ones() -> None:
     info = {metrics.CACHE_CONFIG: {"block_size": "16"}}
     known = Snapshot({metrics.REQUESTS: 2.0}, {metrics.TTFT: seen}, info)
     more = Snapshot({**known.values, "up": 1.0}, {**known.histograms, "other": seen}, info)
-    assert snapshot_from(json.loads(json.dumps(snapshot_json(more)))) == known
+    assert snapshot_from_json(json.loads(json.dumps(snapshot_json(more)))) == known
 
 
 # ------------------------------------------------------------------------------------- problems
@@ -314,10 +314,10 @@ def test_runs_are_found_newest_last(folder: RunFolder) -> None:
     (folder.path.with_name("20260104T000000Z-c")).mkdir()  # no run.json: nothing has begun
     assert [f.path for f in all_runs()] == [folder.path, broken.path, later.path]
     for complete, expected in ((True, later), (False, broken)):
-        found = latest("tiny", complete)
+        found = latest_run("tiny", complete)
         assert found
         assert found.path == expected.path
-    assert latest("other") is None
+    assert latest_run("other") is None
 
 
 def test_full_disk_is_refused_in_a_sentence(

@@ -12,7 +12,7 @@ import pytest
 
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS
-from labs.judging.validity import validity
+from labs.judging.validity import caveats_of
 from serving import telemetry
 from serving.ports import free_port
 from serving.telemetry import Gpus, Sample, Telemetry
@@ -180,7 +180,7 @@ def test_joules_a_token_need_counters_over_the_whole_window() -> None:
 
 
 def caveats(samples: list[Sample]) -> list[str]:
-    return [c.name for c in validity(trial_with(samples), ())]
+    return [c.name for c in caveats_of(trial_with(samples), ())]
 
 
 def test_a_slowed_trial_gets_its_caveat_and_an_idle_gpus_heat_does_not() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from labs.judging.judge import Caveat
 from labs.judging.measure import Trial
-from labs.judging.validity import confounded, first_trial_slow, ttft_agrees, validity
+from labs.judging.validity import caveats_of, confounded, first_trial_slow, ttft_agrees
 from labs.lab import Arm, Evidence
 from loadtests.records import RequestRecord
 from loadtests.workload import Chat, Intruder, Prefix
@@ -53,7 +53,7 @@ def checked(
     snapshot = Snapshot(dict(values), {metrics.TTFT: seen}, {CACHE: {"caching": caching}})
     records = CLEAN if found is None else found
     trial: Trial = make_trial(records, engine=snapshot if engine else None, **summary)
-    return validity(trial, EVIDENCE)
+    return caveats_of(trial, EVIDENCE)
 
 
 def some(n: int, **fields: Any) -> list[RequestRecord]:
@@ -139,14 +139,14 @@ def test_where_tokens_come_gathered_their_times_allow_no_verdict_but_their_numbe
 
 def test_guesses_come_several_to_a_chunk() -> None:
     guessing: dict[str, Any] = {"speculative-config": {"method": "ngram"}}
-    assert validity(make_trial(BUNDLED, point=make_point(flags=guessing)), ()) == []
+    assert caveats_of(make_trial(BUNDLED, point=make_point(flags=guessing)), ()) == []
 
 
 @pytest.mark.parametrize("shared", [{"prefix": Prefix(tokens=4)}, {"chat": CHAT}])
 def test_what_is_shared_may_be_warm(shared: dict[str, Any]) -> None:
     values = {**VALUES, HITS: 50 * 500.0}
     engine = Snapshot(values, {metrics.TTFT: SEEN}, {})
-    assert validity(make_trial(CLEAN, engine=engine, point=make_point(**shared)), ()) == []
+    assert caveats_of(make_trial(CLEAN, engine=engine, point=make_point(**shared)), ()) == []
 
 
 def test_one_error_in_a_hundred_is_told_but_does_not_block() -> None:
@@ -155,7 +155,7 @@ def test_one_error_in_a_hundred_is_told_but_does_not_block() -> None:
 
 
 def shows(evidence: Evidence, trial: Trial) -> bool:
-    found = validity(trial, [evidence])
+    found = caveats_of(trial, [evidence])
     assert all(c.blocks for c in found)
     return "treatment not applied" not in {c.name for c in found}
 
