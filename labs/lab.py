@@ -14,6 +14,7 @@ import re
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -38,11 +39,12 @@ from serving.models import Shape
 
 
 class Variant(BaseModel, frozen=True, extra="forbid"):
-    """An engine configuration: the engine, flags by its own names, and whose weights it serves.
+    """An engine configuration is the engine, flags by its own names, and the weights it serves.
 
-    `weights` names a model derived from the lab's own (`labs/running/derived_models.py`), as does
-    `<name>` within a flag's value, where the derived model's folder will stand. `engine` is a name
-    of `serving/engines/__init__.py`; the default is left out of files and digests.
+    `weights` names a model that is derived from the lab's own (`labs/running/derived_models.py`).
+    So does `<name>` within a flag's value, which is replaced by the derived model's folder.
+    `engine` is a name of `serving/engines/__init__.py`; the default one is left out of files and
+    digests.
     """
 
     name: str
@@ -61,7 +63,7 @@ class Variant(BaseModel, frozen=True, extra="forbid"):
     def but(
         self, name: str, flags: Mapping[str, FlagValue] | None = None, weights: str = ""
     ) -> Variant:
-        """This variant with one thing changed."""
+        """Return this variant with other flags, or other weights, under a new name."""
         return Variant(
             name=name,
             flags={**self.flags, **(flags or {})},
@@ -72,46 +74,49 @@ class Variant(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True)
 class Point:
-    """Where a prediction is asked for: everything known before an engine starts."""
+    """A point holds everything that a prediction may use: what is known before an engine starts."""
 
     variant: Variant
     workload: Workload
     load: Arrival
-    lengths: tuple[tuple[int, int], ...]  # (prompt, output) tokens of the requests to be sent
+    lengths: tuple[tuple[int, int], ...]  # (prompt, output) tokens of each request to be sent
     shape: Shape
     ceilings: Ceilings
-    about: Mapping[str, Any] = field(default_factory=dict)  # derived model -> what is known of it
+    about: Mapping[str, Any] = field(default_factory=dict)  # derived model -> its maker's record
 
     @property
     def flags(self) -> VllmFlags:
-        """The variant's flags, for those who ask by vLLM's names."""
+        """The variant's flags with typed access by vLLM's names."""
         return VllmFlags(self.variant.flags)
 
     @property
     def key(self) -> str:
+        """The point's name in summaries and in folders: `variant/workload/load`."""
         return f"{self.variant.name}/{self.workload.name}/{self.load.name}"
 
     @property
     def prompt_tokens(self) -> float:
+        """The mean length of the prompts, in tokens."""
         return sum(p for p, _ in self.lengths) / len(self.lengths)
 
     @property
     def output_tokens(self) -> float:
+        """The mean length of the completions, in tokens."""
         return sum(o for _, o in self.lengths) / len(self.lengths)
 
     @property
     def context_tokens(self) -> float:
-        """Mean over a request's life in decode: its prompt and half its answer."""
+        """The mean context of a request while it decodes: its prompt and half of its output."""
         return self.prompt_tokens + self.output_tokens / 2
 
     def kv_bytes(self, bytes_per_value: float = 2) -> float:
-        """Keys and values of all that are in flight."""
+        """Bytes that the keys and values of all requests in flight take."""
         per_token = self.shape.kv_bytes_per_token(bytes_per_value)
         return self.load.users * self.context_tokens * per_token
 
 
 class Prediction(BaseModel, frozen=True, extra="forbid"):
-    """A number written down before measuring, with what it rests on.
+    """A prediction is a number written down before measuring, with what it rests on.
 
     A `point` holds when the measured interval meets value x (1 +- tolerance). A `ceiling` says that
     nothing exceeds it, a `floor` that nothing falls below it: they hold unless the whole interval
@@ -127,7 +132,7 @@ class Prediction(BaseModel, frozen=True, extra="forbid"):
 
 
 class Arm(BaseModel, frozen=True, extra="forbid"):
-    """A partial description of points; what is left out may be anything."""
+    """An arm selects points: each field that is given must match, one that is None matches any."""
 
     variant: str | None = None
     workload: str | None = None
@@ -135,9 +140,10 @@ class Arm(BaseModel, frozen=True, extra="forbid"):
     kind: str | None = None  # of load: `concurrent`
 
     def matches(self, point: Point) -> bool:
-        have = (point.variant.name, point.workload.name, str(point.load), point.load.kind)
-        want = (self.variant, self.workload, self.load, self.kind)
-        return all(w is None or w == h for w, h in zip(want, have, strict=True))
+        """Whether the point has every property that the arm names."""
+        properties = (point.variant.name, point.workload.name, str(point.load), point.load.kind)
+        required = (self.variant, self.workload, self.load, self.kind)
+        return all(r is None or r == p for r, p in zip(required, properties, strict=True))
 
 
 PredictEffect = Callable[[Point, Point], Prediction]
@@ -145,10 +151,10 @@ PredictPoint = Callable[[Point], Prediction]
 
 
 class Claim(BaseModel, frozen=True, extra="forbid"):
-    """What the lab expects of a treatment against its baseline: ratio treatment / baseline.
+    """A claim states what the lab expects of the ratio treatment / baseline of one metric.
 
-    The claim is judged at every pair of points that agree on what the arms leave open. The two
-    differ in one thing (`factors`); where more must, `coupled` says why.
+    It is judged at every pair of points that agree on what the arms leave open. The two points
+    differ in one factor (`factors`); where they must differ in more, `coupled` says why.
     """
 
     name: str
@@ -162,7 +168,7 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
 
 
 class Forecast(BaseModel, frozen=True, extra="forbid"):
-    """A predicted absolute figure at every point of an arm: the curve drawn over the measured."""
+    """A forecast predicts a metric at every point of an arm, and is shown beside the measured."""
 
     name: str
     metric: str
@@ -171,12 +177,13 @@ class Forecast(BaseModel, frozen=True, extra="forbid"):
 
 
 class Evidence(BaseModel, frozen=True, extra="forbid"):
-    """What the engine itself must show in a trial before its figures count.
+    """Evidence is what the engine itself must show in a trial before the trial's figures count.
 
     `rises` and `stays` look at a counter over the trial; `echoes` at a label of an info metric.
     `absent` says that the engine has no such counter.
-    `pieces` counts the tokens the running streams received while a long prompt was prefilled: one
-    a piece, so as many as the variant's token budget makes (the engine counts no pieces itself).
+    `pieces` counts the tokens that the running streams received while a long prompt was prefilled.
+    They receive one with each piece of the prompt, so the count must be the number of pieces that
+    the variant's token budget makes (the engine itself does not count pieces).
     """
 
     arm: Arm
@@ -186,99 +193,100 @@ class Evidence(BaseModel, frozen=True, extra="forbid"):
     value: str = ""
 
     def __str__(self) -> str:
-        what = f"{self.label}={self.value}" if self.kind == "echoes" else self.kind
-        return f"{self.metric} {what}"
+        condition = f"{self.label}={self.value}" if self.kind == "echoes" else self.kind
+        return f"{self.metric} {condition}"
 
 
 class SLO(BaseModel, frozen=True, extra="forbid"):
-    """What a user should wait at most; goodput counts requests that meet all of it."""
+    """Service-level objective: the longest times, in seconds, that a user should have to wait.
+
+    Goodput counts the requests that meet all of them.
+    """
 
     ttft_s: PositiveFloat
     tpot_s: PositiveFloat
     itl_s: PositiveFloat | None = None  # the longest gap between tokens, where a lab judges it
 
     def by_name(self) -> dict[str, float]:
-        """ttft, tpot and, where there is one, itl -> seconds."""
-        every = {"ttft": self.ttft_s, "tpot": self.tpot_s, "itl": self.itl_s}
-        return {name: seconds for name, seconds in every.items() if seconds is not None}
+        """Map `ttft`, `tpot` and, where it is set, `itl` to their limits in seconds."""
+        limits_s = {"ttft": self.ttft_s, "tpot": self.tpot_s, "itl": self.itl_s}
+        return {name: limit_s for name, limit_s in limits_s.items() if limit_s is not None}
 
 
 class LabError(Exception):
-    """The reader asked for something that cannot be; the message says what can."""
+    """What the reader asked for is not possible; the message says what is."""
 
 
 class NotApplicable(LabError):
-    """The lab's question means nothing of random weights, or on this kind of machine."""
+    """The lab's question has no meaning with random weights, or on this kind of machine."""
 
 
 READ_TEXT = ("studies", "probes", "findings", "plots")
-"""The parts of a lab that may read what an engine wrote, which is no text where the weights are
-random.
-"""
+"""The parts of a lab that may read what an engine wrote; random weights do not write text."""
 NO_TEXT = "quality is not measured on random weights, nor is what else is read off the text"
 
 
 class Lab(BaseModel, frozen=True, extra="forbid"):
-    """A question, how it is put to an engine, and what is expected.
+    """A lab is a question, how it is put to an engine, and what is expected.
 
-    `scales` holds sizes only: for each kind of machine, and for GPUs of some class of memory
-    (`gpu-24`) over that, other values for some of these fields, by dotted path
-    (`workloads.exponential.output_tokens.mean_tokens`). `quick` is laid over that.
+    `scales` holds sizes only. For each kind of machine (`cpu`, `gpu`) it gives other values of some
+    fields, by dotted path (`workloads.exponential.output_tokens.mean_tokens`); values for a class
+    of GPU memory (`gpu-24`) override those of the kind, and `quick` overrides both.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
     title: str
     question: str
-    answers: tuple[str, ...]  # ids of the catalogue of questions
+    answers: tuple[str, ...]  # ids of questions in the catalogue
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
-    flags: dict[str, FlagValue] = {}  # of every variant; a variant's own win
+    flags: dict[str, FlagValue] = {}  # of every variant; a variant's own flags override them
     workloads: Annotated[tuple[Workload, ...], Field(min_length=1)]
     claims: tuple[Claim, ...]
     forecasts: tuple[Forecast, ...] = ()
     evidence: tuple[Evidence, ...] = ()
-    studies: tuple[str, ...] = ()  # what is measured on the model itself, once, without an engine
-    probes: tuple[str, ...] = ()  # what else is asked of the engines, beside the load
-    probed: tuple[str, ...] = ()  # of these variants; of all where none is named
-    findings: tuple[str, ...] = ()  # what is concluded beyond the claims
+    studies: tuple[str, ...] = ()  # measured once on the model itself, without an engine
+    probes: tuple[str, ...] = ()  # asked of the engines after their trials
+    probed: tuple[str, ...] = ()  # the variants whose engines are probed; all where none is named
+    findings: tuple[str, ...] = ()  # conclusions beyond the claims
     plots: tuple[str, ...] = ()
     slo: SLO
-    requests: PositiveInt  # prepared for each trial; it ends early if they run out
+    requests: PositiveInt  # prepared for each trial, which ends early if they run out
     warmup_s: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
-    # held open in a closed loop, up to fourfold, until there is an answer for each user
+    # a closed loop extends it, up to fourfold, until as many requests as users are complete
     window_s: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
     repeats: PositiveInt
-    most_repeats: NonNegativeInt = 0  # where a claim is still undecided; fewer than repeats: none
-    timeout_s: PositiveFloat = 60.0  # longest silence within one answer
-    load_processes: PositiveInt = 1  # that share the sending
+    most_repeats: NonNegativeInt = 0  # while a claim is undecided; no more than `repeats`: never
+    timeout_s: PositiveFloat = 60.0  # longest silence within one response
+    load_processes: PositiveInt = 1  # processes that share the sending of requests
     seed: NonNegativeInt = 0
     scales: dict[str, dict[str, Any]] = {}
     quick: dict[str, Any] = {}
     aa: bool = False  # the baseline against itself: `against_itself`
-    # of its studies, probes, findings and plots, what means nothing of random weights
+    # of its studies, probes, findings and plots, those that have no meaning with random weights
     needs_text: Annotated[tuple[str, ...], Field(exclude=True)] = ()
-    # how the lab asks its question of random weights, beyond leaving out what needs text
+    # adapts the lab to random weights, after what needs text was left out
     dummy: Annotated[Callable[[Lab], Lab] | None, Field(exclude=True)] = None
     # how often a draft token is expected to be accepted at a point whose engine guesses ahead
     acceptance: Annotated[Callable[[Point], float] | None, Field(exclude=True)] = None
-    left_out: tuple[str, ...] = ()  # by a run with random weights, each with its reason
+    left_out: tuple[str, ...] = ()  # with random weights, each with its reason
     limits: dict[str, str] = {}  # kind of machine -> what such a machine can and cannot show
     next_knobs: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _enough_requests(self) -> Self:
-        closed = [a.users for w in self.workloads for a in w.loads if not a.open_loop]
-        most = max(closed, default=1)
-        if self.requests < most:
-            raise ValueError(f"requests={self.requests} do not fill a load of {most} at once")
+        users = [a.users for w in self.workloads for a in w.loads if not a.open_loop]
+        most_users = max(users, default=1)
+        if self.requests < most_users:
+            raise ValueError(f"requests={self.requests} do not fill a load of {most_users} at once")
         return self
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
         variants = {v.name for v in self.variants}
-        named = {a.variant for c in self.claims for a in (c.treatment, c.baseline)}
-        named |= {e.arm.variant for e in self.evidence}
-        named |= {name for w in self.workloads for name in w.only} | set(self.probed)
-        if unknown := named - variants - {None}:
+        references = {a.variant for c in self.claims for a in (c.treatment, c.baseline)}
+        references |= {e.arm.variant for e in self.evidence}
+        references |= {name for w in self.workloads for name in w.only} | set(self.probed)
+        if unknown := references - variants - {None}:
             raise ValueError(f"{sorted(map(str, unknown))} are no variants of {self.name}")
         return self
 
@@ -289,10 +297,11 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         changes: Mapping[str, Any] | None = None,
         dummy: bool = False,
     ) -> Lab:
-        """The lab resolved for a scale, `cpu` or `gpu` or `gpu-24`: its sizes, then quick, then
-        what random weights leave of it, then the reader's changes.
+        """Resolve the lab for a scale such as `cpu`, `gpu` or `gpu-24`.
 
-        Raises LabError naming the field, and the known ones, for a change that does not fit.
+        Applied in this order: the sizes of the scale, those of a quick run, what random weights
+        (`dummy`) leave out, and the reader's changes. Raises LabError for a change that does not
+        fit; the message names the field and the known ones.
         """
         kind = scale.partition("-")[0]
         layers = [self.scales.get(name, {}) for name in dict.fromkeys((kind, scale))]
@@ -301,19 +310,22 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             return lab._changed(changes or {})
         lab = lab._without(self.needs_text)
         lab = (self.dummy(lab) if self.dummy else lab)._changed(changes or {})
-        if asked := lab._named(self.needs_text):
-            raise LabError(f"{', '.join(asked)}: {NO_TEXT}")
+        if parts := lab._named(self.needs_text):
+            raise LabError(f"{', '.join(parts)}: {NO_TEXT}")
         return lab
 
     def _named(self, names: Collection[str]) -> list[str]:
         return [name for part in READ_TEXT for name in getattr(self, part) if name in names]
 
     def _without(self, names: Collection[str]) -> Lab:
-        if not (gone := self._named(names)):
+        if not (removed := self._named(names)):
             return self
-        kept = {part: tuple(n for n in getattr(self, part) if n not in names) for part in READ_TEXT}
-        why = f"{', '.join(dict.fromkeys(n.removesuffix('-quick') for n in gone))}: {NO_TEXT}"
-        return self.model_copy(update={**kept, "left_out": (why,)})
+        remaining = {
+            part: tuple(n for n in getattr(self, part) if n not in names) for part in READ_TEXT
+        }
+        titles = dict.fromkeys(name.removesuffix("-quick") for name in removed)
+        reason = f"{', '.join(titles)}: {NO_TEXT}"
+        return self.model_copy(update={**remaining, "left_out": (reason,)})
 
     def _changed(self, *layers: Mapping[str, Any]) -> Lab:
         fields = self.model_dump(exclude={"scales", "quick"})
@@ -326,10 +338,11 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             raise LabError(_sentence(error, fields)) from error
 
     def against_itself(self) -> Lab:
-        """A/A: the first claim's baseline and a twin of it, wherever claims have it as baseline.
+        """Make an A/A lab: the first claim's baseline against a twin of it.
 
-        Whatever is found between the two is noise, so every claim expects no change. Raises
-        LabError where no claim has a baseline to repeat.
+        The two run at every load where a claim uses that baseline. Any difference between them is
+        noise, so every claim expects no change. Raises LabError where no claim has a baseline that
+        could be repeated.
         """
         name = self.claims[0].baseline.variant or self.variants[0].name if self.claims else ""
         arms = {
@@ -341,17 +354,20 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             raise LabError(f"{self.name} has no claim whose baseline could run against itself")
         base = next(v for v in self.variants if v.name == name)
         twin = base.but(f"{name}-again")
-        both = (base.name, twin.name)
+        names = (base.name, twin.name)
         workloads = []
         for workload in self.workloads:
-            asked = [a for _, a in arms if a.workload in (workload.name, None)]
+            of_workload = [a for _, a in arms if a.workload in (workload.name, None)]
             loads = tuple(
                 load
                 for load in workload.loads
-                if any(a.load in (str(load), None) and a.kind in (load.kind, None) for a in asked)
+                if any(
+                    arm.load in (str(load), None) and arm.kind in (load.kind, None)
+                    for arm in of_workload
+                )
             )
             if loads and (not workload.only or name in workload.only):
-                only = both if workload.only else ()
+                only = names if workload.only else ()
                 workloads.append(workload.model_copy(update={"loads": loads, "only": only}))
         return self.model_copy(update={
             "aa": True,
@@ -374,45 +390,46 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
                 e.model_copy(update={"arm": e.arm.model_copy(update={"variant": v})})
                 for e in self.evidence
                 if e.arm.variant in (name, None)
-                for v in both
+                for v in names
             ),
             "studies": (), "probes": (), "probed": (), "findings": (), "plots": (),
             "limits": {}, "next_knobs": (),
         })  # fmt: skip
 
     def flags_of(self, variant: Variant) -> VllmFlags:
-        """All flags that the variant's engine is started with."""
+        """Return all flags that the variant's engine is started with."""
         return VllmFlags({**self.flags, **variant.flags})
 
     @property
     def all_flags(self) -> list[VllmFlags]:
-        """Those of each variant, in order."""
+        """The flags of each variant, in order."""
         return [self.flags_of(variant) for variant in self.variants]
 
     def resolved(self) -> dict[str, Any]:
-        """As plain JSON; functions by name."""
+        """Return the lab as plain JSON, in which a function is its dotted name."""
         plain: dict[str, Any] = json.loads(
             json.dumps(self.model_dump(), default=lambda f: f"{f.__module__}.{f.__qualname__}")
         )
         return plain
 
     def digest(self) -> str:
+        """Hash the resolved lab; see `digest_of`."""
         return digest_of(self.resolved())
 
     @property
     def rounds(self) -> int:
-        """Repeats of a point at most."""
+        """The largest number of repeats that a point may have."""
         return max(self.repeats, self.most_repeats)
 
     def draw_seed(self, repeat: int) -> int:
-        """Of a repeat's lengths and prompts; no two seeds of a lab share any."""
+        """Return the seed of a repeat's lengths and prompts; no two values of `seed` share one."""
         return 1000 * self.seed + repeat
 
     def derived(self) -> list[str]:
-        """What is derived from the served model for this lab, each once, in order."""
+        """List what the lab needs derived from the served model, each once, in order of use."""
         text = [json.dumps(self.flags_of(v)) + f"<{v.weights}>" for v in self.variants]
-        named = re.findall(r"<([a-z][a-z0-9-]*)[>/]", " ".join(text))
-        return list(dict.fromkeys([*named, *self.studies]))
+        placeholders = re.findall(r"<([a-z][a-z0-9-]*)[>/]", " ".join(text))
+        return list(dict.fromkeys([*placeholders, *self.studies]))
 
     def points(
         self,
@@ -421,9 +438,10 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         weights: Mapping[str, Shape] | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> list[Point]:
-        """Every variant, with all its flags, under every workload that is for it, and load.
+        """List every variant, with all its flags, under every workload meant for it and every load.
 
-        `weights` holds the shapes of variants that serve other weights than the lab's model.
+        `weights` maps variants that serve other weights than the lab's model to their shapes;
+        `about` maps derived models to what their makers recorded.
         """
         return [
             Point(
@@ -446,29 +464,30 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         ]
 
     def pairs(self, claim: Claim, points: list[Point]) -> list[tuple[Point, Point]]:
-        """(treatment, baseline) points that agree on what the claim's arms leave open."""
+        """Pair the points of a claim's treatment with those of its baseline.
 
-        def open_part(point: Point, arm: Arm, other: Arm) -> tuple[str | None, ...]:
-            have = (point.variant.name, point.workload.name, str(point.load))
-            ours = (arm.variant, arm.workload, arm.load)
-            theirs = (other.variant, other.workload, other.load)
-            return tuple(
-                h if o is None and t is None else None
-                for h, o, t in zip(have, ours, theirs, strict=True)
-            )
+        A pair agrees on the properties that both arms leave open.
+        """
+        treatment, baseline = claim.treatment, claim.baseline
+        left_open = [
+            getattr(treatment, name) is None and getattr(baseline, name) is None
+            for name in ("variant", "workload", "load")
+        ]
+
+        def open_part(point: Point) -> list[str]:
+            return list(compress(point.key.split("/"), left_open))
 
         return [
             (t, b)
             for t in points
-            if claim.treatment.matches(t)
+            if treatment.matches(t)
             for b in points
-            if claim.baseline.matches(b)
-            and open_part(t, claim.treatment, claim.baseline)
-            == open_part(b, claim.baseline, claim.treatment)
+            if baseline.matches(b) and open_part(t) == open_part(b)
         ]
 
 
 def the_same(twin: Point, base: Point) -> Prediction:
+    """Predict the ratio 1, for an A/A run."""
     return Prediction(
         value=1.0,
         tolerance=0.03,
@@ -479,22 +498,22 @@ def the_same(twin: Point, base: Point) -> Prediction:
 
 
 def factors(treatment: Point, baseline: Point) -> list[str]:
-    """What differs between two points: flags, the engine, the weights, the workload, the load."""
-    ours, theirs = treatment.variant, baseline.variant
-    flags = sorted({*ours.flags, *theirs.flags})
-    found = [f"--{k}" for k in flags if ours.flags.get(k) != theirs.flags.get(k)]
-    found += ["engine"] if ours.engine != theirs.engine else []
-    found += ["weights"] if ours.weights != theirs.weights else []
-    found += ["workload"] if treatment.workload.name != baseline.workload.name else []
-    return found + (["load"] if treatment.load != baseline.load else [])
+    """Name what differs between two points: flags, the engine, weights, the workload, the load."""
+    a, b = treatment.variant, baseline.variant
+    flags = sorted({*a.flags, *b.flags})
+    names = [f"--{flag}" for flag in flags if a.flags.get(flag) != b.flags.get(flag)]
+    names += ["engine"] if a.engine != b.engine else []
+    names += ["weights"] if a.weights != b.weights else []
+    names += ["workload"] if treatment.workload.name != baseline.workload.name else []
+    return names + (["load"] if treatment.load != baseline.load else [])
 
 
 _PROSE = ("title", "question", "limits", "next_knobs", "left_out")
-_DRAWN = ("answers", "findings", "plots")  # from the files of a run, at any time
+_DERIVED = ("answers", "findings", "plots")  # computed from the files of a run, at any time
 
 
 def digest_of(resolved: Mapping[str, Any]) -> str:
-    """Of a resolved lab: changes with any knob, not with a word of explanation."""
+    """Hash a resolved lab: the digest changes with any setting, not with a word of explanation."""
     knobs = {k: v for k, v in resolved.items() if k not in _PROSE}
     knobs["claims"] = [
         {k: v for k, v in c.items() if k not in ("title", "coupled")} for c in knobs["claims"]
@@ -503,20 +522,21 @@ def digest_of(resolved: Mapping[str, Any]) -> str:
 
 
 def knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a resolved lab what can change a figure: no prose, no predictions, nothing drawn."""
-    found = {k: v for k, v in resolved.items() if k not in (*_PROSE, *_DRAWN)}
+    """Select what of a resolved lab can change a figure: no prose, predictions or conclusions."""
+    settings = {k: v for k, v in resolved.items() if k not in (*_PROSE, *_DERIVED)}
     for part in ("claims", "forecasts"):
-        found[part] = [
+        settings[part] = [
             {k: v for k, v in c.items() if k not in ("title", "coupled", "predict")}
-            for c in found[part]
+            for c in settings[part]
         ]
-    return found
+    return settings
 
 
 def parse_changes(text: str) -> dict[str, Any]:
-    """`window_s=4 workloads.fixed.output_tokens.tokens=16` -> {path: value}.
+    """Read `window_s=4 workloads.fixed.output_tokens.tokens=16` as {path: value}.
 
-    Values are JSON where they can be read as such, else text. Raises LabError.
+    A value is read as JSON where that is possible, and is text otherwise. Raises LabError for an
+    item without an equals sign.
     """
     changes: dict[str, Any] = {}
     for item in text.split():
@@ -531,7 +551,7 @@ def parse_changes(text: str) -> dict[str, Any]:
 
 
 def _set(fields: dict[str, Any], path: str, value: Any) -> None:
-    """Change an existing field in place; items of a list are found by their name."""
+    """Change an existing field in place; the items of a list are addressed by their names."""
     *parents, last = path.split(".")
     at: Any = fields
 
@@ -552,11 +572,11 @@ def _set(fields: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _sentence(error: ValidationError, fields: Mapping[str, Any]) -> str:
-    """The first complaint, with a list's items called by their names as in a change's path."""
+    """Word the first error, with the items of a list called by name as in a change's path."""
     first = error.errors()[0]
-    said = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list in JSON")
+    message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list in JSON")
     if not first["loc"]:
-        return said
+        return message
     at: Any = fields
     steps = []
     for step in first["loc"]:
@@ -565,14 +585,17 @@ def _sentence(error: ValidationError, fields: Mapping[str, Any]) -> str:
         else:
             at = at[step] if isinstance(at, list | tuple) and isinstance(step, int) else None
         steps.append(str(at["name"] if isinstance(at, dict) and isinstance(step, int) else step))
-    given = textwrap.shorten(repr(first["input"]), 80, placeholder=" ..")
-    return f"{'.'.join(steps)}: {said} (given {given})"
+    value = textwrap.shorten(repr(first["input"]), 80, placeholder=" ..")
+    return f"{'.'.join(steps)}: {message} (given {value})"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What a misspelled name was meant to be, as the middle of a sentence about the known ones."""
-    found = difflib.get_close_matches(name, list(known), 1)
-    return f": did you mean {found[0]}? Known" if found else "; known"
+    """Suggest the known name closest to a misspelled one.
+
+    Returns the middle of a sentence that goes on with the known names.
+    """
+    matches = difflib.get_close_matches(name, list(known), 1)
+    return f": did you mean {matches[0]}? Known" if matches else "; known"
 
 
 def _steps(at: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The catalogue: every question about inference a reader may bring, each with an id.
+"""The catalogue of questions about inference that a reader may have, each with an id.
 
-A lab names the ids it answers; the README's table, `make labs` and every report read the words
-here.
+A lab names the ids of the questions that it answers. The README's table, `make labs` and every
+report take their wording from here.
 """
 
 QUESTIONS: dict[str, str] = {

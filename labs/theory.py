@@ -1,8 +1,8 @@
-"""What theory says, before anything is measured. Pure functions; every one names its source.
+"""What theory predicts before anything is measured: pure functions, each with its source.
 
-Units: seconds, bytes, tokens, FLOP (one multiply-add counts as two). Of a mixture of experts a step
-reads the experts that its tokens are expected to be sent to (`Shape.step_bytes`), and each token
-is multiplied with its own; what sending tokens about costs is left out.
+Units: seconds, bytes, tokens, FLOP (one multiply-add counts as two). In a mixture of experts, a
+step reads the experts that its tokens are expected to be routed to (`Shape.step_bytes`), and each
+token is multiplied with its own experts' weights; the cost of routing is left out.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from serving.models import Shape
 def prefill_flops(shape: Shape, tokens: float, cached_tokens: float = 0) -> float:
     """FLOP to prefill a prompt whose first `cached_tokens` have their KV cached.
 
-    2 P (N - c) + 2 L d (N^2 - c^2) (causal: half of 4 L d N^2), d = heads x head dim: what follows
-    still attends to all that is cached. P is without the output head, which only a prompt's last
-    token is multiplied with. Kaplan et al. 2020, table 1, whose N has no embeddings in it either.
+    2 P (N - c) + 2 L d (N^2 - c^2) (causal: half of 4 L d N^2), d = heads x head dim: the tokens
+    that are computed still attend to the cached ones. P excludes the output head, with which only
+    the last token of a prompt is multiplied. Source: Kaplan et al. 2020, table 1, where N excludes
+    embeddings too.
     """
     body = 2 * (shape.matmul_params - shape.head_params) * (tokens - cached_tokens)
     attention = 2 * shape.layers * shape.heads * shape.head_dim * (tokens**2 - cached_tokens**2)
@@ -27,14 +28,14 @@ def prefill_flops(shape: Shape, tokens: float, cached_tokens: float = 0) -> floa
 
 
 def prefill_s(shape: Shape, ceilings: Ceilings, tokens: float) -> float:
-    """Seconds of compute to prefill one prompt, at full use of the measured BF16 rate."""
+    """Seconds that prefilling one prompt takes at the measured BF16 rate, compute alone."""
     return prefill_flops(shape, tokens) / ceilings.bf16_flops_per_s
 
 
 def prefill_left_s(shape: Shape, ceilings: Ceilings, tokens: float, cached_tokens: float) -> float:
     """Seconds to prefill the rest of a prompt whose first `cached_tokens` have their KV cached.
 
-    Never less than one read of the weights, which any forward pass takes.
+    At least the time of reading the weights once, which every forward pass needs.
     """
     compute_s = prefill_flops(shape, tokens, cached_tokens) / ceilings.bf16_flops_per_s
     weights_s = shape.step_bytes(tokens - cached_tokens) / ceilings.memory_bandwidth_bytes_per_s
@@ -47,7 +48,7 @@ def decode_bytes(shape: Shape, batch: float, context_tokens: float) -> float:
 
 
 def decode_flops(shape: Shape, batch: float, context_tokens: float) -> float:
-    """FLOP of one decode step: 2 a parameter and sequence, plus 4 L d a token of context."""
+    """FLOP of one decode step: 2 for each parameter and sequence, 4 L d for each context token."""
     attention = 4 * shape.layers * shape.heads * shape.head_dim * context_tokens
     return batch * (2 * shape.matmul_params + attention)
 
@@ -72,9 +73,9 @@ def batch_throughput(
 ) -> float:
     """Output tokens/s with `batch` requests always in flight, each with its own prefill.
 
-    A request's prefill takes the device for itself and yields its first token; the other L - 1
-    take a step each, shared by `batch` requests: L / ((L - 1) t(B) / B + t_prefill). The context
-    counts as the prompt and half the output, its mean over a request's life.
+    A request's prefill has the device to itself and yields its first token. Each of the other L - 1
+    tokens takes a step, which `batch` requests share: L / ((L - 1) t(B) / B + t_prefill). The
+    context is taken as the prompt and half of the output, its mean over a request's life.
     """
     step_s = decode_step_s(shape, ceilings, batch, prompt_tokens + output_tokens / 2)
     steps_s = (output_tokens - 1) * step_s / batch
@@ -84,7 +85,8 @@ def batch_throughput(
 def ridge_batch(shape: Shape, ceilings: Ceilings) -> float:
     """The batch at which a decode step's compute takes as long as reading the weights.
 
-    Below it decode is bound by memory and a larger batch is nearly free; short contexts assumed.
+    Below it decode is bound by memory, so that a larger batch is nearly free. Assumes short
+    contexts.
     """
     read_s = shape.weight_bytes / ceilings.memory_bandwidth_bytes_per_s
     return read_s * ceilings.bf16_flops_per_s / (2 * shape.matmul_params)
@@ -93,14 +95,14 @@ def ridge_batch(shape: Shape, ceilings: Ceilings) -> float:
 def static_batching_penalty(output_tokens: Sequence[int], batch: int) -> float:
     """E[max L] / E[L] over consecutive batches of a real sequence of output lengths.
 
-    A static batch lasts as long as its longest answer while the places of shorter ones stay empty.
-    For exponential lengths the expectation is the harmonic number H_B (2.72 at B = 8); the step
-    time is taken as independent of how many places are filled (true while memory-bound).
-    Argument of Orca (Yu et al., OSDI 2022), section 3.
+    A static batch lasts as long as its longest output, while the places of shorter ones stay empty.
+    For exponential lengths the expectation is the harmonic number H_B (2.72 at B = 8). The step
+    time is assumed not to depend on how many places are filled, which is true while memory-bound.
+    The argument is that of Orca (Yu et al., OSDI 2022), section 3.
     """
-    whole = len(output_tokens) // batch * batch
-    batches = [output_tokens[i : i + batch] for i in range(0, whole, batch)]
-    return fmean(max(b) for b in batches) / fmean(output_tokens[:whole])
+    batched = len(output_tokens) // batch * batch
+    batches = [output_tokens[i : i + batch] for i in range(0, batched, batch)]
+    return fmean(max(b) for b in batches) / fmean(output_tokens[:batched])
 
 
 def mixed_step_s(
@@ -113,8 +115,8 @@ def mixed_step_s(
 ) -> float:
     """Seconds of a step that decodes a batch and prefills a piece of a prompt behind `done_tokens`.
 
-    The slower of memory and compute: the weights are read once for both, which is why decodes that
-    ride along with a piece are nearly free (Sarathi-Serve, Agrawal et al., OSDI 2024).
+    The slower of memory and compute. The weights are read once for both parts, which is why the
+    decodes in a step with a piece are nearly free (Sarathi-Serve, Agrawal et al., OSDI 2024).
     """
     kv_tokens = batch * context_tokens + done_tokens
     moved = shape.step_bytes(batch + piece_tokens) + kv_tokens * shape.kv_bytes_per_token()
@@ -131,8 +133,10 @@ def chunk_step_s(
     prompt_tokens: int,
     chunk_tokens: int,
 ) -> float:
-    """Seconds of the longest step that carries a chunk of a long prompt beside a decoding batch:
-    its last `chunk_tokens`, which attend to all before them."""
+    """Seconds of the longest step with a chunk of a long prompt beside a decoding batch.
+
+    It is the step with the prompt's last `chunk_tokens`, which attend to all tokens before them.
+    """
     chunk = min(chunk_tokens, prompt_tokens)
     return mixed_step_s(shape, ceilings, batch, context_tokens, prompt_tokens - chunk, chunk)
 
@@ -157,8 +161,8 @@ def chunked_prefill_s(
 def accepted_length(acceptance: float, draft_tokens: int) -> float:
     """Expected tokens a verified draft yields: (1 - a^(g + 1)) / (1 - a), g + 1 at a = 1.
 
-    Leviathan, Kalman, Matias 2023, equation 1; every token is taken to be accepted with the same
-    probability, independently.
+    Leviathan, Kalman, Matias 2023, equation 1, which assumes that each token is accepted
+    independently with the same probability a.
     """
     if acceptance == 1:
         return draft_tokens + 1
@@ -168,11 +172,11 @@ def accepted_length(acceptance: float, draft_tokens: int) -> float:
 def speculative_speedup(
     acceptance: float, draft_tokens: int, draft_cost: float, verify_cost: float
 ) -> float:
-    """Decode speed with speculation / without: E[tokens] / (g c + v).
+    """The ratio of decode speed with speculation to that without: E[tokens] / (g c + v).
 
-    `draft_cost` c is a draft step's time and `verify_cost` v a verification's, both in units of the
-    target's own step. Leviathan et al. 2023, theorem 3.8, where v = 1; v grows with the batch,
-    t(B (g + 1)) / t(B), because each sequence brings g + 1 tokens.
+    `draft_cost` c is the time of a draft step and `verify_cost` v that of a verification, both in
+    units of the target's own step. Source: Leviathan et al. 2023, theorem 3.8, with v = 1. It grows
+    with the batch, v = t(B (g + 1)) / t(B), because each sequence brings g + 1 tokens.
     """
     return accepted_length(acceptance, draft_tokens) / (draft_tokens * draft_cost + verify_cost)
 
@@ -180,12 +184,15 @@ def speculative_speedup(
 def forward_s(shape: Shape, ceilings: Ceilings, tokens: float, context_bytes: float) -> float:
     """Seconds of a forward pass over `tokens` that reads the weights and `context_bytes` of KV.
 
-    The roofline (Williams et al. 2009); attention's own FLOP are left out.
+    Source: the roofline (Williams et al. 2009). The FLOP of attention are left out.
     """
     memory_s = (shape.step_bytes(tokens) + context_bytes) / ceilings.memory_bandwidth_bytes_per_s
     return max(memory_s, 2 * shape.matmul_params * tokens / ceilings.bf16_flops_per_s)
 
 
 def kv_tokens(shape: Shape, memory_bytes: float, bytes_per_value: float, block: int) -> float:
-    """Tokens a KV memory holds, in whole blocks. PagedAttention (Kwon et al., SOSP 2023)."""
+    """Tokens that a KV cache of this size holds, in whole blocks of `block` tokens.
+
+    Source: PagedAttention (Kwon et al., SOSP 2023).
+    """
     return memory_bytes // (block * shape.kv_bytes_per_token(bytes_per_value)) * block

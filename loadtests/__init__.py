@@ -1,1 +1,1 @@
-"""What is sent: workload, arrivals, prompts, Locust, and the record of every request."""
+"""Sends the load: workloads, arrivals, prompts, Locust, and the record of every request."""

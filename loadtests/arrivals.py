@@ -1,14 +1,14 @@
-"""When requests are sent.
+"""Defines arrivals: when requests are sent.
 
-Closed loop: a user sends, waits for the whole answer, sends again. `Concurrent(users)` keeps that
-many requests in flight; `Waves(size)` sends that many, waits for *all* of them, and sends the next:
-static batching done by the client. Open loop: requests come on a schedule drawn beforehand,
-whatever is still outstanding: `Poisson`; `Constant`; `Gamma`, burstier than Poisson below a
-burstiness of 1 and smoother above; `Replay`, at a trace's own times. `Contended(users, every_s)`
-is both: that many users in closed loop, and beside them an intruder's request every so many
-seconds.
+In a closed loop a user sends, waits for the whole response, and sends again. `Concurrent(users)`
+keeps that many requests in flight; `Waves(size)` sends that many, waits for *all* of them, and
+sends the next, which is static batching done by the client. In an open loop requests are sent on a
+schedule drawn beforehand, whatever is still outstanding: `Poisson`; `Constant`; `Gamma`, burstier
+than Poisson below a burstiness of 1 and smoother above; `Replay`, at a trace's own times.
+`Contended(users, every_s)` is both: that many users in a closed loop, and beside them a request of
+an intruder every so many seconds.
 
-Every arrival has a text form, `concurrent:8`, which is also how one is given on a command line.
+Every arrival has a text form such as `concurrent:8`, in which it is also given on a command line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pydantic import (
     TypeAdapter,
 )
 
-MAX_USERS = 1024  # Locust users of one process: an open loop with more outstanding falls behind
+MAX_USERS = 1024  # Locust users of one process; an open loop with more outstanding falls behind
 REPLAY_USERS = 256
 
 
@@ -38,41 +38,50 @@ class _Arrival(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def name(self) -> str:
-        """As a folder name: `concurrent-8`."""
+        """The text form as a folder's name: `concurrent-8`."""
         return str(self).replace(":", "-").replace("/", "-")
 
     @property
     def open_loop(self) -> bool:
+        """Whether requests are sent on a schedule, whatever is outstanding."""
         return False
 
     @property
     def seats(self) -> int:
-        """Locust users it needs: each has at most one request in flight."""
-        return int(getattr(self, "users"))  # noqa: B009  (every arrival has it, its base has not)
+        """The number of Locust users it needs: each has at most one request in flight."""
+        return int(getattr(self, "users"))  # noqa: B009  (every arrival has it, but not this base)
 
 
 class Concurrent(_Arrival, frozen=True):
+    """Each of `users` has one request in flight at any time."""
+
     kind: Literal["concurrent"] = "concurrent"
     users: PositiveInt = Field(le=MAX_USERS)
 
 
 class Waves(_Arrival, frozen=True):
+    """A wave of `size` requests is sent at once when the whole wave before has ended."""
+
     kind: Literal["waves"] = "waves"
     size: PositiveInt = Field(le=MAX_USERS)
 
     @property
     def users(self) -> int:
+        """The number of requests in a wave."""
         return self.size
 
 
 class Contended(_Arrival, frozen=True):
+    """Beside `users` in a closed loop, an intruder sends a request every `every_s` seconds."""
+
     kind: Literal["contended"] = "contended"
-    users: PositiveInt = Field(le=MAX_USERS)  # the intruder not counted
+    users: PositiveInt = Field(le=MAX_USERS)  # without the intruder
     every_s: PositiveFloat = Field(allow_inf_nan=False)
 
     @property
     def seats(self) -> int:
-        return self.users + 1  # the intruder takes the last one
+        """The number of Locust users, of which the last is the intruder."""
+        return self.users + 1
 
 
 class _OpenLoop(_Arrival, frozen=True):
@@ -80,19 +89,22 @@ class _OpenLoop(_Arrival, frozen=True):
 
     @property
     def open_loop(self) -> bool:
+        """Whether requests are sent on a schedule: yes, on one drawn beforehand."""
         return True
 
     @property
     def users(self) -> int:
-        """Enough users that one is always free, unless requests pile up a minute deep."""
+        """The number of Locust users: enough for all requests of a minute to be outstanding."""
         return min(MAX_USERS, max(16, round(self.rate_per_s * 60)))
 
 
 class Poisson(_OpenLoop, frozen=True):
+    """Requests are sent at independent random times, `rate_per_s` on average."""
+
     kind: Literal["poisson"] = "poisson"
 
     def schedule(self, duration_s: float, rng: random.Random) -> list[float]:
-        """Send times in [0, duration_s): exponential gaps of mean 1 / rate."""
+        """Draw the send times in [0, duration_s): exponential gaps of mean 1 / rate."""
         times, at = [], rng.expovariate(self.rate_per_s)
         while at < duration_s:
             times.append(at)
@@ -101,24 +113,27 @@ class Poisson(_OpenLoop, frozen=True):
 
 
 class Constant(_OpenLoop, frozen=True):
+    """Requests are sent at equal intervals, `rate_per_s`."""
+
     kind: Literal["constant"] = "constant"
 
     def schedule(self, duration_s: float, rng: random.Random) -> list[float]:
-        """Send times in [0, duration_s), one every 1 / rate seconds."""
+        """List the send times in [0, duration_s), one every 1 / rate seconds."""
         return list(takewhile(lambda at: at < duration_s, (i / self.rate_per_s for i in count())))
 
 
 class Gamma(_OpenLoop, frozen=True):
-    """Gaps of a gamma distribution of this shape: their coefficient of variation is its -1/2 power.
+    """Gaps between requests have a gamma distribution, whose shape is `burstiness`.
 
-    As in `vllm bench serve --burstiness`.
+    The coefficient of variation of the gaps is burstiness to the power -1/2, as with
+    `vllm bench serve --burstiness`.
     """
 
     kind: Literal["gamma"] = "gamma"
     burstiness: PositiveFloat = Field(allow_inf_nan=False)
 
     def schedule(self, duration_s: float, rng: random.Random) -> list[float]:
-        """Send times in [0, duration_s)."""
+        """Draw the send times in [0, duration_s)."""
         scale_s = 1 / (self.rate_per_s * self.burstiness)
         times, at = [], rng.gammavariate(self.burstiness, scale_s)
         while at < duration_s:
@@ -128,17 +143,19 @@ class Gamma(_OpenLoop, frozen=True):
 
 
 class Replay(_Arrival, frozen=True):
-    """The times of the workload's trace, `speed` times as fast."""
+    """Requests are sent at the times of the workload's trace, `speed` times as fast."""
 
     kind: Literal["replay"] = "replay"
     speed: PositiveFloat = Field(allow_inf_nan=False)
 
     @property
     def open_loop(self) -> bool:
+        """Whether requests are sent on a schedule: yes, on the trace's."""
         return True
 
     @property
     def users(self) -> int:
+        """The number of Locust users, hence of requests that can be outstanding."""
         return REPLAY_USERS
 
 
@@ -149,7 +166,7 @@ _KINDS: dict[str, type[_Arrival]] = {
 
 
 def _from_text(value: Any) -> Any:
-    """`concurrent:8` -> Concurrent(users=8); anything else passes on."""
+    """Read `concurrent:8` as the fields of Concurrent(users=8); leave other values as they are."""
     if not isinstance(value, str):
         return value
     kind, _, text = value.partition(":")
@@ -177,6 +194,6 @@ Arrival = Annotated[
 
 
 def parse(text: str) -> AnyArrival:
-    """Read an arrival's text form; raises pydantic.ValidationError naming the known ones."""
-    read: TypeAdapter[AnyArrival] = TypeAdapter(Arrival)
-    return read.validate_python(text)
+    """Read an arrival's text form; raises pydantic.ValidationError, which names the known ones."""
+    adapter: TypeAdapter[AnyArrival] = TypeAdapter(Arrival)
+    return adapter.validate_python(text)

@@ -1,11 +1,10 @@
-"""The client's metrics for Prometheus: what a dashboard watches while a lab runs.
+"""Exports the client's metrics to Prometheus, for the dashboards that show a lab while it runs.
 
-Labels are `lab`, `variant`, `run_id` and no more; what else there is to say about a moment (which
-workload, which load) is in one info-like gauge, `lab_load_point`, which is 1 while it is sent.
-Long prompts that are sent beside streams count as requests, but their latencies are not the
-streams' and stay out, as in the report.
-Buckets grow by less than a fifth, so a quantile read from them is within 20 %; exact figures come
-from the records, never from here. The histograms are those of `loadtests/latencies.py`.
+The labels are only `lab`, `variant` and `run_id`. Which workload and load are being sent is in one
+info-like gauge, `lab_load_point`, which is 1 meanwhile. Long prompts that are sent beside streams
+count as requests, but their latencies are left out, as in the report. Buckets grow by less than a
+fifth, so that a quantile read from them is within 20 %; exact figures come from the records, never
+from here. The histograms are those of `loadtests/latencies.py`.
 """
 
 from __future__ import annotations
@@ -46,18 +45,18 @@ _BOUNDS = BUCKET_BOUNDS_S.tolist()
 _LE = [*map(str, _BOUNDS), "+Inf"]
 
 
-Counts = np.ndarray[tuple[int], np.dtype[np.int64]]  # of samples in each bucket
+Counts = np.ndarray[tuple[int], np.dtype[np.int64]]  # the number of samples in each bucket
 
 
 def bucket_counts(values: Sequence[float]) -> Counts:
-    """Each in the bucket of the first bound that is not below it."""
+    """Count the values, in seconds, in the bucket of the first bound that is not below each."""
     return np.bincount(np.searchsorted(BUCKET_BOUNDS_S, values), minlength=len(_LE))
 
 
 class SecondsHistogram:
-    """A histogram that takes all samples of a request at once.
+    """A histogram of seconds that takes all samples of a request at once.
 
-    The library's takes them one by one, which costs as much as reading a sixth of the stream.
+    The library's own takes them one by one, which costs a sixth of the time of reading the stream.
     """
 
     def __init__(self, name: str, text: str) -> None:
@@ -66,7 +65,7 @@ class SecondsHistogram:
         self._sums: dict[tuple[str, ...], float] = {}
 
     def observe(self, labels: tuple[str, ...], values: Sequence[float]) -> None:
-        """With no values: the series exists from now on."""
+        """Add samples in seconds; without any, the series is only created."""
         if labels not in self._counts:
             self._counts[labels] = np.zeros(len(_LE), np.int64)
             self._sums[labels] = 0.0
@@ -77,11 +76,12 @@ class SecondsHistogram:
             self.add(labels, bucket_counts(values), sum(values))
 
     def add(self, labels: tuple[str, ...], counts: Counts, total: float) -> None:
-        """Samples whose buckets are counted, as another histogram's were."""
+        """Add samples that were already counted by bucket, with their sum in seconds."""
         self._counts[labels] += counts
         self._sums[labels] += total
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
+        """Yield the histogram as the Prometheus library wants it."""
         family = HistogramMetricFamily(self._name, self._text, labels=LABELS)
         for labels, counts in self._counts.items():
             buckets = list(zip(_LE, np.cumsum(counts).tolist(), strict=True))
@@ -90,7 +90,7 @@ class SecondsHistogram:
 
 
 class Exporter:
-    """Owns a registry; `serve` listens on loopback, `begin` and `observe` follow the trials."""
+    """Owns the registry of metrics, which follow the trials one after another."""
 
     def __init__(self) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -110,7 +110,12 @@ class Exporter:
             LABELS,
             registry=self.registry,
         )
-        self._prompt = Counter(PROMPT_TOKENS, "Their prompt tokens", LABELS, registry=self.registry)
+        self._prompt = Counter(
+            PROMPT_TOKENS,
+            "Prompt tokens of requests that ended well",
+            LABELS,
+            registry=self.registry,
+        )
         self._scheduled = Counter(
             SCHEDULED, "Requests due by now, under open loop", LABELS, registry=self.registry
         )
@@ -122,7 +127,7 @@ class Exporter:
             IN_FLIGHT, "Requests sent and not ended", LABELS, registry=self.registry
         )
         self._adapters = Gauge(
-            ADAPTERS, "Different adapters they ask for", LABELS, registry=self.registry
+            ADAPTERS, "Different adapters of the requests in flight", LABELS, registry=self.registry
         )
         self._loop_lag = Gauge(
             LOOP_LAG,
@@ -131,7 +136,10 @@ class Exporter:
             registry=self.registry,
         )
         self._slo = Gauge(
-            SLO, "What a user should wait at most", ("lab", "run_id", "slo"), registry=self.registry
+            SLO,
+            "The longest time that a user should wait",
+            ("lab", "run_id", "slo"),
+            registry=self.registry,
         )
         self._load_point = Gauge(
             LOAD_POINT,
@@ -140,56 +148,54 @@ class Exporter:
             registry=self.registry,
         )
         self._warm_up = Gauge(
-            WARM_UP, "1 while what is sent does not count yet", LABELS, registry=self.registry
+            WARM_UP, "1 during the warm-up, which is not measured", LABELS, registry=self.registry
         )
         self._is_intruder: Callable[[int], bool] = lambda index: False
         self._now: tuple[str, ...] = ()
         self._point: tuple[str, ...] = ()
-        self._told = Progress()
+        self._last_progress = Progress()
 
     def serve(self, port: int) -> None:
+        """Serve the metrics over HTTP on loopback."""
         prometheus_client.start_http_server(port, "127.0.0.1", self.registry)
 
     def begin(self, plan: TrialPlan) -> None:
-        """Follow a new trial; every series of its labels exists, at zero, from now on."""
+        """Follow a new trial, and create every series of its labels at zero."""
         self._now = (plan.lab, plan.variant, plan.run_id)
         for histogram in self._histograms.values():
             histogram.observe(self._now, [])
-        # found once: to look a counter up by its labels costs as much as ten tokens' samples
+        # looked up once, since a look-up by labels costs as much as ten tokens' samples
         self._ok_now, self._failed_now = (
             self._requests.labels(*self._now, outcome) for outcome in ("ok", "error")
         )
         self._output_now, self._prompt_now = (
             c.labels(*self._now) for c in (self._output, self._prompt)
         )
-        for other in (self._sent, self._in_flight):
-            other.labels(*self._now)
+        for metric in (self._sent, self._in_flight):
+            metric.labels(*self._now)
         if plan.arrival.open_loop:
             self._scheduled.labels(*self._now)
         for name, seconds in plan.slo_s.items():
             self._slo.labels(plan.lab, plan.run_id, name).set(seconds)
-        self._told = Progress()
+        self._last_progress = Progress()
         self._point = (*self._now, plan.workload, plan.arrival.name)
         self._load_point.labels(*self._point).set(1)
         self._warm_up.labels(*self._now).set(1)
         self._is_intruder = plan.is_intruder
 
     def end(self) -> None:
+        """End the trial: its gauges fall to zero, or disappear where nothing is measured now."""
         self._load_point.labels(*self._point).set(0)
         self._warm_up.labels(*self._now).set(0)
         self._in_flight.labels(*self._now).set(0)
-        for gauge in (
-            self._overdue,
-            self._loop_lag,
-            self._adapters,
-        ):  # nothing is measured between trials
+        for gauge in (self._overdue, self._loop_lag, self._adapters):
             gauge.remove(*self._now)
 
     def progress(self, now: Progress) -> None:
-        """Take over how far the load is; counters grow by what is new."""
-        self._sent.labels(*self._now).inc(now.sent - self._told.sent)
+        """Update the metrics of the load; counters grow by the difference to the last call."""
+        self._sent.labels(*self._now).inc(now.sent - self._last_progress.sent)
         if now.due is not None:
-            self._scheduled.labels(*self._now).inc(now.due - (self._told.due or 0))
+            self._scheduled.labels(*self._now).inc(now.due - (self._last_progress.due or 0))
             self._overdue.labels(*self._now).set(max(0, now.due - now.sent))
         self._in_flight.labels(*self._now).set(now.in_flight)
         self._warm_up.labels(*self._now).set(not now.warm)
@@ -197,10 +203,10 @@ class Exporter:
             self._adapters.labels(*self._now).set(len(now.adapters))
         if now.loop_lag_s is not None:
             self._loop_lag.labels(*self._now).set(now.loop_lag_s)
-        self._told = now
+        self._last_progress = now
 
     def observe(self, record: RequestRecord) -> None:
-        """Take over a request that ended; one that failed has no latencies, as in the report."""
+        """Count a request that ended; one that failed has no latencies, as in the report."""
         (self._ok_now if record.ok else self._failed_now).inc()
         if record.send_lag_s is not None:
             self._histograms[SEND_LAG.histogram].observe(self._now, [record.send_lag_s])
@@ -216,7 +222,7 @@ class Exporter:
         itl_s = record.itl_s
         counts, total = bucket_counts(itl_s), sum(itl_s)
         self._histograms[ITL.histogram].add(self._now, counts, total)
-        if len(itl_s) == len(record.chunks) - 1:  # one token a chunk: its gap is the interval
+        if len(itl_s) == len(record.chunks) - 1:  # one token per chunk: chunk gaps are the ITL
             self._histograms[CHUNK_GAP.histogram].add(self._now, counts, total)
         else:
             self._histograms[CHUNK_GAP.histogram].observe(self._now, record.chunk_gaps_s)

@@ -1,4 +1,4 @@
-"""The runner's side of the load generator: its command line, and the talk over its pipes."""
+"""Drives the load generator from the runner: its command line, and JSON lines over its pipes."""
 
 from __future__ import annotations
 
@@ -18,37 +18,48 @@ START_TIMEOUT_S = 60.0
 
 
 class GeneratorError(Exception):
-    """The load generator died or no longer answers."""
+    """The load generator died or no longer responds."""
 
 
 class Child(Protocol):
-    """The process this module talks to, started by the caller."""
+    """The generator's process, which the caller starts."""
 
     @property
-    def stdin(self) -> IO[str]: ...
+    def stdin(self) -> IO[str]:
+        """Takes trial plans."""
+
     @property
-    def stdout(self) -> IO[str]: ...
+    def stdout(self) -> IO[str]:
+        """Gives events."""
+
     @property
-    def returncode(self) -> int | None: ...
-    def tail(self, lines: int = 12) -> str: ...
+    def returncode(self) -> int | None:
+        """The exit code, or None while it runs."""
+
+    def tail(self, lines: int = 12) -> str:
+        """Return the last lines of its log."""
 
 
 def argv(users: int, exporter_port: int, master_port: int, processes: int = 1) -> list[str]:
-    """Headless, so many load processes, everything on loopback.
+    """Build the command line of a headless Locust, with everything on loopback.
 
-    Each process has all the users, idle but for its share: one that is left can go on alone.
+    Each load process has all the users, of which those beyond its share are idle. So if the others
+    die, one process can go on alone.
     """
-    every = str(processes * users)
+    all_users = str(processes * users)
     return [
         *_locust(exporter_port, master_port, processes),
-        *("--headless", "--only-summary", "-u", every, "-r", every),
+        *("--headless", "--only-summary", "-u", all_users, "-r", all_users),
     ]
 
 
 def web_argv(
     plan: Path, users: int, web_port: int, exporter_port: int, master_port: int
 ) -> list[str]:
-    """Locust's own web UI, sending a plan's requests with as many users as one asks for there."""
+    """Build the command line of Locust's web UI, where its user sets the number of users.
+
+    They send the requests of `plan`.
+    """
     return [
         *_locust(exporter_port, master_port),
         *("--web-host", "127.0.0.1", "--web-port", str(web_port), "--lab-plan", str(plan)),
@@ -66,7 +77,7 @@ def _locust(exporter_port: int, master_port: int, processes: int = 1) -> list[st
 
 
 class Generator:
-    """Plays trials one after another on one Locust."""
+    """Plays trials one after another on one Locust process."""
 
     def __init__(self, child: Child) -> None:
         self._child = child
@@ -79,14 +90,14 @@ class Generator:
             for line in self._child.stdout:
                 if line.startswith('{"event"'):  # Locust prints its own summary there too
                     self._events.put(json.loads(line))
-        except ValueError:  # the pipe was closed under us: the run is over
+        except ValueError:  # the pipe was closed while reading: the run is over
             return
 
     def _expect(self, event: str, timeout_s: float, waiting: Callable[[], None]) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             try:
-                said = self._events.get(timeout=0.2)
+                message = self._events.get(timeout=0.2)
             except queue.Empty:
                 if (code := self._child.returncode) is not None:
                     raise GeneratorError(
@@ -94,10 +105,10 @@ class Generator:
                     ) from None
                 waiting()
                 continue
-            if said["event"] == "failed":
-                raise GeneratorError(said["reason"])
-            if said["event"] == event:
-                return said
+            if message["event"] == "failed":
+                raise GeneratorError(message["reason"])
+            if message["event"] == event:
+                return message
         raise GeneratorError(
             f"Locust said nothing for {timeout_s:.0f} s; its last lines:\n{self._child.tail()}"
         )
@@ -105,10 +116,10 @@ class Generator:
     def play(
         self, plan: TrialPlan, waiting: Callable[[], None] = lambda: None, grace_s: float = 30
     ) -> TrialSummary:
-        """Play one trial; its records are on disk when this returns. Raises GeneratorError.
+        """Play one trial, whose records are on disk when this returns; raises GeneratorError.
 
-        `waiting` is called a few times a second; what it raises (a dead engine, Ctrl-C) ends the
-        wait.
+        `waiting` is called a few times a second; an exception it raises (a dead engine, Ctrl-C)
+        ends the wait.
         """
         self._child.stdin.write(plan.model_dump_json() + "\n")
         self._child.stdin.flush()

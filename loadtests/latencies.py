@@ -1,7 +1,7 @@
-"""The times that the user of a stream waits, each described once: where its samples are, its names.
+"""Lists the latencies that the user of a stream experiences, each described once.
 
-`loadtests/records.py` computes them from a request's record and gives their definitions. Here is
-what they are named elsewhere: the histogram that Prometheus sees of each, and its title for people.
+`loadtests/records.py` defines them and computes them from a request's record. This table says what
+they are called elsewhere: the histogram of each in Prometheus, and its title for readers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from loadtests.records import RequestRecord
 
 @dataclass(frozen=True)
 class Latency:
-    """A time in seconds of which every request, token or chunk gives a sample."""
+    """A latency is a time in seconds, of which every request, token or chunk gives a sample."""
 
     attribute: str  # of a RequestRecord: one time (or None), or a list of them
     title: str
@@ -23,7 +23,7 @@ class Latency:
     description: str
 
     def samples_s(self, record: RequestRecord) -> list[float]:
-        """The samples of one request; none where it did not get so far."""
+        """List the samples of one request in seconds; empty where it did not get that far."""
         value: float | list[float] | None = getattr(record, self.attribute)
         if value is None:
             return []

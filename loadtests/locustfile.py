@@ -1,19 +1,19 @@
-"""The load generator: Locust's master directs and records, its workers send and stamp.
+"""Generates the load: Locust's master directs and records, its workers send and take times.
 
     locust -f loadtests/locustfile.py --headless --processes 1 -u 16 -r 16 --lab-exporter-port 9111
 
 Trials come as JSON lines on the master's standard input (`TrialPlan`), events go out as JSON lines
-on its standard output. Users are started once and wait between trials, so that a trial costs no
-process start. With `--lab-plan FILE` there are no trials: every user that Locust's web UI starts
+on its standard output. Users are started once and wait between trials, so that a trial does not
+start a process. With `--lab-plan FILE` there are no trials: every user that Locust's web UI starts
 sends that plan's requests one after another, until it is stopped.
 
 With several `--processes` each worker has its share of the users, of the requests and of the
-schedule; they start together, and each counts from its own start. One that dies takes its share
-with it, and the trial says so; the next trial is shared by those that are left.
+schedule. They start together, and each counts time from its own start. If one dies, its share is
+lost, which the trial's summary says; the next trial is shared among those that are left.
 
-A worker does as little as it can while streams are open: it stamps each line as it is read and
-parses it when the request has ended; connections are opened before the load; garbage is collected
-between trials. The master, another process, writes the records and serves Prometheus.
+A worker does as little as it can while streams are open: it takes the time of each line as it is
+read and parses it when the request has ended; connections are opened before the load; garbage is
+collected between trials. The master, another process, writes the records and serves Prometheus.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ PATH = "/v1/chat/completions"
 HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream"}
 REPORT_EVERY_S = 0.5
 LOOP_TICK_S = 0.02
-GIVE_UP_AFTER = 5  # connection failures in a row: the engine is gone
+GIVE_UP_AFTER = 5  # connection failures in a row, which mean that the engine is gone
 now = time.monotonic
 
 
@@ -70,27 +70,27 @@ now = time.monotonic
 
 
 class Turn:
-    """Permission to send one request: which one, when it was due, whether it counts."""
+    """A turn is the permission to send one request: which, when it was due, whether it counts."""
 
     def __init__(self, request: PlannedRequest, due_s: float | None, counts: bool) -> None:
         self.request, self.due_s, self.counts = request, due_s, counts
 
 
 class Load:
-    """Hands out turns to users according to the arrival, and keeps what comes back."""
+    """Plays one trial's share: gives turns to users as the arrival says, and keeps the records."""
 
     def __init__(self, plan: TrialPlan) -> None:
         self.plan = plan
-        every = read_requests(plan.requests)
-        self.requests = plan.own_share([r for r in every if not r.intruder])
+        requests = read_requests(plan.requests)
+        self.requests = plan.own_share([r for r in requests if not r.intruder])
         self.users = plan.seats
-        self._intrusions = iter([r for r in every if r.intruder])
+        self._intrusions = iter([r for r in requests if r.intruder])
         self.sent = self.in_flight = self.failures = 0
         self.adapters: Counter[str] = Counter()  # of the requests in flight
-        self._adapted = any(r.adapter for r in every)
+        self._adapted = any(r.adapter for r in requests)
         self.loop_lag_s: float | None = None  # the worst since the last report
         self.t0 = float("inf")  # not started
-        self._counted = self._answered = 0  # sent within the window, and answered
+        self._counted = self._answered = 0  # sent within the window; of those, succeeded
         self.aborted: str | None = None
         self.exhausted = False
         self.fresh: list[RequestRecord] = []
@@ -100,7 +100,7 @@ class Load:
         self._schedule: list[float] | None = None
         duration_s = plan.warmup_s + (plan.window_s or 0)
         if isinstance(plan.arrival, Replay):
-            due = [r.due_s / plan.arrival.speed for r in every if r.due_s is not None]
+            due = [r.due_s / plan.arrival.speed for r in requests if r.due_s is not None]
             self._schedule = [*plan.own_share([at_s for at_s in due if at_s < duration_s])]
         elif not isinstance(plan.arrival, Concurrent | Contended | Waves):
             times = plan.arrival.schedule(duration_s, random.Random(f"{plan.seed}/times"))
@@ -118,22 +118,25 @@ class Load:
 
     @property
     def name(self) -> str:
-        """What Locust's own statistics call it; by hand, the web UI knows the number of users."""
+        """The name in Locust's own statistics; with the web UI the user sets the arrival there."""
         by_hand = self.plan.window_s is None
         return self.plan.workload if by_hand else f"{self.plan.workload} {self.plan.arrival}"
 
     @property
     def planned(self) -> int | None:
+        """The number of requests in the schedule; None under closed loop."""
         return None if self._schedule is None else len(self._schedule)
 
     def start(self) -> None:
+        """Start the trial's clock."""
         self.t0, self.started_unix_s = now(), time.time()
 
     def elapsed_s(self) -> float:
+        """Return the time on the trial's clock, in seconds."""
         return now() - self.t0
 
     def progress(self) -> Progress:
-        """How far it is; the loop's lag is told once."""
+        """Report how far the load has come, with the loop's worst lag since the last report."""
         lag_s, self.loop_lag_s = self.loop_lag_s, None
         due = None
         if self._schedule is not None:
@@ -149,7 +152,7 @@ class Load:
         )
 
     def _gather(self) -> None:
-        """Wait until all users are here (the last one to arrive opens the gate)."""
+        """Wait until all users have gathered; the last one to arrive opens the gate."""
         self._gathered += 1
         if self._gathered < self.users:
             self._gate.wait()
@@ -173,14 +176,14 @@ class Load:
             self.window_start_s = min(self.window_start_s, at)
 
     def next_turn(self, seat: int) -> Turn | None:
-        """Blocks until this user may send; None when the trial has nothing more to send."""
+        """Block until this user may send; return None when the trial has nothing more to send."""
         intruding = isinstance(self.plan.arrival, Contended) and self.plan.share[0] == 0
         if intruding and seat == self.users - 1:
             assert isinstance(self.plan.arrival, Contended)
             return self._intrude(self.plan.arrival.every_s)
         due_s: float | None = None
         if isinstance(self.plan.arrival, Waves):
-            self._gather()  # whatever has happened, all leave together
+            self._gather()  # even at the end, so that all users leave together
             if self._waves_over:
                 return None
             counts = self._wave_counts
@@ -208,16 +211,16 @@ class Load:
         return Turn(request, due_s, counts)
 
     def _closed(self, at_s: float) -> bool:
-        """Is nothing more to be sent in a closed loop's window?
+        """Whether a closed loop sends nothing more.
 
-        On a slow machine it is held open until as many requests as there are users have been sent
-        in it, and then until they are answered.
+        On a slow machine the window is extended until as many requests as there are users have been
+        sent in it, and then until they have succeeded.
         """
         late = at_s >= self._latest_end_s
         return at_s >= self.window_end_s and (late or self._counted >= self.users)
 
     def _intrude(self, every_s: float) -> Turn | None:
-        """The intruder's next turn, a period after the last; a late one is sent at once."""
+        """Wait for the intruder's next turn, a period after the last; a late one starts at once."""
         due_s = self._next_intrusion_s = self._next_intrusion_s + every_s
         if due_s >= self.window_end_s or self.aborted:
             return None
@@ -230,6 +233,7 @@ class Load:
         return Turn(request, None, due_s >= self.plan.warmup_s)
 
     def keep(self, record: RequestRecord, connection_failed: bool) -> None:
+        """Keep a record for the next report; give up when connections fail in a row."""
         self.fresh.append(record)
         if record.in_window and record.ok:
             self._answered += 1
@@ -242,7 +246,10 @@ class Load:
 
 
 def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, bool]:
-    """Send one request and stamp every line; (record, whether the connection failed)."""
+    """Send one request and take the time of every line.
+
+    Returns its record, and whether the connection failed.
+    """
     lines: list[tuple[float, bytes]] = []
     error, connection_failed = None, False
     load.in_flight += 1
@@ -259,7 +266,7 @@ def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, b
         if response.status_code != 200:
             text = b"".join(line for _, line in lines).decode(errors="replace")
             error = f"HTTP {response.status_code}: {text[:200]}"
-    except Exception as failure:  # whatever the network does becomes this request's record
+    except Exception as failure:  # any failure of the network is recorded with the request
         error, connection_failed = f"{type(failure).__name__}: {failure}", True
     end = now()
     load.in_flight -= 1
@@ -291,10 +298,11 @@ def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, b
 def tokens_of(
     lines: list[tuple[float, bytes]], t0: float
 ) -> tuple[list[tuple[float, int]], int | None, int | None, str | None]:
-    """Server-sent events -> (chunks that carry tokens, prompt tokens, output tokens, complaint).
+    """Parse server-sent events, each with the time at which it was read.
 
-    A chunk's tokens are the growth of the usage it carries. A server that sends usage only at the
-    end counts as one token for each chunk with text; the sums are compared later.
+    Returns the chunks that carry tokens, the prompt tokens, the output tokens, and a complaint or
+    None. A chunk's tokens are the increase of the usage in it. Where a server sends usage only at
+    the end, each chunk with text counts as one token; the sums are compared later.
     """
     chunks: list[tuple[float, int]] = []
     prompt_tokens = output_tokens = complaint = None
@@ -321,7 +329,7 @@ def tokens_of(
 
 
 def text_of(lines: list[tuple[float, bytes]]) -> str:
-    """The answer of an event stream that `tokens_of` has read without complaint."""
+    """Extract the completion from an event stream that `tokens_of` read without complaint."""
     events = [orjson.loads(e) for _, line in lines if (e := line[5:].strip()).startswith(b"{")]
     choices = [choice for event in events for choice in event.get("choices") or ()]
     return "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
@@ -331,21 +339,21 @@ def text_of(lines: list[tuple[float, bytes]]) -> str:
 
 
 class WaitingRoom:
-    """Where users wait between trials."""
+    """Holds a worker's users between trials, and starts and ends each trial with all of them."""
 
     def __init__(self) -> None:
         self.load: Load | None = None
         self.opened = gevent.event.Event()
-        self.arrived = 0
-        self.left = 0
+        self.ready_users = 0
+        self.users_left = 0
         self.seats = itertools.count()
 
     def play(self, load: Load, meet: Callable[[], None]) -> None:
-        """Run one trial to its end: connect every user, start the clock, wait for the last.
+        """Play one trial to its end: connect every user, start the clock, wait for the last.
 
-        `meet` waits for the other load processes, before the clock starts.
+        `meet` waits for the other load processes before the clock starts.
         """
-        self.arrived = self.left = 0
+        self.ready_users = self.users_left = 0
         self.go = gevent.event.Event()
         self.everyone_ready, self.everyone_left = gevent.event.Event(), gevent.event.Event()
         self.load = load
@@ -364,16 +372,18 @@ class WaitingRoom:
         self.load = None
 
     def ready(self) -> None:
+        """Say that this user is connected, and wait for the trial's start."""
         assert self.load
-        self.arrived += 1
-        if self.arrived == self.load.users:
+        self.ready_users += 1
+        if self.ready_users == self.load.users:
             self.everyone_ready.set()
         self.go.wait()
 
     def leave(self) -> None:
+        """Say that this user has nothing more to send; the last one ends the trial."""
         assert self.load
-        self.left += 1
-        if self.left == self.load.users:
+        self.users_left += 1
+        if self.users_left == self.load.users:
             self.everyone_left.set()
 
 
@@ -381,13 +391,15 @@ waiting_room = WaitingRoom()
 
 
 class ChatUser(User):
-    """One user: at most one request in flight."""
+    """A user that has at most one request in flight."""
 
     def on_start(self) -> None:
+        """Take a seat; a trial uses the first seats."""
         self.seat = next(waiting_room.seats)
 
     @task
     def take_part(self) -> None:
+        """Wait for a trial and send its requests, turn by turn, until it has no more."""
         if waiting_room.load is None or waiting_room.load.plan.window_s is not None:
             waiting_room.opened.wait()
         load = waiting_room.load
@@ -417,6 +429,7 @@ class ChatUser(User):
 
 
 def connect(load: Load) -> HTTPClient:
+    """Open a connection to the engine before the load, so that no request pays for it."""
     address = urlsplit(load.plan.url)
     client = HTTPClient(
         address.hostname or "",
@@ -435,7 +448,7 @@ def connect(load: Load) -> HTTPClient:
 
 
 def play_trial(environment: Environment, msg: Any, **_: object) -> None:
-    """On the worker: run the trial, send records as they come and the summary at the end."""
+    """Play a trial on a worker; send the records as they come and the summary at the end."""
     plan = TrialPlan.model_validate_json(msg.data)
     load = Load(plan)
     runner = environment.runner
@@ -472,7 +485,7 @@ gate = gevent.event.Event()
 
 
 def meet(runner: WorkerRunner) -> None:
-    """Says that this process is ready, and waits until all are."""
+    """Say that this load process is ready, and wait until all are."""
     gate.clear()
     runner.send_message("lab-ready")
     gate.wait()
@@ -481,13 +494,14 @@ def meet(runner: WorkerRunner) -> None:
 def watch_loop(load: Load, lags: list[float]) -> None:
     """Measure how late the event loop wakes a greenlet that asked to sleep 20 ms."""
     while True:
-        asked = now()
+        before = now()
         gevent.sleep(LOOP_TICK_S)
-        lags.append(max(0.0, now() - asked - LOOP_TICK_S))
+        lags.append(max(0.0, now() - before - LOOP_TICK_S))
         load.loop_lag_s = max(load.loop_lag_s or 0.0, lags[-1])
 
 
 def report(runner: WorkerRunner, load: Load) -> None:
+    """Send the master the records since the last report, and the progress."""
     fresh, load.fresh = load.fresh, []
     runner.send_message(
         "lab-records",
@@ -496,7 +510,7 @@ def report(runner: WorkerRunner, load: Load) -> None:
 
 
 def report_forever(runner: WorkerRunner, load: Load) -> None:
-    """Until another load takes its place: by hand, whenever the web UI starts again."""
+    """Report until another load takes its place, as when the web UI starts again."""
     while True:
         gevent.sleep(REPORT_EVERY_S)
         if waiting_room.load is not load:
@@ -508,7 +522,7 @@ def report_forever(runner: WorkerRunner, load: Load) -> None:
 
 
 class Director:
-    """Reads plans, gives each worker its share, writes the records, feeds Prometheus."""
+    """Directs the workers: reads plans, shares them out, writes records, feeds Prometheus."""
 
     def __init__(self, runner: MasterRunner, exporter: Exporter) -> None:
         self.runner, self.exporter = runner, exporter
@@ -523,9 +537,11 @@ class Director:
         runner.register_message("lab-done", self.on_done)
 
     def say(self, **event: object) -> None:
+        """Write an event to the runner, as a JSON line on the standard output."""
         print(json.dumps(event), flush=True)
 
     def begin(self, plan: TrialPlan) -> None:
+        """Begin a trial: send each living worker its share of the plan."""
         self.plan, self.records = plan, []
         self.exporter.begin(plan)
         workers = sorted(self.alive())
@@ -538,32 +554,36 @@ class Director:
             self.runner.send_message("lab-trial", share.model_dump_json(), client_id=worker)
 
     def direct(self, users: int) -> None:
+        """Wait for the users to start, then play the plans from the standard input."""
         while self.runner.user_count < users:
             gevent.sleep(0.02)
-        each = users // len(self.alive())
+        users_each = users // len(self.alive())
         gevent.spawn(self.watch)
         self.say(event="ready")
         for line in gevent.fileobject.FileObjectPosix(sys.stdin.fileno(), "rb"):
             plan = TrialPlan.model_validate_json(line)
-            assert plan.arrival.seats <= each, f"{plan.arrival} needs more than {each} users"
+            assert plan.arrival.seats <= users_each, (
+                f"{plan.arrival} needs more than {users_each} users"
+            )
             self.begin(plan)
 
     def watch(self) -> None:
-        """A worker that dies is nobody to wait for."""
+        """Check regularly whether a worker has died, so that the trial does not wait for it."""
         while True:
             gevent.sleep(REPORT_EVERY_S)
             if self.shares:
                 self.go_on()
 
     def alive(self) -> set[str]:
+        """Return the ids of the workers that are connected."""
         return {c.id for c in self.runner.clients.all if c.state != STATE_MISSING}
 
     def lost(self) -> set[str]:
-        """Workers of this trial that have gone without an answer."""
+        """Return the ids of this trial's workers that died before they sent a summary."""
         return self.shares.keys() - self.alive() - self.done.keys()
 
     def go_on(self) -> None:
-        """Start once all that live are ready, end once all of them are done."""
+        """Start the trial once all living workers are ready, and end it once all are done."""
         lost = self.lost()
         if self.ready and self.shares.keys() <= self.ready | lost:
             self.ready = set()
@@ -572,10 +592,12 @@ class Director:
             self.end(lost)
 
     def on_ready(self, msg: Any, **_: object) -> None:
+        """Note that a worker is ready."""
         self.ready.add(msg.node_id)
         self.go_on()
 
     def on_records(self, msg: Any, **_: object) -> None:
+        """Take a worker's records and progress."""
         for fields in msg.data["records"]:
             fields["chunks"] = [(at, tokens) for at, tokens in fields["chunks"]]
             record = RequestRecord(**fields)
@@ -586,19 +608,23 @@ class Director:
         self.exporter.progress(total_progress([*self.progress.values()]))
 
     def on_done(self, msg: Any, **_: object) -> None:
+        """Take a worker's summary."""
         self.done[msg.node_id] = TrialSummary.model_validate_json(msg.data)
         self.go_on()
 
     def end(self, lost: set[str]) -> None:
+        """End the trial: write the records, and send the runner the combined summary."""
         assert self.plan
         seats = {worker: share.seats for worker, share in self.shares.items()}
         self.shares = {}
         self.exporter.end()
-        sent = [s for worker, s in self.done.items() if seats[worker]]
-        if not sent:
+        summaries = [s for worker, s in self.done.items() if seats[worker]]
+        if not summaries:
             self.say(event="failed", reason="the load processes that were to send have died")
             return
-        summary = merged_summary(sent, sum(seats[worker] for worker in lost) / sum(seats.values()))
+        summary = merged_summary(
+            summaries, sum(seats[worker] for worker in lost) / sum(seats.values())
+        )
         try:
             records.write(self.plan.records, self.records)
         except OSError as error:  # a full disk, for one
@@ -621,11 +647,11 @@ def _begin(environment: Environment, **_: object) -> None:
     assert options
     if isinstance(runner, WorkerRunner):
         with contextlib.suppress(PermissionError):
-            os.nice(-10)  # its stamps must not wait for an engine that spins on its core
+            os.nice(-10)  # its times must not wait for an engine that spins on its core
         runner.register_message("lab-trial", play_trial, concurrent=True)
         runner.register_message("lab-go", lambda **_: gate.set())
     elif isinstance(runner, MasterRunner):
-        os.nice(19)  # it shares a core with the worker, whose stamps must not wait
+        os.nice(19)  # it shares a core with the worker, whose times must not wait
         exporter = Exporter()
         if options.lab_exporter_port:
             exporter.serve(options.lab_exporter_port)

@@ -1,4 +1,4 @@
-"""What the runner tells the load generator, and what it is told back: one JSON line each way."""
+"""Defines what the runner and the load generator tell each other: one JSON line each way."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from loadtests.arrivals import Arrival, Contended, Waves
 from loadtests.workload import Request, intrudes
 
 T = TypeVar("T")
-WINDOWS_AT_MOST = 4  # how long a closed loop's window may be held open for answers, in windows
+WINDOWS_AT_MOST = 4  # how far a closed loop may extend its window, in windows
 
 
 class TrialPlan(BaseModel, frozen=True, extra="forbid"):
-    """One trial: a warm-up, a measured window, and a drain in which nothing new is sent."""
+    """One trial to play: a warm-up, a measured window, and a drain in which nothing new is sent."""
 
     url: str
     arrival: Arrival
@@ -26,7 +26,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     records: Path  # written when the trial has ended
     warmup_s: float
     window_s: PositiveFloat | None  # None: until stopped (Locust's own web UI)
-    timeout_s: PositiveFloat  # the longest silence within one answer
+    timeout_s: PositiveFloat  # the longest silence within one response
     seed: int
     lab: str
     variant: str
@@ -34,44 +34,48 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     workload: str
     keep_text: bool = False
     slo_s: dict[str, float] = {}  # ttft, tpot, itl: lines on a dashboard
-    share: tuple[int, int] = (0, 1)  # of a load process: its number, and how many there are
+    share: tuple[int, int] = (0, 1)  # (number of this load process, number of all)
 
     @property
     def seats(self) -> int:
-        """Of this share: users, each with at most one request in flight."""
+        """The number of users of this share, each with at most one request in flight."""
         number, of = self.share
-        if isinstance(self.arrival, Waves):  # they leave together: one process sends them all
+        if isinstance(self.arrival, Waves):  # a wave is sent at once, so one process sends it all
             return self.arrival.seats if number == 0 else 0
-        extra = self.arrival.seats - self.arrival.users  # an intruder's
-        mine = self.arrival.users // of + (number < self.arrival.users % of)
-        return mine + (extra if number == 0 else 0)
+        extra = self.arrival.seats - self.arrival.users  # the intruder
+        users = self.arrival.users // of + (number < self.arrival.users % of)
+        return users + (extra if number == 0 else 0)
 
     def own_share(self, items: Sequence[T]) -> Sequence[T]:
-        """This share of what is sent one after another: divided, not multiplied."""
+        """Select this load process's share of what all of them send together."""
         number, of = self.share
         return items if isinstance(self.arrival, Waves) else items[number::of]
 
     def is_intruder(self, index: int) -> bool:
+        """Whether the request of this index is the intruder's."""
         return isinstance(self.arrival, Contended) and intrudes(index)
 
 
 class TrialSummary(BaseModel, frozen=True, extra="forbid"):
-    """What only the load processes can know; everything else is computed from the records."""
+    """What only the load processes know of a trial; the rest is computed from the records."""
 
     started_unix_s: float  # wall clock at the trial's time 0: for dashboards, never for durations
     window_s: tuple[float, float]  # the measured window, on the trial's clock
     planned: int | None  # requests the schedule holds (open loop)
     sent: int
     exhausted: bool  # the prepared requests ran out before the window did
-    loop_lag_p99_s: float  # how late a load process's event loop ran: the latest of them
+    loop_lag_p99_s: float  # how late an event loop ran, in the worst load process
     loop_lag_max_s: float
     cpu_s: float  # CPU time of the load processes
     aborted: str | None = None
-    lost_share: float = 0.0  # of the users, who went with a load process that died
+    lost_share: float = 0.0  # share of the users whose load process died
 
 
 def merged_summary(summaries: Sequence[TrialSummary], lost_share: float) -> TrialSummary:
-    """Of all shares of a trial. Each counts from its own start: no clocks are compared."""
+    """Combine the summaries of all shares of a trial.
+
+    Each share counts time from its own start, so that no clocks are compared.
+    """
     planned = [s.planned for s in summaries if s.planned is not None]
     return TrialSummary(
         started_unix_s=min(s.started_unix_s for s in summaries),
@@ -88,18 +92,18 @@ def merged_summary(summaries: Sequence[TrialSummary], lost_share: float) -> Tria
 
 
 class Progress(BaseModel, frozen=True, extra="forbid"):
-    """How far a trial's load is, told while it runs."""
+    """How far a trial's load has come, reported while it runs."""
 
     sent: int = 0
     in_flight: int = 0
     warm: bool = False  # the warm-up is over: what is sent now counts
     due: int | None = None  # of the schedule, by now (open loop)
-    adapters: frozenset[str] | None = None  # of the requests in flight, where any are asked for
-    loop_lag_s: float | None = None  # the worst since the last report, where it is watched
+    adapters: frozenset[str] | None = None  # of the requests in flight; None without adapters
+    loop_lag_s: float | None = None  # the worst since the last report
 
 
 def total_progress(shares: Sequence[Progress]) -> Progress:
-    """Of all load processes."""
+    """Combine the progress of all load processes."""
     due = [p.due for p in shares if p.due is not None]
     adapters = [p.adapters for p in shares if p.adapters is not None]
     lags = [p.loop_lag_s for p in shares if p.loop_lag_s is not None]
@@ -114,6 +118,8 @@ def total_progress(shares: Sequence[Progress]) -> Progress:
 
 
 class PlannedRequest(BaseModel, frozen=True, extra="forbid"):
+    """A request as it will be sent: its body as JSON text, and when a trace has it due."""
+
     index: int
     output_tokens: int
     body: str
@@ -123,7 +129,7 @@ class PlannedRequest(BaseModel, frozen=True, extra="forbid"):
 
 
 def body(request: Request, model: str) -> dict[str, Any]:
-    """The chat completion request: streamed, greedy, of an exact length, usage in every chunk."""
+    """Build a chat completion request: streamed, greedy, of exact length, usage in every chunk."""
     return {
         "model": request.adapter or model,
         "messages": request.messages,
@@ -136,6 +142,7 @@ def body(request: Request, model: str) -> dict[str, Any]:
 
 
 def write_requests(path: Path, requests: list[Request], model: str) -> None:
+    """Write the requests as JSON lines of `PlannedRequest`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         for request in requests:
@@ -151,12 +158,13 @@ def write_requests(path: Path, requests: list[Request], model: str) -> None:
 
 
 def sent_sha256(paths: Sequence[Path]) -> str:
-    """Of what is sent and when a trace has it due, whatever else the files come to say."""
+    """Hash what is sent and when a trace has it due, but nothing else in the files."""
     digest = hashlib.sha256()
-    for planned in (request for path in paths for request in read_requests(path)):
-        digest.update(f"{planned.due_s} {planned.body}\n".encode())
+    for request in (request for path in paths for request in read_requests(path)):
+        digest.update(f"{request.due_s} {request.body}\n".encode())
     return digest.hexdigest()
 
 
 def read_requests(path: Path) -> list[PlannedRequest]:
+    """Read what `write_requests` wrote."""
     return [PlannedRequest.model_validate_json(line) for line in path.open("rb")]

@@ -1,9 +1,9 @@
-"""Prompts of an exact number of tokens, made of English sentences. Pure and seeded.
+"""Writes prompts of an exact number of tokens from English sentences. Pure and seeded.
 
 The sentences come from a small grammar written for this project (no corpus, no licence to carry).
 They read as text, so that a model's tokenizer and embedding see ordinary input, but they mean
-little. What the model is asked to do with them is the task: go on, tell a story, or repeat them
-word for word (where what is copied can be guessed).
+little. The task is what the model is asked to do with them: continue, tell a story, or repeat them
+word for word (so that speculative decoding can guess the copy).
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ _ENDINGS = (
     "near the end of the week", "with great care", "for the third time", "while others slept",
     "and nobody was surprised", "because the water was low", "until the bell rang", "at noon",
 )  # fmt: skip
-_LONGEST_SENTENCE_TOKENS, _LONGEST_WORD_TOKENS = 24, 6  # only to take larger steps at first
+_LONGEST_SENTENCE_TOKENS, _LONGEST_WORD_TOKENS = 24, 6  # only to search in larger steps at first
 MOST_BEGINNINGS = 256
 _FILLERS = ("and", "so", "then", "now", "there", "again", "still", "too")
 
 
 class _WordTokens(dict[str, int]):
-    """Word -> its tokens after another word; one that is new is tokenized."""
+    """Maps a word to its number of tokens after another word; counts it when it is first asked."""
 
     def __init__(self, count: CountTokens) -> None:
         super().__init__()
         self._count = count
 
     def __missing__(self, word: str) -> int:
-        one, two = (self._count(_messages(text)) for text in ("so", f"so {word}"))
-        self[word] = two - one
+        without, with_word = (self._count(_messages(text)) for text in ("so", f"so {word}"))
+        self[word] = with_word - without
         return self[word]
 
 
@@ -70,40 +70,44 @@ class Writer:
     def __init__(self, count: CountTokens) -> None:
         self._count = count
         self._word_tokens = _WordTokens(count)
-        self._beginnings: dict[str, int] = {}  # the text of a first message -> tokens of the whole
+        self._beginnings: dict[str, int] = {}  # beginning of a first message -> tokens in all
         self.least_tokens = count(_messages("")) + 1
 
     def chat(
         self, tokens: int, rng: random.Random, lead: str = "", history: Sequence[Message] = ()
     ) -> Messages:
-        """Messages of exactly `tokens`: `history`, and the user's text beginning with `lead`.
+        """Write messages of exactly `tokens`: `history`, and a user's text that begins with `lead`.
 
-        Raises ValueError when the chat template and what is given are longer, or no text fits.
+        Raises ValueError where the chat template, `history` and `lead` alone are longer, or where
+        no text fits.
         """
         least = self._begun(lead, history) + 1
         if tokens < least:
-            given = " and earlier turns" if history else " and its shared prefix" if lead else ""
-            what = f"chat template{given} take" if given else "chat template itself takes"
-            raise ValueError(f"prompt_tokens={tokens} is below the {least} tokens that the {what}")
+            rest = " and earlier turns" if history else " and its shared prefix" if lead else ""
+            cause = f"chat template{rest} take" if rest else "chat template itself takes"
+            raise ValueError(f"prompt_tokens={tokens} is below the {least} tokens that the {cause}")
         return _messages(self._text(tokens, rng, lead, history), history)
 
     def lead(self, tokens: int, rng: random.Random) -> str:
-        """A text of exactly `tokens`, the template's not counted: to begin several prompts with."""
+        """Write a text of exactly `tokens` that several prompts can begin with.
+
+        The tokens of the chat template are not counted.
+        """
         return self._text(self._count(_messages("")) + tokens, rng, "")
 
     def _text(
         self, total: int, rng: random.Random, lead: str, history: Sequence[Message] = ()
     ) -> str:
-        """`lead` and sentences after it, so that the whole message counts `total` tokens.
+        """Write `lead` and sentences after it, so that the whole message has `total` tokens.
 
-        While it searches, a word counts as many tokens as after another word, which is true of
-        tokenizers that split at spaces; where it is not, each attempt is counted as a whole.
+        The search takes the tokens of a word to be those it has after another word, which is true
+        of tokenizers that split at spaces. Where that fails, each attempt is counted as a whole.
         """
-        before = rng.getstate()
+        state = rng.getstate()
         text = self._search(total, rng, lead, self._by_word(lead, history))
         if text is not None and self._count(_messages(text, history)) == total:
             return text
-        rng.setstate(before)
+        rng.setstate(state)
         text = self._search(
             total,
             rng,
@@ -115,7 +119,7 @@ class Writer:
         return text
 
     def _by_word(self, lead: str, history: Sequence[Message]) -> Callable[[Sequence[str]], int]:
-        """Counts the message of `lead` and words, each word tokenized once."""
+        """Return a function that counts the message of `lead` and words, each tokenized once."""
         begun: dict[str, int] = {}
 
         def count(words: Sequence[str]) -> int:
@@ -127,7 +131,7 @@ class Writer:
         return count
 
     def _begun(self, text: str, history: Sequence[Message]) -> int:
-        """Tokens of a message that is so far this text; a lead serves many, and is remembered."""
+        """Count the tokens of a message that is this text; leads are used often and remembered."""
         if history:
             return self._count(_messages(text, history))
         if text not in self._beginnings:
@@ -150,7 +154,7 @@ class Writer:
         while (excess := count() - total) > 0:
             del words[-max(1, excess // _LONGEST_WORD_TOKENS) :]
         fillers = sorted(_FILLERS, key=lambda _: rng.random())
-        for filler in fillers * total:  # a word lost may have been two tokens: add single ones
+        for filler in fillers * total:  # a removed word may have had two tokens: add single ones
             if count() == total:
                 return " ".join(filter(None, (lead, *words)))
             if count(filler) <= total:
@@ -159,8 +163,8 @@ class Writer:
 
 
 def _messages(text: str, history: Sequence[Message] = ()) -> Messages:
-    before = history or [{"role": "system", "content": SYSTEM}]
-    return [*before, {"role": "user", "content": text}]
+    earlier = history or [{"role": "system", "content": SYSTEM}]
+    return [*earlier, {"role": "user", "content": text}]
 
 
 def _sentence(rng: random.Random) -> str:
@@ -172,7 +176,10 @@ def _sentence(rng: random.Random) -> str:
 
 
 def counter(model_path: str) -> CountTokens:
-    """The token count of chat messages under a model folder's tokenizer and chat template."""
+    """Return a function that counts chat messages' tokens with a model folder's tokenizer.
+
+    The folder's chat template is applied, with the generation prompt.
+    """
     if (Path(model_path) / "tokenizer.json").exists():
         from transformers import PreTrainedTokenizerFast as Tokenizer
     else:

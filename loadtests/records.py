@@ -1,10 +1,10 @@
-"""The record of every request, and each request-level metric, defined once.
+"""Defines the record of a request, and each request-level metric.
 
 All times are seconds on the load process's monotonic clock, counted from the start of the trial,
-taken as bytes are read from the socket. The file holds one JSON object a line, the
-fields of `RequestRecord` under their own names, `chunks` as [[time_s, tokens], ...].
+taken as bytes are read from the socket. The file holds one JSON object per line with the fields of
+`RequestRecord` under their own names, and `chunks` as [[time_s, tokens], ...].
 
-Definitions (they differ between tools; these are ours):
+Definitions (tools differ; these are ours):
 
 - TTFT: first chunk that carries an output token, from the scheduled time under open loop (so that
   a late generator cannot hide a queue: no coordinated omission), from the send under closed loop.
@@ -38,35 +38,41 @@ class RequestRecord:
     sent_s: float  # request handed to the socket
     chunks: list[tuple[float, int]]  # (arrival, output tokens) of chunks that carry tokens
     end_s: float | None  # the stream's end
-    prompt_tokens: int | None  # the engine's usage, as is output_tokens
+    prompt_tokens: int | None  # from the engine's usage, as output_tokens is
     output_tokens: int | None
     in_window: bool  # sent inside the measured window
     error: str | None = None
     first_byte_s: float | None = None  # first bytes of any kind, a role-only chunk included
-    text: str | None = None  # the answer, where the plan asks to keep it
+    text: str | None = None  # the completion, where the plan asks to keep it
 
     @property
     def ok(self) -> bool:
+        """Whether the request succeeded: tokens came, and no error."""
         return self.error is None and bool(self.chunks)
 
     @property
     def start_s(self) -> float:
+        """When the user began to wait: as scheduled (open loop), or at the send (closed loop)."""
         return self.sent_s if self.scheduled_s is None else self.scheduled_s
 
     @property
     def send_lag_s(self) -> float | None:
+        """How late a scheduled request was sent; None under closed loop."""
         return None if self.scheduled_s is None else self.sent_s - self.scheduled_s
 
     @property
     def ttft_s(self) -> float | None:
+        """Time to first token: first chunk with a token - start."""
         return self.chunks[0][0] - self.start_s if self.chunks else None
 
     @property
     def e2e_s(self) -> float | None:
+        """End-to-end latency: last chunk - start."""
         return self.chunks[-1][0] - self.start_s if self.chunks else None
 
     @property
     def tpot_s(self) -> float | None:
+        """Time per output token after the first chunk; None where one chunk holds them all."""
         counted = sum(tokens for _, tokens in self.chunks)
         later_tokens = (self.output_tokens or counted) - self.chunks[0][1] if self.chunks else 0
         if later_tokens <= 0 or len(self.chunks) == 1:
@@ -75,15 +81,15 @@ class RequestRecord:
 
     @property
     def chunk_gaps_s(self) -> list[float]:
-        """Between chunks that carry tokens: what a person sees as stutter."""
+        """The gaps between chunks that carry tokens, which a person sees as stutter."""
         times = [time for time, _ in self.chunks]
         return [b - a for a, b in pairwise(times)]
 
     @property
     def itl_s(self) -> list[float]:
-        """One sample a token after the first chunk."""
+        """Inter-token latency: one sample for each token after the first chunk."""
         gaps, sizes = self.chunk_gaps_s, [tokens for _, tokens in self.chunks[1:]]
-        if sizes.count(1) == len(sizes):  # as nearly always, and a run has many: nothing to divide
+        if sizes.count(1) == len(sizes):  # the usual case, made fast
             return gaps
         return [
             gap / tokens for gap, tokens in zip(gaps, sizes, strict=True) for _ in range(tokens)
@@ -91,7 +97,7 @@ class RequestRecord:
 
 
 def write(path: Path, records: Iterable[RequestRecord]) -> None:
-    """Write gzip'd JSON lines, in place only when complete."""
+    """Write the records as gzipped JSON lines; the file appears only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.half")
     # mtime=0: the same records give the same bytes
@@ -103,7 +109,7 @@ def write(path: Path, records: Iterable[RequestRecord]) -> None:
 
 
 def read(path: Path) -> Iterator[RequestRecord]:
-    """Read them back; raises ValueError naming the line that cannot be read."""
+    """Read the records back; raises ValueError, which names the line that cannot be read."""
     number = 0
     try:
         with gzip.open(path, "rb") as file:

@@ -1,8 +1,8 @@
-"""Traces of real traffic: when each request came, and how long it and its answer were.
+"""Reads traces of real traffic: when each request came, and the lengths of prompt and output.
 
-Read as they are published: CSV with the columns `timestamp,input_tokens,output_tokens` (seconds),
-the Azure LLM inference traces (`TIMESTAMP,ContextTokens,GeneratedTokens`, dates), and Mooncake's
-JSON lines (`timestamp` in milliseconds, `input_length`, `output_length`).
+They are read as they are published: CSV with the columns `timestamp,input_tokens,output_tokens`
+(seconds), the Azure LLM inference traces (`TIMESTAMP,ContextTokens,GeneratedTokens`, dates), and
+Mooncake's JSON lines (`timestamp` in milliseconds, `input_length`, `output_length`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ COLUMNS = (
     ("timestamp", "contexttokens", "generatedtokens"),
     ("timestamp", "input_length", "output_length"),
 )
-MOST_ROWS = 4096  # kept, from the beginning: they are part of a run's manifest
+MOST_ROWS = 4096  # the first ones, since a run's manifest holds them
 
 
 def read_trace(path: Path) -> tuple[TraceRow, ...]:
-    """The trace, in order of time; raises ValueError with the line that is wrong and why."""
+    """Read a trace in order of time; raises ValueError, which names the request and the reason."""
     try:
         with path.open(newline="") as file:
             lines = map(json.loads, file) if path.suffix == ".jsonl" else csv.DictReader(file)
@@ -40,13 +40,13 @@ def read_trace(path: Path) -> tuple[TraceRow, ...]:
 
 def _rows(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterable[TraceRow]:
     for number, line in enumerate(lines, 1):
-        named = {str(key).strip().lower(): value for key, value in line.items()}
-        names = next((c for c in COLUMNS if set(c) <= named.keys()), None)
+        fields = {str(key).strip().lower(): value for key, value in line.items()}
+        names = next((c for c in COLUMNS if set(c) <= fields.keys()), None)
         if names is None:
-            known = "; ".join(", ".join(columns) for columns in COLUMNS)
-            has = ", ".join(map(str, line))
-            raise ValueError(f"{path} has the columns {has}; known are {known}")
-        at, prompt, output = (named[name] for name in names)
+            readable = "; ".join(", ".join(columns) for columns in COLUMNS)
+            columns = ", ".join(map(str, line))
+            raise ValueError(f"{path} has the columns {columns}; known are {readable}")
+        at, prompt, output = (fields[name] for name in names)
         try:
             row = (_seconds(at, "input_length" in names), int(prompt), int(output))
         except (TypeError, ValueError) as error:

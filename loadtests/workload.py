@@ -1,4 +1,4 @@
-"""What is sent: how long prompts and answers are, and what the prompts say. Pure and seeded."""
+"""Defines workloads: the lengths of prompts and outputs, and the prompts. Pure and seeded."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from loadtests.arrivals import Arrival, Contended, Replay
 from loadtests.prompts import TASKS, Messages, Task, Writer
 from loadtests.trace import TraceRow, read_trace
 
-BLOCK = 64  # every block of this many drawn lengths holds the same lengths, in another order
+BLOCK = 64  # each block of this many drawn lengths holds the same ones in another order
 
 
 class Fixed(BaseModel, frozen=True, extra="forbid"):
-    """Every length the same."""
+    """Every length is the same."""
 
     kind: Literal["fixed"] = "fixed"
     tokens: PositiveInt
 
     def draw(self, n: int, rng: random.Random) -> list[int]:
+        """Return n lengths in tokens."""
         return [self.tokens] * n
 
 
 class Exponential(BaseModel, frozen=True, extra="forbid"):
-    """Exponential lengths, at least 1 and cut at `max_tokens`.
+    """Lengths have an exponential distribution, at least 1 and cut at `max_tokens`.
 
-    Drawn stratified: each block of 64 holds the same 64 quantiles shuffled, so that two trials
-    differ in order, not in how much work they hold.
+    They are drawn stratified: each block of 64 holds the same 64 quantiles in another order, so
+    that two trials differ in the order of their work, not in its amount.
     """
 
     kind: Literal["exponential"] = "exponential"
@@ -53,13 +54,14 @@ class Exponential(BaseModel, frozen=True, extra="forbid"):
         return self
 
     def draw(self, n: int, rng: random.Random) -> list[int]:
+        """Draw n lengths in tokens."""
         quantiles = [-self.mean_tokens * math.log1p(-(i + 0.5) / BLOCK) for i in range(BLOCK)]
         lengths = [min(self.max_tokens, max(1, round(q))) for q in quantiles]
-        drawn: list[int] = []
-        while len(drawn) < n:
-            # sorting by random() keeps the order the same on every Python version
-            drawn += sorted(lengths, key=lambda _: rng.random())
-        return drawn[:n]
+        blocks: list[int] = []
+        while len(blocks) < n:
+            # sorting by random() gives the same order on every Python version
+            blocks += sorted(lengths, key=lambda _: rng.random())
+        return blocks[:n]
 
 
 Lengths = Annotated[Fixed | Exponential, Field(discriminator="kind")]
@@ -68,10 +70,10 @@ Lengths = Annotated[Fixed | Exponential, Field(discriminator="kind")]
 class Prefix(BaseModel, frozen=True, extra="forbid"):
     """The first `tokens` of every prompt's text are shared by the requests of a group.
 
-    Requests take the groups in turn. With several `documents` the shared text is that many pieces
-    of equal length, as a retrieval system would paste them; `shuffled` pastes the same pieces in
-    another order for every request. The chat template's own first tokens are shared by all, and
-    are not counted here.
+    Requests take the groups in turn. With several `documents` the shared text consists of that many
+    pieces of equal length, as a retrieval system would insert them; `shuffled` puts the pieces in
+    another order for every request. The first tokens of the chat template, which all requests
+    share, are not counted here.
     """
 
     tokens: PositiveInt
@@ -81,7 +83,7 @@ class Prefix(BaseModel, frozen=True, extra="forbid"):
 
 
 class Chat(BaseModel, frozen=True, extra="forbid"):
-    """Conversations: each request carries all earlier turns of its own, and adds to them.
+    """Requests form conversations: each repeats all earlier turns of its own, and adds one.
 
     The first turn's prompt has the workload's prompt length, every later one is `grows_tokens`
     longer: the assistant's scripted reply and the user's next message. After `turns` a new
@@ -93,7 +95,7 @@ class Chat(BaseModel, frozen=True, extra="forbid"):
 
 
 class Intruder(BaseModel, frozen=True, extra="forbid"):
-    """Every fourth request is another's: with its own lengths, sent on its own schedule."""
+    """Every fourth request is an intruder's: it has its own lengths and its own schedule."""
 
     prompt_tokens: PositiveInt
     output_tokens: PositiveInt = 1
@@ -102,8 +104,8 @@ class Intruder(BaseModel, frozen=True, extra="forbid"):
 class Adapters(BaseModel, frozen=True, extra="forbid"):
     """Each request asks for one of `count` LoRA adapters, `tenant-0` and so on.
 
-    `uniform` takes them in turn; `zipf` gives the adapter of rank k a share of 1 / k (exponent 1),
-    drawn. `suffix` names another set of the same adapters.
+    `uniform` takes them in turn; `zipf` draws them, with a probability proportional to 1 / k for
+    the adapter of rank k. `suffix` names another set of the same adapters.
     """
 
     count: PositiveInt
@@ -111,17 +113,17 @@ class Adapters(BaseModel, frozen=True, extra="forbid"):
     suffix: str = ""
 
     def draw(self, n: int, rng: random.Random) -> list[int]:
-        """The tenant of each of n requests."""
+        """Draw the tenant of each of n requests."""
         if self.mix == "uniform":
             return [i % self.count for i in range(n)]
         weights = [1 / (k + 1) for k in range(self.count)]
-        marks = [sum(weights[: k + 1]) / sum(weights) for k in range(self.count)]
-        # bisecting random() keeps the draw the same on every Python version
-        return [min(bisect.bisect(marks, rng.random()), self.count - 1) for _ in range(n)]
+        cumulative = [sum(weights[: k + 1]) / sum(weights) for k in range(self.count)]
+        # bisecting random() gives the same draw on every Python version
+        return [min(bisect.bisect(cumulative, rng.random()), self.count - 1) for _ in range(n)]
 
 
 def _trace(value: Any) -> Any:
-    """A path is read; what was read passes on."""
+    """Read the trace at a path; leave a trace that was read as it is."""
     return read_trace(Path(value)) if isinstance(value, str | Path) else value
 
 
@@ -129,13 +131,13 @@ INTRUDER_EVERY = 4
 
 
 def intrudes(index: int) -> bool:
-    """Whether this request is the intruder's, where there is one."""
+    """Whether the request of this index is the intruder's, in a workload that has one."""
     return index % INTRUDER_EVERY == INTRUDER_EVERY - 1
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request: chat messages of exactly `prompt_tokens`, and how many tokens to answer."""
+    """One request: chat messages of exactly `prompt_tokens`, and the number of output tokens."""
 
     index: int
     messages: Messages
@@ -143,20 +145,20 @@ class Request:
     output_tokens: int
     intruder: bool = False
     tenant: int | None = None
-    adapter: str | None = None  # its name; None asks for the base model
-    due_s: float | None = None  # in its trace
+    adapter: str | None = None  # the adapter's name; None for the base model
+    due_s: float | None = None  # its time in the trace
 
 
 class Workload(BaseModel, frozen=True, extra="forbid"):
-    """A named mix of requests and the arrivals it is sent with.
+    """A workload is a named mix of requests, and the arrivals with which it is sent.
 
     Outputs have exactly the drawn length: the engine is told to ignore its end-of-sequence token,
-    because here the lengths are the point, not what is said. `task` is what prompts ask for;
-    `keep_text` keeps the answers' text in the records; `only` names the variants it is for;
-    `warmup_s` replaces the lab's where that is too short. `primed` sends one request of each prefix
-    group before a trial begins, so that all that is shared is in the cache. A `trace` (a file, by
-    its path) gives the lengths of prompts and answers in place of those drawn, and the times of
-    `replay` loads; where it ends before the requests do, its lengths begin again.
+    because the lengths matter here, not the text. `task` is what the prompts ask for; `keep_text`
+    keeps the completions' text in the records; `only` names the variants that it is for; `warmup_s`
+    replaces the lab's where that is too short. `primed` sends one request of each prefix group
+    before a trial begins, so that everything shared is in the cache. A `trace` (the path of a file)
+    gives the lengths of prompts and outputs instead of drawn ones, and the times of `replay` loads;
+    where the trace is shorter than the requests, its lengths begin again.
     """
 
     name: str
@@ -192,16 +194,17 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
         return self
 
     def is_intruder(self, index: int) -> bool:
+        """Whether the request of this index is the intruder's."""
         return self.intruder is not None and intrudes(index)
 
     def tenants(self, n: int, seed: int) -> list[int | None]:
-        """The tenant of each of the first n requests; None where there are no adapters."""
+        """Draw the tenant of each of the first n requests; None where there are no adapters."""
         if self.adapters is None:
             return [None] * n
         return [*self.adapters.draw(n, random.Random(f"{seed}/{self.name}/tenants"))]
 
     def lengths(self, n: int, seed: int) -> list[tuple[int, int]]:
-        """(prompt, output) tokens of the first n requests; needs no tokenizer."""
+        """Draw the (prompt, output) tokens of the first n requests, without a tokenizer."""
         if rows := self.trace:
             return [rows[i % len(rows)][1:] for i in range(n)]
         prompt_rng, output_rng = (random.Random(f"{seed}/{self.name}/{part}") for part in "po")
@@ -209,14 +212,14 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
         if self.chat:
             grows, turns = self.chat.grows_tokens, self.chat.turns
             prompts = [p + i % turns * grows for i, p in enumerate(prompts)]
-        drawn = list(zip(prompts, self.output_tokens.draw(n, output_rng), strict=True))
+        lengths = list(zip(prompts, self.output_tokens.draw(n, output_rng), strict=True))
         if self.intruder:
-            other = (self.intruder.prompt_tokens, self.intruder.output_tokens)
-            drawn = [other if self.is_intruder(i) else own for i, own in enumerate(drawn)]
-        return drawn
+            intruder = (self.intruder.prompt_tokens, self.intruder.output_tokens)
+            lengths = [intruder if self.is_intruder(i) else own for i, own in enumerate(lengths)]
+        return lengths
 
     def requests(self, n: int, seed: int, writer: Writer) -> list[Request]:
-        """The first n requests, the same for the same seed and tokenizer on any machine."""
+        """Write the first n requests; one seed and tokenizer give the same ones on any machine."""
         rng = random.Random(f"{seed}/{self.name}/text")
         lengths, tenants = self.lengths(n, seed), self.tenants(n, seed)
         messages = self._messages(lengths, rng, writer)
@@ -240,35 +243,36 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
         instruction = TASKS[self.task]
         leads: list[list[str]] = [[instruction] if instruction else []]
         if self.prefix:
-            each, documents = self.prefix.tokens // self.prefix.documents, self.prefix.documents
+            documents = self.prefix.documents
+            tokens = self.prefix.tokens // documents  # of each
             leads = [
-                [writer.lead(each, rng) for _ in range(documents)]
+                [writer.lead(tokens, rng) for _ in range(documents)]
                 for _ in range(min(len(lengths), self.prefix.groups))
             ]
-        found = []
+        prompts = []
         for i, (prompt, _) in enumerate(lengths):
             pieces = leads[i % len(leads)]
             if self.prefix and self.prefix.shuffled:
                 pieces = sorted(pieces, key=lambda _: rng.random())
-            found.append(writer.chat(prompt, rng, " ".join(pieces)))
-        return found
+            prompts.append(writer.chat(prompt, rng, " ".join(pieces)))
+        return prompts
 
     def _conversations(
         self, lengths: list[tuple[int, int]], rng: random.Random, writer: Writer
     ) -> list[Messages]:
         assert self.chat
-        found: list[Messages] = []
+        prompts: list[Messages] = []
         for i, (prompt, _) in enumerate(lengths):
             history: Messages = []
             if i % self.chat.turns:
                 reply = writer.lead(self.chat.grows_tokens // 2, rng)
-                history = [*found[-1], {"role": "assistant", "content": reply}]
-            found.append(writer.chat(prompt, rng, history=history))
-        return found
+                history = [*prompts[-1], {"role": "assistant", "content": reply}]
+            prompts.append(writer.chat(prompt, rng, history=history))
+        return prompts
 
     @property
     def longest_tokens(self) -> int:
-        """The longest context a request can reach."""
+        """The longest context that a request can reach, in tokens."""
         if self.trace:
             return max(prompt + output for _, prompt, output in self.trace)
         longest = sum(

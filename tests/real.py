@@ -80,7 +80,7 @@ def check_run(folder: RunFolder) -> None:
     disagreeing = [c for c in blocking if c.name == "client and engine disagree"]
     assert not [c for c in disagreeing if "the engine counts" in c.text]
     for probe in lab.probes:
-        asked = {v.name for v in lab.variants if folder.probed(probe, v.name)}
+        asked = {v.name for v in lab.variants if folder.probe_result(probe, v.name)}
         assert asked == set(lab.probed or [v.name for v in lab.variants])
     report = (folder.path / "report.md").read_text()
     for name, finding in zip(lab.findings, summary.findings, strict=True):

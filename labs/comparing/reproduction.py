@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from labs.comparing import compare, side_by_side
 from labs.comparing.compare import Row, VerdictPair
 from labs.filing import manifest
-from labs.filing.committed import known
+from labs.filing.committed import tracked
 from labs.filing.manifest import Fact
 from labs.filing.results import DamagedError, RunFolder, all_runs, read_json, write_json
 from labs.judging.judge import Caveat
@@ -181,7 +181,7 @@ def filed(original: RunFolder, committed: bool = False) -> list[Reproduction]:
     """Read the answers filed with a run, newest first; with `committed`, those that git knows."""
     paths = sorted((original.path / FILED).glob("*.json"), reverse=True)
     if committed:
-        paths = known(paths, original.path)
+        paths = tracked(paths, original.path)
     return [read_json(path, Reproduction) for path in paths]
 
 

@@ -1,1 +1,1 @@
-"""What is kept: the folder of a run, its manifest, what is exported of it."""
+"""Files the results: the folder of a run, its manifest, and exports of it."""

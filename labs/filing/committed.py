@@ -1,4 +1,4 @@
-"""Which of the results git knows: the pages that are generated from results count no others.
+"""Tells which results git tracks: pages that are generated from results include no others.
 
 A reader's own runs lie in the same folders as the published ones; `git add` publishes a run.
 """
@@ -14,17 +14,17 @@ from labs.filing import results
 from labs.filing.results import RunFolder, all_runs
 
 
-def known(paths: Iterable[Path], within: Path) -> list[Path]:
-    """Keep those of the paths, all of them below `within`, that git knows.
+def tracked(paths: Iterable[Path], within: Path) -> list[Path]:
+    """Keep those of the paths, all of them below `within`, that git tracks.
 
-    Where git knows nothing there (no git, an archive without a repository, a folder elsewhere),
-    every path counts.
+    Where git tracks nothing there (no git, an archive without a repository, a folder elsewhere),
+    all paths are kept.
     """
-    names = _known_to_git(within)
+    names = _tracked_names(within)
     return [path for path in paths if not names or path.relative_to(within).as_posix() in names]
 
 
-def _known_to_git(folder: Path) -> set[str]:
+def _tracked_names(folder: Path) -> set[str]:
     """Name every file below a folder that git tracks, relative to that folder."""
     if shutil.which("git") is None or not folder.is_dir():
         return set()
@@ -35,4 +35,4 @@ def _known_to_git(folder: Path) -> set[str]:
 def committed_runs() -> list[RunFolder]:
     """List the published runs, newest last."""
     manifests = (folder.path / "run.json" for folder in all_runs())
-    return [RunFolder(path.parent) for path in known(manifests, results.RESULTS)]
+    return [RunFolder(path.parent) for path in tracked(manifests, results.RESULTS)]

@@ -1,9 +1,9 @@
-"""A run for other tools: CSV or Parquet tables, or what `vllm bench serve` saves.
+"""Exports a run for other tools: as CSV or Parquet tables, or in the format of `vllm bench serve`.
 
-The tables are long, one row a request and one row a measurement, each with its variant, workload,
-load and repeat. Of vLLM's format there is one file a trial, under its own keys (read from
-`vllm/benchmarks/serve.py`, version 0.32: `--save-result --save-detailed`), computed by its
-definitions from our records: every request of the trial, from the send. What it cannot know stays
+The tables are long: one row for each request and one for each measurement, with its variant,
+workload, load and repeat. vLLM's format has one file for each trial, with vLLM's keys (taken from
+`vllm/benchmarks/serve.py`, version 0.32: `--save-result --save-detailed`), computed by vLLM's
+definitions from our records: over every request of the trial, from the send. What has no value is
 null, where vLLM would write 0.
 """
 
@@ -32,7 +32,7 @@ TableRow = dict[str, Any]
 
 
 def export(folder: RunFolder, kind: Format, out: Path) -> list[Path]:
-    """Write the run's tables or files into `out`; raises LabError where Parquet has no writer."""
+    """Write the run's tables or files into `out`; raises LabError for Parquet without pyarrow."""
     out.mkdir(parents=True, exist_ok=True)
     if kind == "vllm":
         return list(_vllm_files(folder, out))
@@ -51,7 +51,10 @@ def export(folder: RunFolder, kind: Format, out: Path) -> list[Path]:
 
 
 def requests(folder: RunFolder) -> list[TableRow]:
-    """A row a request. Times are seconds from the start of its trial, null where not reached."""
+    """Make one row per request.
+
+    Times are seconds from the start of the trial, null where a request did not get that far.
+    """
     return [
         {
             **about,
@@ -79,7 +82,7 @@ def requests(folder: RunFolder) -> list[TableRow]:
 
 
 def measurements(folder: RunFolder) -> list[TableRow]:
-    """A row a metric of a trial; one that too few samples support is null."""
+    """Make one row per metric of a trial; its value is null where there were too few samples."""
     summary, run = folder.summary(), folder.run()
     return [
         {
@@ -145,18 +148,18 @@ def _vllm_files(folder: RunFolder, out: Path) -> Iterator[Path]:
 
 
 def vllm_result(folder: RunFolder, trial: Trial) -> TableRow:
-    """One trial under the keys of vLLM's benchmark."""
+    """Describe one trial under the keys of vLLM's benchmark."""
     run, load = folder.run(), trial.point.load
-    every = trial.records
-    done = [r for r in every if r.ok]
-    duration_s = _duration_s(done)
-    taken_in = sum(r.prompt_tokens or 0 for r in done)
-    given_out = sum(r.output_tokens or 0 for r in done)
+    records = trial.records
+    completed = [r for r in records if r.ok]
+    duration_s = _duration_s(completed)
+    input_tokens = sum(r.prompt_tokens or 0 for r in completed)
+    output_tokens = sum(r.output_tokens or 0 for r in completed)
 
-    def a_second(count: float) -> float | None:
+    def per_s(count: float) -> float | None:
         return count / duration_s if duration_s else None
 
-    tokens_per_s, in_flight = _peaks(done)
+    tokens_per_s, in_flight = _peaks(completed)
     return {
         "date": datetime.fromtimestamp(trial.summary.started_unix_s, UTC).strftime("%Y%m%d-%H%M%S"),
         "endpoint_type": "openai-chat",
@@ -164,35 +167,35 @@ def vllm_result(folder: RunFolder, trial: Trial) -> TableRow:
         "label": f"{run.lab['name']} {trial.point.key} {trial.repeat}",
         "model_id": run.model,
         "tokenizer_id": run.model,
-        "num_prompts": len(every),
+        "num_prompts": len(records),
         "request_rate": getattr(load, "rate_per_s", "inf"),
         "burstiness": getattr(load, "burstiness", 1.0),
         "max_concurrency": None if load.open_loop else load.seats,
         "duration": duration_s,
-        "completed": len(done),
-        "failed": len(every) - len(done),
-        "total_input_tokens": taken_in,
-        "total_output_tokens": given_out,
-        "request_throughput": a_second(len(done)),
-        "request_goodput": None,  # without its own --goodput, it writes none either
-        "output_throughput": a_second(given_out),
-        "total_token_throughput": a_second(taken_in + given_out),
-        "input_lens": [r.prompt_tokens for r in every],
-        "output_lens": [r.output_tokens for r in every],
-        "ttfts": [from_send(r)[0] if r.ok else None for r in every],
-        "itls": [r.chunk_gaps_s for r in every],
-        "latencies": [_latency_s(r) if r.ok else None for r in every],
-        "start_times": [r.sent_s for r in every],
-        "queue_times": [r.send_lag_s for r in every],
-        "generated_texts": [r.text for r in every],
-        "errors": [r.error or "" for r in every],
+        "completed": len(completed),
+        "failed": len(records) - len(completed),
+        "total_input_tokens": input_tokens,
+        "total_output_tokens": output_tokens,
+        "request_throughput": per_s(len(completed)),
+        "request_goodput": None,  # vLLM writes none either without --goodput
+        "output_throughput": per_s(output_tokens),
+        "total_token_throughput": per_s(input_tokens + output_tokens),
+        "input_lens": [r.prompt_tokens for r in records],
+        "output_lens": [r.output_tokens for r in records],
+        "ttfts": [from_send(r)[0] if r.ok else None for r in records],
+        "itls": [r.chunk_gaps_s for r in records],
+        "latencies": [_latency_s(r) if r.ok else None for r in records],
+        "start_times": [r.sent_s for r in records],
+        "queue_times": [r.send_lag_s for r in records],
+        "generated_texts": [r.text for r in records],
+        "errors": [r.error or "" for r in records],
         "max_output_tokens_per_s": tokens_per_s,
         "max_concurrent_requests": in_flight,
-        "rtfx": None,  # of audio
-        **_statistics("ttft", [s for r in done for s in from_send(r)]),
-        **_statistics("tpot", [s for r in done for s in after_first_token(r)]),
-        **_statistics("itl", [s for r in done for s in r.chunk_gaps_s]),
-        **_statistics("e2el", [_latency_s(r) for r in done]),
+        "rtfx": None,  # audio only
+        **_statistics("ttft", [s for r in completed for s in from_send(r)]),
+        **_statistics("tpot", [s for r in completed for s in after_first_token(r)]),
+        **_statistics("itl", [s for r in completed for s in r.chunk_gaps_s]),
+        **_statistics("e2el", [_latency_s(r) for r in completed]),
     }
 
 
@@ -200,15 +203,15 @@ def _latency_s(record: RequestRecord) -> float:
     return record.chunks[-1][0] - record.sent_s
 
 
-def _duration_s(done: Sequence[RequestRecord]) -> float | None:
-    if not done:
+def _duration_s(completed: Sequence[RequestRecord]) -> float | None:
+    if not completed:
         return None
-    return max(r.chunks[-1][0] for r in done) - min(r.sent_s for r in done)
+    return max(r.chunks[-1][0] for r in completed) - min(r.sent_s for r in completed)
 
 
 def _statistics(name: str, samples: Sequence[float]) -> dict[str, float | None]:
-    def ms(of: Any) -> float | None:
-        return 1000 * float(of(samples)) if samples else None
+    def ms(statistic: Any) -> float | None:
+        return 1000 * float(statistic(samples)) if samples else None
 
     return {
         f"mean_{name}_ms": ms(np.mean),
@@ -218,14 +221,17 @@ def _statistics(name: str, samples: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def _peaks(done: Sequence[RequestRecord]) -> tuple[float | None, int | None]:
-    """Most chunks in a second, and most requests that touch one, counted from the first send."""
-    if not done:
+def _peaks(completed: Sequence[RequestRecord]) -> tuple[float | None, int | None]:
+    """Count the most chunks in one second, and the most requests active in one.
+
+    Seconds are counted from the first send.
+    """
+    if not completed:
         return None, None
-    began = min(r.sent_s for r in done)
-    seconds = math.ceil(max(r.chunks[-1][0] for r in done) - began) + 1
+    began = min(r.sent_s for r in completed)
+    seconds = math.ceil(max(r.chunks[-1][0] for r in completed) - began) + 1
     chunks, active = np.zeros(seconds), np.zeros(seconds)
-    for r in done:
+    for r in completed:
         for at, _ in r.chunks:
             chunks[int(at - began)] += 1
         active[int(r.sent_s - began) : int(r.chunks[-1][0] - began) + 1] += 1

@@ -1,6 +1,6 @@
-"""What a run was made of, as one flat list, and what of it differs between two runs.
+"""Flattens a run's manifest to a list of facts, and finds those that differ between two runs.
 
-The differences come with the likeliest cause of other figures first: the lab's own knobs, the
+Differences are ordered by how likely they explain different figures: the lab's own settings, the
 engine's command line and environment, what else the machine was doing, the hardware, the engine's
 packages, the model's files, and only then the rest.
 """
@@ -18,7 +18,7 @@ from labs.filing.results import Run, RunFolder, fresh_knobs
 from labs.lab import Lab, LabError
 
 NOTHING = "not recorded"
-LIKELIEST = (  # causes of other figures; what is not named comes last
+LIKELIEST = (  # causes of different figures, likeliest first; other facts come last
     "lab.workloads", "lab.", "engine.", "load.", "endpoint", "machine.model", "machine.",
     "ceilings.",
     "environment.packages.vllm", "environment.packages.torch", "environment.cuda",
@@ -28,11 +28,11 @@ LIKELIEST = (  # causes of other figures; what is not named comes last
     "environment.packages.locust", "environment.packages.gevent", "environment.git",
 )  # fmt: skip
 PACKAGES = "environment.packages."
-MOST_OTHERS = 12  # differences of no likely effect that are shown one by one
+MOST_UNLIKELY = 12  # differences without a likely effect that are shown one by one
 
 
 class Fact(BaseModel, frozen=True, extra="forbid"):
-    """What two manifests say of one thing."""
+    """A fact is the value that each of two manifests has for one thing."""
 
     what: str
     a: str
@@ -40,7 +40,7 @@ class Fact(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def differs(self) -> bool:
-        """What one side never recorded differs in nothing."""
+        """Whether the values differ; a value that one side did not record is no difference."""
         return self.a != self.b and NOTHING not in (self.a, self.b)
 
     def __str__(self) -> str:
@@ -48,7 +48,10 @@ class Fact(BaseModel, frozen=True, extra="forbid"):
 
 
 def facts(run: Run, load: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Everything of a manifest that may matter, by dotted path, as text."""
+    """Map the dotted path of everything in a manifest that may matter to its value as text.
+
+    `load` is what others used of the machine (`cpu_taken_by_others`).
+    """
     environment = run.environment.model_dump(exclude={"variables", "load_average"})
     return dict(
         _flat(
@@ -64,7 +67,7 @@ def facts(run: Run, load: Mapping[str, str] | None = None) -> dict[str, str]:
                     **run.machine.model_dump(exclude={"memory_bytes"}),
                     "memory": f"{run.machine.memory_bytes / 2**30:.0f} GiB",
                 },
-                # measured, so that only two digits can be told apart
+                # measured values, of which two digits are reproducible
                 "ceilings": {
                     "memory_bandwidth": f"{run.ceilings.memory_bandwidth_bytes_per_s:.1e} B/s",
                     "bf16_rate": f"{run.ceilings.bf16_flops_per_s:.1e} FLOP/s",
@@ -84,7 +87,7 @@ def facts(run: Run, load: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def current_lab(run: Run) -> Lab:
-    """What the run's lab is now, resolved as the run's was; raises LabError where it is no more."""
+    """Resolve the run's lab as it is now, as the run's was; raises LabError if it is gone."""
     name = run.lab["name"]
     if name not in LABS:
         raise LabError(f"there is no lab {name} any more")
@@ -93,7 +96,10 @@ def current_lab(run: Run) -> Lab:
 
 
 def is_stale(run: Run) -> bool:
-    """The lab has other knobs now; a field that was added since, at its default, is none."""
+    """Whether the lab's settings have changed since the run.
+
+    A field that was added since and has its default is no change.
+    """
     try:
         return fresh_knobs(run.lab) != fresh_knobs(current_lab(run).resolved())
     except LabError:
@@ -101,7 +107,7 @@ def is_stale(run: Run) -> bool:
 
 
 def cpu_taken_by_others(folder: RunFolder) -> dict[str, str]:
-    """What other guests and other processes took of the CPU during the trials, to 5 %."""
+    """Describe the CPU share that other guests and processes used during trials, to 5 %."""
     run = folder.run()
     results = [
         result
@@ -109,57 +115,62 @@ def cpu_taken_by_others(folder: RunFolder) -> dict[str, str]:
         for repeat in range(1, run.rebuilt_lab().rounds + 1)
         if (result := folder.trial_result(point, repeat))
     ]
-    taken = {
+    shares = {
         "other_guests": [r.cpu_steal for r in results if r.cpu_steal is not None],
         "other_processes": [r.cpu_others for r in results if r.cpu_others is not None],
     }
     return {
-        name: f"about {5 * round(20 * fmean(shares))} % of the CPU"
-        for name, shares in taken.items()
-        if shares
+        name: f"about {5 * round(20 * fmean(of_trials))} % of the CPU"
+        for name, of_trials in shares.items()
+        if of_trials
     }
 
 
 def fact_pairs(a: Mapping[str, str], b: Mapping[str, str]) -> list[Fact]:
-    """Every fact of either, the likeliest cause of other figures first."""
-    found = [Fact(what=path, a=_said(path, a), b=_said(path, b)) for path in {**a, **b}]
-    return sorted(found, key=lambda fact: (_rank(fact.what), fact.what))
+    """Pair the facts of two manifests, the likeliest cause of different figures first."""
+    pairs = [Fact(what=path, a=_value(path, a), b=_value(path, b)) for path in {**a, **b}]
+    return sorted(pairs, key=lambda fact: (_rank(fact.what), fact.what))
 
 
 def differences(a: Mapping[str, str], b: Mapping[str, str]) -> list[Fact]:
-    """The likeliest cause first."""
+    """List the facts that differ, the likeliest cause of different figures first."""
     return [fact for fact in fact_pairs(a, b) if fact.differs]
 
 
 def unrecorded(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
-    """What only one of the two manifests has."""
-    tops = {_known_by(path) for path in {**a, **b}}
+    """Name the parts that only one of the two manifests recorded."""
+    parts = {_part(path) for path in {**a, **b}}
     return sorted(
-        top
-        for top in tops
-        if any(s.get(top) == NOTHING for s in (a, b))
-        and not all(s.get(top) == NOTHING for s in (a, b))
+        part
+        for part in parts
+        if any(side.get(part) == NOTHING for side in (a, b))
+        and not all(side.get(part) == NOTHING for side in (a, b))
     )
 
 
-def table(found: Sequence[Fact], names: tuple[str, str]) -> list[list[str]]:
-    """Side by side; packages by their number when there are many of no likely effect."""
-    likely = [d for d in found if _rank(d.what) < len(LIKELIEST)]
-    others = [d for d in found if _rank(d.what) == len(LIKELIEST)]
-    rows = [["What", *names], *([d.what, _short(d.a), _short(d.b)] for d in likely)]
-    if len(others) > MOST_OTHERS:
-        packages = [d.what.removeprefix(PACKAGES) for d in others]
-        rows.append([f"and {len(others)} more", ", ".join(packages[:MOST_OTHERS]) + " ..", ""])
+def table(facts: Sequence[Fact], names: tuple[str, str]) -> list[list[str]]:
+    """Make a table of two sides, under their names; the first row is the header.
+
+    Many facts without a likely effect are summed up in one row.
+    """
+    likely = [fact for fact in facts if _rank(fact.what) < len(LIKELIEST)]
+    unlikely = [fact for fact in facts if _rank(fact.what) == len(LIKELIEST)]
+    rows = [["What", *names], *([fact.what, _short(fact.a), _short(fact.b)] for fact in likely)]
+    if len(unlikely) > MOST_UNLIKELY:
+        names_only = [fact.what.removeprefix(PACKAGES) for fact in unlikely]
+        rows.append(
+            [f"and {len(unlikely)} more", ", ".join(names_only[:MOST_UNLIKELY]) + " ..", ""]
+        )
     else:
-        rows += [[d.what, _short(d.a), _short(d.b)] for d in others]
+        rows += [[fact.what, _short(fact.a), _short(fact.b)] for fact in unlikely]
     return rows
 
 
-def likeliest_cause(found: Sequence[Fact], sides: tuple[str, str] = ("there", "here")) -> str:
-    """One sentence: the first difference that can change a figure."""
-    if not found:
+def likeliest_cause(facts: Sequence[Fact], sides: tuple[str, str] = ("there", "here")) -> str:
+    """Word the first of the differences, which may explain different figures, in one sentence."""
+    if not facts:
         return "nothing recorded differs: the machine itself, or what else ran beside it"
-    first, *rest = found
+    first, *rest = facts
     more = f" (and {len(rest)} more)" if rest else ""
     a, b = sides
     return f"{first.what}: {_short(first.a)} {a}, {_short(first.b)} {b}{more}"
@@ -173,23 +184,23 @@ def _rank(path: str) -> int:
     return next((i for i, p in enumerate(LIKELIEST) if path.startswith(p)), len(LIKELIEST))
 
 
-def _known_by(path: str) -> str:
-    """The part of the manifest a fact belongs to: one that a side may not have recorded at all."""
-    parts = path.split(".")
-    return ".".join(parts[:2]) if len(parts) > 1 else path
+def _part(path: str) -> str:
+    """Name the part of the manifest that a fact belongs to, which a side may not have recorded."""
+    steps = path.split(".")
+    return ".".join(steps[:2]) if len(steps) > 1 else path
 
 
-def _said(path: str, side: Mapping[str, str]) -> str:
+def _value(path: str, side: Mapping[str, str]) -> str:
     if path in side:
         return side[path]
     if path.startswith("lab."):
         return "none"
-    unknown = path.startswith("load.") or side.get(_known_by(path)) == NOTHING
+    unknown = path.startswith("load.") or side.get(_part(path)) == NOTHING
     return NOTHING if unknown else "absent"
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Leaves by dotted path; items of a list by their name, where they have one."""
+    """Yield the leaves by dotted path; items of a list are named, where they have a name."""
     if isinstance(value, dict):
         steps = list(value.items())
     elif isinstance(value, list | tuple) and value and isinstance(value[0], dict):

@@ -1,4 +1,4 @@
-"""Which runs on file stand for their machine in every table."""
+"""Selects the runs that represent their machine in every table."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from labs.filing.results import DamagedError, Run, RunFolder, all_runs
 
 
 def newest_runs(quick: bool = False, committed: bool = False) -> list[RunFolder]:
-    """The newest complete, ordinary run of each lab on each machine, in the labs' order.
+    """List the newest complete, ordinary run of each lab on each machine, in the labs' order.
 
-    One with random weights stands in where a lab has no other, and is marked. With `quick`, so does
-    a quick run. With `committed`, only runs that git knows count, and one that cannot be read
-    raises DamagedError; a reader's own damaged run is passed over.
+    Where a lab has no other run, one with random weights takes its place and is marked as such;
+    with `quick`, so does a quick run. With `committed`, only runs that git tracks count, and one
+    that cannot be read raises DamagedError; a reader's own damaged run is skipped.
     """
     newest: dict[tuple[str, str], RunFolder] = {}
     for folder in committed_runs() if committed else all_runs():
@@ -23,10 +23,10 @@ def newest_runs(quick: bool = False, committed: bool = False) -> list[RunFolder]
                 raise
             continue
         key = run.machine.slug, run.lab["name"]
-        before = newest.get(key)
+        current = newest.get(key)
         if not folder.complete or run.ad_hoc or run.reproduces or (run.quick and not quick):
             continue
-        if before and _rank(run) < _rank(before.run()):
+        if current and _rank(run) < _rank(current.run()):
             continue
         newest[key] = folder
     order = {name: place for place, name in enumerate(LABS)}

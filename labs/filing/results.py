@@ -1,15 +1,17 @@
-"""What a run leaves on disk: one folder, readable without this code, rebuilt into a report by it.
+"""Defines what a run leaves on disk: a folder that can be read without this code.
+
+This code computes the report from it again.
 
 results/<machine>/machine.json          the hardware and its measured ceilings
-results/<machine>/bench.json            what `make bench` found of the lab's own instruments
+results/<machine>/bench.json            how exact the lab's own instruments are, by `make bench`
 results/<machine>/<lab>/<UTC>-<digest>/
     run.json            the resolved lab, seeds, argv, environment
     predictions.json    written before the first engine starts
     trials/<variant>/<workload>/<load>/<repeat>/requests.jsonl.gz  trial.json
                         telemetry.csv.gz    on a GPU; on a CPU where its energy can be read
     summary.json  report.md  *.svg  report.html     computed from the above
-    reproduction.json  .md              where the run repeats another: which figures came out so
-    reproductions/<run>.json  README.md where the run was repeated: the same answers, filed here
+    reproduction.json  .md              where the run repeats another: which figures agree
+    reproductions/<run>.json  README.md where the run was repeated: a copy from each repetition
     COMPLETE            written last, and only when no trial failed
 """
 
@@ -52,7 +54,7 @@ from serving.models import ROOT, Shape
 
 M = TypeVar("M", bound=BaseModel)
 RESULTS = Path(os.environ.get("LABS_RESULTS") or ROOT / "results").resolve()
-FORMAT_VERSION = 2  # 1 hashed the files that held the prompts, with all that stood beside them
+FORMAT_VERSION = 2  # 1 hashed whole files of requests, and not only what is sent
 LEAST_FREE_BYTES = 300 * 2**20
 
 
@@ -61,6 +63,8 @@ class DamagedError(LabError, ValueError):
 
 
 class MachineFile(BaseModel, frozen=True, extra="forbid"):
+    """The content of `machine.json`: the hardware and its measured ceilings."""
+
     machine: Machine
     ceilings: Ceilings
 
@@ -74,7 +78,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     digest: str
     scale: str
     quick: bool
-    changes: dict[str, Any]  # what SET changed; any makes the run ad hoc
+    changes: dict[str, Any]  # by SET=; any change makes the run ad hoc
     endpoint: str | None
     model: str
     dummy: bool = False  # the weights were random
@@ -85,27 +89,29 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     ceilings: Ceilings
     environment: Environment
     argv: dict[str, list[str]]  # variant -> the engine's command line, model path left out
-    model_revision: str | None = None  # of a model from Hugging Face
-    model_files: dict[str, str] = {}  # file -> SHA-256, the tokenizer's among them
+    model_revision: str | None = None  # where the model is from Hugging Face
+    model_files: dict[str, str] = {}  # file -> SHA-256, including the tokenizer's
     derived_sha256: dict[str, str] = {}  # derived model -> SHA-256 over its files
     prompts_sha256: str
-    reproduces: str = ""  # the run that this one was to reproduce; it stays out of summary tables
+    reproduces: str = ""  # the run that this one repeats; it stays out of summary tables
     started_at: str
 
     @property
     def ad_hoc(self) -> bool:
+        """Whether it stays out of summary tables: changed settings, an endpoint, or an A/A run."""
         return bool(self.changes) or self.endpoint is not None or self.aa
 
     @property
     def aa(self) -> bool:
-        """The lab's baseline ran against itself."""
+        """Whether the lab's baseline ran against itself."""
         return bool(self.lab.get("aa"))
 
     def rebuilt_lab(self) -> Lab:
-        """The lab as it was run; its predictions are on file, its functions are not needed."""
+        """Rebuild the lab as it was run, without its functions: its predictions are on file."""
         return lab_from_resolved(self.lab)
 
     def points(self) -> list[Point]:
+        """Rebuild the points that were run."""
         return self.rebuilt_lab().points(
             Shape(**self.model_shape),
             self.ceilings,
@@ -115,21 +121,25 @@ class Run(BaseModel, frozen=True, extra="forbid"):
 
 
 def lab_from_resolved(resolved: Mapping[str, Any], like: Lab | None = None) -> Lab:
-    """A lab from its plain form; what its claims and forecasts predict with is another's."""
+    """Rebuild a lab from its plain form.
 
-    def gone(*_: object) -> Prediction:
+    Its claims and forecasts predict with the functions of `like`; without those, predicting raises
+    LookupError.
+    """
+
+    def missing(*_: object) -> Prediction:
         raise LookupError("a run on file has its predictions on file")
 
     fields = json.loads(json.dumps(resolved))
     for kind in ("claims", "forecasts"):
-        known = {part.name: part.predict for part in getattr(like, kind, ())}
+        predict = {part.name: part.predict for part in getattr(like, kind, ())}
         for part in fields[kind]:
-            part["predict"] = known.get(part["name"], gone)
+            part["predict"] = predict.get(part["name"], missing)
     return Lab.model_validate(fields)
 
 
 def fresh_knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved lab's knobs as today's code reads them: a field added since has its default."""
+    """Read a resolved lab's settings with today's code: a field added since has its default."""
     return knobs(lab_from_resolved(resolved).resolved())
 
 
@@ -150,11 +160,12 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
 
 
 class Predictions(BaseModel, frozen=True, extra="forbid"):
-    """`effects[claim][treatment|baseline]`, `forecasts[name][point]`, and every point's forecast.
+    """The predictions of a run, written before its first engine starts.
 
-    An effect is the ratio of two points' forecasts where both have one; `closed_forms` then holds
-    the lab's own formula beside it. `forecasts` are closed forms, most of them bounds.
-    `in_virtual_time` is None in runs before it was made, and where none could be.
+    `effects[claim][treatment|baseline]` is the ratio of two points' forecasts where both have one;
+    `closed_forms` then holds the lab's own formula beside it. `forecasts[name][point]` are closed
+    forms, most of them bounds. `in_virtual_time` holds every point's forecast; it is None in runs
+    before it was introduced, and where none could be made.
     """
 
     effects: dict[str, dict[str, Prediction]]
@@ -164,7 +175,7 @@ class Predictions(BaseModel, frozen=True, extra="forbid"):
 
 
 class TrialResult(BaseModel, frozen=True, extra="forbid"):
-    """A trial's own file: what the records beside it cannot say."""
+    """The content of `trial.json`: what the records of the requests do not hold."""
 
     point: str
     repeat: int
@@ -172,12 +183,12 @@ class TrialResult(BaseModel, frozen=True, extra="forbid"):
     summary: TrialSummary | None = None
     engine: dict[str, Any] | None = None
     cpu_steal: float | None = None  # share of CPU time taken by other guests of the host
-    cpu_others: float | None = None  # by processes here that are not the run's
+    cpu_others: float | None = None  # share taken by other processes of this host
     took_s: float = 0.0
 
 
 class Agreement(BaseModel, frozen=True, extra="forbid"):
-    """The same counts seen three ways, over the trials of one session; None: not to be had."""
+    """One count over the trials of a session, from three sources; None where it is not known."""
 
     what: str
     records: int
@@ -186,7 +197,10 @@ class Agreement(BaseModel, frozen=True, extra="forbid"):
 
 
 class Finding(BaseModel, frozen=True, extra="forbid"):
-    """What a lab concludes beyond its claims: a table and sentences; `passed` where it can fail."""
+    """What a lab concludes beyond its claims: a table and sentences.
+
+    `passed` is None for a finding that cannot fail.
+    """
 
     title: str
     rows: list[list[str]] = []  # the first is the header
@@ -195,7 +209,7 @@ class Finding(BaseModel, frozen=True, extra="forbid"):
 
 
 class Summary(BaseModel, frozen=True, extra="forbid"):
-    """Everything a report says, computed from the trials."""
+    """Everything that a report says, computed from the trials."""
 
     measurements: dict[str, dict[int, dict[str, float | None]]]
     pooled: dict[str, dict[str, float]]  # point -> percentile over the samples of all repeats
@@ -203,46 +217,47 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     forecasts: list[ForecastResult]
     findings: list[Finding] = []
     in_virtual_time: list[ForecastAtPoint] = []
-    answers: dict[str, str] = {}  # id of a question the lab answers -> what this run says to it
+    answers: dict[str, str] = {}  # id of a question -> this run's answer to it
     caveats: list[Caveat]
     failed: dict[str, str]
     missing: int  # trials that were never played
 
     def figure(self, point: str, metric: str) -> Interval | None:
-        """A point's figure as the table of metrics wants it shown."""
+        """Return a point's figure as the table of metrics wants it shown, or None without data."""
         return figure(self.measurements.get(point, {}), self.pooled.get(point, {}), metric)
 
     def value(self, point: str, metric: str) -> float | None:
-        """That figure without its interval."""
+        """Return a point's figure without its interval."""
         interval = self.figure(point, metric)
         return interval.value if interval else None
 
     def over_repeats(self, point: str, metric: str) -> Interval | None:
-        """The mean over a point's repeats with its interval, of a percentile too."""
+        """Compute the mean over a point's repeats with its interval, for percentiles too."""
         return over_repeats(self.measurements.get(point, {}), metric)
 
 
 class Session(BaseModel, frozen=True, extra="forbid"):
-    """How one sitting at a run went: where its time went, and whether the counts agreed."""
+    """How one session of a run went: where its time went, and whether the counts agreed."""
 
     engine_start_s: float
     load_s: float
     wall_s: float
     resident: bool
-    there_and_back: bool = False  # engines that were not: A B C, then C B A
+    there_and_back: bool = False  # where not resident: in turns A B C, then C B A
     agreement: list[Agreement]
-    prometheus: str | None  # why there was none
+    prometheus: str | None  # why there was no Prometheus; None where there was one
     ended_at: str | None = None
 
 
 class RunFolder:
-    """A run on disk."""
+    """Reads and writes the files of one run; a reader raises DamagedError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
     def create(cls, run: Run) -> RunFolder:
+        """Create the folder of a new run under `RESULTS`, with its manifest."""
         folder = cls(RESULTS / run.machine.slug / run.lab["name"] / run.run_id)
         folder.path.mkdir(parents=True)
         write_json(folder.path / "run.json", run)
@@ -250,43 +265,51 @@ class RunFolder:
 
     @property
     def complete(self) -> bool:
+        """Whether the run ended and no trial failed."""
         return (self.path / "COMPLETE").exists()
 
     def run(self) -> Run:
+        """Read the manifest."""
         return read_json(self.path / "run.json", Run)
 
     def predictions(self) -> Predictions:
+        """Read what was predicted before the first engine started."""
         return read_json(self.path / "predictions.json", Predictions)
 
     def summary(self) -> Summary:
+        """Read what was computed from the trials."""
         return read_json(self.path / "summary.json", Summary)
 
     def session(self) -> Session | None:
+        """Read how the last session went, if one ended."""
         path = self.path / "session.json"
         return read_json(path, Session) if path.exists() else None
 
     def probe_file(self, probe: str, variant: str) -> Path:
+        """Return the path of a probe's result on a variant's engine."""
         return self.path / "probes" / f"{probe}-{variant}.json.gz"
 
-    def probed(self, probe: str, variant: str) -> dict[str, Any] | None:
-        """What a probe, or its quick form, found on a variant's engine, if it was asked there."""
+    def probe_result(self, probe: str, variant: str) -> dict[str, Any] | None:
+        """Read the result of a probe, or of its quick form, on a variant's engine, if any."""
         for path in (self.probe_file(name, variant) for name in (probe, f"{probe}-quick")):
             if path.exists():
-                found: dict[str, Any] = orjson.loads(gzip.decompress(path.read_bytes()))
-                return found
+                result: dict[str, Any] = orjson.loads(gzip.decompress(path.read_bytes()))
+                return result
         return None
 
     def trial_folder(self, point: Point, repeat: int) -> Path:
+        """Return the path of a trial's folder."""
         return self.path / "trials" / point.key / str(repeat)
 
     def trial_result(self, point: Point, repeat: int) -> TrialResult | None:
+        """Read a trial's own file, if the trial ended."""
         path = self.trial_folder(point, repeat) / "trial.json"
         return read_json(path, TrialResult) if path.exists() else None
 
     def trials(
         self, points: list[Point], lab: Lab
     ) -> Iterator[tuple[Point, TrialResult, Trial | None]]:
-        """Every trial that ended, with its data unless it failed."""
+        """Yield every trial that ended, with its data unless it failed."""
         for point in points:
             for repeat in range(1, lab.rounds + 1):
                 result = self.trial_result(point, repeat)
@@ -297,14 +320,14 @@ class RunFolder:
                     continue
                 home = self.trial_folder(point, repeat)
                 try:
-                    found = list(records.read(home / "requests.jsonl.gz"))
+                    trial_records = list(records.read(home / "requests.jsonl.gz"))
                 except ValueError as error:
                     raise DamagedError(str(error)) from error
                 trial = Trial(
                     point,
                     repeat,
                     lab.slo,
-                    found,
+                    trial_records,
                     result.summary,
                     None if result.engine is None else snapshot_from_json(result.engine),
                     telemetry.read(home / "telemetry.csv.gz"),
@@ -313,11 +336,12 @@ class RunFolder:
 
 
 def run_id(digest: str) -> str:
+    """Name a run that starts now: UTC time and digest."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{digest}"
 
 
 def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
-    """The engine metrics the lab knows by name, as plain JSON."""
+    """Convert the engine metrics that the lab knows by name to plain JSON."""
     return {
         "values": {n: v for n, v in snapshot.values.items() if metrics.is_known(n)},
         "histograms": {
@@ -330,6 +354,7 @@ def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def snapshot_from_json(plain: dict[str, Any]) -> Snapshot:
+    """Read the engine metrics back that `snapshot_json` wrote."""
     return Snapshot(
         plain["values"],
         {
@@ -341,17 +366,18 @@ def snapshot_from_json(plain: dict[str, Any]) -> Snapshot:
 
 
 def write_json(path: Path, model: BaseModel) -> None:
+    """Write a model as JSON; the file appears only when it is whole."""
     whole.write(path, json.dumps(model.model_dump(mode="json"), indent=1) + "\n")
 
 
 def write_gzip(path: Path, plain: Any) -> None:
-    """Gzip'd JSON, whole or not at all."""
+    """Write plain data as gzipped JSON; the file appears only when it is whole."""
     packed = gzip.compress(orjson.dumps(plain, option=orjson.OPT_NON_STR_KEYS), mtime=0)
     whole.write(path, packed)
 
 
 def read_json(path: Path, kind: type[M]) -> M:
-    """Raises DamagedError."""
+    """Read a model from JSON; raises DamagedError, which names the file and the field."""
     try:
         return kind.model_validate_json(path.read_text())
     except FileNotFoundError as error:
@@ -365,7 +391,7 @@ def read_json(path: Path, kind: type[M]) -> M:
 
 
 def require_room(path: Path) -> None:
-    """Raises LabError where a run's files cannot be written or might not fit."""
+    """Make the folder; raises LabError where a run's files cannot be written or might not fit."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
@@ -374,60 +400,65 @@ def require_room(path: Path) -> None:
         raise LabError(
             f"RESULTS={path} cannot be written ({error.strerror}): name another folder"
         ) from error
-    free = shutil.disk_usage(path).free
-    if free < LEAST_FREE_BYTES:
+    free_bytes = shutil.disk_usage(path).free
+    if free_bytes < LEAST_FREE_BYTES:
         raise LabError(
-            f"{free / 2**20:.0f} MiB are free under {path}, a run needs"
+            f"{free_bytes / 2**20:.0f} MiB are free under {path}, a run needs"
             f" {LEAST_FREE_BYTES / 2**20:.0f}: make room and run again"
         )
 
 
 def all_runs() -> list[RunFolder]:
-    """Newest last."""
-    found = RESULTS.glob("*/*/*/run.json")
-    return [RunFolder(p.parent) for p in sorted(found, key=lambda p: p.parent.name)]
+    """List the folders of all runs, the newest last."""
+    manifests = RESULTS.glob("*/*/*/run.json")
+    return [RunFolder(p.parent) for p in sorted(manifests, key=lambda p: p.parent.name)]
 
 
 def open_run(path: Path) -> RunFolder:
-    """The run in a folder, seen from here or from the checkout; raises LabError."""
-    found = next((p for p in (path, ROOT / path) if (p / "run.json").exists()), None)
-    if found is None:
+    """Open the run in a folder.
+
+    The path is taken from the working directory or from the checkout; raises LabError where neither
+    holds a run.
+    """
+    folder = next((p for p in (path, ROOT / path) if (p / "run.json").exists()), None)
+    if folder is None:
         raise LabError(
             f"{path} is no run: give a folder with run.json, results/<machine>/<lab>/<run>"
         )
-    return RunFolder(found.resolve())  # its name and its parents' tell which run it is
+    return RunFolder(folder.resolve())  # names of machine, lab and run come from the whole path
 
 
 def latest_run(lab: str, complete: bool = True) -> RunFolder | None:
-    found = [f for f in all_runs() if f.path.parent.name == lab and f.complete == complete]
-    return found[-1] if found else None
+    """Find the newest run of a lab that is complete, or that is not."""
+    runs = [f for f in all_runs() if f.path.parent.name == lab and f.complete == complete]
+    return runs[-1] if runs else None
 
 
 def problems(folder: RunFolder) -> list[str]:
-    """What is wrong with a run on file; empty when it is well formed."""
-    wrong = []
+    """List what is wrong with a run on file; the list is empty when it is well formed."""
+    messages = []
     try:
         run, lab = folder.run(), folder.run().rebuilt_lab()
         folder.predictions(), folder.summary()
         if run.digest != digest_of(run.lab):
-            wrong.append("its lab was changed after the run: the digest is another")
+            messages.append("its lab was changed after the run: the digest is another")
         if run.digest not in folder.path.name:
-            wrong.append("its folder does not carry its digest")
+            messages.append("its folder does not carry its digest")
         if run.machine.slug != folder.path.parent.parent.name:
-            wrong.append("its folder is under another machine's name")
+            messages.append("its folder is under another machine's name")
         for point in run.points():
             for repeat in range(1, lab.repeats + 1):
                 if folder.complete and folder.trial_result(point, repeat) is None:
-                    wrong.append(f"trial {point.key}/{repeat} is missing")
+                    messages.append(f"trial {point.key}/{repeat} is missing")
         list(folder.trials(run.points(), lab))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        wrong.append(f"it cannot be read: {str(error).splitlines()[0]}")
+        messages.append(f"it cannot be read: {str(error).splitlines()[0]}")
     if not folder.complete:
-        wrong.append("it has no COMPLETE")
-    return [*wrong, *_unfit_to_publish(folder.path)]
+        messages.append("it has no COMPLETE")
+    return [*messages, *_unfit_to_publish(folder.path)]
 
 
-MOST_BYTES = 10 * 2**20  # of a run: a collection is cloned whole
+MOST_BYTES = 10 * 2**20  # of a run, since a collection is cloned as a whole
 SECRET = re.compile(
     rb"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glsa_\w{30,}"
     rb"|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16})\b|Bearer [\w.-]{20,}|PRIVATE KEY-----"
@@ -436,25 +467,25 @@ HOME = re.compile(rb"(?<![\w.~])/(?:home/[^/\s\"']+|Users/[^/\s\"']+|root)/")
 
 
 def _unfit_to_publish(run: Path) -> list[str]:
-    """A secret, a home folder's name, a log that git keeps, or too much of it all."""
-    wrong = []
+    """List secrets, names of home folders, logs that git tracks, and an excessive size."""
+    unfit = []
     files = [p for p in sorted(run.rglob("*")) if p.is_file() and p.suffix != ".log"]
     size = sum(p.stat().st_size for p in files)
     if size > MOST_BYTES:
-        wrong.append(f"it has {size / 2**20:.1f} MiB, a run may have {MOST_BYTES / 2**20:.0f}")
+        unfit.append(f"it has {size / 2**20:.1f} MiB, a run may have {MOST_BYTES / 2**20:.0f}")
     for path in files:
         try:
             content = path.read_bytes()
             content = gzip.decompress(content) if path.suffix == ".gz" else content
         except (OSError, EOFError, zlib.error):
-            continue  # a damaged file is told of where it is read
+            continue  # a damaged file is reported where it is read
         name = path.relative_to(run)
-        if SECRET.search(content):  # which is not repeated here
-            wrong.append(f"{name} holds what looks like a secret: revoke it, then remove it")
-        if found := HOME.search(content):
-            wrong.append(f"{name} names a home folder, {found[0].decode(errors='replace')}..")
+        if SECRET.search(content):  # the message must not repeat it
+            unfit.append(f"{name} holds what looks like a secret: revoke it, then remove it")
+        if home := HOME.search(content):
+            unfit.append(f"{name} names a home folder, {home[0].decode(errors='replace')}..")
     if shutil.which("git"):
-        kept = ["git", "-C", str(run), "ls-files", "*.log"]
-        logs = subprocess.run(kept, capture_output=True, text=True).stdout.split()
-        wrong += [f"{name} is a log that git keeps: remove it" for name in logs]
-    return wrong
+        command = ["git", "-C", str(run), "ls-files", "*.log"]
+        logs = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        unfit += [f"{name} is a log that git keeps: remove it" for name in logs]
+    return unfit

@@ -1,8 +1,8 @@
-"""One trace, every definition: what other tools would have reported of a run's own records.
+"""Computes what other tools would have reported, by their definitions, from a run's own records.
 
 Read from the tools' sources in November 2026: `vllm bench serve` (`benchmarks/serve.py`), GuideLLM
 (`GenerativeRequestStats`), AIPerf (`InterTokenLatencyMetric`) and inference-perf
-(`summarize_requests`). All four count a request from its send, whatever the schedule said, take in
+(`summarize_requests`). All four count a request from its send, whatever the schedule said, include
 every request of the benchmark, and divide its tokens by its whole duration; we measure a window
 between warm-up and drain. Here a trial is the benchmark.
 """
@@ -28,13 +28,13 @@ COLUMNS = {
     **{f"{latency.title}, mean": "s" for latency in (TTFT, TPOT, ITL)},
     THROUGHPUT.title: THROUGHPUT.unit,
 }
-"""Title -> unit, in the order of a tool's figures."""
+"""Title -> unit of each column, in the order of a tool's figures."""
 PerRequest = Callable[[RequestRecord], Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Tool:
-    """Samples of one request, under the name by which the tool reports them; none: it has none."""
+    """A tool computes samples in seconds of each request; it may have none of a latency."""
 
     name: str
     definition: str
@@ -48,33 +48,35 @@ def _one(value: float | None) -> list[float]:
 
 
 def from_send(record: RequestRecord) -> list[float]:
+    """TTFT from the send: first chunk - send."""
     return [record.chunks[0][0] - record.sent_s]
 
 
 def decode_s(record: RequestRecord) -> float:
+    """Seconds from the first chunk to the last."""
     return record.chunks[-1][0] - record.chunks[0][0]
 
 
 def after_first_token(record: RequestRecord) -> list[float]:
-    """(last - first) / (n - 1): the first chunk is taken for one token."""
+    """TPOT as (last - first) / (n - 1), which takes the first chunk for one token."""
     n = record.output_tokens or 0
     return [decode_s(record) / (n - 1)] if n > 1 else []
 
 
 def after_first_chunk(record: RequestRecord) -> list[float]:
-    """(last - first) / (n - tokens of the first chunk)."""
+    """TPOT as (last - first) / (n - tokens of the first chunk)."""
     n = (record.output_tokens or 0) - record.chunks[0][1]
     return [decode_s(record) / n] if n > 0 else []
 
 
 def first_token_included(record: RequestRecord) -> list[float]:
-    """(last - send) / n."""
+    """TPOT as (last - send) / n, which includes the first token."""
     n = record.output_tokens or 0
     return [(record.chunks[-1][0] - record.sent_s) / n] if n else []
 
 
 def token_gaps(record: RequestRecord) -> list[float]:
-    """Between the times of one token and the next; tokens of one chunk came at one time."""
+    """ITL as the gaps between tokens, where the tokens of one chunk came at the same time."""
     times = [at for at, tokens in record.chunks for _ in range(tokens)]
     return [b - a for a, b in pairwise(times)]
 
@@ -120,37 +122,41 @@ OTHER_TOOLS = (
 )
 
 
-def whole_throughput(found: Sequence[RequestRecord]) -> float | None:
-    """Output tokens / (last end - first send)."""
-    if not found:
+def whole_throughput(records: Sequence[RequestRecord]) -> float | None:
+    """Output tokens/s over the whole benchmark: tokens / (last end - first send)."""
+    if not records:
         return None
-    duration_s = max(r.chunks[-1][0] for r in found) - min(r.sent_s for r in found)
-    return sum(r.output_tokens or 0 for r in found) / duration_s if duration_s > 0 else None
+    duration_s = max(r.chunks[-1][0] for r in records) - min(r.sent_s for r in records)
+    return sum(r.output_tokens or 0 for r in records) / duration_s if duration_s > 0 else None
 
 
 def score(trial: Trial) -> dict[str, list[float | None]]:
-    """Tool -> its mean TTFT, TPOT and ITL, and output throughput of one trial."""
-    every = [r for r in trial.records if r.ok]
+    """Map each tool to its figures of one trial: mean TTFT, TPOT, ITL, and output throughput."""
+    completed = [r for r in trial.records if r.ok]
 
-    def means(tool: Tool, found: Sequence[RequestRecord]) -> list[float | None]:
+    def means(tool: Tool, records: Sequence[RequestRecord]) -> list[float | None]:
         columns = (
-            [s for r in found for s in of(r)] for of in (tool.ttft_s, tool.tpot_s, tool.itl_s)
+            [s for r in records for s in samples_s(r)]
+            for samples_s in (tool.ttft_s, tool.tpot_s, tool.itl_s)
         )
         return [float(np.mean(c)) if c else None for c in columns]
 
     return {
         THIS_LAB.name: [*means(THIS_LAB, trial.measured_requests), output_tokens_per_s(trial)],
-        **{tool.name: [*means(tool, every), whole_throughput(every)] for tool in OTHER_TOOLS},
+        **{
+            tool.name: [*means(tool, completed), whole_throughput(completed)]
+            for tool in OTHER_TOOLS
+        },
     }
 
 
 def scores(folder: RunFolder) -> dict[str, dict[str, list[float | None]]]:
-    """Point -> tool -> figures, each the mean over the repeats."""
+    """Map point -> tool -> figures, each the mean over the repeats."""
     run = folder.run()
-    found: dict[str, list[dict[str, list[float | None]]]] = {}
+    by_point: dict[str, list[dict[str, list[float | None]]]] = {}
     for point, _, trial in folder.trials(run.points(), run.rebuilt_lab()):
         if trial is not None:
-            found.setdefault(point.key, []).append(score(trial))
+            by_point.setdefault(point.key, []).append(score(trial))
 
     def over_repeats(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
         columns = ([v for v in column if v is not None] for column in zip(*rows, strict=True))
@@ -158,13 +164,16 @@ def scores(folder: RunFolder) -> dict[str, dict[str, list[float | None]]]:
 
     return {
         key: {tool: over_repeats([t[tool] for t in trials]) for tool in trials[0]}
-        for key, trials in found.items()
+        for key, trials in by_point.items()
     }
 
 
-def table(found: Mapping[str, Mapping[str, Sequence[float | None]]], lab: Lab) -> list[list[str]]:
+def table(
+    figures_by_point: Mapping[str, Mapping[str, Sequence[float | None]]], lab: Lab
+) -> list[list[str]]:
+    """Make a table of each tool's figures at each point; the first row is the header."""
     rows = [["Point", "Tool", *COLUMNS]]
-    for key, tools in found.items():
+    for key, tools in figures_by_point.items():
         for place, (tool, figures) in enumerate(tools.items()):
             cells = [number(v, unit) for v, unit in zip(figures, COLUMNS.values(), strict=True)]
             rows.append([point_label(key, lab) if place == 0 else "", tool, *cells])
@@ -172,7 +181,7 @@ def table(found: Mapping[str, Mapping[str, Sequence[float | None]]], lab: Lab) -
 
 
 def explanations(points: Sequence[Point]) -> list[str]:
-    """Why the rows differ."""
+    """Explain, one sentence each, why the rows of the table differ."""
     lines = [f"{tool.name}: {tool.definition}." for tool in (THIS_LAB, *OTHER_TOOLS)]
     if any(p.load.open_loop for p in points):
         lines.append(

@@ -84,7 +84,9 @@ def tenant_leaks(context: Context) -> TenantLeaks:
     ]
     parts = {"under load, in trials": in_trials}
     variants = context.lab.variants
-    probe = next((p for v in variants if (p := context.folder.probed("tenants", v.name))), None)
+    probe = next(
+        (p for v in variants if (p := context.folder.probe_result("tenants", v.name))), None
+    )
     probed = None
     if probe:
         asked = [(int(t), str(text)) for t, text in probe["answers"]]

@@ -56,7 +56,7 @@ def timing_leak(context: Context) -> TimingLeak | None:
     was not asked.
     """
     variants = context.lab.variants
-    probe = next((p for v in variants if (p := context.folder.probed("salt", v.name))), None)
+    probe = next((p for v in variants if (p := context.folder.probe_result("salt", v.name))), None)
     if probe is None:
         return None
     timed = []

@@ -25,7 +25,7 @@ class Quality:
 
 def asked(context: Context, variant: str) -> list[Evaluation]:
     """What a variant answered to the quality probe, each time that it was asked."""
-    probe = context.folder.probed("quality", variant)
+    probe = context.folder.probe_result("quality", variant)
     return [Evaluation.model_validate(a) for a in probe["answers"]] if probe else []
 
 

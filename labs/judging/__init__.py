@@ -1,1 +1,1 @@
-"""Whether it is so: measurements from records, statistics, validity, quality."""
+"""Judging turns records into measurements, and measurements into verdicts, where they are valid."""

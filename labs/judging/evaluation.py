@@ -1,18 +1,19 @@
-"""What one engine answers, asked through its HTTP API: logprobs, needles and small tasks.
+"""Evaluates the quality of one engine through its HTTP API: logprobs, needles and small tasks.
 
-So the kernels and the KV cache that serve are what is measured. Everything is greedy and seeded.
+So what is measured are the kernels and the KV cache that serve. All decoding is greedy and seeded.
 
-Does scoring a prompt read the quantized KV cache? vLLM's CPU attention is handed nothing but the
-cache, so yes: `prompt_logprobs` under an FP8 cache differ from BF16's even in a prompt's first and
-only chunk. An engine whose prefill attends to the unquantized keys would show a KL divergence of
-zero; needle retrieval goes through the cache even there, since the questions about one text
-follow each other and find it in the prefix cache (on by default). Requests for `prompt_logprobs`
-never read the prefix cache, so asking twice scores twice.
+Does scoring a prompt read the quantized KV cache? Yes: vLLM's CPU attention is given nothing but
+the cache, so that `prompt_logprobs` under an FP8 cache differ from BF16's even in a prompt's first
+and only chunk. An engine whose prefill attends to the unquantized keys would show a KL divergence
+of zero. Needle retrieval reads the cache even there, since the questions about one text follow
+each other and find it in the prefix cache (on by default). Requests for `prompt_logprobs` never
+read the prefix cache, so that a second evaluation scores anew.
 
-Kernels round differently for another batch or another share of cached tokens, which alone moves
-perplexity by 0.1 to 0.3 % and turns a needle's last digit. So passages are scored one at a time,
-and every round of questions brings its own cache salt, lest a second one find the first one's
-blocks. What noise is left shows when an engine is asked twice; `at_once=1` leaves next to none.
+Kernels round differently for another batch or another share of cached tokens. This alone moves
+perplexity by 0.1 to 0.3 % and changes the last digit of a needle's number. So passages are scored
+one at a time, and every evaluation has its own cache salt, so that a second one does not find the
+blocks of the first. The noise that remains shows when an engine is evaluated twice; with
+`at_once=1` there is next to none.
 """
 
 from __future__ import annotations
@@ -42,27 +43,30 @@ TIMEOUT_S = 120
 
 
 class Passage(BaseModel, frozen=True, extra="forbid"):
-    """A scored text: its tokens from the second on, and at each position the logprobs known."""
+    """A passage is a scored text: its tokens from the second on, with logprobs at each position."""
 
     token_ids: tuple[int, ...]
-    known: tuple[dict[int, float], ...]  # of the top-K ids and the actual one
+    known: tuple[dict[int, float], ...]  # logprobs of the top-K ids and of the actual one
 
     @property
     def logprobs(self) -> list[float]:
-        return [known[token] for token, known in zip(self.token_ids, self.known, strict=True)]
+        """The logprob of each actual token, in nats."""
+        return [by_id[token] for token, by_id in zip(self.token_ids, self.known, strict=True)]
 
 
 class ScoredCompletion(BaseModel, frozen=True, extra="forbid"):
+    """A question with what the engine completed it with, and whether that is correct."""
+
     question: str
     expected: str
     answer: str
     correct: bool
-    length_tokens: int | None = None  # of needles: of the filler text, about
-    depth: float | None = None
+    length_tokens: int | None = None  # of a needle's filler text, approximately
+    depth: float | None = None  # of a needle: 0 at the beginning of the text, 1 at its end
 
 
 class Evaluation(BaseModel, frozen=True, extra="forbid"):
-    """All that one engine said; under a megabyte as JSON."""
+    """All that one engine was scored on; as JSON it takes less than a megabyte."""
 
     model: str
     passages: tuple[Passage, ...]
@@ -73,14 +77,17 @@ class Evaluation(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True)
 class EvaluationClient:
-    """A served model, and a salt under which the prefix cache is cold once, then warm."""
+    """Sends requests to a served model, under a cache salt of its own.
+
+    The salt makes the prefix cache cold for the first request of a text and warm for the next.
+    """
 
     url: str
     model: str
     salt: str = field(default_factory=lambda: uuid4().hex)
 
-    def choice(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The first choice of a greedy answer; an HTTP error is raised."""
+    def complete(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the first choice of a greedy completion; raises `requests.HTTPError`."""
         greedy = {"model": self.model, "temperature": 0, "seed": 0, "cache_salt": self.salt}
         url = f"{self.url.rstrip('/')}/v1/{path}"
         response = requests.post(url, json={**greedy, **body}, timeout=TIMEOUT_S)
@@ -91,7 +98,7 @@ class EvaluationClient:
 
 @contextlib.contextmanager
 def thread_pool(at_once: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that drops what it has not begun when its block fails or is interrupted."""
+    """A thread pool that drops its queued work when the block fails or is interrupted."""
     with ThreadPoolExecutor(at_once) as pool:
         try:
             yield pool
@@ -109,49 +116,50 @@ def evaluate(
     quick: bool = False,
     at_once: int = 4,
 ) -> Evaluation:
-    """Ask the engine at `url` everything, greedily; `quick` asks a third and decides little.
+    """Evaluate the engine at `url` on passages, needles and tasks.
 
-    `at_once` requests are in flight with needles and tasks. Fewer than four seeds of needles decide
-    nothing: not one difference in 45 answers still leaves ± 6 points.
+    `quick` takes a third of it, which decides little. Needles and tasks have `at_once` requests in
+    flight. Fewer than four seeds of needles decide nothing: even where none of 45 completions
+    differs, the interval is ± 6 points.
     """
     start_s = time.monotonic()
     third = slice(None, None, 3 if quick else 1)
-    engine = EvaluationClient(url, model)
+    client = EvaluationClient(url, model)
     texts = [
         (length, seed)
         for length in (lengths_tokens[:2] if quick else lengths_tokens)
         for seed in range(1 if quick else seeds)
     ]
-    passages = tuple(score_passage(engine, text) for text in _passages("held_out.txt")[third])
+    passages = tuple(score_passage(client, text) for text in _passages("held_out.txt")[third])
     with thread_pool(at_once) as pool:
-        found = pool.map(lambda text: ask_needles(engine, *text), texts)
-        tasks = pool.map(lambda task: ask_task(engine, *task), tasks_with_shots()[third])
+        needles = pool.map(lambda text: ask_needles(client, *text), texts)
+        tasks = pool.map(lambda task: ask_task(client, *task), tasks_with_shots()[third])
         return Evaluation(
             model=model,
             passages=passages,
-            needles=tuple(chain.from_iterable(found)),
+            needles=tuple(chain.from_iterable(needles)),
             tasks=tuple(tasks),
             took_s=round(time.monotonic() - start_s, 3),
         )
 
 
-def score_passage(engine: EvaluationClient, text: str, top: int = TOP) -> Passage:
-    """The logprobs of every token but the first, which nothing precedes."""
+def score_passage(client: EvaluationClient, text: str, top: int = TOP) -> Passage:
+    """Score every token of a text but the first, which nothing precedes."""
     body = {"prompt": text, "max_tokens": 1, "prompt_logprobs": top, "return_token_ids": True}
-    choice = engine.choice("completions", body)
+    choice = client.complete("completions", body)
     return Passage(
         token_ids=choice["prompt_token_ids"][1:],
         known=tuple(
-            {int(token): round(found["logprob"], 5) for token, found in position.items()}
+            {int(token): round(entry["logprob"], 5) for token, entry in position.items()}
             for position in choice["prompt_logprobs"][1:]
         ),
     )
 
 
-def ask_needles(engine: EvaluationClient, length_tokens: int, seed: int) -> list[ScoredCompletion]:
-    """One text with a number at every depth, each asked for in turn: the prefix cache is warm."""
+def ask_needles(client: EvaluationClient, length_tokens: int, seed: int) -> list[ScoredCompletion]:
+    """Ask for the number at each depth of one text; the first question warms the prefix cache."""
     text, numbers = needles_text(length_tokens, seed)
-    replies = []
+    completions = []
     for depth, (key, number) in zip(DEPTHS, numbers.items(), strict=True):
         question = f"What is the magic number of {key}?"
         body = {
@@ -163,31 +171,32 @@ def ask_needles(engine: EvaluationClient, length_tokens: int, seed: int) -> list
             "continue_final_message": True,
             "max_tokens": 8,
         }
-        answer = engine.choice("chat/completions", body)["message"]["content"] or ""
-        replies.append(
+        completion = client.complete("chat/completions", body)["message"]["content"] or ""
+        completions.append(
             ScoredCompletion(
                 question=f"{question} (text {seed})",
                 expected=number,
-                answer=answer,
-                correct=re.search(rf"(?<!\d){number}(?!\d)", answer) is not None,
+                answer=completion,
+                correct=re.search(rf"(?<!\d){number}(?!\d)", completion) is not None,
                 length_tokens=length_tokens,
                 depth=depth,
             )
         )
-    return replies
+    return completions
 
 
 def needles_text(length_tokens: int, seed: int) -> tuple[str, dict[str, str]]:
-    """Held-out sentences with a needle at each depth, and the keys' numbers in that order.
+    """Compose held-out sentences with a needle at each depth; return them and key -> number.
 
-    The length is approximate: held-out prose has 1.13 tokens a word, needles and question have 105.
+    The keys are in the order of the depths. The length is approximate: held-out prose has 1.13
+    tokens a word, and the needles with the question have 105 tokens.
     """
     rng = random.Random(f"{length_tokens}/{seed}")
     numbers = {key: str(rng.randrange(1000, 10000)) for key in rng.sample(KEYS, len(DEPTHS))}
-    every = [s for p in _passages("held_out.txt") for s in re.split(r"(?<=\.) ", p)]
-    first, words, sentences = rng.randrange(len(every)), 0, list[str]()
+    prose = [s for p in _passages("held_out.txt") for s in re.split(r"(?<=\.) ", p)]
+    first, words, sentences = rng.randrange(len(prose)), 0, list[str]()
     while words < (length_tokens - 105) / 1.13:
-        sentences.append(every[(first + len(sentences)) % len(every)])
+        sentences.append(prose[(first + len(sentences)) % len(prose)])
         words += len(sentences[-1].split())
     places = [round(depth * len(sentences)) for depth in DEPTHS]
     for place, (key, number) in reversed(list(zip(places, numbers.items(), strict=True))):
@@ -196,7 +205,7 @@ def needles_text(length_tokens: int, seed: int) -> tuple[str, dict[str, str]]:
 
 
 def tasks_with_shots() -> list[tuple[str, str, str]]:
-    """Of every task: the examples before it, the question, the exact answer."""
+    """List each task as (the examples before it, its question, the exact answer)."""
     tasks = []
     for block in _passages("tasks.txt"):
         rows = [line.split(" | ") for line in block.splitlines()]
@@ -206,12 +215,13 @@ def tasks_with_shots() -> list[tuple[str, str, str]]:
 
 
 def ask_task(
-    engine: EvaluationClient, shots: str, question: str, expected: str
+    client: EvaluationClient, shots: str, question: str, expected: str
 ) -> ScoredCompletion:
+    """Ask one task after its examples; it is correct when the line matches exactly."""
     body = {"prompt": shots + question, "max_tokens": 8, "stop": ["\n"]}
-    answer = engine.choice("completions", body)["text"].strip()
+    line = client.complete("completions", body)["text"].strip()
     return ScoredCompletion(
-        question=question, expected=expected, answer=answer, correct=answer == expected
+        question=question, expected=expected, answer=line, correct=line == expected
     )
 
 

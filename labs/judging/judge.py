@@ -1,12 +1,12 @@
-"""From measurements to verdicts: effects with intervals, then claims where they may be judged.
+"""Judges claims: effects with their intervals, and verdicts where a verdict is allowed.
 
 An effect is the ratio treatment / baseline. Repeats are paired (the same requests, the same block
-of time), so the statistic is the mean of the log ratios over repeats, with Student's t interval:
-with three to five repeats a bootstrap, over repeats or over repeats and then the requests in them,
-covers the truth less often than it says, since so few repeats cannot show how much repeats vary (in
-the tests' simulation fewer than 88 times in 100 for a nominal 95); t does. The
-*noise floor* is the half-width the same interval would have if treatment and baseline were the
-same thing (A/A), estimated from how much repeats of one point differ.
+of time), so the statistic is the mean of the log ratios over repeats, with Student's t interval.
+With three to five repeats a bootstrap, over repeats or over repeats and then the requests in them,
+covers the truth less often than it claims (in the tests' simulation fewer than 88 times in 100 for
+a nominal 95), since so few repeats do not show how much repeats vary; t covers it. The *noise
+floor* is the half-width that the same interval would have if treatment and baseline were the same
+thing (A/A), estimated from how much the repeats of one point differ.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from labs.lab import Claim, Forecast, Prediction
 
 CONFIDENCE = 0.95
 EQUIVALENCE_MARGIN = 0.03  # effects below 3 % change no decision
-LARGEST_EQUIVALENCE_MARGIN = 0.05  # noise beyond this shows nothing, equality least of all
+LARGEST_EQUIVALENCE_MARGIN = 0.05  # noise beyond 5 % does not show that two things are equal
 MOST_REPEATS = 100
 NEGLIGIBLE_LOG = 1e-9  # logs that differ by less do not differ
 
@@ -33,21 +33,22 @@ VerdictKind = Literal["helps", "hurts", "no effect", "inconclusive", "not valid"
 
 
 class Caveat(BaseModel, frozen=True, extra="forbid"):
-    """A named weakness, with advice; one that `blocks` allows no verdict."""
+    """A caveat is a named weakness with advice; one that `blocks` allows no verdict."""
 
     name: str
     text: str
     blocks: bool = False
     point: str | None = None
-    metrics: tuple[str, ...] = ()  # on which it allows none; where none is named, on any
+    metrics: tuple[str, ...] = ()  # that it blocks; all where none is named
 
     def hits(self, metric: str, *points: str) -> bool:
-        here = self.point is None or self.point in points
-        return self.blocks and here and (not self.metrics or metric in self.metrics)
+        """Whether it blocks a verdict about this metric at these points."""
+        at_points = self.point is None or self.point in points
+        return self.blocks and at_points and (not self.metrics or metric in self.metrics)
 
 
 class Interval(BaseModel, frozen=True, extra="forbid"):
-    """A mean over repeats with its 95 % interval; the bounds are None with a single repeat."""
+    """A mean over `n` repeats with its 95 % interval; the bounds are None with a single repeat."""
 
     value: float
     low: float | None
@@ -56,7 +57,7 @@ class Interval(BaseModel, frozen=True, extra="forbid"):
 
 
 class Effect(BaseModel, frozen=True, extra="forbid"):
-    """The ratio treatment / baseline."""
+    """The ratio treatment / baseline, with the noise floor it must exceed."""
 
     ratio: Interval
     floor: float | None  # A/A half-width as a fraction: 0.02 means 2 %
@@ -64,14 +65,14 @@ class Effect(BaseModel, frozen=True, extra="forbid"):
 
 
 class Contrast(BaseModel, frozen=True, extra="forbid"):
-    """The ratio of one figure in two places, and how likely chance alone is to part them so."""
+    """The ratio of one figure in two places, and the p-value of their being equal."""
 
     ratio: Interval
     p: float | None
 
 
 class Judgement(BaseModel, frozen=True, extra="forbid"):
-    """A claim at one pair of points."""
+    """The verdict on a claim at one pair of points, and what it rests on."""
 
     claim: str
     title: str
@@ -79,7 +80,7 @@ class Judgement(BaseModel, frozen=True, extra="forbid"):
     treatment: str
     baseline: str
     outcome: VerdictKind
-    expected: bool | None  # did what the claim expects happen; None when undecided
+    expected: bool | None  # whether the claim came true; None while undecided
     effect: Effect | None
     prediction: Prediction
     prediction_held: bool | None
@@ -87,7 +88,7 @@ class Judgement(BaseModel, frozen=True, extra="forbid"):
 
 
 class ForecastResult(BaseModel, frozen=True, extra="forbid"):
-    """A predicted absolute figure beside the measured one."""
+    """A forecast figure beside the measured one, and whether the forecast held."""
 
     metric: str
     point: str
@@ -121,7 +122,7 @@ class ForecastAtPoint(BaseModel, frozen=True, extra="forbid"):
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean and Student-t interval over repeats."""
+    """Compute the mean over repeats and its Student-t interval."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return Interval(value=mean, low=None, high=None, n=len(values))
@@ -130,16 +131,16 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def over_repeats(repeats: Repeats, metric: str) -> Interval | None:
-    """The mean over the repeats that have the metric, on which every verdict rests."""
+    """Compute the mean over the repeats that have the metric, on which every verdict rests."""
     values = by_repeat(repeats, metric)
     return mean_interval(list(values.values())) if values else None
 
 
 def figure(repeats: Repeats, pooled: Mapping[str, float], metric: str) -> Interval | None:
-    """A point's figure as the table of metrics wants it shown; None where there is none.
+    """Return a point's figure as the table of metrics wants it shown, or None without data.
 
-    A pooled percentile (`pooled` has the point's) is of the samples of all repeats together and
-    has no interval; any other metric is the mean over the repeats.
+    A pooled percentile is taken from `pooled`, which holds the point's percentiles over the samples
+    of all repeats together, and has no interval. Any other metric is the mean over the repeats.
     """
     if not METRICS[metric].statistic.pooled:
         return over_repeats(repeats, metric)
@@ -148,13 +149,14 @@ def figure(repeats: Repeats, pooled: Mapping[str, float], metric: str) -> Interv
 
 
 def effect(treatment: Mapping[int, float], baseline: Mapping[int, float]) -> Effect | None:
-    """Effect from the repeats both have (repeat number -> value); None when there is none.
+    """Compute the effect over the repeats that both sides have (repeat number -> value).
 
-    Values must be positive: a ratio of logarithms knows no zero.
+    Repeats with a value of zero or less are left out, since they have no logarithm. Returns None
+    where no repeat remains.
     """
-    both = sorted(set(treatment) & set(baseline))
+    shared = sorted(set(treatment) & set(baseline))
     logs = [
-        math.log(treatment[r] / baseline[r]) for r in both if treatment[r] > 0 and baseline[r] > 0
+        math.log(treatment[r] / baseline[r]) for r in shared if treatment[r] > 0 and baseline[r] > 0
     ]
     if not logs:
         return None
@@ -170,10 +172,10 @@ def effect(treatment: Mapping[int, float], baseline: Mapping[int, float]) -> Eff
 
 
 def noise_floor(*arms: Mapping[int, float]) -> float | None:
-    """Half-width of an A/A interval with as many repeats, as a fraction; None with one repeat.
+    """Estimate the half-width of an A/A interval with as many repeats, as a fraction.
 
-    Repeats of one point vary with pooled standard deviation s (of logs); the difference of two
-    means of n such repeats has the half-width t s sqrt(2 / n).
+    The logs of one point's repeats have the pooled standard deviation s, so the difference of two
+    means of n repeats has the half-width t s sqrt(2 / n). Returns None with one repeat.
     """
     arms_logs = [[math.log(v) for v in arm.values() if v > 0] for arm in arms]
     arms_logs = [logs for logs in arms_logs if len(logs) > 1]
@@ -188,53 +190,55 @@ def noise_floor(*arms: Mapping[int, float]) -> float | None:
 def contrast(
     treatment: Mapping[int, float], baseline: Mapping[int, float], paired: bool
 ) -> Contrast | None:
-    """Ratio of two columns (repeat number -> value, positive) that may come from two runs.
+    """Compare two columns (repeat number -> positive value) that may come from two runs.
 
-    Paired where both were sent the same requests in a repeat: Student's t over the log ratios.
-    Otherwise Welch's interval of the difference of the mean logs. None where there is nothing.
+    Where both sides were sent the same requests in a repeat they are `paired`, and Student's t is
+    taken over the log ratios; otherwise Welch's t over the difference of the mean logs. Returns
+    None where there is nothing to compare.
     """
-    both = sorted(set(treatment) & set(baseline))
-    if paired and both:
-        logs = [math.log(treatment[r] / baseline[r]) for r in both]
-        mean, counts, still = float(np.mean(logs)), len(logs), np.ptp(logs) < NEGLIGIBLE_LOG
-        test = None if counts < 2 or still else stats.ttest_1samp(logs, 0.0)
+    shared = sorted(set(treatment) & set(baseline))
+    if paired and shared:
+        logs = [math.log(treatment[r] / baseline[r]) for r in shared]
+        mean, counts, constant = float(np.mean(logs)), len(logs), np.ptp(logs) < NEGLIGIBLE_LOG
+        test = None if counts < 2 or constant else stats.ttest_1samp(logs, 0.0)
     elif not paired and treatment and baseline:
-        ours, theirs = ([math.log(v) for v in arm.values()] for arm in (treatment, baseline))
-        mean, counts = float(np.mean(ours) - np.mean(theirs)), min(len(ours), len(theirs))
-        still = max(np.ptp(ours), np.ptp(theirs)) < NEGLIGIBLE_LOG
+        a, b = ([math.log(v) for v in arm.values()] for arm in (treatment, baseline))
+        mean, counts = float(np.mean(a) - np.mean(b)), min(len(a), len(b))
+        constant = max(np.ptp(a), np.ptp(b)) < NEGLIGIBLE_LOG
         with warnings.catch_warnings():  # one arm may be an exact count, the same in every repeat
             warnings.simplefilter("ignore", RuntimeWarning)
-            test = None if counts < 2 or still else stats.ttest_ind(ours, theirs, equal_var=False)
+            test = None if counts < 2 or constant else stats.ttest_ind(a, b, equal_var=False)
     else:
         return None
     value = math.exp(mean)
-    if test is None:  # a single repeat, or figures that do not vary: an exact count, say
+    if test is None:  # a single repeat, or figures that do not vary, such as an exact count
         bound = value if counts > 1 else None
-        same = 1.0 if abs(mean) < NEGLIGIBLE_LOG else 0.0
+        p_value = 1.0 if abs(mean) < NEGLIGIBLE_LOG else 0.0
         ratio = Interval(value=value, low=bound, high=bound, n=counts)
-        return Contrast(ratio=ratio, p=same if counts > 1 else None)
+        return Contrast(ratio=ratio, p=p_value if counts > 1 else None)
     low, high = (math.exp(float(b)) for b in test.confidence_interval(CONFIDENCE))
     return Contrast(ratio=Interval(value=value, low=low, high=high, n=counts), p=float(test.pvalue))
 
 
 def repeats_to_decide(effect: Effect) -> int | None:
-    """The least number of repeats that would give a verdict, if effect and spread stay as measured.
+    """Estimate the least number of repeats that would give a verdict; None past `MOST_REPEATS`.
 
-    The floor shrinks with the square root of the repeats. None past a hundred.
+    Effect and spread are taken to stay as measured, and the floor to shrink with the square root of
+    the number of repeats.
     """
     if effect.spread is None:
         return 3
-    size, have = abs(math.log(effect.ratio.value)), effect.ratio.n
-    for n in range(have + 1, MOST_REPEATS + 1):
+    size, measured = abs(math.log(effect.ratio.value)), effect.ratio.n
+    for n in range(measured + 1, MOST_REPEATS + 1):
         half = _t(n) * effect.spread / math.sqrt(n)
-        floor = math.log1p(effect.floor or 0.0) * math.sqrt(have / n)
+        floor = math.log1p(effect.floor or 0.0) * math.sqrt(measured / n)
         if max(half, floor) < size or size + half < math.log1p(EQUIVALENCE_MARGIN):
             return n
     return None
 
 
 def _t(n: int) -> float:
-    """Two-sided Student quantile for n values."""
+    """Return the two-sided Student quantile for the mean of n values."""
     return float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1))
 
 
@@ -242,9 +246,13 @@ def _t(n: int) -> float:
 
 
 def verdict_kind(effect: Effect, metric: str) -> VerdictKind:
-    """helps / hurts: the interval excludes 1 and the effect exceeds the floor. no effect: the
-    interval lies inside the larger of 3 % and the floor, of which 5 % count at most: between
-    noisier repeats nothing is shown to be equal. Else inconclusive."""
+    """Decide what an effect shows of a metric.
+
+    It *helps* or *hurts* where the interval excludes 1 and the effect exceeds the noise floor. It
+    has *no effect* where the interval lies inside a margin around 1: the floor, but at least 3 %
+    and at most 5 %, since noisier repeats do not show that two things are equal. Otherwise it is
+    *inconclusive*.
+    """
     ratio = effect.ratio
     if ratio.low is None or ratio.high is None:
         return "inconclusive"
@@ -259,7 +267,7 @@ def verdict_kind(effect: Effect, metric: str) -> VerdictKind:
 
 
 def holds(prediction: Prediction, measured: Interval) -> bool | None:
-    """Does the measured interval agree with the prediction? None without an interval."""
+    """Whether the measured interval agrees with the prediction; None without an interval."""
     if measured.low is None or measured.high is None:
         return None
     if prediction.kind == "ceiling":
@@ -271,7 +279,7 @@ def holds(prediction: Prediction, measured: Interval) -> bool | None:
 
 
 def holds_at(prediction: Prediction, value: float) -> bool:
-    """Is the value itself, whatever its interval, within the prediction's tolerance?"""
+    """Whether the value alone, without an interval, is within the prediction's tolerance."""
     return bool(holds(prediction, Interval(value=value, low=value, high=value, n=1)))
 
 
@@ -283,8 +291,11 @@ def judge(
     prediction: Prediction,
     caveats: Sequence[Caveat],
 ) -> Judgement:
-    """Judge a claim at one pair; `values[point][repeat][metric]` holds the measurements."""
-    found = effect(
+    """Judge a claim at one pair of points.
+
+    `values[point][repeat][metric]` holds the measurements.
+    """
+    measured = effect(
         *(by_repeat(values.get(point, {}), claim.metric) for point in (treatment, baseline))
     )
     blocking = [c for c in caveats if c.hits(claim.metric, treatment, baseline)]
@@ -292,14 +303,14 @@ def judge(
     expected = held = None
     if blocking:
         outcome, why = "not valid", "; ".join(sorted({c.name for c in blocking}))
-    elif found is None:
+    elif measured is None:
         why = "no repeat has both sides measured" + _samples_needed(claim.metric)
     else:
-        outcome, held = verdict_kind(found, claim.metric), holds(prediction, found.ratio)
-        why = _explain(found, outcome)
+        outcome, held = verdict_kind(measured, claim.metric), holds(prediction, measured.ratio)
+        why = _explain(measured, outcome)
         if outcome != "inconclusive":
             direction = "unchanged" if outcome == "no effect" else None
-            direction = direction or ("rises" if found.ratio.value > 1 else "falls")
+            direction = direction or ("rises" if measured.ratio.value > 1 else "falls")
             expected = direction == claim.expect
     return Judgement(
         claim=claim.name,
@@ -309,7 +320,7 @@ def judge(
         baseline=baseline,
         outcome=outcome,
         expected=expected,
-        effect=found,
+        effect=measured,
         prediction=prediction,
         prediction_held=held,
         why=why,
@@ -317,24 +328,26 @@ def judge(
 
 
 def _samples_needed(metric: str) -> str:
-    how = METRICS[metric].statistic
-    if how.q is None:
+    statistic = METRICS[metric].statistic
+    if statistic.q is None:
         return ""
-    return f": a p{how.q} takes {how.least_samples} samples in a trial, widen `window_s`"
+    return (
+        f": a p{statistic.q} takes {statistic.least_samples} samples in a trial, widen `window_s`"
+    )
 
 
 def _explain(effect: Effect, outcome: VerdictKind) -> str:
     if effect.ratio.low is None:
         return "one repeat gives no interval: ask for more with SET=repeats=3"
     if outcome == "inconclusive":
-        more = repeats_to_decide(effect)
-        need = f"more than {MOST_REPEATS} repeats would settle it"
-        if more:
-            need = f"about {more} repeats would settle it (SET=repeats={more})"
-        what = "the interval neither excludes 1 nor lies near it"
+        repeats = repeats_to_decide(effect)
+        advice = f"more than {MOST_REPEATS} repeats would settle it"
+        if repeats:
+            advice = f"about {repeats} repeats would settle it (SET=repeats={repeats})"
+        reason = "the interval neither excludes 1 nor lies near it"
         if effect.ratio.low > 1 or (effect.ratio.high or 1) < 1:
-            what = f"the effect does not exceed the noise floor of {effect.floor or 0:.0%}"
-        return f"{what}; {need}"
+            reason = f"the effect does not exceed the noise floor of {effect.floor or 0:.0%}"
+        return f"{reason}; {advice}"
     return f"noise floor {effect.floor or 0:.1%}"
 
 
@@ -344,7 +357,7 @@ def judge_forecast(
     repeats: Repeats,
     prediction: Prediction,
 ) -> ForecastResult:
-    """Hold the mean over the repeats of a point against what was forecast for it."""
+    """Compare the mean over a point's repeats with what was forecast for it."""
     measured = over_repeats(repeats, forecast.metric)
     held = holds(prediction, measured) if measured else None
     return ForecastResult(

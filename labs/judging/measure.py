@@ -1,9 +1,9 @@
-"""How each trial-level metric is computed from a trial; `labs/judging/metrics.py` lists them all.
+"""Computes each trial-level metric from a trial; `labs/judging/metrics.py` lists them all.
 
 Request-level metrics (TTFT, TPOT, ITL ...) are defined in `loadtests/records.py`; here they are
 taken over the requests *sent* in the measured window that succeeded. Throughput counts the tokens
 that *arrived* in the window, whichever request they belong to. Percentiles are of raw samples
-(linear interpolation), and one that too few samples support is None. A function that has nothing to
+(linear interpolation); with too few samples a percentile is None. A function that has nothing to
 measure returns None, never 0.
 """
 
@@ -29,7 +29,7 @@ from serving.telemetry import Sample
 
 @dataclass(frozen=True)
 class Trial:
-    """A finished trial: what was asked, what came back, what the engine counted meanwhile."""
+    """A trial is a point played once: its records, and what the engine counted meanwhile."""
 
     point: Point
     repeat: int
@@ -41,11 +41,12 @@ class Trial:
 
     @cached_property
     def measured_requests(self) -> list[RequestRecord]:
-        """What every metric is taken over, unless it says otherwise; an intruder's are not."""
+        """The successful requests that were sent in the window, without those of an intruder."""
         return [r for r in self._good if not self.point.workload.is_intruder(r.index)]
 
     @cached_property
     def intruders(self) -> list[RequestRecord]:
+        """The successful long prompts sent beside the streams in the window."""
         return [r for r in self._good if self.point.workload.is_intruder(r.index)]
 
     @cached_property
@@ -54,34 +55,35 @@ class Trial:
 
     @property
     def window_length_s(self) -> float:
+        """The length of the measured window, in seconds."""
         start, end = self.summary.window_s
         return end - start
 
     def samples_s(self, latency: Latency) -> list[float]:
-        """All samples of a latency in seconds: one a request, a token or a chunk."""
+        """Collect all samples of a latency in seconds: one per request, token or chunk."""
         return [sample_s for r in self.measured_requests for sample_s in latency.samples_s(r)]
 
 
 LEAST_SAMPLES = {50: 5, 90: 30, 99: 200}
-"""A p99 rests on the 1 % above it: with fewer than two samples there it is a lottery ticket."""
+"""The least number of samples for each percentile, so that at least two lie above a p99."""
 
 
 def percentile(samples: list[float], q: int) -> float | None:
-    """The q-th percentile of raw samples, or None when there are too few for it."""
+    """Compute the q-th percentile of raw samples, or None where there are too few for it."""
     if len(samples) < LEAST_SAMPLES[q]:
         return None
     return float(np.percentile(samples, q))
 
 
 def mean(samples: list[float]) -> float | None:
-    """The arithmetic mean, or None where there is no sample."""
+    """Compute the arithmetic mean, or None where there is no sample."""
     return float(np.mean(samples)) if samples else None
 
 
 def output_tokens_per_s(trial: Trial) -> float | None:
     """Output tokens/s: those that arrive in the measured window / its length.
 
-    Whichever request they belong to, so that warm-up and drain bias it as little as can be.
+    They count whichever request they belong to, which keeps the bias of warm-up and drain small.
     """
     start, end = trial.summary.window_s
     if end <= start:
@@ -98,9 +100,9 @@ def requests_per_s(trial: Trial) -> float | None:
 
 
 def goodput_per_s(trial: Trial) -> float | None:
-    """Requests/s that succeed and meet every part of the SLO; a one-token answer has no TPOT.
+    """Requests/s that succeed and meet every part of the SLO; a one-token output has no TPOT.
 
-    After the goodput of DistServe (Zhong et al. 2024), here at the load that was sent.
+    Defined in DistServe (Zhong et al. 2024), here at the load that was sent.
     """
     if trial.window_length_s <= 0:
         return None
@@ -132,12 +134,11 @@ def batch(trial: Trial) -> float | None:
 
 
 def mbu(trial: Trial) -> float | None:
-    """Model bandwidth utilisation: bytes/s that decode needs / the measured ceiling; a share.
+    """Model bandwidth utilization: bytes/s that decode needs / the measured ceiling; a share.
 
-    Defined by Databricks ("LLM Inference Performance Engineering", 2023).
-
-    Bytes a step from the model's shape at the mean batch and context, steps/s from TPOT: what
-    decode must read, not what the device happened to move.
+    Bytes per step come from the model's shape at the mean batch and context, steps/s from TPOT:
+    what decode must read, not what the device happened to move. Defined by Databricks ("LLM
+    Inference Performance Engineering", 2023).
     """
     tpot_s, size = mean(trial.samples_s(TPOT)), batch(trial)
     if not tpot_s or not size:
@@ -156,7 +157,7 @@ def flops_per_s(trial: Trial) -> float | None:
 
 
 def mfu(trial: Trial) -> float | None:
-    """Model FLOP utilisation: decode FLOP/s / the measured BF16 ceiling; a share.
+    """Model FLOP/s utilization: decode FLOP/s / the measured BF16 ceiling; a share.
 
     Defined in PaLM (Chowdhery et al. 2022), there for training.
     """
@@ -165,27 +166,28 @@ def mfu(trial: Trial) -> float | None:
 
 
 def intensity(trial: Trial) -> float | None:
-    """Arithmetic intensity of the decode steps at the batch that was in flight, in FLOP/byte.
+    """Arithmetic intensity of the decode steps at the mean batch in flight, in FLOP/byte.
 
-    The abscissa of the roofline (Williams et al. 2009).
+    It is the abscissa of the roofline (Williams et al. 2009).
     """
     size, point = batch(trial), trial.point
     if size is None:
         return None
-    done = theory.decode_flops(point.shape, size, point.context_tokens)
-    return done / theory.decode_bytes(point.shape, size, point.context_tokens)
+    flops = theory.decode_flops(point.shape, size, point.context_tokens)
+    return flops / theory.decode_bytes(point.shape, size, point.context_tokens)
 
 
 def usd_per_million_tokens(trial: Trial) -> float | None:
-    """US dollars a million output tokens cost at PRICE_PER_HOUR; None where no price is given."""
+    """US dollars for a million output tokens at PRICE_PER_HOUR; None where no price is given."""
     price, rate = price_per_hour(), output_tokens_per_s(trial)
     return price / 3600 / rate * 1e6 if price and rate else None
 
 
 def joules_per_token(trial: Trial) -> float | None:
-    """Joules that an output token took: energy of the serving GPUs or processors / tokens.
+    """Joules per output token: energy of the serving GPUs or processors / tokens.
 
-    All energy of the window: the device's idle draw and prefill too, not the host's.
+    The energy is all that the devices used in the window, idle power and prefill included; the
+    host's is not.
     """
     rate = output_tokens_per_s(trial)
     used_j = telemetry.energy_j(trial.telemetry, *trial.summary.window_s)
@@ -193,7 +195,7 @@ def joules_per_token(trial: Trial) -> float | None:
 
 
 def price_per_hour() -> float | None:
-    """PRICE_PER_HOUR in US dollars; raises ValueError when it is no price."""
+    """Read PRICE_PER_HOUR in US dollars; raises ValueError when it is not a price."""
     text = os.environ.get("LABS_PRICE_PER_HOUR", "")
     try:
         price = float(text) if text else None
@@ -207,7 +209,7 @@ def price_per_hour() -> float | None:
 def prefix_hit_rate(trial: Trial) -> float | None:
     """Prompt tokens found in the prefix cache / looked up; a share, as the engine counts them.
 
-    Over the whole trial, warm-up included.
+    It covers the whole trial, warm-up included.
     """
     values = trial.engine.values if trial.engine else {}
     queries = values.get(metrics.PREFIX_QUERIES)
@@ -228,7 +230,7 @@ def acceptance_rate(trial: Trial) -> float | None:
 
 
 def acceptance_length(trial: Trial) -> float | None:
-    """Tokens that a verified draft yields: those accepted and the target's own next one.
+    """Tokens that a verified draft yields: the accepted ones and the target's own next one.
 
     Counted by the engine over the whole trial (Leviathan et al. 2023).
     """
@@ -239,7 +241,7 @@ def acceptance_length(trial: Trial) -> float | None:
 
 
 def kv_capacity_tokens(trial: Trial) -> float | None:
-    """Tokens the KV cache holds: blocks x block size, as the engine's configuration echoes them."""
+    """Tokens that the KV cache holds: blocks x block size, from the engine's configuration."""
     config = trial.engine.info.get(metrics.CACHE_CONFIG, {}) if trial.engine else {}
     try:
         return float(int(config["num_gpu_blocks"]) * int(config["block_size"]))
@@ -248,9 +250,10 @@ def kv_capacity_tokens(trial: Trial) -> float | None:
 
 
 def stalls_s(trial: Trial) -> list[float]:
-    """For each intruder, the longest gap between tokens that any other stream saw meanwhile.
+    """The longest gap between tokens in any other stream during each intruder's prefill.
 
-    Gaps that overlap the time from the intruder's send to its first token count, whole.
+    A gap counts, at its full length, where it overlaps the time from the intruder's send to its
+    first token. In seconds, one for each intruder.
     """
     gaps = [
         (a, b)
@@ -267,10 +270,10 @@ def stalls_s(trial: Trial) -> list[float]:
 
 
 def prefill_pieces(trial: Trial) -> float | None:
-    """Tokens a running stream received while a long prompt was prefilled, the mean over streams.
+    """Tokens that a running stream received while a long prompt was prefilled: mean over streams.
 
-    A stream that decoded for a part of that time counts for the whole at its own pace; for less
-    than half of it, not at all.
+    The tokens of a stream that decoded for a part of that time are scaled up to the whole; a stream
+    that decoded for less than half of it is left out.
     """
     pieces = []
     for intruder in trial.intruders:
@@ -287,7 +290,7 @@ def prefill_pieces(trial: Trial) -> float | None:
 
 
 def expected_pieces(point: Point) -> int:
-    """How many pieces the token budget cuts a long prompt into beside the running streams."""
+    """Compute into how many pieces the token budget cuts a long prompt beside running streams."""
     assert point.workload.intruder
     budget = point.flags.max_num_batched_tokens - point.load.users
     return math.ceil(point.workload.intruder.prompt_tokens / budget)
@@ -304,11 +307,11 @@ def intruder_ttft_mean_s(trial: Trial) -> float | None:
 
 
 def engine_ttft_mean_s(trial: Trial) -> float | None:
-    """The mean TTFT over every request of the trial as the engine's own histogram has it."""
+    """The mean TTFT over every request of the trial, from the engine's own histogram."""
     histogram = trial.engine and trial.engine.histograms.get(metrics.TTFT)
     return histogram.mean() if histogram else None
 
 
 def client_ttft_mean_s(trial: Trial) -> float | None:
-    """The mean TTFT over every request, from the send: what is held against the engine's."""
+    """The mean TTFT over every request, from the send: to be compared with the engine's."""
     return mean([r.chunks[0][0] - r.sent_s for r in trial.records if r.ok])

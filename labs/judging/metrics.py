@@ -1,8 +1,8 @@
-"""The table of metrics: all that is known of each, in one row.
+"""Defines every metric in one row of a table.
 
-A metric is added by adding a row, and the function that computes it in `labs/judging/measure.py`
-where it is neither a mean nor a percentile of a latency. Whoever measures, judges, compares, draws
-or exports asks this table; nobody reads anything out of a metric's name.
+To add a metric, add a row and, unless it is a mean or a percentile of a latency, the function in
+`labs/judging/measure.py` that computes it. Whatever measures, judges, compares, draws or exports
+asks this table; nothing is read out of a metric's name.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ from loadtests.latencies import CHUNK_GAP, E2E, ITL, TPOT, TTFT, Latency
 from serving.metrics import PREEMPTIONS
 
 Unit = Literal["s", "tok", "tok/s", "req/s", "FLOP/s", "1", "USD", "J"]  # "1": a number or a share
-Repeats = Mapping[int, Mapping[str, float | None]]  # of one point: repeat -> metric -> value
+Repeats = Mapping[int, Mapping[str, float | None]]  # of a point: repeat -> metric -> value
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """What is computed of a trial, and of which samples."""
+    """A statistic is what is computed from a trial, and from which samples."""
 
     kind: Literal["mean", "percentile", "rate", "ratio", "count"]
     per: Literal["token", "chunk", "request", "long prompt", "trial"]  # what gives one sample
     of: Callable[[Trial], float | None]
-    latency: Latency | None = None  # whose samples a mean or a percentile is of
+    latency: Latency | None = None  # whose samples a mean or a percentile takes
     q: int | None = None  # which percentile
-    pooled: bool = False  # a point's figure is of the samples of all repeats together, else a mean
+    pooled: bool = False  # over the samples of all repeats; else a mean over repeats
 
     @property
     def least_samples(self) -> int:
-        """Fewer give None."""
+        """The least number of samples; with fewer the statistic is None."""
         return 1 if self.q is None else LEAST_SAMPLES[self.q]
 
 
@@ -75,13 +75,14 @@ class Metric:
     main: bool = False  # also in the short table that a terminal shows
     compared: bool = False  # in comparisons, hence in reproductions and by the gate
     exported: bool = True  # to Prometheus, once a run has ended
-    each_trial: bool = True  # measured in every trial; else only of all repeats together
-    across_machines: bool = False  # says the same on other hardware, so it may be compared there
-    token_times: bool = False  # rests on the times of single tokens within a stream
+    each_trial: bool = True  # measured in every trial; else only over all repeats together
+    across_machines: bool = False  # may be compared between different machines
+    token_times: bool = False  # needs the times of single tokens within a stream
     # by the engine's scheduler in virtual time, at every point: in files alone, or in reports too
     forecast: Literal["", "kept", "shown"] = ""
 
     def of(self, trial: Trial) -> float | None:
+        """Compute the metric of a trial, or None where it cannot be measured."""
         return self.statistic.of(trial)
 
 
@@ -89,36 +90,36 @@ class Metric:
 
 
 def mean_of(latency: Latency) -> Statistic:
-    """The mean of a latency's samples; a point's figure is the mean over repeats."""
+    """Take the mean of a latency's samples; a point's figure is the mean over repeats."""
     return Statistic("mean", latency.per, lambda t: mean(t.samples_s(latency)), latency)
 
 
 def percentile_of(latency: Latency, q: int, pooled: bool = True) -> Statistic:
-    """The q-th percentile of a latency's raw samples."""
+    """Take the q-th percentile of a latency's raw samples."""
     return Statistic(
         "percentile", latency.per, lambda t: percentile(t.samples_s(latency), q), latency, q, pooled
     )
 
 
 def rate(of: Callable[[Trial], float | None]) -> Statistic:
-    """Something per second of the measured window."""
+    """Take a rate per second of the measured window."""
     return Statistic("rate", "trial", of)
 
 
 def ratio(of: Callable[[Trial], float | None]) -> Statistic:
-    """Two totals of a trial, one divided by the other."""
+    """Take one total of a trial divided by another."""
     return Statistic("ratio", "trial", of)
 
 
 def count(of: Callable[[Trial], float | None]) -> Statistic:
-    """A number of things over the whole trial."""
+    """Take a count over the whole trial."""
     return Statistic("count", "trial", of)
 
 
 def average(
     per: Literal["request", "long prompt", "trial"], of: Callable[[Trial], float | None]
 ) -> Statistic:
-    """A mean of what is no latency of the streams that count."""
+    """Take a mean of samples other than the latencies of the measured streams."""
     return Statistic("mean", per, of)
 
 
@@ -207,17 +208,17 @@ METRICS: dict[str, Metric] = _table(
 
 
 def measure(trial: Trial) -> dict[str, float | None]:
-    """Every metric of one trial; None where the trial has too few samples for it, or none."""
+    """Compute every metric of one trial; None where the trial has too few samples for it."""
     return {name: metric.of(trial) for name, metric in METRICS.items() if metric.each_trial}
 
 
 def trial_metrics() -> list[str]:
-    """Metrics that every trial is asked for: of which claims and forecasts may speak."""
+    """Name the metrics that are measured in every trial, which claims and forecasts may use."""
     return [name for name, metric in METRICS.items() if metric.each_trial]
 
 
 def pooled_latencies() -> set[Latency]:
-    """The latencies whose samples are taken together over the repeats of a point."""
+    """List the latencies whose samples are pooled over the repeats of a point."""
     return {
         metric.statistic.latency
         for metric in METRICS.values()
@@ -226,38 +227,38 @@ def pooled_latencies() -> set[Latency]:
 
 
 def pooled_percentiles(samples_s: Mapping[Latency, list[float]]) -> dict[str, float]:
-    """The percentiles of a point from the samples of all its repeats together.
+    """Compute a point's percentiles from the samples of all its repeats together, in seconds.
 
-    Those that too few samples support are left out.
+    A percentile with too few samples is left out.
     """
     figures = {}
     for name, metric in METRICS.items():
-        how = metric.statistic
-        if how.pooled and how.latency and how.q:
-            value = percentile(samples_s[how.latency], how.q)
+        statistic = metric.statistic
+        if statistic.pooled and statistic.latency and statistic.q:
+            value = percentile(samples_s[statistic.latency], statistic.q)
             if value is not None:
                 figures[name] = value
     return figures
 
 
 def columns() -> list[str]:
-    """The columns of the table of every point, from the left."""
+    """Name the columns of the table of every point, from the left."""
     placed = {name: metric.column for name, metric in METRICS.items() if metric.column is not None}
     return sorted(placed, key=placed.__getitem__)
 
 
 def main_columns() -> list[str]:
-    """Those of them that a terminal has room for."""
+    """Name those of the columns that a terminal has room for."""
     return [name for name in columns() if METRICS[name].main]
 
 
 def compared_metrics() -> list[str]:
-    """The figures of a comparison: a machine's own first, then those without a dimension."""
+    """Name the figures of a comparison: first those that depend on the machine."""
     chosen = [name for name in columns() if METRICS[name].compared]
     chosen += [name for name in METRICS if METRICS[name].compared and name not in chosen]
     return sorted(chosen, key=lambda name: METRICS[name].across_machines)
 
 
 def by_repeat(repeats: Repeats, metric: str) -> dict[int, float]:
-    """A metric repeat by repeat; a repeat that could not measure it is left out."""
+    """Map each repeat to its value of a metric; a repeat without one is left out."""
     return {repeat: v for repeat, row in repeats.items() if (v := row.get(metric)) is not None}

@@ -1,4 +1,4 @@
-"""What quantization costs in quality: two engines' answers compared in pairs, and a gate on it.
+"""Compares the quality of two engines in pairs, as after quantization, and sets a gate on it.
 
 * *Perplexity* on held-out prose, exp(mean negative log-likelihood a token) (Jelinek et al. 1977).
 * *Top-1 agreement*: the share of positions at which both put the same token first.
@@ -8,7 +8,8 @@
   text and one asked for, so that the wrong numbers distract (RULER, Hsieh et al. 2024).
 * *Task accuracy*: short few-shot questions, scored by exact match.
 
-A baseline compared with its own second answers shows the false alarms: what batching alone moves.
+A baseline compared with its own second evaluation shows the false alarms: what batching alone
+changes.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ from scipy import stats
 from labs.judging.evaluation import Evaluation, ScoredCompletion
 from labs.judging.judge import CONFIDENCE, Interval
 
-LEAST_REST = 1e-6  # logprobs are kept to 5 decimals: below this the rest's probability is rounding
+LEAST_REST = 1e-6  # logprobs have 5 decimals: a smaller probability of the rest is rounding error
 
 QualityUnit = Literal["1", "nat/token"]
 GateResult = Literal["pass", "fail", "undecided"]
 
 
 class QualityFigure(BaseModel, frozen=True, extra="forbid"):
-    """A figure with its 95 % interval; `n` counts tokens or questions, `p_value` is McNemar's."""
+    """A figure of quality with its 95 % interval.
+
+    `n` counts tokens or questions; `p_value` is that of McNemar's test, where one was made.
+    """
 
     name: str
     where: str = ""
@@ -45,25 +49,26 @@ class QualityFigure(BaseModel, frozen=True, extra="forbid"):
 
 
 def compare(baseline: Evaluation, treatment: Evaluation) -> list[QualityFigure]:
-    """Every figure; differences are treatment - baseline, so a loss is negative.
+    """Compute every figure; differences are treatment - baseline, so that a loss is negative.
 
-    McNemar's test takes the needles of one text to be independent, which they are but roughly.
+    McNemar's test assumes that the needles of one text are independent, which holds only roughly.
+    Raises ValueError where the two sides were not asked the same.
     """
     pairs = list(zip(baseline.passages, treatment.passages, strict=True))
     if any(a.token_ids != b.token_ids for a, b in pairs):
         raise ValueError("the passages differ: not the same texts or not the same tokenizer")
     levels = {"baseline": baseline, "treatment": treatment}
     figures = [
-        _figure("perplexity", [[-v for v in p.logprobs] for p in answers.passages], where, math.exp)
-        for where, answers in levels.items()
+        _figure("perplexity", [[-v for v in p.logprobs] for p in side.passages], where, math.exp)
+        for where, side in levels.items()
     ]
-    lost = [[x - y for x, y in zip(a.logprobs, b.logprobs, strict=True)] for a, b in pairs]
-    known = [list(zip(a.known, b.known, strict=True)) for a, b in pairs]
-    same = [[float(_first(x) == _first(y)) for x, y in positions] for positions in known]
-    kl = [[kl_divergence(x, y) for x, y in positions] for positions in known]
+    losses = [[x - y for x, y in zip(a.logprobs, b.logprobs, strict=True)] for a, b in pairs]
+    logprobs = [list(zip(a.known, b.known, strict=True)) for a, b in pairs]
+    agreement = [[float(_first(x) == _first(y)) for x, y in positions] for positions in logprobs]
+    kl = [[kl_divergence(x, y) for x, y in positions] for positions in logprobs]
     figures += [
-        _figure("perplexity_ratio", lost, transform=math.exp),
-        _figure("top1_agreement", same),
+        _figure("perplexity_ratio", losses, transform=math.exp),
+        _figure("top1_agreement", agreement),
         _figure("kl_divergence", kl, unit="nat/token"),
     ]
     for name, before, after in (
@@ -75,15 +80,15 @@ def compare(baseline: Evaluation, treatment: Evaluation) -> list[QualityFigure]:
     for field, title in (("length_tokens", "{} tokens"), ("depth", "depth {:g}")):
         for part in sorted({getattr(r, field) for r in baseline.needles}):
             a, b = (
-                [r for r in answers.needles if getattr(r, field) == part]
-                for answers in (baseline, treatment)
+                [r for r in side.needles if getattr(r, field) == part]
+                for side in (baseline, treatment)
             )
             figures.append(_difference("needle_retrieval", a, b, title.format(part)))
     return figures
 
 
 def kl_divergence(p: Mapping[int, float], q: Mapping[int, float]) -> float:
-    """KL(p || q) in nats, coarsened to the ids known of both and the rest; from logprobs."""
+    """Compute KL(p || q) in nats from logprobs, over the ids that both know and one rest."""
     shared = p.keys() & q.keys()
     rest_p, rest_q = (
         max(LEAST_REST, 1 - math.fsum(math.exp(side[i]) for i in shared)) for side in (p, q)
@@ -93,14 +98,15 @@ def kl_divergence(p: Mapping[int, float], q: Mapping[int, float]) -> float:
 
 
 def per_token(clusters: Sequence[Sequence[float]]) -> Interval:
-    """The mean over tokens; its interval takes passages, not tokens, to be independent."""
+    """Compute the mean over tokens, with an interval that treats passages as independent."""
     return over_clusters([math.fsum(c) for c in clusters], [len(c) for c in clusters])
 
 
 def over_clusters(totals: Sequence[float], sizes: Sequence[int]) -> Interval:
-    """The sum of the clusters' totals over that of their sizes; `n` is the latter.
+    """Divide the sum of the clusters' totals by the sum of their sizes, which is `n`.
 
-    The standard error of a ratio of cluster totals (Cochran 1977, 9.1), Student's t.
+    The interval is Student's t with the standard error of a ratio of cluster totals (Cochran 1977,
+    9.1).
     """
     total, size = np.array(totals, dtype=float), np.array(sizes, dtype=float)
     m, mean = len(total), float(total.sum() / size.sum())
@@ -112,14 +118,14 @@ def over_clusters(totals: Sequence[float], sizes: Sequence[int]) -> Interval:
 
 
 def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[Interval, float]:
-    """The change of a share, and McNemar's exact p (1947) from the answers that changed.
+    """Compute the change of the share that is true, and McNemar's exact p (1947) for it.
 
-    The interval is the adjusted Wald of Bonett and Price (2012): it stays honest when no answer
-    changed at all, where the plain one has no width.
+    The interval is the adjusted Wald interval of Bonett and Price (2012): it keeps its coverage
+    where no answer changed, while the plain one has no width there.
     """
-    both = list(zip(before, after, strict=True))
-    n = len(both)
-    gained, lost = (sum(pair == kind for pair in both) for kind in ((False, True), (True, False)))
+    pairs = list(zip(before, after, strict=True))
+    n = len(pairs)
+    gained, lost = (sum(pair == kind for pair in pairs) for kind in ((False, True), (True, False)))
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * math.sqrt(
         (up + down - (up - down) ** 2) / (n + 2)
@@ -130,9 +136,9 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[In
     return Interval(value=(gained - lost) / n, low=low, high=high, n=n), p_value
 
 
-def _first(known: Mapping[int, float]) -> int:
-    """The likeliest id; BF16 logits tie now and then, and the lowest id then wins."""
-    return min(known, key=lambda token: (-known[token], token))
+def _first(logprobs: Mapping[int, float]) -> int:
+    """Return the likeliest id; where BF16 logits tie, the lowest of the tied ids."""
+    return min(logprobs, key=lambda token: (-logprobs[token], token))
 
 
 SOURCES = {
@@ -152,26 +158,26 @@ def _figure(
     transform: Callable[[float], float] = float,
     unit: QualityUnit = "1",
 ) -> QualityFigure:
-    found = per_token(clusters)
-    low = None if found.low is None else transform(found.low)
-    high = None if found.high is None else transform(found.high)
+    mean = per_token(clusters)
+    low = None if mean.low is None else transform(mean.low)
+    high = None if mean.high is None else transform(mean.high)
     if name == "top1_agreement" and high is not None:
         high = min(1.0, high)
     if name == "kl_divergence" and low is not None:
         low = max(0.0, low)
-    value, source = transform(found.value), SOURCES[name]
+    value, source = transform(mean.value), SOURCES[name]
     return QualityFigure(
-        name=name, where=where, value=value, low=low, high=high, n=found.n, unit=unit, source=source
+        name=name, where=where, value=value, low=low, high=high, n=mean.n, unit=unit, source=source
     )
 
 
-def _level(name: str, replies: Sequence[ScoredCompletion], where: str) -> QualityFigure:
-    right, n = sum(r.correct for r in replies), len(replies)
-    bounds = stats.binomtest(right, n).proportion_ci(CONFIDENCE, method="wilson")
+def _level(name: str, completions: Sequence[ScoredCompletion], where: str) -> QualityFigure:
+    correct, n = sum(c.correct for c in completions), len(completions)
+    bounds = stats.binomtest(correct, n).proportion_ci(CONFIDENCE, method="wilson")
     return QualityFigure(
         name=name,
         where=where,
-        value=right / n,
+        value=correct / n,
         low=float(bounds.low),
         high=float(bounds.high),
         n=n,
@@ -187,11 +193,11 @@ def _difference(
 ) -> QualityFigure:
     if [(r.question, r.expected) for r in before] != [(r.question, r.expected) for r in after]:
         raise ValueError(f"{name}: the two sides were not asked the same questions")
-    found, p_value = paired_difference([r.correct for r in before], [r.correct for r in after])
+    difference, p_value = paired_difference([r.correct for r in before], [r.correct for r in after])
     return QualityFigure(
         name=f"{name}_difference",
         where=where,
-        **found.model_dump(),
+        **difference.model_dump(),
         source=SOURCES[name],
         p_value=p_value,
     )
@@ -201,7 +207,7 @@ def _difference(
 
 
 class Margin(BaseModel, frozen=True, extra="forbid"):
-    """What a figure over all texts may be and still pass: at most, or at least, the bound."""
+    """A margin bounds a figure over all texts: the values with which it still passes."""
 
     figure: str
     at_most: float = math.inf
@@ -213,11 +219,16 @@ MARGINS = (
     Margin(figure="needle_retrieval_difference", at_least=-0.05),
     Margin(figure="task_accuracy_difference", at_least=-0.05),
 )
-"""A choice, to be replaced by what an application can bear. Five points are about the least that 60
-needles can resolve: with not one answer changed, their interval is ± 4.5 points."""
+"""These margins are a choice, to be replaced by what an application can tolerate.
+
+Five points are about the least that 60 needles can resolve: their interval is ± 4.5 points even
+where no answer changed.
+"""
 
 
 class MarginResult(BaseModel, frozen=True, extra="forbid"):
+    """Whether a figure keeps its margin."""
+
     figure: QualityFigure
     margin: Margin
     result: GateResult
@@ -226,21 +237,22 @@ class MarginResult(BaseModel, frozen=True, extra="forbid"):
 def gate(
     figures: Sequence[QualityFigure], margins: Sequence[Margin] = MARGINS
 ) -> tuple[GateResult, list[MarginResult]]:
-    """A non-inferiority test (Piaggio et al. 2012) of every margin, and what they say together.
+    """Test every margin for non-inferiority (Piaggio et al. 2012), and combine the results.
 
-    A margin passes when the whole interval keeps it and fails when the whole interval breaks it.
-    All must pass; one that fails decides; anything else is undecided, never a pass.
+    A margin passes when the whole interval lies within it and fails when the whole interval lies
+    outside. The gate passes when all margins pass, fails when one fails, and is undecided
+    otherwise.
     """
     overall = {f.name: f for f in figures if not f.where}
-    verdicts = [
+    margin_results = [
         MarginResult(
             figure=overall[m.figure], margin=m, result=_margin_result(overall[m.figure], m)
         )
         for m in margins
     ]
-    results = {v.result for v in verdicts}
-    worst: tuple[GateResult, ...] = ("fail", "undecided", "pass")
-    return next((r for r in worst if r in results), "undecided"), verdicts
+    results = {r.result for r in margin_results}
+    worst_first: tuple[GateResult, ...] = ("fail", "undecided", "pass")
+    return next((r for r in worst_first if r in results), "undecided"), margin_results
 
 
 def _margin_result(figure: QualityFigure, margin: Margin) -> GateResult:
@@ -251,6 +263,3 @@ def _margin_result(figure: QualityFigure, margin: Margin) -> GateResult:
     if figure.high < margin.at_least or figure.low > margin.at_most:
         return "fail"
     return "undecided"
-
-
-# ----------------------------------------------------------------------------------------- table

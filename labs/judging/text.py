@@ -1,4 +1,4 @@
-"""Figures, verdicts and names as text."""
+"""Writes figures, verdicts and the names of points as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from serving.machine import Ceilings
 
 
 def number(value: float | None, unit: str = "1") -> str:
-    """Three digits that matter, times in ms; a figure that is not there is a dash, never 0."""
+    """Write a value with three significant digits and its unit, times below a second in ms.
+
+    A value that is missing is written as a dash, never as 0.
+    """
     if value is None:
         return "–"
     if unit == "s" and abs(value) < 0.9995:
@@ -24,18 +27,19 @@ def _three_digits(value: float) -> str:
 
 
 def times_with_interval(ratio: Interval) -> str:
-    """With its interval, where more than one repeat gave one."""
+    """Write a ratio as `1.05x (0.98 to 1.11)`; with one repeat it has no interval."""
     if ratio.low is None or ratio.high is None:
         return f"{ratio.value:.2f}x (of one repeat)"
     return f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 def yes_or_no(held: bool | None) -> str:
+    """Write `yes` or `no`, or a dash where neither is known."""
     return {True: "yes", False: "no", None: "–"}[held]
 
 
 def point_label(key: str, lab: Lab) -> str:
-    """A point's name without the parts that never vary in this lab."""
+    """Shorten a point's key to the parts that vary in this lab."""
     variant, workload, load = key.split("/")
     parts = [load.replace("-", " ")]
     if len(lab.workloads) > 1:
@@ -46,27 +50,27 @@ def point_label(key: str, lab: Lab) -> str:
 
 
 def literal(text: str) -> str:
-    """Text from outside as a sentence's notation has it, so that nothing in it is a mark.
+    """Escape text from outside, so that no character in it is read as markup.
 
-    `labs.telling.document.parse` reads it back as it was.
+    `labs.telling.document.parse` gives it back unchanged.
     """
     return re.sub(r"[\\`*]", r"\\\g<0>", text)
 
 
 def interval(measured: Interval | None, unit: str = "1") -> str:
-    """`400 ms to 600 ms`; a dash where one repeat gave no interval."""
+    """Write `400 ms to 600 ms`, or a dash where one repeat gave no interval."""
     if measured is None or measured.low is None:
         return "–"
     return f"{number(measured.low, unit)} to {number(measured.high, unit)}"
 
 
 def ratio_text(judgement: Judgement) -> str:
-    """The measured ratio, treatment / baseline, or a dash."""
+    """Write the measured ratio, treatment / baseline, or a dash."""
     return f"{judgement.effect.ratio.value:.2f}x" if judgement.effect else "–"
 
 
 def ratio_interval(judgement: Judgement) -> str:
-    """The 95 % interval of the measured ratio, or a dash."""
+    """Write the 95 % interval of the measured ratio, or a dash."""
     measured = judgement.effect.ratio if judgement.effect else None
     if measured is None or measured.low is None or measured.high is None:
         return "–"
@@ -74,20 +78,20 @@ def ratio_interval(judgement: Judgement) -> str:
 
 
 def value_with_interval(measured: Interval) -> str:
-    """`1.05 (0.98 to 1.11)`, without the interval where there is none."""
+    """Write `1.05 (0.98 to 1.11)`, without the interval where there is none."""
     if measured.low is None or measured.high is None:
         return f"{measured.value:.2f}"
     return f"{measured.value:.2f} ({measured.low:.2f} to {measured.high:.2f})"
 
 
 def prediction_text(prediction: Prediction, unit: str = "1") -> str:
-    """The predicted figure; a bound says on which side it lies."""
+    """Write the predicted figure; a bound says on which side of it the figure must lie."""
     sign = {"point": "", "ceiling": "at most ", "floor": "at least "}[prediction.kind]
     return f"{sign}{number(prediction.value, unit)}"
 
 
 def ceilings_text(ceilings: Ceilings) -> str:
-    """What was measured of the machine, in GB/s and TFLOP/s."""
+    """Write the machine's measured ceilings in GB/s and TFLOP/s."""
     threads = f"{ceilings.threads} thread{'s' if ceilings.threads > 1 else ''}"
     fp8 = ceilings.fp8_flops_per_s
     return (
@@ -99,20 +103,20 @@ def ceilings_text(ceilings: Ceilings) -> str:
 
 
 def held_text(measured: Interval | None, prediction: Prediction, agrees: bool | None) -> str:
-    """Whether a prediction held; `not refuted` where only the end of a wide interval does."""
+    """Write whether a prediction held, or `not refuted` where only the interval reaches it."""
     if not agrees or measured is None or holds_at(prediction, measured.value):
         return yes_or_no(agrees)
     return "not refuted"
 
 
 def claim_held(judgement: Judgement) -> str:
-    """Whether a claim's prediction held."""
+    """Write whether a claim's prediction held."""
     measured = judgement.effect.ratio if judgement.effect else None
     return held_text(measured, judgement.prediction, judgement.prediction_held)
 
 
 def verdict_text(judgement: Judgement) -> str:
-    """The outcome in words a reader can act on."""
+    """Write the verdict in words that a reader can act on."""
     if judgement.outcome in ("inconclusive", "not valid"):
         return f"{judgement.outcome}: {judgement.why}"
     agrees = "as claimed" if judgement.expected else "against the claim"

@@ -12,7 +12,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from labs.filing import results
-from labs.filing.committed import known
+from labs.filing.committed import tracked
 from labs.judging.judge import Interval
 from labs.judging.text import number, value_with_interval
 from labs.telling.document import Block, Inline, Paragraph, Strong, bullets, parse, table
@@ -117,7 +117,7 @@ def keep(machine: Machine, name: str, part: Part) -> Path:
 
 def on_file() -> list[Bench]:
     """Read what was published of every machine; raises DamagedError."""
-    paths = known(sorted(results.RESULTS.glob(f"*/{FILE}")), results.RESULTS)
+    paths = tracked(sorted(results.RESULTS.glob(f"*/{FILE}")), results.RESULTS)
     return [results.read_json(path, Bench) for path in paths]
 
 

@@ -182,7 +182,7 @@ def test_every_finding_has_its_figures_and_every_probe_was_asked(lab: str, finis
         assert len(finding.rows) > 1, finding.title
         assert finding.passed is not False
     for probe in resolved.probes:
-        asked = {v.name for v in resolved.variants if finished.folder.probed(probe, v.name)}
+        asked = {v.name for v in resolved.variants if finished.folder.probe_result(probe, v.name)}
         assert asked == set(resolved.probed or [v.name for v in resolved.variants])
 
 
