@@ -6,9 +6,9 @@ under a small guard (this module run as a script). The guard is a Linux *child s
 grandchildren become its children, so it can always find the whole family. It ends the family
 
 - when the child exits by itself,
-- when it is told to (SIGTERM), and
-- when its parent is gone, which it sees as end-of-file on a pipe only the parent holds open: that
-  works for SIGKILL and for a crash, where no handler of the parent could run.
+- when the guard receives SIGTERM, and
+- when its parent is gone, which it sees as end-of-file on a pipe that only the parent holds open:
+  this works for SIGKILL and for a crash, where no handler of the parent could run.
 
 Linux only (prctl). A process stuck in uninterruptible I/O cannot be killed by anybody.
 """
@@ -73,11 +73,13 @@ class Process:
 
     @property
     def stdin(self) -> IO[str]:
+        """The child's standard input; only with `talk`."""
         assert self._guard.stdin
         return self._guard.stdin
 
     @property
     def stdout(self) -> IO[str]:
+        """The child's standard output; only with `talk`."""
         assert self._guard.stdout
         return self._guard.stdout
 
@@ -88,23 +90,29 @@ class Process:
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs; the child's exit code, or 128 + signal."""
+        """The child's exit code, or 128 + the signal that ended it; None while it runs."""
         return self._guard.poll()
 
+    def wait(self) -> int:
+        """Wait until the whole family has ended; return the child's exit code."""
+        return self._guard.wait()
+
+    def request_stop(self) -> None:
+        """Ask the guard to end the family, and return at once; any thread may call this."""
+        self._guard.terminate()
+
     def tail(self, lines: int = 12) -> str:
-        """The last lines of the log, for an error message."""
+        """Return the last lines of the log, for an error message."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         return "\n".join(text.rstrip().splitlines()[-lines:])
 
     def stop(self) -> None:
-        """End the whole family; returns when none of it is left."""
+        """End the whole family; return when none of it is left."""
         if self._guard.poll() is None:
-            self._guard.terminate()
+            self.request_stop()
             try:
                 self._guard.wait(GRACE_S + 5)
-            except (
-                subprocess.TimeoutExpired
-            ):  # the guard itself hangs: closing the pipe is all left
+            except subprocess.TimeoutExpired:  # the guard hangs: only closing its pipe can help
                 self._guard.kill()
         for stream in (self._guard.stdin, self._guard.stdout):
             if stream:
@@ -159,18 +167,18 @@ def guard(alive_fd: int, argv: Sequence[str]) -> int:
     for fd in (wake_r, wake_w):
         os.set_blocking(fd, False)
     signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
-    told = False
+    stop_requested = False
 
-    def tell(*_: object) -> None:
-        nonlocal told
-        told = True
+    def request_stop(*_: object) -> None:
+        nonlocal stop_requested
+        stop_requested = True
 
-    signal.signal(signal.SIGTERM, tell)
-    signal.signal(signal.SIGINT, tell)
+    signal.signal(signal.SIGTERM, request_stop)
+    signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGCHLD, lambda *_: None)  # only to wake select()
     child = subprocess.Popen(argv, preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
     orphaned = False
-    while child.poll() is None and not told and not orphaned:
+    while child.poll() is None and not stop_requested and not orphaned:
         ready, _, _ = select.select([alive_fd, wake_r], [], [], 1.0)
         if wake_r in ready:
             os.read(wake_r, 4096)

@@ -150,9 +150,7 @@ def make(model: Model, name: str, say: Callable[[str], None], quick: bool = Fals
     with Process(name, argv, log=log, env=patient, talk=True) as maker:
         for line in maker.stdout:
             say(f"  {line.rstrip()}")
-        while maker.returncode is None:
-            time.sleep(0.05)
-        if maker.returncode:
+        if maker.wait():
             raise LabError(f"{name} could not be made: {maker.tail(1)} (all of it: {log})")
     say(f"Made in {time.monotonic() - began:.0f} s: {folder.name}")
     return folder

@@ -8,14 +8,15 @@ a forecast and a measurement are the same figure by the same function.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
-import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from labs.filing.results import Band, PointForecasts
@@ -36,16 +37,19 @@ from serving.forecasting.step import StepTimes
 from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Play, Traffic
 from serving.metrics import Snapshot
+from serving.process import Process
 
 FASTER, SLOWER = 0.90, 1.18
-"""The band: how many times as long as the stand-in's the engine's own step may take.
+"""The ends of a band: the engine's own step may take this many times as long as the stand-in step.
 
-So it came out on two machines (vLLM 0.32 on CPU, batches of 1 to 16 and a prompt of 768 tokens),
-before any run that is judged by it.
+Both factors were measured on two machines (vLLM 0.32 on CPU, batches of 1 to 16 and a prompt of 768
+tokens), before any run that is judged by them.
 """
 TOLERANCE = 0.25  # of a ratio of two forecasts
-DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; more are interpolated beyond it
-WAIT_S = 300
+DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; larger steps are extrapolated
+TIMING_LIMIT_S = 300
+TIMER_ARGV = (sys.executable, "-m", "serving.forecasting.timing")
+FORECASTER_ARGV = (sys.executable, "-m", "serving.forecasting")
 
 
 class ForecastError(LabError):
@@ -55,31 +59,31 @@ class ForecastError(LabError):
 def forecast(
     setup: Setup, requests: Mapping[str, Sequence[Path]], teller: Teller
 ) -> PointForecasts:
-    """Forecast every point that can be.
+    """Forecast every point whose step can be timed.
 
-    `requests[workload]` holds the file of each repeat. Raises ForecastError where vLLM does not
-    import, or its scheduler cannot be driven.
+    `requests[workload]` holds the file of each repeat. Raises ForecastError where the step cannot
+    be timed, vLLM does not import, or its scheduler cannot be driven.
     """
     without = {v.name: why for v in setup.lab.variants if (why := reason_against(setup, v))}
     points = [p for p in setup.points if p.variant.name not in without]
     if not points:
         return PointForecasts(points={}, without=without)
-    with _virtual_engines() as (send, answers):
+    with _forecaster() as (send, receive):
         teller.waiting("timing the stand-in step, for the forecast")
-        times = _timed([s for p in points for s in (_step_of(setup, p), _draft_of(setup, p)) if s])
+        times = time_steps(
+            [s for p in points for s in (_step_of(setup, p), _draft_of(setup, p)) if s]
+        )
         teller.waiting("playing every load on vLLM's scheduler in virtual time")
         send(_plan(setup, points, requests, times))
-        plays = list(answers())
-    as_timed = len(points) * setup.lab.repeats
+        plays = list(receive())
+    plays_as_timed = len(points) * setup.lab.repeats
     by_key = {p.key: p for p in points}
-    figures = [
-        (played.key, measure(_trial(setup.lab, by_key[played.key], played))) for played in plays
-    ]
+    figures = [(play.key, measure(_trial(setup.lab, by_key[play.key], play))) for play in plays]
     return PointForecasts(
         points={
             p.key: _bands(
-                [row for key, row in figures[:as_timed] if key == p.key],
-                [row for key, row in figures[as_timed:] if key == p.key],
+                [row for key, row in figures[:plays_as_timed] if key == p.key],
+                [row for key, row in figures[plays_as_timed:] if key == p.key],
             )
             for p in points
         },
@@ -91,12 +95,12 @@ def forecast(
 def ratio_of_forecasts(
     forecasts: PointForecasts, metric: str, treatment: Point, baseline: Point
 ) -> Prediction | None:
-    """A claim's prediction from the forecasts of its two points; None where one has none."""
-    ours, theirs = (forecasts.points.get(p.key, {}).get(metric) for p in (treatment, baseline))
-    if not ours or not theirs or not theirs.value or not ours.value:
+    """Predict a claim from the forecasts of its two points; None where either has none."""
+    above, below = (forecasts.points.get(p.key, {}).get(metric) for p in (treatment, baseline))
+    if not above or not below or not below.value or not above.value:
         return None
     return Prediction(
-        value=ours.value / theirs.value,
+        value=above.value / below.value,
         tolerance=TOLERANCE,
         formula="forecast of the treatment / forecast of the baseline",
         assumptions=(
@@ -107,7 +111,7 @@ def ratio_of_forecasts(
 
 
 def reason_against(setup: Setup, variant: Variant) -> str | None:
-    """Why this variant's step is not one that is timed; None where it is."""
+    """Say why this variant's step cannot be timed in advance; None where it can."""
     flags = VllmFlags(setup.lab.flags_of(variant))
     if setup.endpoint:
         return "an endpoint's settings are not known here"
@@ -133,15 +137,15 @@ def _served(setup: Setup, variant: Variant) -> Path:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    config: dict[str, Any] = json.loads(path.read_text())
+    return config
 
 
 # ----------------------------------------------------------------------------- timing the step
 
 
 def _step_of(setup: Setup, point: Point) -> TimingPlan:
-    """What to time for this point: its model's step, with adapters where its requests ask."""
+    """Plan what to time for this point: its model's step, with adapters if its requests ask."""
     flags, cpu = VllmFlags(point.variant.flags), setup.machine.kind == "cpu"
     adapters = point.workload.adapters is not None
     return TimingPlan(
@@ -156,7 +160,7 @@ def _step_of(setup: Setup, point: Point) -> TimingPlan:
 
 
 def _largest_step(setup: Setup) -> int:
-    """Tokens of the largest step that may come: all users' prompts at once, within the budget."""
+    """Count the tokens of the largest possible step: all users' prompts, within the budget."""
     return max(
         min(
             VllmFlags(
@@ -169,7 +173,7 @@ def _largest_step(setup: Setup) -> int:
 
 
 def _draft_of(setup: Setup, point: Point) -> TimingPlan | None:
-    """What to time of the model that guesses; None where none does."""
+    """Plan what to time of the draft model; None where the point has none."""
     flags = VllmFlags(with_places(point.variant.flags, setup.places))
     model = flags.speculative_config.get("model")
     if not model:
@@ -178,19 +182,25 @@ def _draft_of(setup: Setup, point: Point) -> TimingPlan | None:
     return step.model_copy(update={"config": Path(str(model)) / "config.json"})
 
 
-def _timed(plans: Iterable[TimingPlan]) -> dict[TimingPlan, StepTimes]:
-    """Time each kind of step once, on the engine's cores or the GPU, in a process of its own."""
+def time_steps(plans: Iterable[TimingPlan]) -> dict[TimingPlan, StepTimes]:
+    """Time each kind of step once, on the engine's cores or the GPU, in a process of its own.
+
+    Raises ForecastError when that process fails, or takes longer than TIMING_LIMIT_S.
+    """
     kinds = list(dict.fromkeys(plans))
-    done = subprocess.run(
-        [sys.executable, "-m", "serving.forecasting.timing"],
-        input="\n".join(plan.model_dump_json() for plan in kinds),
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-    )
-    if done.returncode:
-        raise ForecastError(f"the step could not be timed: {_last_line(done.stderr)}")
-    lines = done.stdout.splitlines()
+    with _guarded("step timer", TIMER_ARGV) as timer:
+        time_limit = threading.Timer(TIMING_LIMIT_S, timer.request_stop)
+        time_limit.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended: its exit code says so
+                timer.stdin.writelines(plan.model_dump_json() + "\n" for plan in kinds)
+                timer.stdin.close()
+            lines = timer.stdout.read().splitlines()
+            exit_code = timer.wait()
+        finally:
+            time_limit.cancel()
+        if exit_code:
+            raise ForecastError(f"the step could not be timed: {_last_line(timer)}")
     return {
         plan: StepTimes.model_validate_json(line) for plan, line in zip(kinds, lines, strict=True)
     }
@@ -199,48 +209,47 @@ def _timed(plans: Iterable[TimingPlan]) -> dict[TimingPlan, StepTimes]:
 # ------------------------------------------------------------------------------ virtual engines
 
 Send = Callable[[ForecastPlan], None]
-Answers = Callable[[], Iterator[ForecastPlay]]
+Receive = Callable[[], Iterator[ForecastPlay]]
 
 
-@contextmanager
-def _virtual_engines() -> Iterator[tuple[Send, Answers]]:
-    """Their process: it imports vLLM at once, takes a plan when that is done, and answers."""
+@contextlib.contextmanager
+def _forecaster() -> Iterator[tuple[Send, Receive]]:
+    """Start the process of the virtual engines, and yield how to send it a plan and read the plays.
 
-    child = subprocess.Popen(
-        [sys.executable, "-m", "serving.forecasting"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    stdin, stdout, stderr = child.stdin, child.stdout, child.stderr
-    assert stdin
-    assert stdout
-    assert stderr
+    It imports vLLM at once, so that the step can be timed meanwhile, and then waits for the plan.
+    """
+    with _guarded("forecaster", FORECASTER_ARGV) as forecaster:
 
-    def send(plan: ForecastPlan) -> None:
-        if stdout.readline() != "ready\n":
-            raise ForecastError(f"vLLM's engine core does not import: {_last_line(stderr.read())}")
-        stdin.write(plan.model_dump_json() + "\n")
-        stdin.close()
+        def send(plan: ForecastPlan) -> None:
+            if forecaster.stdout.readline() != "ready\n":
+                forecaster.wait()
+                raise ForecastError(f"vLLM's engine core does not import: {_last_line(forecaster)}")
+            forecaster.stdin.write(plan.model_dump_json() + "\n")
+            forecaster.stdin.close()
 
-    def answers() -> Iterator[ForecastPlay]:
-        for line in stdout:
-            yield ForecastPlay.model_validate_json(line)
-        if child.wait():
-            raise ForecastError(
-                f"vLLM's scheduler could not be driven: {_last_line(stderr.read())}"
-            )
+        def receive() -> Iterator[ForecastPlay]:
+            for line in forecaster.stdout:
+                yield ForecastPlay.model_validate_json(line)
+            if forecaster.wait():
+                raise ForecastError(
+                    f"vLLM's scheduler could not be driven: {_last_line(forecaster)}"
+                )
 
-    try:
-        yield send, answers
-    finally:
-        child.kill()
-        child.wait()
+        yield send, receive
 
 
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["it said nothing"])[-1]
+@contextlib.contextmanager
+def _guarded(name: str, argv: Sequence[str]) -> Iterator[Process]:
+    """Start a process that ends with this one, with pipes to it and a log that goes with it."""
+    with (
+        TemporaryDirectory(prefix="lab-forecast-") as folder,
+        Process(name, argv, log=Path(folder) / "log", talk=True) as process,
+    ):
+        yield process
+
+
+def _last_line(process: Process) -> str:
+    return process.tail(1).strip() or "it printed no reason"
 
 
 def _plan(
@@ -249,7 +258,7 @@ def _plan(
     requests: Mapping[str, Sequence[Path]],
     times: Mapping[TimingPlan, StepTimes],
 ) -> ForecastPlan:
-    """All repeats at the step as timed, then the first repeat on a faster and a slower machine."""
+    """Plan all repeats at the step as timed, then the first at a faster and at a slower step."""
     lab = setup.lab
 
     def engine(point: Point, factor: float, repeats: Sequence[int]) -> PlannedEngine:
@@ -277,11 +286,11 @@ def _plan(
             ),
         )
 
-    every = range(1, lab.repeats + 1)
+    repeats = range(1, lab.repeats + 1)
     return ForecastPlan(
         tokenizer=setup.model.path,
         engines=(
-            *(engine(p, 1, every) for p in points),
+            *(engine(p, 1, repeats) for p in points),
             *(engine(p, factor, [1]) for factor in (FASTER, SLOWER) for p in points),
         ),
     )
@@ -294,7 +303,7 @@ def _primed(point: Point) -> int:
 
 
 def _traffic(lab: Lab, point: Point, repeat: int) -> Traffic:
-    """A load as the virtual clients understand it; the schedule is the one that will be sent."""
+    """Describe a load for the virtual clients; the schedule is the one that will be sent."""
     load = point.load
     warmup_s = point.workload.warmup_s or lab.warmup_s
     schedule_s: Sequence[float] = ()
@@ -314,11 +323,16 @@ def _traffic(lab: Lab, point: Point, repeat: int) -> Traffic:
     )
 
 
-def _trial(lab: Lab, point: Point, played: ForecastPlay) -> Trial:
-    """A play as a finished trial, so that it is measured like one."""
-    play = played.play
+def _trial(lab: Lab, point: Point, forecast_play: ForecastPlay) -> Trial:
+    """Present a play as a finished trial, so that the same functions measure it."""
+    play = forecast_play.play
     return Trial(
-        point, played.repeat, lab.slo, list(_records(play)), _summary(play), _snapshot(played)
+        point,
+        forecast_play.repeat,
+        lab.slo,
+        list(_records(play)),
+        _summary(play),
+        _snapshot(forecast_play),
     )
 
 
@@ -344,9 +358,9 @@ def _summary(play: Play) -> TrialSummary:
     )  # fmt: skip
 
 
-def _snapshot(played: ForecastPlay) -> Snapshot:
-    """What the engine would have counted, under its own metrics' names."""
-    counted = played.counters
+def _snapshot(forecast_play: ForecastPlay) -> Snapshot:
+    """Present what the engine would have counted under the names of its metrics."""
+    counted = forecast_play.counters
     return Snapshot(
         values={
             metrics.PREFIX_QUERIES: counted.get("prefix_queries", 0),
@@ -364,27 +378,29 @@ def _snapshot(played: ForecastPlay) -> Snapshot:
         },
         info={
             metrics.CACHE_CONFIG: {
-                "num_gpu_blocks": str(played.kv_capacity_tokens), "block_size": "1",
+                "num_gpu_blocks": str(forecast_play.kv_capacity_tokens), "block_size": "1",
             }
         },
     )  # fmt: skip
 
 
 def _bands(
-    middle: Iterable[Mapping[str, float | None]], edges: Iterable[Mapping[str, float | None]]
+    as_timed: Sequence[Mapping[str, float | None]], shifted: Sequence[Mapping[str, float | None]]
 ) -> dict[str, Band]:
-    """The mean over repeats, and how far it moves on a slower and a faster machine."""
-    rows, moved = list(middle), list(edges)
-    found = {}
+    """Take each metric's mean over repeats, and how far a faster or slower step shifts it.
+
+    `as_timed` holds the figures of each repeat, `shifted` those of the first at FASTER and SLOWER.
+    """
+    bands = {}
     for name in (name for name, metric in METRICS.items() if metric.forecast):
-        values = [v for row in rows if (v := row.get(name)) is not None]
+        values = [v for row in as_timed if (v := row.get(name)) is not None]
         if not values:
             continue
-        value, first = fmean(values), rows[0].get(name)
-        ends = [
-            v - first for row in moved if first is not None and (v := row.get(name)) is not None
+        value, first = fmean(values), as_timed[0].get(name)
+        shifts = [
+            v - first for row in shifted if first is not None and (v := row.get(name)) is not None
         ]
-        found[name] = Band(
-            value=value, low=value + min(0.0, *ends, 0.0), high=value + max(0.0, *ends, 0.0)
+        bands[name] = Band(
+            value=value, low=value + min(0.0, *shifts, 0.0), high=value + max(0.0, *shifts, 0.0)
         )
-    return found
+    return bands

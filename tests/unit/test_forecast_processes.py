@@ -1,0 +1,106 @@
+"""The two child processes of a forecast: what they leave behind, and what their failures say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from labs.running import forecast
+from labs.running.forecast import ForecastError, time_steps
+from serving.forecasting.plan import ForecastPlan
+from serving.forecasting.timing import TimingPlan
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 30.0  # a bound, not a measurement
+PLAN = TimingPlan(config=Path("config.json"), device="cpu")
+
+
+def stand_in(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code)
+
+
+def until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "with forecast._forecaster():\n    time.sleep(600)",
+        "forecast.time_steps([])",
+    ],
+)
+def test_the_processes_of_a_forecast_end_with_a_parent_that_is_killed(use: str) -> None:
+    code = f"""
+import sys, time
+from labs.running import forecast
+argv = (sys.executable, "-c", "import time; print('x', flush=True); time.sleep(600)")
+forecast.FORECASTER_ARGV = forecast.TIMER_ARGV = argv
+{use}
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    try:
+        # the parent, the guard and the child
+        until(lambda: len(psutil.Process(parent.pid).children(recursive=True)) >= 2)
+        family = psutil.Process(parent.pid).children(recursive=True)
+    finally:
+        parent.kill()
+        parent.wait()
+    until(lambda: not any(p.is_running() for p in family))
+
+
+def test_an_interrupted_forecast_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in("import time; time.sleep(600)"))
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    family: list[psutil.Process] = []
+
+    def interrupted() -> None:
+        with forecast._forecaster():
+            children = psutil.Process().children(recursive=True)
+            family.extend(p for p in children if p.pid not in before)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert family
+    assert not any(p.is_running() for p in family)
+
+
+def test_a_step_that_cannot_be_timed_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "TIMER_ARGV", stand_in("raise SystemExit('no such device')"))
+    with pytest.raises(ForecastError, match="the step could not be timed: no such device"):
+        time_steps([PLAN])
+
+
+def test_a_timer_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "TIMER_ARGV", stand_in("import time; time.sleep(600)"))
+    monkeypatch.setattr(forecast, "TIMING_LIMIT_S", 0.1)
+    with pytest.raises(ForecastError, match="could not be timed"):
+        time_steps([PLAN])
+
+
+def test_a_scheduler_that_does_not_import_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in("raise ImportError('no vllm')"))
+    plan = ForecastPlan(tokenizer=Path("nowhere"), engines=())
+    with forecast._forecaster() as (send, _):
+        with pytest.raises(ForecastError, match="does not import: ImportError: no vllm"):
+            send(plan)
+
+
+def test_a_scheduler_that_fails_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "print('ready', flush=True); input(); raise ValueError('no such flag')"
+    monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in(code))
+    plan = ForecastPlan(tokenizer=Path("nowhere"), engines=())
+    with forecast._forecaster() as (send, receive):
+        send(plan)
+        with pytest.raises(ForecastError, match="could not be driven: ValueError: no such flag"):
+            list(receive())
