@@ -21,9 +21,10 @@ from serving.forecasting.traffic import Prompt, play
 
 
 def main() -> None:
-    logging.disable(logging.WARNING)  # vLLM's own account of engines that never serve
+    """Announce that vLLM is imported, read the plan, and print each play as soon as it is over."""
+    logging.disable(logging.WARNING)  # vLLM describes at length engines that never serve
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed
+    os.dup2(2, 1)  # what anything else prints must not mix with the plays
     from serving.forecasting.virtual_engine import VirtualEngine
 
     print("ready", file=out, flush=True)
@@ -46,18 +47,21 @@ def main() -> None:
                 _prompts(trial.requests, tokenize, True),
                 plan.delays,
             )
-            found = ForecastPlay(
+            forecast_play = ForecastPlay(
                 key=trial.key,
                 repeat=trial.repeat,
                 play=played,
                 counters=server.read_counters(),
                 kv_capacity_tokens=server.kv_capacity_tokens,
             )
-            print(found.model_dump_json(), file=out, flush=True)
+            print(forecast_play.model_dump_json(), file=out, flush=True)
 
 
 def _prompts(requests: Path, tokenize: Any, intruders: bool | None) -> Iterator[Prompt]:
-    """In the order they are sent, tokenized one by one as they are needed."""
+    """Yield the prompts in the order they are sent, tokenized one by one as they are needed.
+
+    `intruders` selects the intruders or all other requests; None selects both.
+    """
     with requests.open() as lines:
         for line in lines:
             planned = json.loads(line)
@@ -77,10 +81,10 @@ def _tokenizer(folder: str) -> Any:
 
     @cache
     def tokenize(body: str) -> tuple[int, ...]:
-        found = tokenizer.apply_chat_template(
+        token_ids = tokenizer.apply_chat_template(
             json.loads(body)["messages"], add_generation_prompt=True, return_dict=False
         )
-        return tuple(found)
+        return tuple(token_ids)
 
     return tokenize
 
@@ -93,4 +97,4 @@ if __name__ == "__main__":
         traceback.print_exc()
         status = 1
     sys.stderr.flush()
-    os._exit(status)  # vLLM's own tidying has nothing to tidy here, and prints pages about it
+    os._exit(status)  # vLLM's clean-up at exit has nothing to clean up, and prints pages of it

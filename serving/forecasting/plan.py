@@ -1,4 +1,4 @@
-"""What is asked of the virtual engines, and what they answer: the two sides of a pipe."""
+"""What the forecaster reads and writes: a plan of trials, and how each of them would go."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from serving.forecasting.traffic import Delays, Play, Traffic
 
 
 class PlannedTrial(BaseModel, frozen=True, extra="forbid"):
-    """One trial to be played: what is sent, and when."""
+    """A trial to be played: what is sent, and when."""
 
     key: str
     repeat: int
     requests: Path  # JSON lines, each with `index`, `output_tokens`, a chat `body`, ...
     acceptance: float = 0.0  # probability that a draft token is accepted, each by itself
-    primed: int = 0  # the first requests of this many are sent beforehand, one after another
+    primed: int = 0  # so many of the first requests are sent beforehand, one after another
     traffic: Traffic
 
 
 class PlannedEngine(BaseModel, frozen=True, extra="forbid"):
-    """An engine by its arguments, how long its steps take, and the trials to be played on it."""
+    """A virtual engine: its arguments, how long its steps take, and the trials to play on it."""
 
     argv: tuple[str, ...]
     step_times: StepTimes
@@ -31,13 +31,15 @@ class PlannedEngine(BaseModel, frozen=True, extra="forbid"):
 
 
 class ForecastPlan(BaseModel, frozen=True, extra="forbid"):
-    tokenizer: Path
+    """All that one forecaster plays, engine by engine."""
+
+    tokenizer: Path  # the model's folder
     delays: Delays = Delays()
     engines: tuple[PlannedEngine, ...]
 
 
 class ForecastPlay(BaseModel, frozen=True, extra="forbid"):
-    """A trial as it would go, with what the engine would have counted in it."""
+    """How a trial would go, and what the engine would count in it."""
 
     key: str
     repeat: int

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 
 class StepTimes(BaseModel, frozen=True, extra="forbid"):
-    """Measured parts of a step; sizes ascend, seconds belong to them one by one."""
+    """The measured parts of a step. Sizes ascend, and each has its seconds at the same place."""
 
     tokens: tuple[int, ...]
     linear_s: tuple[float, ...]
@@ -33,7 +33,7 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
     scheduling_s: float = 0.0  # of the engine itself, around the model's forward pass
 
     def times(self, factor: float) -> StepTimes:
-        """A machine on which everything takes so many times as long."""
+        """Return the step times of a machine on which everything takes `factor` times as long."""
         return StepTimes(
             tokens=self.tokens,
             linear_s=tuple(factor * s for s in self.linear_s),
@@ -45,8 +45,10 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
         )
 
     def seconds(self, step: Step) -> float:
-        """Seconds of a step; sizes between those measured are interpolated, those beyond extend
-        the last slope."""
+        """Add up the seconds of a step; 0 for an empty one.
+
+        Between measured sizes the time is interpolated, beyond the largest extrapolated.
+        """
         if not step.pieces:
             return 0.0
         attention_s = sum(
@@ -67,7 +69,7 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True)
 class Piece:
-    """What one request has in a step: so many tokens behind so many that are in the cache."""
+    """A request's share of a step: `tokens` new ones after `context_tokens` in the cache."""
 
     tokens: int
     context_tokens: int
@@ -75,12 +77,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Step:
+    """What the engine computes in one step."""
+
     pieces: Sequence[Piece]
-    rows: int  # that are sampled: a prompt's last piece has one, an earlier piece none
+    rows: int  # positions that are sampled: a prompt's last piece has one, an earlier piece none
 
 
 def _at(size: float, sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """Interpolated; beyond the largest size, along the last slope."""
+    """Interpolate the seconds at a size; beyond the largest, follow the last slope."""
     if size <= sizes[-1] or len(sizes) < 2:
         return float(np.interp(size, sizes, seconds))
     slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])

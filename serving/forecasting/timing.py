@@ -3,15 +3,15 @@
 No engine exists yet, and no weights are needed: matrices of the model's sizes hold random numbers.
 A layer is what a decoder's layer is (two norms, the projections, rotary embedding, attention over
 a cache, a gated MLP), launched operation by operation, so that the cost of launching is in the
-figures. All layers have weights of their own, lest a cache hold them. Each size is timed several
-times, in turns with the others, and the least is kept: what else the machine does only ever adds.
+figures. All layers have weights of their own, so that no cache holds them. Each size is timed
+several times, in turn with the others, and the least is kept: other work can only add time.
 
 Adapters (LoRA) are applied as vLLM's CPU backend applies them: each token gathers the two thin
 matrices of its adapter, for each of the seven projections of a layer.
 
 Run as `python -m serving.forecasting.timing` with `TimingPlan`s as JSON lines on standard input;
-each is answered with a line of `StepTimes`. What it cannot show: the engine's own kernels where
-they differ from torch's, quantized weights, experts, compiled steps, and the scheduler's own time.
+for each it prints a line of `StepTimes`. It does not cover the engine's own kernels where they
+differ from torch's, quantized weights, experts, compiled steps, and the scheduler's own time.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from pydantic import BaseModel
 
 from serving.forecasting.step import StepTimes
 
-CONTEXT_TOKENS = 32  # that the timed layers attend to; longer contexts are timed by themselves
+CONTEXT_TOKENS = 32  # the timed layers attend to so many; longer contexts are timed separately
 LONG_CONTEXT_TOKENS = 2048
 PREFILL_TOKENS = 512
 
 
 class TimingPlan(BaseModel, frozen=True, extra="forbid"):
-    """What to time, and where."""
+    """What to time: a model's shape, the device, and the sizes of steps."""
 
     config: Path  # the model's config.json
     device: str  # `cpu` or `cuda`
-    cores: tuple[int, ...] = ()  # of a CPU engine: one thread on each
+    cores: tuple[int, ...] = ()  # a CPU engine's cores: one thread on each
     tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
     rows: tuple[int, ...] = (1, 4, 16, 64)
     adapters: int = 0  # slots for LoRA adapters; 0: none are applied
@@ -48,7 +48,10 @@ class TimingPlan(BaseModel, frozen=True, extra="forbid"):
 
 
 class Decoder:
-    """Layers of a model's shape with random weights."""
+    """The layers of a model's shape, with random weights.
+
+    Raises KeyError where `config` lacks a size of a Llama-like decoder.
+    """
 
     def __init__(
         self, config: dict[str, Any], device: str, adapters: int = 0, adapter_rank: int = 0
@@ -94,6 +97,7 @@ class Decoder:
         ]
 
     def rotated(self, x: Any, cos: Any, sin: Any) -> Any:
+        """Apply rotary embedding to x, of shape (tokens, heads, head dimension)."""
         first, second = x.chunk(2, dim=-1)
         return self.torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -106,7 +110,7 @@ class Decoder:
         y += torch.einsum("bi,boi->bo", thin.to(y.dtype), expand.to(y.dtype))
 
     def linear(self, tokens: int) -> Callable[[], None]:
-        """All layers over `tokens`, each of them with a short context of its own."""
+        """Return the work of all layers over `tokens`, each with CONTEXT_TOKENS of context."""
         torch, f = self.torch, self.torch.nn.functional
         x = torch.randn(tokens, self.hidden, device=self.device, dtype=torch.bfloat16)
         angle = torch.rand(tokens, 1, self.head_dim // 2, device=self.device).bfloat16()
@@ -153,11 +157,15 @@ class Decoder:
         return run
 
     def head(self, rows: int) -> Callable[[], None]:
+        """Return the work of the output head and greedy sampling over `rows` positions."""
         x = self.torch.randn(rows, self.hidden, device=self.device, dtype=self.torch.bfloat16)
         return lambda: self.torch.nn.functional.linear(x, self.head_weights).argmax(dim=-1)
 
     def attention(self, tokens: int, context_tokens: int) -> Callable[[], None]:
-        """Attention alone in all layers: `tokens` behind `context_tokens`, causal among them."""
+        """Return the work of attention alone, in all layers: `tokens` after `context_tokens`.
+
+        Without a context the tokens attend to one another causally.
+        """
         torch = self.torch
         queries = torch.randn(1, self.heads, tokens, self.head_dim, device=self.device).bfloat16()
         caches = [
@@ -179,7 +187,10 @@ class Decoder:
 def timed(
     works: Sequence[Callable[[], None]], passes: int, wait: Callable[[], None]
 ) -> list[float]:
-    """Least seconds of each, over so many passes in turns, after a first pass that warms up."""
+    """Return the least seconds of each work, over `passes` in turn after one that warms up.
+
+    `wait` returns when the device has finished all that it was given.
+    """
     least = [float("inf")] * len(works)
     for number in range(passes + 1):
         for place, work in enumerate(works):
@@ -193,7 +204,7 @@ def timed(
 
 
 def measure(plan: TimingPlan) -> StepTimes:
-    """Raises KeyError where the configuration is of no decoder that is known here."""
+    """Measure the parts of a step. Raises KeyError where the configuration is of another kind."""
     if plan.cores:
         os.sched_setaffinity(0, plan.cores)
     import torch

@@ -1,8 +1,8 @@
-"""Clients in virtual time: who sends when, and what they would have seen.
+"""Clients in virtual time: when they send, and what they would observe.
 
-The rules are those of the load generator: a closed loop's user sends its next request when its
-answer is whole; a wave waits for all of it; an open loop keeps its schedule. What lies between
-client and engine is a delay that is stated, not simulated: see `Delays`.
+The rules are those of the load generator. In a closed loop a user sends its next request when its
+answer is complete; the next wave starts when all answers of the last one are complete; an open loop
+keeps its schedule. The delays between client and engine are constants, not simulated: see `Delays`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 
 class VirtualServer(Protocol):
-    """What traffic needs of an engine: time, requests, and steps that yield tokens."""
+    """The engine that traffic is played on: it has a clock, takes requests and runs steps."""
 
     @property
     def now_s(self) -> float: ...
@@ -27,40 +27,40 @@ class VirtualServer(Protocol):
         """Hand a request to the engine now."""
 
     def step(self) -> dict[str, tuple[int, bool]]:
-        """One step: request -> (tokens it got, whether they were its last)."""
+        """Run one step; return request -> (new tokens, whether they were its last)."""
 
     def wait_until(self, at_s: float) -> None:
         """Let an idle engine's clock move on."""
 
 
 class Delays(BaseModel, frozen=True, extra="forbid"):
-    """Seconds outside the engine's steps, stated before anything is measured.
+    """Seconds outside the engine's steps, fixed before anything is measured.
 
-    From vLLM 0.32 behind Locust on two cores: tokenizing, HTTP and the hand-over to the engine's
-    process take some milliseconds a request, one request after another (one thread does it), and a
-    client takes about as long from an answer to its next request.
+    Measured with vLLM 0.32 behind Locust on two cores: tokenizing, HTTP and the transfer to the
+    engine's process take some milliseconds a request, one request after another (one thread does
+    it), and a client takes about as long from an answer to its next request.
     """
 
     request_s: float = 0.003  # from the send until the engine may schedule it
-    serial_s: float = 0.002  # of it, during which no other request is prepared
+    serial_s: float = 0.002  # the part of request_s during which no other request is prepared
     response_s: float = 0.001  # from the end of a step until the client has the token
     client_s: float = 0.003  # from the end of an answer until the same user's next send
 
 
 class Traffic(BaseModel, frozen=True, extra="forbid"):
-    """Requests and when they are sent; times are seconds from the trial's start."""
+    """When requests are sent; times are seconds from the trial's start."""
 
     kind: Literal["closed", "waves", "open"]
-    users: int = 1  # of a closed loop, or of each wave
-    schedule_s: tuple[float, ...] = ()  # an open loop's
-    intruder_every_s: float | None = None  # beside a closed loop: every so often one of `intruders`
+    users: int = 1  # in a closed loop, or in each wave
+    schedule_s: tuple[float, ...] = ()  # of an open loop
+    intruder_every_s: float | None = None  # beside a closed loop: one of `intruders` in each period
     warmup_s: float
     window_s: float
     longest_windows: float = 4  # how long a closed loop's window may be held open for answers
 
 
 class Prompt(BaseModel, frozen=True, extra="forbid"):
-    """A request as the engine gets it."""
+    """A request as the engine receives it."""
 
     index: int
     token_ids: tuple[int, ...]
@@ -69,7 +69,7 @@ class Prompt(BaseModel, frozen=True, extra="forbid"):
 
 
 class Answer(BaseModel, extra="forbid"):
-    """One request as the client would have seen it."""
+    """A request as the client would observe it; chunks are (arrival in seconds, tokens)."""
 
     index: int
     asked_tokens: int
@@ -81,6 +81,8 @@ class Answer(BaseModel, extra="forbid"):
 
 
 class Play(BaseModel, extra="forbid"):
+    """A trial's answers, and when its measured window began and ended."""
+
     answers: list[Answer]
     window_s: tuple[float, float]
 
@@ -92,7 +94,7 @@ def play(
     intruders: Iterable[Prompt] = (),
     delays: Delays | None = None,
 ) -> Play:
-    """The trial until its last answer. The server's clock goes on from where it stands."""
+    """Play a trial until its last answer, from the time that the server's clock shows."""
     return _Trial(server, traffic, prompts, intruders, delays or Delays()).run()
 
 
@@ -109,13 +111,12 @@ class _Trial:
         self.prompts, self.intruders = iter(prompts), iter(intruders)
         self.start_s = server.now_s
         self.answers: dict[str, Answer] = {}
-        self.events: list[tuple[float, int, str, Answer, Prompt]] = []  # when the engine gets it
+        self.deliveries: list[tuple[float, int, str, Prompt]] = []  # (when, order, name, prompt)
         self.sends: list[tuple[float, int, float | None, bool]] = []  # (when, order, due, intruder)
         self.order = 0
-        self.free_s = 0.0  # when the server's own front is done with earlier requests
+        self.free_s = 0.0  # when the server has prepared all earlier requests
         self.window = [traffic.warmup_s, traffic.warmup_s + traffic.window_s]
-        self.counted = self.answered = self.out = 0
-        self.over = False
+        self.counted = self.answered = self.outstanding = 0
 
     @property
     def now_s(self) -> float:
@@ -125,16 +126,16 @@ class _Trial:
         self._begin()
         while True:
             self._send_what_is_due()
-            while self.events and self.events[0][0] <= self.now_s + 1e-12:
-                _, _, name, _, prompt = heapq.heappop(self.events)
+            while self.deliveries and self.deliveries[0][0] <= self.now_s + 1e-12:
+                _, _, name, prompt = heapq.heappop(self.deliveries)
                 self.server.add(name, prompt)
             if self.server.busy:
-                self._take(self.server.step())
+                self._receive(self.server.step())
                 continue
-            ahead = [heap[0][0] for heap in (self.sends, self.events) if heap]
-            if not ahead:
+            next_times_s = [heap[0][0] for heap in (self.sends, self.deliveries) if heap]
+            if not next_times_s:
                 break
-            self.server.wait_until(self.start_s + max(min(ahead), self.now_s))
+            self.server.wait_until(self.start_s + max(min(next_times_s), self.now_s))
         return Play(answers=[*self.answers.values()], window_s=(self.window[0], self.window[1]))
 
     # sending
@@ -181,14 +182,14 @@ class _Trial:
         name = f"{prompt.index}-{'i' if intruder else 'r'}-{self.order}-{len(self.answers)}"
         self.answers[name] = answer
         self.free_s = max(self.free_s, at_s) + self.delays.serial_s
-        there_s = max(self.free_s, at_s + self.delays.request_s)
+        delivered_s = max(self.free_s, at_s + self.delays.request_s)
         self.order += 1
-        heapq.heappush(self.events, (there_s, self.order, name, answer, prompt))
+        heapq.heappush(self.deliveries, (delivered_s, self.order, name, prompt))
         if intruder and self.traffic.intruder_every_s:
             self.intruder_name = name
 
     def _closed(self, at_s: float) -> bool:
-        """Whether a closed loop's window is over: it is held open for one answer a user."""
+        """Tell whether a closed loop's window is over: it stays open for one answer a user."""
         traffic = self.traffic
         latest_s = traffic.warmup_s + traffic.longest_windows * traffic.window_s
         return at_s >= self.window[1] and (at_s >= latest_s or self.counted >= traffic.users)
@@ -202,15 +203,15 @@ class _Trial:
             return
         if at_s >= traffic.warmup_s:
             self.window[0] = min(self.window[0], at_s)
-        self.out = traffic.users
+        self.outstanding = traffic.users
         for _ in range(traffic.users):
             self._plan(at_s)
 
     # receiving
 
-    def _take(self, got: dict[str, tuple[int, bool]]) -> None:
+    def _receive(self, outputs: dict[str, tuple[int, bool]]) -> None:
         at_s = self.now_s + self.delays.response_s
-        for name, (tokens, last) in got.items():
+        for name, (tokens, last) in outputs.items():
             answer = self.answers[name]
             if tokens:
                 answer.chunks.append((at_s, tokens))
@@ -224,8 +225,8 @@ class _Trial:
         if name == getattr(self, "intruder_name", None):  # a period after the last, or at once
             self._plan(max(next_s, answer.sent_s + (traffic.intruder_every_s or 0)), None, True)
         elif traffic.kind == "waves":
-            self.out -= 1
-            if not self.out:
+            self.outstanding -= 1
+            if not self.outstanding:
                 self._wave(next_s)
         else:
             if answer.in_window:

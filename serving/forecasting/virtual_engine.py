@@ -1,11 +1,11 @@
 """vLLM's own engine core, whose model takes virtual time instead of computing.
 
-`EngineCore` is built from the very arguments that an engine would be started with: its scheduler,
-its KV cache manager, its prefix cache, its preemptions and its bookkeeping of drafts are those that
-will serve. Only the executor is ours: asked for a forward pass, it moves a virtual clock on by what
-the step would take (`serving/forecasting/step.py`) and answers with tokens.
+`EngineCore` is built from the arguments that an engine would be started with: its scheduler, its KV
+cache manager, its prefix cache, its preemptions and its bookkeeping of drafts are those that will
+serve. Only the executor is the lab's: instead of a forward pass it advances a virtual clock by the
+time that the step would take (`serving/forecasting/step.py`) and returns tokens.
 
-Run in the engine's environment alone: everything here imports vLLM. Tried with vLLM 0.32.
+This module imports vLLM, so it runs in the engine's environment only. Tested with vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TOKEN = 1  # the token that every answer is made of
 
 @dataclass
 class Clock:
-    """Virtual seconds since the engine was made, and what each step held as it ended."""
+    """Virtual seconds since the engine was built, and each step with the time of its end."""
 
     now_s: float = 0.0
     steps: list[tuple[float, Step]] = field(default_factory=list)
@@ -45,7 +45,11 @@ class Clock:
 
 
 class VirtualExecutor(Executor):  # type: ignore[misc]
-    """Answers what the engine core asks of its workers; a forward pass takes virtual time."""
+    """Stands in for the engine's workers: a forward pass takes virtual time and no computing.
+
+    vLLM calls a worker's method by name (`collective_rpc`); each that it calls is here under that
+    name with an underscore, and all others return None.
+    """
 
     step_times: StepTimes
     draft_times: StepTimes | None
@@ -57,7 +61,7 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
         self.prompt_tokens: dict[str, int] = {}
 
     def check_health(self) -> None:
-        """There is nothing to fail."""
+        """Do nothing: there is no worker that could fail."""
 
     def collective_rpc(
         self,
@@ -67,14 +71,15 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
         kwargs: dict[str, Any] | None = None,
         non_block: bool = False,
     ) -> Any:
-        answer = getattr(self, f"_{method}", lambda *_: None)(*args)
+        """Call a method of the only worker; return its result in a list, or in a future."""
+        result = getattr(self, f"_{method}", lambda *_: None)(*args)
         if non_block:
-            done: Future[Any] = Future()
-            done.set_result([answer])
-            return done
-        return [answer]
+            future: Future[Any] = Future()
+            future.set_result([result])
+            return future
+        return [result]
 
-    # what is asked as the engine starts
+    # what vLLM calls as the engine starts
 
     def _get_kv_cache_spec(self) -> dict[str, Any]:
         config, parallel = self.model_config, self.parallel_config
@@ -99,7 +104,7 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
         return None
 
     def compile_or_warm_up_model(self) -> None:
-        """Nothing is compiled."""
+        """Do nothing: no kernel is compiled."""
 
     def _get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
@@ -110,12 +115,13 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
     # a step
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+        """Run a step in virtual time; return its output, or a future that has it."""
         output = self._forward(scheduler_output)
         if not non_block:
             return output
-        done: Future[Any] = Future()
-        done.set_result(output)
-        return done
+        future: Future[Any] = Future()
+        future.set_result(output)
+        return future
 
     def _forward(self, scheduled: Any) -> ModelRunnerOutput:
         for request_id in scheduled.finished_req_ids:
@@ -135,7 +141,7 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
             pieces.append(Piece(tokens, before))
             guesses = len(drafts.get(request_id, ()))
             if before + tokens < self.prompt_tokens[request_id]:
-                sampled[request_id] = []  # more of its prompt is to come
+                sampled[request_id] = []  # the prompt continues in a later step
             else:
                 sampled[request_id] = [TOKEN] * (1 + self._accepted(guesses))
         self.clock.preemptions += len(scheduled.preempted_req_ids or ())
@@ -153,14 +159,14 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
         )
 
     def _accepted(self, guesses: int) -> int:
-        """How many are accepted before the first that is not."""
+        """Draw how many guesses are accepted before the first that is rejected."""
         accepted = 0
         while accepted < guesses and self.clock.rng.random() < self.clock.acceptance:
             accepted += 1
         return accepted
 
     def _drafting_s(self, step: Step) -> float:
-        """The draft sees what the target saw, then guesses token by token."""
+        """Add up the draft model's seconds: one pass over the step's tokens, then one a guess."""
         if self.draft_times is None or self.speculative_config is None or not step.rows:
             return 0.0
         alone = Step([Piece(1, p.context_tokens + p.tokens) for p in step.pieces], step.rows)
@@ -175,14 +181,18 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
         return DraftTokenIds(ids, [list(guesses) for _ in ids])
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Return the guesses of the last step, as the engine core asks after it."""
         return self.drafts
 
     def shutdown(self) -> None:
-        """There are no workers."""
+        """Do nothing: there are no workers to end."""
 
 
 class VirtualEngine:
-    """An engine of these arguments that serves in virtual time."""
+    """An engine that schedules as vLLM would with these arguments, and serves in virtual time.
+
+    Raises what vLLM raises for arguments that it does not accept, or memory that is too small.
+    """
 
     def __init__(
         self,
@@ -190,7 +200,7 @@ class VirtualEngine:
         step_times: StepTimes,
         draft_times: StepTimes | None = None,
     ) -> None:
-        """`draft_times` are of the model that guesses; looking text up (n-gram) takes none."""
+        """Build the engine core; `draft_times` are the draft model's, None for n-grams."""
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
         config = EngineArgs.from_cli_args(parser.parse_args(list(argv))).create_engine_config()
         self.clock = Clock()
@@ -204,10 +214,11 @@ class VirtualEngine:
         self.adapters: dict[str, int] = {}
 
     def add(self, request_id: str, prompt: Prompt) -> None:
+        """Hand a request to the scheduler; it ends at its number of output tokens."""
         lora = None
         if prompt.adapter:
             number = self.adapters.setdefault(prompt.adapter, len(self.adapters) + 1)
-            lora = LoRARequest(prompt.adapter, number, "none: it is never loaded")
+            lora = LoRARequest(prompt.adapter, number, "no path: the adapter is never loaded")
         request = Request(
             request_id=request_id,
             prompt_token_ids=list(prompt.token_ids),
@@ -222,7 +233,7 @@ class VirtualEngine:
         self.core.add_request(request)
 
     def step(self) -> dict[str, tuple[int, bool]]:
-        """One step; the requests that got tokens -> how many, and whether that was the last."""
+        """Run one step; return request -> (new tokens, whether they were its last)."""
         outputs, executed = self.core.step_fn()
         self.core.post_step(executed)
         for client in (outputs or {}).values():
@@ -234,7 +245,7 @@ class VirtualEngine:
         }
 
     def _count(self, stats: Any) -> None:
-        """What vLLM's own `/metrics` would have counted, under the names of `counters`."""
+        """Add what vLLM's `/metrics` would have counted in this step."""
         if stats is None:
             return
         if prefix := stats.prefix_cache_stats:
@@ -246,30 +257,35 @@ class VirtualEngine:
             self.counters["accepted_tokens"] += drafts.num_accepted_tokens
 
     def read_counters(self) -> dict[str, int]:
-        """Counted since they were last read."""
-        found = {**self.counters, "preemptions": self.clock.preemptions}
+        """Return the counts since this was last called, and start them at 0 again."""
+        counts = {**self.counters, "preemptions": self.clock.preemptions}
         self.counters.clear()
         self.clock.preemptions = 0
         self.clock.steps.clear()
-        return found
+        return counts
 
     @property
     def kv_capacity_tokens(self) -> int:
+        """The tokens that the KV cache has room for."""
         config = self.core.scheduler.kv_cache_config
         return int(config.num_blocks * self.core.scheduler.block_size)
 
     @property
     def now_s(self) -> float:
+        """Virtual seconds since the engine was built."""
         return self.clock.now_s
 
     def wait_until(self, at_s: float) -> None:
+        """Advance an idle engine's clock to `at_s`, if that is later."""
         self.clock.now_s = max(self.clock.now_s, at_s)
 
     @property
     def busy(self) -> bool:
+        """Whether any request is running or waiting."""
         return bool(self.core.scheduler.has_requests())
 
     def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes, as before a trial on a real engine."""
         self.core.reset_prefix_cache()
 
 

@@ -91,9 +91,11 @@ def test_a_timer_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_scheduler_that_does_not_import_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in("raise ImportError('no vllm')"))
     plan = ForecastPlan(tokenizer=Path("nowhere"), engines=())
-    with forecast._forecaster() as (send, _):
-        with pytest.raises(ForecastError, match="does not import: ImportError: no vllm"):
-            send(plan)
+    with (
+        pytest.raises(ForecastError, match="does not import: ImportError: no vllm"),
+        forecast._forecaster() as (send, _),
+    ):
+        send(plan)
 
 
 def test_a_scheduler_that_fails_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
