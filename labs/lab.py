@@ -214,7 +214,7 @@ class SLO(BaseModel, frozen=True, extra="forbid"):
 
 
 class LabError(Exception):
-    """What the reader asked for is not possible; the message says what is."""
+    """The reader asked for something that is not possible; the message says what is."""
 
 
 class NotApplicable(LabError):

@@ -101,59 +101,34 @@ class Exporter:
         }
         for histogram in self._histograms.values():
             self.registry.register(histogram)
-        self._requests = Counter(
-            REQUESTS, "Requests ended", (*LABELS, "outcome"), registry=self.registry
+        self._requests = self._counter(REQUESTS, "Requests ended", (*LABELS, "outcome"))
+        self._output = self._counter(OUTPUT_TOKENS, "Output tokens of requests that ended well")
+        self._prompt = self._counter(PROMPT_TOKENS, "Prompt tokens of requests that ended well")
+        self._scheduled = self._counter(SCHEDULED, "Requests due by now, under open loop")
+        self._sent = self._counter(SENT, "Requests sent")
+        self._overdue = self._gauge(OVERDUE, "Requests due and not sent, under open loop")
+        self._in_flight = self._gauge(IN_FLIGHT, "Requests sent and not ended")
+        self._adapters = self._gauge(ADAPTERS, "Different adapters of the requests in flight")
+        self._loop_lag = self._gauge(
+            LOOP_LAG, "How late the load's event loop ran, the worst since the last report"
         )
-        self._output = Counter(
-            OUTPUT_TOKENS,
-            "Output tokens of requests that ended well",
-            LABELS,
-            registry=self.registry,
+        self._slo = self._gauge(
+            SLO, "The longest time that a user should wait", ("lab", "run_id", "slo")
         )
-        self._prompt = Counter(
-            PROMPT_TOKENS,
-            "Prompt tokens of requests that ended well",
-            LABELS,
-            registry=self.registry,
+        self._load_point = self._gauge(
+            LOAD_POINT, "1 while this load is being sent", (*LABELS, "workload", "load")
         )
-        self._scheduled = Counter(
-            SCHEDULED, "Requests due by now, under open loop", LABELS, registry=self.registry
-        )
-        self._sent = Counter(SENT, "Requests sent", LABELS, registry=self.registry)
-        self._overdue = Gauge(
-            OVERDUE, "Requests due and not sent, under open loop", LABELS, registry=self.registry
-        )
-        self._in_flight = Gauge(
-            IN_FLIGHT, "Requests sent and not ended", LABELS, registry=self.registry
-        )
-        self._adapters = Gauge(
-            ADAPTERS, "Different adapters of the requests in flight", LABELS, registry=self.registry
-        )
-        self._loop_lag = Gauge(
-            LOOP_LAG,
-            "How late the load's event loop ran, the worst since the last report",
-            LABELS,
-            registry=self.registry,
-        )
-        self._slo = Gauge(
-            SLO,
-            "The longest time that a user should wait",
-            ("lab", "run_id", "slo"),
-            registry=self.registry,
-        )
-        self._load_point = Gauge(
-            LOAD_POINT,
-            "1 while this load is being sent",
-            (*LABELS, "workload", "load"),
-            registry=self.registry,
-        )
-        self._warm_up = Gauge(
-            WARM_UP, "1 during the warm-up, which is not measured", LABELS, registry=self.registry
-        )
+        self._warm_up = self._gauge(WARM_UP, "1 during the warm-up, which is not measured")
         self._is_intruder: Callable[[int], bool] = lambda index: False
         self._now: tuple[str, ...] = ()
         self._point: tuple[str, ...] = ()
         self._last_progress = Progress()
+
+    def _counter(self, name: str, text: str, labels: Sequence[str] = LABELS) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: Sequence[str] = LABELS) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
 
     def serve(self, port: int) -> None:
         """Serve the metrics over HTTP on loopback."""

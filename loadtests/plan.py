@@ -57,7 +57,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
 
 
 class TrialSummary(BaseModel, frozen=True, extra="forbid"):
-    """What only the load processes know of a trial; the rest is computed from the records."""
+    """Holds what only the load processes know of a trial; the records give everything else."""
 
     started_unix_s: float  # wall clock at the trial's time 0: for dashboards, never for durations
     window_s: tuple[float, float]  # the measured window, on the trial's clock
@@ -92,7 +92,7 @@ def merged_summary(summaries: Sequence[TrialSummary], lost_share: float) -> Tria
 
 
 class Progress(BaseModel, frozen=True, extra="forbid"):
-    """How far a trial's load has come, reported while it runs."""
+    """Reports how far a trial's load has come, while it runs."""
 
     sent: int = 0
     in_flight: int = 0

@@ -57,7 +57,7 @@ class RequestRecord:
 
     @property
     def send_lag_s(self) -> float | None:
-        """How late a scheduled request was sent; None under closed loop."""
+        """The time from the schedule to the send; None under closed loop."""
         return None if self.scheduled_s is None else self.sent_s - self.scheduled_s
 
     @property

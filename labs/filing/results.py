@@ -144,7 +144,7 @@ def fresh_knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Band(BaseModel, frozen=True, extra="forbid"):
-    """A forecast figure, and between what it is expected."""
+    """A forecast figure, and the bounds between which it is expected."""
 
     value: float
     low: float
@@ -152,7 +152,7 @@ class Band(BaseModel, frozen=True, extra="forbid"):
 
 
 class PointForecasts(BaseModel, frozen=True, extra="forbid"):
-    """Every load point as vLLM's scheduler would play it in virtual time."""
+    """The forecasts of every point, from vLLM's own scheduler run in virtual time."""
 
     points: dict[str, dict[str, Band]]  # point -> metric
     without: dict[str, str] = {}  # variant or point -> why it has no forecast
@@ -197,7 +197,7 @@ class Agreement(BaseModel, frozen=True, extra="forbid"):
 
 
 class Finding(BaseModel, frozen=True, extra="forbid"):
-    """What a lab concludes beyond its claims: a table and sentences.
+    """A conclusion of a lab beyond its claims: a table and sentences.
 
     `passed` is None for a finding that cannot fail.
     """
@@ -237,7 +237,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
 
 
 class Session(BaseModel, frozen=True, extra="forbid"):
-    """How one session of a run went: where its time went, and whether the counts agreed."""
+    """Records how one session of a run went: its times, and whether the counts agreed."""
 
     engine_start_s: float
     load_s: float

@@ -217,7 +217,7 @@ def prefix_hit_rate(trial: Trial) -> float | None:
 
 
 def counter_increase(trial: Trial, metric: str) -> float | None:
-    """How far an engine's counter rose over the whole trial, warm-up and drain included."""
+    """The increase of an engine's counter over the whole trial, warm-up and drain included."""
     return trial.engine.values.get(metric) if trial.engine else None
 
 

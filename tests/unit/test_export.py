@@ -31,11 +31,11 @@ VLLM_KEYS = {  # of vLLM 0.32, --save-result --save-detailed
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     """One of its 8 trials holds a request that failed, beside one by hand."""
-    made = write_run(tmp_path)
-    found = [make_record([(11.0, 1), (11.5, 2), (12.0, 2)]), make_record([], index=1, sent_s=10.5)]
-    point = made.run().points()[0]
-    records.write(made.trial_folder(point, 1) / "requests.jsonl.gz", found)
-    return made
+    folder = write_run(tmp_path)
+    sent = [make_record([(11.0, 1), (11.5, 2), (12.0, 2)]), make_record([], index=1, sent_s=10.5)]
+    point = folder.run().points()[0]
+    records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", sent)
+    return folder
 
 
 def read(path: Path) -> list[dict[str, object]]:
@@ -76,17 +76,17 @@ def test_tables_read_back(folder: RunFolder, kind: Format, tmp_path: Path) -> No
 def test_vllms_format_has_its_keys_and_its_definitions(folder: RunFolder, tmp_path: Path) -> None:
     written = export.export(folder, "vllm", tmp_path / "out")
     assert len(written) == 8
-    found = json.loads((tmp_path / "out" / "off-short-concurrent-1-1.json").read_text())
-    assert found.keys() == VLLM_KEYS
-    assert (found["num_prompts"], found["completed"], found["failed"]) == (2, 1, 1)
-    assert found["duration"] == 2.0
-    assert found["output_throughput"] == 2.5
-    assert found["mean_ttft_ms"] == 1000
-    assert found["mean_tpot_ms"] == 250  # 1 s for all but one of 5 tokens, however they came
-    assert found["itls"] == [[0.5, 0.5], []]
-    assert found["ttfts"] == [1.0, None]  # vLLM would say 0
-    assert found["max_concurrency"] == 1
-    assert found["request_rate"] == "inf"
+    exported = json.loads((tmp_path / "out" / "off-short-concurrent-1-1.json").read_text())
+    assert exported.keys() == VLLM_KEYS
+    assert (exported["num_prompts"], exported["completed"], exported["failed"]) == (2, 1, 1)
+    assert exported["duration"] == 2.0
+    assert exported["output_throughput"] == 2.5
+    assert exported["mean_ttft_ms"] == 1000
+    assert exported["mean_tpot_ms"] == 250  # 1 s for all but one of 5 tokens, however they came
+    assert exported["itls"] == [[0.5, 0.5], []]
+    assert exported["ttfts"] == [1.0, None]  # vLLM would say 0
+    assert exported["max_concurrency"] == 1
+    assert exported["request_rate"] == "inf"
     # 12.0 falls into the third second after 10.0
-    assert (found["max_output_tokens_per_s"], found["max_concurrent_requests"]) == (2.0, 1)
-    assert found["errors"] == ["", "ConnectionError: refused"]
+    assert (exported["max_output_tokens_per_s"], exported["max_concurrent_requests"]) == (2.0, 1)
+    assert exported["errors"] == ["", "ConnectionError: refused"]

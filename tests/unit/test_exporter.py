@@ -19,15 +19,15 @@ MINE = {"lab": "l", "variant": "v", "run_id": "r"}
 
 
 def begun(arrival: str) -> Exporter:
-    found = Exporter()
-    found.begin(
+    exported = Exporter()
+    exported.begin(
         TrialPlan(
             url="", arrival=parse(arrival), requests=Path(), records=Path(), warmup_s=1,
             window_s=2, timeout_s=3, seed=0, lab="l", variant="v", run_id="r", workload="w",
             slo_s={"ttft": 0.5},
         )
     )  # fmt: skip
-    return found
+    return exported
 
 
 def value(of: Exporter, name: str, **labels: str) -> float | None:
@@ -35,61 +35,61 @@ def value(of: Exporter, name: str, **labels: str) -> float | None:
 
 
 def test_counters_grow_by_what_is_new_and_start_again_with_a_trial() -> None:
-    found = begun("poisson:2")
-    assert value(found, f"{exporter.SCHEDULED}_total") == 0
+    exported = begun("poisson:2")
+    assert value(exported, f"{exporter.SCHEDULED}_total") == 0
     for due, sent in ((4, 3), (9, 8)):
-        found.progress(Progress(sent=sent, due=due, in_flight=2))
-    assert value(found, f"{exporter.SCHEDULED}_total") == 9
-    assert value(found, f"{exporter.SENT}_total") == 8
-    assert value(found, exporter.IN_FLIGHT) == 2
-    assert value(found, exporter.OVERDUE) == 1
+        exported.progress(Progress(sent=sent, due=due, in_flight=2))
+    assert value(exported, f"{exporter.SCHEDULED}_total") == 9
+    assert value(exported, f"{exporter.SENT}_total") == 8
+    assert value(exported, exporter.IN_FLIGHT) == 2
+    assert value(exported, exporter.OVERDUE) == 1
 
 
 def test_a_closed_loop_has_no_schedule() -> None:
-    found = begun("concurrent:2")
-    found.progress(Progress(sent=3))
-    assert value(found, f"{exporter.SCHEDULED}_total") is None
-    assert value(found, exporter.OVERDUE) is None
-    assert value(found, f"{exporter.SENT}_total") == 3
+    exported = begun("concurrent:2")
+    exported.progress(Progress(sent=3))
+    assert value(exported, f"{exporter.SCHEDULED}_total") is None
+    assert value(exported, exporter.OVERDUE) is None
+    assert value(exported, f"{exporter.SENT}_total") == 3
 
 
 def test_what_is_not_watched_is_not_there_and_ends_with_the_trial() -> None:
-    found = begun("concurrent:2")
-    found.progress(Progress())
-    assert value(found, exporter.LOOP_LAG) is None
-    assert value(found, exporter.ADAPTERS) is None
-    found.progress(Progress(loop_lag_s=0.03, adapters=frozenset("ab")))
-    assert value(found, exporter.LOOP_LAG) == 0.03
-    assert value(found, exporter.ADAPTERS) == 2
-    found.end()
-    assert value(found, exporter.LOOP_LAG) is None
-    assert value(found, exporter.ADAPTERS) is None
+    exported = begun("concurrent:2")
+    exported.progress(Progress())
+    assert value(exported, exporter.LOOP_LAG) is None
+    assert value(exported, exporter.ADAPTERS) is None
+    exported.progress(Progress(loop_lag_s=0.03, adapters=frozenset("ab")))
+    assert value(exported, exporter.LOOP_LAG) == 0.03
+    assert value(exported, exporter.ADAPTERS) == 2
+    exported.end()
+    assert value(exported, exporter.LOOP_LAG) is None
+    assert value(exported, exporter.ADAPTERS) is None
     begun("concurrent:2").end()  # a trial that told nothing ends too
 
 
 def test_the_slo_is_there_while_the_lab_runs() -> None:
-    found = begun("concurrent:2")
-    assert value(found, exporter.SLO, lab="l", run_id="r", slo="ttft") == 0.5
+    exported = begun("concurrent:2")
+    assert value(exported, exporter.SLO, lab="l", run_id="r", slo="ttft") == 0.5
 
 
 def test_a_request_that_failed_half_way_is_an_error_without_latencies() -> None:
-    found = begun("poisson:2")
+    exported = begun("poisson:2")
     half = [(1.0, 1), (1.5, 1)]
-    found.observe(make_record(half, scheduled_s=0.2))
-    found.observe(make_record(half, scheduled_s=0.2, error="cut off"))
-    assert value(found, f"{exporter.REQUESTS}_total", **MINE, outcome="ok") == 1
-    assert value(found, f"{exporter.REQUESTS}_total", **MINE, outcome="error") == 1
+    exported.observe(make_record(half, scheduled_s=0.2))
+    exported.observe(make_record(half, scheduled_s=0.2, error="cut off"))
+    assert value(exported, f"{exporter.REQUESTS}_total", **MINE, outcome="ok") == 1
+    assert value(exported, f"{exporter.REQUESTS}_total", **MINE, outcome="error") == 1
     for latency in STREAMS:
-        assert value(found, f"{latency.histogram}_count") == 1, latency.title
-    assert value(found, f"{SEND_LAG.histogram}_count") == 2
+        assert value(exported, f"{latency.histogram}_count") == 1, latency.title
+    assert value(exported, f"{SEND_LAG.histogram}_count") == 2
 
 
 def test_warm_up_lasts_until_what_is_sent_counts() -> None:
-    found = begun("waves:2")
-    assert value(found, exporter.WARM_UP) == 1
+    exported = begun("waves:2")
+    assert value(exported, exporter.WARM_UP) == 1
     for warm in (False, True):
-        found.progress(Progress(warm=warm))
-        assert value(found, exporter.WARM_UP) == (not warm)
+        exported.progress(Progress(warm=warm))
+        assert value(exported, exporter.WARM_UP) == (not warm)
     cut = begun("waves:2")
     cut.end()  # before a wave counted
     assert value(cut, exporter.WARM_UP) == 0
@@ -99,28 +99,28 @@ def test_warm_up_lasts_until_what_is_sent_counts() -> None:
 def test_a_long_prompt_counts_but_its_latencies_are_not_the_streams(
     arrival: str, streams: int
 ) -> None:
-    found = begun(arrival)
+    exported = begun(arrival)
     for index in range(4):
-        found.observe(make_record([(10.5, 1), (10.6, 2)], index=index))
-    assert value(found, f"{exporter.REQUESTS}_total", **MINE, outcome="ok") == 4
-    assert value(found, f"{exporter.OUTPUT_TOKENS}_total") == 12
+        exported.observe(make_record([(10.5, 1), (10.6, 2)], index=index))
+    assert value(exported, f"{exporter.REQUESTS}_total", **MINE, outcome="ok") == 4
+    assert value(exported, f"{exporter.OUTPUT_TOKENS}_total") == 12
     for latency in STREAMS:
         per_request = {ITL: 2}.get(latency, 1)
-        samples = value(found, f"{latency.histogram}_count")
+        samples = value(exported, f"{latency.histogram}_count")
         assert samples == streams * per_request, latency.title
 
 
 def test_a_chunk_of_several_tokens_is_one_gap_and_several_intervals() -> None:
-    found = begun("concurrent:2")
-    found.observe(make_record([(1.0, 1), (1.5, 2), (2.5, 1)]))
-    assert (value(found, f"{ITL.histogram}_count"), value(found, f"{ITL.histogram}_sum")) == (
+    exported = begun("concurrent:2")
+    exported.observe(make_record([(1.0, 1), (1.5, 2), (2.5, 1)]))
+    assert (value(exported, f"{ITL.histogram}_count"), value(exported, f"{ITL.histogram}_sum")) == (
         3,
         1.5,
     )
-    assert value(found, f"{CHUNK_GAP.histogram}_count") == 2
-    found.observe(make_record([(1.0, 1), (1.5, 1)]))
-    assert value(found, f"{ITL.histogram}_count") == 4
-    assert value(found, f"{CHUNK_GAP.histogram}_count") == 3
+    assert value(exported, f"{CHUNK_GAP.histogram}_count") == 2
+    exported.observe(make_record([(1.0, 1), (1.5, 1)]))
+    assert value(exported, f"{ITL.histogram}_count") == 4
+    assert value(exported, f"{CHUNK_GAP.histogram}_count") == 3
 
 
 @pytest.mark.parametrize(
@@ -146,21 +146,21 @@ def test_a_histogram_of_many_samples_is_the_librarys_of_each(at_once: int) -> No
     bounds = exporter.BUCKET_BOUNDS_S.tolist()
     samples = [bounds[3], bounds[3] + 1e-9, 0.0, 0.02, 0.02, 1000.0]  # a bound, and beyond the last
     mine, registry = CollectorRegistry(), CollectorRegistry()
-    theirs = Histogram("lab_x_seconds", "x", exporter.LABELS, registry=registry, buckets=bounds)
-    ours = exporter.SecondsHistogram("lab_x_seconds", "x")
-    mine.register(ours)
-    ours.observe(("l", "v", "r"), [])
+    library = Histogram("lab_x_seconds", "x", exporter.LABELS, registry=registry, buckets=bounds)
+    histogram = exporter.SecondsHistogram("lab_x_seconds", "x")
+    mine.register(histogram)
+    histogram.observe(("l", "v", "r"), [])
     for i in range(0, len(samples), at_once):
-        ours.observe(("l", "v", "r"), samples[i : i + at_once])
+        histogram.observe(("l", "v", "r"), samples[i : i + at_once])
     for sample in samples:
-        theirs.labels("l", "v", "r").observe(sample)
+        library.labels("l", "v", "r").observe(sample)
 
-    def said(of: CollectorRegistry) -> dict[tuple[str, str], float]:
-        found = [s for family in of.collect() for s in family.samples]
+    def rows(of: CollectorRegistry) -> dict[tuple[str, str], float]:
+        samples_out = [s for family in of.collect() for s in family.samples]
         return {
             (s.name, str(float(s.labels.get("le", "nan")))): s.value
-            for s in found
+            for s in samples_out
             if not s.name.endswith("_created")
         }
 
-    assert said(mine) == pytest.approx(said(registry))
+    assert rows(mine) == pytest.approx(rows(registry))

@@ -43,36 +43,38 @@ def make_effect(
 
 
 def test_mean_interval_is_students() -> None:
-    found = mean_interval([1.0, 2.0, 3.0])
-    assert (found.value, found.n) == (2, 3)
-    assert (found.low, found.high) == pytest.approx((2 - T2 / math.sqrt(3), 2 + T2 / math.sqrt(3)))
+    interval = mean_interval([1.0, 2.0, 3.0])
+    assert (interval.value, interval.n) == (2, 3)
+    assert (interval.low, interval.high) == pytest.approx(
+        (2 - T2 / math.sqrt(3), 2 + T2 / math.sqrt(3))
+    )
 
 
 def test_effect_is_the_geometric_mean_of_paired_ratios() -> None:
-    found = effect({1: 220.0, 2: 210.0, 3: 180.0}, {1: 100.0, 2: 105.0, 3: 100.0})
+    measured = effect({1: 220.0, 2: 210.0, 3: 180.0}, {1: 100.0, 2: 105.0, 3: 100.0})
     logs = [math.log(r) for r in (2.2, 2.0, 1.8)]
     half = T2 * stdev(logs) / math.sqrt(3)
-    assert found
-    assert found.ratio.value == pytest.approx(math.exp(fmean(logs)))
-    assert found.ratio.low == pytest.approx(math.exp(fmean(logs) - half))
-    assert found.ratio.high == pytest.approx(math.exp(fmean(logs) + half))
-    assert (found.ratio.n, found.spread) == pytest.approx((3, stdev(logs)))
+    assert measured
+    assert measured.ratio.value == pytest.approx(math.exp(fmean(logs)))
+    assert measured.ratio.low == pytest.approx(math.exp(fmean(logs) - half))
+    assert measured.ratio.high == pytest.approx(math.exp(fmean(logs) + half))
+    assert (measured.ratio.n, measured.spread) == pytest.approx((3, stdev(logs)))
 
 
 def test_effect_uses_only_repeats_that_both_sides_have() -> None:
-    found = effect({1: 2.0, 2: 3.0, 4: 900.0}, {1: 1.0, 2: 1.5, 3: 0.001})
-    assert found
-    assert (found.ratio.value, found.ratio.n) == pytest.approx((2, 2))
+    measured = effect({1: 2.0, 2: 3.0, 4: 900.0}, {1: 1.0, 2: 1.5, 3: 0.001})
+    assert measured
+    assert (measured.ratio.value, measured.ratio.n) == pytest.approx((2, 2))
     assert effect({1: 2.0}, {2: 1.0}) is None
     assert effect({1: 0.0}, {1: 1.0}) is None
 
 
 def test_one_repeat_gives_a_ratio_without_interval() -> None:
-    found = effect({1: 3.0}, {1: 2.0})
-    assert found
-    ratio = found.ratio
+    measured = effect({1: 3.0}, {1: 2.0})
+    assert measured
+    ratio = measured.ratio
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((1.5, None, None))
-    assert (found.floor, found.spread) == (None, None)
+    assert (measured.floor, measured.spread) == (None, None)
 
 
 def test_noise_floor_is_the_half_width_between_two_copies_of_one_thing() -> None:
@@ -102,40 +104,40 @@ def simulated(
 ) -> list[Effect]:
     """Lognormal repeats: both sides of a pair share the machine's drift."""
     rng = np.random.default_rng(seed)
-    found = []
+    effects = []
     for _ in range(pairs):
-        shared, mine, theirs = rng.normal(0, [[drift], [noise], [noise]], (3, n))
-        treatment = dict(enumerate(ratio * np.exp(shared + mine)))
-        one = effect(treatment, dict(enumerate(np.exp(shared + theirs))))
+        shared, treated, untreated = rng.normal(0, [[drift], [noise], [noise]], (3, n))
+        treatment = dict(enumerate(ratio * np.exp(shared + treated)))
+        one = effect(treatment, dict(enumerate(np.exp(shared + untreated))))
         assert one
-        found.append(one)
-    return found
+        effects.append(one)
+    return effects
 
 
 @pytest.mark.parametrize("n", [3, 5])
 def test_interval_covers_the_true_ratio_in_95_of_100(n: int) -> None:
-    found = simulated(n, 2000, ratio=1.3, seed=n)
-    covered = [(e.ratio.low or INF) <= 1.3 <= (e.ratio.high or 0) for e in found]
+    effects = simulated(n, 2000, ratio=1.3, seed=n)
+    covered = [(e.ratio.low or INF) <= 1.3 <= (e.ratio.high or 0) for e in effects]
     assert 0.93 <= fmean(covered) <= 0.97
 
 
 @pytest.mark.parametrize("n", [3, 5])
 @pytest.mark.parametrize("drift", [0.0, 0.2])
 def test_two_copies_of_one_thing_seldom_differ(n: int, drift: float) -> None:
-    found = simulated(n, 2000, ratio=1.0, seed=n, drift=drift)
-    alarms = [verdict_kind(e, "output_tokens_per_s") in ("helps", "hurts") for e in found]
-    assert fmean(alarms) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / len(found))
+    effects = simulated(n, 2000, ratio=1.0, seed=n, drift=drift)
+    alarms = [verdict_kind(e, "output_tokens_per_s") in ("helps", "hurts") for e in effects]
+    assert fmean(alarms) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / len(effects))
 
 
 def hierarchical(on: Requests, off: Requests, seed: int) -> Interval:
     """The percentile bootstrap over pairs of repeats, and over the requests within each."""
     rng, (repeats, requests) = np.random.default_rng(seed), on.shape
     pairs = rng.integers(repeats, size=(300, repeats, 1))
-    ours, theirs = (
+    treated, untreated = (
         side[pairs, rng.integers(requests, size=(300, repeats, requests))].mean(axis=2)
         for side in (on, off)
     )
-    means = np.log(ours / theirs).mean(axis=1)
+    means = np.log(treated / untreated).mean(axis=1)
     low, high = np.exp(np.percentile(means, [2.5, 97.5]))
     value = np.exp(np.log(on.mean(axis=1) / off.mean(axis=1)).mean())
     return Interval(value=float(value), low=low, high=high, n=repeats)
@@ -144,21 +146,21 @@ def hierarchical(on: Requests, off: Requests, seed: int) -> Interval:
 def test_over_so_few_repeats_a_hierarchical_bootstrap_would_cover_too_seldom() -> None:
     """Why the interval is Student's: three repeats of 40 requests, a true ratio of 1.3."""
     rng = np.random.default_rng(3)
-    ours: list[bool] = []
-    theirs: list[bool] = []
+    covered_by_t: list[bool] = []
+    covered_by_bootstrap: list[bool] = []
     for seed in range(400):
         repeats = np.exp(rng.normal(0, 0.05, (2, 3, 1)))
         on, off = repeats * np.exp(rng.normal(0, 0.1, (2, 3, 40)))
         means = (dict(enumerate(side.mean(axis=1))) for side in (1.3 * on, off))
         student = effect(*means)
         assert student
-        for found, covered in (
-            (student.ratio, ours),
-            (hierarchical(1.3 * on, off, seed), theirs),
+        for interval, covered in (
+            (student.ratio, covered_by_t),
+            (hierarchical(1.3 * on, off, seed), covered_by_bootstrap),
         ):
-            covered.append((found.low or INF) <= 1.3 <= (found.high or 0))
-    assert 0.93 <= fmean(ours) <= 0.97
-    assert fmean(theirs) < 0.88
+            covered.append((interval.low or INF) <= 1.3 <= (interval.high or 0))
+    assert 0.93 <= fmean(covered_by_t) <= 0.97
+    assert fmean(covered_by_bootstrap) < 0.88
 
 
 @pytest.mark.parametrize("noise", [0.01, 0.02, 0.05])
@@ -168,10 +170,10 @@ def test_repeating_until_decided_raises_few_false_alarms(noise: float) -> None:
     for _ in range(400):
         both = np.exp(rng.normal(0, 0.05, 8) + rng.normal(0, noise, (2, 8)))
         for n in range(3, 9):
-            found = effect(*(dict(enumerate(side[:n])) for side in both))
-            assert found
-            low, high = found.ratio.low or INF, found.ratio.high or 0.0
-            if (outcome := verdict_kind(found, "output_tokens_per_s")) != "inconclusive":
+            measured = effect(*(dict(enumerate(side[:n])) for side in both))
+            assert measured
+            low, high = measured.ratio.low or INF, measured.ratio.high or 0.0
+            if (outcome := verdict_kind(measured, "output_tokens_per_s")) != "inconclusive":
                 break
         alarms.append(outcome in ("helps", "hurts"))
         covered.append(low <= 1 <= high)
@@ -180,15 +182,15 @@ def test_repeating_until_decided_raises_few_false_alarms(noise: float) -> None:
 
 
 def test_large_effect_is_found() -> None:
-    found = simulated(3, 300, ratio=2.0, seed=0, drift=0.05)
-    assert fmean(verdict_kind(e, "output_tokens_per_s") == "helps" for e in found) > 0.95
+    effects = simulated(3, 300, ratio=2.0, seed=0, drift=0.05)
+    assert fmean(verdict_kind(e, "output_tokens_per_s") == "helps" for e in effects) > 0.95
 
 
 # -------------------------------------------------------------------------------------- verdicts
 
 
 @pytest.mark.parametrize(
-    ("found", "outcome"),
+    ("measured", "outcome"),
     [
         (make_effect(1.2, 1.1, 1.3), "helps"),
         (make_effect(0.8, 0.7, 0.9), "hurts"),
@@ -202,10 +204,10 @@ def test_large_effect_is_found() -> None:
         (make_effect(1.5, None, None, n=1), "inconclusive"),
     ],
 )
-def test_outcome(found: Effect, outcome: VerdictKind) -> None:
-    assert verdict_kind(found, "output_tokens_per_s") == outcome
+def test_outcome(measured: Effect, outcome: VerdictKind) -> None:
+    assert verdict_kind(measured, "output_tokens_per_s") == outcome
     swapped: dict[str, VerdictKind] = {"helps": "hurts", "hurts": "helps"}
-    assert verdict_kind(found, "ttft_p50_s") == swapped.get(outcome, outcome)  # lower is better
+    assert verdict_kind(measured, "ttft_p50_s") == swapped.get(outcome, outcome)  # lower is better
 
 
 @pytest.mark.parametrize(
@@ -263,8 +265,8 @@ def judged(values: Values, *caveats: Caveat, **claim: Any) -> Judgement:
 def test_claim_is_as_expected_or_not(
     values: Values, expect: str, outcome: VerdictKind, expected: bool | None
 ) -> None:
-    found = judged(values, expect=expect)
-    assert (found.outcome, found.expected) == (outcome, expected)
+    judgement = judged(values, expect=expect)
+    assert (judgement.outcome, judgement.expected) == (outcome, expected)
 
 
 def test_prediction_is_judged_apart_from_the_claim() -> None:
@@ -280,29 +282,33 @@ def test_inconclusive_says_how_many_repeats_would_settle_it() -> None:
 def test_inconclusive_never_asks_for_as_few_repeats_as_there_are() -> None:
     # a steady gain of 5 % whose interval excludes 1, below the floor of a machine that drifts
     pairs = [(1.0, 1.03), (1.03, 1.0815), (0.97, 1.037)]
-    found = effect(*({r: p[i] for r, p in enumerate(pairs)} for i in (1, 0)))
-    assert found
-    assert verdict_kind(found, "output_tokens_per_s") == "inconclusive"
-    assert (repeats_to_decide(found) or 101) > found.ratio.n
+    measured = effect(*({r: p[i] for r, p in enumerate(pairs)} for i in (1, 0)))
+    assert measured
+    assert verdict_kind(measured, "output_tokens_per_s") == "inconclusive"
+    assert (repeats_to_decide(measured) or 101) > measured.ratio.n
 
 
 def test_one_repeat_is_inconclusive_and_says_what_to_ask_for() -> None:
-    found = judged(rates(on=[200.0], off=[100.0]))
-    assert (found.outcome, found.expected, found.prediction_held) == ("inconclusive", None, None)
-    assert "SET=repeats=3" in found.why
+    judgement = judged(rates(on=[200.0], off=[100.0]))
+    assert (judgement.outcome, judgement.expected, judgement.prediction_held) == (
+        "inconclusive",
+        None,
+        None,
+    )
+    assert "SET=repeats=3" in judgement.why
 
 
 def test_missing_side_is_inconclusive() -> None:
     for values in (rates(on=[None, None], off=[1.0, 2.0]), rates(off=[1.0, 2.0])):
-        found = judged(values)
-        assert (found.outcome, found.effect) == ("inconclusive", None)
+        judgement = judged(values)
+        assert (judgement.outcome, judgement.effect) == ("inconclusive", None)
 
 
 def test_a_percentile_of_too_few_samples_is_refused_with_how_many_it_takes() -> None:
     few = {point: {1: {"ttft_p99_s": None}} for point in ("on", "off")}
-    found = judged(few, metric="ttft_p99_s")
-    assert (found.outcome, found.effect) == ("inconclusive", None)
-    assert "a p99 takes 200 samples" in found.why
+    judgement = judged(few, metric="ttft_p99_s")
+    assert (judgement.outcome, judgement.effect) == ("inconclusive", None)
+    assert "a p99 takes 200 samples" in judgement.why
     assert "samples" not in judged({}, metric="output_tokens_per_s").why
 
 

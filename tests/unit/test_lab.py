@@ -53,15 +53,15 @@ def test_scale_lies_over_the_lab_quick_over_scale_and_changes_over_all() -> None
     layers: list[tuple[str, bool, dict[str, Any]]] = [
         ("cpu", False, {}), ("gpu", False, {}), ("gpu", True, {}), ("gpu", True, {"window_s": 3}),
     ]  # fmt: skip
-    found = [LAYERED.at(*layer) for layer in layers]
-    assert [lab.window_s for lab in found] == [4, 20, 1, 3]
-    assert [lab.repeats for lab in found] == [2, 5, 5, 5]
-    assert [outputs(lab) for lab in found] == [4, 64, 64, 64]
+    resolved = [LAYERED.at(*layer) for layer in layers]
+    assert [lab.window_s for lab in resolved] == [4, 20, 1, 3]
+    assert [lab.repeats for lab in resolved] == [2, 5, 5, 5]
+    assert [outputs(lab) for lab in resolved] == [4, 64, 64, 64]
     assert outputs(LAYERED) == 4
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"windw_s": 3}, "no field 'windw_s': did you mean window_s. Known here: name, "),
         ({"workloads.long.loads": []}, "no field 'long'; known here: short"),
@@ -78,16 +78,16 @@ def test_scale_lies_over_the_lab_quick_over_scale_and_changes_over_all() -> None
     ],
 )
 def test_change_that_does_not_fit_is_refused_with_what_would(
-    changes: dict[str, Any], said: str
+    changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(LabError, match=said):
+    with pytest.raises(LabError, match=message):
         make_lab().at("cpu", quick=False, changes=changes)
 
 
 def test_a_class_of_memory_lies_over_the_gpu_sizes() -> None:
     lab = make_lab(scales={"gpu": {"window_s": 20, "repeats": 5}, "gpu-24": {"window_s": 9}})
-    found = [lab.at(scale, quick=False) for scale in ("gpu", "gpu-24", "gpu-80")]
-    assert [(at.window_s, at.repeats) for at in found] == [(20, 5), (9, 5), (20, 5)]
+    resolved = [lab.at(scale, quick=False) for scale in ("gpu", "gpu-24", "gpu-80")]
+    assert [(at.window_s, at.repeats) for at in resolved] == [(20, 5), (9, 5), (20, 5)]
 
 
 def test_a_change_within_a_layers_value_leaves_the_layer_alone() -> None:
@@ -265,9 +265,9 @@ def test_a_change_keeps_the_weights() -> None:
 
 def paired(**arms: Arm) -> list[str]:
     lab = make_lab()
-    found = lab.pairs(make_claim(**arms), lab.points(SHAPE, CEILINGS))
+    pairs = lab.pairs(make_claim(**arms), lab.points(SHAPE, CEILINGS))
     return [f"{t.key.replace('/short/concurrent', '')} {b.key.replace('/short/concurrent', '')}"
-            for t, b in found]  # fmt: skip
+            for t, b in pairs]  # fmt: skip
 
 
 def test_pairs_agree_on_what_both_arms_leave_open() -> None:
@@ -400,9 +400,9 @@ def test_every_lab_runs_against_itself(lab: Lab) -> None:
         assert claim.metric in {c.metric for c in lab.claims}
         pairs = lab.pairs(claim, points)
         assert pairs
-        for ours, theirs in pairs:
-            assert factors(ours, theirs) == []
-            assert claim.predict(ours, theirs).value == 1
+        for treatment, baseline in pairs:
+            assert factors(treatment, baseline) == []
+            assert claim.predict(treatment, baseline).value == 1
     assert twins.digest() != lab.digest()
 
 

@@ -86,8 +86,8 @@ LOWER_IS_BETTER = {
 def test_every_metric_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABS_PRICE_PER_HOUR", "3.6")
     trial = make_trial([WARM_UP, *STEADY, FAILED], engine=ENGINE, telemetry=AT_300_W)
-    found = measure(trial)
-    assert found == pytest.approx(EXPECTED)
+    values = measure(trial)
+    assert values == pytest.approx(EXPECTED)
 
 
 def test_direction_of_every_metric() -> None:
@@ -109,10 +109,10 @@ def test_request_metrics_count_requests_sent_in_the_window_that_succeeded() -> N
     late = make_record([(10.9, 1), (11.9, 1)], in_window=False)
     broken = make_record([(10.9, 1), (11.9, 1)], error="reset")
     good = make_record([(10.1, 1), (10.2, 1)])
-    found = measure(make_trial([late, broken, good, FAILED]))
-    assert (found["ttft_mean_s"], found["tpot_mean_s"]) == pytest.approx((0.1, 0.1))
-    assert (found["requests_per_s"], found["goodput_per_s"]) == (0.1, 0.1)
-    assert found["error_rate"] == 0.5
+    values = measure(make_trial([late, broken, good, FAILED]))
+    assert (values["ttft_mean_s"], values["tpot_mean_s"]) == pytest.approx((0.1, 0.1))
+    assert (values["requests_per_s"], values["goodput_per_s"]) == (0.1, 0.1)
+    assert values["error_rate"] == 0.5
 
 
 @pytest.mark.parametrize(("q", "least"), LEAST_SAMPLES.items())
@@ -123,9 +123,11 @@ def test_percentile_needs_samples_beyond_it(q: int, least: int) -> None:
 
 def test_p99_needs_two_hundred_samples() -> None:
     assert LEAST_SAMPLES == {50: 5, 90: 30, 99: 200}
-    found = measure(make_trial(STEADY[:199]))
-    assert (found["ttft_p99_s"], found["ttft_p90_s"]) == pytest.approx((None, 0.1 + 0.001 * 178.2))
-    assert found["itl_p99_s"] == pytest.approx(0.1)  # 398 samples: two a request
+    values = measure(make_trial(STEADY[:199]))
+    assert (values["ttft_p99_s"], values["ttft_p90_s"]) == pytest.approx(
+        (None, 0.1 + 0.001 * 178.2)
+    )
+    assert values["itl_p99_s"] == pytest.approx(0.1)  # 398 samples: two a request
 
 
 def test_percentile_is_of_raw_samples_by_linear_interpolation() -> None:
@@ -135,26 +137,26 @@ def test_percentile_is_of_raw_samples_by_linear_interpolation() -> None:
 def test_goodput_needs_every_part_of_the_slo() -> None:
     good, slow_start = [(10.2, 1), (10.3, 1)], [(10.3, 1), (10.4, 1)]
     slow_tokens, single = [(10.1, 1), (10.3, 1)], [(10.1, 1)]
-    found = [make_record(chunks) for chunks in (good, slow_start, slow_tokens, single)]
-    assert METRICS["goodput_per_s"].of(make_trial(found)) == 2 / 10  # one token has no TPOT
+    records = [make_record(chunks) for chunks in (good, slow_start, slow_tokens, single)]
+    assert METRICS["goodput_per_s"].of(make_trial(records)) == 2 / 10  # one token has no TPOT
 
 
 def test_batch_counts_decode_within_the_window_alone() -> None:
     spans = [(8.0, 12.0), (18.0, 30.0), (1.0, 9.0), (21.0, 22.0), (9.0, 21.0)]
-    found = [make_record([(a, 1), (b, 1)]) for a, b in spans]
-    assert METRICS["batch"].of(make_trial(found)) == (2 + 2 + 0 + 0 + 10) / 10
+    records = [make_record([(a, 1), (b, 1)]) for a, b in spans]
+    assert METRICS["batch"].of(make_trial(records)) == (2 + 2 + 0 + 0 + 10) / 10
 
 
 def test_nothing_arrived_is_none_not_zero() -> None:
-    found = measure(make_trial([FAILED]))
-    there = {name: value for name, value in found.items() if value is not None}
+    values = measure(make_trial([FAILED]))
+    there = {name: value for name, value in values.items() if value is not None}
     assert there == {"error_rate": 1, "requests_per_s": 0, "goodput_per_s": 0}
 
 
 @pytest.mark.parametrize("window_s", [(10.0, 10.0), (12.0, 10.0)])
 def test_empty_window_gives_no_rates(window_s: tuple[float, float]) -> None:
-    found = measure(make_trial(STEADY, window_s=window_s))
-    assert [found[n] for n in ("output_tokens_per_s", "requests_per_s", "goodput_per_s", "batch",
+    values = measure(make_trial(STEADY, window_s=window_s))
+    assert [values[n] for n in ("output_tokens_per_s", "requests_per_s", "goodput_per_s", "batch",
                                "mbu", "mfu")] == [None] * 6  # fmt: skip
 
 
@@ -165,16 +167,16 @@ def test_no_price_no_cost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_engine_without_metrics_has_no_engine_figures() -> None:
     for engine in (None, Snapshot()):
-        found = measure(make_trial(STEADY, engine=engine))
-        assert [found[n] for n in ("engine_ttft_mean_s", "prefix_hit_rate", "acceptance_rate",
+        values = measure(make_trial(STEADY, engine=engine))
+        assert [values[n] for n in ("engine_ttft_mean_s", "prefix_hit_rate", "acceptance_rate",
                                    "acceptance_length", "preemptions", "kv_capacity_tokens")
                 ] == [None] * 6  # fmt: skip
 
 
 def test_an_engine_that_has_drafted_nothing_has_no_acceptance() -> None:
     nothing = dict.fromkeys(metrics.SPECULATION, 0.0)
-    found = measure(make_trial(STEADY, engine=Snapshot(nothing)))
-    assert (found["acceptance_rate"], found["acceptance_length"]) == (None, None)
+    values = measure(make_trial(STEADY, engine=Snapshot(nothing)))
+    assert (values["acceptance_rate"], values["acceptance_length"]) == (None, None)
 
 
 @pytest.mark.parametrize("blocks", ["None", ""])
@@ -222,12 +224,12 @@ def test_stalls_are_averaged_over_visits_and_one_beside_nobody_counts_not() -> N
 
 
 def test_an_intruder_counts_neither_as_a_request_nor_against_itself() -> None:
-    found = measure(visited(STREAM, VISIT, stream(7, 11.3, 11.9, sent_s=11.2)))
-    assert found["requests_per_s"] == 0.1
-    assert found["ttft_mean_s"] == pytest.approx(0.9)
-    assert found["intruder_ttft_mean_s"] == pytest.approx((0.55 + 0.1) / 2)
-    assert found["output_tokens_per_s"] == pytest.approx(0.9)  # the engine made those all the same
-    assert found["stall_mean_s"] == pytest.approx(0.2)
+    values = measure(visited(STREAM, VISIT, stream(7, 11.3, 11.9, sent_s=11.2)))
+    assert values["requests_per_s"] == 0.1
+    assert values["ttft_mean_s"] == pytest.approx(0.9)
+    assert values["intruder_ttft_mean_s"] == pytest.approx((0.55 + 0.1) / 2)
+    assert values["output_tokens_per_s"] == pytest.approx(0.9)  # the engine made those all the same
+    assert values["stall_mean_s"] == pytest.approx(0.2)
 
 
 def test_pieces_are_the_tokens_streams_got_meanwhile() -> None:

@@ -67,11 +67,11 @@ def by_name(figures: list[QualityFigure]) -> dict[str, QualityFigure]:
 def test_perplexity_and_its_ratio() -> None:
     before = of([passage(0.5, 0.5), passage(0.5, 0.5)])
     after = of([passage(0.25, 0.25), passage(0.5, 0.25)])
-    found = by_name(compare(before, after))
-    assert found["perplexity baseline"].value == pytest.approx(2)
+    figures = by_name(compare(before, after))
+    assert figures["perplexity baseline"].value == pytest.approx(2)
     # -mean log p = (3 log 4 + log 2) / 4 = 7/4 log 2; a ratio of 2^(3/4)
-    assert found["perplexity treatment"].value == pytest.approx(2**1.75)
-    ratio = found["perplexity_ratio"]
+    assert figures["perplexity treatment"].value == pytest.approx(2**1.75)
+    ratio = figures["perplexity_ratio"]
     assert ratio.value == pytest.approx(2**0.75)
     # passage means 1 and 1/2 (log 2): standard error 1/4 log 2, t(1 degree) = 12.706
     assert ratio.high == pytest.approx(2 ** (0.75 + 12.7062 * 0.25), rel=1e-4)
@@ -81,9 +81,9 @@ def test_perplexity_and_its_ratio() -> None:
 
 def test_top1_agreement() -> None:
     before, after = of([passage(0.6, 0.6), passage(0.6)]), of([passage(0.7, 0.3), passage(0.9)])
-    found = by_name(compare(before, after))["top1_agreement"]
-    assert found.value == pytest.approx(2 / 3)
-    assert found.high == 1.0  # a share's interval ends at one
+    agreement = by_name(compare(before, after))["top1_agreement"]
+    assert agreement.value == pytest.approx(2 / 3)
+    assert agreement.high == 1.0  # a share's interval ends at one
 
 
 def test_a_tie_goes_to_the_lowest_id_on_both_sides() -> None:
@@ -93,10 +93,10 @@ def test_a_tie_goes_to_the_lowest_id_on_both_sides() -> None:
 
 
 def test_longer_passages_weigh_more() -> None:
-    found = per_token([[1.0, 1.0, 1.0], [0.0]])
-    assert found.value == 0.75
+    mean = per_token([[1.0, 1.0, 1.0], [0.0]])
+    assert mean.value == 0.75
     # residuals 3 - 9/4 and 0 - 3/4: sqrt(2 * (9/16 + 9/16)) / 4 = 3/8
-    assert found.high == pytest.approx(0.75 + 12.7062 * 0.375, rel=1e-4)
+    assert mean.high == pytest.approx(0.75 + 12.7062 * 0.375, rel=1e-4)
     assert per_token([[1.0, 2.0]]).low is None  # one passage gives no interval
 
 
@@ -123,42 +123,42 @@ def test_coarsened_kl_never_exceeds_the_exact_one(seed: int) -> None:
         x - math.log(np.exp(x).sum()) for x in (logits, logits + rng.normal(0, 0.5, 500))
     )
     exact = float((np.exp(log_p) * (log_p - log_q)).sum())
-    found = []
+    divergences = []
     for k in (5, 20, 500):
         p, q = ({int(i): float(x[i]) for i in np.argsort(-x)[:k]} for x in (log_p, log_q))
-        found.append(kl_divergence(p, q))
-    assert 0 < found[0] <= exact
-    assert 0 < found[1] <= exact
-    assert found[2] == pytest.approx(exact, abs=1e-5)  # all known: nothing is lost
+        divergences.append(kl_divergence(p, q))
+    assert 0 < divergences[0] <= exact
+    assert 0 < divergences[1] <= exact
+    assert divergences[2] == pytest.approx(exact, abs=1e-5)  # all known: nothing is lost
 
 
 def test_paired_difference_and_mcnemar() -> None:
     before = [True] * 6 + [False] * 2 + [True] * 2
     after = [False] * 6 + [False] * 2 + [True] * 2
-    found, p_value = paired_difference(before, after)
-    assert found.value == -0.6
+    difference, p_value = paired_difference(before, after)
+    assert difference.value == -0.6
     assert p_value == pytest.approx(2 * 0.5**6)  # six changed, all one way
     # (0 + 1) / 12 - (6 + 1) / 12 = -1/2; variance (8/12 - 1/4) / 12
     half = 1.959964 * math.sqrt((8 / 12 - 0.25) / 12)
-    assert found.low == pytest.approx(-0.5 - half)
-    assert found.high == pytest.approx(-0.5 + half)
+    assert difference.low == pytest.approx(-0.5 - half)
+    assert difference.high == pytest.approx(-0.5 + half)
 
 
 def test_no_answer_changed_still_leaves_doubt() -> None:
-    found, p_value = paired_difference([True] * 45, [True] * 45)
-    assert (found.value, p_value) == (0, 1)
-    assert found.high == pytest.approx(1.959964 * math.sqrt(2) / 47)
+    difference, p_value = paired_difference([True] * 45, [True] * 45)
+    assert (difference.value, p_value) == (0, 1)
+    assert difference.high == pytest.approx(1.959964 * math.sqrt(2) / 47)
 
 
 def test_shares_by_length_and_depth() -> None:
-    found = by_name(compare(of([passage(0.5)]), of([passage(0.5)], (True, False, True, False))))
-    assert found["needle_retrieval baseline"].value == 1
-    assert found["needle_retrieval treatment"].value == 0.5
-    assert found["needle_retrieval_difference"].value == -0.5
-    assert found["needle_retrieval_difference 256 tokens"].value == 0
-    assert found["needle_retrieval_difference 512 tokens"].value == -1
-    assert found["needle_retrieval_difference depth 0.5"].n == 4
-    assert found["task_accuracy_difference"].p_value == 0.5
+    figures = by_name(compare(of([passage(0.5)]), of([passage(0.5)], (True, False, True, False))))
+    assert figures["needle_retrieval baseline"].value == 1
+    assert figures["needle_retrieval treatment"].value == 0.5
+    assert figures["needle_retrieval_difference"].value == -0.5
+    assert figures["needle_retrieval_difference 256 tokens"].value == 0
+    assert figures["needle_retrieval_difference 512 tokens"].value == -1
+    assert figures["needle_retrieval_difference depth 0.5"].n == 4
+    assert figures["task_accuracy_difference"].p_value == 0.5
 
 
 def test_only_the_same_questions_compare() -> None:
@@ -202,8 +202,8 @@ def test_one_failure_decides_and_doubt_is_no_pass() -> None:
         (good, vague, "undecided"),
         (vague, bad, "fail"),
     ):
-        found, verdicts = gate([figure(*first, name="a"), figure(*second, name="b")], margins)
-        assert found == outcome
+        result, verdicts = gate([figure(*first, name="a"), figure(*second, name="b")], margins)
+        assert result == outcome
         assert [v.margin.figure for v in verdicts] == ["a", "b"]
 
 
@@ -264,19 +264,19 @@ def engine() -> Iterator[str]:
 
 
 def test_what_an_engine_says_becomes_answers(engine: str) -> None:
-    found = evaluate(engine, "m")
-    assert len(found.passages) == 12
-    assert all(p.logprobs == [round(HALF, 5)] * len(p.token_ids) for p in found.passages)
-    assert len(found.needles) == 3 * 5 * 4
-    assert all(r.correct for r in found.needles)
-    assert len(found.tasks) == 112
-    assert not any(r.correct for r in found.tasks)
-    assert {r.answer for r in found.tasks} == {"no idea"}
+    evaluation = evaluate(engine, "m")
+    assert len(evaluation.passages) == 12
+    assert all(p.logprobs == [round(HALF, 5)] * len(p.token_ids) for p in evaluation.passages)
+    assert len(evaluation.needles) == 3 * 5 * 4
+    assert all(r.correct for r in evaluation.needles)
+    assert len(evaluation.tasks) == 112
+    assert not any(r.correct for r in evaluation.tasks)
+    assert {r.answer for r in evaluation.tasks} == {"no idea"}
     assert {(b["temperature"], b["seed"]) for b in Engine.bodies} == {(0, 0)}
     assert len({b["cache_salt"] for b in Engine.bodies}) == 1
     evaluate(engine, "m", quick=True)
     assert len({b["cache_salt"] for b in Engine.bodies}) == 2  # it found nothing of the first
-    assert Evaluation.model_validate_json(found.model_dump_json()) == found
+    assert Evaluation.model_validate_json(evaluation.model_dump_json()) == evaluation
 
 
 def test_quick_asks_less_of_the_same(engine: str) -> None:

@@ -83,9 +83,9 @@ def test_run_is_created_under_its_machine_and_lab_and_never_twice(folder: RunFol
 
 def test_trials_read_back(folder: RunFolder) -> None:
     run = folder.run()
-    found = list(folder.trials(run.points(), run.rebuilt_lab()))
-    assert len(found) == 2 * 2 * 2  # variants, loads, repeats
-    point, result, trial = found[-1]
+    trials = list(folder.trials(run.points(), run.rebuilt_lab()))
+    assert len(trials) == 2 * 2 * 2  # variants, loads, repeats
+    point, result, trial = trials[-1]
     assert trial
     assert (point.key, result.repeat, trial.repeat) == ("on/short/concurrent-2", 2, 2)
     assert trial.records == [make_record([(11.0, 1), (12.0, 301)])]
@@ -187,7 +187,7 @@ def empty_lab(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("harm", "message"),
     [
         (remove("COMPLETE"), "it has no COMPLETE"),
         (remove(TRIAL), "trial on/short/concurrent-2/1 is missing"),
@@ -199,10 +199,12 @@ def empty_lab(folder: RunFolder) -> None:
         (empty_lab, "it cannot be read"),
     ],
 )
-def test_problem_is_found(folder: RunFolder, harm: Callable[[RunFolder], None], said: str) -> None:
+def test_problem_is_found(
+    folder: RunFolder, harm: Callable[[RunFolder], None], message: str
+) -> None:
     harm(folder)
-    (found,) = problems(folder)
-    assert said in found
+    (problem,) = problems(folder)
+    assert message in problem
 
 
 def test_folder_with_another_digest_is_a_problem(folder: RunFolder) -> None:
@@ -242,7 +244,7 @@ def kept_log(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("harm", "message"),
     [
         (text_of("hf_" + "aB3" * 11), "p-on.json.gz holds what looks like a secret"),
         (text_of("Authorization: Bearer " + "x1" * 20), "holds what looks like a secret"),
@@ -252,12 +254,12 @@ def kept_log(folder: RunFolder) -> None:
     ],
 )
 def test_what_must_not_be_published_is_a_problem(
-    folder: RunFolder, harm: Callable[[RunFolder], None], said: str
+    folder: RunFolder, harm: Callable[[RunFolder], None], message: str
 ) -> None:
     harm(folder)
-    (found,) = problems(folder)
-    assert said in found
-    assert "aB3" not in found
+    (problem,) = problems(folder)
+    assert message in problem
+    assert "aB3" not in problem
 
 
 def test_a_log_that_stays_here_is_none(folder: RunFolder) -> None:
@@ -297,8 +299,8 @@ def test_an_unfinished_run_of_another_vllm_is_not_gone_on_with(
     )
     for version, expected in (("0.31.0", folder.path), ("0.32.0", None)):
         monkeypatch.setattr(Vllm, "version", lambda version=version: version)
-        found = _resumed(cast("Setup", setup))
-        assert (found and found.path) == expected
+        resumed = _resumed(cast("Setup", setup))
+        assert (resumed and resumed.path) == expected
 
 
 def test_interrupted_run_is_not_complete(folder: RunFolder) -> None:
@@ -314,9 +316,9 @@ def test_runs_are_found_newest_last(folder: RunFolder) -> None:
     (folder.path.with_name("20260104T000000Z-c")).mkdir()  # no run.json: nothing has begun
     assert [f.path for f in all_runs()] == [folder.path, broken.path, later.path]
     for complete, expected in ((True, later), (False, broken)):
-        found = latest_run("tiny", complete)
-        assert found
-        assert found.path == expected.path
+        newest = latest_run("tiny", complete)
+        assert newest
+        assert newest.path == expected.path
     assert latest_run("other") is None
 
 

@@ -55,10 +55,10 @@ def test_one_token_has_no_interval() -> None:
 def test_a_table_has_every_point_under_every_tool(tmp_path: Path) -> None:
     folder: RunFolder = write_run(tmp_path)
     lab = folder.run().rebuilt_lab()
-    found = score.scores(folder)
-    assert set(found) == {p.key for p in folder.run().points()}
-    rows = score.table(found, lab)
-    assert len(rows) == 1 + len(found) * (1 + len(score.OTHER_TOOLS))
+    figures = score.scores(folder)
+    assert set(figures) == {p.key for p in folder.run().points()}
+    rows = score.table(figures, lab)
+    assert len(rows) == 1 + len(figures) * (1 + len(score.OTHER_TOOLS))
     assert [row[1] for row in rows[1:6]] == ["this lab", *(t.name for t in score.OTHER_TOOLS)]
 
 

@@ -119,32 +119,32 @@ def test_static_penalty_of_exponential_lengths_is_the_harmonic_number(
     lengths = np.random.default_rng(0).exponential(1000, 320_000).round().astype(int).tolist()
     # four standard errors of 10,000 maxima, each spread by at most pi / sqrt(6)
     error = 4 * 1.2825 / np.sqrt(len(lengths) / batch)
-    found = theory.static_batching_penalty(lengths, batch)
-    assert found == pytest.approx(harmonic, abs=float(error))
+    penalty = theory.static_batching_penalty(lengths, batch)
+    assert penalty == pytest.approx(harmonic, abs=float(error))
 
 
 def test_a_piece_rides_along_free_until_its_compute_takes_longer_than_the_reading() -> None:
     # four at 15 tokens read 2000 + 4 x 15 x 32 bytes, the piece the 96 tokens before it
-    found = theory.chunk_step_s(SHAPE, CEILINGS, 4, 15, prompt_tokens=100, chunk_tokens=4)
+    step_s = theory.chunk_step_s(SHAPE, CEILINGS, 4, 15, prompt_tokens=100, chunk_tokens=4)
     # they compute 4 x (2000 + 64 x 15) FLOP, it 2 x 872 x 4 + 256 + 32 x (100^2 - 96^2)
-    assert found == pytest.approx(max((3920 + 96 * 32) / 1e6, (11_840 + 32_320) / 1e7))
+    assert step_s == pytest.approx(max((3920 + 96 * 32) / 1e6, (11_840 + 32_320) / 1e7))
     larger = theory.chunk_step_s(SHAPE, CEILINGS, 4, 15, prompt_tokens=100, chunk_tokens=40)
     assert larger == pytest.approx((11_840 + 2 * 872 * 40 + 256 + 32 * (100**2 - 60**2)) / 1e7)
 
 
 @pytest.mark.parametrize("chunk_tokens", [100, 4000])
 def test_a_piece_is_at_most_the_prompt(chunk_tokens: int) -> None:
-    found = [
+    steps_s = [
         of(SHAPE, CEILINGS, 4, 15, 100, chunk_tokens)
         for of in (theory.chunk_step_s, theory.chunked_prefill_s)
     ]
-    assert found == pytest.approx([(11_840 + 2 * 872 * 100 + 256 + 32 * 100**2) / 1e7] * 2)
+    assert steps_s == pytest.approx([(11_840 + 2 * 872 * 100 + 256 + 32 * 100**2) / 1e7] * 2)
 
 
 def test_every_piece_brings_the_decoding_streams_along() -> None:
     # 40 + 40 + 20 tokens: three times the streams' step and the head, the rest stays what it was
-    found = theory.chunked_prefill_s(SHAPE, CEILINGS, 4, 15, prompt_tokens=100, chunk_tokens=40)
-    assert found == pytest.approx((3 * (11_840 + 256) + 2 * 872 * 100 + 32 * 100**2) / 1e7)
+    prefill_s = theory.chunked_prefill_s(SHAPE, CEILINGS, 4, 15, prompt_tokens=100, chunk_tokens=40)
+    assert prefill_s == pytest.approx((3 * (11_840 + 256) + 2 * 872 * 100 + 32 * 100**2) / 1e7)
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def test_azures_columns_and_dates(tmp_path: Path) -> None:
 
 
 def test_mooncakes_milliseconds(tmp_path: Path) -> None:
-    found = read_trace(written(tmp_path, MOONCAKE, "trace.jsonl"))
-    assert found == ((0.0, 6955, 52), (3.053, 6472, 26))
+    trace = read_trace(written(tmp_path, MOONCAKE, "trace.jsonl"))
+    assert trace == ((0.0, 6955, 52), (3.053, 6472, 26))
 
 
 def test_a_request_without_an_answer_is_left_out(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_long_trace_is_kept_from_its_beginning(
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "said"),
+    ("text", "name", "message"),
     [
         ("at,in,out\n1,2,3\n", "t.csv", "has the columns at, in, out; known are timestamp, input"),
         (PLAIN + "3,many,5\n", "t.csv", "request 4: .*many"),
@@ -63,8 +63,8 @@ def test_a_long_trace_is_kept_from_its_beginning(
         ("not json\n", "t.jsonl", "t.jsonl cannot be read"),
     ],
 )
-def test_what_is_wrong_is_named(text: str, name: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_is_wrong_is_named(text: str, name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
         read_trace(written(tmp_path, text, name))
 
 

@@ -43,7 +43,7 @@ CLEAN = [
 
 
 def checked(
-    found: list[RequestRecord] | None = None,
+    records: list[RequestRecord] | None = None,
     values: Mapping[str, float] = VALUES,
     seen: Histogram = SEEN,
     caching: str = "False",
@@ -51,7 +51,7 @@ def checked(
     **summary: Any,
 ) -> list[Caveat]:
     snapshot = Snapshot(dict(values), {metrics.TTFT: seen}, {CACHE: {"caching": caching}})
-    records = CLEAN if found is None else found
+    records = CLEAN if records is None else records
     trial: Trial = make_trial(records, engine=snapshot if engine else None, **summary)
     return caveats_of(trial, EVIDENCE)
 
@@ -80,17 +80,17 @@ def test_clean_trial_has_no_caveat() -> None:
 @pytest.mark.parametrize(
     ("name", "blocks", "changes"),
     [
-        ("errors", True, {"found": some(1, error="reset")}),
-        ("nothing measured", True, {"found": some(50, in_window=False)}),
+        ("errors", True, {"records": some(1, error="reset")}),
+        ("nothing measured", True, {"records": some(50, in_window=False)}),
         ("load process lost", True, {"lost_share": 0.5}),
         ("ran out of requests", False, {"exhausted": True}),
-        ("generator lagged", True, {"found": some(3, scheduled_s=9.0, sent_s=9.1)}),
+        ("generator lagged", True, {"records": some(3, scheduled_s=9.0, sent_s=9.1)}),
         ("generator's loop lagged", True, {"loop_lag_p99_s": 0.021}),
         ("fell behind the schedule", True, {"planned": 100, "sent": 94}),
-        ("token counts differ", True, {"found": some(1, chunks=[(10.15, 1)])}),
-        ("lengths differ", False, {"found": some(1, asked_tokens=3)}),
-        ("several tokens a chunk", True, {"found": BUNDLED, "values": TRIPLED}),
-        ("several tokens a chunk", False, {"found": A_FEW, "values": A_FEW_MORE}),
+        ("token counts differ", True, {"records": some(1, chunks=[(10.15, 1)])}),
+        ("lengths differ", False, {"records": some(1, asked_tokens=3)}),
+        ("several tokens a chunk", True, {"records": BUNDLED, "values": TRIPLED}),
+        ("several tokens a chunk", False, {"records": A_FEW, "values": A_FEW_MORE}),
         ("warm prefix cache", True, {"values": {**VALUES, HITS: 50 * 65.0}}),
         ("client and engine disagree", True, {"values": {**VALUES, metrics.REQUESTS: 51}}),
         ("client and engine disagree", True, {"values": {**VALUES, metrics.GENERATION_TOKENS: 99}}),
@@ -105,16 +105,16 @@ def test_clean_trial_has_no_caveat() -> None:
     ],
 )
 def test_caveat(name: str, blocks: bool, changes: dict[str, Any]) -> None:
-    (found,) = checked(**changes)
-    assert (found.name, found.blocks, found.point) == (name, blocks, "off/short/concurrent-1")
-    assert found.text
+    (caveat,) = checked(**changes)
+    assert (caveat.name, caveat.blocks, caveat.point) == (name, blocks, "off/short/concurrent-1")
+    assert caveat.text
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"found": some(2, scheduled_s=9.0, sent_s=9.1)},  # 4 % late
-        {"found": [replace(r, scheduled_s=r.sent_s - 0.0049) for r in CLEAN]},  # up to 5 ms
+        {"records": some(2, scheduled_s=9.0, sent_s=9.1)},  # 4 % late
+        {"records": [replace(r, scheduled_s=r.sent_s - 0.0049) for r in CLEAN]},  # up to 5 ms
         {"loop_lag_p99_s": 0.019},
         {"planned": 100, "sent": 95},
     ],
@@ -131,8 +131,8 @@ def test_where_tokens_come_gathered_their_times_allow_no_verdict_but_their_numbe
         point: {r: {"tpot_mean_s": row["output_tokens_per_s"]} for r, row in rows.items()}
         for point, rows in FASTER.items()
     }
-    found = judged(times, *gathered, metric="tpot_mean_s")
-    assert (found.outcome, found.why) == ("not valid", "several tokens a chunk")
+    judgement = judged(times, *gathered, metric="tpot_mean_s")
+    assert (judgement.outcome, judgement.why) == ("not valid", "several tokens a chunk")
     elsewhere = [c.model_copy(update={"point": "third"}) for c in gathered]
     assert judged(times, *elsewhere, metric="tpot_mean_s").outcome == "hurts"
 
@@ -150,14 +150,14 @@ def test_what_is_shared_may_be_warm(shared: dict[str, Any]) -> None:
 
 
 def test_one_error_in_a_hundred_is_told_but_does_not_block() -> None:
-    (found,) = checked([*some(1, error="reset"), *CLEAN])
-    assert (found.name, found.blocks) == ("errors", False)
+    (caveat,) = checked([*some(1, error="reset"), *CLEAN])
+    assert (caveat.name, caveat.blocks) == ("errors", False)
 
 
 def shows(evidence: Evidence, trial: Trial) -> bool:
-    found = caveats_of(trial, [evidence])
-    assert all(c.blocks for c in found)
-    return "treatment not applied" not in {c.name for c in found}
+    caveats = caveats_of(trial, [evidence])
+    assert all(c.blocks for c in caveats)
+    return "treatment not applied" not in {c.name for c in caveats}
 
 
 def test_absent_is_not_there_rather_than_zero() -> None:
@@ -240,8 +240,8 @@ def test_ttft_agrees_where_the_engine_cannot_tell() -> None:
     ],
 )
 def test_first_trial_that_stands_out_is_told(values: list[float | None], slow: bool) -> None:
-    found = first_trial_slow(rates(on=values)["on"], "on")
-    assert [c.name for c in found] == (["slow first trial"] if slow else [])
+    caveats = first_trial_slow(rates(on=values)["on"], "on")
+    assert [c.name for c in caveats] == (["slow first trial"] if slow else [])
 
 
 def test_two_factors_at_once_allow_no_verdict_unless_the_engine_couples_them() -> None:

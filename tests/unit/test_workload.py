@@ -210,8 +210,8 @@ def test_adapters_by_zipfs_law() -> None:
     zipf = make_workload(adapters=Adapters(count=4, mix="zipf"))
     n = 100_000
     shares = Counter(zipf.tenants(n, seed=1))
-    found = [shares[k] / n for k in range(4)]
-    assert found == pytest.approx([0.48, 0.24, 0.16, 0.12], abs=0.0065)
+    measured = [shares[k] / n for k in range(4)]
+    assert measured == pytest.approx([0.48, 0.24, 0.16, 0.12], abs=0.0065)
     assert zipf.tenants(50, 1) == zipf.tenants(60, 1)[:50]
     assert zipf.tenants(50, 1) != zipf.tenants(50, 2)
 
@@ -239,7 +239,7 @@ def test_a_planned_request_asks_its_adapter_and_says_whose_it_is(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"prefix": Prefix(tokens=9), "task": "story"}, "each say how prompts begin"),
         ({"prefix": Prefix(tokens=9), "chat": Chat(turns=2, grows_tokens=9)}, "each say how"),
@@ -254,8 +254,8 @@ def test_a_planned_request_asks_its_adapter_and_says_whose_it_is(tmp_path: Path)
         ),
     ],
 )
-def test_parts_that_do_not_go_together_are_refused(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_parts_that_do_not_go_together_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         make_workload(**fields)
 
 
