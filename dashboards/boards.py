@@ -47,22 +47,22 @@ from serving import metrics, telemetry, whole
 
 
 class Described(Protocol):
-    """What a panel says of a metric of finished runs; the table of metrics belongs to the labs."""
+    """A metric of finished runs as a panel names it; the table of metrics belongs to the labs."""
 
     @property
-    def title(self) -> str: ...
+    def title(self) -> str:
+        """The panel's title."""
+
     @property
-    def unit(self) -> str: ...
+    def unit(self) -> str:
+        """A key of `UNITS`."""
 
 
 Figures = Mapping[str, Described]  # by the name under which it is exported
 UNITS = {"s": SECONDS, "tok": TOKENS, "tok/s": TOKENS_PER_S, "req/s": PER_S, "1": RATIO}
 FOLDER = Path(__file__).parent / "grafana"
-LATE_S, LOOP_LAG_S, MOST_ERRORS = (
-    0.005,
-    0.02,
-    0.01,
-)  # beyond them no verdict (labs/judging/judge.py)
+# beyond these limits no verdict is given (labs/judging/judge.py)
+LATE_S, LOOP_LAG_S, MOST_ERRORS = 0.005, 0.02, 0.01
 OUTCOMES = {
     "helps": "green", "hurts": "red", "no effect": "blue", "inconclusive": "orange",
     "not valid": "purple",
@@ -83,7 +83,7 @@ NEEDS = {
     "Ratio to the baseline, 95 % interval": "a second repeat",
     "ITL, p99": "samples enough for a p99",
 }
-"""Panel -> without what it is empty, and must be empty for that reason alone."""
+"""Panel -> what it needs to show anything; without that it is empty, and for no other reason."""
 
 LIVE = 'lab="$lab",run_id="$run",variant=~"$variant"'
 RUN = 'lab="$lab",run_id="$run"'
@@ -108,23 +108,24 @@ def _sum(gauge: str) -> str:
 
 
 def _last(name: str, where: str) -> str:
-    """A finished run's figure, wherever in the time range it lies.
+    """Query a finished run's figure, wherever in the time range it lies.
 
-    Without the series' name, which last_over_time keeps and by which a table would tell rows apart.
+    The name of the series goes: last_over_time keeps it, and a table would not join rows across it.
     """
     return f"max without (instance, job) (last_over_time({name}{{{where}}}[$__range]))"
 
 
 def _verdicts(where: str) -> str:
-    """Of a run that was resumed, those reached last: a verdict's value is when that was."""
-    found = _last(series.VERDICT, where)
-    newest = f"max without (outcome, held) ({found})"
-    return f"{found} == ignoring (outcome, held) group_left {newest}"
+    """Query a run's newest verdicts: their value is when they were reached, so a resumed run has
+    older ones too."""
+    verdicts = _last(series.VERDICT, where)
+    newest = f"max without (outcome, held) ({verdicts})"
+    return f"{verdicts} == ignoring (outcome, held) group_left {newest}"
 
 
 def _slo(name: str) -> Line:
-    found = f'{series.SLO}{{{RUN},slo="{name}"}}'
-    return Line(f"max(last_over_time({found}[$__range]))", "SLO", BOUND)
+    limit = f'{series.SLO}{{{RUN},slo="{name}"}}'
+    return Line(f"max(last_over_time({limit}[$__range]))", "SLO", BOUND)
 
 
 def _latency(latency: Latency, says: str, *more: Line) -> Panel:
@@ -141,7 +142,7 @@ def _latency(latency: Latency, says: str, *more: Line) -> Panel:
 
 
 def _figure(metric: Described, says: str, expr: str, row: str) -> Panel:
-    """A metric of finished runs: a group of bars for each `row`, in it one for each variant."""
+    """Draw a metric of finished runs: a group of bars for each `row`, in it a bar a variant."""
     return bars(metric.title, says, UNITS[metric.unit], expr, row=row, column="variant")
 
 
@@ -164,12 +165,8 @@ def _runs(where: str) -> Panel:
 # ------------------------------------------------------------------------------------- Lab, live
 
 
-def live(_: Figures) -> dashboard.Dashboard:
-    drafts = f"sum by (variant) (increase({metrics.SPEC_DRAFTS}{{{LIVE}}}[$__range]))"
-    accepted = (
-        f"sum by (variant, position) (increase({metrics.SPEC_ACCEPTED_AT}{{{LIVE}}}[$__range]))"
-    )
-    latency = (
+def _latency_panels() -> tuple[Panel, ...]:
+    return (
         _latency(
             TTFT,
             "Time to the first token, as a user waits for it; it climbs when requests queue.",
@@ -187,7 +184,10 @@ def live(_: Figures) -> dashboard.Dashboard:
         ),
         _latency(E2E, "Whole requests, so it follows the length of answers."),
     )
-    flow = (
+
+
+def _flow_panels() -> tuple[Panel, ...]:
+    return (
         lines(
             "Output tokens",
             "Tokens of answers that ended; the plateau is what the machine can do at this load.",
@@ -216,7 +216,10 @@ def live(_: Figures) -> dashboard.Dashboard:
             Line(_quantile(0.5, metrics.TTFT), style=DASHED),
         ),
     )
-    memory = (
+
+
+def _memory_panels() -> tuple[Panel, ...]:
+    return (
         lines(
             "KV cache in use",
             "Of the KV blocks; near the line requests are preempted or wait for memory.",
@@ -248,7 +251,14 @@ def live(_: Figures) -> dashboard.Dashboard:
             Line(_quantile(0.99, metrics.STEP_TOKENS), style=DASHED),
         ),
     )
-    features: tuple[Drawn, ...] = (
+
+
+def _feature_panels() -> tuple[Drawn, ...]:
+    drafts = f"sum by (variant) (increase({metrics.SPEC_DRAFTS}{{{LIVE}}}[$__range]))"
+    accepted = (
+        f"sum by (variant, position) (increase({metrics.SPEC_ACCEPTED_AT}{{{LIVE}}}[$__range]))"
+    )
+    return (
         lines(
             "Tokens a draft step",
             "Accepted drafts and the target's own token: the most that speculation can save.",
@@ -270,7 +280,10 @@ def live(_: Figures) -> dashboard.Dashboard:
             Line(_sum(exporter.ADAPTERS)),
         ),
     )
-    gpu = tuple(
+
+
+def _gpu_panels() -> tuple[Drawn, ...]:
+    gpus = tuple(
         lines(title, says, unit, Line(f"max by (gpu) ({name}{{{RUN}}})", "GPU {{gpu}}"), most=1)
         for title, says, unit, name in (
             ("GPU utilisation", "Time a kernel ran: busy, not efficient.", RATIO,
@@ -294,7 +307,13 @@ def live(_: Figures) -> dashboard.Dashboard:
         Line(series.DRAM_ACTIVE, "GPU {{gpu}}", DASHED),
         most=1,
     )
-    for panel in (*features, *gpu, units):  # three beside each other
+    return (*gpus, units)
+
+
+def live(_: Figures) -> dashboard.Dashboard:
+    """Build *Lab, live*: one run as it happens, on a load generator's and an engine's series."""
+    features, gpus = _feature_panels(), _gpu_panels()
+    for panel in (*features, *gpus):  # three beside each other
         panel.height(8).span(8)
     return board(
         "lab-live",
@@ -305,11 +324,11 @@ def live(_: Figures) -> dashboard.Dashboard:
         _live_choices(),
         _annotations(),
         (
-            ("What a user waits for", latency),
-            ("Throughput and queue", flow),
-            ("Memory and steps", memory),
+            ("What a user waits for", _latency_panels()),
+            ("Throughput and queue", _flow_panels()),
+            ("Memory and steps", _memory_panels()),
             ("Speculation and adapters", features),
-            ("GPU", (*gpu, units)),
+            ("GPU", gpus),
             ("Report", (_runs(RUN).height(4),)),
         ),
     )
@@ -336,21 +355,14 @@ def _annotations() -> tuple[dashboard.AnnotationQuery, ...]:
 # --------------------------------------------------------------------------------------- Compare
 
 
-def compare(described: Figures) -> dashboard.Dashboard:
-    def measured(metric: str) -> str:
-        figure = _last(series.MEASUREMENT, f'{POINTS},metric="{metric}"')
-        return f'label_join({figure}, "point", " ", "workload", "load")'
-
+def _answer_panels() -> tuple[Panel, ...]:
     effect, low, high, predicted = (
         _last(name, RUN)
         for name in (
             series.EFFECT, series.EFFECT_LOW, series.EFFECT_HIGH, series.EFFECT_PREDICTED,
         )
     )  # fmt: skip
-    forecast, foretold = (
-        _last(name, POINTS) for name in (series.FORECAST, series.FORECAST_PREDICTED)
-    )
-    answer = (
+    return (
         rows(
             "Verdicts",
             "What each claim came to: the ratio of treatment to baseline with its 95 % interval,"
@@ -385,6 +397,46 @@ def compare(described: Figures) -> dashboard.Dashboard:
             limit=1,
         ),
     )
+
+
+def _prediction_tables() -> tuple[Panel, ...]:
+    forecast, predicted = (
+        _last(name, POINTS) for name in (series.FORECAST, series.FORECAST_PREDICTED)
+    )
+    point = (
+        Column("Variant", "variant", width=160),
+        Column("Workload", "workload", width=160),
+        Column("Load", "load", width=140),
+        Column("Metric", "metric", width=220),
+    )
+    return (
+        rows(
+            "Forecasts",
+            "Absolute figures predicted from this machine's ceilings, in base units;"
+            " measured over predicted near 1 means the model of the machine is right.",
+            *point,
+            Column("Predicted", expr=predicted),
+            Column("Measured", expr=forecast),
+            Column("Measured / predicted", expr=f"{forecast} / {predicted}"),
+        ),
+        rows(
+            "Every figure",
+            "Mean over the repeats with its 95 % interval, in base units (s, tok/s).",
+            *point,
+            Column("Mean", expr=_last(series.MEASUREMENT, POINTS)),
+            Column("Low", expr=_last(series.MEASUREMENT_LOW, POINTS)),
+            Column("High", expr=_last(series.MEASUREMENT_HIGH, POINTS)),
+        ).height(14),
+    )
+
+
+def compare(described: Figures) -> dashboard.Dashboard:
+    """Build *Compare*: a finished run's variants, its verdicts and its predictions."""
+
+    def measured(metric: str) -> str:
+        figure = _last(series.MEASUREMENT, f'{POINTS},metric="{metric}"')
+        return f'label_join({figure}, "point", " ", "workload", "load")'
+
     figures = tuple(
         _figure(described[metric], says, measured(metric), row="point")
         for metric, says in (
@@ -399,12 +451,6 @@ def compare(described: Figures) -> dashboard.Dashboard:
             ("e2e_p50_s", "Lower is better; the whole answer."),
         )
     )
-    point = (
-        Column("Variant", "variant", width=160),
-        Column("Workload", "workload", width=160),
-        Column("Load", "load", width=140),
-        Column("Metric", "metric", width=220),
-    )
     return board(
         "lab-compare",
         "Compare",
@@ -414,42 +460,27 @@ def compare(described: Figures) -> dashboard.Dashboard:
         _finished_choices(),
         (),
         (
-            ("The answer", answer),
+            ("The answer", _answer_panels()),
             ("Variants side by side", figures),
             (
                 "Predicted beside measured",
-                (
-                    rows(
-                        "Forecasts",
-                        "Absolute figures predicted from this machine's ceilings, in base units;"
-                        " measured over predicted near 1 means the model of the machine is right.",
-                        *point,
-                        Column("Predicted", expr=foretold),
-                        Column("Measured", expr=forecast),
-                        Column("Measured / predicted", expr=f"{forecast} / {foretold}"),
-                    ),
-                    rows(
-                        "Every figure",
-                        "Mean over the repeats with its 95 % interval, in base units (s, tok/s).",
-                        *point,
-                        Column("Mean", expr=_last(series.MEASUREMENT, POINTS)),
-                        Column("Low", expr=_last(series.MEASUREMENT_LOW, POINTS)),
-                        Column("High", expr=_last(series.MEASUREMENT_HIGH, POINTS)),
-                    ).height(14),
-                    _runs(RUN).height(4),
-                ),
+                (*_prediction_tables(), _runs(RUN).height(4)),
             ),
         ),
     )
 
 
 def _finished_choices() -> list[dashboard.QueryVariable]:
-    found = series.MEASUREMENT
     return [
         choice("lab", "Lab", f"label_values({series.RUN_INFO}, lab)"),
         choice("run", "Run", f'label_values({series.RUN_INFO}{{lab="$lab"}}, run_id)'),
         *(
-            choice(name, name.capitalize(), f"label_values({found}{{{RUN}}}, {name})", several=True)
+            choice(
+                name,
+                name.capitalize(),
+                f"label_values({series.MEASUREMENT}{{{RUN}}}, {name})",
+                several=True,
+            )
             for name in ("variant", "workload", "load")
         ),
     ]
@@ -458,12 +489,66 @@ def _finished_choices() -> list[dashboard.QueryVariable]:
 # -------------------------------------------------------------------------------------- Machines
 
 
+def _effect_panels() -> tuple[Panel, ...]:
+    effect = f"avg by (title, machine) ({_last(series.EFFECT, EVERYWHERE)})"
+    return (
+        bars(
+            "Ratio to the baseline",
+            "On the same side of 1 everywhere: a mechanism; else it is the machine's.",
+            PLAIN,
+            effect,
+            row="title",
+            column="machine",
+            limit=1,
+        ).span(24),
+        rows(
+            "Verdicts",
+            "The same claim, machine by machine.",
+            Column("Claim", "title", width=460),
+            Column("Machine", "machine", width=260),
+            Column("Run", "run_id", width=260),
+            Column("Verdict", "outcome", width=120, colours=OUTCOMES),
+            Column("Held", "held", width=80),
+            Column(expr=_verdicts(EVERYWHERE)),
+            sort_by="Claim",
+        ),
+    )
+
+
+def _machine_choices() -> list[dashboard.QueryVariable]:
+    return [
+        choice("lab", "Lab", f"label_values({series.RUN_INFO}, lab)"),
+        choice(
+            "machine",
+            "Machine",
+            f'label_values({series.RUN_INFO}{{lab="$lab"}}, machine)',
+            several=True,
+        ),
+        choice(
+            "run",
+            "Run",
+            f'label_values({series.RUN_INFO}{{lab="$lab",machine=~"$machine"}}, run_id)',
+            several=True,
+        ),
+        *(
+            choice(
+                name,
+                name.capitalize(),
+                f"label_values({series.MEASUREMENT}{{{EVERYWHERE}}}, {name})",
+                several=True,
+            )
+            for name in ("workload", "load")
+        ),
+    ]
+
+
 def machines(described: Figures) -> dashboard.Dashboard:
+    """Build *Machines*: one lab's effects and figures on several machines."""
+
     def measured(metric: str) -> str:
         where = f'{EVERYWHERE},workload=~"$workload",load=~"$load",metric="{metric}"'
         return f"avg by (machine, variant) ({_last(series.MEASUREMENT, where)})"
 
-    effect = f"avg by (title, machine) ({_last(series.EFFECT, EVERYWHERE)})"
     figures = tuple(
         _figure(described[metric], says, measured(metric), row="machine")
         for metric, says in (
@@ -486,57 +571,10 @@ def machines(described: Figures) -> dashboard.Dashboard:
         "The same lab on several machines: which effects carry over, and how much they differ.",
         "now-2y",
         "",
-        [
-            choice("lab", "Lab", f"label_values({series.RUN_INFO}, lab)"),
-            choice(
-                "machine",
-                "Machine",
-                f'label_values({series.RUN_INFO}{{lab="$lab"}}, machine)',
-                several=True,
-            ),
-            choice(
-                "run",
-                "Run",
-                f'label_values({series.RUN_INFO}{{lab="$lab",machine=~"$machine"}}, run_id)',
-                several=True,
-            ),
-            *(
-                choice(
-                    name,
-                    name.capitalize(),
-                    f"label_values({series.MEASUREMENT}{{{EVERYWHERE}}}, {name})",
-                    several=True,
-                )
-                for name in ("workload", "load")
-            ),
-        ],
+        _machine_choices(),
         (),
         (
-            (
-                "Effects",
-                (
-                    bars(
-                        "Ratio to the baseline",
-                        "On the same side of 1 everywhere: a mechanism; else it is the machine's.",
-                        PLAIN,
-                        effect,
-                        row="title",
-                        column="machine",
-                        limit=1,
-                    ).span(24),
-                    rows(
-                        "Verdicts",
-                        "The same claim, machine by machine.",
-                        Column("Claim", "title", width=460),
-                        Column("Machine", "machine", width=260),
-                        Column("Run", "run_id", width=260),
-                        Column("Verdict", "outcome", width=120, colours=OUTCOMES),
-                        Column("Held", "held", width=80),
-                        Column(expr=_verdicts(EVERYWHERE)),
-                        sort_by="Claim",
-                    ),
-                ),
-            ),
+            ("Effects", _effect_panels()),
             ("Figures", figures),
             ("Runs", (_runs(EVERYWHERE).height(8),)),
         ),
@@ -546,12 +584,11 @@ def machines(described: Figures) -> dashboard.Dashboard:
 # ------------------------------------------------------------------------------ Generator health
 
 
-def generator(_: Figures) -> dashboard.Dashboard:
+def _sending_panels() -> tuple[Panel, ...]:
     ended, sent, due = (
         f"{name}_total" for name in (exporter.REQUESTS, exporter.SENT, exporter.SCHEDULED)
     )
-    failed = _rate(ended, f'{LIVE},outcome="error"')
-    panels = (
+    return (
         lines(
             SEND_LAG.title,
             "How late scheduled requests left; beyond the line a late generator, not the engine,"
@@ -587,6 +624,13 @@ def generator(_: Figures) -> dashboard.Dashboard:
             Line(_sum(exporter.OVERDUE)),
             most=1,
         ),
+    )
+
+
+def _outcome_panels() -> tuple[Panel, ...]:
+    ended = f"{exporter.REQUESTS}_total"
+    failed = _rate(ended, f'{LIVE},outcome="error"')
+    return (
         lines(
             "Requests in flight",
             "Under closed loop flat at the number of users; under open loop it shows the queue.",
@@ -613,6 +657,10 @@ def generator(_: Figures) -> dashboard.Dashboard:
             Line(_rate(metrics.REQUESTS), style=DASHED),
         ),
     )
+
+
+def generator(_: Figures) -> dashboard.Dashboard:
+    """Build *Generator health*: whether the load was sent as it should have been."""
     return board(
         "lab-generator",
         "Generator health",
@@ -621,7 +669,7 @@ def generator(_: Figures) -> dashboard.Dashboard:
         "5s",
         _live_choices(),
         _annotations(),
-        (("The load generator", panels),),
+        (("The load generator", (*_sending_panels(), *_outcome_panels())),),
     )
 
 
@@ -631,7 +679,7 @@ BOARDS = {"lab-live": live, "compare": compare, "machines": machines, "generator
 
 
 def files(variants: Sequence[Sequence[str]], described: Figures) -> dict[Path, str]:
-    """Every dashboard's file and what belongs in it, coloured for these labs' variants."""
+    """Generate every dashboard: its file -> its JSON, coloured for these labs' variants."""
     texts = {}
     for name, make in BOARDS.items():
         plain = json.loads(json.dumps(make(described).build(), cls=JSONEncoder))
@@ -642,12 +690,12 @@ def files(variants: Sequence[Sequence[str]], described: Figures) -> dict[Path, s
 
 
 def written() -> dict[str, dict[str, Any]]:
-    """Every dashboard as plain JSON, by the name of its file."""
+    """Read the committed dashboards: the name of the file -> its JSON."""
     return {name: json.loads((FOLDER / f"{name}.json").read_text()) for name in BOARDS}
 
 
 def write(variants: Sequence[Sequence[str]], described: Figures) -> list[Path]:
-    """Write the dashboards anew; those that changed."""
+    """Write the dashboards that differ from their files; return those files."""
     FOLDER.mkdir(exist_ok=True)
     changed = []
     for path, text in files(variants, described).items():
@@ -657,25 +705,25 @@ def write(variants: Sequence[Sequence[str]], described: Figures) -> list[Path]:
     return changed
 
 
-def panels(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A dashboard's panels, without the rows that head them."""
-    return [panel for panel in found["panels"] if panel["type"] != "row"]
+def panels(board_json: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a dashboard's panels, without the rows that head them."""
+    return [panel for panel in board_json["panels"] if panel["type"] != "row"]
 
 
 def expressions(values: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """(dashboard, panel, query) with every variable replaced, to run against a Prometheus.
+    """Yield (dashboard, panel, query) with every variable replaced, to run against a Prometheus.
 
-    A value for a drop-down of several is a regular expression; where none is given it is `.*`.
+    The value of a drop-down that admits several is a regular expression, by default `.*`.
     """
-    known = {"__range": "1h", "__rate_interval": "1m", **values}
+    variables = {"__range": "1h", "__rate_interval": "1m", **values}
 
     def resolved(query: str) -> str:
-        return re.sub(r"\$\{?(\w+)\}?", lambda found: known.get(found[1], ".*"), query)
+        return re.sub(r"\$\{?(\w+)\}?", lambda match: variables.get(match[1], ".*"), query)
 
-    for found in written().values():
-        for panel in panels(found):
+    for board_json in written().values():
+        for panel in panels(board_json):
             for target in panel["targets"]:
-                yield found["title"], panel["title"], resolved(target["expr"])
-        for annotation in found["annotations"].get("list", ()):
+                yield board_json["title"], panel["title"], resolved(target["expr"])
+        for annotation in board_json["annotations"].get("list", ()):
             if "expr" in annotation:
-                yield found["title"], annotation["name"], resolved(annotation["expr"])
+                yield board_json["title"], annotation["name"], resolved(annotation["expr"])
