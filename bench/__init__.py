@@ -2,11 +2,11 @@
 
     python -m bench --help
 
-Nothing here fails because of a time: a bench shows where the lab stands, `make test` says whether
-it is right. What a part found goes to `results/<machine>/bench.json` as soon as it is there;
-README.md shows it.
+No time makes a bench fail: it shows how good the instruments are, and `make test` whether they are
+right. A part's figures go to `results/<machine>/bench.json` as soon as they are measured, and
+README.md shows them.
 
-A module for each part, with a function `measure` that prints what it finds and returns it:
+Each part is a module, with a function `measure` that prints its figures and returns them:
 
     streams     what the load generator adds to TTFT and gaps, and the CPU that it costs
     engine      vLLM's throughput under our load generator and under `vllm bench serve`
@@ -15,18 +15,18 @@ A module for each part, with a function `measure` that prints what it finds and 
     overhead    the lab's own share of a run
     aa          false alarms of a lab that compares its baseline with itself
 
-and what several of them use:
+Several of them use:
 
     truth       the server that records what it handed to the socket, and when
-    trials      one trial against that server, and what the client's records say beyond it
+    trials      one trial against that server, and how the client's records differ from its log
     clients     the same requests by our load generator and by vLLM's tool
     load        our load generator, as a run starts it
-    console     what is printed
-    clock       how long it will still take
+    console     tables, and figures beside their aims
+    clock       the progress, and an estimate of the time left
 """
 
 from __future__ import annotations
 
 
 class BenchError(Exception):
-    """A part could not be measured."""
+    """A part could not be measured; the message says why."""

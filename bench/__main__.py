@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bench import BenchError, aa, engine, neighbour, overhead, recording, streams
+from bench import BenchError, aa, engine, neighbour, overhead, recording, streams, truth
 from bench.clock import Clock
 from bench.console import console
 from bench.truth import PROGRAMS
@@ -28,6 +29,93 @@ MAIN = ("streams", "engine", "neighbour", "recording", "overhead")
 PARTS = (*MAIN, "aa")
 REPEATS, PROCESSES, PAIRS, RUNS = 2, (1, 2), 4, 20
 TRIAL_S = 9.0  # a truth server's start, warm-up, window and drain
+
+
+HELP = """Measure the lab's own instruments and print each figure beside its aim.
+
+[bold]streams[/] (4 min): what our Locust adds to TTFT and to chunk gaps,
+and the CPU it costs, against a server that records what it really sent.
+
+[bold]engine[/] (3 min): vLLM's throughput under our Locust and under
+`vllm bench serve`: the same requests, in turns on one engine.
+
+[bold]neighbour[/] (3 min): an engine's throughput beside another that is
+loaded and idle, as variants of a lab are, and beside one held still.
+
+[bold]recording[/] (2 min): the share of our Locust's CPU time that goes
+into recording for Prometheus at 10,000 tokens/s.
+
+[bold]overhead[/] (at once): the lab's own share of the newest full run
+in results/.
+
+[bold]aa[/] (8 min, only when asked for): twenty runs of a lab against
+itself on a fake engine whose speed varies; the false alarms among them.
+
+The figures are this machine's, now: close what else runs on it. What a
+part finds is kept in results/ as soon as it is there, unless fewer repeats,
+pairs or runs, or not all rows, were asked for. The exit code is 0 unless
+something broke, whatever the figures.
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and how often."""
+
+    parts: Sequence[str]
+    programs: Sequence[truth.Program]
+    locustfiles: Sequence[Path]  # the lab's own, then those that are measured against it
+    processes: Sequence[int]
+    repeats: int
+    pairs: int
+    runs: int
+    unpinned: bool
+
+    @property
+    def senders(self) -> list[streams.Sender]:
+        """Every locustfile with every number of load processes."""
+        return [(file, n) for file in self.locustfiles for n in self.processes]
+
+    def expected_s(self) -> dict[str, float]:
+        """Estimate the seconds that each part takes."""
+        cases = streams.cases_of(self.programs, self.senders)
+        expected_s = {
+            "streams": 10 + TRIAL_S * self.repeats * len(cases),
+            "engine": 60 + 30 * self.pairs,
+            "neighbour": 60 + 30 * self.pairs,
+            "recording": 10 + 2 * TRIAL_S * self.pairs,
+            "overhead": 1,
+            "aa": 22 * self.runs,
+        }
+        return {name: expected_s[name] for name in self.parts}
+
+    def is_ordinary(self, part: str) -> bool:
+        """Tell whether a part is measured in full and without changed files: then it is kept."""
+        if len(self.locustfiles) > 1:
+            return False
+        if part == "streams":
+            in_full = list(self.processes) == list(PROCESSES) and self.repeats >= REPEATS
+            return in_full and list(self.programs) == list(PROGRAMS)
+        if part == "aa":
+            return self.runs >= RUNS
+        return part == "overhead" or self.pairs >= PAIRS
+
+    def measurements(
+        self, clock: Clock, work: Path
+    ) -> dict[str, Callable[[], instruments.Part | None]]:
+        """Return what measures each part; its records and logs go to a folder in `work`."""
+        return {
+            "streams": lambda: streams.measure(
+                clock, work / "streams", self.repeats, self.programs, self.senders
+            ),
+            "engine": lambda: engine.measure(
+                clock, work / "engine", self.pairs, self.unpinned, self.locustfiles
+            ),
+            "neighbour": lambda: neighbour.measure(clock, work / "neighbour", self.pairs),
+            "recording": lambda: recording.measure(clock, work / "recording", self.pairs),
+            "overhead": overhead.measure,
+            "aa": lambda: aa.measure(clock, work / "aa", self.runs),
+        }
 
 
 def main(
@@ -70,38 +158,40 @@ def main(
         Path | None, typer.Option(help="Keep records, truth and logs in this new folder.")
     ] = None,
 ) -> None:
-    """Measure the lab's own instruments and print each figure beside its aim.
-
-    [bold]streams[/] (4 min): what our Locust adds to TTFT and to chunk gaps,
-    and the CPU it costs, against a server that records what it really sent.
-
-    [bold]engine[/] (3 min): vLLM's throughput under our Locust and under
-    `vllm bench serve`: the same requests, in turns on one engine.
-
-    [bold]neighbour[/] (3 min): an engine's throughput beside another that is
-    loaded and idle, as variants of a lab are, and beside one held still.
-
-    [bold]recording[/] (2 min): the share of our Locust's CPU time that goes
-    into recording for Prometheus at 10,000 tokens/s.
-
-    [bold]overhead[/] (at once): the lab's own share of the newest full run
-    in results/.
-
-    [bold]aa[/] (8 min, only when asked for): twenty runs of a lab against
-    itself on a fake engine whose speed varies; the false alarms among them.
-
-    The figures are this machine's, now: close what else runs on it. What a
-    part finds is kept in results/ as soon as it is there, unless fewer repeats,
-    pairs or runs, or not all rows, were asked for. The exit code is 0 unless
-    something broke, whatever the figures.
-    """
+    """Measure the chosen parts; the command's help text is `HELP`."""
     if unknown := set(part) - set(PARTS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    wanted = {int(n) for n in stream_counts.split(",") if n}
-    programs = [p for p in PROGRAMS if not wanted or p.streams in wanted]
+    plan = Plan(
+        parts=[name for name in PARTS if name in part],
+        programs=_programs_of(stream_counts),
+        locustfiles=[generator.LOCUSTFILE, *against],
+        processes=processes,
+        repeats=repeats,
+        pairs=pairs,
+        runs=runs,
+        unpinned=unpinned,
+    )
+    _show_machine()
+    with contextlib.ExitStack() as exits:
+        if keep:
+            keep.mkdir(parents=True)
+        work = keep or Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="lab-bench-")))
+        failed = _measure_parts(plan, work)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _programs_of(stream_counts: str) -> list[truth.Program]:
+    """Select programs by their streams, as in '16,256'; all of them by ''."""
+    counts = {int(n) for n in stream_counts.split(",") if n}
+    programs = [p for p in PROGRAMS if not counts or p.streams in counts]
     if not programs:
-        known = ", ".join(sorted({str(p.streams) for p in PROGRAMS}, key=int))
-        raise typer.BadParameter(f"no such number: choose from {known}", param_hint="--streams")
+        choices = ", ".join(sorted({str(p.streams) for p in PROGRAMS}, key=int))
+        raise typer.BadParameter(f"no such number: choose from {choices}", param_hint="--streams")
+    return programs
+
+
+def _show_machine() -> None:
     engine_cores, client_cores = machines.split_cores()
     console.print(
         f"{machines.detect().describe()}; server on CPU {_cores(engine_cores)}, clients on CPU"
@@ -111,58 +201,30 @@ def main(
         console.print(
             f"[yellow]Other work is running (load average {load:.1f}): it is in these figures.[/]"
         )
-    files = [generator.LOCUSTFILE, *against]
-    senders = [(file, n) for file in files for n in processes]
-    expected_s = {
-        "streams": 10 + TRIAL_S * repeats * len(streams.cases_of(programs, senders)),
-        "engine": 60 + 30 * pairs,
-        "neighbour": 60 + 30 * pairs,
-        "recording": 10 + 2 * TRIAL_S * pairs,
-        "overhead": 1,
-        "aa": 22 * runs,
-    }
-    clock = Clock({name: expected_s[name] for name in PARTS if name in part})
-    ordinary = {
-        "streams": programs == list(PROGRAMS)
-        and processes == list(PROCESSES)
-        and repeats >= REPEATS,
-        "engine": pairs >= PAIRS,
-        "neighbour": pairs >= PAIRS,
-        "recording": pairs >= PAIRS,
-        "overhead": True,
-        "aa": runs >= RUNS,
-    }
-    failed = False
-    with contextlib.ExitStack() as exits:
-        if keep:
-            keep.mkdir(parents=True)
-        work = keep or Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="lab-bench-")))
-        measure: dict[str, Callable[[], instruments.Part | None]] = {
-            "streams": lambda: streams.measure(clock, work / "streams", repeats, programs, senders),
-            "engine": lambda: engine.measure(clock, work / "engine", pairs, unpinned, files),
-            "neighbour": lambda: neighbour.measure(clock, work / "neighbour", pairs),
-            "recording": lambda: recording.measure(clock, work / "recording", pairs),
-            "overhead": overhead.measure,
-            "aa": lambda: aa.measure(clock, work / "aa", runs),
-        }
-        for name in (name for name in PARTS if name in part):
-            others = Others()
-            try:
-                with clock.during(name):
-                    part_found = measure[name]()
-            except (BenchError, EngineError, generator.GeneratorError, models.ModelError) as error:
-                console.print(f"[red]{name}: {escape(str(error))}[/]")  # the other parts go on
-                failed = True
-                continue
-            if part_found and ordinary[name] and not against:
-                kept = instruments.keep(machines.detect(), name, dated(part_found, others))
-                console.print(f"[dim]{name}: kept in {os.path.relpath(kept)}[/]")
-    if failed:
-        raise typer.Exit(1)
+
+
+def _measure_parts(plan: Plan, work: Path) -> list[str]:
+    """Measure part by part and keep each figure at once; return the parts that failed."""
+    failed = []
+    clock = Clock(plan.expected_s())
+    measurements = plan.measurements(clock, work)
+    for name in plan.parts:
+        others = Others()
+        try:
+            with clock.during(name):
+                figures = measurements[name]()
+        except (BenchError, EngineError, generator.GeneratorError, models.ModelError) as error:
+            console.print(f"[red]{name}: {escape(str(error))}[/]")  # the other parts go on
+            failed.append(name)
+            continue
+        if figures and plan.is_ordinary(name):
+            path = instruments.keep(machines.detect(), name, dated(figures, others))
+            console.print(f"[dim]{name}: kept in {os.path.relpath(path)}[/]")
+    return failed
 
 
 def dated(part: instruments.Part, others: Others) -> instruments.Part:
-    """Add the day, and what others took of the CPU except where the part was read from a file."""
+    """Add the time, and the share of the CPU that other work took: 0 for a part read from files."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     taken = 0.0 if isinstance(part, instruments.Overhead) else sum(others.shares())
     return part.model_copy(update={"measured_at": now, "cpu_others": taken})
@@ -174,5 +236,5 @@ def _cores(cores: Sequence[int]) -> str:
 
 if __name__ == "__main__":
     app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
+    app.command(help=HELP)(main)
     app()

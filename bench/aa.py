@@ -42,30 +42,34 @@ CEILINGS = machines.Ceilings(
 
 
 def measure(clock: Clock, work: Path, runs: int) -> instruments.Alarms:
-    """A lab's baseline against itself, on fake engines whose speed varies."""
-    judged: list[list[Judgement]] = []
+    """Run a lab's baseline against itself on fake engines, and count the false alarms.
+
+    Raises BenchError where a run fails, or no claim of any run could be judged.
+    """
+    judgements: list[list[Judgement]] = []
     for i in range(runs):
         clock.tell(f"run {i + 1} of {runs}", i / runs)
-        judged.append(_run(work / str(i), seed=i).summary().judgements)
-    if all(j.outcome == "not valid" for run in judged for j in run):
-        raise BenchError("not one claim could be judged: this machine is too busy")
-    alarms = alarms_of(judged, LAB)
+        judgements.append(_run(work / str(i), seed=i).summary().judgements)
+    if all(j.outcome == "not valid" for run in judgements for j in run):
+        raise BenchError("no claim could be judged: this machine is too busy")
+    alarms = alarms_of(judgements, LAB)
     console.print(
         f"False alarms: {alarms.alarms} of {alarms.judged} claims judged ({alarms.low:.1%} to"
         f" {alarms.high:.1%}, exact 95 % interval), {alarms.not_judged} not judged; the ratio"
         f" varies by {alarms.spread:.1%} between repeats"
     )
     console.print(
-        "[dim]Two claims of a run that look at one trial are not independent, so the interval is"
+        "[dim]Two claims of a run that use the same trial are not independent, so the interval is"
         " somewhat too narrow.[/]"
     )
-    doubt = "the interval admits it: more --runs" if alarms.low <= 0.05 < alarms.rate else ""
+    in_doubt = alarms.low <= 0.05 < alarms.rate
+    doubt = "the interval includes the bound: try more --runs" if in_doubt else ""
     aim("false alarms", 100 * alarms.rate, 5.0, "% of the claims judged", doubt=doubt)
     return alarms
 
 
 def _run(work: Path, seed: int) -> RunFolder:
-    """One run of the lab against itself, with a results folder of its own. Raises BenchError."""
+    """Run the lab once against itself, with a results folder of its own. Raises BenchError."""
     with patch.dict(os.environ, NO_GPU):
         machine = machines.detect()
     results, log = work / "results", work / "lab.log"
@@ -86,19 +90,19 @@ def _run(work: Path, seed: int) -> RunFolder:
     env |= NO_GPU
     argv = [sys.executable, "-m", "labs.commands.cli", "run", LAB]
     with log.open("wb") as sink:
-        done = subprocess.run(
+        process = subprocess.run(
             argv, env=env, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, check=False
         )
-    if done.returncode:
-        raise BenchError(f"the lab failed; it said:\n{log.read_text()}")
+    if process.returncode:
+        raise BenchError(f"the lab failed; its output:\n{log.read_text()}")
     (run,) = results.glob("*/*/*/run.json")
     return RunFolder(run.parent)
 
 
 def alarms_of(runs: Sequence[Sequence[Judgement]], lab: str) -> instruments.Alarms:
     """Count false alarms: in a lab against itself, any claim that is judged to help or hurt."""
-    every = [j for run in runs for j in run]
-    judged = [j for j in every if j.outcome != "not valid"]
+    judgements = [j for run in runs for j in run]
+    judged = [j for j in judgements if j.outcome != "not valid"]
     alarms = sum(j.outcome in ("helps", "hurts") for j in judged)
     exact = stats.binomtest(alarms, len(judged)).proportion_ci(CONFIDENCE, method="exact")
     spreads = [j.effect.spread for j in judged if j.effect and j.effect.spread is not None]
@@ -107,7 +111,7 @@ def alarms_of(runs: Sequence[Sequence[Judgement]], lab: str) -> instruments.Alar
         runs=len(runs),
         alarms=alarms,
         judged=len(judged),
-        not_judged=len(every) - len(judged),
+        not_judged=len(judgements) - len(judged),
         low=exact.low,
         high=exact.high,
         spread=median(spreads),

@@ -36,8 +36,8 @@ main(parser.parse_args())
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What one tool reports of one answer, on its own clock."""
+class AnswerTimes:
+    """When one tool sent a request and read its answer, in seconds on the tool's own clock."""
 
     sent_s: float
     first_s: float
@@ -45,22 +45,22 @@ class Answered:
     tokens: int
 
 
-def rate(answers: Sequence[Answered]) -> float:
-    """Output tokens / (last token - first send): the same for every tool."""
+def rate(answers: Sequence[AnswerTimes]) -> float:
+    """Compute output tokens / (last token - first send), the same way for every tool."""
     span = max(a.last_s for a in answers) - min(a.sent_s for a in answers)
     return sum(a.tokens for a in answers) / span
 
 
-def ttft_ms(answers: Sequence[Answered]) -> float:
+def ttft_ms(answers: Sequence[AnswerTimes]) -> float:
     return 1000 * mean(a.first_s - a.sent_s for a in answers)
 
 
-def tpot_ms(answers: Sequence[Answered]) -> float:
+def tpot_ms(answers: Sequence[AnswerTimes]) -> float:
     return 1000 * mean((a.last_s - a.first_s) / (a.tokens - 1) for a in answers)
 
 
 def write_work(work: Path, model: models.Model) -> None:
-    """The same requests twice: for our Locust, and for vLLM's tool."""
+    """Write the same requests twice: for our Locust, and for vLLM's tool."""
     work.mkdir(parents=True, exist_ok=True)
     writer, rng = Writer(counter(str(model.path))), random.Random("bench")
     texts = [writer.chat(PROMPT_TOKENS, rng)[-1]["content"] for _ in range(REQUESTS)]
@@ -76,33 +76,36 @@ def write_work(work: Path, model: models.Model) -> None:
     )
 
 
-def ours(load: RunningLocust, url: str, requests_file: Path, work: Path) -> list[Answered]:
+def send_by_locust(
+    load: RunningLocust, url: str, requests_file: Path, work: Path
+) -> list[AnswerTimes]:
     """Send the requests by our Locust. Raises BenchError when one of them fails."""
     window_s = 300.0  # never reached: the requests run out
     load.generator.play(trial(url, USERS, requests_file, 0, window_s, work / "records"))
     recorded = list(records.read(work / "records"))
     for record in recorded:
         if record.error or not record.chunks or record.output_tokens is None:
-            raise BenchError(f"our Locust had a request fail: {record.error}")
+            raise BenchError(f"a request of our Locust failed: {record.error}")
     return [
-        Answered(r.sent_s, r.chunks[0][0], r.chunks[-1][0], r.output_tokens or 0) for r in recorded
+        AnswerTimes(r.sent_s, r.chunks[0][0], r.chunks[-1][0], r.output_tokens or 0)
+        for r in recorded
     ]
 
 
-def theirs(
+def send_by_vllm_bench(
     engine: Vllm, model: models.Model, prompts: Path, cores: Sequence[int], work: Path
-) -> list[Answered]:
+) -> list[AnswerTimes]:
     """Send the requests by `vllm bench serve` on these cores. Raises BenchError when it fails."""
     flags = {
         "backend": "openai-chat", "base-url": engine.url, "endpoint": "/v1/chat/completions",
         "model": model.path, "served-model-name": model.name, "dataset-name": "sharegpt",
         "dataset-path": prompts, "sharegpt-output-len": OUTPUT_TOKENS, "num-prompts": REQUESTS,
         "max-concurrency": USERS, "temperature": 0, "ready-check-timeout-sec": 0,
-        "result-dir": work, "result-filename": "theirs.json",
+        "result-dir": work, "result-filename": "vllm-bench.json",
     }  # fmt: skip
-    bare = ("ignore-eos", "disable-shuffle", "disable-tqdm",
-            "save-result", "save-detailed")  # fmt: skip
-    argv = [sys.executable, "-c", VLLM_BENCH, *(f"--{flag}" for flag in bare)]
+    switches = ("ignore-eos", "disable-shuffle", "disable-tqdm",
+                "save-result", "save-detailed")  # fmt: skip
+    argv = [sys.executable, "-c", VLLM_BENCH, *(f"--{switch}" for switch in switches)]
     for flag, value in flags.items():
         argv += [f"--{flag}", str(value)]
     env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -112,11 +115,11 @@ def theirs(
             time.sleep(0.1)
         if process.returncode != 0:
             raise BenchError(f"vllm bench serve failed; its last lines:\n{process.tail()}")
-    saved = json.loads((work / "theirs.json").read_text())
+    saved = json.loads((work / "vllm-bench.json").read_text())
     columns = zip(
         saved["start_times"], saved["ttfts"], saved["itls"], saved["output_lens"], strict=True
     )
     return [
-        Answered(start, start + ttft, start + ttft + sum(itl), tokens)
+        AnswerTimes(start, start + ttft, start + ttft + sum(itl), tokens)
         for start, ttft, itl, tokens in columns
     ]

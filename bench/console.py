@@ -1,4 +1,4 @@
-"""What every part prints: tables, and figures beside their aims."""
+"""How every part prints: tables, and figures beside their aims."""
 
 from __future__ import annotations
 
@@ -14,29 +14,34 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def table(title: str, *columns: str) -> Table:
-    made = Table(title=title, title_justify="left", title_style="bold")
+    """Return an empty table; its first column is text, the others are numbers."""
+    empty = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(columns):
-        made.add_column(name, justify="right" if i else "left")
-    return made
+        empty.add_column(name, justify="right" if i else "left")
+    return empty
 
 
 def aim(
-    what: str, value: float, bound: float, unit: str = "", at_least: bool = False, doubt: str = ""
+    figure: str, value: float, bound: float, unit: str = "", at_least: bool = False, doubt: str = ""
 ) -> None:
-    """Say whether an aim is met; `doubt` is why that may be other than it looks."""
+    """Print whether a figure meets its aim; `doubt` is a reason why this may be wrong."""
     met = value >= bound if at_least else value <= bound
     colour, word = ("green", "met") if met else ("yellow", "not met")
     sign = "at least" if at_least else "at most"
     unit = f" {unit}" if unit else ""
     verdict = f"[{colour}]{word}[/]" + (f", in doubt: {doubt}" if doubt else "")
-    console.print(f"Aim: {escape(what)} {sign} {bound:g}{unit}; it is {value:.3g}{unit}: {verdict}")
+    console.print(
+        f"Aim: {escape(figure)} {sign} {bound:g}{unit}; it is {value:.3g}{unit}: {verdict}"
+    )
 
 
 def within(ratio: Interval) -> str:
+    """Describe the interval of a ratio; an empty string where there is none."""
     if ratio.low is None or ratio.high is None:
         return ""
     return f" (95 % interval {ratio.low:.3f} to {ratio.high:.3f})"
 
 
 def scaled(value: float | None, by: float, digits: int) -> str:
+    """Print a value in another unit, `by` times as large; a dash for None."""
     return "–" if value is None else f"{by * value:.{digits}f}"

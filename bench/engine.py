@@ -14,10 +14,10 @@ from bench.clients import (
     ENGINE_FLAGS,
     REQUESTS,
     USERS,
-    Answered,
-    ours,
+    AnswerTimes,
     rate,
-    theirs,
+    send_by_locust,
+    send_by_vllm_bench,
     tpot_ms,
     ttft_ms,
     write_work,
@@ -37,7 +37,7 @@ OURS, THEIRS, FREE = "our Locust", "vllm bench serve", "vllm bench serve, unpinn
 def measure(
     clock: Clock, work: Path, pairs: int, unpinned: bool, locustfiles: Sequence[Path]
 ) -> instruments.Engine:
-    """The same requests under our Locust and under vLLM's own tool."""
+    """Send the same requests by our Locust and by vLLM's own tool, in turn, to one engine."""
     machine = machines.detect()
     model = models.resolve(machine)
     write_work(work, model)
@@ -45,58 +45,61 @@ def measure(
     with contextlib.ExitStack() as exits:
         served = Vllm("bench", model, ENGINE_FLAGS, kind=machine.kind, log=work / "engine.log")
         exits.callback(served.stop)
-        arms: dict[str, Callable[[Path], list[Answered]]] = {}
+        arms: dict[str, Callable[[Path], list[AnswerTimes]]] = {}
         for i, file in enumerate(locustfiles):
             load = exits.enter_context(locust(USERS, work / f"locust{i}", file))
             name = str(file) if i else OURS
-            arms[name] = partial(ours, load, served.url, work / "requests.jsonl")
+            arms[name] = partial(send_by_locust, load, served.url, work / "requests.jsonl")
         pinned, everywhere = machines.split_cores()[1], sorted(os.sched_getaffinity(0))
-        arms[THEIRS] = partial(theirs, served, model, work / "prompts.json", pinned)
+        arms[THEIRS] = partial(send_by_vllm_bench, served, model, work / "prompts.json", pinned)
         if unpinned:
-            arms[FREE] = partial(theirs, served, model, work / "prompts.json", everywhere)
+            arms[FREE] = partial(
+                send_by_vllm_bench, served, model, work / "prompts.json", everywhere
+            )
         served.wait()
         clock.tell("warming up", 0)
         arms[OURS](work / "warm-up")
-        answered: dict[str, list[list[Answered]]] = {name: [] for name in arms}
+        answers: dict[str, list[list[AnswerTimes]]] = {name: [] for name in arms}
         counted: dict[str, set[tuple[float, float]]] = {name: set() for name in arms}
-        for pair in range(pairs):  # A B, B A, ...: what drifts hits both alike
+        for pair in range(pairs):  # A B, B A, ...: a drift affects both in the same way
             for i, name in list(enumerate(arms))[:: -1 if pair % 2 else 1]:
                 clock.tell(f"{name}, {pair + 1} of {pairs}", (pair + 0.5) / (pairs + 1))
                 before = served.snapshot()
-                answered[name].append(arms[name](work / f"{pair}-{i}"))
+                answers[name].append(arms[name](work / f"{pair}-{i}"))
                 time.sleep(0.3)  # the engine counts a request a moment after its last chunk
                 if before and (after := served.snapshot()):
                     delta = after.since(before).values
                     counted[name].add(
                         (delta[metrics.PROMPT_TOKENS], delta[metrics.GENERATION_TOKENS])
                     )
-    show(answered, counted)
-    figures = (ratio_of(answered, OURS, of) for of in (rate, ttft_ms, tpot_ms))
+    show(answers, counted)
+    figures = (ratio_of(answers, OURS, of) for of in (rate, ttft_ms, tpot_ms))
     throughput, ttft, tpot = (figure.ratio for figure in figures)
     return instruments.Engine(throughput=throughput, ttft=ttft, tpot=tpot)
 
 
 def ratio_of(
-    answered: Mapping[str, Sequence[Sequence[Answered]]],
+    answers: Mapping[str, Sequence[Sequence[AnswerTimes]]],
     name: str,
-    of: Callable[[Sequence[Answered]], float],
+    of: Callable[[Sequence[AnswerTimes]], float],
 ) -> Effect:
-    """The ratio of a figure under one tool to that under vLLM's."""
-    ratio = effect(*(dict(enumerate(map(of, answered[tool]))) for tool in (name, THEIRS)))
+    """Compute the ratio of a figure under one tool to that under vLLM's."""
+    ratio = effect(*(dict(enumerate(map(of, answers[tool]))) for tool in (name, THEIRS)))
     assert ratio
     return ratio
 
 
 def show(
-    answered: Mapping[str, Sequence[Sequence[Answered]]],
+    answers: Mapping[str, Sequence[Sequence[AnswerTimes]]],
     counted: Mapping[str, set[tuple[float, float]]],
 ) -> None:
+    """Print every run of every tool, the aim for throughput, and whether the latencies agree."""
     shown = table(
         f"The same {REQUESTS} requests on the same engine, {USERS} at a time",
         *("client", "output tok/s, each run", "mean", "TTFT mean (ms)", "TPOT mean (ms)"),
         *("engine's tokens, in + out",),
     )
-    for name, runs in answered.items():
+    for name, runs in answers.items():
         rates = [rate(run) for run in runs]
         shown.add_row(
             name,
@@ -111,17 +114,17 @@ def show(
         "[dim]Output tokens / (last token - first send), computed alike for both from each tool's"
         " own stamps. vllm bench's TTFT is to its first event, which may be the role chunk.[/]"
     )
-    for name in (name for name in answered if name not in (THEIRS, FREE)):
-        ratio = ratio_of(answered, name, rate).ratio
+    for name in (name for name in answers if name not in (THEIRS, FREE)):
+        ratio = ratio_of(answers, name, rate).ratio
         wide = ratio.low is not None and ratio.low < 0.97 < ratio.value
-        doubt = "the interval reaches below: more --pairs" if wide else ""
-        what = f"throughput under {name} / {THEIRS}{within(ratio)}"
-        aim(what, ratio.value, 0.97, at_least=True, doubt=doubt)
-    for what, of in (("TTFT", ttft_ms), ("TPOT", tpot_ms)):
-        ratio = ratio_of(answered, OURS, of).ratio
+        doubt = "the interval includes the bound: try more --pairs" if wide else ""
+        figure = f"throughput under {name} / {THEIRS}{within(ratio)}"
+        aim(figure, ratio.value, 0.97, at_least=True, doubt=doubt)
+    for latency, of in (("TTFT", ttft_ms), ("TPOT", tpot_ms)):
+        ratio = ratio_of(answers, OURS, of).ratio
         if ratio.low and ratio.high:
             agree = "they agree" if ratio.low <= 1 <= ratio.high else "they differ"
-            text = f"Mean {what}, {OURS} / {THEIRS}: {ratio.value:.3f}{within(ratio)}: {agree}"
+            text = f"Mean {latency}, {OURS} / {THEIRS}: {ratio.value:.3f}{within(ratio)}: {agree}"
             console.print(text)
     if len(set().union(*counted.values())) > 1:
         console.print("[red]The tools did not send the same work: see the engine's counts.[/]")

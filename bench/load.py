@@ -25,7 +25,7 @@ class RunningLocust:
     exporter_port: int
 
     def cpu_s(self) -> tuple[float, float]:
-        """CPU time so far of Locust's master, which records, and of it and its load workers."""
+        """Return the CPU seconds so far of Locust's master, which records, and of all of Locust."""
         (master,) = psutil.Process(self.child.pid).children()
         family = (master, *master.children(recursive=True))
         used = [sum(p.cpu_times()[:2]) for p in family]
@@ -36,7 +36,7 @@ class RunningLocust:
 def locust(
     users: int, work: Path, locustfile: Path = generator.LOCUSTFILE, processes: int = 1
 ) -> Iterator[RunningLocust]:
-    """Our Locust, started as a run starts it, with its exporter."""
+    """Start our Locust as a run starts it, with its exporter; it ends with the block."""
     argv = generator.argv(users, exporter_port := free_port(), free_port(), processes)
     argv[argv.index(str(generator.LOCUSTFILE))] = str(locustfile)
     log, cores = work / f"locust-{users}.log", machines.split_cores()[1]
@@ -47,6 +47,7 @@ def locust(
 def trial(
     url: str, users: int, requests_file: Path, warmup_s: float, window_s: float, records_file: Path
 ) -> plan.TrialPlan:
+    """Plan a trial of closed-loop users, in a lab called `bench`."""
     return plan.TrialPlan(
         url=url, arrival=Concurrent(users=users), requests=requests_file, records=records_file,
         warmup_s=warmup_s, window_s=window_s, timeout_s=60, seed=0, lab="bench", variant="bench",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.clients import ENGINE_FLAGS, USERS, ours, rate, write_work
+from bench.clients import ENGINE_FLAGS, USERS, rate, send_by_locust, write_work
 from bench.clock import Clock
 from bench.console import aim, within
 from bench.load import locust
@@ -20,7 +20,7 @@ from serving.engines.vllm import Vllm
 
 
 def measure(clock: Clock, work: Path, pairs: int) -> instruments.Neighbour:
-    """One engine under load, in turn beside an idle one and beside the same one held still."""
+    """Load one engine, in turn beside an idle one and beside the same one suspended."""
     machine = machines.detect()
     model = models.resolve(machine)
     write_work(work, model)
@@ -36,8 +36,8 @@ def measure(clock: Clock, work: Path, pairs: int) -> instruments.Neighbour:
             started.wait()
         family = psutil.Process(engines[1].pid).children(recursive=True)
         for process in family:
-            exits.callback(process.resume)  # what is held still cannot end
-        play = partial(ours, load, engines[0].url, work / "requests.jsonl")
+            exits.callback(process.resume)  # a suspended process cannot end
+        play = partial(send_by_locust, load, engines[0].url, work / "requests.jsonl")
         clock.tell("warming up", 0)
         play(work / "warm-up")
         rates: dict[str, dict[int, float]] = {"idle": {}, "held": {}}
@@ -51,7 +51,7 @@ def measure(clock: Clock, work: Path, pairs: int) -> instruments.Neighbour:
     assert slowed
     ratio = slowed.ratio
     wide = ratio.low is not None and ratio.low < 0.97 < ratio.value
-    doubt = "the interval reaches below: more --pairs" if wide else ""
-    what = f"throughput beside an idle engine / beside one held still{within(ratio)}"
-    aim(what, ratio.value, 0.97, at_least=True, doubt=doubt)
+    doubt = "the interval includes the bound: try more --pairs" if wide else ""
+    figure = f"throughput beside an idle engine / beside a suspended one{within(ratio)}"
+    aim(figure, ratio.value, 0.97, at_least=True, doubt=doubt)
     return instruments.Neighbour(throughput=ratio)

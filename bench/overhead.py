@@ -9,9 +9,12 @@ from serving import machine as machines
 
 
 def measure() -> instruments.Overhead | None:
-    """Look at the newest whole run here without probes: what those ask takes time too."""
-    here = machines.detect().slug
-    for folder in (f for f in reversed(results.all_runs()) if f.path.parent.parent.name == here):
+    """Read the newest complete run of this machine; None where there is none.
+
+    Labs with probes do not count: the requests of probes take time that is in no trial.
+    """
+    machine = machines.detect().slug
+    for folder in (f for f in reversed(results.all_runs()) if f.path.parent.parent.name == machine):
         session = folder.session()
         if folder.complete and session and not (folder.run().quick or folder.run().lab["probes"]):
             break
@@ -35,4 +38,5 @@ def measure() -> instruments.Overhead | None:
 
 
 def overhead_share(wall_s: float, engine_start_s: float, load_s: float) -> float:
+    """Compute the share of a run that is neither engine start nor load."""
     return (wall_s - engine_start_s - load_s) / wall_s

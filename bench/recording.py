@@ -26,10 +26,10 @@ RECORDED = Program(108)  # streams of a token every 10 ms: 10,000 tokens/s
 
 
 def measure(clock: Clock, work: Path, pairs: int) -> instruments.Recording:
-    """The same streams into a Locust that records and into one that does not, in turn.
+    """Send the same streams to a Locust that records and to one that does not, in turn.
 
-    Its master records; what its load workers do is the same in both, so only the master's CPU time
-    is compared, and then taken as a share of all.
+    Locust's master records, and its load workers do the same work in both: so only the master's CPU
+    time is compared, and then taken as a share of all.
     """
     shares, rates = [], []
     with contextlib.ExitStack() as exits:
@@ -51,24 +51,24 @@ def measure(clock: Clock, work: Path, pairs: int) -> instruments.Recording:
             rates.append(mean(recorded.delivered) * RECORDED.ideal_chunks_per_s * tokens_per_chunk)
     share = mean_interval(shares)
     wide = share.high is not None and share.value < 0.03 < share.high
-    doubt = "the interval reaches above: more --pairs" if wide else ""
+    doubt = "the interval includes the bound: try more --pairs" if wide else ""
     interval = (
         f" (95 % interval {share.low:.1%} to {share.high:.1%})" if share.low is not None else ""
     )
-    what = f"recording's share of the generator's CPU at {mean(rates):,.0f} tokens/s{interval}"
-    aim(what, 100 * share.value, 3.0, "%", doubt=doubt)
+    figure = f"recording's share of the generator's CPU at {mean(rates):,.0f} tokens/s{interval}"
+    aim(figure, 100 * share.value, 3.0, "%", doubt=doubt)
     return instruments.Recording(tokens_per_s=mean(rates), share=share)
 
 
 def recording_share(recorded: Totals, bare: Totals) -> float:
-    """The share of the generator's CPU time a token that its master spends more when it records."""
+    """Compute what recording adds to the CPU time a token, as a share of the generator's."""
     more_s = recorded.master_cpu_s / recorded.tokens - bare.master_cpu_s / bare.tokens
     return more_s / (recorded.all_cpu_s / recorded.tokens)
 
 
 @contextlib.contextmanager
 def scraping(port: int) -> Iterator[None]:
-    """Read the exporter once a second, as Prometheus does."""
+    """Read the exporter once a second during the block, as Prometheus does."""
     ended = threading.Event()
 
     def scrape() -> None:

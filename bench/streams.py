@@ -1,4 +1,7 @@
-"""What the load generator adds to TTFT and to gaps, and the CPU it costs, against the truth."""
+"""What the load generator adds to TTFT and to gaps, and the CPU it costs.
+
+The reference is a server that records when it wrote each chunk (`bench/truth.py`).
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,9 @@ Sender = tuple[Path, int]  # a locustfile, and how many load processes run it
 def measure(
     clock: Clock, work: Path, repeats: int, programs: Sequence[Program], senders: Sequence[Sender]
 ) -> instruments.Streams:
-    """Every program once, then all again; with several senders each goes to all in turn.
+    """Play every program once, then all again; each program is sent by all senders in turn.
 
-    Returns what our own Locust did.
+    Returns the figures of our own Locust.
     """
     cases = cases_of(programs, senders)
     totals = {case: Totals() for case in cases}
@@ -38,26 +41,26 @@ def measure(
         }
         for repeat in range(repeats):
             for i, (program, sender) in enumerate(cases):
-                done = (repeat + i / len(cases)) / repeats
-                clock.tell(f"{program.title}, {many(sender[1])}, {repeat + 1} of {repeats}", done)
+                share = (repeat + i / len(cases)) / repeats
+                clock.tell(f"{program.title}, {many(sender[1])}, {repeat + 1} of {repeats}", share)
                 trial_folder = work / f"{repeat}-{i}"
                 trials.measure(program, loads[sender], trial_folder, totals[program, sender])
     for file in dict.fromkeys(file for file, _ in senders):
         if len(senders) > 1:
             console.print(f"\n[bold]{escape(file.name)}[/]")
         show([cost.sent(p, n) for (p, (sender, n)), cost in totals.items() if sender == file])
-    ours = [
+    own_rows = [
         cost.sent(program, processes)
         for (program, (file, processes)), cost in totals.items()
         if file == generator.LOCUSTFILE
     ]
-    return instruments.Streams(rows=ours)
+    return instruments.Streams(rows=own_rows)
 
 
 def cases_of(
     programs: Sequence[Program], senders: Sequence[Sender]
 ) -> list[tuple[Program, Sender]]:
-    """What is measured, in turn: the odd shapes by one load process alone."""
+    """List what is measured, in turn: the odd shapes are sent by one load process only."""
     return [(p, sender) for p in programs for sender in senders if sender[1] == 1 or p in SHARED]
 
 

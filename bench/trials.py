@@ -1,4 +1,4 @@
-"""Trials against the truth server: what the load generator's records say beyond its log."""
+"""Trials against the truth server: how the load generator's records differ from its log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loadtests.records import RequestRecord
 
 @dataclass
 class Errors:
-    """What the client's record adds to the truth, in seconds; pooled over trials with `+=`."""
+    """How the client's records differ from the server's, in seconds; `+=` pools trials."""
 
     ttft_s: list[float] = field(default_factory=list)  # sent to first chunk, less the server's
     read_s: list[float] = field(default_factory=list)  # each chunk: written to stamped
@@ -37,9 +37,10 @@ class Errors:
 def compare(
     client: Iterable[RequestRecord], server: Mapping[int, truth.Truth], t0: float
 ) -> Errors:
-    """The client's records against the server's by request index; `t0` is the clients' time 0.
+    """Compare the client's records with the server's, by the index of the request.
 
-    Requests of the warm-up count for losses only.
+    `t0` is the client's time 0 on the server's clock. Requests of the warm-up count for losses
+    only.
     """
     errors = Errors()
     for record in client:
@@ -64,20 +65,20 @@ def compare(
 def delivered(
     client: Iterable[RequestRecord], window_s: tuple[float, float], ideal_chunks_per_s: float
 ) -> float:
-    """Chunks stamped in the window, as a share of what instant clients would have had."""
+    """Compute the share of the chunks that an instant client would have stamped in the window."""
     start, end = window_s
     chunks = sum(start <= at < end for r in client for at, _ in r.chunks)
     return chunks / (end - start) / ideal_chunks_per_s
 
 
 def percentile_s(values: Sequence[float], q: float) -> float | None:
-    """By linear interpolation; None of nothing."""
+    """Compute a percentile by linear interpolation; None without values."""
     return float(np.percentile(values, q)) if len(values) else None
 
 
 @dataclass
 class Totals:
-    """What the trials of a program add up to."""
+    """The sums over all trials of a program."""
 
     errors: Errors = field(default_factory=Errors)
     delivered: list[float] = field(default_factory=list)
@@ -88,6 +89,7 @@ class Totals:
     all_cpu_s: float = 0.0
 
     def sent(self, program: truth.Program, processes: int) -> instruments.Sent:
+        """Compute the figures of a program that so many load processes sent."""
         errors, share = self.errors, mean(self.delivered)
         return instruments.Sent(
             load_processes=processes,
@@ -111,7 +113,7 @@ class Totals:
 
 
 def measure(program: truth.Program, load: RunningLocust, work: Path, totals: Totals) -> None:
-    """Play one trial of the program, and add what it found to the totals."""
+    """Play one trial of the program, and add its figures to the totals."""
     work.mkdir(parents=True)
     sending, recorded = work / "requests.jsonl", work / "records"
     truth.write_requests(sending, program)

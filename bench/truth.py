@@ -31,7 +31,7 @@ Truth = Mapping[str, Any]  # one line of the server's log
 
 @dataclass(frozen=True)
 class Program:
-    """What the server is asked for: streams of one shape, each of which follows the last one."""
+    """What the server is asked to send: streams of one shape, each user's one after another."""
 
     streams: int
     gap_s: float = 0.01
@@ -42,12 +42,13 @@ class Program:
 
     @property
     def shape(self) -> str:
+        """What is unusual about the streams, in words; empty for plain ones."""
         odd = {
             "role chunk early": self.early_role,
             "SSE comments": self.sse_comments,
             f"a stall of {self.stall_s:g} s": self.stall_s,
         }
-        return ", ".join(name for name, there in odd.items() if there)
+        return ", ".join(name for name, is_set in odd.items() if is_set)
 
     @property
     def title(self) -> str:
@@ -76,7 +77,7 @@ SHARED = PLAIN[1:]  # what several load processes send too
 
 
 def write_requests(path: Path, program: Program) -> None:
-    """Bodies that tell the server when to send what; half as many again as can be sent."""
+    """Write requests that say when to send what; half as many again as a trial can send."""
     each = math.ceil(1.5 * (WARMUP_S + WINDOW_S) / program.request_s)
     with path.open("w") as file:
         for i in range(program.streams * each):
@@ -97,7 +98,7 @@ def write_requests(path: Path, program: Program) -> None:
 
 
 def read(log: Path) -> dict[int, Truth]:
-    """The lines of the server's log by the index of the request."""
+    """Read the server's log: the index of the request -> its line."""
     lines = [json.loads(line) for line in log.read_bytes().splitlines()]
     return {
         round((line["due"][0] - line["received"] - TTFT_S) / MARK_S): line
@@ -108,7 +109,10 @@ def read(log: Path) -> dict[int, Truth]:
 
 @contextlib.contextmanager
 def serving(program: Program, work: Path) -> Iterator[tuple[str, Path]]:
-    """The server on the engine's cores: (its URL, its log, complete once it has ended)."""
+    """Start the server on the engine's cores; yield (its URL, its log).
+
+    The log is complete when the block has ended. Raises BenchError when it does not start.
+    """
     port, log = free_port(), work / "truth.jsonl"
     flags = ["--programmed", *(["--early-role-chunk"] if program.early_role else [])]
     flags += ["--sse-comments"] if program.sse_comments else []
@@ -121,7 +125,7 @@ def serving(program: Program, work: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _wait(url: str, process: Process) -> None:
-    """Returns once the server answers. Raises BenchError after 15 s, or when it has ended."""
+    """Wait until the server answers. Raises BenchError after 15 s, or when it has ended."""
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline and process.returncode is None:
         with contextlib.suppress(requests.RequestException):

@@ -1,4 +1,4 @@
-"""Our Locust with an exporter that does nothing: what that saves is what recording costs."""
+"""Our Locust with an exporter that does nothing: the CPU time it saves is what recording costs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["ChatUser"]  # Locust takes the users it finds here
 
 
 class Nothing:
-    """An exporter's face."""
+    """An exporter whose every method does nothing."""
 
     def __getattr__(self, _: str) -> Callable[..., None]:
         return lambda *_: None

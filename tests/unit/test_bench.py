@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench import aa, clients, engine, overhead, recording, streams, trials, truth
-from bench.__main__ import dated
+from bench.__main__ import PAIRS, PROCESSES, REPEATS, RUNS, Plan, dated
 from bench.clock import Clock
 from labs.judging.judge import Effect, Interval, Judgement, VerdictKind
 from labs.telling import instruments
@@ -60,7 +61,7 @@ def test_delivered_share_looks_at_the_window_only() -> None:
 
 
 def test_rate_spans_first_send_to_last_token() -> None:
-    answers = [clients.Answered(10, 11, 14, 4), clients.Answered(12, 14, 20, 4)]
+    answers = [clients.AnswerTimes(10, 11, 14, 4), clients.AnswerTimes(12, 14, 20, 4)]
     assert clients.rate(answers) == pytest.approx(0.8)
     assert clients.ttft_ms(answers) == pytest.approx(1500)
     assert clients.tpot_ms(answers) == pytest.approx(1500)
@@ -135,16 +136,42 @@ def test_none_in_eighty_still_leaves_room() -> None:
 def test_time_to_come_is_as_expected_and_then_as_measured() -> None:
     clock = Clock({"streams": 100.0, "engine": 60.0})
     with clock.during("streams"):
-        assert clock.left_s(done=0.1, spent_s=30) == 70 + 60
-        assert clock.left_s(done=0.5, spent_s=80) == 80 + 60
-        assert clock.left_s(done=0.0, spent_s=500) == 60
+        assert clock.left_s(share_done=0.1, spent_s=30) == 70 + 60
+        assert clock.left_s(share_done=0.5, spent_s=80) == 80 + 60
+        assert clock.left_s(share_done=0.0, spent_s=500) == 60
     with clock.during("engine"):
-        assert clock.left_s(done=0.0, spent_s=0) == 60
+        assert clock.left_s(share_done=0.0, spent_s=0) == 60
 
 
-def answers(pace_s: float) -> list[clients.Answered]:
+IN_FULL = Plan(
+    parts=("streams", "engine", "aa"), programs=truth.PROGRAMS, processes=PROCESSES,
+    locustfiles=(generator.LOCUSTFILE,), repeats=REPEATS, pairs=PAIRS, runs=RUNS, unpinned=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"programs": truth.PROGRAMS[:1]}, "streams"),
+        ({"processes": (1,)}, "streams"),
+        ({"repeats": REPEATS - 1}, "streams"),
+        ({"pairs": PAIRS - 1}, "engine"),
+        ({"runs": RUNS - 1}, "aa"),
+        ({"locustfiles": (generator.LOCUSTFILE,) * 2}, "engine"),
+    ],
+)
+def test_only_parts_that_are_measured_in_full_are_kept(change: dict[str, Any], part: str) -> None:
+    assert IN_FULL.is_ordinary(part)
+    assert not replace(IN_FULL, **change).is_ordinary(part)
+
+
+def test_time_is_expected_for_the_chosen_parts_alone() -> None:
+    assert list(IN_FULL.expected_s()) == ["streams", "engine", "aa"]
+
+
+def answers(pace_s: float) -> list[clients.AnswerTimes]:
     """Two requests of eleven tokens, one every `pace_s`."""
-    return [clients.Answered(at, at + 0.1, at + 0.1 + 10 * pace_s, 11) for at in (0.0, 1.0)]
+    return [clients.AnswerTimes(at, at + 0.1, at + 0.1 + 10 * pace_s, 11) for at in (0.0, 1.0)]
 
 
 def test_two_tools_are_compared_pair_by_pair(capsys: pytest.CaptureFixture[str]) -> None:
