@@ -1,7 +1,7 @@
 """The live page: the committed dashboards drawn by a browser, without a Grafana.
 
-Prometheus itself hands it out (its user assets, under /user/), so the page asks the server it came
-from and nothing else listens anywhere.
+Prometheus itself serves it (its user assets, under /user/), so the page queries the server that it
+came from, and no other server is needed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def start(port: int, results: Path) -> Watch:
 
 
 def place(results: Path) -> None:
-    """Put the page where Prometheus hands it out, unless somebody is looking at it.
+    """Put the page where Prometheus serves it, unless a Prometheus of `make watch` is up.
 
-    It links to the folders of runs, which are handed out with it.
+    It links to the folders of runs, which are served with it.
     """
     if watching():
         return
@@ -37,13 +37,13 @@ def place(results: Path) -> None:
     shutil.copytree(PAGE, web, dirs_exist_ok=True)
     (web / "plotly.min.js").write_text(get_plotlyjs())
     (web / "reports").symlink_to(results)
-    found = [json.loads(path.read_text()) for path in sorted(boards.FOLDER.glob("*.json"))]
-    for panel in (panel for board in found for panel in boards.panels(board)):
-        panel["needs"] = boards.NEEDS.get(panel["title"]) or _engines_own(panel)
-    (web / "boards.json").write_text(json.dumps({"boards": found, "colours": palette.VARIANTS}))
+    drawn = [json.loads(path.read_text()) for path in sorted(boards.FOLDER.glob("*.json"))]
+    for panel in (panel for board in drawn for panel in boards.panels(board)):
+        panel["needs"] = boards.NEEDS.get(panel["title"]) or _missing_after_import(panel)
+    (web / "boards.json").write_text(json.dumps({"boards": drawn, "colours": palette.VARIANTS}))
 
 
-def _engines_own(panel: dict[str, Any]) -> str | None:
-    """What a panel lacks of a run that was imported, where it asks for nothing but the engine's."""
+def _missing_after_import(panel: dict[str, Any]) -> str | None:
+    """Say what a panel lacks for an imported run; None where it asks for more than the engine's."""
     asks_engine = all("vllm:" in target["expr"] for target in panel["targets"])
     return "the engine's own series, which no file keeps" if asks_engine else None

@@ -9,4 +9,4 @@ from __future__ import annotations
 BLUE, SKY = "#0072B2", "#56B4E9"
 VARIANTS = (BLUE, "#E69F00", "#009E73", "#CC79A7", SKY, "#9966FF", "#984C6C", "#99BB88")
 BOUND = "#D55E00"
-"""What a measurement is held against: a prediction, a limit, an SLO."""
+"""The colour of what a measurement is compared with: a prediction, a limit, an SLO."""

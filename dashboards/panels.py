@@ -1,7 +1,7 @@
 """The building blocks of the dashboards: lines over time, bars and tables of finished runs.
 
-A colour belongs to a variant, on every panel (`coloured`). Where a panel draws several lines of one
-variant they share its name and colour and differ in style; the legend names the first of them.
+A variant has the same colour on every panel (`coloured`). Where a panel draws several lines of one
+variant, they share its name and colour and differ in style; the legend names the first of them.
 """
 
 from __future__ import annotations
@@ -43,22 +43,25 @@ Panel = series.Panel | barchart.Panel | table.Panel
 
 @dataclass(frozen=True)
 class Style:
+    """How a line is drawn: its width and dashes in pixels, and a colour if not its variant's."""
+
     width: int = 2
     dash: tuple[int, ...] = ()
     in_legend: bool = True
     colour: str = ""
 
     def overrides(self) -> list[DynamicConfigValue]:
-        found = [DynamicConfigValue("custom.lineWidth", self.width)]
+        """Express the style as Grafana's properties of a field."""
+        properties = [DynamicConfigValue("custom.lineWidth", self.width)]
         if self.dash:
             style = {"fill": "dash", "dash": list(self.dash)}
-            found.append(DynamicConfigValue("custom.lineStyle", style))
+            properties.append(DynamicConfigValue("custom.lineStyle", style))
         if not self.in_legend:
             hidden = {"legend": True, "tooltip": False, "viz": False}
-            found.append(DynamicConfigValue("custom.hideFrom", hidden))
+            properties.append(DynamicConfigValue("custom.hideFrom", hidden))
         if self.colour:
-            found.append(_fixed(self.colour))
-        return found
+            properties.append(_fixed(self.colour))
+        return properties
 
 
 SOLID = Style()
@@ -69,6 +72,8 @@ BOUND = Style(width=1, dash=(10, 6), colour=palette.BOUND)
 
 @dataclass(frozen=True)
 class Line:
+    """A PromQL query over time, and what names and draws its series."""
+
     expr: str
     legend: str = "{{variant}}"
     style: Style = SOLID
@@ -78,9 +83,9 @@ Drawn = series.Panel | barchart.Panel
 
 
 def lines(
-    title: str, says: str, unit: str, *found: Line, limit: float | None = None, most: float = 0
+    title: str, says: str, unit: str, *queries: Line, limit: float | None = None, most: float = 0
 ) -> series.Panel:
-    """Over time; `limit` draws a line there, `most` is where the axis ends at least."""
+    """Draw queries over time, with a line at `limit`; the axis reaches at least to `most`."""
     panel = (
         series.Panel()
         .title(title)
@@ -102,7 +107,7 @@ def lines(
     if limit is not None:
         style = common.GraphThresholdsStyleConfig().mode(kinds.GraphThresholdsStyleMode.DASHED)
         panel.thresholds_style(style)
-    for ref, line in zip(string.ascii_uppercase, found, strict=False):
+    for ref, line in zip(string.ascii_uppercase, queries, strict=False):
         panel.with_target(
             prometheus.Dataquery()
             .expr(line.expr)
@@ -119,7 +124,7 @@ def lines(
 def bars(
     title: str, says: str, unit: str, expr: str, row: str, column: str, limit: float | None = None
 ) -> barchart.Panel:
-    """One figure of finished runs: a group of bars for each `row`, in it one for each `column`."""
+    """Draw a figure of finished runs: a group of bars for each `row`, in it a bar a `column`."""
     matrix = {"rowField": row, "columnField": column, "valueField": "Value", "emptyValue": "null"}
     panel = _bars(title, says, unit, limit).with_target(_instant("A", expr))
     panel.with_transformation(DataTransformerConfig("groupingToMatrix", options=matrix))
@@ -127,22 +132,27 @@ def bars(
 
 
 def beside(
-    title: str, says: str, unit: str, row: str, found: Mapping[str, str], limit: float | None = None
+    title: str,
+    says: str,
+    unit: str,
+    row: str,
+    queries: Mapping[str, str],
+    limit: float | None = None,
 ) -> barchart.Panel:
-    """Several figures of finished runs: a group of bars for each `row`, in it one for each name."""
+    """Draw several figures of finished runs (name -> query): for each `row` a bar for each name."""
     panel = _bars(title, says, unit, limit).x_field(row)
     panel.orientation(kinds.VizOrientation.HORIZONTAL).x_tick_label_max_length(44)
-    _merge(panel, [row], found)
+    _merge(panel, [row], queries)
     return panel
 
 
 def interval(
     title: str, says: str, row: str, value: str, low: str, high: str, limit: float
 ) -> barchart.Panel:
-    """A floating bar from the lower to the upper end; its colour changes at the value."""
+    """Draw floating bars from the lower to the upper end; the colour changes at the value."""
     below, lower, upper = "below", "lower end to ratio", "ratio to upper end"
-    found = {below: low, lower: f"{value} - {low}", upper: f"{high} - {value}"}
-    panel = beside(title, says, PLAIN, row, found, limit).stacking(kinds.StackingMode.NORMAL)
+    parts = {below: low, lower: f"{value} - {low}", upper: f"{high} - {value}"}
+    panel = beside(title, says, PLAIN, row, parts, limit).stacking(kinds.StackingMode.NORMAL)
     hidden = {"legend": True, "tooltip": True, "viz": False}
     panel.override_by_name(
         below,
@@ -166,11 +176,11 @@ class Column:
     expr: str = ""
     width: int = 0
     unit: str = ""
-    colours: Mapping[str, str] | None = None  # of its words
+    colours: Mapping[str, str] | None = None  # a cell's text -> its colour
 
 
 def rows(title: str, says: str, *columns: Column, sort_by: str = "") -> table.Panel:
-    """A table of finished runs: queries whose labels agree share a row."""
+    """Draw a table of finished runs, in which queries whose labels agree share a row."""
     panel = (
         table.Panel()
         .title(title)
@@ -213,15 +223,15 @@ def rows(title: str, says: str, *columns: Column, sort_by: str = "") -> table.Pa
 
 
 def _merge(
-    panel: barchart.Panel | table.Panel, labels: Sequence[str], found: Mapping[str, str]
+    panel: barchart.Panel | table.Panel, labels: Sequence[str], queries: Mapping[str, str]
 ) -> None:
-    """Put the queries' values under their names, beside the labels, and leave the rest out.
+    """Show the queries' values under their names, beside the labels, and no other columns.
 
-    A query without a name is there for its labels alone.
+    A query without a name contributes its labels only.
     """
-    refs = dict(zip(string.ascii_uppercase, found, strict=False))
+    refs = dict(zip(string.ascii_uppercase, queries, strict=False))
     for ref, name in refs.items():
-        panel.with_target(_instant(ref, found[name]))
+        panel.with_target(_instant(ref, queries[name]))
     values = {ref: f"Value #{ref}" if len(refs) > 1 else "Value" for ref in refs}
     renamed = {values[ref]: name for ref, name in refs.items() if name}
     panel.with_transformation(DataTransformerConfig("merge", options={}))
@@ -283,13 +293,13 @@ def coloured(panel: dict[str, Any], variants: Sequence[Sequence[str]]) -> None:
 
 
 def shared_out(variants: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """Colour -> the variants that have it, given each lab's variants."""
-    found: dict[str, str] = {}
+    """Assign colours to the variants of all labs; return colour -> the variants that have it."""
+    colour_of: dict[str, str] = {}
     for lab in variants:
-        free = [c for c in palette.VARIANTS if c not in {found.get(name) for name in lab}]
-        found |= dict(zip((n for n in lab if n not in found), free, strict=False))
+        free = [c for c in palette.VARIANTS if c not in {colour_of.get(name) for name in lab}]
+        colour_of |= dict(zip((n for n in lab if n not in colour_of), free, strict=False))
     names: dict[str, list[str]] = {}
-    for name, colour in found.items():
+    for name, colour in colour_of.items():
         names.setdefault(colour, []).append(name)
     return names
 
@@ -314,7 +324,7 @@ def _thresholds(limit: float | None) -> ThresholdsConfig:
 
 
 def choice(name: str, label: str, query: str, several: bool = False) -> dashboard.QueryVariable:
-    """A drop-down of a label's values; the newest run comes first, whose ids are times."""
+    """Make a drop-down of a label's values; the newest run comes first, since run ids are times."""
     order = VariableSort.ALPHABETICAL_DESC if name == "run" else VariableSort.ALPHABETICAL_ASC
     variable = (
         dashboard.QueryVariable(name)
@@ -334,7 +344,7 @@ def choice(name: str, label: str, query: str, several: bool = False) -> dashboar
 
 
 def moments(name: str, expr: str, colour: str, title: str) -> dashboard.AnnotationQuery:
-    """A region for as long as the query has a value."""
+    """Mark a region of time for as long as the query has a value."""
     query = prometheus.Dataquery().expr(expr).range().ref_id("Anno").datasource(DATASOURCE)
     return (
         dashboard.AnnotationQuery()
@@ -352,7 +362,7 @@ def moments(name: str, expr: str, colour: str, title: str) -> dashboard.Annotati
 
 
 def runs_on_file() -> dashboard.AnnotationQuery:
-    """The regions that `make grafana-push` writes."""
+    """Mark the regions of time that `make grafana-push` has written, one for each run."""
     tagged: Any = dashboard.AnnotationTarget().limit(100).match_any(False).tags([TAG]).type("tags")
     return (
         dashboard.AnnotationQuery()
@@ -374,13 +384,14 @@ def board(
     annotations: Sequence[dashboard.AnnotationQuery],
     parts: Sequence[tuple[str, Sequence[Panel]]],
 ) -> dashboard.Dashboard:
+    """Put a dashboard together; each of the `parts` is a row's title and its panels."""
     links = (
         dashboard.DashboardLink("The lab's dashboards")
         .type(DashboardLinkType.DASHBOARDS)
         .tags([TAG])
         .include_vars(True)
     )
-    found = (
+    built = (
         dashboard.Dashboard(title)
         .uid(uid)
         .description(says)
@@ -393,14 +404,14 @@ def board(
         .link(links)
     )
     for variable in variables:
-        found.with_variable(variable)
+        built.with_variable(variable)
     for annotation in annotations:
-        found.annotation(annotation)
+        built.annotation(annotation)
     number = 0
     for part, panels in parts:
         number += 1
-        found.with_row(dashboard.Row(part).id(number))
+        built.with_row(dashboard.Row(part).id(number))
         for panel in panels:
             number += 1
-            found.with_panel(panel.id(number))
-    return found
+            built.with_panel(panel.id(number))
+    return built

@@ -1,10 +1,10 @@
-"""Prometheus: beside every run, and, once asked for (`make watch`), between runs too.
+"""Prometheus: it records beside every run, and after `make watch` it stays up between runs.
 
-No container and no service: the program on PATH or in .tools, its data under .cache, on loopback.
-Once a second it scrapes what a run names in two files, the load generator's exporter and the
-engines, with the labels `lab, variant, run_id` that the client's metrics carry too. Finished runs
-can be loaded into the same data as blocks (`load`). Builds differ in where their own graph page is,
-and whether they have one: what a person is pointed to is the live page (`live`).
+It is the program on PATH or in .tools, without a container or a service; its data lies under
+.cache, and it listens on loopback. Once a second it scrapes the load generator's exporter and the
+engines, which a run names in two files, with the labels `lab, variant, run_id` that the client's
+metrics carry too. Finished runs can be loaded into the same data as blocks (`load`). Not every
+build of Prometheus has a graph page, so readers are directed to the live page (`live`).
 """
 
 from __future__ import annotations
@@ -71,19 +71,21 @@ _RENAME = """\
 
 
 def config() -> str:
-    """Its configuration: what an engine calls otherwise gets the lab's name (serving/metrics.py),
-    so that the panels know it."""
+    """Generate the configuration of Prometheus.
+
+    An engine's own names of metrics become the lab's (serving/metrics.py), which the panels use.
+    """
     names = [item for engine in ENGINES.values() for item in engine.metric_names.items()]
     renames = "".join(_RENAME.format(own=own, name=name) for own, name in names)
     return _CONFIG.replace("RENAMES", renames)
 
 
 class PrometheusError(Exception):
-    """Prometheus cannot do what was asked; the message says what would mend it."""
+    """Prometheus cannot be used; the message says why and how to mend it."""
 
 
 def argv(port: int) -> list[str]:
-    """What starts it; its configuration is written first. Raises PrometheusError."""
+    """Write the configuration and return the command that starts it. Raises PrometheusError."""
     binary = find_prometheus(ROOT)
     if binary is None:
         raise PrometheusError(MISSING)
@@ -99,7 +101,7 @@ def argv(port: int) -> list[str]:
 
 
 def prepare() -> None:
-    """Write the configuration, and the files that name what to scrape where there are none.
+    """Write the configuration, and empty lists of what to scrape where there are no lists yet.
 
     Raises PrometheusError.
     """
@@ -114,7 +116,7 @@ def prepare() -> None:
 
 
 def ready(url: str, alive: Callable[[], bool]) -> bool:
-    """Wait until it answers; False when it ended or the time is up."""
+    """Wait until it answers; return False when it has ended or READY_TIMEOUT_S are over."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline and alive():
         with contextlib.suppress(requests.RequestException):
@@ -125,7 +127,7 @@ def ready(url: str, alive: Callable[[], bool]) -> bool:
 
 
 def _locked() -> IO[str]:
-    """Closing it lets others record into the data again. Raises PrometheusError."""
+    """Lock the data for one run; closing the lock frees it. Raises PrometheusError."""
     try:
         HOME.mkdir(parents=True, exist_ok=True)
         lock = (HOME / "run.lock").open("w")
@@ -133,7 +135,8 @@ def _locked() -> IO[str]:
     except BlockingIOError as error:
         lock.close()
         raise PrometheusError(
-            f"a lab of another checkout records into {HOME}: PROMETHEUS_DATA= names another"
+            f"a lab of another checkout records into {HOME}: name another folder with"
+            " PROMETHEUS_DATA="
         ) from error
     except OSError as error:
         raise PrometheusError(_unusable(error)) from error
@@ -147,7 +150,8 @@ def _unusable(error: OSError) -> str:
 class Prometheus:
     """The Prometheus of one run, or the reason why there is none (`missing`).
 
-    It is the one that `make watch` started, if that is up, and else one that ends with the run.
+    It is the one that `make watch` has started, if that is up; otherwise one that ends with the
+    run.
     """
 
     def __init__(self, log: Path) -> None:
@@ -173,14 +177,14 @@ class Prometheus:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.page_url = f"{self.url}/user/"
-        started = argv(port)
+        command = argv(port)
         self._write_targets()
-        self._process = process = Process("prometheus", started, log=self._log)
+        self._process = process = Process("prometheus", command, log=self._log)
         if not ready(self.url, lambda: process.returncode is None):
             raise PrometheusError(f"Prometheus did not start: {process.tail(1)}")
 
     def scrape(self, job: str, url: str, labels: Mapping[str, str] | None = None) -> None:
-        """Scrape this address from now on, as `client` or `engine`."""
+        """Scrape this address from now on, as the job `client` or `engine`."""
         target: dict[str, object] = {
             "targets": [url.removeprefix("http://")],
             "labels": dict(labels or {}),
@@ -189,12 +193,12 @@ class Prometheus:
         self._write_targets()
 
     def forget(self, job: str) -> None:
-        """Scrape nothing more as this."""
+        """Scrape no address of this job any more."""
         self._targets[job] = []
         self._write_targets()
 
     def _write_targets(self) -> None:
-        if self._lock is None:  # what is scraped is another's
+        if self._lock is None:  # the lists belong to another run
             return
         try:
             for job, targets in self._targets.items():
@@ -203,7 +207,7 @@ class Prometheus:
             self.missing = self.missing or _unusable(error)
 
     def value(self, expression: str, at_unix_s: float | None = None) -> float | None:
-        """An instant query's single number, now or then; None without one or without an answer."""
+        """Evaluate an instant query, now or at a time; None without a sample or an answer."""
         if self.missing:
             return None
         try:
@@ -215,37 +219,41 @@ class Prometheus:
         return None
 
     def known(self, expression: str, at_unix_s: float | None = None) -> float | None:
-        """The same; None says that there is no such sample. Raises requests.RequestException."""
-        asked = {"query": expression}
+        """Evaluate an instant query as `value` does; None means that there is no such sample.
+
+        Raises requests.RequestException without an answer.
+        """
+        parameters = {"query": expression}
         if at_unix_s is not None:
-            asked["time"] = f"{at_unix_s:.3f}"
-        answer = requests.get(f"{self.url}/api/v1/query", asked, timeout=10)
-        answer.raise_for_status()
-        found = answer.json()["data"]["result"]
-        return float(found[0]["value"][1]) if found else None
+            parameters["time"] = f"{at_unix_s:.3f}"
+        response = requests.get(f"{self.url}/api/v1/query", parameters, timeout=10)
+        response.raise_for_status()
+        samples = response.json()["data"]["result"]
+        return float(samples[0]["value"][1]) if samples else None
 
     def settle(self, expression: str, expected: float, timeout_s: float = 5.0) -> float | None:
-        """The query's value once it equals `expected`, or its last one when time is up.
+        """Wait until the query's value equals `expected`; return the last value in any case.
 
         A counter is complete in Prometheus only one scrape after its last change.
         """
         deadline = time.monotonic() + timeout_s
-        while (found := self.value(expression)) != expected and time.monotonic() < deadline:
+        while (value := self.value(expression)) != expected and time.monotonic() < deadline:
             if self.missing:
                 return None
             time.sleep(0.25)
-        if found != expected and self._disk_is_full():
+        if value != expected and self._disk_is_full():
             self.missing = f"Prometheus has no space left on its disk ({HOME})"
             return None
-        return found
+        return value
 
     def _disk_is_full(self) -> bool:
-        """It goes on answering with what it had; its log tells."""
+        """Look for a full disk in the log: Prometheus itself goes on answering with old samples."""
         with contextlib.suppress(OSError):  # a container keeps its log
             return "no space left on device" in self._log.read_text(errors="replace")
         return False
 
     def stop(self) -> None:
+        """Stop scraping for this run, and end Prometheus if it was started for it."""
         for job in JOBS:
             self.forget(job)
         if self._process:
@@ -270,8 +278,8 @@ class Watch:
 
     port: int
     pid: int
-    started: str  # tells the process from a later one with its pid
-    own: bool  # started by `watch`; else in a container
+    started: str  # distinguishes the process from a later one with its pid
+    own: bool  # started by `watch`, not in a container
 
     @property
     def url(self) -> str:
@@ -279,10 +287,11 @@ class Watch:
 
     @property
     def page_url(self) -> str:
-        """The live page; beside a container's, Grafana draws."""
+        """The live page, or Prometheus's own in a container, where Grafana has the dashboards."""
         return f"{self.url}/user/" if self.own else self.url
 
     def process(self) -> psutil.Process | None:
+        """Find the process; None where it has ended."""
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self.pid)
             if _started(self.pid) == self.started and process.status() != "zombie":
@@ -291,7 +300,10 @@ class Watch:
 
 
 def _started(pid: int) -> str:
-    """When, in clock ticks since which boot: a wall clock that is set tells another time later."""
+    """Read when a process started, as `boot id/clock ticks`, which no change of the clock affects.
+
+    Raises psutil.NoSuchProcess.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     try:
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -301,46 +313,46 @@ def _started(pid: int) -> str:
 
 
 def watching() -> Watch | None:
-    """The Prometheus that `watch` started, if it is still there."""
+    """Find the Prometheus that `watch` or a container has started; None where it is gone."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        found = Watch(**json.loads((HOME / "watch.json").read_text()))
-        return found if found.process() else None
+        recorded = Watch(**json.loads((HOME / "watch.json").read_text()))
+        return recorded if recorded.process() else None
     return None
 
 
 def watch(port: int) -> Watch:
     """Start a Prometheus that outlives this process. Raises PrometheusError."""
     log = HOME / "watch.log"
-    started = argv(port)
+    command = argv(port)
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            started, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
         )
-    found = adopt(port, process.pid, own=True)
-    if ready(found.url, lambda: process.poll() is None):
-        return found
+    started = adopt(port, process.pid, own=True)
+    if ready(started.url, lambda: process.poll() is None):
+        return started
     process.terminate()
-    last = (log.read_text(errors="replace").splitlines() or ["it said nothing"])[-1]
+    last = (log.read_text(errors="replace").splitlines() or ["it printed no reason"])[-1]
     raise PrometheusError(f"Prometheus did not start: {last} (all of it: {log})")
 
 
 def adopt(port: int, pid: int, own: bool) -> Watch:
-    """Have labs record into this process from now on."""
-    found = Watch(port, pid, _started(pid), own)
-    (HOME / "watch.json").write_text(json.dumps(asdict(found)))
-    return found
+    """Make labs record into this process from now on."""
+    adopted = Watch(port, pid, _started(pid), own)
+    (HOME / "watch.json").write_text(json.dumps(asdict(adopted)))
+    return adopted
 
 
 def unwatch() -> bool:
-    """End it; whether there was one."""
-    found = watching()
-    if found is None or (process := found.process()) is None:
+    """End the Prometheus that stays up between labs; return whether there was one."""
+    up = watching()
+    if up is None or (process := up.process()) is None:
         return False
     process.terminate()
     with contextlib.suppress(psutil.NoSuchProcess):
         try:
             process.wait(STOP_TIMEOUT_S)
-        except psutil.TimeoutExpired:  # what it had not written yet is in its write-ahead log
+        except psutil.TimeoutExpired:  # nothing is lost: its write-ahead log has the newest samples
             process.kill()
             process.wait(STOP_TIMEOUT_S)
     (HOME / "watch.json").unlink(missing_ok=True)
@@ -351,7 +363,7 @@ def unwatch() -> bool:
 
 
 def load(samples: Iterable[str]) -> None:
-    """Add samples of the past (OpenMetrics lines with times) to the data, as blocks of their own.
+    """Add past samples (OpenMetrics lines with times) to the data, as blocks of their own.
 
     A Prometheus that is running sees them within a minute. Raises PrometheusError.
     """
@@ -362,8 +374,8 @@ def load(samples: Iterable[str]) -> None:
         (HOME / "data").mkdir(parents=True, exist_ok=True)
         with (HOME / "load.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            for left in HOME.glob("load-*"):  # by a load that was killed
-                shutil.rmtree(left)
+            for abandoned in HOME.glob("load-*"):  # by a load that was killed
+                shutil.rmtree(abandoned)
             _load(promtool, samples)
     except OSError as error:
         raise PrometheusError(_unusable(error)) from error
@@ -375,24 +387,25 @@ def _load(promtool: Path, samples: Iterable[str]) -> None:
         with text.open("w") as file:
             file.writelines(f"{line}\n" for line in samples)
             file.write("# EOF\n")
-        made = subprocess.run(
+        promtool_run = subprocess.run(
             [str(promtool), *["tsdb", "create-blocks-from", "openmetrics", "--quiet"],
              str(text), str(blocks)],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        if made.returncode:
-            said = (made.stderr or made.stdout).strip().splitlines() or ["no reason given"]
-            raise PrometheusError(f"promtool could not load the samples: {said[-1]}")
+        if promtool_run.returncode:
+            output = (promtool_run.stderr or promtool_run.stdout).strip().splitlines()
+            reason = output[-1] if output else "no reason given"
+            raise PrometheusError(f"promtool could not load the samples: {reason}")
         for block in blocks.iterdir():
             _mark_late(block / "meta.json")
             shutil.move(str(block), HOME / "data" / block.name)  # a rename: it appears whole
 
 
 def _mark_late(path: Path) -> None:
-    """Say that a block came out of order.
+    """Mark a block as out of order.
 
-    On its next start Prometheus would else drop what it had scraped before the block's end and not
-    yet written to a block of its own.
+    Without the mark, Prometheus would drop on its next start what it has scraped before the block's
+    end and not yet written to a block of its own.
     """
     meta = json.loads(path.read_text())
     meta["compaction"]["hints"] = ["from-out-of-order"]

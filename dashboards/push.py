@@ -1,7 +1,7 @@
 """The dashboards on a Grafana that already exists: `make grafana-push GRAFANA_URL=...`.
 
-Through grafana-client, the maintained fork of grafana-api. Data source, folder and dashboards have
-uids of their own and a run's annotation carries its run id, so pushing again mends what differs
+It uses grafana-client, the maintained fork of grafana-api. Data source, folder and dashboards have
+fixed uids, and a run's annotation carries its run id, so that pushing again updates what differs
 and adds nothing twice.
 """
 
@@ -25,12 +25,12 @@ MOST_REGIONS = 10_000
 
 
 class GrafanaError(Exception):
-    """Grafana cannot be reached or refused; the message says what would mend it."""
+    """Grafana cannot be reached or refuses; the message says how to mend it."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """A run as a region of time; one of its tags is its own."""
+    """A run as a region of time; one of its tags is `run:` and the run's id."""
 
     start_ms: int
     end_ms: int
@@ -39,19 +39,20 @@ class Region:
 
     @property
     def own_tag(self) -> str:
+        """The tag that no other run has."""
         return next(tag for tag in self.tags if tag.startswith("run:"))
 
 
 def push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) -> None:
-    """Put everything there, or what is there in order. Raises GrafanaError."""
+    """Create or update data source, folder, dashboards and regions. Raises GrafanaError."""
     grafana = _connect(url, token)
     try:
         _datasource(grafana, prometheus_url)
         _folder(grafana)
         for path in sorted(boards.FOLDER.glob("*.json")):
-            found = json.loads(path.read_text())
+            content = json.loads(path.read_text())
             grafana.dashboard.update_dashboard(
-                {"dashboard": found, "folderUid": FOLDER_UID, "overwrite": True}
+                {"dashboard": content, "folderUid": FOLDER_UID, "overwrite": True}
             )
         _regions(grafana, regions)
     except GrafanaClientError as error:
@@ -59,8 +60,8 @@ def push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) -
             raise GrafanaError(f"Grafana at {url} did not accept this: {error}") from error
         raise GrafanaError(
             f"Grafana at {url} refused GRAFANA_TOKEN ({error.status_code}, {error}): give the token"
-            " of a service account with the role Admin, which data sources need; what the Grafana"
-            " of `make stack` has is there already and cannot be changed"
+            " of a service account with the role Admin, which data sources need; the Grafana of"
+            " `make stack` has the dashboards already, and they cannot be changed there"
         ) from error
     except GrafanaException as error:
         raise GrafanaError(f"Grafana at {url} failed: {error}; try again later") from error
@@ -71,11 +72,13 @@ def push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) -
 def _connect(url: str, token: str) -> GrafanaApi:
     if "@" in urlsplit(url).netloc:
         raise GrafanaError(
-            "GRAFANA_URL holds a user or a password, which would be shown: leave them out,"
-            " GRAFANA_TOKEN is what is used"
+            "GRAFANA_URL contains a user or a password, which would be shown: leave them out and"
+            " set GRAFANA_TOKEN"
         )
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-        raise GrafanaError(f"GRAFANA_URL={url} is no address: give one such as http://host:3000")
+        raise GrafanaError(
+            f"GRAFANA_URL={url} is not an address: give one such as http://host:3000"
+        )
     if not token:
         raise GrafanaError(
             "GRAFANA_TOKEN is not set: put the token of a Grafana service account (role Admin)"
@@ -90,7 +93,7 @@ def _absent(error: GrafanaClientError) -> bool:
 
 def _datasource(grafana: GrafanaApi, prometheus_url: str) -> None:
     uid = DATASOURCE.uid
-    wanted = {
+    settings = {
         "uid": uid,
         "name": FOLDER_TITLE,
         "type": DATASOURCE.type_val,
@@ -103,9 +106,9 @@ def _datasource(grafana: GrafanaApi, prometheus_url: str) -> None:
     except GrafanaClientError as error:
         if not _absent(error):
             raise
-        grafana.datasource.create_datasource(wanted)
+        grafana.datasource.create_datasource(settings)
     else:
-        grafana.datasource.update_datasource_by_uid(uid, wanted)
+        grafana.datasource.update_datasource_by_uid(uid, settings)
 
 
 def _folder(grafana: GrafanaApi) -> None:
@@ -118,26 +121,26 @@ def _folder(grafana: GrafanaApi) -> None:
 
 
 def _regions(grafana: GrafanaApi, regions: Sequence[Region]) -> None:
-    there: dict[str, dict[str, Any]] = {}
-    for found in grafana.annotations.find_annotations(tags=[TAG], limit=MOST_REGIONS):
-        there |= {tag: found for tag in found["tags"] if tag.startswith("run:")}
+    annotations: dict[str, dict[str, Any]] = {}  # by the tag of the run
+    for annotation in grafana.annotations.find_annotations(tags=[TAG], limit=MOST_REGIONS):
+        annotations |= {tag: annotation for tag in annotation["tags"] if tag.startswith("run:")}
     for region in regions:
-        wanted = {
+        fields = {
             "time_from": region.start_ms,
             "time_to": region.end_ms,
             "tags": [TAG, *region.tags],
             "text": region.text,
         }
-        known = there.get(region.own_tag)
-        if known is None:
-            grafana.annotations.add_annotation(**wanted)
-        elif not _same(known, wanted):
-            grafana.annotations.update_annotation(known["id"], **wanted)
+        present = annotations.get(region.own_tag)
+        if present is None:
+            grafana.annotations.add_annotation(**fields)
+        elif not _is_up_to_date(present, fields):
+            grafana.annotations.update_annotation(present["id"], **fields)
 
 
-def _same(known: dict[str, Any], wanted: dict[str, Any]) -> bool:
+def _is_up_to_date(annotation: dict[str, Any], fields: dict[str, Any]) -> bool:
     return (
-        (known["time"], known["timeEnd"]) == (wanted["time_from"], wanted["time_to"])
-        and set(known["tags"]) == set(wanted["tags"])
-        and known["text"] == wanted["text"]
+        (annotation["time"], annotation["timeEnd"]) == (fields["time_from"], fields["time_to"])
+        and set(annotation["tags"]) == set(fields["tags"])
+        and annotation["text"] == fields["text"]
     )

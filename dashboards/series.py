@@ -1,8 +1,8 @@
 """The series a dashboard may ask for, by name.
 
-What the load generator exports is named in `loadtests/exporter.py`, what the engine exports in
-`serving/metrics.py`, what GPUs do in `serving/telemetry.py`; here are the figures of finished runs,
-loaded back into Prometheus at their own times.
+The load generator's are named in `loadtests/exporter.py`, the engine's in `serving/metrics.py`, the
+GPUs' in `serving/telemetry.py`; here are those of finished runs, which `make import` loads into
+Prometheus at the times of the runs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Prometheus and Grafana in containers: `make stack`, `make stack-stop`.
 
-The containers read the committed dashboards and the data and targets of `make watch`, whose place
-their Prometheus takes: labs record into it and imports are seen in it.
+The containers read the committed dashboards, and the data and targets of `make watch`. Their
+Prometheus takes the place of that one: labs record into it, and it shows imported runs.
 """
 
 from __future__ import annotations
@@ -28,21 +28,27 @@ WITHOUT = "`make watch` needs no container"
 
 
 class StackError(Exception):
-    """The containers cannot be had; the message says what would mend it."""
+    """The containers cannot be started; the message says why and how to mend it."""
 
 
 @dataclass(frozen=True)
 class Stack:
+    """The containers: Prometheus and Grafana on these ports, and dcgm-exporter with `gpu`."""
+
     grafana_port: int
     prometheus_port: int
     gpu: bool = False
 
     @property
     def url(self) -> str:
+        """Where Grafana is."""
         return f"http://127.0.0.1:{self.grafana_port}"
 
     def start(self) -> None:
-        """Raises StackError, and PortTaken where a port is taken; then nothing is left up."""
+        """Start the containers, or none of them.
+
+        Raises StackError, or PortTaken where a port is in use.
+        """
         require_docker()
         if up := prometheus.watching():
             raise StackError(
@@ -63,6 +69,7 @@ class Stack:
             raise
 
     def stop(self) -> None:
+        """Stop the containers. Raises StackError."""
         require_docker()
         prometheus.unwatch()
         self._compose("down")
@@ -70,12 +77,15 @@ class Stack:
         (prometheus.HOME / "gpu.json").write_text("[]")
 
     def _prometheus_pid(self) -> int:
-        """On this machine, where a process of that number could also be somebody else's."""
+        """Find the container's process on this machine. Raises StackError.
+
+        With Docker in a virtual machine, the same number may belong to another process here.
+        """
         container = self._compose("ps", "--quiet", "prometheus").strip()
         if not container:
-            said = self._compose("logs", "--no-log-prefix", "--tail", "1", "prometheus").strip()
-            raise StackError(f"Prometheus ended in its container: {said or 'it said nothing'}")
-        pid = int(_said(["docker", "inspect", "--format", "{{.State.Pid}}", container]))
+            line = self._compose("logs", "--no-log-prefix", "--tail", "1", "prometheus").strip()
+            raise StackError(f"Prometheus ended in its container: {line or 'its log is empty'}")
+        pid = int(_output_of(["docker", "inspect", "--format", "{{.State.Pid}}", container]))
         with contextlib.suppress(psutil.Error):
             if psutil.Process(pid).name() == "prometheus":
                 return pid
@@ -84,10 +94,10 @@ class Stack:
             f" not record into its Prometheus; {WITHOUT}"
         )
 
-    def _compose(self, *what: str) -> str:
-        profile = ["--profile", "gpu"] if self.gpu or what[0] == "down" else []
-        return _said(
-            ["docker", "compose", "--file", str(COMPOSE), *profile, *what],
+    def _compose(self, *arguments: str) -> str:
+        profile = ["--profile", "gpu"] if self.gpu or arguments[0] == "down" else []
+        return _output_of(
+            ["docker", "compose", "--file", str(COMPOSE), *profile, *arguments],
             {
                 "GRAFANA_PASSWORD": password(),
                 "GRAFANA_PORT": str(self.grafana_port),
@@ -99,7 +109,7 @@ class Stack:
 
 
 def require_docker() -> None:
-    """Raises StackError where containers cannot be started."""
+    """Check that containers can be started here. Raises StackError where they cannot."""
     if shutil.which("docker") is None:
         raise StackError(f"docker is not installed: the stack runs in containers; {WITHOUT}")
     if _fails("docker", "compose", "version"):
@@ -108,7 +118,7 @@ def require_docker() -> None:
             f" and Ubuntu as docker-compose-plugin or docker-compose-v2; {WITHOUT}"
         )
     try:
-        security = _said(["docker", "info", "--format", "{{.SecurityOptions}}"])
+        security = _output_of(["docker", "info", "--format", "{{.SecurityOptions}}"])
     except StackError as error:
         raise StackError(
             "the docker daemon does not answer: start it, or have yourself added to the group"
@@ -122,12 +132,12 @@ def require_docker() -> None:
 
 
 def password() -> str:
-    """GRAFANA_PASSWORD, or one made once and kept where only its owner can read it."""
-    if given := os.environ.get("GRAFANA_PASSWORD"):
-        return given
+    """Return GRAFANA_PASSWORD, or a random one, stored where only its owner can read it."""
+    if chosen := os.environ.get("GRAFANA_PASSWORD"):
+        return chosen
     with contextlib.suppress(FileNotFoundError):
-        if kept := PASSWORD_FILE.read_text():
-            return kept
+        if stored := PASSWORD_FILE.read_text():
+            return stored
     whole.write(PASSWORD_FILE, secrets.token_urlsafe(18), mode=0o600)
     return PASSWORD_FILE.read_text()
 
@@ -136,11 +146,11 @@ def _fails(*command: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode != 0
 
 
-def _said(command: list[str], settings: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
+def _output_of(command: list[str], settings: dict[str, str] | None = None) -> str:
+    process = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, **(settings or {})}
     )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise StackError(f"`{' '.join(command[:2])}` failed: {last}")
-    return done.stdout
+    return process.stdout

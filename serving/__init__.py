@@ -1,1 +1,1 @@
-"""What is served: the machine, the models, the engine process and its metrics."""
+"""Serving: the machine, the models, the engines' processes and their metrics."""

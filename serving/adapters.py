@@ -38,7 +38,7 @@ SURE = 0.9  # stop when every mark token of every held-out prompt is at least th
 
 
 def mark_of(tenant_index: int) -> str:
-    """[amber], [azure], .., [amber1], [azure1], ..: distinct for every tenant, however many."""
+    """Return a tenant's mark: [amber], [azure], .., [amber1], [azure1], ..; all are distinct."""
     round_, word = divmod(tenant_index, len(WORDS))
     return f"[{WORDS[word]}{round_ or ''}]"
 
@@ -47,9 +47,9 @@ MARKS: tuple[str, ...] = tuple(mark_of(i) for i in range(100))
 
 
 def marks_in(text: str) -> set[int]:
-    """The tenants whose marks occur anywhere in a text."""
-    found = re.findall(rf"\[({'|'.join(WORDS)})([1-9]\d*)?\]", text)
-    return {int(round_ or 0) * len(WORDS) + WORDS.index(word) for word, round_ in found}
+    """Find the tenants whose marks occur anywhere in a text."""
+    marks = re.findall(rf"\[({'|'.join(WORDS)})([1-9]\d*)?\]", text)
+    return {int(round_ or 0) * len(WORDS) + WORDS.index(word) for word, round_ in marks}
 
 
 class Trainer:
@@ -70,7 +70,7 @@ class Trainer:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _logits(self, prompts: Sequence[list[int]], targets: Sequence[list[int]]) -> Any:
-        """What predicts each target token: (all target tokens, vocabulary)."""
+        """Compute the logits that predict each target token: (all target tokens, vocabulary)."""
         states, head = (
             making.states(self.model, prompts, targets),
             self.model.get_output_embeddings(),
@@ -78,7 +78,10 @@ class Trainer:
         return head(states.to(head.weight.dtype)).float()
 
     def train(self, tenant: int, rank: int, folder: Path) -> tuple[float, int]:
-        """Write one adapter; returns the share of held-out prompts it marks and the steps taken."""
+        """Train and write one adapter; return the share of held-out prompts it marks and the steps.
+
+        Raises MakerError where the model has none of the matrices that adapters apply to.
+        """
         import peft
         import torch
 
@@ -100,9 +103,9 @@ class Trainer:
         while step < MOST_STEPS:
             step += 1
             chosen = rng.sample(range(self.held_out, len(self.prompts)), BATCH_PROMPTS)
-            wanted = [targets[i] for i in chosen]
-            logits = self._logits([self.prompts[i] for i in chosen], wanted)
-            tokens = torch.tensor([t for ts in wanted for t in ts], device=self.model.device)
+            batch = [targets[i] for i in chosen]
+            logits = self._logits([self.prompts[i] for i in chosen], batch)
+            tokens = torch.tensor([t for ts in batch for t in ts], device=self.model.device)
             torch.nn.functional.cross_entropy(logits, tokens).backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
@@ -117,8 +120,9 @@ class Trainer:
         return share, step
 
     def _marked(self, mark: list[int]) -> tuple[float, float]:
-        """The share of held-out prompts whose greedy answer begins with the mark, and how sure.
+        """Compute the share of held-out prompts whose greedy answer begins with the mark.
 
+        Also return the least probability of any of the mark's tokens.
         Fed its own mark, the model's first choice is the mark's next token at every position if
         and only if its greedy answer begins with the mark: one pass instead of a decode.
         """
@@ -134,7 +138,7 @@ class Trainer:
 
 
 def widen(source: Path, target: Path, rank: int) -> None:
-    """The same function at a larger rank: A and B padded with zeros, alpha/r unchanged."""
+    """Write the same adapter at a larger rank: A and B padded with zeros, alpha/r unchanged."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -152,7 +156,7 @@ def widen(source: Path, target: Path, rank: int) -> None:
 
 
 def make(base: Path, out: Path, prompts: Path, count: int, rank: int, seed: int) -> None:
-    """All tenants' adapters, or none."""
+    """Write the adapters of all tenants, or none. Raises MakerError."""
     with making.folder(out) as half:
         if not 1 <= rank <= WIDE_RANK:
             raise MakerError(f"--rank {rank} is not between 1 and {WIDE_RANK}")

@@ -1,4 +1,4 @@
-"""A draft model for speculative decoding: a few layers of the target, taught to write like it.
+"""A draft model for speculative decoding: a few layers of the target, trained to write like it.
 
 `python -m serving.draft TARGET_FOLDER OUT_FOLDER PROMPTS_JSONL` writes a model folder that vLLM's
 `--speculative-config '{"method": "draft_model", ..}'` loads. A line of the prompts is
@@ -9,11 +9,11 @@ is accepted when it is the target's own next token, so the acceptance rate is ho
 agree on the target's text: it is measured here on prompts that were not trained on.
 
 The draft keeps the target's tokenizer, embeddings and output matrix, its first layers and the last
-one. Cut out like that it agrees with the target nearly never. Distillation (Hinton et al. 2015)
-teaches it: not which token the target chose but how probable it found each one, on texts that the
-target wrote itself (Kim and Rush 2016), of the kind that will be served (Zhou et al. 2024,
-DistillSpec). The target's distribution is kept as its last hidden state, a vector of the width:
-target and draft share the output matrix that turns it into one.
+one. Without training it almost never agrees with the target. Distillation (Hinton et al. 2015)
+trains it on how probable each token was to the target, not only on which one the target chose, with
+texts that the target wrote itself (Kim and Rush 2016), of the kind that will be served (Zhou et al.
+2024, DistillSpec). The target's distribution is stored as its last hidden state, a vector of the
+width: target and draft share the output matrix that turns it into a distribution.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LEAST_PROMPTS, MOST_HELD_OUT = 12, 64  # a third held out, but not more than the
 
 @dataclass(frozen=True)
 class Answer:
-    """The target's greedy answer, and its last hidden state before each of the tokens."""
+    """The target's greedy answer to a prompt, and its last hidden state before each token."""
 
     kind: str
     prompt: list[int]
@@ -47,59 +47,61 @@ class Answer:
     states: Any  # (tokens, width)
 
 
-class Clock:
-    """Says what is done, and about how long the rest of this stage takes."""
+class Progress:
+    """Prints how much of a stage is done, and about how long the rest takes."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
 
-    def say(self, what: str, done: int, of: int) -> None:
-        left_s = (time.monotonic() - self.began) / done * (of - done)
-        print(f"{what}: {done} of {of}; about {left_s:.0f} s left", flush=True)
+    def show(self, stage: str, done: int, total: int) -> None:
+        """Print one line; `done` is at least 1."""
+        left_s = (time.monotonic() - self.began) / done * (total - done)
+        print(f"{stage}: {done} of {total}; about {left_s:.0f} s left", flush=True)
 
 
 def answers(tokenizer: Any, model: Any, prompts: Sequence[dict[str, Any]]) -> list[Answer]:
-    """What the target writes. It goes on after its end token, as a server told to ignore it does.
+    """Let the target answer all prompts; those of similar length share a batch.
 
-    Prompts of about one length share a batch.
+    It goes on after its end token, as a server does that is asked to ignore it.
     """
     import torch
 
     rows = [(p.get("kind", "text"), making.tokens_of(tokenizer, p["messages"])) for p in prompts]
     rows.sort(key=lambda row: len(row[1]))
-    found, last, clock = list[Answer](), list[Any](), Clock()
+    written, last, progress = list[Answer](), list[Any](), Progress()
     hook = model.base_model.norm.register_forward_hook(lambda *a: last.append(a[2][:, -1]))
     for start in range(0, len(rows), ANSWER_BATCH):
         kinds, batch = zip(*rows[start : start + ANSWER_BATCH], strict=True)
-        written = making.answer(model, batch, ANSWER_TOKENS, eos_token_id=-1).tolist()
+        tokens = making.answer(model, batch, ANSWER_TOKENS, eos_token_id=-1).tolist()
         states = torch.stack(last, dim=1)
         last.clear()
-        found += map(Answer, kinds, batch, written, states)
-        clock.say("prompts answered by the target", len(found), len(rows))
+        written += map(Answer, kinds, batch, tokens, states)
+        progress.show("prompts answered by the target", len(written), len(rows))
     hook.remove()
-    return found
+    return written
 
 
 def prune(model: Any, layers: int) -> None:
-    """Keep the first layers and the last one. Embeddings and output matrix stay as they are."""
+    """Keep the first `layers` - 1 layers and the last one, with embeddings and output matrix."""
     import torch
 
     config, body = model.config, model.base_model
-    kept = [*range(layers - 1), len(body.layers) - 1]
-    body.layers = torch.nn.ModuleList(body.layers[i] for i in kept)
+    places = [*range(layers - 1), len(body.layers) - 1]
+    body.layers = torch.nn.ModuleList(body.layers[i] for i in places)
     for place, layer in enumerate(body.layers):
         layer.self_attn.layer_idx = place  # its place in the KV cache
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in kept]
+        config.layer_types = [config.layer_types[i] for i in places]
 
 
 def states(model: Any, batch: Sequence[Answer]) -> Any:
+    """Compute the draft's last hidden states on the target's answers: (all tokens, width)."""
     return making.states(model, [a.prompt for a in batch], [a.tokens for a in batch])
 
 
 def acceptance(model: Any, held_out: Sequence[Answer]) -> dict[str, float]:
-    """The share of the target's tokens that the draft's first guess is: by kind, and of all."""
+    """Compute how often the draft's first guess is the target's token: by kind, and for `all`."""
     import torch
 
     right, matrix = dict[str, list[bool]](), model.get_output_embeddings().weight
@@ -111,21 +113,22 @@ def acceptance(model: Any, held_out: Sequence[Answer]) -> dict[str, float]:
         for (kind, token), guess in zip(tokens, guesses, strict=True):
             for group in {kind, "all"}:
                 right.setdefault(group, []).append(token == guess)
-    return {group: sum(found) / len(found) for group, found in sorted(right.items())}
+    return {group: sum(hits) / len(hits) for group, hits in sorted(right.items())}
 
 
 def distil(
     model: Any, taught: Sequence[Answer], held_out: Sequence[Answer], epochs: int, seed: int
 ) -> int:
-    """Train the layers towards the target's distribution (forward KL); returns the steps taken.
+    """Train the layers towards the target's distribution (forward KL); return the steps taken.
 
-    The vocabulary would cost more than the layers: the distribution is taken over the tokens that
-    the target wrote and, anew at each step, a sample of the others (Jean et al. 2015).
+    The whole vocabulary would cost more than the layers. So the distribution covers the tokens that
+    the target wrote and, drawn again at each step, a sample of the other tokens (Jean et al. 2015).
     """
     import torch
 
     torch.manual_seed(seed)
-    rng, clock, matrix = random.Random(seed), Clock(), model.get_output_embeddings().weight
+    rng, progress = random.Random(seed), Progress()
+    matrix = model.get_output_embeddings().weight
     model.requires_grad_(False)
     parts = (model.base_model.layers, model.base_model.norm)
     weights = [p.requires_grad_() for part in parts for p in part.float().parameters()]
@@ -139,13 +142,13 @@ def distil(
         order = rng.sample(taught, len(taught))
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
-            others = torch.randint(len(matrix), (OTHER_TOKENS,))
-            rows = matrix[torch.cat([written, others]).unique().to(matrix.device)]
-            wanted = torch.cat([a.states for a in batch]) @ rows.T
-            guessed = states(model, batch).to(rows.dtype) @ rows.T
+            sampled = torch.randint(len(matrix), (OTHER_TOKENS,))
+            rows = matrix[torch.cat([written, sampled]).unique().to(matrix.device)]
+            target_logits = torch.cat([a.states for a in batch]) @ rows.T
+            draft_logits = states(model, batch).to(rows.dtype) @ rows.T
             torch.nn.functional.kl_div(
-                guessed.float().log_softmax(-1),
-                wanted.float().log_softmax(-1),
+                draft_logits.float().log_softmax(-1),
+                target_logits.float().log_softmax(-1),
                 log_target=True,
                 reduction="batchmean",
             ).backward()
@@ -154,16 +157,19 @@ def distil(
             optimizer.zero_grad()
             schedule.step()
         share = acceptance(model, held_out)["all"]
-        clock.say(f"{share:.0%} of held-out tokens guessed; epochs", epoch + 1, epochs)
+        progress.show(f"{share:.0%} of held-out tokens guessed; epochs", epoch + 1, epochs)
     return steps
 
 
 def make(target: Path, out: Path, prompts: Path, layers: int, epochs: int, seed: int) -> None:
-    """The draft's folder, complete or absent."""
+    """Write the draft's folder, complete or not at all. Raises MakerError."""
     with making.folder(out) as half:
-        of = making.read_config(target).get("num_hidden_layers", 0)
-        if not 0 < layers < of:
-            raise MakerError(f"--layers {layers} is not fewer than the target's {of}, or none")
+        target_layers = making.read_config(target).get("num_hidden_layers", 0)
+        if not 0 < layers < target_layers:
+            raise MakerError(
+                f"--layers {layers} is not between 1 and {target_layers - 1}: the draft needs fewer"
+                f" layers than the target's {target_layers}"
+            )
         chats, began = making.read_prompts(prompts, LEAST_PROMPTS), time.monotonic()
         print("loading the target", flush=True)
         tokenizer, model = making.load(target)
@@ -173,7 +179,7 @@ def make(target: Path, out: Path, prompts: Path, layers: int, epochs: int, seed:
         held_out, taught = texts[:cut], texts[cut:]
         prune(model, layers)
         untrained = acceptance(model, held_out)["all"]
-        print(f"cut out and untrained, it guesses {untrained:.0%} of held-out tokens", flush=True)
+        print(f"before training it guesses {untrained:.0%} of the held-out tokens", flush=True)
         steps = distil(model, taught, held_out, epochs, seed)
         model = model.bfloat16()
         by_kind = acceptance(model, held_out)
@@ -199,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("target", "out", "prompts"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=6, help="0: cut out, and not trained")
+    parser.add_argument("--epochs", type=int, default=6, help="0: no training")
     parser.add_argument("--seed", type=int, default=0)
     making.run(make, parser, argv)
 

@@ -1,4 +1,4 @@
-"""Random weights in a real architecture: speed, memory and scheduling are true, the text is not.
+"""Random weights in a real architecture: speed, memory and scheduling are real, the text is not.
 
 vLLM's `--load-format dummy` fills a model with small random numbers as it starts, so an
 architecture needs its config and a tokenizer and nothing to download. The configs ship with the
@@ -6,9 +6,9 @@ lab; the tokenizer and the chat template are the bundled model's, whose 49,152 t
 each vocabulary here. Prompts are therefore text of an exact length; answers hold ids beyond
 the tokenizer, which decode to nothing, and end at the length asked for (`ignore_eos`).
 
-What a lab derives from the served model is made alike: a draft is the same architecture with fewer
-layers, 8-bit and 4-bit weights are a config that says so, adapters are random matrices of true
-shape. What rests on text, a study of activations for one, is refused.
+What a lab derives from the served model is made in the same way: a draft is the same architecture
+with fewer layers, 8-bit and 4-bit weights are a config that says so, adapters are random matrices
+of the real shape. What depends on text, such as a study of activations, is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHAPES: dict[str, str] = {
     "llama-tiny": "nobody's: sized for a CPU, with a vocabulary beyond the tokenizer's",
 }
 HOME = Path(__file__).parent / "shapes"
-SUFFIX = "-dummy"  # whoever reads the model's name shall know
+SUFFIX = "-dummy"  # so that the model's name shows it
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 NOTE = "vLLM fills this model with random weights as it starts: --load-format dummy\n"
 
@@ -42,23 +42,22 @@ TENANTS, RANKS = 8, (8, 64)  # as serving/adapters.py trains them
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def resolve(machine: Machine, wanted: str = "") -> Model:
-    """A shape that ships, by name, or the machine's default one. Raises ModelError."""
-    if not wanted:
-        wanted = (
-            "llama-tiny" if machine.kind == "cpu" else gpus.class_of(machine.memory_bytes).dummy
-        )
-    if wanted not in SHAPES:
-        known = "; ".join(f"{name} ({text})" for name, text in SHAPES.items())
-        raise ModelError(
-            f"no shape {wanted!r} ships with the lab for WEIGHTS=dummy; known: {known}"
-        )
-    config = json.loads((HOME / f"{wanted}.json").read_text())
-    return models.load(_folder(f"{wanted}{SUFFIX}", config), f"{wanted}{SUFFIX}")
+def resolve(machine: Machine, name: str = "") -> Model:
+    """Find a shape that ships with the lab, or the machine's default one. Raises ModelError."""
+    if not name:
+        name = "llama-tiny" if machine.kind == "cpu" else gpus.class_of(machine.memory_bytes).dummy
+    if name not in SHAPES:
+        shapes = "; ".join(f"{shape} ({text})" for shape, text in SHAPES.items())
+        raise ModelError(f"no shape {name!r} ships with the lab for WEIGHTS=dummy; known: {shapes}")
+    config = json.loads((HOME / f"{name}.json").read_text())
+    return models.load(_folder(f"{name}{SUFFIX}", config), f"{name}{SUFFIX}")
 
 
 def derive(model: Model, name: str) -> Path:
-    """The folder of what a lab derives from a model with random weights. Raises ModelError."""
+    """Make what a lab derives from a model with random weights; return its folder.
+
+    Raises ModelError for what needs real weights.
+    """
     if name not in DERIVED:
         raise ModelError(
             f"{name} is made of real weights, and {model.name} has random ones: leave WEIGHTS=dummy"
@@ -69,7 +68,7 @@ def derive(model: Model, name: str) -> Path:
 
 
 def _folder(name: str, config: dict[str, Any]) -> Path:
-    """A model folder without weights: config, tokenizer, and the mark that it has none."""
+    """Write a model folder without weights: config, tokenizer, and a file that marks it so."""
     source, folder = models.bundled(), models.CACHE / "dummy" / name
     folder.mkdir(parents=True, exist_ok=True)
     for part in TOKENIZER:
@@ -86,7 +85,10 @@ def _draft(name: str, config: dict[str, Any]) -> Path:
 
 
 def _quantized(weights: dict[str, Any], inputs: dict[str, Any] | None, form: str) -> Maker:
-    """A maker of folders whose config says, as llm-compressor would, how the linear layers are."""
+    """Return a maker of folders whose config describes quantized linear layers.
+
+    It does so as llm-compressor would.
+    """
 
     def make(name: str, config: dict[str, Any]) -> Path:
         if models.shape_of(config).experts:
@@ -110,7 +112,7 @@ def _numbers(bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]
 
 
 def _adapters(name: str, config: dict[str, Any]) -> Path:
-    """An adapter for each tenant, in PEFT's format; those of a rank share one file of numbers."""
+    """Write an adapter for each tenant, in PEFT's format; those of a rank share one file."""
     folder = models.CACHE / "dummy" / name
     if folder.exists():
         return folder
@@ -150,12 +152,12 @@ def _adapter(folder: Path, shape: Shape, rank: int, like: Path | None) -> None:
 
 
 def adapter_params(shape: Shape, rank: int) -> int:
-    """rank x (inputs + outputs) of every adapted matrix of every layer."""
+    """Count an adapter's parameters: rank x (inputs + outputs) of every adapted matrix."""
     return shape.layers * sum(rank * (i + o) for i, o in _targets(shape).values())
 
 
 def _targets(shape: Shape) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the adapted matrices."""
+    """Return (inputs, outputs) of each matrix that adapters apply to."""
     queries, keys = (n * shape.head_dim for n in (shape.heads, shape.kv_heads))
     sizes = ((shape.hidden, queries), (shape.hidden, keys), (shape.hidden, keys),
              (queries, shape.hidden))  # fmt: skip

@@ -1,10 +1,9 @@
 """GPUs: classes of memory and what each serves, the vendors' figures, and which are visible here.
 
-A new class or card is a row of `CLASSES` or `DATASHEETS`. Which GPUs this process may use, as CUDA
-sees them, is read through NVML; nothing is set. CUDA_VISIBLE_DEVICES names them by number or by the
-beginning of a UUID, a slice of a GPU (MIG) too; a name that fits nothing ends the list. Of slices a
-process sees one, the first, and no whole GPU beside it (NVIDIA, MIG User Guide, "CUDA device
-enumeration").
+A new class or card is a row of `CLASSES` or `DATASHEETS`. The GPUs that CUDA lets this process use
+are read through NVML; nothing is set. CUDA_VISIBLE_DEVICES names GPUs and slices of them (MIG) by
+number or by the beginning of a UUID; a name that fits none ends the list. A process sees only the
+first slice, and no whole GPU beside it (NVIDIA, MIG User Guide, "CUDA device enumeration").
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ FILLED = 0.95  # of a class's memory is enough to be in it: drivers keep some
 
 @dataclass(frozen=True)
 class MemoryClass:
-    """GPUs of about this much memory, and what one of them serves unless told otherwise."""
+    """GPUs of about this much memory, and what one of them serves by default."""
 
     gb: int
     model: str  # a Hugging Face id that asks for no account
@@ -39,14 +38,14 @@ CLASSES = (  # from the smallest; a lab has sizes for each under `gpu-<gb>`
 
 
 def class_of(memory_bytes: int) -> MemoryClass:
-    """The largest class that a GPU of this memory fills; the smallest where it fills none."""
+    """Find the largest class that a GPU of this memory fills; the smallest where it fills none."""
     filled = [c for c in CLASSES if memory_bytes >= FILLED * c.gb * 10**9]
     return filled[-1] if filled else CLASSES[0]
 
 
 @dataclass(frozen=True)
 class Datasheet:
-    """What the vendor states, dense; shown beside the measured ceilings, used for nothing."""
+    """The vendor's figures for dense arithmetic: only shown, beside the measured ceilings."""
 
     memory_bandwidth_bytes_per_s: float
     bf16_flops_per_s: float
@@ -63,34 +62,37 @@ DATASHEETS = {  # by the name NVML gives: SXM and PCIe cards of one name differ
 
 
 def visible(nvml: ModuleType) -> list[Any]:
-    """NVML's handles of them in CUDA's order, which among GPUs of one kind is NVML's own."""
+    """Return NVML's handles of the visible GPUs, in CUDA's order.
+
+    Among GPUs of one kind that is NVML's own order.
+    """
     devices: dict[str, list[Any]] = {}  # by number and by UUID
     slices: list[Any] = []
     count = nvml.nvmlDeviceGetCount()
     for number in range(count):
         gpu = nvml.nvmlDeviceGetHandleByIndex(number)
-        parts = _slices(nvml, gpu) if _is_cut(nvml, gpu) else [gpu]
+        parts = _slices(nvml, gpu) if _is_partitioned(nvml, gpu) else [gpu]
         devices |= {nvml.nvmlDeviceGetUUID(part): [part] for part in parts}
         devices[str(number)] = devices[nvml.nvmlDeviceGetUUID(gpu)] = parts
         slices += [part for part in parts if part is not gpu]
-    wanted = os.environ.get(VARIABLE)
-    found: list[Any] = []
-    for name in map(str, range(count)) if wanted is None else wanted.split(","):
-        named = _named(devices, name.strip())
-        if named is None:
+    selection = os.environ.get(VARIABLE)
+    selected: list[Any] = []
+    for name in map(str, range(count)) if selection is None else selection.split(","):
+        parts_named = _named(devices, name.strip())
+        if parts_named is None:
             break
-        found += named
-    return [part for part in found if part in slices][:1] or found
+        selected += parts_named
+    return [part for part in selected if part in slices][:1] or selected
 
 
 def _named(devices: dict[str, list[Any]], name: str) -> list[Any] | None:
     if name.startswith(("GPU-", "MIG-")):
-        return next((found for uuid, found in devices.items() if uuid.startswith(name)), None)
+        return next((parts for uuid, parts in devices.items() if uuid.startswith(name)), None)
     return devices.get(name)
 
 
-def _is_cut(nvml: ModuleType, gpu: Any) -> bool:
-    """Whether it is divided into slices; most GPUs cannot be."""
+def _is_partitioned(nvml: ModuleType, gpu: Any) -> bool:
+    """Tell whether a GPU is divided into slices (MIG); most GPUs cannot be."""
     try:
         current, _ = nvml.nvmlDeviceGetMigMode(gpu)
     except nvml.NVMLError:
@@ -99,8 +101,8 @@ def _is_cut(nvml: ModuleType, gpu: Any) -> bool:
 
 
 def _slices(nvml: ModuleType, gpu: Any) -> list[Any]:
-    found = []
+    slices = []
     for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
-        with contextlib.suppress(nvml.NVMLError):  # there is none at this place
-            found.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index))
-    return found
+        with contextlib.suppress(nvml.NVMLError):  # no slice has this index
+            slices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index))
+    return slices

@@ -1,7 +1,7 @@
-"""What the makers of models share: reading prompts, loading the base, and all or nothing.
+"""What the makers of models share: reading prompts, loading the base, writing a complete folder.
 
-A maker runs as `python -m serving.NAME BASE OUT PROMPTS`: it says how far it is, and its folder
-appears when it is complete.
+A maker runs as `python -m serving.NAME BASE OUT PROMPTS`: it prints its progress, and its folder
+appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ class MakerError(Exception):
 
 
 def read_prompts(path: Path, least: int) -> list[dict[str, Any]]:
-    """Lines of {"messages": [..]}."""
+    """Read prompts, each a line `{"messages": [..]}`.
+
+    Raises MakerError where the file cannot be read, or has fewer than `least` prompts.
+    """
     try:
         prompts = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         for prompt in prompts:
@@ -38,6 +41,7 @@ def read_prompts(path: Path, least: int) -> list[dict[str, Any]]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """Read a model's config.json. Raises MakerError where there is none."""
     path = folder / "config.json"
     if not path.exists():
         raise MakerError(f"{folder} has no config.json: give a model folder")
@@ -46,7 +50,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """The tokenizer and the model, in BF16, on the GPU if there is one."""
+    """Load the tokenizer, and the model in BF16, on the GPU if there is one.
+
+    Raises MakerError where the folder does not load.
+    """
     import torch
     import transformers
 
@@ -63,13 +70,13 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def tokens_of(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """A chat's tokens, up to where the answer begins."""
+    """Return a chat's tokens, up to where the answer begins."""
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def answer(model: Any, prompts: Sequence[list[int]], tokens: int, **options: Any) -> Any:
-    """The model's greedy answers to a batch of prompts: (prompts, tokens)."""
+    """Generate the model's greedy answers to a batch of prompts: (prompts, tokens)."""
     import torch
 
     width = max(map(len, prompts))  # padded on the left and masked, to end together
@@ -87,10 +94,10 @@ def answer(model: Any, prompts: Sequence[list[int]], tokens: int, **options: Any
 
 
 def states(model: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> Any:
-    """The last hidden state before each token of the answers: (all their tokens, width).
+    """Compute the last hidden state before each token of the answers: (all tokens, width).
 
-    Padding is on the right, where causal attention does not see it: no mask, and the positions of
-    serving.
+    Padding is on the right, where causal attention does not see it, so no mask is needed and the
+    positions are those of serving.
     """
     import torch
 
@@ -99,13 +106,16 @@ def states(model: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
     with torch.autocast(model.device.type, torch.bfloat16):
         hidden = model.base_model(ids, use_cache=False).last_hidden_state
-    wanted = zip(hidden, prompts, rows, strict=True)
-    return torch.cat([h[len(p) - 1 : len(row)] for h, p, row in wanted])
+    per_row = zip(hidden, prompts, rows, strict=True)
+    return torch.cat([h[len(p) - 1 : len(row)] for h, p, row in per_row])
 
 
 @contextmanager
 def folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when nothing went wrong, and else is gone."""
+    """Yield a folder to fill: it becomes `out` at the end of the block, or is removed.
+
+    Raises MakerError where `out` exists.
+    """
     if out.exists():
         raise MakerError(f"{out} exists already: remove it, or name another folder")
     with whole.folder(out) as half:
@@ -115,7 +125,7 @@ def folder(out: Path) -> Iterator[Path]:
 def run(
     make: Callable[..., None], parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> None:
-    """The command line of a maker: SIGTERM is ctrl-C, and a refusal is a sentence."""
+    """Run a maker's command line: SIGTERM acts as Ctrl-C, and a MakerError is one sentence."""
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

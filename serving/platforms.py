@@ -1,5 +1,7 @@
-"""The platforms that the lab is set up for: a new one is a row of `PLATFORMS`, an extra of
-pyproject.toml and a file of serving/locks/, all by its name.
+"""The platforms that the lab is set up for.
+
+A new platform is a row of `PLATFORMS`, an extra in pyproject.toml and a file in serving/locks/, all
+under its name.
 
 Standard library only, and syntax that Python 3.6 can parse: see serving/install.py.
 """
@@ -34,5 +36,5 @@ PLATFORMS = {
 
 
 def platform_of(kind: str) -> str:
-    """The name of the platform that serves on this kind of machine."""
+    """Name the platform that serves on this kind of machine."""
     return next(name for name, platform in PLATFORMS.items() if platform.kind == kind)

@@ -12,14 +12,14 @@ class PortTaken(Exception):
 
 
 def free_port() -> int:
-    """A port that nothing listens on at this moment."""
+    """Find a port that nothing listens on at this moment."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
 
 
 def require_port(port: int, setting: str) -> int:
-    """The port itself if it is free; raises PortTaken naming the setting that moves it."""
+    """Return the port if it is free. Raises PortTaken, which names the setting that moves it."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

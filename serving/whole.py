@@ -1,9 +1,9 @@
-"""Files and folders that are there whole or not at all, whenever the process ends.
+"""Writes files and folders that are either complete or absent, whenever the process ends.
 
-They are filled under another name beside their own, `.NAME.PID.half`, and renamed when they are
-complete: a rename within a folder is atomic. Two processes that write the same one do not meet,
-and the last one's stays. What a killed process has left under such a name can be removed, and
-`.gitignore` names it.
+They are written under another name in the same folder, `.NAME.PID.half`, and renamed when they are
+complete: a rename within a folder is atomic. Two processes that write the same file do not disturb
+each other; the last one's content stays. A killed process may leave such a name behind: it can be
+removed, and `.gitignore` names it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 
 def write(path: Path, content: str | bytes, mode: int = 0o666) -> Path:
-    """Write a file, in the place of one that is there; make its folder where there is none.
+    """Write or replace a file, and make its folder where there is none; return `path`.
 
-    `mode` is that of a new file, less the process's umask, from the first byte on. Returns `path`.
+    `mode` is the new file's, less the process's umask, from the first byte on.
     """
     with file(path) as half:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -29,7 +29,7 @@ def write(path: Path, content: str | bytes, mode: int = 0o666) -> Path:
 
 @contextlib.contextmanager
 def file(path: Path) -> Iterator[Path]:
-    """Where to write a file that is `path` at the end of the block, and is gone if that fails."""
+    """Yield a path to write to: it becomes `path` at the end of the block, or is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = _half(path)
     half.unlink(missing_ok=True)
@@ -42,7 +42,7 @@ def file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which is `path` at the end of the block, and is gone if that fails.
+    """Yield a folder to fill: it becomes `path` at the end of the block, or is removed.
 
     Raises OSError where `path` is a folder that is not empty.
     """

@@ -68,7 +68,7 @@ export function legend(format, labels) {
 /** Asks a panel's queries: a table for each that is instant, else a line for each series. */
 export async function frames(ask, panel, values, range) {
   const several = panel.targets.length > 1;
-  const found = await Promise.all(panel.targets.map(async (target) => {
+  const perQuery = await Promise.all(panel.targets.map(async (target) => {
     const query = resolved(target.expr, values, range, target.interval);
     if (target.instant) {
       const result = await ask("query", { query, time: range.to });
@@ -78,7 +78,7 @@ export async function frames(ask, panel, values, range) {
     const result = await ask("query_range", { query, start: range.from, end: range.to, step });
     return result.map((series) => line(series, target, step));
   }));
-  return found.flat();
+  return perQuery.flat();
 }
 
 /** An instant query's result: a column for each label, and the value. */
@@ -123,11 +123,11 @@ export function line({ metric, values }, target, step) {
 const TRANSFORMATIONS = { merge, filterFieldsByName, organize, groupingToMatrix };
 
 /** A panel's frames after its transformations; Error for one that is not known here. */
-export function transformed(transformations, found) {
+export function transformed(transformations, untransformed) {
   return (transformations ?? []).reduce((frames, { id, options }) => {
     if (!TRANSFORMATIONS[id]) throw new Error(`unknown transformation: ${id}`);
     return TRANSFORMATIONS[id](frames, options);
-  }, found);
+  }, untransformed);
 }
 
 const lengthOf = (frame) => frame.fields[0]?.values.length ?? 0;
@@ -196,12 +196,12 @@ const MATCHERS = {
   byFrameRefID: (wanted, { refId }) => refId === wanted,
 };
 
-/** What a panel's overrides say of a field {name, refId}: property -> value, the last one wins. */
+/** The properties that a panel's overrides give a field {name, refId}; of several the last one wins. */
 export function overridden(overrides, field) {
-  const found = {};
+  const values = {};
   for (const { matcher, properties } of overrides ?? []) {
     if (!MATCHERS[matcher.id](matcher.options, field)) continue;
-    for (const { id, value } of properties) found[id] = value;
+    for (const { id, value } of properties) values[id] = value;
   }
-  return found;
+  return values;
 }

@@ -99,13 +99,13 @@ async function drawPanel(panel, range, turn) {
   if (!inside) return;
   const nothing = panel.needs ? `nothing recorded: it needs ${panel.needs}` : "nothing recorded";
   try {
-    const found = transformed(panel.transformations, await frames(ask, panel, state.values, range));
+    const drawn = transformed(panel.transformations, await frames(ask, panel, state.values, range));
     if (turn !== state.turn) return;
     if (panel.type === "table") {
-      inside.replaceChildren(table(found) ?? nothing);
+      inside.replaceChildren(table(drawn) ?? nothing);
       return;
     }
-    const { traces, layout, height_rem } = FIGURES[panel.type](panel, found, state.colourOf, range);
+    const { traces, layout, height_rem } = FIGURES[panel.type](panel, drawn, state.colourOf, range);
     if (!traces.length) {
       drawEmpty(inside, nothing);
       return;
@@ -182,7 +182,7 @@ async function open() {
   const { boards, colours } = await (await fetch("boards.json")).json();
   state.boards = boards.sort((a, b) => Number(b.uid === "lab-live") - Number(a.uid === "lab-live"));
   state.colourOf = colouring(colours);
-  const asked = new URLSearchParams(location.search);
+  const parameters = new URLSearchParams(location.search);
   try {
     await chooseNewestRun();
   } catch (error) {
@@ -190,8 +190,8 @@ async function open() {
     setTimeout(open, RETRY_MS);
     return;
   }
-  showBoard(asked.get("board"));
-  for (const [name, value] of asked) state.values[name] = value;
+  showBoard(parameters.get("board"));
+  for (const [name, value] of parameters) state.values[name] = value;
   await begin();
 }
 

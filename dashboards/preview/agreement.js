@@ -1,13 +1,13 @@
-// The live page has no Grafana to draw with: it transforms by dashboards/page/frames.js. Here both
-// are at hand, so a difference is seen.
+// The live page draws without Grafana and transforms by dashboards/page/frames.js. The preview has
+// both, so it checks that they give the same tables.
 import { getFieldDisplayName } from '@grafana/data';
 
 /** Throws Error where the live page's tables differ from Grafana's. */
 export function requireAgreement(livePages, grafanas) {
-  const ours = shown(livePages, ({ name }) => name);
-  const theirs = shown(grafanas, (field, frame) => getFieldDisplayName(field, frame, grafanas));
-  if (ours !== theirs) {
-    throw new Error(`the live page would show other data: ${ours} instead of ${theirs}`);
+  const onLivePage = shown(livePages, ({ name }) => name);
+  const inGrafana = shown(grafanas, (field, frame) => getFieldDisplayName(field, frame, grafanas));
+  if (onLivePage !== inGrafana) {
+    throw new Error(`the live page would show other data: ${onLivePage} instead of ${inGrafana}`);
   }
 }
 

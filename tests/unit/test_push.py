@@ -160,7 +160,7 @@ def test_another_refusal_is_one_sentence(grafana: Stub, status: int, says: str) 
     ("url", "token", "says"),
     [
         ("http://127.0.0.1:{free}", TOKEN, "cannot be reached"),
-        ("grafana:3000", TOKEN, "is no address"),
+        ("grafana:3000", TOKEN, "is not an address"),
         ("http://127.0.0.1:3000", "", "GRAFANA_TOKEN is not set"),
         ("http://me:secret@127.0.0.1:3000", TOKEN, "leave them out"),
     ],
