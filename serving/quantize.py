@@ -3,10 +3,10 @@
 OUT is a model folder that vLLM serves like BASE: the linear layers quantized, `lm_head` and the
 embeddings in BF16, the tokenizer the same. The methods differ in how they round.
 
-Round to nearest ("rtn") looks at the weights alone. The others look at what meets the weights,
-on a calibration text: GPTQ (Frantar et al. 2022) rounds a row weight by weight and moves each
-error into the weights not yet rounded, by the inverse Hessian of the layer's output; AWQ (Lin et
-al. 2023) scales up the channels that meet large activations, so that rounding hurts them less;
+Round to nearest ("rtn") uses the weights only. The others also use the activations that meet the
+weights, on a calibration text: GPTQ (Frantar et al. 2022) rounds a row weight by weight and moves
+each error into the weights not yet rounded, by the inverse Hessian of the layer's output; AWQ (Lin
+et al. 2023) scales up the channels that meet large activations, so that rounding hurts them less;
 SmoothQuant (Xiao et al. 2022) moves the outliers of the activations into the weights, since in
 W8A8 the activations are rounded too. 4-bit weights share a scale among 128 neighbours, or 64 where
 128 does not divide the model's widths.
@@ -53,11 +53,11 @@ class QuantizeError(MakerError):
 
 @dataclass(frozen=True)
 class Tool:
-    """A quantization tool: its lock and script bear its name."""
+    """A quantization tool; its lock and script have its name."""
 
     name: str
     package: str  # on PyPI
-    layer: str  # in its log: (layers begun)/(all)
+    layer: str  # a regular expression for its log: (layers begun)/(all layers)
     transformers: int = 5
 
     @property
@@ -73,13 +73,16 @@ class Tool:
         return ROOT / "serving" / "quantizers" / f"{self.name.replace('-', '_')}.py"
 
     def pinned(self, package: str) -> str:
-        found = re.search(rf"(?im)^{package}==(\S+)", self.lock.read_text())
-        assert found, f"{self.lock} does not pin {package}"
-        return found[1]
+        """Return the version of a package in the tool's lock."""
+        pin = re.search(rf"(?im)^{package}==(\S+)", self.lock.read_text())
+        assert pin, f"{self.lock} does not pin {package}"
+        return pin[1]
 
 
 @dataclass(frozen=True)
 class Method:
+    """A way to quantize: the tool, and what it makes."""
+
     tool: Tool
     bits: int  # of a weight
     what: str
@@ -111,32 +114,35 @@ METHODS: dict[str, Method] = {
 
 
 def digest(tool: Tool) -> str:
-    """Of what the environment was made from: the lock, this place, this Python."""
-    made_from = (tool.lock.read_text(), str(tool.home), os.path.realpath(sys.executable))
-    return hashlib.sha256(repr(made_from).encode()).hexdigest()
+    """Hash what an environment is made from: the lock, its folder, this Python."""
+    sources = (tool.lock.read_text(), str(tool.home), os.path.realpath(sys.executable))
+    return hashlib.sha256(repr(sources).encode()).hexdigest()
 
 
 def is_set_up(tool: Tool) -> bool:
-    """Whether its environment is there and up to date."""
+    """Tell whether the tool's environment exists and is up to date."""
     ready = tool.home / "ready"
-    there = ready.exists() and install.venv_python(tool.home).exists()
-    return there and ready.read_text() == digest(tool)
+    exists = ready.exists() and install.venv_python(tool.home).exists()
+    return exists and ready.read_text() == digest(tool)
 
 
 def is_available(tool: Tool) -> bool:
-    """Whether it is set up, or can be from where this machine is."""
+    """Tell whether the tool is set up, or pip can set it up."""
     return is_set_up(tool) or _index_answers()
 
 
 @cache
 def _index_answers() -> bool:
-    """Whether pip reaches its package index, asked for what an environment begins with."""
+    """Tell whether pip reaches its package index: it is asked for setuptools."""
     argv = [sys.executable, "-m", "pip", "--retries=0", "--timeout=5", "index", "versions"]
     return subprocess.run([*argv, "setuptools"], capture_output=True).returncode == 0
 
 
 def environment(tool: Tool) -> Path:
-    """The Python of the tool's environment, which is made first where it is not up to date."""
+    """Return the Python of the tool's environment; set that up where it is not up to date.
+
+    Raises QuantizeError.
+    """
     with install.alone(ROOT):
         python, ready = install.venv_python(tool.home), tool.home / "ready"
         if is_set_up(tool):
@@ -155,8 +161,8 @@ def environment(tool: Tool) -> Path:
             ready.write_text(digest(tool))
         except install.SetupError as error:
             raise QuantizeError(
-                f"{tool.name} could not be set up and nothing of it was kept; see that pip reaches"
-                f" its package index (PIP_INDEX_URL) and run this again: {error}"
+                f"{tool.name} could not be set up and nothing of it was kept; check that pip"
+                f" reaches its package index (PIP_INDEX_URL) and run this again: {error}"
             ) from error
         finally:
             if not ready.exists():
@@ -172,14 +178,14 @@ def _fill(tool: Tool, step: install.Step) -> None:
     # First what other packages are built with.
     command = ("install", "--constraint", str(tool.lock), torch, "setuptools")
     if not install.pip(tool.home, step, *command):
-        said = "\n".join(install.last_lines(tool.home / ".venv" / "install.log", 12))
-        if not build or not re.search(rf"ERROR: .*torch\S*{re.escape(build)}", said):
+        output = "\n".join(install.last_lines(tool.home / ".venv" / "install.log", 12))
+        if not build or not re.search(rf"ERROR: .*torch\S*{re.escape(build)}", output):
             raise install.failure(tool.home, "pip could not install torch")
         install.install_with_torch_index(tool.home, index, step, *command)
-    # Without dependencies: the lock names them all, at versions that work, not always those that
-    # a tool asks for.
-    whole = ("install", "--no-deps", "--no-build-isolation", "--requirement", str(tool.lock))
-    if not install.pip(tool.home, step, *whole):
+    # Without dependencies: the lock has them all, at versions that work, which are not always those
+    # that a tool requires.
+    from_lock = ("install", "--no-deps", "--no-build-isolation", "--requirement", str(tool.lock))
+    if not install.pip(tool.home, step, *from_lock):
         raise install.failure(tool.home, "pip could not install the packages")
 
 
@@ -187,9 +193,10 @@ def _fill(tool: Tool, step: install.Step) -> None:
 
 
 def windows(tokens: Sequence[int], count: int) -> list[list[int]]:
-    """Calibration samples: equally long, evenly spread over the text, overlapping if it is short.
+    """Cut calibration samples of SAMPLE_TOKENS, evenly spread over the text.
 
-    No seed: the same text always gives the same samples, and every passage has its share.
+    They overlap if the text is short. Nothing is random: the same text always gives the same
+    samples, from all of its passages. Raises QuantizeError where it is shorter than a sample.
     """
     if (last := len(tokens) - SAMPLE_TOKENS) < 0:
         raise QuantizeError(
@@ -201,6 +208,7 @@ def windows(tokens: Sequence[int], count: int) -> list[list[int]]:
 
 
 def read_samples(base: Path, calibration: Path, count: int) -> list[list[int]]:
+    """Read and tokenize the calibration text; return its samples. Raises QuantizeError."""
     from tokenizers import Tokenizer
 
     try:
@@ -215,6 +223,7 @@ def read_samples(base: Path, calibration: Path, count: int) -> list[list[int]]:
 
 
 def read_config(base: Path) -> dict[str, Any]:
+    """Read a model's config.json. Raises QuantizeError where it cannot be quantized."""
     for name in ("config.json", "tokenizer.json"):
         if not (base / name).exists():
             raise QuantizeError(f"{base} has no {name}: give a model folder")
@@ -227,7 +236,7 @@ def read_config(base: Path) -> dict[str, Any]:
 
 
 def with_older_config(base: Path, config: dict[str, Any], folder: Path) -> Path:
-    """The same model, its weights by link, with the keys that transformers 4 reads."""
+    """Write a model folder with the keys that transformers 4 reads; the weights are links."""
     older = {k: v for k, v in config.items() if k not in ("rope_parameters", "dtype")}
     rope = dict(config.get("rope_parameters") or {})
     if "rope_theta" in rope:
@@ -244,29 +253,31 @@ def with_older_config(base: Path, config: dict[str, Any], folder: Path) -> Path:
 
 
 def group_size(config: dict[str, Any]) -> int:
+    """Choose how many 4-bit weights share a scale: 128 if that divides the widths, else 64."""
     widths = (config["hidden_size"], config["intermediate_size"])
     return 128 if all(width % 128 == 0 for width in widths) else 64
 
 
 def run_tool(tool: Tool, python: Path, job: Path, log: Path) -> None:
-    """Run the tool's script, and tell how far its log says it is."""
-    began, first, told = 0.0, 0, ()
-    # -I: nothing of this project's environment reaches the tool's
+    """Run the tool's script, and print the progress that its log shows. Raises QuantizeError."""
+    began, first, shown = 0.0, 0, ()
+    # -I keeps this project's packages out of the tool's environment
     argv = [str(python), "-I", str(tool.script), str(job)]
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     log.unlink(missing_ok=True)
     with Process(tool.name, argv, log=log, env={"PATH": path, "HF_HUB_OFFLINE": "1"}) as process:
         while process.returncode is None:
             time.sleep(0.2)
-            found = re.findall(tool.layer, "\n".join(install.last_lines(log, 50)))
-            if found and found[-1] != told:
-                layer, layers = map(int, found[-1])
-                if not told:
+            logged = re.findall(tool.layer, "\n".join(install.last_lines(log, 50)))
+            if logged and logged[-1] != shown:
+                layer, layers = map(int, logged[-1])
+                if not shown:
                     first, began = layer, time.monotonic()
                 spent_s, done = time.monotonic() - began, layer - first
-                left = f"; about {spent_s / done * (layers - layer + 1):.0f} s left" if done else ""
-                print(f"layer {layer}/{layers}{left}", flush=True)
-                told = found[-1]
+                left_s = spent_s / done * (layers - layer + 1) if done else None
+                estimate = "" if left_s is None else f"; about {left_s:.0f} s left"
+                print(f"layer {layer}/{layers}{estimate}", flush=True)
+                shown = logged[-1]
         if process.returncode:
             raise QuantizeError(
                 f"{tool.name} ended with code {process.returncode}: {process.tail(1)}"
@@ -275,7 +286,7 @@ def run_tool(tool: Tool, python: Path, job: Path, log: Path) -> None:
 
 
 def make(method: str, base: Path, out: Path, calibration: Path) -> None:
-    """The folder appears when it is complete."""
+    """Quantize a model; the folder `out` appears when it is complete. Raises QuantizeError."""
     if method not in METHODS:
         near = difflib.get_close_matches(method, METHODS, n=1, cutoff=0)[0]
         raise QuantizeError(
@@ -295,7 +306,7 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
     python = environment(recipe.tool)
     start = time.monotonic()
     half = out.with_name(f".{out.name}.{os.getpid()}.half")
-    made, job = half / "made", half / "job.json"
+    result, job = half / "made", half / "job.json"
     half.mkdir()
     try:
         size = group_size(config)
@@ -303,13 +314,13 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
         if recipe.tool.transformers < 5:
             source = with_older_config(base, config, half / "base")
         task = {"method": method, "samples": samples, "group_size": size}
-        folders = {"base": str(source.resolve()), "out": str(made.resolve())}
+        folders = {"base": str(source.resolve()), "out": str(result.resolve())}
         job.write_text(json.dumps(task | folders))
         print(f"quantizing with {recipe.tool.name}", flush=True)
         run_tool(recipe.tool, python, job, recipe.tool.home / f"{method}.log")
         for pattern in (*TOKENIZER_FILES, GENERATION):
             for path in base.glob(pattern):
-                shutil.copy(path, made)
+                shutil.copy(path, result)
         about: dict[str, Any] = {
             "method": method,
             "tool": recipe.tool.name,
@@ -319,10 +330,10 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
             "bits": recipe.bits,
             "group_size": size if recipe.bits == 4 else None,
             "seconds": round(time.monotonic() - start, 1),
-            "bytes": sum(path.stat().st_size for path in made.glob("*.safetensors")),
+            "bytes": sum(path.stat().st_size for path in result.glob("*.safetensors")),
         }
-        (made / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-        made.rename(out)
+        (result / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        result.rename(out)
         print(f"made in {about['seconds']:.0f} s, {about['bytes'] / 1e6:.0f} MB", flush=True)
     finally:
         shutil.rmtree(half, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""What the hardware did while a trial ran: power, energy, clocks, throttling, memory and load.
+"""Telemetry of the hardware during trials: power, energy, clocks, throttling, memory and load.
 
 GPUs are read through NVML ten times a second; nothing is ever set. Without a GPU the processors'
-energy counters (RAPL) are read where this user may. Each trial's samples go to its folder, in its
-own time, and the newest ones are shown to Prometheus as gauges. What the hardware does not tell is
-missing, never 0.
+energy counters (RAPL) are read if this user may read them. Each trial's samples go to its folder,
+on the trial's clock, and the newest ones are exported to Prometheus as gauges. What the hardware
+does not report is missing, never 0.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ REASONS = {0x04: POWER_CAP, **SLOWDOWNS}
 
 @dataclass(frozen=True)
 class Sample:
-    """One device at one moment; `time_s` is wall clock until it is a trial's."""
+    """A device's readings at one moment.
+
+    `time_s` is wall-clock time, and in a trial's file seconds from the trial's start.
+    """
 
     time_s: float
     device: str  # a GPU's number, or `cpu`
@@ -54,14 +57,17 @@ class Sample:
 
 
 class Source(Protocol):
-    def read(self) -> list[Sample]: ...
+    """What telemetry is sampled from."""
+
+    def read(self) -> list[Sample]:
+        """Read every device now."""
 
 
 # ---------------------------------------------------------------------------------------- sources
 
 
 class Gpus:
-    """Those this process may use: others' work is not the run's."""
+    """The GPUs that this process may use, read through NVML."""
 
     def __init__(self, nvml: ModuleType) -> None:
         self._nvml = nvml
@@ -73,24 +79,24 @@ class Gpus:
     def _sample(self, index: int, handle: Any) -> Sample:
         n = self._nvml
 
-        def told(ask: Callable[..., Any], *more: Any) -> Any:
+        def read(query: Callable[..., Any], *arguments: Any) -> Any:
             try:
-                return ask(handle, *more)
+                return query(handle, *arguments)
             except n.NVMLError:  # not on this GPU, or not for this user
                 return None
 
         def scaled(value: float | None, factor: float) -> float | None:
             return None if value is None else value * factor
 
-        reasons = told(n.nvmlDeviceGetCurrentClocksThrottleReasons)
-        memory = told(n.nvmlDeviceGetMemoryInfo)
-        load = told(n.nvmlDeviceGetUtilizationRates)
+        reasons = read(n.nvmlDeviceGetCurrentClocksThrottleReasons)
+        memory = read(n.nvmlDeviceGetMemoryInfo)
+        load = read(n.nvmlDeviceGetUtilizationRates)
         return Sample(
             time.time(),
             str(index),
-            power_w=scaled(told(n.nvmlDeviceGetPowerUsage), 1e-3),
-            energy_j=scaled(told(n.nvmlDeviceGetTotalEnergyConsumption), 1e-3),
-            sm_clock_hz=scaled(told(n.nvmlDeviceGetClockInfo, n.NVML_CLOCK_SM), 1e6),
+            power_w=scaled(read(n.nvmlDeviceGetPowerUsage), 1e-3),
+            energy_j=scaled(read(n.nvmlDeviceGetTotalEnergyConsumption), 1e-3),
+            sm_clock_hz=scaled(read(n.nvmlDeviceGetClockInfo, n.NVML_CLOCK_SM), 1e6),
             throttle=None if reasons is None else named(reasons),
             memory_used_bytes=None if memory is None else memory.used,
             utilization=None if load is None else load.gpu / 100,
@@ -98,6 +104,7 @@ class Gpus:
 
 
 def named(reasons: int) -> str:
+    """Name the bits of NVML's clock event reasons that hold the clock down, joined by `+`."""
     return "+".join(name for bit, name in REASONS.items() if reasons & bit)
 
 
@@ -122,7 +129,7 @@ class Processors:
 
 
 def source(kind: str) -> Source | None:
-    """What can be read on this kind of machine; None where nothing can."""
+    """Find what can be read on this kind of machine; None where nothing can."""
     if kind == "gpu":
         import pynvml
 
@@ -142,11 +149,11 @@ def source(kind: str) -> Source | None:
 
 
 class Telemetry(Collector):
-    """Samples a source in a thread of its own, from entry to exit. Without a source: nothing."""
+    """Samples a source in a thread of its own, from entry to exit; without a source, nothing."""
 
     def __init__(self, source: Source | None, labels: Mapping[str, str]) -> None:
         self._source, self._labels = source, dict(labels)
-        self._kept: list[Sample] = []
+        self._samples: list[Sample] = []
         self._newest: list[Sample] = []
         self._stop_serving: Callable[[], None] = lambda: None
         self._ended = threading.Event()
@@ -169,23 +176,23 @@ class Telemetry(Collector):
         while not self._ended.wait(max(0.0, due - time.monotonic())):
             try:
                 self._newest = self._source.read()
-            except Exception:  # whatever a driver raises: this moment is missing, not the rest
+            except Exception:  # whatever a driver raises: only this moment is missing
                 self._newest = []
-            self._kept.extend(self._newest)  # not +=, which would undo what begin() does meanwhile
+            self._samples.extend(self._newest)  # not +=, which would undo a concurrent begin()
             due = max(due + PERIOD_S, time.monotonic())
 
     def begin(self, variant: str) -> None:
-        """From now on samples are this variant's trial's."""
+        """Begin a trial of this variant: earlier samples are dropped."""
         self._labels["variant"] = variant
-        self._kept = []
+        self._samples = []
 
     def write(self, path: Path, started_unix_s: float) -> None:
-        """The trial's samples, on the clock of a trial that started then; no file without any."""
-        if self._kept:
-            write(path, self._kept, started_unix_s)
+        """Write the trial's samples, with times from its start; without samples, no file."""
+        if self._samples:
+            write(path, self._samples, started_unix_s)
 
     def serve(self, port: int) -> bool:
-        """Show the newest samples to Prometheus, on loopback; False where there is no GPU."""
+        """Export the newest samples to Prometheus, on loopback; return False without a GPU."""
         if not isinstance(self._source, Gpus):
             return False
         registry = CollectorRegistry()
@@ -200,15 +207,16 @@ class Telemetry(Collector):
         return True
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the newest samples as Prometheus's metrics; none before the first trial."""
         labels = ("lab", "variant", "run_id", "gpu")
-        shown = self._newest if "variant" in self._labels else []
+        exported = self._newest if "variant" in self._labels else []
         for name, text, of in _GAUGES:
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             family = kind(name, text, labels=labels)
-            for sample in shown:
+            for sample in exported:
                 if (value := of(sample)) is not None:
-                    of_run = [self._labels[label] for label in labels[:-1]]
-                    family.add_metric([*of_run, sample.device], value)
+                    run_labels = [self._labels[label] for label in labels[:-1]]
+                    family.add_metric([*run_labels, sample.device], value)
             yield family
 
 
@@ -237,21 +245,22 @@ _TEXT = ("device", "throttle")
 
 
 def write(path: Path, samples: Sequence[Sample], started_unix_s: float) -> None:
+    """Write a trial's samples as gzipped CSV, with times from its start; an empty cell is None."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(_COLUMNS)
     for sample in samples:
         values = [getattr(sample, name) for name in _COLUMNS[1:]]
-        plain = ["none" if value == "" else value for value in values]  # empty: not told
+        plain = ["none" if value == "" else value for value in values]  # an empty cell is None
         rows.writerow([f"{sample.time_s - started_unix_s:.3f}", *plain])
     whole.write(path, gzip.compress(text.getvalue().encode(), mtime=0))
 
 
 def read(path: Path) -> list[Sample]:
-    """A trial's samples on its clock; none where there is no file."""
+    """Read a trial's samples, with times from its start; none where there is no file."""
     if not path.exists():
         return []
-    found = []
+    samples = []
     for row in csv.DictReader(io.StringIO(gzip.decompress(path.read_bytes()).decode())):
         plain: dict[str, Any] = {
             name: (text if name in _TEXT else float(text)) if text else None
@@ -259,32 +268,38 @@ def read(path: Path) -> list[Sample]:
         }
         if plain["throttle"] == "none":
             plain["throttle"] = ""
-        found.append(Sample(**plain))
-    return found
+        samples.append(Sample(**plain))
+    return samples
 
 
 def within(samples: Sequence[Sample], start_s: float, end_s: float) -> list[Sample]:
-    """Those of devices that worked between these times: a GPU that stood idle is not the run's."""
+    """Select the samples between two times, of the devices that worked: idle GPUs do not count."""
     inside = [s for s in samples if start_s <= s.time_s <= end_s]
     busy = {s.device for s in inside if s.utilization is None or s.utilization > 0}
     return [s for s in inside if s.device in busy]
 
 
 def energy_j(samples: Sequence[Sample], start_s: float, end_s: float) -> float | None:
-    """Energy between two moments, counters read between their samples; None unless all tell it."""
+    """Compute the energy between two moments, by interpolating each working device's counter.
+
+    None unless the counters of all of them cover the time.
+    """
     busy = {s.device for s in within(samples, start_s, end_s)}
     used = []
     for device in busy:
         own = [s for s in samples if s.device == device]
-        known = [(s.time_s, s.energy_j) for s in own if s.energy_j is not None]
-        if not known or known[0][0] > start_s or known[-1][0] < end_s:
+        readings = [(s.time_s, s.energy_j) for s in own if s.energy_j is not None]
+        if not readings or readings[0][0] > start_s or readings[-1][0] < end_s:
             return None
-        times, counts = zip(*known, strict=True)
+        times, counts = zip(*readings, strict=True)
         used.append(float(np.interp(end_s, times, counts) - np.interp(start_s, times, counts)))
     return sum(used) if used else None
 
 
 def throttled_share(samples: Sequence[Sample], reasons: Sequence[str]) -> float | None:
-    """Share of the samples in which any of these reasons held the clock; None where untold."""
-    told = [s.throttle.split("+") for s in samples if s.throttle is not None]
-    return sum(bool(set(reasons) & set(held)) for held in told) / len(told) if told else None
+    """Compute the share of samples in which any of these reasons held the clock down.
+
+    None where no sample has the reasons.
+    """
+    causes = [s.throttle.split("+") for s in samples if s.throttle is not None]
+    return sum(bool(set(reasons) & set(c)) for c in causes) / len(causes) if causes else None

@@ -1,10 +1,10 @@
 """Put a bundle in place on a machine without internet: `python3 bundle/unbundle.py FOLDER`.
 
-`make bundle` lays this file beside the parts it makes, so that it runs with nothing but that
-machine's own Python. Every part is checked before anything is written. The lab's files go to
-FOLDER and the packages to FOLDER/.unbundled/site, which goes before what that Python holds already
-(its torch, for one) and leaves it as it is. FOLDER/.unbundled/bin has the commands that know both
-places; where it is there, `make` uses it and sets nothing up.
+`make bundle` puts this file beside the parts of the bundle, and it needs nothing but that machine's
+own Python. Every part is checked before anything is written. The lab's files go to FOLDER and the
+packages to FOLDER/.unbundled/site, which precedes that Python's own packages (such as its torch)
+and leaves them unchanged. FOLDER/.unbundled/bin has commands that use both; where that folder
+exists, `make` uses it and sets nothing up.
 
 Standard library only, and syntax that Python 3.6 can parse: a Python that is too old gets a
 sentence, not a traceback.
@@ -37,32 +37,37 @@ class UnbundleError(Exception):
 
 
 def sha256(path: Path) -> str:
-    seen = hashlib.sha256()
+    """Hash a file piece by piece: its parts may be larger than memory."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         for chunk in iter(lambda: file.read(1 << 20), b""):
-            seen.update(chunk)
-    return seen.hexdigest()
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_manifest(folder: Path) -> "dict[str, Any]":
+    """Read what the bundle consists of and was made for. Raises UnbundleError."""
     try:
-        found = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise UnbundleError(
             f"{folder} has no readable {MANIFEST}, which `make bundle` writes: give the folder with"
             " the parts, or copy that file again"
         ) from error
-    assert isinstance(found, dict)
-    return found
+    assert isinstance(manifest, dict)
+    return manifest
 
 
 def check_python(manifest: "dict[str, Any]") -> None:
-    """This Python is the one the bundle was made for, and has what was left out of it."""
-    here, made_for = ".".join(platform.python_version_tuple()[:2]), manifest["python"]
-    if here != made_for:
+    """Check that this Python fits the bundle and has the packages that it leaves out.
+
+    Raises UnbundleError.
+    """
+    version, expected = ".".join(platform.python_version_tuple()[:2]), manifest["python"]
+    if version != expected:
         raise UnbundleError(
-            f"{sys.executable} is Python {here} and the bundle is for {made_for}: run this with"
-            f" that one, or make the bundle with PYTHON_VERSION={here}"
+            f"{sys.executable} is Python {version} and the bundle is for {expected}: run this with"
+            f" that one, or make the bundle with PYTHON_VERSION={version}"
         )
     if platform.machine() != manifest["machine"]:
         raise UnbundleError(
@@ -71,11 +76,11 @@ def check_python(manifest: "dict[str, Any]") -> None:
     differ = []
     for name, version in manifest["expected"].items():
         try:
-            found = metadata.version(name)
+            installed = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found = "missing"
-        if found.split("+")[0] != version.split("+")[0]:
-            differ.append(f"{name} {version} is {found}")
+            installed = "missing"
+        if installed.split("+")[0] != version.split("+")[0]:
+            differ.append(f"{name} {version} is {installed}")
     if differ:
         raise UnbundleError(
             f"the bundle leaves out what {sys.executable} was said to have, but here"
@@ -84,6 +89,7 @@ def check_python(manifest: "dict[str, Any]") -> None:
 
 
 def check_parts(folder: Path, manifest: "dict[str, Any]") -> None:
+    """Check that every part is there and whole. Raises UnbundleError, which names the others."""
     missing, damaged = [], []
     for part in manifest["parts"]:
         path = folder / part["name"]
@@ -91,14 +97,15 @@ def check_parts(folder: Path, manifest: "dict[str, Any]") -> None:
             missing.append(part["name"])
         elif path.stat().st_size != part["bytes"] or sha256(path) != part["sha256"]:
             damaged.append(part["name"])
-    said = [
-        f"{what}: {', '.join(names)}"
-        for what, names in (("missing", missing), ("damaged", damaged))
+    faults = [
+        f"{fault}: {', '.join(names)}"
+        for fault, names in (("missing", missing), ("damaged", damaged))
         if names
     ]
-    if said:
+    if faults:
         raise UnbundleError(
-            f"of {len(manifest['parts'])} parts in {folder} are {'; '.join(said)}. Copy these again"
+            f"of {len(manifest['parts'])} parts in {folder} are {'; '.join(faults)}. Copy these"
+            " again"
         )
 
 
@@ -109,17 +116,18 @@ class Joined:
         self._files = [path.open("rb") for path in paths]
 
     def read(self, size: int) -> bytes:
-        found = b""
-        while self._files and len(found) < size:
-            chunk = self._files[0].read(size - len(found))
-            found += chunk
+        """Read the next `size` bytes, or what is left of all parts."""
+        data = b""
+        while self._files and len(data) < size:
+            chunk = self._files[0].read(size - len(data))
+            data += chunk
             if not chunk:
                 self._files.pop(0).close()
-        return found
+        return data
 
 
 def unpack(folder: Path, manifest: "dict[str, Any]", target: Path) -> None:
-    """Write the lab's files; what only an earlier bundle had goes, what the reader has stays."""
+    """Write the lab's files; remove those of an earlier bundle, and keep the reader's own."""
     stream: Any = Joined([folder / part["name"] for part in manifest["parts"]])
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         archive.extraction_filter = getattr(tarfile, "data_filter", None)
@@ -139,7 +147,7 @@ def unpack(folder: Path, manifest: "dict[str, Any]", target: Path) -> None:
 
 
 def install(target: Path) -> None:
-    """Fill .unbundled/site from the wheels, whole or not at all, and write the commands."""
+    """Install the wheels in .unbundled/site, all or none, and write the commands."""
     home = target / HOME
     site, half, wheels = home / "site", home / "site.half", home / "wheels"
     shutil.rmtree(str(half), ignore_errors=True)
@@ -166,6 +174,7 @@ def install(target: Path) -> None:
 
 
 def unbundle(folder: Path, target: Path) -> None:
+    """Put the bundle in `folder` in place in `target`. Raises UnbundleError."""
     manifest = read_manifest(folder)
     if (target / ".git").exists():
         raise UnbundleError(

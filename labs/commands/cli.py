@@ -427,7 +427,7 @@ def make_bundle(
     """Gather all a GPU machine without internet needs, in parts with checksums."""
     with plainly():
         bundle.check(platform, python_version)
-        wanted = bundle.Wanted(
+        wanted = bundle.BundleRequest(
             python=python_version,
             have=bundle.read_have(have) if have else {},
             without=tuple(bundle.normal(name) for name in without.split()),

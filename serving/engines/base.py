@@ -1,8 +1,8 @@
-"""What the lab needs of an engine: a class that a module of this folder fills in for each engine.
+"""The base classes of servers and engines.
 
-A `Server` is whatever answers OpenAI's API at an address; an `Engine` is a server that the lab
-starts, checks and stops. A new engine is a subclass of `Engine` that says how it is started and
-which of its metrics are which of the lab's (`serving/metrics.py`), and a line in
+A `Server` answers OpenAI's API at an address; an `Engine` is a server that the lab starts, checks
+and stops. A new engine is a subclass of `Engine`, in a module of this folder, that says how it is
+started and maps its metrics to the lab's (`serving/metrics.py`), and a line in
 `serving/engines/__init__.py`. What a subclass does not override, its engine cannot do.
 """
 
@@ -54,31 +54,36 @@ class Server(ABC):
 
     @abstractmethod
     def snapshot(self) -> Snapshot | None:
-        """Its metrics by the lab's names; None where it has none that are known, or is gone."""
+        """Read its metrics by the lab's names; None where it has no known ones, or is gone."""
 
     def wait(self, waiting: Callable[[float], None] = lambda elapsed_s: None) -> None:
-        """Return when it answers; raises EngineError with its last lines when it cannot."""
+        """Wait until it answers. Raises EngineError with its last lines when it cannot."""
         return
 
     def died(self) -> str | None:
-        """None while it lives, else one paragraph: the exit code, the cause, the last lines."""
+        """Describe how it ended: the exit code, the cause, the last lines; None while it runs."""
         return None
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes. Without a way to do so nothing happens: a trial that finds
-        its prompts in the cache then says so (`labs/judging/validity.py`)."""
+        """Forget all cached prefixes, if the server has a way to do so.
+
+        Otherwise a trial that finds its prompts in the cache says so (`labs/judging/validity.py`).
+        """
         return
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Serve a LoRA adapter as the model `name`, while running. Raises EngineError."""
+        """Load a LoRA adapter while running, and serve it as the model `name`.
+
+        Raises EngineError.
+        """
         raise EngineError(f"{self.name} cannot load adapters while it serves")
 
     def unload_adapter(self, name: str) -> None:
-        """Serve this adapter no longer. Raises EngineError."""
+        """Stop serving this adapter. Raises EngineError."""
         raise EngineError(f"{self.name} cannot unload adapters while it serves")
 
     def stop(self) -> None:
-        """End it, if the lab has started it."""
+        """End the server, if the lab has started it."""
         return
 
 
@@ -116,11 +121,11 @@ class Engine(Server):
         env = self.environment(kind, model, beside)
         self._process = Process(f"engine {name}", self.argv, log=log, env=env)
 
-    # what is known before one is started
+    # before it is started
 
     @classmethod
     def version(cls) -> str:
-        """Of the package that carries it. Raises EngineError where none is installed."""
+        """Return the version of its package. Raises EngineError where none is installed."""
         for distribution in cls.distributions:
             with contextlib.suppress(metadata.PackageNotFoundError):
                 return metadata.version(distribution)
@@ -128,7 +133,8 @@ class Engine(Server):
 
     @classmethod
     def flag_argv(cls, flags: Flags) -> list[str]:
-        """{"max-num-seqs": 8, "enable-x": False} -> ["--max-num-seqs", "8", "--no-enable-x"]."""
+        """Turn flags into arguments: {"max-num-seqs": 8, "enable-x": False} -> ["--max-num-seqs",
+        "8", "--no-enable-x"]."""
         argv: list[str] = []
         for name, value in flags.items():
             if isinstance(value, bool):
@@ -144,79 +150,80 @@ class Engine(Server):
     @classmethod
     @abstractmethod
     def server_argv(cls, model: Model, flags: Flags, port: int) -> list[str]:
-        """What follows the command: serve this model on the loopback address with these flags."""
+        """Return the command's arguments that serve this model with these flags on loopback."""
 
     @classmethod
     def environment(cls, kind: str, model: Model, beside: Sequence[Flags] = ()) -> dict[str, str]:
-        """The environment variables that matter to it; everything else is inherited."""
+        """Return the environment variables that it needs; all others are inherited."""
         return {}
 
     @classmethod
     def check_flags(cls, flag_sets: Sequence[Flags]) -> None:
-        """Raises EngineError for a flag that it does not know or a value that it does not take."""
+        """Check flags' names and values. Raises EngineError for one that it does not accept."""
         return
 
     @classmethod
     def require_devices(cls, variant: str, flags: Flags, machine: Machine) -> None:
-        """Raises EngineError where the flags ask for what this machine lacks; Unsupported where no
-        setting of the reader's would help."""
+        """Check that this machine has the devices that the flags ask for.
+
+        Raises EngineError where it lacks them, Unsupported where no other setting would help.
+        """
         return
 
     @classmethod
     def require_compiler(cls, variant: str, flags: Flags, machine: Machine) -> None:
-        """Raises EngineError where it compiles as it starts and nothing here can."""
+        """Check for a compiler. Raises EngineError where it needs one and none is here."""
         return
 
     @classmethod
     def require_sizes(cls, variant: str, flags: Flags, model: Model, longest_tokens: int) -> None:
-        """Raises EngineError where the model or its longest request exceed the flags' limits."""
+        """Check the flags' limits. Raises EngineError where the model or a request exceeds them."""
         return
 
     @classmethod
     def require_memory(cls, variant: str, flags: Flags, machine: Machine, shape: Shape) -> None:
-        """Raises EngineError where the device cannot hold what is asked for."""
+        """Check the device's memory. Raises EngineError where weights and cache do not fit."""
         return
 
     @classmethod
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int | None:
-        """What it takes of the host's memory on a CPU; None where that is not known, so that
-        engines are started one after another."""
+        """Estimate the host's memory that it takes on a CPU.
+
+        None where that is not known: its engines are then started one after another.
+        """
         return None
 
-    # what is read of a running one
+    # while it runs
 
     @classmethod
     def read_metrics(cls, text: str) -> Snapshot:
-        """What its `/metrics` says, by the lab's names."""
+        """Parse the text of its `/metrics`, by the lab's names. Raises ValueError."""
         return metrics.parse(text, cls.metric_names)
 
     @classmethod
     def read_log(cls, log: Path) -> dict[str, dict[str, str]]:
-        """Evidence that only its log has: info metric -> label -> value."""
+        """Read evidence that only its log has: info metric -> label -> value."""
         return {}
 
     @classmethod
     def cause(cls, log: Path) -> str:
-        """The most telling line of the log of one that has died."""
+        """Find the line of a dead engine's log that best explains why it ended."""
         return next(iter(exceptions(log)[::-1]), "its log names no exception")
 
     def snapshot(self) -> Snapshot | None:
-        """Its metrics by the lab's names; None where it has none that are known, or is gone."""
         text = metrics_text(self.url)
         try:
-            read = self.read_metrics(text or "")
-        except ValueError:  # it is no text of Prometheus's
+            reading = self.read_metrics(text or "")
+        except ValueError:  # not in Prometheus's format
             return None
-        if metrics.REQUESTS not in read.values:
+        if metrics.REQUESTS not in reading.values:
             return None
-        read.info.update(self._logged)
-        return read
+        reading.info.update(self._logged)
+        return reading
 
     @functools.cached_property
     def _logged(self) -> dict[str, dict[str, str]]:
         return self.read_log(self.log)
-
-    # its life
 
     def wait(self, waiting: Callable[[float], None] = lambda elapsed_s: None) -> None:
         start = time.monotonic()
@@ -235,7 +242,7 @@ class Engine(Server):
 
     @property
     def pid(self) -> int:
-        """Of its guard; the engine's own processes are below it."""
+        """The pid of its guard; the engine's own processes are below it."""
         return self._process.pid
 
     def died(self) -> str | None:
@@ -253,23 +260,23 @@ class Engine(Server):
 
 
 def metrics_text(url: str) -> str | None:
-    """What a server's `/metrics` says; None where it has none or does not answer."""
+    """Get a server's `/metrics`; None where it has none or does not answer."""
     try:
-        answer = requests.get(f"{url}/metrics", timeout=METRICS_TIMEOUT_S)
+        response = requests.get(f"{url}/metrics", timeout=METRICS_TIMEOUT_S)
     except requests.RequestException:
         return None
-    return answer.text if answer.ok else None
+    return response.text if response.ok else None
 
 
 def exceptions(log: Path) -> list[str]:
-    """`ValueError: why` of each exception that a Python program has left in its log, cut short."""
+    """Find the exceptions in a Python program's log, as `ValueError: why`, cut short."""
     text = log.read_text(errors="replace") if log.exists() else ""
     named = re.findall(r"^(?:\(.*?\) )?.*?\b(\w*(?:Error|Exception): .+)$", text, re.MULTILINE)
     return [line.strip()[:300] for line in named]
 
 
 def with_places(flags: Flags, places: Mapping[str, Path]) -> dict[str, FlagValue]:
-    """Flags with `<name>` replaced by where that derived model lies on this machine."""
+    """Replace `<name>` in flags by the folder of that derived model on this machine."""
     text = json.dumps(dict(flags))
     for name, path in places.items():
         text = text.replace(f"<{name}>", str(path))

@@ -13,15 +13,15 @@ from serving.metrics import Snapshot
 
 
 class Endpoint(Server):
-    """The server at an address; its metrics are read if it is of an engine that the lab knows."""
+    """The server at an address; its metrics are read if its engine is one that the lab knows."""
 
     def __init__(self, url: str) -> None:
         """Ask which model it serves. Raises EngineError where it does not answer."""
         base = url.rstrip("/").removesuffix("/v1")
         try:
-            answer = requests.get(f"{base}/v1/models", timeout=10)
-            answer.raise_for_status()
-            model = str(answer.json()["data"][0]["id"])
+            response = requests.get(f"{base}/v1/models", timeout=10)
+            response.raise_for_status()
+            model = str(response.json()["data"][0]["id"])
         except (requests.RequestException, KeyError, IndexError, ValueError) as error:
             raise EngineError(
                 f"ENDPOINT={url} does not answer /v1/models ({type(error).__name__}): start the"
@@ -32,11 +32,11 @@ class Endpoint(Server):
     def snapshot(self) -> Snapshot | None:
         if not (text := metrics_text(self.url)):
             return None
-        with contextlib.suppress(ValueError):  # it is no text of Prometheus's
+        with contextlib.suppress(ValueError):  # not in Prometheus's format
             readings = (engine.read_metrics(text) for engine in ENGINES.values())
             return next((r for r in readings if metrics.REQUESTS in r.values), None)
         return None
 
     def reset_prefix_cache(self) -> None:
-        with contextlib.suppress(requests.RequestException):  # vLLM's alone, and only in dev mode
+        with contextlib.suppress(requests.RequestException):  # only vLLM has it, in dev mode
             requests.post(f"{self.url}/reset_prefix_cache", timeout=30)

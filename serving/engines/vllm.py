@@ -1,10 +1,10 @@
-"""vLLM: its flags and their defaults, how it is started and checked, what is read of it.
+"""vLLM: its flags and their defaults, how it is started and checked, and what the lab reads of it.
 
-Flags keep vLLM's own names, so a reader can paste from vLLM's documentation. They are checked
-against the installed vLLM's own parser before anything starts. The lab's names of metrics are
-vLLM's (`serving/metrics.py`), so none has to be translated.
-Source: vLLM documentation, "Engine Arguments" and "Production metrics"; seen live on vLLM 0.32
-(CPU), and read in 0.26's source.
+Flags have vLLM's own names, so a reader can copy them from vLLM's documentation. The installed
+vLLM's own parser checks them before anything starts. The lab's names of metrics are vLLM's
+(`serving/metrics.py`), so none is translated.
+Source: vLLM documentation, "Engine Arguments" and "Production metrics"; observed on vLLM 0.32 (CPU)
+and read in the source of 0.26.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ ADAPTER_TIMEOUT_S = 120.0
 
 METRICS = (*metrics.HISTOGRAMS, *metrics.COUNTERS, *metrics.GAUGES)
 GOLDEN: dict[str, tuple[str, ...]] = {"0.26": METRICS, "0.32": METRICS}
-"""vLLM minor version -> the metrics the lab needs from it, whatever the engine's settings. vLLM
-renames metrics between versions; a test compares these with what the installed one exposes."""
+"""vLLM minor version -> the metrics that the lab needs from it with any settings. vLLM renames
+metrics between versions; a test compares these with those of the installed one."""
 
 
 class VllmFlags(dict[str, FlagValue]):
-    """An engine's flags by vLLM's names, and typed readings of those that the labs ask for.
+    """An engine's flags by vLLM's names, with typed access to those that the labs use.
 
     Defaults are those of vLLM 0.32's configuration classes (vllm/config/*.py). A flag whose default
-    vLLM takes from the model or the device has none here: asking for it unset is a KeyError.
+    vLLM takes from the model or the device has none here: reading it unset is a KeyError.
     """
 
     def _int(self, name: str, default: int | None = None) -> int:
@@ -57,12 +57,12 @@ class VllmFlags(dict[str, FlagValue]):
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of a prompt and its answer at most."""
+        """The most tokens of a prompt and its answer together."""
         return self._int("max-model-len")
 
     @property
     def max_num_batched_tokens(self) -> int:
-        """Tokens a step computes at most."""
+        """The most tokens that a step computes."""
         return self._int("max-num-batched-tokens")
 
     @property
@@ -71,12 +71,12 @@ class VllmFlags(dict[str, FlagValue]):
 
     @property
     def block_size(self) -> int:
-        """Tokens a block of the KV cache holds."""
+        """The tokens in a block of the KV cache."""
         return self._int("block-size")
 
     @property
     def kv_value_bytes(self) -> int:
-        """Bytes of a cached number; the few scales beside are left out."""
+        """The bytes of a cached number, without the few scales of a quantized cache."""
         dtype = str(self.get("kv-cache-dtype", "auto"))
         return 1 if dtype.startswith(("fp8", "int8")) else 2
 
@@ -94,13 +94,13 @@ class VllmFlags(dict[str, FlagValue]):
 
     @property
     def speculative_config(self) -> dict[str, Any]:
-        """How it guesses ahead; empty where it does not."""
+        """The settings of speculative decoding; empty without it."""
         value = self.get("speculative-config", {})
         return dict(value) if isinstance(value, dict) else dict(json.loads(str(value)))
 
     @property
     def max_loras(self) -> int:
-        """Adapters in one batch at most."""
+        """The most adapters in one batch."""
         return self._int("max-loras", 1)
 
     @property
@@ -109,23 +109,23 @@ class VllmFlags(dict[str, FlagValue]):
 
     @property
     def lora_modules(self) -> list[str]:
-        """`name=folder` of each adapter it serves from its start."""
+        """The adapters that it serves from its start, each as `name=folder`."""
         value = self.get("lora-modules", [])
         return list(value) if isinstance(value, list) else [str(value)]
 
     @property
     def is_parallel(self) -> bool:
-        """Whether it says how many devices share the work, be it one."""
+        """Whether any flag says how many devices share the work, even if that is one."""
         return any(flag in self for flag in PARALLEL)
 
     @property
     def devices(self) -> int:
-        """Tensor x pipeline x data parallelism: the devices it needs."""
+        """The devices that it needs: tensor x pipeline x data parallelism."""
         return math.prod(self._int(flag, 1) for flag in PARALLEL)
 
     @property
     def weight_parts(self) -> int:
-        """Tensor x pipeline parallelism: the devices that share one copy of the weights."""
+        """The devices that share one copy of the weights: tensor x pipeline parallelism."""
         return math.prod(self._int(flag, 1) for flag in PARALLEL[:2])
 
     @property
@@ -143,20 +143,20 @@ except ImportError:  # before 0.32
 parser = make_arg_parser(FlexibleArgumentParser())
 errors = []
 for argv in json.load(sys.stdin):
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             parser.parse_args(argv)
         errors.append(None)
     except (SystemExit, ValueError) as error:
-        lines = said.getvalue().strip().splitlines() or [str(error)]
+        lines = output.getvalue().strip().splitlines() or [str(error)]
         errors.append(lines[-1].split(" error: ")[-1])
 print(json.dumps({"options": sorted(parser._option_string_actions), "errors": errors}))
 """
 
 
 class Vllm(Engine):
-    """A vLLM server, or a stand-in that takes its arguments."""
+    """A vLLM server, or a stand-in that accepts its arguments."""
 
     title = "vLLM"
     command: ClassVar[Sequence[str]] = (
@@ -181,41 +181,41 @@ class Vllm(Engine):
         }
         if model.path.exists():
             env["HF_HUB_OFFLINE"] = "1"
-        if model.dummy:  # evenly, as trained routers aim to; a random one has its favourites
+        if model.dummy:  # trained routers spread tokens evenly; a random one prefers a few experts
             env["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = "uniform_random"
         if kind == "gpu":
-            # Top-k and top-p alone need it, and all that is sent is greedy; it is compiled as the
-            # engine starts, which takes a CUDA toolkit that few machines have.
+            # FlashInfer's sampler is for top-k and top-p, and all requests are greedy. It is
+            # compiled as the engine starts, which needs a CUDA toolkit that few machines have.
             env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
             if any(VllmFlags(flags).speculative_config for flags in beside):
-                # vLLM's second model runner, the default, knows neither n-grams nor draft models:
-                # with it, an engine that guesses ahead would differ from one that does not in more
-                # than the guesses. So all that are compared run on the first.
+                # vLLM's second model runner, the default, supports neither n-grams nor draft
+                # models. So all engines that are compared with a speculating one use the first:
+                # otherwise they would differ from it in more than speculation.
                 env["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         if kind == "cpu":
             cores = machines.split_cores()[0]
             env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in cores)
         return env
 
-    # what is checked before one is started
+    # before it is started
 
     @classmethod
     def check_flags(cls, flag_sets: Sequence[Flags]) -> None:
-        """Let the installed vLLM's parser read every flag set; what it once accepted is remembered.
+        """Let the installed vLLM's parser read every flag set; remember those it accepts.
 
         Raises EngineError with the nearest known name for a misspelled flag, or the parser's own
-        words for a value out of range. The parser does not check what only the engine's start can
-        know (whether a length fits memory, for one).
+        words for a value out of range. The parser does not check what is known only when the engine
+        starts, such as whether a length fits memory.
         """
         memory = CACHE / f"vllm-{cls.version()}-flags.json"
-        known = (
+        remembered = (
             json.loads(memory.read_text()) if memory.exists() else {"options": [], "accepted": []}
         )
         argvs = [cls.flag_argv(flags) for flags in flag_sets]
         digests = [hashlib.sha256(json.dumps(argv).encode()).hexdigest()[:16] for argv in argvs]
-        if known["options"]:
-            _check_names(argvs, known["options"])
-        if not set(digests) <= set(known["accepted"]):
+        if remembered["options"]:
+            _check_names(argvs, remembered["options"])
+        if not set(digests) <= set(remembered["accepted"]):
             out = subprocess.run(
                 [sys.executable, "-c", _PARSE],
                 input=json.dumps(argvs),
@@ -230,33 +230,37 @@ class Vllm(Engine):
             _check_names(argvs, parsed["options"])
             for error in filter(None, parsed["errors"]):
                 raise EngineError(f"vLLM refuses a flag: {error}")
-            known = {"options": parsed["options"], "accepted": [*known["accepted"], *digests]}
+            accepted = [*remembered["accepted"], *digests]
             memory.parent.mkdir(parents=True, exist_ok=True)
-            memory.write_text(json.dumps(known))
+            memory.write_text(json.dumps({"options": parsed["options"], "accepted": accepted}))
 
     @classmethod
     def require_devices(cls, variant: str, flags: Flags, machine: Machine) -> None:
-        asked, gpus = VllmFlags(flags), machine.count if machine.kind == "gpu" else 0
-        if asked.uses_ray and not importlib.util.find_spec("ray"):
+        vllm_flags, gpus = VllmFlags(flags), machine.count if machine.kind == "gpu" else 0
+        if vllm_flags.uses_ray and not importlib.util.find_spec("ray"):
             raise EngineError(
                 "distributed-executor-backend=ray needs Ray, which is not installed here: run"
                 " `.venv/bin/pip install 'ray[default]'` on every machine, then `ray start --head`"
                 " on this one and `ray start --address=<this one>:6379` on the others"
             )
-        if asked.devices > max(1, gpus) and not asked.uses_ray:
+        if vllm_flags.devices > max(1, gpus) and not vllm_flags.uses_ray:
             raise EngineError(
-                f"TP x PP x DP = {asked.devices} needs as many GPUs, and this machine has {gpus}:"
-                " lower them, or span machines with SET=flags.distributed-executor-backend=ray"
+                f"TP x PP x DP = {vllm_flags.devices} needs as many GPUs, and this machine has"
+                f" {gpus}: lower them, or span machines with"
+                " SET=flags.distributed-executor-backend=ray"
             )
-        if machine.kind == "cpu" and "synthetic" in json.dumps(asked.speculative_config):
+        if machine.kind == "cpu" and "synthetic" in json.dumps(vllm_flags.speculative_config):
             raise Unsupported(
-                f"{variant} is to accept guesses at a rate that is set, and the sampler that"
-                " does so is written in Triton, which vLLM's CPU engine lacks: this needs a GPU"
+                f"{variant} accepts guesses at a fixed rate, and the sampler that does so is"
+                " written in Triton, which vLLM's CPU engine lacks: this needs a GPU"
             )
 
     @classmethod
     def require_compiler(cls, variant: str, flags: Flags, machine: Machine) -> None:
-        """On a CPU, what is not run eagerly is compiled as the engine starts."""
+        """Check for a C++ compiler on a CPU, where all but eager models are compiled at the start.
+
+        Raises EngineError.
+        """
         _, mend = machines.compiler(machine.kind)
         if mend and machine.kind == "cpu" and not VllmFlags(flags).enforce_eager:
             raise EngineError(f"{variant} is compiled as its engine starts: {mend}")
@@ -287,7 +291,10 @@ class Vllm(Engine):
 
     @classmethod
     def require_memory(cls, variant: str, flags: Flags, machine: Machine, shape: Shape) -> None:
-        """On a GPU, weights and the KV memory that is asked for leave room for activations."""
+        """Check that a GPU has room for activations beside the weights and the KV cache.
+
+        Raises EngineError.
+        """
         if machine.kind == "cpu":
             return
         kv_bytes = int(str(flags.get("kv-cache-memory-bytes", 0)))
@@ -305,24 +312,24 @@ class Vllm(Engine):
         kv_bytes = int(str(flags.get("kv-cache-memory-bytes", CPU_KV_BYTES)))
         return kv_bytes + PROCESS_BYTES + shape.weight_bytes
 
-    # what is read of a running one
+    # while it runs
 
     @classmethod
     def read_log(cls, log: Path) -> dict[str, dict[str, str]]:
-        """How it says that it runs the model: vLLM's metrics do not tell."""
+        """Read how it runs the model, which vLLM's metrics do not show."""
         with log.open(errors="replace") as lines:
             config = resolved(next((x for x in lines if "Initializing a V1 LLM engine" in x), ""))
         return {metrics.ENGINE_CONFIG: config} if config else {}
 
     @classmethod
     def cause(cls, log: Path) -> str:
-        """The first exception named last before vLLM's own summary of it."""
+        """Find the last exception in the log that is not vLLM's summary of an earlier one."""
         named = [line for line in exceptions(log) if "See root cause above" not in line]
         return named[-1] if named else "its log names no exception"
 
     def reset_prefix_cache(self) -> None:
-        answer = requests.post(f"{self.url}/reset_prefix_cache", timeout=ADMIN_TIMEOUT_S)
-        answer.raise_for_status()
+        url = f"{self.url}/reset_prefix_cache"
+        requests.post(url, timeout=ADMIN_TIMEOUT_S).raise_for_status()
 
     def load_adapter(self, name: str, folder: Path) -> None:
         self._adapter("load", {"lora_name": name, "lora_path": str(folder)})
@@ -351,6 +358,6 @@ _RESOLVED = {  # in vLLM 0.31 and 0.32
 
 
 def resolved(line: str) -> dict[str, str]:
-    """Setting -> value, of those that can be read in an engine's own account of its config."""
+    """Read setting -> value from the line in which an engine logs its configuration."""
     matches = {name: pattern.search(line) for name, pattern in _RESOLVED.items()}
     return {name: match[1] for name, match in matches.items() if match}

@@ -1,7 +1,7 @@
 """Quantize with AutoGPTQ (archived in 2025; GPTQModel is its heir), into the GPTQ format.
 
-It was written for CUDA alone. Where there is none, its one check is answered for it, and its device
-and its waiting for the GPU are replaced; the arithmetic is PyTorch's and runs anywhere.
+It was written for CUDA only. Without CUDA, its check for it is made to succeed, and its device and
+its waiting for the GPU are replaced; the arithmetic is PyTorch's and runs on any device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BATCH = 8
 
 
 def without_cuda() -> AbstractContextManager[Any]:
-    """For loading: says that there is CUDA, which is refused otherwise."""
+    """Make PyTorch report CUDA while the model is loaded, which AutoGPTQ refuses otherwise."""
     import torch
     from auto_gptq.modeling import _base
 

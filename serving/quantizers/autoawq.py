@@ -1,8 +1,8 @@
 """Quantize with AutoAWQ (archived in 2025; llm-compressor took it in), into the AWQ format.
 
-Without a GPU it writes garbage and says nothing: before it tries a scale it backs the weights up
-with `.cpu()`, which on a CPU is no copy, so that every attempt starts from the one before. Here the
-backup is a copy. The search for a clipping range is left out: it doubles the time.
+Without a GPU it writes useless weights without a warning: before it tries a scale it saves the
+weights with `.cpu()`, which on a CPU is no copy, so that every attempt starts from the one before.
+Here they are copied. The search for a clipping range is left out: it doubles the time.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def main(job: dict[str, Any]) -> None:
 
     search = AwqQuantizer._compute_best_scale
 
-    def with_copies(self: Any, x: Any, w_mean: Any, x_mean: Any, module: Any, *rest: Any) -> Any:
+    def with_copies(self: Any, x: Any, w_mean: Any, x_mean: Any, module: Any, *more: Any) -> Any:
         weights = module.state_dict
         module.state_dict = lambda: {name: w.clone() for name, w in weights().items()}
         try:
-            return search(self, x, w_mean, x_mean, module, *rest)
+            return search(self, x, w_mean, x_mean, module, *more)
         finally:
             del module.state_dict
 

@@ -1,6 +1,6 @@
 """Quantize with GPTQModel, the maintained heir of AutoGPTQ, into the GPTQ format.
 
-Of its ways to pack the weights it is told the plain one: the others compile C++ first.
+It packs the weights in its plainest way: the other ways compile C++ first.
 """
 
 from __future__ import annotations

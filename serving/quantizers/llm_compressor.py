@@ -1,6 +1,6 @@
 """Quantize with llm-compressor, vLLM's own tool, into the compressed-tensors format.
 
-`lm_head` and the embeddings stay BF16: they meet every token, and errors there are not averaged.
+`lm_head` and the embeddings stay BF16: they affect every token, and errors there do not cancel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ BATCH = 8  # samples: one at a time took six times as long
 
 
 def recipe(method: str, group_size: int) -> list[Any]:
-    """The modifiers that make a method, in their order."""
+    """Return the modifiers that a method consists of, in their order."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from serving import bundle, unbundle
-from serving.bundle import BundleError, Wanted
+from serving.bundle import BundleError, BundleRequest
 from serving.install import BUNDLED_PACKAGE
 
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -69,7 +69,7 @@ def commit(repository: Path) -> None:
 def make(home: Path) -> list[str]:
     """Make the bundle, or what is missing of it; what it said."""
     said: list[str] = []
-    wanted = Wanted(HERE, {"pip": metadata.version("pip")}, (), "", part_bytes=4000)
+    wanted = BundleRequest(HERE, {"pip": metadata.version("pip")}, (), "", part_bytes=4000)
     program = home / "prometheus"
     program.write_text("#!/bin/sh\necho prometheus\n")
     bundle.bundle(wanted, home / "out", home / "cache", [program], said.append)
@@ -234,7 +234,7 @@ def test_what_the_other_machine_has_is_shown_to_the_resolver_as_it_is(
     monkeypatch.setattr("serving.bundle.subprocess.run", uv)
     told: list[str] = []
     have = {"torch": "2.11.0+cu130", "transformers": "5.17.0"}
-    wanted = Wanted("3.12", have, ("flashinfer-python",), "0.25.0", 1)
+    wanted = BundleRequest("3.12", have, ("flashinfer-python",), "0.25.0", 1)
     found = bundle.resolve(wanted, tmp_path, told.append)
     assert seen["--constraint"].split() == ["torch==2.11.0+cu130", "vllm==0.25.0"]
     assert "transformers-5.17.0-py3-none-any.whl" in seen["wheels"]
@@ -243,4 +243,4 @@ def test_what_the_other_machine_has_is_shown_to_the_resolver_as_it_is(
     assert "locust" in found
     assert "extra named `standard`" in told[0]
     with pytest.raises(BundleError, match="WITHOUT names abacus"):
-        bundle.resolve(Wanted("3.12", {}, ("abacus",), "", 1), tmp_path, told.append)
+        bundle.resolve(BundleRequest("3.12", {}, ("abacus",), "", 1), tmp_path, told.append)

@@ -68,7 +68,7 @@ def test_a_trials_samples_go_to_its_file_and_the_newest_to_prometheus(tmp_path: 
     with Telemetry(Gpus(nvml), LABELS) as watched:
         assert watched.serve(port)
         watched.begin("on")
-        while len(watched._kept) < 3:
+        while len(watched._samples) < 3:
             time.sleep(0.01)
         watched.write(tmp_path / "telemetry.csv.gz", began)
         url = f"http://127.0.0.1:{port}/metrics"
