@@ -18,7 +18,7 @@ from bench import BenchError, aa, engine, neighbour, overhead, recording, stream
 from bench.clock import Clock
 from bench.console import console
 from bench.truth import PROGRAMS
-from labs.running.machine_load import Others
+from labs.running.machine_load import OtherLoad
 from labs.telling import instruments
 from loadtests import generator
 from serving import machine as machines
@@ -209,7 +209,7 @@ def _measure_parts(plan: Plan, work: Path) -> list[str]:
     clock = Clock(plan.expected_s())
     measurements = plan.measurements(clock, work)
     for name in plan.parts:
-        others = Others()
+        other_load = OtherLoad()
         try:
             with clock.during(name):
                 figures = measurements[name]()
@@ -218,15 +218,15 @@ def _measure_parts(plan: Plan, work: Path) -> list[str]:
             failed.append(name)
             continue
         if figures and plan.is_ordinary(name):
-            path = instruments.keep(machines.detect(), name, dated(figures, others))
+            path = instruments.keep(machines.detect(), name, dated(figures, other_load))
             console.print(f"[dim]{name}: kept in {os.path.relpath(path)}[/]")
     return failed
 
 
-def dated(part: instruments.Part, others: Others) -> instruments.Part:
+def dated(part: instruments.Part, other_load: OtherLoad) -> instruments.Part:
     """Add the time, and the share of the CPU that other work took: 0 for a part read from files."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    taken = 0.0 if isinstance(part, instruments.Overhead) else sum(others.shares())
+    taken = 0.0 if isinstance(part, instruments.Overhead) else sum(other_load.shares())
     return part.model_copy(update={"measured_at": now, "cpu_others": taken})
 
 

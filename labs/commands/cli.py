@@ -25,7 +25,7 @@ from labs.commands import all_labs, doctor, monitoring, recorded_runs
 from labs.commands.interactive import PORT, WEB_PORT, start_locust_ui
 from labs.commands.terminal import (
     EXPECTED,
-    ConsoleTeller,
+    ConsoleProgress,
     console,
     errors,
     plainly,
@@ -37,7 +37,7 @@ from labs.filing.results import RunFolder, open_run
 from labs.lab import Lab, LabError, NotApplicable, did_you_mean, parse_changes
 from labs.questions import QUESTIONS
 from labs.running import derived_models, reproduce
-from labs.running.resolve import Request, is_dummy, model_of, require_devices
+from labs.running.resolve import RunRequest, is_dummy, model_of, require_devices
 from labs.running.run import forecast_alone
 from labs.running.run import run as run_lab
 from labs.telling import report, tables
@@ -142,7 +142,7 @@ def run(
     `make lab-<name> VLLM=0.31.0` runs it with another vLLM, in an environment of its own.
     """
     with plainly():
-        request = Request(
+        request = RunRequest(
             lab=_lab(lab),
             quick=quick,
             aa=aa,
@@ -181,7 +181,7 @@ def run_all(
             if name in state.done:
                 console.print(f"Done in this sitting: {state.done[name]}")
                 continue
-            request = Request(
+            request = RunRequest(
                 lab, quick=quick, changes=dict(parallel), model=model, weights=weights,
                 resume=state.begin(name),
             )  # fmt: skip
@@ -225,12 +225,12 @@ def forecast_lab(
     vLLM's own scheduler plays every load point in virtual time, over a step of the model's shape
     that is timed here.
     """
-    with plainly(), ConsoleTeller() as teller:
-        request = Request(
+    with plainly(), ConsoleProgress() as progress:
+        request = RunRequest(
             _lab(lab), quick, changes=_changes(changes, seed), model=model, weights=weights
         )
-        setup, forecasts = forecast_alone(request, teller)
-        teller.show(
+        setup, forecasts = forecast_alone(request, progress)
+        progress.show(
             section(
                 f"{setup.lab.title}: forecast, nothing was measured",
                 tables.in_virtual_time(setup.lab, forecasts),
@@ -452,16 +452,16 @@ for panel, part in (("Runs on file", recorded_runs.app), ("What is watched", mon
 # --------------------------------------------------------------------------------- for all of them
 
 
-def _play(request: Request) -> RunFolder:
+def _play(request: RunRequest) -> RunFolder:
     """Run a lab before the reader's eyes, and print what came of it."""
-    with ConsoleTeller() as teller:
+    with ConsoleProgress() as progress:
         try:
-            folder = run_lab(request, teller)
+            folder = run_lab(request, progress)
         except (KeyboardInterrupt, SystemExit, OSError):
-            teller.step("Stopping: finished trials are kept, RESUME=1 goes on from there")
+            progress.message("Stopping: finished trials are kept, RESUME=1 goes on from there")
             raise
     summary = folder.summary()
-    teller.show(report.digest(report.Facts.of(folder)))
+    progress.show(report.digest(report.Facts.of(folder)))
     console.print(f"\nReport: [bold]{os.path.relpath(folder.path / 'report.md')}[/]")
     console.print("[dim]report.html beside it shows every request; a browser opens it.[/]")
     if summary.failed:

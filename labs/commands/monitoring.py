@@ -17,7 +17,7 @@ from labs.filing.results import RESULTS, RunFolder, all_runs, open_run
 from labs.judging.metrics import METRICS
 from labs.lab import LabError
 from labs.running import backfill
-from labs.running.run import alone
+from labs.running.run import run_lock
 from serving import machine
 from serving.ports import require_port
 
@@ -57,7 +57,7 @@ def import_runs(
     ] = None,
 ) -> None:
     """Load finished runs into Prometheus at their own times; what is there already stays."""
-    with plainly(), alone():
+    with plainly(), run_lock():
         folders = [open_run(Path(run)) for run in runs or ()] or all_runs()
         backfill.load(folders, _tell)
         if folders and prometheus.watching() is None:

@@ -42,7 +42,7 @@ EXPECTED = (
 )  # each a sentence for the reader
 
 
-class ConsoleTeller:
+class ConsoleProgress:
     """Shows a run: a live line with time remaining on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class ConsoleTeller:
         self._task = self._progress.add_task("setting up", total=None, remaining="")
         self._began = time.monotonic()
 
-    def __enter__(self) -> ConsoleTeller:
+    def __enter__(self) -> ConsoleProgress:
         self._progress.start()
         return self
 
@@ -69,14 +69,13 @@ class ConsoleTeller:
         minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
         return f"[dim]{minutes}:{seconds:02}[/]"
 
-    def step(self, text: str) -> None:
+    def message(self, text: str) -> None:
         console.print(f"{self._elapsed()} {escape(text)}")
 
-    def plan(self, seconds: float) -> None:
-        """From here on about this much is left."""
+    def expect(self, remaining_s: float) -> None:
         done = time.monotonic() - self._began
-        self._progress.update(self._task, total=done + seconds, completed=done)
-        self.step(f"About {minutes(seconds)} of load to come")
+        self._progress.update(self._task, total=done + remaining_s, completed=done)
+        self.message(f"About {minutes(remaining_s)} of load to come")
 
     def waiting(self, text: str) -> None:
         heed()

@@ -1,8 +1,9 @@
-"""Finished runs into Prometheus, at their own times: what `make import` does.
+"""Load finished runs into Prometheus at their own times, as `make import` does.
 
-The client's series are made again from the records of every request, by the exporter that made
-them live; the engine's own gauges are on no file and stay away. The figures of the report (means
-with their intervals, effects, verdicts, forecasts) become one sample each, at the end of the run.
+The client's series are computed again from the records of every request, by the exporter that
+wrote them live; the engine's own gauges were not recorded and are missing. The figures of the
+report (means with their intervals, effects, verdicts, forecasts) become one sample each, at the end
+of the run.
 A trial that Prometheus scraped while it was played, or that was loaded before, is left alone, so
 loading twice changes nothing and a run that lost its Prometheus half-way is made whole.
 """
@@ -55,95 +56,100 @@ _LABELS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was added of a run; nothing where all of it was there."""
+    """Says what of a run was added; nothing where Prometheus had all of it."""
 
     trials: int
     figures: bool
 
     def __str__(self) -> str:
         if not self.trials and not self.figures:
-            return "there already"
+            return "already loaded"
         return f"{self.trials} trials{' and the figures of its report' if self.figures else ''}"
 
 
-def load(folders: Sequence[RunFolder], say: Callable[[RunFolder, str], None]) -> None:
-    """Add what is not there yet; nobody else may be measuring. Raises LabError.
+def load(folders: Sequence[RunFolder], report: Callable[[RunFolder, str], None]) -> None:
+    """Add what Prometheus does not have yet. No run may be in progress. Raises LabError.
 
-    A run that cannot be read is left out, and told of in the end; of one that was interrupted its
-    finished trials are added.
+    A run that cannot be read is left out and reported; of an interrupted run the finished trials
+    are added.
     """
     watch = prometheus.watching()
-    wanted: list[tuple[RunFolder, _Since, bool]] = []  # without records: runs may be many
+    loads: list[tuple[RunFolder, _Since, bool]] = []  # no records: runs may be many
     damaged: list[RunFolder] = []
     try:
-        with Prometheus(CACHE / "import.log") as there:
-            if there.missing:
-                raise LabError(there.missing)
+        with Prometheus(CACHE / "import.log") as own_prometheus:
+            if own_prometheus.missing:
+                raise LabError(own_prometheus.missing)
             for folder in folders:
                 try:
                     if trials := _trials(folder):
-                        wanted.append((folder, *_missing(folder, trials, there)))
+                        loads.append((folder, *_missing(folder, trials, own_prometheus)))
                     else:
-                        say(folder, "left out: no trial of it has finished")
-                except requests.RequestException as error:  # which does not mean "not there"
+                        report(folder, "left out, as none of its trials has finished")
+                except requests.RequestException as error:  # not "no samples"
                     raise LabError(f"Prometheus did not answer: {error}") from error
                 except (OSError, ValueError, KeyError, TypeError) as error:
                     damaged.append(folder)
-                    say(folder, f"left out: {str(error).splitlines()[0]}")
-        if watch and watch.own:  # it would see new blocks only after a while: it starts again
+                    report(folder, f"left out: {str(error).splitlines()[0]}")
+        if watch and watch.own:  # it reads new blocks when it starts
             prometheus.unwatch()
-        for folder, since, figures in wanted:
+        for folder, since, figures in loads:
             if since or figures:
                 prometheus.load(_all(folder, since, figures))
-            say(folder, str(Loaded(len(since), figures)))
+            report(folder, str(Loaded(len(since), figures)))
     except PrometheusError as error:
         raise LabError(str(error)) from error
     finally:
         if watch and watch.own and not prometheus.watching():
             prometheus.watch(watch.port)
     if damaged:
-        raise LabError(f"runs that could not be read: {len(damaged)}; mend or remove them")
+        raise LabError(
+            f"{len(damaged)} runs could not be read (named above): repair or remove their folders"
+        )
 
 
 def load_figures(folder: RunFolder) -> None:
-    """The figures of a run that Prometheus has just followed; none where every trial failed."""
+    """Add the figures of a run that Prometheus has just followed; none where every trial failed."""
     if _trials(folder):
         prometheus.load(_figures(folder))
 
 
 _Since = dict[tuple[str, int], float]
-"""Trial (point, repeat) -> from which time of its own on: what came before was scraped."""
+"""Trial (point, repeat) -> seconds of it that Prometheus has scraped already."""
 
 
 def _name(trial: Trial) -> tuple[str, int]:
     return trial.point.key, trial.repeat
 
 
-def _missing(folder: RunFolder, trials: Sequence[Trial], there: Prometheus) -> tuple[_Since, bool]:
-    """What Prometheus has no sample of; and whether it lacks the figures."""
+def _missing(
+    folder: RunFolder, trials: Sequence[Trial], own_prometheus: Prometheus
+) -> tuple[_Since, bool]:
+    """Return the trials that Prometheus lacks, whole or in part; whether it lacks the figures."""
     run_id = folder.path.name
     known = f'count(last_over_time({series.RUN_INFO}{{run_id="{run_id}"}}[1m]))'
     lacking = {
         _name(t): since_s
         for t in trials
-        if not (since_s := _known_s(t, run_id, there)) or _length_s(t) - since_s > SCRAPES_LATE_S
+        if not (since_s := _known_s(t, run_id, own_prometheus))
+        or _length_s(t) - since_s > SCRAPES_LATE_S
     }
     if not (folder.path / "summary.json").exists():  # it was interrupted: there are none yet
         return lacking, False
-    folder.summary()  # before anything is added, it can be read
-    return lacking, there.known(known, _end_unix_s(trials) + 1) is None
+    folder.summary()  # raises before anything is added where it cannot be read
+    return lacking, own_prometheus.known(known, _end_unix_s(trials) + 1) is None
 
 
 def _trials(folder: RunFolder) -> list[Trial]:
     run = folder.run()
-    found = [t for _, _, t in folder.trials(run.points(), run.rebuilt_lab()) if t]
-    return sorted(found, key=lambda t: t.summary.started_unix_s)
+    finished = [t for _, _, t in folder.trials(run.points(), run.rebuilt_lab()) if t]
+    return sorted(finished, key=lambda t: t.summary.started_unix_s)
 
 
-def _known_s(trial: Trial, run_id: str, there: Prometheus) -> float:
-    """How far into the trial there are samples of its run."""
+def _known_s(trial: Trial, run_id: str, own_prometheus: Prometheus) -> float:
+    """Return how many seconds into the trial Prometheus has samples of its run."""
     start, end = trial.summary.started_unix_s, trial.summary.started_unix_s + _length_s(trial)
-    latest = there.known(
+    latest = own_prometheus.known(
         f'max(timestamp({exporter.LOAD_POINT}{{run_id="{run_id}"}}))', end + ROUNDED_S
     )
     return max(0.0, (latest or start) - start)
@@ -164,23 +170,25 @@ def _all(folder: RunFolder, since: _Since, figures: bool) -> Iterator[str]:
 
 
 def _client(folder: RunFolder, since: _Since) -> Iterator[str]:
-    """What the exporter would have said of these trials at every second of them."""
+    """Write what the exporter would have shown at every second of these trials."""
     lab = folder.run().rebuilt_lab()
-    by_variant: dict[str, Exporter] = {}  # only the one under load says anything
+    by_variant: dict[str, Exporter] = {}  # only the variant under load has samples
     for trial in _trials(folder):
         if (since_s := since.get(_name(trial))) is None:
             continue
         point, start = trial.point, trial.summary.started_unix_s
         client = by_variant.setdefault(point.variant.name, Exporter())
         client.begin(_plan(lab, folder.path.name, trial))
-        found = sorted((r for r in trial.records if _end_s(r) > since_s or not since_s), key=_end_s)
-        left = list(found)
+        trial_records = sorted(
+            (r for r in trial.records if _end_s(r) > since_s or not since_s), key=_end_s
+        )
+        outstanding = list(trial_records)
         length_s = _length_s(trial)
         for now in (*range(math.ceil(length_s)), length_s):  # every second, as Prometheus scrapes
-            while left and _end_s(left[0]) <= now:
-                client.observe(left.pop(0))
+            while outstanding and _end_s(outstanding[0]) <= now:
+                client.observe(outstanding.pop(0))
             warm = now >= trial.summary.window_s[0]
-            client.progress(_progress(found, len(left), now, warm))
+            client.progress(_progress(trial_records, len(outstanding), now, warm))
             if now == length_s:
                 client.end()
             if now >= since_s:
@@ -188,7 +196,7 @@ def _client(folder: RunFolder, since: _Since) -> Iterator[str]:
 
 
 def _progress(records: Sequence[RequestRecord], left: int, now_s: float, warm: bool) -> Progress:
-    """As far as records tell: neither adapters nor the event loop's lag are in them."""
+    """Compute the progress that records show: without adapters and the event loop's lag."""
     sent = sum(r.sent_s <= now_s for r in records)
     due = [r.scheduled_s <= now_s for r in records if r.scheduled_s is not None]
     return Progress(
@@ -200,7 +208,7 @@ def _progress(records: Sequence[RequestRecord], left: int, now_s: float, warm: b
 
 
 def _plan(lab: Lab, run_id: str, trial: Trial) -> TrialPlan:
-    """What was played, as far as an exporter asks."""
+    """Rebuild the part of a trial's plan that the exporter reads."""
     point = trial.point
     return TrialPlan(
         url="",
@@ -224,7 +232,7 @@ def _end_s(record: RequestRecord) -> float:
 
 
 def _scrape(registry: CollectorRegistry, at_unix_s: float) -> Iterator[str]:
-    """A registry's samples, with the time they were taken; the kinds of metric are not repeated."""
+    """Write a registry's samples with their time, without the lines on the kinds of metric."""
     text: bytes = generate_latest(registry)  # type: ignore[no-untyped-call]
     for line in text.decode().splitlines():
         if not line.startswith("#"):
@@ -237,15 +245,19 @@ def _figures(folder: RunFolder) -> Iterator[str]:
     gauges = {name: Gauge(name, name, labels, registry=registry)
               for name, labels in _LABELS.items()}  # fmt: skip
     ended = _end_unix_s(_trials(folder))
-    mine = {"lab": run.lab["name"], "run_id": folder.path.name, "machine": run.machine.slug}
+    run_labels = {"lab": run.lab["name"], "run_id": folder.path.name, "machine": run.machine.slug}
 
     def put(name: str, value: float | None, **labels: str) -> None:
         if value is not None:
-            gauges[name].labels(**mine, **labels).set(value)
+            gauges[name].labels(**run_labels, **labels).set(value)
 
-    def put_interval(name: str, found: Interval | None, **labels: str) -> None:
-        if found:
-            for suffix, value in (("", found.value), ("_low", found.low), ("_high", found.high)):
+    def put_interval(name: str, interval: Interval | None, **labels: str) -> None:
+        if interval:
+            for suffix, value in (
+                ("", interval.value),
+                ("_low", interval.low),
+                ("_high", interval.high),
+            ):
                 put(name + suffix, value, **labels)
 
     put(series.RUN_INFO, 1, **_about(folder, run))

@@ -1,4 +1,4 @@
-"""How many requests and output tokens there were, counted three ways.
+"""Count requests and output tokens in three ways.
 
 The records, Prometheus and the engines count the same things apart from one another; where they
 disagree, one of them is wrong, and the report says so.
@@ -21,7 +21,7 @@ ENGINE_METRICS = {REQUESTS: metrics.REQUESTS, OUTPUT_TOKENS: metrics.GENERATION_
 
 
 class Counts:
-    """The counts of one sitting at a run, over all its trials."""
+    """Adds up the counts of one sitting at a run, over all its trials."""
 
     def __init__(self, run_id: str, exporter_port: int) -> None:
         self._client = f'run_id="{run_id}",instance="127.0.0.1:{exporter_port}"'
@@ -32,21 +32,23 @@ class Counts:
     def add(self, done: Sequence[RequestRecord], engine: Snapshot | None) -> None:
         """Count a trial's requests that succeeded, and by how much its engine's counters rose.
 
-        Once an engine has not told one of its counts, the engines' sum of it is unknown.
+        Where an engine does not report a count, the engines' sum of it is unknown from then on.
         """
         _add(self._records, done)
         for name, metric in ENGINE_METRICS.items():
-            total, rise = self._engines[name], engine.values.get(metric) if engine else None
-            self._engines[name] = None if total is None or rise is None else total + int(rise)
+            total, increase = self._engines[name], engine.values.get(metric) if engine else None
+            self._engines[name] = (
+                None if total is None or increase is None else total + int(increase)
+            )
 
     def discard(self, done: Sequence[RequestRecord]) -> None:
-        """Leave out a trial that failed: Prometheus has its requests, its record is not used."""
+        """Subtract a trial that failed: Prometheus has its requests, its records are not used."""
         _add(self._discarded, done)
 
     def agreement(self, prometheus: Prometheus) -> list[Agreement]:
         """Ask Prometheus for the same counts, and put all three side by side.
 
-        It is asked for this sitting's exporter alone; a run that was resumed had others.
+        The query names this sitting's exporter; a run that was resumed had another one before.
         """
         queries = {
             REQUESTS: f'sum(lab_requests_total{{outcome="ok",{self._client}}})',
@@ -71,8 +73,13 @@ def _add(counts: dict[str, int], done: Sequence[RequestRecord]) -> None:
     counts[OUTPUT_TOKENS] += sum(record.output_tokens or 0 for record in done)
 
 
-def rise(engine: Server, before: Snapshot | None, requests_done: int) -> Snapshot | None:
-    """How the engine's counters rose over a trial, read once it has counted the last request."""
+def counter_increase(
+    engine: Server, before: Snapshot | None, requests_done: int
+) -> Snapshot | None:
+    """Return by how much the engine's counters rose, once it has counted the last request.
+
+    It waits 2 s at most for that. None where the engine shows no metrics.
+    """
     if before is None:
         return None
     deadline = time.monotonic() + 2

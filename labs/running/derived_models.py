@@ -1,7 +1,7 @@
-"""What is made from the served model: a draft, tenants' adapters, quantized weights, studies of it.
+"""Make models from the served one: a draft, tenants' adapters, quantized weights, studies of it.
 
-Each is made once a checkout, by a module of `serving` that runs as a process of its own (it needs
-torch, or an environment of its own), and is found again by name.
+Each is made once in a checkout, by a module of `serving` that runs as a process of its own (it
+needs torch, or an environment of its own), and is found again by name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from serving import dummy, models
 from serving.models import Model, ModelError
 from serving.process import Process
 
-SEED = 2**31 - 1  # of the prompts trained on: no trial draws from it
+SEED = 2**31 - 1  # of the prompts that models are trained on: no trial draws from it
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,16 @@ PROMPTS_EACH = 200
 
 
 def place(model: Model, name: str) -> Path:
-    """Where it lies, or will, when it is made here."""
+    """Return the folder of a derived model that is made here, whether it exists yet or not."""
     return models.CACHE / "models" / f"{model.name.replace('/', '--')}-{name}"
 
 
-def make(model: Model, name: str, say: Callable[[str], None], quick: bool = False) -> Path:
-    """The derived model's folder, published, or made here if need be.
+def make(model: Model, name: str, report: Callable[[str], None], quick: bool = False) -> Path:
+    """Return the folder of a derived model; download it where it is published, else make it here.
 
-    A quick run takes the whole one where it is there, and else may make a lesser one beside it.
-    Raises LabError with the maker's words, NotApplicable for what cannot be made of random weights,
-    ModelError where there is no way to have it.
+    A quick run uses the full model where it exists; else it may make a smaller one beside it.
+    Raises LabError with the last line of the program that makes it, NotApplicable for what
+    cannot be made of random weights, ModelError where there is no way to have it.
     """
     if model.dummy:
         try:
@@ -118,16 +118,16 @@ def make(model: Model, name: str, say: Callable[[str], None], quick: bool = Fals
     if folder.exists():
         return folder
     try:
-        if published := models.sibling(model, name):
-            return published
+        if downloaded := models.sibling(model, name):
+            return downloaded
     except ModelError as error:
         if name not in RECIPES:
             raise
-        say(f"{name} is made here: {error}")
+        report(f"{name} is made here: {error}")
     if name not in RECIPES:
         raise LabError(
-            f"for {model.name} no {name!r} is published, nor known how to make; known are"
-            f" {', '.join(RECIPES)}"
+            f"no {name!r} is published for {model.name}, and there is no recipe that makes it; the"
+            f" recipes are {', '.join(RECIPES)}"
         )
     recipe = RECIPES[name]
     each, minutes, lesser = PROMPTS_EACH, recipe.minutes, ""
@@ -137,7 +137,7 @@ def make(model: Model, name: str, say: Callable[[str], None], quick: bool = Fals
         folder = folder.with_name(f"{folder.name}-quick")
         if folder.exists():
             return folder
-    say(f"Making {recipe.what}{lesser} (once, about {minutes:g} min)")
+    report(f"Making {recipe.what}{lesser} (once, about {minutes:g} min)")
     inputs = TEXTS / recipe.text if recipe.text else models.CACHE / f"{name}-prompts.jsonl"
     if recipe.prompts:
         _write_prompts(inputs, model, recipe.prompts, each)
@@ -145,19 +145,19 @@ def make(model: Model, name: str, say: Callable[[str], None], quick: bool = Fals
     log.unlink(missing_ok=True)
     argv = [sys.executable, "-m", recipe.module, *([recipe.method] if recipe.method else [])]
     argv += [str(model.path), str(folder), str(inputs)]
-    # threads that spin while they wait take twenty times as long on a machine that is shared
+    # threads that spin while they wait take twenty times as long on a shared machine
     patient = {"OMP_WAIT_POLICY": "PASSIVE"}
     with Process(name, argv, log=log, env=patient, talk=True) as maker:
         for line in maker.stdout:
-            say(f"  {line.rstrip()}")
+            report(f"  {line.rstrip()}")
         if maker.wait():
-            raise LabError(f"{name} could not be made: {maker.tail(1)} (all of it: {log})")
-    say(f"Made in {time.monotonic() - began:.0f} s: {folder.name}")
+            raise LabError(f"{name} could not be made: {maker.tail(1)} (its whole log: {log})")
+    report(f"Made in {time.monotonic() - began:.0f} s: {folder.name}")
     return folder
 
 
 def _write_prompts(path: Path, model: Model, kinds: Sequence[Workload], each: int) -> None:
-    """Prompts of all kinds, mixed, as JSON lines."""
+    """Write prompts of all kinds, shuffled, as JSON lines."""
     writer, rng = Writer(counter(str(model.path))), random.Random(SEED)
     drawn = [
         {"messages": request.messages, "kind": kind.name}
@@ -170,17 +170,17 @@ def _write_prompts(path: Path, model: Model, kinds: Sequence[Workload], each: in
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """What its maker wrote down of it, and its bytes; a published model has only those."""
+    """Read what its maker recorded, and its weights' bytes; a published model has only those."""
     path = folder / "about.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     config = folder / "config.json"
     if config.exists() and "hidden_size" in json.loads(config.read_text()):  # a head has none
-        found["weight_bytes"] = models.load(folder, folder.name).shape.weight_bytes
-    return found
+        facts["weight_bytes"] = models.load(folder, folder.name).shape.weight_bytes
+    return facts
 
 
 def with_weights(model: Model, name: str, folder: Path) -> Model:
-    """What a variant serves instead of the model, under the model's name.
+    """Return the model that a variant serves in place of the served one, under the same name.
 
     Quantized weights are stored packed: they keep the parameters of the model and change the bytes.
     """

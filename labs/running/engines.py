@@ -11,7 +11,8 @@ import psutil
 
 from dashboards.prometheus import Prometheus
 from labs.lab import Variant
-from labs.running.resolve import Setup, Teller
+from labs.running.progress import ProgressDisplay
+from labs.running.resolve import Setup
 from serving.engines import ENGINES
 from serving.engines.base import Engine, Server, with_places
 
@@ -19,7 +20,7 @@ Groups = list[list[Variant]]  # variants that stay loaded together
 
 
 def resident_groups(setup: Setup) -> Groups:
-    """All variants where host memory admits it, else one at a time.
+    """Return all variants as one group where host memory admits it, else a group for each.
 
     A GPU engine takes its share of the device for itself, so there they take turns, in an order
     that is drawn: none is always measured first.
@@ -39,11 +40,11 @@ def resident_groups(setup: Setup) -> Groups:
     return [[v] for v in turns.sample(variants, len(variants))]
 
 
-def in_turn(groups: Groups, repeats: int) -> list[tuple[list[Variant], range]]:
-    """Which engines are loaded one after another, and the repeats that they then play.
+def order_of_engines(groups: Groups, repeats: int) -> list[tuple[list[Variant], range]]:
+    """Return which engines are loaded one after another, and the repeats that they then play.
 
-    There and back, A B C and C B A: what drifts meanwhile then tells the repeats apart, not the
-    variants alone, and is in the intervals. With fewer than three repeats, there alone.
+    The order is A B C and then C B A, so that drift of the machine separates the repeats of one
+    variant, too, and widens the intervals. With fewer than three repeats it is A B C alone.
     """
     if len(groups) == 1 or repeats < 3:
         return [(group, range(1, repeats + 1)) for group in groups]
@@ -52,7 +53,7 @@ def in_turn(groups: Groups, repeats: int) -> list[tuple[list[Variant], range]]:
 
 
 class Engines:
-    """The engines that serve now, by the names of their variants."""
+    """Starts and stops the engines of a run, and holds those that serve now."""
 
     def __init__(
         self,
@@ -60,10 +61,10 @@ class Engines:
         logs: Path,
         prometheus: Prometheus,
         labels: Mapping[str, str],
-        teller: Teller,
+        progress: ProgressDisplay,
     ) -> None:
         self.start_s = 0.0  # spent on waiting for engines so far
-        self._setup, self._logs, self._teller = setup, logs, teller
+        self._setup, self._logs, self._progress = setup, logs, progress
         self._prometheus, self._labels = prometheus, labels
         self._serving: dict[str, Server] = {}
 
@@ -71,14 +72,14 @@ class Engines:
         return variant.name in self._serving
 
     def load(self, group: Sequence[Variant]) -> bool:
-        """Have the engines of these variants serve, and no others; whether any was started.
+        """Have the engines of these variants serve, and no others. Raises EngineError.
 
-        Raises EngineError.
+        Returns whether any engine had to be started.
         """
         if self._serving.keys() == {v.name for v in group}:
             return False
         self.unload()
-        starting = [(v, self._start(v)) for v in group]  # side by side: they import for long
+        starting = [(v, self._start(v)) for v in group]  # at the same time: their imports take long
         for variant, engine in starting:
             self._wait(variant, engine)
         return True
@@ -87,15 +88,15 @@ class Engines:
         for engine in self._serving.values():
             engine.stop()
         self._serving.clear()
-        self._prometheus.forget("engine")  # the next one may get a port of theirs
+        self._prometheus.forget("engine")  # the next engine may get the port of one of these
 
     def alive(self, variant: Variant) -> Server | None:
-        """The engine of a variant; None where it has died or was not started."""
+        """Return the engine of a variant; None where it has died or was not started."""
         engine = self._serving.get(variant.name)
         return None if engine is None or engine.died() else engine
 
-    def of(self, variant: Variant) -> Server:
-        """The engine of a variant; a new one where it died in an earlier trial.
+    def serving(self, variant: Variant) -> Server:
+        """Return the engine of a variant; start a new one where it died in an earlier trial.
 
         Raises EngineError.
         """
@@ -125,7 +126,7 @@ class Engines:
         return engine
 
     def _wait(self, variant: Variant, engine: Server) -> None:
-        """Return once it serves, and have Prometheus scrape it. Raises EngineError."""
+        """Wait until it serves, and have Prometheus scrape it. Raises EngineError."""
         if not isinstance(engine, Engine):
             return
         began = time.monotonic()
@@ -133,9 +134,9 @@ class Engines:
         on_cpu = self._setup.machine.kind == "cpu"
         about = f" of about {engine.start_s:.0f}" if on_cpu and engine.start_s else ""
         starting = f"starting {engine.title} ({variant.name})"
-        engine.wait(lambda s: self._teller.waiting(f"{starting}: {s:.0f} s{about}"))
+        engine.wait(lambda s: self._progress.waiting(f"{starting}: {s:.0f} s{about}"))
         took_s = time.monotonic() - began
         self.start_s += took_s
         serves = f"{engine.title} ({variant.name}) serves at {engine.url}"
-        self._teller.step(f"{serves} after {took_s:.0f} s")
+        self._progress.message(f"{serves} after {took_s:.0f} s")
         self._prometheus.scrape("engine", engine.url, {**self._labels, "variant": variant.name})

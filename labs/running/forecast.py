@@ -23,7 +23,8 @@ from labs.filing.results import Band, PointForecasts
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS, measure
 from labs.lab import Lab, LabError, Point, Prediction, Variant
-from labs.running.resolve import Setup, Teller
+from labs.running.progress import ProgressDisplay
+from labs.running.resolve import Setup
 from loadtests.arrivals import Concurrent, Contended, Replay, Waves
 from loadtests.plan import WINDOWS_AT_MOST, TrialSummary
 from loadtests.records import RequestRecord
@@ -57,7 +58,7 @@ class ForecastError(LabError):
 
 
 def forecast(
-    setup: Setup, requests: Mapping[str, Sequence[Path]], teller: Teller
+    setup: Setup, requests: Mapping[str, Sequence[Path]], progress: ProgressDisplay
 ) -> PointForecasts:
     """Forecast every point whose step can be timed.
 
@@ -69,11 +70,11 @@ def forecast(
     if not points:
         return PointForecasts(points={}, without=without)
     with _forecaster() as (send, receive):
-        teller.waiting("timing the stand-in step, for the forecast")
+        progress.waiting("timing the stand-in step, for the forecast")
         times = time_steps(
             [s for p in points for s in (_step_of(setup, p), _draft_of(setup, p)) if s]
         )
-        teller.waiting("playing every load on vLLM's scheduler in virtual time")
+        progress.waiting("playing every load on vLLM's scheduler in virtual time")
         send(_plan(setup, points, requests, times))
         plays = list(receive())
     plays_as_timed = len(points) * setup.lab.repeats

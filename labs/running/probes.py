@@ -1,6 +1,6 @@
-"""What is asked of an engine beside the load: quality, isolation, leaks by timing.
+"""Probes: what a run asks of an engine beside the load (quality, isolation, leaks by timing).
 
-A probe is asked once a variant, after its trials, of the same engine. What it found is kept as it
+Each probe runs once for a variant, on the same engine, after its trials. Its result is kept as it
 came (`probes/<probe>-<variant>.json`); `labs/findings/` concludes from it.
 """
 
@@ -25,36 +25,36 @@ from serving.engines.base import EngineError, Server
 
 
 @dataclass(frozen=True)
-class Served:
-    """A running engine."""
+class ProbedEngine:
+    """A running engine with what a probe needs to ask it."""
 
     variant: Variant
     lab: Lab
     engine: Server
-    places: Mapping[str, Path]
+    places: Mapping[str, Path]  # derived model -> its folder
     writer: Writer
 
 
-Probe = Callable[[Served], dict[str, Any]]
+Probe = Callable[[ProbedEngine], dict[str, Any]]
 TIMEOUT_S = 120
 TEXTS_ASKED = 12  # with five needles each: with fewer the gate could not even pass a twin
 
 
-def quality(served: Served, quick: bool = False) -> dict[str, Any]:
-    """What `labs/judging/evaluation.py` asks; the first variant twice, for the false alarms."""
+def quality(served: ProbedEngine, quick: bool = False) -> dict[str, Any]:
+    """Ask what `labs/judging/evaluation.py` asks; the first variant twice, for the false alarms."""
     engine, longest = served.engine, served.lab.flags_of(served.variant).max_model_len
     lengths = [n for n in LENGTHS_TOKENS if 1.2 * n < longest]
     seeds = TEXTS_ASKED // len(lengths)
     times = 2 if served.variant.name == served.lab.variants[0].name else 1
-    asked = [
+    evaluations = [
         evaluate(engine.url, engine.model, lengths_tokens=lengths, seeds=seeds, quick=quick)
         for _ in range(times)
     ]
-    return {"answers": [a.model_dump(mode="json") for a in asked]}
+    return {"answers": [a.model_dump(mode="json") for a in evaluations]}
 
 
-def tenants(served: Served, requests_sent: int = 1700, at_once: int = 16) -> dict[str, Any]:
-    """Is every answer its own tenant's? Under concurrency, prefix caching and hot loading.
+def tenants(served: ProbedEngine, requests_sent: int = 1700, at_once: int = 16) -> dict[str, Any]:
+    """Ask every tenant under concurrency, prefix caching and hot loading: is each answer its own?
 
     All tenants ask the same few prompts, so that their prefixes could be mistaken for each other's.
     One more adapter, `visitor`, is loaded at run time under the load, answers, and is unloaded;
@@ -66,48 +66,51 @@ def tenants(served: Served, requests_sent: int = 1700, at_once: int = 16) -> dic
     prompts = [served.writer.chat(33 + 32 * (i % 2), rng) for i in range(16)]
     url, before = f"{served.engine.url}/v1/chat/completions", _prefix_tokens(served.engine)
 
-    def answer(model: str, prompt: int) -> requests.Response:
+    def ask(model: str, prompt: int) -> requests.Response:
         body = {"model": model, "messages": prompts[prompt % len(prompts)], "max_tokens": 5,
                 "temperature": 0, "ignore_eos": True}  # fmt: skip
         return requests.post(url, json=body, timeout=TIMEOUT_S)
 
-    def said(response: requests.Response) -> str:
+    def text_of(response: requests.Response) -> str:
         response.raise_for_status()
         return str(response.json()["choices"][0]["message"]["content"])
 
     drawn = [rng.randrange(count) for _ in range(requests_sent)]
     visits: list[tuple[int, str]] = []
     with thread_pool(at_once) as pool:
-        asked = [pool.submit(answer, f"tenant-{t}", i) for i, t in enumerate(drawn)]
+        pending = [pool.submit(ask, f"tenant-{t}", i) for i, t in enumerate(drawn)]
         for owner in range(count):
             served.engine.load_adapter("visitor", served.places["adapters"] / f"tenant-{owner}")
-            visits += [(owner, said(answer("visitor", i))) for i in range(4)]
+            visits += [(owner, text_of(ask("visitor", i))) for i in range(4)]
             served.engine.unload_adapter("visitor")
-        answers = [(t, said(future.result())) for t, future in zip(drawn, asked, strict=True)]
-    looked_up, found = (b - a for a, b in zip(before, _prefix_tokens(served.engine), strict=True))
-    unknown, gone = answer("tenant-nobody", 0), answer("visitor", 0)
+        answers = [(t, text_of(future.result())) for t, future in zip(drawn, pending, strict=True)]
+    looked_up, hits = (b - a for a, b in zip(before, _prefix_tokens(served.engine), strict=True))
+    unknown, gone = ask("tenant-nobody", 0), ask("visitor", 0)
     return {
         "answers": [*answers, *visits],
         "visits": len(visits),
-        "cached_share": found / looked_up if looked_up else None,
+        "cached_share": hits / looked_up if looked_up else None,
         "refused": {"tenant-nobody": unknown.status_code, "visitor, unloaded": gone.status_code},
         "refusal": unknown.text[:200],
         # the right question sent to the wrong adapter: the check must notice
-        "misrouted": [(0, said(answer("tenant-1", i))) for i in range(4)],
-        "base": [said(answer(served.engine.model, i)) for i in range(4)],
+        "misrouted": [(0, text_of(ask("tenant-1", i))) for i in range(4)],
+        "base": [text_of(ask(served.engine.model, i)) for i in range(4)],
     }
 
 
 def _prefix_tokens(engine: Server) -> tuple[float, float]:
-    """(looked up, found) in the engine's prefix cache so far. Raises EngineError."""
+    """Read how many tokens the prefix cache was asked for and how many it held (hits) so far.
+
+    Raises EngineError.
+    """
     if (snapshot := engine.snapshot()) is None:
         raise EngineError(f"{engine.name} shows no metrics")
     values = snapshot.values
     return values.get(metrics.PREFIX_QUERIES, 0.0), values.get(metrics.PREFIX_HITS, 0.0)
 
 
-def salt(served: Served, rounds: int = 12) -> dict[str, Any]:
-    """Can one tenant tell by timing what another has asked? With and without `cache_salt`.
+def salt(served: ProbedEngine, rounds: int = 12) -> dict[str, Any]:
+    """Time whether one tenant can tell what another has asked, with and without `cache_salt`.
 
     Each round a victim sends a fresh prompt; then a stranger times the same prompt, and another of
     the same length that nobody has sent. With a salt of their own each, the stranger's copy is no
@@ -126,14 +129,14 @@ def salt(served: Served, rounds: int = 12) -> dict[str, Any]:
         requests.post(url, json=body, timeout=TIMEOUT_S).raise_for_status()
         return time.monotonic() - began
 
-    found: dict[str, list[float]] = {}
+    times_s: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, victim, stranger in (("shared", None, None), ("salted", "victim", "stranger")):
             secret, other = (served.writer.chat(tokens, rng) for _ in range(2))
             took_s(secret, victim)
-            found.setdefault(f"{name}, known", []).append(took_s(secret, stranger))
-            found.setdefault(f"{name}, fresh", []).append(took_s(other, stranger))
-    return {"took_s": found, "prompt_tokens": tokens}
+            times_s.setdefault(f"{name}, known", []).append(took_s(secret, stranger))
+            times_s.setdefault(f"{name}, fresh", []).append(took_s(other, stranger))
+    return {"took_s": times_s, "prompt_tokens": tokens}
 
 
 PROBES: dict[str, Probe] = {
@@ -145,4 +148,4 @@ PROBES: dict[str, Probe] = {
     "salt-quick": partial(salt, rounds=4),
 }
 READ_TEXT = frozenset(("quality", "quality-quick", "tenants", "tenants-quick"))
-"""Probes that mean nothing of random weights, as what these write is no text."""
+"""Probes that read text: random weights write none, so these probes refuse them."""

@@ -1,4 +1,4 @@
-"""Did I get their numbers? A run on file is asked for again, from its manifest.
+"""Ask for a recorded run again, from its manifest: does this machine measure the same?
 
 The lab comes from the manifest, knob for knob, with its seeds; what predicts comes from the lab of
 that name in this checkout. What the manifest names and this machine has otherwise is listed, the
@@ -14,7 +14,7 @@ from labs.filing import manifest
 from labs.filing.manifest import Fact
 from labs.filing.results import Run, lab_from_resolved
 from labs.lab import LabError
-from labs.running.resolve import Request, engine_environment, model_of
+from labs.running.resolve import RunRequest, engine_environment, model_of
 from serving import machine as machines
 from serving import models
 from serving.dummy import SUFFIX
@@ -22,39 +22,42 @@ from serving.dummy import SUFFIX
 
 def request(
     run: Run, model: str = "", resume: bool = False, engine_command: Sequence[str] = ()
-) -> Request:
-    """What to ask for to run the same again; raises LabError where this checkout cannot."""
+) -> RunRequest:
+    """Return the request that runs the same again. Raises LabError where this checkout cannot."""
     name, commit = run.lab["name"], run.environment.git_commit
-    there = f"`git checkout {commit[:12]}` has it" if commit else "the commit is not on file"
+    checkout_hint = (
+        f"`git checkout {commit[:12]}` has it" if commit else "the commit is not on file"
+    )
     if run.endpoint:
-        raise LabError("it was measured on an endpoint: only its owner can bring that back")
+        raise LabError("this run was measured on an endpoint, which only its owner can start again")
     if name not in LABS:
-        raise LabError(f"there is no lab {name} in this checkout: {there}")
-    now = LABS[name]
-    now = now.at(run.scale, run.quick, dummy=True) if run.dummy else now
-    now = now.against_itself() if run.aa else now
-    lost = [
+        raise LabError(f"there is no lab {name} in this checkout: {checkout_hint}")
+    current_lab = LABS[name]
+    current_lab = current_lab.at(run.scale, run.quick, dummy=True) if run.dummy else current_lab
+    current_lab = current_lab.against_itself() if run.aa else current_lab
+    without_prediction = [
         part["name"]
         for kind in ("claims", "forecasts")
         for part in run.lab[kind]
-        if part["name"] not in [known.name for known in getattr(now, kind)]
+        if part["name"] not in [known.name for known in getattr(current_lab, kind)]
     ]
-    if lost:
+    if without_prediction:
         raise LabError(
-            f"nothing in this checkout predicts {', '.join(lost)} of {name} any more: {there}"
+            f"this checkout no longer predicts {', '.join(without_prediction)} of {name}:"
+            f" {checkout_hint}"
         )
     try:
-        lab = lab_from_resolved(run.lab, now)
+        lab = lab_from_resolved(run.lab, current_lab)
     except ValueError as error:
         raise LabError(
-            f"this checkout cannot read the run's lab any more ({str(error).splitlines()[0]}):"
-            f" {there}"
+            f"this checkout can no longer read the run's lab ({str(error).splitlines()[0]}):"
+            f" {checkout_hint}"
         ) from error
-    return Request(
+    return RunRequest(
         lab=lab,
         quick=run.quick,
         changes=run.changes,
-        model=model or _asked_for(run),
+        model=model or _model_setting(run),
         weights="dummy" if run.dummy else "",
         resume=resume,
         reproduces=run.run_id,
@@ -62,18 +65,18 @@ def request(
     )
 
 
-def _asked_for(run: Run) -> str:
-    """The MODEL that serves what the run served."""
+def _model_setting(run: Run) -> str:
+    """Return the setting MODEL that serves what the run served."""
     if run.dummy:
         return run.model.removesuffix(SUFFIX)
     return "" if run.model == models.default_name(machines.detect()) else run.model
 
 
-def differs_here(run: Run, asked: Request) -> list[Fact]:
-    """What of the run's environment this machine has otherwise, before anything starts."""
+def differs_here(run: Run, run_request: RunRequest) -> list[Fact]:
+    """List how this machine's environment differs from the run's, before anything starts."""
     host = machines.detect()
-    model = model_of(host, asked.model, asked.weights)
-    here = run.model_copy(
+    model = model_of(host, run_request.model, run_request.weights)
+    run_here = run.model_copy(
         update={
             "machine": host,
             "environment": engine_environment(host.kind, model, run.rebuilt_lab()),
@@ -82,21 +85,21 @@ def differs_here(run: Run, asked: Request) -> list[Fact]:
             "model_files": models.file_hashes(model.path),
         }
     )
-    return manifest.differences(manifest.facts(run), manifest.facts(here))
+    return manifest.differences(manifest.facts(run), manifest.facts(run_here))
 
 
-def notes(run: Run, here: str) -> list[str]:
-    """How this checkout and its vLLM (`here`) depart from the run's, and how to have those too."""
-    out = []
-    commit, there = run.environment.git_commit, run.environment.vllm
+def notes(run: Run, vllm_here: str) -> list[str]:
+    """Say how this checkout and its vLLM differ from the run's, and how to use those instead."""
+    sentences = []
+    commit, its_vllm = run.environment.git_commit, run.environment.vllm
     if manifest.is_stale(run):
-        out.append(
-            "This checkout's lab has other knobs by now; the run's own are used, from its manifest."
+        sentences.append(
+            "This checkout's lab has other settings by now; those of the run's manifest are used."
             + (f" To use its code too: git checkout {commit[:12]}" if commit else "")
         )
-    if there and there != here:
-        out.append(
-            f"It ran on vLLM {there}, here is {here}: `make reproduce RUN=.. VLLM={there}` runs on"
-            " the same, in an environment of its own."
+    if its_vllm and its_vllm != vllm_here:
+        sentences.append(
+            f"It ran on vLLM {its_vllm}; {vllm_here} is installed here. To use the same vLLM, in an"
+            f" environment of its own: `make reproduce RUN=.. VLLM={its_vllm}`."
         )
-    return out
+    return sentences

@@ -1,4 +1,4 @@
-"""What the reader asked for, resolved and checked before the first process starts."""
+"""Resolve and check what the reader asked for, before the first process starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from labs.filing.results import RESULTS, MachineFile, read_json, require_room, write_json
 from labs.findings.parts import parts_of
@@ -16,7 +16,7 @@ from labs.judging.text import ceilings_text
 from labs.lab import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Point
 from labs.running import derived_models
 from labs.running.probes import PROBES, READ_TEXT
-from labs.telling.document import Block
+from labs.running.progress import ProgressDisplay
 from labs.telling.plots import plots_of
 from loadtests.prompts import Writer, counter
 from serving import dummy, models
@@ -27,19 +27,9 @@ from serving.engines.endpoint import Endpoint
 from serving.machine import Ceilings, Environment, Machine
 
 
-class Teller(Protocol):
-    """Whoever shows a run to a person."""
-
-    def step(self, text: str) -> None: ...
-    def plan(self, seconds: float) -> None: ...
-    def waiting(self, text: str) -> None: ...
-    def trial_done(self, text: str, remaining_s: float) -> None: ...
-    def show(self, content: Block) -> None: ...
-
-
 @dataclass(frozen=True)
-class Request:
-    """What the reader asked for."""
+class RunRequest:
+    """Holds what the reader asked for: a lab, and the settings of its run."""
 
     lab: Lab
     quick: bool = False
@@ -55,7 +45,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything resolved and checked, before anything starts."""
+    """Holds everything that a run needs, resolved and checked before anything starts."""
 
     lab: Lab
     machine: Machine
@@ -73,7 +63,7 @@ class Setup:
         return max(p.load.seats for p in self.points)
 
 
-def resolve(request: Request, teller: Teller) -> Setup:
+def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     """Check everything that can be checked before the first process starts."""
     machine = machines.detect()
     lab = request.lab.at(
@@ -106,17 +96,18 @@ def resolve(request: Request, teller: Teller) -> Setup:
         except ValueError as error:
             raise LabError(f"workload {workload.name}: {error}") from error
     places = {
-        name: derived_models.make(model, name, teller.step, request.quick) for name in lab.derived()
+        name: derived_models.make(model, name, progress.message, request.quick)
+        for name in lab.derived()
     }
     weights = {
         v.name: derived_models.with_weights(model, v.weights, places[v.weights])
         for v in lab.variants
         if v.weights
     }
-    ceilings = measured_ceilings(machine, teller)
-    teller.step(f"Machine: {machine.describe()}; {ceilings_text(ceilings)}")
+    ceilings = measured_ceilings(machine, progress)
+    progress.message(f"Machine: {machine.describe()}; {ceilings_text(ceilings)}")
     random_weights = ", random weights" if model.dummy else ""
-    teller.step(
+    progress.message(
         f"Model: {model.name}, {model.shape.params / 1e6:,.0f} M parameters{random_weights}"
     )
     points = lab.points(
@@ -132,23 +123,28 @@ def resolve(request: Request, teller: Teller) -> Setup:
 
 
 def is_dummy(weights: str) -> bool:
-    """Of the setting WEIGHTS. Raises LabError for what it does not know."""
+    """Tell whether the setting WEIGHTS asks for random ones. Raises LabError for other values."""
     if weights not in ("", "dummy"):
-        raise LabError(f"WEIGHTS={weights} is not known: WEIGHTS=dummy serves random weights")
+        raise LabError(
+            f"WEIGHTS={weights} is not known: use WEIGHTS=dummy, which serves random weights"
+        )
     return bool(weights)
 
 
 def model_of(machine: Machine, wanted: str, weights: str) -> models.Model:
-    """What MODEL and WEIGHTS ask for on this machine. Raises ModelError and LabError."""
+    """Find the model that MODEL and WEIGHTS ask for on this machine.
+
+    Raises ModelError and LabError.
+    """
     if is_dummy(weights):
         return dummy.resolve(machine, wanted)
     if wanted in dummy.SHAPES and not Path(wanted).exists():
-        raise LabError(f"MODEL={wanted} is a shape without weights: say WEIGHTS=dummy with it")
+        raise LabError(f"MODEL={wanted} is a shape without weights: set WEIGHTS=dummy with it")
     return models.resolve(machine, wanted)
 
 
 def require_devices(lab: Lab, machine: Machine) -> None:
-    """What the engines' flags ask of this machine, it has.
+    """Check that this machine has the devices that the engines' flags ask for.
 
     Raises EngineError; NotApplicable where no setting of the reader's would help.
     """
@@ -160,15 +156,16 @@ def require_devices(lab: Lab, machine: Machine) -> None:
 
 
 def require_compiler(lab: Lab, machine: Machine) -> None:
-    """What an engine compiles as it starts, something here can. Raises EngineError."""
+    """Check that a compiler is here where an engine compiles at its start. Raises EngineError."""
     for variant in lab.variants:
         ENGINES[variant.engine].require_compiler(variant.name, lab.flags_of(variant), machine)
 
 
 def require_memory(lab: Lab, machine: Machine, model: models.Model) -> None:
-    """The device holds the weights and the memory that each variant asks for. Raises EngineError.
+    """Check that the device holds the weights and the memory that each variant asks for.
 
-    A variant with weights of its own is not judged by the model's.
+    Raises EngineError. A variant with weights of its own is not checked: the model's shape does not
+    say how large those are.
     """
     for variant in lab.variants:
         if not variant.weights:
@@ -177,7 +174,7 @@ def require_memory(lab: Lab, machine: Machine, model: models.Model) -> None:
 
 
 def require_sizes(lab: Lab, model: models.Model) -> None:
-    """The requests fit the model and the engines, and the engines' limits fit their memory.
+    """Check that requests fit the model and the engines, and the engines' limits their memory.
 
     Raises LabError and EngineError.
     """
@@ -195,13 +192,13 @@ def require_sizes(lab: Lab, model: models.Model) -> None:
 
 
 def check_flags(lab: Lab) -> None:
-    """Each engine takes the flags of the variants that are on it. Raises EngineError."""
+    """Check that each engine accepts the flags of its variants. Raises EngineError."""
     for name in dict.fromkeys(v.engine for v in lab.variants):
         ENGINES[name].check_flags([lab.flags_of(v) for v in lab.variants if v.engine == name])
 
 
 def require_known_names(lab: Lab) -> None:
-    """What only other modules know: metrics and plots; and the price, read when measuring."""
+    """Check the names that only other modules know, and the price. Raises LabError."""
     parts: list[Claim | Forecast] = [*lab.claims, *lab.forecasts]
     for part in parts:
         if part.metric not in trial_metrics():
@@ -222,16 +219,19 @@ def require_known_names(lab: Lab) -> None:
 
 
 def require_no_reading(lab: Lab) -> None:
-    """Random weights write no text, so no probe may read it, whoever added it to the lab."""
-    if asked := [name for name in lab.probes if name in READ_TEXT]:
-        raise LabError(f"{', '.join(asked)}: {NO_TEXT}")
+    """Check that no probe reads text, as random weights write none. Raises LabError."""
+    if reading_probes := [name for name in lab.probes if name in READ_TEXT]:
+        raise LabError(f"{', '.join(reading_probes)}: {NO_TEXT}")
 
 
-def measured_ceilings(machine: Machine, teller: Teller) -> Ceilings:
-    """From machine.json, or measured now and kept there."""
+def measured_ceilings(machine: Machine, progress: ProgressDisplay) -> Ceilings:
+    """Read the ceilings from machine.json; measure and keep them there where it is missing.
+
+    Raises LabError where they cannot be measured.
+    """
     path = RESULTS / machine.slug / "machine.json"
     if not path.exists():
-        teller.step("Measuring memory bandwidth and BF16 rate (once a machine, about 15 s)")
+        progress.message("Measuring memory bandwidth and BF16 rate (once a machine, about 15 s)")
         try:
             ceilings = machines.measure_ceilings(machine)
         except subprocess.CalledProcessError as error:
@@ -242,10 +242,10 @@ def measured_ceilings(machine: Machine, teller: Teller) -> Ceilings:
 
 
 def engine_environment(kind: str, model: models.Model, lab: Lab) -> Environment:
-    """Of this machine, with what an engine started here would find."""
-    found = machines.environment(models.ROOT, kind)
-    variables = dict(found.variables)
+    """Describe this machine's software, with the variables that an engine would get here."""
+    environment = machines.environment(models.ROOT, kind)
+    variables = dict(environment.variables)
     for name in dict.fromkeys(v.engine for v in lab.variants):
         own = ENGINES[name].environment(kind, model, lab.all_flags)
         variables |= machines.engine_variables(own)
-    return found.model_copy(update={"variables": variables})
+    return environment.model_copy(update={"variables": variables})

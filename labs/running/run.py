@@ -1,4 +1,4 @@
-"""A run, from a question to a report: `run()` reads top to bottom as what happens."""
+"""Run a lab, from its question to its report: `run()` reads top to bottom as what happens."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ from labs.filing.results import (
     write_json,
 )
 from labs.lab import LabError
-from labs.running import backfill, harness
-from labs.running.engines import in_turn, resident_groups
+from labs.running import backfill
+from labs.running.engines import order_of_engines, resident_groups
 from labs.running.forecast import ForecastError, forecast, ratio_of_forecasts
-from labs.running.resolve import Request, Setup, Teller, engine_environment, resolve
+from labs.running.harness import open_harness
+from labs.running.progress import ProgressDisplay
+from labs.running.resolve import RunRequest, Setup, engine_environment, resolve
 from labs.running.trials import interleave, requests_file, write_requests
 from labs.telling import pages, report, tables
 from labs.telling.document import bullets, section
@@ -41,7 +43,7 @@ from serving.engines import ENGINES
 SCRATCH = Path(os.environ.get("LABS_SCRATCH") or models.CACHE)
 
 
-def run(request: Request, teller: Teller) -> RunFolder:
+def run(request: RunRequest, progress: ProgressDisplay) -> RunFolder:
     """Run a lab; raises LabError, EngineError or ModelError with one sentence that says what to do.
 
     Returns the folder; its `complete` is false when a trial failed. Ctrl-C leaves what was finished
@@ -49,74 +51,93 @@ def run(request: Request, teller: Teller) -> RunFolder:
     """
     began = time.monotonic()
     with contextlib.ExitStack() as exits:
-        exits.enter_context(alone())
-        setup = resolve(request, teller)
+        exits.enter_context(run_lock())
+        setup = resolve(request, progress)
         work = exits.enter_context(_scratch())
-        teller.waiting("writing the prompts")
-        prompts = write_requests(setup, work)
+        progress.waiting("writing the prompts")
+        prompts_sha256 = write_requests(setup, work)
         folder = _resumed(setup) if request.resume else None
         if request.resume and folder is None:
-            teller.step("Nothing to resume: no unfinished run of this lab as it is asked for now")
-        folder = folder or RunFolder.create(_manifest(setup, request, prompts))
-        if (folder.path / "predictions.json").exists():  # what was said before stays said
-            predictions = folder.predictions()
-        else:
-            predictions = predict(setup, in_virtual_time(setup, work, teller))
-            write_json(folder.path / "predictions.json", predictions)
-        teller.show(
-            section(
-                "Predicted, before any engine starts",
-                tables.in_virtual_time(setup.lab, predictions.in_virtual_time)
-                if predictions.in_virtual_time
-                else None,
-                tables.predictions(setup.lab, predictions),
-                bullets(report.formulas(setup.lab, predictions)),
-            )
-        )
-        with harness.started(setup, folder, work, teller) as running:
-            groups = resident_groups(setup)
-            turns = in_turn(groups, setup.lab.repeats)
-            for group, repeats in turns:
-                trials = [(p, r) for p, r in interleave(setup, group) if r in repeats]
-                running.visit(group, trials)
-            running.settle(groups)
-            agreement = running.counts.agreement(running.prometheus)
-        write_json(
-            folder.path / "session.json",
-            Session(
-                engine_start_s=round(running.engines.start_s, 2),
-                load_s=round(running.trials.load_s, 2),
-                wall_s=round(time.monotonic() - began, 2),
-                resident=len(groups) == 1,
-                there_and_back=len(turns) > len(groups),
-                agreement=agreement,
-                prometheus=running.prometheus.missing,
-                ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            ),
-        )
-        summary = summarise(folder)
-        report.write(folder)
-        pages.write(folder)
-        if not running.prometheus.missing:
-            try:
-                backfill.load_figures(folder)
-            except (PrometheusError, OSError) as error:  # the run itself is whole
-                teller.step(f"{error}; `make import RUN={folder.path}` tries again")
-        if not summary.failed and not summary.missing:
-            (folder.path / "COMPLETE").write_text(datetime.now(UTC).isoformat() + "\n")
+            progress.message("Nothing to resume: no unfinished run of this lab has these settings")
+        folder = folder or RunFolder.create(_manifest(setup, request, prompts_sha256))
+        _write_and_show_predictions(setup, folder, work, progress)
+        session = _measure(setup, folder, work, progress, began)
+        write_json(folder.path / "session.json", session)
+        _finish(folder, session, progress)
     return folder
+
+
+def _write_and_show_predictions(
+    setup: Setup, folder: RunFolder, work: Path, progress: ProgressDisplay
+) -> None:
+    """Write the predictions before any engine starts; those of a resumed run stay as they are."""
+    if (folder.path / "predictions.json").exists():
+        predictions = folder.predictions()
+    else:
+        predictions = predict(setup, in_virtual_time(setup, work, progress))
+        write_json(folder.path / "predictions.json", predictions)
+    forecasts = predictions.in_virtual_time
+    progress.show(
+        section(
+            "Predicted, before any engine starts",
+            tables.in_virtual_time(setup.lab, forecasts) if forecasts else None,
+            tables.predictions(setup.lab, predictions),
+            bullets(report.formulas(setup.lab, predictions)),
+        )
+    )
+
+
+def _measure(
+    setup: Setup, folder: RunFolder, work: Path, progress: ProgressDisplay, began: float
+) -> Session:
+    """Play every trial, the engines taking turns where they must; return how the sitting went.
+
+    `began` is the run's start on the monotonic clock. Raises EngineError where no engine starts.
+    """
+    with open_harness(setup, folder, work, progress) as harness:
+        groups = resident_groups(setup)
+        turns = order_of_engines(groups, setup.lab.repeats)
+        for group, repeats in turns:
+            trials = [(p, r) for p, r in interleave(setup, group) if r in repeats]
+            harness.play_trials(group, trials)
+        harness.repeat_undecided(groups)
+        agreement = harness.counts.agreement(harness.prometheus)
+    return Session(
+        engine_start_s=round(harness.engines.start_s, 2),
+        load_s=round(harness.trials.load_s, 2),
+        wall_s=round(time.monotonic() - began, 2),
+        resident=len(groups) == 1,
+        there_and_back=len(turns) > len(groups),
+        agreement=agreement,
+        prometheus=harness.prometheus.missing,
+        ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _finish(folder: RunFolder, session: Session, progress: ProgressDisplay) -> None:
+    """Judge and report what was measured; write COMPLETE last, where no trial is missing."""
+    summary = summarise(folder)
+    report.write(folder)
+    pages.write(folder)
+    if not session.prometheus:
+        try:
+            backfill.load_figures(folder)
+        except (PrometheusError, OSError) as error:  # the run itself is whole
+            progress.message(f"{error}; `make import RUN={folder.path}` tries again")
+    if not summary.failed and not summary.missing:
+        (folder.path / "COMPLETE").write_text(datetime.now(UTC).isoformat() + "\n")
 
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[Path]:
-    """A folder for what a run needs on disk and nobody needs afterwards."""
-    for left in SCRATCH.glob("run-*/"):  # by a run that was killed; we run alone
+    """Make a folder for what a run needs on disk; it is removed when the block ends."""
+    for left in SCRATCH.glob("run-*/"):  # by a run that was killed: no other holds the lock
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=SCRATCH, prefix="run-") as folder:
         yield Path(folder)
 
 
-def _manifest(setup: Setup, request: Request, prompts_sha256: str) -> Run:
+def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
     lab = setup.lab
     model = "" if setup.endpoint else "<model>"
     return Run(
@@ -171,46 +192,50 @@ def _resumed(setup: Setup) -> RunFolder | None:
     return folder if same and same_engines else None
 
 
-def forecast_alone(request: Request, teller: Teller) -> tuple[Setup, PointForecasts]:
+def forecast_alone(request: RunRequest, progress: ProgressDisplay) -> tuple[Setup, PointForecasts]:
     """Forecast a lab's points without running it. Raises what `run` raises before its engines."""
-    with alone(), _scratch() as work:
-        setup = resolve(request, teller)
-        teller.waiting("writing the prompts")
+    with run_lock(), _scratch() as work:
+        setup = resolve(request, progress)
+        progress.waiting("writing the prompts")
         write_requests(setup, work)
-        return setup, forecast(setup, _files(setup, work), teller)
+        return setup, forecast(setup, _request_files(setup, work), progress)
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Two labs at once would measure each other. Raises LabError."""
+def run_lock() -> Iterator[None]:
+    """Keep a second run out while the block lasts, as each would measure the other.
+
+    Raises LabError where another run holds the lock.
+    """
     SCRATCH.mkdir(parents=True, exist_ok=True)
     with (SCRATCH / "run.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise LabError(
-                "another lab is running from this checkout and would be measured too: wait for it"
+                "another lab is running from this checkout, and each would disturb the other: wait"
+                " until it has ended"
             ) from error
         yield
 
 
-def in_virtual_time(setup: Setup, work: Path, teller: Teller) -> PointForecasts | None:
-    """Every point's forecast; None where vLLM's scheduler cannot be driven, which is told."""
+def in_virtual_time(setup: Setup, work: Path, progress: ProgressDisplay) -> PointForecasts | None:
+    """Forecast every point; show why and return None where vLLM's scheduler cannot be driven."""
     try:
-        return forecast(setup, _files(setup, work), teller)
+        return forecast(setup, _request_files(setup, work), progress)
     except ForecastError as error:
-        teller.step(f"No forecast: {error}; the run goes on with bounds alone")
+        progress.message(f"No forecast: {error}; the run goes on with bounds alone")
         return None
 
 
-def _files(setup: Setup, work: Path) -> dict[str, list[Path]]:
-    """What each workload sends, repeat by repeat."""
+def _request_files(setup: Setup, work: Path) -> dict[str, list[Path]]:
+    """Return the files of what each workload sends, repeat by repeat."""
     repeats = range(1, setup.lab.repeats + 1)
     return {w.name: [requests_file(work, w, r) for r in repeats] for w in setup.lab.workloads}
 
 
 def predict(setup: Setup, forecasts: PointForecasts | None) -> Predictions:
-    """What is written down before any engine starts.
+    """Predict every claim and forecast of the lab, before any engine starts.
 
     A claim is predicted by the ratio of its two points' forecasts where both have one; the lab's
     closed form then stands beside it as an explanation. Elsewhere it is the prediction.

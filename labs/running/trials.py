@@ -1,4 +1,4 @@
-"""The trials of a run: their order, what they send, and how one is played and recorded."""
+"""The trials of a run: what order they have, what they send, how one is played and recorded."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import requests
 
 from labs.filing.results import RunFolder, TrialResult, snapshot_json, write_json
 from labs.lab import LabError, Point, Variant
-from labs.running.counts import Counts, rise
+from labs.running.counts import Counts, counter_increase
 from labs.running.engines import Engines
-from labs.running.machine_load import Others
-from labs.running.resolve import Setup, Teller
+from labs.running.machine_load import OtherLoad
+from labs.running.progress import ProgressDisplay
+from labs.running.resolve import Setup
 from loadtests import generator, plan, records
 from loadtests.workload import Workload
 from serving.engines.base import EngineError
@@ -30,7 +31,10 @@ def requests_file(work: Path, workload: Workload, repeat: int) -> Path:
 
 
 def write_requests(setup: Setup, work: Path) -> str:
-    """Write what each repeat sends, the same for all its variants and loads; their SHA-256."""
+    """Write what each repeat sends, the same for all its variants and loads; return its SHA-256.
+
+    Raises LabError where a workload cannot be written.
+    """
     lab, written = setup.lab, []
     served = setup.endpoint.model if setup.endpoint else setup.model.name
     for workload in lab.workloads:
@@ -46,7 +50,7 @@ def write_requests(setup: Setup, work: Path) -> str:
 
 
 def interleave(setup: Setup, group: Sequence[Variant]) -> list[tuple[Point, int]]:
-    """Every point once in random order, then all again: drift of the machine hits all alike."""
+    """Order trials by repeat, the points of each at random, so that drift hits all points alike."""
     rng = random.Random(f"{setup.lab.seed}/order")
     names = {v.name for v in group}
     points = [p for p in setup.points if p.variant.name in names]
@@ -58,7 +62,7 @@ def interleave(setup: Setup, group: Sequence[Variant]) -> list[tuple[Point, int]
 
 
 def recorded(folder: RunFolder, point: Point, repeat: int) -> bool:
-    """Whether this trial has succeeded, in this sitting or before."""
+    """Tell whether this trial has succeeded, in this sitting or before."""
     result = folder.trial_result(point, repeat)
     return result is not None and result.failed is None
 
@@ -75,54 +79,55 @@ class Trials:
         load: generator.Generator,
         telemetry: Telemetry,
         counts: Counts,
-        teller: Teller,
+        progress: ProgressDisplay,
     ) -> None:
-        self.load_s = 0.0  # of load so far
-        self._setup, self._folder, self._work, self._teller = setup, folder, work, teller
+        self.load_s = 0.0  # spent under load so far
+        self._setup, self._folder, self._work, self._progress = setup, folder, work, progress
         self._engines, self._load = engines, load
         self._telemetry, self._counts = telemetry, counts
         self._left = len(self.due(interleave(setup, setup.lab.variants)))
 
     def due(self, trials: Iterable[tuple[Point, int]]) -> list[tuple[Point, int]]:
-        """Those of these trials that have not succeeded yet."""
+        """Return those of these trials that have not succeeded yet."""
         return [trial for trial in trials if not recorded(self._folder, *trial)]
 
     @property
     def any_recorded(self) -> bool:
-        """Whether any trial has succeeded, in this sitting or before."""
-        every = interleave(self._setup, self._setup.lab.variants)
-        return any(recorded(self._folder, *trial) for trial in every)
+        """Tell whether any trial has succeeded, in this sitting or before."""
+        trials = interleave(self._setup, self._setup.lab.variants)
+        return any(recorded(self._folder, *trial) for trial in trials)
 
     def expect(self, count: int) -> None:
-        """So many trials are still to come, beyond the lab's own repeats."""
+        """Set how many trials are still to come, beyond the lab's own repeats."""
         self._left = count
 
     @property
     def remaining_s(self) -> float:
-        """About how long the trials take that are still to come: the mean over the points."""
+        """Estimate how long the remaining trials take, each the mean over the points."""
         lab, points = self._setup.lab, self._setup.points
         warmup_s = sum(p.workload.warmup_s or lab.warmup_s for p in points) / len(points)
         return self._left * (warmup_s + lab.window_s + PER_TRIAL_S)
 
     def play(self, point: Point, repeat: int) -> None:
         """Play one trial and record it; a failure is recorded with its reason."""
-        began, others = time.monotonic(), Others()
+        began, other_load = time.monotonic(), OtherLoad()
         of = max(repeat, self._setup.lab.repeats)
         name = f"{point.workload.name} {point.load}, repeat {repeat} of {of}"
         if len(self._setup.lab.variants) > 1:
             name = f"{point.variant.name} {name}"
         try:
             summary, engine, rate = self._play(point, repeat, name)
-            stolen, strangers = others.shares()
+            steal_share, others_share = other_load.shares()
             result = TrialResult(
                 point=point.key, repeat=repeat, summary=summary, engine=engine,
-                cpu_steal=stolen, cpu_others=strangers, took_s=round(time.monotonic() - began, 3),
+                cpu_steal=steal_share, cpu_others=others_share,
+                took_s=round(time.monotonic() - began, 3),
             )  # fmt: skip
         except (EngineError, generator.GeneratorError, OSError) as error:
             result = TrialResult(point=point.key, repeat=repeat, failed=str(error))
             rate = f"failed: {str(error).splitlines()[0]}"
         self._record(point, repeat, result)
-        self._teller.trial_done(f"{name}: {rate}", self.remaining_s)
+        self._progress.trial_done(f"{name}: {rate}", self.remaining_s)
 
     def fail(self, trials: Iterable[tuple[Point, int]], reason: str) -> None:
         """Record these trials as failed, but for those that succeeded in an earlier sitting."""
@@ -138,7 +143,7 @@ class Trials:
         self, point: Point, repeat: int, name: str
     ) -> tuple[plan.TrialSummary, dict[str, Any] | None, str]:
         lab = self._setup.lab
-        engine = self._engines.of(point.variant)
+        engine = self._engines.serving(point.variant)
         engine.reset_prefix_cache()
         sending = requests_file(self._work, point.workload, repeat)
         if point.flags.enable_prefix_caching and point.workload.primed and point.workload.prefix:
@@ -163,20 +168,20 @@ class Trials:
         )
         began = time.monotonic()
         self._telemetry.begin(point.variant.name)
-        summary = self._load.play(trial_plan, lambda: self._teller.waiting(name))
+        summary = self._load.play(trial_plan, lambda: self._progress.waiting(name))
         self._telemetry.write(path.with_name("telemetry.csv.gz"), summary.started_unix_s)
         self.load_s += time.monotonic() - began
-        every = list(records.read(path))
-        done = [r for r in every if r.ok]
+        request_records = list(records.read(path))
+        succeeded = [r for r in request_records if r.ok]
         if summary.aborted or engine.died():
-            self._counts.discard(done)
+            self._counts.discard(succeeded)
             raise EngineError(engine.died() or summary.aborted or "")
-        engine_rise = rise(engine, before, len(done))
-        self._counts.add(done, engine_rise)
+        engine_counters = counter_increase(engine, before, len(succeeded))
+        self._counts.add(succeeded, engine_counters)
         start, end = summary.window_s
-        tokens = sum(k for r in every for at, k in r.chunks if start <= at < end)
+        tokens = sum(k for r in request_records for at, k in r.chunks if start <= at < end)
         rate = f"{tokens / (end - start):.0f} tok/s" if end > start else "nothing in the window"
-        return summary, None if engine_rise is None else snapshot_json(engine_rise), rate
+        return summary, None if engine_counters is None else snapshot_json(engine_counters), rate
 
 
 def _prime(url: str, sending: Path, groups: int, timeout_s: float) -> None:
@@ -184,5 +189,5 @@ def _prime(url: str, sending: Path, groups: int, timeout_s: float) -> None:
     for planned in plan.read_requests(sending)[:groups]:
         body = {**json.loads(planned.body), "max_tokens": 1, "stream": False}
         del body["stream_options"]
-        answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=timeout_s)
-        answer.raise_for_status()
+        response = requests.post(f"{url}/v1/chat/completions", json=body, timeout=timeout_s)
+        response.raise_for_status()

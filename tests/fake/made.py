@@ -31,11 +31,11 @@ def folder_of(name: str, results: Path) -> Path:
     return results.with_name("made") / name
 
 
-def make(model: Model, name: str, say: Callable[[str], None], quick: bool = False) -> Path:
+def make(model: Model, name: str, report: Callable[[str], None], quick: bool = False) -> Path:
     folder = folder_of(name, results.RESULTS)
     if folder.exists():
         return folder
-    say(f"Making a fake {name}")
+    report(f"Making a fake {name}")
     folder.mkdir(parents=True)
     if name == "adapters":
         about = {"rank": 8, "params_per_adapter": PARAMS_PER_ADAPTER}

@@ -443,7 +443,7 @@ def test_nothing_outlives_a_runner_that_is_terminated(stopped: Stopped) -> None:
 
 
 def test_a_second_lab_is_told_to_wait(stopped: Stopped) -> None:
-    _plainly_refused(stopped.second, "another lab is running", "wait for it")
+    _plainly_refused(stopped.second, "another lab is running", "wait until it has ended")
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_loading_twice_changes_nothing(watched: Watched, cut: Command) -> None:
     watched.imports()
     samples = f"sum(count_over_time({exporter.OUTPUT_TOKENS}_total$1))"
     before = watched.value(samples)
-    assert "there already" in watched.imports()
+    assert "already loaded" in watched.imports()
     assert watched.value(samples) == before > 0
 
 
@@ -144,7 +144,7 @@ def test_a_damaged_run_is_named_and_left_out(
     command = watched.reader.types("import", RESULTS=str(results))
     assert command.wait() == 1
     assert re.search(rf"{cut.folder.path.name}: left out: .*damaged after line", command.said)
-    assert "runs that could not be read: 1; mend or remove them" in command.said
+    assert "1 runs could not be read: repair or remove their folders" in command.said
 
 
 def test_the_figures_are_those_of_the_report(watched: Watched, cut: Command) -> None:

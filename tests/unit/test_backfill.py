@@ -70,7 +70,7 @@ def test_of_an_interrupted_run_its_finished_trials_are_added(
     shutil.rmtree(begun.path / "trials")
     trials = len(list(whole.path.rglob("trial.json")))
     first, second, third = imported(begun, cut, whole)
-    assert first.endswith(": left out: no trial of it has finished")
+    assert first.endswith(": left out, as none of its trials has finished")
     assert second.endswith(f": {trials} trials")
     assert third.endswith(f": {trials} trials and the figures of its report")
     assert sum(line.startswith(series.RUN_INFO) for line in loaded) == 1

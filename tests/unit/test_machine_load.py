@@ -10,7 +10,7 @@ import time
 
 import psutil
 
-from labs.running.machine_load import Others
+from labs.running.machine_load import OtherLoad
 
 BUSY = "import time; e = time.process_time() + 0.4\nwhile time.process_time() < e: pass"
 ORPHAN = f"""
@@ -21,7 +21,7 @@ print(subprocess.Popen([sys.executable, "-c", {BUSY!r}], stdout=subprocess.DEVNU
 
 def test_what_a_stranger_uses_is_told() -> None:
     """A process whose parent has gone is no child of ours."""
-    others = Others()
+    other_load = OtherLoad()
     printed = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, check=True)
     stranger = psutil.Process(int(printed.stdout))
     try:
@@ -29,7 +29,7 @@ def test_what_a_stranger_uses_is_told() -> None:
         while used_s < 0.3 and time.monotonic() < deadline:
             used_s = sum(stranger.cpu_times()[:2])
             time.sleep(0.01)
-        shares = others.shares()
+        shares = other_load.shares()
     finally:
         if stranger.is_running():
             os.kill(stranger.pid, signal.SIGKILL)
@@ -39,9 +39,9 @@ def test_what_a_stranger_uses_is_told() -> None:
 
 
 def test_our_own_work_is_not_others() -> None:
-    others = Others()
-    before = others._now()
+    other_load = OtherLoad()
+    before = other_load._now()
     subprocess.run([sys.executable, "-c", BUSY], check=True)
-    _, used_s, ours_s = (b - a for a, b in zip(before, others._now(), strict=True))
+    _, used_s, ours_s = (b - a for a, b in zip(before, other_load._now(), strict=True))
     assert ours_s >= 0.4
     assert used_s >= ours_s - 0.1  # both in ticks of 10 ms

@@ -18,7 +18,7 @@ from labs.findings.multi_lora import leaks
 from labs.judging.evaluation import Evaluation, thread_pool
 from labs.lab import Variant
 from labs.running import probes
-from labs.running.probes import PROBES, Served
+from labs.running.probes import PROBES, ProbedEngine
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Fixed
 from serving.adapters import mark_of, marks_in
@@ -99,7 +99,7 @@ def words(messages: Messages) -> int:
 
 
 @contextmanager
-def serving(fault: Fault = "", max_model_len: int = 512) -> Iterator[Served]:
+def serving(fault: Fault = "", max_model_len: int = 512) -> Iterator[ProbedEngine]:
     Engine.fault, Engine.bodies = fault, []
     Engine.owners = {f"tenant-{i}": i for i in range(TENANTS)}
     modules = [f"tenant-{i}=<adapters>/tenant-{i}" for i in range(TENANTS)]
@@ -114,7 +114,7 @@ def serving(fault: Fault = "", max_model_len: int = 512) -> Iterator[Served]:
         thread.start()
         url, places = f"http://127.0.0.1:{server.server_port}", {"adapters": Path("/adapters")}
         try:
-            yield Served(variant, lab, Running(url), places, Writer(words))
+            yield ProbedEngine(variant, lab, Running(url), places, Writer(words))
         finally:
             server.shutdown()
             thread.join()
@@ -215,7 +215,7 @@ def test_quality_is_asked_twice_of_the_first_variant_and_of_lengths_that_fit(
 
     monkeypatch.setattr(probes, "evaluate", evaluate)
     with serving(max_model_len=700) as served:
-        off = Served(served.lab.variants[1], served.lab, served.engine, {}, served.writer)
+        off = ProbedEngine(served.lab.variants[1], served.lab, served.engine, {}, served.writer)
         assert len(PROBES["quality"](served)["answers"]) == 2
         assert len(PROBES["quality-quick"](off)["answers"]) == 1
     assert [s["quick"] for s in asked] == [False, False, True]

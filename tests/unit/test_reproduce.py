@@ -78,7 +78,7 @@ def test_what_this_checkout_cannot_run_names_the_commit_that_could(folder: RunFo
     name = next(iter(LABS))
     lab = json.loads(json.dumps(run_of(name, run).lab))
     lab["claims"][0]["name"] = "older"
-    with pytest.raises(LabError, match=r"predicts older of .* any more: `git checkout"):
+    with pytest.raises(LabError, match=r"no longer predicts older of .*: `git checkout"):
         reproduce.request(run.model_copy(update={"lab": lab}))
 
 

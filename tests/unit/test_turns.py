@@ -12,7 +12,7 @@ import pytest
 from labs.filing.results import RunFolder, Session, TrialResult, write_json
 from labs.lab import Point, Variant
 from labs.running.counts import Counts
-from labs.running.engines import Engines, in_turn, resident_groups
+from labs.running.engines import Engines, order_of_engines, resident_groups
 from labs.running.harness import Harness
 from labs.running.trials import Trials, interleave
 from labs.telling import report
@@ -26,8 +26,8 @@ A, B, C = (Variant(name=name) for name in "ABC")
 class NotedEngines(Engines):
     """Engines whose starts are noted; those named in `dead` do not start."""
 
-    def __init__(self, setup: Any, folder: RunFolder, prometheus: Any, teller: Any) -> None:
-        super().__init__(setup, folder.path, prometheus, {}, teller)
+    def __init__(self, setup: Any, folder: RunFolder, prometheus: Any, progress: Any) -> None:
+        super().__init__(setup, folder.path, prometheus, {}, progress)
         self.noted, self.dead = list[str](), set[str]()
 
     def _start(self, variant: Variant) -> Any:
@@ -44,9 +44,9 @@ class NotedEngines(Engines):
 class NotedTrials(Trials):
     """Trials that are noted, and take no time."""
 
-    def __init__(self, setup: Any, folder: RunFolder, engines: NotedEngines, teller: Any) -> None:
+    def __init__(self, setup: Any, folder: RunFolder, engines: NotedEngines, progress: Any) -> None:
         nothing: Any = None
-        super().__init__(setup, folder, folder.path, engines, nothing, nothing, nothing, teller)
+        super().__init__(setup, folder, folder.path, engines, nothing, nothing, nothing, progress)
         self.noted = engines.noted
 
     def play(self, point: Point, repeat: int) -> None:
@@ -60,19 +60,19 @@ class Noted(Harness):
     def __init__(self, folder: RunFolder) -> None:
         lab, points, self.steps = folder.run().rebuilt_lab(), folder.run().points(), list[str]()
         setup: Any = SimpleNamespace(lab=lab, points=points, endpoint=None)
-        teller: Any = SimpleNamespace(step=self.steps.append, plan=lambda seconds: None)
+        progress: Any = SimpleNamespace(message=self.steps.append, expect=lambda seconds: None)
         prometheus: Any = SimpleNamespace(forget=lambda kind: None)
-        engines = NotedEngines(setup, folder, prometheus, teller)
+        engines = NotedEngines(setup, folder, prometheus, progress)
         self.noted, self.dead = engines.noted, engines.dead
-        trials = NotedTrials(setup, folder, engines, teller)
+        trials = NotedTrials(setup, folder, engines, progress)
         counts = Counts(folder.path.name, exporter_port=1)
-        super().__init__(setup, folder, teller, prometheus, engines, trials, counts)
+        super().__init__(setup, folder, progress, prometheus, engines, trials, counts)
 
     def goes(self, repeats: int) -> str:
         """Through all engines in turn; what was noted."""
-        for group, some in in_turn([[v] for v in self.setup.lab.variants], repeats):
+        for group, some in order_of_engines([[v] for v in self.setup.lab.variants], repeats):
             trials = [(p, r) for p, r in interleave(self.setup, group) if r in some]
-            self.visit(group, trials)
+            self.play_trials(group, trials)
         return " ".join(self.noted)
 
 
@@ -87,7 +87,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def test_engines_in_turn_are_visited_there_and_back() -> None:
     def visits(groups: list[list[Variant]], repeats: int) -> list[tuple[str, list[int]]]:
-        return [("".join(v.name for v in g), [*r]) for g, r in in_turn(groups, repeats)]
+        return [("".join(v.name for v in g), [*r]) for g, r in order_of_engines(groups, repeats)]
 
     assert visits([[A], [B], [C]], 3) == [
         ("A", [1]), ("B", [1]), ("C", [1]), ("C", [2, 3]), ("B", [2, 3]), ("A", [2, 3]),
@@ -133,7 +133,7 @@ def test_the_trials_of_an_engine_that_does_not_start_fail_with_its_reason(
         assert found
         assert found.failed == ("no kernel for this type" if point.variant.name == "on" else None)
     assert harness.steps == ["no kernel for this type"]
-    harness.visit(harness.setup.lab.variants[1:], [(harness.setup.points[-1], 1)])
+    harness.play_trials(harness.setup.lab.variants[1:], [(harness.setup.points[-1], 1)])
     assert harness.noted[-1] == "on"
     assert harness.noted.count("on") == 1  # it is not tried again
 
@@ -160,7 +160,7 @@ def test_undecided_points_are_repeated_in_turn_too(
     )
     assert harness.goes(2) == "off 1 1 2 2 on 1 1 2 2"
     harness.noted.clear()
-    harness.settle([[v] for v in harness.setup.lab.variants])
+    harness.repeat_undecided([[v] for v in harness.setup.lab.variants])
     assert " ".join(harness.noted) == "3 off 3 4 on 4"
 
 
