@@ -1,4 +1,4 @@
-"""Running every lab in one sitting that may be interrupted: what is begun, what is done."""
+"""Keep track of a sitting that runs every lab and may be interrupted: what is begun and done."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE = CACHE / "labs-all.json"
 
 
 class Sitting(BaseModel, extra="forbid"):
-    """Labs by name; a sitting with other settings is another sitting."""
+    """Records which labs a sitting has begun and finished; other settings are another sitting."""
 
     quick: bool
     model: str
@@ -29,23 +29,25 @@ class Sitting(BaseModel, extra="forbid"):
     done: dict[str, str] = {}  # lab -> its run's folder
 
     def begin(self, lab: str) -> bool:
-        """Note that a lab is being run; true where it was begun before, so that it is resumed."""
-        before = lab in self.begun
-        if not before:
+        """Record that a lab is being run; true where it was begun before, so that it is resumed."""
+        begun_before = lab in self.begun
+        if not begun_before:
             self.begun.append(lab)
         write_json(FILE, self)
-        return before
+        return begun_before
 
     def finish(self, lab: str, run: Path) -> None:
+        """Record the folder of a lab's complete run."""
         self.done[lab] = os.path.relpath(run, ROOT)
         write_json(FILE, self)
 
     def page(self) -> Path | None:
-        """The summary page of the machine that ran; none where nothing was finished."""
+        """Write the page of the machine that ran; None where no lab was finished."""
         homes = {(ROOT / run).resolve().parent.parent for run in self.done.values()}
         return leaderboards.write_machine(homes.pop()) if homes else None
 
     def end(self) -> None:
+        """Forget the sitting, so that the next call starts a new one."""
         FILE.unlink(missing_ok=True)
 
 
@@ -56,7 +58,7 @@ def start(
     weights: str = "",
     parallel: Mapping[str, int] | None = None,
 ) -> Sitting:
-    """The unfinished sitting with these settings, or a new one."""
+    """Return the unfinished sitting with these settings, or a new one."""
     new = Sitting(
         quick=quick,
         model=model,
@@ -68,9 +70,10 @@ def start(
     if fresh or not FILE.exists():
         return new
     try:
-        old = read_json(FILE, Sitting)
+        unfinished = read_json(FILE, Sitting)
     except DamagedError:
         return new
-    same = old.model_copy(update={"begun": [], "done": {}}) == new
-    kept = {lab: run for lab, run in old.done.items() if (ROOT / run / "COMPLETE").exists()}
-    return old.model_copy(update={"done": kept}) if same else new
+    same = unfinished.model_copy(update={"begun": [], "done": {}}) == new
+    done = unfinished.done.items()
+    finished = {lab: run for lab, run in done if (ROOT / run / "COMPLETE").exists()}
+    return unfinished.model_copy(update={"done": finished}) if same else new

@@ -1,4 +1,4 @@
-"""Finished runs as regions of time on a Grafana's dashboards."""
+"""Mark finished runs as regions of time on a Grafana's dashboards."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dashboards.push import Region
 from labs.filing.results import RunFolder
 
 
-def regions(folders: Sequence[RunFolder], say: Callable[[RunFolder, str], None]) -> list[Region]:
-    """One a finished run, from its first trial's start to its last one's end.
+def regions(folders: Sequence[RunFolder], report: Callable[[RunFolder, str], None]) -> list[Region]:
+    """Return a region for each finished run, from its first trial's start to its last one's end.
 
-    A run that cannot be read is left out and told of.
+    A run that cannot be read is left out; `report` is called with it and the reason.
     """
-    found: list[Region] = []
+    shown: list[Region] = []
     for folder in folders:
         try:
             if folder.complete and (region := _region(folder)):
-                found.append(region)
+                shown.append(region)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            say(folder, f"left out: {str(error).splitlines()[0]}")
-    return found
+            report(folder, f"left out: {str(error).splitlines()[0]}")
+    return shown
 
 
 def _region(folder: RunFolder) -> Region | None:

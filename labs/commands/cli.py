@@ -1,10 +1,10 @@
 """The command line: `labs --help`. The Makefile's targets set up first, then call it.
 
-What a reader sets behind a target (`make lab-x QUICK=1`) comes in the environment, under one
-prefix: LABS_QUICK.
+A setting behind a target (`make lab-x QUICK=1`) comes in the environment, under one prefix:
+LABS_QUICK.
 
-Here are the commands that run something; those about runs on file and about what is watched are in
-modules of their own.
+This module has the commands that run something; `recorded_runs` has those about recorded runs,
+`monitoring` those about Prometheus and Grafana.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from labs import LABS
 from labs.commands import all_labs, doctor, monitoring, recorded_runs
 from labs.commands.interactive import PORT, WEB_PORT, start_locust_ui
 from labs.commands.terminal import (
-    EXPECTED,
+    EXPECTED_ERRORS,
     ConsoleProgress,
     console,
     errors,
-    plainly,
+    reported_errors,
     show,
 )
 from labs.comparing import reproduction, side_by_side
@@ -71,7 +71,7 @@ EngineOption = Annotated[
     str,
     typer.Option(
         envvar="LABS_ENGINE_COMMAND",
-        help="What starts the engine, its flags follow: to wrap vLLM in a profiler, say.",
+        help="The command that starts the engine, such as a profiler; the engine's flags follow.",
     ),
 ]
 ModelOption = Annotated[
@@ -83,23 +83,30 @@ WeightsOption = Annotated[
         "--weights",
         envvar="LABS_WEIGHTS",
         help="`dummy` serves random weights in an architecture that ships with the lab (MODEL="
-        " names it): speed is real, text is not.",
+        " names it): the speed is real, the text is not.",
     ),
 ]
 TpOption = Annotated[
-    int, typer.Option("--tp", envvar="LABS_TP", min=1, help="GPUs that share each layer (tensors).")
+    int,
+    typer.Option(
+        "--tp", envvar="LABS_TP", min=1, help="GPUs that share each layer (tensor parallelism)."
+    ),
 ]
 DpOption = Annotated[
     int,
-    typer.Option("--dp", envvar="LABS_DP", min=1, help="Copies of the model, each on its GPUs."),
+    typer.Option("--dp", envvar="LABS_DP", min=1, help="Copies of the model (data parallelism)."),
 ]
 PpOption = Annotated[
     int,
-    typer.Option("--pp", envvar="LABS_PP", min=1, help="GPUs that share the layers (pipeline)."),
+    typer.Option(
+        "--pp", envvar="LABS_PP", min=1, help="GPUs that divide the layers (pipeline parallelism)."
+    ),
 ]
 SeedOption = Annotated[
     str,
-    typer.Option("--seed", envvar="LABS_SEED", help="Another draw of lengths, prompts and order."),
+    typer.Option(
+        "--seed", envvar="LABS_SEED", help="A number that draws other lengths, prompts and order."
+    ),
 ]
 
 
@@ -112,7 +119,7 @@ def run(
         typer.Option(
             "--aa",
             envvar="LABS_AA",
-            help="Run the lab's baseline against itself: what is found then is noise.",
+            help="Run the lab's baseline against itself: every difference is then noise.",
         ),
     ] = False,
     changes: SetOption = "",
@@ -131,9 +138,7 @@ def run(
     seed: SeedOption = "",
     resume: Annotated[
         bool,
-        typer.Option(
-            envvar="LABS_RESUME", help="Go on with the newest unfinished run of this lab."
-        ),
+        typer.Option(envvar="LABS_RESUME", help="Continue the newest unfinished run of this lab."),
     ] = False,
     engine_command: EngineOption = "",
 ) -> None:
@@ -141,7 +146,7 @@ def run(
 
     `make lab-<name> VLLM=0.31.0` runs it with another vLLM, in an environment of its own.
     """
-    with plainly():
+    with reported_errors():
         request = RunRequest(
             lab=_lab(lab),
             quick=quick,
@@ -151,10 +156,10 @@ def run(
             weights=weights,
             endpoint=endpoint,
             resume=resume,
-            engine_command=_words(engine_command),
+            engine_command=_command_words(engine_command),
         )
         if not _play(request).complete:
-            console.print("Try the rest again with RESUME=1.")
+            console.print("Some trials failed: RESUME=1 plays them again.")
             raise typer.Exit(1)
 
 
@@ -167,19 +172,22 @@ def run_all(
     dp: DpOption = 1,
     pp: PpOption = 1,
     fresh: Annotated[
-        bool, typer.Option(envvar="LABS_FRESH", help="Forget what an unfinished sitting has done.")
+        bool,
+        typer.Option(
+            envvar="LABS_FRESH", help="Start anew, whatever an unfinished sitting has done."
+        ),
     ] = False,
 ) -> None:
-    """Run every lab in order, go on where an earlier call stopped, and end in one page."""
-    with plainly():
+    """Run every lab in order, continue where an earlier call stopped, and write one page of all."""
+    with reported_errors():
         parallel = _parallel(tp, dp, pp)
         state = all_labs.start(quick, model, fresh, weights, parallel)
-        left: dict[str, str] = {}
+        not_finished: dict[str, str] = {}
         skipped: dict[str, str] = {}
-        for place, (name, lab) in enumerate(LABS.items(), 1):
-            console.print(f"\n[bold]Lab {place} of {len(LABS)}: {lab.title}[/]")
+        for number, (name, lab) in enumerate(LABS.items(), 1):
+            console.print(f"\n[bold]Lab {number} of {len(LABS)}: {lab.title}[/]")
             if name in state.done:
-                console.print(f"Done in this sitting: {state.done[name]}")
+                console.print(f"Done already in this sitting: {state.done[name]}")
                 continue
             request = RunRequest(
                 lab, quick=quick, changes=dict(parallel), model=model, weights=weights,
@@ -191,41 +199,43 @@ def run_all(
                 skipped[name] = str(reason)
                 console.print(f"Skipped: {escape(str(reason))}")
                 continue
-            except EXPECTED as error:
-                left[name] = str(error)
+            except EXPECTED_ERRORS as error:
+                not_finished[name] = str(error)
                 errors.print(f"[bold red]error:[/] {escape(str(error))}")
                 continue
             if folder.complete:
                 state.finish(name, folder.path)
             else:
-                left[name] = "some of its trials failed"
+                not_finished[name] = "some of its trials failed"
         if page := state.page():
             console.print(f"\nEvery lab on one page: [bold]{os.path.relpath(page)}[/]")
         for name, why in skipped.items():
             console.print(f"Skipped: {name}: {escape(why)}")
-        for name, why in left.items():
+        for name, why in not_finished.items():
             console.print(f"Not finished: {name}: {escape(why)}")
-        if left:
-            console.print("`make labs-all` again runs only these.")
+        if not_finished:
+            console.print("Call `make labs-all` again: it runs only these.")
             raise typer.Exit(1)
         state.end()
 
 
 @app.command("forecast")
 def forecast_lab(
-    lab: Annotated[str, typer.Option(envvar="LABS_LAB", help="Which lab's load points.")],
+    lab: Annotated[
+        str, typer.Option(envvar="LABS_LAB", help="The lab whose load points to forecast.")
+    ],
     quick: QuickOption = False,
     changes: SetOption = "",
     model: ModelOption = "",
     weights: WeightsOption = "",
     seed: SeedOption = "",
 ) -> None:
-    """What a lab would show on this machine, in seconds: no engine is started, nothing is kept.
+    """Forecast a lab on this machine, in seconds: no engine is started, nothing is recorded.
 
     vLLM's own scheduler plays every load point in virtual time, over a step of the model's shape
-    that is timed here.
+    that is timed on this machine.
     """
-    with plainly(), ConsoleProgress() as progress:
+    with reported_errors(), ConsoleProgress() as progress:
         request = RunRequest(
             _lab(lab), quick, changes=_changes(changes, seed), model=model, weights=weights
         )
@@ -243,8 +253,8 @@ def forecast_lab(
 
 @app.command("score-forecasts")
 def score_forecasts() -> None:
-    """How near the forecasts of the runs on file came to what was measured, lab by lab."""
-    with plainly():
+    """Show how near the forecasts of recorded runs came to what was measured, lab by lab."""
+    with reported_errors():
         show(section("Forecast beside measured", tables.residuals(newest.newest_runs())))
 
 
@@ -254,18 +264,18 @@ def make(
     model: ModelOption = "",
     weights: WeightsOption = "",
     again: Annotated[
-        bool, typer.Option(envvar="LABS_AGAIN", help="Make it anew where it is there already.")
+        bool, typer.Option(envvar="LABS_AGAIN", help="Make it again where it exists already.")
     ] = False,
 ) -> None:
-    """Make a model that labs derive from the served one; a lab makes what it needs by itself."""
-    with plainly():
+    """Make a model derived from the served one; a lab makes what it needs by itself."""
+    with reported_errors():
         served = model_of(machine.detect(), model, weights)
         if again and (place := derived_models.place(served, name)).is_relative_to(models.CACHE):
             shutil.rmtree(place, ignore_errors=True)
         folder = derived_models.make(served, name, lambda line: console.print(escape(line)))
         for key, value in derived_models.about(folder).items():
             console.print(f"  {key}: {escape(str(value))}", style="dim")
-        console.print(f"There: [bold]{os.path.relpath(folder)}[/]")
+        console.print(f"The model is in [bold]{os.path.relpath(folder)}[/]")
 
 
 @app.command("list")
@@ -280,7 +290,9 @@ def list_labs() -> None:
 
 @app.command()
 def serve(
-    lab: Annotated[str, typer.Option(envvar="LABS_LAB", help="Whose engine settings.")],
+    lab: Annotated[
+        str, typer.Option(envvar="LABS_LAB", help="The lab whose engine settings to use.")
+    ],
     variant: Annotated[str, typer.Option(envvar="LABS_VARIANT", help="Default: the first.")] = "",
     port: Annotated[int, typer.Option(envvar="LABS_PORT", min=1, max=65535)] = PORT,
     changes: SetOption = "",
@@ -290,11 +302,11 @@ def serve(
     dp: DpOption = 1,
     pp: PpOption = 1,
 ) -> None:
-    """Start a variant's engine in the foreground; Ctrl-C ends it."""
-    with plainly():
+    """Start the engine of a lab's variant in the foreground; Ctrl-C ends it."""
+    with reported_errors():
         host = machine.detect()
-        asked = {**_parallel(tp, dp, pp), **_changes(changes)}
-        resolved = _lab(lab).at(models.scale_of(host), False, asked, is_dummy(weights))
+        all_changes = {**_parallel(tp, dp, pp), **_changes(changes)}
+        resolved = _lab(lab).at(models.scale_of(host), False, all_changes, is_dummy(weights))
         require_devices(resolved, host)
         by_name = {v.name: v for v in resolved.variants}
         if variant and variant not in by_name:
@@ -315,7 +327,7 @@ def serve(
 
 @app.command()
 def locust(
-    lab: Annotated[str, typer.Option(envvar="LABS_LAB", help="Whose workload.")],
+    lab: Annotated[str, typer.Option(envvar="LABS_LAB", help="The lab whose workload to send.")],
     workload: Annotated[str, typer.Option(envvar="LABS_WORKLOAD", help="Default: the first.")] = "",
     endpoint: Annotated[
         str,
@@ -326,15 +338,15 @@ def locust(
     model: ModelOption = "",
     weights: WeightsOption = "",
 ) -> None:
-    """Open Locust's own web UI on a lab's workload, for turning knobs by hand."""
-    with plainly():
+    """Open Locust's own web UI on a lab's workload, to change the load by hand."""
+    with reported_errors():
         require_port(web_port, "WEB_PORT")
         with start_locust_ui(
             _lab(lab), _changes(changes), workload, endpoint, model, weights, web_port
         ) as process:
             console.print(
-                f"Locust: http://127.0.0.1:{web_port} drives {endpoint}; choose the number of users"
-                " there. Ctrl-C ends it."
+                f"Locust: http://127.0.0.1:{web_port} drives {endpoint}. Choose the number of users"
+                " on that page. Ctrl-C ends it."
             )
             while process.returncode is None:
                 time.sleep(0.5)
@@ -346,62 +358,70 @@ def reproduce_run(
     run: Annotated[Path, typer.Option("--run", envvar="LABS_RUN", help="The run to repeat.")],
     model: ModelOption = "",
     resume: Annotated[
-        bool, typer.Option(envvar="LABS_RESUME", help="Go on with an unfinished reproduction.")
+        bool, typer.Option(envvar="LABS_RESUME", help="Continue an unfinished reproduction.")
     ] = False,
     engine_command: EngineOption = "",
 ) -> None:
-    """Run a run on file again, and say which of its figures and verdicts came out the same."""
-    with plainly():
+    """Repeat a recorded run, and say which of its figures and verdicts came out the same."""
+    with reported_errors():
         original = open_run(run)
-        before = original.run()
-        asked = reproduce.request(before, model, resume, _words(engine_command))
-        for note in reproduce.notes(before, Vllm.version()):
+        original_run = original.run()
+        request = reproduce.request(original_run, model, resume, _command_words(engine_command))
+        for note in reproduce.notes(original_run, Vllm.version()):
             console.print(f"[bold yellow]{escape(note)}[/]")
-        differ = manifest.table(reproduce.differs_here(before, asked), ("there", "here"))
+        differ = manifest.table(reproduce.differs_here(original_run, request), ("there", "here"))
         if len(differ) > 1:
             show(section("What differs here", table_of(differ)))
-        folder = _play(asked)
+        folder = _play(request)
         if not folder.complete:
-            raise LabError("some of its trials failed: try the rest again with RESUME=1")
-        found = reproduction.answer(original, folder)
+            raise LabError("some trials of the reproduction failed: RESUME=1 plays them again")
+        result = reproduction.compare_with_original(original, folder)
         show(
             section(
                 "Reproduced?",
-                bullets(reproduction.lines(found)),
-                section("What was not reproduced", side_by_side.figure_table(found.apart)),
+                bullets(reproduction.sentences(result)),
+                section("What was not reproduced", side_by_side.figure_table(result.apart)),
             )
         )
         page = folder.path / "reproduction.md"
         console.print(f"Every figure: [bold]{os.path.relpath(page)}[/]", soft_wrap=True)
-        filed = os.path.relpath(reproduction.file(found, original))
-        console.print(f"Filed with the original, to be published: [bold]{filed}[/]", soft_wrap=True)
-        if not found.verdicts_agree:
+        filed = os.path.relpath(reproduction.file_with_original(result, original))
+        console.print(f"Kept with the original, to be published: [bold]{filed}[/]", soft_wrap=True)
+        if not result.verdicts_agree:
             raise typer.Exit(1)
 
 
 @app.command("doctor")
 def examine(model: ModelOption = "", weights: WeightsOption = "") -> None:
-    """What this machine has and lacks, how to mend it, and which labs can run."""
-    with plainly():
-        lines, abilities = doctor.examine(model, weights)
-        found = Table("Part", "Found", "To mend it", title="This machine", title_justify="left")
-        for line in lines:
-            found.add_row(line.part, escape(line.found), f"[bold red]{escape(line.mend)}[/]")
-        console.print(found)
-        able = Table("Lab", "Runs here", "", title="Labs", title_justify="left")
+    """Check what this machine has and lacks, how to fix it, and which labs can run."""
+    with reported_errors():
+        checks, abilities = doctor.examine(model, weights)
+        checks_table = Table(
+            "Part", "State", "What to do", title="This machine", title_justify="left"
+        )
+        for check in checks:
+            remedy = f"[bold red]{escape(check.remedy)}[/]"
+            checks_table.add_row(check.part, escape(check.state), remedy)
+        console.print(checks_table)
+        labs_table = Table("Lab", "Runs here", "", title="Labs", title_justify="left")
         for a in abilities:
             runs = {True: "yes", False: "[bold red]no[/]", None: "does not apply"}[a.able]
-            able.add_row(a.lab, runs, escape(a.note))
-        console.print(able)
+            labs_table.add_row(a.lab, runs, escape(a.note))
+        console.print(labs_table)
         if any(a.able is False for a in abilities):
             raise typer.Exit(1)
 
 
 @app.command("bundle")
 def make_bundle(
-    platform: Annotated[str, typer.Option("--for", envvar="LABS_FOR", help="cuda.")] = "cuda",
+    platform: Annotated[
+        str, typer.Option("--for", envvar="LABS_FOR", help="The other machine's platform: cuda.")
+    ] = "cuda",
     python_version: Annotated[
-        str, typer.Option(envvar="LABS_PYTHON_VERSION", help="Of the other machine's Python.")
+        str,
+        typer.Option(
+            envvar="LABS_PYTHON_VERSION", help="The version of the other machine's Python."
+        ),
     ] = "3.12",
     have: Annotated[
         Path | None,
@@ -415,17 +435,20 @@ def make_bundle(
     ] = "",
     vllm: Annotated[
         str,
-        typer.Option(envvar="LABS_VLLM", help="Its version; default: what fits the torch there."),
+        typer.Option(
+            envvar="LABS_VLLM",
+            help="The version of vLLM; default: the one for the torch that is there.",
+        ),
     ] = "",
     part: Annotated[
-        str, typer.Option(envvar="LABS_PART", help="Size of a part: bytes, or such as 60M, 2G.")
+        str, typer.Option(envvar="LABS_PART", help="The size of a part: in bytes, or as 60M or 2G.")
     ] = "1G",
     out: Annotated[Path, typer.Option(envvar="LABS_OUT", help="The folder for the parts.")] = Path(
         "bundle"
     ),
 ) -> None:
-    """Gather all a GPU machine without internet needs, in parts with checksums."""
-    with plainly():
+    """Gather all that a GPU machine without internet needs, in parts with checksums."""
+    with reported_errors():
         bundle.check(platform, python_version)
         wanted = bundle.BundleRequest(
             python=python_version,
@@ -443,22 +466,24 @@ def make_bundle(
         )
 
 
-for panel, part in (("Runs on file", recorded_runs.app), ("What is watched", monitoring.app)):
+for panel, part in (
+    ("Recorded runs", recorded_runs.app),
+    ("Prometheus and Grafana", monitoring.app),
+):
     for command in part.registered_commands:
         command.rich_help_panel = panel
         app.registered_commands.append(command)
 
 
-# --------------------------------------------------------------------------------- for all of them
-
-
 def _play(request: RunRequest) -> RunFolder:
-    """Run a lab before the reader's eyes, and print what came of it."""
+    """Run a lab with its progress on the terminal, and print what it measured."""
     with ConsoleProgress() as progress:
         try:
             folder = run_lab(request, progress)
         except (KeyboardInterrupt, SystemExit, OSError):
-            progress.message("Stopping: finished trials are kept, RESUME=1 goes on from there")
+            progress.message(
+                "Stopping: finished trials are kept, and RESUME=1 continues from there"
+            )
             raise
     summary = folder.summary()
     progress.show(report.digest(report.Facts.of(folder)))
@@ -466,8 +491,8 @@ def _play(request: RunRequest) -> RunFolder:
     console.print("[dim]report.html beside it shows every request; a browser opens it.[/]")
     if summary.failed:
         console.print(
-            f"Trials that failed: {len(summary.failed)}; the finished ones are kept. The first:"
-            f" {escape(next(iter(summary.failed.values())))}"
+            f"Trials that failed: {len(summary.failed)}; the finished ones are kept. The first"
+            f" failed with: {escape(next(iter(summary.failed.values())))}"
         )
     return folder
 
@@ -478,14 +503,16 @@ def _lab(name: str) -> Lab:
     return LABS[name]
 
 
-def _words(command: str) -> list[str]:
-    """Of ENGINE_COMMAND; raises LabError where there is nothing to start."""
+def _command_words(command: str) -> list[str]:
+    """Split ENGINE_COMMAND into words; raises LabError where it names no program."""
     try:
         words = shlex.split(command)
     except ValueError as error:
         raise LabError(f"ENGINE_COMMAND={command}: {error}") from error
     if words and shutil.which(words[0]) is None:
-        raise LabError(f"ENGINE_COMMAND: there is no program {words[0]}: install it, or correct it")
+        raise LabError(
+            f"ENGINE_COMMAND: there is no program {words[0]}: install it, or correct the name"
+        )
     return words
 
 
@@ -494,9 +521,9 @@ def _changes(text: str, seed: str = "") -> dict[str, Any]:
 
 
 def _parallel(tp: int, dp: int, pp: int) -> dict[str, int]:
-    """As changes of a lab's flags; the run is marked with them as with any other."""
-    asked = {"tensor": tp, "data": dp, "pipeline": pp}
-    return {f"flags.{way}-parallel-size": n for way, n in asked.items() if n > 1}
+    """Write TP, DP and PP as changes of a lab's flags, with which a run is marked."""
+    sizes = {"tensor": tp, "data": dp, "pipeline": pp}
+    return {f"flags.{way}-parallel-size": n for way, n in sizes.items() if n > 1}
 
 
 if __name__ == "__main__":

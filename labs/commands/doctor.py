@@ -1,4 +1,4 @@
-"""What this machine has, what it lacks and how to mend that, and which labs can run: `make doctor`.
+"""Check what this machine has and lacks, how to fix that, and which labs can run: `make doctor`.
 
 Nothing is started, measured or downloaded. vLLM's own parser reads every lab's engine flags, as
 before a run.
@@ -44,33 +44,33 @@ from serving.platforms import PLATFORMS, platform_of
 from serving.ports import PortTaken, require_port
 
 PORTS = {"make serve": (PORT, "PORT"), "make locust": (WEB_PORT, "WEB_PORT")}
-LEAST_FREE_SHARE = 0.9  # of a GPU's memory: what vLLM takes unless told otherwise
+LEAST_FREE_SHARE = 0.9  # of a GPU's memory, which is what vLLM takes by default
 
 
 @dataclass(frozen=True)
-class Line:
-    """Something looked at: what was found, and what to do where it is amiss."""
+class Check:
+    """Says what state a part of the machine is in, and what to do where it is not well."""
 
     part: str
-    found: str
-    mend: str = ""
+    state: str
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
 class Ability:
-    """Can a lab run here: what it does first, or why it cannot; None where it does not apply."""
+    """Says whether a lab can run here, and what it does first or why it cannot."""
 
     lab: str
-    able: bool | None
+    able: bool | None  # None where the lab does not apply to this machine
     note: str
 
 
-def examine(wanted: str, weights: str = "") -> tuple[list[Line], list[Ability]]:
-    """Everything about this machine, and every lab, with the model and weights a run would serve.
+def examine(wanted: str, weights: str = "") -> tuple[list[Check], list[Ability]]:
+    """Check this machine and every lab, with the model and weights that a run would serve.
 
-    Raises LabError for weights that are not known.
+    Raises LabError for an unknown value of WEIGHTS.
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not here is told, not fetched
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not here is reported, not downloaded
     machine = machines.detect()
     vllm = _vllm(machine)
     model, about_model = _model(machine, wanted, weights)
@@ -81,8 +81,10 @@ def examine(wanted: str, weights: str = "") -> tuple[list[Line], list[Ability]]:
         about_model,
         *_beside(machine),
     ]
-    if vllm.mend:
-        return lines, [Ability(name, False, "vLLM has to be mended first") for name in LABS]
+    if vllm.remedy:
+        return lines, [
+            Ability(name, False, "vLLM has to be installed first, see above") for name in LABS
+        ]
     random = is_dummy(weights)
     return lines, [_ability(lab, machine, model, about_model, random) for lab in LABS.values()]
 
@@ -90,28 +92,28 @@ def examine(wanted: str, weights: str = "") -> tuple[list[Line], list[Ability]]:
 # ------------------------------------------------------------------------------------ the machine
 
 
-def _hardware(machine: Machine) -> Iterator[Line]:
-    yield Line("Machine", machine.describe())
+def _hardware(machine: Machine) -> Iterator[Check]:
+    yield Check("Machine", machine.describe())
     if machine.kind == "gpu":
         yield from _gpus()
     elif install.detect_platform() == "cuda":
         chosen = os.environ.get(gpus.VARIABLE)
-        yield Line(
+        yield Check(
             "GPU",
             "there is an NVIDIA device, but its driver does not answer"
             if chosen is None
-            else f"{gpus.VARIABLE}={chosen} leaves this process none",
-            "see what `nvidia-smi -L` says; in a container, pass the GPU on (`--gpus all`)",
+            else f"{gpus.VARIABLE}={chosen} hides every GPU from this process",
+            "run `nvidia-smi -L`, which says why; a container needs `--gpus all`",
         )
     else:
-        yield Line("GPU", "none with an NVIDIA driver: labs run on the CPU")
+        yield Check("GPU", "none with an NVIDIA driver: labs run on the CPU")
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(ROOT)
-    yield Line("Memory", f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB available")
+    yield Check("Memory", f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB available")
     short = disk.free < LEAST_FREE_BYTES
-    yield Line("Disk", f"{disk.free / GIB:.0f} GiB free here", "free some" if short else "")
+    yield Check("Disk", f"{disk.free / GIB:.0f} GiB free here", "free some space" if short else "")
 
 
-def _gpus() -> Iterator[Line]:
+def _gpus() -> Iterator[Check]:
     import pynvml
 
     pynvml.nvmlInit()
@@ -119,48 +121,51 @@ def _gpus() -> Iterator[Line]:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
         taken = memory.free < LEAST_FREE_SHARE * memory.total
-        yield Line(
+        yield Check(
             f"GPU {index}",
             f"{pynvml.nvmlDeviceGetName(handle)}, {memory.free / GIB:.0f} of"
             f" {memory.total / GIB:.0f} GiB free, compute capability {major}.{minor}",
-            "end what holds its memory (`nvidia-smi` lists it)" if taken else "",
+            "end the processes that hold its memory (`nvidia-smi` lists them)" if taken else "",
         )
     driver, cuda = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion()
     built, known = _torch_cuda(), f"{cuda // 1000}.{cuda % 1000 // 10}"
     old = built is not None and cuda // 1000 < int(built.split(".")[0])
-    yield Line(
+    yield Check(
         "Driver",
         f"{driver}, up to CUDA {known}",
-        f"torch is built for CUDA {built}: install a driver for that" if old else "",
+        f"torch is built for CUDA {built}: install a driver that supports it" if old else "",
     )
 
 
 def _torch_cuda() -> str | None:
-    """The CUDA that torch is built for, read without importing it."""
+    """Read the CUDA version that torch is built for, without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
-    about = Path(spec.origin).with_name("version.py")
-    found = re.search(r"^cuda\b.*'(\d[\d.]*)'", about.read_text(), re.M) if about.exists() else None
-    return found[1] if found else None
+    version_file = Path(spec.origin).with_name("version.py")
+    text = version_file.read_text() if version_file.exists() else ""
+    match = re.search(r"^cuda\b.*'(\d[\d.]*)'", text, re.M)
+    return match[1] if match else None
 
 
-def _software(machine: Machine) -> Iterator[Line]:
-    yield Line("Python", platform.python_version())
+def _software(machine: Machine) -> Iterator[Check]:
+    yield Check("Python", platform.python_version())
     version, cuda = _version("torch"), _torch_cuda()
     built = f"{version} for {f'CUDA {cuda}' if cuda else 'the CPU'}" if version else "missing"
     wrong = version is None or (machine.kind == "gpu" and cuda is None)
-    yield Line("torch", built, _set_up(machine) if wrong else "")
-    yield Line("Compiler", *machines.compiler(machine.kind))
+    yield Check("torch", built, _set_up(machine) if wrong else "")
+    yield Check("Compiler", *machines.compiler(machine.kind))
 
 
-def _vllm(machine: Machine) -> Line:
-    ours = PLATFORMS[platform_of(machine.kind)].vllm
-    if version := _version(ours):
-        return Line("vLLM", f"{version} ({ours})")
-    others = [p.vllm for p in PLATFORMS.values() if p.vllm != ours and _version(p.vllm)]
-    found = f"{others[0]} {_version(others[0])}, the other platform's" if others else "missing"
-    return Line("vLLM", found, _set_up(machine))
+def _vllm(machine: Machine) -> Check:
+    wanted = PLATFORMS[platform_of(machine.kind)].vllm
+    if version := _version(wanted):
+        return Check("vLLM", f"{version} ({wanted})")
+    other_builds = [p.vllm for p in PLATFORMS.values() if p.vllm != wanted and _version(p.vllm)]
+    state = "missing"
+    if other_builds:
+        state = f"{other_builds[0]} {_version(other_builds[0])}, which is for the other platform"
+    return Check("vLLM", state, _set_up(machine))
 
 
 def _set_up(machine: Machine) -> str:
@@ -175,15 +180,15 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _model(machine: Machine, wanted: str, weights: str) -> tuple[Model | None, Line]:
+def _model(machine: Machine, wanted: str, weights: str) -> tuple[Model | None, Check]:
     try:
         model = model_of(machine, wanted, weights)
     except ModelError as error:
         if not is_dummy(weights) and _hub_answers():
-            return None, Line("Model", "not here yet: the first run downloads it")
-        return None, Line("Model", "cannot be had here", str(error))
+            return None, Check("Model", "not here yet: the first run downloads it")
+        return None, Check("Model", "not available here", str(error))
     size = f"{model.shape.params / 1e6:,.0f} M parameters{', random weights' * model.dummy}"
-    return model, Line("Model", f"{model.name}, {size}, {model.shape.max_positions:,} positions")
+    return model, Check("Model", f"{model.name}, {size}, {model.shape.max_positions:,} positions")
 
 
 @cache
@@ -196,74 +201,74 @@ def _hub_answers() -> bool:
         return False
 
 
-def _beside(machine: Machine) -> Iterator[Line]:
+def _beside(machine: Machine) -> Iterator[Check]:
     program = install.find_prometheus(ROOT)
-    yield Line(
+    yield Check(
         "Prometheus",
-        str(program or "missing: runs go on without dashboards"),
-        "" if program else "put `prometheus` and `promtool` on PATH",
+        str(program or "missing: labs run without dashboards"),
+        "" if program else "install `prometheus` and `promtool` on PATH",
     )
     read = telemetry.source(machine.kind)
     can = "can be read" if read else "cannot be read: no J/token"
-    yield Line("Energy", f"{'NVML' if machine.kind == 'gpu' else 'RAPL'} {can}")
+    yield Check("Energy", f"{'NVML' if machine.kind == 'gpu' else 'RAPL'} {can}")
     for user, (port, setting) in PORTS.items():
         try:
             require_port(port, setting)
-            yield Line(f"Port {port}", f"free ({user})")
+            yield Check(f"Port {port}", f"free ({user})")
         except PortTaken:
-            yield Line(f"Port {port}", f"taken ({user})", f"{user} {setting}=<another>")
+            yield Check(f"Port {port}", f"taken ({user})", f"{user} {setting}=<another>")
     path = RESULTS / machine.slug / "machine.json"
     if path.exists():
         ceilings = read_json(path, MachineFile).ceilings
-        yield Line("Ceilings", f"measured {ceilings.measured_at[:10]}")
+        yield Check("Ceilings", f"measured {ceilings.measured_at[:10]}")
     else:
-        yield Line("Ceilings", "not measured yet: the first lab does, in about 15 s")
+        yield Check("Ceilings", "not measured yet: the first lab measures them, in about 15 s")
 
 
 # --------------------------------------------------------------------------------------- the labs
 
 
 def _ability(
-    lab: Lab, machine: Machine, model: Model | None, about_model: Line, random: bool
+    lab: Lab, machine: Machine, model: Model | None, about_model: Check, random: bool
 ) -> Ability:
-    if about_model.mend:
-        return Ability(lab.name, False, "it has no model to serve")
+    if about_model.remedy:
+        return Ability(lab.name, False, "there is no model to serve, see above")
     try:
-        here = lab.at(models.scale_of(machine), quick=False, dummy=random)
-        require_known_names(here)
-        require_devices(here, machine)
-        require_compiler(here, machine)
-        check_flags(here)
+        resolved = lab.at(models.scale_of(machine), quick=False, dummy=random)
+        require_known_names(resolved)
+        require_devices(resolved, machine)
+        require_compiler(resolved, machine)
+        check_flags(resolved)
         if model is None:
-            return Ability(lab.name, True, "once the model is here")
-        require_sizes(here, model)
-        require_memory(here, machine, model)
+            return Ability(lab.name, True, "after the model is downloaded")
+        require_sizes(resolved, model)
+        require_memory(resolved, machine, model)
         if random:
-            for name in here.derived():
-                derived_models.make(model, name, lambda _: None)  # in an instant, or refused
+            for name in resolved.derived():
+                derived_models.make(model, name, lambda _: None)  # takes an instant, or raises
             return Ability(lab.name, True, "")
-        missing = [n for n in here.derived() if not _there(model, n)]
+        missing = [n for n in resolved.derived() if not _there(model, n)]
     except NotApplicable as reason:
         return Ability(lab.name, None, str(reason))
     except (LabError, EngineError, ModelError) as error:
         return Ability(lab.name, False, str(error))
     known = models.SIBLINGS.get(model.name, {})
     published = known if known and _hub_answers() else {}
-    made = [n for n in missing if n not in published]
-    if unknown := [n for n in made if n not in derived_models.RECIPES]:
-        why = f"for {model.name} no {', '.join(unknown)} is published, nor known how to make"
+    to_make = [n for n in missing if n not in published]
+    if unknown := [n for n in to_make if n not in derived_models.RECIPES]:
+        why = f"no {', '.join(unknown)} is published for {model.name}, and no recipe makes it"
         return Ability(lab.name, False, why)
-    methods = [m for n in made if (m := quantize.METHODS.get(derived_models.RECIPES[n].method))]
+    methods = [m for n in to_make if (m := quantize.METHODS.get(derived_models.RECIPES[n].method))]
     if lacking := {m.tool.name for m in methods if not quantize.is_available(m.tool)}:
         why = (
-            f"what makes its weights ({', '.join(sorted(lacking))}) is not set up here, and pip"
-            " reaches no package index: see PIP_INDEX_URL, or measure speed with WEIGHTS=dummy"
+            f"the tools that make its weights ({', '.join(sorted(lacking))}) are missing, and pip"
+            " reaches no package index: set PIP_INDEX_URL, or measure speed with WEIGHTS=dummy"
         )
         return Ability(lab.name, False, why)
-    minutes = sum(derived_models.RECIPES[name].minutes for name in made)
-    notes = [f"makes {', '.join(made)} first (about {minutes:.0f} min)"] if made else []
-    if fetched := [n for n in missing if n in published]:
-        notes.append(f"downloads {', '.join(fetched)} first")
+    minutes = sum(derived_models.RECIPES[name].minutes for name in to_make)
+    notes = [f"makes {', '.join(to_make)} first (about {minutes:.0f} min)"] if to_make else []
+    if to_download := [n for n in missing if n in published]:
+        notes.append(f"downloads {', '.join(to_download)} first")
     return Ability(lab.name, True, "; ".join(notes))
 
 

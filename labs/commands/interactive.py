@@ -1,4 +1,4 @@
-"""Turning knobs by hand: an engine in the foreground, Locust's own web UI on a lab's workload."""
+"""Drive a lab's workload by hand, from Locust's own web UI."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from serving.engines.endpoint import Endpoint
 from serving.ports import free_port
 from serving.process import Process
 
-PORT, WEB_PORT = 8000, 8089  # of `labs serve` and `labs locust`, unless told otherwise
+PORT, WEB_PORT = 8000, 8089  # defaults of `labs serve` and `labs locust`
 
 
 @contextlib.contextmanager
@@ -30,7 +30,10 @@ def start_locust_ui(
     weights: str,
     web_port: int,
 ) -> Iterator[Process]:
-    """Locust's web UI sending a lab's workload to a running server; ends with the block."""
+    """Start Locust's web UI on a lab's workload and a running server; it ends with the block.
+
+    Raises LabError where the lab has no such workload.
+    """
     machine = machines.detect()
     resolved = lab.at(models.scale_of(machine), False, changes, is_dummy(weights))
     by_name = {w.name: w for w in resolved.workloads}

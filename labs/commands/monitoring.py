@@ -1,4 +1,4 @@
-"""The commands about what is watched: Prometheus between runs, dashboards, Grafana."""
+"""The commands about Prometheus between runs, dashboards and Grafana."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.markup import escape
 from dashboards import boards, live, prometheus, stack
 from dashboards.stack import Stack
 from labs import LABS
-from labs.commands.terminal import console, plainly
+from labs.commands.terminal import console, reported_errors
 from labs.filing.results import RESULTS, RunFolder, all_runs, open_run
 from labs.judging.metrics import METRICS
 from labs.lab import LabError
@@ -29,45 +29,47 @@ WATCH_PORT, GRAFANA_PORT = 9090, 3000
 def watch(
     port: Annotated[int, typer.Option(envvar="LABS_PORT", min=1, max=65535)] = WATCH_PORT,
 ) -> None:
-    """Start a Prometheus that stays up between labs, with a page that draws what it sees."""
-    with plainly():
-        found = prometheus.watching()
-        if found is None:
+    """Start a Prometheus that stays up between labs, with a live page of what it records."""
+    with reported_errors():
+        watching = prometheus.watching()
+        if watching is None:
             require_port(port, "PORT")
-            found = live.start(port, RESULTS)
-        console.print(f"Watching: [bold]{found.page_url}[/]")
-        ends = "watch-stop" if found.own else "stack-stop"
-        console.print(f"Labs record there from now on; `make {ends}` ends it.")
+            watching = live.start(port, RESULTS)
+        console.print(f"Watching: [bold]{watching.page_url}[/]")
+        ends = "watch-stop" if watching.own else "stack-stop"
+        console.print(f"Labs record into it from now on; `make {ends}` ends it.")
 
 
 @app.command("watch-stop")
 def watch_stop() -> None:
-    """End the Prometheus that `watch` started; its data stay."""
-    with plainly():
-        if (found := prometheus.watching()) and not found.own:
-            raise LabError("this one runs in a container: `make stack-stop` ends it, and Grafana")
-        console.print("Stopped." if prometheus.unwatch() else "None was up.")
+    """End the Prometheus that `watch` started; its data are kept."""
+    with reported_errors():
+        if (watching := prometheus.watching()) and not watching.own:
+            raise LabError(
+                "this Prometheus runs in a container: `make stack-stop` ends it, and Grafana"
+            )
+        console.print("Stopped." if prometheus.unwatch() else "No Prometheus was running.")
 
 
 @app.command("import")
 def import_runs(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(envvar="LABS_RUN", help="Runs' folders; default: every run."),
+        typer.Argument(envvar="LABS_RUN", help="The folders of runs; default: every run."),
     ] = None,
 ) -> None:
-    """Load finished runs into Prometheus at their own times; what is there already stays."""
-    with plainly(), run_lock():
+    """Load finished runs into Prometheus at their own times; what it has already is kept."""
+    with reported_errors(), run_lock():
         folders = [open_run(Path(run)) for run in runs or ()] or all_runs()
-        backfill.load(folders, _tell)
+        backfill.load(folders, _print_about)
         if folders and prometheus.watching() is None:
             console.print("`make watch` shows them.")
 
 
 @app.command()
 def dashboards() -> None:
-    """Write the Grafana dashboards anew from their code."""
-    with plainly():
+    """Write the Grafana dashboards again from their code."""
+    with reported_errors():
         variants = [[v.name for v in lab.variants] for lab in LABS.values()]
         for path in boards.write(variants, METRICS):
             console.print(os.path.relpath(path), soft_wrap=True)
@@ -83,21 +85,21 @@ def start_stack(
     ] = WATCH_PORT,
 ) -> None:
     """Start Prometheus and Grafana in containers, with the lab's dashboards in place."""
-    with plainly():
-        found = Stack(grafana_port, prometheus_port, gpu=machine.detect().kind == "gpu")
+    with reported_errors():
+        containers = Stack(grafana_port, prometheus_port, gpu=machine.detect().kind == "gpu")
         console.print("Starting the containers; the first time docker downloads their images.")
-        found.start()
+        containers.start()
         secret = "GRAFANA_PASSWORD"
         if not os.environ.get(secret):
             secret = f"in {os.path.relpath(stack.PASSWORD_FILE)}"
-        console.print(f"Grafana: [bold]{found.url}[/] (user admin, password {secret})")
-        console.print("Labs record there from now on; `make stack-stop` ends it.")
+        console.print(f"Grafana: [bold]{containers.url}[/] (user admin, password {secret})")
+        console.print("Labs record into it from now on; `make stack-stop` ends it.")
 
 
 @app.command("stack-stop")
 def stop_stack() -> None:
-    """End the containers that `stack` started; the data stay."""
-    with plainly():
+    """End the containers that `stack` started; their data are kept."""
+    with reported_errors():
         Stack(GRAFANA_PORT, WATCH_PORT).stop()
         console.print("Stopped.")
 
@@ -105,34 +107,38 @@ def stop_stack() -> None:
 @app.command("grafana-push")
 def grafana_push(
     url: Annotated[
-        str, typer.Option(envvar="LABS_GRAFANA_URL", help="The Grafana, such as http://host:3000.")
+        str,
+        typer.Option(
+            envvar="LABS_GRAFANA_URL", help="The address of the Grafana, such as http://host:3000."
+        ),
     ],
     prometheus_url: Annotated[
         str,
         typer.Option(
-            envvar="LABS_PROMETHEUS_URL", help="The Prometheus, as that Grafana reaches it."
+            envvar="LABS_PROMETHEUS_URL",
+            help="The address at which that Grafana reaches Prometheus.",
         ),
     ] = f"http://127.0.0.1:{WATCH_PORT}",
 ) -> None:
-    """Put the dashboards, their data source and the runs on file on a Grafana that is there.
+    """Put the dashboards, their data source and the recorded runs on a Grafana that is running.
 
-    The token of a service account is read from GRAFANA_TOKEN.
+    GRAFANA_TOKEN holds the token of a service account.
     """
-    with plainly():
+    with reported_errors():
         try:
             from dashboards import push
             from labs.commands.annotations import regions
-        except ImportError as error:  # a bundle leaves its client out
+        except ImportError as error:  # a bundle does not carry its client
             raise LabError(
-                f"{error.name} is not installed here, so push from where the lab was set up"
+                f"{error.name} is not installed here: push from a machine that `make setup` set up"
             ) from error
-        found = regions(all_runs(), _tell)
+        runs = regions(all_runs(), _print_about)
         try:
-            push.push(url, os.environ.get("GRAFANA_TOKEN", ""), prometheus_url, found)
+            push.push(url, os.environ.get("GRAFANA_TOKEN", ""), prometheus_url, runs)
         except push.GrafanaError as error:
             raise LabError(str(error)) from error
-        console.print(f"There: {len(boards.BOARDS)} dashboards and {len(found)} runs at {url}")
+        console.print(f"{len(boards.BOARDS)} dashboards and {len(runs)} runs are at {url}")
 
 
-def _tell(folder: RunFolder, what: str) -> None:
+def _print_about(folder: RunFolder, what: str) -> None:
     console.print(f"{os.path.relpath(folder.path)}: {escape(what)}", soft_wrap=True)

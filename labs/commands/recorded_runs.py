@@ -1,4 +1,4 @@
-"""The commands about runs on file: report, compare, gate, export and the like."""
+"""The commands about recorded runs: report, compare, gate, export and the like."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from labs.commands.terminal import console, folders_of, plainly, show
+from labs.commands.terminal import console, folders_of, reported_errors, show
 from labs.comparing import compare, gate, leaderboards, page, reproduction, side_by_side
 from labs.filing import export, manifest, score
 from labs.filing.committed import committed_runs
@@ -22,34 +22,40 @@ from labs.telling.summary import summarise
 from serving.models import ROOT
 
 app = typer.Typer()
-TWO = "A run's folder, one with `:variant` behind it, or a machine's folder of results."
+TWO = "The folder of a run, that with `:variant` behind it, or a machine's folder of results."
 ForceOption = Annotated[
     bool,
-    typer.Option("--force", envvar="LABS_FORCE", help="Compare all the same; every table says so."),
+    typer.Option(
+        "--force",
+        envvar="LABS_FORCE",
+        help="Compare runs that are not comparable; every table then says so.",
+    ),
 ]
 
 
 @app.command("report")
 def rebuild(
     run: Annotated[
-        Path | None, typer.Argument(envvar="LABS_RUN", help="A run's folder; default: every run.")
+        Path | None,
+        typer.Argument(envvar="LABS_RUN", help="The folder of a run; default: every run."),
     ] = None,
 ) -> None:
     """Compute summaries and reports again from the files of finished trials.
 
-    Where the run repeats another that is on file: the answer, too.
+    A run that repeats another recorded run is also compared with it again.
     """
-    with plainly():
+    with reported_errors():
         for folder in (folders := folders_of(run)):
             summarise(folder)
             for path in (report.write(folder), pages.write(folder)):
                 console.print(os.path.relpath(path), soft_wrap=True)
             if original := reproduction.original_of(folder):
-                path = reproduction.file(reproduction.answer(original, folder), original)
+                result = reproduction.compare_with_original(original, folder)
+                path = reproduction.file_with_original(result, original)
                 console.print(os.path.relpath(path), soft_wrap=True)
         if not folders:
             console.print(
-                f"No run under {os.path.relpath(RESULTS)} yet: `make labs` lists the labs"
+                f"There is no run in {os.path.relpath(RESULTS)} yet: `make labs` lists the labs."
             )
 
 
@@ -59,8 +65,8 @@ def site(
         Path, typer.Option(envvar="LABS_OUT", file_okay=False, help="The folder to write into.")
     ] = ROOT / "site",
 ) -> None:
-    """Write a page of every run and an index, to be opened or published as they are."""
-    with plainly():
+    """Write a page for every run, and an index; they can be opened or published as they are."""
+    with reported_errors():
         index, left_out = pages.write_site(out)
         for name, why in left_out.items():
             console.print(f"Left out: {name} cannot be read: {escape(why)}", soft_wrap=True)
@@ -69,10 +75,10 @@ def site(
 
 @app.command("score")
 def rescore(
-    run: Annotated[Path, typer.Argument(envvar="LABS_RUN", help="A run's folder.")],
+    run: Annotated[Path, typer.Argument(envvar="LABS_RUN", help="The folder of a run.")],
 ) -> None:
-    """What other tools would have reported of a run's own records, and why they differ."""
-    with plainly():
+    """Show what other tools would have reported of a run's records, and why they differ."""
+    with reported_errors():
         (folder,) = folders_of(run)
         lab, points = folder.run().rebuilt_lab(), folder.run().points()
         table = table_of(score.table(score.scores(folder), lab))
@@ -85,28 +91,30 @@ def check(
         Path | None, typer.Argument(envvar="LABS_RUN", help="Default: every run.")
     ] = None,
     committed: Annotated[
-        bool, typer.Option("--committed", help="Check the runs that git knows, no others.")
+        bool, typer.Option("--committed", help="Check only the runs that git tracks.")
     ] = False,
 ) -> None:
-    """Validate results on file: readable, complete, under the right machine."""
-    with plainly():
-        wrong = 0
+    """Check that recorded runs are readable, complete and in the folder of their machine."""
+    with reported_errors():
+        count = 0
         for folder in (folders := committed_runs() if committed else folders_of(run)):
             for problem in [*problems(folder), *reproduction.problems(folder)]:
-                wrong += 1
+                count += 1
                 text = f"{os.path.relpath(folder.path)}: {escape(problem)}"
                 console.print(text, soft_wrap=True)
-        if wrong:
-            raise LabError(f"{wrong} problems: mend or remove these runs")
+        if count:
+            raise LabError(f"{count} problems: repair or remove these runs")
         console.print(f"Well-formed runs: {len(folders)}.")
 
 
 @app.command()
 def readme(
-    verify: Annotated[bool, typer.Option("--verify", help="Only say whether it is stale.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Only say whether they are stale.")
+    ] = False,
 ) -> None:
-    """Write the generated tables anew: README.md's, and each machine's page."""
-    with plainly():
+    """Write the generated tables again: those of README.md, and the page of each machine."""
+    with reported_errors():
         if verify and (stale := leaderboards.stale()):
             names = "; ".join(
                 os.path.relpath(path) + f" ({why})" * bool(why) for path, why in stale.items()
@@ -118,92 +126,103 @@ def readme(
             console.print(os.path.relpath(path), soft_wrap=True)
         for folder in leaderboards.uncounted():
             name = os.path.relpath(folder.path)
-            console.print(f"Not counted: git does not know {name}: git add it", soft_wrap=True)
+            console.print(
+                f"Not counted, as git does not track it: {name}. `git add` it to count it.",
+                soft_wrap=True,
+            )
 
 
 @app.command("compare")
 def compare_two(
     a: Annotated[str, typer.Option("-a", envvar="LABS_A", help=TWO)],
-    b: Annotated[str, typer.Option("-b", envvar="LABS_B", help="The other; ratios are B / A.")],
+    b: Annotated[str, typer.Option("-b", envvar="LABS_B", help="The other one; ratios are B / A.")],
     force: ForceOption = False,
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
             envvar="LABS_OUT",
-            help="Also write it: as a page (x.html), or Markdown and plots.",
+            help="Also write a file: a page (x.html), or Markdown with plots (x.md).",
         ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", envvar="LABS_JSON", help="Print JSON instead of tables.")
     ] = False,
 ) -> None:
-    """Two runs, variants or machines side by side: what differs, and by how much."""
-    with plainly():
-        found, refused = compare.pairs(a, b, force)
+    """Compare two runs, variants or machines: what differs, and by how much."""
+    with reported_errors():
+        comparisons, refused = compare.compare_named(a, b, force)
         if out:
             write = page.write if out.suffix == ".html" else side_by_side.write
-            write(found, refused, out)
+            write(comparisons, refused, out)
         if as_json:
-            print(side_by_side.plain(found, refused))
+            print(side_by_side.as_json(comparisons, refused))
             return
-        show(side_by_side.document(found, refused))
+        show(side_by_side.document(comparisons, refused))
         if out:
             console.print(f"Written: [bold]{out}[/]")
 
 
 @app.command("manifest-diff")
 def manifest_diff(
-    a: Annotated[Path, typer.Option("-a", envvar="LABS_A", help="A run's folder.")],
-    b: Annotated[Path, typer.Option("-b", envvar="LABS_B", help="Another run's.")],
+    a: Annotated[Path, typer.Option("-a", envvar="LABS_A", help="The folder of a run.")],
+    b: Annotated[Path, typer.Option("-b", envvar="LABS_B", help="The folder of another run.")],
 ) -> None:
-    """What differs in how two runs were made, the likeliest cause of other figures first."""
-    with plainly():
+    """Show what differs in how two runs were made, the likeliest cause of other figures first."""
+    with reported_errors():
         runs = [open_run(path) for path in (a, b)]
-        said = [manifest.facts(f.run(), manifest.cpu_taken_by_others(f)) for f in runs]
-        rows = manifest.table(manifest.differences(*said), ("A", "B"))
+        facts = [manifest.facts(f.run(), manifest.cpu_taken_by_others(f)) for f in runs]
+        rows = manifest.table(manifest.differences(*facts), ("A", "B"))
         if len(rows) > 1:
             show(section("What differs", table_of(rows)))
         else:
-            console.print("Nothing recorded differs.")
-        if missing := manifest.unrecorded(*said):
+            console.print("Nothing that was recorded differs.")
+        if missing := manifest.unrecorded(*facts):
             console.print(f"Recorded in one of them only: {', '.join(missing)}.")
 
 
 @app.command("gate")
 def pass_gate(
-    run: Annotated[str, typer.Option("--run", envvar="LABS_RUN", help="The run to let pass.")],
-    baseline: Annotated[str, typer.Option(envvar="LABS_BASELINE", help="What it is held against.")],
+    run: Annotated[str, typer.Option("--run", envvar="LABS_RUN", help="The run to check.")],
+    baseline: Annotated[
+        str, typer.Option(envvar="LABS_BASELINE", help="The run to compare it with.")
+    ],
     limits: Annotated[
-        Path, typer.Option("--thresholds", envvar="LABS_THRESHOLDS", help="TOML; see the default.")
+        Path,
+        typer.Option(
+            "--thresholds",
+            envvar="LABS_THRESHOLDS",
+            help="A TOML file of limits; the default one explains them.",
+        ),
     ] = gate.DEFAULT,
     force: ForceOption = False,
 ) -> None:
-    """Fail where a run is worse than its baseline: a verdict flipped, a figure past its margin."""
-    with plainly():
+    """Fail where a run is worse than its baseline: a verdict flipped, a figure past its limit."""
+    with reported_errors():
         allowed = gate.thresholds(limits)
-        found = compare.compare(compare.side(baseline), compare.side(run), force)
-        show(side_by_side.headline(found))
-        if failed := gate.failures(found, allowed):
+        comparison = compare.compare(compare.read_side(baseline), compare.read_side(run), force)
+        show(side_by_side.headline(comparison))
+        if failed := gate.failures(comparison, allowed):
             show(bullets(f"FAILED {line}" for line in failed))
-            if not found.differences:  # those were told above
+            if not comparison.differences:  # else the headline has named it
                 show(bullets([f"Likeliest cause: {manifest.likeliest_cause([])}"]))
             raise typer.Exit(1)
-        console.print("Passed: no verdict flipped, no figure is worse past its margin.")
+        console.print("Passed: no verdict flipped, and no figure is worse by more than its limit.")
 
 
 @app.command("export")
 def export_run(
-    run: Annotated[Path, typer.Option("--run", envvar="LABS_RUN", help="A run's folder.")],
+    run: Annotated[Path, typer.Option("--run", envvar="LABS_RUN", help="The folder of a run.")],
     kind: Annotated[
-        ExportFormat, typer.Option("--as", envvar="LABS_AS", help="csv, parquet, or vllm.")
+        ExportFormat,
+        typer.Option("--as", envvar="LABS_AS", help="The format: csv, parquet or vllm."),
     ] = "csv",
     out: Annotated[
         Path | None, typer.Option("--out", envvar="LABS_OUT", help="Default: exports/<run>.")
     ] = None,
 ) -> None:
-    """A run as CSV or Parquet tables, or as result files of vllm bench serve."""
-    with plainly():
+    """Write a run as CSV or Parquet tables, or as the result files of vllm bench serve."""
+    with reported_errors():
         folder = open_run(run)
         written = export.export(folder, kind, out or ROOT / "exports" / folder.path.name)
         console.print(f"{len(written)} files in [bold]{os.path.relpath(written[0].parent)}[/]:")
@@ -212,6 +231,6 @@ def export_run(
 
 @app.command()
 def leaderboard() -> None:
-    """Every lab on every machine: effect, interval and verdict of its claims."""
-    with plainly():
+    """Show every lab on every machine: effect, interval and verdict of its claims."""
+    with reported_errors():
         show(section("Leaderboard", leaderboards.leaderboard()))

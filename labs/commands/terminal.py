@@ -1,4 +1,4 @@
-"""What commands share at a terminal: how they print, show a run, fail and end."""
+"""The terminal that all commands share: how they print, show a run, fail and end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from serving.ports import PortTaken
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
-EXPECTED = (
+EXPECTED_ERRORS = (
     LabError,
     ModelError,
     EngineError,
@@ -39,11 +39,11 @@ EXPECTED = (
     PrometheusError,
     BundleError,
     StackError,
-)  # each a sentence for the reader
+)  # each has a sentence for the reader as its message
 
 
 class ConsoleProgress:
-    """Shows a run: a live line with time remaining on a terminal, plain lines elsewhere."""
+    """Shows a run's progress: on a terminal a line with the time remaining, else plain lines."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -78,13 +78,13 @@ class ConsoleProgress:
         self.message(f"About {minutes(remaining_s)} of load to come")
 
     def waiting(self, text: str) -> None:
-        heed()
+        raise_if_stopped()
         self._progress.update(
             self._task, description=escape(text), completed=time.monotonic() - self._began
         )
 
     def trial_done(self, text: str, remaining_s: float) -> None:
-        heed()
+        raise_if_stopped()
         done = time.monotonic() - self._began
         left = f"{minutes(remaining_s)} left" if remaining_s else "last trial"
         self._progress.update(self._task, total=done + remaining_s, completed=done, remaining=left)
@@ -100,46 +100,54 @@ def show(content: Block) -> None:
 
 
 def minutes(seconds: float) -> str:
+    """Write a duration in minutes, or in seconds where it is shorter than 90 s."""
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def folders_of(run: Path | None) -> list[RunFolder]:
-    """The run named, or every run there is."""
+    """Return the run named, or every recorded run."""
     if run is None:
         return all_runs()
     return [open_run(run)]
 
 
-_told: list[int] = []  # signals that asked us to end
+_stop_signals: list[int] = []  # signals received that ask the program to end
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    _told.append(signum)
-    heed()
+    _stop_signals.append(signum)
+    raise_if_stopped()
 
 
-def heed() -> None:
-    """End if we were told to: what a handler raises is lost when it falls into a finalizer."""
-    if _told:
-        raise KeyboardInterrupt if _told[-1] == signal.SIGINT else SystemExit(128 + _told[-1])
+def raise_if_stopped() -> None:
+    """End the program where a signal asked for it.
+
+    The handler raises too, but its exception is lost when it interrupts a finalizer.
+    """
+    if _stop_signals:
+        raise (
+            KeyboardInterrupt
+            if _stop_signals[-1] == signal.SIGINT
+            else SystemExit(128 + _stop_signals[-1])
+        )
 
 
-def _ask_loopback_directly() -> None:
-    """Engines and Prometheus are never asked through a proxy, whatever http_proxy says."""
-    spared = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    if "127.0.0.1" not in spared.split(","):
-        os.environ["no_proxy"] = ",".join(filter(None, (spared, "127.0.0.1")))
+def _bypass_proxy_on_loopback() -> None:
+    """Keep requests to engines and Prometheus from going through the proxy in http_proxy."""
+    no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if "127.0.0.1" not in no_proxy.split(","):
+        os.environ["no_proxy"] = ",".join(filter(None, (no_proxy, "127.0.0.1")))
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
-    """Expected failures end in one sentence and exit code 1; SIGTERM and SIGHUP as Ctrl-C does."""
-    _ask_loopback_directly()
+def reported_errors() -> Iterator[None]:
+    """End expected failures in a sentence and exit code 1; treat SIGTERM and SIGHUP as Ctrl-C."""
+    _bypass_proxy_on_loopback()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, _stop)
     try:
         yield
-    except EXPECTED as error:
+    except EXPECTED_ERRORS as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}")
         raise typer.Exit(1) from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Two runs, two variants or two machines side by side: is it the same, and if not, by how much?
+"""Compare two runs, two variants or two machines: what differs, and by how much?
 
 A **figure** is a metric at a point, what a claim compares (the ratio of its two points), or a
 forecast's measured share of the predicted. Each has the ratio B / A with a 95 % interval: paired by
@@ -48,8 +48,8 @@ Column = dict[int, float]  # repeat -> value
 Columns = dict[tuple[str, str], Column]  # (figure, where) -> column
 
 
-class Row(BaseModel, frozen=True, extra="forbid"):
-    """One figure on both sides."""
+class ComparedFigure(BaseModel, frozen=True, extra="forbid"):
+    """Holds one figure of both sides, and what their ratio shows."""
 
     figure: str  # a metric, or `effect of <claim>`, or `measured / predicted <metric>`
     where: str
@@ -63,22 +63,22 @@ class Row(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def kind(self) -> str:
-        """`metric`, `effect` (of a claim) or `measured` (over predicted)."""
+        """Return `metric`, `effect` (of a claim) or `measured` (over predicted)."""
         return "metric" if self.figure in METRICS else self.figure.split()[0]
 
     @property
     def metric(self) -> str:
-        """The metric that the figure is, or is a ratio of."""
+        """Return the metric that the figure is, or is a ratio of."""
         return self.figure.split()[-1]
 
     @property
     def title(self) -> str:
-        """The figure with the metric's title for its name: `effect on TTFT, p50`."""
+        """Return the figure with the metric's title for its name: `effect on TTFT, p50`."""
         return " ".join([*self.figure.split()[:-1], METRICS[self.metric].title])
 
     @property
     def worse_by(self) -> float | None:
-        """By which share B is worse than A; negative where it is better."""
+        """Return the share by which B is worse than A; negative where it is better."""
         if self.contrast is None:
             return None
         ratio = self.contrast.ratio.value
@@ -86,7 +86,7 @@ class Row(BaseModel, frozen=True, extra="forbid"):
 
 
 class VerdictPair(BaseModel, frozen=True, extra="forbid"):
-    """A claim's verdict on both sides."""
+    """Holds a claim's verdict on both sides."""
 
     claim: str
     title: str
@@ -98,13 +98,13 @@ class VerdictPair(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def flips(self) -> bool:
-        """What A decided, B decides otherwise."""
+        """Tell whether both sides decided, and differently."""
         open_ = ("inconclusive", "not valid", "missing")
         return self.a != self.b and self.a not in open_ and self.b not in open_
 
     @property
     def agrees(self) -> bool:
-        """B says what A said; where A decided nothing, B only has to be valid."""
+        """Tell whether B has A's verdict; where A decided nothing, B only has to be valid."""
         return self.a == self.b or (self.a == "inconclusive" and self.b not in NO_VERDICT)
 
 
@@ -112,7 +112,7 @@ NO_VERDICT = ("not valid", "missing")
 
 
 class Comparison(BaseModel, frozen=True, extra="forbid"):
-    """B beside A, on one lab."""
+    """Holds the comparison of B with A on one lab."""
 
     a: str
     b: str
@@ -120,8 +120,10 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
     same_hardware: bool
     paired: bool
     forced: str = ""  # why they are not comparable, where the reader insisted
-    rows: list[Row]
-    effects: list[Row]  # what claims compare; dimensionless, and their sides are among the rows
+    rows: list[ComparedFigure]
+    effects: list[
+        ComparedFigure
+    ]  # what claims compare; dimensionless, and their sides are among the rows
     left_out: int  # absolute figures, of other hardware
     verdicts: list[VerdictPair]
     caveats: dict[str, list[Caveat]]  # side -> what is wrong with it
@@ -132,7 +134,7 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True)
 class Side:
-    """A run, or one variant of it."""
+    """Holds one side of a comparison: a run, or one variant of it."""
 
     folder: RunFolder
     variant: str | None
@@ -150,7 +152,7 @@ class Side:
         return self.run.endpoint or self.run.machine.slug
 
     def key(self, point: Point) -> str:
-        """The point's name, without the variant where that is what is compared."""
+        """Return the point's name, without the variant where variants are compared."""
         return point.key.partition("/")[2] if self.variant else point.key
 
     @property
@@ -158,8 +160,11 @@ class Side:
         return [p for p in self.run.points() if self.variant in (None, p.variant.name)]
 
 
-def side(text: str) -> Side:
-    """`results/<machine>/<lab>/<run>`, or that with `:variant` behind it; raises LabError."""
+def read_side(text: str) -> Side:
+    """Read a side from `results/<machine>/<lab>/<run>`, or that with `:variant` behind it.
+
+    Raises LabError where it cannot be read or has no such variant.
+    """
     path, colon, variant = text.rpartition(":") if ":" in Path(text).name else (text, "", "")
     folder = open_run(Path(path))
     try:
@@ -178,21 +183,24 @@ def side(text: str) -> Side:
 # ------------------------------------------------------------------------------------ comparable?
 
 
-def obstacle(a: Side, b: Side) -> str:
-    """Why the two cannot be compared, or nothing."""
+def reason_not_comparable(a: Side, b: Side) -> str:
+    """Say why the two cannot be compared; empty where they can.
+
+    Raises LabError where a variant is named on one side alone.
+    """
     if (a.variant is None) != (b.variant is None):
         raise LabError("name a variant on both sides, run:variant, or on neither")
-    ours, theirs = a.run.lab["name"], b.run.lab["name"]
-    if ours != theirs:
-        return f"they are runs of other labs, {ours} and {theirs}"
-    mine, yours = (fresh_knobs(s.run.lab) for s in (a, b))
-    if odd := [k for k in SENT if mine[k] != yours[k]]:
-        return f"they were not sent the same load: {', '.join(odd)} differ"
+    lab_a, lab_b = a.run.lab["name"], b.run.lab["name"]
+    if lab_a != lab_b:
+        return f"they are runs of different labs, {lab_a} and {lab_b}"
+    knobs_a, knobs_b = (fresh_knobs(s.run.lab) for s in (a, b))
+    if differing := [k for k in SENT if knobs_a[k] != knobs_b[k]]:
+        return f"they were not sent the same load: {', '.join(differing)} differ"
     return ""
 
 
 def same_requests(a: Side, b: Side) -> bool:
-    """Repeat by repeat the same prompts, so that repeats can be paired."""
+    """Tell whether each repeat sent the same prompts on both sides, so that they can be paired."""
     return a.folder.path == b.folder.path or a.run.prompts_sha256 == b.run.prompts_sha256
 
 
@@ -200,8 +208,8 @@ def same_requests(a: Side, b: Side) -> bool:
 
 
 def compare(a: Side, b: Side, force: bool = False) -> Comparison:
-    """Raises LabError for two that are not comparable, unless forced."""
-    if (why := obstacle(a, b)) and not force:
+    """Compare B with A. Raises LabError where they are not comparable, unless forced."""
+    if (why := reason_not_comparable(a, b)) and not force:
         raise LabError(f"{a.name} and {b.name} are not comparable: {why}; FORCE=1 compares them")
     same_hardware, paired = a.hardware == b.hardware, same_requests(a, b)
     claimed = [c["metric"] for c in a.run.lab["claims"]]
@@ -217,7 +225,7 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
     )
     elsewhere = [] if same_hardware else absolute
     left_out = _rows(_measured(a, elsewhere), _measured(b, elsewhere), paired)
-    said = [manifest.facts(s.run, manifest.cpu_taken_by_others(s.folder)) for s in (a, b)]
+    facts = [manifest.facts(s.run, manifest.cpu_taken_by_others(s.folder)) for s in (a, b)]
     return Comparison(
         a=a.name,
         b=b.name,
@@ -230,28 +238,28 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
         left_out=len(left_out),
         verdicts=[] if a.variant else _verdicts(a.summary.judgements, b.summary.judgements),
         caveats={name: _caveats(s) for name, s in (("A", a), ("B", b))},
-        facts=manifest.fact_pairs(*said),
-        differences=manifest.differences(*said),
-        unrecorded=manifest.unrecorded(*said),
+        facts=manifest.fact_pairs(*facts),
+        differences=manifest.differences(*facts),
+        unrecorded=manifest.unrecorded(*facts),
     )
 
 
 def _measured(side: Side, metrics: Sequence[str]) -> Columns:
-    found: Columns = {}
+    columns: Columns = {}
     for point in side.points:
         for metric in metrics:
             if column := by_repeat(side.summary.measurements.get(point.key, {}), metric):
-                found[metric, side.key(point)] = column
-    return found
+                columns[metric, side.key(point)] = column
+    return columns
 
 
 def _effects(side: Side) -> Columns:
-    """Of each claim's pair, treatment / baseline by repeat; of a single variant there is none."""
-    found: Columns = {}
-    every = side.summary.measurements
+    """Compute treatment / baseline by repeat for each claim's pair; none for a single variant."""
+    columns: Columns = {}
+    measurements = side.summary.measurements
     for j in [] if side.variant else side.summary.judgements:
         treatment, baseline = (
-            by_repeat(every.get(key, {}), j.metric) for key in (j.treatment, j.baseline)
+            by_repeat(measurements.get(key, {}), j.metric) for key in (j.treatment, j.baseline)
         )
         column = {
             repeat: treatment[repeat] / baseline[repeat]
@@ -259,13 +267,13 @@ def _effects(side: Side) -> Columns:
             if treatment[repeat] and baseline[repeat]
         }
         if column:
-            found[f"effect on {j.metric}", f"{j.treatment} / {j.baseline}"] = column
-    return found
+            columns[f"effect on {j.metric}", f"{j.treatment} / {j.baseline}"] = column
+    return columns
 
 
 def _shares(side: Side) -> Columns:
-    """Measured / predicted, of each forecast."""
-    found: Columns = {}
+    """Compute measured / predicted by repeat for each forecast."""
+    columns: Columns = {}
     for f in side.summary.forecasts:
         if side.variant not in (None, f.point.partition("/")[0]) or not f.prediction.value:
             continue
@@ -273,12 +281,12 @@ def _shares(side: Side) -> Columns:
         column = {repeat: v / f.prediction.value for repeat, v in measured.items()}
         where = f.point.partition("/")[2] if side.variant else f.point
         if column:
-            found[f"measured / predicted {f.metric}", where] = column
-    return found
+            columns[f"measured / predicted {f.metric}", where] = column
+    return columns
 
 
-def _rows(a: Columns, b: Columns, paired: bool) -> list[Row]:
-    """Every figure of either side; one that is zero throughout on both has nothing to compare."""
+def _rows(a: Columns, b: Columns, paired: bool) -> list[ComparedFigure]:
+    """Pair the figures of both sides; one that is zero throughout on both is left out."""
     return [
         _row(key, a.get(key, {}), b.get(key, {}), paired)
         for key in {**a, **b}
@@ -286,27 +294,27 @@ def _rows(a: Columns, b: Columns, paired: bool) -> list[Row]:
     ]
 
 
-def _row(key: tuple[str, str], a: Column, b: Column, paired: bool) -> Row:
+def _row(key: tuple[str, str], a: Column, b: Column, paired: bool) -> ComparedFigure:
     figure, where = key
     metric = METRICS[figure.split()[-1]]
-    found, (outcome, why) = None, _without_ratio(a, b)
-    if not why and (found := contrast(b, a, paired)) is None:
+    ratio, (outcome, why) = None, _without_ratio(a, b)
+    if not why and (ratio := contrast(b, a, paired)) is None:
         outcome, why = "not comparable", "no repeat in common"
-    return Row(
+    return ComparedFigure(
         figure=figure,
         where=where,
         unit=metric.unit if figure in METRICS else "1",
         better=metric.better,
         a=mean_interval(list(a.values())).value if a else None,
         b=mean_interval(list(b.values())).value if b else None,
-        contrast=found,
+        contrast=ratio,
         outcome=outcome,
         why=why,
     )
 
 
 def _without_ratio(a: Column, b: Column) -> tuple[Outcome, str]:
-    """What can be said where a figure is missing or zero: no ratio knows a zero."""
+    """Decide where a figure is missing or zero, so that there is no ratio."""
     if not a or not b:
         return "not comparable", f"missing in {'A' if not a else 'B'}"
     if all(v > 0 for v in (*a.values(), *b.values())):
@@ -318,12 +326,12 @@ def _without_ratio(a: Column, b: Column) -> tuple[Outcome, str]:
     return "undecided", "zero in some repeats"
 
 
-def _judged(groups: Sequence[list[Row]]) -> list[list[Row]]:
-    """Each row with a ratio gets its outcome, with the false discoveries over all rows bounded."""
+def _judged(groups: Sequence[list[ComparedFigure]]) -> list[list[ComparedFigure]]:
+    """Decide each row that has a ratio, with the false discovery rate over all rows bounded."""
     ps = [r.contrast.p for rows in groups for r in rows if r.contrast and r.contrast.p is not None]
     adjusted = iter(stats.false_discovery_control(ps) if ps else ())
 
-    def judged(row: Row) -> Row:
+    def judged(row: ComparedFigure) -> ComparedFigure:
         if row.contrast is None:
             return row
         ratio = row.contrast.ratio
@@ -347,18 +355,18 @@ def _verdicts(a: Sequence[Judgement], b: Sequence[Judgement]) -> list[VerdictPai
     def by_pair(judgements: Sequence[Judgement]) -> dict[tuple[str, str, str], Judgement]:
         return {(j.claim, j.treatment, j.baseline): j for j in judgements}
 
-    ours, theirs = by_pair(a), by_pair(b)
+    judged_a, judged_b = by_pair(a), by_pair(b)
     return [
         VerdictPair(
             claim=key[0],
-            title=(ours.get(key) or theirs[key]).title,
+            title=(judged_a.get(key) or judged_b[key]).title,
             where=f"{key[1]} / {key[2]}",
-            a=ours[key].outcome if key in ours else "missing",
-            b=theirs[key].outcome if key in theirs else "missing",
-            a_ratio=_ratio(ours.get(key)),
-            b_ratio=_ratio(theirs.get(key)),
+            a=judged_a[key].outcome if key in judged_a else "missing",
+            b=judged_b[key].outcome if key in judged_b else "missing",
+            a_ratio=_ratio(judged_a.get(key)),
+            b_ratio=_ratio(judged_b.get(key)),
         )
-        for key in {**ours, **theirs}
+        for key in {**judged_a, **judged_b}
     ]
 
 
@@ -367,50 +375,53 @@ def _ratio(judged: Judgement | None) -> Interval | None:
 
 
 def _caveats(side: Side) -> list[Caveat]:
-    mine = {p.key for p in side.points}
-    found = [c for c in side.summary.caveats if c.point is None or c.point in mine]
+    point_keys = {p.key for p in side.points}
+    caveats = [c for c in side.summary.caveats if c.point is None or c.point in point_keys]
     if side.summary.failed or side.summary.missing or not side.folder.complete:
         text = f"{len(side.summary.failed)} trials failed, {side.summary.missing} were not played"
-        found.append(Caveat(name="not complete", text=text))
+        caveats.append(Caveat(name="not complete", text=text))
     if side.run.quick:
-        found.append(Caveat(name="quick run", text="few and short repeats: a smoke test"))
+        caveats.append(Caveat(name="quick run", text="few and short repeats: a smoke test"))
     if side.run.dummy:
-        found.append(Caveat(name="random weights", text="speed is real, the text is not"))
-    return found
+        caveats.append(Caveat(name="random weights", text="speed is real, the text is not"))
+    return caveats
 
 
 # --------------------------------------------------------------------------------------- machines
 
 
-def pairs(a: str, b: str, force: bool = False) -> tuple[list[Comparison], list[str]]:
-    """What A and B name, compared; and of two machines, why some of their labs could not be."""
+def compare_named(a: str, b: str, force: bool = False) -> tuple[list[Comparison], list[str]]:
+    """Compare what A and B name; of two machines, also say why some labs were not compared.
+
+    Raises LabError where nothing is comparable.
+    """
     homes = [_machine(text) for text in (a, b)]
     if None in homes:
         if homes != [None, None]:
             raise LabError(f"{a} and {b}: give two runs, two variants of runs, or two machines")
-        return [compare(side(a), side(b), force)], []
-    ours, theirs = (
+        return [compare(read_side(a), read_side(b), force)], []
+    runs_a, runs_b = (
         {f.path.parent.name: f for f in newest_runs() if f.path.parent.parent == home}
         for home in homes
     )
-    found, refused = [], []
-    for lab in ours:
-        if lab not in theirs:
+    comparisons, refused = [], []
+    for lab in runs_a:
+        if lab not in runs_b:
             refused.append(f"{lab}: {b} has no run of it")
             continue
-        mine, yours = (side(str(f.path)) for f in (ours[lab], theirs[lab]))
-        if (why := obstacle(mine, yours)) and not force:
+        side_a, side_b = (read_side(str(f.path)) for f in (runs_a[lab], runs_b[lab]))
+        if (why := reason_not_comparable(side_a, side_b)) and not force:
             refused.append(f"{lab}: {why}")
         else:
-            found.append(compare(mine, yours, force))
-    refused += [f"{lab}: {a} has no run of it" for lab in theirs if lab not in ours]
-    if not found:
+            comparisons.append(compare(side_a, side_b, force))
+    refused += [f"{lab}: {a} has no run of it" for lab in runs_b if lab not in runs_a]
+    if not comparisons:
         raise LabError(f"no lab of {a} and {b} is comparable: {'; '.join(refused) or 'no runs'}")
-    return found, refused
+    return comparisons, refused
 
 
 def _machine(text: str) -> Path | None:
-    """A machine's folder of results."""
+    """Find a machine's folder of results by its path; None where it is not one."""
     return next(
         (p.resolve() for p in (Path(text), ROOT / text) if (p / "machine.json").exists()), None
     )

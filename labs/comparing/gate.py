@@ -1,4 +1,4 @@
-"""A gate for who pins an upgrade on a run: does anything get worse than its baseline?
+"""A gate for an upgrade, for example: is anything worse in the new run than in its baseline?
 
 It fails when a claim's verdict flips, when a figure is worse beyond chance and beyond a stated
 margin, and when something of the baseline is missing. The margins come from a TOML file
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, NonNegativeFloat, ValidationError
 
-from labs.comparing.compare import NO_VERDICT, Comparison, Row
+from labs.comparing.compare import NO_VERDICT, ComparedFigure, Comparison
 from labs.judging.metrics import METRICS
 from labs.judging.text import times_with_interval
 from labs.lab import LabError
@@ -21,56 +21,63 @@ DEFAULT = Path(__file__).with_name("thresholds.toml")
 
 
 class Verdicts(BaseModel, frozen=True, extra="forbid"):
+    """Says whether an undecided claim, or a missing figure, fails the gate."""
+
     undecided_fails: bool = False
     missing_fails: bool = True
 
 
 class Thresholds(BaseModel, frozen=True, extra="forbid"):
+    """Holds the limits of a gate: by which share each figure may get worse."""
+
     worse: dict[str, NonNegativeFloat]
     verdicts: Verdicts = Verdicts()
 
-    def of(self, row: Row) -> float:
-        """The share by which this figure may get worse."""
+    def of(self, row: ComparedFigure) -> float:
+        """Return the share by which this figure may get worse."""
         return self.worse.get(
             row.metric if row.kind == "metric" else row.kind, self.worse["default"]
         )
 
 
 def thresholds(path: Path = DEFAULT) -> Thresholds:
-    """Raises LabError with what is wrong in the file."""
+    """Read the limits from a TOML file. Raises LabError with what is wrong in it."""
     try:
-        found = Thresholds.model_validate(tomllib.loads(path.read_text()))
+        limits = Thresholds.model_validate(tomllib.loads(path.read_text()))
     except (tomllib.TOMLDecodeError, OSError, ValidationError) as error:
         raise LabError(f"{path} holds no thresholds: {' '.join(str(error).split())}") from error
     known = {*METRICS, "default", "effect", "measured"}
-    if odd := sorted(set(found.worse) - known):
+    if unknown := sorted(set(limits.worse) - known):
         raise LabError(
-            f"{path} names no known figure: {', '.join(odd)}; see labs/comparing/thresholds.toml"
+            f"{path} names unknown figures: {', '.join(unknown)};"
+            " see labs/comparing/thresholds.toml"
         )
-    if "default" not in found.worse:
+    if "default" not in limits.worse:
         raise LabError(
             f"{path} has no `default` under [worse]: give one, as labs/comparing/thresholds.toml"
         )
-    return found
+    return limits
 
 
-def failures(found: Comparison, limits: Thresholds) -> list[str]:
-    """What of the run (B) does not pass beside its baseline (A); empty when all does.
+def failures(comparison: Comparison, limits: Thresholds) -> list[str]:
+    """List what is worse in the run (B) than in its baseline (A) allows; empty when it passes.
 
-    Raises LabError where the two decide nothing: a gate that cannot fail lets nothing pass.
+    Raises LabError where the two decide nothing, as the gate could not fail then.
     """
-    if not any(r.contrast and r.outcome in ("same", "differs") for r in found.rows):
+    if not any(r.contrast and r.outcome in ("same", "differs") for r in comparison.rows):
         raise LabError(
-            f"no figure of {found.a} and {found.b} can be told apart or called the same, so nothing"
-            " can be let pass: measure more repeats, without QUICK"
+            f"no figure of {comparison.a} and {comparison.b} can be told apart or called the same,"
+            " so the gate cannot decide: measure more repeats, without QUICK"
         )
     failed = []
-    for v in found.verdicts:
+    for v in comparison.verdicts:
         lost = v.b in NO_VERDICT and v.a not in NO_VERDICT
         open_ = v.b == "inconclusive" and v.a not in (*NO_VERDICT, "inconclusive")
         if v.flips or lost or (open_ and limits.verdicts.undecided_fails):
             failed.append(f"{v.title} ({v.where}): {v.a} in the baseline, {v.b} now")
-    for row in found.rows if found.same_hardware else [*found.rows, *found.effects]:
+    for row in (
+        comparison.rows if comparison.same_hardware else [*comparison.rows, *comparison.effects]
+    ):
         what = f"{row.title} at {row.where}"
         if row.b is None:  # a percentile is missing where few samples came, which chance decides
             if limits.verdicts.missing_fails and METRICS[row.metric].statistic.q is None:

@@ -1,7 +1,7 @@
-"""What is generated from results: README.md's tables, one page a machine, and a sitting's page.
+"""Generate pages from results: README.md's tables, one page a machine, and a sitting's page.
 
-What git keeps is made of what git knows (labs.filing.committed): a reader's own runs change none of
-it until they are added.
+Committed pages count the runs that git tracks (labs.filing.committed): a reader's own runs change
+none of them until they are added.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ CLAIMS_EACH = 2  # in README.md, of each lab; the machine's page has them all
 
 
 def _marks(run: Run) -> str:
-    """What kind of run it was, where it was no ordinary one."""
+    """Mark a run that is not an ordinary one: random weights, quick."""
     return (" (random weights)" if run.dummy else "") + (" (quick)" if run.quick else "")
 
 
 def stale() -> dict[Path, str]:
-    """Find the generated files that would change, and say of which runs."""
+    """Find the generated files that would change, and name the runs that change them."""
     return {
         path: _why(before, text)
         for path, text in _pages().items()
@@ -72,7 +72,7 @@ def stale() -> dict[Path, str]:
 
 
 def write() -> list[Path]:
-    """Write every generated file anew; those that changed."""
+    """Write every generated file, and return those that changed."""
     changed = list(stale())
     for path, text in _pages().items():
         whole.write(path, text)
@@ -80,30 +80,30 @@ def write() -> list[Path]:
 
 
 def uncounted() -> list[RunFolder]:
-    """List the runs that would be in the tables if git knew them."""
+    """List the runs that would be in the tables if git tracked them."""
     counted = {folder.path for folder in newest_runs(committed=True)}
     return [folder for folder in newest_runs() if folder.path not in counted]
 
 
 def write_machine(home: Path) -> Path:
-    """Write the page of a machine's newest runs, its reader's own and quick ones included."""
+    """Write the page of a machine's newest runs, with uncommitted and quick ones."""
     runs = _by_machine(newest_runs(quick=True))[home]
     return whole.write(home / SITTING, markdown.document(_machine(runs, committed=False)))
 
 
 def _why(before: str, after: str) -> str:
-    """Name the runs in the lines that differ, and what is amiss with each."""
+    """Name the runs in the lines that differ, and say what is wrong with each."""
     lines = [set(text.splitlines()) for text in (before, after)]
-    gone, new = (
-        {name for line in mine - other for name in RUN_NAME.findall(line)}
-        for mine, other in (lines, lines[::-1])
+    dropped, added = (
+        {name for line in these - other for name in RUN_NAME.findall(line)}
+        for these, other in (lines, lines[::-1])
     )
     on_file = {folder.path.name for folder in committed_runs()}
     reasons = [
-        *(f"{name} is not in it" for name in sorted(new - gone)),
-        *(f"it says otherwise of {name}" for name in sorted(new & gone)),
-        *(f"git does not know {name}" for name in sorted(gone - new - on_file)),
-        *(f"it should not have {name}" for name in sorted((gone - new) & on_file)),
+        *(f"{name} is not in it" for name in sorted(added - dropped)),
+        *(f"it says otherwise of {name}" for name in sorted(added & dropped)),
+        *(f"git does not know {name}" for name in sorted(dropped - added - on_file)),
+        *(f"it should not have {name}" for name in sorted((dropped - added) & on_file)),
     ]
     return ", ".join(reasons)
 
@@ -114,30 +114,30 @@ def _pages() -> dict[Path, str]:
         README: generated_tables(README.read_text(), runs),
         results.RESULTS / PAGE: _collection(),
         **{
-            home / PAGE: markdown.document(_machine(found, committed=True))
-            for home, found in _by_machine(runs).items()
+            home / PAGE: markdown.document(_machine(machine_runs, committed=True))
+            for home, machine_runs in _by_machine(runs).items()
         },
         **{f.path / FILED / PAGE: markdown.document(reproduction.page(f)) for f in _repeated()},
     }
 
 
 def _repeated() -> list[RunFolder]:
-    return [f for f in committed_runs() if reproduction.filed(f, committed=True)]
+    return [f for f in committed_runs() if reproduction.filed_with(f, committed=True)]
 
 
 def _by_machine(runs: Sequence[RunFolder]) -> dict[Path, list[RunFolder]]:
-    """By the folder of a machine's results."""
-    found: dict[Path, list[RunFolder]] = {}
+    """Group runs by the folder of their machine's results."""
+    by_home: dict[Path, list[RunFolder]] = {}
     for folder in runs:
-        found.setdefault(folder.path.parent.parent, []).append(folder)
-    return found
+        by_home.setdefault(folder.path.parent.parent, []).append(folder)
+    return by_home
 
 
 # -------------------------------------------------------------------------------------- README.md
 
 
 def generated_tables(text: str, runs: Sequence[RunFolder]) -> str:
-    """The text with each of its generated parts written anew, from these runs."""
+    """Replace each generated part of the text by what these runs give."""
     for name, blocks in (
         ("plot", _plot(runs)),
         ("labs", [_labs()]),
@@ -153,7 +153,7 @@ def generated_tables(text: str, runs: Sequence[RunFolder]) -> str:
 
 
 def _plot(runs: Sequence[RunFolder]) -> list[Block]:
-    """One real plot: a sweep of the load."""
+    """Show one plot of a real run: a sweep of the load."""
     for folder in runs:
         path = folder.path / "sweep.svg"
         if path.exists():
@@ -177,13 +177,15 @@ def _labs() -> Table:
 
 
 def _results(runs: Sequence[RunFolder]) -> list[Block]:
-    """The first claims of each lab, under each machine's name."""
+    """Tabulate the first claims of each lab, under each machine's name."""
     blocks: list[Block] = []
-    for home, found in _by_machine(runs).items():
-        run = found[0].run()
-        served = ", ".join(dict.fromkeys(f.run().model for f in found))
+    for home, machine_runs in _by_machine(runs).items():
+        run = machine_runs[0].run()
+        served = ", ".join(dict.fromkeys(f.run().model for f in machine_runs))
         page = os.path.relpath(home / PAGE, ROOT)
-        rows = [_claim(f, j, ROOT) for f in found for j in f.summary().judgements[:CLAIMS_EACH]]
+        rows = [
+            _claim(f, j, ROOT) for f in machine_runs for j in f.summary().judgements[:CLAIMS_EACH]
+        ]
         name, link = Strong(run.machine.describe()), Link("every claim", page)
         blocks += [Paragraph((name, f", {served} (", link, "):")), table(CLAIM_COLUMNS, rows)]
     return blocks
@@ -203,13 +205,13 @@ def _questions(runs: Sequence[RunFolder]) -> Table:
 
 
 def _to_report(folder: RunFolder, seen_from: Path, words: Inline) -> Inline:
-    """A link to a run's report, with the run's marks behind it."""
+    """Link to a run's report, with the run's marks behind it."""
     run = folder.run()
     return (Link(words, os.path.relpath(folder.path / "report.md", seen_from)), _marks(run))
 
 
 def _bench() -> list[Block]:
-    """What `make bench` found, of every machine it was run on."""
+    """Show what `make bench` measured on every machine."""
     return [block for bench in instruments.on_file() for block in instruments.blocks(bench)]
 
 
@@ -260,20 +262,20 @@ def _collection() -> str:
 
 
 def _reproduced(seen_from: Path) -> Table:
-    """Each repetition of each run, the newest of a run first."""
+    """Tabulate the repetitions of each run, the newest first."""
     rows: list[list[Inline]] = []
     for original in sorted(_repeated(), key=lambda f: f.path):
-        for found in reproduction.filed(original, committed=True):
-            count = Counter(a.answer for a in found.answers)
+        for result in reproduction.filed_with(original, committed=True):
+            count = Counter(a.answer for a in result.answers)
             rows.append(
                 [
                     original.path.parent.name,
                     Link(original.path.name, _link(original, seen_from)),
-                    found.by.machine.describe(),
-                    found.day,
-                    found.by.vllm or "–",
-                    found.agreement,
-                    f"{count['reproduced']} of {len(found.answers)}",
+                    result.by.machine.describe(),
+                    result.day,
+                    result.by.vllm or "–",
+                    result.agreement,
+                    f"{count['reproduced']} of {len(result.answers)}",
                     str(count["differs"]),
                 ]
             )
@@ -288,18 +290,18 @@ def _link(original: RunFolder, seen_from: Path) -> str:
 
 
 def _newest(original: RunFolder, seen_from: Path, committed: bool) -> Inline:
-    """What came of a run's newest repetition, with a link to all of them."""
-    for found in reproduction.filed(original, committed):
-        return Link(f"{found.agreement} ({found.day})", _link(original, seen_from))
+    """Say how a run's newest repetition came out, with a link to all of them."""
+    for result in reproduction.filed_with(original, committed):
+        return Link(f"{result.agreement} ({result.day})", _link(original, seen_from))
     return "–"
 
 
 def leaderboard(committed: bool = False) -> Table:
-    """Lab x claim x machine, of the newest runs, with links as the collection's page has them."""
+    """Tabulate lab x claim x machine of the newest runs, with links relative to `results/`."""
     rows: list[list[Inline]] = []
     runs = newest_runs(committed=committed)
     for name in LABS:
-        mine: list[tuple[int, str, list[Inline]]] = []
+        entries: list[tuple[int, str, list[Inline]]] = []
         for folder in (f for f in runs if f.path.parent.name == name):
             run = folder.run()
             machine = run.machine.describe()
@@ -309,8 +311,8 @@ def leaderboard(committed: bool = False) -> Table:
             for place, j in enumerate(folder.summary().judgements[:CLAIMS_EACH]):
                 effect = [ratio_text(j), ratio_interval(j), j.outcome]
                 cells = [name, parse(j.title), home, *effect, standing, repeated]
-                mine.append((place, machine, cells))
-        rows += [cells for *_, cells in sorted(mine, key=lambda item: item[:2])]
+                entries.append((place, machine, cells))
+        rows += [cells for *_, cells in sorted(entries, key=lambda item: item[:2])]
     return table(
         ("Lab", "Claim", "Machine", "Effect", "95 % interval", "Verdict", "Lab now", "Reproduced"),
         rows,
@@ -337,7 +339,7 @@ def _claim(folder: RunFolder, judgement: Judgement, seen_from: Path) -> list[Inl
 
 
 def _machine(runs: Sequence[RunFolder], committed: bool) -> Section:
-    """Every claim of every lab, what was found beside them, and the questions they answer."""
+    """Build a machine's page: every claim of every lab, the checks, and the questions."""
     first = runs[0].run()
     here = runs[0].path.parent.parent
     checks: list[list[Inline]] = [
@@ -358,7 +360,7 @@ def _machine(runs: Sequence[RunFolder], committed: bool) -> Section:
 
 
 def _runs(runs: Sequence[RunFolder], seen_from: Path, committed: bool) -> Table:
-    """Each run: what was asked and served, when, and how many predictions held."""
+    """Tabulate the runs: question, model, date, and how many predictions held."""
     rows: list[list[Inline]] = []
     for folder in runs:
         run, session, summary = folder.run(), folder.session(), folder.summary()
@@ -391,7 +393,7 @@ def _runs(runs: Sequence[RunFolder], seen_from: Path, committed: bool) -> Table:
 
 
 def _answers(runs: Sequence[RunFolder], seen_from: Path) -> Table:
-    """What each run says to each question of its lab."""
+    """Tabulate how each run answers each question of its lab."""
     rows: list[list[Inline]] = []
     for folder in runs:
         run, answers = folder.run(), folder.summary().answers

@@ -1,7 +1,7 @@
-"""A comparison as one HTML file that needs no server, made as a run's page is.
+"""Write a comparison as one HTML file that needs no server, as a run's page is written.
 
-The words and tables are those of the Markdown, from the same nodes; added are the ratios as plots
-to look closer at, and everything that both manifests record, side by side.
+The words and tables are those of the Markdown, from the same nodes; added are plots of the ratios
+that a reader can zoom, and everything that both manifests record, side by side.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from labs.telling.document import Figure, Section, plain_text
 from serving import whole
 
 
-def write(found: Sequence[Comparison], refused: Sequence[str], path: Path) -> None:
-    whole.write(path, page(found, refused))
+def write(comparisons: Sequence[Comparison], refused: Sequence[str], path: Path) -> None:
+    whole.write(path, page(comparisons, refused))
 
 
-def page(found: Sequence[Comparison], refused: Sequence[str]) -> str:
-    document = side_by_side.document(found, refused)
+def page(comparisons: Sequence[Comparison], refused: Sequence[str]) -> str:
+    document = side_by_side.document(comparisons, refused)
     sections = [b for b in document.blocks if isinstance(b, Section)]
     return pages.render(
         "compare.html",
         scripts=[get_plotlyjs(), pages.web("page.js", "plot.js", "compare.js")],
-        title=f"{plain_text(document.title)}: {', '.join(c.lab for c in found)}",
+        title=f"{plain_text(document.title)}: {', '.join(c.lab for c in comparisons)}",
         sections=[
             _PageSection.of(section, comparison)
-            for section, comparison in zip(sections, [*found, None], strict=False)
+            for section, comparison in zip(sections, [*comparisons, None], strict=False)
         ],
         data={
             "colours": VARIANTS,
             "differs": BOUND,
-            "comparisons": [{"lab": c.lab, "rows": _rows(c)} for c in found],
+            "comparisons": [{"lab": c.lab, "rows": _rows(c)} for c in comparisons],
         },
     )
 
 
 @dataclass(frozen=True)
 class _PageSection:
-    """One lab's, or at the end the one about what was not compared.
+    """Holds a section of the page: a lab's, or the last one, about what was not compared.
 
-    The plot goes between the headline and the tables.
+    The template puts the plot between the headline and the tables.
     """
 
     title: str
@@ -60,19 +60,21 @@ class _PageSection:
     found: Comparison | None
 
     @classmethod
-    def of(cls, section: Section, found: Comparison | None) -> _PageSection:
+    def of(cls, section: Section, comparison: Comparison | None) -> _PageSection:
         tables = [block for block in section.blocks if isinstance(block, Section)]
         title = plain_text(section.title)
         headline = html.introduction(section, _no_picture)
-        return cls(title, html.anchor(title), headline, html.fragment(tables, _no_picture), found)
+        return cls(
+            title, html.anchor(title), headline, html.fragment(tables, _no_picture), comparison
+        )
 
 
 def _no_picture(figure: Figure) -> Markup:
-    """The page draws its own."""
+    """Leave pictures out, as the page draws its own."""
     return Markup("")
 
 
-def _rows(found: Comparison) -> list[dict[str, Any]]:
+def _rows(comparison: Comparison) -> list[dict[str, Any]]:
     return [
         {
             "kind": row.title,
@@ -84,5 +86,5 @@ def _rows(found: Comparison) -> list[dict[str, Any]]:
             "high": ratio.high,
             "outcome": row.outcome,
         }
-        for row, where, ratio in side_by_side.drawable(found)
+        for row, where, ratio in side_by_side.figures_with_interval(comparison)
     ]

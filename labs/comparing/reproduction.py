@@ -1,8 +1,8 @@
-"""What came of a run that was repeated: which of its figures and verdicts came out the same.
+"""Compare a repeated run with its original: which figures and verdicts came out the same.
 
-The answer lies beside the repetition and its records, as reproduction.json and .md. It is filed
-with the original too, in `reproductions/`, without those records: some kilobytes, by which a
-collection of results says of each run whether others got the same.
+The result is written beside the repetition and its records, as reproduction.json and .md. It is
+also kept with the original, in `reproductions/`, without those records: some kilobytes, by which a
+collection of results says for each run whether others measured the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from labs.comparing import compare, side_by_side
-from labs.comparing.compare import Row, VerdictPair
+from labs.comparing.compare import ComparedFigure, VerdictPair
 from labs.filing import manifest
 from labs.filing.committed import tracked
 from labs.filing.manifest import Fact
@@ -26,7 +26,7 @@ from serving import whole
 from serving.machine import Machine
 
 FILED = "reproductions"
-ANSWERS = {
+ANSWER_OF_OUTCOME = {
     "same": "reproduced",
     "differs": "differs",
     "undecided": "undecided",
@@ -34,15 +34,15 @@ ANSWERS = {
 }
 
 
-class Answer(BaseModel, frozen=True, extra="forbid"):
-    """What became of one figure of the original."""
+class ReproducedFigure(BaseModel, frozen=True, extra="forbid"):
+    """Says how one figure of the original came out in the repetition."""
 
     answer: str  # reproduced, differs, undecided, not comparable
-    row: Row
+    row: ComparedFigure
 
 
 class Repetition(BaseModel, frozen=True, extra="forbid"):
-    """The run that repeated another."""
+    """Describes the run that repeated another."""
 
     run: str
     started_at: str
@@ -54,14 +54,14 @@ class Repetition(BaseModel, frozen=True, extra="forbid"):
 
 
 class Reproduction(BaseModel, frozen=True, extra="forbid"):
-    """A run (A) and its repetition (B), held against each other."""
+    """Holds the comparison of a run (A) with its repetition (B)."""
 
     original: str
     by: Repetition
     verdicts_agree: bool
     remark: str = ""  # written by hand, where it is filed: what was measured of a disagreement
     verdicts: list[VerdictPair]
-    answers: list[Answer]
+    answers: list[ReproducedFigure]
     not_comparable: int  # figures with a dimension, of other hardware
     likeliest_cause: str  # of what differs
     caveats: dict[str, list[Caveat]]
@@ -70,27 +70,35 @@ class Reproduction(BaseModel, frozen=True, extra="forbid"):
     same_hardware: bool
 
     @property
-    def apart(self) -> list[Row]:
+    def apart(self) -> list[ComparedFigure]:
+        """Return the figures that were not reproduced."""
         return [a.row for a in self.answers if a.answer != "reproduced"]
 
     @property
     def agreement(self) -> str:
+        """Say how many verdicts agree."""
         agree = sum(v.agrees for v in self.verdicts)
         return f"{agree} of {len(self.verdicts)} agree"
 
     @property
     def day(self) -> str:
+        """Return the date on which the repetition started."""
         return self.by.started_at[:10]
 
 
-def answer(original: RunFolder, new: RunFolder) -> Reproduction:
-    """Compare, and write reproduction.json and reproduction.md beside the new run."""
-    found = compare.compare(compare.side(str(original.path)), compare.side(str(new.path)))
-    rows = [*found.rows, *found.effects]
-    agree = all(v.agrees for v in found.verdicts)
+def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
+    """Compare a repetition with its original, and write reproduction.json and .md beside it.
+
+    Raises LabError where the two are not comparable.
+    """
+    comparison = compare.compare(
+        compare.read_side(str(original.path)), compare.read_side(str(new.path))
+    )
+    rows = [*comparison.rows, *comparison.effects]
+    agree = all(v.agrees for v in comparison.verdicts)
     run = new.run()
     result = Reproduction(
-        original=found.a,
+        original=comparison.a,
         by=Repetition(
             run=run.run_id,
             started_at=run.started_at,
@@ -101,14 +109,14 @@ def answer(original: RunFolder, new: RunFolder) -> Reproduction:
             git_dirty=run.environment.git_dirty,
         ),
         verdicts_agree=agree,
-        verdicts=found.verdicts,
-        answers=[Answer(answer=ANSWERS[row.outcome], row=row) for row in rows],
-        not_comparable=found.left_out,
-        likeliest_cause=likeliest_cause(found.verdicts, rows, found.differences),
-        caveats=found.caveats,
-        differences=found.differences,
-        unrecorded=found.unrecorded,
-        same_hardware=found.same_hardware,
+        verdicts=comparison.verdicts,
+        answers=[ReproducedFigure(answer=ANSWER_OF_OUTCOME[row.outcome], row=row) for row in rows],
+        not_comparable=comparison.left_out,
+        likeliest_cause=likeliest_cause(comparison.verdicts, rows, comparison.differences),
+        caveats=comparison.caveats,
+        differences=comparison.differences,
+        unrecorded=comparison.unrecorded,
+        same_hardware=comparison.same_hardware,
     )
     write_json(new.path / "reproduction.json", result)
     verdict = "agree" if agree else "do not all agree"
@@ -122,33 +130,35 @@ def answer(original: RunFolder, new: RunFolder) -> Reproduction:
 
 
 def likeliest_cause(
-    verdicts: Sequence[VerdictPair], rows: Sequence[Row], differences: Sequence[Fact]
+    verdicts: Sequence[VerdictPair], rows: Sequence[ComparedFigure], differences: Sequence[Fact]
 ) -> str:
-    """Of what differs; what is only left open has none but chance."""
+    """Say which difference most likely explains a disagreement; nothing where none was decided."""
     apart = any(v.flips for v in verdicts) or any(r.outcome == "differs" for r in rows)
     return manifest.likeliest_cause(differences) if apart else ""
 
 
-def lines(found: Reproduction) -> list[str]:
-    """The answer in a few sentences."""
-    count = Counter(a.answer for a in found.answers)
-    count["not comparable"] += found.not_comparable
-    said = ", ".join(f"{n} {what}" for what, n in count.items() if n)
-    out = [f"Verdicts: {found.agreement}.", f"Figures: {said}."]
-    out += [_disagreement(v) for v in found.verdicts if not v.agrees]
-    if not found.same_hardware:
-        out.append("Other hardware: only figures without a dimension are compared.")
-    if found.likeliest_cause:
-        out.append(f"Likeliest cause of what differs: {found.likeliest_cause}.")
-    if found.unrecorded:
-        out.append(f"One of the manifests does not record {', '.join(found.unrecorded)}.")
-    return out
+def sentences(result: Reproduction) -> list[str]:
+    """Say in a few sentences which verdicts and figures came out the same."""
+    count = Counter(a.answer for a in result.answers)
+    count["not comparable"] += result.not_comparable
+    counts = ", ".join(f"{n} {what}" for what, n in count.items() if n)
+    texts = [f"Verdicts: {result.agreement}.", f"Figures: {counts}."]
+    texts += [_disagreement(v) for v in result.verdicts if not v.agrees]
+    if not result.same_hardware:
+        texts.append("Other hardware: only figures without a dimension are compared.")
+    if result.likeliest_cause:
+        texts.append(f"Likeliest cause of what differs: {result.likeliest_cause}.")
+    if result.unrecorded:
+        texts.append(f"One of the manifests does not record {', '.join(result.unrecorded)}.")
+    return texts
 
 
 def _disagreement(verdict: VerdictPair) -> str:
     there, here = verdict.a_ratio, verdict.b_ratio
-    text = f"{verdict.title} ({verdict.where}): {side_by_side.decided(verdict.a, there)} there;"
-    text += f" {side_by_side.decided(verdict.b, here)} here"
+    a, b = (
+        side_by_side.outcome_with_ratio(*side) for side in ((verdict.a, there), (verdict.b, here))
+    )
+    text = f"{verdict.title} ({verdict.where}): {a} there; {b} here"
     if there and here and here.low is not None and here.high is not None:
         holds = here.low <= there.value <= here.high
         text += ", an interval that holds the value there" * (holds and not verdict.flips)
@@ -159,26 +169,26 @@ def _disagreement(verdict: VerdictPair) -> str:
 
 
 def original_of(folder: RunFolder) -> RunFolder | None:
-    """The run that this one repeats, where it is on file."""
+    """Find the run that this one repeats; None where it is not recorded here."""
     wanted = folder.run().reproduces
     return next((f for f in all_runs() if f.path.name == wanted), None)
 
 
-def file(found: Reproduction, original: RunFolder) -> Path:
-    """File it with the original; a remark that stands there already is kept.
+def file_with_original(result: Reproduction, original: RunFolder) -> Path:
+    """Keep the result with the original; a remark that was written there by hand stays.
 
     The page of a published run shows published repetitions alone, so a new one leaves it as it is.
     """
-    path = original.path / FILED / f"{found.by.run}.json"
+    path = original.path / FILED / f"{result.by.run}.json"
     remark = read_json(path, Reproduction).remark if path.exists() else ""
-    write_json(path, found.model_copy(update={"remark": remark}))
-    if filed(original, committed=True):
+    write_json(path, result.model_copy(update={"remark": remark}))
+    if filed_with(original, committed=True):
         whole.write(path.with_name("README.md"), markdown.document(page(original)))
     return path
 
 
-def filed(original: RunFolder, committed: bool = False) -> list[Reproduction]:
-    """Read the answers filed with a run, newest first; with `committed`, those that git knows."""
+def filed_with(original: RunFolder, committed: bool = False) -> list[Reproduction]:
+    """Read the results kept with a run, newest first; with `committed`, those that git tracks."""
     paths = sorted((original.path / FILED).glob("*.json"), reverse=True)
     if committed:
         paths = tracked(paths, original.path)
@@ -188,57 +198,57 @@ def filed(original: RunFolder, committed: bool = False) -> list[Reproduction]:
 def page(original: RunFolder) -> Section:
     """Write what came of every published repetition of a run, for its `reproductions/`."""
     title = parse(original.run().lab["title"])
-    answers = filed(original, committed=True)
+    results = filed_with(original, committed=True)
     return section(
         (Link(title, "../report.md"), ", repeated"),
-        *(section(f"{found.day}: {found.agreement}", *_blocks(found)) for found in answers),
+        *(section(f"{result.day}: {result.agreement}", *_blocks(result)) for result in results),
     )
 
 
 def problems(original: RunFolder) -> list[str]:
-    """What is wrong with what is filed; empty when it is well formed."""
-    wrong = []
+    """List what is wrong with the results kept with a run; empty when they are well formed."""
+    texts = []
     try:
         decided = {
             (j.claim, f"{j.treatment} / {j.baseline}"): j.outcome
             for j in original.summary().judgements
         }
     except (OSError, ValueError):
-        return []  # of the run itself, which says so
+        return []  # the check of the run itself reports it
     for path in sorted((original.path / FILED).glob("*.json")):
         name = path.relative_to(original.path)
         try:
-            found = read_json(path, Reproduction)
+            result = read_json(path, Reproduction)
         except DamagedError as error:
-            wrong.append(str(error))
+            texts.append(str(error))
             continue
-        if path.stem != found.by.run or Path(found.original).name != original.path.name:
-            wrong.append(f"{name} is about another run, or was renamed")
-        elif {(v.claim, v.where): v.a for v in found.verdicts if v.a != "missing"} != decided:
-            wrong.append(f"{name} answers other verdicts than this run's: reproduce it again")
-    return wrong
+        if path.stem != result.by.run or Path(result.original).name != original.path.name:
+            texts.append(f"{name} is about another run, or was renamed")
+        elif {(v.claim, v.where): v.a for v in result.verdicts if v.a != "missing"} != decided:
+            texts.append(f"{name} answers other verdicts than this run's: reproduce it again")
+    return texts
 
 
-def _blocks(found: Reproduction) -> list[Block | None]:
-    """What came of one repetition: in sentences, then in tables."""
-    by = found.by
+def _blocks(result: Reproduction) -> list[Block | None]:
+    """Describe one repetition in sentences, then in tables."""
+    by = result.by
     code = f"commit {by.git_commit[:12]}" if by.git_commit else "a commit that is not on file"
     code += " and changes to it" * bool(by.git_dirty)
     return [
         Paragraph(
-            f"A is the original, {found.original}; B was run on {by.machine.describe()} with vLLM"
+            f"A is the original, {result.original}; B was run on {by.machine.describe()} with vLLM"
             f" {by.vllm or 'unknown'}, {by.model}, {code} ({by.run})."
         ),
-        bullets(lines(found)),
-        Paragraph((Strong("Remark."), " ", parse(found.remark))) if found.remark else None,
+        bullets(sentences(result)),
+        Paragraph((Strong("Remark."), " ", parse(result.remark))) if result.remark else None,
         *(
             section(title, table)
             for title, table in {
-                "Verdicts": side_by_side.verdict_table(found.verdicts),
-                "What was not reproduced": side_by_side.figure_table(found.apart),
-                "Validity": side_by_side.validity_table(found.caveats),
+                "Verdicts": side_by_side.verdict_table(result.verdicts),
+                "What was not reproduced": side_by_side.figure_table(result.apart),
+                "Validity": side_by_side.validity_table(result.caveats),
                 "What differs in how they were run": side_by_side.difference_table(
-                    found.differences
+                    result.differences
                 ),
             }.items()
         ),

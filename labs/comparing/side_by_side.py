@@ -1,4 +1,4 @@
-"""A comparison as a person reads it: tables for the terminal, Markdown with a plot, and JSON."""
+"""Show a comparison to a person: tables for the terminal, Markdown with a plot, and JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from labs.comparing.compare import Comparison, Row, VerdictPair
+from labs.comparing.compare import ComparedFigure, Comparison, VerdictPair
 from labs.filing import manifest
 from labs.filing.manifest import Fact
 from labs.judging.judge import Caveat, Interval
@@ -29,11 +29,11 @@ from serving import whole
 
 
 def document(
-    found: Sequence[Comparison],
+    comparisons: Sequence[Comparison],
     refused: Sequence[str],
     figures: Mapping[str, Figure] | None = None,
 ) -> Section:
-    """Every comparison and what was not compared, with a figure (lab -> figure) where one is."""
+    """Build a document of comparisons, each with its figure by lab, and what was not compared."""
     return section(
         "Compared",
         *(
@@ -43,61 +43,61 @@ def document(
                 (figures or {}).get(comparison.lab),
                 *tables(comparison),
             )
-            for comparison in found
+            for comparison in comparisons
         ),
         section("Not compared", bullets(refused)),
     )
 
 
-def headline(found: Comparison) -> Bullets:
-    """What was compared, and how it came out."""
-    rows = [*found.rows, *found.effects]
+def headline(comparison: Comparison) -> Bullets:
+    """Say what was compared, and with what result."""
+    rows = [*comparison.rows, *comparison.effects]
     count = {o: sum(r.outcome == o for r in rows) for o in ("same", "differs", "undecided")}
-    lines = [f"A: {found.a}", f"B: {found.b}"]
-    if found.differences:
-        first = manifest.likeliest_cause(found.differences, ("in A", "in B"))
+    lines = [f"A: {comparison.a}", f"B: {comparison.b}"]
+    if comparison.differences:
+        first = manifest.likeliest_cause(comparison.differences, ("in A", "in B"))
         lines.append(f"What differs in how they were run, the likeliest to matter first: {first}.")
-    if found.forced:
-        lines.append(f"NOT COMPARABLE, and compared all the same: {found.forced}.")
+    if comparison.forced:
+        lines.append(f"NOT COMPARABLE, and compared all the same: {comparison.forced}.")
     lines.append(
         f"Figures: {count['same']} the same, {count['differs']} differ, {count['undecided']}"
         " undecided."
     )
-    if found.left_out:
+    if comparison.left_out:
         lines.append(
-            f"Other hardware: {found.left_out} absolute figures are not compared, only those"
+            f"Other hardware: {comparison.left_out} absolute figures are not compared, only those"
             " without a dimension."
         )
-    how = "paired by repeat, the same requests" if found.paired else "Welch's, other requests"
+    how = "paired by repeat, the same requests" if comparison.paired else "Welch's, other requests"
     lines.append(f"Ratios are B / A with 95 % intervals ({how}).")
     return bullets(lines)
 
 
-def tables(found: Comparison) -> list[Section]:
-    """A section for each table that has rows."""
-    mark = f" (FORCED: {found.forced})" if found.forced else ""
+def tables(comparison: Comparison) -> list[Section]:
+    """Build a section for each table that has rows."""
+    mark = f" (FORCED: {comparison.forced})" if comparison.forced else ""
     titled = {
-        "Verdicts": verdict_table(found.verdicts),
-        "Effects": figure_table(found.effects),
-        "Figures": figure_table(found.rows),
-        "Validity": validity_table(found.caveats),
-        "What differs in how they were run": difference_table(found.differences),
+        "Verdicts": verdict_table(comparison.verdicts),
+        "Effects": figure_table(comparison.effects),
+        "Figures": figure_table(comparison.rows),
+        "Validity": validity_table(comparison.caveats),
+        "What differs in how they were run": difference_table(comparison.differences),
     }
     return [section(name + mark, table) for name, table in titled.items() if table.rows]
 
 
 def difference_table(differences: Sequence[Fact]) -> Table:
-    """What the two manifests have otherwise."""
+    """Tabulate what differs between the two manifests."""
     return table_of(manifest.table(differences, ("A", "B")))
 
 
-def figure_table(rows: Sequence[Row]) -> Table:
-    """Each figure of A and of B with their ratio and what it says."""
-    out: list[list[Inline]] = []
+def figure_table(rows: Sequence[ComparedFigure]) -> Table:
+    """Tabulate each figure of A and of B, with their ratio and what it shows."""
+    cells: list[list[Inline]] = []
     for row, where in zip(rows, _places([r.where for r in rows]), strict=True):
         ratio = row.contrast.ratio if row.contrast else None
         known = ratio is not None and ratio.low is not None and ratio.high is not None
-        out.append(
+        cells.append(
             [
                 row.title,
                 where,
@@ -108,11 +108,11 @@ def figure_table(rows: Sequence[Row]) -> Table:
                 (row.outcome, (" (", parse(row.why), ")") if row.why else ""),
             ]
         )
-    return table(("Figure", "Where", "A", "B", "B / A", "95 % interval", "Outcome"), out)
+    return table(("Figure", "Where", "A", "B", "B / A", "95 % interval", "Outcome"), cells)
 
 
 def _places(wheres: Sequence[str]) -> list[str]:
-    """Points, or pairs of them, without the parts of their names that never vary."""
+    """Shorten the names of points, or of pairs, by the parts that never vary."""
     points = [point.split("/") for where in wheres for point in where.split(" / ")]
     varied = [i for i, parts in enumerate(zip(*points, strict=True)) if len(set(parts)) > 1]
 
@@ -124,17 +124,17 @@ def _places(wheres: Sequence[str]) -> list[str]:
 
 
 def verdict_table(verdicts: Sequence[VerdictPair]) -> Table:
-    """Each claim's verdict in A and in B, and whether the two agree."""
+    """Tabulate each claim's verdict in A and in B, and whether the two agree."""
     rows: list[list[Inline]] = []
     places = _places([v.where for v in verdicts])
     for v, where in zip(verdicts, places, strict=True):
         agreement = "agree" if v.agrees else Strong("flips") if v.flips else "not confirmed"
-        a, b = (decided(*of) for of in ((v.a, v.a_ratio), (v.b, v.b_ratio)))
+        a, b = (outcome_with_ratio(*of) for of in ((v.a, v.a_ratio), (v.b, v.b_ratio)))
         rows.append([parse(v.title), where, a, b, agreement])
     return table(("Claim", "Where", "A", "B", ""), rows)
 
 
-def decided(outcome: str, ratio: Interval | None) -> str:
+def outcome_with_ratio(outcome: str, ratio: Interval | None) -> str:
     return (
         outcome
         if ratio is None or ratio.low is None
@@ -143,7 +143,7 @@ def decided(outcome: str, ratio: Interval | None) -> str:
 
 
 def validity_table(side_caveats: Mapping[str, Sequence[Caveat]]) -> Table:
-    """Each side's caveats, once a name."""
+    """Tabulate the caveats of each side, each name once."""
     rows: list[list[Inline]] = []
     for name, caveats in side_caveats.items():
         grouped: dict[str, list[Caveat]] = {}
@@ -158,24 +158,24 @@ def validity_table(side_caveats: Mapping[str, Sequence[Caveat]]) -> Table:
     return table(("Side", "Caveat", "Where", "Text"), rows)
 
 
-def write(found: Sequence[Comparison], refused: Sequence[str], path: Path) -> None:
-    """As Markdown, each lab's ratios drawn in a file beside it."""
+def write(comparisons: Sequence[Comparison], refused: Sequence[str], path: Path) -> None:
+    """Write comparisons as Markdown, with a plot of each lab's ratios in a file beside it."""
     figures = {}
-    for comparison in found:
+    for comparison in comparisons:
         file = path.with_name(f"{path.stem}-{comparison.lab}.svg")
         if plots.ratios(
             [(f"{r.title}, {where}", i, r.outcome == "differs")
-             for r, where, i in drawable(comparison)], file
+             for r, where, i in figures_with_interval(comparison)], file
         ):  # fmt: skip
             mark = f" FORCED: {comparison.forced}." if comparison.forced else ""
             caption = f"Each figure, B / A, with its 95 % interval.{mark}"
             figures[comparison.lab] = Figure(file.name, caption)
-    whole.write(path, markdown.document(document(found, refused, figures)))
+    whole.write(path, markdown.document(document(comparisons, refused, figures)))
 
 
-def drawable(found: Comparison) -> list[tuple[Row, str, Interval]]:
-    """Rows with an interval, where each is, and its ratio; what claims compare comes first."""
-    rows = [*found.effects, *found.rows]
+def figures_with_interval(comparison: Comparison) -> list[tuple[ComparedFigure, str, Interval]]:
+    """Return the figures that have an interval, with place and ratio; claims come first."""
+    rows = [*comparison.effects, *comparison.rows]
     return [
         (row, where, row.contrast.ratio)
         for row, where in zip(rows, _places([r.where for r in rows]), strict=True)
@@ -183,9 +183,9 @@ def drawable(found: Comparison) -> list[tuple[Row, str, Interval]]:
     ]
 
 
-def plain(found: Sequence[Comparison], refused: Sequence[str]) -> str:
-    """As JSON."""
+def as_json(comparisons: Sequence[Comparison], refused: Sequence[str]) -> str:
+    """Write comparisons as JSON."""
     return json.dumps(
-        {"comparisons": [c.model_dump(mode="json") for c in found], "refused": list(refused)},
+        {"comparisons": [c.model_dump(mode="json") for c in comparisons], "refused": list(refused)},
         indent=1,
     )

@@ -104,7 +104,7 @@ def load(folders: Sequence[RunFolder], report: Callable[[RunFolder, str], None])
             prometheus.watch(watch.port)
     if damaged:
         raise LabError(
-            f"{len(damaged)} runs could not be read (named above): repair or remove their folders"
+            f"runs that could not be read: {len(damaged)}; repair or remove their folders"
         )
 
 

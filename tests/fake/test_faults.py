@@ -378,7 +378,7 @@ def test_nothing_outlives_a_runner_that_is_stopped(
     assert command.wait() == code, command.said
     _nothing_is_left(command, family, reader, LONGER_TRIALS)
     if sign == signal.SIGINT:
-        assert "finished trials are kept, RESUME=1 goes on from there" in command.said
+        assert "finished trials are kept, and RESUME=1 continues from there" in command.said
 
 
 def test_a_ctrl_c_that_falls_into_a_finalizer_is_not_lost(reader: Reader) -> None:

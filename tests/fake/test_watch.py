@@ -144,7 +144,7 @@ def test_a_damaged_run_is_named_and_left_out(
     command = watched.reader.types("import", RESULTS=str(results))
     assert command.wait() == 1
     assert re.search(rf"{cut.folder.path.name}: left out: .*damaged after line", command.said)
-    assert "1 runs could not be read: repair or remove their folders" in command.said
+    assert "runs that could not be read: 1; repair or remove their folders" in command.said
 
 
 def test_the_figures_are_those_of_the_report(watched: Watched, cut: Command) -> None:

@@ -229,7 +229,9 @@ def write_runs_of_others(published: RunFolder) -> list[RunFolder]:
     """
     ordinary = write_slowed(published, 2)
     repetition = _changed(ordinary, "20260103", reproduces=published.path.name)
-    reproduction.file(reproduction.answer(published, repetition), published)
+    reproduction.file_with_original(
+        reproduction.compare_with_original(published, repetition), published
+    )
     quick = _changed(ordinary, "20260104", quick=True)
     elsewhere = _changed(ordinary, "20260105", machine=MACHINE.model_copy(update={"count": 64}))
     (elsewhere.path.parents[1] / "bench.json").write_text("{")

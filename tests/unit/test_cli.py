@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from labs import LABS
 from labs.commands import cli, monitoring
 from labs.commands.cli import app
-from labs.commands.terminal import plainly
+from labs.commands.terminal import reported_errors
 from labs.filing import results
 from labs.lab import LabError, NotApplicable
 from labs.questions import QUESTIONS
@@ -195,7 +195,10 @@ def test_comparison_is_shown_written_and_printed_as_json(
 
 
 def test_manifests_of_a_copy_differ_in_nothing(two: tuple[str, str]) -> None:
-    assert labs("manifest-diff", "-a", two[0], "-b", two[1]) == (0, "Nothing recorded differs.")
+    assert labs("manifest-diff", "-a", two[0], "-b", two[1]) == (
+        0,
+        "Nothing that was recorded differs.",
+    )
 
 
 @pytest.mark.parametrize("command", [("score",), ("report",), ("export", "--run")])
@@ -226,7 +229,7 @@ def test_one_run_several_or_all_are_imported(
     two: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
-    monkeypatch.setattr(monitoring, "alone", contextlib.nullcontext)
+    monkeypatch.setattr(monitoring, "run_lock", contextlib.nullcontext)
     monkeypatch.setattr(monitoring, "all_runs", lambda: [])
     monkeypatch.setattr(
         backfill, "load", lambda folders, _: asked.append([str(f.path) for f in folders])
@@ -246,7 +249,7 @@ def test_a_run_whose_disk_is_full_says_that_what_is_finished_is_kept(
     monkeypatch.setattr(cli, "run_lab", full)
     code, said = labs("run", LAB)
     assert code == 1
-    assert "finished trials are kept, RESUME=1 goes on from there" in said
+    assert "finished trials are kept, and RESUME=1 continues from there" in said
     assert said.endswith("error: No space left on device (records)")
 
 
@@ -264,6 +267,6 @@ def test_loopback_is_asked_directly_where_there_is_a_proxy(
     monkeypatch.setenv("NO_PROXY", spared)
     monkeypatch.setenv("no_proxy", "")  # as it is afterwards
     assert requests.utils.get_environ_proxies("http://127.0.0.1:9090/")
-    with plainly():
+    with reported_errors():
         assert not requests.utils.get_environ_proxies("http://127.0.0.1:9090/")
         assert bool(requests.utils.get_environ_proxies("http://example.org/")) is not bool(spared)

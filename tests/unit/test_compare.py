@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from labs.comparing import compare, gate, page, side_by_side
-from labs.comparing.compare import Row, side
+from labs.comparing.compare import ComparedFigure, read_side
 from labs.filing import results
 from labs.filing.results import RunFolder, write_json
 from labs.judging.judge import contrast
@@ -30,10 +30,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 
 
 def compared(a: RunFolder, b: RunFolder, force: bool = False) -> compare.Comparison:
-    return compare.compare(side(str(a.path)), side(str(b.path)), force)
+    return compare.compare(read_side(str(a.path)), read_side(str(b.path)), force)
 
 
-def row(found: compare.Comparison, figure: str, where: str) -> Row:
+def row(found: compare.Comparison, figure: str, where: str) -> ComparedFigure:
     return next(r for r in found.rows if (r.figure, r.where) == (figure, where))
 
 
@@ -93,11 +93,11 @@ def test_one_repeat_has_no_interval_and_exact_counts_have_an_exact_one() -> None
 def test_a_lone_interval_among_many_is_taken_for_chance() -> None:
     """p = 0.04 differs alone, but not as the smallest of twenty."""
 
-    def judged(*ps: float, ratio: float = 1.2) -> list[Row]:
+    def judged(*ps: float, ratio: float = 1.2) -> list[ComparedFigure]:
         found = contrast({1: ratio, 2: ratio}, {1: 1.0, 2: 1.0}, paired=True)
         assert found
         rows = [
-            Row(
+            ComparedFigure(
                 figure="tpot_mean_s", where="x", unit="s", better="lower", a=1, b=ratio,
                 contrast=found.model_copy(update={"p": p}), outcome="undecided",
             )
@@ -217,14 +217,14 @@ def test_a_gate_that_could_not_fail_lets_nothing_pass(folder: RunFolder) -> None
         for rows in summary.measurements.values():
             del rows[2]
         write_json(run.path / "summary.json", summary)
-    with pytest.raises(LabError, match="nothing can be let pass: measure more repeats"):
+    with pytest.raises(LabError, match="the gate cannot decide: measure more repeats"):
         gate.failures(compared(folder, other), ALLOWED)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[worse]\nspeed = 0.1\ndefault = 0.1", "names no known figure: speed"),
+        ("[worse]\nspeed = 0.1\ndefault = 0.1", "names unknown figures: speed"),
         ("[worse]\ntpot_mean_s = 0.1", "has no `default`"),
         ("[worse\n", "holds no thresholds"),
         ("[worse]\ndefault = -1", "holds no thresholds"),
@@ -238,7 +238,7 @@ def test_thresholds_that_make_no_sense_are_refused(text: str, said: str, tmp_pat
 
 
 def test_variants_of_a_run_are_compared_where_they_met_the_same(folder: RunFolder) -> None:
-    off, on = (side(f"{folder.path}:{name}") for name in ("off", "on"))
+    off, on = (read_side(f"{folder.path}:{name}") for name in ("off", "on"))
     found = compare.compare(off, on)
     rate = row(found, "output_tokens_per_s", "short/concurrent-1")
     assert rate.outcome == "differs"
@@ -247,9 +247,9 @@ def test_variants_of_a_run_are_compared_where_they_met_the_same(folder: RunFolde
     assert not found.verdicts
     assert not found.effects
     with pytest.raises(LabError, match="has no variant 'best'; it has off, on"):
-        side(f"{folder.path}:best")
+        read_side(f"{folder.path}:best")
     with pytest.raises(LabError, match="on both sides"):
-        compare.compare(off, side(str(folder.path)))
+        compare.compare(off, read_side(str(folder.path)))
 
 
 def test_another_load_is_refused_and_forced_it_is_said_on_every_table(folder: RunFolder) -> None:
@@ -302,17 +302,17 @@ def test_machines_are_compared_lab_by_lab(folder: RunFolder) -> None:
     here, there = (f.path.parents[1] for f in (folder, other))
     for home in (here, there):
         (home / "machine.json").write_text("{}")
-    found, refused = compare.pairs(str(here), str(there))
+    found, refused = compare.compare_named(str(here), str(there))
     assert [c.lab for c in found] == ["tiny"]
     assert refused == []
-    json.loads(side_by_side.plain(found, refused))
+    json.loads(side_by_side.as_json(found, refused))
     page = folder.path.parents[2] / "compared.md"
     side_by_side.write(found, refused, page)
     assert "| Claim | Where | A | B |" in page.read_text()
     assert "](compared-tiny.svg)" in page.read_text()
     assert "<svg" in page.with_name("compared-tiny.svg").read_text()
     with pytest.raises(LabError, match="two machines"):
-        compare.pairs(str(here), str(folder.path))
+        compare.compare_named(str(here), str(folder.path))
 
 
 # ---------------------------------------------------------------------------------------- the page

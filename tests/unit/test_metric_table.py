@@ -52,8 +52,8 @@ def test_a_row_of_the_table_is_all_that_a_metric_takes(
     assert chart_data.data(folder, run, summary)["metrics"][TOKENS.name]["title"] == TOKENS.title
     assert TOKENS.name in {row["metric"] for row in export.measurements(folder)}
 
-    slowed = compare.side(str(write_slowed(folder, 2).path))
-    comparison = compare.compare(compare.side(str(folder.path)), slowed)
+    slowed = compare.read_side(str(write_slowed(folder, 2).path))
+    comparison = compare.compare(compare.read_side(str(folder.path)), slowed)
     assert TOKENS.name in {row.figure for row in comparison.rows}
     assert TOKENS.title in {row[0] for row in side_by_side.figure_table(comparison.rows).rows}
 

@@ -148,7 +148,7 @@ def test_the_run_that_makes_a_page_stale_is_named(
     run = published_alone.path.name
     newer = published_alone.path.with_name(run.replace("20260101", "20260102"))
     written = CliRunner().invoke(app, ["readme"]).output
-    assert f"git does not know {os.path.relpath(newer)}: git add it" in written
+    assert f"git does not track it: {os.path.relpath(newer)}. `git add` it" in written
     git(tmp_path, "add", str(newer))
     assert f"{newer.name} is not in it, it should not have {run}" in leaderboards.stale()[readme]
     leaderboards.write()

@@ -96,7 +96,7 @@ def test_how_to_have_its_vllm_is_said_where_it_was_another(folder: RunFolder) ->
 
 def test_a_copy_is_reproduced_and_says_so_on_disk(folder: RunFolder) -> None:
     again = write_slowed(folder, 1)
-    found = reproduction.answer(folder, again)
+    found = reproduction.compare_with_original(folder, again)
     assert found.verdicts_agree
     assert {a.answer for a in found.answers} == {"reproduced"}
     assert found.likeliest_cause == ""
@@ -113,9 +113,9 @@ def test_a_slower_copy_differs_and_its_likeliest_cause_is_named(folder: RunFolde
     write_json(again.path / "run.json", again.run().model_copy(update={"environment": update}))
     first = folder.run().environment.model_copy(update={"packages": {"vllm": "1", "zipp": "8"}})
     write_json(folder.path / "run.json", folder.run().model_copy(update={"environment": first}))
-    found = reproduction.answer(folder, again)
+    found = reproduction.compare_with_original(folder, again)
     assert not found.verdicts_agree
-    said = reproduction.lines(found)
+    said = reproduction.sentences(found)
     assert "Verdicts: 0 of 2 agree." in said
     assert any("environment.packages.vllm: 1 there, 2 here (and 2 more)" in s for s in said)
     assert {d.what for d in found.differences} == {
@@ -129,7 +129,7 @@ def test_a_slower_copy_differs_and_its_likeliest_cause_is_named(folder: RunFolde
 def test_what_is_left_open_is_no_difference_and_has_no_cause(
     folder: RunFolder, low: float | None, high: float | None, holds: bool
 ) -> None:
-    found = reproduction.answer(folder, write_slowed(folder, 1))
+    found = reproduction.compare_with_original(folder, write_slowed(folder, 1))
     (agreed, *others) = found.verdicts
     there = Interval(value=1.08, low=1.05, high=1.11, n=3)
     here = Interval(value=1.06, low=low, high=high, n=3)
@@ -137,7 +137,7 @@ def test_what_is_left_open_is_no_difference_and_has_no_cause(
         update={"a": "hurts", "b": "inconclusive", "a_ratio": there, "b_ratio": here}
     )
     opened = found.model_copy(update={"verdicts": [left_open, *others]})
-    (said,) = (line for line in reproduction.lines(opened) if agreed.title in line)
+    (said,) = (line for line in reproduction.sentences(opened) if agreed.title in line)
     assert "hurts, 1.08x (1.05 to 1.11) there; inconclusive" in said
     assert said.endswith("an interval that holds the value there") == holds
     assert reproduction.likeliest_cause([left_open], [], found.differences) == ""
@@ -162,14 +162,16 @@ def filed(folder: RunFolder, factor: float = 1) -> Path:
     again = write_slowed(folder, factor)
     run = again.run().model_copy(update={"reproduces": folder.path.name})
     write_json(again.path / "run.json", run)
-    return reproduction.file(reproduction.answer(folder, again), folder)
+    return reproduction.file_with_original(
+        reproduction.compare_with_original(folder, again), folder
+    )
 
 
 def test_an_answer_is_filed_with_the_original_and_needs_no_records(folder: RunFolder) -> None:
     path = filed(folder)
     shutil.rmtree(folder.path.with_name(path.stem))  # the repetition is not published
     assert path.parent.parent == folder.path
-    (found,) = reproduction.filed(folder)
+    (found,) = reproduction.filed_with(folder)
     assert (found.agreement, found.day) == ("2 of 2 agree", "2026-01-01")
     assert results.problems(folder) + reproduction.problems(folder) == []
     page = (path.parent / leaderboards.PAGE).read_text()
@@ -194,7 +196,7 @@ def test_a_remark_by_hand_is_shown_and_outlives_another_answer(
     assert original.path == folder.path
     code = CliRunner().invoke(app, ["report", str(folder.path.with_name(path.stem))]).exit_code
     assert code == 0
-    assert reproduction.filed(folder)[0].remark == "The other guest was busy."
+    assert reproduction.filed_with(folder)[0].remark == "The other guest was busy."
     assert "**Remark.** The other guest was busy." in (path.parent / leaderboards.PAGE).read_text()
 
 
