@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -39,7 +40,9 @@ def until(happened: Callable[[], object]) -> None:
         "forecast.time_steps([])",
     ],
 )
-def test_the_processes_of_a_forecast_end_with_a_parent_that_is_killed(use: str) -> None:
+def test_the_processes_of_a_forecast_end_with_a_parent_that_is_killed(
+    use: str, tmp_path: Path
+) -> None:
     code = f"""
 import sys, time
 from labs.running import forecast
@@ -47,7 +50,9 @@ argv = (sys.executable, "-c", "import time; print('x', flush=True); time.sleep(6
 forecast.FORECASTER_ARGV = forecast.TIMER_ARGV = argv
 {use}
 """
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    # what a killed parent cannot remove stays in the test's own folder
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env)
     try:
         # the parent, the guard and the child
         until(lambda: len(psutil.Process(parent.pid).children(recursive=True)) >= 2)
