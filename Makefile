@@ -52,7 +52,7 @@ help: ## List the targets
 setup: ## Install what this machine needs, without running anything
 	@$(INSTALL)
 
-doctor: ## What this machine has and lacks, how to mend it, and which labs can run
+doctor: ## Check what this machine has and lacks, how to fix it, and which labs can run
 	@if $(INSTALL); then $(BIN)/labs doctor; \
 	else $(INSTALL) --check; exit 1; fi
 
@@ -62,13 +62,13 @@ labs: setup ## List the labs with the questions they answer
 lab-%: setup ## Run a lab: predict, measure, judge, report
 	@$(BIN)/labs run $(if $(value LABS_HELP),--help,'$*')
 
-forecast: setup ## What a lab would show on this machine, in seconds: LAB=.. [SET=..] [MODEL=..]
+forecast: setup ## Forecast a lab on this machine, in seconds: LAB=.. [SET=..] [MODEL=..]
 	@$(BIN)/labs forecast $(call or_help,LAB)
 
-score-forecasts: setup ## How near the predictions of the runs on file came
+score-forecasts: setup ## Show how near the forecasts of recorded runs came
 	@$(BIN)/labs score-forecasts
 
-labs-all: setup ## Run every lab in order; goes on where it stopped, ends in one page
+labs-all: setup ## Run every lab in order; continues where it stopped, ends in one page
 	@$(BIN)/labs all
 
 draft adapters outliers: setup ## Make the draft model, the tenants' adapters, the study: [AGAIN=1]
@@ -83,59 +83,59 @@ serve: setup ## Start a variant's engine: LAB=.. [VARIANT=..] [PORT=..]
 locust: setup ## Open Locust's web UI on a lab's workload: LAB=.. [ENDPOINT=..]
 	@$(BIN)/labs locust
 
-report: setup ## Compute reports again from the files of runs: [RUN=..]
+report: setup ## Compute reports again from recorded runs: [RUN=..]
 	@$(BIN)/labs report
 
-site: setup ## Write a page of every run and an index, to publish as they are: [OUT=site]
+site: setup ## Write a page for every run and an index, ready to publish: [OUT=site]
 	@$(BIN)/labs site
 
-score: setup ## What other tools would have reported of a run: RUN=..
+score: setup ## Show what other tools would have reported of a run: RUN=..
 	@$(BIN)/labs score $(call or_help,RUN)
 
-compare: setup ## Two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.html|x.md] [JSON=1]
+compare: setup ## Compare two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.html|x.md] [JSON=1]
 	@$(BIN)/labs compare $(call or_help,A)
 
-reproduce: setup ## Run a run on file again; is it the same? RUN=..
+reproduce: setup ## Repeat a recorded run, and compare the two: RUN=..
 	@$(BIN)/labs reproduce $(call or_help,RUN)
 
 gate: setup ## Fail where a run is worse than another: RUN=.. BASELINE=.. [THRESHOLDS=x.toml]
 	@$(BIN)/labs gate $(call or_help,RUN)
 
-manifest-diff: setup ## What differs in how two runs were made: A=.. B=..
+manifest-diff: setup ## Show what differs in how two runs were made: A=.. B=..
 	@$(BIN)/labs manifest-diff $(call or_help,A)
 
-export: setup ## A run as tables or as vllm bench serve saves it: RUN=.. AS=csv|parquet|vllm [OUT=..]
+export: setup ## Write a run as tables, or as vllm bench serve saves it: RUN=.. AS=csv|parquet|vllm [OUT=..]
 	@$(if $(filter parquet,$(value LABS_AS)),$(BIN)/python -c 'import pyarrow' 2> /dev/null || $(BIN)/python -m pip install --quiet 'pyarrow>=17')
 	@$(BIN)/labs export $(call or_help,RUN)
 
-leaderboard: setup ## Every lab on every machine: effect, interval, verdict
+leaderboard: setup ## Show every lab on every machine: effect, interval, verdict
 	@$(BIN)/labs leaderboard
 
-check-results: setup ## Validate the results on file
+check-results: setup ## Check that recorded runs are readable and complete
 	@$(BIN)/labs check
 
-readme: setup ## Write the README's generated tables anew
+readme: setup ## Write the README's generated tables again
 	@$(BIN)/labs readme
 
 watch: setup ## Keep Prometheus up between labs, with a live page: [PORT=..]
 	@$(BIN)/labs watch
 
-watch-stop: setup ## End it; its data stay
+watch-stop: setup ## End that Prometheus; its data are kept
 	@$(BIN)/labs watch-stop
 
 import: setup ## Load finished runs into Prometheus at their own times: [RUN=".. .."]
 	@$(BIN)/labs import
 
-dashboards: setup ## Write dashboards/grafana/*.json anew from dashboards/boards.py
+dashboards: setup ## Write dashboards/grafana/*.json again from dashboards/boards.py
 	@$(BIN)/labs dashboards
 
-stack: setup ## Prometheus and Grafana in containers: [GRAFANA_PORT=..]
+stack: setup ## Start Prometheus and Grafana in containers: [GRAFANA_PORT=..]
 	@$(BIN)/labs stack
 
-stack-stop: setup ## End the containers; the data stay
+stack-stop: setup ## End the containers; their data are kept
 	@$(BIN)/labs stack-stop
 
-grafana-push: setup ## Dashboards and runs onto a Grafana: GRAFANA_URL=.. (and GRAFANA_TOKEN)
+grafana-push: setup ## Put dashboards and runs on a Grafana: GRAFANA_URL=.. (and GRAFANA_TOKEN)
 	@$(BIN)/labs grafana-push $(call or_help,GRAFANA_URL)
 
 COMPONENTS := dashboards/preview/node_modules/.whole
@@ -146,7 +146,7 @@ $(COMPONENTS):
 preview: $(COMPONENTS) ## Draw the dashboards in a browser, without a Grafana: [PROMETHEUS_URL=..]
 	@cd dashboards/preview && npm run --silent preview
 
-preview-check: setup $(COMPONENTS) ## Draw them so from a run, and see that no panel is empty
+preview-check: setup $(COMPONENTS) ## Draw the dashboards from a run, and check that no panel is empty
 	@$(BIN)/pytest tests/fake/test_preview.py
 
 bundle: setup ## Gather what a GPU box without internet needs: FOR=cuda [HAVE=list] [PART=60M] ..

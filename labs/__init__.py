@@ -6,7 +6,7 @@ from labs.lab import Lab
 
 
 def _lab(module: str) -> Lab:
-    """Imports the `LAB` that `labs/<module>.py` defines."""
+    """Import the `LAB` that `labs/<module>.py` defines."""
     lab = importlib.import_module(f"labs.{module}").LAB
     if not isinstance(lab, Lab):
         raise TypeError(f"labs.{module}.LAB is no Lab")

@@ -31,12 +31,12 @@ def long_prompt_tokens(point: Point) -> int:
 
 
 def chunk_tokens(point: Point) -> int:
-    """What a step has left for the long prompt beside one token for each stream."""
+    """Return the tokens that a step has left for the long prompt, after one for each stream."""
     return point.flags.max_num_batched_tokens - point.load.users
 
 
 def context_tokens(point: Point) -> float:
-    """The mean context of the streams."""
+    """Return the mean context of the streams."""
     (prompt, output), *_ = point.lengths
     return prompt + output / 2
 

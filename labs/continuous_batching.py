@@ -69,7 +69,7 @@ def throughput_gain(many: Point, one: Point) -> Prediction:
 
 
 def token_interval(point: Point) -> Prediction:
-    """A step, and the prefills of the others that come between two of one's tokens."""
+    """Predict TPOT: a step, and the prefills of others that come between two tokens of a user."""
     step_s = theory.decode_step_s(
         point.shape, point.ceilings, point.load.users, point.context_tokens
     )

@@ -71,7 +71,7 @@ def step_ratio(quantized: Point, plain: Point) -> Prediction:
 
 
 def batch_gain(quantized: Point, plain: Point) -> Prediction:
-    """Requests that fit at their mean length, of those in flight."""
+    """Predict the gain by how many of the requests in flight fit at their mean length."""
 
     def running(point: Point) -> float:
         return min(point.load.users, capacity_tokens(point) / point.context_tokens)
@@ -91,7 +91,7 @@ TIGHT = {"kv-cache-memory-bytes": 12 * 2**20, "max-model-len": 512}
 
 
 def near_or_far(name: str, context_tokens: int, *only: str) -> Workload:
-    """Decode over a context that all requests share, so that it is prefilled once."""
+    """Make a workload that decodes over one shared context, which is prefilled once."""
     return Workload(
         name=name,
         prompt_tokens=Fixed(tokens=context_tokens),
@@ -142,7 +142,7 @@ def knobs(tight_bytes: int, far_tokens: int) -> tuple[str, ...]:
 
 
 def tight(memory_bytes: int) -> dict[str, Any]:
-    """The tight pair's KV memory on a GPU, where its requests are longer."""
+    """Set the tight pair's KV memory on a GPU, where its requests are longer."""
     sizes = {"kv-cache-memory-bytes": memory_bytes, "max-model-len": 1024}
     pair = ("bf16-tight", "fp8-tight")
     changes = {f"variants.{name}.flags.{flag}": n for name in pair for flag, n in sizes.items()}

@@ -27,8 +27,7 @@ USERS = 8
 
 
 def adapter_bytes(point: Point) -> float:
-    """Of one adapter, at the rank the engine is set to: vLLM pads every adapter to its
-    `max-lora-rank`."""
+    """Return the bytes of an adapter at `max-lora-rank`, to which vLLM pads every adapter."""
     about = point.about["adapters"]
     rank = point.flags.max_lora_rank
     return 2 * float(about["params_per_adapter"]) * rank / float(about["rank"])
@@ -38,7 +37,7 @@ RATE, TPOT = "output_tokens_per_s", "tpot_mean_s"
 
 
 def step_s(point: Point) -> float:
-    """A decode step: weights, KV, and every adapter that is in the batch."""
+    """Predict a decode step: it reads weights, KV, and every adapter in the batch."""
     moved = point.kv_bytes()
     if point.workload.adapters:
         moved += adapter_bytes(point) * min(point.workload.adapters.count, point.load.users)
@@ -64,7 +63,7 @@ def longer_by_bytes(treatment: Point, baseline: Point) -> Prediction:
 
 
 def running_share(point: Point) -> float:
-    """Requests that run at once / requests in flight, where `max-loras` slots hold adapters.
+    """Return requests that run at once / requests in flight, where `max-loras` slots hold adapters.
 
     A slot serves all requests in flight of its adapter. In turn, each adapter has its even part; by
     Zipf's law the one whose turn it is (drawn by its share p) has 1 + (B - 1) p of them.
@@ -80,7 +79,7 @@ def running_share(point: Point) -> float:
 
 
 def first_token_s(point: Point) -> float:
-    """Its own prefill and a step, after the wait for a slot (Little's law over the answers)."""
+    """Predict TTFT: the wait for a slot (Little's law over the answers), a prefill and a step."""
     share = running_share(point)
     answer_s = point.output_tokens * step_s(point)
     prefill_s = theory.prefill_s(point.shape, point.ceilings, point.prompt_tokens)
@@ -139,7 +138,7 @@ def claim(
 
 
 def on_random_weights(lab: Lab) -> Lab:
-    """Adapters of true size; random ones write no mark, so a leak could not be seen."""
+    """Serve adapters of true size; random ones write no mark, so no leak could be seen."""
     return lab.model_copy(update={"answers": ("SA-2", "SA-3")})
 
 

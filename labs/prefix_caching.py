@@ -27,7 +27,7 @@ from serving import metrics
 
 
 def cached_tokens(point: Point) -> float:
-    """Tokens of a prompt found in the cache: the shared ones, in whole blocks, while they stay."""
+    """Return a prompt's tokens that stay in the cache: the shared ones, in whole blocks."""
     prefix, chat, flags = point.workload.prefix, point.workload.chat, point.flags
     if not flags.enable_prefix_caching:
         return 0
@@ -45,7 +45,7 @@ def cached_tokens(point: Point) -> float:
 
 
 def shuffled_tokens(prefix: Prefix, fits: int, block: int) -> float:
-    """Tokens in common with the best of the `fits` prompts last seen, in whole blocks, expected.
+    """Return the tokens shared with the best of the last `fits` prompts: whole blocks, expected.
 
     Prompts are alike only as far as their documents come in the same order: the first k of n agree
     with chance (n - k)! / n!, for each prompt that is still cached.
@@ -80,7 +80,7 @@ def ttft_left(on: Point, off: Point) -> Prediction:
 
 def throughput_gain(on: Point, off: Point) -> Prediction:
     def request_s(point: Point) -> float:
-        """What one of B requests in flight takes: its prefill, and its share of decode steps."""
+        """Return the time of one of B requests in flight: its prefill, and its share of steps."""
         step_s = theory.decode_step_s(
             point.shape, point.ceilings, point.load.users, point.prompt_tokens
         )
@@ -132,7 +132,7 @@ def workload(name: str, shared_tokens: int, groups: int = 1, *loads: Concurrent)
 
 
 def documents(name: str, shuffled: bool) -> Workload:
-    """Four retrieved documents before each question, in one order or in any."""
+    """Put four retrieved documents before each question, in a fixed or in a random order."""
     plain = workload(name, 448)
     prefix = Prefix(tokens=448, documents=4, shuffled=shuffled)
     return plain.model_copy(update={"prefix": prefix})

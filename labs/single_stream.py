@@ -33,7 +33,7 @@ SCHEDULING_S = 1e-3  # of a step: choosing requests and preparing their inputs, 
 
 
 def least_s(point: Point) -> float:
-    """Of a decode step, or of the whole prefill where one token is all that is asked."""
+    """Return the least time of a decode step, or of the prefill where one token is asked for."""
     if point.output_tokens == 1:
         return theory.prefill_left_s(point.shape, point.ceilings, point.prompt_tokens, 0)
     return theory.decode_step_s(point.shape, point.ceilings, point.load.users, point.context_tokens)
@@ -56,7 +56,7 @@ def floor(point: Point) -> Prediction:
 def longer_by(
     added_s: Callable[[Point], float], formula: str, assumption: str
 ) -> Callable[[Point, Point], Prediction]:
-    """The roofline's time and what a variant adds to it, over the roofline's time."""
+    """Predict (the roofline's time + what a variant adds) / the roofline's time."""
 
     def predict(without: Point, default: Point) -> Prediction:
         share = added_s(default) / least_s(default)

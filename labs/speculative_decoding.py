@@ -32,7 +32,7 @@ def config(point: Point) -> dict[str, Any]:
 
 
 def verify_cost(point: Point) -> float:
-    """v = t(B (g + 1)) / t(B) on the roofline."""
+    """Return v = t(B (g + 1)) / t(B) on the roofline: the cost of verifying g guesses."""
     tokens = point.load.users * (1 + config(point)["num_speculative_tokens"])
     step_s, verify_s = (
         theory.forward_s(point.shape, point.ceilings, n, point.kv_bytes())
@@ -42,13 +42,13 @@ def verify_cost(point: Point) -> float:
 
 
 def draft(point: Point) -> Mapping[str, Any]:
-    """What is known of the model that guesses."""
-    found: Mapping[str, Any] = point.about[config(point)["model"].strip("<>")]
-    return found
+    """Return what the draft model's maker recorded of it."""
+    facts: Mapping[str, Any] = point.about[config(point)["model"].strip("<>")]
+    return facts
 
 
 def draft_cost(point: Point) -> float:
-    """c: the draft's bytes / the target's."""
+    """Return c, the draft's bytes / the target's."""
     if config(point)["method"] == "ngram":
         return 0.0
     return float(draft(point).get("weight_bytes", 0)) / point.shape.weight_bytes
@@ -73,17 +73,17 @@ def tpot_ratio(acceptance: Callable[[Point], float]) -> Callable[[Point, Point],
 
 
 def drafts_accepted(point: Point) -> float:
-    """What the draft's maker measured on held-out prompts; a published draft is taken at 0.6."""
+    """Return the share accepted on held-out prompts when it was made; 0.6 for a published draft."""
     return float(draft(point).get("acceptance", 0.6))
 
 
 def copies_accepted(point: Point) -> float:
-    """A word-for-word copy is nearly always guessed; open text seldom repeats its own words."""
+    """Return the share accepted: high for word-for-word copies, low for open text."""
     return 0.9 if point.workload.task == "quote" else 0.2
 
 
 def further(far: Point, near: Point) -> Prediction:
-    """The formula at both draft lengths, at the load of both."""
+    """Predict the ratio of the formula at both draft lengths, at the load of both."""
     alone = tpot_ratio(drafts_accepted)
     farther, nearer = alone(far, far), alone(near, near)
     return farther.model_copy(update={"value": farther.value / nearer.value})
@@ -143,7 +143,7 @@ def chosen(point: Point) -> float:
 
 
 def accepted(point: Point) -> float:
-    """By whoever guesses at this point."""
+    """Return the share that is accepted from what guesses at this point."""
     if point.variant.name in CHOSEN:
         return chosen(point)
     by_copying = config(point)["method"] == "ngram"
@@ -151,7 +151,7 @@ def accepted(point: Point) -> float:
 
 
 def on_random_weights(lab: Lab) -> Lab:
-    """The engine accepts three guesses of a draft as often as it is told."""
+    """Have the engine accept three guesses of a draft as often as a flag says."""
     guesses, many = 3, max(load.seats for load in lab.workloads[0].loads)
     variants = tuple(
         speculating(

@@ -42,7 +42,7 @@ def throughput_by_bytes(quantized: Point, plain: Point) -> Prediction:
 
 
 def prefill_by_rate(quantized: Point, plain: Point) -> Prediction:
-    """Of FP8 weights the linear layers' share runs at the FP8 rate, where the GPU has one."""
+    """Predict prefill by rate: FP8 weights run linear layers at the GPU's FP8 rate, if any."""
     fp8 = plain.ceilings.fp8_flops_per_s
     if quantized.variant.weights != "fp8" or not fp8:
         return Prediction(
@@ -125,7 +125,7 @@ KINDS = ("bf16", "w8a8", "w4a16-gptq", "fp8")
 
 
 def on_random_weights(lab: Lab) -> Lab:
-    """One recipe for each kind of weights: what tells recipes apart is their quality."""
+    """Keep one recipe for each kind of weights, as only quality tells recipes apart."""
     return lab.model_copy(
         update={
             "variants": tuple(v for v in lab.variants if v.name in KINDS),

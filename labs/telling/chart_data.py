@@ -1,4 +1,4 @@
-"""What the page of a run draws: figures, samples, every request; small enough to stand in it."""
+"""Gather what the page of a run draws: figures, samples and requests, small enough to embed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Played = tuple[Point, TrialResult, Trial | None]
 
 
 def data(folder: RunFolder, run: Run, summary: Summary) -> dict[str, Any]:
-    """Everything a page draws: times in ms, or in 0.1 ms where the name ends in `_dms`."""
+    """Gather all that a page draws: times in ms, or in 0.1 ms where the name ends in `_dms`."""
     lab, points = run.rebuilt_lab(), run.points()
     trials = list(folder.trials(points, lab))
     figures = _figure_names(lab, summary)
@@ -66,14 +66,14 @@ def data(folder: RunFolder, run: Run, summary: Summary) -> dict[str, Any]:
 
 
 def _figure_names(lab: Lab, summary: Summary) -> list[str]:
-    """Metrics that any trial has, those the lab asks about first."""
+    """Return the metrics that any trial has, those of the lab's claims first."""
     rows = [row for repeats in summary.measurements.values() for row in repeats.values()]
-    asked = [*(c.metric for c in lab.claims), *(f.metric for f in lab.forecasts), *columns()]
-    return [n for n in dict.fromkeys(asked) if any(row.get(n) is not None for row in rows)]
+    wanted = [*(c.metric for c in lab.claims), *(f.metric for f in lab.forecasts), *columns()]
+    return [n for n in dict.fromkeys(wanted) if any(row.get(n) is not None for row in rows)]
 
 
 def _described(metric: Metric) -> dict[str, str | None]:
-    """What the page says of a metric, and under which name it has the samples behind it."""
+    """Describe a metric, with the name under which the page has its samples."""
     latency = metric.statistic.latency
     return {
         "title": metric.title,
@@ -83,20 +83,20 @@ def _described(metric: Metric) -> dict[str, str | None]:
 
 
 def _over_repeats(summary: Summary, point: Point, metric: str) -> dict[str, Any] | None:
-    """The mean with its interval, or a percentile of all repeats' samples, and each repeat's."""
-    found = summary.figure(point.key, metric)
-    if found is None:
+    """Return a point's figure with its interval, and the value of each repeat."""
+    interval = summary.figure(point.key, metric)
+    if interval is None:
         return None
     each = by_repeat(summary.measurements.get(point.key, {}), metric).values()
     pooled = METRICS[metric].statistic.pooled
-    return {**_interval(found), "each": [_round(v) for v in each], "pooled": pooled}
+    return {**_interval(interval), "each": [_round(v) for v in each], "pooled": pooled}
 
 
-def _interval(found: Interval | None) -> dict[str, float | None]:
+def _interval(interval: Interval | None) -> dict[str, float | None]:
     return {
-        "value": _round(found.value if found else None),
-        "low": _round(found.low if found else None),
-        "high": _round(found.high if found else None),
+        "value": _round(interval.value if interval else None),
+        "low": _round(interval.low if interval else None),
+        "high": _round(interval.high if interval else None),
     }
 
 
@@ -124,15 +124,15 @@ def _claims(lab: Lab, summary: Summary) -> list[dict[str, Any]]:
 
 
 def _forecasts(lab: Lab, summary: Summary) -> list[dict[str, Any]]:
-    """Measured as a multiple of predicted."""
-    found = []
+    """Return each forecast's measured value as a multiple of the predicted one."""
+    rows = []
     for f in summary.forecasts:
         measured, predicted = f.measured, f.prediction.value
         share = None
         if measured and predicted:
             bounds = {k: v / predicted for k, v in measured if k != "n" and v is not None}
             share = Interval(**{"low": None, "high": None, **bounds}, n=measured.n)
-        found.append(
+        rows.append(
             {
                 "title": f"{METRICS[f.metric].title}: {point_label(f.point, lab)}",
                 "where": "",
@@ -144,23 +144,23 @@ def _forecasts(lab: Lab, summary: Summary) -> list[dict[str, Any]]:
                 "valid": True,
             }
         )
-    return found
+    return rows
 
 
 def _samples(trials: Sequence[Played]) -> dict[str, Any]:
-    """Of each metric and point, over all repeats: their number, and quantiles in equal steps."""
-    found: dict[str, Any] = {}
+    """Return how many samples each latency and point has, and their quantiles in equal steps."""
+    samples: dict[str, Any] = {}
     for latency in DRAWN:
         points: dict[str, list[float]] = {}
         for point, _, trial in trials:
             points.setdefault(point.key, []).extend(trial.samples_s(latency) if trial else [])
-        found[latency.attribute] = {"title": latency.title, "points": _quantiles(points)}
+        samples[latency.attribute] = {"title": latency.title, "points": _quantiles(points)}
     long: dict[str, list[float]] = {}
     for point, _, trial in trials:
         waits = [r.ttft_s for r in trial.intruders] if trial else []
         long.setdefault(point.key, []).extend(w for w in waits if w is not None)
-    found["intruder_ttft_s"] = {"title": "TTFT of the long prompts", "points": _quantiles(long)}
-    return {name: of for name, of in found.items() if of["points"]}
+    samples["intruder_ttft_s"] = {"title": "TTFT of the long prompts", "points": _quantiles(long)}
+    return {name: of for name, of in samples.items() if of["points"]}
 
 
 def _quantiles(points: dict[str, list[float]]) -> dict[str, Any]:
@@ -178,20 +178,20 @@ def _quantiles(points: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def _trials(trials: Sequence[Played]) -> list[dict[str, Any]]:
-    """Every request, a list a column; the longest alone where there are very many."""
+    """Return the requests of each trial by column; where there are many, only the longest."""
     most = max(1, MOST_REQUESTS // max(1, len(trials)))
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for point, result, trial in trials:
-        about: dict[str, Any] = {"point": point.key, "repeat": result.repeat}
+        identity: dict[str, Any] = {"point": point.key, "repeat": result.repeat}
         if trial is None:
-            found.append({**about, "failed": result.failed or "no summary"})
+            rows.append({**identity, "failed": result.failed or "no summary"})
             continue
         shown = sorted(trial.records, key=_length_s, reverse=True)[:most]
         shown.sort(key=lambda r: r.start_s)
         histograms = trial.engine.histograms if trial.engine else {}
-        found.append(
+        rows.append(
             {
-                **about,
+                **identity,
                 "window_s": [round(t, 3) for t in trial.summary.window_s],
                 "sent": len(trial.records),
                 "engine_ms": [
@@ -208,16 +208,16 @@ def _trials(trials: Sequence[Played]) -> list[dict[str, Any]]:
                 "errors": {i: r.error[:300] for i, r in enumerate(shown) if r.error},
             }
         )  # fmt: skip
-    return found
+    return rows
 
 
 def _length_s(record: RequestRecord) -> float:
-    """From start to last token; those that never got one come first."""
+    """Return the time from start to last token; infinite where none came."""
     return float("inf") if record.e2e_s is None else record.e2e_s
 
 
 def _columns(shown: Sequence[RequestRecord]) -> dict[str, list[int | None]]:
-    """Times in 0.1 ms, all but the start counted from it."""
+    """Return the requests' columns: times in 0.1 ms, all but the start counted from it."""
 
     def since_start(times: Sequence[float | None]) -> list[int | None]:
         return [

@@ -162,5 +162,5 @@ def parse(notation: str) -> Inline:
             parts.append(Strong(parse(strong)))
         else:
             parts.append(Emphasis(parse(mark["emphasis"])))
-    kept = [part for part in [*parts, notation[end:]] if part != ""]
-    return kept[0] if len(kept) == 1 else tuple(kept)
+    nodes = [part for part in [*parts, notation[end:]] if part != ""]
+    return nodes[0] if len(nodes) == 1 else tuple(nodes)

@@ -19,7 +19,7 @@ from labs.telling.document import Block, Inline, Paragraph, Strong, bullets, par
 from serving.machine import Machine
 
 FILE = "bench.json"
-QUIET = 0.05  # share of the CPU time that others may take before it is told
+QUIET = 0.05  # share of the CPU time that others may take before the page says so
 P = TypeVar("P", bound="Part")
 
 
@@ -108,7 +108,7 @@ def path_of(machine: Machine) -> Path:
 
 
 def keep(machine: Machine, name: str, part: Part) -> Path:
-    """Put one part on file; what is there of the others stays."""
+    """Write one part to the file of its machine; the other parts stay as they are."""
     path = path_of(machine)
     before = results.read_json(path, Bench) if path.exists() else Bench(machine=machine)
     results.write_json(path, before.model_copy(update={name: part}))
@@ -130,18 +130,22 @@ COLUMNS = (
 
 
 def blocks(bench: Bench) -> list[Block]:
-    """A machine's table and sentences."""
+    """Show a machine's table and sentences."""
     heading = Paragraph((Strong(bench.machine.describe()), f"{_when(bench)}:"))
     streams = [table(COLUMNS, map(_row, bench.streams.rows))] if bench.streams else []
     return [heading, *streams, bullets(map(parse, _sentences(bench)))]
 
 
 def _when(bench: Bench) -> str:
-    """The days, and how much of the CPU others took, where they did."""
+    """Say on which days it was measured, and how much of the CPU other work took."""
     parts = [part for _, part in bench if isinstance(part, Part)]
     days = sorted({part.measured_at[:10] for part in parts})
-    others = max((part.cpu_others for part in parts), default=0.0)
-    busy = f" (other work took up to {others:.0%} of the CPU time)" if others > QUIET else ""
+    others_share = max((part.cpu_others for part in parts), default=0.0)
+    busy = (
+        f" (other work took up to {others_share:.0%} of the CPU time)"
+        if others_share > QUIET
+        else ""
+    )
     return f", {' and '.join(days)}{busy}"
 
 
@@ -164,35 +168,35 @@ def _row(row: Sent) -> list[Inline]:
 
 
 def _sentences(bench: Bench) -> list[str]:
-    out = []
-    if found := bench.engine:
-        out.append(
+    sentences = []
+    if engine := bench.engine:
+        sentences.append(
             f"Our Locust / `vllm bench serve`, the same requests on one vLLM: throughput"
-            f" {value_with_interval(found.throughput)}, mean TTFT"
-            f" {value_with_interval(found.ttft)}, mean TPOT {value_with_interval(found.tpot)}."
+            f" {value_with_interval(engine.throughput)}, mean TTFT"
+            f" {value_with_interval(engine.ttft)}, mean TPOT {value_with_interval(engine.tpot)}."
         )
     if neighbour := bench.neighbour:
-        out.append(
+        sentences.append(
             "An engine's throughput beside another that is loaded and idle / beside one held"
             f" still: {value_with_interval(neighbour.throughput)}."
         )
     if recording := bench.recording:
         share = recording.share
         within = "" if share.low is None else f" ({share.low:.1%} to {share.high:.1%})"
-        out.append(
+        sentences.append(
             f"Recording into Prometheus takes {share.value:.1%}{within} of the generator's CPU"
             f" time at {recording.tokens_per_s:,.0f} tokens/s."
         )
     if overhead := bench.overhead:
-        out.append(
+        sentences.append(
             f"The lab's own share of a run (`{overhead.lab}`), beside engine starts and load:"
             f" {overhead.share:.1%}."
         )
     if aa := bench.aa:
-        out.append(
+        sentences.append(
             f"A lab against itself (`{aa.lab}`, `AA=1`, {aa.runs} runs on a fake engine whose speed"
             f" varies): a false alarm in {aa.alarms} of {aa.judged} claims judged, {aa.rate:.1%}"
             f" ({aa.low:.1%} to {aa.high:.1%}), {aa.not_judged} not judged; the ratio varies by"
             f" {aa.spread:.1%} between repeats."
         )
-    return out
+    return sentences

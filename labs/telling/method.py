@@ -1,4 +1,4 @@
-"""How a run was made, in sentences: with what, on what, in which order, by which command."""
+"""Say how a run was made: with what, on what, in which order, by which command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from serving.machine import VLLM
 
 
 def lines(run: Run, lab: Lab, session: Session | None) -> list[Inline]:
-    """Everything a reader needs to make the run again."""
+    """Say everything that a reader needs to make the run again."""
     env = run.environment
     return [
         f"Machine: {run.machine.describe()}; {ceilings_text(run.ceilings)}.",
@@ -31,7 +31,7 @@ def lines(run: Run, lab: Lab, session: Session | None) -> list[Inline]:
 
 
 def repeats(lab: Lab) -> str:
-    """How often each point was measured."""
+    """Say how often each point was measured."""
     more = f" (up to {lab.rounds} where a claim was undecided)" if lab.rounds > lab.repeats else ""
     return f"{lab.repeats} repeats{more}"
 
@@ -45,7 +45,7 @@ def _software(run: Run) -> str:
 
 
 def _sitting(lab: Lab, session: Session) -> list[str]:
-    """How the engines shared the machine, where the time went, and how recording ended."""
+    """Say how the engines shared the machine, where the time went, and what recording lacked."""
     overhead_s = session.wall_s - session.engine_start_s - session.load_s
     back = ", there and back" if session.there_and_back else ""
     together = "stayed loaded together" if session.resident else f"were started in turn{back}"
@@ -61,16 +61,16 @@ def _sitting(lab: Lab, session: Session) -> list[str]:
 
 
 def _command(run: Run, lab: Lab) -> Inline:
-    """What to type for the same run, and of which commit."""
-    typed = f"make lab-{lab.name}{' QUICK=1' if run.quick else ''}{' AA=1' if run.aa else ''}"
+    """Say which command makes the same run, and on which commit."""
+    command = f"make lab-{lab.name}{' QUICK=1' if run.quick else ''}{' AA=1' if run.aa else ''}"
     if run.dummy:
-        typed += f" WEIGHTS=dummy MODEL={run.model.removesuffix(SUFFIX)}"
+        command += f" WEIGHTS=dummy MODEL={run.model.removesuffix(SUFFIX)}"
     if run.changes:
         settings = " ".join(f"{k}={v}" for k, v in run.changes.items())
-        typed += f" SET='{settings}'"
+        command += f" SET='{settings}'"
     env = run.environment
     commit = (env.git_commit or "unknown")[:12] + (
         " with uncommitted changes" if env.git_dirty else ""
     )
-    made = f"Run {run.run_id}, started {run.started_at}, commit {commit}: "
-    return (made, Code(typed), ".")
+    origin = f"Run {run.run_id}, started {run.started_at}, commit {commit}: "
+    return (origin, Code(command), ".")

@@ -1,4 +1,4 @@
-"""A run as one HTML file that needs no server, and all runs on file as a site.
+"""Write a run as one HTML file that needs no server, and all recorded runs as a site.
 
 The words and tables are the report's, from the same document; added is what paper cannot do:
 tables that sort, the distributions behind the percentiles, figures over the load, every request of
@@ -42,12 +42,15 @@ DRAWN_HERE = ("effects", "sweep", "variants")  # whose SVG is shown only where n
 
 
 def write(folder: RunFolder) -> Path:
-    """report.html beside report.md, everything in it."""
+    """Write report.html beside report.md; the file holds all that it shows."""
     return whole.write(folder.path / "report.html", page(folder))
 
 
 def write_site(out: Path) -> tuple[Path, dict[str, str]]:
-    """An index, a page a run and one copy of the library; runs left out, each with the reason."""
+    """Write an index, a page for each run and one copy of the library.
+
+    Returns the index and the runs that cannot be read, each with the reason.
+    """
     entries: list[Entry] = []
     left_out: dict[str, str] = {}
     whole.write(out / PLOTLY, get_plotlyjs())
@@ -59,19 +62,19 @@ def write_site(out: Path) -> tuple[Path, dict[str, str]]:
             entries.append(Entry(folder, folder.run(), folder.summary(), href))
         except (OSError, ValueError, KeyError, TypeError) as error:
             left_out[f"{machine}/{lab}/{name}"] = str(error).splitlines()[0]
-    _remove_others(out, {out / e.href for e in entries})
+    _remove_stale(out, {out / e.href for e in entries})
     return whole.write(out / "index.html", index(entries)), left_out
 
 
-def _remove_others(out: Path, pages: Set[Path]) -> None:
-    """Pages of runs that are gone, or that cannot be read any more."""
+def _remove_stale(out: Path, pages: Set[Path]) -> None:
+    """Remove the pages of runs that were removed or can no longer be read."""
     for path in out.glob("*/*/*.html"):
         if path not in pages and RUN_PAGE.fullmatch(path.name):
             path.unlink()
 
 
 def page(folder: RunFolder, root: str = "") -> str:
-    """A run's page; the library is in it, or at the `root` of a site, where the index is too."""
+    """Render a run's page; the library is in it, or at the `root` of a site, beside the index."""
     facts = report.Facts.of(folder)
     run, summary = facts.run, facts.summary
     figures = plots.draw(folder, facts.lab, facts.points, summary, save=False)
@@ -91,7 +94,7 @@ def page(folder: RunFolder, root: str = "") -> str:
 
 
 def _picture(folder: RunFolder) -> html.Picture:
-    """The run's own pictures; those that scripts draw anew only where none runs."""
+    """Show the run's own pictures; those that scripts draw too, only where no script runs."""
     embedded = html.embedded(folder.path)
 
     def picture(figure: Figure) -> Markup:
@@ -103,14 +106,15 @@ def _picture(folder: RunFolder) -> html.Picture:
 
 
 def render(template: str, scripts: Sequence[str], root: str = "", **fields: Any) -> str:
+    """Render a template under a content security policy that allows these scripts alone."""
     hashes = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
     allowed = " ".join([*(f"'sha256-{h}'" for h in hashes), *(["'self'"] if root else [])])
     policy = (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline';"
         " img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
-    made = _templates().get_template(template)
-    return made.render(
+    page_template = _templates().get_template(template)
+    return page_template.render(
         scripts=[Markup(s) for s in scripts],
         policy=Markup(policy),
         css=Markup(web("page.css")),
@@ -122,12 +126,12 @@ def render(template: str, scripts: Sequence[str], root: str = "", **fields: Any)
 
 @cache
 def _templates() -> jinja2.Environment:
-    found = jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(WEB), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    found.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # and the order as it is
-    return found
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # and the order as it is
+    return environment
 
 
 @cache
@@ -136,7 +140,7 @@ def web(*names: str) -> str:
 
 
 def _marks(run: Run, complete: bool) -> list[str]:
-    """What sets a run apart from an ordinary one."""
+    """Mark what sets a run apart from an ordinary one."""
     known = {
         "random weights": run.dummy,
         "quick": run.quick,
@@ -152,7 +156,7 @@ def _marks(run: Run, complete: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A run and where its page is."""
+    """Holds a run and the address of its page."""
 
     folder: RunFolder
     run: Run
@@ -177,19 +181,19 @@ class Entry:
 
     @property
     def held(self) -> str:
-        """How many of the judged predictions held."""
+        """Say how many of the judged predictions held."""
         held = [claim_held(j) for j in self.summary.judgements if j.prediction_held is not None]
         return f"{held.count('yes')} of {len(held)}" if held else "–"
 
     @property
     def outcomes(self) -> str:
-        """How many verdicts of each kind."""
+        """Say how many verdicts of each kind there are."""
         count = Counter(j.outcome for j in self.summary.judgements)
         return ", ".join(f"{n} {outcome}" for outcome, n in count.items()) or "–"
 
     @property
     def decided(self) -> str:
-        """The first claims that were decided, in a few words."""
+        """Say in a few words how the first two decided claims came out."""
         decided = [j for j in self.summary.judgements if j.expected is not None][:2]
         claims = (f"{plain_text(parse(j.title))} ({ratio_text(j)}, {j.outcome})" for j in decided)
         return "; ".join(claims) or "nothing decided"

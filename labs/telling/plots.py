@@ -29,7 +29,7 @@ from labs.telling.document import Figure
 def draw(
     folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary, save: bool = True
 ) -> list[Figure]:
-    """Draw the lab's plots, into the run's folder unless they lie there already."""
+    """Draw the lab's plots into the run's folder, unless it has them already."""
     context = Context(folder, folder.run(), lab, list(points), summary.measurements)
     run, known, figures = JudgedRun.of(context, summary), plots_of(lab.name), []
     for name in ("effects", *lab.plots):
@@ -43,17 +43,17 @@ def draw(
 
 
 def plots_of(lab: str) -> Mapping[str, Draw]:
-    """Name -> plot, of those that a lab may ask for."""
+    """Return the plots that a lab may name, by name."""
     return {**FOR_ANY_LAB, **parts_of(lab).plots}
 
 
 def effects(run: JudgedRun) -> str | None:
-    """Every claim's ratio with its interval, on its prediction."""
-    found = [j for j in run.summary.judgements if j.effect]
-    if not found:
+    """Draw every claim's ratio with its interval, on its prediction."""
+    judged = [j for j in run.summary.judgements if j.effect]
+    if not judged:
         return None
-    figure, ax = plt.subplots(figsize=(7.5, 1.2 + 0.6 * len(found)))
-    for row, j in enumerate(reversed(found)):
+    figure, ax = plt.subplots(figsize=(7.5, 1.2 + 0.6 * len(judged)))
+    for row, j in enumerate(reversed(judged)):
         assert j.effect
         ratio, p = j.effect.ratio, j.prediction
         ax.barh(
@@ -73,33 +73,35 @@ def effects(run: JudgedRun) -> str | None:
             label="measured, 95 % interval" if row == 0 else None,
         )  # fmt: skip
     _ratio_axis(ax)
-    claims = [j.claim for j in found]
-    wheres = [f", {point_label(j.treatment, run.lab)}" * (claims.count(j.claim) > 1) for j in found]
+    claims = [j.claim for j in judged]
+    wheres = [
+        f", {point_label(j.treatment, run.lab)}" * (claims.count(j.claim) > 1) for j in judged
+    ]
     names = [
         f"{_wrapped(j.title)}\n({METRICS[j.metric].title}{where})"
-        for j, where in zip(found, wheres, strict=True)
+        for j, where in zip(judged, wheres, strict=True)
     ]
-    ax.set_yticks(range(len(found)), names[::-1])
-    ax.set_ylim(-0.6, len(found) - 0.4)
+    ax.set_yticks(range(len(judged)), names[::-1])
+    ax.set_ylim(-0.6, len(judged) - 0.4)
     ax.set_xlabel("treatment / baseline")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return "Each claim: the measured ratio on the predicted one."
 
 
-def ratios(found: Sequence[tuple[str, Interval, bool]], path: Path) -> bool:
-    """Draw (name, ratio, does it differ) one below the other; whether there was anything."""
-    if not found:
+def ratios(rows: Sequence[tuple[str, Interval, bool]], path: Path) -> bool:
+    """Draw (name, ratio, whether it differs) in rows; return whether there were any."""
+    if not rows:
         return False
-    figure, ax = plt.subplots(figsize=(8, 1 + 0.2 * len(found)))
-    for row, (_, ratio, differs) in enumerate(reversed(found)):
+    figure, ax = plt.subplots(figsize=(8, 1 + 0.2 * len(rows)))
+    for row, (_, ratio, differs) in enumerate(reversed(rows)):
         low, high = ratio.low or ratio.value, ratio.high or ratio.value
         ax.errorbar(
             ratio.value, row, xerr=[[ratio.value - low], [high - ratio.value]], fmt="o", ms=4,
             capsize=2, color=BOUND if differs else BLUE,
         )  # fmt: skip
     _ratio_axis(ax)
-    ax.set_yticks(range(len(found)), [name for name, *_ in reversed(found)], fontsize=7)
-    ax.set_ylim(-0.6, len(found) - 0.4)
+    ax.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)], fontsize=7)
+    ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.set_xlabel("B / A with its 95 % interval (orange: differs)")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -111,7 +113,7 @@ NARROW = (0.25, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4)
 
 
 def _ratio_axis(ax: Axes) -> None:
-    """A logarithmic axis with ticks of which several are in sight, and a line at 1."""
+    """Make the axis logarithmic, with several ticks in sight and a line at 1."""
     ax.axvline(1, color=GREY, lw=1)
     ax.set_xscale("log")
     left, right = ax.get_xlim()
@@ -138,14 +140,14 @@ def _errorbar(
     scale: float,
     label: str,
 ) -> None:
-    found = [run.interval(point, metric) for point in points]
-    centre = [f.value * scale if f else np.nan for f in found]
-    reach = [(f.high - f.value) * scale if f and f.high is not None else 0 for f in found]
+    intervals = [run.interval(point, metric) for point in points]
+    centre = [f.value * scale if f else np.nan for f in intervals]
+    reach = [(f.high - f.value) * scale if f and f.high is not None else 0 for f in intervals]
     ax.errorbar(x, centre, yerr=reach, fmt="o-", capsize=4, color=BLUE, label=label)
 
 
 def sweep(run: JudgedRun) -> str | None:
-    """Throughput and TPOT against requests in flight, measured on predicted."""
+    """Draw throughput and TPOT against requests in flight, measured on predicted."""
     swept = concurrency_sweep(run.points)
     if len(swept) < 2:
         return None
@@ -173,7 +175,7 @@ def sweep(run: JudgedRun) -> str | None:
 
 
 def pareto(run: JudgedRun) -> str | None:
-    """What the operator gets against what one user gets."""
+    """Draw the throughput of all requests against the speed that one user gets."""
     swept = concurrency_sweep(run.points)
     if len(swept) < 2:
         return None
@@ -209,7 +211,7 @@ def pareto(run: JudgedRun) -> str | None:
 
 
 def roofline(run: JudgedRun) -> str | None:
-    """Achieved decode FLOP/s over arithmetic intensity, under the machine's measured roof."""
+    """Draw achieved decode FLOP/s over arithmetic intensity, under the machine's measured roof."""
     swept = concurrency_sweep(run.points)
     if not swept:
         return None
@@ -244,7 +246,7 @@ def roofline(run: JudgedRun) -> str | None:
 
 
 def variants(run: JudgedRun) -> str | None:
-    """The first claim's metric for every variant, workload by workload."""
+    """Draw the first claim's metric for every variant, workload by workload."""
     lab, name = run.lab, run.lab.claims[0].metric
     metric = METRICS[name]
     measured = [p for p in run.points if run.interval(p, name)]

@@ -65,7 +65,7 @@ TTFT_TWICE = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What a report is written from: the typed files of a run, read once."""
+    """Holds what a report is written from: the typed files of a run, read once."""
 
     run: Run
     lab: Lab
@@ -97,7 +97,7 @@ def write(folder: RunFolder) -> Path:
 
 
 def document(facts: Facts, figures: Sequence[Figure]) -> Section:
-    """The whole report."""
+    """Build the whole report."""
     run, lab = facts.run, facts.lab
     weights = ", with random weights" if run.dummy else ""
     limits = lab.limits.get(run.machine.kind)
@@ -125,7 +125,7 @@ def document(facts: Facts, figures: Sequence[Figure]) -> Section:
 
 
 def digest(facts: Facts) -> Section:
-    """What a terminal shows of a run that has just ended; the report has the rest."""
+    """Build what a terminal shows of a run that has just ended; the report has the rest."""
     lab, summary = facts.lab, facts.summary
     return section(
         parse(lab.title),
@@ -149,7 +149,7 @@ def digest(facts: Facts) -> Section:
 
 
 def notes(run: Run, summary: Summary) -> list[Inline]:
-    """What a reader must know before the first figure."""
+    """Say what a reader must know before the first figure."""
     result: list[Inline] = []
     if run.dummy:
         result.append(
@@ -173,15 +173,15 @@ def notes(run: Run, summary: Summary) -> list[Inline]:
         changed = ", ".join(f"{k}={v}" for k, v in run.changes.items())
         result.append(f"Ad hoc run ({changed}): it stays out of summary tables.")
     judged = {j.claim for j in summary.judgements}
-    if lost := [c["name"] for c in run.lab["claims"] if c["name"] not in judged]:
-        result.append(f"Claims that no points of this run answer: {', '.join(lost)}.")
+    if unanswered := [c["name"] for c in run.lab["claims"] if c["name"] not in judged]:
+        result.append(f"Claims that no points of this run answer: {', '.join(unanswered)}.")
     if run.endpoint:
         result.append(f"Measured on the endpoint {run.endpoint}, which this lab did not configure.")
     return result
 
 
 def answer(facts: Facts) -> Section:
-    """What the run says to each question of the lab, in plain words."""
+    """Answer each question of the lab in plain words."""
     missing = "This run has not the figures that would answer it."
     answers = facts.summary.answers
     return section(
@@ -238,13 +238,13 @@ def _every_point(facts: Facts) -> Section:
 
 
 def _published(lab: Lab, part: Part, titles: Mapping[str, str]) -> list[Block]:
-    """What others published of these parts of the lab (name -> title), or nothing."""
+    """Show what others published on these parts of the lab (name -> title), if anything."""
     lines = _published_lines(lab, part, titles)
     return [Paragraph(THEIRS), bullets(lines)] if lines else []
 
 
 def _published_lines(lab: Lab, part: Part, titles: Mapping[str, str]) -> list[Inline]:
-    """Each figure with its setting and source."""
+    """Say each published figure with its setting and source."""
     return [
         (parse(title), f": {'; '.join(map(str, figures))}")
         for name, title in titles.items()
@@ -263,7 +263,7 @@ IN_VIRTUAL_TIME = (
 
 
 def _in_virtual_time(facts: Facts) -> Section:
-    """The forecast beside what came, and which points have none."""
+    """Show the forecasts beside what was measured, and which points have none."""
     before = facts.predictions.in_virtual_time
     if before is None:
         return section("Forecast beside measured")
@@ -279,7 +279,7 @@ def _in_virtual_time(facts: Facts) -> Section:
 
 
 def forecast_score(summary: Summary) -> str:
-    """How near the forecasts came, in a sentence."""
+    """Say in a sentence how near the forecasts came."""
     known = [
         f for f in summary.in_virtual_time if METRICS[f.metric].forecast == "shown" and f.share
     ]
@@ -306,11 +306,11 @@ def _forecasts(facts: Facts) -> Section:
 
 
 def formulas(lab: Lab, predictions: Predictions) -> list[Inline]:
-    """Each formula once: what it predicts, its source, what it assumes.
+    """Say each formula once: what it predicts, its source, what it assumes.
 
-    What is assumed for one claim and not for another stands with the claim's title.
+    What only one claim assumes is said with the title of that claim.
     """
-    made = [
+    predicted = [
         (f"{METRICS[c.metric].title}, treatment / baseline", c.title, p)
         for c in lab.claims
         for p in predictions.effects[c.name].values()
@@ -320,7 +320,7 @@ def formulas(lab: Lab, predictions: Predictions) -> list[Inline]:
         for p in predictions.forecasts[f.name].values()
     ]
     uses_of: dict[tuple[str, str, str], list[tuple[str, Prediction]]] = {}
-    for what, title, p in made:
+    for what, title, p in predicted:
         uses_of.setdefault((what, p.formula, p.source), []).append((title, p))
     return [
         (
@@ -334,9 +334,9 @@ def formulas(lab: Lab, predictions: Predictions) -> list[Inline]:
 
 
 def _assumptions(uses: Sequence[tuple[str, Prediction]]) -> Inline:
-    """What every use of a formula assumes, then what one claim's alone does."""
-    every = [p.assumptions for _, p in uses]
-    shared = [text for text in every[0] if all(text in other for other in every)]
+    """Say what every use of a formula assumes, then what one claim alone assumes."""
+    assumptions = [p.assumptions for _, p in uses]
+    shared = [text for text in assumptions[0] if all(text in other for other in assumptions)]
     own = dict.fromkeys(
         (title, text) for title, p in uses for text in p.assumptions if text not in shared
     )
@@ -346,7 +346,7 @@ def _assumptions(uses: Sequence[tuple[str, Prediction]]) -> Inline:
 
 
 def _regime(facts: Facts) -> list[str]:
-    """Where the answer flips: the ridge from the ceilings, the slope of the step from the sweep."""
+    """Say where the answer flips: the ridge by the ceilings, the step's slope by the sweep."""
     lab, points = facts.lab, facts.points
     lines = []
     if "roofline" in lab.plots:
@@ -405,7 +405,7 @@ def _validity(facts: Facts) -> Section:
 
 
 def validity(caveats: Sequence[Caveat], lab: Lab, failed: int = 0) -> Paragraph | Bullets:
-    """Each weakness once, with where it is and what it withholds; or that every check passed."""
+    """Say each weakness once, with its points and whether it blocks; or that every check passed."""
     if not caveats:
         where = " in the trials that did not fail" if failed else ""
         return Paragraph(
@@ -427,7 +427,7 @@ def validity(caveats: Sequence[Caveat], lab: Lab, failed: int = 0) -> Paragraph 
 
 
 def _knob(text: str) -> Inline:
-    """`SET="..." explanation` with the setting as code; a quoted setting may hold spaces."""
+    """Show `SET="..." explanation` with the setting as code; a quoted setting may hold spaces."""
     setting = re.match(r"""\w+=("[^"]*"|'[^']*'|\S+)""", text)
     return (Code(setting[0]), parse(text[setting.end() :])) if setting else parse(text)
 

@@ -1,53 +1,57 @@
-"""Everything a report says, computed from the files of a run and nothing else."""
+"""Compute all figures and verdicts of a report from the files of a run, and from nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from labs.filing.results import Run, RunFolder, Session, Summary, TrialResult, write_json
+from labs.filing.results import (
+    Predictions,
+    Run,
+    RunFolder,
+    Session,
+    Summary,
+    TrialResult,
+    write_json,
+)
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import answers, parts_of
 from labs.judging.judge import Caveat, ForecastAtPoint, judge, judge_forecast, mean_interval
 from labs.judging.metrics import by_repeat, measure, pooled_latencies, pooled_percentiles
 from labs.judging.validity import caveats_of, confounded, first_trial_slow
-from labs.lab import Lab
+from labs.lab import Lab, Point
 from loadtests.latencies import Latency
 
 STEAL_SHARE = 0.05
 OTHERS_SHARE = 0.1
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """Holds what was measured in the trials of a run."""
+
+    values: dict[str, dict[int, dict[str, float | None]]]  # point -> repeat -> metric -> value
+    samples_s: dict[str, dict[Latency, list[float]]]  # point -> samples of all its repeats
+    caveats: list[Caveat]
+    failed: dict[str, str]  # trial -> reason
+
+
 def summarise(folder: RunFolder) -> Summary:
-    """Computed from the trials on file, and written beside them."""
+    """Compute the summary of a run from its recorded trials, and write it beside them."""
     run = folder.run()
     lab, points, predictions = run.rebuilt_lab(), run.points(), folder.predictions()
-    values: dict[str, dict[int, dict[str, float | None]]] = {p.key: {} for p in points}
-    samples_s: dict[str, dict[Latency, list[float]]] = {}
-    found: list[Caveat] = []
-    failed: dict[str, str] = {}
-    for point, result, trial in folder.trials(points, lab):
-        if trial is None:
-            failed[f"{point.key}/{result.repeat}"] = result.failed or "no summary"
-            continue
-        values[point.key][result.repeat] = measure(trial)
-        for latency in pooled_latencies():
-            of_point = samples_s.setdefault(point.key, {})
-            of_point.setdefault(latency, []).extend(trial.samples_s(latency))
-        # an endpoint's engine was not configured here: there is no treatment to prove
-        found += caveats_of(trial, () if run.endpoint else lab.evidence)
-        found += _disturbed(result, run)
-    found += [c for p in points for c in first_trial_slow(values[p.key], p.key)]
-    found = _each_once([*found, *_of_the_whole(run, lab, folder.session())])
-    judged = [
+    measured = _measure(folder, run, lab, points)
+    values, caveats = measured.values, measured.caveats
+    pairs = [
         (claim, t, b, confounded(claim, t, b))
         for claim in lab.claims
         for t, b in lab.pairs(claim, points)
     ]
-    context = Context(folder, run, lab, points, values, found)
+    context = Context(folder, run, lab, points, values, caveats)
     conclusions = parts_of(lab.name).findings
     summary = Summary(
         measurements=values,
-        pooled={key: pooled_percentiles(of_point) for key, of_point in samples_s.items()},
+        pooled={key: pooled_percentiles(of_point) for key, of_point in measured.samples_s.items()},
         judgements=[
             judge(
                 claim,
@@ -55,33 +59,19 @@ def summarise(folder: RunFolder) -> Summary:
                 b.key,
                 values,
                 predictions.effects[claim.name][f"{t.key}|{b.key}"],
-                [*found, *own],
+                [*caveats, *own],
             )
-            for claim, t, b, own in judged
+            for claim, t, b, own in pairs
         ],
         forecasts=[
             judge_forecast(forecast, key, values.get(key, {}), prediction)
             for forecast in lab.forecasts
             for key, prediction in predictions.forecasts[forecast.name].items()
         ],
-        in_virtual_time=[
-            ForecastAtPoint(
-                point=key,
-                metric=metric,
-                value=band.value,
-                low=band.low,
-                high=band.high,
-                measured=mean_interval(list(by.values())) if by else None,
-            )
-            for key, bands in (
-                predictions.in_virtual_time.points if predictions.in_virtual_time else {}
-            ).items()
-            for metric, band in bands.items()
-            for by in (by_repeat(values.get(key, {}), metric),)
-        ],
+        in_virtual_time=_beside_forecasts(predictions, values),
         findings=[conclusions[name].finding(context) for name in lab.findings],
-        caveats=[*found, *(caveat for *_, own in judged for caveat in own)],
-        failed=failed,
+        caveats=[*caveats, *(caveat for *_, own in pairs for caveat in own)],
+        failed=measured.failed,
         missing=sum(
             folder.trial_result(p, r) is None for p in points for r in range(1, lab.repeats + 1)
         ),
@@ -93,41 +83,86 @@ def summarise(folder: RunFolder) -> Summary:
     return summary
 
 
+def _measure(folder: RunFolder, run: Run, lab: Lab, points: list[Point]) -> _Measured:
+    """Measure every trial on its own, and collect what weakens the run."""
+    values: dict[str, dict[int, dict[str, float | None]]] = {p.key: {} for p in points}
+    samples_s: dict[str, dict[Latency, list[float]]] = {}
+    caveats: list[Caveat] = []
+    failed: dict[str, str] = {}
+    for point, result, trial in folder.trials(points, lab):
+        if trial is None:
+            failed[f"{point.key}/{result.repeat}"] = result.failed or "no summary"
+            continue
+        values[point.key][result.repeat] = measure(trial)
+        for latency in pooled_latencies():
+            of_point = samples_s.setdefault(point.key, {})
+            of_point.setdefault(latency, []).extend(trial.samples_s(latency))
+        # an endpoint's engine was not configured here: there is no treatment to prove
+        caveats += caveats_of(trial, () if run.endpoint else lab.evidence)
+        caveats += _disturbed(result, run)
+    caveats += [c for p in points for c in first_trial_slow(values[p.key], p.key)]
+    caveats = _each_once([*caveats, *_of_the_whole(run, lab, folder.session())])
+    return _Measured(values, samples_s, caveats, failed)
+
+
+def _beside_forecasts(
+    predictions: Predictions, values: dict[str, dict[int, dict[str, float | None]]]
+) -> list[ForecastAtPoint]:
+    """Put each forecast figure beside its mean over repeats; none where nothing was forecast."""
+    if predictions.in_virtual_time is None:
+        return []
+    rows = []
+    for key, bands in predictions.in_virtual_time.points.items():
+        for metric, band in bands.items():
+            measured = by_repeat(values.get(key, {}), metric)
+            rows.append(
+                ForecastAtPoint(
+                    point=key,
+                    metric=metric,
+                    value=band.value,
+                    low=band.low,
+                    high=band.high,
+                    measured=mean_interval(list(measured.values())) if measured else None,
+                )
+            )
+    return rows
+
+
 def _disturbed(result: TrialResult, run: Run) -> list[Caveat]:
-    """Somebody else used the machine during a trial."""
-    found = []
+    """Name other work that used the machine during a trial."""
+    caveats = []
     if (result.cpu_steal or 0) > STEAL_SHARE:
         text = f"other guests of the host took {result.cpu_steal:.0%} of this trial's CPU time"
-        found.append(Caveat(name="load from others", text=text, point=result.point))
+        caveats.append(Caveat(name="load from others", text=text, point=result.point))
     if (result.cpu_others or 0) > OTHERS_SHARE and not run.endpoint:
         text = (
             f"other processes on this machine took {result.cpu_others:.0%} of its CPU time: end"
             " them and measure again"
         )
-        found.append(Caveat(name="other processes", text=text, point=result.point))
-    return found
+        caveats.append(Caveat(name="other processes", text=text, point=result.point))
+    return caveats
 
 
 def _of_the_whole(run: Run, lab: Lab, session: Session | None) -> list[Caveat]:
-    """How the run was made weakens what is concluded from it."""
-    found = []
+    """Name what in the making of the whole run weakens its conclusions."""
+    caveats = []
     if session and not session.resident and not session.there_and_back:
         text = (
             "each was measured in a block of its own, so what the machine drifted between two"
             " blocks is in their ratio: where an effect is small, run again with another SEED="
         )
-        found.append(Caveat(name="engines took turns", text=text))
+        caveats.append(Caveat(name="engines took turns", text=text))
     if run.endpoint:
         text = "predictions rest on this machine's ceilings; the endpoint may run on another"
-        found.append(Caveat(name="endpoint's hardware unknown", text=text))
+        caveats.append(Caveat(name="endpoint's hardware unknown", text=text))
     if any(flags.is_parallel for flags in lab.all_flags):
         text = "predictions rest on one GPU's ceilings and count no communication"
-        found.append(Caveat(name="several GPUs", text=text))
-    return found
+        caveats.append(Caveat(name="several GPUs", text=text))
+    return caveats
 
 
 def _each_once(caveats: Sequence[Caveat]) -> list[Caveat]:
-    """The first of each name at each point: repeats tell the same."""
+    """Keep the first caveat of each name at each point, as repeats show the same."""
     first: dict[tuple[str, str | None], Caveat] = {}
     for caveat in caveats:
         first.setdefault((caveat.name, caveat.point), caveat)

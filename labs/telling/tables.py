@@ -28,7 +28,7 @@ from serving.machine import Ceilings, Machine
 
 
 def ceilings(machine: Machine, measured: Ceilings) -> Table:
-    """The measured ceilings beside the vendor's figures; empty for a GPU without known figures."""
+    """Tabulate measured ceilings beside the vendor's; empty for a GPU without known figures."""
     rows: list[list[Inline]] = []
     stated = DATASHEETS.get(machine.model)
     for title, field, scale, unit in (
@@ -36,16 +36,16 @@ def ceilings(machine: Machine, measured: Ceilings) -> Table:
         ("BF16", "bf16_flops_per_s", 1e12, "TFLOP/s"),
         ("FP8", "fp8_flops_per_s", 1e12, "TFLOP/s"),
     ):
-        ours, theirs = getattr(measured, field), stated and getattr(stated, field)
-        if theirs:
-            share = f"{ours / theirs:.0%}" if ours else "–"
-            mine = number(ours and ours / scale, unit)
-            rows.append([title, mine, number(theirs / scale, unit), share])
+        here, datasheet = getattr(measured, field), stated and getattr(stated, field)
+        if datasheet:
+            share = f"{here / datasheet:.0%}" if here else "–"
+            shown = number(here and here / scale, unit)
+            rows.append([title, shown, number(datasheet / scale, unit), share])
     return table(("Ceiling", "Measured", "Datasheet", "Share"), rows)
 
 
 def predictions(lab: Lab, predicted_before: Predictions) -> Table:
-    """Every figure that was predicted before an engine started, and where."""
+    """Tabulate every figure that was predicted before an engine started."""
     rows: list[list[Inline]] = []
     for claim in lab.claims:
         for pair, prediction in predicted_before.effects[claim.name].items():
@@ -62,7 +62,7 @@ def predictions(lab: Lab, predicted_before: Predictions) -> Table:
 
 
 def claims(lab: Lab, summary: Summary) -> Table:
-    """Every judgement: what was claimed, measured, predicted and published, and the verdict."""
+    """Tabulate the judgements: what was claimed, measured, predicted and published; the verdict."""
     return table(
         ("Claim", "Measured", "95 % interval", "Predicted", "Held", "Published", "Verdict"),
         (_claim(lab, judgement) for judgement in summary.judgements),
@@ -88,7 +88,7 @@ def _claim(lab: Lab, j: Judgement) -> list[Inline]:
 def points(
     shown: Sequence[Point], lab: Lab, summary: Summary, among: Sequence[str] | None = None
 ) -> Table:
-    """Means over repeats; percentiles of the samples of all repeats together.
+    """Tabulate means over repeats, and percentiles of the samples of all repeats together.
 
     A metric `among` these (all columns unless given) that no point has is left out.
     """
@@ -107,7 +107,7 @@ def points(
 
 
 def forecasts(lab: Lab, summary: Summary) -> Table:
-    """Every forecast beside what was measured there."""
+    """Tabulate every forecast beside what was measured there."""
     rows: list[list[Inline]] = []
     for f in summary.forecasts:
         unit = METRICS[f.metric].unit
@@ -129,7 +129,7 @@ def forecasts(lab: Lab, summary: Summary) -> Table:
 
 
 def in_virtual_time(lab: Lab, forecasts: PointForecasts) -> Table:
-    """Every point as vLLM's scheduler would play it, before any engine starts, each with its band.
+    """Tabulate every point as vLLM's scheduler plays it in virtual time, each figure with its band.
 
     A figure that is 0 everywhere, such as preemptions where memory is ample, is left out.
     """
@@ -156,7 +156,7 @@ def _band(band: Band | None, unit: str) -> str:
 
 
 def forecast_beside_measured(lab: Lab, summary: Summary) -> Table:
-    """Every forecast figure, its band, what was measured, and their ratio."""
+    """Tabulate every forecast figure, its band, what was measured, and their ratio."""
     rows: list[list[Inline]] = []
     for f in summary.in_virtual_time:
         unit = METRICS[f.metric].unit
@@ -178,7 +178,7 @@ def forecast_beside_measured(lab: Lab, summary: Summary) -> Table:
 
 
 def closed_forms(lab: Lab, summary: Summary, before: Predictions) -> Table:
-    """Where a claim was predicted by forecasts: what the lab's own formula says beside them."""
+    """Tabulate the lab's own formula for claims that forecasts predict."""
     rows: list[list[Inline]] = [
         [
             (
@@ -198,7 +198,7 @@ def closed_forms(lab: Lab, summary: Summary, before: Predictions) -> Table:
 
 
 def residuals(folders: Sequence[RunFolder]) -> Table:
-    """How near predictions came, a row for each figure of each run, and one for its claims.
+    """Tabulate how near predictions came: a row for each figure of each run, one for its claims.
 
     A claim's prediction is a ratio, of two forecasts or by the lab's formula; it counts as near
     when the measured ratio lies within 25 % of it.
@@ -234,7 +234,7 @@ def _between(low: float, high: float, unit: str) -> str:
 
 
 def agreement(session: Session | None) -> Table:
-    """The requests and tokens that the client's records, Prometheus and the engine each counted."""
+    """Tabulate the requests and tokens that records, Prometheus and the engine each counted."""
     return table(
         ("Counted", "Records", "Prometheus", "Engine"),
         (
@@ -250,13 +250,15 @@ def agreement(session: Session | None) -> Table:
 
 
 def ttft_at_both_ends(shown: Sequence[Point], lab: Lab, summary: Summary) -> Table:
-    """TTFT as both sides see it, from the send: their difference is transport and tokenizing."""
+    """Tabulate TTFT from the send on both sides, which transport and tokenizing set apart."""
     rows: list[list[Inline]] = []
     for point in shown:
-        ours, theirs = (
+        client_s, engine_s = (
             summary.value(point.key, f"{side}_ttft_mean_s") for side in ("client", "engine")
         )
-        if ours is not None and theirs is not None:
-            gap = number(ours - theirs, "s")
-            rows.append([point_label(point.key, lab), number(ours, "s"), number(theirs, "s"), gap])
+        if client_s is not None and engine_s is not None:
+            gap = number(client_s - engine_s, "s")
+            rows.append(
+                [point_label(point.key, lab), number(client_s, "s"), number(engine_s, "s"), gap]
+            )
     return table(("Point", "Client's mean", "Engine's mean", "Difference"), rows)
