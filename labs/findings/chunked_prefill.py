@@ -21,7 +21,7 @@ from loadtests.records import RequestRecord
 
 @dataclass(frozen=True)
 class Budget:
-    """What one token budget did to the streams and to the long prompt among them."""
+    """Holds what one token budget did to the streams and to the long prompt among them."""
 
     variant: str
     budget_tokens: int
@@ -34,7 +34,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class StallLine:
-    """The stall over the tokens of a piece, by least squares."""
+    """Fits the stall over the tokens of a piece, by least squares."""
 
     fixed_s: float
     s_per_token: float
@@ -43,7 +43,7 @@ class StallLine:
 
 @dataclass(frozen=True)
 class Handover:
-    """What a second machine that does the prefill would have to send, and how soon."""
+    """Says what a second machine that does the prefill would have to send, and how soon."""
 
     kv_bytes: float
     prefill_s: float
@@ -51,7 +51,7 @@ class Handover:
 
 @dataclass(frozen=True)
 class TokenBudgets:
-    """Every token budget, the stall as a line over them, and the link that a split would need."""
+    """Holds every token budget, the line of the stall, and the link that a split would need."""
 
     longest_gap_s: float | None  # by the SLO
     budgets: tuple[Budget, ...]
@@ -60,19 +60,20 @@ class TokenBudgets:
 
     @property
     def best(self) -> Budget | None:
-        """Of the budgets within the SLO, the one whose long prompt waits least."""
+        """Picks the budget within the SLO whose long prompt waits least."""
         fitting = (b for b in self.budgets if b.within_slo)
         return min(fitting, key=lambda b: (b.long_ttft_s, b.variant), default=None)
 
     @property
     def whole(self) -> Budget | None:
-        """The long prompt prefilled in one step."""
+        """Finds the budget that prefills the long prompt in one step."""
         return next((b for b in self.budgets if not b.chunked), None)
 
 
 def token_budgets(context: Context) -> TokenBudgets:
-    """The handover is the KV bytes of the prompt over the time of its prefill (DistServe, OSDI
-    2024).
+    """Measures every budget; a handover is the prompt's KV bytes over the time of its prefill.
+
+    Source: DistServe (OSDI 2024).
     """
     limit_s = context.lab.slo.itl_s
     budgets = []
@@ -165,7 +166,7 @@ def chunks_solve(run: JudgedRun) -> str | None:
 
 
 def split(run: JudgedRun) -> str | None:
-    """Would a second machine for the prefill pay?"""
+    """Answers whether a second machine for the prefill would pay."""
     budgets = TOKEN_BUDGET.facts_of(run)
     if not (budgets and budgets.whole and budgets.handover):
         return None
@@ -180,7 +181,7 @@ def split(run: JudgedRun) -> str | None:
 
 
 def draw_stall(run: JudgedRun) -> str | None:
-    """The stall and the long prompt's own wait, over the token budget."""
+    """Draws the stall and the long prompt's own wait, over the token budget."""
     points, lab = run.points, run.lab
     _, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     for ax, metric, label in (
@@ -213,16 +214,19 @@ def draw_stall(run: JudgedRun) -> str | None:
 
 
 def draw_timeline(run: JudgedRun) -> str | None:
-    """One intrusion as the streams felt it: a tick for every token of each stream."""
+    """Draws one intrusion as the streams felt it: a tick for every token of each stream."""
     drawn = []
     for point in run.points:
         path = run.folder.trial_folder(point, 1) / "requests.jsonl.gz"
         if not path.exists() or point.workload.intruder is None:
             continue
-        every = list(records.read(path))
-        longs = [r for r in every if point.workload.is_intruder(r.index) and r.ok and r.in_window]
-        if longs:
-            drawn.append((point, max(longs, key=lambda r: _lived_through(r, every)), every))
+        all_records = list(records.read(path))
+        long_prompts = [
+            r for r in all_records if point.workload.is_intruder(r.index) and r.ok and r.in_window
+        ]
+        if long_prompts:
+            most_felt = max(long_prompts, key=lambda r: _streams_stalled_by(r, all_records))
+            drawn.append((point, most_felt, all_records))
     if not drawn:
         return None
     _, axes = plt.subplots(
@@ -230,10 +234,10 @@ def draw_timeline(run: JudgedRun) -> str | None:
     )
     before_s = 0.5
     after_s = max(2 * max(long.ttft_s or 0 for _, long, _ in drawn), 1.0)
-    for ax, (point, long, every) in zip(axes[:, 0], drawn, strict=True):
+    for ax, (point, long, all_records) in zip(axes[:, 0], drawn, strict=True):
         start, first = long.sent_s, long.chunks[0][0]
         ax.axvspan(0, first - start, color=BOUND, alpha=0.25, lw=0)
-        streams = [r for r in every if not point.workload.is_intruder(r.index) and r.chunks]
+        streams = [r for r in all_records if not point.workload.is_intruder(r.index) and r.chunks]
         seats: list[float] = []  # when each row is free again: a user's next answer takes it
         for r in sorted(streams, key=lambda r: r.sent_s):
             row = next((i for i, free in enumerate(seats) if free <= r.sent_s), len(seats))
@@ -254,10 +258,12 @@ def draw_timeline(run: JudgedRun) -> str | None:
     )
 
 
-def _lived_through(long: RequestRecord, every: Sequence[RequestRecord]) -> int:
+def _streams_stalled_by(long: RequestRecord, all_records: Sequence[RequestRecord]) -> int:
     """Counts streams that were decoding from a long prompt's arrival to its first token."""
     start, first = long.sent_s, long.chunks[0][0]
-    return sum(r.chunks[0][0] <= start and r.chunks[-1][0] >= first for r in every if r.chunks)
+    return sum(
+        r.chunks[0][0] <= start and r.chunks[-1][0] >= first for r in all_records if r.chunks
+    )
 
 
 # ------------------------------------------------------------------- what others published

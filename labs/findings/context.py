@@ -1,4 +1,4 @@
-"""A run as findings, answers and plots see it."""
+"""This module gives findings, answers and plots their view of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Facts = TypeVar("Facts")
 
 @dataclass(frozen=True)
 class Context:
-    """A run as findings see it; `values[point][repeat][metric]` holds the measurements."""
+    """Gives findings a run; `values[point][repeat][metric]` holds the measurements."""
 
     folder: RunFolder
     run: Run
@@ -30,39 +30,41 @@ class Context:
     )
 
     def once(self, compute: Callable[[Context], Facts]) -> Facts:
-        """What a function computes of this run, computed once however many ask for it."""
+        """Computes a function of this run once, however many callers need it."""
         if compute not in self.computed:
             self.computed[compute] = compute(self)
         facts: Facts = self.computed[compute]
         return facts
 
     def rows(self, point: Point) -> Collection[Mapping[str, float | None]]:
-        """The measurements of a point, one mapping a repeat."""
+        """Returns the measurements of a point, one mapping a repeat."""
         return self.values.get(point.key, {}).values()
 
     def mean(self, point: Point, metric: str) -> float | None:
-        """The mean over the repeats that have the metric."""
+        """Averages the metric over the repeats that have it."""
         interval = self.interval(point, metric)
         return interval.value if interval else None
 
     def interval(self, point: Point, metric: str) -> Interval | None:
-        """The mean over the repeats that have the metric, with its 95 % interval."""
+        """Averages the metric over the repeats that have it, with a 95 % interval."""
         return over_repeats(self.values.get(point.key, {}), metric)
 
     def point(self, variant: str, workload: str, load: str) -> Point | None:
         wanted = (variant, workload, load)
-        every = ((p.variant.name, p.workload.name, str(p.load)) for p in self.points)
-        return next((p for p, has in zip(self.points, every, strict=True) if has == wanted), None)
+        return next(
+            (p for p in self.points if (p.variant.name, p.workload.name, str(p.load)) == wanted),
+            None,
+        )
 
     def mean_at(self, variant: str, workload: str, users: int, metric: str) -> float | None:
-        """The mean over repeats with so many users in a closed loop, where that was measured."""
+        """Averages over repeats with so many users in a closed loop; None if not measured."""
         point = self.point(variant, workload, f"concurrent:{users}")
         return self.mean(point, metric) if point else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedRun(Context):
-    """A run with its summary: what answers to the lab's questions and its plots read."""
+    """Adds the summary, which plots and the answers to the lab's questions read as well."""
 
     summary: Summary
 
@@ -74,10 +76,10 @@ class JudgedRun(Context):
         return run
 
     def judged(self, claim: str) -> list[Judgement]:
-        """The valid judgements of a claim, one a pair of points."""
+        """Returns the valid judgements of a claim, one a pair of points."""
         return [j for j in self.summary.judgements if j.claim == claim and j.outcome != "not valid"]
 
     def ratio(self, claim: str) -> str | None:
-        """Treatment / baseline with its interval, at the first pair of points that was judged."""
+        """Gives treatment / baseline with its interval, at the first judged pair of points."""
         ratio = next((j.effect.ratio for j in self.judged(claim) if j.effect), None)
         return times_with_interval(ratio) if ratio else None

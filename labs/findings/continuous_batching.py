@@ -47,7 +47,7 @@ def larger_batch(run: JudgedRun) -> str | None:
 
 
 def ridge(run: JudgedRun) -> str | None:
-    """Which side of the roofline's ridge the lightest and the heaviest load stand on."""
+    """Says on which side of the roofline's ridge the lightest and the heaviest load stand on."""
     sweep = concurrency_sweep(run.points)
     intensities = [(p.load.users, i) for p in sweep if (i := run.mean(p, "intensity"))]
     if len(intensities) < 2:
@@ -63,7 +63,7 @@ def ridge(run: JudgedRun) -> str | None:
 
 
 def one_stream(run: JudgedRun) -> str | None:
-    """The bandwidth over the weights' bytes bounds one stream; the share of that it reached."""
+    """Says what share one stream reached of its bound, the bandwidth over the weights' bytes."""
     point = next((p for p in concurrency_sweep(run.points) if p.load.users == 1), None)
     tpot_s = run.mean(point, "tpot_mean_s") if point else None
     if point is None or tpot_s is None:
@@ -78,7 +78,7 @@ def one_stream(run: JudgedRun) -> str | None:
 
 
 def both_ends(run: JudgedRun) -> str | None:
-    """The figures at the heaviest load, and whether client and server agree on them."""
+    """Gives the figures at the heaviest load, and whether client and server agree on them."""
     heaviest = concurrency_sweep(run.points)[-1:]
     longer_s = [
         client_s - engine_s
@@ -110,7 +110,7 @@ def both_ends(run: JudgedRun) -> str | None:
 
 
 def draw_static(run: JudgedRun) -> str | None:
-    """Requests being decoded over time, fixed batches above continuous ones."""
+    """Draws requests being decoded over time, fixed batches above continuous ones."""
     chosen = [
         (wave, same)
         for wave in run.points

@@ -1,4 +1,4 @@
-"""How plots look: SVG, in the colours of `dashboards.palette`, the same bytes of the same data."""
+"""Plots are SVG in the colours of `dashboards.palette`; equal data gives equal bytes."""
 
 from __future__ import annotations
 

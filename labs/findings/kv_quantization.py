@@ -23,7 +23,7 @@ from labs.lab import Point
 
 @dataclass(frozen=True)
 class Load:
-    """A load of growing requests, and how many of them the engine threw out."""
+    """Holds a load of growing requests, and how many of them the engine preempted."""
 
     users: int
     capacity_tokens: float | None
@@ -34,7 +34,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Onset:
-    """From which load on an engine throws running requests' caches away."""
+    """Says from which load on an engine throws running requests' caches away."""
 
     variant: str
     capacity_tokens: float
@@ -124,7 +124,7 @@ PREEMPTION = Conclusion("preemption", onsets, tell_preemption)
 
 @dataclass(frozen=True)
 class Line:
-    """TPOT over the tokens of context, fitted by least squares."""
+    """Fits TPOT over the tokens of context by least squares."""
 
     fixed_s: float
     s_per_token: float
@@ -140,7 +140,7 @@ class Line:
 
 @dataclass(frozen=True)
 class ContextLines:
-    """Each variant's line over the context; `base` is the lab's first variant."""
+    """Holds each variant's line over the context; `base` is the lab's first variant."""
 
     base: str
     lines: dict[str, Line]
@@ -171,7 +171,7 @@ def context_lines(context: Context) -> ContextLines:
 
 
 def tell_slope(facts: ContextLines) -> Finding:
-    """TPOT as a line over the context, and where the quantized cache breaks even."""
+    """Shows TPOT as a line over the context, and where the quantized cache breaks even."""
     rows = [["Variant", "TPOT at no context", "A thousand tokens more", "95 % interval",
              "KV bytes a token"]]  # fmt: skip
     for name, line in facts.lines.items():
@@ -196,7 +196,7 @@ def tell_slope(facts: ContextLines) -> Finding:
 
 
 def _even_sentence(name: str, line: Line, base: str, plain: Line) -> str:
-    """Where a variant that starts later and climbs less steeply meets the base."""
+    """Says where a variant that starts later and climbs less steeply meets the base."""
     gap_s, gain = line.fixed_s - plain.fixed_s, plain.s_per_token - line.s_per_token
     error = math.hypot(line.error_s_per_token, plain.error_s_per_token)
     if abs(gain) <= line.reach(error, line.freedom + plain.freedom):
@@ -218,7 +218,7 @@ CONTEXT_SLOPE = Conclusion("context-slope", context_lines, tell_slope)
 
 @dataclass(frozen=True)
 class Step:
-    """A step against running out of memory: the largest prompt it admits, and its price."""
+    """Describes a remedy for running out of memory: its largest prompt, and its price."""
 
     name: str
     largest_prompt_tokens: float
@@ -229,7 +229,7 @@ class Step:
 
 @dataclass(frozen=True)
 class MemoryLadder:
-    """The steps in the order in which to take them."""
+    """Lists the steps in the order in which to take them."""
 
     kv_bytes: int
     kv_bytes_per_token: float  # in BF16
@@ -238,7 +238,7 @@ class MemoryLadder:
 
 
 def memory_ladder(context: Context) -> MemoryLadder | None:
-    """KV-7: out of memory on long prompts; None without a BF16 cache, ample and tight."""
+    """Answers KV-7, out of memory on long prompts; None without ample and tight BF16 caches."""
     points = {p.variant.name: p for p in context.points}
     plain, tight = points.get("bf16"), points.get("bf16-tight")
     if plain is None or tight is None:
@@ -279,7 +279,7 @@ def memory_ladder(context: Context) -> MemoryLadder | None:
 
 
 def _price(context: Context) -> str:
-    """The FP8 cache's: perplexity and TPOT over the long context, where both were measured."""
+    """Prices the FP8 cache in perplexity and in TPOT over the long context, if both exist."""
     parts = []
     if (figures := context.once(compared).treatments.get("fp8")) is not None:
         parts.append(f"perplexity {figure_of(figures, 'perplexity_ratio').value - 1:+.1%}")
@@ -366,7 +366,7 @@ def memory_steps(run: JudgedRun) -> str | None:
 
 
 def draw_preemption(run: JudgedRun) -> str | None:
-    """Requests in decode and preemptions over the requests in flight."""
+    """Draws requests in decode and preemptions over the requests in flight."""
     growing = [p for p in run.points if p.workload.name == "growing"]
     if not growing:
         return None

@@ -25,16 +25,16 @@ LEAST_ANSWERS = 2000
 
 @dataclass(frozen=True)
 class Marks:
-    """Answers that were checked for the mark of their tenant and of others."""
+    """Counts answers that were checked for the mark of their tenant and of other tenants."""
 
-    asked: int
+    answers: int
     foreign: int  # with another tenant's mark
     bare: int  # without their own
 
 
 @dataclass(frozen=True)
 class TenantProbe:
-    """What the probe found beside the answers: whether the check can fail, and what is refused."""
+    """Says whether the check for marks can fail, and what the engine refuses."""
 
     misrouted: int  # requests sent to the wrong adapter on purpose
     caught: int  # of these
@@ -46,7 +46,7 @@ class TenantProbe:
 
 @dataclass(frozen=True)
 class TenantLeaks:
-    """Every answer of an adapter in the run, trials and probe together."""
+    """Counts the marks in every answer of an adapter, trials and probe together."""
 
     parts: Mapping[str, Marks]
     all: Marks
@@ -55,18 +55,18 @@ class TenantLeaks:
 
     @property
     def passed(self) -> bool | None:
-        """None where too few answers prove nothing; False where the check itself cannot fail."""
+        """Is None where too few answers prove nothing; False where the check itself cannot fail."""
         if self.probe:
             answered = any(code < 400 for code in self.probe.refused.values())
             if answered or self.probe.caught < self.probe.misrouted:
                 return False
         if self.all.foreign:
             return False
-        return True if self.all.asked >= LEAST_ANSWERS else None
+        return True if self.all.answers >= LEAST_ANSWERS else None
 
 
 def leaks(answers: list[tuple[int, str]]) -> tuple[int, int]:
-    """(answers with another tenant's mark, answers without their own) of (tenant, text)."""
+    """Counts (answers with another tenant's mark, answers without their own)."""
     foreign = sum(bool(marks_in(text) - {tenant}) for tenant, text in answers)
     return foreign, sum(mark_of(tenant) not in text for tenant, text in answers)
 
@@ -89,11 +89,11 @@ def tenant_leaks(context: Context) -> TenantLeaks:
     )
     probed = None
     if probe:
-        asked = [(int(t), str(text)) for t, text in probe["answers"]]
-        at = len(asked) - probe["visits"]
+        probe_answers = [(int(t), str(text)) for t, text in probe["answers"]]
+        at = len(probe_answers) - probe["visits"]
         parts |= {
-            "shared prompts, 16 at once": asked[:at],
-            "of an adapter loaded at run time": asked[at:],
+            "shared prompts, 16 at once": probe_answers[:at],
+            "of an adapter loaded at run time": probe_answers[at:],
         }
         probed = TenantProbe(
             misrouted=len(probe["misrouted"]),
@@ -103,11 +103,11 @@ def tenant_leaks(context: Context) -> TenantLeaks:
             cached_share=probe.get("cached_share"),
             refused=probe["refused"],
         )
-    every = [pair for part in parts.values() for pair in part]
-    marks = Marks(len(every), *leaks(every))
+    all_answers = [pair for part in parts.values() for pair in part]
+    marks = Marks(len(all_answers), *leaks(all_answers))
     most = None
-    if every:
-        exact = stats.binomtest(marks.foreign, marks.asked).proportion_ci(method="exact")
+    if all_answers:
+        exact = stats.binomtest(marks.foreign, marks.answers).proportion_ci(method="exact")
         most = float(exact.high)
     checked = {name: Marks(len(part), *leaks(part)) for name, part in parts.items()}
     return TenantLeaks(checked, marks, most, probed)
@@ -116,11 +116,11 @@ def tenant_leaks(context: Context) -> TenantLeaks:
 def tell_leaks(facts: TenantLeaks) -> Finding:
     rows = [["Answers", "Asked", "Another tenant's mark", "Own mark missing"]]
     rows += [
-        [name, f"{part.asked:,}", str(part.foreign), str(part.bare)]
+        [name, f"{part.answers:,}", str(part.foreign), str(part.bare)]
         for name, part in {**facts.parts, "all": facts.all}.items()
     ]
     lines = [sentence] if (sentence := foreign_sentence(facts)) else []
-    if 0 < facts.all.asked < LEAST_ANSWERS:
+    if 0 < facts.all.answers < LEAST_ANSWERS:
         lines.append(f"Fewer than {LEAST_ANSWERS:,} answers: a smoke test, not a proof.")
     if probe := facts.probe:
         if probe.cached_share is not None:
@@ -146,8 +146,8 @@ def foreign_sentence(facts: TenantLeaks) -> str | None:
     if facts.most_foreign_share is None:
         return None
     return (
-        f"{facts.all.foreign} of {facts.all.asked:,} answers carry another tenant's mark: with 95 %"
-        f" confidence fewer than 1 in {1 / facts.most_foreign_share:,.0f} do."
+        f"{facts.all.foreign} of {facts.all.answers:,} answers carry another tenant's mark:"
+        f" with 95 % confidence fewer than 1 in {1 / facts.most_foreign_share:,.0f} do."
     )
 
 
@@ -165,7 +165,7 @@ TENANT_LEAKS = Conclusion("tenant-leaks", tenant_leaks, tell_leaks)
 
 @dataclass(frozen=True)
 class AdapterCost:
-    """A point's step and first token beside the base's, and what bytes explain of it."""
+    """Compares a point's step and first token with the base's, and with what bytes explain."""
 
     where: str
     adapters: str  # how many, and how requests are spread over them
@@ -230,23 +230,23 @@ ADAPTER_COST = Conclusion("adapter-cost", adapter_cost, tell_cost)
 
 @dataclass(frozen=True)
 class TenantMemory:
-    """Bytes of weights: of the base, and of one adapter at the rank the engine is set to."""
+    """Counts bytes of weights: the base's, and one adapter's at the rank the engine is set to."""
 
     base_bytes: float
     adapter_bytes: float
     rank: int
 
     def together_bytes(self, tenants: int) -> float:
-        """One engine with an adapter for each tenant."""
+        """Adds up one engine's weights and an adapter for each tenant."""
         return self.base_bytes + tenants * self.adapter_bytes
 
     def apart_bytes(self, tenants: int) -> float:
-        """An engine with merged weights for each tenant."""
+        """Adds up an engine with merged weights for each tenant."""
         return tenants * self.base_bytes
 
 
 def tenant_memory(context: Context) -> TenantMemory | None:
-    """None where no point has an adapter."""
+    """Counts the bytes of weights; None where no point has an adapter."""
     point = next((p for p in context.points if p.workload.adapters), None)
     if point is None:
         return None
@@ -314,7 +314,7 @@ def leak_by_answer(run: JudgedRun) -> str | None:
 
 
 def draw_adapters(run: JudgedRun) -> str | None:
-    """Throughput over the adapters in the batch, measured on what bytes predict."""
+    """Draws throughput over the adapters in the batch, measured on what bytes predict."""
     counted = [
         (p.workload.adapters.count if p.workload.adapters else 0, p)
         for p in run.points

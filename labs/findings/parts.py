@@ -1,4 +1,4 @@
-"""The parts of a report that are one lab's own, found by the lab's name.
+"""This module finds the parts of a report that are one lab's own, by the lab's name.
 
 `labs/findings/<lab>.py` holds them as one literal, `PARTS`. A lab without such a file has a report
 all the same: its claims, points, forecasts and validity, with every question left unanswered.
@@ -20,7 +20,7 @@ from labs.findings.published import Part, Published, PublishedFigures
 
 @dataclass(frozen=True)
 class Conclusion(Generic[Facts]):
-    """What a lab concludes beyond its claims: facts of a run, and how a report tells them.
+    """Concludes beyond a lab's claims: it reads facts of a run and writes a finding of them.
 
     `facts` reads the run's files alone; `tell` makes a table and sentences of the facts alone.
     Answers to questions read the same facts.
@@ -34,19 +34,19 @@ class Conclusion(Generic[Facts]):
         return self.tell(context.once(self.facts))
 
     def facts_of(self, run: Context) -> Facts | None:
-        """The facts of a run; None where it leaves this out, as one of random weights may."""
+        """Returns the facts of a run; None where it leaves this out, as random weights may."""
         return run.once(self.facts) if self.name in run.lab.findings else None
 
 
 Answer = Callable[[JudgedRun], str | None]
-"""A sentence or two with the run's own figures; None where it lacks them."""
+"""Writes a sentence or two with the run's own figures; None where it lacks them."""
 Draw = Callable[[JudgedRun], str | None]
 """Draws the current figure and returns its caption; None where there is nothing to draw."""
 
 
 @dataclass(frozen=True)
 class ReportParts:
-    """What a lab adds to its report."""
+    """Lists what a lab adds to its report, each part by its name or its question's id."""
 
     conclusions: Sequence[Conclusion[Any]] = ()
     answers: Mapping[str, Answer] = field(default_factory=dict)  # by the question's id
@@ -71,12 +71,12 @@ def parts_of(lab: str) -> ReportParts:
 
 
 def answers(run: JudgedRun) -> dict[str, str]:
-    """Question id -> the answer of this run, of those it can give."""
-    known = parts_of(run.lab.name).answers
-    given = {id: known[id](run) for id in run.lab.answers if id in known}
-    return {id: text for id, text in given.items() if text}
+    """Returns, by question id, the answers that this run can give."""
+    functions = parts_of(run.lab.name).answers
+    texts = {id: functions[id](run) for id in run.lab.answers if id in functions}
+    return {id: text for id, text in texts.items() if text}
 
 
 def published_of(lab: str, part: Part, name: str) -> Sequence[Published]:
-    """What others published of a claim, a forecast or a finding of the lab."""
+    """Returns what others published of a claim, a forecast or a finding of the lab."""
     return parts_of(lab).published.get(part, {}).get(name, ())

@@ -23,7 +23,7 @@ TELLS_BELOW = 0.9  # a ratio of times this far from 1 can be told from a few req
 
 @dataclass(frozen=True)
 class Timed:
-    """A stranger's prompts, timed where a victim had asked them before and where nobody had."""
+    """Times a stranger's prompts: those a victim had sent before, and those nobody had."""
 
     salting: str
     known_median_s: float
@@ -39,21 +39,22 @@ class Timed:
 
 @dataclass(frozen=True)
 class TimingLeak:
-    """Whether a stranger can tell by timing what was asked before, without and with a salt."""
+    """Says whether timing shows a stranger what was sent before, without and with a salt."""
 
     prompt_tokens: int
     timed: tuple[Timed, ...]
 
     @property
     def passed(self) -> bool | None:
-        """None where not both, without a salt and with one, were timed."""
+        """Is None where not both, without a salt and with one, were timed."""
         salted = next((t for t in self.timed if t.salting == SALTED), None)
         return not salted.tells if salted and len(self.timed) == 2 else None
 
 
 def timing_leak(context: Context) -> TimingLeak | None:
-    """The time to the first token of known prompts over fresh ones, paired by round; None where it
-    was not asked.
+    """Divides the time to first token of known prompts by that of fresh ones, paired by round.
+
+    Returns None where the probe did not run.
     """
     variants = context.lab.variants
     probe = next((p for v in variants if (p := context.folder.probe_result("salt", v.name))), None)

@@ -1,8 +1,8 @@
-"""What others published of what the labs try: shown beside a lab's own figures, never judged.
+"""Reports show these published figures beside a lab's own, and never judge them.
 
-A report names a figure with its setting and whose it is, so that a reader sees ours, what theory
-says and theirs. Models, hardware and loads are theirs, given as far as they are known here. It is
-no part of a resolved lab: a word more here makes no result stale.
+A report names a figure with its setting and its source, so that a reader can compare the measured,
+the predicted and the published figure. Models, hardware and loads are the publisher's, given as far
+as they are known. They are no part of a resolved lab: a change here makes no result stale.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Part = Literal["claims", "forecasts", "findings"]
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A figure as others published it."""
+    """Quotes a figure with its setting and its source."""
 
     figure: str
     setting: str = ""  # as far as it is known
@@ -28,7 +28,7 @@ class Published:
 
 
 PublishedFigures = Mapping[Part, Mapping[str, Sequence[Published]]]
-"""Kind of a lab's part -> the part's name -> what was published of it."""
+"""Maps the kind of a lab's part, then the part's name, to what was published of it."""
 
 ONE_STREAM = (
     Published(
@@ -44,4 +44,4 @@ ONE_STREAM = (
     Published(figure="78 % of the bandwidth", setting="one stream, 1B", source="Hazy megakernel"),
     Published(figure="85 % of the bandwidth", setting="one stream, RTX 4090", source="TinyChat"),
 )
-"""Of decode for one request alone."""
+"""Published figures concern decode for one request alone."""

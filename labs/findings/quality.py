@@ -16,33 +16,33 @@ Figures = list[QualityFigure]
 
 @dataclass(frozen=True)
 class Quality:
-    """Every variant that was asked beside the first, the base, and the base beside itself."""
+    """Compares each evaluated variant with the first, the base, and the base with itself."""
 
     base: str
     treatments: Mapping[str, Figures]  # none where the probe did not run
     again: Figures | None  # the base asked twice: the gate's own false alarms
 
 
-def asked(context: Context, variant: str) -> list[Evaluation]:
-    """What a variant answered to the quality probe, each time that it was asked."""
+def probe_evaluations(context: Context, variant: str) -> list[Evaluation]:
+    """Reads each evaluation of a variant by the quality probe; none where it did not run."""
     probe = context.folder.probe_result("quality", variant)
     return [Evaluation.model_validate(a) for a in probe["answers"]] if probe else []
 
 
 def compared(context: Context) -> Quality:
     base, *treatments = (v.name for v in context.lab.variants)
-    first = asked(context, base)
+    first = probe_evaluations(context, base)
     figures = {
         name: compare(first[0], answers[0])
         for name in treatments
-        if first and (answers := asked(context, name))
+        if first and (answers := probe_evaluations(context, name))
     }
     again = compare(first[0], first[1]) if len(first) > 1 else None
     return Quality(base, figures, again)
 
 
 def tell_quality(facts: Quality) -> Finding:
-    """Every variant against the first, with the gate of ME-2 and its false alarms."""
+    """Shows every variant against the first, with the gate of ME-2 and its false alarms."""
     if not facts.treatments:
         return Finding(title="Quality", lines=["Not asked: the probe did not run."])
     columns = {
@@ -91,7 +91,7 @@ def tell_quality(facts: Quality) -> Finding:
 
 
 def figure_of(figures: Figures, name: str, where: str = "") -> QualityFigure:
-    """The figure of that name, over all texts or where it says."""
+    """Returns the figure of that name, over all texts or those that `where` names."""
     return next(f for f in figures if (f.name, f.where) == (name, where))
 
 
@@ -113,7 +113,7 @@ QUALITY = Conclusion("quality", compared, tell_quality)
 
 
 def in_brief(figures: Figures) -> str:
-    """A variant's quality beside the base's, in a clause."""
+    """Writes a clause that compares a variant's quality with the base's."""
     perplexity = figure_of(figures, "perplexity_ratio").value - 1
     needles = figure_of(figures, "needle_retrieval_difference").value
     return (
@@ -123,13 +123,13 @@ def in_brief(figures: Figures) -> str:
 
 
 def treatments_of(run: JudgedRun) -> Mapping[str, Figures]:
-    """Variant -> its figures beside the base's; none where quality was not asked."""
+    """Maps each variant to its figures against the base's; empty without the quality probe."""
     quality = QUALITY.facts_of(run)
     return quality.treatments if quality else {}
 
 
 def quality_gate(run: JudgedRun) -> str | None:
-    """ME-2: what the gate says of every variant."""
+    """Answers ME-2: what the gate says of every variant."""
     quality = QUALITY.facts_of(run)
     if not quality or not quality.treatments:
         return None

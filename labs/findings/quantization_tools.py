@@ -10,9 +10,9 @@ from labs.findings.parts import Conclusion, ReportParts
 from labs.findings.quality import (
     QUALITY,
     Figures,
-    asked,
     figure_of,
     in_brief,
+    probe_evaluations,
     quality_gate,
     treatments_of,
     with_interval,
@@ -34,7 +34,7 @@ TOOLS = (
 
 @dataclass(frozen=True)
 class Compared:
-    """One variant's quality beside another's."""
+    """Compares one variant's quality with another's."""
 
     one: str
     other: str
@@ -43,7 +43,7 @@ class Compared:
 
     @property
     def better(self) -> str | None:
-        """Whose perplexity is lower; None where the interval includes both."""
+        """Names the variant of lower perplexity; None where the interval includes both."""
         ratio = figure_of(self.figures, "perplexity_ratio")
         if ratio.low is None or ratio.high is None or ratio.low <= 1 <= ratio.high:
             return None
@@ -51,11 +51,11 @@ class Compared:
 
 
 def compared_tools(context: Context) -> tuple[Compared, ...]:
-    answers = {v.name: asked(context, v.name) for v in context.lab.variants}
+    evaluations = {v.name: probe_evaluations(context, v.name) for v in context.lab.variants}
     return tuple(
-        Compared(one, other, title, compare(theirs[0], ours[0]))
+        Compared(one, other, title, compare(baseline[0], treatment[0]))
         for one, other, title in TOOLS
-        if (ours := answers.get(one)) and (theirs := answers.get(other))
+        if (treatment := evaluations.get(one)) and (baseline := evaluations.get(other))
     )
 
 
@@ -90,17 +90,17 @@ TOOLS_COMPARED = Conclusion("tools", compared_tools, tell_tools)
 
 
 def worth(run: JudgedRun) -> str | None:
-    """What GPTQ and AWQ are worth beside rounding to nearest."""
+    """Answers what GPTQ and AWQ are worth beside rounding to nearest."""
     treatments = treatments_of(run)
     if "w4a16-rtn" not in treatments:
         return None
     parts = [
-        f"{name}: {in_brief(treatments[made])}"
-        for made, name in (
+        f"{name}: {in_brief(treatments[variant])}"
+        for variant, name in (
             ("w4a16-rtn", "4 bits rounded to nearest"), ("w4a16-gptq", "GPTQ"),
             ("w4a16-awq", "AWQ (with zero points)"),
         )
-        if made in treatments
+        if variant in treatments
     ]  # fmt: skip
     eight = " SmoothQuant beside 8 bits rounded to nearest is `make lab-weight-quantization`'s."
     return f"All beside BF16. {sentences(parts)}{eight}"

@@ -22,7 +22,7 @@ METRIC_OF: dict[PhaseName, str] = {"decode": "tpot_mean_s", "prefill": "ttft_mea
 
 @dataclass(frozen=True)
 class Phase:
-    """A forward pass as it was measured: a decode step, or the prefill of a whole prompt."""
+    """Holds a measured forward pass: a decode step, or the prefill of a whole prompt."""
 
     tokens: float
     seconds: float
@@ -32,12 +32,12 @@ class Phase:
 
     @property
     def mfu(self) -> float:
-        """Share of the measured BF16 rate (PaLM, Chowdhery et al. 2022)."""
+        """Divides the FLOP/s by the measured BF16 rate (PaLM, Chowdhery et al. 2022)."""
         return self.flop / self.seconds / self.point.ceilings.bf16_flops_per_s
 
     @property
     def mbu(self) -> float:
-        """Share of the measured memory bandwidth (Databricks 2023)."""
+        """Divides the bytes/s by the measured memory bandwidth (Databricks 2023)."""
         return self.moved_bytes / self.seconds / self.point.ceilings.memory_bandwidth_bytes_per_s
 
     @property
@@ -46,13 +46,13 @@ class Phase:
 
     @property
     def bound(self) -> str:
-        """What theory says limits it, by the work alone."""
+        """Names what limits the phase in theory, by the work alone."""
         ridge = self.point.ceilings.ridge_flops_per_byte
         return "arithmetic" if self.flop_per_byte > ridge else "memory bandwidth"
 
 
 def phase(context: Context, variant: str, name: PhaseName) -> Phase | None:
-    """The bytes of a pass are its weights and what is cached of the context, once each."""
+    """Measures a pass; its bytes are the weights and what is cached of the context, once each."""
     point = context.point(variant, name, "concurrent:1")
     seconds = context.mean(point, METRIC_OF[name]) if point else None
     if point is None or not seconds:
@@ -72,7 +72,7 @@ def phase(context: Context, variant: str, name: PhaseName) -> Phase | None:
 
 @dataclass(frozen=True)
 class Phases:
-    """Prefill and decode of one request by the engine's defaults; None where not measured."""
+    """Holds one request's prefill and decode by the engine's defaults; None if not measured."""
 
     decode: Phase | None
     prefill: Phase | None
@@ -88,7 +88,7 @@ def default_phases(context: Context) -> Phases:
 
 
 def tell_phases(facts: Phases) -> Finding:
-    """Work, time, and what limits."""
+    """Shows each phase's work and time, and what limits it."""
     rows = [[
         "Phase", "Time of a pass", "Tokens/s", "FLOP a byte", "FLOP/s (MFU)", "Bytes/s (MBU)",
         "Bound by",
@@ -137,8 +137,8 @@ MATTERS: dict[str, Matters] = {
 
 
 @dataclass(frozen=True)
-class Beside:
-    """A phase of a variant beside the same phase by the engine's defaults."""
+class PhaseComparison:
+    """Compares a phase of a variant with the same phase by the engine's defaults."""
 
     effect: Effect
     matters: Matters
@@ -146,24 +146,24 @@ class Beside:
 
 @dataclass(frozen=True)
 class FlagEffect:
-    """Both phases of a variant; a comparison is None for the defaults and where none was made."""
+    """Holds both phases of a variant; a comparison is None for the defaults and if not made."""
 
     variant: str
     decode: Phase | None
     prefill: Phase | None
-    decode_beside: Beside | None
-    prefill_beside: Beside | None
+    decode_beside: PhaseComparison | None
+    prefill_beside: PhaseComparison | None
 
 
 @dataclass(frozen=True)
 class FlagEffects:
-    """Every variant that was measured."""
+    """Holds the effects of every variant that was measured."""
 
     variants: tuple[FlagEffect, ...]
 
     @property
     def fastest(self) -> tuple[str, Phase] | None:
-        """The variant with the shortest valid decode step, and that step."""
+        """Finds the variant with the shortest valid decode step, and that step."""
         valid = [
             (v.variant, v.decode)
             for v in self.variants
@@ -173,7 +173,7 @@ class FlagEffects:
 
 
 def flag_effects(context: Context) -> FlagEffects:
-    every = (
+    effects = (
         FlagEffect(
             variant=v.name,
             decode=phase(context, v.name, "decode"),
@@ -183,11 +183,11 @@ def flag_effects(context: Context) -> FlagEffects:
         )
         for v in context.lab.variants
     )
-    return FlagEffects(tuple(v for v in every if v.decode or v.prefill))
+    return FlagEffects(tuple(v for v in effects if v.decode or v.prefill))
 
 
-def beside(context: Context, variant: str, name: PhaseName) -> Beside | None:
-    """The ratio to the defaults, and whether it matters; withheld where the trials are not valid.
+def beside(context: Context, variant: str, name: PhaseName) -> PhaseComparison | None:
+    """Compares a phase with the defaults; a trial that is not valid gives no verdict.
 
     None for the defaults themselves, and where a phase was not measured.
     """
@@ -200,12 +200,12 @@ def beside(context: Context, variant: str, name: PhaseName) -> Beside | None:
     if measured is None:
         return None
     if any(caveat.hits(metric, *keys) for caveat in context.caveats):
-        return Beside(measured, "not valid")
-    return Beside(measured, MATTERS[verdict_kind(measured, metric)])
+        return PhaseComparison(measured, "not valid")
+    return PhaseComparison(measured, MATTERS[verdict_kind(measured, metric)])
 
 
 def tell_flags(facts: FlagEffects) -> Finding:
-    """Every variant beside the engine's defaults: which of their settings one stream feels."""
+    """Shows every variant beside the defaults: which of their settings one stream feels."""
     rows = [[
         "Variant", "TPOT", "MBU", "Beside the defaults", "Matters to decode",
         "TTFT of the long prompt", "MFU", "Beside the defaults", "Matters to prefill",
@@ -239,7 +239,7 @@ def tell_flags(facts: FlagEffects) -> Finding:
     return Finding(title="Which flag matters to one stream?", rows=rows, lines=lines)
 
 
-def _beside_cells(compared: Beside | None) -> tuple[str, str]:
+def _beside_cells(compared: PhaseComparison | None) -> tuple[str, str]:
     return (
         (times_with_interval(compared.effect.ratio), compared.matters) if compared else ("–", "–")
     )
@@ -269,7 +269,7 @@ def two_phases(run: JudgedRun) -> str | None:
 
 
 def fused(run: JudgedRun) -> str | None:
-    """What compiling and CUDA graphs, which launch many operations as one, gain a stream."""
+    """Answers what compiling and CUDA graphs, many operations in a launch, gain a stream."""
     decode, prefill = run.ratio("eager"), run.ratio("eager-prefill")
     if not decode:
         return None

@@ -23,7 +23,7 @@ from serving import metrics
 
 
 def speculations(context: Context) -> list[tuple[Point, dict[str, Any]]]:
-    """The points that speculate, with their configuration."""
+    """Lists the points that speculate, with their configuration."""
     configured = [(point, point.flags.speculative_config) for point in context.points]
     return [(point, config) for point, config in configured if config]
 
@@ -33,7 +33,7 @@ def speculations(context: Context) -> list[tuple[Point, dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Accepted:
-    """What came of the drafts at one point."""
+    """Counts what the target accepted of the drafts at one point."""
 
     where: str
     shares: tuple[float, ...]  # of the drafts, accepted as far as position 1, 2, ...
@@ -44,7 +44,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Draft:
-    """The draft model that was made, as its maker measured it on held-out text."""
+    """Describes the derived draft model, by what its recipe measured on held-out text."""
 
     layers: int
     guessed_share: float
@@ -53,14 +53,14 @@ class Draft:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What was accepted at every point that speculates, and who drafted."""
+    """Holds what was accepted at every point that speculates, and the draft model."""
 
     points: tuple[Accepted, ...]
     draft: Draft | None
 
 
 def accepted_at(context: Context, point: Point) -> list[float]:
-    """The share of drafts whose token at each position was accepted, all repeats together."""
+    """Gives the share of drafts accepted at each position, all repeats together."""
     engines = [
         trial.engine.values
         for _, _, trial in context.folder.trials([point], context.lab)
@@ -75,7 +75,7 @@ def accepted_at(context: Context, point: Point) -> list[float]:
 
 
 def acceptance(context: Context) -> Acceptance:
-    """Acceptance by position beside the formula's single probability."""
+    """Sets acceptance by position beside the formula's single probability."""
     points = []
     for point, config in speculations(context):
         shares, length = accepted_at(context, point), context.mean(point, "acceptance_length")
@@ -112,7 +112,7 @@ def tell_acceptance(facts: Acceptance) -> Finding:
         ]
         for p in facts.points
     ]
-    made = [
+    draft_lines = [
         f"The draft has {draft.layers} of the target's layers and guessed"
         f" {draft.guessed_share:.0%} of held-out tokens. Cut out and not trained, it guessed"
         f" {draft.guessed_untrained_share:.1%}: without distillation a small model of the same"
@@ -122,7 +122,7 @@ def tell_acceptance(facts: Acceptance) -> Finding:
         title="What was accepted",
         rows=rows,
         lines=[
-            *made,
+            *draft_lines,
             "A position counts as accepted when it and all before it were. *At constant a* is"
             " (1 - a^(g+1)) / (1 - a) with a of the first position: where later positions do better"
             " than a to the power of theirs, guesses come in runs. *Wasted* is the share of drafted"
@@ -140,7 +140,7 @@ ACCEPTANCE = Conclusion("acceptance", acceptance, tell_acceptance)
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """A speculating point: its speed-up as measured, and as Leviathan's formula explains it.
+    """Holds a point's speed-up as measured, and as Leviathan's formula explains it.
 
     The costs are in steps of the target at the same batch; None where a part was not measured.
     """
@@ -156,7 +156,7 @@ class SpeedUp:
 
 @dataclass(frozen=True)
 class Curve:
-    """The speed-up of a variant on a workload over the requests in flight."""
+    """Traces the speed-up of a variant on a workload over the requests in flight."""
 
     variant: str
     workload: str
@@ -165,7 +165,7 @@ class Curve:
 
     @property
     def turn(self) -> tuple[float, bool] | None:
-        """(the load at which the speed-up first crosses 1, whether it gains there or loses)."""
+        """Finds the load at which the speed-up first crosses 1, and whether it gains there."""
         measured = zip(self.loads, self.speed_ups, strict=True)
         for (n, before), (m, after) in pairwise(measured):
             if (before - 1) * (after - 1) < 0:
@@ -176,7 +176,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class SpeedUps:
-    """Every speculating point that was measured beside the plain engine."""
+    """Holds every speculating point that was measured beside the plain engine."""
 
     points: tuple[SpeedUp, ...]
 
@@ -190,7 +190,7 @@ class SpeedUps:
 
 
 def speed_ups(context: Context) -> SpeedUps:
-    """TPOT without / with speculation, and Leviathan's formula with measured parts.
+    """Compares TPOT without / with speculation with Leviathan's formula of measured parts.
 
     v is read off the plain engine's own TPOT over concurrency (linear between the loads measured,
     nothing beyond them), c off the draft served alone, by the engine's clock: at a millisecond a
@@ -234,7 +234,7 @@ def speed_ups(context: Context) -> SpeedUps:
 
 
 def step_s(context: Context, point: Point) -> float | None:
-    """Mean time between a sequence's steps, by the engine's own clock."""
+    """Averages the seconds between a sequence's steps, by the engine's own clock."""
     steps = [
         trial.engine.histograms[metrics.ITL]
         for _, _, trial in context.folder.trials([point], context.lab)
@@ -245,7 +245,7 @@ def step_s(context: Context, point: Point) -> float | None:
 
 
 def tokens_a_step(context: Context, point: Point) -> float | None:
-    """Output tokens a decode step and sequence, steps that drafted nothing included.
+    """Counts output tokens a decode step and sequence, with steps that drafted nothing.
 
     Each of those steps is one sample of the engine's inter-token latency. Its counter of accepted
     tokens would say too much: it takes in those that an answer's end cuts off its last draft.
@@ -260,7 +260,7 @@ def tokens_a_step(context: Context, point: Point) -> float | None:
 
 
 def tell_speed_up(facts: SpeedUps) -> Finding:
-    """Measured beside the formula with measured parts, and where it crosses 1."""
+    """Shows the speed-up beside the formula with measured parts, and where it crosses 1."""
     rows = [["Point", "Speed-up", "Tokens a step", "c", "v", "Tokens / (g c + v)"]]
     rows += [
         [
@@ -287,7 +287,7 @@ def tell_speed_up(facts: SpeedUps) -> Finding:
 
 
 def turn_sentences(facts: SpeedUps) -> list[str]:
-    """Where each curve wins, loses, or turns from the one to the other."""
+    """Says where each curve wins, loses, or turns from the one to the other."""
     lines = []
     for curve in facts.curves:
         loads = curve.loads
@@ -311,7 +311,7 @@ SPEED_UP = Conclusion("speed-up", speed_ups, tell_speed_up)
 
 @dataclass(frozen=True)
 class SameText:
-    """How many answers of a point equal the plain engine's, with a Wilson interval of 95 %."""
+    """Counts a point's answers that equal the plain engine's, with a 95 % Wilson interval."""
 
     where: str
     compared: int
@@ -321,9 +321,9 @@ class SameText:
 
 
 def same_text(context: Context) -> tuple[SameText, ...]:
-    """Answers beside those of the plain engine at one stream, character for character.
+    """Compares answers with the plain engine's at one stream, character for character.
 
-    The same requests with the same index are compared.
+    Requests pair up by repeat and index.
     """
     texts: dict[str, dict[tuple[int, int], str]] = {}
     for point, result, trial in context.folder.trials(context.points, context.lab):
@@ -336,9 +336,9 @@ def same_text(context: Context) -> tuple[SameText, ...]:
         base = context.point("none", point.workload.name, "concurrent:1")
         if base is None or base.key == point.key or point.key not in texts:
             continue
-        ours, theirs = texts[point.key], texts.get(base.key, {})
-        both = sorted(ours.keys() & theirs.keys())
-        same = sum(ours[key] == theirs[key] for key in both)
+        speculated, plain = texts[point.key], texts.get(base.key, {})
+        both = sorted(speculated.keys() & plain.keys())
+        same = sum(speculated[key] == plain[key] for key in both)
         if both:
             wilson = stats.binomtest(same, len(both)).proportion_ci(method="wilson")
             where = point_label(point.key, context.lab)
@@ -381,7 +381,7 @@ def speculation_wins(run: JudgedRun) -> str | None:
 
 
 def draw_speculation(run: JudgedRun) -> str | None:
-    """Acceptance by position, and the speed-up over load, measured and explained."""
+    """Draws acceptance by position, and the speed-up over load, measured and explained."""
     points = run.once(speed_ups).points
     if not points:
         return None

@@ -11,13 +11,13 @@ from labs.lab import Point
 
 
 def concurrency_sweep(points: Sequence[Point]) -> list[Point]:
-    """The closed-loop points of the first workload, in the order of their load."""
+    """Lists the closed-loop points of the first workload, in the order of their load."""
     mine = [p for p in points if p.workload.name == points[0].workload.name]
     return sorted((p for p in mine if p.load.kind == "concurrent"), key=lambda p: p.load.users)
 
 
 def step_line(points: Sequence[Point], summary: Summary) -> tuple[float, float] | None:
-    """(seconds of a step that are there anyway, seconds each request in decode adds to it).
+    """Fits (seconds of a step without requests, seconds that each request in decode adds).
 
     Least squares through the sweep's repeats; None with fewer than three sizes of the batch.
     """

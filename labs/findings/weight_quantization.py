@@ -35,7 +35,7 @@ INPUTS = {
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding to 8 bits in one way makes of perplexity."""
+    """Holds what rounding to 8 bits in one way makes of perplexity."""
 
     how: str
     perplexity: float
@@ -46,7 +46,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Inputs:
-    """How far the channels of what enters the linear layers of one kind stand out."""
+    """Measures how far the channels of what enters the linear layers of one kind stand out."""
 
     of: str
     largest_over_median: float  # channel, in the worst layer
@@ -56,18 +56,18 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Outliers:
-    """CO-2: which activations are outliers, and what 8-bit rounding makes of them."""
+    """Answers CO-2: which activations are outliers, and what 8-bit rounding makes of them."""
 
     roundings: Mapping[str, Rounding]
     inputs: tuple[Inputs, ...]
 
     def ratio(self, scales: str) -> float:
-        """How many times the perplexity with scales for the activations by tensor or token."""
+        """Gives perplexity, as a ratio, with scales for the activations by tensor or token."""
         return self.roundings[f"activations by {scales}, weights by channel"].ratio
 
 
 def outliers(context: Context) -> Outliers | None:
-    """None where the study was not made."""
+    """Reads the study of outliers; None where the run has none."""
     about = context.run.about.get("outliers", {})
     if "loss_nats" not in about:
         return None
@@ -132,7 +132,7 @@ OUTLIERS = Conclusion("outliers", outliers, tell_outliers)
 
 
 def tell_needles(facts: Quality) -> Finding:
-    """Retrieval by length and depth: the change of the share found."""
+    """Shows by length and depth how the share of needles found changes."""
     title, treatments = "Needles by length and depth", facts.treatments
     if not treatments:
         return Finding(title=title, lines=["Not asked."])
@@ -154,7 +154,7 @@ NEEDLES = Conclusion("needles", compared, tell_needles)
 
 
 def winners(run: JudgedRun) -> str | None:
-    """The variants' throughput beside the base's, load by load."""
+    """Compares the variants' throughput with the base's, load by load."""
     loads = next((w.loads for w in run.lab.workloads if w.name == "decode"), ())
     parts = []
     for load in loads:
@@ -186,8 +186,8 @@ def recipes(run: JudgedRun) -> str | None:
         ("w4a16-awq", "w4a16-gptq", "AWQ", "GPTQ (4 bits)"),
     )
     parts = [
-        f"{ours}: {in_brief(treatments[one])}; {theirs}: {in_brief(treatments[other])}"
-        for one, other, ours, theirs in pairs
+        f"{first_name}: {in_brief(treatments[one])}; {second_name}: {in_brief(treatments[other])}"
+        for one, other, first_name, second_name in pairs
         if one in treatments and other in treatments
     ]
     rtn = " 4 bits rounded to nearest stand beside both in `make lab-quantization-tools`."
@@ -206,7 +206,7 @@ def formats(run: JudgedRun) -> str | None:
 
 
 def phases(run: JudgedRun) -> str | None:
-    """IP-2: whether fewer bytes of weights speed up decode alone, as theory has it."""
+    """Answers IP-2: whether fewer bytes of weights speed up decode alone, as theory has it."""
     parts, as_bound = [], []
     for variant in run.lab.variants[1:]:
         decode = _gain(run, variant.name, "decode", "tpot_mean_s")
@@ -235,7 +235,7 @@ def phases(run: JudgedRun) -> str | None:
 
 
 def _gain(run: JudgedRun, variant: str, workload: str, metric: str) -> float | None:
-    """How many times as fast as the base, one request at a time."""
+    """Divides the speed by the base's, one request at a time."""
     ours, plain = (run.mean_at(name, workload, 1, metric) for name in (variant, BASE))
     return plain / ours if ours and plain else None
 

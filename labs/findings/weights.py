@@ -15,7 +15,7 @@ from labs.judging.text import number
 
 @dataclass(frozen=True)
 class Making:
-    """How a variant's weights were made."""
+    """Records how a variant's weights were quantized."""
 
     tool: str
     tool_version: str
@@ -25,7 +25,7 @@ class Making:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a variant: their bytes, and what was measured with them; None where not."""
+    """Holds a variant's bytes of weights and what was measured with them; None if not."""
 
     variant: str
     in_memory_bytes: float
@@ -37,7 +37,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class KindsOfWeights:
-    """Every variant's weights, beside those of the run's first point."""
+    """Holds every variant's weights, beside those of the run's first point."""
 
     kinds: tuple[Weights, ...]
     plain_bytes: float
@@ -80,7 +80,7 @@ def _making(context: Context, weights: str) -> Making | None:
 
 
 def tell_weights(facts: KindsOfWeights) -> Finding:
-    """Bytes, speed, the bound by bytes and the making of every kind of weights."""
+    """Shows bytes, speed, the bound by bytes and the origin of every kind of weights."""
     many, prompt = facts.most_users, facts.prefill_tokens
     rows = [["Weights", "In memory", "Bytes ratio", "TPOT, one stream", "Speed-up", "By bytes",
              *([f"Throughput, {many} in flight"] if many > 1 else []),
@@ -120,7 +120,7 @@ WEIGHTS = Conclusion("weights", kinds_of_weights, tell_weights)
 
 
 def draw_tradeoff(run: JudgedRun) -> str | None:
-    """Perplexity against speed, a dot for each kind of weights."""
+    """Draws perplexity against speed, a dot for each kind of weights."""
     treatments = run.once(compared).treatments
     base = run.lab.variants[0].name
     at = {
