@@ -234,10 +234,14 @@ class Prometheus:
     def settle(self, expression: str, expected: float, timeout_s: float = 5.0) -> float | None:
         """Wait until the query's value equals `expected`; return the last value in any case.
 
-        A counter is complete in Prometheus only one scrape after its last change.
+        A counter is complete in Prometheus only one scrape after its last change. While there is
+        no value at all, on a machine too busy for a scrape, it waits four times as long.
         """
-        deadline = time.monotonic() + timeout_s
-        while (value := self.value(expression)) != expected and time.monotonic() < deadline:
+        began = time.monotonic()
+        while (value := self.value(expression)) != expected:
+            patience_s = 4 * timeout_s if value is None else timeout_s
+            if time.monotonic() - began >= patience_s:
+                break
             if self.missing:
                 return None
             time.sleep(0.25)

@@ -9,6 +9,7 @@ removed, and `.gitignore` names it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,7 +31,11 @@ def write(path: Path, content: str | bytes, mode: int = 0o666) -> Path:
 @contextlib.contextmanager
 def file(path: Path) -> Iterator[Path]:
     """Yield a path to write to: it becomes `path` at the end of the block, or is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # "File exists" would not say what is wrong with it
+        code = errno.ENOTDIR
+        raise NotADirectoryError(code, os.strerror(code), str(path.parent)) from error
     half = _half(path)
     half.unlink(missing_ok=True)
     try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from serving.forecasting import timing
 from serving.forecasting.step import Piece, Step, StepTimes
 from serving.forecasting.traffic import Delays, Prompt, Traffic, play
 
@@ -141,3 +144,18 @@ def test_between_client_and_engine_lies_what_is_stated() -> None:
     )
     # ready for the engine at 0.3, 0.4 and 0.6; the first step begins with the first alone
     assert [a.chunks[0][0] for a in played.answers] == pytest.approx([1.4, 2.4, 2.4])
+
+
+def test_what_takes_long_is_timed_once() -> None:
+    short, long = [0], [0]
+
+    def quick() -> None:
+        short[0] += 1
+
+    def slow() -> None:
+        long[0] += 1
+        time.sleep(timing.LONG_S + 0.01)
+
+    least = timing.timed([quick, slow], 3, lambda: None)
+    assert (short[0], long[0]) == (4, 1)
+    assert least[1] > timing.LONG_S

@@ -91,3 +91,9 @@ def test_only_one_place_renames_what_it_has_written(house: str) -> None:
         if isinstance(node, ast.Attribute) and node.attr == "rename"
     }
     assert calls <= apart
+
+
+def test_a_file_in_the_place_of_its_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "home").touch()
+    with pytest.raises(NotADirectoryError, match="home"):
+        whole.write(tmp_path / "home" / "x", "")
