@@ -191,11 +191,16 @@ def timed(
     """Return the least seconds of each work, over `passes` in turn after one that warms up.
 
     A work that takes longer than `LONG_S` is timed once, without a warm-up, which is a small part
-    of it. `wait` returns when the device has finished all that it was given.
+    of it. The works ascend in size: after two that take longer than `LONG_S` no larger one is
+    timed, and the list is as much shorter. `wait` returns when the device has finished all that it
+    was given.
     """
     least = [float("inf")] * len(works)
     for number in range(passes + 1):
         for place, work in enumerate(works):
+            if place > 1 and LONG_S < least[place - 2] < float("inf"):
+                del least[place:]
+                break
             if LONG_S < least[place] < float("inf"):
                 continue
             wait()
@@ -223,22 +228,22 @@ def measure(plan: TimingPlan) -> StepTimes:
     with torch.inference_mode():
         linear_s = timed([decoder.linear(n) for n in plan.tokens], plan.passes, wait)
         head_s = timed([decoder.head(n) for n in plan.rows], plan.passes, wait)
-        short_s, long_s, whole_s, part_s = timed(
-            [
-                decoder.attention(1, CONTEXT_TOKENS),
-                decoder.attention(1, LONG_CONTEXT_TOKENS),
-                decoder.attention(PREFILL_TOKENS, 0),
-                decoder.attention(PREFILL_TOKENS // 4, 0),
-            ],
+        short_s, long_s = timed(
+            [decoder.attention(1, n) for n in (CONTEXT_TOKENS, LONG_CONTEXT_TOKENS)],
+            plan.passes,
+            wait,
+        )
+        part_s, whole_s = timed(
+            [decoder.attention(n, 0) for n in (PREFILL_TOKENS // 4, PREFILL_TOKENS)],
             plan.passes,
             wait,
         )
     pairs = [n * (n + 1) / 2 for n in (PREFILL_TOKENS, PREFILL_TOKENS // 4)]
     return StepTimes(
-        tokens=plan.tokens,
+        tokens=plan.tokens[: len(linear_s)],
         # a larger step cannot take less: where it seems to, the machine was disturbed
         linear_s=tuple(np.maximum.accumulate(linear_s).tolist()),
-        rows=plan.rows,
+        rows=plan.rows[: len(head_s)],
         head_s=tuple(np.maximum.accumulate(head_s).tolist()),
         attention_pair_s=max(0.0, (whole_s - part_s) / (pairs[0] - pairs[1])),
         attention_read_s=max(0.0, (long_s - short_s) / (LONG_CONTEXT_TOKENS - CONTEXT_TOKENS)),
