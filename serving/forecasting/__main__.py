@@ -93,7 +93,7 @@ if __name__ == "__main__":
     status = 0
     try:
         main()
-    except Exception:
+    except BaseException:
         traceback.print_exc()
         status = 1
     sys.stderr.flush()

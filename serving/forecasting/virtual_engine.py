@@ -202,7 +202,9 @@ class VirtualEngine:
     ) -> None:
         """Build the engine core; `draft_times` are the draft model's, None for n-grams."""
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-        config = EngineArgs.from_cli_args(parser.parse_args(list(argv))).create_engine_config()
+        config = EngineArgs.from_cli_args(
+            parser.parse_known_args(list(argv))[0]
+        ).create_engine_config()
         self.clock = Clock()
         executor = type(
             "Executor",

@@ -40,6 +40,7 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
     sent = {
         "short": [("hello", 5), ("hello", 9)],
         "same": [(WORDS, 2)] * 4,
+        "tenants": [("hello", 3), ("hello", 3)],
         "long": [(WORDS, 2), ("hello", 20)],
         "many": [(WORDS, 140), ("other " + WORDS, 140)],
     }
@@ -47,6 +48,7 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
         (folder / name).write_text("".join(
             json.dumps({
                 "index": index, "output_tokens": output_tokens, "intruder": False,
+                "adapter": f"tenant-{index}" if name == "tenants" else None,
                 "body": json.dumps({"messages": [{"role": "user", "content": text}]}),
             }) + "\n"
             for index, (text, output_tokens) in enumerate(requests)
@@ -62,12 +64,15 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
         return PlannedEngine(argv=argv, step_times=SECOND, trials=(trial,))
 
     small = ("--kv-cache-memory-bytes", str(8 * BLOCK * 23_040))  # two requests do not fit
+    # a server's own option, which an engine core does not know, is passed over
+    slot = ("--enable-lora", "--max-loras", "1", "--lora-modules", "tenant-0=a", "tenant-1=b")
     kv = ("--kv-cache-memory-bytes", str(2**28))
     ngram = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'
     plan = ForecastPlan(
         tokenizer=model,
         delays=Delays(request_s=0, serial_s=0, response_s=0, client_s=0),
         engines=(
+            engine("one slot", "tenants", *kv, *slot),
             engine("plain", "short", *kv, "--no-enable-prefix-caching"),
             engine("cached", "same", *kv, "--enable-prefix-caching", traffic=IN_TURN),
             engine("pieces", "long", *kv, "--max-num-batched-tokens", "128"),
@@ -124,3 +129,8 @@ def test_drafts_that_are_all_accepted_come_together(plays: dict[str, ForecastPla
     play = plays["guessed"]
     assert [n for _, n in tokens_at(play, 1)] == [1, 4, 4]
     assert play.counters["accepted_tokens"] == play.counters["draft_tokens"] > 0
+
+
+def test_with_one_slot_adapters_take_turns(plays: dict[str, ForecastPlay]) -> None:
+    assert tokens_at(plays["one slot"], 0) == [(float(i), 1) for i in (1, 2, 3)]
+    assert tokens_at(plays["one slot"], 1) == [(float(i), 1) for i in (4, 5, 6)]
