@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,7 @@ from labs.lab import Lab, LabError, NotApplicable, did_you_mean, parse_changes
 from labs.questions import QUESTIONS
 from labs.running import derived_models, reproduce
 from labs.running.resolve import RunRequest, is_dummy, model_of, require_devices
+from labs.running.resume import CannotResume
 from labs.running.run import forecast_alone
 from labs.running.run import run as run_lab
 from labs.telling import report, tables
@@ -194,7 +196,7 @@ def run_all(
                 resume=state.begin(name),
             )  # fmt: skip
             try:
-                folder = _play(request)
+                folder = _play_or_begin_anew(request)
             except NotApplicable as reason:
                 skipped[name] = str(reason)
                 console.print(f"Skipped: {escape(str(reason))}")
@@ -495,6 +497,15 @@ def _play(request: RunRequest) -> RunFolder:
             f" failed with: {escape(next(iter(summary.failed.values())))}"
         )
     return folder
+
+
+def _play_or_begin_anew(request: RunRequest) -> RunFolder:
+    """Run a lab; begin it anew where its unfinished run cannot be continued."""
+    try:
+        return _play(request)
+    except CannotResume as reason:
+        console.print(f"{escape(str(reason))}. It is begun anew.")
+        return _play(replace(request, resume=False))
 
 
 def _lab(name: str) -> Lab:

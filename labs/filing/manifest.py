@@ -53,16 +53,18 @@ def facts(run: Run, load: Mapping[str, str] | None = None) -> dict[str, str]:
     `load` is what others used of the machine (`cpu_taken_by_others`).
     """
     environment = run.environment.model_dump(exclude={"variables", "load_average"})
+    command = run.engine_command
     return dict(
         _flat(
             {
                 "lab": fresh_knobs(run.lab),
                 "engine": {
+                    "command": None if command is None else " ".join(command) or "its own",
                     "argv": {name: " ".join(argv) for name, argv in run.argv.items()},
                     "variables": run.environment.variables,
                 },
                 "load": load or {},
-                "endpoint": run.endpoint,
+                "endpoint": run.endpoint or "none, the lab starts its engines",
                 "machine": {
                     **run.machine.model_dump(exclude={"memory_bytes"}),
                     "memory": f"{run.machine.memory_bytes / 2**30:.0f} GiB",
@@ -76,6 +78,7 @@ def facts(run: Run, load: Mapping[str, str] | None = None) -> dict[str, str]:
                 "environment": environment,
                 "model": {
                     "name": run.model,
+                    "random_weights": str(run.dummy),
                     "revision": run.model_revision,
                     "files": run.model_files,
                     "derived": run.derived_sha256,

@@ -80,6 +80,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     quick: bool
     changes: dict[str, Any]  # by SET=; any change makes the run ad hoc
     endpoint: str | None
+    engine_command: list[str] | None = None  # in the place of the engines' own; None: not recorded
     model: str
     dummy: bool = False  # the weights were random
     model_shape: dict[str, int]
@@ -426,12 +427,6 @@ def open_run(path: Path) -> RunFolder:
             f"{path} is no run: give a folder with run.json, results/<machine>/<lab>/<run>"
         )
     return RunFolder(folder.resolve())  # names of machine, lab and run come from the whole path
-
-
-def latest_run(lab: str, complete: bool = True) -> RunFolder | None:
-    """Find the newest run of a lab that is complete, or that is not."""
-    runs = [f for f in all_runs() if f.path.parent.name == lab and f.complete == complete]
-    return runs[-1] if runs else None
 
 
 def problems(folder: RunFolder) -> list[str]:

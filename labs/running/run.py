@@ -21,7 +21,6 @@ from labs.filing.results import (
     Run,
     RunFolder,
     Session,
-    latest_run,
     run_id,
     write_json,
 )
@@ -32,6 +31,7 @@ from labs.running.forecast import ForecastError, forecast, ratio_of_forecasts
 from labs.running.harness import open_harness
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import RunRequest, Setup, engine_environment, resolve
+from labs.running.resume import unfinished
 from labs.running.trials import interleave, requests_file, write_requests
 from labs.telling import pages, report, tables
 from labs.telling.document import bullets, section
@@ -56,10 +56,11 @@ def run(request: RunRequest, progress: ProgressDisplay) -> RunFolder:
         work = exits.enter_context(_scratch())
         progress.waiting("writing the prompts")
         prompts_sha256 = write_requests(setup, work)
-        folder = _resumed(setup) if request.resume else None
+        manifest = _manifest(setup, request, prompts_sha256)
+        folder = unfinished(manifest) if request.resume else None
         if request.resume and folder is None:
             progress.message("Nothing to resume: no unfinished run of this lab has these settings")
-        folder = folder or RunFolder.create(_manifest(setup, request, prompts_sha256))
+        folder = folder or RunFolder.create(manifest)
         _write_and_show_predictions(setup, folder, work, progress)
         session = _measure(setup, folder, work, progress, began)
         write_json(folder.path / "session.json", session)
@@ -148,6 +149,7 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         quick=request.quick,
         changes=request.changes,
         endpoint=request.endpoint or None,
+        engine_command=[word.replace(f"{Path.home()}/", "~/") for word in request.engine_command],
         model=setup.model.name,
         dummy=setup.model.dummy,
         model_shape=vars(setup.model.shape),
@@ -173,23 +175,6 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         reproduces=request.reproduces,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _resumed(setup: Setup) -> RunFolder | None:
-    folder = latest_run(setup.lab.name, complete=False)
-    if folder is None:
-        return None
-    run = folder.run()
-    same = (run.digest, run.model, run.machine.slug) == (
-        setup.lab.digest(),
-        setup.model.name,
-        setup.machine.slug,
-    )
-    engines = {ENGINES[v.engine] for v in setup.lab.variants}
-    same_engines = setup.endpoint is not None or all(
-        run.environment.version_of(engine.distributions) == engine.version() for engine in engines
-    )
-    return folder if same and same_engines else None
 
 
 def forecast_alone(request: RunRequest, progress: ProgressDisplay) -> tuple[Setup, PointForecasts]:

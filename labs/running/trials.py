@@ -19,6 +19,7 @@ from labs.running.machine_load import OtherLoad
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from loadtests import generator, plan, records
+from loadtests.records import RequestRecord
 from loadtests.workload import Workload
 from serving.engines.base import EngineError
 from serving.telemetry import Telemetry
@@ -173,15 +174,26 @@ class Trials:
         self.load_s += time.monotonic() - began
         request_records = list(records.read(path))
         succeeded = [r for r in request_records if r.ok]
-        if summary.aborted or engine.died():
+        if reason := engine.died() or summary.aborted or nothing_measured(request_records):
             self._counts.discard(succeeded)
-            raise EngineError(engine.died() or summary.aborted or "")
+            raise EngineError(reason)
         engine_counters = counter_increase(engine, before, len(succeeded))
         self._counts.add(succeeded, engine_counters)
         start, end = summary.window_s
         tokens = sum(k for r in request_records for at, k in r.chunks if start <= at < end)
         rate = f"{tokens / (end - start):.0f} tok/s" if end > start else "nothing in the window"
         return summary, None if engine_counters is None else snapshot_json(engine_counters), rate
+
+
+def nothing_measured(request_records: Sequence[RequestRecord]) -> str:
+    """Say why a trial has no figures: nothing sent in its window succeeded. Else return ""."""
+    counted = [r for r in request_records if r.in_window]
+    if any(r.ok for r in counted):
+        return ""
+    if not counted:
+        return "nothing was sent in the window: lengthen it (window_s), or raise the load's rate"
+    error = counted[0].error
+    return f"no request in the window succeeded, of {len(counted)}; the first failed with: {error}"
 
 
 def _prime(url: str, sending: Path, groups: int, timeout_s: float) -> None:

@@ -404,6 +404,7 @@ class Stopped:
     reader: Reader
     command: Command
     second: Command  # another lab, asked for meanwhile
+    otherwise: Command  # the same lab, resumed with another engine
     family: list[psutil.Process]
     files: dict[Path, tuple[int, bytes]]
     requests: int
@@ -424,7 +425,9 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stopped]:
         command.process.terminate()
         command.wait()
         log = reader.engine_log()
-        yield Stopped(reader, command, second, family, _files(command), len(log))
+        otherwise = reader.types("run", BATCHING, SET=LONGER, RESUME="1", engine=("--seed", "1"))
+        otherwise.wait()
+        yield Stopped(reader, command, second, otherwise, family, _files(command), len(log))
 
 
 def _files(command: Command) -> dict[Path, tuple[int, bytes]]:
@@ -446,9 +449,20 @@ def test_a_second_lab_is_told_to_wait(stopped: Stopped) -> None:
     _plainly_refused(stopped.second, "another lab is running", "wait until it has ended")
 
 
+def test_a_run_is_not_continued_on_another_engine(stopped: Stopped) -> None:
+    refused, run = stopped.otherwise, stopped.command.folder.path
+    assert refused.process.returncode == 1, refused.said
+    (sentence,) = (line for line in refused.said.splitlines() if line.startswith("error:"))
+    for words in (str(run), "engine.command:", "then", "now", "start a new run without RESUME=1"):
+        assert words in sentence
+    assert "serves at" not in refused.said
+
+
 @pytest.fixture(scope="module")
 def resumed(stopped: Stopped) -> Command:
-    command = stopped.reader.types("run", BATCHING, SET=LONGER, RESUME="1")
+    command = stopped.reader.types(
+        "run", BATCHING, SET=LONGER, RESUME="1", first_engine=("--die-after", "60")
+    )
     command.wait()
     return command
 

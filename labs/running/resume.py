@@ -1,0 +1,59 @@
+"""Find the unfinished run that a new sitting goes on with.
+
+The trials of one run are compared with one another, so all of them have to be measured the same
+way. A run is gone on with only where nothing that its manifest holds has changed since.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from labs.filing import manifest
+from labs.filing.manifest import Fact
+from labs.filing.results import RESULTS, DamagedError, Run, RunFolder
+from labs.lab import LabError
+
+# A file that is only added to git changes this; the commit and the settings are compared.
+NO_DIFFERENCE = ("environment.git_dirty",)
+
+
+class CannotResume(LabError):
+    """An unfinished run was measured otherwise; the message names the difference."""
+
+
+def unfinished(now: Run) -> RunFolder | None:
+    """Return the newest unfinished run of these settings; `now` is the manifest of a new one.
+
+    None where there is none. Raises CannotResume where there are some and each was measured
+    otherwise.
+    """
+    found = [(folder, _differences(run, now)) for folder, run in _candidates(now)]
+    for folder, differences in found:
+        if not differences:
+            return folder
+    if not found:
+        return None
+    folder, differences = found[0]
+    change = manifest.likeliest_cause(differences, ("then", "now"))
+    raise CannotResume(
+        f"the unfinished run {folder.path} cannot be continued, because its trials would not be"
+        f" comparable: {change}. Bring back what it was, or start a new run without RESUME=1"
+    )
+
+
+def _candidates(now: Run) -> Iterator[tuple[RunFolder, Run]]:
+    """Yield this machine's unfinished runs with the same settings, the newest first."""
+    home = RESULTS / now.machine.slug / now.lab["name"]
+    for path in sorted(home.glob(f"*-{now.digest}/run.json"), reverse=True):
+        folder = RunFolder(path.parent)
+        with contextlib.suppress(DamagedError):
+            run = folder.run()
+            same = (run.digest, run.reproduces) == (now.digest, now.reproduces)
+            if same and not folder.complete:
+                yield folder, run
+
+
+def _differences(then: Run, now: Run) -> list[Fact]:
+    facts = manifest.differences(manifest.facts(then), manifest.facts(now))
+    return [fact for fact in facts if fact.what not in NO_DIFFERENCE]
