@@ -5,7 +5,7 @@ SHELL := /bin/bash
 # LABS_QUICK, as it was typed: make expands nothing in it, and it is never part of a shell's text.
 # LABS_QUICK in the environment holds for every call; QUICK there is not read, and make says so.
 SETTINGS := A AA AGAIN AS B BASELINE DP ENDPOINT ENGINE_COMMAND FOR FORCE FRESH FROM GRAFANA_PORT \
-	GRAFANA_URL HAVE HELP JSON LAB METHOD MODEL OUT PART PLATFORM PORT PP PREVIEW_PORT \
+	GRAFANA_URL HAVE HELP JSON LAB MACHINE METHOD MODEL OUT PART PLATFORM PORT PP PREVIEW_PORT \
 	PRICE_PER_HOUR PROMETHEUS_DATA PROMETHEUS_PORT PROMETHEUS_URL PYTHON PYTHON_VERSION QUICK \
 	RESULTS RESUME RUN SCRATCH SEED SET TESTS THRESHOLDS TO TP VARIANT VLLM WEB_PORT WEIGHTS WITHOUT \
 	WORKLOAD
@@ -62,7 +62,7 @@ labs: setup ## List the labs with the questions they answer
 lab-%: setup ## Run a lab: predict, measure, judge, report
 	@$(BIN)/labs run $(if $(value LABS_HELP),--help,'$*')
 
-forecast: setup ## Forecast a lab on this machine, in seconds: LAB=.. [SET=..] [MODEL=..]
+forecast: setup ## Forecast a lab without running it: LAB=.. [MACHINE=h100] [MODEL=..] [SET=..] [OUT=x.md]
 	@$(BIN)/labs forecast $(call or_help,LAB)
 
 score-forecasts: setup ## Show how near the forecasts of recorded runs came

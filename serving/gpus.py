@@ -45,20 +45,31 @@ def class_of(memory_bytes: int) -> MemoryClass:
 
 @dataclass(frozen=True)
 class Datasheet:
-    """The vendor's figures for dense arithmetic: only shown, beside the measured ceilings."""
+    """The vendor's figures for dense arithmetic.
 
+    A run only shows them beside the measured ceilings; a forecast for a card that is not here
+    starts from them.
+    """
+
+    short_name: str  # by which MACHINE= asks for it
+    memory_bytes: int  # as NVML reports it
     memory_bandwidth_bytes_per_s: float
     bf16_flops_per_s: float
     fp8_flops_per_s: float | None = None
 
 
 DATASHEETS = {  # by the name NVML gives: SXM and PCIe cards of one name differ
-    "NVIDIA H100 80GB HBM3": Datasheet(3.35e12, 989e12, 1979e12),
-    "NVIDIA H200": Datasheet(4.8e12, 989e12, 1979e12),
-    "NVIDIA A100-SXM4-80GB": Datasheet(2.04e12, 312e12),
-    "NVIDIA L4": Datasheet(0.30e12, 121e12),
-    "NVIDIA GeForce RTX 4090": Datasheet(1.008e12, 165e12),
+    "NVIDIA H100 80GB HBM3": Datasheet("h100", 81559 * 2**20, 3.35e12, 989e12, 1979e12),
+    "NVIDIA H200": Datasheet("h200", 143771 * 2**20, 4.8e12, 989e12, 1979e12),
+    "NVIDIA A100-SXM4-80GB": Datasheet("a100", 81920 * 2**20, 2.04e12, 312e12),
+    "NVIDIA L4": Datasheet("l4", 23034 * 2**20, 0.30e12, 121e12),
+    "NVIDIA GeForce RTX 4090": Datasheet("rtx-4090", 24564 * 2**20, 1.008e12, 165e12),
 }
+
+
+def short_names() -> list[str]:
+    """Name the cards that have a datasheet here."""
+    return [sheet.short_name for sheet in DATASHEETS.values()]
 
 
 def visible(nvml: ModuleType) -> list[Any]:

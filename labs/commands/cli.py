@@ -42,11 +42,12 @@ from labs.running.resolve import RunRequest, is_dummy, model_of, require_devices
 from labs.running.resume import CannotResume
 from labs.running.run import forecast_alone
 from labs.running.run import run as run_lab
-from labs.telling import report, tables
-from labs.telling.document import Code, bullets, section, table_of
-from serving import bundle, machine, models
+from labs.telling import forecasts, markdown, report, tables
+from labs.telling.document import Paragraph, bullets, section, table_of
+from serving import bundle, machine, models, whole
 from serving.engines import ENGINES
 from serving.engines.vllm import Vllm
+from serving.gpus import short_names
 from serving.ports import require_port
 
 app = typer.Typer(
@@ -224,33 +225,54 @@ def run_all(
 @app.command("forecast")
 def forecast_lab(
     lab: Annotated[
-        str, typer.Option(envvar="LABS_LAB", help="The lab whose load points to forecast.")
+        str,
+        typer.Option(envvar="LABS_LAB", help="The lab whose load points to forecast, or `all`."),
     ],
+    card: Annotated[
+        str,
+        typer.Option(
+            "--machine",
+            envvar="LABS_MACHINE",
+            help=f"A GPU that is not here: {', '.join(short_names())}. Its steps are computed from"
+            " its datasheet and published efficiencies; MODEL= names a shape that ships with the"
+            " lab, or a folder with config.json.",
+        ),
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(envvar="LABS_OUT", help="A Markdown file to write it to, too.")
+    ] = None,
     quick: QuickOption = False,
     changes: SetOption = "",
     model: ModelOption = "",
     weights: WeightsOption = "",
     seed: SeedOption = "",
 ) -> None:
-    """Forecast a lab on this machine, in seconds: no engine is started, nothing is recorded.
+    """Forecast a lab, in seconds to a few minutes: no engine is started, nothing is recorded.
 
     vLLM's own scheduler plays every load point in virtual time, over a step of the model's shape
-    that is timed on this machine.
+    that is timed on this machine. `MACHINE=h100` forecasts it for a GPU that is not here instead.
     """
     with reported_errors(), ConsoleProgress() as progress:
-        request = RunRequest(
-            _lab(lab), quick, changes=_changes(changes, seed), model=model, weights=weights
-        )
-        setup, forecasts = forecast_alone(request, progress)
-        progress.show(
-            section(
-                f"{setup.lab.title}: forecast, nothing was measured",
-                tables.in_virtual_time(setup.lab, forecasts),
-                bullets(
-                    (Code(name), f" has none: {why}") for name, why in forecasts.without.items()
-                ),
-            )
-        )
+        shape_alone = card and not (model and Path(model).is_dir())
+        written = []
+        for chosen in LABS.values() if lab == "all" else [_lab(lab)]:
+            request = RunRequest(
+                chosen, quick, changes=_changes(changes, seed), model=model,
+                weights="dummy" if shape_alone else weights, card=card,
+            )  # fmt: skip
+            try:
+                setup, predictions = forecast_alone(request, progress)
+            except NotApplicable as reason:
+                page = section(chosen.title, Paragraph(str(reason)))
+            else:
+                page = forecasts.page(
+                    setup.lab, setup.model.name, setup.machine, predictions, bool(card)
+                )
+            progress.show(page)
+            written.append(page)
+        if out:
+            only = written[0] if len(written) == 1 else section("Forecasts", *written)
+            whole.write(out, markdown.document(only))
 
 
 @app.command("score-forecasts")

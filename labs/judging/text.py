@@ -90,15 +90,15 @@ def prediction_text(prediction: Prediction, unit: str = "1") -> str:
     return f"{sign}{number(prediction.value, unit)}"
 
 
-def ceilings_text(ceilings: Ceilings) -> str:
-    """Write the machine's measured ceilings in GB/s and TFLOP/s."""
+def ceilings_text(ceilings: Ceilings, origin: str = "") -> str:
+    """Write a machine's ceilings in GB/s and TFLOP/s; those without another origin are measured."""
     threads = f"{ceilings.threads} thread{'s' if ceilings.threads > 1 else ''}"
     fp8 = ceilings.fp8_flops_per_s
     return (
         f"memory {ceilings.memory_bandwidth_bytes_per_s / 1e9:,.1f} GB/s, BF16"
         f" {ceilings.bf16_flops_per_s / 1e12:,.2f} TFLOP/s"
         + (f", FP8 {fp8 / 1e12:,.0f} TFLOP/s" if fp8 else "")
-        + f" ({threads}, measured)"
+        + f" ({origin or f'{threads}, measured'})"
     )
 
 

@@ -29,14 +29,17 @@ from loadtests.arrivals import Concurrent, Contended, Replay, Waves
 from loadtests.plan import WINDOWS_AT_MOST, TrialSummary
 from loadtests.records import RequestRecord
 from serving import machine as machines
-from serving import metrics
+from serving import metrics, models
 from serving.engines import ENGINES
-from serving.engines.base import with_places
-from serving.engines.vllm import Vllm, VllmFlags
+from serving.engines.base import FlagValue, with_places
+from serving.engines.vllm import ACTIVATION_BYTES, Vllm, VllmFlags
+from serving.forecasting import datasheet
+from serving.forecasting.datasheet import Efficiency
 from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedEngine, PlannedTrial
 from serving.forecasting.step import StepTimes
 from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Play, Traffic
+from serving.gpus import Datasheet
 from serving.metrics import Snapshot
 from serving.process import Process
 
@@ -48,6 +51,7 @@ tokens), before any run that is judged by them.
 """
 TOLERANCE = 0.25  # of a ratio of two forecasts
 DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; larger steps are extrapolated
+GPU_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
 TIMING_LIMIT_S = 300
 TIMER_ARGV = (sys.executable, "-m", "serving.forecasting.timing")
 FORECASTER_ARGV = (sys.executable, "-m", "serving.forecasting")
@@ -70,12 +74,13 @@ def forecast(
     if not points:
         return PointForecasts(points={}, without=without)
     with _forecaster() as (send, receive):
-        progress.waiting("timing the stand-in step, for the forecast")
-        times = time_steps(
-            [s for p in points for s in (_step_of(setup, p), _draft_of(setup, p)) if s]
-        )
+        if setup.datasheet:
+            steps = _steps_by_datasheet(setup, points, setup.datasheet)
+        else:
+            progress.waiting("timing the stand-in step, for the forecast")
+            steps = _steps_as_timed(setup, points)
         progress.waiting("playing every load on vLLM's scheduler in virtual time")
-        send(_plan(setup, points, requests, times))
+        send(_plan(setup, points, requests, steps))
         plays = list(receive())
     plays_as_timed = len(points) * setup.lab.repeats
     by_key = {p.key: p for p in points}
@@ -89,7 +94,7 @@ def forecast(
             for p in points
         },
         without=without,
-        step_times=[t.model_dump() for t in times.values()],
+        step_times=_described(steps.values()),
     )
 
 
@@ -118,18 +123,29 @@ def reason_against(setup: Setup, variant: Variant) -> str | None:
         return "an endpoint's settings are not known here"
     if setup.engine_command or ENGINES[variant.engine] is not Vllm:
         return "the engine is not the vLLM of this environment"
+    if flags.speculative_config and setup.lab.acceptance is None:
+        return "how many drafts are accepted is not known beforehand"
+    if flags.devices > 1:
+        return "communication between devices was not timed"
+    if setup.datasheet:
+        return _unpublished(flags)
     if "quantization_config" in _config(_served(setup, variant) / "config.json"):
         return "the kernels of quantized weights were not timed"
     if setup.model.shape.experts:
         return "routed experts were not timed"
-    if flags.speculative_config and setup.lab.acceptance is None:
-        return "how many drafts are accepted is not known beforehand"
     if str(flags.get("kv-cache-dtype", "auto")) not in ("auto", "bfloat16"):
         return "attention to a quantized cache was not timed"
-    if flags.devices > 1:
-        return "communication between devices was not timed"
     if setup.machine.kind == "cpu" and not flags.enforce_eager:
         return "a compiled step was not timed"
+    return None
+
+
+def _unpublished(flags: VllmFlags) -> str | None:
+    """Say of what in these flags no published figure gives the cost; None where all is covered."""
+    if flags.enforce_eager:
+        return "no published figure gives the cost of launching an eager step"
+    if flags.get("enable-lora"):
+        return "no published figure gives the cost of an adapter's operations"
     return None
 
 
@@ -208,6 +224,63 @@ def time_steps(plans: Iterable[TimingPlan]) -> dict[TimingPlan, StepTimes]:
     }
 
 
+EngineSteps = tuple[StepTimes, StepTimes | None]  # of the model, and of its draft model
+Steps = dict[str, tuple[EngineSteps, EngineSteps, EngineSteps]]
+"""Point -> its steps as expected, on a faster and on a slower machine: the ends of the band."""
+
+
+def _steps_as_timed(setup: Setup, points: Sequence[Point]) -> Steps:
+    """Time the steps of these points; a band's ends are FASTER and SLOWER. Raises ForecastError."""
+    plans = {p.key: (_step_of(setup, p), _draft_of(setup, p)) for p in points}
+    times = time_steps(plan for pair in plans.values() for plan in pair if plan)
+
+    def at(key: str, factor: float) -> EngineSteps:
+        step, draft = plans[key]
+        return times[step].times(factor), times[draft].times(factor) if draft else None
+
+    return {p.key: (at(p.key, 1), at(p.key, FASTER), at(p.key, SLOWER)) for p in points}
+
+
+def _steps_by_datasheet(setup: Setup, points: Sequence[Point], sheet: Datasheet) -> Steps:
+    """Compute the steps of these points on a GPU that is not here."""
+
+    def at(point: Point, efficiency: Efficiency) -> EngineSteps:
+        flags = VllmFlags(with_places(point.variant.flags, setup.places))
+        draft = flags.speculative_config.get("model")
+        served = _config(_served(setup, point.variant) / "config.json")
+        return (
+            datasheet.step_times(
+                point.shape, sheet, efficiency, flags.kv_value_bytes, _is_eight_bit(served)
+            ),
+            datasheet.step_times(
+                models.shape_of(_config(Path(str(draft)) / "config.json")), sheet, efficiency
+            )
+            if draft
+            else None,
+        )
+
+    ends = (datasheet.EXPECTED, datasheet.FASTER, datasheet.SLOWER)
+    return {p.key: (at(p, ends[0]), at(p, ends[1]), at(p, ends[2])) for p in points}
+
+
+def _is_eight_bit(config: Mapping[str, Any]) -> bool:
+    """Tell whether activations are quantized too, so that the layers multiply at 8 bits."""
+    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    return any(group.get("input_activations") for group in groups)
+
+
+def _described(steps: Iterable[tuple[EngineSteps, EngineSteps, EngineSteps]]) -> list[Any]:
+    """List the expected steps, each once, as a run keeps them."""
+    return list(
+        {
+            times.model_dump_json(): times.model_dump()
+            for (expected, draft), _, _ in steps
+            for times in (expected, draft)
+            if times
+        }.values()
+    )
+
+
 # ------------------------------------------------------------------------------ virtual engines
 
 Send = Callable[[ForecastPlan], None]
@@ -251,28 +324,33 @@ def _guarded(name: str, argv: Sequence[str]) -> Iterator[Process]:
 
 
 def _last_line(process: Process) -> str:
-    return process.tail(1).strip() or "it printed no reason"
+    lines = (line.strip() for line in reversed(process.tail().splitlines()))
+    reasons = (line for line in lines if line and not line.startswith("For further information"))
+    return next(reasons, "it printed no reason")
 
 
 def _plan(
     setup: Setup,
     points: Sequence[Point],
     requests: Mapping[str, Sequence[Path]],
-    times: Mapping[TimingPlan, StepTimes],
+    steps: Steps,
 ) -> ForecastPlan:
-    """Plan all repeats at the step as timed, then the first at a faster and at a slower step."""
+    """Plan all repeats at the expected step, then the first at a faster and at a slower step."""
     lab = setup.lab
 
-    def engine(point: Point, factor: float, repeats: Sequence[int]) -> PlannedEngine:
-        draft = _draft_of(setup, point)
+    def engine(point: Point, end: int, repeats: Sequence[int]) -> PlannedEngine:
+        step_times, draft_times = steps[point.key][end]
+        flags = with_places(point.variant.flags, setup.places)
+        if setup.datasheet:
+            flags = {**_defaults_on_a_gpu(setup, point), **flags}
         return PlannedEngine(
             argv=(
                 *("--model", str(_served(setup, point.variant))),
                 *(("--load-format", "dummy") if setup.model.dummy else ()),
-                *Vllm.flag_argv(with_places(point.variant.flags, setup.places)),
+                *Vllm.flag_argv(flags),
             ),
-            step_times=times[_step_of(setup, point)].times(factor),
-            draft_times=times[draft].times(factor) if draft else None,
+            step_times=step_times,
+            draft_times=draft_times,
             trials=tuple(
                 PlannedTrial(
                     key=point.key,
@@ -292,10 +370,30 @@ def _plan(
     return ForecastPlan(
         tokenizer=setup.model.path,
         engines=(
-            *(engine(p, 1, repeats) for p in points),
-            *(engine(p, factor, [1]) for factor in (FASTER, SLOWER) for p in points),
+            *(engine(p, 0, repeats) for p in points),
+            *(engine(p, end, [1]) for end in (1, 2) for p in points),
         ),
     )
+
+
+def _defaults_on_a_gpu(setup: Setup, point: Point) -> dict[str, FlagValue]:
+    """Return the defaults that vLLM 0.32 takes from the GPU, as an API server, and a CPU has not.
+
+    Source: `get_batch_defaults` of vllm/engine/arg_utils.py; a block of 16 tokens is the default of
+    the attention kernels on Hopper and Ampere.
+    """
+    memory_bytes = setup.machine.memory_bytes
+    large = memory_bytes >= 70 * 2**30 and "A100" not in setup.machine.model
+    budget = VllmFlags(
+        {"max-num-batched-tokens": 8192 if large else 2048} | point.variant.flags
+    ).max_num_batched_tokens
+    kv_bytes = GPU_SHARE * memory_bytes - point.shape.weight_bytes - ACTIVATION_BYTES
+    return {
+        "max-num-batched-tokens": budget,
+        "max-num-seqs": min(1024 if large else 256, budget),
+        "block-size": 16,
+        "kv-cache-memory-bytes": int(kv_bytes),
+    }
 
 
 def _primed(point: Point) -> int:

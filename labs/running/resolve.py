@@ -13,7 +13,7 @@ from labs.findings.parts import parts_of
 from labs.judging.measure import price_per_hour
 from labs.judging.metrics import trial_metrics
 from labs.judging.text import ceilings_text
-from labs.lab import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Point
+from labs.lab import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Point, did_you_mean
 from labs.running import derived_models
 from labs.running.probes import PROBES, READ_TEXT
 from labs.running.progress import ProgressDisplay
@@ -24,6 +24,7 @@ from serving import machine as machines
 from serving.engines import ENGINES
 from serving.engines.base import Unsupported
 from serving.engines.endpoint import Endpoint
+from serving.gpus import DATASHEETS, Datasheet
 from serving.machine import Ceilings, Environment, Machine
 
 
@@ -41,6 +42,7 @@ class RunRequest:
     resume: bool = False
     reproduces: str = ""  # the run whose resolved lab this is
     engine_command: Sequence[str] = ()  # in the place of the engines' own
+    card: str = ""  # a GPU that is not here, by its short name: it can only be forecast
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Setup:
     writer: Writer
     endpoint: Endpoint | None
     engine_command: Sequence[str]
+    datasheet: Datasheet | None = None  # of the GPU that is not here
 
     @property
     def users(self) -> int:
@@ -65,7 +68,7 @@ class Setup:
 
 def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     """Check everything that can be checked before the first process starts."""
-    machine = machines.detect()
+    machine, datasheet = machine_of(request.card)
     lab = request.lab.at(
         models.scale_of(machine), request.quick, request.changes, is_dummy(request.weights)
     )
@@ -87,7 +90,8 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
             )
         endpoint = Endpoint(request.endpoint)
     else:
-        require_compiler(lab, machine)
+        if not datasheet:
+            require_compiler(lab, machine)
         check_flags(lab)
     writer = Writer(counter(str(model.path)))
     for workload in lab.workloads:
@@ -104,8 +108,9 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         for v in lab.variants
         if v.weights
     }
-    ceilings = measured_ceilings(machine, progress)
-    progress.message(f"Machine: {machine.describe()}; {ceilings_text(ceilings)}")
+    ceilings = datasheet_ceilings(datasheet) if datasheet else measured_ceilings(machine, progress)
+    about = ceilings_text(ceilings, "by its datasheet" if datasheet else "")
+    progress.message(f"Machine: {machine.describe()}; {about}")
     random_weights = ", random weights" if model.dummy else ""
     progress.message(
         f"Model: {model.name}, {model.shape.params / 1e6:,.0f} M parameters{random_weights}"
@@ -118,8 +123,34 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     )
     return Setup(
         lab, machine, ceilings, model, points, places, weights, writer, endpoint,
-        request.engine_command,
+        request.engine_command, datasheet,
     )  # fmt: skip
+
+
+def machine_of(card: str) -> tuple[Machine, Datasheet | None]:
+    """Describe this machine, or one with the GPU that `card` names, with its datasheet.
+
+    Raises LabError for a card without a datasheet.
+    """
+    if not card:
+        return machines.detect(), None
+    known = {sheet.short_name: (model, sheet) for model, sheet in DATASHEETS.items()}
+    if card not in known:
+        raise LabError(f"no GPU {card!r}{did_you_mean(card, known)} ones are {', '.join(known)}")
+    model, sheet = known[card]
+    return Machine(kind="gpu", model=model, count=1, memory_bytes=sheet.memory_bytes), sheet
+
+
+def datasheet_ceilings(sheet: Datasheet) -> Ceilings:
+    """Present a datasheet's figures as ceilings, for the closed forms of a forecast."""
+    return Ceilings(
+        memory_bandwidth_bytes_per_s=sheet.memory_bandwidth_bytes_per_s,
+        bf16_flops_per_s=sheet.bf16_flops_per_s,
+        fp8_flops_per_s=sheet.fp8_flops_per_s,
+        threads=1,
+        torch="",
+        measured_at="never: a datasheet's figures",
+    )
 
 
 def is_dummy(weights: str) -> bool:

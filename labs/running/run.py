@@ -177,13 +177,16 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
     )
 
 
-def forecast_alone(request: RunRequest, progress: ProgressDisplay) -> tuple[Setup, PointForecasts]:
-    """Forecast a lab's points without running it. Raises what `run` raises before its engines."""
+def forecast_alone(request: RunRequest, progress: ProgressDisplay) -> tuple[Setup, Predictions]:
+    """Predict a lab's points and claims without running it.
+
+    Raises what `run` raises before its engines start, and ForecastError.
+    """
     with run_lock(), _scratch() as work:
         setup = resolve(request, progress)
         progress.waiting("writing the prompts")
         write_requests(setup, work)
-        return setup, forecast(setup, _request_files(setup, work), progress)
+        return setup, predict(setup, forecast(setup, _request_files(setup, work), progress))
 
 
 @contextlib.contextmanager

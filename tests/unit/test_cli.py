@@ -66,6 +66,12 @@ def test_engine_command_that_cannot_start_is_refused_at_once(command: str, why: 
     assert (code, why in said) == (1, True)
 
 
+def test_a_card_without_a_datasheet_is_refused_and_the_known_ones_are_named() -> None:
+    code, shown = labs("forecast", "--lab", LAB, "--machine", "h1000")
+    assert code == 1
+    assert "no GPU 'h1000': did you mean h100? Known ones are h100, h200, a100, l4" in shown
+
+
 def test_setting_without_value_is_refused() -> None:
     code, said = labs("run", LAB, "--set", "window_s")
     assert (code, "SET: 'window_s' is not field=value" in said) == (1, True)

@@ -1,0 +1,79 @@
+"""The step of a GPU that is not here: it agrees with the published figures that it stands on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from labs.lab import LabError
+from labs.running.resolve import machine_of
+from serving import dummy, models
+from serving.forecasting.datasheet import EXPECTED, FASTER, SLOWER, step_times
+from serving.forecasting.step import Piece, Step
+from serving.gpus import DATASHEETS, short_names
+from serving.models import Shape
+
+H100 = DATASHEETS["NVIDIA H100 80GB HBM3"]
+ALONE = Step([Piece(1, 100)], 1)
+
+
+def shape(name: str) -> Shape:
+    return models.shape_of(json.loads((dummy.HOME / f"{name}.json").read_text()))
+
+
+def test_one_stream_decodes_at_the_published_rate() -> None:
+    """vLLM's 155 tokens/s for an 8B model in BF16 on an H100."""
+    step_s = step_times(shape("llama-8b"), H100, EXPECTED).seconds(ALONE)
+    assert 1 / step_s == pytest.approx(155, rel=0.02)
+
+
+def test_a_small_model_is_further_from_the_bandwidth() -> None:
+    """Hazy Research (2025): vLLM at 31 % of an H100's bandwidth for a 1B model, SGLang at 50 %."""
+    small = shape("llama-1b")
+    step_s = step_times(small, H100, EXPECTED).seconds(ALONE)
+    assert 0.31 < small.weight_bytes / step_s / H100.memory_bandwidth_bytes_per_s < 0.50
+
+
+def test_a_long_prompt_computes_at_the_published_share() -> None:
+    large = shape("llama-8b")
+    step_s = step_times(large, H100, EXPECTED).seconds(Step([Piece(8192, 0)], 1))
+    flops = 2 * large.matmul_params * 8192
+    assert 0.45 < flops / step_s / H100.bf16_flops_per_s < 0.51
+
+
+@pytest.mark.parametrize(
+    "step", [ALONE, Step([Piece(4096, 0)], 1), Step([Piece(1, 500)] * 256, 256)]
+)
+def test_the_expected_step_lies_within_its_band(step: Step) -> None:
+    times = [
+        step_times(shape("llama-8b"), H100, e).seconds(step) for e in (FASTER, EXPECTED, SLOWER)
+    ]
+    assert times == sorted(times)
+    assert times[0] < times[1] < times[2]
+
+
+def test_eight_bits_read_and_multiply_faster_and_a_cache_of_eight_bits_reads_faster() -> None:
+    config = json.loads((dummy.HOME / "llama-8b.json").read_text())
+    eight = models.shape_of(
+        {**config, "quantization_config": {"config_groups": {"g": {"weights": {"num_bits": 8}}}}}
+    )
+    plain, prompt = shape("llama-8b"), Step([Piece(4096, 0)], 1)
+    crowd = Step([Piece(1, 8000)] * 32, 32)
+    sixteen = step_times(plain, H100, EXPECTED)
+    assert step_times(eight, H100, EXPECTED).seconds(ALONE) < 0.7 * sixteen.seconds(ALONE)
+    assert step_times(plain, H100, EXPECTED, eight_bit=True).seconds(prompt) < sixteen.seconds(
+        prompt
+    )
+    assert step_times(plain, H100, EXPECTED, kv_value_bytes=1).seconds(crowd) < sixteen.seconds(
+        crowd
+    )
+
+
+def test_a_card_is_known_by_its_short_name() -> None:
+    machine, sheet = machine_of("h100")
+    assert (machine.kind, models.scale_of(machine)) == ("gpu", "gpu-80")
+    assert sheet is H100
+    assert {models.scale_of(machine_of(name)[0]) for name in short_names()} >= {"gpu-24", "gpu-141"}
+    with pytest.raises(LabError, match="did you mean h100"):
+        machine_of("h10")
