@@ -5,7 +5,8 @@ as long as its prefill, and every stream that is being decoded stands still mean
 prefill* (Sarathi-Serve, OSDI 2024) gives each step a token budget: the decoding requests take
 theirs first, what is left goes to a piece of the prompt. The longest gap a reader sees becomes a
 decode step and one piece; the long prompt itself waits longer for its first token, because every
-piece brings a decode step along.
+piece brings a decode step along. The streams pay as well: running requests are served first, so
+while the pieces fill every step's budget, a stream's next prompt waits for the last of them.
 
 Four streams decode; a long prompt comes in every two seconds. Variants differ in the budget,
 written as a share of the long prompt; `whole` has chunking off (which forces a budget of at least
@@ -91,6 +92,36 @@ def long_ttft_ratio(chunked: Point, whole: Point) -> Prediction:
     )
 
 
+def stream_ttft_s(point: Point) -> float:
+    """Return the mean TTFT of the streams: their own prefill, and the wait for the long prompt.
+
+    A stream sends its next prompt after any of its steps. Behind one of the long prompt's n steps
+    it waits for those that are left, and for all n where the long prompt has just come before it:
+    T (n + 1) / 2 over all of them, shared by the n + (P - T) / t steps of a period P.
+    """
+    assert point.load.kind == "contended"
+    step_s = theory.decode_step_s(
+        point.shape, point.ceilings, point.load.users, context_tokens(point)
+    )
+    prefill_s, pieces = long_ttft(point), -(-long_prompt_tokens(point) // chunk_tokens(point))
+    steps = pieces + max(0.0, point.load.every_s - prefill_s) / step_s
+    own_s = theory.prefill_left_s(point.shape, point.ceilings, point.lengths[0][0], 0)
+    return own_s + prefill_s * (pieces + 1) / 2 / steps
+
+
+def stream_ttft_ratio(chunked: Point, whole: Point) -> Prediction:
+    return Prediction(
+        value=stream_ttft_s(chunked) / stream_ttft_s(whole),
+        tolerance=0.35,
+        formula="t_prefill + T (n + 1) / 2 / (n + (P - T) / t), n pieces in T seconds every P",
+        assumptions=(
+            "a stream's answer ends after any step with the same chance",
+            "a new prompt waits until the long one's last piece is computed",
+        ),
+        source="vLLM's scheduler, which serves running requests first",
+    )
+
+
 def budget(name: str, tokens: int) -> Variant:
     return Variant(
         name=name, flags={"enable-chunked-prefill": True, "max-num-batched-tokens": tokens}
@@ -118,7 +149,7 @@ LAB = Lab(
     name="chunked-prefill",
     title="Chunked prefill",
     question="How long do running streams stand still for a long prompt, and what does cutting the"
-    " prompt into chunks cost its own first token?",
+    " prompt into chunks cost its own first token, and theirs?",
     answers=("SO-3", "SA-1"),
     variants=(
         budget("sixteenth", 48),
@@ -174,6 +205,16 @@ LAB = Lab(
             baseline=Arm(variant="whole"),
             expect="rises",
             predict=long_ttft_ratio,
+            coupled=COUPLED,
+        ),
+        Claim(
+            name="streams-ttft",
+            title="The streams pay too: their own prompts wait while the pieces fill each step",
+            metric="ttft_mean_s",
+            treatment=Arm(variant="sixteenth"),
+            baseline=Arm(variant="whole"),
+            expect="rises",
+            predict=stream_ttft_ratio,
             coupled=COUPLED,
         ),
     ),

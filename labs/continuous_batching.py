@@ -189,6 +189,7 @@ LAB = Lab(
         ),
         Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
     ),
+    findings=("steps",),
     plots=("sweep", "pareto", "static", "roofline"),
     slo=SLO(ttft_s=1.0, tpot_s=0.1),
     requests=512,

@@ -42,9 +42,12 @@ def prefill_left_s(shape: Shape, ceilings: Ceilings, tokens: float, cached_token
     return max(compute_s, weights_s)
 
 
-def decode_bytes(shape: Shape, batch: float, context_tokens: float) -> float:
+def decode_bytes(
+    shape: Shape, batch: float, context_tokens: float, kv_value_bytes: float = 2
+) -> float:
     """Bytes one decode step reads: the weights once, and every sequence's keys and values."""
-    return shape.step_bytes(batch) + batch * context_tokens * shape.kv_bytes_per_token()
+    kv_bytes = batch * context_tokens * shape.kv_bytes_per_token(kv_value_bytes)
+    return shape.step_bytes(batch) + kv_bytes
 
 
 def decode_flops(shape: Shape, batch: float, context_tokens: float) -> float:

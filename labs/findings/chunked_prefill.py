@@ -14,7 +14,8 @@ from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
 from labs.findings.parts import Conclusion, ReportParts
 from labs.findings.published import Published, PublishedFigures
-from labs.judging.text import number, yes_or_no
+from labs.judging.judge import Interval
+from labs.judging.text import number, times_with_interval, yes_or_no
 from loadtests import records
 from loadtests.records import RequestRecord
 
@@ -29,7 +30,9 @@ class Budget:
     chunked: bool
     stall_s: float  # of the streams, mean
     long_ttft_s: float
-    within_slo: bool | None  # None where the lab sets no limit
+    streams_ttft_s: float | None  # of the streams' own prompts, mean
+    streams_beside_whole: Interval | None  # that TTFT / the one without chunks
+    within_slo: bool | None  # whether the stall is; None where the lab sets no limit
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def token_budgets(context: Context) -> TokenBudgets:
     Source: DistServe (OSDI 2024).
     """
     limit_s = context.lab.slo.itl_s
+    without = next((p for p in context.points if not p.flags.enable_chunked_prefill), None)
     budgets = []
     for point in context.points:
         stall_s, ttft_s = (context.mean(point, m) for m in ("stall_mean_s", "intruder_ttft_mean_s"))
@@ -83,6 +87,9 @@ def token_budgets(context: Context) -> TokenBudgets:
             continue
         tokens = point.flags.max_num_batched_tokens
         prompt_tokens = point.workload.intruder.prompt_tokens
+        beside = None
+        if without and without.key != point.key:
+            beside = context.effect(point, without, "ttft_mean_s")
         budgets.append(
             Budget(
                 variant=point.variant.name,
@@ -91,6 +98,8 @@ def token_budgets(context: Context) -> TokenBudgets:
                 chunked=point.flags.enable_chunked_prefill,
                 stall_s=stall_s,
                 long_ttft_s=ttft_s,
+                streams_ttft_s=context.mean(point, "ttft_mean_s"),
+                streams_beside_whole=beside.ratio if beside else None,
                 within_slo=None if limit_s is None else stall_s <= limit_s,
             )
         )
@@ -111,9 +120,21 @@ def _stall_line(budgets: Sequence[Budget]) -> StallLine | None:
 
 
 def tell_budgets(facts: TokenBudgets) -> Finding:
-    rows = [["Variant", "Token budget", "Stall, mean", "TTFT of the long prompt", "Within the SLO"]]
+    rows = [
+        [
+            "Variant",
+            "Token budget",
+            "Stall, mean",
+            "TTFT of the long prompt",
+            "TTFT of the streams, mean",
+            "Beside no chunks",
+            "Stall within the SLO",
+        ]
+    ]
     rows += [
         [b.variant, str(b.budget_tokens), number(b.stall_s, "s"), number(b.long_ttft_s, "s"),
+         number(b.streams_ttft_s, "s"),
+         times_with_interval(b.streams_beside_whole) if b.streams_beside_whole else "–",
          yes_or_no(b.within_slo)]
         for b in facts.budgets
     ]  # fmt: skip
@@ -127,6 +148,8 @@ def tell_budgets(facts: TokenBudgets) -> Finding:
             else f"No budget here keeps the gaps within {gap}: a decode step alone"
             " takes most of that, or the budgets are too large."
         )
+    if price := streams_sentence(facts):
+        lines.append(price)
     if line := facts.line:
         lines.append(
             f"The stall over the tokens a piece may have is a line: {number(line.fixed_s, 's')}"
@@ -136,6 +159,20 @@ def tell_budgets(facts: TokenBudgets) -> Finding:
     if facts.handover:
         lines.append(handover_sentence(facts.handover))
     return Finding(title="Which token budget?", rows=rows, lines=lines)
+
+
+def streams_sentence(facts: TokenBudgets) -> str | None:
+    """Tells what the smallest budget costs the streams; None where that was not measured."""
+    least = min(facts.budgets, key=lambda b: b.budget_tokens, default=None)
+    if not (least and least.streams_ttft_s and least.streams_beside_whole and facts.whole):
+        return None
+    return (
+        "The streams pay as well: a new prompt of theirs waits while the pieces of the long one"
+        f" fill each step. With `{least.variant}` their own first token takes"
+        f" {number(least.streams_ttft_s, 's')} on average, where it takes"
+        f" {number(facts.whole.streams_ttft_s, 's')} without chunks:"
+        f" {times_with_interval(least.streams_beside_whole)}."
+    )
 
 
 def handover_sentence(handover: Handover) -> str:
@@ -158,11 +195,13 @@ def chunks_solve(run: JudgedRun) -> str | None:
     budgets = TOKEN_BUDGET.facts_of(run)
     if not (stall and ttft and budgets and budgets.whole):
         return None
-    return (
+    gain = (
         f"A long prompt that is prefilled whole stops every running stream for"
         f" {number(budgets.whole.stall_s, 's')}. With a budget of a sixteenth of it the stall is"
         f" {stall}, and the prompt's own first token takes {ttft} as long."
     )
+    price = streams_sentence(budgets)
+    return f"{gain} {price}" if price else gain
 
 
 def split(run: JudgedRun) -> str | None:
@@ -181,12 +220,13 @@ def split(run: JudgedRun) -> str | None:
 
 
 def draw_stall(run: JudgedRun) -> str | None:
-    """Draws the stall and the long prompt's own wait, over the token budget."""
+    """Draws the stall, the long prompt's own wait and that of the streams, over the budget."""
     points, lab = run.points, run.lab
-    _, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    _, axes = plt.subplots(1, 3, figsize=(11, 3.4))
     for ax, metric, label in (
         (axes[0], "stall_mean_s", "stall of the streams, mean (ms)"),
-        (axes[1], "intruder_ttft_mean_s", "TTFT of the long prompt, mean (ms)"),
+        (axes[1], "intruder_ttft_mean_s", "long prompt's TTFT, mean (ms)"),
+        (axes[2], "ttft_mean_s", "streams' own TTFT, mean (ms)"),
     ):
         known = {f.point: f.prediction.value for f in run.summary.forecasts if f.metric == metric}
         x = range(len(points))
@@ -208,8 +248,9 @@ def draw_stall(run: JudgedRun) -> str | None:
         axes[0].axhline(1000 * lab.slo.itl_s, color=GREY, ls=":", label=label)
     axes[0].legend(frameon=False, loc="upper left")
     return (
-        "A smaller token budget shortens the stall of everybody else (left) and makes the long"
-        " prompt wait longer for its first token (right)."
+        "A smaller token budget shortens the stall of everybody else (left), and makes the long"
+        " prompt (middle) and the streams' own new prompts (right) wait longer for their first"
+        " token."
     )
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from labs.filing.results import Run, RunFolder, Summary
-from labs.judging.judge import Caveat, Interval, Judgement, over_repeats
-from labs.judging.metrics import Repeats
+from labs.judging.judge import Caveat, Effect, Interval, Judgement, effect, over_repeats
+from labs.judging.metrics import Repeats, by_repeat
 from labs.judging.text import times_with_interval
 from labs.lab import Lab, Point
 
@@ -48,6 +48,12 @@ class Context:
     def interval(self, point: Point, metric: str) -> Interval | None:
         """Averages the metric over the repeats that have it, with a 95 % interval."""
         return over_repeats(self.values.get(point.key, {}), metric)
+
+    def effect(self, treatment: Point, baseline: Point, metric: str) -> Effect | None:
+        """Compares two points as a claim does: treatment / baseline; None where nothing pairs."""
+        return effect(
+            *(by_repeat(self.values.get(p.key, {}), metric) for p in (treatment, baseline))
+        )
 
     def point(self, variant: str, workload: str, load: str) -> Point | None:
         wanted = (variant, workload, load)

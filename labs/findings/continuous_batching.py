@@ -1,22 +1,80 @@
-"""What continuous batching tells: the step as a line over the batch, the ridge, both ends' counts.
+"""What continuous batching tells: what a step is made of, the ridge, both ends' counts.
 
 Its answers read the sweep over concurrency and the run's claims.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from dashboards.palette import BLUE, BOUND
 from labs import theory
-from labs.findings.context import JudgedRun
+from labs.filing.results import Finding
+from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import plt
-from labs.findings.parts import ReportParts
+from labs.findings.parts import Conclusion, ReportParts
 from labs.findings.published import ONE_STREAM, Published, PublishedFigures
+from labs.findings.steps import COUNTED_IN_TURN, PARTS_MEAN, Parts
 from labs.findings.sweep import concurrency_sweep, step_line
 from labs.judging.metrics import METRICS
 from labs.judging.text import number
 from loadtests import records
+
+# ------------------------------------------------------------------------- what a step is made of
+
+
+@dataclass(frozen=True)
+class StepAtLoad:
+    """Splits the time of an output token at a load; None of them where it was not measured."""
+
+    users: int
+    batch: float  # requests in decode, mean
+    parts: Parts
+
+
+def steps_at_loads(context: Context) -> tuple[StepAtLoad, ...]:
+    """Splits TPOT at each load of the sweep.
+
+    A step reads the weights once, and the keys and values of the requests in decode; it computes
+    their tokens and, spread over the steps, the prefills of others that come between two tokens.
+    """
+    steps = []
+    for point in concurrency_sweep(context.points):
+        tpot_s, size = (context.mean(point, metric) for metric in ("tpot_mean_s", "batch"))
+        if not tpot_s or not size:
+            continue
+        shape, ceilings, at = point.shape, point.ceilings, point.context_tokens
+        moved_bytes = theory.decode_bytes(shape, size, at, point.flags.kv_value_bytes)
+        prefills = (point.load.users - 1) / point.output_tokens
+        flop = theory.decode_flops(shape, size, at)
+        flop += prefills * theory.prefill_flops(shape, point.prompt_tokens)
+        parts = Parts(
+            measured_s=tpot_s,
+            reading_s=moved_bytes / ceilings.memory_bandwidth_bytes_per_s,
+            computing_s=flop / ceilings.bf16_flops_per_s,
+        )
+        steps.append(StepAtLoad(point.load.users, size, parts))
+    return tuple(steps)
+
+
+def tell_steps(facts: tuple[StepAtLoad, ...]) -> Finding:
+    rows = [["In flight", "Requests in decode", "TPOT, mean", "Reading", "Computing", "The rest"]]
+    rows += [
+        [str(s.users), number(s.batch), number(s.parts.measured_s, "s"), *s.parts.cells()]
+        for s in facts
+    ]
+    ends = dict.fromkeys((*facts[:1], *facts[-1:]))
+    lines = [s.parts.sentence(f"At {s.users} in flight an output token") for s in ends]
+    lines.append(
+        f"{PARTS_MEAN} Weights are read once a step; computing counts the tokens of the requests in"
+        f" decode, and the prefills of others that come between two tokens. {COUNTED_IN_TURN}"
+    )
+    return Finding(title="What is a step made of?", rows=rows, lines=lines)
+
+
+STEPS = Conclusion("steps", steps_at_loads, tell_steps)
 
 # ------------------------------------------------------------------------------------ the answers
 
@@ -47,7 +105,10 @@ def larger_batch(run: JudgedRun) -> str | None:
 
 
 def ridge(run: JudgedRun) -> str | None:
-    """Says on which side of the roofline's ridge the lightest and the heaviest load stand on."""
+    """Says on which side of the roofline's ridge the lightest and the heaviest load stand.
+
+    The ridge is about the work alone; what the time goes to is said beside it.
+    """
     sweep = concurrency_sweep(run.points)
     intensities = [(p.load.users, i) for p in sweep if (i := run.mean(p, "intensity"))]
     if len(intensities) < 2:
@@ -55,11 +116,34 @@ def ridge(run: JudgedRun) -> str | None:
     (few, low), (many, high) = intensities[0], intensities[-1]
     at = sweep[0].ceilings.ridge_flops_per_byte
     batch = theory.ridge_batch(sweep[0].shape, sweep[0].ceilings)
-    side = "memory bounds both" if high < at else "memory bounds the first, arithmetic the last"
-    return (
-        f"FLOP for each byte read: {low:.3g} at {few} in flight, {high:.3g} at {many}. This"
-        f" machine's ridge is {at:,.3g}, a batch of about {batch:,.0f}: {side}."
+    side = (
+        "memory bandwidth is the nearer ceiling of both"
+        if high < at
+        else "memory bandwidth is the nearer ceiling of the first, arithmetic of the last"
     )
+    by_work = (
+        f"FLOP for each byte read: {low:.3g} at {few} in flight, {high:.3g} at {many}. This"
+        f" machine's ridge is {at:,.3g}, a batch of about {batch:,.0f}: by the work alone {side}."
+    )
+    return " ".join([by_work, *_time_sentences(run.once(steps_at_loads))])
+
+
+def _time_sentences(steps: tuple[StepAtLoad, ...]) -> list[str]:
+    """Say what the time goes to at the heaviest load, and what limits a step at both ends."""
+    if len(steps) < 2:
+        return []
+    first, *_, last = steps
+    limits = (
+        f"{first.parts.limit} a step at {first.users} in flight or at {last.users}"
+        if first.parts.limit == last.parts.limit
+        else f"{first.parts.limit} a step at {first.users} in flight, and"
+        f" {last.parts.limit} one at {last.users}"
+    )
+    return [
+        last.parts.sentence(f"At {last.users} in flight an output token"),
+        PARTS_MEAN,
+        f"By the time measured {limits}.",
+    ]
 
 
 def one_stream(run: JudgedRun) -> str | None:
@@ -70,10 +154,12 @@ def one_stream(run: JudgedRun) -> str | None:
         return None
     bandwidth = point.ceilings.memory_bandwidth_bytes_per_s
     most_per_s = bandwidth / point.shape.step_bytes(1)
+    alone = [s.parts.sentence("A step") for s in run.once(steps_at_loads) if s.users == 1]
+    made_of = f" {alone[0]} {PARTS_MEAN}" if alone else ""
     return (
         f"{bandwidth / 1e9:,.1f} GB/s over {point.shape.step_bytes(1) / 1e6:,.0f} MB of weights is"
         f" at most {number(most_per_s, 'tok/s')}. Measured: {number(1 / tpot_s, 'tok/s')} (1 /"
-        f" TPOT), {1 / tpot_s / most_per_s:.0%} of it."
+        f" TPOT), {1 / tpot_s / most_per_s:.0%} of it.{made_of}"
     )
 
 
@@ -194,6 +280,7 @@ PUBLISHED: PublishedFigures = {
 }
 
 PARTS = ReportParts(
+    conclusions=(STEPS,),
     answers={
         "SO-1": static_batches,
         "SD-1": larger_batch,

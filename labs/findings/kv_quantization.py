@@ -14,8 +14,10 @@ from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import plt
 from labs.findings.parts import Conclusion, ReportParts
 from labs.findings.published import Published, PublishedFigures
-from labs.findings.quality import QUALITY, compared, figure_of, in_brief, treatments_of
-from labs.judging.text import number
+from labs.findings.quality import QUALITY, compared, in_brief, treatments_of
+from labs.judging.judge import Interval
+from labs.judging.metrics import METRICS
+from labs.judging.text import number, times_with_interval
 from labs.lab import Point
 
 # ------------------------------------------------------------------ where preemption begins
@@ -279,15 +281,28 @@ def memory_ladder(context: Context) -> MemoryLadder | None:
 
 
 def _price(context: Context) -> str:
-    """Prices the FP8 cache in perplexity and in TPOT over the long context, if both exist."""
-    parts = []
-    if (figures := context.once(compared).treatments.get("fp8")) is not None:
-        parts.append(f"perplexity {figure_of(figures, 'perplexity_ratio').value - 1:+.1%}")
-    far = {p.variant.name: p for p in context.points if p.workload.name == "far"}
-    both = [context.mean(far[n], "tpot_mean_s") if n in far else None for n in ("fp8", "bf16")]
-    if both[0] and both[1]:
-        parts.append(f"TPOT {both[0] / both[1] - 1:+.0%} over a long context")
+    """Prices the FP8 cache in quality and in speed, the worst measured side among them."""
+    figures = context.once(compared).treatments.get("fp8")
+    parts = [in_brief(figures)] if figures is not None else []
+    slower = {
+        f"*{METRICS[metric].title}* {times_with_interval(ratio)} {where}": worse
+        for workload, where in (("far", "over a long context"), ("near", "over a short one"))
+        for metric in ("tpot_mean_s", "ttft_mean_s", "output_tokens_per_s")
+        if (ratio := _of_base(context, workload, metric))
+        and (worse := ratio.value if METRICS[metric].better == "lower" else 1 / ratio.value) > 1
+    }
+    if slower:
+        parts.append(f"at worst {max(slower, key=slower.__getitem__)}")
     return ", ".join(parts) or "–"
+
+
+def _of_base(context: Context, workload: str, metric: str) -> Interval | None:
+    """Divides the FP8 cache's figure on a workload by the BF16 cache's."""
+    at = {p.variant.name: p for p in context.points if p.workload.name == workload}
+    if "fp8" not in at or "bf16" not in at:
+        return None
+    measured = context.effect(at["fp8"], at["bf16"], metric)
+    return measured.ratio if measured else None
 
 
 def tell_ladder(facts: MemoryLadder | None) -> Finding:
@@ -302,9 +317,9 @@ def tell_ladder(facts: MemoryLadder | None) -> Finding:
     ]  # fmt: skip
     lines = [
         f"For {facts.kv_bytes / 2**20:.0f} MiB of KV memory and {facts.kv_bytes_per_token:,.0f}"
-        " bytes a token in BF16. The first two steps cost nothing but honesty; the next ones cost"
-        " quality or time, least first. The model itself ends at"
-        f" {facts.max_positions:,} positions.",
+        " bytes a token in BF16. The steps before the FP8 cache change no answer; each from"
+        " there on has its price in quality or time, with the worst side that was measured. The"
+        f" model itself ends at {facts.max_positions:,} positions.",
     ]
     return Finding(title=title, rows=rows, lines=lines)
 
@@ -357,9 +372,11 @@ def memory_steps(run: JudgedRun) -> str | None:
     if ladder is None:
         return None
     steps = [
-        f"{s.name} ({s.largest_prompt_tokens:,.0f} tokens, {s.known_from})" for s in ladder.steps
+        f"{s.name} ({s.largest_prompt_tokens:,.0f} tokens, {s.known_from};"
+        f" price: {s.price if s.price != '–' else 'none'})"
+        for s in ladder.steps
     ]
-    return f"In this order, with the largest prompt each: {'; '.join(steps)}."
+    return f"In this order, with the largest prompt and the price of each: {'; '.join(steps)}."
 
 
 # -------------------------------------------------------------------------------------- its plots

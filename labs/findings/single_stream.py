@@ -10,12 +10,13 @@ from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import Conclusion, ReportParts
 from labs.findings.published import ONE_STREAM, Published, PublishedFigures
-from labs.judging.judge import Effect, effect, verdict_kind
-from labs.judging.metrics import by_repeat
+from labs.findings.steps import COUNTED_IN_TURN, PARTS_MEAN, Parts
+from labs.judging.judge import Effect, verdict_kind
 from labs.judging.text import number, sentences, times_with_interval
 from labs.lab import Point
 
 DEFAULT = "default"
+PASSES = {"decode": "A decode step", "prefill": "The prefill of the long prompt"}
 PhaseName = Literal["decode", "prefill"]
 METRIC_OF: dict[PhaseName, str] = {"decode": "tpot_mean_s", "prefill": "ttft_mean_s"}
 
@@ -31,22 +32,22 @@ class Phase:
     point: Point
 
     @property
-    def mfu(self) -> float:
-        """Divides the FLOP/s by the measured BF16 rate (PaLM, Chowdhery et al. 2022)."""
-        return self.flop / self.seconds / self.point.ceilings.bf16_flops_per_s
-
-    @property
-    def mbu(self) -> float:
-        """Divides the bytes/s by the measured memory bandwidth (Databricks 2023)."""
-        return self.moved_bytes / self.seconds / self.point.ceilings.memory_bandwidth_bytes_per_s
+    def parts(self) -> Parts:
+        """Splits the pass into reading and computing at the measured ceilings, and the rest."""
+        ceilings = self.point.ceilings
+        return Parts(
+            measured_s=self.seconds,
+            reading_s=self.moved_bytes / ceilings.memory_bandwidth_bytes_per_s,
+            computing_s=self.flop / ceilings.bf16_flops_per_s,
+        )
 
     @property
     def flop_per_byte(self) -> float:
         return self.flop / self.moved_bytes
 
     @property
-    def bound(self) -> str:
-        """Names what limits the phase in theory, by the work alone."""
+    def nearer_ceiling(self) -> str:
+        """Names the ceiling that the work alone would meet first."""
         ridge = self.point.ceilings.ridge_flops_per_byte
         return "arithmetic" if self.flop_per_byte > ridge else "memory bandwidth"
 
@@ -57,14 +58,13 @@ def phase(context: Context, variant: str, name: PhaseName) -> Phase | None:
     seconds = context.mean(point, METRIC_OF[name]) if point else None
     if point is None or not seconds:
         return None
-    shape, prompt = point.shape, point.prompt_tokens
+    shape, prompt, kv_value_bytes = point.shape, point.prompt_tokens, point.flags.kv_value_bytes
     if name == "prefill":
-        moved = shape.step_bytes(prompt) + prompt * shape.kv_bytes_per_token()
+        moved = shape.step_bytes(prompt) + prompt * shape.kv_bytes_per_token(kv_value_bytes)
         return Phase(prompt, seconds, theory.prefill_flops(shape, prompt), moved, point)
     at = point.context_tokens
-    return Phase(
-        1, seconds, theory.decode_flops(shape, 1, at), theory.decode_bytes(shape, 1, at), point
-    )
+    moved = theory.decode_bytes(shape, 1, at, kv_value_bytes)
+    return Phase(1, seconds, theory.decode_flops(shape, 1, at), moved, point)
 
 
 # ------------------------------------------------------------------------------- the two phases
@@ -88,20 +88,19 @@ def default_phases(context: Context) -> Phases:
 
 
 def tell_phases(facts: Phases) -> Finding:
-    """Shows each phase's work and time, and what limits it."""
+    """Shows each phase's work, what its time is made of, and which ceiling is nearer."""
     rows = [[
-        "Phase", "Time of a pass", "Tokens/s", "FLOP a byte", "FLOP/s (MFU)", "Bytes/s (MBU)",
-        "Bound by",
+        "Phase", "Time of a pass", "Reading", "Computing", "The rest", "Tokens/s", "FLOP a byte",
+        "Nearer ceiling",
     ]]  # fmt: skip
     rows += [
         [
             f"{name}, {p.tokens:,.0f} token{'s' * (p.tokens > 1)}",
             number(p.seconds, "s"),
+            *p.parts.cells(),
             number(p.tokens / p.seconds),
             number(p.flop_per_byte),
-            f"{p.flop / p.seconds / 1e12:.3g} T ({p.mfu:.0%})",
-            f"{p.moved_bytes / p.seconds / 1e9:.3g} G ({p.mbu:.0%})",
-            p.bound,
+            p.nearer_ceiling,
         ]
         for name, p in facts.measured.items()
     ]
@@ -109,9 +108,11 @@ def tell_phases(facts: Phases) -> Finding:
     if facts.decode and facts.prefill:
         lines = [
             contrast_sentence(facts.decode, facts.prefill),
-            "FLOP and bytes are those of the model's shape, not what the device happened to do;"
-            f" *bound by* is the work beside this machine's ridge,"
-            f" {number(facts.decode.point.ceilings.ridge_flops_per_byte)} FLOP a byte.",
+            f"{PARTS_MEAN} {COUNTED_IN_TURN}",
+            "FLOP and bytes are those of the model's shape, not what the device happened to do. The"
+            " *nearer ceiling* is the work beside this machine's ridge,"
+            f" {number(facts.decode.point.ceilings.ridge_flops_per_byte)} FLOP a byte: it would"
+            " limit the phase if there were no rest.",
         ]
     return Finding(title="Two phases, two limits", rows=rows, lines=lines)
 
@@ -151,6 +152,8 @@ class FlagEffect:
     variant: str
     decode: Phase | None
     prefill: Phase | None
+    decode_mbu: float | None
+    prefill_mfu: float | None
     decode_beside: PhaseComparison | None
     prefill_beside: PhaseComparison | None
 
@@ -178,6 +181,8 @@ def flag_effects(context: Context) -> FlagEffects:
             variant=v.name,
             decode=phase(context, v.name, "decode"),
             prefill=phase(context, v.name, "prefill"),
+            decode_mbu=context.mean_at(v.name, "decode", 1, "mbu"),
+            prefill_mfu=context.mean_at(v.name, "prefill", 1, "mfu"),
             decode_beside=beside(context, v.name, "decode"),
             prefill_beside=beside(context, v.name, "prefill"),
         )
@@ -192,14 +197,13 @@ def beside(context: Context, variant: str, name: PhaseName) -> PhaseComparison |
     None for the defaults themselves, and where a phase was not measured.
     """
     metric = METRIC_OF[name]
-    pair = [context.point(v, name, "concurrent:1") for v in (variant, DEFAULT)]
-    keys = [point.key for point in pair if point]
-    if variant == DEFAULT or len(keys) < len(pair):
+    ours, default = (context.point(v, name, "concurrent:1") for v in (variant, DEFAULT))
+    if variant == DEFAULT or ours is None or default is None:
         return None
-    measured = effect(*(by_repeat(context.values.get(key, {}), metric) for key in keys))
+    measured = context.effect(ours, default, metric)
     if measured is None:
         return None
-    if any(caveat.hits(metric, *keys) for caveat in context.caveats):
+    if any(caveat.hits(metric, ours.key, default.key) for caveat in context.caveats):
         return PhaseComparison(measured, "not valid")
     return PhaseComparison(measured, MATTERS[verdict_kind(measured, metric)])
 
@@ -208,21 +212,22 @@ def tell_flags(facts: FlagEffects) -> Finding:
     """Shows every variant beside the defaults: which of their settings one stream feels."""
     rows = [[
         "Variant", "TPOT", "MBU", "Beside the defaults", "Matters to decode",
-        "TTFT of the long prompt", "MFU", "Beside the defaults", "Matters to prefill",
+        "TTFT, mean", "MFU", "Beside the defaults", "Matters to prefill",
     ]]  # fmt: skip
     rows += [
         [
             v.variant,
             number(v.decode.seconds if v.decode else None, "s"),
-            f"{v.decode.mbu:.0%}" if v.decode else "–",
+            _share(v.decode_mbu),
             *_beside_cells(v.decode_beside),
             number(v.prefill.seconds if v.prefill else None, "s"),
-            f"{v.prefill.mfu:.0%}" if v.prefill else "–",
+            _share(v.prefill_mfu),
             *_beside_cells(v.prefill_beside),
         ]
         for v in facts.variants
     ]
     lines = [sentence] if (sentence := fastest_sentence(facts)) else []
+    lines += ["TPOT and MBU are those of decode, TTFT and MFU those of the long prompt's prefill."]
     groups: tuple[tuple[str, Matters], ...] = (
         ("It matters to decode, TPOT beside the defaults", "yes"),
         ("It does not", "no"),
@@ -239,6 +244,10 @@ def tell_flags(facts: FlagEffects) -> Finding:
     return Finding(title="Which flag matters to one stream?", rows=rows, lines=lines)
 
 
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
 def _beside_cells(compared: PhaseComparison | None) -> tuple[str, str]:
     return (
         (times_with_interval(compared.effect.ratio), compared.matters) if compared else ("–", "–")
@@ -249,10 +258,7 @@ def fastest_sentence(facts: FlagEffects) -> str | None:
     if facts.fastest is None:
         return None
     variant, best = facts.fastest
-    return (
-        f"`{variant}` decodes fastest, with {best.mbu:.0%} of the measured bandwidth; the"
-        f" rest of a step, {number(best.seconds * (1 - best.mbu), 's')}, is not reading."
-    )
+    return f"`{variant}` decodes fastest. {best.parts.sentence('Its step')} {PARTS_MEAN}"
 
 
 FLAGS = Conclusion("flags", flag_effects, tell_flags)
@@ -264,8 +270,15 @@ def two_phases(run: JudgedRun) -> str | None:
     phases = PHASES.facts_of(run)
     if not (phases and phases.decode and phases.prefill):
         return None
-    limits = " and ".join(f"{p.bound} limits {name}" for name, p in phases.measured.items())
-    return f"{contrast_sentence(phases.decode, phases.prefill)} On this machine {limits}."
+    nearer = " and ".join(
+        f"{p.nearer_ceiling} is the nearer ceiling of {name}" for name, p in phases.measured.items()
+    )
+    made_of = " ".join(p.parts.sentence(PASSES[name]) for name, p in phases.measured.items())
+    limits = " and ".join(f"{p.parts.limit} {name}" for name, p in phases.measured.items())
+    return (
+        f"{contrast_sentence(phases.decode, phases.prefill)} By the work alone {nearer}. {made_of}"
+        f" {PARTS_MEAN} On this machine {limits}."
+    )
 
 
 def fused(run: JudgedRun) -> str | None:

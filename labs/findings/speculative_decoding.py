@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
 from labs.findings.parts import Conclusion, ReportParts
 from labs.findings.published import Published, PublishedFigures
-from labs.judging.text import number, point_label
+from labs.judging.judge import Interval
+from labs.judging.metrics import METRICS
+from labs.judging.text import number, point_label, times_with_interval
 from labs.lab import Point
 from serving import metrics
 
@@ -37,7 +39,7 @@ class Accepted:
 
     where: str
     shares: tuple[float, ...]  # of the drafts, accepted as far as position 1, 2, ...
-    tokens_per_step: float
+    tokens_per_draft: float
     tokens_at_constant_share: float  # had every position the first one's share
     wasted_share: float | None  # of the drafted tokens
 
@@ -86,7 +88,7 @@ def acceptance(context: Context) -> Acceptance:
             Accepted(
                 where=point_label(point.key, context.lab),
                 shares=tuple(shares),
-                tokens_per_step=length,
+                tokens_per_draft=length,
                 tokens_at_constant_share=theory.accepted_length(
                     shares[0], config["num_speculative_tokens"]
                 ),
@@ -101,12 +103,20 @@ def acceptance(context: Context) -> Acceptance:
 
 
 def tell_acceptance(facts: Acceptance) -> Finding:
-    rows = [["Point", "Accepted at position 1, 2, ...", "Tokens a step", "At constant a", "Wasted"]]
+    rows = [
+        [
+            "Point",
+            "Accepted at position 1, 2, ...",
+            METRICS["acceptance_length"].title,
+            "At constant a",
+            "Wasted",
+        ]
+    ]
     rows += [
         [
             p.where,
             ", ".join(f"{share:.2f}" for share in p.shares),
-            f"{p.tokens_per_step:.2f}",
+            f"{p.tokens_per_draft:.2f}",
             f"{p.tokens_at_constant_share:.2f}",
             "–" if p.wasted_share is None else f"{p.wasted_share:.0%}",
         ]
@@ -147,7 +157,7 @@ class SpeedUp:
 
     point: Point
     where: str
-    measured: float
+    measured: Interval  # TPOT without / with speculation
     tokens_per_step: float | None
     draft_cost: float | None
     verify_cost: float | None
@@ -160,18 +170,30 @@ class Curve:
 
     variant: str
     workload: str
-    loads: tuple[int, ...]
-    speed_ups: tuple[float, ...]
+    speed_ups: tuple[tuple[int, Interval], ...]  # requests in flight, in their order
 
     @property
-    def turn(self) -> tuple[float, bool] | None:
-        """Finds the load at which the speed-up first crosses 1, and whether it gains there."""
-        measured = zip(self.loads, self.speed_ups, strict=True)
-        for (n, before), (m, after) in pairwise(measured):
-            if (before - 1) * (after - 1) < 0:
-                share = (1 - before) / (after - before)
-                return 2 ** (math.log2(n) + share * math.log2(m / n)), after > 1
+    def turn(self) -> tuple[int, int, bool] | None:
+        """Finds the loads between which it turns, and whether it wins beyond them.
+
+        They are the last load told before and the first told after the turn; loads between them are
+        those where speculation is not told apart from the plain engine.
+        """
+        told = [(n, says) for n, ratio in self.speed_ups if (says := wins(ratio)) is not None]
+        for (before, one), (after, other) in pairwise(told):
+            if one != other:
+                return before, after, other
         return None
+
+
+def wins(speed_up: Interval) -> bool | None:
+    """Whether speculation wins or loses; None where the interval does not tell, or is missing."""
+    if speed_up.low is None or speed_up.high is None or speed_up.low <= 1 <= speed_up.high:
+        return None
+    return speed_up.value > 1
+
+
+WINS = {True: "wins", False: "loses", None: "not told apart"}
 
 
 @dataclass(frozen=True)
@@ -182,11 +204,11 @@ class SpeedUps:
 
     @property
     def curves(self) -> list[Curve]:
-        at: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        for p in self.points:
+        at: dict[tuple[str, str], list[tuple[int, Interval]]] = {}
+        for p in sorted(self.points, key=lambda p: p.point.load.users):
             kind = (p.point.variant.name, p.point.workload.name)
             at.setdefault(kind, []).append((p.point.load.users, p.measured))
-        return [Curve(*kind, *zip(*sorted(measured), strict=True)) for kind, measured in at.items()]
+        return [Curve(*kind, tuple(measured)) for kind, measured in at.items()]
 
 
 def speed_ups(context: Context) -> SpeedUps:
@@ -212,9 +234,8 @@ def speed_ups(context: Context) -> SpeedUps:
     measured = []
     for point, config in speculations(context):
         base = context.point("none", point.workload.name, str(point.load))
-        plain_s = context.mean(base, "tpot_mean_s") if base else None
-        tpot_s = context.mean(point, "tpot_mean_s")
-        if not plain_s or not tpot_s:
+        gain = context.effect(base, point, "tpot_mean_s") if base else None
+        if gain is None:
             continue
         g, batch = config["num_speculative_tokens"], point.load.users
         verify = draft = explained = None
@@ -229,7 +250,7 @@ def speed_ups(context: Context) -> SpeedUps:
         if length and verify is not None and draft is not None:
             explained = length / (g * draft + verify)
         where = point_label(point.key, context.lab)
-        measured.append(SpeedUp(point, where, plain_s / tpot_s, length, draft, verify, explained))
+        measured.append(SpeedUp(point, where, gain.ratio, length, draft, verify, explained))
     return SpeedUps(tuple(measured))
 
 
@@ -261,11 +282,22 @@ def tokens_a_step(context: Context, point: Point) -> float | None:
 
 def tell_speed_up(facts: SpeedUps) -> Finding:
     """Shows the speed-up beside the formula with measured parts, and where it crosses 1."""
-    rows = [["Point", "Speed-up", "Tokens a step", "c", "v", "Tokens / (g c + v)"]]
+    rows = [
+        [
+            "Point",
+            "Speed-up",
+            "Outcome",
+            "Tokens a step, drafts or none",
+            "c",
+            "v",
+            "Tokens / (g c + v)",
+        ]
+    ]
     rows += [
         [
             p.where,
-            f"{p.measured:.2f}x",
+            times_with_interval(p.measured),
+            WINS[wins(p.measured)],
             number(p.tokens_per_step),
             number(p.draft_cost),
             number(p.verify_cost),
@@ -278,29 +310,31 @@ def tell_speed_up(facts: SpeedUps) -> Finding:
         rows=rows,
         lines=[
             *turn_sentences(facts),
-            "Speed-up is TPOT without / with speculation at the same load. c is a step of the draft"
-            " served alone over one of the target, both at one stream, by the engine's clock; v is"
-            " the plain engine's TPOT at B (g + 1) over that at B. What the last column leaves of"
-            " the first is proposing and rejecting: sampling, bookkeeping, and starting the draft.",
+            "Speed-up is TPOT without / with speculation at the same load, with a 95 % interval; it"
+            " *wins* or *loses* where the interval excludes 1, and is *not told apart* elsewhere.",
+            "c is a step of the draft served alone over one of the target, both at one stream, by"
+            " the engine's clock; v is the plain engine's TPOT at B (g + 1) over that at B. What"
+            " the last column leaves of the speed-up is proposing and rejecting: sampling,"
+            " bookkeeping, and starting the draft.",
         ],
     )
 
 
 def turn_sentences(facts: SpeedUps) -> list[str]:
-    """Says where each curve wins, loses, or turns from the one to the other."""
+    """Says at which of the measured loads each curve wins or loses, and between which it turns."""
     lines = []
     for curve in facts.curves:
-        loads = curve.loads
-        where = f"at every load from {loads[0]} to {loads[-1]}" if loads[1:] else f"at {loads[0]}"
-        of = f"`{curve.variant}` on {curve.workload}"
-        if all(r > 1 for r in curve.speed_ups):
-            lines.append(f"{of}: faster {where} in flight.")
-        elif all(r <= 1 for r in curve.speed_ups):
-            lines.append(f"{of}: slower {where} in flight.")
-        elif turn := curve.turn:
-            users, gains = turn
-            turns = "starts to win" if gains else "starts to lose"
-            lines.append(f"{of}: {turns} at about {users:.0f} in flight.")
+        told: list[str] = []
+        for outcome, loads in groupby(curve.speed_ups, key=lambda load: wins(load[1])):
+            unit = "" if told else " in flight"
+            at = (f"at {users}{unit}, {times_with_interval(ratio)}" for users, ratio in loads)
+            told.append(f"{WINS[outcome]} {', and '.join(at)}")
+        turns = ""
+        if turn := curve.turn:
+            before, after, gains = turn
+            start = "win" if gains else "lose"
+            turns = f". It starts to {start} between {before} and {after} in flight"
+        lines.append(f"`{curve.variant}` on {curve.workload}: {'; '.join(told)}{turns}.")
     return lines
 
 
@@ -374,10 +408,15 @@ def speculation_wins(run: JudgedRun) -> str | None:
     facts = SPEED_UP.facts_of(run)
     if not facts or not facts.points:
         return None
-    best = max(facts.points, key=lambda p: p.measured)
-    where = f"{best.point.workload.name}, {best.point.load.users} in flight"
-    turns = " ".join(turn_sentences(facts))
-    return f"Most: {best.measured:.2f}x by `{best.point.variant.name}` on {where}. {turns}"
+    winning = [p for p in facts.points if wins(p.measured)]
+    best = max(winning, key=lambda p: p.measured.value, default=None)
+    most = "No load was measured at which speculation wins."
+    if best:
+        most = (
+            f"Most: {times_with_interval(best.measured)} by `{best.point.variant.name}` on"
+            f" {best.point.workload.name}, {best.point.load.users} in flight."
+        )
+    return " ".join([most, *turn_sentences(facts)])
 
 
 def draw_speculation(run: JudgedRun) -> str | None:
@@ -389,8 +428,9 @@ def draw_speculation(run: JudgedRun) -> str | None:
     kinds = list(dict.fromkeys((p.point.variant.name, p.point.workload.name) for p in points))
     marks = dict(zip(dict.fromkeys(w for _, w in kinds), "os^D", strict=False))
     colours = dict(zip(dict.fromkeys(v for v, _ in kinds), VARIANTS, strict=False))
-    for kind in kinds:
+    for place, kind in enumerate(kinds):
         variant, workload = kind
+        aside = 2 ** (0.06 * (place - (len(kinds) - 1) / 2))  # so that intervals stand apart
         mine = sorted(
             (p for p in points if (p.point.variant.name, p.point.workload.name) == kind),
             key=lambda p: p.point.load.users,
@@ -398,8 +438,9 @@ def draw_speculation(run: JudgedRun) -> str | None:
         style = {"color": colours[variant], "marker": marks[workload]}
         at = accepted_at(run, mine[0].point)
         axes[0].plot(range(1, len(at) + 1), at, **style, label=f"{variant}, {workload}")
-        x = [p.point.load.users for p in mine]
-        axes[1].plot(x, [p.measured for p in mine], **style, label=f"{variant}, {workload}")
+        x = [aside * p.point.load.users for p in mine]
+        axes[1].errorbar(x, [p.measured.value for p in mine], yerr=_reach(mine), capsize=3, **style,
+                         label=f"{variant}, {workload}")  # fmt: skip
         explained = [np.nan if p.explained is None else p.explained for p in mine]
         axes[1].plot(x, explained, **style, ls="none", mfc="none", ms=10)
     axes[0].set_xlabel("position drafted")
@@ -417,10 +458,19 @@ def draw_speculation(run: JudgedRun) -> str | None:
     axes[1].plot([], [], "o", color=GREY, mfc="none", ms=10, label="formula, measured parts")
     axes[1].legend(frameon=False, fontsize=8)
     return (
-        "Left: how far ahead guesses are right, at one stream. Right: what that gains; below 1"
-        " speculation loses. Open marks are Leviathan's formula with acceptance, draft cost and"
-        " verification cost as measured."
+        "Left: how far ahead guesses are right, at one stream. Right: what that gains, with"
+        " 95 % intervals; below 1 speculation loses. Open marks are Leviathan's formula with"
+        " acceptance, draft cost and verification cost as measured."
     )
+
+
+def _reach(points: Sequence[SpeedUp]) -> list[list[float]]:
+    """List how far the intervals reach below and above; 0 where there is none."""
+    ratios = [p.measured for p in points]
+    return [
+        [0.0 if r.low is None else r.value - r.low for r in ratios],
+        [0.0 if r.high is None else r.high - r.value for r in ratios],
+    ]
 
 
 # ------------------------------------------------------------------- what others published

@@ -21,8 +21,9 @@ from labs.findings.quality import (
     with_interval,
 )
 from labs.findings.weights import WEIGHTS, draw_tradeoff
+from labs.judging.judge import Interval
 from labs.judging.quality import over_clusters
-from labs.judging.text import number, sentences
+from labs.judging.text import number, sentences, times_with_interval
 
 BASE = "bf16"
 INPUTS = {
@@ -158,15 +159,15 @@ def winners(run: JudgedRun) -> str | None:
     loads = next((w.loads for w in run.lab.workloads if w.name == "decode"), ())
     parts = []
     for load in loads:
-        rates = {
-            v.name: rate
+        gains = {
+            v.name: gain
             for v in run.lab.variants
-            if (rate := run.mean_at(v.name, "decode", load.users, "output_tokens_per_s"))
+            if (gain := _beside_base(run, v.name, "decode", load.users, "output_tokens_per_s"))
         }
-        if BASE not in rates or len(rates) < 2:
+        if not gains:
             return None
-        order = sorted(rates, key=lambda name: -rates[name])
-        ratios = (f"`{n}` {rates[n] / rates[BASE]:.2f}x" for n in order if n != BASE)
+        order = sorted(gains, key=lambda name: -gains[name].value)
+        ratios = (f"`{name}` {times_with_interval(gains[name])}" for name in order)
         parts.append(f"{load.users} in flight: {', '.join(ratios)}")
     return (
         f"Throughput beside BF16's, the fastest first. {sentences(parts)} An 8-bit KV cache is the"
@@ -209,18 +210,18 @@ def phases(run: JudgedRun) -> str | None:
     """Answers IP-2: whether fewer bytes of weights speed up decode alone, as theory has it."""
     parts, as_bound = [], []
     for variant in run.lab.variants[1:]:
-        decode = _gain(run, variant.name, "decode", "tpot_mean_s")
-        prefill = _gain(run, variant.name, "prefill", "ttft_mean_s")
+        decode = _beside_base(run, variant.name, "decode", 1, "tpot_mean_s")
+        prefill = _beside_base(run, variant.name, "prefill", 1, "ttft_mean_s")
         if decode is None or prefill is None:
             continue
         ours, plain = (
             next(p.shape.weight_bytes for p in run.points if p.variant.name == name)
             for name in (variant.name, BASE)
         )
-        as_bound.append(decode > 1.03 > prefill)
+        as_bound.append(_faster(decode) and not _faster(prefill))
         parts.append(
-            f"with {ours / plain:.2f} of the bytes (`{variant.name}`) decode runs {decode:.2f}x and"
-            f" prefill {prefill:.2f}x as fast"
+            f"with {ours / plain:.2f} of the bytes (`{variant.name}`) decode takes"
+            f" {times_with_interval(decode)} the time and prefill {times_with_interval(prefill)}"
         )
     if not parts:
         return None
@@ -234,10 +235,18 @@ def phases(run: JudgedRun) -> str | None:
     return f"{text} So {verdict}."
 
 
-def _gain(run: JudgedRun, variant: str, workload: str, metric: str) -> float | None:
-    """Divides the speed by the base's, one request at a time."""
-    ours, plain = (run.mean_at(name, workload, 1, metric) for name in (variant, BASE))
-    return plain / ours if ours and plain else None
+def _beside_base(
+    run: JudgedRun, variant: str, workload: str, users: int, metric: str
+) -> Interval | None:
+    """Divides a variant's figure at a load by the base's; None for the base itself."""
+    ours, base = (run.point(name, workload, f"concurrent:{users}") for name in (variant, BASE))
+    measured = run.effect(ours, base, metric) if ours and base and variant != BASE else None
+    return measured.ratio if measured else None
+
+
+def _faster(times: Interval) -> bool:
+    """Whether the interval of a ratio of times shows a gain."""
+    return times.high is not None and times.high < 1
 
 
 # ------------------------------------------------------------------- what others published

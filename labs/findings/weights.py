@@ -10,7 +10,8 @@ from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
 from labs.findings.parts import Conclusion
 from labs.findings.quality import compared, figure_of
-from labs.judging.text import number
+from labs.judging.judge import Interval
+from labs.judging.text import number, times_with_interval
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Weights:
     variant: str
     in_memory_bytes: float
     tpot_s: float | None  # at one stream
+    speed_up: Interval | None  # TPOT of the run's first point / this one's; None for the first
     tokens_per_s: float | None  # at the largest load
     prefill_s: float | None
     making: Making | None
@@ -41,7 +43,6 @@ class KindsOfWeights:
 
     kinds: tuple[Weights, ...]
     plain_bytes: float
-    plain_tpot_s: float | None
     most_users: int
     prefill_tokens: float | None  # None where the lab prefills nothing on its own
 
@@ -58,6 +59,7 @@ def kinds_of_weights(context: Context) -> KindsOfWeights:
                     p.shape.weight_bytes for p in context.points if p.variant.name == v.name
                 ),
                 tpot_s=context.mean_at(v.name, "decode", 1, "tpot_mean_s"),
+                speed_up=decode_speed_up(context, plain.variant.name, v.name),
                 tokens_per_s=context.mean_at(v.name, "decode", most, "output_tokens_per_s"),
                 prefill_s=context.mean_at(v.name, "prefill", 1, "ttft_mean_s"),
                 making=_making(context, v.weights),
@@ -65,10 +67,16 @@ def kinds_of_weights(context: Context) -> KindsOfWeights:
             for v in context.lab.variants
         ),
         plain_bytes=plain.shape.weight_bytes,
-        plain_tpot_s=context.mean_at(plain.variant.name, "decode", 1, "tpot_mean_s"),
         most_users=most,
         prefill_tokens=prefill.prompt_tokens if prefill else None,
     )
+
+
+def decode_speed_up(context: Context, plain: str, variant: str) -> Interval | None:
+    """Divides TPOT of the plain weights at one stream by a variant's; None for the plain ones."""
+    base, ours = (context.point(name, "decode", "concurrent:1") for name in (plain, variant))
+    gain = context.effect(base, ours, "tpot_mean_s") if base and ours and base != ours else None
+    return gain.ratio if gain else None
 
 
 def _making(context: Context, weights: str) -> Making | None:
@@ -86,13 +94,13 @@ def tell_weights(facts: KindsOfWeights) -> Finding:
              *([f"Throughput, {many} in flight"] if many > 1 else []),
              *(["Prefill"] if prompt else []), "Made by"]]  # fmt: skip
     for kind in facts.kinds:
-        ratio, plain_s = facts.plain_bytes / kind.in_memory_bytes, facts.plain_tpot_s
+        ratio = facts.plain_bytes / kind.in_memory_bytes
         row = [
             f"`{kind.variant}`",
             f"{kind.in_memory_bytes / 1e6:,.0f} MB",
             f"{1 / ratio:.2f}",
             number(kind.tpot_s, "s"),
-            f"{plain_s / kind.tpot_s:.2f}x" if plain_s and kind.tpot_s else "–",
+            times_with_interval(kind.speed_up) if kind.speed_up else "–",
             f"{ratio:.2f}x",
         ]
         if many > 1:
@@ -126,18 +134,16 @@ def draw_tradeoff(run: JudgedRun) -> str | None:
     at = {
         p.variant.name: p for p in run.points if p.workload.name == "decode" and p.load.users == 1
     }
-    tpot_s = {name: run.interval(p, "tpot_mean_s") for name, p in at.items()}
-    plain = tpot_s.get(base)
-    if not treatments or plain is None:
+    if not treatments or base not in at or run.mean(at[base], "tpot_mean_s") is None:
         return None
     _, ax = plt.subplots(figsize=(6.5, 4))
     for colour, name in zip(VARIANTS, [base, *treatments], strict=False):
         figures = treatments.get(name)
         ratio = figure_of(figures, "perplexity_ratio") if figures else None
-        ours = tpot_s.get(name)
-        if ours is None:
+        gain = decode_speed_up(run, base, name)
+        if gain is None and name != base:
             continue
-        x, y = plain.value / ours.value, ratio.value if ratio else 1.0
+        x, y = gain.value if gain else 1.0, ratio.value if ratio else 1.0
         reach = [[y - (ratio.low or y)], [(ratio.high or y) - y]] if ratio else None
         size = at[name].shape.weight_bytes / 1e6
         ax.errorbar(x, y, yerr=reach, fmt="o", color=colour, capsize=4, ms=8,

@@ -143,9 +143,16 @@ def mbu(trial: Trial) -> float | None:
     tpot_s, size = mean(trial.samples_s(TPOT)), batch(trial)
     if not tpot_s or not size:
         return None
-    point = trial.point
-    moved_bytes = theory.decode_bytes(point.shape, size, point.context_tokens)
-    return moved_bytes / tpot_s / point.ceilings.memory_bandwidth_bytes_per_s
+    bandwidth = trial.point.ceilings.memory_bandwidth_bytes_per_s
+    return _step_bytes(trial.point, size) / tpot_s / bandwidth
+
+
+def _step_bytes(point: Point, size: float) -> float:
+    """Compute the bytes of a decode step of so many requests, keys and values as they are cached.
+
+    The context is the point's mean.
+    """
+    return theory.decode_bytes(point.shape, size, point.context_tokens, point.flags.kv_value_bytes)
 
 
 def flops_per_s(trial: Trial) -> float | None:
@@ -157,12 +164,30 @@ def flops_per_s(trial: Trial) -> float | None:
 
 
 def mfu(trial: Trial) -> float | None:
-    """Model FLOP/s utilization: decode FLOP/s / the measured BF16 ceiling; a share.
+    """Model FLOP/s utilization: the FLOP/s of prefill and decode / the measured BF16 ceiling.
 
-    Defined in PaLM (Chowdhery et al. 2022), there for training.
+    A share of the window. A prompt's prefill is spread evenly from its send to its first token, and
+    leaves out the share of all prompts that the prefix cache held; each token after the first takes
+    the FLOP of a decode step of one sequence when it arrives. Defined in PaLM (Chowdhery et al.
+    2022), there for training.
     """
-    rate = flops_per_s(trial)
-    return rate and rate / trial.point.ceilings.bf16_flops_per_s
+    (start, end), point = trial.summary.window_s, trial.point
+    if end <= start:
+        return None
+    cached_share = prefix_hit_rate(trial) or 0.0
+    decode_flop = theory.decode_flops(point.shape, 1, point.context_tokens)
+    flop = 0.0
+    for r in trial.records:
+        if not r.chunks:
+            continue
+        (first_s, _), *later = r.chunks
+        within_s = min(end, first_s) - max(start, r.sent_s)
+        if within_s > 0:
+            prompt = r.prompt_tokens or point.prompt_tokens
+            prefill_flop = theory.prefill_flops(point.shape, prompt, cached_share * prompt)
+            flop += prefill_flop * within_s / (first_s - r.sent_s)
+        flop += decode_flop * sum(tokens for at, tokens in later if start <= at < end)
+    return flop / (end - start) / point.ceilings.bf16_flops_per_s if flop else None
 
 
 def intensity(trial: Trial) -> float | None:
@@ -174,7 +199,7 @@ def intensity(trial: Trial) -> float | None:
     if size is None:
         return None
     flops = theory.decode_flops(point.shape, size, point.context_tokens)
-    return flops / theory.decode_bytes(point.shape, size, point.context_tokens)
+    return flops / _step_bytes(point, size)
 
 
 def usd_per_million_tokens(trial: Trial) -> float | None:

@@ -228,9 +228,9 @@ def _every_point(facts: Facts) -> Section:
         " the samples of all repeats together, left out where too few samples support them. TTFT is"
         " the time to a request's first token, TPOT its time per token after that, ITL the gap"
         " before each token, E2E the whole request. Goodput counts requests/s with TTFT up to"
-        f" {number(lab.slo.ttft_s, 's')} and TPOT up to {number(lab.slo.tpot_s, 's')}. MBU and MFU"
-        " are the memory bandwidth and the FLOP/s that decode used, as shares of this machine's"
-        " measured ceilings."
+        f" {number(lab.slo.ttft_s, 's')} and TPOT up to {number(lab.slo.tpot_s, 's')}. MBU is"
+        " the memory bandwidth that decode used, MFU the FLOP/s that prefill and decode used, each"
+        " as a share of this machine's measured ceiling."
     )
     return section(
         "Every point", tables.points(facts.points, lab, facts.summary), Paragraph(columns)

@@ -9,18 +9,21 @@ from typing import Any
 
 import pytest
 
-from labs import LABS
+from labs import LABS, theory
 from labs.filing.results import Agreement, Finding, Session, Summary, write_json
+from labs.findings.chunked_prefill import chunks_solve
 from labs.findings.context import Context, JudgedRun
 from labs.findings.continuous_batching import both_ends, one_stream, ridge
+from labs.findings.kv_quantization import memory_steps
 from labs.findings.parts import Conclusion, answers, parts_of
 from labs.findings.prefix_caching import sharing, where_to_look
 from labs.findings.weight_quantization import phases
 from labs.judging.judge import Effect, Interval, Judgement
 from labs.lab import Lab, Variant
+from loadtests.workload import Intruder
 from serving import metrics
 from serving.metrics import Histogram, Snapshot
-from tests.unit.builders import PREDICTION, make_lab, make_workload
+from tests.unit.builders import PREDICTION, SHAPE, make_lab, make_workload
 from tests.unit.test_findings import context, played
 
 
@@ -90,10 +93,13 @@ def test_the_side_of_the_ridge_is_told_by_the_intensities(tmp_path: Path) -> Non
     below = ridge(swept(tmp_path, (1, 9)))
     assert below
     assert "1 at 1 in flight, 9 at 2" in below
-    assert "ridge is 10, a batch of about 10: memory bounds both." in below
+    assert (
+        "ridge is 10, a batch of about 10: by the work alone memory bandwidth is the nearer ceiling"
+        in below
+    )
     across = ridge(swept(tmp_path / "b", (1, 11)))
     assert across
-    assert "memory bounds the first, arithmetic the last" in across
+    assert "the nearer ceiling of the first, arithmetic of the last" in across
 
 
 def test_one_stream_is_held_against_the_weights_and_the_bandwidth(tmp_path: Path) -> None:
@@ -101,6 +107,68 @@ def test_one_stream_is_held_against_the_weights_and_the_bandwidth(tmp_path: Path
     text = one_stream(swept(tmp_path, (1, 2)))
     assert text
     assert "at most 500 tok/s. Measured: 250 tok/s (1 / TPOT), 50% of it." in text
+
+
+def test_the_time_of_a_step_is_told_beside_the_side_of_the_ridge(tmp_path: Path) -> None:
+    """A step of 20 ms at one in flight reads for 2.3 ms: neither ceiling limits it."""
+    lab = make_lab(variants=(Variant(name="base"),), claims=(), evidence=())
+    text = ridge(judged_run(context(tmp_path, lab, {
+        "base/short/concurrent-1": {"intensity": 1.0, "tpot_mean_s": 0.020, "batch": 1.0},
+        "base/short/concurrent-2": {"intensity": 2.0, "tpot_mean_s": 0.004, "batch": 2.0},
+    })))  # fmt: skip
+    assert text
+    # (2000 + 2 x 8 x 32) bytes at 1 MB/s; 2 x (2000 + 64 x 8) FLOP, and a quarter of a prefill
+    flop = 2 * (2000 + 64 * 8) + theory.prefill_flops(SHAPE, 6) / 4
+    assert (
+        f"At 2 in flight an output token takes 4.00 ms: 2.51 ms (63%) reading, {flop / 1e4:.2f} ms"
+    ) in text
+    assert text.endswith(
+        "By the time measured neither ceiling limits a step at 1 in flight, and memory bandwidth"
+        " limits one at 2."
+    )
+
+
+def test_the_price_of_small_pieces_is_told_beside_what_they_solve(tmp_path: Path) -> None:
+    """Claims of a run that was made before the price was one of them are enough."""
+    variants = tuple(
+        Variant(name=name, flags={"max-num-batched-tokens": tokens,
+                                  "enable-chunked-prefill": name != "whole"})
+        for name, tokens in (("sixteenth", 10), ("whole", 64))
+    )  # fmt: skip
+    workload = make_workload("contended:2/1", intruder=Intruder(prompt_tokens=32))
+    lab = make_lab(variants=variants, workloads=(workload,), claims=(), evidence=(),
+                   findings=("token-budget",))  # fmt: skip
+    values = {
+        f"{name}/short/contended-2-1": {
+            "stall_mean_s": 0.1, "intruder_ttft_mean_s": 0.5, "ttft_mean_s": ttft_s
+        }
+        for name, ttft_s in (("sixteenth", 1.2), ("whole", 0.2))
+    }  # fmt: skip
+    judgements = [judged("stall-sixteenth", 0.1), judged("ttft", 1.4)]
+    text = chunks_solve(judged_run(context(tmp_path, lab, values), judgements))
+    assert text
+    assert "stall is 0.10x" in text
+    assert text.endswith(
+        "With `sixteenth` their own first token takes 1.2 s on average, where it takes 200 ms"
+        " without chunks: 6.00x (6.00 to 6.00)."
+    )
+
+
+def test_the_price_of_a_remedy_is_told_with_it(tmp_path: Path) -> None:
+    lab = make_lab(
+        variants=tuple(
+            Variant(name=n, flags={"kv-cache-dtype": t, "kv-cache-memory-bytes": 32 * 640})
+            for n, t in (("bf16", "auto"), ("fp8", "fp8_e4m3"), ("bf16-tight", "auto"))
+        ),
+        workloads=(make_workload(name="far"),), claims=(), evidence=(), findings=("memory-ladder",),
+    )  # fmt: skip
+    found = context(tmp_path, lab, {
+        "bf16/far/concurrent-1": {"tpot_mean_s": 0.020, "ttft_mean_s": 0.1},
+        "fp8/far/concurrent-1": {"tpot_mean_s": 0.021, "ttft_mean_s": 0.3},
+    })  # fmt: skip
+    text = memory_steps(judged_run(found))
+    assert text
+    assert "price: at worst *TTFT, mean* 3.00x (3.00 to 3.00) over a long context" in text
 
 
 def test_ttft_is_split_by_the_engines_own_clock(tmp_path: Path) -> None:
@@ -123,9 +191,9 @@ def test_ttft_is_split_by_the_engines_own_clock(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("decode_ms", "prefill_ms", "said"),
-    [(5, 100, "decode runs 2.00x and prefill 1.00x as fast. So they speed up decode and not"),
-     (5, 50, "prefill 2.00x as fast. So on this machine the bytes alone explain neither"),
-     (12, 100, "decode runs 0.83x")],
+    [(5, 100, "and prefill 1.00x (1.00 to 1.00). So they speed up decode and not prefill"),
+     (5, 50, "and prefill 0.50x (0.50 to 0.50). So on this machine the bytes alone"),
+     (12, 100, "decode takes 1.20x (1.20 to 1.20) the time and prefill 1.00x")],
 )  # fmt: skip
 def test_fewer_bytes_are_held_against_both_phases(
     decode_ms: float, prefill_ms: float, said: str, tmp_path: Path

@@ -2,6 +2,7 @@
 
 import pytest
 
+from labs import theory
 from labs.judging.measure import (
     LEAST_SAMPLES,
     Trial,
@@ -16,7 +17,7 @@ from loadtests.workload import Intruder
 from serving import metrics
 from serving.metrics import PREFIX_HITS, PREFIX_QUERIES, TTFT, Histogram, Snapshot
 from serving.telemetry import Sample
-from tests.unit.builders import make_point, make_record, make_trial
+from tests.unit.builders import CEILINGS, SHAPE, make_point, make_record, make_trial
 
 # 200 requests of the window 10 to 20 s, TTFT 100, 101 ... 299 ms, then two tokens in one chunk
 STEADY = [
@@ -59,7 +60,8 @@ EXPECTED = {
     "error_rate": 1 / 202,
     "batch": 4.05,  # 200 x 0.2 s in decode, and half a second of the warm-up's
     "mbu": (2000 + 4.05 * 8 * 32) / 0.1 / 1e6,  # bytes a step, TPOT, 1 MB/s
-    "mfu": 60.4 * (2000 + 64 * 8) / 1e7,
+    # 200 prompts of 4 tokens, a quarter of them cached; 404 later tokens; in 10 s, at 10 MFLOP/s
+    "mfu": (200 * theory.prefill_flops(SHAPE, 4, 1) + 404 * (2000 + 64 * 8)) / 10 / 1e7,
     "intensity": 4.05 * (2000 + 64 * 8) / (2000 + 4.05 * 8 * 32),
     "flops_per_s": 60.4 * (2000 + 64 * 8),
     "prefix_hit_rate": 100 / 400,
@@ -145,6 +147,25 @@ def test_batch_counts_decode_within_the_window_alone() -> None:
     spans = [(8.0, 12.0), (18.0, 30.0), (1.0, 9.0), (21.0, 22.0), (9.0, 21.0)]
     records = [make_record([(a, 1), (b, 1)]) for a, b in spans]
     assert METRICS["batch"].of(make_trial(records)) == (2 + 2 + 0 + 0 + 10) / 10
+
+
+def test_mfu_counts_the_part_of_a_prefill_that_lies_in_the_window() -> None:
+    """Sent at 8 s, its first token at 12 s: half of the prefill is after the window's start."""
+    straddling = make_record([(12.0, 1)], sent_s=8.0, prompt_tokens=64)
+    expected = theory.prefill_flops(SHAPE, 64) / 2 / 10 / CEILINGS.bf16_flops_per_s
+    assert METRICS["mfu"].of(make_trial([straddling])) == pytest.approx(expected)
+
+
+def test_mbu_counts_keys_and_values_as_they_are_cached() -> None:
+    plain, quantized = (
+        METRICS["mbu"].of(make_trial(STEADY, point=make_point(flags={"kv-cache-dtype": dtype})))
+        for dtype in ("auto", "fp8_e4m3")
+    )
+    assert plain
+    assert quantized
+    size = METRICS["batch"].of(make_trial(STEADY))
+    assert size
+    assert (plain - quantized) * 1e6 * 0.1 == pytest.approx(size * 8 * 32 / 2)
 
 
 def test_nothing_arrived_is_none_not_zero() -> None:

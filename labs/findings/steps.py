@@ -1,0 +1,77 @@
+"""What the time of a pass is made of: reading and computing at the ceilings, and the rest.
+
+On the roofline a pass that reads slowly is bound by memory bandwidth, however long the engine takes
+beside it. The parts say how much of the measured time either ceiling explains.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+PARTS_MEAN = (
+    "Reading is of weights, keys and values at the measured bandwidth, computing at the measured"
+    " rate; the rest is launching operations, scheduling, sampling, and reading or computing below"
+    " those ceilings."
+)
+COUNTED_IN_TURN = (
+    "Reading and computing are counted one after the other: where the device does both at once, the"
+    " rest is longer, by the shorter of the two at most."
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Splits the measured time of a pass; the three parts add up to it.
+
+    Reading and computing are counted one after the other. Where the device does both at once the
+    rest is longer, by the shorter of the two at most; a negative rest shows such an overlap.
+    """
+
+    measured_s: float
+    reading_s: float  # the weights, keys and values, at the measured bandwidth
+    computing_s: float  # at the measured BF16 rate
+
+    @property
+    def rest_s(self) -> float:
+        return self.measured_s - self.reading_s - self.computing_s
+
+    @property
+    def limit(self) -> str:
+        """Says what limits the pass: the part that takes more than half of its time, if any."""
+        parts = {
+            "memory bandwidth limits": self.reading_s,
+            "arithmetic limits": self.computing_s,
+            "neither ceiling limits": self.rest_s,
+        }
+        most = max(parts, key=parts.__getitem__)
+        return most if parts[most] > self.measured_s / 2 else "no one part alone limits"
+
+    def cells(self) -> tuple[str, str, str]:
+        """Writes reading, computing and the rest, each as `9.4 ms (36%)`."""
+        reading, computing, rest = (
+            f"{time} ({share}%)" for time, share in zip(*self._written()[1:], strict=True)
+        )
+        return reading, computing, rest
+
+    def sentence(self, what: str) -> str:
+        """Says what the pass is made of, in numbers that add up as they are printed."""
+        reading, computing, rest = self.cells()
+        parts = f"{what} takes {self._written()[0]}: {reading} reading, {computing} computing"
+        if self.rest_s < 0:
+            return f"{parts}, of which {rest.replace('-', '')} overlap."
+        return f"{parts}, {rest} the rest."
+
+    def _written(self) -> tuple[str, list[str], list[int]]:
+        """Rounds the total, the parts and their percentages, so that both lists add up."""
+        unit, scale = ("ms", 1000) if self.measured_s < 0.9995 else ("s", 1)
+        digits = max(0, 2 - math.floor(math.log10(scale * self.measured_s)))
+        total = round(scale * self.measured_s, digits)
+        both = [round(scale * s, digits) for s in (self.reading_s, self.computing_s)]
+        times = [*both, round(total - sum(both), digits) + 0.0]  # never a negative zero
+        shares = [round(100 * s / self.measured_s) for s in (self.reading_s, self.computing_s)]
+        return (
+            f"{total:.{digits}f} {unit}",
+            [f"{time:.{digits}f} {unit}" for time in times],
+            [*shares, 100 - sum(shares)],
+        )
