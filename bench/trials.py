@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,8 +124,9 @@ def measure(program: truth.Program, load: RunningLocust, work: Path, totals: Tot
         master_s, all_s = (b - a for a, b in zip(before_s, load.cpu_s(), strict=True))
     totals.master_cpu_s += master_s
     totals.all_cpu_s += all_s
-    # CLOCK_MONOTONIC is one clock for both processes; the summary's wall clock leads to it
-    t0 = summary.started_unix_s - (time.time() - time.monotonic())
+    # CLOCK_MONOTONIC is one clock for both processes
+    t0 = summary.started_monotonic_s
+    assert t0 is not None
     client = list(records.read(recorded))
     totals.errors += compare(client, truth.read(log), t0)
     totals.delivered.append(delivered(client, summary.window_s, program.ideal_chunks_per_s))

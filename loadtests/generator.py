@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from loadtests.plan import WINDOWS_AT_MOST, TrialPlan, TrialSummary
+from loadtests.plan import WINDOWS_AT_MOST, TrialPlan, TrialSummary, most_output_tokens
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 START_TIMEOUT_S = 60.0
@@ -100,9 +100,7 @@ class Generator:
                 message = self._events.get(timeout=0.2)
             except queue.Empty:
                 if (code := self._child.returncode) is not None:
-                    raise GeneratorError(
-                        f"Locust ended with exit code {code}; its last lines:\n{self._child.tail()}"
-                    ) from None
+                    raise GeneratorError(self._last_lines(f"exit code {code}")) from None
                 waiting()
                 continue
             if message["event"] == "failed":
@@ -113,16 +111,26 @@ class Generator:
             f"Locust said nothing for {timeout_s:.0f} s; its last lines:\n{self._child.tail()}"
         )
 
+    def _last_lines(self, end: str) -> str:
+        tail = self._child.tail()
+        return f"Locust ended with {end}" + (f"; its last lines:\n{tail}" if tail else "")
+
     def play(
         self, plan: TrialPlan, waiting: Callable[[], None] = lambda: None, grace_s: float = 30
     ) -> TrialSummary:
         """Play one trial, whose records are on disk when this returns; raises GeneratorError.
 
+        After that error the generator may still be playing: it has to be started again.
+
         `waiting` is called a few times a second; an exception it raises (a dead engine, Ctrl-C)
         ends the wait.
         """
-        self._child.stdin.write(plan.model_dump_json() + "\n")
-        self._child.stdin.flush()
+        try:
+            self._child.stdin.write(plan.model_dump_json() + "\n")
+            self._child.stdin.flush()
+        except OSError as error:  # nobody reads it any more
+            raise GeneratorError(self._last_lines("a closed pipe")) from error
         windows_s = WINDOWS_AT_MOST * (plan.window_s or 0)
-        longest_s = plan.warmup_s + windows_s + plan.timeout_s + grace_s
+        answer_s = plan.longest_s(most_output_tokens(plan.requests))
+        longest_s = plan.warmup_s + windows_s + answer_s + grace_s
         return TrialSummary.model_validate(self._expect("done", longest_s, waiting)["summary"])

@@ -20,11 +20,14 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import ctypes
 import gc
 import itertools
 import json
+import math
 import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -37,9 +40,11 @@ from urllib.parse import urlsplit
 import gevent
 import gevent.event
 import gevent.fileobject
+import geventhttpclient.client
 import orjson
 from geventhttpclient import HTTPClient
-from locust import User, events, task
+from geventhttpclient.response import HTTPSocketPoolResponse
+from locust import User, events, runners, task
 from locust.env import Environment
 from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
@@ -53,6 +58,7 @@ from loadtests.plan import (
     TrialPlan,
     TrialSummary,
     merged_summary,
+    most_answer_bytes,
     read_requests,
     total_progress,
 )
@@ -62,8 +68,48 @@ PATH = "/v1/chat/completions"
 HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream"}
 REPORT_EVERY_S = 0.5
 LOOP_TICK_S = 0.02
+CONNECTION_TIMEOUT_S = 10.0
 GIVE_UP_AFTER = 5  # connection failures in a row, which mean that the engine is gone
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 now = time.monotonic
+
+
+# ------------------------------------------------------------------------- an answer has an end
+
+
+class EndlessAnswer(Exception):
+    """An answer was cut off: it took more time or more bytes than the request can need."""
+
+
+class BoundedResponse(HTTPSocketPoolResponse):
+    """A response, headers included, that fails once it has more bytes than any request can need.
+
+    A server that never stops sending also never lets other greenlets run, so that no timeout would
+    end it.
+    """
+
+    most_bytes = 0  # set for each trial, from the longest answer that it asks for
+    received_bytes = 0
+
+    def feed(self, data: str | bytes) -> None:
+        """Parse what was received. Raises EndlessAnswer."""
+        self.received_bytes += len(data)
+        if self.received_bytes > self.most_bytes:
+            raise EndlessAnswer(f"the answer has more than {self.most_bytes} bytes")
+        super().feed(data)
+
+
+geventhttpclient.client.HTTPSocketPoolResponse = BoundedResponse  # what HTTPClient makes
+# Locust's worker measures its master's silence on the wall clock, which may jump. It needs no such
+# limit: it ends with its master.
+runners.MASTER_HEARTBEAT_TIMEOUT = math.inf
+
+
+@contextlib.contextmanager
+def ends_within(seconds: float) -> Iterator[None]:
+    """Raise EndlessAnswer where an answer takes longer."""
+    with gevent.Timeout(seconds, EndlessAnswer(f"no end of the answer within {seconds:.0f} s")):
+        yield
 
 
 # ------------------------------------------------------------------------------ one trial's load
@@ -82,6 +128,8 @@ class Load:
     def __init__(self, plan: TrialPlan) -> None:
         self.plan = plan
         requests = read_requests(plan.requests)
+        longest = max((r.output_tokens for r in requests), default=0)
+        BoundedResponse.most_bytes = most_answer_bytes(longest)
         self.requests = plan.own_share([r for r in requests if not r.intruder])
         self.users = plan.seats
         self._intrusions = iter([r for r in requests if r.intruder])
@@ -257,15 +305,18 @@ def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, b
         load.adapters[turn.request.adapter] += 1
     sent = now()
     try:
-        response = client.request("POST", PATH, turn.request.body.encode(), HEADERS)
-        while line := response.readline(b"\n"):
-            if line != b"\n":
-                lines.append((now(), line))
-        if rest := response.read():  # an error's body ends without a newline
-            lines.append((now(), rest))
+        with ends_within(load.plan.longest_s(turn.request.output_tokens)):
+            response = client.request("POST", PATH, turn.request.body.encode(), HEADERS)
+            while line := response.readline(b"\n"):
+                if line != b"\n":
+                    lines.append((now(), line))
+            if rest := response.read():  # an error's body ends without a newline
+                lines.append((now(), rest))
         if response.status_code != 200:
             text = b"".join(line for _, line in lines).decode(errors="replace")
             error = f"HTTP {response.status_code}: {text[:200]}"
+    except EndlessAnswer as failure:
+        error = str(failure)
     except Exception as failure:  # any failure of the network is recorded with the request
         error, connection_failed = f"{type(failure).__name__}: {failure}", True
     end = now()
@@ -274,7 +325,7 @@ def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, b
         load.adapters[turn.request.adapter] -= 1
     t0 = load.t0
     chunks, prompt_tokens, output_tokens, complaint = (
-        tokens_of(lines, t0) if lines else ([],) + (None,) * 3
+        tokens_of(lines, t0, turn.request.output_tokens) if lines else ([],) + (None,) * 3
     )
     keep = load.plan.keep_text and chunks and not complaint
     if error is None and not chunks:
@@ -296,17 +347,18 @@ def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, b
 
 
 def tokens_of(
-    lines: list[tuple[float, bytes]], t0: float
+    lines: list[tuple[float, bytes]], t0: float, asked_tokens: int
 ) -> tuple[list[tuple[float, int]], int | None, int | None, str | None]:
     """Parse server-sent events, each with the time at which it was read.
 
     Returns the chunks that carry tokens, the prompt tokens, the output tokens, and a complaint or
     None. A chunk's tokens are the increase of the usage in it. Where a server sends usage only at
-    the end, each chunk with text counts as one token; the sums are compared later.
+    the end, each chunk with text counts as one token; the sums are compared later. A usage that is
+    no count, falls, or is beyond twice what was asked for is a complaint.
     """
     chunks: list[tuple[float, int]] = []
     prompt_tokens = output_tokens = complaint = None
-    counted = 0
+    counted = reported = 0
     for at, line in lines:
         if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
             continue
@@ -315,7 +367,14 @@ def tokens_of(
             if "error" in event:
                 complaint = str(event["error"])[:200]
             if usage := event.get("usage"):
-                prompt_tokens, output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+                prompt, output = usage["prompt_tokens"], usage["completion_tokens"]
+                if not (
+                    type(prompt) is type(output) is int
+                    and prompt >= 0
+                    and reported <= output <= 2 * asked_tokens
+                ):
+                    return chunks, None, None, f"not a usage: {str(usage)[:80]}"
+                prompt_tokens, output_tokens, reported = prompt, output, output
                 tokens = output_tokens - counted if event.get("choices") else 0
             else:
                 choices = event.get("choices") or [{}]
@@ -435,15 +494,13 @@ def connect(load: Load) -> HTTPClient:
         address.hostname or "",
         port=address.port,
         ssl=address.scheme == "https",
-        connection_timeout=10,
+        connection_timeout=CONNECTION_TIMEOUT_S,
         network_timeout=load.plan.timeout_s,
         concurrency=1,
     )
-    try:
+    # where it fails the connection is dropped, and the first request will say what is wrong
+    with contextlib.suppress(Exception), ends_within(CONNECTION_TIMEOUT_S):
         client.get("/health").read()
-    except Exception:  # the first request will say what is wrong
-        client.close()
-        return HTTPClient(address.hostname or "", port=address.port, concurrency=1)
     return client
 
 
@@ -469,6 +526,7 @@ def play_trial(environment: Environment, msg: Any, **_: object) -> None:
     lags.sort()
     summary = TrialSummary(
         started_unix_s=load.started_unix_s,
+        started_monotonic_s=load.t0,
         window_s=(load.window_start_s, load.window_end_s),
         planned=load.planned,
         sent=load.sent,
@@ -646,6 +704,8 @@ def _begin(environment: Environment, **_: object) -> None:
     runner, options = environment.runner, environment.parsed_options
     assert options
     if isinstance(runner, WorkerRunner):
+        # It must not outlive the master, even where nobody is left to end it.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         with contextlib.suppress(PermissionError):
             os.nice(-10)  # its times must not wait for an engine that spins on its core
         runner.register_message("lab-trial", play_trial, concurrent=True)

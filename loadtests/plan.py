@@ -15,6 +15,10 @@ from loadtests.workload import Request, intrudes
 
 T = TypeVar("T")
 WINDOWS_AT_MOST = 4  # how far a closed loop may extend its window, in windows
+# What an answer may take beyond the time to its first byte, and beyond its first lines: many times
+# what an engine needs, so that only an answer without an end is cut off.
+TOKEN_AT_MOST_S, TOKEN_AT_MOST_BYTES = 2.0, 4096
+FIRST_LINES_AT_MOST_BYTES = 65536
 
 
 class TrialPlan(BaseModel, frozen=True, extra="forbid"):
@@ -35,6 +39,10 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     keep_text: bool = False
     slo_s: dict[str, float] = {}  # ttft, tpot, itl: lines on a dashboard
     share: tuple[int, int] = (0, 1)  # (number of this load process, number of all)
+
+    def longest_s(self, output_tokens: int) -> float:
+        """Return the most time that an answer of so many tokens may take, in seconds."""
+        return self.timeout_s + TOKEN_AT_MOST_S * output_tokens
 
     @property
     def seats(self) -> int:
@@ -60,6 +68,7 @@ class TrialSummary(BaseModel, frozen=True, extra="forbid"):
     """Holds what only the load processes know of a trial; the records give everything else."""
 
     started_unix_s: float  # wall clock at the trial's time 0: for dashboards, never for durations
+    started_monotonic_s: float | None = None  # the same moment on the machine's monotonic clock
     window_s: tuple[float, float]  # the measured window, on the trial's clock
     planned: int | None  # requests the schedule holds (open loop)
     sent: int
@@ -77,8 +86,10 @@ def merged_summary(summaries: Sequence[TrialSummary], lost_share: float) -> Tria
     Each share counts time from its own start, so that no clocks are compared.
     """
     planned = [s.planned for s in summaries if s.planned is not None]
+    started_s = [s.started_monotonic_s for s in summaries if s.started_monotonic_s is not None]
     return TrialSummary(
         started_unix_s=min(s.started_unix_s for s in summaries),
+        started_monotonic_s=min(started_s, default=None),
         window_s=(max(s.window_s[0] for s in summaries), min(s.window_s[1] for s in summaries)),
         planned=sum(planned) if planned else None,
         sent=sum(s.sent for s in summaries),
@@ -163,6 +174,17 @@ def sent_sha256(paths: Sequence[Path]) -> str:
     for request in (request for path in paths for request in read_requests(path)):
         digest.update(f"{request.due_s} {request.body}\n".encode())
     return digest.hexdigest()
+
+
+def most_output_tokens(path: Path) -> int:
+    """Return the longest answer that the requests of a file ask for, in tokens."""
+    with path.open("rb") as file:
+        return max((int(orjson.loads(line)["output_tokens"]) for line in file), default=0)
+
+
+def most_answer_bytes(output_tokens: int) -> int:
+    """Return the most bytes that an answer of so many tokens may have."""
+    return FIRST_LINES_AT_MOST_BYTES + TOKEN_AT_MOST_BYTES * output_tokens
 
 
 def read_requests(path: Path) -> list[PlannedRequest]:

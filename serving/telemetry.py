@@ -43,7 +43,7 @@ REASONS = {0x04: POWER_CAP, **SLOWDOWNS}
 class Sample:
     """A device's readings at one moment.
 
-    `time_s` is wall-clock time, and in a trial's file seconds from the trial's start.
+    `time_s` is on the machine's monotonic clock, and in a trial's file from the trial's start.
     """
 
     time_s: float
@@ -92,7 +92,7 @@ class Gpus:
         memory = read(n.nvmlDeviceGetMemoryInfo)
         load = read(n.nvmlDeviceGetUtilizationRates)
         return Sample(
-            time.time(),
+            time.monotonic(),
             str(index),
             power_w=scaled(read(n.nvmlDeviceGetPowerUsage), 1e-3),
             energy_j=scaled(read(n.nvmlDeviceGetTotalEnergyConsumption), 1e-3),
@@ -125,7 +125,7 @@ class Processors:
         for now, last, wrap in zip(now_uj, self._last_uj, self._range_uj, strict=True):
             self._used_uj += now - last + (wrap if now < last else 0)
         self._last_uj = now_uj
-        return [Sample(time.time(), "cpu", energy_j=self._used_uj / 1e6)]
+        return [Sample(time.monotonic(), "cpu", energy_j=self._used_uj / 1e6)]
 
 
 def source(kind: str) -> Source | None:
@@ -186,10 +186,13 @@ class Telemetry(Collector):
         self._labels["variant"] = variant
         self._samples = []
 
-    def write(self, path: Path, started_unix_s: float) -> None:
-        """Write the trial's samples, with times from its start; without samples, no file."""
-        if self._samples:
-            write(path, self._samples, started_unix_s)
+    def write(self, path: Path, started_monotonic_s: float | None) -> None:
+        """Write the trial's samples, with times from its start on this machine's monotonic clock.
+
+        Without samples, or where the start is not known, no file.
+        """
+        if self._samples and started_monotonic_s is not None:
+            write(path, self._samples, started_monotonic_s)
 
     def serve(self, port: int) -> bool:
         """Export the newest samples to Prometheus, on loopback; return False without a GPU."""
@@ -244,7 +247,7 @@ _COLUMNS = tuple(f.name for f in fields(Sample))
 _TEXT = ("device", "throttle")
 
 
-def write(path: Path, samples: Sequence[Sample], started_unix_s: float) -> None:
+def write(path: Path, samples: Sequence[Sample], started_monotonic_s: float) -> None:
     """Write a trial's samples as gzipped CSV, with times from its start; an empty cell is None."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
@@ -252,7 +255,7 @@ def write(path: Path, samples: Sequence[Sample], started_unix_s: float) -> None:
     for sample in samples:
         values = [getattr(sample, name) for name in _COLUMNS[1:]]
         plain = ["none" if value == "" else value for value in values]  # an empty cell is None
-        rows.writerow([f"{sample.time_s - started_unix_s:.3f}", *plain])
+        rows.writerow([f"{sample.time_s - started_monotonic_s:.3f}", *plain])
     whole.write(path, gzip.compress(text.getvalue().encode(), mtime=0))
 
 

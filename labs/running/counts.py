@@ -28,6 +28,7 @@ class Counts:
         self._records = dict.fromkeys(ENGINE_METRICS, 0)
         self._discarded = dict.fromkeys(ENGINE_METRICS, 0)  # in trials that failed
         self._engines: dict[str, int | None] = dict.fromkeys(ENGINE_METRICS, 0)
+        self._prometheus_is_whole = True
 
     def add(self, done: Sequence[RequestRecord], engine: Snapshot | None) -> None:
         """Count a trial's requests that succeeded, and by how much its engine's counters rose.
@@ -45,6 +46,10 @@ class Counts:
         """Subtract a trial that failed: Prometheus has its requests, its records are not used."""
         _add(self._discarded, done)
 
+    def lose_prometheus(self) -> None:
+        """Note that the load generator failed: what it had counted by then is not known."""
+        self._prometheus_is_whole = False
+
     def agreement(self, prometheus: Prometheus) -> list[Agreement]:
         """Ask Prometheus for the same counts, and put all three side by side.
 
@@ -56,7 +61,8 @@ class Counts:
         }
         rows = []
         for name, query in queries.items():
-            value = prometheus.settle(query, self._records[name] + self._discarded[name])
+            expected = self._records[name] + self._discarded[name]
+            value = prometheus.settle(query, expected) if self._prometheus_is_whole else None
             rows.append(
                 Agreement(
                     what=name,

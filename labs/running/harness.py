@@ -21,17 +21,15 @@ from labs.filing.results import RESULTS, RunFolder, write_gzip
 from labs.lab import Point, Variant
 from labs.running.counts import Counts
 from labs.running.engines import Engines, Groups
+from labs.running.load import LoadGenerator
 from labs.running.probes import PROBES, ProbedEngine
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from labs.running.trials import Trials, interleave
 from labs.telling.summary import summarise
-from loadtests import generator
-from serving import machine as machines
 from serving import telemetry
 from serving.engines.base import EngineError
 from serving.ports import free_port
-from serving.process import Process
 
 
 @dataclass
@@ -146,17 +144,10 @@ def open_harness(
         sampler = exits.enter_context(telemetry.Telemetry(hardware, labels))
         if sampler.serve(telemetry_port := free_port()):
             prometheus.scrape("client", f"127.0.0.1:{telemetry_port}")
-        load = exits.enter_context(_load_generator(setup, exporter_port, logs))
+        load = LoadGenerator(setup, exporter_port, logs / "locust.log")
+        exits.callback(load.stop)
         engines = Engines(setup, logs, prometheus, labels, progress)
         exits.callback(engines.unload)
         counts = Counts(folder.path.name, exporter_port)
         trials = Trials(setup, folder, work, engines, load, sampler, counts, progress)
         yield Harness(setup, folder, progress, prometheus, engines, trials, counts)
-
-
-@contextlib.contextmanager
-def _load_generator(setup: Setup, exporter_port: int, logs: Path) -> Iterator[generator.Generator]:
-    argv = generator.argv(setup.users, exporter_port, free_port(), setup.lab.load_processes)
-    cores = machines.split_cores(setup.machine.kind)[1]
-    with Process("locust", argv, log=logs / "locust.log", cores=cores, talk=True) as child:
-        yield generator.Generator(child)

@@ -89,6 +89,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
                 " ENDPOINT out"
             )
         endpoint = Endpoint(request.endpoint)
+        endpoint.require_stream()
     else:
         if not datasheet:
             require_compiler(lab, machine)

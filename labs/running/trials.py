@@ -15,10 +15,12 @@ from labs.filing.results import RunFolder, TrialResult, snapshot_json, write_jso
 from labs.lab import LabError, Point, Variant
 from labs.running.counts import Counts, counter_increase
 from labs.running.engines import Engines
+from labs.running.load import LoadGenerator
 from labs.running.machine_load import OtherLoad
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
-from loadtests import generator, plan, records
+from loadtests import plan, records
+from loadtests.generator import GeneratorError
 from loadtests.records import RequestRecord
 from loadtests.workload import Workload
 from serving.engines.base import EngineError
@@ -77,7 +79,7 @@ class Trials:
         folder: RunFolder,
         work: Path,
         engines: Engines,
-        load: generator.Generator,
+        load: LoadGenerator,
         telemetry: Telemetry,
         counts: Counts,
         progress: ProgressDisplay,
@@ -124,7 +126,7 @@ class Trials:
                 cpu_steal=steal_share, cpu_others=others_share,
                 took_s=round(time.monotonic() - began, 3),
             )  # fmt: skip
-        except (EngineError, generator.GeneratorError, OSError) as error:
+        except (EngineError, GeneratorError, OSError) as error:
             result = TrialResult(point=point.key, repeat=repeat, failed=str(error))
             rate = f"failed: {str(error).splitlines()[0]}"
         self._record(point, repeat, result)
@@ -169,8 +171,12 @@ class Trials:
         )
         began = time.monotonic()
         self._telemetry.begin(point.variant.name)
-        summary = self._load.play(trial_plan, lambda: self._progress.waiting(name))
-        self._telemetry.write(path.with_name("telemetry.csv.gz"), summary.started_unix_s)
+        try:
+            summary = self._load.play(trial_plan, lambda: self._progress.waiting(name))
+        except GeneratorError:
+            self._counts.lose_prometheus()
+            raise
+        self._telemetry.write(path.with_name("telemetry.csv.gz"), summary.started_monotonic_s)
         self.load_s += time.monotonic() - began
         request_records = list(records.read(path))
         succeeded = [r for r in request_records if r.ok]

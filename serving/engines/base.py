@@ -23,6 +23,7 @@ from typing import ClassVar
 import requests
 
 from serving import metrics
+from serving.answers import ask
 from serving.machine import Machine
 from serving.metrics import Snapshot
 from serving.models import Model, Shape
@@ -33,7 +34,7 @@ FlagValue = str | int | float | bool | dict[str, object] | list[str]
 Flags = Mapping[str, FlagValue]  # the engine's own names, without the leading dashes
 
 START_TIMEOUT_S = 900.0
-METRICS_TIMEOUT_S = 10.0
+METRICS_TIMEOUT_S, MOST_METRICS_BYTES = 10.0, 32 * 2**20
 
 
 class EngineError(Exception):
@@ -262,10 +263,12 @@ class Engine(Server):
 def metrics_text(url: str) -> str | None:
     """Get a server's `/metrics`; None where it has none or does not answer."""
     try:
-        response = requests.get(f"{url}/metrics", timeout=METRICS_TIMEOUT_S)
+        answer = ask(
+            "GET", f"{url}/metrics", within_s=METRICS_TIMEOUT_S, most_bytes=MOST_METRICS_BYTES
+        )
     except requests.RequestException:
         return None
-    return response.text if response.ok else None
+    return answer.text if answer.ok else None
 
 
 def exceptions(log: Path) -> list[str]:

@@ -19,8 +19,10 @@ import pytest
 
 from labs import LABS as EVERY_LAB
 from labs.filing.results import RunFolder, TrialResult
+from loadtests import generator
 from loadtests.records import RequestRecord
 from serving.ports import free_port
+from serving.process import Process
 from tests.fake.conftest import (
     LABS,
     LABS_WITHOUT_PROMETHEUS,
@@ -221,16 +223,56 @@ def test_without_prometheus_a_run_goes_on_and_says_so(erring: Command) -> None:
     assert "Prometheus is not installed" in report
 
 
-def test_a_run_whose_load_generator_is_killed_keeps_and_reports_what_it_has(reader: Reader) -> None:
-    command = reader.types("run", BATCHING, SET=SHORT, program=LABS_WITHOUT_PROMETHEUS)
-    command.until(TRIAL_ENDED)
-    the_program("locust", command.family()).kill()
-    assert command.wait() == 1, command.said
+@pytest.fixture(scope="module")
+def generator_died(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Reader, Command]]:
+    """A run whose Locust is killed, on an engine that answers none of the fixed workload."""
+    settings = f"{SHORT} repeats=2 workloads.fixed.output_tokens.tokens=17"
+    with reading(tmp_path_factory.mktemp("generator") / "reader") as someone:
+        command = someone.types(
+            "run", BATCHING, SET=settings, engine=("--error-tokens", "17"),
+            program=LABS_WITHOUT_PROMETHEUS,
+        )  # fmt: skip
+        command.until(TRIAL_ENDED)
+        the_program("locust", command.family()).kill()
+        command.wait()
+        yield someone, command
+
+
+def test_a_load_generator_that_dies_costs_its_trial_alone(
+    generator_died: tuple[Reader, Command],
+) -> None:
+    reader, command = generator_died
+    assert command.process.returncode == 1, command.said
+    results = _results(command.folder)
+    assert len(results) == 4
+    assert len([r for r in results if "Locust ended" in (r.failed or "")]) == 1
+    assert "Broken pipe" not in command.said
+    assert "This run is not complete" in (command.folder.path / "report.md").read_text()
     assert not reader.processes()
-    folder = command.folder
-    assert not folder.complete
-    assert "Locust ended" in command.said
-    assert "This run is not complete" in (folder.path / "report.md").read_text()
+
+
+def test_a_trial_without_an_answer_has_failed(generator_died: tuple[Reader, Command]) -> None:
+    _, command = generator_died
+    by_workload: dict[str, list[str]] = {"exponential": [], "fixed": []}
+    for result in _results(command.folder):
+        if "Locust ended" not in (result.failed or ""):
+            by_workload[result.point.split("/")[1]].append(result.failed or "")
+    assert not any(by_workload["exponential"])
+    assert by_workload["fixed"]
+    for reason in by_workload["fixed"]:
+        assert reason.startswith("no request in the window succeeded, of ")
+        assert "the first failed with: HTTP 500: " in reason
+
+
+def test_a_load_process_does_not_outlive_its_master_and_guard(tmp_path: Path) -> None:
+    argv = generator.argv(1, free_port(), free_port())
+    with Process("locust", argv, log=tmp_path / "locust.log", talk=True) as child:
+        generator.Generator(child)
+        guard = psutil.Process(child.pid)
+        family = guard.children(recursive=True)
+        assert len(family) == 2
+        guard.kill()
+        assert not still_alive(family)
 
 
 # ------------------------------------------------------ faults that leave figures, and no verdict

@@ -74,3 +74,12 @@ def test_the_engine_is_read_once_it_has_counted_the_last_request() -> None:
     assert risen.values[metrics.GENERATION_TOKENS] == pytest.approx(10)
     assert len(later) == 1
     assert counter_increase(engine, None, requests_done=2) is None
+
+
+def test_what_a_dead_load_generator_had_counted_is_unknown() -> None:
+    """Its counters began anew with the next one, and what it sent last is on no record."""
+    counts = Counts("r", exporter_port=9)
+    counts.add([record(3)], snapshot(1, 3))
+    counts.lose_prometheus()
+    counts.add([record(4)], snapshot(1, 4))
+    assert agreement(counts) == [(2, None, 2), (7, None, 7)]

@@ -137,7 +137,7 @@ from loadtests.locustfile import tokens_of
 for line in sys.stdin:
     lines = [(at, text.encode()) for at, text in json.loads(line)]
     try:
-        answer = tokens_of(lines, 100.0)
+        answer = tokens_of(lines, 100.0, 5)
     except Exception as error:
         answer = [repr(error)]
     print(json.dumps(answer), flush=True)
@@ -149,7 +149,7 @@ Parse = Callable[[list[tuple[float, str]]], list[Any]]
 def tokens_of() -> Iterator[Parse]:
     """`loadtests.locustfile.tokens_of`, in a process of its own: Locust patches the one it is in.
 
-    The trial began at 100 on the process's clock.
+    The trial began at 100 on the process's clock; the request asked for 5 tokens.
     """
     argv = [sys.executable, "-c", _SERVE]
     with subprocess.Popen(
@@ -221,3 +221,26 @@ def test_lines_that_are_not_data_are_passed_over(tokens_of: Parse) -> None:
 )
 def test_event_of_another_shape_keeps_the_earlier_chunks(tokens_of: Parse, event: str) -> None:
     assert tokens_of([(101.0, sse(TEXT, 1)), (102.0, f"data: {event}\n")])[0] == [[1.0, 1]]
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [(9, -1), (-9, 1), (9, 1.5), (9, "2"), (9, True), (9, 2_000_000_000), (9, None)],
+    ids=str,
+)
+def test_a_usage_that_cannot_be_is_no_count(
+    tokens_of: Parse, counts: tuple[object, object]
+) -> None:
+    """However many tokens it claims, no sample is made of each."""
+    usage = dict(zip(("prompt_tokens", "completion_tokens"), counts, strict=True))
+    event = {"choices": [{"index": 0, "delta": TEXT}], "usage": usage}
+    lines = [(101.0, sse(TEXT, 1)), (102.0, f"data: {json.dumps(event)}\n")]
+    chunks, prompt_tokens, output_tokens, complaint = tokens_of(lines)
+    assert (chunks, prompt_tokens, output_tokens) == ([[1.0, 1]], None, None)
+    assert complaint.startswith("not a usage: {'prompt_tokens'")
+
+
+def test_a_usage_that_falls_is_no_count(tokens_of: Parse) -> None:
+    lines = [(101.0, sse(TEXT, 3)), (102.0, sse(TEXT, 2))]
+    assert tokens_of(lines)[0] == [[1.0, 3]]
+    assert tokens_of(lines)[3].startswith("not a usage")

@@ -63,7 +63,7 @@ def test_without_a_source_a_trial_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_a_trials_samples_go_to_its_file_and_the_newest_to_prometheus(tmp_path: Path) -> None:
-    port, began = free_port(), time.time()
+    port, began = free_port(), time.monotonic()
     nvml = make_nvml(nvmlDeviceGetTotalEnergyConsumption=lambda h: 5_000)
     with Telemetry(Gpus(nvml), LABELS) as watched:
         assert watched.serve(port)
@@ -76,7 +76,7 @@ def test_a_trials_samples_go_to_its_file_and_the_newest_to_prometheus(tmp_path: 
             shown = answer.read().decode()
     found = telemetry.read(tmp_path / "telemetry.csv.gz")
     assert len(found) >= 3
-    assert 0 <= found[0].time_s <= found[-1].time_s <= time.time() - began
+    assert 0 <= found[0].time_s <= found[-1].time_s <= time.monotonic() - began
     assert found[-1].throttle == "power cap+thermal slowdown"
     labels = '{gpu="0",lab="tiny",run_id="r1",variant="on"}'
     for line in (
@@ -113,7 +113,7 @@ def test_a_source_that_falters_once_goes_on(tmp_path: Path) -> None:
 
 def test_a_file_keeps_untold_apart_from_nothing(tmp_path: Path) -> None:
     samples = [Sample(100.0, "0", throttle=""), Sample(100.1, "0", power_w=0.0)]
-    telemetry.write(tmp_path / "t.csv.gz", samples, started_unix_s=100.0)
+    telemetry.write(tmp_path / "t.csv.gz", samples, started_monotonic_s=100.0)
     first, second = telemetry.read(tmp_path / "t.csv.gz")
     assert (first.throttle, first.power_w) == ("", None)
     assert (second.throttle, second.power_w, second.time_s) == (None, 0.0, 0.1)

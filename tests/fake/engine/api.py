@@ -93,7 +93,9 @@ class Api:
         self, connection: Connection, headers: dict[str, str], body: bytes, *, chat: bool
     ) -> None:
         request = self._read(connection, headers, body, chat)
-        if self._options.error_every and self._arrived % self._options.error_every == 0:
+        options = self._options
+        nth = options.error_every and self._arrived % options.error_every == 0
+        if nth or request.n_out == options.error_tokens:
             self._engine.close(request, "error")
             status = HTTPStatus.INTERNAL_SERVER_ERROR
             raise Refused(status, "InternalServerError", "EngineCore failed, as it was told to")

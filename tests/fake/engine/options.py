@@ -67,6 +67,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--start-delay", type=float, default=0.0, metavar="S", help="connections refused for S s")
     add("--fail-start", metavar="MESSAGE", help="a traceback that ends with MESSAGE, and exit 1")
     add("--error-every", type=int, default=0, metavar="N", help="each Nth completion gets a 500")
+    add("--error-tokens", type=int, default=0, metavar="N",
+        help="a completion that asks for N tokens gets a 500")  # fmt: skip
     add("--stall-after", type=int, default=0, metavar="N",
         help="the scheduler pauses once N tokens were sent in all")  # fmt: skip
     add("--stall-s", type=float, default=1.0, metavar="S", help="for so long")

@@ -1,0 +1,136 @@
+"""A load worker's request to a server that never ends its answer, or answers no stream.
+
+Locust patches the process it is in, so the worker's side runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.models import ROOT
+from tests.unit import hostile
+
+_WORKER = """
+import json, sys
+from loadtests import plan
+from loadtests.arrivals import Concurrent
+from loadtests.locustfile import Load, Turn, connect, now, stream
+plan.TOKEN_AT_MOST_S = 0.1
+url, requests = sys.argv[1:]
+for line in sys.stdin:
+    body = json.loads(line)
+    trial = plan.TrialPlan(
+        url=url, arrival=Concurrent(users=1), requests=requests, records=requests, warmup_s=0,
+        window_s=1, timeout_s=0.4, seed=0, lab="tiny", variant="on", run_id="r", workload="short",
+    )
+    load = Load(trial)
+    load.t0 = now()
+    request = load.requests[0].model_copy(update={"body": body})
+    record, connection_failed = stream(connect(load), Turn(request, None, True), load)
+    print(json.dumps([vars(record), connection_failed]), flush=True)
+"""
+Ask = Callable[[str], tuple[dict[str, Any], bool]]
+ANSWERS = {
+    "/health": hostile.says(hostile.whole("")),
+    "drip": hostile.drips,
+    "lines": hostile.repeats(b": ping\n", hostile.STREAM + hostile.EVENT),
+    "one-line": hostile.repeats(b"x", hostile.STREAM + hostile.EVENT),
+    "headers": hostile.repeats(b"X-More: 1\r\n", b"HTTP/1.1 200 OK\r\n"),
+    "silence": hostile.says_nothing,
+    "redirect": hostile.says(
+        hostile.whole("", "307 Temporary Redirect", more="Location: http://127.0.0.1/\r\n")
+    ),
+    "no-stream": hostile.says(hostile.whole('{"choices": [{"message": {"content": "and"}}]}')),
+}
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    """Send one request for one token whose body is this word; its record, and whether the
+    connection failed."""
+    requests = tmp_path_factory.mktemp("worker") / "requests.jsonl"
+    requests.write_text('{"index": 0, "output_tokens": 1, "body": ""}\n')
+    with (
+        hostile.serving(ANSWERS) as url,
+        subprocess.Popen(
+            [sys.executable, "-c", _WORKER, url, str(Path(requests))],
+            cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        ) as child,
+    ):  # fmt: skip
+        assert child.stdin
+        assert child.stdout
+        talk = child.stdin, child.stdout
+
+        def send(body: str) -> tuple[dict[str, Any], bool]:
+            talk[0].write(json.dumps(body) + "\n")
+            talk[0].flush()
+            record, connection_failed = json.loads(talk[1].readline())
+            return record, connection_failed
+
+        yield send
+        child.stdin.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ("drip", "no end of the answer within"),
+        ("lines", "the answer has more than 69632 bytes"),
+        ("one-line", "the answer has more than 69632 bytes"),
+        ("headers", "the answer has more than 69632 bytes"),
+    ],
+)
+def test_an_answer_without_an_end_fails_its_request_alone(ask: Ask, body: str, error: str) -> None:
+    """The engine is there, so that the trial goes on: no connection failed."""
+    record, connection_failed = ask(body)
+    assert error in record["error"]
+    assert not connection_failed
+    assert len(record["chunks"]) == (body != "headers")  # what came is kept
+
+
+def test_silence_is_a_failed_connection(ask: Ask) -> None:
+    record, connection_failed = ask("silence")
+    assert connection_failed
+    assert "timed out" in record["error"]
+    assert record["chunks"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [("redirect", "HTTP 307"), ("no-stream", "the stream ended without a token")],
+)
+def test_what_is_no_stream_is_an_error(ask: Ask, body: str, error: str) -> None:
+    record, connection_failed = ask(body)
+    assert error in record["error"]
+    assert not connection_failed
+    assert record["output_tokens"] is None
+
+
+def test_a_load_process_stays_when_the_wall_clock_jumps() -> None:
+    """A day after the master was last heard of, by that clock."""
+    said = subprocess.run(
+        [sys.executable, "-c", _A_DAY_LATER],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert said.strip() == "stays"
+
+
+_A_DAY_LATER = """
+import time, types
+import gevent, loadtests.locustfile
+from locust.runners import WorkerRunner
+said = ["stays"]
+worker = types.SimpleNamespace(
+    last_heartbeat_timestamp=time.time() - 86400, quit=lambda: said.append("leaves")
+)
+with gevent.Timeout(1.5, False):
+    WorkerRunner.heartbeat_timeout_checker(worker)
+print(*said)
+"""
