@@ -1,30 +1,47 @@
 """What is asked: the labs, and the machinery that runs, judges and reports them."""
 
-import importlib
+from __future__ import annotations
 
-from labs.lab import Lab
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from labs.lab import Lab
+
+LABS: dict[str, Lab]
+"""Every lab, in reading order: whatever enumerates labs reads this."""
+
+
+def _labs() -> dict[str, Lab]:
+    return {
+        lab.name: lab
+        for lab in (
+            _lab("continuous_batching"),
+            _lab("prefix_caching"),
+            _lab("speculative_decoding"),
+            _lab("chunked_prefill"),
+            _lab("kv_quantization"),
+            _lab("weight_quantization"),
+            _lab("multi_lora"),
+            _lab("single_stream"),
+            _lab("quantization_tools"),
+        )
+    }
 
 
 def _lab(module: str) -> Lab:
     """Import the `LAB` that `labs/<module>.py` defines."""
+    from labs.lab import Lab
+
     lab = importlib.import_module(f"labs.{module}").LAB
     if not isinstance(lab, Lab):
         raise TypeError(f"labs.{module}.LAB is no Lab")
     return lab
 
 
-LABS: dict[str, Lab] = {
-    lab.name: lab
-    for lab in (
-        _lab("continuous_batching"),
-        _lab("prefix_caching"),
-        _lab("speculative_decoding"),
-        _lab("chunked_prefill"),
-        _lab("kv_quantization"),
-        _lab("weight_quantization"),
-        _lab("multi_lora"),
-        _lab("single_stream"),
-        _lab("quantization_tools"),
-    )
-}
-"""Every lab, in reading order: whatever enumerates labs reads this."""
+def __getattr__(name: str) -> dict[str, Lab]:
+    """Import the labs when they are first asked for: importing the package takes no time."""
+    if name != "LABS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = labs = _labs()
+    return labs

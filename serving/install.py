@@ -16,6 +16,7 @@ traceback.
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import http.client
@@ -194,6 +195,9 @@ def is_ready(root: Path, platform: str, vllm: str = "") -> bool:
 # --- running commands ---------------------------------------------------------------------------
 
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
 def log_of(home: Path) -> Path:
     return home / ".venv" / "install.log"
 
@@ -213,6 +217,7 @@ def run(home: Path, step: Step, *command: str, cwd: "Path | None" = None) -> boo
             stdout=sink,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=end_with_parent,
         )
         try:
             while child.poll() is None:
@@ -224,12 +229,17 @@ def run(home: Path, step: Step, *command: str, cwd: "Path | None" = None) -> boo
     return child.returncode == 0
 
 
+def end_with_parent() -> None:
+    """Have the kernel end this process when its parent is gone, killed as that may be."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
 def end(child: "subprocess.Popen[bytes]") -> None:
-    """Interrupt a command and all that it started; kill them after 10 s."""
+    """Interrupt a command and all that it started; kill what is left of them after 10 s."""
     os.killpg(child.pid, signal.SIGINT)
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
         child.wait(timeout=10)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
 
 

@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -34,8 +35,10 @@ from pydantic import BaseModel, PositiveFloat, PositiveInt
 
 from serving import gpus
 from serving.platforms import PLATFORMS
+from serving.process import Process
 
 GIB = 2**30
+MEASURING = (sys.executable, "-m", "serving.machine")
 VLLM = tuple(platform.vllm for platform in PLATFORMS.values())  # packages that carry it
 
 
@@ -173,20 +176,30 @@ def split_cores(kind: str = "cpu") -> tuple[tuple[int, ...], tuple[int, ...]]:
     return engine, clients
 
 
+class CeilingsError(Exception):
+    """The ceilings could not be measured; the message is the last line of what measures them."""
+
+
 def measure_ceilings(machine: Machine) -> Ceilings:
-    """Measure in a process of its own (about 10 s), whose end frees torch's memory."""
-    engine_cores, _ = split_cores()
-    argv = [sys.executable, "-m", "serving.machine", machine.kind]
-    out = subprocess.run(
-        argv,
-        capture_output=True,
-        text=True,
-        check=True,
-        preexec_fn=(lambda: os.sched_setaffinity(0, engine_cores))
-        if machine.kind == "cpu"
-        else None,
-    )
-    return Ceilings.model_validate_json(out.stdout.splitlines()[-1])
+    """Measure in a process of its own (about 10 s), whose end frees torch's memory.
+
+    Raises CeilingsError.
+    """
+    cores = split_cores()[0] if machine.kind == "cpu" else ()
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Process(
+            "ceilings",
+            [*MEASURING, machine.kind],
+            log=Path(scratch) / "ceilings.log",
+            cores=cores,
+            talk=True,
+        ) as child,
+    ):
+        lines = child.stdout.read().splitlines()
+        if child.wait() or not lines:
+            raise CeilingsError(child.tail(1))
+        return Ceilings.model_validate_json(lines[-1])
 
 
 def environment(root: Path, kind: str) -> Environment:

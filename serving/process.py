@@ -19,9 +19,11 @@ import contextlib
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,7 +41,8 @@ class Process:
     """A guarded child: `with Process("engine", argv, log=path) as p: ...` ends it on any exit.
 
     `log` receives stderr, and stdout too unless `talk` is set; with `talk`, `stdin` and `stdout`
-    are text pipes for a line protocol.
+    are text pipes for a line protocol. `folder_variable` names an environment variable in which the
+    child gets a temporary folder of its own, which its guard removes.
     """
 
     def __init__(
@@ -51,18 +54,21 @@ class Process:
         env: Mapping[str, str] | None = None,
         cores: Sequence[int] = (),
         talk: bool = False,
+        folder_variable: str = "",
     ) -> None:
         self.name, self.argv, self.log = name, list(argv), log
         log.parent.mkdir(parents=True, exist_ok=True)
         alive_r, self._alive_w = os.pipe()
-        guard = [sys.executable, "-m", "serving.process", str(alive_r), *argv]
+        folder = tempfile.mkdtemp(prefix="labs-") if folder_variable else ""
+        own = {folder_variable: folder} if folder else {}
+        guard = [sys.executable, "-m", "serving.process", str(alive_r), folder, *argv]
         with log.open("ab") as sink:
             self._guard = subprocess.Popen(
                 guard,
                 stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if talk else sink,
                 stderr=sink,
-                env={**os.environ, **(env or {})},
+                env={**os.environ, **(env or {}), **own},
                 pass_fds=(alive_r,),
                 start_new_session=True,  # Ctrl-C reaches us alone; we end it in order
                 preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
@@ -189,4 +195,8 @@ def guard(alive_fd: int, argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guard(int(sys.argv[1]), sys.argv[2:]))
+    alive_fd, folder, *argv = sys.argv[1:]
+    code = guard(int(alive_fd), argv)
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(code)

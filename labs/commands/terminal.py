@@ -141,10 +141,14 @@ def _bypass_proxy_on_loopback() -> None:
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """End expected failures in a sentence and exit code 1; treat SIGTERM and SIGHUP as Ctrl-C."""
+    """End expected failures in a sentence and exit code 1; treat SIGTERM and SIGHUP as Ctrl-C.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays so.
+    """
     _bypass_proxy_on_loopback()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _stop)
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, _stop)
     try:
         yield
     except EXPECTED_ERRORS as error:

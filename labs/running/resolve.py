@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,9 +265,8 @@ def measured_ceilings(machine: Machine, progress: ProgressDisplay) -> Ceilings:
         progress.message("Measuring memory bandwidth and BF16 rate (once a machine, about 15 s)")
         try:
             ceilings = machines.measure_ceilings(machine)
-        except subprocess.CalledProcessError as error:
-            last = str(error.stderr).strip().splitlines()[-1:]
-            raise LabError(f"the ceilings could not be measured: {' '.join(last)}") from error
+        except machines.CeilingsError as error:
+            raise LabError(f"the ceilings could not be measured: {error}") from error
         write_json(path, MachineFile(machine=machine, ceilings=ceilings))
     return read_json(path, MachineFile).ceilings
 

@@ -96,6 +96,7 @@ class Engine(Server):
     distributions: ClassVar[Sequence[str]] = ()  # Python packages, one of which carries it
     metric_names: ClassVar[Mapping[str, str]] = {}  # its own name -> that of serving/metrics.py
     ready_path: ClassVar[str] = "/health"  # answers with success once it serves
+    sockets_variable: ClassVar[str] = ""  # names the folder of its sockets in its environment
     start_s: ClassVar[float | None] = None  # until it serves on a CPU, about
 
     def __init__(
@@ -120,7 +121,9 @@ class Engine(Server):
         self.log = log
         self.argv = [*(command or self.command), *self.server_argv(model, flags, port)]
         env = self.environment(kind, model, beside)
-        self._process = Process(f"engine {name}", self.argv, log=log, env=env)
+        self._process = Process(
+            f"engine {name}", self.argv, log=log, env=env, folder_variable=self.sockets_variable
+        )
 
     # before it is started
 

@@ -163,6 +163,7 @@ class Vllm(Engine):
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
     )  # fmt: skip
     distributions = machines.VLLM
+    sockets_variable = "VLLM_RPC_BASE_PATH"
     start_s = 35.0
 
     @classmethod

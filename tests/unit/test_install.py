@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 import threading
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import psutil
 import pytest
 
 from serving import install, platforms
@@ -230,6 +232,25 @@ def test_interrupt_ends_the_running_command(root: Path) -> None:
         install.run(root, Interrupted("x"), "/bin/sh", "-c", f"echo $$ > {pid}; exec /bin/sleep 60")
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+def test_a_killed_set_up_leaves_no_command_running(root: Path) -> None:
+    pid = root / "pid"
+    code = f"""
+from pathlib import Path
+from serving import install
+script = "echo $$ > {pid}.half; /bin/mv {pid}.half {pid}; exec /bin/sleep 60"
+install.run(Path({str(root)!r}), install.Step("x"), "/bin/sh", "-c", script)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    deadline = time.monotonic() + 15
+    while not pid.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    command = psutil.Process(int(pid.read_text()))
+    parent.kill()
+    parent.wait()
+    command.wait(15)
 
 
 def test_second_set_up_waits_for_the_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from serving import machine
 from serving.process import Process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,6 +155,66 @@ time.sleep(600)
     parent.kill()
     parent.communicate()
     until(lambda: not any(running(pid) for pid in family))
+
+
+FOLDER = """
+import os, time
+open(os.environ["OWN"] + "/socket", "w").close()
+print(os.environ["OWN"], flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_childs_own_folder_goes_with_it(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", FOLDER]
+    with Process("child", argv, log=tmp_path / "log", talk=True, folder_variable="OWN") as process:
+        folder = Path(process.stdout.readline().strip())
+        assert (folder / "socket").exists()
+    assert not folder.exists()
+
+
+def test_the_childs_own_folder_goes_when_the_parent_is_killed(tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+from pathlib import Path
+from serving.process import Process
+argv, log = [sys.executable, "-c", {FOLDER!r}], Path({str(tmp_path / "log")!r})
+process = Process("child", argv, log=log, talk=True, folder_variable="OWN")
+print(process.stdout.readline(), end="", flush=True)
+time.sleep(600)
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout
+    folder = Path(parent.stdout.readline().strip())
+    assert (folder / "socket").exists()
+    parent.kill()
+    parent.communicate()
+    until(lambda: not folder.exists())
+
+
+def test_what_measures_the_ceilings_ends_with_the_runner(tmp_path: Path, family: list[int]) -> None:
+    told = tmp_path / "pid"
+    code = f"""
+from serving import machine
+machine.MEASURING = ("sh", "-c", "echo $$ > {told}.half; mv {told}.half {told}; exec sleep 600")
+machine.measure_ceilings(machine._cpu())
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    family.append(parent.pid)
+    until(told.exists)
+    family.append(int(told.read_text()))
+    assert all(running(pid) for pid in family)
+    parent.kill()
+    parent.wait()
+    until(lambda: not any(running(pid) for pid in family))
+
+
+def test_ceilings_that_cannot_be_measured_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "MEASURING", ("sh", "-c", "echo no kernel >&2; exit 3"))
+    with pytest.raises(machine.CeilingsError, match=r"^no kernel$"):
+        machine.measure_ceilings(machine._cpu())
 
 
 def test_child_that_ignores_sigterm_is_killed_after_the_grace(family: list[int]) -> None:

@@ -1,0 +1,47 @@
+"""Signals that end the command line, and those that must not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from serving.models import ROOT
+
+INTERRUPTS = "import os, signal, time\nos.kill(os.getpid(), signal.{})\ntime.sleep(60)\n"
+
+
+@pytest.mark.parametrize(("sign", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stop_while_the_program_is_loaded_is_one_line(
+    sign: str, code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "typer.py").write_text(INTERRUPTS.format(sign))  # imported in the place of Typer
+    ended = subprocess.run(
+        [sys.executable, "-m", "labs.commands", "list"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "Stopped.\n", "")
+
+
+@pytest.mark.parametrize(
+    ("handler", "said"), [(signal.SIG_IGN, "goes on\n"), (signal.SIG_DFL, "")], ids=("nohup", "")
+)
+def test_a_hangup_that_was_ignored_stays_ignored(handler: signal.Handlers, said: str) -> None:
+    code = """
+import os, signal
+from labs.commands.terminal import reported_errors
+with reported_errors():
+    os.kill(os.getpid(), signal.SIGHUP)
+    print("goes on")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, handler),
+    )  # fmt: skip
+    assert ended.stdout == said, ended.stderr
