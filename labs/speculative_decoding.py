@@ -73,13 +73,23 @@ def tpot_ratio(acceptance: Callable[[Point], float]) -> Callable[[Point, Point],
 
 
 def drafts_accepted(point: Point) -> float:
-    """Return the share accepted on held-out prompts when it was made; 0.6 for a published draft."""
-    return float(draft(point).get("acceptance", 0.6))
+    """Return the share accepted on held-out prompts of this kind when it was made.
+
+    A draft that was made without the kind has one share for all; a published one is taken at 0.6.
+    """
+    made = draft(point)
+    by_kind = made.get("acceptance_by_kind", {})
+    return float(by_kind.get(point.workload.task, made.get("acceptance", 0.6)))
 
 
 def copies_accepted(point: Point) -> float:
-    """Return the share accepted: high for word-for-word copies, low for open text."""
-    return 0.9 if point.workload.task == "quote" else 0.2
+    """Return the share accepted as the draft's maker found it on the target's own answers.
+
+    Without such a record it is taken to be high for word-for-word copies and low for open text.
+    """
+    records = (made.get("lookup_acceptance_by_kind", {}) for made in point.about.values())
+    assumed = 0.9 if point.workload.task == "quote" else 0.2
+    return float(next((r[task] for r in records if (task := point.workload.task) in r), assumed))
 
 
 def further(far: Point, near: Point) -> Prediction:

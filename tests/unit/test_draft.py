@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from labs import LABS
+from labs.speculative_decoding import accepted
 from serving import draft
-from serving.draft import make
+from serving.draft import Answer, looked_up, lookup_acceptance, make
+from serving.engines.vllm import VllmFlags
 from serving.making import MakerError
-from tests.unit.builders import write_tiny_llama
+from tests.unit.builders import CEILINGS, SHAPE, write_tiny_llama
 
 
 def write_prompts(path: Path, count: int) -> Path:
@@ -93,3 +96,44 @@ def test_a_failure_leaves_nothing(
         draft.main([str(tiny), str(tmp_path / "out"), str(prompts)])
     assert "nothing was kept" in str(stopped.value.code)
     assert {*tmp_path.iterdir()} == before
+
+
+def test_lookup_goes_on_where_the_longest_ngram_came_first() -> None:
+    text = [1, 2, 3, 9, 7, 2, 3, 8, 1, 2, 3]
+    assert list(looked_up(text)) == [9, 7, 2]  # 1 2 3, not the later 2 3
+    assert not looked_up([1, 2, 3, 4])
+    assert not looked_up([5])
+
+
+def test_a_copied_text_is_looked_up_and_another_is_not() -> None:
+    copied = Answer("quote", prompt=[*range(20)], tokens=[*range(20)], states=None)
+    fresh = Answer("story", prompt=[*range(20)], tokens=[*range(100, 120)], states=None)
+    assert lookup_acceptance([copied, fresh]) == {"quote": 1.0}
+    strays = Answer("quote", prompt=[*range(20)], tokens=[0, 1, 2, 3, 50, 51], states=None)
+    # 0 and 1 are written, 2 3 4 guessed: two are right, the third is wrong
+    assert lookup_acceptance([strays]) == {"quote": pytest.approx(2 / 3)}
+
+
+def test_lookup_is_measured_as_the_lab_has_it_guess() -> None:
+    (variant,) = (v for v in LABS["speculative-decoding"].variants if v.name == "ngram")
+    config = VllmFlags(variant.flags).speculative_config
+    measured = (draft.LOOKUP_GUESSES, draft.LOOKUP_LEAST, draft.LOOKUP_MOST)
+    names = ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max")
+    assert measured == tuple(config[name] for name in names)
+
+
+def test_a_forecast_takes_the_share_that_is_accepted_of_its_kind_of_text() -> None:
+    made = {
+        "acceptance": 0.6,
+        "acceptance_by_kind": {"story": 0.5},
+        "lookup_acceptance_by_kind": {"quote": 0.95},
+    }
+    lab = LABS["speculative-decoding"].at("cpu", quick=False)
+    points = lab.points(SHAPE, CEILINGS, about={"draft": made})
+    shares = {
+        (p.variant.name, p.workload.name): accepted(p) for p in points if p.flags.speculative_config
+    }
+    assert shares["draft-2", "story"] == 0.5
+    assert shares["draft-2", "quote"] == 0.6
+    assert shares["ngram", "quote"] == 0.95
+    assert shares["ngram", "story"] == 0.2
