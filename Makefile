@@ -114,7 +114,7 @@ leaderboard: setup ## Show every lab on every machine: effect, interval, verdict
 check-results: setup ## Check that recorded runs are readable and complete
 	@$(BIN)/labs check
 
-readme: setup ## Write the README's generated tables again
+readme: setup ## Write the generated parts of README.md and the pages of results/ again
 	@$(BIN)/labs readme
 
 watch: setup ## Keep Prometheus up between labs, with a live page: [PORT=..]
@@ -161,7 +161,7 @@ TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
 test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where there is one: [TESTS=..]
 	@PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$LABS_TESTS" $(BIN)/pytest $(if $(value LABS_TESTS),,$(TOGETHER))
 
-check: setup ## Lint, format and type check; README and results in order
+check: setup ## Lint, format and type check; generated pages and results in order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(DENO) lint --quiet && $(DENO) check --quiet dashboards/page tests/unit
 	@$(BIN)/labs readme --verify && $(BIN)/labs check --committed

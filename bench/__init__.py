@@ -4,7 +4,7 @@
 
 No time makes a bench fail: it shows how good the instruments are, and `make test` whether they are
 right. A part's figures go to `results/<machine>/bench.json` as soon as they are measured, and
-README.md shows them.
+results/README.md shows them.
 
 Each part is a module, with a function `measure` that prints its figures and returns them:
 

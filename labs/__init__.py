@@ -9,21 +9,21 @@ if TYPE_CHECKING:
     from labs.lab import Lab
 
 LABS: dict[str, Lab]
-"""Every lab, in reading order: whatever enumerates labs reads this."""
+"""Holds every lab in the order of the course: whatever enumerates labs reads this."""
 
 
 def _labs() -> dict[str, Lab]:
     return {
         lab.name: lab
         for lab in (
+            _lab("single_stream"),
             _lab("continuous_batching"),
-            _lab("prefix_caching"),
-            _lab("speculative_decoding"),
             _lab("chunked_prefill"),
+            _lab("prefix_caching"),
             _lab("kv_quantization"),
+            _lab("speculative_decoding"),
             _lab("weight_quantization"),
             _lab("multi_lora"),
-            _lab("single_stream"),
             _lab("quantization_tools"),
         )
     }

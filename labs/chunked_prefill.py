@@ -148,8 +148,8 @@ COUPLED = "without chunks the engine wants a budget that holds a whole prompt"
 LAB = Lab(
     name="chunked-prefill",
     title="Chunked prefill",
-    question="How long do running streams stand still for a long prompt, and what does cutting the"
-    " prompt into chunks cost its own first token, and theirs?",
+    question="Somebody sends a very long prompt: how long does everybody else's text stand still,"
+    " and what does cutting the prompt into pieces cost?",
     answers=("SO-3", "SA-1"),
     variants=(
         budget("sixteenth", 48),

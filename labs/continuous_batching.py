@@ -103,8 +103,8 @@ SWEEP = tuple(Concurrent(users=n) for n in (1, 2, 4, 8, 16))
 LAB = Lab(
     name="continuous-batching",
     title="Continuous batching",
-    question="Why does a larger batch raise throughput, what does it cost each user, and what does"
-    " filling free places at once gain over fixed batches?",
+    question="Why serve many users at once, what does it cost each of them, and what is wrong with"
+    " fixed batches?",
     answers=("SO-1", "SD-1", "IP-3", "IP-7", "ME-1"),
     variants=(Variant(name="base"),),
     flags={

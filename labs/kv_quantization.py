@@ -152,8 +152,8 @@ def tight(memory_bytes: int) -> dict[str, Any]:
 LAB = Lab(
     name="kv-quantization",
     title="KV quantization",
-    question="What do 8 bits for keys and values buy in capacity and speed, and what do they cost"
-    " in quality?",
+    question="Memory is short: how many more users do 8-bit keys and values admit, and what do"
+    " they cost in speed and quality?",
     answers=("KV-1", "KV-2", "KV-6", "KV-7"),
     variants=VARIANTS,
     flags={

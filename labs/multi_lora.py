@@ -152,8 +152,8 @@ SLOTS = (
 LAB = Lab(
     name="multi-lora",
     title="Multi-LoRA",
-    question="What do many tenants' adapters on one base cost, and does any answer come from"
-    " another tenant's adapter?",
+    question="What does it cost to serve many customers' adapters on one base model, and can one"
+    " customer get another's?",
     answers=("SA-2", "SA-3", "SA-4"),
     variants=(
         Variant(name="base"),

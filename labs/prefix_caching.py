@@ -145,7 +145,8 @@ COARSER_BLOCKS = (
 LAB = Lab(
     name="prefix-caching",
     title="Prefix caching",
-    question="When does reusing the KV cache of a shared prefix pay, and when does it thrash?",
+    question="Many prompts begin alike: how much sooner does the first token come if that beginning"
+    " is kept, and when does keeping it gain nothing?",
     answers=("SO-4", "IP-5", "SA-4"),
     variants=(OFF, ON),
     flags={

@@ -52,8 +52,8 @@ MADE = (
 LAB = Lab(
     name="quantization-tools",
     title="Quantization tools",
-    question="Do the archived AutoGPTQ and AutoAWQ and their maintained heirs make the same 4 bits,"
-    " and what do recipe and calibration text change?",
+    question="AutoGPTQ and AutoAWQ are archived: are the weights that their maintained successors"
+    " make as fast and as good?",
     answers=("CO-3", "CO-7", "ME-2"),
     variants=(BASE, *(BASE.but(name, weights=name) for name in MADE)),
     flags={

@@ -1,6 +1,6 @@
 """The catalogue of questions about inference that a reader may have, each with an id.
 
-A lab names the ids of the questions that it answers. The README's table, `make labs` and every
+A lab names the ids of the questions that it answers. results/README.md, `make labs` and every
 report take their wording from here.
 """
 

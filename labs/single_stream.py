@@ -164,8 +164,8 @@ EVIDENCE = (
 LAB = Lab(
     name="single-stream",
     title="A single stream",
-    question="How near does one request alone come to what the machine can do, and which of the"
-    " engine's flags bring it there?",
+    question="How fast can one request alone be on this machine, and which of the engine's flags"
+    " get it there?",
     answers=("IP-1", "KO-2"),
     variants=(DEFAULT, EAGER),
     flags={

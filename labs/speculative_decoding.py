@@ -222,8 +222,8 @@ LAB = Lab(
     name="speculative-decoding",
     acceptance=accepted,
     title="Speculative decoding",
-    question="When does guessing tokens ahead shorten the time per token, and at which load does it"
-    " start to lose?",
+    question="Can guessing several tokens ahead make a response faster, and at which load does it"
+    " make it slower?",
     answers=("SO-5",),
     variants=(
         Variant(name="none"),

@@ -140,7 +140,7 @@ def on_random_weights(lab: Lab) -> Lab:
 LAB = Lab(
     name="weight-quantization",
     title="Weight quantization",
-    question="What do 8-bit and 4-bit weights buy at a batch of one and of many, and which recipe"
+    question="What do 8-bit and 4-bit weights gain for one user and for many, and which method"
     " keeps the quality?",
     answers=("CO-1", "CO-2", "CO-3", "CO-7", "ME-2", "IP-2"),
     variants=VARIANTS,

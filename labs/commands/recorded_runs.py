@@ -113,7 +113,7 @@ def readme(
         bool, typer.Option("--verify", help="Only say whether they are stale.")
     ] = False,
 ) -> None:
-    """Write the generated tables again: those of README.md, and the page of each machine."""
+    """Write the generated pages again: parts of README.md, and the pages of the results."""
     with reported_errors():
         if verify and (stale := leaderboards.stale()):
             names = "; ".join(

@@ -12,7 +12,7 @@ from dashboards.palette import BLUE, BOUND
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
-from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
 from labs.judging.text import number, times_with_interval, yes_or_no
@@ -331,4 +331,9 @@ PARTS = ReportParts(
     answers={"SO-3": chunks_solve, "SA-1": split},
     plots={"stall": draw_stall, "timeline": draw_timeline},
     published=PUBLISHED,
+    headline=Headline(
+        claim="stall-sixteenth",
+        done="Cutting a long prompt into sixteen pieces",
+        figure="the time that everybody else's text stands still",
+    ),
 )

@@ -14,7 +14,7 @@ from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import plt
-from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import ONE_STREAM, Published, PublishedFigures
 from labs.findings.steps import COUNTED_IN_TURN, PARTS_MEAN, Parts
 from labs.findings.sweep import concurrency_sweep, step_line
@@ -290,4 +290,9 @@ PARTS = ReportParts(
     },
     plots={"static": draw_static},
     published=PUBLISHED,
+    headline=Headline(
+        claim="static",
+        done="Filling a free place in the batch at once, instead of waiting for the whole batch",
+        figure="the throughput",
+    ),
 )

@@ -12,7 +12,7 @@ from dashboards.palette import BLUE, BOUND
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
-from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.text import number, point_label, sentences
 from labs.multi_lora import adapter_bytes
@@ -374,4 +374,9 @@ PARTS = ReportParts(
     answers={"SA-2": many_adapters, "SA-3": mixed_adapters, "SA-4": leak_by_answer},
     plots={"adapters": draw_adapters},
     published=PUBLISHED,
+    headline=Headline(
+        claim="one",
+        done="Applying one LoRA adapter",
+        figure="the throughput",
+    ),
 )

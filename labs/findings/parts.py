@@ -45,6 +45,15 @@ Draw = Callable[[JudgedRun], str | None]
 
 
 @dataclass(frozen=True)
+class Headline:
+    """Says in plain words what one claim of a lab is about, for the front page."""
+
+    claim: str
+    done: str  # by the treatment, whatever came of it
+    figure: str  # that it multiplied
+
+
+@dataclass(frozen=True)
 class ReportParts:
     """Lists what a lab adds to its report, each part by its name or its question's id."""
 
@@ -52,6 +61,7 @@ class ReportParts:
     answers: Mapping[str, Answer] = field(default_factory=dict)  # by the question's id
     plots: Mapping[str, Draw] = field(default_factory=dict)
     published: PublishedFigures = field(default_factory=dict)
+    headline: Headline | None = None
 
     @property
     def findings(self) -> dict[str, Conclusion[Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval, effect
 from labs.judging.text import number, sentences
@@ -196,4 +196,9 @@ PARTS = ReportParts(
     conclusions=(TIMING_LEAK,),
     answers={"SO-4": sharing, "IP-5": where_to_look, "SA-4": leak_by_time},
     published=PUBLISHED,
+    headline=Headline(
+        claim="ttft-share-90",
+        done="Keeping the nine tenths of a prompt that many requests share",
+        figure="the time to the first token",
+    ),
 )

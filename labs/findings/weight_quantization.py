@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.findings.quality import (
     QUALITY,
@@ -281,4 +281,9 @@ PARTS = ReportParts(
     },
     plots={"tradeoff": draw_tradeoff},
     published=PUBLISHED,
+    headline=Headline(
+        claim="w4-one",
+        done="Storing the weights in 4 bits, for a single user",
+        figure="the time per token",
+    ),
 )

@@ -1,4 +1,4 @@
-"""What `make bench` leaves on file, and how the README shows it."""
+"""What `make bench` leaves on file, and how results/README.md shows it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_part_replaces_itself_and_leaves_the_others(home: Path) -> None:
 
 
 def lines(bench: instruments.Bench) -> list[str]:
-    """As README.md shows it."""
+    """As results/README.md shows it."""
     return markdown.fragment(instruments.blocks(bench)).splitlines()
 
 

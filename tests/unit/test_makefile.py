@@ -202,21 +202,21 @@ def test_tests_are_chosen_as_pytest_reads_its_options(checkout: Checkout) -> Non
     assert checkout.calls()[-1][1]["PYTEST_ADDOPTS"] == f"-x {chosen}"
 
 
-# -------------------------------------------------------------------------------- what README says
+# ------------------------------------------------------------------------------ what the pages say
 
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 CALLS = sorted(
     {
         call
-        for call in re.findall(
-            r"(?:^|`)(make [^`\n]*?)(?:`|$)", (ROOT / "README.md").read_text(), re.M
-        )
+        for page in PAGES
+        for call in re.findall(r"(?:^|`)(make [^`\n]*?)(?:`|$)", page.read_text(), re.M)
         if "=" in call and ".." not in call
     }
 )
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_call_in_the_readme_hands_its_settings_on(call: str, checkout: Checkout) -> None:
+def test_a_call_on_a_page_hands_its_settings_on(call: str, checkout: Checkout) -> None:
     _, *words = shlex.split(call)
     targets = [word for word in words if "=" not in word]
     done = checkout.make(*(word.replace("<name>", "x") for word in words))

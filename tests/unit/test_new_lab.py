@@ -1,6 +1,6 @@
 """A lab is one file and one line: in a copy of the house a new one is added by just these.
 
-Nothing else is touched, and the command line's checks, the reports, the README's tables, the
+Nothing else is touched, and the command line's checks, the reports, the README's course, the
 Makefile's help and the tests take it. What it tells beyond its claims is one more file.
 """
 
@@ -127,7 +127,7 @@ import sys
 from pathlib import Path
 
 from labs import LABS
-from labs.comparing.leaderboards import generated_tables
+from labs.comparing.leaderboards import generated_parts
 from labs.running.resolve import require_known_names
 from labs.telling import report
 from tests.unit.builders import write_run
@@ -137,7 +137,7 @@ require_known_names(lab.at("cpu", quick=True))
 folder = write_run(Path(sys.argv[1]), **dict(lab))
 print(report.write(folder).read_text())
 print("drawn:", *sorted(path.name for path in folder.path.glob("*.svg")))
-print(generated_tables(Path("README.md").read_text(), []))
+print(generated_parts(Path("README.md").read_text(), []))
 """
 
 
@@ -174,7 +174,8 @@ def test_a_lab_is_one_file_and_one_line(house: Path) -> None:
     assert "(SO-4) This run has not the figures that would answer it." in told
     assert "| On is faster (Output throughput: on concurrent 1 / off concurrent 1) | 2.9" in told
     assert "drawn: effects.svg variants.svg" in told
-    assert "| `make lab-abacus-beads` | Does a cached prefix spare counting? | SO-4 |" in told
+    link = "[`make lab-abacus-beads`](labs/abacus_beads.py)"
+    assert f"| {link} | Does a cached prefix spare counting? |" in told
     assert "make lab-abacus-beads" in said(house, "make", "help")
 
 

@@ -25,6 +25,12 @@ def test_each_entry_is_about_a_part_of_a_lab(lab: str) -> None:
         assert set(entries) <= set(known)
 
 
+@pytest.mark.parametrize("lab", LABS)
+def test_a_headline_is_about_a_claim_of_its_lab(lab: str) -> None:
+    headline = parts_of(lab).headline
+    assert headline is None or headline.claim in {claim.name for claim in LABS[lab].claims}
+
+
 def test_a_report_shows_theirs_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run(tmp_path)
     theirs = ReportParts(

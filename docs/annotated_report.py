@@ -1,0 +1,77 @@
+"""Draw the README's picture of a report: the top of a run's page, with numbered notes on it.
+
+    PYTHONPATH=. .venv/bin/python docs/annotated_report.py results/<machine>/<lab>/<run>
+
+writes `docs/report.png` with headless Chromium (`apt-get install chromium`). The notes are placed
+beside what they point at, wherever it stands on the page.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from labs.filing.results import open_run
+from labs.telling import pages
+from serving import whole
+from tests.browser import Page, browser
+
+OUT = Path(__file__).with_name("report.png")
+WIDTH, HEIGHT = 1280, 1010
+COLOURS = 64  # of the palette that keeps the file small
+MARGIN = "<style>body { margin: 0; max-width: 60rem }</style></head>"  # right of it stand the notes
+NOTES = {
+    "h1": "The lab, and the machine it ran on",
+    "nav": "The parts of the report; the last ones say how it was measured and what weakens it",
+    "#the-answer h2": "Your questions, answered in plain words from this run",
+    "#claims": "What was predicted (shaded: where it holds), and what was measured (dots)",
+}  # what a note points at -> what it says
+PLACE_NOTES = """
+for (const [index, [selector, words]] of Object.entries(NOTES).entries()) {
+  const note = document.createElement("div");
+  const [number, text] = [document.createElement("b"), document.createElement("span")];
+  number.textContent = index + 1;
+  text.textContent = words;
+  const top = document.querySelector(selector).getBoundingClientRect().top + scrollY;
+  note.style.cssText = `position: absolute; left: 61rem; width: 17.5rem; top: ${top}px;
+    display: flex; gap: .6rem; align-items: start; padding: .4rem .7rem .4rem .4rem;
+    background: #fff4d6; border: 2px solid #d55e00; border-radius: 1rem; color: #1b1f24;
+    line-height: 1.35`;
+  number.style.cssText = `background: #d55e00; color: #fff; border-radius: 50%; flex: 0 0 1.6em;
+    text-align: center; line-height: 1.6em`;
+  note.append(number, text);
+  document.body.append(note);
+}
+"""
+
+
+def draw(run: Path) -> Path:
+    """Write the picture of a run's page; raises LabError where there is no such run."""
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Path(scratch)
+        html = pages.page(open_run(run)).replace("</head>", MARGIN, 1)
+        page_file = whole.write(home / "report.html", html)
+        with browser(home / "profile") as chromium:
+            page = Page(chromium, WIDTH, HEIGHT)
+            page.open(page_file)
+            page.wait("!!document.querySelector('#claims .main-svg')")
+            page.js(f"{{ const NOTES = {json.dumps(NOTES)}; {PLACE_NOTES} }}")
+            page.picture(home / "page.png")
+        return _smaller(home / "page.png")
+
+
+def _smaller(picture: Path) -> Path:
+    """Keep the top of a picture, in few colours."""
+    image = Image.open(io.BytesIO(picture.read_bytes())).convert("RGB")
+    image = image.crop((0, 0, image.width, min(HEIGHT, image.height)))
+    image.quantize(COLOURS, dither=Image.Dither.NONE).save(OUT, optimize=True)
+    return OUT
+
+
+if __name__ == "__main__":
+    print(draw(Path(sys.argv[1])))

@@ -1,0 +1,89 @@
+"""README and docs/: small enough, every link leads somewhere, and what they name exists."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from typer.main import get_command
+
+from labs import LABS
+from labs.commands.cli import app
+from serving.models import ROOT
+from tests.unit.test_makefile import LINES, PAGES, SETTINGS
+
+README_BYTES = 8 * 1024  # a page that is read in a minute or two
+INDEX = ROOT / "docs" / "README.md"
+SECRETS = next(line.split("#")[0].split()[2:] for line in LINES if line.startswith("SECRETS :="))
+TARGETS = {
+    name
+    for line in LINES
+    if (rule := re.match(r"([a-z][a-z -]*):", line))
+    for name in rule[1].split()
+}
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def tokens(page: Path) -> Iterator[Token]:
+    """Every token of a page, those within a line included."""
+    for token in MarkdownIt().enable("table").parse(page.read_text()):
+        yield token
+        yield from token.children or ()
+
+
+def links(page: Path) -> list[str]:
+    """The relative targets of a page's links and pictures."""
+    found = [str(t.attrs.get("href") or t.attrs.get("src") or "") for t in tokens(page)]
+    return [unquote(target) for target in found if target and "://" not in target]
+
+
+def code(page: Path) -> list[str]:
+    """What a page shows as code, in a line or in a block of its own."""
+    return [t.content for t in tokens(page) if t.type in ("code_inline", "fence")]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len((ROOT / "README.md").read_bytes()) < README_BYTES
+
+
+@each_page
+def test_a_link_leads_to_what_is_there(page: Path, committed: Path) -> None:
+    for target in links(page):
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        if path.is_relative_to(ROOT / "results"):
+            path = committed / path.relative_to(ROOT)
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def test_the_index_and_every_page_link_to_each_other() -> None:
+    pages = [page for page in PAGES if page.parent == INDEX.parent and page != INDEX]
+    assert not {page.name for page in pages} - set(links(INDEX))
+    for page in pages:
+        assert INDEX.name in links(page), page.name
+
+
+@each_page
+def test_what_a_page_calls_exists(page: Path) -> None:
+    """Targets of make, the settings behind them, and commands of `labs`."""
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    targets = TARGETS | {f"lab-{name}" for name in (*LABS, "<name>")}
+    for text in code(page):
+        for target in re.findall(r"\bmake ([a-z][\w<>-]*)", text):
+            assert target in targets, text
+        for setting in re.findall(r"(?<![\w.])([A-Z][A-Z_]+)=", text):
+            assert setting in (*SETTINGS, *SECRETS, *map("LABS_{}".format, SETTINGS)), text
+        for command in re.findall(r"(?:^|bin/)labs ([a-z][\w-]*)", text):
+            assert command in commands, text
