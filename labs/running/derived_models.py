@@ -6,11 +6,13 @@ needs torch, or an environment of its own), and is found again by name.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,7 +139,30 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
         folder = folder.with_name(f"{folder.name}-quick")
         if folder.exists():
             return folder
-    report(f"Making {recipe.what}{lesser} (once, about {minutes:g} min)")
+    with _alone(folder, report):
+        if not folder.exists():
+            report(f"Making {recipe.what}{lesser} (once, about {minutes:g} min)")
+            _make(recipe, name, model, folder, each, report)
+    return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Keep other processes from making the same folder while the block lasts; wait for them."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"Another process is making {folder.name}: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _make(
+    recipe: Recipe, name: str, model: Model, folder: Path, each: int, report: Callable[[str], None]
+) -> None:
+    """Run the recipe's module, with `each` prompts of every kind. Raises LabError."""
     inputs = TEXTS / recipe.text if recipe.text else models.CACHE / f"{name}-prompts.jsonl"
     if recipe.prompts:
         _write_prompts(inputs, model, recipe.prompts, each)
@@ -153,7 +178,6 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
         if maker.wait():
             raise LabError(f"{name} could not be made: {maker.tail(1)} (its whole log: {log})")
     report(f"Made in {time.monotonic() - began:.0f} s: {folder.name}")
-    return folder
 
 
 def _write_prompts(path: Path, model: Model, kinds: Sequence[Workload], each: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import struct
 from dataclasses import replace
@@ -72,6 +73,23 @@ def test_a_quick_run_makes_a_lesser_draft_unless_the_whole_one_is_there(model: M
     assert taught(whole) == 4 * taught(lesser)
     assert make(model, "draft", pytest.fail, quick=True) == whole
     assert make(model, "adapters", said.append, quick=True) == place(model, "adapters")
+
+
+def test_what_another_process_is_making_is_waited_for_and_not_made_again(model: Model) -> None:
+    folder = place(model, "draft")
+    folder.parent.mkdir(parents=True)
+    shown: list[str] = []
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def other_process_finishes(line: str) -> None:
+            shown.append(line)
+            folder.mkdir()
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+        assert make(model, "draft", other_process_finishes) == folder
+    assert shown == [f"Another process is making {folder.name}: waiting for it"]
+    assert not [*folder.iterdir()]
 
 
 def test_prompts_are_of_every_kind_and_the_same_wherever_made(model: Model) -> None:
