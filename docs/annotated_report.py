@@ -22,7 +22,7 @@ from serving import whole
 from tests.browser import Page, browser
 
 OUT = Path(__file__).with_name("report.png")
-WIDTH, HEIGHT = 1280, 1010
+WIDTH, HEIGHT = 1280, 1000  # of the window; the picture ends below the claims
 COLOURS = 64  # of the palette that keeps the file small
 MARGIN = "<style>body { margin: 0; max-width: 60rem }</style></head>"  # right of it stand the notes
 NOTES = {
@@ -31,6 +31,7 @@ NOTES = {
     "#the-answer h2": "Your questions, answered in plain words from this run",
     "#claims": "What was predicted (shaded: where it holds), and what was measured (dots)",
 }  # what a note points at -> what it says
+END = "document.querySelector('#claims').closest('figure').getBoundingClientRect().bottom + scrollY"
 PLACE_NOTES = """
 for (const [index, [selector, words]] of Object.entries(NOTES).entries()) {
   const note = document.createElement("div");
@@ -62,13 +63,14 @@ def draw(run: Path) -> Path:
             page.wait("!!document.querySelector('#claims .main-svg')")
             page.js(f"{{ const NOTES = {json.dumps(NOTES)}; {PLACE_NOTES} }}")
             page.picture(home / "page.png")
-        return _smaller(home / "page.png")
+            end = int(page.js(END))
+        return _smaller(home / "page.png", end)
 
 
-def _smaller(picture: Path) -> Path:
+def _smaller(picture: Path, height: int) -> Path:
     """Keep the top of a picture, in few colours."""
     image = Image.open(io.BytesIO(picture.read_bytes())).convert("RGB")
-    image = image.crop((0, 0, image.width, min(HEIGHT, image.height)))
+    image = image.crop((0, 0, image.width, height))
     image.quantize(COLOURS, dither=Image.Dither.NONE).save(OUT, optimize=True)
     return OUT
 

@@ -42,6 +42,11 @@ class _Arrival(BaseModel, frozen=True, extra="forbid"):
         return str(self).replace(":", "-").replace("/", "-")
 
     @property
+    def words(self) -> str:
+        """What is sent, as a person would say it: `8 users`."""
+        raise NotImplementedError
+
+    @property
     def open_loop(self) -> bool:
         """Whether requests are sent on a schedule, whatever is outstanding."""
         return False
@@ -58,6 +63,11 @@ class Concurrent(_Arrival, frozen=True):
     kind: Literal["concurrent"] = "concurrent"
     users: PositiveInt = Field(le=MAX_USERS)
 
+    @property
+    def words(self) -> str:
+        """`1 user`, `8 users`."""
+        return f"{self.users} user{'s' if self.users > 1 else ''}"
+
 
 class Waves(_Arrival, frozen=True):
     """A wave of `size` requests is sent at once when the whole wave before has ended."""
@@ -69,6 +79,11 @@ class Waves(_Arrival, frozen=True):
     def users(self) -> int:
         """The number of requests in a wave."""
         return self.size
+
+    @property
+    def words(self) -> str:
+        """`waves of 8`."""
+        return f"waves of {self.size}"
 
 
 class Contended(_Arrival, frozen=True):
@@ -82,6 +97,12 @@ class Contended(_Arrival, frozen=True):
     def seats(self) -> int:
         """The number of Locust users, of which the last is the intruder."""
         return self.users + 1
+
+    @property
+    def words(self) -> str:
+        """`4 streams, a long prompt every 2 s`."""
+        streams = f"{self.users} stream{'s' if self.users > 1 else ''}"
+        return f"{streams}, a long prompt every {self.every_s:g} s"
 
 
 class _OpenLoop(_Arrival, frozen=True):
@@ -103,6 +124,11 @@ class Poisson(_OpenLoop, frozen=True):
 
     kind: Literal["poisson"] = "poisson"
 
+    @property
+    def words(self) -> str:
+        """`2 requests/s at random times`."""
+        return f"{self.rate_per_s:g} requests/s at random times"
+
     def schedule(self, duration_s: float, rng: random.Random) -> list[float]:
         """Draw the send times in [0, duration_s): exponential gaps of mean 1 / rate."""
         times, at = [], rng.expovariate(self.rate_per_s)
@@ -116,6 +142,11 @@ class Constant(_OpenLoop, frozen=True):
     """Requests are sent at equal intervals, `rate_per_s`."""
 
     kind: Literal["constant"] = "constant"
+
+    @property
+    def words(self) -> str:
+        """`2 requests/s at equal intervals`."""
+        return f"{self.rate_per_s:g} requests/s at equal intervals"
 
     def schedule(self, duration_s: float, rng: random.Random) -> list[float]:
         """List the send times in [0, duration_s), one every 1 / rate seconds."""
@@ -132,6 +163,11 @@ class Gamma(_OpenLoop, frozen=True):
     kind: Literal["gamma"] = "gamma"
     burstiness: PositiveFloat = Field(allow_inf_nan=False)
 
+    @property
+    def words(self) -> str:
+        """`2 requests/s, burstiness 0.5`."""
+        return f"{self.rate_per_s:g} requests/s, burstiness {self.burstiness:g}"
+
     def schedule(self, duration_s: float, rng: random.Random) -> list[float]:
         """Draw the send times in [0, duration_s)."""
         scale_s = 1 / (self.rate_per_s * self.burstiness)
@@ -147,6 +183,11 @@ class Replay(_Arrival, frozen=True):
 
     kind: Literal["replay"] = "replay"
     speed: PositiveFloat = Field(allow_inf_nan=False)
+
+    @property
+    def words(self) -> str:
+        """`the trace at 2x its speed`."""
+        return f"the trace at {self.speed:g}x its speed"
 
     @property
     def open_loop(self) -> bool:

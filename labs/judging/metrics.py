@@ -41,7 +41,8 @@ from labs.judging.measure import (
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, TPOT, TTFT, Latency
 from serving.metrics import PREEMPTIONS
 
-Unit = Literal["s", "tok", "tok/s", "req/s", "FLOP/s", "1", "USD", "J"]  # "1": a number or a share
+# "1": a number; "share": a part of 1, which is shown in per cent
+Unit = Literal["s", "tok", "tok/s", "req/s", "FLOP/s", "1", "share", "USD", "J"]
 Repeats = Mapping[int, Mapping[str, float | None]]  # of a point: repeat -> metric -> value
 
 
@@ -164,18 +165,19 @@ METRICS: dict[str, Metric] = _table(
     Metric("e2e_p90_s", "E2E, p90", "s", LOW, percentile_of(E2E, 90),
            exported=False, each_trial=False),
     Metric("e2e_p99_s", "E2E, p99", "s", LOW, percentile_of(E2E, 99)),
-    Metric("error_rate", "Error rate", "1", LOW, ratio(error_rate),
+    Metric("error_rate", "Error rate", "share", LOW, ratio(error_rate),
            column=80, compared=True, across_machines=True),
     Metric("batch", "Requests in decode, mean", "1", HIGH, average("trial", batch),
            across_machines=True, forecast="kept"),
-    Metric("mbu", "MBU", "1", HIGH, ratio(mbu),
+    Metric("mbu", "MBU", "share", HIGH, ratio(mbu),
            column=170, main=True, compared=True, across_machines=True),
-    Metric("mfu", "MFU", "1", HIGH, ratio(mfu), column=180, compared=True, across_machines=True),
+    Metric("mfu", "MFU", "share", HIGH, ratio(mfu),
+           column=180, compared=True, across_machines=True),
     Metric("intensity", "FLOP a byte", "1", HIGH, ratio(intensity), across_machines=True),
     Metric("flops_per_s", "Decode rate", "FLOP/s", HIGH, rate(flops_per_s)),
-    Metric("prefix_hit_rate", "Prefix hit rate", "1", HIGH, ratio(prefix_hit_rate),
+    Metric("prefix_hit_rate", "Prefix hit rate", "share", HIGH, ratio(prefix_hit_rate),
            column=90, compared=True, across_machines=True, forecast="shown"),
-    Metric("acceptance_rate", "Drafts accepted", "1", HIGH, ratio(acceptance_rate),
+    Metric("acceptance_rate", "Drafts accepted", "share", HIGH, ratio(acceptance_rate),
            column=130, compared=True, across_machines=True, forecast="kept"),
     Metric("acceptance_length", "Tokens a draft step", "1", HIGH, ratio(acceptance_length),
            column=140, compared=True, across_machines=True, forecast="shown"),

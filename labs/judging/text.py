@@ -11,7 +11,7 @@ from serving.machine import Ceilings
 
 
 def number(value: float | None, unit: str = "1") -> str:
-    """Write a value with three significant digits and its unit, times below a second in ms.
+    """Write a value with three significant digits and its unit; times below a second in ms.
 
     A value that is missing is written as a dash, never as 0.
     """
@@ -19,6 +19,8 @@ def number(value: float | None, unit: str = "1") -> str:
         return "–"
     if unit == "s" and abs(value) < 0.9995:
         return f"{_three_digits(1000 * value)} ms"
+    if unit == "share":
+        return f"{_three_digits(100 * value)}%"
     return _three_digits(value) if unit in ("1", "USD") else f"{_three_digits(value)} {unit}"
 
 
@@ -39,14 +41,20 @@ def yes_or_no(held: bool | None) -> str:
 
 
 def point_label(key: str, lab: Lab) -> str:
-    """Shorten a point's key to the parts that vary in this lab."""
+    """Name a point in words, by the parts that vary in this lab: `quarter`, `story, 8 users`."""
     variant, workload, load = key.split("/")
-    parts = [load.replace("-", " ")]
-    if len(lab.workloads) > 1:
-        parts.insert(0, workload)
-    if len(lab.variants) > 1:
-        parts.insert(0, variant)
-    return " ".join(parts)
+    loads = {load.name: load.words for of in lab.workloads for load in of.loads}
+    parts = [variant] if len(lab.variants) > 1 else []
+    parts += [workload] if len(lab.workloads) > 1 else []
+    if len(loads) > 1 or not parts:
+        parts.append(loads.get(load, load))
+    return ", ".join(parts)
+
+
+def one_load(lab: Lab) -> str | None:
+    """Name the load that all points of a lab have, or None where they have several."""
+    loads = {load.words for workload in lab.workloads for load in workload.loads}
+    return loads.pop() if len(loads) == 1 else None
 
 
 def literal(text: str) -> str:

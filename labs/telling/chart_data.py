@@ -49,6 +49,7 @@ def data(folder: RunFolder, run: Run, summary: Summary) -> dict[str, Any]:
                 "workload": p.workload.name,
                 "kind": p.load.kind,
                 "level": str(p.load).partition(":")[2],
+                "load": p.load.words,
                 "figures": {n: _over_repeats(summary, p, n) for n in figures},
                 "predicted": {
                     f.metric: {"value": _round(f.prediction.value), "kind": f.prediction.kind}

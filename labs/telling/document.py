@@ -79,15 +79,17 @@ class Section:
 
     title: Inline
     blocks: tuple[Block, ...]
+    folded: bool = False  # shown when the reader opens it
 
 
 Block: TypeAlias = "Paragraph | Bullets | Notes | Table | Figure | Section"
 Node = TypeVar("Node", Paragraph, Bullets, Notes, Table, Figure)
 
 
-def section(title: Inline, *blocks: Block | None) -> Section:
+def section(title: Inline, *blocks: Block | None, folded: bool = False) -> Section:
     """A section of the blocks that hold anything."""
-    return Section(title, tuple(block for block in blocks if block and _holds_anything(block)))
+    shown = tuple(block for block in blocks if block and _holds_anything(block))
+    return Section(title, shown, folded)
 
 
 def _holds_anything(block: Block) -> bool:
@@ -96,7 +98,7 @@ def _holds_anything(block: Block) -> bool:
             return bool(items)
         case Table(_, rows):
             return bool(rows)
-        case Section(_, blocks):
+        case Section(blocks=blocks):
             return bool(blocks)
     return True
 
@@ -113,6 +115,38 @@ def table_of(rows: Sequence[Sequence[Inline]]) -> Table:
     """A table of rows of which the first is the header; without rows an empty one."""
     header, *body = rows or ((),)
     return table(header, body)
+
+
+def without_empty_columns(of: Table) -> Table:
+    """The table without the columns that have nothing but dashes."""
+    return _with_columns(of, [n for n, cells in _columns(of) if not set(cells) <= {"–", ""}])
+
+
+def without_constant_columns(of: Table, keep: Sequence[str] = ()) -> tuple[Table, Paragraph | None]:
+    """The table without the columns that say the same in every row, and what those say.
+
+    Columns with a heading to `keep` stay.
+    """
+    if len(of.rows) < 2:
+        return of, None
+    varying = [n for n, cells in _columns(of) if len(set(cells)) > 1 or of.header[n] in keep]
+    same = [
+        f"{plain_text(of.header[n])} = {plain_text(cells[0])}"
+        for n, cells in _columns(of)
+        if n not in varying and plain_text(cells[0]) not in ("–", "")
+    ]
+    told = Paragraph(f"The same in every row, so left out: {'; '.join(same)}.") if same else None
+    return _with_columns(of, varying), told
+
+
+def _columns(of: Table) -> list[tuple[int, tuple[Inline, ...]]]:
+    return list(enumerate(zip(*of.rows, strict=True)))
+
+
+def _with_columns(of: Table, numbers: Sequence[int]) -> Table:
+    if not of.rows:
+        return of
+    return table([of.header[n] for n in numbers], ([row[n] for n in numbers] for row in of.rows))
 
 
 def joined(parts: Iterable[Inline], separator: str) -> Inline:

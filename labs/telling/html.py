@@ -36,6 +36,7 @@ class PageSection:
     title: str
     id: str
     body: Markup
+    folded: bool
 
 
 def introduction(document: Section, picture: Picture) -> Markup:
@@ -46,7 +47,9 @@ def introduction(document: Section, picture: Picture) -> Markup:
 def sections(document: Section, picture: Picture) -> list[PageSection]:
     """The sections of a document, each with the anchor that links to it."""
     return [
-        PageSection(title, anchor(title), fragment(block.blocks, picture, label=title))
+        PageSection(
+            title, anchor(title), fragment(block.blocks, picture, label=title), block.folded
+        )
         for block in document.blocks
         if isinstance(block, Section)
         for title in (plain_text(block.title),)
@@ -80,7 +83,7 @@ def _block(block: Block, picture: Picture, label: str, level: int) -> Markup:
             return _table(block, label)
         case Figure():
             return picture(block)
-        case Section(title, blocks):
+        case Section(title, blocks):  # folded or not: within a section all is in sight
             heading = Markup("<h{0}>{1}</h{0}>\n").format(level, inline(title))
             return heading + fragment(blocks, picture, plain_text(title), level + 1)
 

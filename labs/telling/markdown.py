@@ -37,6 +37,7 @@ MARKUP = re.compile(
     """,
     re.VERBOSE,
 )
+FOLD = "<details>\n<summary>Show</summary>"
 BLOCK_START = re.compile(
     r"#{1,6}(?=\s|$)|[-+](?=\s|$)|>|\||(?:-+|=+)\s*$|(?P<number>\d{1,9})(?=[.)](?:\s|$))"
 )
@@ -66,9 +67,10 @@ def _block(block: Block, level: int) -> list[str]:
             return [f"![{words}]({_target(file)})", _line(_one_line(_inline(caption)))]
         case Table():
             return ["\n".join(_table(block))]
-        case Section(title, blocks):
+        case Section(title, blocks, folded):
             heading = f"{'#' * level} {_one_line(_inline(title))}"
-            return [heading, *(part for inner in blocks for part in _block(inner, level + 1))]
+            parts = [part for inner in blocks for part in _block(inner, level + 1)]
+            return [heading, FOLD, *parts, "</details>"] if folded else [heading, *parts]
 
 
 def _table(table: Table) -> list[str]:

@@ -35,6 +35,7 @@ RUN_SCRIPTS = (
     "page.js", "plot.js", "run.js", "ratios.js", "distributions.js", "figures.js", "requests.js",
 )  # fmt: skip
 RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
+CLAIMS = "claim-by-claim"  # the section after which stands what scripts draw
 DRAWN_HERE = ("effects", "sweep", "variants")  # whose SVG is shown only where no script runs
 
 
@@ -81,13 +82,16 @@ def page(folder: RunFolder, root: str = "") -> str:
     document = report.document(facts, figures)
     picture = _picture(folder)
     code = web(*RUN_SCRIPTS)
+    sections = html.sections(document, picture)
+    claims_come_first = any(section.id == CLAIMS for section in sections)
     return render(
         "run.html",
         scripts=[code] if root else [get_plotlyjs(), code],
         root=root,
         title=plain_text(document.title),
         intro=html.introduction(document, picture),
-        sections=html.sections(document, picture),
+        sections=sections,
+        drawn_after=CLAIMS if claims_come_first else sections[0].id,
         marks=_marks(run, not summary.failed and not summary.missing),  # COMPLETE comes last
         data=chart_data.data(folder, run, summary),
     )

@@ -250,23 +250,25 @@ def variants(run: JudgedRun) -> str | None:
     lab, name = run.lab, run.lab.claims[0].metric
     metric = METRICS[name]
     measured = [p for p in run.points if run.interval(p, name)]
-    places = list(dict.fromkeys((p.workload.name, str(p.load)) for p in measured))
+    places = list(dict.fromkeys((p.workload.name, p.load.words) for p in measured))
     if not places:
         return None
-    scale, unit = (1000.0, "ms") if metric.unit == "s" else (1.0, metric.unit)
+    scale, unit = {"s": (1000.0, "ms"), "share": (100.0, "%")}.get(metric.unit, (1.0, metric.unit))
     width = 0.8 / len(lab.variants)
     wide = max(1.0 * len(places), min(0.3 * len(lab.variants) * len(places), 8))
     figure, ax = plt.subplots(figsize=(2.4 + wide, 3.4))
     for column, (variant, colour) in enumerate(zip(lab.variants, VARIANTS, strict=False)):
         mine = {
-            (p.workload.name, str(p.load)): p for p in run.points if p.variant.name == variant.name
+            (p.workload.name, p.load.words): p for p in run.points if p.variant.name == variant.name
         }
         at = [i + (column - (len(lab.variants) - 1) / 2) * width for i in range(len(places))]
         means = [run.interval(mine[place], name) if place in mine else None for place in places]
         heights = [m.value * scale if m else np.nan for m in means]
         reach = [(m.high - m.value) * scale if m and m.high is not None else 0 for m in means]
         ax.bar(at, heights, width, yerr=reach, capsize=3, color=colour, label=variant.name)
-    ax.set_xticks(range(len(places)), [f"{workload}\n{load}" for workload, load in places])
+    several = len(lab.workloads) > 1
+    names = [f"{workload}\n" * several + _wrapped(load, 18) for workload, load in places]
+    ax.set_xticks(range(len(places)), names)
     ax.set_ylim(bottom=0)
     ax.set_ylabel(f"{metric.title} ({unit})")
     figure.legend(loc="outside right upper", frameon=False)

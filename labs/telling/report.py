@@ -21,6 +21,7 @@ from labs.judging.metrics import METRICS, main_columns
 from labs.judging.text import (
     claim_held,
     number,
+    one_load,
     point_label,
     ratio_interval,
     ratio_text,
@@ -45,7 +46,10 @@ from labs.telling.document import (
     parse,
     section,
     table_of,
+    without_constant_columns,
+    without_empty_columns,
 )
+from labs.telling.lesson import lesson
 from serving import whole
 
 THEIRS = "Published by others, of their models on their hardware; no verdict rests on it:"
@@ -106,6 +110,7 @@ def document(facts: Facts, figures: Sequence[Figure]) -> Section:
         Paragraph(Emphasis(parse(lab.question))),
         Notes(tuple(notes(run, facts.summary))),
         answer(facts),
+        section("How it works", *(Paragraph(parse(text)) for text in lesson(lab.name))),
         _claims(facts, figures),
         _every_point(facts),
         _in_virtual_time(facts),
@@ -114,12 +119,12 @@ def document(facts: Facts, figures: Sequence[Figure]) -> Section:
             _finding(lab, name, finding)
             for name, finding in zip(lab.findings, facts.summary.findings, strict=True)
         ),
-        _agreement(facts),
-        _validity(facts),
         section(
             "What this machine can and cannot show", Paragraph(parse(limits)) if limits else None
         ),
         section("What to turn next", bullets(_knob(text) for text in lab.next_knobs)),
+        _validity(facts),
+        _agreement(facts),
         _method(facts),
     )
 
@@ -201,7 +206,7 @@ def _claims(facts: Facts, figures: Sequence[Figure]) -> Section:
     lab, summary = facts.lab, facts.summary
     return section(
         "Claim by claim",
-        tables.claims(lab, summary),
+        without_empty_columns(tables.claims(lab, summary)),
         Paragraph(VERDICTS),
         *_published(lab, "claims", {j.claim: j.title for j in summary.judgements}),
         *figures,
@@ -232,8 +237,16 @@ def _every_point(facts: Facts) -> Section:
         " the memory bandwidth that decode used, MFU the FLOP/s that prefill and decode used, each"
         " as a share of this machine's measured ceiling."
     )
+    load = one_load(lab)
+    shown, same = without_constant_columns(
+        tables.points(facts.points, lab, facts.summary), keep=("Point",)
+    )
     return section(
-        "Every point", tables.points(facts.points, lab, facts.summary), Paragraph(columns)
+        "Every point",
+        Paragraph(f"Every point was sent the same load: {load}.") if load else None,
+        shown,
+        same,
+        Paragraph(columns),
     )
 
 
@@ -268,9 +281,13 @@ def _in_virtual_time(facts: Facts) -> Section:
     if before is None:
         return section("Forecast beside measured")
     without = [(Code(name), f": {why}") for name, why in before.without.items()]
+    shown, same = without_constant_columns(
+        tables.forecast_beside_measured(facts.lab, facts.summary), keep=("Forecast", "Measured")
+    )
     return section(
         "Forecast beside measured",
-        tables.forecast_beside_measured(facts.lab, facts.summary),
+        shown,
+        same,
         Paragraph(f"{forecast_score(facts.summary)} {IN_VIRTUAL_TIME}") if before.points else None,
         tables.closed_forms(facts.lab, facts.summary, facts.predictions),
         Paragraph("No forecast:") if without else None,
@@ -296,9 +313,13 @@ def forecast_score(summary: Summary) -> str:
 def _forecasts(facts: Facts) -> Section:
     lab = facts.lab
     regime = _regime(facts)
+    shown, same = without_constant_columns(
+        tables.forecasts(lab, facts.summary), keep=("Where", "Measured", "Predicted")
+    )
     return section(
         "Predicted beside measured",
-        tables.forecasts(lab, facts.summary),
+        shown,
+        same,
         Paragraph(joined(regime, "\n")) if regime else None,
         bullets(formulas(lab, facts.predictions)),
         *_published(lab, "forecasts", {f.name: METRICS[f.metric].title for f in lab.forecasts}),
@@ -391,6 +412,7 @@ def _agreement(facts: Facts) -> Section:
         tables.agreement(facts.session),
         Paragraph(TTFT_TWICE) if ttft.rows else None,
         ttft,
+        folded=True,
     )
 
 
@@ -401,6 +423,7 @@ def _validity(facts: Facts) -> Section:
         validity(facts.summary.caveats, facts.lab, len(failed)),
         Paragraph("Trials that failed (their figures are missing, not zero):") if failed else None,
         bullets((Code(key), f": {why.splitlines()[0]}") for key, why in failed.items()),
+        folded=not facts.summary.caveats and not failed,
     )
 
 
@@ -418,7 +441,7 @@ def validity(caveats: Sequence[Caveat], lab: Lab, failed: int = 0) -> Paragraph 
         groups.setdefault((caveat.name, caveat.blocks), []).append(caveat)
     items: list[Inline] = []
     for (name, blocks), members in groups.items():
-        where = ", ".join(point_label(c.point, lab) for c in members if c.point)
+        where = "; ".join(dict.fromkeys(point_label(c.point, lab) for c in members if c.point))
         weight = "no verdict there" if blocks else "caveat"
         if blocks and members[0].metrics:
             weight = "no verdict on times between tokens there"
@@ -440,4 +463,5 @@ def _method(facts: Facts) -> Section:
         bullets(method.lines(facts.run, facts.lab, facts.session)),
         Paragraph(beside) if ceilings.rows else None,
         ceilings,
+        folded=True,
     )

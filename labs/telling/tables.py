@@ -124,7 +124,9 @@ def forecasts(lab: Lab, summary: Summary) -> Table:
                 held_text(f.measured, f.prediction, f.held),
             ]
         )
-    header = ("Figure", "Where", "Measured", "95 % interval", "Predicted", "Share", "Held")
+    header = (
+        "Figure", "Where", "Measured", "95 % interval", "Predicted", "Measured / predicted", "Held",
+    )  # fmt: skip
     return table(header, rows)
 
 
@@ -169,7 +171,7 @@ def forecast_beside_measured(lab: Lab, summary: Summary) -> Table:
                 number(f.value, unit),
                 _between(f.low, f.high, unit),
                 number(f.measured.value if f.measured else None, unit),
-                "–" if f.share is None else f"{f.share:.2f}",
+                "–" if f.share is None else f"{f.share:.2f}x",
                 yes_or_no(f.within),
             ]
         )

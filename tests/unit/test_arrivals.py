@@ -42,6 +42,24 @@ def test_text_form_reads_back(text: str, arrival: Arrival) -> None:
     assert arrival.name == text.replace(":", "-").replace("/", "-")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("concurrent:1", "1 user"),
+        ("concurrent:8", "8 users"),
+        ("waves:8", "waves of 8"),
+        ("contended:4/2", "4 streams, a long prompt every 2 s"),
+        ("contended:1/0.5", "1 stream, a long prompt every 0.5 s"),
+        ("poisson:2.5", "2.5 requests/s at random times"),
+        ("constant:2", "2 requests/s at equal intervals"),
+        ("gamma:2/0.5", "2 requests/s, burstiness 0.5"),
+        ("replay:2", "the trace at 2x its speed"),
+    ],
+)
+def test_a_load_in_words(text: str, words: str) -> None:
+    assert parse(text).words == words
+
+
 def test_text_form_of_any_rate_reads_back() -> None:
     arrival = Poisson(rate_per_s=1 / 3)
     assert parse(str(arrival)) == arrival

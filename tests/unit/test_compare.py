@@ -291,7 +291,7 @@ def test_other_flags_are_compared_and_named(folder: RunFolder) -> None:
 def test_on_other_hardware_only_what_has_no_dimension_is_compared(folder: RunFolder) -> None:
     found = compared(folder, edited(folder, machine="Slide rule"))
     assert not found.same_hardware
-    assert {r.unit for r in [*found.rows, *found.effects]} == {"1"}
+    assert {r.unit for r in [*found.rows, *found.effects]} == {"1", "share"}
     assert len(found.effects) == 2
     assert found.left_out > 4
     assert found.differences[0].what == "machine.model"

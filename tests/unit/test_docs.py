@@ -18,6 +18,7 @@ from serving.models import ROOT
 from tests.unit.test_makefile import LINES, PAGES, SETTINGS
 
 README_BYTES = 8 * 1024  # a page that is read in a minute or two
+PICTURE_BYTES = 200_000
 INDEX = ROOT / "docs" / "README.md"
 SECRETS = next(line.split("#")[0].split()[2:] for line in LINES if line.startswith("SECRETS :="))
 TARGETS = {
@@ -53,8 +54,9 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_readme_is_one_page() -> None:
+def test_the_readme_is_one_page_and_its_picture_is_small() -> None:
     assert len((ROOT / "README.md").read_bytes()) < README_BYTES
+    assert (ROOT / "docs" / "report.png").stat().st_size < PICTURE_BYTES
 
 
 @each_page

@@ -30,6 +30,8 @@ from labs.telling.document import (
     plain_text,
     section,
     table,
+    without_constant_columns,
+    without_empty_columns,
 )
 
 FROM_OUTSIDE = [
@@ -174,3 +176,34 @@ def test_a_terminal_shows_styles_and_no_markup_of_its_own() -> None:
     assert lines[:4] == ["", "Title", "[red]note", "  a bold [b] c link"]
     assert "│ [dim]x │      1 │" in plain
     assert "plot" not in plain
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def test_columns_that_say_the_same_everywhere_are_said_once() -> None:
+    of = table(
+        ("Point", "Errors", "TTFT", "Cost"), [("a", "0%", "1 s", "–"), ("b", "0%", "2 s", "–")]
+    )
+    shown, same = without_constant_columns(of)
+    assert shown == table(("Point", "TTFT"), [("a", "1 s"), ("b", "2 s")])
+    assert same == Paragraph("The same in every row, so left out: Errors = 0%.")
+    assert without_constant_columns(of, keep=("Errors",))[1] is None
+    alone = table(("Point", "Errors"), [("a", "0%")])
+    assert without_constant_columns(alone) == (alone, None)
+
+
+def test_columns_of_dashes_are_left_out() -> None:
+    of = table(("Point", "Published"), [("a", "–"), ("b", "–")])
+    assert without_empty_columns(of) == table(("Point",), [("a",), ("b",)])
+    assert without_empty_columns(table(("Point",), [])) == table(("Point",), [])
+
+
+def test_a_folded_section_opens_on_a_page_and_is_whole_on_a_terminal() -> None:
+    folded = section("Trust", Paragraph("All is well."), folded=True)
+    assert markdown.fragment([folded], level=2) == (
+        "## Trust\n\n<details>\n<summary>Show</summary>\n\nAll is well.\n\n</details>"
+    )
+    console = Console(file=io.StringIO(), width=80)
+    terminal.show(console, folded)
+    assert "All is well." in console.file.getvalue()  # type: ignore[attr-defined]

@@ -336,8 +336,8 @@ def test_the_same_text_is_told_request_by_request(tmp_path: Path) -> None:
     played(run, "guess/story/concurrent-1", answers("a", "b", "x", None))
     rows = cells(SAME_TEXT.finding(run), 0, 1, 2)
     # two repeats each; the fourth answer has no text to compare
-    assert rows == [["none story concurrent 2", "4", "100%"],
-                    ["guess story concurrent 1", "6", "67%"]]  # fmt: skip
+    assert rows == [["none, story, 2 users", "4", "100%"],
+                    ["guess, story, 1 user", "6", "67%"]]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ quantization

@@ -48,7 +48,7 @@ def test_the_report_tells_how_near_the_forecasts_came(folder: RunFolder) -> None
     text = (folder.path / "report.md").read_text()
     _, _, told = text.partition("## Forecast beside measured")
     assert "1 of 2 measured figures lie within their band; the median distance is 25%." in told
-    assert "| 0.50 | no |" in told
+    assert "| 0.50x | no |" in told
     assert "- `on`: it was not timed" in told
 
 

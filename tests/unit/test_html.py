@@ -15,9 +15,10 @@ from plotly.offline import get_plotlyjs
 
 from labs.filing import results
 from labs.filing.results import RunFolder, TrialResult, write_json
+from labs.judging.judge import Caveat
 from labs.questions import QUESTIONS
 from labs.telling import chart_data, html, pages, report, tables
-from labs.telling.document import Figure, plain_text
+from labs.telling.document import Figure, plain_text, without_empty_columns
 from labs.telling.summary import summarise
 from loadtests import records
 from tests.unit import in_git
@@ -91,7 +92,7 @@ def hostile_run(folder: RunFolder) -> None:
 def test_a_page_says_what_the_report_says(folder: RunFolder) -> None:
     seen, summary = written(folder), folder.summary()
     for table in (
-        tables.claims(folder.run().rebuilt_lab(), summary),
+        without_empty_columns(tables.claims(folder.run().rebuilt_lab(), summary)),
         tables.points(folder.run().points(), folder.run().rebuilt_lab(), summary),
     ):
         for cell in (c for row in (table.header, *table.rows) for c in row):
@@ -102,6 +103,23 @@ def test_a_page_says_what_the_report_says(folder: RunFolder) -> None:
     assert len(ids) == len(set(ids))
     targets = [h[1:] for h in seen.attributes("href") if h.startswith("#")]
     assert set(targets) <= set(ids)
+
+
+def test_instruments_are_folded_and_what_weakens_a_run_is_not(folder: RunFolder) -> None:
+    def folded() -> list[str]:
+        document = report.document(report.Facts.of(folder), ())
+        parts = html.sections(document, html.embedded(folder.path))
+        page = pages.page(folder)
+        assert page.count("<details>") == sum(part.folded for part in parts)
+        return [part.id for part in parts if part.folded]
+
+    write_json(folder.path / "summary.json", folder.summary().model_copy(update={"caveats": []}))
+    assert folded() == ["validity", "how-it-was-measured"]
+    weak = Caveat(name="errors", text="3 of 9", blocks=True)
+    write_json(
+        folder.path / "summary.json", folder.summary().model_copy(update={"caveats": [weak]})
+    )
+    assert folded() == ["how-it-was-measured"]
 
 
 def test_nothing_is_loaded_from_anywhere(folder: RunFolder) -> None:

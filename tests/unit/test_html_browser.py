@@ -73,6 +73,23 @@ def test_every_plot_is_drawn_and_nothing_else_is_asked_for(
     assert page.js("document.documentElement.scrollWidth <= innerWidth")
 
 
+@pytest.mark.parametrize("lab", RUNS)
+def test_no_table_is_cut_off_on_a_desktop(chromium: Browser, site: Path, lab: str) -> None:
+    page = opened(chromium, of(site, lab))
+    page.js("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+    cut = "[...document.querySelectorAll('.table')].filter(e => e.scrollWidth > e.clientWidth)"
+    page.wait(f"{cut}.length === 0")
+
+
+def test_a_link_to_a_folded_section_opens_it(chromium: Browser, site: Path) -> None:
+    page = opened(chromium, of(site, RUNS[0]))
+    fold = "document.querySelector('#how-it-was-measured > details').open"
+    assert not page.js(fold)
+    page.js("document.querySelector('nav a[href=\"#how-it-was-measured\"]').click()")
+    page.wait(fold)
+    assert page.errors == []
+
+
 def test_the_one_file_of_a_run_needs_no_other(chromium: Browser, site: Path) -> None:
     path = pages.write(folder_of(site, RUNS[0]))
     page = opened(chromium, path)
@@ -119,7 +136,7 @@ def test_the_metric_and_how_it_is_drawn_are_chosen(chromium: Browser, site: Path
     page.choose("samples-workload", "fixed")
     assert page.js("document.getElementById('samples').data.length") == 2
     page.choose("left-metric", "mbu")
-    assert page.js("document.getElementById('left').layout.yaxis.title.text") == "MBU"
+    assert page.js("document.getElementById('left').layout.yaxis.title.text") == "MBU (%)"
     assert page.errors == []
 
 

@@ -126,7 +126,7 @@ def test_no_column_is_given_twice_and_a_short_table_holds_no_other() -> None:
 
 
 def test_what_is_the_same_on_other_machines_has_no_dimension() -> None:
-    assert {m.unit for m in METRICS.values() if m.across_machines} == {"1"}
+    assert {m.unit for m in METRICS.values() if m.across_machines} == {"1", "share"}
 
 
 def test_what_is_compared_or_exported_by_repeat_is_measured_in_every_trial() -> None:

@@ -18,6 +18,7 @@ from labs.judging.text import (
     held_text,
     interval,
     number,
+    one_load,
     point_label,
     prediction_text,
     ratio_interval,
@@ -37,6 +38,7 @@ from labs.telling.document import (
     section,
 )
 from labs.telling.summary import summarise
+from loadtests.arrivals import Waves
 from tests.unit.builders import PREDICTION, make_claim, make_lab, write_run
 
 
@@ -88,12 +90,18 @@ def test_prediction_says_what_kind_it_is(kind: Any, text: str) -> None:
 
 def test_point_is_named_by_what_varies() -> None:
     lab = make_lab()
-    assert point_label("on/short/concurrent-2", lab) == "on concurrent 2"
+    assert point_label("on/short/concurrent-2", lab) == "on, 2 users"
     alone = make_lab(variants=lab.variants[:1], claims=(), evidence=())
-    assert point_label("off/short/concurrent-2", alone) == "concurrent 2"
+    assert point_label("off/short/concurrent-2", alone) == "2 users"
     again = lab.workloads[0].model_copy(update={"name": "long"})
     two = make_lab(workloads=(*lab.workloads, again))
-    assert point_label("on/long/waves-8", two) == "on long waves 8"
+    assert point_label("on/long/concurrent-1", two) == "on, long, 1 user"
+    assert point_label("on/long/waves-8", two) == "on, long, waves-8"  # which the lab has not
+    short = lab.workloads[0].model_copy(update={"loads": (Waves(size=8),)})
+    one = make_lab(workloads=(short,), claims=(), evidence=())
+    assert point_label("on/short/waves-8", one) == "on"
+    assert one_load(one) == "waves of 8"
+    assert one_load(lab) is None
 
 
 def judgement(outcome: Any, expected: bool | None, effect: Effect | None = None) -> Judgement:
@@ -123,7 +131,7 @@ def test_caveats_are_told_once_each_with_where_and_whether_they_block() -> None:
     points = ("on/short/concurrent-1", "on/short/concurrent-2")
     found = [Caveat(name="errors", text="3 of 9", blocks=True, point=p) for p in points]
     told = markdown.fragment([report.validity(found, make_lab())])
-    where = "on concurrent 1, on concurrent 2"
+    where = "on, 1 user; on, 2 users"
     assert told == f"- **errors** (no verdict there; {where}): 3 of 9"
     assert "Every check passed" in markdown.fragment([report.validity([], make_lab())])
 
@@ -141,9 +149,9 @@ def test_report_is_the_same_bytes_from_the_same_files(folder: RunFolder) -> None
 
 def test_report_shows_the_verdict_beside_the_prediction(folder: RunFolder) -> None:
     text = report.write(folder).read_text()
-    (row,) = (line for line in text.splitlines() if "on concurrent 2 / off concurrent 2" in line)
+    (row,) = (line for line in text.splitlines() if "on, 2 users / off, 2 users" in line)
     assert [cell.strip() for cell in row.split("|")][2:-1] == [
-        "2.97x", "2.85 to 3.10", "2.00x ± 25%", "no", "–", "helps (as claimed)",
+        "2.97x", "2.85 to 3.10", "2.00x ± 25%", "no", "helps (as claimed)",
     ]  # fmt: skip
 
 
@@ -246,8 +254,8 @@ def test_report_of_a_failed_trial_has_a_dash_not_a_zero(folder: RunFolder) -> No
         write_json(path, failed)
     summarise(folder)
     text = report.write(folder).read_text()
-    (row,) = (line for line in text.splitlines() if line.startswith("| on concurrent 2 |"))
-    assert set(row.removeprefix("| on concurrent 2 |").split()) == {"–", "|"}
+    (row,) = (line for line in text.splitlines() if line.startswith("| on, 2 users |"))
+    assert set(row.removeprefix("| on, 2 users |").split()) == {"–", "|"}
     assert "`on/short/concurrent-2/1`: engine died" in text
 
 

@@ -3,7 +3,7 @@
 
 {
   const AXIS_TITLES = { concurrent: "requests in flight", waves: "requests a wave",
-                        poisson: "requests/s", constant: "requests/s" };
+                        poisson: "requests/s", constant: "requests/s" };  // of loads with one number
   const BOUND_NAMES = { ceiling: ", at most", floor: ", at least", point: "" };
 
   const workload = choice("figures-workload", workloadOptions(), both);
@@ -52,20 +52,20 @@
     const sameKind = new Set(points.map((p) => p.kind)).size === 1;
     const sameWorkload = new Set(points.map((p) => p.workload)).size === 1;
     const crowded = width < 80 * new Set(points.map((p) => p.key.replace(/^.*?\//, ""))).size;
-    const between = crowded ? (sameKind ? ", " : " ") : "<br>";
+    const between = crowded ? ", " : "<br>";
+    const numbered = sameKind && AXIS_TITLES[points[0].kind];
     const place = (p) => [
-      ...(sameWorkload ? [] : [plain(p.workload)]), ...(sameKind ? [p.level] : [p.kind, p.level]),
+      ...(sameWorkload ? [] : [plain(p.workload)]), numbered ? p.level : plain(p.load),
     ].join(between);
-    const kind = points[0].kind;
-    const title = (sameWorkload ? "" : "workload, ") + (sameKind ? AXIS_TITLES[kind] ?? kind : "load");
+    const title = (sameWorkload ? "" : "workload, ") + (numbered || "load");
     return Object.assign(place, { crowded, title });
   }
 
   /** Times in ms, with their unit; `scaled` keeps what is missing missing. */
   function scaling(unit) {
-    const factor = unit === "s" ? 1000 : 1;
+    const factor = { s: 1000, share: 100 }[unit] ?? 1;
     return {
-      unit: { s: " (ms)", 1: "" }[unit] ?? ` (${unit})`,
+      unit: { s: " (ms)", share: " (%)", 1: "" }[unit] ?? ` (${unit})`,
       scaled: (value) => (isAbsent(value) ? null : value * factor),
     };
   }

@@ -79,6 +79,18 @@ function sortable(table) {
   });
 }
 
+// A table that is wider than the page is set more closely; one that is still too wide scrolls.
+function fitted(box) {
+  box.classList.toggle("dense", false);
+  box.classList.toggle("dense", box.scrollWidth > box.clientWidth);
+}
+
+// A link to a folded section opens it.
+function unfold() {
+  const fold = document.getElementById(location.hash.slice(1))?.querySelector(":scope > details");
+  if (fold) fold.open = true;
+}
+
 function filtered(form) {
   const rows = [...document.querySelectorAll("#all-runs tbody tr[data-lab]")];
   const { lab, machine, words } = form.elements;
@@ -100,5 +112,12 @@ function filtered(form) {
 }
 
 document.querySelectorAll("main table").forEach(sortable);
+const boxes = [...document.querySelectorAll(".table")];
+boxes.forEach(fitted);
+addEventListener("resize", () => boxes.forEach(fitted));
+document.querySelectorAll("details").forEach((fold) =>
+  fold.addEventListener("toggle", () => fold.querySelectorAll(".table").forEach(fitted)));
+addEventListener("hashchange", unfold);
+unfold();
 if (document.getElementById("filter")) filtered(document.getElementById("filter"));
 if (!document.getElementById("data")) themed(() => {});

@@ -1,0 +1,21 @@
+"""The lesson of a lab: what its module's docstring teaches, for the report."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+
+KNOBS = "Turn: "  # begins the paragraph on what to change, which a report has elsewhere
+
+
+def lesson(lab: str) -> list[str]:
+    """Return the paragraphs that explain the mechanism; none where the lab has no module here.
+
+    The first line of the docstring is the lab's question, which stands above every report.
+    """
+    name = f"labs.{lab.replace('-', '_')}"
+    if importlib.util.find_spec(name) is None:
+        return []
+    _, *paragraphs = inspect.cleandoc(importlib.import_module(name).__doc__ or "").split("\n\n")
+    return [" ".join(text.split()) for text in paragraphs if not text.startswith(KNOBS)]
