@@ -2,7 +2,7 @@
 
 One sequence decodes one token at a time, and for each token the device reads all the weights:
 decode is bound by memory bandwidth, so a second sequence rides along nearly free. *Static*
-batching sends a batch and waits for all of it: places whose answer is finished stay empty until
+batching sends a batch and waits for all of it: places whose completion is finished stay empty until
 the longest one is done. *Continuous* batching (Orca, OSDI 2022) fills a place the moment it is
 free.
 
@@ -230,8 +230,8 @@ LAB = Lab(
     quick={"warmup_s": 1, "window_s": 3, "repeats": 2},
     limits={
         "cpu": "A CPU engine shows the same scheduler as a GPU's, and so the same cost of waiting"
-        " for the longest answer. The figures themselves do not carry over: a step here is mostly"
-        " the cost of launching small operations, so that batching looks even cheaper than memory"
+        " for the longest completion. The figures themselves do not carry over: a step here is"
+        " mostly the cost of launching small operations, so batching looks even cheaper than memory"
         " bandwidth alone would make it, and the ridge is where this core's arithmetic puts it: far"
         " off with matrix instructions, near without.",
         "gpu": "One GPU with one model: the knee moves with the model's size, the context length"

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from labs import LABS
-from labs.commands import all_labs, doctor, monitoring, recorded_runs
+from labs.commands import all_labs, doctor, environment, monitoring, recorded_runs
 from labs.commands.interactive import PORT, WEB_PORT, start_locust_ui
 from labs.commands.terminal import (
     EXPECTED_ERRORS,
@@ -50,8 +50,9 @@ from serving.engines.vllm import Vllm
 from serving.gpus import short_names
 from serving.ports import require_port
 
+HELP = "Ask a question about LLM inference serving; answer it by measuring this machine."
+
 app = typer.Typer(
-    help="Ask a question about LLM inference serving; answer it by measuring this machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -111,6 +112,13 @@ SeedOption = Annotated[
         "--seed", envvar="LABS_SEED", help="A number that draws other lengths, prompts and order."
     ),
 ]
+
+
+@app.callback(help=HELP)
+def before_every_command() -> None:
+    """Say which settings in the environment nothing reads."""
+    for sentence in environment.unread(os.environ):
+        errors.print(f"[bold yellow]warning:[/] {escape(sentence)}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Which token budget keeps the streams flowing while a long prompt is prefilled?"""
+"""This module tells which token budget keeps the streams flowing during a long prefill."""
 
 from __future__ import annotations
 

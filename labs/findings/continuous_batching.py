@@ -1,4 +1,4 @@
-"""What continuous batching tells: what a step is made of, the ridge, both ends' counts.
+"""This module tells what a step is made of, where the ridge lies, and what both ends count.
 
 Its answers read the sweep over concurrency and the run's claims.
 """
@@ -86,7 +86,7 @@ def static_batches(run: JudgedRun) -> str | None:
     (judgement, *_) = run.judged("static")
     return (
         f"Filling free places at once gave {varied} the throughput of fixed batches where lengths"
-        f" vary; waiting for the longest answer was predicted to cost"
+        f" vary; waiting for the longest completion was predicted to cost"
         f" {judgement.prediction.value:.2f}x." + (f" With equal lengths: {equal}." if equal else "")
     )
 
@@ -234,7 +234,7 @@ def draw_static(run: JudgedRun) -> str | None:
         ax.set_xlim(0, run.lab.warmup_s + run.lab.window_s)
     return (
         "Requests in decode over time. With varying lengths a fixed batch runs empty while its"
-        " longest answer is finished; continuous batching keeps the places filled."
+        " longest completion is finished; continuous batching keeps the places filled."
     )
 
 

@@ -1,4 +1,4 @@
-"""What a quantized KV cache buys in memory and in speed over a long context, and its price."""
+"""This module tells what a quantized KV cache gains in memory and speed, and what it costs."""
 
 from __future__ import annotations
 

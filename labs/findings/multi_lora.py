@@ -1,4 +1,4 @@
-"""Whose adapter answered, what adapters cost, and what they save over an engine for each tenant."""
+"""This module tells whose adapter answered, what adapters cost, and what they save."""
 
 from __future__ import annotations
 
@@ -114,14 +114,14 @@ def tenant_leaks(context: Context) -> TenantLeaks:
 
 
 def tell_leaks(facts: TenantLeaks) -> Finding:
-    rows = [["Answers", "Asked", "Another tenant's mark", "Own mark missing"]]
+    rows = [["Completions", "Number", "Another tenant's mark", "Own mark missing"]]
     rows += [
         [name, f"{part.answers:,}", str(part.foreign), str(part.bare)]
         for name, part in {**facts.parts, "all": facts.all}.items()
     ]
     lines = [sentence] if (sentence := foreign_sentence(facts)) else []
     if 0 < facts.all.answers < LEAST_ANSWERS:
-        lines.append(f"Fewer than {LEAST_ANSWERS:,} answers: a smoke test, not a proof.")
+        lines.append(f"Fewer than {LEAST_ANSWERS:,} completions: a smoke test, not a proof.")
     if probe := facts.probe:
         if probe.cached_share is not None:
             lines.append(
@@ -132,10 +132,10 @@ def tell_leaks(facts: TenantLeaks) -> Finding:
             f"The check can fail: of {probe.misrouted} requests sent to the wrong adapter"
             f" on purpose it caught {probe.caught}.",
             f"The base without an adapter wrote a mark in {probe.base_marked} of"
-            f" {probe.base_asked} answers.",
+            f" {probe.base_asked} completions.",
         ]
     return Finding(
-        title="Does any answer come from another tenant's adapter?",
+        title="Does any completion come from another tenant's adapter?",
         rows=rows,
         lines=[*lines, refused_sentence(facts.probe)],
         passed=facts.passed,
@@ -146,14 +146,14 @@ def foreign_sentence(facts: TenantLeaks) -> str | None:
     if facts.most_foreign_share is None:
         return None
     return (
-        f"{facts.all.foreign} of {facts.all.answers:,} answers carry another tenant's mark:"
+        f"{facts.all.foreign} of {facts.all.answers:,} completions carry another tenant's mark:"
         f" with 95 % confidence fewer than 1 in {1 / facts.most_foreign_share:,.0f} do."
     )
 
 
 def refused_sentence(probe: TenantProbe | None) -> str:
     if probe is None:
-        return "The probe under concurrency and hot loading was not asked."
+        return "The probe under concurrency and hot loading was not run."
     refused = ", ".join(f"`{name}`: HTTP {code}" for name, code in probe.refused.items())
     return f"Unknown adapters are refused, not answered by the base: {refused}."
 

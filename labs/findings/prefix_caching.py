@@ -1,5 +1,5 @@
-"""What sharing a prefix gains, where the time to the first token goes, and whether a stranger can
-tell a cached prompt by its timing.
+"""This module tells what sharing a prefix gains, where the time to the first token goes, and
+whether a stranger can tell a cached prompt by its timing.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def timing_leak(context: Context) -> TimingLeak | None:
 def tell_timing(facts: TimingLeak | None) -> Finding:
     title = "Does the cache tell tenants about each other?"
     if facts is None:
-        return Finding(title=title, lines=["Not asked."])
+        return Finding(title=title, lines=["The probe did not run."])
     rows = [["Stranger's prompt", "Asked before by the victim", "Never asked", "Ratio", "95 %"]]
     rows += [
         [

@@ -1,4 +1,4 @@
-"""What quantization costs in quality, as every lab that asks the quality probe tells it."""
+"""This module tells what quantization costs in quality, for every lab that probes it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def compared(context: Context) -> Quality:
 def tell_quality(facts: Quality) -> Finding:
     """Shows every variant against the first, with the gate of ME-2 and its false alarms."""
     if not facts.treatments:
-        return Finding(title="Quality", lines=["Not asked: the probe did not run."])
+        return Finding(title="Quality", lines=["The probe did not run."])
     columns = {
         **({f"{facts.base} again": facts.again} if facts.again else {}), **facts.treatments
     }  # fmt: skip

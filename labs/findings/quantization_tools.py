@@ -1,4 +1,4 @@
-"""Tool against tool, and text against text, on the same passages and questions."""
+"""This module compares tools, and calibration texts, on the same passages and questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one request alone makes of the machine, and which flags of the engine matter to it."""
+"""This module tells how near one request comes to the machine, and which flags matter to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What speculation guessed right, what that gained, and whether the text is the same."""
+"""This module tells which guesses were right, what they gained, and if the text is the same."""
 
 from __future__ import annotations
 

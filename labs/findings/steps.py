@@ -1,4 +1,4 @@
-"""What the time of a pass is made of: reading and computing at the ceilings, and the rest.
+"""This module splits the time of a pass: reading and computing at the ceilings, and the rest.
 
 On the roofline a pass that reads slowly is bound by memory bandwidth, however long the engine takes
 beside it. The parts say how much of the measured time either ceiling explains.

@@ -1,4 +1,4 @@
-"""The sweep over concurrency: what a decode step takes as its batch grows."""
+"""This module fits what a decode step takes as its batch grows, from a sweep of the load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What weights of fewer bits weigh, gain and cost, and which activations stand in their way."""
+"""This module tells what weights of fewer bits gain and cost, and which outliers matter."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def tell_needles(facts: Quality) -> Finding:
     """Shows by length and depth how the share of needles found changes."""
     title, treatments = "Needles by length and depth", facts.treatments
     if not treatments:
-        return Finding(title=title, lines=["Not asked."])
+        return Finding(title=title, lines=["The probe did not run."])
     first = next(iter(treatments.values()))
     name = "needle_retrieval_difference"
     places = [f.where for f in first if f.name == name and f.where]

@@ -1,4 +1,4 @@
-"""What weights of fewer bits weigh, how fast they are, and speed against quality."""
+"""This module tells what weights of fewer bits weigh, how fast they are, and at what quality."""
 
 from __future__ import annotations
 

@@ -10,23 +10,9 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from labs.telling.document import (
-    Block,
-    Bullets,
-    Code,
-    Emphasis,
-    Figure,
-    Inline,
-    Link,
-    Notes,
-    Paragraph,
-    Section,
-    Strong,
-    Table,
-    plain_text,
-)
+from labs.telling import document as nodes
 
-Picture = Callable[[Figure], Markup]
+Picture = Callable[[nodes.Figure], Markup]
 
 
 @dataclass(frozen=True)
@@ -39,20 +25,20 @@ class PageSection:
     folded: bool
 
 
-def introduction(document: Section, picture: Picture) -> Markup:
+def introduction(document: nodes.Section, picture: Picture) -> Markup:
     """What stands before the first section."""
-    return fragment((b for b in document.blocks if not isinstance(b, Section)), picture)
+    return fragment((b for b in document.blocks if not isinstance(b, nodes.Section)), picture)
 
 
-def sections(document: Section, picture: Picture) -> list[PageSection]:
+def sections(document: nodes.Section, picture: Picture) -> list[PageSection]:
     """The sections of a document, each with the anchor that links to it."""
     return [
         PageSection(
             title, anchor(title), fragment(block.blocks, picture, label=title), block.folded
         )
         for block in document.blocks
-        if isinstance(block, Section)
-        for title in (plain_text(block.title),)
+        if isinstance(block, nodes.Section)
+        for title in (nodes.plain_text(block.title),)
     ]
 
 
@@ -61,7 +47,9 @@ def anchor(title: str) -> str:
     return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
-def fragment(blocks: Iterable[Block], picture: Picture, label: str = "", level: int = 3) -> Markup:
+def fragment(
+    blocks: Iterable[nodes.Block], picture: Picture, label: str = "", level: int = 3
+) -> Markup:
     """Blocks one below the other; `label` is what a screen reader calls their tables.
 
     Sections within have headings of this level, and their titles label their own tables.
@@ -69,26 +57,26 @@ def fragment(blocks: Iterable[Block], picture: Picture, label: str = "", level: 
     return Markup("").join(_block(block, picture, label, level) for block in blocks)
 
 
-def _block(block: Block, picture: Picture, label: str, level: int) -> Markup:
+def _block(block: nodes.Block, picture: Picture, label: str, level: int) -> Markup:
     match block:
-        case Paragraph(content):
+        case nodes.Paragraph(content):
             return Markup("<p>{}</p>\n").format(inline(content))
-        case Bullets(items):
+        case nodes.Bullets(items):
             listed = Markup("").join(Markup("<li>{}</li>\n").format(inline(i)) for i in items)
             return Markup("<ul>\n{}</ul>\n").format(listed)
-        case Notes(items):
-            lines = Markup("\n").join(inline(Strong(item)) for item in items)
+        case nodes.Notes(items):
+            lines = Markup("\n").join(inline(nodes.Strong(item)) for item in items)
             return Markup("<blockquote>\n<p>{}</p>\n</blockquote>\n").format(lines)
-        case Table():
+        case nodes.Table():
             return _table(block, label)
-        case Figure():
+        case nodes.Figure():
             return picture(block)
-        case Section(title, blocks):  # folded or not: within a section all is in sight
+        case nodes.Section(title, blocks):  # folded or not: within a section all is in sight
             heading = Markup("<h{0}>{1}</h{0}>\n").format(level, inline(title))
-            return heading + fragment(blocks, picture, plain_text(title), level + 1)
+            return heading + fragment(blocks, picture, nodes.plain_text(title), level + 1)
 
 
-def _table(table: Table, label: str) -> Markup:
+def _table(table: nodes.Table, label: str) -> Markup:
     """A wide one scrolls in a box of its own, which a keyboard can reach."""
     return Markup(
         '<div class="table" role="region" aria-label="{}" tabindex="0"><table>\n'
@@ -98,22 +86,22 @@ def _table(table: Table, label: str) -> Markup:
     )
 
 
-def _row(tag: str, cells: Sequence[Inline]) -> Markup:
+def _row(tag: str, cells: Sequence[nodes.Inline]) -> Markup:
     shown = Markup("").join(Markup("<{0}>{1}</{0}>\n").format(tag, inline(c)) for c in cells)
     return Markup("<tr>\n{}</tr>\n").format(shown)
 
 
-def inline(content: Inline) -> Markup:
+def inline(content: nodes.Inline) -> Markup:
     match content:
         case str():
             return escape(content)
-        case Code(text):
+        case nodes.Code(text):
             return Markup("<code>{}</code>").format(text)
-        case Emphasis(inner):
+        case nodes.Emphasis(inner):
             return Markup("<em>{}</em>").format(inline(inner))
-        case Strong(inner):
+        case nodes.Strong(inner):
             return Markup("<strong>{}</strong>").format(inline(inner))
-        case Link(inner, target):
+        case nodes.Link(inner, target):
             return Markup('<a href="{}">{}</a>').format(target, inline(inner))
         case tuple():
             return Markup("").join(inline(part) for part in content)
@@ -122,14 +110,14 @@ def inline(content: Inline) -> Markup:
 def embedded(home: Path) -> Picture:
     """Pictures that lie in `home`, written into the page."""
 
-    def picture(figure: Figure) -> Markup:
+    def picture(figure: nodes.Figure) -> Markup:
         path = home / figure.file
         if path.parent != home or path.suffix != ".svg" or not path.exists():
-            missing = f"({plain_text(figure.caption)}: {figure.file} is missing)"
+            missing = f"({nodes.plain_text(figure.caption)}: {figure.file} is missing)"
             return Markup("<p>{}</p>\n").format(missing)
         source = "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
         return Markup(
             '<figure><img src="{}" alt="{}"><figcaption>{}</figcaption></figure>\n'
-        ).format(source, plain_text(figure.caption), inline(figure.caption))
+        ).format(source, nodes.plain_text(figure.caption), inline(figure.caption))
 
     return picture

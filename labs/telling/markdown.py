@@ -9,21 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from labs.telling.document import (
-    Block,
-    Bullets,
-    Code,
-    Emphasis,
-    Figure,
-    Inline,
-    Link,
-    Notes,
-    Paragraph,
-    Section,
-    Strong,
-    Table,
-    plain_text,
-)
+from labs.telling import document as nodes
 
 MARKUP = re.compile(
     r"""\\(?=[!-/:-@\[-`{-~])     # would escape what follows
@@ -43,37 +29,37 @@ BLOCK_START = re.compile(
 )
 
 
-def document(content: Section) -> str:
+def document(content: nodes.Section) -> str:
     """The whole of a file."""
     return "\n\n".join(_block(content, level=1)) + "\n"
 
 
-def fragment(blocks: Iterable[Block], level: int = 1) -> str:
+def fragment(blocks: Iterable[nodes.Block], level: int = 1) -> str:
     """Blocks as part of another text, without a newline at the end; sections begin at `level`."""
     return "\n\n".join(part for block in blocks for part in _block(block, level) if part)
 
 
-def _block(block: Block, level: int) -> list[str]:
+def _block(block: nodes.Block, level: int) -> list[str]:
     """What blank lines separate."""
     match block:
-        case Paragraph(content):
+        case nodes.Paragraph(content):
             return ["\n".join(_line(line) for line in _inline(content).split("\n"))]
-        case Bullets(items):
+        case nodes.Bullets(items):
             return ["\n".join(f"- {_line(_one_line(_inline(item)))}" for item in items)]
-        case Notes(items):
-            return ["\n".join(f"> {_one_line(_inline(Strong(item)))}" for item in items)]
-        case Figure(file, caption):
-            words = _one_line(_text(plain_text(caption)))
+        case nodes.Notes(items):
+            return ["\n".join(f"> {_one_line(_inline(nodes.Strong(item)))}" for item in items)]
+        case nodes.Figure(file, caption):
+            words = _one_line(_text(nodes.plain_text(caption)))
             return [f"![{words}]({_target(file)})", _line(_one_line(_inline(caption)))]
-        case Table():
+        case nodes.Table():
             return ["\n".join(_table(block))]
-        case Section(title, blocks, folded):
+        case nodes.Section(title, blocks, folded):
             heading = f"{'#' * level} {_one_line(_inline(title))}"
             parts = [part for inner in blocks for part in _block(inner, level + 1)]
             return [heading, FOLD, *parts, "</details>"] if folded else [heading, *parts]
 
 
-def _table(table: Table) -> list[str]:
+def _table(table: nodes.Table) -> list[str]:
     return [
         _row(table.header),
         _row(["---"] * len(table.header)),
@@ -81,7 +67,7 @@ def _table(table: Table) -> list[str]:
     ]
 
 
-def _row(cells: Sequence[Inline]) -> str:
+def _row(cells: Sequence[nodes.Inline]) -> str:
     return "| " + " | ".join(_one_line(_inline(cell)).replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -94,17 +80,17 @@ def _line(text: str) -> str:
     return f"{text[:marked]}\\{text[marked:]}"
 
 
-def _inline(content: Inline) -> str:
+def _inline(content: nodes.Inline) -> str:
     match content:
         case str():
             return _text(content)
-        case Code(text):
+        case nodes.Code(text):
             return _code(text)
-        case Emphasis(inner):
+        case nodes.Emphasis(inner):
             return f"*{_inline(inner)}*"
-        case Strong(inner):
+        case nodes.Strong(inner):
             return f"**{_inline(inner)}**"
-        case Link(inner, target):
+        case nodes.Link(inner, target):
             return f"[{_inline(inner)}]({_target(target)})"
         case tuple():
             return "".join(_inline(part) for part in content)

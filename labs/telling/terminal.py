@@ -9,46 +9,33 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from labs.telling.document import (
-    Block,
-    Bullets,
-    Code,
-    Emphasis,
-    Figure,
-    Inline,
-    Link,
-    Notes,
-    Paragraph,
-    Section,
-    Strong,
-    Table,
-)
+from labs.telling import document as nodes
 
 INDENT = "  "
 
 
-def show(console: Console, block: Block) -> None:
+def show(console: Console, block: nodes.Block) -> None:
     """Print a block with all that stands under it; pictures are for pages, not for terminals."""
     match block:
-        case Section(title, blocks):
+        case nodes.Section(title, blocks):
             console.print(Text.assemble("\n", (text(title).plain, "bold")))
             for inner in blocks:
                 show(console, inner)
-        case Table():
+        case nodes.Table():
             console.print(_table(block))
-        case Paragraph(content):
+        case nodes.Paragraph(content):
             _sentence(console, content)
-        case Bullets(items):
+        case nodes.Bullets(items):
             for item in items:
                 _sentence(console, item)
-        case Notes(items):
+        case nodes.Notes(items):
             for item in items:
                 console.print(text(item), style="bold yellow")
-        case Figure():
+        case nodes.Figure():
             pass
 
 
-def _sentence(console: Console, content: Inline) -> None:
+def _sentence(console: Console, content: nodes.Inline) -> None:
     """Indented; where nobody watches it stays one line, so that it can be searched."""
     if console.is_terminal:
         console.print(Padding(text(content), (0, 0, 0, len(INDENT))))
@@ -56,7 +43,7 @@ def _sentence(console: Console, content: Inline) -> None:
         console.print(Text.assemble(INDENT, text(content)), soft_wrap=True)
 
 
-def _table(table: Table) -> rich.table.Table:
+def _table(table: nodes.Table) -> rich.table.Table:
     """The first column names the row; figures stand to the right."""
     shown = rich.table.Table()
     for place, head in enumerate(table.header):
@@ -67,24 +54,24 @@ def _table(table: Table) -> rich.table.Table:
     return shown
 
 
-def text(content: Inline) -> Text:
+def text(content: nodes.Inline) -> Text:
     """Styled text; of a link only its words are shown."""
     match content:
         case str():
             return Text(content)
-        case Code(code):
+        case nodes.Code(code):
             return Text(f"`{code}`")
-        case Emphasis(inner):
+        case nodes.Emphasis(inner):
             return _styled(inner, "italic")
-        case Strong(inner):
+        case nodes.Strong(inner):
             return _styled(inner, "bold")
-        case Link(inner):
+        case nodes.Link(inner):
             return text(inner)
         case tuple():
             return Text.assemble(*(text(part) for part in content))
 
 
-def _styled(content: Inline, style: str) -> Text:
+def _styled(content: nodes.Inline, style: str) -> Text:
     styled = text(content)
     styled.stylize(style)
     return styled

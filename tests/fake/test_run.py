@@ -332,7 +332,7 @@ def test_two_engines_that_answer_alike_differ_in_nothing(finish: Finish) -> None
 
 def test_every_tenant_hears_its_own_adapter(finish: Finish) -> None:
     finished = finish("multi-lora")
-    rows = _rows(finished, "Does any answer come from another tenant's adapter?")
+    rows = _rows(finished, "Does any completion come from another tenant's adapter?")
     asked = sum(len(records) for point, _, records in _trials(finished) if point.workload.adapters)
     assert rows["under load, in trials"] == [f"{asked:,}", "0", "0"]
     assert rows["shared prompts, 16 at once"] == ["120", "0", "0"]

@@ -15,7 +15,7 @@ import requests
 from typer.testing import CliRunner
 
 from labs import LABS
-from labs.commands import cli, monitoring
+from labs.commands import cli, environment, monitoring
 from labs.commands.cli import app
 from labs.commands.terminal import reported_errors
 from labs.filing import results
@@ -24,6 +24,7 @@ from labs.questions import QUESTIONS
 from labs.running import backfill
 from serving.models import ROOT
 from tests.unit.builders import write_run, write_slowed
+from tests.unit.test_makefile import SETTINGS
 
 LAB = next(iter(LABS))
 COMMANDS = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands]
@@ -49,6 +50,20 @@ def test_unknown_lab_lists_the_known_ones(args: tuple[str, ...]) -> None:
     code, said = labs(*args)
     assert code == 1
     assert f"error: there is no lab 'no-lab'; known are {', '.join(LABS)}" in said
+
+
+def test_a_misspelled_setting_in_the_environment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABS_QIUCK", "1")
+    monkeypatch.setenv("LABS_ZZZQ", "1")
+    code, said = labs("list")
+    told = "in the environment is no setting and is not read"
+    assert code == 0
+    assert f"LABS_QIUCK {told}: did you mean LABS_QUICK?" in said
+    assert f"LABS_ZZZQ {told}: `make` lists the settings." in said
+
+
+def test_the_settings_of_the_makefile_are_all_known() -> None:
+    assert not list(environment.unread([*map("LABS_{}".format, SETTINGS), "PATH", "QIUCK"]))
 
 
 def test_misspelled_lab_is_told_what_was_meant() -> None:

@@ -493,7 +493,7 @@ def test_quality_asked_once_has_no_false_alarms_and_not_asked_no_figures(tmp_pat
     assert "false alarms" not in once.lines[-1]
     assert "100 tokens of held-out text scored, 100 needles and 100 tasks" in once.lines[-2]
     none = context(tmp_path / "none", make_lab(), {})
-    assert QUALITY.finding(none).lines == ["Not asked: the probe did not run."]
+    assert QUALITY.finding(none).lines == ["The probe did not run."]
 
 
 def test_needles_by_where_they_lay(tmp_path: Path) -> None:
@@ -626,7 +626,7 @@ def test_no_answer_but_ones_own_is_a_proof_only_of_many(tmp_path: Path) -> None:
     many = leaked(tmp_path / "many", probe(), repeated=400)
     assert many.passed is True
     # none of 2,403: 1 - 0.025^(1 / 2403), one in 652 (exact, two-sided)
-    assert "0 of 2,403 answers carry another tenant's mark" in many.lines[0]
+    assert "0 of 2,403 completions carry another tenant's mark" in many.lines[0]
     assert "fewer than 1 in 652 do" in many.lines[0]
 
 
@@ -663,7 +663,7 @@ def test_a_check_that_could_not_fail_passes_nothing(
 def test_answers_of_the_base_are_no_leak_but_are_told(tmp_path: Path) -> None:
     finding = leaked(tmp_path, None, "so")
     assert finding.rows[-1] == ["all", "6", "0", "6"]
-    assert "was not asked" in finding.lines[-1]
+    assert "was not run" in finding.lines[-1]
 
 
 def test_what_an_adapter_costs_and_what_bytes_explain(tmp_path: Path) -> None:
