@@ -216,9 +216,9 @@ def tell_cost(facts: tuple[AdapterCost, ...]) -> Finding:
     ]
     lines = [
         "*Bytes explain* is the active adapters' bytes over the base's weights, read once a step."
-        " What is left is the launches, two thin products and an addition beside every adapted"
-        " matrix of every layer, and on a CPU the products too: its kernel copies an adapter's"
-        " matrices once a token, so that prefill and rank are dear.",
+        " The rest is the time to launch two thin products and an addition for every adapted matrix"
+        " of every layer. On a CPU the products themselves take long too: its kernel copies an"
+        " adapter's matrices once for each token, so that long prompts and high ranks cost much.",
     ]
     return Finding(title="What does an adapter cost?", rows=rows, lines=lines)
 
@@ -288,20 +288,21 @@ def many_adapters(run: JudgedRun) -> str | None:
     if memory is None:
         return None
     return (
-        f"Eight tenants on one engine take {memory.together_bytes(8) / 1e9:.2f} GB of weights, with"
-        f" a server each {memory.apart_bytes(8) / 1e9:.2f}. With adapters applied throughput is"
-        f" {one} the base's."
+        f"Eight tenants on one engine take {memory.together_bytes(8) / 1e9:.2f} GB of weights, on"
+        f" a server each {memory.apart_bytes(8) / 1e9:.2f} GB. With an adapter applied throughput"
+        f" is {one} that of the base."
     )
 
 
 def mixed_adapters(run: JudgedRun) -> str | None:
     parts = (
-        ("eight", "TPOT of eight adapters in one batch over one adapter's:"),
-        ("swap", "TTFT with two slots for the eight over eight slots:"),
-        ("skew", "there with a skewed mix over a uniform one:"),
+        ("eight", "with eight adapters in one batch instead of one TPOT is"),
+        ("swap", "with two slots for eight adapters instead of eight slots TTFT is"),
+        ("skew", "with two slots and a skewed mix instead of a uniform one TTFT is"),
     )
     ratios = [f"{text} {ratio}" for claim, text in parts if (ratio := run.ratio(claim))]
-    return f"In one batch, each request with its own. {sentences(ratios)}" if ratios else None
+    mixed = "One batch holds requests of several adapters, each computed with its own."
+    return f"{mixed} {sentences(ratios)}" if ratios else None
 
 
 def leak_by_answer(run: JudgedRun) -> str | None:

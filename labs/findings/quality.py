@@ -82,7 +82,7 @@ def tell_quality(facts: Quality) -> Finding:
         " and tasks at most 5 points down), fails when the whole interval breaks it, and is"
         " undecided in between. Intervals are of 95 %, over passages or questions, paired."
         + (
-            f" `{facts.base} again` is the same engine asked twice: its own false alarms."
+            f" `{facts.base} again` is the same engine, evaluated twice: the gate's false alarms."
             if facts.again
             else ""
         )
@@ -135,8 +135,8 @@ def quality_gate(run: JudgedRun) -> str | None:
         return None
     gates = ", ".join(f"`{name}` {gate(f)[0]}" for name, f in quality.treatments.items())
     again = (
-        f" {quality.base} asked twice: {gate(quality.again)[0]}, which is what a"
-        " gate without false alarms says."
+        f" {quality.base} against itself: {gate(quality.again)[0]}, where a gate without false"
+        " alarms says pass."
         if quality.again
         else ""
     )

@@ -102,8 +102,8 @@ def worth(run: JudgedRun) -> str | None:
         )
         if variant in treatments
     ]  # fmt: skip
-    eight = " SmoothQuant beside 8 bits rounded to nearest is `make lab-weight-quantization`'s."
-    return f"All beside BF16. {sentences(parts)}{eight}"
+    eight = " `make lab-weight-quantization` compares SmoothQuant with 8 bits rounded to nearest."
+    return f"Each is compared with BF16. {sentences(parts)}{eight}"
 
 
 def tools(run: JudgedRun) -> str | None:

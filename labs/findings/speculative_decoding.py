@@ -124,9 +124,8 @@ def tell_acceptance(facts: Acceptance) -> Finding:
     ]
     draft_lines = [
         f"The draft has {draft.layers} of the target's layers and guessed"
-        f" {draft.guessed_share:.0%} of held-out tokens. Cut out and not trained, it guessed"
-        f" {draft.guessed_untrained_share:.1%}: without distillation a small model of the same"
-        " shape is only a burden."
+        f" {draft.guessed_share:.0%} of held-out tokens. Before it was distilled it guessed"
+        f" {draft.guessed_untrained_share:.1%} of them, so that it would only have cost time."
     ] if (draft := facts.draft) else []  # fmt: skip
     return Finding(
         title="What was accepted",
@@ -391,10 +390,10 @@ def tell_same_text(facts: tuple[SameText, ...]) -> Finding:
         title="Is it the same text?",
         rows=rows,
         lines=[
-            "Greedy answers compared with those of the plain engine, one at a time. Rows of `none`"
-            " speculate nothing: what differs there is the arithmetic of another batch size (BF16"
-            " sums in another order, and a near tie between two tokens falls the other way), and so"
-            " it does where a verification puts g + 1 tokens in one step.",
+            "Greedy completions are compared with those that the plain engine writes one at a time."
+            " Where `none` differs nothing speculates: another batch size adds BF16 numbers in"
+            " another order, so that a near tie between two tokens may fall the other way. The same"
+            " happens where a verification puts g + 1 tokens in one step.",
         ],
     )
 

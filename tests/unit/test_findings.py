@@ -247,7 +247,7 @@ def test_acceptance_by_position_beside_a_constant_one(tmp_path: Path) -> None:
     made = {"layers": 2, "acceptance": 0.7, "acceptance_untrained": 0.004}
     told = replace(run, run=run.run.model_copy(update={"about": {"draft": made}}))
     said = ACCEPTANCE.finding(told).lines[0]
-    assert "guessed 70% of held-out tokens. Cut out and not trained, it guessed 0.4%" in said
+    assert "guessed 70% of held-out tokens. Before it was distilled it guessed 0.4%" in said
 
 
 def test_a_step_yields_what_it_delivers(tmp_path: Path) -> None:
