@@ -132,6 +132,8 @@ class Load:
         BoundedResponse.most_bytes = most_answer_bytes(longest)
         self.requests = plan.own_share([r for r in requests if not r.intruder])
         self.users = plan.seats
+        self._intruding = isinstance(plan.arrival, Contended) and plan.share[0] == 0
+        self._streams = self.users - self._intruding  # the intruder has the last seat
         self._intrusions = iter([r for r in requests if r.intruder])
         self.sent = self.in_flight = self.failures = 0
         self.adapters: Counter[str] = Counter()  # of the requests in flight
@@ -139,6 +141,11 @@ class Load:
         self.loop_lag_s: float | None = None  # the worst since the last report
         self.t0 = float("inf")  # not started
         self._counted = self._answered = 0  # sent within the window; of those, succeeded
+        self._awaited = 0  # requests that count and have not ended
+        self.answered_under_load = False
+        self._load_over = gevent.event.Event()  # the first user of a closed loop has stopped
+        self.others_wait = plan.share[1] > 1  # other load processes await requests that count
+        self.tell_others: Callable[[], None] | None = None  # that none are awaited here
         self.aborted: str | None = None
         self.exhausted = False
         self.fresh: list[RequestRecord] = []
@@ -169,6 +176,10 @@ class Load:
         """The name in Locust's own statistics; with the web UI the user sets the arrival there."""
         by_hand = self.plan.window_s is None
         return self.plan.workload if by_hand else f"{self.plan.workload} {self.plan.arrival}"
+
+    @property
+    def _closed_loop(self) -> bool:
+        return self._schedule is None and not isinstance(self.plan.arrival, Waves)
 
     @property
     def planned(self) -> int | None:
@@ -225,8 +236,7 @@ class Load:
 
     def next_turn(self, seat: int) -> Turn | None:
         """Block until this user may send; return None when the trial has nothing more to send."""
-        intruding = isinstance(self.plan.arrival, Contended) and self.plan.share[0] == 0
-        if intruding and seat == self.users - 1:
+        if self._intruding and seat == self._streams:
             assert isinstance(self.plan.arrival, Contended)
             return self._intrude(self.plan.arrival.every_s)
         due_s: float | None = None
@@ -245,52 +255,91 @@ class Load:
             counts = due_s >= self.plan.warmup_s
         else:
             at = self.elapsed_s()
-            if self.plan.window_s is not None and self._closed(at):
+            if self._load_ends(at):
                 return None
-            counts = at >= self.plan.warmup_s
+            counts = at >= self.plan.warmup_s and not self._closed(at)
         request = next(self._order, None)
         if request is None:
-            if not self.exhausted:
-                self.exhausted = True
-                self.window_end_s = min(self.window_end_s, self.elapsed_s())
+            self._run_out()
             return None
         self.sent += 1
         self._counted += counts
+        self._awaited += counts
         return Turn(request, due_s, counts)
 
     def _closed(self, at_s: float) -> bool:
-        """Whether a closed loop sends nothing more.
+        """Whether what a closed loop sends no longer counts.
 
         On a slow machine the window is extended until as many requests as there are users have been
         sent in it, and then until they have succeeded.
         """
+        if self.plan.window_s is None:
+            return False
         late = at_s >= self._latest_end_s
-        return at_s >= self.window_end_s and (late or self._counted >= self.users)
+        return at_s >= self.window_end_s and (late or self._counted >= self._streams)
+
+    def _load_ends(self, at_s: float) -> bool:
+        """Whether a closed loop sends nothing more.
+
+        After the window its users go on, uncounted, until every request that counts has been
+        answered, so that the last of them meet the same load as the first.
+        """
+        if not self._closed(at_s):
+            return False
+        if not self._awaited and self.tell_others:
+            self.tell_others()
+            self.tell_others = None
+        over = at_s >= self._latest_end_s or not (self._awaited or self.others_wait)
+        if over:
+            self._end_load()
+        return over
+
+    def _end_load(self) -> None:
+        """Note how a closed loop's load ends, as its first user stops; wake a waiting intruder."""
+        if not self._load_over.is_set():
+            self.answered_under_load = not (self._awaited or self.others_wait)
+        self._load_over.set()
+
+    def _run_out(self) -> None:
+        """Note that the prepared requests have run out: the window ends, unless it already had."""
+        at = self.elapsed_s()
+        if self._closed_loop:
+            self._end_load()
+            if self._closed(at):
+                return
+        if not self.exhausted:
+            self.exhausted = True
+            self.window_end_s = min(self.window_end_s, at)
 
     def _intrude(self, every_s: float) -> Turn | None:
-        """Wait for the intruder's next turn, a period after the last; a late one starts at once."""
+        """Wait for the intruder's next turn, a period after the last; a late one starts at once.
+
+        It goes on for as long as the users do.
+        """
         due_s = self._next_intrusion_s = self._next_intrusion_s + every_s
-        if due_s >= self.window_end_s or self.aborted:
+        if self._load_over.wait(max(0.0, due_s - self.elapsed_s())) or self.aborted:
             return None
-        gevent.sleep(max(0.0, due_s - self.elapsed_s()))
+        counts = self.plan.warmup_s <= due_s < self.window_end_s
         request = next(self._intrusions, None)
         if request is None:
-            self.exhausted = True
+            self.exhausted |= counts
             return None
         self.sent += 1
-        return Turn(request, None, due_s >= self.plan.warmup_s)
+        self._awaited += counts
+        return Turn(request, None, counts)
 
     def keep(self, record: RequestRecord, connection_failed: bool) -> None:
         """Keep a record for the next report; give up when connections fail in a row."""
         self.fresh.append(record)
-        if record.in_window and record.ok:
+        self._awaited -= record.in_window
+        if record.in_window and record.ok and not self.plan.is_intruder(record.index):
             self._answered += 1
-            closed_loop = self._schedule is None and not isinstance(self.plan.arrival, Waves)
-            if closed_loop and self._answered == self.users:
+            if self._closed_loop and self._answered == self._streams:
                 self.window_end_s = max(self.window_end_s, self.elapsed_s())
         self.failures = self.failures + 1 if connection_failed else 0
         if self.failures >= GIVE_UP_AFTER and self.aborted is None:
             self.aborted = f"{GIVE_UP_AFTER} connections failed in a row: {record.error}"
+            self._load_over.set()
 
 
 def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, bool]:
@@ -519,6 +568,8 @@ def play_trial(environment: Environment, msg: Any, **_: object) -> None:
     lags: list[float] = []
     helpers = [gevent.spawn(watch_loop, load, lags), gevent.spawn(report_forever, runner, load)]
     cpu = time.process_time()
+    if load.others_wait:
+        load.tell_others = partial(runner.send_message, "lab-answered")
     waiting_room.play(load, partial(meet, runner))
     cpu = time.process_time() - cpu
     gevent.killall(helpers)
@@ -528,6 +579,7 @@ def play_trial(environment: Environment, msg: Any, **_: object) -> None:
         started_unix_s=load.started_unix_s,
         started_monotonic_s=load.t0,
         window_s=(load.window_start_s, load.window_end_s),
+        answered_under_load=load.answered_under_load,
         planned=load.planned,
         sent=load.sent,
         exhausted=load.exhausted,
@@ -547,6 +599,12 @@ def meet(runner: WorkerRunner) -> None:
     gate.clear()
     runner.send_message("lab-ready")
     gate.wait()
+
+
+def stop_waiting_for_others() -> None:
+    """Let this load process's users stop: the counted requests of all processes are answered."""
+    if waiting_room.load:
+        waiting_room.load.others_wait = False
 
 
 def watch_loop(load: Load, lags: list[float]) -> None:
@@ -588,9 +646,11 @@ class Director:
         self.records: list[RequestRecord] = []
         self.shares: dict[str, TrialPlan] = {}  # worker -> its share of the trial under way
         self.ready: set[str] = set()
+        self.answered: set[str] = set()  # workers whose requests that count have been answered
         self.done: dict[str, TrialSummary] = {}
         self.progress: dict[str, Progress] = {}
         runner.register_message("lab-ready", self.on_ready)
+        runner.register_message("lab-answered", self.on_answered)
         runner.register_message("lab-records", self.on_records)
         runner.register_message("lab-done", self.on_done)
 
@@ -603,7 +663,7 @@ class Director:
         self.plan, self.records = plan, []
         self.exporter.begin(plan)
         workers = sorted(self.alive())
-        self.ready, self.done, self.progress = set(), {}, {}
+        self.ready, self.answered, self.done, self.progress = set(), set(), {}, {}
         self.shares = {
             worker: plan.model_copy(update={"share": (number, len(workers))})
             for number, worker in enumerate(workers)
@@ -641,17 +701,28 @@ class Director:
         return self.shares.keys() - self.alive() - self.done.keys()
 
     def go_on(self) -> None:
-        """Start the trial once all living workers are ready, and end it once all are done."""
+        """Start the trial once all living workers are ready, and end it once all are done.
+
+        In between, let the users stop once all requests that count have been answered.
+        """
         lost = self.lost()
         if self.ready and self.shares.keys() <= self.ready | lost:
             self.ready = set()
             self.runner.send_message("lab-go")
         if self.shares.keys() <= self.done.keys() | lost:
             self.end(lost)
+        elif self.answered and self.shares.keys() <= self.answered | self.done.keys() | lost:
+            self.answered = set()
+            self.runner.send_message("lab-enough")
 
     def on_ready(self, msg: Any, **_: object) -> None:
         """Note that a worker is ready."""
         self.ready.add(msg.node_id)
+        self.go_on()
+
+    def on_answered(self, msg: Any, **_: object) -> None:
+        """Note that a worker's requests that count have been answered."""
+        self.answered.add(msg.node_id)
         self.go_on()
 
     def on_records(self, msg: Any, **_: object) -> None:
@@ -710,6 +781,7 @@ def _begin(environment: Environment, **_: object) -> None:
             os.nice(-10)  # its times must not wait for an engine that spins on its core
         runner.register_message("lab-trial", play_trial, concurrent=True)
         runner.register_message("lab-go", lambda **_: gate.set())
+        runner.register_message("lab-enough", lambda **_: stop_waiting_for_others())
     elif isinstance(runner, MasterRunner):
         os.nice(19)  # it shares a core with the worker, whose times must not wait
         exporter = Exporter()

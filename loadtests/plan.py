@@ -14,7 +14,7 @@ from loadtests.arrivals import Arrival, Contended, Waves
 from loadtests.workload import Request, intrudes
 
 T = TypeVar("T")
-WINDOWS_AT_MOST = 4  # how far a closed loop may extend its window, in windows
+WINDOWS_AT_MOST = 4  # how long a closed loop may send after its warm-up, in windows
 # What an answer may take beyond the time to its first byte, and beyond its first lines: many times
 # what an engine needs, so that only an answer without an end is cut off.
 TOKEN_AT_MOST_S, TOKEN_AT_MOST_BYTES = 2.0, 4096
@@ -22,7 +22,11 @@ FIRST_LINES_AT_MOST_BYTES = 65536
 
 
 class TrialPlan(BaseModel, frozen=True, extra="forbid"):
-    """One trial to play: a warm-up, a measured window, and a drain in which nothing new is sent."""
+    """One trial to play: a warm-up, a measured window, and a drain.
+
+    In the drain the users of a closed loop go on sending, uncounted, until every request that
+    counts has been answered; an open loop and waves send nothing new.
+    """
 
     url: str
     arrival: Arrival
@@ -70,6 +74,9 @@ class TrialSummary(BaseModel, frozen=True, extra="forbid"):
     started_unix_s: float  # wall clock at the trial's time 0: for dashboards, never for durations
     started_monotonic_s: float | None = None  # the same moment on the machine's monotonic clock
     window_s: tuple[float, float]  # the measured window, on the trial's clock
+    # the users of a closed loop went on until every request that counts had been answered; False
+    # in an open loop, in waves, and in records made when all users stopped with the window
+    answered_under_load: bool = False
     planned: int | None  # requests the schedule holds (open loop)
     sent: int
     exhausted: bool  # the prepared requests ran out before the window did
@@ -91,6 +98,7 @@ def merged_summary(summaries: Sequence[TrialSummary], lost_share: float) -> Tria
         started_unix_s=min(s.started_unix_s for s in summaries),
         started_monotonic_s=min(started_s, default=None),
         window_s=(max(s.window_s[0] for s in summaries), min(s.window_s[1] for s in summaries)),
+        answered_under_load=all(s.answered_under_load for s in summaries),
         planned=sum(planned) if planned else None,
         sent=sum(s.sent for s in summaries),
         exhausted=any(s.exhausted for s in summaries),

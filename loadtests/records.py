@@ -40,7 +40,7 @@ class RequestRecord:
     end_s: float | None  # the stream's end
     prompt_tokens: int | None  # from the engine's usage, as output_tokens is
     output_tokens: int | None
-    in_window: bool  # sent inside the measured window
+    in_window: bool  # it counts: it was sent inside the measured window
     error: str | None = None
     first_byte_s: float | None = None  # first bytes of any kind, a role-only chunk included
     text: str | None = None  # the completion, where the plan asks to keep it

@@ -3,8 +3,9 @@
 Read from the tools' sources in November 2026: `vllm bench serve` (`benchmarks/serve.py`), GuideLLM
 (`GenerativeRequestStats`), AIPerf (`InterTokenLatencyMetric`) and inference-perf
 (`summarize_requests`). All four count a request from its send, whatever the schedule said, include
-every request of the benchmark, and divide its tokens by its whole duration; we measure a window
-between warm-up and drain. Here a trial is the benchmark.
+every request of the benchmark, and divide its tokens by its whole duration; we measure complete
+cycles of closed loops, and a window between warm-up and drain of open ones. Here a trial is the
+benchmark.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def token_gaps(record: RequestRecord) -> list[float]:
 THIS_LAB = Tool(
     "this lab",
     "from the schedule under open loop; requests sent in the window; a chunk of k tokens after a"
-    " gap g is k latencies of g / k; tokens that arrive in the window, over the window",
+    " gap g is k latencies of g / k; tokens over complete cycles, of an open loop over the window",
     lambda r: _one(r.ttft_s),
     lambda r: _one(r.tpot_s),
     lambda r: r.itl_s,

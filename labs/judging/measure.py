@@ -1,16 +1,25 @@
 """Computes each trial-level metric from a trial; `labs/judging/metrics.py` lists them all.
 
 Request-level metrics (TTFT, TPOT, ITL ...) are defined in `loadtests/records.py`; here they are
-taken over the requests *sent* in the measured window that succeeded. Throughput counts the tokens
-that *arrived* in the window, whichever request they belong to. Percentiles are of raw samples
+taken over the requests *sent* in the measured window that succeeded. Percentiles are of raw samples
 (linear interpolation); with too few samples a percentile is None. A function that has nothing to
 measure returns None, never 0.
+
+Rates are taken over complete cycles. In a closed loop a cycle is one request of one user, from its
+send to the end of its answer: a rate is `users x sum(amount) / sum(cycle)` over the requests sent
+in the window. A count over a window of fixed length would be wrong by up to a cycle, since users in
+lockstep receive their tokens in bursts. In waves the cycle is the wave, and the window holds whole
+waves. An open loop has no cycles: it counts what comes in the window. So does a closed loop whose
+batch emptied before the last request that counts was answered, which made its last cycles too
+short; it counts until the first user stopped. In `tests/unit/test_throughput.py` each is held
+against engines whose throughput is known.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -19,6 +28,7 @@ import numpy as np
 
 from labs import theory
 from labs.lab import SLO, Point
+from loadtests.arrivals import Concurrent, Contended
 from loadtests.latencies import TPOT, Latency
 from loadtests.plan import TrialSummary
 from loadtests.records import RequestRecord
@@ -45,6 +55,11 @@ class Trial:
         return [r for r in self._good if not self.point.workload.is_intruder(r.index)]
 
     @cached_property
+    def streams(self) -> list[RequestRecord]:
+        """Every request, of warm-up and drain too, without those of an intruder."""
+        return [r for r in self.records if not self.point.workload.is_intruder(r.index)]
+
+    @cached_property
     def intruders(self) -> list[RequestRecord]:
         """The successful long prompts sent beside the streams in the window."""
         return [r for r in self._good if self.point.workload.is_intruder(r.index)]
@@ -63,7 +78,71 @@ class Trial:
         """Collect all samples of a latency in seconds: one per request, token or chunk."""
         return [sample_s for r in self.measured_requests for sample_s in latency.samples_s(r)]
 
+    def per_s(self, amount: Callable[[RequestRecord], float]) -> float | None:
+        """Compute how much of an amount the requests that were sent in the window bring a second.
 
+        See the module's docstring. None where no time is measured.
+        """
+        sent = [r for r in self.streams if r.in_window]
+        weight_per_s = self._weight_per_s(sent)
+        return weight_per_s and weight_per_s * sum(map(amount, sent))
+
+    def _weight_per_s(self, sent: list[RequestRecord]) -> float | None:
+        """The weight in 1/s at which each of these requests counts in a rate."""
+        if self.complete_cycles:
+            users = self.point.load.users * (1 - self.summary.lost_share)
+            cycles_s = sum(map(cycle_s, sent))
+            return users / cycles_s if cycles_s > 0 else None
+        if self._in_turn:
+            arrived_per_s, tokens = self.arrived_per_s(), sum(map(output_tokens, sent))
+            return arrived_per_s / tokens if arrived_per_s and tokens else None
+        return 1 / self.window_length_s if self.window_length_s > 0 else None
+
+    @property
+    def _in_turn(self) -> bool:
+        """Whether each user sends by itself, whenever its own last answer is complete."""
+        return isinstance(self.point.load, Concurrent | Contended)
+
+    @cached_property
+    def complete_cycles(self) -> bool:
+        """Whether the cycles that count all ran under the load of all users.
+
+        So it is where users went on until the last of them, and otherwise where they stopped nearly
+        together, as in lockstep, so that the batch did not empty meanwhile.
+        """
+        sent = [r for r in self.streams if r.in_window]
+        last_s = max((r.end_s or 0.0 for r in sent), default=0.0)
+        stops_s = [s for r in self.streams if (s := r.end_s or 0.0) >= self._first_stop_s]
+        idle_s = sum(max(0.0, last_s - stop_s) for stop_s in stops_s)
+        return self._in_turn and (
+            self.summary.answered_under_load or idle_s <= MOST_IDLE * sum(map(cycle_s, sent))
+        )
+
+    @cached_property
+    def _first_stop_s(self) -> float:
+        """When the first user of a closed loop stopped: the first end that no send follows."""
+        last_sent_s = max((r.sent_s for r in self.streams), default=0.0)
+        ends_s = (r.end_s for r in self.streams if r.end_s is not None)
+        return min((end_s for end_s in ends_s if end_s > last_sent_s), default=math.inf)
+
+    @property
+    def loaded_window_s(self) -> tuple[float, float]:
+        """The window, as far as all users of a closed loop were sending in it."""
+        start, end = self.summary.window_s
+        return start, min(end, self._first_stop_s) if self._in_turn else end
+
+    def arrived_per_s(self) -> float | None:
+        """Output tokens that arrive in the loaded window, whichever request they belong to, / s."""
+        start, end = self.loaded_window_s
+        if end <= start:
+            return None
+        return sum(k for r in self.streams for at, k in r.chunks if start <= at < end) / (
+            end - start
+        )
+
+
+MOST_IDLE = 0.01
+"""The most time of users that may be missing at the end of complete cycles, as a share of these."""
 LEAST_SAMPLES = {50: 5, 90: 30, 99: 200}
 """The least number of samples for each percentile, so that at least two lie above a p99."""
 
@@ -80,23 +159,28 @@ def mean(samples: list[float]) -> float | None:
     return float(np.mean(samples)) if samples else None
 
 
-def output_tokens_per_s(trial: Trial) -> float | None:
-    """Output tokens/s: those that arrive in the measured window / its length.
+def cycle_s(record: RequestRecord) -> float:
+    """Compute a request's cycle: from its send to the end of its answer, in seconds."""
+    return 0.0 if record.end_s is None else record.end_s - record.sent_s
 
-    They count whichever request they belong to, which keeps the bias of warm-up and drain small.
+
+def output_tokens(record: RequestRecord) -> int:
+    """Count the output tokens that a request received."""
+    return sum(tokens for _, tokens in record.chunks)
+
+
+def output_tokens_per_s(trial: Trial) -> float | None:
+    """Output tokens/s: of complete cycles, and in an open loop of those that arrive in the window.
+
+    An intruder's tokens are left out, as in all other rates.
     """
-    start, end = trial.summary.window_s
-    if end <= start:
-        return None
-    arrived = sum(k for r in trial.records for at, k in r.chunks if start <= at < end)
-    return arrived / (end - start) if arrived else None
+    open_loop = trial.point.load.open_loop
+    return (trial.arrived_per_s() if open_loop else trial.per_s(output_tokens)) or None
 
 
 def requests_per_s(trial: Trial) -> float | None:
-    """Requests/s: those sent in the window that succeeded / the window's length."""
-    return (
-        len(trial.measured_requests) / trial.window_length_s if trial.window_length_s > 0 else None
-    )
+    """Requests/s: those that succeed, of complete cycles; in an open loop, sent in the window."""
+    return trial.per_s(lambda r: r.ok)
 
 
 def goodput_per_s(trial: Trial) -> float | None:
@@ -104,14 +188,10 @@ def goodput_per_s(trial: Trial) -> float | None:
 
     Defined in DistServe (Zhong et al. 2024), here at the load that was sent.
     """
-    if trial.window_length_s <= 0:
-        return None
-    good = [
-        r
-        for r in trial.measured_requests
-        if (r.ttft_s or 0) <= trial.slo.ttft_s and (r.tpot_s or 0) <= trial.slo.tpot_s
-    ]
-    return len(good) / trial.window_length_s
+    slo = trial.slo
+    return trial.per_s(
+        lambda r: r.ok and (r.ttft_s or 0) <= slo.ttft_s and (r.tpot_s or 0) <= slo.tpot_s
+    )
 
 
 def error_rate(trial: Trial) -> float | None:
@@ -120,14 +200,17 @@ def error_rate(trial: Trial) -> float | None:
 
 
 def batch(trial: Trial) -> float | None:
-    """The mean number of requests in decode at once: decode seconds / the window's seconds.
+    """The mean number of requests in decode at once: seconds of decode / second (Little's law).
 
-    A request decodes from its first token to its last (Little's law over the window).
+    A request decodes from its first token to its last. Without complete cycles, its decode counts
+    as far as it lies in the window.
     """
-    start, end = trial.summary.window_s
+    if trial.complete_cycles:
+        return trial.per_s(lambda r: r.chunks[-1][0] - r.chunks[0][0] if r.chunks else 0.0) or None
+    start, end = trial.loaded_window_s
     busy = sum(
         max(0.0, min(end, r.chunks[-1][0]) - max(start, r.chunks[0][0]))
-        for r in trial.records
+        for r in trial.streams
         if r.chunks
     )
     return busy / (end - start) if busy and end > start else None
@@ -156,7 +239,7 @@ def _step_bytes(point: Point, size: float) -> float:
 
 
 def flops_per_s(trial: Trial) -> float | None:
-    """FLOP/s that the arriving tokens needed in decode; prefill is left out."""
+    """FLOP/s that the output tokens needed in decode; prefill is left out."""
     rate, point = output_tokens_per_s(trial), trial.point
     if rate is None:
         return None
@@ -166,28 +249,35 @@ def flops_per_s(trial: Trial) -> float | None:
 def mfu(trial: Trial) -> float | None:
     """Model FLOP/s utilization: the FLOP/s of prefill and decode / the measured BF16 ceiling.
 
-    A share of the window. A prompt's prefill is spread evenly from its send to its first token, and
-    leaves out the share of all prompts that the prefix cache held; each token after the first takes
-    the FLOP of a decode step of one sequence when it arrives. Defined in PaLM (Chowdhery et al.
-    2022), there for training.
+    A share of complete cycles, and without these of the window: there a prompt's prefill is spread
+    evenly from its send to its first token, and a token's decode step comes when it arrives. So it
+    is beside an intruder, whose prefill is work of the device too. Prefill leaves out the share of
+    all prompts that the prefix cache held; each token after the first takes the FLOP of a decode
+    step of one sequence. Defined in PaLM (Chowdhery et al. 2022), there for training.
     """
-    (start, end), point = trial.summary.window_s, trial.point
-    if end <= start:
-        return None
+    start, end = trial.loaded_window_s
+    point = trial.point
     cached_share = prefix_hit_rate(trial) or 0.0
     decode_flop = theory.decode_flops(point.shape, 1, point.context_tokens)
-    flop = 0.0
-    for r in trial.records:
+
+    def flop(r: RequestRecord, start: float = -math.inf, end: float = math.inf) -> float:
         if not r.chunks:
-            continue
+            return 0.0
         (first_s, _), *later = r.chunks
+        prompt = r.prompt_tokens or point.prompt_tokens
+        prefill_flop = theory.prefill_flops(point.shape, prompt, cached_share * prompt)
         within_s = min(end, first_s) - max(start, r.sent_s)
-        if within_s > 0:
-            prompt = r.prompt_tokens or point.prompt_tokens
-            prefill_flop = theory.prefill_flops(point.shape, prompt, cached_share * prompt)
-            flop += prefill_flop * within_s / (first_s - r.sent_s)
-        flop += decode_flop * sum(tokens for at, tokens in later if start <= at < end)
-    return flop / (end - start) / point.ceilings.bf16_flops_per_s if flop else None
+        prefilled = within_s / (first_s - r.sent_s) if within_s > 0 else 0.0
+        decoded_tokens = sum(tokens for at, tokens in later if start <= at < end)
+        return prefilled * prefill_flop + decode_flop * decoded_tokens
+
+    if trial.complete_cycles and not trial.intruders:
+        flops = trial.per_s(flop)
+    elif end <= start:
+        return None
+    else:
+        flops = sum(flop(r, start, end) for r in trial.records) / (end - start)
+    return flops / point.ceilings.bf16_flops_per_s if flops else None
 
 
 def intensity(trial: Trial) -> float | None:
@@ -209,10 +299,10 @@ def usd_per_million_tokens(trial: Trial) -> float | None:
 
 
 def joules_per_token(trial: Trial) -> float | None:
-    """Joules per output token: energy of the serving GPUs or processors / tokens.
+    """Joules per output token: mean power of the serving GPUs or processors / output tokens/s.
 
-    The energy is all that the devices used in the window, idle power and prefill included; the
-    host's is not.
+    The power is the energy that the devices used in the window, idle power and prefill included,
+    over its length; the host's is not in it.
     """
     rate = output_tokens_per_s(trial)
     used_j = telemetry.energy_j(trial.telemetry, *trial.summary.window_s)

@@ -103,7 +103,7 @@ def percentile_of(latency: Latency, q: int, pooled: bool = True) -> Statistic:
 
 
 def rate(of: Callable[[Trial], float | None]) -> Statistic:
-    """Take a rate per second of the measured window."""
+    """Take a rate per second of complete cycles, or of the window in an open loop."""
     return Statistic("rate", "trial", of)
 
 

@@ -453,7 +453,8 @@ def _records(play: Play) -> Iterator[RequestRecord]:
 
 def _summary(play: Play) -> TrialSummary:
     return TrialSummary(
-        started_unix_s=0, window_s=play.window_s, planned=None, sent=len(play.answers),
+        started_unix_s=0, window_s=play.window_s, answered_under_load=play.answered_under_load,
+        planned=None, sent=len(play.answers),
         exhausted=False, loop_lag_p99_s=0, loop_lag_max_s=0, cpu_s=0,
     )  # fmt: skip
 

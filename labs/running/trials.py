@@ -12,6 +12,7 @@ from typing import Any
 import requests
 
 from labs.filing.results import RunFolder, TrialResult, snapshot_json, write_json
+from labs.judging.measure import Trial, output_tokens_per_s
 from labs.lab import LabError, Point, Variant
 from labs.running.counts import Counts, counter_increase
 from labs.running.engines import Engines
@@ -185,9 +186,9 @@ class Trials:
             raise EngineError(reason)
         engine_counters = counter_increase(engine, before, len(succeeded))
         self._counts.add(succeeded, engine_counters)
-        start, end = summary.window_s
-        tokens = sum(k for r in request_records for at, k in r.chunks if start <= at < end)
-        rate = f"{tokens / (end - start):.0f} tok/s" if end > start else "nothing in the window"
+        trial = Trial(point, repeat, lab.slo, request_records, summary, engine_counters)
+        tokens_per_s = output_tokens_per_s(trial)
+        rate = "nothing in the window" if tokens_per_s is None else f"{tokens_per_s:.0f} tok/s"
         return summary, None if engine_counters is None else snapshot_json(engine_counters), rate
 
 

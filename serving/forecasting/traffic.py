@@ -1,7 +1,8 @@
 """Clients in virtual time: when they send, and what they would observe.
 
 The rules are those of the load generator. In a closed loop a user sends its next request when its
-answer is complete; the next wave starts when all answers of the last one are complete; an open loop
+answer is complete, and goes on after the window, uncounted, until every request that counts has
+been answered; the next wave starts when all answers of the last one are complete; an open loop
 keeps its schedule. The delays between client and engine are constants, not simulated: see `Delays`.
 """
 
@@ -56,7 +57,7 @@ class Traffic(BaseModel, frozen=True, extra="forbid"):
     intruder_every_s: float | None = None  # beside a closed loop: one of `intruders` in each period
     warmup_s: float
     window_s: float
-    longest_windows: float = 4  # how long a closed loop's window may be held open for answers
+    longest_windows: float = 4  # how long a closed loop may send after its warm-up, in windows
 
 
 class Prompt(BaseModel, frozen=True, extra="forbid"):
@@ -85,6 +86,7 @@ class Play(BaseModel, extra="forbid"):
 
     answers: list[Answer]
     window_s: tuple[float, float]
+    answered_under_load: bool  # a closed loop's users went on until all that counts was answered
 
 
 def play(
@@ -117,6 +119,8 @@ class _Trial:
         self.free_s = 0.0  # when the server has prepared all earlier requests
         self.window = [traffic.warmup_s, traffic.warmup_s + traffic.window_s]
         self.counted = self.answered = self.outstanding = 0
+        self.awaited = 0  # requests that count and have not been answered
+        self.load_over = self.answered_under_load = False  # of a closed loop
 
     @property
     def now_s(self) -> float:
@@ -136,7 +140,11 @@ class _Trial:
             if not next_times_s:
                 break
             self.server.wait_until(self.start_s + max(min(next_times_s), self.now_s))
-        return Play(answers=[*self.answers.values()], window_s=(self.window[0], self.window[1]))
+        return Play(
+            answers=[*self.answers.values()],
+            window_s=(self.window[0], self.window[1]),
+            answered_under_load=self.answered_under_load,
+        )
 
     # sending
 
@@ -161,20 +169,21 @@ class _Trial:
     def _send_what_is_due(self) -> None:
         while self.sends and self.sends[0][0] <= self.now_s + 1e-12:
             at_s, _, due_s, intruder = heapq.heappop(self.sends)
-            if self.traffic.kind == "closed" and not intruder and self._closed(at_s):
-                continue
-            if intruder and at_s >= self.window[1]:
+            if self.traffic.kind == "closed" and self._load_ends(at_s, intruder):
                 continue
             prompt = next(self.intruders if intruder else self.prompts, None)
             if prompt is None:
-                self.window[1] = min(self.window[1], max(at_s, self.window[0]))
+                if not intruder:
+                    self._run_out(at_s)
                 continue
             self._send(prompt, at_s, due_s, intruder)
 
     def _send(self, prompt: Prompt, at_s: float, due_s: float | None, intruder: bool) -> None:
         counts = at_s >= self.traffic.warmup_s
-        if self.traffic.kind == "closed" and not intruder:
-            self.counted += counts
+        if self.traffic.kind == "closed":
+            counts &= at_s < self.window[1] if intruder else not self._closed(at_s)
+            self.counted += counts and not intruder
+        self.awaited += counts
         answer = Answer(
             index=prompt.index, asked_tokens=prompt.output_tokens,
             prompt_tokens=len(prompt.token_ids), scheduled_s=due_s, sent_s=at_s, in_window=counts,
@@ -188,11 +197,36 @@ class _Trial:
         if intruder and self.traffic.intruder_every_s:
             self.intruder_name = name
 
+    @property
+    def _latest_s(self) -> float:
+        return self.traffic.warmup_s + self.traffic.longest_windows * self.traffic.window_s
+
     def _closed(self, at_s: float) -> bool:
         """Tell whether a closed loop's window is over: it stays open for one answer a user."""
-        traffic = self.traffic
-        latest_s = traffic.warmup_s + traffic.longest_windows * traffic.window_s
-        return at_s >= self.window[1] and (at_s >= latest_s or self.counted >= traffic.users)
+        late = at_s >= self._latest_s
+        return at_s >= self.window[1] and (late or self.counted >= self.traffic.users)
+
+    def _load_ends(self, at_s: float, intruder: bool) -> bool:
+        """Tell whether a closed loop sends nothing more; its intruder goes on as its users do."""
+        if intruder:
+            return self.load_over
+        over = self._closed(at_s) and (at_s >= self._latest_s or not self.awaited)
+        if over:
+            self._end_load()
+        return over
+
+    def _end_load(self) -> None:
+        """Note how a closed loop's load ends, as its first user stops."""
+        if not self.load_over:
+            self.load_over, self.answered_under_load = True, not self.awaited
+
+    def _run_out(self, at_s: float) -> None:
+        """End the window where the prompts have run out, unless it was over before."""
+        if self.traffic.kind == "closed":
+            self._end_load()
+            if self._closed(at_s):
+                return
+        self.window[1] = min(self.window[1], max(at_s, self.window[0]))
 
     def _wave(self, at_s: float) -> None:
         """Send a wave, unless enough have been sent."""
@@ -220,6 +254,7 @@ class _Trial:
 
     def _answered(self, name: str, answer: Answer, at_s: float) -> None:
         traffic, next_s = self.traffic, at_s + self.delays.client_s
+        self.awaited -= answer.in_window
         if traffic.kind == "open":
             return
         if name == getattr(self, "intruder_name", None):  # a period after the last, or at once

@@ -25,8 +25,9 @@ STEADY = [
     for i in range(200)
     for sent in [10 + 0.045 * i]
 ]
+OPEN = make_point(load="poisson:20")  # closed loops are in test_throughput.py
 WARM_UP = make_record([(9.5, 1), (10.5, 4)], sent_s=9.0, in_window=False)
-FAILED = make_record([])
+FAILED = make_record([], end_s=10.1)
 ENGINE = Snapshot(
     {
         PREFIX_QUERIES: 400.0,
@@ -87,7 +88,7 @@ LOWER_IS_BETTER = {
 
 def test_every_metric_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABS_PRICE_PER_HOUR", "3.6")
-    trial = make_trial([WARM_UP, *STEADY, FAILED], engine=ENGINE, telemetry=AT_300_W)
+    trial = make_trial([WARM_UP, *STEADY, FAILED], engine=ENGINE, point=OPEN, telemetry=AT_300_W)
     values = measure(trial)
     assert values == pytest.approx(EXPECTED)
 
@@ -101,17 +102,18 @@ def test_units_are_those_of_the_names() -> None:
     assert seconds == {name for name in METRICS if name.endswith("_s") and "_per_" not in name}
 
 
-def test_throughput_counts_what_arrives_in_the_window_whoever_sent_it() -> None:
+def test_an_open_loop_counts_what_arrives_in_the_window_whoever_sent_it() -> None:
     edges = [(9.999, 1), (10.0, 10), (19.999, 100), (20.0, 1000)]  # from 10, before 20
     broken = make_record([(15.0, 5)], error="reset", in_window=False)
-    assert output_tokens_per_s(make_trial([make_record(edges, in_window=False), broken])) == 11.5
+    records = [make_record(edges, in_window=False), broken]
+    assert output_tokens_per_s(make_trial(records, point=OPEN)) == 11.5
 
 
 def test_request_metrics_count_requests_sent_in_the_window_that_succeeded() -> None:
     late = make_record([(10.9, 1), (11.9, 1)], in_window=False)
     broken = make_record([(10.9, 1), (11.9, 1)], error="reset")
     good = make_record([(10.1, 1), (10.2, 1)])
-    values = measure(make_trial([late, broken, good, FAILED]))
+    values = measure(make_trial([late, broken, good, FAILED], point=OPEN))
     assert (values["ttft_mean_s"], values["tpot_mean_s"]) == pytest.approx((0.1, 0.1))
     assert (values["requests_per_s"], values["goodput_per_s"]) == (0.1, 0.1)
     assert values["error_rate"] == 0.5
@@ -140,20 +142,21 @@ def test_goodput_needs_every_part_of_the_slo() -> None:
     good, slow_start = [(10.2, 1), (10.3, 1)], [(10.3, 1), (10.4, 1)]
     slow_tokens, single = [(10.1, 1), (10.3, 1)], [(10.1, 1)]
     records = [make_record(chunks) for chunks in (good, slow_start, slow_tokens, single)]
-    assert METRICS["goodput_per_s"].of(make_trial(records)) == 2 / 10  # one token has no TPOT
+    trial = make_trial(records, point=OPEN)
+    assert METRICS["goodput_per_s"].of(trial) == 2 / 10  # one token has no TPOT
 
 
-def test_batch_counts_decode_within_the_window_alone() -> None:
+def test_an_open_loops_batch_counts_decode_within_the_window_alone() -> None:
     spans = [(8.0, 12.0), (18.0, 30.0), (1.0, 9.0), (21.0, 22.0), (9.0, 21.0)]
     records = [make_record([(a, 1), (b, 1)]) for a, b in spans]
-    assert METRICS["batch"].of(make_trial(records)) == (2 + 2 + 0 + 0 + 10) / 10
+    assert METRICS["batch"].of(make_trial(records, point=OPEN)) == (2 + 2 + 0 + 0 + 10) / 10
 
 
 def test_mfu_counts_the_part_of_a_prefill_that_lies_in_the_window() -> None:
     """Sent at 8 s, its first token at 12 s: half of the prefill is after the window's start."""
     straddling = make_record([(12.0, 1)], sent_s=8.0, prompt_tokens=64)
     expected = theory.prefill_flops(SHAPE, 64) / 2 / 10 / CEILINGS.bf16_flops_per_s
-    assert METRICS["mfu"].of(make_trial([straddling])) == pytest.approx(expected)
+    assert METRICS["mfu"].of(make_trial([straddling], point=OPEN)) == pytest.approx(expected)
 
 
 def test_mbu_counts_keys_and_values_as_they_are_cached() -> None:
@@ -245,11 +248,13 @@ def test_stalls_are_averaged_over_visits_and_one_beside_nobody_counts_not() -> N
 
 
 def test_an_intruder_counts_neither_as_a_request_nor_against_itself() -> None:
-    values = measure(visited(STREAM, VISIT, stream(7, 11.3, 11.9, sent_s=11.2)))
-    assert values["requests_per_s"] == 0.1
+    visits = (VISIT, stream(7, 11.3, 11.9, sent_s=11.2))
+    trial = make_trial([STREAM, *visits], point=CONTENDED, answered_under_load=True)
+    values = measure(trial)
+    assert values["requests_per_s"] == pytest.approx(2 / 1.7)
     assert values["ttft_mean_s"] == pytest.approx(0.9)
     assert values["intruder_ttft_mean_s"] == pytest.approx((0.55 + 0.1) / 2)
-    assert values["output_tokens_per_s"] == pytest.approx(0.9)  # the engine made those all the same
+    assert values["output_tokens_per_s"] == pytest.approx(2 * 6 / 1.7)
     assert values["stall_mean_s"] == pytest.approx(0.2)
 
 

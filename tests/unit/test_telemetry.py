@@ -160,8 +160,9 @@ def draw(
 
 
 def trial_with(samples: list[Sample]) -> Trial:
-    """A hundred tokens arrive within the window."""
-    return make_trial([make_record([(11.0, 50), (12.0, 50)])], telemetry=samples)
+    """The window is one cycle of a hundred tokens."""
+    record = make_record([(11.0, 50), (12.0, 50)], end_s=20.0)
+    return make_trial([record], telemetry=samples)
 
 
 def test_joules_a_token_count_the_gpus_that_worked_over_the_window() -> None:

@@ -1,0 +1,402 @@
+"""Rates of closed loops: by hand, on engines whose throughput is known, and as both clients play.
+
+The engines here have a law: a step takes a constant, so much a sequence and so much a token of new
+prompts. Played for hundreds of cycles they have one throughput, whatever is counted; a trial lasts
+a few cycles.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from labs import theory
+from labs.judging.measure import (
+    Trial,
+    batch,
+    goodput_per_s,
+    mfu,
+    output_tokens_per_s,
+    requests_per_s,
+)
+from loadtests import plan
+from loadtests.arrivals import Concurrent
+from loadtests.plan import WINDOWS_AT_MOST
+from loadtests.records import RequestRecord
+from loadtests.workload import Intruder, Request
+from serving.forecasting.traffic import Delays, Play, Prompt, Traffic, play
+from tests.unit.builders import CEILINGS, SHAPE, make_point, make_record, make_trial
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# ------------------------------------------------------------------------------------------ by hand
+
+TWO = make_point(load="concurrent:2")
+# two users, the window from 10 to 13 s: cycles of 2 s, then one of 1 s once the other has stopped
+WARM_UP = make_record([(9.0, 1), (10.5, 3)], sent_s=8.5, in_window=False)
+CYCLES = [
+    make_record([(11.0, 1), (12.5, 3)], sent_s=10.5),
+    make_record([(11.5, 1), (13.0, 3)], sent_s=11.0),
+    make_record([(13.0, 1), (14.5, 3)], sent_s=12.5),
+]
+UNCOUNTED = make_record([(13.5, 1), (15.0, 3)], sent_s=13.0, in_window=False)
+
+
+def test_a_rate_is_users_times_amount_over_complete_cycles() -> None:
+    failed = make_record([], sent_s=13.0, end_s=15.0)  # its time is a user's time, too
+    records = [WARM_UP, *CYCLES, failed, UNCOUNTED]
+    trial = make_trial(records, point=TWO, window_s=(10, 13), answered_under_load=True)
+    assert output_tokens_per_s(trial) == pytest.approx(2 * 12 / 8)
+    assert requests_per_s(trial) == pytest.approx(2 * 3 / 8)
+    assert batch(trial) == pytest.approx(2 * 3 * 1.5 / 8)
+    assert goodput_per_s(trial) == 0  # the first token takes half a second
+    flop = theory.prefill_flops(SHAPE, 4) + 3 * theory.decode_flops(SHAPE, 1, 8)
+    assert mfu(trial) == pytest.approx(2 * 3 * flop / 8 / CEILINGS.bf16_flops_per_s)
+
+
+def test_users_whose_load_process_died_do_not_count() -> None:
+    records = [WARM_UP, *CYCLES, UNCOUNTED]
+    trial = make_trial(records, point=TWO, answered_under_load=True, lost_share=0.5)
+    assert output_tokens_per_s(trial) == pytest.approx(1 * 12 / 6)
+
+
+def test_where_the_load_ended_early_tokens_count_as_they_arrive_until_a_user_stops() -> None:
+    """The last was sent at 12.5 s: from 13 s, when nothing follows an answer, users are missing."""
+    trial = make_trial([WARM_UP, *CYCLES], point=TWO, window_s=(10, 14))
+    assert output_tokens_per_s(trial) == pytest.approx((3 + 4 + 1) / 3)
+    assert requests_per_s(trial) == pytest.approx((3 + 4 + 1) / 3 / 4)  # of four tokens each
+    assert batch(trial) == pytest.approx((0.5 + 1.5 + 1.5) / 3)
+
+
+def test_users_who_stop_together_leave_complete_cycles() -> None:
+    pair = [make_record([(11.0, 1), (12.5, 3)], sent_s=10.5), make_record([(12.505, 4)], sent_s=11)]
+    trial = make_trial([WARM_UP, *pair], point=TWO, window_s=(10, 12))
+    assert output_tokens_per_s(trial) == pytest.approx(2 * 8 / 3.505)
+
+
+def test_an_intruder_is_no_stream() -> None:
+    contended = make_point(load="contended:2/3", intruder=Intruder(prompt_tokens=96))
+    visit = make_record([(14.0, 1)], index=3, sent_s=11.0)
+    trial = make_trial(
+        [*CYCLES, visit], point=contended, window_s=(10, 13), answered_under_load=True
+    )
+    assert output_tokens_per_s(trial) == pytest.approx(2 * 12 / 6)
+
+
+def test_waves_are_counted_whole() -> None:
+    wave = [make_record([(12.0, 1), (end_s, 3)], sent_s=10.0) for end_s in (12.5, 18.0)]
+    waves = make_point(load="waves:2")
+    warm_up = make_record([(9.0, 1), (10.0, 9)], sent_s=8.0, in_window=False)
+    trial = make_trial([warm_up, *wave], point=waves, window_s=(10, 18))
+    assert output_tokens_per_s(trial) == pytest.approx(8 / 8)
+    assert requests_per_s(trial) == pytest.approx(2 / 8)
+    assert batch(trial) == pytest.approx(6.5 / 8)
+
+
+# -------------------------------------------------------------------- engines of known throughput
+
+
+@dataclass
+class LawfulEngine:
+    """Batches continuously; `step_s` is the law: (sequences, new prompt tokens) -> seconds."""
+
+    step_s: Callable[[int, int], float]
+    now_s: float = 0.0
+    new: list[tuple[str, Prompt]] = field(default_factory=list)
+    left: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.new or self.left)
+
+    def add(self, request_id: str, prompt: Prompt) -> None:
+        self.new.append((request_id, prompt))
+
+    def step(self) -> dict[str, tuple[int, bool]]:
+        self.left |= {name: prompt.output_tokens for name, prompt in self.new}
+        prompt_tokens = sum(len(prompt.token_ids) for _, prompt in self.new)
+        self.new = []
+        self.now_s += self.step_s(len(self.left), prompt_tokens)
+        outputs = {name: (1, left == 1) for name, left in self.left.items()}
+        self.left = {name: left - 1 for name, left in self.left.items() if left > 1}
+        return outputs
+
+    def wait_until(self, at_s: float) -> None:
+        self.now_s = max(self.now_s, at_s)
+
+
+PROMPT_TOKENS = 64
+
+
+def law(sequences: int, prompt_tokens: int) -> float:
+    return 0.02 + 0.003 * sequences + 0.001 * prompt_tokens
+
+
+def fixed(rng: random.Random) -> int:
+    return 24
+
+
+def exponential(rng: random.Random) -> int:
+    return max(1, min(96, round(rng.expovariate(1 / 24))))
+
+
+Lengths = Callable[[random.Random], int]
+
+
+def played(traffic: Traffic, lengths: Lengths, seed: int) -> Trial:
+    rng = random.Random(seed)
+    prompts = (
+        Prompt(index=i, token_ids=(0,) * PROMPT_TOKENS, output_tokens=lengths(rng))
+        for i in count()
+    )  # fmt: skip
+    result = play(LawfulEngine(law), traffic, prompts, delays=NO_DELAYS)
+    kind = {"closed": "concurrent", "waves": "waves"}.get(traffic.kind)
+    load = f"{kind}:{traffic.users}" if kind else "poisson:1"
+    return make_trial(
+        records_of(result),
+        point=make_point(load=load),
+        window_s=result.window_s,
+        answered_under_load=result.answered_under_load,
+    )
+
+
+NO_DELAYS = Delays(request_s=0, serial_s=0, response_s=0, client_s=0)
+
+
+def records_of(result: Play) -> list[RequestRecord]:
+    return [
+        make_record(a.chunks, index=a.index, sent_s=a.sent_s, in_window=a.in_window,
+                    scheduled_s=a.scheduled_s)
+        for a in result.answers
+    ]  # fmt: skip
+
+
+def by_window(trial: Trial) -> float:
+    """What this project measured before: tokens that arrive in the window / its length."""
+    start, end = trial.summary.window_s
+    return sum(k for r in trial.records for at, k in r.chunks if start <= at < end) / (end - start)
+
+
+def by_sent(trial: Trial) -> float:
+    """Users times sum(amount) / sum(cycle), whether or not the load was kept on."""
+    sent = [r for r in trial.streams if r.in_window]
+    cycles_s = sum((r.end_s or 0) - r.sent_s for r in sent)
+    return trial.point.load.users * sum(r.output_tokens or 0 for r in sent) / cycles_s
+
+
+def measured(trial: Trial) -> float:
+    rate = output_tokens_per_s(trial)
+    assert rate
+    return rate
+
+
+def cycle_s(users: int) -> float:
+    return 24 * law(users, 0) + 0.001 * PROMPT_TOKENS * users
+
+
+def true_rate(users: int, lengths: Lengths) -> float:
+    """Tokens/s over hundreds of cycles, where a cycle more or less is nothing."""
+    traffic = Traffic(
+        kind="closed", users=users, warmup_s=10 * cycle_s(users), window_s=400 * cycle_s(users)
+    )
+    return by_window(played(traffic, lengths, seed=0))
+
+
+@dataclass
+class Errors:
+    """Relative errors of the estimates, one for each window."""
+
+    window: list[float]
+    sent: list[float]
+    measured: list[float]
+
+
+def errors(users: int, lengths: Lengths, windows: Sequence[float], drained: bool) -> Errors:
+    """Play windows of so many cycles each; `drained` ends the load with the window, as before."""
+    truth, found = true_rate(users, lengths), Errors([], [], [])
+    for seed, cycles in enumerate(windows):
+        traffic = Traffic(
+            kind="closed",
+            users=users,
+            warmup_s=1.37 * cycle_s(users),
+            window_s=cycles * cycle_s(users),
+            longest_windows=1 if drained else WINDOWS_AT_MOST,
+        )
+        trial = played(traffic, lengths, seed)
+        for estimates, of in ((found.window, by_window), (found.sent, by_sent),
+                              (found.measured, measured)):  # fmt: skip
+            estimates.append(of(trial) / truth - 1)
+    return found
+
+
+@pytest.mark.parametrize("users", [1, 4, 16])
+def test_lockstep_biases_a_window_and_not_cycles(users: int) -> None:
+    """Users in lockstep: a window holds a burst more or less, the same one in every repeat."""
+    found = errors(users, fixed, [1.2 + 0.3 * i for i in range(12)], drained=False)
+    assert max(map(abs, found.measured)) < 0.001
+    if users > 1:
+        assert max(found.window) > 0.1
+
+
+@pytest.mark.parametrize("users", [1, 4, 16])
+def test_varied_lengths_leave_cycles_without_bias(users: int) -> None:
+    found = errors(users, exponential, [6.0] * 60, drained=False)
+    assert abs(statistics.mean(found.measured)) < 0.01
+
+
+@pytest.mark.parametrize("users", [4, 16])
+def test_cycles_that_end_while_the_batch_empties_are_too_short(users: int) -> None:
+    """Why load is kept on; without that, cycles are left aside, unless users stop together."""
+    found = errors(users, exponential, [6.0] * 60, drained=True)
+    assert statistics.mean(found.sent) > 0.04
+    assert abs(statistics.mean(found.measured)) < 0.02
+    lockstep = errors(users, fixed, [1.2 + 0.3 * i for i in range(12)], drained=True)
+    assert max(map(abs, lockstep.measured)) < 0.001
+
+
+def test_whole_waves_have_no_bias() -> None:
+    traffic = Traffic(kind="waves", users=8, warmup_s=1, window_s=400 * cycle_s(8))
+    truth = by_window(played(traffic, exponential, seed=0))
+    rates = [
+        measured(played(traffic.model_copy(update={"window_s": 3.0 * cycle_s(8)}), exponential, i))
+        for i in range(60)
+    ]
+    assert statistics.mean(rates) == pytest.approx(truth, rel=0.03)
+
+
+def test_a_window_has_no_bias_in_an_open_loop() -> None:
+    """Requests come at random, so that no burst has its place in the window."""
+    rates, rate_per_s, window_s = [], 2.0, 8.0
+    for seed in range(120):
+        rng, at_s, schedule_s = random.Random(f"{seed}/times"), 0.0, []
+        while (at_s := at_s + rng.expovariate(rate_per_s)) < 4 + window_s:
+            schedule_s.append(at_s)
+        traffic = Traffic(kind="open", schedule_s=tuple(schedule_s), warmup_s=4, window_s=window_s)
+        rates.append(measured(played(traffic, fixed, seed)))
+    assert statistics.mean(rates) == pytest.approx(24 * rate_per_s, rel=0.03)
+
+
+# ----------------------------------------------------- the load generator and its virtual clients
+
+_DRIVE = """
+import heapq, json, sys
+from pathlib import Path
+from loadtests import locustfile
+from loadtests.plan import TrialPlan
+from loadtests.records import RequestRecord
+
+given = json.load(sys.stdin)
+clock = [0.0]
+locustfile.now = lambda: clock[0]
+load = locustfile.Load(TrialPlan.model_validate(given["plan"]))
+load.start()
+events = [(0.0, seat, None) for seat in range(load.users)]
+records = []
+while events:
+    clock[0], seat, record = heapq.heappop(events)
+    if record:
+        load.keep(record, False)
+    if turn := load.next_turn(seat):
+        index = turn.request.index
+        end_s = clock[0] + given["lasts_s"][index]
+        record = RequestRecord(index, 1, None, clock[0], [(end_s, 1)], end_s, 1, 1, turn.counts)
+        records.append([index, clock[0], turn.counts])
+        heapq.heappush(events, (end_s, seat, record))
+window_s = (load.window_start_s, load.window_end_s)
+json.dump([records, window_s, load.answered_under_load], sys.stdout)
+"""
+
+
+def sent_by_the_load_generator(
+    traffic: Traffic, lasts_s: Sequence[float], home: Path
+) -> tuple[list[list[float]], list[float], bool]:
+    """Play a closed loop by the load generator's own rules; in a process of its own.
+
+    Locust patches the process that imports it. Returns [index, sent, counts] of each request, the
+    window, and whether every request that counts was answered under load.
+    """
+    requests = [Request(i, [], 1, 1) for i in range(len(lasts_s))]
+    plan.write_requests(home / "requests.jsonl", requests, "none")
+    trial = plan.TrialPlan(
+        url="", arrival=Concurrent(users=traffic.users), requests=home / "requests.jsonl",
+        records=home / "records", warmup_s=traffic.warmup_s, window_s=traffic.window_s,
+        timeout_s=1, seed=0, lab="none", variant="none", run_id="none", workload="none",
+    )  # fmt: skip
+    given = json.dumps({"plan": trial.model_dump(mode="json"), "lasts_s": [*lasts_s]})
+    argv = [sys.executable, "-c", _DRIVE]
+    out = subprocess.run(argv, cwd=ROOT, input=given, capture_output=True, text=True, check=True)
+    sent, window_s, answered_under_load = json.loads(out.stdout)
+    return sent, window_s, answered_under_load
+
+
+@dataclass
+class TimedEngine:
+    """Answers each request after a time of its own, whatever else it does."""
+
+    lasts_s: Sequence[float]
+    now_s: float = 0.0
+    ends_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.ends_s)
+
+    def add(self, request_id: str, prompt: Prompt) -> None:
+        self.ends_s[request_id] = self.now_s + self.lasts_s[prompt.index]
+
+    def step(self) -> dict[str, tuple[int, bool]]:
+        first = min(self.ends_s, key=lambda name: self.ends_s[name])
+        self.now_s = self.ends_s.pop(first)
+        return {first: (1, True)}
+
+    def wait_until(self, at_s: float) -> None:
+        self.now_s = max(self.now_s, at_s)
+
+
+@pytest.mark.parametrize(
+    ("warmup_s", "window_s", "requests", "answered_under_load"),
+    [
+        pytest.param(2, 6, 200, True, id="many cycles"),
+        pytest.param(0.3, 1, 200, True, id="a window held open for an answer a user"),
+        pytest.param(0.3, 0.1, 200, False, id="and no longer than four windows"),
+        pytest.param(2, 6, 20, False, id="requests that run out in the window"),
+        pytest.param(2, 6, 41, False, id="requests that run out once it is over"),
+    ],
+)
+def test_virtual_clients_send_what_the_load_generator_does(
+    warmup_s: float, window_s: float, requests: int, answered_under_load: bool, tmp_path: Path
+) -> None:
+    rng = random.Random(2)
+    lasts_s = [rng.uniform(0.2, 2.0) for _ in range(requests)]
+    traffic = Traffic(kind="closed", users=5, warmup_s=warmup_s, window_s=window_s)
+    prompts = [Prompt(index=i, token_ids=(), output_tokens=1) for i in range(requests)]
+    virtual = play(TimedEngine(lasts_s), traffic, prompts, delays=NO_DELAYS)
+    sent, window, under_load = sent_by_the_load_generator(traffic, lasts_s, tmp_path)
+    assert [(a.index, a.in_window) for a in virtual.answers] == [(i, c) for i, _, c in sent]
+    assert [a.sent_s for a in virtual.answers] == pytest.approx([at for _, at, _ in sent])
+    assert virtual.window_s == pytest.approx(window)
+    assert virtual.answered_under_load == under_load == answered_under_load
+
+
+def test_load_is_kept_on_until_every_request_that_counts_has_been_answered() -> None:
+    lasts_s = [1.0, 1.5, 2.5, 0.7, 0.4, 0.3, 0.2, 3.0] + [0.6] * 20
+    prompts = [Prompt(index=i, token_ids=(), output_tokens=1) for i in range(len(lasts_s))]
+    traffic = Traffic(kind="closed", users=2, warmup_s=0.5, window_s=2.2)
+    played = play(TimedEngine(lasts_s), traffic, prompts, delays=NO_DELAYS)
+    counted = [a for a in played.answers if a.in_window]
+    last_s = max(a.chunks[-1][0] for a in counted)
+    after = [a for a in played.answers if a.sent_s >= played.window_s[1]]
+    assert played.answered_under_load
+    assert last_s > played.window_s[1]
+    assert after
+    assert not any(a.in_window for a in after)
+    assert all(a.sent_s < last_s for a in after)
