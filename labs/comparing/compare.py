@@ -34,6 +34,7 @@ from labs.judging.judge import (
     contrast,
     mean_interval,
 )
+from labs.judging.machine_speed import Part, relative_speed
 from labs.judging.metrics import METRICS, by_repeat, compared_metrics
 from labs.lab import LabError, Point
 from serving.models import ROOT
@@ -127,6 +128,7 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
     left_out: int  # absolute figures, of other hardware
     verdicts: list[VerdictPair]
     caveats: dict[str, list[Caveat]]  # side -> what is wrong with it
+    speeds: dict[Part, float] | None = None  # of B's machine / A's, where both timed it
     facts: list[Fact] = Field(default=[], exclude=True)  # of both manifests, likeliest cause first
     differences: list[Fact]  # among them
     unrecorded: list[str]
@@ -238,10 +240,20 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
         left_out=len(left_out),
         verdicts=[] if a.variant else _verdicts(a.summary.judgements, b.summary.judgements),
         caveats={name: _caveats(s) for name, s in (("A", a), ("B", b))},
+        speeds=_speeds(a, b),
         facts=manifest.fact_pairs(*facts),
         differences=manifest.differences(*facts),
         unrecorded=manifest.unrecorded(*facts),
     )
+
+
+def _speeds(a: Side, b: Side) -> dict[Part, float] | None:
+    """Divide the speeds of the machines by their reference steps, the same work on one kind."""
+    of_a, of_b = a.summary.machine_speed, b.summary.machine_speed
+    if of_a is None or of_b is None or a.folder.path == b.folder.path:
+        return None
+    same_work = a.run.machine.kind == b.run.machine.kind
+    return relative_speed(of_b, of_a) if same_work else None
 
 
 def _measured(side: Side, metrics: Sequence[str]) -> Columns:

@@ -20,6 +20,7 @@ from labs.filing.committed import tracked
 from labs.filing.manifest import Fact
 from labs.filing.results import DamagedError, RunFolder, all_runs, read_json, write_json
 from labs.judging.judge import Caveat
+from labs.judging.machine_speed import Part, relative_speed_text
 from labs.telling import markdown
 from labs.telling.document import Block, Link, Paragraph, Section, Strong, bullets, parse, section
 from serving import whole
@@ -68,6 +69,7 @@ class Reproduction(BaseModel, frozen=True, extra="forbid"):
     differences: list[Fact]
     unrecorded: list[str]
     same_hardware: bool
+    speeds: dict[Part, float] | None = None  # of this machine / the original's, where both timed it
 
     @property
     def apart(self) -> list[ComparedFigure]:
@@ -117,6 +119,7 @@ def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
         differences=comparison.differences,
         unrecorded=comparison.unrecorded,
         same_hardware=comparison.same_hardware,
+        speeds=comparison.speeds,
     )
     write_json(new.path / "reproduction.json", result)
     verdict = "agree" if agree else "do not all agree"
@@ -144,6 +147,9 @@ def sentences(result: Reproduction) -> list[str]:
     counts = ", ".join(f"{n} {what}" for what, n in count.items() if n)
     texts = [f"Verdicts: {result.agreement}.", f"Figures: {counts}."]
     texts += [_disagreement(v) for v in result.verdicts if not v.agrees]
+    if result.speeds:
+        here, there = "This machine", "the original's"
+        texts.append(f"{relative_speed_text(here, result.speeds, there)}.")
     if not result.same_hardware:
         texts.append("Other hardware: only figures without a dimension are compared.")
     if result.likeliest_cause:

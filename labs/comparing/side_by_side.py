@@ -10,6 +10,7 @@ from labs.comparing.compare import ComparedFigure, Comparison, VerdictPair
 from labs.filing import manifest
 from labs.filing.manifest import Fact
 from labs.judging.judge import Caveat, Interval
+from labs.judging.machine_speed import relative_speed_text
 from labs.judging.text import number, times_with_interval
 from labs.telling import markdown, plots
 from labs.telling.document import (
@@ -63,6 +64,8 @@ def headline(comparison: Comparison) -> Bullets:
         f"Figures: {count['same']} the same, {count['differs']} differ, {count['undecided']}"
         " undecided."
     )
+    if comparison.speeds:
+        lines.append(relative_speed_text("B's machine", comparison.speeds, "A's") + ".")
     if comparison.left_out:
         lines.append(
             f"Other hardware: {comparison.left_out} absolute figures are not compared, only those"

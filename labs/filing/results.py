@@ -43,6 +43,7 @@ from labs.judging.judge import (
     figure,
     over_repeats,
 )
+from labs.judging.machine_speed import MachineSpeed, TimedTrial
 from labs.judging.measure import Trial
 from labs.lab import Lab, LabError, Point, Prediction, digest_of, knobs
 from loadtests import records
@@ -51,6 +52,7 @@ from serving import metrics, telemetry, whole
 from serving.machine import Ceilings, Environment, Machine
 from serving.metrics import Histogram, Snapshot
 from serving.models import ROOT, Shape
+from serving.reference_step import ReferenceStep
 
 M = TypeVar("M", bound=BaseModel)
 RESULTS = Path(os.environ.get("LABS_RESULTS") or ROOT / "results").resolve()
@@ -185,7 +187,17 @@ class TrialResult(BaseModel, frozen=True, extra="forbid"):
     engine: dict[str, Any] | None = None
     cpu_steal: float | None = None  # share of CPU time taken by other guests of the host
     cpu_others: float | None = None  # share taken by other processes of this host
+    reference_before: ReferenceStep | None = None  # just before the load; None in older runs
+    reference_after: ReferenceStep | None = None
     took_s: float = 0.0
+
+    @property
+    def timed(self) -> TimedTrial | None:
+        """The reference steps beside this trial; None where they were not timed."""
+        before, after = self.reference_before, self.reference_after
+        if before is None or after is None or self.summary is None:
+            return None
+        return TimedTrial(self.point, self.summary.started_unix_s, before, after)
 
 
 class Agreement(BaseModel, frozen=True, extra="forbid"):
@@ -219,6 +231,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     findings: list[Finding] = []
     in_virtual_time: list[ForecastAtPoint] = []
     answers: dict[str, str] = {}  # id of a question -> this run's answer to it
+    machine_speed: MachineSpeed | None = None  # by the reference steps; None in older runs
     caveats: list[Caveat]
     failed: dict[str, str]
     missing: int  # trials that were never played

@@ -13,6 +13,7 @@ from statistics import median_low
 import numpy as np
 
 from labs.judging.judge import Caveat
+from labs.judging.machine_speed import MOST_CHANGED, TimedTrial, jump, machine_speed
 from labs.judging.measure import Trial, expected_pieces
 from labs.judging.metrics import METRICS, Repeats, by_repeat
 from labs.judging.text import literal
@@ -281,3 +282,22 @@ def first_trial_slow(repeats: Repeats, point: str) -> list[Caveat]:
         text = f"the first repeat ran at {first / float(np.mean(later)):.0%} of the others"
         return [Caveat(name="slow first trial", text=text + ": discard it or warm up", point=point)]
     return []
+
+
+def speed_jumped(trials: Sequence[TimedTrial]) -> list[Caveat]:
+    """Name the trials around which the machine's own speed jumped, by its reference steps.
+
+    A caveat, and no ground to withhold a verdict: a reference step is a sample of 0.1 s beside a
+    trial, not of what went on within it.
+    """
+    run = machine_speed(trials)
+    rule = f"more than {MOST_CHANGED:.0%} is a jump"
+    return [
+        Caveat(
+            name="the machine's speed jumped",
+            text=f"the reference step's {what} ({rule}): measure again on a quiet machine",
+            point=trial.point,
+        )
+        for trial in trials
+        if run and (what := jump(trial, run))
+    ]

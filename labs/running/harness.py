@@ -27,7 +27,7 @@ from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from labs.running.trials import Trials, interleave
 from labs.telling.summary import summarise
-from serving import telemetry
+from serving import reference_step, telemetry
 from serving.engines.base import EngineError
 from serving.ports import free_port
 
@@ -146,8 +146,12 @@ def open_harness(
             prometheus.scrape("client", f"127.0.0.1:{telemetry_port}")
         load = LoadGenerator(setup, exporter_port, logs / "locust.log")
         exits.callback(load.stop)
+        reference = None
+        if not setup.endpoint:
+            log = logs / "reference-step.log"
+            reference = exits.enter_context(reference_step.started(setup.machine.kind, log))
         engines = Engines(setup, logs, prometheus, labels, progress)
         exits.callback(engines.unload)
         counts = Counts(folder.path.name, exporter_port)
-        trials = Trials(setup, folder, work, engines, load, sampler, counts, progress)
+        trials = Trials(setup, folder, work, engines, load, sampler, counts, progress, reference)
         yield Harness(setup, folder, progress, prometheus, engines, trials, counts)

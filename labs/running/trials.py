@@ -25,6 +25,7 @@ from loadtests.generator import GeneratorError
 from loadtests.records import RequestRecord
 from loadtests.workload import Workload
 from serving.engines.base import EngineError
+from serving.reference_step import ReferenceStep, ReferenceTimer
 from serving.telemetry import Telemetry
 
 PER_TRIAL_S = 2.0  # drain and bookkeeping, for the estimate of the time remaining
@@ -84,11 +85,13 @@ class Trials:
         telemetry: Telemetry,
         counts: Counts,
         progress: ProgressDisplay,
+        reference: ReferenceTimer | None = None,
     ) -> None:
         self.load_s = 0.0  # spent under load so far
         self._setup, self._folder, self._work, self._progress = setup, folder, work, progress
         self._engines, self._load = engines, load
         self._telemetry, self._counts = telemetry, counts
+        self._reference = reference  # None beside an endpoint, which may be on another machine
         self._left = len(self.due(interleave(setup, setup.lab.variants)))
 
     def due(self, trials: Iterable[tuple[Point, int]]) -> list[tuple[Point, int]]:
@@ -120,11 +123,14 @@ class Trials:
         if len(self._setup.lab.variants) > 1:
             name = f"{point.variant.name} {name}"
         try:
+            before = self._time_reference()
             summary, engine, rate = self._play(point, repeat, name)
+            after = self._time_reference()
             steal_share, others_share = other_load.shares()
             result = TrialResult(
                 point=point.key, repeat=repeat, summary=summary, engine=engine,
                 cpu_steal=steal_share, cpu_others=others_share,
+                reference_before=before, reference_after=after,
                 took_s=round(time.monotonic() - began, 3),
             )  # fmt: skip
         except (EngineError, GeneratorError, OSError) as error:
@@ -138,6 +144,17 @@ class Trials:
         for point, repeat in self.due(trials):
             result = TrialResult(point=point.key, repeat=repeat, failed=reason)
             self._record(point, repeat, result)
+
+    def _time_reference(self) -> ReferenceStep | None:
+        """Time the machine itself; once that has failed the run goes on without."""
+        if self._reference is None:
+            return None
+        step = self._reference.time()
+        if step is None:
+            why = self._reference.process.tail(1) or "its process ended"
+            self._progress.message(f"The machine's own speed is no longer timed: {why}")
+            self._reference = None
+        return step
 
     def _record(self, point: Point, repeat: int, result: TrialResult) -> None:
         write_json(self._folder.trial_folder(point, repeat) / "trial.json", result)

@@ -17,6 +17,7 @@ from labs.findings.parts import published_of
 from labs.findings.published import Part
 from labs.findings.sweep import step_line
 from labs.judging.judge import Caveat
+from labs.judging.machine_speed import MachineSpeed
 from labs.judging.metrics import METRICS, main_columns
 from labs.judging.text import (
     claim_held,
@@ -124,6 +125,7 @@ def document(facts: Facts, figures: Sequence[Figure]) -> Section:
         ),
         section("What to turn next", bullets(_knob(text) for text in lab.next_knobs)),
         _validity(facts),
+        _machine_speed(facts.summary.machine_speed),
         _agreement(facts),
         _method(facts),
     )
@@ -447,6 +449,25 @@ def validity(caveats: Sequence[Caveat], lab: Lab, failed: int = 0) -> Paragraph 
             weight = "no verdict on times between tokens there"
         items.append((Strong(name), f" ({weight}; {where or 'the run'}): ", parse(members[0].text)))
     return bullets(items)
+
+
+def _machine_speed(speed: MachineSpeed | None) -> Section:
+    """Show the reference steps beside the trials; nothing in a run that timed none."""
+    title = "The machine's own speed"
+    if speed is None:
+        return section(title)
+    return section(
+        title,
+        tables.machine_speed(speed),
+        Paragraph(
+            "The reference step is the same short work each time, on the engine's device, timed"
+            f" before and after every trial ({speed.steps} times): reading a block larger than the"
+            " caches, and a product of two matrices. Longer times are a slower machine, whatever"
+            " was measured meanwhile. The trend is the change from the first trial to the last, by"
+            " a fitted line."
+        ),
+        folded=True,
+    )
 
 
 def _knob(text: str) -> Inline:

@@ -17,8 +17,9 @@ from labs.filing.results import (
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import answers, parts_of
 from labs.judging.judge import Caveat, ForecastAtPoint, judge, judge_forecast, mean_interval
+from labs.judging.machine_speed import MachineSpeed, machine_speed
 from labs.judging.metrics import by_repeat, measure, pooled_latencies, pooled_percentiles
-from labs.judging.validity import caveats_of, confounded, first_trial_slow
+from labs.judging.validity import caveats_of, confounded, first_trial_slow, speed_jumped
 from labs.lab import Lab, Point
 from loadtests.latencies import Latency
 
@@ -34,6 +35,7 @@ class _Measured:
     samples_s: dict[str, dict[Latency, list[float]]]  # point -> samples of all its repeats
     caveats: list[Caveat]
     failed: dict[str, str]  # trial -> reason
+    machine_speed: MachineSpeed | None
 
 
 def summarise(folder: RunFolder) -> Summary:
@@ -72,6 +74,7 @@ def summarise(folder: RunFolder) -> Summary:
         findings=[conclusions[name].finding(context) for name in lab.findings],
         caveats=[*caveats, *(caveat for *_, own in pairs for caveat in own)],
         failed=measured.failed,
+        machine_speed=measured.machine_speed,
         missing=sum(
             folder.trial_result(p, r) is None for p in points for r in range(1, lab.repeats + 1)
         ),
@@ -89,6 +92,7 @@ def _measure(folder: RunFolder, run: Run, lab: Lab, points: list[Point]) -> _Mea
     samples_s: dict[str, dict[Latency, list[float]]] = {}
     caveats: list[Caveat] = []
     failed: dict[str, str] = {}
+    timed = []
     for point, result, trial in folder.trials(points, lab):
         if trial is None:
             failed[f"{point.key}/{result.repeat}"] = result.failed or "no summary"
@@ -100,9 +104,11 @@ def _measure(folder: RunFolder, run: Run, lab: Lab, points: list[Point]) -> _Mea
         # an endpoint's engine was not configured here: there is no treatment to prove
         caveats += caveats_of(trial, () if run.endpoint else lab.evidence)
         caveats += _disturbed(result, run)
+        timed += [result.timed] if result.timed else []
+    caveats += speed_jumped(timed)
     caveats += [c for p in points for c in first_trial_slow(values[p.key], p.key)]
     caveats = _each_once([*caveats, *_of_the_whole(run, lab, folder.session())])
-    return _Measured(values, samples_s, caveats, failed)
+    return _Measured(values, samples_s, caveats, failed, machine_speed(timed))
 
 
 def _beside_forecasts(

@@ -8,6 +8,7 @@ from statistics import median
 from labs.filing.results import Band, PointForecasts, Predictions, RunFolder, Session, Summary
 from labs.findings.parts import published_of
 from labs.judging.judge import Judgement
+from labs.judging.machine_speed import MachineSpeed
 from labs.judging.metrics import METRICS, columns
 from labs.judging.text import (
     claim_held,
@@ -233,6 +234,22 @@ def _residual(run: str, figure: str, shares: Sequence[float], near: Sequence[boo
 
 def _between(low: float, high: float, unit: str) -> str:
     return f"{number(low, unit)} to {number(high, unit)}"
+
+
+def machine_speed(speed: MachineSpeed) -> Table:
+    """Tabulate the times of the two parts of the reference step over a run."""
+    return table(
+        ("Reference step", "Median", "80 % of the times", "Trend"),
+        (
+            [
+                title,
+                number(part.median_s, "s"),
+                _between(part.low_s, part.high_s, "s"),
+                "–" if part.trend is None else f"{part.trend:+.0%}",
+            ]
+            for title, part in (("Reading", speed.reading), ("Computing", speed.computing))
+        ),
+    )
 
 
 def agreement(session: Session | None) -> Table:

@@ -125,6 +125,18 @@ def test_counts_are_exact(lab: str, finish: Finish) -> None:
 
 
 @every_lab
+def test_each_trial_has_a_reference_step_on_both_sides(lab: str, finish: Finish) -> None:
+    finished = finish(lab)
+    run = finished.folder.run()
+    kept = [result for _, result, _ in finished.folder.trials(run.points(), run.rebuilt_lab())]
+    assert kept
+    assert all(result.reference_before and result.reference_after for result in kept)
+    speed = finished.folder.summary().machine_speed
+    assert speed
+    assert speed.steps == 2 * len(kept)
+
+
+@every_lab
 def test_each_load_of_a_repeat_gets_the_same_requests(lab: str, finish: Finish) -> None:
     """And the next repeat gets others. The fake counts words, so that prompts differ in tokens."""
     asked: dict[tuple[str, int], dict[int, tuple[int | None, int]]] = {}

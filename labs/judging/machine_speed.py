@@ -1,0 +1,113 @@
+"""How fast the machine itself was during a run, by the reference steps beside its trials.
+
+A reference step is the same work each time (`serving/reference_step.py`), so that a longer one
+means a slower machine. Before and after each trial one is timed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel
+
+from serving.reference_step import ReferenceStep
+
+MOST_CHANGED = 0.25
+"""A change of a step's time that is a jump, up or down: 3.5 standard deviations of the ratio of two
+steps, each of which has one of 5 % within 100 s on a quiet virtual machine."""
+
+Part = Literal["reading", "computing"]
+PARTS: tuple[Part, ...] = ("reading", "computing")
+
+
+@dataclass(frozen=True)
+class TimedTrial:
+    """Holds the reference steps just before and just after a trial of a point."""
+
+    point: str
+    started_unix_s: float
+    before: ReferenceStep
+    after: ReferenceStep
+
+
+class PartSpeed(BaseModel, frozen=True, extra="forbid"):
+    """Describes the times of one part of the reference step over a run."""
+
+    median_s: float
+    low_s: float  # the 10th percentile
+    high_s: float  # the 90th
+    trend: float | None  # change of the time from the first trial to the last, by a fitted line
+
+
+class MachineSpeed(BaseModel, frozen=True, extra="forbid"):
+    """Describes the reference steps of a run."""
+
+    steps: int
+    reading: PartSpeed
+    computing: PartSpeed
+
+
+def part_s(step: ReferenceStep, part: Part) -> float:
+    """Return the seconds of a part of the step."""
+    return step.reading_s if part == "reading" else step.computing_s
+
+
+def machine_speed(trials: Sequence[TimedTrial]) -> MachineSpeed | None:
+    """Describe the machine's speed over these trials; None where no reference step was timed."""
+    if not trials:
+        return None
+    reading, computing = (_part_speed(trials, part) for part in PARTS)
+    return MachineSpeed(steps=2 * len(trials), reading=reading, computing=computing)
+
+
+def _part_speed(trials: Sequence[TimedTrial], part: Part) -> PartSpeed:
+    times_s = [part_s(step, part) for t in trials for step in (t.before, t.after)]
+    starts_s = [t.started_unix_s for t in trials for _ in range(2)]
+    low_s, high_s = (float(np.percentile(times_s, q)) for q in (10, 90))
+    trend, length_s = None, max(starts_s) - min(starts_s)
+    if length_s > 0:
+        slope, _ = np.polyfit(starts_s - np.min(starts_s), np.log(times_s), 1)
+        trend = math.expm1(float(slope) * length_s)
+    return PartSpeed(median_s=median(times_s), low_s=low_s, high_s=high_s, trend=trend)
+
+
+def jump(trial: TimedTrial, run: MachineSpeed) -> str | None:
+    """Say how the machine's speed jumped around a trial; None where it did not.
+
+    It jumped where a part took longer or shorter by more than MOST_CHANGED after the trial than
+    before it, or on both sides of it (their geometric mean) than in the run's median.
+    """
+    for part in PARTS:
+        typical = run.reading if part == "reading" else run.computing
+        before_s, after_s = (part_s(step, part) for step in (trial.before, trial.after))
+        if _changed(after_s / before_s):
+            return f"{part} took {after_s / before_s:.2f} times as long after the trial as before"
+        beside = math.sqrt(before_s * after_s) / typical.median_s
+        if _changed(beside):
+            return f"{part} took {beside:.2f} times as long beside the trial as in the run's median"
+    return None
+
+
+def _changed(ratio: float) -> bool:
+    return max(ratio, 1 / ratio) > 1 + MOST_CHANGED
+
+
+def relative_speed(this: MachineSpeed, other: MachineSpeed) -> dict[Part, float]:
+    """Divide this run's speed by the other's, part by part: 0.8 where a step took 1.25 as long."""
+    return {
+        "reading": other.reading.median_s / this.reading.median_s,
+        "computing": other.computing.median_s / this.computing.median_s,
+    }
+
+
+def relative_speed_text(this: str, ratios: dict[Part, float], other: str) -> str:
+    """Write `B ran at 0.80x of A's speed at reading, 0.90x at computing (reference steps)`."""
+    return (
+        f"{this} ran at {ratios['reading']:.2f}x of {other} speed at reading and"
+        f" {ratios['computing']:.2f}x at computing (reference steps beside the trials)"
+    )

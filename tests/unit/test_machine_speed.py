@@ -1,0 +1,175 @@
+"""The machine's own speed, by reference steps: planted slowdowns, and the process that times."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from labs.comparing import compare, reproduction, side_by_side
+from labs.filing import results
+from labs.filing.results import RunFolder, TrialResult, write_json
+from labs.judging.machine_speed import TimedTrial, jump, machine_speed, relative_speed
+from labs.judging.validity import speed_jumped
+from labs.telling import report
+from labs.telling.document import plain_text
+from labs.telling.summary import summarise
+from serving import machine, reference_step
+from serving.reference_step import ReferenceStep
+from tests.unit.builders import write_run, write_slowed
+
+QUIET = [1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 1.03, 0.97]
+
+
+def step(reading: float = 1.0, computing: float = 1.0) -> ReferenceStep:
+    """A step of 10 ms reading and 5 ms computing, each times a factor."""
+    return ReferenceStep(reading_s=0.010 * reading, computing_s=0.005 * computing)
+
+
+def quiet(*more: TimedTrial) -> list[TimedTrial]:
+    trials = [
+        TimedTrial("quiet", 10.0 * i, step(f, f), step(f + 0.01, f - 0.01))
+        for i, f in enumerate(QUIET)
+    ]
+    return [*trials, *more]
+
+
+def test_a_quiet_machine_is_no_caveat() -> None:
+    assert speed_jumped(quiet()) == []
+    speed = machine_speed(quiet())
+    assert speed
+    assert speed.steps == 2 * len(QUIET)
+    assert speed.reading.median_s == pytest.approx(0.01, rel=0.03)
+    assert speed.computing.low_s < 0.005 < speed.computing.high_s
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "what"),
+    [
+        (step(), step(computing=1.3), "computing took 1.30 times as long after the trial"),
+        (step(reading=1.3), step(), "reading took 0.77 times as long after the trial"),
+        (step(1.4, 1.0), step(1.4, 1.0), "reading took 1.39 times as long beside the trial"),
+        (step(1.0, 0.7), step(1.0, 0.7), "computing took 0.71 times as long beside the trial"),
+    ],
+)
+def test_a_planted_slowdown_is_told_with_its_trial(
+    before: ReferenceStep, after: ReferenceStep, what: str
+) -> None:
+    (caveat,) = speed_jumped(quiet(TimedTrial("slow", 90.0, before, after)))
+    assert caveat.point == "slow"
+    assert what in caveat.text
+    assert "more than 25%" in caveat.text
+    assert not caveat.blocks
+
+
+def test_a_change_below_the_rule_is_no_jump() -> None:
+    run = machine_speed(quiet())
+    assert run
+    assert jump(TimedTrial("a", 0.0, step(), step(1.2, 0.85)), run) is None
+
+
+def test_a_machine_that_slows_along_the_run_shows_a_trend() -> None:
+    """1.5 times as long at the end as at the start, in even steps of the logarithm."""
+    factors = [1.5 ** (i / 10) for i in range(11)]
+    speed = machine_speed(
+        [TimedTrial("a", 7.0 * i, step(f), step(f)) for i, f in enumerate(factors)]
+    )
+    assert speed
+    assert speed.reading.trend == pytest.approx(0.5)
+    assert speed.computing.trend == pytest.approx(0.0)
+    assert machine_speed([]) is None
+    once = machine_speed([TimedTrial("a", 7.0, step(), step())])
+    assert once
+    assert once.reading.trend is None
+
+
+def test_speeds_of_two_sittings_are_divided_part_by_part() -> None:
+    slow = machine_speed([TimedTrial("a", 0.0, step(1.25, 2.0), step(1.25, 2.0))])
+    fast = machine_speed([TimedTrial("a", 0.0, step(), step())])
+    assert slow
+    assert fast
+    assert relative_speed(slow, fast) == pytest.approx({"reading": 0.8, "computing": 0.5})
+
+
+# ----------------------------------------------------------------------------- in a run's files
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    return write_run(tmp_path)
+
+
+def timed(folder: RunFolder, of: Callable[[int], ReferenceStep]) -> RunFolder:
+    """The run with the same reference step on both sides of each trial, given its number."""
+    paths = sorted(folder.path.glob("trials/**/trial.json"))
+    for number, path in enumerate(paths):
+        result = TrialResult.model_validate_json(path.read_text())
+        steps = {"reference_before": of(number), "reference_after": of(number)}
+        write_json(path, result.model_copy(update=steps))
+    summarise(folder)
+    return folder
+
+
+def test_a_run_without_reference_steps_is_read_and_told_as_before(folder: RunFolder) -> None:
+    path = next(folder.path.glob("trials/**/trial.json"))
+    plain = json.loads(path.read_text())
+    del plain["reference_before"], plain["reference_after"]
+    path.write_text(json.dumps(plain))
+    assert summarise(folder).machine_speed is None
+    assert "machine's own speed" not in report.write(folder).read_text()
+
+
+def test_the_report_shows_the_machines_speed_and_names_the_trial_that_was_disturbed(
+    folder: RunFolder,
+) -> None:
+    timed(folder, lambda number: step(2.0 if number == 3 else 1.0))
+    text = report.write(folder).read_text()
+    assert "The machine's own speed" in text
+    assert "| Reading | 10 ms |" in text
+    assert "| Computing | 5 ms | 5 ms to 5 ms |" in text
+    assert "reading took 2.00 times as long beside the trial as in the run's median" in text
+
+
+def test_two_sittings_are_compared_by_their_reference_steps(folder: RunFolder) -> None:
+    later = timed(write_slowed(folder, 1.25), lambda number: step(1.25, 1.25))
+    a, b = (compare.read_side(str(f.path)) for f in (folder, later))
+    assert compare.compare(a, b).speeds is None  # the first run timed none
+    timed(folder, lambda number: step())
+    found = compare.compare(compare.read_side(str(folder.path)), b)
+    assert found.speeds == pytest.approx({"reading": 0.8, "computing": 0.8})
+    said = "B's machine ran at 0.80x of A's speed at reading and 0.80x at computing"
+    assert any(said in plain_text(item) for item in side_by_side.headline(found).items)
+    again = reproduction.compare_with_original(folder, later)
+    said = "This machine ran at 0.80x of the original's speed at reading and 0.80x at computing"
+    assert any(said in sentence for sentence in reproduction.sentences(again))
+
+
+# ------------------------------------------------------------------------------------ the process
+
+
+def test_the_process_times_steps_on_the_engines_cores_and_ends_with_the_block(
+    tmp_path: Path,
+) -> None:
+    with reference_step.started("cpu", tmp_path / "log") as timer:
+        first, second = timer.time(), timer.time()
+        (child,) = psutil.Process(timer.process.pid).children()
+        assert tuple(child.cpu_affinity()) == machine.split_cores()[0]
+    assert first
+    assert second
+    assert not child.is_running()
+
+
+def test_a_process_that_died_times_nothing_more(tmp_path: Path) -> None:
+    with reference_step.started("cpu", tmp_path / "log") as timer:
+        assert timer.time()
+        (child,) = psutil.Process(timer.process.pid).children()
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait(10)
+        assert timer.time() is None
+        assert timer.time() is None
