@@ -226,7 +226,7 @@ def _measure_parts(plan: Plan, work: Path) -> list[str]:
 def dated(part: instruments.Part, other_load: OtherLoad) -> instruments.Part:
     """Add the time, and the share of the CPU that other work took: 0 for a part read from files."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    taken = 0.0 if isinstance(part, instruments.Overhead) else sum(other_load.shares())
+    taken = 0.0 if isinstance(part, instruments.Overhead) else sum(other_load.shares()[:2])
     return part.model_copy(update={"measured_at": now, "cpu_others": taken})
 
 

@@ -392,6 +392,7 @@ def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, b
         error=error or complaint,
         first_byte_s=round(lines[0][0] - t0, 6) if lines else None,
         text=text_of(lines) if keep else None,
+        model=model_of(lines) if chunks and not complaint else None,
     ), connection_failed
 
 
@@ -441,6 +442,13 @@ def text_of(lines: list[tuple[float, bytes]]) -> str:
     events = [orjson.loads(e) for _, line in lines if (e := line[5:].strip()).startswith(b"{")]
     choices = [choice for event in events for choice in event.get("choices") or ()]
     return "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
+
+
+def model_of(lines: list[tuple[float, bytes]]) -> str | None:
+    """Read the name of the model that answered, from the first event of a stream that was read."""
+    first = next((e for _, line in lines if (e := line[5:].strip()).startswith(b"{")), b"{}")
+    name = orjson.loads(first).get("model")
+    return None if name is None else str(name)
 
 
 # ------------------------------------------------------------------------------ Locust's worker

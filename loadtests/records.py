@@ -26,6 +26,7 @@ from pathlib import Path
 import orjson
 
 FORMAT_VERSION = 1
+OPTIONAL = ("text", "model")  # left out of a line where they are None
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class RequestRecord:
     error: str | None = None
     first_byte_s: float | None = None  # first bytes of any kind, a role-only chunk included
     text: str | None = None  # the completion, where the plan asks to keep it
+    model: str | None = None  # that answered, by its own word; None before this was recorded
 
     @property
     def ok(self) -> bool:
@@ -103,7 +105,7 @@ def write(path: Path, records: Iterable[RequestRecord]) -> None:
     # mtime=0: the same records give the same bytes
     with half.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
         for record in records:
-            fields = {k: v for k, v in vars(record).items() if k != "text" or v is not None}
+            fields = {k: v for k, v in vars(record).items() if v is not None or k not in OPTIONAL}
             file.write(orjson.dumps(fields) + b"\n")
     half.rename(path)
 

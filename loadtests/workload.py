@@ -136,6 +136,15 @@ def intrudes(index: int) -> bool:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What is asked for with a request: its lengths, and the adapter that is to answer."""
+
+    prompt_tokens: int
+    output_tokens: int
+    adapter: str | None = None  # None for the base model
+
+
+@dataclass(frozen=True)
 class Request:
     """One request: chat messages of exactly `prompt_tokens`, and the number of output tokens."""
 
@@ -221,19 +230,25 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     def requests(self, n: int, seed: int, writer: Writer) -> list[Request]:
         """Write the first n requests; one seed and tokenizer give the same ones on any machine."""
         rng = random.Random(f"{seed}/{self.name}/text")
-        lengths, tenants = self.lengths(n, seed), self.tenants(n, seed)
-        messages = self._messages(lengths, rng, writer)
+        asked, tenants = self.asked(n, seed), self.tenants(n, seed)
+        messages = self._messages(self.lengths(n, seed), rng, writer)
         return [
             Request(
-                i, text, prompt, output, self.is_intruder(i), tenant,
-                None if tenant is None or self.adapters is None
-                else f"tenant-{tenant}{self.adapters.suffix}",
-                self.trace[i][0] if i < len(self.trace) else None,
+                i, text, own.prompt_tokens, own.output_tokens, self.is_intruder(i), tenant,
+                own.adapter, self.trace[i][0] if i < len(self.trace) else None,
             )
-            for i, (text, (prompt, output), tenant) in enumerate(
-                zip(messages, lengths, tenants, strict=True)
-            )
+            for i, (text, own, tenant) in enumerate(zip(messages, asked, tenants, strict=True))
         ]  # fmt: skip
+
+    def asked(self, n: int, seed: int) -> list[Asked]:
+        """Draw what is asked for with each of the first n requests, without a tokenizer."""
+        suffix = self.adapters.suffix if self.adapters else ""
+        return [
+            Asked(prompt, output, None if tenant is None else f"tenant-{tenant}{suffix}")
+            for (prompt, output), tenant in zip(
+                self.lengths(n, seed), self.tenants(n, seed), strict=True
+            )
+        ]
 
     def _messages(
         self, lengths: list[tuple[int, int]], rng: random.Random, writer: Writer

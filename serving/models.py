@@ -337,6 +337,17 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return hashes
 
 
+def files_sha256(folder: Path) -> str:
+    """Hash a model's folder: one SHA-256 over the names and hashes of its files."""
+    return hashlib.sha256(json.dumps(file_hashes(folder)).encode()).hexdigest()
+
+
+def is_quantized(folder: Path) -> bool:
+    """Tell whether a model's configuration names a method by which its weights are quantized."""
+    path = folder / "config.json"
+    return path.exists() and "quantization_config" in json.loads(path.read_text())
+
+
 def revision(folder: Path) -> str | None:
     """Read the commit of a model in Hugging Face's cache from its folder's name; else None."""
     return folder.name if folder.parent.name == "snapshots" else None

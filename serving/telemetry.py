@@ -62,6 +62,9 @@ class Source(Protocol):
     def read(self) -> list[Sample]:
         """Read every device now."""
 
+    def processes(self) -> int | None:
+        """Count the processes that use the devices now; None where that is not known."""
+
 
 # ---------------------------------------------------------------------------------------- sources
 
@@ -75,6 +78,14 @@ class Gpus:
 
     def read(self) -> list[Sample]:
         return [self._sample(i, handle) for i, handle in enumerate(self._handles)]
+
+    def processes(self) -> int | None:
+        """Count the processes that compute on these GPUs, each once a GPU."""
+        try:
+            running = map(self._nvml.nvmlDeviceGetComputeRunningProcesses, self._handles)
+            return sum(map(len, running))
+        except self._nvml.NVMLError:  # not for this user
+            return None
 
     def _sample(self, index: int, handle: Any) -> Sample:
         n = self._nvml
@@ -127,6 +138,10 @@ class Processors:
         self._last_uj = now_uj
         return [Sample(time.monotonic(), "cpu", energy_j=self._used_uj / 1e6)]
 
+    def processes(self) -> int | None:
+        """Return None: processors know no such count."""
+        return None
+
 
 def source(kind: str) -> Source | None:
     """Find what can be read on this kind of machine; None where nothing can."""
@@ -155,6 +170,7 @@ class Telemetry(Collector):
         self._source, self._labels = source, dict(labels)
         self._samples: list[Sample] = []
         self._newest: list[Sample] = []
+        self._foreign = self._at_begin = self._most = source.processes() if source else None
         self._stop_serving: Callable[[], None] = lambda: None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -176,6 +192,7 @@ class Telemetry(Collector):
         while not self._ended.wait(max(0.0, due - time.monotonic())):
             try:
                 self._newest = self._source.read()
+                self._most = max(self._most or 0, self._source.processes() or 0)
             except Exception:  # whatever a driver raises: only this moment is missing
                 self._newest = []
             self._samples.extend(self._newest)  # not +=, which would undo a concurrent begin()
@@ -185,6 +202,17 @@ class Telemetry(Collector):
         """Begin a trial of this variant: earlier samples are dropped."""
         self._labels["variant"] = variant
         self._samples = []
+        self._at_begin = self._most = self._source.processes() if self._source else None
+
+    def foreign_processes(self) -> int | None:
+        """Count the processes of others on the GPUs during the trial; None where it is not known.
+
+        They are those that were there before any engine, and those that came within the trial. What
+        came with an engine is taken to be the engine's: its pids may be those of another namespace.
+        """
+        if self._foreign is None or self._at_begin is None or self._most is None:
+            return None
+        return self._foreign + max(0, self._most - self._at_begin)
 
     def write(self, path: Path, started_monotonic_s: float | None) -> None:
         """Write the trial's samples, with times from its start on this machine's monotonic clock.

@@ -33,6 +33,7 @@ def quick_run(
         env={
             **os.environ,
             "LABS_QUICK": "1",
+            "LABS_DISTURBED": "keep",  # other tests run meanwhile
             "LABS_SET": settings,
             "LABS_MODEL": model,
             "LABS_WEIGHTS": weights,

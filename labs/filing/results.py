@@ -44,7 +44,8 @@ from labs.judging.judge import (
     over_repeats,
 )
 from labs.judging.machine_speed import MachineSpeed, TimedTrial
-from labs.judging.measure import Trial
+from labs.judging.measure import OtherWork, Trial
+from labs.judging.validity import Expected, Served
 from labs.lab import Lab, LabError, Point, Prediction, digest_of, knobs
 from loadtests import records
 from loadtests.plan import TrialSummary
@@ -95,6 +96,9 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     model_revision: str | None = None  # where the model is from Hugging Face
     model_files: dict[str, str] = {}  # file -> SHA-256, including the tokenizer's
     derived_sha256: dict[str, str] = {}  # derived model -> SHA-256 over its files
+    served: dict[str, Served] = {}  # variant -> the weights that its engine is to load
+    template_tokens: int | None = None  # the most that all prompts share by the chat template
+    endpoint_metrics: bool | None = None  # whether the endpoint showed metrics at the start
     prompts_sha256: str
     reproduces: str = ""  # the run that this one repeats; it stays out of summary tables
     started_at: str
@@ -112,6 +116,18 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     def rebuilt_lab(self) -> Lab:
         """Rebuild the lab as it was run, without its functions: its predictions are on file."""
         return lab_from_resolved(self.lab)
+
+    def expected(self, predictions: Predictions) -> Expected:
+        """Say what its trials must show; what an old run did not record is not asked for."""
+        return Expected(
+            evidence=() if self.endpoint else self.rebuilt_lab().evidence,
+            endpoint=self.endpoint is not None,
+            metrics_read=self.endpoint is None or bool(self.endpoint_metrics),
+            model="" if self.endpoint else self.model,
+            template_tokens=self.template_tokens,
+            served=self.served,
+            acceptance=predictions.acceptance,
+        )
 
     def points(self) -> list[Point]:
         """Rebuild the points that were run."""
@@ -175,6 +191,21 @@ class Predictions(BaseModel, frozen=True, extra="forbid"):
     closed_forms: dict[str, dict[str, Prediction]] = {}
     forecasts: dict[str, dict[str, Prediction]]
     in_virtual_time: PointForecasts | None = None
+    acceptance: dict[str, float] = {}  # point that guesses ahead -> share of tokens accepted
+
+
+class Discarded(BaseModel, frozen=True, extra="forbid"):
+    """An attempt at a trial that was disturbed, so that the trial was measured again.
+
+    Its requests are not kept, nor is any figure.
+    """
+
+    reasons: dict[str, str]  # name of a caveat -> its text
+    loop_lag_max_s: float | None
+    cpu_steal: float | None
+    cpu_others: float | None
+    cpu_engine: float | None
+    took_s: float
 
 
 class TrialResult(BaseModel, frozen=True, extra="forbid"):
@@ -187,6 +218,9 @@ class TrialResult(BaseModel, frozen=True, extra="forbid"):
     engine: dict[str, Any] | None = None
     cpu_steal: float | None = None  # share of CPU time taken by other guests of the host
     cpu_others: float | None = None  # share taken by other processes of this host
+    cpu_engine: float | None = None  # share used by the engine; None before it was recorded
+    gpu_others: int | None = None  # processes of others on the GPUs; None where not known
+    discarded: tuple[Discarded, ...] = ()  # the attempts before this one
     reference_before: ReferenceStep | None = None  # just before the load; None in older runs
     reference_after: ReferenceStep | None = None
     took_s: float = 0.0
@@ -198,6 +232,11 @@ class TrialResult(BaseModel, frozen=True, extra="forbid"):
         if before is None or after is None or self.summary is None:
             return None
         return TimedTrial(self.point, self.summary.started_unix_s, before, after)
+
+    @property
+    def other_work(self) -> OtherWork:
+        """What beside the load used the machine."""
+        return OtherWork(self.cpu_steal, self.cpu_others, self.cpu_engine, self.gpu_others)
 
 
 class Agreement(BaseModel, frozen=True, extra="forbid"):
@@ -235,6 +274,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     caveats: list[Caveat]
     failed: dict[str, str]
     missing: int  # trials that were never played
+    measured_again: dict[str, list[str]] = {}  # trial -> why, for each attempt that was discarded
 
     def figure(self, point: str, metric: str) -> Interval | None:
         """Return a point's figure as the table of metrics wants it shown, or None without data."""
@@ -327,26 +367,29 @@ class RunFolder:
         for point in points:
             for repeat in range(1, lab.rounds + 1):
                 result = self.trial_result(point, repeat)
-                if result is None:
-                    continue
-                if result.failed or result.summary is None:
-                    yield point, result, None
-                    continue
-                home = self.trial_folder(point, repeat)
-                try:
-                    trial_records = list(records.read(home / "requests.jsonl.gz"))
-                except ValueError as error:
-                    raise DamagedError(str(error)) from error
-                trial = Trial(
-                    point,
-                    repeat,
-                    lab.slo,
-                    trial_records,
-                    result.summary,
-                    None if result.engine is None else snapshot_from_json(result.engine),
-                    telemetry.read(home / "telemetry.csv.gz"),
-                )
-                yield point, result, trial
+                if result is not None:
+                    yield point, result, self.trial(point, result, lab)
+
+    def trial(self, point: Point, result: TrialResult, lab: Lab) -> Trial | None:
+        """Read a trial that ended; None where it failed."""
+        if result.failed or result.summary is None:
+            return None
+        home = self.trial_folder(point, result.repeat)
+        try:
+            trial_records = list(records.read(home / "requests.jsonl.gz"))
+        except ValueError as error:
+            raise DamagedError(str(error)) from error
+        return Trial(
+            point,
+            result.repeat,
+            lab.slo,
+            trial_records,
+            result.summary,
+            None if result.engine is None else snapshot_from_json(result.engine),
+            telemetry.read(home / "telemetry.csv.gz"),
+            result.other_work,
+            point.workload.asked(lab.requests, lab.draw_seed(result.repeat)),
+        )
 
 
 def run_id(digest: str) -> str:

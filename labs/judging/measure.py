@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -32,9 +32,23 @@ from loadtests.arrivals import Concurrent, Contended
 from loadtests.latencies import TPOT, Latency
 from loadtests.plan import TrialSummary
 from loadtests.records import RequestRecord
+from loadtests.workload import Asked
 from serving import metrics, telemetry
 from serving.metrics import Snapshot
 from serving.telemetry import Sample
+
+
+@dataclass(frozen=True)
+class OtherWork:
+    """What beside the load used the machine during a trial; None is not recorded.
+
+    The shares are of the time of all CPU cores.
+    """
+
+    steal_share: float | None = None  # taken by other guests of the host
+    others_share: float | None = None  # used by other processes of this machine
+    engine_share: float | None = None  # used by the engine
+    gpu_processes: int | None = None  # of others, on the GPUs of this machine
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,8 @@ class Trial:
     summary: TrialSummary
     engine: Snapshot | None  # the engine's counters over this trial
     telemetry: list[Sample] = field(default_factory=list)  # of the hardware, on the trial's clock
+    other_work: OtherWork = OtherWork()
+    asked: Sequence[Asked] = ()  # by the index of a request; empty where that is not known
 
     @cached_property
     def measured_requests(self) -> list[RequestRecord]:

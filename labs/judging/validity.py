@@ -1,56 +1,114 @@
 """Finds what is wrong with a trial, or with what a claim compares: named caveats, with advice.
 
-A caveat that blocks allows no verdict. The client's figures are checked against the engine's own,
-what was sent against what was due, and each variant against what the engine shows of it.
+A caveat that blocks allows no verdict. Two kinds of faults are told apart. A **disturbance** may be
+gone in another attempt: a late client, another process, an engine that slows down. A fault of the
+**set-up** would be there again: a treatment that the engine does not show, answers of another
+length. What a check needs and cannot read blocks too, by name: missing evidence proves nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from statistics import median_low
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from pydantic import BaseModel
+from scipy import stats
 
+from labs.judging import dose
 from labs.judging.judge import Caveat
 from labs.judging.machine_speed import MOST_CHANGED, TimedTrial, jump, machine_speed
-from labs.judging.measure import Trial, expected_pieces
+from labs.judging.measure import Trial, client_ttft_mean_s, engine_ttft_mean_s, expected_pieces
 from labs.judging.metrics import METRICS, Repeats, by_repeat
 from labs.judging.text import literal
 from labs.lab import Claim, Evidence, Point, factors
+from loadtests.records import RequestRecord
 from serving import metrics, telemetry
 from serving.telemetry import POWER_CAP, SLOWDOWNS
 
 LATE_S, LATE_SHARE = 0.005, 0.05  # a send counts as late beyond both
 MOST_LATE = 0.05
-MOST_LOOP_LAG_S = 0.02
+MOST_LOOP_LAG_S = 0.02  # at the 99th percentile
+MOST_LOOP_LAG_ONCE_S, MOST_LOOP_LAG_ITLS = 0.05, 2.0  # at worst: the larger of the two
 MOST_ERRORS = 0.01
 LEAST_ACHIEVED = 0.95
+LEAST_COUNTED = 5  # requests that a metric is taken over
 MOST_SEVERAL = 0.05  # share of chunks with several tokens, without speculation
 MOSTLY_SEVERAL = 0.5  # beyond this share the times of single tokens are unknown
 TOKEN_TIMES = tuple(name for name, metric in METRICS.items() if metric.token_times)
 MOST_SLOWED = 0.01  # share of the window; one sample can be a change of load
 MOST_CAPPED = 0.5
-MOST_WARM_TOKENS = 64  # that a request which shares only the chat template may find cached
+MOST_STEAL = 0.02  # share of all CPU time
+MOST_OTHERS = 0.05  # of the CPU time that the engine uses
+LEAST_OTHERS = 0.005  # of all CPU time: less is one tick or two of the system's clock
+MOST_TREND = 0.2  # by which a step may change along the window
+TREND_P = 0.01
+TREND_SLICES, LEAST_SLICES, LEAST_GAPS = 10, 8, 3  # of the window; of these filled; gaps in each
+OTHER_TOKENIZER = 0.05  # by which an endpoint's count of a prompt's tokens may differ
+TTFT_APART_S, TTFT_APART_SHARE = 0.010, 0.05  # client's mean beyond the engine's: the larger
 TOKENIZE_S = 3e-6  # per token, with a fast tokenizer on one core
 TRANSPORT_S = 0.010  # HTTP parsing, templating and tokenizing, before the engine's clock starts
 
 
-def caveats_of(trial: Trial, evidence: Sequence[Evidence]) -> list[Caveat]:
-    """List what is wrong with one trial; `evidence` may include that of other variants."""
-    caveats = [*_errors(trial)]
+class Served(BaseModel, frozen=True, extra="forbid"):
+    """The weights that a variant's engine must say it loaded.
+
+    `files_sha256` is over the hashes of the files in their folder; `quantized` tells whether their
+    configuration names a method of quantization.
+    """
+
+    files_sha256: str
+    quantized: bool
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a run expects of its trials; an old run recorded less, and is asked for less."""
+
+    evidence: Sequence[Evidence] = ()
+    endpoint: bool = False  # it was neither started nor configured by the lab
+    metrics_read: bool = True  # False: from the start, the endpoint showed no metrics
+    model: str = ""  # the name under which the base model answers; empty where it is not known
+    template_tokens: int | None = None  # the most that the chat template puts before every text
+    served: Mapping[str, Served] = field(default_factory=dict)  # by variant
+    acceptance: Mapping[str, float] = field(default_factory=dict)  # by point: of a drafted token
+
+
+def caveats_of(trial: Trial, expected: Expected) -> list[Caveat]:
+    """List what is wrong with one trial; the evidence may include that of other variants."""
+    return [*disturbances_of(trial, expected), *faults_of_set_up(trial, expected)]
+
+
+def disturbances_of(trial: Trial, expected: Expected) -> list[Caveat]:
+    """List what may be otherwise in another attempt at this trial."""
+    caveats = [*_errors(trial), *_lost(trial)]
+    if trial.measured_requests:
+        for check in (_sent, _late_loop, _counted_alike, _ttft_apart, _throttled, _trend):
+            caveats += check(trial)
+    return [*caveats, *_other_work(trial, expected), *_unreadable(trial, expected)]
+
+
+def faults_of_set_up(trial: Trial, expected: Expected) -> list[Caveat]:
+    """List what would be the same in another attempt at this trial."""
     if not trial.measured_requests:
         text = "no request was sent and answered within the window: widen it"
-        return [*caveats, _caveat(trial, "nothing measured", text)]
-    for check in (_sent, _answered, _warm, _reconciled, _throttled):
-        caveats += check(trial)
-    return [*caveats, *_untreated(trial, evidence)]
+        return [_caveat(trial, "nothing measured", text)]
+    return [
+        *_exhausted(trial),
+        *_too_few(trial),
+        *_answered(trial, expected),
+        *_treated(trial, expected),
+    ]
 
 
 def _caveat(
     trial: Trial, name: str, text: str, blocks: bool = True, metrics: tuple[str, ...] = ()
 ) -> Caveat:
     return Caveat(name=name, text=text, blocks=blocks, point=trial.point.key, metrics=metrics)
+
+
+# -------------------------------------------------------------------------------- disturbances
 
 
 def _errors(trial: Trial) -> Iterator[Caveat]:
@@ -61,19 +119,19 @@ def _errors(trial: Trial) -> Iterator[Caveat]:
         yield _caveat(trial, "errors", text, share > MOST_ERRORS)
 
 
-def _sent(trial: Trial) -> Iterator[Caveat]:
-    """Check that the generator sent what was due, when it was due."""
-    summary = trial.summary
-    if summary.lost_share:
+def _lost(trial: Trial) -> Iterator[Caveat]:
+    if trial.summary.lost_share:
         yield _caveat(
             trial,
             "load process lost",
-            f"one of the processes that send died, and {summary.lost_share:.0%} of the users with"
-            " it: what is missing is not random",
+            f"one of the processes that send died, and {trial.summary.lost_share:.0%} of the users"
+            " with it: what is missing is not random",
         )
-    if summary.exhausted:
-        text = "the window was cut short: raise `requests`"
-        yield _caveat(trial, "ran out of requests", text, blocks=False)
+
+
+def _sent(trial: Trial) -> Iterator[Caveat]:
+    """Check that the generator sent what was due, when it was due."""
+    summary = trial.summary
     lags = [(r.send_lag_s or 0.0, r.ttft_s or 0.0) for r in trial.measured_requests]
     late = sum(lag > max(LATE_S, LATE_SHARE * ttft) for lag, ttft in lags) / len(lags)
     if late > MOST_LATE:
@@ -81,13 +139,6 @@ def _sent(trial: Trial) -> Iterator[Caveat]:
             trial,
             "generator lagged",
             f"{late:.0%} of the requests were sent late: lower the rate or add client cores",
-        )
-    if summary.loop_lag_p99_s > MOST_LOOP_LAG_S:
-        yield _caveat(
-            trial,
-            "generator's loop lagged",
-            f"its event loop ran {1000 * summary.loop_lag_p99_s:.0f} ms late (p99), so times are"
-            " that uncertain: free a core for it",
         )
     if summary.planned and summary.sent < LEAST_ACHIEVED * summary.planned:
         yield _caveat(
@@ -98,8 +149,220 @@ def _sent(trial: Trial) -> Iterator[Caveat]:
         )
 
 
-def _answered(trial: Trial) -> Iterator[Caveat]:
-    """Check that outputs have the length that was asked for, and come one token at a time."""
+def _late_loop(trial: Trial) -> Iterator[Caveat]:
+    """Check that the generator's event loop ran on time, at its 99th percentile and at worst."""
+    summary, itl_s = trial.summary, METRICS["itl_p50_s"].of(trial) or 0.0
+    most_s = max(MOST_LOOP_LAG_ONCE_S, MOST_LOOP_LAG_ITLS * itl_s)
+    if summary.loop_lag_p99_s > MOST_LOOP_LAG_S:
+        lag = f"{1000 * summary.loop_lag_p99_s:.0f} ms late (p99)"
+    elif summary.loop_lag_max_s > most_s:
+        lag = f"{1000 * summary.loop_lag_max_s:.0f} ms late once (at most {1000 * most_s:.0f})"
+    else:
+        return
+    text = f"its event loop ran {lag}, so times are that uncertain: free a core for it"
+    yield _caveat(trial, "generator's loop lagged", text)
+
+
+def _counted_alike(trial: Trial) -> Iterator[Caveat]:
+    """Check that client and engine agree on requests and tokens: no other client used the engine.
+
+    Where requests failed, the engine may have counted any part of them.
+    """
+    if trial.engine is None:
+        return
+    completed = [r for r in trial.records if r.ok]
+    failed = len(trial.records) - len(completed)
+    for counted, metric, by_client, of_failed in (
+        ("requests", metrics.REQUESTS, len(completed), failed),
+        (
+            "prompt tokens",
+            metrics.PROMPT_TOKENS,
+            sum(r.prompt_tokens or 0 for r in completed),
+            max((r.prompt_tokens or 0 for r in completed), default=0) * failed,
+        ),
+        (
+            "output tokens",
+            metrics.GENERATION_TOKENS,
+            sum(r.output_tokens or 0 for r in completed),
+            sum(r.asked_tokens for r in trial.records if not r.ok),
+        ),
+    ):
+        by_engine = trial.engine.values.get(metric)
+        if by_engine is not None and not by_client <= by_engine <= by_client + of_failed:
+            yield _caveat(
+                trial,
+                "client and engine disagree",
+                f"the engine counts {by_engine:.0f} {counted}, the client {by_client}: was another"
+                " client using it?",
+            )
+
+
+def _ttft_apart(trial: Trial) -> Iterator[Caveat]:
+    """Check that the client's mean TTFT is the engine's, and what transport and tokenizing take."""
+    engine_s, client_s = engine_ttft_mean_s(trial), client_ttft_mean_s(trial)
+    histogram = trial.engine and trial.engine.histograms.get(metrics.TTFT)
+    if not engine_s or not client_s or not histogram or histogram.count != len(trial.records):
+        return
+    prompt_tokens = np.mean([r.prompt_tokens or 0 for r in trial.records if r.ok])
+    transport_s = TRANSPORT_S + TOKENIZE_S * float(prompt_tokens)
+    apart_s = max(TTFT_APART_S, TTFT_APART_SHARE * engine_s)
+    if not engine_s - apart_s <= client_s <= engine_s + transport_s + apart_s:
+        yield _caveat(
+            trial,
+            "TTFT apart",
+            f"mean TTFT is {1000 * client_s:.1f} ms at the client and {1000 * engine_s:.1f} ms in"
+            f" the engine, which is more than {1000 * apart_s:.0f} ms beyond transport and"
+            " tokenizing: the generator or the network adds the rest",
+        )
+
+
+def _throttled(trial: Trial) -> Iterator[Caveat]:
+    """Check that the GPU was not slowed by heat or power."""
+    inside = telemetry.within(trial.telemetry, *trial.summary.window_s)
+    causes = [c for c in SLOWDOWNS.values() if telemetry.throttled_share(inside, [c])]
+    slowed = telemetry.throttled_share(inside, causes) or 0.0
+    capped = telemetry.throttled_share(inside, [POWER_CAP]) or 0.0
+    if slowed > MOST_SLOWED:
+        yield _caveat(
+            trial,
+            "throttled",
+            f"the GPU was slowed for {slowed:.0%} of the window ({', '.join(causes)}): cool it or"
+            " mend its power supply, and measure again",
+        )
+    if capped > MOST_CAPPED:
+        yield _caveat(
+            trial,
+            "at the power limit",
+            f"the GPU ran at its power limit for {capped:.0%} of the window: absolute figures are"
+            " those of this limit",
+            blocks=False,
+        )
+
+
+def _trend(trial: Trial) -> Iterator[Caveat]:
+    """Check that a step took as long at the end of the window as at its beginning.
+
+    The load of a closed loop is the same all along, so a trend is the machine's or the engine's.
+    """
+    if trial.point.load.open_loop or trial.point.load.kind == "waves":
+        return
+    times, steps_s = step_times_s(trial)
+    if len(times) < LEAST_SLICES:
+        return
+    start, end = trial.summary.window_s
+    log_change = float(stats.theilslopes(np.log(steps_s), times)[0]) * (end - start)
+    significant = stats.kendalltau(times, steps_s).pvalue < TREND_P
+    if abs(log_change) > math.log1p(MOST_TREND) and significant:
+        yield _caveat(
+            trial,
+            "trend in the window",
+            f"a step took {math.exp(log_change):.2g} times as long at the end of the window as at"
+            f" its beginning (Theil-Sen's slope; Kendall's p < {TREND_P}): warm the engine up for"
+            " longer, or end what else uses the machine",
+        )
+
+
+def step_times_s(trial: Trial) -> tuple[list[float], list[float]]:
+    """Return (time, length of a step) in seconds along the window, at up to ten moments.
+
+    The length is the median of the gaps between chunks that end in a tenth of the window; a tenth
+    with fewer than three is left out. A stream that waits for another's prefill does not move a
+    median.
+    """
+    start, end = trial.summary.window_s
+    slices: list[list[float]] = [[] for _ in range(TREND_SLICES)]
+    for record in trial.records:
+        if not record.ok or trial.point.workload.is_intruder(record.index):
+            continue
+        gaps_s = record.chunk_gaps_s
+        for (at, _), gap_s in zip(record.chunks[1:], gaps_s, strict=True):
+            if start <= at < end and gap_s > 0:
+                slices[int((at - start) / (end - start) * TREND_SLICES)].append(gap_s)
+    filled = [(i, np.median(gaps)) for i, gaps in enumerate(slices) if len(gaps) >= LEAST_GAPS]
+    middle_s = [start + (i + 0.5) * (end - start) / TREND_SLICES for i, _ in filled]
+    return middle_s, [float(gap_s) for _, gap_s in filled]
+
+
+def _other_work(trial: Trial, expected: Expected) -> Iterator[Caveat]:
+    """Check that the machine worked for this trial alone; an endpoint's machine is not known."""
+    others = trial.other_work
+    if (others.steal_share or 0.0) > MOST_STEAL:
+        text = f"other guests of the host took {others.steal_share:.1%} of this trial's CPU time"
+        yield _caveat(trial, "load from others", text)
+    if others.gpu_processes:
+        text = f"{others.gpu_processes} other processes used the GPU: end them and measure again"
+        yield _caveat(trial, "GPU shared", text)
+    if others.others_share is None or expected.endpoint:
+        return
+    # an old trial did not record what the engine used: it was no more than others left
+    engine_share = others.engine_share
+    of = "the engine's CPU time" if engine_share is not None else "the CPU time that was left"
+    if engine_share is None:
+        engine_share = 1 - others.others_share
+    if others.others_share > max(LEAST_OTHERS, MOST_OTHERS * engine_share):
+        relative = others.others_share / engine_share if engine_share else math.inf
+        yield _caveat(
+            trial,
+            "other processes",
+            f"other processes on this machine used {relative:.0%} of {of}: end them and measure"
+            " again",
+        )
+
+
+def _unreadable(trial: Trial, expected: Expected) -> Iterator[Caveat]:
+    """Check that the engine's metrics could be read, those at least on which the checks rest."""
+    if trial.engine is None:
+        if expected.metrics_read:
+            text = "its /metrics could not be read, so nothing that it did is proved"
+            yield _caveat(trial, "engine's metrics unreadable", text)
+        else:
+            text = "this endpoint shows no metrics: nothing is proved from the engine's side"
+            yield _caveat(trial, "engine shows no metrics", text, blocks=False)
+        return
+    needed = [metrics.REQUESTS, metrics.PROMPT_TOKENS, metrics.GENERATION_TOKENS]
+    needed += [metrics.PREFIX_HITS] if dose.caching(trial) and not expected.endpoint else []
+    missing = [name for name in needed if name not in trial.engine.values]
+    missing += [metrics.TTFT] if metrics.TTFT not in trial.engine.histograms else []
+    if missing:
+        text = f"the engine shows no {', '.join(missing)}: was it renamed in this version?"
+        yield _caveat(trial, "engine's metrics incomplete", text)
+
+
+# ------------------------------------------------------------------------- faults of the set-up
+
+
+def _exhausted(trial: Trial) -> Iterator[Caveat]:
+    if trial.summary.exhausted:
+        text = "the window was cut short: raise `requests`"
+        yield _caveat(trial, "ran out of requests", text, blocks=False)
+
+
+def _too_few(trial: Trial) -> Iterator[Caveat]:
+    """Check that each metric is taken over five requests at least, or as many long prompts."""
+    for what, counted, hit in (
+        ("requests", len(trial.measured_requests), OVER_REQUESTS),
+        ("long prompts", len(trial.intruders), OVER_LONG_PROMPTS),
+    ):
+        if counted < LEAST_COUNTED and (what == "requests" or trial.point.workload.intruder):
+            yield _caveat(
+                trial,
+                f"too few {what}",
+                f"{counted} {what} were counted, and a figure takes {LEAST_COUNTED}: widen"
+                " `window_s`",
+                metrics=hit,
+            )
+
+
+OVER_LONG_PROMPTS = tuple(n for n, m in METRICS.items() if m.statistic.per == "long prompt")
+OVER_REQUESTS = tuple(
+    name
+    for name, metric in METRICS.items()
+    if not metric.by_engine and metric.statistic.per in ("request", "trial")
+)
+
+
+def _answered(trial: Trial, expected: Expected) -> Iterator[Caveat]:
+    """Check that prompts and answers have the lengths asked for, and come token by token."""
     completed = [r for r in trial.records if r.ok]
     if odd := sum(sum(k for _, k in r.chunks) != r.output_tokens for r in completed):
         yield _caveat(
@@ -120,106 +383,176 @@ def _answered(trial: Trial) -> Iterator[Caveat]:
             blocks=mostly,
             metrics=TOKEN_TIMES if mostly else (),
         )
-    if different := sum(r.output_tokens != r.asked_tokens for r in completed):
-        text = f"{different} answers have another length than asked"
-        yield _caveat(trial, "lengths differ", text, blocks=False)
+    if different := [r for r in completed if r.output_tokens != r.asked_tokens]:
+        first = different[0]
+        text = (
+            f"{len(different)} answers have another length than asked: {first.output_tokens}"
+            f" tokens for {first.asked_tokens}, for one"
+        )
+        yield _caveat(trial, "lengths differ", text)
+    yield from _prompts_differ(trial, completed, expected)
 
 
-def _warm(trial: Trial) -> Iterator[Caveat]:
-    """Check that prompts which share nothing find nothing in the prefix cache."""
-    workload, engine = trial.point.workload, trial.engine
-    if workload.prefix or workload.chat or engine is None:
+def _prompts_differ(
+    trial: Trial, completed: Sequence[RequestRecord], expected: Expected
+) -> Iterator[Caveat]:
+    """Check the engine's count of prompt tokens; an endpoint may have a tokenizer of its own."""
+    off = OTHER_TOKENIZER if expected.endpoint else 0.0
+    different = [
+        (r.prompt_tokens, asked)
+        for r in completed
+        if r.index < len(trial.asked)
+        for asked in [trial.asked[r.index].prompt_tokens]
+        if r.prompt_tokens is not None and abs(r.prompt_tokens - asked) > off * asked
+    ]
+    if different:
+        counted, asked = different[0]
+        text = (
+            f"{len(different)} prompts have another length than asked: the engine counts"
+            f" {counted} tokens for {asked}, for one"
+        )
+        yield _caveat(trial, "prompts differ", text)
+
+
+def _treated(trial: Trial, expected: Expected) -> Iterator[Caveat]:
+    """Check that the engine shows what the point asks for, in the dose that was predicted."""
+    yield from _answered_by(trial, expected)
+    if trial.engine is None:
         return
-    tokens = engine.values.get(metrics.PREFIX_HITS, 0.0) / len(trial.records)
-    if tokens > MOST_WARM_TOKENS:
+    yield from _cached(trial, expected)
+    if expected.endpoint:
+        return  # its engine was not configured here: there is no treatment to prove
+    for fault in (*_not_echoed(trial, expected), *_not_served(trial, expected)):
+        yield _caveat(trial, "treatment not applied", fault)
+    for fault in _not_guessed(trial, expected):
+        yield _caveat(trial, "treatment not applied", fault)
+    for item in expected.evidence:
+        if item.arm.matches(trial.point) and not _shown(item, trial):
+            yield _caveat(trial, "treatment not applied", f"the engine does not show {item}")
+
+
+def _answered_by(trial: Trial, expected: Expected) -> Iterator[Caveat]:
+    """Check that every answer came from the adapter, or from the base model, that was asked for.
+
+    A record before this was recorded has no name; a new one that lacks it proves nothing.
+    """
+    wrong = [
+        (r.model, wanted)
+        for r in trial.records
+        if r.ok and r.index < len(trial.asked) and (r.model or expected.served)
+        for wanted in [trial.asked[r.index].adapter or expected.model]
+        if wanted and r.model != wanted
+    ]
+    if wrong:
+        answered, wanted = wrong[0]
+        text = (
+            f"{len(wrong)} answers came from another model than asked: from"
+            f" {literal(answered or 'one without a name')} for {literal(wanted)}, for one"
+        )
+        yield _caveat(trial, "treatment not applied", text)
+
+
+def _cached(trial: Trial, expected: Expected) -> Iterator[Caveat]:
+    """Check that as much was found in the prefix cache as the requests share, and no more."""
+    assert trial.engine
+    hits = trial.engine.values.get(metrics.PREFIX_HITS)
+    if hits is None:
+        return  # named where the engine's metrics are checked
+    bounds = dose.cached_tokens(trial, expected.template_tokens)
+    if bounds is None:
+        if not expected.endpoint:
+            text = "the engine does not say how large a block of its prefix cache is"
+            yield _caveat(trial, "engine's metrics incomplete", text)
+        return
+    if expected.endpoint:  # whether it caches at all was not set here
+        bounds = dose.Bounds(0, bounds.high)
+    if hits > bounds.high:
         yield _caveat(
             trial,
             "warm prefix cache",
-            f"{tokens:.0f} tokens of each prompt were found in the cache, though these prompts"
-            " share nothing: was it not reset, or is another client using the engine?",
+            f"{hits:.0f} prompt tokens were found in the cache, where these prompts share"
+            f" {bounds}: was it not reset, or is another client using the engine?",
         )
+    if hits < bounds.low:
+        text = f"{hits:.0f} prompt tokens were found in the cache, where {bounds} were to be"
+        yield _caveat(trial, "treatment not applied", text)
 
 
-def _reconciled(trial: Trial) -> Iterator[Caveat]:
-    """Check that client and engine agree on requests, tokens and TTFT."""
-    if trial.engine is None or metrics.TTFT not in trial.engine.histograms:
-        return
-    name, completed = "client and engine disagree", [r for r in trial.records if r.ok]
-    tokens = sum(r.output_tokens or 0 for r in completed)
-    for counted, metric, by_client in (
-        ("requests", metrics.REQUESTS, len(completed)),
-        ("output tokens", metrics.GENERATION_TOKENS, tokens),
-    ):
-        by_engine = trial.engine.values.get(metric)
-        if by_engine is None or len(completed) < len(trial.records):
-            continue
-        if by_engine != by_client:
-            yield _caveat(
-                trial,
-                name,
-                f"the engine counts {by_engine:.0f} {counted}, the client {by_client}: was another"
-                " client using it?",
-            )
-    engine = trial.engine.histograms[metrics.TTFT]
-    bucket = engine.bucket_of(0.5)
-    # of two middle samples the lower one, as in the histogram: the two may lie far apart
-    median_s = median_low([r.chunks[0][0] - r.sent_s for r in completed]) if completed else None
-    if bucket and median_s is not None and not ttft_agrees(engine, median_s):
-        yield _caveat(
-            trial,
-            name,
-            f"median TTFT is {1000 * median_s:.1f} ms at the client, in the engine's histogram"
-            f" between {1000 * bucket[0]:.0f} and {1000 * bucket[1]:.0f} ms: the transport or the"
-            " generator adds the rest",
-        )
+ECHOED = {  # flag -> the info metric and the label under which the engine says it again
+    "enable-prefix-caching": (metrics.CACHE_CONFIG, "enable_prefix_caching"),
+    "block-size": (metrics.CACHE_CONFIG, "block_size"),
+    "kv-cache-memory-bytes": (metrics.CACHE_CONFIG, "kv_cache_memory_bytes"),
+    "kv-cache-dtype": (metrics.CACHE_CONFIG, "cache_dtype"),
+    "enforce-eager": (metrics.ENGINE_CONFIG, "enforce_eager"),
+}
 
 
-def ttft_agrees(engine: metrics.Histogram, client_median_s: float) -> bool:
-    """Whether the client's median TTFT lies in the engine's median bucket or next to it.
+def _not_echoed(trial: Trial, expected: Expected) -> Iterator[str]:
+    """Name the flags that the engine says it runs with in another way, or not at all.
 
-    The client may measure up to `TRANSPORT_S` more. True where the engine has no samples.
+    Its log was not read in old runs, and another engine says nothing of vLLM's flags.
     """
-    bucket = engine.bucket_of(0.5)
-    if bucket is None:
-        return True
-    bounds = (0.0, *engine.le)
-    low = bounds[max(0, bounds.index(bucket[0]) - 1)]
-    after = bounds.index(bucket[1]) + 1 if bucket[1] in bounds else len(bounds)
-    high = bounds[after] if after < len(bounds) else math.inf
-    return low <= client_median_s <= high + TRANSPORT_S
+    assert trial.engine
+    for flag, (metric, label) in ECHOED.items():
+        if flag not in trial.point.flags or trial.point.variant.engine != "vllm":
+            continue
+        if metric not in trial.engine.info and not expected.served:
+            continue
+        wanted = str(trial.point.flags[flag])
+        echoed = trial.engine.info.get(metric, {}).get(label)
+        # `fp8` stands for a type of the engine's choice, which it names in full
+        if echoed != wanted and not (wanted == "fp8" and str(echoed).startswith("fp8")):
+            yield f"the engine says {label}={echoed} where {wanted} was set"
 
 
-def _throttled(trial: Trial) -> Iterator[Caveat]:
-    """Check that the GPU was not slowed by heat or power."""
-    inside = telemetry.within(trial.telemetry, *trial.summary.window_s)
-    causes = [c for c in SLOWDOWNS.values() if telemetry.throttled_share(inside, [c])]
-    slowed = telemetry.throttled_share(inside, causes) or 0.0
-    capped = telemetry.throttled_share(inside, [POWER_CAP]) or 0.0
-    if slowed > MOST_SLOWED:
-        yield _caveat(
-            trial,
-            "throttled",
-            f"the GPU was slowed for {slowed:.0%} of the window ({', '.join(causes)}): cool it or"
-            " mend its power supply, and measure again",
-            blocks=False,
-        )
-    if capped > MOST_CAPPED:
-        yield _caveat(
-            trial,
-            "at the power limit",
-            f"the GPU ran at its power limit for {capped:.0%} of the window: absolute figures are"
-            " those of this limit",
-            blocks=False,
-        )
-
-
-def _untreated(trial: Trial, evidence: Sequence[Evidence]) -> Iterator[Caveat]:
-    """Check that the engine shows the evidence expected of this variant."""
-    if trial.engine is None:
+def _not_served(trial: Trial, expected: Expected) -> Iterator[str]:
+    """Say in what the weights that the engine says it loaded are others than those of the run."""
+    assert trial.engine
+    wanted = expected.served.get(trial.point.variant.name)
+    if wanted is None:
         return
-    for item in evidence:
-        if item.arm.matches(trial.point) and not _shown(item, trial):
-            yield _caveat(trial, "treatment not applied", f"the engine does not show {item}")
+    served = trial.engine.info.get(metrics.SERVED, {})
+    if served.get("files_sha256") != wanted.files_sha256:
+        yield (
+            "the files of the model that the engine says it serves"
+            f" ({literal(served.get('folder', 'it names none'))}) are not those of the manifest"
+        )
+    method = trial.engine.info.get(metrics.ENGINE_CONFIG, {}).get("quantization")
+    if method is None:
+        yield "the engine does not say by which method its weights are quantized, if at all"
+    elif (method != "None") != wanted.quantized:
+        what = "quantized weights" if wanted.quantized else "weights that are not quantized"
+        yield f"the engine says quantization={method} for {what}"
+
+
+def _not_guessed(trial: Trial, expected: Expected) -> Iterator[str]:
+    """Say in what speculation was another than configured and predicted."""
+    assert trial.engine
+    if not trial.point.flags.speculative_config:
+        return
+    values = trial.engine.values
+    drafts, drafted, accepted = (
+        values.get(m) for m in (metrics.SPEC_DRAFTS, metrics.SPEC_DRAFTED, metrics.SPEC_ACCEPTED)
+    )
+    if drafts is None or drafted is None or accepted is None:
+        yield "the engine does not count its drafts"
+        return
+    bounds = dose.drafted_tokens(trial)
+    if bounds and not bounds.hold(drafted):
+        yield f"the engine drafted {drafted:.0f} tokens, where {bounds} were to be"
+    bounds = dose.draft_yield(trial)
+    if bounds and not bounds.hold(drafts + accepted):
+        yield (
+            f"{drafts:.0f} drafts with {accepted:.0f} tokens accepted do not make up the tokens"
+            f" that were sent ({bounds})"
+        )
+    predicted = expected.acceptance.get(trial.point.key)
+    bounds = None if predicted is None else dose.accepted_share(trial, predicted)
+    if bounds and drafted and not bounds.hold(accepted / drafted):
+        yield (
+            f"{accepted / drafted:.0%} of the drafted tokens were accepted, where at least"
+            f" {bounds.low:.0%} and at most {bounds.high:.0%} were predicted"
+        )
 
 
 def _shown(evidence: Evidence, trial: Trial) -> bool:

@@ -3,30 +3,57 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
+from typing import NamedTuple
 
 import psutil
 
 
-class OtherLoad:
-    """Measures the share of all CPU time that others took since this object was created."""
+class Shares(NamedTuple):
+    """Shares of the time of all CPU cores; the engine's is None where its processes are unknown."""
 
-    def __init__(self) -> None:
+    steal: float  # taken by other guests of the host
+    others: float  # used by other processes of this machine
+    engine: float | None
+
+
+class OtherLoad:
+    """Measures the CPU time that others took since this object was created.
+
+    `engine_pid` is the pid above all processes of the engine under load.
+    """
+
+    def __init__(self, engine_pid: int | None = None) -> None:
+        self._engine_pid = engine_pid
         self._began, self._before = time.monotonic(), self._now()
 
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        """Read the CPU seconds so far: stolen by other guests, used here, used by this run."""
+    def _now(self) -> tuple[float, float, float, float]:
+        """Read the CPU seconds so far: stolen, used here, used by this run, by its engine."""
         times = psutil.cpu_times()
         used_s = sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "softirq"))
-        me, ours_s = psutil.Process(), 0.0
-        for process in (me, *me.children(recursive=True)):
-            with contextlib.suppress(psutil.Error):  # it ended meanwhile
-                ours_s += sum(process.cpu_times()[:4])  # with children that have ended
-        return float(getattr(times, "steal", 0.0)), float(used_s), ours_s
+        stolen_s = float(getattr(times, "steal", 0.0))
+        engine_s = 0.0 if self._engine_pid is None else _used_s(self._engine_pid)
+        return stolen_s, float(used_s), _used_s(os.getpid()), engine_s
 
-    def shares(self) -> tuple[float, float]:
-        """Return the share that other guests of the host took, and that of other processes here."""
-        stolen_s, used_s, ours_s = (b - a for a, b in zip(self._before, self._now(), strict=True))
+    def shares(self) -> Shares:
+        """Return what others took, and what the engine used, since the object was created."""
+        now = self._now()
+        stolen_s, used_s, ours_s, engine_s = (b - a for a, b in zip(self._before, now, strict=True))
         all_s = (time.monotonic() - self._began) * (psutil.cpu_count() or 1)
-        return round(stolen_s / all_s, 4), round(max(0.0, used_s - ours_s) / all_s, 4)
+        return Shares(
+            round(stolen_s / all_s, 4),
+            round(max(0.0, used_s - ours_s) / all_s, 4),
+            None if self._engine_pid is None else round(max(0.0, engine_s) / all_s, 4),
+        )
+
+
+def _used_s(pid: int) -> float:
+    """Add up the CPU seconds of a process and all below it, with children that have ended."""
+    used_s = 0.0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for member in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):  # it ended meanwhile
+                used_s += sum(member.cpu_times()[:4])
+    return used_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,7 @@ class Setup:
     endpoint: Endpoint | None
     engine_command: Sequence[str]
     datasheet: Datasheet | None = None  # of the GPU that is not here
+    keep_disturbed: bool = False  # a disturbed trial is not measured again
 
     @property
     def users(self) -> int:
@@ -73,6 +75,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     )
     lab = lab.against_itself() if request.aa else lab
     require_known_names(lab)
+    keeps_disturbed()
     require_devices(lab, machine)
     require_room(RESULTS)
     model = model_of(machine, request.model, request.weights)
@@ -123,7 +126,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     )
     return Setup(
         lab, machine, ceilings, model, points, places, weights, writer, endpoint,
-        request.engine_command, datasheet,
+        request.engine_command, datasheet, keeps_disturbed(),
     )  # fmt: skip
 
 
@@ -151,6 +154,20 @@ def datasheet_ceilings(sheet: Datasheet) -> Ceilings:
         torch="",
         measured_at="never: a datasheet's figures",
     )
+
+
+def keeps_disturbed() -> bool:
+    """Read DISTURBED: `keep` takes a trial as it is where others used the machine meanwhile.
+
+    Raises LabError for another value.
+    """
+    text = os.environ.get("LABS_DISTURBED", "")
+    if text not in ("", "keep"):
+        raise LabError(
+            f"DISTURBED={text} is not known: DISTURBED=keep keeps disturbed trials, which are"
+            " measured again without it"
+        )
+    return bool(text)
 
 
 def is_dummy(weights: str) -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -24,6 +22,7 @@ from labs.filing.results import (
     run_id,
     write_json,
 )
+from labs.judging.validity import Served
 from labs.lab import LabError
 from labs.running import backfill
 from labs.running.engines import order_of_engines, resident_groups
@@ -61,6 +60,10 @@ def run(request: RunRequest, progress: ProgressDisplay) -> RunFolder:
         if request.resume and folder is None:
             progress.message("Nothing to resume: no unfinished run of this lab has these settings")
         folder = folder or RunFolder.create(manifest)
+        if manifest.endpoint_metrics is False:
+            progress.message(
+                "This endpoint shows no metrics: nothing is proved from the engine's side"
+            )
         _write_and_show_predictions(setup, folder, work, progress)
         session = _measure(setup, folder, work, progress, began)
         write_json(folder.path / "session.json", session)
@@ -167,10 +170,10 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         },
         model_revision=models.revision(setup.model.path),
         model_files=models.file_hashes(setup.model.path),
-        derived_sha256={
-            name: hashlib.sha256(json.dumps(models.file_hashes(path)).encode()).hexdigest()
-            for name, path in setup.places.items()
-        },
+        derived_sha256={name: models.files_sha256(path) for name, path in setup.places.items()},
+        served=_served(setup),
+        template_tokens=setup.writer.least_tokens - 1,
+        endpoint_metrics=None if setup.endpoint is None else bool(setup.endpoint.snapshot()),
         prompts_sha256=prompts_sha256,
         reproduces=request.reproduces,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -205,6 +208,23 @@ def run_lock() -> Iterator[None]:
                 " until it has ended"
             ) from error
         yield
+
+
+def _served(setup: Setup) -> dict[str, Served]:
+    """Describe the weights that each variant's engine must say it loaded, where it can say so."""
+    if setup.endpoint:
+        return {}
+    loaded = {
+        v.name: setup.weights.get(v.name, setup.model).path
+        for v in setup.lab.variants
+        if ENGINES[v.engine].says_what_it_serves
+    }
+    return {
+        name: Served(
+            files_sha256=models.files_sha256(folder), quantized=models.is_quantized(folder)
+        )
+        for name, folder in loaded.items()
+    }
 
 
 def in_virtual_time(setup: Setup, work: Path, progress: ProgressDisplay) -> PointForecasts | None:
@@ -244,6 +264,11 @@ def predict(setup: Setup, forecasts: PointForecasts | None) -> Predictions:
         },
         closed_forms=closed if forecasts and forecasts.points else {},
         in_virtual_time=forecasts,
+        acceptance={
+            p.key: lab.acceptance(p)
+            for p in points
+            if lab.acceptance and p.flags.speculative_config
+        },
         forecasts={
             f.name: {p.key: f.predict(p) for p in points if f.arm.matches(p)} for f in lab.forecasts
         },

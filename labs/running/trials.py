@@ -6,13 +6,14 @@ import json
 import random
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import requests
 
-from labs.filing.results import RunFolder, TrialResult, snapshot_json, write_json
+from labs.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
 from labs.judging.measure import Trial, output_tokens_per_s
+from labs.judging.validity import disturbances_of
 from labs.lab import LabError, Point, Variant
 from labs.running.counts import Counts, counter_increase
 from labs.running.engines import Engines
@@ -24,10 +25,13 @@ from loadtests import plan, records
 from loadtests.generator import GeneratorError
 from loadtests.records import RequestRecord
 from loadtests.workload import Workload
+from serving import metrics
 from serving.engines.base import EngineError
+from serving.metrics import Snapshot
 from serving.reference_step import ReferenceStep, ReferenceTimer
 from serving.telemetry import Telemetry
 
+MOST_AGAIN = 2  # how often a disturbed trial is measured again
 PER_TRIAL_S = 2.0  # drain and bookkeeping, for the estimate of the time remaining
 
 
@@ -72,6 +76,16 @@ def recorded(folder: RunFolder, point: Point, repeat: int) -> bool:
     return result is not None and result.failed is None
 
 
+@dataclass(frozen=True)
+class Played:
+    """An attempt at a trial that has ended."""
+
+    result: TrialResult
+    rate: str  # for the display
+    succeeded: Sequence[RequestRecord]
+    engine: Snapshot | None  # by how much its counters rose
+
+
 class Trials:
     """Plays trials on the engines, one after another, and records each."""
 
@@ -93,6 +107,7 @@ class Trials:
         self._telemetry, self._counts = telemetry, counts
         self._reference = reference  # None beside an endpoint, which may be on another machine
         self._left = len(self.due(interleave(setup, setup.lab.variants)))
+        self._played = self._again = 0  # trials of this sitting; attempts that were discarded
 
     def due(self, trials: Iterable[tuple[Point, int]]) -> list[tuple[Point, int]]:
         """Return those of these trials that have not succeeded yet."""
@@ -110,40 +125,80 @@ class Trials:
 
     @property
     def remaining_s(self) -> float:
-        """Estimate how long the remaining trials take, each the mean over the points."""
+        """Estimate how long the remaining trials take, each the mean over the points.
+
+        As many are taken to be measured again as were in this sitting so far.
+        """
         lab, points = self._setup.lab, self._setup.points
         warmup_s = sum(p.workload.warmup_s or lab.warmup_s for p in points) / len(points)
-        return self._left * (warmup_s + lab.window_s + PER_TRIAL_S)
+        attempts_each = 1 + self._again / max(1, self._played)
+        return self._left * attempts_each * (warmup_s + lab.window_s + PER_TRIAL_S)
 
     def play(self, point: Point, repeat: int) -> None:
-        """Play one trial and record it; a failure is recorded with its reason."""
-        began, other_load = time.monotonic(), OtherLoad()
+        """Play one trial and record it; a failure is recorded with its reason.
+
+        A disturbed trial is measured again, at most twice. Only the checks decide that, never a
+        figure, and the last attempt counts, whatever they say of it.
+        """
         of = max(repeat, self._setup.lab.repeats)
         name = f"{point.workload.name} {point.load}, repeat {repeat} of {of}"
         if len(self._setup.lab.variants) > 1:
             name = f"{point.variant.name} {name}"
+        discarded: tuple[Discarded, ...] = ()
+        while True:
+            played = self._attempt(point, repeat, name)
+            result = played.result.model_copy(update={"discarded": discarded})
+            self._write(point, result)
+            attempt = self._disturbed(point, result)
+            if attempt is None or len(discarded) == MOST_AGAIN or self._setup.keep_disturbed:
+                break
+            discarded += (attempt,)
+            self._again += 1
+            self._counts.discard(played.succeeded)
+            reasons = "; ".join(attempt.reasons.values())
+            self._progress.message(
+                f"{name} is measured again ({len(discarded)} of at most {MOST_AGAIN}): {reasons}"
+            )
+        if not result.failed:
+            self._counts.add(played.succeeded, played.engine)
+        self._played += 1
+        self._left -= 1
+        self._progress.trial_done(f"{name}: {played.rate}", self.remaining_s)
+
+    def _attempt(self, point: Point, repeat: int, name: str) -> Played:
+        """Play one attempt at a trial."""
+        began = time.monotonic()
         try:
             before = self._time_reference()
-            summary, engine, rate = self._play(point, repeat, name)
-            after = self._time_reference()
-            steal_share, others_share = other_load.shares()
-            result = TrialResult(
-                point=point.key, repeat=repeat, summary=summary, engine=engine,
-                cpu_steal=steal_share, cpu_others=others_share,
-                reference_before=before, reference_after=after,
-                took_s=round(time.monotonic() - began, 3),
-            )  # fmt: skip
+            played = self._play(point, repeat, name, began)
+            steps = {"reference_before": before, "reference_after": self._time_reference()}
+            return replace(played, result=played.result.model_copy(update=steps))
         except (EngineError, GeneratorError, OSError) as error:
             result = TrialResult(point=point.key, repeat=repeat, failed=str(error))
-            rate = f"failed: {str(error).splitlines()[0]}"
-        self._record(point, repeat, result)
-        self._progress.trial_done(f"{name}: {rate}", self.remaining_s)
+            return Played(result, f"failed: {str(error).splitlines()[0]}", [], None)
+
+    def _disturbed(self, point: Point, result: TrialResult) -> Discarded | None:
+        """Say what disturbed an attempt so that it allows no verdict; None where nothing did."""
+        trial = self._folder.trial(point, result, self._setup.lab)
+        if trial is None:
+            return None
+        expected = self._folder.run().expected(self._folder.predictions())
+        reasons = {c.name: c.text for c in disturbances_of(trial, expected) if c.blocks}
+        if not reasons:
+            return None
+        return Discarded(
+            reasons=reasons,
+            loop_lag_max_s=trial.summary.loop_lag_max_s,
+            cpu_steal=result.cpu_steal,
+            cpu_others=result.cpu_others,
+            cpu_engine=result.cpu_engine,
+            took_s=result.took_s,
+        )
 
     def fail(self, trials: Iterable[tuple[Point, int]], reason: str) -> None:
         """Record these trials as failed, but for those that succeeded in an earlier sitting."""
         for point, repeat in self.due(trials):
-            result = TrialResult(point=point.key, repeat=repeat, failed=reason)
-            self._record(point, repeat, result)
+            self._record(point, repeat, TrialResult(point=point.key, repeat=repeat, failed=reason))
 
     def _time_reference(self) -> ReferenceStep | None:
         """Time the machine itself; once that has failed the run goes on without."""
@@ -157,12 +212,13 @@ class Trials:
         return step
 
     def _record(self, point: Point, repeat: int, result: TrialResult) -> None:
-        write_json(self._folder.trial_folder(point, repeat) / "trial.json", result)
+        self._write(point, result)
         self._left -= 1
 
-    def _play(
-        self, point: Point, repeat: int, name: str
-    ) -> tuple[plan.TrialSummary, dict[str, Any] | None, str]:
+    def _write(self, point: Point, result: TrialResult) -> None:
+        write_json(self._folder.trial_folder(point, result.repeat) / "trial.json", result)
+
+    def _play(self, point: Point, repeat: int, name: str, began: float) -> Played:
         lab = self._setup.lab
         engine = self._engines.serving(point.variant)
         engine.reset_prefix_cache()
@@ -187,7 +243,7 @@ class Trials:
             keep_text=point.workload.keep_text,
             slo_s=lab.slo.by_name(),
         )
-        began = time.monotonic()
+        load_began, other_load = time.monotonic(), OtherLoad(engine.pid)
         self._telemetry.begin(point.variant.name)
         try:
             summary = self._load.play(trial_plan, lambda: self._progress.waiting(name))
@@ -195,18 +251,31 @@ class Trials:
             self._counts.lose_prometheus()
             raise
         self._telemetry.write(path.with_name("telemetry.csv.gz"), summary.started_monotonic_s)
-        self.load_s += time.monotonic() - began
+        self.load_s += time.monotonic() - load_began
+        shares, gpu_others = other_load.shares(), self._telemetry.foreign_processes()
         request_records = list(records.read(path))
         succeeded = [r for r in request_records if r.ok]
         if reason := engine.died() or summary.aborted or nothing_measured(request_records):
             self._counts.discard(succeeded)
             raise EngineError(reason)
         engine_counters = counter_increase(engine, before, len(succeeded))
-        self._counts.add(succeeded, engine_counters)
         trial = Trial(point, repeat, lab.slo, request_records, summary, engine_counters)
         tokens_per_s = output_tokens_per_s(trial)
         rate = "nothing in the window" if tokens_per_s is None else f"{tokens_per_s:.0f} tok/s"
-        return summary, None if engine_counters is None else snapshot_json(engine_counters), rate
+        if engine_counters and (served := engine.served()):
+            engine_counters.info[metrics.SERVED] = served
+        result = TrialResult(
+            point=point.key,
+            repeat=repeat,
+            summary=summary,
+            engine=None if engine_counters is None else snapshot_json(engine_counters),
+            cpu_steal=shares.steal,
+            cpu_others=shares.others,
+            cpu_engine=shares.engine,
+            gpu_others=gpu_others,
+            took_s=round(time.monotonic() - began, 3),
+        )
+        return Played(result, rate, succeeded, engine_counters)
 
 
 def nothing_measured(request_records: Sequence[RequestRecord]) -> str:

@@ -6,6 +6,7 @@ Nothing is computed here that a verdict rests on; numbers come from summary.json
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from labs.judging.text import (
     ratio_text,
     verdict_text,
 )
+from labs.judging.validity import OVER_LONG_PROMPTS, TOKEN_TIMES
 from labs.lab import Lab, Point, Prediction
 from labs.questions import QUESTIONS
 from labs.telling import markdown, method, plots, tables
@@ -148,7 +150,11 @@ def digest(facts: Facts) -> Section:
             section(finding.title, bullets(parse(line) for line in finding.lines))
             for finding in summary.findings
         ),
-        section("Validity", validity(summary.caveats, lab, len(summary.failed))),
+        section(
+            "Validity",
+            validity(summary.caveats, lab, len(summary.failed)),
+            measured_again(summary),
+        ),
     )
 
 
@@ -423,6 +429,7 @@ def _validity(facts: Facts) -> Section:
     return section(
         "Validity",
         validity(facts.summary.caveats, facts.lab, len(failed)),
+        measured_again(facts.summary),
         Paragraph("Trials that failed (their figures are missing, not zero):") if failed else None,
         bullets((Code(key), f": {why.splitlines()[0]}") for key, why in failed.items()),
         folded=not facts.summary.caveats and not failed,
@@ -435,8 +442,9 @@ def validity(caveats: Sequence[Caveat], lab: Lab, failed: int = 0) -> Paragraph 
         where = " in the trials that did not fail" if failed else ""
         return Paragraph(
             f"Every check passed{where}: requests sent on time, no event-loop lag, no errors,"
-            " client and engine agree on requests, tokens and TTFT, and the engine showed each"
-            " variant's evidence."
+            " lengths as asked, client and engine agree on requests, tokens and TTFT, nothing else"
+            " used the machine, no trend within a window, and the engine showed each variant's"
+            " treatment in the dose that was predicted."
         )
     groups: dict[tuple[str, bool], list[Caveat]] = {}
     for caveat in caveats:
@@ -446,7 +454,7 @@ def validity(caveats: Sequence[Caveat], lab: Lab, failed: int = 0) -> Paragraph 
         where = "; ".join(dict.fromkeys(point_label(c.point, lab) for c in members if c.point))
         weight = "no verdict there" if blocks else "caveat"
         if blocks and members[0].metrics:
-            weight = "no verdict on times between tokens there"
+            weight = f"no verdict on {_figures(members[0].metrics)} there"
         items.append((Strong(name), f" ({weight}; {where or 'the run'}): ", parse(members[0].text)))
     return bullets(items)
 
@@ -467,6 +475,32 @@ def _machine_speed(speed: MachineSpeed | None) -> Section:
             " a fitted line."
         ),
         folded=True,
+    )
+
+
+def _figures(names: Sequence[str]) -> str:
+    """Word which figures a caveat is about."""
+    for known, words in (
+        (TOKEN_TIMES, "times between tokens"),
+        (OVER_LONG_PROMPTS, "figures taken over long prompts"),
+    ):
+        if set(names) <= set(known):
+            return words
+    return "figures taken over requests"
+
+
+def measured_again(summary: Summary) -> Paragraph | None:
+    """Count the trials that were measured again because they were disturbed, with the reasons."""
+    if not summary.measured_again:
+        return None
+    attempts = list(summary.measured_again.values())
+    reasons = Counter(name for tried in attempts for names in tried for name in names.split(", "))
+    counted = ", ".join(f"{name} ({n})" for name, n in reasons.most_common())
+    twice = sum(len(tried) > 1 for tried in attempts)
+    also = f", {twice} of them twice" if twice else ""
+    return Paragraph(
+        f"Trials that were disturbed and measured again, whatever their figures:"
+        f" {len(attempts)}{also}. Reasons: {counted}."
     )
 
 

@@ -11,7 +11,6 @@ from labs.filing.results import (
     RunFolder,
     Session,
     Summary,
-    TrialResult,
     write_json,
 )
 from labs.findings.context import Context, JudgedRun
@@ -19,12 +18,15 @@ from labs.findings.parts import answers, parts_of
 from labs.judging.judge import Caveat, ForecastAtPoint, judge, judge_forecast, mean_interval
 from labs.judging.machine_speed import MachineSpeed, machine_speed
 from labs.judging.metrics import by_repeat, measure, pooled_latencies, pooled_percentiles
-from labs.judging.validity import caveats_of, confounded, first_trial_slow, speed_jumped
+from labs.judging.validity import (
+    Expected,
+    caveats_of,
+    confounded,
+    first_trial_slow,
+    speed_jumped,
+)
 from labs.lab import Lab, Point
 from loadtests.latencies import Latency
-
-STEAL_SHARE = 0.05
-OTHERS_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,14 @@ class _Measured:
     caveats: list[Caveat]
     failed: dict[str, str]  # trial -> reason
     machine_speed: MachineSpeed | None
+    measured_again: dict[str, list[str]]  # trial -> why each attempt was discarded
 
 
 def summarise(folder: RunFolder) -> Summary:
     """Compute the summary of a run from its recorded trials, and write it beside them."""
     run = folder.run()
     lab, points, predictions = run.rebuilt_lab(), run.points(), folder.predictions()
-    measured = _measure(folder, run, lab, points)
+    measured = _measure(folder, lab, points, run.expected(predictions))
     values, caveats = measured.values, measured.caveats
     pairs = [
         (claim, t, b, confounded(claim, t, b))
@@ -75,6 +78,7 @@ def summarise(folder: RunFolder) -> Summary:
         caveats=[*caveats, *(caveat for *_, own in pairs for caveat in own)],
         failed=measured.failed,
         machine_speed=measured.machine_speed,
+        measured_again=measured.measured_again,
         missing=sum(
             folder.trial_result(p, r) is None for p in points for r in range(1, lab.repeats + 1)
         ),
@@ -86,14 +90,17 @@ def summarise(folder: RunFolder) -> Summary:
     return summary
 
 
-def _measure(folder: RunFolder, run: Run, lab: Lab, points: list[Point]) -> _Measured:
+def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expected) -> _Measured:
     """Measure every trial on its own, and collect what weakens the run."""
     values: dict[str, dict[int, dict[str, float | None]]] = {p.key: {} for p in points}
     samples_s: dict[str, dict[Latency, list[float]]] = {}
     caveats: list[Caveat] = []
     failed: dict[str, str] = {}
+    again: dict[str, list[str]] = {}
     timed = []
     for point, result, trial in folder.trials(points, lab):
+        if result.discarded:
+            again[f"{point.key}/{result.repeat}"] = [", ".join(d.reasons) for d in result.discarded]
         if trial is None:
             failed[f"{point.key}/{result.repeat}"] = result.failed or "no summary"
             continue
@@ -101,14 +108,12 @@ def _measure(folder: RunFolder, run: Run, lab: Lab, points: list[Point]) -> _Mea
         for latency in pooled_latencies():
             of_point = samples_s.setdefault(point.key, {})
             of_point.setdefault(latency, []).extend(trial.samples_s(latency))
-        # an endpoint's engine was not configured here: there is no treatment to prove
-        caveats += caveats_of(trial, () if run.endpoint else lab.evidence)
-        caveats += _disturbed(result, run)
+        caveats += caveats_of(trial, expected)
         timed += [result.timed] if result.timed else []
     caveats += speed_jumped(timed)
     caveats += [c for p in points for c in first_trial_slow(values[p.key], p.key)]
-    caveats = _each_once([*caveats, *_of_the_whole(run, lab, folder.session())])
-    return _Measured(values, samples_s, caveats, failed, machine_speed(timed))
+    caveats = _each_once([*caveats, *_of_the_whole(folder.run(), lab, folder.session())])
+    return _Measured(values, samples_s, caveats, failed, machine_speed(timed), again)
 
 
 def _beside_forecasts(
@@ -134,21 +139,6 @@ def _beside_forecasts(
     return rows
 
 
-def _disturbed(result: TrialResult, run: Run) -> list[Caveat]:
-    """Name other work that used the machine during a trial."""
-    caveats = []
-    if (result.cpu_steal or 0) > STEAL_SHARE:
-        text = f"other guests of the host took {result.cpu_steal:.0%} of this trial's CPU time"
-        caveats.append(Caveat(name="load from others", text=text, point=result.point))
-    if (result.cpu_others or 0) > OTHERS_SHARE and not run.endpoint:
-        text = (
-            f"other processes on this machine took {result.cpu_others:.0%} of its CPU time: end"
-            " them and measure again"
-        )
-        caveats.append(Caveat(name="other processes", text=text, point=result.point))
-    return caveats
-
-
 def _of_the_whole(run: Run, lab: Lab, session: Session | None) -> list[Caveat]:
     """Name what in the making of the whole run weakens its conclusions."""
     caveats = []
@@ -168,8 +158,8 @@ def _of_the_whole(run: Run, lab: Lab, session: Session | None) -> list[Caveat]:
 
 
 def _each_once(caveats: Sequence[Caveat]) -> list[Caveat]:
-    """Keep the first caveat of each name at each point, as repeats show the same."""
-    first: dict[tuple[str, str | None], Caveat] = {}
+    """Keep the first of the caveats that weigh the same at a point, as repeats show the same."""
+    first: dict[tuple[str, str | None, bool, tuple[str, ...]], Caveat] = {}
     for caveat in caveats:
-        first.setdefault((caveat.name, caveat.point), caveat)
+        first.setdefault((caveat.name, caveat.point, caveat.blocks, caveat.metrics), caveat)
     return list(first.values())

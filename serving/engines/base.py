@@ -72,6 +72,18 @@ class Server(ABC):
         """
         return
 
+    def served(self) -> dict[str, str]:
+        """Ask which weights it serves: `folder`, its name, and `files_sha256`, over its files.
+
+        What it does not say is missing.
+        """
+        return {}
+
+    @property
+    def pid(self) -> int | None:
+        """The pid above all of its processes; None where the lab has not started it."""
+        return None
+
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load a LoRA adapter while running, and serve it as the model `name`.
 
@@ -94,6 +106,7 @@ class Engine(Server):
     title: ClassVar[str]  # as a reader knows it
     command: ClassVar[Sequence[str]]  # starts its server; the arguments follow
     distributions: ClassVar[Sequence[str]] = ()  # Python packages, one of which carries it
+    says_what_it_serves: ClassVar[bool] = False  # so that a trial must show its weights: `served`
     metric_names: ClassVar[Mapping[str, str]] = {}  # its own name -> that of serving/metrics.py
     ready_path: ClassVar[str] = "/health"  # answers with success once it serves
     sockets_variable: ClassVar[str] = ""  # names the folder of its sockets in its environment

@@ -28,7 +28,7 @@ from serving import machine as machines
 from serving import metrics
 from serving.engines.base import Engine, EngineError, Flags, FlagValue, Unsupported, exceptions
 from serving.machine import Machine
-from serving.models import CACHE, Model, Shape
+from serving.models import CACHE, Model, Shape, files_sha256
 from serving.ports import LOOPBACK
 
 PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
@@ -159,6 +159,7 @@ class Vllm(Engine):
     """A vLLM server, or a stand-in that accepts its arguments."""
 
     title = "vLLM"
+    says_what_it_serves = True
     command: ClassVar[Sequence[str]] = (
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
     )  # fmt: skip
@@ -328,9 +329,31 @@ class Vllm(Engine):
         named = [line for line in exceptions(log) if "See root cause above" not in line]
         return named[-1] if named else "its log names no exception"
 
+    def served(self) -> dict[str, str]:
+        """Ask from which folder it serves the model, and hash the files there.
+
+        A file is read again only where its size or time of change is another than before.
+        """
+        try:
+            answer = requests.get(f"{self.url}/v1/models", timeout=ADMIN_TIMEOUT_S)
+            roots = {card["id"]: str(card["root"]) for card in answer.json()["data"]}
+        except (requests.RequestException, KeyError, TypeError, ValueError):
+            return {}
+        if self.model not in roots:
+            return {}
+        folder = Path(roots[self.model])
+        if not folder.is_dir():
+            return {"folder": folder.name}
+        return {"folder": folder.name, "files_sha256": files_sha256(folder)}
+
     def reset_prefix_cache(self) -> None:
+        """Have it forget all cached prefixes. Raises EngineError where it says it did not."""
         url = f"{self.url}/reset_prefix_cache"
-        requests.post(url, timeout=ADMIN_TIMEOUT_S).raise_for_status()
+        answer = requests.post(url, timeout=ADMIN_TIMEOUT_S)
+        answer.raise_for_status()
+        # versions before 0.31 answer with nothing
+        if answer.content and not answer.json().get("success", True):
+            raise EngineError(f"the engine {self.name} did not reset its prefix cache")
 
     def load_adapter(self, name: str, folder: Path) -> None:
         self._adapter("load", {"lora_name": name, "lora_path": str(folder)})
@@ -352,6 +375,7 @@ def _check_names(argvs: Sequence[Sequence[str]], options: Sequence[str]) -> None
 
 
 _RESOLVED = {  # in vLLM 0.31 and 0.32
+    "quantization": re.compile(r"\bquantization=([^,\s]+)"),
     "enforce_eager": re.compile(r"\benforce_eager=(\w+)"),
     "compilation_mode": re.compile(r"'mode': <CompilationMode\.(\w+)"),
     "cudagraph_mode": re.compile(r"'cudagraph_mode': <CUDAGraphMode\.(\w+)"),

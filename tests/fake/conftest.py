@@ -30,12 +30,12 @@ from tests.sizes import BRIEF, sizes_of
 
 Json = dict[str, Any]
 LAW = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
-LABS = ("-m", "labs.commands.cli")
+LABS = ("-m", "tests.fake.quiet")
 LABS_WITH_FAKE_MODELS = ("-m", "tests.fake.made")
 LABS_WITHOUT_PROMETHEUS = (
     "-c",
     "import dashboards.prometheus as p; p.find_prometheus = lambda root: None\n"
-    "from labs.commands.cli import app; app()",
+    "from tests.fake.quiet import app; app()",
 )
 CEILINGS = machine.Ceilings(
     memory_bandwidth_bytes_per_s=2e10,
@@ -132,6 +132,7 @@ class Reader:
             "RESULTS": str(self.results),
             "PROMETHEUS_DATA": str(self.home / "prometheus"),
             "SCRATCH": str(self.scratch),
+            "DISTURBED": "keep",  # other tests run meanwhile
             "ENGINE_COMMAND": self._engine_command(engine, first_engine),
             **settings,
         }

@@ -9,12 +9,12 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from labs.commands.cli import app
 from labs.filing import results
 from labs.running import derived_models
 from serving.adapters import mark_of
 from serving.models import Model
 from serving.outliers import SCHEMES
+from tests.fake.quiet import app
 
 TENANTS = 8
 PARAMS_PER_ADAPTER = 460_800  # rank 8 on the attention of the bundled model
@@ -49,6 +49,7 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
     if name == "outliers":
         (folder / "about.json").write_text(json.dumps(STUDY))
         return folder
+    (folder / "tokenizer.json").symlink_to(model.path.resolve() / "tokenizer.json")
     config = json.loads((model.path / "config.json").read_text())
     if name == "draft":
         config["num_hidden_layers"] = DRAFT_LAYERS

@@ -32,6 +32,7 @@ def make_nvml(**changed: object) -> ModuleType:
         "nvmlDeviceGetClockInfo": lambda h, kind: 1755,
         "nvmlDeviceGetCurrentClocksThrottleReasons": lambda h: 0x44,
         "nvmlDeviceGetMemoryInfo": lambda h: SimpleNamespace(used=2**30),
+        "nvmlDeviceGetComputeRunningProcesses": lambda h: [],
         "nvmlDeviceGetUtilizationRates": lambda h: SimpleNamespace(gpu=87),
     }
     for name, value in {**known, **changed}.items():

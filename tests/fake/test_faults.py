@@ -296,7 +296,7 @@ SLOWED = (
     "-c",
     "from pathlib import Path; import loadtests.generator as g\n"
     "g.LOCUSTFILE = Path('tests/fake/slowed.py').resolve()\n"
-    "from labs.commands.cli import app; app()",
+    "from tests.fake.quiet import app; app()",
 )
 
 
@@ -349,6 +349,22 @@ def test_a_fault_is_noticed_and_ends_in_no_verdict(
     withheld = _no_verdict_for(caveat, command)
     assert withheld
     assert not claims or withheld == set(claims.split())
+
+
+def test_a_disturbed_trial_is_measured_again_twice_and_then_told(reader: Reader) -> None:
+    command = reader.types("run", BATCHING, SET=SHORT, program=SLOWED, DISTURBED="")
+    assert command.wait() == 0, command.said
+    results = _results(command.folder)
+    assert len(results) == SHORT_TRIALS
+    for result in results:
+        assert len(result.discarded) == 2
+        assert all("generator's loop lagged" in d.reasons for d in result.discarded)
+    assert command.said.count("is measured again (2 of at most 2)") == SHORT_TRIALS
+    report = (command.folder.path / "report.md").read_text()
+    assert f"{SHORT_TRIALS}, {SHORT_TRIALS} of them twice" in report
+    counted = command.folder.session()
+    assert counted
+    assert all(a.records == a.engine for a in counted.agreement)
 
 
 def test_a_cache_that_stays_warm_is_noticed(reader: Reader, tmp_path: Path) -> None:

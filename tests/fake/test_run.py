@@ -41,8 +41,8 @@ from tests.sizes import BRIEF, sizes_of
 every_lab = pytest.mark.parametrize("lab", LABS)
 BATCHING = "continuous-batching"
 TOO_BUSY = {  # what keeps a lab from concluding anything on a machine that does other work too
-    "generator lagged", "generator's loop lagged", "fell behind the schedule",
-    "client and engine disagree",
+    "generator lagged", "generator's loop lagged", "fell behind the schedule", "TTFT apart",
+    "trend in the window",
 }  # fmt: skip
 PROMETHEUS = find_prometheus(ROOT) is not None
 
@@ -138,7 +138,7 @@ def test_each_trial_has_a_reference_step_on_both_sides(lab: str, finish: Finish)
 
 @every_lab
 def test_each_load_of_a_repeat_gets_the_same_requests(lab: str, finish: Finish) -> None:
-    """And the next repeat gets others. The fake counts words, so that prompts differ in tokens."""
+    """They are drawn by the number of the repeat alone."""
     asked: dict[tuple[str, int], dict[int, tuple[int | None, int]]] = {}
     prepared = finish(lab).folder.run().rebuilt_lab().requests
     for point, repeat, records in _trials(finish(lab)):
@@ -150,10 +150,6 @@ def test_each_load_of_a_repeat_gets_the_same_requests(lab: str, finish: Finish) 
         for record in records:
             request = (record.prompt_tokens, record.asked_tokens)
             assert mine.setdefault(record.index, request) == request
-    for (name, repeat), requests in asked.items():
-        if repeat > 1:
-            first = asked[name, 1]
-            assert any(first[i] != requests[i] for i in first.keys() & requests.keys())
 
 
 @every_lab
@@ -360,7 +356,7 @@ def test_every_tenant_hears_its_own_adapter(finish: Finish) -> None:
 def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     """Continuous batching against itself, on engines whose steps vary; five repeats at most."""
     settings = (
-        "warmup_s=0.1 window_s=0.4 repeats=2 most_repeats=4 requests=128"
+        "warmup_s=0.1 window_s=0.7 repeats=2 most_repeats=4 requests=128"
         " workloads.exponential.output_tokens.mean_tokens=8"
         " workloads.exponential.output_tokens.max_tokens=16"
     )

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from labs.comparing import reproduction
-from labs.filing.results import Predictions, Run, RunFolder, TrialResult, write_json
+from labs.filing.results import (
+    Predictions,
+    Run,
+    RunFolder,
+    TrialResult,
+    snapshot_json,
+    write_json,
+)
 from labs.judging.measure import Trial
 from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
 from labs.telling.summary import summarise
@@ -20,8 +27,9 @@ from loadtests.arrivals import parse
 from loadtests.plan import TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.workload import Fixed, Workload
+from serving import metrics
 from serving.machine import Ceilings, Environment, Machine
-from serving.metrics import PREFIX_HITS, Snapshot
+from serving.metrics import PREFIX_HITS, Histogram, Snapshot
 from serving.models import Shape
 from serving.telemetry import Sample
 
@@ -54,6 +62,33 @@ def make_record(
         "error": None if chunks else "ConnectionError: refused",
     }
     return RequestRecord(**{**plain, **fields})
+
+
+def make_engine(found: Sequence[RequestRecord], caching: bool = False, hits: float = 0) -> Snapshot:
+    """What an engine shows that served these requests and nothing else, a millisecond faster."""
+    served = [r for r in found if r.ok]
+    ttfts_s = [r.chunks[0][0] - r.sent_s - 0.001 for r in served]
+    bounds = (0.05, 0.1, 0.2, 0.4, 1.0, 2.0, float("inf"))
+    counts = tuple(float(sum(ttft_s <= le for ttft_s in ttfts_s)) for le in bounds)
+    counted = {
+        metrics.REQUESTS: float(len(served)),
+        metrics.PROMPT_TOKENS: float(sum(r.prompt_tokens or 0 for r in served)),
+        metrics.GENERATION_TOKENS: float(sum(r.output_tokens or 0 for r in served)),
+        metrics.PREEMPTIONS: 0.0,
+        PREFIX_HITS: hits,
+        metrics.PREFIX_QUERIES: float(sum(r.prompt_tokens or 0 for r in served)),
+    }
+    return Snapshot(
+        counted,
+        {metrics.TTFT: Histogram(bounds, counts, sum(ttfts_s), len(served))},
+        {
+            metrics.CACHE_CONFIG: {
+                "block_size": "2",
+                "num_gpu_blocks": "1000",
+                "enable_prefix_caching": str(caching),
+            }
+        },
+    )
 
 
 def make_summary(**fields: Any) -> TrialSummary:
@@ -177,11 +212,18 @@ def write_run(results: Path, day: str = "20260101", **fields: Any) -> RunFolder:
     )  # fmt: skip
     for point in points:
         for repeat in range(1, lab.repeats + 1):
-            tokens = (300 if point.variant.name == "on" else 100) + repeat
-            found = [make_record([(11.0, 1), (12.0, tokens - 1)])]
+            on = point.variant.name == "on"
+            tokens = (300 if on else 100) + repeat
+            found = [
+                make_record([(11.0, 1), (12.0, k - 1)], index=i, prompt_tokens=6)
+                for i, k in enumerate((20, 20, 20, 20, tokens - 80))
+            ]
             home = folder.trial_folder(point, repeat)
             records.write(home / "requests.jsonl.gz", found)
-            result = TrialResult(point=point.key, repeat=repeat, summary=make_summary())
+            engine = snapshot_json(make_engine(found, on, hits=8.0 if on else 0.0))
+            result = TrialResult(
+                point=point.key, repeat=repeat, summary=make_summary(), engine=engine
+            )
             write_json(home / "trial.json", result)
     summarise(folder)
     (folder.path / "COMPLETE").write_text("2026-01-01\n")
@@ -215,7 +257,10 @@ def write_slowed(folder: RunFolder, factor: float, variant: str = "") -> RunFold
             start, end = result.summary.window_s
             window = {"window_s": (factor * start, factor * end)}
             summary = result.summary.model_copy(update=window)
-            write_json(home / "trial.json", result.model_copy(update={"summary": summary}))
+            on = point.variant.name == "on"
+            engine = snapshot_json(make_engine(slow, on, hits=8.0 if on else 0.0))
+            changed = {"summary": summary, "engine": engine}
+            write_json(home / "trial.json", result.model_copy(update=changed))
     summarise(later)
     return later
 

@@ -114,12 +114,13 @@ def test_instruments_are_folded_and_what_weakens_a_run_is_not(folder: RunFolder)
         return [part.id for part in parts if part.folded]
 
     write_json(folder.path / "summary.json", folder.summary().model_copy(update={"caveats": []}))
-    assert folded() == ["validity", "how-it-was-measured"]
+    agreement = "do-client-and-server-agree"
+    assert folded() == ["validity", agreement, "how-it-was-measured"]
     weak = Caveat(name="errors", text="3 of 9", blocks=True)
     write_json(
         folder.path / "summary.json", folder.summary().model_copy(update={"caveats": [weak]})
     )
-    assert folded() == ["how-it-was-measured"]
+    assert folded() == [agreement, "how-it-was-measured"]
 
 
 def test_nothing_is_loaded_from_anywhere(folder: RunFolder) -> None:

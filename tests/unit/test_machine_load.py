@@ -33,7 +33,8 @@ def test_what_a_stranger_uses_is_told() -> None:
     finally:
         if stranger.is_running():
             os.kill(stranger.pid, signal.SIGKILL)
-    stolen, strangers = shares
+    stolen, strangers, engine = shares
+    assert engine is None
     assert 0 <= stolen <= 1
     assert 0 < strangers <= 1.05
 
@@ -42,6 +43,20 @@ def test_our_own_work_is_not_others() -> None:
     other_load = OtherLoad()
     before = other_load._now()
     subprocess.run([sys.executable, "-c", BUSY], check=True)
-    _, used_s, ours_s = (b - a for a, b in zip(before, other_load._now(), strict=True))
+    _, used_s, ours_s, _ = (b - a for a, b in zip(before, other_load._now(), strict=True))
     assert ours_s >= 0.4
     assert used_s >= ours_s - 0.1  # both in ticks of 10 ms
+
+
+def test_what_the_engine_uses_is_told_apart() -> None:
+    """Of processes below the pid of its guard, too."""
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]]); input()"
+    engine = subprocess.Popen([sys.executable, "-c", parent, BUSY], stdin=subprocess.PIPE)
+    try:
+        other_load = OtherLoad(engine.pid)
+        deadline = time.monotonic() + 60
+        while not (shares := other_load.shares()).engine and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert shares.engine
+    finally:
+        engine.communicate(b"\n")

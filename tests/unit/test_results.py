@@ -31,7 +31,7 @@ from labs.telling.summary import summarise
 from serving import metrics
 from serving.machine import Environment
 from serving.metrics import Histogram, Snapshot
-from tests.unit.builders import make_record, write_run
+from tests.unit.builders import write_run
 
 RECORDS = "trials/on/short/concurrent-2/1/requests.jsonl.gz"
 TRIAL = "trials/on/short/concurrent-2/1/trial.json"
@@ -85,7 +85,10 @@ def test_trials_read_back(folder: RunFolder) -> None:
     point, result, trial = trials[-1]
     assert trial
     assert (point.key, result.repeat, trial.repeat) == ("on/short/concurrent-2", 2, 2)
-    assert trial.records == [make_record([(11.0, 1), (12.0, 301)])]
+    assert [r.chunks for r in trial.records] == [[(11.0, 1), (12.0, 19)]] * 4 + [
+        [(11.0, 1), (12.0, 221)]
+    ]
+    assert [(a.prompt_tokens, a.output_tokens) for a in trial.asked] == [(6, 4)] * 8
     assert trial.summary == result.summary
 
 
@@ -95,7 +98,7 @@ SINCE_FORMAT_1 = {
     "workloads": ("task", "primed", "trace", "chat", "intruder", "adapters", "keep_text", "only",
                   "warmup_s"),
     "run": ("dummy", "weights", "about", "model_revision", "model_files", "derived_sha256",
-            "reproduces"),
+            "reproduces", "served", "template_tokens", "endpoint_metrics"),
 }  # fmt: skip
 
 
@@ -119,7 +122,9 @@ def _as_the_first_format_had_it(folder: RunFolder) -> RunFolder:
     (old.path / "run.json").write_text(json.dumps(run))
     for path in old.path.rglob("trial.json"):
         trial = json.loads(path.read_text())
-        del trial["cpu_others"], trial["summary"]["lost_share"]
+        for name in ("cpu_others", "cpu_engine", "gpu_others", "discarded"):
+            del trial[name]
+        del trial["summary"]["lost_share"]
         path.write_text(json.dumps(trial))
     return old
 

@@ -12,7 +12,7 @@ import pytest
 
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS
-from labs.judging.validity import caveats_of
+from labs.judging.validity import Expected, caveats_of
 from serving import telemetry
 from serving.ports import free_port
 from serving.telemetry import Gpus, Sample, Telemetry
@@ -101,6 +101,9 @@ def test_a_source_that_falters_once_goes_on(tmp_path: Path) -> None:
                 raise OSError("the counter is gone")
             return Gpus(make_nvml()).read()
 
+        def processes(self) -> int | None:
+            return None
+
     source, path = Faltering(), tmp_path / "telemetry.csv.gz"
     with Telemetry(source, LABELS) as watched:
         watched.begin("on")
@@ -181,7 +184,7 @@ def test_joules_a_token_need_counters_over_the_whole_window() -> None:
 
 
 def caveats(samples: list[Sample]) -> list[str]:
-    return [c.name for c in caveats_of(trial_with(samples), ())]
+    return [c.name for c in caveats_of(trial_with(samples), Expected())]
 
 
 def test_a_slowed_trial_gets_its_caveat_and_an_idle_gpus_heat_does_not() -> None:
@@ -196,6 +199,27 @@ def test_a_power_cap_is_a_caveat_where_it_held_for_most_of_the_window() -> None:
     assert "at the power limit" in caveats(draw(700, throttle=["power cap"]))
     assert "at the power limit" not in caveats(draw(700, throttle=["power cap", "", ""]))
     assert "throttled" not in caveats(draw(700, throttle=["power cap"]))
+
+
+def test_processes_of_others_are_those_before_any_engine_and_those_that_come_within_a_trial() -> (
+    None
+):
+    running = [[1], [1, 2], [1, 2, 3]]  # a stranger's; with our engine's; with another stranger's
+    now = list[int]()
+    nvml = make_nvml(nvmlDeviceGetComputeRunningProcesses=lambda h: now)
+    now[:] = running[0]
+    watched = Telemetry(Gpus(nvml), LABELS)
+    assert watched.foreign_processes() == 1
+    now[:] = running[1]
+    watched.begin("off")
+    assert watched.foreign_processes() == 1
+    with watched:
+        now[:] = running[2]
+        deadline = time.monotonic() + 30
+        while watched.foreign_processes() == 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert watched.foreign_processes() == 2
+    assert Telemetry(None, LABELS).foreign_processes() is None
 
 
 def test_before_the_first_trial_no_series_has_a_sample() -> None:

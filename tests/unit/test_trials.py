@@ -1,9 +1,23 @@
-"""What makes a trial fail although the load was played to its end."""
+"""What makes a trial fail although the load was played to its end, or be measured again."""
 
 from __future__ import annotations
 
-from labs.running.trials import nothing_measured
-from tests.unit.builders import make_record
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from labs.filing.results import RunFolder, TrialResult, snapshot_json
+from labs.lab import LabError, Point
+from labs.running.counts import Counts
+from labs.running.resolve import keeps_disturbed
+from labs.running.trials import PER_TRIAL_S, Played, Trials, nothing_measured
+from labs.telling import report
+from labs.telling.summary import summarise
+from loadtests import records
+from tests.unit.builders import make_engine, make_record, make_summary, write_run
 
 ANSWERED = make_record([(11.0, 1), (12.0, 3)])
 WARM_UP = make_record([(1.0, 1)], sent_s=0.5, in_window=False)
@@ -23,3 +37,116 @@ def test_a_trial_without_a_request_in_its_window_has_failed() -> None:
 
 def test_one_counted_answer_is_a_measurement() -> None:
     assert nothing_measured([WARM_UP, REFUSED, ANSWERED]) == ""
+
+
+# ---------------------------------------------------------------------- disturbed, measured again
+
+
+class Script(Trials):
+    """Trials whose attempts are given beforehand: the largest lag of the event loop in each."""
+
+    def __init__(self, folder: RunFolder, lags_s: Sequence[float], keep: bool = False) -> None:
+        lab, points = folder.run().rebuilt_lab(), folder.run().points()
+        setup: Any = SimpleNamespace(lab=lab, points=points, keep_disturbed=keep)
+        self.said, self.lags_s, nothing = list[str](), [*lags_s], cast(Any, None)
+        self.remaining, self.gap_s = list[float](), 0.1
+        progress: Any = SimpleNamespace(
+            message=self.said.append, trial_done=lambda text, left: self.remaining.append(left)
+        )
+        counts = Counts(folder.path.name, exporter_port=1)
+        super().__init__(setup, folder, folder.path, nothing, nothing, nothing, counts, progress)
+
+    def _play(self, point: Point, repeat: int, name: str, began: float) -> Played:
+        lag_s = self.lags_s.pop(0)
+        found = [
+            make_record([(11.0, 1), (11.0 + self.gap_s, 1)], index=i, prompt_tokens=6)
+            for i in range(5)
+        ]
+        records.write(self._folder.trial_folder(point, repeat) / "requests.jsonl.gz", found)
+        engine = make_engine(found, point.variant.name == "on", hits=8.0)
+        result = TrialResult(
+            point=point.key,
+            repeat=repeat,
+            summary=make_summary(loop_lag_max_s=lag_s),
+            engine=snapshot_json(engine),
+        )
+        return Played(result, "10 tok/s", found, engine)
+
+
+def attempts(
+    tmp_path: Path, *lags_s: float, keep: bool = False
+) -> tuple[Script, TrialResult, RunFolder]:
+    folder = write_run(tmp_path)
+    point = folder.run().points()[-1]
+    trials = Script(folder, lags_s, keep)
+    trials.play(point, 1)
+    result = folder.trial_result(point, 1)
+    assert result
+    return trials, result, folder
+
+
+def test_a_trial_that_nothing_disturbed_is_played_once(tmp_path: Path) -> None:
+    trials, result, folder = attempts(tmp_path, 0.01)
+    assert (trials.said, result.discarded) == ([], ())
+    assert "measured again" not in report.write(folder).read_text()
+
+
+def test_a_disturbed_trial_is_measured_again_and_told(tmp_path: Path) -> None:
+    trials, result, folder = attempts(tmp_path, 2.5, 0.01)
+    assert result.summary
+    assert result.summary.loop_lag_max_s == 0.01  # the last attempt counts
+    (discarded,) = result.discarded
+    assert list(discarded.reasons) == ["generator's loop lagged"]
+    assert discarded.loop_lag_max_s == 2.5
+    (said,) = trials.said
+    assert "is measured again (1 of at most 2): its event loop ran 2500 ms late" in said
+    summary = summarise(folder)
+    key = f"{result.point}/1"
+    assert summary.measured_again == {key: ["generator's loop lagged"]}
+    assert not [c for c in summary.caveats if c.name == "generator's loop lagged"]
+    text = report.write(folder).read_text()
+    assert "measured again, whatever their figures: 1. Reasons: generator's loop lagged (1)" in text
+
+
+def test_it_is_measured_again_at_most_twice_and_then_keeps_its_caveat(tmp_path: Path) -> None:
+    trials, result, folder = attempts(tmp_path, 2.5, 2.6, 2.7, 0.01)
+    assert trials.lags_s == [0.01]
+    assert [d.loop_lag_max_s for d in result.discarded] == [2.5, 2.6]
+    (caveat,) = (c for c in summarise(folder).caveats if c.name == "generator's loop lagged")
+    assert caveat.blocks
+    assert "1, 1 of them twice. Reasons: generator's loop lagged (2)" in " ".join(
+        report.write(folder).read_text().split()
+    )
+
+
+def test_where_disturbed_trials_are_kept_none_is_measured_again(tmp_path: Path) -> None:
+    trials, result, folder = attempts(tmp_path, 2.5, 0.01, keep=True)
+    assert (trials.said, trials.lags_s, result.discarded) == ([], [0.01], ())
+    assert "generator's loop lagged" in {c.name for c in summarise(folder).caveats}
+
+
+def test_the_time_that_remains_counts_what_is_measured_again(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    for trials, factor in ((Script(folder, [0.01]), 1), (Script(folder, [2.5, 0.01]), 2)):
+        trials.expect(11)
+        trials.play(folder.run().points()[-1], 1)
+        assert trials.remaining == [10 * factor * (1 + 4 + PER_TRIAL_S)]
+
+
+def test_the_figures_of_a_trial_do_not_decide_whether_it_is_measured_again(tmp_path: Path) -> None:
+    """Undisturbed, whether it is fast or slow beside the trials on file."""
+    folder = write_run(tmp_path)
+    for gap_s in (0.001, 8.0):
+        trials = Script(folder, [0.01])
+        trials.gap_s = gap_s
+        trials.play(folder.run().points()[-1], 1)
+        assert trials.said == []
+
+
+def test_a_misspelled_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABS_DISTURBED", "Keep")
+    with pytest.raises(LabError, match="DISTURBED=Keep is not known"):
+        keeps_disturbed()
+    for text, keeps in (("", False), ("keep", True)):
+        monkeypatch.setenv("LABS_DISTURBED", text)
+        assert keeps_disturbed() is keeps

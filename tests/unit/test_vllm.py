@@ -1,13 +1,21 @@
-"""vLLM's flags, checks and log, as its module reads them."""
+"""vLLM's flags, checks and log, as its module reads them, and what it says that it serves."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from serving.engines.base import FlagValue
-from serving.engines.vllm import VllmFlags, resolved
+from serving.engines.base import EngineError, FlagValue
+from serving.engines.vllm import Vllm, VllmFlags, resolved
+from serving.models import files_sha256
 
 SAID = (  # by vLLM 0.32, cut
     "(EngineCore pid=7) INFO 11-25 20:56:03 [core.py:133] Initializing a V1 LLM engine (v0.32.0)"
-    " with config: model='here', tokenizer_mode=auto, enforce_eager=True, kv_cache_dtype=auto,"
+    " with config: model='here', quantization=None, enforce_eager=True, kv_cache_dtype=auto,"
     " observability_config=ObservabilityConfig(cudagraph_metrics=False, jit_monitor_mode='warn'),"
     " compilation_config={'mode': <CompilationMode.NONE: 0>, 'cudagraph_mm_encoder': False,"
     " 'cudagraph_mode': <CUDAGraphMode.FULL_DECODE_ONLY: (2, 0)>, 'cudagraph_num_of_warmups': 0}"
@@ -17,7 +25,7 @@ SAID = (  # by vLLM 0.32, cut
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        (SAID, {"enforce_eager": "True", "compilation_mode": "NONE",
+        (SAID, {"quantization": "None", "enforce_eager": "True", "compilation_mode": "NONE",
                 "cudagraph_mode": "FULL_DECODE_ONLY"}),
         ("a V1 LLM engine with config: enforce_eager=False", {"enforce_eager": "False"}),
         ("", {}),
@@ -50,3 +58,61 @@ def test_flags_say_how_many_devices_share_the_work() -> None:
 def test_how_it_guesses_ahead_may_come_as_json(given: FlagValue) -> None:
     assert VllmFlags({"speculative-config": given}).speculative_config == {"method": "ngram"}
     assert VllmFlags().speculative_config == {}
+
+
+class Answering(Vllm):
+    """A server that is already there, whatever it answers to."""
+
+    def __init__(self, url: str) -> None:
+        self.name, self.model, self.url = "w8a8", "tiny", url
+
+
+@pytest.fixture
+def answers() -> Iterator[dict[str, Any]]:
+    """Path -> what is answered there; `url` is the address."""
+    known: dict[str, Any] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(known[self.path]).encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    known["url"] = f"http://127.0.0.1:{server.server_port}"
+    yield known
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_weights_that_it_serves_are_those_in_the_folder_that_it_names(
+    answers: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "tiny-w8a8"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    engine = Answering(answers["url"])
+    answers["/v1/models"] = {"data": [{"id": "tiny", "root": str(folder)}]}
+    served = engine.served()
+    assert served == {"folder": "tiny-w8a8", "files_sha256": files_sha256(folder)}
+    (folder / "model.safetensors").write_bytes(b"others!")
+    assert engine.served()["files_sha256"] != served["files_sha256"]
+    answers["/v1/models"] = {"data": [{"id": "tiny", "root": "nowhere"}]}
+    assert engine.served() == {"folder": "nowhere"}
+    answers["/v1/models"] = {"data": [{"id": "another", "root": str(folder)}]}
+    assert engine.served() == {}
+
+
+def test_a_cache_that_it_says_it_did_not_reset_is_an_error(answers: dict[str, Any]) -> None:
+    engine = Answering(answers["url"])
+    answers["/reset_prefix_cache"] = {"success": True}
+    engine.reset_prefix_cache()
+    answers["/reset_prefix_cache"] = {"success": False}
+    with pytest.raises(EngineError, match="w8a8 did not reset its prefix cache"):
+        engine.reset_prefix_cache()

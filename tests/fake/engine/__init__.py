@@ -22,6 +22,7 @@ never adds up. As in vLLM
   blocks of `--kv-cache-memory-bytes` follow from the model's config.json and the cache's type;
 - with `--speculative-config` each sequence drafts in every step after its first, and each drafted
   token is accepted with `--acceptance`, as long as all before it were. Drafting takes no time;
+- a chat's tokens are those of the served model's tokenizer, where its folder has one, else words;
 - a batch holds at most `--max-loras` adapters, and others wait for a slot. An adapter's answers
   begin with what its folder's `mark.txt` says, as if it had been trained to.
 

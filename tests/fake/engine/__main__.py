@@ -6,10 +6,12 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import json
 import os
 import signal
 import sys
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 from tests.fake.engine.alarm import Alarm
@@ -26,6 +28,13 @@ def fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
+def _quantization(model: str) -> str:
+    """The method that the model's configuration names, as vLLM says it."""
+    path = Path(model) / "config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    return str(config.get("quantization_config", {}).get("quant_method"))
+
+
 async def serve(options: argparse.Namespace) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -38,6 +47,7 @@ async def serve(options: argparse.Namespace) -> None:
         server = await loop.create_server(make, "127.0.0.1", options.port, backlog=4096)
         port = server.sockets[0].getsockname()[1]
         print("Initializing a V1 LLM engine (a fake) with config:"
+              f" quantization={_quantization(options.model)},"
               f" enforce_eager={options.enforce_eager}", file=sys.stderr)  # fmt: skip
         print(f"Listening on http://127.0.0.1:{port}", file=sys.stderr, flush=True)
         gc.freeze()

@@ -11,6 +11,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tokenizers import Tokenizer
+
 from tests.fake.engine import answers
 from tests.fake.engine.answers import Refused
 from tests.fake.engine.connection import Connection
@@ -128,7 +130,11 @@ class Api:
             message = f"The model `{model}` does not exist. Valid aliases: {aliases}."
             raise Refused(HTTPStatus.NOT_FOUND, "NotFoundError", message, "model")
         try:
-            prompt = _chat_tokens(body["messages"]) if chat else _tokens(body["prompt"])
+            prompt = (
+                _chat_tokens(body["messages"], engine.tokenizer)
+                if chat
+                else _tokens(body["prompt"])
+            )
         except (KeyError, TypeError, AttributeError):
             refuse("Field required", "messages" if chat else "prompt")
         longest = self._options.max_model_len
@@ -190,12 +196,20 @@ def _tokens(text: object) -> Sequence[object]:
     return text.split()
 
 
-def _chat_tokens(messages: list[dict[str, Any]]) -> list[object]:
-    """The words of all messages, and ten tokens of template before each."""
+def _chat_tokens(messages: list[dict[str, Any]], tokenizer: Tokenizer | None) -> Sequence[object]:
+    """The tokens of all messages in the model's template (ChatML), as its tokenizer has them.
+
+    Without a tokenizer they are the words, and ten tokens of template before each message.
+    """
     tokens: list[object] = []
+    text = ""
     for message in messages:
         content = message["content"]
         if not isinstance(content, str):
             content = " ".join(part["text"] for part in content)
         tokens += [message["role"]] * 10 + content.split()
-    return tokens
+        text += f"<|im_start|>{message['role']}\n{content}<|im_end|>\n"
+    if tokenizer is None:
+        return tokens
+    ids: list[int] = tokenizer.encode(f"{text}<|im_start|>assistant\n").ids
+    return ids

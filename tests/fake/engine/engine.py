@@ -8,6 +8,8 @@ import time
 from http import HTTPStatus
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from tests.fake.engine import answers
 from tests.fake.engine.alarm import Alarm
 from tests.fake.engine.kv_cache import KVCache
@@ -25,6 +27,7 @@ class Engine:
             name: Path(folder)
             for name, _, folder in (m.partition("=") for m in options.lora_modules)
         }
+        self.tokenizer = _tokenizer_of(Path(options.model))
         self.metrics = Metrics(options.guesses)
         self.cache = KVCache(options, self.metrics)
         self.scheduler = (
@@ -129,6 +132,7 @@ class Engine:
         }
         config = {
             "block_size": str(options.block_size),
+            "kv_cache_memory_bytes": str(options.kv_cache_memory_bytes),
             "cache_dtype": options.kv_cache_dtype,
             "enable_prefix_caching": str(options.enable_prefix_caching),
             "num_gpu_blocks": str(cache.blocks),
@@ -147,3 +151,9 @@ class Engine:
         for request in list(self._active):
             self.close(request, "abort")
         self._log.write_all()
+
+
+def _tokenizer_of(folder: Path) -> Tokenizer | None:
+    """The tokenizer of the model that is served; a model without a folder has none."""
+    path = folder / "tokenizer.json"
+    return Tokenizer.from_file(str(path)) if path.exists() else None

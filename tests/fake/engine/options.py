@@ -47,7 +47,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="more for each prompt token that the step prefills")  # fmt: skip
     add("--tokens-per-chunk", type=int, default=1, metavar="K",
         help="tokens a sequence gets in a step, after its first, as with speculation")  # fmt: skip
-    add("--acceptance", type=float, default=0.6, help="chance of each drafted token in turn")
+    add("--acceptance", type=float, help="chance of each drafted token in turn; where it is not"
+        " given, 0.9 of copies (ngram) and 0.6 of others")  # fmt: skip
     add("--jitter", type=float, default=0.0, help="sigma of a lognormal factor (mean 1) on steps")
     add("--drift", type=float, default=0.0, help="of another, which changes over --drift-s")
     add("--drift-s", type=float, default=3.0, metavar="S", help="its correlation time")
@@ -91,6 +92,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if not unknown[0].startswith("-"):
             parser.error(f"not an option: {unknown[0]}")
         print("Ignored:", *unknown, file=sys.stderr)
+    if options.acceptance is None:
+        options.acceptance = 0.9 if options.speculative_config.get("method") == "ngram" else 0.6
     options.guesses = int(options.speculative_config.get("num_speculative_tokens", 0))
     for name in ("step_s", "step_per_seq_s", "prefill_per_token_s"):
         if not options.programmed:  # there `slowdown` acts on each request's own times

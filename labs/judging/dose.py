@@ -1,0 +1,197 @@
+"""Computes how much of its treatment a trial must show, from what its requests share.
+
+A hit rate or an acceptance above zero does not prove that a treatment was given as planned. So the
+engine's own counts are held against bounds that follow from the requests that were sent. The bounds
+meet in one number where the count is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from labs.judging.measure import Trial
+from loadtests.records import RequestRecord
+from serving import metrics
+
+BAND = 0.15  # of a predicted share: how far from it the dose may be
+SHARED_BY_TEMPLATE = 64  # tokens at most, where a run did not record how many its template has
+SHARED_BY_TASK = 16  # tokens at most of the instruction that every prompt of a task begins with
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Between which two numbers a count must lie, bounds included."""
+
+    low: float
+    high: float
+
+    def hold(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        if self.low == self.high:
+            return f"exactly {self.low:.0f}"
+        return f"{self.low:.0f} to {self.high:.0f}"
+
+
+def caching(trial: Trial) -> bool:
+    """Tell whether the point's engine is to cache prefixes."""
+    return trial.point.flags.enable_prefix_caching
+
+
+def cached_tokens(trial: Trial, template_tokens: int | None) -> Bounds | None:
+    """Bound the prompt tokens that the engine must have found in its prefix cache.
+
+    `template_tokens` is the most that all prompts share by their chat template. The cache holds
+    whole blocks of tokens, and at least one token of a prompt is always computed. None where the
+    engine does not say how large a block is.
+
+    - Where nothing is shared, nothing but the template may be found. A cache that was not reset
+      shows here.
+    - In a primed trial whose prefixes all stay in the cache, each prompt finds its prefix, and the
+      first one of each group, which was sent before, finds itself.
+    - Of more prefixes in turn than the cache holds, none is found (least recently used).
+    - A turn of a chat finds the turn before it.
+    - Of shuffled documents, and of anything that may or may not stay in the cache, only the most
+      is known.
+    """
+    if not caching(trial):
+        return Bounds(0, 0)
+    cache = _Cache.of(trial)
+    if cache is None:
+        return None
+    workload = trial.point.workload
+    head = SHARED_BY_TEMPLATE if template_tokens is None else template_tokens
+    head += SHARED_BY_TASK if workload.task != "continue" else 0
+    low = high = 0
+    for record in trial.records:
+        shared = _shared(trial, record, cache)
+        most = cache.whole((record.prompt_tokens or 0) - 1)
+        high += min(most, cache.whole(head + shared.most))
+        low += min(most, cache.whole(shared.least))
+    return Bounds(0 if _counts_vary(trial) else low, high)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """How many of a prompt's tokens, its template's aside, an earlier prompt had in the cache."""
+
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """The engine's prefix cache, as it describes itself."""
+
+    block_tokens: int
+    blocks: int | None
+
+    @classmethod
+    def of(cls, trial: Trial) -> _Cache | None:
+        config = trial.engine.info.get(metrics.CACHE_CONFIG, {}) if trial.engine else {}
+        block, blocks = config.get("block_size", ""), config.get("num_gpu_blocks", "")
+        if not block.isdigit() or not int(block):
+            return None
+        return cls(int(block), int(blocks) if blocks.isdigit() else None)
+
+    def whole(self, tokens: int) -> int:
+        """Return how many of these tokens fill whole blocks."""
+        return max(0, tokens) // self.block_tokens * self.block_tokens
+
+    def holds(self, prompts: int, tokens: int) -> bool:
+        """Tell whether so many prompts of so many tokens fit beside each other for certain."""
+        each = math.ceil(tokens / self.block_tokens)
+        return self.blocks is not None and prompts * each < self.blocks
+
+    def loses(self, prompts: int, tokens: int) -> bool:
+        """Tell whether so many prompts of so many tokens displace all that came before them."""
+        each = math.ceil(tokens / self.block_tokens)
+        return self.blocks is not None and prompts * each >= self.blocks
+
+
+def _shared(trial: Trial, record: RequestRecord, cache: _Cache) -> _Shared:
+    workload, users = trial.point.workload, trial.point.load.users
+    longest = workload.longest_tokens
+    if chat := workload.chat:
+        if record.index % chat.turns == 0:
+            return _Shared(0, 0)
+        before = (record.prompt_tokens or 0) - chat.grows_tokens
+        # with several users the turn before may still be under way
+        alone = users == 1 and cache.holds(2, longest)
+        return _Shared(before if alone else 0, before)
+    prefix = workload.prefix
+    if prefix is None:
+        return _Shared(0, 0)
+    if prefix.groups > 1 and cache.loses(prefix.groups - 1, longest):
+        return _Shared(0, 0)
+    stays = cache.holds(prefix.groups + users, longest)
+    whole_prompt = record.prompt_tokens or 0
+    if workload.primed and record.index < prefix.groups:  # it was sent before the trial
+        return _Shared(whole_prompt if stays else 0, whole_prompt)
+    known = workload.primed or record.index >= prefix.groups * users
+    return _Shared(prefix.tokens if stays and known and not prefix.shuffled else 0, prefix.tokens)
+
+
+def _counts_vary(trial: Trial) -> bool:
+    """Tell whether the least number of cached tokens cannot be known.
+
+    A preempted request loses its blocks, a draft head that shares the target's cache leaves out the
+    last block, adapters have caches of their own, and a request that failed may never have been
+    looked up.
+    """
+    preempted = trial.engine.values.get(metrics.PREEMPTIONS, 0.0) if trial.engine else 0.0
+    failed = any(not record.ok for record in trial.records)
+    point = trial.point
+    return bool(preempted or failed or point.flags.speculative_config or point.workload.adapters)
+
+
+def drafted_tokens(trial: Trial) -> Bounds | None:
+    """Bound how many tokens the engine must have drafted, given how often it did.
+
+    A draft model guesses the configured number each time; looking for n-grams yields at most that
+    many. None where the engine counts no drafts.
+    """
+    config = trial.point.flags.speculative_config
+    drafts = trial.engine.values.get(metrics.SPEC_DRAFTS) if trial.engine else None
+    if drafts is None:
+        return None
+    most = drafts * int(config["num_speculative_tokens"])
+    by_ngram = config.get("method") == "ngram"
+    return Bounds(min(1, most) if by_ngram else (1 - BAND) * most, most)
+
+
+def draft_yield(trial: Trial) -> Bounds | None:
+    """Bound the sum of drafts and accepted tokens where a draft model guesses in every step.
+
+    Each step yields the accepted tokens and one of the target's own, so the sum is the number of
+    tokens after the first of each request, within 15 %: at a request's end more may be accepted
+    than is sent. None where guesses are made now and then, or a request failed.
+    """
+    by_ngram = trial.point.flags.speculative_config.get("method") == "ngram"
+    if by_ngram or any(not record.ok for record in trial.records):
+        return None
+    yielded = sum(tokens for record in trial.records for _, tokens in record.chunks[1:])
+    return Bounds((1 - BAND) * yielded, (1 + BAND) * yielded + len(trial.records))
+
+
+def accepted_share(trial: Trial, predicted: float) -> Bounds | None:
+    """Bound the share of drafted tokens that must have been accepted.
+
+    `predicted` is the chance that a token is accepted if all before it were, so that of g drafted
+    tokens (a + a^2 + .. + a^g) / g are. The least is 15 % below that, and below that by twice the
+    standard error that so few drafts have at most. A text that is guessed better than predicted is
+    a finding and no fault; where the engine was told how much to accept, the most is bounded alike.
+    None where the engine counts no drafts.
+    """
+    config = trial.point.flags.speculative_config
+    drafts = trial.engine.values.get(metrics.SPEC_DRAFTS) if trial.engine else None
+    if not drafts:
+        return None
+    guesses = int(config["num_speculative_tokens"])
+    share = sum(predicted**i for i in range(1, guesses + 1)) / guesses
+    chance = 2 * 0.5 / math.sqrt(drafts)
+    told = config.get("rejection_sample_method") == "synthetic"
+    high = (1 + BAND) * share + chance if told else 1.0
+    return Bounds(max(0.0, (1 - BAND) * share - chance), high)
