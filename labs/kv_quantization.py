@@ -40,7 +40,6 @@ def capacity_tokens(point: Point) -> float:
 def capacity(point: Point) -> Prediction:
     return Prediction(
         value=capacity_tokens(point),
-        tolerance=0.02,
         formula="floor(memory / (block x 2 layers KV-heads head-dim bytes)) block",
         source="Kwon et al., PagedAttention, SOSP 2023",
     )
@@ -49,7 +48,6 @@ def capacity(point: Point) -> Prediction:
 def capacity_gain(quantized: Point, plain: Point) -> Prediction:
     return Prediction(
         value=capacity_tokens(quantized) / capacity_tokens(plain),
-        tolerance=0.02,
         formula="tokens in whole blocks, 8 bits / 16 bits",
         source="Kwon et al., PagedAttention, SOSP 2023",
     )
@@ -63,7 +61,6 @@ def step_s(point: Point) -> float:
 def step_ratio(quantized: Point, plain: Point) -> Prediction:
     return Prediction(
         value=step_s(quantized) / step_s(plain),
-        tolerance=0.15,
         formula="(weight bytes + B context KV bytes) 8 bits / 16 bits",
         assumptions=("reading is all a step does: widening 8 bits to 16 costs nothing",),
         source="Williams et al., Roofline, 2009",
@@ -78,7 +75,6 @@ def batch_gain(quantized: Point, plain: Point) -> Prediction:
 
     return Prediction(
         value=running(quantized) / running(plain),
-        tolerance=0.3,
         formula="min(B, capacity / mean context), 8 bits / 16 bits",
         assumptions=("requests are spread evenly over their lives", "blocks waste nothing"),
         source="Kwon et al., PagedAttention, SOSP 2023",
@@ -173,7 +169,7 @@ LAB = Lab(
             prompt_tokens=Fixed(tokens=72),
             output_tokens=Fixed(tokens=32),  # a fourth block for the last of them
             only=("bf16-tight", "fp8-tight"),
-            loads=tuple(Concurrent(users=n) for n in (4, 8, 12)),
+            loads=tuple(Concurrent(users=n) for n in (4, 12)),
         ),
     ),
     claims=(
@@ -226,9 +222,8 @@ LAB = Lab(
     needs_text=("quality", "quality-quick"),
     slo=SLO(ttft_s=2, tpot_s=0.15),
     requests=192,
-    warmup_s=1,
-    window_s=3.5,
-    repeats=3,
+    warmup_s=0.8,
+    window_s=2.4,
     scales={
         "gpu": {
             "flags": {
@@ -253,16 +248,14 @@ LAB = Lab(
             "workloads.growing.loads": tuple(Concurrent(users=n) for n in (32, 96, 192)),
             "claims.batch.treatment.load": "concurrent:192",
             "claims.batch.baseline.load": "concurrent:192",
-            "requests": 768,  # of up to 24,576 tokens, which take long to write
-            "warmup_s": 4,
-            "window_s": 10,
+            "requests": 480,  # of up to 24,576 tokens, which take long to write
+            "warmup_s": 3,
+            "window_s": 6,
         },
         "gpu-16": {"flags.kv-cache-memory-bytes": 4 * 2**30, **tight(2**30)},
         "gpu-141": tight(6 * 2**30),
     },
     quick={
-        "warmup_s": 1,
-        "window_s": 3,
         "repeats": 1,
         "probes": ("quality-quick",),
     },

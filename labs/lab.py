@@ -37,6 +37,16 @@ from serving.engines.vllm import VllmFlags
 from serving.machine import Ceilings
 from serving.models import Shape
 
+MARGIN = 0.05
+"""Two figures are equal where their ratio is 1 within this share, unless a claim says otherwise.
+
+It is stated before measuring, and is the same for every run: a margin taken from the noise of the
+run that is judged would call equal what was measured badly. It is 5 % because that is about how far
+two starts of one engine lie apart, so that a smaller difference is no property of a setting; and
+because five repeats give intervals of about 3 % to either side, so that equality within less could
+hardly ever be shown.
+"""
+
 
 class Variant(BaseModel, frozen=True, extra="forbid"):
     """An engine configuration is the engine, flags by its own names, and the weights it serves.
@@ -118,17 +128,24 @@ class Point:
 class Prediction(BaseModel, frozen=True, extra="forbid"):
     """A prediction is a number written down before measuring, with what it rests on.
 
-    A `point` holds when the measured interval meets value x (1 +- tolerance). A `ceiling` says that
-    nothing exceeds it, a `floor` that nothing falls below it: they hold unless the whole interval
-    lies beyond value x (1 +- tolerance).
+    A `point` says what is measured, a `ceiling` that nothing exceeds it, a `floor` that nothing
+    falls below it. What became of it is decided in one place,
+    `labs.judging.judge.prediction_outcome`.
     """
 
     value: float
     kind: Literal["point", "ceiling", "floor"] = "point"
-    tolerance: NonNegativeFloat
     formula: str
     assumptions: tuple[str, ...] = ()
     source: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_tolerance(cls, fields: Any) -> Any:
+        """Pass over the `tolerance` that earlier files have; nothing is judged by it any more."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if name != "tolerance"}
 
 
 class Arm(BaseModel, frozen=True, extra="forbid"):
@@ -154,7 +171,9 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
     """A claim states what the lab expects of the ratio treatment / baseline of one metric.
 
     It is judged at every pair of points that agree on what the arms leave open. The two points
-    differ in one factor (`factors`); where they must differ in more, `coupled` says why.
+    differ in one factor (`factors`); where they must differ in more, `coupled` says why. `margin`
+    is the share of 1 within which the two sides are equal; the default one is left out of files and
+    digests.
     """
 
     name: str
@@ -165,6 +184,7 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
     expect: Literal["rises", "falls", "unchanged"]
     predict: PredictEffect
     coupled: str = ""
+    margin: Annotated[PositiveFloat, Field(exclude_if=lambda margin: margin == MARGIN)] = MARGIN
 
 
 class Forecast(BaseModel, frozen=True, extra="forbid"):
@@ -226,6 +246,12 @@ READ_TEXT = ("studies", "probes", "findings", "plots")
 NO_TEXT = "quality is not measured on random weights, nor is what else is read off the text"
 
 
+ONE_LOOK: dict[str, Any] = {"most_repeats": 0, "starts": 1}
+"""What a quick run of any lab does without, unless the lab says otherwise."""
+OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"most_s": 1800.0}}
+"""Sizes of every lab on a kind of machine: on a GPU an engine takes a minute or more to start."""
+
+
 class Lab(BaseModel, frozen=True, extra="forbid"):
     """A lab is a question, how it is put to an engine, and what is expected.
 
@@ -254,8 +280,12 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     warmup_s: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
     # a closed loop extends it, up to fourfold, until as many requests as users are complete
     window_s: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
-    repeats: PositiveInt
-    most_repeats: NonNegativeInt = 0  # while a claim is undecided; no more than `repeats`: never
+    repeats: PositiveInt = 5
+    # of the points whose claims are undecided after `repeats`; no more than `repeats`: never
+    most_repeats: NonNegativeInt = 10
+    # after so long with its engines a run begins no repeats beyond `repeats`
+    most_s: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 420.0
+    starts: PositiveInt = 2  # of each engine, its repeats shared out, where engines take turns
     timeout_s: PositiveFloat = 60.0  # longest silence within one response
     load_processes: PositiveInt = 1  # processes that share the sending of requests
     seed: NonNegativeInt = 0
@@ -299,13 +329,14 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     ) -> Lab:
         """Resolve the lab for a scale such as `cpu`, `gpu` or `gpu-24`.
 
-        Applied in this order: the sizes of the scale, those of a quick run, what random weights
-        (`dummy`) leave out, and the reader's changes. Raises LabError for a change that does not
+        Applied in this order: the sizes of every lab on this kind of machine, the lab's own of the
+        scale, those of a quick run, what random weights (`dummy`) leave out, and the reader's
+        changes. Raises LabError for a change that does not
         fit; the message names the field and the known ones.
         """
         kind = scale.partition("-")[0]
-        layers = [self.scales.get(name, {}) for name in dict.fromkeys((kind, scale))]
-        lab = self._changed(*layers, self.quick if quick else {})
+        own = [self.scales.get(name, {}) for name in dict.fromkeys((kind, scale))]
+        lab = self._changed(OF_KIND.get(kind, {}), *own, ONE_LOOK | self.quick if quick else {})
         if not dummy:
             return lab._changed(changes or {})
         lab = lab._without(self.needs_text)
@@ -382,6 +413,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
                     baseline=arm,
                     expect="unchanged",
                     predict=the_same,
+                    margin=claim.margin,
                 )
                 for (metric, arm), claim in arms.items()
             ),
@@ -420,6 +452,11 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     def rounds(self) -> int:
         """The largest number of repeats that a point may have."""
         return max(self.repeats, self.most_repeats)
+
+    @property
+    def looks(self) -> int:
+        """How often the lab looks at its claims: again after more repeats, where they may come."""
+        return 2 if self.rounds > self.repeats else 1
 
     def draw_seed(self, repeat: int) -> int:
         """Return the seed of a repeat's lengths and prompts; no two values of `seed` share one."""
@@ -490,7 +527,6 @@ def the_same(twin: Point, base: Point) -> Prediction:
     """Predict the ratio 1, for an A/A run."""
     return Prediction(
         value=1.0,
-        tolerance=0.03,
         formula="1",
         assumptions=("both are the same engine",),
         source="A/A tests: Kohavi et al., Data Mining and Knowledge Discovery, 2009",

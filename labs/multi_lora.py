@@ -47,7 +47,6 @@ def step_s(point: Point) -> float:
 def by_bytes(treatment: Point, baseline: Point) -> Prediction:
     return Prediction(
         value=step_s(baseline) / step_s(treatment),
-        tolerance=0.1,
         formula="(weights + KV + active adapters) bytes, baseline / treatment",
         assumptions=("reading is all a step does: the launches to apply an adapter are free",),
         source="Chen et al., Punica, MLSys 2024; Sheng et al., S-LoRA, MLSys 2024",
@@ -89,7 +88,6 @@ def first_token_s(point: Point) -> float:
 def by_slots(treatment: Point, baseline: Point) -> Prediction:
     return Prediction(
         value=first_token_s(treatment) / first_token_s(baseline),
-        tolerance=0.4,
         formula="((1 / share running - 1) L t(B) + t_prefill + t(B)), treatment / baseline",
         assumptions=(
             "a request waits while both slots hold other adapters whose requests run",
@@ -215,8 +213,7 @@ LAB = Lab(
     slo=SLO(ttft_s=1, tpot_s=0.2),
     requests=512,
     warmup_s=1,
-    window_s=5,
-    repeats=3,
+    window_s=4,
     scales={
         "gpu": {
             "flags": {"max-model-len": 2048, "enable-prefix-caching": True, "block-size": 16},
@@ -232,7 +229,7 @@ LAB = Lab(
             },
             "requests": 4096,
             "warmup_s": 3,
-            "window_s": 10,
+            "window_s": 6,
             "next_knobs": (
                 *SLOTS,
                 'SET=\'workloads.uniform-8.loads=["concurrent:64"]\' batches eight requests of'
@@ -241,7 +238,7 @@ LAB = Lab(
         }
     },
     dummy=on_random_weights,
-    quick={"window_s": 2, "repeats": 1, "probes": ("tenants-quick",)},
+    quick={"repeats": 1, "probes": ("tenants-quick",)},
     limits={
         "cpu": "Which adapter answers, how slots are filled and what is refused is the engine's own"
         " and carries over. The price does not: applying an adapter is many small operations, which"

@@ -25,7 +25,6 @@ from serving import metrics
 def same_bytes(treatment: Point, baseline: Point) -> Prediction:
     return Prediction(
         value=1.0,
-        tolerance=0.1,
         formula="1: 4 bits a weight, one scale a group, the same kernel",
         assumptions=("the formats differ in their headers, not in what a step reads",),
         source="Frantar et al., GPTQ, 2022; Lin et al., AWQ, 2023",
@@ -66,7 +65,7 @@ LAB = Lab(
         Workload(
             name="decode",
             prompt_tokens=Fixed(tokens=32),
-            output_tokens=Fixed(tokens=24),
+            output_tokens=Fixed(tokens=12),
             loads=(Concurrent(users=1),),
         ),
     ),
@@ -85,20 +84,19 @@ LAB = Lab(
     needs_text=("quality", "quality-quick", "tools", "tradeoff"),
     slo=SLO(ttft_s=1, tpot_s=0.1),
     requests=384,
-    warmup_s=1,
-    window_s=3,
-    repeats=3,
+    warmup_s=0.5,
+    window_s=2.8,
     scales={
         "gpu": {
             "flags": {"max-model-len": 4096, "enable-prefix-caching": True},
             "workloads.decode.prompt_tokens.tokens": 128,
             "workloads.decode.output_tokens.tokens": 128,
             "requests": 4096,
-            "warmup_s": 3,
-            "window_s": 10,
+            "warmup_s": 2,
+            "window_s": 6,
         }
     },
-    quick={"window_s": 2, "repeats": 1, "probes": ("quality-quick",)},
+    quick={"repeats": 1, "probes": ("quality-quick",)},
     limits={
         "cpu": "Quality carries over. A small model loses more to 4 bits than a large one.",
         "gpu": "One model and one size of calibration set.",

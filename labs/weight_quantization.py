@@ -29,7 +29,6 @@ def step_s(point: Point) -> float:
 def by_bytes(quantized: Point, plain: Point) -> Prediction:
     return Prediction(
         value=step_s(quantized) / step_s(plain),
-        tolerance=0.15,
         formula="max((weight + KV bytes) / bandwidth, FLOP / BF16 rate), quantized / BF16",
         assumptions=("unpacking weights is free", "arithmetic runs at the BF16 rate or hides"),
         source="Williams et al., Roofline, 2009",
@@ -47,7 +46,6 @@ def prefill_by_rate(quantized: Point, plain: Point) -> Prediction:
     if quantized.variant.weights != "fp8" or not fp8:
         return Prediction(
             value=1.0,
-            tolerance=0.15,
             formula="FLOP / BF16 rate, the same on both sides",
             assumptions=(
                 "prefill is bound by compute",
@@ -59,7 +57,6 @@ def prefill_by_rate(quantized: Point, plain: Point) -> Prediction:
     share = linear / theory.prefill_flops(plain.shape, plain.prompt_tokens)
     return Prediction(
         value=1 - share + share * plain.ceilings.bf16_flops_per_s / fp8,
-        tolerance=0.15,
         formula="(linear FLOP / FP8 rate + other FLOP / BF16 rate) / (FLOP / BF16 rate)",
         assumptions=("prefill is bound by compute", "scaling the activations is free"),
         source="Williams et al., Roofline, 2009",
@@ -154,12 +151,12 @@ LAB = Lab(
         Workload(
             name="decode",
             prompt_tokens=Fixed(tokens=32),
-            output_tokens=Fixed(tokens=24),
+            output_tokens=Fixed(tokens=12),
             loads=(Concurrent(users=1), Concurrent(users=16)),
         ),
         Workload(
             name="prefill",
-            prompt_tokens=Fixed(tokens=512),
+            prompt_tokens=Fixed(tokens=192),
             output_tokens=Fixed(tokens=1),
             only=("bf16", "w8a8", "w4a16-gptq"),  # the other recipes make the same shapes
             loads=(Concurrent(users=1),),
@@ -174,9 +171,8 @@ LAB = Lab(
     needs_text=("outliers", "quality", "quality-quick", "needles", "tradeoff"),
     slo=SLO(ttft_s=1, tpot_s=0.1),
     requests=384,
-    warmup_s=1,
-    window_s=2.5,
-    repeats=3,
+    warmup_s=0.5,
+    window_s=2.8,
     scales={
         "gpu": {
             "flags": {"max-model-len": 4096, "enable-prefix-caching": True},
@@ -189,12 +185,12 @@ LAB = Lab(
             "claims": [c.model_dump() for c in (*claims(128), *fp8_claims(128))],
             "next_knobs": (ROUNDED,),
             "requests": 4096,
-            "warmup_s": 3,
-            "window_s": 10,
+            "warmup_s": 2,
+            "window_s": 6,
         }
     },
     dummy=on_random_weights,
-    quick={"window_s": 2.5, "repeats": 1, "probes": ("quality-quick",)},
+    quick={"repeats": 1, "probes": ("quality-quick",)},
     limits={
         "cpu": "Quality and bytes carry over; speed does not. A CPU has instructions that"
         " multiply INT8 but has to unpack 4 bits in software, on every step: W4 saves memory, not"

@@ -25,7 +25,7 @@ import re
 import shutil
 import subprocess
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +40,7 @@ from labs.judging.judge import (
     ForecastResult,
     Interval,
     Judgement,
+    Sampling,
     figure,
     over_repeats,
 )
@@ -150,6 +151,7 @@ def lab_from_resolved(resolved: Mapping[str, Any], like: Lab | None = None) -> L
         raise LookupError("a run on file has its predictions on file")
 
     fields = json.loads(json.dumps(resolved))
+    fields.setdefault("most_repeats", 0)  # a run from before labs could go on did not
     for kind in ("claims", "forecasts"):
         predict = {part.name: part.predict for part in getattr(like, kind, ())}
         for part in fields[kind]:
@@ -216,6 +218,7 @@ class TrialResult(BaseModel, frozen=True, extra="forbid"):
     failed: str | None = None  # why; then everything else is null
     summary: TrialSummary | None = None
     engine: dict[str, Any] | None = None
+    start: int | None = None  # of its variant's engine, from 1; None where all stayed loaded
     cpu_steal: float | None = None  # share of CPU time taken by other guests of the host
     cpu_others: float | None = None  # share taken by other processes of this host
     cpu_engine: float | None = None  # share used by the engine; None before it was recorded
@@ -297,7 +300,7 @@ class Session(BaseModel, frozen=True, extra="forbid"):
     load_s: float
     wall_s: float
     resident: bool
-    there_and_back: bool = False  # where not resident: in turns A B C, then C B A
+    there_and_back: bool = False  # where not resident: in turns A B C, then C B A, and so on
     agreement: list[Agreement]
     prometheus: str | None  # why there was no Prometheus; None where there was one
     ended_at: str | None = None
@@ -359,6 +362,30 @@ class RunFolder:
         """Read a trial's own file, if the trial ended."""
         path = self.trial_folder(point, repeat) / "trial.json"
         return read_json(path, TrialResult) if path.exists() else None
+
+    def starts_on_file(self, points: Sequence[Point], lab: Lab) -> dict[str, int]:
+        """Read the last start of each variant's engine that a trial was played on."""
+        last: dict[str, int] = {}
+        for result in self._results(points, lab):
+            variant = result.point.partition("/")[0]
+            last[variant] = max(last.get(variant, 0), result.start or 0)
+        return last
+
+    def _results(self, points: Sequence[Point], lab: Lab) -> list[TrialResult]:
+        trials = ((point, r) for point in points for r in range(1, lab.rounds + 1))
+        return [result for trial in trials if (result := self.trial_result(*trial)) is not None]
+
+    def sampling(self, points: Sequence[Point], lab: Lab) -> Sampling:
+        """Read how the repeats came about: the looks, and the starts where engines took turns."""
+        session, starts = self.session(), dict[str, dict[int, int]]()
+        for result in self._results(points, lab):
+            start = result.start
+            if start is None and session is not None and not session.resident:
+                # a run from before trials recorded their start
+                start = 1 + (session.there_and_back and result.repeat > lab.repeats // 2)
+            if start is not None:
+                starts.setdefault(result.point, {})[result.repeat] = start
+        return Sampling(looks=lab.looks, starts=starts)
 
     def trials(
         self, points: list[Point], lab: Lab

@@ -40,8 +40,9 @@ LOADS = (
     "warmup_s=0.1 requests=64"
     ' workloads.exponential.loads=["concurrent:4"] workloads.fixed.loads=["concurrent:2"]'
 )
-SHORT, SHORT_TRIALS = f"{LOADS} repeats=1 window_s=0.5", 2
-LONGER, LONGER_TRIALS = f"{LOADS} repeats=2 window_s=2", 4  # the first ends long before the last
+SHORT, SHORT_TRIALS = f"{LOADS} repeats=1 most_repeats=0 window_s=0.5", 2
+# the first ends long before the last
+LONGER, LONGER_TRIALS = f"{LOADS} repeats=2 most_repeats=0 window_s=2", 4
 TRIAL_ENDED = r"repeat 1 of .* tok/s \("
 
 
@@ -170,7 +171,7 @@ def test_prometheus_agrees_though_a_trial_failed(died: tuple[Reader, Command]) -
 
 
 STATIC = (
-    "warmup_s=0.1 window_s=0.5 repeats=1 requests=64"
+    "warmup_s=0.1 window_s=0.5 repeats=1 most_repeats=0 requests=64"
     ' workloads.fixed.loads=["concurrent:2"] workloads.exponential.loads=["concurrent:4","waves:4"]'
     " claims.static.treatment.load=concurrent:4 claims.static.baseline.load=waves:4"
 )
@@ -197,7 +198,7 @@ def test_errors_allow_no_verdict(erring: Command) -> None:
     (judged,) = (j for j in summary.judgements if j.claim == "static")
     assert judged.outcome == "not valid"
     assert "errors" in judged.why
-    assert judged.prediction_held is None
+    assert judged.prediction_outcome == "open"
     assert {c.point for c in summary.caveats if c.name == "errors" and c.blocks} == {
         point.key for point in folder.run().points()
     }
@@ -278,7 +279,7 @@ def test_a_load_process_does_not_outlive_its_master_and_guard(tmp_path: Path) ->
 # ------------------------------------------------------ faults that leave figures, and no verdict
 
 PAIRS = (
-    "warmup_s=0.1 window_s=0.5 repeats=1 requests=128"
+    "warmup_s=0.1 window_s=0.5 repeats=1 most_repeats=0 requests=128"
     ' workloads.exponential.loads=["concurrent:4","waves:4","concurrent:1"]'
     ' workloads.fixed.loads=["concurrent:4","waves:4"]'
     + "".join(
@@ -311,7 +312,7 @@ def _no_verdict_for(caveat: str, command: Command) -> set[str]:
         if any(c.hits(j.metric, j.treatment, j.baseline) for c in hit):
             assert j.outcome == "not valid"
             assert caveat in j.why
-            assert (j.expected, j.prediction_held) == (None, None)
+            assert (j.expected, j.prediction_outcome) == (None, "open")
             withheld.add(j.claim)
     assert f"**{caveat}** (no verdict" in report
     assert hit[0].text in report

@@ -31,7 +31,7 @@ OFF = Variant(name="off", flags={"enable-prefix-caching": False})
 
 
 def twice(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(value=2.0, tolerance=0.25, formula="by hand")
+    return Prediction(value=2.0, formula="by hand")
 
 
 LAB = Lab(
@@ -71,6 +71,7 @@ LAB = Lab(
     warmup_s=1,
     window_s=4,
     repeats=2,
+    most_repeats=0,
     limits={"cpu": "Beads of wood.", "gpu": "Beads of glass."},
     next_knobs=("SET=window_s=8 counts longer",),
 )
