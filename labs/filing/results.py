@@ -25,6 +25,7 @@ import re
 import shutil
 import subprocess
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -323,7 +324,10 @@ class RunFolder:
     def trials(
         self, points: list[Point], lab: Lab
     ) -> Iterator[tuple[Point, TrialResult, Trial | None]]:
-        """Yield every trial that ended, with its data unless it failed."""
+        """Yield every trial that ended, with its data unless it failed.
+
+        None is kept here once the next is asked for: a run may be larger than memory.
+        """
         for point in points:
             for repeat in range(1, lab.rounds + 1):
                 result = self.trial_result(point, repeat)
@@ -332,21 +336,23 @@ class RunFolder:
                 if result.failed or result.summary is None:
                     yield point, result, None
                     continue
-                home = self.trial_folder(point, repeat)
-                try:
-                    trial_records = list(records.read(home / "requests.jsonl.gz"))
-                except ValueError as error:
-                    raise DamagedError(str(error)) from error
-                trial = Trial(
-                    point,
-                    repeat,
-                    lab.slo,
-                    trial_records,
-                    result.summary,
-                    None if result.engine is None else snapshot_from_json(result.engine),
-                    telemetry.read(home / "telemetry.csv.gz"),
-                )
-                yield point, result, trial
+                yield point, result, self._trial(point, lab, result, result.summary)
+
+    def _trial(self, point: Point, lab: Lab, result: TrialResult, summary: TrialSummary) -> Trial:
+        home = self.trial_folder(point, result.repeat)
+        try:
+            trial_records = list(records.read(home / "requests.jsonl.gz"))
+        except ValueError as error:
+            raise DamagedError(str(error)) from error
+        return Trial(
+            point,
+            result.repeat,
+            lab.slo,
+            trial_records,
+            summary,
+            None if result.engine is None else snapshot_from_json(result.engine),
+            telemetry.read(home / "telemetry.csv.gz"),
+        )
 
 
 def run_id(digest: str) -> str:
@@ -458,7 +464,7 @@ def problems(folder: RunFolder) -> list[str]:
             for repeat in range(1, lab.repeats + 1):
                 if folder.complete and folder.trial_result(point, repeat) is None:
                     messages.append(f"trial {point.key}/{repeat} is missing")
-        list(folder.trials(run.points(), lab))
+        deque(folder.trials(run.points(), lab), maxlen=0)  # each is read, none is kept
     except (OSError, ValueError, KeyError, TypeError) as error:
         messages.append(f"it cannot be read: {str(error).splitlines()[0]}")
     if not folder.complete:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class _Measured:
     """Holds what was measured in the trials of a run."""
 
     values: dict[str, dict[int, dict[str, float | None]]]  # point -> repeat -> metric -> value
-    samples_s: dict[str, dict[Latency, list[float]]]  # point -> samples of all its repeats
+    samples_s: dict[str, dict[Latency, array[float]]]  # point -> samples of all its repeats
     caveats: list[Caveat]
     failed: dict[str, str]  # trial -> reason
     machine_speed: MachineSpeed | None
@@ -89,7 +90,7 @@ def summarise(folder: RunFolder) -> Summary:
 def _measure(folder: RunFolder, run: Run, lab: Lab, points: list[Point]) -> _Measured:
     """Measure every trial on its own, and collect what weakens the run."""
     values: dict[str, dict[int, dict[str, float | None]]] = {p.key: {} for p in points}
-    samples_s: dict[str, dict[Latency, list[float]]] = {}
+    samples_s: dict[str, dict[Latency, array[float]]] = {}
     caveats: list[Caveat] = []
     failed: dict[str, str] = {}
     timed = []
@@ -100,11 +101,12 @@ def _measure(folder: RunFolder, run: Run, lab: Lab, points: list[Point]) -> _Mea
         values[point.key][result.repeat] = measure(trial)
         for latency in pooled_latencies():
             of_point = samples_s.setdefault(point.key, {})
-            of_point.setdefault(latency, []).extend(trial.samples_s(latency))
+            of_point.setdefault(latency, array("d")).extend(trial.samples_s(latency))
         # an endpoint's engine was not configured here: there is no treatment to prove
         caveats += caveats_of(trial, () if run.endpoint else lab.evidence)
         caveats += _disturbed(result, run)
         timed += [result.timed] if result.timed else []
+        del trial  # before the next one is read
     caveats += speed_jumped(timed)
     caveats += [c for p in points for c in first_trial_slow(values[p.key], p.key)]
     caveats = _each_once([*caveats, *_of_the_whole(run, lab, folder.session())])
