@@ -14,6 +14,7 @@ from labs.filing import export, results
 from labs.filing.results import RunFolder, problems
 from labs.findings.drawing import MOST_DRAWN, thinned
 from labs.judging.measure import Trial
+from labs.running import backfill
 from labs.telling import chart_data
 from labs.telling.summary import summarise
 from tests.unit.builders import write_run
@@ -28,7 +29,8 @@ def export_csv(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("read", "beside"), [(summarise, 0), (page_data, 0), (problems, 0), (export_csv, 1)]
+    ("read", "beside"),
+    [(summarise, 0), (page_data, 0), (problems, 0), (backfill._trials, 0), (export_csv, 1)],
 )
 def test_trials_are_read_one_by_one(
     tmp_path: Path,
