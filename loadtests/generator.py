@@ -15,6 +15,7 @@ from loadtests.plan import WINDOWS_AT_MOST, TrialPlan, TrialSummary, most_output
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 START_TIMEOUT_S = 60.0
+GRACE_S = 30.0  # beyond the longest time that a trial may take
 
 
 class GeneratorError(Exception):
@@ -115,9 +116,7 @@ class Generator:
         tail = self._child.tail()
         return f"Locust ended with {end}" + (f"; its last lines:\n{tail}" if tail else "")
 
-    def play(
-        self, plan: TrialPlan, waiting: Callable[[], None] = lambda: None, grace_s: float = 30
-    ) -> TrialSummary:
+    def play(self, plan: TrialPlan, waiting: Callable[[], None] = lambda: None) -> TrialSummary:
         """Play one trial, whose records are on disk when this returns; raises GeneratorError.
 
         After that error the generator may still be playing: it has to be started again.
@@ -132,5 +131,5 @@ class Generator:
             raise GeneratorError(self._last_lines("a closed pipe")) from error
         windows_s = WINDOWS_AT_MOST * (plan.window_s or 0)
         answer_s = plan.longest_s(most_output_tokens(plan.requests))
-        longest_s = plan.warmup_s + windows_s + answer_s + grace_s
+        longest_s = plan.warmup_s + windows_s + answer_s + GRACE_S
         return TrialSummary.model_validate(self._expect("done", longest_s, waiting)["summary"])

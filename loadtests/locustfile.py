@@ -43,6 +43,7 @@ import gevent.fileobject
 import geventhttpclient.client
 import orjson
 from geventhttpclient import HTTPClient
+from geventhttpclient._parser import HTTPResponseParser
 from geventhttpclient.response import HTTPSocketPoolResponse
 from locust import User, events, runners, task
 from locust.env import Environment
@@ -96,7 +97,7 @@ class BoundedResponse(HTTPSocketPoolResponse):
         self.received_bytes += len(data)
         if self.received_bytes > self.most_bytes:
             raise EndlessAnswer(f"the answer has more than {self.most_bytes} bytes")
-        super().feed(data)
+        HTTPResponseParser.feed(self, data)  # what HTTPResponse adds is for HEAD alone
 
 
 geventhttpclient.client.HTTPSocketPoolResponse = BoundedResponse  # what HTTPClient makes
@@ -409,6 +410,7 @@ def tokens_of(
     chunks: list[tuple[float, int]] = []
     prompt_tokens = output_tokens = complaint = None
     counted = reported = 0
+    most_tokens = 2 * asked_tokens
     for at, line in lines:
         if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
             continue
@@ -418,13 +420,13 @@ def tokens_of(
                 complaint = str(event["error"])[:200]
             if usage := event.get("usage"):
                 prompt, output = usage["prompt_tokens"], usage["completion_tokens"]
-                if not (
-                    type(prompt) is type(output) is int
-                    and prompt >= 0
-                    and reported <= output <= 2 * asked_tokens
-                ):
+                if type(output) is not int or not reported <= output <= most_tokens:
                     return chunks, None, None, f"not a usage: {str(usage)[:80]}"
-                prompt_tokens, output_tokens, reported = prompt, output, output
+                if prompt != prompt_tokens:
+                    if type(prompt) is not int or prompt < 0:
+                        return chunks, None, None, f"not a usage: {str(usage)[:80]}"
+                    prompt_tokens = prompt
+                output_tokens = reported = output
                 tokens = output_tokens - counted if event.get("choices") else 0
             else:
                 choices = event.get("choices") or [{}]

@@ -41,6 +41,7 @@ def start_locust_ui(
         raise LabError(f"{lab.name} has no workload {workload!r}; it has {', '.join(by_name)}")
     chosen = by_name[workload] if workload else resolved.workloads[0]
     server = Endpoint(endpoint)
+    server.require_stream()
     writer = Writer(counter(str(model_of(machine, model, weights).path)))
     work = models.CACHE / "locust"
     plan.write_requests(

@@ -10,6 +10,7 @@ null, where vLLM would write 0.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from serving import whole
 
 Format = Literal["csv", "parquet", "vllm"]
 TableRow = dict[str, Any]
+ROWS_AT_ONCE = 50_000
 
 
 def export(folder: RunFolder, kind: Format, out: Path) -> list[Path]:
@@ -50,12 +52,12 @@ def export(folder: RunFolder, kind: Format, out: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------- the tables
 
 
-def requests(folder: RunFolder) -> list[TableRow]:
-    """Make one row per request.
+def requests(folder: RunFolder) -> Iterator[TableRow]:
+    """Yield one row per request, read trial by trial.
 
     Times are seconds from the start of the trial, null where a request did not get that far.
     """
-    return [
+    return (
         {
             **about,
             "index": r.index,
@@ -78,13 +80,13 @@ def requests(folder: RunFolder) -> list[TableRow]:
         }
         for about, trial in _trials(folder)
         for r in trial.records
-    ]
+    )
 
 
-def measurements(folder: RunFolder) -> list[TableRow]:
-    """Make one row per metric of a trial; its value is null where there were too few samples."""
+def measurements(folder: RunFolder) -> Iterator[TableRow]:
+    """Yield one row per metric of a trial; its value is null where there were too few samples."""
     summary, run = folder.summary(), folder.run()
-    return [
+    return (
         {
             **_about(folder, point, repeat),
             "metric": metric,
@@ -95,7 +97,7 @@ def measurements(folder: RunFolder) -> list[TableRow]:
         for point in run.points()
         for repeat, row in summary.measurements.get(point.key, {}).items()
         for metric, value in row.items()
-    ]
+    )
 
 
 def _trials(folder: RunFolder) -> Iterator[tuple[TableRow, Trial]]:
@@ -117,14 +119,15 @@ def _about(folder: RunFolder, point: Point, repeat: int) -> TableRow:
     }
 
 
-def _write_csv(path: Path, rows: Sequence[TableRow]) -> None:
+def _write_csv(path: Path, rows: Iterator[TableRow]) -> None:
+    first = list(itertools.islice(rows, 1))
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer = csv.DictWriter(file, list(first[0]) if first else [])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(itertools.chain(first, rows))
 
 
-def _write_parquet(path: Path, rows: Sequence[TableRow]) -> None:
+def _write_parquet(path: Path, rows: Iterator[TableRow]) -> None:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -132,7 +135,13 @@ def _write_parquet(path: Path, rows: Sequence[TableRow]) -> None:
         raise LabError(
             "Parquet needs pyarrow: .venv/bin/python -m pip install 'pyarrow>=17', or AS=csv"
         ) from error
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    # Arrow's form takes less memory than the rows; where there is none, a table without columns
+    parts = [pyarrow.Table.from_pylist(list(itertools.islice(rows, ROWS_AT_ONCE)))]
+    while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        parts.append(pyarrow.Table.from_pylist(part))
+    # a column that is null throughout one part gets its type from another
+    whole_table = pyarrow.concat_tables(parts, promote_options="default")
+    pyarrow.parquet.write_table(whole_table, path)
 
 
 # ---------------------------------------------------------------------------- as vllm bench serve

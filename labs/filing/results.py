@@ -25,6 +25,7 @@ import re
 import shutil
 import subprocess
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -390,7 +391,10 @@ class RunFolder:
     def trials(
         self, points: list[Point], lab: Lab
     ) -> Iterator[tuple[Point, TrialResult, Trial | None]]:
-        """Yield every trial that ended, with its data unless it failed."""
+        """Yield every trial that ended, with its data unless it failed.
+
+        None is kept here once the next is asked for: a run may be larger than memory.
+        """
         for point in points:
             for repeat in range(1, lab.rounds + 1):
                 result = self.trial_result(point, repeat)
@@ -528,7 +532,7 @@ def problems(folder: RunFolder) -> list[str]:
             for repeat in range(1, lab.repeats + 1):
                 if folder.complete and folder.trial_result(point, repeat) is None:
                     messages.append(f"trial {point.key}/{repeat} is missing")
-        list(folder.trials(run.points(), lab))
+        deque(folder.trials(run.points(), lab), maxlen=0)  # each is read, none is kept
     except (OSError, ValueError, KeyError, TypeError) as error:
         messages.append(f"it cannot be read: {str(error).splitlines()[0]}")
     if not folder.complete:

@@ -13,7 +13,7 @@ from dashboards.palette import BLUE, BOUND
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import plt
+from labs.findings.drawing import plt, thinned
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import ONE_STREAM, Published, PublishedFigures
 from labs.findings.steps import COUNTED_IN_TURN, PARTS_MEAN, Parts
@@ -219,10 +219,11 @@ def draw_static(run: JudgedRun) -> str | None:
                 continue
             spans = [(r.chunks[0][0], r.chunks[-1][0]) for r in records.read(path) if r.chunks]
             edges = sorted([(a, 1) for a, _ in spans] + [(b, -1) for _, b in spans])
-            times = [0.0, *(t for t, _ in edges)]
-            ax.step(times, np.cumsum([0, *(d for _, d in edges)]), where="post", color=colour, lw=1)
-            ax.fill_between(times, np.cumsum([0, *(d for _, d in edges)]), step="post",
-                            color=colour, alpha=0.2)  # fmt: skip
+            times = np.array([0.0, *(t for t, _ in edges)])
+            in_decode = np.cumsum([0, *(d for _, d in edges)])
+            times, in_decode = thinned(times, in_decode)
+            ax.step(times, in_decode, where="post", color=colour, lw=1)
+            ax.fill_between(times, in_decode, step="post", color=colour, alpha=0.2)
             kind = "fixed batches" if row == 0 else "continuous"
             tokens_per_s = run.mean(point, "output_tokens_per_s")
             rate = f", {tokens_per_s:.0f} tok/s" if tokens_per_s else ""

@@ -163,7 +163,7 @@ LEAST_SAMPLES = {50: 5, 90: 30, 99: 200}
 """The least number of samples for each percentile, so that at least two lie above a p99."""
 
 
-def percentile(samples: list[float], q: int) -> float | None:
+def percentile(samples: Sequence[float], q: int) -> float | None:
     """Compute the q-th percentile of raw samples, or None where there are too few for it."""
     if len(samples) < LEAST_SAMPLES[q]:
         return None

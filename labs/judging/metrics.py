@@ -7,7 +7,7 @@ asks this table; nothing is read out of a metric's name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -230,7 +230,7 @@ def pooled_latencies() -> set[Latency]:
     }
 
 
-def pooled_percentiles(samples_s: Mapping[Latency, list[float]]) -> dict[str, float]:
+def pooled_percentiles(samples_s: Mapping[Latency, Sequence[float]]) -> dict[str, float]:
     """Compute a point's percentiles from the samples of all its repeats together, in seconds.
 
     A percentile with too few samples is left out.

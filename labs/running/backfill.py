@@ -11,6 +11,7 @@ loading twice changes nothing and a run that lost its Prometheus half-way is mad
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,12 @@ from dashboards import prometheus, series
 from dashboards.prometheus import Prometheus, PrometheusError
 from labs.filing.results import Run, RunFolder
 from labs.judging.judge import Interval
-from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS
 from labs.judging.text import claim_outcome
-from labs.lab import Lab, LabError
-from loadtests import exporter
+from labs.lab import Lab, LabError, Point
+from loadtests import exporter, records
 from loadtests.exporter import Exporter
-from loadtests.plan import Progress, TrialPlan
+from loadtests.plan import Progress, TrialPlan, TrialSummary
 from loadtests.records import RequestRecord
 from serving.models import CACHE
 
@@ -118,12 +118,22 @@ _Since = dict[tuple[str, int], float]
 """Trial (point, repeat) -> seconds of it that Prometheus has scraped already."""
 
 
-def _name(trial: Trial) -> tuple[str, int]:
+@dataclass(frozen=True)
+class _Played:
+    """Holds of a trial what can be told without its records, of which there may be many."""
+
+    point: Point
+    repeat: int
+    summary: TrialSummary
+    length_s: float
+
+
+def _name(trial: _Played) -> tuple[str, int]:
     return trial.point.key, trial.repeat
 
 
 def _missing(
-    folder: RunFolder, trials: Sequence[Trial], own_prometheus: Prometheus
+    folder: RunFolder, trials: Sequence[_Played], own_prometheus: Prometheus
 ) -> tuple[_Since, bool]:
     """Return the trials that Prometheus lacks, whole or in part; whether it lacks the figures."""
     run_id = folder.path.name
@@ -132,7 +142,7 @@ def _missing(
         _name(t): since_s
         for t in trials
         if not (since_s := _known_s(t, run_id, own_prometheus))
-        or _length_s(t) - since_s > SCRAPES_LATE_S
+        or t.length_s - since_s > SCRAPES_LATE_S
     }
     if not (folder.path / "summary.json").exists():  # it was interrupted: there are none yet
         return lacking, False
@@ -140,27 +150,28 @@ def _missing(
     return lacking, own_prometheus.known(known, _end_unix_s(trials) + 1) is None
 
 
-def _trials(folder: RunFolder) -> list[Trial]:
+def _trials(folder: RunFolder) -> list[_Played]:
     run = folder.run()
-    finished = [t for _, _, t in folder.trials(run.points(), run.rebuilt_lab()) if t]
+    finished = []
+    for point, result, trial in folder.trials(run.points(), run.rebuilt_lab()):
+        if trial:
+            length_s = max([trial.summary.window_s[1], *map(_end_s, trial.records)])
+            finished.append(_Played(point, result.repeat, trial.summary, length_s))
+        del trial  # before the next one is read
     return sorted(finished, key=lambda t: t.summary.started_unix_s)
 
 
-def _known_s(trial: Trial, run_id: str, own_prometheus: Prometheus) -> float:
+def _known_s(trial: _Played, run_id: str, own_prometheus: Prometheus) -> float:
     """Return how many seconds into the trial Prometheus has samples of its run."""
-    start, end = trial.summary.started_unix_s, trial.summary.started_unix_s + _length_s(trial)
+    start, end = trial.summary.started_unix_s, trial.summary.started_unix_s + trial.length_s
     latest = own_prometheus.known(
         f'max(timestamp({exporter.LOAD_POINT}{{run_id="{run_id}"}}))', end + ROUNDED_S
     )
     return max(0.0, (latest or start) - start)
 
 
-def _length_s(trial: Trial) -> float:
-    return max([trial.summary.window_s[1], *map(_end_s, trial.records)])
-
-
-def _end_unix_s(trials: Sequence[Trial]) -> float:
-    return max(t.summary.started_unix_s + _length_s(t) for t in trials)
+def _end_unix_s(trials: Sequence[_Played]) -> float:
+    return max(t.summary.started_unix_s + t.length_s for t in trials)
 
 
 def _all(folder: RunFolder, since: _Since, figures: bool) -> Iterator[str]:
@@ -179,14 +190,15 @@ def _client(folder: RunFolder, since: _Since) -> Iterator[str]:
         point, start = trial.point, trial.summary.started_unix_s
         client = by_variant.setdefault(point.variant.name, Exporter())
         client.begin(_plan(lab, folder.path.name, trial))
+        path = folder.trial_folder(point, trial.repeat) / "requests.jsonl.gz"
         trial_records = sorted(
-            (r for r in trial.records if _end_s(r) > since_s or not since_s), key=_end_s
+            (r for r in records.read(path) if _end_s(r) > since_s or not since_s), key=_end_s
         )
-        outstanding = list(trial_records)
-        length_s = _length_s(trial)
+        outstanding = deque(trial_records)
+        length_s = trial.length_s
         for now in (*range(math.ceil(length_s)), length_s):  # every second, as Prometheus scrapes
             while outstanding and _end_s(outstanding[0]) <= now:
-                client.observe(outstanding.pop(0))
+                client.observe(outstanding.popleft())
             warm = now >= trial.summary.window_s[0]
             client.progress(_progress(trial_records, len(outstanding), now, warm))
             if now == length_s:
@@ -195,19 +207,19 @@ def _client(folder: RunFolder, since: _Since) -> Iterator[str]:
                 yield from _scrape(client.registry, start + now)
 
 
-def _progress(records: Sequence[RequestRecord], left: int, now_s: float, warm: bool) -> Progress:
+def _progress(sending: Sequence[RequestRecord], left: int, now_s: float, warm: bool) -> Progress:
     """Compute the progress that records show: without adapters and the event loop's lag."""
-    sent = sum(r.sent_s <= now_s for r in records)
-    due = [r.scheduled_s <= now_s for r in records if r.scheduled_s is not None]
+    sent = sum(r.sent_s <= now_s for r in sending)
+    due = [r.scheduled_s <= now_s for r in sending if r.scheduled_s is not None]
     return Progress(
         sent=sent,
-        in_flight=sent - (len(records) - left),
+        in_flight=sent - (len(sending) - left),
         warm=warm,
         due=sum(due) if due else None,
     )
 
 
-def _plan(lab: Lab, run_id: str, trial: Trial) -> TrialPlan:
+def _plan(lab: Lab, run_id: str, trial: _Played) -> TrialPlan:
     """Rebuild the part of a trial's plan that the exporter reads."""
     point = trial.point
     return TrialPlan(

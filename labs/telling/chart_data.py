@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import math
+from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from labs.judging.metrics import METRICS, Metric, by_repeat, columns
 from labs.judging.text import claim_outcome, outcome_text, point_label, verdict_text
 from labs.lab import Lab, Point, Prediction
 from labs.telling.document import parse, plain_text
-from loadtests.latencies import CHUNK_GAP, E2E, ITL, TPOT, TTFT
+from loadtests.latencies import CHUNK_GAP, E2E, ITL, TPOT, TTFT, Latency
 from loadtests.records import RequestRecord
 from serving import metrics
 
@@ -24,13 +26,13 @@ DRAWN = (TTFT, TPOT, ITL, E2E, CHUNK_GAP)  # of which a reader may look at every
 MOST_QUANTILES = 250
 MOST_REQUESTS = 12_000  # on one page, which stays under a megabyte beside the library
 
-Played = tuple[Point, TrialResult, Trial | None]
+Samples: TypeAlias = "dict[str, array[float]]"  # point -> samples in seconds
 
 
 def data(folder: RunFolder, run: Run, summary: Summary) -> dict[str, Any]:
     """Gather all that a page draws: times in ms, or in 0.1 ms where the name ends in `_dms`."""
     lab, points = run.rebuilt_lab(), run.points()
-    trials = list(folder.trials(points, lab))
+    samples, trials = _played(folder, points, lab)
     figures = _figure_names(lab, summary)
     return {
         "colours": VARIANTS,
@@ -62,8 +64,8 @@ def data(folder: RunFolder, run: Run, summary: Summary) -> dict[str, Any]:
         ],
         "claims": _claims(lab, summary),
         "forecasts": _forecasts(lab, summary),
-        "samples": _samples(trials),
-        "trials": _trials(trials),
+        "samples": samples,
+        "trials": trials,
     }  # fmt: skip
 
 
@@ -151,23 +153,36 @@ def _borne_out(prediction: Prediction) -> dict[str, float | None]:
     }
 
 
-def _samples(trials: Sequence[Played]) -> dict[str, Any]:
-    """Return how many samples each latency and point has, and their quantiles in equal steps."""
-    samples: dict[str, Any] = {}
-    for latency in DRAWN:
-        points: dict[str, list[float]] = {}
-        for point, _, trial in trials:
-            points.setdefault(point.key, []).extend(trial.samples_s(latency) if trial else [])
-        samples[latency.attribute] = {"title": latency.title, "points": _quantiles(points)}
-    long: dict[str, list[float]] = {}
-    for point, _, trial in trials:
+def _played(
+    folder: RunFolder, points: list[Point], lab: Lab
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the quantiles of each latency and the requests of each trial, read one by one."""
+    seconds: dict[Latency, Samples] = {latency: {} for latency in DRAWN}
+    long: Samples = {}
+    played = sum(
+        folder.trial_result(p, repeat) is not None
+        for p in points
+        for repeat in range(1, lab.rounds + 1)
+    )
+    rows: list[dict[str, Any]] = []
+    for point, result, trial in folder.trials(points, lab):
+        for latency, of_points in seconds.items():
+            drawn = trial.samples_s(latency) if trial else []
+            of_points.setdefault(point.key, array("d")).extend(drawn)
         waits = [r.ttft_s for r in trial.intruders] if trial else []
-        long.setdefault(point.key, []).extend(w for w in waits if w is not None)
+        long.setdefault(point.key, array("d")).extend(w for w in waits if w is not None)
+        rows.append(_requests(point, result, trial, max(1, MOST_REQUESTS // played)))
+        del trial  # before the next one is read
+    samples = {
+        latency.attribute: {"title": latency.title, "points": _quantiles(of_points)}
+        for latency, of_points in seconds.items()
+    }
     samples["intruder_ttft_s"] = {"title": "TTFT of the long prompts", "points": _quantiles(long)}
-    return {name: of for name, of in samples.items() if of["points"]}
+    return {name: of for name, of in samples.items() if of["points"]}, rows
 
 
-def _quantiles(points: dict[str, list[float]]) -> dict[str, Any]:
+def _quantiles(points: Samples) -> dict[str, Any]:
+    """Return how many samples each point has, and their quantiles in equal steps."""
     return {
         key: {
             "n": len(drawn),
@@ -181,38 +196,29 @@ def _quantiles(points: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def _trials(trials: Sequence[Played]) -> list[dict[str, Any]]:
-    """Return the requests of each trial by column; where there are many, only the longest."""
-    most = max(1, MOST_REQUESTS // max(1, len(trials)))
-    rows: list[dict[str, Any]] = []
-    for point, result, trial in trials:
-        identity: dict[str, Any] = {"point": point.key, "repeat": result.repeat}
-        if trial is None:
-            rows.append({**identity, "failed": result.failed or "no summary"})
-            continue
-        shown = sorted(trial.records, key=_length_s, reverse=True)[:most]
-        shown.sort(key=lambda r: r.start_s)
-        histograms = trial.engine.histograms if trial.engine else {}
-        rows.append(
-            {
-                **identity,
-                "window_s": [round(t, 3) for t in trial.summary.window_s],
-                "sent": len(trial.records),
-                "engine_ms": [
-                    _round(1000 * mean)
-                    if (h := histograms.get(name)) and (mean := h.mean()) is not None
-                    else None
-                    for name in (metrics.QUEUE_TIME, metrics.PREFILL_TIME, metrics.DECODE_TIME)
-                ],
-                "open_loop": point.load.open_loop,
-                **_columns(shown),
-                "long": [
-                    i for i, r in enumerate(shown) if point.workload.is_intruder(r.index)
-                ],
-                "errors": {i: r.error[:300] for i, r in enumerate(shown) if r.error},
-            }
-        )  # fmt: skip
-    return rows
+def _requests(point: Point, result: TrialResult, trial: Trial | None, most: int) -> dict[str, Any]:
+    """Return the requests of a trial by column; where there are more than `most`, the longest."""
+    identity: dict[str, Any] = {"point": point.key, "repeat": result.repeat}
+    if trial is None:
+        return {**identity, "failed": result.failed or "no summary"}
+    shown = heapq.nlargest(most, trial.records, key=_length_s)
+    shown.sort(key=lambda r: r.start_s)
+    histograms = trial.engine.histograms if trial.engine else {}
+    return {
+        **identity,
+        "window_s": [round(t, 3) for t in trial.summary.window_s],
+        "sent": len(trial.records),
+        "engine_ms": [
+            _round(1000 * mean)
+            if (h := histograms.get(name)) and (mean := h.mean()) is not None
+            else None
+            for name in (metrics.QUEUE_TIME, metrics.PREFILL_TIME, metrics.DECODE_TIME)
+        ],
+        "open_loop": point.load.open_loop,
+        **_columns(shown),
+        "long": [i for i, r in enumerate(shown) if point.workload.is_intruder(r.index)],
+        "errors": {i: r.error[:300] for i, r in enumerate(shown) if r.error},
+    }
 
 
 def _length_s(record: RequestRecord) -> float:

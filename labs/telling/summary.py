@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ class _Measured:
     """Holds what was measured in the trials of a run."""
 
     values: dict[str, dict[int, dict[str, float | None]]]  # point -> repeat -> metric -> value
-    samples_s: dict[str, dict[Latency, list[float]]]  # point -> samples of all its repeats
+    samples_s: dict[str, dict[Latency, array[float]]]  # point -> samples of all its repeats
     caveats: list[Caveat]
     failed: dict[str, str]  # trial -> reason
     machine_speed: MachineSpeed | None
@@ -94,7 +95,7 @@ def summarise(folder: RunFolder) -> Summary:
 def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expected) -> _Measured:
     """Measure every trial on its own, and collect what weakens the run."""
     values: dict[str, dict[int, dict[str, float | None]]] = {p.key: {} for p in points}
-    samples_s: dict[str, dict[Latency, list[float]]] = {}
+    samples_s: dict[str, dict[Latency, array[float]]] = {}
     caveats: list[Caveat] = []
     failed: dict[str, str] = {}
     again: dict[str, list[str]] = {}
@@ -108,9 +109,10 @@ def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expecte
         values[point.key][result.repeat] = measure(trial)
         for latency in pooled_latencies():
             of_point = samples_s.setdefault(point.key, {})
-            of_point.setdefault(latency, []).extend(trial.samples_s(latency))
+            of_point.setdefault(latency, array("d")).extend(trial.samples_s(latency))
         caveats += caveats_of(trial, expected)
         timed += [result.timed] if result.timed else []
+        del trial  # before the next one is read
     caveats += speed_jumped(timed)
     caveats += [c for p in points for c in first_trial_slow(values[p.key], p.key)]
     caveats = _each_once([*caveats, *_of_the_whole(folder.run(), lab, folder.session())])
