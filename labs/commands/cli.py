@@ -32,13 +32,13 @@ from labs.commands.terminal import (
     reported_errors,
     show,
 )
-from labs.comparing import reproduction, side_by_side
+from labs.comparing import compare, reproduction, side_by_side
 from labs.filing import manifest, newest
 from labs.filing.results import RunFolder, open_run
 from labs.lab import Lab, LabError, NotApplicable, did_you_mean, parse_changes
 from labs.questions import QUESTIONS
 from labs.running import derived_models, reproduce
-from labs.running.resolve import RunRequest, is_dummy, model_of, require_devices
+from labs.running.resolve import RunRequest, is_dummy, model_of, require_devices, require_harmless
 from labs.running.resume import CannotResume
 from labs.running.run import forecast_alone
 from labs.running.run import run as run_lab
@@ -66,6 +66,14 @@ SetOption = Annotated[
         envvar="LABS_SET",
         help="Change existing fields for this run: 'window_s=4 flags.max-num-seqs=8'."
         " The run is marked ad hoc.",
+    ),
+]
+UnsafeOption = Annotated[
+    bool,
+    typer.Option(
+        "--unsafe-flags",
+        envvar="LABS_UNSAFE_FLAGS",
+        help="Pass flags on that may load code, open an address or name a path: your own only.",
     ),
 ]
 QuickOption = Annotated[
@@ -152,6 +160,7 @@ def run(
         typer.Option(envvar="LABS_RESUME", help="Continue the newest unfinished run of this lab."),
     ] = False,
     engine_command: EngineOption = "",
+    unsafe_flags: UnsafeOption = False,
 ) -> None:
     """Run a lab: predict, measure, judge, report.
 
@@ -168,6 +177,7 @@ def run(
             endpoint=endpoint,
             resume=resume,
             engine_command=_command_words(engine_command),
+            unsafe_flags=unsafe_flags,
         )
         if not _play(request).complete:
             console.print("Some trials failed: RESUME=1 plays them again.")
@@ -254,6 +264,7 @@ def forecast_lab(
     model: ModelOption = "",
     weights: WeightsOption = "",
     seed: SeedOption = "",
+    unsafe_flags: UnsafeOption = False,
 ) -> None:
     """Forecast a lab, in seconds to a few minutes: no engine is started, nothing is recorded.
 
@@ -267,6 +278,7 @@ def forecast_lab(
             request = RunRequest(
                 chosen, quick, changes=_changes(changes, seed), model=model,
                 weights="dummy" if shape_alone else weights, card=card,
+                unsafe_flags=unsafe_flags,
             )  # fmt: skip
             try:
                 setup, predictions = forecast_alone(request, progress)
@@ -333,12 +345,15 @@ def serve(
     tp: TpOption = 1,
     dp: DpOption = 1,
     pp: PpOption = 1,
+    unsafe_flags: UnsafeOption = False,
 ) -> None:
     """Start the engine of a lab's variant in the foreground; Ctrl-C ends it."""
     with reported_errors():
         host = machine.detect()
         all_changes = {**_parallel(tp, dp, pp), **_changes(changes)}
         resolved = _lab(lab).at(models.scale_of(host), False, all_changes, is_dummy(weights))
+        if not unsafe_flags:
+            require_harmless(resolved)
         require_devices(resolved, host)
         by_name = {v.name: v for v in resolved.variants}
         if variant and variant not in by_name:
@@ -396,7 +411,7 @@ def reproduce_run(
 ) -> None:
     """Repeat a recorded run, and say which of its figures and verdicts came out the same."""
     with reported_errors():
-        original = open_run(run)
+        original = compare.read_side(str(open_run(run).path)).folder
         original_run = original.run()
         request = reproduce.request(original_run, model, resume, _command_words(engine_command))
         for note in reproduce.notes(original_run, Vllm.version()):

@@ -18,7 +18,7 @@ from labs.filing.results import RESULTS, open_run, problems
 from labs.lab import LabError
 from labs.telling import pages, report
 from labs.telling.document import bullets, section, table_of
-from labs.telling.summary import summarise
+from labs.telling.summary import stale_summary, summarise
 from serving.models import ROOT
 
 app = typer.Typer()
@@ -98,7 +98,8 @@ def check(
     with reported_errors():
         count = 0
         for folder in (folders := committed_runs() if committed else folders_of(run)):
-            for problem in [*problems(folder), *reproduction.problems(folder)]:
+            found = [*problems(folder), *stale_summary(folder), *reproduction.problems(folder)]
+            for problem in found:
                 count += 1
                 text = f"{os.path.relpath(folder.path)}: {escape(problem)}"
                 console.print(text, soft_wrap=True)

@@ -17,6 +17,7 @@ results/<machine>/<lab>/<UTC>-<digest>/
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import json
@@ -127,18 +128,26 @@ def lab_from_resolved(resolved: Mapping[str, Any], like: Lab | None = None) -> L
     """Rebuild a lab from its plain form.
 
     Its claims and forecasts predict with the functions of `like`; without those, predicting raises
-    LookupError.
+    LookupError. Raises DamagedError where today's code cannot read the lab.
     """
 
     def missing(*_: object) -> Prediction:
         raise LookupError("a run on file has its predictions on file")
 
     fields = json.loads(json.dumps(resolved))
-    for kind in ("claims", "forecasts"):
-        predict = {part.name: part.predict for part in getattr(like, kind, ())}
-        for part in fields[kind]:
-            part["predict"] = predict.get(part["name"], missing)
-    return Lab.model_validate(fields)
+    fields |= {"scales": {}, "quick": {}}  # they have been applied
+    try:
+        if any(isinstance(workload.get("trace"), str) for workload in fields["workloads"]):
+            raise ValueError("a recorded trace is a list, and this one names a file")
+        for kind in ("claims", "forecasts"):
+            predict = {part.name: part.predict for part in getattr(like, kind, ())}
+            for part in fields[kind]:
+                part["predict"] = predict.get(part["name"], missing)
+        return Lab.model_validate(fields)
+    except ValidationError as error:
+        raise DamagedError(f"its lab{_first_error(error)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"its lab cannot be read: {error!r}") from error
 
 
 def fresh_knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -397,11 +406,15 @@ def read_json(path: Path, kind: type[M]) -> M:
     except FileNotFoundError as error:
         raise DamagedError(f"{path} is missing") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = f", {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
-        raise DamagedError(f"{path}{place}: {first['msg']}") from error
+        raise DamagedError(f"{path}{_first_error(error)}") from error
     except UnicodeDecodeError as error:
         raise DamagedError(f"{path}: not text") from error
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = f", {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
+    return f"{place}: {first['msg']}"
 
 
 def require_room(path: Path) -> None:
@@ -442,25 +455,42 @@ def open_run(path: Path) -> RunFolder:
     return RunFolder(folder.resolve())  # names of machine, lab and run come from the whole path
 
 
-def problems(folder: RunFolder) -> list[str]:
-    """List what is wrong with a run on file; the list is empty when it is well formed."""
+def contradictions(folder: RunFolder) -> list[str]:
+    """List where a run's files cannot be read or contradict each other; empty where they agree.
+
+    What is missing of a run that was not finished is no contradiction.
+    """
     messages = []
     try:
-        run, lab = folder.run(), folder.run().rebuilt_lab()
+        run = folder.run()
+        lab, points = run.rebuilt_lab(), run.points()
         folder.predictions(), folder.summary()
         if run.digest != digest_of(run.lab):
             messages.append("its lab was changed after the run: the digest is another")
+        if folder.complete:
+            for point in points:
+                for repeat in range(1, lab.repeats + 1):
+                    result, trial = folder.trial_result(point, repeat), f"{point.key}/{repeat}"
+                    if result is None:
+                        messages.append(f"trial {trial} is missing")
+                    elif result.failed:
+                        messages.append(f"trial {trial} failed, and yet it is COMPLETE")
+        for _ in folder.trials(points, lab):
+            pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        messages.append(f"it cannot be read: {str(error).splitlines()[0]}")
+    return messages
+
+
+def problems(folder: RunFolder) -> list[str]:
+    """List what is wrong with a run on file; the list is empty when it is well formed."""
+    messages = contradictions(folder)
+    with contextlib.suppress(DamagedError):  # it is listed already
+        run = folder.run()
         if run.digest not in folder.path.name:
             messages.append("its folder does not carry its digest")
         if run.machine.slug != folder.path.parent.parent.name:
             messages.append("its folder is under another machine's name")
-        for point in run.points():
-            for repeat in range(1, lab.repeats + 1):
-                if folder.complete and folder.trial_result(point, repeat) is None:
-                    messages.append(f"trial {point.key}/{repeat} is missing")
-        list(folder.trials(run.points(), lab))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        messages.append(f"it cannot be read: {str(error).splitlines()[0]}")
     if not folder.complete:
         messages.append("it has no COMPLETE")
     return [*messages, *_unfit_to_publish(folder.path)]

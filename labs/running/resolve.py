@@ -21,7 +21,7 @@ from loadtests.prompts import Writer, counter
 from serving import dummy, models
 from serving import machine as machines
 from serving.engines import ENGINES
-from serving.engines.base import Unsupported
+from serving.engines.base import EngineError, Unsupported
 from serving.engines.endpoint import Endpoint
 from serving.gpus import DATASHEETS, Datasheet
 from serving.machine import Ceilings, Environment, Machine
@@ -42,6 +42,7 @@ class RunRequest:
     reproduces: str = ""  # the run whose resolved lab this is
     engine_command: Sequence[str] = ()  # in the place of the engines' own
     card: str = ""  # a GPU that is not here, by its short name: it can only be forecast
+    unsafe_flags: bool = False  # flags are passed on that may load code or open an address
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,14 @@ class Setup:
 def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     """Check everything that can be checked before the first process starts."""
     machine, datasheet = machine_of(request.card)
+    changes = {} if request.reproduces else request.changes  # that lab has them, and no paths
     lab = request.lab.at(
-        models.scale_of(machine), request.quick, request.changes, is_dummy(request.weights)
+        models.scale_of(machine), request.quick, changes, is_dummy(request.weights)
     )
     lab = lab.against_itself() if request.aa else lab
     require_known_names(lab)
+    if not request.unsafe_flags:
+        require_harmless(lab, bool(request.reproduces))
     require_devices(lab, machine)
     require_room(RESULTS)
     model = model_of(machine, request.model, request.weights)
@@ -172,6 +176,21 @@ def model_of(machine: Machine, wanted: str, weights: str) -> models.Model:
     if wanted in dummy.SHAPES and not Path(wanted).exists():
         raise LabError(f"MODEL={wanted} is a shape without weights: set WEIGHTS=dummy with it")
     return models.resolve(machine, wanted)
+
+
+def require_harmless(lab: Lab, recorded: bool = False) -> None:
+    """Check that no flag loads code, opens an address or names a path. Raises EngineError.
+
+    `recorded` says that the lab comes from a folder of results.
+    """
+    for variant in lab.variants:
+        if why := ENGINES[variant.engine].refusal(lab.flags_of(variant)):
+            mend = (
+                "a recorded run is data, whoever wrote it, so it is not repeated"
+                if recorded
+                else "where you know what it does, UNSAFE_FLAGS=1 passes it on"
+            )
+            raise EngineError(f"the flags of {variant.name} are refused: {why}; {mend}")
 
 
 def require_devices(lab: Lab, machine: Machine) -> None:

@@ -167,6 +167,15 @@ class Engine(Server):
         return
 
     @classmethod
+    def refusal(cls, flags: Flags) -> str:
+        """Say which of the flags may not come from a recorded run or `SET=`, and why.
+
+        Empty where none loads code, opens an address or names a path. Until a subclass knows which
+        are harmless, none is.
+        """
+        return f"{cls.title} does not say which of its flags are harmless" if flags else ""
+
+    @classmethod
     def require_devices(cls, variant: str, flags: Flags, machine: Machine) -> None:
         """Check that this machine has the devices that the flags ask for.
 

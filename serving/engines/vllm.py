@@ -26,6 +26,7 @@ import requests
 
 from serving import machine as machines
 from serving import metrics
+from serving.engines import harmless
 from serving.engines.base import Engine, EngineError, Flags, FlagValue, Unsupported, exceptions
 from serving.machine import Machine
 from serving.models import CACHE, Model, Shape
@@ -208,6 +209,8 @@ class Vllm(Engine):
         words for a value out of range. The parser does not check what is known only when the engine
         starts, such as whether a length fits memory.
         """
+        for name in (n for flags in flag_sets for n in flags if n in harmless.SET_BY_LAB):
+            raise EngineError(f"the lab sets {name} itself: leave it out")
         memory = CACHE / f"vllm-{cls.version()}-flags.json"
         remembered = (
             json.loads(memory.read_text()) if memory.exists() else {"options": [], "accepted": []}
@@ -234,6 +237,10 @@ class Vllm(Engine):
             accepted = [*remembered["accepted"], *digests]
             memory.parent.mkdir(parents=True, exist_ok=True)
             memory.write_text(json.dumps({"options": parsed["options"], "accepted": accepted}))
+
+    @classmethod
+    def refusal(cls, flags: Flags) -> str:
+        return harmless.refusal(flags)
 
     @classmethod
     def require_devices(cls, variant: str, flags: Flags, machine: Machine) -> None:

@@ -1,0 +1,225 @@
+"""Folders of results that somebody else wrote: they are data, and are checked before use."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from labs import LABS
+from labs.commands.cli import app
+from labs.commands.terminal import ConsoleProgress
+from labs.filing import manifest, results
+from labs.filing.results import DamagedError, Run, RunFolder, lab_from_resolved, write_json
+from labs.lab import Lab, LabError, digest_of
+from labs.running import reproduce
+from labs.running.resolve import RunRequest, require_harmless, resolve
+from serving.engines.base import EngineError
+from serving.engines.harmless import refusal
+from serving.engines.vllm import Vllm
+from tests.unit.builders import write_run, write_slowed
+
+LAB = next(iter(LABS.values()))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    return write_run(tmp_path)
+
+
+def labs(*args: str) -> tuple[int, str]:
+    """Exit code, and what is shown with its white space made single."""
+    result = CliRunner().invoke(app, args)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+# --------------------------------------------------------------------------- flags and variables
+
+HOSTILE: list[tuple[dict[str, Any], str]] = [
+    ({"tool-parser-plugin": "results/x/plugin.py"}, "tool-parser-plugin loads code"),
+    ({"worker-extension-cls": "os.system"}, "worker-extension-cls loads code"),
+    ({"logits-processors": ["a.b"]}, "logits-processors loads code"),
+    ({"trust-remote-code": True}, "trust-remote-code trusts code that comes with a model"),
+    ({"hf-overrides": {"auto_map": {}}}, "hf-overrides trusts code"),
+    ({"host": "0.0.0.0"}, "host opens an address"),
+    ({"kv-transfer-config": {"kv_connector": "x"}}, "kv-transfer-config opens an address"),
+    ({"chat-template": "/etc/passwd"}, "chat-template reads or writes a path"),
+    ({"config": "x.yaml"}, "config reads or writes a path"),
+    ({"tool-parser-plug": "x.py"}, "not among the flags that are known to be harmless"),
+    ({"max-num-seq": 8}, r"harmless \(did you mean max-num-seqs\?\)"),
+    ({"speculative-config": {"model": "/tmp/draft"}}, "speculative-config.model has a value"),
+    ({"compilation-config": {"backend": "a.b"}}, "compilation-config.backend has a value"),
+    ({"lora-modules": ["a=/tmp/adapter"]}, "lora-modules has a value"),
+    ({"lora-modules": ["a=<adapters>/../../x"]}, "lora-modules has a value"),
+    ({"distributed-executor-backend": "my.Executor"}, "executor-backend has a value"),
+    ({"kv-cache-dtype": "--trust-remote-code"}, "kv-cache-dtype has a value"),
+    ({"max-num-seqs": "8"}, "max-num-seqs has a value"),
+]
+
+
+@pytest.mark.parametrize(("flags", "why"), HOSTILE)
+def test_a_recorded_run_whose_flags_may_do_harm_is_not_repeated(
+    flags: dict[str, Any], why: str
+) -> None:
+    hostile = LAB.at("cpu", quick=True)
+    hostile = hostile.model_copy(update={"flags": {**hostile.flags, **flags}})
+    with pytest.raises(EngineError, match=f"{why}.*a recorded run is data"):
+        resolve(RunRequest(hostile, True, reproduces="x", model="none"), ConsoleProgress())
+
+
+@pytest.mark.parametrize("name", LABS)
+@pytest.mark.parametrize("scale", ["cpu", "gpu-24", "gpu-80"])
+@pytest.mark.parametrize("random", [False, True])
+def test_the_labs_own_flags_are_harmless(name: str, scale: str, random: bool) -> None:
+    require_harmless(LABS[name].at(scale, False, dummy=random))
+
+
+@pytest.mark.parametrize("command", [("run", LAB.name), ("forecast", "--lab", LAB.name)])
+def test_a_flag_by_hand_is_refused_and_the_way_to_insist_is_named(command: tuple[str, ...]) -> None:
+    code, said = labs(*command, "--set", "flags.trust-remote-code=true")
+    assert code == 1
+    assert "trust-remote-code trusts code that comes with a model; where you know what" in said
+    assert "UNSAFE_FLAGS=1 passes it on" in said
+    code, said = labs(
+        *command, "--set", "flags.trust-remote-code=true", "--unsafe-flags", "--model", "./none"
+    )
+    assert "MODEL=./none is not there" in said  # the check that comes after
+
+
+def test_serve_refuses_it_too() -> None:
+    code, said = labs("serve", "--lab", LAB.name, "--set", "flags.host=0.0.0.0")
+    assert (code, "host opens an address" in said) == (1, True)
+
+
+def test_what_the_lab_sets_itself_is_refused_even_where_the_reader_insists() -> None:
+    for flag in ("host", "port", "api-key", "middleware", "served-model-name"):
+        with pytest.raises(EngineError, match=f"the lab sets {flag} itself"):
+            Vllm.check_flags([{flag: "x"}])
+
+
+def test_an_engine_that_names_no_harmless_flags_has_none() -> None:
+    class Other(Vllm):
+        refusal = super(Vllm, Vllm).refusal
+
+    assert Other.refusal({}) == ""
+    assert "does not say which of its flags are harmless" in Other.refusal({"x": 1})
+    assert refusal({}) == ""
+
+
+# ------------------------------------------------------------------------- paths in a manifest
+
+
+def recorded(lab: Lab, like: Run, **update: Any) -> Run:
+    plain = lab.resolved()
+    return like.model_copy(update={"lab": plain, "digest": digest_of(plain), **update})
+
+
+def test_a_trace_that_names_a_file_is_not_read(folder: RunFolder, tmp_path: Path) -> None:
+    """A pipe: whoever opens it waits for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    lab = folder.run().lab
+    workload = lab["workloads"][0] | {"trace": str(tmp_path / "pipe")}
+    with pytest.raises(DamagedError, match="a recorded trace is a list, and this one names a file"):
+        lab_from_resolved(lab | {"workloads": [workload]})
+    scales = {"cpu": {"workloads.short.trace": str(tmp_path / "pipe")}}
+    assert lab_from_resolved(lab | {"scales": scales}).scales == {}
+    for changes in (
+        {f"workloads.{LAB.workloads[0].name}.trace": str(tmp_path / "pipe")},
+        {"workloads": [{"trace": str(tmp_path / "pipe")}]},
+    ):
+        run = recorded(LAB.at("cpu", True), folder.run(), quick=True, changes=changes)
+        manifest.is_stale(run)
+
+
+@pytest.mark.parametrize("model", ["/tmp/model", "../model", "~/model", "a/b/c", "-x", "results"])
+def test_a_model_that_its_author_put_into_a_folder_is_not_served(
+    model: str, folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "results").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = recorded(LAB.at("cpu", True), folder.run(), quick=True, model=model)
+    with pytest.raises(LabError, match=r"its author chose: say which one to serve with MODEL="):
+        reproduce.request(run)
+    assert reproduce.request(run, model="mine").model == "mine"
+
+
+# --------------------------------------------------------------------------------- contradictions
+
+TRIAL = "trials/on/short/concurrent-1/1"
+
+
+def without_records(folder: RunFolder) -> None:
+    for path in folder.path.rglob("requests.jsonl.gz"):
+        path.unlink()
+
+
+def without_trials(folder: RunFolder) -> None:
+    for path in folder.path.rglob("trial.json"):
+        path.unlink()
+
+
+def with_a_failed_trial(folder: RunFolder) -> None:
+    path = folder.path / TRIAL / "trial.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "failed": "it died"}))
+
+
+def with_better_figures(folder: RunFolder) -> None:
+    summary = folder.summary()
+    summary.measurements["on/short/concurrent-1"][1]["output_tokens_per_s"] = 1e6
+    write_json(folder.path / "summary.json", summary)
+
+
+def with_another_verdict(folder: RunFolder) -> None:
+    summary = folder.summary()
+    first, *others = summary.judgements
+    judgements = [first.model_copy(update={"outcome": "hurts"}), *others]
+    write_json(folder.path / "summary.json", summary.model_copy(update={"judgements": judgements}))
+
+
+def with_another_window(folder: RunFolder) -> None:
+    run = folder.run()
+    write_json(
+        folder.path / "run.json", run.model_copy(update={"lab": run.lab | {"window_s": 8.0}})
+    )
+
+
+CONTRADICTIONS = [
+    (without_records, "No such file"),
+    (without_trials, "trial off/short/concurrent-1/1 is missing"),
+    (with_a_failed_trial, "trial on/short/concurrent-1/1 failed, and yet it is COMPLETE"),
+    (with_better_figures, "output_tokens_per_s of on/short/concurrent-1/1 is not what its records"),
+    (with_another_verdict, "its summary's verdicts are not what its records give"),
+    (with_another_window, "its lab was changed after the run: the digest is another"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "why"), CONTRADICTIONS)
+def test_a_run_that_contradicts_itself_is_used_for_nothing(
+    spoil: Any, why: str, folder: RunFolder
+) -> None:
+    other = write_slowed(folder, 1)
+    whole, spoilt = str(folder.path), str(other.path)
+    assert labs("check", whole)[0] == 0
+    spoil(other)
+    for command in (
+        ("gate", "--run", spoilt, "--baseline", whole),
+        ("gate", "--run", whole, "--baseline", spoilt),
+        ("compare", "-a", whole, "-b", spoilt),
+        ("reproduce", "--run", spoilt),
+        ("check", spoilt),
+    ):
+        code, said = labs(*command)
+        assert (code, why in said) == (1, True), said
+
+
+def test_a_figure_that_was_defined_since_is_no_contradiction(folder: RunFolder) -> None:
+    summary = folder.summary()
+    del summary.measurements["on/short/concurrent-1"][1]["output_tokens_per_s"]
+    write_json(folder.path / "summary.json", summary)
+    assert labs("check", str(folder.path))[0] == 0
