@@ -21,9 +21,10 @@ from pydantic import BaseModel, Field
 from scipy import stats
 
 from labs.filing import manifest
+from labs.filing.bounded import DamagedError
 from labs.filing.manifest import Fact
 from labs.filing.newest import newest_runs
-from labs.filing.results import Run, RunFolder, Summary, fresh_knobs, open_run
+from labs.filing.results import Run, RunFolder, Summary, fresh_knobs, open_run, readable
 from labs.judging.judge import (
     CONFIDENCE,
     EQUIVALENCE_MARGIN,
@@ -172,11 +173,11 @@ def read_side(text: str) -> Side:
     path, colon, variant = text.rpartition(":") if ":" in Path(text).name else (text, "", "")
     folder = open_run(Path(path))
     try:
-        run, summary = folder.run(), checked(folder)
-    except (OSError, ValueError, LookupError) as error:
-        reason = str(error).splitlines()[0]
+        with readable(folder):
+            run, summary = folder.run(), checked(folder)
+    except (DamagedError, OSError) as error:
         raise LabError(
-            f"{path} cannot be compared: {reason}. Where its records are right, `make report"
+            f"{path} cannot be used: {error}. Where its records are right, `make report"
             f" RUN={path}` computes the rest again"
         ) from error
     known = [v["name"] for v in run.lab["variants"]]

@@ -16,9 +16,10 @@ from pydantic import BaseModel
 from labs.comparing import compare, side_by_side
 from labs.comparing.compare import ComparedFigure, VerdictPair
 from labs.filing import manifest
+from labs.filing.bounded import DamagedError
 from labs.filing.committed import tracked
 from labs.filing.manifest import Fact
-from labs.filing.results import DamagedError, RunFolder, all_runs, read_json, write_json
+from labs.filing.results import RunFolder, all_runs, read_json, write_json
 from labs.judging.judge import Caveat
 from labs.judging.machine_speed import Part, relative_speed_text
 from labs.telling import markdown

@@ -25,16 +25,25 @@ import os
 import re
 import shutil
 import subprocess
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import orjson
-from pydantic import BaseModel, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    FiniteFloat,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
+from labs.filing import bounded
+from labs.filing.bounded import DamagedError
 from labs.judging.judge import (
     Caveat,
     ForecastAtPoint,
@@ -49,6 +58,7 @@ from labs.judging.measure import Trial
 from labs.lab import Lab, LabError, Point, Prediction, digest_of, knobs
 from loadtests import records
 from loadtests.plan import TrialSummary
+from loadtests.workload import Name
 from serving import metrics, telemetry, whole
 from serving.machine import Ceilings, Environment, Machine
 from serving.metrics import Histogram, Snapshot
@@ -59,10 +69,48 @@ M = TypeVar("M", bound=BaseModel)
 RESULTS = Path(os.environ.get("LABS_RESULTS") or ROOT / "results").resolve()
 FORMAT_VERSION = 2  # 1 hashed whole files of requests, and not only what is sent
 LEAST_FREE_BYTES = 300 * 2**20
+MOST_RECORD_BYTES = 2**30  # of a run's records, unpacked
+MOST_RECORDED_TOKENS = 10**8  # of a run
 
 
-class DamagedError(LabError, ValueError):
-    """A file of a run cannot be read; the message says which, and what is wrong with it."""
+def _shape(sizes: dict[str, int]) -> dict[str, int]:
+    try:
+        Shape(**sizes)
+    except TypeError as error:
+        raise ValueError("no shape of a model") from error
+    return sizes
+
+
+Sizes = Annotated[
+    dict[str, Annotated[int, Field(ge=0, le=10**16)]], AfterValidator(_shape)
+]  # of a Shape
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
+
+
+UNREADABLE = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RecursionError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What reading the files of a run, and computing from them, may raise where they are not sound."""
+
+
+@contextlib.contextmanager
+def readable(folder: RunFolder) -> Iterator[None]:
+    """Raise DamagedError where the block cannot read a run's files, or compute from them.
+
+    What it says of itself is passed on: a LabError, or a disk that is full.
+    """
+    try:
+        yield
+    except (LabError, OSError):
+        raise
+    except UNREADABLE as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise DamagedError(f"{folder.path} cannot be read: {reason}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:300]
 
 
 class MachineFile(BaseModel, frozen=True, extra="forbid"):
@@ -76,9 +124,9 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     """The manifest of a run: enough to repeat it and to compute its report again."""
 
     format_version: int = FORMAT_VERSION
-    run_id: str
+    run_id: Name
     lab: dict[str, Any]
-    digest: str
+    digest: Name
     scale: str
     quick: bool
     changes: dict[str, Any]  # by SET=; any change makes the run ad hoc
@@ -86,8 +134,8 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     engine_command: list[str] | None = None  # in the place of the engines' own; None: not recorded
     model: str
     dummy: bool = False  # the weights were random
-    model_shape: dict[str, int]
-    weights: dict[str, dict[str, int]] = {}  # variant -> shape, of those with other weights
+    model_shape: Sizes
+    weights: dict[str, Sizes] = {}  # variant -> shape, of those with other weights
     about: dict[str, Any] = {}  # derived model -> what its maker wrote down
     machine: Machine
     ceilings: Ceilings
@@ -97,8 +145,21 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     model_files: dict[str, str] = {}  # file -> SHA-256, including the tokenizer's
     derived_sha256: dict[str, str] = {}  # derived model -> SHA-256 over its files
     prompts_sha256: str
-    reproduces: str = ""  # the run that this one repeats; it stays out of summary tables
+    reproduces: Name | Literal[""] = ""  # the run that this one repeats; it is in no summary table
     started_at: str
+
+    @model_validator(mode="after")
+    def _parts_can_be_read(self) -> Self:
+        """Check what is read of the parts that are plain here."""
+        datetime.fromisoformat(self.started_at)
+        if not isinstance(self.lab.get("title"), str):
+            raise ValueError("the lab has no title")
+        for part in ("variants", "workloads", "claims", "forecasts", "answers"):
+            if not isinstance(self.lab.get(part), list | tuple):
+                raise ValueError(f"the lab's {part} are no list")
+        for named in (self.lab, *self.lab["variants"], *self.lab["workloads"]):
+            _NAME.validate_python(named.get("name") if isinstance(named, dict) else named)
+        return self
 
     @property
     def ad_hoc(self) -> bool:
@@ -158,9 +219,9 @@ def fresh_knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
 class Band(BaseModel, frozen=True, extra="forbid"):
     """A forecast figure, and the bounds between which it is expected."""
 
-    value: float
-    low: float
-    high: float
+    value: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
 
 
 class PointForecasts(BaseModel, frozen=True, extra="forbid"):
@@ -194,11 +255,11 @@ class TrialResult(BaseModel, frozen=True, extra="forbid"):
     failed: str | None = None  # why; then everything else is null
     summary: TrialSummary | None = None
     engine: dict[str, Any] | None = None
-    cpu_steal: float | None = None  # share of CPU time taken by other guests of the host
-    cpu_others: float | None = None  # share taken by other processes of this host
+    cpu_steal: FiniteFloat | None = None  # share of CPU time taken by other guests of the host
+    cpu_others: FiniteFloat | None = None  # share taken by other processes of this host
     reference_before: ReferenceStep | None = None  # just before the load; None in older runs
     reference_after: ReferenceStep | None = None
-    took_s: float = 0.0
+    took_s: FiniteFloat = 0.0
 
     @property
     def timed(self) -> TimedTrial | None:
@@ -262,9 +323,9 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
 class Session(BaseModel, frozen=True, extra="forbid"):
     """Records how one session of a run went: its times, and whether the counts agreed."""
 
-    engine_start_s: float
-    load_s: float
-    wall_s: float
+    engine_start_s: FiniteFloat
+    load_s: FiniteFloat
+    wall_s: FiniteFloat
     resident: bool
     there_and_back: bool = False  # where not resident: in turns A B C, then C B A
     agreement: list[Agreement]
@@ -293,6 +354,7 @@ class RunFolder:
 
     def run(self) -> Run:
         """Read the manifest."""
+        bounded.require_own_files(self.path)
         return read_json(self.path / "run.json", Run)
 
     def predictions(self) -> Predictions:
@@ -316,7 +378,10 @@ class RunFolder:
         """Read the result of a probe, or of its quick form, on a variant's engine, if any."""
         for path in (self.probe_file(name, variant) for name in (probe, f"{probe}-quick")):
             if path.exists():
-                result: dict[str, Any] = orjson.loads(gzip.decompress(path.read_bytes()))
+                try:
+                    result: dict[str, Any] = orjson.loads(bounded.unpacked(path))
+                except orjson.JSONDecodeError as error:
+                    raise DamagedError(f"{path}: {error}") from error
                 return result
         return None
 
@@ -333,6 +398,7 @@ class RunFolder:
         self, points: list[Point], lab: Lab
     ) -> Iterator[tuple[Point, TrialResult, Trial | None]]:
         """Yield every trial that ended, with its data unless it failed."""
+        left_bytes, left_tokens = MOST_RECORD_BYTES, MOST_RECORDED_TOKENS
         for point in points:
             for repeat in range(1, lab.rounds + 1):
                 result = self.trial_result(point, repeat)
@@ -342,20 +408,42 @@ class RunFolder:
                     yield point, result, None
                     continue
                 home = self.trial_folder(point, repeat)
-                try:
-                    trial_records = list(records.read(home / "requests.jsonl.gz"))
-                except ValueError as error:
-                    raise DamagedError(str(error)) from error
-                trial = Trial(
-                    point,
-                    repeat,
-                    lab.slo,
-                    trial_records,
-                    result.summary,
-                    None if result.engine is None else snapshot_from_json(result.engine),
-                    telemetry.read(home / "telemetry.csv.gz"),
-                )
+                left_bytes -= bounded.unpacked_bytes(home / "requests.jsonl.gz")
+                if left_bytes < 0:
+                    raise DamagedError(
+                        f"{self.path}: its records unpack to more than"
+                        f" {MOST_RECORD_BYTES / 2**20:.0f} MiB"
+                    )
+                trial = self._trial(home, point, repeat, lab, result)
+                left_tokens -= sum(n for r in trial.records for _, n in r.chunks)
+                if left_tokens < 0:
+                    raise DamagedError(
+                        f"{self.path}: its records count more than {MOST_RECORDED_TOKENS} tokens"
+                    )
                 yield point, result, trial
+
+    def _trial(self, home: Path, point: Point, repeat: int, lab: Lab, result: TrialResult) -> Trial:
+        """Read the data of a trial that did not fail. Raises DamagedError."""
+        assert result.summary
+        try:
+            engine = None if result.engine is None else snapshot_from_json(result.engine)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DamagedError(f"{home / 'trial.json'}, engine: {error!r}") from error
+        sampled = home / "telemetry.csv.gz"
+        try:
+            if sampled.exists():
+                bounded.unpacked_bytes(sampled)
+            return Trial(
+                point,
+                repeat,
+                lab.slo,
+                list(records.read(home / "requests.jsonl.gz")),
+                result.summary,
+                engine,
+                telemetry.read(sampled),
+            )
+        except ValueError as error:
+            raise DamagedError(str(error)) from error
 
 
 def run_id(digest: str) -> str:
@@ -377,14 +465,22 @@ def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def snapshot_from_json(plain: dict[str, Any]) -> Snapshot:
-    """Read the engine metrics back that `snapshot_json` wrote."""
+    """Read the engine metrics back that `snapshot_json` wrote.
+
+    Raises ValueError, KeyError, TypeError or AttributeError where it wrote something else.
+    """
     return Snapshot(
-        plain["values"],
+        {name: float(value) for name, value in plain["values"].items()},
         {
-            n: Histogram(tuple(map(float, h["le"])), tuple(h["counts"]), h["sum"], h["count"])
-            for n, h in plain["histograms"].items()
+            name: Histogram(
+                tuple(map(float, h["le"])),
+                tuple(map(float, h["counts"])),
+                float(h["sum"]),
+                float(h["count"]),
+            )
+            for name, h in plain["histograms"].items()
         },
-        plain["info"],
+        {name: {**labels} for name, labels in plain["info"].items()},
     )
 
 
@@ -402,13 +498,9 @@ def write_gzip(path: Path, plain: Any) -> None:
 def read_json(path: Path, kind: type[M]) -> M:
     """Read a model from JSON; raises DamagedError, which names the file and the field."""
     try:
-        return kind.model_validate_json(path.read_text())
-    except FileNotFoundError as error:
-        raise DamagedError(f"{path} is missing") from error
+        return kind.model_validate_json(bounded.text(path))
     except ValidationError as error:
         raise DamagedError(f"{path}{_first_error(error)}") from error
-    except UnicodeDecodeError as error:
-        raise DamagedError(f"{path}: not text") from error
 
 
 def _first_error(error: ValidationError) -> str:
@@ -477,9 +569,21 @@ def contradictions(folder: RunFolder) -> list[str]:
                         messages.append(f"trial {trial} failed, and yet it is COMPLETE")
         for _ in folder.trials(points, lab):
             pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        messages.append(f"it cannot be read: {str(error).splitlines()[0]}")
+    except UNREADABLE as error:
+        messages.append(f"it cannot be read: {_first_line(error)}")
     return messages
+
+
+def unreadable(folder: RunFolder) -> str:
+    """Say why the files that tables and pages rest on cannot be read; empty where they can."""
+    try:
+        with readable(folder):
+            folder.run().points()
+            if folder.complete:
+                folder.predictions(), folder.summary()
+    except (DamagedError, OSError) as error:
+        return _first_line(error)
+    return ""
 
 
 def problems(folder: RunFolder) -> list[str]:
@@ -510,12 +614,11 @@ def _unfit_to_publish(run: Path) -> list[str]:
     files = [p for p in sorted(run.rglob("*")) if p.is_file() and p.suffix != ".log"]
     size = sum(p.stat().st_size for p in files)
     if size > MOST_BYTES:
-        unfit.append(f"it has {size / 2**20:.1f} MiB, a run may have {MOST_BYTES / 2**20:.0f}")
+        return [f"it has {size / 2**20:.1f} MiB, a run may have {MOST_BYTES / 2**20:.0f}"]
     for path in files:
         try:
-            content = path.read_bytes()
-            content = gzip.decompress(content) if path.suffix == ".gz" else content
-        except (OSError, EOFError, zlib.error):
+            content = bounded.unpacked(path) if path.suffix == ".gz" else path.read_bytes()
+        except (OSError, DamagedError):
             continue  # a damaged file is reported where it is read
         name = path.relative_to(run)
         if SECRET.search(content):  # the message must not repeat it

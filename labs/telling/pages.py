@@ -22,7 +22,8 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from labs.filing.results import Run, RunFolder, Summary, all_runs
+from labs.filing.bounded import DamagedError
+from labs.filing.results import Run, RunFolder, Summary, all_runs, readable
 from labs.judging.text import ceilings_text, claim_held, ratio_text
 from labs.questions import QUESTIONS
 from labs.telling import chart_data, html, plots, report
@@ -57,12 +58,16 @@ def write_site(out: Path) -> tuple[Path, dict[str, str]]:
     whole.write(out / PLOTLY, get_plotlyjs())
     for folder in all_runs():
         machine, lab, name = folder.path.parts[-3:]
+        href = f"{machine}/{lab}/{name}.html"
         try:
-            href = f"{machine}/{lab}/{name}.html"
-            whole.write(out / href, page(folder, root="../../"))
-            entries.append(Entry(folder, folder.run(), folder.summary(), href))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            left_out[f"{machine}/{lab}/{name}"] = str(error).splitlines()[0]
+            with readable(folder):
+                text = page(folder, root="../../")
+                entry = Entry(folder, folder.run(), folder.summary(), href)
+        except (DamagedError, OSError) as error:
+            left_out[f"{machine}/{lab}/{name}"] = str(error)
+            continue
+        whole.write(out / href, text)
+        entries.append(entry)
     _remove_stale(out, {out / e.href for e in entries})
     return whole.write(out / "index.html", index(entries)), left_out
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from labs.filing.bounded import DamagedError
 from labs.filing.results import (
-    DamagedError,
     Predictions,
     Run,
     RunFolder,
@@ -15,6 +15,7 @@ from labs.filing.results import (
     Summary,
     TrialResult,
     contradictions,
+    readable,
     write_json,
 )
 from labs.findings.context import Context, JudgedRun
@@ -63,10 +64,13 @@ def checked(folder: RunFolder) -> Summary:
 
 def stale_summary(folder: RunFolder) -> list[str]:
     """Say where the summary on file is not what its records give; empty where it is."""
+    if contradictions(folder):
+        return []  # the check of its files lists them
     try:
-        problem = unlike(folder.summary(), computed(folder))
-    except (OSError, ValueError, LookupError):  # the check of its files reports it
-        return []
+        with readable(folder):
+            problem = unlike(folder.summary(), computed(folder))
+    except DamagedError as error:
+        return [str(error)]
     return [problem] if problem else []
 
 

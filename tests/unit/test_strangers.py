@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
+import math
 import os
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +18,11 @@ from typer.testing import CliRunner
 from labs import LABS
 from labs.commands.cli import app
 from labs.commands.terminal import ConsoleProgress
-from labs.filing import manifest, results
-from labs.filing.results import DamagedError, Run, RunFolder, lab_from_resolved, write_json
+from labs.filing import bounded, manifest, results
+from labs.filing.bounded import DamagedError
+from labs.filing.results import Run, RunFolder, lab_from_resolved, write_json
 from labs.lab import Lab, LabError, digest_of
-from labs.running import reproduce
+from labs.running import backfill, reproduce
 from labs.running.resolve import RunRequest, require_harmless, resolve
 from serving.engines.base import EngineError
 from serving.engines.harmless import refusal
@@ -190,7 +196,7 @@ def with_another_window(folder: RunFolder) -> None:
 
 
 CONTRADICTIONS = [
-    (without_records, "No such file"),
+    (without_records, "requests.jsonl.gz is missing"),
     (without_trials, "trial off/short/concurrent-1/1 is missing"),
     (with_a_failed_trial, "trial on/short/concurrent-1/1 failed, and yet it is COMPLETE"),
     (with_better_figures, "output_tokens_per_s of on/short/concurrent-1/1 is not what its records"),
@@ -223,3 +229,181 @@ def test_a_figure_that_was_defined_since_is_no_contradiction(folder: RunFolder) 
     del summary.measurements["on/short/concurrent-1"][1]["output_tokens_per_s"]
     write_json(folder.path / "summary.json", summary)
     assert labs("check", str(folder.path))[0] == 0
+
+
+# ------------------------------------------------------------------- sizes out of this world, links
+
+
+def rewritten(folder: RunFolder, **lab: Any) -> None:
+    """Give the run another lab, with the digest that belongs to it."""
+    path = folder.path / "run.json"
+    run = json.loads(path.read_text())
+    run["lab"] |= lab
+    run["digest"] = digest_of(run["lab"])
+    path.write_text(json.dumps(run))
+
+
+def record(folder: RunFolder, **fields: Any) -> None:
+    path = folder.path / TRIAL / "requests.jsonl.gz"
+    line = json.loads(gzip.decompress(path.read_bytes()))
+    path.write_bytes(gzip.compress(json.dumps(line | fields).encode() + b"\n"))
+
+
+def edit(folder: RunFolder, name: str, **fields: Any) -> None:
+    path = folder.path / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def linked(folder: RunFolder, name: str) -> None:
+    path = folder.path / name
+    target = path.rename(folder.path.parents[2] / "elsewhere")
+    path.symlink_to(target)
+
+
+def piped(folder: RunFolder, name: str) -> None:
+    (folder.path / name).unlink()
+    os.mkfifo(folder.path / name)
+
+
+def bomb(folder: RunFolder) -> None:
+    (folder.path / TRIAL / "requests.jsonl.gz").write_bytes(gzip.compress(bytes(3 * 2**20)))
+
+
+def named(folder: RunFolder, name: str) -> None:
+    variants = folder.run().lab["variants"]
+    rewritten(folder, variants=[{**variants[0], "name": name}, *variants[1:]])
+
+
+def window(folder: RunFolder, **summary: Any) -> None:
+    path = folder.path / TRIAL / "trial.json"
+    trial = json.loads(path.read_text())
+    path.write_text(json.dumps(trial | {"summary": trial["summary"] | summary}))
+
+
+SHAPE = {"layers": 1, "hidden": 8}
+IMPOSSIBLE: dict[str, tuple[Callable[[RunFolder], None], str]] = {
+    "repeats": (lambda f: rewritten(f, repeats=10**9), "repeats"),
+    "requests": (lambda f: rewritten(f, requests=10**9), "requests"),
+    "all requests": (lambda f: rewritten(f, requests=10**6), "are the most"),
+    "window": (lambda f: rewritten(f, window_s=1e308), "window_s"),
+    "claims": (lambda f: rewritten(f, claims=[{"a": 1}]), "its lab"),
+    "no variant": (lambda f: rewritten(f, variants=[["a"]]), "run.json"),
+    "name": (lambda f: named(f, "../x"), "pattern"),
+    "label": (lambda f: named(f, 'a"} 1'), "pattern"),
+    "run id": (lambda f: edit(f, "run.json", run_id="../../x"), "run_id"),
+    "shape": (lambda f: edit(f, "run.json", model_shape=SHAPE), "no shape of a model"),
+    "date": (lambda f: edit(f, "run.json", started_at="noon"), "noon"),
+    "deep": (lambda f: deepen(f), "recursion"),
+    "late": (lambda f: record(f, chunks=[[1e308, 1]]), "a time is no number of seconds"),
+    "early": (lambda f: record(f, sent_s=-1e308), "a time is no number of seconds"),
+    "not a number": (lambda f: record(f, end_s=math.nan), "not a request record"),
+    "text": (lambda f: record(f, sent_s="10"), "a time is no number of seconds"),
+    "truth": (lambda f: record(f, chunks=[[11.0, True]]), "no whole number"),
+    "tokens": (lambda f: record(f, chunks=[[11.0, 10**9]]), "more than 10000000 tokens"),
+    "bomb": (bomb, "unpacks to more than 2 MiB"),
+    "start": (lambda f: window(f, started_unix_s=1e308), "started_unix_s"),
+    "end": (lambda f: window(f, window_s=[0, math.inf]), "window_s"),
+    "counts": (lambda f: edit(f, f"{TRIAL}/trial.json", engine={"values": {"a": {}}}), "engine"),
+    "linked file": (lambda f: linked(f, f"{TRIAL}/requests.jsonl.gz"), "no regular file"),
+    "linked folder": (lambda f: linked(f, "trials/on"), "no regular file"),
+    "linked run": (lambda f: linked(f, "run.json"), "no regular file"),
+    "pipe": (lambda f: piped(f, "predictions.json"), "no regular file"),
+}
+
+
+def deepen(folder: RunFolder) -> None:
+    edit(folder, "run.json", about={"a": 1})
+    path = folder.path / "run.json"
+    path.write_text(path.read_text().replace('{"a": 1}', '{"a": ' * 10**5 + "1" + "}" * 10**5))
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "MOST_UNPACKED_BYTES", 2 * 2**20)
+
+
+@pytest.mark.parametrize("fault", IMPOSSIBLE)
+def test_what_no_run_has_is_one_sentence_wherever_it_is_read(
+    fault: str, folder: RunFolder, tmp_path: Path
+) -> None:
+    spoil, why = IMPOSSIBLE[fault]
+    other = write_slowed(folder, 1)
+    whole, spoilt = str(folder.path), str(other.path)
+    spoil(other)
+    for command in (
+        ("report", spoilt),
+        ("check", spoilt),
+        ("score", spoilt),
+        ("export", "--run", spoilt, "--out", str(tmp_path / "out")),
+        ("compare", "-a", whole, "-b", spoilt),
+        ("gate", "--run", spoilt, "--baseline", whole),
+        ("reproduce", "--run", spoilt),
+    ):
+        code, said = labs(*command)
+        assert (code, why in said) == (1, True), (command, said)
+
+
+@pytest.mark.parametrize("fault", IMPOSSIBLE)
+def test_a_bad_run_is_named_and_the_others_are_shown(
+    fault: str, folder: RunFolder, tmp_path: Path
+) -> None:
+    spoil, why = IMPOSSIBLE[fault]
+    other = write_slowed(folder, 1)
+    spoil(other)
+    name = "/".join(other.path.parts[-3:])
+    (folder.path / "report.md").unlink(missing_ok=True)
+    code, said = labs("report")
+    assert (code, f"Left out: {name} cannot be read: " in said, why in said) == (1, True, True)
+    assert (folder.path / "report.md").exists()
+    code, said = labs("site", "--out", str(tmp_path / "site"))
+    assert (code, f"Left out: {name} cannot be read: " in said) == (0, True)
+    pages = [path.name for path in (tmp_path / "site").glob("*/*/*.html")]
+    assert pages == [f"{folder.path.name}.html"]
+    assert labs("leaderboard")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["run.json", "summary.json"])
+def test_the_leaderboard_names_what_it_leaves_out(name: str, folder: RunFolder) -> None:
+    piped(folder, name)
+    code, said = labs("leaderboard")
+    assert (code, f"Left out: {'/'.join(folder.path.parts[-3:])}" in said) == (0, True)
+
+
+def test_an_import_leaves_a_bad_run_out(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the point where Prometheus is asked."""
+    record(folder, chunks=[[1e308, 1]])
+    said: list[str] = []
+
+    class NoPrometheus(contextlib.nullcontext[None]):
+        missing = None
+
+        def __enter__(self) -> Any:
+            return self
+
+    monkeypatch.setattr(backfill, "Prometheus", lambda _: NoPrometheus())
+    with pytest.raises(LabError, match="runs that could not be read: 1"):
+        backfill.load([folder], lambda _, what: said.append(what))
+    assert "a time is no number of seconds" in said[0]
+
+
+def test_a_machines_folder_that_is_a_link_is_not_followed(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    machine = folder.path.parents[1]
+    machine.rename(tmp_path / "elsewhere")
+    machine.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    machine.unlink()
+    machine.symlink_to(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    code, said = labs("report")
+    assert (code, "is a link: a run lies in a folder of its own" in said) == (1, True)
+
+
+def test_a_bomb_is_not_unpacked_beyond_its_bound(tmp_path: Path) -> None:
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(bytes(64 * 2**20)))
+    tracemalloc.start()
+    with pytest.raises(DamagedError, match="unpacks to more than 2 MiB"):
+        bounded.unpacked(tmp_path / "bomb.gz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * 2**20
