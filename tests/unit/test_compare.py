@@ -31,8 +31,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 
 def compared(a: RunFolder, b: RunFolder, force: bool = False) -> compare.Comparison:
     """Compare what their summaries say, which tests write by hand."""
-    sides = (Side(f, None, f.run(), f.summary()) for f in (a, b))
-    return compare.compare(*sides, force)
+    side_a, side_b = (Side(f, None, f.run(), f.summary()) for f in (a, b))
+    return compare.compare(side_a, side_b, force)
 
 
 def row(found: compare.Comparison, figure: str, where: str) -> ComparedFigure:
