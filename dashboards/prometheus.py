@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Self
@@ -96,6 +96,8 @@ def argv(port: int) -> list[str]:
         f"--storage.tsdb.path={HOME / 'data'}",
         "--storage.tsdb.retention.size=2GB",  # and no limit of age: runs of last year stay
         f"--web.user-assets={HOME / 'web'}",
+        f"--web.config.file={HOME / 'web.yml'}",
+        r"--web.cors.origin=http://(127\.0\.0\.1|localhost)(:\d+)?",  # who may read its answers
         f"--web.listen-address=127.0.0.1:{port}",
     ]
 
@@ -108,11 +110,34 @@ def prepare() -> None:
     try:
         (HOME / "data").mkdir(parents=True, exist_ok=True)
         (HOME / "prometheus.yml").write_text(config())
+        if not (HOME / "web.yml").exists():
+            write_headers()
         for job in (*JOBS, "gpu"):
             if not (HOME / f"{job}.json").exists():
                 (HOME / f"{job}.json").write_text("[]")
     except OSError as error:
         raise PrometheusError(_unusable(error)) from error
+
+
+def write_headers(script_hashes: Sequence[str] = ()) -> None:
+    """Write what Prometheus puts into the head of every answer, for the browsers that ask.
+
+    Scripts run only from files that it serves, and within a page where they have one of these
+    hashes (`sha256-...`); no page is shown within another.
+    """
+    scripts = " ".join(["'self'", *(f"'{each}'" for each in script_hashes)])
+    policy = (
+        f"default-src 'none'; script-src {scripts}; style-src 'self' 'unsafe-inline';"
+        " img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; base-uri 'none';"
+        " form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "deny",
+    }
+    content = json.dumps({"http_server_config": {"headers": headers}})  # JSON is YAML
+    whole.write(HOME / "web.yml", content)
 
 
 def ready(url: str, alive: Callable[[], bool]) -> bool:

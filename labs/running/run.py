@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from dashboards import live
 from dashboards.prometheus import PrometheusError
 from labs.filing.results import (
     PointForecasts,
@@ -120,6 +121,7 @@ def _finish(folder: RunFolder, session: Session, progress: ProgressDisplay) -> N
     summary = summarise(folder)
     report.write(folder)
     pages.write(folder)
+    live.publish(folder.path)
     if not session.prometheus:
         try:
             backfill.load_figures(folder)

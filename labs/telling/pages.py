@@ -116,8 +116,7 @@ def _picture(folder: RunFolder) -> html.Picture:
 
 def render(template: str, scripts: Sequence[str], root: str = "", **fields: Any) -> str:
     """Render a template under a content security policy that allows these scripts alone."""
-    hashes = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
-    allowed = " ".join([*(f"'sha256-{h}'" for h in hashes), *(["'self'"] if root else [])])
+    allowed = " ".join([*(f"'{_hash(s)}'" for s in scripts), *(["'self'"] if root else [])])
     policy = (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline';"
         " img-src data: blob:; base-uri 'none'; form-action 'none'"
@@ -141,6 +140,15 @@ def _templates() -> jinja2.Environment:
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # and the order as it is
     return environment
+
+
+def _hash(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def script_hashes() -> list[str]:
+    """Return the hashes of the scripts within a run's page, for a content security policy."""
+    return [_hash(script) for script in (get_plotlyjs(), web(*RUN_SCRIPTS))]
 
 
 @cache
