@@ -25,7 +25,7 @@ from typing import IO, Self
 import psutil
 import requests
 
-from serving import whole
+from serving import guard, whole
 from serving.engines import ENGINES
 from serving.install import find_prometheus
 from serving.models import CACHE, ROOT
@@ -37,6 +37,7 @@ READY_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 15.0
 MISSING = "Prometheus is not installed (`make setup` says how to get it)"
 JOBS = ("client", "engine")
+ENGINE_KEY = "engine.key"  # as in the configuration
 _CONFIG = """\
 global:
   scrape_interval: 1s
@@ -48,6 +49,7 @@ scrape_configs:
       - files: ["client.json"]
         refresh_interval: 1s
   - job_name: engine
+    authorization: {credentials_file: "engine.key"}
     file_sd_configs:
       - files: ["engine.json"]
         refresh_interval: 1s
@@ -112,6 +114,8 @@ def prepare() -> None:
         (HOME / "prometheus.yml").write_text(config())
         if not (HOME / "web.yml").exists():
             write_headers()
+        if not (HOME / ENGINE_KEY).exists():
+            _write_key("none yet")
         for job in (*JOBS, "gpu"):
             if not (HOME / f"{job}.json").exists():
                 (HOME / f"{job}.json").write_text("[]")
@@ -138,6 +142,11 @@ def write_headers(script_hashes: Sequence[str] = ()) -> None:
     }
     content = json.dumps({"http_server_config": {"headers": headers}})  # JSON is YAML
     whole.write(HOME / "web.yml", content)
+
+
+def _write_key(key: str) -> None:
+    """Write what Prometheus shows an engine that it scrapes; only its owner can read it."""
+    whole.write(HOME / ENGINE_KEY, key, mode=0o600)
 
 
 def ready(url: str, alive: Callable[[], bool]) -> bool:
@@ -226,6 +235,8 @@ class Prometheus:
         if self._lock is None:  # the lists belong to another run
             return
         try:
+            if self._targets["engine"]:
+                _write_key(guard.key())
             for job, targets in self._targets.items():
                 whole.write(HOME / f"{job}.json", json.dumps(targets))
         except OSError as error:

@@ -48,6 +48,7 @@ from serving import bundle, machine, models, whole
 from serving.engines import ENGINES
 from serving.engines.vllm import Vllm
 from serving.gpus import short_names
+from serving.masking import holds_secret, masked
 from serving.ports import require_port
 
 HELP = "Ask a question about LLM inference serving; answer it by measuring this machine."
@@ -573,6 +574,12 @@ def _command_words(command: str) -> list[str]:
 
 
 def _changes(text: str, seed: str = "") -> dict[str, Any]:
+    """Read SET and SEED; raises LabError for a secret, which would be recorded with the run."""
+    if holds_secret(text):
+        raise LabError(
+            f"SET={masked(text)} holds what looks like a secret, and a run's settings are recorded:"
+            " give it to the program that needs it in a variable of its own"
+        )
     return parse_changes(f"{text} seed={seed}" if seed else text)
 
 

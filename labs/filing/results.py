@@ -59,7 +59,7 @@ from labs.lab import Lab, LabError, Point, Prediction, digest_of, knobs
 from loadtests import records
 from loadtests.plan import TrialSummary
 from loadtests.workload import Name
-from serving import metrics, telemetry, whole
+from serving import masking, metrics, telemetry, whole
 from serving.machine import Ceilings, Environment, Machine
 from serving.metrics import Histogram, Snapshot
 from serving.models import ROOT, Shape
@@ -601,10 +601,7 @@ def problems(folder: RunFolder) -> list[str]:
 
 
 MOST_BYTES = 10 * 2**20  # of a run, since a collection is cloned as a whole
-SECRET = re.compile(
-    rb"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glsa_\w{30,}"
-    rb"|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16})\b|Bearer [\w.-]{20,}|PRIVATE KEY-----"
-)
+SECRET = re.compile(masking.PATTERN.encode())
 HOME = re.compile(rb"(?<![\w.~])/(?:home/[^/\s\"']+|Users/[^/\s\"']+|root)/")
 
 

@@ -97,7 +97,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         if not datasheet:
             require_compiler(lab, machine)
         check_flags(lab)
-    writer = Writer(counter(str(model.path)))
+    writer = _writer(model)
     for workload in lab.workloads:
         try:
             workload.requests(1, lab.seed, writer)
@@ -155,6 +155,17 @@ def datasheet_ceilings(sheet: Datasheet) -> Ceilings:
         torch="",
         measured_at="never: a datasheet's figures",
     )
+
+
+def _writer(model: models.Model) -> Writer:
+    """Load the model's tokenizer. Raises ModelError where its files are damaged."""
+    try:
+        return Writer(counter(str(model.path)))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise models.ModelError(
+            f"the tokenizer in {model.path} cannot be read ({str(error).strip()[:200]}): download"
+            " the model again, or give another with MODEL="
+        ) from error
 
 
 def is_dummy(weights: str) -> bool:
@@ -297,4 +308,6 @@ def engine_environment(kind: str, model: models.Model, lab: Lab) -> Environment:
     for name in dict.fromkeys(v.engine for v in lab.variants):
         own = ENGINES[name].environment(kind, model, lab.all_flags)
         variables |= machines.engine_variables(own)
+    for variant in lab.variants:
+        variables |= ENGINES[variant.engine].controls(lab.flags_of(variant))
     return environment.model_copy(update={"variables": variables})

@@ -39,6 +39,7 @@ from labs.telling.document import bullets, section
 from labs.telling.summary import summarise
 from serving import models
 from serving.engines import ENGINES
+from serving.masking import masked
 
 # What a run needs on disk while it lasts, and the lock that keeps a second one out.
 SCRATCH = Path(os.environ.get("LABS_SCRATCH") or models.CACHE)
@@ -151,7 +152,9 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         quick=request.quick,
         changes=request.changes,
         endpoint=request.endpoint or None,
-        engine_command=[word.replace(f"{Path.home()}/", "~/") for word in request.engine_command],
+        engine_command=masked(
+            "\n".join(request.engine_command).replace(f"{Path.home()}/", "~/")
+        ).splitlines(),
         model=setup.model.name,
         dummy=setup.model.dummy,
         model_shape=vars(setup.model.shape),

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 import requests
 
-from serving import metrics
+from serving import guard, metrics
 from serving.answers import ask
 from serving.machine import Machine
 from serving.metrics import Snapshot
@@ -119,8 +119,13 @@ class Engine(Server):
         port = port or free_port()
         super().__init__(name, model.name, f"http://{LOOPBACK}:{port}")
         self.log = log
+        self.flags = flags
         self.argv = [*(command or self.command), *self.server_argv(model, flags, port)]
-        env = self.environment(kind, model, beside)
+        env = {
+            **self.environment(kind, model, beside),
+            **self.controls(flags),
+            guard.KEY: guard.key(),
+        }
         self._process = Process(
             f"engine {name}", self.argv, log=log, env=env, folder_variable=self.sockets_variable
         )
@@ -159,6 +164,14 @@ class Engine(Server):
     @classmethod
     def environment(cls, kind: str, model: Model, beside: Sequence[Flags] = ()) -> dict[str, str]:
         """Return the environment variables that it needs; all others are inherited."""
+        return {}
+
+    @classmethod
+    def controls(cls, flags: Flags) -> dict[str, str]:
+        """Return the variables that open what a run asks beside OpenAI's API.
+
+        Only with the flags that need it, and never for a server that the reader starts by hand.
+        """
         return {}
 
     @classmethod

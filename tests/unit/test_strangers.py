@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from labs import LABS
@@ -24,9 +25,12 @@ from labs.filing.results import Run, RunFolder, lab_from_resolved, write_json
 from labs.lab import Lab, LabError, digest_of
 from labs.running import backfill, reproduce
 from labs.running.resolve import RunRequest, require_harmless, resolve
+from serving import models, unbundle
 from serving.engines.base import EngineError
 from serving.engines.harmless import refusal
 from serving.engines.vllm import Vllm
+from serving.models import ModelError
+from serving.unbundle import UnbundleError
 from tests.unit.builders import write_run, write_slowed
 
 LAB = next(iter(LABS.values()))
@@ -407,3 +411,133 @@ def test_a_bomb_is_not_unpacked_beyond_its_bound(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 * 2**20
+
+
+# ------------------------------------------------------------------------------- models and bundles
+
+CONFIG = {
+    "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 16,
+    "max_position_embeddings": 64, "intermediate_size": 8, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def model_at(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    header = json.dumps({"x": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}).encode()
+    (folder / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(8)
+    )
+    return folder
+
+
+def config(**fields: Any) -> Callable[[Path], object]:
+    return lambda at: (at / "config.json").write_text(json.dumps(CONFIG | fields))
+
+
+def shard(content: bytes) -> Callable[[Path], object]:
+    return lambda at: (at / "model.safetensors").write_bytes(content)
+
+
+def pipe_for(name: str) -> Callable[[Path], object]:
+    def replace(at: Path) -> None:
+        (at / name).unlink()
+        os.mkfifo(at / name)
+
+    return replace
+
+
+def text_of(name: str, content: str) -> Callable[[Path], object]:
+    return lambda at: (at / name).write_text(content)
+
+
+DAMAGED: dict[str, Callable[[Path], object]] = {
+    "cut config": text_of("config.json", "{"),
+    "list for a config": text_of("config.json", "[1]"),
+    "deep config": text_of("config.json", "[" * 10**5),
+    "binary config": lambda at: (at / "config.json").write_bytes(b"\xff\xfe"),
+    "no layers": text_of("config.json", "{}"),
+    "no heads": config(num_attention_heads=0),
+    "text for a size": config(hidden_size="8"),
+    "negative size": config(num_hidden_layers=-1),
+    "fraction": config(vocab_size=16.5),
+    "list for a text config": config(text_config=[1]),
+    "empty shard": shard(b""),
+    "cut shard": shard(b"\x10\0\0\0\0\0\0\0{"),
+    "endless header": shard(b"\xff\xff\xff\xff\xff\xff\xff\x7f{}"),
+    "no JSON": shard(b"\x02\0\0\0\0\0\0\0]]"),
+    "no offsets": shard(b'\x0e\0\0\0\0\0\0\0{"a":{"b": 1}}'),
+    "list for a header": shard(b"\x03\0\0\0\0\0\0\0[1]"),
+    "pipe for a config": pipe_for("config.json"),
+    "pipe for a shard": pipe_for("model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_model_is_one_sentence(damage: str, tmp_path: Path) -> None:
+    folder = model_at(tmp_path / "model")
+    assert models.load(folder, "m").shape.layers == 2
+    DAMAGED[damage](folder)
+    with pytest.raises(ModelError, match=r"is no model that can be read .*MODEL=") as failed:
+        models.load(folder, "m")
+    assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 1}', "[" * 10**5])
+def test_a_damaged_tokenizer_is_one_sentence(content: str, tmp_path: Path) -> None:
+    folder = model_at(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text(content)
+    code, said = labs("run", LAB.name, "--quick", "--model", str(folder))
+    assert (code, said.count("error:")) == (1, 1)
+    assert "Traceback" not in said
+
+
+MANIFEST = {"python": "3.12", "machine": "x86_64", "expected": {"torch": "2"}, "packages": {},
+            "parts": [{"name": "part-1", "bytes": 1, "sha256": "0"}]}  # fmt: skip
+
+
+WRONG: list[dict[str, Any]] = [
+    {"python": 3}, {"expected": []}, {"expected": {"torch": None}}, {"parts": {}},
+    {"parts": [1]}, {"parts": [{"name": "part-1"}]},
+    {"parts": [{"name": "../part", "bytes": 1, "sha256": "0"}]},
+    {"parts": [{"name": "part", "bytes": "1", "sha256": "0"}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    ["[]", "{}", "[" * 10**5, *(json.dumps(MANIFEST | fields) for fields in WRONG)],
+)  # fmt: skip
+def test_a_bundle_whose_manifest_is_damaged_is_one_sentence(manifest: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
+    assert unbundle.read_manifest(tmp_path) == MANIFEST
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(UnbundleError, match="copy that file again"):
+        unbundle.read_manifest(tmp_path)
+
+
+# --------------------------------------------------------------------------------------- markup
+
+MARKUP = (
+    '<img src=x onerror="alert(1)"><script>alert(1)</script>\n<!-- x -->&lt;b&gt; <http://e.vil>'
+)
+
+
+def test_text_from_outside_is_no_markup_in_a_report(folder: RunFolder) -> None:
+    run = folder.run()
+    claims = [{**claim, "title": MARKUP} for claim in run.lab["claims"]]
+    lab = run.lab | {"title": MARKUP, "question": MARKUP, "claims": claims,
+                     "limits": {"cpu": MARKUP}, "next_knobs": [MARKUP]}  # fmt: skip
+    changed = {"model": MARKUP, "lab": lab, "changes": {"x": MARKUP}, "quick": True}
+    write_json(folder.path / "run.json", run.model_copy(update=changed))
+    path = folder.path / TRIAL / "trial.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "failed": MARKUP}))
+    assert labs("report", str(folder.path))[0] == 0
+    shown = (folder.path / "report.md").read_text()
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(shown)
+    kinds = {t.type for token in tokens for t in [token, *(token.children or [])]}
+    assert not kinds & {"html_inline", "html_block"}
+    links = [t.attrs["href"] for token in tokens for t in token.children or [] if "href" in t.attrs]
+    assert not any("e.vil" in str(link) for link in links)
+    assert "onerror" in shown
