@@ -16,7 +16,7 @@ from bench.load import RunningLocust, trial
 from loadtests import plan, records
 from loadtests.prompts import Writer, counter
 from loadtests.workload import Request
-from serving import models
+from serving import guard, models
 from serving.engines.vllm import Vllm
 from serving.process import Process
 
@@ -108,7 +108,10 @@ def send_by_vllm_bench(
     argv = [sys.executable, "-c", VLLM_BENCH, *(f"--{switch}" for switch in switches)]
     for flag, value in flags.items():
         argv += [f"--{flag}", str(value)]
-    env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    env = {
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+        "OPENAI_API_KEY": guard.key(),
+    }  # fmt: skip
     with Process("vllm bench", argv, log=work / "vllm-bench.log", env=env, cores=cores) as process:
         deadline = time.monotonic() + 180
         while process.returncode is None and time.monotonic() < deadline:

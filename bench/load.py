@@ -11,6 +11,7 @@ import psutil
 
 from loadtests import generator, plan
 from loadtests.arrivals import Concurrent
+from serving import guard
 from serving import machine as machines
 from serving.ports import free_port
 from serving.process import Process
@@ -40,7 +41,9 @@ def locust(
     argv = generator.argv(users, exporter_port := free_port(), free_port(), processes)
     argv[argv.index(str(generator.LOCUSTFILE))] = str(locustfile)
     log, cores = work / f"locust-{users}.log", machines.split_cores()[1]
-    with Process("locust", argv, log=log, cores=cores, talk=True) as child:
+    with Process(
+        "locust", argv, log=log, env={guard.KEY: guard.key()}, cores=cores, talk=True
+    ) as child:
         yield RunningLocust(generator.Generator(child), child, exporter_port)
 
 

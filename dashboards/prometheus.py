@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Self
@@ -25,7 +25,7 @@ from typing import IO, Self
 import psutil
 import requests
 
-from serving import whole
+from serving import guard, whole
 from serving.engines import ENGINES
 from serving.install import find_prometheus
 from serving.models import CACHE, ROOT
@@ -37,6 +37,7 @@ READY_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 15.0
 MISSING = "Prometheus is not installed (`make setup` says how to get it)"
 JOBS = ("client", "engine")
+ENGINE_KEY = "engine.key"  # as in the configuration
 _CONFIG = """\
 global:
   scrape_interval: 1s
@@ -48,6 +49,7 @@ scrape_configs:
       - files: ["client.json"]
         refresh_interval: 1s
   - job_name: engine
+    authorization: {credentials_file: "engine.key"}
     file_sd_configs:
       - files: ["engine.json"]
         refresh_interval: 1s
@@ -96,6 +98,8 @@ def argv(port: int) -> list[str]:
         f"--storage.tsdb.path={HOME / 'data'}",
         "--storage.tsdb.retention.size=2GB",  # and no limit of age: runs of last year stay
         f"--web.user-assets={HOME / 'web'}",
+        f"--web.config.file={HOME / 'web.yml'}",
+        r"--web.cors.origin=http://(127\.0\.0\.1|localhost)(:\d+)?",  # who may read its answers
         f"--web.listen-address=127.0.0.1:{port}",
     ]
 
@@ -108,11 +112,41 @@ def prepare() -> None:
     try:
         (HOME / "data").mkdir(parents=True, exist_ok=True)
         (HOME / "prometheus.yml").write_text(config())
+        if not (HOME / "web.yml").exists():
+            write_headers()
+        if not (HOME / ENGINE_KEY).exists():
+            _write_key("none yet")
         for job in (*JOBS, "gpu"):
             if not (HOME / f"{job}.json").exists():
                 (HOME / f"{job}.json").write_text("[]")
     except OSError as error:
         raise PrometheusError(_unusable(error)) from error
+
+
+def write_headers(script_hashes: Sequence[str] = ()) -> None:
+    """Write what Prometheus puts into the head of every answer, for the browsers that ask.
+
+    Scripts run only from files that it serves, and within a page where they have one of these
+    hashes (`sha256-...`); no page is shown within another.
+    """
+    scripts = " ".join(["'self'", *(f"'{each}'" for each in script_hashes)])
+    policy = (
+        f"default-src 'none'; script-src {scripts}; style-src 'self' 'unsafe-inline';"
+        " img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; base-uri 'none';"
+        " form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "deny",
+    }
+    content = json.dumps({"http_server_config": {"headers": headers}})  # JSON is YAML
+    whole.write(HOME / "web.yml", content)
+
+
+def _write_key(key: str) -> None:
+    """Write what Prometheus shows an engine that it scrapes; only its owner can read it."""
+    whole.write(HOME / ENGINE_KEY, key, mode=0o600)
 
 
 def ready(url: str, alive: Callable[[], bool]) -> bool:
@@ -201,6 +235,8 @@ class Prometheus:
         if self._lock is None:  # the lists belong to another run
             return
         try:
+            if self._targets["engine"]:
+                _write_key(guard.key())
             for job, targets in self._targets.items():
                 whole.write(HOME / f"{job}.json", json.dumps(targets))
         except OSError as error:

@@ -45,28 +45,53 @@ class Region:
 
 def push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) -> None:
     """Create or update data source, folder, dashboards and regions. Raises GrafanaError."""
+    try:
+        _push(url, token, prometheus_url, regions)
+    except GrafanaError as error:  # Grafana may have repeated what it was shown
+        raise GrafanaError(str(error).replace(token, "***") if token else str(error)) from None
+
+
+def _push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) -> None:
     grafana = _connect(url, token)
     try:
         _datasource(grafana, prometheus_url)
         _folder(grafana)
         for path in sorted(boards.FOLDER.glob("*.json")):
             content = json.loads(path.read_text())
-            grafana.dashboard.update_dashboard(
-                {"dashboard": content, "folderUid": FOLDER_UID, "overwrite": True}
+            _require_object(
+                grafana.dashboard.update_dashboard(
+                    {"dashboard": content, "folderUid": FOLDER_UID, "overwrite": True}
+                ),
+                "status",
             )
         _regions(grafana, regions)
     except GrafanaClientError as error:
         if error.status_code not in (401, 403):
-            raise GrafanaError(f"Grafana at {url} did not accept this: {error}") from error
+            raise GrafanaError(f"Grafana at {url} did not accept this: {_short(error)}") from error
         raise GrafanaError(
-            f"Grafana at {url} refused GRAFANA_TOKEN ({error.status_code}, {error}): give the token"
-            " of a service account with the role Admin, which data sources need; the Grafana of"
-            " `make stack` has the dashboards already, and they cannot be changed there"
+            f"Grafana at {url} refused GRAFANA_TOKEN ({error.status_code}, {_short(error)}): give"
+            " the token of a service account with the role Admin, which data sources need; the"
+            " Grafana of `make stack` has the dashboards already, and they cannot be changed there"
         ) from error
     except GrafanaException as error:
-        raise GrafanaError(f"Grafana at {url} failed: {error}; try again later") from error
+        raise GrafanaError(f"Grafana at {url} failed: {_short(error)}; try again later") from error
     except (RequestException, OSError) as error:
         raise GrafanaError(f"Grafana at {url} cannot be reached: is GRAFANA_URL right?") from error
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise GrafanaError(
+            f"what answers at {url} is no Grafana ({type(error).__name__}: {_short(error)}): is"
+            " GRAFANA_URL right?"
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _require_object(answer: object, field: str) -> None:
+    """Check that an answer is what Grafana says of what it has stored. Raises TypeError."""
+    if not isinstance(answer, dict) or field not in answer:
+        raise TypeError(f"an answer without {field}")
 
 
 def _connect(url: str, token: str) -> GrafanaApi:
@@ -102,7 +127,7 @@ def _datasource(grafana: GrafanaApi, prometheus_url: str) -> None:
         "jsonData": {"timeInterval": "1s", "httpMethod": "POST"},
     }
     try:
-        grafana.datasource.get_datasource_by_uid(uid)
+        _require_object(grafana.datasource.get_datasource_by_uid(uid), "uid")
     except GrafanaClientError as error:
         if not _absent(error):
             raise
@@ -113,7 +138,7 @@ def _datasource(grafana: GrafanaApi, prometheus_url: str) -> None:
 
 def _folder(grafana: GrafanaApi) -> None:
     try:
-        grafana.folder.get_folder(FOLDER_UID)
+        _require_object(grafana.folder.get_folder(FOLDER_UID), "uid")
     except GrafanaClientError as error:
         if not _absent(error):
             raise
@@ -122,7 +147,10 @@ def _folder(grafana: GrafanaApi) -> None:
 
 def _regions(grafana: GrafanaApi, regions: Sequence[Region]) -> None:
     annotations: dict[str, dict[str, Any]] = {}  # by the tag of the run
-    for annotation in grafana.annotations.find_annotations(tags=[TAG], limit=MOST_REGIONS):
+    found = grafana.annotations.find_annotations(tags=[TAG], limit=MOST_REGIONS)
+    if not isinstance(found, list):
+        raise TypeError("its annotations are no list")
+    for annotation in found:
         annotations |= {tag: annotation for tag in annotation["tags"] if tag.startswith("run:")}
     for region in regions:
         fields = {

@@ -20,23 +20,27 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     BaseModel,
     Field,
+    FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     field_validator,
     model_validator,
 )
 
 from loadtests.arrivals import Arrival
-from loadtests.workload import Workload
+from loadtests.workload import Name, Workload
 from serving.engines import DEFAULT_ENGINE, ENGINES
 from serving.engines.base import FlagValue
 from serving.engines.vllm import VllmFlags
 from serving.machine import Ceilings
 from serving.models import Shape
 
+MOST_POINTS = 500  # load points of a lab
+MOST_REQUESTS = 3_000_000  # prepared for all repeats of all load points
+LONGEST_S = 7 * 24 * 3600.0  # a window, a warm-up or a timeout
+Seconds = Annotated[float, Field(gt=0, le=LONGEST_S, allow_inf_nan=False)]
 MARGIN = 0.05
 """Two figures are equal where their ratio is 1 within this share, unless a claim says otherwise.
 
@@ -57,9 +61,9 @@ class Variant(BaseModel, frozen=True, extra="forbid"):
     digests.
     """
 
-    name: str
+    name: Name
     flags: dict[str, FlagValue] = {}
-    weights: str = ""
+    weights: Annotated[str, Field(pattern=r"^[a-z0-9-]*$")] = ""
     engine: Annotated[str, Field(exclude_if=lambda name: name == DEFAULT_ENGINE)] = DEFAULT_ENGINE
 
     @field_validator("engine")
@@ -133,7 +137,7 @@ class Prediction(BaseModel, frozen=True, extra="forbid"):
     `labs.judging.judge.prediction_outcome`.
     """
 
-    value: float
+    value: FiniteFloat
     kind: Literal["point", "ceiling", "floor"] = "point"
     formula: str
     assumptions: tuple[str, ...] = ()
@@ -223,9 +227,9 @@ class SLO(BaseModel, frozen=True, extra="forbid"):
     Goodput counts the requests that meet all of them.
     """
 
-    ttft_s: PositiveFloat
-    tpot_s: PositiveFloat
-    itl_s: PositiveFloat | None = None  # the longest gap between tokens, where a lab judges it
+    ttft_s: Seconds
+    tpot_s: Seconds
+    itl_s: Seconds | None = None  # the longest gap between tokens, where a lab judges it
 
     def by_name(self) -> dict[str, float]:
         """Map `ttft`, `tpot` and, where it is set, `itl` to their limits in seconds."""
@@ -264,11 +268,11 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     title: str
     question: str
     answers: tuple[str, ...]  # ids of questions in the catalogue
-    variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1, max_length=MOST_POINTS)]
     flags: dict[str, FlagValue] = {}  # of every variant; a variant's own flags override them
-    workloads: Annotated[tuple[Workload, ...], Field(min_length=1)]
-    claims: tuple[Claim, ...]
-    forecasts: tuple[Forecast, ...] = ()
+    workloads: Annotated[tuple[Workload, ...], Field(min_length=1, max_length=MOST_POINTS)]
+    claims: Annotated[tuple[Claim, ...], Field(max_length=100)]
+    forecasts: Annotated[tuple[Forecast, ...], Field(max_length=100)] = ()
     evidence: tuple[Evidence, ...] = ()
     studies: tuple[str, ...] = ()  # measured once on the model itself, without an engine
     probes: tuple[str, ...] = ()  # asked of the engines after their trials
@@ -276,18 +280,21 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     findings: tuple[str, ...] = ()  # conclusions beyond the claims
     plots: tuple[str, ...] = ()
     slo: SLO
-    requests: PositiveInt  # prepared for each trial, which ends early if they run out
-    warmup_s: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
+    # prepared for each trial, which ends early if they run out
+    requests: Annotated[int, Field(gt=0, le=MOST_REQUESTS)]
+    warmup_s: Seconds
     # a closed loop extends it, up to fourfold, until as many requests as users are complete
-    window_s: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
-    repeats: PositiveInt = 5
+    window_s: Seconds
+    repeats: Annotated[int, Field(gt=0, le=1000)] = 5
     # of the points whose claims are undecided after `repeats`; no more than `repeats`: never
-    most_repeats: NonNegativeInt = 10
+    most_repeats: Annotated[int, Field(ge=0, le=1000)] = 10
     # after so long with its engines a run begins no repeats beyond `repeats`
     most_s: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 420.0
-    starts: PositiveInt = 2  # of each engine, its repeats shared out, where engines take turns
-    timeout_s: PositiveFloat = 60.0  # longest silence within one response
-    load_processes: PositiveInt = 1  # processes that share the sending of requests
+    # of each engine, its repeats shared out, where engines take turns
+    starts: Annotated[int, Field(gt=0, le=1000)] = 2
+    timeout_s: Seconds = 60.0  # longest silence within one response
+    # processes that share the sending of requests
+    load_processes: Annotated[int, Field(gt=0, le=256)] = 1
     seed: NonNegativeInt = 0
     scales: dict[str, dict[str, Any]] = {}
     quick: dict[str, Any] = {}
@@ -308,6 +315,18 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         most_users = max(users, default=1)
         if self.requests < most_users:
             raise ValueError(f"requests={self.requests} do not fill a load of {most_users} at once")
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_can_be_prepared(self) -> Self:
+        points = len(self.variants) * sum(len(w.loads) for w in self.workloads)
+        if points > MOST_POINTS:
+            raise ValueError(f"{points} load points, and {MOST_POINTS} are the most")
+        if (requests := self.requests * self.rounds * points) > MOST_REQUESTS:
+            raise ValueError(
+                f"requests={self.requests} in each of {self.rounds} repeats of {points} load points"
+                f" are {requests} to prepare, and {MOST_REQUESTS} are the most"
+            )
         return self
 
     @model_validator(mode="after")

@@ -67,6 +67,8 @@ from loadtests.records import RequestRecord
 
 PATH = "/v1/chat/completions"
 HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+if key := os.environ.get("VLLM_API_KEY"):  # that the engine, or an endpoint, asks for
+    HEADERS["Authorization"] = f"Bearer {key}"
 REPORT_EVERY_S = 0.5
 LOOP_TICK_S = 0.02
 CONNECTION_TIMEOUT_S = 10.0

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import orjson
-from pydantic import BaseModel, PositiveFloat
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveFloat
 
 from loadtests.arrivals import Arrival, Contended, Waves
+from loadtests.records import LONGEST_S
 from loadtests.workload import Request, intrudes
 
 T = TypeVar("T")
+LAST_UNIX_S = 1e10  # in the year 2286
+TrialTime = Annotated[float, Field(ge=0, le=LONGEST_S)]  # in seconds, on the trial's clock
 WINDOWS_AT_MOST = 4  # how long a closed loop may send after its warm-up, in windows
 # What an answer may take beyond the time to its first byte, and beyond its first lines: many times
 # what an engine needs, so that only an answer without an end is cut off.
@@ -71,20 +74,22 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
 class TrialSummary(BaseModel, frozen=True, extra="forbid"):
     """Holds what only the load processes know of a trial; the records give everything else."""
 
-    started_unix_s: float  # wall clock at the trial's time 0: for dashboards, never for durations
-    started_monotonic_s: float | None = None  # the same moment on the machine's monotonic clock
-    window_s: tuple[float, float]  # the measured window, on the trial's clock
+    # wall clock at the trial's time 0: for dashboards, never for durations
+    started_unix_s: Annotated[float, Field(ge=0, le=LAST_UNIX_S)]
+    # the same moment on the machine's monotonic clock
+    started_monotonic_s: FiniteFloat | None = None
+    window_s: tuple[TrialTime, TrialTime]  # the measured window
     # the users of a closed loop went on until every request that counts had been answered; False
     # in an open loop, in waves, and in records made when all users stopped with the window
     answered_under_load: bool = False
-    planned: int | None  # requests the schedule holds (open loop)
-    sent: int
+    planned: NonNegativeInt | None  # requests the schedule holds (open loop)
+    sent: NonNegativeInt
     exhausted: bool  # the prepared requests ran out before the window did
-    loop_lag_p99_s: float  # how late an event loop ran, in the worst load process
-    loop_lag_max_s: float
-    cpu_s: float  # CPU time of the load processes
+    loop_lag_p99_s: FiniteFloat  # how late an event loop ran, in the worst load process
+    loop_lag_max_s: FiniteFloat
+    cpu_s: FiniteFloat  # CPU time of the load processes
     aborted: str | None = None
-    lost_share: float = 0.0  # share of the users whose load process died
+    lost_share: FiniteFloat = 0.0  # share of the users whose load process died
 
 
 def merged_summary(summaries: Sequence[TrialSummary], lost_share: float) -> TrialSummary:

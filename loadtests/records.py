@@ -27,6 +27,8 @@ import orjson
 
 FORMAT_VERSION = 1
 OPTIONAL = ("text", "model")  # left out of a line where they are None
+LONGEST_S = 7 * 24 * 3600.0  # that a trial may take
+MOST_TOKENS = 10_000_000  # of a request
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,32 @@ def read(path: Path) -> Iterator[RequestRecord]:
                 number += 1
                 fields = orjson.loads(line)
                 fields["chunks"] = [(time, tokens) for time, tokens in fields["chunks"]]
-                yield RequestRecord(**fields)
+                record = RequestRecord(**fields)
+                _check(record)
+                yield record
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}, line {number}: not a request record") from error
+        why = f" ({error})" if isinstance(error, _ImpossibleError) else ""
+        raise ValueError(f"{path}, line {number}: not a request record{why}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: damaged after line {number} ({error})") from error
+
+
+class _ImpossibleError(ValueError):
+    """A value is none that a request can have."""
+
+
+def _check(record: RequestRecord) -> None:
+    """Check the types and sizes of a record that was read. Raises _ImpossibleError."""
+    given_s = (record.sent_s, record.scheduled_s, record.end_s, record.first_byte_s)
+    times = [*(t for t in given_s if t is not None), *(t for t, _ in record.chunks)]
+    if not set(map(type, times)) <= {float, int} or not 0 <= min(times) <= max(times) <= LONGEST_S:
+        raise _ImpossibleError(f"a time is no number of seconds from 0 to {LONGEST_S:.0f}")
+    counts = [tokens for _, tokens in record.chunks]
+    given = (record.prompt_tokens, record.output_tokens)
+    sizes = [sum(counts), record.index, record.asked_tokens, *(n for n in given if n is not None)]
+    if not set(map(type, [*counts, *sizes])) == {int} or min([0, *counts, *sizes]) < 0:
+        raise _ImpossibleError("a number of tokens is no whole number")
+    if max(sizes) > MOST_TOKENS:
+        raise _ImpossibleError(f"it has more than {MOST_TOKENS} tokens")
+    if not all(text is None or isinstance(text, str) for text in (record.error, record.text)):
+        raise _ImpossibleError("an error or an answer is no text")

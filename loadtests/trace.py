@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -20,16 +21,24 @@ COLUMNS = (
     ("timestamp", "contexttokens", "generatedtokens"),
     ("timestamp", "input_length", "output_length"),
 )
+MOST_BYTES = 256 * 2**20
+MOST_TOKENS = 10_000_000  # of a prompt, or an answer
 MOST_ROWS = 4096  # the first ones, since a run's manifest holds them
 
 
 def read_trace(path: Path) -> tuple[TraceRow, ...]:
     """Read a trace in order of time; raises ValueError, which names the request and the reason."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"the trace {path} cannot be read: it is no regular file")
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(
+                f"the trace {path} has more than {MOST_BYTES / 2**20:.0f} MiB: give its beginning"
+            )
         with path.open(newline="") as file:
             lines = map(json.loads, file) if path.suffix == ".jsonl" else csv.DictReader(file)
             rows = list(_rows(path, lines))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error, RecursionError) as error:
         raise ValueError(f"the trace {path} cannot be read: {error}") from error
     if not rows:
         raise ValueError(f"the trace {path} holds no requests")
@@ -39,7 +48,10 @@ def read_trace(path: Path) -> tuple[TraceRow, ...]:
 
 
 def _rows(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterable[TraceRow]:
+    kinds: set[str] = set()
     for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict):
+            raise ValueError(f"{path}, request {number}: it is no object with named fields")
         fields = {str(key).strip().lower(): value for key, value in line.items()}
         names = next((c for c in COLUMNS if set(c) <= fields.keys()), None)
         if names is None:
@@ -48,15 +60,26 @@ def _rows(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterable[TraceRow]:
             raise ValueError(f"{path} has the columns {columns}; known are {readable}")
         at, prompt, output = (fields[name] for name in names)
         try:
-            row = (_seconds(at, "input_length" in names), int(prompt), int(output))
-        except (TypeError, ValueError) as error:
+            at_s, kind = _seconds(at, "input_length" in names)
+            row = (at_s, int(prompt), int(output))
+        except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, request {number}: {error}") from error
+        kinds.add(kind)
+        if len(kinds) > 1:
+            raise ValueError(f"{path}, request {number}: its time is not of the others' kind")
+        if max(row[1:]) > MOST_TOKENS:
+            raise ValueError(f"{path}, request {number}: more than {MOST_TOKENS} tokens")
         if row[1] > 0 and row[2] > 0:  # some traces hold requests that were refused
             yield row
 
 
-def _seconds(at: Any, milliseconds: bool) -> float:
+def _seconds(at: Any, milliseconds: bool) -> tuple[float, str]:
+    """Return a time in seconds, and what it was given as; raises ValueError."""
     try:
-        return float(at) / (1000 if milliseconds else 1)
+        at_s = float(at) / (1000 if milliseconds else 1)
     except ValueError:
-        return datetime.fromisoformat(str(at).strip()).timestamp()
+        date = datetime.fromisoformat(str(at).strip())
+        return date.timestamp(), "date with a zone" if date.tzinfo else "date"
+    if not math.isfinite(at_s):
+        raise ValueError(f"{at} is no time")
+    return at_s, "number"

@@ -13,15 +13,17 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
-    PositiveFloat,
-    PositiveInt,
     model_validator,
 )
 
 from loadtests.arrivals import Arrival, Contended, Replay
 from loadtests.prompts import TASKS, Messages, Task, Writer
-from loadtests.trace import TraceRow, read_trace
+from loadtests.trace import MOST_ROWS, TraceRow, read_trace
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=100)]
+"""What folders, lines of a command and labels of Prometheus are called by."""
+Tokens = Annotated[int, Field(gt=0, le=10_000_000)]
+Count = Annotated[int, Field(gt=0, le=10_000)]
 BLOCK = 64  # each block of this many drawn lengths holds the same ones in another order
 
 
@@ -29,7 +31,7 @@ class Fixed(BaseModel, frozen=True, extra="forbid"):
     """Every length is the same."""
 
     kind: Literal["fixed"] = "fixed"
-    tokens: PositiveInt
+    tokens: Tokens
 
     def draw(self, n: int, rng: random.Random) -> list[int]:
         """Return n lengths in tokens."""
@@ -44,8 +46,8 @@ class Exponential(BaseModel, frozen=True, extra="forbid"):
     """
 
     kind: Literal["exponential"] = "exponential"
-    mean_tokens: PositiveInt
-    max_tokens: PositiveInt
+    mean_tokens: Tokens
+    max_tokens: Tokens
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -76,9 +78,9 @@ class Prefix(BaseModel, frozen=True, extra="forbid"):
     share, are not counted here.
     """
 
-    tokens: PositiveInt
-    groups: PositiveInt = 1
-    documents: PositiveInt = 1
+    tokens: Tokens
+    groups: Count = 1
+    documents: Count = 1
     shuffled: bool = False
 
 
@@ -90,15 +92,15 @@ class Chat(BaseModel, frozen=True, extra="forbid"):
     conversation begins.
     """
 
-    turns: PositiveInt
-    grows_tokens: PositiveInt
+    turns: Count
+    grows_tokens: Tokens
 
 
 class Intruder(BaseModel, frozen=True, extra="forbid"):
     """Every fourth request is an intruder's: it has its own lengths and its own schedule."""
 
-    prompt_tokens: PositiveInt
-    output_tokens: PositiveInt = 1
+    prompt_tokens: Tokens
+    output_tokens: Tokens = 1
 
 
 class Adapters(BaseModel, frozen=True, extra="forbid"):
@@ -108,7 +110,7 @@ class Adapters(BaseModel, frozen=True, extra="forbid"):
     the adapter of rank k. `suffix` names another set of the same adapters.
     """
 
-    count: PositiveInt
+    count: Count
     mix: Literal["uniform", "zipf"] = "uniform"
     suffix: str = ""
 
@@ -170,19 +172,21 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     where the trace is shorter than the requests, its lengths begin again.
     """
 
-    name: str
+    name: Name
     prompt_tokens: Lengths
     output_tokens: Lengths
     task: Task = "continue"
     prefix: Prefix | None = None
     primed: bool = False
-    trace: Annotated[tuple[TraceRow, ...], BeforeValidator(_trace)] = ()
+    trace: Annotated[
+        tuple[TraceRow, ...], BeforeValidator(_trace), Field(max_length=MOST_ROWS)
+    ] = ()
     chat: Chat | None = None
     intruder: Intruder | None = None
     adapters: Adapters | None = None
     keep_text: bool = False
     only: tuple[str, ...] = ()
-    warmup_s: PositiveFloat | None = None
+    warmup_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     loads: Annotated[tuple[Arrival, ...], Field(min_length=1)]
 
     @model_validator(mode="after")

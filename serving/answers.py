@@ -11,6 +11,8 @@ from typing import Any
 
 import requests
 
+from serving import guard
+
 BLOCK_BYTES = 8192
 
 
@@ -68,8 +70,9 @@ def _answer(
 ) -> Answer:
     body = bytearray()
     with requests.request(
-        method, url, timeout=within_s, stream=True, allow_redirects=False, **request
-    ) as response:
+        method, url, headers=guard.headers(), timeout=within_s, stream=True,
+        allow_redirects=False, **request,
+    ) as response:  # fmt: skip
         for block in response.iter_content(BLOCK_BYTES):
             body += block
             if len(body) > most_bytes:

@@ -207,8 +207,31 @@ def sibling(model: Model, derived: str) -> Path | None:
 
 
 def load(path: Path, name: str) -> Model:
-    """Read the shape from config.json and the safetensors headers; no weights are loaded."""
-    config = json.loads((path / "config.json").read_text())
+    """Read the shape from config.json and the safetensors headers; no weights are loaded.
+
+    Raises ModelError where they cannot be read.
+    """
+    try:
+        model = _load(path, name)
+    except (
+        ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+        struct.error,
+    ) as error:  # fmt: skip
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ModelError(
+            f"{path} is no model that can be read ({reason}): download it again, or give another"
+            " with MODEL="
+        ) from error
+    if any(type(size) is not int or size < 0 for size in vars(model.shape).values()):
+        raise ModelError(
+            f"{path} is no model that can be read (its config.json gives sizes that are no whole"
+            " numbers): download it again, or give another with MODEL="
+        )
+    return model
+
+
+def _load(path: Path, name: str) -> Model:
+    config = json.loads(_text(path / "config.json"))
     config = config.get("text_config", config)
     if (path / RANDOM).exists():
         return Model(name, path, shape_of(config), dummy=True)
@@ -298,10 +321,25 @@ def _linear_bytes(config: Mapping[str, Any]) -> float:
     return bits / 8 + (2 / size if size else 0)
 
 
+MOST_HEADER_BYTES = 100_000_000  # of config.json, and of a shard's header by its format
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():  # a pipe would never end
+        raise ValueError(f"{path.name} is no regular file")
+    if path.stat().st_size > MOST_HEADER_BYTES:
+        raise ValueError(f"{path.name} has more than {MOST_HEADER_BYTES} bytes")
+    return path.read_text()
+
+
 def _tensor_sizes(shard: Path) -> dict[str, tuple[int, int]]:
     """Read tensor name -> (elements, bytes) from the header (safetensors format, 2022)."""
+    if not shard.is_file():
+        raise ValueError(f"{shard.name} is no regular file")
     with shard.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(MOST_HEADER_BYTES, shard.stat().st_size):
+            raise ValueError(f"{shard.name} is cut short, or is no safetensors file")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return {

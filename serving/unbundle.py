@@ -49,13 +49,35 @@ def read_manifest(folder: Path) -> "dict[str, Any]":
     """Read what the bundle consists of and was made for. Raises UnbundleError."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnbundleError(
             f"{folder} has no readable {MANIFEST}, which `make bundle` writes: give the folder with"
             " the parts, or copy that file again"
         ) from error
-    assert isinstance(manifest, dict)
-    return manifest
+    if not _is_manifest(manifest):
+        raise UnbundleError(
+            f"{folder / MANIFEST} is none that `make bundle` writes: copy that file again"
+        )
+    return manifest  # type: ignore[no-any-return]
+
+
+def _is_manifest(manifest: Any) -> bool:
+    """Check the types of all that is read of a manifest; a part is a file beside it."""
+    kinds = {"python": str, "machine": str, "expected": dict, "parts": list, "packages": dict}
+    if not isinstance(manifest, dict):
+        return False
+    if not all(isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
+        return False
+    if not all(isinstance(version, str) for version in manifest["expected"].values()):
+        return False
+    return all(
+        isinstance(part, dict)
+        and isinstance(part.get("name"), str)
+        and Path(part["name"]).name == part["name"]
+        and type(part.get("bytes")) is int
+        and isinstance(part.get("sha256"), str)
+        for part in manifest["parts"]
+    )
 
 
 def check_python(manifest: "dict[str, Any]") -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from labs.comparing import leaderboards
-from labs.filing.results import RESULTS, DamagedError, read_json, write_json
+from labs.filing.bounded import DamagedError
+from labs.filing.results import RESULTS, read_json, write_json
 from serving.engines.vllm import Vllm
 from serving.models import CACHE, ROOT
 

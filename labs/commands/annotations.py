@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from dashboards.push import Region
-from labs.filing.results import RunFolder
+from labs.filing.bounded import DamagedError
+from labs.filing.results import RunFolder, readable
 
 
 def regions(folders: Sequence[RunFolder], report: Callable[[RunFolder, str], None]) -> list[Region]:
@@ -16,10 +17,13 @@ def regions(folders: Sequence[RunFolder], report: Callable[[RunFolder, str], Non
     shown: list[Region] = []
     for folder in folders:
         try:
-            if folder.complete and (region := _region(folder)):
-                shown.append(region)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            report(folder, f"left out: {str(error).splitlines()[0]}")
+            with readable(folder):
+                region = _region(folder) if folder.complete else None
+        except (DamagedError, OSError) as error:
+            report(folder, f"left out: {error}")
+            continue
+        if region:
+            shown.append(region)
     return shown
 
 

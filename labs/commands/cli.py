@@ -32,13 +32,13 @@ from labs.commands.terminal import (
     reported_errors,
     show,
 )
-from labs.comparing import reproduction, side_by_side
+from labs.comparing import compare, reproduction, side_by_side
 from labs.filing import manifest, newest
 from labs.filing.results import RunFolder, open_run
 from labs.lab import Lab, LabError, NotApplicable, did_you_mean, parse_changes
 from labs.questions import QUESTIONS
 from labs.running import derived_models, reproduce
-from labs.running.resolve import RunRequest, is_dummy, model_of, require_devices
+from labs.running.resolve import RunRequest, is_dummy, model_of, require_devices, require_harmless
 from labs.running.resume import CannotResume
 from labs.running.run import forecast_alone
 from labs.running.run import run as run_lab
@@ -48,6 +48,7 @@ from serving import bundle, machine, models, whole
 from serving.engines import ENGINES
 from serving.engines.vllm import Vllm
 from serving.gpus import short_names
+from serving.masking import holds_secret, masked
 from serving.ports import require_port
 
 HELP = "Ask a question about LLM inference serving; answer it by measuring this machine."
@@ -66,6 +67,14 @@ SetOption = Annotated[
         envvar="LABS_SET",
         help="Change existing fields for this run: 'window_s=4 flags.max-num-seqs=8'."
         " The run is marked ad hoc.",
+    ),
+]
+UnsafeOption = Annotated[
+    bool,
+    typer.Option(
+        "--unsafe-flags",
+        envvar="LABS_UNSAFE_FLAGS",
+        help="Pass flags on that may load code, open an address or name a path: your own only.",
     ),
 ]
 QuickOption = Annotated[
@@ -152,6 +161,7 @@ def run(
         typer.Option(envvar="LABS_RESUME", help="Continue the newest unfinished run of this lab."),
     ] = False,
     engine_command: EngineOption = "",
+    unsafe_flags: UnsafeOption = False,
 ) -> None:
     """Run a lab: predict, measure, judge, report.
 
@@ -168,6 +178,7 @@ def run(
             endpoint=endpoint,
             resume=resume,
             engine_command=_command_words(engine_command),
+            unsafe_flags=unsafe_flags,
         )
         if not _play(request).complete:
             console.print("Some trials failed: RESUME=1 plays them again.")
@@ -254,6 +265,7 @@ def forecast_lab(
     model: ModelOption = "",
     weights: WeightsOption = "",
     seed: SeedOption = "",
+    unsafe_flags: UnsafeOption = False,
 ) -> None:
     """Forecast a lab, in seconds to a few minutes: no engine is started, nothing is recorded.
 
@@ -267,6 +279,7 @@ def forecast_lab(
             request = RunRequest(
                 chosen, quick, changes=_changes(changes, seed), model=model,
                 weights="dummy" if shape_alone else weights, card=card,
+                unsafe_flags=unsafe_flags,
             )  # fmt: skip
             try:
                 setup, predictions = forecast_alone(request, progress)
@@ -333,12 +346,15 @@ def serve(
     tp: TpOption = 1,
     dp: DpOption = 1,
     pp: PpOption = 1,
+    unsafe_flags: UnsafeOption = False,
 ) -> None:
     """Start the engine of a lab's variant in the foreground; Ctrl-C ends it."""
     with reported_errors():
         host = machine.detect()
         all_changes = {**_parallel(tp, dp, pp), **_changes(changes)}
         resolved = _lab(lab).at(models.scale_of(host), False, all_changes, is_dummy(weights))
+        if not unsafe_flags:
+            require_harmless(resolved)
         require_devices(resolved, host)
         by_name = {v.name: v for v in resolved.variants}
         if variant and variant not in by_name:
@@ -400,7 +416,7 @@ def reproduce_run(
     is shown.
     """
     with reported_errors():
-        original = open_run(run)
+        original = compare.read_side(str(open_run(run).path)).folder
         original_run = original.run()
         request = reproduce.request(original_run, model, resume, _command_words(engine_command))
         for note in reproduce.notes(original_run, Vllm.version()):
@@ -564,6 +580,12 @@ def _command_words(command: str) -> list[str]:
 
 
 def _changes(text: str, seed: str = "") -> dict[str, Any]:
+    """Read SET and SEED; raises LabError for a secret, which would be recorded with the run."""
+    if holds_secret(text):
+        raise LabError(
+            f"SET={masked(text)} holds what looks like a secret, and a run's settings are recorded:"
+            " give it to the program that needs it in a variable of its own"
+        )
     return parse_changes(f"{text} seed={seed}" if seed else text)
 
 

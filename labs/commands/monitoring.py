@@ -18,6 +18,7 @@ from labs.judging.metrics import METRICS
 from labs.lab import LabError
 from labs.running import backfill
 from labs.running.run import run_lock
+from labs.telling import pages
 from serving import machine
 from serving.ports import require_port
 
@@ -34,7 +35,7 @@ def watch(
         watching = prometheus.watching()
         if watching is None:
             require_port(port, "PORT")
-            watching = live.start(port, RESULTS)
+            watching = live.start(port, RESULTS, pages.script_hashes())
         console.print(f"Watching: [bold]{watching.page_url}[/]")
         ends = "watch-stop" if watching.own else "stack-stop"
         console.print(f"Labs record into it from now on; `make {ends}` ends it.")

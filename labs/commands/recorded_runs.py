@@ -9,16 +9,24 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from labs.commands.terminal import console, folders_of, reported_errors, show
+from labs.commands.terminal import console, reported_errors, show
 from labs.comparing import compare, gate, leaderboards, page, reproduction, side_by_side
 from labs.filing import export, manifest, score
 from labs.filing.committed import committed_runs
 from labs.filing.export import Format as ExportFormat
-from labs.filing.results import RESULTS, open_run, problems
+from labs.filing.results import (
+    RESULTS,
+    RunFolder,
+    all_runs,
+    open_run,
+    problems,
+    readable,
+    unreadable,
+)
 from labs.lab import LabError
 from labs.telling import pages, report
 from labs.telling.document import bullets, section, table_of
-from labs.telling.summary import summarise
+from labs.telling.summary import stale_summary, summarise
 from serving.models import ROOT
 
 app = typer.Typer()
@@ -46,20 +54,45 @@ def rebuild(
     repetitions with a run is judged again.
     """
     with reported_errors():
-        for folder in (folders := folders_of(run)):
-            summarise(folder)
-            for path in (report.write(folder), pages.write(folder)):
-                console.print(os.path.relpath(path), soft_wrap=True)
-            if original := reproduction.original_of(folder):
-                result = reproduction.compare_with_original(original, folder)
-                path = reproduction.file_with_original(result, original)
-                console.print(os.path.relpath(path), soft_wrap=True)
-            for path in reproduction.judge_again(folder):
-                console.print(os.path.relpath(path), soft_wrap=True)
+        if run:
+            _rebuild(open_run(run))
+            return
+        left_out = 0
+        for folder in (folders := all_runs()):
+            try:
+                _rebuild(folder)
+            except LabError as error:
+                left_out += 1
+                _say_left_out(folder, str(error))
+        if left_out:
+            raise LabError(f"runs whose report was not computed: {left_out} of {len(folders)}")
         if not folders:
             console.print(
                 f"There is no run in {os.path.relpath(RESULTS)} yet: `make labs` lists the labs."
             )
+
+
+def _folders(run: Path | None) -> list[RunFolder]:
+    """Return the run named, or every recorded run."""
+    return [open_run(run)] if run else all_runs()
+
+
+def _rebuild(folder: RunFolder) -> None:
+    with readable(folder):
+        summarise(folder)
+        for path in (report.write(folder), pages.write(folder)):
+            console.print(os.path.relpath(path), soft_wrap=True)
+        if original := reproduction.original_of(folder):
+            result = reproduction.compare_with_original(original, folder)
+            path = reproduction.file_with_original(result, original)
+            console.print(os.path.relpath(path), soft_wrap=True)
+        for path in reproduction.judge_again(folder):
+            console.print(os.path.relpath(path), soft_wrap=True)
+
+
+def _say_left_out(folder: RunFolder, why: str) -> None:
+    name = "/".join(folder.path.parts[-3:])
+    console.print(f"Left out: {escape(name)} cannot be read: {escape(why)}", soft_wrap=True)
 
 
 @app.command()
@@ -82,9 +115,10 @@ def rescore(
 ) -> None:
     """Show what other tools would have reported of a run's records, and why they differ."""
     with reported_errors():
-        (folder,) = folders_of(run)
-        lab, points = folder.run().rebuilt_lab(), folder.run().points()
-        table = table_of(score.table(score.scores(folder), lab))
+        folder = open_run(run)
+        with readable(folder):
+            lab, points = folder.run().rebuilt_lab(), folder.run().points()
+            table = table_of(score.table(score.scores(folder), lab))
         show(section("One trace, every definition", table, bullets(score.explanations(points))))
 
 
@@ -100,8 +134,9 @@ def check(
     """Check that recorded runs are readable, complete and in the folder of their machine."""
     with reported_errors():
         count = 0
-        for folder in (folders := committed_runs() if committed else folders_of(run)):
-            for problem in [*problems(folder), *reproduction.problems(folder)]:
+        for folder in (folders := committed_runs() if committed else _folders(run)):
+            found = [*problems(folder), *stale_summary(folder), *reproduction.problems(folder)]
+            for problem in found:
                 count += 1
                 text = f"{os.path.relpath(folder.path)}: {escape(problem)}"
                 console.print(text, soft_wrap=True)
@@ -174,7 +209,11 @@ def manifest_diff(
     """Show what differs in how two runs were made, the likeliest cause of other figures first."""
     with reported_errors():
         runs = [open_run(path) for path in (a, b)]
-        facts = [manifest.facts(f.run(), manifest.cpu_taken_by_others(f)) for f in runs]
+        facts = []
+        for folder in runs:
+            with readable(folder):
+                load = manifest.cpu_taken_by_others(folder)
+                facts.append(manifest.facts(folder.run(), load))
         rows = manifest.table(manifest.differences(*facts), ("A", "B"))
         if len(rows) > 1:
             show(section("What differs", table_of(rows)))
@@ -227,7 +266,8 @@ def export_run(
     """Write a run as CSV or Parquet tables, or as the result files of vllm bench serve."""
     with reported_errors():
         folder = open_run(run)
-        written = export.export(folder, kind, out or ROOT / "exports" / folder.path.name)
+        with readable(folder):
+            written = export.export(folder, kind, out or ROOT / "exports" / folder.path.name)
         console.print(f"{len(written)} files in [bold]{os.path.relpath(written[0].parent)}[/]:")
         console.print(", ".join(path.name for path in written), style="dim")
 
@@ -236,4 +276,7 @@ def export_run(
 def leaderboard() -> None:
     """Show every lab on every machine: effect, interval and verdict of its claims."""
     with reported_errors():
+        for folder in all_runs():
+            if why := unreadable(folder):
+                _say_left_out(folder, why)
         show(section("Leaderboard", leaderboards.leaderboard()))

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 import typer
@@ -18,7 +17,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dashboards.prometheus import PrometheusError
 from dashboards.stack import StackError
-from labs.filing.results import RunFolder, all_runs, open_run
 from labs.lab import LabError
 from labs.telling import terminal
 from labs.telling.document import Block
@@ -102,13 +100,6 @@ def show(content: Block) -> None:
 def minutes(seconds: float) -> str:
     """Write a duration in minutes, or in seconds where it is shorter than 90 s."""
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-def folders_of(run: Path | None) -> list[RunFolder]:
-    """Return the run named, or every recorded run."""
-    if run is None:
-        return all_runs()
-    return [open_run(run)]
 
 
 _stop_signals: list[int] = []  # signals received that ask the program to end

@@ -22,9 +22,10 @@ from pydantic import BaseModel, Field
 from scipy import stats
 
 from labs.filing import manifest
+from labs.filing.bounded import DamagedError
 from labs.filing.manifest import Fact
 from labs.filing.newest import newest_runs
-from labs.filing.results import Run, RunFolder, Summary, fresh_knobs, open_run
+from labs.filing.results import Run, RunFolder, Summary, fresh_knobs, open_run, readable
 from labs.judging.judge import (
     CONFIDENCE,
     Caveat,
@@ -38,6 +39,7 @@ from labs.judging.judge import (
 from labs.judging.machine_speed import Part, relative_speed
 from labs.judging.metrics import METRICS, by_repeat, compared_metrics
 from labs.lab import MARGIN, LabError, Point
+from labs.telling.summary import checked
 from serving.models import ROOT
 
 SENT = (  # the knobs of a lab that say what is sent and what is measured of it
@@ -196,17 +198,19 @@ class Side:
 def read_side(text: str) -> Side:
     """Read a side from `results/<machine>/<lab>/<run>`, or that with `:variant` behind it.
 
-    Raises LabError where it cannot be read or has no such variant.
+    Its summary is computed from its records again. Raises LabError where it cannot be read, where
+    its files contradict each other, and where it has no such variant.
     """
     path, colon, variant = text.rpartition(":") if ":" in Path(text).name else (text, "", "")
     folder = open_run(Path(path))
     try:
-        run, summary = folder.run(), folder.summary()
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise LabError(f"{path} cannot be compared: {reason}; try `make report RUN={path}`") from (
-            error
-        )
+        with readable(folder):
+            run, summary = folder.run(), checked(folder)
+    except (DamagedError, OSError) as error:
+        raise LabError(
+            f"{path} cannot be used: {error}. Where its records are right, `make report"
+            f" RUN={path}` computes the rest again"
+        ) from error
     known = [v["name"] for v in run.lab["variants"]]
     if colon and variant not in known:
         raise LabError(f"{path} has no variant {variant!r}; it has {', '.join(known)}")

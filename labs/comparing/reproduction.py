@@ -24,9 +24,10 @@ from pydantic import BaseModel, computed_field
 from labs.comparing import compare, side_by_side
 from labs.comparing.compare import ComparedFigure, MachineProperty, Outcome, VerdictPair
 from labs.filing import manifest
+from labs.filing.bounded import DamagedError
 from labs.filing.committed import tracked
 from labs.filing.manifest import Fact
-from labs.filing.results import DamagedError, RunFolder, all_runs, read_json, write_json
+from labs.filing.results import RunFolder, all_runs, read_json, write_json
 from labs.judging.judge import Caveat, Judgement, VerdictKind, verdict_kind
 from labs.judging.machine_speed import Part, relative_speed_text
 from labs.judging.text import ONE_SITTING

@@ -7,6 +7,7 @@ packages, the model's files, and only then the rest.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -94,8 +95,17 @@ def current_lab(run: Run) -> Lab:
     name = run.lab["name"]
     if name not in LABS:
         raise LabError(f"there is no lab {name} any more")
-    lab = LABS[name].at(run.scale, run.quick, run.changes, run.dummy)
+    lab = LABS[name].at(run.scale, run.quick, _changes(run), run.dummy)
     return lab.against_itself() if run.aa else lab
+
+
+def _changes(run: Run) -> dict[str, Any]:
+    """Return a run's changes with its recorded traces in the place of the files they came from."""
+    traces = {f"workloads.{w['name']}.trace": w.get("trace", ()) for w in run.lab["workloads"]}
+    changes = {path: traces.get(path, value) for path, value in run.changes.items()}
+    if any("trace" in json.dumps(v) for path, v in changes.items() if path not in traces):
+        raise LabError("a change names a file, which only whoever made the run has")
+    return changes
 
 
 def is_stale(run: Run) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from labs import LABS
 from labs.filing.committed import committed_runs
-from labs.filing.results import DamagedError, Run, RunFolder, all_runs
+from labs.filing.results import Run, RunFolder, all_runs, unreadable
 
 
 def newest_runs(quick: bool = False, committed: bool = False) -> list[RunFolder]:
@@ -16,12 +16,9 @@ def newest_runs(quick: bool = False, committed: bool = False) -> list[RunFolder]
     """
     newest: dict[tuple[str, str], RunFolder] = {}
     for folder in committed_runs() if committed else all_runs():
-        try:
-            run = folder.run()
-        except DamagedError:
-            if committed:
-                raise
+        if not committed and unreadable(folder):
             continue
+        run = folder.run()
         key = run.machine.slug, run.lab["name"]
         current = newest.get(key)
         if not folder.complete or run.ad_hoc or run.reproduces or (run.quick and not quick):

@@ -17,6 +17,7 @@ results/<machine>/<lab>/<UTC>-<digest>/
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import json
@@ -24,17 +25,25 @@ import os
 import re
 import shutil
 import subprocess
-import zlib
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import orjson
-from pydantic import BaseModel, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    FiniteFloat,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
+from labs.filing import bounded
+from labs.filing.bounded import DamagedError
 from labs.judging.judge import (
     Caveat,
     ForecastAtPoint,
@@ -51,7 +60,8 @@ from labs.judging.validity import Expected, Served
 from labs.lab import Lab, LabError, Point, Prediction, digest_of, knobs
 from loadtests import records
 from loadtests.plan import TrialSummary
-from serving import metrics, telemetry, whole
+from loadtests.workload import Name
+from serving import masking, metrics, telemetry, whole
 from serving.machine import Ceilings, Environment, Machine
 from serving.metrics import Histogram, Snapshot
 from serving.models import ROOT, Shape
@@ -61,10 +71,48 @@ M = TypeVar("M", bound=BaseModel)
 RESULTS = Path(os.environ.get("LABS_RESULTS") or ROOT / "results").resolve()
 FORMAT_VERSION = 2  # 1 hashed whole files of requests, and not only what is sent
 LEAST_FREE_BYTES = 300 * 2**20
+MOST_RECORD_BYTES = 2**30  # of a run's records, unpacked
+MOST_RECORDED_TOKENS = 10**8  # of a run
 
 
-class DamagedError(LabError, ValueError):
-    """A file of a run cannot be read; the message says which, and what is wrong with it."""
+def _shape(sizes: dict[str, int]) -> dict[str, int]:
+    try:
+        Shape(**sizes)
+    except TypeError as error:
+        raise ValueError("no shape of a model") from error
+    return sizes
+
+
+Sizes = Annotated[
+    dict[str, Annotated[int, Field(ge=0, le=10**16)]], AfterValidator(_shape)
+]  # of a Shape
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
+
+
+UNREADABLE = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RecursionError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What reading the files of a run, and computing from them, may raise where they are not sound."""
+
+
+@contextlib.contextmanager
+def readable(folder: RunFolder) -> Iterator[None]:
+    """Raise DamagedError where the block cannot read a run's files, or compute from them.
+
+    What it says of itself is passed on: a LabError, or a disk that is full.
+    """
+    try:
+        yield
+    except (LabError, OSError):
+        raise
+    except UNREADABLE as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise DamagedError(f"{folder.path} cannot be read: {reason}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:300]
 
 
 class MachineFile(BaseModel, frozen=True, extra="forbid"):
@@ -78,9 +126,9 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     """The manifest of a run: enough to repeat it and to compute its report again."""
 
     format_version: int = FORMAT_VERSION
-    run_id: str
+    run_id: Name
     lab: dict[str, Any]
-    digest: str
+    digest: Name
     scale: str
     quick: bool
     changes: dict[str, Any]  # by SET=; any change makes the run ad hoc
@@ -88,8 +136,8 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     engine_command: list[str] | None = None  # in the place of the engines' own; None: not recorded
     model: str
     dummy: bool = False  # the weights were random
-    model_shape: dict[str, int]
-    weights: dict[str, dict[str, int]] = {}  # variant -> shape, of those with other weights
+    model_shape: Sizes
+    weights: dict[str, Sizes] = {}  # variant -> shape, of those with other weights
     about: dict[str, Any] = {}  # derived model -> what its maker wrote down
     machine: Machine
     ceilings: Ceilings
@@ -102,8 +150,21 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     template_tokens: int | None = None  # the most that all prompts share by the chat template
     endpoint_metrics: bool | None = None  # whether the endpoint showed metrics at the start
     prompts_sha256: str
-    reproduces: str = ""  # the run that this one repeats; it stays out of summary tables
+    reproduces: Name | Literal[""] = ""  # the run that this one repeats; it is in no summary table
     started_at: str
+
+    @model_validator(mode="after")
+    def _parts_can_be_read(self) -> Self:
+        """Check what is read of the parts that are plain here."""
+        datetime.fromisoformat(self.started_at)
+        if not isinstance(self.lab.get("title"), str):
+            raise ValueError("the lab has no title")
+        for part in ("variants", "workloads", "claims", "forecasts", "answers"):
+            if not isinstance(self.lab.get(part), list | tuple):
+                raise ValueError(f"the lab's {part} are no list")
+        for named in (self.lab, *self.lab["variants"], *self.lab["workloads"]):
+            _NAME.validate_python(named.get("name") if isinstance(named, dict) else named)
+        return self
 
     @property
     def ad_hoc(self) -> bool:
@@ -145,19 +206,27 @@ def lab_from_resolved(resolved: Mapping[str, Any], like: Lab | None = None) -> L
     """Rebuild a lab from its plain form.
 
     Its claims and forecasts predict with the functions of `like`; without those, predicting raises
-    LookupError.
+    LookupError. Raises DamagedError where today's code cannot read the lab.
     """
 
     def missing(*_: object) -> Prediction:
         raise LookupError("a run on file has its predictions on file")
 
     fields = json.loads(json.dumps(resolved))
+    fields |= {"scales": {}, "quick": {}}  # they have been applied
     fields.setdefault("most_repeats", 0)  # a run from before labs could go on did not
-    for kind in ("claims", "forecasts"):
-        predict = {part.name: part.predict for part in getattr(like, kind, ())}
-        for part in fields[kind]:
-            part["predict"] = predict.get(part["name"], missing)
-    return Lab.model_validate(fields)
+    try:
+        if any(isinstance(workload.get("trace"), str) for workload in fields["workloads"]):
+            raise ValueError("a recorded trace is a list, and this one names a file")
+        for kind in ("claims", "forecasts"):
+            predict = {part.name: part.predict for part in getattr(like, kind, ())}
+            for part in fields[kind]:
+                part["predict"] = predict.get(part["name"], missing)
+        return Lab.model_validate(fields)
+    except ValidationError as error:
+        raise DamagedError(f"its lab{_first_error(error)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"its lab cannot be read: {error!r}") from error
 
 
 def fresh_knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,9 +237,9 @@ def fresh_knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
 class Band(BaseModel, frozen=True, extra="forbid"):
     """A forecast figure, and the bounds between which it is expected."""
 
-    value: float
-    low: float
-    high: float
+    value: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
 
 
 class PointForecasts(BaseModel, frozen=True, extra="forbid"):
@@ -220,14 +289,14 @@ class TrialResult(BaseModel, frozen=True, extra="forbid"):
     summary: TrialSummary | None = None
     engine: dict[str, Any] | None = None
     start: int | None = None  # of its variant's engine, from 1; None where all stayed loaded
-    cpu_steal: float | None = None  # share of CPU time taken by other guests of the host
-    cpu_others: float | None = None  # share taken by other processes of this host
-    cpu_engine: float | None = None  # share used by the engine; None before it was recorded
+    cpu_steal: FiniteFloat | None = None  # share of CPU time taken by other guests of the host
+    cpu_others: FiniteFloat | None = None  # share taken by other processes of this host
+    cpu_engine: FiniteFloat | None = None  # share used by the engine; None before it was recorded
     gpu_others: int | None = None  # processes of others on the GPUs; None where not known
     discarded: tuple[Discarded, ...] = ()  # the attempts before this one
     reference_before: ReferenceStep | None = None  # just before the load; None in older runs
     reference_after: ReferenceStep | None = None
-    took_s: float = 0.0
+    took_s: FiniteFloat = 0.0
 
     @property
     def timed(self) -> TimedTrial | None:
@@ -297,9 +366,9 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
 class Session(BaseModel, frozen=True, extra="forbid"):
     """Records how one session of a run went: its times, and whether the counts agreed."""
 
-    engine_start_s: float
-    load_s: float
-    wall_s: float
+    engine_start_s: FiniteFloat
+    load_s: FiniteFloat
+    wall_s: FiniteFloat
     resident: bool
     there_and_back: bool = False  # where not resident: in turns A B C, then C B A, and so on
     agreement: list[Agreement]
@@ -328,6 +397,7 @@ class RunFolder:
 
     def run(self) -> Run:
         """Read the manifest."""
+        bounded.require_own_files(self.path)
         return read_json(self.path / "run.json", Run)
 
     def predictions(self) -> Predictions:
@@ -351,7 +421,10 @@ class RunFolder:
         """Read the result of a probe, or of its quick form, on a variant's engine, if any."""
         for path in (self.probe_file(name, variant) for name in (probe, f"{probe}-quick")):
             if path.exists():
-                result: dict[str, Any] = orjson.loads(gzip.decompress(path.read_bytes()))
+                try:
+                    result: dict[str, Any] = orjson.loads(bounded.unpacked(path))
+                except orjson.JSONDecodeError as error:
+                    raise DamagedError(f"{path}: {error}") from error
                 return result
         return None
 
@@ -393,34 +466,68 @@ class RunFolder:
     ) -> Iterator[tuple[Point, TrialResult, Trial | None]]:
         """Yield every trial that ended, with its data unless it failed.
 
-        None is kept here once the next is asked for: a run may be larger than memory.
+        None is kept here once the next is asked for: a run may be larger than memory. Raises
+        DamagedError where the records of all together are larger than any run's.
         """
+        left_bytes, left_tokens = MOST_RECORD_BYTES, MOST_RECORDED_TOKENS
         for point in points:
             for repeat in range(1, lab.rounds + 1):
                 result = self.trial_result(point, repeat)
-                if result is not None:
-                    yield point, result, self.trial(point, result, lab)
+                if result is None:
+                    continue
+                trial = self.trial(point, result, lab, left_bytes)
+                if trial is not None:
+                    home = self.trial_folder(point, repeat)
+                    left_bytes -= bounded.unpacked_bytes(home / "requests.jsonl.gz")
+                    left_tokens -= sum(n for r in trial.records for _, n in r.chunks)
+                if left_tokens < 0:
+                    raise DamagedError(
+                        f"{self.path}: its records count more than {MOST_RECORDED_TOKENS} tokens"
+                    )
+                yield point, result, trial
+                del trial
 
-    def trial(self, point: Point, result: TrialResult, lab: Lab) -> Trial | None:
-        """Read a trial that ended; None where it failed."""
+    def trial(
+        self, point: Point, result: TrialResult, lab: Lab, most_bytes: int = MOST_RECORD_BYTES
+    ) -> Trial | None:
+        """Read a trial that ended; None where it failed.
+
+        Raises DamagedError where it cannot be read, or its records unpack to over `most_bytes`.
+        """
         if result.failed or result.summary is None:
             return None
         home = self.trial_folder(point, result.repeat)
+        if bounded.unpacked_bytes(home / "requests.jsonl.gz") > most_bytes:
+            raise DamagedError(
+                f"{self.path}: its records unpack to more than {MOST_RECORD_BYTES / 2**20:.0f} MiB"
+            )
+        return self._trial(home, point, result, result.summary, lab)
+
+    def _trial(
+        self, home: Path, point: Point, result: TrialResult, summary: TrialSummary, lab: Lab
+    ) -> Trial:
+        """Read the data of a trial that did not fail. Raises DamagedError."""
         try:
-            trial_records = list(records.read(home / "requests.jsonl.gz"))
+            engine = None if result.engine is None else snapshot_from_json(result.engine)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DamagedError(f"{home / 'trial.json'}, engine: {error!r}") from error
+        sampled = home / "telemetry.csv.gz"
+        try:
+            if sampled.exists():
+                bounded.unpacked_bytes(sampled)
+            return Trial(
+                point,
+                result.repeat,
+                lab.slo,
+                list(records.read(home / "requests.jsonl.gz")),
+                summary,
+                engine,
+                telemetry.read(sampled),
+                result.other_work,
+                point.workload.asked(lab.requests, lab.draw_seed(result.repeat)),
+            )
         except ValueError as error:
             raise DamagedError(str(error)) from error
-        return Trial(
-            point,
-            result.repeat,
-            lab.slo,
-            trial_records,
-            result.summary,
-            None if result.engine is None else snapshot_from_json(result.engine),
-            telemetry.read(home / "telemetry.csv.gz"),
-            result.other_work,
-            point.workload.asked(lab.requests, lab.draw_seed(result.repeat)),
-        )
 
 
 def run_id(digest: str) -> str:
@@ -442,14 +549,22 @@ def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def snapshot_from_json(plain: dict[str, Any]) -> Snapshot:
-    """Read the engine metrics back that `snapshot_json` wrote."""
+    """Read the engine metrics back that `snapshot_json` wrote.
+
+    Raises ValueError, KeyError, TypeError or AttributeError where it wrote something else.
+    """
     return Snapshot(
-        plain["values"],
+        {name: float(value) for name, value in plain["values"].items()},
         {
-            n: Histogram(tuple(map(float, h["le"])), tuple(h["counts"]), h["sum"], h["count"])
-            for n, h in plain["histograms"].items()
+            name: Histogram(
+                tuple(map(float, h["le"])),
+                tuple(map(float, h["counts"])),
+                float(h["sum"]),
+                float(h["count"]),
+            )
+            for name, h in plain["histograms"].items()
         },
-        plain["info"],
+        {name: {**labels} for name, labels in plain["info"].items()},
     )
 
 
@@ -467,15 +582,15 @@ def write_gzip(path: Path, plain: Any) -> None:
 def read_json(path: Path, kind: type[M]) -> M:
     """Read a model from JSON; raises DamagedError, which names the file and the field."""
     try:
-        return kind.model_validate_json(path.read_text())
-    except FileNotFoundError as error:
-        raise DamagedError(f"{path} is missing") from error
+        return kind.model_validate_json(bounded.text(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = f", {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
-        raise DamagedError(f"{path}{place}: {first['msg']}") from error
-    except UnicodeDecodeError as error:
-        raise DamagedError(f"{path}: not text") from error
+        raise DamagedError(f"{path}{_first_error(error)}") from error
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = f", {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
+    return f"{place}: {first['msg']}"
 
 
 def require_room(path: Path) -> None:
@@ -516,35 +631,61 @@ def open_run(path: Path) -> RunFolder:
     return RunFolder(folder.resolve())  # names of machine, lab and run come from the whole path
 
 
-def problems(folder: RunFolder) -> list[str]:
-    """List what is wrong with a run on file; the list is empty when it is well formed."""
+def contradictions(folder: RunFolder) -> list[str]:
+    """List where a run's files cannot be read or contradict each other; empty where they agree.
+
+    What is missing of a run that was not finished is no contradiction.
+    """
     messages = []
     try:
-        run, lab = folder.run(), folder.run().rebuilt_lab()
+        run = folder.run()
+        lab, points = run.rebuilt_lab(), run.points()
         folder.predictions(), folder.summary()
         if run.digest != digest_of(run.lab):
             messages.append("its lab was changed after the run: the digest is another")
+        if folder.complete:
+            for point in points:
+                for repeat in range(1, lab.repeats + 1):
+                    result, trial = folder.trial_result(point, repeat), f"{point.key}/{repeat}"
+                    if result is None:
+                        messages.append(f"trial {trial} is missing")
+                    elif result.failed:
+                        messages.append(f"trial {trial} failed, and yet it is COMPLETE")
+        for _ in folder.trials(points, lab):
+            pass
+    except UNREADABLE as error:
+        messages.append(f"it cannot be read: {_first_line(error)}")
+    return messages
+
+
+def unreadable(folder: RunFolder) -> str:
+    """Say why the files that tables and pages rest on cannot be read; empty where they can."""
+    try:
+        with readable(folder):
+            folder.run().points()
+            if folder.complete:
+                folder.predictions(), folder.summary()
+    except (DamagedError, OSError) as error:
+        return _first_line(error)
+    return ""
+
+
+def problems(folder: RunFolder) -> list[str]:
+    """List what is wrong with a run on file; the list is empty when it is well formed."""
+    messages = contradictions(folder)
+    with contextlib.suppress(DamagedError):  # it is listed already
+        run = folder.run()
         if run.digest not in folder.path.name:
             messages.append("its folder does not carry its digest")
         if run.machine.slug != folder.path.parent.parent.name:
             messages.append("its folder is under another machine's name")
-        for point in run.points():
-            for repeat in range(1, lab.repeats + 1):
-                if folder.complete and folder.trial_result(point, repeat) is None:
-                    messages.append(f"trial {point.key}/{repeat} is missing")
-        deque(folder.trials(run.points(), lab), maxlen=0)  # each is read, none is kept
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        messages.append(f"it cannot be read: {str(error).splitlines()[0]}")
     if not folder.complete:
         messages.append("it has no COMPLETE")
     return [*messages, *_unfit_to_publish(folder.path)]
 
 
 MOST_BYTES = 10 * 2**20  # of a run, since a collection is cloned as a whole
-SECRET = re.compile(
-    rb"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glsa_\w{30,}"
-    rb"|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16})\b|Bearer [\w.-]{20,}|PRIVATE KEY-----"
-)
+SECRET = re.compile(masking.PATTERN.encode())
 HOME = re.compile(rb"(?<![\w.~])/(?:home/[^/\s\"']+|Users/[^/\s\"']+|root)/")
 
 
@@ -554,12 +695,11 @@ def _unfit_to_publish(run: Path) -> list[str]:
     files = [p for p in sorted(run.rglob("*")) if p.is_file() and p.suffix != ".log"]
     size = sum(p.stat().st_size for p in files)
     if size > MOST_BYTES:
-        unfit.append(f"it has {size / 2**20:.1f} MiB, a run may have {MOST_BYTES / 2**20:.0f}")
+        return [f"it has {size / 2**20:.1f} MiB, a run may have {MOST_BYTES / 2**20:.0f}"]
     for path in files:
         try:
-            content = path.read_bytes()
-            content = gzip.decompress(content) if path.suffix == ".gz" else content
-        except (OSError, EOFError, zlib.error):
+            content = bounded.unpacked(path) if path.suffix == ".gz" else path.read_bytes()
+        except (OSError, DamagedError):
             continue  # a damaged file is reported where it is read
         name = path.relative_to(run)
         if SECRET.search(content):  # the message must not repeat it

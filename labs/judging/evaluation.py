@@ -33,6 +33,8 @@ from uuid import uuid4
 import requests
 from pydantic import BaseModel
 
+from serving import guard
+
 TEXTS = Path(__file__).parent / "texts"
 TOP = 20  # the most that vLLM's --max-logprobs allows by default
 LENGTHS_TOKENS = (256, 512, 1024)
@@ -90,7 +92,9 @@ class EvaluationClient:
         """Return the first choice of a greedy completion; raises `requests.HTTPError`."""
         greedy = {"model": self.model, "temperature": 0, "seed": 0, "cache_salt": self.salt}
         url = f"{self.url.rstrip('/')}/v1/{path}"
-        response = requests.post(url, json={**greedy, **body}, timeout=TIMEOUT_S)
+        response = requests.post(
+            url, json={**greedy, **body}, headers=guard.headers(), timeout=TIMEOUT_S
+        )
         response.raise_for_status()
         choice: dict[str, Any] = response.json()["choices"][0]
         return choice

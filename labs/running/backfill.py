@@ -22,7 +22,8 @@ from prometheus_client.openmetrics.exposition import generate_latest
 
 from dashboards import prometheus, series
 from dashboards.prometheus import Prometheus, PrometheusError
-from labs.filing.results import Run, RunFolder
+from labs.filing.bounded import DamagedError
+from labs.filing.results import Run, RunFolder, readable
 from labs.judging.judge import Interval
 from labs.judging.metrics import METRICS
 from labs.judging.text import claim_outcome
@@ -82,21 +83,29 @@ def load(folders: Sequence[RunFolder], report: Callable[[RunFolder, str], None])
                 raise LabError(own_prometheus.missing)
             for folder in folders:
                 try:
-                    if trials := _trials(folder):
+                    with readable(folder):
+                        trials = _trials(folder)
+                    if trials:
                         loads.append((folder, *_missing(folder, trials, own_prometheus)))
                     else:
                         report(folder, "left out, as none of its trials has finished")
                 except requests.RequestException as error:  # not "no samples"
                     raise LabError(f"Prometheus did not answer: {error}") from error
-                except (OSError, ValueError, KeyError, TypeError) as error:
+                except (DamagedError, OSError) as error:
                     damaged.append(folder)
-                    report(folder, f"left out: {str(error).splitlines()[0]}")
+                    report(folder, f"left out: {error}")
         if watch and watch.own:  # it reads new blocks when it starts
             prometheus.unwatch()
         for folder, since, figures in loads:
-            if since or figures:
-                prometheus.load(_all(folder, since, figures))
-            report(folder, str(Loaded(len(since), figures)))
+            try:
+                with readable(folder):
+                    if since or figures:
+                        prometheus.load(_all(folder, since, figures))
+            except DamagedError as error:
+                damaged.append(folder)
+                report(folder, f"left out: {error}")
+            else:
+                report(folder, str(Loaded(len(since), figures)))
     except PrometheusError as error:
         raise LabError(str(error)) from error
     finally:

@@ -26,6 +26,7 @@ from labs.running.probes import PROBES, ProbedEngine
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from labs.running.trials import Trials, interleave, recorded, write_requests
+from labs.telling import pages
 from labs.telling.summary import summarise
 from serving import reference_step, telemetry
 from serving.engines.base import EngineError
@@ -169,7 +170,7 @@ def open_harness(
         if prometheus.missing:
             progress.message(f"{prometheus.missing}; the run goes on: its records are complete")
         else:
-            live.place(RESULTS)
+            live.place(RESULTS, pages.script_hashes())
             progress.message(f"Prometheus: {prometheus.page_url}")
         hardware = None if setup.endpoint else telemetry.source(setup.machine.kind)
         sampler = exits.enter_context(telemetry.Telemetry(hardware, labels))

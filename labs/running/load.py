@@ -8,6 +8,7 @@ from pathlib import Path
 from labs.running.resolve import Setup
 from loadtests.generator import Generator, GeneratorError, argv
 from loadtests.plan import TrialPlan, TrialSummary
+from serving import guard
 from serving import machine as machines
 from serving.ports import free_port
 from serving.process import Process
@@ -44,7 +45,10 @@ class LoadGenerator:
             self._process = None
 
     def _start(self) -> Generator:
-        process = Process("locust", self._argv, log=self._log, cores=self._cores, talk=True)
+        process = Process(
+            "locust", self._argv, log=self._log, env={guard.KEY: guard.key()}, cores=self._cores,
+            talk=True,
+        )  # fmt: skip
         self._process = process
         try:
             return Generator(process)

@@ -20,7 +20,7 @@ from labs.judging.evaluation import LENGTHS_TOKENS, evaluate, thread_pool
 from labs.lab import Lab, Variant
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Fixed
-from serving import metrics
+from serving import guard, metrics
 from serving.engines.base import EngineError, Server
 
 
@@ -69,7 +69,7 @@ def tenants(served: ProbedEngine, requests_sent: int = 1700, at_once: int = 16) 
     def ask(model: str, prompt: int) -> requests.Response:
         body = {"model": model, "messages": prompts[prompt % len(prompts)], "max_tokens": 5,
                 "temperature": 0, "ignore_eos": True}  # fmt: skip
-        return requests.post(url, json=body, timeout=TIMEOUT_S)
+        return requests.post(url, json=body, headers=guard.headers(), timeout=TIMEOUT_S)
 
     def text_of(response: requests.Response) -> str:
         response.raise_for_status()
@@ -126,7 +126,8 @@ def salt(served: ProbedEngine, rounds: int = 12) -> dict[str, Any]:
         body |= {"cache_salt": who} if who else {}
         began = time.monotonic()
         url = f"{served.engine.url}/v1/chat/completions"
-        requests.post(url, json=body, timeout=TIMEOUT_S).raise_for_status()
+        answer = requests.post(url, json=body, headers=guard.headers(), timeout=TIMEOUT_S)
+        answer.raise_for_status()
         return time.monotonic() - began
 
     times_s: dict[str, list[float]] = {}

@@ -7,7 +7,9 @@ likeliest cause of other figures first.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from labs import LABS
 from labs.filing import manifest
@@ -19,11 +21,17 @@ from serving import machine as machines
 from serving import models
 from serving.dummy import SUFFIX
 
+MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # on Hugging Face
+
 
 def request(
     run: Run, model: str = "", resume: bool = False, engine_command: Sequence[str] = ()
 ) -> RunRequest:
-    """Return the request that runs the same again. Raises LabError where this checkout cannot."""
+    """Return the request that runs the same again. Raises LabError where this checkout cannot.
+
+    Of what a manifest holds, only the lab, its sizes and the name of its model are used; its
+    variables are compared and never set.
+    """
     name, commit = run.lab["name"], run.environment.git_commit
     checkout_hint = (
         f"`git checkout {commit[:12]}` has it" if commit else "the commit is not on file"
@@ -69,7 +77,14 @@ def _model_setting(run: Run) -> str:
     """Return the setting MODEL that serves what the run served."""
     if run.dummy:
         return run.model.removesuffix(SUFFIX)
-    return "" if run.model == models.default_name(machines.detect()) else run.model
+    if run.model == models.default_name(machines.detect()):
+        return ""
+    if Path(run.model).exists() or not MODEL_ID.fullmatch(run.model):
+        raise LabError(
+            f"the run was made with the model {run.model!r}, which here would be a folder that its"
+            " author chose: say which one to serve with MODEL="
+        )
+    return run.model
 
 
 def differs_here(run: Run, run_request: RunRequest) -> list[Fact]:

@@ -22,7 +22,7 @@ from loadtests.prompts import Writer, counter
 from serving import dummy, models
 from serving import machine as machines
 from serving.engines import ENGINES
-from serving.engines.base import Unsupported
+from serving.engines.base import EngineError, Unsupported
 from serving.engines.endpoint import Endpoint
 from serving.gpus import DATASHEETS, Datasheet
 from serving.machine import Ceilings, Environment, Machine
@@ -43,6 +43,7 @@ class RunRequest:
     reproduces: str = ""  # the run whose resolved lab this is
     engine_command: Sequence[str] = ()  # in the place of the engines' own
     card: str = ""  # a GPU that is not here, by its short name: it can only be forecast
+    unsafe_flags: bool = False  # flags are passed on that may load code or open an address
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,15 @@ class Setup:
 def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     """Check everything that can be checked before the first process starts."""
     machine, datasheet = machine_of(request.card)
+    changes = {} if request.reproduces else request.changes  # that lab has them, and no paths
     lab = request.lab.at(
-        models.scale_of(machine), request.quick, request.changes, is_dummy(request.weights)
+        models.scale_of(machine), request.quick, changes, is_dummy(request.weights)
     )
     lab = lab.against_itself() if request.aa else lab
     require_known_names(lab)
     keeps_disturbed()
+    if not request.unsafe_flags:
+        require_harmless(lab, bool(request.reproduces))
     require_devices(lab, machine)
     require_room(RESULTS)
     model = model_of(machine, request.model, request.weights)
@@ -96,7 +100,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         if not datasheet:
             require_compiler(lab, machine)
         check_flags(lab)
-    writer = Writer(counter(str(model.path)))
+    writer = _writer(model)
     for workload in lab.workloads:
         try:
             workload.requests(1, lab.seed, writer)
@@ -170,6 +174,17 @@ def keeps_disturbed() -> bool:
     return bool(text)
 
 
+def _writer(model: models.Model) -> Writer:
+    """Load the model's tokenizer. Raises ModelError where its files are damaged."""
+    try:
+        return Writer(counter(str(model.path)))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise models.ModelError(
+            f"the tokenizer in {model.path} cannot be read ({str(error).strip()[:200]}): download"
+            " the model again, or give another with MODEL="
+        ) from error
+
+
 def is_dummy(weights: str) -> bool:
     """Tell whether the setting WEIGHTS asks for random ones. Raises LabError for other values."""
     if weights not in ("", "dummy"):
@@ -189,6 +204,21 @@ def model_of(machine: Machine, wanted: str, weights: str) -> models.Model:
     if wanted in dummy.SHAPES and not Path(wanted).exists():
         raise LabError(f"MODEL={wanted} is a shape without weights: set WEIGHTS=dummy with it")
     return models.resolve(machine, wanted)
+
+
+def require_harmless(lab: Lab, recorded: bool = False) -> None:
+    """Check that no flag loads code, opens an address or names a path. Raises EngineError.
+
+    `recorded` says that the lab comes from a folder of results.
+    """
+    for variant in lab.variants:
+        if why := ENGINES[variant.engine].refusal(lab.flags_of(variant)):
+            mend = (
+                "a recorded run is data, whoever wrote it, so it is not repeated"
+                if recorded
+                else "where you know what it does, UNSAFE_FLAGS=1 passes it on"
+            )
+            raise EngineError(f"the flags of {variant.name} are refused: {why}; {mend}")
 
 
 def require_devices(lab: Lab, machine: Machine) -> None:
@@ -295,4 +325,6 @@ def engine_environment(kind: str, model: models.Model, lab: Lab) -> Environment:
     for name in dict.fromkeys(v.engine for v in lab.variants):
         own = ENGINES[name].environment(kind, model, lab.all_flags)
         variables |= machines.engine_variables(own)
+    for variant in lab.variants:
+        variables |= ENGINES[variant.engine].controls(lab.flags_of(variant))
     return environment.model_copy(update={"variables": variables})

@@ -10,8 +10,9 @@ import contextlib
 from collections.abc import Iterator
 
 from labs.filing import manifest
+from labs.filing.bounded import DamagedError
 from labs.filing.manifest import Fact
-from labs.filing.results import RESULTS, DamagedError, Run, RunFolder
+from labs.filing.results import RESULTS, Run, RunFolder
 from labs.lab import LabError
 
 # A file that is only added to git changes this; the commit and the settings are compared.

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from dashboards import live
 from dashboards.prometheus import PrometheusError
 from labs.filing.results import (
     PointForecasts,
@@ -39,6 +40,7 @@ from labs.telling.summary import summarise
 from loadtests.plan import sent_sha256
 from serving import models
 from serving.engines import ENGINES
+from serving.masking import masked
 
 # What a run needs on disk while it lasts, and the lock that keeps a second one out.
 SCRATCH = Path(os.environ.get("LABS_SCRATCH") or models.CACHE)
@@ -125,6 +127,7 @@ def _finish(folder: RunFolder, session: Session, progress: ProgressDisplay) -> N
     summary = summarise(folder)
     report.write(folder)
     pages.write(folder)
+    live.publish(folder.path)
     if not session.prometheus:
         try:
             backfill.load_figures(folder)
@@ -154,7 +157,9 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         quick=request.quick,
         changes=request.changes,
         endpoint=request.endpoint or None,
-        engine_command=[word.replace(f"{Path.home()}/", "~/") for word in request.engine_command],
+        engine_command=masked(
+            "\n".join(request.engine_command).replace(f"{Path.home()}/", "~/")
+        ).splitlines(),
         model=setup.model.name,
         dummy=setup.model.dummy,
         model_shape=vars(setup.model.shape),

@@ -25,7 +25,7 @@ from loadtests import plan, records
 from loadtests.generator import GeneratorError
 from loadtests.records import RequestRecord
 from loadtests.workload import Workload
-from serving import metrics
+from serving import guard, metrics
 from serving.engines.base import EngineError
 from serving.metrics import Snapshot
 from serving.reference_step import ReferenceStep, ReferenceTimer
@@ -299,5 +299,7 @@ def _prime(url: str, sending: Path, groups: int, timeout_s: float) -> None:
     for planned in plan.read_requests(sending)[:groups]:
         body = {**json.loads(planned.body), "max_tokens": 1, "stream": False}
         del body["stream_options"]
-        response = requests.post(f"{url}/v1/chat/completions", json=body, timeout=timeout_s)
+        response = requests.post(
+            f"{url}/v1/chat/completions", json=body, headers=guard.headers(), timeout=timeout_s
+        )
         response.raise_for_status()

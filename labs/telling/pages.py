@@ -22,7 +22,8 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from labs.filing.results import Run, RunFolder, Summary, all_runs
+from labs.filing.bounded import DamagedError
+from labs.filing.results import Run, RunFolder, Summary, all_runs, readable
 from labs.judging.text import ceilings_text, decided_text, predictions_text, ratio_text
 from labs.questions import QUESTIONS
 from labs.telling import chart_data, html, plots, report
@@ -57,12 +58,16 @@ def write_site(out: Path) -> tuple[Path, dict[str, str]]:
     whole.write(out / PLOTLY, get_plotlyjs())
     for folder in all_runs():
         machine, lab, name = folder.path.parts[-3:]
+        href = f"{machine}/{lab}/{name}.html"
         try:
-            href = f"{machine}/{lab}/{name}.html"
-            whole.write(out / href, page(folder, root="../../"))
-            entries.append(Entry(folder, folder.run(), folder.summary(), href))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            left_out[f"{machine}/{lab}/{name}"] = str(error).splitlines()[0]
+            with readable(folder):
+                text = page(folder, root="../../")
+                entry = Entry(folder, folder.run(), folder.summary(), href)
+        except (DamagedError, OSError) as error:
+            left_out[f"{machine}/{lab}/{name}"] = str(error)
+            continue
+        whole.write(out / href, text)
+        entries.append(entry)
     _remove_stale(out, {out / e.href for e in entries})
     return whole.write(out / "index.html", index(entries)), left_out
 
@@ -111,8 +116,7 @@ def _picture(folder: RunFolder) -> html.Picture:
 
 def render(template: str, scripts: Sequence[str], root: str = "", **fields: Any) -> str:
     """Render a template under a content security policy that allows these scripts alone."""
-    hashes = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
-    allowed = " ".join([*(f"'sha256-{h}'" for h in hashes), *(["'self'"] if root else [])])
+    allowed = " ".join([*(f"'{_hash(s)}'" for s in scripts), *(["'self'"] if root else [])])
     policy = (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline';"
         " img-src data: blob:; base-uri 'none'; form-action 'none'"
@@ -136,6 +140,15 @@ def _templates() -> jinja2.Environment:
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # and the order as it is
     return environment
+
+
+def _hash(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def script_hashes() -> list[str]:
+    """Return the hashes of the scripts within a run's page, for a content security policy."""
+    return [_hash(script) for script in (get_plotlyjs(), web(*RUN_SCRIPTS))]
 
 
 @cache

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from labs.filing.bounded import DamagedError
 from labs.filing.results import (
     Predictions,
     Run,
     RunFolder,
     Session,
     Summary,
+    contradictions,
+    readable,
     write_json,
 )
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import answers, parts_of
 from labs.judging.judge import Caveat, ForecastAtPoint, judge, judge_forecast, mean_interval
 from labs.judging.machine_speed import MachineSpeed, machine_speed
-from labs.judging.metrics import by_repeat, measure, pooled_latencies, pooled_percentiles
+from labs.judging.metrics import METRICS, by_repeat, measure, pooled_latencies, pooled_percentiles
 from labs.judging.validity import (
     Expected,
     caveats_of,
@@ -44,6 +48,66 @@ class _Measured:
 
 def summarise(folder: RunFolder) -> Summary:
     """Compute the summary of a run from its recorded trials, and write it beside them."""
+    summary = computed(folder)
+    write_json(folder.path / "summary.json", summary)
+    return summary
+
+
+def checked(folder: RunFolder) -> Summary:
+    """Compute the summary of a run that somebody else may have made.
+
+    Raises DamagedError where its files contradict each other.
+    """
+    if problems := contradictions(folder):
+        raise DamagedError(problems[0])
+    summary = computed(folder)
+    if problem := unlike(folder.summary(), summary):
+        raise DamagedError(problem)
+    return summary
+
+
+def stale_summary(folder: RunFolder) -> list[str]:
+    """Say where the summary on file is not what its records give; empty where it is."""
+    if contradictions(folder):
+        return []  # the check of its files lists them
+    try:
+        with readable(folder):
+            problem = unlike(folder.summary(), computed(folder))
+    except DamagedError as error:
+        return [str(error)]
+    return [problem] if problem else []
+
+
+def unlike(filed: Summary, again: Summary) -> str:
+    """Say which figure or verdict on file is not what its records give; empty where all are.
+
+    Prose is left out, and figures that have been defined since: those are no fault of the records.
+    """
+    for point, by_repeat_filed in filed.measurements.items():
+        for repeat, values in by_repeat_filed.items():
+            found = again.measurements.get(point, {}).get(repeat, {})
+            for metric, value in values.items():
+                if metric in METRICS and not _same(value, found.get(metric)):
+                    return (
+                        f"its summary's {metric} of {point}/{repeat} is not what its records give"
+                    )
+    outcomes = [
+        {(j.claim, j.treatment, j.baseline): j.outcome for j in summary.judgements}
+        for summary in (filed, again)
+    ]
+    if outcomes[0] != outcomes[1]:
+        return "its summary's verdicts are not what its records give"
+    if (filed.failed.keys(), filed.missing) != (again.failed.keys(), again.missing):
+        return "its summary counts other trials than it has"
+    return ""
+
+
+def _same(a: float | None, b: float | None) -> bool:
+    return a == b if a is None or b is None else math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12)
+
+
+def computed(folder: RunFolder) -> Summary:
+    """Compute the summary of a run from its recorded trials; raises DamagedError."""
     run = folder.run()
     lab, points, predictions = run.rebuilt_lab(), run.points(), folder.predictions()
     measured = _measure(folder, lab, points, run.expected(predictions))
@@ -88,7 +152,6 @@ def summarise(folder: RunFolder) -> Summary:
     if not run.aa:  # where an engine meets its twin there is nothing to answer
         judged_run = JudgedRun.of(context, summary)
         summary = summary.model_copy(update={"answers": answers(judged_run)})
-    write_json(folder.path / "summary.json", summary)
     return summary
 
 

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 import requests
 
-from serving import metrics
+from serving import guard, metrics
 from serving.answers import ask
 from serving.machine import Machine
 from serving.metrics import Snapshot
@@ -132,8 +132,13 @@ class Engine(Server):
         port = port or free_port()
         super().__init__(name, model.name, f"http://{LOOPBACK}:{port}")
         self.log = log
+        self.flags = flags
         self.argv = [*(command or self.command), *self.server_argv(model, flags, port)]
-        env = self.environment(kind, model, beside)
+        env = {
+            **self.environment(kind, model, beside),
+            **self.controls(flags),
+            guard.KEY: guard.key(),
+        }
         self._process = Process(
             f"engine {name}", self.argv, log=log, env=env, folder_variable=self.sockets_variable
         )
@@ -175,9 +180,26 @@ class Engine(Server):
         return {}
 
     @classmethod
+    def controls(cls, flags: Flags) -> dict[str, str]:
+        """Return the variables that open what a run asks beside OpenAI's API.
+
+        Only with the flags that need it, and never for a server that the reader starts by hand.
+        """
+        return {}
+
+    @classmethod
     def check_flags(cls, flag_sets: Sequence[Flags]) -> None:
         """Check flags' names and values. Raises EngineError for one that it does not accept."""
         return
+
+    @classmethod
+    def refusal(cls, flags: Flags) -> str:
+        """Say which of the flags may not come from a recorded run or `SET=`, and why.
+
+        Empty where none loads code, opens an address or names a path. Until a subclass knows which
+        are harmless, none is.
+        """
+        return f"{cls.title} does not say which of its flags are harmless" if flags else ""
 
     @classmethod
     def require_devices(cls, variant: str, flags: Flags, machine: Machine) -> None:

@@ -7,10 +7,11 @@ import json
 
 import requests
 
-from serving import metrics
+from serving import guard, metrics
 from serving.answers import Answer, ask
 from serving.engines import ENGINES
 from serving.engines.base import EngineError, Server, metrics_text
+from serving.masking import holds_secret, masked
 from serving.metrics import Snapshot
 
 MODELS_TIMEOUT_S, FIRST_ANSWER_TIMEOUT_S = 10.0, 60.0
@@ -27,7 +28,12 @@ class Endpoint(Server):
 
     def __init__(self, url: str) -> None:
         """Ask which model it serves. Raises EngineError where it does not answer."""
-        self._given = f"ENDPOINT={url}"
+        self._given = f"ENDPOINT={masked(url)}"
+        if holds_secret(url):
+            raise EngineError(
+                f"{self._given} holds a user, a password or a key, which would be recorded: leave"
+                f" it out, and set {guard.KEY} in the environment, which is sent as its key"
+            )
         base = url.rstrip("/").removesuffix("/v1")
         answer = self._ask("GET", f"{base}/v1/models", MODELS_TIMEOUT_S)
         super().__init__("endpoint", self._first_model(answer), base)

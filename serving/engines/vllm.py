@@ -24,13 +24,15 @@ from typing import Any, ClassVar
 
 import requests
 
+from serving import guard, metrics
 from serving import machine as machines
-from serving import metrics
+from serving.engines import harmless
 from serving.engines.base import Engine, EngineError, Flags, FlagValue, Unsupported, exceptions
 from serving.machine import Machine
-from serving.models import CACHE, Model, Shape, files_sha256
+from serving.models import CACHE, ROOT, Model, Shape, files_sha256
 from serving.ports import LOOPBACK
 
+GUARD = "serving.guard.Guard"  # known to --middleware of vLLM 0.26 and 0.32
 PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 ACTIVATION_BYTES = 10**9  # at least, beside weights and KV cache on a GPU
 PROCESS_BYTES = 2 * 2**30  # on the host, beside its weights and KV cache
@@ -171,15 +173,18 @@ class Vllm(Engine):
     def server_argv(cls, model: Model, flags: Flags, port: int) -> list[str]:
         own = ["--model", str(model.path), "--served-model-name", model.name]
         own += ["--load-format", "dummy"] if model.dummy else []
-        return [*own, "--host", LOOPBACK, "--port", str(port), *cls.flag_argv(flags)]
+        own += ["--host", LOOPBACK, "--port", str(port), "--middleware", GUARD]
+        return [*own, *cls.flag_argv(flags)]
 
     @classmethod
     def environment(cls, kind: str, model: Model, beside: Sequence[Flags] = ()) -> dict[str, str]:
         env = {
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache, on loopback only
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",  # connections opened before the load stay open
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # adapters come and go, on loopback only
+            # where it finds its middleware
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
         }
         if model.path.exists():
             env["HF_HUB_OFFLINE"] = "1"
@@ -199,6 +204,15 @@ class Vllm(Engine):
             env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in cores)
         return env
 
+    @classmethod
+    def controls(cls, flags: Flags) -> dict[str, str]:
+        env = {}
+        if VllmFlags(flags).enable_prefix_caching:  # /reset_prefix_cache is there in this mode only
+            env["VLLM_SERVER_DEV_MODE"] = "1"
+        if flags.get("enable-lora"):  # adapters come and go
+            env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        return env
+
     # before it is started
 
     @classmethod
@@ -209,6 +223,8 @@ class Vllm(Engine):
         words for a value out of range. The parser does not check what is known only when the engine
         starts, such as whether a length fits memory.
         """
+        for name in (n for flags in flag_sets for n in flags if n in harmless.SET_BY_LAB):
+            raise EngineError(f"the lab sets {name} itself: leave it out")
         memory = CACHE / f"vllm-{cls.version()}-flags.json"
         remembered = (
             json.loads(memory.read_text()) if memory.exists() else {"options": [], "accepted": []}
@@ -235,6 +251,10 @@ class Vllm(Engine):
             accepted = [*remembered["accepted"], *digests]
             memory.parent.mkdir(parents=True, exist_ok=True)
             memory.write_text(json.dumps({"options": parsed["options"], "accepted": accepted}))
+
+    @classmethod
+    def refusal(cls, flags: Flags) -> str:
+        return harmless.refusal(flags)
 
     @classmethod
     def require_devices(cls, variant: str, flags: Flags, machine: Machine) -> None:
@@ -335,7 +355,8 @@ class Vllm(Engine):
         A file is read again only where its size or time of change is another than before.
         """
         try:
-            answer = requests.get(f"{self.url}/v1/models", timeout=ADMIN_TIMEOUT_S)
+            url = f"{self.url}/v1/models"
+            answer = requests.get(url, headers=guard.headers(), timeout=ADMIN_TIMEOUT_S)
             roots = {card["id"]: str(card["root"]) for card in answer.json()["data"]}
         except (requests.RequestException, KeyError, TypeError, ValueError):
             return {}
@@ -348,8 +369,10 @@ class Vllm(Engine):
 
     def reset_prefix_cache(self) -> None:
         """Have it forget all cached prefixes. Raises EngineError where it says it did not."""
+        if not VllmFlags(self.flags).enable_prefix_caching:
+            return  # there is nothing to forget
         url = f"{self.url}/reset_prefix_cache"
-        answer = requests.post(url, timeout=ADMIN_TIMEOUT_S)
+        answer = requests.post(url, headers=guard.headers(), timeout=ADMIN_TIMEOUT_S)
         answer.raise_for_status()
         # versions before 0.31 answer with nothing
         if answer.content and not answer.json().get("success", True):
@@ -363,7 +386,8 @@ class Vllm(Engine):
 
     def _adapter(self, action: str, body: dict[str, str]) -> None:
         url = f"{self.url}/v1/{action}_lora_adapter"
-        requests.post(url, json=body, timeout=ADAPTER_TIMEOUT_S).raise_for_status()
+        answer = requests.post(url, json=body, headers=guard.headers(), timeout=ADAPTER_TIMEOUT_S)
+        answer.raise_for_status()
 
 
 def _check_names(argvs: Sequence[Sequence[str]], options: Sequence[str]) -> None:

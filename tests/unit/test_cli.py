@@ -228,7 +228,11 @@ def test_manifests_of_a_copy_differ_in_nothing(two: tuple[str, str]) -> None:
     [
         ("run.json", b"{", "run.json: Invalid JSON"),
         ("run.json", b"\xff", "run.json: not text"),
-        ("trials/on/short/concurrent-1/1/requests.jsonl.gz", b"no gzip", "damaged after line 0"),
+        (
+            "trials/on/short/concurrent-1/1/requests.jsonl.gz",
+            b"no gzip",
+            "damaged (Not a gzipped file",
+        ),
     ],
 )
 def test_a_damaged_run_is_one_sentence(

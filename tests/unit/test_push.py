@@ -35,6 +35,7 @@ class Stub(ThreadingHTTPServer):
         self.there: set[str] = set()
         self.annotations: list[dict[str, Any]] = []
         self.refuses = 0
+        self.garbage: bytes | None = None  # the answer to everything
 
     @property
     def url(self) -> str:
@@ -48,6 +49,13 @@ class Answer(BaseHTTPRequestHandler):
     server: Stub
 
     def answer(self) -> None:
+        if self.server.garbage is not None:
+            self.send_response(self.server.refuses or 200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(self.server.garbage)))
+            self.end_headers()
+            self.wfile.write(self.server.garbage)
+            return
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else None
         self.server.asked.append((self.command, self.path, body))
@@ -76,7 +84,7 @@ class Answer(BaseHTTPRequestHandler):
             number = int(path.rpartition("/")[2])
             notes[number - 1] = {**body, "id": number}
         elif self.command == "GET":
-            return {} if path in there else None
+            return {"uid": path.rpartition("/")[2]} if path in there else None
         elif path == "/api/datasources":
             there.add(f"{path}/uid/{body['uid']}")
         elif path == "/api/folders":
@@ -193,3 +201,22 @@ def test_a_damaged_run_is_named_and_left_out(tmp_path: Path) -> None:
 
 def never(folder: RunFolder, what: str) -> None:
     raise AssertionError(f"{folder.path}: {what}")
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"[]", b"{}", b'"yes"', b"null", b"<html>a captive portal</html>", b"\xff", b"[" * 10**5],
+)
+def test_what_answers_garbage_is_no_grafana(grafana: Stub, garbage: bytes) -> None:
+    grafana.garbage = garbage
+    with pytest.raises(GrafanaError, match=r"^(what answers at|Grafana at) http") as failed:
+        push.push(grafana.url, TOKEN, "http://127.0.0.1:9090", [REGION])
+    assert len(str(failed.value)) < 600
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+def test_a_token_that_is_sent_back_is_not_shown(grafana: Stub, status: int) -> None:
+    grafana.garbage, grafana.refuses = json.dumps({"message": f"no {TOKEN}"}).encode(), status
+    with pytest.raises(GrafanaError) as failed:
+        push.push(grafana.url, TOKEN, "http://127.0.0.1:9090", [REGION])
+    assert TOKEN not in str(failed.value)

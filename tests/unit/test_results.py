@@ -193,7 +193,7 @@ def empty_lab(folder: RunFolder) -> None:
     [
         (remove("COMPLETE"), "it has no COMPLETE"),
         (remove(TRIAL), "trial on/short/concurrent-2/1 is missing"),
-        (remove(RECORDS), "No such file"),
+        (remove(RECORDS), "requests.jsonl.gz is missing"),
         (remove("predictions.json"), "predictions.json is missing"),
         (damage("summary.json"), "summary.json: Invalid JSON"),
         (damage(TRIAL), "trial.json: Invalid JSON"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,19 @@ def test_a_long_trace_is_kept_from_its_beginning(
         ("timestamp,input_tokens,output_tokens\n1,2\n", "t.csv", "request 1: "),
         ("timestamp,input_tokens,output_tokens\n", "t.csv", "holds no requests"),
         ("not json\n", "t.jsonl", "t.jsonl cannot be read"),
+        (PLAIN + "nan,2,5\n", "t.csv", "request 4: nan is no time"),
+        (PLAIN + "-inf,2,5\n", "t.csv", "request 4: -inf is no time"),
+        (PLAIN + "1e999,2,5\n", "t.csv", "request 4: 1e999 is no time"),
+        (PLAIN + "3,99999999999,5\n", "t.csv", "request 4: more than 10000000 tokens"),
+        (PLAIN + "2024-01-01,2,5\n", "t.csv", "request 4: its time is not of the others' kind"),
+        (AZURE + "2023-11-16T18:15:51+02:00,2,5\n", "t.csv", "request 3: its time is not of"),
+        (PLAIN + "1,2\n3,4,5\n", "t.csv", "request 4: "),
+        (PLAIN + f'"{"1" * 200_000}",2,3\n', "t.csv", "cannot be read: field larger than"),
+        (MOONCAKE + "[1, 2, 3]\n", "t.jsonl", "request 3: it is no object with named fields"),
+        (MOONCAKE.replace("27482", "Infinity"), "t.jsonl", "request 1: inf is no time"),
+        (MOONCAKE.replace("6955", "[1]"), "t.jsonl", "request 1: "),
+        (MOONCAKE.replace("6955", "1e999"), "t.jsonl", "request 1: "),
+        ("[" * 100_000 + "\n", "t.jsonl", "t.jsonl cannot be read"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, name: str, message: str, tmp_path: Path) -> None:
@@ -71,3 +85,18 @@ def test_what_is_wrong_is_named(text: str, name: str, message: str, tmp_path: Pa
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         read_trace(tmp_path / "none.csv")
+
+
+def test_what_has_no_end_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(ValueError, match="it is no regular file"):
+            read_trace(path)
+
+
+def test_a_trace_that_would_fill_the_memory_is_refused_by_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace, "MOST_BYTES", 10)
+    with pytest.raises(ValueError, match="has more than 0 MiB: give its beginning"):
+        read_trace(written(tmp_path, PLAIN))

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
 
+from serving import guard
 from tests.fake.engine import answers
 from tests.fake.engine.answers import Refused
 from tests.fake.engine.connection import Connection
@@ -25,7 +26,7 @@ Handler = Callable[[Connection, dict[str, str], bytes], None]
 class Api:
     def __init__(self, engine: Engine) -> None:
         self._engine, self._options = engine, engine.options
-        self._arrived = 0
+        self._arrived, self._key = 0, os.environ.get(guard.KEY, "")
         self._routes: dict[str, tuple[str, Handler]] = {
             "/health": ("GET", lambda to, *_: to.respond(HTTPStatus.OK, b"")),
             "/version": ("GET", lambda to, *_: to.respond_json({"version": answers.VERSION})),
@@ -44,7 +45,9 @@ class Api:
     ) -> None:
         """Answers one HTTP request: at once or, a completion, as the scheduler lets it."""
         allowed, handle = self._routes.get(path, ("", None))
-        if not handle:
+        if refused := guard.refusal(path, {**headers, "host": "127.0.0.1"}, self._key):
+            connection.respond_json({"error": refused[1]}, HTTPStatus(refused[0]))
+        elif not handle:
             connection.respond_json({"detail": "Not Found"}, HTTPStatus.NOT_FOUND)
         elif method != allowed:
             status = HTTPStatus.METHOD_NOT_ALLOWED

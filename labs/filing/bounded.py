@@ -1,0 +1,97 @@
+"""Reads files of results, which anybody may have written: regular ones, of a bounded size.
+
+A link would lead out of the folder, a pipe or a device would never end, and a few kilobytes of gzip
+can hold gigabytes: all are told in a sentence before anything is read into memory.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from labs.lab import LabError
+
+MOST_JSON_BYTES = 16 * 2**20
+MOST_UNPACKED_BYTES = 256 * 2**20  # of one gzipped file
+MOST_FILES = 20_000  # of a run
+CHUNK_BYTES = 2**20
+
+
+class DamagedError(LabError, ValueError):
+    """A file of a run cannot be read; the message says which, and what is wrong with it."""
+
+
+def text(path: Path) -> str:
+    """Read a text file. Raises DamagedError."""
+    _require_regular(path, MOST_JSON_BYTES)
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{path}: not text") from error
+
+
+def unpacked(path: Path) -> bytes:
+    """Read a gzipped file. Raises DamagedError."""
+    return b"".join(_unpacked(path))
+
+
+def unpacked_bytes(path: Path) -> int:
+    """Count the bytes that a gzipped file holds, without keeping them. Raises DamagedError."""
+    return sum(map(len, _unpacked(path)))
+
+
+def require_own_files(folder: Path) -> None:
+    """Check that all that lies below a folder are regular files. Raises DamagedError."""
+    places = (folder, *folder.parents[:2])  # the run, its lab, its machine
+    if linked := next((place for place in places if place.is_symlink()), None):
+        raise DamagedError(f"{linked} is a link: a run lies in a folder of its own")
+    for count, entry in enumerate(_entries(folder)):
+        if count == MOST_FILES:
+            raise DamagedError(f"{folder} has more than {MOST_FILES} files, which no run has")
+        if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+            raise DamagedError(
+                f"{entry.path} is no regular file: a run has neither links nor pipes"
+            )
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    folders = [str(folder)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                yield entry
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+
+
+def _require_regular(path: Path, most_bytes: int) -> None:
+    try:
+        found = path.lstat()
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path} is missing") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise DamagedError(f"{path} is no regular file")
+    if found.st_size > most_bytes:
+        raise DamagedError(
+            f"{path} has {found.st_size / 2**20:.0f} MiB, and {most_bytes / 2**20:.0f} are the most"
+        )
+
+
+def _unpacked(path: Path) -> Iterator[bytes]:
+    _require_regular(path, MOST_UNPACKED_BYTES)
+    size = 0
+    try:
+        with gzip.open(path) as file:
+            while chunk := file.read(CHUNK_BYTES):
+                size += len(chunk)
+                if size > MOST_UNPACKED_BYTES:
+                    raise DamagedError(
+                        f"{path} unpacks to more than {MOST_UNPACKED_BYTES / 2**20:.0f} MiB"
+                    )
+                yield chunk
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DamagedError(f"{path}: damaged ({error})") from error

@@ -1,0 +1,69 @@
+"""Secrets in settings, variables and addresses."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dashboards.stack import COMPOSE
+from labs import LABS
+from labs.commands.cli import app
+from serving.engines.base import EngineError
+from serving.engines.endpoint import Endpoint
+from serving.machine import engine_variables
+from serving.masking import holds_secret, masked
+
+TOKEN = "hf_" + "a1B2" * 8
+LAB = next(iter(LABS))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"x {TOKEN} y", "x *** y"),
+        ("http://me:pass@host:1/v1", "http://***@host:1/v1"),
+        ("http://host/?api_key=abc&x=1", "http://host/?api_key=***&x=1"),
+        ("--api-key abc --port 1", "--api-key *** --port 1"),
+        ("--hf-token=abc", "--hf-token=***"),
+        ("Authorization: Bearer 0123456789012345678901", "Authorization: ***"),
+    ],
+)
+def test_a_secret_is_masked_and_the_rest_is_not(text: str, shown: str) -> None:
+    assert masked(text) == shown
+    assert holds_secret(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["max_tokens=64 workloads.fixed.output_tokens.tokens=16", "nsys profile python -m vllm", "0,1",
+     "workloads.exponential.output_tokens.mean_tokens=6", "http://127.0.0.1:8000/v1", ""],
+)  # fmt: skip
+def test_what_is_none_stays(text: str) -> None:
+    assert masked(text) == text
+    assert not holds_secret(text)
+
+
+def test_a_variables_value_is_masked_whatever_its_name() -> None:
+    found = engine_variables(
+        {"VLLM_NOTE": f"use {TOKEN}", "VLLM_API_KEY": "x", "OMP_NUM_THREADS": "2"}
+    )
+    assert found == {"VLLM_NOTE": "use ***", "OMP_NUM_THREADS": "2"}
+
+
+def test_a_setting_with_a_secret_is_refused_and_not_repeated() -> None:
+    for option in (("--set", f"title={TOKEN}"), ("--endpoint", "http://me:pass@127.0.0.1:1")):
+        result = CliRunner().invoke(app, ["run", LAB, *option])
+        assert result.exit_code == 1
+        assert TOKEN not in result.output
+        assert "me:pass" not in result.output
+    with pytest.raises(
+        EngineError, match=r"ENDPOINT=http://\*\*\*@h holds a user, .* VLLM_API_KEY"
+    ):
+        Endpoint("http://me:pass@h")
+
+
+def test_containers_have_no_capability_that_they_do_not_need() -> None:
+    services = yaml.safe_load(COMPOSE.read_text())["services"]
+    assert all(service["cap_drop"] == ["ALL"] for service in services.values())
+    assert {name for name, service in services.items() if "cap_add" in service} == {"dcgm-exporter"}

@@ -1,0 +1,545 @@
+"""Folders of results that somebody else wrote: they are data, and are checked before use."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import math
+import os
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+from typer.testing import CliRunner
+
+from labs import LABS
+from labs.commands.cli import app
+from labs.commands.terminal import ConsoleProgress
+from labs.filing import bounded, manifest, results
+from labs.filing.bounded import DamagedError
+from labs.filing.results import Run, RunFolder, lab_from_resolved, write_json
+from labs.lab import Lab, LabError, digest_of
+from labs.running import backfill, reproduce
+from labs.running.resolve import RunRequest, require_harmless, resolve
+from labs.telling import markdown
+from serving import models, unbundle
+from serving.engines.base import EngineError
+from serving.engines.harmless import refusal
+from serving.engines.vllm import Vllm
+from serving.models import ModelError
+from serving.unbundle import UnbundleError
+from tests.unit.builders import write_run, write_slowed
+
+LAB = next(iter(LABS.values()))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    return write_run(tmp_path)
+
+
+def labs(*args: str) -> tuple[int, str]:
+    """Exit code, and what is shown with its white space made single."""
+    result = CliRunner().invoke(app, args)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+# --------------------------------------------------------------------------- flags and variables
+
+HOSTILE: list[tuple[dict[str, Any], str]] = [
+    ({"tool-parser-plugin": "results/x/plugin.py"}, "tool-parser-plugin loads code"),
+    ({"worker-extension-cls": "os.system"}, "worker-extension-cls loads code"),
+    ({"logits-processors": ["a.b"]}, "logits-processors loads code"),
+    ({"trust-remote-code": True}, "trust-remote-code trusts code that comes with a model"),
+    ({"hf-overrides": {"auto_map": {}}}, "hf-overrides trusts code"),
+    ({"host": "0.0.0.0"}, "host opens an address"),
+    ({"kv-transfer-config": {"kv_connector": "x"}}, "kv-transfer-config opens an address"),
+    ({"chat-template": "/etc/passwd"}, "chat-template reads or writes a path"),
+    ({"config": "x.yaml"}, "config reads or writes a path"),
+    ({"tool-parser-plug": "x.py"}, "not among the flags that are known to be harmless"),
+    ({"max-num-seq": 8}, r"harmless \(did you mean max-num-seqs\?\)"),
+    ({"speculative-config": {"model": "/tmp/draft"}}, "speculative-config.model has a value"),
+    ({"compilation-config": {"backend": "a.b"}}, "compilation-config.backend has a value"),
+    ({"lora-modules": ["a=/tmp/adapter"]}, "lora-modules has a value"),
+    ({"lora-modules": ["a=<adapters>/../../x"]}, "lora-modules has a value"),
+    ({"distributed-executor-backend": "my.Executor"}, "executor-backend has a value"),
+    ({"kv-cache-dtype": "--trust-remote-code"}, "kv-cache-dtype has a value"),
+    ({"max-num-seqs": "8"}, "max-num-seqs has a value"),
+]
+
+
+@pytest.mark.parametrize(("flags", "why"), HOSTILE)
+def test_a_recorded_run_whose_flags_may_do_harm_is_not_repeated(
+    flags: dict[str, Any], why: str
+) -> None:
+    hostile = LAB.at("cpu", quick=True)
+    hostile = hostile.model_copy(update={"flags": {**hostile.flags, **flags}})
+    with pytest.raises(EngineError, match=f"{why}.*a recorded run is data"):
+        resolve(RunRequest(hostile, True, reproduces="x", model="none"), ConsoleProgress())
+
+
+@pytest.mark.parametrize("name", LABS)
+@pytest.mark.parametrize("scale", ["cpu", "gpu-24", "gpu-80"])
+@pytest.mark.parametrize("random", [False, True])
+def test_the_labs_own_flags_are_harmless(name: str, scale: str, random: bool) -> None:
+    require_harmless(LABS[name].at(scale, False, dummy=random))
+
+
+@pytest.mark.parametrize("command", [("run", LAB.name), ("forecast", "--lab", LAB.name)])
+def test_a_flag_by_hand_is_refused_and_the_way_to_insist_is_named(command: tuple[str, ...]) -> None:
+    code, said = labs(*command, "--set", "flags.trust-remote-code=true")
+    assert code == 1
+    assert "trust-remote-code trusts code that comes with a model; where you know what" in said
+    assert "UNSAFE_FLAGS=1 passes it on" in said
+    code, said = labs(
+        *command, "--set", "flags.trust-remote-code=true", "--unsafe-flags", "--model", "./none"
+    )
+    assert "MODEL=./none is not there" in said  # the check that comes after
+
+
+def test_serve_refuses_it_too() -> None:
+    code, said = labs("serve", "--lab", LAB.name, "--set", "flags.host=0.0.0.0")
+    assert (code, "host opens an address" in said) == (1, True)
+
+
+def test_what_the_lab_sets_itself_is_refused_even_where_the_reader_insists() -> None:
+    for flag in ("host", "port", "api-key", "middleware", "served-model-name"):
+        with pytest.raises(EngineError, match=f"the lab sets {flag} itself"):
+            Vllm.check_flags([{flag: "x"}])
+
+
+def test_an_engine_that_names_no_harmless_flags_has_none() -> None:
+    class Other(Vllm):
+        refusal = super(Vllm, Vllm).refusal
+
+    assert Other.refusal({}) == ""
+    assert "does not say which of its flags are harmless" in Other.refusal({"x": 1})
+    assert refusal({}) == ""
+
+
+# ------------------------------------------------------------------------- paths in a manifest
+
+
+def recorded(lab: Lab, like: Run, **update: Any) -> Run:
+    plain = lab.resolved()
+    return like.model_copy(update={"lab": plain, "digest": digest_of(plain), **update})
+
+
+def test_a_trace_that_names_a_file_is_not_read(folder: RunFolder, tmp_path: Path) -> None:
+    """A pipe: whoever opens it waits for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    lab = folder.run().lab
+    workload = lab["workloads"][0] | {"trace": str(tmp_path / "pipe")}
+    with pytest.raises(DamagedError, match="a recorded trace is a list, and this one names a file"):
+        lab_from_resolved(lab | {"workloads": [workload]})
+    scales = {"cpu": {"workloads.short.trace": str(tmp_path / "pipe")}}
+    assert lab_from_resolved(lab | {"scales": scales}).scales == {}
+    for changes in (
+        {f"workloads.{LAB.workloads[0].name}.trace": str(tmp_path / "pipe")},
+        {"workloads": [{"trace": str(tmp_path / "pipe")}]},
+    ):
+        run = recorded(LAB.at("cpu", True), folder.run(), quick=True, changes=changes)
+        manifest.is_stale(run)
+
+
+@pytest.mark.parametrize("model", ["/tmp/model", "../model", "~/model", "a/b/c", "-x", "results"])
+def test_a_model_that_its_author_put_into_a_folder_is_not_served(
+    model: str, folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "results").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = recorded(LAB.at("cpu", True), folder.run(), quick=True, model=model)
+    with pytest.raises(LabError, match=r"its author chose: say which one to serve with MODEL="):
+        reproduce.request(run)
+    assert reproduce.request(run, model="mine").model == "mine"
+
+
+# --------------------------------------------------------------------------------- contradictions
+
+TRIAL = "trials/on/short/concurrent-1/1"
+
+
+def without_records(folder: RunFolder) -> None:
+    for path in folder.path.rglob("requests.jsonl.gz"):
+        path.unlink()
+
+
+def without_trials(folder: RunFolder) -> None:
+    for path in folder.path.rglob("trial.json"):
+        path.unlink()
+
+
+def with_a_failed_trial(folder: RunFolder) -> None:
+    path = folder.path / TRIAL / "trial.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "failed": "it died"}))
+
+
+def with_better_figures(folder: RunFolder) -> None:
+    summary = folder.summary()
+    summary.measurements["on/short/concurrent-1"][1]["output_tokens_per_s"] = 1e6
+    write_json(folder.path / "summary.json", summary)
+
+
+def with_another_verdict(folder: RunFolder) -> None:
+    summary = folder.summary()
+    first, *others = summary.judgements
+    judgements = [first.model_copy(update={"outcome": "hurts"}), *others]
+    write_json(folder.path / "summary.json", summary.model_copy(update={"judgements": judgements}))
+
+
+def with_another_window(folder: RunFolder) -> None:
+    run = folder.run()
+    write_json(
+        folder.path / "run.json", run.model_copy(update={"lab": run.lab | {"window_s": 8.0}})
+    )
+
+
+CONTRADICTIONS = [
+    (without_records, "requests.jsonl.gz is missing"),
+    (without_trials, "trial off/short/concurrent-1/1 is missing"),
+    (with_a_failed_trial, "trial on/short/concurrent-1/1 failed, and yet it is COMPLETE"),
+    (with_better_figures, "output_tokens_per_s of on/short/concurrent-1/1 is not what its records"),
+    (with_another_verdict, "its summary's verdicts are not what its records give"),
+    (with_another_window, "its lab was changed after the run: the digest is another"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "why"), CONTRADICTIONS)
+def test_a_run_that_contradicts_itself_is_used_for_nothing(
+    spoil: Any, why: str, folder: RunFolder
+) -> None:
+    other = write_slowed(folder, 1)
+    whole, spoilt = str(folder.path), str(other.path)
+    assert labs("check", whole)[0] == 0
+    spoil(other)
+    for command in (
+        ("gate", "--run", spoilt, "--baseline", whole),
+        ("gate", "--run", whole, "--baseline", spoilt),
+        ("compare", "-a", whole, "-b", spoilt),
+        ("reproduce", "--run", spoilt),
+        ("check", spoilt),
+    ):
+        code, said = labs(*command)
+        assert (code, why in said) == (1, True), said
+
+
+def test_a_figure_that_was_defined_since_is_no_contradiction(folder: RunFolder) -> None:
+    summary = folder.summary()
+    del summary.measurements["on/short/concurrent-1"][1]["output_tokens_per_s"]
+    write_json(folder.path / "summary.json", summary)
+    assert labs("check", str(folder.path))[0] == 0
+
+
+# ------------------------------------------------------------------- sizes out of this world, links
+
+
+def rewritten(folder: RunFolder, **lab: Any) -> None:
+    """Give the run another lab, with the digest that belongs to it."""
+    path = folder.path / "run.json"
+    run = json.loads(path.read_text())
+    run["lab"] |= lab
+    run["digest"] = digest_of(run["lab"])
+    path.write_text(json.dumps(run))
+
+
+def record(folder: RunFolder, **fields: Any) -> None:
+    path = folder.path / TRIAL / "requests.jsonl.gz"
+    line = json.loads(gzip.decompress(path.read_bytes()))
+    path.write_bytes(gzip.compress(json.dumps(line | fields).encode() + b"\n"))
+
+
+def edit(folder: RunFolder, name: str, **fields: Any) -> None:
+    path = folder.path / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def linked(folder: RunFolder, name: str) -> None:
+    path = folder.path / name
+    target = path.rename(folder.path.parents[2] / "elsewhere")
+    path.symlink_to(target)
+
+
+def piped(folder: RunFolder, name: str) -> None:
+    (folder.path / name).unlink()
+    os.mkfifo(folder.path / name)
+
+
+def bomb(folder: RunFolder) -> None:
+    (folder.path / TRIAL / "requests.jsonl.gz").write_bytes(gzip.compress(bytes(3 * 2**20)))
+
+
+def named(folder: RunFolder, name: str) -> None:
+    variants = folder.run().lab["variants"]
+    rewritten(folder, variants=[{**variants[0], "name": name}, *variants[1:]])
+
+
+def window(folder: RunFolder, **summary: Any) -> None:
+    path = folder.path / TRIAL / "trial.json"
+    trial = json.loads(path.read_text())
+    path.write_text(json.dumps(trial | {"summary": trial["summary"] | summary}))
+
+
+SHAPE = {"layers": 1, "hidden": 8}
+IMPOSSIBLE: dict[str, tuple[Callable[[RunFolder], None], str]] = {
+    "repeats": (lambda f: rewritten(f, repeats=10**9), "repeats"),
+    "requests": (lambda f: rewritten(f, requests=10**9), "requests"),
+    "all requests": (lambda f: rewritten(f, requests=10**6), "are the most"),
+    "window": (lambda f: rewritten(f, window_s=1e308), "window_s"),
+    "claims": (lambda f: rewritten(f, claims=[{"a": 1}]), "its lab"),
+    "no variant": (lambda f: rewritten(f, variants=[["a"]]), "run.json"),
+    "name": (lambda f: named(f, "../x"), "pattern"),
+    "label": (lambda f: named(f, 'a"} 1'), "pattern"),
+    "run id": (lambda f: edit(f, "run.json", run_id="../../x"), "run_id"),
+    "shape": (lambda f: edit(f, "run.json", model_shape=SHAPE), "no shape of a model"),
+    "date": (lambda f: edit(f, "run.json", started_at="noon"), "noon"),
+    "deep": (lambda f: deepen(f), "recursion"),
+    "late": (lambda f: record(f, chunks=[[1e308, 1]]), "a time is no number of seconds"),
+    "early": (lambda f: record(f, sent_s=-1e308), "a time is no number of seconds"),
+    "not a number": (lambda f: record(f, end_s=math.nan), "not a request record"),
+    "text": (lambda f: record(f, sent_s="10"), "a time is no number of seconds"),
+    "truth": (lambda f: record(f, chunks=[[11.0, True]]), "no whole number"),
+    "tokens": (lambda f: record(f, chunks=[[11.0, 10**9]]), "more than 10000000 tokens"),
+    "bomb": (bomb, "unpacks to more than 2 MiB"),
+    "start": (lambda f: window(f, started_unix_s=1e308), "started_unix_s"),
+    "end": (lambda f: window(f, window_s=[0, math.inf]), "window_s"),
+    "counts": (lambda f: edit(f, f"{TRIAL}/trial.json", engine={"values": {"a": {}}}), "engine"),
+    "linked file": (lambda f: linked(f, f"{TRIAL}/requests.jsonl.gz"), "no regular file"),
+    "linked folder": (lambda f: linked(f, "trials/on"), "no regular file"),
+    "linked run": (lambda f: linked(f, "run.json"), "no regular file"),
+    "pipe": (lambda f: piped(f, "predictions.json"), "no regular file"),
+}
+
+
+def deepen(folder: RunFolder) -> None:
+    edit(folder, "run.json", about={"a": 1})
+    path = folder.path / "run.json"
+    path.write_text(path.read_text().replace('{"a": 1}', '{"a": ' * 10**5 + "1" + "}" * 10**5))
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "MOST_UNPACKED_BYTES", 2 * 2**20)
+
+
+@pytest.mark.parametrize("fault", IMPOSSIBLE)
+def test_what_no_run_has_is_one_sentence_wherever_it_is_read(
+    fault: str, folder: RunFolder, tmp_path: Path
+) -> None:
+    spoil, why = IMPOSSIBLE[fault]
+    other = write_slowed(folder, 1)
+    whole, spoilt = str(folder.path), str(other.path)
+    spoil(other)
+    for command in (
+        ("report", spoilt),
+        ("check", spoilt),
+        ("score", spoilt),
+        ("export", "--run", spoilt, "--out", str(tmp_path / "out")),
+        ("compare", "-a", whole, "-b", spoilt),
+        ("gate", "--run", spoilt, "--baseline", whole),
+        ("reproduce", "--run", spoilt),
+    ):
+        code, said = labs(*command)
+        assert (code, why in said) == (1, True), (command, said)
+
+
+@pytest.mark.parametrize("fault", IMPOSSIBLE)
+def test_a_bad_run_is_named_and_the_others_are_shown(
+    fault: str, folder: RunFolder, tmp_path: Path
+) -> None:
+    spoil, why = IMPOSSIBLE[fault]
+    other = write_slowed(folder, 1)
+    spoil(other)
+    name = "/".join(other.path.parts[-3:])
+    (folder.path / "report.md").unlink(missing_ok=True)
+    code, said = labs("report")
+    assert (code, f"Left out: {name} cannot be read: " in said, why in said) == (1, True, True)
+    assert (folder.path / "report.md").exists()
+    code, said = labs("site", "--out", str(tmp_path / "site"))
+    assert (code, f"Left out: {name} cannot be read: " in said) == (0, True)
+    pages = [path.name for path in (tmp_path / "site").glob("*/*/*.html")]
+    assert pages == [f"{folder.path.name}.html"]
+    assert labs("leaderboard")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["run.json", "summary.json"])
+def test_the_leaderboard_names_what_it_leaves_out(name: str, folder: RunFolder) -> None:
+    piped(folder, name)
+    code, said = labs("leaderboard")
+    assert (code, f"Left out: {'/'.join(folder.path.parts[-3:])}" in said) == (0, True)
+
+
+def test_an_import_leaves_a_bad_run_out(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the point where Prometheus is asked."""
+    record(folder, chunks=[[1e308, 1]])
+    said: list[str] = []
+
+    class NoPrometheus(contextlib.nullcontext[None]):
+        missing = None
+
+        def __enter__(self) -> Any:
+            return self
+
+    monkeypatch.setattr(backfill, "Prometheus", lambda _: NoPrometheus())
+    with pytest.raises(LabError, match="runs that could not be read: 1"):
+        backfill.load([folder], lambda _, what: said.append(what))
+    assert "a time is no number of seconds" in said[0]
+
+
+def test_a_machines_folder_that_is_a_link_is_not_followed(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    machine = folder.path.parents[1]
+    machine.rename(tmp_path / "elsewhere")
+    machine.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    machine.unlink()
+    machine.symlink_to(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    code, said = labs("report")
+    assert (code, "is a link: a run lies in a folder of its own" in said) == (1, True)
+
+
+def test_a_bomb_is_not_unpacked_beyond_its_bound(tmp_path: Path) -> None:
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(bytes(64 * 2**20)))
+    tracemalloc.start()
+    with pytest.raises(DamagedError, match="unpacks to more than 2 MiB"):
+        bounded.unpacked(tmp_path / "bomb.gz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * 2**20
+
+
+# ------------------------------------------------------------------------------- models and bundles
+
+CONFIG = {
+    "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 16,
+    "max_position_embeddings": 64, "intermediate_size": 8, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def model_at(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    header = json.dumps({"x": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}).encode()
+    (folder / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(8)
+    )
+    return folder
+
+
+def config(**fields: Any) -> Callable[[Path], object]:
+    return lambda at: (at / "config.json").write_text(json.dumps(CONFIG | fields))
+
+
+def shard(content: bytes) -> Callable[[Path], object]:
+    return lambda at: (at / "model.safetensors").write_bytes(content)
+
+
+def pipe_for(name: str) -> Callable[[Path], object]:
+    def replace(at: Path) -> None:
+        (at / name).unlink()
+        os.mkfifo(at / name)
+
+    return replace
+
+
+def text_of(name: str, content: str) -> Callable[[Path], object]:
+    return lambda at: (at / name).write_text(content)
+
+
+DAMAGED: dict[str, Callable[[Path], object]] = {
+    "cut config": text_of("config.json", "{"),
+    "list for a config": text_of("config.json", "[1]"),
+    "deep config": text_of("config.json", "[" * 10**5),
+    "binary config": lambda at: (at / "config.json").write_bytes(b"\xff\xfe"),
+    "no layers": text_of("config.json", "{}"),
+    "no heads": config(num_attention_heads=0),
+    "text for a size": config(hidden_size="8"),
+    "negative size": config(num_hidden_layers=-1),
+    "fraction": config(vocab_size=16.5),
+    "list for a text config": config(text_config=[1]),
+    "empty shard": shard(b""),
+    "cut shard": shard(b"\x10\0\0\0\0\0\0\0{"),
+    "endless header": shard(b"\xff\xff\xff\xff\xff\xff\xff\x7f{}"),
+    "no JSON": shard(b"\x02\0\0\0\0\0\0\0]]"),
+    "no offsets": shard(b'\x0e\0\0\0\0\0\0\0{"a":{"b": 1}}'),
+    "list for a header": shard(b"\x03\0\0\0\0\0\0\0[1]"),
+    "pipe for a config": pipe_for("config.json"),
+    "pipe for a shard": pipe_for("model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_model_is_one_sentence(damage: str, tmp_path: Path) -> None:
+    folder = model_at(tmp_path / "model")
+    assert models.load(folder, "m").shape.layers == 2
+    DAMAGED[damage](folder)
+    with pytest.raises(ModelError, match=r"is no model that can be read .*MODEL=") as failed:
+        models.load(folder, "m")
+    assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 1}', "[" * 10**5])
+def test_a_damaged_tokenizer_is_one_sentence(content: str, tmp_path: Path) -> None:
+    folder = model_at(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text(content)
+    code, said = labs("run", LAB.name, "--quick", "--model", str(folder))
+    assert (code, said.count("error:")) == (1, 1)
+    assert "Traceback" not in said
+
+
+MANIFEST = {"python": "3.12", "machine": "x86_64", "expected": {"torch": "2"}, "packages": {},
+            "parts": [{"name": "part-1", "bytes": 1, "sha256": "0"}]}  # fmt: skip
+
+
+WRONG: list[dict[str, Any]] = [
+    {"python": 3}, {"expected": []}, {"expected": {"torch": None}}, {"parts": {}},
+    {"parts": [1]}, {"parts": [{"name": "part-1"}]},
+    {"parts": [{"name": "../part", "bytes": 1, "sha256": "0"}]},
+    {"parts": [{"name": "part", "bytes": "1", "sha256": "0"}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    ["[]", "{}", "[" * 10**5, *(json.dumps(MANIFEST | fields) for fields in WRONG)],
+)  # fmt: skip
+def test_a_bundle_whose_manifest_is_damaged_is_one_sentence(manifest: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
+    assert unbundle.read_manifest(tmp_path) == MANIFEST
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(UnbundleError, match="copy that file again"):
+        unbundle.read_manifest(tmp_path)
+
+
+# --------------------------------------------------------------------------------------- markup
+
+MARKUP = (
+    '<img src=x onerror="alert(1)"><script>alert(1)</script>\n<!-- x -->&lt;b&gt; <http://e.vil>'
+)
+
+
+def test_text_from_outside_is_no_markup_in_a_report(folder: RunFolder) -> None:
+    run = folder.run()
+    claims = [{**claim, "title": MARKUP} for claim in run.lab["claims"]]
+    lab = run.lab | {"title": MARKUP, "question": MARKUP, "claims": claims,
+                     "limits": {"cpu": MARKUP}, "next_knobs": [MARKUP]}  # fmt: skip
+    changed = {"model": MARKUP, "lab": lab, "changes": {"x": MARKUP}, "quick": True}
+    write_json(folder.path / "run.json", run.model_copy(update=changed))
+    path = folder.path / TRIAL / "trial.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "failed": MARKUP}))
+    assert labs("report", str(folder.path))[0] == 0
+    shown = (folder.path / "report.md").read_text()
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(shown)
+    every = [t for token in tokens for t in [token, *(token.children or [])]]
+    own = {markdown.FOLD, "</details>"}  # with which a report folds its instruments
+    assert {t.content.strip() for t in every if t.type.startswith("html")} <= own
+    links = [t.attrs["href"] for t in every if "href" in t.attrs]
+    assert not any("e.vil" in str(link) for link in links)
+    assert "onerror" in shown
