@@ -25,7 +25,7 @@ from bench.clients import (
 from bench.clock import Clock
 from bench.console import aim, console, table, within
 from bench.load import locust
-from labs.judging.judge import Effect, effect
+from labs.judging.judge import Contrast, contrast
 from labs.telling import instruments
 from serving import machine as machines
 from serving import metrics, models
@@ -82,9 +82,10 @@ def ratio_of(
     answers: Mapping[str, Sequence[Sequence[AnswerTimes]]],
     name: str,
     of: Callable[[Sequence[AnswerTimes]], float],
-) -> Effect:
-    """Compute the ratio of a figure under one tool to that under vLLM's."""
-    ratio = effect(*(dict(enumerate(map(of, answers[tool]))) for tool in (name, THEIRS)))
+) -> Contrast:
+    """Compute the ratio of a figure under one tool to that under vLLM's, paired by round."""
+    of_tools = (dict(enumerate(map(of, answers[tool]))) for tool in (name, THEIRS))
+    ratio = contrast(*of_tools, paired=True)
     assert ratio
     return ratio
 

@@ -12,7 +12,7 @@ from bench.clients import ENGINE_FLAGS, USERS, rate, send_by_locust, write_work
 from bench.clock import Clock
 from bench.console import aim, within
 from bench.load import locust
-from labs.judging.judge import effect
+from labs.judging.judge import contrast
 from labs.telling import instruments
 from serving import machine as machines
 from serving import models
@@ -47,7 +47,7 @@ def measure(clock: Clock, work: Path, pairs: int) -> instruments.Neighbour:
                 for process in family:
                     process.suspend() if arm == "held" else process.resume()
                 rates[arm][pair] = rate(play(work / f"{pair}-{arm}"))
-    slowed = effect(rates["idle"], rates["held"])
+    slowed = contrast(rates["idle"], rates["held"], paired=True)
     assert slowed
     ratio = slowed.ratio
     wide = ratio.low is not None and ratio.low < 0.97 < ratio.value

@@ -421,6 +421,11 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         """The largest number of repeats that a point may have."""
         return max(self.repeats, self.most_repeats)
 
+    @property
+    def looks(self) -> int:
+        """How often the lab looks at its claims: again after more repeats, where they may come."""
+        return 2 if self.rounds > self.repeats else 1
+
     def draw_seed(self, repeat: int) -> int:
         """Return the seed of a repeat's lengths and prompts; no two values of `seed` share one."""
         return 1000 * self.seed + repeat

@@ -310,7 +310,7 @@ def _row(key: tuple[str, str], a: Column, b: Column, paired: bool) -> ComparedFi
     figure, where = key
     metric = METRICS[figure.split()[-1]]
     ratio, (outcome, why) = None, _without_ratio(a, b)
-    if not why and (ratio := contrast(b, a, paired)) is None:
+    if not why and (ratio := contrast(b, a, paired=paired)) is None:
         outcome, why = "not comparable", "no repeat in common"
     return ComparedFigure(
         figure=figure,

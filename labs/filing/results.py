@@ -25,7 +25,7 @@ import re
 import shutil
 import subprocess
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +40,7 @@ from labs.judging.judge import (
     ForecastResult,
     Interval,
     Judgement,
+    Sampling,
     figure,
     over_repeats,
 )
@@ -216,6 +217,7 @@ class TrialResult(BaseModel, frozen=True, extra="forbid"):
     failed: str | None = None  # why; then everything else is null
     summary: TrialSummary | None = None
     engine: dict[str, Any] | None = None
+    start: int | None = None  # of its variant's engine, from 1; None where all stayed loaded
     cpu_steal: float | None = None  # share of CPU time taken by other guests of the host
     cpu_others: float | None = None  # share taken by other processes of this host
     cpu_engine: float | None = None  # share used by the engine; None before it was recorded
@@ -359,6 +361,24 @@ class RunFolder:
         """Read a trial's own file, if the trial ended."""
         path = self.trial_folder(point, repeat) / "trial.json"
         return read_json(path, TrialResult) if path.exists() else None
+
+    def sampling(self, points: Sequence[Point], lab: Lab) -> Sampling:
+        """Read how the repeats came about: the looks, and the starts where engines took turns."""
+        results = [
+            result
+            for point in points
+            for repeat in range(1, lab.rounds + 1)
+            if (result := self.trial_result(point, repeat)) is not None
+        ]
+        session, starts = self.session(), dict[str, dict[int, int]]()
+        for result in results:
+            start = result.start
+            if start is None and session is not None and not session.resident:
+                # a run from before trials recorded their start
+                start = 1 + (session.there_and_back and result.repeat > lab.repeats // 2)
+            if start is not None:
+                starts.setdefault(result.point, {})[result.repeat] = start
+        return Sampling(looks=lab.looks, starts=starts)
 
     def trials(
         self, points: list[Point], lab: Lab

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from labs.filing.results import Run, RunFolder, Summary
-from labs.judging.judge import Caveat, Effect, Interval, Judgement, effect, over_repeats
-from labs.judging.metrics import Repeats, by_repeat
+from labs.judging.judge import Caveat, Effect, Interval, Judgement, Sampling, over_repeats
+from labs.judging.metrics import Repeats
 from labs.judging.text import times_with_interval
 from labs.lab import Lab, Point
 
@@ -36,6 +36,11 @@ class Context:
         facts: Facts = self.computed[compute]
         return facts
 
+    @property
+    def sampling(self) -> Sampling:
+        """Tells how the run's repeats came about."""
+        return self.once(_sampling)
+
     def rows(self, point: Point) -> Collection[Mapping[str, float | None]]:
         """Returns the measurements of a point, one mapping a repeat."""
         return self.values.get(point.key, {}).values()
@@ -50,10 +55,8 @@ class Context:
         return over_repeats(self.values.get(point.key, {}), metric)
 
     def effect(self, treatment: Point, baseline: Point, metric: str) -> Effect | None:
-        """Compares two points as a claim does: treatment / baseline; None where nothing pairs."""
-        return effect(
-            *(by_repeat(self.values.get(p.key, {}), metric) for p in (treatment, baseline))
-        )
+        """Compares two points as a claim does: treatment / baseline; None without both."""
+        return self.sampling.effect(self.values, (treatment.key, baseline.key), metric)
 
     def point(self, variant: str, workload: str, load: str) -> Point | None:
         wanted = (variant, workload, load)
@@ -66,6 +69,10 @@ class Context:
         """Averages over repeats with so many users in a closed loop; None if not measured."""
         point = self.point(variant, workload, f"concurrent:{users}")
         return self.mean(point, metric) if point else None
+
+
+def _sampling(context: Context) -> Sampling:
+    return context.folder.sampling(context.points, context.lab)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
-from labs.judging.judge import Interval, effect
+from labs.judging.judge import Interval, contrast
 from labs.judging.text import number, sentences
 from labs.lab import Point
 from serving import metrics
@@ -65,7 +65,7 @@ def timing_leak(context: Context) -> TimingLeak | None:
         known, fresh = (
             dict(enumerate(probe["took_s"][f"{name}, {state}"])) for state in ("known", "fresh")
         )
-        measured = effect(known, fresh)
+        measured = contrast(known, fresh, paired=True)
         if measured is None or measured.ratio.low is None or measured.ratio.high is None:
             continue
         timed.append(

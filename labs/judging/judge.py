@@ -1,12 +1,21 @@
 """Judges claims: effects with their intervals, and verdicts where a verdict is allowed.
 
-An effect is the ratio treatment / baseline. Repeats are paired (the same requests, the same block
-of time), so the statistic is the mean of the log ratios over repeats, with Student's t interval.
-With three to five repeats a bootstrap, over repeats or over repeats and then the requests in them,
-covers the truth less often than it claims (in the tests' simulation fewer than 88 times in 100 for
-a nominal 95), since so few repeats do not show how much repeats vary; t covers it. The *noise
-floor* is the half-width that the same interval would have if treatment and baseline were the same
-thing (A/A), estimated from how much the repeats of one point differ.
+An effect is the ratio treatment / baseline: the difference of the two means of the logarithms,
+with Welch's interval. The estimators were chosen by simulation, on the variances of recorded runs
+and with heavy tails (`tests/unit/test_intervals.py`): within a run the two arms of a repeat, half a
+minute apart, correlate by 0.13, so pairing them costs degrees of freedom and buys nothing; pooling
+the variance of arms that vary differently raises more than 5 false alarms in 100; a bootstrap over
+so few repeats covers the truth less often than it says. The *noise floor* is the half-width that
+the interval would have if treatment and baseline were the same thing (A/A), estimated from how much
+the repeats of one point differ.
+
+A lab may look at its figures more than once, to repeat what is undecided. With k looks each look's
+interval has the confidence 1 - (1 - c) / k, so that all of them together cover with confidence c,
+whatever the data (Bonferroni).
+
+Where engines take turns, an engine's *start* shifts all of its trials. With four starts of each
+engine or more the mean of a start is the unit; with fewer the interval is widened by what starts
+were measured to differ by.
 """
 
 from __future__ import annotations
@@ -14,6 +23,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -28,6 +38,15 @@ EQUIVALENCE_MARGIN = 0.03  # effects below 3 % change no decision
 LARGEST_EQUIVALENCE_MARGIN = 0.05  # noise beyond 5 % does not show that two things are equal
 MOST_REPEATS = 100
 NEGLIGIBLE_LOG = 1e-9  # logs that differ by less do not differ
+ENOUGH_STARTS = 4  # of each engine, so that the spread of their means can be taken from themselves
+START_SPREAD = 0.053
+"""The standard deviation of the logarithm of TPOT from start to start of one engine.
+
+Measured in the run 20261125T223333Z-99b06140 on file, of an AMD EPYC with two CPUs: seven engines
+started twice, up to 15 minutes apart; within a start it was 0.018. Measured on a CPU; no run on a
+GPU has enough starts yet.
+"""
+START_FREEDOM = 7  # the degrees of freedom of `START_SPREAD`
 
 VerdictKind = Literal["helps", "hurts", "no effect", "inconclusive", "not valid"]
 
@@ -61,7 +80,52 @@ class Effect(BaseModel, frozen=True, extra="forbid"):
 
     ratio: Interval
     floor: float | None  # A/A half-width as a fraction: 0.02 means 2 %
-    spread: float | None  # standard deviation of the log ratios
+    spread: float | None  # standard deviation of the log ratio of two single repeats
+    error: float | None = None  # standard error of the log ratio; None with a single repeat
+    freedom: float = 1.0  # degrees of freedom of `error`
+    looks: int = 1  # at how many looks the run may have stopped
+    starts: int | None = None  # least starts of an engine, where both took turns
+
+    def interval(self, confidence: float) -> Interval:
+        """Return the ratio with its interval, which covers at all looks with this confidence.
+
+        The bounds are None where the error is not known.
+        """
+        if self.error is None:
+            return self.ratio.model_copy(update={"low": None, "high": None})
+        level = 1 - (1 - confidence) / self.looks
+        half = float(stats.t.ppf(0.5 + level / 2, self.freedom)) * self.error
+        value = self.ratio.value
+        return self.ratio.model_copy(
+            update={"low": value * math.exp(-half), "high": value * math.exp(half)}
+        )
+
+
+Starts = Mapping[int, int]  # repeat -> the start of the engine that it was played on
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Says how the repeats of a run came about: on which starts, and with how many looks."""
+
+    looks: int = 1
+    starts: Mapping[str, Starts] = field(default_factory=dict)  # point -> where engines take turns
+
+    def effect(
+        self, values: Mapping[str, Repeats], pair: Sequence[str], metric: str
+    ) -> Effect | None:
+        """Compute the effect on a metric between two points, the treatment first.
+
+        The starts do not matter where one engine serves both points.
+        """
+        arms = [by_repeat(values.get(point, {}), metric) for point in pair]
+        one_engine = len({point.partition("/")[0] for point in pair}) == 1
+        turns = not one_engine and all(self.starts.get(point) for point in pair)
+        starts = [self.starts[point] for point in pair] if turns else []
+        return effect(*arms, starts=starts, looks=self.looks)
+
+
+SAMPLED_ONCE = Sampling()  # all engines resident together, one look
 
 
 class Contrast(BaseModel, frozen=True, extra="forbid"):
@@ -148,27 +212,69 @@ def figure(repeats: Repeats, pooled: Mapping[str, float], metric: str) -> Interv
     return None if value is None else Interval(value=value, low=None, high=None, n=n)
 
 
-def effect(treatment: Mapping[int, float], baseline: Mapping[int, float]) -> Effect | None:
-    """Compute the effect over the repeats that both sides have (repeat number -> value).
+def effect(
+    treatment: Mapping[int, float],
+    baseline: Mapping[int, float],
+    *,
+    starts: Sequence[Starts] = (),
+    looks: int = 1,
+) -> Effect | None:
+    """Compute the effect from the repeats of both arms (repeat number -> value).
 
-    Repeats with a value of zero or less are left out, since they have no logarithm. Returns None
-    where no repeat remains.
+    `starts` holds the engine start of each repeat of both arms, where engines take turns. Repeats
+    with a value of zero or less are left out, since they have no logarithm. Returns None where an
+    arm has no repeat.
     """
-    shared = sorted(set(treatment) & set(baseline))
-    logs = [
-        math.log(treatment[r] / baseline[r]) for r in shared if treatment[r] > 0 and baseline[r] > 0
-    ]
-    if not logs:
+    arms = [{r: math.log(v) for r, v in arm.items() if v > 0} for arm in (treatment, baseline)]
+    if not all(arms):
         return None
-    log = mean_interval(logs)
-    ratio = Interval(
-        value=math.exp(log.value),
-        low=None if log.low is None else math.exp(log.low),
-        high=None if log.high is None else math.exp(log.high),
-        n=len(logs),
+    units = [list(arm.values()) for arm in arms]
+    counts = [len(logs) for logs in units]
+    several = min(counts) > 1
+    spread = math.hypot(*(float(np.std(logs, ddof=1)) for logs in units)) if several else None
+    terms, least_starts = [], None
+    if starts:
+        by_start = [_means_by_start(*arm) for arm in zip(arms, starts, strict=True)]
+        least_starts = min(map(len, by_start))
+        if least_starts >= ENOUGH_STARTS:
+            units = by_start
+        else:
+            per_start = sum(1 / len(means) for means in by_start)
+            terms = [(START_SPREAD**2 * per_start, START_FREEDOM)]
+    error, freedom = None, 1.0
+    if several:
+        terms += [(float(np.var(u, ddof=1)) / len(u), len(u) - 1) for u in units]
+        error, freedom = _standard_error(terms)
+    value = math.exp(float(np.mean(units[0]) - np.mean(units[1])))
+    found = Effect(
+        ratio=Interval(value=value, low=None, high=None, n=min(counts)),
+        floor=noise_floor(treatment, baseline),
+        spread=spread,
+        error=error,
+        freedom=freedom,
+        looks=looks,
+        starts=least_starts,
     )
-    spread = float(np.std(logs, ddof=1)) if len(logs) > 1 else None
-    return Effect(ratio=ratio, floor=noise_floor(treatment, baseline), spread=spread)
+    return found.model_copy(update={"ratio": found.interval(CONFIDENCE)})
+
+
+def _means_by_start(logs: Mapping[int, float], starts: Starts) -> list[float]:
+    """Average the repeats of each start; those on an unknown start count as one more."""
+    of_start: dict[int, list[float]] = {}
+    for repeat, log in logs.items():
+        of_start.setdefault(starts.get(repeat, 0), []).append(log)
+    return [float(np.mean(values)) for values in of_start.values()]
+
+
+def _standard_error(terms: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Add variances, each with its degrees of freedom.
+
+    Returns the root of the sum and its degrees of freedom (Welch 1947, Satterthwaite 1946).
+    """
+    total = sum(variance for variance, _ in terms)
+    if math.sqrt(total) < NEGLIGIBLE_LOG:  # figures that do not vary, such as an exact count
+        return 0.0, 1.0
+    return math.sqrt(total), total**2 / sum(v**2 / freedom for v, freedom in terms)
 
 
 def noise_floor(*arms: Mapping[int, float]) -> float | None:
@@ -188,13 +294,15 @@ def noise_floor(*arms: Mapping[int, float]) -> float | None:
 
 
 def contrast(
-    treatment: Mapping[int, float], baseline: Mapping[int, float], paired: bool
+    treatment: Mapping[int, float], baseline: Mapping[int, float], *, paired: bool
 ) -> Contrast | None:
     """Compare two columns (repeat number -> positive value) that may come from two runs.
 
-    Where both sides were sent the same requests in a repeat they are `paired`, and Student's t is
-    taken over the log ratios; otherwise Welch's t over the difference of the mean logs. Returns
-    None where there is nothing to compare.
+    Where both sides were sent the same requests in a repeat, or took turns within seconds, they are
+    `paired`, and Student's t is taken over the log ratios; otherwise Welch's t over the difference
+    of the mean logs. Two runs of one lab share the lengths of their requests at each load: in two
+    runs on file throughput correlated by 0.85 and requests/s by 0.93 from repeat to repeat, which
+    the pairing takes out. Returns None where there is nothing to compare.
     """
     shared = sorted(set(treatment) & set(baseline))
     if paired and shared:
@@ -223,23 +331,21 @@ def contrast(
 def repeats_to_decide(effect: Effect) -> int | None:
     """Estimate the least number of repeats that would give a verdict; None past `MOST_REPEATS`.
 
-    Effect and spread are taken to stay as measured, and the floor to shrink with the square root of
-    the number of repeats.
+    Effect and spread are taken to stay as measured, and all of the spread to be in one arm.
     """
     if effect.spread is None:
         return 3
-    size, measured = abs(math.log(effect.ratio.value)), effect.ratio.n
-    for n in range(measured + 1, MOST_REPEATS + 1):
-        half = _t(n) * effect.spread / math.sqrt(n)
-        floor = math.log1p(effect.floor or 0.0) * math.sqrt(measured / n)
-        if max(half, floor) < size or size + half < math.log1p(EQUIVALENCE_MARGIN):
+    size, level = abs(math.log(effect.ratio.value)), 1 - (1 - CONFIDENCE) / effect.looks
+    for n in range(effect.ratio.n + 1, MOST_REPEATS + 1):
+        half = _t(n, level) * effect.spread / math.sqrt(n)
+        if half < size or size + half < math.log1p(EQUIVALENCE_MARGIN):
             return n
     return None
 
 
-def _t(n: int) -> float:
+def _t(n: int, confidence: float = CONFIDENCE) -> float:
     """Return the two-sided Student quantile for the mean of n values."""
-    return float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1))
+    return float(stats.t.ppf(0.5 + confidence / 2, n - 1))
 
 
 # -------------------------------------------------------------------------------------- verdicts
@@ -290,21 +396,20 @@ def judge(
     values: Mapping[str, Repeats],
     prediction: Prediction,
     caveats: Sequence[Caveat],
+    sampling: Sampling = SAMPLED_ONCE,
 ) -> Judgement:
     """Judge a claim at one pair of points.
 
     `values[point][repeat][metric]` holds the measurements.
     """
-    measured = effect(
-        *(by_repeat(values.get(point, {}), claim.metric) for point in (treatment, baseline))
-    )
+    measured = sampling.effect(values, (treatment, baseline), claim.metric)
     blocking = [c for c in caveats if c.hits(claim.metric, treatment, baseline)]
     outcome: VerdictKind = "inconclusive"
     expected = held = None
     if blocking:
         outcome, why = "not valid", "; ".join(sorted({c.name for c in blocking}))
     elif measured is None:
-        why = "no repeat has both sides measured" + _samples_needed(claim.metric)
+        why = "a side has no repeat with this figure" + _samples_needed(claim.metric)
     else:
         outcome, held = verdict_kind(measured, claim.metric), holds(prediction, measured.ratio)
         why = _explain(measured, outcome)
@@ -342,7 +447,11 @@ def _explain(effect: Effect, outcome: VerdictKind) -> str:
     if outcome == "inconclusive":
         repeats = repeats_to_decide(effect)
         advice = f"more than {MOST_REPEATS} repeats would settle it"
-        if repeats:
+        if effect.starts is not None and effect.starts < ENOUGH_STARTS:
+            advice = (
+                f"{ENOUGH_STARTS} starts of each engine may settle it (SET=starts={ENOUGH_STARTS})"
+            )
+        elif repeats:
             advice = f"about {repeats} repeats would settle it (SET=repeats={repeats})"
         reason = "the interval neither excludes 1 nor lies near it"
         if effect.ratio.low > 1 or (effect.ratio.high or 1) < 1:

@@ -57,9 +57,9 @@ from serving import whole
 
 THEIRS = "Published by others, of their models on their hardware; no verdict rests on it:"
 VERDICTS = parse(
-    "A measured ratio is treatment / baseline over paired repeats, with a 95 % Student-t interval."
-    " *Helps* and *hurts*: the interval excludes 1 and the effect exceeds the noise floor (what the"
-    " same statistic would show between two copies of one thing). *No effect*: the interval lies"
+    "A measured ratio is treatment / baseline, of geometric means over repeats, with Welch's 95 %"
+    " interval. *Helps* and *hurts*: the interval excludes 1 and the effect exceeds the noise floor"
+    " (what the same statistic would show between two copies of one thing). *No effect*: it lies"
     " within 3 %, or within that floor where it is at most 5 %. A prediction *held* (yes) when the"
     " measured ratio lies within its tolerance; it is *not refuted* where no more than the interval"
     " reaches there."

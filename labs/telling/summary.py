@@ -65,6 +65,7 @@ def summarise(folder: RunFolder) -> Summary:
                 values,
                 predictions.effects[claim.name][f"{t.key}|{b.key}"],
                 [*caveats, *own],
+                context.sampling,
             )
             for claim, t, b, own in pairs
         ],

@@ -176,7 +176,7 @@ def test_an_answer_is_filed_with_the_original_and_needs_no_records(folder: RunFo
     assert results.problems(folder) + reproduction.problems(folder) == []
     page = (path.parent / leaderboards.PAGE).read_text()
     assert "## 2026-01-01: 2 of 2 agree" in page
-    same = "helps, 2.97x (2.85 to 3.10)"
+    same = "helps, 2.97x (2.84 to 3.10)"
     assert f"on concurrent-1 / off concurrent-1 | {same} | {same} | agree |" in page
     assert (
         "2 of 2 agree (2026-01-01)"

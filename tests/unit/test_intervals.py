@@ -1,0 +1,313 @@
+"""The simulations by which the intervals were chosen, with the variances of recorded runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from labs.judging.judge import ENOUGH_STARTS, START_SPREAD, Effect, Sampling, effect
+from tests.unit.builders import make_lab
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]  # claims x repeats
+Interval = Callable[[Floats, Floats, float], tuple[Floats, Floats]]
+
+SPREADS = (
+    .0015, .006, .010, .015, .0165, .022, .025, .031, .037, .043, .06, .078, .093, .11, .17,
+)  # fmt: skip
+"""Standard deviations of the logarithm from repeat to repeat: quantiles of the 122 arms of claims
+in twelve recorded runs, with windows of about 3.5 s after a warm-up of 1 s."""
+WINDOW_S, WARMUP_S, REPEATS = 3.5, 1.0, 3
+CLAIMS = 5000
+MARGIN = np.log1p(0.05)
+EFFECTS = (0.0, 0.05, 0.1, 0.2, 0.4)  # logarithms of true ratios
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
+    return rng.normal(size=shape)
+
+
+def heavy(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
+    """Student's t with 3 degrees of freedom, of variance 1."""
+    logs: Floats = rng.standard_t(3, shape) / np.sqrt(3)
+    return logs
+
+
+NOISES = {"normal": normal, "heavy tails": heavy, "one in 24 slow by 30 %": normal}
+
+
+def two_arms(
+    noise: str, repeats: int, longer: float, claims: int = CLAIMS
+) -> tuple[Floats, Floats]:
+    """Simulate two arms without an effect, each with a spread of its own.
+
+    A window that is `longer` times `WINDOW_S` varies less by the root of that.
+    """
+    rng = np.random.default_rng(len(noise) + repeats)
+    arms = []
+    for spread in rng.choice(SPREADS, (2, claims, 1)):
+        logs = NOISES[noise](rng, (claims, repeats)) * spread / np.sqrt(longer)
+        if noise.startswith("one in 24"):
+            logs = logs + np.where(rng.random(logs.shape) < 1 / 24, np.log(1.3), 0)
+        arms.append(logs)
+    return arms[0], arms[1]
+
+
+def at_equal_load_time(repeats: int) -> float:
+    """Say how much longer a window may be where so many repeats take as long as `REPEATS`."""
+    return (REPEATS * (WINDOW_S + WARMUP_S) / repeats - WARMUP_S) / WINDOW_S
+
+
+def between(mean: Floats, error: Floats, freedom: Floats | int, confidence: float) -> Any:
+    half = stats.t.ppf(0.5 + confidence / 2, freedom) * error
+    return mean - half, mean + half
+
+
+def paired(a: Floats, b: Floats, confidence: float) -> tuple[Floats, Floats]:
+    logs, n = a - b, a.shape[1]
+    error = logs.std(1, ddof=1) / np.sqrt(n)
+    return between(logs.mean(1), error, n - 1, confidence)  # type: ignore[no-any-return]
+
+
+def welch(a: Floats, b: Floats, confidence: float) -> tuple[Floats, Floats]:
+    of_a, of_b = (arm.var(1, ddof=1) / arm.shape[1] for arm in (a, b))
+    n = a.shape[1]
+    freedom = (of_a + of_b) ** 2 / ((of_a**2 + of_b**2) / (n - 1))
+    error = np.sqrt(of_a + of_b)
+    return between(a.mean(1) - b.mean(1), error, freedom, confidence)  # type: ignore[no-any-return]
+
+
+def pooled(a: Floats, b: Floats, confidence: float) -> tuple[Floats, Floats]:
+    n = a.shape[1]
+    error = np.sqrt((a.var(1, ddof=1) + b.var(1, ddof=1)) / n)
+    return between(a.mean(1) - b.mean(1), error, 2 * n - 2, confidence)  # type: ignore[no-any-return]
+
+
+def alarms(interval: tuple[Floats, Floats]) -> float:
+    """The share of intervals that exclude the truth, which is 0."""
+    return float(np.mean((interval[0] > 0) | (interval[1] < 0)))
+
+
+def decided(of: Interval, a: Floats, b: Floats, shift: float, confidence: float = 0.95) -> Any:
+    """Which claims are decided: the interval excludes no effect, or proves there is next to none.
+
+    Equality takes both one-sided tests, hence an interval of 1 - 2 alpha.
+    """
+    low, high = of(a + shift, b, confidence)
+    equal_low, equal_high = of(a + shift, b, 2 * confidence - 1)
+    return (low > 0) | (high < 0) | ((equal_low > -MARGIN) & (equal_high < MARGIN))
+
+
+def share_decided(of: Interval, a: Floats, b: Floats) -> float:
+    return fmean(float(decided(of, a, b, shift).mean()) for shift in EFFECTS)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_welch_over_five_shorter_repeats_decides_most_within_its_level(noise: str) -> None:
+    """All take as long under load; the pooled variance decides more, and cries wolf."""
+    three = two_arms(noise, 3, 1.0)
+    five = two_arms(noise, 5, at_equal_load_time(5))
+    assert alarms(welch(*five, 0.95)) <= 0.055
+    assert share_decided(welch, *five) > 1.1 * share_decided(paired, *three)
+    assert share_decided(welch, *five) >= share_decided(paired, *five)
+    assert share_decided(welch, *three) > share_decided(paired, *three)
+    assert alarms(pooled(*three, 0.95)) > alarms(welch(*three, 0.95)) + 0.015
+
+
+def test_a_pooled_variance_raises_too_many_alarms() -> None:
+    assert alarms(pooled(*two_arms("normal", 5, 1.0), 0.95)) > 0.06
+
+
+def test_a_sixth_repeat_pays_for_its_warm_up_only() -> None:
+    five, six = (
+        share_decided(welch, *two_arms("normal", n, at_equal_load_time(n))) for n in (5, 6)
+    )
+    assert six == pytest.approx(five, abs=0.02)
+
+
+def drift(rng: np.random.Generator, steps: int, step_s: float) -> Floats:
+    """The machine's speed: 5 % within minutes, autocorrelated by a half after 2 s."""
+    keep = 0.5 ** (step_s / 2)
+    logs = np.empty((2000, steps))
+    logs[:, 0] = rng.normal(0, 0.05, 2000)
+    for i in range(1, steps):
+        logs[:, i] = keep * logs[:, i - 1] + rng.normal(0, 0.05 * np.sqrt(1 - keep**2), 2000)
+    return logs
+
+
+def test_slices_of_a_second_would_be_narrower_but_their_differences_are_not_independent() -> None:
+    """Two arms that share a machine for 27 s, in turns A B B A.
+
+    A slice must hold whole requests, too, which a second does at one stream alone.
+    """
+    rng, step_s, total_s = np.random.default_rng(2), 0.1, 27.0
+    speed = drift(rng, int(total_s / step_s), step_s)
+
+    def in_turns(count: int, lost_s: float) -> tuple[Floats, Floats]:
+        each_s = total_s / (2 * count)
+        arms: list[list[Floats]] = [[], []]
+        for i in range(count):
+            for j, arm in enumerate((0, 1) if i % 2 == 0 else (1, 0)):
+                begin_s = (2 * i + j) * each_s
+                part = slice(int((begin_s + lost_s) / step_s), int((begin_s + each_s) / step_s))
+                arms[arm].append(speed[:, part].mean(1))
+        return np.array(arms[0]).T, np.array(arms[1]).T
+
+    slices, repeats = paired(*in_turns(9, 0.5), 0.95), welch(*in_turns(5, 1.0), 0.95)
+    assert np.median(slices[1] - slices[0]) < np.median(repeats[1] - repeats[0]) / 1.5
+    assert alarms(slices) > 0.06
+    assert alarms(repeats) < 0.05
+
+
+# ------------------------------------------------------------------------------- what was chosen
+
+
+def columns(arms: tuple[Floats, Floats]) -> list[list[dict[int, float]]]:
+    """Turn logarithms into what `effect` takes."""
+    return [[dict(enumerate(row, 1)) for row in np.exp(arm).tolist()] for arm in arms]
+
+
+def bounds(found: Effect, confidence: float) -> tuple[float, float]:
+    interval = found.interval(confidence)
+    assert interval.low is not None
+    assert interval.high is not None
+    return interval.low, interval.high
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_the_interval_covers_as_often_as_it_says(noise: str, confidence: float) -> None:
+    covered = []
+    for a, b in zip(*columns(two_arms(noise, 5, 1.0, claims=1000)), strict=True):
+        found = effect(a, b)
+        assert found
+        low, high = bounds(found, confidence)
+        covered.append(low <= 1 <= high)
+    assert confidence - 0.02 <= fmean(covered) <= confidence + 0.025
+
+
+def test_the_interval_is_scipys_welch() -> None:
+    a, b = {1: 1.0, 2: 1.2, 3: 1.1}, {1: 2.0, 2: 2.1, 4: 2.6, 5: 2.2}
+    found = effect(a, b)
+    assert found
+    logs = (np.log(list(arm.values())) for arm in (a, b))
+    expected = stats.ttest_ind(*logs, equal_var=False).confidence_interval(0.9)
+    assert bounds(found, 0.9) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
+    assert found.ratio.n == 3
+
+
+def looks(noise: str, at: tuple[int, ...], confidence: float) -> tuple[float, float, float]:
+    """Look again until decided: the shares of false alarms and of covering, and of decided claims.
+
+    The latter over all `EFFECTS`.
+    """
+    arms = two_arms(noise, at[-1], at_equal_load_time(5))
+    told = []
+    for shift in EFFECTS:
+        done, alarm, covers = (np.zeros(CLAIMS, bool) for _ in range(3))
+        for n in at:
+            a, b = (arm[:, :n] for arm in arms)
+            now = decided(welch, a, b, shift, confidence) & ~done
+            low, high = welch(a, b, confidence)
+            apart = welch(a + shift, b, confidence)
+            alarm |= now & ((apart[0] > 0) | (apart[1] < 0))
+            covers = np.where(done, covers, (low <= 0) & (high >= 0))
+            done |= now
+        told.append((float(alarm.mean()), float(covers.mean()), float(done.mean())))
+    return told[0][0], min(cover for _, cover, _ in told), fmean(share for *_, share in told)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("most", [6, 8, 10, 20])
+def test_two_looks_keep_false_alarms_under_five_in_a_hundred(noise: str, most: int) -> None:
+    confidence = 1 - 0.05 / 2  # what `Effect.interval` takes at two looks
+    false_alarms, covered, share = looks(noise, (5, most), confidence)
+    assert false_alarms < 0.05
+    assert covered >= 0.95
+    if most >= 10:
+        assert share > 1.05 * looks(noise, (5,), 0.95)[2]
+
+
+def test_looking_again_without_a_correction_raises_too_many_alarms() -> None:
+    assert looks("normal", (5, 10), 0.95)[0] > 0.06
+    assert looks("normal", tuple(range(5, 13)), 0.95)[0] > 0.1
+
+
+def test_an_effect_is_as_wide_as_its_looks_demand() -> None:
+    a, b = {1: 1.0, 2: 1.2, 3: 1.1}, {1: 2.0, 2: 2.1, 3: 2.6}
+    once, twice = effect(a, b), effect(a, b, looks=2)
+    assert once
+    assert twice
+    assert bounds(twice, 0.95) == pytest.approx(bounds(once, 0.975))
+    assert (twice.ratio.low, twice.ratio.high) == pytest.approx(bounds(once, 0.975))
+    lab = make_lab()
+    looked = [
+        lab.model_copy(update={"repeats": 5, "most_repeats": most}).looks for most in (0, 5, 10)
+    ]
+    assert looked == [1, 1, 2]
+
+
+WITHIN_START = 0.018
+
+
+def on_starts(starts: int, repeats: int, rng: np.random.Generator) -> tuple[Any, Any]:
+    """One arm: its repeats in blocks, one a start of the engine, without an effect."""
+    shifts = rng.normal(0, START_SPREAD, starts)
+    of = {r: 1 + (r - 1) * starts // repeats for r in range(1, repeats + 1)}
+    values = {r: float(np.exp(shifts[s - 1] + rng.normal(0, WITHIN_START))) for r, s in of.items()}
+    return values, of
+
+
+def coverage_over_starts(starts: int, repeats: int, known: bool) -> float:
+    rng, covered = np.random.default_rng(starts), []
+    for _ in range(1000):
+        (a, on_a), (b, on_b) = (on_starts(starts, repeats, rng) for _ in range(2))
+        found = effect(a, b, starts=(on_a, on_b) if known else ())
+        assert found
+        low, high = bounds(found, 0.95)
+        covered.append(low <= 1 <= high)
+    return fmean(covered)
+
+
+@pytest.mark.parametrize(("starts", "repeats"), [(1, 5), (2, 5), (3, 5), (4, 5), (4, 10), (6, 6)])
+def test_the_interval_covers_what_starts_of_an_engine_differ_by(starts: int, repeats: int) -> None:
+    assert coverage_over_starts(starts, repeats, known=True) >= 0.93
+
+
+def test_repeats_on_few_starts_alone_would_cover_too_seldom() -> None:
+    assert coverage_over_starts(1, 5, known=False) < 0.7
+    assert coverage_over_starts(2, 5, known=False) < 0.92
+
+
+def test_with_four_starts_their_means_are_the_unit() -> None:
+    on = {r: 1 + (r - 1) // 2 for r in range(1, 9)}
+    a = {r: 2.0 + 0.1 * on[r] for r in on}  # the same within a start
+    b = {r: 1.0 + 0.1 * on[r] for r in on}
+    by_start, few = effect(a, b, starts=(on, on)), effect(a, b, starts=({**on, 7: 3, 8: 3}, on))
+    of_a, of_b = ({s: arm[2 * s] for s in range(1, 5)} for arm in (a, b))
+    means = effect(of_a, of_b)
+    assert by_start
+    assert few
+    assert means
+    assert bounds(by_start, 0.95) == pytest.approx(bounds(means, 0.95))
+    assert (by_start.starts, few.starts, means.starts) == (ENOUGH_STARTS, 3, None)
+    assert (few.error or 0) > START_SPREAD * np.sqrt(1 / 3 + 1 / 4)
+
+
+@pytest.mark.parametrize(
+    ("pair", "starts"), [(("on/short/1", "off/short/1"), 2), (("on/short/1", "on/short/2"), None)]
+)
+def test_starts_shift_both_points_of_one_engine_alike(
+    pair: tuple[str, str], starts: int | None
+) -> None:
+    values: Mapping[str, Mapping[int, Mapping[str, float | None]]] = {
+        point: {r: {"x": 1.0 + r / 10} for r in (1, 2, 3)} for point in pair
+    }
+    sampling = Sampling(starts={point: {1: 1, 2: 2, 3: 2} for point in pair})
+    found = sampling.effect(values, pair, "x")
+    assert found
+    assert found.starts == starts
