@@ -24,7 +24,7 @@ from serving import machine as machines
 
 LAB = "continuous-batching"
 SET = (
-    "warmup_s=0.1 window_s=0.4 repeats=3 requests=128"
+    "warmup_s=0.1 window_s=0.4 repeats=3 most_repeats=0 requests=128"
     " workloads.exponential.output_tokens.mean_tokens=8"
     " workloads.exponential.output_tokens.max_tokens=16"
 )

@@ -228,8 +228,7 @@ LAB = Lab(
     slo=SLO(ttft_s=2, tpot_s=0.1, itl_s=0.2),
     requests=256,
     warmup_s=1.5,
-    window_s=10.6,
-    repeats=3,
+    window_s=6.6,  # three long prompts begin in it
     scales={
         "gpu": {
             "flags": {"max-model-len": 8192, "enable-prefix-caching": False},
@@ -247,7 +246,7 @@ LAB = Lab(
             "next_knobs": knobs(budget=960, prompt=3840, load="contended:64/1"),
         }
     },
-    quick={"warmup_s": 1, "window_s": 4.5, "repeats": 2},
+    quick={"warmup_s": 1, "window_s": 2.6, "repeats": 2},
     limits={
         "cpu": "The scheduler that cuts prompts into chunks is vLLM's own, so the shape of the"
         " trade carries over: the stall grows with the budget, the first token comes later as it"

@@ -193,9 +193,8 @@ LAB = Lab(
     plots=("sweep", "pareto", "static", "roofline"),
     slo=SLO(ttft_s=1.0, tpot_s=0.1),
     requests=512,
-    warmup_s=2,
-    window_s=8,
-    repeats=3,
+    warmup_s=1.5,
+    window_s=5,
     scales={
         "gpu": {
             "flags": {"max-model-len": 4096, "enable-prefix-caching": False, "max-num-seqs": 256},

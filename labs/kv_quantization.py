@@ -173,7 +173,7 @@ LAB = Lab(
             prompt_tokens=Fixed(tokens=72),
             output_tokens=Fixed(tokens=32),  # a fourth block for the last of them
             only=("bf16-tight", "fp8-tight"),
-            loads=tuple(Concurrent(users=n) for n in (4, 8, 12)),
+            loads=tuple(Concurrent(users=n) for n in (4, 12)),
         ),
     ),
     claims=(
@@ -226,9 +226,8 @@ LAB = Lab(
     needs_text=("quality", "quality-quick"),
     slo=SLO(ttft_s=2, tpot_s=0.15),
     requests=192,
-    warmup_s=1,
-    window_s=3.5,
-    repeats=3,
+    warmup_s=0.8,
+    window_s=2,
     scales={
         "gpu": {
             "flags": {
@@ -253,16 +252,15 @@ LAB = Lab(
             "workloads.growing.loads": tuple(Concurrent(users=n) for n in (32, 96, 192)),
             "claims.batch.treatment.load": "concurrent:192",
             "claims.batch.baseline.load": "concurrent:192",
-            "requests": 768,  # of up to 24,576 tokens, which take long to write
-            "warmup_s": 4,
-            "window_s": 10,
+            "requests": 480,  # of up to 24,576 tokens, which take long to write
+            "warmup_s": 3,
+            "window_s": 6,
         },
         "gpu-16": {"flags.kv-cache-memory-bytes": 4 * 2**30, **tight(2**30)},
         "gpu-141": tight(6 * 2**30),
     },
     quick={
-        "warmup_s": 1,
-        "window_s": 3,
+        "window_s": 2,
         "repeats": 1,
         "probes": ("quality-quick",),
     },

@@ -226,6 +226,12 @@ READ_TEXT = ("studies", "probes", "findings", "plots")
 NO_TEXT = "quality is not measured on random weights, nor is what else is read off the text"
 
 
+ONE_LOOK: dict[str, Any] = {"most_repeats": 0, "starts": 1}
+"""What a quick run of any lab does without, unless the lab says otherwise."""
+OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"most_s": 1800.0}}
+"""Sizes of every lab on a kind of machine: on a GPU an engine takes a minute or more to start."""
+
+
 class Lab(BaseModel, frozen=True, extra="forbid"):
     """A lab is a question, how it is put to an engine, and what is expected.
 
@@ -254,8 +260,12 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     warmup_s: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
     # a closed loop extends it, up to fourfold, until as many requests as users are complete
     window_s: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
-    repeats: PositiveInt
-    most_repeats: NonNegativeInt = 0  # while a claim is undecided; no more than `repeats`: never
+    repeats: PositiveInt = 5
+    # of the points whose claims are undecided after `repeats`; no more than `repeats`: never
+    most_repeats: NonNegativeInt = 10
+    # after so long with its engines a run begins no repeats beyond `repeats`
+    most_s: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 420.0
+    starts: PositiveInt = 2  # of each engine, its repeats shared out, where engines take turns
     timeout_s: PositiveFloat = 60.0  # longest silence within one response
     load_processes: PositiveInt = 1  # processes that share the sending of requests
     seed: NonNegativeInt = 0
@@ -299,13 +309,14 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     ) -> Lab:
         """Resolve the lab for a scale such as `cpu`, `gpu` or `gpu-24`.
 
-        Applied in this order: the sizes of the scale, those of a quick run, what random weights
-        (`dummy`) leave out, and the reader's changes. Raises LabError for a change that does not
+        Applied in this order: the sizes of every lab on this kind of machine, the lab's own of the
+        scale, those of a quick run, what random weights (`dummy`) leave out, and the reader's
+        changes. Raises LabError for a change that does not
         fit; the message names the field and the known ones.
         """
         kind = scale.partition("-")[0]
-        layers = [self.scales.get(name, {}) for name in dict.fromkeys((kind, scale))]
-        lab = self._changed(*layers, self.quick if quick else {})
+        own = [self.scales.get(name, {}) for name in dict.fromkeys((kind, scale))]
+        lab = self._changed(OF_KIND.get(kind, {}), *own, ONE_LOOK | self.quick if quick else {})
         if not dummy:
             return lab._changed(changes or {})
         lab = lab._without(self.needs_text)

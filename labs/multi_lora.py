@@ -215,8 +215,7 @@ LAB = Lab(
     slo=SLO(ttft_s=1, tpot_s=0.2),
     requests=512,
     warmup_s=1,
-    window_s=5,
-    repeats=3,
+    window_s=3,
     scales={
         "gpu": {
             "flags": {"max-model-len": 2048, "enable-prefix-caching": True, "block-size": 16},
@@ -232,7 +231,7 @@ LAB = Lab(
             },
             "requests": 4096,
             "warmup_s": 3,
-            "window_s": 10,
+            "window_s": 6,
             "next_knobs": (
                 *SLOTS,
                 'SET=\'workloads.uniform-8.loads=["concurrent:64"]\' batches eight requests of'

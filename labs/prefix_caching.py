@@ -259,9 +259,8 @@ LAB = Lab(
     plots=("variants",),
     slo=SLO(ttft_s=0.5, tpot_s=0.1),
     requests=64,
-    warmup_s=1,
-    window_s=3.5,
-    repeats=3,
+    warmup_s=0.5,
+    window_s=1.8,
     scales={
         "gpu": {
             "flags": {
@@ -284,9 +283,9 @@ LAB = Lab(
             "workloads.chat.chat.grows_tokens": 1024,
             "workloads.chat.output_tokens.tokens": 16,
             "workloads.many.prefix.groups": 64,
-            "requests": 512,  # of 8,000 tokens, which take long to write
-            "warmup_s": 8,
-            "window_s": 12,
+            "requests": 320,  # of 8,000 tokens, which take long to write
+            "warmup_s": 5,
+            "window_s": 7,
             "next_knobs": (
                 'SET="workloads.few.prefix.groups=64" overflows the cache: the hit rate of `few`'
                 " collapses",

@@ -85,17 +85,16 @@ LAB = Lab(
     needs_text=("quality", "quality-quick", "tools", "tradeoff"),
     slo=SLO(ttft_s=1, tpot_s=0.1),
     requests=384,
-    warmup_s=1,
-    window_s=3,
-    repeats=3,
+    warmup_s=0.5,
+    window_s=2,
     scales={
         "gpu": {
             "flags": {"max-model-len": 4096, "enable-prefix-caching": True},
             "workloads.decode.prompt_tokens.tokens": 128,
             "workloads.decode.output_tokens.tokens": 128,
             "requests": 4096,
-            "warmup_s": 3,
-            "window_s": 10,
+            "warmup_s": 2,
+            "window_s": 6,
         }
     },
     quick={"window_s": 2, "repeats": 1, "probes": ("quality-quick",)},

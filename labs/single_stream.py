@@ -197,9 +197,8 @@ LAB = Lab(
     plots=("variants",),
     slo=SLO(ttft_s=2, tpot_s=0.1),
     requests=64,
-    warmup_s=1.5,
-    window_s=8,
-    repeats=6,
+    warmup_s=1,
+    window_s=6,
     scales={
         "gpu": {
             "flags": {
@@ -219,8 +218,8 @@ LAB = Lab(
                 *(shown(v, "enforce_eager", "False") for v in ("in-turn", "triton")),
             ),
             "requests": 512,
-            "warmup_s": 3,
-            "window_s": 10,
+            "warmup_s": 2,
+            "window_s": 6,
             "next_knobs": (
                 'SET="workloads.decode.prompt_tokens.tokens=4096" has decode read keys and values'
                 " too: do the kernels of attention matter now?",

@@ -293,9 +293,8 @@ LAB = Lab(
     needs_text=("same-text",),
     slo=SLO(ttft_s=1, tpot_s=0.1),
     requests=192,
-    warmup_s=1,
-    window_s=3.5,
-    repeats=3,
+    warmup_s=0.5,
+    window_s=1.5,
     scales={
         "gpu": {
             "flags": {
@@ -322,14 +321,14 @@ LAB = Lab(
             "claims.draft-crowd.baseline.load": "concurrent:128",
             "requests": 4096,
             "load_processes": 4,  # one sends and reads some 20,000 tokens/s
-            "warmup_s": 4,
-            "window_s": 10,
+            "warmup_s": 3,
+            "window_s": 6,
             "next_knobs": (*GUESSES, loads_knob(1, 4, 64)),
         },
         **{f"gpu-{gb}": CROWD_32 for gb in (16, 24, 48, 141)},
     },
     dummy=on_random_weights,
-    quick={"window_s": 2, "repeats": 1},
+    quick={"window_s": 1.5, "repeats": 1},
     limits={
         "cpu": "Acceptance depends on the models and the text, and carries over to any machine that"
         " serves them. The costs do not: a step here is mostly the launch of small operations, so"

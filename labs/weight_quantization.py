@@ -174,9 +174,8 @@ LAB = Lab(
     needs_text=("outliers", "quality", "quality-quick", "needles", "tradeoff"),
     slo=SLO(ttft_s=1, tpot_s=0.1),
     requests=384,
-    warmup_s=1,
-    window_s=2.5,
-    repeats=3,
+    warmup_s=0.5,
+    window_s=1.5,
     scales={
         "gpu": {
             "flags": {"max-model-len": 4096, "enable-prefix-caching": True},
@@ -189,12 +188,12 @@ LAB = Lab(
             "claims": [c.model_dump() for c in (*claims(128), *fp8_claims(128))],
             "next_knobs": (ROUNDED,),
             "requests": 4096,
-            "warmup_s": 3,
-            "window_s": 10,
+            "warmup_s": 2,
+            "window_s": 6,
         }
     },
     dummy=on_random_weights,
-    quick={"window_s": 2.5, "repeats": 1, "probes": ("quality-quick",)},
+    quick={"window_s": 1.5, "repeats": 1, "probes": ("quality-quick",)},
     limits={
         "cpu": "Quality and bytes carry over; speed does not. A CPU has instructions that"
         " multiply INT8 but has to unpack 4 bits in software, on every step: W4 saves memory, not"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from labs import LABS
 from labs.comparing import reproduction
-from labs.comparing.reproduction import FILED
+from labs.comparing.reproduction import FILED, Reproduction
 from labs.filing import manifest, results
 from labs.filing.committed import committed_runs
 from labs.filing.newest import newest_runs
@@ -23,6 +23,7 @@ from labs.findings.parts import Headline, parts_of
 from labs.judging.judge import Judgement
 from labs.judging.metrics import METRICS
 from labs.judging.text import (
+    ONE_SITTING,
     ceilings_text,
     claim_held,
     number,
@@ -227,7 +228,10 @@ BOARD = """
 
 The first claims of each lab, machine beside machine. *Stale*: the lab's settings have changed \
 since. *Reproduced*: how many of all its verdicts the newest reproduction agrees with, and when \
-that was.
+that was. An interval speaks of one sitting: it covers how much repeats vary, not what another day \
+or another machine changes. *Between sittings*: how far a claim's ratio in a reproduction on the \
+same hardware typically lies from the original's (root mean square of the logarithm of their \
+ratio, over all claims and reproductions of the lab).
 """
 REPEATED = """
 ## Reproduced
@@ -316,10 +320,20 @@ def _newest(original: RunFolder, seen_from: Path, committed: bool) -> Inline:
     return "–"
 
 
+def _between_sittings(committed: bool) -> dict[str, str]:
+    """Say for each lab how far its claims' ratios lie apart between two sittings."""
+    repetitions: dict[str, list[Reproduction]] = {}
+    for folder in committed_runs() if committed else results.all_runs():
+        filed = reproduction.filed_with(folder, committed)
+        repetitions.setdefault(folder.path.parent.name, []).extend(filed)
+    spreads = {lab: reproduction.between_sittings(found) for lab, found in repetitions.items()}
+    return {lab: f"{s.spread:.1%} ({s.ratios} ratios)" for lab, s in spreads.items() if s}
+
+
 def leaderboard(committed: bool = False) -> Table:
     """Tabulate lab x claim x machine of the newest runs, with links relative to `results/`."""
     rows: list[list[Inline]] = []
-    runs = newest_runs(committed=committed)
+    runs, between_sittings = newest_runs(committed=committed), _between_sittings(committed)
     for name in LABS:
         entries: list[tuple[int, str, list[Inline]]] = []
         for folder in (f for f in runs if f.path.parent.name == name):
@@ -327,14 +341,25 @@ def leaderboard(committed: bool = False) -> Table:
             machine = run.machine.describe()
             home = _to_report(folder, results.RESULTS, machine)
             standing = Strong("stale") if manifest.is_stale(run) else "the same"
+            moved = between_sittings.get(name, "–")
             repeated = _newest(folder, results.RESULTS, committed)
             for place, j in enumerate(folder.summary().judgements[:CLAIMS_EACH]):
-                effect = [ratio_text(j), ratio_interval(j), j.outcome]
+                effect = [ratio_text(j), ratio_interval(j), moved, j.outcome]
                 cells = [name, parse(j.title), home, *effect, standing, repeated]
                 entries.append((place, machine, cells))
         rows += [cells for *_, cells in sorted(entries, key=lambda item: item[:2])]
     return table(
-        ("Lab", "Claim", "Machine", "Effect", "95 % interval", "Verdict", "Lab now", "Reproduced"),
+        (
+            "Lab",
+            "Claim",
+            "Machine",
+            "Effect",
+            "95 % interval",
+            "Between sittings",
+            "Verdict",
+            "Lab now",
+            "Reproduced",
+        ),
         rows,
     )
 
@@ -373,7 +398,7 @@ def _machine(runs: Sequence[RunFolder], committed: bool) -> Section:
         f"What was measured on {first.machine.describe()}",
         Paragraph(f"Ceilings: {ceilings_text(first.ceilings)}. Each lab's newest complete run:"),
         _runs(runs, here, committed),
-        section("Every claim", table(CLAIM_COLUMNS, claims)),
+        section("Every claim", table(CLAIM_COLUMNS, claims), Paragraph(ONE_SITTING)),
         section("Checks that can fail", table(("Lab", "Check", "Outcome"), checks)),
         section("Question by question", _answers(runs, here)),
     )

@@ -7,9 +7,12 @@ collection of results says for each run whether others measured the same.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from pydantic import BaseModel
 
@@ -130,6 +133,29 @@ def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
     )
     whole.write(new.path / "reproduction.md", markdown.document(page))
     return result
+
+
+@dataclass(frozen=True)
+class BetweenSittings:
+    """Says how far the ratios of claims lie apart between a run and its repetitions."""
+
+    spread: float  # root mean square of the log ratio, as a fraction: 0.05 means 5 %
+    ratios: int
+
+
+def between_sittings(repetitions: Sequence[Reproduction]) -> BetweenSittings | None:
+    """Pool the claims of repetitions on the same hardware; None where none has a ratio."""
+    logs = [
+        math.log(verdict.b_ratio.value / verdict.a_ratio.value)
+        for repetition in repetitions
+        if repetition.same_hardware
+        for verdict in repetition.verdicts
+        if verdict.a_ratio and verdict.b_ratio
+    ]
+    if not logs:
+        return None
+    spread = math.expm1(math.sqrt(fmean(log**2 for log in logs)))
+    return BetweenSittings(spread=spread, ratios=len(logs))
 
 
 def likeliest_cause(

@@ -11,7 +11,7 @@ from labs.filing import manifest
 from labs.filing.manifest import Fact
 from labs.judging.judge import Caveat, Interval
 from labs.judging.machine_speed import relative_speed_text
-from labs.judging.text import number, times_with_interval
+from labs.judging.text import ONE_SITTING, number, times_with_interval
 from labs.telling import markdown, plots
 from labs.telling.document import (
     Bullets,
@@ -72,7 +72,7 @@ def headline(comparison: Comparison) -> Bullets:
             " without a dimension."
         )
     how = "paired by repeat, the same requests" if comparison.paired else "Welch's, other requests"
-    lines.append(f"Ratios are B / A with 95 % intervals ({how}).")
+    lines.append(f"Ratios are B / A with 95 % intervals ({how}). {ONE_SITTING}")
     return bullets(lines)
 
 

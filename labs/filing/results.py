@@ -151,6 +151,7 @@ def lab_from_resolved(resolved: Mapping[str, Any], like: Lab | None = None) -> L
         raise LookupError("a run on file has its predictions on file")
 
     fields = json.loads(json.dumps(resolved))
+    fields.setdefault("most_repeats", 0)  # a run from before labs could go on did not
     for kind in ("claims", "forecasts"):
         predict = {part.name: part.predict for part in getattr(like, kind, ())}
         for part in fields[kind]:
@@ -299,7 +300,7 @@ class Session(BaseModel, frozen=True, extra="forbid"):
     load_s: float
     wall_s: float
     resident: bool
-    there_and_back: bool = False  # where not resident: in turns A B C, then C B A
+    there_and_back: bool = False  # where not resident: in turns A B C, then C B A, and so on
     agreement: list[Agreement]
     prometheus: str | None  # why there was no Prometheus; None where there was one
     ended_at: str | None = None
@@ -362,16 +363,22 @@ class RunFolder:
         path = self.trial_folder(point, repeat) / "trial.json"
         return read_json(path, TrialResult) if path.exists() else None
 
+    def starts_on_file(self, points: Sequence[Point], lab: Lab) -> dict[str, int]:
+        """Read the last start of each variant's engine that a trial was played on."""
+        last: dict[str, int] = {}
+        for result in self._results(points, lab):
+            variant = result.point.partition("/")[0]
+            last[variant] = max(last.get(variant, 0), result.start or 0)
+        return last
+
+    def _results(self, points: Sequence[Point], lab: Lab) -> list[TrialResult]:
+        trials = ((point, r) for point in points for r in range(1, lab.rounds + 1))
+        return [result for trial in trials if (result := self.trial_result(*trial)) is not None]
+
     def sampling(self, points: Sequence[Point], lab: Lab) -> Sampling:
         """Read how the repeats came about: the looks, and the starts where engines took turns."""
-        results = [
-            result
-            for point in points
-            for repeat in range(1, lab.rounds + 1)
-            if (result := self.trial_result(point, repeat)) is not None
-        ]
         session, starts = self.session(), dict[str, dict[int, int]]()
-        for result in results:
+        for result in self._results(points, lab):
             start = result.start
             if start is None and session is not None and not session.resident:
                 # a run from before trials recorded their start

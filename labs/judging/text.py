@@ -72,6 +72,12 @@ def interval(measured: Interval | None, unit: str = "1") -> str:
     return f"{number(measured.low, unit)} to {number(measured.high, unit)}"
 
 
+ONE_SITTING = (
+    "An interval speaks of one sitting: it covers how much repeats vary, not what another day or"
+    " another machine changes."
+)
+
+
 def ratio_text(judgement: Judgement) -> str:
     """Write the measured ratio, treatment / baseline, or a dash."""
     return f"{judgement.effect.ratio.value:.2f}x" if judgement.effect else "–"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from dashboards.prometheus import Prometheus
@@ -17,6 +19,7 @@ from serving.engines import ENGINES
 from serving.engines.base import Engine, Server, with_places
 
 Groups = list[list[Variant]]  # variants that stay loaded together
+Trip = list[tuple[list[Variant], list[int]]]  # groups one after another, the repeats of each
 
 
 def resident_groups(setup: Setup) -> Groups:
@@ -40,16 +43,20 @@ def resident_groups(setup: Setup) -> Groups:
     return [[v] for v in turns.sample(variants, len(variants))]
 
 
-def order_of_engines(groups: Groups, repeats: int) -> list[tuple[list[Variant], range]]:
-    """Return which engines are loaded one after another, and the repeats that they then play.
+def order_of_engines(groups: Groups, repeats: Sequence[int], starts: int) -> list[Trip]:
+    """Share out the repeats among trips through all engines.
 
-    The order is A B C and then C B A, so that drift of the machine separates the repeats of one
-    variant, too, and widens the intervals. With fewer than three repeats it is A B C alone.
+    Engines that stay loaded together play one repeat a trip. Others are started anew in every trip,
+    `starts` times, and the order is A B C, C B A, A B C: what the machine drifts meanwhile, and
+    what a start changes, separates the repeats of one variant, too, and widens the intervals.
     """
-    if len(groups) == 1 or repeats < 3:
-        return [(group, range(1, repeats + 1)) for group in groups]
-    there, back = range(1, repeats // 2 + 1), range(repeats // 2 + 1, repeats + 1)
-    return [*((group, there) for group in groups), *((group, back) for group in groups[::-1])]
+    if len(groups) == 1:
+        return [[(groups[0], [repeat])] for repeat in repeats]
+    shares = np.array_split(repeats, min(starts, len(repeats)))
+    return [
+        [(group, share.tolist()) for group in groups[:: -1 if i % 2 else 1]]
+        for i, share in enumerate(shares)
+    ]
 
 
 class Engines:
@@ -62,24 +69,27 @@ class Engines:
         prometheus: Prometheus,
         labels: Mapping[str, str],
         progress: ProgressDisplay,
+        on_file: Mapping[str, int] | None = None,
     ) -> None:
+        """Take the instruments of a run, and each variant's starts in earlier sittings."""
         self.start_s = 0.0  # spent on waiting for engines so far
+        self.started = 0  # engines so far
+        self.starts = Counter(on_file or {})  # of each variant
         self._setup, self._logs, self._progress = setup, logs, progress
         self._prometheus, self._labels = prometheus, labels
         self._serving: dict[str, Server] = {}
 
-    def serves(self, variant: Variant) -> bool:
-        return variant.name in self._serving
-
-    def load(self, group: Sequence[Variant]) -> bool:
+    def load(self, group: Sequence[Variant], anew: bool = False) -> bool:
         """Have the engines of these variants serve, and no others. Raises EngineError.
 
-        Returns whether any engine had to be started.
+        With `anew` they are started again where they serve already. Returns whether any engine had
+        to be started.
         """
-        if self._serving.keys() == {v.name for v in group}:
+        if not anew and self._serving.keys() == {v.name for v in group}:
             return False
         self.unload()
-        starting = [(v, self._start(v)) for v in group]  # at the same time: their imports take long
+        # at the same time: their imports take long
+        starting = [(v, self._start_counted(v)) for v in group]
         for variant, engine in starting:
             self._wait(variant, engine)
         return True
@@ -104,9 +114,14 @@ class Engines:
             return engine
         if dead := self._serving.get(variant.name):
             dead.stop()
-        engine = self._start(variant)
+        engine = self._start_counted(variant)
         self._wait(variant, engine)
         return engine
+
+    def _start_counted(self, variant: Variant) -> Server:
+        self.started += 1
+        self.starts[variant.name] += 1
+        return self._start(variant)
 
     def _start(self, variant: Variant) -> Server:
         setup = self._setup

@@ -20,12 +20,12 @@ from dashboards.prometheus import Prometheus
 from labs.filing.results import RESULTS, RunFolder, write_gzip
 from labs.lab import Point, Variant
 from labs.running.counts import Counts
-from labs.running.engines import Engines, Groups
+from labs.running.engines import Engines, Groups, order_of_engines
 from labs.running.load import LoadGenerator
 from labs.running.probes import PROBES, ProbedEngine
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
-from labs.running.trials import Trials, interleave
+from labs.running.trials import Trials, interleave, recorded, write_requests
 from labs.telling.summary import summarise
 from serving import reference_step, telemetry
 from serving.engines.base import EngineError
@@ -43,6 +43,7 @@ class Harness:
     engines: Engines
     trials: Trials
     counts: Counts
+    groups: Groups
     failed_to_start: set[str] = field(default_factory=set)  # names of variants
 
     def play_trials(self, group: Sequence[Variant], trials: Sequence[tuple[Point, int]]) -> None:
@@ -57,7 +58,7 @@ class Harness:
         if self.failed_to_start.intersection(v.name for v in group) or not (due or probes_due):
             return
         try:
-            if self.engines.load(group):
+            if self.engines.load(group, anew=len(self.groups) > 1):
                 self.progress.expect(self.trials.remaining_s)
         except EngineError as error:
             self.engines.unload()
@@ -73,30 +74,60 @@ class Harness:
         for variant in group if last_repeat_played else ():
             self._probe(variant)
 
-    def repeat_undecided(self, groups: Groups) -> None:
-        """Repeat the points of claims that are still undecided, as often as the lab admits."""
+    def repeat_undecided(self, until: float) -> None:
+        """Repeat the points of claims that are undecided after the lab's own repeats.
+
+        All get the same further repeats, up to the lab's `most_repeats` and none that would end
+        after `until` on the monotonic clock; the verdicts that follow are the second look.
+        """
         lab = self.setup.lab
-        for repeat in range(lab.repeats + 1, lab.rounds + 1):
-            keys = {
-                key
-                for j in summarise(self.folder).judgements
-                if j.outcome == "inconclusive" and j.effect
-                for key in (j.treatment, j.baseline)
-            }
-            points = [p for p in self.setup.points if p.key in keys]
-            if not points:
+        further = range(lab.repeats + 1, lab.rounds + 1)
+        points = self._undecided() if further else []
+        if not points:
+            return
+        self.progress.message(
+            f"Undecided after {lab.repeats} repeats: {len(points)} points get up to {len(further)}"
+            f" more, until {lab.most_s:g} s have passed"
+        )
+        for trip in order_of_engines(self.groups, further, lab.starts):
+            trials = [
+                (group, [(p, r) for r in repeats for p in self._shuffled(points, group, r)])
+                for group, repeats in trip
+            ]
+            self.trials.expect(sum(len(of_group) for _, of_group in trials))
+            start_s = self.engines.start_s / max(1, self.engines.started) * (len(trip) - 1)
+            if time.monotonic() + start_s + self.trials.remaining_s > until:
+                self.progress.message(f"The stated time is used up (most_s={lab.most_s:g})")
                 return
-            self.trials.expect(len(points))
-            self.progress.message(
-                f"Undecided after {repeat - 1} repeats: {len(points)} points get another repeat"
-                f" (at most {lab.rounds})"
-            )
+            write_requests(self.setup, self.trials.work, trip[0][1])
             self.progress.expect(self.trials.remaining_s)
-            order = random.Random(f"{lab.seed}/order/{repeat}").sample(points, len(points))
-            begun = self.engines.serves(groups[0][0])  # go on from the engine that is loaded
-            for group in groups if begun else groups[::-1]:
-                names = {v.name for v in group}
-                self.play_trials(group, [(p, repeat) for p in order if p.variant.name in names])
+            for group, of_group in trials:
+                self.play_trials(group, of_group)
+
+    def _undecided(self) -> list[Point]:
+        """Return the points of undecided claims; of a resumed run those that it had gone on with.
+
+        So no run looks more often than twice.
+        """
+        points, again = self.setup.points, self.setup.lab.repeats + 1
+        if begun := [p for p in points if recorded(self.folder, p, again)]:
+            return begun
+        keys = {
+            key
+            for j in summarise(self.folder).judgements
+            if j.outcome == "inconclusive" and j.effect
+            for key in (j.treatment, j.baseline)
+        }
+        return [p for p in points if p.key in keys]
+
+    def _shuffled(
+        self, points: Sequence[Point], group: Sequence[Variant], repeat: int
+    ) -> list[Point]:
+        """Draw the order of the group's points in a further repeat."""
+        names = {v.name for v in group}
+        of_group = [p for p in points if p.variant.name in names]
+        rng = random.Random(f"{self.setup.lab.seed}/order/{repeat}")
+        return rng.sample(of_group, len(of_group))
 
     def _probe(self, variant: Variant) -> None:
         """Run those of the lab's probes on this engine that are not recorded."""
@@ -127,7 +158,7 @@ class Harness:
 
 @contextlib.contextmanager
 def open_harness(
-    setup: Setup, folder: RunFolder, work: Path, progress: ProgressDisplay
+    setup: Setup, folder: RunFolder, work: Path, progress: ProgressDisplay, groups: Groups
 ) -> Iterator[Harness]:
     """Start the instruments; none of them and no engine is left when the block ends."""
     logs, labels = folder.path / "logs", {"lab": setup.lab.name, "run_id": folder.path.name}
@@ -150,8 +181,12 @@ def open_harness(
         if not setup.endpoint:
             log = logs / "reference-step.log"
             reference = exits.enter_context(reference_step.started(setup.machine.kind, log))
-        engines = Engines(setup, logs, prometheus, labels, progress)
+        on_file = folder.starts_on_file(setup.points, setup.lab)
+        engines = Engines(setup, logs, prometheus, labels, progress, on_file)
         exits.callback(engines.unload)
         counts = Counts(folder.path.name, exporter_port)
-        trials = Trials(setup, folder, work, engines, load, sampler, counts, progress, reference)
-        yield Harness(setup, folder, progress, prometheus, engines, trials, counts)
+        in_turn = len(groups) > 1
+        trials = Trials(
+            setup, folder, work, engines, load, sampler, counts, progress, reference, in_turn
+        )
+        yield Harness(setup, folder, progress, prometheus, engines, trials, counts, groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import shutil
 import tempfile
@@ -35,6 +36,7 @@ from labs.running.trials import interleave, requests_file, write_requests
 from labs.telling import pages, report, tables
 from labs.telling.document import bullets, section
 from labs.telling.summary import summarise
+from loadtests.plan import sent_sha256
 from serving import models
 from serving.engines import ENGINES
 
@@ -54,7 +56,7 @@ def run(request: RunRequest, progress: ProgressDisplay) -> RunFolder:
         setup = resolve(request, progress)
         work = exits.enter_context(_scratch())
         progress.waiting("writing the prompts")
-        prompts_sha256 = write_requests(setup, work)
+        prompts_sha256 = sent_sha256(write_requests(setup, work))
         manifest = _manifest(setup, request, prompts_sha256)
         folder = unfinished(manifest) if request.resume else None
         if request.resume and folder is None:
@@ -98,20 +100,20 @@ def _measure(
 
     `began` is the run's start on the monotonic clock. Raises EngineError where no engine starts.
     """
-    with open_harness(setup, folder, work, progress) as harness:
-        groups = resident_groups(setup)
-        turns = order_of_engines(groups, setup.lab.repeats)
-        for group, repeats in turns:
+    lab, groups, until = setup.lab, resident_groups(setup), time.monotonic() + setup.lab.most_s
+    trips = order_of_engines(groups, range(1, lab.repeats + 1), lab.starts)
+    with open_harness(setup, folder, work, progress, groups) as harness:
+        for group, repeats in itertools.chain.from_iterable(trips):
             trials = [(p, r) for p, r in interleave(setup, group) if r in repeats]
             harness.play_trials(group, trials)
-        harness.repeat_undecided(groups)
+        harness.repeat_undecided(until)
         agreement = harness.counts.agreement(harness.prometheus)
     return Session(
         engine_start_s=round(harness.engines.start_s, 2),
         load_s=round(harness.trials.load_s, 2),
         wall_s=round(time.monotonic() - began, 2),
         resident=len(groups) == 1,
-        there_and_back=len(turns) > len(groups),
+        there_and_back=len(groups) > 1 and len(trips) > 1,
         agreement=agreement,
         prometheus=harness.prometheus.missing,
         ended_at=datetime.now(UTC).isoformat(timespec="seconds"),

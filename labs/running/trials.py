@@ -39,15 +39,16 @@ def requests_file(work: Path, workload: Workload, repeat: int) -> Path:
     return work / f"{workload.name}-{repeat}.jsonl"
 
 
-def write_requests(setup: Setup, work: Path) -> str:
-    """Write what each repeat sends, the same for all its variants and loads; return its SHA-256.
+def write_requests(setup: Setup, work: Path, repeats: Sequence[int] | None = None) -> list[Path]:
+    """Write what each repeat sends, the same for all its variants and loads; return the files.
 
-    Raises LabError where a workload cannot be written.
+    By default those of the lab's own `repeats`. Raises LabError where a workload cannot be written.
     """
-    lab, written = setup.lab, []
+    lab, written = setup.lab, list[Path]()
+    repeats = range(1, lab.repeats + 1) if repeats is None else repeats
     served = setup.endpoint.model if setup.endpoint else setup.model.name
     for workload in lab.workloads:
-        for repeat in range(1, lab.rounds + 1):
+        for repeat in repeats:
             try:
                 items = workload.requests(lab.requests, lab.draw_seed(repeat), setup.writer)
             except ValueError as error:
@@ -55,7 +56,7 @@ def write_requests(setup: Setup, work: Path) -> str:
             path = requests_file(work, workload, repeat)
             plan.write_requests(path, items, served)
             written.append(path)
-    return plan.sent_sha256(written)
+    return written
 
 
 def interleave(setup: Setup, group: Sequence[Variant]) -> list[tuple[Point, int]]:
@@ -100,10 +101,13 @@ class Trials:
         counts: Counts,
         progress: ProgressDisplay,
         reference: ReferenceTimer | None = None,
+        in_turn: bool = False,
     ) -> None:
+        """Take what plays them; `in_turn` says that an engine is started more than once."""
         self.load_s = 0.0  # spent under load so far
-        self._setup, self._folder, self._work, self._progress = setup, folder, work, progress
-        self._engines, self._load = engines, load
+        self.work = work  # the folder of what is sent
+        self._setup, self._folder, self._progress = setup, folder, progress
+        self._engines, self._load, self._in_turn = engines, load, in_turn
         self._telemetry, self._counts = telemetry, counts
         self._reference = reference  # None beside an endpoint, which may be on another machine
         self._left = len(self.due(interleave(setup, setup.lab.variants)))
@@ -222,7 +226,7 @@ class Trials:
         lab = self._setup.lab
         engine = self._engines.serving(point.variant)
         engine.reset_prefix_cache()
-        sending = requests_file(self._work, point.workload, repeat)
+        sending = requests_file(self.work, point.workload, repeat)
         if point.flags.enable_prefix_caching and point.workload.primed and point.workload.prefix:
             _prime(engine.url, sending, point.workload.prefix.groups, lab.timeout_s)
         before = engine.snapshot()
@@ -269,6 +273,7 @@ class Trials:
             repeat=repeat,
             summary=summary,
             engine=None if engine_counters is None else snapshot_json(engine_counters),
+            start=self._engines.starts[point.variant.name] if self._in_turn else None,
             cpu_steal=shares.steal,
             cpu_others=shares.others,
             cpu_engine=shares.engine,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from labs.filing.results import Run, Session
-from labs.judging.text import ceilings_text
+from labs.judging.judge import CONFIDENCE, ENOUGH_STARTS, START_SPREAD, Judgement
+from labs.judging.text import ONE_SITTING, ceilings_text
 from labs.lab import Lab
 from labs.telling.document import Code, Inline
 from serving.dummy import SUFFIX
@@ -32,8 +35,38 @@ def lines(run: Run, lab: Lab, session: Session | None) -> list[Inline]:
 
 def repeats(lab: Lab) -> str:
     """Say how often each point was measured."""
-    more = f" (up to {lab.rounds} where a claim was undecided)" if lab.rounds > lab.repeats else ""
-    return f"{lab.repeats} repeats{more}"
+    if lab.looks == 1:
+        return f"{lab.repeats} repeats"
+    return (
+        f"{lab.repeats} repeats (up to {lab.rounds} where a claim was undecided and"
+        f" {lab.most_s:g} s had not passed)"
+    )
+
+
+def covers(lab: Lab, session: Session | None, judgements: Sequence[Judgement]) -> str:
+    """Say what the intervals of the claims cover, and what they do not."""
+    parts = [ONE_SITTING]
+    starts = [j.effect.starts for j in judgements if j.effect and j.effect.starts is not None]
+    if starts and min(starts) < ENOUGH_STARTS:
+        parts.append(
+            f"Engines took turns, and one was started {min(starts)} times at most: fewer than"
+            f" {ENOUGH_STARTS} starts do not show what a start changes, so intervals between"
+            f" engines are widened by {START_SPREAD:.1%} a start, measured on one CPU."
+        )
+    elif starts:
+        parts.append(
+            f"Engines took turns, each started at least {min(starts)} times; between engines the"
+            " mean of a start is the unit, so what a start changes is covered."
+        )
+    elif session and session.resident and len(lab.variants) > 1:
+        parts.append("Each engine was started once: what another start changes is not covered.")
+    if lab.looks > 1:
+        level = 1 - (1 - CONFIDENCE) / lab.looks
+        parts.append(
+            f"The lab may look at its claims {lab.looks} times, so each interval is taken at"
+            f" {level:.1%}: all looks together cover at {CONFIDENCE:.0%}."
+        )
+    return " ".join(parts)
 
 
 def _software(run: Run) -> str:

@@ -216,6 +216,7 @@ def _claims(facts: Facts, figures: Sequence[Figure]) -> Section:
         "Claim by claim",
         without_empty_columns(tables.claims(lab, summary)),
         Paragraph(VERDICTS),
+        Paragraph(method.covers(lab, facts.session, summary.judgements)),
         *_published(lab, "claims", {j.claim: j.title for j in summary.judgements}),
         *figures,
     )

@@ -40,8 +40,9 @@ LOADS = (
     "warmup_s=0.1 requests=64"
     ' workloads.exponential.loads=["concurrent:4"] workloads.fixed.loads=["concurrent:2"]'
 )
-SHORT, SHORT_TRIALS = f"{LOADS} repeats=1 window_s=0.5", 2
-LONGER, LONGER_TRIALS = f"{LOADS} repeats=2 window_s=2", 4  # the first ends long before the last
+SHORT, SHORT_TRIALS = f"{LOADS} repeats=1 most_repeats=0 window_s=0.5", 2
+# the first ends long before the last
+LONGER, LONGER_TRIALS = f"{LOADS} repeats=2 most_repeats=0 window_s=2", 4
 TRIAL_ENDED = r"repeat 1 of .* tok/s \("
 
 
@@ -170,7 +171,7 @@ def test_prometheus_agrees_though_a_trial_failed(died: tuple[Reader, Command]) -
 
 
 STATIC = (
-    "warmup_s=0.1 window_s=0.5 repeats=1 requests=64"
+    "warmup_s=0.1 window_s=0.5 repeats=1 most_repeats=0 requests=64"
     ' workloads.fixed.loads=["concurrent:2"] workloads.exponential.loads=["concurrent:4","waves:4"]'
     " claims.static.treatment.load=concurrent:4 claims.static.baseline.load=waves:4"
 )
@@ -278,7 +279,7 @@ def test_a_load_process_does_not_outlive_its_master_and_guard(tmp_path: Path) ->
 # ------------------------------------------------------ faults that leave figures, and no verdict
 
 PAIRS = (
-    "warmup_s=0.1 window_s=0.5 repeats=1 requests=128"
+    "warmup_s=0.1 window_s=0.5 repeats=1 most_repeats=0 requests=128"
     ' workloads.exponential.loads=["concurrent:4","waves:4","concurrent:1"]'
     ' workloads.fixed.loads=["concurrent:4","waves:4"]'
     + "".join(

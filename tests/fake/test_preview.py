@@ -33,7 +33,8 @@ pytestmark = [
 ]
 
 BRIEF = (
-    "warmup_s=0.5 window_s=1.5 repeats=2 requests=256 claims.static.treatment.load=concurrent:4"
+    "warmup_s=0.5 window_s=1.5 repeats=2 most_repeats=0 requests=256"
+    " claims.static.treatment.load=concurrent:4"
     ' claims.static.baseline.load=waves:4 workloads.fixed.loads=["concurrent:4"]'
     ' workloads.exponential.loads=["concurrent:4","waves:4"]'
     " workloads.exponential.output_tokens.mean_tokens=12"

@@ -21,7 +21,7 @@ WITH_A_GPU = (
     "from labs.commands.cli import app; app()",
 )
 LOADS = (
-    "warmup_s=0.1 requests=64 repeats=1 window_s=2"
+    "warmup_s=0.1 requests=64 repeats=1 most_repeats=0 window_s=2"
     ' workloads.exponential.loads=["concurrent:4"] workloads.fixed.loads=["concurrent:2"]'
 )
 

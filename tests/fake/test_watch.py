@@ -23,7 +23,8 @@ from tests.fake.conftest import Command, Reader, needs_prometheus, reading, the_
 pytestmark = needs_prometheus
 
 BRIEF = (
-    'warmup_s=0.1 window_s=0.5 repeats=2 workloads.exponential.loads=["concurrent:4","waves:4"]'
+    "warmup_s=0.1 window_s=0.5 repeats=2 most_repeats=0"
+    ' workloads.exponential.loads=["concurrent:4","waves:4"]'
     ' workloads.fixed.loads=["concurrent:4"] requests=64'
     " claims.static.treatment.load=concurrent:4 claims.static.baseline.load=waves:4"
 )

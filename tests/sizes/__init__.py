@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from serving.quantize import Tool
 
-BRIEF = "warmup_s=0.1 window_s=0.3 repeats=1 requests=64"
+BRIEF = "warmup_s=0.1 window_s=0.3 repeats=1 most_repeats=0 requests=64"
 """SET of every lab on the fake engine: a whole run is a matter of seconds."""
 
 

@@ -1,7 +1,7 @@
 from tests.sizes import Sizes
 
 SIZES = Sizes(
-    fake="warmup_s=0.15 window_s=0.7 repeats=2 requests=128"
+    fake="warmup_s=0.15 window_s=0.7 repeats=2 most_repeats=0 requests=128"
     " workloads.exponential.output_tokens.mean_tokens=12"
     " workloads.exponential.output_tokens.max_tokens=48"
     ' workloads.exponential.loads=["concurrent:1","concurrent:8","waves:8","concurrent:16",'

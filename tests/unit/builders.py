@@ -177,6 +177,7 @@ def make_lab(**fields: Any) -> Lab:
         "warmup_s": 1,
         "window_s": 4,
         "repeats": 2,
+        "most_repeats": 0,
     }
     return Lab(**{**plain, **fields})
 

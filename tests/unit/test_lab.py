@@ -90,6 +90,19 @@ def test_a_class_of_memory_lies_over_the_gpu_sizes() -> None:
     assert [(at.window_s, at.repeats) for at in resolved] == [(20, 5), (9, 5), (20, 5)]
 
 
+def test_labs_go_on_until_their_claims_are_decided_but_not_where_quick() -> None:
+    lab = make_lab(repeats=5, most_repeats=10)
+    at = [lab.at("cpu", False), lab.at("gpu-80", False), lab.at("cpu", True)]
+    assert [(lab.looks, lab.rounds, lab.most_s, lab.starts) for lab in at] == [
+        (2, 10, 420, 2), (2, 10, 1800, 2), (1, 5, 420, 1),
+    ]  # fmt: skip
+    longer = make_lab(scales={"gpu": {"most_s": 60}}, quick={"starts": 2})
+    assert (longer.at("gpu", False).most_s, longer.at("cpu", True).starts) == (60, 2)
+    for every in LABS.values():
+        resolved = every.at("cpu", False)
+        assert (resolved.repeats, resolved.looks) == (5, 2), every.name
+
+
 def test_a_change_within_a_layers_value_leaves_the_layer_alone() -> None:
     lab = make_lab(scales={"gpu": {"flags": {"block-size": 16}}})
     changed = lab.at("gpu", quick=False, changes={"flags.block-size": 32})

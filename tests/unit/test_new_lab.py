@@ -71,6 +71,7 @@ LAB = Lab(
     warmup_s=1,
     window_s=4,
     repeats=2,
+    most_repeats=0,
     limits={"cpu": "Beads of wood.", "gpu": "Beads of glass."},
     next_knobs=("SET=window_s=8 counts longer",),
 )

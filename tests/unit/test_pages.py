@@ -176,8 +176,8 @@ def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
     row, _ = leaderboards.leaderboard().rows
     machine = folder.run().machine
     assert [plain_text(cell) for cell in row] == [
-        "tiny", "On is faster", machine.describe(), "2.97x", "2.84 to 3.10", "helps", "the same",
-        "–",
+        "tiny", "On is faster", machine.describe(), "2.97x", "2.84 to 3.10", "–", "helps",
+        "the same", "–",
     ]  # fmt: skip
     report = f"{machine.slug}/tiny/{folder.path.name}/report.md"
     assert row[2] == (Link(machine.describe(), report), "")

@@ -289,6 +289,39 @@ def test_engines_that_took_turns_are_a_caveat(resident: bool, folder: RunFolder)
     assert [c.blocks for c in found] == ([] if resident else [False])
 
 
+@pytest.mark.parametrize(
+    ("starts", "resident", "most_repeats", "said"),
+    [
+        (None, True, 0, "Each engine was started once: what another start changes is not covered."),
+        (2, False, 0, "one was started 2 times at most: fewer than 4 starts"),
+        (4, False, 0, "each started at least 4 times; between engines the mean of a start"),
+        (
+            None,
+            True,
+            8,
+            "The lab may look at its claims 2 times, so each interval is taken at 97.5%",
+        ),
+    ],
+)
+def test_a_report_says_what_its_intervals_cover(
+    tmp_path: Path, starts: int | None, resident: bool, most_repeats: int, said: str
+) -> None:
+    folder = write_run(tmp_path, repeats=4, most_repeats=most_repeats)
+    sitting = Session(
+        engine_start_s=1, load_s=1, wall_s=3, resident=resident, there_and_back=True, agreement=[],
+        prometheus=None,
+    )  # fmt: skip
+    write_json(folder.path / "session.json", sitting)
+    for path in folder.path.rglob("trial.json"):
+        trial = results.read_json(path, results.TrialResult)
+        start = starts and min(trial.repeat, starts)
+        write_json(path, trial.model_copy(update={"start": start}))
+    summarise(folder)
+    text = report.write(folder).read_text()
+    assert said in text
+    assert "An interval speaks of one sitting" in text
+
+
 def test_a_caveat_about_times_between_tokens_withholds_only_verdicts_on_them() -> None:
     found = Caveat(name="several", text="80 %", blocks=True, metrics=("tpot_mean_s",))
     line = markdown.fragment([report.validity([found], make_lab())])

@@ -22,7 +22,7 @@ from labs.running import reproduce
 from serving.machine import Environment, engine_variables
 from serving.models import file_hashes
 from tests.unit import in_git
-from tests.unit.builders import write_run, write_slowed
+from tests.unit.builders import make_lab, write_run, write_slowed
 
 
 @pytest.fixture
@@ -182,6 +182,35 @@ def test_an_answer_is_filed_with_the_original_and_needs_no_records(folder: RunFo
         "2 of 2 agree (2026-01-01)"
         in leaderboards.write_machine(folder.path.parents[1]).read_text()
     )
+
+
+def test_sittings_on_the_same_hardware_tell_how_far_ratios_lie_apart(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = filed(folder)
+    (found,) = reproduction.filed_with(folder)
+    there, here = (Interval(value=v, low=v, high=v, n=3) for v in (1.0, 1.1))
+    apart = [
+        v.model_copy(update={"a_ratio": a, "b_ratio": b})
+        for v, a, b in zip(found.verdicts, (there, here), (here, there), strict=True)
+    ]
+    moved = found.model_copy(update={"verdicts": apart})
+    unknown = [v.model_copy(update={"b_ratio": None}) for v in apart]
+    others = [
+        found.model_copy(update={"verdicts": unknown}),
+        moved.model_copy(update={"same_hardware": False}),
+    ]
+    pooled = reproduction.between_sittings([moved, *others])
+    assert pooled
+    assert (pooled.spread, pooled.ratios) == pytest.approx((0.1, 2))
+    assert reproduction.between_sittings(others) is None
+    write_json(path, moved)
+    shutil.rmtree(folder.path.with_name(path.stem))
+    for module in (leaderboards, manifest):
+        monkeypatch.setattr(module, "LABS", {"tiny": make_lab()})
+    leaderboard = leaderboards.leaderboard()
+    (row,) = leaderboard.rows[:1]
+    assert row[leaderboard.header.index("Between sittings")] == "10.0% (2 ratios)"
 
 
 def test_a_remark_by_hand_is_shown_and_outlives_another_answer(

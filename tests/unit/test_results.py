@@ -93,8 +93,8 @@ def test_trials_read_back(folder: RunFolder) -> None:
 
 
 SINCE_FORMAT_1 = {
-    "lab": ("studies", "probes", "probed", "findings", "most_repeats", "load_processes", "aa",
-            "left_out"),
+    "lab": ("studies", "probes", "probed", "findings", "most_repeats", "most_s", "starts",
+            "load_processes", "aa", "left_out"),
     "workloads": ("task", "primed", "trace", "chat", "intruder", "adapters", "keep_text", "only",
                   "warmup_s"),
     "run": ("dummy", "weights", "about", "model_revision", "model_files", "derived_sha256",
@@ -122,7 +122,7 @@ def _as_the_first_format_had_it(folder: RunFolder) -> RunFolder:
     (old.path / "run.json").write_text(json.dumps(run))
     for path in old.path.rglob("trial.json"):
         trial = json.loads(path.read_text())
-        for name in ("cpu_others", "cpu_engine", "gpu_others", "discarded"):
+        for name in ("start", "cpu_others", "cpu_engine", "gpu_others", "discarded"):
             del trial[name]
         del trial["summary"]["lost_share"]
         path.write_text(json.dumps(trial))

@@ -3,6 +3,7 @@ trials alone."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +27,10 @@ A, B, C = (Variant(name=name) for name in "ABC")
 class NotedEngines(Engines):
     """Engines whose starts are noted; those named in `dead` do not start."""
 
-    def __init__(self, setup: Any, folder: RunFolder, prometheus: Any, progress: Any) -> None:
-        super().__init__(setup, folder.path, prometheus, {}, progress)
+    def __init__(
+        self, setup: Any, folder: RunFolder, prometheus: Any, progress: Any, on_file: dict[str, int]
+    ) -> None:
+        super().__init__(setup, folder.path, prometheus, {}, progress, on_file)
         self.noted, self.dead = list[str](), set[str]()
 
     def _start(self, variant: Variant) -> Any:
@@ -46,12 +49,15 @@ class NotedTrials(Trials):
 
     def __init__(self, setup: Any, folder: RunFolder, engines: NotedEngines, progress: Any) -> None:
         nothing: Any = None
-        super().__init__(setup, folder, folder.path, engines, nothing, nothing, nothing, progress)
-        self.noted = engines.noted
+        super().__init__(
+            setup, folder, folder.path, engines, nothing, nothing, nothing, progress, in_turn=True
+        )
+        self.noted, self.engines = engines.noted, engines
 
     def play(self, point: Point, repeat: int) -> None:
         self.noted.append(str(repeat))
-        self._record(point, repeat, TrialResult(point=point.key, repeat=repeat))
+        start = self.engines.starts[point.variant.name]
+        self._record(point, repeat, TrialResult(point=point.key, repeat=repeat, start=start))
 
 
 class Noted(Harness):
@@ -62,17 +68,20 @@ class Noted(Harness):
         setup: Any = SimpleNamespace(lab=lab, points=points, endpoint=None)
         progress: Any = SimpleNamespace(message=self.steps.append, expect=lambda seconds: None)
         prometheus: Any = SimpleNamespace(forget=lambda kind: None)
-        engines = NotedEngines(setup, folder, prometheus, progress)
+        on_file = folder.starts_on_file(points, lab)
+        engines = NotedEngines(setup, folder, prometheus, progress, on_file)
         self.noted, self.dead = engines.noted, engines.dead
         trials = NotedTrials(setup, folder, engines, progress)
         counts = Counts(folder.path.name, exporter_port=1)
-        super().__init__(setup, folder, progress, prometheus, engines, trials, counts)
+        groups = [[v] for v in lab.variants]
+        super().__init__(setup, folder, progress, prometheus, engines, trials, counts, groups)
 
-    def goes(self, repeats: int) -> str:
+    def goes(self, repeats: int, starts: int = 1) -> str:
         """Through all engines in turn; what was noted."""
-        for group, some in order_of_engines([[v] for v in self.setup.lab.variants], repeats):
-            trials = [(p, r) for p, r in interleave(self.setup, group) if r in some]
-            self.play_trials(group, trials)
+        for trip in order_of_engines(self.groups, range(1, repeats + 1), starts):
+            for group, some in trip:
+                trials = [(p, r) for p, r in interleave(self.setup, group) if r in some]
+                self.play_trials(group, trials)
         return " ".join(self.noted)
 
 
@@ -86,14 +95,20 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def test_engines_in_turn_are_visited_there_and_back() -> None:
-    def visits(groups: list[list[Variant]], repeats: int) -> list[tuple[str, list[int]]]:
-        return [("".join(v.name for v in g), [*r]) for g, r in order_of_engines(groups, repeats)]
+    def visits(groups: list[list[Variant]], repeats: int, starts: int) -> list[str]:
+        trips = order_of_engines(groups, range(1, repeats + 1), starts)
+        return [
+            " ".join(f"{''.join(v.name for v in group)}{some}" for group, some in trip)
+            for trip in trips
+        ]
 
-    assert visits([[A], [B], [C]], 3) == [
-        ("A", [1]), ("B", [1]), ("C", [1]), ("C", [2, 3]), ("B", [2, 3]), ("A", [2, 3]),
+    assert visits([[A], [B], [C]], 3, starts=2) == ["A[1, 2] B[1, 2] C[1, 2]", "C[3] B[3] A[3]"]
+    assert visits([[A], [B]], 5, starts=4) == [
+        "A[1, 2] B[1, 2]", "B[3] A[3]", "A[4] B[4]", "B[5] A[5]",
     ]  # fmt: skip
-    assert visits([[A], [B]], 2) == [("A", [1, 2]), ("B", [1, 2])]
-    assert visits([[A, B, C]], 4) == [("ABC", [1, 2, 3, 4])]
+    assert visits([[A], [B]], 2, starts=1) == ["A[1, 2] B[1, 2]"]
+    assert visits([[A], [B]], 1, starts=4) == ["A[1] B[1]"]
+    assert visits([[A, B, C]], 3, starts=2) == ["ABC[1]", "ABC[2]", "ABC[3]"]
 
 
 def test_the_order_of_turns_is_drawn_from_the_seed() -> None:
@@ -115,11 +130,46 @@ def test_the_order_of_turns_is_drawn_from_the_seed() -> None:
     assert all(firsts.count(v.name) >= 3 for v in lab.variants)
 
 
-def test_the_last_engine_is_not_started_again_to_turn_back(folder: RunFolder) -> None:
-    lab = {**folder.run().lab, "repeats": 4}
+def set_lab(folder: RunFolder, **fields: int) -> None:
+    lab = {**folder.run().lab, **fields}
     write_json(folder.path / "run.json", folder.run().model_copy(update={"lab": lab}))
-    assert Noted(folder).goes(4) == "off 1 1 2 2 on 1 1 2 2 3 3 4 4 off 3 3 4 4"
-    assert Noted(folder).goes(4) == ""  # all of it is on file
+
+
+def starts_of(folder: RunFolder) -> dict[str, dict[int, int]]:
+    run = folder.run()
+    starts = folder.sampling(run.points(), run.rebuilt_lab()).starts
+    return {point: dict(of_point) for point, of_point in starts.items()}
+
+
+def test_every_trip_starts_its_engines_anew_and_trials_know_their_start(folder: RunFolder) -> None:
+    set_lab(folder, repeats=4)
+    assert Noted(folder).goes(4, starts=2) == "off 1 1 2 2 on 1 1 2 2 on 3 3 4 4 off 3 3 4 4"
+    assert set(starts_of(folder)) == {p.key for p in folder.run().points()}
+    assert all(of == {1: 1, 2: 1, 3: 2, 4: 2} for of in starts_of(folder).values())
+    assert Noted(folder).goes(4, starts=2) == ""  # all of it is on file
+
+
+def test_a_later_sitting_goes_on_counting_starts(folder: RunFolder) -> None:
+    set_lab(folder, repeats=2)
+    Noted(folder).goes(2, starts=2)
+    (folder.path / "trials/on/short/concurrent-1/2/trial.json").unlink()
+    assert Noted(folder).goes(2, starts=2) == "on 2"
+    assert starts_of(folder)["on/short/concurrent-1"] == {1: 1, 2: 3}
+    assert starts_of(folder)["on/short/concurrent-2"] == {1: 1, 2: 2}
+
+
+def test_a_run_from_before_trials_knew_their_start_has_it_from_its_sitting(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, repeats=3)
+    assert starts_of(folder) == {}
+    for resident, back, expected in (
+        (True, False, None), (False, False, {1: 1, 2: 1, 3: 1}), (False, True, {1: 1, 2: 2, 3: 2}),
+    ):  # fmt: skip
+        session = Session(
+            engine_start_s=1, load_s=1, wall_s=4, resident=resident, there_and_back=back,
+            agreement=[], prometheus=None,
+        )  # fmt: skip
+        write_json(folder.path / "session.json", session)
+        assert starts_of(folder).get("on/short/concurrent-1") == expected
 
 
 def test_the_trials_of_an_engine_that_does_not_start_fail_with_its_reason(
@@ -145,11 +195,20 @@ def test_where_no_engine_starts_the_run_ends_with_the_reason(folder: RunFolder) 
         harness.goes(2)
 
 
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The repeats whose requests were written; no prompt is."""
+    repeats: list[list[int]] = []
+    monkeypatch.setattr(
+        "labs.running.harness.write_requests", lambda setup, work, some: repeats.append(some)
+    )
+    return repeats
+
+
 def test_undecided_points_are_repeated_in_turn_too(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    folder: RunFolder, written: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lab = {**folder.run().lab, "most_repeats": 4}
-    write_json(folder.path / "run.json", folder.run().model_copy(update={"lab": lab}))
+    set_lab(folder, most_repeats=4)
     harness = Noted(folder)
     undecided = SimpleNamespace(
         outcome="inconclusive", effect=True, treatment="on/short/concurrent-1",
@@ -160,8 +219,25 @@ def test_undecided_points_are_repeated_in_turn_too(
     )
     assert harness.goes(2) == "off 1 1 2 2 on 1 1 2 2"
     harness.noted.clear()
-    harness.repeat_undecided([[v] for v in harness.setup.lab.variants])
-    assert " ".join(harness.noted) == "3 off 3 4 on 4"
+    harness.repeat_undecided(until=time.monotonic())
+    assert not harness.noted  # its time is used up
+    assert harness.steps[-1] == "The stated time is used up (most_s=420)"
+    harness.repeat_undecided(until=time.monotonic() + 1000)
+    assert " ".join(harness.noted) == "off 3 on 3 on 4 off 4"
+    assert written == [[3], [4]]
+
+
+@pytest.mark.usefixtures("written")
+def test_a_resumed_run_goes_on_with_the_points_it_had_gone_on_with(folder: RunFolder) -> None:
+    """A third look at the claims would take yet another correction."""
+    set_lab(folder, most_repeats=4)
+    harness = Noted(folder)
+    harness.goes(2)
+    point = harness.setup.points[0]
+    harness.play_trials([point.variant], [(point, 3)])
+    harness.noted.clear()
+    harness.repeat_undecided(until=time.monotonic() + 1000)
+    assert " ".join(harness.noted) == "off 4"
 
 
 def test_engines_started_once_each_are_a_caveat(tmp_path: Path) -> None:
