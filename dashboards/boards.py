@@ -367,7 +367,7 @@ def _answer_panels() -> tuple[Panel, ...]:
         rows(
             "Verdicts",
             "What each claim came to: the ratio of treatment to baseline with its 95 % interval,"
-            " and the ratio predicted before anything ran.",
+            " and the ratio predicted before anything ran. An interval speaks of one sitting.",
             Column("Claim", "title", width=420),
             Column("Verdict", "outcome", width=110, colours=OUTCOMES),
             Column("Held", "held", width=70),
@@ -382,7 +382,8 @@ def _answer_panels() -> tuple[Panel, ...]:
         ),
         interval(
             "Ratio to the baseline, 95 % interval",
-            "The colour changes at the ratio; a bar across the line at 1 shows no effect.",
+            "The colour changes at the ratio; a bar across the line at 1 shows no effect."
+            " An interval speaks of one sitting.",
             "title",
             effect,
             low,
@@ -422,7 +423,8 @@ def _prediction_tables() -> tuple[Panel, ...]:
         ),
         rows(
             "Every figure",
-            "Mean over the repeats with its 95 % interval, in base units (s, tok/s).",
+            "Mean over the repeats with its 95 % interval, which speaks of one sitting, in base"
+            " units (s, tok/s).",
             *point,
             Column("Mean", expr=_last(series.MEASUREMENT, POINTS)),
             Column("Low", expr=_last(series.MEASUREMENT_LOW, POINTS)),

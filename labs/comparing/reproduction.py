@@ -24,6 +24,7 @@ from labs.filing.manifest import Fact
 from labs.filing.results import DamagedError, RunFolder, all_runs, read_json, write_json
 from labs.judging.judge import Caveat
 from labs.judging.machine_speed import Part, relative_speed_text
+from labs.judging.text import ONE_SITTING
 from labs.telling import markdown
 from labs.telling.document import Block, Link, Paragraph, Section, Strong, bullets, parse, section
 from serving import whole
@@ -271,7 +272,7 @@ def _blocks(result: Reproduction) -> list[Block | None]:
             f"A is the original, {result.original}; B was run on {by.machine.describe()} with vLLM"
             f" {by.vllm or 'unknown'}, {by.model}, {code} ({by.run})."
         ),
-        bullets(sentences(result)),
+        bullets((*sentences(result), ONE_SITTING)),
         Paragraph((Strong("Remark."), " ", parse(result.remark))) if result.remark else None,
         *(
             section(title, table)
