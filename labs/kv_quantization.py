@@ -227,7 +227,7 @@ LAB = Lab(
     slo=SLO(ttft_s=2, tpot_s=0.15),
     requests=192,
     warmup_s=0.8,
-    window_s=2,
+    window_s=2.4,
     scales={
         "gpu": {
             "flags": {
@@ -260,7 +260,6 @@ LAB = Lab(
         "gpu-141": tight(6 * 2**30),
     },
     quick={
-        "window_s": 2,
         "repeats": 1,
         "probes": ("quality-quick",),
     },

@@ -215,7 +215,7 @@ LAB = Lab(
     slo=SLO(ttft_s=1, tpot_s=0.2),
     requests=512,
     warmup_s=1,
-    window_s=3,
+    window_s=4,
     scales={
         "gpu": {
             "flags": {"max-model-len": 2048, "enable-prefix-caching": True, "block-size": 16},
@@ -240,7 +240,7 @@ LAB = Lab(
         }
     },
     dummy=on_random_weights,
-    quick={"window_s": 2, "repeats": 1, "probes": ("tenants-quick",)},
+    quick={"repeats": 1, "probes": ("tenants-quick",)},
     limits={
         "cpu": "Which adapter answers, how slots are filled and what is refused is the engine's own"
         " and carries over. The price does not: applying an adapter is many small operations, which"

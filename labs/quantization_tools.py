@@ -66,7 +66,7 @@ LAB = Lab(
         Workload(
             name="decode",
             prompt_tokens=Fixed(tokens=32),
-            output_tokens=Fixed(tokens=24),
+            output_tokens=Fixed(tokens=12),
             loads=(Concurrent(users=1),),
         ),
     ),
@@ -86,7 +86,7 @@ LAB = Lab(
     slo=SLO(ttft_s=1, tpot_s=0.1),
     requests=384,
     warmup_s=0.5,
-    window_s=2,
+    window_s=2.8,
     scales={
         "gpu": {
             "flags": {"max-model-len": 4096, "enable-prefix-caching": True},
@@ -97,7 +97,7 @@ LAB = Lab(
             "window_s": 6,
         }
     },
-    quick={"window_s": 2, "repeats": 1, "probes": ("quality-quick",)},
+    quick={"repeats": 1, "probes": ("quality-quick",)},
     limits={
         "cpu": "Quality carries over. A small model loses more to 4 bits than a large one.",
         "gpu": "One model and one size of calibration set.",

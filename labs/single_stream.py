@@ -198,7 +198,7 @@ LAB = Lab(
     slo=SLO(ttft_s=2, tpot_s=0.1),
     requests=64,
     warmup_s=1,
-    window_s=6,
+    window_s=8.2,
     scales={
         "gpu": {
             "flags": {
@@ -229,7 +229,7 @@ LAB = Lab(
             ),
         }
     },
-    quick={"warmup_s": 1, "window_s": 3.5, "repeats": 2},
+    quick={"repeats": 1},
     limits={
         "cpu": "A CPU has no CUDA graphs and launches nothing ahead: what compiling gains here is"
         " fusion. It gains on a long prompt too: an operation that is not fused writes the"

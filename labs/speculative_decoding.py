@@ -110,7 +110,7 @@ def workload(task: Task, prompt_tokens: int, *loads: int) -> Workload:
     return Workload(
         name=task,
         prompt_tokens=Fixed(tokens=prompt_tokens),
-        output_tokens=Fixed(tokens=24),
+        output_tokens=Fixed(tokens=12),
         task=task,
         keep_text=True,
         only=("none", "ngram", "draft-2", "draft-5"),
@@ -240,11 +240,11 @@ LAB = Lab(
     },
     workloads=(
         workload("story", 64, 1, 4, 8),
-        workload("quote", 128, 1, 8),
+        workload("quote", 128, 1),
         Workload(
             name="alone",
             prompt_tokens=Fixed(tokens=64),
-            output_tokens=Fixed(tokens=24),
+            output_tokens=Fixed(tokens=12),
             only=("draft-alone",),
             loads=(Concurrent(users=1),),
         ),
@@ -294,7 +294,7 @@ LAB = Lab(
     slo=SLO(ttft_s=1, tpot_s=0.1),
     requests=192,
     warmup_s=0.5,
-    window_s=1.5,
+    window_s=2.8,
     scales={
         "gpu": {
             "flags": {
@@ -328,7 +328,7 @@ LAB = Lab(
         **{f"gpu-{gb}": CROWD_32 for gb in (16, 24, 48, 141)},
     },
     dummy=on_random_weights,
-    quick={"window_s": 1.5, "repeats": 1},
+    quick={"repeats": 1},
     limits={
         "cpu": "Acceptance depends on the models and the text, and carries over to any machine that"
         " serves them. The costs do not: a step here is mostly the launch of small operations, so"

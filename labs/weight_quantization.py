@@ -154,12 +154,12 @@ LAB = Lab(
         Workload(
             name="decode",
             prompt_tokens=Fixed(tokens=32),
-            output_tokens=Fixed(tokens=24),
+            output_tokens=Fixed(tokens=12),
             loads=(Concurrent(users=1), Concurrent(users=16)),
         ),
         Workload(
             name="prefill",
-            prompt_tokens=Fixed(tokens=512),
+            prompt_tokens=Fixed(tokens=192),
             output_tokens=Fixed(tokens=1),
             only=("bf16", "w8a8", "w4a16-gptq"),  # the other recipes make the same shapes
             loads=(Concurrent(users=1),),
@@ -175,7 +175,7 @@ LAB = Lab(
     slo=SLO(ttft_s=1, tpot_s=0.1),
     requests=384,
     warmup_s=0.5,
-    window_s=1.5,
+    window_s=2.8,
     scales={
         "gpu": {
             "flags": {"max-model-len": 4096, "enable-prefix-caching": True},
@@ -193,7 +193,7 @@ LAB = Lab(
         }
     },
     dummy=on_random_weights,
-    quick={"window_s": 1.5, "repeats": 1, "probes": ("quality-quick",)},
+    quick={"repeats": 1, "probes": ("quality-quick",)},
     limits={
         "cpu": "Quality and bytes carry over; speed does not. A CPU has instructions that"
         " multiply INT8 but has to unpack 4 bits in software, on every step: W4 saves memory, not"

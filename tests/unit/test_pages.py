@@ -102,7 +102,7 @@ def test_a_stale_page_is_named_until_it_is_written(
     assert leaderboards.write() == every
     assert leaderboards.stale() == {}
     assert "| 1 | [`make lab-tiny`](labs/tiny.py) |" in readme.read_text()
-    told = "- **Turning it on**: 2.97 times the throughput (95 % interval 2.85 to 3.10; predicted"
+    told = "- **Turning it on**: 2.97 times the throughput (95 % interval 2.84 to 3.10; predicted"
     assert told in readme.read_text()
     machine_page.write_text("by hand")
     assert list(leaderboards.stale()) == [machine_page]
