@@ -108,7 +108,7 @@ export: setup ## Write a run as tables, or as vllm bench serve saves it: RUN=.. 
 	@$(if $(filter parquet,$(value LABS_AS)),$(BIN)/python -c 'import pyarrow' 2> /dev/null || $(BIN)/python -m pip install --quiet 'pyarrow>=17')
 	@$(BIN)/labs export $(call or_help,RUN)
 
-leaderboard: setup ## Show every lab on every machine: effect, interval, verdict
+leaderboard: setup ## Show every lab on every machine: effect, interval, verdict, prediction
 	@$(BIN)/labs leaderboard
 
 check-results: setup ## Check that recorded runs are readable and complete

@@ -68,6 +68,7 @@ OUTCOMES = {
     "helps": "green", "hurts": "red", "no effect": "blue", "inconclusive": "orange",
     "not valid": "purple",
 }  # fmt: skip
+PREDICTIONS = {"held": "green", "refuted": "red", "broken": "red"}
 
 NEEDS = {
     "Tokens a draft step": "speculation",
@@ -120,8 +121,8 @@ def _verdicts(where: str) -> str:
     """Query a run's newest verdicts: their value is when they were reached, so a resumed run has
     older ones too."""
     verdicts = _last(series.VERDICT, where)
-    newest = f"max without (outcome, held) ({verdicts})"
-    return f"{verdicts} == ignoring (outcome, held) group_left {newest}"
+    newest = f"max without (outcome, prediction) ({verdicts})"
+    return f"{verdicts} == ignoring (outcome, prediction) group_left {newest}"
 
 
 def _slo(name: str) -> Line:
@@ -367,10 +368,12 @@ def _answer_panels() -> tuple[Panel, ...]:
         rows(
             "Verdicts",
             "What each claim came to: the ratio of treatment to baseline with its 95 % interval,"
-            " and the ratio predicted before anything ran. An interval speaks of one sitting.",
+            " and the ratio predicted before anything ran. An interval speaks of one sitting. A"
+            " prediction p held where the 90 % interval lies within p / 1.25 and 1.25 p, is refuted"
+            " where it lies wholly outside, else open; trivial: p is about 1.",
             Column("Claim", "title", width=420),
             Column("Verdict", "outcome", width=110, colours=OUTCOMES),
-            Column("Held", "held", width=70),
+            Column("Prediction", "prediction", width=120, colours=PREDICTIONS),
             Column("Metric", "metric", width=180),
             Column(expr=_verdicts(RUN)),
             Column("Ratio", expr=effect, width=90),
@@ -382,7 +385,7 @@ def _answer_panels() -> tuple[Panel, ...]:
         ),
         interval(
             "Ratio to the baseline, 95 % interval",
-            "The colour changes at the ratio; a bar across the line at 1 shows no effect."
+            "The colour changes at the ratio; a bar across the line at 1 tells nothing apart."
             " An interval speaks of one sitting.",
             "title",
             effect,
@@ -506,12 +509,12 @@ def _effect_panels() -> tuple[Panel, ...]:
         ).span(24),
         rows(
             "Verdicts",
-            "The same claim, machine by machine.",
+            "The same claim, machine by machine, and what became of its prediction there.",
             Column("Claim", "title", width=460),
             Column("Machine", "machine", width=260),
             Column("Run", "run_id", width=260),
             Column("Verdict", "outcome", width=120, colours=OUTCOMES),
-            Column("Held", "held", width=80),
+            Column("Prediction", "prediction", width=120, colours=PREDICTIONS),
             Column(expr=_verdicts(EVERYWHERE)),
             sort_by="Claim",
         ),

@@ -53,7 +53,6 @@ def stall(point: Point) -> Prediction:
             chunk_tokens(point),
         ),
         kind="floor",
-        tolerance=0.05,
         formula="max(bytes / bandwidth, FLOP / rate) of B decoding and the prompt's last piece,"
         " min(budget - B, prompt) tokens",
         assumptions=("perfect overlap", "no launch, scheduling or sampling cost"),
@@ -64,7 +63,6 @@ def stall(point: Point) -> Prediction:
 def stall_ratio(chunked: Point, whole: Point) -> Prediction:
     return Prediction(
         value=stall(chunked).value / stall(whole).value,
-        tolerance=0.35,
         formula="the longest step, max(bytes / bandwidth, FLOP / rate), with a piece / whole",
         assumptions=("what the roofline leaves out is a small share of either",),
         source="Agrawal et al., Sarathi-Serve, OSDI 2024",
@@ -85,7 +83,6 @@ def long_ttft(point: Point) -> float:
 def long_ttft_ratio(chunked: Point, whole: Point) -> Prediction:
     return Prediction(
         value=long_ttft(chunked) / long_ttft(whole),
-        tolerance=0.35,
         formula="sum over the pieces' steps of max(bytes / bandwidth, FLOP / rate), budget / whole",
         assumptions=("a piece computes at the same rate as the whole",),
         source="Agrawal et al., Sarathi-Serve, OSDI 2024",
@@ -112,7 +109,6 @@ def stream_ttft_s(point: Point) -> float:
 def stream_ttft_ratio(chunked: Point, whole: Point) -> Prediction:
     return Prediction(
         value=stream_ttft_s(chunked) / stream_ttft_s(whole),
-        tolerance=0.35,
         formula="t_prefill + T (n + 1) / 2 / (n + (P - T) / t), n pieces in T seconds every P",
         assumptions=(
             "a stream's answer ends after any step with the same chance",

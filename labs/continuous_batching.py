@@ -27,7 +27,6 @@ def static_penalty(continuous: Point, static: Point) -> Prediction:
     lengths = [output for _, output in static.lengths]
     return Prediction(
         value=theory.static_batching_penalty(lengths, static.load.users),
-        tolerance=0.25,
         formula="E[max L over a batch] / E[L]",
         assumptions=(
             "a decode step takes as long with empty places as with full ones",
@@ -47,7 +46,6 @@ def throughput(point: Point) -> Prediction:
             point.output_tokens,
         ),
         kind="ceiling",
-        tolerance=0.05,
         formula="L / ((L - 1) t(B) / B + t_prefill), t(B) = max(bytes / bandwidth, FLOP / rate)",
         assumptions=(
             "reading and computing overlap perfectly within a step",
@@ -61,7 +59,6 @@ def throughput(point: Point) -> Prediction:
 def throughput_gain(many: Point, one: Point) -> Prediction:
     return Prediction(
         value=throughput(many).value / throughput(one).value,
-        tolerance=0.25,
         formula="roofline throughput at B / at 1",
         assumptions=("the costs the roofline leaves out do not grow with B",),
         source="Williams et al., Roofline, 2009",
@@ -77,7 +74,6 @@ def token_interval(point: Point) -> Prediction:
     return Prediction(
         value=step_s + others * theory.prefill_s(point.shape, point.ceilings, point.prompt_tokens),
         kind="floor",
-        tolerance=0.05,
         formula="t(B) + (B - 1) / L t_prefill",
         assumptions=(
             "reading and computing overlap perfectly within a step",
@@ -91,7 +87,6 @@ def token_interval(point: Point) -> Prediction:
 def step_growth(many: Point, one: Point) -> Prediction:
     return Prediction(
         value=token_interval(many).value / token_interval(one).value,
-        tolerance=0.25,
         formula="roofline TPOT at B / at 1",
         assumptions=("the costs the roofline leaves out do not grow with B",),
         source="Williams et al., Roofline, 2009",

@@ -40,7 +40,6 @@ def capacity_tokens(point: Point) -> float:
 def capacity(point: Point) -> Prediction:
     return Prediction(
         value=capacity_tokens(point),
-        tolerance=0.02,
         formula="floor(memory / (block x 2 layers KV-heads head-dim bytes)) block",
         source="Kwon et al., PagedAttention, SOSP 2023",
     )
@@ -49,7 +48,6 @@ def capacity(point: Point) -> Prediction:
 def capacity_gain(quantized: Point, plain: Point) -> Prediction:
     return Prediction(
         value=capacity_tokens(quantized) / capacity_tokens(plain),
-        tolerance=0.02,
         formula="tokens in whole blocks, 8 bits / 16 bits",
         source="Kwon et al., PagedAttention, SOSP 2023",
     )
@@ -63,7 +61,6 @@ def step_s(point: Point) -> float:
 def step_ratio(quantized: Point, plain: Point) -> Prediction:
     return Prediction(
         value=step_s(quantized) / step_s(plain),
-        tolerance=0.15,
         formula="(weight bytes + B context KV bytes) 8 bits / 16 bits",
         assumptions=("reading is all a step does: widening 8 bits to 16 costs nothing",),
         source="Williams et al., Roofline, 2009",
@@ -78,7 +75,6 @@ def batch_gain(quantized: Point, plain: Point) -> Prediction:
 
     return Prediction(
         value=running(quantized) / running(plain),
-        tolerance=0.3,
         formula="min(B, capacity / mean context), 8 bits / 16 bits",
         assumptions=("requests are spread evenly over their lives", "blocks waste nothing"),
         source="Kwon et al., PagedAttention, SOSP 2023",

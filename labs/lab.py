@@ -37,6 +37,16 @@ from serving.engines.vllm import VllmFlags
 from serving.machine import Ceilings
 from serving.models import Shape
 
+MARGIN = 0.05
+"""Two figures are equal where their ratio is 1 within this share, unless a claim says otherwise.
+
+It is stated before measuring, and is the same for every run: a margin taken from the noise of the
+run that is judged would call equal what was measured badly. It is 5 % because that is about how far
+two starts of one engine lie apart, so that a smaller difference is no property of a setting; and
+because five repeats give intervals of about 3 % to either side, so that equality within less could
+hardly ever be shown.
+"""
+
 
 class Variant(BaseModel, frozen=True, extra="forbid"):
     """An engine configuration is the engine, flags by its own names, and the weights it serves.
@@ -118,17 +128,24 @@ class Point:
 class Prediction(BaseModel, frozen=True, extra="forbid"):
     """A prediction is a number written down before measuring, with what it rests on.
 
-    A `point` holds when the measured interval meets value x (1 +- tolerance). A `ceiling` says that
-    nothing exceeds it, a `floor` that nothing falls below it: they hold unless the whole interval
-    lies beyond value x (1 +- tolerance).
+    A `point` says what is measured, a `ceiling` that nothing exceeds it, a `floor` that nothing
+    falls below it. What became of it is decided in one place,
+    `labs.judging.judge.prediction_outcome`.
     """
 
     value: float
     kind: Literal["point", "ceiling", "floor"] = "point"
-    tolerance: NonNegativeFloat
     formula: str
     assumptions: tuple[str, ...] = ()
     source: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_tolerance(cls, fields: Any) -> Any:
+        """Pass over the `tolerance` that earlier files have; nothing is judged by it any more."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if name != "tolerance"}
 
 
 class Arm(BaseModel, frozen=True, extra="forbid"):
@@ -154,7 +171,9 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
     """A claim states what the lab expects of the ratio treatment / baseline of one metric.
 
     It is judged at every pair of points that agree on what the arms leave open. The two points
-    differ in one factor (`factors`); where they must differ in more, `coupled` says why.
+    differ in one factor (`factors`); where they must differ in more, `coupled` says why. `margin`
+    is the share of 1 within which the two sides are equal; the default one is left out of files and
+    digests.
     """
 
     name: str
@@ -165,6 +184,7 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
     expect: Literal["rises", "falls", "unchanged"]
     predict: PredictEffect
     coupled: str = ""
+    margin: Annotated[PositiveFloat, Field(exclude_if=lambda margin: margin == MARGIN)] = MARGIN
 
 
 class Forecast(BaseModel, frozen=True, extra="forbid"):
@@ -393,6 +413,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
                     baseline=arm,
                     expect="unchanged",
                     predict=the_same,
+                    margin=claim.margin,
                 )
                 for (metric, arm), claim in arms.items()
             ),
@@ -506,7 +527,6 @@ def the_same(twin: Point, base: Point) -> Prediction:
     """Predict the ratio 1, for an A/A run."""
     return Prediction(
         value=1.0,
-        tolerance=0.03,
         formula="1",
         assumptions=("both are the same engine",),
         source="A/A tests: Kohavi et al., Data Mining and Knowledge Discovery, 2009",

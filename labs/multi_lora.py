@@ -47,7 +47,6 @@ def step_s(point: Point) -> float:
 def by_bytes(treatment: Point, baseline: Point) -> Prediction:
     return Prediction(
         value=step_s(baseline) / step_s(treatment),
-        tolerance=0.1,
         formula="(weights + KV + active adapters) bytes, baseline / treatment",
         assumptions=("reading is all a step does: the launches to apply an adapter are free",),
         source="Chen et al., Punica, MLSys 2024; Sheng et al., S-LoRA, MLSys 2024",
@@ -89,7 +88,6 @@ def first_token_s(point: Point) -> float:
 def by_slots(treatment: Point, baseline: Point) -> Prediction:
     return Prediction(
         value=first_token_s(treatment) / first_token_s(baseline),
-        tolerance=0.4,
         formula="((1 / share running - 1) L t(B) + t_prefill + t(B)), treatment / baseline",
         assumptions=(
             "a request waits while both slots hold other adapters whose requests run",

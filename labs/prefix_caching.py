@@ -67,7 +67,6 @@ def first_token_s(point: Point) -> float:
 def ttft_left(on: Point, off: Point) -> Prediction:
     return Prediction(
         value=first_token_s(on) / first_token_s(off),
-        tolerance=0.3,
         formula="max(FLOP left / rate, weight bytes / bandwidth) / (FLOP / rate)",
         assumptions=(
             "prefill runs at the measured BF16 rate, or at least at one rate whatever its length",
@@ -88,7 +87,6 @@ def throughput_gain(on: Point, off: Point) -> Prediction:
 
     return Prediction(
         value=request_s(off) / request_s(on),
-        tolerance=0.3,
         formula="(t_prefill + L t(B) / B) off / on",
         assumptions=("prefill and decode take turns on the device",),
         source="Williams et al., Roofline, 2009",
@@ -98,7 +96,6 @@ def throughput_gain(on: Point, off: Point) -> Prediction:
 def hit_rate(point: Point) -> Prediction:
     return Prediction(
         value=cached_tokens(point) / point.prompt_tokens,
-        tolerance=0.15,
         formula="floor(shared / block) block / prompt; 0 where the groups do not fit the cache",
         assumptions=("each group's first request was sent before the trial",),
         source="Kwon et al., PagedAttention, SOSP 2023",
@@ -108,7 +105,6 @@ def hit_rate(point: Point) -> Prediction:
 def hits_left(shuffled: Point, ordered: Point) -> Prediction:
     return Prediction(
         value=cached_tokens(shuffled) / cached_tokens(ordered),
-        tolerance=0.3,
         formula="E[tokens of the leading documents that agree] / shared tokens, in whole blocks",
         assumptions=("the cache holds as many whole prompts as fit, the last ones seen",),
         source="Kwon et al., PagedAttention, SOSP 2023",

@@ -25,7 +25,6 @@ from serving import metrics
 def same_bytes(treatment: Point, baseline: Point) -> Prediction:
     return Prediction(
         value=1.0,
-        tolerance=0.1,
         formula="1: 4 bits a weight, one scale a group, the same kernel",
         assumptions=("the formats differ in their headers, not in what a step reads",),
         source="Frantar et al., GPTQ, 2022; Lin et al., AWQ, 2023",

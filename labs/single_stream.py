@@ -43,7 +43,6 @@ def floor(point: Point) -> Prediction:
     return Prediction(
         value=least_s(point),
         kind="floor",
-        tolerance=0.05,
         formula="max(bytes / bandwidth, FLOP / rate)",
         assumptions=(
             "reading and computing overlap perfectly",
@@ -62,7 +61,6 @@ def longer_by(
         share = added_s(default) / least_s(default)
         return Prediction(
             value=1 + share,
-            tolerance=max(0.05, share / (1 + share)),  # nothing is added, or twice as much
             formula=f"(t + {formula}) / t, t = max(bytes / bandwidth, FLOP / rate)",
             assumptions=(assumption, "with the defaults nothing is added to t"),
             source="Ansel et al., PyTorch 2, ASPLOS 2024",

@@ -60,7 +60,6 @@ def tpot_ratio(acceptance: Callable[[Point], float]) -> Callable[[Point, Point],
         c, v = draft_cost(speculating), verify_cost(speculating)
         return Prediction(
             value=1 / theory.speculative_speedup(a, g, c, v),
-            tolerance=0.35,
             formula="(g c + v) / ((1 - a^(g+1)) / (1 - a))",
             assumptions=(
                 f"a = {a:.2f}, c = {c:.2f} by bytes, v = {v:.2f} on the roofline",

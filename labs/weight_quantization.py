@@ -29,7 +29,6 @@ def step_s(point: Point) -> float:
 def by_bytes(quantized: Point, plain: Point) -> Prediction:
     return Prediction(
         value=step_s(quantized) / step_s(plain),
-        tolerance=0.15,
         formula="max((weight + KV bytes) / bandwidth, FLOP / BF16 rate), quantized / BF16",
         assumptions=("unpacking weights is free", "arithmetic runs at the BF16 rate or hides"),
         source="Williams et al., Roofline, 2009",
@@ -47,7 +46,6 @@ def prefill_by_rate(quantized: Point, plain: Point) -> Prediction:
     if quantized.variant.weights != "fp8" or not fp8:
         return Prediction(
             value=1.0,
-            tolerance=0.15,
             formula="FLOP / BF16 rate, the same on both sides",
             assumptions=(
                 "prefill is bound by compute",
@@ -59,7 +57,6 @@ def prefill_by_rate(quantized: Point, plain: Point) -> Prediction:
     share = linear / theory.prefill_flops(plain.shape, plain.prompt_tokens)
     return Prediction(
         value=1 - share + share * plain.ceilings.bf16_flops_per_s / fp8,
-        tolerance=0.15,
         formula="(linear FLOP / FP8 rate + other FLOP / BF16 rate) / (FLOP / BF16 rate)",
         assumptions=("prefill is bound by compute", "scaling the activations is free"),
         source="Williams et al., Roofline, 2009",

@@ -394,7 +394,11 @@ def reproduce_run(
     ] = False,
     engine_command: EngineOption = "",
 ) -> None:
-    """Repeat a recorded run, and say which of its figures and verdicts came out the same."""
+    """Repeat a recorded run, and say which of its figures and verdicts came out the same.
+
+    Exit code 0: every verdict was reproduced; 1: one was not, or the repetition failed; 2: neither
+    is shown.
+    """
     with reported_errors():
         original = open_run(run)
         original_run = original.run()
@@ -412,15 +416,17 @@ def reproduce_run(
             section(
                 "Reproduced?",
                 bullets(reproduction.sentences(result)),
-                section("What was not reproduced", side_by_side.figure_table(result.apart)),
+                section(
+                    "What was not reproduced, or is undecided",
+                    side_by_side.figure_table(result.apart),
+                ),
             )
         )
         page = folder.path / "reproduction.md"
         console.print(f"Every figure: [bold]{os.path.relpath(page)}[/]", soft_wrap=True)
         filed = os.path.relpath(reproduction.file_with_original(result, original))
         console.print(f"Kept with the original, to be published: [bold]{filed}[/]", soft_wrap=True)
-        if not result.verdicts_agree:
-            raise typer.Exit(1)
+        raise typer.Exit(result.exit_code)
 
 
 @app.command("doctor")

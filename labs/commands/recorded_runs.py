@@ -42,7 +42,8 @@ def rebuild(
 ) -> None:
     """Compute summaries and reports again from the files of finished trials.
 
-    A run that repeats another recorded run is also compared with it again.
+    A run that repeats another recorded run is also compared with it again, and what is kept of
+    repetitions with a run is judged again.
     """
     with reported_errors():
         for folder in (folders := folders_of(run)):
@@ -52,6 +53,8 @@ def rebuild(
             if original := reproduction.original_of(folder):
                 result = reproduction.compare_with_original(original, folder)
                 path = reproduction.file_with_original(result, original)
+                console.print(os.path.relpath(path), soft_wrap=True)
+            for path in reproduction.judge_again(folder):
                 console.print(os.path.relpath(path), soft_wrap=True)
         if not folders:
             console.print(

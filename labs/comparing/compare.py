@@ -4,13 +4,14 @@ A **figure** is a metric at a point, what a claim compares (the ratio of its two
 forecast's measured share of the predicted. Each has the ratio B / A with a 95 % interval: paired by
 repeat where both sides sent the same requests, Welch's otherwise. With dozens of figures some
 intervals exclude 1 by chance, so a figure *differs* only where it still does when the rate of false
-discoveries over all of them is held at 5 % (Benjamini and Hochberg 1995). On other hardware only
-dimensionless figures are compared.
+discoveries over all of them is held at 5 % (Benjamini and Hochberg 1995). It differs, or is the
+same, by one margin: the claim's for what a claim compares, the default one for the others. On other
+hardware only dimensionless figures are compared; MBU, MFU and what was reached of a predicted bound
+are shares of each machine's own limits, and are listed as properties of the machines.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,27 +27,34 @@ from labs.filing.newest import newest_runs
 from labs.filing.results import Run, RunFolder, Summary, fresh_knobs, open_run
 from labs.judging.judge import (
     CONFIDENCE,
-    EQUIVALENCE_MARGIN,
     Caveat,
     Contrast,
     Interval,
     Judgement,
     contrast,
+    is_within,
     mean_interval,
 )
 from labs.judging.machine_speed import Part, relative_speed
 from labs.judging.metrics import METRICS, by_repeat, compared_metrics
-from labs.lab import LabError, Point
+from labs.lab import MARGIN, LabError, Point
 from serving.models import ROOT
 
 SENT = (  # the knobs of a lab that say what is sent and what is measured of it
     "workloads", "requests", "warmup_s", "window_s", "timeout_s", "load_processes", "seed", "slo",
 )  # fmt: skip
-RESOLVES = 0.25  # an interval that reaches further from 1 cannot call two figures the same
+NO_VERDICT = ("not valid", "missing")
+UNDECIDED = ("inconclusive", *NO_VERDICT)
 
 Outcome = Literal["same", "differs", "undecided", "not comparable"]
 Column = dict[int, float]  # repeat -> value
 Columns = dict[tuple[str, str], Column]  # (figure, where) -> column
+
+
+def title_of(figure: str) -> str:
+    """Write a figure with the metric's title for its name."""
+    *of, metric = figure.split()
+    return " ".join([*of, METRICS[metric].title])
 
 
 class ComparedFigure(BaseModel, frozen=True, extra="forbid"):
@@ -58,6 +66,7 @@ class ComparedFigure(BaseModel, frozen=True, extra="forbid"):
     better: Literal["higher", "lower"]
     a: float | None  # mean over repeats
     b: float | None
+    margin: float = MARGIN  # within which share of 1 the two are the same
     contrast: Contrast | None  # B / A
     outcome: Outcome
     why: str = ""
@@ -75,7 +84,7 @@ class ComparedFigure(BaseModel, frozen=True, extra="forbid"):
     @property
     def title(self) -> str:
         """Return the figure with the metric's title for its name: `effect on TTFT, p50`."""
-        return " ".join([*self.figure.split()[:-1], METRICS[self.metric].title])
+        return title_of(self.figure)
 
     @property
     def worse_by(self) -> float | None:
@@ -100,16 +109,37 @@ class VerdictPair(BaseModel, frozen=True, extra="forbid"):
     @property
     def flips(self) -> bool:
         """Tell whether both sides decided, and differently."""
-        open_ = ("inconclusive", "not valid", "missing")
-        return self.a != self.b and self.a not in open_ and self.b not in open_
+        return self.a != self.b and self.a not in UNDECIDED and self.b not in UNDECIDED
 
     @property
-    def agrees(self) -> bool:
-        """Tell whether B has A's verdict; where A decided nothing, B only has to be valid."""
-        return self.a == self.b or (self.a == "inconclusive" and self.b not in NO_VERDICT)
+    def outcome(self) -> Outcome:
+        """Tell whether B shows A's verdict.
+
+        They are the same where both decided alike. They differ where B's ratio is shown to be
+        another, as the two intervals have nothing in common. Where A decided nothing there is
+        nothing to compare; all else is undecided.
+        """
+        if self.a in UNDECIDED:
+            return "not comparable"
+        if self.a == self.b:
+            return "same"
+        return "differs" if _apart(self.a_ratio, self.b_ratio) else "undecided"
 
 
-NO_VERDICT = ("not valid", "missing")
+def _apart(a: Interval | None, b: Interval | None) -> bool:
+    """Tell whether two intervals have nothing in common; one that is not known may reach any."""
+    if not a or not b or None in (a.low, a.high, b.low, b.high):
+        return False
+    return (a.high or 0) < (b.low or 0) or (b.high or 0) < (a.low or 0)
+
+
+class MachineProperty(BaseModel, frozen=True, extra="forbid"):
+    """Holds a share of a machine's own limits that an engine reached: its range over the points."""
+
+    figure: str  # as in `ComparedFigure`
+    points: int
+    a: tuple[float, float]  # least and largest
+    b: tuple[float, float]
 
 
 class Comparison(BaseModel, frozen=True, extra="forbid"):
@@ -125,6 +155,7 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
     effects: list[
         ComparedFigure
     ]  # what claims compare; dimensionless, and their sides are among the rows
+    of_machines: list[MachineProperty] = []  # of other hardware
     left_out: int  # absolute figures, of other hardware
     verdicts: list[VerdictPair]
     caveats: dict[str, list[Caveat]]  # side -> what is wrong with it
@@ -217,12 +248,15 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
     claimed = [c["metric"] for c in a.run.lab["claims"]]
     metrics = dict.fromkeys([*compared_metrics(), *claimed])
     absolute = [m for m in metrics if not METRICS[m].across_machines]
-    wanted = [m for m in metrics if same_hardware or m not in absolute]
+    wanted = [m for m in metrics if same_hardware or METRICS[m].across_machines == "compared"]
     figures = [_measured(s, wanted) | ({} if same_hardware else _shares(s)) for s in (a, b)]
-    rows, effects = _judged(
+    rows, effects = judged(
         [
             _rows(figures[0], figures[1], paired),
-            _rows(_effects(a), _effects(b), paired),
+            of_claims(
+                _rows(_effects(a), _effects(b), paired),
+                [*a.summary.judgements, *b.summary.judgements],
+            ),
         ]
     )
     elsewhere = [] if same_hardware else absolute
@@ -237,6 +271,7 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
         forced=why,
         rows=rows,
         effects=effects,
+        of_machines=[] if same_hardware else _of_machines(a, b),
         left_out=len(left_out),
         verdicts=[] if a.variant else _verdicts(a.summary.judgements, b.summary.judgements),
         caveats={name: _caveats(s) for name, s in (("A", a), ("B", b))},
@@ -283,11 +318,13 @@ def _effects(side: Side) -> Columns:
     return columns
 
 
-def _shares(side: Side) -> Columns:
-    """Compute measured / predicted by repeat for each forecast."""
+def _shares(side: Side, of_bounds: bool = False) -> Columns:
+    """Compute measured / predicted by repeat for each forecast: of figures, or of bounds."""
     columns: Columns = {}
     for f in side.summary.forecasts:
         if side.variant not in (None, f.point.partition("/")[0]) or not f.prediction.value:
+            continue
+        if (f.prediction.kind == "point") == of_bounds:
             continue
         measured = by_repeat(side.summary.measurements.get(f.point, {}), f.metric)
         column = {repeat: v / f.prediction.value for repeat, v in measured.items()}
@@ -295,6 +332,22 @@ def _shares(side: Side) -> Columns:
         if column:
             columns[f"measured / predicted {f.metric}", where] = column
     return columns
+
+
+def _of_machines(a: Side, b: Side) -> list[MachineProperty]:
+    """List what says how well each engine uses its machine, over the points of both."""
+    listed = [m for m in compared_metrics() if METRICS[m].across_machines == "listed"]
+    columns_a, columns_b = (_measured(s, listed) | _shares(s, of_bounds=True) for s in (a, b))
+    shared = [key for key in columns_a if key in columns_b]
+    properties = []
+    for figure in dict.fromkeys(figure for figure, _ in shared):
+        values = [
+            [mean_interval(list(of[key].values())).value for key in shared if key[0] == figure]
+            for of in (columns_a, columns_b)
+        ]
+        in_a, in_b = ((min(of_side), max(of_side)) for of_side in values)
+        properties.append(MachineProperty(figure=figure, points=len(values[0]), a=in_a, b=in_b))
+    return properties
 
 
 def _rows(a: Columns, b: Columns, paired: bool) -> list[ComparedFigure]:
@@ -338,36 +391,54 @@ def _without_ratio(a: Column, b: Column) -> tuple[Outcome, str]:
     return "undecided", "zero in some repeats"
 
 
-def _judged(groups: Sequence[list[ComparedFigure]]) -> list[list[ComparedFigure]]:
+def of_claims(
+    rows: Sequence[ComparedFigure], judgements: Sequence[Judgement]
+) -> list[ComparedFigure]:
+    """Give each effect the margin of its claim; of several claims, the least."""
+    margins: dict[tuple[str, str], float] = {}
+    for j in judgements:
+        key = (f"effect on {j.metric}", f"{j.treatment} / {j.baseline}")
+        margins[key] = min(j.margin, margins.get(key, j.margin))
+    return [
+        row.model_copy(update={"margin": margins.get((row.figure, row.where), row.margin)})
+        for row in rows
+    ]
+
+
+def judged(groups: Sequence[list[ComparedFigure]]) -> list[list[ComparedFigure]]:
     """Decide each row that has a ratio, with the false discovery rate over all rows bounded."""
     ps = [r.contrast.p for rows in groups for r in rows if r.contrast and r.contrast.p is not None]
     adjusted = iter(stats.false_discovery_control(ps) if ps else ())
 
-    def judged(row: ComparedFigure) -> ComparedFigure:
+    def judge_row(row: ComparedFigure) -> ComparedFigure:
         if row.contrast is None:
             return row
         ratio = row.contrast.ratio
         if ratio.low is None or ratio.high is None:
             return row.model_copy(update={"why": "one repeat gives no interval"})
-        shown = float(next(adjusted)) < 1 - CONFIDENCE
-        far = max(abs(math.log(ratio.low)), abs(math.log(ratio.high)))
-        if shown and abs(math.log(ratio.value)) > math.log1p(EQUIVALENCE_MARGIN):
-            return row.model_copy(update={"outcome": "differs"})
-        if far <= math.log1p(RESOLVES):
-            why = f"within {math.expm1(far):.0%}" if far > math.log1p(0.005) else ""
-            return row.model_copy(update={"outcome": "same", "why": why})
-        alone = ratio.low > 1 or ratio.high < 1
-        why = "may be chance among so many figures" if alone else "the interval is too wide"
-        return row.model_copy(update={"outcome": "undecided", "why": why})
+        outcome, why = _outcome(ratio, float(next(adjusted)), row.margin)
+        return row.model_copy(update={"outcome": outcome, "why": why})
 
-    return [[judged(row) for row in rows] for rows in groups]
+    return [[judge_row(row) for row in rows] for rows in groups]
+
+
+def _outcome(ratio: Interval, p: float, margin: float) -> tuple[Outcome, str]:
+    """Decide by a ratio's interval and its p-value, adjusted for the number of figures; say why."""
+    assert ratio.low is not None
+    assert ratio.high is not None
+    within = f"{100 * margin:g} %"
+    if is_within(ratio.low, margin) and is_within(ratio.high, margin):
+        return "same", f"within {within}"
+    beyond = not is_within(ratio.value, margin)
+    if beyond and p < 1 - CONFIDENCE:
+        return "differs", ""
+    if beyond and not ratio.low <= 1 <= ratio.high:
+        return "undecided", "may be chance among so many figures"
+    return "undecided", f"the interval reaches beyond {within}"
 
 
 def _verdicts(a: Sequence[Judgement], b: Sequence[Judgement]) -> list[VerdictPair]:
-    def by_pair(judgements: Sequence[Judgement]) -> dict[tuple[str, str, str], Judgement]:
-        return {(j.claim, j.treatment, j.baseline): j for j in judgements}
-
-    judged_a, judged_b = by_pair(a), by_pair(b)
+    judged_a, judged_b = ({(j.claim, j.treatment, j.baseline): j for j in of} for of in (a, b))
     return [
         VerdictPair(
             claim=key[0],
@@ -375,15 +446,11 @@ def _verdicts(a: Sequence[Judgement], b: Sequence[Judgement]) -> list[VerdictPai
             where=f"{key[1]} / {key[2]}",
             a=judged_a[key].outcome if key in judged_a else "missing",
             b=judged_b[key].outcome if key in judged_b else "missing",
-            a_ratio=_ratio(judged_a.get(key)),
-            b_ratio=_ratio(judged_b.get(key)),
+            a_ratio=judged_a[key].ratio if key in judged_a else None,
+            b_ratio=judged_b[key].ratio if key in judged_b else None,
         )
         for key in {**judged_a, **judged_b}
     ]
-
-
-def _ratio(judged: Judgement | None) -> Interval | None:
-    return judged.effect.ratio if judged and judged.effect else None
 
 
 def _caveats(side: Side) -> list[Caveat]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, NonNegativeFloat, ValidationError
 
-from labs.comparing.compare import NO_VERDICT, ComparedFigure, Comparison
+from labs.comparing.compare import NO_VERDICT, UNDECIDED, ComparedFigure, Comparison
 from labs.judging.metrics import METRICS
 from labs.judging.text import times_with_interval
 from labs.lab import LabError
@@ -72,7 +72,7 @@ def failures(comparison: Comparison, limits: Thresholds) -> list[str]:
     failed = []
     for v in comparison.verdicts:
         lost = v.b in NO_VERDICT and v.a not in NO_VERDICT
-        open_ = v.b == "inconclusive" and v.a not in (*NO_VERDICT, "inconclusive")
+        open_ = v.b == "inconclusive" and v.a not in UNDECIDED
         if v.flips or lost or (open_ and limits.verdicts.undecided_fails):
             failed.append(f"{v.title} ({v.where}): {v.a} in the baseline, {v.b} now")
     for row in (

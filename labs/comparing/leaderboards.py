@@ -14,7 +14,7 @@ from pathlib import Path
 
 from labs import LABS
 from labs.comparing import reproduction
-from labs.comparing.reproduction import FILED, Reproduction
+from labs.comparing.reproduction import ANSWER_OF_OUTCOME, FILED, Reproduction
 from labs.filing import manifest, results
 from labs.filing.committed import committed_runs
 from labs.filing.newest import newest_runs
@@ -25,8 +25,10 @@ from labs.judging.metrics import METRICS
 from labs.judging.text import (
     ONE_SITTING,
     ceilings_text,
-    claim_held,
+    claim_outcome,
+    decided_text,
     number,
+    predictions_text,
     ratio_interval,
     ratio_text,
     verdict_text,
@@ -202,7 +204,8 @@ def _headline(folder: RunFolder, judgement: Judgement, headline: Headline) -> In
     return (
         Strong(headline.done),
         f": {ratio_text(judgement).removesuffix('x')} times {headline.figure} (95 % interval"
-        f" {ratio_interval(judgement)}; predicted {number(judgement.prediction.value)}). ",
+        f" {ratio_interval(judgement)}; predicted {number(judgement.prediction.value)}:"
+        f" {claim_outcome(judgement)}). ",
         _to_report(folder, ROOT, "Report"),
     )
 
@@ -227,19 +230,20 @@ BOARD = """
 ## Leaderboard
 
 The first claims of each lab, machine beside machine. *Stale*: the lab's settings have changed \
-since. *Reproduced*: how many of all its verdicts the newest reproduction agrees with, and when \
-that was. An interval speaks of one sitting: it covers how much repeats vary, not what another day \
-or another machine changes. *Between sittings*: how far a claim's ratio in a reproduction on the \
-same hardware typically lies from the original's (root mean square of the logarithm of their \
-ratio, over all claims and reproductions of the lab).
+since. *Repeated*: what the newest repetition made of all verdicts of the run, and when that was. \
+An interval speaks of one sitting: it covers how much repeats vary, not what another day or \
+another machine changes. *Between sittings*: how far a claim's ratio in a reproduction on the same \
+hardware typically lies from the original's (root mean square of the logarithm of their ratio, \
+over all claims and reproductions of the lab).
 """
 REPEATED = """
 ## Reproduced
 
-Each run that was repeated with the same settings and seeds. A verdict agrees with its like; \
-where the original was inconclusive, any valid one agrees. A figure is *the same* when its \
-interval lies within 25 % of 1; between *the same* and *differs* are those that too few repeats \
-decide.
+Each run that was repeated with the same settings and seeds. A verdict is *reproduced* where the \
+repetition decides alike, *not reproduced* where the two intervals have nothing in common, and \
+else *undecided*; where the original decided nothing there is nothing to reproduce. A figure is \
+*reproduced* where the interval of the ratio lies within the margin (5 % unless a claim names its \
+own), *not reproduced* where it differs by more beyond chance, and else *undecided*.
 """
 ANSWERED = """
 ## Questions
@@ -298,13 +302,13 @@ def _reproduced(seen_from: Path) -> Table:
                     result.by.machine.describe(),
                     result.day,
                     result.by.vllm or "–",
-                    result.agreement,
-                    f"{count['reproduced']} of {len(result.answers)}",
-                    str(count["differs"]),
+                    result.outcome,
+                    result.verdict_counts,
+                    ", ".join(f"{count[a]} {a}" for a in ANSWER_OF_OUTCOME.values() if count[a]),
                 ]
             )
     return table(
-        ("Lab", "Run", "Repeated on", "When", "vLLM", "Verdicts", "Figures the same", "Differ"),
+        ("Lab", "Run", "Repeated on", "When", "vLLM", "Outcome", "Verdicts", "Figures"),
         rows,
     )
 
@@ -316,7 +320,7 @@ def _link(original: RunFolder, seen_from: Path) -> str:
 def _newest(original: RunFolder, seen_from: Path, committed: bool) -> Inline:
     """Say how a run's newest repetition came out, with a link to all of them."""
     for result in reproduction.filed_with(original, committed):
-        return Link(f"{result.agreement} ({result.day})", _link(original, seen_from))
+        return Link(f"{result.verdict_counts} ({result.day})", _link(original, seen_from))
     return "–"
 
 
@@ -344,7 +348,7 @@ def leaderboard(committed: bool = False) -> Table:
             moved = between_sittings.get(name, "–")
             repeated = _newest(folder, results.RESULTS, committed)
             for place, j in enumerate(folder.summary().judgements[:CLAIMS_EACH]):
-                effect = [ratio_text(j), ratio_interval(j), moved, j.outcome]
+                effect = [ratio_text(j), ratio_interval(j), moved, j.outcome, claim_outcome(j)]
                 cells = [name, parse(j.title), home, *effect, standing, repeated]
                 entries.append((place, machine, cells))
         rows += [cells for *_, cells in sorted(entries, key=lambda item: item[:2])]
@@ -357,8 +361,9 @@ def leaderboard(committed: bool = False) -> Table:
             "95 % interval",
             "Between sittings",
             "Verdict",
+            "Prediction",
             "Lab now",
-            "Reproduced",
+            "Repeated",
         ),
         rows,
     )
@@ -366,7 +371,7 @@ def leaderboard(committed: bool = False) -> Table:
 
 # ----------------------------------------------------------------------------- a machine's own page
 
-CLAIM_COLUMNS = ("Lab", "Claim", "Effect", "95 % interval", "Predicted", "Held", "Verdict")
+CLAIM_COLUMNS = ("Lab", "Claim", "Effect", "95 % interval", "Predicted", "Prediction", "Verdict")
 
 
 def _claim(folder: RunFolder, judgement: Judgement, seen_from: Path) -> list[Inline]:
@@ -378,7 +383,7 @@ def _claim(folder: RunFolder, judgement: Judgement, seen_from: Path) -> list[Inl
         f"{METRICS[judgement.metric].title} {ratio_text(judgement)}",
         ratio_interval(judgement),
         f"{number(judgement.prediction.value)}x",
-        claim_held(judgement),
+        claim_outcome(judgement),
         parse(verdict_text(judgement)),
     ]
 
@@ -405,11 +410,10 @@ def _machine(runs: Sequence[RunFolder], committed: bool) -> Section:
 
 
 def _runs(runs: Sequence[RunFolder], seen_from: Path, committed: bool) -> Table:
-    """Tabulate the runs: question, model, date, and how many predictions held."""
+    """Tabulate the runs: question, model, date, and what became of claims and predictions."""
     rows: list[list[Inline]] = []
     for folder in runs:
         run, session, summary = folder.run(), folder.session(), folder.summary()
-        held = [claim_held(j) for j in summary.judgements if j.prediction_held is not None]
         rows.append(
             [
                 _to_report(folder, seen_from, run.lab["name"]),
@@ -418,7 +422,8 @@ def _runs(runs: Sequence[RunFolder], seen_from: Path, committed: bool) -> Table:
                 run.environment.vllm or "–",
                 run.started_at[:16].replace("T", " "),
                 f"{session.load_s / 60:.1f} min" if session else "–",
-                f"{held.count('yes')} of {len(held)}",
+                decided_text(summary.judgements),
+                predictions_text(summary.judgements),
                 _newest(folder, seen_from, committed),
             ]
         )
@@ -430,8 +435,9 @@ def _runs(runs: Sequence[RunFolder], seen_from: Path, committed: bool) -> Table:
             "vLLM",
             "When (UTC)",
             "Load",
-            "Predictions held",
-            "Reproduced",
+            "Claims decided",
+            "Predictions",
+            "Repeated",
         ),
         rows,
     )

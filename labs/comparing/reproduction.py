@@ -1,5 +1,9 @@
 """Compare a repeated run with its original: which figures and verdicts came out the same.
 
+A verdict of the original is *reproduced* where the repetition decides alike, *not reproduced* where
+the two intervals have nothing in common, and else *undecided*: what the repetition measured admits
+what the original says. Where the original decided nothing there is nothing to reproduce.
+
 The result is written beside the repetition and its records, as reproduction.json and .md. It is
 also kept with the original, in `reproductions/`, without those records: some kilobytes, by which a
 collection of results says for each run whether others measured the same.
@@ -13,16 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, computed_field
 
 from labs.comparing import compare, side_by_side
-from labs.comparing.compare import ComparedFigure, VerdictPair
+from labs.comparing.compare import ComparedFigure, MachineProperty, Outcome, VerdictPair
 from labs.filing import manifest
 from labs.filing.committed import tracked
 from labs.filing.manifest import Fact
 from labs.filing.results import DamagedError, RunFolder, all_runs, read_json, write_json
-from labs.judging.judge import Caveat
+from labs.judging.judge import Caveat, Judgement, VerdictKind, verdict_kind
 from labs.judging.machine_speed import Part, relative_speed_text
 from labs.judging.text import ONE_SITTING
 from labs.telling import markdown
@@ -31,19 +36,31 @@ from serving import whole
 from serving.machine import Machine
 
 FILED = "reproductions"
-ANSWER_OF_OUTCOME = {
+Answer = Literal["reproduced", "not reproduced", "undecided", "not comparable"]
+ANSWER_OF_OUTCOME: dict[Outcome, Answer] = {
     "same": "reproduced",
-    "differs": "differs",
+    "differs": "not reproduced",
     "undecided": "undecided",
     "not comparable": "not comparable",
 }
+EXIT_CODES: dict[Answer, int] = {"reproduced": 0, "not reproduced": 1, "undecided": 2}
+NOTHING = "nothing to reproduce"
 
 
-class ReproducedFigure(BaseModel, frozen=True, extra="forbid"):
-    """Says how one figure of the original came out in the repetition."""
+class ReproducedFigure(BaseModel, frozen=True):
+    """Says how one figure of the original came out in the repetition.
 
-    answer: str  # reproduced, differs, undecided, not comparable
+    What follows from other fields is in the file for its readers, and is passed over when it is
+    read again.
+    """
+
     row: ComparedFigure
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def answer(self) -> Answer:
+        """What became of the figure."""
+        return ANSWER_OF_OUTCOME[self.row.outcome]
 
 
 class Repetition(BaseModel, frozen=True, extra="forbid"):
@@ -58,15 +75,15 @@ class Repetition(BaseModel, frozen=True, extra="forbid"):
     git_dirty: bool | None
 
 
-class Reproduction(BaseModel, frozen=True, extra="forbid"):
-    """Holds the comparison of a run (A) with its repetition (B)."""
+class Reproduction(BaseModel, frozen=True):
+    """Holds the comparison of a run (A) with its repetition (B); read as `ReproducedFigure` is."""
 
     original: str
     by: Repetition
-    verdicts_agree: bool
     remark: str = ""  # written by hand, where it is filed: what was measured of a disagreement
     verdicts: list[VerdictPair]
     answers: list[ReproducedFigure]
+    of_machines: list[MachineProperty] = []  # of other hardware
     not_comparable: int  # figures with a dimension, of other hardware
     likeliest_cause: str  # of what differs
     caveats: dict[str, list[Caveat]]
@@ -75,16 +92,30 @@ class Reproduction(BaseModel, frozen=True, extra="forbid"):
     same_hardware: bool
     speeds: dict[Part, float] | None = None  # of this machine / the original's, where both timed it
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def outcome(self) -> Answer:
+        """Answer for the run as a whole: reproduced where every verdict of the original is."""
+        answers = {ANSWER_OF_OUTCOME[v.outcome] for v in self.verdicts} - {"not comparable"}
+        if "not reproduced" in answers:
+            return "not reproduced"
+        return "reproduced" if answers == {"reproduced"} else "undecided"
+
+    @property
+    def exit_code(self) -> int:
+        """Return 0, 1 or 2: reproduced, not reproduced, undecided."""
+        return EXIT_CODES[self.outcome]
+
     @property
     def apart(self) -> list[ComparedFigure]:
-        """Return the figures that were not reproduced."""
+        """Return the figures that were not reproduced, or are undecided."""
         return [a.row for a in self.answers if a.answer != "reproduced"]
 
     @property
-    def agreement(self) -> str:
-        """Say how many verdicts agree."""
-        agree = sum(v.agrees for v in self.verdicts)
-        return f"{agree} of {len(self.verdicts)} agree"
+    def verdict_counts(self) -> str:
+        """Count what became of the original's verdicts: `3 reproduced, 1 undecided`."""
+        count = Counter(ANSWER_OF_OUTCOME[v.outcome] for v in self.verdicts)
+        return ", ".join(f"{count[a]} {a}" for a in EXIT_CODES if count[a]) or NOTHING
 
     @property
     def day(self) -> str:
@@ -101,7 +132,6 @@ def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
         compare.read_side(str(original.path)), compare.read_side(str(new.path))
     )
     rows = [*comparison.rows, *comparison.effects]
-    agree = all(v.agrees for v in comparison.verdicts)
     run = new.run()
     result = Reproduction(
         original=comparison.a,
@@ -114,9 +144,9 @@ def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
             git_commit=run.environment.git_commit,
             git_dirty=run.environment.git_dirty,
         ),
-        verdicts_agree=agree,
         verdicts=comparison.verdicts,
-        answers=[ReproducedFigure(answer=ANSWER_OF_OUTCOME[row.outcome], row=row) for row in rows],
+        answers=[ReproducedFigure(row=row) for row in rows],
+        of_machines=comparison.of_machines,
         not_comparable=comparison.left_out,
         likeliest_cause=likeliest_cause(comparison.verdicts, rows, comparison.differences),
         caveats=comparison.caveats,
@@ -126,9 +156,8 @@ def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
         speeds=comparison.speeds,
     )
     write_json(new.path / "reproduction.json", result)
-    verdict = "agree" if agree else "do not all agree"
     page = section(
-        f"Reproduced: the verdicts {verdict}",
+        f"The run as a whole: {result.outcome}",
         *_blocks(result),
         section("Every figure", side_by_side.figure_table(rows)),
     )
@@ -162,23 +191,29 @@ def between_sittings(repetitions: Sequence[Reproduction]) -> BetweenSittings | N
 def likeliest_cause(
     verdicts: Sequence[VerdictPair], rows: Sequence[ComparedFigure], differences: Sequence[Fact]
 ) -> str:
-    """Say which difference most likely explains a disagreement; nothing where none was decided."""
-    apart = any(v.flips for v in verdicts) or any(r.outcome == "differs" for r in rows)
-    return manifest.likeliest_cause(differences) if apart else ""
+    """Say which difference most likely explains what was not reproduced; empty where all was."""
+    outcomes = [*(v.outcome for v in verdicts), *(r.outcome for r in rows)]
+    return manifest.likeliest_cause(differences) if "differs" in outcomes else ""
 
 
 def sentences(result: Reproduction) -> list[str]:
     """Say in a few sentences which verdicts and figures came out the same."""
     count = Counter(a.answer for a in result.answers)
     count["not comparable"] += result.not_comparable
-    counts = ", ".join(f"{n} {what}" for what, n in count.items() if n)
-    texts = [f"Verdicts: {result.agreement}.", f"Figures: {counts}."]
-    texts += [_disagreement(v) for v in result.verdicts if not v.agrees]
+    counts = ", ".join(f"{count[a]} {a}" for a in ANSWER_OF_OUTCOME.values() if count[a])
+    texts = [
+        f"The run as a whole: {result.outcome}. Verdicts: {result.verdict_counts}.",
+        f"Figures: {counts}.",
+    ]
+    texts += [_told(v) for v in result.verdicts if v.outcome in ("differs", "undecided")]
     if result.speeds:
         here, there = "This machine", "the original's"
         texts.append(f"{relative_speed_text(here, result.speeds, there)}.")
     if not result.same_hardware:
-        texts.append("Other hardware: only figures without a dimension are compared.")
+        texts.append(
+            "Other hardware: only figures without a dimension are compared. MBU and MFU are"
+            " properties of each machine."
+        )
     if result.likeliest_cause:
         texts.append(f"Likeliest cause of what differs: {result.likeliest_cause}.")
     if result.unrecorded:
@@ -186,16 +221,17 @@ def sentences(result: Reproduction) -> list[str]:
     return texts
 
 
-def _disagreement(verdict: VerdictPair) -> str:
+def _told(verdict: VerdictPair) -> str:
+    """Say what was measured on both sides of a verdict that was not reproduced."""
     there, here = verdict.a_ratio, verdict.b_ratio
     a, b = (
         side_by_side.outcome_with_ratio(*side) for side in ((verdict.a, there), (verdict.b, here))
     )
-    text = f"{verdict.title} ({verdict.where}): {a} there; {b} here"
+    answer = ANSWER_OF_OUTCOME[verdict.outcome]
+    text = f"{verdict.title} ({verdict.where}), {answer}: {a} there; {b} here"
     if there and here and here.low is not None and here.high is not None:
-        holds = here.low <= there.value <= here.high
-        text += ", an interval that holds the value there" * (holds and not verdict.flips)
-    return text
+        text += ", an interval that holds the value there" * (here.low <= there.value <= here.high)
+    return text + "."
 
 
 # ------------------------------------------------------------------------- filed with the original
@@ -220,12 +256,55 @@ def file_with_original(result: Reproduction, original: RunFolder) -> Path:
     return path
 
 
+def judge_again(original: RunFolder) -> list[Path]:
+    """Judge the results kept with a run by today's rules, and return the files that changed.
+
+    The original's side is read from its summary. Of the repetition the ratios with their intervals
+    are on file, from which its verdicts follow; those that it withheld stay withheld.
+    """
+    judgements = {
+        (j.claim, f"{j.treatment} / {j.baseline}"): j for j in original.summary().judgements
+    }
+    changed = []
+    for path in _files(original):
+        before = read_json(path, Reproduction)
+        verdicts = [_judged_again(v, judgements.get((v.claim, v.where))) for v in before.verdicts]
+        rows = compare.of_claims([a.row for a in before.answers], list(judgements.values()))
+        (rows,) = compare.judged([rows])
+        after = before.model_copy(
+            update={
+                "verdicts": verdicts,
+                "answers": [ReproducedFigure(row=row) for row in rows],
+                "likeliest_cause": likeliest_cause(verdicts, rows, before.differences),
+            }
+        )
+        text = path.read_text()
+        write_json(path, after)
+        if path.read_text() != text:
+            changed.append(path)
+    return changed
+
+
+def _judged_again(pair: VerdictPair, now: Judgement | None) -> VerdictPair:
+    """Judge both sides of a verdict by the claim's margin of today."""
+    if now is None:
+        return pair
+    b: VerdictKind | str = pair.b
+    if pair.b_ratio and pair.b not in compare.NO_VERDICT:
+        b = verdict_kind(pair.b_ratio, now.metric, now.margin)
+    return pair.model_copy(update={"a": now.outcome, "a_ratio": now.ratio, "b": b})
+
+
 def filed_with(original: RunFolder, committed: bool = False) -> list[Reproduction]:
     """Read the results kept with a run, newest first; with `committed`, those that git tracks."""
-    paths = sorted((original.path / FILED).glob("*.json"), reverse=True)
+    paths = _files(original)
     if committed:
         paths = tracked(paths, original.path)
     return [read_json(path, Reproduction) for path in paths]
+
+
+def _files(original: RunFolder) -> list[Path]:
+    return sorted((original.path / FILED).glob("*.json"), reverse=True)
 
 
 def page(original: RunFolder) -> Section:
@@ -234,7 +313,7 @@ def page(original: RunFolder) -> Section:
     results = filed_with(original, committed=True)
     return section(
         (Link(title, "../report.md"), ", repeated"),
-        *(section(f"{result.day}: {result.agreement}", *_blocks(result)) for result in results),
+        *(section(f"{result.day}: {result.outcome}", *_blocks(result)) for result in results),
     )
 
 
@@ -248,7 +327,7 @@ def problems(original: RunFolder) -> list[str]:
         }
     except (OSError, ValueError):
         return []  # the check of the run itself reports it
-    for path in sorted((original.path / FILED).glob("*.json")):
+    for path in _files(original):
         name = path.relative_to(original.path)
         try:
             result = read_json(path, Reproduction)
@@ -258,7 +337,9 @@ def problems(original: RunFolder) -> list[str]:
         if path.stem != result.by.run or Path(result.original).name != original.path.name:
             texts.append(f"{name} is about another run, or was renamed")
         elif {(v.claim, v.where): v.a for v in result.verdicts if v.a != "missing"} != decided:
-            texts.append(f"{name} answers other verdicts than this run's: reproduce it again")
+            texts.append(
+                f"{name} answers other verdicts than this run's: `make report` judges it again"
+            )
     return texts
 
 
@@ -278,7 +359,8 @@ def _blocks(result: Reproduction) -> list[Block | None]:
             section(title, table)
             for title, table in {
                 "Verdicts": side_by_side.verdict_table(result.verdicts),
-                "What was not reproduced": side_by_side.figure_table(result.apart),
+                "What was not reproduced, or is undecided": side_by_side.figure_table(result.apart),
+                "Properties of the machines": side_by_side.machine_table(result.of_machines),
                 "Validity": side_by_side.validity_table(result.caveats),
                 "What differs in how they were run": side_by_side.difference_table(
                     result.differences

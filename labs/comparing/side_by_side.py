@@ -6,7 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from labs.comparing.compare import ComparedFigure, Comparison, VerdictPair
+from labs.comparing.compare import (
+    ComparedFigure,
+    Comparison,
+    MachineProperty,
+    VerdictPair,
+    title_of,
+)
 from labs.filing import manifest
 from labs.filing.manifest import Fact
 from labs.judging.judge import Caveat, Interval
@@ -69,7 +75,7 @@ def headline(comparison: Comparison) -> Bullets:
     if comparison.left_out:
         lines.append(
             f"Other hardware: {comparison.left_out} absolute figures are not compared, only those"
-            " without a dimension."
+            " without a dimension. MBU and MFU are properties of each machine."
         )
     how = "paired by repeat, the same requests" if comparison.paired else "Welch's, other requests"
     lines.append(f"Ratios are B / A with 95 % intervals ({how}). {ONE_SITTING}")
@@ -83,6 +89,7 @@ def tables(comparison: Comparison) -> list[Section]:
         "Verdicts": verdict_table(comparison.verdicts),
         "Effects": figure_table(comparison.effects),
         "Figures": figure_table(comparison.rows),
+        "Properties of the machines": machine_table(comparison.of_machines),
         "Validity": validity_table(comparison.caveats),
         "What differs in how they were run": difference_table(comparison.differences),
     }
@@ -114,6 +121,21 @@ def figure_table(rows: Sequence[ComparedFigure]) -> Table:
     return table(("Figure", "Where", "A", "B", "B / A", "95 % interval", "Outcome"), cells)
 
 
+def machine_table(properties: Sequence[MachineProperty]) -> Table:
+    """Tabulate how much of each machine's own limits was reached, from least to most."""
+    return table(
+        ("Share of the machine's own limit", "Points", "A", "B"),
+        (
+            [
+                title_of(p.figure),
+                str(p.points),
+                *(f"{least:.1%} to {largest:.1%}" for least, largest in (p.a, p.b)),
+            ]
+            for p in properties
+        ),
+    )
+
+
 def _places(wheres: Sequence[str]) -> list[str]:
     """Shorten the names of points, or of pairs, by the parts that never vary."""
     points = [point.split("/") for where in wheres for point in where.split(" / ")]
@@ -131,10 +153,12 @@ def verdict_table(verdicts: Sequence[VerdictPair]) -> Table:
     rows: list[list[Inline]] = []
     places = _places([v.where for v in verdicts])
     for v, where in zip(verdicts, places, strict=True):
-        agreement = "agree" if v.agrees else Strong("flips") if v.flips else "not confirmed"
+        outcome: Inline = Strong(v.outcome) if v.outcome == "differs" else v.outcome
+        if v.outcome == "not comparable":
+            outcome = "nothing decided in A"
         a, b = (outcome_with_ratio(*of) for of in ((v.a, v.a_ratio), (v.b, v.b_ratio)))
-        rows.append([parse(v.title), where, a, b, agreement])
-    return table(("Claim", "Where", "A", "B", ""), rows)
+        rows.append([parse(v.title), where, a, b, outcome])
+    return table(("Claim", "Where", "A", "B", "Outcome"), rows)
 
 
 def outcome_with_ratio(outcome: str, ratio: Interval | None) -> str:

@@ -205,7 +205,7 @@ def beside(context: Context, variant: str, name: PhaseName) -> PhaseComparison |
         return None
     if any(caveat.hits(metric, ours.key, default.key) for caveat in context.caveats):
         return PhaseComparison(measured, "not valid")
-    return PhaseComparison(measured, MATTERS[verdict_kind(measured, metric)])
+    return PhaseComparison(measured, MATTERS[verdict_kind(measured.ratio, metric)])
 
 
 def tell_flags(facts: FlagEffects) -> Finding:

@@ -1,13 +1,11 @@
-"""Judges claims: effects with their intervals, and verdicts where a verdict is allowed.
+"""Judges claims and predictions: effects with their intervals, and what each of them shows.
 
 An effect is the ratio treatment / baseline: the difference of the two means of the logarithms,
 with Welch's interval. The estimators were chosen by simulation, on the variances of recorded runs
 and with heavy tails (`tests/unit/test_intervals.py`): within a run the two arms of a repeat, half a
 minute apart, correlate by 0.13, so pairing them costs degrees of freedom and buys nothing; pooling
 the variance of arms that vary differently raises more than 5 false alarms in 100; a bootstrap over
-so few repeats covers the truth less often than it says. The *noise floor* is the half-width that
-the interval would have if treatment and baseline were the same thing (A/A), estimated from how much
-the repeats of one point differ.
+so few repeats covers the truth less often than it says.
 
 A lab may look at its figures more than once, to repeat what is undecided. With k looks each look's
 interval has the confidence 1 - (1 - c) / k, so that all of them together cover with confidence c,
@@ -16,26 +14,30 @@ whatever the data (Bonferroni).
 Where engines take turns, an engine's *start* shifts all of its trials. With four starts of each
 engine or more the mean of a start is the unit; with fewer the interval is widened by what starts
 were measured to differ by.
+
+A *verdict* says what an effect shows, by the claim's own margin. What became of a *prediction* is
+another question, and stricter: a wide interval bears nothing out (`prediction_outcome`).
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel
 from scipy import stats
 
 from labs.judging.metrics import METRICS, Repeats, by_repeat
-from labs.lab import Claim, Forecast, Prediction
+from labs.lab import MARGIN, Claim, Forecast, Prediction
 
 CONFIDENCE = 0.95
-EQUIVALENCE_MARGIN = 0.03  # effects below 3 % change no decision
-LARGEST_EQUIVALENCE_MARGIN = 0.05  # noise beyond 5 % does not show that two things are equal
+TWO_ONE_SIDED = 0.90  # an interval within which two one-sided tests at 5 % place the figure
+AGREEMENT = 1.25  # a figure bears out a prediction p from p / 1.25 to 1.25 p
 MOST_REPEATS = 100
 NEGLIGIBLE_LOG = 1e-9  # logs that differ by less do not differ
 ENOUGH_STARTS = 4  # of each engine, so that the spread of their means can be taken from themselves
@@ -49,6 +51,7 @@ GPU has enough starts yet.
 START_FREEDOM = 7  # the degrees of freedom of `START_SPREAD`
 
 VerdictKind = Literal["helps", "hurts", "no effect", "inconclusive", "not valid"]
+PredictionOutcome = Literal["held", "refuted", "not broken", "broken", "open"]
 
 
 class Caveat(BaseModel, frozen=True, extra="forbid"):
@@ -74,12 +77,19 @@ class Interval(BaseModel, frozen=True, extra="forbid"):
     high: float | None
     n: int
 
+    def mapped(self, by: Callable[[float], float]) -> Interval:
+        """Apply a rising function to the value and the bounds."""
+
+        def bound(value: float | None) -> float | None:
+            return None if value is None else by(value)
+
+        return Interval(value=by(self.value), low=bound(self.low), high=bound(self.high), n=self.n)
+
 
 class Effect(BaseModel, frozen=True, extra="forbid"):
-    """The ratio treatment / baseline, with the noise floor it must exceed."""
+    """The ratio treatment / baseline, and what its interval rests on."""
 
     ratio: Interval
-    floor: float | None  # A/A half-width as a fraction: 0.02 means 2 %
     spread: float | None  # standard deviation of the log ratio of two single repeats
     error: float | None = None  # standard error of the log ratio; None with a single repeat
     freedom: float = 1.0  # degrees of freedom of `error`
@@ -145,20 +155,37 @@ class Judgement(BaseModel, frozen=True, extra="forbid"):
     baseline: str
     outcome: VerdictKind
     expected: bool | None  # whether the claim came true; None while undecided
+    margin: float  # within which share of 1 the two sides are equal
     effect: Effect | None
     prediction: Prediction
-    prediction_held: bool | None
+    prediction_outcome: PredictionOutcome
     why: str
+
+    @property
+    def ratio(self) -> Interval | None:
+        """The measured ratio, treatment / baseline."""
+        return self.effect.ratio if self.effect else None
+
+    @property
+    def trivial(self) -> bool:
+        """Whether the prediction is about 1: within the claim's margin nothing is at stake."""
+        return is_within(self.prediction.value, self.margin)
 
 
 class ForecastResult(BaseModel, frozen=True, extra="forbid"):
-    """A forecast figure beside the measured one, and whether the forecast held."""
+    """A forecast figure beside the measured one, and what became of the forecast."""
 
     metric: str
     point: str
     measured: Interval | None
     prediction: Prediction
-    held: bool | None
+    outcome: PredictionOutcome
+
+    @property
+    def share(self) -> Interval | None:
+        """Measured / predicted; None where either is missing or the prediction is 0."""
+        p = self.prediction.value
+        return self.measured.mapped(lambda v: v / p) if self.measured and p else None
 
 
 class ForecastAtPoint(BaseModel, frozen=True, extra="forbid"):
@@ -185,19 +212,19 @@ class ForecastAtPoint(BaseModel, frozen=True, extra="forbid"):
 # ------------------------------------------------------------------------------------ statistics
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Compute the mean over repeats and its Student-t interval."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return Interval(value=mean, low=None, high=None, n=len(values))
-    half = _t(len(values)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = _t(len(values), confidence) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return Interval(value=mean, low=mean - half, high=mean + half, n=len(values))
 
 
-def over_repeats(repeats: Repeats, metric: str) -> Interval | None:
+def over_repeats(repeats: Repeats, metric: str, confidence: float = CONFIDENCE) -> Interval | None:
     """Compute the mean over the repeats that have the metric, on which every verdict rests."""
     values = by_repeat(repeats, metric)
-    return mean_interval(list(values.values())) if values else None
+    return mean_interval(list(values.values()), confidence) if values else None
 
 
 def figure(repeats: Repeats, pooled: Mapping[str, float], metric: str) -> Interval | None:
@@ -248,7 +275,6 @@ def effect(
     value = math.exp(float(np.mean(units[0]) - np.mean(units[1])))
     found = Effect(
         ratio=Interval(value=value, low=None, high=None, n=min(counts)),
-        floor=noise_floor(treatment, baseline),
         spread=spread,
         error=error,
         freedom=freedom,
@@ -275,22 +301,6 @@ def _standard_error(terms: Sequence[tuple[float, int]]) -> tuple[float, float]:
     if math.sqrt(total) < NEGLIGIBLE_LOG:  # figures that do not vary, such as an exact count
         return 0.0, 1.0
     return math.sqrt(total), total**2 / sum(v**2 / freedom for v, freedom in terms)
-
-
-def noise_floor(*arms: Mapping[int, float]) -> float | None:
-    """Estimate the half-width of an A/A interval with as many repeats, as a fraction.
-
-    The logs of one point's repeats have the pooled standard deviation s, so the difference of two
-    means of n repeats has the half-width t s sqrt(2 / n). Returns None with one repeat.
-    """
-    arms_logs = [[math.log(v) for v in arm.values() if v > 0] for arm in arms]
-    arms_logs = [logs for logs in arms_logs if len(logs) > 1]
-    if not arms_logs:
-        return None
-    freedom = sum(len(logs) - 1 for logs in arms_logs)
-    pooled = math.sqrt(sum(float(np.var(logs, ddof=0)) * len(logs) for logs in arms_logs) / freedom)
-    n = min(len(logs) for logs in arms_logs)
-    return math.expm1(_t(freedom + 1) * pooled * math.sqrt(2 / n))
 
 
 def contrast(
@@ -328,7 +338,7 @@ def contrast(
     return Contrast(ratio=Interval(value=value, low=low, high=high, n=counts), p=float(test.pvalue))
 
 
-def repeats_to_decide(effect: Effect) -> int | None:
+def repeats_to_decide(effect: Effect, margin: float) -> int | None:
     """Estimate the least number of repeats that would give a verdict; None past `MOST_REPEATS`.
 
     Effect and spread are taken to stay as measured, and all of the spread to be in one arm.
@@ -338,7 +348,7 @@ def repeats_to_decide(effect: Effect) -> int | None:
     size, level = abs(math.log(effect.ratio.value)), 1 - (1 - CONFIDENCE) / effect.looks
     for n in range(effect.ratio.n + 1, MOST_REPEATS + 1):
         half = _t(n, level) * effect.spread / math.sqrt(n)
-        if half < size or size + half < math.log1p(EQUIVALENCE_MARGIN):
+        if max(half, math.log1p(margin)) < size or size + half < math.log1p(margin):
             return n
     return None
 
@@ -351,42 +361,75 @@ def _t(n: int, confidence: float = CONFIDENCE) -> float:
 # -------------------------------------------------------------------------------------- verdicts
 
 
-def verdict_kind(effect: Effect, metric: str) -> VerdictKind:
-    """Decide what an effect shows of a metric.
+def is_within(ratio: float, margin: float) -> bool:
+    """Whether a ratio differs from 1 by no more than the margin: 5 % is from 1 / 1.05 to 1.05."""
+    return ratio > 0 and abs(math.log(ratio)) <= math.log1p(margin)
 
-    It *helps* or *hurts* where the interval excludes 1 and the effect exceeds the noise floor. It
-    has *no effect* where the interval lies inside a margin around 1: the floor, but at least 3 %
-    and at most 5 %, since noisier repeats do not show that two things are equal. Otherwise it is
-    *inconclusive*.
+
+def verdict_kind(ratio: Interval, metric: str, margin: float = MARGIN) -> VerdictKind:
+    """Decide what a ratio of a metric shows.
+
+    It *helps* or *hurts* where the interval excludes 1 and the ratio exceeds the margin. It has *no
+    effect* where the whole interval lies within the margin. Otherwise it is *inconclusive*.
     """
-    ratio = effect.ratio
     if ratio.low is None or ratio.high is None:
         return "inconclusive"
-    floor = effect.floor or 0.0
-    if (ratio.low > 1 or ratio.high < 1) and abs(math.log(ratio.value)) > math.log1p(floor):
-        better = METRICS[metric].better == "higher"
-        return "helps" if (ratio.value > 1) == better else "hurts"
-    margin = max(min(floor, LARGEST_EQUIVALENCE_MARGIN), EQUIVALENCE_MARGIN)
-    if ratio.low >= 1 / (1 + margin) and ratio.high <= 1 + margin:
+    if is_within(ratio.low, margin) and is_within(ratio.high, margin):
         return "no effect"
-    return "inconclusive"
+    if ratio.low <= 1 <= ratio.high or is_within(ratio.value, margin):
+        return "inconclusive"
+    return "helps" if (ratio.value > 1) == (METRICS[metric].better == "higher") else "hurts"
 
 
-def holds(prediction: Prediction, measured: Interval) -> bool | None:
-    """Whether the measured interval agrees with the prediction; None without an interval."""
-    if measured.low is None or measured.high is None:
-        return None
-    if prediction.kind == "ceiling":
-        return measured.low <= prediction.value * (1 + prediction.tolerance)
-    if prediction.kind == "floor":
-        return measured.high >= prediction.value * (1 - prediction.tolerance)
-    low, high = (prediction.value * (1 + s * prediction.tolerance) for s in (-1, 1))
-    return measured.low <= high and measured.high >= low
+def borne_out_between(prediction: Prediction) -> tuple[float, float]:
+    """Return the least and the largest figure that bear a prediction out.
+
+    For a point these are p / 1.25 and 1.25 p; for a bound, whatever lies on its own side.
+    """
+    p = prediction.value
+    if prediction.kind == "point":
+        return p / AGREEMENT, p * AGREEMENT
+    return (-math.inf, p) if prediction.kind == "ceiling" else (p, math.inf)
 
 
-def holds_at(prediction: Prediction, value: float) -> bool:
-    """Whether the value alone, without an interval, is within the prediction's tolerance."""
-    return bool(holds(prediction, Interval(value=value, low=value, high=value, n=1)))
+def prediction_outcome(prediction: Prediction, measured: Interval | None) -> PredictionOutcome:
+    """Decide what became of a prediction, by the 90 % interval of what was measured.
+
+    A point has *held* where the whole interval bears it out (two one-sided tests at 5 %, TOST:
+    Schuirmann 1987), and is *refuted* where none of it does. A bound is *not broken* or *broken*
+    by the same rule: it never holds, since a figure far away from it bears nothing out. Else, and
+    without an interval, it is *open*.
+    """
+    if measured is None or measured.low is None or measured.high is None:
+        return "open"
+    least, largest = borne_out_between(prediction)
+    if least <= measured.low and measured.high <= largest:
+        return "held" if prediction.kind == "point" else "not broken"
+    if measured.high < least or measured.low > largest:
+        return "refuted" if prediction.kind == "point" else "broken"
+    return "open"
+
+
+class Tally(NamedTuple):
+    """Counts claims, those that are decided, and what became of their predictions.
+
+    Predictions of about 1 are counted apart, since it takes no theory to make them.
+    """
+
+    claims: int
+    decided: int
+    predictions: Counter[PredictionOutcome]
+    trivial: Counter[PredictionOutcome]
+
+
+def tally(judgements: Sequence[Judgement]) -> Tally:
+    """Count what became of claims and of their predictions."""
+    return Tally(
+        len(judgements),
+        sum(j.expected is not None for j in judgements),
+        Counter(j.prediction_outcome for j in judgements if not j.trivial),
+        Counter(j.prediction_outcome for j in judgements if j.trivial),
+    )
 
 
 def judge(
@@ -405,14 +448,16 @@ def judge(
     measured = sampling.effect(values, (treatment, baseline), claim.metric)
     blocking = [c for c in caveats if c.hits(claim.metric, treatment, baseline)]
     outcome: VerdictKind = "inconclusive"
-    expected = held = None
+    expected = None
+    prediction_came_to: PredictionOutcome = "open"
     if blocking:
         outcome, why = "not valid", "; ".join(sorted({c.name for c in blocking}))
     elif measured is None:
         why = "a side has no repeat with this figure" + _samples_needed(claim.metric)
     else:
-        outcome, held = verdict_kind(measured, claim.metric), holds(prediction, measured.ratio)
-        why = _explain(measured, outcome)
+        outcome = verdict_kind(measured.ratio, claim.metric, claim.margin)
+        prediction_came_to = prediction_outcome(prediction, measured.interval(TWO_ONE_SIDED))
+        why = _explain(measured, outcome, claim.margin)
         if outcome != "inconclusive":
             direction = "unchanged" if outcome == "no effect" else None
             direction = direction or ("rises" if measured.ratio.value > 1 else "falls")
@@ -425,9 +470,10 @@ def judge(
         baseline=baseline,
         outcome=outcome,
         expected=expected,
+        margin=claim.margin,
         effect=measured,
         prediction=prediction,
-        prediction_held=held,
+        prediction_outcome=prediction_came_to,
         why=why,
     )
 
@@ -441,23 +487,21 @@ def _samples_needed(metric: str) -> str:
     )
 
 
-def _explain(effect: Effect, outcome: VerdictKind) -> str:
-    if effect.ratio.low is None:
+def _explain(effect: Effect, outcome: VerdictKind, margin: float) -> str:
+    if effect.ratio.low is None or effect.ratio.high is None:
         return "one repeat gives no interval: ask for more with SET=repeats=3"
-    if outcome == "inconclusive":
-        repeats = repeats_to_decide(effect)
-        advice = f"more than {MOST_REPEATS} repeats would settle it"
-        if effect.starts is not None and effect.starts < ENOUGH_STARTS:
-            advice = (
-                f"{ENOUGH_STARTS} starts of each engine may settle it (SET=starts={ENOUGH_STARTS})"
-            )
-        elif repeats:
-            advice = f"about {repeats} repeats would settle it (SET=repeats={repeats})"
-        reason = "the interval neither excludes 1 nor lies near it"
-        if effect.ratio.low > 1 or (effect.ratio.high or 1) < 1:
-            reason = f"the effect does not exceed the noise floor of {effect.floor or 0:.0%}"
-        return f"{reason}; {advice}"
-    return f"noise floor {effect.floor or 0:.1%}"
+    if outcome != "inconclusive":
+        return f"{'within' if outcome == 'no effect' else 'beyond'} {100 * margin:g} %"
+    repeats = repeats_to_decide(effect, margin)
+    advice = f"more than {MOST_REPEATS} repeats would settle it"
+    if effect.starts is not None and effect.starts < ENOUGH_STARTS:
+        advice = f"{ENOUGH_STARTS} starts of each engine may settle it (SET=starts={ENOUGH_STARTS})"
+    elif repeats:
+        advice = f"about {repeats} repeats would settle it (SET=repeats={repeats})"
+    reason = f"the interval neither excludes 1 nor lies within {100 * margin:g} % of it"
+    if not effect.ratio.low <= 1 <= effect.ratio.high:
+        reason = f"the effect neither exceeds {100 * margin:g} % nor is shown to lie within that"
+    return f"{reason}; {advice}"
 
 
 def judge_forecast(
@@ -467,8 +511,12 @@ def judge_forecast(
     prediction: Prediction,
 ) -> ForecastResult:
     """Compare the mean over a point's repeats with what was forecast for it."""
-    measured = over_repeats(repeats, forecast.metric)
-    held = holds(prediction, measured) if measured else None
     return ForecastResult(
-        metric=forecast.metric, point=point, measured=measured, prediction=prediction, held=held
+        metric=forecast.metric,
+        point=point,
+        measured=over_repeats(repeats, forecast.metric),
+        prediction=prediction,
+        outcome=prediction_outcome(
+            prediction, over_repeats(repeats, forecast.metric, TWO_ONE_SIDED)
+        ),
     )

@@ -77,7 +77,8 @@ class Metric:
     compared: bool = False  # in comparisons, hence in reproductions and by the gate
     exported: bool = True  # to Prometheus, once a run has ended
     each_trial: bool = True  # measured in every trial; else only over all repeats together
-    across_machines: bool = False  # may be compared between different machines
+    # between different machines: compared, or listed, as a share of each machine's own ceiling is
+    across_machines: Literal["", "compared", "listed"] = ""
     token_times: bool = False  # needs the times of single tokens within a stream
     by_engine: bool = False  # counted by the engine over the whole trial, whatever its window
     # by the engine's scheduler in virtual time, at every point: in files alone, or in reports too
@@ -167,29 +168,29 @@ METRICS: dict[str, Metric] = _table(
            exported=False, each_trial=False),
     Metric("e2e_p99_s", "E2E, p99", "s", LOW, percentile_of(E2E, 99)),
     Metric("error_rate", "Error rate", "share", LOW, ratio(error_rate),
-           column=80, compared=True, across_machines=True),
+           column=80, compared=True, across_machines="compared"),
     Metric("batch", "Requests in decode, mean", "1", HIGH, average("trial", batch),
-           across_machines=True, forecast="kept"),
+           across_machines="compared", forecast="kept"),
     Metric("mbu", "MBU", "share", HIGH, ratio(mbu),
-           column=170, main=True, compared=True, across_machines=True),
+           column=170, main=True, compared=True, across_machines="listed"),
     Metric("mfu", "MFU", "share", HIGH, ratio(mfu),
-           column=180, compared=True, across_machines=True),
-    Metric("intensity", "FLOP a byte", "1", HIGH, ratio(intensity), across_machines=True),
+           column=180, compared=True, across_machines="listed"),
+    Metric("intensity", "FLOP a byte", "1", HIGH, ratio(intensity), across_machines="compared"),
     Metric("flops_per_s", "Decode rate", "FLOP/s", HIGH, rate(flops_per_s)),
     Metric("prefix_hit_rate", "Prefix hit rate", "share", HIGH, ratio(prefix_hit_rate),
-           column=90, compared=True, across_machines=True, by_engine=True, forecast="shown"),
+           column=90, compared=True, across_machines="compared", by_engine=True, forecast="shown"),
     Metric("acceptance_rate", "Drafts accepted", "share", HIGH, ratio(acceptance_rate),
-           column=130, compared=True, across_machines=True, by_engine=True, forecast="kept"),
+           column=130, compared=True, across_machines="compared", by_engine=True, forecast="kept"),
     Metric("acceptance_length", "Tokens a draft step", "1", HIGH, ratio(acceptance_length),
-           column=140, compared=True, across_machines=True, by_engine=True, forecast="shown"),
+           column=140, compared=True, across_machines="compared", by_engine=True, forecast="shown"),
     Metric("preemptions", "Preemptions", "1", LOW,
            count(lambda t: counter_increase(t, PREEMPTIONS)),
-           column=160, across_machines=True, by_engine=True, forecast="shown"),
+           column=160, across_machines="compared", by_engine=True, forecast="shown"),
     Metric("kv_capacity_tokens", "KV capacity", "tok", HIGH, count(kv_capacity_tokens),
            column=150, compared=True, by_engine=True, forecast="kept"),
     Metric("prefill_pieces", "Pieces of a long prompt", "1", LOW,
            average("long prompt", prefill_pieces),
-           column=110, compared=True, across_machines=True, forecast="kept"),
+           column=110, compared=True, across_machines="compared", forecast="kept"),
     Metric("stall_mean_s", "Stall during a prefill, mean", "s", LOW,
            average("long prompt", stall_mean_s),
            column=100, compared=True, token_times=True, forecast="shown"),
@@ -259,7 +260,7 @@ def compared_metrics() -> list[str]:
     """Name the figures of a comparison: first those that depend on the machine."""
     chosen = [name for name in columns() if METRICS[name].compared]
     chosen += [name for name in METRICS if METRICS[name].compared and name not in chosen]
-    return sorted(chosen, key=lambda name: METRICS[name].across_machines)
+    return sorted(chosen, key=lambda name: METRICS[name].across_machines != "")
 
 
 def by_repeat(repeats: Repeats, metric: str) -> dict[int, float]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import get_args
 
-from labs.judging.judge import Interval, Judgement, holds_at
+from labs.judging.judge import Interval, Judgement, PredictionOutcome, tally
 from labs.lab import Lab, Prediction
 from serving.machine import Ceilings
 
@@ -35,9 +37,9 @@ def times_with_interval(ratio: Interval) -> str:
     return f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
-def yes_or_no(held: bool | None) -> str:
+def yes_or_no(is_so: bool | None) -> str:
     """Write `yes` or `no`, or a dash where neither is known."""
-    return {True: "yes", False: "no", None: "–"}[held]
+    return {True: "yes", False: "no", None: "–"}[is_so]
 
 
 def point_label(key: str, lab: Lab) -> str:
@@ -80,12 +82,12 @@ ONE_SITTING = (
 
 def ratio_text(judgement: Judgement) -> str:
     """Write the measured ratio, treatment / baseline, or a dash."""
-    return f"{judgement.effect.ratio.value:.2f}x" if judgement.effect else "–"
+    return f"{judgement.ratio.value:.2f}x" if judgement.ratio else "–"
 
 
 def ratio_interval(judgement: Judgement) -> str:
     """Write the 95 % interval of the measured ratio, or a dash."""
-    measured = judgement.effect.ratio if judgement.effect else None
+    measured = judgement.ratio
     if measured is None or measured.low is None or measured.high is None:
         return "–"
     return f"{measured.low:.2f} to {measured.high:.2f}"
@@ -116,17 +118,38 @@ def ceilings_text(ceilings: Ceilings, origin: str = "") -> str:
     )
 
 
-def held_text(measured: Interval | None, prediction: Prediction, agrees: bool | None) -> str:
-    """Write whether a prediction held, or `not refuted` where only the interval reaches it."""
-    if not agrees or measured is None or holds_at(prediction, measured.value):
-        return yes_or_no(agrees)
-    return "not refuted"
+def outcome_text(
+    outcome: PredictionOutcome, prediction: Prediction, measured: Interval | None
+) -> str:
+    """Write what became of a prediction; of a bound, also the share of it that was measured."""
+    if prediction.kind == "point" or measured is None or not prediction.value:
+        return outcome
+    return f"{outcome} ({measured.value / prediction.value:.0%} of it)"
 
 
-def claim_held(judgement: Judgement) -> str:
-    """Write whether a claim's prediction held."""
-    measured = judgement.effect.ratio if judgement.effect else None
-    return held_text(measured, judgement.prediction, judgement.prediction_held)
+def claim_outcome(judgement: Judgement) -> str:
+    """Write what became of a claim's prediction, and whether the prediction was about 1."""
+    outcome = outcome_text(judgement.prediction_outcome, judgement.prediction, judgement.ratio)
+    return outcome + ", trivial" * judgement.trivial
+
+
+def decided_text(judgements: Sequence[Judgement]) -> str:
+    """Write how many claims are decided: `3 of 5`."""
+    counted = tally(judgements)
+    return f"{counted.decided} of {counted.claims}" if judgements else "–"
+
+
+def predictions_text(judgements: Sequence[Judgement]) -> str:
+    """Write what became of predictions: `2 held, 1 refuted; trivial: 1 held, 2 open`."""
+    counted = tally(judgements)
+    parts = [_outcomes(counted.predictions)] if counted.predictions else []
+    if counted.trivial:
+        parts.append(f"trivial: {_outcomes(counted.trivial)}")
+    return "; ".join(parts) or "–"
+
+
+def _outcomes(count: Counter[PredictionOutcome]) -> str:
+    return ", ".join(f"{count[o]} {o}" for o in get_args(PredictionOutcome) if count[o])
 
 
 def verdict_text(judgement: Judgement) -> str:
@@ -134,7 +157,8 @@ def verdict_text(judgement: Judgement) -> str:
     if judgement.outcome in ("inconclusive", "not valid"):
         return f"{judgement.outcome}: {judgement.why}"
     agrees = "as claimed" if judgement.expected else "against the claim"
-    return f"{judgement.outcome} ({agrees})"
+    within = f": {judgement.why}" if judgement.outcome == "no effect" else ""
+    return f"{judgement.outcome}{within} ({agrees})"
 
 
 def sentences(parts: Iterable[str]) -> str:

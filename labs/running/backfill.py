@@ -25,7 +25,7 @@ from labs.filing.results import Run, RunFolder
 from labs.judging.judge import Interval
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS
-from labs.judging.text import claim_held
+from labs.judging.text import claim_outcome
 from labs.lab import Lab, LabError
 from loadtests import exporter
 from loadtests.exporter import Exporter
@@ -47,7 +47,7 @@ _LABELS: dict[str, tuple[str, ...]] = {
     series.EFFECT_LOW: (*_CLAIM, "metric"),
     series.EFFECT_HIGH: (*_CLAIM, "metric"),
     series.EFFECT_PREDICTED: (*_CLAIM, "metric"),
-    series.VERDICT: (*_CLAIM, "outcome", "held"),
+    series.VERDICT: (*_CLAIM, "outcome", "prediction"),
     series.FORECAST: _POINT,
     series.FORECAST_PREDICTED: _POINT,
     series.SLO: (*_RUN, "slo"),
@@ -272,7 +272,7 @@ def _figures(folder: RunFolder) -> Iterator[str]:
         ratio = j.effect.ratio if j.effect else None
         put_interval(series.EFFECT, ratio, **claim, metric=j.metric)
         put(series.EFFECT_PREDICTED, j.prediction.value, **claim, metric=j.metric)
-        put(series.VERDICT, ended, **claim, outcome=j.outcome, held=claim_held(j))
+        put(series.VERDICT, ended, **claim, outcome=j.outcome, prediction=claim_outcome(j))
     for f in summary.forecasts:
         place = {**_point(f.point), "metric": f.metric}
         put(series.FORECAST, f.measured.value if f.measured else None, **place)

@@ -49,7 +49,6 @@ FASTER, SLOWER = 0.90, 1.18
 Both factors were measured on two machines (vLLM 0.32 on CPU, batches of 1 to 16 and a prompt of 768
 tokens), before any run that is judged by them.
 """
-TOLERANCE = 0.25  # of a ratio of two forecasts
 DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; larger steps are extrapolated
 GPU_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
 TIMING_LIMIT_S = 300
@@ -107,7 +106,6 @@ def ratio_of_forecasts(
         return None
     return Prediction(
         value=above.value / below.value,
-        tolerance=TOLERANCE,
         formula="forecast of the treatment / forecast of the baseline",
         assumptions=(
             "vLLM's own scheduler in virtual time, over a step timed on this machine beforehand",

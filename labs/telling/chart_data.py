@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +10,11 @@ import numpy as np
 
 from dashboards.palette import BOUND, VARIANTS
 from labs.filing.results import Run, RunFolder, Summary, TrialResult
-from labs.judging.judge import Interval
+from labs.judging.judge import Interval, borne_out_between
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS, Metric, by_repeat, columns
-from labs.judging.text import held_text, point_label, verdict_text
-from labs.lab import Lab, Point
+from labs.judging.text import claim_outcome, outcome_text, point_label, verdict_text
+from labs.lab import Lab, Point, Prediction
 from labs.telling.document import parse, plain_text
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, TPOT, TTFT
 from loadtests.records import RequestRecord
@@ -113,11 +114,10 @@ def _claims(lab: Lab, summary: Summary) -> list[dict[str, Any]]:
             "where": f"{METRICS[j.metric].title}:"
             f" {point_label(j.treatment, lab)} / {point_label(j.baseline, lab)}",
             "point": j.treatment,
-            **_interval(j.effect.ratio if j.effect else None),
+            **_interval(j.ratio),
             "predicted": _round(j.prediction.value),
-            "tolerance": j.prediction.tolerance,
-            "kind": j.prediction.kind,
-            "verdict": plain_text(parse(verdict_text(j))),
+            **_borne_out(j.prediction),
+            "verdict": f"{plain_text(parse(verdict_text(j)))}; prediction: {claim_outcome(j)}",
             "valid": j.outcome != "not valid",
         }
         for j in summary.judgements
@@ -128,24 +128,27 @@ def _forecasts(lab: Lab, summary: Summary) -> list[dict[str, Any]]:
     """Return each forecast's measured value as a multiple of the predicted one."""
     rows = []
     for f in summary.forecasts:
-        measured, predicted = f.measured, f.prediction.value
-        share = None
-        if measured and predicted:
-            bounds = {k: v / predicted for k, v in measured if k != "n" and v is not None}
-            share = Interval(**{"low": None, "high": None, **bounds}, n=measured.n)
         rows.append(
             {
                 "title": f"{METRICS[f.metric].title}: {point_label(f.point, lab)}",
                 "where": "",
-                **_interval(share),
+                **_interval(f.share),
                 "predicted": 1,
-                "tolerance": f.prediction.tolerance,
-                "kind": f.prediction.kind,
-                "verdict": "the prediction held: " + held_text(f.measured, f.prediction, f.held),
+                **_borne_out(f.prediction.model_copy(update={"value": 1})),
+                "verdict": f"prediction: {outcome_text(f.outcome, f.prediction, f.measured)}",
                 "valid": True,
             }
         )
     return rows
+
+
+def _borne_out(prediction: Prediction) -> dict[str, float | None]:
+    """Return between which ratios the prediction is borne out; None where there is no end."""
+    least, largest = borne_out_between(prediction)
+    return {
+        "least": _round(least) if math.isfinite(least) else None,
+        "largest": _round(largest) if math.isfinite(largest) else None,
+    }
 
 
 def _samples(trials: Sequence[Played]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from labs.filing.results import Run, RunFolder, Summary, all_runs
-from labs.judging.text import ceilings_text, claim_held, ratio_text
+from labs.judging.text import ceilings_text, decided_text, predictions_text, ratio_text
 from labs.questions import QUESTIONS
 from labs.telling import chart_data, html, plots, report
 from labs.telling.document import Figure, parse, plain_text
@@ -184,10 +184,14 @@ class Entry:
         return _marks(self.run, self.folder.complete)
 
     @property
-    def held(self) -> str:
-        """Say how many of the judged predictions held."""
-        held = [claim_held(j) for j in self.summary.judgements if j.prediction_held is not None]
-        return f"{held.count('yes')} of {len(held)}" if held else "–"
+    def decided(self) -> str:
+        """Say how many claims are decided."""
+        return decided_text(self.summary.judgements)
+
+    @property
+    def predictions(self) -> str:
+        """Say what became of the predictions."""
+        return predictions_text(self.summary.judgements)
 
     @property
     def outcomes(self) -> str:
@@ -196,7 +200,7 @@ class Entry:
         return ", ".join(f"{n} {outcome}" for outcome, n in count.items()) or "–"
 
     @property
-    def decided(self) -> str:
+    def first_decided(self) -> str:
         """Say in a few words how the first two decided claims came out."""
         decided = [j for j in self.summary.judgements if j.expected is not None][:2]
         claims = (f"{plain_text(parse(j.title))} ({ratio_text(j)}, {j.outcome})" for j in decided)

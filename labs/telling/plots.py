@@ -19,7 +19,7 @@ from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
 from labs.findings.parts import Draw, parts_of
 from labs.findings.sweep import concurrency_sweep
-from labs.judging.judge import Interval
+from labs.judging.judge import Interval, borne_out_between
 from labs.judging.metrics import METRICS
 from labs.judging.text import point_label
 from labs.lab import Lab, Point
@@ -49,23 +49,25 @@ def plots_of(lab: str) -> Mapping[str, Draw]:
 
 def effects(run: JudgedRun) -> str | None:
     """Draw every claim's ratio with its interval, on its prediction."""
-    judged = [j for j in run.summary.judgements if j.effect]
+    judged = [j for j in run.summary.judgements if j.ratio]
     if not judged:
         return None
     figure, ax = plt.subplots(figsize=(7.5, 1.2 + 0.6 * len(judged)))
     for row, j in enumerate(reversed(judged)):
-        assert j.effect
-        ratio, p = j.effect.ratio, j.prediction
-        ax.barh(
-            row,
-            width=2 * p.value * p.tolerance,
-            height=0.5,
-            left=p.value * (1 - p.tolerance),
-            color=BOUND,
-            alpha=0.2,
-            label="predicted ± tolerance" if row == 0 else None,
-        )
-        ax.plot([p.value], [row], "|", color=BOUND, ms=14, mew=2)
+        assert j.ratio
+        ratio = j.ratio
+        if j.prediction.kind == "point":
+            least, largest = borne_out_between(j.prediction)
+            ax.barh(
+                row,
+                width=largest - least,
+                height=0.5,
+                left=least,
+                color=BOUND,
+                alpha=0.2,
+                label="bears the prediction out" if row == 0 else None,
+            )
+        ax.plot([j.prediction.value], [row], "|", color=BOUND, ms=14, mew=2)
         low, high = ratio.low or ratio.value, ratio.high or ratio.value
         error = [[ratio.value - low], [high - ratio.value]]
         ax.errorbar(

@@ -21,10 +21,12 @@ from labs.judging.judge import Caveat
 from labs.judging.machine_speed import MachineSpeed
 from labs.judging.metrics import METRICS, main_columns
 from labs.judging.text import (
-    claim_held,
+    claim_outcome,
+    decided_text,
     number,
     one_load,
     point_label,
+    predictions_text,
     ratio_interval,
     ratio_text,
     verdict_text,
@@ -58,11 +60,12 @@ from serving import whole
 THEIRS = "Published by others, of their models on their hardware; no verdict rests on it:"
 VERDICTS = parse(
     "A measured ratio is treatment / baseline, of geometric means over repeats, with Welch's 95 %"
-    " interval. *Helps* and *hurts*: the interval excludes 1 and the effect exceeds the noise floor"
-    " (what the same statistic would show between two copies of one thing). *No effect*: it lies"
-    " within 3 %, or within that floor where it is at most 5 %. A prediction *held* (yes) when the"
-    " measured ratio lies within its tolerance; it is *not refuted* where no more than the interval"
-    " reaches there."
+    " interval. *Helps* and *hurts*: the interval excludes 1 and the ratio exceeds the claim's"
+    " margin (5 % where the claim names no other, stated before measuring). *No effect*: the whole"
+    " interval is within that margin. Else the claim is *inconclusive*. A prediction p *held* where"
+    " the 90 % interval lies within p / 1.25 and 1.25 p (two one-sided tests at 5 %), is *refuted*"
+    " where it lies wholly outside, else *open*; a bound is *not broken* or *broken* by the same"
+    " rule, and never held. It is *trivial* where p is 1 within the claim's margin."
 )
 TTFT_TWICE = (
     "TTFT from the send, every request of the trial, warm-up included; the client's is larger by"
@@ -141,7 +144,7 @@ def digest(facts: Facts) -> Section:
         Notes(tuple(notes(facts.run, summary))),
         section("Every point", tables.points(facts.points, lab, summary, main_columns())),
         answer(facts),
-        section("Claim by claim", _claims_in_sentences(summary)),
+        section("Claim by claim", _score(summary), _claims_in_sentences(summary)),
         section(
             "Forecast beside measured",
             Paragraph(forecast_score(summary)) if summary.in_virtual_time else None,
@@ -214,6 +217,7 @@ def _claims(facts: Facts, figures: Sequence[Figure]) -> Section:
     lab, summary = facts.lab, facts.summary
     return section(
         "Claim by claim",
+        _score(summary),
         without_empty_columns(tables.claims(lab, summary)),
         Paragraph(VERDICTS),
         Paragraph(method.covers(lab, facts.session, summary.judgements)),
@@ -229,9 +233,21 @@ def _claims_in_sentences(summary: Summary) -> Bullets:
             ": ",
             Strong(parse(verdict_text(j))),
             f", {METRICS[j.metric].title} {ratio_text(j)} ({ratio_interval(j)}), predicted"
-            f" {j.prediction.value:.2f}x (held: {claim_held(j)}).",
+            f" {j.prediction.value:.2f}x ({claim_outcome(j)}).",
         )
         for j in summary.judgements
+    )
+
+
+def _score(summary: Summary) -> Paragraph | None:
+    """Say how many claims are decided, and what became of their predictions."""
+    judged = summary.judgements
+    return (
+        Paragraph(
+            f"Claims decided: {decided_text(judged)}. Predictions: {predictions_text(judged)}."
+        )
+        if judged
+        else None
     )
 
 

@@ -7,14 +7,14 @@ from statistics import median
 
 from labs.filing.results import Band, PointForecasts, Predictions, RunFolder, Session, Summary
 from labs.findings.parts import published_of
-from labs.judging.judge import Judgement
+from labs.judging.judge import AGREEMENT, Judgement
 from labs.judging.machine_speed import MachineSpeed
 from labs.judging.metrics import METRICS, columns
 from labs.judging.text import (
-    claim_held,
-    held_text,
+    claim_outcome,
     interval,
     number,
+    outcome_text,
     point_label,
     prediction_text,
     ratio_interval,
@@ -22,7 +22,7 @@ from labs.judging.text import (
     verdict_text,
     yes_or_no,
 )
-from labs.lab import Lab, Point
+from labs.lab import MARGIN, Lab, Point
 from labs.telling.document import Code, Inline, Table, parse, table
 from serving.gpus import DATASHEETS
 from serving.machine import Ceilings, Machine
@@ -65,22 +65,22 @@ def predictions(lab: Lab, predicted_before: Predictions) -> Table:
 def claims(lab: Lab, summary: Summary) -> Table:
     """Tabulate the judgements: what was claimed, measured, predicted and published; the verdict."""
     return table(
-        ("Claim", "Measured", "95 % interval", "Predicted", "Held", "Published", "Verdict"),
+        ("Claim", "Measured", "95 % interval", "Predicted", "Prediction", "Published", "Verdict"),
         (_claim(lab, judgement) for judgement in summary.judgements),
     )
 
 
 def _claim(lab: Lab, j: Judgement) -> list[Inline]:
     pair = f"{point_label(j.treatment, lab)} / {point_label(j.baseline, lab)}"
-    where = f" ({METRICS[j.metric].title}: {pair})"
-    tolerance = f" ± {j.prediction.tolerance:.0%}" if j.prediction.tolerance else ""
+    own_margin = "" if j.margin == MARGIN else f"; equal within {100 * j.margin:g} %"
+    where = f" ({METRICS[j.metric].title}: {pair}{own_margin})"
     figures = [p.figure for p in published_of(lab.name, "claims", j.claim)]
     return [
         (parse(j.title), where),
         ratio_text(j),
         ratio_interval(j),
-        f"{j.prediction.value:.2f}x{tolerance}",
-        claim_held(j),
+        f"{j.prediction.value:.2f}x",
+        claim_outcome(j),
         "; ".join(figures) or "–",
         parse(verdict_text(j)),
     ]
@@ -112,8 +112,6 @@ def forecasts(lab: Lab, summary: Summary) -> Table:
     rows: list[list[Inline]] = []
     for f in summary.forecasts:
         unit = METRICS[f.metric].unit
-        known = f.measured and f.prediction.value
-        share = f"{f.measured.value / f.prediction.value:.0%}" if f.measured and known else "–"
         rows.append(
             [
                 METRICS[f.metric].title,
@@ -121,12 +119,13 @@ def forecasts(lab: Lab, summary: Summary) -> Table:
                 number(f.measured.value if f.measured else None, unit),
                 interval(f.measured, unit),
                 prediction_text(f.prediction, unit),
-                share,
-                held_text(f.measured, f.prediction, f.held),
+                f"{f.share.value:.0%}" if f.share else "–",
+                outcome_text(f.outcome, f.prediction, f.measured),
             ]
         )
     header = (
-        "Figure", "Where", "Measured", "95 % interval", "Predicted", "Measured / predicted", "Held",
+        "Figure", "Where", "Measured", "95 % interval", "Predicted", "Measured / predicted",
+        "Prediction",
     )  # fmt: skip
     return table(header, rows)
 
@@ -215,7 +214,7 @@ def residuals(folders: Sequence[RunFolder]) -> Table:
             for j in summary.judgements
             if j.effect and j.outcome != "not valid"
         ]
-        near = [1 / 1.25 <= r <= 1.25 for r in ratios]
+        near = [1 / AGREEMENT <= r <= AGREEMENT for r in ratios]
         rows += [_residual(name, "claims", ratios, near)] if ratios else []
         shown = [f for f in summary.in_virtual_time if METRICS[f.metric].forecast == "shown"]
         for metric in dict.fromkeys(f.metric for f in shown):

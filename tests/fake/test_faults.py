@@ -198,7 +198,7 @@ def test_errors_allow_no_verdict(erring: Command) -> None:
     (judged,) = (j for j in summary.judgements if j.claim == "static")
     assert judged.outcome == "not valid"
     assert "errors" in judged.why
-    assert judged.prediction_held is None
+    assert judged.prediction_outcome == "open"
     assert {c.point for c in summary.caveats if c.name == "errors" and c.blocks} == {
         point.key for point in folder.run().points()
     }
@@ -312,7 +312,7 @@ def _no_verdict_for(caveat: str, command: Command) -> set[str]:
         if any(c.hits(j.metric, j.treatment, j.baseline) for c in hit):
             assert j.outcome == "not valid"
             assert caveat in j.why
-            assert (j.expected, j.prediction_held) == (None, None)
+            assert (j.expected, j.prediction_outcome) == (None, "open")
             withheld.add(j.claim)
     assert f"**{caveat}** (no verdict" in report
     assert hit[0].text in report

@@ -44,7 +44,8 @@ def test_of_a_run_that_was_resumed_the_last_verdicts_stand(tmp_path: Path) -> No
     for ago_s, outcomes in ((7200, ("helps", "hurts")), (3600, ("inconclusive", "hurts"))):
         at = time.time() - ago_s
         prometheus.load(
-            f'{series.VERDICT}{{{run},claim="{n}",outcome="{outcome}",held="no"}} {at:.0f} {at:.3f}'
+            f'{series.VERDICT}{{{run},claim="{n}",outcome="{outcome}",prediction="open"}}'
+            f" {at:.0f} {at:.3f}"
             for n, outcome in enumerate(outcomes)
         )
     (query,) = (

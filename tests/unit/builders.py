@@ -41,7 +41,7 @@ CEILINGS = Ceilings(
     memory_bandwidth_bytes_per_s=1e6, bf16_flops_per_s=1e7, threads=1, torch="-", measured_at="-"
 )
 MACHINE = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**30)
-PREDICTION = Prediction(value=2.0, tolerance=0.25, formula="by hand")
+PREDICTION = Prediction(value=2.0, formula="by hand")
 
 
 def make_record(

@@ -40,8 +40,9 @@ def judged(claim: str, value: float, **fields: Any) -> Judgement:
     ratio = Interval(value=value, low=value / 1.1, high=value * 1.1, n=3)
     plain: dict[str, Any] = {
         "claim": claim, "title": claim, "metric": "ttft_mean_s", "treatment": "", "baseline": "",
-        "outcome": "helps", "expected": True, "prediction": PREDICTION, "prediction_held": True,
-        "effect": Effect(ratio=ratio, floor=0.01, spread=0.01), "why": "",
+        "outcome": "helps", "expected": True, "prediction": PREDICTION,
+        "prediction_outcome": "held", "margin": 0.05,
+        "effect": Effect(ratio=ratio, spread=0.01), "why": "",
     }  # fmt: skip
     return Judgement(**{**plain, **fields})
 
@@ -71,7 +72,7 @@ def test_a_claim_that_was_not_valid_is_no_answer(tmp_path: Path) -> None:
 
 
 def test_one_repeat_is_told_as_one(tmp_path: Path) -> None:
-    one = Effect(ratio=Interval(value=0.5, low=None, high=None, n=1), floor=None, spread=None)
+    one = Effect(ratio=Interval(value=0.5, low=None, high=None, n=1), spread=None)
     found = judged_run(context(tmp_path, make_lab(), {}), [judged("ttft-share-50", 1, effect=one)])
     text = sharing(found)
     assert (

@@ -110,8 +110,8 @@ def judged(outcome: VerdictKind, spread: float | None = 0.02) -> Judgement:
     ratio = Interval(value=1.0, low=0.9, high=1.1, n=3)
     return Judgement(
         claim="aa", title="", metric="ttft_p50_s", treatment="t", baseline="b", outcome=outcome,
-        expected=None, effect=Effect(ratio=ratio, floor=None, spread=spread),
-        prediction=PREDICTION, prediction_held=None, why="",
+        expected=None, effect=Effect(ratio=ratio, spread=spread),
+        prediction=PREDICTION, prediction_outcome="open", margin=0.05, why="",
     )  # fmt: skip
 
 

@@ -6,21 +6,23 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from labs.comparing import compare, gate, page, side_by_side
-from labs.comparing.compare import ComparedFigure, read_side
+from labs.comparing.compare import ComparedFigure, VerdictPair, read_side
 from labs.filing import results
 from labs.filing.results import RunFolder, write_json
-from labs.judging.judge import contrast
-from labs.lab import LabError, digest_of
+from labs.judging.judge import Contrast, ForecastResult, Interval, contrast
+from labs.lab import MARGIN, LabError, Prediction, digest_of
 from labs.telling.document import Table, plain_text
 from labs.telling.summary import summarise
-from tests.unit.builders import MACHINE, write_run, write_slowed
+from tests.unit.builders import MACHINE, make_claim, write_run, write_slowed
 from tests.unit.test_html import Seen
 
 ALLOWED = gate.thresholds()
+Bounds = tuple[float, float | None, float | None] | None
 
 
 @pytest.fixture
@@ -93,24 +95,38 @@ def test_one_repeat_has_no_interval_and_exact_counts_have_an_exact_one() -> None
 def test_a_lone_interval_among_many_is_taken_for_chance() -> None:
     """p = 0.04 differs alone, but not as the smallest of twenty."""
 
-    def judged(*ps: float, ratio: float = 1.2) -> list[ComparedFigure]:
-        found = contrast({1: ratio, 2: ratio}, {1: 1.0, 2: 1.0}, paired=True)
-        assert found
-        rows = [
-            ComparedFigure(
-                figure="tpot_mean_s", where="x", unit="s", better="lower", a=1, b=ratio,
-                contrast=found.model_copy(update={"p": p}), outcome="undecided",
-            )
-            for p in ps
-        ]  # fmt: skip
-        return compare._judged([rows])[0]
-
     assert [r.outcome for r in judged(0.04)] == ["differs"]
-    within = judged(0.04, *[0.5] * 19)[0]
-    assert (within.outcome, within.why) == ("same", "within 20%")
-    beyond = judged(0.04, *[0.5] * 19, ratio=1.3)[0]
-    assert (beyond.outcome, beyond.why) == ("undecided", "may be chance among so many figures")
+    lone = judged(0.04, *[0.5] * 19)[0]
+    assert (lone.outcome, lone.why) == ("undecided", "may be chance among so many figures")
     assert [r.outcome for r in judged(*[0.04] * 20)] == ["differs"] * 20
+
+
+def test_two_figures_are_the_same_within_the_margin_of_their_claim() -> None:
+    assert [(r.outcome, r.why) for r in judged(0.04, ratio=1.04)] == [("same", "within 5 %")]
+    assert [(r.outcome, r.why) for r in judged(0.04, ratio=1.2, margin=0.25)] == [
+        ("same", "within 25 %")
+    ]
+    assert [r.outcome for r in judged(0.04, ratio=1.04, margin=0.02)] == ["differs"]
+    row = ComparedFigure(
+        figure="effect on tpot_mean_s", where="x / y", unit="s", better="lower", a=1, b=1,
+        contrast=Contrast(ratio=Interval(value=1.04, low=1.01, high=1.07, n=3), p=0.01),
+        outcome="undecided",
+    )  # fmt: skip
+    ((open_,),) = compare.judged([[row]])
+    assert (open_.outcome, open_.why) == ("undecided", "the interval reaches beyond 5 %")
+
+
+def judged(*ps: float, ratio: float = 1.2, margin: float = MARGIN) -> list[ComparedFigure]:
+    found = contrast({1: ratio, 2: ratio}, {1: 1.0, 2: 1.0}, paired=True)
+    assert found
+    rows = [
+        ComparedFigure(
+            figure="tpot_mean_s", where="x", unit="s", better="lower", a=1, b=ratio,
+            margin=margin, contrast=found.model_copy(update={"p": p}), outcome="undecided",
+        )
+        for p in ps
+    ]  # fmt: skip
+    return compare.judged([rows])[0]
 
 
 # --------------------------------------------------------------------------------------- comparing
@@ -120,7 +136,7 @@ def test_a_run_is_the_same_as_itself(folder: RunFolder) -> None:
     found = compared(folder, folder)
     assert found.rows
     assert {r.outcome for r in [*found.rows, *found.effects]} == {"same"}
-    assert all(v.agrees and not v.flips for v in found.verdicts)
+    assert all(v.outcome == "same" and not v.flips for v in found.verdicts)
     assert found.paired
     assert found.differences == []
     assert gate.failures(found, ALLOWED) == []
@@ -292,10 +308,85 @@ def test_other_flags_are_compared_and_named(folder: RunFolder) -> None:
 def test_on_other_hardware_only_what_has_no_dimension_is_compared(folder: RunFolder) -> None:
     found = compared(folder, edited(folder, machine="Slide rule"))
     assert not found.same_hardware
-    assert {r.unit for r in [*found.rows, *found.effects]} == {"1", "share"}
+    assert {r.unit for r in [*found.rows, *found.effects]} <= {"1", "share"}
     assert len(found.effects) == 2
     assert found.left_out > 4
     assert found.differences[0].what == "machine.model"
+
+
+def test_shares_of_its_own_ceilings_are_properties_of_a_machine(folder: RunFolder) -> None:
+    other = edited(folder, machine="Slide rule")
+    summary = other.summary()
+    for rows in summary.measurements.values():
+        for values in rows.values():
+            values["mbu"] = 2 * (values["mbu"] or 0)
+    write_json(other.path / "summary.json", summary)
+    found = compared(folder, other)
+    assert not {"mbu", "mfu"} & {r.metric for r in found.rows}
+    assert [p.figure for p in found.of_machines] == ["mbu", "mfu"]
+    mbu = found.of_machines[0]
+    assert mbu.points == 4
+    assert mbu.b == pytest.approx((2 * mbu.a[0], 2 * mbu.a[1]))
+    sections = {plain_text(s.title) for s in side_by_side.tables(found)}
+    assert "Properties of the machines" in sections
+
+    here = compared(folder, write_slowed(folder, 1.25))
+    assert row(here, "mbu", "on/short/concurrent-1").outcome == "differs"
+    assert here.of_machines == []
+
+
+def test_what_was_reached_of_a_bound_is_a_property_of_a_machine_too(folder: RunFolder) -> None:
+    other = edited(folder, machine="Slide rule")
+    kinds: list[tuple[int, Literal["ceiling", "point"]]] = [(1, "ceiling"), (2, "point")]
+    for run in (folder, other):
+        told = [
+            ForecastResult(
+                metric="output_tokens_per_s", point=f"on/short/concurrent-{n}", measured=None,
+                prediction=Prediction(value=1000, kind=kind, formula=""), outcome="open",
+            )
+            for n, kind in kinds
+        ]  # fmt: skip
+        summary = run.summary().model_copy(update={"forecasts": told})
+        write_json(run.path / "summary.json", summary)
+    found = compared(folder, other)
+    share = "measured / predicted output_tokens_per_s"
+    assert [r.where for r in found.rows if r.figure == share] == ["on/short/concurrent-2"]
+    assert [p.points for p in found.of_machines if p.figure == share] == [1]
+
+
+def test_an_effect_is_the_same_within_its_claims_margin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    wide = write_run(tmp_path, claims=(make_claim(margin=0.5),))
+    found = compared(wide, write_slowed(wide, 1.3, variant="on"))
+    assert [(r.outcome, r.why) for r in found.effects] == [("same", "within 50 %")] * 2
+
+
+@pytest.mark.parametrize(
+    ("a", "a_ratio", "b", "b_ratio", "outcome"),
+    [
+        ("helps", (2.0, 1.8, 2.2), "helps", (1.5, 1.4, 1.6), "same"),  # the verdict, not its size
+        ("no effect", (1.0, 1.0, 1.0), "inconclusive", (1.05, 0.8, 1.38), "undecided"),
+        ("helps", (1.3, 1.2, 1.4), "inconclusive", (1.2, 0.9, 1.5), "undecided"),
+        ("helps", (1.3, 1.2, 1.4), "inconclusive", (1.05, 0.95, 1.15), "differs"),
+        ("helps", (1.3, 1.2, 1.4), "hurts", (0.7, 0.6, 0.8), "differs"),
+        ("helps", (1.06, 1.01, 1.11), "no effect", (1.0, 0.97, 1.03), "undecided"),
+        ("helps", (1.3, 1.2, 1.4), "no effect", (1.0, 0.97, 1.03), "differs"),
+        ("helps", (1.3, 1.2, 1.4), "inconclusive", (1.05, None, None), "undecided"),
+        ("helps", (1.3, 1.2, 1.4), "not valid", None, "undecided"),
+        ("inconclusive", (1.0, 0.8, 1.2), "no effect", (1.0, 1.0, 1.0), "not comparable"),
+        ("not valid", None, "not valid", None, "not comparable"),
+    ],
+)
+def test_what_became_of_a_verdict(
+    a: str, a_ratio: Bounds, b: str, b_ratio: Bounds, outcome: str
+) -> None:
+    ratios = [r and Interval(value=r[0], low=r[1], high=r[2], n=3) for r in (a_ratio, b_ratio)]
+    pair = VerdictPair(
+        claim="c", title="t", where="x / y", a=a, b=b, a_ratio=ratios[0], b_ratio=ratios[1]
+    )
+    assert pair.outcome == outcome
 
 
 def test_machines_are_compared_lab_by_lab(folder: RunFolder) -> None:

@@ -11,32 +11,32 @@ import numpy as np
 import pytest
 
 from labs.judging.judge import (
+    TWO_ONE_SIDED,
     Caveat,
     Effect,
     Interval,
     Judgement,
+    PredictionOutcome,
     VerdictKind,
     effect,
-    holds,
     judge,
     judge_forecast,
     mean_interval,
-    noise_floor,
+    prediction_outcome,
     repeats_to_decide,
+    tally,
     verdict_kind,
 )
-from labs.lab import Arm, Forecast, Prediction
+from labs.lab import MARGIN, Arm, Claim, Forecast, Prediction
 from tests.unit.builders import PREDICTION, make_claim
 
 Requests = np.ndarray[Any, np.dtype[np.float64]]  # repeats x requests
-T2, T4 = 4.302653, 2.776445  # two-sided 95 % Student quantiles, 2 and 4 degrees of freedom
+T2, T2_90 = 4.302653, 2.919986  # two-sided Student quantiles, 95 and 90 %, 2 degrees of freedom
 INF = float("inf")
 
 
-def make_effect(
-    value: float, low: float | None, high: float | None, floor: float = 0.0, n: int = 3
-) -> Effect:
-    return Effect(ratio=Interval(value=value, low=low, high=high, n=n), floor=floor, spread=0.1)
+def make_ratio(value: float, low: float | None, high: float | None) -> Interval:
+    return Interval(value=value, low=low, high=high, n=3)
 
 
 # ------------------------------------------------------------------------------------ statistics
@@ -48,6 +48,7 @@ def test_mean_interval_is_students() -> None:
     assert (interval.low, interval.high) == pytest.approx(
         (2 - T2 / math.sqrt(3), 2 + T2 / math.sqrt(3))
     )
+    assert mean_interval([1.0, 2.0, 3.0], 0.9).high == pytest.approx(2 + T2_90 / math.sqrt(3))
 
 
 def test_effect_is_the_ratio_of_the_geometric_means() -> None:
@@ -59,6 +60,8 @@ def test_effect_is_the_ratio_of_the_geometric_means() -> None:
     assert measured.ratio.value == pytest.approx(math.exp(fmean(logs)))
     assert measured.ratio.low == pytest.approx(math.exp(fmean(logs) - half))
     assert measured.ratio.high == pytest.approx(math.exp(fmean(logs) + half))
+    narrower = measured.interval(0.9)
+    assert narrower.low == pytest.approx(math.exp(fmean(logs) - half * T2_90 / T2))
     assert (measured.ratio.n, measured.spread) == pytest.approx((3, stdev(logs)))
 
 
@@ -82,29 +85,23 @@ def test_one_repeat_gives_a_ratio_without_interval() -> None:
     assert measured
     ratio = measured.ratio
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((1.5, None, None))
-    assert (measured.floor, measured.spread) == (None, None)
-
-
-def test_noise_floor_is_the_half_width_between_two_copies_of_one_thing() -> None:
-    one = {1: 1.0, 2: math.exp(0.1), 3: math.exp(-0.1)}  # s = 0.1
-    other = {1: 9.0, 2: 9 * math.exp(0.2), 3: 9 * math.exp(-0.2)}  # s = 0.2
-    pooled = math.sqrt((0.1**2 + 0.2**2) / 2)
-    assert noise_floor(one, other) == pytest.approx(math.expm1(T4 * pooled * math.sqrt(2 / 3)))
-    assert noise_floor({1: 1.0}, {1: 2.0}) is None
+    assert measured.spread is None
 
 
 @pytest.mark.parametrize(
     ("ratio", "spread", "repeats"),
     [
         (math.exp(0.1), 0.1, 7),  # t(6) / sqrt(7) = 0.92 is the first below 1
-        (1.0, 0.01, 3),  # 2.48 x 0.01 lies within log 1.03
+        (1.0, 0.019, 3),  # 2.48 x 0.019 lies within log 1.05
         (1.0, 0.5, None),  # never within a hundred
+        (1.04, 0.001, 3),  # small, but shown to be: within the margin
+        (1.0499, 0.01, None),  # as large as the margin: neither within nor beyond it
         (1.5, None, 3),
     ],
 )
 def test_repeats_that_would_decide(ratio: float, spread: float | None, repeats: int | None) -> None:
     interval = Interval(value=ratio, low=None, high=None, n=2)
-    assert repeats_to_decide(Effect(ratio=interval, floor=None, spread=spread)) == repeats
+    assert repeats_to_decide(Effect(ratio=interval, spread=spread), MARGIN) == repeats
 
 
 def simulated(
@@ -133,7 +130,7 @@ def test_interval_covers_the_true_ratio_in_95_of_100(n: int) -> None:
 @pytest.mark.parametrize("drift", [0.0, 0.2])
 def test_two_copies_of_one_thing_seldom_differ(n: int, drift: float) -> None:
     effects = simulated(n, 2000, ratio=1.0, seed=n, drift=drift)
-    alarms = [verdict_kind(e, "output_tokens_per_s") in ("helps", "hurts") for e in effects]
+    alarms = [verdict_kind(e.ratio, "output_tokens_per_s") in ("helps", "hurts") for e in effects]
     assert fmean(alarms) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / len(effects))
 
 
@@ -173,7 +170,7 @@ def test_over_so_few_repeats_a_hierarchical_bootstrap_would_cover_too_seldom() -
 
 def test_large_effect_is_found() -> None:
     effects = simulated(3, 300, ratio=2.0, seed=0)
-    assert fmean(verdict_kind(e, "output_tokens_per_s") == "helps" for e in effects) > 0.95
+    assert fmean(verdict_kind(e.ratio, "output_tokens_per_s") == "helps" for e in effects) > 0.95
 
 
 # -------------------------------------------------------------------------------------- verdicts
@@ -182,45 +179,75 @@ def test_large_effect_is_found() -> None:
 @pytest.mark.parametrize(
     ("measured", "outcome"),
     [
-        (make_effect(1.2, 1.1, 1.3), "helps"),
-        (make_effect(0.8, 0.7, 0.9), "hurts"),
-        (make_effect(1.0, 0.98, 1.02), "no effect"),
-        (make_effect(1.02, 1.01, 1.029), "helps"),  # small, but there
-        (make_effect(1.0, 0.98, 1.031), "inconclusive"),
-        (make_effect(1.0, 0.97, 1.02), "inconclusive"),  # 1 / 0.97 is more than 3 %
-        (make_effect(1.1, 0.9, 1.3, 0.02), "inconclusive"),
-        (make_effect(1.02, 0.99, 1.045, 0.10), "no effect"),  # within the floor, up to 5 % of it
-        (make_effect(1.05, 1.01, 1.09, 0.10), "inconclusive"),  # noise hides more than it shows
-        (make_effect(1.5, None, None, n=1), "inconclusive"),
+        (make_ratio(1.2, 1.1, 1.3), "helps"),
+        (make_ratio(0.8, 0.7, 0.9), "hurts"),
+        (make_ratio(1.0, 0.98, 1.02), "no effect"),
+        (make_ratio(1.02, 1.01, 1.049), "no effect"),  # not nothing, but less than the margin
+        (make_ratio(1.06, 1.01, 1.11), "helps"),
+        (make_ratio(1.04, 1.01, 1.07), "inconclusive"),  # neither within the margin nor beyond it
+        (make_ratio(1.0, 0.98, 1.051), "inconclusive"),
+        (make_ratio(1.0, 0.951, 1.02), "inconclusive"),  # 1 / 0.951 is more than 5 %
+        (make_ratio(1.1, 0.9, 1.3), "inconclusive"),
+        (make_ratio(1.5, None, None), "inconclusive"),
     ],
 )
-def test_outcome(measured: Effect, outcome: VerdictKind) -> None:
+def test_verdict(measured: Interval, outcome: VerdictKind) -> None:
     assert verdict_kind(measured, "output_tokens_per_s") == outcome
     swapped: dict[str, VerdictKind] = {"helps": "hurts", "hurts": "helps"}
     assert verdict_kind(measured, "ttft_p50_s") == swapped.get(outcome, outcome)  # lower is better
 
 
+def test_a_verdict_goes_by_the_margin_of_its_claim() -> None:
+    measured = make_ratio(1.06, 1.01, 1.11)
+    assert verdict_kind(measured, "output_tokens_per_s", margin=0.12) == "no effect"
+    assert verdict_kind(measured, "output_tokens_per_s", margin=0.08) == "inconclusive"
+
+
+def test_the_default_margin_is_in_no_file_and_in_no_digest() -> None:
+    assert "margin" not in make_claim().model_dump()
+    assert make_claim(margin=0.1).model_dump()["margin"] == 0.1
+    assert Claim.model_validate(make_claim().model_dump()).margin == MARGIN
+
+
 @pytest.mark.parametrize(
-    ("kind", "low", "high", "held"),
+    ("kind", "low", "high", "outcome"),
     [
-        ("point", 1.4, 1.6, True),  # meets 2 - 25 %
-        ("point", 1.3, 1.49, False),
-        ("point", 2.49, 3.0, True),
-        ("point", 2.51, 3.0, False),
-        ("ceiling", 0.1, 0.2, True),
-        ("ceiling", 2.49, 9.0, True),
-        ("ceiling", 2.51, 9.0, False),
-        ("floor", 8.0, 9.0, True),
-        ("floor", 0.1, 1.51, True),
-        ("floor", 0.1, 1.49, False),
-        ("point", None, None, None),
+        ("point", 1.6, 2.5, "held"),  # from 2 / 1.25 to 2 x 1.25
+        ("point", 1.59, 2.4, "open"),
+        ("point", 1.7, 2.51, "open"),
+        ("point", 0.5, 9.0, "open"),  # so wide that it says nothing
+        ("point", 1.3, 1.59, "refuted"),
+        ("point", 2.51, 3.0, "refuted"),
+        ("ceiling", 0.1, 0.2, "not broken"),  # far below: not borne out either
+        ("ceiling", 1.9, 2.1, "open"),
+        ("ceiling", 2.01, 9.0, "broken"),
+        ("floor", 8.0, 9.0, "not broken"),
+        ("floor", 1.9, 2.1, "open"),
+        ("floor", 0.1, 1.99, "broken"),
+        ("point", None, None, "open"),
+        ("floor", None, None, "open"),
     ],
 )
-def test_prediction_holds(
-    kind: Any, low: float | None, high: float | None, held: bool | None
+def test_what_became_of_a_prediction(
+    kind: Any, low: float | None, high: float | None, outcome: PredictionOutcome
 ) -> None:
-    prediction = Prediction(value=2.0, kind=kind, tolerance=0.25, formula="")
-    assert holds(prediction, Interval(value=2.0, low=low, high=high, n=2)) is held
+    prediction = Prediction(value=2.0, kind=kind, formula="")
+    measured = Interval(value=2.0, low=low, high=high, n=2)
+    assert prediction_outcome(prediction, measured) == outcome
+    assert prediction_outcome(prediction, None) == "open"
+
+
+@pytest.mark.parametrize("true_ratio", [1.6, 2.5])
+def test_a_wrong_prediction_seldom_holds(true_ratio: float) -> None:
+    """The truth lies on the edge of what bears out a prediction of 2."""
+    effects = simulated(5, 2000, ratio=true_ratio, seed=5, noise=0.03)
+    held = [prediction_outcome(PREDICTION, e.interval(TWO_ONE_SIDED)) == "held" for e in effects]
+    assert fmean(held) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / len(held))
+
+
+def test_predictions_on_file_are_read_with_the_tolerance_that_they_had() -> None:
+    on_file = {**PREDICTION.model_dump(), "tolerance": 0.3}
+    assert Prediction.model_validate(on_file) == PREDICTION
 
 
 Values = Mapping[str, Mapping[int, Mapping[str, float | None]]]
@@ -260,8 +287,30 @@ def test_claim_is_as_expected_or_not(
 
 
 def test_prediction_is_judged_apart_from_the_claim() -> None:
-    assert judged(FASTER).prediction_held is True  # 2.0 x
-    assert judged(SAME, expect="unchanged").prediction_held is False
+    assert judged(FASTER).prediction_outcome == "held"  # 2.0 x
+    same = judged(SAME, expect="unchanged")
+    assert (same.outcome, same.expected, same.why) == ("no effect", True, "within 5 %")
+    assert same.prediction_outcome == "refuted"
+
+
+def test_predictions_of_about_1_are_counted_apart() -> None:
+    about_1 = PREDICTION.model_copy(update={"value": 1 / 1.049})
+    found = [
+        judge(make_claim(expect=expect), "on", "off", values, prediction, [])
+        for expect, values, prediction in (
+            ("rises", FASTER, PREDICTION),
+            ("rises", SAME, PREDICTION),
+            ("unchanged", SAME, about_1),
+            ("unchanged", {}, about_1),
+        )
+    ]
+    assert [j.trivial for j in found] == [False, False, True, True]
+    counted = tally(found)
+    assert (counted.claims, counted.decided) == (4, 3)
+    assert counted.predictions == {"held": 1, "refuted": 1}
+    assert counted.trivial == {"held": 1, "open": 1}
+    strict = judge(make_claim(margin=0.01), "on", "off", SAME, about_1, [])
+    assert not strict.trivial
 
 
 def test_inconclusive_says_how_many_repeats_would_settle_it() -> None:
@@ -270,19 +319,20 @@ def test_inconclusive_says_how_many_repeats_would_settle_it() -> None:
 
 
 def test_inconclusive_never_asks_for_as_few_repeats_as_there_are() -> None:
-    pairs = [(1.0, 1.02), (1.03, 1.07), (0.97, 1.037)]
-    measured = effect(*({r: p[i] for r, p in enumerate(pairs)} for i in (1, 0)))
+    # a gain of 4 % whose interval excludes 1, but reaches beyond the margin
+    measured = effect({1: 1.03, 2: 1.045, 3: 1.04}, dict.fromkeys((1, 2, 3), 1.0))
     assert measured
-    assert verdict_kind(measured, "output_tokens_per_s") == "inconclusive"
-    assert (repeats_to_decide(measured) or 101) > measured.ratio.n
+    assert (measured.ratio.low or 0) > 1
+    assert verdict_kind(measured.ratio, "output_tokens_per_s") == "inconclusive"
+    assert (repeats_to_decide(measured, MARGIN) or 101) > measured.ratio.n
 
 
 def test_one_repeat_is_inconclusive_and_says_what_to_ask_for() -> None:
     judgement = judged(rates(on=[200.0], off=[100.0]))
-    assert (judgement.outcome, judgement.expected, judgement.prediction_held) == (
+    assert (judgement.outcome, judgement.expected, judgement.prediction_outcome) == (
         "inconclusive",
         None,
-        None,
+        "open",
     )
     assert "SET=repeats=3" in judgement.why
 
@@ -305,7 +355,7 @@ def test_a_percentile_of_too_few_samples_is_refused_with_how_many_it_takes() -> 
 def test_blocking_caveat_allows_no_verdict(point: str | None) -> None:
     found = judged(FASTER, Caveat(name="errors", text="", blocks=True, point=point))
     assert (found.outcome, found.why) == ("not valid", "errors")
-    assert (found.expected, found.prediction_held) == (None, None)
+    assert (found.expected, found.prediction_outcome) == (None, "open")
 
 
 def test_caveat_elsewhere_or_one_that_does_not_block_leaves_the_verdict() -> None:
@@ -319,5 +369,8 @@ def test_forecast_is_compared_with_the_mean_over_repeats() -> None:
     values = {r: {"x": x} for r, x in enumerate((2.0, 2.2, None))}
     found = judge_forecast(forecast, "on", values, PREDICTION)
     assert found.measured
-    assert (found.measured.value, found.measured.n, found.held) == pytest.approx((2.1, 2, True))
-    assert judge_forecast(forecast, "on", {}, PREDICTION).held is None
+    assert (found.measured.value, found.measured.n) == pytest.approx((2.1, 2))
+    assert found.outcome == "open"  # 1.5 to 2.7
+    assert judge_forecast(forecast, "on", {}, PREDICTION).outcome == "open"
+    steady = {r: {"x": x} for r, x in enumerate((2.0, 2.01, 2.02))}
+    assert judge_forecast(forecast, "on", steady, PREDICTION).outcome == "held"

@@ -102,7 +102,10 @@ def test_a_stale_page_is_named_until_it_is_written(
     assert leaderboards.write() == every
     assert leaderboards.stale() == {}
     assert "| 1 | [`make lab-tiny`](labs/tiny.py) |" in readme.read_text()
-    told = "- **Turning it on**: 2.97 times the throughput (95 % interval 2.84 to 3.10; predicted"
+    told = (
+        "- **Turning it on**: 2.97 times the throughput (95 % interval 2.84 to 3.10; predicted 2:"
+        " refuted)"
+    )
     assert told in readme.read_text()
     machine_page.write_text("by hand")
     assert list(leaderboards.stale()) == [machine_page]
@@ -178,6 +181,7 @@ def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
     machine = folder.run().machine
     assert [plain_text(cell) for cell in row] == [
         "tiny", "On is faster", machine.describe(), "2.97x", "2.84 to 3.10", "–", "helps",
+        "refuted",
         "the same", "–",
     ]  # fmt: skip
     report = f"{machine.slug}/tiny/{folder.path.name}/report.md"

@@ -13,14 +13,17 @@ from labs.comparing import leaderboards
 from labs.filing import results
 from labs.filing.newest import newest_runs
 from labs.filing.results import Predictions, RunFolder, Session, TrialResult, write_json
-from labs.judging.judge import Caveat, Effect, Interval, Judgement, holds
+from labs.judging.judge import Caveat, Effect, Interval, Judgement, PredictionOutcome
 from labs.judging.text import (
-    held_text,
+    claim_outcome,
+    decided_text,
     interval,
     number,
     one_load,
+    outcome_text,
     point_label,
     prediction_text,
+    predictions_text,
     ratio_interval,
     ratio_text,
     verdict_text,
@@ -85,7 +88,7 @@ def test_interval_has_both_bounds_or_is_a_dash() -> None:
     ("kind", "text"), [("point", "2"), ("ceiling", "at most 2"), ("floor", "at least 2")]
 )
 def test_prediction_says_what_kind_it_is(kind: Any, text: str) -> None:
-    assert prediction_text(Prediction(value=2, kind=kind, tolerance=0, formula="")) == text
+    assert prediction_text(Prediction(value=2, kind=kind, formula="")) == text
 
 
 def test_point_is_named_by_what_varies() -> None:
@@ -108,13 +111,14 @@ def judgement(outcome: Any, expected: bool | None, effect: Effect | None = None)
     return Judgement(
         claim="faster", title="On is faster", metric="output_tokens_per_s", treatment="on",
         baseline="off", outcome=outcome, expected=expected, effect=effect, prediction=PREDICTION,
-        prediction_held=None, why="errors",
+        prediction_outcome="open", margin=0.05, why="errors",
     )  # fmt: skip
 
 
 def test_verdict_in_words() -> None:
     assert verdict_text(judgement("helps", True)) == "helps (as claimed)"
-    assert verdict_text(judgement("no effect", False)) == "no effect (against the claim)"
+    none = judgement("no effect", False).model_copy(update={"why": "within 5 %"})
+    assert verdict_text(none) == "no effect: within 5 % (against the claim)"
     assert verdict_text(judgement("not valid", None)) == "not valid: errors"
     assert verdict_text(judgement("inconclusive", None)) == "inconclusive: errors"
 
@@ -123,7 +127,7 @@ def test_ratio_without_effect_or_interval_is_a_dash() -> None:
     none = judgement("inconclusive", None)
     assert (ratio_text(none), ratio_interval(none)) == ("–", "–")
     ratio = Interval(value=1.5, low=None, high=None, n=1)
-    single = judgement("inconclusive", None, Effect(ratio=ratio, floor=None, spread=None))
+    single = judgement("inconclusive", None, Effect(ratio=ratio, spread=None))
     assert (ratio_text(single), ratio_interval(single)) == ("1.50x", "–")
 
 
@@ -151,8 +155,14 @@ def test_report_shows_the_verdict_beside_the_prediction(folder: RunFolder) -> No
     text = report.write(folder).read_text()
     (row,) = (line for line in text.splitlines() if "on, 2 users / off, 2 users" in line)
     assert [cell.strip() for cell in row.split("|")][2:-1] == [
-        "2.97x", "2.84 to 3.10", "2.00x ± 25%", "no", "helps (as claimed)",
+        "2.97x", "2.84 to 3.10", "2.00x", "refuted", "helps (as claimed)",
     ]  # fmt: skip
+    assert "Claims decided: 2 of 2. Predictions: 2 refuted." in text
+
+
+def test_a_margin_of_a_claims_own_stands_beside_it(tmp_path: Path) -> None:
+    text = report.write(write_run(tmp_path, claims=(make_claim(margin=0.1),))).read_text()
+    assert "on, 2 users / off, 2 users; equal within 10 %)" in text
 
 
 def test_report_begins_with_the_questions_and_what_the_run_says_to_them(folder: RunFolder) -> None:
@@ -181,9 +191,7 @@ def test_report_begins_with_the_questions_and_what_the_run_says_to_them(folder: 
 
 def test_each_formula_is_told_once_with_what_one_claim_alone_assumes() -> None:
     def predicts(*assumptions: str) -> dict[str, Prediction]:
-        made = Prediction(
-            value=1, tolerance=0, formula="2 x", source="Euclid", assumptions=assumptions
-        )
+        made = Prediction(value=1, formula="2 x", source="Euclid", assumptions=assumptions)
         return {"a|b": made}
 
     lab = make_lab(claims=(make_claim(), make_claim(name="more", title="On is more")))
@@ -200,22 +208,33 @@ def test_a_report_without_forecasts_has_its_formulas_all_the_same(folder: RunFol
 
 
 @pytest.mark.parametrize(
-    ("value", "low", "high", "kind", "said"),
+    ("kind", "outcome", "said"),
     [
-        (2.1, 1.9, 2.3, "point", "yes"),
-        (3.5, 2.4, 5.0, "point", "not refuted"),  # 2 + 25 % is within reach of the interval alone
-        (3.5, 3.0, 4.0, "point", "no"),
-        (2.4, 2.0, 3.0, "ceiling", "yes"),
-        (2.7, 2.4, 3.0, "ceiling", "not refuted"),
-        (3.5, None, None, "point", "–"),
+        ("point", "held", "held"),
+        ("point", "open", "open"),
+        ("ceiling", "not broken", "not broken (35% of it)"),
+        ("floor", "broken", "broken (35% of it)"),
     ],
 )
-def test_a_wide_interval_bears_no_prediction_out(
-    value: float, low: float | None, high: float | None, kind: Any, said: str
-) -> None:
-    prediction = Prediction(value=2, kind=kind, tolerance=0.25, formula="")
-    measured = Interval(value=value, low=low, high=high, n=3)
-    assert held_text(measured, prediction, holds(prediction, measured)) == said
+def test_of_a_bound_the_distance_is_told(kind: Any, outcome: PredictionOutcome, said: str) -> None:
+    prediction = Prediction(value=2, kind=kind, formula="")
+    measured = Interval(value=0.7, low=0.6, high=0.8, n=3)
+    assert outcome_text(outcome, prediction, measured) == said
+    assert outcome_text("open", prediction, None) == "open"
+
+
+def test_what_is_trivial_is_told_and_counted_apart() -> None:
+    about_1 = PREDICTION.model_copy(update={"value": 1.03})
+    open_, trivial = judgement("helps", True), judgement("no effect", True)
+    held = open_.model_copy(update={"prediction_outcome": "held"})
+    trivial = trivial.model_copy(update={"prediction": about_1, "prediction_outcome": "held"})
+    undecided = trivial.model_copy(update={"expected": None, "prediction_outcome": "open"})
+    assert claim_outcome(trivial) == "held, trivial"
+    found = [held, open_, open_, trivial, undecided]
+    assert decided_text(found) == "4 of 5"
+    assert predictions_text(found) == "1 held, 2 open; trivial: 1 held, 1 open"
+    assert predictions_text([trivial]) == "trivial: 1 held"
+    assert (decided_text([]), predictions_text([])) == ("–", "–")
 
 
 def test_a_claim_without_points_is_named_and_not_lost(folder: RunFolder) -> None:

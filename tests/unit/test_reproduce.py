@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from labs import LABS
 from labs.commands.cli import app
 from labs.comparing import leaderboards, reproduction
-from labs.comparing.compare import VerdictPair
 from labs.filing import manifest, results
 from labs.filing.results import Run, RunFolder, write_json
 from labs.judging.judge import Interval
@@ -97,12 +96,12 @@ def test_how_to_have_its_vllm_is_said_where_it_was_another(folder: RunFolder) ->
 def test_a_copy_is_reproduced_and_says_so_on_disk(folder: RunFolder) -> None:
     again = write_slowed(folder, 1)
     found = reproduction.compare_with_original(folder, again)
-    assert found.verdicts_agree
+    assert (found.outcome, found.exit_code) == ("reproduced", 0)
     assert {a.answer for a in found.answers} == {"reproduced"}
     assert found.likeliest_cause == ""
     on_disk = json.loads((again.path / "reproduction.json").read_text())
-    assert on_disk["verdicts_agree"] is True
-    assert "the verdicts agree" in (again.path / "reproduction.md").read_text()
+    assert on_disk["outcome"] == "reproduced"
+    assert "The run as a whole: reproduced" in (again.path / "reproduction.md").read_text()
     assert results.problems(again) == []
 
 
@@ -114,9 +113,9 @@ def test_a_slower_copy_differs_and_its_likeliest_cause_is_named(folder: RunFolde
     first = folder.run().environment.model_copy(update={"packages": {"vllm": "1", "zipp": "8"}})
     write_json(folder.path / "run.json", folder.run().model_copy(update={"environment": first}))
     found = reproduction.compare_with_original(folder, again)
-    assert not found.verdicts_agree
+    assert (found.outcome, found.exit_code) == ("not reproduced", 1)
     said = reproduction.sentences(found)
-    assert "Verdicts: 0 of 2 agree." in said
+    assert "The run as a whole: not reproduced. Verdicts: 2 not reproduced." in said
     assert any("environment.packages.vllm: 1 there, 2 here (and 2 more)" in s for s in said)
     assert {d.what for d in found.differences} == {
         "environment.packages.vllm", "environment.kernel", "environment.packages.zipp",
@@ -124,7 +123,7 @@ def test_a_slower_copy_differs_and_its_likeliest_cause_is_named(folder: RunFolde
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "holds"), [(0.98, 1.16, True), (0.9, 1.03, False), (None, None, False)]
+    ("low", "high", "holds"), [(0.98, 1.16, True), (0.9, 1.07, False), (None, None, False)]
 )
 def test_what_is_left_open_is_no_difference_and_has_no_cause(
     folder: RunFolder, low: float | None, high: float | None, holds: bool
@@ -139,20 +138,19 @@ def test_what_is_left_open_is_no_difference_and_has_no_cause(
     opened = found.model_copy(update={"verdicts": [left_open, *others]})
     (said,) = (line for line in reproduction.sentences(opened) if agreed.title in line)
     assert "hurts, 1.08x (1.05 to 1.11) there; inconclusive" in said
-    assert said.endswith("an interval that holds the value there") == holds
+    assert said.endswith("an interval that holds the value there.") == holds
+    assert (opened.outcome, opened.exit_code) == ("undecided", 2)
     assert reproduction.likeliest_cause([left_open], [], found.differences) == ""
 
 
-def test_a_verdict_agrees_only_with_its_like() -> None:
-    def pair(a: str, b: str) -> bool:
-        made = {"claim": "c", "title": "t", "where": "w", "a": a, "b": b}
-        return VerdictPair.model_validate(made).agrees
-
-    assert pair("helps", "helps")
-    assert pair("inconclusive", "no effect")
-    assert not pair("helps", "inconclusive")
-    assert not pair("inconclusive", "not valid")
-    assert not pair("no effect", "hurts")
+def test_what_the_original_left_open_decides_nothing(folder: RunFolder) -> None:
+    found = reproduction.compare_with_original(folder, write_slowed(folder, 1))
+    one, other = found.verdicts
+    left_open = one.model_copy(update={"a": "inconclusive", "b": "helps"})
+    half = found.model_copy(update={"verdicts": [left_open, other]})
+    assert (half.outcome, half.verdict_counts) == ("reproduced", "1 reproduced")
+    nothing = found.model_copy(update={"verdicts": [left_open, left_open]})
+    assert (nothing.outcome, nothing.verdict_counts) == ("undecided", "nothing to reproduce")
 
 
 # ----------------------------------------------------------------------------------------- filing
@@ -172,14 +170,14 @@ def test_an_answer_is_filed_with_the_original_and_needs_no_records(folder: RunFo
     shutil.rmtree(folder.path.with_name(path.stem))  # the repetition is not published
     assert path.parent.parent == folder.path
     (found,) = reproduction.filed_with(folder)
-    assert (found.agreement, found.day) == ("2 of 2 agree", "2026-01-01")
+    assert (found.outcome, found.day) == ("reproduced", "2026-01-01")
     assert results.problems(folder) + reproduction.problems(folder) == []
     page = (path.parent / leaderboards.PAGE).read_text()
-    assert "## 2026-01-01: 2 of 2 agree" in page
+    assert "## 2026-01-01: reproduced" in page
     same = "helps, 2.97x (2.84 to 3.10)"
-    assert f"on concurrent-1 / off concurrent-1 | {same} | {same} | agree |" in page
+    assert f"on concurrent-1 / off concurrent-1 | {same} | {same} | same |" in page
     assert (
-        "2 of 2 agree (2026-01-01)"
+        "2 reproduced (2026-01-01)"
         in leaderboards.write_machine(folder.path.parents[1]).read_text()
     )
 
@@ -227,6 +225,34 @@ def test_a_remark_by_hand_is_shown_and_outlives_another_answer(
     assert code == 0
     assert reproduction.filed_with(folder)[0].remark == "The other guest was busy."
     assert "**Remark.** The other guest was busy." in (path.parent / leaderboards.PAGE).read_text()
+
+
+def test_what_is_filed_is_judged_again_by_the_original_and_todays_rules(folder: RunFolder) -> None:
+    path = filed(folder)
+    before = json.loads(path.read_text())
+    assert reproduction.judge_again(folder) == []
+    old = {k: v for k, v in before.items() if k != "outcome"} | {"verdicts_agree": False}
+    old["verdicts"] = [v | {"a": "hurts", "b": "inconclusive"} for v in before["verdicts"]]
+    old["answers"] = [
+        {"answer": "differs", "row": a["row"] | {"outcome": "differs"}} for a in before["answers"]
+    ]
+    path.write_text(json.dumps(old))
+    assert reproduction.problems(folder)
+    shutil.rmtree(folder.path.with_name(path.stem))  # the repetition is not published
+    assert CliRunner().invoke(app, ["report", str(folder.path)]).exit_code == 0
+    assert json.loads(path.read_text()) == before
+    assert reproduction.problems(folder) == []
+
+
+def test_a_verdict_that_the_repetition_withheld_stays_withheld(folder: RunFolder) -> None:
+    path = filed(folder)
+    plain = json.loads(path.read_text())
+    plain["verdicts"][0]["b"] = "not valid"
+    path.write_text(json.dumps(plain))
+    reproduction.judge_again(folder)
+    (found,) = reproduction.filed_with(folder)
+    assert [v.b for v in found.verdicts] == ["not valid", "helps"]
+    assert found.outcome == "undecided"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@
     draw(id, ratioTraces(rows), {
       height: height + 84,
       margin: { l: 12, r: 14, t: 34, b: 46 },
-      shapes: [...rows.map((row) => whereItHolds(row, low, high)), lineAtOne()],
+      shapes: [...rows.map((row) => bearsItOut(row, low, high)), lineAtOne()],
       annotations: [...rows.map(label), ...rows.filter(({ item }) => item.value === null).map(noRatio)],
       xaxis: axis({ type: "log", range: [Math.log10(low), Math.log10(high)], tickvals: ticks,
                     ticktext: ticks.map((t) => `${t}x`), title: { text: title } }),
@@ -41,11 +41,9 @@
     });
   }
 
-  const bound = (item, sign) => item.predicted * (1 + sign * item.tolerance);
-
   /** The ends of the axis: one very wide interval leaves it, not to press all others together. */
   function reach(items) {
-    const firm = items.flatMap((item) => [item.value, item.predicted, bound(item, 1), bound(item, -1), 1])
+    const firm = items.flatMap((item) => [item.value, item.predicted, item.least, item.largest, 1])
       .filter((ratio) => ratio > 0);
     const whiskers = items.flatMap(({ low, high }) => [low, high]).filter((ratio) =>
       ratio > Math.min(...firm) / 4 && ratio < Math.max(...firm) * 4);
@@ -79,11 +77,10 @@
       wrapped(item.verdict, 60).map(plain).join("<br>");
   }
 
-  function whereItHolds({ item, middle }, low, high) {
+  function bearsItOut({ item, middle }, low, high) {
     return {
       type: "rect", layer: "below", line: { width: 0 }, fillcolor: data.predicted, opacity: 0.25,
-      x0: item.kind === "ceiling" ? low : Math.max(bound(item, -1), low),
-      x1: item.kind === "floor" ? high : bound(item, 1),
+      x0: Math.max(item.least ?? low, low), x1: item.largest ?? high,
       y0: middle - MARK / 2 + 4, y1: middle + MARK / 2 - 4,
     };
   }
