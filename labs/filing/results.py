@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -651,8 +652,7 @@ def contradictions(folder: RunFolder) -> list[str]:
                         messages.append(f"trial {trial} is missing")
                     elif result.failed:
                         messages.append(f"trial {trial} failed, and yet it is COMPLETE")
-        for _ in folder.trials(points, lab):
-            pass
+        deque(folder.trials(points, lab), maxlen=0)  # each is read, none is kept
     except UNREADABLE as error:
         messages.append(f"it cannot be read: {_first_line(error)}")
     return messages

@@ -250,8 +250,9 @@ def rewritten(folder: RunFolder, **lab: Any) -> None:
 
 def record(folder: RunFolder, **fields: Any) -> None:
     path = folder.path / TRIAL / "requests.jsonl.gz"
-    line = json.loads(gzip.decompress(path.read_bytes()))
-    path.write_bytes(gzip.compress(json.dumps(line | fields).encode() + b"\n"))
+    first, *others = gzip.decompress(path.read_bytes()).splitlines()
+    changed = json.dumps(json.loads(first) | fields).encode()
+    path.write_bytes(gzip.compress(b"\n".join([changed, *others]) + b"\n"))
 
 
 def edit(folder: RunFolder, name: str, **fields: Any) -> None:

@@ -64,7 +64,7 @@ class Answering(Vllm):
     """A server that is already there, whatever it answers to."""
 
     def __init__(self, url: str) -> None:
-        self.name, self.model, self.url = "w8a8", "tiny", url
+        self.name, self.model, self.url, self.flags = "w8a8", "tiny", url, {}
 
 
 @pytest.fixture
