@@ -76,7 +76,7 @@ def _plainly_refused(command: Command, *words: str) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--set", "flags.enable-prefix-cachin=true", ("did you mean --enable-prefix-caching?",)),
+        ("--set", "flags.enable-prefix-cachin=true", ("did you mean enable-prefix-caching?",)),
         ("--set", "window=3", ("no field 'window'", "did you mean window_s?", "Known here:")),
         ("--set", "window_s=-1", ("window_s", "greater than 0", "-1")),
         ("--set", 'workloads.fixed.loads=["wave:8"]', ("'wave:8' is no arrival", "waves:<size>")),

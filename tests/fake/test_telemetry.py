@@ -54,4 +54,4 @@ def test_a_run_beside_a_gpu(reader: Reader) -> None:
         assert energy_j * rate == pytest.approx(WATTS, rel=0.02)
     report = (folder.path / "report.md").read_text()
     assert "J/token" in report
-    assert "**throttled** (caveat" in report
+    assert "**throttled** (no verdict" in report

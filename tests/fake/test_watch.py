@@ -144,7 +144,7 @@ def test_a_damaged_run_is_named_and_left_out(
     path.write_bytes(path.read_bytes()[:-20])
     command = watched.reader.types("import", RESULTS=str(results))
     assert command.wait() == 1
-    assert re.search(rf"{cut.folder.path.name}: left out: .*damaged after line", command.said)
+    assert re.search(rf"{cut.folder.path.name}: left out: .*end-of-stream", command.said)
     assert "runs that could not be read: 1; repair or remove their folders" in command.said
 
 

@@ -1,7 +1,7 @@
 from tests.sizes import Sizes, answers_of
 
 SIZES = Sizes(
-    fake='warmup_s=0.3 window_s=1.2 workloads.contended.loads=["contended:4/0.5"] '
+    fake='warmup_s=0.3 window_s=3 requests=256 workloads.contended.loads=["contended:4/0.5"] '
     + answers_of(12, "contended"),
     cpu='window_s=2.5 workloads.contended.loads=["contended:4/1"]',
 )
