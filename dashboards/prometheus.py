@@ -271,11 +271,11 @@ class Prometheus:
         """Wait until the query's value equals `expected`; return the last value in any case.
 
         A counter is complete in Prometheus only one scrape after its last change. While there is
-        no value at all, on a machine too busy for a scrape, it waits four times as long.
+        no value at all, on a machine too busy for a scrape, it waits twelve times as long.
         """
         began = time.monotonic()
         while (value := self.value(expression)) != expected:
-            patience_s = 4 * timeout_s if value is None else timeout_s
+            patience_s = 12 * timeout_s if value is None else timeout_s
             if time.monotonic() - began >= patience_s:
                 break
             if self.missing:
