@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 
-BRIEF = "warmup_s=0.5 window_s=1.5"
+BRIEF = "warmup_s=0.5 window_s=2"
 
 
 def test_vllm_accepts_every_scale_of_every_lab() -> None:
