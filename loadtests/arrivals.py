@@ -14,6 +14,7 @@ Every arrival has a text form such as `concurrent:8`, in which it is also given 
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from itertools import count, takewhile
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,7 @@ MAX_USERS = 1024  # Locust users of one process; an open loop with more outstand
 REPLAY_USERS = 256
 
 
-class _Arrival(BaseModel, frozen=True, extra="forbid"):
+class _Arrival(BaseModel, ABC, frozen=True, extra="forbid"):
     def __str__(self) -> str:
         fields = self.model_dump()
         levels = [_short(v) for k, v in fields.items() if k != "kind"]
@@ -42,9 +43,9 @@ class _Arrival(BaseModel, frozen=True, extra="forbid"):
         return str(self).replace(":", "-").replace("/", "-")
 
     @property
+    @abstractmethod
     def words(self) -> str:
         """What is sent, as a person would say it: `8 users`."""
-        raise NotImplementedError
 
     @property
     def open_loop(self) -> bool:

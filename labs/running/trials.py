@@ -13,6 +13,7 @@ import requests
 
 from labs.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
 from labs.judging.measure import Trial, output_tokens_per_s
+from labs.judging.text import point_label
 from labs.judging.validity import disturbances_of
 from labs.lab import LabError, Point, Variant
 from labs.running.counts import Counts, counter_increase
@@ -144,10 +145,8 @@ class Trials:
         A disturbed trial is measured again, at most twice. Only the checks decide that, never a
         figure, and the last attempt counts, whatever they say of it.
         """
-        of = max(repeat, self._setup.lab.repeats)
-        name = f"{point.workload.name} {point.load}, repeat {repeat} of {of}"
-        if len(self._setup.lab.variants) > 1:
-            name = f"{point.variant.name} {name}"
+        lab = self._setup.lab
+        name = f"{point_label(point.key, lab)}, repeat {repeat} of {max(repeat, lab.repeats)}"
         discarded: tuple[Discarded, ...] = ()
         while True:
             played = self._attempt(point, repeat, name)
