@@ -98,9 +98,9 @@ def larger_batch(run: JudgedRun) -> str | None:
         return None
     users = [p.load.users for p in concurrency_sweep(run.points)]
     return (
-        f"A step serves all requests and reads the weights once for them: {1000 * line[0]:.3g} ms"
-        f" are there anyway, each request in decode adds {1000 * line[1]:.3g} ms. From"
-        f" {users[0]} to {users[-1]} in flight throughput is {rate}, and TPOT {tpot}."
+        "A step serves all requests and reads the weights once for them: it takes"
+        f" {1000 * line[0]:.3g} ms, and {1000 * line[1]:.3g} ms more for each request in decode."
+        f" From {users[0]} to {users[-1]} in flight throughput is {rate}, and TPOT {tpot}."
     )
 
 

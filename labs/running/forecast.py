@@ -72,13 +72,14 @@ def forecast(
     points = [p for p in setup.points if p.variant.name not in without]
     if not points:
         return PointForecasts(points={}, without=without)
+    if setup.datasheet:
+        steps = _steps_by_datasheet(setup, points, setup.datasheet)
+    else:
+        # alone on the machine: beside another process that works, steps take a third longer
+        progress.waiting("timing the stand-in step, for the forecast")
+        steps = _steps_as_timed(setup, points)
+    progress.waiting("playing every load on vLLM's scheduler in virtual time")
     with _forecaster() as (send, receive):
-        if setup.datasheet:
-            steps = _steps_by_datasheet(setup, points, setup.datasheet)
-        else:
-            progress.waiting("timing the stand-in step, for the forecast")
-            steps = _steps_as_timed(setup, points)
-        progress.waiting("playing every load on vLLM's scheduler in virtual time")
         send(_plan(setup, points, requests, steps))
         plays = list(receive())
     plays_as_timed = len(points) * setup.lab.repeats
@@ -289,7 +290,7 @@ Receive = Callable[[], Iterator[ForecastPlay]]
 def _forecaster() -> Iterator[tuple[Send, Receive]]:
     """Start the process of the virtual engines, and yield how to send it a plan and read the plays.
 
-    It imports vLLM at once, so that the step can be timed meanwhile, and then waits for the plan.
+    It imports vLLM, says that it is ready, and waits for the plan.
     """
     with _guarded("forecaster", FORECASTER_ARGV) as forecaster:
 

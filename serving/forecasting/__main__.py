@@ -1,7 +1,6 @@
 """Play traffic on virtual engines: a `ForecastPlan` as JSON on standard input, plays as JSON lines.
 
-Runs in the engine's environment. The first line of output says that vLLM is imported, so that the
-caller can time the stand-in step meanwhile and send the plan when both are ready.
+Runs in the engine's environment. The first line of output says that vLLM is imported.
 """
 
 from __future__ import annotations
