@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from loadtests.plan import WINDOWS_AT_MOST, TrialPlan, TrialSummary, most_output_tokens
+from loadtests.plan import TrialPlan, TrialSummary, most_output_tokens
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 START_TIMEOUT_S = 60.0
@@ -129,7 +129,6 @@ class Generator:
             self._child.stdin.flush()
         except OSError as error:  # nobody reads it any more
             raise GeneratorError(self._last_lines("a closed pipe")) from error
-        windows_s = WINDOWS_AT_MOST * (plan.window_s or 0)
         answer_s = plan.longest_s(most_output_tokens(plan.requests))
-        longest_s = plan.warmup_s + windows_s + answer_s + GRACE_S
+        longest_s = plan.latest_s + answer_s + GRACE_S
         return TrialSummary.model_validate(self._expect("done", longest_s, waiting)["summary"])

@@ -53,7 +53,7 @@ from loadtests import records
 from loadtests.arrivals import Concurrent, Contended, Replay, Waves
 from loadtests.exporter import Exporter
 from loadtests.plan import (
-    WINDOWS_AT_MOST,
+    LEAST_COUNTED,
     PlannedRequest,
     Progress,
     TrialPlan,
@@ -137,6 +137,8 @@ class Load:
         self.users = plan.seats
         self._intruding = isinstance(plan.arrival, Contended) and plan.share[0] == 0
         self._streams = self.users - self._intruding  # the intruder has the last seat
+        self._long_prompts_left = LEAST_COUNTED if self._intruding else 0  # to send that count
+        self._long_answers_left = self._long_prompts_left
         self._intrusions = iter([r for r in requests if r.intruder])
         self.sent = self.in_flight = self.failures = 0
         self.adapters: Counter[str] = Counter()  # of the requests in flight
@@ -170,7 +172,6 @@ class Load:
         self._wave_counts = False
         self.window_start_s = plan.warmup_s
         self.window_end_s = plan.warmup_s + (plan.window_s or 0)
-        self._latest_end_s = plan.warmup_s + WINDOWS_AT_MOST * (plan.window_s or 0)
         if isinstance(plan.arrival, Waves) and self.users:
             self.window_start_s = float("inf")  # set by the first wave that counts
 
@@ -228,7 +229,8 @@ class Load:
         at = self.elapsed_s()
         deadline_s = self.plan.warmup_s + (self.plan.window_s or float("inf"))
         self.exhausted = self.sent + self.users > len(self.requests)
-        enough = at >= deadline_s and self.window_start_s < at  # at least one wave counts
+        late = at >= self.plan.latest_s and self._counted
+        enough = at >= deadline_s and (late or self._counted >= self.plan.least_counted)
         self._waves_over = enough or self.exhausted or self.aborted is not None
         self._wave_counts = at >= self.plan.warmup_s
         if self._waves_over:
@@ -273,13 +275,14 @@ class Load:
     def _closed(self, at_s: float) -> bool:
         """Whether what a closed loop sends no longer counts.
 
-        On a slow machine the window is extended until as many requests as there are users have been
-        sent in it, and then until they have succeeded.
+        On a slow machine the window is extended until as many requests as there are users, and five
+        in all, have been sent in it, and five long prompts where there is an intruder; and then
+        until they have succeeded.
         """
         if self.plan.window_s is None:
             return False
-        late = at_s >= self._latest_end_s
-        return at_s >= self.window_end_s and (late or self._counted >= self._streams)
+        few = self._counted < self.plan.least_counted or self._long_prompts_left > 0
+        return at_s >= self.window_end_s and (at_s >= self.plan.latest_s or not few)
 
     def _load_ends(self, at_s: float) -> bool:
         """Whether a closed loop sends nothing more.
@@ -292,7 +295,7 @@ class Load:
         if not self._awaited and self.tell_others:
             self.tell_others()
             self.tell_others = None
-        over = at_s >= self._latest_end_s or not (self._awaited or self.others_wait)
+        over = at_s >= self.plan.latest_s or not (self._awaited or self.others_wait)
         if over:
             self._end_load()
         return over
@@ -322,22 +325,28 @@ class Load:
         due_s = self._next_intrusion_s = self._next_intrusion_s + every_s
         if self._load_over.wait(max(0.0, due_s - self.elapsed_s())) or self.aborted:
             return None
-        counts = self.plan.warmup_s <= due_s < self.window_end_s
+        at = self.elapsed_s()
+        counts = at >= self.plan.warmup_s and not self._closed(at)
         request = next(self._intrusions, None)
         if request is None:
             self.exhausted |= counts
+            self._long_prompts_left = 0
             return None
         self.sent += 1
         self._awaited += counts
+        self._long_prompts_left -= counts
         return Turn(request, None, counts)
 
     def keep(self, record: RequestRecord, connection_failed: bool) -> None:
         """Keep a record for the next report; give up when connections fail in a row."""
         self.fresh.append(record)
         self._awaited -= record.in_window
-        if record.in_window and record.ok and not self.plan.is_intruder(record.index):
-            self._answered += 1
-            if self._closed_loop and self._answered == self._streams:
+        if record.in_window and record.ok:
+            long = self.plan.is_intruder(record.index)
+            self._long_answers_left -= long
+            self._answered += not long
+            awaited = self._long_answers_left if long else self.plan.least_counted - self._answered
+            if self._closed_loop and awaited == 0:
                 self.window_end_s = max(self.window_end_s, self.elapsed_s())
         self.failures = self.failures + 1 if connection_failed else 0
         if self.failures >= GIVE_UP_AFTER and self.aborted is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -17,7 +18,9 @@ from loadtests.workload import Request, intrudes
 T = TypeVar("T")
 LAST_UNIX_S = 1e10  # in the year 2286
 TrialTime = Annotated[float, Field(ge=0, le=LONGEST_S)]  # in seconds, on the trial's clock
-WINDOWS_AT_MOST = 4  # how long a closed loop may send after its warm-up, in windows
+LEAST_COUNTED = 5  # requests that a figure is taken over; long prompts, where they are sent
+# how long a window may be held open for them: so many windows, or so long where that is more
+WINDOWS_AT_MOST, HELD_OPEN_AT_MOST_S = 4, 120.0
 # What an answer may take beyond the time to its first byte, and beyond its first lines: many times
 # what an engine needs, so that only an answer without an end is cut off.
 TOKEN_AT_MOST_S, TOKEN_AT_MOST_BYTES = 2.0, 4096
@@ -27,8 +30,9 @@ FIRST_LINES_AT_MOST_BYTES = 65536
 class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     """One trial to play: a warm-up, a measured window, and a drain.
 
-    In the drain the users of a closed loop go on sending, uncounted, until every request that
-    counts has been answered; an open loop and waves send nothing new.
+    The window of a closed loop or of waves is held open until five requests count, and one of
+    every user. In the drain the users of a closed loop go on sending, uncounted, until every
+    request that counts has been answered; an open loop and waves send nothing new.
     """
 
     url: str
@@ -50,6 +54,18 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     def longest_s(self, output_tokens: int) -> float:
         """Return the most time that an answer of so many tokens may take, in seconds."""
         return self.timeout_s + TOKEN_AT_MOST_S * output_tokens
+
+    @property
+    def latest_s(self) -> float:
+        """When the last request that counts may be sent, in seconds on the trial's clock."""
+        return self.warmup_s + most_held_open_s(self.window_s or 0)
+
+    @property
+    def least_counted(self) -> int:
+        """The requests that this share's window is held open for: one a user, five in all."""
+        intruders = self.arrival.seats - self.arrival.users if self.share[0] == 0 else 0
+        sending = 1 if isinstance(self.arrival, Waves) else min(self.share[1], self.arrival.users)
+        return max(self.seats - intruders, math.ceil(LEAST_COUNTED / sending))
 
     @property
     def seats(self) -> int:
@@ -90,6 +106,14 @@ class TrialSummary(BaseModel, frozen=True, extra="forbid"):
     cpu_s: FiniteFloat  # CPU time of the load processes
     aborted: str | None = None
     lost_share: FiniteFloat = 0.0  # share of the users whose load process died
+
+
+def most_held_open_s(window_s: float) -> float:
+    """Return how long after the warm-up a request may be sent that counts, in seconds.
+
+    A window is a stated time, and on a slow machine one answer may take several of them.
+    """
+    return max(WINDOWS_AT_MOST * window_s, HELD_OPEN_AT_MOST_S)
 
 
 def merged_summary(summaries: Sequence[TrialSummary], lost_share: float) -> TrialSummary:

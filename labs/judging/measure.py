@@ -8,7 +8,10 @@ measure returns None, never 0.
 Rates are taken over complete cycles. In a closed loop a cycle is one request of one user, from its
 send to the end of its answer: a rate is `users x sum(amount) / sum(cycle)` over the requests sent
 in the window. A count over a window of fixed length would be wrong by up to a cycle, since users in
-lockstep receive their tokens in bursts. In waves the cycle is the wave, and the window holds whole
+lockstep receive their tokens in bursts. Where the window was held open for the least number of
+requests, that number is fixed instead of the time, and a ratio of two sums over a few requests is
+low where lengths vary: then it is Beale's (1962) ratio, which takes the larger part of that away.
+In waves the cycle is the wave, and the window holds whole
 waves. An open loop has no cycles: it counts what comes in the window. So does a closed loop whose
 batch emptied before the last request that counts was answered, which made its last cycles too
 short; it counts until the first user stopped. In `tests/unit/test_throughput.py` each is held
@@ -30,7 +33,7 @@ from labs import theory
 from labs.lab import SLO, Point
 from loadtests.arrivals import Concurrent, Contended
 from loadtests.latencies import TPOT, Latency
-from loadtests.plan import TrialSummary
+from loadtests.plan import LEAST_COUNTED, TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.workload import Asked
 from serving import metrics, telemetry
@@ -100,19 +103,25 @@ class Trial:
         See the module's docstring. None where no time is measured.
         """
         sent = [r for r in self.streams if r.in_window]
+        if self.complete_cycles:
+            users = self.point.load.users * (1 - self.summary.lost_share)
+            ratio = beale_ratio if self._held_open(sent) else ratio_of_sums
+            per_user_s = ratio([amount(r) for r in sent], [cycle_s(r) for r in sent])
+            return per_user_s and users * per_user_s
         weight_per_s = self._weight_per_s(sent)
         return weight_per_s and weight_per_s * sum(map(amount, sent))
 
     def _weight_per_s(self, sent: list[RequestRecord]) -> float | None:
-        """The weight in 1/s at which each of these requests counts in a rate."""
-        if self.complete_cycles:
-            users = self.point.load.users * (1 - self.summary.lost_share)
-            cycles_s = sum(map(cycle_s, sent))
-            return users / cycles_s if cycles_s > 0 else None
+        """The weight in 1/s at which each of these requests counts in a rate over a window."""
         if self._in_turn:
             arrived_per_s, tokens = self.arrived_per_s(), sum(map(output_tokens, sent))
             return arrived_per_s / tokens if arrived_per_s and tokens else None
         return 1 / self.window_length_s if self.window_length_s > 0 else None
+
+    def _held_open(self, sent: list[RequestRecord]) -> bool:
+        """Whether no more requests count than a window is held open for."""
+        least = max(self.point.load.users, LEAST_COUNTED)
+        return self.summary.answered_under_load and len(sent) <= least
 
     @property
     def _in_turn(self) -> bool:
@@ -173,6 +182,28 @@ def percentile(samples: Sequence[float], q: int) -> float | None:
 def mean(samples: list[float]) -> float | None:
     """Compute the arithmetic mean, or None where there is no sample."""
     return float(np.mean(samples)) if samples else None
+
+
+def ratio_of_sums(amounts: Sequence[float], times_s: Sequence[float]) -> float | None:
+    """Compute sum(amount) / sum(time), in 1/s; None where there is no time."""
+    total_s = sum(times_s)
+    return sum(amounts) / total_s if total_s > 0 else None
+
+
+def beale_ratio(amounts: Sequence[float], times_s: Sequence[float]) -> float | None:
+    """Compute mean amount / mean time from a few pairs, in 1/s, by Beale's estimator.
+
+    A ratio of sums over n pairs is off by about (s_tt / t^2 - s_at / (a t)) / n; this one by a
+    multiple of 1 / n^2. Where every pair is the same the two are equal. Defined by Beale ("Some
+    uses of computers in operational research", 1962); compared by Tin (1965).
+    """
+    ratio, n = ratio_of_sums(amounts, times_s), len(times_s)
+    if not ratio or n < 2:
+        return ratio
+    mean_amount, mean_s = np.mean(amounts), np.mean(times_s)
+    (_, s_at), (_, s_tt) = np.cov(amounts, times_s)
+    by_both, by_time = s_at / (n * mean_amount * mean_s), s_tt / (n * mean_s**2)
+    return ratio * float((1 + by_both) / (1 + by_time))
 
 
 def cycle_s(record: RequestRecord) -> float:

@@ -23,6 +23,7 @@ from labs.judging.measure import Trial, client_ttft_mean_s, engine_ttft_mean_s, 
 from labs.judging.metrics import METRICS, Repeats, by_repeat
 from labs.judging.text import literal
 from labs.lab import Claim, Evidence, Point, factors
+from loadtests.plan import LEAST_COUNTED
 from loadtests.records import RequestRecord
 from serving import metrics, telemetry
 from serving.telemetry import POWER_CAP, SLOWDOWNS
@@ -33,7 +34,6 @@ MOST_LOOP_LAG_S = 0.02  # at the 99th percentile
 MOST_LOOP_LAG_ONCE_S, MOST_LOOP_LAG_ITLS = 0.05, 2.0  # at worst: the larger of the two
 MOST_ERRORS = 0.01
 LEAST_ACHIEVED = 0.95
-LEAST_COUNTED = 5  # requests that a metric is taken over
 MOST_SEVERAL = 0.05  # share of chunks with several tokens, without speculation
 MOSTLY_SEVERAL = 0.5  # beyond this share the times of single tokens are unknown
 TOKEN_TIMES = tuple(name for name, metric in METRICS.items() if metric.token_times)

@@ -26,7 +26,7 @@ from labs.lab import Lab, LabError, Point, Prediction, Variant
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from loadtests.arrivals import Concurrent, Contended, Replay, Waves
-from loadtests.plan import WINDOWS_AT_MOST, TrialSummary
+from loadtests.plan import LEAST_COUNTED, TrialSummary, most_held_open_s
 from loadtests.records import RequestRecord
 from serving import machine as machines
 from serving import metrics, models
@@ -418,7 +418,9 @@ def _traffic(lab: Lab, point: Point, repeat: int) -> Traffic:
         intruder_every_s=load.every_s if isinstance(load, Contended) else None,
         warmup_s=warmup_s,
         window_s=lab.window_s,
-        longest_windows=WINDOWS_AT_MOST,
+        least_counted=LEAST_COUNTED,
+        least_intruders=LEAST_COUNTED,
+        most_held_open_s=most_held_open_s(lab.window_s),
     )
 
 

@@ -2,8 +2,9 @@
 
 The rules are those of the load generator. In a closed loop a user sends its next request when its
 answer is complete, and goes on after the window, uncounted, until every request that counts has
-been answered; the next wave starts when all answers of the last one are complete; an open loop
-keeps its schedule. The delays between client and engine are constants, not simulated: see `Delays`.
+been answered; the next wave starts when all answers of the last one are complete; the window of
+both is held open until enough requests count. An open loop keeps its schedule. The delays between
+client and engine are constants, not simulated: see `Delays`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class Traffic(BaseModel, frozen=True, extra="forbid"):
     intruder_every_s: float | None = None  # beside a closed loop: one of `intruders` in each period
     warmup_s: float
     window_s: float
-    longest_windows: float = 4  # how long a closed loop may send after its warm-up, in windows
+    least_counted: int = 1  # requests, or one a user, that the window is held open for
+    least_intruders: int = 0  # and as many of `intruders`
+    most_held_open_s: float = 120.0  # after the warm-up
 
 
 class Prompt(BaseModel, frozen=True, extra="forbid"):
@@ -119,6 +122,9 @@ class _Trial:
         self.free_s = 0.0  # when the server has prepared all earlier requests
         self.window = [traffic.warmup_s, traffic.warmup_s + traffic.window_s]
         self.counted = self.answered = self.outstanding = 0
+        self.least_counted = max(traffic.users, traffic.least_counted)
+        self.intruders_left = traffic.least_intruders if traffic.intruder_every_s else 0
+        self.intruder_answers_left = self.intruders_left
         self.awaited = 0  # requests that count and have not been answered
         self.load_over = self.answered_under_load = False  # of a closed loop
 
@@ -160,7 +166,8 @@ class _Trial:
             for _ in range(traffic.users):
                 self._plan(0.0)
         if traffic.intruder_every_s:
-            self._plan(traffic.intruder_every_s, intruder=True)
+            self.intruder_due_s = traffic.intruder_every_s
+            self._plan(self.intruder_due_s, intruder=True)
 
     def _plan(self, at_s: float, due_s: float | None = None, intruder: bool = False) -> None:
         self.order += 1
@@ -173,7 +180,9 @@ class _Trial:
                 continue
             prompt = next(self.intruders if intruder else self.prompts, None)
             if prompt is None:
-                if not intruder:
+                if intruder:
+                    self.intruders_left = 0
+                else:
                     self._run_out(at_s)
                 continue
             self._send(prompt, at_s, due_s, intruder)
@@ -181,8 +190,11 @@ class _Trial:
     def _send(self, prompt: Prompt, at_s: float, due_s: float | None, intruder: bool) -> None:
         counts = at_s >= self.traffic.warmup_s
         if self.traffic.kind == "closed":
-            counts &= at_s < self.window[1] if intruder else not self._closed(at_s)
-            self.counted += counts and not intruder
+            counts = counts and not self._closed(at_s)
+        if intruder:
+            self.intruders_left -= counts
+        else:
+            self.counted += counts
         self.awaited += counts
         answer = Answer(
             index=prompt.index, asked_tokens=prompt.output_tokens,
@@ -199,12 +211,12 @@ class _Trial:
 
     @property
     def _latest_s(self) -> float:
-        return self.traffic.warmup_s + self.traffic.longest_windows * self.traffic.window_s
+        return self.traffic.warmup_s + self.traffic.most_held_open_s
 
     def _closed(self, at_s: float) -> bool:
-        """Tell whether a closed loop's window is over: it stays open for one answer a user."""
-        late = at_s >= self._latest_s
-        return at_s >= self.window[1] and (late or self.counted >= self.traffic.users)
+        """Tell whether a closed loop's window is over: it stays open until enough count."""
+        few = self.counted < self.least_counted or self.intruders_left > 0
+        return at_s >= self.window[1] and (at_s >= self._latest_s or not few)
 
     def _load_ends(self, at_s: float, intruder: bool) -> bool:
         """Tell whether a closed loop sends nothing more; its intruder goes on as its users do."""
@@ -232,7 +244,8 @@ class _Trial:
         """Send a wave, unless enough have been sent."""
         traffic = self.traffic
         deadline_s = traffic.warmup_s + traffic.window_s
-        if at_s >= deadline_s and self.window[0] < at_s:
+        late = at_s >= self._latest_s and self.counted
+        if at_s >= deadline_s and (late or self.counted >= self.least_counted):
             self.window[1] = at_s
             return
         if at_s >= traffic.warmup_s:
@@ -257,8 +270,12 @@ class _Trial:
         self.awaited -= answer.in_window
         if traffic.kind == "open":
             return
-        if name == getattr(self, "intruder_name", None):  # a period after the last, or at once
-            self._plan(max(next_s, answer.sent_s + (traffic.intruder_every_s or 0)), None, True)
+        if name == getattr(self, "intruder_name", None):  # due a period after the last was
+            self.intruder_answers_left -= answer.in_window
+            if answer.in_window and self.intruder_answers_left == 0:
+                self.window[1] = max(self.window[1], at_s)
+            self.intruder_due_s += traffic.intruder_every_s or 0
+            self._plan(max(next_s, self.intruder_due_s), None, True)
         elif traffic.kind == "waves":
             self.outstanding -= 1
             if not self.outstanding:
@@ -266,6 +283,6 @@ class _Trial:
         else:
             if answer.in_window:
                 self.answered += 1
-                if self.answered == traffic.users:
+                if self.answered == self.least_counted:
                     self.window[1] = max(self.window[1], at_s)
             self._plan(next_s)
