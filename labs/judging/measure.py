@@ -10,8 +10,8 @@ send to the end of its answer: a rate is `users x sum(amount) / sum(cycle)` over
 in the window. A count over a window of fixed length would be wrong by up to a cycle, since users in
 lockstep receive their tokens in bursts. Where the window was held open for the least number of
 requests, that number is fixed instead of the time, and a ratio of two sums over a few requests is
-low where lengths vary: then it is Beale's (1962) ratio, which takes the larger part of that away.
-In waves the cycle is the wave, and the window holds whole
+biased where lengths vary (requests/s by a sixth): then it is Beale's (1962) ratio, which takes the
+larger part of that away. In waves the cycle is the wave, and the window holds whole
 waves. An open loop has no cycles: it counts what comes in the window. So does a closed loop whose
 batch emptied before the last request that counts was answered, which made its last cycles too
 short; it counts until the first user stopped. In `tests/unit/test_throughput.py` each is held
@@ -103,16 +103,18 @@ class Trial:
         See the module's docstring. None where no time is measured.
         """
         sent = [r for r in self.streams if r.in_window]
-        if self.complete_cycles:
-            users = self.point.load.users * (1 - self.summary.lost_share)
-            ratio = beale_ratio if self._held_open(sent) else ratio_of_sums
-            per_user_s = ratio([amount(r) for r in sent], [cycle_s(r) for r in sent])
-            return per_user_s and users * per_user_s
+        amounts = [amount(r) for r in sent]
         weight_per_s = self._weight_per_s(sent)
-        return weight_per_s and weight_per_s * sum(map(amount, sent))
+        if weight_per_s and self.complete_cycles and self._held_open(sent):
+            weight_per_s *= beale_correction(amounts, [cycle_s(r) for r in sent])
+        return weight_per_s and weight_per_s * sum(amounts)
 
     def _weight_per_s(self, sent: list[RequestRecord]) -> float | None:
-        """The weight in 1/s at which each of these requests counts in a rate over a window."""
+        """The weight in 1/s at which each of these requests counts in a rate."""
+        if self.complete_cycles:
+            users = self.point.load.users * (1 - self.summary.lost_share)
+            cycles_s = sum(map(cycle_s, sent))
+            return users / cycles_s if cycles_s > 0 else None
         if self._in_turn:
             arrived_per_s, tokens = self.arrived_per_s(), sum(map(output_tokens, sent))
             return arrived_per_s / tokens if arrived_per_s and tokens else None
@@ -184,26 +186,20 @@ def mean(samples: list[float]) -> float | None:
     return float(np.mean(samples)) if samples else None
 
 
-def ratio_of_sums(amounts: Sequence[float], times_s: Sequence[float]) -> float | None:
-    """Compute sum(amount) / sum(time), in 1/s; None where there is no time."""
-    total_s = sum(times_s)
-    return sum(amounts) / total_s if total_s > 0 else None
+def beale_correction(amounts: Sequence[float], times_s: Sequence[float]) -> float:
+    """Compute the factor by which sum(amount) / sum(time) over a few requests is to be corrected.
 
-
-def beale_ratio(amounts: Sequence[float], times_s: Sequence[float]) -> float | None:
-    """Compute mean amount / mean time from a few pairs, in 1/s, by Beale's estimator.
-
-    A ratio of sums over n pairs is off by about (s_tt / t^2 - s_at / (a t)) / n; this one by a
-    multiple of 1 / n^2. Where every pair is the same the two are equal. Defined by Beale ("Some
-    uses of computers in operational research", 1962); compared by Tin (1965).
+    A ratio of sums over n pairs is off by about (s_tt / t^2 - s_at / (a t)) / n of itself, and the
+    corrected one by a multiple of 1 / n^2. Where every pair is the same the factor is 1. Defined by
+    Beale ("Some uses of computers in operational research", 1962); compared by Tin (1965).
     """
-    ratio, n = ratio_of_sums(amounts, times_s), len(times_s)
-    if not ratio or n < 2:
-        return ratio
+    n = len(times_s)
+    if n < 2 or not any(amounts):
+        return 1.0
     mean_amount, mean_s = np.mean(amounts), np.mean(times_s)
     (_, s_at), (_, s_tt) = np.cov(amounts, times_s)
     by_both, by_time = s_at / (n * mean_amount * mean_s), s_tt / (n * mean_s**2)
-    return ratio * float((1 + by_both) / (1 + by_time))
+    return float((1 + by_both) / (1 + by_time))
 
 
 def cycle_s(record: RequestRecord) -> float:

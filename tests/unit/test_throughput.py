@@ -25,7 +25,7 @@ from labs import theory
 from labs.judging.measure import (
     Trial,
     batch,
-    beale_ratio,
+    beale_correction,
     goodput_per_s,
     mfu,
     output_tokens_per_s,
@@ -266,6 +266,25 @@ def test_five_requests_of_varied_lengths_have_little_bias(users: int, cycles: fl
     assert abs(statistics.mean(found.measured)) < 0.7 * abs(statistics.mean(found.sent))
 
 
+@pytest.mark.parametrize(("users", "cycles"), [(1, 1.0), (2, 1.0), (4, 0.5)])
+def test_five_requests_a_second_are_not_far_too_many(users: int, cycles: float) -> None:
+    """Five over the sum of their times, as the mean of many such: a sixth too high."""
+
+    def requests_a_s(trial: Trial) -> float:
+        return requests_per_s(trial) or 0.0
+
+    def by_five(trial: Trial) -> float:
+        sent = [r for r in trial.streams if r.in_window]
+        return users * len(sent) / sum((r.end_s or 0) - r.sent_s for r in sent)
+
+    long = Traffic(kind="closed", users=users, warmup_s=10, window_s=2000 * cycle_s(users))
+    truth = requests_a_s(played(long, exponential, 0))
+    brief = long.model_copy(update={"window_s": cycles * cycle_s(users), "least_counted": 5})
+    trials = [played(brief, exponential, seed) for seed in range(400)]
+    assert statistics.mean(map(by_five, trials)) > 1.12 * truth
+    assert statistics.mean(map(requests_a_s, trials)) == pytest.approx(truth, rel=0.07)
+
+
 def test_the_longer_the_window_the_less_is_there_to_correct() -> None:
     """Why Beale's estimator is for windows held open: a fixed time is nearly unbiased itself."""
     found = errors(2, exponential, [6.0] * 300, drained=False)
@@ -273,14 +292,12 @@ def test_the_longer_the_window_the_less_is_there_to_correct() -> None:
     assert found.measured == pytest.approx(found.sent)
 
 
-def test_beale_s_ratio_by_hand() -> None:
+def test_beale_s_correction_by_hand() -> None:
     """Amounts 1 and 3 in 1 s and 2 s: covariance 1, variance 0.5, means 2 and 1.5."""
-    expected = 4 / 3 * (1 + 1 / (2 * 2 * 1.5)) / (1 + 0.5 / (2 * 1.5**2))
-    assert beale_ratio([1, 3], [1, 2]) == pytest.approx(expected)
-    assert beale_ratio([2, 2], [3, 3]) == pytest.approx(2 / 3)
-    assert beale_ratio([2], [3]) == pytest.approx(2 / 3)
-    assert beale_ratio([0, 0], [1, 2]) == 0
-    assert beale_ratio([], []) is None
+    expected = (1 + 1 / (2 * 2 * 1.5)) / (1 + 0.5 / (2 * 1.5**2))
+    assert beale_correction([1, 3], [1, 2]) == pytest.approx(expected)
+    for amounts, times_s in (([2, 2], [3, 3]), ([2], [3]), ([0, 0], [1, 2]), ([], [])):
+        assert beale_correction(amounts, times_s) == 1
 
 
 @pytest.mark.parametrize("users", [4, 16])
