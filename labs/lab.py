@@ -283,7 +283,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     # prepared for each trial, which ends early if they run out
     requests: Annotated[int, Field(gt=0, le=MOST_REQUESTS)]
     warmup_s: Seconds
-    # a closed loop extends it, up to fourfold, until as many requests as users are complete
+    # a closed loop and waves hold it open until five requests count: `loadtests/plan.py`
     window_s: Seconds
     repeats: Annotated[int, Field(gt=0, le=1000)] = 5
     # of the points whose claims are undecided after `repeats`; no more than `repeats`: never

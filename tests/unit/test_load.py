@@ -44,6 +44,7 @@ def test_a_trial_that_fails_is_followed_by_another_load_generator(
     argv = [sys.executable, "-c", STAND_IN, str(tmp_path), summary]
     monkeypatch.setattr(load, "argv", lambda *_: argv)
     monkeypatch.setattr(generator, "GRACE_S", 0.1)
+    monkeypatch.setattr("loadtests.plan.HELD_OPEN_AT_MOST_S", 0.1)
     requests = tmp_path / "requests.jsonl"
     requests.touch()
     plan = TrialPlan(
