@@ -267,16 +267,15 @@ class Prometheus:
         samples = response.json()["data"]["result"]
         return float(samples[0]["value"][1]) if samples else None
 
-    def settle(self, expression: str, expected: float, timeout_s: float = 5.0) -> float | None:
+    def settle(self, expression: str, expected: float, timeout_s: float = 60.0) -> float | None:
         """Wait until the query's value equals `expected`; return the last value in any case.
 
-        A counter is complete in Prometheus only one scrape after its last change. While there is
-        no value at all, on a machine too busy for a scrape, it waits twelve times as long.
+        A counter is complete in Prometheus only one scrape after its last change, and a machine too
+        busy to answer within a second is not scraped.
         """
         began = time.monotonic()
         while (value := self.value(expression)) != expected:
-            patience_s = 12 * timeout_s if value is None else timeout_s
-            if time.monotonic() - began >= patience_s:
+            if time.monotonic() - began >= timeout_s:
                 break
             if self.missing:
                 return None

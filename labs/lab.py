@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Annotated, Any, Literal, Self
@@ -350,19 +350,61 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
 
         Applied in this order: the sizes of every lab on this kind of machine, the lab's own of the
         scale, those of a quick run, what random weights (`dummy`) leave out, and the reader's
-        changes. Raises LabError for a change that does not
-        fit; the message names the field and the known ones.
+        changes. A change of `variants` or `workloads` lists the names of those that are kept.
+        Raises LabError for a change that does not fit; the message names the field and the known
+        ones.
         """
         kind = scale.partition("-")[0]
         own = [self.scales.get(name, {}) for name in dict.fromkeys((kind, scale))]
         lab = self._changed(OF_KIND.get(kind, {}), *own, ONE_LOOK | self.quick if quick else {})
+        changes, kept = _parts_kept(changes or {})
         if not dummy:
-            return lab._changed(changes or {})
+            return lab._changed(changes)._keeping(**kept)
         lab = lab._without(self.needs_text)
-        lab = (self.dummy(lab) if self.dummy else lab)._changed(changes or {})
+        lab = (self.dummy(lab) if self.dummy else lab)._changed(changes)
         if parts := lab._named(self.needs_text):
             raise LabError(f"{', '.join(parts)}: {NO_TEXT}")
-        return lab
+        return lab._keeping(**kept)
+
+    def _keeping(
+        self, variants: Collection[str] | None = None, workloads: Collection[str] | None = None
+    ) -> Lab:
+        """Keep these variants and workloads, and of the rest what speaks of no other.
+
+        Raises LabError for an unknown name, and where no load point is left.
+        """
+        if variants is None and workloads is None:
+            return self
+        names = _known_names("variants", variants, [v.name for v in self.variants])
+        sent = _known_names("workloads", workloads, [w.name for w in self.workloads])
+        remaining = [
+            w.model_copy(update={"only": tuple(name for name in w.only if name in names)})
+            for w in self.workloads
+            if w.name in sent and (not w.only or names.intersection(w.only))
+        ]
+        if not remaining:
+            raise LabError("variants, workloads: none of these variants gets any of the workloads")
+        there = {w.name for w in remaining}
+
+        def is_kept(*arms: Arm) -> bool:
+            return all(
+                (a.variant is None or a.variant in names)
+                and (a.workload is None or a.workload in there)
+                for a in arms
+            )
+
+        probed = tuple(name for name in self.probed if name in names)
+        return self.model_copy(
+            update={
+                "variants": tuple(v for v in self.variants if v.name in names),
+                "workloads": tuple(remaining),
+                "claims": tuple(c for c in self.claims if is_kept(c.treatment, c.baseline)),
+                "forecasts": tuple(f for f in self.forecasts if is_kept(f.arm)),
+                "evidence": tuple(e for e in self.evidence if is_kept(e.arm)),
+                "probed": probed,
+                "probes": self.probes if probed or not self.probed else (),
+            }
+        )
 
     def _named(self, names: Collection[str]) -> list[str]:
         return [name for part in READ_TEXT for name in getattr(self, part) if name in names]
@@ -624,6 +666,28 @@ def _set(fields: dict[str, Any], path: str, value: Any) -> None:
     if not isinstance(at, dict):
         raise LabError(f"{path}: give one of its fields, {path}.<field>=")
     at[last] = value
+
+
+def _parts_kept(changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Part the changes from the lists of names that say which variants and workloads are kept."""
+
+    def is_list_of_names(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+    kept = {k: changes[k] for k in ("variants", "workloads") if is_list_of_names(changes.get(k))}
+    return {k: v for k, v in changes.items() if k not in kept}, kept
+
+
+def _known_names(part: str, wanted: Collection[str] | None, known: Sequence[str]) -> set[str]:
+    """Return the wanted names, all by default. Raises LabError for one that is not known."""
+    for name in wanted or ():
+        if name not in known:
+            raise LabError(
+                f"{part}: no {name!r}{did_you_mean(name, known)} here: {', '.join(known)}"
+            )
+    if wanted is not None and not wanted:
+        raise LabError(f"{part}: keep at least one; known here: {', '.join(known)}")
+    return set(known if wanted is None else wanted)
 
 
 def _sentence(error: ValidationError, fields: Mapping[str, Any]) -> str:

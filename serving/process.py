@@ -122,7 +122,8 @@ class Process:
                 self._guard.kill()
         for stream in (self._guard.stdin, self._guard.stdout):
             if stream:
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # a line that nobody read is left in it
+                    stream.close()
         if self._alive_w >= 0:
             os.close(self._alive_w)
             self._alive_w = -1

@@ -55,9 +55,10 @@ class Counts:
 
         The query names this sitting's exporter; a run that was resumed had another one before.
         """
+        # of the last hour's samples the newest: a scrape that fails on a busy machine ends a series
         queries = {
-            REQUESTS: f'sum(lab_requests_total{{outcome="ok",{self._client}}})',
-            OUTPUT_TOKENS: f"sum(lab_output_tokens_total{{{self._client}}})",
+            REQUESTS: f'sum(last_over_time(lab_requests_total{{outcome="ok",{self._client}}}[1h]))',
+            OUTPUT_TOKENS: f"sum(last_over_time(lab_output_tokens_total{{{self._client}}}[1h]))",
         }
         rows = []
         for name, query in queries.items():

@@ -168,14 +168,15 @@ def _step_of(setup: Setup, point: Point) -> TimingPlan:
         config=_served(setup, point.variant) / "config.json",
         device="cpu" if cpu else "cuda",
         cores=tuple(machines.split_cores()[0]) if cpu else (),
-        tokens=tuple(2**i for i in range(14) if 2**i < 2 * _largest_step(setup, point.variant)),
+        # one size for all variants, so that those whose steps are the same share a timing
+        tokens=tuple(2**i for i in range(14) if 2**i < 2 * _largest_step(setup)),
         rows=(1, 4, 16, 64) if cpu else (1, 16, 64, 256),
         adapters=flags.max_loras if adapters else 0,
         adapter_rank=flags.max_lora_rank if adapters else 0,
     )
 
 
-def _largest_step(setup: Setup, variant: Variant) -> int:
+def _largest_step(setup: Setup) -> int:
     """Count the tokens of the largest possible step: all users' prompts, within the budget."""
     return max(
         min(
@@ -185,7 +186,6 @@ def _largest_step(setup: Setup, variant: Variant) -> int:
             p.load.users * max(prompt for prompt, _ in p.lengths),
         )
         for p in setup.points
-        if p.variant.name == variant.name
     )
 
 

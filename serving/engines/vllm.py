@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 import requests
 
-from serving import guard, metrics
+from serving import guard, metrics, whole
 from serving import machine as machines
 from serving.engines import harmless
 from serving.engines.base import Engine, EngineError, Flags, FlagValue, Unsupported, exceptions
@@ -245,12 +245,13 @@ class Vllm(Engine):
                 last = out.stderr.strip().splitlines()[-1]
                 raise EngineError(f"vLLM does not import here: {last}")
             parsed = json.loads(out.stdout.splitlines()[-1])
+            new = [d for d, error in zip(digests, parsed["errors"], strict=True) if not error]
+            accepted = list(dict.fromkeys([*remembered["accepted"], *new]))
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            whole.write(memory, json.dumps({"options": parsed["options"], "accepted": accepted}))
             _check_names(argvs, parsed["options"])
             for error in filter(None, parsed["errors"]):
                 raise EngineError(f"vLLM refuses a flag: {error}")
-            accepted = [*remembered["accepted"], *digests]
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            memory.write_text(json.dumps({"options": parsed["options"], "accepted": accepted}))
 
     @classmethod
     def refusal(cls, flags: Flags) -> str:

@@ -12,4 +12,6 @@ SIZES = Sizes(
         for name, shared in SHARED_TOKENS.items()
     )
     + " workloads.chat.prompt_tokens.tokens=64 workloads.chat.chat.grows_tokens=40",
+    # without two points of the curve of shares
+    cpu='workloads=["share-0","share-90","few","many","documents","shuffled","chat"]',
 )

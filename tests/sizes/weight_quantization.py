@@ -8,4 +8,9 @@ ROUNDED = " ".join(  # in seconds, where calibrating takes minutes
     )
 )  # fmt: skip
 
-SIZES = Sizes(fake=answers_of(8, "decode"), real=ROUNDED, needs=quantize.LLM_COMPRESSOR)
+SIZES = Sizes(
+    fake=answers_of(8, "decode"),
+    real=ROUNDED,
+    cpu='variants=["bf16","w8a8","w4a16-gptq"]',  # the others would serve the same weights again
+    needs=quantize.LLM_COMPRESSOR,
+)

@@ -73,6 +73,9 @@ def test_scale_lies_over_the_lab_quick_over_scale_and_changes_over_all() -> None
         ({"workloads.short": 3}, r"give one of its fields, workloads\.short\.<field>="),
         ({"window_s": -1}, r"window_s: Input should be greater than 0 \(given -1\)"),
         ({"repeats": "many"}, r"repeats: .*\(given 'many'\)"),
+        ({"variants": ["onn"]}, "^variants: no 'onn': did you mean on. Known here: off, on$"),
+        ({"workloads": ["long"]}, "^workloads: no 'long'; known here: short"),
+        ({"variants": []}, "^variants: keep at least one; known here: off, on$"),
         ({"workloads.short.loads": ["bursty:8"]}, "the known ones are concurrent:<users>"),
         ({"workloads.short.loads": ["concurrent:2000"]}, "less than or equal to 1024"),
     ],
@@ -82,6 +85,28 @@ def test_change_that_does_not_fit_is_refused_with_what_would(
 ) -> None:
     with pytest.raises(LabError, match=message):
         make_lab().at("cpu", quick=False, changes=changes)
+
+
+def test_some_variants_and_workloads_are_kept_with_all_that_speaks_of_no_other() -> None:
+    whole = LABS["kv-quantization"].at("cpu", quick=True)
+    kept = ["fp8", "bf16"]
+    some = LABS["kv-quantization"].at("cpu", quick=True, changes={"variants": kept})
+    assert [v.name for v in some.variants] == ["bf16", "fp8"]  # in the lab's order
+    assert [(w.name, w.only) for w in some.workloads] == [
+        ("near", ("bf16", "fp8")), ("far", ("bf16", "fp8")),
+    ]  # fmt: skip
+    assert [c.name for c in some.claims] == [c.name for c in whole.claims if c.name != "batch"]
+    assert {e.arm.variant for e in some.evidence} == set(kept)
+    assert (some.probes, set(some.probed)) == (whole.probes, set(kept))
+    near = LABS["kv-quantization"].at("cpu", True, {"variants": kept, "workloads": ["near"]})
+    assert [c.name for c in near.claims] == ["capacity", "near"]
+    assert near.window_s == whole.window_s
+    tight = {"variants": ["bf16-tight"], "variants.bf16-tight.flags.max-num-seqs": 4}
+    alone = LABS["kv-quantization"].at("cpu", True, tight)
+    assert (alone.probes, alone.probed, alone.claims) == ((), (), ())
+    assert alone.flags_of(alone.variants[0])["max-num-seqs"] == 4
+    with pytest.raises(LabError, match="none of these variants gets any of the workloads"):
+        LABS["kv-quantization"].at("cpu", True, tight | {"workloads": ["near"]})
 
 
 def test_a_class_of_memory_lies_over_the_gpu_sizes() -> None:

@@ -115,6 +115,14 @@ def family() -> Iterator[list[int]]:
         os.kill(pid, signal.SIGKILL)
 
 
+def test_stop_passes_over_a_line_that_nobody_read(tmp_path: Path) -> None:
+    with Process("talker", ["true"], log=tmp_path / "log", talk=True) as child:
+        child.wait()
+        with pytest.raises(BrokenPipeError):
+            child.stdin.write("a plan\n")
+    assert child.stdin.closed
+
+
 def test_stop_ends_grandchildren_in_sessions_of_their_own(
     tmp_path: Path, family: list[int]
 ) -> None:

@@ -45,6 +45,9 @@ class Batching:
         (self.waiting if request in self.waiting else self.running).remove(request)
 
     def _begin(self, start: float) -> None:
+        """Begins a step; where its loop is late, `start` may lie before what has arrived since."""
+        if self.waiting and not self.running:
+            start = max(start, self.waiting[0].received)
         preempted, work = self._preempt(), list[tuple[Request, int]]()
         budget: int = self._options.max_num_batched_tokens
         for request in self.running:
@@ -73,11 +76,14 @@ class Batching:
     def _admit(self, start: float, budget: int) -> list[tuple[Request, int]]:
         """The waiting ones that budget, memory and adapter slots have room for, and their tokens.
 
-        One without a slot is passed over, as in vLLM; the others keep their order.
+        One without a slot is passed over, as in vLLM; the others keep their order. One that came
+        after the start waits for the next step.
         """
         options, admitted, skipped = self._options, list[tuple[Request, int]](), deque[Request]()
         while self.waiting and len(self.running) < options.max_num_seqs and budget:
             request = self.waiting[0]
+            if request.received > start:
+                break
             if self.running and (
                 self._cache.filled([*self.running, request]) > self._cache.blocks
                 or (request.length > budget and not options.enable_chunked_prefill)
@@ -89,7 +95,7 @@ class Batching:
                 skipped.append(request)
                 continue
             if not request.scheduled:
-                request.scheduled = max(start, request.received)
+                request.scheduled = start
                 request.n_cached = request.computed = self._cache.look_up(request)
             new = min(request.left, budget)
             budget -= new

@@ -1,0 +1,70 @@
+"""Random weights on a real vLLM, the shapes they are drawn for, and an engine's bad day.
+
+They need no derived model, so they run beside the labs of `test_labs.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from labs.filing.results import MachineFile, write_json
+from serving import dummy, machine, models
+from serving.engines.base import EngineError
+from serving.engines.vllm import Vllm
+from tests.fake.conftest import CEILINGS
+from tests.real import check_run, quick_run
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(
+        machine.detect().kind != "cpu", reason="this machine has a GPU: see tests/gpu"
+    ),
+]
+
+
+@pytest.mark.timeout(600)
+def test_a_lab_runs_on_random_weights_and_says_so_first(tmp_path: Path) -> None:
+    here = machine.detect()
+    ceilings = MachineFile(machine=here, ceilings=CEILINGS)  # measuring takes 15 s
+    write_json(tmp_path / here.slug / "machine.json", ceilings)
+    folder = quick_run("weight-quantization", tmp_path, weights="dummy")
+    check_run(folder)
+    run = folder.run()
+    assert (run.model, run.dummy, run.ad_hoc) == ("llama-tiny-dummy", True, False)
+    for argv in run.argv.values():
+        assert "--load-format" not in argv  # no setting of the lab's: the model brings it
+    report = (folder.path / "report.md").read_text()
+    assert report.partition("\n")[0].endswith("with random weights")
+    assert "quality is not measured on random weights" in report
+    assert not list(folder.path.glob("probes/*"))
+
+
+def test_the_arithmetic_of_shapes_is_that_of_the_models_themselves() -> None:
+    import torch
+    import transformers
+
+    for name in dummy.SHAPES:
+        config = json.loads((dummy.HOME / f"{name}.json").read_text())
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                transformers.AutoConfig.for_model(**config)
+            )
+        assert models.shape_of(config).params == sum(p.numel() for p in model.parameters())
+
+
+@pytest.fixture
+def impossible(tmp_path: Path) -> Iterator[Vllm]:
+    model = models.resolve(machine.detect())
+    flags = {"max-model-len": 8192, "kv-cache-memory-bytes": 2**20, "enforce-eager": True}
+    starting = Vllm("small", model, flags, kind="cpu", log=tmp_path / "engine.log")
+    yield starting
+    starting.stop()
+
+
+def test_an_engine_that_cannot_start_says_why(impossible: Vllm) -> None:
+    with pytest.raises(EngineError, match=r"exit code 1: ValueError: .*memory"):
+        impossible.wait()
