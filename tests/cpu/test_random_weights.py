@@ -31,10 +31,11 @@ def test_a_lab_runs_on_random_weights_and_says_so_first(tmp_path: Path) -> None:
     here = machine.detect()
     ceilings = MachineFile(machine=here, ceilings=CEILINGS)  # measuring takes 15 s
     write_json(tmp_path / here.slug / "machine.json", ceilings)
-    folder = quick_run("weight-quantization", tmp_path, weights="dummy")
+    folder = quick_run("weight-quantization", tmp_path, 'variants=["bf16","w8a8"]', weights="dummy")
     check_run(folder)
     run = folder.run()
-    assert (run.model, run.dummy, run.ad_hoc) == ("llama-tiny-dummy", True, False)
+    assert (run.model, run.dummy) == ("llama-tiny-dummy", True)
+    assert set(run.changes) == {"variants"}  # random weights are no change of the lab
     for argv in run.argv.values():
         assert "--load-format" not in argv  # no setting of the lab's: the model brings it
     report = (folder.path / "report.md").read_text()
