@@ -86,7 +86,7 @@ locust: setup ## Open Locust's web UI on a lab's workload: LAB=.. [ENDPOINT=..]
 report: setup ## Compute reports again from recorded runs: [RUN=..]
 	@$(BIN)/labs report
 
-site: setup ## Write a page for every run and an index, ready to publish: [OUT=site]
+site: setup ## Write the course and a page for every run, ready to publish: [OUT=site]
 	@$(BIN)/labs site
 
 score: setup ## Show what other tools would have reported of a run: RUN=..

@@ -59,3 +59,16 @@ QUESTIONS: dict[str, str] = {
     "SD-5": "70B on one 80 GB card?",
     "SD-6": "Rent an API or host it?",
 }
+
+TOPICS: dict[str, str] = {
+    "IP": "The phases of a request, and its latency",
+    "KV": "Keys and values, and the memory they take",
+    "SO": "What an engine does to serve more",
+    "KO": "Kernels",
+    "SA": "Architecture of a service",
+    "CO": "Compression",
+    "TT": "Compute at test time",
+    "ME": "Measuring",
+    "SD": "Designing a service",
+}
+"""What the letters of an id stand for, in the catalogue's order."""

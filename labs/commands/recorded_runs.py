@@ -26,6 +26,7 @@ from labs.filing.results import (
 from labs.lab import LabError
 from labs.telling import pages, report
 from labs.telling.document import bullets, section, table_of
+from labs.telling.site import write_site
 from labs.telling.summary import stale_summary, summarise
 from serving.models import ROOT
 
@@ -101,9 +102,9 @@ def site(
         Path, typer.Option(envvar="LABS_OUT", file_okay=False, help="The folder to write into.")
     ] = ROOT / "site",
 ) -> None:
-    """Write a page for every run, and an index; they can be opened or published as they are."""
+    """Write the course and a page for every run; they can be opened or published as they are."""
     with reported_errors():
-        index, left_out = pages.write_site(out)
+        index, left_out = write_site(out)
         for name, why in left_out.items():
             console.print(f"Left out: {name} cannot be read: {escape(why)}", soft_wrap=True)
         console.print(os.path.relpath(index), soft_wrap=True)

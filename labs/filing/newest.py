@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from labs import LABS
 from labs.filing.committed import committed_runs
 from labs.filing.results import Run, RunFolder, all_runs, unreadable
@@ -14,10 +16,14 @@ def newest_runs(quick: bool = False, committed: bool = False) -> list[RunFolder]
     with `quick`, so does a quick run. With `committed`, only runs that git tracks count, and one
     that cannot be read raises DamagedError; a reader's own damaged run is skipped.
     """
+    folders = committed_runs() if committed else (f for f in all_runs() if not unreadable(f))
+    return newest_of(folders, quick)
+
+
+def newest_of(folders: Iterable[RunFolder], quick: bool = False) -> list[RunFolder]:
+    """Select from these folders, the newest last, as `newest_runs` does from those on file."""
     newest: dict[tuple[str, str], RunFolder] = {}
-    for folder in committed_runs() if committed else all_runs():
-        if not committed and unreadable(folder):
-            continue
+    for folder in folders:
         run = folder.run()
         key = run.machine.slug, run.lab["name"]
         current = newest.get(key)

@@ -25,14 +25,19 @@ from serving import metrics
 DRAWN = (TTFT, TPOT, ITL, E2E, CHUNK_GAP)  # of which a reader may look at every sample
 MOST_QUANTILES = 250
 MOST_REQUESTS = 12_000  # on one page, which stays under a megabyte beside the library
+MOST_OF_A_SITE = 60_000  # on all its pages together, which take about three megabytes
 
 Samples: TypeAlias = "dict[str, array[float]]"  # point -> samples in seconds
 
 
-def data(folder: RunFolder, run: Run, summary: Summary) -> dict[str, Any]:
+def data(
+    folder: RunFolder, run: Run, summary: Summary, most_requests: int | None = None
+) -> dict[str, Any]:
     """Gather all that a page draws: times in ms, or in 0.1 ms where the name ends in `_dms`."""
     lab, points = run.rebuilt_lab(), run.points()
-    samples, trials = _played(folder, points, lab)
+    samples, trials = _played(
+        folder, points, lab, min(MOST_REQUESTS, most_requests or MOST_REQUESTS)
+    )
     figures = _figure_names(lab, summary)
     return {
         "colours": VARIANTS,
@@ -154,7 +159,7 @@ def _borne_out(prediction: Prediction) -> dict[str, float | None]:
 
 
 def _played(
-    folder: RunFolder, points: list[Point], lab: Lab
+    folder: RunFolder, points: list[Point], lab: Lab, most_requests: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the quantiles of each latency and the requests of each trial, read one by one."""
     seconds: dict[Latency, Samples] = {latency: {} for latency in DRAWN}
@@ -171,7 +176,7 @@ def _played(
             of_points.setdefault(point.key, array("d")).extend(drawn)
         waits = [r.ttft_s for r in trial.intruders] if trial else []
         long.setdefault(point.key, array("d")).extend(w for w in waits if w is not None)
-        rows.append(_requests(point, result, trial, max(1, MOST_REQUESTS // played)))
+        rows.append(_requests(point, result, trial, max(1, most_requests // played)))
         del trial  # before the next one is read
     samples = {
         latency.attribute: {"title": latency.title, "points": _quantiles(of_points)}

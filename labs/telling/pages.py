@@ -1,4 +1,4 @@
-"""Write a run as one HTML file that needs no server, and all recorded runs as a site.
+"""Write a run as one HTML file that needs no server.
 
 The words and tables are the report's, from the same document; added is what paper cannot do:
 tables that sort, the distributions behind the percentiles, figures over the load, every request of
@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
-from collections import Counter
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,12 +19,9 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from labs.filing.bounded import DamagedError
-from labs.filing.results import Run, RunFolder, Summary, all_runs, readable
-from labs.judging.text import ceilings_text, decided_text, predictions_text, ratio_text
-from labs.questions import QUESTIONS
+from labs.filing.results import Run, RunFolder
 from labs.telling import chart_data, html, plots, report
-from labs.telling.document import Figure, parse, plain_text
+from labs.telling.document import Figure, plain_text
 from serving import whole
 
 WEB = Path(__file__).parent / "web"
@@ -35,12 +29,8 @@ PLOTLY = "plotly.min.js"
 RUN_SCRIPTS = (
     "page.js", "plot.js", "run.js", "ratios.js", "distributions.js", "figures.js", "requests.js",
 )  # fmt: skip
-RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
 CLAIMS = "claim-by-claim"  # the section after which stands what scripts draw
 DRAWN_HERE = ("effects", "sweep", "variants")  # whose SVG is shown only where no script runs
-
-
-# ------------------------------------------------------------------------------------- the pages
 
 
 def write(folder: RunFolder) -> Path:
@@ -48,39 +38,11 @@ def write(folder: RunFolder) -> Path:
     return whole.write(folder.path / "report.html", page(folder))
 
 
-def write_site(out: Path) -> tuple[Path, dict[str, str]]:
-    """Write an index, a page for each run and one copy of the library.
+def page(folder: RunFolder, root: str = "", most_requests: int | None = None) -> str:
+    """Render a run's page; the library is in it, or at the `root` of a site, beside the index.
 
-    Returns the index and the runs that cannot be read, each with the reason.
+    Of more requests than `most_requests` the longest are shown.
     """
-    entries: list[Entry] = []
-    left_out: dict[str, str] = {}
-    whole.write(out / PLOTLY, get_plotlyjs())
-    for folder in all_runs():
-        machine, lab, name = folder.path.parts[-3:]
-        href = f"{machine}/{lab}/{name}.html"
-        try:
-            with readable(folder):
-                text = page(folder, root="../../")
-                entry = Entry(folder, folder.run(), folder.summary(), href)
-        except (DamagedError, OSError) as error:
-            left_out[f"{machine}/{lab}/{name}"] = str(error)
-            continue
-        whole.write(out / href, text)
-        entries.append(entry)
-    _remove_stale(out, {out / e.href for e in entries})
-    return whole.write(out / "index.html", index(entries)), left_out
-
-
-def _remove_stale(out: Path, pages: Set[Path]) -> None:
-    """Remove the pages of runs that were removed or can no longer be read."""
-    for path in out.glob("*/*/*.html"):
-        if path not in pages and RUN_PAGE.fullmatch(path.name):
-            path.unlink()
-
-
-def page(folder: RunFolder, root: str = "") -> str:
-    """Render a run's page; the library is in it, or at the `root` of a site, beside the index."""
     facts = report.Facts.of(folder)
     run, summary = facts.run, facts.summary
     figures = plots.draw(folder, facts.lab, facts.points, summary, save=False)
@@ -97,8 +59,8 @@ def page(folder: RunFolder, root: str = "") -> str:
         intro=html.introduction(document, picture),
         sections=sections,
         drawn_after=CLAIMS if claims_come_first else sections[0].id,
-        marks=_marks(run, not summary.failed and not summary.missing),  # COMPLETE comes last
-        data=chart_data.data(folder, run, summary),
+        marks=marks_of(run, not summary.failed and not summary.missing),  # COMPLETE comes last
+        data=chart_data.data(folder, run, summary, most_requests),
     )
 
 
@@ -156,7 +118,7 @@ def web(*names: str) -> str:
     return "".join((WEB / name).read_text() for name in names)
 
 
-def _marks(run: Run, complete: bool) -> list[str]:
+def marks_of(run: Run, complete: bool) -> list[str]:
     """Mark what sets a run apart from an ordinary one."""
     known = {
         "random weights": run.dummy,
@@ -166,76 +128,3 @@ def _marks(run: Run, complete: bool) -> list[str]:
         "not complete": not complete,
     }
     return [mark for mark, is_so in known.items() if is_so]
-
-
-# --------------------------------------------------------------------------------------- the index
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Holds a run and the address of its page."""
-
-    folder: RunFolder
-    run: Run
-    summary: Summary
-    href: str
-
-    @property
-    def lab(self) -> str:
-        return str(self.run.lab["name"])
-
-    @property
-    def machine(self) -> str:
-        return self.run.machine.describe()
-
-    @property
-    def vllm(self) -> str:
-        return self.run.environment.vllm or "–"
-
-    @property
-    def marks(self) -> list[str]:
-        return _marks(self.run, self.folder.complete)
-
-    @property
-    def decided(self) -> str:
-        """Say how many claims are decided."""
-        return decided_text(self.summary.judgements)
-
-    @property
-    def predictions(self) -> str:
-        """Say what became of the predictions."""
-        return predictions_text(self.summary.judgements)
-
-    @property
-    def outcomes(self) -> str:
-        """Say how many verdicts of each kind there are."""
-        count = Counter(j.outcome for j in self.summary.judgements)
-        return ", ".join(f"{n} {outcome}" for outcome, n in count.items()) or "–"
-
-    @property
-    def first_decided(self) -> str:
-        """Say in a few words how the first two decided claims came out."""
-        decided = [j for j in self.summary.judgements if j.expected is not None][:2]
-        claims = (f"{plain_text(parse(j.title))} ({ratio_text(j)}, {j.outcome})" for j in decided)
-        return "; ".join(claims) or "nothing decided"
-
-
-def index(entries: Sequence[Entry]) -> str:
-    newest = {  # of each lab on each machine: the last one wins
-        (e.machine, e.lab): e for e in entries if e.folder.complete and not e.run.ad_hoc
-    }
-    machines = {e.machine: e for e in entries}
-    return render(
-        "index.html",
-        scripts=[web("page.js")],
-        entries=entries[::-1],
-        machines=[
-            (name, ceilings_text(e.run.ceilings), sum(o.machine == name for o in entries))
-            for name, e in machines.items()
-        ],
-        labs=sorted({e.lab for e in entries}),
-        questions=[
-            (id, question, [e for e in newest.values() if id in e.run.lab["answers"]])
-            for id, question in QUESTIONS.items()
-        ],
-    )

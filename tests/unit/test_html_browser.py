@@ -12,6 +12,7 @@ from labs.comparing import compare, page
 from labs.filing import results
 from labs.filing.results import RunFolder
 from labs.telling import pages, report
+from labs.telling.site import write_site
 from loadtests import records
 from tests.browser import Browser, Page, browser, find
 from tests.unit import in_git
@@ -39,7 +40,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, committed: Path) -> Path:
         shutil.copytree(committed / "results" / name, home / "results" / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results, "RESULTS", home / "results")
-        pages.write_site(home / "site")
+        write_site(home / "site")
     return home
 
 
@@ -183,7 +184,7 @@ def test_light_and_dark_follow_the_system_until_the_reader_chooses(
 
 
 def test_the_index_filters_and_sorts(chromium: Browser, site: Path) -> None:
-    page = opened(chromium, site / "site" / "index.html", 390)
+    page = opened(chromium, site / "site" / "machines.html", 390)
     shown = "[...document.querySelectorAll('#all-runs tbody tr')].filter(r => !r.hidden).length"
     said = "document.getElementById('shown').textContent"
     assert (page.js(shown), page.js(said)) == (2, "2 of 2 runs")
@@ -245,3 +246,80 @@ def test_without_scripts_every_table_and_picture_is_there(chromium: Browser, sit
     assert shown.js("getComputedStyle(document.getElementById('distributions')).display") == "none"
     assert shown.js("document.querySelectorAll('noscript img').length") == 2
     assert "Scripts are off" in shown.js("document.body.innerText")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_a_lesson_takes_a_guess_before_it_shows_the_answer(
+    chromium: Browser, site: Path, width: int, scheme: str
+) -> None:
+    shown = opened(chromium, site / "site" / "lessons" / f"{RUNS[0]}.html", width, scheme)
+    answer = "document.getElementById('revealed').open"
+    assert not shown.js(answer)
+    shown.js("document.querySelector('.guesses button').focus()")
+    shown.press("Enter")
+    assert shown.js(answer)
+    assert "You guessed less than half" in shown.js("document.getElementById('guessed').innerText")
+    assert shown.js("document.documentElement.scrollWidth <= innerWidth")
+    assert shown.errors == []
+
+
+def test_a_replay_is_stepped_through_and_played_unless_motion_is_unwelcome(
+    chromium: Browser, site: Path
+) -> None:
+    shown = opened(chromium, site / "site" / "lessons" / f"{RUNS[0]}.html")
+    tokens = "document.querySelector('#replay .state').innerText.match(/(\\d+) tokens/)[1] * 1"
+    whole = shown.js(tokens)
+    shown.js("document.getElementById('step').click()")
+    assert shown.js(tokens) < whole
+    shown.js("document.getElementById('play').click()")
+    shown.wait(f"{tokens} > 0")
+    shown.call("Emulation.setEmulatedMedia",
+               features=[{"name": "prefers-reduced-motion", "value": "reduce"}])  # fmt: skip
+    shown.wait("document.getElementById('play').hidden")
+    assert shown.errors == []
+
+
+NAMELESS = """[...document.querySelectorAll('a, button, select, input, summary, svg[role=img]')]
+  .filter(e => e.getClientRects().length && !(e.innerText || e.getAttribute('aria-label')
+    || e.labels?.[0]?.innerText || '').trim()).map(e => e.outerHTML)"""
+FAINT = """(() => {
+  const parsed = (c) => c.match(/[\\d.]+/g).map(Number);
+  const light = (c) => parsed(c).slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (e) => { for (; e; e = e.parentElement) {
+    const c = getComputedStyle(e).backgroundColor;
+    if (parsed(c)[3] !== 0) return c; } return 'rgb(255, 255, 255)'; };
+  return [...document.querySelectorAll('body *')].filter(e => e.getClientRects().length
+      && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).filter(e => {
+    const [a, b] = [light(getComputedStyle(e).color), light(behind(e))].sort((x, y) => y - x);
+    return (a + 0.05) / (b + 0.05) < 4.5; }).map(e => e.outerHTML.slice(0, 200)); })()"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    "name", ["index.html", "questions.html", "machines.html", f"lessons/{RUNS[1]}.html"]
+)
+def test_everything_has_a_name_and_can_be_read(
+    chromium: Browser, site: Path, name: str, scheme: str
+) -> None:
+    shown = opened(chromium, site / "site" / name, 390, scheme)
+    shown.js("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+    assert shown.js(NAMELESS) == []
+    assert shown.js(FAINT) == []
+    assert shown.js("document.documentElement.scrollWidth <= innerWidth")
+    assert shown.errors == []
+
+
+def test_a_lesson_without_scripts_has_its_text_picture_and_answer(
+    chromium: Browser, site: Path
+) -> None:
+    shown = Page(chromium, 390, 900)
+    shown.call("Emulation.setScriptExecutionDisabled", value=True)
+    shown.open(site / "site" / "lessons" / f"{RUNS[0]}.html")
+    assert shown.js("document.querySelectorAll('svg.replay').length") == 2
+    assert shown.js("document.querySelectorAll('#revealed li').length") == 1
+    assert not shown.js(
+        "[...document.querySelectorAll('.drawn')].some(e => e.getClientRects().length)"
+    )
+    assert shown.errors == []

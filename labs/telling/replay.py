@@ -1,0 +1,187 @@
+"""A committed trial, step by step: when each request entered the batch and each token came.
+
+A row is a place in the batch: a request takes the lowest one that is free when it is sent. The
+picture is whole without scripts; with them it is played, or stepped through, from the same times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from markupsafe import Markup
+
+from dashboards.palette import VARIANTS
+from labs.filing.results import RunFolder
+from labs.judging.text import number, point_label
+from labs.lab import Point
+from loadtests.records import RequestRecord
+
+MOST_CHUNKS = 700  # in one picture: a mark for each
+WIDTH, HEAD, LEFT = 420, 4, 6  # of the picture, in its own units: about a phone's pixels
+DECODING, WAITING = VARIANTS[:2]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Holds one trial as a picture, and the times that a script needs to play it."""
+
+    title: str
+    picture: Markup
+    told: str  # what the picture shows, in words
+    times: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """A request in its place: seconds since the picture's beginning."""
+
+    place: int
+    start_s: float
+    first_s: float  # its first token; its end where none came
+    end_s: float
+    chunks_s: tuple[float, ...]
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+
+
+def replay(folder: RunFolder, keys: Sequence[str]) -> list[Replayed]:
+    """Show the first repeat of each of these points over the same seconds; [] where one failed."""
+    run = folder.run()
+    lab, points = run.rebuilt_lab(), {p.key: p for p in run.points()}
+    played = {key: _records(folder, points[key]) for key in dict.fromkeys(keys)}
+    if not all(played.values()):
+        return []
+    begins = {key: _begin(records) for key, records in played.items()}
+    span_s = min(_span_s(records, begins[key]) for key, records in played.items())
+    longest_s = max(_first_whole_s(records, begins[key]) for key, records in played.items())
+    span_s = max(span_s, 1.05 * longest_s)
+    return [
+        _replayed(
+            point_label(key, lab), _bars(records, begins[key], span_s), span_s, f"clip-{place}"
+        )
+        for place, (key, records) in enumerate(played.items())
+    ]
+
+
+def _records(folder: RunFolder, point: Point) -> list[RequestRecord]:
+    result = folder.trial_result(point, 1)
+    trial = folder.trial(point, result, folder.run().rebuilt_lab()) if result else None
+    return sorted((r for r in trial.records if r.ok), key=lambda r: r.start_s) if trial else []
+
+
+def _begin(records: Sequence[RequestRecord]) -> float:
+    return min((r.start_s for r in records if r.in_window), default=records[0].start_s)
+
+
+def _span_s(records: Sequence[RequestRecord], begin_s: float) -> float:
+    """The seconds in which as many chunks came as one picture can show."""
+    times = sorted(t for r in records for t, _ in r.chunks if t >= begin_s)
+    return times[min(len(times), MOST_CHUNKS) - 1] - begin_s
+
+
+def _first_whole_s(records: Sequence[RequestRecord], begin_s: float) -> float:
+    """The seconds that the first request of the window took, so that one is shown whole."""
+    return next((r.e2e_s or 0.0 for r in records if r.start_s >= begin_s), 0.0)
+
+
+def _bars(records: Sequence[RequestRecord], begin_s: float, span_s: float) -> list[_Bar]:
+    free_from: list[float] = []  # when the request in each place ended
+    bars = []
+    for record in records:
+        start, end = record.start_s, record.chunks[-1][0]
+        place = next((i for i, t in enumerate(free_from) if t <= start), len(free_from))
+        free_from[place : place + 1] = [end]
+        if end <= begin_s or start >= begin_s + span_s:
+            continue
+        inside = [(t - begin_s, n) for t, n in record.chunks if 0 <= t - begin_s <= span_s]
+        bars.append(
+            _Bar(
+                place, max(0.0, start - begin_s), record.chunks[0][0] - begin_s,
+                min(end - begin_s, span_s), tuple(t for t, _ in inside),
+                tuple(n for _, n in inside), record.prompt_tokens or 0,
+            )
+        )  # fmt: skip
+    return bars
+
+
+def _replayed(title: str, bars: Sequence[_Bar], span_s: float, clip: str) -> Replayed:
+    places = max(bar.place for bar in bars) + 1
+    filled = sum(bar.end_s - bar.start_s for bar in bars) / span_s
+    tokens = sum(sum(bar.tokens) for bar in bars)
+    waited = sum(min(b.first_s, b.end_s) - b.start_s for b in bars if b.first_s > 0) / span_s
+    told = (
+        f"{title}: in {number(span_s, 's')} {len(bars)} requests were in the batch, in {places}"
+        f" place{'s' * (places > 1)} of which {filled:.1f} were taken on average, {waited:.1f} of"
+        f" them by requests without a token yet; {tokens:,} tokens came."
+    )
+    times = {
+        "span": round(1000 * span_s),
+        "bars": [
+            [round(1000 * b.start_s), round(1000 * max(0.0, b.first_s)), round(1000 * b.end_s)]
+            for b in bars
+        ],
+        "chunks": [
+            [round(1000 * t), n]
+            for t, n in sorted(c for b in bars for c in zip(b.chunks_s, b.tokens, strict=True))
+        ],
+    }
+    return Replayed(title, _picture(bars, places, span_s, told, clip), told, times)
+
+
+def _picture(bars: Sequence[_Bar], places: int, span_s: float, told: str, clip: str) -> Markup:
+    """Draw the places as rows; a script reveals them by the width of what clips them."""
+    row = 18 if places <= 16 else max(4, 288 // places)
+    foot = HEAD + places * row
+    scale = (WIDTH - 2 * LEFT) / span_s
+    rows = "".join(
+        f'<path class="place" d="M{LEFT} {HEAD + (i + 0.5) * row:g}H{WIDTH - LEFT}"/>'
+        for i in range(places)
+    )
+    drawn = "".join(_bar(bar, row, scale) for bar in bars)
+    return Markup(
+        '<svg class="replay" viewBox="0 0 {} {}" role="img" aria-label="{}">'
+        '<clipPath id="{clip}"><rect class="reveal" width="{width}" height="{foot}"/></clipPath>'
+        '{rows}<g clip-path="url(#{clip})">{drawn}</g><path class="now" d="M0 0V{foot}"/>{axis}'
+        "</svg>"
+    ).format(
+        WIDTH, foot + 22, told, clip=clip, width=WIDTH, foot=foot, rows=Markup(rows),
+        drawn=Markup(drawn), axis=_axis(span_s, scale, foot),
+    )  # fmt: skip
+
+
+def _bar(bar: _Bar, row: int, scale: float) -> str:
+    top, height = HEAD + bar.place * row + row / 9, row * 7 / 9
+    first = min(max(bar.first_s, bar.start_s), bar.end_s)
+    marks = "".join(f"M{LEFT + t * scale:.1f} {top:.1f}v{height:.1f}" for t in bar.chunks_s)
+    return (
+        _box(bar.start_s, first, WAITING, top, height, scale)
+        + _box(first, bar.end_s, DECODING, top, height, scale)
+        + f'<path class="token" d="{marks}"/>'
+    )
+
+
+def _box(start_s: float, end_s: float, colour: str, top: float, height: float, scale: float) -> str:
+    if end_s <= start_s:
+        return ""
+    return (
+        f'<rect x="{LEFT + start_s * scale:.1f}" y="{top:.1f}" fill="{colour}"'
+        f' width="{(end_s - start_s) * scale:.1f}" height="{height:.1f}"/>'
+    )
+
+
+def _axis(span_s: float, scale: float, foot: int) -> Markup:
+    step = next((s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60) if span_s / s <= 7), 120)
+    ticks = list(accumulate([0.0] + [step] * int(span_s / step)))
+    return Markup("").join(
+        Markup('<path class="tick" d="M{0:.1f} {1}v4"/><text x="{0:.1f}" y="{2}"{3}>{4:g} s</text>')
+        .format(
+            LEFT + t * scale, foot, foot + 16,
+            Markup(' text-anchor="start"' if t == 0 else
+                   ' text-anchor="end"' if LEFT + t * scale > WIDTH - 20 else ""),
+            round(t, 3),
+        )
+        for t in ticks
+    )  # fmt: skip

@@ -1,0 +1,376 @@
+"""Write the course: a lesson a lab, every question with its answers, every machine, every run.
+
+A lesson follows from the lab's own files: its question, its docstring, its claims, and the newest
+published full run of each machine. Nothing here names a lab. Every page is a file that needs no
+server; text and pictures are there without scripts.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from dashboards.palette import BOUND, VARIANTS
+from labs import LABS
+from labs.filing.bounded import DamagedError
+from labs.filing.committed import committed_runs
+from labs.filing.newest import newest_of
+from labs.filing.results import Run, RunFolder, Summary, all_runs, readable
+from labs.findings.parts import parts_of
+from labs.judging.judge import Judgement
+from labs.judging.metrics import METRICS
+from labs.judging.text import (
+    ceilings_text,
+    claim_outcome,
+    decided_text,
+    number,
+    point_label,
+    prediction_text,
+    predictions_text,
+    ratio_interval,
+    ratio_text,
+)
+from labs.lab import Claim, Lab
+from labs.questions import QUESTIONS, TOPICS
+from labs.telling import chart_data, html
+from labs.telling.document import Inline, parse, plain_text
+from labs.telling.lesson import lesson
+from labs.telling.pages import PLOTLY, marks_of, page, render, web
+from labs.telling.replay import Replayed, replay
+from serving import whole
+
+RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
+LESSONS = "lessons"
+GUESSES = (  # from, to, and how a person would say it
+    (0, 0.5, "less than half as much"),
+    (0.5, 0.8, "half to four fifths"),
+    (0.8, 1.25, "about the same"),
+    (1.25, 2, "a quarter more, up to twice"),
+    (2, 4, "two to four times"),
+    (4, None, "more than four times"),
+)
+
+
+# ------------------------------------------------------------------------------------- the files
+
+
+def write_site(out: Path) -> tuple[Path, dict[str, str]]:
+    """Write the course, a page for each run and one copy of the library.
+
+    Returns the index and the runs that cannot be read, each with the reason.
+    """
+    entries: list[Entry] = []
+    left_out: dict[str, str] = {}
+    whole.write(out / PLOTLY, get_plotlyjs())
+    runs = all_runs()
+    for folder in runs:
+        machine, lab, name = folder.path.parts[-3:]
+        href = f"{machine}/{lab}/{name}.html"
+        try:
+            with readable(folder):
+                text = page(folder, "../../", chart_data.MOST_OF_A_SITE // len(runs))
+                entry = Entry(folder, folder.run(), folder.summary(), href)
+        except (DamagedError, OSError) as error:
+            left_out[f"{machine}/{lab}/{name}"] = str(error)
+            continue
+        whole.write(out / href, text)
+        entries.append(entry)
+    course = Course(entries)
+    for item in course.lessons:
+        whole.write(out / item.href, course.lesson_page(item))
+    _remove_stale(out, {out / e.href for e in entries} | {out / i.href for i in course.lessons})
+    for name, text in course.pages().items():
+        whole.write(out / name, text)
+    return out / "index.html", left_out
+
+
+def _remove_stale(out: Path, pages: Set[Path]) -> None:
+    """Remove pages of runs that were removed or can no longer be read, and of labs that are gone"""
+    runs = [path for path in out.glob("*/*/*.html") if RUN_PAGE.fullmatch(path.name)]
+    for path in (*runs, *out.glob(f"{LESSONS}/*.html")):
+        if path not in pages:
+            path.unlink()
+
+
+# ------------------------------------------------------------------------------------- what is told
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Holds a run and the address of its page."""
+
+    folder: RunFolder
+    run: Run
+    summary: Summary
+    href: str
+
+    @property
+    def lab(self) -> str:
+        return str(self.run.lab["name"])
+
+    @property
+    def machine(self) -> str:
+        return self.run.machine.describe()
+
+    @property
+    def vllm(self) -> str:
+        return self.run.environment.vllm or "–"
+
+    @property
+    def marks(self) -> list[str]:
+        return marks_of(self.run, self.folder.complete)
+
+    @property
+    def decided(self) -> str:
+        """Say how many claims are decided."""
+        return decided_text(self.summary.judgements)
+
+    @property
+    def predictions(self) -> str:
+        """Say what became of the predictions."""
+        return predictions_text(self.summary.judgements)
+
+    @property
+    def outcomes(self) -> str:
+        """Say how many verdicts of each kind there are."""
+        count = Counter(j.outcome for j in self.summary.judgements)
+        return ", ".join(f"{n} {outcome}" for outcome, n in count.items()) or "–"
+
+    def of_claim(self, claim: str) -> Judgement | None:
+        """Find the first judgement of a claim that has a measured ratio, or the first of all."""
+        found = [j for j in self.summary.judgements if j.claim == claim]
+        return next((j for j in found if j.ratio), found[0] if found else None)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A verdict as a cell of a table: its words, and the class that colours it."""
+
+    kind: str
+    verdict: str
+    measured: str
+    predicted: str
+    machine: str
+    href: str
+
+    @classmethod
+    def of(cls, entry: Entry, judgement: Judgement) -> Cell:
+        interval = ratio_interval(judgement)
+        measured = ratio_text(judgement) + (f" ({interval})" if interval != "–" else "")
+        predicted = f"{prediction_text(judgement.prediction)}: {claim_outcome(judgement)}"
+        kind = judgement.outcome.replace(" ", "-")
+        return cls(kind, judgement.outcome, measured, predicted, entry.machine, entry.href)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A claim at one pair of points, with its cell on each machine; None where it was not run."""
+
+    title: Inline
+    where: str
+    cells: tuple[Cell | None, ...]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Holds a lab, its place in the course, and the newest published full run of each machine."""
+
+    lab: Lab
+    place: int
+    entries: tuple[Entry, ...]
+
+    @property
+    def href(self) -> str:
+        return f"{LESSONS}/{self.lab.name}.html"
+
+    @property
+    def claim(self) -> Claim:
+        """The claim whose ratio the reader guesses: the lab's headline, or its first."""
+        headline = parts_of(self.lab.name).headline
+        claims = {c.name: c for c in self.lab.claims}
+        return claims.get(headline.claim if headline else "", self.lab.claims[0])
+
+    @property
+    def asked(self) -> str:
+        """Ask for the guess in words."""
+        headline = parts_of(self.lab.name).headline
+        if headline and headline.claim == self.claim.name:
+            done = headline.done[0].lower() + headline.done[1:]
+            return f"By what does {done} multiply {headline.figure}?"
+        title = plain_text(parse(self.claim.title))
+        return f"“{title}.” By what is {METRICS[self.claim.metric].title} multiplied?"
+
+    @property
+    def guessed(self) -> list[tuple[Entry, Judgement]]:
+        """The runs that measured the ratio which is guessed."""
+        found = ((e, e.of_claim(self.claim.name)) for e in self.entries)
+        return [(e, j) for e, j in found if j and j.ratio]
+
+    def revealed(self, entry: Entry, judgement: Judgement) -> str:
+        """Say what came of the guessed claim in a run."""
+        return (
+            f"{ratio_text(judgement)} (95 % interval {ratio_interval(judgement)}):"
+            f" {judgement.outcome}. Predicted before the engine started:"
+            f" {number(judgement.prediction.value)}, {claim_outcome(judgement)}."
+        )
+
+    @cached_property
+    def replayed(self) -> tuple[Entry, list[Replayed]] | None:
+        """A trial of each side of the guessed claim, from the newest run that has it."""
+        for entry, judgement in sorted(self.guessed, key=lambda g: g[0].run.started_at)[::-1]:
+            if panels := replay(entry.folder, (judgement.baseline, judgement.treatment)):
+                return entry, panels
+        return None
+
+    def rows(self) -> Iterator[Row]:
+        """Every claim of the runs, machine beside machine."""
+        found: dict[tuple[str, str, str], dict[int, Judgement]] = {}
+        for column, entry in enumerate(self.entries):
+            for j in entry.summary.judgements:
+                found.setdefault((j.claim, j.treatment, j.baseline), {})[column] = j
+        for (_, treatment, baseline), by_column in found.items():
+            first_column, first = next(iter(by_column.items()))
+            lab = self.entries[first_column].run.rebuilt_lab()
+            cells = tuple(
+                Cell.of(entry, by_column[column]) if column in by_column else None
+                for column, entry in enumerate(self.entries)
+            )
+            against = f"{point_label(treatment, lab)} / {point_label(baseline, lab)}"
+            yield Row(parse(first.title), against, cells)
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        """What to turn next: commands to copy, each with what to watch."""
+        commands = [(f"make lab-{self.lab.name}", "runs the lab on your machine")]
+        for knob in self.lab.at("cpu", quick=False).next_knobs:
+            setting, told = _split(knob)
+            commands.append((f"make lab-{self.lab.name} {setting}", told))
+        return commands
+
+
+def _split(knob: str) -> tuple[str, str]:
+    """Take `SET="a=1" tells what` apart; a shell's own rules say where the setting ends."""
+    words = knob.split(" ")
+    for end in range(1, len(words) + 1):
+        try:
+            shlex.split(" ".join(words[:end]))
+        except ValueError:
+            continue  # a quote is still open
+        return " ".join(words[:end]), " ".join(words[end:])
+    return knob, ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a question from one run."""
+
+    text: Inline
+    lesson: Lesson
+    entry: Entry
+
+
+class Course:
+    """Everything that the site's pages tell beside the runs' own."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        published = {folder.path for folder in committed_runs()}
+        by_path = {e.folder.path: e for e in entries if e.folder.path in published}
+        self.newest = [by_path[f.path] for f in newest_of(e.folder for e in by_path.values())]
+        self.lessons = [
+            Lesson(lab, place, tuple(e for e in self.newest if e.lab == name))
+            for place, (name, lab) in enumerate(LABS.items(), 1)
+        ]
+
+    def pages(self) -> dict[str, str]:
+        """Render the pages of the whole, by their names."""
+        code = [web("page.js")]
+        machines = {e.machine: e for e in self.entries}
+        return {
+            "index.html": render(
+                "index.html", scripts=code, course=self, show=html.inline, parsed=parse
+            ),
+            "questions.html": render(
+                "questions.html", scripts=code, topics=self.topics(), show=html.inline, parsed=parse
+            ),
+            "machines.html": render(
+                "machines.html",
+                scripts=code,
+                entries=self.entries[::-1],
+                machines=[
+                    (
+                        name,
+                        ceilings_text(e.run.ceilings),
+                        sum(o.machine == name for o in self.entries),
+                    )
+                    for name, e in machines.items()
+                ],
+                labs=sorted({e.lab for e in self.entries}),
+                lessons=self.lessons,
+                show=html.inline,
+                parsed=parse,
+            ),
+        }
+
+    def lesson_page(self, item: Lesson) -> str:
+        """Render a lab's lesson."""
+        neighbours = {other.place: other for other in self.lessons}
+        paragraphs = [html.inline(parse(text)) for text in lesson(item.lab.name)]
+        return render(
+            "lesson.html",
+            scripts=[web("page.js", "plot.js", "guess.js", "replay.js")],
+            root="../",
+            lesson=item,
+            lessons=len(self.lessons),
+            before=neighbours.get(item.place - 1),
+            after=neighbours.get(item.place + 1),
+            paragraphs=paragraphs,
+            answers=self.answers_of(item),
+            guesses=GUESSES,
+            show=html.inline,
+            parsed=parse,
+            data=self.data_of(item),
+        )
+
+    def data_of(self, item: Lesson) -> dict[str, Any]:
+        """Gather what the scripts of a lesson need."""
+        replayed = item.replayed
+        return {
+            "colours": VARIANTS,
+            "predicted": BOUND,
+            "measured": [
+                {"machine": e.machine, "ratio": j.ratio.value} for e, j in item.guessed if j.ratio
+            ],
+            "replay": [panel.times for panel in replayed[1]] if replayed else [],
+        }
+
+    def answers_of(self, item: Lesson) -> list[tuple[str, str, list[Answer]]]:
+        """Give each question of a lesson with its answers."""
+        return [(id, QUESTIONS[id], self.answers(id, item)) for id in item.lab.answers]
+
+    def answers(self, id: str, of: Lesson) -> list[Answer]:
+        """Give the answers of a lesson's runs to a question, each from its own run."""
+        return [
+            Answer(parse(e.summary.answers[id]), of, e)
+            for e in of.entries
+            if id in e.summary.answers
+        ]
+
+    def topics(self) -> list[tuple[str, list[tuple[str, str, list[Answer], list[Lesson]]]]]:
+        """Give every question under its topic: its answers, and the lessons that ask it."""
+        told: dict[str, list[tuple[str, str, list[Answer], list[Lesson]]]] = {
+            topic: [] for topic in TOPICS.values()
+        }
+        for id, question in QUESTIONS.items():
+            asking = [item for item in self.lessons if id in item.lab.answers]
+            answers = [a for item in asking for a in self.answers(id, item)]
+            told[TOPICS[id.partition("-")[0]]].append((id, question, answers, asking))
+        return list(told.items())
