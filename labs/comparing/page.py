@@ -32,7 +32,10 @@ def page(comparisons: Sequence[Comparison], refused: Sequence[str]) -> str:
     sections = [b for b in document.blocks if isinstance(b, Section)]
     return pages.render(
         "compare.html",
-        scripts=[get_plotlyjs(), pages.web("page.js", "plot.js", "compare.js")],
+        scripts={
+            pages.PLOTLY: get_plotlyjs(),
+            "compare.js": pages.web("page.js", "plot.js", "compare.js"),
+        },
         title=f"{plain_text(document.title)}: {', '.join(c.lab for c in comparisons)}",
         sections=[
             _PageSection.of(section, comparison)

@@ -25,7 +25,7 @@ from serving import metrics
 DRAWN = (TTFT, TPOT, ITL, E2E, CHUNK_GAP)  # of which a reader may look at every sample
 MOST_QUANTILES = 250
 MOST_REQUESTS = 12_000  # on one page, which stays under a megabyte beside the library
-MOST_OF_A_SITE = 60_000  # on all its pages together, which take about three megabytes
+MOST_OF_A_SITE = 40_000  # on all its pages together, which take about two megabytes
 
 Samples: TypeAlias = "dict[str, array[float]]"  # point -> samples in seconds
 

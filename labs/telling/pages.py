@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from labs.telling.document import Figure, plain_text
 from serving import whole
 
 WEB = Path(__file__).parent / "web"
-PLOTLY = "plotly.min.js"
+PLOTLY, STYLE, RUN_SCRIPT = "plotly.min.js", "page.css", "run.js"  # the files of a site
 RUN_SCRIPTS = (
     "page.js", "plot.js", "run.js", "ratios.js", "distributions.js", "figures.js", "requests.js",
 )  # fmt: skip
@@ -53,7 +53,7 @@ def page(folder: RunFolder, root: str = "", most_requests: int | None = None) ->
     claims_come_first = any(section.id == CLAIMS for section in sections)
     return render(
         "run.html",
-        scripts=[code] if root else [get_plotlyjs(), code],
+        scripts={PLOTLY: get_plotlyjs(), RUN_SCRIPT: code},
         root=root,
         title=plain_text(document.title),
         intro=html.introduction(document, picture),
@@ -76,19 +76,23 @@ def _picture(folder: RunFolder) -> html.Picture:
     return picture
 
 
-def render(template: str, scripts: Sequence[str], root: str = "", **fields: Any) -> str:
-    """Render a template under a content security policy that allows these scripts alone."""
-    allowed = " ".join([*(f"'{_hash(s)}'" for s in scripts), *(["'self'"] if root else [])])
+def render(template: str, scripts: Mapping[str, str], root: str = "", **fields: Any) -> str:
+    """Render a template under a content security policy that allows these scripts alone.
+
+    They are in the page, or, where there is a `root`, in files there of the names given.
+    """
+    allowed = "'self'" if root else " ".join(f"'{_hash(s)}'" for s in scripts.values())
+    linked = " 'self'" if root else ""  # Plotly sets the style of what it draws
     policy = (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline';"
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'{linked};"
         " img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
     page_template = _templates().get_template(template)
     return page_template.render(
-        scripts=[Markup(s) for s in scripts],
+        scripts={name: Markup(code) for name, code in scripts.items()},
         policy=Markup(policy),
         css=Markup(web("page.css")),
-        plotly=PLOTLY,
+        style=STYLE,
         root=root,
         **fields,
     )

@@ -40,15 +40,16 @@ from labs.judging.text import (
 )
 from labs.lab import Claim, Lab
 from labs.questions import QUESTIONS, TOPICS
-from labs.telling import chart_data, html
+from labs.telling import chart_data, dials, html, planner
 from labs.telling.document import Inline, parse, plain_text
 from labs.telling.lesson import lesson
-from labs.telling.pages import PLOTLY, marks_of, page, render, web
+from labs.telling.pages import PLOTLY, RUN_SCRIPT, RUN_SCRIPTS, STYLE, marks_of, page, render, web
 from labs.telling.replay import Replayed, replay
 from serving import whole
 
 RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
-LESSONS = "lessons"
+LESSONS, LESSON_SCRIPT = "lessons", "lesson.js"
+LESSON_SCRIPTS = ("page.js", "plot.js", "copy.js", "guess.js", "replay.js", "dials.js")
 GUESSES = (  # from, to, and how a person would say it
     (0, 0.5, "less than half as much"),
     (0.5, 0.8, "half to four fifths"),
@@ -69,7 +70,11 @@ def write_site(out: Path) -> tuple[Path, dict[str, str]]:
     """
     entries: list[Entry] = []
     left_out: dict[str, str] = {}
-    whole.write(out / PLOTLY, get_plotlyjs())
+    for name, text in (
+        (PLOTLY, get_plotlyjs()), (STYLE, web("page.css")), (RUN_SCRIPT, web(*RUN_SCRIPTS)),
+        (LESSON_SCRIPT, web(*LESSON_SCRIPTS)),
+    ):  # fmt: skip
+        whole.write(out / name, text)
     runs = all_runs()
     for folder in runs:
         machine, lab, name = folder.path.parts[-3:]
@@ -230,6 +235,12 @@ class Lesson:
                 return entry, panels
         return None
 
+    @cached_property
+    def dials(self) -> dict[str, Any]:
+        """What the lab's own formulas predict as one setting is turned."""
+        runs = [(e.run, e.summary) for e in self.entries]
+        return dials.dials(self.lab, runs, self.claim.name)
+
     def rows(self) -> Iterator[Row]:
         """Every claim of the runs, machine beside machine."""
         found: dict[tuple[str, str, str], dict[int, Judgement]] = {}
@@ -292,7 +303,7 @@ class Course:
 
     def pages(self) -> dict[str, str]:
         """Render the pages of the whole, by their names."""
-        code = [web("page.js")]
+        code = {"page.js": web("page.js")}
         machines = {e.machine: e for e in self.entries}
         return {
             "index.html": render(
@@ -318,7 +329,20 @@ class Course:
                 show=html.inline,
                 parsed=parse,
             ),
+            "planner.html": self.planner_page(),
         }
+
+    def planner_page(self) -> str:
+        """Render the planner; each figure links to the first lesson that shows it."""
+        shown = {
+            id: (item.lab.title, item.href)
+            for item in reversed(self.lessons)
+            for id in item.lab.answers
+        }
+        data = planner.data([e.run for e in self.newest], shown)
+        code = web("page.js", "copy.js", "theory.js", "planner.js")
+        fits = html.fragment([planner.what_fits()], html.embedded(Path()), "What fits which card")
+        return render("planner.html", scripts={"planner.js": code}, data=data, fits=fits)
 
     def lesson_page(self, item: Lesson) -> str:
         """Render a lab's lesson."""
@@ -326,7 +350,7 @@ class Course:
         paragraphs = [html.inline(parse(text)) for text in lesson(item.lab.name)]
         return render(
             "lesson.html",
-            scripts=[web("page.js", "plot.js", "guess.js", "replay.js")],
+            scripts={PLOTLY: get_plotlyjs(), LESSON_SCRIPT: web(*LESSON_SCRIPTS)},
             root="../",
             lesson=item,
             lessons=len(self.lessons),
@@ -349,6 +373,7 @@ class Course:
             "measured": [
                 {"machine": e.machine, "ratio": j.ratio.value} for e, j in item.guessed if j.ratio
             ],
+            "dials": item.dials,
             "replay": [panel.times for panel in replayed[1]] if replayed else [],
         }
 

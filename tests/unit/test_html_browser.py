@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -298,7 +299,8 @@ FAINT = """(() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(
-    "name", ["index.html", "questions.html", "machines.html", f"lessons/{RUNS[1]}.html"]
+    "name",
+    ["index.html", "questions.html", "machines.html", "planner.html", f"lessons/{RUNS[1]}.html"],
 )
 def test_everything_has_a_name_and_can_be_read(
     chromium: Browser, site: Path, name: str, scheme: str
@@ -322,4 +324,59 @@ def test_a_lesson_without_scripts_has_its_text_picture_and_answer(
     assert not shown.js(
         "[...document.querySelectorAll('.drawn')].some(e => e.getClientRects().length)"
     )
+    assert shown.errors == []
+
+
+def test_a_dial_is_turned_and_a_readers_own_run_joins_or_is_refused(
+    chromium: Browser, site: Path
+) -> None:
+    shown = opened(chromium, site / "site" / "lessons" / f"{RUNS[1]}.html", 390)
+    said = "document.getElementById('dial-said').innerText"
+    before = shown.js(said)
+    shown.js("document.getElementById('dial').focus()")
+    shown.js("(e => { e.value = 0; e.dispatchEvent(new Event('input')); })"
+             "(document.getElementById('dial'))")  # fmt: skip
+    assert shown.js(said) != before
+    assert "SET=" in shown.js("document.getElementById('dial-command').innerText")
+    drop = """(text => { const bag = new DataTransfer();
+      bag.items.add(new File([text], 'summary.json'));
+      document.dispatchEvent(new DragEvent('drop', {dataTransfer: bag, cancelable: true})); })"""
+    answer = "document.getElementById('own-said').innerText"
+    diamonds = "document.querySelectorAll('#dials .scatterlayer .trace').length"
+    lines = shown.js(diamonds)
+    for text, why in (
+        ("<b>", "is no JSON"),
+        ("[1]", "no list of judgements"),
+        ('{"judgements": [null, {"claim": 7}, {"claim": "stall-sixteenth", "effect": {"ratio":'
+         ' {"value": "9"}}}]}', "another lab's"),
+    ):  # fmt: skip
+        shown.js(f"{drop}({text!r})")
+        shown.wait(f"{answer}.includes({why!r})")
+    own = (folder_of(site, RUNS[1]).path / "summary.json").read_text()
+    shown.js(f"{drop}({json.dumps(own)})")
+    shown.wait(f"{answer}.startsWith('Your run:')")
+    assert shown.js(diamonds) == lines + 1
+    assert shown.errors == []
+    assert {url.split(":")[0] for url in shown.requested} == {"file", "data"}
+
+
+def test_the_planner_says_what_fits_and_what_does_not(chromium: Browser, site: Path) -> None:
+    shown = opened(chromium, site / "site" / "planner.html", 390)
+    answer = "document.getElementById('answer').innerText"
+    assert shown.js(answer).startswith("It fits: ")
+
+    def given(name: str, value: str) -> None:
+        shown.js(f"(e => {{ e.value = {value!r}; e.dispatchEvent(new Event('input',"
+                 f" {{bubbles: true}})); }})(document.querySelector('[name={name}]'))")  # fmt: skip
+
+    given("users", "4096")
+    assert "the others wait in the queue" in shown.js(answer)
+    given("users", "0.0001")  # no number of requests: the page's own value holds
+    assert shown.js(answer).startswith("It fits: ")
+    options = shown.js("[...document.querySelector('[name=machine]').options].map(o => o.text)")
+    given("machine", str(options.index("L4")))
+    models = shown.js("[...document.querySelector('[name=model]').options].map(o => o.text)")
+    given("model", str(next(i for i, name in enumerate(models) if "experts" in name)))
+    assert "does not fit" in shown.js(answer)
+    assert shown.js("document.documentElement.scrollWidth <= innerWidth")
     assert shown.errors == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,12 @@ import pytest
 from labs import LABS
 from labs.filing import results
 from labs.filing.results import RunFolder
+from labs.lab import parse_changes
 from labs.questions import QUESTIONS, TOPICS
-from labs.telling import replay
+from labs.telling import dials, replay
 from labs.telling.lesson import lesson
 from labs.telling.site import Course, Entry, write_site
+from serving import gpus
 from tests.unit import in_git
 from tests.unit.test_html import Seen
 
@@ -30,10 +34,11 @@ def entries(committed: Path) -> list[Entry]:
     return [entry_of(RunFolder(committed / "results" / name)) for name in in_git.runs()]
 
 
-@pytest.fixture
-def course(entries: list[Entry], committed: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
-    monkeypatch.setattr(results, "RESULTS", committed / "results")
-    return Course(entries)
+@pytest.fixture(scope="module")
+def course(entries: list[Entry], committed: Path) -> Course:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "RESULTS", committed / "results")
+        return Course(entries)
 
 
 def test_every_lab_has_a_lesson_in_the_order_of_the_course_without_any_run(
@@ -75,24 +80,23 @@ def test_a_quick_or_changed_run_displaces_no_full_one(
 
 
 def test_links_within_the_course_lead_somewhere(course: Course) -> None:
-    pages = course.pages()
-    pages |= {item.href: course.lesson_page(item) for item in course.lessons}
-    runs = {e.href for e in course.entries}
-    for name, text in pages.items():
-        seen = Seen(text)
+    texts = course.pages()
+    texts |= {item.href: course.lesson_page(item) for item in course.lessons}
+    pages = {name: Seen(text) for name, text in texts.items()}
+    runs, files = {e.href for e in course.entries}, {"page.css"}
+    for name, seen in pages.items():
         ids = seen.attributes("id")
         assert len(ids) == len(set(ids)), name
-        for link in seen.attributes("href"):
+        for link in dict.fromkeys(seen.attributes("href")):
             path, _, place = link.partition("#")
             if link.startswith("data:"):
                 continue
-            base = Path(name).parent
             found = (
-                (Path("/") / base / path).resolve().relative_to("/").as_posix() if path else name
+                os.path.normpath(f"{os.path.dirname(name)}/{path}".lstrip("/")) if path else name
             )
-            assert found in pages or found in runs, (name, link)
+            assert found in {*pages, *runs, *files}, (name, link)
             if place and found in pages:
-                assert place in Seen(pages[found]).attributes("id"), (name, link)
+                assert place in pages[found].attributes("id"), (name, link)
 
 
 def test_a_replay_shows_every_token_of_its_seconds_once(course: Course) -> None:
@@ -117,3 +121,35 @@ def test_what_to_turn_is_a_command_with_its_setting_whole(course: Course) -> Non
                 command
             )
             assert told
+
+
+def test_a_dial_says_what_the_lab_itself_predicts_there(course: Course) -> None:
+    """At the lab's own setting a curve has the value of the claim's own function."""
+    turned = 0
+    for item in course.lessons:
+        found = item.dials
+        for curve in found.get("curves", ()):
+            machine = found["machines"][curve["machine"]]
+            claim = found["claims"][curve["claim"]]
+            if machine["card"] or not claim["name"]:
+                continue
+            (entry,) = [e for e in item.entries if e.machine == machine["name"]]
+            lab = item.lab.at(entry.run.scale, quick=False)
+            of = dials.Hardware.of(entry.run)
+            points = lab.points(of.shape, of.ceilings, of.weights, of.about)
+            asked = next(c for c in lab.claims if c.name == claim["name"])
+            pair = lab.pairs(asked, points)[0]
+            at_base = curve["y"][curve["x"].index(curve["base"])]
+            predicted = asked.predict(*pair).value
+            assert at_base == pytest.approx(predicted, rel=1e-3), (item.lab.name, curve["set"])
+            turned += 1
+        assert len(json.dumps(found)) < 60_000
+    assert turned > 20
+
+
+def test_every_card_has_a_curve_and_every_setting_is_one_that_set_takes(course: Course) -> None:
+    item = next(i for i in course.lessons if i.lab.name == "chunked-prefill")
+    assert {m["card"] for m in item.dials["machines"]} >= set(gpus.short_names())
+    for curve in item.dials["curves"]:
+        changes = parse_changes(curve["set"].replace("{}", str(curve["x"][0])))
+        item.lab.at("cpu", quick=False, changes=changes)  # raises LabError if it is no setting

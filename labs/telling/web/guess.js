@@ -1,4 +1,4 @@
-// Of a lesson's page: the reader's guess before the answer, and commands to copy.
+// Of a lesson's page: the reader's guess before the answer.
 "use strict";
 
 const within = (ratio, { low, high }) => ratio >= Number(low) && (high === "" || ratio < Number(high));
@@ -16,14 +16,4 @@ for (const button of document.querySelectorAll(".guesses button")) {
   });
 }
 
-for (const button of document.querySelectorAll(".copy")) {
-  button.addEventListener("click", async () => {
-    try {
-      await navigator.clipboard.writeText(button.dataset.copy);
-      button.textContent = "Copied";
-    } catch {  // a browser may refuse: then it is selected, to be copied by hand
-      getSelection().selectAllChildren(button.previousElementSibling);
-      button.textContent = "Selected";
-    }
-  });
-}
+copyable();

@@ -1,0 +1,337 @@
+"""What a lab's own formulas predict as one setting is turned, on machines measured and published.
+
+There is no second copy of a formula: the lab is resolved anew at every setting, as `SET=` would do
+it, and its claims' own functions predict. Which settings can be turned is found by trying: those of
+the two points of a claim that are numbers, and change what is predicted. A card that was not
+measured has its datasheet's figures as ceilings, and the shape that it serves under WEIGHTS=dummy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from labs.filing.results import UNREADABLE, Run, Summary
+from labs.judging.judge import Interval
+from labs.judging.metrics import METRICS
+from labs.judging.text import ceilings_text
+from labs.lab import Claim, Forecast, Lab, LabError, Point
+from labs.telling.document import parse, plain_text
+from serving import gpus, models
+from serving.dummy import HOME, SHAPES
+from serving.machine import Ceilings
+from serving.models import Shape
+
+FACTORS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)
+REQUESTS = 256  # whose lengths are drawn for a card: enough for a mean
+USERS = "requests in flight"
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+Asked = Claim | Forecast  # a ratio of two points, or a figure of one
+Points = tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Something to predict for: a machine of a published run, or a card by its datasheet."""
+
+    name: str
+    model: str
+    limits: str  # its ceilings, and where they come from
+    card: str  # by which MACHINE= asks for it; "" for a machine that was measured
+    scale: str
+    shape: Shape
+    ceilings: Ceilings
+    weights: Mapping[str, Shape]
+    about: Mapping[str, Any]
+
+    @property
+    def told(self) -> str:
+        """What a prediction rests on."""
+        return f"{self.limits}; {self.model}"
+
+    @classmethod
+    def of(cls, run: Run) -> Hardware:
+        """The machine of a run, with the shapes of what it served."""
+        weights = {name: Shape(**shape) for name, shape in run.weights.items()}
+        return cls(
+            run.machine.describe(), run.model, ceilings_text(run.ceilings), "", run.scale,
+            Shape(**run.model_shape), run.ceilings, weights, run.about,
+        )  # fmt: skip
+
+
+@cache
+def shipped_shape(name: str) -> Shape:
+    """The shape of an architecture that ships with the lab."""
+    return models.shape_of(json.loads((HOME / f"{name}.json").read_text()))
+
+
+@cache
+def cards() -> tuple[Hardware, ...]:
+    """Every card that has a datasheet here, with the shape it serves by default."""
+    found = []
+    for name, sheet in gpus.DATASHEETS.items():
+        of = gpus.class_of(sheet.memory_bytes)
+        ceilings = Ceilings(
+            memory_bandwidth_bytes_per_s=sheet.memory_bandwidth_bytes_per_s,
+            bf16_flops_per_s=sheet.bf16_flops_per_s, fp8_flops_per_s=sheet.fp8_flops_per_s,
+            threads=1, torch="", measured_at="",
+        )  # fmt: skip
+        model = f"the shape of {SHAPES[of.dummy]}"
+        found.append(
+            Hardware(name.removeprefix("NVIDIA "), model, ceilings_text(ceilings, "datasheet"),
+                     sheet.short_name, f"gpu-{of.gb}", shipped_shape(of.dummy), ceilings, {}, {})
+        )  # fmt: skip
+    return tuple(found)
+
+
+def dials(lab: Lab, runs: Sequence[tuple[Run, Summary]], first: str = "") -> dict[str, Any]:
+    """Predict a lab's claims over its settings, the claim of the name `first` before the others.
+
+    Returns {} where no formula answers anywhere.
+    """
+    hardware = [*map(Hardware.of, (run for run, _ in runs)), *cards()]
+    claims = [
+        *_one_a_function(sorted(lab.claims, key=lambda c: c.name != first)),
+        *_one_a_function(lab.forecasts),
+    ]
+    curves = [
+        {"claim": c, "machine": m, **curve}
+        for m, machine in enumerate(hardware)
+        for c, curve in _curves(lab, claims, machine)
+    ]
+    knobs = list(dict.fromkeys(str(curve["knob"]) for curve in curves))
+    shown = sorted({int(curve["machine"]) for curve in curves})
+    if not curves:
+        return {}
+    return {
+        "lab": lab.name,
+        "claims": [_described(claim) for claim in claims],
+        "machines": [
+            {"name": hardware[m].name, "told": hardware[m].told, "card": hardware[m].card}
+            for m in shown
+        ],
+        "knobs": [_named(knob) for knob in knobs],
+        "curves": [
+            {**curve, "knob": knobs.index(str(curve["knob"])),
+             "machine": shown.index(int(curve["machine"]))}
+            for curve in curves
+        ],
+        "measured": [
+            {"claim": c, "machine": shown.index(m), "y": found.value, "low": found.low,
+             "high": found.high, "told": told}
+            for m, (run, summary) in enumerate(runs) if m in shown
+            for c, claim in enumerate(claims)
+            for found, told in _measured(claim, run, summary)
+        ],
+    }  # fmt: skip
+
+
+def _one_a_function(asked: Sequence[Asked]) -> list[Asked]:
+    """The first of all that one function predicts."""
+    return list({of.predict: of for of in reversed(asked)}.values())[::-1]
+
+
+def _described(asked: Asked) -> dict[str, str]:
+    metric = METRICS[asked.metric]
+    if isinstance(asked, Claim):
+        title = f"{plain_text(parse(asked.title))} ({metric.title}, treatment / baseline)"
+        return {"name": asked.name, "title": title, "axis": f"{metric.title}, ratio", "unit": "x"}
+    unit = {"1": "", "share": ""}.get(metric.unit, metric.unit)
+    return {"name": "", "title": f"{metric.title} by the formula", "axis": metric.title,
+            "unit": unit}  # fmt: skip
+
+
+def _measured(asked: Asked, run: Run, summary: Summary) -> list[tuple[Interval, str]]:
+    """What a run measured of it, at the first pair or the last point, and what came of it."""
+    if isinstance(asked, Claim):
+        judged = [j for j in summary.judgements if j.claim == asked.name][:1]
+        return [(j.ratio, j.outcome) for j in judged if j.ratio]
+    keys = [point.key for point in run.points() if asked.arm.matches(point)][-1:]
+    return [
+        (f.measured, f"prediction {f.outcome}")
+        for f in summary.forecasts
+        if f.point in keys and f.metric == asked.metric and f.measured
+    ]
+
+
+def _named(knob: str) -> str:
+    """Say a setting's path in words: `prompt tokens of share-90`."""
+    steps = knob.split(".")
+    name = f" of {steps[1]}" if steps[0] in ("workloads", "variants") else ""
+    inner = steps[2:] if name else steps
+    words = [s.replace("_", " ") for s in inner if s not in ("flags", "tokens")]
+    return " ".join(words) + name
+
+
+# ------------------------------------------------------------------------------------- predicting
+
+
+def _curves(
+    lab: Lab, claims: Sequence[Asked], on: Hardware
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield each claim's prediction over each setting that changes it, by the claim's number."""
+    resolved = lab.at(on.scale, quick=False)
+    drawn = _briefly(resolved) if on.card else resolved
+    for number, claim in enumerate(claims):
+        pair = _pair(drawn, claim, on)
+        if pair is None or _predicted(claim, pair) is None:
+            continue
+        small = _restricted(drawn, pair)
+        for path, base in _numbers(resolved, pair):
+            points = [(v, _turned(small, claim, on, path, v)) for v in _values(path, base)]
+            yield from _curve(number, path, base, points, f"{path}={{}}")
+        if users := _users(pair[0]):
+            crowded = [(v, _crowded(claim, pair, v)) for v in _values(USERS, users)]
+            yield from _curve(number, USERS, users, crowded, _loads(pair))
+
+
+def _curve(
+    number: int, path: str, base: float, points: Sequence[tuple[float, float | None]], setting: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    there = [(x, y) for x, y in points if y is not None]
+    values = [y for _, y in there]
+    if len(there) > 2 and max(values) - min(values) > 1e-3 * abs(max(values, key=abs)):
+        yield (
+            number,
+            {
+                "knob": path,
+                "x": [x for x, _ in there],
+                "y": [float(f"{y:.4g}") for _, y in there],
+                "base": base,
+                "set": setting,
+            },
+        )
+
+
+def _briefly(lab: Lab) -> Lab:
+    """The lab with no more requests than a mean length needs."""
+    return lab.model_copy(update={"requests": min(lab.requests, REQUESTS), "repeats": 1})
+
+
+def _pair(lab: Lab, claim: Asked, on: Hardware) -> Points | None:
+    """A claim's first pair of points, or a forecast's last point.
+
+    None where it serves weights whose shape is not known.
+    """
+    points = lab.points(on.shape, on.ceilings, on.weights, on.about)
+    found: list[Points] = []
+    if isinstance(claim, Claim):
+        found += lab.pairs(claim, points)
+    else:
+        found += [(p,) for p in points if claim.arm.matches(p)][-1:]
+    if not found:
+        return None
+    unknown = [p for p in found[0] if p.variant.weights and p.variant.name not in on.weights]
+    return None if unknown else found[0]
+
+
+def _restricted(lab: Lab, pair: Points) -> Lab:
+    """The lab with nothing but what the pair needs, so that it is resolved fast."""
+    variants = {p.variant.name for p in pair}
+    workloads = {p.workload.name for p in pair}
+    return lab.model_copy(
+        update={
+            "variants": tuple(v for v in lab.variants if v.name in variants),
+            "workloads": tuple(
+                w.model_copy(update={"only": tuple(n for n in w.only if n in variants)})
+                for w in lab.workloads
+                if w.name in workloads
+            ),
+            "claims": (), "forecasts": (), "evidence": (), "probed": (), "scales": {}, "quick": {},
+        }
+    )  # fmt: skip
+
+
+def _turned(lab: Lab, claim: Asked, on: Hardware, path: str, value: float) -> float | None:
+    """What the claim predicts with one setting changed; None where the lab refuses it."""
+    try:
+        changed = lab.at(on.scale, quick=False, changes={path: value})
+        pair = _pair(changed, claim, on)
+        return _predicted(claim, pair) if pair else None
+    except (LabError, *UNREADABLE):
+        return None
+
+
+def _crowded(claim: Asked, pair: Points, users: float) -> float | None:
+    """What the claim predicts with other loads: of both points where they are alike."""
+    sizes = [_users(point) for point in pair]
+    turned = [
+        replace(p, load=p.load.model_copy(update={_size(p): int(users)})) if n == sizes[0] else p
+        for p, n in zip(pair, sizes, strict=True)
+    ]
+    return _predicted(claim, tuple(turned)) if all(sizes) else None
+
+
+def _users(point: Point) -> int:
+    """The requests that a closed loop keeps in flight; 0 in an open one, where nobody knows."""
+    return 0 if point.load.open_loop else point.load.users
+
+
+def _size(point: Point) -> str:
+    return "size" if point.load.kind == "waves" else "users"
+
+
+def _loads(pair: Points) -> str:
+    """The setting that asks for a load of another size: `{}` stands for it."""
+    of, users = pair[0].workload.name, _users(pair[0])
+    texts = [
+        str(p.load).replace(str(users), "{}", 1) if _users(p) == users else str(p.load)
+        for p in pair
+        if p.workload.name == of
+    ]
+    loads = json.dumps(list(dict.fromkeys(texts)), separators=(",", ":"))
+    return f"workloads.{of}.loads={loads}"
+
+
+def _predicted(claim: Asked, pair: Points) -> float | None:
+    try:
+        if not all(map(_fits, pair)):
+            return None
+        value = claim.predict(*pair).value
+    except UNREADABLE:
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _fits(point: Point) -> bool:
+    """Whether there can be such a prompt, and the engine takes it."""
+    prefix = point.workload.prefix
+    if prefix and prefix.tokens >= min(p for p, _ in point.lengths[:8]):
+        return False
+    if "max-model-len" not in point.flags:
+        return True
+    return max(p + o for p, o in point.lengths[:8]) <= point.flags.max_model_len
+
+
+def _numbers(lab: Lab, pair: Points) -> Iterator[tuple[str, float]]:
+    """Yield each setting of the pair that is a number: its path and its value."""
+    found: dict[str, float] = {}
+    for point in pair:
+        workload = point.workload.model_dump(exclude={"loads", "only"})
+        found |= dict(_leaves(f"workloads.{point.workload.name}", workload))
+        own = next(v for v in lab.variants if v.name == point.variant.name)
+        found |= dict(_leaves(f"variants.{own.name}.flags", own.flags))
+    found |= dict(_leaves("flags", lab.flags))
+    yield from found.items()
+
+
+def _leaves(path: str, plain: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(plain, Mapping):
+        for name, value in plain.items():
+            yield from _leaves(f"{path}.{name}", value)
+    elif isinstance(plain, int | float) and not isinstance(plain, bool) and plain > 0:
+        yield path, plain
+
+
+def _values(path: str, base: float) -> list[float]:
+    """The values to try, the lab's own among them."""
+    if path.endswith("block-size"):
+        return sorted({*BLOCK_SIZES, base})
+    whole = isinstance(base, int)
+    tried = {max(1, round(base * f)) if whole else base * f for f in FACTORS}
+    return sorted({*tried, *([1, 2, 3] if whole and base <= 4 else [])})

@@ -1,0 +1,168 @@
+// The planner: what is asked, computed by theory.js, and said with where each figure comes from.
+"use strict";
+
+const facts = JSON.parse(document.getElementById("data").textContent);
+const form = document.getElementById("planner");
+const field = (name) => form.elements[name];
+const sized = (value) => Math.abs(value) >= 999.5 ? Math.round(value).toLocaleString("en")
+  : String(Number(value.toPrecision(3)));
+const inTime = (s) => s < 0.9995 ? `${sized(1000 * s)} ms` : `${sized(s)} s`;
+const inGb = (bytes) => `${sized(bytes / 1e9)} GB`;
+
+// The output head stays in 16 bits, as quantized checkpoints keep it.
+function quantized(shape, bits) {
+  const head = 2 * shape.vocab * shape.hidden;
+  return { ...shape, weight_bytes: head + (shape.weight_bytes - head) * bits / 16,
+           expert_bytes: shape.expert_bytes * bits / 16 };
+}
+
+/** Times at one efficiency of the machine's figures; `step_s` is what a step takes beside them. */
+function timed(shape, machine, { reading, computing, step_s }, asked) {
+  const { bits, kv, prompt, output, users } = asked;
+  const rate = bits === 8 ? machine.fp8_flops_per_s ?? machine.flops_per_s : machine.flops_per_s;
+  const ceilings = { bytes_per_s: machine.bytes_per_s * reading, flops_per_s: rate * computing };
+  const prefill = Math.max(prefillS(shape, ceilings, prompt),
+    stepBytes(shape, prompt) / ceilings.bytes_per_s) + step_s;
+  const step = (batch) => decodeStepS(shape, ceilings, batch, prompt + output / 2, kv) + step_s;
+  return {
+    ttft: prefill,
+    tpot: step(users) + (users - 1) / output * prefill,
+    throughput: output / ((output - 1) * step(users) / users + prefill),
+    stream: 1 / step(1),
+  };
+}
+
+function asked() {
+  const number = (name) => {
+    const { min, max, value, defaultValue } = field(name);
+    const given = Number(value);
+    return given >= Number(min) && given <= Number(max) ? Math.round(given) : Number(defaultValue);
+  };
+  const numbers = ["prompt", "output", "users", "ttft", "tpot"].map((n) => [n, number(n)]);
+  return { ...Object.fromEntries(numbers), bits: Number(field("bits").value),
+           kv: Number(field("kv").value) };
+}
+
+function lessonCell(part) {
+  const cell = document.createElement("td");
+  const found = facts.lessons[part];
+  if (!found) return cell;
+  const link = document.createElement("a");
+  [link.textContent, link.href] = found;
+  cell.append(link);
+  return cell;
+}
+
+function row([name, expected, between, bound, mark, part]) {
+  const line = document.createElement("tr");
+  for (const text of [name, expected, between, bound, mark]) {
+    line.insertCell().textContent = text;
+  }
+  line.append(lessonCell(part));
+  return line;
+}
+
+function verdict(limit, { low, high }) {
+  return high <= limit ? "yes" : low > limit ? "no" : "perhaps";
+}
+
+function answered(want, room, times) {
+  if (room.tokens <= 0) return "It does not fit: the weights alone leave no room for keys and values.";
+  const place = room.requests >= want.users
+    ? `It fits: ${sized(room.requests)} such requests have room at once, and ${want.users} are asked for.`
+    : `The weights fit, but only ${sized(room.requests)} such requests have room at once; the others wait in the queue.`;
+  const met = ["ttft", "tpot"].map((part) => {
+    const said = verdict(want[part] / 1000, times[part]);
+    return `${part.toUpperCase()} of ${want[part]} ms or less: ${said}`;
+  });
+  return `${place} ${met.join("; ")}.`;
+}
+
+function spans(shape, machine, want) {
+  const ideal = timed(shape, machine, { reading: 1, computing: 1, step_s: 0 }, want);
+  const [expected, faster, slower] = facts.efficiencies.map((of) => timed(shape, machine, of, want));
+  return Object.fromEntries(Object.keys(ideal).map((part) => {
+    const ends = [faster[part], slower[part]];
+    return [part, { expected: expected[part], low: Math.min(...ends), high: Math.max(...ends),
+                    bound: ideal[part] }];
+  }));
+}
+
+function commands(machine, model, want) {
+  const length = want.prompt + want.output;
+  const served = ["vllm serve MODEL", `--max-model-len ${length}`, `--max-num-seqs ${want.users}`,
+    `--gpu-memory-utilization ${facts.share}`];
+  if (want.bits === 8) served.push("--quantization fp8");
+  if (want.kv === 1) served.push("--kv-cache-dtype fp8");
+  const told = want.bits === 4 ? "a 4-bit checkpoint in the place of MODEL" : "on the machine itself";
+  const found = [[served.join(" "), told]];
+  const [, link] = facts.lessons.throughput ?? [];
+  const lab = link?.match(/([a-z0-9-]+)\.html/)?.[1];
+  if (lab && machine.card && model.lab) {
+    found.unshift([`make forecast LAB=${lab} MACHINE=${machine.card} MODEL=${model.lab}`,
+      "vLLM's own scheduler in virtual time, with a band: closer than these closed forms"]);
+  }
+  return found;
+}
+
+function listed([command, told]) {
+  const item = document.createElement("li");
+  const code = document.createElement("code");
+  code.textContent = command;
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "copy";
+  button.textContent = "Copy";
+  button.dataset.copy = command;
+  item.append(code, " ", button, document.createElement("br"), told);
+  return item;
+}
+
+function plan() {
+  const machine = facts.machines[field("machine").value];
+  const model = facts.models[field("model").value];
+  const want = asked();
+  const shape = quantized(model.shape, want.bits);
+  const bytes = facts.share * machine.memory - shape.weight_bytes - facts.activations;
+  const tokens = bytes > 0 ? kvTokens(shape, bytes, want.kv, facts.block) : 0;
+  const room = { tokens, requests: Math.floor(tokens / (want.prompt + want.output)) };
+  const times = spans(shape, machine, want);
+  document.getElementById("answer").textContent = answered(want, room, times);
+  const known = Boolean(machine.card);
+  const line = (name, part, say, sign, unit = "") => {
+    const { expected, low, high, bound } = times[part];
+    return [name, known ? say(expected) + unit : "–",
+      known ? `${say(low)}${unit} to ${say(high)}${unit}` : "–",
+      `${sign} ${say(bound)}${unit}`, "forecast", part];
+  };
+  const given = known ? "published" : "measured";
+  document.querySelector("#planned tbody").replaceChildren(...[
+    ["Weights", inGb(shape.weight_bytes), "", "", "forecast", "weights"],
+    ["Memory of the machine", inGb(machine.memory), "", "", given, ""],
+    ["Memory bandwidth", `${sized(machine.bytes_per_s / 1e9)} GB/s`, "", "", given, "stream"],
+    ["Keys and values of a token", `${sized(kvBytesPerToken(shape, want.kv))} B`, "", "", "forecast", "kv"],
+    ["Tokens of context that have room", sized(tokens), "", "", "forecast", "fits"],
+    ["Such requests that have room at once", sized(room.requests), "", "", "forecast", "fits"],
+    line("TTFT of a prompt alone", "ttft", inTime, "at least"),
+    line(`TPOT with ${want.users} in flight`, "tpot", inTime, "at least"),
+    line("Output tokens/s of all", "throughput", sized, "at most"),
+    line("Output tokens/s of one stream alone", "stream", sized, "at most"),
+  ].map(row));
+  document.getElementById("basis").textContent = known
+    ? `${machine.told}. Expected and between: published efficiencies of engines on such cards`
+      + " (serving/forecasting/datasheet.py names them); the bound is the roofline. One device;"
+      + " waiting for a place in the batch is not in TTFT."
+    : `${machine.told}. No efficiency is published for such a machine, so there is a bound alone;`
+      + " a run of the lesson's lab measures how near it comes.";
+  document.getElementById("flags").replaceChildren(...commands(machine, model, want).map(listed));
+  copyable();
+}
+
+for (const [name, entries] of [["machine", facts.machines], ["model", facts.models]]) {
+  field(name).replaceChildren(...entries.map((of, place) => new Option(of.name, String(place))));
+}
+field("model").value = String(Math.max(0, facts.models.findIndex((of) => of.lab)));
+form.addEventListener("input", plan);
+form.addEventListener("submit", (event) => event.preventDefault());
+plan();
+themed(() => {});
