@@ -188,8 +188,8 @@ LAB = Lab(
     plots=("sweep", "pareto", "static", "roofline"),
     slo=SLO(ttft_s=1.0, tpot_s=0.1),
     requests=512,
-    warmup_s=1.5,
-    window_s=6.5,
+    warmup_s=1,
+    window_s=4.5,  # in which nine requests of the open loop are due
     scales={
         "gpu": {
             "flags": {"max-model-len": 4096, "enable-prefix-caching": False, "max-num-seqs": 256},
@@ -221,7 +221,7 @@ LAB = Lab(
             ),
         }
     },
-    quick={"warmup_s": 1, "window_s": 5, "repeats": 2},
+    quick={"window_s": 3.5, "repeats": 2},
     limits={
         "cpu": "A CPU engine shows the same scheduler as a GPU's, and so the same cost of waiting"
         " for the longest completion. The figures themselves do not carry over: a step here is"

@@ -212,9 +212,10 @@ LAB = Lab(
     needs_text=("tenants", "tenants-quick", "tenant-leaks"),
     slo=SLO(ttft_s=1, tpot_s=0.2),
     requests=512,
-    warmup_s=1,
-    window_s=4,
+    warmup_s=0.8,
+    window_s=2.5,
     scales={
+        "cpu": {"repeats": 3},  # of many points; those that are undecided get more
         "gpu": {
             "flags": {"max-model-len": 2048, "enable-prefix-caching": True, "block-size": 16},
             **{

@@ -113,6 +113,7 @@ class Trials:
         self._reference = reference  # None beside an endpoint, which may be on another machine
         self._left = len(self.due(interleave(setup, setup.lab.variants)))
         self._played = self._again = 0  # trials of this sitting; attempts that were discarded
+        self._took_s = 0.0  # all of them
 
     def due(self, trials: Iterable[tuple[Point, int]]) -> list[tuple[Point, int]]:
         """Return those of these trials that have not succeeded yet."""
@@ -132,9 +133,12 @@ class Trials:
     def remaining_s(self) -> float:
         """Estimate how long the remaining trials take, each the mean over the points.
 
-        As many are taken to be measured again as were in this sitting so far.
+        Once as many trials were played as there are points, it is what each of these took: windows
+        that were held open and attempts that were measured again are in that.
         """
         lab, points = self._setup.lab, self._setup.points
+        if self._played >= len(points):
+            return self._left * self._took_s / self._played
         warmup_s = sum(p.workload.warmup_s or lab.warmup_s for p in points) / len(points)
         attempts_each = 1 + self._again / max(1, self._played)
         return self._left * attempts_each * (warmup_s + lab.window_s + PER_TRIAL_S)
@@ -148,6 +152,7 @@ class Trials:
         lab = self._setup.lab
         name = f"{point_label(point.key, lab)}, repeat {repeat} of {max(repeat, lab.repeats)}"
         discarded: tuple[Discarded, ...] = ()
+        began = time.monotonic()
         while True:
             played = self._attempt(point, repeat, name)
             result = played.result.model_copy(update={"discarded": discarded})
@@ -165,6 +170,7 @@ class Trials:
         if not result.failed:
             self._counts.add(played.succeeded, played.engine)
         self._played += 1
+        self._took_s += time.monotonic() - began
         self._left -= 1
         self._progress.trial_done(f"{name}: {played.rate}", self.remaining_s)
 

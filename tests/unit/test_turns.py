@@ -15,7 +15,7 @@ from labs.lab import Point, Variant
 from labs.running.counts import Counts
 from labs.running.engines import Engines, order_of_engines, resident_groups
 from labs.running.harness import Harness
-from labs.running.trials import Trials, interleave
+from labs.running.trials import PER_TRIAL_S, Trials, interleave
 from labs.telling import report
 from labs.telling.summary import summarise
 from serving.engines.base import EngineError
@@ -259,3 +259,15 @@ def test_engines_started_once_each_are_a_caveat(tmp_path: Path) -> None:
     ):
         found, said = told(resident, back)
         assert (found, text in said) == (caveat, True)
+
+
+def test_once_every_point_was_played_the_rest_is_estimated_from_what_it_took(
+    tmp_path: Path,
+) -> None:
+    harness = Noted(write_run(tmp_path))
+    trials, points = harness.trials, harness.setup.points
+    trials.expect(3)
+    lab = harness.setup.lab
+    assert trials.remaining_s == pytest.approx(3 * (lab.warmup_s + lab.window_s + PER_TRIAL_S))
+    trials._played, trials._took_s = len(points), 7.0 * len(points)
+    assert trials.remaining_s == pytest.approx(3 * 7.0)
