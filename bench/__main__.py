@@ -26,7 +26,7 @@ from serving import models
 from serving.engines.base import EngineError
 
 MAIN = ("streams", "engine", "neighbour", "recording", "overhead")
-PARTS = (*MAIN, "aa")
+PARTS = (*MAIN, "aa", "twins")
 REPEATS, PROCESSES, PAIRS, RUNS = 2, (1, 2), 4, 20
 TRIAL_S = 9.0  # a truth server's start, warm-up, window and drain
 
@@ -50,6 +50,10 @@ in results/.
 
 [bold]aa[/] (8 min, only when asked for): twenty runs of a lab against
 itself on a fake engine whose speed varies; the false alarms among them.
+
+[bold]twins[/] (14 min, only when asked for, on a CPU): twenty pairs of
+trials of a lab against itself, on two real engines side by side, judged
+five by five; the false alarms among them.
 
 The figures are this machine's, now: close what else runs on it. What a
 part finds is kept in results/ as soon as it is there, unless fewer repeats,
@@ -86,6 +90,7 @@ class Plan:
             "recording": 10 + 2 * TRIAL_S * self.pairs,
             "overhead": 1,
             "aa": 22 * self.runs,
+            "twins": aa.TWINS_START_S + aa.TWINS_PAIR_S * self.runs,
         }
         return {name: expected_s[name] for name in self.parts}
 
@@ -96,7 +101,7 @@ class Plan:
         if part == "streams":
             in_full = list(self.processes) == list(PROCESSES) and self.repeats >= REPEATS
             return in_full and list(self.programs) == list(PROGRAMS)
-        if part == "aa":
+        if part in ("aa", "twins"):
             return self.runs >= RUNS
         return part == "overhead" or self.pairs >= PAIRS
 
@@ -115,6 +120,7 @@ class Plan:
             "recording": lambda: recording.measure(clock, work / "recording", self.pairs),
             "overhead": overhead.measure,
             "aa": lambda: aa.measure(clock, work / "aa", self.runs),
+            "twins": lambda: aa.measure_twins(clock, work / "twins", self.runs),
         }
 
 
@@ -148,7 +154,10 @@ def main(
         int, typer.Option(min=1, help="engine, neighbour, recording: runs of each side, in turn.")
     ] = PAIRS,
     runs: Annotated[
-        int, typer.Option(min=1, help="aa: how often a lab runs against itself.")
+        int,
+        typer.Option(
+            min=1, help="aa: how often a lab runs against itself; twins: pairs of trials."
+        ),
     ] = RUNS,
     unpinned: Annotated[
         bool,

@@ -1,4 +1,4 @@
-"""A lab's baseline against itself on fake engines whose speed varies: how many false alarms."""
+"""A lab's baseline against itself, on fake engines or on a real one: how many false alarms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -17,7 +19,9 @@ from bench import BenchError, truth
 from bench.clock import Clock
 from bench.console import aim, console
 from labs.filing.results import MachineFile, RunFolder, write_json
-from labs.judging.judge import CONFIDENCE, Judgement
+from labs.judging.judge import CONFIDENCE, Caveat, Judgement, judge
+from labs.judging.metrics import measure as figures_of
+from labs.judging.validity import caveats_of
 from labs.telling import instruments
 from serving import gpus
 from serving import machine as machines
@@ -32,6 +36,10 @@ LAW = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", 
 # a step varies by a tenth, the machine's speed by 3 % over seconds, two starts by half a percent
 NOISE = ("--seed", "any", "--jitter", ".1", "--drift", ".03", "--start-spread", ".005")
 NO_GPU = {gpus.VARIABLE: ""}  # where there is a GPU too, a fake engine's labs are a CPU's
+LOOK_EVERY_S = 0.5
+PAIRS_JUDGED = 5  # trials of each twin that one verdict rests on
+TWINS = "warmup_s=0.5 window_s=2 requests=128 repeats={pairs} most_repeats=0"
+TWINS_PAIR_S, TWINS_START_S = 36.0, 90.0  # three points of each twin; both engines and a forecast
 CEILINGS = machines.Ceilings(
     memory_bandwidth_bytes_per_s=2e10,
     bf16_flops_per_s=1e12,
@@ -49,10 +57,64 @@ def measure(clock: Clock, work: Path, runs: int) -> instruments.Alarms:
     judgements: list[list[Judgement]] = []
     for i in range(runs):
         clock.tell(f"run {i + 1} of {runs}", i / runs)
-        judgements.append(_run(work / str(i), seed=i).summary().judgements)
-    if all(j.outcome == "not valid" for run in judgements for j in run):
-        raise BenchError("no claim could be judged: this machine is too busy")
+        judgements.append(_on_a_fake_engine(work / str(i), seed=i).summary().judgements)
     alarms = alarms_of(judgements, LAB)
+    _tell(alarms)
+    return alarms
+
+
+def measure_twins(clock: Clock, work: Path, pairs: int) -> instruments.Twins:
+    """Run a lab's baseline against itself on two real engines side by side.
+
+    Every five pairs of trials are judged by the rules of a lab, as a run of their own. Raises
+    BenchError where the run fails, the engines cannot stay loaded together, or nothing could be
+    judged.
+    """
+
+    def tell(trials: int) -> None:
+        played = f"{trials} trials so far, of {pairs} pairs at each point"
+        clock.tell(played, min(0.95, trials * TWINS_PAIR_S / 6 / (TWINS_PAIR_S * pairs)))
+
+    run = _lab_run(work, {"SET": TWINS.format(pairs=pairs)}, tell)
+    session = run.session()
+    if session is None or not session.resident:
+        raise BenchError("the twins cannot stay loaded together here, so they make no pairs")
+    judgements = judged_in_blocks(run, PAIRS_JUDGED)
+    twins = instruments.Twins(pairs=pairs, **vars(alarms_of(judgements, LAB)))
+    _tell(twins)
+    return twins
+
+
+def judged_in_blocks(folder: RunFolder, repeats: int) -> list[list[Judgement]]:
+    """Judge every so many repeats of a run by themselves; a rest that is shorter is left out."""
+    run = folder.run()
+    lab, points, predictions = run.rebuilt_lab(), run.points(), folder.predictions()
+    expected = run.expected(predictions)
+    values: dict[int, dict[str, dict[int, dict[str, float | None]]]] = defaultdict(dict)
+    caveats: dict[int, list[Caveat]] = defaultdict(list)
+    for point, result, trial in folder.trials(points, lab):
+        block = (result.repeat - 1) // repeats
+        if trial is not None:
+            values[block].setdefault(point.key, {})[result.repeat] = figures_of(trial)
+            caveats[block] += caveats_of(trial, expected)
+    return [
+        [
+            judge(
+                claim,
+                t.key,
+                b.key,
+                values[block],
+                predictions.effects[claim.name][f"{t.key}|{b.key}"],
+                caveats[block],
+            )
+            for claim in lab.claims
+            for t, b in lab.pairs(claim, points)
+        ]
+        for block in range(lab.repeats // repeats)
+    ]
+
+
+def _tell(alarms: instruments.Alarms) -> None:
     console.print(
         f"False alarms: {alarms.alarms} of {alarms.judged} claims judged ({alarms.low:.1%} to"
         f" {alarms.high:.1%}, exact 95 % interval), {alarms.not_judged} not judged; the ratio"
@@ -65,34 +127,41 @@ def measure(clock: Clock, work: Path, runs: int) -> instruments.Alarms:
     in_doubt = alarms.low <= 0.05 < alarms.rate
     doubt = "the interval includes the bound: try more --runs" if in_doubt else ""
     aim("false alarms", 100 * alarms.rate, 5.0, "% of the claims judged", doubt=doubt)
-    return alarms
 
 
-def _run(work: Path, seed: int) -> RunFolder:
-    """Run the lab once against itself, with a results folder of its own. Raises BenchError."""
+def _on_a_fake_engine(work: Path, seed: int) -> RunFolder:
+    """Run the lab once against itself, on an engine whose speed varies. Raises BenchError."""
     with patch.dict(os.environ, NO_GPU):
         machine = machines.detect()
-    results, log = work / "results", work / "lab.log"
-    write_json(
-        results / machine.slug / "machine.json",
-        MachineFile(machine=machine, ceilings=CEILINGS),  # measuring takes 15 s
-    )
-    settings = {
-        "AA": "1",
-        "SET": SET,
-        "SEED": str(seed),
-        "RESULTS": str(results),
-        "PROMETHEUS_DATA": str(work / "prometheus"),
-        "ENGINE_COMMAND": shlex.join([sys.executable, "-m", truth.SERVER, *LAW, *NOISE]),
-    }
-    env = {name: value for name, value in os.environ.items() if not name.startswith("LABS_")}
-    env |= {f"LABS_{name}": value for name, value in settings.items()}
-    env |= NO_GPU
-    argv = [sys.executable, "-m", "labs.commands.cli", "run", LAB]
-    with log.open("wb") as sink:
-        process = subprocess.run(
-            argv, env=env, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, check=False
+        write_json(
+            work / "results" / machine.slug / "machine.json",
+            MachineFile(machine=machine, ceilings=CEILINGS),  # measuring takes 15 s
         )
+        command = shlex.join([sys.executable, "-m", truth.SERVER, *LAW, *NOISE])
+        settings = {"SET": SET, "SEED": str(seed), "ENGINE_COMMAND": command}
+        return _lab_run(work, settings, lambda trials: None)
+
+
+def _lab_run(work: Path, settings: Mapping[str, str], tell: Callable[[int], None]) -> RunFolder:
+    """Run the lab once against itself, with a results folder of its own. Raises BenchError.
+
+    `tell` is told now and then how many trials have ended.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    results, log = work / "results", work / "lab.log"
+    own = {"AA": "1", "RESULTS": str(results), "PROMETHEUS_DATA": str(work / "prometheus")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("LABS_")}
+    env |= {f"LABS_{name}": value for name, value in (own | dict(settings)).items()}
+    argv = [sys.executable, "-m", "labs.commands.cli", "run", LAB]
+    with (
+        log.open("wb") as sink,
+        subprocess.Popen(
+            argv, env=env, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink
+        ) as process,
+    ):
+        while process.poll() is None:
+            tell(sum(1 for _ in results.glob("*/*/*/trials/*/*/*/*/trial.json")))
+            time.sleep(LOOK_EVERY_S)
     if process.returncode:
         raise BenchError(f"the lab failed; its output:\n{log.read_text()}")
     (run,) = results.glob("*/*/*/run.json")
@@ -100,9 +169,16 @@ def _run(work: Path, seed: int) -> RunFolder:
 
 
 def alarms_of(runs: Sequence[Sequence[Judgement]], lab: str) -> instruments.Alarms:
-    """Count false alarms: in a lab against itself, any claim that is judged to help or hurt."""
+    """Count false alarms: in a lab against itself, any claim that is judged to help or hurt.
+
+    Raises BenchError where no claim could be judged.
+    """
     judgements = [j for run in runs for j in run]
     judged = [j for j in judgements if j.outcome != "not valid"]
+    if not judged:
+        why = Counter(j.why for j in judgements).most_common(1)
+        reason = f" ({why[0][0]})" if why else ""
+        raise BenchError(f"no claim could be judged{reason}: this machine is too busy")
     alarms = sum(j.outcome in ("helps", "hurts") for j in judged)
     exact = stats.binomtest(alarms, len(judged)).proportion_ci(CONFIDENCE, method="exact")
     spreads = [j.effect.spread for j in judged if j.effect and j.effect.spread is not None]

@@ -117,12 +117,11 @@ def _last(name: str, where: str) -> str:
     return f"max without (instance, job) (last_over_time({name}{{{where}}}[$__range]))"
 
 
-def _verdicts(where: str) -> str:
-    """Query a run's newest verdicts: their value is when they were reached, so a resumed run has
-    older ones too."""
-    verdicts = _last(series.VERDICT, where)
-    newest = f"max without (outcome, prediction) ({verdicts})"
-    return f"{verdicts} == ignoring (outcome, prediction) group_left {newest}"
+def _newest(name: str, where: str) -> str:
+    """Query what a run came to last: the value is when it did, so a resumed run has older ones."""
+    reached = _last(name, where)
+    newest = f"max without (outcome, prediction) ({reached})"
+    return f"{reached} == ignoring (outcome, prediction) group_left {newest}"
 
 
 def _slo(name: str) -> Line:
@@ -375,7 +374,7 @@ def _answer_panels() -> tuple[Panel, ...]:
             Column("Verdict", "outcome", width=110, colours=OUTCOMES),
             Column("Prediction", "prediction", width=120, colours=PREDICTIONS),
             Column("Metric", "metric", width=180),
-            Column(expr=_verdicts(RUN)),
+            Column(expr=_newest(series.VERDICT, RUN)),
             Column("Ratio", expr=effect, width=90),
             Column("Low", expr=low, width=90),
             Column("High", expr=high, width=90),
@@ -418,8 +417,11 @@ def _prediction_tables() -> tuple[Panel, ...]:
         rows(
             "Forecasts",
             "Absolute figures predicted from this machine's ceilings, in base units;"
-            " measured over predicted near 1 means the model of the machine is right.",
+            " measured over predicted near 1 means the model of the machine is right. It held, is"
+            " refuted or is open by the rule of verdicts; a bound is not broken or broken.",
             *point,
+            Column("Forecast", "prediction", width=160, colours=PREDICTIONS),
+            Column(expr=_newest(series.FORECAST_OUTCOME, POINTS)),
             Column("Predicted", expr=predicted),
             Column("Measured", expr=forecast),
             Column("Measured / predicted", expr=f"{forecast} / {predicted}"),
@@ -515,7 +517,7 @@ def _effect_panels() -> tuple[Panel, ...]:
             Column("Run", "run_id", width=260),
             Column("Verdict", "outcome", width=120, colours=OUTCOMES),
             Column("Prediction", "prediction", width=120, colours=PREDICTIONS),
-            Column(expr=_verdicts(EVERYWHERE)),
+            Column(expr=_newest(series.VERDICT, EVERYWHERE)),
             sort_by="Claim",
         ),
     )

@@ -19,10 +19,11 @@ EFFECT_PREDICTED = f"{EFFECT}_predicted"
 VERDICT = "lab_verdict"  # claim, title, outcome, prediction: when it was reached, Unix time
 FORECAST = "lab_forecast"  # variant, workload, load, metric: measured
 FORECAST_PREDICTED = f"{FORECAST}_predicted"
+FORECAST_OUTCOME = f"{FORECAST}_outcome"  # and prediction: when it was judged, Unix time
 SLO = exporter.SLO  # slo (ttft, tpot, itl); without machine while a lab runs
 FINISHED = (
     RUN_INFO, MEASUREMENT, MEASUREMENT_LOW, MEASUREMENT_HIGH, EFFECT, EFFECT_LOW, EFFECT_HIGH,
-    EFFECT_PREDICTED, VERDICT, FORECAST, FORECAST_PREDICTED, SLO,
+    EFFECT_PREDICTED, VERDICT, FORECAST, FORECAST_PREDICTED, FORECAST_OUTCOME, SLO,
 )  # fmt: skip
 
 # of dcgm-exporter; labels: gpu, and no run's

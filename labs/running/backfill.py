@@ -26,7 +26,7 @@ from labs.filing.bounded import DamagedError
 from labs.filing.results import Run, RunFolder, readable
 from labs.judging.judge import Interval
 from labs.judging.metrics import METRICS
-from labs.judging.text import claim_outcome
+from labs.judging.text import claim_outcome, outcome_text
 from labs.lab import Lab, LabError, Point
 from loadtests import exporter, records
 from loadtests.exporter import Exporter
@@ -51,6 +51,7 @@ _LABELS: dict[str, tuple[str, ...]] = {
     series.VERDICT: (*_CLAIM, "outcome", "prediction"),
     series.FORECAST: _POINT,
     series.FORECAST_PREDICTED: _POINT,
+    series.FORECAST_OUTCOME: (*_POINT, "prediction"),
     series.SLO: (*_RUN, "slo"),
 }
 
@@ -298,6 +299,8 @@ def _figures(folder: RunFolder) -> Iterator[str]:
         place = {**_point(f.point), "metric": f.metric}
         put(series.FORECAST, f.measured.value if f.measured else None, **place)
         put(series.FORECAST_PREDICTED, f.prediction.value, **place)
+        came_to = outcome_text(f.outcome, f.prediction, f.measured)
+        put(series.FORECAST_OUTCOME, ended, **place, prediction=came_to)
     for slo, value in run.rebuilt_lab().slo.by_name().items():
         put(series.SLO, value, slo=slo)
     yield from _scrape(registry, ended)

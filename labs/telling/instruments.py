@@ -93,6 +93,12 @@ class Alarms(Part, frozen=True):
         return self.alarms / self.judged
 
 
+class Twins(Alarms, frozen=True):
+    """The same on two real engines side by side; `runs` are blocks of pairs."""
+
+    pairs: int  # trials of each twin at every point
+
+
 class Bench(BaseModel, frozen=True, extra="forbid"):
     machine: Machine
     streams: Streams | None = None
@@ -101,6 +107,7 @@ class Bench(BaseModel, frozen=True, extra="forbid"):
     recording: Recording | None = None
     overhead: Overhead | None = None
     aa: Alarms | None = None
+    twins: Twins | None = None
 
 
 def path_of(machine: Machine) -> Path:
@@ -198,5 +205,13 @@ def _sentences(bench: Bench) -> list[str]:
             f" varies): a false alarm in {aa.alarms} of {aa.judged} claims judged, {aa.rate:.1%}"
             f" ({aa.low:.1%} to {aa.high:.1%}), {aa.not_judged} not judged; the ratio varies by"
             f" {aa.spread:.1%} between repeats."
+        )
+    if twins := bench.twins:
+        sentences.append(
+            f"A lab against itself on two real engines side by side (`{twins.lab}`, {twins.pairs}"
+            f" pairs of trials at each point, judged in {twins.runs} blocks): a false alarm in"
+            f" {twins.alarms} of {twins.judged} claims judged, {twins.rate:.1%} ({twins.low:.1%} to"
+            f" {twins.high:.1%}), {twins.not_judged} not judged; the ratio varies by"
+            f" {twins.spread:.1%} between pairs."
         )
     return sentences

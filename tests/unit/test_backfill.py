@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
@@ -11,8 +13,10 @@ import pytest
 import requests
 
 from dashboards import prometheus, series
-from labs.filing.results import RunFolder
-from labs.lab import LabError
+from labs.filing.results import RunFolder, write_json
+from labs.judging.judge import ForecastResult, Interval, prediction_outcome
+from labs.judging.text import claim_outcome
+from labs.lab import LabError, Prediction
 from labs.running import backfill
 from loadtests import exporter
 from tests.unit.builders import write_run
@@ -94,6 +98,27 @@ def test_figures_of_a_run_whose_trials_all_failed_are_none(
     shutil.rmtree(folder.path / "trials")
     backfill.load_figures(folder)
     assert loaded == []
+
+
+def test_what_became_of_predictions_is_told_in_the_words_of_the_report(
+    tmp_path: Path, loaded: list[str]
+) -> None:
+    folder = write_run(tmp_path)
+    ceiling = Prediction(value=200, kind="ceiling", formula="")
+    measured = Interval(value=100, low=90, high=110, n=3)
+    forecast = ForecastResult(
+        metric="output_tokens_per_s", point=folder.run().points()[0].key, measured=measured,
+        prediction=ceiling, outcome=prediction_outcome(ceiling, measured),
+    )  # fmt: skip
+    summary = folder.summary().model_copy(update={"forecasts": [forecast]})
+    write_json(folder.path / "summary.json", summary)
+    imported(folder)
+    forecasts, verdicts = (
+        Counter(re.findall(rf'^{name}{{.*prediction="(.*?)"', "\n".join(loaded), re.MULTILINE))
+        for name in (series.FORECAST_OUTCOME, series.VERDICT)
+    )
+    assert forecasts == {"not broken (50% of it)": 1}
+    assert verdicts == Counter(map(claim_outcome, summary.judgements))
 
 
 def test_nothing_is_added_where_prometheus_does_not_answer(

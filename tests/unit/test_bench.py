@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from bench import aa, clients, engine, overhead, recording, streams, trials, truth
+from bench import BenchError, aa, clients, engine, overhead, recording, streams, trials, truth
 from bench.__main__ import PAIRS, PROCESSES, REPEATS, RUNS, Plan, dated
 from bench.clock import Clock
 from labs.judging.judge import Effect, Interval, Judgement, VerdictKind
 from labs.telling import instruments
 from loadtests import generator
 from loadtests.records import RequestRecord
-from tests.unit.builders import PREDICTION
+from tests.unit.builders import PREDICTION, write_run
 
 
 def client(index: int, *chunks: tuple[float, int], in_window: bool = True) -> RequestRecord:
@@ -131,6 +132,24 @@ def test_none_in_eighty_still_leaves_room() -> None:
     found = aa.alarms_of([[judged("inconclusive")] * 4] * 20, "tiny")
     assert (found.alarms, found.judged, found.low) == (0, 80, 0)
     assert found.high == pytest.approx(1 - 0.025 ** (1 / 80))
+
+
+def test_where_nothing_could_be_judged_the_reason_is_told() -> None:
+    busy = judged("not valid").model_copy(update={"why": "other processes"})
+    with pytest.raises(BenchError, match=r"no claim could be judged \(other processes\)"):
+        aa.alarms_of([[busy] * 4], "tiny")
+
+
+def test_every_so_many_repeats_are_judged_by_themselves(tmp_path: Path) -> None:
+    """Of four repeats the first two are one run and the last two another; their trials alone."""
+    folder = write_run(tmp_path, repeats=4)
+    first, second = aa.judged_in_blocks(folder, 2)
+    assert [j.claim for j in first] == [j.claim for j in second]
+    of_both = [j for j in (*first, *second) if j.effect]
+    assert of_both
+    assert {j.effect.ratio.n for j in of_both if j.effect} == {2}
+    assert aa.judged_in_blocks(folder, 3) != [first]
+    assert len(aa.judged_in_blocks(folder, 3)) == 1
 
 
 def test_time_to_come_is_as_expected_and_then_as_measured() -> None:
