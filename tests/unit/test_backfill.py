@@ -100,9 +100,7 @@ def test_figures_of_a_run_whose_trials_all_failed_are_none(
     assert loaded == []
 
 
-def test_what_became_of_predictions_is_told_in_the_words_of_the_report(
-    tmp_path: Path, loaded: list[str]
-) -> None:
+def test_what_became_of_predictions_is_told_in_the_words_of_the_report(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     ceiling = Prediction(value=200, kind="ceiling", formula="")
     measured = Interval(value=100, low=90, high=110, n=3)
@@ -112,9 +110,9 @@ def test_what_became_of_predictions_is_told_in_the_words_of_the_report(
     )  # fmt: skip
     summary = folder.summary().model_copy(update={"forecasts": [forecast]})
     write_json(folder.path / "summary.json", summary)
-    imported(folder)
+    figures = "\n".join(backfill._figures(folder))
     forecasts, verdicts = (
-        Counter(re.findall(rf'^{name}{{.*prediction="(.*?)"', "\n".join(loaded), re.MULTILINE))
+        Counter(re.findall(rf'^{name}{{.*prediction="(.*?)"', figures, re.MULTILINE))
         for name in (series.FORECAST_OUTCOME, series.VERDICT)
     )
     assert forecasts == {"not broken (50% of it)": 1}
