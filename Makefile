@@ -4,11 +4,11 @@ SHELL := /bin/bash
 # A setting comes from make's own command line (`make lab-x QUICK=1`) and goes to the program as
 # LABS_QUICK, as it was typed: make expands nothing in it, and it is never part of a shell's text.
 # LABS_QUICK in the environment holds for every call; QUICK there is not read, and make says so.
-SETTINGS := A AA AGAIN AS B BASELINE DISTURBED DP ENDPOINT ENGINE_COMMAND FOR FORCE FRESH FROM GRAFANA_PORT \
-	GRAFANA_URL HAVE HELP JSON LAB MACHINE METHOD MODEL OUT PART PLATFORM PORT PP PREVIEW_PORT \
-	PRICE_PER_HOUR PROMETHEUS_DATA PROMETHEUS_PORT PROMETHEUS_URL PYTHON PYTHON_VERSION QUICK \
-	RESULTS RESUME RUN SCRATCH SEED SET TESTS THRESHOLDS TO TP UNSAFE_FLAGS VARIANT VLLM WEB_PORT \
-	WEIGHTS WITHOUT WORKLOAD
+SETTINGS := A AA AGAIN API_PRICE AS B BASELINE DISTURBED DOCUMENTS DP ENDPOINT ENGINE_COMMAND FOR FORCE FRESH \
+	FROM GRAFANA_PORT GRAFANA_URL HAVE HELP JSON LAB LENGTHS MACHINE METHOD MODEL OUT PART PLATFORM \
+	PORT PP PRECISION PREVIEW_PORT PRICE_PER_HOUR PROMETHEUS_DATA PROMETHEUS_PORT PROMETHEUS_URL \
+	PYTHON PYTHON_VERSION QUICK RATE REPLICAS RESULTS RESUME ROUTER RUN SCRATCH SEED SET SLO TESTS \
+	THRESHOLDS TO TP TRACE UNSAFE_FLAGS VARIANT VLLM WEB_PORT WEIGHTS WITHOUT WORKLOAD
 SECRETS := GRAFANA_PASSWORD GRAFANA_TOKEN HF_TOKEN  # have one name, here as in the environment
 # The names in $2 that come from $1: "command" (line) or "environment".
 from = $(strip $(foreach name,$2,$(if $(filter $1,$(firstword $(origin $(name)))),$(name))))
@@ -38,7 +38,7 @@ INSTALL := $(PYTHON_HERE) -m serving.install $(if $(OTHER_VLLM),--vllm "$$LABS_V
 # Without the setting $1 a command shows what it takes.
 or_help = $(if $(value LABS_$1),,--help)
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast score-forecasts labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test check bench clean distclean
+.PHONY: help setup labs forecast plan score-forecasts labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test check bench clean distclean
 
 help: ## List the targets
 	@echo "Labs (set-up first, only what is missing):"
@@ -64,6 +64,9 @@ lab-%: setup ## Run a lab: predict, measure, judge, report
 
 forecast: setup ## Forecast a lab without running it: LAB=.. [MACHINE=h100] [MODEL=..] [SET=..] [OUT=x.md]
 	@$(BIN)/labs forecast $(call or_help,LAB)
+
+plan: setup ## Plan capacity without a GPU: MACHINE=h100 [MODEL=..] [RATE=..|TRACE=..] [SLO=..] [REPLICAS=..]
+	@$(BIN)/labs plan $(call or_help,MACHINE)
 
 score-forecasts: setup ## Show how near the forecasts of recorded runs came
 	@$(BIN)/labs score-forecasts

@@ -26,6 +26,7 @@ from serving.models import RANDOM, Model, ModelError, Shape
 SHAPES: dict[str, str] = {
     # serving/shapes/<name>.json -> the public architecture whose numbers it has
     "llama-8b": "Llama 3.1 8B: dense, 8 KV heads for 32",
+    "llama-70b": "Llama 3.1 70B: dense, 8 KV heads for 64",
     "llama-1b": "Llama 3.2 1B: dense, tied embeddings",
     "moe-30b": "Qwen3 30B-A3B: a mixture of 128 experts, 8 for each token",
     "llama-tiny": "nobody's: sized for a CPU, with a vocabulary beyond the tokenizer's",

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from labs import LABS
-from labs.commands import all_labs, doctor, environment, monitoring, recorded_runs
+from labs.commands import all_labs, doctor, environment, monitoring, planning, recorded_runs
 from labs.commands.interactive import PORT, WEB_PORT, start_locust_ui
 from labs.commands.terminal import (
     EXPECTED_ERRORS,
@@ -521,6 +521,7 @@ def make_bundle(
 
 
 for panel, part in (
+    ("Forecasts", planning.app),
     ("Recorded runs", recorded_runs.app),
     ("Prometheus and Grafana", monitoring.app),
 ):

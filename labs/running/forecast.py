@@ -9,6 +9,7 @@ a forecast and a measurement are the same figure by the same function.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import sys
@@ -40,7 +41,9 @@ from serving.forecasting.step import StepTimes
 from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Play, Traffic
 from serving.gpus import Datasheet
+from serving.machine import Machine
 from serving.metrics import Snapshot
+from serving.models import Shape
 from serving.process import Process
 
 FASTER, SLOWER = 0.90, 1.18
@@ -249,7 +252,7 @@ def _steps_by_datasheet(setup: Setup, points: Sequence[Point], sheet: Datasheet)
         served = _config(_served(setup, point.variant) / "config.json")
         return (
             datasheet.step_times(
-                point.shape, sheet, efficiency, flags.kv_value_bytes, _is_eight_bit(served)
+                point.shape, sheet, efficiency, flags.kv_value_bytes, is_eight_bit(served)
             ),
             datasheet.step_times(
                 models.shape_of(_config(Path(str(draft)) / "config.json")), sheet, efficiency
@@ -262,7 +265,7 @@ def _steps_by_datasheet(setup: Setup, points: Sequence[Point], sheet: Datasheet)
     return {p.key: (at(p, ends[0]), at(p, ends[1]), at(p, ends[2])) for p in points}
 
 
-def _is_eight_bit(config: Mapping[str, Any]) -> bool:
+def is_eight_bit(config: Mapping[str, Any]) -> bool:
     """Tell whether activations are quantized too, so that the layers multiply at 8 bits."""
     groups = config.get("quantization_config", {}).get("config_groups", {}).values()
     return any(group.get("input_activations") for group in groups)
@@ -284,6 +287,20 @@ def _described(steps: Iterable[tuple[EngineSteps, EngineSteps, EngineSteps]]) ->
 
 Send = Callable[[ForecastPlan], None]
 Receive = Callable[[], Iterator[ForecastPlay]]
+
+
+def play_all(plans: Sequence[ForecastPlan]) -> Iterator[tuple[int, ForecastPlay]]:
+    """Play plans side by side, each in a process of its own; yield (a plan's index, a play of it).
+
+    The plays of one plan come in its order. Raises ForecastError where vLLM does not import, or its
+    scheduler cannot be driven.
+    """
+    with contextlib.ExitStack() as stack:
+        started = [stack.enter_context(_forecaster()) for _ in plans]
+        for (send, _), plan in zip(started, plans, strict=True):
+            send(plan)
+        for row in itertools.zip_longest(*(receive() for _, receive in started)):
+            yield from ((number, played) for number, played in enumerate(row) if played)
 
 
 @contextlib.contextmanager
@@ -341,7 +358,8 @@ def _plan(
         step_times, draft_times = steps[point.key][end]
         flags = with_places(point.variant.flags, setup.places)
         if setup.datasheet:
-            flags = {**_defaults_on_a_gpu(setup, point), **flags}
+            defaults = defaults_on_a_gpu(setup.machine, point.shape, point.variant.flags)
+            flags = {**defaults, **flags}
         return PlannedEngine(
             argv=(
                 *("--model", str(_served(setup, point.variant))),
@@ -375,18 +393,20 @@ def _plan(
     )
 
 
-def _defaults_on_a_gpu(setup: Setup, point: Point) -> dict[str, FlagValue]:
+def defaults_on_a_gpu(
+    machine: Machine, shape: Shape, flags: Mapping[str, FlagValue]
+) -> dict[str, FlagValue]:
     """Return the defaults that vLLM 0.32 takes from the GPU, as an API server, and a CPU has not.
 
     Source: `get_batch_defaults` of vllm/engine/arg_utils.py; a block of 16 tokens is the default of
-    the attention kernels on Hopper and Ampere.
+    the attention kernels on Hopper and Ampere. The KV cache has what the weights leave of the
+    memory, which is less than nothing for a model that does not fit.
     """
-    memory_bytes = setup.machine.memory_bytes
-    large = memory_bytes >= 70 * 2**30 and "A100" not in setup.machine.model
+    large = machine.memory_bytes >= 70 * 2**30 and "A100" not in machine.model
     budget = VllmFlags(
-        {"max-num-batched-tokens": 8192 if large else 2048} | point.variant.flags
+        {"max-num-batched-tokens": 8192 if large else 2048, **flags}
     ).max_num_batched_tokens
-    kv_bytes = GPU_SHARE * memory_bytes - point.shape.weight_bytes - ACTIVATION_BYTES
+    kv_bytes = GPU_SHARE * machine.memory_bytes - shape.weight_bytes - ACTIVATION_BYTES
     return {
         "max-num-batched-tokens": budget,
         "max-num-seqs": min(1024 if large else 256, budget),
@@ -431,13 +451,14 @@ def _trial(lab: Lab, point: Point, forecast_play: ForecastPlay) -> Trial:
         point,
         forecast_play.repeat,
         lab.slo,
-        list(_records(play)),
+        list(records(play)),
         _summary(play),
         _snapshot(forecast_play),
     )
 
 
-def _records(play: Play) -> Iterator[RequestRecord]:
+def records(play: Play) -> Iterator[RequestRecord]:
+    """Present what the clients of a play observed as the records of a trial."""
     for a in play.answers:
         yield RequestRecord(
             index=a.index,

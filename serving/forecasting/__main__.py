@@ -10,13 +10,15 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from serving.forecasting.plan import ForecastPlan, ForecastPlay
-from serving.forecasting.traffic import Prompt, play
+from serving.forecasting.fleet import ROUTERS, Fleet
+from serving.forecasting.plan import ForecastPlan, ForecastPlay, SyntheticRequest
+from serving.forecasting.traffic import Prompt, VirtualServer, play
 
 
 def main() -> None:
@@ -30,30 +32,51 @@ def main() -> None:
     plan = ForecastPlan.model_validate_json(sys.stdin.readline())
     tokenize = _tokenizer(str(plan.tokenizer))
     for engine in plan.engines:
-        server = VirtualEngine(engine.argv, engine.step_times, engine.draft_times)
+        replicas = [
+            VirtualEngine(engine.argv, engine.step_times, engine.draft_times)
+            for _ in range(engine.replicas)
+        ]
         for trial in engine.trials:
-            server.reset_prefix_cache()
-            server.clock.acceptance = trial.acceptance
-            for prompt in list(_prompts(trial.requests, tokenize, None))[: trial.primed]:
-                server.add(f"prime-{prompt.index}", prompt.model_copy(update={"output_tokens": 1}))
-                while server.busy:
-                    server.step()
-            server.read_counters()
+            for replica in replicas:
+                replica.reset_prefix_cache()
+                replica.clock.acceptance = trial.acceptance
+            one = len(replicas) == 1
+            server = replicas[0] if one else Fleet(replicas, ROUTERS[trial.router]())
+            _prime(server, list(_prompts(trial.requests, tokenize, None))[: trial.primed])
+            for replica in replicas:
+                replica.read_counters()
             played = play(
                 server,
                 trial.traffic,
                 _prompts(trial.requests, tokenize, False),
                 _prompts(trial.requests, tokenize, True),
                 plan.delays,
+                trial.ends_only,
             )
             forecast_play = ForecastPlay(
                 key=trial.key,
                 repeat=trial.repeat,
                 play=played,
-                counters=server.read_counters(),
-                kv_capacity_tokens=server.kv_capacity_tokens,
+                counters=_sum_of(replica.read_counters() for replica in replicas),
+                kv_capacity_tokens=sum(replica.kv_capacity_tokens for replica in replicas),
             )
             print(forecast_play.model_dump_json(), file=out, flush=True)
+
+
+def _prime(server: VirtualServer, prompts: Iterable[Prompt]) -> None:
+    """Send prompts one after another, so that their prefixes are cached."""
+    for prompt in prompts:
+        server.add(f"prime-{prompt.index}", prompt.model_copy(update={"output_tokens": 1}))
+        while server.busy:
+            server.step()
+
+
+def _sum_of(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Add up what several replicas counted."""
+    total: Counter[str] = Counter()
+    for counted in counts:
+        total.update(counted)
+    return dict(total)
 
 
 def _prompts(requests: Path, tokenize: Any, intruders: bool | None) -> Iterator[Prompt]:
@@ -64,7 +87,15 @@ def _prompts(requests: Path, tokenize: Any, intruders: bool | None) -> Iterator[
     with requests.open() as lines:
         for line in lines:
             planned = json.loads(line)
-            if intruders in (None, bool(planned.get("intruder"))):
+            if "body" not in planned:
+                request = SyntheticRequest.model_validate(planned)
+                if intruders is not True:
+                    yield Prompt(
+                        index=request.index,
+                        token_ids=request.token_ids,
+                        output_tokens=request.output_tokens,
+                    )
+            elif intruders in (None, bool(planned.get("intruder"))):
                 yield Prompt(
                     index=planned["index"],
                     token_ids=tokenize(planned["body"]),

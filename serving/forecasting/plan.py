@@ -15,10 +15,36 @@ class PlannedTrial(BaseModel, frozen=True, extra="forbid"):
 
     key: str
     repeat: int
-    requests: Path  # JSON lines, each with `index`, `output_tokens`, a chat `body`, ...
+    requests: Path  # JSON lines: planned requests with a chat `body`, or a `SyntheticRequest` each
     acceptance: float = 0.0  # probability that a draft token is accepted, each by itself
     primed: int = 0  # so many of the first requests are sent beforehand, one after another
     traffic: Traffic
+    router: str = "round-robin"  # of requests to replicas: `serving/forecasting/fleet.py`
+    ends_only: bool = False  # an answer keeps its first chunk, and joins all others
+
+
+FIRST_OWN = 2**24  # tokens from here on tell requests apart, those below tell documents apart
+
+
+class SyntheticRequest(BaseModel, frozen=True, extra="forbid"):
+    """A request without a text: its first `document_tokens` are those of its document."""
+
+    index: int
+    prompt_tokens: int
+    output_tokens: int
+    document: int = 0
+    document_tokens: int = 0
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Tokens that agree with another request's exactly where both share a document.
+
+        A token that tells a document, or a request, apart is enough: what follows it never matches,
+        since a cached block is found by all tokens up to its end.
+        """
+        document = (1 + self.document, *[0] * (self.document_tokens - 1))[: self.document_tokens]
+        own = self.prompt_tokens - self.document_tokens
+        return (*document, *(FIRST_OWN + self.index, *[0] * (own - 1))[:own])
 
 
 class PlannedEngine(BaseModel, frozen=True, extra="forbid"):
@@ -28,6 +54,7 @@ class PlannedEngine(BaseModel, frozen=True, extra="forbid"):
     step_times: StepTimes
     draft_times: StepTimes | None = None
     trials: tuple[PlannedTrial, ...]
+    replicas: int = 1
 
 
 class ForecastPlan(BaseModel, frozen=True, extra="forbid"):

@@ -10,6 +10,7 @@ client and engine are constants, not simulated: see `Delays`.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable
 from typing import Literal, Protocol
 
@@ -28,8 +29,11 @@ class VirtualServer(Protocol):
     def add(self, request_id: str, prompt: Prompt) -> None:
         """Hand a request to the engine now."""
 
-    def step(self) -> dict[str, tuple[int, bool]]:
-        """Run one step; return request -> (new tokens, whether they were its last)."""
+    def step(self, before_s: float = ...) -> dict[str, tuple[int, bool]]:
+        """Run one step; return request -> (new tokens, whether they were its last).
+
+        A server of several engines may instead stop at `before_s`, where the next request comes.
+        """
 
     def wait_until(self, at_s: float) -> None:
         """Let an idle engine's clock move on."""
@@ -98,9 +102,14 @@ def play(
     prompts: Iterable[Prompt],
     intruders: Iterable[Prompt] = (),
     delays: Delays | None = None,
+    ends_only: bool = False,
 ) -> Play:
-    """Play a trial until its last answer, from the time that the server's clock shows."""
-    return _Trial(server, traffic, prompts, intruders, delays or Delays()).run()
+    """Play a trial until its last answer, from the time that the server's clock shows.
+
+    With `ends_only` an answer keeps its first chunk and joins all later ones into its last, which
+    is enough for TTFT and TPOT and keeps a hundred thousand answers small.
+    """
+    return _Trial(server, traffic, prompts, intruders, delays or Delays(), ends_only).run()
 
 
 class _Trial:
@@ -111,8 +120,10 @@ class _Trial:
         prompts: Iterable[Prompt],
         intruders: Iterable[Prompt],
         delays: Delays,
+        ends_only: bool,
     ) -> None:
         self.server, self.traffic, self.delays = server, traffic, delays
+        self.ends_only = ends_only
         self.prompts, self.intruders = iter(prompts), iter(intruders)
         self.start_s = server.now_s
         self.answers: dict[str, Answer] = {}
@@ -139,10 +150,10 @@ class _Trial:
             while self.deliveries and self.deliveries[0][0] <= self.now_s + 1e-12:
                 _, _, name, prompt = heapq.heappop(self.deliveries)
                 self.server.add(name, prompt)
-            if self.server.busy:
-                self._receive(self.server.step())
-                continue
             next_times_s = [heap[0][0] for heap in (self.sends, self.deliveries) if heap]
+            if self.server.busy:
+                self._receive(self.server.step(self.start_s + min(next_times_s, default=math.inf)))
+                continue
             if not next_times_s:
                 break
             self.server.wait_until(self.start_s + max(min(next_times_s), self.now_s))
@@ -260,7 +271,9 @@ class _Trial:
         at_s = self.now_s + self.delays.response_s
         for name, (tokens, last) in outputs.items():
             answer = self.answers[name]
-            if tokens:
+            if tokens and self.ends_only and len(answer.chunks) > 1:
+                answer.chunks[-1] = (at_s, answer.chunks[-1][1] + tokens)
+            elif tokens:
                 answer.chunks.append((at_s, tokens))
             if last:
                 self._answered(name, answer, at_s)

@@ -10,6 +10,7 @@ This module imports vLLM, so it runs in the engine's environment only. Tested wi
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -234,8 +235,11 @@ class VirtualEngine:
         )
         self.core.add_request(request)
 
-    def step(self) -> dict[str, tuple[int, bool]]:
-        """Run one step; return request -> (new tokens, whether they were its last)."""
+    def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
+        """Run one step; return request -> (new tokens, whether they were its last).
+
+        A step that has begun goes on to its end, whatever comes at `before_s`.
+        """
         outputs, executed = self.core.step_fn()
         self.core.post_step(executed)
         for client in (outputs or {}).values():

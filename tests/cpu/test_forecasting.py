@@ -12,7 +12,13 @@ import sys
 import pytest
 
 from serving import machine, models
-from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedEngine, PlannedTrial
+from serving.forecasting.plan import (
+    ForecastPlan,
+    ForecastPlay,
+    PlannedEngine,
+    PlannedTrial,
+    SyntheticRequest,
+)
 from serving.forecasting.step import StepTimes
 from serving.forecasting.traffic import Delays, Traffic
 
@@ -27,6 +33,7 @@ SECOND = StepTimes(
     tokens=(1,), linear_s=(1.0,), rows=(1,), head_s=(0.0,), attention_pair_s=0, attention_read_s=0
 )
 ONCE = Traffic(kind="waves", users=2, warmup_s=0, window_s=1)
+EVERY_FIVE = Traffic(kind="open", schedule_s=(0, 5, 10, 15, 20, 25), warmup_s=0, window_s=26)
 IN_TURN = Traffic(kind="closed", users=1, warmup_s=0, window_s=20)
 BLOCK = 128
 WORDS = " ".join(["street"] * 300)
@@ -63,10 +70,25 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
         argv = ("--model", str(model), "--enforce-eager", "--max-model-len", "1024", *flags)
         return PlannedEngine(argv=argv, step_times=SECOND, trials=(trial,))
 
+    kv = ("--kv-cache-memory-bytes", str(2**28))
+
+    def fleet(router: str) -> PlannedEngine:
+        one = engine(router, "documents", *kv, "--enable-prefix-caching")
+        trial = one.trials[0].model_copy(
+            update={"traffic": EVERY_FIVE, "router": router, "ends_only": True}
+        )
+        return one.model_copy(update={"trials": (trial,), "replicas": 2})
+
+    (folder / "documents").write_text("".join(
+        SyntheticRequest(
+            index=index, prompt_tokens=300, output_tokens=3, document=index // 2,
+            document_tokens=2 * BLOCK,
+        ).model_dump_json() + "\n"
+        for index in range(6)
+    ))  # fmt: skip
     small = ("--kv-cache-memory-bytes", str(8 * BLOCK * 23_040))  # two requests do not fit
     # a server's own option, which an engine core does not know, is passed over
     slot = ("--enable-lora", "--max-loras", "1", "--lora-modules", "tenant-0=a", "tenant-1=b")
-    kv = ("--kv-cache-memory-bytes", str(2**28))
     ngram = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'
     plan = ForecastPlan(
         tokenizer=model,
@@ -78,6 +100,7 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
             engine("pieces", "long", *kv, "--max-num-batched-tokens", "128"),
             engine("tight", "many", *small, "--max-model-len", "512"),
             engine("guessed", "short", *kv, "--speculative-config", ngram, acceptance=1),
+            *(fleet(router) for router in ("round-robin", "prefix-aware")),
         ),
     )
     done = subprocess.run(
@@ -134,3 +157,17 @@ def test_drafts_that_are_all_accepted_come_together(plays: dict[str, ForecastPla
 def test_with_one_slot_adapters_take_turns(plays: dict[str, ForecastPlay]) -> None:
     assert tokens_at(plays["one slot"], 0) == [(float(i), 1) for i in (1, 2, 3)]
     assert tokens_at(plays["one slot"], 1) == [(float(i), 1) for i in (4, 5, 6)]
+
+
+def test_replicas_share_the_requests_and_each_has_a_cache_of_its_own(
+    plays: dict[str, ForecastPlay],
+) -> None:
+    """Three documents are asked about twice each, in a row: in turn, no replica sees one again."""
+    in_turn, by_prefix = plays["round-robin"], plays["prefix-aware"]
+    assert in_turn.counters["prefix_hits"] == 0
+    assert by_prefix.counters["prefix_hits"] == 3 * 2 * BLOCK
+    for play in (in_turn, by_prefix):
+        assert play.counters["prefix_queries"] == 6 * 300
+        assert [a.chunks for a in play.play.answers] == [
+            [(a.sent_s + 1, 1), (a.sent_s + 3, 2)] for a in play.play.answers
+        ]

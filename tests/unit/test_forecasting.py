@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
@@ -51,7 +52,7 @@ class Server:
     def add(self, request_id: str, prompt: Prompt) -> None:
         self.left[request_id] = prompt.output_tokens
 
-    def step(self) -> dict[str, tuple[int, bool]]:
+    def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
         self.now_s += 1
         self.sizes.append(len(self.left))
         got = {name: (1, left == 1) for name, left in self.left.items()}

@@ -124,7 +124,7 @@ class LawfulEngine:
     def add(self, request_id: str, prompt: Prompt) -> None:
         self.new.append((request_id, prompt))
 
-    def step(self) -> dict[str, tuple[int, bool]]:
+    def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
         self.left |= {name: prompt.output_tokens for name, prompt in self.new}
         prompt_tokens = sum(len(prompt.token_ids) for _, prompt in self.new)
         self.new = []
@@ -419,7 +419,7 @@ class TimedEngine:
     def add(self, request_id: str, prompt: Prompt) -> None:
         self.ends_s[request_id] = self.now_s + self.lasts_s[prompt.index]
 
-    def step(self) -> dict[str, tuple[int, bool]]:
+    def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
         first = min(self.ends_s, key=lambda name: self.ends_s[name])
         tick_s = (math.floor(64 * self.now_s) + 1) / 64
         if tick_s < self.ends_s[first]:

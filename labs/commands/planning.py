@@ -1,0 +1,184 @@
+"""The command that plans capacity: does a model fit, how many GPUs, at what price."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated
+
+import typer
+
+from labs.commands.terminal import ConsoleProgress, reported_errors
+from labs.judging.measure import price_per_hour
+from labs.lab import SLO, LabError, did_you_mean
+from labs.running.capacity_plan import (
+    MOST_REPLICAS,
+    PRECISIONS,
+    Question,
+    model_named,
+    plan,
+)
+from labs.running.resolve import machine_of
+from labs.telling import capacity_plans, markdown
+from labs.telling.capacity_plans import Demand
+from loadtests.trace import MOST_ROWS, read_trace
+from serving import whole
+from serving.dummy import SHAPES
+from serving.forecasting.fleet import ROUTERS
+from serving.gpus import short_names
+
+app = typer.Typer()
+
+MOST_TOKENS = 131_072  # of a prompt, or an answer
+MOST_DOCUMENTS = 100_000
+
+
+@app.command("plan")
+def plan_capacity(
+    card: Annotated[
+        str,
+        typer.Option(
+            "--machine", envvar="LABS_MACHINE", help=f"The GPU: {', '.join(short_names())}."
+        ),
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            envvar="LABS_MODEL",
+            help=f"A shape that ships with the lab ({', '.join(SHAPES)}), or a model folder with"
+            " config.json.",
+        ),
+    ] = "llama-8b",
+    precision: Annotated[
+        str, typer.Option(envvar="LABS_PRECISION", help=f"One of {', '.join(PRECISIONS)}.")
+    ] = "bf16",
+    rate: Annotated[
+        float, typer.Option(envvar="LABS_RATE", min=0, help="Requests per second, in all.")
+    ] = 0.0,
+    lengths: Annotated[
+        str, typer.Option(envvar="LABS_LENGTHS", help="Mean tokens of prompts and outputs.")
+    ] = "1000/200",
+    documents: Annotated[
+        str,
+        typer.Option(
+            envvar="LABS_DOCUMENTS",
+            help="How many documents prompts begin with, and their tokens: 200/800.",
+        ),
+    ] = "",
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="LABS_TRACE",
+            help=f"Traffic to replay in place of a rate and lengths: its first"
+            f" {MOST_ROWS:,} requests (`docs/knobs.md` lists the formats).",
+        ),
+    ] = None,
+    slo: Annotated[
+        str, typer.Option(envvar="LABS_SLO", help="The longest TTFT and TPOT, in milliseconds.")
+    ] = "1000/50",
+    replicas: Annotated[
+        int,
+        typer.Option(
+            envvar="LABS_REPLICAS",
+            min=0,
+            max=MOST_REPLICAS,
+            help="How many GPUs serve; 0: as many as the rate needs.",
+        ),
+    ] = 0,
+    router: Annotated[
+        str, typer.Option(envvar="LABS_ROUTER", help=f"all, or one of {', '.join(ROUTERS)}.")
+    ] = "all",
+    api_price: Annotated[
+        float,
+        typer.Option(
+            envvar="LABS_API_PRICE",
+            min=0,
+            help="What a million output tokens cost from a seller, in US dollars, to compare with"
+            " PRICE_PER_HOUR.",
+        ),
+    ] = 0.0,
+    out: Annotated[
+        Path | None, typer.Option(envvar="LABS_OUT", help="A Markdown file to write it to, too.")
+    ] = None,
+) -> None:
+    """Plan capacity on a GPU that is not here, in some minutes: nothing is started or measured.
+
+    Does the model fit? Which rate does one GPU serve within the objective? How many does this
+    traffic need, and what does the router change? At which use is a rented GPU cheaper than
+    bought tokens?
+    """  # fmt: skip
+    with reported_errors(), ConsoleProgress() as progress:
+        machine, _ = machine_of(card)
+        if precision not in PRECISIONS:
+            raise LabError(
+                f"no PRECISION={precision}{did_you_mean(precision, PRECISIONS)} ones are"
+                f" {', '.join(PRECISIONS)}"
+            )
+        if router not in (*ROUTERS, "all"):
+            raise LabError(
+                f"no ROUTER={router}{did_you_mean(router, ROUTERS)} ones are all,"
+                f" {', '.join(ROUTERS)}"
+            )
+        ttft_ms, tpot_ms = _pair("SLO", slo, "TTFT/TPOT in milliseconds, such as 1000/50")
+        try:
+            usd_per_hour = price_per_hour()
+        except ValueError as error:
+            raise LabError(str(error)) from error
+        question = Question(
+            model=model_named(machine, model),
+            precision=precision,
+            card=card,
+            demand=_demand(rate, lengths, documents, trace),
+            slo=SLO(ttft_s=ttft_ms / 1000, tpot_s=tpot_ms / 1000),
+            replicas=replicas or None,
+            routers=tuple(ROUTERS) if router == "all" else (router,),
+            usd_per_hour=usd_per_hour,
+            api_usd_per_million=api_price or None,
+        )
+        page = capacity_plans.page(plan(question, progress))
+        progress.show(page)
+        if out:
+            whole.write(out, markdown.document(page))
+
+
+def _demand(rate: float, lengths: str, documents: str, trace: Path | None) -> Demand:
+    """Read what is asked of the service; raises LabError."""
+    count, document_tokens = 0.0, 0.0
+    if documents:
+        count, document_tokens = _pair("DOCUMENTS", documents, "their number/tokens, as 200/800")
+    if count > MOST_DOCUMENTS:
+        raise LabError(f"DOCUMENTS={documents}: at most {MOST_DOCUMENTS:,} documents")
+    if trace:
+        if rate or documents:
+            raise LabError("TRACE has its own times and prompts: leave RATE and DOCUMENTS out")
+        try:
+            rows = read_trace(trace)
+        except ValueError as error:
+            raise LabError(str(error)) from error
+        duration_s = rows[-1][0]
+        if not duration_s:
+            raise LabError(f"the trace {trace} has all its requests at one time: no rate follows")
+        return Demand(
+            prompt_tokens=fmean(p for _, p, _ in rows),
+            output_tokens=fmean(o for _, _, o in rows),
+            rate_per_s=len(rows) / duration_s,
+            trace=rows,
+        )
+    prompt, output = _pair("LENGTHS", lengths, "the tokens of prompts/outputs, such as 1000/200")
+    if max(prompt, output) > MOST_TOKENS:
+        raise LabError(f"LENGTHS={lengths}: at most {MOST_TOKENS:,} tokens each")
+    if count and document_tokens >= prompt:
+        raise LabError(
+            f"DOCUMENTS={documents}: a prompt of {prompt:g} tokens has no room for a document of"
+            f" {document_tokens:g} and a question; make LENGTHS longer"
+        )
+    return Demand(prompt, output, rate, int(count), int(document_tokens))
+
+
+def _pair(setting: str, text: str, meaning: str) -> tuple[float, float]:
+    """Read two positive numbers with a slash between them; raises LabError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)", text.strip())
+    if not found or not (float(found[1]) and float(found[2])):
+        raise LabError(f"{setting}={text} is not understood: give {meaning}")
+    return float(found[1]), float(found[2])

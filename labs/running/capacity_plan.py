@@ -1,0 +1,461 @@
+"""Plans the serving of a model on GPUs that are not here: does it fit, how many, at what price.
+
+A model's memory is arithmetic. Everything about time is a forecast: vLLM's own scheduler in virtual
+time, over steps from a datasheet and published efficiencies (`serving/forecasting/`). Nothing here
+is measured, and nothing is recorded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from labs import theory
+from labs.judging.measure import percentile
+from labs.lab import SLO, LabError
+from labs.running.forecast import GPU_SHARE, defaults_on_a_gpu, is_eight_bit, play_all, records
+from labs.running.progress import ProgressDisplay
+from labs.running.resolve import machine_of
+from labs.telling.capacity_plans import (
+    Alone,
+    CapacityPlan,
+    Demand,
+    Fit,
+    FleetForecast,
+    Latencies,
+    Price,
+    RateForecast,
+    Spread,
+)
+from loadtests.arrivals import Poisson
+from serving import dummy, models
+from serving.engines.base import FlagValue
+from serving.engines.vllm import ACTIVATION_BYTES, Vllm
+from serving.forecasting.datasheet import EXPECTED, FASTER, SLOWER, Efficiency, step_times
+from serving.forecasting.plan import (
+    ForecastPlan,
+    ForecastPlay,
+    PlannedEngine,
+    PlannedTrial,
+    SyntheticRequest,
+)
+from serving.forecasting.step import Piece, Step, StepTimes
+from serving.forecasting.traffic import Traffic
+from serving.gpus import Datasheet
+from serving.machine import Machine
+from serving.models import Model
+
+PRECISIONS = ("bf16", "fp8", "w8a8", "w4a16-gptq")
+SHARE = 0.95  # of the requests must meet the objective
+GRIDS = ((0.4, 0.6, 0.75, 0.9, 1.05, 1.25), (1.5, 1.9, 2.4, 3.0))
+"""Rates tried, in units of the closed form's estimate; the second where all of the first serve."""
+FEWEST = 500  # requests that count in a play
+MOST_REPLICAS = 64
+LONGEST_OUTPUT = 4  # drawn outputs are cut at so many times their mean
+ENDS = (EXPECTED, FASTER, SLOWER)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a reader wants to serve: a model, on a card, for a demand, within an objective."""
+
+    model: Model
+    precision: str
+    card: str
+    demand: Demand
+    slo: SLO
+    replicas: int | None = None  # None: as many as the demand needs
+    routers: tuple[str, ...] = ()
+    usd_per_hour: float | None = None
+    api_usd_per_million: float | None = None
+
+
+def model_named(machine: Machine, name: str) -> Model:
+    """Find a shape that ships with the lab, or a folder with config.json; raises ModelError."""
+    return models.resolve(machine, name) if Path(name).is_dir() else dummy.resolve(machine, name)
+
+
+def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
+    """Answer a question about capacity. Raises LabError where a setting is impossible."""
+    machine, sheet = machine_of(question.card)
+    if sheet is None:
+        raise LabError("a plan is made for a GPU with a datasheet: name it with MACHINE=h100")
+    served = _Served.of(question.model, question.precision, machine, sheet)
+    answer = CapacityPlan(
+        model=question.model.name.removesuffix(dummy.SUFFIX),
+        card=machine.model,
+        precision=question.precision,
+        demand=question.demand,
+        slo=question.slo,
+        share=SHARE,
+        fits=tuple(_fits(question, machine, sheet)),
+    )
+    if served.room_tokens < question.demand.tokens:
+        return answer
+    answer = replace(answer, alone=_alone(served, question.demand))
+    rates = tuple(_rates(served, question, progress))
+    answer = replace(answer, rates=rates, capacity_per_s=_capacity(rates))
+    needed = _needed(answer, question)
+    if needed and question.routers and question.demand.rate_per_s:
+        fleets = tuple(_fleets(served, question, needed, progress))
+        answer = replace(answer, replicas=needed, fleets=fleets)
+    return replace(answer, price=_price(question, answer))
+
+
+# ------------------------------------------------------------------------------------- arithmetic
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A model as it is served on one card."""
+
+    model: Model
+    sheet: Datasheet
+    flags: Mapping[str, FlagValue]
+    eight_bit: bool
+
+    @classmethod
+    def of(cls, model: Model, precision: str, machine: Machine, sheet: Datasheet) -> _Served:
+        if precision != "bf16":
+            folder = dummy.derive(model, precision)
+            model = models.load(folder, folder.name)
+        config = json.loads((model.path / "config.json").read_text())
+        flags = defaults_on_a_gpu(machine, model.shape, {})
+        return cls(model, sheet, flags, is_eight_bit(config))
+
+    @property
+    def room_tokens(self) -> float:
+        """The tokens for which the KV cache has room."""
+        bytes_left = max(0.0, float(str(self.flags["kv-cache-memory-bytes"])))
+        return theory.kv_tokens(self.model.shape, bytes_left, 2, int(str(self.flags["block-size"])))
+
+    def step_times(self, efficiency: Efficiency) -> StepTimes:
+        return step_times(self.model.shape, self.sheet, efficiency, eight_bit=self.eight_bit)
+
+    def argv(self, longest_tokens: int) -> tuple[str, ...]:
+        more = {"max-model-len": longest_tokens, "enable-prefix-caching": True}
+        return (
+            *("--model", str(self.model.path), "--load-format", "dummy"),
+            *Vllm.flag_argv({**self.flags, **more}),
+        )
+
+
+def _fits(question: Question, machine: Machine, sheet: Datasheet) -> Iterator[Fit]:
+    for precision in PRECISIONS:
+        served = _Served.of(question.model, precision, machine, sheet)
+        usable = GPU_SHARE * machine.memory_bytes - ACTIVATION_BYTES
+        yield Fit(
+            precision,
+            served.model.shape.weight_bytes,
+            usable,
+            served.model.shape.kv_bytes_per_token(),
+            served.room_tokens,
+            served.room_tokens / question.demand.tokens,
+        )
+
+
+def _alone(served: _Served, demand: Demand) -> Alone:
+    shape = served.model.shape
+    context = int(demand.prompt_tokens + demand.output_tokens / 2)
+    step_s = [served.step_times(e).seconds(Step([Piece(1, context)], 1)) for e in ENDS]
+    prompt_s = [
+        served.step_times(e).seconds(Step([Piece(int(demand.prompt_tokens), 0)], 1)) for e in ENDS
+    ]
+    ceiling = served.sheet.memory_bandwidth_bytes_per_s / theory.decode_bytes(shape, 1, context)
+    per_s = Spread(*(1 / s for s in step_s))
+    return Alone(ceiling, per_s.ordered(), Spread(*prompt_s).ordered())
+
+
+def _estimate_per_s(served: _Served, question: Question) -> float:
+    """Estimate the rate at which TPOT reaches its limit, by a closed form: the grid's middle.
+
+    With b requests in flight a request's share of the engine is its own prefill and its part of
+    the steps; the largest batch is the one that keeps TPOT, or fills the cache.
+    """
+    demand, times = question.demand, served.step_times(EXPECTED)
+    context = int(demand.prompt_tokens + demand.output_tokens / 2)
+    shared = demand.document_tokens * demand.documents < served.room_tokens / 2
+    own = max(1, int(demand.prompt_tokens - (demand.document_tokens if shared else 0)))
+    prompt_s = times.seconds(Step([Piece(own, int(demand.prompt_tokens) - own)], 1))
+    best = 0.0
+    for batch in (2**i for i in range(11)):
+        step_s = times.seconds(Step([Piece(1, context)] * batch, batch))
+        request_s = demand.output_tokens * step_s + batch * prompt_s
+        if batch > 1 and (
+            request_s / demand.output_tokens > question.slo.tpot_s
+            or batch * demand.tokens > served.room_tokens
+        ):
+            break
+        best = batch / request_s
+    return best
+
+
+# -------------------------------------------------------------------------------------- forecasts
+
+
+def _rates(
+    served: _Served, question: Question, progress: ProgressDisplay
+) -> Iterator[RateForecast]:
+    """Forecast one GPU at rates on both sides of its capacity, if they are found."""
+    middle = _estimate_per_s(served, question)
+    for grid in GRIDS:
+        rates = [float(f"{middle * factor:.2g}") for factor in grid]
+        tried = list(_tried(served, question, rates, progress))
+        yield from tried
+        if tried[-1].expected.within < SHARE:
+            return
+
+
+def _tried(
+    served: _Served, question: Question, rates: Sequence[float], progress: ProgressDisplay
+) -> Iterator[RateForecast]:
+    """Forecast one GPU at these rates, as expected, with a faster and with a slower step."""
+    jobs = [
+        _Job(load, end)
+        for load in (_drawn(question, rate) for rate in rates)
+        for end in range(len(ENDS))
+    ]
+    plays = _play(served, question, jobs, progress, "one GPU")
+    for rate, (expected, *ends) in zip(rates, _by_load(plays), strict=True):
+        yield RateForecast(rate, expected, Spread.over("within", expected, ends))
+
+
+def _by_load(plays: Sequence[Latencies]) -> list[Sequence[Latencies]]:
+    return [plays[first : first + len(ENDS)] for first in range(0, len(plays), len(ENDS))]
+
+
+def _capacity(rates: Sequence[RateForecast]) -> Spread | None:
+    """Find the largest rate that meets the objective; None where the lowest tried does not.
+
+    Between two tried rates the share is interpolated. The ends of the band are those of a faster
+    and a slower step.
+    """
+    expected, slower, faster = (
+        _crossing([(r.rate_per_s, share) for r, share in zip(rates, shares, strict=True)])
+        for shares in (
+            [r.expected.within for r in rates],
+            [r.within.low or 0.0 for r in rates],
+            [r.within.high or 0.0 for r in rates],
+        )
+    )
+    return Spread(expected, slower or 0.0, faster or expected) if expected else None
+
+
+def _crossing(points: Sequence[tuple[float, float]]) -> float | None:
+    kept = list(itertools.takewhile(lambda point: point[1] >= SHARE, points))
+    if not kept:
+        return None
+    if len(kept) == len(points):
+        return kept[-1][0]
+    (below, above_share), (beyond, share) = kept[-1], points[len(kept)]
+    return below + (beyond - below) * (above_share - SHARE) / (above_share - share)
+
+
+def _needed(answer: CapacityPlan, question: Question) -> int | None:
+    """Count the replicas: as asked, or as the demand needs at the expected capacity."""
+    if question.replicas:
+        return question.replicas
+    capacity = answer.capacity_per_s.value if answer.capacity_per_s else None
+    if not capacity or not question.demand.rate_per_s:
+        return None
+    needed = math.ceil(question.demand.rate_per_s / capacity)
+    return needed if needed <= MOST_REPLICAS else None
+
+
+def _fleets(
+    served: _Served, question: Question, replicas: int, progress: ProgressDisplay
+) -> Iterator[FleetForecast]:
+    """Forecast the demand on a fleet, with each router."""
+    demand = question.demand
+    load = _replayed(demand) if demand.trace else _drawn(question, demand.rate_per_s)
+    jobs = [
+        _Job(load, end, replicas, router) for router in question.routers for end in range(len(ENDS))
+    ]
+    plays = _play(served, question, jobs, progress, f"{replicas} GPUs")
+    for router, (expected, *ends) in zip(question.routers, _by_load(plays), strict=True):
+        yield FleetForecast(
+            router,
+            expected,
+            Spread.over("within", expected, ends),
+            Spread.over("ttft_p99_s", expected, ends),
+        )
+
+
+@dataclass(frozen=True)
+class _Load:
+    requests: Sequence[SyntheticRequest]
+    schedule_s: tuple[float, ...]
+    counted_from_s: float
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A play: a load, on so many replicas, at one end of the band."""
+
+    load: _Load
+    end: int
+    replicas: int = 1
+    router: str = "round-robin"
+
+
+def _drawn(question: Question, rate_per_s: float) -> _Load:
+    """Draw requests that come at random times; the same ones at every rate.
+
+    First, uncounted, as long as an answer within the objective lasts, until when the batch grows;
+    then as long again, or until FEWEST count.
+    """
+    answer_s = question.demand.output_tokens * question.slo.tpot_s
+    duration_s = answer_s + max(answer_s, FEWEST / rate_per_s)
+    times = Poisson(rate_per_s=rate_per_s).schedule(duration_s, random.Random(0))
+    requests = list(itertools.islice(_requests(question.demand), len(times)))
+    return _Load(requests, tuple(times[: len(requests)]), answer_s)
+
+
+def _replayed(demand: Demand) -> _Load:
+    return _Load(list(_requests(demand)), tuple(at_s for at_s, _, _ in demand.trace), 0.0)
+
+
+def _requests(demand: Demand) -> Iterator[SyntheticRequest]:
+    """Draw lengths and documents: a trace's own lengths, else exponential outputs.
+
+    The documents' popularity falls as one over their rank (Zipf), as in web caches (Breslau et al.,
+    INFOCOM 1999).
+    """
+    rng = random.Random(1)
+    weights = [1 / rank for rank in range(1, demand.documents + 1)]
+    lengths: Iterator[tuple[int, int]] = (
+        ((p, o) for _, p, o in demand.trace) if demand.trace else _lengths(demand, rng)
+    )
+    for index, (prompt, output) in enumerate(lengths):
+        document = rng.choices(range(demand.documents), weights)[0] if weights else 0
+        yield SyntheticRequest(
+            index=index, prompt_tokens=prompt, output_tokens=output, document=document,
+            document_tokens=min(prompt - 1, demand.document_tokens),
+        )  # fmt: skip
+
+
+def _lengths(demand: Demand, rng: random.Random) -> Iterator[tuple[int, int]]:
+    mean = demand.output_tokens
+    while True:
+        drawn = min(rng.expovariate(1 / mean), LONGEST_OUTPUT * mean)
+        yield int(demand.prompt_tokens), max(1, round(drawn))
+
+
+def _play(
+    served: _Served,
+    question: Question,
+    jobs: Sequence[_Job],
+    progress: ProgressDisplay,
+    where: str,
+) -> list[Latencies]:
+    """Play every job in virtual time, on as many cores as there are; return them in order."""
+    longest = max(r.prompt_tokens + r.output_tokens for job in jobs for r in job.load.requests)
+    longest_trace = max((p + o for _, p, o in question.demand.trace), default=0)
+    argv = served.argv(max(longest, longest_trace) + 1)
+    workers = min(os.cpu_count() or 1, len(jobs))
+    played: dict[int, Latencies] = {}
+    with TemporaryDirectory(prefix="lab-plan-") as folder:
+        shares = [list(range(worker, len(jobs), workers)) for worker in range(workers)]
+        # a worker builds an engine once, so it plays what runs on the same one in a row
+        shares = [sorted(share, key=lambda n: (jobs[n].end, jobs[n].replicas)) for share in shares]
+        progress.waiting(f"loading vLLM's scheduler, for {where}")
+        plans = [
+            ForecastPlan(
+                tokenizer=models.bundled(),
+                engines=tuple(_engines(served, argv, jobs, share, Path(folder))),
+            )
+            for share in shares
+        ]
+        orders = [iter(share) for share in shares]
+        for worker, play in play_all(plans):
+            played[next(orders[worker])] = _latencies(play, question.slo)
+            progress.waiting(
+                f"playing {where} in virtual time: {len(played)} of {len(jobs)} loads done"
+            )
+    return [played[number] for number in range(len(jobs))]
+
+
+def _engines(
+    served: _Served,
+    argv: tuple[str, ...],
+    jobs: Sequence[_Job],
+    share: Sequence[int],
+    folder: Path,
+) -> Iterator[PlannedEngine]:
+    """Plan an engine for each kind of step and number of replicas, with all its trials."""
+    for (end, replicas), group in itertools.groupby(
+        share, key=lambda n: (jobs[n].end, jobs[n].replicas)
+    ):
+        yield PlannedEngine(
+            argv=argv,
+            step_times=served.step_times(ENDS[end]),
+            replicas=replicas,
+            trials=tuple(_trial(jobs[number], folder / f"{number}.jsonl") for number in group),
+        )
+
+
+def _trial(job: _Job, requests: Path) -> PlannedTrial:
+    """Write a job's requests, and plan its trial."""
+    requests.write_text("".join(r.model_dump_json() + "\n" for r in job.load.requests))
+    return PlannedTrial(
+        key="",
+        repeat=1,
+        requests=requests,
+        ends_only=True,
+        router=job.router,
+        traffic=Traffic(
+            kind="open",
+            schedule_s=job.load.schedule_s,
+            warmup_s=job.load.counted_from_s,
+            window_s=max(1e-9, job.load.schedule_s[-1] - job.load.counted_from_s),
+        ),
+    )
+
+
+def _latencies(play: ForecastPlay, slo: SLO) -> Latencies:
+    counted = [r for r in records(play.play) if r.in_window]
+    ttft_s = [r.ttft_s for r in counted if r.ttft_s is not None]
+    tpot_s = [r.tpot_s for r in counted if r.tpot_s is not None]
+    within = sum(
+        (r.ttft_s or 0) <= slo.ttft_s and (r.tpot_s or 0) <= slo.tpot_s for r in counted
+    ) / len(counted)
+    looked_up = play.counters.get("prefix_queries", 0)
+    return Latencies(
+        requests=len(counted),
+        within=within,
+        ttft_p50_s=percentile(ttft_s, 50),
+        ttft_p99_s=percentile(ttft_s, 99),
+        tpot_p50_s=percentile(tpot_s, 50),
+        tpot_p99_s=percentile(tpot_s, 99),
+        hit_rate=play.counters.get("prefix_hits", 0) / looked_up if looked_up else None,
+        preemptions=play.counters["preemptions"],
+    )
+
+
+# ------------------------------------------------------------------------------------------ money
+
+
+def _price(question: Question, answer: CapacityPlan) -> Price | None:
+    """Compare renting a GPU with buying tokens; None without a price and a capacity."""
+    if question.usd_per_hour is None or answer.capacity_per_s is None:
+        return None
+    tokens_per_s = answer.capacity_per_s.times(question.demand.output_tokens)
+    usd_per_million = Spread(
+        *(
+            question.usd_per_hour / 3600 / t * 1e6 if t else None
+            for t in (tokens_per_s.value, tokens_per_s.high, tokens_per_s.low)
+        )
+    )
+    return Price(
+        usd_per_hour=question.usd_per_hour,
+        tokens_per_day=tokens_per_s.times(86_400),
+        usd_per_million=usd_per_million,
+        api_usd_per_million=question.api_usd_per_million,
+    )

@@ -1,0 +1,358 @@
+"""The page of a capacity plan: each figure with its formula, and whether anybody measured it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from labs.judging.text import number
+from labs.lab import SLO
+from labs.telling.document import (
+    Block,
+    Code,
+    Emphasis,
+    Inline,
+    Paragraph,
+    Section,
+    Strong,
+    bullets,
+    section,
+    table,
+)
+from loadtests.trace import TraceRow
+
+
+@dataclass(frozen=True)
+class Spread:
+    """An expected figure, and its least and greatest with a faster and a slower step."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def over(cls, name: str, expected: Latencies, ends: Iterable[Latencies]) -> Spread:
+        """Gather one figure of the play as expected, and of those at the ends of the band."""
+        values = [getattr(latencies, name) for latencies in (expected, *ends)]
+        known = [v for v in values if v is not None]
+        return cls(values[0], min(known, default=None), max(known, default=None))
+
+    def times(self, factor: float) -> Spread:
+        """Multiply all three."""
+        return Spread(*(v if v is None else v * factor for v in (self.value, self.low, self.high)))
+
+    def ordered(self) -> Spread:
+        """Put the ends in order."""
+        ends = sorted(v for v in (self.value, self.low, self.high) if v is not None)
+        return Spread(self.value, ends[0], ends[-1]) if ends else self
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is asked of the service; lengths are means, in tokens."""
+
+    prompt_tokens: float
+    output_tokens: float
+    rate_per_s: float = 0.0  # 0: not given
+    documents: int = 0  # of so many each prompt begins with one
+    document_tokens: int = 0
+    trace: tuple[TraceRow, ...] = ()
+
+    @property
+    def tokens(self) -> float:
+        """The tokens that a request keeps in the cache at its end, on average."""
+        return self.prompt_tokens + self.output_tokens
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one card holds of a model at one precision; bytes, and tokens of KV cache."""
+
+    precision: str
+    weight_bytes: float
+    usable_bytes: float
+    kv_bytes_per_token: float
+    kv_tokens: float
+    requests: float
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One request with the GPU to itself."""
+
+    ceiling_tokens_per_s: float
+    tokens_per_s: Spread
+    prompt_s: Spread
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """What the clients of one play in virtual time would observe."""
+
+    requests: int
+    within: float  # the share of requests that meet the objective
+    ttft_p50_s: float | None
+    ttft_p99_s: float | None
+    tpot_p50_s: float | None
+    tpot_p99_s: float | None
+    hit_rate: float | None
+    preemptions: int
+
+
+@dataclass(frozen=True)
+class RateForecast:
+    """One GPU under an offered rate."""
+
+    rate_per_s: float
+    expected: Latencies
+    within: Spread
+
+
+@dataclass(frozen=True)
+class FleetForecast:
+    """The demand on several GPUs behind a router."""
+
+    router: str
+    expected: Latencies
+    within: Spread
+    ttft_p99_s: Spread
+
+
+@dataclass(frozen=True)
+class Price:
+    """Renting a GPU beside buying tokens; US dollars."""
+
+    usd_per_hour: float
+    tokens_per_day: Spread
+    usd_per_million: Spread
+    api_usd_per_million: float | None
+
+
+@dataclass(frozen=True)
+class CapacityPlan:
+    """All facts of a plan; what could not be answered is empty."""
+
+    model: str
+    card: str
+    precision: str
+    demand: Demand
+    slo: SLO
+    share: float
+    fits: tuple[Fit, ...]
+    alone: Alone | None = None
+    rates: tuple[RateForecast, ...] = ()
+    capacity_per_s: Spread | None = None
+    replicas: int | None = None
+    fleets: tuple[FleetForecast, ...] = ()
+    price: Price | None = None
+
+
+def page(plan: CapacityPlan) -> Section:
+    """Tell a plan: does it fit, one GPU, the demand on several, what it costs."""
+    return section(
+        f"{plan.model} in {plan.precision} on {plan.card}",
+        Paragraph(
+            (
+                Strong("Arithmetic and forecast; nothing was measured."),
+                " Memory is arithmetic. Times are forecast: vLLM's own scheduler in virtual time,"
+                " over steps computed from the card's datasheet and from published efficiencies,"
+                " which ",
+                Code("serving/forecasting/datasheet.py"),
+                " names. A band spans a faster and a slower step.",
+            )
+        ),
+        bullets([f"Demand: {_demand(plan.demand)}.", f"Objective: {_objective(plan)}."]),
+        _answer(plan),
+        section("Does it fit?", *_fit(plan)),
+        section("One request alone", *_alone(plan)),
+        section("One GPU", *_one_gpu(plan)),
+        section(f"{plan.replicas} GPUs behind a router", *_fleet(plan)),
+        section("Rent or buy tokens?", *_money(plan)),
+    )
+
+
+def _demand(demand: Demand) -> str:
+    lengths = f"{demand.prompt_tokens:,.0f} prompt and {demand.output_tokens:,.0f} output tokens"
+    if demand.trace:
+        return (
+            f"a trace of {len(demand.trace):,} requests over {demand.trace[-1][0]:,.0f} s,"
+            f" {demand.rate_per_s:.3g} requests/s, on average {lengths}"
+        )
+    rate = f"{demand.rate_per_s:g} requests/s" if demand.rate_per_s else "no rate given"
+    shared = (
+        f"; each prompt begins with one of {demand.documents:,} documents of"
+        f" {demand.document_tokens:,} tokens, the popular ones more often"
+        if demand.documents
+        else ""
+    )
+    return f"{rate} at random times, each of {lengths} (outputs vary exponentially){shared}"
+
+
+def _objective(plan: CapacityPlan) -> str:
+    slo = plan.slo
+    return (
+        f"TTFT within {number(slo.ttft_s, 's')} and TPOT within {number(slo.tpot_s, 's')}"
+        f" for {plan.share:.0%} of the requests"
+    )
+
+
+def _answer(plan: CapacityPlan) -> Paragraph:
+    """Answer in one sentence or two."""
+    served = next(fit for fit in plan.fits if fit.precision == plan.precision)
+    if plan.alone is None:
+        others = [f.precision for f in plan.fits if f.kv_tokens >= plan.demand.tokens]
+        instead = f"It fits in {', '.join(others)}." if others else "It fits in no precision here."
+        left = served.usable_bytes - served.weight_bytes
+        text = (
+            f"It does not fit: {served.weight_bytes / 1e9:.1f} GB of weights leave"
+            f" {left / 1e9:.1f} GB for the KV cache. {instead}"
+        )
+        return Paragraph(Strong(text))
+    if plan.capacity_per_s is None:
+        lowest = plan.rates[0]
+        return Paragraph(
+            Strong(
+                f"The objective is not met: even at {lowest.rate_per_s:g} requests/s a GPU only"
+                f" {lowest.expected.within:.0%} of the requests meet it."
+            )
+        )
+    at_least = "at least " if plan.rates[-1].expected.within >= plan.share else ""
+    capacity = _spread(plan.capacity_per_s, "requests/s")
+    text = f"One GPU serves {at_least}{capacity} within the objective."
+    if plan.demand.rate_per_s and plan.replicas:
+        text += f" {plan.demand.rate_per_s:.3g} requests/s are forecast on {plan.replicas} of them."
+    elif plan.demand.rate_per_s:
+        text += " The demand needs more GPUs than a plan has replicas for."
+    return Paragraph(Strong(text))
+
+
+def _fit(plan: CapacityPlan) -> Sequence[Block]:
+    usable = plan.fits[0].usable_bytes
+    rows: list[list[Inline]] = [
+        [
+            fit.precision,
+            f"{fit.weight_bytes / 1e9:.1f} GB",
+            f"{max(0.0, usable - fit.weight_bytes) / 1e9:.1f} GB",
+            f"{fit.kv_tokens:,.0f}",
+            f"{int(fit.requests):,}" if fit.requests >= 1 else "it does not fit",
+        ]
+        for fit in plan.fits
+    ]
+    formula = (
+        Emphasis("Arithmetic."),
+        f" Of the card's memory {usable / 1e9:.1f} GB are usable: 92 %, which is vLLM's default,"
+        " less 1 GB for activations. The weights are the linear layers at their precision and the"
+        " embeddings at 16 bits. A token's keys and values are"
+        f" {plan.fits[0].kv_bytes_per_token:,.0f} bytes: 2 x layers x KV heads x head dim x 2. A"
+        f" request of this demand keeps {plan.demand.tokens:,.0f} tokens at its end.",
+    )
+    header = ("Weights", "Their size", "Left for the KV cache", "Tokens", "Requests at once")
+    return table(header, rows), Paragraph(formula)
+
+
+def _alone(plan: CapacityPlan) -> Sequence[Block]:
+    if not plan.alone:
+        return ()
+    rows: list[list[Inline]] = [
+        ["Decode, ceiling", number(plan.alone.ceiling_tokens_per_s, "tok/s"), "arithmetic",
+         "memory bandwidth / bytes a step reads"],
+        ["Decode", _spread(plan.alone.tokens_per_s, "tok/s"), "forecast", "1 / time of a step"],
+        ["Prefill", _spread(plan.alone.prompt_s, "s"), "forecast",
+         "time of a step with the whole prompt"],
+    ]  # fmt: skip
+    return (table(("Figure", "Value", "Kind", "From"), rows),)
+
+
+def _one_gpu(plan: CapacityPlan) -> Sequence[Block]:
+    rows: list[list[Inline]] = [
+        [
+            f"{r.rate_per_s:g} /s",
+            _share(r.within),
+            number(r.expected.ttft_p50_s, "s"),
+            number(r.expected.ttft_p99_s, "s"),
+            number(r.expected.tpot_p50_s, "s"),
+            number(r.expected.tpot_p99_s, "s"),
+            number(r.expected.hit_rate, "share"),
+            f"{r.expected.preemptions:,}",
+        ]
+        for r in plan.rates
+    ]
+    header = ("Offered", "Within the objective", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99",
+              "Prefix hits", "Preemptions")  # fmt: skip
+    told = (
+        Emphasis("Forecast."),
+        f" {min((r.expected.requests for r in plan.rates), default=0):,} requests or more count at"
+        " each rate, after a warm-up as long as an answer within the objective may last."
+        " A queue that grows without end shows as TTFT far beyond its limit: longer observed, it"
+        " would be longer still.",
+    )
+    return table(header, rows), Paragraph(told) if rows else Paragraph("")
+
+
+def _fleet(plan: CapacityPlan) -> Sequence[Block]:
+    rows: list[list[Inline]] = [
+        [
+            f.router,
+            _share(f.within),
+            number(f.expected.ttft_p50_s, "s"),
+            _spread(f.ttft_p99_s, "s"),
+            number(f.expected.tpot_p99_s, "s"),
+            number(f.expected.hit_rate, "share"),
+            f"{f.expected.preemptions:,}",
+        ]
+        for f in plan.fleets
+    ]
+    header = ("Router", "Within the objective", "TTFT p50", "TTFT p99", "TPOT p99", "Prefix hits",
+              "Preemptions")  # fmt: skip
+    told = (
+        Emphasis("Forecast."),
+        f" {plan.fleets[0].expected.requests if plan.fleets else 0:,} requests count, the same for"
+        " each router. The network between router and replicas takes no time, and replicas do not"
+        " fail. Prefix-aware is the rule of SGLang's router: where a prompt's beginning was sent"
+        " before, unless that replica is overloaded.",
+    )
+    return (table(header, rows), Paragraph(told)) if rows else ()
+
+
+def _money(plan: CapacityPlan) -> Sequence[Block]:
+    price = plan.price
+    if price is None:
+        return (
+            Paragraph(
+                ("Give ", Code("PRICE_PER_HOUR="), " and ", Code("API_PRICE="), " to see it.")
+            ),
+        )
+    rows: list[list[Inline]] = [
+        ["Output tokens a day, at most, in millions",
+         _spread(price.tokens_per_day.times(1e-6), "1"), "forecast",
+         "capacity x mean output x 86,400 s"],
+        ["Price of a million at that load", _spread(price.usd_per_million, "USD"),
+         "forecast", f"{price.usd_per_hour:g} USD/h / tokens an hour"],
+    ]  # fmt: skip
+    if price.api_usd_per_million:
+        millions = 24 * price.usd_per_hour / price.api_usd_per_million
+        rows.append(
+            ["Break-even, tokens a day, in millions", number(millions), "arithmetic",
+             f"24 h x {price.usd_per_hour:g} USD/h / {price.api_usd_per_million:g} USD a million"]
+        )  # fmt: skip
+    told = (
+        "A rented GPU costs the same idle: below the break-even a bought token is cheaper, and a"
+        " break-even beyond what the GPU can make in a day is never reached. The prices are yours;"
+        " prompts' own price, which most sellers charge too, is left out."
+    )
+    return table(("Figure", "Value", "Kind", "From"), rows), Paragraph(told)
+
+
+def _spread(spread: Spread, unit: str) -> str:
+    """Write `50 (43.3 to 55) tok/s`, or without its band a figure that has none."""
+    if spread.low is None or spread.high is None or spread.low == spread.high:
+        return number(spread.value, unit)
+    shown, low, high = (
+        number(v, unit if unit in ("s", "share") else "1")
+        for v in (spread.value, spread.low, spread.high)
+    )
+    return f"{shown} ({low} to {high})" + ("" if unit in ("s", "share", "1") else f" {unit}")
+
+
+def _share(spread: Spread) -> str:
+    return _spread(spread, "share")

@@ -1,0 +1,136 @@
+"""Capacity plans: the arithmetic by hand, what is refused, and the page; no engine is played."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from labs.commands.cli import app
+from labs.lab import SLO
+from labs.running import capacity_plan
+from labs.running.capacity_plan import Question, plan
+from labs.running.resolve import machine_of
+from labs.telling import capacity_plans, markdown
+from labs.telling.capacity_plans import Demand, Latencies, Spread
+from labs.telling.document import Block
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def message(self, text: str) -> None: ...
+
+    def expect(self, remaining_s: float) -> None: ...
+
+    def waiting(self, text: str) -> None: ...
+
+    def trial_done(self, text: str, remaining_s: float) -> None: ...
+
+    def show(self, content: Block) -> None: ...
+
+
+def latencies(within: float) -> Latencies:
+    return Latencies(500, within, 0.1, 0.2, 0.01, 0.02, 0.5, 0)
+
+
+@pytest.fixture
+def capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each GPU serves 20 requests/s as expected, 25 with a faster step and 10 with a slower one."""
+
+    def rate(job: Any) -> float:
+        return len(job.load.schedule_s) / float(job.load.schedule_s[-1])
+
+    def played(served: Any, question: Any, jobs: Sequence[Any], *_: Any) -> list[Latencies]:
+        limits = {0: 20.0, 1: 25.0, 2: 10.0}
+        return [
+            latencies(1.0 if rate(job) <= limits[job.end] * job.replicas else 0.5) for job in jobs
+        ]
+
+    monkeypatch.setattr(capacity_plan, "_play", played)
+    monkeypatch.setattr(capacity_plan, "_estimate_per_s", lambda *_: 20.0)
+
+
+def question(name: str = "llama-8b", **more: Any) -> Question:
+    machine, _ = machine_of("h100")
+    settings: dict[str, Any] = {
+        "model": capacity_plan.model_named(machine, name), "precision": "bf16", "card": "h100",
+        "demand": Demand(1000, 100, rate_per_s=70), "slo": SLO(ttft_s=1, tpot_s=0.05),
+        "routers": ("round-robin", "least-loaded"),
+    }  # fmt: skip
+    return Question(**settings | more)
+
+
+def test_seventy_billion_parameters_fit_one_card_of_80_gb_in_eight_bits_at_most() -> None:
+    answer = plan(question("llama-70b"), SilentProgress())
+    assert {f.precision for f in answer.fits if f.kv_tokens >= 1100} == {
+        "fp8",
+        "w8a8",
+        "w4a16-gptq",
+    }
+    bf16 = answer.fits[0]
+    assert bf16.weight_bytes == pytest.approx(2 * (70.55e9 - 128_256 * 8192), rel=0.01)
+    assert bf16.kv_bytes_per_token == 327_680  # 2 x 80 layers x 8 KV heads x 128 x 2 bytes
+    text = markdown.document(capacity_plans.page(answer))
+    assert "It does not fit: 139." in text
+    assert "It fits in fp8, w8a8, w4a16-gptq." in text
+    assert "One request alone" not in text
+
+
+@pytest.mark.usefixtures("capacity")
+def test_the_capacity_lies_between_the_rates_that_meet_the_objective_and_do_not() -> None:
+    answer = plan(question(usd_per_hour=3.6, api_usd_per_million=0.5), SilentProgress())
+    assert answer.capacity_per_s
+    low, value, high = (getattr(answer.capacity_per_s, n) for n in ("low", "value", "high"))
+    assert 8 <= low < value < high
+    assert 15 <= value <= 21
+    assert answer.replicas == -(-70 // value)
+    assert [fleet.router for fleet in answer.fleets] == ["round-robin", "least-loaded"]
+    text = markdown.document(capacity_plans.page(answer))
+    assert "Break-even" in text
+    assert "| 173 |" in text  # 24 h x 3.6 USD/h / 0.5 USD
+    assert "nothing was measured" in text
+
+
+@pytest.mark.usefixtures("capacity")
+def test_an_objective_that_no_rate_meets_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity_plan, "_estimate_per_s", lambda *_: 200.0)
+    answer = plan(question(), SilentProgress())
+    assert answer.capacity_per_s is None
+    assert "The objective is not met" in markdown.document(capacity_plans.page(answer))
+    assert not answer.fleets
+
+
+def test_a_capacity_is_interpolated() -> None:
+    crossing = capacity_plan._crossing
+    assert crossing([(1, 1.0), (2, 0.97), (3, 0.93)]) == pytest.approx(2.5)
+    assert crossing([(1, 0.5)]) is None
+    assert crossing([(1, 1.0), (2, 0.99)]) == 2  # at least
+    assert Spread(2.0, 3.0, 1.0).ordered() == Spread(2.0, 1.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["--machine", "h1000"], "no GPU 'h1000': did you mean h100?"),
+        (["--model", "llama-9b"], "no shape 'llama-9b'"),
+        (["--precision", "fp9"], "no PRECISION=fp9"),
+        (["--router", "random"], "no ROUTER=random"),
+        (["--slo", "fast"], "SLO=fast is not understood"),
+        (["--slo", "100/0"], "SLO=100/0 is not understood"),
+        (["--lengths", "1000000/5"], "at most 131,072 tokens"),
+        (["--documents", "9/2000"], "has no room for a document"),
+        (["--trace", "/nowhere.csv"], "cannot be read"),
+        (["--replicas", "65"], "less than or equal to 64"),
+        (["--rate", "-1"], "greater than or equal to 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_played(
+    settings: list[str], said: str, tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(app, ["plan", "--machine", "h100", *settings])
+    assert done.exit_code != 0
+    assert said in " ".join(done.output.replace("│", "").split())

@@ -1,0 +1,109 @@
+"""Replicas behind a router, held against schedules that can be worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from serving.forecasting.fleet import ROUTERS, Fleet, PrefixAware
+from serving.forecasting.plan import SyntheticRequest
+from serving.forecasting.traffic import Delays, Play, Prompt, Traffic, play
+
+NONE = Delays(request_s=0, serial_s=0, response_s=0, client_s=0)
+
+
+class Replica:
+    """Every step takes `step_s` and gives each of its requests a token."""
+
+    def __init__(self, step_s: float = 1.0) -> None:
+        self.now_s, self.step_s = 0.0, step_s
+        self.left: dict[str, int] = {}
+        self.served: list[str] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.left)
+
+    def add(self, request_id: str, prompt: Prompt) -> None:
+        self.left[request_id] = prompt.output_tokens
+        self.served.append(request_id)
+
+    def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
+        self.now_s += self.step_s
+        got = {name: (1, left == 1) for name, left in self.left.items()}
+        self.left = {name: left - 1 for name, left in self.left.items() if left > 1}
+        return got
+
+    def wait_until(self, at_s: float) -> None:
+        self.now_s = max(self.now_s, at_s)
+
+
+def prompt(index: int, output_tokens: int, document: int = 0) -> Prompt:
+    request = SyntheticRequest(
+        index=index, prompt_tokens=100, output_tokens=output_tokens, document=document,
+        document_tokens=80 if document else 0,
+    )  # fmt: skip
+    return Prompt(index=index, token_ids=request.token_ids, output_tokens=output_tokens)
+
+
+def played(fleet: Fleet, at_s: list[float], prompts: list[Prompt]) -> Play:
+    traffic = Traffic(kind="open", schedule_s=tuple(at_s), warmup_s=0, window_s=100)
+    return play(fleet, traffic, prompts, (), NONE, ends_only=True)
+
+
+def test_replicas_step_side_by_side_and_an_idle_one_begins_when_a_request_comes() -> None:
+    slow, fast = Replica(10), Replica(1)
+    answers = played(
+        Fleet([slow, fast], ROUTERS["round-robin"]()), [0, 2.5], [prompt(0, 2), prompt(1, 3)]
+    ).answers
+    assert [(a.sent_s, a.chunks) for a in answers] == [
+        (0, [(10, 1), (20, 1)]),
+        (2.5, [(3.5, 1), (5.5, 2)]),  # it did not wait for the other's step to end
+    ]
+
+
+def test_a_request_that_comes_within_a_step_is_taken_up_in_the_next() -> None:
+    fleet = Fleet([Replica(1)], ROUTERS["round-robin"]())
+    first, second = played(fleet, [0, 0.5], [prompt(0, 3), prompt(1, 1)]).answers
+    assert first.chunks == [(1, 1), (3, 2)]
+    assert second.chunks == [(2, 1)]
+
+
+@pytest.mark.parametrize(("router", "served"), [("least-loaded", [1, 3]), ("round-robin", [2, 2])])
+def test_a_busy_replica_is_spared_by_load_and_not_by_turns(router: str, served: list[int]) -> None:
+    replicas = [Replica(), Replica()]
+    asked = [prompt(0, 9), prompt(1, 1), prompt(2, 1), prompt(3, 1)]
+    played(Fleet(replicas, ROUTERS[router]()), [0, 0, 1.5, 1.6], asked)
+    assert [len(replica.served) for replica in replicas] == served
+
+
+def test_prompts_of_a_document_stay_together_while_the_load_is_even() -> None:
+    router = PrefixAware()
+    first = router.choose(prompt(0, 1, document=1), [0, 0, 0])
+    other = router.choose(prompt(1, 1, document=2), [1, 0, 0])
+    assert first != other
+    again = [router.choose(prompt(i, 1, document=1), [30, 3, 3]) for i in range(2, 6)]
+    assert set(again) == {first}
+    overloaded = [0, 0, 0]
+    overloaded[first] = 2 * PrefixAware.IMBALANCE_REQUESTS
+    moved = router.choose(prompt(7, 1, document=1), overloaded)
+    assert moved != first
+    assert router.choose(prompt(8, 1, document=1), [0, 0, 0]) == moved  # and stays there
+
+
+@pytest.mark.parametrize("document_tokens", [0, 16, 99])
+def test_synthetic_prompts_agree_in_their_document_and_nowhere_else(document_tokens: int) -> None:
+    def tokens(index: int, document: int) -> tuple[int, ...]:
+        return SyntheticRequest(
+            index=index, prompt_tokens=100, output_tokens=1, document=document,
+            document_tokens=document_tokens,
+        ).token_ids  # fmt: skip
+
+    def agreeing(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+        return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), 100)
+
+    assert len(tokens(3, 5)) == 100
+    assert agreeing(tokens(3, 5), tokens(4, 5)) == document_tokens
+    assert agreeing(tokens(3, 5), tokens(4, 6)) == 0
+    assert agreeing(tokens(3, 5), tokens(3, 5)) == 100
