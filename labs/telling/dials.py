@@ -30,6 +30,7 @@ FACTORS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)
 REQUESTS = 256  # whose lengths are drawn for a card: enough for a mean
 USERS = "requests in flight"
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # of what is recorded of a derived model
 
 Asked = Claim | Forecast  # a ratio of two points, or a figure of one
 Points = tuple[Point, ...]
@@ -160,9 +161,9 @@ def _measured(asked: Asked, run: Run, summary: Summary) -> list[tuple[Interval, 
 
 
 def _named(knob: str) -> str:
-    """Say a setting's path in words: `prompt tokens of share-90`."""
+    """Say a setting's path in words: `prompt tokens (share-90)`."""
     steps = knob.split(".")
-    name = f" of {steps[1]}" if steps[0] in ("workloads", "variants") else ""
+    name = f" ({steps[1]})" if steps[0] in ("workloads", "variants") else ""
     inner = steps[2:] if name else steps
     words = [s.replace("_", " ") for s in inner if s not in ("flags", "tokens")]
     return " ".join(words) + name
@@ -185,6 +186,9 @@ def _curves(
         for path, base in _numbers(resolved, pair):
             points = [(v, _turned(small, claim, on, path, v)) for v in _values(path, base)]
             yield from _curve(number, path, base, points, f"{path}={{}}")
+        for path, share in _shares(on.about):
+            otherwise = [(v, _made(claim, pair, path, v)) for v in sorted({*SHARES, share})]
+            yield from _curve(number, ".".join(path), share, otherwise, "")
         if users := _users(pair[0]):
             crowded = [(v, _crowded(claim, pair, v)) for v in _values(USERS, users)]
             yield from _curve(number, USERS, users, crowded, _loads(pair))
@@ -196,16 +200,8 @@ def _curve(
     there = [(x, y) for x, y in points if y is not None]
     values = [y for _, y in there]
     if len(there) > 2 and max(values) - min(values) > 1e-3 * abs(max(values, key=abs)):
-        yield (
-            number,
-            {
-                "knob": path,
-                "x": [x for x, _ in there],
-                "y": [float(f"{y:.4g}") for _, y in there],
-                "base": base,
-                "set": setting,
-            },
-        )
+        shown = {"x": [x for x, _ in there], "y": [float(f"{y:.4g}") for y in values]}
+        yield number, {"knob": path, **shown, "base": base, "set": setting}
 
 
 def _briefly(lab: Lab) -> Lab:
@@ -234,11 +230,17 @@ def _restricted(lab: Lab, pair: Points) -> Lab:
     """The lab with nothing but what the pair needs, so that it is resolved fast."""
     variants = {p.variant.name for p in pair}
     workloads = {p.workload.name for p in pair}
+    loads = [p.load for p in pair]
     return lab.model_copy(
         update={
             "variants": tuple(v for v in lab.variants if v.name in variants),
             "workloads": tuple(
-                w.model_copy(update={"only": tuple(n for n in w.only if n in variants)})
+                w.model_copy(
+                    update={
+                        "only": tuple(n for n in w.only if n in variants),
+                        "loads": tuple(of for of in w.loads if of in loads),
+                    }
+                )
                 for w in lab.workloads
                 if w.name in workloads
             ),
@@ -255,6 +257,25 @@ def _turned(lab: Lab, claim: Asked, on: Hardware, path: str, value: float) -> fl
         return _predicted(claim, pair) if pair else None
     except (LabError, *UNREADABLE):
         return None
+
+
+def _made(claim: Asked, pair: Points, path: Sequence[str], share: float) -> float | None:
+    """What the claim predicts had a derived model's maker recorded another share."""
+    about = json.loads(json.dumps(pair[0].about))
+    at = about
+    for step in path[:-1]:
+        at = at[step]
+    at[path[-1]] = share
+    return _predicted(claim, tuple(replace(point, about=about) for point in pair))
+
+
+def _shares(plain: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Yield each share that is recorded of derived models, such as that of accepted guesses."""
+    if isinstance(plain, Mapping):
+        for name, value in plain.items():
+            yield from _shares(value, (*path, name))
+    elif isinstance(plain, float) and 0 < plain < 1:
+        yield path, plain
 
 
 def _crowded(claim: Asked, pair: Points, users: float) -> float | None:

@@ -151,5 +151,6 @@ def test_every_card_has_a_curve_and_every_setting_is_one_that_set_takes(course: 
     item = next(i for i in course.lessons if i.lab.name == "chunked-prefill")
     assert {m["card"] for m in item.dials["machines"]} >= set(gpus.short_names())
     for curve in item.dials["curves"]:
+        assert curve["set"]
         changes = parse_changes(curve["set"].replace("{}", str(curve["x"][0])))
         item.lab.at("cpu", quick=False, changes=changes)  # raises LabError if it is no setting

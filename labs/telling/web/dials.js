@@ -44,9 +44,13 @@ function dialled({ claims, machines, knobs, curves, measured, lab }) {
     if (entries.some(([value]) => value === before)) at(id).value = before;
   }
 
+  // how much the prediction changes over the curve
+  const reach = ({ y }) => Math.max(...y) / Math.min(...y);
+
   function settings() {
-    fill("dial-knob", options(curves.filter((c) => c.claim === chosen("dial-claim"))
-      .map((c) => c.knob).sort((a, b) => a - b), (n) => knobs[n]));
+    const there = curves.filter((c) => c.claim === chosen("dial-claim"));
+    fill("dial-knob", options(there.sort((a, b) => reach(b) - reach(a)).map((c) => c.knob),
+      (n) => knobs[n]));
     places();
   }
 
@@ -87,7 +91,7 @@ function dialled({ claims, machines, knobs, curves, measured, lab }) {
     const setting = set.replaceAll("{}", String(x[place]));
     const quote = setting.includes('"') ? "'" : '"';
     const target = machine.card ? `make forecast LAB=${lab} MACHINE=${machine.card}` : `make lab-${lab}`;
-    const command = x[place] === base ? target : `${target} SET=${quote}${setting}${quote}`;
+    const command = x[place] === base || !set ? target : `${target} SET=${quote}${setting}${quote}`;
     at("dial-command").textContent = command;
     at("dial-copy").dataset.copy = command;
     draw("dials", [...lines(), marker(x[place], y[place]), ...dots()], {
