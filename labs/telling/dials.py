@@ -186,9 +186,9 @@ def _curves(
         for path, base in _numbers(resolved, pair):
             points = [(v, _turned(small, claim, on, path, v)) for v in _values(path, base)]
             yield from _curve(number, path, base, points, f"{path}={{}}")
-        for path, share in _shares(on.about):
-            otherwise = [(v, _made(claim, pair, path, v)) for v in sorted({*SHARES, share})]
-            yield from _curve(number, ".".join(path), share, otherwise, "")
+        for steps, share in _shares(on.about):
+            otherwise = [(v, _made(claim, pair, steps, v)) for v in sorted({*SHARES, share})]
+            yield from _curve(number, ".".join(steps), share, otherwise, "")
         if users := _users(pair[0]):
             crowded = [(v, _crowded(claim, pair, v)) for v in _values(USERS, users)]
             yield from _curve(number, USERS, users, crowded, _loads(pair))

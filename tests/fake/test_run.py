@@ -5,7 +5,6 @@ Counts are exact. Times belong to test_fidelity, bad days to test_faults.
 
 from __future__ import annotations
 
-import base64
 import re
 import shutil
 from collections import Counter
@@ -21,6 +20,7 @@ from labs.filing.results import RunFolder, Summary
 from labs.findings.context import Context
 from labs.findings.speculative_decoding import speculations, tokens_a_step
 from labs.lab import Point
+from labs.telling import html
 from loadtests.records import RequestRecord
 from serving import models
 from serving.install import find_prometheus
@@ -167,7 +167,7 @@ def test_the_report_answers_every_claim(lab: str, finish: Finish) -> None:
     assert "QUICK run" in report
     assert "Ad hoc run" in report
     page = (folder.path / "report.html").read_text()
-    drawn = [base64.b64encode(path.read_bytes()).decode() for path in folder.path.glob("*.svg")]
+    drawn = [html.as_address(path.read_text()) for path in folder.path.glob("*.svg")]
     assert all(picture in page for picture in drawn)
 
 
