@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from labs import LABS
-from labs.comparing import reproduction
+from labs.comparing import reproduction, residuals
 from labs.comparing.reproduction import ANSWER_OF_OUTCOME, FILED, Reproduction
 from labs.filing import manifest, results
 from labs.filing.committed import committed_runs
@@ -57,6 +57,8 @@ from serving.models import ROOT
 
 PAGE = "README.md"
 SITTING = "labs-all.md"  # of a machine, for its reader: git ignores it
+MISSES = " to what was measured: by figure, by run, and every miss by name."
+FORECASTS = "forecasts.md"  # how near predictions came
 README = ROOT / PAGE
 RUN_NAME = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{8}\b")
 CLAIMS_EACH = 2  # of each lab on the page of all machines; the machine's page has them all
@@ -118,6 +120,9 @@ def _pages() -> dict[Path, str]:
     return {
         README: generated_parts(README.read_text(), runs),
         results.RESULTS / PAGE: _collection(runs),
+        results.RESULTS / FORECASTS: markdown.document(
+            residuals.page(residuals.full_runs(committed=True), results.RESULTS)
+        ),
         **{
             home / PAGE: markdown.document(_machine(machine_runs, committed=True))
             for home, machine_runs in _by_machine(runs).items()
@@ -245,6 +250,9 @@ else *undecided*; where the original decided nothing there is nothing to reprodu
 *reproduced* where the interval of the ratio lies within the margin (5 % unless a claim names its \
 own), *not reproduced* where it differs by more beyond chance, and else *undecided*.
 """
+PREDICTED = """
+## Forecasts
+"""
 ANSWERED = """
 ## Questions
 
@@ -270,6 +278,7 @@ def _collection(runs: Sequence[RunFolder]) -> str:
         (INTRODUCTION, [machines]),
         (BOARD, [leaderboard(committed=True)]),
         (ANSWERED, [_questions(runs)]),
+        (PREDICTED, [Paragraph((Link("How near predictions came", FORECASTS), MISSES))]),
         (REPEATED, [repeated] if repeated.rows else []),
         (INSTRUMENTS, benches),
     ]

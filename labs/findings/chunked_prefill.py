@@ -11,7 +11,7 @@ from scipy import stats
 from dashboards.palette import BLUE, BOUND
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import GREY, plt
+from labs.findings.drawing import BANDS, GREY, draw_forecasts, plt
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
@@ -221,7 +221,7 @@ def split(run: JudgedRun) -> str | None:
 
 def draw_stall(run: JudgedRun) -> str | None:
     """Draws the stall, the long prompt's own wait and that of the streams, over the budget."""
-    points, lab = run.points, run.lab
+    points, lab, forecast = run.points, run.lab, False
     _, axes = plt.subplots(1, 3, figsize=(11, 3.4))
     for ax, metric, label in (
         (axes[0], "stall_mean_s", "stall of the streams, mean (ms)"),
@@ -237,6 +237,7 @@ def draw_stall(run: JudgedRun) -> str | None:
         heights = [1000 * i.value if i else np.nan for i in intervals]
         reach = [1000 * (i.high - i.value) if i and i.high is not None else 0 for i in intervals]
         ax.bar(x, heights, 0.6, yerr=reach, capsize=4, color=BLUE, label="measured, 95 % interval")
+        forecast |= draw_forecasts(ax, x, [run.forecast(p, metric) for p in points], 1000)
         budgets = [p.flags.max_num_batched_tokens for p in points]
         ax.set_xticks(x, [f"{p.variant.name}\n{b}" for p, b in zip(points, budgets, strict=True)])
         ax.set_xlabel("variant, token budget")
@@ -250,7 +251,7 @@ def draw_stall(run: JudgedRun) -> str | None:
     return (
         "A smaller token budget shortens the stall of everybody else (left), and makes the long"
         " prompt (middle) and the streams' own new prompts (right) wait longer for their first"
-        " token."
+        " token." + BANDS * forecast
     )
 
 

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from labs.filing.results import Run, RunFolder, Summary
-from labs.judging.judge import Caveat, Effect, Interval, Judgement, Sampling, over_repeats
+from labs.judging.judge import (
+    Caveat,
+    Effect,
+    ForecastAtPoint,
+    Interval,
+    Judgement,
+    Sampling,
+    over_repeats,
+)
 from labs.judging.metrics import Repeats
 from labs.judging.text import times_with_interval
 from labs.lab import Lab, Point
@@ -87,6 +95,11 @@ class JudgedRun(Context):
         run = cls(**of_context, summary=summary)
         run.computed.update(context.computed)
         return run
+
+    def forecast(self, point: Point, metric: str) -> ForecastAtPoint | None:
+        """Returns the point's figure as it was forecast, with its band; None without a forecast."""
+        known = {(f.point, f.metric): f for f in self.summary.in_virtual_time}
+        return known.get((point.key, metric))
 
     def judged(self, claim: str) -> list[Judgement]:
         """Returns the valid judgements of a claim, one a pair of points."""

@@ -16,7 +16,7 @@ from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import plt, thinned
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import ONE_STREAM, Published, PublishedFigures
-from labs.findings.steps import COUNTED_IN_TURN, PARTS_MEAN, Parts
+from labs.findings.steps import COUNTED_IN_TURN, PARTS_MEAN, Parts, draw_parts
 from labs.findings.sweep import concurrency_sweep, step_line
 from labs.judging.metrics import METRICS
 from labs.judging.text import number
@@ -74,7 +74,19 @@ def tell_steps(facts: tuple[StepAtLoad, ...]) -> Finding:
     return Finding(title="What is a step made of?", rows=rows, lines=lines)
 
 
-STEPS = Conclusion("steps", steps_at_loads, tell_steps)
+def draw_steps(facts: tuple[StepAtLoad, ...]) -> str | None:
+    """Draws what an output token's time goes to at each load of the sweep."""
+    if not facts:
+        return None
+    figure, ax = plt.subplots(figsize=(6.5, 3.6))
+    draw_parts(ax, {str(s.users): s.parts for s in facts})
+    ax.set_xlabel("requests in flight")
+    ax.set_ylabel("TPOT, mean (ms)")
+    figure.legend(loc="outside right upper", frameon=False)
+    return f"What the time of an output token goes to at each load. {PARTS_MEAN}"
+
+
+STEPS = Conclusion("steps", steps_at_loads, tell_steps, draw_steps)
 
 # ------------------------------------------------------------------------------------ the answers
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
+
+from labs.judging.judge import ForecastAtPoint
 
 mpl.use("svg")
 mpl.rcParams.update(
@@ -23,10 +27,41 @@ mpl.rcParams.update(
 )
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
-__all__ = ["GREY", "plt", "thinned"]
+__all__ = ["BANDS", "GREY", "draw_forecasts", "plt", "thinned"]
 
 GREY = "#666666"
+BANDS = " Grey is what was forecast before any engine started, with its band."  # for captions
 MOST_DRAWN = 20_000  # points of one line; a page has few of them
+
+
+def draw_forecasts(
+    ax: Axes,
+    x: Sequence[float],
+    forecasts: Sequence[ForecastAtPoint | None],
+    scale: float = 1,
+    colour: str = GREY,
+    label: str = "forecast, with its band",
+) -> bool:
+    """Draw each forecast as a short line on its band, at its place x; tell whether any was drawn.
+
+    `scale` multiplies the figures into the unit of the axis.
+    """
+    known = [(at, f) for at, f in zip(x, forecasts, strict=True) if f]
+    if not known:
+        return False
+    at = [a for a, _ in known]
+    ax.vlines(
+        at,
+        [scale * f.low for _, f in known],
+        [scale * f.high for _, f in known],
+        color=colour,
+        alpha=0.4,
+        lw=9,
+        zorder=3,
+        label=label,
+    )
+    ax.plot(at, [scale * f.value for _, f in known], "_", color=colour, ms=13, mew=2, zorder=3)
+    return True
 
 
 def thinned(x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

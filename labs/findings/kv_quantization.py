@@ -11,7 +11,7 @@ from scipy import stats
 from dashboards.palette import VARIANTS
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import plt
+from labs.findings.drawing import draw_forecasts, plt
 from labs.findings.parts import Conclusion, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.findings.quality import QUALITY, compared, in_brief, treatments_of
@@ -395,6 +395,8 @@ def draw_preemption(run: JudgedRun) -> str | None:
         for ax, metric in ((axes[0], "batch"), (axes[1], "preemptions")):
             means = [run.interval(p, metric) for p in points]
             ax.plot(x, [m.value if m else np.nan for m in means], "o-", color=colour, label=name)
+            known = [run.forecast(p, metric) for p in points]
+            draw_forecasts(ax, x, known, colour=colour, label=f"forecast, {name}")
         full = points[0].prompt_tokens + points[0].output_tokens
         capacity = run.interval(points[0], "kv_capacity_tokens")
         if capacity:

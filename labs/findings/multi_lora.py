@@ -11,7 +11,7 @@ from scipy import stats
 from dashboards.palette import BLUE, BOUND
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import GREY, plt
+from labs.findings.drawing import BANDS, GREY, draw_forecasts, plt
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.text import number, point_label, sentences
@@ -333,6 +333,8 @@ def draw_adapters(run: JudgedRun) -> str | None:
     reach = [i.high - i.value if i and i.high is not None else 0 for i in intervals]
     ax.errorbar(x, heights, yerr=reach, fmt="o-", capsize=4, color=BLUE,
                 label="measured, 95 % interval")  # fmt: skip
+    known = [run.forecast(p, "output_tokens_per_s") for _, p in counted]
+    forecast = draw_forecasts(ax, x, known)
     base = next((p for p in run.points if p.variant.name == "base"), None)
     level = run.interval(base, "output_tokens_per_s") if base else None
     if level:
@@ -347,7 +349,7 @@ def draw_adapters(run: JudgedRun) -> str | None:
     ax.legend(frameon=False)
     return (
         "What adapters cost: by their bytes hardly anything; the gap between the curves is the"
-        " launches of the small operations that apply them."
+        " launches of the small operations that apply them." + BANDS * forecast
     )
 
 

@@ -29,9 +29,14 @@ class Conclusion(Generic[Facts]):
     name: str  # as in `Lab.findings`
     facts: Callable[[Context], Facts]
     tell: Callable[[Facts], Finding]
+    draw: Callable[[Facts], str | None] | None = None  # its own plot, as `Draw` does of a run
 
     def finding(self, context: Context) -> Finding:
         return self.tell(context.once(self.facts))
+
+    def drawing(self, run: JudgedRun) -> str | None:
+        """Draws the current figure of the facts and returns its caption, as `Draw` does."""
+        return self.draw(run.once(self.facts)) if self.draw else None
 
     def facts_of(self, run: Context) -> Facts | None:
         """Returns the facts of a run; None where it leaves this out, as random weights may."""

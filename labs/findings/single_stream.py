@@ -8,9 +8,10 @@ from typing import Literal
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
+from labs.findings.drawing import plt
 from labs.findings.parts import Conclusion, ReportParts
 from labs.findings.published import ONE_STREAM, Published, PublishedFigures
-from labs.findings.steps import COUNTED_IN_TURN, PARTS_MEAN, Parts
+from labs.findings.steps import COUNTED_IN_TURN, PARTS_MEAN, Parts, draw_parts
 from labs.judging.judge import Effect, verdict_kind
 from labs.judging.text import number, sentences, times_with_interval
 from labs.lab import Point
@@ -261,7 +262,25 @@ def fastest_sentence(facts: FlagEffects) -> str | None:
     return f"`{variant}` decodes fastest. {best.parts.sentence('Its step')} {PARTS_MEAN}"
 
 
-FLAGS = Conclusion("flags", flag_effects, tell_flags)
+def draw_flags(facts: FlagEffects) -> str | None:
+    """Draws what a decode step and the long prompt's prefill are made of, variant by variant."""
+    if not facts.variants:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    for ax, name, label in (
+        (axes[0], "decode", "TPOT, mean (ms)"),
+        (axes[1], "prefill", "TTFT of the long prompt, mean (ms)"),
+    ):
+        phases = {v.variant: getattr(v, name) for v in facts.variants}
+        draw_parts(ax, {variant: p.parts for variant, p in phases.items() if p})
+        ax.tick_params(axis="x", rotation=30 if len(phases) > 3 else 0)
+        ax.set_ylabel(label)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4,
+                  frameon=False)  # fmt: skip
+    return f"What the time of a pass goes to, in decode (left) and prefill (right). {PARTS_MEAN}"
+
+
+FLAGS = Conclusion("flags", flag_effects, tell_flags, draw_flags)
 
 # ------------------------------------------------------------------------------------ the answers
 

@@ -442,6 +442,9 @@ def draw_speculation(run: JudgedRun) -> str | None:
                          label=f"{variant}, {workload}")  # fmt: skip
         explained = [np.nan if p.explained is None else p.explained for p in mine]
         axes[1].plot(x, explained, **style, ls="none", mfc="none", ms=10)
+        foreseen = [_forecast_speed_up(run, p.point) for p in mine]
+        if any(foreseen):
+            axes[1].plot(x, foreseen, "_", color=GREY, ms=13, mew=2)
     axes[0].set_xlabel("position drafted")
     axes[0].set_ylabel("share of drafts accepted that far")
     axes[0].set_ylim(0, 1.05)
@@ -455,12 +458,22 @@ def draw_speculation(run: JudgedRun) -> str | None:
     axes[1].set_ylabel("speed-up (TPOT without / with)")
     axes[1].set_ylim(bottom=0)
     axes[1].plot([], [], "o", color=GREY, mfc="none", ms=10, label="formula, measured parts")
+    if any(_forecast_speed_up(run, p.point) for p in points):
+        axes[1].plot([], [], "_", color=GREY, ms=13, mew=2, label="forecast before the run")
     axes[1].legend(frameon=False, fontsize=8)
     return (
         "Left: how far ahead guesses are right, at one stream. Right: what that gains, with"
         " 95 % intervals; below 1 speculation loses. Open marks are Leviathan's formula with"
         " acceptance, draft cost and verification cost as measured."
     )
+
+
+def _forecast_speed_up(run: JudgedRun, point: Point) -> float | None:
+    """Divides the plain engine's forecast TPOT by this point's; None without both."""
+    plain = run.point("none", point.workload.name, str(point.load))
+    without = run.forecast(plain, "tpot_mean_s") if plain else None
+    with_guesses = run.forecast(point, "tpot_mean_s")
+    return without.value / with_guesses.value if without and with_guesses else None
 
 
 def _reach(points: Sequence[SpeedUp]) -> list[list[float]]:

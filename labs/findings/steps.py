@@ -7,7 +7,13 @@ beside it. The parts say how much of the measured time either ceiling explains.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+
+from dashboards.palette import BLUE, BOUND
+from labs.findings.drawing import GREY
 
 PARTS_MEAN = (
     "Reading is of weights, keys and values at the measured bandwidth, computing at the measured"
@@ -75,3 +81,29 @@ class Parts:
             [f"{time:.{digits}f} {unit}" for time in times],
             [*shares, 100 - sum(shares)],
         )
+
+
+def draw_parts(ax: Axes, passes: Mapping[str, Parts]) -> None:
+    """Draws each pass as a bar of its parts in ms, one upon the other, with the measured total.
+
+    Where the device reads and computes at once the two are longer than the pass: the total then
+    lies below the top of the bar.
+    """
+    x, foot = range(len(passes)), [0.0] * len(passes)
+    for name, colour, seconds in (
+        ("reading", BLUE, [p.reading_s for p in passes.values()]),
+        ("computing", BOUND, [p.computing_s for p in passes.values()]),
+        ("the rest", GREY, [max(0.0, p.rest_s) for p in passes.values()]),
+    ):
+        heights = [1000 * s for s in seconds]
+        ax.bar(x, heights, 0.6, bottom=foot, color=colour, alpha=0.75, label=name)
+        foot = [below + height for below, height in zip(foot, heights, strict=True)]
+    measured = [1000 * p.measured_s for p in passes.values()]
+    ax.plot(x, measured, "_", color="black", ms=30, mew=2, label="measured")
+    for at, top in zip(x, measured, strict=True):
+        text = f"{float(f'{top:.3g}'):,.4g}"
+        ax.annotate(text, (at, top), xytext=(0, 3), textcoords="offset points", ha="center")
+    ax.set_xticks(x, list(passes))
+    ax.set_xlim(-0.6, max(1.6, len(passes) - 0.4))
+    ax.set_ylim(0, 1.2 * max(*foot, *measured))
+    ax.grid(axis="x", visible=False)

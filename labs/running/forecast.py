@@ -131,15 +131,28 @@ def reason_against(setup: Setup, variant: Variant) -> str | None:
         return "communication between devices was not timed"
     if setup.datasheet:
         return _unpublished(flags)
-    if "quantization_config" in _config(_served(setup, variant) / "config.json"):
-        return "the kernels of quantized weights were not timed"
     if setup.model.shape.experts:
         return "routed experts were not timed"
-    if str(flags.get("kv-cache-dtype", "auto")) not in ("auto", "bfloat16"):
+    if setup.machine.kind == "cpu":
+        return None if flags.enforce_eager else "a compiled step was not timed"
+    return _untimed_on_a_gpu(setup, variant)
+
+
+def _untimed_on_a_gpu(setup: Setup, variant: Variant) -> str | None:
+    if _has_quantized_weights(setup, variant):
+        return "the kernels of quantized weights were not timed"
+    if _has_quantized_cache(setup, variant):
         return "attention to a quantized cache was not timed"
-    if setup.machine.kind == "cpu" and not flags.enforce_eager:
-        return "a compiled step was not timed"
     return None
+
+
+def _has_quantized_weights(setup: Setup, variant: Variant) -> bool:
+    return "quantization_config" in _config(_served(setup, variant) / "config.json")
+
+
+def _has_quantized_cache(setup: Setup, variant: Variant) -> bool:
+    dtype = VllmFlags(setup.lab.flags_of(variant)).get("kv-cache-dtype", "auto")
+    return str(dtype) not in ("auto", "bfloat16")
 
 
 def _unpublished(flags: VllmFlags) -> str | None:
@@ -176,7 +189,23 @@ def _step_of(setup: Setup, point: Point) -> TimingPlan:
         rows=(1, 4, 16, 64) if cpu else (1, 16, 64, 256),
         adapters=flags.max_loras if adapters else 0,
         adapter_rank=flags.max_lora_rank if adapters else 0,
+        kernels=_kernel_argv(setup, point) if cpu else (),
     )
+
+
+def _kernel_argv(setup: Setup, point: Point) -> tuple[str, ...]:
+    """Return the arguments that decide an engine's kernels, where they are to be timed themselves.
+
+    Once any variant's weights or cache are quantized, all are timed by the engine's own kernels.
+    """
+    if not any(
+        _has_quantized_weights(setup, v) or _has_quantized_cache(setup, v)
+        for v in setup.lab.variants
+    ):
+        return ()
+    deciding = ("block-size", "kv-cache-dtype", "max-model-len")
+    flags = {n: f for n, f in point.variant.flags.items() if n in deciding}
+    return ("--model", str(_served(setup, point.variant)), *Vllm.flag_argv(flags))
 
 
 def _largest_step(setup: Setup) -> int:

@@ -64,6 +64,11 @@ def data(
                     for f in summary.forecasts
                     if f.point == p.key
                 },
+                "in_virtual_time": {
+                    f.metric: {end: _round(getattr(f, end)) for end in ("value", "low", "high")}
+                    for f in summary.in_virtual_time
+                    if f.point == p.key
+                },
             }
             for p in points
         ],

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from dashboards.palette import BLUE, BOUND, VARIANTS
 from labs.filing.results import RunFolder, Summary
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import GREY, plt
+from labs.findings.drawing import BANDS, GREY, draw_forecasts, plt
 from labs.findings.parts import Draw, parts_of
 from labs.findings.sweep import concurrency_sweep
 from labs.judging.judge import Interval, borne_out_between
@@ -31,15 +31,25 @@ def draw(
 ) -> list[Figure]:
     """Draw the lab's plots into the run's folder, unless it has them already."""
     context = Context(folder, folder.run(), lab, list(points), summary.measurements)
-    run, known, figures = JudgedRun.of(context, summary), plots_of(lab.name), []
-    for name in ("effects", *lab.plots):
-        caption = known[name](run)
+    run, figures = JudgedRun.of(context, summary), []
+    for name, draw_one in _drawn(lab).items():
+        caption = draw_one(run)
         if caption:
             figures.append(Figure(f"{name}.svg", caption))
             if save:
                 plt.savefig(folder.path / figures[-1].file, metadata={"Date": None})
         plt.close("all")
     return figures
+
+
+def _drawn(lab: Lab) -> dict[str, Draw]:
+    """Return what is drawn for a lab, by name: effects, its plots, and findings that draw."""
+    known, conclusions = plots_of(lab.name), parts_of(lab.name).findings
+    drawing = (c for name in lab.findings if (c := conclusions.get(name)) and c.draw)
+    return {
+        **{name: known[name] for name in ("effects", *lab.plots)},
+        **{conclusion.name: conclusion.drawing for conclusion in drawing},
+    }
 
 
 def plots_of(lab: str) -> Mapping[str, Draw]:
@@ -153,7 +163,7 @@ def sweep(run: JudgedRun) -> str | None:
     swept = concurrency_sweep(run.points)
     if len(swept) < 2:
         return None
-    x = [p.load.users for p in swept]
+    x, forecast = [p.load.users for p in swept], False
     _, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     for ax, metric, scale, label, bound in (
         (axes[0], "output_tokens_per_s", 1.0, "output throughput (tok/s)", "ceiling"),
@@ -163,6 +173,7 @@ def sweep(run: JudgedRun) -> str | None:
         if known:
             predicted = [known.get(p.key, np.nan) * scale for p in swept]
             ax.plot(x, predicted, "--", color=BOUND, label=f"predicted {bound} (roofline)")
+        forecast |= draw_forecasts(ax, x, [run.forecast(p, metric) for p in swept], scale)
         _errorbar(ax, x, swept, run, metric, scale, "measured, 95 % interval")
         ax.set_xscale("log", base=2)
         ax.set_xticks(x, [str(v) for v in x])
@@ -172,7 +183,7 @@ def sweep(run: JudgedRun) -> str | None:
         ax.legend(frameon=False)
     return (
         "Throughput and time per output token against requests in flight. While the right curve is"
-        " flat a larger batch is free; where it bends, each user starts to pay."
+        " flat a larger batch is free; where it bends, each user starts to pay." + BANDS * forecast
     )
 
 
@@ -256,7 +267,7 @@ def variants(run: JudgedRun) -> str | None:
     if not places:
         return None
     scale, unit = {"s": (1000.0, "ms"), "share": (100.0, "%")}.get(metric.unit, (1.0, metric.unit))
-    width = 0.8 / len(lab.variants)
+    width, forecast = 0.8 / len(lab.variants), False
     wide = max(1.0 * len(places), min(0.3 * len(lab.variants) * len(places), 8))
     figure, ax = plt.subplots(figsize=(2.4 + wide, 3.4))
     for column, (variant, colour) in enumerate(zip(lab.variants, VARIANTS, strict=False)):
@@ -268,13 +279,16 @@ def variants(run: JudgedRun) -> str | None:
         heights = [m.value * scale if m else np.nan for m in means]
         reach = [(m.high - m.value) * scale if m and m.high is not None else 0 for m in means]
         ax.bar(at, heights, width, yerr=reach, capsize=3, color=colour, label=variant.name)
+        known = [run.forecast(mine[place], name) if place in mine else None for place in places]
+        forecast |= draw_forecasts(ax, at, known, scale, label="")
     several = len(lab.workloads) > 1
     names = [f"{workload}\n" * several + _wrapped(load, 18) for workload, load in places]
     ax.set_xticks(range(len(places)), names)
     ax.set_ylim(bottom=0)
     ax.set_ylabel(f"{metric.title} ({unit})")
     figure.legend(loc="outside right upper", frameon=False)
-    return f"{metric.title} of each variant, with 95 % intervals, workload by workload."
+    caption = f"{metric.title} of each variant, with 95 % intervals, workload by workload."
+    return caption + BANDS * forecast
 
 
 FOR_ANY_LAB: dict[str, Draw] = {

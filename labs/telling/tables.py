@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 
-from labs.filing.results import Band, PointForecasts, Predictions, RunFolder, Session, Summary
+from labs.filing.results import Band, PointForecasts, Predictions, Session, Summary
 from labs.findings.parts import published_of
-from labs.judging.judge import AGREEMENT, Judgement
+from labs.judging.judge import Judgement
 from labs.judging.machine_speed import MachineSpeed
 from labs.judging.metrics import METRICS, columns
 from labs.judging.text import (
@@ -197,38 +196,6 @@ def closed_forms(lab: Lab, summary: Summary, before: Predictions) -> Table:
         and closed.formula != j.prediction.formula
     ]
     return table(("Claim", "Measured", "Forecast", "Closed form", "Its formula"), rows)
-
-
-def residuals(folders: Sequence[RunFolder]) -> Table:
-    """Tabulate how near predictions came: a row for each figure of each run, one for its claims.
-
-    A claim's prediction is a ratio, of two forecasts or by the lab's formula; it counts as near
-    when the measured ratio lies within 25 % of it.
-    """
-    rows: list[list[Inline]] = []
-    for folder in folders:
-        run, summary = folder.run(), folder.summary()
-        name = f"{run.lab['name']} on {run.machine.slug}"
-        ratios = [
-            j.effect.ratio.value / j.prediction.value
-            for j in summary.judgements
-            if j.effect and j.outcome != "not valid"
-        ]
-        near = [1 / AGREEMENT <= r <= AGREEMENT for r in ratios]
-        rows += [_residual(name, "claims", ratios, near)] if ratios else []
-        shown = [f for f in summary.in_virtual_time if METRICS[f.metric].forecast == "shown"]
-        for metric in dict.fromkeys(f.metric for f in shown):
-            known = [(s, bool(f.within)) for f in shown if f.metric == metric and (s := f.share)]
-            if known:
-                shares, within = zip(*known, strict=True)
-                rows.append(_residual(name, METRICS[metric].title, shares, within))
-    header = ("Run", "Figure", "Number", "Median distance", "Within band, or 25 %")
-    return table(header, rows)
-
-
-def _residual(run: str, figure: str, shares: Sequence[float], near: Sequence[bool]) -> list[Inline]:
-    distance = median(abs(share - 1) for share in shares)
-    return [run, figure, str(len(shares)), f"{distance:.0%}", f"{sum(near)} of {len(near)}"]
 
 
 def _between(low: float, high: float, unit: str) -> str:

@@ -9,14 +9,19 @@ several times, in turn with the others, and the least is kept: other work can on
 Adapters (LoRA) are applied as vLLM's CPU backend applies them: each token gathers the two thin
 matrices of its adapter, for each of the seven projections of a layer.
 
+Where weights or a cache are quantized on a CPU, torch has no such operator: then the projections
+and the reading of the cache are vLLM's own (`serving/forecasting/kernels.py`), of every variant
+that is compared, BF16 included, so that like is compared with like.
+
 Run as `python -m serving.forecasting.timing` with `TimingPlan`s as JSON lines on standard input;
-for each it prints a line of `StepTimes`. It does not cover the engine's own kernels where they
-differ from torch's, quantized weights, experts, compiled steps, and the scheduler's own time.
+it prints a line of `StepTimes` for each. It does not cover other kernels of the engine's own where
+they differ from torch's, experts, compiled steps, and the scheduler's own time.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -28,11 +33,14 @@ import numpy as np
 from pydantic import BaseModel
 
 from serving.forecasting.step import StepTimes
+from serving.models import shape_of
 
 CONTEXT_TOKENS = 32  # the timed layers attend to so many; longer contexts are timed separately
 LONG_CONTEXT_TOKENS = 2048
 PREFILL_TOKENS = 512
 LONG_S = 0.5
+
+Work = Callable[[], None]
 
 
 class TimingPlan(BaseModel, frozen=True, extra="forbid"):
@@ -45,6 +53,7 @@ class TimingPlan(BaseModel, frozen=True, extra="forbid"):
     rows: tuple[int, ...] = (1, 4, 16, 64)
     adapters: int = 0  # slots for LoRA adapters; 0: none are applied
     adapter_rank: int = 0
+    kernels: tuple[str, ...] = ()  # an engine's arguments, where its own kernels are to be timed
     passes: int = 3
 
 
@@ -55,11 +64,21 @@ class Decoder:
     """
 
     def __init__(
-        self, config: dict[str, Any], device: str, adapters: int = 0, adapter_rank: int = 0
+        self,
+        config: dict[str, Any],
+        device: str,
+        adapters: int = 0,
+        adapter_rank: int = 0,
+        kernels: Sequence[str] = (),
     ) -> None:
         import torch
 
         self.torch, self.device, self.slots = torch, device, adapters
+        self.kernels: Any = None
+        if kernels:
+            from serving.forecasting.kernels import Kernels
+
+            self.kernels = Kernels(kernels)
         self.layers, hidden = config["num_hidden_layers"], config["hidden_size"]
         self.heads = config["num_attention_heads"]
         self.kv_heads = config.get("num_key_value_heads") or self.heads
@@ -71,15 +90,21 @@ class Decoder:
         def matrix(rows: int, columns: int) -> Any:
             return torch.randn(rows, columns, device=device, dtype=torch.bfloat16) * 0.02
 
+        def projection(outputs: int, inputs: int, layer: int) -> Callable[[Any], Any]:
+            if self.kernels:
+                return self.kernels.linear(inputs, outputs, layer)  # type: ignore[no-any-return]
+            weights = matrix(outputs, inputs)
+            return lambda x: torch.nn.functional.linear(x, weights)
+
         self.weights = [
             (
-                matrix(q + 2 * kv, hidden),
-                matrix(hidden, q),
-                matrix(2 * self.inner, hidden),
-                matrix(hidden, self.inner),
+                projection(q + 2 * kv, hidden, layer),
+                projection(hidden, q, layer),
+                projection(2 * self.inner, hidden, layer),
+                projection(hidden, self.inner, layer),
                 torch.ones(hidden, device=device, dtype=torch.bfloat16),
             )
-            for _ in range(self.layers)
+            for layer in range(self.layers)
         ]
         self.head_weights = matrix(config["vocab_size"], hidden)
         projections = [  # (inputs, outputs) of those that an adapter is added to
@@ -130,11 +155,11 @@ class Decoder:
 
         def run() -> None:
             h = x
-            for (qkv_w, out_w, up_w, down_w, norm_w), adapters in zip(
+            for (qkv, out_of, up_of, down_of, norm_w), adapters in zip(
                 self.weights, self.adapters or none, strict=True
             ):
                 normed = f.rms_norm(h, size, norm_w)
-                q, k, v = f.linear(normed, qkv_w).split(self.sizes, dim=-1)
+                q, k, v = qkv(normed).split(self.sizes, dim=-1)
                 adapt(normed, adapters[:3], q, k, v)
                 q = self.rotated(q.view(tokens, self.heads, -1), angle, angle)
                 k = self.rotated(k.view(tokens, self.kv_heads, -1), angle, angle)
@@ -144,14 +169,14 @@ class Decoder:
                     q.transpose(0, 1).unsqueeze(0), keys, values, enable_gqa=True
                 )
                 flat = attended[0].transpose(0, 1).reshape(tokens, -1)
-                out = f.linear(flat, out_w)
+                out = out_of(flat)
                 adapt(flat, adapters[3:4], out)
                 h = h + out
                 normed = f.rms_norm(h, size, norm_w)
-                gate, up = f.linear(normed, up_w).chunk(2, dim=-1)
+                gate, up = up_of(normed).chunk(2, dim=-1)
                 adapt(normed, adapters[4:6], gate, up)
                 inner = f.silu(gate) * up
-                down = f.linear(inner, down_w)
+                down = down_of(inner)
                 adapt(inner, adapters[6:], down)
                 h = h + down
 
@@ -167,6 +192,10 @@ class Decoder:
 
         Without a context the tokens attend to one another causally.
         """
+        if self.kernels:
+            return self.kernels.attention(  # type: ignore[no-any-return]
+                self.heads, self.kv_heads, self.head_dim, self.layers, tokens, context_tokens
+            )
         torch = self.torch
         queries = torch.randn(1, self.heads, tokens, self.head_dim, device=self.device).bfloat16()
         caches = [
@@ -186,70 +215,106 @@ class Decoder:
 
 
 def timed(
-    works: Sequence[Callable[[], None]], passes: int, wait: Callable[[], None]
-) -> list[float]:
+    series: Sequence[Sequence[Work]], passes: int, wait: Callable[[], None]
+) -> list[list[float]]:
     """Return the least seconds of each work, over `passes` in turn after one that warms up.
 
-    A work that takes longer than `LONG_S` is timed once, without a warm-up, which is a small part
-    of it. The works ascend in size: after two that take longer than `LONG_S` no larger one is
-    timed, and the list is as much shorter. `wait` returns when the device has finished all that it
-    was given.
+    All works of all series take turns, so that what is compared was timed in the same minutes. A
+    work that takes longer than `LONG_S` is timed once, without a warm-up, which is a small part of
+    it. The works of a series ascend in size: after two that take longer than `LONG_S` no larger one
+    is timed, and its list is as much shorter. `wait` returns when the device has finished all that
+    it was given.
     """
-    least = [float("inf")] * len(works)
+    least = [[float("inf")] * len(works) for works in series]
     for number in range(passes + 1):
-        for place, work in enumerate(works):
-            if place > 1 and LONG_S < least[place - 2] < float("inf"):
-                del least[place:]
-                break
-            if LONG_S < least[place] < float("inf"):
-                continue
-            wait()
-            start = time.perf_counter()
-            work()
-            wait()
-            seconds = time.perf_counter() - start
-            if number or seconds > LONG_S:
-                least[place] = min(least[place], seconds)
+        for works, mine in zip(series, least, strict=True):
+            for place, work in enumerate(works):
+                if place > 1 and LONG_S < mine[place - 2] < float("inf"):
+                    del mine[place:]
+                    break
+                if LONG_S < mine[place] < float("inf"):
+                    continue
+                wait()
+                start = time.perf_counter()
+                work()
+                wait()
+                seconds = time.perf_counter() - start
+                if number or seconds > LONG_S:
+                    mine[place] = min(mine[place], seconds)
     return least
 
 
-def measure(plan: TimingPlan) -> StepTimes:
-    """Measure the parts of a step. Raises KeyError where the configuration is of another kind."""
-    if plan.cores:
-        os.sched_setaffinity(0, plan.cores)
+def measure(plans: Sequence[TimingPlan]) -> list[StepTimes]:
+    """Measure the parts of a step for each plan, in turn with one another.
+
+    The plans are for one device. Raises KeyError where a configuration is of another kind.
+    """
     import torch
 
-    if plan.cores:
-        torch.set_num_threads(len(plan.cores))
-    torch.manual_seed(0)
-    config = json.loads(plan.config.read_text())
-    decoder = Decoder(config, plan.device, plan.adapters, plan.adapter_rank)
-    wait = torch.cuda.synchronize if plan.device == "cuda" else lambda: None
+    wait = torch.cuda.synchronize if plans[0].device == "cuda" else lambda: None
+    passes = max(plan.passes for plan in plans)
+    decoders = [
+        Decoder(
+            json.loads(plan.config.read_text()),
+            plan.device,
+            plan.adapters,
+            plan.adapter_rank,
+            plan.kernels,
+        )
+        for plan in plans
+    ]
+    both = list(zip(plans, decoders, strict=True))
     with torch.inference_mode():
-        linear_s = timed([decoder.linear(n) for n in plan.tokens], plan.passes, wait)
-        head_s = timed([decoder.head(n) for n in plan.rows], plan.passes, wait)
-        short_s, long_s = timed(
-            [decoder.attention(1, n) for n in (CONTEXT_TOKENS, LONG_CONTEXT_TOKENS)],
-            plan.passes,
-            wait,
+        linear_s = timed([[d.linear(n) for n in p.tokens] for p, d in both], passes, wait)
+        head_s = timed([[d.head(n) for n in p.rows] for p, d in both], passes, wait)
+        contexts = (CONTEXT_TOKENS, LONG_CONTEXT_TOKENS)
+        read_s = timed([[d.attention(1, n) for n in contexts] for d in decoders], passes, wait)
+        prompts = (PREFILL_TOKENS // 4, PREFILL_TOKENS)
+        pair_s = timed([[d.attention(n, 0) for n in prompts] for d in decoders], passes, wait)
+    part, whole = (n * (n + 1) / 2 for n in prompts)
+    return [
+        StepTimes(
+            tokens=plan.tokens[: len(linear)],
+            # a larger step cannot take less: where it seems to, the machine was disturbed
+            linear_s=tuple(np.maximum.accumulate(linear).tolist()),
+            rows=plan.rows[: len(head)],
+            head_s=tuple(np.maximum.accumulate(head).tolist()),
+            attention_pair_s=max(0.0, (whole_s - part_s) / (whole - part)),
+            attention_read_s=max(0.0, (long_s - short_s) / (contexts[1] - contexts[0])),
         )
-        part_s, whole_s = timed(
-            [decoder.attention(n, 0) for n in (PREFILL_TOKENS // 4, PREFILL_TOKENS)],
-            plan.passes,
-            wait,
+        for plan, linear, head, (short_s, long_s), (part_s, whole_s) in zip(
+            plans, linear_s, head_s, read_s, pair_s, strict=True
         )
-    pairs = [n * (n + 1) / 2 for n in (PREFILL_TOKENS, PREFILL_TOKENS // 4)]
-    return StepTimes(
-        tokens=plan.tokens[: len(linear_s)],
-        # a larger step cannot take less: where it seems to, the machine was disturbed
-        linear_s=tuple(np.maximum.accumulate(linear_s).tolist()),
-        rows=plan.rows[: len(head_s)],
-        head_s=tuple(np.maximum.accumulate(head_s).tolist()),
-        attention_pair_s=max(0.0, (whole_s - part_s) / (pairs[0] - pairs[1])),
-        attention_read_s=max(0.0, (long_s - short_s) / (LONG_CONTEXT_TOKENS - CONTEXT_TOKENS)),
-    )
+    ]
+
+
+def in_groups(plans: Sequence[TimingPlan]) -> list[list[TimingPlan]]:
+    """Group what is timed in turn: on a CPU all, if half of the free memory holds the weights."""
+    if any(plan.device != "cpu" for plan in plans):
+        return [[plan] for plan in plans]
+    needed_bytes = sum(shape_of(json.loads(p.config.read_text())).weight_bytes for p in plans)
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return [list(plans)] if needed_bytes < free_bytes / 2 else [[plan] for plan in plans]
+
+
+def main() -> None:
+    """Read the plans, keep to the engine's cores, and print the step times in the plans' order."""
+    logging.disable(logging.WARNING)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints as it is imported must not mix with the times
+    plans = [TimingPlan.model_validate_json(line) for line in sys.stdin]
+    cores = {core for plan in plans for core in plan.cores}
+    if cores:
+        os.sched_setaffinity(0, cores)
+    import torch
+
+    if cores:
+        torch.set_num_threads(len(cores))
+    torch.manual_seed(0)
+    for group in in_groups(plans):
+        for times in measure(group):
+            print(times.model_dump_json(), file=out, flush=True)
 
 
 if __name__ == "__main__":
-    for line in sys.stdin:
-        print(measure(TimingPlan.model_validate_json(line)).model_dump_json(), flush=True)
+    main()

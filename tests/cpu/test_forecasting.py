@@ -6,8 +6,10 @@ With another vLLM these tests say whether its engine core can still be driven so
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,7 @@ from serving.forecasting.plan import (
     SyntheticRequest,
 )
 from serving.forecasting.step import StepTimes
+from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Delays, Traffic
 
 pytestmark = [
@@ -113,6 +116,55 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
     ready, *lines = done.stdout.splitlines()
     assert ready == "ready"
     return {play.key: play for play in map(ForecastPlay.model_validate_json, lines)}
+
+
+WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+FOUR_BITS = {**WEIGHTS, "num_bits": 4, "strategy": "group", "group_size": 64}
+QUANTIZED = {
+    "bf16": None,
+    "w8a8": ("int-quantized", {"weights": WEIGHTS, "input_activations": TOKENS}),
+    "w4a16": ("pack-quantized", {"weights": FOUR_BITS}),
+}
+
+
+def test_quantized_weights_and_caches_are_timed_by_the_engine_s_own_kernels(
+    tmp_path: Path,
+) -> None:
+    """No engine has run, and no weights exist: two layers of the shape, quantized as configured."""
+    plans = []
+    for name, quantized in QUANTIZED.items():
+        folder = tmp_path / name
+        shutil.copytree(
+            models.bundled(), folder, ignore=shutil.ignore_patterns("*.safetensors", "*.gguf")
+        )
+        config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 2}
+        if quantized:
+            layout, group = quantized
+            config["quantization_config"] = {
+                "quant_method": "compressed-tensors", "format": layout, "ignore": ["lm_head"],
+                "config_groups": {"group_0": {"targets": ["Linear"], **group}},
+            }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config))
+        for cache in ("auto", "fp8_e4m3") if name == "bf16" else ("auto",):
+            argv = ("--model", str(folder), "--block-size", "32", "--kv-cache-dtype", cache)
+            plans.append(
+                TimingPlan(
+                    config=folder / "config.json", device="cpu", cores=(0,), tokens=(1, 4),
+                    rows=(1,), kernels=argv, passes=1,
+                )
+            )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "serving.forecasting.timing"],
+        input="\n".join(plan.model_dump_json() for plan in plans),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    times = [StepTimes.model_validate_json(line) for line in done.stdout.splitlines()]
+    assert len(times) == len(plans) == 4
+    assert all(t.linear_s[0] > 0 and t.tokens == (1, 4) for t in times)
+    assert all(t.attention_read_s > 0 for t in times)
 
 
 def tokens_at(play: ForecastPlay, index: int) -> list[tuple[float, int]]:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from labs.comparing import residuals
 from labs.filing import results
 from labs.filing.results import Band, PointForecasts, RunFolder, write_json
+from labs.judging.judge import Caveat
 from labs.running.forecast import ratio_of_forecasts
-from labs.telling import markdown, report, tables
-from labs.telling.document import section
+from labs.telling import markdown, report
 from labs.telling.summary import summarise
 from tests.unit.builders import make_point, write_run
 
@@ -52,11 +53,33 @@ def test_the_report_tells_how_near_the_forecasts_came(folder: RunFolder) -> None
     assert "- `on`: it was not timed" in told
 
 
-def test_residuals_are_told_run_by_run(folder: RunFolder) -> None:
-    summarise(folder)
-    rows = markdown.document(section("x", tables.residuals([folder])))
-    assert "| TPOT, mean | 2 | 25% | 1 of 2 |" in rows
-    assert "| claims |" in rows
+def write_summary(folder: RunFolder, *caveats: Caveat) -> None:
+    """Write the summary with these caveats alone: a run made by hand lacks some evidence."""
+    summary = summarise(folder).model_copy(update={"caveats": list(caveats)})
+    write_json(folder.path / "summary.json", summary)
+
+
+def test_residuals_are_told_by_figure_and_every_miss_by_name(folder: RunFolder) -> None:
+    write_summary(folder)
+    told = markdown.document(residuals.page([folder], folder.path.parent))
+    assert "| TPOT, mean | 2 | 25% | 1 (50%) | 1 (50%) |" in told
+    assert "| 0.50x |" in told
+    assert f"]({folder.path.name}/report.md)" in told
+
+
+def test_quick_runs_have_no_residuals_on_the_page(folder: RunFolder) -> None:
+    """Nor have incomplete ones, random weights and changed labs."""
+    assert [f.path for f in residuals.full_runs(committed=False)] == [folder.path]
+    run = folder.run()
+    write_json(folder.path / "run.json", run.model_copy(update={"quick": True}))
+    assert residuals.full_runs(committed=False) == []
+
+
+def test_a_figure_that_is_not_valid_has_no_residual(folder: RunFolder) -> None:
+    points = [f.point for f in summarise(folder).in_virtual_time]
+    write_summary(folder, Caveat(name="x", text="x", blocks=True, point=points[0]))
+    left = [r for r in residuals.residuals(folder) if r.within is not None]
+    assert len(left) == len(points) - 1
 
 
 def test_a_claim_is_predicted_by_two_forecasts_where_both_are_there() -> None:

@@ -6,6 +6,8 @@
                         poisson: "requests/s", constant: "requests/s" };  // of loads with one number
   const BOUND_NAMES = { ceiling: ", at most", floor: ", at least", point: "" };
 
+  const FORECAST = "#888888", FORECAST_BAND = "rgba(136, 136, 136, 0.45)";  // on light and dark
+
   const workload = choice("figures-workload", workloadOptions(), both);
   if (data.workloads.length === 1) workload.parentElement.parentElement.hidden = true;
   const first = data.points.filter((p) => p.workload === data.workloads[0]);
@@ -32,7 +34,8 @@
     const shown = { metric, ...scaling(data.metrics[metric].unit), place };
     const groups = Map.groupBy(points, (p) => JSON.stringify([p.variant, p.kind, p.workload]));
     const traces = [...groups.values()].flatMap((group) => [
-      ...means(group, shown), ...repeats(group, shown), ...predictions(group, shown),
+      ...forecasts(group, shown), ...means(group, shown), ...repeats(group, shown),
+      ...predictions(group, shown),
     ]);
     named(traces);
     draw(id, traces, {
@@ -43,7 +46,7 @@
                     categoryarray: [...new Set(points.map(place))], title: { text: place.title } }),
       yaxis: axis({ title: { text: data.metrics[metric].title + shown.unit }, rangemode: "tozero",
                     tickformat: ",~r" }),
-      showlegend: data.variants.length > 1 || traces.some((trace) => trace.legendgroup === "predicted"),
+      showlegend: data.variants.length > 1 || traces.some((trace) => ["forecast", "predicted"].includes(trace.legendgroup)),
     });
   }
 
@@ -100,6 +103,26 @@
       x: each.map(([x]) => x), y: each.map(([, y]) => y), mode: "markers", hoverinfo: "skip",
       offsetgroup: variant, legendgroup: variant, showlegend: false,
       marker: { size: 4, color: ofVariant(variant), opacity: 0.55 },
+    }];
+  }
+
+  /** What was forecast before any engine started: a short line on a wide band. */
+  function forecasts(group, { metric, unit, scaled, place }) {
+    const known = group.filter((p) => p.in_virtual_time[metric])
+      .map((p) => ({ name: p.name, x: place(p), ...p.in_virtual_time[metric] }));
+    if (!known.length) return [];
+    const hover = ({ name, value, low, high }) =>
+      `${plain(name)}<br>forecast ${digits(scaled(value))}${unit}` +
+      `<br>${digits(scaled(low))} to ${digits(scaled(high))}`;
+    return [{
+      name: "forecast, with its band", legendgroup: "forecast", legendrank: 1999,
+      offsetgroup: group[0].variant, x: known.map(({ x }) => x),
+      y: known.map(({ value }) => scaled(value)), mode: "markers",
+      marker: { symbol: "line-ew", size: 12, line: { width: 2, color: FORECAST }, color: FORECAST },
+      error_y: { type: "data", symmetric: false, thickness: 10, width: 0, color: FORECAST_BAND,
+        array: known.map(({ value, high }) => scaled(high - value)),
+        arrayminus: known.map(({ value, low }) => scaled(value - low)) },
+      hovertext: known.map(hover), hovertemplate: "%{hovertext}<extra></extra>",
     }];
   }
 
