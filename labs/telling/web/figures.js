@@ -54,7 +54,9 @@
   function places(points, width) {
     const sameKind = new Set(points.map((p) => p.kind)).size === 1;
     const sameWorkload = new Set(points.map((p) => p.workload)).size === 1;
-    const crowded = width < 80 * new Set(points.map((p) => p.key.replace(/^.*?\//, ""))).size;
+    const longest = Math.max(...points.flatMap((p) => [p.workload.length, p.load.length]));
+    const count = new Set(points.map((p) => p.key.replace(/^.*?\//, ""))).size;
+    const crowded = width < Math.max(80, 6.5 * longest) * count;  // px; 6.5 a letter
     const between = crowded ? ", " : "<br>";
     const numbered = sameKind && AXIS_TITLES[points[0].kind];
     const place = (p) => [
