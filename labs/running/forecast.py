@@ -203,7 +203,7 @@ def _kernel_argv(setup: Setup, point: Point) -> tuple[str, ...]:
         for v in setup.lab.variants
     ):
         return ()
-    deciding = ("block-size", "kv-cache-dtype", "max-model-len")
+    deciding = ("block-size", "kv-cache-dtype")
     flags = {n: f for n, f in point.variant.flags.items() if n in deciding}
     return ("--model", str(_served(setup, point.variant)), *Vllm.flag_argv(flags))
 
@@ -228,7 +228,7 @@ def _draft_of(setup: Setup, point: Point) -> TimingPlan | None:
     if not model:
         return None
     step = _step_of(setup, point)
-    return step.model_copy(update={"config": Path(str(model)) / "config.json"})
+    return step.model_copy(update={"config": Path(str(model)) / "config.json", "kernels": ()})
 
 
 def time_steps(plans: Iterable[TimingPlan]) -> dict[TimingPlan, StepTimes]:
