@@ -9,7 +9,8 @@ SIZES = Sizes(
         for name in ("bf16-tight", "fp8-tight")
     )
     + f" {answers_of(8, 'near', 'far')} {answers_of(48, 'growing')}",
-    cpu='probed=["bf16","fp8"]',  # `e5m2` is the same probe of a third engine
+    # `fp8-tight` is `fp8` with less memory, as `bf16-tight` is; `e5m2` asks the same probe
+    cpu='variants=["bf16","fp8","e5m2","bf16-tight"] probed=["bf16","fp8"]',
     gpu="flags.max-model-len=8192 workloads.far.prompt_tokens.tokens=7168"
     " workloads.far.prefix.tokens=7104",
 )

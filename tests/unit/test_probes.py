@@ -98,6 +98,10 @@ def words(messages: Messages) -> int:
     return 5 + sum(len(m["content"].split()) for m in messages)
 
 
+class Listening(ThreadingHTTPServer):
+    request_queue_size = 64  # sixteen connect at once, before a busy machine accepts the first
+
+
 @contextmanager
 def serving(fault: Fault = "", max_model_len: int = 512) -> Iterator[ProbedEngine]:
     Engine.fault, Engine.bodies = fault, []
@@ -109,7 +113,7 @@ def serving(fault: Fault = "", max_model_len: int = 512) -> Iterator[ProbedEngin
         flags={"max-model-len": max_model_len},
         workloads=(make_workload(prompt_tokens=Fixed(tokens=40)),),
     )
-    with ThreadingHTTPServer(("127.0.0.1", 0), Engine) as server:
+    with Listening(("127.0.0.1", 0), Engine) as server:
         thread = Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         url, places = f"http://127.0.0.1:{server.server_port}", {"adapters": Path("/adapters")}
