@@ -158,8 +158,8 @@ bundle: setup ## Gather what a GPU box without internet needs: FOR=cuda [HAVE=li
 unbundle: ## On that box: check and install a bundle: FROM=bundle TO=folder
 	@$(PYTHON_HERE) -m serving.unbundle --from "$${LABS_FROM:-bundle}" "$$LABS_TO"
 
-# The tests of one file stay in one process, in the order of the files: one process has the real
-# engines, which take turns, and two have all that waits for fake ones. A choice of tests runs in one.
+# The tests of one file stay in one process, in the order of tests/conftest.py: one process has the
+# labs on real engines, and two have the rest meanwhile. A choice of tests runs in one.
 TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
 test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where there is one: [TESTS=..]
 	@PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$LABS_TESTS" $(BIN)/pytest $(if $(value LABS_TESTS),,$(TOGETHER))

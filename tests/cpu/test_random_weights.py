@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)  # beside the labs of other tests
 def test_a_lab_runs_on_random_weights_and_says_so_first(tmp_path: Path) -> None:
     here = machine.detect()
     ceilings = MachineFile(machine=here, ceilings=CEILINGS)  # measuring takes 15 s
