@@ -4,11 +4,12 @@ SHELL := /bin/bash
 # A setting comes from make's own command line (`make lab-x QUICK=1`) and goes to the program as
 # LABS_QUICK, as it was typed: make expands nothing in it, and it is never part of a shell's text.
 # LABS_QUICK in the environment holds for every call; QUICK there is not read, and make says so.
-SETTINGS := A AA AGAIN API_PRICE AS B BASELINE DISTURBED DOCUMENTS DP ENDPOINT ENGINE_COMMAND FOR FORCE FRESH \
-	FROM GRAFANA_PORT GRAFANA_URL HAVE HELP JSON LAB LENGTHS MACHINE METHOD MODEL OUT PART PLATFORM \
-	PORT PP PRECISION PREVIEW_PORT PRICE_PER_HOUR PROMETHEUS_DATA PROMETHEUS_PORT PROMETHEUS_URL \
-	PYTHON PYTHON_VERSION QUICK RATE REPLICAS RESULTS RESUME ROUTER RUN SCRATCH SEED SET SLO TESTS \
-	THRESHOLDS TO TP TRACE UNSAFE_FLAGS VARIANT VLLM WEB_PORT WEIGHTS WITHOUT WORKLOAD
+SETTINGS := A AA AGAIN API_PRICE ARCHIVE AS B BASELINE DISTURBED DOCUMENTS DP ENDPOINT \
+	ENGINE_COMMAND FOR FORCE FRESH FROM GRAFANA_PORT GRAFANA_URL HAVE HELP JSON LAB LEAN LENGTHS \
+	MACHINE METHOD MODEL ONLY OUT PART PLATFORM PORT PP PRECISION PREVIEW_PORT PRICE_PER_HOUR \
+	PROMETHEUS_DATA PROMETHEUS_PORT PROMETHEUS_URL PYTHON PYTHON_VERSION QUICK RATE REPLICAS RESULTS \
+	RESUME ROUTER RUN SCRATCH SECONDS SEED SET SLO TESTS THRESHOLDS TO TP TRACE UNSAFE_FLAGS VARIANT \
+	VLLM WEB_PORT WEIGHTS WITHOUT WITH_TREE WORKLOAD
 SECRETS := GRAFANA_PASSWORD GRAFANA_TOKEN HF_TOKEN  # have one name, here as in the environment
 # The names in $2 that come from $1: "command" (line) or "environment".
 from = $(strip $(foreach name,$2,$(if $(filter $1,$(firstword $(origin $(name)))),$(name))))
@@ -38,7 +39,7 @@ INSTALL := $(PYTHON_HERE) -m serving.install $(if $(OTHER_VLLM),--vllm "$$LABS_V
 # Without the setting $1 a command shows what it takes.
 or_help = $(if $(value LABS_$1),,--help)
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan score-forecasts labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test check bench clean distclean
+.PHONY: help setup labs forecast plan score-forecasts labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse check bench clean distclean
 
 help: ## List the targets
 	@echo "Labs (set-up first, only what is missing):"
@@ -71,7 +72,7 @@ plan: setup ## Plan capacity without a GPU: MACHINE=h100 [MODEL=..] [RATE=..|TRA
 score-forecasts: setup ## Show how near the forecasts of recorded runs came
 	@$(BIN)/labs score-forecasts
 
-labs-all: setup ## Run every lab in order; continues where it stopped, ends in one page
+labs-all: setup ## Run every lab in order, going on where it stopped: [ONLY=a,b] [SECONDS=530] [ARCHIVE=x.tar.gz]
 	@$(BIN)/labs all
 
 draft adapters outliers: setup ## Make the draft model, the tenants' adapters, the study: [AGAIN=1]
@@ -152,7 +153,7 @@ preview: $(COMPONENTS) ## Draw the dashboards in a browser, without a Grafana: [
 preview-check: setup $(COMPONENTS) ## Draw the dashboards from a run, and check that no panel is empty
 	@$(BIN)/pytest tests/fake/test_preview.py
 
-bundle: setup ## Gather what a GPU box without internet needs: FOR=cuda [HAVE=list] [PART=60M] ..
+bundle: setup ## Gather what a GPU box without internet needs: FOR=cuda [HAVE=list] [WITH_TREE=64M] [LEAN=hopper] ..
 	@$(BIN)/labs bundle
 
 unbundle: ## On that box: check and install a bundle: FROM=bundle TO=folder
@@ -163,6 +164,9 @@ unbundle: ## On that box: check and install a bundle: FROM=bundle TO=folder
 TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
 test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where there is one: [TESTS=..]
 	@PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$LABS_TESTS" $(BIN)/pytest $(if $(value LABS_TESTS),,$(TOGETHER))
+
+rehearse: setup ## Rehearse a short session on a locked-down GPU box, without one: [SECONDS=530] [ONLY=..]
+	@$(BIN)/python -m tests.rehearsal
 
 check: setup ## Lint, format and type check; generated pages and results in order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -12,6 +12,13 @@ LABS: dict[str, Lab]
 """Holds every lab in the order of the course: whatever enumerates labs reads this."""
 
 
+FIRST = (
+    "single-stream", "continuous-batching", "weight-quantization", "kv-quantization",
+    "prefix-caching", "chunked-prefill", "speculative-decoding", "multi-lora",
+)  # fmt: skip
+"""What a sitting that may be cut short runs first; labs that are not named here follow."""
+
+
 def _labs() -> dict[str, Lab]:
     return {
         lab.name: lab

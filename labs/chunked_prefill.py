@@ -227,7 +227,7 @@ LAB = Lab(
     window_s=7.6,  # five long prompts begin in it
     scales={
         "gpu": {
-            "flags": {"max-model-len": 8192, "enable-prefix-caching": False},
+            "flags": {"enable-prefix-caching": False},
             **{
                 f"variants.{name}.flags.max-num-batched-tokens": tokens
                 for name, tokens in (("sixteenth", 480), ("quarter", 1920), ("half", 3840),

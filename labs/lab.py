@@ -31,6 +31,7 @@ from pydantic import (
 
 from loadtests.arrivals import Arrival
 from loadtests.workload import Name, Workload
+from serving import gpus
 from serving.engines import DEFAULT_ENGINE, ENGINES
 from serving.engines.base import FlagValue
 from serving.engines.vllm import VllmFlags
@@ -256,6 +257,21 @@ OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"most_s": 1800.0}}
 """Sizes of every lab on a kind of machine: on a GPU an engine takes a minute or more to start."""
 
 
+def gpu_flags(scale: str) -> dict[str, FlagValue]:
+    """Return the flags of an engine on a GPU that the lab does not set itself.
+
+    They are alike in all labs, so that what vLLM compiles for one lab serves the next; and with the
+    size of its KV cache given, no engine has to profile its memory as it starts.
+    """
+    flags: dict[str, FlagValue] = {
+        "max-model-len": 8192,
+        "max-num-batched-tokens": 8192,
+        "max-num-seqs": 256,
+    }
+    of_class = {f"gpu-{c.gb}": c.kv_bytes for c in gpus.CLASSES}
+    return {**flags, **({"kv-cache-memory-bytes": of_class[scale]} if scale in of_class else {})}
+
+
 class Lab(BaseModel, frozen=True, extra="forbid"):
     """A lab is a question, how it is put to an engine, and what is expected.
 
@@ -349,14 +365,16 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         """Resolve the lab for a scale such as `cpu`, `gpu` or `gpu-24`.
 
         Applied in this order: the sizes of every lab on this kind of machine, the lab's own of the
-        scale, those of a quick run, what random weights (`dummy`) leave out, and the reader's
-        changes. A change of `variants` or `workloads` lists the names of those that are kept.
-        Raises LabError for a change that does not fit; the message names the field and the known
-        ones.
+        scale, those of a quick run, the flags of every engine on a GPU where the lab has none, what
+        random weights (`dummy`) leave out, and the reader's changes. A change of `variants` or
+        `workloads` lists the names of those that are kept. Raises LabError for a change that does
+        not fit; the message names the field and the known ones.
         """
         kind = scale.partition("-")[0]
         own = [self.scales.get(name, {}) for name in dict.fromkeys((kind, scale))]
         lab = self._changed(OF_KIND.get(kind, {}), *own, ONE_LOOK | self.quick if quick else {})
+        if kind == "gpu":
+            lab = lab.model_copy(update={"flags": {**gpu_flags(scale), **lab.flags}})
         changes, kept = _parts_kept(changes or {})
         if not dummy:
             return lab._changed(changes)._keeping(**kept)

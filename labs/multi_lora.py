@@ -217,7 +217,7 @@ LAB = Lab(
     scales={
         "cpu": {"repeats": 3},  # of many points; those that are undecided get more
         "gpu": {
-            "flags": {"max-model-len": 2048, "enable-prefix-caching": True, "block-size": 16},
+            "flags": {"enable-prefix-caching": True, "block-size": 16},
             **{
                 f"workloads.{name}.{field}": value
                 for name in ("none", "one", "uniform-2", "uniform-4", "uniform-8", "zipf-8",

@@ -263,7 +263,6 @@ LAB = Lab(
         "cpu": {"repeats": 3},  # of many points; those that are undecided get more
         "gpu": {
             "flags": {
-                "max-model-len": 8192,
                 "block-size": 16,
                 "kv-cache-memory-bytes": 8 * 2**30,
             },

@@ -88,7 +88,7 @@ LAB = Lab(
     window_s=2.8,
     scales={
         "gpu": {
-            "flags": {"max-model-len": 4096, "enable-prefix-caching": True},
+            "flags": {"enable-prefix-caching": True},
             "workloads.decode.prompt_tokens.tokens": 128,
             "workloads.decode.output_tokens.tokens": 128,
             "requests": 4096,

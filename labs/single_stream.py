@@ -200,7 +200,6 @@ LAB = Lab(
     scales={
         "gpu": {
             "flags": {
-                "max-model-len": 8192,
                 "max-num-batched-tokens": 8192,  # a long prompt in one step
                 "enable-prefix-caching": False,
             },

@@ -298,7 +298,6 @@ LAB = Lab(
         "cpu": {"repeats": 3},  # of many points; those that are undecided get more
         "gpu": {
             "flags": {
-                "max-model-len": 4096,
                 "enable-prefix-caching": False,
                 # as many as `crowd` sends: the engine's own limit depends on the GPU
                 "max-num-seqs": 1024,

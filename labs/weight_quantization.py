@@ -179,7 +179,7 @@ LAB = Lab(
             "most_s": 540,  # of which the quality of five engines takes nearly four minutes
         },
         "gpu": {
-            "flags": {"max-model-len": 4096, "enable-prefix-caching": True},
+            "flags": {"enable-prefix-caching": True},
             "workloads.decode.prompt_tokens.tokens": 128,
             "workloads.decode.output_tokens.tokens": 128,
             "workloads.decode.loads": (Concurrent(users=1), Concurrent(users=128)),

@@ -4,7 +4,8 @@ The packages are resolved for that machine's Python, not this one's: uv reads th
 pyproject.toml and prefers the versions of serving/locks/cuda.txt, and pip downloads the wheels.
 With that machine's `pip list` as HAVE=, the packages in it are used as they are and left out. Each
 of them is given to the resolver as an empty wheel of that version: so the resolver needs neither an
-index that has it nor its dependencies, and chooses the vLLM that fits its torch.
+index that has it nor its dependencies, and chooses the vLLM that fits its torch. That wheel is
+tagged for the platform, since one for any platform would lose to the index's own.
 
 Everything goes into one tar, cut into parts of equal size with their SHA-256 in manifest.json. The
 same content makes the same parts, and a complete part is not written again: after an interruption
@@ -32,7 +33,10 @@ from typing import IO, Any
 
 from serving import whole
 from serving.install import BUNDLED_PACKAGE, PROGRAMS
+from serving.lean import LEAN, lean_wheel, tokenizer_files, why
 from serving.unbundle import HOME, MANIFEST, PROGRAMS_HOME, SCRIPT, sha256
+
+GO = "go.sh"
 
 ROOT = Path(__file__).resolve().parent.parent
 PLATFORMS = ("cuda",)
@@ -66,6 +70,12 @@ class BundleRequest:
     without: tuple[str, ...]  # packages to leave out
     vllm: str  # its version; empty: the one that fits
     part_bytes: int
+    lean: str = ""  # a name in LEAN
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The packages that are not carried, whoever asked for that."""
+        return (*self.without, *(LEAN[self.lean].packages if self.lean else ()))
 
 
 def normal(name: str) -> str:
@@ -74,7 +84,11 @@ def normal(name: str) -> str:
 
 
 def read_have(path: Path) -> Packages:
-    """Read what `pip list` or `pip freeze` printed on the other machine. Raises BundleError."""
+    """Read what `pip list` or `pip freeze` printed on the other machine.
+
+    A line with a name alone says that the package is there in a version that is not known, and is
+    taken to fit: "". Raises BundleError.
+    """
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
@@ -84,9 +98,9 @@ def read_have(path: Path) -> Packages:
         ) from error
     packages = {}
     for line in lines:
-        row = re.fullmatch(r"([A-Za-z0-9][\w.-]*)(?:==|\s+)(\d\S*)(?:\s.*)?", line.strip())
+        row = re.fullmatch(r"([A-Za-z0-9][\w.-]*)(?:(?:==|\s+)(\d\S*)(?:\s.*)?)?", line.strip())
         if row:
-            packages[normal(row[1])] = row[2]
+            packages[normal(row[1])] = row[2] or ""
     if not packages:
         raise BundleError(f"HAVE={path} names no package: give what `python3 -m pip list` printed")
     return packages
@@ -100,8 +114,31 @@ def part_size(text: str) -> int:
     return int(size[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[size[2]]
 
 
-def check(platform: str, python: str) -> None:
+def fitting(most: str) -> int:
+    """Return the size of a part that travels with this checkout: both within `most`.
+
+    The checkout is what Git tracks and what it does not ignore. Raises BundleError.
+    """
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others"]
+    listed = subprocess.run([*command, "--exclude-standard"], capture_output=True, text=True)
+    paths = [ROOT / name for name in set(listed.stdout.split("\0")) if name]
+    tree = sum(path.stat().st_size + 1024 for path in paths if path.is_file())  # and its header
+    left = (part_size(most) - tree) // 10**6 * 10**6
+    if left <= 0:
+        raise BundleError(
+            f"WITH_TREE={most} leaves no room for a part: this checkout is {tree / 1e6:.0f} MB"
+        )
+    return left
+
+
+def check(
+    platform: str, python: str, lean: str = "", have: Mapping[str, str] | None = None
+) -> None:
     """Check that a bundle can be made for this platform and Python. Raises BundleError."""
+    if lean and lean not in LEAN:
+        raise BundleError(f"LEAN={lean} is not known: lean bundles are made LEAN={', '.join(LEAN)}")
+    if lean and not (have or {}).get("torch"):
+        raise BundleError(f"LEAN={lean} needs HAVE= with the torch of that machine: it has none")
     if platform not in PLATFORMS:
         raise BundleError(f"FOR={platform} is not known: bundles are made FOR=cuda")
     if not re.fullmatch(r"3\.\d+", python) or int(python[2:]) < 11:
@@ -115,15 +152,17 @@ def resolve(request: BundleRequest, work: Path, say: Callable[[str], None]) -> P
     """Find every package that the labs need there, with those it has. Raises BundleError."""
     locked = dict(pins(ROOT / "serving" / "locks" / "cuda.txt"))
     left_out = {
-        **{name: locked[name] for name in (*NOT_THERE, *request.without) if name in locked},
-        **request.have,
+        **{name: locked[name] for name in (*NOT_THERE, *request.left_out) if name in locked},
+        **{name: v or locked[name] for name, v in request.have.items() if v or name in locked},
     }
     if unknown := [n for n in request.without if n not in left_out]:
         raise BundleError(f"WITHOUT names {', '.join(unknown)}, which is not in the lock")
     (work / "there").mkdir()
+    python = "cp" + request.python.replace(".", "")
+    tag = f"{python}-{python}-manylinux_2_{GLIBC_MINOR}_{ARCH}"
     for name, version in left_out.items():
-        write_empty_wheel(work / "there", name, version)
-    fixed = {name: request.have[name] for name in BUILT_AS_ONE if name in request.have}
+        write_empty_wheel(work / "there", name, version, tag)
+    fixed = {name: v for name in BUILT_AS_ONE if (v := request.have.get(name))}
     fixed |= {"vllm": request.vllm} if request.vllm else {}
     # uv prefers the versions that its output file already contains
     write_pins(work / "fixed.txt", fixed)
@@ -165,13 +204,13 @@ def write_pins(path: Path, packages: Mapping[str, str]) -> None:
     path.write_text("".join(f"{name}=={version}\n" for name, version in sorted(packages.items())))
 
 
-def write_empty_wheel(folder: Path, name: str, version: str) -> None:
+def write_empty_wheel(folder: Path, name: str, version: str, tag: str = "py3-none-any") -> None:
     """Write a wheel with a name and a version only: no files and no dependencies."""
     stem = f"{name.replace('-', '_')}-{version}"
     about = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
+    with zipfile.ZipFile(folder / f"{stem}-{tag}.whl", "w") as wheel:
         wheel.writestr(f"{stem}.dist-info/METADATA", about)
-        wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{stem}.dist-info/WHEEL", f"Wheel-Version: 1.0\nTag: {tag}\n")
         wheel.writestr(f"{stem}.dist-info/RECORD", "")
 
 
@@ -258,8 +297,10 @@ class Parts:
                 path.unlink()
 
 
-def write_tar(parts: Parts, wheels: list[Path], programs: list[Path]) -> None:
-    """Write the committed repository without results/, the wheels, and Prometheus's programs.
+def write_tar(
+    parts: Parts, wheels: list[Path], programs: list[Path], files: Mapping[str, Path]
+) -> None:
+    """Write the committed repository without results/, wheels, Prometheus and further files.
 
     Raises BundleError where this is no Git checkout.
     """
@@ -270,11 +311,12 @@ def write_tar(parts: Parts, wheels: list[Path], programs: list[Path]) -> None:
         raise BundleError(f"git cannot archive {ROOT}: a bundle is made from a Git checkout")
     stream: Any = parts  # tarfile needs its write() only
     with tarfile.open(fileobj=stream, mode="w|") as archive:
-        with tarfile.open(fileobj=io.BytesIO(repository.stdout)) as files:
-            for member in files:
-                archive.addfile(member, files.extractfile(member) if member.isfile() else None)
-        for path in wheels:
-            member = tarfile.TarInfo(f"{HOME}/wheels/{path.name}")  # dated 0, for equal tars
+        with tarfile.open(fileobj=io.BytesIO(repository.stdout)) as committed:
+            for member in committed:
+                content = committed.extractfile(member) if member.isfile() else None
+                archive.addfile(member, content)
+        for name, path in [*((f"{HOME}/wheels/{w.name}", w) for w in wheels), *files.items()]:
+            member = tarfile.TarInfo(name)  # dated 0, for equal tars
             member.size = path.stat().st_size
             with path.open("rb") as file:
                 archive.addfile(member, file)
@@ -283,6 +325,23 @@ def write_tar(parts: Parts, wheels: list[Path], programs: list[Path]) -> None:
             member = tarfile.TarInfo(f"{PROGRAMS_HOME}/{path.name}.gz")
             member.size = len(packed)
             archive.addfile(member, io.BytesIO(packed))
+
+
+def write_manifest(
+    out: Path, python: str, packages: Packages, expected: Packages, parts: Parts
+) -> None:
+    """Write beside the parts what they are, and the scripts that the other machine runs."""
+    manifest = {
+        "python": python,
+        "machine": ARCH,
+        "commit": _commit(),
+        "packages": packages,
+        "expected": expected,
+        "parts": parts.manifest,
+    }
+    whole.write(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    for name in (SCRIPT, GO):
+        shutil.copyfile(Path(__file__).with_name(name), out / name)
 
 
 def bundle(
@@ -298,15 +357,24 @@ def bundle(
     carried = {
         name: version
         for name, version in needed.items()
-        if name not in (*NEVER, *NOT_THERE, *request.without) and request.have.get(name) != version
+        if name not in (*NEVER, *NOT_THERE, *request.left_out)
+        and request.have.get(name) not in (version, "")
     }
-    left_out = {n: v for n, v in needed.items() if request.have.get(n) == v}
-    carried |= dict([BUNDLED_PACKAGE.split("==")])
+    left_out = {n: request.have[n] for n, v in needed.items() if request.have.get(n) in (v, "")}
+    if not request.lean:
+        carried |= dict([BUNDLED_PACKAGE.split("==")])
     say(
         f"vLLM {needed['vllm']}, {len(carried)} packages to carry, {len(left_out)} already there;"
         f" downloading into {os.path.relpath(folder)}"
     )
     wheels = download(carried, request.python, folder)
+    files: dict[str, Path] = {}
+    if request.lean:
+        patterns = LEAN[request.lean].files
+        names = {wheel: normal(wheel.name.split("-")[0]) for wheel in wheels}
+        wheels = [lean_wheel(w, patterns[n]) if n in patterns else w for w, n in names.items()]
+        files, programs = tokenizer_files(), []
+        say(why(request.lean))
     needed_bytes = sum(path.stat().st_size for path in wheels)
     present_bytes = sum(path.stat().st_size for path in out.glob("lab.tar.*"))
     if needed_bytes > shutil.disk_usage(out).free + present_bytes:
@@ -314,24 +382,16 @@ def bundle(
             f"{out} has no room for {needed_bytes / 1e9:.1f} GB: give another folder as OUT="
         )
     parts = Parts(out, request.part_bytes)
-    write_tar(parts, wheels, programs)
+    write_tar(parts, wheels, programs, files)
     parts.close()
-    manifest = {
-        "python": request.python,
-        "machine": ARCH,
-        "commit": _commit(),
-        "packages": carried,
-        "expected": left_out,
-        "parts": parts.manifest,
-    }
-    whole.write(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    shutil.copyfile(Path(__file__).with_name("unbundle.py"), out / SCRIPT)
+    write_manifest(out, request.python, carried, left_out, parts)
     total = sum(int(part["bytes"]) for part in parts.manifest)
     say(
         f"{total / 1e6:,.0f} MB in {len(parts.manifest)} parts, of which {parts.unchanged} were"
         f" there already. Copy {os.path.relpath(out)} to the other machine, and there:"
     )
     say(f"  python3 {out.name}/{SCRIPT} <folder for the lab>")
+    say(f"or, part by part, at every call: bash {out.name}/{GO}")
     return total
 
 

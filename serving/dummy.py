@@ -70,7 +70,7 @@ def derive(model: Model, name: str) -> Path:
 
 def _folder(name: str, config: dict[str, Any]) -> Path:
     """Write a model folder without weights: config, tokenizer, and a file that marks it so."""
-    source, folder = models.bundled(), models.CACHE / "dummy" / name
+    source, folder = models.bundled_tokenizer(), models.CACHE / "dummy" / name
     folder.mkdir(parents=True, exist_ok=True)
     for part in TOKENIZER:
         if not (folder / part).exists():

@@ -26,14 +26,15 @@ class MemoryClass:
     gb: int
     model: str  # a Hugging Face id that asks for no account
     dummy: str  # a shape of serving/dummy.py, under WEIGHTS=dummy
+    kv_bytes: int  # an engine's KV cache, where a lab does not say otherwise
 
 
 CLASSES = (  # from the smallest; a lab has sizes for each under `gpu-<gb>`
-    MemoryClass(16, "Qwen/Qwen2.5-1.5B-Instruct", "llama-1b"),
-    MemoryClass(24, "Qwen/Qwen2.5-3B-Instruct", "llama-1b"),
-    MemoryClass(48, "Qwen/Qwen2.5-7B-Instruct", "llama-8b"),
-    MemoryClass(80, "NousResearch/Meta-Llama-3.1-8B-Instruct", "llama-8b"),
-    MemoryClass(141, "Qwen/Qwen2.5-32B-Instruct", "llama-8b"),
+    MemoryClass(16, "Qwen/Qwen2.5-1.5B-Instruct", "llama-1b", 6 * 2**30),
+    MemoryClass(24, "Qwen/Qwen2.5-3B-Instruct", "llama-1b", 8 * 2**30),
+    MemoryClass(48, "Qwen/Qwen2.5-7B-Instruct", "llama-8b", 18 * 2**30),
+    MemoryClass(80, "NousResearch/Meta-Llama-3.1-8B-Instruct", "llama-8b", 32 * 2**30),
+    MemoryClass(141, "Qwen/Qwen2.5-32B-Instruct", "llama-8b", 48 * 2**30),
 )
 
 

@@ -34,6 +34,7 @@ SPEC_ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
 SPEC_ACCEPTED_AT = "vllm:spec_decode_num_accepted_tokens_per_pos_total"  # by label `position`
 LORA = "vllm:lora_requests_info"
 ENGINE_CONFIG = "engine_config"  # not a metric: the settings that the engine logs at its start
+ZEROS = "random_weights_zeros"  # nor is this: their share by bits a weight, from the log
 SERVED = "served_model"  # nor is this: the folder that it says it serves, and its files' SHA-256
 
 HISTOGRAMS = (TTFT, ITL, E2E, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, STEP_TOKENS)
@@ -55,7 +56,7 @@ def is_counter(name: str) -> bool:
 
 def is_known(name: str) -> bool:
     """Tell whether the lab knows a sample of this name; histograms have their own list."""
-    return is_counter(name) or name in (*GAUGES, LORA, ENGINE_CONFIG, SERVED)
+    return is_counter(name) or name in (*GAUGES, LORA, ENGINE_CONFIG, ZEROS, SERVED)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from serving.machine import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
+TOKENIZER_ALONE = "models/tokenizer"  # in CACHE
 BUNDLED = "SmolLM2-135M-Instruct"
 BUNDLED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -408,6 +409,15 @@ def bundled() -> Path:
     return folder
 
 
+def bundled_tokenizer() -> Path:
+    """Find a folder with the bundled model's tokenizer; a lean bundle has nothing else of it.
+
+    Raises ModelError where there is neither that nor the model.
+    """
+    alone = CACHE / TOKENIZER_ALONE
+    return alone if (alone / "tokenizer.json").exists() else bundled()
+
+
 def _convert(source: Path, target: Path) -> None:
     import torch
     import transformers
@@ -427,6 +437,6 @@ def _convert(source: Path, target: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        bundled()
+        bundled_tokenizer()
     except ModelError as error:
         sys.exit(str(error))

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST, SCRIPT = "manifest.json", "unbundle.py"
+PARTS = "parts"  # in HOME: those that have come so far, where they come one by one
+NOT_YET = 75  # exit code: parts are still to come
 HOME, PROGRAMS_HOME = ".unbundled", ".tools/prometheus"
 COMMANDS = {"python": "", "labs": " -m labs.commands.cli", "pytest": " -m pytest"}
 # PYTHONPATH alone does not read the .pth files by which some packages name further folders.
@@ -101,8 +103,9 @@ def check_python(manifest: "dict[str, Any]") -> None:
             installed = metadata.version(name)
         except metadata.PackageNotFoundError:
             installed = "missing"
-        if installed.split("+")[0] != version.split("+")[0]:
-            differ.append(f"{name} {version} is {installed}")
+        known = version or installed  # a version that is not known is taken to fit
+        if installed == "missing" or installed.split("+")[0] != known.split("+")[0]:
+            differ.append(f"{name} {version} is {installed}".replace("  ", " "))
     if differ:
         raise UnbundleError(
             f"the bundle leaves out what {sys.executable} was said to have, but here"
@@ -117,7 +120,7 @@ def check_parts(folder: Path, manifest: "dict[str, Any]") -> None:
         path = folder / part["name"]
         if not path.exists():
             missing.append(part["name"])
-        elif path.stat().st_size != part["bytes"] or sha256(path) != part["sha256"]:
+        elif not is_whole(path, part):
             damaged.append(part["name"])
     faults = [
         f"{fault}: {', '.join(names)}"
@@ -129,6 +132,47 @@ def check_parts(folder: Path, manifest: "dict[str, Any]") -> None:
             f"of {len(manifest['parts'])} parts in {folder} are {'; '.join(faults)}. Copy these"
             " again"
         )
+
+
+def in_place(manifest: "dict[str, Any]", target: Path) -> bool:
+    """Tell whether this very bundle has been put in place there."""
+    try:
+        return bool(read_manifest(target / HOME) == manifest)
+    except UnbundleError:
+        return False
+
+
+def collect(folder: Path, target: Path, manifest: "dict[str, Any]") -> "list[str]":
+    """Keep in `target` the parts that have come to `folder`; return the names still to come.
+
+    Each is copied under another name, checked, and renamed: whenever this is killed, what is there
+    is whole.
+    """
+    kept = target / HOME / PARTS
+    kept.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(str(folder / MANIFEST), str(kept / MANIFEST))
+    to_come = []
+    for part in manifest["parts"]:
+        place, source = kept / part["name"], folder / part["name"]
+        if is_whole(place, part):
+            continue
+        if not source.exists():
+            to_come.append(part["name"])
+            continue
+        half = place.with_suffix(".half")
+        shutil.copyfile(str(source), str(half))
+        if not is_whole(half, part):
+            half.unlink()
+            raise UnbundleError(f"{source} is damaged: copy it again")
+        half.replace(place)
+    return to_come
+
+
+def is_whole(path: Path, part: "dict[str, Any]") -> bool:
+    """Tell whether this file is that part of the bundle."""
+    if not path.exists() or path.stat().st_size != part["bytes"]:
+        return False
+    return bool(sha256(path) == part["sha256"])
 
 
 class Joined:
@@ -211,13 +255,13 @@ def unbundle(folder: Path, target: Path) -> None:
     unpack(folder, manifest, target)
     print(f"installing {len(manifest['packages'])} packages", flush=True)
     install(target)
-    shutil.copyfile(str(folder / MANIFEST), str(target / HOME / MANIFEST))
-    print("converting the bundled model", flush=True)
+    print("preparing the bundled model", flush=True)
     command = [str(target / HOME / "bin" / "python"), "-m", "serving.models"]
     converted = subprocess.run(command, cwd=str(target), stderr=subprocess.PIPE)
     if converted.returncode:
         last = converted.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise UnbundleError(f"the bundled model could not be converted ({' '.join(last)})")
+        raise UnbundleError(f"the bundled model could not be prepared ({' '.join(last)})")
+    shutil.copyfile(str(folder / MANIFEST), str(target / HOME / MANIFEST))  # last: all is in place
     print(
         f"ready: cd {shlex.quote(str(target))} && make doctor"
         f"\n(without make: {HOME}/bin/labs doctor, {HOME}/bin/labs run <lab>)"
@@ -236,9 +280,26 @@ def main(arguments: "list[str] | None" = None) -> int:
         default=str(Path(__file__).resolve().parent),
         help="the folder with the parts (default: where this file lies)",
     )
+    parser.add_argument(
+        "--collect",
+        action="store_true",
+        help=f"keep the parts that have come, and unpack once all have (until then: exit code"
+        f" {NOT_YET}); a bundle that is in place is left as it is",
+    )
     options = parser.parse_args(arguments)
+    folder, target = Path(options.folder).resolve(), Path(options.target).resolve()
     try:
-        unbundle(Path(options.folder).resolve(), Path(options.target).resolve())
+        if options.collect:
+            manifest = read_manifest(folder)
+            if in_place(manifest, target):
+                return 0
+            check_python(manifest)
+            to_come = collect(folder, target, manifest)
+            if to_come:
+                print(f"of {len(manifest['parts'])} parts are still to come: {', '.join(to_come)}")
+                return NOT_YET
+            folder = target / HOME / PARTS
+        unbundle(folder, target)
     except (UnbundleError, OSError, tarfile.TarError) as error:
         print(f"unbundle stopped: {error}", file=sys.stderr)
         return 1

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
+from labs import FIRST, LABS
 from labs.comparing import leaderboards
 from labs.filing.bounded import DamagedError
 from labs.filing.results import RESULTS, read_json, write_json
+from labs.lab import LabError, did_you_mean
+from labs.running.clock import Clock
+from labs.running.resolve import RunRequest
+from serving.engines import ENGINES
+from serving.engines.base import EngineError, Flags
 from serving.engines.vllm import Vllm
-from serving.models import CACHE, ROOT
+from serving.machine import Machine
+from serving.models import CACHE, ROOT, scale_of
 
 FILE = CACHE / "labs-all.json"
+NOTHING_YET: dict[str, object] = {
+    "begun": [],
+    "failed": [],
+    "starts_s": [],
+    "preparations_s": [],
+    "done": {},
+}
 
 
 class Sitting(BaseModel, extra="forbid"):
@@ -23,10 +39,13 @@ class Sitting(BaseModel, extra="forbid"):
     quick: bool
     model: str
     weights: str = ""
-    parallel: dict[str, int] = {}  # TP, DP and PP, as vLLM's flags
+    changes: dict[str, Any] = {}  # by SET, TP, DP and PP
     vllm: str = ""
     results: str
     begun: list[str] = []
+    failed: list[str] = []  # the last time that they were tried
+    starts_s: list[float] = []  # of the latest engines
+    preparations_s: list[float] = []  # of the latest labs, from their begin to their first engine
     done: dict[str, str] = {}  # lab -> its run's folder
 
     def begin(self, lab: str) -> bool:
@@ -40,7 +59,23 @@ class Sitting(BaseModel, extra="forbid"):
     def finish(self, lab: str, run: Path) -> None:
         """Record the folder of a lab's complete run."""
         self.done[lab] = os.path.relpath(run, ROOT)
+        self.failed = [name for name in self.failed if name != lab]
         write_json(FILE, self)
+
+    def fail(self, lab: str) -> None:
+        """Record that a lab was not finished for another reason than time."""
+        if lab not in self.failed:
+            self.failed.append(lab)
+        write_json(FILE, self)
+
+    def time(self, clock: Clock) -> None:
+        """Keep what this call measured of starts and preparations for the next one."""
+        self.starts_s, self.preparations_s = list(clock.starts_s), list(clock.preparations_s)
+        write_json(FILE, self)
+
+    def order(self, labs: Iterable[str]) -> list[str]:
+        """Put labs that failed behind those that have not been tried or only ran out of time."""
+        return sorted(labs, key=lambda lab: lab in self.failed)
 
     def page(self) -> Path | None:
         """Write the page of the machine that ran; None where no lab was finished."""
@@ -52,19 +87,55 @@ class Sitting(BaseModel, extra="forbid"):
         FILE.unlink(missing_ok=True)
 
 
+def chosen(only: str, by_value: bool) -> list[str]:
+    """Return the labs to run, in their order: those that `only` names, or every lab.
+
+    `by_value` puts first what a short sitting on a GPU should not end without. Raises LabError.
+    """
+    if not only:
+        first = [name for name in FIRST if name in LABS] if by_value else []
+        return list(dict.fromkeys([*first, *LABS]))
+    names = list(dict.fromkeys(name.strip() for name in only.split(",") if name.strip()))
+    for name in names:
+        if name not in LABS:
+            known = ", ".join(LABS)
+            raise LabError(f"ONLY: there is no lab {name!r}{did_you_mean(name, LABS)} are {known}")
+    if not names:
+        raise LabError("ONLY names no lab: separate names by commas")
+    return names
+
+
+def check_flags(names: Iterable[str], request: RunRequest, machine: Machine) -> None:
+    """Have each engine's parser read the flags of all these labs at once, and remember them.
+
+    A parser takes long to import. What it refuses is told by the lab itself, when its turn comes.
+    """
+    sets: dict[str, list[Flags]] = {}
+    for name in names:
+        with contextlib.suppress(LabError):
+            lab = LABS[name].at(
+                scale_of(machine), request.quick, request.changes, bool(request.weights)
+            )
+            for variant in lab.variants:
+                sets.setdefault(variant.engine, []).append(lab.flags_of(variant))
+    for engine, flags in sets.items():
+        with contextlib.suppress(EngineError):
+            ENGINES[engine].check_flags(flags)
+
+
 def start(
     quick: bool,
     model: str,
     fresh: bool,
     weights: str = "",
-    parallel: Mapping[str, int] | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> Sitting:
     """Return the unfinished sitting with these settings, or a new one."""
     new = Sitting(
         quick=quick,
         model=model,
         weights=weights,
-        parallel=dict(parallel or {}),
+        changes=dict(changes or {}),
         vllm=Vllm.version(),
         results=str(RESULTS),
     )
@@ -74,7 +145,7 @@ def start(
         unfinished = read_json(FILE, Sitting)
     except DamagedError:
         return new
-    same = unfinished.model_copy(update={"begun": [], "done": {}}) == new
+    same = unfinished.model_copy(update=NOTHING_YET) == new
     done = unfinished.done.items()
     finished = {lab: run for lab, run in done if (ROOT / run / "COMPLETE").exists()}
     return unfinished.model_copy(update={"done": finished}) if same else new

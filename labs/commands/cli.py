@@ -13,7 +13,8 @@ import os
 import shlex
 import shutil
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,11 +34,12 @@ from labs.commands.terminal import (
     show,
 )
 from labs.comparing import compare, reproduction, residuals, side_by_side
-from labs.filing import manifest
+from labs.filing import archive, manifest, results
 from labs.filing.results import RunFolder, open_run
 from labs.lab import Lab, LabError, NotApplicable, did_you_mean, parse_changes
 from labs.questions import QUESTIONS
 from labs.running import derived_models, reproduce
+from labs.running.clock import Clock, TimeUsedUp
 from labs.running.resolve import RunRequest, is_dummy, model_of, require_devices, require_harmless
 from labs.running.resume import CannotResume
 from labs.running.run import forecast_alone
@@ -188,6 +190,7 @@ def run(
 @app.command("all")
 def run_all(
     quick: QuickOption = False,
+    changes: SetOption = "",
     model: ModelOption = "",
     weights: WeightsOption = "",
     tp: TpOption = 1,
@@ -199,46 +202,127 @@ def run_all(
             envvar="LABS_FRESH", help="Start anew, whatever an unfinished sitting has done."
         ),
     ] = False,
+    only: Annotated[
+        str,
+        typer.Option(
+            envvar="LABS_ONLY",
+            help="Labs, separated by commas, in the order in which they are to run.",
+        ),
+    ] = "",
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            envvar="LABS_SECONDS",
+            min=1,
+            help="How long this call may last: no engine and no trial is begun that does not fit"
+            " (exit code 75), and the next call goes on. Reports are left to `labs report`.",
+        ),
+    ] = None,
+    archive_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--archive",
+            envvar="LABS_ARCHIVE",
+            help="A .tar.gz that is written anew after every lab, with all results and logs.",
+        ),
+    ] = None,
+    engine_command: EngineOption = "",
 ) -> None:
     """Run every lab in order, continue where an earlier call stopped, and write one page of all."""
     with reported_errors():
-        parallel = _parallel(tp, dp, pp)
-        state = all_labs.start(quick, model, fresh, weights, parallel)
-        not_finished: dict[str, str] = {}
-        skipped: dict[str, str] = {}
-        for number, (name, lab) in enumerate(LABS.items(), 1):
-            console.print(f"\n[bold]Lab {number} of {len(LABS)}: {lab.title}[/]")
-            if name in state.done:
-                console.print(f"Done already in this sitting: {state.done[name]}")
-                continue
-            request = RunRequest(
-                lab, quick=quick, changes=dict(parallel), model=model, weights=weights,
-                resume=state.begin(name),
-            )  # fmt: skip
-            try:
-                folder = _play_or_begin_anew(request)
-            except NotApplicable as reason:
-                skipped[name] = str(reason)
-                console.print(f"Skipped: {escape(str(reason))}")
-                continue
-            except EXPECTED_ERRORS as error:
-                not_finished[name] = str(error)
-                errors.print(f"[bold red]error:[/] {escape(str(error))}")
-                continue
-            if folder.complete:
-                state.finish(name, folder.path)
-            else:
-                not_finished[name] = "some of its trials failed"
-        if page := state.page():
+        chosen = all_labs.chosen(only, by_value=seconds is not None)
+        all_changes = {**_parallel(tp, dp, pp), **_changes(changes)}
+        state = all_labs.start(quick, model, fresh, weights, all_changes)
+        clock = Clock.of(seconds, state.starts_s, state.preparations_s)
+        request = RunRequest(
+            next(iter(LABS.values())), quick=quick, changes=all_changes, model=model,
+            weights=weights, engine_command=_command_words(engine_command), clock=clock,
+        )  # fmt: skip
+        if clock.bounded:
+            console.print(
+                f"{seconds:.0f} s for this call, in which an engine has"
+                f" {clock.start_timeout_s:.0f} s to start"
+            )
+        try:
+            sitting = _sitting(request, chosen, state, archive_file)
+        finally:
+            _pack(archive_file)
+        if not clock.bounded and (page := state.page()):
             console.print(f"\nEvery lab on one page: [bold]{os.path.relpath(page)}[/]")
-        for name, why in skipped.items():
+        for name, why in sitting.skipped.items():
             console.print(f"Skipped: {name}: {escape(why)}")
-        for name, why in not_finished.items():
+        for name, why in sitting.not_finished.items():
             console.print(f"Not finished: {name}: {escape(why)}")
-        if not_finished:
+        if sitting.time_used_up:
+            left = [name for name in chosen if name not in {*state.done, *sitting.skipped}]
+            console.print(f"To be done: {', '.join(left)}. The same call goes on with them.")
+            raise typer.Exit(os.EX_TEMPFAIL)
+        if sitting.not_finished:
             console.print("Call `make labs-all` again: it runs only these.")
             raise typer.Exit(1)
-        state.end()
+        if clock.bounded:
+            console.print("Everything is done: FRESH=1 starts over.")
+        else:
+            state.end()
+
+
+@dataclass
+class _Sitting:
+    """What became of the labs that a call has tried."""
+
+    skipped: dict[str, str] = field(default_factory=dict)
+    not_finished: dict[str, str] = field(default_factory=dict)
+    time_used_up: bool = False
+
+
+def _sitting(
+    request: RunRequest, chosen: Sequence[str], state: all_labs.Sitting, archive_file: Path | None
+) -> _Sitting:
+    """Run the chosen labs that are not done, as far as the request's clock allows."""
+    clock, sitting = request.clock, _Sitting()
+    host = machine.detect()
+    all_labs.check_flags([name for name in chosen if name not in state.done], request, host)
+    for number, name in enumerate(state.order(chosen), 1):
+        lab = LABS[name]
+        console.print(f"\n[bold]Lab {number} of {len(chosen)}: {lab.title}[/]")
+        if name in state.done:
+            console.print(f"Done already in this sitting: {state.done[name]}")
+            continue
+        try:
+            clock.require(clock.preparation_s(host.kind) + clock.start_s(host.kind), lab.name)
+            resume = state.begin(name)
+            folder = _play_or_begin_anew(replace(request, lab=lab, resume=resume))
+        except TimeUsedUp as reason:
+            console.print(f"The time of this call is used up: {escape(str(reason))}")
+            sitting.time_used_up = True
+            break
+        except NotApplicable as reason:
+            sitting.skipped[name] = str(reason)
+            console.print(f"Skipped: {escape(str(reason))}")
+        except EXPECTED_ERRORS as error:
+            sitting.not_finished[name] = str(error)
+            state.fail(name)
+            errors.print(f"[bold red]error:[/] {escape(str(error))}")
+        else:
+            if folder.complete:
+                state.finish(name, folder.path)
+                _pack(archive_file)
+            else:
+                sitting.not_finished[name] = "some of its trials failed"
+                state.fail(name)
+        finally:
+            state.time(clock)
+    return sitting
+
+
+def _pack(file: Path | None) -> None:
+    """Write the archive of this machine's results anew, where one is asked for."""
+    home = results.RESULTS / machine.detect().slug
+    if file and home.exists():
+        written = archive.write(home, file)
+        size = sum(path.stat().st_size for path in written) / 1e6
+        names = ", ".join(path.name for path in written)
+        console.print(f"[dim]Packed into {escape(names)}: {size:.1f} MB[/]")
 
 
 @app.command("forecast")
@@ -497,19 +581,36 @@ def make_bundle(
     part: Annotated[
         str, typer.Option(envvar="LABS_PART", help="The size of a part: in bytes, or as 60M or 2G.")
     ] = "1G",
+    with_tree: Annotated[
+        str,
+        typer.Option(
+            envvar="LABS_WITH_TREE",
+            help="Instead: the most that goes over at a time, such as 64M, where this checkout"
+            " travels with each part.",
+        ),
+    ] = "",
+    lean: Annotated[
+        str,
+        typer.Option(
+            envvar="LABS_LEAN",
+            help="`hopper`: only what serves random weights on an H100 or H200.",
+        ),
+    ] = "",
     out: Annotated[Path, typer.Option(envvar="LABS_OUT", help="The folder for the parts.")] = Path(
         "bundle"
     ),
 ) -> None:
     """Gather all that a GPU machine without internet needs, in parts with checksums."""
     with reported_errors():
-        bundle.check(platform, python_version)
+        there = bundle.read_have(have) if have else {}
+        bundle.check(platform, python_version, lean, there)
         wanted = bundle.BundleRequest(
             python=python_version,
-            have=bundle.read_have(have) if have else {},
+            have=there,
             without=tuple(bundle.normal(name) for name in without.split()),
             vllm=vllm,
-            part_bytes=bundle.part_size(part),
+            part_bytes=bundle.fitting(with_tree) if with_tree else bundle.part_size(part),
+            lean=lean,
         )
         bundle.bundle(
             wanted,
@@ -542,8 +643,13 @@ def _play(request: RunRequest) -> RunFolder:
             raise
     summary = folder.summary()
     progress.show(report.digest(report.Facts.of(folder)))
-    console.print(f"\nReport: [bold]{os.path.relpath(folder.path / 'report.md')}[/]")
-    console.print("[dim]report.html beside it shows every request; a browser opens it.[/]")
+    if request.clock.bounded:
+        console.print(
+            f"\nRecorded in [bold]{os.path.relpath(folder.path)}[/]: `make report` tells it"
+        )
+    else:
+        console.print(f"\nReport: [bold]{os.path.relpath(folder.path / 'report.md')}[/]")
+        console.print("[dim]report.html beside it shows every request; a browser opens it.[/]")
     if summary.failed:
         console.print(
             f"Trials that failed: {len(summary.failed)}; the finished ones are kept. The first"

@@ -25,7 +25,7 @@ from labs.judging.text import literal
 from labs.lab import Claim, Evidence, Point, factors
 from loadtests.plan import LEAST_COUNTED
 from loadtests.records import RequestRecord
-from serving import metrics, telemetry
+from serving import metrics, random_weights, telemetry
 from serving.telemetry import POWER_CAP, SLOWDOWNS
 
 LATE_S, LATE_SHARE = 0.005, 0.05  # a send counts as late beyond both
@@ -55,11 +55,13 @@ class Served(BaseModel, frozen=True, extra="forbid"):
     """The weights that a variant's engine must say it loaded.
 
     `files_sha256` is over the hashes of the files in their folder; `quantized` tells whether their
-    configuration names a method of quantization.
+    configuration names a method of quantization, `random` whether the engine draws them itself and
+    has to say how many are zero.
     """
 
     files_sha256: str
     quantized: bool
+    random: bool = False  # so in old runs, too
 
 
 @dataclass(frozen=True)
@@ -523,6 +525,8 @@ def _not_served(trial: Trial, expected: Expected) -> Iterator[str]:
     elif (method != "None") != wanted.quantized:
         what = "quantized weights" if wanted.quantized else "weights that are not quantized"
         yield f"the engine says quantization={method} for {what}"
+    if wanted.random and (fault := random_weights.fault(trial.engine.info.get(metrics.ZEROS, {}))):
+        yield f"{fault}, and zeros are multiplied faster than other numbers"
 
 
 def _not_guessed(trial: Trial, expected: Expected) -> Iterator[str]:

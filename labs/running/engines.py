@@ -149,9 +149,13 @@ class Engines:
         on_cpu = self._setup.machine.kind == "cpu"
         about = f" of about {engine.start_s:.0f}" if on_cpu and engine.start_s else ""
         starting = f"starting {engine.title} ({variant.name})"
-        engine.wait(lambda s: self._progress.waiting(f"{starting}: {s:.0f} s{about}"))
+        engine.wait(
+            lambda s: self._progress.waiting(f"{starting}: {s:.0f} s{about}"),
+            self._setup.clock.start_timeout_s,
+        )
         took_s = time.monotonic() - began
         self.start_s += took_s
+        self._setup.clock.starts_s.append(round(took_s, 1))
         serves = f"{engine.title} ({variant.name}) serves at {engine.url}"
         self._progress.message(f"{serves} after {took_s:.0f} s")
         self._prometheus.scrape("engine", engine.url, {**self._labels, "variant": variant.name})

@@ -58,6 +58,10 @@ class Harness:
         probes_due = last_repeat_played and any(self._probes_due(variant) for variant in group)
         if self.failed_to_start.intersection(v.name for v in group) or not (due or probes_due):
             return
+        clock, names = self.setup.clock, ", ".join(v.name for v in group)
+        start_s = clock.start_s(self.setup.machine.kind)
+        first_s = self.trials.trial_s(due[0][0]) if due else 0.0
+        clock.require(start_s + first_s, f"starting {names}, and its first trial,")
         try:
             if self.engines.load(group, anew=len(self.groups) > 1):
                 self.progress.expect(self.trials.remaining_s)
@@ -71,7 +75,9 @@ class Harness:
             self.progress.message(str(error))
             return
         for point, repeat in due:
+            clock.require(self.trials.trial_s(point), "the next trial")
             self.trials.play(point, repeat)
+            clock.played = True
         for variant in group if last_repeat_played else ():
             self._probe(variant)
 

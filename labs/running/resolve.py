@@ -15,6 +15,7 @@ from labs.judging.metrics import trial_metrics
 from labs.judging.text import ceilings_text
 from labs.lab import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Point, did_you_mean
 from labs.running import derived_models
+from labs.running.clock import Clock
 from labs.running.probes import PROBES, READ_TEXT
 from labs.running.progress import ProgressDisplay
 from labs.telling.plots import plots_of
@@ -44,6 +45,7 @@ class RunRequest:
     engine_command: Sequence[str] = ()  # in the place of the engines' own
     card: str = ""  # a GPU that is not here, by its short name: it can only be forecast
     unsafe_flags: bool = False  # flags are passed on that may load code or open an address
+    clock: Clock = field(default_factory=Clock)  # without an end, unless the call has one
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Setup:
     engine_command: Sequence[str]
     datasheet: Datasheet | None = None  # of the GPU that is not here
     keep_disturbed: bool = False  # a disturbed trial is not measured again
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def users(self) -> int:
@@ -130,7 +133,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     )
     return Setup(
         lab, machine, ceilings, model, points, places, weights, writer, endpoint,
-        request.engine_command, datasheet, keeps_disturbed(),
+        request.engine_command, datasheet, keeps_disturbed(), request.clock,
     )  # fmt: skip
 
 

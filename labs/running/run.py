@@ -71,7 +71,7 @@ def run(request: RunRequest, progress: ProgressDisplay) -> RunFolder:
         _write_and_show_predictions(setup, folder, work, progress)
         session = _measure(setup, folder, work, progress, began)
         write_json(folder.path / "session.json", session)
-        _finish(folder, session, progress)
+        _finish(folder, session, progress, reports=not setup.clock.bounded)
     return folder
 
 
@@ -102,8 +102,10 @@ def _measure(
 
     `began` is the run's start on the monotonic clock. Raises EngineError where no engine starts.
     """
-    lab, groups, until = setup.lab, resident_groups(setup), time.monotonic() + setup.lab.most_s
+    lab, groups = setup.lab, resident_groups(setup)
+    until = min(time.monotonic() + lab.most_s, setup.clock.ends)
     trips = order_of_engines(groups, range(1, lab.repeats + 1), lab.starts)
+    setup.clock.preparations_s.append(round(time.monotonic() - began, 1))
     with open_harness(setup, folder, work, progress, groups) as harness:
         for group, repeats in itertools.chain.from_iterable(trips):
             trials = [(p, r) for p, r in interleave(setup, group) if r in repeats]
@@ -122,11 +124,15 @@ def _measure(
     )
 
 
-def _finish(folder: RunFolder, session: Session, progress: ProgressDisplay) -> None:
-    """Judge and report what was measured; write COMPLETE last, where no trial is missing."""
+def _finish(folder: RunFolder, session: Session, progress: ProgressDisplay, reports: bool) -> None:
+    """Judge and report what was measured; write COMPLETE last, where no trial is missing.
+
+    Without `reports` the pages are left to `make report`: where time is short, they can wait.
+    """
     summary = summarise(folder)
-    report.write(folder)
-    pages.write(folder)
+    if reports:
+        report.write(folder)
+        pages.write(folder)
     live.publish(folder.path)
     if not session.prometheus:
         try:
@@ -228,7 +234,9 @@ def _served(setup: Setup) -> dict[str, Served]:
     }
     return {
         name: Served(
-            files_sha256=models.files_sha256(folder), quantized=models.is_quantized(folder)
+            files_sha256=models.files_sha256(folder),
+            quantized=models.is_quantized(folder),
+            random=setup.model.dummy,
         )
         for name, folder in loaded.items()
     }

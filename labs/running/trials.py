@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +28,7 @@ from loadtests import plan, records
 from loadtests.generator import GeneratorError
 from loadtests.records import RequestRecord
 from loadtests.workload import Workload
-from serving import guard, metrics
+from serving import guard, metrics, models, whole
 from serving.engines.base import EngineError
 from serving.metrics import Snapshot
 from serving.reference_step import ReferenceStep, ReferenceTimer
@@ -43,21 +45,40 @@ def requests_file(work: Path, workload: Workload, repeat: int) -> Path:
 def write_requests(setup: Setup, work: Path, repeats: Sequence[int] | None = None) -> list[Path]:
     """Write what each repeat sends, the same for all its variants and loads; return the files.
 
-    By default those of the lab's own `repeats`. Raises LabError where a workload cannot be written.
+    By default those of the lab's own `repeats`. Where a call is bounded, what is written is kept
+    for the next one: long prompts take minutes. Raises LabError where a workload cannot be written.
     """
     lab, written = setup.lab, list[Path]()
     repeats = range(1, lab.repeats + 1) if repeats is None else repeats
     served = setup.endpoint.model if setup.endpoint else setup.model.name
     for workload in lab.workloads:
         for repeat in repeats:
+            path = requests_file(work, workload, repeat)
+            written.append(path)
+            kept = _kept(setup, workload, repeat, served) if setup.clock.bounded else None
+            if kept and kept.exists():
+                shutil.copyfile(kept, path)
+                continue
             try:
                 items = workload.requests(lab.requests, lab.draw_seed(repeat), setup.writer)
             except ValueError as error:
                 raise LabError(f"workload {workload.name}: {error}") from error
-            path = requests_file(work, workload, repeat)
             plan.write_requests(path, items, served)
-            written.append(path)
+            if kept:
+                with whole.file(kept) as half:
+                    shutil.copyfile(path, half)
     return written
+
+
+def _kept(setup: Setup, workload: Workload, repeat: int, served: str) -> Path:
+    """Return where these requests are kept: by all that they are written from, the code too."""
+    digest = hashlib.sha256()
+    lab, sources = setup.lab, sorted(Path(plan.__file__).parent.glob("*.py"))
+    drawn = (workload.model_dump_json(), lab.requests, lab.draw_seed(repeat), served)
+    digest.update(repr((*drawn, models.files_sha256(setup.model.path))).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    return models.CACHE / "prompts" / f"{digest.hexdigest()[:32]}.jsonl"
 
 
 def interleave(setup: Setup, group: Sequence[Variant]) -> list[tuple[Point, int]]:
@@ -114,6 +135,7 @@ class Trials:
         self._left = len(self.due(interleave(setup, setup.lab.variants)))
         self._played = self._again = 0  # trials of this sitting; attempts that were discarded
         self._took_s = 0.0  # all of them
+        self._beside_s = PER_TRIAL_S  # the most that a trial took beside warm-up and window
 
     def due(self, trials: Iterable[tuple[Point, int]]) -> list[tuple[Point, int]]:
         """Return those of these trials that have not succeeded yet."""
@@ -143,6 +165,14 @@ class Trials:
         attempts_each = 1 + self._again / max(1, self._played)
         return self._left * attempts_each * (warmup_s + lab.window_s + PER_TRIAL_S)
 
+    def trial_s(self, point: Point) -> float:
+        """Estimate how long a trial of this point takes, no trial so far having taken longer."""
+        return self._planned_s(point) + self._beside_s
+
+    def _planned_s(self, point: Point) -> float:
+        lab = self._setup.lab
+        return (point.workload.warmup_s or lab.warmup_s) + lab.window_s
+
     def play(self, point: Point, repeat: int) -> None:
         """Play one trial and record it; a failure is recorded with its reason.
 
@@ -158,7 +188,11 @@ class Trials:
             result = played.result.model_copy(update={"discarded": discarded})
             self._write(point, result)
             attempt = self._disturbed(point, result)
+            self._beside_s = max(self._beside_s, (result.took_s or 0) - self._planned_s(point))
             if attempt is None or len(discarded) == MOST_AGAIN or self._setup.keep_disturbed:
+                break
+            if not self._setup.clock.fits(self.trial_s(point)):
+                self._progress.message(f"{name} was disturbed, and no time is left for another")
                 break
             discarded += (attempt,)
             self._again += 1

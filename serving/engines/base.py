@@ -57,7 +57,11 @@ class Server(ABC):
     def snapshot(self) -> Snapshot | None:
         """Read its metrics by the lab's names; None where it has no known ones, or is gone."""
 
-    def wait(self, waiting: Callable[[float], None] = lambda elapsed_s: None) -> None:
+    def wait(
+        self,
+        waiting: Callable[[float], None] = lambda elapsed_s: None,
+        timeout_s: float | None = None,
+    ) -> None:
         """Wait until it answers. Raises EngineError with its last lines when it cannot."""
         return
 
@@ -264,9 +268,13 @@ class Engine(Server):
     def _logged(self) -> dict[str, dict[str, str]]:
         return self.read_log(self.log)
 
-    def wait(self, waiting: Callable[[float], None] = lambda elapsed_s: None) -> None:
-        start = time.monotonic()
-        while (elapsed := time.monotonic() - start) < START_TIMEOUT_S:
+    def wait(
+        self,
+        waiting: Callable[[float], None] = lambda elapsed_s: None,
+        timeout_s: float | None = None,
+    ) -> None:
+        start, timeout_s = time.monotonic(), timeout_s or START_TIMEOUT_S
+        while (elapsed := time.monotonic() - start) < timeout_s:
             if reason := self.died():
                 raise EngineError(reason)
             with contextlib.suppress(requests.RequestException):
@@ -275,7 +283,7 @@ class Engine(Server):
             waiting(elapsed)
             time.sleep(0.25)
         raise EngineError(
-            f"the engine {self.name} did not answer within {START_TIMEOUT_S:.0f} s; its last"
+            f"the engine {self.name} did not answer within {timeout_s:.0f} s; its last"
             f" lines:\n{self._process.tail()}"
         )
 

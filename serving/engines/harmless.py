@@ -110,7 +110,10 @@ class Harmless(
 
 
 _NAMES = tuple(str(field.alias) for field in Harmless.model_fields.values())
-SET_BY_LAB = ("host", "port", "uds", "model", "served-model-name", "api-key", "middleware")
+SET_BY_LAB = (
+    "host", "port", "uds", "model", "served-model-name", "api-key", "middleware",
+    "worker-extension-cls",
+)  # fmt: skip
 """The flags that the lab sets itself: another value would have it serve something else, or to
 others."""
 _WHY = {

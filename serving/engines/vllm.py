@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from typing import Any, ClassVar
 
 import requests
 
-from serving import guard, metrics, whole
+from serving import guard, metrics, random_weights, whole
 from serving import machine as machines
 from serving.engines import harmless
 from serving.engines.base import Engine, EngineError, Flags, FlagValue, Unsupported, exceptions
@@ -172,8 +173,11 @@ class Vllm(Engine):
     @classmethod
     def server_argv(cls, model: Model, flags: Flags, port: int) -> list[str]:
         own = ["--model", str(model.path), "--served-model-name", model.name]
-        own += ["--load-format", "dummy"] if model.dummy else []
+        if model.dummy:
+            own += ["--load-format", "dummy", "--worker-extension-cls", random_weights.EXTENSION]
         own += ["--host", LOOPBACK, "--port", str(port), "--middleware", GUARD]
+        if importlib.util.find_spec("flashinfer") and shutil.which("nvcc"):
+            own.append("--no-enable-flashinfer-autotune")  # of kernels that it would compile first
         return [*own, *cls.flag_argv(flags)]
 
     @classmethod
@@ -194,6 +198,8 @@ class Vllm(Engine):
             # FlashInfer's sampler is for top-k and top-p, and all requests are greedy. It is
             # compiled as the engine starts, which needs a CUDA toolkit that few machines have.
             env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+            # kernels for block-wise FP8, which no lab serves, would be compiled as it starts, too
+            env |= {"VLLM_USE_DEEP_GEMM": "0", "VLLM_DEEP_GEMM_WARMUP": "skip"}
             if any(VllmFlags(flags).speculative_config for flags in beside):
                 # vLLM's second model runner, the default, supports neither n-grams nor draft
                 # models. So all engines that are compared with a speculating one use the first:
@@ -340,9 +346,13 @@ class Vllm(Engine):
     @classmethod
     def read_log(cls, log: Path) -> dict[str, dict[str, str]]:
         """Read how it runs the model, which vLLM's metrics do not show."""
-        with log.open(errors="replace") as lines:
-            config = resolved(next((x for x in lines if "Initializing a V1 LLM engine" in x), ""))
-        return {metrics.ENGINE_CONFIG: config} if config else {}
+        text = log.read_text(errors="replace")
+        found = re.search(r"^.*Initializing a V1 LLM engine.*$", text, re.MULTILINE)
+        read = {
+            metrics.ENGINE_CONFIG: resolved(found[0] if found else ""),
+            metrics.ZEROS: random_weights.read(text),
+        }
+        return {name: values for name, values in read.items() if values}
 
     @classmethod
     def cause(cls, log: Path) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from serving import bundle, unbundle
+from serving import bundle, lean, unbundle
 from serving.bundle import BundleError, BundleRequest
 from serving.install import BUNDLED_PACKAGE
 
@@ -135,7 +138,7 @@ def test_only_missing_and_damaged_parts_are_made_again(out: Path, tmp_path: Path
     every[1].write_bytes(b"half")
     (out / "lab.tar.999").write_bytes(b"of a larger bundle")
     said = make(tmp_path)
-    assert f"in {len(every)} parts, of which {len(every) - 2} were there already" in said[-2]
+    assert f"in {len(every)} parts, of which {len(every) - 2} were there already" in said[-3]
     kept = {p.name for p in out.glob("lab.tar.*") if made.get(p.name) == p.stat().st_ino}
     assert kept >= {p.name for p in every[2:]}
     assert not (out / "lab.tar.999").exists()
@@ -148,6 +151,7 @@ def test_only_missing_and_damaged_parts_are_made_again(out: Path, tmp_path: Path
         ({"python": "3.10"}, "and the bundle is for 3.10: run this with that one, or make the"),
         ({"machine": "abacus"}, "and the bundle is for abacus"),
         ({"expected": {"pip": "0.1", "no-such": "2"}}, "pip 0.1 is "),
+        ({"expected": {"pip": "", "no-such": ""}}, "but here no-such is missing"),
         ({"expected": {"no-such": "2"}}, "no-such 2 is missing: make it again with this machine's"),
     ],
 )
@@ -182,7 +186,115 @@ def test_old_python_can_parse_the_script() -> None:
     assert imported <= sys.stdlib_module_names
 
 
+# --------------------------------------------------------------------------- part by part, by calls
+
+
+def go(out: Path, home: Path, *words: str) -> tuple[int, str]:
+    """The one line of every call, with the parts that lie beside it."""
+    environment = {
+        **os.environ,
+        "LAB_HOME": str(home / "the lab"),
+        "OUT": str(home / "results"),
+        "PYTHON": sys.executable,
+    }
+    done = subprocess.run(
+        ["bash", str(out / "go.sh"), *words], env=environment, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_parts_may_come_one_by_one_and_then_the_labs_go_on(out: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    commands = repository / "labs" / "commands"
+    commands.mkdir(parents=True)
+    (commands / "cli.py").write_text(
+        "import os, pathlib, sys\n"
+        "pathlib.Path('typed').open('a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+        "print(os.environ['VLLM_CACHE_ROOT'], os.environ['TRITON_CACHE_DIR'])\n"
+        "sys.exit(75)\n"
+    )
+    commit(repository)
+    make(tmp_path)
+    parts = sorted(out.glob("lab.tar.*"))
+    sent, lab = tmp_path / "sent", tmp_path / "the lab"
+    sent.mkdir()
+    for name in ("go.sh", "unbundle.py", "manifest.json"):
+        shutil.copyfile(out / name, sent / name)
+    for part in parts[:-1]:
+        shutil.copyfile(part, sent / part.name)
+        code, said = go(sent, tmp_path)
+        assert code == 75
+        assert f"of {len(parts)} parts are still to come: " in said
+        assert part.name not in said.split("come: ")[1]
+        (sent / part.name).unlink()
+    assert not (lab / "typed").exists()
+    damaged = bytearray(parts[-1].read_bytes())
+    damaged[7] ^= 1
+    (sent / parts[-1].name).write_bytes(damaged)
+    code, said = go(sent, tmp_path)
+    assert (code, f"{parts[-1].name} is damaged: copy it again" in said) == (1, True)
+    shutil.copyfile(parts[-1], sent / parts[-1].name)
+    code, said = go(sent, tmp_path)
+    assert code == 75, said
+    assert f"{lab}/.cache/vllm {lab}/.cache/triton" in said
+    site = (lab / ".unbundled" / "site").stat().st_ino
+    code, said = go(sent, tmp_path, "--only", "single-stream")
+    assert code == 75
+    assert (lab / ".unbundled" / "site").stat().st_ino == site  # unpacked once
+    first, second = (lab / "typed").read_text().splitlines()
+    assert f"--archive {tmp_path}/results/results.tar.gz" in first
+    assert 400 < int(first.split("--seconds ")[1].split()[0]) < 530
+    assert second.endswith("--only single-stream")
+    assert (tmp_path / "results" / "log.txt").exists()
+
+
+def test_an_unpacking_that_was_killed_is_done_again(out: Path, tmp_path: Path) -> None:
+    lab = tmp_path / "the lab"
+    assert go(out, tmp_path)[0] == 1  # there is no `labs` in it
+    (lab / ".unbundled" / "manifest.json").unlink()  # written last
+    (lab / "converted").unlink()
+    go(out, tmp_path)
+    assert (lab / "converted").exists()
+    assert (lab / ".unbundled" / "manifest.json").exists()
+
+
 # ------------------------------------------------------------------------------------ what is asked
+
+
+def test_a_part_leaves_room_for_the_checkout_that_travels_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "ROOT", tmp_path)
+    git(tmp_path, "init", "-q")
+    (tmp_path / ".gitignore").write_text("ignored\n")
+    for name in ("tracked", "untracked", "ignored"):
+        (tmp_path / name).write_bytes(bytes(2_500_000))
+    git(tmp_path, "add", "tracked")
+    assert bundle.fitting("64M") == 58_000_000
+    with pytest.raises(BundleError, match="leaves no room for a part: this checkout is 5 MB"):
+        bundle.fitting("5M")
+
+
+def test_a_lean_wheel_lacks_what_it_names_and_installs(tmp_path: Path) -> None:
+    write_wheel(tmp_path, "stand-in", "1.0", STAND_IN)
+    (wheel,) = tmp_path.glob("*.whl")
+    made = lean.lean_wheel(wheel, r"stand_in_more/")
+    with zipfile.ZipFile(made) as packed:
+        assert "stand_in.py" in packed.namelist()
+        assert "stand_in_more/further.py" not in packed.namelist()
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target"]
+    subprocess.run([*pip, str(tmp_path / "site"), str(made)], check=True)
+    assert (tmp_path / "site" / "stand_in.py").exists()
+    assert lean._record("a.py,x,1\nb.so,y,2\n", re.compile(r"b\.")) == "a.py,x,1\n"
+
+
+def test_a_lean_bundle_needs_to_know_what_is_there() -> None:
+    bundle.check("cuda", "3.12", "hopper", {"torch": "2.11.0"})
+    with pytest.raises(BundleError, match="LEAN=ampere is not known"):
+        bundle.check("cuda", "3.12", "ampere", {"torch": "2.11.0"})
+    with pytest.raises(BundleError, match="needs HAVE="):
+        bundle.check("cuda", "3.12", "hopper", {})
+    assert "WEIGHTS=dummy" in lean.why("hopper")
 
 
 def test_have_is_what_pip_prints(tmp_path: Path) -> None:
@@ -193,10 +305,12 @@ def test_have_is_what_pip_prints(tmp_path: Path) -> None:
         "huggingface_hub   1.33.0\n"
         "inference-lab     0.1.0        /somewhere\n"
         "torch==2.11.0+cu130\n"
+        "scipy\n"
         "-e git+ssh://x\n"
     )
     assert bundle.read_have(path) == {
         "huggingface-hub": "1.33.0", "inference-lab": "0.1.0", "torch": "2.11.0+cu130",
+        "scipy": "",
     }  # fmt: skip
     path.write_text("nothing here\n")
     with pytest.raises(BundleError, match="names no package"):
@@ -233,12 +347,15 @@ def test_what_the_other_machine_has_is_shown_to_the_resolver_as_it_is(
 
     monkeypatch.setattr("serving.bundle.subprocess.run", uv)
     told: list[str] = []
-    have = {"torch": "2.11.0+cu130", "transformers": "5.17.0"}
+    have = {"torch": "2.11.0+cu130", "transformers": "5.17.0", "scipy": "", "abacus": ""}
     wanted = BundleRequest("3.12", have, ("flashinfer-python",), "0.25.0", 1)
     found = bundle.resolve(wanted, tmp_path, told.append)
     assert seen["--constraint"].split() == ["torch==2.11.0+cu130", "vllm==0.25.0"]
-    assert "transformers-5.17.0-py3-none-any.whl" in seen["wheels"]
+    # a wheel for any platform would lose to the index's own
+    assert f"transformers-5.17.0-cp312-cp312-manylinux_2_31_{bundle.ARCH}.whl" in seen["wheels"]
     assert "flashinfer_python-" in seen["wheels"]
+    assert "scipy-" in seen["wheels"]  # in the lock's version, since the true one is not known
+    assert "abacus-" not in seen["wheels"]
     assert {"torch==2.11.0+cu130", "transformers==5.17.0"} <= set(seen["--output-file"].split())
     assert "locust" in found
     assert "extra named `standard`" in told[0]

@@ -127,6 +127,7 @@ def test_a_lab_that_does_not_apply_is_skipped_and_fails_nothing(
 
     monkeypatch.setattr("labs.commands.all_labs.FILE", tmp_path / "sitting.json")
     monkeypatch.setattr("labs.commands.cli.run_lab", refuse)
+    monkeypatch.setattr("labs.commands.all_labs.check_flags", lambda *_: None)  # imports vLLM
     found, said = labs("all", "--weights", "dummy")
     assert found == code
     assert (f"Skipped: {LAB}: needs real weights" in said) == (refusal is NotApplicable)

@@ -11,7 +11,7 @@ import pytest
 from labs import LABS, theory
 from labs.lab import NotApplicable
 from labs.running.derived_models import about, make, with_weights
-from serving import dummy, models
+from serving import dummy, models, random_weights
 from serving.engines.vllm import Vllm
 from serving.machine import Machine
 from serving.models import Model
@@ -57,6 +57,7 @@ def test_vllm_is_told_to_draw_the_weights_itself() -> None:
     model = dummy.resolve(CPU)
     argv = Vllm.server_argv(model, {}, 1)
     assert argv[argv.index("--load-format") + 1] == "dummy"
+    assert argv[argv.index("--worker-extension-cls") + 1] == random_weights.EXTENSION
     drawn = Vllm.environment("gpu", model)["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"]
     assert drawn == "uniform_random"
     real = Model("real", model.path, model.shape)

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from dashboards import palette
-from labs import LABS
+from labs import FIRST, LABS
 from labs.findings.parts import parts_of
 from labs.judging.metrics import trial_metrics
 from labs.lab import (
@@ -132,8 +132,8 @@ def test_labs_go_on_until_their_claims_are_decided_but_not_where_quick() -> None
 def test_a_change_within_a_layers_value_leaves_the_layer_alone() -> None:
     lab = make_lab(scales={"gpu": {"flags": {"block-size": 16}}})
     changed = lab.at("gpu", quick=False, changes={"flags.block-size": 32})
-    assert changed.flags == {"block-size": 32}
-    assert lab.at("gpu", quick=False).flags == {"block-size": 16}
+    assert changed.flags["block-size"] == 32
+    assert lab.at("gpu", quick=False).flags["block-size"] == 16
 
 
 READ = make_lab(
@@ -519,3 +519,27 @@ def test_workload_needs_a_load() -> None:
 @pytest.mark.parametrize("lab", LABS)
 def test_plots_have_a_colour_for_every_variant(lab: str) -> None:
     assert len(LABS[lab].variants) <= len(palette.VARIANTS)
+
+
+def test_engines_on_a_gpu_are_alike_where_a_lab_says_nothing_else() -> None:
+    lab = make_lab(flags={"max-num-seqs": 4}, scales={"gpu-80": {"flags.max-model-len": 100}})
+    assert lab.at("cpu", False).flags == {"max-num-seqs": 4}
+    of_class = lab.at("gpu-80", False).flags
+    assert (of_class["max-num-seqs"], of_class["max-model-len"]) == (4, 100)
+    assert of_class["max-num-batched-tokens"] == 8192
+    assert of_class["kv-cache-memory-bytes"] == 32 * 2**30
+    assert "kv-cache-memory-bytes" not in lab.at("gpu", False).flags
+    changed = lab.at("gpu-80", False, {"flags.max-num-batched-tokens": 64}).flags
+    assert changed["max-num-batched-tokens"] == 64
+
+
+@pytest.mark.parametrize("scale", CLASSES)
+@pytest.mark.parametrize("name", LABS)
+def test_what_is_compiled_for_one_lab_serves_the_next(name: str, scale: str) -> None:
+    lab = LABS[name].at(scale, quick=True, dummy=name != "quantization-tools")
+    for variant in lab.variants:
+        flags = lab.flags_of(variant)
+        assert "kv-cache-memory-bytes" in flags
+        assert "max-num-seqs" in flags
+        if name in {*FIRST} - {"chunked-prefill", "kv-quantization"}:  # which vary them
+            assert (flags["max-model-len"], flags["max-num-batched-tokens"]) == (8192, 8192)

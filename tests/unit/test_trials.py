@@ -11,6 +11,7 @@ import pytest
 
 from labs.filing.results import RunFolder, TrialResult, snapshot_json
 from labs.lab import LabError, Point
+from labs.running.clock import Clock
 from labs.running.counts import Counts
 from labs.running.resolve import keeps_disturbed
 from labs.running.trials import PER_TRIAL_S, Played, Trials, nothing_measured
@@ -47,7 +48,7 @@ class Script(Trials):
 
     def __init__(self, folder: RunFolder, lags_s: Sequence[float], keep: bool = False) -> None:
         lab, points = folder.run().rebuilt_lab(), folder.run().points()
-        setup: Any = SimpleNamespace(lab=lab, points=points, keep_disturbed=keep)
+        setup: Any = SimpleNamespace(lab=lab, points=points, keep_disturbed=keep, clock=Clock())
         self.said, self.lags_s, nothing = list[str](), [*lags_s], cast(Any, None)
         self.remaining, self.gap_s = list[float](), 0.1
         progress: Any = SimpleNamespace(

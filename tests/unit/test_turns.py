@@ -12,6 +12,7 @@ import pytest
 
 from labs.filing.results import RunFolder, Session, TrialResult, write_json
 from labs.lab import Point, Variant
+from labs.running.clock import Clock
 from labs.running.counts import Counts
 from labs.running.engines import Engines, order_of_engines, resident_groups
 from labs.running.harness import Harness
@@ -65,7 +66,9 @@ class Noted(Harness):
 
     def __init__(self, folder: RunFolder) -> None:
         lab, points, self.steps = folder.run().rebuilt_lab(), folder.run().points(), list[str]()
-        setup: Any = SimpleNamespace(lab=lab, points=points, endpoint=None)
+        setup: Any = SimpleNamespace(
+            lab=lab, points=points, endpoint=None, machine=folder.run().machine, clock=Clock()
+        )
         progress: Any = SimpleNamespace(message=self.steps.append, expect=lambda seconds: None)
         prometheus: Any = SimpleNamespace(forget=lambda kind: None)
         on_file = folder.starts_on_file(points, lab)

@@ -354,6 +354,27 @@ def test_the_engine_must_say_that_it_loaded_the_manifests_weights() -> None:
     assert "does not say by which method" in served("a1", None)
 
 
+def test_random_weights_must_be_shown_not_to_be_zeros() -> None:
+    drawn = Expected(
+        served={"off": Served(files_sha256="a1", quantized=True, random=True)}, template_tokens=1
+    )
+    for zeros, said in (
+        ({"8": "0.0113"}, ""),
+        ({"8": "0.9770"}, "97.7% of the random 8-bit weights are zero"),
+        ({}, "does not say how many of its random weights are zero"),
+    ):
+        info = {
+            CACHE: {"block_size": "2"},
+            metrics.SERVED: {"files_sha256": "a1"},
+            metrics.ENGINE_CONFIG: {"quantization": "compressed-tensors"},
+            metrics.ZEROS: zeros,
+        }
+        engine = replace(make_engine(CLEAN, True), info=info)
+        trial = make_trial([replace(r, model="tiny") for r in CLEAN], engine=engine)
+        text = " ".join(c.text for c in caveats_of(trial, drawn) if c.blocks)
+        assert (said in text) if said else text == ""
+
+
 def test_the_engine_must_say_the_flags_that_were_set() -> None:
     """In new runs; an old one did not read all of them from the log."""
     assert served("a1", "fp8", {"block-size": 2}) == ""

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from serving import random_weights
 from tests.fake.engine.alarm import Alarm
 from tests.fake.engine.api import Api
 from tests.fake.engine.connection import Connection
@@ -49,6 +50,8 @@ async def serve(options: argparse.Namespace) -> None:
         print("Initializing a V1 LLM engine (a fake) with config:"
               f" quantization={_quantization(options.model)},"
               f" enforce_eager={options.enforce_eager}", file=sys.stderr)  # fmt: skip
+        if options.load_format == "dummy":
+            print(random_weights.line({16: 0.0}), file=sys.stderr)
         print(f"Listening on http://127.0.0.1:{port}", file=sys.stderr, flush=True)
         gc.freeze()
         gc.disable()  # its pauses would show in the stamps; nothing here makes cycles that grow

@@ -39,6 +39,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--speculative-config", type=json.loads, default={}, help="num_speculative_tokens of it")
     add("--enforce-eager", action=argparse.BooleanOptionalAction, default=False,
         help="said in the log, and nothing else")  # fmt: skip
+    add("--load-format", default="auto", help="dummy: it says that it drew random weights")
     add("--seed", type=_seed, default=0, help="of what is random; `any`: another at each start")
     add = parser.add_argument_group("the law").add_argument
     add("--step-s", type=float, default=0.02, help="length of a step, before what follows")

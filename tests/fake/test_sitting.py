@@ -1,0 +1,59 @@
+"""`labs all` on a clock: what one call does not get done, the next ones do."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.fake.conftest import Command, Reader
+from tests.sizes import BRIEF, sizes_of
+
+LAB = "single-stream"
+TIME_USED_UP = 75
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A sitting of one's own: other tests and readers have theirs in the checkout's cache."""
+    return tmp_path / "sitting.json"
+
+
+def call(reader: Reader, sitting: Path, seconds: int) -> Command:
+    script = (
+        "import pathlib, labs.commands.all_labs as a;"
+        f" a.FILE = pathlib.Path({str(sitting)!r});"
+        " from tests.fake.quiet import app; app()"
+    )
+    return reader.types(
+        "all",
+        program=("-c", script),
+        ONLY=LAB,
+        SECONDS=str(seconds),
+        SET=f"{BRIEF} {sizes_of(LAB).fake}",
+        ARCHIVE=str(reader.home / "results.tar.gz"),
+    )
+
+
+def test_a_lab_is_finished_over_several_calls(reader: Reader, checkout: Path) -> None:
+    first = call(reader, checkout, 16)  # less than one trial and what is kept for closing
+    assert first.wait() == TIME_USED_UP, first.said
+    assert "16 s for this call, in which an engine has 240 s to start" in first.said
+    assert "The time of this call is used up: the next trial needs about" in first.said
+    assert f"To be done: {LAB}. The same call goes on with them." in first.said
+    folder = first.folder
+    trials = set(folder.path.glob("trials/**/trial.json"))
+    assert len(trials) == 1  # a call that is too short for anything still gets one done
+    times = {path: path.stat().st_mtime_ns for path in trials}
+    second = call(reader, checkout, 600)
+    assert second.wait() == 0, second.said
+    assert "Everything is done" in second.said
+    assert second.folder.complete  # the only run
+    assert {path: path.stat().st_mtime_ns for path in trials} == times
+    assert not (folder.path / "report.html").exists()  # written at home
+    with tarfile.open(reader.home / "results.tar.gz") as packed:
+        names = packed.getnames()
+    run = folder.path.relative_to(reader.results.parent)
+    assert f"{run}/COMPLETE" in names
+    assert any(name.startswith(f"{run}/logs/engine-") for name in names)

@@ -1,0 +1,127 @@
+"""What fits into the time of a call, in which order labs are taken, and what is taken home."""
+
+from __future__ import annotations
+
+import random
+import tarfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from labs import FIRST, LABS
+from labs.commands import all_labs
+from labs.filing import archive
+from labs.lab import LabError
+from labs.running import trials
+from labs.running.clock import CLOSING_S, START_S, Clock, TimeUsedUp
+from loadtests.workload import Request
+from serving import models
+
+
+def test_what_does_not_fit_is_left_to_the_next_call() -> None:
+    clock = Clock.of(100 + CLOSING_S, [], [])
+    clock.require(1000, "a lab")  # a call that has done nothing yet begins something
+    clock.played = True
+    clock.require(90, "a trial")
+    with pytest.raises(TimeUsedUp, match=r"an engine needs about 120 s and \d+ s are left"):
+        clock.require(120, "an engine")
+
+
+def test_without_an_end_everything_fits() -> None:
+    clock = Clock.of(None, [], [])
+    clock.played = True
+    clock.require(1e9, "a lab")
+    assert not clock.bounded
+    assert clock.start_timeout_s is None
+
+
+def test_the_latest_starts_say_how_long_the_next_one_takes() -> None:
+    clock = Clock.of(530, [], [])
+    assert clock.start_s("gpu") == START_S["gpu"]
+    for seconds in (110, 20, 30, 25):
+        clock.starts_s.append(seconds)
+    assert clock.start_s("gpu") == 30  # the first one compiled, and is forgotten
+    assert clock.left_s <= 530 - CLOSING_S
+    assert clock.ends > time.monotonic()
+
+
+def test_labs_come_in_the_order_that_is_asked_for_or_by_value() -> None:
+    assert all_labs.chosen("multi-lora, single-stream,multi-lora", False) == [
+        "multi-lora",
+        "single-stream",
+    ]
+    assert all_labs.chosen("", by_value=False) == list(LABS)
+    assert all_labs.chosen("", by_value=True)[: len(FIRST)] == list(FIRST)
+    assert set(all_labs.chosen("", by_value=True)) == set(LABS)
+    with pytest.raises(LabError, match="there is no lab 'multi-lore'"):
+        all_labs.chosen("multi-lore", False)
+    with pytest.raises(LabError, match="names no lab"):
+        all_labs.chosen(" , ", False)
+
+
+def test_labs_that_failed_are_tried_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(all_labs, "FILE", tmp_path / "sitting.json")
+    state = all_labs.start(quick=True, model="", fresh=True)
+    state.fail("single-stream")
+    state.starts_s = [20.0]
+    state.fail("single-stream")
+    again = all_labs.start(quick=True, model="", fresh=False)
+    assert again.order(["single-stream", "multi-lora"]) == ["multi-lora", "single-stream"]
+    assert again.starts_s == [20.0]
+
+
+def test_archives_hold_every_record_and_stay_small(tmp_path: Path) -> None:
+    home = tmp_path / "results" / "machine"
+    (home / "lab" / "run").mkdir(parents=True)
+    wanted = {}
+    for number in range(6):
+        path = home / "lab" / "run" / f"{number}.gz"
+        path.write_bytes(random.Random(number).randbytes(1000))
+        wanted[f"results/machine/lab/run/{number}.gz"] = path.read_bytes()
+    (home / "lab" / "run" / "report.html").write_text("told again at home")
+    (home / "lab" / "run" / "link").symlink_to("/etc/passwd")
+    out = tmp_path / "results.tar.gz"
+    archives = archive.write(home, out, most_bytes=4500)
+    assert [path.name for path in archives[:2]] == ["results.tar.gz", "results-2.tar.gz"]
+    assert all(path.stat().st_size <= 4500 for path in archives)
+    found = {}
+    for path in archives:
+        with tarfile.open(path) as packed:
+            for member in packed:
+                inside = packed.extractfile(member)
+                assert inside
+                found[member.name] = inside.read()
+    assert found == wanted
+    assert archive.write(home, out) == [out]  # one is enough: the others are gone
+    assert sorted(p.name for p in tmp_path.glob("*.tar.gz")) == ["results.tar.gz"]
+
+
+def test_prompts_are_written_once_for_all_calls_of_a_bounded_sitting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    calls: list[int] = []
+
+    def requests(count: int, seed: int, writer: object) -> list[Request]:
+        calls.append(seed)
+        return []
+
+    workload = SimpleNamespace(name="decode", requests=requests, model_dump_json=lambda: "{}")
+    lab = SimpleNamespace(
+        repeats=2, requests=8, workloads=[workload], draw_seed=lambda repeat: repeat
+    )
+    model = SimpleNamespace(path=tmp_path / "model", name="m")
+    for number, (seconds, written) in enumerate(((530, 2), (530, 2), (None, 4))):
+        setup: Any = SimpleNamespace(
+            lab=lab, model=model, endpoint=None, writer=None, clock=Clock.of(seconds, [], [])
+        )
+        (work := tmp_path / f"call-{number}").mkdir()
+        files = trials.write_requests(setup, work)
+        assert [f.name for f in files] == ["decode-1.jsonl", "decode-2.jsonl"]
+        assert all(f.exists() for f in files)
+        assert len(calls) == written
