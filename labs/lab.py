@@ -29,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from loadtests.arrivals import Arrival
+from loadtests.arrivals import Arrival, Concurrent, Offered, Ramp
 from loadtests.workload import Name, Workload
 from serving import gpus
 from serving.engines import DEFAULT_ENGINE, ENGINES
@@ -98,6 +98,8 @@ class Point:
     shape: Shape
     ceilings: Ceilings
     about: Mapping[str, Any] = field(default_factory=dict)  # derived model -> its maker's record
+    measured_s: tuple[float, float] = (0.0, 0.0)  # what is sent from the one to the other counts
+    slo: SLO | None = None
 
     @property
     def flags(self) -> VllmFlags:
@@ -246,6 +248,10 @@ class NotApplicable(LabError):
     """The lab's question has no meaning with random weights, or on this kind of machine."""
 
 
+NO_CAPACITY = (
+    "a load is a multiple of the capacity, which is found at the first load of the first workload:"
+    " that must be a closed loop, such as concurrent:16"
+)
 READ_TEXT = ("studies", "probes", "findings", "plots")
 """The parts of a lab that may read what an engine wrote; random weights do not write text."""
 NO_TEXT = "quality is not measured on random weights, nor is what else is read off the text"
@@ -334,6 +340,16 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         return self
 
     @model_validator(mode="after")
+    def _capacity_is_found(self) -> Self:
+        if self._lacks_capacity:
+            raise ValueError(NO_CAPACITY)
+        return self
+
+    @property
+    def _lacks_capacity(self) -> bool:
+        return self.finds_capacity and not isinstance(self.workloads[0].loads[0], Concurrent)
+
+    @model_validator(mode="after")
     def _sizes_can_be_prepared(self) -> Self:
         points = len(self.variants) * sum(len(w.loads) for w in self.workloads)
         if points > MOST_POINTS:
@@ -412,7 +428,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             )
 
         probed = tuple(name for name in self.probed if name in names)
-        return self.model_copy(
+        kept = self.model_copy(
             update={
                 "variants": tuple(v for v in self.variants if v.name in names),
                 "workloads": tuple(remaining),
@@ -423,6 +439,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
                 "probes": self.probes if probed or not self.probed else (),
             }
         )
+        if kept._lacks_capacity:
+            raise LabError(f"workloads: {NO_CAPACITY}")
+        return kept
 
     def _named(self, names: Collection[str]) -> list[str]:
         return [name for part in READ_TEXT for name in getattr(self, part) if name in names]
@@ -450,8 +469,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     def against_itself(self) -> Lab:
         """Make an A/A lab: the first claim's baseline against a twin of it.
 
-        The two run at every load where a claim uses that baseline. Any difference between them is
-        noise, so every claim expects no change. Raises LabError where no claim has a baseline that
+        The two run at every load where a claim uses that baseline, after the load that finds the
+        capacity, where there is one. Any difference between them is noise, so every claim expects
+        no change. Raises LabError where no claim has a baseline that
         could be repeated.
         """
         name = self.claims[0].baseline.variant or self.variants[0].name if self.claims else ""
@@ -479,6 +499,10 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             if loads and (not workload.only or name in workload.only):
                 only = names if workload.only else ()
                 workloads.append(workload.model_copy(update={"loads": loads, "only": only}))
+        if self.finds_capacity:
+            first = self.workloads[0]
+            update = {"loads": first.loads[:1], "only": (name,), "name": f"{first.name}-first"}
+            workloads.insert(0, first.model_copy(update=update))
         return self.model_copy(update={
             "aa": True,
             "variants": (base, twin),
@@ -537,6 +561,16 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         """How often the lab looks at its claims: again after more repeats, where they may come."""
         return 2 if self.rounds > self.repeats else 1
 
+    @property
+    def finds_capacity(self) -> bool:
+        """Whether a load is a multiple of the capacity of the lab's first point.
+
+        That is the first variant at the first load of the first workload, a closed loop: the
+        capacity is the requests/s that it completes there, in the first repeat. It is forecast in
+        the same way for the forecasts of those loads.
+        """
+        return any(isinstance(a, Offered | Ramp) for w in self.workloads for a in w.loads)
+
     def draw_seed(self, repeat: int) -> int:
         """Return the seed of a repeat's lengths and prompts; no two values of `seed` share one."""
         return 1000 * self.seed + repeat
@@ -572,6 +606,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
                 (weights or {}).get(variant.name, shape),
                 ceilings,
                 about or {},
+                (warmup_s := workload.warmup_s or self.warmup_s, warmup_s + self.window_s),
+                self.slo,
             )
             for variant in self.variants
             for workload in self.workloads

@@ -6,13 +6,16 @@ sends the next, which is static batching done by the client. In an open loop req
 schedule drawn beforehand, whatever is still outstanding: `Poisson`; `Constant`; `Gamma`, burstier
 than Poisson below a burstiness of 1 and smoother above; `Replay`, at a trace's own times.
 `Contended(users, every_s)` is both: that many users in a closed loop, and beside them a request of
-an intruder every so many seconds.
+an intruder every so many seconds. `Offered` and `Ramp` are open loops whose rate is a multiple of
+the capacity of the engine, which is found before they are sent: `capacity:1.3` overloads a slow
+machine as much as a fast one.
 
 Every arrival has a text form such as `concurrent:8`, in which it is also given on a command line.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from abc import ABC, abstractmethod
 from itertools import count, takewhile
@@ -29,6 +32,7 @@ from pydantic import (
 
 MAX_USERS = 1024  # Locust users of one process; an open loop with more outstanding falls behind
 REPLAY_USERS = 256
+OFFERED_USERS = 512
 
 
 class _Arrival(BaseModel, ABC, frozen=True, extra="forbid"):
@@ -201,9 +205,75 @@ class Replay(_Arrival, frozen=True):
         return REPLAY_USERS
 
 
+class _OfCapacity(_Arrival, frozen=True):
+    """An open loop whose rate is a multiple of a capacity in requests/s, which is found first."""
+
+    @property
+    def open_loop(self) -> bool:
+        """Whether requests are sent on a schedule: yes, once the capacity is known."""
+        return True
+
+    @property
+    def users(self) -> int:
+        """The number of Locust users, hence of requests that can be outstanding.
+
+        A trial has no more of them than requests.
+        """
+        return OFFERED_USERS
+
+
+class Offered(_OfCapacity, frozen=True):
+    """Requests are sent at independent random times, `times` the capacity on average."""
+
+    kind: Literal["capacity"] = "capacity"
+    times: PositiveFloat = Field(le=100, allow_inf_nan=False)
+
+    @property
+    def words(self) -> str:
+        """`1.3x the capacity`."""
+        return f"{self.times:g}x the capacity"
+
+    def schedule(self, duration_s: float, rng: random.Random, capacity_per_s: float) -> list[float]:
+        """Draw the send times in [0, duration_s), at this multiple of so many requests/s."""
+        return Poisson(rate_per_s=self.times * capacity_per_s).schedule(duration_s, rng)
+
+
+class Ramp(_OfCapacity, frozen=True):
+    """Requests are sent at random times, at a rate that rises evenly within a trial.
+
+    It rises from `first` to `last` times the capacity: an inhomogeneous Poisson process.
+    """
+
+    kind: Literal["ramp"] = "ramp"
+    first: PositiveFloat = Field(le=100, allow_inf_nan=False)
+    last: PositiveFloat = Field(le=100, allow_inf_nan=False)
+
+    @property
+    def words(self) -> str:
+        """`a ramp from 0.5x to 1.5x the capacity`."""
+        return f"a ramp from {self.first:g}x to {self.last:g}x the capacity"
+
+    def schedule(self, duration_s: float, rng: random.Random, capacity_per_s: float) -> list[float]:
+        """Draw the send times in [0, duration_s) by inverting the expected number of requests.
+
+        By t it is first t + (last - first) t^2 / (2 duration), times the capacity.
+        """
+        bend = (self.last - self.first) / (2 * duration_s)
+        times, expected = list[float](), 0.0
+        while True:
+            expected += rng.expovariate(capacity_per_s)
+            inside = self.first**2 + 4 * bend * expected
+            if inside < 0:  # a falling rate: no more requests are expected
+                return times
+            at = 2 * expected / (self.first + math.sqrt(inside))
+            if at >= duration_s:
+                return times
+            times.append(at)
+
+
 _KINDS: dict[str, type[_Arrival]] = {
     "concurrent": Concurrent, "waves": Waves, "poisson": Poisson, "constant": Constant,
-    "gamma": Gamma, "replay": Replay, "contended": Contended,
+    "gamma": Gamma, "replay": Replay, "contended": Contended, "capacity": Offered, "ramp": Ramp,
 }  # fmt: skip
 
 
@@ -228,11 +298,29 @@ def _short(level: float) -> str:
     return short if float(short) == level else repr(level)
 
 
-AnyArrival = Concurrent | Waves | Poisson | Constant | Gamma | Replay | Contended
+AnyArrival = Concurrent | Waves | Poisson | Constant | Gamma | Replay | Contended | Offered | Ramp
 Arrival = Annotated[
     Annotated[AnyArrival, Field(discriminator="kind")],
     BeforeValidator(_from_text),
 ]
+
+
+def send_times(
+    arrival: AnyArrival, duration_s: float, seed: int, capacity_per_s: float | None
+) -> list[float] | None:
+    """Draw when a trial's requests are due; None in a closed loop and of a trace, which has times.
+
+    `capacity_per_s` is needed where the rate is a multiple of it. One seed and rate give the same
+    times to the load generator and to the forecast.
+    """
+    rng = random.Random(f"{seed}/times")
+    if isinstance(arrival, Offered | Ramp):
+        if not capacity_per_s:
+            raise ValueError(f"{arrival} needs a capacity, and none was found")
+        return arrival.schedule(duration_s, rng, capacity_per_s)
+    if isinstance(arrival, Poisson | Constant | Gamma):
+        return arrival.schedule(duration_s, rng)
+    return None
 
 
 def parse(text: str) -> AnyArrival:

@@ -140,8 +140,8 @@ class Exporter:
         for histogram in self._histograms.values():
             histogram.observe(self._now, [])
         # looked up once, since a look-up by labels costs as much as ten tokens' samples
-        self._ok_now, self._failed_now = (
-            self._requests.labels(*self._now, outcome) for outcome in ("ok", "error")
+        self._ok_now, self._failed_now, self._turned_away_now = (
+            self._requests.labels(*self._now, outcome) for outcome in ("ok", "error", "turned away")
         )
         self._output_now, self._prompt_now = (
             c.labels(*self._now) for c in (self._output, self._prompt)
@@ -182,7 +182,8 @@ class Exporter:
 
     def observe(self, record: RequestRecord) -> None:
         """Count a request that ended; one that failed has no latencies, as in the report."""
-        (self._ok_now if record.ok else self._failed_now).inc()
+        ended = self._turned_away_now if record.turned_away else self._failed_now
+        (self._ok_now if record.ok else ended).inc()
         if record.send_lag_s is not None:
             self._histograms[SEND_LAG.histogram].observe(self._now, [record.send_lag_s])
         if not record.ok:

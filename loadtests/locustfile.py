@@ -26,7 +26,6 @@ import itertools
 import json
 import math
 import os
-import random
 import signal
 import sys
 import time
@@ -50,7 +49,7 @@ from locust.env import Environment
 from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
 from loadtests import records
-from loadtests.arrivals import Concurrent, Contended, Replay, Waves
+from loadtests.arrivals import Contended, Replay, Waves, send_times
 from loadtests.exporter import Exporter
 from loadtests.plan import (
     LEAST_COUNTED,
@@ -162,9 +161,11 @@ class Load:
         if isinstance(plan.arrival, Replay):
             due = [r.due_s / plan.arrival.speed for r in requests if r.due_s is not None]
             self._schedule = [*plan.own_share([at_s for at_s in due if at_s < duration_s])]
-        elif not isinstance(plan.arrival, Concurrent | Contended | Waves):
-            times = plan.arrival.schedule(duration_s, random.Random(f"{plan.seed}/times"))
-            self._schedule = [*plan.own_share(times)]
+        else:
+            times = send_times(plan.arrival, duration_s, plan.seed, plan.capacity_per_s)
+            self._schedule = None if times is None else [*plan.own_share(times)]
+        if self._schedule is not None:  # each request has a user of its own: more are not needed
+            self.users = min(self.users, len(self._schedule))
         self._due = iter(self._schedule or ())
         self._next_intrusion_s = 0.0
         self._gathered = 0

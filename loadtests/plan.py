@@ -48,6 +48,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     run_id: str
     workload: str
     keep_text: bool = False
+    capacity_per_s: float | None = None  # of which an arrival's rate may be a multiple
     slo_s: dict[str, float] = {}  # ttft, tpot, itl: lines on a dashboard
     share: tuple[int, int] = (0, 1)  # (number of this load process, number of all)
 
@@ -177,7 +178,11 @@ class PlannedRequest(BaseModel, frozen=True, extra="forbid"):
 
 
 def body(request: Request, model: str) -> dict[str, Any]:
-    """Build a chat completion request: streamed, greedy, of exact length, usage in every chunk."""
+    """Build a chat completion request: streamed, greedy, of exact length, usage in every chunk.
+
+    A priority of 0, vLLM's default, is left out: an engine that does not schedule by priority
+    refuses any other.
+    """
     return {
         "model": request.adapter or model,
         "messages": request.messages,
@@ -186,6 +191,7 @@ def body(request: Request, model: str) -> dict[str, Any]:
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        **({"priority": request.priority} if request.priority else {}),
     }
 
 

@@ -26,6 +26,8 @@ from pathlib import Path
 import orjson
 
 FORMAT_VERSION = 1
+TURNED_AWAY = ("HTTP 503", "HTTP 429")
+"""How the error of a request begins that a server turned away, as it had no room for it."""
 OPTIONAL = ("text", "model")  # left out of a line where they are None
 LONGEST_S = 7 * 24 * 3600.0  # that a trial may take
 MOST_TOKENS = 10_000_000  # of a request
@@ -53,6 +55,11 @@ class RequestRecord:
     def ok(self) -> bool:
         """Whether the request succeeded: tokens came, and no error."""
         return self.error is None and bool(self.chunks)
+
+    @property
+    def turned_away(self) -> bool:
+        """Whether the server refused it for lack of room: no tokens came, and it said so."""
+        return not self.chunks and (self.error or "").startswith(TURNED_AWAY)
 
     @property
     def start_s(self) -> float:

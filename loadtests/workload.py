@@ -158,6 +158,7 @@ class Request:
     tenant: int | None = None
     adapter: str | None = None  # the adapter's name; None for the base model
     due_s: float | None = None  # its time in the trace
+    priority: int = 0  # lower is served first, by an engine that schedules by priority
 
 
 class Workload(BaseModel, frozen=True, extra="forbid"):
@@ -169,7 +170,8 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     replaces the lab's where that is too short. `primed` sends one request of each prefix group
     before a trial begins, so that everything shared is in the cache. A `trace` (the path of a file)
     gives the lengths of prompts and outputs instead of drawn ones, and the times of `replay` loads;
-    where the trace is shorter than the requests, its lengths begin again.
+    where the trace is shorter than the requests, its lengths begin again. `priorities` are taken by
+    the requests in turn: lower ones are served first, by an engine that schedules by priority.
     """
 
     name: Name
@@ -184,6 +186,9 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     chat: Chat | None = None
     intruder: Intruder | None = None
     adapters: Adapters | None = None
+    priorities: Annotated[
+        tuple[int, ...], Field(max_length=100, exclude_if=lambda priorities: not priorities)
+    ] = ()
     keep_text: bool = False
     only: tuple[str, ...] = ()
     warmup_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -209,6 +214,10 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     def is_intruder(self, index: int) -> bool:
         """Whether the request of this index is the intruder's."""
         return self.intruder is not None and intrudes(index)
+
+    def priority(self, index: int) -> int:
+        """The priority of the request of this index; 0 where the workload has none."""
+        return self.priorities[index % len(self.priorities)] if self.priorities else 0
 
     def tenants(self, n: int, seed: int) -> list[int | None]:
         """Draw the tenant of each of the first n requests; None where there are no adapters."""
@@ -239,7 +248,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
         return [
             Request(
                 i, text, own.prompt_tokens, own.output_tokens, self.is_intruder(i), tenant,
-                own.adapter, self.trace[i][0] if i < len(self.trace) else None,
+                own.adapter, self.trace[i][0] if i < len(self.trace) else None, self.priority(i),
             )
             for i, (text, own, tenant) in enumerate(zip(messages, asked, tenants, strict=True))
         ]  # fmt: skip

@@ -32,6 +32,7 @@ SPEC_DRAFTS = "vllm:spec_decode_num_drafts_total"
 SPEC_DRAFTED = "vllm:spec_decode_num_draft_tokens_total"
 SPEC_ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
 SPEC_ACCEPTED_AT = "vllm:spec_decode_num_accepted_tokens_per_pos_total"  # by label `position`
+TURNED_AWAY = "vllm:admission_rejections_total"  # by a limit on what waits; of vLLM 0.32, not 0.26
 LORA = "vllm:lora_requests_info"
 ENGINE_CONFIG = "engine_config"  # not a metric: the settings that the engine logs at its start
 ZEROS = "random_weights_zeros"  # nor is this: their share by bits a weight, from the log
@@ -51,7 +52,7 @@ def position(index: int) -> str:
 
 
 def is_counter(name: str) -> bool:
-    return name in (*COUNTERS, *SPECULATION) or name.startswith(f"{SPEC_ACCEPTED_AT}:")
+    return name in (*COUNTERS, *SPECULATION, TURNED_AWAY) or name.startswith(f"{SPEC_ACCEPTED_AT}:")
 
 
 def is_known(name: str) -> bool:

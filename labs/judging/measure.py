@@ -87,6 +87,21 @@ class Trial:
     def _good(self) -> list[RequestRecord]:
         return [r for r in self.records if r.in_window and r.ok]
 
+    @cached_property
+    def turned_away(self) -> list[RequestRecord]:
+        """The requests that the engine refused for lack of room, as its flags ask it to.
+
+        An engine without a limit on its queue has no reason to: there a refusal is a failure.
+        """
+        limited = self.point.flags.turns_away
+        return [r for r in self.records if r.turned_away] if limited else []
+
+    @cached_property
+    def failed(self) -> list[RequestRecord]:
+        """The requests that failed, without those that the engine turned away by its limit."""
+        turned_away = {id(r) for r in self.turned_away}
+        return [r for r in self.records if not r.ok and id(r) not in turned_away]
+
     @property
     def window_length_s(self) -> float:
         """The length of the measured window, in seconds."""
@@ -238,8 +253,22 @@ def goodput_per_s(trial: Trial) -> float | None:
 
 
 def error_rate(trial: Trial) -> float | None:
-    """Requests that failed / all requests of the trial, warm-up and drain included; a share."""
-    return sum(not r.ok for r in trial.records) / len(trial.records) if trial.records else None
+    """Requests that failed / all requests of the trial, warm-up and drain included; a share.
+
+    What an engine turns away by a limit on its queue has not failed: see `turned_away_rate`.
+    """
+    return len(trial.failed) / len(trial.records) if trial.records else None
+
+
+def turned_away_rate(trial: Trial) -> float | None:
+    """Requests that a limit on the engine's queue turned away / those sent in the window; a share.
+
+    None where the engine has no such limit.
+    """
+    sent = sum(r.in_window for r in trial.records)
+    if not sent or not trial.point.flags.turns_away:
+        return None
+    return sum(r.in_window for r in trial.turned_away) / sent
 
 
 def batch(trial: Trial) -> float | None:

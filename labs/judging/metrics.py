@@ -36,6 +36,7 @@ from labs.judging.measure import (
     prefix_hit_rate,
     requests_per_s,
     stall_mean_s,
+    turned_away_rate,
     usd_per_million_tokens,
 )
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, TPOT, TTFT, Latency
@@ -140,7 +141,8 @@ def _table(*rows: Metric) -> dict[str, Metric]:
 METRICS: dict[str, Metric] = _table(
     Metric("output_tokens_per_s", "Output throughput", "tok/s", HIGH, rate(output_tokens_per_s),
            column=10, main=True, compared=True, forecast="shown"),
-    Metric("requests_per_s", "Requests completed", "req/s", HIGH, rate(requests_per_s)),
+    Metric("requests_per_s", "Requests completed", "req/s", HIGH, rate(requests_per_s),
+           forecast="kept"),
     Metric("goodput_per_s", "Goodput", "req/s", HIGH, rate(goodput_per_s),
            column=70, compared=True, forecast="kept"),
     Metric("ttft_mean_s", "TTFT, mean", "s", LOW, mean_of(TTFT), forecast="shown"),
@@ -169,6 +171,8 @@ METRICS: dict[str, Metric] = _table(
     Metric("e2e_p99_s", "E2E, p99", "s", LOW, percentile_of(E2E, 99)),
     Metric("error_rate", "Error rate", "share", LOW, ratio(error_rate),
            column=80, compared=True, across_machines="compared"),
+    Metric("turned_away_rate", "Turned away", "share", LOW, ratio(turned_away_rate),
+           column=85, compared=True, across_machines="compared", forecast="kept"),
     Metric("batch", "Requests in decode, mean", "1", HIGH, average("trial", batch),
            across_machines="compared", forecast="kept"),
     Metric("mbu", "MBU", "share", HIGH, ratio(mbu),

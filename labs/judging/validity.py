@@ -114,7 +114,7 @@ def _caveat(
 
 
 def _errors(trial: Trial) -> Iterator[Caveat]:
-    if errors := [r.error or "" for r in trial.records if not r.ok]:
+    if errors := [r.error or "" for r in trial.failed]:
         share = len(errors) / len(trial.records)
         count = f"{len(errors)} of {len(trial.records)} requests failed"
         text = f"{count}, the first with: {literal(errors[0])}"
@@ -173,7 +173,7 @@ def _counted_alike(trial: Trial) -> Iterator[Caveat]:
     if trial.engine is None:
         return
     completed = [r for r in trial.records if r.ok]
-    failed = len(trial.records) - len(completed)
+    failed = len(trial.failed)
     for counted, metric, by_client, of_failed in (
         ("requests", metrics.REQUESTS, len(completed), failed),
         (
@@ -186,7 +186,7 @@ def _counted_alike(trial: Trial) -> Iterator[Caveat]:
             "output tokens",
             metrics.GENERATION_TOKENS,
             sum(r.output_tokens or 0 for r in completed),
-            sum(r.asked_tokens for r in trial.records if not r.ok),
+            sum(r.asked_tokens for r in trial.failed),
         ),
     ):
         by_engine = trial.engine.values.get(metric)
@@ -203,7 +203,8 @@ def _ttft_apart(trial: Trial) -> Iterator[Caveat]:
     """Check that the client's mean TTFT is the engine's, and what transport and tokenizing take."""
     engine_s, client_s = engine_ttft_mean_s(trial), client_ttft_mean_s(trial)
     histogram = trial.engine and trial.engine.histograms.get(metrics.TTFT)
-    if not engine_s or not client_s or not histogram or histogram.count != len(trial.records):
+    admitted = len(trial.records) - len(trial.turned_away)
+    if not engine_s or not client_s or not histogram or histogram.count != admitted:
         return
     prompt_tokens = np.mean([r.prompt_tokens or 0 for r in trial.records if r.ok])
     transport_s = TRANSPORT_S + TOKENIZE_S * float(prompt_tokens)

@@ -26,7 +26,8 @@ def resident_groups(setup: Setup) -> Groups:
     """Return all variants as one group where host memory admits it, else a group for each.
 
     A GPU engine takes its share of the device for itself, so there they take turns, in an order
-    that is drawn: none is always measured first.
+    that is drawn: none is always measured first. Where loads are multiples of the first variant's
+    capacity, that one begins.
     """
     variants = list(setup.lab.variants)
     if len(variants) == 1 or setup.endpoint:
@@ -39,8 +40,10 @@ def resident_groups(setup: Setup) -> Groups:
         known = [n for n in need if n is not None]
         if known == need and sum(known) < 0.7 * psutil.virtual_memory().available:
             return [variants]
-    turns = random.Random(f"{setup.lab.seed}/turns")
-    return [[v] for v in turns.sample(variants, len(variants))]
+    turns = random.Random(f"{setup.lab.seed}/turns").sample(variants, len(variants))
+    if setup.lab.finds_capacity:
+        turns.sort(key=lambda variant: variant != variants[0])
+    return [[v] for v in turns]
 
 
 def order_of_engines(groups: Groups, repeats: Sequence[int], starts: int) -> list[Trip]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import random
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,9 +25,9 @@ from labs.judging.metrics import METRICS, measure
 from labs.lab import Lab, LabError, Point, Prediction, Variant
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
-from loadtests.arrivals import Concurrent, Contended, Replay, Waves
+from loadtests.arrivals import Contended, Offered, Ramp, Replay, Waves, send_times
 from loadtests.plan import LEAST_COUNTED, TrialSummary, most_held_open_s
-from loadtests.records import RequestRecord
+from loadtests.records import TURNED_AWAY, RequestRecord
 from serving import machine as machines
 from serving import metrics, models
 from serving.engines import ENGINES
@@ -82,12 +81,26 @@ def forecast(
         progress.waiting("timing the stand-in step, for the forecast")
         steps = _steps_as_timed(setup, points)
     progress.waiting("playing every load on vLLM's scheduler in virtual time")
-    with _forecaster() as (send, receive):
-        send(_plan(setup, points, requests, steps))
-        plays = list(receive())
-    plays_as_timed = len(points) * setup.lab.repeats
     by_key = {p.key: p for p in points}
-    figures = [(play.key, measure(_trial(setup.lab, by_key[play.key], play))) for play in plays]
+
+    def figures_of(plays: Iterable[ForecastPlay]) -> list[tuple[str, Figures]]:
+        return [(play.key, measure(_trial(setup.lab, by_key[play.key], play))) for play in plays]
+
+    with _forecaster() as (send, receive):
+
+        def ask(plan: ForecastPlan) -> list[ForecastPlay]:
+            send(plan)
+            return list(receive())
+
+        capacities: Sequence[float | None] = (None,) * 3
+        if setup.lab.finds_capacity and points[0] is setup.points[0]:
+            plan = _plan(setup, points[:1], requests, steps, capacities)
+            first, *_, faster, slower = figures_of(ask(plan))
+            capacities = [found["requests_per_s"] for _, found in (first, faster, slower)]
+        if not all(capacities):
+            points = [p for p in points if not isinstance(p.load, Offered | Ramp)]
+        figures = figures_of(ask(_plan(setup, points, requests, steps, capacities)))
+    plays_as_timed = len(points) * setup.lab.repeats
     return PointForecasts(
         points={
             p.key: _bands(
@@ -255,6 +268,7 @@ def time_steps(plans: Iterable[TimingPlan]) -> dict[TimingPlan, StepTimes]:
     }
 
 
+Figures = dict[str, float | None]  # of a play, by metric
 EngineSteps = tuple[StepTimes, StepTimes | None]  # of the model, and of its draft model
 Steps = dict[str, tuple[EngineSteps, EngineSteps, EngineSteps]]
 """Point -> its steps as expected, on a faster and on a slower machine: the ends of the band."""
@@ -334,26 +348,33 @@ def play_all(plans: Sequence[ForecastPlan]) -> Iterator[tuple[int, ForecastPlay]
 
 @contextlib.contextmanager
 def _forecaster() -> Iterator[tuple[Send, Receive]]:
-    """Start the process of the virtual engines, and yield how to send it a plan and read the plays.
+    """Start the process of the virtual engines, and yield how to send it a plan and read its plays.
 
-    It imports vLLM, says that it is ready, and waits for the plan.
+    It imports vLLM, says that it is ready, and waits for plans; each is read to its end before the
+    next is sent.
     """
     with _guarded("forecaster", FORECASTER_ARGV) as forecaster:
+        ready, due = False, 0
 
         def send(plan: ForecastPlan) -> None:
-            if forecaster.stdout.readline() != "ready\n":
+            nonlocal ready, due
+            ready = ready or forecaster.stdout.readline() == "ready\n"
+            if not ready:
                 forecaster.wait()
                 raise ForecastError(f"vLLM's engine core does not import: {_last_line(forecaster)}")
-            forecaster.stdin.write(plan.model_dump_json() + "\n")
-            forecaster.stdin.close()
+            due = sum(len(engine.trials) for engine in plan.engines)
+            with contextlib.suppress(BrokenPipeError):  # it has ended: the next line is missing
+                forecaster.stdin.write(plan.model_dump_json() + "\n")
+                forecaster.stdin.flush()
 
         def receive() -> Iterator[ForecastPlay]:
-            for line in forecaster.stdout:
+            for _ in range(due):
+                if not (line := forecaster.stdout.readline()):
+                    forecaster.wait()
+                    raise ForecastError(
+                        f"vLLM's scheduler could not be driven: {_last_line(forecaster)}"
+                    )
                 yield ForecastPlay.model_validate_json(line)
-            if forecaster.wait():
-                raise ForecastError(
-                    f"vLLM's scheduler could not be driven: {_last_line(forecaster)}"
-                )
 
         yield send, receive
 
@@ -379,8 +400,12 @@ def _plan(
     points: Sequence[Point],
     requests: Mapping[str, Sequence[Path]],
     steps: Steps,
+    capacities: Sequence[float | None],
 ) -> ForecastPlan:
-    """Plan all repeats at the expected step, then the first at a faster and at a slower step."""
+    """Plan all repeats at the expected step, then the first at a faster and at a slower step.
+
+    `capacities` are the requests/s at these three, of which loads may be multiples.
+    """
     lab = setup.lab
 
     def engine(point: Point, end: int, repeats: Sequence[int]) -> PlannedEngine:
@@ -406,7 +431,7 @@ def _plan(
                     if lab.acceptance and VllmFlags(point.variant.flags).speculative_config
                     else 0.0,
                     primed=_primed(point),
-                    traffic=_traffic(lab, point, repeat),
+                    traffic=_traffic(lab, point, repeat, capacities[end]),
                 )
                 for repeat in repeats
             ),
@@ -450,16 +475,18 @@ def _primed(point: Point) -> int:
     return prefix.groups if cached and prefix and point.workload.primed else 0
 
 
-def _traffic(lab: Lab, point: Point, repeat: int) -> Traffic:
-    """Describe a load for the virtual clients; the schedule is the one that will be sent."""
+def _traffic(lab: Lab, point: Point, repeat: int, capacity_per_s: float | None) -> Traffic:
+    """Describe a load for the virtual clients; the schedule is the one that will be sent.
+
+    Where it is a multiple of the capacity, it is one of the capacity that was forecast.
+    """
     load = point.load
     warmup_s = point.workload.warmup_s or lab.warmup_s
-    schedule_s: Sequence[float] = ()
     if isinstance(load, Replay):
-        schedule_s = [at / load.speed for at, _, _ in point.workload.trace]
-    elif not isinstance(load, Waves | Concurrent | Contended):
-        rng = random.Random(f"{lab.draw_seed(repeat)}/times")
-        schedule_s = load.schedule(warmup_s + lab.window_s, rng)
+        schedule_s: Sequence[float] = [at / load.speed for at, _, _ in point.workload.trace]
+    else:
+        duration_s, seed = warmup_s + lab.window_s, lab.draw_seed(repeat)
+        schedule_s = send_times(load, duration_s, seed, capacity_per_s) or ()
     return Traffic(
         kind="waves" if isinstance(load, Waves) else "open" if load.open_loop else "closed",
         users=load.users,
@@ -495,10 +522,11 @@ def records(play: Play) -> Iterator[RequestRecord]:
             scheduled_s=a.scheduled_s,
             sent_s=a.sent_s,
             chunks=a.chunks,
-            end_s=a.chunks[-1][0] if a.chunks else None,
+            end_s=a.chunks[-1][0] if a.chunks else a.turned_away_s,
             prompt_tokens=a.prompt_tokens,
             output_tokens=sum(tokens for _, tokens in a.chunks),
             in_window=a.in_window,
+            error=None if a.turned_away_s is None else TURNED_AWAY[0],
         )
 
 
@@ -518,6 +546,7 @@ def _snapshot(forecast_play: ForecastPlay) -> Snapshot:
             metrics.PREFIX_QUERIES: counted.get("prefix_queries", 0),
             metrics.PREFIX_HITS: counted.get("prefix_hits", 0),
             metrics.PREEMPTIONS: counted.get("preemptions", 0),
+            metrics.TURNED_AWAY: counted.get("turned_away", 0),
             **(
                 {
                     metrics.SPEC_DRAFTS: counted["drafts"],

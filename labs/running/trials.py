@@ -14,7 +14,7 @@ from pathlib import Path
 import requests
 
 from labs.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
-from labs.judging.measure import Trial, output_tokens_per_s
+from labs.judging.measure import Trial, output_tokens_per_s, requests_per_s
 from labs.judging.text import point_label
 from labs.judging.validity import disturbances_of
 from labs.lab import LabError, Point, Variant
@@ -25,6 +25,7 @@ from labs.running.machine_load import OtherLoad
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from loadtests import plan, records
+from loadtests.arrivals import Offered, Ramp
 from loadtests.generator import GeneratorError
 from loadtests.records import RequestRecord
 from loadtests.workload import Workload
@@ -82,15 +83,21 @@ def _kept(setup: Setup, workload: Workload, repeat: int, served: str) -> Path:
 
 
 def interleave(setup: Setup, group: Sequence[Variant]) -> list[tuple[Point, int]]:
-    """Order trials by repeat, the points of each at random, so that drift hits all points alike."""
+    """Order trials by repeat, the points of each at random, so that drift hits all points alike.
+
+    The very first is the one that finds the capacity, where loads are multiples of it.
+    """
     rng = random.Random(f"{setup.lab.seed}/order")
     names = {v.name for v in group}
     points = [p for p in setup.points if p.variant.name in names]
-    return [
+    trials = [
         (point, repeat)
         for repeat in range(1, setup.lab.repeats + 1)
         for point in sorted(points, key=lambda _: rng.random())
     ]
+    if not setup.lab.finds_capacity:
+        return trials
+    return sorted(trials, key=lambda trial: trial != (setup.points[0], 1))
 
 
 def recorded(folder: RunFolder, point: Point, repeat: int) -> bool:
@@ -270,6 +277,7 @@ class Trials:
             _prime(engine.url, sending, point.workload.prefix.groups, lab.timeout_s)
         before = engine.snapshot()
         path = self._folder.trial_folder(point, repeat) / "requests.jsonl.gz"
+        of_capacity = isinstance(point.load, Offered | Ramp)
         trial_plan = plan.TrialPlan(
             url=engine.url,
             arrival=point.load,
@@ -284,6 +292,7 @@ class Trials:
             run_id=self._folder.path.name,
             workload=point.workload.name,
             keep_text=point.workload.keep_text,
+            capacity_per_s=self._capacity_per_s() if of_capacity else None,
             slo_s=lab.slo.by_name(),
         )
         load_began, other_load = time.monotonic(), OtherLoad(engine.pid)
@@ -320,6 +329,20 @@ class Trials:
             took_s=round(time.monotonic() - began, 3),
         )
         return Played(result, rate, succeeded, engine_counters)
+
+    def _capacity_per_s(self) -> float:
+        """Read the requests/s of the lab's first point in its first repeat.
+
+        Raises EngineError where that trial has failed, or completed nothing.
+        """
+        first, lab = self._setup.points[0], self._setup.lab
+        result = self._folder.trial_result(first, 1)
+        trial = self._folder.trial(first, result, lab) if result else None
+        capacity_per_s = requests_per_s(trial) if trial else None
+        if not capacity_per_s:
+            why = (result and result.failed) or f"nothing was completed at {first.key}"
+            raise EngineError(f"the capacity of which this load is a multiple is not known: {why}")
+        return capacity_per_s
 
 
 def nothing_measured(request_records: Sequence[RequestRecord]) -> str:

@@ -55,6 +55,7 @@ class Harmless(
     max_num_batched_tokens: int = 0
     max_num_scheduled_tokens: int = 0
     max_num_queued_reqs: int = 0
+    max_num_queued_tokens: int = 0
     long_prefill_token_threshold: int = 0
     enable_chunked_prefill: bool = False
     scheduling_policy: Word = ""
@@ -67,6 +68,7 @@ class Harmless(
     kv_cache_dtype: Word = ""
     kv_cache_memory_bytes: int = 0
     num_gpu_blocks_override: int = 0
+    watermark: float = 0
     gpu_memory_utilization: float = 0
     cpu_offload_gb: float = 0
     enable_prefix_caching: bool = False

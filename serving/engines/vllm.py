@@ -35,6 +35,7 @@ from serving.ports import LOOPBACK
 
 GUARD = "serving.guard.Guard"  # known to --middleware of vLLM 0.26 and 0.32
 PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
+QUEUE_LIMITS = ("max-num-queued-reqs", "max-num-queued-tokens")  # of vLLM 0.32, not of 0.26
 ACTIVATION_BYTES = 10**9  # at least, beside weights and KV cache on a GPU
 PROCESS_BYTES = 2 * 2**30  # on the host, beside its weights and KV cache
 CPU_KV_BYTES = 4 * 2**30  # counted where no size is given
@@ -67,6 +68,16 @@ class VllmFlags(dict[str, FlagValue]):
     def max_num_batched_tokens(self) -> int:
         """The most tokens that a step computes."""
         return self._int("max-num-batched-tokens")
+
+    @property
+    def max_num_seqs(self) -> int:
+        """The most requests in a step; others wait."""
+        return self._int("max-num-seqs")
+
+    @property
+    def turns_away(self) -> bool:
+        """Whether it refuses requests, with HTTP 503, once too many are waiting."""
+        return any(self.get(flag) is not None for flag in QUEUE_LIMITS)
 
     @property
     def kv_cache_memory_bytes(self) -> int:

@@ -1,6 +1,7 @@
-"""Play traffic on virtual engines: a `ForecastPlan` as JSON on standard input, plays as JSON lines.
+"""Play traffic on virtual engines: `ForecastPlan`s as JSON lines on standard input.
 
-Runs in the engine's environment. The first line of output says that vLLM is imported.
+Runs in the engine's environment. The first line of output says that vLLM is imported; then each
+trial of each plan gives a play, as a JSON line, in the order of the plans.
 """
 
 from __future__ import annotations
@@ -11,30 +12,37 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from serving.forecasting.fleet import ROUTERS, Fleet
 from serving.forecasting.plan import ForecastPlan, ForecastPlay, SyntheticRequest
 from serving.forecasting.traffic import Prompt, VirtualServer, play
 
+if TYPE_CHECKING:
+    from serving.forecasting.virtual_engine import VirtualEngine
+
 
 def main() -> None:
-    """Announce that vLLM is imported, read the plan, and print each play as soon as it is over."""
+    """Announce that vLLM is imported, read plans, and print each play as soon as it is over."""
     logging.disable(logging.WARNING)  # vLLM describes at length engines that never serve
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what anything else prints must not mix with the plays
     from serving.forecasting.virtual_engine import VirtualEngine
 
     print("ready", file=out, flush=True)
-    plan = ForecastPlan.model_validate_json(sys.stdin.readline())
+    for line in sys.stdin:
+        _play(ForecastPlan.model_validate_json(line), VirtualEngine, out)
+
+
+def _play(plan: ForecastPlan, make: Callable[..., VirtualEngine], out: IO[str]) -> None:
+    """Play the trials of a plan on engines that are made for it, and print each play."""
     tokenize = _tokenizer(str(plan.tokenizer))
     for engine in plan.engines:
         replicas = [
-            VirtualEngine(engine.argv, engine.step_times, engine.draft_times)
-            for _ in range(engine.replicas)
+            make(engine.argv, engine.step_times, engine.draft_times) for _ in range(engine.replicas)
         ]
         for trial in engine.trials:
             for replica in replicas:
@@ -101,9 +109,11 @@ def _prompts(requests: Path, tokenize: Any, intruders: bool | None) -> Iterator[
                     token_ids=tokenize(planned["body"]),
                     output_tokens=planned["output_tokens"],
                     adapter=planned.get("adapter"),
+                    priority=json.loads(planned["body"]).get("priority", 0),
                 )
 
 
+@cache
 def _tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 

@@ -94,13 +94,17 @@ class Fleet:
         """Whether any replica has an open request."""
         return any(self.outstanding)
 
-    def add(self, request_id: str, prompt: Prompt) -> None:
-        """Route a request; a replica that is in a step takes it up in its next one."""
+    def add(self, request_id: str, prompt: Prompt) -> bool:
+        """Route a request; a replica that is in a step takes it up in its next one.
+
+        Returns False where that replica turns it away.
+        """
         chosen = self.router.choose(prompt, self.outstanding)
-        self.outstanding[chosen] += 1
         if not self.in_step[chosen]:
             self.replicas[chosen].wait_until(self.now_s)
-        self.replicas[chosen].add(request_id, prompt)
+        admitted = self.replicas[chosen].add(request_id, prompt)
+        self.outstanding[chosen] += admitted
+        return admitted
 
     def step(self, before_s: float = float("inf")) -> dict[str, tuple[int, bool]]:
         """Go on to the end of the next step of any replica, but not beyond `before_s`.

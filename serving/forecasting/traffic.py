@@ -26,8 +26,8 @@ class VirtualServer(Protocol):
     @property
     def busy(self) -> bool: ...
 
-    def add(self, request_id: str, prompt: Prompt) -> None:
-        """Hand a request to the engine now."""
+    def add(self, request_id: str, prompt: Prompt) -> bool:
+        """Hand a request to the engine now; return False where it turns the request away."""
 
     def step(self, before_s: float = ...) -> dict[str, tuple[int, bool]]:
         """Run one step; return request -> (new tokens, whether they were its last).
@@ -74,6 +74,7 @@ class Prompt(BaseModel, frozen=True, extra="forbid"):
     token_ids: tuple[int, ...]
     output_tokens: int
     adapter: str | None = None
+    priority: int = 0
 
 
 class Answer(BaseModel, extra="forbid"):
@@ -86,6 +87,7 @@ class Answer(BaseModel, extra="forbid"):
     sent_s: float
     chunks: list[tuple[float, int]] = []
     in_window: bool
+    turned_away_s: float | None = None  # when it was refused, where it was
 
 
 class Play(BaseModel, extra="forbid"):
@@ -149,7 +151,8 @@ class _Trial:
             self._send_what_is_due()
             while self.deliveries and self.deliveries[0][0] <= self.now_s + 1e-12:
                 _, _, name, prompt = heapq.heappop(self.deliveries)
-                self.server.add(name, prompt)
+                if not self.server.add(name, prompt):
+                    self._turned_away(name)
             next_times_s = [heap[0][0] for heap in (self.sends, self.deliveries) if heap]
             if self.server.busy:
                 self._receive(self.server.step(self.start_s + min(next_times_s, default=math.inf)))
@@ -277,6 +280,11 @@ class _Trial:
                 answer.chunks.append((at_s, tokens))
             if last:
                 self._answered(name, answer, at_s)
+
+    def _turned_away(self, name: str) -> None:
+        answer, at_s = self.answers[name], self.now_s + self.delays.response_s
+        answer.turned_away_s = at_s
+        self._answered(name, answer, at_s)
 
     def _answered(self, name: str, answer: Answer, at_s: float) -> None:
         traffic, next_s = self.traffic, at_s + self.delays.client_s

@@ -213,11 +213,28 @@ class VirtualEngine:
             {"step_times": step_times, "draft_times": draft_times, "clock": self.clock},
         )
         self.core = EngineCore(config, executor_class=executor, log_stats=True)
+        limits = config.scheduler_config  # which an older vLLM has no limits of the queue in
+        self.most_requests = getattr(limits, "max_num_queued_reqs", None)
+        self.most_prompt_tokens = getattr(limits, "max_num_queued_tokens", None)
+        self.prefilling: dict[str, int] = {}  # request -> its prompt's tokens, before its first
+        self.unfinished: set[str] = set()
         self.counters: Counter[str] = Counter()
         self.adapters: dict[str, int] = {}
 
-    def add(self, request_id: str, prompt: Prompt) -> None:
-        """Hand a request to the scheduler; it ends at its number of output tokens."""
+    def add(self, request_id: str, prompt: Prompt) -> bool:
+        """Hand a request to the scheduler; it ends at its number of output tokens.
+
+        Returns False where a limit on the queue turns it away. vLLM's API server checks these
+        limits, which is not here, so this repeats its rule (`AsyncLLM.check_admission`).
+        """
+        most, most_tokens = self.most_requests, self.most_prompt_tokens
+        if (most is not None and len(self.unfinished) + 1 > most) or (
+            most_tokens is not None and sum(self.prefilling.values()) >= most_tokens
+        ):
+            self.counters["turned_away"] += 1
+            return False
+        self.unfinished.add(request_id)
+        self.prefilling[request_id] = len(prompt.token_ids)
         lora = None
         if prompt.adapter:
             number = self.adapters.setdefault(prompt.adapter, len(self.adapters) + 1)
@@ -231,9 +248,11 @@ class VirtualEngine:
             lora_request=lora,
             pooling_params=None,
             arrival_time=self.clock.now_s,
+            priority=prompt.priority,
             block_hasher=self.core.request_block_hasher,
         )
         self.core.add_request(request)
+        return True
 
     def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
         """Run one step; return request -> (new tokens, whether they were its last).
@@ -244,11 +263,17 @@ class VirtualEngine:
         self.core.post_step(executed)
         for client in (outputs or {}).values():
             self._count(client.scheduler_stats)
-        return {
+        received = {
             output.request_id: (len(output.new_token_ids), output.finish_reason is not None)
             for client in (outputs or {}).values()
             for output in client.outputs
         }
+        for request_id, (tokens, last) in received.items():
+            if tokens:
+                self.prefilling.pop(request_id, None)
+            if last:
+                self.unfinished.discard(request_id)
+        return received
 
     def _count(self, stats: Any) -> None:
         """Add what vLLM's `/metrics` would have counted in this step."""

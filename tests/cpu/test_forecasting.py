@@ -37,6 +37,7 @@ SECOND = StepTimes(
 )
 ONCE = Traffic(kind="waves", users=2, warmup_s=0, window_s=1)
 EVERY_FIVE = Traffic(kind="open", schedule_s=(0, 5, 10, 15, 20, 25), warmup_s=0, window_s=26)
+CLOSE = Traffic(kind="open", schedule_s=(0.0, 0.1, 0.2), warmup_s=0, window_s=1)
 IN_TURN = Traffic(kind="closed", users=1, warmup_s=0, window_s=20)
 BLOCK = 128
 WORDS = " ".join(["street"] * 300)
@@ -53,13 +54,18 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
         "tenants": [("hello", 3), ("hello", 3)],
         "long": [(WORDS, 2), ("hello", 20)],
         "many": [(WORDS, 140), ("other " + WORDS, 140)],
+        "three": [("hello", 4)] * 3,
     }
+    classes = {"three": (0, 1, 0)}
     for name, requests in sent.items():
         (folder / name).write_text("".join(
             json.dumps({
                 "index": index, "output_tokens": output_tokens, "intruder": False,
                 "adapter": f"tenant-{index}" if name == "tenants" else None,
-                "body": json.dumps({"messages": [{"role": "user", "content": text}]}),
+                "body": json.dumps({
+                    "messages": [{"role": "user", "content": text}],
+                    "priority": classes.get(name, (0,) * len(requests))[index],
+                }),
             }) + "\n"
             for index, (text, output_tokens) in enumerate(requests)
         ))  # fmt: skip
@@ -102,6 +108,20 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
             engine("cached", "same", *kv, "--enable-prefix-caching", traffic=IN_TURN),
             engine("pieces", "long", *kv, "--max-num-batched-tokens", "128"),
             engine("tight", "many", *small, "--max-model-len", "512"),
+            engine("limited", "three", *kv, "--max-num-queued-reqs", "2", traffic=CLOSE),
+            engine(
+                "limited in tokens", "three", *kv, "--max-num-queued-tokens", "1", traffic=CLOSE
+            ),
+            engine(
+                "urgent first",
+                "three",
+                *kv,
+                "--max-num-seqs",
+                "1",
+                "--scheduling-policy",
+                "priority",
+                traffic=CLOSE,
+            ),
             engine("guessed", "short", *kv, "--speculative-config", ngram, acceptance=1),
             *(fleet(router) for router in ("round-robin", "prefix-aware")),
         ),
@@ -223,3 +243,20 @@ def test_replicas_share_the_requests_and_each_has_a_cache_of_its_own(
         assert [a.chunks for a in play.play.answers] == [
             [(a.sent_s + 1, 1), (a.sent_s + 3, 2)] for a in play.play.answers
         ]
+
+
+def test_limits_on_the_queue_turn_away_what_vllms_server_would(
+    plays: dict[str, ForecastPlay],
+) -> None:
+    """Two may be there; or one prompt before its first token, so that the others come in vain."""
+    refused = {
+        key: [a.index for a in plays[key].play.answers if a.turned_away_s is not None]
+        for key in ("limited", "limited in tokens", "urgent first")
+    }
+    assert refused == {"limited": [2], "limited in tokens": [2], "urgent first": []}
+    assert plays["limited"].counters["turned_away"] == 1
+
+
+def test_the_lowest_priority_number_is_served_first(plays: dict[str, ForecastPlay]) -> None:
+    answers = plays["urgent first"].play.answers
+    assert sorted((a.chunks[0][0], a.index) for a in answers) == [(1, 0), (5, 2), (9, 1)]

@@ -102,7 +102,8 @@ def test_the_engines_got_the_command_lines_that_are_on_file(lab: str, finish: Fi
 def test_counts_are_exact(lab: str, finish: Finish) -> None:
     """Each request, each chunk and each token: in the records, the engines and Prometheus."""
     finished = finish(lab)
-    records = [r for _, _, trial in _trials(finished) for r in trial]
+    # what a limit turned away was not served, and is in no log
+    records = [r for _, _, trial in _trials(finished) for r in trial if not r.turned_away]
     # a load streams its answers, probes do not
     log = [line for line in finished.reader.engine_log() if line["stream"]]
     assert all(r.ok and r.output_tokens == r.asked_tokens for r in records)
@@ -147,7 +148,7 @@ def test_each_load_of_a_repeat_gets_the_same_requests(lab: str, finish: Finish) 
             sent = sorted(r.index for r in records if r.index in set(kind))
             assert sent == kind[: len(sent)]
         mine = asked.setdefault((point.workload.name, repeat), {})
-        for record in records:
+        for record in (r for r in records if not r.turned_away):
             request = (record.prompt_tokens, record.asked_tokens)
             assert mine.setdefault(record.index, request) == request
 

@@ -15,10 +15,13 @@ from loadtests.arrivals import (
     Constant,
     Contended,
     Gamma,
+    Offered,
     Poisson,
+    Ramp,
     Replay,
     Waves,
     parse,
+    send_times,
 )
 
 RATE_PER_S, DURATION_S, SEEDS = 20.0, 100.0, range(40)
@@ -34,6 +37,8 @@ RATE_PER_S, DURATION_S, SEEDS = 20.0, 100.0, range(40)
         ("gamma:8/0.5", Gamma(rate_per_s=8, burstiness=0.5)),
         ("replay:2", Replay(speed=2)),
         ("contended:4/2.5", Contended(users=4, every_s=2.5)),
+        ("capacity:1.3", Offered(times=1.3)),
+        ("ramp:0.5/2.5", Ramp(first=0.5, last=2.5)),
     ],
 )
 def test_text_form_reads_back(text: str, arrival: Arrival) -> None:
@@ -54,6 +59,8 @@ def test_text_form_reads_back(text: str, arrival: Arrival) -> None:
         ("constant:2", "2 requests/s at equal intervals"),
         ("gamma:2/0.5", "2 requests/s, burstiness 0.5"),
         ("replay:2", "the trace at 2x its speed"),
+        ("capacity:1.3", "1.3x the capacity"),
+        ("ramp:0.5/2.5", "a ramp from 0.5x to 2.5x the capacity"),
     ],
 )
 def test_a_load_in_words(text: str, words: str) -> None:
@@ -71,7 +78,8 @@ def test_text_form_of_any_rate_reads_back() -> None:
 def test_unknown_arrival_names_the_known_ones(text: str) -> None:
     known = (
         "concurrent:<users>, waves:<size>, poisson:<rate_per_s>, constant:<rate_per_s>,"
-        " gamma:<rate_per_s>/<burstiness>, replay:<speed>, contended:<users>/<every_s>"
+        " gamma:<rate_per_s>/<burstiness>, replay:<speed>, contended:<users>/<every_s>,"
+        " capacity:<times>, ramp:<first>/<last>"
     )
     with pytest.raises(ValidationError, match=known):
         parse(text)
@@ -104,7 +112,7 @@ def test_open_loop_has_a_minute_of_users(rate_per_s: float, users: int) -> None:
 
 
 def test_schedules_are_open_loop() -> None:
-    opened = ["poisson:1", "constant:1", "gamma:1/1", "replay:1"]
+    opened = ["poisson:1", "constant:1", "gamma:1/1", "replay:1", "capacity:1", "ramp:1/2"]
     texts = ("concurrent:1", "waves:1", *opened, "contended:1/1")
     assert [t for t in texts if parse(t).open_loop] == opened
 
@@ -160,3 +168,39 @@ def test_constant_spacing_is_exact() -> None:
 
 def test_constant_fills_a_duration_that_is_no_multiple_of_the_gap() -> None:
     assert Constant(rate_per_s=0.25).schedule(10, random.Random()) == [0, 4, 8]
+
+
+def test_a_multiple_of_the_capacity_is_poisson_at_that_rate() -> None:
+    times = Offered(times=1.5).schedule(100, random.Random("0/times"), 4.0)
+    assert times == Poisson(rate_per_s=6).schedule(100, random.Random("0/times"))
+    assert send_times(Offered(times=1.5), 100, 0, 4.0) == times
+    assert send_times(Poisson(rate_per_s=6), 100, 0, None) == times
+
+
+def test_twice_the_capacity_on_a_machine_half_as_fast_is_the_same_in_its_own_time() -> None:
+    fast, slow = (Offered(times=2).schedule(d, random.Random(1), c) for d, c in ((10, 8), (20, 4)))
+    assert slow == pytest.approx([2 * at for at in fast])
+
+
+def test_a_load_of_an_unknown_capacity_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"capacity:2 needs a capacity"):
+        send_times(Offered(times=2), 10, 0, None)
+
+
+def test_closed_loops_and_traces_have_no_times_to_draw() -> None:
+    for text in ("concurrent:8", "waves:8", "contended:4/2", "replay:1"):
+        assert send_times(parse(text), 10, 0, None) is None
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.5, 2.5), (2.5, 0.5), (1.0, 1.0)])
+def test_a_ramp_rises_evenly(first: float, last: float) -> None:
+    """In each quarter as many come as the mean rate there says: a uniform variable, transformed."""
+    ramp, capacity_per_s = Ramp(first=first, last=last), 50.0
+    times = [t for seed in SEEDS for t in ramp.schedule(DURATION_S, random.Random(seed), 50.0)]
+    share = np.array(times) / DURATION_S
+    passed = (first * share + (last - first) * share**2 / 2) / ((first + last) / 2)
+    assert stats.kstest(passed, "uniform").pvalue > 0.01
+    expected = capacity_per_s * (first + last) / 2 * DURATION_S * len(SEEDS)
+    assert abs(len(times) - expected) < 4 * math.sqrt(expected)
+    assert min(times) >= 0
+    assert max(times) < DURATION_S

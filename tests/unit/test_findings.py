@@ -24,6 +24,7 @@ from labs.findings.chunked_prefill import TOKEN_BUDGET
 from labs.findings.context import Context
 from labs.findings.kv_quantization import CONTEXT_SLOPE, MEMORY_LADDER, PREEMPTION
 from labs.findings.multi_lora import ADAPTER_COST, TENANT_LEAKS, TENANT_MEMORY
+from labs.findings.overload import ADMISSION, BEST_FLAGS, CLASSES, SIGNALS
 from labs.findings.parts import Conclusion, parts_of
 from labs.findings.prefix_caching import TIMING_LEAK
 from labs.findings.quality import QUALITY
@@ -181,6 +182,107 @@ def test_the_link_that_a_split_of_prefill_needs(tmp_path: Path) -> None:
     """32 tokens of 32 bytes in the 50 ms of `whole`: 0.00016 Gbit/s."""
     assert "hand over 0.0 MB" in budgets(tmp_path, 0.1).lines[3]
     assert "in the 50 ms that the prefill takes" in budgets(tmp_path / "b", 0.1).lines[3]
+
+
+# ------------------------------------------------------------------------------------ overload
+
+
+def overloaded(home: Path) -> Context:
+    """Two in a batch; the capacity is 2 req/s, and a request may wait for a second."""
+    plain = Variant(name="unbounded", flags={"max-num-seqs": 2})
+    lab = make_lab(
+        variants=(
+            plain,
+            plain.but("capped", {"max-num-queued-reqs": 4}),
+            plain.but("priority", {"scheduling-policy": "priority"}),
+        ),
+        workloads=(
+            make_workload("concurrent:3", name="full", only=("unbounded",)),
+            make_workload("capacity:0.5", "capacity:2", name="mixed", only=("unbounded", "capped")),
+            make_workload("capacity:2", name="two", only=("priority",), priorities=(0, 1)),
+            make_workload("ramp:0.5/2.5", name="rising", only=("unbounded",)),
+        ),
+        claims=(),
+        evidence=(),
+    )
+    values: dict[str, Values] = {
+        "unbounded/full/concurrent-3": {"requests_per_s": [2.0, 2.5]},
+        "unbounded/mixed/capacity-0.5": {"goodput_per_s": 1.0},
+        "unbounded/mixed/capacity-2": {
+            "goodput_per_s": 0.5, "output_tokens_per_s": 8.0, "tpot_mean_s": 0.05,
+        },
+        "capped/mixed/capacity-2": {
+            "goodput_per_s": 1.9, "turned_away_rate": 0.5, "output_tokens_per_s": 7.0,
+            "tpot_mean_s": 0.05,
+        },
+    }  # fmt: skip
+    found = context(home, lab, values)
+    in_time, late = ([(first, 1), (first + 0.1, 1)] for first in (11.0, 15.5))
+    played(found, "unbounded/mixed/capacity-0.5", [make_record([(10.5, 1), (11.0, 1)])])
+    played(
+        found,
+        "unbounded/mixed/capacity-2",
+        [make_record(in_time, sent_s=10.5), make_record(late, sent_s=12.5)],
+    )
+    full = make_record([], error="HTTP 503: busy")
+    played(found, "capped/mixed/capacity-2", [make_record(in_time, sent_s=10.5), full])
+    played(
+        found,
+        "priority/two/capacity-2",
+        [make_record(in_time, sent_s=10.5, index=0), make_record(late, sent_s=12.5, index=1)],
+    )
+    played(
+        found,
+        "unbounded/rising/ramp-0.5-2.5",
+        [
+            make_record([(12.4, 1)], sent_s=12.0),
+            make_record([(12.4, 1)], sent_s=12.1),
+            make_record([(15.5, 1)], sent_s=14.0),
+        ],
+    )
+    return found
+
+
+def test_goodput_stands_beside_what_was_offered(tmp_path: Path) -> None:
+    """A fluid at twice the capacity is late after 1 / (2 - 1) s; the first late one came at 12.5 s.
+
+    Rates are multiples of the capacity of the first repeat, not of the mean.
+    """
+    found = ADMISSION.finding(overloaded(tmp_path))
+    assert cells(found, 0, 1, 2, 3, 6, 8, 9) == [
+        ["unbounded", "0.5x", "0.1 req/s", "1 req/s", "–", "–", "–"],
+        ["unbounded", "2x", "0.2 req/s", "0.5 req/s", "–", "12.5 s", "1 s"],
+        ["capped", "2x", "0.2 req/s", "1.9 req/s", "50%", "–", "–"],
+    ]
+    assert found.lines[0].startswith("The capacity is 2 req/s")
+
+
+def test_a_class_that_is_served_first_is_told_from_the_other(tmp_path: Path) -> None:
+    found = CLASSES.finding(overloaded(tmp_path))
+    assert found.title.endswith("at 2x the capacity")
+    assert cells(found, 0, 1, 3, 4) == [
+        ["priority", "priority 0", "100%", "500 ms"],
+        ["priority", "priority 1", "0%", "3 s"],
+        ["unbounded", "all alike", "50%", "1.75 s"],
+    ]
+
+
+def test_the_best_flags_may_differ_for_goodput_and_for_throughput(tmp_path: Path) -> None:
+    found = BEST_FLAGS.finding(overloaded(tmp_path))
+    assert "`capped` has the most goodput as measured; none was forecast." in found.lines[0]
+    assert "`unbounded` has the most throughput" in found.lines[1]
+
+
+def test_the_queue_sees_an_overload_coming_and_a_full_batch_does_not(tmp_path: Path) -> None:
+    """Two wait from 12.1 s on, where one did at the steady load; one sent at 14 s is too late."""
+    found = SIGNALS.finding(overloaded(tmp_path))
+    assert cells(found, 0, 3, 4) == [
+        ["Requests waiting", "2 of 2", "1.9 s"],
+        ["Batch in use", "0 of 2", "–"],
+        ["KV cache in use", "0 of 2", "–"],
+        ["TTFT, slowest", "0 of 2", "–"],
+    ]
+    assert "was sent after 14 s" in found.lines[0]
 
 
 # --------------------------------------------------------------------------- speculative decoding

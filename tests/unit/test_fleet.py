@@ -25,9 +25,10 @@ class Replica:
     def busy(self) -> bool:
         return bool(self.left)
 
-    def add(self, request_id: str, prompt: Prompt) -> None:
+    def add(self, request_id: str, prompt: Prompt) -> bool:
         self.left[request_id] = prompt.output_tokens
         self.served.append(request_id)
+        return True
 
     def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
         self.now_s += self.step_s

@@ -13,17 +13,35 @@ import psutil
 import pytest
 
 from labs.running import forecast
-from labs.running.forecast import ForecastError, time_steps
-from serving.forecasting.plan import ForecastPlan
+from labs.running.forecast import ForecastError, Receive, Send, time_steps
+from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedEngine, PlannedTrial
+from serving.forecasting.step import StepTimes
 from serving.forecasting.timing import TimingPlan
+from serving.forecasting.traffic import Traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 30.0  # a bound, not a measurement
 PLAN = TimingPlan(config=Path("config.json"), device="cpu")
+STEP = StepTimes(
+    tokens=(1,), linear_s=(1.0,), rows=(1,), head_s=(0.0,), attention_pair_s=0, attention_read_s=0
+)
+TRIAL = PlannedTrial(
+    key="base/fixed/waves-1", repeat=1, requests=Path("nowhere"),
+    traffic=Traffic(kind="waves", warmup_s=0, window_s=1),
+)  # fmt: skip
+ONE_TRIAL = ForecastPlan(
+    tokenizer=Path("nowhere"),
+    engines=(PlannedEngine(argv=(), step_times=STEP, trials=(TRIAL,)),),
+)
 
 
 def stand_in(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
+
+
+def _played(send: Send, receive: Receive) -> list[ForecastPlay]:
+    send(ONE_TRIAL)
+    return list(receive())
 
 
 def until(happened: Callable[[], object]) -> None:
@@ -95,19 +113,18 @@ def test_a_timer_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_scheduler_that_does_not_import_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in("raise ImportError('no vllm')"))
-    plan = ForecastPlan(tokenizer=Path("nowhere"), engines=())
     with (
         pytest.raises(ForecastError, match="does not import: ImportError: no vllm"),
-        forecast._forecaster() as (send, _),
+        forecast._forecaster() as (send, receive),
     ):
-        send(plan)
+        _played(send, receive)
 
 
 def test_a_scheduler_that_fails_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "print('ready', flush=True); input(); raise ValueError('no such flag')"
     monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in(code))
-    plan = ForecastPlan(tokenizer=Path("nowhere"), engines=())
-    with forecast._forecaster() as (send, receive):
-        send(plan)
-        with pytest.raises(ForecastError, match="could not be driven: ValueError: no such flag"):
-            list(receive())
+    with (
+        pytest.raises(ForecastError, match="could not be driven: ValueError: no such flag"),
+        forecast._forecaster() as (send, receive),
+    ):
+        _played(send, receive)

@@ -49,8 +49,9 @@ class Server:
     def busy(self) -> bool:
         return bool(self.left)
 
-    def add(self, request_id: str, prompt: Prompt) -> None:
+    def add(self, request_id: str, prompt: Prompt) -> bool:
         self.left[request_id] = prompt.output_tokens
+        return True
 
     def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
         self.now_s += 1
@@ -121,6 +122,29 @@ def test_an_open_loop_keeps_its_schedule_whatever_is_outstanding() -> None:
     ]  # fmt: skip
     assert played.answers[0].chunks[0][0] == 1.5
     assert played.answers[1].chunks[0][0] == 2.5  # it came while a step was under way
+
+
+class Full(Server):
+    """Takes one request at a time, and turns the others away."""
+
+    def add(self, request_id: str, prompt: Prompt) -> bool:
+        return not self.left and super().add(request_id, prompt)
+
+
+def test_a_request_that_is_turned_away_has_ended() -> None:
+    traffic = Traffic(kind="open", schedule_s=(0.0, 0.5, 3.5), warmup_s=0, window_s=9)
+    played = play(Full(), traffic, prompts(2, 2, 2), (), NONE)
+    assert [(a.turned_away_s, len(a.chunks)) for a in played.answers] == [
+        (None, 2), (1.0, 0), (None, 2)  # it is refused between two steps
+    ]  # fmt: skip
+
+
+def test_a_user_of_a_closed_loop_that_is_turned_away_sends_again() -> None:
+    delays = NONE.model_copy(update={"client_s": 0.5})
+    traffic = Traffic(kind="closed", users=2, warmup_s=0, window_s=4)
+    played = play(Full(), traffic, prompts(*[2] * 40), (), delays)
+    assert any(a.turned_away_s is not None for a in played.answers)
+    assert sum(bool(a.chunks) for a in played.answers) >= 2
 
 
 def test_an_intruder_comes_every_so_often_beside_the_users() -> None:

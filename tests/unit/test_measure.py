@@ -59,6 +59,7 @@ EXPECTED = {
     "e2e_p50_s": 0.3 + 0.001 * 99.5,
     "e2e_p99_s": 0.3 + 0.001 * 197.01,
     "error_rate": 1 / 202,
+    "turned_away_rate": None,  # the engine has no limit on its queue: see below
     "batch": 4.05,  # 200 x 0.2 s in decode, and half a second of the warm-up's
     "mbu": (2000 + 4.05 * 8 * 32) / 0.1 / 1e6,  # bytes a step, TPOT, 1 MB/s
     # 200 prompts of 4 tokens, a quarter of them cached; 404 later tokens; in 10 s, at 10 MFLOP/s
@@ -81,8 +82,9 @@ EXPECTED = {
 LOWER_IS_BETTER = {
     "ttft_mean_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "tpot_mean_s", "tpot_p50_s",
     "tpot_p99_s", "itl_p50_s", "itl_p99_s", "chunk_gap_p99_s", "e2e_p50_s", "e2e_p99_s",
-    "error_rate", "usd_per_million_tokens", "engine_ttft_mean_s", "client_ttft_mean_s",
-    "preemptions", "prefill_pieces", "stall_mean_s", "intruder_ttft_mean_s", "joules_per_token",
+    "error_rate", "turned_away_rate", "usd_per_million_tokens", "engine_ttft_mean_s",
+    "client_ttft_mean_s", "preemptions", "prefill_pieces", "stall_mean_s", "intruder_ttft_mean_s",
+    "joules_per_token",
 }  # fmt: skip
 
 
@@ -117,6 +119,17 @@ def test_request_metrics_count_requests_sent_in_the_window_that_succeeded() -> N
     assert (values["ttft_mean_s"], values["tpot_mean_s"]) == pytest.approx((0.1, 0.1))
     assert (values["requests_per_s"], values["goodput_per_s"]) == (0.1, 0.1)
     assert values["error_rate"] == 0.5
+
+
+def test_what_a_limit_turns_away_has_not_failed() -> None:
+    """Unless the engine has no limit on its queue, and so no reason to refuse anything."""
+    good, full = make_record([(10.1, 1), (10.2, 1)]), make_record([], error="HTTP 503: busy")
+    records = [good, full, make_record([], error="HTTP 500: broken"), full]
+    limited = make_point(load="poisson:1", flags={"max-num-queued-reqs": 4})
+    values = measure(make_trial(records, point=limited))
+    assert (values["error_rate"], values["turned_away_rate"]) == (1 / 4, 2 / 4)
+    values = measure(make_trial(records, point=OPEN))
+    assert (values["error_rate"], values["turned_away_rate"]) == (3 / 4, None)
 
 
 @pytest.mark.parametrize(("q", "least"), LEAST_SAMPLES.items())

@@ -121,8 +121,9 @@ class LawfulEngine:
     def busy(self) -> bool:
         return bool(self.new or self.left)
 
-    def add(self, request_id: str, prompt: Prompt) -> None:
+    def add(self, request_id: str, prompt: Prompt) -> bool:
         self.new.append((request_id, prompt))
+        return True
 
     def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
         self.left |= {name: prompt.output_tokens for name, prompt in self.new}
@@ -416,8 +417,9 @@ class TimedEngine:
     def busy(self) -> bool:
         return bool(self.ends_s)
 
-    def add(self, request_id: str, prompt: Prompt) -> None:
+    def add(self, request_id: str, prompt: Prompt) -> bool:
         self.ends_s[request_id] = self.now_s + self.lasts_s[prompt.index]
+        return True
 
     def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
         first = min(self.ends_s, key=lambda name: self.ends_s[name])

@@ -227,6 +227,14 @@ def test_who_asks_does_not_change_what_is_asked() -> None:
     assert [r.messages for r in plain] == [r.messages for r in tenants]
 
 
+def test_requests_take_priorities_in_turn_and_0_is_not_sent(tmp_path: Path) -> None:
+    """An engine that does not schedule by priority refuses a request that names one."""
+    write_requests(tmp_path / "requests.jsonl", drawn(4, priorities=(0, 2, 1)), "base")
+    bodies = [json.loads(p.body) for p in read_requests(tmp_path / "requests.jsonl")]
+    assert [b.get("priority") for b in bodies] == [None, 2, 1, None]
+    assert "priorities" not in make_workload().model_dump()
+
+
 def test_a_planned_request_asks_its_adapter_and_says_whose_it_is(tmp_path: Path) -> None:
     requests = drawn(4, loads=("contended:2/1",), intruder=Intruder(prompt_tokens=90),
                      adapters=Adapters(count=2))  # fmt: skip

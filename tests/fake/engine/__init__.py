@@ -23,6 +23,9 @@ never adds up. As in vLLM
 - with `--speculative-config` each sequence drafts in every step after its first, and each drafted
   token is accepted with `--acceptance`, as long as all before it were. Drafting takes no time;
 - a chat's tokens are those of the served model's tokenizer, where its folder has one, else words;
+- beyond `--max-num-queued-reqs` requests, or prompts of `--max-num-queued-tokens` before their
+  first token, a request gets a 503, is counted and leaves no line in the log;
+- with `--scheduling-policy priority` the lowest `priority` of those that wait is served first;
 - a batch holds at most `--max-loras` adapters, and others wait for a slot. An adapter's answers
   begin with what its folder's `mark.txt` says, as if it had been trained to.
 

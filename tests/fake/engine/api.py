@@ -104,6 +104,9 @@ class Api:
             self._engine.close(request, "error")
             status = HTTPStatus.INTERNAL_SERVER_ERROR
             raise Refused(status, "InternalServerError", "EngineCore failed, as it was told to")
+        if self._engine.is_full():
+            message = "The engine is currently busy and cannot accept new requests."
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError", message)
         self._engine.start(request)
 
     def _read(
@@ -157,6 +160,9 @@ class Api:
         truth = body.get("truth") or {}
         if not (isinstance(truth, dict) and all(type(v) in (int, float) for v in truth.values())):
             refuse("truth must map ttft_s, gap_s, stall_s, tokens_per_chunk to numbers.", "truth")
+        priority = body.get("priority", 0)
+        if type(priority) is not int or (priority and self._options.scheduling_policy == "fcfs"):
+            refuse(f"Got priority {priority} but Priority scheduling is not enabled.", "priority")
 
         self._arrived += 1
         index = headers.get("x-request-id", str(self._arrived))
@@ -181,6 +187,7 @@ class Api:
             n_out=n_out,
             stops=n_out < most or n_out == ends,
             truth=truth,
+            priority=priority,
         )
 
 

@@ -43,6 +43,15 @@ class Engine:
         """Every name that a client may ask for."""
         return [*self.names, *self.adapters]
 
+    def is_full(self) -> bool:
+        """Whether a limit on the queue turns the next request away, which is counted then."""
+        most, most_tokens = self.options.max_num_queued_reqs, self.options.max_num_queued_tokens
+        full = most is not None and len(self._active) >= most
+        if not full and most_tokens is not None:
+            full = sum(len(r.prompt) for r in self._active if not r.times) >= most_tokens
+        self.metrics.counters["admission_rejections_total"] += full
+        return full
+
     def start(self, request: Request) -> None:
         """Serve a request; a stream's headers go out at once."""
         self._active.add(request)

@@ -30,7 +30,8 @@ HISTOGRAMS: dict[str, Sequence[float]] = {
     "request_decode_time_seconds": PHASE_S,
 }
 COUNTERS = ("prompt_tokens_total", "generation_tokens_total", "prefix_cache_queries_total",
-            "prefix_cache_hits_total", "num_preemptions_total")  # fmt: skip
+            "prefix_cache_hits_total", "num_preemptions_total",
+            "admission_rejections_total")  # fmt: skip
 SPECULATION = ("spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total",
                "spec_decode_num_accepted_tokens_total")  # fmt: skip
 ACCEPTED_AT = "spec_decode_num_accepted_tokens_per_pos_total"

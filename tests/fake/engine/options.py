@@ -27,6 +27,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--max-loras", type=int, default=1, help="adapters in a batch")
     add("--max-model-len", type=int, default=8192, help="prompt and output together, in tokens")
     add("--max-num-seqs", type=int, default=256, help="the largest batch; other requests wait")
+    add("--max-num-queued-reqs", type=int, help="requests that wait or run; more get a 503")
+    add("--max-num-queued-tokens", type=int, help="of prompts without a first token; the same")
+    add("--scheduling-policy", choices=("fcfs", "priority"), default="fcfs", help="who is next")
     add("--max-num-batched-tokens", type=int, default=8192, help="tokens computed in a step")
     add("--enable-chunked-prefill", action=argparse.BooleanOptionalAction, default=True,
         help="prefill a prompt in pieces where it exceeds what a step has left")  # fmt: skip

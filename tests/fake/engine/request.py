@@ -36,6 +36,7 @@ class Request:
     n_out: int
     stops: bool  # ends by itself, not by max_tokens
     truth: dict[str, float]
+    priority: int  # lower ones are served first
     scheduled: float = 0.0
     n_cached: int = 0
     computed: int = 0  # tokens whose keys and values are there

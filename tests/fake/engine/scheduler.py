@@ -38,6 +38,8 @@ class Batching:
 
     def arrive(self, request: Request) -> None:
         self.waiting.append(request)
+        if self._options.scheduling_policy == "priority":
+            self.waiting = deque(sorted(self.waiting, key=lambda r: (r.priority, r.received)))
         if not self._stepping:
             self._begin(request.received)
 

@@ -1,0 +1,657 @@
+"""This module tells what overload does to goodput, what mends it, and which signal sees it coming.
+
+Times of a queue are read off the clients' records: a request waits from its send to its first
+token, and is in the batch from there to its last. What the client sees so is later than the
+engine's own gauges by some milliseconds of transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from dashboards.palette import BLUE, BOUND, VARIANTS
+from labs.filing.results import Finding
+from labs.findings.context import Context, JudgedRun
+from labs.findings.drawing import GREY, plt
+from labs.findings.parts import Conclusion, Headline, ReportParts
+from labs.judging.judge import Interval
+from labs.judging.measure import Trial, kv_capacity_tokens
+from labs.judging.text import interval, number
+from labs.lab import SLO, Point
+from loadtests.arrivals import Offered, Ramp
+from loadtests.records import RequestRecord
+
+# ------------------------------------------------------------------ what is served in time
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Holds what a variant made of an offered load."""
+
+    variant: str
+    limited: bool  # it turns requests away
+    times: float  # the capacity
+    offered_per_s: float  # as it was sent
+    goodput_per_s: float
+    goodput_interval: Interval | None
+    forecast_per_s: float | None
+    output_tokens_per_s: float | None
+    ttft_p50_s: float | None
+    turned_away: float | None  # share of what was sent
+    late_from_s: float | None  # when the first request was sent that waited longer than the SLO
+    fluid_late_from_s: float | None  # t*; None below the capacity and with a limit
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Holds the capacity, as it was found and as it was forecast, and every offered load."""
+
+    capacity_per_s: float | None  # by which the rates were set
+    forecast_capacity_per_s: float | None
+    slo: SLO
+    offers: tuple[Offer, ...]
+
+    def offer(self, limited: bool, times: float) -> Offer | None:
+        return next((o for o in self.offers if (o.limited, o.times) == (limited, times)), None)
+
+    @property
+    def most(self) -> float:
+        """The heaviest load, in multiples of the capacity."""
+        return max((o.times for o in self.offers), default=0.0)
+
+
+def admission(context: Context) -> Admission:
+    """Measures each load of the variants that were sent all of them."""
+    first, *_ = context.points
+    forecasts = _forecasts(context)
+    of_first = context.values.get(first.key, {}).get(1, {})
+    points = [p for p in context.points if isinstance(p.load, Offered)]
+    several = {p.workload.name for p in points if len(p.workload.loads) > 1}
+    return Admission(
+        capacity_per_s=of_first.get("requests_per_s"),
+        forecast_capacity_per_s=_forecast(forecasts, first, "requests_per_s"),
+        slo=context.lab.slo,
+        offers=tuple(
+            offer
+            for p in points
+            if p.workload.name in several and (offer := _offer(context, p, forecasts))
+        ),
+    )
+
+
+Forecasts = dict[str, dict[str, float]]  # point -> metric
+
+
+def _forecasts(context: Context) -> Forecasts:
+    path = context.folder.path / "predictions.json"
+    played = context.folder.predictions().in_virtual_time if path.exists() else None
+    bands = played.points if played else {}
+    return {key: {m: band.value for m, band in of.items()} for key, of in bands.items()}
+
+
+def _forecast(forecasts: Forecasts, point: Point, metric: str) -> float | None:
+    return forecasts.get(point.key, {}).get(metric)
+
+
+def _offer(context: Context, point: Point, forecasts: Forecasts) -> Offer | None:
+    goodput_per_s = context.mean(point, "goodput_per_s")
+    trials = [trial for _, _, trial in context.folder.trials([point], context.lab) if trial]
+    if goodput_per_s is None or not trials or not isinstance(point.load, Offered):
+        return None
+    limited, times = point.flags.turns_away, point.load.times
+    late_s = [s for trial in trials if (s := late_from_s(trial)) is not None]
+    over = times > 1 and not limited
+    return Offer(
+        variant=point.variant.name,
+        limited=limited,
+        times=times,
+        offered_per_s=fmean(_sent_per_s(trial) for trial in trials),
+        goodput_per_s=goodput_per_s,
+        goodput_interval=context.interval(point, "goodput_per_s"),
+        forecast_per_s=_forecast(forecasts, point, "goodput_per_s"),
+        output_tokens_per_s=context.mean(point, "output_tokens_per_s"),
+        ttft_p50_s=context.mean(point, "ttft_p50_s"),
+        turned_away=context.mean(point, "turned_away_rate"),
+        late_from_s=fmean(late_s) if late_s else None,
+        fluid_late_from_s=context.lab.slo.ttft_s / (times - 1) if over else None,
+    )
+
+
+def _sent_per_s(trial: Trial) -> float:
+    return sum(r.in_window for r in trial.records) / trial.window_length_s
+
+
+def late_from_s(trial: Trial) -> float | None:
+    """Finds when the first request was sent whose first token came later than the SLO allows.
+
+    In seconds from the trial's beginning; None where none was late.
+    """
+    limit_s = trial.slo.ttft_s
+    late_s = (r.start_s for r in trial.records if r.ok and (r.ttft_s or 0.0) > limit_s)
+    return min(late_s, default=None)
+
+
+def tell_admission(facts: Admission) -> Finding:
+    rows = [
+        ["Variant", "Load", "Offered", "Goodput", "95 % interval", "Forecast", "Turned away",
+         "TTFT, p50", "First late after", "t*"]
+    ]  # fmt: skip
+    rows += [
+        [o.variant, f"{o.times:g}x", number(o.offered_per_s, "req/s"),
+         number(o.goodput_per_s, "req/s"), interval(o.goodput_interval, "req/s"),
+         number(o.forecast_per_s, "req/s"), number(o.turned_away, "share"),
+         number(o.ttft_p50_s, "s"), number(o.late_from_s, "s"), number(o.fluid_late_from_s, "s")]
+        for o in facts.offers
+    ]  # fmt: skip
+    capacity = number(facts.capacity_per_s, "req/s")
+    forecast = number(facts.forecast_capacity_per_s, "req/s")
+    lines = [
+        f"The capacity is {capacity}: what the engine without a limit completed in a closed loop"
+        " with a full batch, in the first repeat, before any other trial. All rates are multiples"
+        f" of it. The forecast's own capacity is {forecast}, and its loads are multiples of that.",
+        f"Goodput counts requests sent in the window with a TTFT of at most"
+        f" {number(facts.slo.ttft_s, 's')} and a TPOT of at most {number(facts.slo.tpot_s, 's')}."
+        " *First late after* is when, from the trial's beginning, the first request was sent that"
+        " had to wait longer: t* = SLO mu / (lambda - mu) for a fluid, without a limit.",
+    ]
+    return Finding(title="What is served in time, as the load rises", rows=rows, lines=lines)
+
+
+ADMISSION = Conclusion("admission", admission, tell_admission)
+
+# -------------------------------------------------------------------------- two classes of requests
+
+
+@dataclass(frozen=True)
+class ClassServed:
+    """Holds what one class of requests got."""
+
+    variant: str
+    priority: int | None  # None: the engine knows no classes
+    sent_per_s: float
+    in_time: float  # share of those that were sent
+    ttft_mean_s: float | None
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Holds the classes under the policy of priorities, and all requests without it."""
+
+    times: float | None  # the capacity
+    classes: tuple[ClassServed, ...]
+
+
+def classes(context: Context) -> Classes:
+    """Splits the trials with priorities by class, and sets the same load without them beside."""
+    split = [p for p in context.points if p.workload.priorities and isinstance(p.load, Offered)]
+    found = []
+    for point in split:
+        for priority in sorted(set(point.workload.priorities)):
+            found += _class_served(context, point, priority)
+    loads = {str(p.load) for p in split}
+    for point in context.points:
+        plain = not point.workload.priorities and not point.flags.turns_away
+        if plain and str(point.load) in loads:
+            found += _class_served(context, point, None)
+    times = [p.load.times for p in split if isinstance(p.load, Offered)]
+    return Classes(times[0] if times else None, tuple(found))
+
+
+def _class_served(context: Context, point: Point, priority: int | None) -> list[ClassServed]:
+    sent, in_time, ttft_s, seconds = 0, 0, list[float](), 0.0
+    for _, _, trial in context.folder.trials([point], context.lab):
+        if trial is None:
+            continue
+        seconds += trial.window_length_s
+        for r in trial.records:
+            if not r.in_window or priority not in (None, point.workload.priority(r.index)):
+                continue
+            sent += 1
+            in_time += _in_time(r, trial.slo)
+            ttft_s += [r.ttft_s] if r.ok and r.ttft_s is not None else []
+    if not sent:
+        return []
+    mean_s = fmean(ttft_s) if ttft_s else None
+    name = point.variant.name
+    return [ClassServed(name, priority, sent / seconds, in_time / sent, mean_s)]
+
+
+def _in_time(record: RequestRecord, slo: SLO) -> bool:
+    served = record.ok and (record.ttft_s or 0.0) <= slo.ttft_s
+    return served and (record.tpot_s or 0.0) <= slo.tpot_s
+
+
+def tell_classes(facts: Classes) -> Finding:
+    rows = [["Variant", "Class", "Sent", "In time", "TTFT, mean"]]
+    rows += [
+        [c.variant, "all alike" if c.priority is None else f"priority {c.priority}",
+         number(c.sent_per_s, "req/s"), number(c.in_time, "share"), number(c.ttft_mean_s, "s")]
+        for c in facts.classes
+    ]  # fmt: skip
+    lines = [
+        "The lower number is served first. A priority makes no room: what one class gains, the"
+        " other waits for."
+    ]
+    at = f", at {facts.times:g}x the capacity" if facts.times else ""
+    return Finding(title=f"Two classes of requests{at}", rows=rows, lines=lines)
+
+
+CLASSES = Conclusion("classes", classes, tell_classes)
+
+# ------------------------------------------------------------------------------- the best flags
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Holds what a batch and a limit made of a flood, as forecast and as measured."""
+
+    variant: str
+    batch: int  # max-num-seqs
+    limit: str  # by which flag, and how much
+    goodput_per_s: float | None
+    forecast_goodput_per_s: float | None
+    output_tokens_per_s: float | None
+    forecast_tokens_per_s: float | None
+    tpot_mean_s: float | None
+    usd_per_million_tokens: float | None  # where a price was given
+
+
+@dataclass(frozen=True)
+class BestFlags:
+    """Holds all variants that were sent the flood."""
+
+    times: float | None  # the capacity
+    flags: tuple[Flags, ...]
+
+    def best(self, of: Callable[[Flags], float | None]) -> Flags | None:
+        """Picks the variant of which this is most; None where none has it."""
+        known = [f for f in self.flags if of(f) is not None]
+        return max(known, key=lambda f: (of(f) or 0.0, f.variant), default=None)
+
+
+def best_flags(context: Context) -> BestFlags:
+    """Reads the points of the heaviest offered load."""
+    offered = [p for p in context.points if isinstance(p.load, Offered)]
+    most = max((p.load.times for p in offered if isinstance(p.load, Offered)), default=None)
+    forecasts = _forecasts(context)
+    return BestFlags(
+        most,
+        tuple(
+            Flags(
+                variant=p.variant.name,
+                batch=p.flags.max_num_seqs,
+                limit=_limit(p),
+                goodput_per_s=context.mean(p, "goodput_per_s"),
+                forecast_goodput_per_s=_forecast(forecasts, p, "goodput_per_s"),
+                output_tokens_per_s=context.mean(p, "output_tokens_per_s"),
+                forecast_tokens_per_s=_forecast(forecasts, p, "output_tokens_per_s"),
+                tpot_mean_s=context.mean(p, "tpot_mean_s"),
+                usd_per_million_tokens=context.mean(p, "usd_per_million_tokens"),
+            )
+            for p in offered
+            if isinstance(p.load, Offered) and p.load.times == most
+        ),
+    )
+
+
+def _limit(point: Point) -> str:
+    requests = point.flags.get("max-num-queued-reqs")
+    tokens = point.flags.get("max-num-queued-tokens")
+    if requests is not None:
+        return f"{requests} requests"
+    return "none" if tokens is None else f"{tokens} prompt tokens"
+
+
+def tell_best_flags(facts: BestFlags) -> Finding:
+    priced = any(f.usd_per_million_tokens is not None for f in facts.flags)
+    rows = [
+        ["Variant", "max-num-seqs", "Limit", "Goodput, forecast", "Measured",
+         "Throughput, forecast", "Measured", "TPOT, mean", *(["$/M tokens"] if priced else [])]
+    ]  # fmt: skip
+    rows += [
+        [f.variant, str(f.batch), f.limit, number(f.forecast_goodput_per_s, "req/s"),
+         number(f.goodput_per_s, "req/s"), number(f.forecast_tokens_per_s, "tok/s"),
+         number(f.output_tokens_per_s, "tok/s"), number(f.tpot_mean_s, "s"),
+         *([number(f.usd_per_million_tokens, "USD")] if priced else [])]
+        for f in facts.flags
+    ]  # fmt: skip
+    lines = [
+        _agreement("most goodput", facts.best(lambda f: f.forecast_goodput_per_s),
+                   facts.best(lambda f: f.goodput_per_s)),
+        _agreement("most throughput, so the fewest dollars a token,",
+                   facts.best(lambda f: f.forecast_tokens_per_s),
+                   facts.best(lambda f: f.output_tokens_per_s)),
+    ]  # fmt: skip
+    at = f", at {facts.times:g}x the capacity" if facts.times else ""
+    title = f"Which flags serve most in time, and which most for the money{at}"
+    return Finding(title=title, rows=rows, lines=[line for line in lines if line])
+
+
+def _agreement(what: str, forecast: Flags | None, measured: Flags | None) -> str:
+    if measured is None:
+        return ""
+    came = f"Of these, `{measured.variant}` has the {what} as measured"
+    if forecast is None:
+        return f"{came}; none was forecast."
+    same = forecast.variant == measured.variant
+    return f"{came}; forecast was {'the same' if same else f'`{forecast.variant}`'}."
+
+
+BEST_FLAGS = Conclusion("best-flags", best_flags, tell_best_flags)
+
+# ----------------------------------------------------------------- which signal sees it coming
+
+GRID_S = 0.05  # between two readings of a signal
+TRAILING_S = 1.0  # over which answers are gathered for the percentile
+QUEUE, KV, BATCH, TTFT = "Requests waiting", "KV cache in use", "Batch in use", "TTFT, slowest"
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Holds how early a signal left the range that it has under a steady load."""
+
+    name: str
+    unit: str
+    highest_steady: float  # that it reached under the steady load
+    highest: float  # that it reached on the ramp
+    lead_s: float | None  # from its alarm to the breach, mean; None: no alarm before the breach
+    alarms: int  # trials in which it rose above its steady range before the breach
+
+
+@dataclass(frozen=True)
+class Signals:
+    """Holds every signal on the ramp."""
+
+    steady_times: float | None  # the capacity: the steady load
+    ramp: str  # in words
+    trials: int  # in which the SLO was broken
+    breach_s: float | None  # when the first request was sent that came too late, mean
+    saturated_s: float | None  # when the load passed the capacity, by the plan
+    signals: tuple[Signal, ...]
+
+    @property
+    def leading(self) -> Signal | None:
+        """The signal that was earliest; one that failed in any trial is left out."""
+        sure = [s for s in self.signals if s.lead_s is not None and s.alarms == self.trials]
+        return max(sure, key=lambda s: s.lead_s or 0.0, default=None)
+
+
+Series = dict[str, list[float]]  # signal -> its readings, one every GRID_S
+
+
+def signals(context: Context) -> Signals:
+    """Reads four signals along a ramp: each alarms above the highest it had at a steady load.
+
+    The steady load is the lightest one that the same variant was offered. So no signal's threshold
+    was chosen by what the ramp showed.
+    """
+    ramps = [p for p in context.points if isinstance(p.load, Ramp)]
+    if not ramps:
+        return Signals(None, "", 0, None, None, ())
+    (ramp, *_) = ramps
+    steady = [
+        p for p in context.points
+        if isinstance(p.load, Offered) and p.variant.name == ramp.variant.name
+    ]  # fmt: skip
+    lightest = min(steady, key=lambda p: getattr(p.load, "times", 0.0), default=None)
+    calm = [_series(t) for t in _trials(context, lightest)] if lightest else []
+    rising = [(t, _series(t)) for t in _trials(context, ramp)]
+    broken = [(t, s, at) for t, s in rising if (at := late_from_s(t)) is not None]
+    first, last = getattr(ramp.load, "first", 0.0), getattr(ramp.load, "last", 0.0)
+    length_s = context.lab.warmup_s + context.lab.window_s
+    passes = first < 1 < last
+    return Signals(
+        steady_times=getattr(lightest.load, "times", None) if lightest else None,
+        ramp=ramp.load.words,
+        trials=len(broken),
+        breach_s=fmean(at for *_, at in broken) if broken else None,
+        saturated_s=(1 - first) / (last - first) * length_s if passes else None,
+        signals=tuple(
+            _signal(name, calm, [s for _, s in rising], [(s, at) for _, s, at in broken])
+            for name in (QUEUE, BATCH, KV, TTFT)
+        )
+        if calm and rising
+        else (),
+    )
+
+
+def _trials(context: Context, point: Point) -> Iterator[Trial]:
+    return (t for _, _, t in context.folder.trials([point], context.lab) if t)
+
+
+def _signal(
+    name: str,
+    calm: Sequence[Series],
+    rising: Sequence[Series],
+    broken: Sequence[tuple[Series, float]],
+) -> Signal:
+    """Compares a signal on the ramp with the steady load; `broken` holds when the SLO was too."""
+    highest_steady = max(max(series[name]) for series in calm)
+    leads_s = []
+    for series, breach_s in broken:
+        alarm = next((i for i, v in enumerate(series[name]) if v > highest_steady), None)
+        if alarm is not None and alarm * GRID_S < breach_s:
+            leads_s.append(breach_s - alarm * GRID_S)
+    return Signal(
+        name=name,
+        unit={QUEUE: "1", TTFT: "s"}.get(name, "share"),
+        highest_steady=highest_steady,
+        highest=max(max(series[name]) for series in rising),
+        lead_s=fmean(leads_s) if leads_s else None,
+        alarms=len(leads_s),
+    )
+
+
+def _series(trial: Trial) -> Series:
+    """Reads the signals off a trial's records, from its beginning to the end of its window."""
+    point, (_, end_s) = trial.point, trial.summary.window_s
+    grid = np.arange(0.0, end_s, GRID_S)
+    waiting, batch, held = (np.zeros(len(grid)) for _ in range(3))
+    firsts: list[tuple[float, float]] = []  # (when, TTFT)
+    for r in trial.records:
+        if not r.chunks:
+            continue
+        first_s, last_s = r.chunks[0][0], r.chunks[-1][0]
+        waiting += (grid >= r.sent_s) & (grid < first_s)
+        running = (grid >= first_s) & (grid < last_s)
+        batch += running
+        times, sizes = zip(*r.chunks, strict=True)
+        received = np.concatenate([[0], np.cumsum(sizes)])
+        so_far = received[np.searchsorted(times, grid, side="right")]
+        held += running * ((r.prompt_tokens or 0) + so_far)
+        firsts.append((first_s, r.ttft_s or 0.0))
+    firsts.sort()
+    slowest = [
+        max((ttft_s for at, ttft_s in firsts if t - TRAILING_S < at <= t), default=0.0)
+        for t in grid
+    ]
+    capacity = kv_capacity_tokens(trial)
+    return {
+        QUEUE: waiting.tolist(),
+        BATCH: (batch / point.flags.max_num_seqs).tolist(),
+        KV: (held / capacity).tolist() if capacity else [0.0] * len(grid),
+        TTFT: slowest,
+    }
+
+
+def tell_signals(facts: Signals) -> Finding:
+    rows = [["Signal", "Highest at the steady load", "Highest on the ramp", "Alarms", "Lead, mean"]]
+    rows += [
+        [s.name, number(s.highest_steady, s.unit), number(s.highest, s.unit),
+         f"{s.alarms} of {facts.trials}", number(s.lead_s, "s")]
+        for s in facts.signals
+    ]  # fmt: skip
+    lines = []
+    if facts.breach_s is not None:
+        passed = f" (it passes the capacity at {number(facts.saturated_s, 's')})"
+        lines.append(
+            f"On {facts.ramp}{passed if facts.saturated_s is not None else ''} the first request"
+            f" that waited longer than the SLO was sent after {number(facts.breach_s, 's')}, mean"
+            f" of {facts.trials} trials."
+        )
+    if facts.steady_times is not None:
+        lines.append(
+            "A signal alarms when it rises above the highest value that it had at"
+            f" {facts.steady_times:g}x the capacity; its lead is the time from there to that send."
+            " A batch or a cache that was full once under the steady load cannot alarm: full is"
+            " full, at the capacity and at twice the capacity. The slowest TTFT is that of the"
+            f" answers of the last {TRAILING_S:g} s."
+        )
+    return Finding(title="Which signal sees the overload coming", rows=rows, lines=lines)
+
+
+SIGNALS = Conclusion("signals", signals, tell_signals)
+
+# ------------------------------------------------------------------------------------ the answers
+
+
+def why_admit(run: JudgedRun) -> str | None:
+    facts = ADMISSION.facts_of(run)
+    if facts is None:
+        return None
+    without, limited = facts.offer(False, facts.most), facts.offer(True, facts.most)
+    if without is None or limited is None:
+        return None
+    when = ""
+    if without.late_from_s is not None:
+        when = (
+            f" Without a limit the first request that came too late was sent after"
+            f" {number(without.late_from_s, 's')} (t* is {number(without.fluid_late_from_s, 's')})."
+        )
+    return (
+        f"Of {number(limited.offered_per_s, 'req/s')} offered, {facts.most:g}x the capacity,"
+        f" {number(without.goodput_per_s, 'req/s')} were served within the SLO without a limit, and"
+        f" {number(limited.goodput_per_s, 'req/s')} with one, which turned"
+        f" {number(limited.turned_away, 'share')} away.{when}"
+    )
+
+
+def chat_service(run: JudgedRun) -> str | None:
+    facts = BEST_FLAGS.facts_of(run)
+    best = facts and facts.best(lambda f: f.goodput_per_s)
+    if not facts or not best:
+        return None
+    forecast = facts.best(lambda f: f.forecast_goodput_per_s)
+    foreseen = f" The forecast's choice was `{forecast.variant}`." if forecast else ""
+    return (
+        f"Of {len(facts.flags)} settings under a flood, `{best.variant}` (max-num-seqs"
+        f" {best.batch}, limit {best.limit}) served most within the SLO:"
+        f" {number(best.goodput_per_s, 'req/s')} at a TPOT of {number(best.tpot_mean_s, 's')}."
+        f"{foreseen}"
+    )
+
+
+def document_service(run: JudgedRun) -> str | None:
+    facts = BEST_FLAGS.facts_of(run)
+    best = facts and facts.best(lambda f: f.output_tokens_per_s)
+    if not facts or not best:
+        return None
+    forecast = facts.best(lambda f: f.forecast_tokens_per_s)
+    foreseen = f" The forecast's choice was `{forecast.variant}`." if forecast else ""
+    dollars = number(best.usd_per_million_tokens, "USD")
+    price = f", ${dollars} a million tokens" if best.usd_per_million_tokens is not None else ""
+    return (
+        f"Dollars a token fall as throughput rises: `{best.variant}` (max-num-seqs {best.batch})"
+        f" wrote most, {number(best.output_tokens_per_s, 'tok/s')}{price}, at a TPOT of"
+        f" {number(best.tpot_mean_s, 's')}.{foreseen}"
+    )
+
+
+def scaling_signal(run: JudgedRun) -> str | None:
+    facts = SIGNALS.facts_of(run)
+    if facts is None or not facts.signals:
+        return None
+    parts = [
+        f"{s.name.lower()} by {number(s.lead_s, 's')}"
+        + (f" (in {s.alarms} of {facts.trials} trials)" if s.alarms < facts.trials else "")
+        if s.lead_s is not None
+        else f"{s.name.lower()} not at all"
+        for s in facts.signals
+    ]
+    return f"Before the first request that came too late was sent, these rose: {'; '.join(parts)}."
+
+
+# -------------------------------------------------------------------------------------- its plots
+
+
+def draw_goodput(run: JudgedRun) -> str | None:
+    """Draws goodput over offered load, both in multiples of the capacity, beside the fluid's."""
+    facts = run.once(admission)
+    if not facts.capacity_per_s or not facts.offers:
+        return None
+    capacity = facts.capacity_per_s
+    _, ax = plt.subplots(figsize=(7.5, 4.2))
+    names = list(dict.fromkeys(o.variant for o in facts.offers))
+    for name, colour in zip(names, VARIANTS, strict=False):
+        mine = sorted((o for o in facts.offers if o.variant == name), key=lambda o: o.times)
+        x, y = [o.times for o in mine], [o.goodput_per_s / capacity for o in mine]
+        reach = [
+            (i.high - i.value) / capacity if (i := o.goodput_interval) and i.high is not None else 0
+            for o in mine
+        ]
+        ax.errorbar(x, y, yerr=reach, fmt="o-", capsize=4, color=colour, label=name)
+        expected = facts.forecast_capacity_per_s
+        forecast = [o for o in mine if o.forecast_per_s is not None]
+        if expected and forecast:
+            y = [(o.forecast_per_s or 0.0) / expected for o in forecast]
+            x, label = [o.times for o in forecast], f"{name}, forecast"
+            ax.plot(x, y, "x:", color=colour, label=label)
+    most = 1.05 * facts.most
+    ax.plot([0, 1, most], [0, 1, 1], color=BOUND, lw=1, ls="--", label="min(offered, capacity)")
+    ax.set_xlim(0, most)
+    ax.set_ylim(0, None)
+    ax.set_xlabel("offered load / capacity")
+    ax.set_ylabel("goodput / capacity")
+    ax.legend(frameon=False, fontsize=8)
+    return (
+        "Requests served within the SLO, in multiples of the capacity. Below the capacity both are"
+        " on the diagonal; beyond it the queue without a limit makes every later answer late."
+    )
+
+
+def draw_ramp(run: JudgedRun) -> str | None:
+    """Draws the signals of the ramp's first trial under one another, and the breach."""
+    ramp = next((p for p in run.points if isinstance(p.load, Ramp)), None)
+    trial = next(_trials(run, ramp), None) if ramp else None
+    if trial is None:
+        return None
+    series, facts, breach_s = _series(trial), run.once(signals), late_from_s(trial)
+    _, axes = plt.subplots(4, 1, figsize=(8, 6.4), sharex=True)
+    thresholds = {s.name: s.highest_steady for s in facts.signals}
+    for ax, name in zip(axes, (QUEUE, BATCH, KV, TTFT), strict=True):
+        scale = 100 if name in (BATCH, KV) else 1
+        y = [scale * v for v in series[name]]
+        ax.step([i * GRID_S for i in range(len(y))], y, where="post", color=BLUE, lw=1.2)
+        if name in thresholds:
+            ax.axhline(scale * thresholds[name], color=GREY, lw=1, ls=":")
+        if breach_s is not None:
+            ax.axvline(breach_s, color=BOUND, lw=1.2)
+        ax.set_ylabel(f"{name}\n({'%' if scale == 100 else 's' if name == TTFT else 'requests'})")
+        ax.set_ylim(0, None)
+    axes[-1].set_xlabel("time in the first trial (s)")
+    axes[-1].set_xlim(0, trial.summary.window_s[1])
+    return (
+        f"Four signals on {trial.point.load.words}. Dotted: the highest value at the steady load,"
+        " above which a signal alarms. Orange: the send of the first request that came too late."
+    )
+
+
+PARTS = ReportParts(
+    conclusions=(ADMISSION, CLASSES, BEST_FLAGS, SIGNALS),
+    answers={
+        "SO-2": why_admit,
+        "SD-2": chat_service,
+        "SD-3": document_service,
+        "SA-5": scaling_signal,
+    },
+    plots={"goodput": draw_goodput, "ramp": draw_ramp},
+    headline=Headline(
+        claim="overload",
+        done="Turning requests away beyond a limit, at twice the capacity",
+        figure="the requests served in time",
+    ),
+)
