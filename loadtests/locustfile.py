@@ -429,7 +429,7 @@ def tokens_of(
         try:
             event = orjson.loads(line[5:])
             if "error" in event:
-                complaint = str(event["error"])[:200]
+                complaint = complaint_of(event["error"])
             if usage := event.get("usage"):
                 prompt, output = usage["prompt_tokens"], usage["completion_tokens"]
                 if type(output) is not int or not reported <= output <= most_tokens:
@@ -449,6 +449,17 @@ def tokens_of(
             counted += tokens
             chunks.append((round(at - t0, 6), tokens))
     return chunks, prompt_tokens, output_tokens, complaint
+
+
+def complaint_of(error: Any) -> str:
+    """Word an error that came within a stream.
+
+    vLLM checks the limits on its queue before it answers, and once more when its answer has begun:
+    then what it turns away has a status of 200, and says its own in the stream.
+    """
+    code = error.get("code") if isinstance(error, dict) else None
+    turned_away = next((name for name in records.TURNED_AWAY if name == f"HTTP {code}"), "")
+    return f"{turned_away}{': ' * bool(turned_away)}{error}"[:200]
 
 
 def text_of(lines: list[tuple[float, bytes]]) -> str:

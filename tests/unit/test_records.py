@@ -200,6 +200,18 @@ def test_closing_usage_is_not_a_chunk(tokens_of: Parse) -> None:
     assert tokens_of([(101.0, sse(TEXT)), (102.0, sse(None, 3))]) == [[[1.0, 1]], 9, 3, None]
 
 
+def test_a_refusal_for_lack_of_room_may_come_within_a_stream(tokens_of: Parse) -> None:
+    """vLLM checks the limits on its queue once more when its answer, of status 200, has begun."""
+    refusal = {"message": "busy", "type": "Service Unavailable", "param": None, "code": 503}
+    for code, turned_away in ((503, True), (429, True), (500, False)):
+        line = f"data: {json.dumps({'error': {**refusal, 'code': code}})}\n"
+        chunks, _, _, complaint = tokens_of([(101.0, line)])
+        assert not chunks
+        assert complaint
+        assert "busy" in complaint
+        assert make_record([], error=complaint).turned_away == turned_away
+
+
 def test_error_within_the_stream_is_told(tokens_of: Parse) -> None:
     lines = [(101.0, sse(TEXT, 1)), (102.0, 'data: {"error": "out of memory"}\n')]
     assert tokens_of(lines) == [[[1.0, 1]], 9, 1, "out of memory"]
