@@ -111,6 +111,7 @@ def dials(lab: Lab, runs: Sequence[tuple[Run, Summary]], first: str = "") -> dic
         return {}
     return {
         "lab": lab.name,
+        "judged": [claim.name for claim in lab.claims],
         "claims": [_described(claim) for claim in claims],
         "machines": [
             {"name": hardware[m].name, "told": hardware[m].told, "card": hardware[m].card}

@@ -211,7 +211,8 @@ class Lesson:
             done = headline.done[0].lower() + headline.done[1:]
             return f"By what does {done} multiply {headline.figure}?"
         title = plain_text(parse(self.claim.title))
-        return f"“{title}.” By what is {METRICS[self.claim.metric].title} multiplied?"
+        what, _, which = METRICS[self.claim.metric].title.partition(", ")  # `TPOT, mean`
+        return f"“{title}.” By what is the {f'{which} {what}'.strip()} multiplied?"
 
     @property
     def guessed(self) -> list[tuple[Entry, Judgement]]:

@@ -4,9 +4,9 @@
 const MOST_FILE_BYTES = 32 * 2 ** 20;
 const own = [];  // what the reader's file measured: {claim, y, low, high, told}
 
-// The measured ratios that a summary has for these claims. Throws an Error with a sentence for
-// whatever is not such a file: it may be anybody's.
-function measuredOf(text, claims) {
+// The measured ratios that a summary has for these claims; `judged` are all claims of the lab.
+// Throws an Error with a sentence for whatever is not such a file: it may be anybody's.
+function measuredOf(text, claims, judged) {
   let summary;
   try {
     summary = JSON.parse(text);
@@ -16,23 +16,27 @@ function measuredOf(text, claims) {
   if (!Array.isArray(summary?.judgements)) {
     throw new Error("This is no summary of a run: it has no list of judgements.");
   }
+  const known = summary.judgements.filter((one) => judged.includes(one?.claim)).length;
+  if (2 * known < summary.judgements.length || !known) {
+    throw new Error("Its claims are not this lesson's: it is another lab's summary.");
+  }
   const number = (value) => typeof value === "number" && Number.isFinite(value) && value > 0;
   const found = [];
   claims.forEach(({ name }, claim) => {
-    const judged = name && summary.judgements.find((one) => one?.claim === name);
-    const ratio = judged?.effect?.ratio;
+    const one = name && summary.judgements.find((of) => of?.claim === name);
+    const ratio = one?.effect?.ratio;
     if (!number(ratio?.value)) return;
     const [low, high] = [ratio.low, ratio.high].map((bound) => (number(bound) ? bound : null));
-    const told = typeof judged.outcome === "string" ? judged.outcome.slice(0, 20) : "";
+    const told = typeof one.outcome === "string" ? one.outcome.slice(0, 20) : "";
     found.push({ claim, y: ratio.value, low, high, told });
   });
   if (!found.length) {
-    throw new Error("None of this lesson's claims is in this file: is it another lab's summary?");
+    throw new Error("None of the claims drawn here has a ratio in this file.");
   }
   return found;
 }
 
-function dialled({ claims, machines, knobs, curves, measured, lab }) {
+function dialled({ claims, machines, knobs, curves, measured, lab, judged }) {
   const chosen = (id) => Number(at(id).value);
   const of = (claim, knob, machine) => curves.filter((c) =>
     c.claim === claim && c.knob === knob && (machine === undefined || c.machine === machine));
@@ -148,7 +152,7 @@ function dialled({ claims, machines, knobs, curves, measured, lab }) {
     try {
       if (!file) return;
       if (file.size > MOST_FILE_BYTES) throw new Error("This file is larger than any summary.");
-      own.push(...measuredOf(await file.text(), claims));
+      own.push(...measuredOf(await file.text(), claims, judged));
       at("own-said").textContent = "Your run: " + own.map(({ claim, y, low, high, told }) =>
         `${claims[claim].title}: ${digits(y)}x${low && high ? ` (${digits(low)} to ${digits(high)})` : ""}, ${told}`)
         .join(". ") + ". The diamonds in the picture stand at the lab's own setting.";
