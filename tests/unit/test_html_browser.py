@@ -370,6 +370,7 @@ def test_the_planner_says_what_fits_and_what_does_not(chromium: Browser, site: P
         shown.js(f"(e => {{ e.value = {value!r}; e.dispatchEvent(new Event('input',"
                  f" {{bubbles: true}})); }})(document.querySelector('[name={name}]'))")  # fmt: skip
 
+    assert "make plan MACHINE=" in shown.js("document.getElementById('flags').innerText")
     given("users", "4096")
     assert "the others wait in the queue" in shown.js(answer)
     given("users", "0.0001")  # no number of requests: the page's own value holds

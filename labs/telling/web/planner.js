@@ -88,7 +88,7 @@ function spans(shape, machine, want) {
   }));
 }
 
-function commands(machine, model, want) {
+function commands(machine, model, want, { throughput }) {
   const length = want.prompt + want.output;
   const served = ["vllm serve MODEL", `--max-model-len ${length}`, `--max-num-seqs ${want.users}`,
     `--gpu-memory-utilization ${facts.share}`];
@@ -96,10 +96,11 @@ function commands(machine, model, want) {
   if (want.kv === 1) served.push("--kv-cache-dtype fp8");
   const told = want.bits === 4 ? "a 4-bit checkpoint in the place of MODEL" : "on the machine itself";
   const found = [[served.join(" "), told]];
-  const [, link] = facts.lessons.throughput ?? [];
-  const lab = link?.match(/([a-z0-9-]+)\.html/)?.[1];
-  if (lab && machine.card && model.lab) {
-    found.unshift([`make forecast LAB=${lab} MACHINE=${machine.card} MODEL=${model.lab}`,
+  if (machine.card && model.lab) {
+    const precision = { 16: "bf16", 8: "fp8", 4: "w4a16-gptq" }[want.bits];
+    const rate = sized(throughput.expected / want.output).replaceAll(",", "");
+    found.unshift([`make plan MACHINE=${machine.card} MODEL=${model.lab} PRECISION=${precision}`
+      + ` RATE=${rate} LENGTHS=${want.prompt}/${want.output} SLO=${want.ttft}/${want.tpot}`,
       "vLLM's own scheduler in virtual time, with a band: closer than these closed forms"]);
   }
   return found;
@@ -154,7 +155,7 @@ function plan() {
       + " waiting for a place in the batch is not in TTFT."
     : `${machine.told}. No efficiency is published for such a machine, so there is a bound alone;`
       + " a run of the lesson's lab measures how near it comes.";
-  document.getElementById("flags").replaceChildren(...commands(machine, model, want).map(listed));
+  document.getElementById("flags").replaceChildren(...commands(machine, model, want, times).map(listed));
   copyable();
 }
 
