@@ -32,6 +32,7 @@ def _labs() -> dict[str, Lab]:
             _lab("speculative_decoding"),
             _lab("weight_quantization"),
             _lab("multi_lora"),
+            _lab("structured_output"),
             _lab("quantization_tools"),
         )
     }

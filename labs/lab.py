@@ -35,6 +35,7 @@ from serving import gpus
 from serving.engines import DEFAULT_ENGINE, ENGINES
 from serving.engines.base import FlagValue
 from serving.engines.vllm import VllmFlags
+from serving.forecasting.step import Masking
 from serving.machine import Ceilings
 from serving.models import Shape
 
@@ -327,6 +328,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     dummy: Annotated[Callable[[Lab], Lab] | None, Field(exclude=True)] = None
     # how often a draft token is expected to be accepted at a point whose engine guesses ahead
     acceptance: Annotated[Callable[[Point], float] | None, Field(exclude=True)] = None
+    # how long the engine is expected to take over the structure of an answer; None: no structure
+    masking: Annotated[Callable[[Point], Masking | None] | None, Field(exclude=True)] = None
     left_out: tuple[str, ...] = ()  # with random weights, each with its reason
     limits: dict[str, str] = {}  # kind of machine -> what such a machine can and cannot show
     next_knobs: tuple[str, ...] = ()
@@ -460,7 +463,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         fields = self.model_dump(exclude={"scales", "quick"})
         for path, value in (item for layer in layers for item in layer.items()):
             _set(fields, path, copy.deepcopy(value))  # a later path may lead into it
-        fields["acceptance"] = self.acceptance
+        fields |= {"acceptance": self.acceptance, "masking": self.masking}
         try:
             return Lab.model_validate(fields)
         except ValidationError as error:

@@ -183,6 +183,7 @@ def body(request: Request, model: str) -> dict[str, Any]:
     A priority of 0, vLLM's default, is left out: an engine that does not schedule by priority
     refuses any other.
     """
+    imposed = {"structured_outputs": request.imposed} if request.imposed else {}
     return {
         "model": request.adapter or model,
         "messages": request.messages,
@@ -192,6 +193,7 @@ def body(request: Request, model: str) -> dict[str, Any]:
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         **({"priority": request.priority} if request.priority else {}),
+        **imposed,
     }
 
 

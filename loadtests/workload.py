@@ -18,6 +18,7 @@ from pydantic import (
 
 from loadtests.arrivals import Arrival, Contended, Replay
 from loadtests.prompts import TASKS, Messages, Task, Writer
+from loadtests.structures import LEAST_TOKENS, Spec, Structure, instruction
 from loadtests.trace import MOST_ROWS, TraceRow, read_trace
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=100)]
@@ -144,6 +145,7 @@ class Asked:
     prompt_tokens: int
     output_tokens: int
     adapter: str | None = None  # None for the base model
+    structure: Spec | None = None  # that the prompt asks for, whether it is imposed or not
 
 
 @dataclass(frozen=True)
@@ -159,19 +161,22 @@ class Request:
     adapter: str | None = None  # the adapter's name; None for the base model
     due_s: float | None = None  # its time in the trace
     priority: int = 0  # lower is served first, by an engine that schedules by priority
+    imposed: Spec | None = None  # the structure that the engine is to impose
 
 
 class Workload(BaseModel, frozen=True, extra="forbid"):
     """A workload is a named mix of requests, and the arrivals with which it is sent.
 
     Outputs have exactly the drawn length: the engine is told to ignore its end-of-sequence token,
-    because the lengths matter here, not the text. `task` is what the prompts ask for; `keep_text`
-    keeps the completions' text in the records; `only` names the variants that it is for; `warmup_s`
-    replaces the lab's where that is too short. `primed` sends one request of each prefix group
-    before a trial begins, so that everything shared is in the cache. A `trace` (the path of a file)
-    gives the lengths of prompts and outputs instead of drawn ones, and the times of `replay` loads;
-    where the trace is shorter than the requests, its lengths begin again. `priorities` are taken by
-    the requests in turn: lower ones are served first, by an engine that schedules by priority.
+    because the lengths matter here, not the text. `task` is what the prompts ask for, `structure`
+    the form that an answer is to have (it is cut off at its length before it could be whole);
+    `keep_text` keeps the completions' text in the records; `only` names the variants that it is
+    for; `warmup_s` replaces the lab's where that is too short. `primed` sends one request of each
+    prefix group before a trial begins, so that everything shared is in the cache. A `trace` (the
+    path of a file) gives the lengths of prompts and outputs instead of drawn ones, and the times of
+    `replay` loads; where the trace is shorter than the requests, its lengths begin again.
+    `priorities` are taken by the requests in turn: lower ones are served first, by an engine that
+    schedules by priority.
     """
 
     name: Name
@@ -189,6 +194,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     priorities: Annotated[
         tuple[int, ...], Field(max_length=100, exclude_if=lambda priorities: not priorities)
     ] = ()
+    structure: Annotated[Structure | None, Field(exclude_if=lambda s: s is None)] = None
     keep_text: bool = False
     only: tuple[str, ...] = ()
     warmup_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -196,8 +202,12 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
-        if sum(map(bool, (self.prefix, self.chat, self.task != "continue"))) > 1:
-            raise ValueError(f"{self.name}: prefix, chat and task each say how prompts begin")
+        begins = (self.prefix, self.chat, self.task != "continue", self.structure)
+        if sum(map(bool, begins)) > 1:
+            raise ValueError(
+                f"{self.name}: prefix, chat, task and structure each say how prompts begin"
+            )
+        self._require_cut_off()
         if self.primed and self.prefix is None:
             raise ValueError(f"{self.name}: without a prefix there is nothing to prime")
         if not self.trace and any(isinstance(a, Replay) for a in self.loads):
@@ -210,6 +220,19 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
         if bool(self.intruder) != bool(contended) or len(contended) not in (0, len(self.loads)):
             raise ValueError(f"{self.name}: contended loads and an intruder belong together")
         return self
+
+    def _require_cut_off(self) -> None:
+        """Check that an imposed structure is proved, and cannot be whole before the length is."""
+        if not self.structure or not self.structure.imposed:
+            return
+        if not self.keep_text:
+            raise ValueError(f"{self.name}: without keep_text nothing proves an imposed structure")
+        lengths = [t.tokens if isinstance(t, Fixed) else t.max_tokens for t in [self.output_tokens]]
+        if (longest := max([*lengths, *(row[2] for row in self.trace)])) >= LEAST_TOKENS:
+            raise ValueError(
+                f"{self.name}: output_tokens={longest} may be more than a structured answer has,"
+                f" which ends by itself: fewer than {LEAST_TOKENS} are always cut off"
+            )
 
     def is_intruder(self, index: int) -> bool:
         """Whether the request of this index is the intruder's."""
@@ -244,11 +267,13 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
         """Write the first n requests; one seed and tokenizer give the same ones on any machine."""
         rng = random.Random(f"{seed}/{self.name}/text")
         asked, tenants = self.asked(n, seed), self.tenants(n, seed)
-        messages = self._messages(self.lengths(n, seed), rng, writer)
+        messages = self._messages(asked, rng, writer)
+        imposed = self.structure is not None and self.structure.imposed
         return [
             Request(
                 i, text, own.prompt_tokens, own.output_tokens, self.is_intruder(i), tenant,
                 own.adapter, self.trace[i][0] if i < len(self.trace) else None, self.priority(i),
+                own.structure if imposed else None,
             )
             for i, (text, own, tenant) in enumerate(zip(messages, asked, tenants, strict=True))
         ]  # fmt: skip
@@ -257,45 +282,53 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
         """Draw what is asked for with each of the first n requests, without a tokenizer."""
         suffix = self.adapters.suffix if self.adapters else ""
         return [
-            Asked(prompt, output, None if tenant is None else f"tenant-{tenant}{suffix}")
-            for (prompt, output), tenant in zip(
-                self.lengths(n, seed), self.tenants(n, seed), strict=True
+            Asked(
+                prompt,
+                output,
+                None if tenant is None else f"tenant-{tenant}{suffix}",
+                self.structure.spec(f"{seed}x{i}") if self.structure else None,
+            )
+            for i, ((prompt, output), tenant) in enumerate(
+                zip(self.lengths(n, seed), self.tenants(n, seed), strict=True)
             )
         ]
 
-    def _messages(
-        self, lengths: list[tuple[int, int]], rng: random.Random, writer: Writer
-    ) -> list[Messages]:
+    def _messages(self, asked: list[Asked], rng: random.Random, writer: Writer) -> list[Messages]:
         if self.chat:
-            return self._conversations(lengths, rng, writer)
-        instruction = TASKS[self.task]
-        leads: list[list[str]] = [[instruction] if instruction else []]
+            return self._conversations(asked, rng, writer)
+        if self.structure:
+            return [
+                writer.chat(own.prompt_tokens, rng, instruction(own.structure))
+                for own in asked
+                if own.structure
+            ]
+        leads: list[list[str]] = [[task] if (task := TASKS[self.task]) else []]
         if self.prefix:
             documents = self.prefix.documents
             tokens = self.prefix.tokens // documents  # of each
             leads = [
                 [writer.lead(tokens, rng) for _ in range(documents)]
-                for _ in range(min(len(lengths), self.prefix.groups))
+                for _ in range(min(len(asked), self.prefix.groups))
             ]
         prompts = []
-        for i, (prompt, _) in enumerate(lengths):
+        for i, own in enumerate(asked):
             pieces = leads[i % len(leads)]
             if self.prefix and self.prefix.shuffled:
                 pieces = sorted(pieces, key=lambda _: rng.random())
-            prompts.append(writer.chat(prompt, rng, " ".join(pieces)))
+            prompts.append(writer.chat(own.prompt_tokens, rng, " ".join(pieces)))
         return prompts
 
     def _conversations(
-        self, lengths: list[tuple[int, int]], rng: random.Random, writer: Writer
+        self, asked: list[Asked], rng: random.Random, writer: Writer
     ) -> list[Messages]:
         assert self.chat
         prompts: list[Messages] = []
-        for i, (prompt, _) in enumerate(lengths):
+        for i, own in enumerate(asked):
             history: Messages = []
             if i % self.chat.turns:
                 reply = writer.lead(self.chat.grows_tokens // 2, rng)
                 history = [*prompts[-1], {"role": "assistant", "content": reply}]
-            prompts.append(writer.chat(prompt, rng, history=history))
+            prompts.append(writer.chat(own.prompt_tokens, rng, history=history))
         return prompts
 
     @property

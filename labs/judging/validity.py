@@ -25,6 +25,7 @@ from labs.judging.text import literal
 from labs.lab import Claim, Evidence, Point, factors
 from loadtests.plan import LEAST_COUNTED
 from loadtests.records import RequestRecord
+from loadtests.structures import begins_so
 from serving import metrics, random_weights, telemetry
 from serving.telemetry import POWER_CAP, SLOWDOWNS
 
@@ -420,6 +421,7 @@ def _prompts_differ(
 def _treated(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     """Check that the engine shows what the point asks for, in the dose that was predicted."""
     yield from _answered_by(trial, expected)
+    yield from _structured(trial)
     if trial.engine is None:
         return
     yield from _cached(trial, expected)
@@ -451,6 +453,23 @@ def _answered_by(trial: Trial, expected: Expected) -> Iterator[Caveat]:
         text = (
             f"{len(wrong)} answers came from another model than asked: from"
             f" {literal(answered or 'one without a name')} for {literal(wanted)}, for one"
+        )
+        yield _caveat(trial, "treatment not applied", text)
+
+
+def _structured(trial: Trial) -> Iterator[Caveat]:
+    """Check that every answer begins as the structure that was imposed on it demands."""
+    if not trial.point.workload.structure or not trial.point.workload.structure.imposed:
+        return
+    answers = [
+        (r.text, spec)
+        for r in trial.records
+        if r.ok and r.index < len(trial.asked) and (spec := trial.asked[r.index].structure)
+    ]
+    if odd := [text or "" for text, spec in answers if not begins_so(text or "", spec)]:
+        text = (
+            f"{len(odd)} of {len(answers)} answers do not begin as the structure demands that was"
+            f" imposed on them, the first with: {literal(odd[0][:60])}"
         )
         yield _caveat(trial, "treatment not applied", text)
 

@@ -23,6 +23,7 @@ from labs.judging.evaluation import TEXTS
 from labs.lab import LabError, NotApplicable
 from loadtests.arrivals import Concurrent
 from loadtests.prompts import Writer, counter
+from loadtests.structures import FORMS, example, spec
 from loadtests.workload import Fixed, Workload
 from serving import dummy, models
 from serving.models import Model, ModelError
@@ -36,7 +37,8 @@ class Recipe:
     """How a derived model is made: `python -m serving.X [METHOD] BASE OUT INPUT`; about how long.
 
     `prompts` are the workloads whose kind of prompt it is trained on; a quantizer gets `text`, and
-    so does a study, which leaves figures and no model. A quick run makes do with one of
+    so does a study, which leaves figures and no model; `structures` asks for structures of each
+    form instead, so many. A quick run makes do with one of
     `quick_prompts_each`, where that is a number.
     """
 
@@ -46,6 +48,7 @@ class Recipe:
     prompts: tuple[Workload, ...] = ()
     method: str = ""
     text: str = ""
+    structures: int = 0
     quick_prompts_each: int = 0
 
 
@@ -83,6 +86,12 @@ RECIPES: dict[str, Recipe] = {
         1,
         text="held_out.txt",
     ),
+    "masks": Recipe(
+        "a study of how long the backends of structured outputs take",
+        "serving.masks",
+        1,
+        structures=4,
+    ),
     "w8a8-rtn": _quantized("w8a8-rtn", "INT8 weights and activations, rounded to nearest", 1),
     "w8a8": _quantized("w8a8", "INT8 weights and activations by SmoothQuant and GPTQ", 2),
     "w4a16-rtn": _quantized("w4a16-rtn", "4-bit weights, rounded to nearest", 1),
@@ -97,6 +106,8 @@ RECIPES: dict[str, Recipe] = {
     "autoawq": _quantized("autoawq", "4-bit weights by AWQ, by the archived AutoAWQ", 6),
 }
 PROMPTS_EACH = 200
+NEED_NO_WEIGHTS = frozenset(name for name, recipe in RECIPES.items() if recipe.structures)
+"""Recipes that read the tokenizer alone, so that random weights serve as well."""
 
 
 def place(model: Model, name: str) -> Path:
@@ -111,7 +122,7 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
     Raises LabError with the last line of the program that makes it, NotApplicable for what
     cannot be made of random weights, ModelError where there is no way to have it.
     """
-    if model.dummy:
+    if model.dummy and name not in NEED_NO_WEIGHTS:
         try:
             return dummy.derive(model, name)
         except ModelError as reason:
@@ -166,6 +177,8 @@ def _make(
     inputs = TEXTS / recipe.text if recipe.text else models.CACHE / f"{name}-prompts.jsonl"
     if recipe.prompts:
         _write_prompts(inputs, model, recipe.prompts, each)
+    if recipe.structures:
+        _write_structures(inputs, recipe.structures)
     began, log = time.monotonic(), models.CACHE / f"{name}.log"
     log.unlink(missing_ok=True)
     argv = [sys.executable, "-m", recipe.module, *([recipe.method] if recipe.method else [])]
@@ -191,6 +204,18 @@ def _write_prompts(path: Path, model: Model, kinds: Sequence[Workload], each: in
     rng.shuffle(drawn)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in drawn))
+
+
+def _write_structures(path: Path, each: int) -> None:
+    """Write structures of each form that no trial asks for, each with a valid answer."""
+    marks = [f"t{i:02}" for i in range(each)]  # as long as those of trials
+    lines = [
+        {"form": form, "structure": spec(form, mark), "answer": example(form, mark)}
+        for form in FORMS
+        for mark in marks
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
 
 
 def about(folder: Path) -> dict[str, Any]:

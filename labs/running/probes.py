@@ -19,6 +19,7 @@ import requests
 from labs.judging.evaluation import LENGTHS_TOKENS, evaluate, thread_pool
 from labs.lab import Lab, Variant
 from loadtests.prompts import Messages, Writer
+from loadtests.structures import FORMS, Form, Spec, instruction, spec
 from loadtests.workload import Fixed
 from serving import guard, metrics
 from serving.engines.base import EngineError, Server
@@ -140,13 +141,73 @@ def salt(served: ProbedEngine, rounds: int = 12) -> dict[str, Any]:
     return {"took_s": times_s, "prompt_tokens": tokens}
 
 
+ASKED_TOKENS, MOST_TOKENS, ASKED_AT_ONCE = 320, 96, 8
+"""Of a probe's prompts, which hold any structure; of its answers, beyond any whole one; and answers
+at once."""
+
+
+def structures(served: ProbedEngine, each: int = 6, timed: int = 3) -> dict[str, Any]:
+    """Ask for whole answers of each form, and time the first token of forms unseen and seen.
+
+    Answers end as the model or the structure ends them. The engine imposes the structure; the first
+    variant also has it asked for in the prompt alone (`asked`), and one not at all (`free`). Each
+    timed structure is new to the engine, and is then asked for again.
+    """
+    rng = random.Random(f"{served.lab.seed}/structures")
+    first = served.variant.name == served.lab.variants[0].name
+    url = f"{served.engine.url}/v1/chat/completions"
+
+    def body(structure: Spec, how: str, tokens: int) -> dict[str, Any]:
+        lead = "" if how == "free" else instruction(structure)
+        imposed = {"structured_outputs": structure} if how == "imposed" else {}
+        return {"model": served.engine.model, "max_tokens": tokens, "temperature": 0,
+                "messages": served.writer.chat(ASKED_TOKENS, rng, lead), **imposed}  # fmt: skip
+
+    def choice(asked: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        answer = requests.post(url, json=asked, headers=guard.headers(), timeout=TIMEOUT_S)
+        answer.raise_for_status()
+        fields = answer.json()
+        return fields["choices"][0], fields["usage"]["completion_tokens"]
+
+    def took_s(form: Form, mark: str) -> float:
+        asked = body(spec(form, mark), "imposed", 1)
+        began = time.monotonic()
+        choice(asked)
+        return time.monotonic() - began
+
+    took = [
+        {"form": form, "unseen_s": took_s(form, mark), "seen_s": took_s(form, mark)}
+        for form in FORMS
+        for mark in (f"p{i:02}" for i in range(timed))
+    ]
+    asking = [
+        (form, how, body(spec(form), how, MOST_TOKENS))
+        for form in FORMS
+        for how in ("free", "asked", "imposed")
+        if how == "imposed" or (first and (how == "asked" or form == FORMS[0]))
+        for _ in range(each)
+    ]
+    with thread_pool(ASKED_AT_ONCE) as pool:
+        answered = list(pool.map(lambda asked: choice(asked[2]), asking))
+    answers = [
+        {"form": form, "how": how, "structure": dict(spec(form)), "tokens": tokens,
+         "text": found["message"]["content"] or "", "finish": found["finish_reason"]}
+        for (form, how, _), (found, tokens) in zip(asking, answered, strict=True)
+    ]  # fmt: skip
+    return {"took": took, "answers": answers}
+
+
 PROBES: dict[str, Probe] = {
     "quality": quality,
     "quality-quick": partial(quality, quick=True),
     "tenants": tenants,
     "tenants-quick": partial(tenants, requests_sent=120),
     "salt": salt,
+    "structures": structures,
+    "structures-quick": partial(structures, each=3, timed=2),
     "salt-quick": partial(salt, rounds=4),
 }
-READ_TEXT = frozenset(("quality", "quality-quick", "tenants", "tenants-quick"))
+READ_TEXT = frozenset(
+    ("quality", "quality-quick", "tenants", "tenants-quick", "structures", "structures-quick")
+)
 """Probes that read text: random weights write none, so these probes refuse them."""

@@ -40,6 +40,13 @@ class Compilation(BaseModel, frozen=True, extra="forbid", strict=True):
     max_cudagraph_capture_size: int | None = None
 
 
+class StructuredOutputs(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Lists what may be set of structured outputs: no plug-in of one's own."""
+
+    backend: Word | None = None
+    disable_any_whitespace: bool | None = None
+
+
 class Harmless(
     BaseModel,
     frozen=True,
@@ -88,6 +95,7 @@ class Harmless(
     disable_cascade_attn: bool = False
     disable_sliding_window: bool = False
     generation_config: Literal["auto", "vllm"] = "auto"
+    structured_outputs_config: StructuredOutputs = StructuredOutputs()
     # speculative decoding and adapters
     speculative_config: Speculation = Speculation()
     enable_lora: bool = False

@@ -421,6 +421,7 @@ def _check_names(argvs: Sequence[Sequence[str]], options: Sequence[str]) -> None
 
 
 _RESOLVED = {  # in vLLM 0.31 and 0.32
+    "structured_outputs_backend": re.compile(r"StructuredOutputsConfig\(backend='([\w-]+)'"),
     "quantization": re.compile(r"\bquantization=([^,\s]+)"),
     "enforce_eager": re.compile(r"\benforce_eager=(\w+)"),
     "compilation_mode": re.compile(r"'mode': <CompilationMode\.(\w+)"),

@@ -48,16 +48,18 @@ def _play(plan: ForecastPlan, make: Callable[..., VirtualEngine], out: IO[str]) 
             for replica in replicas:
                 replica.reset_prefix_cache()
                 replica.clock.acceptance = trial.acceptance
+                replica.clock.masking = trial.masking
             one = len(replicas) == 1
             server = replicas[0] if one else Fleet(replicas, ROUTERS[trial.router]())
-            _prime(server, list(_prompts(trial.requests, tokenize, None))[: trial.primed])
+            _prime(server, list(_prompts(trial.requests, tokenize, None, 0.0))[: trial.primed])
             for replica in replicas:
                 replica.read_counters()
+            compile_s = trial.masking.compile_s if trial.masking else 0.0
             played = play(
                 server,
                 trial.traffic,
-                _prompts(trial.requests, tokenize, False),
-                _prompts(trial.requests, tokenize, True),
+                _prompts(trial.requests, tokenize, False, compile_s),
+                _prompts(trial.requests, tokenize, True, compile_s),
                 plan.delays,
                 trial.ends_only,
             )
@@ -87,7 +89,9 @@ def _sum_of(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     return dict(total)
 
 
-def _prompts(requests: Path, tokenize: Any, intruders: bool | None) -> Iterator[Prompt]:
+def _prompts(
+    requests: Path, tokenize: Any, intruders: bool | None, compile_s: float
+) -> Iterator[Prompt]:
     """Yield the prompts in the order they are sent, tokenized one by one as they are needed.
 
     `intruders` selects the intruders or all other requests; None selects both.
@@ -110,6 +114,7 @@ def _prompts(requests: Path, tokenize: Any, intruders: bool | None) -> Iterator[
                     output_tokens=planned["output_tokens"],
                     adapter=planned.get("adapter"),
                     priority=json.loads(planned["body"]).get("priority", 0),
+                    compile_s=compile_s,
                 )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from serving.forecasting.step import StepTimes
+from serving.forecasting.step import Masking, StepTimes
 from serving.forecasting.traffic import Delays, Play, Traffic
 
 
@@ -17,6 +17,7 @@ class PlannedTrial(BaseModel, frozen=True, extra="forbid"):
     repeat: int
     requests: Path  # JSON lines: planned requests with a chat `body`, or a `SyntheticRequest` each
     acceptance: float = 0.0  # probability that a draft token is accepted, each by itself
+    masking: Masking | None = None  # where the answers have a structure
     primed: int = 0  # so many of the first requests are sent beforehand, one after another
     traffic: Traffic
     router: str = "round-robin"  # of requests to replicas: `serving/forecasting/fleet.py`

@@ -20,6 +20,29 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import BaseModel
 
+MASKED_IN_TURN = 128
+"""vLLM 0.32 fills the masks of up to so many sequences one after another."""
+
+
+def mask_threads(sequences: int, processors: int) -> int:
+    """Count the threads that fill the masks of so many sequences.
+
+    Source: `StructuredOutputManager` of vllm/v1/structured_output/__init__.py.
+    """
+    return 1 if sequences <= MASKED_IN_TURN else max(1, min(processors // 2, 8))
+
+
+class Masking(BaseModel, frozen=True, extra="forbid"):
+    """Seconds that an engine takes over an answer's structure, on the host.
+
+    `compile_s` passes before a request can be scheduled; `mask_s` is filling the mask of one
+    sequence for one token, while the device computes the step.
+    """
+
+    compile_s: float
+    mask_s: float
+    processors: int  # of the host
+
 
 class StepTimes(BaseModel, frozen=True, extra="forbid"):
     """The measured parts of a step. Sizes ascend, and each has its seconds at the same place."""

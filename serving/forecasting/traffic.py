@@ -75,6 +75,7 @@ class Prompt(BaseModel, frozen=True, extra="forbid"):
     output_tokens: int
     adapter: str | None = None
     priority: int = 0
+    compile_s: float = 0.0  # until the structure of its answer is compiled
 
 
 class Answer(BaseModel, extra="forbid"):
@@ -217,7 +218,7 @@ class _Trial:
         name = f"{prompt.index}-{'i' if intruder else 'r'}-{self.order}-{len(self.answers)}"
         self.answers[name] = answer
         self.free_s = max(self.free_s, at_s) + self.delays.serial_s
-        delivered_s = max(self.free_s, at_s + self.delays.request_s)
+        delivered_s = max(self.free_s, at_s + self.delays.request_s) + prompt.compile_s
         self.order += 1
         heapq.heappush(self.deliveries, (delivered_s, self.order, name, prompt))
         if intruder and self.traffic.intruder_every_s:

@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
-from serving.forecasting.step import Piece, Step, StepTimes
+from serving.forecasting.step import Masking, Piece, Step, StepTimes, mask_threads
 from serving.forecasting.traffic import Prompt
 
 TOKEN = 1  # the token that every answer is made of
@@ -42,6 +42,7 @@ class Clock:
     steps: list[tuple[float, Step]] = field(default_factory=list)
     preemptions: int = 0
     acceptance: float = 0.0  # probability that a draft token is accepted, each by itself
+    masking: Masking | None = None  # of every answer, where they have a structure
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
 
@@ -148,7 +149,8 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
         self.clock.preemptions += len(scheduled.preempted_req_ids or ())
         rows = sum(1 for tokens in sampled.values() if tokens)
         step = Step(pieces, rows)
-        self.clock.now_s += self.step_times.seconds(step) + self._drafting_s(step)
+        forward_s = self.step_times.seconds(step) + self._drafting_s(step)
+        self.clock.now_s += max(forward_s, self._masking_s(rows))
         if pieces:
             self.clock.steps.append((self.clock.now_s, step))
         self.drafts = self._draft(sampled)
@@ -158,6 +160,13 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
             req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
             sampled_token_ids=[sampled[request_id] for request_id in ids],
         )
+
+    def _masking_s(self, sequences: int) -> float:
+        """Add up the seconds of filling masks, which the engine core does during the step."""
+        masking = self.clock.masking
+        if masking is None or not sequences:
+            return 0.0
+        return sequences * masking.mask_s / mask_threads(sequences, masking.processors)
 
     def _accepted(self, guesses: int) -> int:
         """Draw how many guesses are accepted before the first that is rejected."""

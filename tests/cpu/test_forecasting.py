@@ -21,7 +21,7 @@ from serving.forecasting.plan import (
     PlannedTrial,
     SyntheticRequest,
 )
-from serving.forecasting.step import StepTimes
+from serving.forecasting.step import Masking, StepTimes
 from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Delays, Traffic
 
@@ -40,6 +40,7 @@ EVERY_FIVE = Traffic(kind="open", schedule_s=(0, 5, 10, 15, 20, 25), warmup_s=0,
 CLOSE = Traffic(kind="open", schedule_s=(0.0, 0.1, 0.2), warmup_s=0, window_s=1)
 IN_TURN = Traffic(kind="closed", users=1, warmup_s=0, window_s=20)
 BLOCK = 128
+MASKS = Masking(compile_s=0, mask_s=0.75, processors=2)
 WORDS = " ".join(["street"] * 300)
 
 
@@ -71,10 +72,20 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
         ))  # fmt: skip
 
     def engine(
-        key: str, requests: str, *flags: str, traffic: Traffic = ONCE, acceptance: float = 0
+        key: str,
+        requests: str,
+        *flags: str,
+        traffic: Traffic = ONCE,
+        acceptance: float = 0,
+        masking: Masking | None = None,
     ) -> PlannedEngine:
         trial = PlannedTrial(
-            key=key, repeat=1, requests=folder / requests, traffic=traffic, acceptance=acceptance
+            key=key,
+            repeat=1,
+            requests=folder / requests,
+            traffic=traffic,
+            acceptance=acceptance,
+            masking=masking,
         )
         argv = ("--model", str(model), "--enforce-eager", "--max-model-len", "1024", *flags)
         return PlannedEngine(argv=argv, step_times=SECOND, trials=(trial,))
@@ -105,6 +116,7 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
         engines=(
             engine("one slot", "tenants", *kv, *slot),
             engine("plain", "short", *kv, "--no-enable-prefix-caching"),
+            engine("masked", "short", *kv, masking=MASKS, traffic=ONCE),
             engine("cached", "same", *kv, "--enable-prefix-caching", traffic=IN_TURN),
             engine("pieces", "long", *kv, "--max-num-batched-tokens", "128"),
             engine("tight", "many", *small, "--max-model-len", "512"),
@@ -195,6 +207,11 @@ def test_a_batch_decodes_a_token_a_step(plays: dict[str, ForecastPlay]) -> None:
     assert tokens_at(plays["plain"], 0) == [(float(i), 1) for i in range(1, 6)]
     assert tokens_at(plays["plain"], 1) == [(float(i), 1) for i in range(1, 10)]
     assert plays["plain"].counters["preemptions"] == 0
+
+
+def test_masks_that_take_longer_than_the_step_set_the_pace(plays: dict[str, ForecastPlay]) -> None:
+    assert tokens_at(plays["masked"], 0) == [(1.5 * i, 1) for i in range(1, 6)]  # of two answers
+    assert [at for at, _ in tokens_at(plays["masked"], 1)][5:] == [8.5, 9.5, 10.5, 11.5]  # of one
 
 
 def test_a_prompt_that_came_before_is_read_from_the_cache(plays: dict[str, ForecastPlay]) -> None:

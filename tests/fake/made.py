@@ -11,7 +11,9 @@ from pathlib import Path
 
 from labs.filing import results
 from labs.running import derived_models
+from loadtests.structures import FORMS
 from serving.adapters import mark_of
+from serving.masks import BACKENDS
 from serving.models import Model
 from serving.outliers import SCHEMES
 from tests.fake.quiet import app
@@ -24,6 +26,21 @@ STUDY = {
     "passages_tokens": [10, 20],
     "loss_nats": {"none": [30.0, 60.0], **{name: [31.0, 63.0] for name in SCHEMES}},
     "inputs": {},
+}
+
+MASKS = {
+    "processors": 2,
+    "vocabulary": 49_152,
+    "backends": {
+        backend: {
+            "error": None,
+            "start_s": 1.0,
+            "forms": {
+                form: {"compile_s": 0.01, "again_s": 0.001, "mask_s": 0.0001} for form in FORMS
+            },
+        }
+        for backend in BACKENDS
+    },
 }
 
 
@@ -46,8 +63,9 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
                 adapter.mkdir()
                 (adapter / "mark.txt").write_text(mark_of(tenant))
         return folder
-    if name == "outliers":
-        (folder / "about.json").write_text(json.dumps(STUDY))
+    if name in ("outliers", "masks"):
+        study = STUDY if name == "outliers" else MASKS
+        (folder / "about.json").write_text(json.dumps(study))
         return folder
     (folder / "tokenizer.json").symlink_to(model.path.resolve() / "tokenizer.json")
     config = json.loads((model.path / "config.json").read_text())

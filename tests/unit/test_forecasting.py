@@ -171,6 +171,13 @@ def test_between_client_and_engine_lies_what_is_stated() -> None:
     assert [a.chunks[0][0] for a in played.answers] == pytest.approx([1.4, 2.4, 2.4])
 
 
+def test_a_structure_is_compiled_before_its_request_is_scheduled() -> None:
+    waiting = [p.model_copy(update={"compile_s": 2.0}) for p in prompts(*[1] * 9)]
+    traffic = Traffic(kind="closed", users=1, warmup_s=0, window_s=5)
+    played = play(Server(), traffic, waiting, (), NONE)
+    assert [a.chunks[0][0] - a.sent_s for a in played.answers] == [3.0, 3.0]
+
+
 def test_what_takes_long_is_timed_once_and_what_is_larger_not_at_all() -> None:
     short, long = [0], [0]
 

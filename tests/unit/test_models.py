@@ -14,7 +14,7 @@ from huggingface_hub import errors
 
 from labs import LABS
 from labs.lab import Lab, LabError, NotApplicable, parse_changes
-from labs.running.derived_models import RECIPES
+from labs.running.derived_models import NEED_NO_WEIGHTS, RECIPES
 from labs.running.resolve import model_of, require_devices, require_memory, require_sizes
 from serving import dummy, models
 from serving.engines.base import EngineError
@@ -144,7 +144,7 @@ def test_every_lab_fits_every_class_of_gpu(lab: str, c: MemoryClass, random: boo
     require_devices(resolved, machine)
     require_sizes(resolved, model)
     require_memory(resolved, machine, model)
-    known = {*SIBLINGS[model.name], *RECIPES} if not random else {*dummy.DERIVED}
+    known = {*SIBLINGS[model.name], *RECIPES} if not random else {*dummy.DERIVED, *NEED_NO_WEIGHTS}
     if lab == "quantization-tools" and random:  # compares what tools make of real weights
         with pytest.raises(ModelError, match="w4a16-gptq-code is made of real weights"):
             dummy.derive(model, "w4a16-gptq-code")
@@ -168,7 +168,7 @@ def test_what_to_turn_next_can_be_turned_on_every_gpu(
         require_sizes(turned, model)
         require_memory(turned, machine, model)
         if random and lab != "quantization-tools":
-            assert set(turned.derived()) <= dummy.DERIVED.keys()
+            assert set(turned.derived()) <= dummy.DERIVED.keys() | NEED_NO_WEIGHTS
 
 
 def test_the_bundled_model_is_served_on_a_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

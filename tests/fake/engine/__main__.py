@@ -47,8 +47,10 @@ async def serve(options: argparse.Namespace) -> None:
         make = partial(Connection, Api(engine).answer)
         server = await loop.create_server(make, "127.0.0.1", options.port, backlog=4096)
         port = server.sockets[0].getsockname()[1]
+        backend = options.structured_outputs_config.get("backend", "auto")
         print("Initializing a V1 LLM engine (a fake) with config:"
               f" quantization={_quantization(options.model)},"
+              f" structured_outputs_config=StructuredOutputsConfig(backend={backend!r}),"
               f" enforce_eager={options.enforce_eager}", file=sys.stderr)  # fmt: skip
         if options.load_format == "dummy":
             print(random_weights.line({16: 0.0}), file=sys.stderr)

@@ -107,7 +107,7 @@ def _text(request: Request, tokens: int) -> str:
     """The last `tokens` tokens of what was sent."""
     words = [WORDS[i % len(WORDS)] for i in range(request.sent - tokens, request.sent)]
     if request.sent == tokens and request.mark:
-        words[0] = request.mark
+        words[0] = json.dumps(request.mark)[1:-1]
     return "".join(words)
 
 

@@ -176,7 +176,7 @@ class Api:
             head=answers.head(index, model, chat, stream),
             model=model,
             adapter=model if model in engine.adapters else None,
-            mark=_mark(engine.adapters.get(model)),
+            mark=_mark(engine.adapters.get(model)) or _beginning(body.get("structured_outputs")),
             salt=str(body.get("cache_salt") or ""),
             top=top,
             chat=chat,
@@ -195,6 +195,15 @@ def _mark(adapter: Path | None) -> str:
     """The first word of an adapter's answers, where its folder names one."""
     path = adapter and adapter / "mark.txt"
     return path.read_text().strip() if path and path.exists() else ""
+
+
+def _beginning(structure: dict[str, Any] | None) -> str:
+    """What every answer of a structure begins with: no more of it is kept to."""
+    if not structure:
+        return ""
+    if "regex" in structure:
+        return str(structure["regex"]).partition("(")[0]
+    return f'{{"{next(iter(structure["json"]["properties"]))}":'
 
 
 def _tokens(text: object) -> Sequence[object]:

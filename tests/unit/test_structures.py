@@ -1,0 +1,299 @@
+"""Structures: what is asked for, what is sent, what proves it, and what is concluded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jsonschema
+import pytest
+from pydantic import ValidationError
+
+from labs import LABS
+from labs.findings.structured_output import (
+    Answers,
+    FirstToken,
+    Overhead,
+    Validity,
+    is_valid,
+    tell_first_tokens,
+    tell_masks,
+    tell_overhead,
+    tell_validity,
+    validity_sentence,
+)
+from labs.findings.structured_output import Masks as StudiedMasks
+from labs.findings.structured_output import TimedForm as StudiedForm
+from labs.judging.validity import Expected, faults_of_set_up
+from labs.lab import LabError, Point
+from labs.structured_output import first_token_ratio, masking, step_ratio
+from loadtests.plan import body
+from loadtests.prompts import Messages, Writer
+from loadtests.structures import (
+    FORMS,
+    LEAST_TOKENS,
+    Form,
+    Structure,
+    begins_so,
+    example,
+    instruction,
+    spec,
+)
+from loadtests.workload import Asked, Fixed
+from serving import masks
+from serving.engines.harmless import refusal
+from serving.forecasting.step import mask_threads
+from serving.making import MakerError
+from tests.unit.builders import CEILINGS, SHAPE, make_record, make_trial, make_workload
+
+
+def words(messages: Messages) -> int:
+    return sum(len(m["content"].split()) for m in messages)
+
+
+@pytest.mark.parametrize("mark", ["", "7x3"])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_example_is_valid_and_what_is_cut_off_begins_alike(form: Form, mark: str) -> None:
+    asked, answer = spec(form, mark), example(form, mark)
+    assert is_valid(answer, asked)
+    assert all(begins_so(answer[:n], asked) for n in range(1, len(answer)))
+    assert begins_so(answer.replace(":", ": "), asked)
+    assert not begins_so(f"Here it is: {answer}", asked)
+    assert not begins_so("", asked)
+    for odd in (answer[:-1], f"{answer} ", f"```{answer}```"):
+        assert is_valid(odd, asked) == ("json" in asked and odd == f"{answer} ")  # space is JSON's
+    if "json" in asked:
+        jsonschema.Draft202012Validator.check_schema(asked["json"])
+        assert not is_valid(json.dumps({**json.loads(answer), "more": 1}), asked)
+    assert not is_valid("[" * 100_000, asked)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mark_makes_another_structure_of_the_same_form(form: Form) -> None:
+    assert spec(form, "1x1") != spec(form, "1x2")
+    assert not begins_so(example(form, "1x1"), spec(form, "1x2"))
+
+
+def structured(**fields: Any) -> Any:
+    own: dict[str, Any] = {"structure": Structure(form="record"), "keep_text": True,
+                           "prompt_tokens": Fixed(tokens=60)}  # fmt: skip
+    return make_workload(**{**own, **fields})
+
+
+def test_what_is_imposed_is_sent_with_the_request_and_what_is_asked_for_is_not() -> None:
+    (imposed,) = structured().requests(1, 0, Writer(words))
+    asked_only = structured(structure=Structure(form="record", imposed=False))
+    (asked,) = asked_only.requests(1, 0, Writer(words))
+    assert imposed.messages == asked.messages
+    assert instruction(spec("record")) in imposed.messages[-1]["content"]
+    sent = body(imposed, "m")
+    assert sent.pop("structured_outputs") == spec("record")
+    assert sent == body(asked, "m")
+
+
+def test_an_unseen_structure_is_asked_for_once() -> None:
+    workload = structured(structure=Structure(form="record", unseen=True))
+    marks = [json.dumps(own.structure) for seed in (1, 2, 1001) for own in workload.asked(40, seed)]
+    assert len(set(marks)) == len(marks)
+    seen = structured().asked(40, 1)
+    assert all(own.structure == spec("record") for own in seen)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"keep_text": False}, "nothing proves an imposed structure"),
+        ({"output_tokens": Fixed(tokens=LEAST_TOKENS)}, "may be more than a structured answer has"),
+        ({"task": "story"}, "each say how prompts begin"),
+    ],
+)
+def test_what_cannot_be_proved_or_may_end_by_itself_is_refused(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        structured(**fields)
+
+
+def test_without_a_structure_a_workload_is_on_file_as_it_was() -> None:
+    assert "structure" not in make_workload().model_dump()
+
+
+def test_an_answer_that_begins_otherwise_proves_that_nothing_was_imposed() -> None:
+    workload = structured()
+    point = replace(make_trial([]).point, workload=workload)
+    asked = [Asked(4, 2, None, spec("record"))] * 6
+
+    def faults(*texts: str | None) -> list[str]:
+        found = [
+            make_record([(t + 0.1, 1), (t + 0.2, 1)], sent_s=t, index=i, text=text)
+            for i, (t, text) in enumerate(zip(range(10, 16), texts, strict=True))
+        ]
+        trial = replace(make_trial(found), point=point, asked=asked)
+        return [c.text for c in faults_of_set_up(trial, Expected()) if "treatment" in c.name]
+
+    good = '{"name'
+    assert faults(*[good] * 6) == []
+    (odd,) = faults(*[good] * 5, "Sure! ")
+    assert "1 of 6 answers" in odd
+    assert faults(*[good] * 5, None)
+
+
+# ------------------------------------------------------------------------------- predictions
+
+FORMS_TIMED = {form: {"compile_s": 0.4, "again_s": 0.1, "mask_s": 0.01} for form in FORMS}
+STUDY = {
+    "processors": 8,
+    "backends": {
+        "xgrammar": {"error": None, "forms": FORMS_TIMED},
+        "guidance": {"error": "ImportError: no", "forms": {}},
+    },
+}
+
+
+def point_of(variant: str, workload: str) -> Point:
+    points = LABS["structured-output"].points(SHAPE, CEILINGS, about={"masks": STUDY})
+    return next(p for p in points if (p.variant.name, p.workload.name) == (variant, workload))
+
+
+def test_masks_cost_what_they_take_beyond_the_step_they_hide_behind() -> None:
+    imposed, asked = (point_of("xgrammar", name) for name in ("imposed", "asked"))
+    assert masking(asked) is None
+    step_s = (2000 + 8 * imposed.context_tokens * 2 * 2 * 4 * 2) / 1e6  # bytes / bandwidth
+    slow = max(step_s, 8 * 0.01)
+    assert step_ratio(imposed, asked).value == pytest.approx(slow / step_s)
+    unseen, seen = (point_of("xgrammar", name) for name in ("unseen", "seen"))
+    ratio = first_token_ratio(unseen, seen).value
+    assert 1 < ratio < 4  # 0.4 s / 0.1 s, and a prefill beside both
+
+
+def test_a_backend_that_cannot_serve_is_refused_before_anything_starts() -> None:
+    with pytest.raises(LabError, match=r"guidance cannot be used .* \(ImportError: no\)"):
+        masking(point_of("guidance", "imposed"))
+    with pytest.raises(LabError, match="'outlines' is none of xgrammar, guidance"):
+        masking(point_of("outlines", "imposed"))
+
+
+@pytest.mark.parametrize(
+    ("sequences", "processors", "threads"), [(128, 64, 1), (129, 64, 8), (129, 6, 3), (129, 1, 1)]
+)
+def test_masks_of_a_large_batch_are_shared_out(
+    sequences: int, processors: int, threads: int
+) -> None:
+    assert mask_threads(sequences, processors) == threads
+
+
+def test_a_plug_in_of_ones_own_is_no_harmless_setting() -> None:
+    harmless = {"backend": "xgrammar", "disable_any_whitespace": True}
+    assert refusal({"structured-outputs-config": harmless}) == ""
+    for odd in ({"reasoning_parser_plugin": "x.py"}, {"backend": "../x"}):
+        assert "structured-outputs-config" in refusal({"structured-outputs-config": odd})
+
+
+# -------------------------------------------------------------------------------- the study
+
+
+class Backend:
+    """A backend that takes any structure; its grammar refuses the token 13."""
+
+    def __init__(self, config: Any, **_: Any) -> None:
+        assert config
+
+    def compile_grammar(self, *_: Any) -> Backend:
+        return self
+
+    def allocate_token_bitmask(self, rows: int) -> list[int]:
+        return [0] * rows
+
+    def fill_bitmask(self, mask: list[int], row: int) -> None:
+        mask[row] = 1
+
+    def accept_tokens(self, request: str, tokens: list[int]) -> bool:
+        return tokens != [13]
+
+
+class Tokenizer:
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [len(word) for word in text.split()]
+
+    def decode(self, tokens: list[int]) -> str:
+        return "x" * tokens[0]
+
+
+def test_a_backend_that_fails_says_why_and_the_others_have_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(masks, "_backend", lambda _: Backend)
+    monkeypatch.setattr(masks, "_compiled", lambda backend, _: (0.5, backend))
+    model = SimpleNamespace(get_vocab_size=lambda: 4)
+    config = SimpleNamespace(model_config=model)
+
+    def timed(answer: str) -> dict[str, Any]:
+        asked = {"record": [{"structure": {"regex": "a"}, "answer": answer}] * 2}
+        return masks.timed("mine", config, Tokenizer(), asked)
+
+    good = timed("four tokens of it")
+    assert good["error"] is None
+    assert good["forms"]["record"]["compile_s"] == 0.5
+    assert 0 < good["forms"]["record"]["mask_s"] < 0.1
+    assert "refuses a token of a valid answer" in timed("incorruptible")["error"]
+    model.get_vocab_size = lambda: 1 / 0
+    assert timed("a")["error"] == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize("text", ["", "{}\n", "[1]\n", '{"form": "record", "structure": 1}\n'])
+def test_a_list_of_structures_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "structures.jsonl"
+    path.write_text(text)
+    with pytest.raises(MakerError, match="structure"):
+        masks.read_structures(path)
+
+
+# ------------------------------------------------------------------------------- the findings
+
+
+def answers(how: str, asked: int, valid: int, cut_off: int = 0) -> Answers:
+    return Answers("record", how, "xgrammar", asked, valid, cut_off, 30.0)
+
+
+def test_one_whole_answer_that_breaks_its_structure_fails_however_many_keep_to_it() -> None:
+    kept = Validity((answers("asked", 9, 2), answers("imposed", 9, 8, cut_off=1)))
+    assert kept.passed is True
+    broken = Validity((*kept.groups, answers("imposed", 9, 8)))
+    assert tell_validity(broken).passed is False
+    assert Validity((answers("imposed", 9, 0, cut_off=9),)).passed is None
+    assert Validity((answers("free", 9, 0),)).passed is None
+    sentence = validity_sentence(kept)
+    assert sentence
+    assert "asked for in the prompt 2 of 9; imposed by the engine 8 of 9" in sentence
+    assert "at least 52%" in sentence  # Clopper-Pearson
+
+
+def test_the_slowest_masks_fit_the_step_or_do_not() -> None:
+    fits = Overhead("a", "imposed", 8, tpot_s=0.06, without_s=0.05, masks_s=0.004)
+    assert fits.share == pytest.approx(0.2)
+    assert "fit within" in tell_overhead((fits,)).lines[0]
+    slow = replace(fits, backend="b", masks_s=0.09)
+    assert "`b`'s with 8 in flight" in (line := tell_overhead((fits, slow)).lines[0])
+    assert "do not fit within" in line
+    assert tell_overhead((replace(fits, tpot_s=None),)).rows[1][3] == "–"
+
+
+def test_the_longest_wait_is_named() -> None:
+    quick = FirstToken("a", "record", 3, unseen_s=0.2, seen_s=0.21, compile_s=0.001)
+    slow = FirstToken("b", "nested", 3, unseen_s=0.9, seen_s=0.2, compile_s=None)
+    (head, *rows), lines = (told := tell_first_tokens((slow, quick))).rows, told.lines
+    assert head[0] == "Form"
+    assert [row[0] for row in rows] == ["record", "nested"]
+    assert "longest wait is `b`'s" in lines[0]
+    assert tell_first_tokens(()).lines == []
+
+
+def test_a_backend_without_figures_has_its_reason() -> None:
+    form = StudiedForm("a", "record", 0.02, 0.001, 0.0005, most_hidden=100)
+    told = tell_masks(StudiedMasks((form,), {"b": "ImportError: no"}, 49_152))
+    assert told.rows[1][-1] == "100 masks"
+    assert told.rows[2] == ["b", "–", "–", "–", "–", "–"]
+    assert "`b` is not compared" in told.lines[0]
