@@ -537,11 +537,13 @@ def chat_service(run: JudgedRun) -> str | None:
         return None
     forecast = facts.best(lambda f: f.forecast_goodput_per_s)
     foreseen = f" The forecast's choice was `{forecast.variant}`." if forecast else ""
+    among = ", ".join(f"`{f.variant}`" for f in facts.flags)
+    if not best.goodput_per_s:
+        return f"Under a flood none of these settings served anything within the SLO: {among}."
     return (
-        f"Of {len(facts.flags)} settings under a flood, `{best.variant}` (max-num-seqs"
-        f" {best.batch}, limit {best.limit}) served most within the SLO:"
-        f" {number(best.goodput_per_s, 'req/s')} at a TPOT of {number(best.tpot_mean_s, 's')}."
-        f"{foreseen}"
+        f"Under a flood, of {among}, `{best.variant}` (max-num-seqs {best.batch}, limit"
+        f" {best.limit}) served most within the SLO: {number(best.goodput_per_s, 'req/s')} at a"
+        f" TPOT of {number(best.tpot_mean_s, 's')}.{foreseen}"
     )
 
 
@@ -566,13 +568,16 @@ def scaling_signal(run: JudgedRun) -> str | None:
     if facts is None or not facts.signals:
         return None
     parts = [
-        f"{s.name.lower()} by {number(s.lead_s, 's')}"
+        f"{s.name} by {number(s.lead_s, 's')}"
         + (f" (in {s.alarms} of {facts.trials} trials)" if s.alarms < facts.trials else "")
         if s.lead_s is not None
-        else f"{s.name.lower()} not at all"
+        else f"{s.name} not at all"
         for s in facts.signals
     ]
-    return f"Before the first request that came too late was sent, these rose: {'; '.join(parts)}."
+    return (
+        "Before the first request that came too late was sent, these signals rose:"
+        f" {'; '.join(parts)}."
+    )
 
 
 # -------------------------------------------------------------------------------------- its plots
