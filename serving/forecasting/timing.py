@@ -39,6 +39,7 @@ CONTEXT_TOKENS = 32  # the timed layers attend to so many; longer contexts are t
 LONG_CONTEXT_TOKENS = 2048
 PREFILL_TOKENS = 512
 LONG_S = 0.5
+CACHE_FLAG = "--kv-cache-dtype"
 
 Work = Callable[[], None]
 
@@ -244,6 +245,20 @@ def timed(
     return least
 
 
+def weights_of(plan: TimingPlan) -> TimingPlan:
+    """Return what decides the time of the layers and the head: all but the cache's type.
+
+    Plans that agree in it share one timing: two timings of the same work would differ by chance,
+    and a forecast would tell it as an effect of the cache.
+    """
+    kept = [
+        argument
+        for before, argument in zip(("", *plan.kernels), plan.kernels, strict=False)
+        if CACHE_FLAG not in (before, argument) and not argument.startswith(f"{CACHE_FLAG}=")
+    ]
+    return plan.model_copy(update={"kernels": tuple(kept), "passes": 0})
+
+
 def measure(plans: Sequence[TimingPlan]) -> list[StepTimes]:
     """Measure the parts of a step for each plan, in turn with one another.
 
@@ -263,10 +278,13 @@ def measure(plans: Sequence[TimingPlan]) -> list[StepTimes]:
         )
         for plan in plans
     ]
-    both = list(zip(plans, decoders, strict=True))
+    first_of = {weights_of(plan): number for number, plan in reversed([*enumerate(plans)])}
+    timed_once = [(plans[number], decoders[number]) for number in first_of.values()]
+    place = {key: at for at, key in enumerate(first_of)}
+    places = [place[weights_of(plan)] for plan in plans]
     with torch.inference_mode():
-        linear_s = timed([[d.linear(n) for n in p.tokens] for p, d in both], passes, wait)
-        head_s = timed([[d.head(n) for n in p.rows] for p, d in both], passes, wait)
+        linear_s = timed([[d.linear(n) for n in p.tokens] for p, d in timed_once], passes, wait)
+        head_s = timed([[d.head(n) for n in p.rows] for p, d in timed_once], passes, wait)
         contexts = (CONTEXT_TOKENS, LONG_CONTEXT_TOKENS)
         read_s = timed([[d.attention(1, n) for n in contexts] for d in decoders], passes, wait)
         prompts = (PREFILL_TOKENS // 4, PREFILL_TOKENS)
@@ -283,7 +301,12 @@ def measure(plans: Sequence[TimingPlan]) -> list[StepTimes]:
             attention_read_s=max(0.0, (long_s - short_s) / (contexts[1] - contexts[0])),
         )
         for plan, linear, head, (short_s, long_s), (part_s, whole_s) in zip(
-            plans, linear_s, head_s, read_s, pair_s, strict=True
+            plans,
+            [linear_s[at] for at in places],
+            [head_s[at] for at in places],
+            read_s,
+            pair_s,
+            strict=True,
         )
     ]
 

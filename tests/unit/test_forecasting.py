@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 
 import pytest
 
@@ -192,3 +193,17 @@ def test_what_takes_long_is_timed_once_and_what_is_larger_not_at_all() -> None:
     assert (short[0], long[0], len(other)) == (4 + 4, 2, 1)
     assert len(least) == 3
     assert least[1] > timing.LONG_S
+
+
+def test_plans_that_differ_in_the_cache_alone_share_the_timing_of_their_layers() -> None:
+    def plan(*kernels: str, tokens: tuple[int, ...] = (1, 2)) -> timing.TimingPlan:
+        return timing.TimingPlan(
+            config=Path("config.json"), device="cpu", tokens=tokens, kernels=kernels
+        )
+
+    bf16, w8a8 = ("--model", "a", "--kv-cache-dtype", "auto"), ("--model", "b")
+    fp8 = ("--model", "a", "--kv-cache-dtype=fp8")
+    assert timing.weights_of(plan(*bf16)) == timing.weights_of(plan(*fp8))
+    assert timing.weights_of(plan(*bf16)) == timing.weights_of(plan("--model", "a"))
+    assert timing.weights_of(plan(*bf16)) != timing.weights_of(plan(*w8a8))
+    assert timing.weights_of(plan(*bf16)) != timing.weights_of(plan(*bf16, tokens=(1,)))
