@@ -129,7 +129,7 @@ class Load:
 
     def __init__(self, plan: TrialPlan) -> None:
         self.plan = plan
-        requests = read_requests(plan.requests)
+        requests = read_requests(plan.requests)[plan.skip :]
         longest = max((r.output_tokens for r in requests), default=0)
         BoundedResponse.most_bytes = most_answer_bytes(longest)
         self.requests = plan.own_share([r for r in requests if not r.intruder])

@@ -38,6 +38,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     url: str
     arrival: Arrival
     requests: Path  # JSON lines of PlannedRequest
+    skip: int = 0  # so many of the first are not sent: an earlier attempt at the trial has
     records: Path  # written when the trial has ended
     warmup_s: float
     window_s: PositiveFloat | None  # None: until stopped (Locust's own web UI)

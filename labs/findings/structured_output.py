@@ -415,6 +415,11 @@ def constrained_decoding(run: JudgedRun) -> str | None:
 # --------------------------------------------------------------------------------------- its plot
 
 
+ABOVE: dict[str, Any] = {  # a legend beside the title, where no bar is
+    "frameon": False, "loc": "lower right", "bbox_to_anchor": (1, 0.985), "borderaxespad": 0.2,
+}  # fmt: skip
+
+
 def draw_structures(run: JudgedRun) -> str | None:
     """Draws each backend's TTFT of seen and unseen schemas, and its TPOT beside none imposed."""
     names = [v.name for v in run.lab.variants]
@@ -427,14 +432,13 @@ def draw_structures(run: JudgedRun) -> str | None:
     if not drawn:
         plt.close(fig)
         return None
-    left.set_ylabel("TTFT, mean (s)")
-    left.set_title("one request; the schema is", loc="left", fontsize=9)
-    left.legend(frameon=False, loc="upper left")
+    left.set_ylabel("TTFT of one request, mean (s)")
+    left.legend(ncols=2, columnspacing=1, handlelength=1.4, **ABOVE)
     asked = by_name.get((names[0], "asked"))
     level = run.mean(asked, "tpot_mean_s") if asked else None
     if asked and level:
         right.axhline(1e3 * level, ls="--", color=GREY, label="nothing imposed")
-        right.legend(frameon=False, loc="lower right")
+        right.legend(**ABOVE)
         right.set_title(f"{asked.load.users} answers at once", loc="left", fontsize=9)
     right.set_ylabel("TPOT, mean (ms)")
     return (
@@ -453,7 +457,7 @@ def _bars(
     width = 0.8 / len(workloads)
     heights: list[float] = []
     for i, workload in enumerate(workloads):
-        label: str | None = workload if len(workloads) > 1 else None
+        label: str | None = f"schema {workload}" if len(workloads) > 1 else None
         for x, name in enumerate(names):
             point = by_name.get((name, workload))
             measured = run.interval(point, metric) if point else None

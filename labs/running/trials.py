@@ -141,6 +141,7 @@ class Trials:
         self._reference = reference  # None beside an endpoint, which may be on another machine
         self._left = len(self.due(interleave(setup, setup.lab.variants)))
         self._played = self._again = 0  # trials of this sitting; attempts that were discarded
+        self._sent = 0  # requests, in all attempts at this trial
         self._took_s = 0.0  # all of them
         self._beside_s = PER_TRIAL_S  # the most that a trial took beside warm-up and window
 
@@ -190,8 +191,10 @@ class Trials:
         name = f"{point_label(point.key, lab)}, repeat {repeat} of {max(repeat, lab.repeats)}"
         discarded: tuple[Discarded, ...] = ()
         began = time.monotonic()
+        self._sent = 0
         while True:
             played = self._attempt(point, repeat, name)
+            self._sent += played.result.summary.sent if played.result.summary else 0
             result = played.result.model_copy(update={"discarded": discarded})
             self._write(point, result)
             attempt = self._disturbed(point, result)
@@ -245,6 +248,14 @@ class Trials:
             took_s=result.took_s,
         )
 
+    def _already_seen(self, point: Point) -> int:
+        """Count the requests that another attempt must not send again.
+
+        A structure that the engine is not to have seen is compiled, and cached, once it was sent.
+        """
+        structure = point.workload.structure
+        return self._sent if structure and structure.unseen else 0
+
     def fail(self, trials: Iterable[tuple[Point, int]], reason: str) -> None:
         """Record these trials as failed, but for those that succeeded in an earlier sitting."""
         for point, repeat in self.due(trials):
@@ -282,6 +293,7 @@ class Trials:
             url=engine.url,
             arrival=point.load,
             requests=sending,
+            skip=self._already_seen(point),
             records=path,
             warmup_s=point.workload.warmup_s or lab.warmup_s,
             window_s=lab.window_s,

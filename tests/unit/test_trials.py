@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,6 +19,7 @@ from labs.running.trials import PER_TRIAL_S, Played, Trials, nothing_measured
 from labs.telling import report
 from labs.telling.summary import summarise
 from loadtests import records
+from loadtests.structures import Structure
 from tests.unit.builders import make_engine, make_record, make_summary, write_run
 
 ANSWERED = make_record([(11.0, 1), (12.0, 3)])
@@ -50,7 +52,7 @@ class Script(Trials):
         lab, points = folder.run().rebuilt_lab(), folder.run().points()
         setup: Any = SimpleNamespace(lab=lab, points=points, keep_disturbed=keep, clock=Clock())
         self.said, self.lags_s, nothing = list[str](), [*lags_s], cast(Any, None)
-        self.remaining, self.gap_s = list[float](), 0.1
+        self.remaining, self.skipped, self.gap_s = list[float](), list[int](), 0.1
         progress: Any = SimpleNamespace(
             message=self.said.append, trial_done=lambda text, left: self.remaining.append(left)
         )
@@ -59,6 +61,7 @@ class Script(Trials):
 
     def _play(self, point: Point, repeat: int, name: str, began: float) -> Played:
         lag_s = self.lags_s.pop(0)
+        self.skipped.append(self._already_seen(point))
         found = [
             make_record([(11.0, 1), (11.0 + self.gap_s, 1)], index=i, prompt_tokens=6)
             for i in range(5)
@@ -68,7 +71,7 @@ class Script(Trials):
         result = TrialResult(
             point=point.key,
             repeat=repeat,
-            summary=make_summary(loop_lag_max_s=lag_s),
+            summary=make_summary(loop_lag_max_s=lag_s, sent=len(found)),
             engine=snapshot_json(engine),
         )
         return Played(result, "10 tok/s", found, engine)
@@ -118,6 +121,25 @@ def test_it_is_measured_again_at_most_twice_and_then_keeps_its_caveat(tmp_path: 
     assert "1, 1 of them twice. Reasons: generator's loop lagged (2)" in " ".join(
         report.write(folder).read_text().split()
     )
+
+
+@pytest.mark.parametrize(
+    ("structure", "skipped"),
+    [
+        (None, [0, 0, 0]),
+        (Structure(form="record"), [0, 0, 0]),
+        (Structure(form="record", unseen=True), [0, 5, 10]),
+    ],
+)
+def test_structures_that_an_attempt_has_shown_the_engine_are_not_sent_again(
+    tmp_path: Path, structure: Structure | None, skipped: list[int]
+) -> None:
+    folder = write_run(tmp_path)
+    point = folder.run().points()[0]
+    workload = point.workload.model_copy(update={"structure": structure})
+    trials = Script(folder, (2.5, 2.6, 0.01))
+    trials.play(replace(point, workload=workload), 1)
+    assert trials.skipped == skipped
 
 
 def test_where_disturbed_trials_are_kept_none_is_measured_again(tmp_path: Path) -> None:
