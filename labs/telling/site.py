@@ -209,10 +209,10 @@ class Lesson:
         headline = parts_of(self.lab.name).headline
         if headline and headline.claim == self.claim.name:
             done = headline.done[0].lower() + headline.done[1:]
-            return f"By what does {done} multiply {headline.figure}?"
+            return f"How does {done} change {headline.figure}?"
         title = plain_text(parse(self.claim.title))
         what, _, which = METRICS[self.claim.metric].title.partition(", ")  # `TPOT, mean`
-        return f"“{title}.” By what is the {f'{which} {what}'.strip()} multiplied?"
+        return f"“{title}.” How does the {f'{which} {what}'.strip()} change?"
 
     @property
     def guessed(self) -> list[tuple[Entry, Judgement]]:

@@ -138,12 +138,12 @@ function plan() {
   };
   const given = known ? "published" : "measured";
   document.querySelector("#planned tbody").replaceChildren(...[
-    ["Weights", inGb(shape.weight_bytes), "", "", "forecast", "weights"],
+    ["Weights", inGb(shape.weight_bytes), "", "", "arithmetic", "weights"],
     ["Memory of the machine", inGb(machine.memory), "", "", given, ""],
     ["Memory bandwidth", `${sized(machine.bytes_per_s / 1e9)} GB/s`, "", "", given, "stream"],
-    ["Keys and values of a token", `${sized(kvBytesPerToken(shape, want.kv))} B`, "", "", "forecast", "kv"],
-    ["Tokens of context that have room", sized(tokens), "", "", "forecast", "fits"],
-    ["Such requests that have room at once", sized(room.requests), "", "", "forecast", "fits"],
+    ["Keys and values of a token", `${sized(kvBytesPerToken(shape, want.kv))} B`, "", "", "arithmetic", "kv"],
+    ["Tokens of context that have room", sized(tokens), "", "", "arithmetic", "fits"],
+    ["Such requests that have room at once", sized(room.requests), "", "", "arithmetic", "fits"],
     line("TTFT of a prompt alone", "ttft", inTime, "at least"),
     line(`TPOT with ${want.users} in flight`, "tpot", inTime, "at least"),
     line("Output tokens/s of all", "throughput", sized, "at most"),
