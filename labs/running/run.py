@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -152,6 +153,20 @@ def _scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
+@contextlib.contextmanager
+def _scratch_locked() -> Iterator[Path]:
+    """Make such a folder while no other run holds the lock; raises LabError where one does."""
+    with run_lock(), _scratch() as work:
+        yield work
+
+
+@contextlib.contextmanager
+def _scratch_beside_a_run() -> Iterator[Path]:
+    """Make such a folder for what may go on beside a run, whose own is left alone."""
+    with tempfile.TemporaryDirectory(prefix="lab-forecast-") as folder:
+        yield Path(folder)
+
+
 def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
     lab = setup.lab
     model = "" if setup.endpoint else "<model>"
@@ -196,10 +211,14 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
 def forecast_alone(request: RunRequest, progress: ProgressDisplay) -> tuple[Setup, Predictions]:
     """Predict a lab's points and claims without running it.
 
-    Raises what `run` raises before its engines start, and ForecastError.
+    For a GPU that is not here one repeat is played, whose prompts are enough work, and a run that
+    is under way is not disturbed by anything timed. Raises what `run` raises before its engines
+    start, and ForecastError.
     """
-    with run_lock(), _scratch() as work:
+    with _scratch_beside_a_run() if request.card else _scratch_locked() as work:
         setup = resolve(request, progress)
+        if setup.datasheet:
+            setup = replace(setup, lab=setup.lab.model_copy(update={"repeats": 1}))
         progress.waiting("writing the prompts")
         write_requests(setup, work)
         return setup, predict(setup, forecast(setup, _request_files(setup, work), progress))

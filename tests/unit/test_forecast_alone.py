@@ -1,0 +1,65 @@
+"""A lab that is forecast and not run: how much of it is played, and what it waits for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from labs import LABS
+from labs.filing.results import PointForecasts, Predictions
+from labs.lab import Lab, LabError
+from labs.running import run as running
+from labs.running.resolve import RunRequest, Setup, machine_of
+from labs.running.run import forecast_alone, run_lock
+from serving.gpus import Datasheet
+
+PLAYED: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record how many repeats are asked for, in place of writing prompts and playing them."""
+
+    def forecast(setup: Setup, requests: Any, progress: Any) -> PointForecasts:
+        PLAYED.append(setup.lab.repeats)
+        return PointForecasts(points={}, without={})
+
+    PLAYED.clear()
+    monkeypatch.setattr(running, "forecast", forecast)
+    monkeypatch.setattr(running, "write_requests", lambda setup, work: [])
+    monkeypatch.setattr(running, "predict", lambda *_: Predictions(effects={}, forecasts={}))
+    monkeypatch.setattr(running, "resolve", lambda request, _: resolved(request))
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A setup that knows its lab and its card: models and memory do not matter here."""
+
+    lab: Lab
+    datasheet: Datasheet | None
+
+
+def resolved(request: RunRequest) -> Resolved:
+    return Resolved(request.lab, machine_of(request.card)[1])
+
+
+QUIET: Any = SimpleNamespace(waiting=lambda text: None)
+
+
+def test_one_repeat_is_played_for_a_gpu_that_is_not_here_and_all_of_them_here() -> None:
+    lab = LABS["continuous-batching"]
+    assert lab.repeats > 1
+    forecast_alone(RunRequest(lab, card="h100"), QUIET)
+    forecast_alone(RunRequest(lab), QUIET)
+    assert [1, lab.repeats] == PLAYED
+
+
+def test_only_what_is_timed_here_waits_for_a_run() -> None:
+    lab = LABS["continuous-batching"]
+    with run_lock():
+        forecast_alone(RunRequest(lab, card="h100"), QUIET)
+        with pytest.raises(LabError, match="another lab is running"):
+            forecast_alone(RunRequest(lab), QUIET)
