@@ -109,10 +109,17 @@ def larger_batch(run: JudgedRun) -> str | None:
     if not (rate and tpot and line):
         return None
     users = [p.load.users for p in concurrency_sweep(run.points)]
+    fixed_s, slope_s = line
+    grows = (
+        f"it takes {1000 * fixed_s:.3g} ms, and {1000 * slope_s:.3g} ms more for each request in"
+        " decode (least squares over the loads), so that throughput would reach half of its limit,"
+        f" {number(1 / slope_s, 'tok/s')}, near {fixed_s / slope_s:.0f} in flight"
+        if slope_s > 0
+        else "in this range its time did not grow with the batch"
+    )
     return (
-        "A step serves all requests and reads the weights once for them: it takes"
-        f" {1000 * line[0]:.3g} ms, and {1000 * line[1]:.3g} ms more for each request in decode."
-        f" From {users[0]} to {users[-1]} in flight throughput is {rate}, and TPOT {tpot}."
+        f"A step serves all requests and reads the weights once for them: {grows}. From {users[0]}"
+        f" to {users[-1]} in flight throughput is {rate}, and TPOT {tpot}."
     )
 
 

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from labs import theory
 from labs.filing.results import Finding, Predictions, Run, RunFolder, Session, Summary
 from labs.findings.parts import published_of
 from labs.findings.published import Part
-from labs.findings.sweep import step_line
 from labs.judging.judge import Caveat
 from labs.judging.machine_speed import MachineSpeed
 from labs.judging.metrics import METRICS, main_columns
@@ -337,7 +335,6 @@ def forecast_score(summary: Summary) -> str:
 
 def _forecasts(facts: Facts) -> Section:
     lab = facts.lab
-    regime = _regime(facts)
     shown, same = without_constant_columns(
         tables.forecasts(lab, facts.summary), keep=("Where", "Measured", "Predicted")
     )
@@ -345,7 +342,6 @@ def _forecasts(facts: Facts) -> Section:
         "Predicted beside measured",
         shown,
         same,
-        Paragraph(joined(regime, "\n")) if regime else None,
         bullets(formulas(lab, facts.predictions)),
         *_published(lab, "forecasts", {f.name: METRICS[f.metric].title for f in lab.forecasts}),
     )
@@ -389,29 +385,6 @@ def _assumptions(uses: Sequence[tuple[str, Prediction]]) -> Inline:
     assumed: list[Inline] = [parse(text) for text in shared]
     assumed += [("for ", Emphasis(parse(title)), " ", parse(text)) for title, text in own]
     return ("; assumes: ", joined(assumed, "; ")) if assumed else ""
-
-
-def _regime(facts: Facts) -> list[str]:
-    """Say where the answer flips: the ridge by the ceilings, the step's slope by the sweep."""
-    lab, points = facts.lab, facts.points
-    lines = []
-    if "roofline" in lab.plots:
-        ridge = theory.ridge_batch(points[0].shape, points[0].ceilings)
-        lines.append(
-            f"On the roofline decode stays bound by memory up to a batch of about {ridge:,.0f}"
-            f" (ridge: {facts.run.ceilings.ridge_flops_per_byte:,.0f} FLOP/byte); beyond it each"
-            " further request lengthens the step in proportion."
-        )
-    if "sweep" in lab.plots and (line := step_line(points, facts.summary)):
-        fixed, slope = line
-        lines.append(
-            f"Measured: TPOT = {1000 * fixed:.1f} ms + {1000 * slope:.2f} ms x B (least"
-            " squares over the sweep), so throughput would reach half of its limit, 1 / slope"
-            f" = {number(1 / slope, 'tok/s')}, near B = {fixed / slope:.0f}."
-            if slope > 0
-            else "Measured: TPOT did not grow with the batch in this range."
-        )
-    return lines
 
 
 def _finding(lab: Lab, name: str, finding: Finding) -> Section:
