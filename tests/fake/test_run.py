@@ -18,6 +18,7 @@ import pytest
 from labs import LABS
 from labs.filing.results import RunFolder, Summary
 from labs.findings.context import Context
+from labs.findings.parts import parts_of
 from labs.findings.speculative_decoding import speculations, tokens_a_step
 from labs.lab import Point
 from labs.telling import html
@@ -162,7 +163,8 @@ def test_the_report_answers_every_claim(lab: str, finish: Finish) -> None:
     for claim in resolved.claims:
         assert claim.title in report
         assert claim.title in finish(lab).command.said
-    pictures = {f"{name}.svg" for name in ("effects", *resolved.plots)}
+    conclusions = [c.name for c in parts_of(lab).conclusions if c.draw]
+    pictures = {f"{name}.svg" for name in ("effects", *resolved.plots, *conclusions)}
     assert {path.name for path in folder.path.glob("*.svg")} == pictures
     assert set(re.findall(r"\]\((\S+\.svg)\)", report)) == pictures
     assert "QUICK run" in report

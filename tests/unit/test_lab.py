@@ -125,7 +125,7 @@ def test_labs_go_on_until_their_claims_are_decided_but_not_where_quick() -> None
     assert (longer.at("gpu", False).most_s, longer.at("cpu", True).starts) == (60, 2)
     for every in LABS.values():
         resolved = every.at("cpu", False)
-        assert resolved.repeats in (3, 5), every.name
+        assert 3 <= resolved.repeats <= 5, every.name  # of which the simulations speak
         assert resolved.looks == 2, every.name
 
 

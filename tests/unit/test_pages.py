@@ -93,7 +93,8 @@ def test_a_stale_page_is_named_until_it_is_written(
     folder: RunFolder, readme: Path, tmp_path: Path
 ) -> None:
     machine_page = folder.path.parent.parent / leaderboards.PAGE
-    every = [readme, tmp_path / leaderboards.PAGE, machine_page]
+    pages = [tmp_path / name for name in (leaderboards.PAGE, leaderboards.FORECASTS)]
+    every = [readme, *pages, machine_page]
     assert list(leaderboards.stale()) == every
     assert leaderboards.write() == every
     assert leaderboards.stale() == {}
