@@ -541,8 +541,8 @@ def chat_service(run: JudgedRun) -> str | None:
     if not best.goodput_per_s:
         return f"Under a flood none of these settings served anything within the SLO: {among}."
     return (
-        f"Under a flood `{best.variant}` (max-num-seqs {best.batch}, limit {best.limit}) served most"
-        f" within the SLO, {number(best.goodput_per_s, 'req/s')} at a TPOT of"
+        f"Under a flood `{best.variant}` (max-num-seqs {best.batch}, limit {best.limit}) served"
+        f" most within the SLO, {number(best.goodput_per_s, 'req/s')} at a TPOT of"
         f" {number(best.tpot_mean_s, 's')}, among {among}.{foreseen}"
     )
 
