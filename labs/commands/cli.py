@@ -25,6 +25,20 @@ from rich.table import Table
 from labs import LABS
 from labs.commands import all_labs, doctor, environment, monitoring, planning, recorded_runs
 from labs.commands.interactive import PORT, WEB_PORT, start_locust_ui
+from labs.commands.options import (
+    DpOption,
+    EngineOption,
+    LabName,
+    MarkdownOut,
+    ModelOption,
+    PpOption,
+    QuickOption,
+    SeedOption,
+    SetOption,
+    TpOption,
+    UnsafeOption,
+    WeightsOption,
+)
 from labs.commands.terminal import (
     EXPECTED_ERRORS,
     ConsoleProgress,
@@ -60,69 +74,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-LabName = Annotated[str, typer.Argument(help="A lab's name; `labs list` names them all.")]
-SetOption = Annotated[
-    str,
-    typer.Option(
-        "--set",
-        envvar="LABS_SET",
-        help="Change existing fields for this run: 'window_s=4 flags.max-num-seqs=8'."
-        " The run is marked ad hoc.",
-    ),
-]
-UnsafeOption = Annotated[
-    bool,
-    typer.Option(
-        "--unsafe-flags",
-        envvar="LABS_UNSAFE_FLAGS",
-        help="Pass flags on that may load code, open an address or name a path: your own only.",
-    ),
-]
-QuickOption = Annotated[
-    bool, typer.Option(envvar="LABS_QUICK", help="Short windows, one repeat or two: a smoke test.")
-]
-EngineOption = Annotated[
-    str,
-    typer.Option(
-        envvar="LABS_ENGINE_COMMAND",
-        help="The command that starts the engine, such as a profiler; the engine's flags follow.",
-    ),
-]
-ModelOption = Annotated[
-    str, typer.Option("--model", envvar="LABS_MODEL", help="A model folder or a Hugging Face id.")
-]
-WeightsOption = Annotated[
-    str,
-    typer.Option(
-        "--weights",
-        envvar="LABS_WEIGHTS",
-        help="`dummy` serves random weights in an architecture that ships with the lab (MODEL="
-        " names it): the speed is real, the text is not.",
-    ),
-]
-TpOption = Annotated[
-    int,
-    typer.Option(
-        "--tp", envvar="LABS_TP", min=1, help="GPUs that share each layer (tensor parallelism)."
-    ),
-]
-DpOption = Annotated[
-    int,
-    typer.Option("--dp", envvar="LABS_DP", min=1, help="Copies of the model (data parallelism)."),
-]
-PpOption = Annotated[
-    int,
-    typer.Option(
-        "--pp", envvar="LABS_PP", min=1, help="GPUs that divide the layers (pipeline parallelism)."
-    ),
-]
-SeedOption = Annotated[
-    str,
-    typer.Option(
-        "--seed", envvar="LABS_SEED", help="A number that draws other lengths, prompts and order."
-    ),
-]
 
 
 @app.callback(help=HELP)
@@ -338,12 +289,10 @@ def forecast_lab(
             envvar="LABS_MACHINE",
             help=f"A GPU that is not here: {', '.join(short_names())}. Its steps are computed from"
             " its datasheet and published efficiencies; MODEL= names a shape that ships with the"
-            " lab, or a folder with config.json.",
+            " lab, or a model folder.",
         ),
     ] = "",
-    out: Annotated[
-        Path | None, typer.Option(envvar="LABS_OUT", help="A Markdown file to write it to, too.")
-    ] = None,
+    out: MarkdownOut = None,
     quick: QuickOption = False,
     changes: SetOption = "",
     model: ModelOption = "",

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from labs.commands.options import MarkdownOut
 from labs.commands.terminal import ConsoleProgress, reported_errors
 from labs.judging.measure import price_per_hour
 from labs.lab import SLO, LabError, did_you_mean
@@ -46,8 +47,7 @@ def plan_capacity(
         str,
         typer.Option(
             envvar="LABS_MODEL",
-            help=f"A shape that ships with the lab ({', '.join(SHAPES)}), or a model folder with"
-            " config.json.",
+            help=f"A shape that ships with the lab ({', '.join(SHAPES)}), or a model folder.",
         ),
     ] = "llama-8b",
     precision: Annotated[
@@ -98,9 +98,7 @@ def plan_capacity(
             " PRICE_PER_HOUR.",
         ),
     ] = 0.0,
-    out: Annotated[
-        Path | None, typer.Option(envvar="LABS_OUT", help="A Markdown file to write it to, too.")
-    ] = None,
+    out: MarkdownOut = None,
 ) -> None:
     """Plan capacity on a GPU that is not here, in some minutes: nothing is started or measured.
 

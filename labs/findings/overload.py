@@ -567,17 +567,16 @@ def scaling_signal(run: JudgedRun) -> str | None:
     facts = SIGNALS.facts_of(run)
     if facts is None or not facts.signals:
         return None
-    parts = [
-        f"{s.name} by {number(s.lead_s, 's')}"
+    early = [s for s in facts.signals if s.lead_s is not None]
+    never = [s.name for s in facts.signals if s.lead_s is None]
+    told = [
+        f"{s.name}, {number(s.lead_s, 's')} before"
         + (f" (in {s.alarms} of {facts.trials} trials)" if s.alarms < facts.trials else "")
-        if s.lead_s is not None
-        else f"{s.name} not at all"
-        for s in facts.signals
+        for s in early
     ]
-    return (
-        "Before the first request that came too late was sent, these signals rose:"
-        f" {'; '.join(parts)}."
-    )
+    alarms = f"an alarm came from: {'; '.join(told)}" if told else "no signal gave an alarm"
+    silent = f" None came from: {', '.join(never)}." if told and never else ""
+    return f"Before the first request that came too late was sent, {alarms}.{silent}"
 
 
 # -------------------------------------------------------------------------------------- its plots

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from labs import theory
+from labs.filing.results import Band
 from labs.judging.measure import percentile
 from labs.lab import SLO, LabError
 from labs.running.forecast import GPU_SHARE, defaults_on_a_gpu, is_eight_bit, play_all, records
@@ -32,7 +33,6 @@ from labs.telling.capacity_plans import (
     Latencies,
     Price,
     RateForecast,
-    Spread,
 )
 from loadtests.arrivals import Poisson
 from serving import dummy, models
@@ -78,7 +78,7 @@ class Question:
 
 
 def model_named(machine: Machine, name: str) -> Model:
-    """Find a shape that ships with the lab, or a folder with config.json; raises ModelError."""
+    """Find a shape that ships with the lab, or the model in a folder; raises ModelError."""
     return models.resolve(machine, name) if Path(name).is_dir() else dummy.resolve(machine, name)
 
 
@@ -169,8 +169,12 @@ def _alone(served: _Served, demand: Demand) -> Alone:
         served.step_times(e).seconds(Step([Piece(int(demand.prompt_tokens), 0)], 1)) for e in ENDS
     ]
     ceiling = served.sheet.memory_bandwidth_bytes_per_s / theory.decode_bytes(shape, 1, context)
-    per_s = Spread(*(1 / s for s in step_s))
-    return Alone(ceiling, per_s.ordered(), Spread(*prompt_s).ordered())
+    return Alone(ceiling, _over([1 / s for s in step_s]), _over(prompt_s))
+
+
+def _over(values: Sequence[float]) -> Band:
+    """Gather a figure as expected, the first, and those with a faster and a slower step."""
+    return Band(value=values[0], low=min(values), high=max(values))
 
 
 def _estimate_per_s(served: _Served, question: Question) -> float:
@@ -224,14 +228,14 @@ def _tried(
     ]
     plays = _play(served, question, jobs, progress, "one GPU")
     for rate, (expected, *ends) in zip(rates, _by_load(plays), strict=True):
-        yield RateForecast(rate, expected, Spread.over("within", expected, ends))
+        yield RateForecast(rate, expected, _over([p.within for p in (expected, *ends)]))
 
 
 def _by_load(plays: Sequence[Latencies]) -> list[Sequence[Latencies]]:
     return [plays[first : first + len(ENDS)] for first in range(0, len(plays), len(ENDS))]
 
 
-def _capacity(rates: Sequence[RateForecast]) -> Spread | None:
+def _capacity(rates: Sequence[RateForecast]) -> Band | None:
     """Find the largest rate that meets the objective; None where the lowest tried does not.
 
     Between two tried rates the share is interpolated. The ends of the band are those of a faster
@@ -241,11 +245,13 @@ def _capacity(rates: Sequence[RateForecast]) -> Spread | None:
         _crossing([(r.rate_per_s, share) for r, share in zip(rates, shares, strict=True)])
         for shares in (
             [r.expected.within for r in rates],
-            [r.within.low or 0.0 for r in rates],
-            [r.within.high or 0.0 for r in rates],
+            [r.within.low for r in rates],
+            [r.within.high for r in rates],
         )
     )
-    return Spread(expected, slower or 0.0, faster or expected) if expected else None
+    if not expected:
+        return None
+    return Band(value=expected, low=slower or 0.0, high=faster or expected)
 
 
 def _crossing(points: Sequence[tuple[float, float]]) -> float | None:
@@ -280,11 +286,12 @@ def _fleets(
     ]
     plays = _play(served, question, jobs, progress, f"{replicas} GPUs")
     for router, (expected, *ends) in zip(question.routers, _by_load(plays), strict=True):
+        ttft_p99_s = [p.ttft_p99_s for p in (expected, *ends) if p.ttft_p99_s is not None]
         yield FleetForecast(
             router,
             expected,
-            Spread.over("within", expected, ends),
-            Spread.over("ttft_p99_s", expected, ends),
+            _over([p.within for p in (expected, *ends)]),
+            _over(ttft_p99_s) if len(ttft_p99_s) == len(ENDS) else None,
         )
 
 
@@ -446,16 +453,18 @@ def _price(question: Question, answer: CapacityPlan) -> Price | None:
     """Compare renting a GPU with buying tokens; None without a price and a capacity."""
     if question.usd_per_hour is None or answer.capacity_per_s is None:
         return None
-    tokens_per_s = answer.capacity_per_s.times(question.demand.output_tokens)
-    usd_per_million = Spread(
-        *(
-            question.usd_per_hour / 3600 / t * 1e6 if t else None
-            for t in (tokens_per_s.value, tokens_per_s.high, tokens_per_s.low)
-        )
-    )
+    capacity, output = answer.capacity_per_s, question.demand.output_tokens
+    usd_per_million = [
+        question.usd_per_hour / 3600 / (per_s * output) * 1e6
+        for per_s in (capacity.value, capacity.high, capacity.low)
+        if per_s
+    ]
+    million_a_day = [
+        per_s * output * 86_400 / 1e6 for per_s in (capacity.value, capacity.high, capacity.low)
+    ]
     return Price(
         usd_per_hour=question.usd_per_hour,
-        tokens_per_day=tokens_per_s.times(86_400),
-        usd_per_million=usd_per_million,
+        million_tokens_per_day=_over(million_a_day),
+        usd_per_million=_over(usd_per_million) if len(usd_per_million) == len(ENDS) else None,
         api_usd_per_million=question.api_usd_per_million,
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from labs.filing.results import Band
 from labs.judging.text import number
 from labs.lab import SLO
 from labs.telling.document import (
@@ -20,31 +21,6 @@ from labs.telling.document import (
     table,
 )
 from loadtests.trace import TraceRow
-
-
-@dataclass(frozen=True)
-class Spread:
-    """An expected figure, and its least and greatest with a faster and a slower step."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-
-    @classmethod
-    def over(cls, name: str, expected: Latencies, ends: Iterable[Latencies]) -> Spread:
-        """Gather one figure of the play as expected, and of those at the ends of the band."""
-        values = [getattr(latencies, name) for latencies in (expected, *ends)]
-        known = [v for v in values if v is not None]
-        return cls(values[0], min(known, default=None), max(known, default=None))
-
-    def times(self, factor: float) -> Spread:
-        """Multiply all three."""
-        return Spread(*(v if v is None else v * factor for v in (self.value, self.low, self.high)))
-
-    def ordered(self) -> Spread:
-        """Put the ends in order."""
-        ends = sorted(v for v in (self.value, self.low, self.high) if v is not None)
-        return Spread(self.value, ends[0], ends[-1]) if ends else self
 
 
 @dataclass(frozen=True)
@@ -81,8 +57,8 @@ class Alone:
     """One request with the GPU to itself."""
 
     ceiling_tokens_per_s: float
-    tokens_per_s: Spread
-    prompt_s: Spread
+    tokens_per_s: Band
+    prompt_s: Band
 
 
 @dataclass(frozen=True)
@@ -105,7 +81,7 @@ class RateForecast:
 
     rate_per_s: float
     expected: Latencies
-    within: Spread
+    within: Band
 
 
 @dataclass(frozen=True)
@@ -114,8 +90,8 @@ class FleetForecast:
 
     router: str
     expected: Latencies
-    within: Spread
-    ttft_p99_s: Spread
+    within: Band
+    ttft_p99_s: Band | None
 
 
 @dataclass(frozen=True)
@@ -123,8 +99,8 @@ class Price:
     """Renting a GPU beside buying tokens; US dollars."""
 
     usd_per_hour: float
-    tokens_per_day: Spread
-    usd_per_million: Spread
+    million_tokens_per_day: Band
+    usd_per_million: Band | None
     api_usd_per_million: float | None
 
 
@@ -141,7 +117,7 @@ class CapacityPlan:
     fits: tuple[Fit, ...]
     alone: Alone | None = None
     rates: tuple[RateForecast, ...] = ()
-    capacity_per_s: Spread | None = None
+    capacity_per_s: Band | None = None
     replicas: int | None = None
     fleets: tuple[FleetForecast, ...] = ()
     price: Price | None = None
@@ -217,7 +193,7 @@ def _answer(plan: CapacityPlan) -> Paragraph:
             )
         )
     at_least = "at least " if plan.rates[-1].expected.within >= plan.share else ""
-    capacity = _spread(plan.capacity_per_s, "requests/s")
+    capacity = _band(plan.capacity_per_s, "requests/s")
     text = f"One GPU serves {at_least}{capacity} within the objective."
     if plan.demand.rate_per_s and plan.replicas:
         text += f" {plan.demand.rate_per_s:.3g} requests/s are forecast on {plan.replicas} of them."
@@ -256,8 +232,8 @@ def _alone(plan: CapacityPlan) -> Sequence[Block]:
     rows: list[list[Inline]] = [
         ["Decode, ceiling", number(plan.alone.ceiling_tokens_per_s, "tok/s"), "arithmetic",
          "memory bandwidth / bytes a step reads"],
-        ["Decode", _spread(plan.alone.tokens_per_s, "tok/s"), "forecast", "1 / time of a step"],
-        ["Prefill", _spread(plan.alone.prompt_s, "s"), "forecast",
+        ["Decode", _band(plan.alone.tokens_per_s, "tok/s"), "forecast", "1 / time of a step"],
+        ["Prefill", _band(plan.alone.prompt_s, "s"), "forecast",
          "time of a step with the whole prompt"],
     ]  # fmt: skip
     return (table(("Figure", "Value", "Kind", "From"), rows),)
@@ -267,7 +243,7 @@ def _one_gpu(plan: CapacityPlan) -> Sequence[Block]:
     rows: list[list[Inline]] = [
         [
             f"{r.rate_per_s:g} /s",
-            _share(r.within),
+            _band(r.within, "share"),
             number(r.expected.ttft_p50_s, "s"),
             number(r.expected.ttft_p99_s, "s"),
             number(r.expected.tpot_p50_s, "s"),
@@ -293,9 +269,9 @@ def _fleet(plan: CapacityPlan) -> Sequence[Block]:
     rows: list[list[Inline]] = [
         [
             f.router,
-            _share(f.within),
+            _band(f.within, "share"),
             number(f.expected.ttft_p50_s, "s"),
-            _spread(f.ttft_p99_s, "s"),
+            _band(f.ttft_p99_s, "s"),
             number(f.expected.tpot_p99_s, "s"),
             number(f.expected.hit_rate, "share"),
             f"{f.expected.preemptions:,}",
@@ -324,9 +300,9 @@ def _money(plan: CapacityPlan) -> Sequence[Block]:
         )
     rows: list[list[Inline]] = [
         ["Output tokens a day, at most, in millions",
-         _spread(price.tokens_per_day.times(1e-6), "1"), "forecast",
+         _band(price.million_tokens_per_day, "1"), "forecast",
          "capacity x mean output x 86,400 s"],
-        ["Price of a million at that load", _spread(price.usd_per_million, "USD"),
+        ["Price of a million at that load", _band(price.usd_per_million, "USD"),
          "forecast", f"{price.usd_per_hour:g} USD/h / tokens an hour"],
     ]  # fmt: skip
     if price.api_usd_per_million:
@@ -343,16 +319,12 @@ def _money(plan: CapacityPlan) -> Sequence[Block]:
     return table(("Figure", "Value", "Kind", "From"), rows), Paragraph(told)
 
 
-def _spread(spread: Spread, unit: str) -> str:
-    """Write `50 (43.3 to 55) tok/s`, or without its band a figure that has none."""
-    if spread.low is None or spread.high is None or spread.low == spread.high:
-        return number(spread.value, unit)
+def _band(band: Band | None, unit: str) -> str:
+    """Write `50 (43.3 to 55) tok/s`; a figure without doubt alone, none as a dash."""
+    if band is None or band.low == band.high:
+        return number(band.value if band else None, unit)
     shown, low, high = (
-        number(v, unit if unit in ("s", "share") else "1")
-        for v in (spread.value, spread.low, spread.high)
+        number(value, unit if unit in ("s", "share") else "1")
+        for value in (band.value, band.low, band.high)
     )
     return f"{shown} ({low} to {high})" + ("" if unit in ("s", "share", "1") else f" {unit}")
-
-
-def _share(spread: Spread) -> str:
-    return _spread(spread, "share")

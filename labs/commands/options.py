@@ -1,0 +1,75 @@
+"""The options that several commands take, with what each says of itself in `--help`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+LabName = Annotated[str, typer.Argument(help="A lab's name; `labs list` names them all.")]
+SetOption = Annotated[
+    str,
+    typer.Option(
+        "--set",
+        envvar="LABS_SET",
+        help="Change existing fields for this run: 'window_s=4 flags.max-num-seqs=8'."
+        " The run is marked ad hoc.",
+    ),
+]
+UnsafeOption = Annotated[
+    bool,
+    typer.Option(
+        "--unsafe-flags",
+        envvar="LABS_UNSAFE_FLAGS",
+        help="Pass flags on that may load code, open an address or name a path: your own only.",
+    ),
+]
+QuickOption = Annotated[
+    bool, typer.Option(envvar="LABS_QUICK", help="Short windows, one repeat or two: a smoke test.")
+]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        envvar="LABS_ENGINE_COMMAND",
+        help="The command that starts the engine, such as a profiler; the engine's flags follow.",
+    ),
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", envvar="LABS_MODEL", help="A model folder or a Hugging Face id.")
+]
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        envvar="LABS_WEIGHTS",
+        help="`dummy` serves random weights in an architecture that ships with the lab (MODEL="
+        " names it): the speed is real, the text is not.",
+    ),
+]
+TpOption = Annotated[
+    int,
+    typer.Option(
+        "--tp", envvar="LABS_TP", min=1, help="GPUs that share each layer (tensor parallelism)."
+    ),
+]
+DpOption = Annotated[
+    int,
+    typer.Option("--dp", envvar="LABS_DP", min=1, help="Copies of the model (data parallelism)."),
+]
+PpOption = Annotated[
+    int,
+    typer.Option(
+        "--pp", envvar="LABS_PP", min=1, help="GPUs that divide the layers (pipeline parallelism)."
+    ),
+]
+SeedOption = Annotated[
+    str,
+    typer.Option(
+        "--seed", envvar="LABS_SEED", help="A number that draws other lengths, prompts and order."
+    ),
+]
+MarkdownOut = Annotated[
+    Path | None,
+    typer.Option("--out", envvar="LABS_OUT", help="A Markdown file to write it to, too."),
+]
