@@ -191,7 +191,10 @@ def _source(lab: str) -> str:
 
 
 def _headlines(runs: Sequence[RunFolder]) -> Iterator[Inline]:
-    """Say how the claim that each lab puts forward came out, in the first of its runs."""
+    """Say how the claim that each lab puts forward came out, in the first run that decided it.
+
+    A claim that is undecided, or not valid, is no finding.
+    """
     for lab in LABS:
         headline = parts_of(lab).headline
         found = (
@@ -199,7 +202,7 @@ def _headlines(runs: Sequence[RunFolder]) -> Iterator[Inline]:
             for folder in runs
             if folder.path.parent.name == lab
             for judgement in folder.summary().judgements
-            if headline and judgement.claim == headline.claim
+            if headline and judgement.claim == headline.claim and judgement.expected is not None
         )
         if headline and (first := next(found, None)):
             yield _headline(*first, headline)

@@ -108,6 +108,15 @@ def test_a_stale_page_is_named_until_it_is_written(
     assert list(leaderboards.stale()) == [machine_page]
 
 
+@pytest.mark.usefixtures("readme")
+def test_a_claim_that_is_undecided_is_no_finding_of_the_front_page(folder: RunFolder) -> None:
+    assert len(list(leaderboards._headlines([folder]))) == 1
+    summary = folder.summary()
+    undecided = [j.model_copy(update={"expected": None}) for j in summary.judgements]
+    write_json(folder.path / "summary.json", summary.model_copy(update={"judgements": undecided}))
+    assert list(leaderboards._headlines([folder])) == []
+
+
 # ----------------------------------------------------------------------------- beside git
 
 
