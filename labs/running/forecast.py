@@ -49,7 +49,9 @@ FASTER, SLOWER = 0.90, 1.18
 """The ends of a band: the engine's own step may take this many times as long as the stand-in step.
 
 Both factors were measured on two machines (vLLM 0.32 on CPU, batches of 1 to 16 and a prompt of 768
-tokens), before any run that is judged by them.
+tokens), before any run that is judged by them. Where the machine's speed wandered while the step
+was timed, the slow end is as much further off: the stand-in step is the least of several times, and
+an engine cannot choose its moments.
 """
 DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; larger steps are extrapolated
 GPU_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
@@ -274,16 +276,22 @@ Steps = dict[str, tuple[EngineSteps, EngineSteps, EngineSteps]]
 """Point -> its steps as expected, on a faster and on a slower machine: the ends of the band."""
 
 
+def ends_of_band(times: StepTimes) -> tuple[StepTimes, StepTimes, StepTimes]:
+    """Return a timed step as expected, on a faster machine and on a slower one."""
+    return times, times.times(FASTER), times.times(SLOWER * times.wander)
+
+
 def _steps_as_timed(setup: Setup, points: Sequence[Point]) -> Steps:
-    """Time the steps of these points; a band's ends are FASTER and SLOWER. Raises ForecastError."""
+    """Time the steps of these points. Raises ForecastError."""
     plans = {p.key: (_step_of(setup, p), _draft_of(setup, p)) for p in points}
     times = time_steps(plan for pair in plans.values() for plan in pair if plan)
+    ends = {plan: ends_of_band(step_times) for plan, step_times in times.items()}
 
-    def at(key: str, factor: float) -> EngineSteps:
+    def at(key: str, end: int) -> EngineSteps:
         step, draft = plans[key]
-        return times[step].times(factor), times[draft].times(factor) if draft else None
+        return ends[step][end], ends[draft][end] if draft else None
 
-    return {p.key: (at(p.key, 1), at(p.key, FASTER), at(p.key, SLOWER)) for p in points}
+    return {p.key: (at(p.key, 0), at(p.key, 1), at(p.key, 2)) for p in points}
 
 
 def _steps_by_datasheet(setup: Setup, points: Sequence[Point], sheet: Datasheet) -> Steps:

@@ -54,6 +54,7 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
     attention_pair_s: float
     attention_read_s: float
     scheduling_s: float = 0.0  # of the engine itself, around the model's forward pass
+    wander: float = 1.0  # the middle time of a part over its least, as the machine's speed wandered
 
     def times(self, factor: float) -> StepTimes:
         """Return the step times of a machine on which everything takes `factor` times as long."""
@@ -65,6 +66,7 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
             attention_pair_s=factor * self.attention_pair_s,
             attention_read_s=factor * self.attention_read_s,
             scheduling_s=factor * self.scheduling_s,
+            wander=self.wander,
         )
 
     def seconds(self, step: Step) -> float:

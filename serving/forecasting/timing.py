@@ -4,7 +4,8 @@ No engine exists yet, and no weights are needed: matrices of the model's sizes h
 A layer is what a decoder's layer is (two norms, the projections, rotary embedding, attention over
 a cache, a gated MLP), launched operation by operation, so that the cost of launching is in the
 figures. All layers have weights of their own, so that no cache holds them. Each size is timed
-several times, in turn with the others, and the least is kept: other work can only add time.
+several times, in turn with all others, and the least is kept: other work can only add time. How far
+the middle time lies above it tells how much the machine's speed wanders, and widens the forecast.
 
 Adapters (LoRA) are applied as vLLM's CPU backend applies them: each token gathers the two thin
 matrices of its adapter, for each of the seven projections of a layer.
@@ -20,13 +21,15 @@ they differ from torch's, experts, compiled steps, and the scheduler's own time.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -38,7 +41,8 @@ from serving.models import shape_of
 CONTEXT_TOKENS = 32  # the timed layers attend to so many; longer contexts are timed separately
 LONG_CONTEXT_TOKENS = 2048
 PREFILL_TOKENS = 512
-LONG_S = 0.5
+LONG_S = 0.5  # the longest work that is warmed up
+ENOUGH_S = 2.0  # a work on which so much time has been spent is not timed again
 CACHE_FLAG = "--kv-cache-dtype"
 
 Work = Callable[[], None]
@@ -55,7 +59,7 @@ class TimingPlan(BaseModel, frozen=True, extra="forbid"):
     adapters: int = 0  # slots for LoRA adapters; 0: none are applied
     adapter_rank: int = 0
     kernels: tuple[str, ...] = ()  # an engine's arguments, where its own kernels are to be timed
-    passes: int = 3
+    passes: int = 6
 
 
 class Decoder:
@@ -217,32 +221,42 @@ class Decoder:
 
 def timed(
     series: Sequence[Sequence[Work]], passes: int, wait: Callable[[], None]
-) -> list[list[float]]:
-    """Return the least seconds of each work, over `passes` in turn after one that warms up.
+) -> list[list[list[float]]]:
+    """Return the seconds that each work took, over up to `passes` in turn after one that warms up.
 
-    All works of all series take turns, so that what is compared was timed in the same minutes. A
-    work that takes longer than `LONG_S` is timed once, without a warm-up, which is a small part of
-    it. The works of a series ascend in size: after two that take longer than `LONG_S` no larger one
-    is timed, and its list is as much shorter. `wait` returns when the device has finished all that
-    it was given.
+    All works of all series take turns, so that what is compared was timed in the same minutes, and
+    a slow moment of the machine meets no work in all its passes. A work that takes longer than
+    `LONG_S` counts from its first time on, since warming up is a small part of it, and one that has
+    taken `ENOUGH_S` altogether is not timed again. The works of a series ascend in size: after two
+    that take longer than `LONG_S` no larger one is timed, and its list is as much shorter. `wait`
+    returns when the device has finished all that it was given.
     """
-    least = [[float("inf")] * len(works) for works in series]
+    times_s: list[list[list[float]]] = [[[] for _ in works] for works in series]
     for number in range(passes + 1):
-        for works, mine in zip(series, least, strict=True):
+        for works, mine in zip(series, times_s, strict=True):
             for place, work in enumerate(works):
-                if place > 1 and LONG_S < mine[place - 2] < float("inf"):
+                if place > 1 and min(mine[place - 2], default=0.0) > LONG_S:
                     del mine[place:]
                     break
-                if LONG_S < mine[place] < float("inf"):
+                if sum(mine[place]) > ENOUGH_S:
                     continue
                 wait()
-                start = time.perf_counter()
+                start = perf_counter()
                 work()
                 wait()
-                seconds = time.perf_counter() - start
+                seconds = perf_counter() - start
                 if number or seconds > LONG_S:
-                    mine[place] = min(mine[place], seconds)
-    return least
+                    mine[place].append(seconds)
+    return times_s
+
+
+def wander_of(times_s: Iterable[Sequence[float]]) -> float:
+    """Tell how many times as long as its least time a work took in the middle, over all works.
+
+    1 on a machine of steady speed. A work that was timed fewer than three times tells nothing.
+    """
+    ratios = [median(seconds) / min(seconds) for seconds in times_s if len(seconds) > 2]
+    return median(ratios) if ratios else 1.0
 
 
 def weights_of(plan: TimingPlan) -> TimingPlan:
@@ -282,13 +296,22 @@ def measure(plans: Sequence[TimingPlan]) -> list[StepTimes]:
     timed_once = [(plans[number], decoders[number]) for number in first_of.values()]
     place = {key: at for at, key in enumerate(first_of)}
     places = [place[weights_of(plan)] for plan in plans]
+    contexts = (CONTEXT_TOKENS, LONG_CONTEXT_TOKENS)
+    prompts = (PREFILL_TOKENS // 4, PREFILL_TOKENS)
     with torch.inference_mode():
-        linear_s = timed([[d.linear(n) for n in p.tokens] for p, d in timed_once], passes, wait)
-        head_s = timed([[d.head(n) for n in p.rows] for p, d in timed_once], passes, wait)
-        contexts = (CONTEXT_TOKENS, LONG_CONTEXT_TOKENS)
-        read_s = timed([[d.attention(1, n) for n in contexts] for d in decoders], passes, wait)
-        prompts = (PREFILL_TOKENS // 4, PREFILL_TOKENS)
-        pair_s = timed([[d.attention(n, 0) for n in prompts] for d in decoders], passes, wait)
+        series = [
+            *([d.linear(n) for n in p.tokens] for p, d in timed_once),
+            *([d.head(n) for n in p.rows] for p, d in timed_once),
+            *([d.attention(1, n) for n in contexts] for d in decoders),
+            *([d.attention(n, 0) for n in prompts] for d in decoders),
+        ]
+        times_s = timed(series, passes, wait)
+    least = iter([[min(seconds) for seconds in works] for works in times_s])
+    linear_s = list(itertools.islice(least, len(timed_once)))
+    head_s = list(itertools.islice(least, len(timed_once)))
+    read_s = list(itertools.islice(least, len(plans)))
+    pair_s = list(least)
+    wander = wander_of(itertools.chain(*times_s))
     part, whole = (n * (n + 1) / 2 for n in prompts)
     return [
         StepTimes(
@@ -299,6 +322,7 @@ def measure(plans: Sequence[TimingPlan]) -> list[StepTimes]:
             head_s=tuple(np.maximum.accumulate(head).tolist()),
             attention_pair_s=max(0.0, (whole_s - part_s) / (whole - part)),
             attention_read_s=max(0.0, (long_s - short_s) / (contexts[1] - contexts[0])),
+            wander=wander,
         )
         for plan, linear, head, (short_s, long_s), (part_s, whole_s) in zip(
             plans,

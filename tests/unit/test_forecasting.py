@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import time
 from pathlib import Path
 
 import pytest
 
+from labs.running.forecast import FASTER, SLOWER, ends_of_band
 from serving.forecasting import timing
 from serving.forecasting.step import Piece, Step, StepTimes
 from serving.forecasting.traffic import Delays, Prompt, Traffic, play
@@ -179,20 +180,45 @@ def test_a_structure_is_compiled_before_its_request_is_scheduled() -> None:
     assert [a.chunks[0][0] - a.sent_s for a in played.answers] == [3.0, 3.0]
 
 
-def test_what_takes_long_is_timed_once_and_what_is_larger_not_at_all() -> None:
-    short, long = [0], [0]
+def test_what_takes_long_is_timed_less_often_and_what_is_larger_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(timing, "perf_counter", lambda: clock[0])
 
-    def quick() -> None:
-        short[0] += 1
+    def taking(*seconds: float) -> timing.Work:
+        left = itertools.chain(seconds, itertools.repeat(seconds[-1]))
 
-    def slow() -> None:
-        long[0] += 1
-        time.sleep(timing.LONG_S + 0.01)
+        def work() -> None:
+            clock[0] += next(left)
 
-    least, other = timing.timed([[quick, slow, slow, slow, quick], [quick]], 3, lambda: None)
-    assert (short[0], long[0], len(other)) == (4 + 4, 2, 1)
-    assert len(least) == 3
-    assert least[1] > timing.LONG_S
+        return work
+
+    quick, slow, slower = taking(0.9, 0.1), taking(0.8), taking(1.1)
+    works = [taking(0.1), slow, slower, taking(3.0), taking(3.0)]
+    many, other = timing.timed([works, [quick]], 6, lambda: None)
+    # a warm-up of what is quick does not count, nor 2 s of one work more than once over
+    assert [len(seconds) for seconds in many] == [6, 3, 2, 1]
+    assert other == [[0.9, *[pytest.approx(0.1)] * 6]]
+
+
+def test_all_works_take_turns_so_that_a_slow_moment_meets_none_in_all_its_passes() -> None:
+    order: list[str] = []
+    timing.timed([[lambda: order.append("a")], [lambda: order.append("b")]], 2, lambda: None)
+    assert order == ["a", "b"] * 3
+
+
+def test_a_machine_whose_speed_wanders_widens_the_slow_end_of_the_band() -> None:
+    assert timing.wander_of([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [1.0, 9.0]]) == 1.0
+    assert timing.wander_of([[1.0]]) == 1.0
+    wander = timing.wander_of([[1.0, 1.5, 2.0], [2.0, 3.0, 3.0]])
+    assert wander == 1.5
+    steady, unsteady = TIMES, TIMES.model_copy(update={"wander": wander})
+    for times, slowest in ((steady, SLOWER), (unsteady, 1.5 * SLOWER)):
+        expected, faster, slower = ends_of_band(times)
+        assert expected.linear_s == TIMES.linear_s
+        assert faster.linear_s[0] == pytest.approx(FASTER * TIMES.linear_s[0])
+        assert slower.linear_s[0] == pytest.approx(slowest * TIMES.linear_s[0])
 
 
 def test_plans_that_differ_in_the_cache_alone_share_the_timing_of_their_layers() -> None:
