@@ -328,6 +328,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     dummy: Annotated[Callable[[Lab], Lab] | None, Field(exclude=True)] = None
     # how often a draft token is expected to be accepted at a point whose engine guesses ahead
     acceptance: Annotated[Callable[[Point], float] | None, Field(exclude=True)] = None
+    # in how many of its steps it is expected to guess at all; None: in all of them
+    guessed: Annotated[Callable[[Point], float] | None, Field(exclude=True)] = None
     # how long the engine is expected to take over the structure of an answer; None: no structure
     masking: Annotated[Callable[[Point], Masking | None] | None, Field(exclude=True)] = None
     left_out: tuple[str, ...] = ()  # with random weights, each with its reason
@@ -463,9 +465,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         fields = self.model_dump(exclude={"scales", "quick"})
         for path, value in (item for layer in layers for item in layer.items()):
             _set(fields, path, copy.deepcopy(value))  # a later path may lead into it
-        fields |= {"acceptance": self.acceptance, "masking": self.masking}
+        expected = {n: getattr(self, n) for n in ("acceptance", "guessed", "masking")}
         try:
-            return Lab.model_validate(fields)
+            return Lab.model_validate(fields | expected)
         except ValidationError as error:
             raise LabError(_sentence(error, fields)) from error
 

@@ -54,15 +54,27 @@ def draft_cost(point: Point) -> float:
     return float(draft(point).get("weight_bytes", 0)) / point.shape.weight_bytes
 
 
-def tpot_ratio(acceptance: Callable[[Point], float]) -> Callable[[Point, Point], Prediction]:
+def tpot_ratio(
+    acceptance: Callable[[Point], float], found: Callable[[Point], float] | None = None
+) -> Callable[[Point, Point], Prediction]:
+    """Return the predictor of TPOT with guesses / without.
+
+    `found` gives the share of steps that have guesses at all; None: all of them.
+    """
+
     def predict(speculating: Point, plain: Point) -> Prediction:
         a, g = acceptance(speculating), config(speculating)["num_speculative_tokens"]
         c, v = draft_cost(speculating), verify_cost(speculating)
+        f = found(speculating) if found else 1.0
+        cost, tokens = "g c + v", "(1 - a^(g+1)) / (1 - a)"
+        if found:
+            cost, tokens = f"1 - f + f ({cost})", f"1 - f + f {tokens}"
+        share = f"f = {f:.2f} of the steps have guesses, " if found else ""
         return Prediction(
-            value=1 / theory.speculative_speedup(a, g, c, v),
-            formula="(g c + v) / ((1 - a^(g+1)) / (1 - a))",
+            value=(1 - f + f * (g * c + v)) / (1 - f + f * theory.accepted_length(a, g)),
+            formula=f"({cost}) / ({tokens})",
             assumptions=(
-                f"a = {a:.2f}, c = {c:.2f} by bytes, v = {v:.2f} on the roofline",
+                f"{share}a = {a:.2f}, c = {c:.2f} by bytes, v = {v:.2f} on the roofline",
                 "each token is accepted with the same probability, whatever came before",
             ),
             source="Leviathan, Kalman, Matias, ICML 2023",
@@ -71,24 +83,45 @@ def tpot_ratio(acceptance: Callable[[Point], float]) -> Callable[[Point, Point],
     return predict
 
 
+def within(records: Mapping[str, Any], point: Point) -> Mapping[str, Any]:
+    """Choose what the maker recorded of answers as long as this point's, from tokens -> record."""
+    long_enough = sorted(map(int, records))
+    chosen = [n for n in long_enough if n >= point.output_tokens] or long_enough[-1:]
+    record: Mapping[str, Any] = records[str(chosen[0])] if chosen else {}
+    return record
+
+
 def drafts_accepted(point: Point) -> float:
     """Return the share accepted on held-out prompts of this kind when it was made.
 
     A draft that was made without the kind has one share for all; a published one is taken at 0.6.
     """
     made = draft(point)
-    by_kind = made.get("acceptance_by_kind", {})
-    return float(by_kind.get(point.workload.task, made.get("acceptance", 0.6)))
+    by_kind = within(made.get("acceptance_within", {}), point)
+    return float(by_kind.get(point.workload.task, by_kind.get("all", made.get("acceptance", 0.6))))
+
+
+def _copies(point: Point) -> tuple[float, float]:
+    """Return (share of steps with something to copy, share accepted of what is copied).
+
+    They are those of the target's own answers, as the draft's maker recorded them. Without such a
+    record both are taken to be high for word-for-word copies and low for open text.
+    """
+    records = [within(made.get("lookup_within", {}), point) for made in point.about.values()]
+    task, assumed = point.workload.task, 0.9 if point.workload.task == "quote" else 0.2
+    found, accepted = next(((r[task]["found"], r[task]["accepted"]) for r in records if task in r),
+                           (assumed, assumed))  # fmt: skip
+    return float(found), float(assumed if accepted is None else accepted)
+
+
+def copies_found(point: Point) -> float:
+    """Return the share of steps in which the context holds something to copy."""
+    return _copies(point)[0]
 
 
 def copies_accepted(point: Point) -> float:
-    """Return the share accepted as the draft's maker found it on the target's own answers.
-
-    Without such a record it is taken to be high for word-for-word copies and low for open text.
-    """
-    records = (made.get("lookup_acceptance_by_kind", {}) for made in point.about.values())
-    assumed = 0.9 if point.workload.task == "quote" else 0.2
-    return float(next((r[task] for r in records if (task := point.workload.task) in r), assumed))
+    """Return the share of copied tokens that are accepted."""
+    return _copies(point)[1]
 
 
 def further(far: Point, near: Point) -> Prediction:
@@ -119,7 +152,7 @@ def workload(task: Task, prompt_tokens: int, *loads: int) -> Workload:
 
 def claim(
     name: str, title: str, variant: str, task: Task, load: int, expect: str,
-    acceptance: Callable[[Point], float],
+    acceptance: Callable[[Point], float], found: Callable[[Point], float] | None = None,
 ) -> Claim:  # fmt: skip
     arm = {"workload": task, "load": f"concurrent:{load}"}
     return Claim.model_validate(
@@ -130,7 +163,7 @@ def claim(
             "treatment": {"variant": variant, **arm},
             "baseline": {"variant": "none", **arm},
             "expect": expect,
-            "predict": tpot_ratio(acceptance),
+            "predict": tpot_ratio(acceptance, found),
         }
     )
 
@@ -157,6 +190,11 @@ def accepted(point: Point) -> float:
         return chosen(point)
     by_copying = config(point)["method"] == "ngram"
     return copies_accepted(point) if by_copying else drafts_accepted(point)
+
+
+def guessed(point: Point) -> float:
+    """Return the share of steps in which what guesses at this point finds anything to guess."""
+    return copies_found(point) if config(point)["method"] == "ngram" else 1.0
 
 
 def on_random_weights(lab: Lab) -> Lab:
@@ -220,6 +258,7 @@ GUESSES = (
 LAB = Lab(
     name="speculative-decoding",
     acceptance=accepted,
+    guessed=guessed,
     title="Speculative decoding",
     question="Can guessing several tokens ahead make a response faster, and at which load does it"
     " make it slower?",
@@ -258,7 +297,7 @@ LAB = Lab(
     ),
     claims=(
         claim("ngram-quote", "Copying from the context pays where text is quoted",
-              "ngram", "quote", 1, "falls", copies_accepted),
+              "ngram", "quote", 1, "falls", copies_accepted, copies_found),
         claim("ngram-story", "In open text there is little to copy",
               "ngram", "story", 1, "unchanged", copies_accepted),
         claim("draft-story", "A draft model shortens TPOT of a single stream",

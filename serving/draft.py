@@ -24,9 +24,9 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from serving import making
 from serving.making import MakerError
@@ -36,6 +36,7 @@ ANSWER_BATCH, BATCH = 64, 8
 LEARNING_RATE, WARMUP = 2e-3, 0.1
 OTHER_TOKENS = 2048  # of the vocabulary, besides those that the target wrote
 LEAST_PROMPTS, MOST_HELD_OUT = 12, 64  # a third held out, but not more than these
+WITHIN_TOKENS = (8, 16, 32, ANSWER_TOKENS)  # of an answer, over which acceptance is told apart
 LOOKUP_GUESSES, LOOKUP_LEAST, LOOKUP_MOST = 3, 2, 4  # tokens guessed, and the n-gram's length
 
 
@@ -102,13 +103,18 @@ def states(model: Any, batch: Sequence[Answer]) -> Any:
     return making.states(model, [a.prompt for a in batch], [a.tokens for a in batch])
 
 
-def acceptance(model: Any, held_out: Sequence[Answer]) -> dict[str, float]:
-    """Compute how often the draft's first guess is the target's token: by kind, and for `all`."""
+def acceptance(
+    model: Any, held_out: Sequence[Answer], first: int = ANSWER_TOKENS
+) -> dict[str, float]:
+    """Compute how often the draft's first guess is the target's token: by kind, and for `all`.
+
+    Only the `first` tokens of each answer count: answers begin more predictably than they go on.
+    """
     import torch
 
     right, matrix = dict[str, list[bool]](), model.get_output_embeddings().weight
     for start in range(0, len(held_out), BATCH):
-        batch = held_out[start : start + BATCH]
+        batch = [replace(a, tokens=a.tokens[:first]) for a in held_out[start : start + BATCH]]
         with torch.no_grad():
             guesses = (states(model, batch).to(matrix.dtype) @ matrix.T).argmax(-1).tolist()
         tokens = [(a.kind, token) for a in batch for token in a.tokens]
@@ -132,25 +138,39 @@ def looked_up(tokens: Sequence[int]) -> Sequence[int]:
     return ()
 
 
-def lookup_acceptance(held_out: Sequence[Answer]) -> dict[str, float]:
-    """Compute by kind how often a token that is looked up is the target's own, guess after guess.
+class Lookup(TypedDict):
+    """How copying from the context did on answers of one kind; both are shares from 0 to 1."""
 
-    The target's answers are decoded again with lookup. Of the guesses that are checked (those up to
-    the first wrong one) the share that is right is the probability that a forecast draws from. A
-    kind in which nothing was ever found is left out.
+    found: float  # of steps in which there was something to copy
+    accepted: float | None  # of guesses that were checked; None where nothing was ever found
+
+
+def lookup(held_out: Sequence[Answer], first: int = ANSWER_TOKENS) -> dict[str, Lookup]:
+    """Decode the `first` tokens of the target's answers again, with lookup; tell how it did by kind.
+
+    The first token of an answer comes with its prompt, and nothing is looked up for it. Guesses are
+    checked up to the first wrong one; the share of these that is right is the probability that a
+    forecast draws from.
     """
-    right, checked = Counter[str](), Counter[str]()
+    right, checked, found, steps = (Counter[str]() for _ in range(4))
     for answer in held_out:
-        written = 0
-        while written < len(answer.tokens):
-            guesses = looked_up([*answer.prompt, *answer.tokens[:written]])
-            rest = answer.tokens[written:]
-            agreed = [g == t for g, t in zip(guesses, rest, strict=False)]
+        tokens, written = answer.tokens[:first], 1
+        while written < len(tokens):
+            guesses = looked_up([*answer.prompt, *tokens[:written]])
+            agreed = [g == t for g, t in zip(guesses, tokens[written:], strict=False)]
             accepted = agreed.index(False) if False in agreed else len(agreed)
+            steps[answer.kind] += 1
+            found[answer.kind] += bool(guesses)
             right[answer.kind] += accepted
             checked[answer.kind] += min(accepted + 1, len(agreed))
             written += accepted + 1
-    return {kind: right[kind] / n for kind, n in sorted(checked.items()) if n}
+    return {
+        kind: Lookup(
+            found=found[kind] / n,
+            accepted=right[kind] / checked[kind] if checked[kind] else None,
+        )
+        for kind, n in sorted(steps.items())
+    }
 
 
 def distil(
@@ -225,7 +245,8 @@ def make(target: Path, out: Path, prompts: Path, layers: int, epochs: int, seed:
         about = {
             "acceptance": by_kind.pop("all"),
             "acceptance_by_kind": by_kind,
-            "lookup_acceptance_by_kind": lookup_acceptance(held_out),
+            "acceptance_within": {n: acceptance(model, held_out, n) for n in WITHIN_TOKENS},
+            "lookup_within": {n: lookup(held_out, n) for n in WITHIN_TOKENS},
             "acceptance_untrained": untrained,
             "layers": layers,
             "params": model.num_parameters(),

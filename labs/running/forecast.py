@@ -438,6 +438,9 @@ def _plan(
                     acceptance=lab.acceptance(point)
                     if lab.acceptance and VllmFlags(point.variant.flags).speculative_config
                     else 0.0,
+                    guessed=lab.guessed(point)
+                    if lab.guessed and VllmFlags(point.variant.flags).speculative_config
+                    else 1.0,
                     masking=lab.masking(point) if lab.masking else None,
                     primed=_primed(point),
                     traffic=_traffic(lab, point, repeat, capacities[end]),

@@ -48,6 +48,7 @@ def _play(plan: ForecastPlan, make: Callable[..., VirtualEngine], out: IO[str]) 
             for replica in replicas:
                 replica.reset_prefix_cache()
                 replica.clock.acceptance = trial.acceptance
+                replica.clock.guessed = trial.guessed
                 replica.clock.masking = trial.masking
             one = len(replicas) == 1
             server = replicas[0] if one else Fleet(replicas, ROUTERS[trial.router]())

@@ -17,6 +17,7 @@ class PlannedTrial(BaseModel, frozen=True, extra="forbid"):
     repeat: int
     requests: Path  # JSON lines: planned requests with a chat `body`, or a `SyntheticRequest` each
     acceptance: float = 0.0  # probability that a draft token is accepted, each by itself
+    guessed: float = 1.0  # probability that a step has drafts at all, each request by itself
     masking: Masking | None = None  # where the answers have a structure
     primed: int = 0  # so many of the first requests are sent beforehand, one after another
     traffic: Traffic

@@ -42,6 +42,7 @@ class Clock:
     steps: list[tuple[float, Step]] = field(default_factory=list)
     preemptions: int = 0
     acceptance: float = 0.0  # probability that a draft token is accepted, each by itself
+    guessed: float = 1.0  # probability that a step has drafts at all, each request by itself
     masking: Masking | None = None  # of every answer, where they have a structure
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
@@ -188,7 +189,11 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
             return None
         guesses = [TOKEN] * self.speculative_config.num_speculative_tokens
         ids = [request_id for request_id, tokens in sampled.items() if tokens]
-        return DraftTokenIds(ids, [list(guesses) for _ in ids])
+        return DraftTokenIds(ids, [list(guesses) if self._guesses() else [] for _ in ids])
+
+    def _guesses(self) -> bool:
+        """Draw whether there is anything to guess for one request's next step."""
+        return self.clock.guessed >= 1 or self.clock.rng.random() < self.clock.guessed
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Return the guesses of the last step, as the engine core asks after it."""

@@ -77,6 +77,7 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
         *flags: str,
         traffic: Traffic = ONCE,
         acceptance: float = 0,
+        guessed: float = 1,
         masking: Masking | None = None,
     ) -> PlannedEngine:
         trial = PlannedTrial(
@@ -85,6 +86,7 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
             requests=folder / requests,
             traffic=traffic,
             acceptance=acceptance,
+            guessed=guessed,
             masking=masking,
         )
         argv = ("--model", str(model), "--enforce-eager", "--max-model-len", "1024", *flags)
@@ -135,6 +137,15 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
                 traffic=CLOSE,
             ),
             engine("guessed", "short", *kv, "--speculative-config", ngram, acceptance=1),
+            engine(
+                "nothing to guess",
+                "short",
+                *kv,
+                "--speculative-config",
+                ngram,
+                acceptance=1,
+                guessed=0,
+            ),
             *(fleet(router) for router in ("round-robin", "prefix-aware")),
         ),
     )
@@ -241,6 +252,9 @@ def test_drafts_that_are_all_accepted_come_together(plays: dict[str, ForecastPla
     play = plays["guessed"]
     assert [n for _, n in tokens_at(play, 1)] == [1, 4, 4]
     assert play.counters["accepted_tokens"] == play.counters["draft_tokens"] > 0
+    nothing = plays["nothing to guess"]
+    assert tokens_at(nothing, 1) == tokens_at(plays["plain"], 1)
+    assert not nothing.counters.get("drafts")
 
 
 def test_with_one_slot_adapters_take_turns(plays: dict[str, ForecastPlay]) -> None:

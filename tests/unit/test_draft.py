@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.speculative_decoding import accepted
+from labs.speculative_decoding import accepted, copies_accepted, guessed, tpot_ratio
 from serving import draft
-from serving.draft import Answer, looked_up, lookup_acceptance, make
+from serving.draft import Answer, looked_up, lookup, make
 from serving.engines.vllm import VllmFlags
 from serving.making import MakerError
 from tests.unit.builders import CEILINGS, SHAPE, write_tiny_llama
@@ -108,10 +108,14 @@ def test_lookup_goes_on_where_the_longest_ngram_came_first() -> None:
 def test_a_copied_text_is_looked_up_and_another_is_not() -> None:
     copied = Answer("quote", prompt=[*range(20)], tokens=[*range(20)], states=None)
     fresh = Answer("story", prompt=[*range(20)], tokens=[*range(100, 120)], states=None)
-    assert lookup_acceptance([copied, fresh]) == {"quote": 1.0}
+    assert lookup([copied, fresh]) == {
+        "quote": {"found": pytest.approx(5 / 6), "accepted": 1.0},  # not after the first token
+        "story": {"found": 0.0, "accepted": None},
+    }
     strays = Answer("quote", prompt=[*range(20)], tokens=[0, 1, 2, 3, 50, 51], states=None)
-    # 0 and 1 are written, 2 3 4 guessed: two are right, the third is wrong
-    assert lookup_acceptance([strays]) == {"quote": pytest.approx(2 / 3)}
+    # after 0 nothing; after 0 1 guesses 2 3 4, two of which are right; after 50 nothing
+    assert lookup([strays]) == {"quote": {"found": 1 / 3, "accepted": pytest.approx(2 / 3)}}
+    assert lookup([strays], first=4) == {"quote": {"found": 1 / 2, "accepted": 1.0}}
 
 
 def test_lookup_is_measured_as_the_lab_has_it_guess() -> None:
@@ -125,8 +129,8 @@ def test_lookup_is_measured_as_the_lab_has_it_guess() -> None:
 def test_a_forecast_takes_the_share_that_is_accepted_of_its_kind_of_text() -> None:
     made = {
         "acceptance": 0.6,
-        "acceptance_by_kind": {"story": 0.5},
-        "lookup_acceptance_by_kind": {"quote": 0.95},
+        "acceptance_within": {"8": {"story": 0.7}, "16": {"story": 0.5}, "64": {"story": 0.4}},
+        "lookup_within": {"16": {"quote": {"found": 0.8, "accepted": 0.95}}},
     }
     lab = LABS["speculative-decoding"].at("cpu", quick=False)
     points = lab.points(SHAPE, CEILINGS, about={"draft": made})
@@ -137,3 +141,13 @@ def test_a_forecast_takes_the_share_that_is_accepted_of_its_kind_of_text() -> No
     assert shares["draft-2", "quote"] == 0.6
     assert shares["ngram", "quote"] == 0.95
     assert shares["ngram", "story"] == 0.2
+    found = {(p.variant.name, p.workload.name): guessed(p) for p in points if (p.variant.name, p.workload.name) in shares}
+    assert found["ngram", "quote"] == 0.8
+    assert found["ngram", "story"] == 0.2
+    assert found["draft-2", "story"] == 1.0
+    claims = {c.name: c for c in lab.claims}
+    ((copying, plain),) = lab.pairs(claims["ngram-quote"], points)
+    always = tpot_ratio(copies_accepted)(copying, plain).value
+    seldom = claims["ngram-quote"].predict(copying, plain)
+    assert always < seldom.value < 1
+    assert "f = 0.80" in seldom.assumptions[0]
