@@ -146,7 +146,7 @@ class Lookup(TypedDict):
 
 
 def lookup(held_out: Sequence[Answer], first: int = ANSWER_TOKENS) -> dict[str, Lookup]:
-    """Decode the `first` tokens of the target's answers again, with lookup; tell how it did by kind.
+    """Decode the answers' `first` tokens again, with lookup, and tell by kind how it did.
 
     The first token of an answer comes with its prompt, and nothing is looked up for it. Guesses are
     checked up to the first wrong one; the share of these that is right is the probability that a

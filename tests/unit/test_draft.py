@@ -141,7 +141,11 @@ def test_a_forecast_takes_the_share_that_is_accepted_of_its_kind_of_text() -> No
     assert shares["draft-2", "quote"] == 0.6
     assert shares["ngram", "quote"] == 0.95
     assert shares["ngram", "story"] == 0.2
-    found = {(p.variant.name, p.workload.name): guessed(p) for p in points if (p.variant.name, p.workload.name) in shares}
+    found = {
+        (p.variant.name, p.workload.name): guessed(p)
+        for p in points
+        if (p.variant.name, p.workload.name) in shares
+    }
     assert found["ngram", "quote"] == 0.8
     assert found["ngram", "story"] == 0.2
     assert found["draft-2", "story"] == 1.0
