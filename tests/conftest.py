@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
+
+from tests.startup import sitecustomize
 
 for name in tuple(os.environ):
     if name.startswith(("LABS_", "GIT_", "MAKE", "MFLAGS", "PYTEST_ADDOPTS")):
@@ -19,10 +22,28 @@ _scratch = tempfile.TemporaryDirectory(prefix="labs-tests-")
 os.environ["LABS_RESULTS"] = f"{_scratch.name}/results"
 os.environ["LABS_PROMETHEUS_DATA"] = f"{_scratch.name}/prometheus"
 os.environ["LABS_SCRATCH"] = f"{_scratch.name}/scratch"
+# what this process starts begins with the same module
+_startup = str(Path(sitecustomize.__file__).parent)
+_paths = [_startup, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, _paths)))
 
-FIRST = ("test_labs.py", "test_derived.py")  # labs on real engines, and what they wait for
+LONGEST = (
+    "cpu/test_derived.py",
+    "cpu/test_labs.py",
+    "fake/test_run.py",
+    "fake/test_faults.py",
+    "fake/test_reproduce.py",
+    "cpu/test_random_weights.py",
+)
+"""The files that take longest, in this order: `make test` gives each to the process that is free
+next, and what takes long must not begin last."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest: the others are done beside them."""
-    items.sort(key=lambda item: item.path.name not in FIRST)
+
+    def place(item: pytest.Item) -> int:
+        file = "/".join(item.path.parts[-2:])
+        return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+    items.sort(key=place)

@@ -9,16 +9,23 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import pytest
 import requests
 
 from dashboards import boards
 from dashboards.prometheus import Prometheus
-from labs.filing.results import Run, RunFolder
-from serving import metrics
+from labs import LABS
+from labs.filing.results import MachineFile, Run, RunFolder, write_json
+from labs.running.resolve import require_compiler
+from serving import machine, metrics
+from serving.engines.base import EngineError
 from serving.engines.vllm import GOLDEN
 from serving.models import ROOT
+from tests.fake.conftest import CEILINGS
+from tests.sizes import sizes_of
 
 RUNS = "*/*/*/run.json"
+BRIEF = "warmup_s=0.5 window_s=2"
 MOST_SERIES = 5000  # of one run in Prometheus
 
 
@@ -46,6 +53,31 @@ def quick_run(
     assert done.returncode == 0, done.stderr
     (run,) = set(results.glob(RUNS)) - before
     return RunFolder(run.parent)
+
+
+def with_ceilings(results: Path) -> Path:
+    """The same folder of results, with ceilings of this machine in it: measuring takes 15 s."""
+    here = machine.detect()
+    given = MachineFile(machine=here, ceilings=CEILINGS)
+    write_json(results / here.slug / "machine.json", given)
+    return results
+
+
+def lab_on_a_cpu(lab: str, results: Path) -> None:
+    """Runs a lab in its sizes for a CPU; checks the run, and the dashboards that followed it.
+
+    Skips where no test runs it, or where it needs a compiler that is not here.
+    """
+    sizes = sizes_of(lab)
+    if sizes.not_real:
+        pytest.skip(sizes.not_real)
+    try:
+        require_compiler(LABS[lab], machine.detect())
+    except EngineError as error:
+        pytest.skip(str(error))
+    folder = quick_run(lab, results, f"{BRIEF} {sizes.real} {sizes.cpu}")
+    check_run(folder)
+    check_dashboards(folder)
 
 
 def check_run(folder: RunFolder) -> None:

@@ -81,7 +81,8 @@ def _folders(run: Path | None) -> list[RunFolder]:
 def _rebuild(folder: RunFolder) -> None:
     with readable(folder):
         summarise(folder)
-        for path in (report.write(folder), pages.write(folder)):
+        figures = report.draw(folder)
+        for path in (report.write(folder, figures), pages.write(folder, figures)):
             console.print(os.path.relpath(path), soft_wrap=True)
         if original := reproduction.original_of(folder):
             result = reproduction.compare_with_original(original, folder)

@@ -132,8 +132,9 @@ def _finish(folder: RunFolder, session: Session, progress: ProgressDisplay, repo
     """
     summary = summarise(folder)
     if reports:
-        report.write(folder)
-        pages.write(folder)
+        figures = report.draw(folder)
+        report.write(folder, figures)
+        pages.write(folder, figures)
     live.publish(folder.path)
     if not session.prometheus:
         try:

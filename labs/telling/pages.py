@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,26 @@ CLAIMS = "claim-by-claim"  # the section after which stands what scripts draw
 DRAWN_HERE = ("effects", "sweep", "variants")  # whose SVG is shown only where no script runs
 
 
-def write(folder: RunFolder) -> Path:
+def write(folder: RunFolder, figures: Sequence[Figure] | None = None) -> Path:
     """Write report.html beside report.md; the file holds all that it shows."""
-    return whole.write(folder.path / "report.html", page(folder))
+    return whole.write(folder.path / "report.html", page(folder, figures=figures))
 
 
-def page(folder: RunFolder, root: str = "", most_requests: int | None = None) -> str:
+def page(
+    folder: RunFolder,
+    root: str = "",
+    most_requests: int | None = None,
+    figures: Sequence[Figure] | None = None,
+) -> str:
     """Render a run's page; the library is in it, or at the `root` of a site, beside the index.
 
-    Of more requests than `most_requests` the longest are shown.
+    Of more requests than `most_requests` the longest are shown. Unless `figures` are given, which
+    `report.draw` has drawn, the plots are drawn again, for their captions.
     """
     facts = report.Facts.of(folder)
     run, summary = facts.run, facts.summary
-    figures = plots.draw(folder, facts.lab, facts.points, summary, save=False)
+    if figures is None:
+        figures = plots.draw(folder, facts.lab, facts.points, summary, save=False)
     document = report.document(facts, figures)
     picture = _picture(folder)
     code = web(*RUN_SCRIPTS)

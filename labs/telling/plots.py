@@ -37,7 +37,8 @@ def draw(
         if caption:
             figures.append(Figure(f"{name}.svg", caption))
             if save:
-                plt.savefig(folder.path / figures[-1].file, metadata={"Date": None})
+                # not pyplot's own, which draws the figure once more afterwards
+                plt.gcf().savefig(folder.path / figures[-1].file, metadata={"Date": None})
         plt.close("all")
     return figures
 

@@ -95,13 +95,19 @@ class Facts:
         )
 
 
-def write(folder: RunFolder) -> Path:
-    """Draw the plots and write report.md from the files of a run."""
+def draw(folder: RunFolder) -> list[Figure]:
+    """Draw the plots anew from the files of a run; return them with their captions."""
     facts = Facts.of(folder)
     for old in folder.path.glob("*.svg"):
         old.unlink()
-    figures = plots.draw(folder, facts.lab, facts.points, facts.summary)
-    return whole.write(folder.path / "report.md", markdown.document(document(facts, figures)))
+    return plots.draw(folder, facts.lab, facts.points, facts.summary)
+
+
+def write(folder: RunFolder, figures: Sequence[Figure] | None = None) -> Path:
+    """Write report.md from the files of a run; draw the plots first, unless `draw` just has."""
+    drawn = draw(folder) if figures is None else figures
+    text = markdown.document(document(Facts.of(folder), drawn))
+    return whole.write(folder.path / "report.md", text)
 
 
 def document(facts: Facts, figures: Sequence[Figure]) -> Section:

@@ -1,9 +1,11 @@
-"""The models that labs derive from the bundled one: made as a quick run makes them, and readable.
+"""The models that labs derive from the bundled one, and these labs on a real vLLM.
 
-They take minutes, beside the labs on real engines, which find them made.
+The models are made as a quick run makes them, and are readable; the labs find them made.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from labs import LABS
 from labs.lab import parse_changes
 from labs.running import derived_models
 from serving import machine, models
+from tests.real import lab_on_a_cpu, with_ceilings
 from tests.sizes import sizes_of
 
 pytestmark = [
@@ -19,10 +22,11 @@ pytestmark = [
         machine.detect().kind != "cpu", reason="this machine has a GPU: see tests/gpu"
     ),
 ]
+WITH_DERIVED_MODELS = [name for name, lab in LABS.items() if lab.derived()]
 
 
 def derived_by_the_tests() -> list[str]:
-    """List what the labs derive in `test_labs.py`, in its sizes."""
+    """List what the labs derive in the sizes of the tests."""
     labs = [
         lab.at("cpu", quick=True, changes=parse_changes(f"{sizes.real} {sizes.cpu}"))
         for name, lab in LABS.items()
@@ -37,3 +41,14 @@ def test_a_derived_model_is_made(name: str) -> None:
     folder = derived_models.make(models.resolve(machine.detect()), name, print, quick=True)
     facts = derived_models.about(folder)
     assert facts, "its maker records what it made"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_ceilings(tmp_path_factory.mktemp("results"))
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("lab", WITH_DERIVED_MODELS)
+def test_lab_runs_on_a_real_engine(lab: str, results: Path) -> None:
+    lab_on_a_cpu(lab, results)

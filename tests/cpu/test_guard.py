@@ -46,7 +46,7 @@ print(json.dumps({
 def found() -> dict[str, Any]:
     """What the server answers; no engine is started behind it."""
     env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", guard.KEY: "k"}
-    env |= {"PYTHONPATH": str(ROOT), "VLLM_LOGGING_LEVEL": "ERROR"}
+    env |= {"PYTHONPATH": f"{ROOT}:{os.environ['PYTHONPATH']}", "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(
         [sys.executable, "-c", ASK, GUARD, "k"], env={**os.environ, **env}, text=True,
         capture_output=True, check=False,

@@ -1,4 +1,7 @@
-"""Every lab on a real vLLM, the bundled model and a real Prometheus."""
+"""Labs on a real vLLM, the bundled model and a real Prometheus.
+
+Those that serve a model derived from it are in `test_derived.py`, and are run beside these.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,10 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.running.resolve import require_compiler
 from serving import gpus, machine
 from serving.engines.base import EngineError, Flags
 from serving.engines.vllm import PARALLEL, Vllm
-from tests.real import check_dashboards, check_run, quick_run
-from tests.sizes import sizes_of
+from tests.real import lab_on_a_cpu
 
 pytestmark = [
     pytest.mark.cpu,
@@ -20,9 +21,11 @@ pytestmark = [
         machine.detect().kind != "cpu", reason="this machine has a GPU: see tests/gpu"
     ),
 ]
-
-
-BRIEF = "warmup_s=0.5 window_s=2"
+# many engines first: what takes long must not begin last, nor beside those of `test_derived.py`
+WITH_NOTHING_DERIVED = sorted(
+    (name for name, lab in LABS.items() if not lab.derived()),
+    key=lambda name: -len(LABS[name].variants),
+)
 
 
 def test_vllm_accepts_every_scale_of_every_lab() -> None:
@@ -55,21 +58,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("results")
 
 
-def labs_with_nothing_derived_first() -> list[str]:
-    """Order the labs so that what others derive is made beside them, by `test_derived.py`."""
-    return sorted(LABS, key=lambda name: bool(LABS[name].derived()))
-
-
-@pytest.mark.timeout(3600)  # they may wait for the models derived from the served one
-@pytest.mark.parametrize("lab", labs_with_nothing_derived_first())
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("lab", WITH_NOTHING_DERIVED)
 def test_lab_runs_on_a_real_engine(lab: str, results: Path) -> None:
-    sizes = sizes_of(lab)
-    if sizes.not_real:
-        pytest.skip(sizes.not_real)
-    try:
-        require_compiler(LABS[lab], machine.detect())
-    except EngineError as error:
-        pytest.skip(str(error))
-    folder = quick_run(lab, results, f"{BRIEF} {sizes.real} {sizes.cpu}")
-    check_run(folder)
-    check_dashboards(folder)
+    lab_on_a_cpu(lab, results)

@@ -138,7 +138,7 @@ class Reader:
         }
         env = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]),
             "PYTHONUNBUFFERED": "1",
             "COLUMNS": "1000",
             gpus.VARIABLE: "",  # where there is a GPU too, a fake engine's labs are a CPU's
