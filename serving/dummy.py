@@ -7,8 +7,8 @@ each vocabulary here. Prompts are therefore text of an exact length; answers hol
 the tokenizer, which decode to nothing, and end at the length asked for (`ignore_eos`).
 
 What a lab derives from the served model is made in the same way: a draft is the same architecture
-with fewer layers, 8-bit and 4-bit weights are a config that says so, adapters are random matrices
-of the real shape. What depends on text, such as a study of activations, is refused.
+with fewer layers, other KV heads and 8-bit and 4-bit weights are a config that says so, adapters are
+random matrices of the real shape. What depends on text, such as a study of activations, is refused.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from serving import gpus, models, whole
+from serving.kv_heads import kv_heads_of
 from serving.machine import Machine
 from serving.models import RANDOM, Model, ModelError, Shape
 
@@ -83,6 +84,16 @@ def _folder(name: str, config: dict[str, Any]) -> Path:
 def _draft(name: str, config: dict[str, Any]) -> Path:
     layers = max(1, config["num_hidden_layers"] // DRAFT_LAYERS)
     return _folder(name, {**config, "num_hidden_layers": layers})
+
+
+def _kv_heads(method: str) -> Maker:
+    """Return a maker of folders whose config asks for other KV heads."""
+
+    def make(name: str, config: dict[str, Any]) -> Path:
+        heads = kv_heads_of(method, config)
+        return _folder(name, {**config, "num_key_value_heads": heads})
+
+    return make
 
 
 def _quantized(weights: dict[str, Any], inputs: dict[str, Any] | None, form: str) -> Maker:
@@ -168,6 +179,8 @@ def _targets(shape: Shape) -> dict[str, tuple[int, int]]:
 DERIVED: dict[str, Maker] = {
     "draft": _draft,
     "adapters": _adapters,
+    "mha": _kv_heads("mha"),
+    "mqa": _kv_heads("mqa"),
     "w8a8": _quantized(
         _numbers(8, "int", "channel"), _numbers(8, "int", "token", dynamic=True), "int-quantized"
     ),

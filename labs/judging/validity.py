@@ -582,7 +582,8 @@ def _not_guessed(trial: Trial, expected: Expected) -> Iterator[str]:
 def _shown(evidence: Evidence, trial: Trial) -> bool:
     assert trial.engine
     if evidence.kind == "echoes":
-        return trial.engine.info.get(evidence.metric, {}).get(evidence.label) == evidence.value
+        echoed = trial.engine.info.get(evidence.metric, {}).get(evidence.label)
+        return echoed == evidence.expected(trial.point)
     if evidence.kind == "pieces":
         pieces, expected = METRICS[evidence.metric].of(trial), expected_pieces(trial.point)
         most = 1.3 * expected + _steps_before(trial)

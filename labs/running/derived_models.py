@@ -38,8 +38,8 @@ class Recipe:
 
     `prompts` are the workloads whose kind of prompt it is trained on; a quantizer gets `text`, and
     so does a study, which leaves figures and no model; `structures` asks for structures of each
-    form instead, so many. A quick run makes do with one of
-    `quick_prompts_each`, where that is a number.
+    form instead, so many. Where it has none of the three, it gets no input. A quick run makes do
+    with one of `quick_prompts_each`, where that is a number.
     """
 
     what: str
@@ -50,6 +50,10 @@ class Recipe:
     text: str = ""
     structures: int = 0
     quick_prompts_each: int = 0
+
+    @property
+    def reads_input(self) -> bool:
+        return bool(self.prompts or self.text or self.structures)
 
 
 def _kind(name: str, tokens: int, **fields: Any) -> Workload:
@@ -91,6 +95,18 @@ RECIPES: dict[str, Recipe] = {
         "serving.masks",
         1,
         structures=4,
+    ),
+    "mha": Recipe(
+        "the served model with a KV head for each query head, copied",
+        "serving.kv_heads",
+        1,
+        method="mha",
+    ),
+    "mqa": Recipe(
+        "the served model with one KV head for all query heads, their mean",
+        "serving.kv_heads",
+        1,
+        method="mqa",
     ),
     "w8a8-rtn": _quantized("w8a8-rtn", "INT8 weights and activations, rounded to nearest", 1),
     "w8a8": _quantized("w8a8", "INT8 weights and activations by SmoothQuant and GPTQ", 2),
@@ -182,7 +198,7 @@ def _make(
     began, log = time.monotonic(), models.CACHE / f"{name}.log"
     log.unlink(missing_ok=True)
     argv = [sys.executable, "-m", recipe.module, *([recipe.method] if recipe.method else [])]
-    argv += [str(model.path), str(folder), str(inputs)]
+    argv += [str(model.path), str(folder), *([str(inputs)] if recipe.reads_input else [])]
     # threads that spin while they wait take twenty times as long on a shared machine
     patient = {"OMP_WAIT_POLICY": "PASSIVE"}
     with Process(name, argv, log=log, env=patient, talk=True) as maker:
@@ -232,9 +248,10 @@ def with_weights(model: Model, name: str, folder: Path) -> Model:
     """Return the model that a variant serves in place of the served one, under the same name.
 
     Quantized weights are stored packed: they keep the parameters of the model and change the bytes.
+    A model with other layers or KV heads has a shape of its own.
     """
     shape = models.load(folder, name).shape
-    if shape.layers == model.shape.layers:
+    if (shape.layers, shape.kv_heads) == (model.shape.layers, model.shape.kv_heads):
         read = {"weight_bytes": shape.weight_bytes, "expert_bytes": shape.expert_bytes}
         shape = replace(model.shape, **read)
     return Model(model.name, folder, shape, model.dummy)

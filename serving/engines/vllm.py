@@ -89,6 +89,11 @@ class VllmFlags(dict[str, FlagValue]):
         return self._int("block-size")
 
     @property
+    def num_gpu_blocks_override(self) -> int:
+        """The blocks of the KV cache, whatever its memory; 0 where the memory decides."""
+        return self._int("num-gpu-blocks-override", 0)
+
+    @property
     def kv_value_bytes(self) -> int:
         """The bytes of a cached number, without the few scales of a quantized cache."""
         dtype = str(self.get("kv-cache-dtype", "auto"))

@@ -72,6 +72,8 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
     if name == "draft":
         config["num_hidden_layers"] = DRAFT_LAYERS
         (folder / "about.json").write_text(json.dumps({"acceptance": ACCEPTANCE}))
+    if name == "mha":
+        config["num_key_value_heads"] = config["num_attention_heads"]
     (folder / "config.json").write_text(json.dumps(config))
     _half_as_large(model, folder / "model.safetensors")
     return folder

@@ -351,6 +351,8 @@ def test_the_cache_holds_twice_as_much_in_eight_bits(start: Start, tmp_path: Pat
         shown = start(*given, "--kv-cache-dtype", dtype).get("/metrics")
         assert f'num_gpu_blocks="{blocks}"' in shown
         assert f'cache_dtype="{dtype}"' in shown
+    shown = start(*given, "--num-gpu-blocks-override", "3").get("/metrics")
+    assert 'num_gpu_blocks="3"' in shown
 
 
 def test_speculation_counts_as_vllm_does(start: Start) -> None:

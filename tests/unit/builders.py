@@ -322,10 +322,10 @@ def write_tiny_llama(folder: Path, layers: int, **more: Any) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
-        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True, **more,
-    )  # fmt: skip
-    LlamaForCausalLM(shape).save_pretrained(folder)
+    shape = {
+        "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True, **more,
+    }  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -187,6 +187,21 @@ def test_a_draft_has_a_shape_of_its_own(model: Model, tmp_path: Path) -> None:
     assert (shape.layers, shape.params, shape.weight_bytes) == (1, 64, 128)
 
 
+def test_other_kv_heads_have_a_shape_of_their_own(model: Model, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "mha", SHAPE.layers)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 2}))
+    shape = with_weights(model, "mha", folder).shape
+    assert shape.kv_bytes_per_token() == 2 * model.shape.kv_bytes_per_token()
+    assert shape.weight_bytes == 128
+
+
+def test_what_needs_no_input_gets_none(model: Model, tmp_path: Path) -> None:
+    maker = "import pathlib, sys\nmethod, base, out = sys.argv[1:]\npathlib.Path(out, method).mkdir("
+    (tmp_path / "a_maker.py").write_text(f"{maker}parents=True)\n")
+    assert (make(model, "mha", list[str]().append) / "mha").is_dir()
+
+
 def test_what_is_known_of_it_is_what_its_maker_wrote_and_its_bytes(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "draft", 1)
     assert about(folder) == {"weight_bytes": 128}

@@ -96,6 +96,16 @@ def test_fewer_bits_a_weight_are_a_config_that_says_so(name: str, weight_bytes: 
     assert served.shape.params == model.shape.params
 
 
+@pytest.mark.parametrize(("name", "kv_heads"), [("mha", 32), ("mqa", 1)])
+def test_other_kv_heads_are_a_config_that_says_so(name: str, kv_heads: int) -> None:
+    model = dummy.resolve(GPU)
+    served = with_weights(model, name, made(model, name))
+    assert (served.dummy, served.shape.heads, served.shape.kv_heads) == (True, 32, kv_heads)
+    # two projections a layer have more rows or fewer, of 4,096 weights in 16 bits
+    rows = (kv_heads - 8) * 128
+    assert served.shape.weight_bytes - model.shape.weight_bytes == 32 * 2 * rows * 4096 * 2
+
+
 def test_adapters_have_the_true_shape_at_both_ranks() -> None:
     from safetensors import safe_open
 

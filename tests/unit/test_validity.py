@@ -504,3 +504,22 @@ def test_two_factors_at_once_allow_no_verdict_unless_the_engine_couples_them() -
     (caveat,) = confounded(make_claim(coupled="it must"), on, two)
     assert not caveat.blocks
     assert caveat.text == "it must"
+
+
+def test_an_echo_may_be_asked_of_the_variants_own_flag() -> None:
+    """What a changed setting asks for is then what the engine must say."""
+    asked = Evidence(
+        arm=Arm(), kind="echoes", metric=CACHE, label="block_size", value="--block-size"
+    )
+    assert str(asked).endswith("block_size=--block-size")
+    point = make_point(flags={"block-size": 32})
+    assert (asked.expected(point), asked.expected(make_point())) == ("32", "")
+
+    def proved(size: str) -> bool:
+        engine = replace(make_engine(CLEAN), info={CACHE: {"block_size": size}})
+        trial = replace(make_trial(CLEAN, engine=engine), point=point)
+        found = caveats_of(trial, Expected(evidence=(asked,)))
+        return "treatment not applied" not in [c.name for c in found]
+
+    assert proved("32")
+    assert not proved("16")

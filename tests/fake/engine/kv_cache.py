@@ -11,6 +11,9 @@ from tests.fake.engine.metrics import Metrics
 from tests.fake.engine.request import Request
 
 
+BLOCKS = 8192  # where neither their number nor a model's memory is given
+
+
 class KVCache:
     def __init__(self, options: argparse.Namespace, metrics: Metrics) -> None:
         self.blocks = _blocks_in(options)
@@ -53,8 +56,10 @@ class KVCache:
 def _blocks_in(options: argparse.Namespace) -> int:
     """The number of blocks: as given, or as the memory holds of this model's in this type."""
     path = Path(options.model) / "config.json"
-    if options.kv_cache_memory_bytes is None or not path.exists():
+    if options.num_gpu_blocks_override is not None:
         return int(options.num_gpu_blocks_override)
+    if options.kv_cache_memory_bytes is None or not path.exists():
+        return BLOCKS
     config = json.loads(path.read_text())
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads

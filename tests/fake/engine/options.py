@@ -36,8 +36,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
         help="keep prompts' full blocks and do not prefill them again")  # fmt: skip
     add("--block-size", type=int, default=16, help="tokens in a block of the KV cache")
-    add("--num-gpu-blocks-override", type=int, default=8192, help="blocks in the KV cache")
-    add("--kv-cache-memory-bytes", type=int, help="instead, where the model has a config.json")
+    add("--num-gpu-blocks-override", type=int, help="blocks in the KV cache, whatever its memory")
+    add("--kv-cache-memory-bytes", type=int, help="where the model has a config.json")
     add("--kv-cache-dtype", default="auto", help="fp8 and its kin hold twice the tokens")
     add("--speculative-config", type=json.loads, default={}, help="num_speculative_tokens of it")
     add("--structured-outputs-config", type=json.loads, default={}, help="backend of it: said in"

@@ -1,0 +1,342 @@
+"""Paged KV: what does cutting the KV cache into blocks buy, and what do fewer KV heads?
+
+A request's keys and values grow by a token a step, and nobody knows beforehand how far. Without
+paging an engine reserves one stretch of memory for the longest request that it admits, and most of
+that stays empty: the capacity C admits C / L_max requests. *PagedAttention* (Kwon et al., SOSP
+2023) cuts the cache into blocks of b tokens, which a table finds wherever they lie, as an operating
+system pages memory. A request holds what it has written, rounded up to whole blocks: about
+(b - 1) / 2 tokens are wasted for each, and C admits as many requests as their mean hold fits in.
+
+vLLM always pages. What contiguous allocation would admit is shown by `max-num-seqs` = C / L_max: so
+many requests run at once, and no more. As far as capacity goes that is the same; the gaps between
+stretches and the copying that a real allocator would suffer from are not in it. An allocator in
+plain Python replays the same lengths for blocks that are not run.
+
+The other way to hold more is to write less a token. In *multi-head attention* every query head has
+keys and values of its own; *grouped queries* (GQA) share those of a KV head among a few query
+heads, and one KV head for all is *multi-query attention* (MQA). The `mha` side serves the same
+model with each KV head copied for every query head that shares it, so that only the cache differs.
+
+Turn: the block (`variants.large-blocks.flags.block-size`), the longest request
+(`flags.max-model-len`), the lengths (`workloads.mixed.output_tokens`), the heads
+(`variants.mha.weights`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from labs import theory
+from labs.lab import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
+from loadtests.arrivals import Concurrent
+from loadtests.workload import Exponential, Fixed, Prefix, Workload
+from serving import metrics
+
+KWON = "Kwon et al., PagedAttention, SOSP 2023"
+AINSLIE = "Ainslie et al., GQA, EMNLP 2023"
+
+
+def capacity_tokens(point: Point) -> float:
+    """Return the tokens' room in the whole cache, by its number of blocks or by its memory."""
+    flags = point.flags
+    if blocks := flags.num_gpu_blocks_override:
+        return float(blocks * flags.block_size)
+    return theory.kv_tokens(
+        point.shape, flags.kv_cache_memory_bytes, flags.kv_value_bytes, flags.block_size
+    )
+
+
+def held_tokens(point: Point, block: int) -> float:
+    """Return the tokens' room that a request holds in blocks of this size, at a step's mean.
+
+    A request that has yielded w tokens holds its prompt and those w, in whole blocks. Long requests
+    take more steps, and count for as many.
+    """
+    requests = Counter(point.lengths)
+    steps = sum(output * times for (_, output), times in requests.items())
+    held = sum(
+        times * sum(block * -(-(prompt + w) // block) for w in range(output))
+        for (prompt, output), times in requests.items()
+    )
+    return held / steps
+
+
+def admitted(point: Point) -> float:
+    """Return how many requests run at once: all in flight, the limit, or what the blocks hold.
+
+    The engine keeps one block for itself.
+    """
+    block = point.flags.block_size
+    held = (capacity_tokens(point) - block) / held_tokens(point, block)
+    limit = point.flags.get("max-num-seqs", point.load.users)
+    return min(point.load.users, int(str(limit)), held)
+
+
+def admitted_ratio(treatment: Point, baseline: Point) -> Prediction:
+    return Prediction(
+        value=admitted(treatment) / admitted(baseline),
+        formula="min(B, max-num-seqs, (C - b) / mean tokens held), treatment / baseline",
+        assumptions=(
+            "what the running requests hold together stays near its mean",
+            "a request that waits or is preempted is not in decode",
+        ),
+        source=KWON,
+    )
+
+
+def throughput_ratio(treatment: Point, baseline: Point) -> Prediction:
+    def tokens_per_s(point: Point) -> float:
+        return theory.batch_throughput(
+            point.shape, point.ceilings, admitted(point), point.prompt_tokens, point.output_tokens
+        )
+
+    return Prediction(
+        value=tokens_per_s(treatment) / tokens_per_s(baseline),
+        formula="roofline throughput of the requests that run at once, treatment / baseline",
+        assumptions=("the costs that the roofline leaves out do not grow with the batch",),
+        source=KWON,
+    )
+
+
+def same_step(treatment: Point, baseline: Point) -> Prediction:
+    return Prediction(
+        value=1.0,
+        formula="1: the same keys and values are read, from blocks of either size",
+        assumptions=("finding a block in the table takes no time",),
+        source=KWON,
+    )
+
+
+def capacity(point: Point) -> Prediction:
+    return Prediction(
+        value=capacity_tokens(point),
+        formula="blocks x block size, or floor(memory / (b x 2 layers KV-heads head-dim bytes)) b",
+        source=KWON,
+    )
+
+
+def capacity_ratio(grouped: Point, every: Point) -> Prediction:
+    return Prediction(
+        value=capacity_tokens(grouped) / capacity_tokens(every),
+        formula="query heads / KV heads, in whole blocks",
+        source=AINSLIE,
+    )
+
+
+def step_ratio(grouped: Point, every: Point) -> Prediction:
+    def step_s(point: Point) -> float:
+        return theory.decode_step_s(
+            point.shape, point.ceilings, point.load.users, point.context_tokens
+        )
+
+    return Prediction(
+        value=step_s(grouped) / step_s(every),
+        formula="(weight bytes + context x KV bytes a token) grouped / one KV head a query head",
+        assumptions=("reading is all that a step does",),
+        source="Williams et al., Roofline, 2009",
+    )
+
+
+PAGED = Variant(name="paged", flags={"block-size": 32, "num-gpu-blocks-override": 48})
+GQA = Variant(
+    name="gqa",
+    flags={"block-size": 32, "max-model-len": 2176, "enable-prefix-caching": True},
+)
+VARIANTS = (
+    PAGED,
+    PAGED.but("large-blocks", {"block-size": 128, "num-gpu-blocks-override": 12}),
+    PAGED.but("contiguous", {"max-num-seqs": 6}),
+    GQA,
+    GQA.but("mha", weights="mha"),
+)
+
+
+def echoed(label: str, flag: str, *variants: str) -> tuple[Evidence, ...]:
+    """Ask for each variant's own value of a flag under a label of the engine's configuration."""
+    return tuple(
+        Evidence(
+            arm=Arm(variant=name),
+            kind="echoes",
+            metric=metrics.CACHE_CONFIG,
+            label=label,
+            value=f"--{flag}",
+        )
+        for name in variants
+    )
+
+
+LAB = Lab(
+    name="paged-kv",
+    title="Paged KV",
+    question="Nobody knows how long a request will become: how many more run at once if each holds"
+    " only the memory that it has written, and if query heads share what is written?",
+    answers=("KV-3", "KV-4", "KV-5", "KO-3"),
+    variants=VARIANTS,
+    flags={
+        "max-model-len": 256,
+        "enable-prefix-caching": False,
+        "enforce-eager": True,
+        "kv-cache-memory-bytes": 160 * 2**20,
+    },
+    workloads=(
+        Workload(
+            name="mixed",
+            prompt_tokens=Fixed(tokens=40),
+            output_tokens=Exponential(mean_tokens=24, max_tokens=120),
+            only=("paged", "large-blocks", "contiguous"),
+            loads=(Concurrent(users=24),),
+        ),
+        Workload(
+            name="near",
+            prompt_tokens=Fixed(tokens=128),
+            output_tokens=Fixed(tokens=16),
+            only=("paged", "large-blocks", "gqa", "mha"),
+            loads=(Concurrent(users=1),),
+        ),
+        Workload(
+            name="far",
+            prompt_tokens=Fixed(tokens=2048),
+            output_tokens=Fixed(tokens=16),
+            prefix=Prefix(tokens=1984),
+            primed=True,  # so that a trial is decode, and hardly any prefill
+            only=("gqa", "mha"),
+            loads=(Concurrent(users=1),),
+        ),
+    ),
+    claims=(
+        Claim(
+            name="admitted",
+            title="More requests run at once where each holds only what it has written",
+            metric="batch",
+            treatment=Arm(variant="paged", workload="mixed"),
+            baseline=Arm(variant="contiguous", workload="mixed"),
+            expect="rises",
+            predict=admitted_ratio,
+        ),
+        Claim(
+            name="throughput",
+            title="So throughput rises",
+            metric="output_tokens_per_s",
+            treatment=Arm(variant="paged", workload="mixed"),
+            baseline=Arm(variant="contiguous", workload="mixed"),
+            expect="rises",
+            predict=throughput_ratio,
+        ),
+        Claim(
+            name="blocks",
+            title="Smaller blocks waste less, so that more requests run at once",
+            metric="batch",
+            treatment=Arm(variant="paged", workload="mixed"),
+            baseline=Arm(variant="large-blocks", workload="mixed"),
+            expect="rises",
+            predict=admitted_ratio,
+            coupled="the same memory has fewer blocks where they are larger",
+        ),
+        Claim(
+            name="step",
+            title="The size of a block costs a step nothing",
+            metric="tpot_mean_s",
+            treatment=Arm(variant="paged", workload="near"),
+            baseline=Arm(variant="large-blocks", workload="near"),
+            expect="unchanged",
+            predict=same_step,
+            coupled="the same memory has fewer blocks where they are larger",
+        ),
+        Claim(
+            name="heads",
+            title="Grouped queries hold more tokens in the same memory",
+            metric="kv_capacity_tokens",
+            treatment=Arm(variant="gqa", workload="near"),
+            baseline=Arm(variant="mha", workload="near"),
+            expect="rises",
+            predict=capacity_ratio,
+        ),
+        Claim(
+            name="context",
+            title="Over a long context they read less, and make a shorter step",
+            metric="tpot_mean_s",
+            treatment=Arm(variant="gqa", workload="far"),
+            baseline=Arm(variant="mha", workload="far"),
+            expect="falls",
+            predict=step_ratio,
+        ),
+    ),
+    forecasts=(
+        Forecast(name="capacity", metric="kv_capacity_tokens",
+                 arm=Arm(workload="near"), predict=capacity),
+    ),
+    evidence=(
+        *echoed("block_size", "block-size", *(v.name for v in VARIANTS)),
+        *echoed("num_gpu_blocks", "num-gpu-blocks-override", "paged", "large-blocks", "contiguous"),
+        Evidence(arm=Arm(variant="contiguous"), kind="stays", metric=metrics.PREEMPTIONS),
+        Evidence(arm=Arm(workload="near"), kind="stays", metric=metrics.PREEMPTIONS),
+        Evidence(arm=Arm(workload="far"), kind="stays", metric=metrics.PREEMPTIONS),
+    ),
+    findings=("allocator", "heads", "tiles-and-pages"),
+    plots=("allocator",),
+    slo=SLO(ttft_s=2, tpot_s=0.15),
+    requests=256,
+    warmup_s=1,
+    window_s=4,
+    scales={
+        "cpu": {"repeats": 3},  # of many points; those that are undecided get more
+        "gpu": {
+            "flags": {
+                "max-model-len": 1024,
+                "enable-prefix-caching": False,
+                "kv-cache-memory-bytes": 6 * 2**30,
+            },
+            "variants.paged.flags": {"block-size": 16, "num-gpu-blocks-override": 512},
+            "variants.large-blocks.flags": {"block-size": 128, "num-gpu-blocks-override": 64},
+            "variants.contiguous.flags": {
+                "block-size": 16, "num-gpu-blocks-override": 512, "max-num-seqs": 8,
+            },
+            **{
+                f"variants.{name}.flags": {
+                    "block-size": 16, "max-model-len": 8192, "enable-prefix-caching": True,
+                }
+                for name in ("gqa", "mha")
+            },
+            "workloads.mixed.prompt_tokens.tokens": 128,
+            "workloads.mixed.output_tokens": {
+                "kind": "exponential", "mean_tokens": 128, "max_tokens": 512,
+            },
+            "workloads.mixed.loads": (Concurrent(users=40),),
+            "workloads.near.prompt_tokens.tokens": 256,
+            "workloads.near.output_tokens.tokens": 128,
+            "workloads.far.prompt_tokens.tokens": 7936,
+            "workloads.far.prefix.tokens": 7872,
+            "workloads.far.output_tokens.tokens": 128,
+            "requests": 1024,
+            "warmup_s": 3,
+            "window_s": 8,
+            "next_knobs": (
+                'SET="flags.max-model-len=640 variants.contiguous.flags.max-num-seqs=12" reserves'
+                " for the longest request that comes, as one who knows the lengths would",
+                'SET="variants.large-blocks.flags.block-size=64'
+                ' variants.large-blocks.flags.num-gpu-blocks-override=128" halves the large blocks',
+                'SET="variants.mha.weights=mqa" serves one KV head for all queries beside `gqa`',
+            ),
+        },
+        "gpu-141": {"flags.kv-cache-memory-bytes": 12 * 2**30},
+    },
+    quick={"repeats": 1, "window_s": 2},
+    limits={
+        "cpu": "What requests hold, and how many are admitted, are the engine's own and carry over."
+        " Throughput rises more on a GPU, where a step takes about as long for many requests as for"
+        " few, and fewer KV heads save more where reading is what a step does. This CPU's kernels"
+        " take blocks of 32 tokens and multiples of that.",
+        "gpu": "The cache is kept small, so that few requests fill it as many would a larger one."
+        " Contiguous allocation is emulated by its number of requests: what gaps and copying cost a"
+        " real one is not in it.",
+    },
+    next_knobs=(
+        'SET="flags.max-model-len=160 variants.contiguous.flags.max-num-seqs=9" reserves for the'
+        " longest request that comes, as one who knows the lengths would",
+        'SET="variants.large-blocks.flags.block-size=64'
+        ' variants.large-blocks.flags.num-gpu-blocks-override=24" halves the large blocks',
+        'SET="variants.mha.weights=mqa" serves one KV head for all queries beside `gqa`',
+        'SET="workloads.mixed.output_tokens.mean_tokens=96" has most requests reach their longest:'
+        " less is left to gain",
+    ),
+)  # fmt: skip
