@@ -7,7 +7,7 @@ each vocabulary here. Prompts are therefore text of an exact length; answers hol
 the tokenizer, which decode to nothing, and end at the length asked for (`ignore_eos`).
 
 What a lab derives from the served model is made in the same way: a draft is the same architecture
-with fewer layers, other KV heads and 8-bit and 4-bit weights are a config that says so, adapters are
+with fewer layers, other KV heads and fewer bits a weight are a config that says so, adapters are
 random matrices of the real shape. What depends on text, such as a study of activations, is refused.
 """
 

@@ -51,7 +51,7 @@ def make(method: str, base: Path, out: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     config = making.read_config(base)
-    heads = int(config.get("num_attention_heads", 0))
+    heads = int(config.get("num_attention_heads") or 0)
     kv_heads = int(config.get("num_key_value_heads") or heads)
     if not heads or heads % kv_heads:
         raise MakerError(f"{base} is of a kind whose heads are not known: {heads} and {kv_heads}")

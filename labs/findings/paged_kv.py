@@ -490,7 +490,7 @@ PUBLISHED: PublishedFigures = {
         ),
         "blocks": (
             Published(figure="16 to 128 tokens serve best", setting="chats of ShareGPT; with the"
-                      " short texts of Alpaca 16 and 32, and larger blocks much worse", source=KWON),
+                      " short texts of Alpaca 16 and 32, and larger ones much worse", source=KWON),
         ),
         "context": (
             Published(figure="0.19x the time a sample", setting="8 KV heads against multi-head, T5"

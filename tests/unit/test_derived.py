@@ -197,8 +197,12 @@ def test_other_kv_heads_have_a_shape_of_their_own(model: Model, tmp_path: Path) 
 
 
 def test_what_needs_no_input_gets_none(model: Model, tmp_path: Path) -> None:
-    maker = "import pathlib, sys\nmethod, base, out = sys.argv[1:]\npathlib.Path(out, method).mkdir("
-    (tmp_path / "a_maker.py").write_text(f"{maker}parents=True)\n")
+    lines = (
+        "import pathlib, sys",
+        "method, base, out = sys.argv[1:]",
+        "pathlib.Path(out, method).mkdir(parents=True)",
+    )
+    (tmp_path / "a_maker.py").write_text("\n".join(lines))
     assert (make(model, "mha", list[str]().append) / "mha").is_dir()
 
 

@@ -1,4 +1,4 @@
-"""The lab of the paged KV cache: its arithmetic by hand, its allocator, and what is told of both."""
+"""The lab of the paged KV cache: its arithmetic by hand, its allocator, and what is told."""
 
 from __future__ import annotations
 

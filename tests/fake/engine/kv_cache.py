@@ -10,7 +10,6 @@ from pathlib import Path
 from tests.fake.engine.metrics import Metrics
 from tests.fake.engine.request import Request
 
-
 BLOCKS = 8192  # where neither their number nor a model's memory is given
 
 
