@@ -135,7 +135,8 @@ def allocations(context: Context) -> Allocations | None:
     capacity = context.mean(base, "kv_capacity_tokens") or capacity_tokens(base)
     stretch, lengths = base.flags.max_model_len, base.lengths[:MOST_REPLAYED]
     run: dict[int, Point] = {p.flags.block_size: p for p in paged}
-    run |= {0: p for p in mixed if p not in paged}
+    if whole := next((p for p in mixed if p not in paged), None):
+        run[0] = whole
     found = []
     for block in (0, *sorted({*BLOCKS, *run} - {0}, reverse=True)):
         # the engine keeps a block for itself; a contiguous allocator has no such block
