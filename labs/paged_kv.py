@@ -184,7 +184,7 @@ LAB = Lab(
             prompt_tokens=Fixed(tokens=40),
             output_tokens=Exponential(mean_tokens=24, max_tokens=120),
             only=("paged", "large-blocks", "contiguous"),
-            loads=(Concurrent(users=24),),
+            loads=(Concurrent(users=16),),
         ),
         Workload(
             name="near",
@@ -287,7 +287,7 @@ LAB = Lab(
                 "kv-cache-memory-bytes": 6 * 2**30,
             },
             "variants.paged.flags": {"block-size": 16, "num-gpu-blocks-override": 512},
-            "variants.large-blocks.flags": {"block-size": 128, "num-gpu-blocks-override": 64},
+            "variants.large-blocks.flags": {"block-size": 256, "num-gpu-blocks-override": 32},
             "variants.contiguous.flags": {
                 "block-size": 16, "num-gpu-blocks-override": 512, "max-num-seqs": 8,
             },
@@ -301,7 +301,7 @@ LAB = Lab(
             "workloads.mixed.output_tokens": {
                 "kind": "exponential", "mean_tokens": 128, "max_tokens": 512,
             },
-            "workloads.mixed.loads": (Concurrent(users=40),),
+            "workloads.mixed.loads": (Concurrent(users=28),),
             "workloads.near.prompt_tokens.tokens": 256,
             "workloads.near.output_tokens.tokens": 128,
             "workloads.far.prompt_tokens.tokens": 7936,
@@ -313,8 +313,8 @@ LAB = Lab(
             "next_knobs": (
                 'SET="flags.max-model-len=640 variants.contiguous.flags.max-num-seqs=12" reserves'
                 " for the longest request that comes, as one who knows the lengths would",
-                'SET="variants.large-blocks.flags.block-size=64'
-                ' variants.large-blocks.flags.num-gpu-blocks-override=128" halves the large blocks',
+                'SET="variants.large-blocks.flags.block-size=128'
+                ' variants.large-blocks.flags.num-gpu-blocks-override=64" halves the large blocks',
                 'SET="variants.mha.weights=mqa" serves one KV head for all queries beside `gqa`',
             ),
         },

@@ -10,7 +10,7 @@ from dashboards.palette import BLUE, BOUND
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import draw_forecasts, plt
+from labs.findings.drawing import BANDS, GREY, draw_forecasts, plt
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.text import number
@@ -142,13 +142,13 @@ def allocations(context: Context) -> Allocations | None:
         # the engine keeps a block for itself; a contiguous allocator has no such block
         room = (capacity // block - 1) * block if block else capacity
         held = held_tokens(base, block) if block else stretch
-        done = replay(lengths, users, room, block, 0 if block else stretch)
+        done = replay(lengths, len(lengths), room, block, 0 if block else stretch)
         point = run.get(block)
         if done:
             found.append(
                 Allocation(
                     block=block,
-                    admitted=min(users, room / held if block else room // held),
+                    admitted=room / held if block else room // held,
                     replayed=done,
                     variant=point.variant.name if point else None,
                     measured=context.mean(point, "batch") if point else None,
@@ -181,9 +181,10 @@ def tell_allocator(facts: Allocations | None) -> Finding:
     lines.append(
         f"The arithmetic divides {facts.capacity_tokens:,.0f} tokens, the capacity C, by what a"
         f" request holds: {facts.stretch_tokens} tokens, the longest that is admitted, or the mean"
-        f" in whole blocks; at most {facts.users} are in flight. The replay has the lengths that"
-        " were sent, and gives each running request a token a step; prefill takes no time in it. A"
-        " preempted request has had its first token, so what is measured counts it."
+        " in whole blocks. The replay has the lengths that were sent, in a queue without an end,"
+        " and gives each running request a token a step; prefill takes no time in it. The engine"
+        f" had {facts.users} in flight; one that it preempts has had its first token, and counts"
+        " as in decode."
     )
     return Finding(title=title, rows=rows, lines=lines)
 
@@ -194,7 +195,7 @@ def gain_sentence(facts: Allocations) -> str | None:
     if whole is None or paged is None:
         return None
     measured = (
-        f", and measured {paged.measured / whole.measured:.1f} times"
+        f", and measured {paged.measured / whole.measured:.1f} times with {facts.users} in flight"
         if paged.measured and whole.measured
         else ""
     )
@@ -463,7 +464,8 @@ def draw_allocator(run: JudgedRun) -> str | None:
     ax.plot(range(len(places)), [a.replayed.running for a in allocated], "o-", color=BLUE,
             mfc="white", lw=1, label="replayed")  # fmt: skip
     ax.plot(range(len(places)), [a.admitted for a in allocated], "x", color=BOUND,
-            label="by arithmetic: capacity / held, at most all in flight")  # fmt: skip
+            label="by arithmetic: capacity / held")  # fmt: skip
+    ax.axhline(facts.users, color=GREY, ls=":", lw=1, label="all in flight")
     mixed = {p.variant.name: p for p in run.points if p.workload.name == "mixed"}
     served = [(places[a.name], mixed[a.variant]) for a in allocated if a.variant in mixed]
     draw_forecasts(ax, [x for x, _ in served], [run.forecast(p, "batch") for _, p in served])
@@ -477,9 +479,9 @@ def draw_allocator(run: JudgedRun) -> str | None:
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False, fontsize=8)
     return (
-        f"How many of {facts.users} requests in flight {facts.capacity_tokens:,.0f} tokens of cache"
-        " run at once: the smaller the blocks, the less each holds beyond what it has written."
-        " Grey is what was forecast before any engine started, with its band."
+        f"How many requests {facts.capacity_tokens:,.0f} tokens of cache run at once: the smaller"
+        " the blocks, the less each holds beyond what it has written. What is measured and forecast"
+        f" has {facts.users} in flight; arithmetic and replay have as many as fit.{BANDS}"
     )
 
 
