@@ -127,10 +127,15 @@ class Point:
         """The mean context of a request while it decodes: its prompt and half of its output."""
         return self.prompt_tokens + self.output_tokens / 2
 
+    @property
+    def sequences(self) -> int:
+        """The answers that are written at once where all users wait for theirs."""
+        return self.load.users * self.workload.choices
+
     def kv_bytes(self, bytes_per_value: float = 2) -> float:
         """Bytes that the keys and values of all requests in flight take."""
         per_token = self.shape.kv_bytes_per_token(bytes_per_value)
-        return self.load.users * self.context_tokens * per_token
+        return self.sequences * self.context_tokens * per_token
 
 
 class Prediction(BaseModel, frozen=True, extra="forbid"):

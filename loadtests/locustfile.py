@@ -30,7 +30,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ class Load:
     def __init__(self, plan: TrialPlan) -> None:
         self.plan = plan
         requests = read_requests(plan.requests)[plan.skip :]
-        longest = max((r.output_tokens for r in requests), default=0)
+        longest = max((r.output_tokens * r.choices for r in requests), default=0)
         BoundedResponse.most_bytes = most_answer_bytes(longest)
         self.requests = plan.own_share([r for r in requests if not r.intruder])
         self.users = plan.seats
@@ -338,11 +338,15 @@ class Load:
         self._long_prompts_left -= counts
         return Turn(request, None, counts)
 
-    def keep(self, record: RequestRecord, connection_failed: bool) -> None:
-        """Keep a record for the next report; give up when connections fail in a row."""
-        self.fresh.append(record)
+    def keep(self, answers: Sequence[RequestRecord], connection_failed: bool) -> None:
+        """Keep the records of a request for the next report, one for each answer it asked for.
+
+        Give up when connections fail in a row.
+        """
+        self.fresh += answers
+        record = answers[0]
         self._awaited -= record.in_window
-        if record.in_window and record.ok:
+        if record.in_window and all(answer.ok for answer in answers):
             long = self.plan.is_intruder(record.index)
             self._long_answers_left -= long
             self._answered += not long
@@ -355,12 +359,15 @@ class Load:
             self._load_over.set()
 
 
-def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, bool]:
+Lines = list[tuple[float, bytes]]  # of a stream, each with the time at which it was read
+
+
+def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[list[RequestRecord], bool]:
     """Send one request and take the time of every line.
 
-    Returns its record, and whether the connection failed.
+    Returns a record for each answer that it asked for, and whether the connection failed.
     """
-    lines: list[tuple[float, bytes]] = []
+    lines: Lines = []
     error, connection_failed = None, False
     load.in_flight += 1
     if turn.request.adapter:
@@ -385,7 +392,27 @@ def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, b
     load.in_flight -= 1
     if turn.request.adapter:
         load.adapters[turn.request.adapter] -= 1
+    several = turn.request.choices > 1
+    parts, odd = by_choice(lines, turn.request.choices) if several else ([lines], None)
+    first_byte_s = lines[0][0] if lines else None
+    answers = [
+        record_of(turn, load, (sent, first_byte_s, end), part, error or odd, choice)
+        for part, choice in zip(parts, range(len(parts)) if several else [None], strict=True)
+    ]
+    return answers, connection_failed
+
+
+def record_of(
+    turn: Turn,
+    load: Load,
+    times: tuple[float, float | None, float],
+    lines: Lines,
+    error: str | None,
+    choice: int | None,
+) -> RequestRecord:
+    """Make the record of an answer from its lines; `times` are of the send, first byte and end."""
     t0 = load.t0
+    sent, first_byte, end = times
     chunks, prompt_tokens, output_tokens, complaint = (
         tokens_of(lines, t0, turn.request.output_tokens) if lines else ([],) + (None,) * 3
     )
@@ -403,14 +430,48 @@ def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[RequestRecord, b
         output_tokens=output_tokens,
         in_window=turn.counts,
         error=error or complaint,
-        first_byte_s=round(lines[0][0] - t0, 6) if lines else None,
+        first_byte_s=None if first_byte is None else round(first_byte - t0, 6),
         text=text_of(lines) if keep else None,
         model=model_of(lines) if chunks and not complaint else None,
-    ), connection_failed
+        choice=choice,
+    )
+
+
+def by_choice(lines: Lines, choices: int) -> tuple[list[Lines], str | None]:
+    """Part a stream of several answers by the index in each event; return a complaint or None.
+
+    What names no answer, such as an error, is every answer's. The last usage counts the tokens of
+    all of them together, and has to agree with theirs; it is left out of the parts.
+    """
+    parts: list[Lines] = [[] for _ in range(choices)]
+    places = {index: index for index in range(choices)}
+    newest = [0] * choices  # tokens of each answer, by its own usage
+    total: int | None = None
+    complaint: str | None = None
+    for at, line in lines:
+        index = None
+        try:
+            event = orjson.loads(line[5:]) if line.startswith(b"data:") else {}
+            usage, found = event.get("usage"), event.get("choices")
+            if found:
+                (index,) = {places[choice["index"]] for choice in found}
+                count = usage["completion_tokens"] if usage else None
+                newest[index] = count if type(count) is int else newest[index]
+            elif usage:
+                total = usage["completion_tokens"]
+                continue
+        except (ValueError, TypeError, KeyError, AttributeError):
+            if line[5:].strip() != b"[DONE]":
+                complaint = f"not an event of one of {choices} answers: {line[:80]!r}"
+        for part in parts if index is None else [parts[index]]:
+            part.append((at, line))
+    if complaint is None and total is not None and total != sum(newest):
+        complaint = f"the usage counts {total} tokens, and {sum(newest)} answer by answer"
+    return parts, complaint
 
 
 def tokens_of(
-    lines: list[tuple[float, bytes]], t0: float, asked_tokens: int
+    lines: Lines, t0: float, asked_tokens: int
 ) -> tuple[list[tuple[float, int]], int | None, int | None, str | None]:
     """Parse server-sent events, each with the time at which it was read.
 
@@ -462,14 +523,14 @@ def complaint_of(error: Any) -> str:
     return f"{turned_away}{': ' * bool(turned_away)}{error}"[:200]
 
 
-def text_of(lines: list[tuple[float, bytes]]) -> str:
+def text_of(lines: Lines) -> str:
     """Extract the completion from an event stream that `tokens_of` read without complaint."""
     events = [orjson.loads(e) for _, line in lines if (e := line[5:].strip()).startswith(b"{")]
     choices = [choice for event in events for choice in event.get("choices") or ()]
     return "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
 
 
-def model_of(lines: list[tuple[float, bytes]]) -> str | None:
+def model_of(lines: Lines) -> str | None:
     """Read the name of the model that answered, from the first event of a stream that was read."""
     first = next((e for _, line in lines if (e := line[5:].strip()).startswith(b"{")), b"{}")
     name = orjson.loads(first).get("model")
@@ -551,13 +612,14 @@ class ChatUser(User):
             waiting_room.ready()
         try:
             while turn := load.next_turn(self.seat):
-                record, connection_failed = stream(client, turn, load)
-                load.keep(record, connection_failed)
+                answers, connection_failed = stream(client, turn, load)
+                load.keep(answers, connection_failed)
+                record = answers[0]
                 self.environment.events.request.fire(
                     request_type="POST",
                     name=load.name,
                     response_time=1000 * ((record.end_s or 0) - record.start_s),
-                    response_length=record.output_tokens or 0,
+                    response_length=sum(answer.output_tokens or 0 for answer in answers),
                     exception=RuntimeError(record.error) if record.error else None,
                     context={},
                 )

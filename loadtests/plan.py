@@ -176,13 +176,14 @@ class PlannedRequest(BaseModel, frozen=True, extra="forbid"):
     intruder: bool = False
     due_s: float | None = None  # in the trace that is replayed
     adapter: str | None = None
+    choices: int = 1  # answers that it asks for, of output_tokens each
 
 
 def body(request: Request, model: str) -> dict[str, Any]:
-    """Build a chat completion request: streamed, greedy, of exact length, usage in every chunk.
+    """Build a chat completion request: streamed, of exact length, with the usage in every chunk.
 
-    A priority of 0, vLLM's default, is left out: an engine that does not schedule by priority
-    refuses any other.
+    It is greedy, unless its workload samples. A priority of 0, vLLM's default, is left out: an
+    engine that does not schedule by priority refuses any other.
     """
     imposed = {"structured_outputs": request.imposed} if request.imposed else {}
     return {
@@ -190,10 +191,11 @@ def body(request: Request, model: str) -> dict[str, Any]:
         "messages": request.messages,
         "max_tokens": request.output_tokens,
         "ignore_eos": True,
-        "temperature": 0,
+        "temperature": request.temperature,
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         **({"priority": request.priority} if request.priority else {}),
+        **({"n": request.choices} if request.choices > 1 else {}),
         **imposed,
     }
 
@@ -210,6 +212,7 @@ def write_requests(path: Path, requests: list[Request], model: str) -> None:
                 intruder=request.intruder,
                 due_s=request.due_s,
                 adapter=request.adapter,
+                choices=request.choices,
             )
             file.write(planned.model_dump_json().encode() + b"\n")
 

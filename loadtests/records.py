@@ -28,14 +28,18 @@ import orjson
 FORMAT_VERSION = 1
 TURNED_AWAY = ("HTTP 503", "HTTP 429")
 """How the error of a request begins that a server turned away, as it had no room for it."""
-OPTIONAL = ("text", "model")  # left out of a line where they are None
+OPTIONAL = ("text", "model", "choice")  # left out of a line where they are None
 LONGEST_S = 7 * 24 * 3600.0  # that a trial may take
 MOST_TOKENS = 10_000_000  # of a request
 
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """One request as the client saw it. A field that was never reached is None, never 0."""
+    """One request as the client saw it. A field that was never reached is None, never 0.
+
+    A request that asks for several answers has a record for each of them, as it is several requests
+    to the engine. They share its index, its send, and the stream's end.
+    """
 
     index: int
     asked_tokens: int
@@ -50,6 +54,7 @@ class RequestRecord:
     first_byte_s: float | None = None  # first bytes of any kind, a role-only chunk included
     text: str | None = None  # the completion, where the plan asks to keep it
     model: str | None = None  # that answered, by its own word; None before this was recorded
+    choice: int | None = None  # which of its answers this is, where it asked for several
 
     @property
     def ok(self) -> bool:
@@ -149,7 +154,7 @@ def _check(record: RequestRecord) -> None:
     if not set(map(type, times)) <= {float, int} or not 0 <= min(times) <= max(times) <= LONGEST_S:
         raise _ImpossibleError(f"a time is no number of seconds from 0 to {LONGEST_S:.0f}")
     counts = [tokens for _, tokens in record.chunks]
-    given = (record.prompt_tokens, record.output_tokens)
+    given = (record.prompt_tokens, record.output_tokens, record.choice)
     sizes = [sum(counts), record.index, record.asked_tokens, *(n for n in given if n is not None)]
     if not set(map(type, [*counts, *sizes])) == {int} or min([0, *counts, *sizes]) < 0:
         raise _ImpossibleError("a number of tokens is no whole number")

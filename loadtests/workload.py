@@ -25,6 +25,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length
 """What folders, lines of a command and labels of Prometheus are called by."""
 Tokens = Annotated[int, Field(gt=0, le=10_000_000)]
 Count = Annotated[int, Field(gt=0, le=10_000)]
+MOST_SAMPLES = 1000  # of one prompt
 BLOCK = 64  # each block of this many drawn lengths holds the same ones in another order
 
 
@@ -104,6 +105,19 @@ class Intruder(BaseModel, frozen=True, extra="forbid"):
     output_tokens: Tokens = 1
 
 
+class Samples(BaseModel, frozen=True, extra="forbid"):
+    """Each prompt is answered `count` times, at a temperature.
+
+    Apart, so many requests in a row have the same prompt. With `together` one request asks for all
+    answers by `n`; the record of each answer is one of its own, as it is a sequence of its own to
+    the engine.
+    """
+
+    count: Annotated[int, Field(gt=0, le=MOST_SAMPLES)]
+    together: bool = False
+    temperature: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] = 1.0
+
+
 class Adapters(BaseModel, frozen=True, extra="forbid"):
     """Each request asks for one of `count` LoRA adapters, `tenant-0` and so on.
 
@@ -162,6 +176,8 @@ class Request:
     due_s: float | None = None  # its time in the trace
     priority: int = 0  # lower is served first, by an engine that schedules by priority
     imposed: Spec | None = None  # the structure that the engine is to impose
+    choices: int = 1  # answers that it asks for
+    temperature: float = 0  # at which they are sampled
 
 
 class Workload(BaseModel, frozen=True, extra="forbid"):
@@ -176,7 +192,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     path of a file) gives the lengths of prompts and outputs instead of drawn ones, and the times of
     `replay` loads; where the trace is shorter than the requests, its lengths begin again.
     `priorities` are taken by the requests in turn: lower ones are served first, by an engine that
-    schedules by priority.
+    schedules by priority. With `samples` each prompt is answered several times.
     """
 
     name: Name
@@ -195,6 +211,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
         tuple[int, ...], Field(max_length=100, exclude_if=lambda priorities: not priorities)
     ] = ()
     structure: Annotated[Structure | None, Field(exclude_if=lambda s: s is None)] = None
+    samples: Annotated[Samples | None, Field(exclude_if=lambda s: s is None)] = None
     keep_text: bool = False
     only: tuple[str, ...] = ()
     warmup_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -208,6 +225,12 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
                 f"{self.name}: prefix, chat, task and structure each say how prompts begin"
             )
         self._require_cut_off()
+        others = (self.prefix, self.chat, self.structure, self.intruder, self.adapters, self.trace)
+        if self.samples and any(others):
+            raise ValueError(
+                f"{self.name}: samples of a prompt go with no prefix, chat, structure, intruder,"
+                " adapters or trace"
+            )
         if self.primed and self.prefix is None:
             raise ValueError(f"{self.name}: without a prefix there is nothing to prime")
         if not self.trace and any(isinstance(a, Replay) for a in self.loads):
@@ -234,6 +257,16 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
                 f" which ends by itself: fewer than {LEAST_TOKENS} are always cut off"
             )
 
+    @property
+    def choices(self) -> int:
+        """The answers that one request asks for."""
+        return self.samples.count if self.samples and self.samples.together else 1
+
+    @property
+    def copies(self) -> int:
+        """The requests in a row that have the same prompt."""
+        return self.samples.count if self.samples and not self.samples.together else 1
+
     def is_intruder(self, index: int) -> bool:
         """Whether the request of this index is the intruder's."""
         return self.intruder is not None and intrudes(index)
@@ -250,6 +283,11 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
 
     def lengths(self, n: int, seed: int) -> list[tuple[int, int]]:
         """Draw the (prompt, output) tokens of the first n requests, without a tokenizer."""
+        prompts = self._lengths(math.ceil(n / self.copies), seed)
+        return [prompts[i // self.copies] for i in range(n)]
+
+    def _lengths(self, n: int, seed: int) -> list[tuple[int, int]]:
+        """Draw the (prompt, output) tokens of the first n prompts."""
         if rows := self.trace:
             return [rows[i % len(rows)][1:] for i in range(n)]
         prompt_rng, output_rng = (random.Random(f"{seed}/{self.name}/{part}") for part in "po")
@@ -267,15 +305,17 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
         """Write the first n requests; one seed and tokenizer give the same ones on any machine."""
         rng = random.Random(f"{seed}/{self.name}/text")
         asked, tenants = self.asked(n, seed), self.tenants(n, seed)
-        messages = self._messages(asked, rng, writer)
+        messages = self._messages(asked[:: self.copies], rng, writer)
         imposed = self.structure is not None and self.structure.imposed
+        temperature = self.samples.temperature if self.samples else 0
         return [
             Request(
-                i, text, own.prompt_tokens, own.output_tokens, self.is_intruder(i), tenant,
-                own.adapter, self.trace[i][0] if i < len(self.trace) else None, self.priority(i),
-                own.structure if imposed else None,
+                i, messages[i // self.copies], own.prompt_tokens, own.output_tokens,
+                self.is_intruder(i), tenant, own.adapter,
+                self.trace[i][0] if i < len(self.trace) else None, self.priority(i),
+                own.structure if imposed else None, self.choices, temperature,
             )
-            for i, (text, own, tenant) in enumerate(zip(messages, asked, tenants, strict=True))
+            for i, (own, tenant) in enumerate(zip(asked, tenants, strict=True))
         ]  # fmt: skip
 
     def asked(self, n: int, seed: int) -> list[Asked]:

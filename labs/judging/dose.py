@@ -53,6 +53,7 @@ def cached_tokens(trial: Trial, template_tokens: int | None) -> Bounds | None:
       first one of each group, which was sent before, finds itself.
     - Of more prefixes in turn than the cache holds, none is found (least recently used).
     - A turn of a chat finds the turn before it.
+    - Every sample of a prompt but the first finds the prompt.
     - Of shuffled documents, and of anything that may or may not stay in the cache, only the most
       is known.
     """
@@ -121,6 +122,12 @@ def _shared(trial: Trial, record: RequestRecord, cache: _Cache) -> _Shared:
         # with several users the turn before may still be under way
         alone = users == 1 and cache.holds(2, longest)
         return _Shared(before if alone else 0, before)
+    if workload.samples:
+        whole_prompt = record.prompt_tokens or 0
+        if record.choice in (None, 0) and record.index % workload.copies == 0:
+            return _Shared(0, 0)
+        stays = cache.holds(2 * trial.point.sequences, longest)
+        return _Shared(whole_prompt if stays else 0, whole_prompt)
     prefix = workload.prefix
     if prefix is None:
         return _Shared(0, 0)

@@ -12,7 +12,7 @@ lockstep receive their tokens in bursts. Where the window was held open for the 
 requests, that number is fixed instead of the time, and a ratio of two sums over a few requests is
 biased where lengths vary (requests/s by a sixth): then it is Beale's (1962) ratio, which takes the
 larger part of that away. In waves the cycle is the wave, and the window holds whole
-waves. An open loop has no cycles: it counts what comes in the window. So does a closed loop whose
+waves. A request for several answers has a record for each, so that a user has as many cycles. An open loop has no cycles: it counts what comes in the window. So does a closed loop whose
 batch emptied before the last request that counts was answered, which made its last cycles too
 short; it counts until the first user stopped. In `tests/unit/test_throughput.py` each is held
 against engines whose throughput is known.
@@ -127,7 +127,7 @@ class Trial:
     def _weight_per_s(self, sent: list[RequestRecord]) -> float | None:
         """The weight in 1/s at which each of these requests counts in a rate."""
         if self.complete_cycles:
-            users = self.point.load.users * (1 - self.summary.lost_share)
+            users = self.point.sequences * (1 - self.summary.lost_share)
             cycles_s = sum(map(cycle_s, sent))
             return users / cycles_s if cycles_s > 0 else None
         if self._in_turn:
@@ -137,7 +137,7 @@ class Trial:
 
     def _held_open(self, sent: list[RequestRecord]) -> bool:
         """Whether no more requests count than a window is held open for."""
-        least = max(self.point.load.users, LEAST_COUNTED)
+        least = max(self.point.load.users, LEAST_COUNTED) * self.point.workload.choices
         return self.summary.answered_under_load and len(sent) <= least
 
     @property

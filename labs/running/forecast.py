@@ -230,7 +230,7 @@ def _largest_step(setup: Setup) -> int:
             VllmFlags(
                 {"max-num-batched-tokens": DEFAULT_BUDGET_TOKENS} | p.variant.flags
             ).max_num_batched_tokens,
-            p.load.users * max(prompt for prompt, _ in p.lengths),
+            p.sequences * max(prompt for prompt, _ in p.lengths),
         )
         for p in setup.points
     )
@@ -539,6 +539,7 @@ def records(play: Play) -> Iterator[RequestRecord]:
             output_tokens=sum(tokens for _, tokens in a.chunks),
             in_window=a.in_window,
             error=None if a.turned_away_s is None else TURNED_AWAY[0],
+            choice=a.choice,
         )
 
 

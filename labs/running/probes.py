@@ -16,6 +16,7 @@ from typing import Any
 
 import requests
 
+from labs.judging import sampling
 from labs.judging.evaluation import LENGTHS_TOKENS, evaluate, thread_pool
 from labs.lab import Lab, Variant
 from loadtests.prompts import Messages, Writer
@@ -197,6 +198,51 @@ def structures(served: ProbedEngine, each: int = 6, timed: int = 3) -> dict[str,
     return {"took": took, "answers": answers}
 
 
+ROUNDS = (1, 4, 16)  # samples that one request asks for
+TASK_TOKENS, TASK_TEMPERATURE = 28, 0.7
+"""Of an answer to a task, beyond the longest right one; Wang et al. sample at 0.5 to 0.7."""
+
+
+def votes(served: ProbedEngine, each: int = 6) -> dict[str, Any]:
+    """Ask tasks with exact solutions: one greedy answer, and rounds of samples, one after another.
+
+    Each request asks for all samples of its round by `n`, with nothing else in flight, so that its
+    seconds are those of the samples. All samples of a task are drawn alike, whatever their round.
+    """
+    url = f"{served.engine.url}/v1/completions"
+
+    def asked(prompt: str, n: int, temperature: float) -> dict[str, Any]:
+        body = {"model": served.engine.model, "prompt": prompt, "max_tokens": TASK_TOKENS, "n": n,
+                "temperature": temperature, "stop": ["\n"]}  # fmt: skip
+        began = time.monotonic()
+        answer = requests.post(url, json=body, headers=guard.headers(), timeout=TIMEOUT_S)
+        took_s = time.monotonic() - began
+        answer.raise_for_status()
+        fields = answer.json()
+        return {
+            "n": n,
+            "took_s": took_s,
+            "tokens": fields["usage"]["completion_tokens"],
+            "texts": [choice["text"] for choice in fields["choices"]],
+        }
+
+    drawn = sampling.tasks(each, served.lab.seed)
+    asked(drawn[0].prompt, max(ROUNDS), TASK_TEMPERATURE)  # what is first is slow
+    return {
+        "temperature": TASK_TEMPERATURE,
+        "tasks": [
+            {
+                "kind": task.kind,
+                "prompt": task.prompt,
+                "expected": task.expected,
+                "greedy": asked(task.prompt, 1, 0),
+                "rounds": [asked(task.prompt, n, TASK_TEMPERATURE) for n in ROUNDS],
+            }
+            for task in drawn
+        ],
+    }
+
+
 PROBES: dict[str, Probe] = {
     "quality": quality,
     "quality-quick": partial(quality, quick=True),
@@ -205,9 +251,13 @@ PROBES: dict[str, Probe] = {
     "salt": salt,
     "structures": structures,
     "structures-quick": partial(structures, each=3, timed=2),
+    "votes": votes,
+    "votes-quick": partial(votes, each=2),
     "salt-quick": partial(salt, rounds=4),
 }
 READ_TEXT = frozenset(
-    ("quality", "quality-quick", "tenants", "tenants-quick", "structures", "structures-quick")
+    f"{name}{form}"
+    for name in ("quality", "tenants", "structures", "votes")
+    for form in ("", "-quick")
 )
 """Probes that read text: random weights write none, so these probes refuse them."""

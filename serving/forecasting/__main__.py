@@ -116,6 +116,7 @@ def _prompts(
                     adapter=planned.get("adapter"),
                     priority=json.loads(planned["body"]).get("priority", 0),
                     compile_s=compile_s,
+                    choices=planned.get("choices", 1),
                 )
 
 

@@ -76,14 +76,16 @@ class Prompt(BaseModel, frozen=True, extra="forbid"):
     adapter: str | None = None
     priority: int = 0
     compile_s: float = 0.0  # until the structure of its answer is compiled
+    choices: int = 1  # answers that it asks for, each a request of its own to the engine
 
 
 class Answer(BaseModel, extra="forbid"):
-    """A request as the client would observe it; chunks are (arrival in seconds, tokens)."""
+    """An answer as the client would observe it; chunks are (arrival in seconds, tokens)."""
 
     index: int
     asked_tokens: int
     prompt_tokens: int
+    choice: int | None = None  # which answer of its request, where that asked for several
     scheduled_s: float | None
     sent_s: float
     chunks: list[tuple[float, int]] = []
@@ -130,6 +132,8 @@ class _Trial:
         self.prompts, self.intruders = iter(prompts), iter(intruders)
         self.start_s = server.now_s
         self.answers: dict[str, Answer] = {}
+        self.unanswered: dict[int, int] = {}  # request, by its order -> answers it waits for
+        self.request_of: dict[str, int] = {}  # answer -> its request
         self.deliveries: list[tuple[float, int, str, Prompt]] = []  # (when, order, name, prompt)
         self.sends: list[tuple[float, int, float | None, bool]] = []  # (when, order, due, intruder)
         self.order = 0
@@ -211,16 +215,20 @@ class _Trial:
         else:
             self.counted += counts
         self.awaited += counts
-        answer = Answer(
-            index=prompt.index, asked_tokens=prompt.output_tokens,
-            prompt_tokens=len(prompt.token_ids), scheduled_s=due_s, sent_s=at_s, in_window=counts,
-        )  # fmt: skip
-        name = f"{prompt.index}-{'i' if intruder else 'r'}-{self.order}-{len(self.answers)}"
-        self.answers[name] = answer
         self.free_s = max(self.free_s, at_s) + self.delays.serial_s
         delivered_s = max(self.free_s, at_s + self.delays.request_s) + prompt.compile_s
-        self.order += 1
-        heapq.heappush(self.deliveries, (delivered_s, self.order, name, prompt))
+        request = self.order = self.order + 1
+        self.unanswered[request] = prompt.choices
+        for choice in range(prompt.choices):
+            name = f"{prompt.index}-{'i' if intruder else 'r'}-{self.order}-{len(self.answers)}"
+            self.request_of[name] = request
+            self.answers[name] = Answer(
+                index=prompt.index, asked_tokens=prompt.output_tokens,
+                prompt_tokens=len(prompt.token_ids), scheduled_s=due_s, sent_s=at_s,
+                in_window=counts, choice=choice if prompt.choices > 1 else None,
+            )  # fmt: skip
+            self.order += 1
+            heapq.heappush(self.deliveries, (delivered_s, self.order, name, prompt))
         if intruder and self.traffic.intruder_every_s:
             self.intruder_name = name
 
@@ -288,6 +296,12 @@ class _Trial:
         self._answered(name, answer, at_s)
 
     def _answered(self, name: str, answer: Answer, at_s: float) -> None:
+        """Go on where this was the last answer that its request was waiting for."""
+        request = self.request_of.pop(name)
+        self.unanswered[request] -= 1
+        if self.unanswered[request]:
+            return
+        del self.unanswered[request]
         traffic, next_s = self.traffic, at_s + self.delays.client_s
         self.awaited -= answer.in_window
         if traffic.kind == "open":

@@ -33,7 +33,7 @@ for line in sys.stdin:
     load = Load(trial)
     load.t0 = now()
     request = load.requests[0].model_copy(update={"body": body})
-    record, connection_failed = stream(connect(load), Turn(request, None, True), load)
+    (record,), connection_failed = stream(connect(load), Turn(request, None, True), load)
     print(json.dumps([vars(record), connection_failed]), flush=True)
 """
 Ask = Callable[[str], tuple[dict[str, Any], bool]]

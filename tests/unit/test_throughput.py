@@ -355,7 +355,7 @@ records = []
 while events:
     clock[0], seat, record = heapq.heappop(events)
     if record:
-        load.keep(record, False)
+        load.keep([record], False)
     if seat >= 0 and (turn := load.next_turn(seat)):
         index = turn.request.index
         end_s = clock[0] + given["lasts_s"][index]

@@ -45,7 +45,7 @@ def role_frame(request: Request) -> str:
     """Chat's first chunk: a role and no token."""
     delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
     rest = f'{_usage_so_far(request)},"prompt_token_ids":null,"prompt_text":null'
-    return _frame(request, f'{{"index":0,{delta}}}', rest)
+    return _frame(request, f'{{"index":{request.choice},{delta}}}', rest)
 
 
 def content_frame(request: Request, tokens: int, reason: str) -> str:
@@ -58,17 +58,25 @@ def content_frame(request: Request, tokens: int, reason: str) -> str:
         delta = f'"text":"{_text(request, tokens)}"'
         ids = '"stop_reason":null,"prompt_token_ids":null,"token_ids":null'
     rest = f",{FINGERPRINT}" if reason and not request.usage else _usage_so_far(request)
-    return _frame(request, f'{{"index":0,{delta},"logprobs":null,{finish},{ids}}}', rest)
+    choice = f'"index":{request.choice},{delta},"logprobs":null,{finish},{ids}'
+    return _frame(request, f"{{{choice}}}", rest)
 
 
 def closing_frames(request: Request) -> str:
     """What follows the last chunk: the usage where it was asked for, and the stream's end."""
-    usage = _frame(request, "", f"{_usage(request)},{FINGERPRINT}") if request.usage else ""
+    usage = _frame(request, "", f"{_usage_of_all(request)},{FINGERPRINT}") if request.usage else ""
     return usage + DONE
 
 
 def whole(request: Request) -> bytes:
-    """The answer to a request that does not stream."""
+    """The answers to a request that does not stream."""
+    choices = ",".join(_whole_choice(member) for member in request.family or [request])
+    details = ',"prompt_tokens_details":null,"completion_tokens_details":null'
+    rest = f'"service_tier":null,{FINGERPRINT}{_usage_of_all(request, details)}'
+    return f"{request.head}{choices}],{rest}}}".encode()
+
+
+def _whole_choice(request: Request) -> str:
     text = _text(request, request.sent)
     if request.chat:
         answer = f'"message":{{"role":"assistant","content":"{text}","refusal":null}}'
@@ -79,9 +87,7 @@ def whole(request: Request) -> bytes:
         ids = [crc32(str(token).encode()) % 50_000 for token in request.prompt]
         known = dumps([None, *(_prompt_logprobs(token, request.top) for token in ids[1:])])
         choice += f',"prompt_logprobs":{known.decode()},"prompt_token_ids":{dumps(ids).decode()}'
-    details = ',"prompt_tokens_details":null,"completion_tokens_details":null'
-    rest = f'"service_tier":null,{FINGERPRINT}{_usage(request, details)}'
-    return f'{request.head}{{"index":0,{choice}}}],{rest}}}'.encode()
+    return f'{{"index":{request.choice},{choice}}}'
 
 
 def _frame(request: Request, choice: str, rest: str) -> str:
@@ -90,12 +96,18 @@ def _frame(request: Request, choice: str, rest: str) -> str:
     return f"{len(event):x}\r\n{event}\r\n"
 
 
-def _usage(request: Request, details: str = "") -> str:
+def _usage(request: Request, details: str = "", sent: int | None = None) -> str:
+    sent = request.sent if sent is None else sent
     counts = (
-        f'"prompt_tokens":{len(request.prompt)},"total_tokens":{request.length},'
-        f'"completion_tokens":{request.sent}'
+        f'"prompt_tokens":{len(request.prompt)},"total_tokens":{len(request.prompt) + sent},'
+        f'"completion_tokens":{sent}'
     )
     return f',"usage":{{{counts}{details}}}'
+
+
+def _usage_of_all(request: Request, details: str = "") -> str:
+    """The usage of all answers to one HTTP request together."""
+    return _usage(request, details, sum(member.sent for member in request.family or [request]))
 
 
 def _usage_so_far(request: Request) -> str:

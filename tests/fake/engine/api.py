@@ -97,7 +97,7 @@ class Api:
     def _complete(
         self, connection: Connection, headers: dict[str, str], body: bytes, *, chat: bool
     ) -> None:
-        request = self._read(connection, headers, body, chat)
+        request, answers_wanted = self._read(connection, headers, body, chat)
         options = self._options
         nth = options.error_every and self._arrived % options.error_every == 0
         if nth or request.n_out == options.error_tokens:
@@ -107,12 +107,15 @@ class Api:
         if self._engine.is_full():
             message = "The engine is currently busy and cannot accept new requests."
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError", message)
-        self._engine.start(request)
+        self._engine.start(request.siblings(answers_wanted))
 
     def _read(
         self, connection: Connection, headers: dict[str, str], text: bytes, chat: bool
-    ) -> Request:
-        """The request in `text`. Raises Refused where vLLM would answer with an error."""
+    ) -> tuple[Request, int]:
+        """The request in `text`, and how many answers it asks for.
+
+        Raises Refused where vLLM would answer with an error.
+        """
 
         def refuse(message: str, param: str | None = None) -> NoReturn:
             raise Refused(HTTPStatus.BAD_REQUEST, "BadRequestError", message, param)
@@ -154,6 +157,9 @@ class Api:
             refuse(f"min_tokens must be at most max_tokens={most}, got {least}.", "min_tokens")
         ends = self._options.eos_after if not body.get("ignore_eos") else 0
         n_out = min(most, max(least, ends)) if ends else most
+        wanted_answers = count("n", 1)
+        if wanted_answers < 1:
+            refuse(f"n must be at least 1, got {wanted_answers}.", "n")
         top = None if body.get("prompt_logprobs") is None else count("prompt_logprobs", 0)
         if top is not None and body.get("stream"):
             refuse("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
@@ -169,7 +175,7 @@ class Api:
         stream = bool(body.get("stream"))
         wanted = body.get("stream_options") or {}
         usage = bool(stream and wanted.get("include_usage"))
-        return Request(
+        request = Request(
             connection=connection,
             received=time.monotonic(),
             index=index,
@@ -189,6 +195,7 @@ class Api:
             truth=truth,
             priority=priority,
         )
+        return request, wanted_answers
 
 
 def _mark(adapter: Path | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 
@@ -52,15 +53,18 @@ class Engine:
         self.metrics.counters["admission_rejections_total"] += full
         return full
 
-    def start(self, request: Request) -> None:
-        """Serve a request; a stream's headers go out at once."""
-        self._active.add(request)
-        request.connection.if_lost = lambda: self._abort(request)
-        if request.stream:
-            request.connection.start_stream()
-            if request.chat and self.options.early_role_chunk:
-                request.connection.write(answers.role_frame(request))
-        self.scheduler.arrive(request)
+    def start(self, family: Sequence[Request]) -> None:
+        """Serve the answers to one HTTP request; a stream's headers go out at once."""
+        first = family[0]
+        self._active.update(family)
+        first.connection.if_lost = lambda: self._abort(family)
+        if first.stream:
+            first.connection.start_stream()
+            if first.chat and self.options.early_role_chunk:
+                for request in family:
+                    first.connection.write(answers.role_frame(request))
+        for request in family:
+            self.scheduler.arrive(request)
 
     def emit(self, request: Request, size: int, step: Step) -> int:
         """Sends a chunk of `size` tokens, or of what is left; returns how many."""
@@ -96,19 +100,26 @@ class Engine:
             self.close(request, reason)
         return tokens
 
-    def _abort(self, request: Request) -> None:
+    def _abort(self, family: Sequence[Request]) -> None:
         """The client has gone."""
-        self.scheduler.drop(request)
-        self.close(request, "abort")
+        for request in family:
+            if not request.finish:
+                self.scheduler.drop(request)
+                self.close(request, "abort")
 
     def close(self, request: Request, reason: str) -> None:
-        """The request has ended for this reason: complete its answer, count and record it."""
+        """The request has ended for this reason: complete its answer, count and record it.
+
+        The last of a family ends the HTTP response.
+        """
         request.finish = reason
-        request.connection.if_lost = None
+        if request.all_ended:
+            request.connection.if_lost = None
         self._active.discard(request)
         self.metrics.finished[reason] += 1
         if reason in ("stop", "length"):
             self._observe(request)
+        if reason in ("stop", "length") and request.all_ended:
             if request.stream:
                 request.connection.write(answers.closing_frames(request))
                 request.connection.done()

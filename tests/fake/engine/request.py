@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from tests.fake.engine.connection import Connection
@@ -37,6 +37,8 @@ class Request:
     stops: bool  # ends by itself, not by max_tokens
     truth: dict[str, float]
     priority: int  # lower ones are served first
+    choice: int = 0  # its place among the answers to one HTTP request
+    family: Sequence[Request] = ()  # all of these, itself included
     scheduled: float = 0.0
     n_cached: int = 0
     computed: int = 0  # tokens whose keys and values are there
@@ -45,6 +47,19 @@ class Request:
     times: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+
+    def siblings(self, n: int) -> list[Request]:
+        """Makes a family of n out of this request, as vLLM makes n requests of one with `n`."""
+        others = (replace(self, choice=i, times=[], tokens=[], steps=[]) for i in range(1, n))
+        family = [self, *others]
+        for member in family:
+            member.family = family
+        return family
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether every answer to the HTTP request has ended."""
+        return all(member.finish for member in self.family or [self])
 
     @property
     def length(self) -> int:

@@ -1,0 +1,8 @@
+from tests.sizes import Sizes, answers_of
+
+SIZES = Sizes(
+    fake=answers_of(8, "one", "apart", "together", "many")
+    + ' workloads.many.samples.count=16 workloads.many.loads=["waves:16"]',
+    # more samples are a point of the same curve
+    cpu='workloads=["one","apart","together"]',
+)

@@ -1,0 +1,469 @@
+"""Several answers to one prompt: what is sent, read, forecast, proved, and concluded."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from statistics import fmean
+from threading import Thread
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from labs import LABS
+from labs.filing.results import write_gzip
+from labs.findings.context import Context
+from labs.findings.samples import (
+    KINDS,
+    LARGER,
+    VERIFIER,
+    VOTING,
+    Cost,
+    known_shapes,
+    tell_costs,
+    voting,
+    weighed,
+)
+from labs.judging.measure import output_tokens_per_s, requests_per_s
+from labs.judging.sampling import (
+    canonical,
+    gain_over_tasks,
+    over_tasks,
+    pass_at,
+    tasks,
+    vote_at,
+)
+from labs.judging.validity import Expected, caveats_of
+from labs.lab import Point, Variant
+from labs.running import probes
+from labs.running.probes import ProbedEngine
+from labs.samples import hit_rate
+from loadtests import records
+from loadtests.plan import body, read_requests, write_requests
+from loadtests.prompts import Messages, Writer
+from loadtests.workload import Chat, Fixed, Samples
+from serving import metrics
+from serving.forecasting.traffic import Delays, Prompt, Traffic, play
+from serving.models import ROOT
+from tests.unit.builders import (
+    CEILINGS,
+    SHAPE,
+    make_engine,
+    make_lab,
+    make_point,
+    make_record,
+    make_trial,
+    make_workload,
+)
+from tests.unit.test_findings import context
+from tests.unit.test_forecasting import Server
+from tests.unit.test_probes import Listening, Running
+
+APART, TOGETHER = Samples(count=4), Samples(count=4, together=True)
+
+
+def words(messages: Messages) -> int:
+    return sum(len(m["content"].split()) for m in messages)
+
+
+# ------------------------------------------------------------------------------ what is sent
+
+
+def sent(samples: Samples, n: int = 8) -> list[dict[str, Any]]:
+    workload = make_workload(samples=samples, prompt_tokens=Fixed(tokens=20))
+    return [body(request, "m") for request in workload.requests(n, 0, Writer(words))]
+
+
+def test_apart_so_many_requests_in_a_row_have_the_same_prompt() -> None:
+    bodies = sent(APART)
+    prompts = [json.dumps(b["messages"]) for b in bodies]
+    assert prompts == [prompts[0]] * 4 + [prompts[4]] * 4
+    assert prompts[0] != prompts[4]
+    assert all(b["temperature"] == 1 and "n" not in b for b in bodies)
+
+
+def test_together_each_request_has_a_prompt_of_its_own_and_asks_for_all_answers(
+    tmp_path: Path,
+) -> None:
+    bodies = sent(TOGETHER)
+    assert len({json.dumps(b["messages"]) for b in bodies}) == 8
+    assert {b["n"] for b in bodies} == {4}
+    workload = make_workload(samples=TOGETHER, prompt_tokens=Fixed(tokens=20))
+    write_requests(tmp_path / "r.jsonl", workload.requests(2, 0, Writer(words)), "m")
+    assert [r.choices for r in read_requests(tmp_path / "r.jsonl")] == [4, 4]
+
+
+def test_without_samples_what_is_sent_and_filed_is_as_it_was() -> None:
+    plain = make_workload(prompt_tokens=Fixed(tokens=20))
+    assert "samples" not in plain.model_dump()
+    (request,) = plain.requests(1, 0, Writer(words))
+    assert '"temperature": 0,' in json.dumps(body(request, "m"))
+    assert "n" not in body(request, "m")
+    assert [plain.lengths(5, 3), plain.choices, plain.copies] == [[(20, 4)] * 5, 1, 1]
+
+
+def test_samples_go_with_nothing_else_that_says_how_prompts_are_alike() -> None:
+    with pytest.raises(ValidationError, match="samples of a prompt go with no prefix, chat"):
+        make_workload(samples=APART, chat=Chat(turns=2, grows_tokens=4))
+
+
+# ------------------------------------------------------------------- from the stream's lines
+
+_PART = """
+import json, sys
+from loadtests.locustfile import by_choice, tokens_of
+for text in json.load(sys.stdin):
+    lines = [(float(at), line.encode()) for at, line in text]
+    parts, complaint = by_choice(lines, 2)
+    print(json.dumps([[tokens_of(part, 0.0, 5) for part in parts], complaint]))
+"""
+
+
+def event(index: object = None, usage: object = None, **more: Any) -> str:
+    choices = [] if index is None else [{"index": index, "delta": {"content": "and"}}]
+    counted = {} if usage is None else {"usage": {"prompt_tokens": 9, "completion_tokens": usage}}
+    return f"data: {json.dumps({'choices': choices, **counted, **more})}\n"
+
+
+def parted(*streams: Sequence[str]) -> list[Any]:
+    """What becomes of streams of two answers; a line comes each second. Locust needs a process."""
+    numbered = [[*enumerate(stream, start=1)] for stream in streams]
+    done = subprocess.run(
+        [sys.executable, "-c", _PART], cwd=ROOT, input=json.dumps(numbered), text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_stream_of_several_answers_is_read_answer_by_answer() -> None:
+    whole = [event(0, 1), event(1, 1), event(1, 3), event(0, 2), event(None, 5), "data: [DONE]\n"]
+    short = [*whole[:4], event(None, 6)]
+    uncounted = [event(0), event(1), event(None, 2)]
+    foreign, below, odd = ([event(0, 1), event(i, 1)] for i in (2, -1, "x"))
+    garbage = [event(0, 1), event(1, None, usage={"completion_tokens": [2]}), event(None, 3)]
+    broken = [event(0, 1), 'data: {"error": {"code": 500}}\n']
+    found = parted(whole, short, uncounted, foreign, below, odd, garbage, broken)
+    assert found[0] == [[[[[1, 1], [4, 1]], 9, 2, None], [[[2, 1], [3, 2]], 9, 3, None]], None]
+    assert found[1][1] == "the usage counts 6 tokens, and 5 answer by answer"
+    assert found[2][1] == "the usage counts 2 tokens, and 0 answer by answer"
+    assert all(row[1].startswith("not an event of one of 2 answers") for row in found[3:6])
+    assert found[6][0][1][3].startswith("not a")
+    assert [answer[3] for answer in found[7][0]] == ["{'code': 500}"] * 2
+
+
+# --------------------------------------------------------------------- forecast and measured
+
+
+def answered(choices: int, users: int = 1) -> Any:
+    asked = [
+        Prompt(index=i, token_ids=(1, 2), output_tokens=4, choices=choices) for i in range(40)
+    ]
+    traffic = Traffic(kind="closed", users=users, warmup_s=0, window_s=10, least_counted=2)
+    none = Delays(request_s=0, serial_s=0, response_s=0, client_s=0)
+    return play(Server(), traffic, asked, (), none)
+
+
+def test_a_user_sends_again_when_all_answers_are_complete() -> None:
+    one, three = answered(1), answered(3)
+    assert sorted({a.sent_s for a in three.answers}) == [a.sent_s for a in one.answers]
+    assert [a.choice for a in three.answers[:4]] == [0, 1, 2, 0]
+    assert {a.choice for a in one.answers} == {None}
+    assert three.window_s == one.window_s
+
+
+def test_a_request_for_several_answers_is_several_requests_at_once() -> None:
+    """Four answers of two tokens in every two seconds: 4 tokens/s, and 2 requests/s."""
+    found = [
+        make_record([(t + 1, 1), (t + 2, 1)], sent_s=t, index=i, choice=choice)
+        for i, t in enumerate(range(10, 20, 2))
+        for choice in range(4)
+    ]
+    for load in ("concurrent:1", "waves:1"):
+        together = make_point(load=load, samples=TOGETHER)
+        trial = make_trial(found, point=together, sent=5, answered_under_load=True)
+        assert output_tokens_per_s(trial) == pytest.approx(4)
+        assert requests_per_s(trial) == pytest.approx(2)
+        assert together.sequences == 4
+
+
+def test_a_record_says_which_answer_it_is_where_there_are_several(tmp_path: Path) -> None:
+    one, second = make_record([(11, 1)]), make_record([(11, 1)], choice=1)
+    records.write(tmp_path / "r.gz", [one, second])
+    assert [r.choice for r in records.read(tmp_path / "r.gz")] == [None, 1]
+    assert [*records.read(tmp_path / "r.gz")] == [one, second]
+
+
+@pytest.mark.parametrize("samples", [APART, TOGETHER], ids=["apart", "together"])
+@pytest.mark.parametrize(
+    ("off", "names"),
+    [(0, []), (-16, ["treatment not applied"]), (16, ["warm prefix cache"])],
+)
+def test_all_samples_but_the_first_find_their_prompt_to_the_token(
+    samples: Samples, off: int, names: list[str]
+) -> None:
+    """Five prompts of 64 tokens, four answers each: 63 tokens hold three blocks of 16."""
+    load = "waves:1" if samples.together else "waves:4"
+    point_on = make_point(
+        "on", load, flags={"enable-prefix-caching": True}, samples=samples,
+        prompt_tokens=Fixed(tokens=64),
+    )  # fmt: skip
+    found = [
+        make_record(
+            [(t + 0.1 * k, 1) for k in range(1, 5)], sent_s=t, prompt_tokens=64,
+            index=i if samples.together else 4 * i + k, choice=k if samples.together else None,
+        )
+        for i, t in enumerate(range(10, 20, 2))
+        for k in range(4)
+    ]  # fmt: skip
+    config = {"block_size": "16", "num_gpu_blocks": "1000", "enable_prefix_caching": "True"}
+    engine = make_engine(found, True, 5 * 3 * 48 + off)
+    engine = replace(engine, info={metrics.CACHE_CONFIG: config})
+    trial = make_trial(found, engine=engine, point=point_on)
+    caveats = caveats_of(trial, Expected(template_tokens=10))
+    assert [c.name for c in caveats if c.blocks] == names
+
+
+LAB = LABS["samples"].at("cpu", quick=False)
+POINTS = LAB.points(SHAPE, CEILINGS)
+
+
+def point(variant: str, workload: str) -> Point:
+    return next(
+        p for p in POINTS if (p.variant.name, p.workload.name) == (variant, workload)
+    )
+
+
+def test_hits_are_the_whole_blocks_of_all_but_the_first_sample() -> None:
+    """Of 319 tokens nine blocks of 32 are whole."""
+    assert hit_rate(point("on", "apart")).value == pytest.approx(7 * 288 / (8 * 320))
+    assert hit_rate(point("on", "together")).value == hit_rate(point("on", "apart")).value
+    assert hit_rate(point("on", "many")).value == pytest.approx(31 * 288 / (32 * 320))
+    assert hit_rate(point("off", "apart")).value == 0
+
+
+def test_samples_are_as_many_however_they_are_asked_for() -> None:
+    assert [point("on", name).sequences for name in ("one", "apart", "together", "many")] == [
+        1, 8, 8, 32
+    ]  # fmt: skip
+    together = next(c for c in LAB.claims if c.name == "together")
+    assert together.predict(point("on", "together"), point("on", "apart")).value == 1
+    shared = next(c for c in LAB.claims if c.name == "shared")
+    assert 1 < shared.predict(point("on", "apart"), point("off", "apart")).value < 8
+
+
+# ------------------------------------------------------------------------- tasks and estimators
+
+
+def test_tasks_have_one_right_answer_and_come_after_solved_ones() -> None:
+    drawn = tasks(3, seed=0)
+    assert len(drawn) == 18
+    assert drawn == tasks(3, seed=0) != tasks(3, seed=1)
+    for task in drawn:
+        *shots, question = task.prompt.split("\n")
+        assert len(shots) == 3
+        numbers = canonical(question.partition(" in ")[0])
+        assert numbers
+        asked = [int(n) for n in numbers.split()]
+        product = 1
+        for n in asked:
+            product *= n
+        right = {"add": [sum(asked)], "multiply": [product], "sort": sorted(asked)}
+        assert task.expected == " ".join(map(str, right[task.kind.split()[0]]))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (" 82\n47", "82"), ("82.", "82"), ("4,318", "4318"), (" 17, 33, 52", "17 33 52"),
+        ("= 007", "7"), ("none", None), ("", None), ("\n82", "82"),
+    ],
+)  # fmt: skip
+def test_an_answer_is_the_numbers_of_its_first_line(text: str, answer: str | None) -> None:
+    assert canonical(text) == answer
+
+
+ANSWERS = ("7", "7", "8", "8", "8", None)
+
+
+@pytest.mark.parametrize("k", range(1, 7))
+def test_pass_at_k_is_the_share_of_all_sets_with_a_right_answer(k: int) -> None:
+    sets = [*itertools.combinations(ANSWERS, k)]
+    assert pass_at(k, ANSWERS, "7") == pytest.approx(fmean("7" in s for s in sets))
+    assert pass_at(k, ANSWERS, "9") == 0
+
+
+@pytest.mark.parametrize("k", range(1, 7))
+def test_a_vote_is_the_mean_over_sets_and_ties_count_in_part(k: int) -> None:
+    def credit(votes: Sequence[str | None]) -> float:
+        sevens, eights = votes.count("7"), votes.count("8")
+        return float(sevens > eights) + (sevens == eights > 0) / 2
+
+    exact = fmean(credit(votes) for votes in itertools.combinations(ANSWERS, k))
+    assert vote_at(k, ANSWERS, "7") == pytest.approx(exact, abs=0.08)  # 400 drawn sets
+    assert vote_at(k, (None,) * 6, "7") == 0
+    assert vote_at(6, ANSWERS, "7") == 0
+    assert vote_at(6, ANSWERS, "8") == 1
+
+
+def test_intervals_are_over_tasks_and_never_without_a_width_that_is_known() -> None:
+    some = over_tasks([0.0, 1.0, 0.5, 1.0] * 5)
+    assert some.value == pytest.approx(0.625)
+    assert some.low is not None
+    assert some.high is not None
+    assert 0.4 < some.low < 0.625 < some.high < 0.8
+    none = over_tasks([0.0] * 20)
+    assert (none.value, none.low) == (0, 0)
+    assert none.high == pytest.approx(0.161, abs=0.001)  # Wilson, 0 of 20
+    assert gain_over_tasks([0.5] * 4, [0.5] * 4).low is None
+    gain = gain_over_tasks([0.0, 0.5] * 10, [0.5, 0.5] * 10)
+    assert gain.low is not None
+    assert 0 < gain.low < gain.value == 0.25
+
+
+# ------------------------------------------------------------------------- the probe, the findings
+
+
+class Solver(BaseHTTPRequestHandler):
+    """Completes every prompt with the same numbers, as often as it is asked to."""
+
+    bodies: list[dict[str, Any]] = []
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.bodies.append(asked)
+        choices = [{"index": i, "text": f" {i}"} for i in range(asked["n"])]
+        usage = {"completion_tokens": 2 * asked["n"]}
+        content = json.dumps({"choices": choices, "usage": usage}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_the_probe_asks_each_task_once_greedily_and_in_rounds_of_samples() -> None:
+    variant = Variant(name="on")
+    with Listening(("127.0.0.1", 0), Solver) as server:
+        thread = Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        engine = Running(f"http://127.0.0.1:{server.server_port}")
+        try:
+            found = probes.votes(
+                ProbedEngine(variant, make_lab(variants=(variant,), claims=(), evidence=()),
+                             engine, {}, Writer(words)), each=1,
+            )  # fmt: skip
+        finally:
+            server.shutdown()
+            thread.join()
+    _, *bodies = Solver.bodies  # the first warms the engine up
+    assert [(b["n"], b["temperature"]) for b in bodies] == 6 * [
+        (1, 0), (1, 0.7), (4, 0.7), (16, 0.7)
+    ]  # fmt: skip
+    assert len({b["prompt"] for b in bodies}) == len(found["tasks"]) == 6
+    first = found["tasks"][0]
+    assert [r["texts"] for r in first["rounds"]][1] == [" 0", " 1", " 2", " 3"]
+    assert [r["tokens"] for r in first["rounds"]] == [2, 8, 32]
+    assert all(r["took_s"] > 0 for r in first["rounds"])
+
+
+def probed(home: Path, *right: int) -> Context:
+    """A task for each number: so many of its 21 samples are right, and all others say 0."""
+    found = context(home, make_lab(), {})
+
+    def asked(texts: Sequence[str], took_s: float) -> dict[str, Any]:
+        return {"n": len(texts), "took_s": took_s, "tokens": 3 * len(texts), "texts": texts}
+
+    def task(count: int) -> dict[str, Any]:
+        texts = ["7\n"] * count + ["0"] * (21 - count)
+        return {
+            "kind": "add two", "prompt": "3 + 4 =", "expected": "7", "greedy": asked(["0"], 0.2),
+            "rounds": [asked(texts[20:], 0.2), asked(texts[16:20], 0.3), asked(texts[:16], 0.65)],
+        }  # fmt: skip
+
+    answers = {"temperature": 0.7, "tasks": [task(count) for count in right]}
+    write_gzip(found.folder.probe_file("votes", "on"), answers)
+    return found
+
+
+def test_what_a_vote_buys_and_what_a_point_of_it_costs(tmp_path: Path) -> None:
+    """Two thirds right win every large vote: 14 of 21 alone, and nearly all of 16."""
+    probe = probed(tmp_path, *[14] * 6, *[0] * 4)
+    found = VOTING.facts(probe)
+    assert found.one
+    assert found.most
+    assert found.one.voted.value == pytest.approx(0.6 * 14 / 21)
+    assert found.most.voted.value == pytest.approx(0.6, abs=0.01)
+    assert found.most.passed.value == pytest.approx(0.6)
+    assert found.most.gains
+    told = VOTING.finding(probe)
+    assert told.rows[1][0] == "1, greedy"
+    (*_, seconds, tokens) = told.rows[-1]
+    points = 100 * found.most.gain.value
+    assert seconds.startswith(f"{1000 * 0.45 / points:.3g}")
+    assert tokens == f"{45 / points:.3g}"
+    assert "and beats one sample" in told.lines[0]
+    assert "3.25 times the engine's seconds and 16.0 times the tokens" in told.lines[0]
+    assert "One greedy answer solves 0.0 %" in told.lines[1]
+
+
+def test_a_vote_that_gains_nothing_says_so(tmp_path: Path) -> None:
+    rare = VOTING.finding(probed(tmp_path, 3, 2, 3, 2, 1, 2))
+    assert "is worse than one sample" in rare.lines[0]
+    assert rare.rows[-1][-2:] == ["–", "–"]
+    none = VOTING.finding(probed(tmp_path / "b", 0, 0, 0))
+    assert "is not shown to beat one sample" in none.lines[0]
+    (row,) = KINDS.finding(probed(tmp_path / "c", 3, 2)).rows[1:]
+    assert row[:3] == ["add two", "2", "0%"]
+    assert row[-1] != "0%"
+
+
+def test_a_larger_model_is_weighed_by_the_seconds_of_samples(tmp_path: Path) -> None:
+    """An answer here takes 0.2 s, and a sample more 30 ms."""
+    probe = probed(tmp_path, 14, 0)
+    found = LARGER.facts(probe)
+    assert found.one_s == 0.2
+    assert found.sample_more_s == pytest.approx(0.03)
+    times = 1 + 5.5 * 0.03 / 0.2  # five samples more for the seconds of one answer
+    larger = replace(SHAPE, params=3000, weight_bytes=round(times * (2000 + 64 * 32)) - 64 * 32)
+    row = weighed("larger", larger, probe.points[0], VOTING.facts(probe), 0.03)
+    assert row.times == pytest.approx(times, rel=1e-3)
+    assert (row.samples, row.all_seen) == (6, False)
+    assert row.passed == pytest.approx(0.5, abs=0.001)
+    assert all(row.all_seen and row.samples == 21 for row in found.rows)
+    assert "no measurement of a larger model" in LARGER.finding(probe).lines[0]
+    sizes = [shape.params for shape in known_shapes().values()]
+    assert sizes == sorted(sizes)
+
+
+def test_a_perfect_check_bounds_what_a_reward_model_can_add(tmp_path: Path) -> None:
+    """Of 3 right in 21 a vote of 16 takes none, and 16 of them miss all three now and then."""
+    found = VERIFIER.facts(probed(tmp_path, 3, 3, 21, 0))
+    assert found.gap
+    missed = (5 * 4 * 3) / (21 * 20 * 19)
+    assert found.gap.value == pytest.approx((2 * (1 - missed)) / 4, abs=0.001)
+    once, by_step = found.readers
+    assert by_step.seconds >= once.seconds > 0
+    assert "nothing of it was measured" in VERIFIER.finding(probed(tmp_path / "b", 3, 0)).lines[1]
+
+
+def test_costs_are_told_beside_one_sample_and_hits_as_exact_or_not() -> None:
+    one = Cost("on", "one", 1, 1, 1.2, 20.0, 0.3, 0.0, 0.0)
+    eight = Cost("on", "apart", 8, 8, 1.8, 100.0, 0.4, 0.7875, 0.7875)
+    told = tell_costs((one, eight))
+    assert "8 in 8 requests take 1.50 times as long" in told.lines[0]
+    assert "found exactly" in told.lines[1]
+    assert "found exactly" not in tell_costs((one, replace(eight, hit_rate=0.7))).lines[1]
+    assert tell_costs((replace(one, seconds=None),)).rows[1][3] == "–"
+
+
+def test_voting_without_a_probe_is_empty(tmp_path: Path) -> None:
+    assert voting(context(tmp_path, make_lab(), {})).most is None
