@@ -34,7 +34,7 @@ def _labs() -> dict[str, Lab]:
             _lab("weight_quantization"),
             _lab("multi_lora"),
             _lab("structured_output"),
-            _lab("samples"),
+            _lab("many_samples"),
             _lab("quantization_tools"),
         )
     }

@@ -252,7 +252,7 @@ PROBES: dict[str, Probe] = {
     "structures": structures,
     "structures-quick": partial(structures, each=3, timed=2),
     "votes": votes,
-    "votes-quick": partial(votes, each=2),
+    "votes-quick": partial(votes, each=1),
     "salt-quick": partial(salt, rounds=4),
 }
 READ_TEXT = frozenset(

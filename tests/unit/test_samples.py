@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from labs import LABS
 from labs.filing.results import write_gzip
 from labs.findings.context import Context
-from labs.findings.samples import (
+from labs.findings.many_samples import (
     KINDS,
     LARGER,
     VERIFIER,
@@ -42,9 +42,9 @@ from labs.judging.sampling import (
 )
 from labs.judging.validity import Expected, caveats_of
 from labs.lab import Point, Variant
+from labs.many_samples import hit_rate
 from labs.running import probes
 from labs.running.probes import ProbedEngine
-from labs.samples import hit_rate
 from loadtests import records
 from loadtests.plan import body, read_requests, write_requests
 from loadtests.prompts import Messages, Writer
@@ -230,7 +230,7 @@ def test_all_samples_but_the_first_find_their_prompt_to_the_token(
     assert [c.name for c in caveats if c.blocks] == names
 
 
-LAB = LABS["samples"].at("cpu", quick=False)
+LAB = LABS["many-samples"].at("cpu", quick=False)
 POINTS = LAB.points(SHAPE, CEILINGS)
 
 

@@ -117,7 +117,7 @@ def workload(name: str, together: bool = False, only: tuple[str, ...] = ()) -> W
 ANOTHER_NUMBER = "a wave holds all samples of one prompt, so it grows with their number"
 
 LAB = Lab(
-    name="samples",
+    name="many-samples",
     title="Many samples",
     question="A model is right only now and then: what does it cost to ask it many times, and what"
     " does it buy?",
