@@ -12,12 +12,12 @@ from dashboards.palette import BLUE, BOUND, VARIANTS
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import BANDS, GREY, draw_forecasts, plt
+from labs.findings.drawing import BANDS, GREY, plt
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
 from labs.judging.sampling import canonical, gain_over_tasks, over_tasks, pass_at, vote_at
-from labs.judging.text import interval, number
+from labs.judging.text import number
 from labs.lab import Point
 from serving import dummy, models
 from serving.models import Shape
@@ -74,7 +74,8 @@ def costs(context: Context) -> tuple[Cost, ...]:
 
 def tell_costs(facts: tuple[Cost, ...]) -> Finding:
     rows = [["Samples of a prompt", "Requests", "Prefix cache", "Until all are complete",
-             "Each sample", "Output tokens/s", "TTFT, mean", "Hits", "Hits by the blocks"]]  # fmt: skip
+             "Each sample", "Output tokens/s", "TTFT, mean", "Hits",
+             "Hits by the blocks"]]  # fmt: skip
     rows += [
         [str(c.samples), str(c.requests), c.variant, number(c.seconds, "s"), number(c.each_s, "s"),
          number(c.tokens_per_s), number(c.ttft_s, "s"), number(c.hit_rate, "share"),
@@ -565,7 +566,7 @@ def best_of(run: JudgedRun) -> str | None:
     if times := times_sentence(run.once(costs)):
         parts.append(times)
     if shared := run.ratio("shared"):
-        parts.append(f"Throughput with the prompt kept in the prefix cache is {shared} that without.")
+        parts.append(f"With its prompt in the prefix cache throughput is {shared} that without.")
     facts = VOTING.facts_of(run)
     if facts and (bought := voting_sentence(facts)):
         parts.append(bought)
@@ -627,7 +628,7 @@ def draw_sampling(run: JudgedRun) -> str | None:
         return None
     bought = VOTING.facts_of(run)
     rows = bought.rows if bought else ()
-    fig, axes = plt.subplots(1, 2 if rows else 1, figsize=(8 if rows else 5, 3.6), squeeze=False)
+    _, axes = plt.subplots(1, 2 if rows else 1, figsize=(8 if rows else 5, 3.6), squeeze=False)
     left = axes[0][0]
     _draw_costs(run, left, facts)
     caption = (

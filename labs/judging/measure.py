@@ -11,11 +11,12 @@ in the window. A count over a window of fixed length would be wrong by up to a c
 lockstep receive their tokens in bursts. Where the window was held open for the least number of
 requests, that number is fixed instead of the time, and a ratio of two sums over a few requests is
 biased where lengths vary (requests/s by a sixth): then it is Beale's (1962) ratio, which takes the
-larger part of that away. In waves the cycle is the wave, and the window holds whole
-waves. A request for several answers has a record for each, so that a user has as many cycles. An open loop has no cycles: it counts what comes in the window. So does a closed loop whose
-batch emptied before the last request that counts was answered, which made its last cycles too
-short; it counts until the first user stopped. In `tests/unit/test_throughput.py` each is held
-against engines whose throughput is known.
+larger part of that away. In waves the cycle is the wave, and the window holds whole waves. A
+request for several answers has a record for each, so a user has as many cycles at once. An open
+loop has no cycles: it counts what comes in the window. So does a closed loop whose batch emptied
+before the last request that counts was answered, which made its last cycles too short; it counts
+until the first user stopped. In `tests/unit/test_throughput.py` each is held against engines whose
+throughput is known.
 """
 
 from __future__ import annotations
