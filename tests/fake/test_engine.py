@@ -158,6 +158,27 @@ def test_a_stream_has_vllms_shape(start: Start) -> None:
         ("seven", 6), ("2", 6), ("3", 6), ("4", 6)]  # fmt: skip
 
 
+def test_several_answers_are_as_many_requests_to_the_engine(start: Start) -> None:
+    """Events name their answer and count its tokens; the last usage counts those of all."""
+    fake = start("--block-size", "4")
+    events = [event for _, event in fake.stream(n=3, id="three")]
+    *streamed, usage = events
+    for index in range(3):
+        mine = [e for e in streamed if e["choices"][0]["index"] == index]
+        assert [e["usage"]["completion_tokens"] for e in mine] == [0, 1, 2, 3, 4, 5, 6]
+    assert usage["usage"] == {"prompt_tokens": 13, "total_tokens": 31, "completion_tokens": 18}
+    assert fake.metric("prefix_cache_hits_total") == 2 * 12  # three whole blocks of four
+    assert fake.metric("request_success_total") == 3
+
+    status, whole = fake.post(TEXT, {**_body(TEXT), "n": 2})
+    assert status == 200
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1]
+    assert whole["usage"]["completion_tokens"] == 12
+    assert fake.post(TEXT, {**_body(TEXT), "n": 0})[0] == 400
+    assert [(record["index"], record["n_out"]) for record in fake.stop()] == [
+        ("three", 6)] * 3 + [("2", 6)] * 2  # fmt: skip
+
+
 def test_when_a_sequence_ends(start: Start) -> None:
     fake = start("--eos-after", "5")
     for asked, n_out, reason in (

@@ -26,6 +26,7 @@ never adds up. As in vLLM
 - beyond `--max-num-queued-reqs` requests, or prompts of `--max-num-queued-tokens` before their
   first token, a request gets a 503, is counted and leaves no line in the log;
 - with `--scheduling-policy priority` the lowest `priority` of those that wait is served first;
+- a request for several answers (`n`) is as many requests, each with a line in the log;
 - a batch holds at most `--max-loras` adapters, and others wait for a slot. An adapter's answers
   begin with what its folder's `mark.txt` says, as if it had been trained to.
 
