@@ -261,9 +261,9 @@ def tell_voting(facts: Voting) -> Finding:
     if facts.tasks:
         lines.append(
             f"{len(facts.tasks)} tasks with one right answer each, {facts.drawn} samples of each at"
-            f" temperature {facts.temperature:g}. pass@n needs something that knows a right answer;"
-            " a vote needs nothing. Engine seconds are of one task at a time. A *point* is 1 % of"
-            " the tasks; what it costs stands where voting beats one sample beyond its interval."
+            f" temperature {facts.temperature:g}. pass@n is best-of-n with a perfect judge; a vote"
+            " needs none. Engine seconds are of one task at a time. A *point* is 1 % of the tasks;"
+            " what it costs stands where voting beats one sample beyond its interval."
             " Intervals are of 95 %, over tasks: other tasks, not other samples, are most of them."
         )
     return Finding(title="What do samples buy on tasks with one right answer?", rows=rows,
