@@ -114,6 +114,8 @@ def workload(name: str, together: bool = False, only: tuple[str, ...] = ()) -> W
     )
 
 
+# a load that one side names is the same on no other: each number of samples has its own
+EIGHT = Arm(variant="on", workload="apart", load=f"waves:{FEW}")
 ANOTHER_NUMBER = "a wave holds all samples of one prompt, so it grows with their number"
 
 LAB = Lab(
@@ -159,7 +161,7 @@ LAB = Lab(
             title="Eight samples by `n=8` in one request cost the engine what eight requests do",
             metric="output_tokens_per_s",
             treatment=Arm(variant="on", workload="together"),
-            baseline=Arm(variant="on", workload="apart"),
+            baseline=EIGHT,
             expect="unchanged",
             predict=throughput_ratio,
             coupled="the same samples take a wave of one request, or of as many requests",
@@ -179,7 +181,7 @@ LAB = Lab(
             title="Eight samples share the steps of one",
             metric="output_tokens_per_s",
             treatment=Arm(variant="on", workload="apart"),
-            baseline=Arm(variant="on", workload="one"),
+            baseline=Arm(variant="on", workload="one", load="waves:1"),
             expect="rises",
             predict=throughput_ratio,
             coupled=ANOTHER_NUMBER,
@@ -189,7 +191,7 @@ LAB = Lab(
             title="Four times as many samples cost less than four times as much",
             metric="output_tokens_per_s",
             treatment=Arm(variant="on", workload="many"),
-            baseline=Arm(variant="on", workload="apart"),
+            baseline=EIGHT,
             expect="rises",
             predict=throughput_ratio,
             coupled=ANOTHER_NUMBER,
