@@ -386,10 +386,21 @@ class Larger:
     name: str
     params: float
     times: float  # as long as a step of the served model takes, on the roofline
-    samples: int  # for the same seconds, at least one
-    all_seen: bool  # no more samples were measured: the seconds would buy more
-    voted: float
+    alone: int  # samples for the same seconds where the engine does nothing else
+    busy: int  # samples for the same FLOP, as the batch is full anyway
+    drawn: int  # of each task; the next two are of no more samples than that
+    voted: float  # by so many samples as `busy`
     passed: float
+
+    @property
+    def told_alone(self) -> str:
+        """Writes the samples for the same seconds; beyond those drawn their cost is not known."""
+        return str(self.alone) if self.alone <= self.drawn else f"more than {self.drawn}"
+
+    @property
+    def told_busy(self) -> str:
+        beyond = f" ({self.drawn} drawn)" if self.busy > self.drawn else ""
+        return f"{self.busy}{beyond}"
 
 
 @dataclass(frozen=True)
@@ -434,14 +445,18 @@ def weighed(name: str, shape: Shape, point: Point, facts: Voting, more_s: float)
     assert facts.one
     times = answer_s(shape, point) / answer_s(point.shape, point)
     spare_s = (times - 1) * facts.one.seconds
-    affordable = 1 + int(spare_s / more_s) if more_s > 0 else facts.drawn
-    n = min(affordable, facts.drawn)
+    flop, own_flop = (
+        theory.decode_flops(s, 1, TASK_CONTEXT_TOKENS) for s in (shape, point.shape)
+    )
+    busy = max(1, round(flop / own_flop))
+    n = min(busy, facts.drawn)
     return Larger(
         name=name,
         params=shape.params,
         times=times,
-        samples=n,
-        all_seen=affordable > facts.drawn,
+        alone=1 + int(spare_s / more_s) if more_s > 0 else facts.drawn + 1,
+        busy=busy,
+        drawn=facts.drawn,
         voted=fmean(t.votes(n) for t in facts.tasks),
         passed=fmean(t.passes(n) for t in facts.tasks),
     )
@@ -456,12 +471,11 @@ def answer_s(shape: Shape, point: Point) -> float:
 
 
 def tell_larger(facts: LargerModel) -> Finding:
-    rows = [["Larger model", "Parameters", "A step takes", "Samples for the same seconds",
-             "Their vote solves", "At least one is right"]]  # fmt: skip
+    rows = [["Larger model", "Parameters", "A step takes", "Samples, same seconds alone",
+             "Samples, same FLOP", "A vote of these solves", "One of these is right"]]  # fmt: skip
     rows += [
-        [row.name, f"{row.params / 1e9:.1f} B", f"{row.times:.1f}x",
-         f"more than {row.samples}" if row.all_seen else str(row.samples),
-         f"{100 * row.voted:.1f}%", f"{100 * row.passed:.1f}%"]
+        [row.name, f"{row.params / 1e9:.1f} B", f"{row.times:.1f}x", row.told_alone,
+         row.told_busy, f"{100 * row.voted:.1f}%", f"{100 * row.passed:.1f}%"]
         for row in facts.rows
     ]  # fmt: skip
     lines = []
@@ -469,12 +483,13 @@ def tell_larger(facts: LargerModel) -> Finding:
         lines.append("No shape that ships with the lab is more than twice as large as this model.")
     if facts.rows:
         lines.append(
-            "Arithmetic on this run's figures, no measurement of a larger model: one answer of it"
-            f" takes as many times the {number(facts.one_s, 's')} of one answer here as its decode"
-            " step takes on the measured roofline; each further sample adds"
-            f" {number(facts.sample_more_s, 's')}. The larger model is the better buy where it"
-            " solves more than the last two columns say. Several tasks at once change the balance:"
-            " samples then compete for the batch that they fill here alone."
+            "Arithmetic on this run's figures, no measurement of a larger model. On an engine that"
+            " does nothing else its answer takes as many times the"
+            f" {number(facts.one_s, 's')} of one here as a decode step takes on the measured"
+            f" roofline, and each further sample adds {number(facts.sample_more_s, 's')}: samples"
+            " fill a batch that is empty. On a busy one they compete for a full batch, and cost"
+            " their FLOP. There the larger model is the better buy where it solves more than the"
+            " last two columns say."
         )
         lines.append(
             "To measure it, run this lab with the larger model (`MODEL=`) and put both beside each"
@@ -593,13 +608,14 @@ def samples_or_size(run: JudgedRun) -> str | None:
     row = facts.rows[0] if facts and facts.rows else None
     if facts is None or row is None:
         return None
-    more = "more than " if row.all_seen else ""
     return (
         f"By arithmetic on this run's figures, an answer of a model of {row.params / 1e9:.1f} B"
-        f" parameters costs the seconds of {more}{row.samples} samples of the one served"
-        f" ({facts.params / 1e9:.2g} B). It pays where it solves more than their vote does,"
-        f" {100 * row.voted:.1f} % of these tasks, or more than {100 * row.passed:.1f} % where"
-        " something can check an answer. No larger model was measured."
+        f" parameters costs the FLOP of {row.told_busy} samples of the one served"
+        f" ({facts.params / 1e9:.2g} B), and on an engine that does nothing else the seconds of"
+        f" {row.told_alone}. On a busy engine it pays where it solves more than a vote of"
+        f" {min(row.busy, row.drawn)} does, {100 * row.voted:.1f} % of these tasks, or more than"
+        f" {100 * row.passed:.1f} % where something can check an answer. No larger model was"
+        " measured."
     )
 
 
