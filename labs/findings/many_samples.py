@@ -445,9 +445,7 @@ def weighed(name: str, shape: Shape, point: Point, facts: Voting, more_s: float)
     assert facts.one
     times = answer_s(shape, point) / answer_s(point.shape, point)
     spare_s = (times - 1) * facts.one.seconds
-    flop, own_flop = (
-        theory.decode_flops(s, 1, TASK_CONTEXT_TOKENS) for s in (shape, point.shape)
-    )
+    flop, own_flop = (theory.decode_flops(s, 1, TASK_CONTEXT_TOKENS) for s in (shape, point.shape))
     busy = max(1, round(flop / own_flop))
     n = min(busy, facts.drawn)
     return Larger(
