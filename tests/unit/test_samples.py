@@ -433,7 +433,7 @@ def test_a_larger_model_is_weighed_by_the_seconds_of_samples(tmp_path: Path) -> 
     row = weighed("larger", larger, probe.points[0], VOTING.facts(probe), 0.03)
     assert row.times == pytest.approx(times, rel=1e-3)
     assert (row.alone, row.told_alone, row.busy) == (6, "6", 1)  # as many products, read anew
-    assert row.passed == row.voted == pytest.approx(14 / 21 / 2)
+    assert [row.passed, row.voted] == pytest.approx([14 / 21 / 2] * 2)
     thrice = weighed("more", replace(larger, matmul_params=5000), probe.points[0],
                      VOTING.facts(probe), 0.03)  # fmt: skip
     assert thrice.busy == 2  # 10,000 + 4,096 FLOP of attention for 2,000 + 4,096
