@@ -175,8 +175,9 @@ def _fill(tool: Tool, step: install.Step) -> None:
     install.make_venv(tool.home, platform, step)
     build, index = PLATFORMS[platform].torch_build, PLATFORMS[platform].torch_index
     torch = f"torch=={tool.pinned('torch')}{build}"
-    # First what other packages are built with.
-    command = ("install", "--constraint", str(tool.lock), torch, "setuptools")
+    # First what other packages are built with. Few of all the modules are ever imported: compiling
+    # them all beforehand would take longer than a method does.
+    command = ("install", "--no-compile", "--constraint", str(tool.lock), torch, "setuptools")
     if not install.pip(tool.home, step, *command):
         output = "\n".join(install.last_lines(tool.home / ".venv" / "install.log", 12))
         if not build or not re.search(rf"ERROR: .*torch\S*{re.escape(build)}", output):
@@ -184,8 +185,8 @@ def _fill(tool: Tool, step: install.Step) -> None:
         install.install_with_torch_index(tool.home, index, step, *command)
     # Without dependencies: the lock has them all, at versions that work, which are not always those
     # that a tool requires.
-    from_lock = ("install", "--no-deps", "--no-build-isolation", "--requirement", str(tool.lock))
-    if not install.pip(tool.home, step, *from_lock):
+    exactly = ("--no-compile", "--no-deps", "--no-build-isolation")
+    if not install.pip(tool.home, step, "install", *exactly, "--requirement", str(tool.lock)):
         raise install.failure(tool.home, "pip could not install the packages")
 
 

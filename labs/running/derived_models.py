@@ -76,7 +76,7 @@ RECIPES: dict[str, Recipe] = {
         "serving.draft",
         4,
         prompts=(_kind("story", 64, task="story"), _kind("quote", 128, task="quote")),
-        quick_prompts_each=50,
+        quick_prompts_each=30,
     ),
     "adapters": Recipe(
         "a LoRA adapter for each of eight tenants, each with its own mark",

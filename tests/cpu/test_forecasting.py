@@ -189,7 +189,7 @@ def test_quantized_weights_and_caches_are_timed_by_the_engine_s_own_kernels(
                 "config_groups": {"group_0": {"targets": ["Linear"], **group}},
             }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(config))
-        for cache in ("auto", "fp8_e4m3") if name == "bf16" else ("auto",):
+        for cache in ("auto", "fp8_e4m3", "fp8_e5m2") if name == "bf16" else ("auto",):
             argv = ("--model", str(folder), "--block-size", "32", "--kv-cache-dtype", cache)
             plans.append(
                 TimingPlan(
@@ -205,7 +205,7 @@ def test_quantized_weights_and_caches_are_timed_by_the_engine_s_own_kernels(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     times = [StepTimes.model_validate_json(line) for line in done.stdout.splitlines()]
-    assert len(times) == len(plans) == 4
+    assert len(times) == len(plans) == 5
     assert all(t.linear_s[0] > 0 and t.tokens == (1, 4) for t in times)
     assert all(t.attention_read_s > 0 for t in times)
 

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from labs.filing.results import MachineFile, write_json
-from serving import dummy, machine, models
+from labs.lab import parse_changes
+from serving import dummy, machine, metrics, models
 from serving.engines.base import EngineError
 from serving.engines.vllm import Vllm
-from tests.fake.conftest import CEILINGS
-from tests.real import check_run, quick_run
+from tests.real import BRIEF, check_run, quick_run, with_ceilings
 
 pytestmark = [
     pytest.mark.cpu,
@@ -28,20 +27,25 @@ pytestmark = [
 
 @pytest.mark.timeout(1800)  # beside the labs of other tests
 def test_a_lab_runs_on_random_weights_and_says_so_first(tmp_path: Path) -> None:
-    here = machine.detect()
-    ceilings = MachineFile(machine=here, ceilings=CEILINGS)  # measuring takes 15 s
-    write_json(tmp_path / here.slug / "machine.json", ceilings)
-    folder = quick_run("weight-quantization", tmp_path, 'variants=["bf16","w8a8"]', weights="dummy")
+    """On quantized ones: they are drawn in the worker, and what is not quantized is beside them."""
+    settings = (
+        f'{BRIEF} repeats=1 variants.base.weights=w8a8 workloads=["exponential"]'
+        ' workloads.exponential.loads=["concurrent:1","concurrent:8","waves:8","concurrent:16"]'
+    )
+    folder = quick_run("continuous-batching", with_ceilings(tmp_path), settings, weights="dummy")
     check_run(folder)
     run = folder.run()
     assert (run.model, run.dummy) == ("llama-tiny-dummy", True)
-    assert set(run.changes) == {"variants"}  # random weights are no change of the lab
+    assert run.changes == parse_changes(settings)  # random weights are no change of the lab
     for argv in run.argv.values():
         assert "--load-format" not in argv  # no setting of the lab's: the model brings it
+    for _, _, trial in folder.trials(run.points(), run.rebuilt_lab()):
+        assert trial
+        assert trial.engine
+        assert {"8", "16"} <= trial.engine.info[metrics.ZEROS].keys()
     report = (folder.path / "report.md").read_text()
     assert report.partition("\n")[0].endswith("with random weights")
-    assert "quality is not measured on random weights" in report
-    assert not list(folder.path.glob("probes/*"))
+    assert "no quality is measured" in report
 
 
 def test_the_arithmetic_of_shapes_is_that_of_the_models_themselves() -> None:

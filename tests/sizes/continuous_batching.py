@@ -6,5 +6,7 @@ SIZES = Sizes(
     " workloads.exponential.output_tokens.max_tokens=48"
     ' workloads.exponential.loads=["concurrent:1","concurrent:8","waves:8","concurrent:16",'
     '"poisson:8"]',
-    cpu="repeats=1 window_s=3",  # in which two requests a second are sent
+    cpu="repeats=1 window_s=3"  # in which two requests a second are sent
+    ' workloads.exponential.loads=["concurrent:1","concurrent:8","waves:8","concurrent:16",'
+    '"poisson:2"]',
 )

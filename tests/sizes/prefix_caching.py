@@ -12,6 +12,7 @@ SIZES = Sizes(
         for name, shared in SHARED_TOKENS.items()
     )
     + " workloads.chat.prompt_tokens.tokens=64 workloads.chat.chat.grows_tokens=40",
-    # without two points of the curve of shares
-    cpu='workloads=["share-0","share-90","few","many","documents","shuffled","chat"]',
+    # without points of the curve of shares, and prefixes that fit, as that of `share-90` does
+    cpu='workloads=["share-0","share-90","many","documents","shuffled","chat"]'
+    ' workloads.share-0.loads=["concurrent:1"]',
 )
