@@ -24,6 +24,7 @@ from dashboards.panels import (
     RATIO,
     SECONDS,
     THIN,
+    TIMES,
     TOKENS,
     TOKENS_PER_S,
     Column,
@@ -40,6 +41,7 @@ from dashboards.panels import (
     moments,
     rows,
     runs_on_file,
+    with_interval,
 )
 from loadtests import exporter
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, SEND_LAG, TPOT, TTFT, Latency
@@ -142,9 +144,10 @@ def _latency(latency: Latency, says: str, *more: Line) -> Panel:
     )
 
 
-def _figure(metric: Described, says: str, expr: str, row: str) -> Panel:
-    """Draw a metric of finished runs: a group of bars for each `row`, in it a bar a variant."""
-    return bars(metric.title, says, UNITS[metric.unit], expr, row=row, column="variant")
+def _joined(expr: str, label: str, between: str, *labels: str) -> str:
+    """Give the series of a query another label, in which the values of these stand together."""
+    named = ", ".join(f'"{name}"' for name in labels)
+    return f'label_join({expr}, "{label}", "{between}", {named})'
 
 
 def _runs(where: str) -> Panel:
@@ -375,10 +378,10 @@ def _answer_panels() -> tuple[Panel, ...]:
             Column("Prediction", "prediction", width=120, colours=PREDICTIONS),
             Column("Metric", "metric", width=180),
             Column(expr=_newest(series.VERDICT, RUN)),
-            Column("Ratio", expr=effect, width=90),
-            Column("Low", expr=low, width=90),
-            Column("High", expr=high, width=90),
-            Column("Predicted", expr=predicted, width=100),
+            Column("Ratio", expr=effect, width=90, unit=TIMES),
+            Column("Low", expr=low, width=90, unit=TIMES),
+            Column("High", expr=high, width=90, unit=TIMES),
+            Column("Predicted", expr=predicted, width=100, unit=TIMES),
             Column("Treatment", "treatment"),
             Column("Baseline", "baseline"),
         ),
@@ -395,7 +398,7 @@ def _answer_panels() -> tuple[Panel, ...]:
         beside(
             "Ratio, measured and predicted",
             "Bars of a length: theory explains the effect; else its assumptions do not hold here.",
-            PLAIN,
+            TIMES,
             "title",
             {"measured": effect, "predicted": predicted},
             limit=1,
@@ -412,11 +415,12 @@ def _prediction_tables() -> tuple[Panel, ...]:
         Column("Workload", "workload", width=160),
         Column("Load", "load", width=140),
         Column("Metric", "metric", width=220),
+        Column("Unit", "unit", width=80),
     )
     return (
         rows(
             "Forecasts",
-            "Absolute figures predicted from this machine's ceilings, in base units;"
+            "Absolute figures predicted from this machine's ceilings;"
             " measured over predicted near 1 means the model of the machine is right. It held, is"
             " refuted or is open by the rule of verdicts; a bound is not broken or broken.",
             *point,
@@ -424,12 +428,11 @@ def _prediction_tables() -> tuple[Panel, ...]:
             Column(expr=_newest(series.FORECAST_OUTCOME, POINTS)),
             Column("Predicted", expr=predicted),
             Column("Measured", expr=forecast),
-            Column("Measured / predicted", expr=f"{forecast} / {predicted}"),
+            Column("Measured / predicted", expr=f"{forecast} / {predicted}", unit=TIMES),
         ),
         rows(
             "Every figure",
-            "Mean over the repeats with its 95 % interval, which speaks of one sitting, in base"
-            " units (s, tok/s).",
+            "Mean over the repeats with its 95 % interval, which speaks of one sitting.",
             *point,
             Column("Mean", expr=_last(series.MEASUREMENT, POINTS)),
             Column("Low", expr=_last(series.MEASUREMENT_LOW, POINTS)),
@@ -441,12 +444,23 @@ def _prediction_tables() -> tuple[Panel, ...]:
 def compare(described: Figures) -> dashboard.Dashboard:
     """Build *Compare*: a finished run's variants, its verdicts and its predictions."""
 
-    def measured(metric: str) -> str:
-        figure = _last(series.MEASUREMENT, f'{POINTS},metric="{metric}"')
-        return f'label_join({figure}, "point", " ", "workload", "load")'
+    def at_points(name: str, metric: str) -> str:
+        figure = _last(name, f'{POINTS},metric="{metric}"')
+        return _joined(
+            _joined(figure, "at", " ", "workload", "load"), "point", ": ", "at", "variant"
+        )
 
     figures = tuple(
-        _figure(described[metric], says, measured(metric), row="point")
+        with_interval(
+            described[metric].title,
+            f"{says} With the 95 % interval of each mean, which speaks of one sitting: variants"
+            " whose intervals overlap are not told apart by them.",
+            UNITS[described[metric].unit],
+            "point",
+            at_points(series.MEASUREMENT, metric),
+            at_points(series.MEASUREMENT_LOW, metric),
+            at_points(series.MEASUREMENT_HIGH, metric),
+        )
         for metric, says in (
             ("output_tokens_per_s", "Higher is better; see at which load the variants part."),
             (
@@ -498,16 +512,18 @@ def _finished_choices() -> list[dashboard.QueryVariable]:
 
 
 def _effect_panels() -> tuple[Panel, ...]:
-    effect = f"avg by (title, machine) ({_last(series.EFFECT, EVERYWHERE)})"
+    effect = _joined(_last(series.EFFECT, EVERYWHERE), "claimed", ": ", "treatment", "title")
     return (
         bars(
             "Ratio to the baseline",
-            "On the same side of 1 everywhere: a mechanism; else it is the machine's.",
-            PLAIN,
-            effect,
-            row="title",
-            column="machine",
+            "A bar for each run, at the treatment that stands before the claim. On the same side of"
+            " 1 everywhere: a mechanism; else it is the machine's.",
+            TIMES,
+            _joined(effect, "sitting", " ", "machine", "run_id"),
+            row="claimed",
+            column="sitting",
             limit=1,
+            flat=True,
         ).span(24),
         rows(
             "Verdicts",
@@ -538,34 +554,45 @@ def _machine_choices() -> list[dashboard.QueryVariable]:
             f'label_values({series.RUN_INFO}{{lab="$lab",machine=~"$machine"}}, run_id)',
             several=True,
         ),
-        *(
-            choice(
-                name,
-                name.capitalize(),
-                f"label_values({series.MEASUREMENT}{{{EVERYWHERE}}}, {name})",
-                several=True,
-            )
-            for name in ("workload", "load")
+        choice(
+            "at_workload",
+            "Workload",
+            f"label_values({series.MEASUREMENT}{{{EVERYWHERE}}}, workload)",
+        ),
+        choice(
+            "at_load",
+            "Load",
+            f'label_values({series.MEASUREMENT}{{{EVERYWHERE},workload="$at_workload"}}, load)',
         ),
     ]
 
 
 def machines(described: Figures) -> dashboard.Dashboard:
-    """Build *Machines*: one lab's effects and figures on several machines."""
+    """Build *Machines*: one lab's effects on several machines, and its figures at one load point.
+
+    Nothing is averaged, neither over load points nor over runs: each run has its own bars.
+    """
 
     def measured(metric: str) -> str:
-        where = f'{EVERYWHERE},workload=~"$workload",load=~"$load",metric="{metric}"'
-        return f"avg by (machine, variant) ({_last(series.MEASUREMENT, where)})"
+        where = f'{EVERYWHERE},workload="$at_workload",load="$at_load",metric="{metric}"'
+        return _joined(_last(series.MEASUREMENT, where), "sitting", " ", "machine", "run_id")
 
     figures = tuple(
-        _figure(described[metric], says, measured(metric), row="machine")
+        bars(
+            described[metric].title,
+            f"{says} At the workload and load that are chosen, for each run.",
+            UNITS[described[metric].unit],
+            measured(metric),
+            row="sitting",
+            column="variant",
+        )
         for metric, says in (
             (
                 "output_tokens_per_s",
                 "Absolute figures are a machine's own; the order of variants is what may carry"
                 " over.",
             ),
-            ("ttft_p50_s", "Mean over the runs and loads chosen; choose one load to compare."),
+            ("ttft_p50_s", "Prefill, which arithmetic bounds, and the time in the queue."),
             ("tpot_mean_s", "Decode is bound by memory bandwidth, so this follows it."),
             (
                 "mbu",
@@ -583,7 +610,7 @@ def machines(described: Figures) -> dashboard.Dashboard:
         (),
         (
             ("Effects", _effect_panels()),
-            ("Figures", figures),
+            ("Figures at one load point", figures),
             ("Runs", (_runs(EVERYWHERE).height(8),)),
         ),
     )

@@ -49,7 +49,8 @@ def place(results: Path, script_hashes: Sequence[str] = ()) -> None:
         publish(manifest.parent)
     drawn = [json.loads(path.read_text()) for path in sorted(boards.FOLDER.glob("*.json"))]
     for panel in (panel for board in drawn for panel in boards.panels(board)):
-        panel["needs"] = boards.NEEDS.get(panel["title"]) or _missing_after_import(panel)
+        panel["needs"] = boards.NEEDS.get(panel["title"])
+        panel["asksEngine"] = _asks_engine(panel)
     (web / "boards.json").write_text(json.dumps({"boards": drawn, "colours": palette.VARIANTS}))
 
 
@@ -74,7 +75,6 @@ def publish(run: Path) -> None:
             shutil.copyfile(path, shown, follow_symlinks=False)
 
 
-def _missing_after_import(panel: dict[str, Any]) -> str | None:
-    """Say what a panel lacks for an imported run; None where it asks for more than the engine's."""
-    asks_engine = all("vllm:" in target["expr"] for target in panel["targets"])
-    return "the engine's own series, which no file keeps" if asks_engine else None
+def _asks_engine(panel: dict[str, Any]) -> bool:
+    """Tell whether a panel asks for the engine's own series alone, which not every run has kept."""
+    return all("vllm:" in target["expr"] for target in panel["targets"])

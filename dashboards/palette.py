@@ -6,7 +6,7 @@ any of the three colour blindnesses, and can be read on a light page and on a da
 
 from __future__ import annotations
 
-BLUE, SKY = "#0072B2", "#56B4E9"
-VARIANTS = (BLUE, "#E69F00", "#009E73", "#CC79A7", SKY, "#9966FF", "#984C6C", "#99BB88")
+BLUE, SKY, ORANGE = "#0072B2", "#56B4E9", "#E69F00"
+VARIANTS = (BLUE, ORANGE, "#009E73", "#CC79A7", SKY, "#9966FF", "#984C6C", "#99BB88")
 BOUND = "#D55E00"
 """The colour of what a measurement is compared with: a prediction, a limit, an SLO."""

@@ -37,6 +37,7 @@ DATASOURCE = DataSourceRef("prometheus", "inference-lab")
 TAG = "inference-lab"
 SECONDS, RATIO, PLAIN = "s", "percentunit", "short"
 TOKENS, TOKENS_PER_S, PER_S = "suffix:tok", "suffix:tok/s", "suffix:/s"
+TIMES = "suffix:x"  # of a ratio
 STEP = "5s"  # $__rate_interval is four steps: few requests end in less on a slow machine
 Panel = series.Panel | barchart.Panel | table.Panel
 
@@ -122,11 +123,23 @@ def lines(
 
 
 def bars(
-    title: str, says: str, unit: str, expr: str, row: str, column: str, limit: float | None = None
+    title: str,
+    says: str,
+    unit: str,
+    expr: str,
+    row: str,
+    column: str,
+    limit: float | None = None,
+    flat: bool = False,
 ) -> barchart.Panel:
-    """Draw a figure of finished runs: a group of bars for each `row`, in it a bar a `column`."""
+    """Draw a figure of finished runs: a group of bars for each `row`, in it a bar a `column`.
+
+    `flat` ones have room for long names of rows.
+    """
     matrix = {"rowField": row, "columnField": column, "valueField": "Value", "emptyValue": "null"}
     panel = _bars(title, says, unit, limit).with_target(_instant("A", expr))
+    if flat:
+        panel.orientation(kinds.VizOrientation.HORIZONTAL).x_tick_label_max_length(60).height(14)
     panel.with_transformation(DataTransformerConfig("groupingToMatrix", options=matrix))
     return panel
 
@@ -149,10 +162,10 @@ def beside(
 def interval(
     title: str, says: str, row: str, value: str, low: str, high: str, limit: float
 ) -> barchart.Panel:
-    """Draw floating bars from the lower to the upper end; the colour changes at the value."""
+    """Draw floating bars from the lower to the upper end; the colour changes at the ratio."""
     below, lower, upper = "below", "lower end to ratio", "ratio to upper end"
     parts = {below: low, lower: f"{value} - {low}", upper: f"{high} - {value}"}
-    panel = beside(title, says, PLAIN, row, parts, limit).stacking(kinds.StackingMode.NORMAL)
+    panel = beside(title, says, TIMES, row, parts, limit).stacking(kinds.StackingMode.NORMAL)
     hidden = {"legend": True, "tooltip": True, "viz": False}
     panel.override_by_name(
         below,
@@ -165,6 +178,26 @@ def interval(
     for name, colour in ((lower, palette.BLUE), (upper, palette.SKY)):
         panel.override_by_name(name, [_fixed(colour)])
     return panel
+
+
+def with_interval(
+    title: str, says: str, unit: str, row: str, value: str, low: str, high: str
+) -> barchart.Panel:
+    """Draw a bar for each `row` up to the lower end of its interval, and the interval on it.
+
+    Without an interval the bar reaches to the value.
+    """
+    below, lower, upper = "to the lower end", "lower end to mean", "mean to upper end"
+    least = f"clamp_min({low}, 0) or {value}"
+    parts = {below: least, lower: f"{value} - ({least})", upper: f"({high} or {value}) - {value}"}
+    panel = beside(title, says, unit, row, parts).stacking(kinds.StackingMode.NORMAL)
+    panel.with_transformation(
+        DataTransformerConfig("sortBy", options={"fields": {}, "sort": [{"field": row}]})
+    )
+    colours = {below: palette.BLUE, lower: palette.SKY, upper: palette.ORANGE}
+    for name, colour in colours.items():
+        panel.override_by_name(name, [_fixed(colour)])
+    return panel.height(14)
 
 
 @dataclass(frozen=True)

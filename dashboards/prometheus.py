@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ from serving.ports import free_port
 from serving.process import Process
 
 HOME = Path(os.environ.get("LABS_PROMETHEUS_DATA") or CACHE / "prometheus").resolve()
+WATCH_PORT = 9090  # of the one that stays up between labs, unless told otherwise
 READY_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 15.0
 MISSING = "Prometheus is not installed (`make setup` says how to get it)"
@@ -266,6 +268,29 @@ class Prometheus:
         response.raise_for_status()
         samples = response.json()["data"]["result"]
         return float(samples[0]["value"][1]) if samples else None
+
+    def samples(
+        self, selector: str, from_unix_s: float, to_unix_s: float
+    ) -> list[tuple[dict[str, str], list[tuple[float, float]]]]:
+        """Return the samples as they were scraped between two times: labels, and (time, value).
+
+        [] where there are none, or no answer.
+        """
+        if self.missing:
+            return []
+        query = f"{selector}[{max(1, math.ceil(to_unix_s - from_unix_s))}s]"
+        try:
+            response = requests.get(
+                f"{self.url}/api/v1/query", {"query": query, "time": f"{to_unix_s:.3f}"}, timeout=30
+            )
+            response.raise_for_status()
+            found = response.json()["data"]["result"]
+        except (requests.RequestException, KeyError, ValueError):
+            return []
+        return [
+            (each["metric"], [(float(at), float(value)) for at, value in each["values"]])
+            for each in found
+        ]
 
     def settle(self, expression: str, expected: float, timeout_s: float = 60.0) -> float | None:
         """Wait until the query's value equals `expected`; return the last value in any case.

@@ -150,7 +150,11 @@ def check_dashboards(folder: RunFolder) -> None:
     A panel is empty only where the lab or the machine lacks what it is about.
     """
     run, lab = folder.run(), folder.run().rebuilt_lab()
-    values = {"lab": lab.name, "run": folder.path.name, "__rate_interval": "6s"}
+    shown = next(p for p in run.points() if folder.summary().value(p.key, "mbu") is not None)
+    values = {
+        "lab": lab.name, "run": folder.path.name, "__rate_interval": "6s",
+        "at_workload": shown.workload.name, "at_load": shown.load.name,
+    }  # fmt: skip
     start = datetime.fromisoformat(run.started_at).timestamp()
     found: dict[tuple[str, str], int] = {}
     with Prometheus(folder.path / "logs" / "dashboards.log") as there:

@@ -152,16 +152,20 @@ function wrapped(text, width) {
 
 // -------------------------------------------------------------------------------------- tables
 
-/** A table with a column for each field; null where there is no row. */
-export function table(frames) {
+/** A table with a column for each field, in its unit; null where there is no row. */
+export function table(panel, frames) {
   if (!frames.length) return null;
   const { fields } = sorted(frames[0]);
   const kind = ({ type }) => type === "number" ? "figure" : "";
   const heads = fields.map((field) =>
     element("th", { textContent: field.name, scope: "col", className: kind(field) }));
+  const unit = ({ name }) => {
+    const own = overridden(panel.fieldConfig.overrides, { name }).unit ?? "";
+    return own.startsWith("suffix:") ? own.slice(7) : "";
+  };
   const rows = fields[0].values.map((_, row) => element("tr", {}, ...fields.map((field) => {
     const value = field.values[row];
-    const content = field.name === "Report" && value ? linked(value) : figure(value);
+    const content = field.name === "Report" && value ? linked(value) : figure(value, unit(field));
     return element("td", { className: kind(field) || value || "" }, content); // a verdict has its own
   })));
   return element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...rows));
@@ -181,13 +185,13 @@ function sorted(frame) {
     ({ ...field, values: order.map((row) => field.values[row]) })) };
 }
 
-function figure(value) {
+function figure(value, unit) {
   if (typeof value !== "number") return value || "–";
   if (Math.abs(value) >= 1e6) {
-    return value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 3 });
+    return value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 3 }) + unit;
   }
-  return Math.abs(value) >= 1000 ? value.toLocaleString("en", { maximumFractionDigits: 0 })
-    : value.toPrecision(3);
+  return (Math.abs(value) >= 1000 ? value.toLocaleString("en", { maximumFractionDigits: 0 })
+    : value.toPrecision(3)) + unit;
 }
 
 const linked = (report) =>

@@ -120,7 +120,7 @@ export function line({ metric, values }, target, step) {
 
 // ------------------------------------------------------------------------------ transformations
 
-const TRANSFORMATIONS = { merge, filterFieldsByName, organize, groupingToMatrix };
+const TRANSFORMATIONS = { merge, filterFieldsByName, organize, groupingToMatrix, sortBy };
 
 /** A panel's frames after its transformations; Error for one that is not known here. */
 export function transformed(transformations, untransformed) {
@@ -167,6 +167,18 @@ function organize(tables, { indexByName = {}, renameByName = {} }) {
     ...table,
     fields: table.fields.toSorted((a, b) => place(a) - place(b)).map(renamed),
   }));
+}
+
+/** Sorts rows by a column of text. */
+function sortBy(tables, { sort: [{ field: wanted }] }) {
+  return tables.map((table) => {
+    const column = table.fields.find(({ name }) => name === wanted);
+    if (!column) return table;
+    const order = column.values.map((_, row) => row)
+      .sort((a, b) => column.values[a].localeCompare(column.values[b]));
+    return { ...table, fields: table.fields.map((field) =>
+      ({ ...field, values: order.map((row) => field.values[row]) })) };
+  });
 }
 
 /** Spreads a column's values out as columns: a row for each value of `rowField`. */

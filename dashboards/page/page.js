@@ -102,14 +102,16 @@ async function drawPanel(panel, range, turn) {
     const drawn = transformed(panel.transformations, await frames(ask, panel, state.values, range));
     if (turn !== state.turn) return;
     if (panel.type === "table") {
-      inside.replaceChildren(table(drawn) ?? nothing);
+      inside.replaceChildren(table(panel, drawn) ?? nothing);
       return;
     }
     const { traces, layout, height_rem } = FIGURES[panel.type](panel, drawn, state.colourOf, range);
     if (!traces.length) {
       drawEmpty(inside, nothing);
+      inside.parentElement.hidden = panel.asksEngine;
       return;
     }
+    inside.parentElement.hidden = false;
     if (panel.type === "timeseries") {
       traces.unshift(namesUnderPointer(state.played, range));
       layout.shapes.unshift(...bands(state.played));
@@ -140,12 +142,23 @@ async function draw() {
     await Promise.all(panels.map((panel) => drawPanel(panel, range, turn)));
     if (turn !== state.turn) return;
     byId("said").textContent = state.values.lab
-      ? `${state.board.description}${played.points.length ? ` ${BANDS}` : ""} Drawn ${new Date().toLocaleTimeString()}.`
+      ? `${state.board.description}${played.points.length ? ` ${BANDS}` : ""}${hiddenPanels()} Drawn ${new Date().toLocaleTimeString()}.`
       : "Nothing is recorded yet: run a lab, or `make import` the results on file.";
   } catch (error) {
     tellUnanswered(error);
   }
   document.body.dataset.drawn = String(turn);
+}
+
+/** Says how many panels show nothing but the engine's own series, where this run has none. */
+function hiddenPanels() {
+  const hidden = document.querySelectorAll("#panels section[hidden]").length;
+  for (const head of document.querySelectorAll("#panels h2")) {
+    let next = head.nextElementSibling;
+    while (next?.hidden && next.tagName === "SECTION") next = next.nextElementSibling;
+    head.hidden = next?.tagName !== "SECTION";
+  }
+  return hidden ? ` Not shown: ${hidden} panels of the engine's own series, of which nothing is recorded here for this run.` : "";
 }
 
 function tellUnanswered(error) {

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from dashboards import boards, live, prometheus, stack
+from dashboards.prometheus import WATCH_PORT
 from dashboards.stack import Stack
 from labs import LABS
 from labs.commands.terminal import console, reported_errors
@@ -23,7 +24,7 @@ from serving import machine
 from serving.ports import require_port
 
 app = typer.Typer()
-WATCH_PORT, GRAFANA_PORT = 9090, 3000
+GRAFANA_PORT = 3000
 
 
 @app.command()

@@ -9,6 +9,7 @@ results/<machine>/<lab>/<UTC>-<digest>/
     predictions.json    written before the first engine starts
     trials/<variant>/<workload>/<load>/<repeat>/requests.jsonl.gz  trial.json
                         telemetry.csv.gz    on a GPU; on a CPU where its energy can be read
+                        engine-series.json.gz   where Prometheus scraped the engine's metrics
     summary.json  report.md  *.svg  report.html     computed from the above
     reproduction.json  .md              where the run repeats another: which figures agree
     reproductions/<run>.json  README.md where the run was repeated: a copy from each repetition

@@ -1,9 +1,9 @@
 """Load finished runs into Prometheus at their own times, as `make import` does.
 
 The client's series are computed again from the records of every request, by the exporter that
-wrote them live; the engine's own gauges were not recorded and are missing. The figures of the
-report (means with their intervals, effects, verdicts, forecasts) become one sample each, at the end
-of the run.
+wrote them live; the engine's own are those that its trials have kept (`engine_series`), and of a
+run that has kept none they are missing. The figures of the report (means with their intervals,
+effects, verdicts, forecasts) become one sample each, at the end of the run.
 A trial that Prometheus scraped while it was played, or that was loaded before, is left alone, so
 loading twice changes nothing and a run that lost its Prometheus half-way is made whole.
 """
@@ -28,6 +28,7 @@ from labs.judging.judge import Interval
 from labs.judging.metrics import METRICS
 from labs.judging.text import claim_outcome, outcome_text
 from labs.lab import Lab, LabError, Point
+from labs.running import engine_series
 from loadtests import exporter, records
 from loadtests.exporter import Exporter
 from loadtests.plan import Progress, TrialPlan, TrialSummary
@@ -37,7 +38,7 @@ from serving.models import CACHE
 SCRAPES_LATE_S = 2.0  # a trial's last scrape comes up to so long before its end
 ROUNDED_S = 0.01  # times are written to the millisecond
 _RUN = ("lab", "run_id", "machine")
-_POINT = (*_RUN, "variant", "workload", "load", "metric")
+_POINT = (*_RUN, "variant", "workload", "load", "metric", "unit")
 _CLAIM = (*_RUN, "claim", "title", "treatment", "baseline")
 _LABELS: dict[str, tuple[str, ...]] = {
     series.RUN_INFO: (*_RUN, "described", "model", "scale", "quick", "report"),
@@ -215,6 +216,8 @@ def _client(folder: RunFolder, since: _Since) -> Iterator[str]:
                 client.end()
             if now >= since_s:
                 yield from _scrape(client.registry, start + now)
+        labels = {"lab": lab.name, "run_id": folder.path.name, "variant": point.variant.name}
+        yield from engine_series.lines(path.parent, labels, start, since_s)
 
 
 def _progress(sending: Sequence[RequestRecord], left: int, now_s: float, warm: bool) -> Progress:
@@ -287,7 +290,7 @@ def _figures(folder: RunFolder) -> Iterator[str]:
         for metric in METRICS.values():
             if metric.exported:
                 shown = summary.figure(key, metric.name)
-                put_interval(series.MEASUREMENT, shown, **_point(key), metric=metric.name)
+                put_interval(series.MEASUREMENT, shown, **_point(key), **_metric(metric.name))
     for j in summary.judgements:
         claim = {"claim": j.claim, "title": j.title, "treatment": j.treatment,
                  "baseline": j.baseline}  # fmt: skip
@@ -296,7 +299,7 @@ def _figures(folder: RunFolder) -> Iterator[str]:
         put(series.EFFECT_PREDICTED, j.prediction.value, **claim, metric=j.metric)
         put(series.VERDICT, ended, **claim, outcome=j.outcome, prediction=claim_outcome(j))
     for f in summary.forecasts:
-        place = {**_point(f.point), "metric": f.metric}
+        place = {**_point(f.point), **_metric(f.metric)}
         put(series.FORECAST, f.measured.value if f.measured else None, **place)
         put(series.FORECAST_PREDICTED, f.prediction.value, **place)
         came_to = outcome_text(f.outcome, f.prediction, f.measured)
@@ -314,6 +317,11 @@ def _about(folder: RunFolder, run: Run) -> dict[str, str]:
         "quick": "yes" if run.quick else "no",
         "report": "/".join((*folder.path.parts[-3:], "report.md")),
     }
+
+
+def _metric(name: str) -> dict[str, str]:
+    unit = METRICS[name].unit
+    return {"metric": name, "unit": "" if unit == "1" else unit}
 
 
 def _point(key: str) -> dict[str, str]:

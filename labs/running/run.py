@@ -27,7 +27,7 @@ from labs.filing.results import (
 )
 from labs.judging.validity import Served
 from labs.lab import LabError
-from labs.running import backfill
+from labs.running import backfill, engine_series
 from labs.running.engines import order_of_engines, resident_groups
 from labs.running.forecast import ForecastError, forecast, ratio_of_forecasts
 from labs.running.harness import open_harness
@@ -113,6 +113,7 @@ def _measure(
             harness.play_trials(group, trials)
         harness.repeat_undecided(until)
         agreement = harness.counts.agreement(harness.prometheus)
+        engine_series.keep(folder, setup.points, setup.lab, harness.prometheus)
     return Session(
         engine_start_s=round(harness.engines.start_s, 2),
         load_s=round(harness.trials.load_s, 2),

@@ -14,8 +14,10 @@ import requests
 
 from dashboards import series
 from labs.filing.results import RunFolder
+from labs.running import engine_series
 from loadtests import exporter
 from loadtests.records import RequestRecord
+from serving import metrics
 from serving.ports import free_port
 from tests.browser import Page, browser, find
 from tests.fake.conftest import Command, Reader, needs_prometheus, reading, the_program
@@ -178,6 +180,12 @@ def test_the_page_draws_a_run_and_its_verdicts(
         assert {"TTFT", "TPOT", "ITL", "E2E", "Output tokens"} <= set(page.js(drawn))
         assert "GPU power" not in page.js(drawn)
         assert "it needs a GPU" in page.js("document.getElementById('panels').textContent")
+        hidden = page.js(
+            "[...document.querySelectorAll('#panels section[hidden] h3')].map(h => h.textContent)"
+        )
+        assert "TTFT" not in hidden  # it is the client's
+        told_so = f"Not shown: {len(hidden)} panels of the engine's own series"
+        assert (told_so in page.js("document.getElementById('said').textContent")) == bool(hidden)
         known = "document.querySelector('.js-plotly-plot').data[0].text"
         page.wait(f"{known}.length > 0")
         told = set(page.js(known))
@@ -213,6 +221,11 @@ def test_a_lab_records_where_it_is_watched(watched: Watched, cut: Command, tmp_p
     good = sum(r.ok for r in records_of(folder))
     labels = f"outcome='ok',run_id='{folder.path.name}'"
     assert watched.value(f"sum(max_over_time({exporter.REQUESTS}_total{{{labels}}}$1))") == good
+    homes = [path.parent for path in folder.path.rglob("trial.json")]
+    for home in homes:
+        kept = {one.name: one for one in engine_series.read(home)}
+        assert {metrics.RUNNING, metrics.KV_USAGE, metrics.REQUESTS} <= kept.keys()
+        assert all(one.times_s for one in kept.values())
     session = folder.session()
     assert session
     assert all(a.prometheus == a.records for a in session.agreement)

@@ -37,6 +37,13 @@ test("a legend names labels; one that is missing leaves nothing", () => {
   same(legend(undefined, {}), "");
 });
 
+test("rows are sorted by a column of text, and keep together", () => {
+  const fields = [{ name: "point", type: "string", values: ["b", "a"] }, { name: "n", type: "number", values: [1, 2] }];
+  const sort = [{ id: "sortBy", options: { fields: {}, sort: [{ field: "point" }] } }];
+  same(shown(transformed(sort, [{ fields }])), [{ point: ["a", "b"], n: [2, 1] }]);
+  same(shown(transformed(sort, [{ fields: [fields[1]] }])), [{ n: [1, 2] }]);
+});
+
 test("an instant query's table has a column for each label, empty where a series lacks it", () => {
   same(shown([table([sample({ b: "1" }, 2), sample({ a: "x", b: "3" }, "NaN")], "A", "Value")]),
     [{ Time: [60000, 60000], a: ["", "x"], b: ["1", "3"], Value: [2, NaN] }]);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_writing_again_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_every_query_parses_and_asks_for_what_is_exported(
     board: str, panel: str, query: str
 ) -> None:
-    assert "$" not in query.replace('"$lab"', "").replace('"$run"', "").replace('"$machine"', "")
+    assert "$" not in re.sub(r'"\$(lab|run|machine|at_workload)"', "", query)
     names = asked(query)
     assert names
     assert names <= exported()
@@ -138,6 +139,39 @@ def test_load_points_and_warm_up_are_annotations(name: str) -> None:
     asks = {a["name"]: asked(a["expr"].replace("$lab", "x")) for a in found if "expr" in a}
     assert asks == {"Load points": {exporter.LOAD_POINT}, "Warm-up": {exporter.WARM_UP}}
     assert len({a["iconColor"] for a in found if "expr" in a}) == 2
+
+
+def test_machines_shows_one_load_point_and_averages_nothing() -> None:
+    chosen = {v["name"]: v for v in BUILT["machines"]["templating"]["list"]}
+    for name in ("at_workload", "at_load"):
+        assert not chosen[name]["multi"]
+        assert not chosen[name]["includeAll"]
+    assert 'workload="$at_workload"' in chosen["at_load"]["query"]
+    for panel in boards.panels(BUILT["machines"]):
+        for target in panel["targets"]:
+            assert "avg" not in target["expr"], panel["title"]
+            if series.MEASUREMENT in target["expr"]:
+                assert 'workload="$at_workload",load="$at_load"' in target["expr"]
+
+
+def test_figures_of_compare_have_a_unit_and_an_interval() -> None:
+    found = {panel["title"]: panel for panel in boards.panels(BUILT["compare"])}
+    for title in ("Every figure", "Forecasts"):
+        (renamed,) = (t["options"]["renameByName"] for t in found[title]["transformations"]
+                      if "indexByName" in t["options"])  # fmt: skip
+        assert renamed["unit"] == "Unit"
+    for metric in ("output_tokens_per_s", "goodput_per_s", "ttft_p50_s", "tpot_mean_s"):
+        asks = [target["expr"] for target in found[METRICS[metric].title]["targets"]]
+        for name in (series.MEASUREMENT_LOW, series.MEASUREMENT_HIGH):
+            assert any(f"{name}{{" in query for query in asks), metric
+        unit = found[METRICS[metric].title]["fieldConfig"]["defaults"]["unit"]
+        assert unit == boards.UNITS[METRICS[metric].unit]
+
+
+def test_what_panels_ask_of_an_engine_on_file_is_kept_with_a_run() -> None:
+    """But for the buckets of its histograms."""
+    engine = {name for _, _, query in QUERIES for name in asked(query) if name.startswith("vllm:")}
+    assert {name for name in engine if not name.endswith("_bucket")} == {*series.ENGINE_KEPT}
 
 
 def test_uids_and_titles_are_their_own() -> None:
