@@ -51,8 +51,13 @@ def resolve(machine: Machine, name: str = "") -> Model:
     if name not in SHAPES:
         shapes = "; ".join(f"{shape} ({text})" for shape, text in SHAPES.items())
         raise ModelError(f"no shape {name!r} ships with the lab for WEIGHTS=dummy; known: {shapes}")
-    config = json.loads((HOME / f"{name}.json").read_text())
-    return models.load(_folder(f"{name}{SUFFIX}", config), f"{name}{SUFFIX}")
+    return models.load(_folder(f"{name}{SUFFIX}", config_of(name)), f"{name}{SUFFIX}")
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """Read the config of a shape that ships with the lab."""
+    config: dict[str, Any] = json.loads((HOME / f"{name}.json").read_text())
+    return config
 
 
 def derive(model: Model, name: str) -> Path:
@@ -96,24 +101,30 @@ def _kv_heads(method: str) -> Maker:
     return make
 
 
-def _quantized(weights: dict[str, Any], inputs: dict[str, Any] | None, form: str) -> Maker:
-    """Return a maker of folders whose config describes quantized linear layers.
+def quantized(config: dict[str, Any], precision: str) -> dict[str, Any]:
+    """Describe the same architecture with quantized linear layers, as llm-compressor would.
 
-    It does so as llm-compressor would.
+    `precision` is a name of `QUANTIZATIONS`.
     """
+    weights, inputs, form = QUANTIZATIONS[precision]
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": form,
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    return {**config, "quantization_config": quantization}
+
+
+def _quantized(precision: str) -> Maker:
+    """Return a maker of folders whose config describes quantized linear layers."""
 
     def make(name: str, config: dict[str, Any]) -> Path:
         if models.shape_of(config).experts:
             raise ModelError(f"{name}: quantized experts with random weights are not supported")
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
-        quantization = {
-            "quant_method": "compressed-tensors",
-            "quantization_status": "compressed",
-            "format": form,
-            "ignore": ["lm_head"],
-            "config_groups": {"group_0": group},
-        }
-        return _folder(name, {**config, "quantization_config": quantization})
+        return _folder(name, quantized(config, precision))
 
     return make
 
@@ -176,18 +187,24 @@ def _targets(shape: Shape) -> dict[str, tuple[int, int]]:
     return dict(zip(TARGETS, sizes, strict=True))
 
 
+QUANTIZATIONS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
+    # name -> how weights and inputs are quantized, and the format on disk
+    "w8a8": (
+        _numbers(8, "int", "channel"),
+        _numbers(8, "int", "token", dynamic=True),
+        "int-quantized",
+    ),
+    "fp8": (
+        _numbers(8, "float", "channel"),
+        _numbers(8, "float", "token", dynamic=True),
+        "float-quantized",
+    ),
+    "w4a16-gptq": (_numbers(4, "int", "group", group_size=128), None, "pack-quantized"),
+}
 DERIVED: dict[str, Maker] = {
     "draft": _draft,
     "adapters": _adapters,
     "mha": _kv_heads("mha"),
     "mqa": _kv_heads("mqa"),
-    "w8a8": _quantized(
-        _numbers(8, "int", "channel"), _numbers(8, "int", "token", dynamic=True), "int-quantized"
-    ),
-    "fp8": _quantized(
-        _numbers(8, "float", "channel"),
-        _numbers(8, "float", "token", dynamic=True),
-        "float-quantized",
-    ),
-    "w4a16-gptq": _quantized(_numbers(4, "int", "group", group_size=128), None, "pack-quantized"),
+    **{precision: _quantized(precision) for precision in QUANTIZATIONS},
 }

@@ -34,15 +34,21 @@ class Page:
 
     def __init__(self, browser: Browser, width: int, height: int) -> None:
         self._browser = browser
-        target = browser.call("Target.createTarget", url="about:blank")["targetId"]
-        attached = browser.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._target = browser.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = browser.call("Target.attachToTarget", targetId=self._target, flatten=True)
         self._session = attached["sessionId"]
+        browser.tabs.append(self)
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.size(width, height)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         return self._browser.call(method, self._session, **params)
+
+    def close(self) -> None:
+        """End the tab; what went wrong in it is forgotten."""
+        self._browser.call("Target.closeTarget", targetId=self._target)
+        self._browser.forget(self, self._session)
 
     def open(self, place: Path | str) -> None:
         """A file, or an address."""
@@ -82,8 +88,8 @@ class Page:
         )
 
     def press(self, key: str) -> None:
-        text = {"Enter": "\r"}.get(key, "")
-        code = {"Enter": 13, "Tab": 9}[key]
+        text = {"Enter": "\r", " ": " "}.get(key, "")
+        code = {"Enter": 13, "Tab": 9, " ": 32}[key]
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, text=text,
                       windowsVirtualKeyCode=code)  # fmt: skip
@@ -134,6 +140,17 @@ class Browser:
         self._rest = b""
         self._calls = 0
         self.events: list[dict[str, Any]] = []
+        self.tabs: list[Page] = []  # open ones
+
+    def close_tabs(self) -> None:
+        """Close every tab: each keeps a process and the memory of its page."""
+        for tab in [*self.tabs]:
+            tab.close()
+
+    def forget(self, tab: Page, session: str) -> None:
+        """Drop a tab that is closed, and the events that it has told."""
+        self.tabs.remove(tab)
+        self.events = [e for e in self.events if e.get("sessionId") != session]
 
     def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
         self._calls += 1

@@ -47,7 +47,7 @@ from labs.commands.terminal import (
     reported_errors,
     show,
 )
-from labs.comparing import compare, reproduction, residuals, side_by_side
+from labs.comparing import compare, reproduction, side_by_side
 from labs.filing import archive, manifest, results
 from labs.filing.results import RunFolder, open_run
 from labs.lab import Lab, LabError, NotApplicable, did_you_mean, parse_changes
@@ -58,7 +58,7 @@ from labs.running.resolve import RunRequest, is_dummy, model_of, require_devices
 from labs.running.resume import CannotResume
 from labs.running.run import forecast_alone
 from labs.running.run import run as run_lab
-from labs.telling import forecasts, markdown, report
+from labs.telling import forecasts, markdown, report, residuals
 from labs.telling.document import Paragraph, bullets, section, table_of
 from serving import bundle, machine, models, whole
 from serving.engines import ENGINES
@@ -333,7 +333,8 @@ def forecast_lab(
 def score_forecasts() -> None:
     """Show how near the forecasts of recorded runs came to what was measured, lab by lab."""
     with reported_errors():
-        show(residuals.page(residuals.full_runs(committed=False), Path.cwd()))
+        found = residuals.of_runs(residuals.full_runs(committed=False))
+        show(residuals.page(found, residuals.to_reports(Path.cwd())))
 
 
 @app.command()

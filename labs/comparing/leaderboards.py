@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from labs import LABS
-from labs.comparing import reproduction, residuals
+from labs.comparing import reproduction
 from labs.comparing.reproduction import ANSWER_OF_OUTCOME, FILED, Reproduction
 from labs.filing import manifest, results
 from labs.filing.committed import committed_runs
@@ -34,7 +34,7 @@ from labs.judging.text import (
     verdict_text,
 )
 from labs.questions import QUESTIONS
-from labs.telling import instruments, markdown
+from labs.telling import instruments, markdown, residuals
 from labs.telling.document import (
     Block,
     Code,
@@ -121,7 +121,10 @@ def _pages() -> dict[Path, str]:
         README: generated_parts(README.read_text(), runs),
         results.RESULTS / PAGE: _collection(runs),
         results.RESULTS / FORECASTS: markdown.document(
-            residuals.page(residuals.full_runs(committed=True), results.RESULTS)
+            residuals.page(
+                residuals.of_runs(residuals.full_runs(committed=True)),
+                residuals.to_reports(results.RESULTS),
+            )
         ),
         **{
             home / PAGE: markdown.document(_machine(machine_runs, committed=True))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,21 +24,45 @@ from loadtests.records import RequestRecord
 from serving import metrics
 
 DRAWN = (TTFT, TPOT, ITL, E2E, CHUNK_GAP)  # of which a reader may look at every sample
-MOST_QUANTILES = 250
-MOST_REQUESTS = 12_000  # on one page, which stays under a megabyte beside the library
-MOST_OF_A_SITE = 40_000  # on all its pages together, which take about two megabytes
+COLUMNS = (  # of a trial's requests
+    "index", "start_dms", "sent_dms", "first_dms", "last_dms", "gap_dms", "prompt", "output",
+    "tpot_dms", "counted",
+)  # fmt: skip
+LEAST_QUANTILES, MOST_QUANTILES = 31, 250  # of one latency at one point
+LEAST_REQUESTS = 3  # of a trial: its longest
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much a page of a run may draw."""
+
+    requests: int
+    quantiles: int  # of all latencies and points together
+
+    def shared(self, pages: int) -> Room:
+        """Return what each of so many pages may draw, where all of them share this."""
+        return Room(self.requests // max(1, pages), self.quantiles // max(1, pages))
+
+    def within(self, other: Room) -> Room:
+        """Return no more than the other."""
+        return Room(min(self.requests, other.requests), min(self.quantiles, other.quantiles))
+
+
+ALONE = Room(12_000, 50_000)  # one page, which stays under a megabyte beside the library
+SITE = Room(12_000, 60_000)  # all pages of a site together
 
 Samples: TypeAlias = "dict[str, array[float]]"  # point -> samples in seconds
 
 
-def data(
-    folder: RunFolder, run: Run, summary: Summary, most_requests: int | None = None
-) -> dict[str, Any]:
-    """Gather all that a page draws: times in ms, or in 0.1 ms where the name ends in `_dms`."""
+def data(folder: RunFolder, run: Run, summary: Summary, room: Room = ALONE) -> dict[str, Any]:
+    """Gather all that a page draws: times in ms, or in 0.1 ms where the name ends in `_dms`.
+
+    A figure is a list: its value, the ends of its interval, and the value of each repeat; of a
+    forecast, its value and its band.
+    """
     lab, points = run.rebuilt_lab(), run.points()
-    samples, trials = _played(
-        folder, points, lab, min(MOST_REQUESTS, most_requests or MOST_REQUESTS)
-    )
+    errors: dict[str, int] = {}  # what went wrong, each text once
+    samples, trials = _played(folder, points, lab, room.within(ALONE), errors)
     figures = _figure_names(lab, summary)
     return {
         "colours": VARIANTS,
@@ -58,14 +83,14 @@ def data(
                 "kind": p.load.kind,
                 "level": str(p.load).partition(":")[2],
                 "load": p.load.words,
-                "figures": {n: _over_repeats(summary, p, n) for n in figures},
+                "figures": {n: f for n in figures if (f := _over_repeats(summary, p, n))},
                 "predicted": {
                     f.metric: {"value": _round(f.prediction.value), "kind": f.prediction.kind}
                     for f in summary.forecasts
                     if f.point == p.key
                 },
                 "in_virtual_time": {
-                    f.metric: {end: _round(getattr(f, end)) for end in ("value", "low", "high")}
+                    f.metric: [_round(v) for v in (f.value, f.low, f.high)]
                     for f in summary.in_virtual_time
                     if f.point == p.key
                 },
@@ -76,6 +101,8 @@ def data(
         "forecasts": _forecasts(lab, summary),
         "samples": samples,
         "trials": trials,
+        "columns": COLUMNS,
+        "errors": list(errors),
     }  # fmt: skip
 
 
@@ -96,14 +123,14 @@ def _described(metric: Metric) -> dict[str, str | None]:
     }
 
 
-def _over_repeats(summary: Summary, point: Point, metric: str) -> dict[str, Any] | None:
-    """Return a point's figure with its interval, and the value of each repeat."""
+def _over_repeats(summary: Summary, point: Point, metric: str) -> list[float | None] | None:
+    """Return a point's figure, the ends of its interval, and the value of each repeat."""
     interval = summary.figure(point.key, metric)
     if interval is None:
         return None
     each = by_repeat(summary.measurements.get(point.key, {}), metric).values()
-    pooled = METRICS[metric].statistic.pooled
-    return {**_interval(interval), "each": [_round(v) for v in each], "pooled": pooled}
+    ends = (interval.value, interval.low, interval.high)
+    return [*map(_round, ends), *(float(f"{value:.3g}") for value in each)]
 
 
 def _interval(interval: Interval | None) -> dict[str, float | None]:
@@ -164,16 +191,12 @@ def _borne_out(prediction: Prediction) -> dict[str, float | None]:
 
 
 def _played(
-    folder: RunFolder, points: list[Point], lab: Lab, most_requests: int
+    folder: RunFolder, points: list[Point], lab: Lab, room: Room, errors: dict[str, int]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the quantiles of each latency and the requests of each trial, read one by one."""
     seconds: dict[Latency, Samples] = {latency: {} for latency in DRAWN}
     long: Samples = {}
-    played = sum(
-        folder.trial_result(p, repeat) is not None
-        for p in points
-        for repeat in range(1, lab.rounds + 1)
-    )
+    shown = _shared_out(_sent(folder, points, lab), room.requests)
     rows: list[dict[str, Any]] = []
     for point, result, trial in folder.trials(points, lab):
         for latency, of_points in seconds.items():
@@ -181,24 +204,58 @@ def _played(
             of_points.setdefault(point.key, array("d")).extend(drawn)
         waits = [r.ttft_s for r in trial.intruders] if trial else []
         long.setdefault(point.key, array("d")).extend(w for w in waits if w is not None)
-        rows.append(_requests(point, result, trial, max(1, most_requests // played)))
+        most = shown.get((point.key, result.repeat), LEAST_REQUESTS)
+        rows.append(_requests(point, result, trial, most, errors))
         del trial  # before the next one is read
+    named = {latency.attribute: (latency.title, of) for latency, of in seconds.items()}
+    named["intruder_ttft_s"] = ("TTFT of the long prompts", long)
+    lists = sum(bool(of_point) for _, of in named.values() for of_point in of.values())
+    each = room.quantiles // max(1, lists)
+    most = min(MOST_QUANTILES, max(LEAST_QUANTILES, each))
     samples = {
-        latency.attribute: {"title": latency.title, "points": _quantiles(of_points)}
-        for latency, of_points in seconds.items()
+        name: {"title": title, "points": _quantiles(of, most)}
+        for name, (title, of) in named.items()
     }
-    samples["intruder_ttft_s"] = {"title": "TTFT of the long prompts", "points": _quantiles(long)}
     return {name: of for name, of in samples.items() if of["points"]}, rows
 
 
-def _quantiles(points: Samples) -> dict[str, Any]:
-    """Return how many samples each point has, and their quantiles in equal steps."""
+def _sent(folder: RunFolder, points: list[Point], lab: Lab) -> dict[tuple[str, int], int]:
+    """Return how many requests each trial has sent, by point and repeat."""
+    found = {
+        (point.key, repeat): folder.trial_result(point, repeat)
+        for point in points
+        for repeat in range(1, lab.rounds + 1)
+    }
+    return {name: of.summary.sent for name, of in found.items() if of and of.summary}
+
+
+def _shared_out(sent: Mapping[tuple[str, int], int], most: int) -> dict[tuple[str, int], int]:
+    """Share out how many requests of each trial are shown.
+
+    Where there is room, the first repeat of each point is shown whole: on a timeline of chosen
+    requests alone nobody sees how a batch fills.
+    """
+    first = sum(count for (_, repeat), count in sent.items() if repeat == 1)
+    others = sum(sent.values()) - first
+    of_first = min(1.0, most / first) if first else 1.0
+    of_others = min(1.0, max(0, most - first) / others) if others else 1.0
+    return {
+        (key, repeat): max(LEAST_REQUESTS, round(count * (of_first if repeat == 1 else of_others)))
+        for (key, repeat), count in sent.items()
+    }
+
+
+def _quantiles(points: Samples, most: int) -> dict[str, Any]:
+    """Return how many samples each point has, and their quantiles in equal steps.
+
+    The least and the largest sample are the first and the last of them.
+    """
     return {
         key: {
             "n": len(drawn),
             "ms": [
-                round(1000 * float(v), 2)
-                for v in np.quantile(drawn, np.linspace(0, 1, min(len(drawn), MOST_QUANTILES)))
+                _round(1000 * float(v))
+                for v in np.quantile(drawn, np.linspace(0, 1, min(len(drawn), most)))
             ],
         }
         for key, drawn in points.items()
@@ -206,14 +263,23 @@ def _quantiles(points: Samples) -> dict[str, Any]:
     }
 
 
-def _requests(point: Point, result: TrialResult, trial: Trial | None, most: int) -> dict[str, Any]:
-    """Return the requests of a trial by column; where there are more than `most`, the longest."""
+def _requests(
+    point: Point, result: TrialResult, trial: Trial | None, most: int, errors: dict[str, int]
+) -> dict[str, Any]:
+    """Return the requests of a trial by column; where there are more than `most`, the longest.
+
+    What went wrong is a place among all `errors`; the columns are those of `COLUMNS`.
+    """
     identity: dict[str, Any] = {"point": point.key, "repeat": result.repeat}
     if trial is None:
         return {**identity, "failed": result.failed or "no summary"}
     shown = heapq.nlargest(most, trial.records, key=_length_s)
     shown.sort(key=lambda r: r.start_s)
     histograms = trial.engine.histograms if trial.engine else {}
+    long = [i for i, r in enumerate(shown) if point.workload.is_intruder(r.index)]
+    failed = {
+        i: errors.setdefault(r.error[:300], len(errors)) for i, r in enumerate(shown) if r.error
+    }
     return {
         **identity,
         "window_s": [round(t, 3) for t in trial.summary.window_s],
@@ -225,9 +291,10 @@ def _requests(point: Point, result: TrialResult, trial: Trial | None, most: int)
             for name in (metrics.QUEUE_TIME, metrics.PREFILL_TIME, metrics.DECODE_TIME)
         ],
         "open_loop": point.load.open_loop,
-        **_columns(shown),
-        "long": [i for i, r in enumerate(shown) if point.workload.is_intruder(r.index)],
-        "errors": {i: r.error[:300] for i, r in enumerate(shown) if r.error},
+        "shown": len(shown),
+        "columns": [_packed(name, column) for name, column in _columns(shown).items()],
+        **({"long": long} if long else {}),
+        **({"errors": failed} if failed else {}),
     }
 
 
@@ -237,7 +304,10 @@ def _length_s(record: RequestRecord) -> float:
 
 
 def _columns(shown: Sequence[RequestRecord]) -> dict[str, list[int | None]]:
-    """Return the requests' columns: times in 0.1 ms, all but the start counted from it."""
+    """Return the requests' columns: times in 0.1 ms, all but the start counted from it.
+
+    They are those of `COLUMNS`, in its order.
+    """
 
     def since_start(times: Sequence[float | None]) -> list[int | None]:
         return [
@@ -256,6 +326,14 @@ def _columns(shown: Sequence[RequestRecord]) -> dict[str, list[int | None]]:
         "tpot_dms": [None if r.tpot_s is None else _dms(r.tpot_s) for r in shown],
         "counted": [int(r.in_window and r.ok) for r in shown],
     }
+
+
+def _packed(name: str, column: list[int | None]) -> list[int | None] | int | None:
+    """Write a column of one value as that, and numbers in a row as their first."""
+    first = column[0] if column else None
+    if name == "index" and first is not None:
+        return first if column == list(range(first, first + len(column))) else column
+    return first if column and len(set(column)) == 1 else column
 
 
 def _dms(seconds: float) -> int:

@@ -6,13 +6,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 from markupsafe import Markup, escape
 
 from labs.telling import document as nodes
+from labs.telling.pictures import as_address
 
-UNQUOTED = " !$()*+,-./:;=?@[]_~"  # in an address within quotation marks
 Picture = Callable[[nodes.Figure], Markup]
 
 
@@ -116,14 +115,9 @@ def embedded(home: Path) -> Picture:
         if path.parent != home or path.suffix != ".svg" or not path.exists():
             missing = f"({nodes.plain_text(figure.caption)}: {figure.file} is missing)"
             return Markup("<p>{}</p>\n").format(missing)
-        source = as_address(path.read_text())
+        source = Markup(as_address(path.read_text()))  # it has neither quotation mark nor &
         return Markup(
             '<figure><img src="{}" alt="{}"><figcaption>{}</figcaption></figure>\n'
         ).format(source, nodes.plain_text(figure.caption), inline(figure.caption))
 
     return picture
-
-
-def as_address(svg: str) -> str:
-    """A picture as an address that holds it, without its indents; base64 is a third longer."""
-    return "data:image/svg+xml," + quote(re.sub(r"\s*\n\s*", "\n", svg), safe=UNQUOTED)

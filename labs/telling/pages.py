@@ -41,13 +41,13 @@ def write(folder: RunFolder, figures: Sequence[Figure] | None = None) -> Path:
 def page(
     folder: RunFolder,
     root: str = "",
-    most_requests: int | None = None,
+    room: chart_data.Room = chart_data.ALONE,
     figures: Sequence[Figure] | None = None,
 ) -> str:
     """Render a run's page; the library is in it, or at the `root` of a site, beside the index.
 
-    Of more requests than `most_requests` the longest are shown. Unless `figures` are given, which
-    `report.draw` has drawn, the plots are drawn again, for their captions.
+    No more is drawn than there is `room` for. Unless `figures` are given, which `report.draw` has
+    drawn, the plots are drawn again, for their captions.
     """
     facts = report.Facts.of(folder)
     run, summary = facts.run, facts.summary
@@ -67,7 +67,7 @@ def page(
         sections=sections,
         drawn_after=CLAIMS if claims_come_first else sections[0].id,
         marks=marks_of(run, not summary.failed and not summary.missing),  # COMPLETE comes last
-        data=chart_data.data(folder, run, summary, most_requests),
+        data=chart_data.data(folder, run, summary, room),
     )
 
 

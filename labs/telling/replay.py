@@ -2,6 +2,8 @@
 
 A row is a place in the batch: a request takes the lowest one that is free when it is sent. The
 picture is whole without scripts; with them it is played, or stepped through, from the same times.
+Where the engine guesses ahead, a chunk holds what one verification gave: the target's own token and
+the drafts that it accepted. How full the KV cache was is in no record of a request, and not shown.
 """
 
 from __future__ import annotations
@@ -60,7 +62,11 @@ def replay(folder: RunFolder, keys: Sequence[str]) -> list[Replayed]:
     span_s = max(span_s, 1.05 * longest_s)
     return [
         _replayed(
-            point_label(key, lab), _bars(records, begins[key], span_s), span_s, f"clip-{place}"
+            point_label(key, lab),
+            _bars(records, begins[key], span_s),
+            span_s,
+            f"clip-{place}",
+            guesses=bool(points[key].flags.speculative_config),
         )
         for place, (key, records) in enumerate(played.items())
     ]
@@ -107,7 +113,9 @@ def _bars(records: Sequence[RequestRecord], begin_s: float, span_s: float) -> li
     return bars
 
 
-def _replayed(title: str, bars: Sequence[_Bar], span_s: float, clip: str) -> Replayed:
+def _replayed(
+    title: str, bars: Sequence[_Bar], span_s: float, clip: str, guesses: bool
+) -> Replayed:
     places = max(bar.place for bar in bars) + 1
     filled = sum(bar.end_s - bar.start_s for bar in bars) / span_s
     tokens = sum(sum(bar.tokens) for bar in bars)
@@ -117,8 +125,13 @@ def _replayed(title: str, bars: Sequence[_Bar], span_s: float, clip: str) -> Rep
         f" place{'s' * (places > 1)} of which {filled:.1f} were taken on average, {waited:.1f} of"
         f" them by requests without a token yet; {tokens:,} tokens came."
     )
+    if guesses:
+        accepted = sum(n - 1 for bar in bars for n in bar.tokens)
+        told += f" Of these, {accepted:,} were drafts that the target accepted: the higher a line,"
+        told += " the more of them came at once."
     times = {
         "span": round(1000 * span_s),
+        "guesses": guesses,
         "bars": [
             [round(1000 * b.start_s), round(1000 * max(0.0, b.first_s)), round(1000 * b.end_s)]
             for b in bars
@@ -128,11 +141,17 @@ def _replayed(title: str, bars: Sequence[_Bar], span_s: float, clip: str) -> Rep
             for t, n in sorted(c for b in bars for c in zip(b.chunks_s, b.tokens, strict=True))
         ],
     }
-    return Replayed(title, _picture(bars, places, span_s, told, clip), told, times)
+    most = max((n for bar in bars for n in bar.tokens), default=1) if guesses else 0
+    return Replayed(title, _picture(bars, places, span_s, told, clip, most), told, times)
 
 
-def _picture(bars: Sequence[_Bar], places: int, span_s: float, told: str, clip: str) -> Markup:
-    """Draw the places as rows; a script reveals them by the width of what clips them."""
+def _picture(
+    bars: Sequence[_Bar], places: int, span_s: float, told: str, clip: str, most: int
+) -> Markup:
+    """Draw the places as rows; a script reveals them by the width of what clips them.
+
+    A chunk of `most` tokens has a mark of a row's height; where that is 0, every chunk has.
+    """
     row = 18 if places <= 16 else max(4, 288 // places)
     foot = HEAD + places * row
     scale = (WIDTH - 2 * LEFT) / span_s
@@ -140,7 +159,7 @@ def _picture(bars: Sequence[_Bar], places: int, span_s: float, told: str, clip: 
         f'<path class="place" d="M{LEFT} {HEAD + (i + 0.5) * row:g}H{WIDTH - LEFT}"/>'
         for i in range(places)
     )
-    drawn = "".join(_bar(bar, row, scale) for bar in bars)
+    drawn = "".join(_bar(bar, row, scale, most) for bar in bars)
     return Markup(
         '<svg class="replay" viewBox="0 0 {} {}" role="img" aria-label="{}">'
         '<clipPath id="{clip}"><rect class="reveal" width="{width}" height="{foot}"/></clipPath>'
@@ -152,14 +171,19 @@ def _picture(bars: Sequence[_Bar], places: int, span_s: float, told: str, clip: 
     )  # fmt: skip
 
 
-def _bar(bar: _Bar, row: int, scale: float) -> str:
+def _bar(bar: _Bar, row: int, scale: float, most: int) -> str:
     top, height = HEAD + bar.place * row + row / 9, row * 7 / 9
     first = min(max(bar.first_s, bar.start_s), bar.end_s)
-    marks = "".join(f"M{LEFT + t * scale:.1f} {top:.1f}v{height:.1f}" for t in bar.chunks_s)
+    foot = top + height
+    marks = "".join(
+        f"M{LEFT + t * scale:.1f} {foot:.1f}v-{height * (n / most if most else 1):.1f}"
+        for t, n in zip(bar.chunks_s, bar.tokens, strict=True)
+    )
+    kind = "token drafted" if most else "token"
     return (
         _box(bar.start_s, first, WAITING, top, height, scale)
         + _box(first, bar.end_s, DECODING, top, height, scale)
-        + f'<path class="token" d="{marks}"/>'
+        + f'<path class="{kind}" d="{marks}"/>'
     )
 
 

@@ -7,6 +7,8 @@ server; text and pictures are there without scripts.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shlex
 from collections import Counter
@@ -15,17 +17,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from plotly.offline import get_plotlyjs
 
 from dashboards.palette import BOUND, VARIANTS
+from dashboards.prometheus import WATCH_PORT
 from labs import LABS
 from labs.filing.bounded import DamagedError
 from labs.filing.committed import committed_runs
 from labs.filing.newest import newest_of
 from labs.filing.results import Run, RunFolder, Summary, all_runs, readable
 from labs.findings.parts import parts_of
-from labs.judging.judge import Judgement
+from labs.judging.judge import AGREEMENT, Judgement
 from labs.judging.metrics import METRICS
 from labs.judging.text import (
     ceilings_text,
@@ -40,7 +44,7 @@ from labs.judging.text import (
 )
 from labs.lab import Claim, Lab
 from labs.questions import QUESTIONS, TOPICS
-from labs.telling import chart_data, dials, html, planner
+from labs.telling import chart_data, dials, html, planner, residual_plot, residuals, roofline
 from labs.telling.document import Inline, parse, plain_text
 from labs.telling.lesson import lesson
 from labs.telling.pages import PLOTLY, RUN_SCRIPT, RUN_SCRIPTS, STYLE, marks_of, page, render, web
@@ -49,7 +53,21 @@ from serving import whole
 
 RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
 LESSONS, LESSON_SCRIPT = "lessons", "lesson.js"
-LESSON_SCRIPTS = ("page.js", "plot.js", "copy.js", "guess.js", "replay.js", "dials.js")
+LESSON_SCRIPTS = (
+    "page.js", "plot.js", "copy.js", "guess.js", "replay.js", "dials.js", "roofline.js",
+)  # fmt: skip
+ROOFS = "roofs.js"  # what all lessons draw of rooflines
+FORECAST_SCRIPT = "forecasts.js"
+FORECAST_SCRIPTS = ("page.js", "plot.js", "ratios.js", "forecasts.js")
+DISTANCES = (  # of a measured ratio from what was predicted, up or down: at most, class, in words
+    (1.1, "off-10", "within 10 %"),
+    (AGREEMENT, "off-25", "within 25 %"),
+    (2, "off-2", "within a factor of 2"),
+    (math.inf, "off-more", "further off"),
+)
+ROOM_FOR, MOST_OF_A_RUN = 30, 162_000  # runs, and bytes of each one's page: 4.9 MB in all
+LIVE_PAGE = f"http://127.0.0.1:{WATCH_PORT}/user/"
+NO_DISTANCE = ("off-none", "a bound, or not valid")
 GUESSES = (  # from, to, and how a person would say it
     (0, 0.5, "less than half as much"),
     (0.5, 0.8, "half to four fifths"),
@@ -72,7 +90,7 @@ def write_site(out: Path) -> tuple[Path, dict[str, str]]:
     left_out: dict[str, str] = {}
     for name, text in (
         (PLOTLY, get_plotlyjs()), (STYLE, web("page.css")), (RUN_SCRIPT, web(*RUN_SCRIPTS)),
-        (LESSON_SCRIPT, web(*LESSON_SCRIPTS)),
+        (LESSON_SCRIPT, web(*LESSON_SCRIPTS)), (FORECAST_SCRIPT, web(*FORECAST_SCRIPTS)),
     ):  # fmt: skip
         whole.write(out / name, text)
     runs = all_runs()
@@ -81,7 +99,7 @@ def write_site(out: Path) -> tuple[Path, dict[str, str]]:
         href = f"{machine}/{lab}/{name}.html"
         try:
             with readable(folder):
-                text = page(folder, "../../", chart_data.MOST_OF_A_SITE // len(runs))
+                text = page(folder, "../../", chart_data.SITE.shared(len(runs)))
                 entry = Entry(folder, folder.run(), folder.summary(), href)
         except (DamagedError, OSError) as error:
             left_out[f"{machine}/{lab}/{name}"] = str(error)
@@ -89,6 +107,7 @@ def write_site(out: Path) -> tuple[Path, dict[str, str]]:
         whole.write(out / href, text)
         entries.append(entry)
     course = Course(entries)
+    whole.write(out / ROOFS, course.roofs())
     for item in course.lessons:
         whole.write(out / item.href, course.lesson_page(item))
     _remove_stale(out, {out / e.href for e in entries} | {out / i.href for i in course.lessons})
@@ -157,12 +176,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cell:
-    """A verdict as a cell of a table: its words, and the class that colours it."""
+    """A verdict as a cell of a table: its words, and the classes that colour it."""
 
     kind: str
+    off: str  # the class of its distance from what was predicted
     verdict: str
     measured: str
     predicted: str
+    share: str  # measured / predicted; "" where that tells nothing
     machine: str
     href: str
 
@@ -172,7 +193,23 @@ class Cell:
         measured = ratio_text(judgement) + (f" ({interval})" if interval != "–" else "")
         predicted = f"{prediction_text(judgement.prediction)}: {claim_outcome(judgement)}"
         kind = judgement.outcome.replace(" ", "-")
-        return cls(kind, judgement.outcome, measured, predicted, entry.machine, entry.href)
+        share = _share(judgement)
+        return cls(
+            kind, _distance(share), judgement.outcome, measured, predicted,
+            f"{share:.2f}x" if share else "", entry.machine, entry.href,
+        )  # fmt: skip
+
+
+def _share(of: Judgement) -> float | None:
+    """Measured / predicted; None for a bound, and where the measurement is not valid."""
+    told = of.outcome != "not valid" and of.prediction.kind == "point" and of.prediction.value
+    return of.ratio.value / of.prediction.value if told and of.ratio else None
+
+
+def _distance(share: float | None) -> str:
+    if not share:
+        return NO_DISTANCE[0]
+    return next(name for most, name, _ in DISTANCES if max(share, 1 / share) <= most)
 
 
 @dataclass(frozen=True)
@@ -242,6 +279,11 @@ class Lesson:
         runs = [(e.run, e.summary) for e in self.entries]
         return dials.dials(self.lab, runs, self.claim.name)
 
+    @cached_property
+    def dots(self) -> list[roofline.Dot]:
+        """Where the points of its runs stand under the rooflines of their machines."""
+        return roofline.dots([(e.run, e.summary) for e in self.entries])
+
     def rows(self) -> Iterator[Row]:
         """Every claim of the runs, machine beside machine."""
         found: dict[tuple[str, str, str], dict[int, Judgement]] = {}
@@ -294,9 +336,10 @@ class Course:
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = entries
-        published = {folder.path for folder in committed_runs()}
-        by_path = {e.folder.path: e for e in entries if e.folder.path in published}
-        self.newest = [by_path[f.path] for f in newest_of(e.folder for e in by_path.values())]
+        on_file = {folder.path for folder in committed_runs()}
+        self.published = {e.folder.path: e for e in entries if e.folder.path in on_file}
+        newest = newest_of(e.folder for e in self.published.values())
+        self.newest = [self.published[folder.path] for folder in newest]
         self.lessons = [
             Lesson(lab, place, tuple(e for e in self.newest if e.lab == name))
             for place, (name, lab) in enumerate(LABS.items(), 1)
@@ -327,11 +370,41 @@ class Course:
                 ],
                 labs=sorted({e.lab for e in self.entries}),
                 lessons=self.lessons,
+                live_page=LIVE_PAGE,
+                distances=[*(of[1:] for of in DISTANCES), NO_DISTANCE],
                 show=html.inline,
                 parsed=parse,
             ),
             "planner.html": self.planner_page(),
+            "forecasts.html": self.forecasts_page(),
         }
+
+    def forecasts_page(self) -> str:
+        """Render what was predicted beside what came, of every published full run."""
+        folders = [e.folder for e in self.published.values()]
+        found = residuals.of_runs(folder for folder in folders if residuals.is_full(folder))
+        document = residuals.page(found, self.page_of)
+        titles = {item.lab.name: item.lab.title for item in self.lessons}
+        no_picture = html.embedded(Path())  # the document has none
+        return render(
+            "forecasts.html",
+            scripts=dict.fromkeys((PLOTLY, FORECAST_SCRIPT), ""),  # files beside it
+            root="./",
+            intro=html.introduction(document, no_picture),
+            sections=html.sections(document, no_picture),
+            pictures=list(residual_plot.pictures(found, titles)),
+            titles=titles,
+            lessons={item.lab.name: item.href for item in self.lessons},
+            data={
+                "colours": VARIANTS,
+                "predicted": BOUND,
+                **residual_plot.data(found, titles, self.page_of),
+            },
+        )
+
+    def page_of(self, folder: RunFolder) -> str:
+        """Return the address of a published run's page."""
+        return quote(self.published[folder.path].href)
 
     def planner_page(self) -> str:
         """Render the planner; each figure links to the first lesson that shows it."""
@@ -345,13 +418,18 @@ class Course:
         fits = html.fragment([planner.what_fits()], html.embedded(Path()), "What fits which card")
         return render("planner.html", scripts={"planner.js": code}, data=data, fits=fits)
 
+    def roofs(self) -> str:
+        """Write the script that holds what every lesson draws of rooflines."""
+        roofs = json.dumps(roofline.data([e.run for e in self.newest]), separators=(",", ":"))
+        return f"const roofs = {roofs};\n"
+
     def lesson_page(self, item: Lesson) -> str:
         """Render a lab's lesson."""
         neighbours = {other.place: other for other in self.lessons}
         paragraphs = [html.inline(parse(text)) for text in lesson(item.lab.name)]
         return render(
             "lesson.html",
-            scripts={PLOTLY: get_plotlyjs(), LESSON_SCRIPT: web(*LESSON_SCRIPTS)},
+            scripts=dict.fromkeys((PLOTLY, ROOFS, LESSON_SCRIPT), ""),  # files beside the index
             root="../",
             lesson=item,
             lessons=len(self.lessons),
@@ -360,6 +438,9 @@ class Course:
             paragraphs=paragraphs,
             answers=self.answers_of(item),
             guesses=GUESSES,
+            dots=html.fragment(
+                [roofline.dots_table(item.dots)], html.embedded(Path()), "The measured dots"
+            ),
             show=html.inline,
             parsed=parse,
             data=self.data_of(item),
@@ -375,6 +456,7 @@ class Course:
                 {"machine": e.machine, "ratio": j.ratio.value} for e, j in item.guessed if j.ratio
             ],
             "dials": item.dials,
+            "roofline": roofline.lesson_data(item.dots),
             "replay": [panel.times for panel in replayed[1]] if replayed else [],
         }
 

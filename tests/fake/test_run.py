@@ -21,7 +21,7 @@ from labs.findings.context import Context
 from labs.findings.parts import parts_of
 from labs.findings.speculative_decoding import speculations, tokens_a_step
 from labs.lab import Point
-from labs.telling import html
+from labs.telling.pictures import as_address
 from loadtests.records import RequestRecord
 from serving import models
 from serving.install import find_prometheus
@@ -172,7 +172,7 @@ def test_the_report_answers_every_claim(lab: str, finish: Finish) -> None:
     assert "QUICK run" in report
     assert "Ad hoc run" in report
     page = (folder.path / "report.html").read_text()
-    drawn = [html.as_address(path.read_text()) for path in folder.path.glob("*.svg")]
+    drawn = [as_address(path.read_text()) for path in folder.path.glob("*.svg")]
     assert all(picture in page for picture in drawn)
 
 

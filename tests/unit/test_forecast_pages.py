@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from labs.comparing import residuals
 from labs.filing import results
 from labs.filing.results import Band, PointForecasts, RunFolder, write_json
 from labs.judging.judge import Caveat
 from labs.running.forecast import ratio_of_forecasts
-from labs.telling import markdown, report
+from labs.telling import markdown, report, residual_plot, residuals
 from labs.telling.summary import summarise
 from tests.unit.builders import make_point, write_run
 
@@ -61,10 +61,27 @@ def write_summary(folder: RunFolder, *caveats: Caveat) -> None:
 
 def test_residuals_are_told_by_figure_and_every_miss_by_name(folder: RunFolder) -> None:
     write_summary(folder)
-    told = markdown.document(residuals.page([folder], folder.path.parent))
+    found = residuals.of_runs([folder])
+    told = markdown.document(residuals.page(found, residuals.to_reports(folder.path.parent)))
     assert "| TPOT, mean | 2 | 25% | 1 (50%) | 1 (50%) |" in told
     assert "| 0.50x |" in told
     assert f"]({folder.path.name}/report.md)" in told
+
+
+def test_the_picture_and_the_script_show_what_the_page_tells(folder: RunFolder) -> None:
+    """A dot for each residual, those further off than 25 % in a path of their own."""
+    write_summary(folder)
+    found = residuals.of_runs([folder])
+    (lab,) = residual_plot.pictures(found, {"tiny": "A tiny lab"})
+    far = re.findall(r'class="far" d="([^"]+)"', str(lab.picture))
+    assert "".join(far).count("M") == sum(not r.near for r in found) > 0
+    assert str(lab.picture).count("h0") == len(found)
+    assert lab.told.startswith("A tiny lab, measured / predicted. ")
+    assert "TPOT, mean: 1 of 2 within 25 %, median distance 25%" in lab.told
+    drawn = residual_plot.data(found, {}, lambda f: f"{f.path.name}.html")
+    far = next(r for r in drawn["residuals"] if r[6] == 0.5)
+    assert far[9:] == [0.9, 1.1]  # the band that the forecast itself stated
+    assert [run["href"] for run in drawn["runs"]] == [f"{folder.path.name}.html"]
 
 
 def test_quick_runs_have_no_residuals_on_the_page(folder: RunFolder) -> None:

@@ -73,6 +73,12 @@ def written(folder: RunFolder) -> Seen:
     return Seen(pages.write(folder).read_text())
 
 
+def trial_of(seen: Seen, point: str) -> dict[str, Any]:
+    """The first trial of a point, with its columns by their names."""
+    trial = next(t for t in seen.data["trials"] if t["point"] == point)
+    return {**trial, **dict(zip(seen.data["columns"], trial["columns"], strict=True))}
+
+
 def hostile_run(folder: RunFolder) -> None:
     """Names and errors that try to become code."""
     run = folder.run()
@@ -168,7 +174,7 @@ def test_a_missing_figure_is_a_dash_and_null_never_zero(folder: RunFolder) -> No
         write_json(path, failed)
     seen = written(folder)
     (gone,) = (p for p in seen.data["points"] if p["key"] == "on/short/concurrent-2")
-    assert set(gone["figures"].values()) == {None}
+    assert gone["figures"] == {}
     (claim,) = (c for c in seen.data["claims"] if c["point"] == "on/short/concurrent-2")
     assert (claim["value"], claim["low"], claim["high"]) == (None, None, None)
     assert {t["failed"] for t in seen.data["trials"] if t["point"] == gone["key"]} == {
@@ -184,14 +190,16 @@ def test_requests_in_columns_of_tenths_of_milliseconds(folder: RunFolder) -> Non
         make_record([], sent_s=9.0, index=4, end_s=9.5),
     ]
     records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", found)
-    trial = next(t for t in written(folder).data["trials"] if t["point"] == point.key)
+    seen = written(folder)
+    trial = trial_of(seen, point.key)
     assert trial["index"] == [4, 3]  # by when they were sent
     assert trial["start_dms"] == [90_000, 100_000]
     assert trial["first_dms"] == [None, 2_000]
     assert trial["last_dms"] == [5_000, 7_500]
     assert trial["gap_dms"] == [None, 5_000]
     assert trial["tpot_dms"] == [None, 2_750]
-    assert trial["errors"] == {"0": "ConnectionError: refused"}
+    assert trial["errors"] == {"0": 0}
+    assert seen.data["errors"] == ["ConnectionError: refused"]
     assert trial["counted"] == [0, 1]
 
 
@@ -202,9 +210,43 @@ def test_of_too_many_requests_the_longest_stay_and_the_page_says_so(
     found = [make_record([(11.0, 1), (11.0 + i, 1)], index=i) for i in range(1, 6)]
     found.append(make_record([], index=9))
     records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", found)
-    monkeypatch.setattr(chart_data, "MOST_REQUESTS", 8 * 3)  # of eight trials
-    trial = next(t for t in written(folder).data["trials"] if t["point"] == point.key)
-    assert (trial["sent"], sorted(trial["index"])) == (6, [4, 5, 9])
+    monkeypatch.setattr(chart_data, "ALONE", chart_data.Room(1, 1))
+    trial = trial_of(written(folder), point.key)
+    assert (trial["sent"], trial["shown"], sorted(trial["index"])) == (6, 3, [4, 5, 9])
+
+
+def test_first_repeats_are_shown_whole_before_any_other() -> None:
+    sent = {("a", 1): 20, ("b", 1): 30, ("a", 2): 20, ("b", 2): 80}
+    assert chart_data._shared_out(sent, 1000) == sent
+    assert chart_data._shared_out(sent, 60) == {**sent, ("a", 2): 3, ("b", 2): 8}
+    assert chart_data._shared_out(sent, 25) == {
+        ("a", 1): 10, ("b", 1): 15, ("a", 2): 3, ("b", 2): 3
+    }  # fmt: skip
+
+
+def test_the_columns_are_named_in_their_order() -> None:
+    assert tuple(chart_data._columns([make_record([(11.0, 1)])])) == chart_data.COLUMNS
+
+
+def test_a_column_is_written_as_short_as_it_can_be_read() -> None:
+    assert chart_data._packed("index", [4, 5, 6]) == 4
+    assert chart_data._packed("index", [4, 4]) == [4, 4]
+    assert chart_data._packed("prompt", [128, 128]) == 128
+    assert chart_data._packed("gap_dms", [None, None]) is None
+    assert chart_data._packed("gap_dms", [None, 3]) == [None, 3]
+    assert chart_data._packed("index", []) == []
+
+
+def test_a_site_keeps_fewer_quantiles_and_both_extremes(folder: RunFolder) -> None:
+    summarise(folder)
+    point = folder.run().points()[0]
+    found = [make_record([(10 + i / 100, 1)], index=i) for i in range(300)]
+    records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", found)
+    room = chart_data.SITE.shared(10_000)
+    drawn = chart_data.data(folder, folder.run(), folder.summary(), room)
+    ttft = drawn["samples"]["ttft_s"]["points"][point.key]["ms"]
+    assert len(ttft) == chart_data.LEAST_QUANTILES
+    assert ttft[-1] == 2990
 
 
 def test_samples_are_quantiles_of_all_repeats(folder: RunFolder) -> None:
@@ -276,11 +318,16 @@ def test_a_site_has_every_run_that_can_be_read_and_links_that_lead_there(
 @pytest.mark.parametrize("name", in_git.runs())
 def test_pages_of_the_published_runs_are_whole_and_small(name: str, committed: Path) -> None:
     run = RunFolder(committed / "results" / name)
-    text = pages.page(run, root="../../")
-    assert len(text) < 1_000_000
+    text = pages.page(run, "../../", chart_data.SITE.shared(site.ROOM_FOR))
+    assert len(text.encode()) < site.MOST_OF_A_RUN
     seen = Seen(text)
     assert all(j.title in seen.read for j in run.summary().judgements)
     ids = seen.attributes("id")
     assert len(ids) == len(set(ids))
-    shown = sum(len(t["index"]) for t in seen.data["trials"] if "failed" not in t)
-    assert shown == sum(t["sent"] for t in seen.data["trials"] if "failed" not in t)
+    for trial in seen.data["trials"]:
+        if "failed" not in trial:
+            least = min(trial["sent"], chart_data.LEAST_REQUESTS)
+            assert least <= trial["shown"] <= trial["sent"]
+            lists = [column for column in trial["columns"] if isinstance(column, list)]
+            assert len(trial["columns"]) == len(seen.data["columns"])
+            assert all(len(column) == trial["shown"] for column in lists)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from labs.filing.results import RunFolder
 from labs.telling import pages, report
 from labs.telling.site import write_site
 from loadtests import records
-from tests.browser import Browser, Page, browser, find
+from tests.browser import DEADLINE_S, Browser, Page, browser, find
 from tests.unit import in_git
 from tests.unit.builders import write_run
 from tests.unit.test_html import hostile_run
@@ -28,9 +29,16 @@ PLOTS = ("claims", "samples", "left", "right", "timeline", "forecasts")
 
 
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("profile")) as started:
-        yield started
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("profile")) as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def chromium(started: Browser) -> Iterator[Browser]:
+    """The browser, whose tabs end with the test that opened them."""
+    yield started
+    started.close_tabs()
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +68,23 @@ def opened(chromium: Browser, path: Path, width: int = 1280, scheme: str = "ligh
 def of(site: Path, lab: str) -> Path:
     (path,) = (site / "site").glob(f"*/{lab}/*.html")
     return path
+
+
+def test_tabs_that_are_closed_are_gone(chromium: Browser, site: Path) -> None:
+    def tabs() -> list[str]:
+        targets = chromium.call("Target.getTargets")["targetInfos"]
+        return [target["targetId"] for target in targets if target["type"] == "page"]
+
+    before = tabs()
+    for name in ("index.html", "questions.html"):
+        opened(chromium, site / "site" / name)
+    assert len(tabs()) == len(before) + 2
+    chromium.close_tabs()
+    assert chromium.tabs == []
+    deadline = time.monotonic() + DEADLINE_S
+    while tabs() != before:  # a tab takes a moment to go
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("lab", RUNS)
@@ -300,7 +325,14 @@ FAINT = """(() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(
     "name",
-    ["index.html", "questions.html", "machines.html", "planner.html", f"lessons/{RUNS[1]}.html"],
+    [
+        "index.html",
+        "questions.html",
+        "machines.html",
+        "planner.html",
+        "forecasts.html",
+        f"lessons/{RUNS[1]}.html",
+    ],
 )
 def test_everything_has_a_name_and_can_be_read(
     chromium: Browser, site: Path, name: str, scheme: str
@@ -310,6 +342,49 @@ def test_everything_has_a_name_and_can_be_read(
     assert shown.js(NAMELESS) == []
     assert shown.js(FAINT) == []
     assert shown.js("document.documentElement.scrollWidth <= innerWidth")
+    assert shown.errors == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_forecasts_are_chosen_and_drawn_with_their_bands(
+    chromium: Browser, site: Path, width: int
+) -> None:
+    shown = opened(chromium, site / "site" / "forecasts.html", width)
+    rows = "document.getElementById('each-plot').data[1].x.length"
+    said = "document.getElementById('each-said').textContent"
+    shown.choose("each-lab", "")
+    shown.choose("each-figure", "")
+    everything = shown.js(rows)
+    assert shown.js(said) == f"{everything} of {everything} figures"
+    assert everything == shown.js("data.residuals.length") > 0
+    shown.choose("each-shown", "missed")
+    missed = shown.js("data.residuals.filter(r => r[6] < 1 / 1.25 || r[6] > 1.25).length")
+    assert shown.js(f"{said}.split(' ')[0] * 1") == missed
+    shown.choose("each-shown", "all")
+    shown.choose("each-lab", "0")
+    assert 0 < shown.js(rows) < everything
+    links = "[...document.querySelectorAll('#each-runs a')].map(a => a.getAttribute('href'))"
+    for link in shown.js(links):
+        assert (site / "site" / link).exists()
+    assert shown.js("document.documentElement.scrollWidth <= innerWidth")
+    assert shown.errors == []
+    assert {url.split(":")[0] for url in shown.requested} <= {"file", "data"}
+
+
+def test_claims_are_coloured_by_verdict_or_by_how_near_the_prediction_came(
+    chromium: Browser, site: Path
+) -> None:
+    shown = opened(chromium, site / "site" / "machines.html", 390)
+    cell = "getComputedStyle(document.querySelector('td.verdict:not(.off-none)')).backgroundColor"
+    before = shown.js(cell)
+    shown.js("document.getElementById('by-distance').focus()")
+    shown.press(" ")
+    assert shown.js(cell) != before
+    legends = (
+        "['of-verdict', 'of-distance'].map(n => document.querySelector(`.${n}`).offsetHeight > 0)"
+    )
+    assert shown.js(legends) == [False, True]
+    assert shown.js(FAINT) == []
     assert shown.errors == []
 
 
@@ -359,6 +434,36 @@ def test_a_dial_is_turned_and_a_readers_own_run_joins_or_is_refused(
     assert shown.js(diamonds) == lines + 1
     assert shown.errors == []
     assert {url.split(":")[0] for url in shown.requested} <= {"file", "data"}
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_a_step_is_moved_under_the_roof_of_a_machine(
+    chromium: Browser, site: Path, width: int, scheme: str
+) -> None:
+    shown = opened(chromium, site / "site" / "lessons" / f"{RUNS[0]}.html", width, scheme)
+    said = "document.getElementById('roof-said').textContent"
+    traces = "document.getElementById('roofline-plot').data"
+    dots = shown.js("data.roofline.dots.length")
+    measured = f"{traces}.filter(t => t.legendgroup === 'measured').flatMap(t => t.x).length"
+    assert shown.js(measured) == dots > 0
+    before = shown.js(said)
+    shown.js("(e => { e.value = e.max; e.dispatchEvent(new Event('input')); })"
+             "(document.getElementById('roof-batch'))")  # fmt: skip
+    assert shown.js(said).startswith("512 in flight: ") != before.startswith("512 in flight: ")
+    machines = shown.js("[...document.getElementById('roof-machine').options].map(o => o.text)")
+    shown.choose("roof-machine", str(machines.index("H100 80GB HBM3")))
+    models = shown.js("[...document.getElementById('roof-model').options].map(o => o.text)")
+    shown.choose("roof-model", str(models.index("Llama 3.1 8B")))
+    shown.js("(e => { e.value = 0; e.dispatchEvent(new Event('input')); })"
+             "(document.getElementById('roof-batch'))")  # fmt: skip
+    slower = shown.js(f"{said}.match(/At least ([0-9.]+) ms/)[1] * 1")
+    shown.choose("roof-bits", "4")
+    assert shown.js(f"{said}.match(/At least ([0-9.]+) ms/)[1] * 1") < slower
+    shown.choose("roof-model", str(models.index("Qwen3 30B-A3B")))  # drawn in 16 bits alone
+    assert shown.js("document.getElementById('roof-bits').value") == "16"
+    assert shown.js(measured) == dots
+    assert shown.js("document.documentElement.scrollWidth <= innerWidth")
+    assert shown.errors == []
 
 
 def test_the_planner_says_what_fits_and_what_does_not(chromium: Browser, site: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from dataclasses import replace
@@ -15,9 +16,9 @@ from labs.filing import results
 from labs.filing.results import RunFolder
 from labs.lab import parse_changes
 from labs.questions import QUESTIONS, TOPICS
-from labs.telling import dials, replay
+from labs.telling import dials, replay, residuals
 from labs.telling.lesson import lesson
-from labs.telling.site import Course, Entry, write_site
+from labs.telling.site import LIVE_PAGE, MOST_OF_A_RUN, ROOM_FOR, Course, Entry, write_site
 from serving import gpus
 from tests.unit import in_git
 from tests.unit.test_html import Seen
@@ -79,9 +80,19 @@ def test_a_quick_or_changed_run_displaces_no_full_one(
     assert Course([quick]).newest == []
 
 
-def test_links_within_the_course_lead_somewhere(course: Course) -> None:
-    texts = course.pages()
-    texts |= {item.href: course.lesson_page(item) for item in course.lessons}
+@pytest.fixture(scope="module")
+def texts(course: Course) -> dict[str, str]:
+    """Every page of the course but those of runs, by its address."""
+    return course.pages() | {item.href: course.lesson_page(item) for item in course.lessons}
+
+
+def test_the_whole_stays_small_with_many_runs(course: Course, texts: dict[str, str]) -> None:
+    """Beside the plotting library; what a run adds is tested with each published one."""
+    beside = sum(len(text.encode()) for text in texts.values()) + len(course.roofs())
+    assert beside + ROOM_FOR * MOST_OF_A_RUN < 6_000_000
+
+
+def test_links_within_the_course_lead_somewhere(course: Course, texts: dict[str, str]) -> None:
     pages = {name: Seen(text) for name, text in texts.items()}
     runs, files = {e.href for e in course.entries}, {"page.css"}
     for name, seen in pages.items():
@@ -89,7 +100,7 @@ def test_links_within_the_course_lead_somewhere(course: Course) -> None:
         assert len(ids) == len(set(ids)), name
         for link in dict.fromkeys(seen.attributes("href")):
             path, _, place = link.partition("#")
-            if link.startswith("data:"):
+            if link.startswith("data:") or link == LIVE_PAGE:
                 continue
             found = (
                 os.path.normpath(f"{os.path.dirname(name)}/{path}".lstrip("/")) if path else name
@@ -97,6 +108,31 @@ def test_links_within_the_course_lead_somewhere(course: Course) -> None:
             assert found in {*pages, *runs, *files}, (name, link)
             if place and found in pages:
                 assert place in pages[found].attributes("id"), (name, link)
+
+
+def test_the_page_of_forecasts_has_every_residual_and_the_run_it_came_from(course: Course) -> None:
+    full = [e for e in course.entries if residuals.is_full(e.folder)]
+    found = residuals.of_runs(e.folder for e in full)
+    seen = Seen(course.pages()["forecasts.html"])
+    assert len(seen.data["residuals"]) == len(found)
+    marks = [a["d"] for tag, a in seen.tags if a.get("class") in ("near", "far") and "d" in a]
+    assert sum(path.count("M") for path in marks) == len(found)
+    known = {e.href for e in course.entries}
+    assert {run["href"] for run in seen.data["runs"]} <= known
+    misses = sum(not r.near for r in found)
+    assert f"Misses: {misses} of {len(found)} lie further off than 25 %" in seen.read
+
+
+def test_side_by_side_a_cell_says_how_near_the_prediction_came(course: Course) -> None:
+    cells = [c for item in course.lessons for row in item.rows() for c in row.cells if c]
+    assert {c.off for c in cells} > {"off-10", "off-none"}
+    for cell in cells:
+        share = float(cell.share[:-1]) if cell.share else 0
+        distance = max(share, 1 / share) if share else 0
+        known = {"off-10": (1, 1.1), "off-25": (1.1, 1.25), "off-2": (1.25, 2),
+                 "off-more": (2, math.inf), "off-none": (0, 0)}  # fmt: skip
+        low, high = known[cell.off]
+        assert low - 0.01 <= distance <= high + 0.01
 
 
 def test_a_replay_shows_every_token_of_its_seconds_once(course: Course) -> None:
@@ -108,9 +144,27 @@ def test_a_replay_shows_every_token_of_its_seconds_once(course: Course) -> None:
             times = panel.times
             assert len(times["chunks"]) <= replay.MOST_CHUNKS * 4
             assert all(0 <= t <= times["span"] for t, _ in times["chunks"])
-            assert str(panel.picture).count('class="token"') == len(times["bars"])
+            assert str(panel.picture).count('<path class="token') == len(times["bars"])
         spans = {panel.times["span"] for panel in panels}
         assert len(spans) == 1  # side by side over the same seconds
+
+
+def test_accepted_drafts_are_told_where_the_engine_guesses(course: Course) -> None:
+    """A chunk of k tokens is the target's own and k - 1 drafts; so high is its line."""
+    bars = [replay._Bar(0, 0.0, 0.5, 2.0, (0.5, 1.0, 1.5), (1, 6, 3), 8)]
+    plain, guessed = (
+        replay._replayed("a", bars, 2.0, "clip", guesses=guesses) for guesses in (False, True)
+    )
+    assert "7 were drafts that the target accepted" in guessed.told
+    assert "drafts" not in plain.told
+    heights = [float(h) for h in re.findall(r"v-([\d.]+)", str(guessed.picture))]
+    assert heights == pytest.approx([heights[1] / 6, heights[1], heights[1] / 2], abs=0.1)
+    assert len(set(re.findall(r"v-([\d.]+)", str(plain.picture)))) == 1
+    guessing = [
+        panel.times["guesses"] for i in course.lessons if i.replayed for panel in i.replayed[1]
+    ]
+    assert True in guessing
+    assert False in guessing
 
 
 def test_what_to_turn_is_a_command_with_its_setting_whole(course: Course) -> None:

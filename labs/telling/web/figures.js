@@ -76,7 +76,11 @@
   }
 
   const isAbsent = (value) => value === null || value === undefined;
-  const figureOf = (p, metric) => p.figures[metric] ?? { value: null, each: [] };
+
+  function figureOf(p, metric) {
+    const [value = null, low = null, high = null, ...each] = p.figures[metric] ?? [];
+    return { value, low, high, each };
+  }
 
   function means(group, { metric, unit, scaled, place }) {
     const tint = ofVariant(group[0].variant);
@@ -99,7 +103,7 @@
   function repeats(group, { metric, scaled, place }) {
     const { variant } = group[0];
     const each = group.flatMap((p) =>
-      (figureOf(p, metric).each ?? []).map((value) => [place(p), scaled(value)]));
+      figureOf(p, metric).each.map((value) => [place(p), scaled(value)]));
     if (each.length <= group.length) return [];
     return [{
       x: each.map(([x]) => x), y: each.map(([, y]) => y), mode: "markers", hoverinfo: "skip",
@@ -111,7 +115,10 @@
   /** What was forecast before any engine started: a short line on a wide band. */
   function forecasts(group, { metric, unit, scaled, place }) {
     const known = group.filter((p) => p.in_virtual_time[metric])
-      .map((p) => ({ name: p.name, x: place(p), ...p.in_virtual_time[metric] }));
+      .map((p) => {
+        const [value, low, high] = p.in_virtual_time[metric];
+        return { name: p.name, x: place(p), value, low, high };
+      });
     if (!known.length) return [];
     const hover = ({ name, value, low, high }) =>
       `${plain(name)}<br>forecast ${digits(scaled(value))}${unit}` +

@@ -1,13 +1,11 @@
-// Claims and forecasts: each measured ratio with its interval, on its prediction.
+// Of every page that draws predictions: each measured ratio with its interval, on what was predicted.
+// deno-lint-ignore-file no-unused-vars -- the scripts beside it in the same page use it
 "use strict";
 
-{
+const drawRatios = (() => {
   const LINE = 15, MARK = 26, BETWEEN = 8; // px: of a label's line, of a mark, between two rows
 
-  if (data.claims.length) redraws.push(() => ratios("claims", data.claims, "treatment / baseline"));
-  if (at("forecasts")) {
-    redraws.push(() => ratios("forecasts", data.forecasts, "measured / predicted"));
-  }
+  return ratios;
 
   function ratios(id, items, title) {
     const rows = placed(items, at(id).clientWidth);
@@ -69,12 +67,13 @@
     ];
   }
 
+  /** `figures` are those whose ratio the item is, in words. */
   function underPointer({ item }) {
+    const predicted = item.figures ?? (item.where ? `predicted ${digits(item.predicted)}x` : "");
     return plain(item.title) + (item.where ? `<br>${plain(item.where)}` : "") +
       `<br><b>${digits(item.value)}x</b>` +
       (item.low === null ? "" : ` (${digits(item.low)} to ${digits(item.high)})`) +
-      `<br>${item.where ? `predicted ${digits(item.predicted)}x<br>` : ""}` +
-      wrapped(item.verdict, 60).map(plain).join("<br>");
+      wrapped([predicted, item.verdict].filter(Boolean).join("; "), 60).map((line) => `<br>${plain(line)}`).join("");
   }
 
   function bearsItOut({ item, middle }, low, high) {
@@ -99,4 +98,4 @@
     return { text: "– (no ratio)", x: Math.log10(item.predicted || 1), y: middle, xanchor: "left",
              xshift: 10, showarrow: false, font: { color: css("--soft") } };
   }
-}
+})();

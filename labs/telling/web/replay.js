@@ -22,16 +22,18 @@ if (data.replay.length) {
     slider.setAttribute("aria-valuetext", shown(time));
     at("clock").textContent = shown(time);
     figures.forEach((figure, place) => {
-      const { bars, chunks } = data.replay[place];
+      const { bars, chunks, guesses } = data.replay[place];
       const { width } = figure.querySelector("svg").viewBox.baseVal;
       const x = 6 + (time / span) * (width - 12);  // LEFT of labs/telling/replay.py
       figure.querySelector(".reveal").setAttribute("width", String(x));
       figure.querySelector(".now").style.transform = `translateX(${x}px)`;
       const there = bars.filter(([start, , end]) => start <= time && time < end);
       const waiting = there.filter(([, first]) => time < first).length;
-      const tokens = chunks.reduce((sum, [t, n]) => sum + (t <= time ? n : 0), 0);
+      const came = chunks.filter(([t]) => t <= time);
+      const tokens = came.reduce((sum, [, n]) => sum + n, 0);
+      const drafts = guesses ? `, ${tokens - came.length} of them accepted drafts` : "";
       figure.querySelector(".state").textContent =
-        `${there.length - waiting} decoding, ${waiting} without a token yet, ${tokens} tokens so far`;
+        `${there.length - waiting} decoding, ${waiting} without a token yet, ${tokens} tokens so far${drafts}`;
     });
   }
 

@@ -3,6 +3,7 @@
 "use strict";
 
 {
+  data.trials.filter((trial) => !trial.failed).forEach(unpack);
   const point = choice("trial-point", data.points.map((p) => [p.key, p.name]), () => {
     offerRepeats();
     timeline();
@@ -21,6 +22,17 @@
     const trials = data.trials.filter((t) => t.point === point.value);
     repeat.replaceChildren(...trials.map((t) =>
       new Option(t.failed ? `${t.repeat} (failed)` : t.repeat, t.repeat)));
+  }
+
+  /** Columns of one value, numbers in a row, and errors are written once: here they are as many as requests. */
+  function unpack(trial) {
+    const rows = Array.from({ length: trial.shown }, (_, i) => i);
+    data.columns.forEach((name, n) => {
+      const packed = trial.columns[n];
+      trial[name] = Array.isArray(packed) ? packed : rows.map((i) => (name === "index" ? packed + i : packed));
+    });
+    trial.long ??= [];
+    trial.errors = Object.fromEntries(Object.entries(trial.errors ?? {}).map(([i, n]) => [i, data.errors[n]]));
   }
 
   function timeline() {

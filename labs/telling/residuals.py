@@ -16,7 +16,7 @@ from statistics import median
 from labs import LABS
 from labs.filing.committed import committed_runs
 from labs.filing.results import RunFolder, Summary, all_runs, unreadable
-from labs.judging.judge import AGREEMENT
+from labs.judging.judge import AGREEMENT, Interval
 from labs.judging.metrics import METRICS
 from labs.judging.text import number, point_label
 from labs.lab import Lab
@@ -42,11 +42,12 @@ INTRODUCTION = (
     " not counted, and nothing is left out because it missed."
 )
 NONE = "No full run on file has a valid figure that was predicted."
+LinkTo = Callable[[RunFolder], str]  # the address of what tells a run
 
 
 @dataclass(frozen=True)
 class Residual:
-    """A prediction beside what was measured; `within` is None where it had no band."""
+    """A prediction beside what was measured; `band` is None where it had none."""
 
     folder: RunFolder
     lab: str
@@ -54,9 +55,13 @@ class Residual:
     group: str  # the figure, or what predicted the claim
     what: str  # the claim, or the point
     predicted: float
-    measured: float
+    interval: Interval  # measured
     unit: str
-    within: bool | None
+    band: tuple[float, float] | None  # within which the forecast itself expected the figure
+
+    @property
+    def measured(self) -> float:
+        return self.interval.value
 
     @property
     def share(self) -> float:
@@ -67,19 +72,41 @@ class Residual:
         """Whether the measured figure is within 25 % of the predicted one, up or down."""
         return 1 / AGREEMENT <= self.share <= AGREEMENT
 
+    @property
+    def within(self) -> bool | None:
+        """Whether the measured figure lies in the forecast's own band; None without one."""
+        return self.band[0] <= self.measured <= self.band[1] if self.band else None
+
+    @property
+    def figures(self) -> tuple[str, str]:
+        """The predicted and the measured figure, in words."""
+        predicted, measured = (
+            f"{number(value)}x" if self.unit == "x" else number(value, self.unit)
+            for value in (self.predicted, self.measured)
+        )
+        return predicted, measured
+
+
+def is_full(folder: RunFolder) -> bool:
+    """Tell whether a run is complete, and not quick, changed, on random weights or a repetition."""
+    run = folder.run()
+    return folder.complete and not (run.quick or run.ad_hoc or run.dummy or run.reproduces)
+
 
 def full_runs(committed: bool) -> list[RunFolder]:
-    """List the complete runs that are neither quick, changed, on random weights nor repetitions.
+    """List the full runs.
 
     With `committed`, only runs that git tracks count; else a run that cannot be read is skipped.
     """
     folders = committed_runs() if committed else [f for f in all_runs() if not unreadable(f)]
-
-    def is_full(folder: RunFolder) -> bool:
-        run = folder.run()
-        return folder.complete and not (run.quick or run.ad_hoc or run.dummy or run.reproduces)
-
     return [folder for folder in folders if is_full(folder)]
+
+
+def of_runs(runs: Iterable[RunFolder]) -> list[Residual]:
+    """List the residuals of runs, lab by lab in the order of the course."""
+    labs = {name: place for place, name in enumerate(LABS)}  # a run's lab may be gone
+    ordered = sorted(runs, key=lambda f: (labs.get(f.path.parent.name, len(labs)), f.path.name))
+    return [residual for folder in ordered for residual in residuals(folder)]
 
 
 def residuals(folder: RunFolder) -> list[Residual]:
@@ -93,9 +120,9 @@ def residuals(folder: RunFolder) -> list[Residual]:
             group=BY_FORECAST if before.closed_forms.get(j.claim) else BY_FORMULA,
             what=f"{plain_text(parse(j.title))} ({point_label(j.treatment, lab)})",
             predicted=j.prediction.value,
-            measured=j.effect.ratio.value,
+            interval=j.effect.ratio,
             unit="x",
-            within=None,
+            band=None,
         )
         for j in summary.judgements
         if j.effect and j.outcome != "not valid" and j.prediction.kind == "point"
@@ -110,9 +137,9 @@ def _of_points(here: tuple[RunFolder, str, str], lab: Lab, summary: Summary) -> 
             group=METRICS[f.metric].title,
             what=point_label(f.point, lab),
             predicted=f.value,
-            measured=f.measured.value,
+            interval=f.measured,
             unit=METRICS[f.metric].unit,
-            within=f.within,
+            band=(f.low, f.high),
         )
         for f in summary.in_virtual_time
         if METRICS[f.metric].forecast == "shown"
@@ -122,43 +149,33 @@ def _of_points(here: tuple[RunFolder, str, str], lab: Lab, summary: Summary) -> 
     ]
 
 
-def page(runs: Sequence[RunFolder], seen_from: Path) -> Section:
-    """Write the page of residuals, with links relative to the folder it is `seen_from`."""
-    labs = {name: place for place, name in enumerate(LABS)}  # a run's lab may be gone
+def to_reports(seen_from: Path) -> LinkTo:
+    """Link to the reports of runs, relative to the folder that they are `seen_from`."""
+    return lambda folder: os.path.relpath(folder.path / "report.md", seen_from)
+
+
+def page(found: Sequence[Residual], link: LinkTo) -> Section:
+    """Write the page of these residuals, each with the link to its run."""
     figures = [BY_FORECAST, BY_FORMULA, *(m.title for m in METRICS.values())]
-    found = [
-        residual
-        for folder in sorted(
-            runs, key=lambda f: (labs.get(f.path.parent.name, len(labs)), f.path.name)
-        )
-        for residual in residuals(folder)
-    ]
     by_figure = sorted(found, key=lambda r: figures.index(r.group))
     misses = [residual for residual in found if not residual.near]
     return section(
         "Forecast beside measured",
         Paragraph(INTRODUCTION if found else NONE),
         section("By figure", _grouped(by_figure, ("Figure",), lambda r: (r.group,))),
-        section(
-            "By run",
-            _grouped(found, PLACE, lambda r: _place(r, seen_from)),
-        ),
+        section("By run", _grouped(found, PLACE, lambda r: _place(r, link))),
         section(
             f"Misses: {len(misses)} of {len(found)} lie further off than 25 %",
-            _misses(misses, seen_from),
+            _misses(misses, link),
         )
         if misses
         else None,
     )
 
 
-def _place(residual: Residual, seen_from: Path) -> tuple[Inline, ...]:
-    return residual.lab, residual.machine, _report(residual, seen_from), residual.group
-
-
-def _report(residual: Residual, seen_from: Path) -> Link:
-    path = residual.folder.path
-    return Link(path.name[:8], os.path.relpath(path / "report.md", seen_from))
+def _place(residual: Residual, link: LinkTo) -> tuple[Inline, ...]:
+    run = Link(residual.folder.path.name[:8], link(residual.folder))
+    return residual.lab, residual.machine, run, residual.group
 
 
 def _grouped(
@@ -188,13 +205,6 @@ def _within(mine: Sequence[Residual]) -> str:
     return f"{sum(known)} ({sum(known) / len(known):.0%})" if known else "–"
 
 
-def _misses(misses: Sequence[Residual], seen_from: Path) -> Table:
-    rows: list[list[Inline]] = []
-    for r in misses:
-        figures = [
-            f"{number(value)}x" if r.unit == "x" else number(value, r.unit)
-            for value in (r.predicted, r.measured)
-        ]
-        share = f"{r.share:.2f}x"
-        rows.append([*_place(r, seen_from), r.what, *figures, share])
+def _misses(misses: Sequence[Residual], link: LinkTo) -> Table:
+    rows = [[*_place(r, link), r.what, *r.figures, f"{r.share:.2f}x"] for r in misses]
     return table((*PLACE, "Where", "Predicted", "Measured", "Measured / predicted"), rows)
