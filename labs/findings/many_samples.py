@@ -680,6 +680,7 @@ def _draw_costs(run: JudgedRun, ax: Any, facts: Sequence[Cost]) -> None:
     )  # fmt: skip
     ax.set_xlabel("samples of a prompt")
     ax.set_ylabel("until all are complete (s)")
+    ax.set_ylim(0, 1.25 * max(c.seconds or 0 for c in facts))  # room for the legend
     ax.legend(frameon=False, fontsize=8)
 
 

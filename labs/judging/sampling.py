@@ -8,9 +8,9 @@
 
 Intervals are over tasks, since answers to one task have its difficulty in common: a percentile
 bootstrap (Efron 1979), and Wilson's where all tasks came out alike, as a bootstrap has no width
-there. Tasks are drawn from a seed, of an easy and a hard form each, so that a small model solves
-some of the easy ones and a large one some of the hard ones. Three solved examples come before each
-question, the same for all of a kind.
+there. Tasks are drawn from a seed, of easy and of hard kinds, so that a small model solves some of
+the easy ones now and then, and a large one some of the hard ones. Three solved examples come before
+each question, the same for all of a kind.
 """
 
 from __future__ import annotations
@@ -43,14 +43,19 @@ class Task:
     expected: str
 
 
-def _sum(rng: random.Random, terms: int, below: int) -> Question:
-    numbers = [rng.randrange(below // 10, below) for _ in range(terms)]
+def _sum(rng: random.Random, terms: Sequence[range]) -> Question:
+    numbers = [rng.choice(numbers) for numbers in terms]
     return f"{' + '.join(map(str, numbers))} =", str(sum(numbers))
 
 
 def _product(rng: random.Random, first: range, second: range) -> Question:
     a, b = rng.choice(first), rng.choice(second)
     return f"{a} x {b} =", str(a * b)
+
+
+def _largest(rng: random.Random) -> Question:
+    numbers = rng.sample(range(10, 100), 3)
+    return f"Largest of {', '.join(map(str, numbers))}:", str(max(numbers))
 
 
 def _sorted(rng: random.Random, count: int) -> Question:
@@ -60,11 +65,12 @@ def _sorted(rng: random.Random, count: int) -> Question:
 
 
 KINDS: dict[str, Callable[[random.Random], Question]] = {
-    "add two": partial(_sum, terms=2, below=100),
-    "add four": partial(_sum, terms=4, below=1000),
-    "multiply": partial(_product, first=range(3, 10), second=range(11, 30)),
+    "add": partial(_sum, terms=(range(11, 30), range(2, 10))),
+    "add two": partial(_sum, terms=(range(10, 100),) * 2),
+    "add four": partial(_sum, terms=(range(100, 1000),) * 4),
+    "multiply": partial(_product, first=range(6, 10), second=range(6, 13)),
     "multiply long": partial(_product, first=range(12, 100), second=range(101, 1000)),
-    "sort three": partial(_sorted, count=3),
+    "largest": _largest,
     "sort five": partial(_sorted, count=5),
 }
 

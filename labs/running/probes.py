@@ -203,7 +203,7 @@ TASK_TOKENS, TASK_TEMPERATURE = 28, 0.7
 """Of an answer to a task, beyond the longest right one; Wang et al. sample at 0.5 to 0.7."""
 
 
-def votes(served: ProbedEngine, each: int = 6) -> dict[str, Any]:
+def votes(served: ProbedEngine, each: int = 5) -> dict[str, Any]:
     """Ask tasks with exact solutions: one greedy answer, and rounds of samples, one after another.
 
     Each request asks for all samples of its round by `n`, with nothing else in flight, so that its

@@ -259,7 +259,7 @@ def test_samples_are_as_many_however_they_are_asked_for() -> None:
 
 def test_tasks_have_one_right_answer_and_come_after_solved_ones() -> None:
     drawn = tasks(3, seed=0)
-    assert len(drawn) == 18
+    assert len(drawn) == 21
     assert drawn == tasks(3, seed=0) != tasks(3, seed=1)
     for task in drawn:
         *shots, question = task.prompt.split("\n")
@@ -270,7 +270,8 @@ def test_tasks_have_one_right_answer_and_come_after_solved_ones() -> None:
         product = 1
         for n in asked:
             product *= n
-        right = {"add": [sum(asked)], "multiply": [product], "sort": sorted(asked)}
+        right = {"add": [sum(asked)], "multiply": [product], "sort": sorted(asked),
+                 "largest": [max(asked)]}  # fmt: skip
         assert task.expected == " ".join(map(str, right[task.kind.split()[0]]))
 
 
@@ -361,10 +362,10 @@ def test_the_probe_asks_each_task_once_greedily_and_in_rounds_of_samples() -> No
             server.shutdown()
             thread.join()
     _, *bodies = Solver.bodies  # the first warms the engine up
-    assert [(b["n"], b["temperature"]) for b in bodies] == 6 * [
+    assert [(b["n"], b["temperature"]) for b in bodies] == 7 * [
         (1, 0), (1, 0.7), (4, 0.7), (16, 0.7)
     ]  # fmt: skip
-    assert len({b["prompt"] for b in bodies}) == len(found["tasks"]) == 6
+    assert len({b["prompt"] for b in bodies}) == len(found["tasks"]) == 7
     first = found["tasks"][0]
     assert [r["texts"] for r in first["rounds"]][1] == [" 0", " 1", " 2", " 3"]
     assert [r["tokens"] for r in first["rounds"]] == [2, 8, 32]
