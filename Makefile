@@ -1,4 +1,4 @@
-# The front door. Every target sets up what is missing first; see `make`.
+# Every target sets up what is missing first. `make` lists the targets.
 SHELL := /bin/bash
 
 # A setting comes from make's own command line (`make lab-x QUICK=1`) and goes to the program as
@@ -42,7 +42,7 @@ or_help = $(if $(value LABS_$1),,--help)
 .PHONY: help setup labs forecast plan score-forecasts labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse check bench clean distclean
 
 help: ## List the targets
-	@echo "Labs (set-up first, only what is missing):"
+	@echo "Labs (what is missing is installed first):"
 	@grep -hA1 '^LAB = Lab(' labs/*.py | sed -n 's/^    name="\(.*\)",$$/  make lab-\1/p'
 	@echo "Targets:"
 	@sed -n 's/^\([a-z -]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -53,7 +53,7 @@ help: ## List the targets
 setup: ## Install what this machine needs, without running anything
 	@$(INSTALL)
 
-doctor: ## Check what this machine has and lacks, how to fix it, and which labs can run
+doctor: ## Check what this machine has and lacks, how to mend it, and which labs can run
 	@if $(INSTALL); then $(BIN)/labs doctor; \
 	else $(INSTALL) --check; exit 1; fi
 
@@ -63,19 +63,19 @@ labs: setup ## List the labs with the questions they answer
 lab-%: setup ## Run a lab: predict, measure, judge, report
 	@$(BIN)/labs run $(if $(value LABS_HELP),--help,'$*')
 
-forecast: setup ## Forecast a lab without running it: LAB=.. [MACHINE=h100] [MODEL=..] [SET=..] [OUT=x.md]
+forecast: setup ## Forecast a lab without running it: LAB=..|all [MACHINE=h100] [MODEL=..] [SET=..] [OUT=x.md]
 	@$(BIN)/labs forecast $(call or_help,LAB)
 
 plan: setup ## Plan capacity without a GPU: MACHINE=h100 [MODEL=..] [RATE=..|TRACE=..] [SLO=..] [REPLICAS=..]
 	@$(BIN)/labs plan $(call or_help,MACHINE)
 
-score-forecasts: setup ## Show how near the forecasts of recorded runs came
+score-forecasts: setup ## Show how near the forecasts of recorded runs came to what was measured
 	@$(BIN)/labs score-forecasts
 
-labs-all: setup ## Run every lab in order, going on where it stopped: [ONLY=a,b] [SECONDS=530] [ARCHIVE=x.tar.gz]
+labs-all: setup ## Run every lab in order, continuing where it stopped: [ONLY=a,b] [SECONDS=530] [ARCHIVE=x.tar.gz] [FRESH=1]
 	@$(BIN)/labs all
 
-draft adapters outliers: setup ## Make the draft model, the tenants' adapters, the study: [AGAIN=1]
+draft adapters outliers: setup ## Make the draft model, the LoRA adapters, the study of outliers: [AGAIN=1]
 	@$(BIN)/labs make $@
 
 quantize: setup ## Make quantized weights: METHOD=w8a8|w4a16-gptq|.. (make quantize lists them)
@@ -84,47 +84,47 @@ quantize: setup ## Make quantized weights: METHOD=w8a8|w4a16-gptq|.. (make quant
 serve: setup ## Start a variant's engine: LAB=.. [VARIANT=..] [PORT=..]
 	@$(BIN)/labs serve
 
-locust: setup ## Open Locust's web UI on a lab's workload: LAB=.. [ENDPOINT=..]
+locust: setup ## Open Locust's web UI on a lab's workload: LAB=.. [WORKLOAD=..] [ENDPOINT=..] [WEB_PORT=..]
 	@$(BIN)/labs locust
 
 report: setup ## Compute reports again from recorded runs: [RUN=..]
 	@$(BIN)/labs report
 
-site: setup ## Write the course and a page for every run, ready to publish: [OUT=site]
+site: setup ## Write the course and a page for every run as a website: [OUT=site]
 	@$(BIN)/labs site
 
-score: setup ## Show what other tools would have reported of a run: RUN=..
+score: setup ## Show what other tools would have reported for a run: RUN=..
 	@$(BIN)/labs score $(call or_help,RUN)
 
 compare: setup ## Compare two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.html|x.md] [JSON=1]
 	@$(BIN)/labs compare $(call or_help,A)
 
-reproduce: setup ## Repeat a recorded run, and compare the two: RUN=..
+reproduce: setup ## Repeat a recorded run and compare the two: RUN=..
 	@$(BIN)/labs reproduce $(call or_help,RUN)
 
-gate: setup ## Fail where a run is worse than another: RUN=.. BASELINE=.. [THRESHOLDS=x.toml]
+gate: setup ## Fail if a run is worse than another: RUN=.. BASELINE=.. [THRESHOLDS=x.toml]
 	@$(BIN)/labs gate $(call or_help,RUN)
 
 manifest-diff: setup ## Show what differs in how two runs were made: A=.. B=..
 	@$(BIN)/labs manifest-diff $(call or_help,A)
 
-export: setup ## Write a run as tables, or as vllm bench serve saves it: RUN=.. AS=csv|parquet|vllm [OUT=..]
+export: setup ## Write a run as tables, or in the format of vllm bench serve: RUN=.. AS=csv|parquet|vllm [OUT=..]
 	@$(if $(filter parquet,$(value LABS_AS)),$(BIN)/python -c 'import pyarrow' 2> /dev/null || $(BIN)/python -m pip install --quiet 'pyarrow>=17')
 	@$(BIN)/labs export $(call or_help,RUN)
 
-leaderboard: setup ## Show every lab on every machine: effect, interval, verdict, prediction
+leaderboard: setup ## Show the claims of every lab on every machine: effect, interval, verdict, prediction
 	@$(BIN)/labs leaderboard
 
 check-results: setup ## Check that recorded runs are readable and complete
 	@$(BIN)/labs check
 
-readme: setup ## Write the generated parts of README.md and the pages of results/ again
+readme: setup ## Write the generated parts of README.md and the pages in results/ again
 	@$(BIN)/labs readme
 
-watch: setup ## Keep Prometheus up between labs, with a live page: [PORT=..]
+watch: setup ## Start a Prometheus that stays up between labs, with a live page: [PORT=..]
 	@$(BIN)/labs watch
 
-watch-stop: setup ## End that Prometheus; its data are kept
+watch-stop: setup ## Stop that Prometheus; its data are kept
 	@$(BIN)/labs watch-stop
 
 import: setup ## Load finished runs into Prometheus at their own times: [RUN=".. .."]
@@ -136,10 +136,10 @@ dashboards: setup ## Write dashboards/grafana/*.json again from dashboards/board
 stack: setup ## Start Prometheus and Grafana in containers: [GRAFANA_PORT=..]
 	@$(BIN)/labs stack
 
-stack-stop: setup ## End the containers; their data are kept
+stack-stop: setup ## Stop the containers; their data are kept
 	@$(BIN)/labs stack-stop
 
-grafana-push: setup ## Put dashboards and runs on a Grafana: GRAFANA_URL=.. (and GRAFANA_TOKEN)
+grafana-push: setup ## Send dashboards and runs to a running Grafana: GRAFANA_URL=.. (and GRAFANA_TOKEN)
 	@$(BIN)/labs grafana-push $(call or_help,GRAFANA_URL)
 
 COMPONENTS := dashboards/preview/node_modules/.whole
@@ -147,38 +147,38 @@ $(COMPONENTS):
 	@command -v npm >/dev/null || { echo "error: npm is not installed: the preview needs Node 20 or later" >&2; exit 1; }
 	@cd dashboards/preview && npm install --no-audit --no-fund --no-package-lock && touch node_modules/.whole
 
-preview: $(COMPONENTS) ## Draw the dashboards in a browser, without a Grafana: [PROMETHEUS_URL=..]
+preview: $(COMPONENTS) ## Draw the dashboards in a browser without Grafana: [PROMETHEUS_URL=..]
 	@cd dashboards/preview && npm run --silent preview
 
 preview-check: setup $(COMPONENTS) ## Draw the dashboards from a run, and check that no panel is empty
 	@$(BIN)/pytest tests/fake/test_preview.py
 
-bundle: setup ## Gather what a GPU box without internet needs: FOR=cuda [HAVE=list] [WITH_TREE=64M] [LEAN=hopper] ..
+bundle: setup ## Gather what a GPU machine without internet needs: FOR=cuda [HAVE=list] [WITH_TREE=64M] [LEAN=hopper] ..
 	@$(BIN)/labs bundle
 
-unbundle: ## On that box: check and install a bundle: FROM=bundle TO=folder
+unbundle: ## On that machine: check and install a bundle: FROM=bundle TO=folder
 	@$(PYTHON_HERE) -m serving.unbundle --from "$${LABS_FROM:-bundle}" "$$LABS_TO"
 
 # The tests of one file stay in one process, in the order of tests/conftest.py: two processes begin
 # with the labs on real engines, and two have the rest meanwhile. They are twice as many as a small
 # machine's cores, since each often waits for a window to end. A choice of tests runs in one.
 TOGETHER := -n 4 --dist loadfile --no-loadscope-reorder
-test: setup ## Run the tests: unit, fake engine, real vLLM on CPU, GPU where there is one: [TESTS=..]
+test: setup ## Run the tests (unit, fake engine, real vLLM on CPU, GPU if there is one): [TESTS=tests/unit]
 	@PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$LABS_TESTS" $(BIN)/pytest $(if $(value LABS_TESTS),,$(TOGETHER))
 
-rehearse: setup ## Rehearse a short session on a locked-down GPU box, without one: [SECONDS=530] [ONLY=..]
+rehearse: setup ## Rehearse a short session on a locked-down GPU machine without having one: [SECONDS=530] [ONLY=..]
 	@$(BIN)/python -m tests.rehearsal
 
-check: setup ## Lint, format and type check; generated pages and results in order
+check: setup ## Lint, check formatting and types, and check the generated pages and results
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(DENO) lint --quiet && $(DENO) check --quiet dashboards/page tests/unit
 	@$(BIN)/labs readme --verify && $(BIN)/labs check --committed
 
-bench: setup ## Measure the lab's own instruments: [PART=streams|engine|neighbour|recording|aa]
+bench: setup ## Measure the lab's own instruments: [PART=streams|engine|neighbour|recording|overhead|aa|twins]
 	@$(BIN)/python -m bench
 
-clean: ## Remove caches; results, environment and models' packages stay
+clean: ## Remove .cache (models made here, data of `make watch`) and the tools' caches; results and .venv stay
 	rm -rf .cache .pytest_cache .ruff_cache .mypy_cache
 
-distclean: clean ## Also remove the environment and downloaded tools
+distclean: clean ## Also remove .venv and .tools, which the next target installs again
 	rm -rf .venv .tools *.egg-info

@@ -1,4 +1,4 @@
-"""What the lab's own instruments cost: figures beside their aims, from one run on this machine.
+"""Measure what the lab's own instruments cost: figures beside their aims, on this machine.
 
     python -m bench --help
 

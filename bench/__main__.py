@@ -64,7 +64,7 @@ something broke, whatever the figures.
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and how often."""
+    """Holds what is measured, and how often."""
 
     parts: Sequence[str]
     programs: Sequence[truth.Program]

@@ -1,4 +1,4 @@
-"""How every part prints: tables, and figures beside their aims."""
+"""Print tables, and figures beside their aims, for every part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the load generator adds to TTFT and to gaps, and the CPU it costs.
+"""Measure what the load generator adds to TTFT and to gaps, and the CPU time it costs.
 
 The reference is a server that records when it wrote each chunk (`bench/truth.py`).
 """

@@ -18,7 +18,7 @@ from loadtests.records import RequestRecord
 
 @dataclass
 class Errors:
-    """How the client's records differ from the server's, in seconds; `+=` pools trials."""
+    """Holds how the client's records differ from the server's, in seconds; `+=` pools trials."""
 
     ttft_s: list[float] = field(default_factory=list)  # sent to first chunk, less the server's
     read_s: list[float] = field(default_factory=list)  # each chunk: written to stamped

@@ -31,7 +31,7 @@ Truth = Mapping[str, Any]  # one line of the server's log
 
 @dataclass(frozen=True)
 class Program:
-    """What the server is asked to send: streams of one shape, each user's one after another."""
+    """Describes what the server is to send: streams of one shape, each user's one after another."""
 
     streams: int
     gap_s: float = 0.01
@@ -42,7 +42,7 @@ class Program:
 
     @property
     def shape(self) -> str:
-        """What is unusual about the streams, in words; empty for plain ones."""
+        """Return what is unusual about the streams, in words; empty for plain ones."""
         odd = {
             "role chunk early": self.early_role,
             "SSE comments": self.sse_comments,

@@ -1,1 +1,1 @@
-"""What is watched: Prometheus beside every run."""
+"""Provide Prometheus beside every run, Grafana dashboards as code, and the live page."""

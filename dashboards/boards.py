@@ -73,7 +73,7 @@ OUTCOMES = {
 PREDICTIONS = {"held": "green", "refuted": "red", "broken": "red"}
 
 NEEDS = {
-    "Tokens a draft step": "speculation",
+    "Tokens per draft step": "speculation",
     "Drafts accepted, by position": "speculation",
     "Adapters in flight": "adapters",
     "GPU utilisation": "a GPU",
@@ -178,12 +178,12 @@ def _latency_panels() -> tuple[Panel, ...]:
         ),
         _latency(
             ITL,
-            "Between two tokens; a p99 far above the p50 is a stream that stands still.",
+            "The gap between two tokens; a p99 far above the p50 means that streams stand still.",
             _slo("itl"),
         ),
         _latency(
             TPOT,
-            "Time per output token, a request's mean; it grows with the batch.",
+            "Mean time per output token of a request; it grows with the batch.",
             _slo("tpot"),
         ),
         _latency(E2E, "Whole requests, so it follows the length of answers."),
@@ -194,7 +194,7 @@ def _flow_panels() -> tuple[Panel, ...]:
     return (
         lines(
             "Output tokens",
-            "Tokens of answers that ended; the plateau is what the machine can do at this load.",
+            "Tokens of completed answers; the plateau is what the machine can do at this load.",
             TOKENS_PER_S,
             Line(_rate(f"{exporter.OUTPUT_TOKENS}_total")),
         ),
@@ -206,7 +206,7 @@ def _flow_panels() -> tuple[Panel, ...]:
         ),
         lines(
             "Requests running and waiting",
-            "In the engine; waiting (dashed) above zero means TTFT is queueing time.",
+            "Requests in the engine; waiting ones (dashed) mean that TTFT includes queueing.",
             PLAIN,
             Line(_sum(metrics.RUNNING)),
             Line(_sum(metrics.WAITING), style=DASHED),
@@ -226,7 +226,7 @@ def _memory_panels() -> tuple[Panel, ...]:
     return (
         lines(
             "KV cache in use",
-            "Of the KV blocks; near the line requests are preempted or wait for memory.",
+            "Share of the KV blocks in use; near the line requests wait or are preempted.",
             RATIO,
             Line(f"max by (variant) ({metrics.KV_USAGE}{{{LIVE}}})"),
             limit=0.95,
@@ -234,7 +234,7 @@ def _memory_panels() -> tuple[Panel, ...]:
         ),
         lines(
             "Preemptions",
-            "Requests thrown out of the batch for want of KV memory; any costs its work again.",
+            "Requests removed from the batch for lack of KV memory; they must be computed again.",
             PER_S,
             Line(_rate(metrics.PREEMPTIONS)),
             most=1,
@@ -247,9 +247,9 @@ def _memory_panels() -> tuple[Panel, ...]:
             most=1,
         ),
         lines(
-            "Tokens a step",
-            "What one step of the engine computes, prefill and decode; mean, and p99 dashed: long"
-            " steps are what stalls running streams.",
+            "Tokens per step",
+            "Tokens that one step of the engine computes, prefill and decode: mean, and p99 dashed."
+            " Long steps stall running streams.",
             TOKENS,
             Line(_ratio(f"{metrics.STEP_TOKENS}_sum", f"{metrics.STEP_TOKENS}_count")),
             Line(_quantile(0.99, metrics.STEP_TOKENS), style=DASHED),
@@ -264,14 +264,14 @@ def _feature_panels() -> tuple[Drawn, ...]:
     )
     return (
         lines(
-            "Tokens a draft step",
-            "Accepted drafts and the target's own token: the most that speculation can save.",
+            "Tokens per draft step",
+            "Accepted draft tokens and the target's own one: an upper bound on the speed-up.",
             TOKENS,
             Line(f"1 + {_ratio(metrics.SPEC_ACCEPTED, metrics.SPEC_DRAFTS)}"),
         ),
         bars(
             "Drafts accepted, by position",
-            "Over the time shown; where it falls off, drafting further ahead is wasted.",
+            "Over the time shown; where the share drops, drafting further ahead is wasted.",
             RATIO,
             f"{accepted} / on (variant) group_left {drafts}",
             row="position",
@@ -279,7 +279,7 @@ def _feature_panels() -> tuple[Drawn, ...]:
         ),
         lines(
             "Adapters in flight",
-            "Different adapters asked for at once; beyond the engine's slots they swap.",
+            "Different adapters requested at once; beyond the engine's slots they are swapped.",
             PLAIN,
             Line(_sum(exporter.ADAPTERS)),
         ),
@@ -370,7 +370,7 @@ def _answer_panels() -> tuple[Panel, ...]:
         rows(
             "Verdicts",
             "What each claim came to: the ratio of treatment to baseline with its 95 % interval,"
-            " and the ratio predicted before anything ran. An interval speaks of one sitting. A"
+            " and the ratio predicted before anything ran. An interval covers one sitting. A"
             " prediction p held where the 90 % interval lies within p / 1.25 and 1.25 p, is refuted"
             " where it lies wholly outside, else open; trivial: p is about 1.",
             Column("Claim", "title", width=420),
@@ -387,8 +387,8 @@ def _answer_panels() -> tuple[Panel, ...]:
         ),
         interval(
             "Ratio to the baseline, 95 % interval",
-            "The colour changes at the ratio; a bar across the line at 1 tells nothing apart."
-            " An interval speaks of one sitting.",
+            "A bar spans the interval, and its colour changes at the ratio. A bar across the line"
+            " at 1 shows no difference. An interval covers one sitting.",
             "title",
             effect,
             low,
@@ -397,7 +397,7 @@ def _answer_panels() -> tuple[Panel, ...]:
         ),
         beside(
             "Ratio, measured and predicted",
-            "Bars of a length: theory explains the effect; else its assumptions do not hold here.",
+            "Bars of equal length: theory explains the effect; else its assumptions fail here.",
             TIMES,
             "title",
             {"measured": effect, "predicted": predicted},
@@ -432,7 +432,7 @@ def _prediction_tables() -> tuple[Panel, ...]:
         ),
         rows(
             "Every figure",
-            "Mean over the repeats with its 95 % interval, which speaks of one sitting.",
+            "Mean over the repeats with its 95 % interval, which covers one sitting.",
             *point,
             Column("Mean", expr=_last(series.MEASUREMENT, POINTS)),
             Column("Low", expr=_last(series.MEASUREMENT_LOW, POINTS)),
@@ -465,7 +465,7 @@ def compare(described: Figures) -> dashboard.Dashboard:
             ("output_tokens_per_s", "Higher is better; see at which load the variants part."),
             (
                 "goodput_per_s",
-                "Requests that met the SLO: throughput that nobody waited too long for.",
+                "Requests/s that met the SLO: the throughput for which nobody waited too long.",
             ),
             ("ttft_p50_s", "Lower is better; prefill and queueing."),
             ("tpot_mean_s", "Lower is better; the pace of an answer."),
@@ -636,7 +636,7 @@ def _sending_panels() -> tuple[Panel, ...]:
         ),
         lines(
             "Event-loop lag",
-            "How late the load process woke, the worst of each half second; every stamp may be so"
+            "How late the load process woke, the worst of each half second; every time may be so"
             " late.",
             SECONDS,
             Line(f"max by (variant) ({exporter.LOOP_LAG}{{{LIVE}}})"),
@@ -654,7 +654,7 @@ def _sending_panels() -> tuple[Panel, ...]:
         ),
         lines(
             "Due and not sent",
-            "Requests whose time has come and that no free user could send; it must return to 0.",
+            "Requests that are due but that no free user could send yet; it must return to 0.",
             PLAIN,
             Line(_sum(exporter.OVERDUE)),
             most=1,
@@ -674,7 +674,7 @@ def _outcome_panels() -> tuple[Panel, ...]:
         ),
         lines(
             "Errors",
-            "Share of requests that failed; beyond the line the survivors' latencies mislead.",
+            "Share of requests that failed; beyond the line the latencies of the others mislead.",
             RATIO,
             Line(f"{failed} / {_rate(ended)}"),
             limit=MOST_ERRORS,
@@ -686,7 +686,7 @@ def _outcome_panels() -> tuple[Panel, ...]:
         ),
         lines(
             "Requests ended, client and engine",
-            "Both count the same requests (engine dashed); a lasting difference is lost ones.",
+            "Both count the same requests (engine dashed); a lasting gap means lost requests.",
             PER_S,
             Line(_rate(ended, f'{LIVE},outcome="ok"')),
             Line(_rate(metrics.REQUESTS), style=DASHED),

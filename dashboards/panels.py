@@ -44,7 +44,7 @@ Panel = series.Panel | barchart.Panel | table.Panel
 
 @dataclass(frozen=True)
 class Style:
-    """How a line is drawn: its width and dashes in pixels, and a colour if not its variant's."""
+    """Describes a line: its width and dashes in pixels, and a colour if not its variant's."""
 
     width: int = 2
     dash: tuple[int, ...] = ()

@@ -79,7 +79,7 @@ def _push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) 
         raise GrafanaError(f"Grafana at {url} cannot be reached: is GRAFANA_URL right?") from error
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise GrafanaError(
-            f"what answers at {url} is no Grafana ({type(error).__name__}: {_short(error)}): is"
+            f"what answers at {url} is not Grafana ({type(error).__name__}: {_short(error)}): is"
             " GRAFANA_URL right?"
         ) from error
 
@@ -149,7 +149,7 @@ def _regions(grafana: GrafanaApi, regions: Sequence[Region]) -> None:
     annotations: dict[str, dict[str, Any]] = {}  # by the tag of the run
     found = grafana.annotations.find_annotations(tags=[TAG], limit=MOST_REGIONS)
     if not isinstance(found, list):
-        raise TypeError("its annotations are no list")
+        raise TypeError("its annotations are not a list")
     for annotation in found:
         annotations |= {tag: annotation for tag in annotation["tags"] if tag.startswith("run:")}
     for region in regions:

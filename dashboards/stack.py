@@ -41,7 +41,7 @@ class Stack:
 
     @property
     def url(self) -> str:
-        """Where Grafana is."""
+        """Return the address of Grafana."""
         return f"http://127.0.0.1:{self.grafana_port}"
 
     def start(self) -> None:
@@ -53,7 +53,7 @@ class Stack:
         if up := prometheus.watching():
             raise StackError(
                 "a Prometheus is up already and has the data:"
-                f" `make {'watch' if up.own else 'stack'}-stop` ends it"
+                f" `make {'watch' if up.own else 'stack'}-stop` stops it"
             )
         if not self._compose("ps", "--quiet"):  # else the ports are its own
             require_port(self.prometheus_port, "PROMETHEUS_PORT")

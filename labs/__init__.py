@@ -1,4 +1,4 @@
-"""What is asked: the labs, and the machinery that runs, judges and reports them."""
+"""Provide the labs, and the machinery that runs, judges and reports them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST = (
     "single-stream", "continuous-batching", "weight-quantization", "kv-quantization",
     "prefix-caching", "chunked-prefill", "speculative-decoding", "multi-lora",
 )  # fmt: skip
-"""What a sitting that may be cut short runs first; labs that are not named here follow."""
+"""These labs run first where the time is limited; labs that are not named here follow."""
 
 
 def _labs() -> dict[str, Lab]:

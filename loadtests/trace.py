@@ -29,7 +29,7 @@ MOST_ROWS = 4096  # the first ones, since a run's manifest holds them
 def read_trace(path: Path) -> tuple[TraceRow, ...]:
     """Read a trace in order of time; raises ValueError, which names the request and the reason."""
     if path.exists() and not path.is_file():
-        raise ValueError(f"the trace {path} cannot be read: it is no regular file")
+        raise ValueError(f"the trace {path} cannot be read: it is not a regular file")
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(
@@ -51,7 +51,7 @@ def _rows(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterable[TraceRow]:
     kinds: set[str] = set()
     for number, line in enumerate(lines, 1):
         if not isinstance(line, dict):
-            raise ValueError(f"{path}, request {number}: it is no object with named fields")
+            raise ValueError(f"{path}, request {number}: it is not an object with named fields")
         fields = {str(key).strip().lower(): value for key, value in line.items()}
         names = next((c for c in COLUMNS if set(c) <= fields.keys()), None)
         if names is None:

@@ -102,7 +102,7 @@ def read_have(path: Path) -> Packages:
         if row:
             packages[normal(row[1])] = row[2] or ""
     if not packages:
-        raise BundleError(f"HAVE={path} names no package: give what `python3 -m pip list` printed")
+        raise BundleError(f"HAVE={path} names no package: give the output of `python3 -m pip list`")
     return packages
 
 
@@ -110,7 +110,7 @@ def part_size(text: str) -> int:
     """Read a size in bytes: `60M` -> 60,000,000. Raises BundleError."""
     size = re.fullmatch(r"(\d+)([KMG]?)", text)
     if size is None or int(size[1]) == 0:
-        raise BundleError(f"PART={text} is no size: give bytes, or a size such as 60M or 2G")
+        raise BundleError(f"PART={text} is not a size: give bytes, or a size such as 60M or 2G")
     return int(size[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[size[2]]
 
 
@@ -136,11 +136,11 @@ def check(
 ) -> None:
     """Check that a bundle can be made for this platform and Python. Raises BundleError."""
     if lean and lean not in LEAN:
-        raise BundleError(f"LEAN={lean} is not known: lean bundles are made LEAN={', '.join(LEAN)}")
+        raise BundleError(f"LEAN={lean} is not known: give LEAN={', '.join(LEAN)}")
     if lean and not (have or {}).get("torch"):
-        raise BundleError(f"LEAN={lean} needs HAVE= with the torch of that machine: it has none")
+        raise BundleError(f"LEAN={lean} needs HAVE= with that machine's torch, which it leaves out")
     if platform not in PLATFORMS:
-        raise BundleError(f"FOR={platform} is not known: bundles are made FOR=cuda")
+        raise BundleError(f"FOR={platform} is not known: give FOR=cuda")
     if not re.fullmatch(r"3\.\d+", python) or int(python[2:]) < 11:
         raise BundleError(f"PYTHON_VERSION={python}: the lab needs 3.11 or newer, such as 3.12")
 
@@ -156,7 +156,7 @@ def resolve(request: BundleRequest, work: Path, say: Callable[[str], None]) -> P
         **{name: v or locked[name] for name, v in request.have.items() if v or name in locked},
     }
     if unknown := [n for n in request.without if n not in left_out]:
-        raise BundleError(f"WITHOUT names {', '.join(unknown)}, which is not in the lock")
+        raise BundleError(f"WITHOUT names {', '.join(unknown)}, which is not in the lock file")
     (work / "there").mkdir()
     python = "cp" + request.python.replace(".", "")
     tag = f"{python}-{python}-manylinux_2_{GLIBC_MINOR}_{ARCH}"
@@ -364,7 +364,7 @@ def bundle(
     if not request.lean:
         carried |= dict([BUNDLED_PACKAGE.split("==")])
     say(
-        f"vLLM {needed['vllm']}, {len(carried)} packages to carry, {len(left_out)} already there;"
+        f"vLLM {needed['vllm']}: {len(carried)} packages to carry, {len(left_out)} already there;"
         f" downloading into {os.path.relpath(folder)}"
     )
     wheels = download(carried, request.python, folder)

@@ -67,8 +67,8 @@ def derive(model: Model, name: str) -> Path:
     """
     if name not in DERIVED:
         raise ModelError(
-            f"{name} is made of real weights, and {model.name} has random ones: leave WEIGHTS=dummy"
-            f" out (of random weights are made: {', '.join(DERIVED)})"
+            f"{name} needs real weights, and {model.name} has random ones: leave WEIGHTS=dummy"
+            f" out (available with random weights: {', '.join(DERIVED)})"
         )
     config = json.loads((model.path / "config.json").read_text())
     return DERIVED[name](f"{model.name}-{name}", config)

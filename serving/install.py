@@ -396,9 +396,9 @@ def install_with_torch_index(home: Path, index: str, step: Step, *command: str) 
     if refusal or not pip(home, step, *command, *short):
         raise failure(
             home,
-            "torch's CPU build is not in pip's index and could not be had from"
-            f" {index} either ({refusal or 'pip failed'}): let this machine reach that,"
-            " or set PIP_FIND_LINKS to a folder with the wheel",
+            "torch's CPU build is not in pip's index and cannot be downloaded from"
+            f" {index} either ({refusal or 'pip failed'}): allow access to"
+            " that address, or set PIP_FIND_LINKS to a folder with the wheel",
         )
 
 
@@ -491,14 +491,14 @@ def download(url: str, target: Path, sha256: str, step: Step) -> None:
 
 
 def set_up(root: Path, platform: str, vllm: str = "") -> None:
-    """Go through all steps; only a missing Prometheus does not stop it. Raises SetupError."""
+    """Go through all steps; a missing Prometheus alone does not stop it. Raises SetupError."""
     started, home = time.monotonic(), home_of(root, vllm)
     (home / ".venv" / "ready").unlink(missing_ok=True)
     if not venv_works(home, platform):
         check_disk(root, platform)
         target = f"{platform} with vLLM {vllm}" if vllm else platform
         log = log_of(home).relative_to(root)
-        print(f"setting up for {target}: minutes the first time, details in {log}")
+        print(f"setting up for {target}: some minutes the first time, details in {log}")
         with Step("virtual environment") as step:
             make_venv(home, platform, step)
     with Step(f"packages for {platform}") as step:
@@ -517,9 +517,9 @@ def set_up(root: Path, platform: str, vllm: str = "") -> None:
         except SetupError as reasons:
             note = WITHOUT_PROMETHEUS
             print(
-                f"no Prometheus ({reasons}): runs go on with their files, since the raw records are"
-                " the source of truth; for dashboards put `prometheus` and `promtool` on PATH, or"
-                " run `python3 -m serving.install --force` where one of these can be reached"
+                f"Prometheus could not be installed ({reasons}): labs work without it, since every"
+                " record is kept in files; for dashboards put `prometheus` and `promtool` on PATH,"
+                " or run `python3 -m serving.install --force` where one of these can be reached"
             )
     (home / ".venv" / "ready").write_text(digest(root, platform, vllm) + note)
     print(f"ready in {clock(time.monotonic() - started)}", flush=True)
@@ -551,19 +551,19 @@ def parse(arguments: "list[str] | None") -> argparse.Namespace:
         prog="python3 -m serving.install",
         description="Set up what the labs need and is not there yet: .venv with the packages of"
         " serving/locks/PLATFORM.txt, the bundled model in .cache, Prometheus from PATH or in"
-        " .tools. Calling it again is free; interrupted, it goes on from where it was.",
+        " .tools. Calling it again is quick; after an interruption it continues.",
         epilog="LABS_PLATFORM=cpu or LABS_PLATFORM=cuda in the environment overrides what is"
-        " detected. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) hold. Full output:"
+        " detected. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply. Full output:"
         " .venv/install.log. To start over, delete .venv, .tools and .cache.",
     )
     parser.add_argument(
         "--check", action="store_true", help="only show what exists; exit 1 if a part is missing"
     )
     parser.add_argument(
-        "--force", action="store_true", help="go through the steps although nothing has changed"
+        "--force", action="store_true", help="go through the steps even if nothing has changed"
     )
     parser.add_argument(
-        "--vllm", default="", metavar="VERSION", help="in an environment of its own, this vLLM"
+        "--vllm", default="", metavar="VERSION", help="this vLLM, in an environment of its own"
     )
     return parser.parse_args(arguments)
 
@@ -574,7 +574,7 @@ def check_vllm(vllm: str, bundled: bool) -> None:
         raise SetupError(f"VLLM={vllm} is not a version: give one such as VLLM=0.31.0")
     if vllm and bundled:
         raise SetupError(
-            f"VLLM={vllm} cannot be had here: this folder came out of a bundle, which holds one"
+            f"VLLM={vllm} is not available here: this folder came out of a bundle, which holds one"
             " vLLM; `make bundle VLLM=..` makes a bundle with another"
         )
 
@@ -601,7 +601,7 @@ def main(arguments: "list[str] | None" = None) -> int:
         print(f"set-up stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("set-up interrupted: the same command goes on from here", file=sys.stderr)
+        print("set-up interrupted: the same command continues from here", file=sys.stderr)
         return 130
     return 0
 

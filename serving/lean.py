@@ -1,4 +1,4 @@
-"""What a lean bundle leaves out: `make bundle LEAN=hopper`, for a GPU where every megabyte counts.
+"""Leave out of a lean bundle what one kind of GPU does not need: `make bundle LEAN=hopper`.
 
 It carries what serves random weights on a Hopper GPU (H100, H200) with vLLM 0.26, and no more. What
 is left out was read in vLLM 0.26.0's source, where each is imported only by what is named here.
@@ -21,7 +21,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 @dataclass(frozen=True)
 class Lean:
-    """What is left out of a bundle for one kind of GPU, and what it then cannot do."""
+    """Lists what a bundle for one kind of GPU leaves out, and what it then cannot do."""
 
     packages: tuple[str, ...]  # with all that only they need
     files: dict[str, str]  # package -> a pattern of the paths in its wheel that stay behind

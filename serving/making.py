@@ -1,4 +1,4 @@
-"""What the makers of models share: reading prompts, loading the base, writing a complete folder.
+"""Share code among the makers of models: read prompts, load the base, write a complete folder.
 
 A maker runs as `python -m serving.NAME BASE OUT PROMPTS`: it prints its progress, and its folder
 appears only when it is complete.

@@ -220,13 +220,13 @@ def load(path: Path, name: str) -> Model:
     ) as error:  # fmt: skip
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise ModelError(
-            f"{path} is no model that can be read ({reason}): download it again, or give another"
-            " with MODEL="
+            f"{path} is not a model that can be read ({reason}): download it again, or give"
+            " another with MODEL="
         ) from error
     if any(type(size) is not int or size < 0 for size in vars(model.shape).values()):
         raise ModelError(
-            f"{path} is no model that can be read (its config.json gives sizes that are no whole"
-            " numbers): download it again, or give another with MODEL="
+            f"{path} is not a model that can be read (its config.json gives sizes that are not"
+            " whole numbers): download it again, or give another with MODEL="
         )
     return model
 
@@ -327,7 +327,7 @@ MOST_HEADER_BYTES = 100_000_000  # of config.json, and of a shard's header by it
 
 def _text(path: Path) -> str:
     if not path.is_file():  # a pipe would never end
-        raise ValueError(f"{path.name} is no regular file")
+        raise ValueError(f"{path.name} is not a regular file")
     if path.stat().st_size > MOST_HEADER_BYTES:
         raise ValueError(f"{path.name} has more than {MOST_HEADER_BYTES} bytes")
     return path.read_text()
@@ -336,11 +336,11 @@ def _text(path: Path) -> str:
 def _tensor_sizes(shard: Path) -> dict[str, tuple[int, int]]:
     """Read tensor name -> (elements, bytes) from the header (safetensors format, 2022)."""
     if not shard.is_file():
-        raise ValueError(f"{shard.name} is no regular file")
+        raise ValueError(f"{shard.name} is not a regular file")
     with shard.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > min(MOST_HEADER_BYTES, shard.stat().st_size):
-            raise ValueError(f"{shard.name} is cut short, or is no safetensors file")
+            raise ValueError(f"{shard.name} is cut short, or is not a safetensors file")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return {

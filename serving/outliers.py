@@ -1,4 +1,4 @@
-"""How outlying activations affect 8-bit rounding: `python -m serving.outliers MODEL OUT TEXT`.
+"""Study how outlying inputs affect 8-bit rounding: `python -m serving.outliers MODEL OUT TEXT`.
 
 OUT is a folder with `about.json` and no model in it.
 
@@ -36,7 +36,7 @@ CALIBRATED = 3  # every third passage gives the scales, the others are scored
 
 @dataclass(frozen=True)
 class Inputs:
-    """What entered a linear layer: the largest magnitude of each channel, and the mean kurtosis.
+    """Holds the largest magnitude of each channel that entered a linear layer, and mean kurtosis.
 
     `kurtosis` is that of a token's values over the channels (3 for a normal distribution), the mean
     over tokens; `peak` is (channels,).
@@ -47,7 +47,7 @@ class Inputs:
 
     @property
     def largest_over_median(self) -> float:
-        """How much the largest channel exceeds the median one."""
+        """Return the largest channel's magnitude over the median channel's."""
         return float(self.peak.max() / self.peak.median())
 
 

@@ -57,7 +57,7 @@ class Sample:
 
 
 class Source(Protocol):
-    """What telemetry is sampled from."""
+    """Reads what telemetry is sampled from."""
 
     def read(self) -> list[Sample]:
         """Read every device now."""

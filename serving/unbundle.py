@@ -58,7 +58,7 @@ def read_manifest(folder: Path) -> "dict[str, Any]":
         ) from error
     if not _is_manifest(manifest):
         raise UnbundleError(
-            f"{folder / MANIFEST} is none that `make bundle` writes: copy that file again"
+            f"{folder / MANIFEST} was not written by `make bundle`: copy that file again"
         )
     return manifest  # type: ignore[no-any-return]
 
@@ -108,7 +108,7 @@ def check_python(manifest: "dict[str, Any]") -> None:
             differ.append(f"{name} {version} is {installed}".replace("  ", " "))
     if differ:
         raise UnbundleError(
-            f"the bundle leaves out what {sys.executable} was said to have, but here"
+            f"the bundle leaves out packages that {sys.executable} was said to have, but here"
             f" {', '.join(differ)}: make it again with this machine's `pip list` as HAVE="
         )
 

@@ -1,4 +1,4 @@
-"""What a worker of vLLM imports before it loads random weights (`serving/random_weights.py`).
+"""Hook into vLLM's worker before it loads random weights (`serving/random_weights.py`).
 
 It is named by `--worker-extension-cls`, and only a worker may import it.
 """

@@ -1,1 +1,1 @@
-"""What is typed: the command line and what its commands print."""
+"""Provide the command line: its commands, and what they print."""

@@ -1,4 +1,4 @@
-"""Keep track of a sitting that runs every lab and may be interrupted: what is begun and done."""
+"""Keep track of `labs all`, which may take several calls: which labs are begun and done."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NOTHING_YET: dict[str, object] = {
 
 
 class Sitting(BaseModel, extra="forbid"):
-    """Records which labs a sitting has begun and finished; other settings are another sitting."""
+    """Records which labs were begun and finished; calls with other settings have another record."""
 
     quick: bool
     model: str
@@ -83,14 +83,14 @@ class Sitting(BaseModel, extra="forbid"):
         return leaderboards.write_machine(homes.pop()) if homes else None
 
     def end(self) -> None:
-        """Forget the sitting, so that the next call starts a new one."""
+        """Delete the record, so that the next call starts over."""
         FILE.unlink(missing_ok=True)
 
 
 def chosen(only: str, by_value: bool) -> list[str]:
     """Return the labs to run, in their order: those that `only` names, or every lab.
 
-    `by_value` puts first what a short sitting on a GPU should not end without. Raises LabError.
+    `by_value` puts the labs with the most to show on a GPU first. Raises LabError.
     """
     if not only:
         first = [name for name in FIRST if name in LABS] if by_value else []
@@ -108,7 +108,7 @@ def chosen(only: str, by_value: bool) -> list[str]:
 def check_flags(names: Iterable[str], request: RunRequest, machine: Machine) -> None:
     """Have each engine's parser read the flags of all these labs at once, and remember them.
 
-    A parser takes long to import. What it refuses is told by the lab itself, when its turn comes.
+    A parser takes long to import. A lab with refused flags reports them when its turn comes.
     """
     sets: dict[str, list[Flags]] = {}
     for name in names:
@@ -130,7 +130,7 @@ def start(
     weights: str = "",
     changes: Mapping[str, Any] | None = None,
 ) -> Sitting:
-    """Return the unfinished sitting with these settings, or a new one."""
+    """Return the unfinished record with these settings, or a new one."""
     new = Sitting(
         quick=quick,
         model=model,

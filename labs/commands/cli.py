@@ -78,7 +78,7 @@ app = typer.Typer(
 
 @app.callback(help=HELP)
 def before_every_command() -> None:
-    """Say which settings in the environment nothing reads."""
+    """Warn of settings in the environment that nothing reads."""
     for sentence in environment.unread(os.environ):
         errors.print(f"[bold yellow]warning:[/] {escape(sentence)}")
 
@@ -105,13 +105,16 @@ def run(
         str,
         typer.Option(
             envvar="LABS_ENDPOINT",
-            help="Drive this running OpenAI-compatible server, for a lab with one variant.",
+            help="Send the load to this running OpenAI-compatible server; only for a lab with one"
+            " variant.",
         ),
     ] = "",
     seed: SeedOption = "",
     resume: Annotated[
         bool,
-        typer.Option(envvar="LABS_RESUME", help="Continue the newest unfinished run of this lab."),
+        typer.Option(
+            envvar="LABS_RESUME", help="Continue the newest unfinished run with these settings."
+        ),
     ] = False,
     engine_command: EngineOption = "",
     unsafe_flags: UnsafeOption = False,
@@ -150,7 +153,7 @@ def run_all(
     fresh: Annotated[
         bool,
         typer.Option(
-            envvar="LABS_FRESH", help="Start anew, whatever an unfinished sitting has done."
+            envvar="LABS_FRESH", help="Start over, instead of continuing an earlier call."
         ),
     ] = False,
     only: Annotated[
@@ -165,8 +168,8 @@ def run_all(
         typer.Option(
             envvar="LABS_SECONDS",
             min=1,
-            help="How long this call may last: no engine and no trial is begun that does not fit"
-            " (exit code 75), and the next call goes on. Reports are left to `labs report`.",
+            help="How long this call may last: nothing is begun that would not finish in time"
+            " (exit code 75), and the next call continues. `labs report` writes the reports.",
         ),
     ] = None,
     archive_file: Annotated[
@@ -174,12 +177,12 @@ def run_all(
         typer.Option(
             "--archive",
             envvar="LABS_ARCHIVE",
-            help="A .tar.gz that is written anew after every lab, with all results and logs.",
+            help="Pack all results and logs into this .tar.gz after every lab.",
         ),
     ] = None,
     engine_command: EngineOption = "",
 ) -> None:
-    """Run every lab in order, continue where an earlier call stopped, and write one page of all."""
+    """Run every lab in order, continuing where an earlier call stopped; write one page of all."""
     with reported_errors():
         chosen = all_labs.chosen(only, by_value=seconds is not None)
         all_changes = {**_parallel(tp, dp, pp), **_changes(changes)}
@@ -191,7 +194,7 @@ def run_all(
         )  # fmt: skip
         if clock.bounded:
             console.print(
-                f"{seconds:.0f} s for this call, in which an engine has"
+                f"This call may last {seconds:.0f} s, and an engine has"
                 f" {clock.start_timeout_s:.0f} s to start"
             )
         try:
@@ -209,7 +212,7 @@ def run_all(
             console.print(f"To be done: {', '.join(left)}. The same call goes on with them.")
             raise typer.Exit(os.EX_TEMPFAIL)
         if sitting.not_finished:
-            console.print("Call `make labs-all` again: it runs only these.")
+            console.print("Call `make labs-all` again: it runs only these labs.")
             raise typer.Exit(1)
         if clock.bounded:
             console.print("Everything is done: FRESH=1 starts over.")
@@ -219,7 +222,7 @@ def run_all(
 
 @dataclass
 class _Sitting:
-    """What became of the labs that a call has tried."""
+    """Holds what became of the labs that a call has tried."""
 
     skipped: dict[str, str] = field(default_factory=dict)
     not_finished: dict[str, str] = field(default_factory=dict)
@@ -237,14 +240,14 @@ def _sitting(
         lab = LABS[name]
         console.print(f"\n[bold]Lab {number} of {len(chosen)}: {lab.title}[/]")
         if name in state.done:
-            console.print(f"Done already in this sitting: {state.done[name]}")
+            console.print(f"Done by an earlier call: {state.done[name]}")
             continue
         try:
             clock.require(clock.preparation_s(host.kind) + clock.start_s(host.kind), lab.name)
             resume = state.begin(name)
             folder = _play_or_begin_anew(replace(request, lab=lab, resume=resume))
         except TimeUsedUp as reason:
-            console.print(f"The time of this call is used up: {escape(str(reason))}")
+            console.print(f"The time for this call is used up: {escape(str(reason))}")
             sitting.time_used_up = True
             break
         except NotApplicable as reason:
@@ -287,9 +290,9 @@ def forecast_lab(
         typer.Option(
             "--machine",
             envvar="LABS_MACHINE",
-            help=f"A GPU that is not here: {', '.join(short_names())}. Its steps are computed from"
-            " its datasheet and published efficiencies; MODEL= names a shape that ships with the"
-            " lab, or a model folder.",
+            help=f"A GPU that this machine need not have: {', '.join(short_names())}. Its steps are"
+            " computed from its datasheet and published efficiencies; MODEL= names a shape that"
+            " ships with the lab, or a model folder.",
         ),
     ] = "",
     out: MarkdownOut = None,
@@ -346,7 +349,7 @@ def make(
         bool, typer.Option(envvar="LABS_AGAIN", help="Make it again where it exists already.")
     ] = False,
 ) -> None:
-    """Make a model derived from the served one; a lab makes what it needs by itself."""
+    """Make a model derived from the served one. A lab makes the models it needs by itself."""
     with reported_errors():
         served = model_of(machine.detect(), model, weights)
         if again and (place := derived_models.place(served, name)).is_relative_to(models.CACHE):
@@ -372,7 +375,9 @@ def serve(
     lab: Annotated[
         str, typer.Option(envvar="LABS_LAB", help="The lab whose engine settings to use.")
     ],
-    variant: Annotated[str, typer.Option(envvar="LABS_VARIANT", help="Default: the first.")] = "",
+    variant: Annotated[
+        str, typer.Option(envvar="LABS_VARIANT", help="A variant of the lab; default: the first.")
+    ] = "",
     port: Annotated[int, typer.Option(envvar="LABS_PORT", min=1, max=65535)] = PORT,
     changes: SetOption = "",
     model: ModelOption = "",
@@ -410,10 +415,14 @@ def serve(
 @app.command()
 def locust(
     lab: Annotated[str, typer.Option(envvar="LABS_LAB", help="The lab whose workload to send.")],
-    workload: Annotated[str, typer.Option(envvar="LABS_WORKLOAD", help="Default: the first.")] = "",
+    workload: Annotated[
+        str, typer.Option(envvar="LABS_WORKLOAD", help="A workload of the lab; default: the first.")
+    ] = "",
     endpoint: Annotated[
         str,
-        typer.Option(envvar="LABS_ENDPOINT", help="The server to drive; `make serve` starts one."),
+        typer.Option(
+            envvar="LABS_ENDPOINT", help="The server to send load to; `make serve` starts one."
+        ),
     ] = f"http://127.0.0.1:{PORT}",
     web_port: Annotated[int, typer.Option(envvar="LABS_WEB_PORT", min=1, max=65535)] = WEB_PORT,
     changes: SetOption = "",
@@ -427,8 +436,8 @@ def locust(
             _lab(lab), _changes(changes), workload, endpoint, model, weights, web_port
         ) as process:
             console.print(
-                f"Locust: http://127.0.0.1:{web_port} drives {endpoint}. Choose the number of users"
-                " on that page. Ctrl-C ends it."
+                f"Locust at http://127.0.0.1:{web_port} sends load to {endpoint}. Choose the number"
+                " of users on that page. Ctrl-C ends it."
             )
             while process.returncode is None:
                 time.sleep(0.5)
@@ -446,8 +455,8 @@ def reproduce_run(
 ) -> None:
     """Repeat a recorded run, and say which of its figures and verdicts came out the same.
 
-    Exit code 0: every verdict was reproduced; 1: one was not, or the repetition failed; 2: neither
-    is shown.
+    Exit code 0: every verdict was reproduced; 1: one was not, or the repetition failed; 2: the
+    repeats do not decide it.
     """
     with reported_errors():
         original = compare.read_side(str(open_run(run).path)).folder
@@ -475,13 +484,13 @@ def reproduce_run(
         page = folder.path / "reproduction.md"
         console.print(f"Every figure: [bold]{os.path.relpath(page)}[/]", soft_wrap=True)
         filed = os.path.relpath(reproduction.file_with_original(result, original))
-        console.print(f"Kept with the original, to be published: [bold]{filed}[/]", soft_wrap=True)
+        console.print(f"Filed with the original run: [bold]{filed}[/]", soft_wrap=True)
         raise typer.Exit(result.exit_code)
 
 
 @app.command("doctor")
 def examine(model: ModelOption = "", weights: WeightsOption = "") -> None:
-    """Check what this machine has and lacks, how to fix it, and which labs can run."""
+    """Check what this machine has and lacks, how to mend it, and which labs can run."""
     with reported_errors():
         checks, abilities = doctor.examine(model, weights)
         checks_table = Table(
@@ -513,19 +522,21 @@ def make_bundle(
     ] = "3.12",
     have: Annotated[
         Path | None,
-        typer.Option(envvar="LABS_HAVE", help="A file with the other machine's `pip list`."),
+        typer.Option(
+            envvar="LABS_HAVE", help="A file with the output of `pip list` on the other machine."
+        ),
     ] = None,
     without: Annotated[
         str,
         typer.Option(
-            envvar="LABS_WITHOUT", help="Packages to leave out with all that only they need."
+            envvar="LABS_WITHOUT", help="Packages to leave out, with what only they need."
         ),
     ] = "",
     vllm: Annotated[
         str,
         typer.Option(
             envvar="LABS_VLLM",
-            help="The version of vLLM; default: the one for the torch that is there.",
+            help="The version of vLLM; default: the one that fits the torch on that machine.",
         ),
     ] = "",
     part: Annotated[
@@ -535,8 +546,8 @@ def make_bundle(
         str,
         typer.Option(
             envvar="LABS_WITH_TREE",
-            help="Instead: the most that goes over at a time, such as 64M, where this checkout"
-            " travels with each part.",
+            help="Instead of --part: the most that may be sent at once, such as 64M, where this"
+            " checkout is sent along with each part.",
         ),
     ] = "",
     lean: Annotated[
@@ -599,7 +610,7 @@ def _play(request: RunRequest) -> RunFolder:
         )
     else:
         console.print(f"\nReport: [bold]{os.path.relpath(folder.path / 'report.md')}[/]")
-        console.print("[dim]report.html beside it shows every request; a browser opens it.[/]")
+        console.print("[dim]Open report.html beside it in a browser to see every request.[/]")
     if summary.failed:
         console.print(
             f"Trials that failed: {len(summary.failed)}; the finished ones are kept. The first"
@@ -613,7 +624,7 @@ def _play_or_begin_anew(request: RunRequest) -> RunFolder:
     try:
         return _play(request)
     except CannotResume as reason:
-        console.print(f"{escape(str(reason))}. It is begun anew.")
+        console.print(f"{escape(str(reason))}. It is started anew.")
         return _play(replace(request, resume=False))
 
 
@@ -641,7 +652,7 @@ def _changes(text: str, seed: str = "") -> dict[str, Any]:
     if holds_secret(text):
         raise LabError(
             f"SET={masked(text)} holds what looks like a secret, and a run's settings are recorded:"
-            " give it to the program that needs it in a variable of its own"
+            " pass it to the program that needs it in an environment variable instead"
         )
     return parse_changes(f"{text} seed={seed}" if seed else text)
 

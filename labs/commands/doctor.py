@@ -1,4 +1,4 @@
-"""Check what this machine has and lacks, how to fix that, and which labs can run: `make doctor`.
+"""Check what this machine has and lacks, how to mend that, and which labs can run: `make doctor`.
 
 Nothing is started, measured or downloaded. vLLM's own parser reads every lab's engine flags, as
 before a run.
@@ -83,7 +83,7 @@ def examine(wanted: str, weights: str = "") -> tuple[list[Check], list[Ability]]
     ]
     if vllm.remedy:
         return lines, [
-            Ability(name, False, "vLLM has to be installed first, see above") for name in LABS
+            Ability(name, False, "vLLM has to be installed first (see above)") for name in LABS
         ]
     random = is_dummy(weights)
     return lines, [_ability(lab, machine, model, about_model, random) for lab in LABS.values()]
@@ -110,7 +110,8 @@ def _hardware(machine: Machine) -> Iterator[Check]:
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(ROOT)
     yield Check("Memory", f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB available")
     short = disk.free < LEAST_FREE_BYTES
-    yield Check("Disk", f"{disk.free / GIB:.0f} GiB free here", "free some space" if short else "")
+    remedy = "free some disk space" if short else ""
+    yield Check("Disk", f"{disk.free / GIB:.0f} GiB free here", remedy)
 
 
 def _gpus() -> Iterator[Check]:
@@ -125,14 +126,14 @@ def _gpus() -> Iterator[Check]:
             f"GPU {index}",
             f"{pynvml.nvmlDeviceGetName(handle)}, {memory.free / GIB:.0f} of"
             f" {memory.total / GIB:.0f} GiB free, compute capability {major}.{minor}",
-            "end the processes that hold its memory (`nvidia-smi` lists them)" if taken else "",
+            "end the processes that use its memory (`nvidia-smi` lists them)" if taken else "",
         )
     driver, cuda = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion()
     built, known = _torch_cuda(), f"{cuda // 1000}.{cuda % 1000 // 10}"
     old = built is not None and cuda // 1000 < int(built.split(".")[0])
     yield Check(
         "Driver",
-        f"{driver}, up to CUDA {known}",
+        f"{driver}, supports CUDA up to {known}",
         f"torch is built for CUDA {built}: install a driver that supports it" if old else "",
     )
 
@@ -170,7 +171,7 @@ def _vllm(machine: Machine) -> Check:
 
 def _set_up(machine: Machine) -> str:
     setup = f"`make setup PLATFORM={platform_of(machine.kind)}`"
-    return f"{setup}; without internet, `make bundle` elsewhere"
+    return f"{setup}; without internet, `make bundle` on another machine"
 
 
 def _version(distribution: str) -> str | None:
@@ -185,7 +186,7 @@ def _model(machine: Machine, wanted: str, weights: str) -> tuple[Model | None, C
         model = model_of(machine, wanted, weights)
     except ModelError as error:
         if not is_dummy(weights) and _hub_answers():
-            return None, Check("Model", "not here yet: the first run downloads it")
+            return None, Check("Model", "not downloaded yet: the first run downloads it")
         return None, Check("Model", "not available here", str(error))
     size = f"{model.shape.params / 1e6:,.0f} M parameters{', random weights' * model.dummy}"
     return model, Check("Model", f"{model.name}, {size}, {model.shape.max_positions:,} positions")
@@ -205,18 +206,18 @@ def _beside(machine: Machine) -> Iterator[Check]:
     program = install.find_prometheus(ROOT)
     yield Check(
         "Prometheus",
-        str(program or "missing: labs run without dashboards"),
-        "" if program else "install `prometheus` and `promtool` on PATH",
+        str(program or "missing: labs run without the live dashboards"),
+        "" if program else "install `prometheus` and `promtool`, on PATH",
     )
     read = telemetry.source(machine.kind)
-    can = "can be read" if read else "cannot be read: no J/token"
+    can = "can be read" if read else "cannot be read, so reports have no J/token"
     yield Check("Energy", f"{'NVML' if machine.kind == 'gpu' else 'RAPL'} {can}")
     for user, (port, setting) in PORTS.items():
         try:
             require_port(port, setting)
             yield Check(f"Port {port}", f"free ({user})")
         except PortTaken:
-            yield Check(f"Port {port}", f"taken ({user})", f"{user} {setting}=<another>")
+            yield Check(f"Port {port}", f"taken ({user})", f"{user} {setting}=<another port>")
     path = RESULTS / machine.slug / "machine.json"
     if path.exists():
         ceilings = read_json(path, MachineFile).ceilings
@@ -232,7 +233,7 @@ def _ability(
     lab: Lab, machine: Machine, model: Model | None, about_model: Check, random: bool
 ) -> Ability:
     if about_model.remedy:
-        return Ability(lab.name, False, "there is no model to serve, see above")
+        return Ability(lab.name, False, "there is no model to serve (see above)")
     try:
         resolved = lab.at(models.scale_of(machine), quick=False, dummy=random)
         require_known_names(resolved)
@@ -256,7 +257,7 @@ def _ability(
     published = known if known and _hub_answers() else {}
     to_make = [n for n in missing if n not in published]
     if unknown := [n for n in to_make if n not in derived_models.RECIPES]:
-        why = f"no {', '.join(unknown)} is published for {model.name}, and no recipe makes it"
+        why = f"no {', '.join(unknown)} is published for {model.name}, and this lab cannot make it"
         return Ability(lab.name, False, why)
     methods = [m for n in to_make if (m := quantize.METHODS.get(derived_models.RECIPES[n].method))]
     if lacking := {m.tool.name for m in methods if not quantize.is_available(m.tool)}:

@@ -24,4 +24,4 @@ def unread(names: Iterable[str]) -> Iterator[str]:
         if name.startswith(PREFIX) and setting not in known:
             near = difflib.get_close_matches(setting, known, 1)
             meant = f"did you mean {PREFIX}{near[0]}?" if near else "`make` lists the settings."
-            yield f"{name} in the environment is no setting and is not read: {meant}"
+            yield f"{name} in the environment is not a setting and is ignored: {meant}"

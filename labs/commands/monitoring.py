@@ -31,7 +31,7 @@ GRAFANA_PORT = 3000
 def watch(
     port: Annotated[int, typer.Option(envvar="LABS_PORT", min=1, max=65535)] = WATCH_PORT,
 ) -> None:
-    """Start a Prometheus that stays up between labs, with a live page of what it records."""
+    """Start a Prometheus that stays up between labs, with a live page of its data."""
     with reported_errors():
         watching = prometheus.watching()
         if watching is None:
@@ -39,16 +39,16 @@ def watch(
             watching = live.start(port, RESULTS, pages.script_hashes())
         console.print(f"Watching: [bold]{watching.page_url}[/]")
         ends = "watch-stop" if watching.own else "stack-stop"
-        console.print(f"Labs record into it from now on; `make {ends}` ends it.")
+        console.print(f"Labs record into it from now on; `make {ends}` stops it.")
 
 
 @app.command("watch-stop")
 def watch_stop() -> None:
-    """End the Prometheus that `watch` started; its data are kept."""
+    """Stop the Prometheus that `watch` started; its data are kept."""
     with reported_errors():
         if (watching := prometheus.watching()) and not watching.own:
             raise LabError(
-                "this Prometheus runs in a container: `make stack-stop` ends it, and Grafana"
+                "this Prometheus runs in a container: `make stack-stop` stops it and Grafana"
             )
         console.print("Stopped." if prometheus.unwatch() else "No Prometheus was running.")
 
@@ -60,12 +60,12 @@ def import_runs(
         typer.Argument(envvar="LABS_RUN", help="The folders of runs; default: every run."),
     ] = None,
 ) -> None:
-    """Load finished runs into Prometheus at their own times; what it has already is kept."""
+    """Load finished runs into Prometheus at the times when they ran; its other data are kept."""
     with reported_errors(), run_lock():
         folders = [open_run(Path(run)) for run in runs or ()] or all_runs()
         backfill.load(folders, _print_about)
         if folders and prometheus.watching() is None:
-            console.print("`make watch` shows them.")
+            console.print("`make watch` starts a page that shows them.")
 
 
 @app.command()
@@ -95,12 +95,12 @@ def start_stack(
         if not os.environ.get(secret):
             secret = f"in {os.path.relpath(stack.PASSWORD_FILE)}"
         console.print(f"Grafana: [bold]{containers.url}[/] (user admin, password {secret})")
-        console.print("Labs record into it from now on; `make stack-stop` ends it.")
+        console.print("Labs record into it from now on; `make stack-stop` stops it.")
 
 
 @app.command("stack-stop")
 def stop_stack() -> None:
-    """End the containers that `stack` started; their data are kept."""
+    """Stop the containers that `stack` started; their data are kept."""
     with reported_errors():
         Stack(GRAFANA_PORT, WATCH_PORT).stop()
         console.print("Stopped.")
@@ -122,7 +122,7 @@ def grafana_push(
         ),
     ] = f"http://127.0.0.1:{WATCH_PORT}",
 ) -> None:
-    """Put the dashboards, their data source and the recorded runs on a Grafana that is running.
+    """Send the dashboards, their data source and the recorded runs to a running Grafana.
 
     GRAFANA_TOKEN holds the token of a service account.
     """
@@ -132,7 +132,7 @@ def grafana_push(
             from labs.commands.annotations import regions
         except ImportError as error:  # a bundle does not carry its client
             raise LabError(
-                f"{error.name} is not installed here: push from a machine that `make setup` set up"
+                f"{error.name} is not installed here: push from a machine set up by `make setup`"
             ) from error
         runs = regions(all_runs(), _print_about)
         try:

@@ -22,17 +22,18 @@ UnsafeOption = Annotated[
     typer.Option(
         "--unsafe-flags",
         envvar="LABS_UNSAFE_FLAGS",
-        help="Pass flags on that may load code, open an address or name a path: your own only.",
+        help="Accept flags that may load code, open an address or name a path: only your own.",
     ),
 ]
 QuickOption = Annotated[
-    bool, typer.Option(envvar="LABS_QUICK", help="Short windows, one repeat or two: a smoke test.")
+    bool, typer.Option(envvar="LABS_QUICK", help="Short windows, one or two repeats: a smoke test.")
 ]
 EngineOption = Annotated[
     str,
     typer.Option(
         envvar="LABS_ENGINE_COMMAND",
-        help="The command that starts the engine, such as a profiler; the engine's flags follow.",
+        help="The command that starts the engine, for example inside a profiler; the engine's"
+        " flags follow.",
     ),
 ]
 ModelOption = Annotated[
@@ -43,8 +44,8 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         envvar="LABS_WEIGHTS",
-        help="`dummy` serves random weights in an architecture that ships with the lab (MODEL="
-        " names it): the speed is real, the text is not.",
+        help="`dummy` serves random weights in an architecture that ships with the lab, named by"
+        " MODEL: the speed is real, the text is not.",
     ),
 ]
 TpOption = Annotated[
@@ -66,10 +67,10 @@ PpOption = Annotated[
 SeedOption = Annotated[
     str,
     typer.Option(
-        "--seed", envvar="LABS_SEED", help="A number that draws other lengths, prompts and order."
+        "--seed", envvar="LABS_SEED", help="Another number draws other lengths, prompts and order."
     ),
 ]
 MarkdownOut = Annotated[
     Path | None,
-    typer.Option("--out", envvar="LABS_OUT", help="A Markdown file to write it to, too."),
+    typer.Option("--out", envvar="LABS_OUT", help="Also write it to this Markdown file."),
 ]

@@ -1,4 +1,4 @@
-"""The command that plans capacity: does a model fit, how many GPUs, at what price."""
+"""The command `plan`: does a model fit, how many GPUs does traffic need, at what price?"""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def plan_capacity(
         str, typer.Option(envvar="LABS_PRECISION", help=f"One of {', '.join(PRECISIONS)}.")
     ] = "bf16",
     rate: Annotated[
-        float, typer.Option(envvar="LABS_RATE", min=0, help="Requests per second, in all.")
+        float, typer.Option(envvar="LABS_RATE", min=0, help="Requests per second, in total.")
     ] = 0.0,
     lengths: Annotated[
         str, typer.Option(envvar="LABS_LENGTHS", help="Mean tokens of prompts and outputs.")
@@ -63,14 +63,14 @@ def plan_capacity(
         str,
         typer.Option(
             envvar="LABS_DOCUMENTS",
-            help="How many documents prompts begin with, and their tokens: 200/800.",
+            help="The number of documents that prompts begin with, and their tokens: 200/800.",
         ),
     ] = "",
     trace: Annotated[
         Path | None,
         typer.Option(
             envvar="LABS_TRACE",
-            help=f"Traffic to replay in place of a rate and lengths: its first"
+            help=f"Traffic to replay instead of a rate and lengths: its first"
             f" {MOST_ROWS:,} requests (`docs/knobs.md` lists the formats).",
         ),
     ] = None,
@@ -83,7 +83,7 @@ def plan_capacity(
             envvar="LABS_REPLICAS",
             min=0,
             max=MOST_REPLICAS,
-            help="How many GPUs serve; 0: as many as the rate needs.",
+            help="The number of GPUs; 0: as many as the rate needs.",
         ),
     ] = 0,
     router: Annotated[
@@ -94,28 +94,28 @@ def plan_capacity(
         typer.Option(
             envvar="LABS_API_PRICE",
             min=0,
-            help="What a million output tokens cost from a seller, in US dollars, to compare with"
+            help="The price of a million output tokens from an API, in US dollars, to compare with"
             " PRICE_PER_HOUR.",
         ),
     ] = 0.0,
     out: MarkdownOut = None,
 ) -> None:
-    """Plan capacity on a GPU that is not here, in some minutes: nothing is started or measured.
+    """Plan capacity on a GPU that is not here, in some minutes. Nothing is started or measured.
 
-    Does the model fit? Which rate does one GPU serve within the objective? How many does this
-    traffic need, and what does the router change? At which use is a rented GPU cheaper than
-    bought tokens?
+    Does the model fit? Which rate does one GPU serve within the objective? How many GPUs does this
+    traffic need, and what does the router change? How much use makes a rented GPU cheaper than
+    tokens from an API?
     """  # fmt: skip
     with reported_errors(), ConsoleProgress() as progress:
         machine, _ = machine_of(card)
         if precision not in PRECISIONS:
             raise LabError(
-                f"no PRECISION={precision}{did_you_mean(precision, PRECISIONS)} ones are"
+                f"there is no PRECISION={precision}{did_you_mean(precision, PRECISIONS)} ones are"
                 f" {', '.join(PRECISIONS)}"
             )
         if router not in (*ROUTERS, "all"):
             raise LabError(
-                f"no ROUTER={router}{did_you_mean(router, ROUTERS)} ones are all,"
+                f"there is no ROUTER={router}{did_you_mean(router, ROUTERS)} ones are all,"
                 f" {', '.join(ROUTERS)}"
             )
         ttft_ms, tpot_ms = _pair("SLO", slo, "TTFT/TPOT in milliseconds, such as 1000/50")
@@ -156,7 +156,7 @@ def _demand(rate: float, lengths: str, documents: str, trace: Path | None) -> De
             raise LabError(str(error)) from error
         duration_s = rows[-1][0]
         if not duration_s:
-            raise LabError(f"the trace {trace} has all its requests at one time: no rate follows")
+            raise LabError(f"all requests of the trace {trace} come at one time, so it has no rate")
         return Demand(
             prompt_tokens=fmean(p for _, p, _ in rows),
             output_tokens=fmean(o for _, _, o in rows),

@@ -31,7 +31,7 @@ from labs.telling.summary import stale_summary, summarise
 from serving.models import ROOT
 
 app = typer.Typer()
-TWO = "The folder of a run, that with `:variant` behind it, or a machine's folder of results."
+TWO = "The folder of a run, optionally with `:variant` behind it, or a machine's folder of results."
 ForceOption = Annotated[
     bool,
     typer.Option(
@@ -51,8 +51,8 @@ def rebuild(
 ) -> None:
     """Compute summaries and reports again from the files of finished trials.
 
-    A run that repeats another recorded run is also compared with it again, and what is kept of
-    repetitions with a run is judged again.
+    A run that repeats another recorded run is also compared with it again, and the repetitions that
+    are filed with a run are judged again.
     """
     with reported_errors():
         if run:
@@ -103,7 +103,7 @@ def site(
         Path, typer.Option(envvar="LABS_OUT", file_okay=False, help="The folder to write into.")
     ] = ROOT / "site",
 ) -> None:
-    """Write the course and a page for every run; they can be opened or published as they are."""
+    """Write the course and a page for every run, to open in a browser or to publish."""
     with reported_errors():
         index, left_out = write_site(out)
         for name, why in left_out.items():
@@ -115,13 +115,13 @@ def site(
 def rescore(
     run: Annotated[Path, typer.Argument(envvar="LABS_RUN", help="The folder of a run.")],
 ) -> None:
-    """Show what other tools would have reported of a run's records, and why they differ."""
+    """Show what other tools would have reported for a run's records, and why they differ."""
     with reported_errors():
         folder = open_run(run)
         with readable(folder):
             lab, points = folder.run().rebuilt_lab(), folder.run().points()
             table = table_of(score.table(score.scores(folder), lab))
-        show(section("One trace, every definition", table, bullets(score.explanations(points))))
+        show(section("One run, every definition", table, bullets(score.explanations(points))))
 
 
 @app.command()
@@ -143,23 +143,23 @@ def check(
                 text = f"{os.path.relpath(folder.path)}: {escape(problem)}"
                 console.print(text, soft_wrap=True)
         if count:
-            raise LabError(f"{count} problems: repair or remove these runs")
+            raise LabError(f"{count} problems were found: repair or remove these runs")
         console.print(f"Well-formed runs: {len(folders)}.")
 
 
 @app.command()
 def readme(
     verify: Annotated[
-        bool, typer.Option("--verify", help="Only say whether they are stale.")
+        bool, typer.Option("--verify", help="Only check whether they are up to date.")
     ] = False,
 ) -> None:
-    """Write the generated pages again: parts of README.md, and the pages of the results."""
+    """Write the generated parts of README.md and the pages in results/ again."""
     with reported_errors():
         if verify and (stale := leaderboards.stale()):
             names = "; ".join(
                 os.path.relpath(path) + f" ({why})" * bool(why) for path, why in stale.items()
             )
-            raise LabError(f"generated tables are stale in {names}: run `make readme`")
+            raise LabError(f"generated parts are out of date in {names}: run `make readme`")
         if verify:
             return
         for path in leaderboards.write():
@@ -167,7 +167,7 @@ def readme(
         for folder in leaderboards.uncounted():
             name = os.path.relpath(folder.path)
             console.print(
-                f"Not counted, as git does not track it: {name}. `git add` it to count it.",
+                f"Not counted, because git does not track it: {name}. `git add` it to count it.",
                 soft_wrap=True,
             )
 
@@ -208,7 +208,7 @@ def manifest_diff(
     a: Annotated[Path, typer.Option("-a", envvar="LABS_A", help="The folder of a run.")],
     b: Annotated[Path, typer.Option("-b", envvar="LABS_B", help="The folder of another run.")],
 ) -> None:
-    """Show what differs in how two runs were made, the likeliest cause of other figures first."""
+    """Show what differs in how two runs were made, the likeliest cause first."""
     with reported_errors():
         runs = [open_run(path) for path in (a, b)]
         facts = []
@@ -222,7 +222,7 @@ def manifest_diff(
         else:
             console.print("Nothing that was recorded differs.")
         if missing := manifest.unrecorded(*facts):
-            console.print(f"Recorded in one of them only: {', '.join(missing)}.")
+            console.print(f"Recorded in only one of them: {', '.join(missing)}.")
 
 
 @app.command("gate")
@@ -241,7 +241,7 @@ def pass_gate(
     ] = gate.DEFAULT,
     force: ForceOption = False,
 ) -> None:
-    """Fail where a run is worse than its baseline: a verdict flipped, a figure past its limit."""
+    """Fail if a run is worse than its baseline: a verdict flipped, or a figure past its limit."""
     with reported_errors():
         allowed = gate.thresholds(limits)
         comparison = compare.compare(compare.read_side(baseline), compare.read_side(run), force)

@@ -1,4 +1,4 @@
-"""The terminal that all commands share: how they print, show a run, fail and end."""
+"""The terminal that all commands share: how they print, show progress, report errors and end."""
 
 from __future__ import annotations
 

@@ -45,7 +45,8 @@ def thresholds(path: Path = DEFAULT) -> Thresholds:
     try:
         limits = Thresholds.model_validate(tomllib.loads(path.read_text()))
     except (tomllib.TOMLDecodeError, OSError, ValidationError) as error:
-        raise LabError(f"{path} holds no thresholds: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise LabError(f"{path} is not a file of thresholds: {reason}") from error
     known = {*METRICS, "default", "effect", "measured"}
     if unknown := sorted(set(limits.worse) - known):
         raise LabError(
@@ -66,8 +67,9 @@ def failures(comparison: Comparison, limits: Thresholds) -> list[str]:
     """
     if not any(r.contrast and r.outcome in ("same", "differs") for r in comparison.rows):
         raise LabError(
-            f"no figure of {comparison.a} and {comparison.b} can be told apart or called the same,"
-            " so the gate cannot decide: measure more repeats, without QUICK"
+            f"the intervals of {comparison.a} and {comparison.b} are too wide to tell whether any"
+            " figure differs or is the same, so the gate cannot decide: measure more repeats,"
+            " without QUICK"
         )
     failed = []
     for v in comparison.verdicts:

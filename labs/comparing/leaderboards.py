@@ -1,4 +1,4 @@
-"""Generate pages from results: README.md's generated parts, results/README.md, a page a machine.
+"""Generate pages from results: parts of README.md, results/README.md, a page for each machine.
 
 Committed pages count the runs that git tracks (labs.filing.committed): a reader's own runs change
 none of them until they are added.
@@ -57,7 +57,7 @@ from serving.models import ROOT
 
 PAGE = "README.md"
 SITTING = "labs-all.md"  # of a machine, for its reader: git ignores it
-MISSES = " to what was measured: by figure, by run, and every miss by name."
+MISSES = " to what was measured: by figure, by run, with a list of every miss."
 FORECASTS = "forecasts.md"  # how near predictions came
 README = ROOT / PAGE
 RUN_NAME = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{8}\b")
@@ -232,7 +232,8 @@ def _to_report(folder: RunFolder, seen_from: Path, words: Inline) -> Inline:
 INTRODUCTION = """\
 # Results
 
-One folder a machine, in it one a lab, in it one a run: data only, readable without this code. \
+A folder for each machine, in it one for each lab, in it one for each run. They hold data only, \
+which can be read without this code. \
 [CONTRIBUTING.md](../CONTRIBUTING.md#add-a-machine) says how to add a machine, and \
 [docs/reading-a-report.md](../docs/reading-a-report.md) how to read a report. `make readme` writes \
 this page.
@@ -240,9 +241,9 @@ this page.
 BOARD = """
 ## Leaderboard
 
-The first claims of each lab, machine beside machine. *Stale*: the lab's settings have changed \
-since. *Repeated*: what the newest repetition made of all verdicts of the run, and when that was. \
-An interval speaks of one sitting: it covers how much repeats vary, not what another day or \
+The first claims of each lab on every machine. *Stale*: the lab's settings have changed since. \
+*Repeated*: what became of the run's verdicts in its newest repetition, and when that was. \
+An interval covers one sitting: how much the repeats of a run vary, not what another day or \
 another machine changes. *Between sittings*: how far a claim's ratio in a reproduction on the same \
 hardware typically lies from the original's (root mean square of the logarithm of their ratio, \
 over all claims and reproductions of the lab).
@@ -251,10 +252,10 @@ REPEATED = """
 ## Reproduced
 
 Each run that was repeated with the same settings and seeds. A verdict is *reproduced* where the \
-repetition decides alike, *not reproduced* where the two intervals have nothing in common, and \
-else *undecided*; where the original decided nothing there is nothing to reproduce. A figure is \
-*reproduced* where the interval of the ratio lies within the margin (5 % unless a claim names its \
-own), *not reproduced* where it differs by more beyond chance, and else *undecided*.
+repetition decides alike, *not reproduced* where it does not and the two intervals do not overlap, \
+and else *undecided*. Where the original decided nothing there is nothing to reproduce. A figure \
+is *reproduced* where the interval of the ratio lies within the margin (5 % unless a claim names \
+its own), *not reproduced* where it differs by more than chance explains, and else *undecided*.
 """
 PREDICTED = """
 ## Forecasts
@@ -267,7 +268,7 @@ Which lab answers which question, and where it has been run.
 INSTRUMENTS = """
 ## Instruments
 
-What `make bench` measured of the lab's own instruments; \
+How accurate the lab's own instruments are, as `make bench` measured it; \
 [docs/instruments.md](../docs/instruments.md) explains the columns.
 """
 
@@ -359,7 +360,7 @@ def leaderboard(committed: bool = False) -> Table:
             run = folder.run()
             machine = run.machine.describe()
             home = _to_report(folder, results.RESULTS, machine)
-            standing = Strong("stale") if manifest.is_stale(run) else "the same"
+            standing = Strong("stale") if manifest.is_stale(run) else "unchanged"
             moved = between_sittings.get(name, "–")
             repeated = _newest(folder, results.RESULTS, committed)
             for place, j in enumerate(folder.summary().judgements[:CLAIMS_EACH]):
@@ -377,7 +378,7 @@ def leaderboard(committed: bool = False) -> Table:
             "Between sittings",
             "Verdict",
             "Prediction",
-            "Lab now",
+            "Lab since then",
             "Repeated",
         ),
         rows,
@@ -386,12 +387,14 @@ def leaderboard(committed: bool = False) -> Table:
 
 # ----------------------------------------------------------------------------- a machine's own page
 
-CLAIM_COLUMNS = ("Lab", "Claim", "Effect", "95 % interval", "Predicted", "Prediction", "Verdict")
+CLAIM_COLUMNS = (
+    "Lab", "Claim", "Effect", "95 % interval", "Predicted", "Did it hold?", "Verdict",
+)  # fmt: skip
 
 
 def _claim(folder: RunFolder, judgement: Judgement, seen_from: Path) -> list[Inline]:
     run = folder.run()
-    earlier = " (the lab has other knobs by now)" if manifest.is_stale(run) else ""
+    earlier = " (the lab's settings have changed since)" if manifest.is_stale(run) else ""
     return [
         (_to_report(folder, seen_from, run.lab["name"]), earlier),
         parse(judgement.title),

@@ -60,7 +60,7 @@ class ReproducedFigure(BaseModel, frozen=True):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def answer(self) -> Answer:
-        """What became of the figure."""
+        """Return what became of the figure."""
         return ANSWER_OF_OUTCOME[self.row.outcome]
 
 
@@ -212,7 +212,7 @@ def sentences(result: Reproduction) -> list[str]:
         texts.append(f"{relative_speed_text(here, result.speeds, there)}.")
     if not result.same_hardware:
         texts.append(
-            "Other hardware: only figures without a dimension are compared. MBU and MFU are"
+            "Different hardware: only dimensionless figures are compared. MBU and MFU are"
             " properties of each machine."
         )
     if result.likeliest_cause:
@@ -231,7 +231,8 @@ def _told(verdict: VerdictPair) -> str:
     answer = ANSWER_OF_OUTCOME[verdict.outcome]
     text = f"{verdict.title} ({verdict.where}), {answer}: {a} there; {b} here"
     if there and here and here.low is not None and here.high is not None:
-        text += ", an interval that holds the value there" * (here.low <= there.value <= here.high)
+        inside = here.low <= there.value <= here.high
+        text += ", an interval that contains the original value" * inside
     return text + "."
 
 
@@ -309,7 +310,7 @@ def _files(original: RunFolder) -> list[Path]:
 
 
 def page(original: RunFolder) -> Section:
-    """Write what came of every published repetition of a run, for its `reproductions/`."""
+    """Write how every published repetition of a run came out, for its `reproductions/`."""
     title = parse(original.run().lab["title"])
     results = filed_with(original, committed=True)
     return section(
@@ -339,7 +340,7 @@ def problems(original: RunFolder) -> list[str]:
             texts.append(f"{name} is about another run, or was renamed")
         elif {(v.claim, v.where): v.a for v in result.verdicts if v.a != "missing"} != decided:
             texts.append(
-                f"{name} answers other verdicts than this run's: `make report` judges it again"
+                f"{name} is about other verdicts than this run's: `make report` judges it again"
             )
     return texts
 
@@ -348,7 +349,7 @@ def _blocks(result: Reproduction) -> list[Block | None]:
     """Describe one repetition in sentences, then in tables."""
     by = result.by
     code = f"commit {by.git_commit[:12]}" if by.git_commit else "a commit that is not on file"
-    code += " and changes to it" * bool(by.git_dirty)
+    code += " with uncommitted changes" * bool(by.git_dirty)
     return [
         Paragraph(
             f"A is the original, {result.original}; B was run on {by.machine.describe()} with vLLM"

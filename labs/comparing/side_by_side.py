@@ -63,9 +63,9 @@ def headline(comparison: Comparison) -> Bullets:
     lines = [f"A: {comparison.a}", f"B: {comparison.b}"]
     if comparison.differences:
         first = manifest.likeliest_cause(comparison.differences, ("in A", "in B"))
-        lines.append(f"What differs in how they were run, the likeliest to matter first: {first}.")
+        lines.append(f"What differs in how they were run, the likeliest cause first: {first}.")
     if comparison.forced:
-        lines.append(f"NOT COMPARABLE, and compared all the same: {comparison.forced}.")
+        lines.append(f"NOT COMPARABLE, but compared because of FORCE: {comparison.forced}.")
     lines.append(
         f"Figures: {count['same']} the same, {count['differs']} differ, {count['undecided']}"
         " undecided."
@@ -74,10 +74,10 @@ def headline(comparison: Comparison) -> Bullets:
         lines.append(relative_speed_text("B's machine", comparison.speeds, "A's") + ".")
     if comparison.left_out:
         lines.append(
-            f"Other hardware: {comparison.left_out} absolute figures are not compared, only those"
-            " without a dimension. MBU and MFU are properties of each machine."
+            f"Different hardware: {comparison.left_out} absolute figures are not compared, only"
+            " dimensionless ones. MBU and MFU are properties of each machine."
         )
-    how = "paired by repeat, the same requests" if comparison.paired else "Welch's, other requests"
+    how = "paired by repeat: same requests" if comparison.paired else "Welch's: other requests"
     lines.append(f"Ratios are B / A with 95 % intervals ({how}). {ONE_SITTING}")
     return bullets(lines)
 

@@ -54,7 +54,7 @@ def require_own_files(folder: Path) -> None:
             raise DamagedError(f"{folder} has more than {MOST_FILES} files, which no run has")
         if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
             raise DamagedError(
-                f"{entry.path} is no regular file: a run has neither links nor pipes"
+                f"{entry.path} is not a regular file: a run has neither links nor pipes"
             )
 
 
@@ -74,7 +74,7 @@ def _require_regular(path: Path, most_bytes: int) -> None:
     except FileNotFoundError as error:
         raise DamagedError(f"{path} is missing") from error
     if not stat.S_ISREG(found.st_mode):
-        raise DamagedError(f"{path} is no regular file")
+        raise DamagedError(f"{path} is not a regular file")
     if found.st_size > most_bytes:
         raise DamagedError(
             f"{path} has {found.st_size / 2**20:.0f} MiB, and {most_bytes / 2**20:.0f} are the most"

@@ -95,7 +95,7 @@ UNREADABLE = (
     ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RecursionError,
     TypeError, ValueError,
 )  # fmt: skip
-"""What reading the files of a run, and computing from them, may raise where they are not sound."""
+"""The exceptions that reading damaged files of a run, or computing from them, may raise."""
 
 
 @contextlib.contextmanager
@@ -163,7 +163,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("the lab has no title")
         for part in ("variants", "workloads", "claims", "forecasts", "answers"):
             if not isinstance(self.lab.get(part), list | tuple):
-                raise ValueError(f"the lab's {part} are no list")
+                raise ValueError(f"the lab's {part} are not a list")
         for named in (self.lab, *self.lab["variants"], *self.lab["workloads"]):
             _NAME.validate_python(named.get("name") if isinstance(named, dict) else named)
         return self
@@ -310,7 +310,7 @@ class TrialResult(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def other_work(self) -> OtherWork:
-        """What beside the load used the machine."""
+        """Return what else used the machine during the trial."""
         return OtherWork(self.cpu_steal, self.cpu_others, self.cpu_engine, self.gpu_others)
 
 
@@ -608,8 +608,8 @@ def require_room(path: Path) -> None:
     free_bytes = shutil.disk_usage(path).free
     if free_bytes < LEAST_FREE_BYTES:
         raise LabError(
-            f"{free_bytes / 2**20:.0f} MiB are free under {path}, a run needs"
-            f" {LEAST_FREE_BYTES / 2**20:.0f}: make room and run again"
+            f"{free_bytes / 2**20:.0f} MiB are free under {path}, and a run needs"
+            f" {LEAST_FREE_BYTES / 2**20:.0f} MiB: free some disk space, and run again"
         )
 
 
@@ -628,7 +628,7 @@ def open_run(path: Path) -> RunFolder:
     folder = next((p for p in (path, ROOT / path) if (p / "run.json").exists()), None)
     if folder is None:
         raise LabError(
-            f"{path} is no run: give a folder with run.json, results/<machine>/<lab>/<run>"
+            f"{path} is not a run: give a folder with run.json, results/<machine>/<lab>/<run>"
         )
     return RunFolder(folder.resolve())  # names of machine, lab and run come from the whole path
 

@@ -1,5 +1,5 @@
-"""This package concludes from a run what its verdicts leave out, one file a lab (`parts.py`).
+"""Conclude from a run what its verdicts do not say: one file for each lab (`parts.py`).
 
-A lab's file holds what it concludes beyond its claims, its answers to its questions and its own
-plots. `quality`, `weights` and `sweep` are what several labs share.
+A lab's file holds its conclusions beyond its claims, the answers to its questions and its own
+plots. `quality`, `weights`, `steps` and `sweep` are shared by several labs.
 """

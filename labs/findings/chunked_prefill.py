@@ -1,4 +1,4 @@
-"""This module tells which token budget keeps the streams flowing during a long prefill."""
+"""Conclude which token budget keeps the streams flowing during a long prefill."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def tell_budgets(facts: TokenBudgets) -> Finding:
             "Stall, mean",
             "TTFT of the long prompt",
             "TTFT of the streams, mean",
-            "Beside no chunks",
+            "Relative to no chunks",
             "Stall within the SLO",
         ]
     ]
@@ -152,7 +152,7 @@ def tell_budgets(facts: TokenBudgets) -> Finding:
         lines.append(price)
     if line := facts.line:
         lines.append(
-            f"The stall over the tokens a piece may have is a line: {number(line.fixed_s, 's')}"
+            f"The stall grows linearly with the tokens of a piece: {number(line.fixed_s, 's')}"
             f" + {1e3 * line.s_per_token:.3g} ms a token (R² {line.r_squared:.3f}), so prefill runs"
             f" at {1 / line.s_per_token:,.0f} tok/s beside the streams."
         )
@@ -167,10 +167,10 @@ def streams_sentence(facts: TokenBudgets) -> str | None:
     if not (least and least.streams_ttft_s and least.streams_beside_whole and facts.whole):
         return None
     return (
-        "The streams pay as well: a new prompt of theirs waits while the pieces of the long one"
-        f" fill each step. With `{least.variant}` their own first token takes"
-        f" {number(least.streams_ttft_s, 's')} on average, where it takes"
-        f" {number(facts.whole.streams_ttft_s, 's')} without chunks:"
+        "The streams pay too: a new prompt of theirs waits while the pieces of the long one fill"
+        f" each step. With `{least.variant}` their own first token takes"
+        f" {number(least.streams_ttft_s, 's')} on average, without chunks"
+        f" {number(facts.whole.streams_ttft_s, 's')}:"
         f" {times_with_interval(least.streams_beside_whole)}."
     )
 
@@ -178,10 +178,10 @@ def streams_sentence(facts: TokenBudgets) -> str | None:
 def handover_sentence(handover: Handover) -> str:
     moved, prefill_s = handover.kv_bytes, handover.prefill_s
     return (
-        f"A second machine that does the prefill would have to hand over {moved / 1e6:,.1f} MB"
-        f" of keys and values; moved in the {number(prefill_s, 's')} that the prefill takes"
-        f" here, that is {8 * moved / prefill_s / 1e9:.2f} Gbit/s: a faster link splits prefill"
-        " from decode at less delay than it removes."
+        f"A second machine that does the prefill would have to send {moved / 1e6:,.1f} MB"
+        f" of keys and values. In the {number(prefill_s, 's')} that the prefill takes here, that"
+        f" needs {8 * moved / prefill_s / 1e9:.2f} Gbit/s: over a faster link, splitting prefill"
+        " from decode adds less delay than it removes."
     )
 
 
@@ -211,7 +211,7 @@ def split(run: JudgedRun) -> str | None:
         return None
     return (
         f"On one engine a prefill stops the streams for {number(budgets.whole.stall_s, 's')}; on"
-        f" two it would not touch them. {handover_sentence(budgets.handover)} The split itself was"
+        f" two it would not affect them. {handover_sentence(budgets.handover)} The split itself was"
         " not run."
     )
 

@@ -1,4 +1,4 @@
-"""This module gives findings, answers and plots their view of a run."""
+"""Give findings, answers and plots their view of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This module tells what a step is made of, where the ridge lies, and what both ends count.
+"""Conclude what a step consists of, where the ridge lies, and what client and server count.
 
 Its answers read the sweep over concurrency and the run's claims.
 """
@@ -97,9 +97,10 @@ def static_batches(run: JudgedRun) -> str | None:
         return None
     (judgement, *_) = run.judged("static")
     return (
-        f"Filling free places at once gave {varied} the throughput of fixed batches where lengths"
-        f" vary; waiting for the longest completion was predicted to cost"
-        f" {judgement.prediction.value:.2f}x." + (f" With equal lengths: {equal}." if equal else "")
+        f"Where lengths vary, filling free places at once gave {varied} the throughput of fixed"
+        f" batches, which wait for the longest completion (predicted:"
+        f" {judgement.prediction.value:.2f}x)."
+        + (f" With equal lengths: {equal}." if equal else "")
     )
 
 
@@ -207,7 +208,7 @@ def both_ends(run: JudgedRun) -> str | None:
     )
     return (
         f"At {point.load.users} in flight: {figures}. Client and server {agree}; the client's mean"
-        f" TTFT is {number(min(longer_s), 's')} to {number(max(longer_s), 's')} the longer."
+        f" TTFT is longer by {number(min(longer_s), 's')} to {number(max(longer_s), 's')}."
     )
 
 

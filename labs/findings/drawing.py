@@ -1,4 +1,4 @@
-"""Plots are SVG in the colours of `dashboards.palette`; equal data gives equal bytes."""
+"""Draw plots as SVG in the colours of `dashboards.palette`; equal data gives equal bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This module tells what a quantized KV cache gains in memory and speed, and what it costs."""
+"""Conclude what a quantized KV cache gains in memory and speed, and what it costs."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def onsets(context: Context) -> tuple[Onset, ...]:
 
 
 def tell_preemption(facts: tuple[Onset, ...]) -> Finding:
-    rows = [["Variant", "KV capacity", "In flight", "Requests in decode", "Preemptions a trial",
+    rows = [["Variant", "KV capacity", "In flight", "Requests in decode", "Preemptions per trial",
              "Output throughput"]]  # fmt: skip
     rows += [
         [
@@ -113,8 +113,8 @@ def onset_sentence(onset: Onset) -> str:
     tokens = onset.capacity_tokens
     return (
         f"`{onset.variant}`: {tokens:,.0f} tokens hold {tokens / onset.longest_request_tokens:.1f}"
-        f" requests at their longest and {tokens / onset.mean_request_tokens:.1f} at their mean"
-        " length, so preemption was predicted to begin between those; there was none at"
+        f" requests of the longest and {tokens / onset.mean_request_tokens:.1f} of the mean length,"
+        " so preemption was predicted to begin between these two loads. There was none at"
         f" {onset.calm_users} in flight, and some at {onset.first_users}."
     )
 
@@ -174,8 +174,8 @@ def context_lines(context: Context) -> ContextLines:
 
 def tell_slope(facts: ContextLines) -> Finding:
     """Shows TPOT as a line over the context, and where the quantized cache breaks even."""
-    rows = [["Variant", "TPOT at no context", "A thousand tokens more", "95 % interval",
-             "KV bytes a token"]]  # fmt: skip
+    rows = [["Variant", "TPOT without context", "Per 1,000 tokens of context", "95 % interval",
+             "KV bytes per token"]]  # fmt: skip
     for name, line in facts.lines.items():
         reach = line.reach(line.error_s_per_token, line.freedom)
         low, high = (number(1000 * (line.s_per_token + s * reach), "s") for s in (-1, 1))
@@ -190,9 +190,9 @@ def tell_slope(facts: ContextLines) -> Finding:
         if plain and name != facts.base
     ]
     lines.append(
-        "A least-squares line through the two contexts' repeats, four sequences in the batch; the"
-        " published GPU figures for FP8 are 54 % of the slope and a break-even at 7,010 tokens"
-        " (vLLM, April 2026)."
+        "The line is a least-squares fit to the repeats at two context lengths, with four sequences"
+        " in the batch. Published for FP8 on a GPU: 54 % of the slope, and a break-even at 7,010"
+        " tokens (vLLM, April 2026)."
     )
     return Finding(title="TPOT over context", rows=rows, lines=lines)
 
@@ -202,15 +202,15 @@ def _even_sentence(name: str, line: Line, base: str, plain: Line) -> str:
     gap_s, gain = line.fixed_s - plain.fixed_s, plain.s_per_token - line.s_per_token
     error = math.hypot(line.error_s_per_token, plain.error_s_per_token)
     if abs(gain) <= line.reach(error, line.freedom + plain.freedom):
-        even = "; the repeats vary too much to tell the two slopes apart."
+        even = "; the repeats vary too much to distinguish the two slopes."
     elif gain <= 0:
-        even = "; it never breaks even: reading less does not pay for widening here."
+        even = "; it never breaks even: reading less does not pay for widening the values here."
     elif gap_s <= 0:
         even = "; ahead at every context."
     else:
         even = f"; it breaks even at {gap_s / gain:,.0f} tokens of context."
     share = line.s_per_token / plain.s_per_token
-    return f"`{name}`: {share:.0%} of the slope of `{base}` (bytes say 50 %){even}"
+    return f"`{name}`: {share:.0%} of the slope of `{base}` (50 % by the bytes){even}"
 
 
 CONTEXT_SLOPE = Conclusion("context-slope", context_lines, tell_slope)
@@ -258,11 +258,11 @@ def memory_ladder(context: Context) -> MemoryLadder | None:
         Step("as it is", capacity, "–", "measured" if measured else "arithmetic"),
         Step(
             "lower `max-model-len`", capacity,
-            "longer prompts are refused at once, not in mid-flight", "engine's own check",
+            "longer prompts are refused at once, not half-way", "engine's own check",
         ),
         Step(
             "lower `max-num-seqs` to 1", capacity,
-            "one request at a time: the whole cache is one prompt's", "arithmetic",
+            "one request at a time, which gets the whole cache", "arithmetic",
         ),
         Step(
             "FP8 KV cache", twice, _price(context), "measured" if measured_eight else "arithmetic"
@@ -270,11 +270,11 @@ def memory_ladder(context: Context) -> MemoryLadder | None:
         Step(
             "and 4-bit weights", twice + freed_bytes / (per_token / 2),
             "see the weight-quantization lab", "arithmetic",
-            how="¾ of the bytes of all weights but the output head become cache",
+            how="¾ of the bytes of all weights except the output head become cache",
         ),
         Step(
             "and 256 MiB of offload", twice + (freed_bytes + offloaded_bytes) / (per_token / 2),
-            "every step copies what was moved out back in", "arithmetic, not run",
+            "every step copies offloaded data back in", "arithmetic, not run",
         ),
     )  # fmt: skip
     return MemoryLadder(memory, per_token, plain.shape.max_positions, steps)
@@ -317,8 +317,8 @@ def tell_ladder(facts: MemoryLadder | None) -> Finding:
     ]  # fmt: skip
     lines = [
         f"For {facts.kv_bytes / 2**20:.0f} MiB of KV memory and {facts.kv_bytes_per_token:,.0f}"
-        " bytes a token in BF16. The steps before the FP8 cache change no answer; each from"
-        " there on has its price in quality or time, with the worst side that was measured. The"
+        " bytes a token in BF16. The steps before the FP8 cache change no answer. From there on"
+        " each step has a price in quality or time; the worst measured one is given. The"
         f" model itself ends at {facts.max_positions:,} positions.",
     ]
     return Finding(title=title, rows=rows, lines=lines)
@@ -338,13 +338,13 @@ def kv_bytes(run: JudgedRun) -> str | None:
     return (
         f"2 x {shape.layers} layers x {shape.kv_heads} KV heads x {shape.head_dim} x 2 bytes ="
         f" {shape.kv_bytes_per_token():,.0f} bytes in BF16, {shape.kv_bytes_per_token(1):,.0f} in 8"
-        f" bits. The engine made {capacity:,.0f} tokens of {memory / 2**20:,.0f} MiB,"
+        f" bits. The engine fits {capacity:,.0f} tokens into {memory / 2**20:,.0f} MiB,"
         f" {memory / capacity:,.0f} bytes each."
     )
 
 
 def kv_of_a_sequence(run: JudgedRun) -> str | None:
-    """Arithmetic, and where preemption began, if that was measured."""
+    """Answers by arithmetic, and says where preemption began, if that was measured."""
     point = run.points[0]
     memory = point.flags.kv_cache_memory_bytes
     both = [8192 * point.shape.kv_bytes_per_token(b) for b in (2, 1)]
@@ -411,8 +411,8 @@ def draw_preemption(run: JudgedRun) -> str | None:
         ax.legend(frameon=False, fontsize=8)
     return (
         "With the same memory the quantized cache keeps more requests running (left) and begins to"
-        " preempt later (right); shaded, where capacity / request length puts the onset, from the"
-        " longest to the mean length."
+        " preempt later (right). Shaded: where capacity / request length predicts the onset, from"
+        " the longest to the mean length."
     )
 
 

@@ -1,4 +1,4 @@
-"""This module tells whose adapter answered, what adapters cost, and what they save."""
+"""Conclude which adapter answered, what adapters cost, and how much memory they save."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class TenantLeaks:
 
     @property
     def passed(self) -> bool | None:
-        """Is None where too few answers prove nothing; False where the check itself cannot fail."""
+        """Whether the check passed; None if the answers are too few, False if it could not fail."""
         if self.probe:
             answered = any(code < 400 for code in self.probe.refused.values())
             if answered or self.probe.caught < self.probe.misrouted:
@@ -125,13 +125,13 @@ def tell_leaks(facts: TenantLeaks) -> Finding:
     if probe := facts.probe:
         if probe.cached_share is not None:
             lines.append(
-                f"{probe.cached_share:.0%} of the prompt tokens of the shared prompts came out of"
-                " the prefix cache, where tenants' keys and values lie side by side."
+                f"{probe.cached_share:.0%} of the tokens of the shared prompts came from the prefix"
+                " cache, where tenants' keys and values lie side by side."
             )
         lines += [
-            f"The check can fail: of {probe.misrouted} requests sent to the wrong adapter"
-            f" on purpose it caught {probe.caught}.",
-            f"The base without an adapter wrote a mark in {probe.base_marked} of"
+            f"To show that the check can fail, {probe.misrouted} requests were sent to the wrong"
+            f" adapter on purpose: it caught {probe.caught}.",
+            f"The base model without an adapter wrote a mark in {probe.base_marked} of"
             f" {probe.base_asked} completions.",
         ]
     return Finding(
@@ -147,7 +147,7 @@ def foreign_sentence(facts: TenantLeaks) -> str | None:
         return None
     return (
         f"{facts.all.foreign} of {facts.all.answers:,} completions carry another tenant's mark:"
-        f" with 95 % confidence fewer than 1 in {1 / facts.most_foreign_share:,.0f} do."
+        f" with 95 % confidence, fewer than 1 in {1 / facts.most_foreign_share:,.0f} do."
     )
 
 
@@ -155,7 +155,7 @@ def refused_sentence(probe: TenantProbe | None) -> str:
     if probe is None:
         return "The probe under concurrency and hot loading was not run."
     refused = ", ".join(f"`{name}`: HTTP {code}" for name, code in probe.refused.items())
-    return f"Unknown adapters are refused, not answered by the base: {refused}."
+    return f"Requests for unknown adapters are refused, not answered by the base model: {refused}."
 
 
 TENANT_LEAKS = Conclusion("tenant-leaks", tenant_leaks, tell_leaks)
@@ -215,10 +215,11 @@ def tell_cost(facts: tuple[AdapterCost, ...]) -> Finding:
         for cost in facts
     ]
     lines = [
-        "*Bytes explain* is the active adapters' bytes over the base's weights, read once a step."
-        " The rest is the time to launch two thin products and an addition for every adapted matrix"
-        " of every layer. On a CPU the products themselves take long too: its kernel copies an"
-        " adapter's matrices once for each token, so that long prompts and high ranks cost much.",
+        "*Bytes explain* is the active adapters' bytes / the bytes of the base's weights, which a"
+        " step reads once. The rest is the time to launch two thin products and an addition for"
+        " every adapted matrix of every layer. On a CPU the products themselves take long too: the"
+        " kernel copies an adapter's matrices once for each token, so long prompts and high ranks"
+        " cost much.",
     ]
     return Finding(title="What does an adapter cost?", rows=rows, lines=lines)
 
@@ -271,8 +272,8 @@ def tell_memory(facts: TenantMemory | None) -> Finding:
     line = (
         f"Arithmetic on what was served: the base's weights take {facts.base_bytes / 1e6:,.0f} MB,"
         f" an adapter of rank {facts.rank} {facts.adapter_bytes / 1e6:.2f} MB"
-        f" ({facts.adapter_bytes / facts.base_bytes:.2%}). The KV cache and the process come on"
-        " top, once or once a tenant."
+        f" ({facts.adapter_bytes / facts.base_bytes:.2%}). The KV cache and the process come in"
+        " addition, once in all or once for each tenant."
     )
     return Finding(title=title, rows=rows, lines=[line])
 
@@ -288,8 +289,8 @@ def many_adapters(run: JudgedRun) -> str | None:
     if memory is None:
         return None
     return (
-        f"Eight tenants on one engine take {memory.together_bytes(8) / 1e9:.2f} GB of weights, on"
-        f" a server each {memory.apart_bytes(8) / 1e9:.2f} GB. With an adapter applied throughput"
+        f"Eight tenants take {memory.together_bytes(8) / 1e9:.2f} GB of weights on one engine, and"
+        f" {memory.apart_bytes(8) / 1e9:.2f} GB on a server for each. With an adapter, throughput"
         f" is {one} that of the base."
     )
 
@@ -348,8 +349,8 @@ def draw_adapters(run: JudgedRun) -> str | None:
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False)
     return (
-        "What adapters cost: by their bytes hardly anything; the gap between the curves is the"
-        " launches of the small operations that apply them." + BANDS * forecast
+        "What adapters cost: hardly anything by their bytes. The gap between the curves is the time"
+        " to launch the small operations that apply them." + BANDS * forecast
     )
 
 

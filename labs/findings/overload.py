@@ -1,8 +1,8 @@
-"""This module tells what overload does to goodput, what mends it, and which signal sees it coming.
+"""Conclude how overload lowers goodput, what prevents that, and which signal gives an early alarm.
 
-Times of a queue are read off the clients' records: a request waits from its send to its first
-token, and is in the batch from there to its last. What the client sees so is later than the
-engine's own gauges by some milliseconds of transport.
+Waiting times are read from the clients' records: a request waits from its send to its first
+token, and is in the batch from then to its last. So they lag the engine's own gauges by some
+milliseconds of transport.
 """
 
 from __future__ import annotations
@@ -155,8 +155,9 @@ def tell_admission(facts: Admission) -> Finding:
         f" of it. The forecast's own capacity is {forecast}, and its loads are multiples of that.",
         f"Goodput counts requests sent in the window with a TTFT of at most"
         f" {number(facts.slo.ttft_s, 's')} and a TPOT of at most {number(facts.slo.tpot_s, 's')}."
-        " *First late after* is when, from the trial's beginning, the first request was sent that"
-        " had to wait longer: t* = SLO mu / (lambda - mu) for a fluid, without a limit.",
+        " *First late after* is the time from the trial's beginning to the send of the first"
+        " request whose TTFT exceeded that; t* = SLO mu / (lambda - mu) predicts it, for a queue"
+        " without a limit (fluid model: capacity mu, offered rate lambda).",
     ]
     return Finding(title="What is served in time, as the load rises", rows=rows, lines=lines)
 
@@ -233,8 +234,8 @@ def tell_classes(facts: Classes) -> Finding:
         for c in facts.classes
     ]  # fmt: skip
     lines = [
-        "The lower number is served first. A priority makes no room: what one class gains, the"
-        " other waits for."
+        "The class with the lower number is served first. A priority adds no capacity: what one"
+        " class gains, the other loses in waiting."
     ]
     at = f", at {facts.times:g}x the capacity" if facts.times else ""
     return Finding(title=f"Two classes of requests{at}", rows=rows, lines=lines)
@@ -338,7 +339,7 @@ def _agreement(what: str, forecast: Flags | None, measured: Flags | None) -> str
     if forecast is None:
         return f"{came}; none was forecast."
     same = forecast.variant == measured.variant
-    return f"{came}; forecast was {'the same' if same else f'`{forecast.variant}`'}."
+    return f"{came}; the forecast was {'the same' if same else f'`{forecast.variant}`'}."
 
 
 BEST_FLAGS = Conclusion("best-flags", best_flags, tell_best_flags)
@@ -496,10 +497,10 @@ def tell_signals(facts: Signals) -> Finding:
     if facts.steady_times is not None:
         lines.append(
             "A signal alarms when it rises above the highest value that it had at"
-            f" {facts.steady_times:g}x the capacity; its lead is the time from there to that send."
-            " A batch or a cache that was full once under the steady load cannot alarm: full is"
-            " full, at the capacity and at twice the capacity. The slowest TTFT is that of the"
-            f" answers of the last {TRAILING_S:g} s."
+            f" {facts.steady_times:g}x the capacity; its lead is the time from then to that send."
+            " A batch or a cache that was full once under the steady load cannot alarm, because it"
+            " cannot rise further. The slowest TTFT is that of the answers of the last"
+            f" {TRAILING_S:g} s."
         )
     return Finding(title="Which signal sees the overload coming", rows=rows, lines=lines)
 
@@ -520,10 +521,11 @@ def why_admit(run: JudgedRun) -> str | None:
     if without.late_from_s is not None:
         when = (
             f" Without a limit the first request that came too late was sent after"
-            f" {number(without.late_from_s, 's')} (t* is {number(without.fluid_late_from_s, 's')})."
+            f" {number(without.late_from_s, 's')} (by the fluid model, t* is"
+            f" {number(without.fluid_late_from_s, 's')})."
         )
     return (
-        f"Of {number(limited.offered_per_s, 'req/s')} offered, {facts.most:g}x the capacity,"
+        f"Of {number(limited.offered_per_s, 'req/s')} offered ({facts.most:g}x the capacity),"
         f" {number(without.goodput_per_s, 'req/s')} were served within the SLO without a limit, and"
         f" {number(limited.goodput_per_s, 'req/s')} with one, which turned"
         f" {number(limited.turned_away, 'share')} away.{when}"
@@ -539,10 +541,10 @@ def chat_service(run: JudgedRun) -> str | None:
     foreseen = f" The forecast's choice was `{forecast.variant}`." if forecast else ""
     among = ", ".join(f"`{f.variant}`" for f in facts.flags)
     if not best.goodput_per_s:
-        return f"Under a flood none of these settings served anything within the SLO: {among}."
+        return f"Under the heaviest load nothing was served within the SLO, with any of {among}."
     return (
-        f"Under a flood `{best.variant}` (max-num-seqs {best.batch}, limit {best.limit}) served"
-        f" most within the SLO, {number(best.goodput_per_s, 'req/s')} at a TPOT of"
+        f"Under the heaviest load `{best.variant}` (max-num-seqs {best.batch}, limit {best.limit})"
+        f" served most within the SLO, {number(best.goodput_per_s, 'req/s')} at a TPOT of"
         f" {number(best.tpot_mean_s, 's')}, among {among}.{foreseen}"
     )
 
@@ -557,8 +559,9 @@ def document_service(run: JudgedRun) -> str | None:
     dollars = number(best.usd_per_million_tokens, "USD")
     price = f", ${dollars} a million tokens" if best.usd_per_million_tokens is not None else ""
     return (
-        f"Dollars a token fall as throughput rises: `{best.variant}` (max-num-seqs {best.batch})"
-        f" wrote most, {number(best.output_tokens_per_s, 'tok/s')}{price}, at a TPOT of"
+        f"The price per token falls as throughput rises. `{best.variant}` (max-num-seqs"
+        f" {best.batch}) had the highest throughput,"
+        f" {number(best.output_tokens_per_s, 'tok/s')}{price}, at a TPOT of"
         f" {number(best.tpot_mean_s, 's')}.{foreseen}"
     )
 
@@ -583,7 +586,7 @@ def scaling_signal(run: JudgedRun) -> str | None:
 
 
 def draw_goodput(run: JudgedRun) -> str | None:
-    """Draws goodput over offered load, both in multiples of the capacity, beside the fluid's."""
+    """Draws goodput over offered load, in multiples of the capacity, beside the fluid model."""
     facts = run.once(admission)
     if not facts.capacity_per_s or not facts.offers:
         return None

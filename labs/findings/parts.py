@@ -1,4 +1,4 @@
-"""This module finds the parts of a report that are one lab's own, by the lab's name.
+"""Find the parts of a report that belong to one lab, by the name of the lab.
 
 `labs/findings/<lab>.py` holds them as one literal, `PARTS`. A lab without such a file has a report
 all the same: its claims, points, forecasts and validity, with every question left unanswered.

@@ -1,6 +1,4 @@
-"""This module tells what sharing a prefix gains, where the time to the first token goes, and
-whether a stranger can tell a cached prompt by its timing.
-"""
+"""Conclude what sharing a prefix gains, what TTFT consists of, and whether timing leaks prompts."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ TELLS_BELOW = 0.9  # a ratio of times this far from 1 can be told from a few req
 
 @dataclass(frozen=True)
 class Timed:
-    """Times a stranger's prompts: those a victim had sent before, and those nobody had."""
+    """Holds how long a stranger's prompts took: those a victim had sent before, and new ones."""
 
     salting: str
     known_median_s: float
@@ -46,7 +44,7 @@ class TimingLeak:
 
     @property
     def passed(self) -> bool | None:
-        """Is None where not both, without a salt and with one, were timed."""
+        """Whether the check passed; None unless it was timed both without and with a salt."""
         salted = next((t for t in self.timed if t.salting == SALTED), None)
         return not salted.tells if salted and len(self.timed) == 2 else None
 
@@ -85,7 +83,7 @@ def tell_timing(facts: TimingLeak | None) -> Finding:
     title = "Does the cache tell tenants about each other?"
     if facts is None:
         return Finding(title=title, lines=["The probe did not run."])
-    rows = [["Stranger's prompt", "Asked before by the victim", "Never asked", "Ratio", "95 %"]]
+    rows = [["Stranger's prompt", "Sent before by the victim", "Never sent", "Ratio", "95 %"]]
     rows += [
         [
             t.salting,
@@ -96,15 +94,15 @@ def tell_timing(facts: TimingLeak | None) -> Finding:
         ]
         for t in facts.timed
     ]
-    paired = "Medians of single requests, paired by round; the ratio is of their logarithms."
+    paired = "Times are medians of single requests; the ratio and its interval are paired by round."
     lines = [*stranger_sentences(facts), paired]
     return Finding(title=title, rows=rows, lines=lines, passed=facts.passed)
 
 
 def stranger_sentences(facts: TimingLeak) -> list[str]:
     return [
-        f"With {t.salting}, a stranger {'can' if t.tells else 'cannot'} tell by timing that a"
-        f" prompt of {facts.prompt_tokens} tokens was asked before."
+        f"With {t.salting}, a stranger {'can' if t.tells else 'cannot'} tell from its timing that a"
+        f" prompt of {facts.prompt_tokens} tokens was sent before."
         for t in facts.timed
     ]
 
@@ -153,11 +151,10 @@ def where_to_look(run: JudgedRun) -> str | None:
             return None
         parts.append(f"{text}, {number(queue_s, 's')} and {number(prefill_s, 's')}")
     return (
-        "At the engine's own split, mean time in its queue and in prefill: "
-        + "; ".join(parts)
-        + "."
-        " A long queue is load; a long prefill is a long prompt, a cold cache, or neighbours that"
-        " are prefilled in the same steps."
+        "Look at how the engine itself splits it, into mean time in the queue and mean time in"
+        " prefill: " + "; ".join(parts) + "."
+        " A long queue means too much load; a long prefill means a long prompt, a cold cache, or"
+        " other prompts that are prefilled in the same steps."
     )
 
 

@@ -1,4 +1,4 @@
-"""Reports show these published figures beside a lab's own, and never judge them.
+"""Show published figures beside a lab's own; no verdict depends on them.
 
 A report names a figure with its setting and its source, so that a reader can compare the measured,
 the predicted and the published figure. Models, hardware and loads are the publisher's, given as far

@@ -1,4 +1,4 @@
-"""This module tells what quantization costs in quality, for every lab that probes it."""
+"""Conclude what quantization costs in quality, for every lab that probes it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def compared(context: Context) -> Quality:
 
 
 def tell_quality(facts: Quality) -> Finding:
-    """Shows every variant against the first, with the gate of ME-2 and its false alarms."""
+    """Shows every variant against the first, with the quality gate and its false alarms."""
     if not facts.treatments:
         return Finding(title="Quality", lines=["The probe did not run."])
     columns = {
@@ -67,7 +67,7 @@ def tell_quality(facts: Quality) -> Finding:
     ]
     n = {f.name: f.n for f in first if f.where == ""}
     lines.append(
-        f"Asked on the served engine: {n['perplexity_ratio']:,} tokens of held-out text scored,"
+        f"Evaluated on the served engine: {n['perplexity_ratio']:,} tokens of held-out text scored,"
         f" {n['needle_retrieval_difference']} needles and {n['task_accuracy_difference']} tasks."
         " Sources: "
         + ", ".join(
@@ -78,11 +78,12 @@ def tell_quality(facts: Quality) -> Finding:
         + "."
     )
     lines.append(
-        "The gate passes when the whole interval keeps a margin (perplexity at most 2 % up, needles"
-        " and tasks at most 5 points down), fails when the whole interval breaks it, and is"
-        " undecided in between. Intervals are of 95 %, over passages or questions, paired."
+        "The gate passes if the whole interval keeps the margin (perplexity at most 2 % higher,"
+        " needles and tasks at most 5 points lower), fails if the whole interval breaks it, and is"
+        " undecided in between. Intervals are 95 % intervals over passages or questions, paired."
         + (
-            f" `{facts.base} again` is the same engine, evaluated twice: the gate's false alarms."
+            f" `{facts.base} again` is the same engine, evaluated a second time: it shows the"
+            " gate's false alarms."
             if facts.again
             else ""
         )

@@ -1,4 +1,4 @@
-"""This module compares tools, and calibration texts, on the same passages and questions."""
+"""Compare quantization tools and calibration texts on the same passages and questions."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from labs.judging.quality import compare
 from labs.judging.text import sentences
 
 TOOLS = (
-    ("gptqmodel", "auto-gptq", "GPTQ: GPTQModel, the heir, against AutoGPTQ"),
+    ("gptqmodel", "auto-gptq", "GPTQ: GPTQModel, the successor, against AutoGPTQ"),
     ("w4a16-gptq", "auto-gptq", "GPTQ: llm-compressor against AutoGPTQ"),
     ("w4a16-awq", "autoawq", "AWQ: llm-compressor against AutoAWQ"),
     ("w4a16-awq", "w4a16-gptq", "One tool: AWQ against GPTQ"),
     ("w4a16-gptq", "w4a16-rtn", "One tool: GPTQ against rounding to nearest"),
     ("w4a16-awq", "w4a16-rtn", "One tool: AWQ, with zero points, against rounding to nearest"),
-    ("w4a16-gptq-code", "w4a16-gptq", "One tool: calibrated on code against on prose"),
+    ("w4a16-gptq-code", "w4a16-gptq", "One tool: calibrated on code against calibrated on prose"),
 )
 
 
@@ -72,8 +72,8 @@ def tell_tools(facts: tuple[Compared, ...]) -> Finding:
         rows=rows,
         lines=[
             *(better_sentence(pair) for pair in facts),
-            "Ratios and differences are the first against the second; intervals of 95 %, paired"
-            " over passages or questions. Held-out text is prose that no tool has seen.",
+            "Ratios and differences compare the first with the second, with 95 % intervals paired"
+            " over passages or questions. No tool was calibrated on the held-out text (prose).",
         ],
     )
 

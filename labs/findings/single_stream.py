@@ -1,4 +1,4 @@
-"""This module tells how near one request comes to the machine, and which flags matter to it."""
+"""Conclude how near one request comes to the machine's limits, and which flags matter to it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def default_phases(context: Context) -> Phases:
 def tell_phases(facts: Phases) -> Finding:
     """Shows each phase's work, what its time is made of, and which ceiling is nearer."""
     rows = [[
-        "Phase", "Time of a pass", "Reading", "Computing", "The rest", "Tokens/s", "FLOP a byte",
+        "Phase", "Time of a pass", "Reading", "Computing", "The rest", "Tokens/s", "FLOP per byte",
         "Nearer ceiling",
     ]]  # fmt: skip
     rows += [
@@ -110,10 +110,10 @@ def tell_phases(facts: Phases) -> Finding:
         lines = [
             contrast_sentence(facts.decode, facts.prefill),
             f"{PARTS_MEAN} {COUNTED_IN_TURN}",
-            "FLOP and bytes are those of the model's shape, not what the device happened to do. The"
-            " *nearer ceiling* is the work beside this machine's ridge,"
-            f" {number(facts.decode.point.ceilings.ridge_flops_per_byte)} FLOP a byte: it would"
-            " limit the phase if there were no rest.",
+            "FLOP and bytes follow from the model's shape and are not counted on the device. The"
+            " *nearer ceiling* compares the work with this machine's ridge,"
+            f" {number(facts.decode.point.ceilings.ridge_flops_per_byte)} FLOP per byte: it would"
+            " limit the phase if the rest took no time.",
         ]
     return Finding(title="Two phases, two limits", rows=rows, lines=lines)
 
@@ -121,8 +121,8 @@ def tell_phases(facts: Phases) -> Finding:
 def contrast_sentence(decode: Phase, prefill: Phase) -> str:
     work = prefill.flop_per_byte / decode.flop_per_byte
     return (
-        f"A prompt's {prefill.tokens:,.0f} tokens are multiplied with each weight that is read,"
-        f" a decoded token alone: {number(work)} times the FLOP for each byte. So prefill"
+        f"Each weight that prefill reads is multiplied with the prompt's {prefill.tokens:,.0f}"
+        f" tokens, in decode with one token: {number(work)} times the FLOP per byte. So prefill"
         f" takes in {number(prefill.tokens / prefill.seconds)} tokens/s where decode, with the"
         f" same weights, puts out {number(1 / decode.seconds)}."
     )
@@ -210,7 +210,7 @@ def beside(context: Context, variant: str, name: PhaseName) -> PhaseComparison |
 
 
 def tell_flags(facts: FlagEffects) -> Finding:
-    """Shows every variant beside the defaults: which of their settings one stream feels."""
+    """Shows every variant beside the defaults: which settings matter to one stream."""
     rows = [[
         "Variant", "TPOT", "MBU", "Beside the defaults", "Matters to decode",
         "TTFT, mean", "MFU", "Beside the defaults", "Matters to prefill",
@@ -231,7 +231,7 @@ def tell_flags(facts: FlagEffects) -> Finding:
     lines += ["TPOT and MBU are those of decode, TTFT and MFU those of the long prompt's prefill."]
     groups: tuple[tuple[str, Matters], ...] = (
         ("It matters to decode, TPOT beside the defaults", "yes"),
-        ("It does not", "no"),
+        ("It does not matter", "no"),
         ("Not settled by these repeats", "not settled"),
         ("Not valid, see validity", "not valid"),
     )
@@ -306,10 +306,10 @@ def fused(run: JudgedRun) -> str | None:
     if not decode:
         return None
     graphs, fusion = run.ratio("no-graphs"), run.ratio("no-fusion")
-    parts = [f"with every operation launched for itself TPOT is {decode} the defaults'"]
+    parts = [f"with every operation launched separately TPOT is {decode} that of the defaults"]
     parts += [f"TTFT of a long prompt {prefill}"] if prefill else []
     parts += [f"compiled but without CUDA graphs TPOT is {graphs}"] if graphs else []
-    parts += [f"with graphs but not compiled {fusion}"] if fusion else []
+    parts += [f"with CUDA graphs but not compiled {fusion}"] if fusion else []
     flags = FLAGS.facts_of(run)
     return f"{sentences(parts)} {fastest_sentence(flags) or '' if flags else ''}"
 

@@ -1,4 +1,4 @@
-"""This module tells which guesses were right, what they gained, and if the text is the same."""
+"""Conclude which guesses were accepted, what they gained, and whether the text is the same."""
 
 from __future__ import annotations
 
@@ -125,19 +125,19 @@ def tell_acceptance(facts: Acceptance) -> Finding:
     draft_lines = [
         f"The draft has {draft.layers} of the target's layers and guessed"
         f" {draft.guessed_share:.0%} of held-out tokens. Before it was distilled it guessed"
-        f" {draft.guessed_untrained_share:.1%} of them, so that it would only have cost time."
+        f" {draft.guessed_untrained_share:.1%} of them, and would only have cost time."
     ] if (draft := facts.draft) else []  # fmt: skip
     return Finding(
         title="What was accepted",
         rows=rows,
         lines=[
             *draft_lines,
-            "A position counts as accepted when it and all before it were. *At constant a* is"
-            " (1 - a^(g+1)) / (1 - a) with a of the first position: where later positions do better"
-            " than a to the power of theirs, guesses come in runs. *Wasted* is the share of drafted"
-            " tokens thrown away.",
-            "An n-gram that finds nothing to copy drafts nothing in that step; such steps are not"
-            " counted here.",
+            "A position counts as accepted if it and all positions before it were. *At constant a*"
+            " is (1 - a^(g+1)) / (1 - a), with a of the first position; where later positions do"
+            " better than that, correct guesses come in runs. *Wasted* is the share of drafted"
+            " tokens that were rejected.",
+            "Where n-gram lookup finds nothing to copy, it drafts nothing in that step; such steps"
+            " are not counted here.",
         ],
     )
 
@@ -186,7 +186,7 @@ class Curve:
 
 
 def wins(speed_up: Interval) -> bool | None:
-    """Whether speculation wins or loses; None where the interval does not tell, or is missing."""
+    """Whether speculation wins; None where the interval includes 1 or is missing."""
     if speed_up.low is None or speed_up.high is None or speed_up.low <= 1 <= speed_up.high:
         return None
     return speed_up.value > 1
@@ -286,7 +286,7 @@ def tell_speed_up(facts: SpeedUps) -> Finding:
             "Point",
             "Speed-up",
             "Outcome",
-            "Tokens a step, drafts or none",
+            "Tokens per step, drafts or none",
             "c",
             "v",
             "Tokens / (g c + v)",
@@ -311,10 +311,10 @@ def tell_speed_up(facts: SpeedUps) -> Finding:
             *turn_sentences(facts),
             "Speed-up is TPOT without / with speculation at the same load, with a 95 % interval; it"
             " *wins* or *loses* where the interval excludes 1, and is *not told apart* elsewhere.",
-            "c is a step of the draft served alone over one of the target, both at one stream, by"
-            " the engine's clock; v is the plain engine's TPOT at B (g + 1) over that at B. What"
-            " the last column leaves of the speed-up is proposing and rejecting: sampling,"
-            " bookkeeping, and starting the draft.",
+            "c is a step of the draft served alone / a step of the target, both at one stream, by"
+            " the engine's clock; v is the plain engine's TPOT at B (g + 1) / that at B. The"
+            " difference between the last column and the speed-up is the cost of proposing and"
+            " rejecting: sampling, bookkeeping, and starting the draft.",
         ],
     )
 
@@ -391,9 +391,9 @@ def tell_same_text(facts: tuple[SameText, ...]) -> Finding:
         rows=rows,
         lines=[
             "Greedy completions are compared with those that the plain engine writes one at a time."
-            " Where `none` differs nothing speculates: another batch size adds BF16 numbers in"
-            " another order, so that a near tie between two tokens may fall the other way. The same"
-            " happens where a verification puts g + 1 tokens in one step.",
+            " `none` can differ although it does not speculate: another batch size adds BF16"
+            " numbers in another order, so a near tie between two tokens may be decided the other"
+            " way. The same happens where a verification puts g + 1 tokens into one step.",
         ],
     )
 
@@ -409,11 +409,12 @@ def speculation_wins(run: JudgedRun) -> str | None:
         return None
     winning = [p for p in facts.points if wins(p.measured)]
     best = max(winning, key=lambda p: p.measured.value, default=None)
-    most = "No load was measured at which speculation wins."
+    most = "Speculation wins at no measured load."
     if best:
         most = (
-            f"Most: {times_with_interval(best.measured)} by `{best.point.variant.name}` on"
-            f" {best.point.workload.name}, {best.point.load.users} in flight."
+            f"The largest speed-up is {times_with_interval(best.measured)}, by"
+            f" `{best.point.variant.name}` on {best.point.workload.name}, with"
+            f" {best.point.load.users} in flight."
         )
     return " ".join([most, *turn_sentences(facts)])
 

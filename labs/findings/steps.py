@@ -1,4 +1,4 @@
-"""This module splits the time of a pass: reading and computing at the ceilings, and the rest.
+"""Split the time of a forward pass into reading, computing and the rest.
 
 On the roofline a pass that reads slowly is bound by memory bandwidth, however long the engine takes
 beside it. The parts say how much of the measured time either ceiling explains.
@@ -16,13 +16,13 @@ from dashboards.palette import BLUE, BOUND
 from labs.findings.drawing import GREY
 
 PARTS_MEAN = (
-    "Reading is of weights, keys and values at the measured bandwidth, computing at the measured"
-    " rate; the rest is launching operations, scheduling, sampling, and reading or computing below"
-    " those ceilings."
+    "Reading is the time to read weights, keys and values at the measured bandwidth, computing the"
+    " time at the measured rate. The rest is launching operations, scheduling, sampling, and what"
+    " reading and computing fall short of those ceilings."
 )
 COUNTED_IN_TURN = (
-    "Reading and computing are counted one after the other: where the device does both at once, the"
-    " rest is longer, by the shorter of the two at most."
+    "Reading and computing are counted one after the other. Where the device does both at once, the"
+    " rest is longer, by at most the shorter of the two."
 )
 
 

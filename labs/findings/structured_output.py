@@ -1,4 +1,4 @@
-"""This module tells whether answers keep to their structure, and what it costs that they do."""
+"""Conclude whether answers keep to their structure, and what imposing it costs."""
 
 from __future__ import annotations
 
@@ -121,10 +121,10 @@ def tell_validity(facts: Validity) -> Finding:
     ]  # fmt: skip
     lines = [line] if (line := validity_sentence(facts)) else []
     lines.append(
-        "An answer is valid where the whole of it parses and keeps to the schema, or matches the"
-        " regular expression; one that reached its most tokens is *cut off*: a structure is no"
-        " remedy against too low a `max_tokens`. Temperature 0, few prompts: the model decides how"
-        " often it keeps to a form unasked, the engine that it does so always."
+        "An answer is valid if all of it parses and keeps to the schema, or matches the regular"
+        " expression. One that reached its token limit is *cut off*: a structure does not help"
+        " against a `max_tokens` that is too low. Temperature 0, few prompts. How often an answer"
+        " keeps to a form that is not imposed depends on the model."
     )
     return Finding(
         title="Do answers keep to their structure?", rows=rows, lines=lines, passed=facts.passed
@@ -141,8 +141,8 @@ def validity_sentence(facts: Validity) -> str | None:
         return None
     low = stats.binomtest(valid, asked).proportion_ci(method="exact").low
     return (
-        f"Valid answers, where the structure is {'; '.join(parts)} (with 95 % confidence at least"
-        f" {low:.0%} of those that are imposed)."
+        f"Valid answers by how the structure is required: {'; '.join(parts)} (with 95 % confidence"
+        f" at least {low:.0%} of those with an imposed structure)."
     )
 
 
@@ -212,11 +212,12 @@ def tell_overhead(facts: tuple[Overhead, ...]) -> Finding:
     ]  # fmt: skip
     lines = [line] if (line := hidden_sentence(facts)) else []
     lines.append(
-        "*Masks of the batch* is what filling them takes a step, timed before any engine started."
-        " The prompts of nested and regular structures have other lengths and no twin without a"
-        " structure: compare backends within them. Intervals are with the claims."
+        "*Masks of the batch* is the time to fill them for a step, measured before any engine"
+        " started. Nested and regular structures have prompts of other lengths, which were not sent"
+        " without a structure: compare the backends with one another. The intervals stand with the"
+        " claims."
     )
-    return Finding(title="What does a step cost more?", rows=rows, lines=lines)
+    return Finding(title="How much longer is a step?", rows=rows, lines=lines)
 
 
 def hidden_sentence(facts: tuple[Overhead, ...]) -> str | None:
@@ -252,7 +253,7 @@ class FirstToken:
 
     @property
     def later_s(self) -> float:
-        """How much later the first token of an unseen structure comes."""
+        """The seconds by which the first token of an unseen structure is later."""
         return self.unseen_s - self.seen_s
 
 
@@ -290,10 +291,11 @@ def tell_first_tokens(facts: tuple[FirstToken, ...]) -> Finding:
     if facts:
         lines.append(
             f"Medians of {min(f.timed for f in facts)} structures each, one request at a time, by a"
-            " client that does not stream: what passes before the engine has the request is in"
-            " both columns. The very first structure of an engine also loads its backend."
+            " client that does not stream, so both columns include the time until the engine has"
+            " the request. The first structure of an engine also loads its backend."
         )
-    return Finding(title="How long does an unseen structure wait?", rows=rows, lines=lines)
+    title = "How long does the first answer of an unseen structure wait?"
+    return Finding(title=title, rows=rows, lines=lines)
 
 
 def _signed(value_s: float) -> str:
@@ -377,11 +379,11 @@ def tell_masks(facts: Masks) -> Finding:
     if facts.vocabulary:
         lines.append(
             f"Timed alone, with the model's own vocabulary of {facts.vocabulary:,} tokens, before"
-            " any engine started; each is the least of several structures of that form. The last"
-            " column counts masks filled one after another; vLLM shares out more than 128 among"
-            " threads."
+            " any engine started; each is the shortest of several structures of that form. The"
+            " last column counts masks filled one after another; vLLM distributes more than 128"
+            " among threads."
         )
-    return Finding(title="What was timed beforehand", rows=rows, lines=lines)
+    return Finding(title="What was timed before any engine started", rows=rows, lines=lines)
 
 
 MASKS = Conclusion("masks", masks, tell_masks)
@@ -395,9 +397,9 @@ def constrained_decoding(run: JudgedRun) -> str | None:
     if many is None:
         return None
     users = next((o.users for o in OVERHEAD.facts_of(run) or () if o.workload == "imposed"), None)
-    parts = [f"with a schema imposed on {users} answers at once TPOT is {many} that without"]
+    parts = [f"with a schema imposed on {users} answers at once, TPOT is {many} that without one"]
     if alone := run.ratio("mask-alone"):
-        parts.append(f"on one answer alone {alone}")
+        parts.append(f"on one answer alone it is {alone}")
     waits = [
         f"{ratio} with {backend}"
         for claim, backend in (

@@ -1,4 +1,4 @@
-"""This module fits what a decode step takes as its batch grows, from a sweep of the load."""
+"""Fit how the time of a decode step grows with its batch, from a sweep of the load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This module tells what weights of fewer bits gain and cost, and which outliers matter."""
+"""Conclude what weights of fewer bits gain and cost, and which outliers matter."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def outliers(context: Context) -> Outliers | None:
 def tell_outliers(facts: Outliers | None) -> Finding:
     title = "What is the outlier problem?"
     if facts is None:
-        return Finding(title=title, lines=["Not studied."])
-    rows = [["Rounded to 8 bits", "Perplexity", "Ratio to none rounded", "95 % interval"]]
+        return Finding(title=title, lines=["Not studied in this run."])
+    rows = [["Rounded to 8 bits", "Perplexity", "Ratio to unrounded", "95 % interval"]]
     for r in facts.roundings.values():
         known = r.low is not None and r.high is not None
         beside = [f"{r.ratio:.3f}", f"{r.low:.3f} to {r.high:.3f}"] if known else ["–", "–"]
@@ -109,11 +109,11 @@ def tell_outliers(facts: Outliers | None) -> Finding:
         for i in facts.inputs
     )
     lines = [
-        f"The largest channel of what enters the linear layers, in the worst layer: {seen}. A"
+        f"The largest channel among the inputs of the linear layers, in the worst layer: {seen}. A"
         " normal distribution has kurtosis 3.",
         scales_sentence(facts),
-        "Simulated in float32 on the model itself, on the held-out text, a third of it for the"
-        " scales; intervals are paired over passages. The quality of what is served is below.",
+        "Simulated in float32 with the model itself on the held-out text, a third of which sets the"
+        " scales; intervals are paired over passages. The quality of the served weights is below.",
     ]
     return Finding(title=title, rows=rows, lines=lines)
 
@@ -145,7 +145,7 @@ def tell_needles(facts: Quality) -> Finding:
         [where, *(with_interval(figure_of(f, name, where)) for f in treatments.values())]
         for where in places
     ]
-    lines = ["The change of the share of needles found, against the first variant."]
+    lines = ["Each figure is the change in the share of needles found, against the first variant."]
     return Finding(title=title, rows=rows, lines=lines)
 
 
@@ -170,8 +170,8 @@ def winners(run: JudgedRun) -> str | None:
         ratios = (f"`{name}` {times_with_interval(gains[name])}" for name in order)
         parts.append(f"{load.users} in flight: {', '.join(ratios)}")
     return (
-        f"Throughput beside BF16's, the fastest first. {sentences(parts)} An 8-bit KV cache is the"
-        " KV quantization lab's."
+        f"Throughput relative to BF16, the fastest first. {sentences(parts)} For an 8-bit KV cache"
+        " see the lab kv-quantization."
     )
 
 
@@ -191,7 +191,7 @@ def recipes(run: JudgedRun) -> str | None:
         for one, other, first_name, second_name in pairs
         if one in treatments and other in treatments
     ]
-    rtn = " 4 bits rounded to nearest stand beside both in `make lab-quantization-tools`."
+    rtn = " `make lab-quantization-tools` also compares them with 4 bits rounded to nearest."
     return sentences(parts) + rtn if parts else None
 
 
@@ -226,10 +226,10 @@ def phases(run: JudgedRun) -> str | None:
     if not parts:
         return None
     verdict = (
-        "they speed up decode and not prefill, as memory bounds the one and arithmetic the other"
+        "they speed up decode and not prefill, as memory limits the one and arithmetic the other"
         if all(as_bound)
-        else "on this machine the bytes alone explain neither phase: what a format's arithmetic"
-        " takes counts in both"
+        else "on this machine the bytes alone explain neither phase: the time for a format's"
+        " arithmetic matters in both"
     )
     text = sentences(["fewer bytes of weights should speed up decode alone", "; ".join(parts)])
     return f"{text} So {verdict}."

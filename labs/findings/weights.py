@@ -1,4 +1,4 @@
-"""This module tells what weights of fewer bits weigh, how fast they are, and at what quality."""
+"""Conclude how large, fast and accurate quantized weights are."""
 
 from __future__ import annotations
 
@@ -109,12 +109,11 @@ def tell_weights(facts: KindsOfWeights) -> Finding:
             row.append(f"{prompt / kind.prefill_s:,.0f} tok/s" if kind.prefill_s else "–")
         rows.append([*row, _maker(kind.making)])
     lines = [
-        "*By bytes* is what decode would gain at one stream if reading weights were all it did. On"
-        " an accelerator fewer bytes are fewer microseconds; where unpacking 4-bit weights costs"
-        " arithmetic on every step, as on a CPU, W4 saves memory and not time, and INT8, for which"
-        " it has instructions, wins."
+        "*By bytes* is what decode would gain at one stream if it only read weights. On a GPU fewer"
+        " bytes take less time. On a CPU, unpacking 4-bit weights costs arithmetic in every step,"
+        " so 4 bits save memory and not time; INT8, for which a CPU has instructions, is faster."
     ]
-    return Finding(title="What the weights weigh, and how fast they are", rows=rows, lines=lines)
+    return Finding(title="How large the weights are, and how fast", rows=rows, lines=lines)
 
 
 def _maker(making: Making | None) -> str:
@@ -152,4 +151,4 @@ def draw_tradeoff(run: JudgedRun) -> str | None:
     ax.set_xlabel("decode speed-up, one stream")
     ax.set_ylabel(f"perplexity / that of {base}")
     ax.legend(frameon=False, fontsize=8)
-    return "Speed against quality: right is faster, down is better."
+    return "Speed and quality: further right is faster, further down is better."

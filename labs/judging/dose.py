@@ -21,7 +21,7 @@ SHARED_BY_TASK = 16  # tokens at most of the instruction that every prompt of a 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Between which two numbers a count must lie, bounds included."""
+    """Holds the two numbers between which a count must lie, bounds included."""
 
     low: float
     high: float
@@ -76,7 +76,7 @@ def cached_tokens(trial: Trial, template_tokens: int | None) -> Bounds | None:
 
 @dataclass(frozen=True)
 class _Shared:
-    """How many of a prompt's tokens, its template's aside, an earlier prompt had in the cache."""
+    """Count a prompt's tokens, without its template's, that an earlier prompt left in the cache."""
 
     least: int
     most: int

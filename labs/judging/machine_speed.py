@@ -1,7 +1,7 @@
-"""How fast the machine itself was during a run, by the reference steps beside its trials.
+"""Compute how fast the machine was during a run, from the reference steps around its trials.
 
-A reference step is the same work each time (`serving/reference_step.py`), so that a longer one
-means a slower machine. Before and after each trial one is timed.
+A reference step is the same work each time (`serving/reference_step.py`), so a longer one means a
+slower machine. One is timed before and one after each trial.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pydantic import BaseModel
 from serving.reference_step import ReferenceStep
 
 MOST_CHANGED = 0.25
-"""A change of a step's time that is a jump, up or down: 3.5 standard deviations of the ratio of two
-steps, each of which has one of 5 % within 100 s on a quiet virtual machine."""
+"""The least change of a step's time, up or down, that counts as a jump. It is 3.5 standard
+deviations of the ratio of two steps; one step has 5 % within 100 s on a quiet virtual machine."""
 
 Part = Literal["reading", "computing"]
 PARTS: tuple[Part, ...] = ("reading", "computing")

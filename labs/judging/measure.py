@@ -44,7 +44,7 @@ from serving.telemetry import Sample
 
 @dataclass(frozen=True)
 class OtherWork:
-    """What beside the load used the machine during a trial; None is not recorded.
+    """Holds what else used the machine during a trial; None where it was not recorded.
 
     The shares are of the time of all CPU cores.
     """
@@ -390,7 +390,7 @@ def price_per_hour() -> float | None:
     except ValueError:
         price = -1.0
     if price is not None and not 0 < price < float("inf"):
-        raise ValueError(f"PRICE_PER_HOUR={text} is no price: give US dollars, such as 2.50")
+        raise ValueError(f"PRICE_PER_HOUR={text} is not a price: give US dollars, such as 2.50")
     return price
 
 

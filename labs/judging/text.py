@@ -75,7 +75,7 @@ def interval(measured: Interval | None, unit: str = "1") -> str:
 
 
 ONE_SITTING = (
-    "An interval speaks of one sitting: it covers how much repeats vary, not what another day or"
+    "An interval covers one sitting: how much the repeats of a run vary, not what another day or"
     " another machine changes."
 )
 

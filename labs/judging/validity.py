@@ -1,4 +1,4 @@
-"""Finds what is wrong with a trial, or with what a claim compares: named caveats, with advice.
+"""Finds what is wrong with a trial or a comparison: caveats, each with a name and advice.
 
 A caveat that blocks allows no verdict. Two kinds of faults are told apart. A **disturbance** may be
 gone in another attempt: a late client, another process, an engine that slows down. A fault of the
@@ -67,7 +67,7 @@ class Served(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True)
 class Expected:
-    """What a run expects of its trials; an old run recorded less, and is asked for less."""
+    """Holds what a run's trials must show. An old run recorded less, and must show less."""
 
     evidence: Sequence[Evidence] = ()
     endpoint: bool = False  # it was neither started nor configured by the lab
@@ -127,8 +127,8 @@ def _lost(trial: Trial) -> Iterator[Caveat]:
         yield _caveat(
             trial,
             "load process lost",
-            f"one of the processes that send died, and {trial.summary.lost_share:.0%} of the users"
-            " with it: what is missing is not random",
+            f"one of the load processes died, and {trial.summary.lost_share:.0%} of the users with"
+            " it: the requests that are missing are not a random part",
         )
 
 
@@ -159,10 +159,10 @@ def _late_loop(trial: Trial) -> Iterator[Caveat]:
     if summary.loop_lag_p99_s > MOST_LOOP_LAG_S:
         lag = f"{1000 * summary.loop_lag_p99_s:.0f} ms late (p99)"
     elif summary.loop_lag_max_s > most_s:
-        lag = f"{1000 * summary.loop_lag_max_s:.0f} ms late once (at most {1000 * most_s:.0f})"
+        lag = f"{1000 * summary.loop_lag_max_s:.0f} ms late once (at most {1000 * most_s:.0f} ms)"
     else:
         return
-    text = f"its event loop ran {lag}, so times are that uncertain: free a core for it"
+    text = f"its event loop ran {lag}, so times are as uncertain: free a CPU core for it"
     yield _caveat(trial, "generator's loop lagged", text)
 
 
@@ -213,10 +213,10 @@ def _ttft_apart(trial: Trial) -> Iterator[Caveat]:
     if not engine_s - apart_s <= client_s <= engine_s + transport_s + apart_s:
         yield _caveat(
             trial,
-            "TTFT apart",
+            "TTFT differs",
             f"mean TTFT is {1000 * client_s:.1f} ms at the client and {1000 * engine_s:.1f} ms in"
-            f" the engine, which is more than {1000 * apart_s:.0f} ms beyond transport and"
-            " tokenizing: the generator or the network adds the rest",
+            f" the engine: the generator or the network adds more than {1000 * apart_s:.0f} ms to"
+            " what transport and tokenizing take",
         )
 
 
@@ -231,7 +231,7 @@ def _throttled(trial: Trial) -> Iterator[Caveat]:
             trial,
             "throttled",
             f"the GPU was slowed for {slowed:.0%} of the window ({', '.join(causes)}): cool it or"
-            " mend its power supply, and measure again",
+            " improve its power supply, and measure again",
         )
     if capped > MOST_CAPPED:
         yield _caveat(
@@ -317,7 +317,7 @@ def _unreadable(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     """Check that the engine's metrics could be read, those at least on which the checks rest."""
     if trial.engine is None:
         if expected.metrics_read:
-            text = "its /metrics could not be read, so nothing that it did is proved"
+            text = "its /metrics could not be read, so nothing proves what it did"
             yield _caveat(trial, "engine's metrics unreadable", text)
         else:
             text = "this endpoint shows no metrics: nothing is proved from the engine's side"
@@ -351,7 +351,7 @@ def _too_few(trial: Trial) -> Iterator[Caveat]:
             yield _caveat(
                 trial,
                 f"too few {what}",
-                f"{counted} {what} were counted, and a figure takes {LEAST_COUNTED}: widen"
+                f"{counted} {what} were counted, and a figure needs {LEAST_COUNTED}: raise"
                 " `window_s`",
                 metrics=hit,
             )
@@ -372,8 +372,8 @@ def _answered(trial: Trial, expected: Expected) -> Iterator[Caveat]:
         yield _caveat(
             trial,
             "token counts differ",
-            f"{odd} answers' chunks do not add up to the usage reported: ITL and TPOT are"
-            " estimates on this server",
+            f"in {odd} answers the tokens of the chunks do not add up to the reported usage: ITL"
+            " and TPOT are estimates on this server",
         )
     chunks = [k for r in trial.measured_requests for _, k in r.chunks[1:]]
     several = sum(k > 1 for k in chunks) / len(chunks) if chunks else 0.0
@@ -382,16 +382,16 @@ def _answered(trial: Trial, expected: Expected) -> Iterator[Caveat]:
         yield _caveat(
             trial,
             "several tokens a chunk",
-            f"{several:.0%} of the chunks carry more than one: the client or the server fell"
-            " behind the engine, or gathers tokens; ITL is spread evenly over a chunk's tokens",
+            f"{several:.0%} of the chunks carry more than one token: the client or the server fell"
+            " behind the engine, or collects tokens; ITL is spread evenly over a chunk's tokens",
             blocks=mostly,
             metrics=TOKEN_TIMES if mostly else (),
         )
     if different := [r for r in completed if r.output_tokens != r.asked_tokens]:
         first = different[0]
         text = (
-            f"{len(different)} answers have another length than asked: {first.output_tokens}"
-            f" tokens for {first.asked_tokens}, for one"
+            f"{len(different)} answers have another length than requested; the first has"
+            f" {first.output_tokens} tokens instead of {first.asked_tokens}"
         )
         yield _caveat(trial, "lengths differ", text)
     yield from _prompts_differ(trial, completed, expected)
@@ -412,8 +412,8 @@ def _prompts_differ(
     if different:
         counted, asked = different[0]
         text = (
-            f"{len(different)} prompts have another length than asked: the engine counts"
-            f" {counted} tokens for {asked}, for one"
+            f"{len(different)} prompts have another length than planned; in the first the engine"
+            f" counts {counted} tokens instead of {asked}"
         )
         yield _caveat(trial, "prompts differ", text)
 
@@ -451,8 +451,8 @@ def _answered_by(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     if wrong:
         answered, wanted = wrong[0]
         text = (
-            f"{len(wrong)} answers came from another model than asked: from"
-            f" {literal(answered or 'one without a name')} for {literal(wanted)}, for one"
+            f"{len(wrong)} answers came from another model than requested; the first came from"
+            f" {literal(answered or 'one without a name')} instead of {literal(wanted)}"
         )
         yield _caveat(trial, "treatment not applied", text)
 
@@ -468,8 +468,8 @@ def _structured(trial: Trial) -> Iterator[Caveat]:
     ]
     if odd := [text or "" for text, spec in answers if not begins_so(text or "", spec)]:
         text = (
-            f"{len(odd)} of {len(answers)} answers do not begin as the structure demands that was"
-            f" imposed on them, the first with: {literal(odd[0][:60])}"
+            f"{len(odd)} of {len(answers)} answers do not begin as the imposed structure demands;"
+            f" the first begins with: {literal(odd[0][:60])}"
         )
         yield _caveat(trial, "treatment not applied", text)
 
@@ -492,11 +492,11 @@ def _cached(trial: Trial, expected: Expected) -> Iterator[Caveat]:
         yield _caveat(
             trial,
             "warm prefix cache",
-            f"{hits:.0f} prompt tokens were found in the cache, where these prompts share"
-            f" {bounds}: was it not reset, or is another client using the engine?",
+            f"{hits:.0f} prompt tokens were found in the cache, but these prompts share {bounds}:"
+            " was the cache not reset, or is another client using the engine?",
         )
     if hits < bounds.low:
-        text = f"{hits:.0f} prompt tokens were found in the cache, where {bounds} were to be"
+        text = f"{hits:.0f} prompt tokens were found in the cache; expected were {bounds}"
         yield _caveat(trial, "treatment not applied", text)
 
 
@@ -524,7 +524,7 @@ def _not_echoed(trial: Trial, expected: Expected) -> Iterator[str]:
         echoed = trial.engine.info.get(metric, {}).get(label)
         # `fp8` stands for a type of the engine's choice, which it names in full
         if echoed != wanted and not (wanted == "fp8" and str(echoed).startswith("fp8")):
-            yield f"the engine says {label}={echoed} where {wanted} was set"
+            yield f"the engine reports {label}={echoed}, but {wanted} was set"
 
 
 def _not_served(trial: Trial, expected: Expected) -> Iterator[str]:
@@ -536,15 +536,15 @@ def _not_served(trial: Trial, expected: Expected) -> Iterator[str]:
     served = trial.engine.info.get(metrics.SERVED, {})
     if served.get("files_sha256") != wanted.files_sha256:
         yield (
-            "the files of the model that the engine says it serves"
+            "the files of the model that the engine reports to serve"
             f" ({literal(served.get('folder', 'it names none'))}) are not those of the manifest"
         )
     method = trial.engine.info.get(metrics.ENGINE_CONFIG, {}).get("quantization")
     if method is None:
-        yield "the engine does not say by which method its weights are quantized, if at all"
+        yield "the engine does not report whether and how its weights are quantized"
     elif (method != "None") != wanted.quantized:
         what = "quantized weights" if wanted.quantized else "weights that are not quantized"
-        yield f"the engine says quantization={method} for {what}"
+        yield f"the engine reports quantization={method} for {what}"
     if wanted.random and (fault := random_weights.fault(trial.engine.info.get(metrics.ZEROS, {}))):
         yield f"{fault}, and zeros are multiplied faster than other numbers"
 
@@ -563,19 +563,19 @@ def _not_guessed(trial: Trial, expected: Expected) -> Iterator[str]:
         return
     bounds = dose.drafted_tokens(trial)
     if bounds and not bounds.hold(drafted):
-        yield f"the engine drafted {drafted:.0f} tokens, where {bounds} were to be"
+        yield f"the engine drafted {drafted:.0f} tokens; expected were {bounds}"
     bounds = dose.draft_yield(trial)
     if bounds and not bounds.hold(drafts + accepted):
         yield (
-            f"{drafts:.0f} drafts with {accepted:.0f} tokens accepted do not make up the tokens"
+            f"{drafts:.0f} drafts with {accepted:.0f} accepted tokens do not add up to the tokens"
             f" that were sent ({bounds})"
         )
     predicted = expected.acceptance.get(trial.point.key)
     bounds = None if predicted is None else dose.accepted_share(trial, predicted)
     if bounds and drafted and not bounds.hold(accepted / drafted):
         yield (
-            f"{accepted / drafted:.0%} of the drafted tokens were accepted, where at least"
-            f" {bounds.low:.0%} and at most {bounds.high:.0%} were predicted"
+            f"{accepted / drafted:.0%} of the drafted tokens were accepted; predicted were"
+            f" {bounds.low:.0%} to {bounds.high:.0%}"
         )
 
 
@@ -637,8 +637,8 @@ def first_trial_slow(repeats: Repeats, point: str) -> list[Caveat]:
         return []
     first, *later = (rates[repeat] for repeat in sorted(rates))
     if first < 0.75 * min(later):
-        text = f"the first repeat ran at {first / float(np.mean(later)):.0%} of the others"
-        return [Caveat(name="slow first trial", text=text + ": discard it or warm up", point=point)]
+        text = f"the first repeat had {first / float(np.mean(later)):.0%} of the others' throughput"
+        return [Caveat(name="slow first trial", text=text + ": warm up for longer", point=point)]
     return []
 
 
@@ -649,7 +649,7 @@ def speed_jumped(trials: Sequence[TimedTrial]) -> list[Caveat]:
     trial, not of what went on within it.
     """
     run = machine_speed(trials)
-    rule = f"more than {MOST_CHANGED:.0%} is a jump"
+    rule = f"a jump is more than {MOST_CHANGED:.0%}"
     return [
         Caveat(
             name="the machine's speed jumped",

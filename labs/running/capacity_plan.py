@@ -1,4 +1,4 @@
-"""Plans the serving of a model on GPUs that are not here: does it fit, how many, at what price.
+"""Plan the serving of a model on GPUs that are not here: does it fit, how many, at what price?
 
 A model's memory is arithmetic. Everything about time is a forecast: vLLM's own scheduler in virtual
 time, over steps from a datasheet and published efficiencies (`serving/forecasting/`). Nothing here
@@ -64,7 +64,7 @@ ENDS = (EXPECTED, FASTER, SLOWER)
 
 @dataclass(frozen=True)
 class Question:
-    """What a reader wants to serve: a model, on a card, for a demand, within an objective."""
+    """Holds what a reader wants to serve: a model, on a GPU, for a demand, within an objective."""
 
     model: Model
     precision: str
@@ -114,7 +114,7 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
 
 @dataclass(frozen=True)
 class _Served:
-    """A model as it is served on one card."""
+    """Holds a model as it is served on one GPU."""
 
     model: Model
     sheet: Datasheet
@@ -304,7 +304,7 @@ class _Load:
 
 @dataclass(frozen=True)
 class _Job:
-    """A play: a load, on so many replicas, at one end of the band."""
+    """Describes one play: a load, on a number of replicas, at one end of the band."""
 
     load: _Load
     end: int

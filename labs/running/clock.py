@@ -1,4 +1,4 @@
-"""The time that one call of a command has: what does not fit into it is left to the next call.
+"""Keep to the time that one call of a command has, and leave the rest to the next call.
 
 On a machine where a command is ended after ten minutes, say, an engine that starts in the ninth is
 time lost. So nothing is begun that does not fit into what is left, by the lab's own estimate of a
@@ -24,7 +24,7 @@ CLOSING_S = 15.0  # for ending the engines, and for what is written then
 
 
 class TimeUsedUp(LabError):
-    """What comes next does not fit into this call; the next call goes on with it."""
+    """Signals that the next step does not fit into this call; the next call continues with it."""
 
 
 def _latest(seconds: Iterable[float] = ()) -> deque[float]:

@@ -34,12 +34,13 @@ SEED = 2**31 - 1  # of the prompts that models are trained on: no trial draws fr
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a derived model is made: `python -m serving.X [METHOD] BASE OUT INPUT`; about how long.
+    """Says how a derived model is made: `python -m serving.X [METHOD] BASE OUT INPUT`.
 
-    `prompts` are the workloads whose kind of prompt it is trained on; a quantizer gets `text`, and
-    so does a study, which leaves figures and no model; `structures` asks for structures of each
-    form instead, so many. Where it has none of the three, it gets no input. A quick run makes do
-    with one of `quick_prompts_each`, where that is a number.
+    `minutes` is about how long that takes. `prompts` are the workloads whose kinds of prompt it is
+    trained on. A quantizer reads `text`, and so does a study, which leaves figures and no model.
+    `structures` is how many structures of each form a study times instead. A quick run trains on
+    `quick_prompts_each` prompts of each kind, unless that is 0. A recipe with none of the three
+    gets no input.
     """
 
     what: str
@@ -152,11 +153,11 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
     except ModelError as error:
         if name not in RECIPES:
             raise
-        report(f"{name} is made here: {error}")
+        report(f"{name} is made here, because {error}")
     if name not in RECIPES:
         raise LabError(
-            f"no {name!r} is published for {model.name}, and there is no recipe that makes it; the"
-            f" recipes are {', '.join(RECIPES)}"
+            f"no {name!r} is published for {model.name}, and this lab cannot make it; it makes"
+            f" {', '.join(RECIPES)}"
         )
     recipe = RECIPES[name]
     each, minutes, lesser = PROMPTS_EACH, recipe.minutes, ""
@@ -205,7 +206,7 @@ def _make(
         for line in maker.stdout:
             report(f"  {line.rstrip()}")
         if maker.wait():
-            raise LabError(f"{name} could not be made: {maker.tail(1)} (its whole log: {log})")
+            raise LabError(f"{name} could not be made: {maker.tail(1)} (the whole log: {log})")
     report(f"Made in {time.monotonic() - began:.0f} s: {folder.name}")
 
 

@@ -1,4 +1,4 @@
-"""Probes: what a run asks of an engine beside the load (quality, isolation, leaks by timing).
+"""Probe an engine apart from the load: quality, isolation of tenants, leaks through timing.
 
 Each probe runs once for a variant, on the same engine, after its trials. Its result is kept as it
 came (`probes/<probe>-<variant>.json`); `labs/findings/` concludes from it.
@@ -143,8 +143,8 @@ def salt(served: ProbedEngine, rounds: int = 12) -> dict[str, Any]:
 
 
 ASKED_TOKENS, MOST_TOKENS, ASKED_AT_ONCE = 320, 96, 8
-"""Of a probe's prompts, which hold any structure; of its answers, beyond any whole one; and answers
-at once."""
+"""The tokens of a prompt of the probe `structures`, with room for any structure; the limit of its
+answers, beyond any whole one; and how many answers are asked for at once."""
 
 
 def structures(served: ProbedEngine, each: int = 6, timed: int = 3) -> dict[str, Any]:

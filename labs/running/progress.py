@@ -1,4 +1,4 @@
-"""How a run shows its progress to a person, whatever shows it."""
+"""Define how a run reports its progress, whatever displays it."""
 
 from __future__ import annotations
 

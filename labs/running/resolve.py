@@ -146,7 +146,8 @@ def machine_of(card: str) -> tuple[Machine, Datasheet | None]:
         return machines.detect(), None
     known = {sheet.short_name: (model, sheet) for model, sheet in DATASHEETS.items()}
     if card not in known:
-        raise LabError(f"no GPU {card!r}{did_you_mean(card, known)} ones are {', '.join(known)}")
+        meant = did_you_mean(card, known)
+        raise LabError(f"there is no GPU {card!r}{meant} ones are {', '.join(known)}")
     model, sheet = known[card]
     return Machine(kind="gpu", model=model, count=1, memory_bytes=sheet.memory_bytes), sheet
 
@@ -171,8 +172,8 @@ def keeps_disturbed() -> bool:
     text = os.environ.get("LABS_DISTURBED", "")
     if text not in ("", "keep"):
         raise LabError(
-            f"DISTURBED={text} is not known: DISTURBED=keep keeps disturbed trials, which are"
-            " measured again without it"
+            f"DISTURBED={text} is not known: give DISTURBED=keep, which keeps disturbed trials, or"
+            " leave it out: they are then measured again"
         )
     return bool(text)
 
@@ -205,7 +206,7 @@ def model_of(machine: Machine, wanted: str, weights: str) -> models.Model:
     if is_dummy(weights):
         return dummy.resolve(machine, wanted)
     if wanted in dummy.SHAPES and not Path(wanted).exists():
-        raise LabError(f"MODEL={wanted} is a shape without weights: set WEIGHTS=dummy with it")
+        raise LabError(f"MODEL={wanted} is a shape without weights: give WEIGHTS=dummy with it")
     return models.resolve(machine, wanted)
 
 
@@ -217,9 +218,9 @@ def require_harmless(lab: Lab, recorded: bool = False) -> None:
     for variant in lab.variants:
         if why := ENGINES[variant.engine].refusal(lab.flags_of(variant)):
             mend = (
-                "a recorded run is data, whoever wrote it, so it is not repeated"
+                "a recorded run may come from anybody, so these flags are not passed on"
                 if recorded
-                else "where you know what it does, UNSAFE_FLAGS=1 passes it on"
+                else "if you know what it does, UNSAFE_FLAGS=1 passes it on"
             )
             raise EngineError(f"the flags of {variant.name} are refused: {why}; {mend}")
 

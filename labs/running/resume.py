@@ -1,7 +1,7 @@
-"""Find the unfinished run that a new sitting goes on with.
+"""Find the unfinished run to continue.
 
 The trials of one run are compared with one another, so all of them have to be measured the same
-way. A run is gone on with only where nothing that its manifest holds has changed since.
+way. A run is continued only if nothing in its manifest has changed since.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def unfinished(now: Run) -> RunFolder | None:
     change = manifest.likeliest_cause(differences, ("then", "now"))
     raise CannotResume(
         f"the unfinished run {folder.path} cannot be continued, because its trials would not be"
-        f" comparable: {change}. Bring back what it was, or start a new run without RESUME=1"
+        f" comparable: {change}. Restore that, or start a new run without RESUME=1"
     )
 
 

@@ -1,4 +1,4 @@
-"""Run a lab, from its question to its report: `run()` reads top to bottom as what happens."""
+"""Run a lab, from its question to its report: `run()` reads in the order of events."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def run(request: RunRequest, progress: ProgressDisplay) -> RunFolder:
         manifest = _manifest(setup, request, prompts_sha256)
         folder = unfinished(manifest) if request.resume else None
         if request.resume and folder is None:
-            progress.message("Nothing to resume: no unfinished run of this lab has these settings")
+            progress.message(
+                "Nothing to resume: no unfinished run has these settings, so a new one starts"
+            )
         folder = folder or RunFolder.create(manifest)
         if manifest.endpoint_metrics is False:
             progress.message(
@@ -239,7 +241,7 @@ def run_lock() -> Iterator[None]:
         except BlockingIOError as error:
             raise LabError(
                 "another lab is running from this checkout, and each would disturb the other: wait"
-                " until it has ended"
+                " until it has ended, or stop it with Ctrl-C"
             ) from error
         yield
 
@@ -268,7 +270,7 @@ def in_virtual_time(setup: Setup, work: Path, progress: ProgressDisplay) -> Poin
     try:
         return forecast(setup, _request_files(setup, work), progress)
     except ForecastError as error:
-        progress.message(f"No forecast: {error}; the run goes on with bounds alone")
+        progress.message(f"No forecast: {error}; the run continues with the closed formulas alone")
         return None
 
 

@@ -1,4 +1,4 @@
-"""The trials of a run: what order they have, what they send, how one is played and recorded."""
+"""Order the trials of a run, write what they send, and play and record each."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ class Trials:
             if attempt is None or len(discarded) == MOST_AGAIN or self._setup.keep_disturbed:
                 break
             if not self._setup.clock.fits(self.trial_s(point)):
-                self._progress.message(f"{name} was disturbed, and no time is left for another")
+                self._progress.message(f"{name} was disturbed, but no time is left to repeat it")
                 break
             discarded += (attempt,)
             self._again += 1
@@ -353,7 +353,7 @@ class Trials:
         capacity_per_s = requests_per_s(trial) if trial else None
         if not capacity_per_s:
             why = (result and result.failed) or f"nothing was completed at {first.key}"
-            raise EngineError(f"the capacity of which this load is a multiple is not known: {why}")
+            raise EngineError(f"this load is a multiple of the capacity, which is not known: {why}")
         return capacity_per_s
 
 
@@ -363,7 +363,7 @@ def nothing_measured(request_records: Sequence[RequestRecord]) -> str:
     if any(r.ok for r in counted):
         return ""
     if not counted:
-        return "nothing was sent in the window: lengthen it (window_s), or raise the load's rate"
+        return "nothing was sent in the window: raise `window_s` or the rate of the load"
     error = counted[0].error
     return f"no request in the window succeeded, of {len(counted)}; the first failed with: {error}"
 

@@ -1,1 +1,1 @@
-"""How a run is told: the summary, the report as Markdown and HTML, the plots."""
+"""Report a run: the summary, the report as Markdown and HTML, the plots."""

@@ -1,4 +1,4 @@
-"""The page of a capacity plan: each figure with its formula, and whether anybody measured it."""
+"""Build the page of a capacity plan: each figure with its formula and its kind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from loadtests.trace import TraceRow
 
 @dataclass(frozen=True)
 class Demand:
-    """What is asked of the service; lengths are means, in tokens."""
+    """Holds what is asked of the service; lengths are means, in tokens."""
 
     prompt_tokens: float
     output_tokens: float
@@ -42,7 +42,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class Fit:
-    """What one card holds of a model at one precision; bytes, and tokens of KV cache."""
+    """Holds how a model at one precision fits one GPU; bytes, and tokens of KV cache."""
 
     precision: str
     weight_bytes: float
@@ -54,7 +54,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Alone:
-    """One request with the GPU to itself."""
+    """Holds the figures of one request with the GPU to itself."""
 
     ceiling_tokens_per_s: float
     tokens_per_s: Band
@@ -63,7 +63,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class Latencies:
-    """What the clients of one play in virtual time would observe."""
+    """Holds what the clients of one play in virtual time would observe."""
 
     requests: int
     within: float  # the share of requests that meet the objective
@@ -77,7 +77,7 @@ class Latencies:
 
 @dataclass(frozen=True)
 class RateForecast:
-    """One GPU under an offered rate."""
+    """Holds the forecast of one GPU under an offered rate."""
 
     rate_per_s: float
     expected: Latencies
@@ -86,7 +86,7 @@ class RateForecast:
 
 @dataclass(frozen=True)
 class FleetForecast:
-    """The demand on several GPUs behind a router."""
+    """Holds the forecast of the demand on several GPUs behind a router."""
 
     router: str
     expected: Latencies
@@ -96,7 +96,7 @@ class FleetForecast:
 
 @dataclass(frozen=True)
 class Price:
-    """Renting a GPU beside buying tokens; US dollars."""
+    """Compares renting a GPU with buying tokens, in US dollars."""
 
     usd_per_hour: float
     million_tokens_per_day: Band
@@ -106,7 +106,7 @@ class Price:
 
 @dataclass(frozen=True)
 class CapacityPlan:
-    """All facts of a plan; what could not be answered is empty."""
+    """Holds all facts of a plan; what could not be answered is empty."""
 
     model: str
     card: str
@@ -124,17 +124,17 @@ class CapacityPlan:
 
 
 def page(plan: CapacityPlan) -> Section:
-    """Tell a plan: does it fit, one GPU, the demand on several, what it costs."""
+    """Build the page: does it fit, one GPU, the demand on several, the price."""
     return section(
         f"{plan.model} in {plan.precision} on {plan.card}",
         Paragraph(
             (
                 Strong("Arithmetic and forecast; nothing was measured."),
-                " Memory is arithmetic. Times are forecast: vLLM's own scheduler in virtual time,"
-                " over steps computed from the card's datasheet and from published efficiencies,"
+                " Memory is arithmetic. Times are forecasts by vLLM's own scheduler in virtual"
+                " time, over steps computed from the GPU's datasheet and published efficiencies,"
                 " which ",
                 Code("serving/forecasting/datasheet.py"),
-                " names. A band spans a faster and a slower step.",
+                " names. A band (in parentheses) spans a faster and a slower step.",
             )
         ),
         bullets([f"Demand: {_demand(plan.demand)}.", f"Objective: {_objective(plan)}."]),
@@ -157,11 +157,12 @@ def _demand(demand: Demand) -> str:
     rate = f"{demand.rate_per_s:g} requests/s" if demand.rate_per_s else "no rate given"
     shared = (
         f"; each prompt begins with one of {demand.documents:,} documents of"
-        f" {demand.document_tokens:,} tokens, the popular ones more often"
+        f" {demand.document_tokens:,} tokens, popular ones more often"
         if demand.documents
         else ""
     )
-    return f"{rate} at random times, each of {lengths} (outputs vary exponentially){shared}"
+    drawn = f"{lengths} (output lengths are exponentially distributed)"
+    return f"{rate} at random times, each of {drawn}{shared}"
 
 
 def _objective(plan: CapacityPlan) -> str:
@@ -177,7 +178,7 @@ def _answer(plan: CapacityPlan) -> Paragraph:
     served = next(fit for fit in plan.fits if fit.precision == plan.precision)
     if plan.alone is None:
         others = [f.precision for f in plan.fits if f.kv_tokens >= plan.demand.tokens]
-        instead = f"It fits in {', '.join(others)}." if others else "It fits in no precision here."
+        instead = f"It fits with {', '.join(others)}." if others else "It fits at no precision."
         left = served.usable_bytes - served.weight_bytes
         text = (
             f"It does not fit: {served.weight_bytes / 1e9:.1f} GB of weights leave"
@@ -188,7 +189,7 @@ def _answer(plan: CapacityPlan) -> Paragraph:
         lowest = plan.rates[0]
         return Paragraph(
             Strong(
-                f"The objective is not met: even at {lowest.rate_per_s:g} requests/s a GPU only"
+                f"The objective is not met: even at {lowest.rate_per_s:g} requests/s per GPU only"
                 f" {lowest.expected.within:.0%} of the requests meet it."
             )
         )
@@ -198,7 +199,7 @@ def _answer(plan: CapacityPlan) -> Paragraph:
     if plan.demand.rate_per_s and plan.replicas:
         text += f" {plan.demand.rate_per_s:.3g} requests/s are forecast on {plan.replicas} of them."
     elif plan.demand.rate_per_s:
-        text += " The demand needs more GPUs than a plan has replicas for."
+        text += " The demand needs more GPUs than a plan can forecast."
     return Paragraph(Strong(text))
 
 
@@ -216,13 +217,13 @@ def _fit(plan: CapacityPlan) -> Sequence[Block]:
     ]
     formula = (
         Emphasis("Arithmetic."),
-        f" Of the card's memory {usable / 1e9:.1f} GB are usable: 92 %, which is vLLM's default,"
+        f" {usable / 1e9:.1f} GB of the GPU's memory are usable: 92 %, which is vLLM's default,"
         " less 1 GB for activations. The weights are the linear layers at their precision and the"
         " embeddings at 16 bits. A token's keys and values are"
         f" {plan.fits[0].kv_bytes_per_token:,.0f} bytes: 2 x layers x KV heads x head dim x 2. A"
-        f" request of this demand keeps {plan.demand.tokens:,.0f} tokens at its end.",
+        f" request of this demand occupies {plan.demand.tokens:,.0f} tokens at its end.",
     )
-    header = ("Weights", "Their size", "Left for the KV cache", "Tokens", "Requests at once")
+    header = ("Weights", "Size", "Left for the KV cache", "Tokens in the cache", "Requests at once")
     return table(header, rows), Paragraph(formula)
 
 
@@ -259,8 +260,8 @@ def _one_gpu(plan: CapacityPlan) -> Sequence[Block]:
         Emphasis("Forecast."),
         f" {min((r.expected.requests for r in plan.rates), default=0):,} requests or more count at"
         " each rate, after a warm-up as long as an answer within the objective may last."
-        " A queue that grows without end shows as TTFT far beyond its limit: longer observed, it"
-        " would be longer still.",
+        " Where the queue grows without end, TTFT is far beyond its limit, and would be longer"
+        " still over a longer time.",
     )
     return table(header, rows), Paragraph(told) if rows else Paragraph("")
 
@@ -284,8 +285,8 @@ def _fleet(plan: CapacityPlan) -> Sequence[Block]:
         Emphasis("Forecast."),
         f" {plan.fleets[0].expected.requests if plan.fleets else 0:,} requests count, the same for"
         " each router. The network between router and replicas takes no time, and replicas do not"
-        " fail. Prefix-aware is the rule of SGLang's router: where a prompt's beginning was sent"
-        " before, unless that replica is overloaded.",
+        " fail. The prefix-aware router follows the rule of SGLang's: a prompt goes where its"
+        " beginning was sent before, unless that replica is overloaded.",
     )
     return (table(header, rows), Paragraph(told)) if rows else ()
 
@@ -302,7 +303,7 @@ def _money(plan: CapacityPlan) -> Sequence[Block]:
         ["Output tokens a day, at most, in millions",
          _band(price.million_tokens_per_day, "1"), "forecast",
          "capacity x mean output x 86,400 s"],
-        ["Price of a million at that load", _band(price.usd_per_million, "USD"),
+        ["Price of a million tokens at that load", _band(price.usd_per_million, "USD"),
          "forecast", f"{price.usd_per_hour:g} USD/h / tokens an hour"],
     ]  # fmt: skip
     if price.api_usd_per_million:
@@ -312,15 +313,15 @@ def _money(plan: CapacityPlan) -> Sequence[Block]:
              f"24 h x {price.usd_per_hour:g} USD/h / {price.api_usd_per_million:g} USD a million"]
         )  # fmt: skip
     told = (
-        "A rented GPU costs the same idle: below the break-even a bought token is cheaper, and a"
-        " break-even beyond what the GPU can make in a day is never reached. The prices are yours;"
-        " prompts' own price, which most sellers charge too, is left out."
+        "A rented GPU costs the same when it is idle. Below the break-even, bought tokens are"
+        " cheaper; a break-even beyond what the GPU can produce in a day is never reached. You gave"
+        " both prices; the price of prompt tokens, which most APIs charge too, is left out."
     )
     return table(("Figure", "Value", "Kind", "From"), rows), Paragraph(told)
 
 
 def _band(band: Band | None, unit: str) -> str:
-    """Write `50 (43.3 to 55) tok/s`; a figure without doubt alone, none as a dash."""
+    """Write `50 (43.3 to 55) tok/s`; without a band the figure alone, no figure as a dash."""
     if band is None or band.low == band.high:
         return number(band.value if band else None, unit)
     shown, low, high = (

@@ -50,7 +50,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Notes:
-    """What a reader must know before the first figure, a sentence each."""
+    """Holds what a reader must know before the first figure, one sentence each."""
 
     items: tuple[Inline, ...]
 
@@ -156,7 +156,7 @@ def joined(parts: Iterable[Inline], separator: str) -> Inline:
 
 
 def plain_text(content: Inline) -> str:
-    """What a reader reads, without any markup."""
+    """Return the text that a reader reads, without any markup."""
     match content:
         case str():
             return content

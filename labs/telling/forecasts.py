@@ -1,4 +1,4 @@
-"""The page of a lab that was forecast and not run."""
+"""Build the page of a lab that was forecast and not run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCHEDULER = "vLLM's own scheduler played every load point in virtual time, over 
 def page(
     lab: Lab, model: str, machine: Machine, predictions: Predictions, by_datasheet: bool
 ) -> Section:
-    """Tell what a lab would show: its claims, its points with their bands, and what has none.
+    """Build the page: claims, points with their bands, and what has no forecast.
 
     `by_datasheet` says that the machine is not here, so that its steps were computed.
     """
@@ -23,7 +23,7 @@ def page(
     origin: Inline = " of the model's shape that were timed on this machine"
     if by_datasheet:
         origin = (
-            " computed from the card's datasheet and from published efficiencies, which ",
+            " computed from the GPU's datasheet and from published efficiencies, which ",
             Code("serving/forecasting/datasheet.py"),
             " names",
         )

@@ -26,7 +26,7 @@ class PageSection:
 
 
 def introduction(document: nodes.Section, picture: Picture) -> Markup:
-    """What stands before the first section."""
+    """Return what stands before the first section."""
     return fragment((b for b in document.blocks if not isinstance(b, nodes.Section)), picture)
 
 

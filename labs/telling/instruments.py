@@ -1,4 +1,4 @@
-"""What `make bench` found of the lab's own instruments: `results/<machine>/bench.json`.
+"""Read, write and show what `make bench` measured: `results/<machine>/bench.json`.
 
 One file a machine, beside its results. Each part carries its own date: a part that is measured
 again replaces that part alone.
@@ -132,7 +132,7 @@ def on_file() -> list[Bench]:
 
 COLUMNS = (
     "Load processes", "Streams", "Chunks/s", "Delivered", "Lost", "TTFT added, p50", "p99",
-    "Gap error, p50", "p99", "CPU a chunk",
+    "Gap error, p50", "p99", "CPU per chunk",
 )  # fmt: skip
 
 
@@ -178,14 +178,14 @@ def _sentences(bench: Bench) -> list[str]:
     sentences = []
     if engine := bench.engine:
         sentences.append(
-            f"Our Locust / `vllm bench serve`, the same requests on one vLLM: throughput"
+            f"The lab's Locust / `vllm bench serve`, the same requests on one vLLM: throughput"
             f" {value_with_interval(engine.throughput)}, mean TTFT"
             f" {value_with_interval(engine.ttft)}, mean TPOT {value_with_interval(engine.tpot)}."
         )
     if neighbour := bench.neighbour:
         sentences.append(
-            "An engine's throughput beside another that is loaded and idle / beside one held"
-            f" still: {value_with_interval(neighbour.throughput)}."
+            "An engine's throughput beside another that is loaded and idle / beside one that is"
+            f" stopped: {value_with_interval(neighbour.throughput)}."
         )
     if recording := bench.recording:
         share = recording.share
@@ -196,7 +196,7 @@ def _sentences(bench: Bench) -> list[str]:
         )
     if overhead := bench.overhead:
         sentences.append(
-            f"The lab's own share of a run (`{overhead.lab}`), beside engine starts and load:"
+            f"The share of a run (`{overhead.lab}`) that is neither engine starts nor load:"
             f" {overhead.share:.1%}."
         )
     if aa := bench.aa:

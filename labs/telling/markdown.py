@@ -40,7 +40,7 @@ def fragment(blocks: Iterable[nodes.Block], level: int = 1) -> str:
 
 
 def _block(block: nodes.Block, level: int) -> list[str]:
-    """What blank lines separate."""
+    """Return the parts that blank lines separate."""
     match block:
         case nodes.Paragraph(content):
             return ["\n".join(_line(line) for line in _inline(content).split("\n"))]

@@ -1,4 +1,4 @@
-"""Say how a run was made: with what, on what, in which order, by which command."""
+"""Say how a run was made: machine, software, engines, order of the trials, and command."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def lines(run: Run, lab: Lab, session: Session | None) -> list[Inline]:
             ("Engine ", Code(name), ": ", Code(" ".join(a for a in argv if a)))
             for name, argv in run.argv.items()
         ),
-        f"Engine threads on cores {list(env.engine_cores)}; the load generator on"
+        f"Engine threads ran on CPU cores {list(env.engine_cores)}, the load generator on"
         f" {list(env.client_cores)}.",
-        f"{repeats(lab)}; in each, every point once, in random order (seed {lab.seed});"
-        " the same requests for every load of a repeat.",
+        f"{repeats(lab)}. Each repeat plays every point once, in random order (seed {lab.seed}),"
+        " and sends the same requests to all variants.",
         *(_sitting(lab, session) if session else ()),
         _command(run, lab),
     ]
@@ -38,8 +38,8 @@ def repeats(lab: Lab) -> str:
     if lab.looks == 1:
         return f"{lab.repeats} repeats"
     return (
-        f"{lab.repeats} repeats (up to {lab.rounds} where a claim was undecided and"
-        f" {lab.most_s:g} s had not passed)"
+        f"{lab.repeats} repeats (up to {lab.rounds} for undecided claims, begun within"
+        f" {lab.most_s:g} s)"
     )
 
 
@@ -49,22 +49,22 @@ def covers(lab: Lab, session: Session | None, judgements: Sequence[Judgement]) -
     starts = [j.effect.starts for j in judgements if j.effect and j.effect.starts is not None]
     if starts and min(starts) < ENOUGH_STARTS:
         parts.append(
-            f"Engines took turns, and one was started {min(starts)} times at most: fewer than"
-            f" {ENOUGH_STARTS} starts do not show what a start changes, so intervals between"
-            f" engines are widened by {START_SPREAD:.1%} a start, measured on one CPU."
+            f"The engines took turns, and one was started only {min(starts)} times. Fewer than"
+            f" {ENOUGH_STARTS} starts do not show how much two starts differ, so intervals between"
+            f" engines are widened by {START_SPREAD:.1%} a start, as measured on one CPU."
         )
     elif starts:
         parts.append(
-            f"Engines took turns, each started at least {min(starts)} times; between engines the"
-            " mean of a start is the unit, so what a start changes is covered."
+            f"The engines took turns, and each was started at least {min(starts)} times. Between"
+            " engines the mean of a start is the unit, so the difference between starts is covered."
         )
     elif session and session.resident and len(lab.variants) > 1:
-        parts.append("Each engine was started once: what another start changes is not covered.")
+        parts.append("Each engine was started once: differences between starts are not covered.")
     if lab.looks > 1:
         level = 1 - (1 - CONFIDENCE) / lab.looks
         parts.append(
-            f"The lab may look at its claims {lab.looks} times, so each interval is taken at"
-            f" {level:.1%}: all looks together cover at {CONFIDENCE:.0%}."
+            f"The lab may judge its claims {lab.looks} times, so each interval is taken at"
+            f" {level:.1%}; together they cover at {CONFIDENCE:.0%}."
         )
     return " ".join(parts)
 
@@ -80,13 +80,13 @@ def _software(run: Run) -> str:
 def _sitting(lab: Lab, session: Session) -> list[str]:
     """Say how the engines shared the machine, where the time went, and what recording lacked."""
     overhead_s = session.wall_s - session.engine_start_s - session.load_s
-    back = ", there and back" if session.there_and_back else ""
+    back = ", back and forth" if session.there_and_back else ""
     together = "stayed loaded together" if session.resident else f"were started in turn{back}"
     result = [
         f"Engines {together}." if len(lab.variants) > 1 else "One engine served every trial.",
         f"Time: {session.wall_s:.0f} s in all, {session.engine_start_s:.0f} s starting"
         f" engines, {session.load_s:.0f} s under load, {overhead_s:.0f} s"
-        f" ({overhead_s / session.wall_s:.0%}) everything else.",
+        f" ({overhead_s / session.wall_s:.0%}) for everything else.",
     ]
     if session.prometheus:
         result.append(f"{session.prometheus}; the records are complete without it.")

@@ -1,4 +1,4 @@
-"""The plots of a report, as SVG.
+"""Draw the plots of a report, as SVG.
 
 A lab names the plots it wants in `Lab.plots`: those below are for any lab, the others are its own
 (`labs/findings/<lab>.py`). Each function draws from the judged run and returns its caption, or None
@@ -98,7 +98,7 @@ def effects(run: JudgedRun) -> str | None:
     ax.set_ylim(-0.6, len(judged) - 0.4)
     ax.set_xlabel("treatment / baseline")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    return "Each claim: the measured ratio on the predicted one."
+    return "Each claim's measured ratio with its interval, and its prediction."
 
 
 def ratios(rows: Sequence[tuple[str, Interval, bool]], path: Path) -> bool:
@@ -184,7 +184,7 @@ def sweep(run: JudgedRun) -> str | None:
         ax.legend(frameon=False)
     return (
         "Throughput and time per output token against requests in flight. While the right curve is"
-        " flat a larger batch is free; where it bends, each user starts to pay." + BANDS * forecast
+        " flat, a larger batch is free; where it rises, each user starts to pay." + BANDS * forecast
     )
 
 
@@ -219,8 +219,8 @@ def pareto(run: JudgedRun) -> str | None:
     ax.set_ylabel("output throughput (tok/s)")
     ax.legend(frameon=False, loc="upper right")
     return (
-        "The trade: up is better for whoever pays for the machine, right is better for whoever"
-        " reads the answer. Small dots are single repeats."
+        "The trade-off: further up is better for whoever pays for the machine, further right for"
+        " whoever reads the answer. Small dots are single repeats."
     )
 
 
@@ -254,8 +254,8 @@ def roofline(run: JudgedRun) -> str | None:
     ax.set_ylabel("decode GFLOP/s")
     ax.legend(frameon=False, loc="upper left")
     return (
-        "Decode on this machine's measured roofline. Left of the ridge memory bandwidth is the"
-        " limit; a point's distance below the roof is what neither memory nor compute explains."
+        "Decode on this machine's measured roofline. Left of the ridge, memory bandwidth is the"
+        " limit. How far a point lies below the roof is what neither memory nor compute explains."
     )
 
 

@@ -1,6 +1,6 @@
-"""The report of a run as a document, a function a section, and report.md.
+"""Build the report of a run as a document, one function for each section, and write report.md.
 
-Nothing is computed here that a verdict rests on; numbers come from summary.json.
+No figure is computed here: numbers come from summary.json.
 """
 
 from __future__ import annotations
@@ -55,19 +55,21 @@ from labs.telling.document import (
 from labs.telling.lesson import lesson
 from serving import whole
 
-THEIRS = "Published by others, of their models on their hardware; no verdict rests on it:"
+THEIRS = "Published by others, for their models on their hardware; no verdict depends on it:"
 VERDICTS = parse(
-    "A measured ratio is treatment / baseline, of geometric means over repeats, with Welch's 95 %"
-    " interval. *Helps* and *hurts*: the interval excludes 1 and the ratio exceeds the claim's"
-    " margin (5 % where the claim names no other, stated before measuring). *No effect*: the whole"
-    " interval is within that margin. Else the claim is *inconclusive*. A prediction p *held* where"
-    " the 90 % interval lies within p / 1.25 and 1.25 p (two one-sided tests at 5 %), is *refuted*"
-    " where it lies wholly outside, else *open*; a bound is *not broken* or *broken* by the same"
-    " rule, and never held. It is *trivial* where p is 1 within the claim's margin."
+    "A measured ratio is treatment / baseline, of geometric means over the repeats, with Welch's"
+    " 95 % interval. A claim *helps* or *hurts* if the interval excludes 1 and the ratio exceeds"
+    " the claim's margin (5 % where the claim names no other, stated before measuring). It has"
+    " *no effect* if the whole interval is within that margin, and is *inconclusive* otherwise. A"
+    " prediction p *held* if the 90 % interval lies within p / 1.25 and 1.25 p (two one-sided"
+    " tests at 5 %), is *refuted* if the interval lies wholly outside, and is *open* otherwise. A"
+    " bound is *not broken*, *broken* or *open* by the same rule. A prediction is *trivial* if p is"
+    " 1 within the claim's margin."
 )
+MOST_POINTS_NAMED = 6  # of a caveat that withholds no verdict; more are counted
 TTFT_TWICE = (
-    "TTFT from the send, every request of the trial, warm-up included; the client's is larger by"
-    " transport, HTTP parsing and tokenizing:"
+    "TTFT from the send, over every request of the trial, warm-up included. The client's is longer"
+    " by the time for transport, HTTP parsing and tokenizing:"
 )
 
 
@@ -174,7 +176,7 @@ def notes(run: Run, summary: Summary) -> list[Inline]:
     if run.dummy:
         result.append(
             f"Random weights in the architecture of {run.model}: speed, memory and scheduling are"
-            " real, the text is not, and no quality is measured."
+            " real; the text is not, so quality is not measured."
         )
         result += [("Left out: ", parse(what), ".") for what in run.lab.get("left_out", ())]
     if summary.failed:
@@ -186,15 +188,15 @@ def notes(run: Run, summary: Summary) -> list[Inline]:
     if run.aa:
         alarms = sum(j.outcome in ("helps", "hurts") for j in summary.judgements)
         result.append(
-            f"A/A run: an engine against its twin, so whatever is found is noise. False alarms:"
-            f" {alarms} of {len(summary.judgements)}."
+            f"A/A run: an engine against an identical twin, so every difference is noise. False"
+            f" alarms: {alarms} of {len(summary.judgements)}."
         )
     if run.changes:
         changed = ", ".join(f"{k}={v}" for k, v in run.changes.items())
         result.append(f"Ad hoc run ({changed}): it stays out of summary tables.")
     judged = {j.claim for j in summary.judgements}
     if unanswered := [c["name"] for c in run.lab["claims"] if c["name"] not in judged]:
-        result.append(f"Claims that no points of this run answer: {', '.join(unanswered)}.")
+        result.append(f"Claims for which this run has no points: {', '.join(unanswered)}.")
     if run.endpoint:
         result.append(f"Measured on the endpoint {run.endpoint}, which this lab did not configure.")
     return result
@@ -202,7 +204,7 @@ def notes(run: Run, summary: Summary) -> list[Inline]:
 
 def answer(facts: Facts) -> Section:
     """Answer each question of the lab in plain words."""
-    missing = "This run has not the figures that would answer it."
+    missing = "This run lacks the figures that would answer it."
     answers = facts.summary.answers
     return section(
         "The answer",
@@ -258,10 +260,11 @@ def _score(summary: Summary) -> Paragraph | None:
 def _every_point(facts: Facts) -> Section:
     lab = facts.lab
     columns = (
-        f"Over {method.repeats(lab)} of {lab.window_s:g} s each: means over repeats; percentiles of"
-        " the samples of all repeats together, left out where too few samples support them. TTFT is"
-        " the time to a request's first token, TPOT its time per token after that, ITL the gap"
-        " before each token, E2E the whole request. Goodput counts requests/s with TTFT up to"
+        f"Figures are means over {method.repeats(lab)}, in windows of {lab.window_s:g} s."
+        " Percentiles are those of the samples of all repeats together, left out where the samples"
+        " are too few. TTFT is the time to a request's first token, TPOT its time per token after"
+        " that, ITL the gap before each token, E2E the whole request. Goodput is requests/s with"
+        " TTFT up to"
         f" {number(lab.slo.ttft_s, 's')} and TPOT up to {number(lab.slo.tpot_s, 's')}. MBU is"
         " the memory bandwidth that decode used, MFU the FLOP/s that prefill and decode used, each"
         " as a share of this machine's measured ceiling."
@@ -297,10 +300,10 @@ def _published_lines(lab: Lab, part: Part, titles: Mapping[str, str]) -> list[In
 # ------------------------------------------------------------------------ predictions and findings
 
 IN_VIRTUAL_TIME = (
-    "Each point was played beforehand by vLLM's own scheduler in virtual time, with the requests"
-    " that were then sent and the arguments that the engine was started with. How long a step takes"
-    " comes from a stand-in of the model's shape, timed on this machine before any engine started."
-    " The band: the engine's own step may take 0.90 to 1.18 of the stand-in's."
+    "Before any engine started, vLLM's own scheduler played each point in virtual time, with the"
+    " arguments that the engine was then started with and the requests that were then sent. The"
+    " time of a step comes from a stand-in of the model's shape, timed on this machine beforehand."
+    " The band: the engine's own step may take 0.90 to 1.18 times as long as the stand-in's."
 )
 
 
@@ -370,15 +373,11 @@ def formulas(lab: Lab, predictions: Predictions) -> list[Inline]:
     uses_of: dict[tuple[str, str, str], list[tuple[str, Prediction]]] = {}
     for what, title, p in predicted:
         uses_of.setdefault((what, p.formula, p.source), []).append((title, p))
-    return [
-        (
-            f"{what}: ",
-            Code(formula),
-            f" ({source})" if source else "",
-            _assumptions(uses),
-        )
-        for (what, formula, source), uses in uses_of.items()
-    ]
+    figures_of: dict[tuple[Inline, ...], list[str]] = {}  # a formula may predict several figures
+    for (what, formula, source), uses in uses_of.items():
+        told = (Code(formula), f" ({source})" if source else "", _assumptions(uses))
+        figures_of.setdefault(told, []).append(what)
+    return [(f"{'; '.join(figures)}: ", *told) for told, figures in figures_of.items()]
 
 
 def _assumptions(uses: Sequence[tuple[str, Prediction]]) -> Inline:
@@ -438,20 +437,25 @@ def validity(caveats: Sequence[Caveat], lab: Lab, failed: int = 0) -> Paragraph 
         where = " in the trials that did not fail" if failed else ""
         return Paragraph(
             f"Every check passed{where}: requests sent on time, no event-loop lag, no errors,"
-            " lengths as asked, client and engine agree on requests, tokens and TTFT, nothing else"
-            " used the machine, no trend within a window, and the engine showed each variant's"
-            " treatment in the dose that was predicted."
+            " lengths as requested, client and engine agree on requests, tokens and TTFT, nothing"
+            " else used the machine, no trend within a window, and the engine showed each variant's"
+            " treatment as strongly as predicted."
         )
     groups: dict[tuple[str, bool], list[Caveat]] = {}
     for caveat in caveats:
         groups.setdefault((caveat.name, caveat.blocks), []).append(caveat)
     items: list[Inline] = []
     for (name, blocks), members in groups.items():
-        where = "; ".join(dict.fromkeys(point_label(c.point, lab) for c in members if c.point))
+        points = list(dict.fromkeys(point_label(c.point, lab) for c in members if c.point))
+        many = len(points) > MOST_POINTS_NAMED and not blocks
+        where = f"{len(points)} points" if many else "; ".join(points)
         weight = "no verdict there" if blocks else "caveat"
         if blocks and members[0].metrics:
             weight = f"no verdict on {_figures(members[0].metrics)} there"
-        items.append((Strong(name), f" ({weight}; {where or 'the run'}): ", parse(members[0].text)))
+        one = "for example, " if len({m.text for m in members}) > 1 else ""
+        items.append(
+            (Strong(name), f" ({weight}; {where or 'the run'}): {one}", parse(members[0].text))
+        )
     return bullets(items)
 
 
@@ -466,9 +470,9 @@ def _machine_speed(speed: MachineSpeed | None) -> Section:
         Paragraph(
             "The reference step is the same short work each time, on the engine's device, timed"
             f" before and after every trial ({speed.steps} times): reading a block larger than the"
-            " caches, and a product of two matrices. Longer times are a slower machine, whatever"
-            " was measured meanwhile. The trend is the change from the first trial to the last, by"
-            " a fitted line."
+            " caches, and a product of two matrices. Longer times mean a slower machine, whatever"
+            " was being measured. The trend is the change from the first trial to the last, by a"
+            " fitted line."
         ),
         folded=True,
     )
@@ -495,7 +499,7 @@ def measured_again(summary: Summary) -> Paragraph | None:
     twice = sum(len(tried) > 1 for tried in attempts)
     also = f", {twice} of them twice" if twice else ""
     return Paragraph(
-        f"Trials that were disturbed and measured again, whatever their figures:"
+        f"Trials that were disturbed and therefore measured again, whatever their figures:"
         f" {len(attempts)}{also}. Reasons: {counted}."
     )
 

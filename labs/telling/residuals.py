@@ -1,4 +1,4 @@
-"""Tell how near predictions came to what was measured: by figure, by run, and every miss by name.
+"""Report how near predictions came to what was measured: by figure, by run, with every miss.
 
 A residual is measured / predicted. A claim's prediction is a ratio, of two forecasts or by the
 lab's own formula; a point's is a figure that was forecast in virtual time, with its band. Bounds
@@ -36,10 +36,10 @@ BY_FORECAST = "claims, by the ratio of two forecasts"
 BY_FORMULA = "claims, by the lab's formula"
 PLACE = ("Lab", "Machine", "Run", "Figure")
 INTRODUCTION = (
-    "How near predictions that were written before the first engine started came to what was"
-    " measured, in full, valid runs. The distance is how far measured / predicted lies from 1."
+    "How near predictions came to what was measured, in full, valid runs. All of them were written"
+    " before the first engine started. The distance is how far measured / predicted lies from 1."
     " Within 25 % is from p / 1.25 to 1.25 p; a band is what the forecast itself stated. Bounds are"
-    " not counted, and nothing is left out because it missed."
+    " not counted; no prediction is left out because it missed."
 )
 NONE = "No full run on file has a valid figure that was predicted."
 LinkTo = Callable[[RunFolder], str]  # the address of what tells a run
@@ -165,7 +165,7 @@ def page(found: Sequence[Residual], link: LinkTo) -> Section:
         section("By figure", _grouped(by_figure, ("Figure",), lambda r: (r.group,))),
         section("By run", _grouped(found, PLACE, lambda r: _place(r, link))),
         section(
-            f"Misses: {len(misses)} of {len(found)} lie further off than 25 %",
+            f"Misses: {len(misses)} of {len(found)} are further off than 25 %",
             _misses(misses, link),
         )
         if misses

@@ -210,15 +210,15 @@ def _of_the_whole(run: Run, lab: Lab, session: Session | None) -> list[Caveat]:
     caveats = []
     if session and not session.resident and not session.there_and_back:
         text = (
-            "each was measured in a block of its own, so what the machine drifted between two"
-            " blocks is in their ratio: where an effect is small, run again with another SEED="
+            "each was measured in a block of its own, so their ratio includes what the machine"
+            " drifted between two blocks: where an effect is small, run again with another SEED="
         )
         caveats.append(Caveat(name="engines took turns", text=text))
     if run.endpoint:
-        text = "predictions rest on this machine's ceilings; the endpoint may run on another"
+        text = "predictions assume this machine's ceilings; the endpoint may run on another machine"
         caveats.append(Caveat(name="endpoint's hardware unknown", text=text))
     if any(flags.is_parallel for flags in lab.all_flags):
-        text = "predictions rest on one GPU's ceilings and count no communication"
+        text = "predictions assume one GPU's ceilings and no communication between GPUs"
         caveats.append(Caveat(name="several GPUs", text=text))
     return caveats
 

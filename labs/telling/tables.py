@@ -1,4 +1,4 @@
-"""The tables of a report, from a run's typed files."""
+"""Build the tables of a report from the typed files of a run."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def predictions(lab: Lab, predicted_before: Predictions) -> Table:
 def claims(lab: Lab, summary: Summary) -> Table:
     """Tabulate the judgements: what was claimed, measured, predicted and published; the verdict."""
     return table(
-        ("Claim", "Measured", "95 % interval", "Predicted", "Prediction", "Published", "Verdict"),
+        ("Claim", "Measured", "95 % interval", "Predicted", "Did it hold?", "Published", "Verdict"),
         (_claim(lab, judgement) for judgement in summary.judgements),
     )
 
@@ -124,7 +124,7 @@ def forecasts(lab: Lab, summary: Summary) -> Table:
         )
     header = (
         "Figure", "Where", "Measured", "95 % interval", "Predicted", "Measured / predicted",
-        "Prediction",
+        "Did it hold?",
     )  # fmt: skip
     return table(header, rows)
 

@@ -330,8 +330,8 @@ class Vllm(Engine):
         if isinstance(memory, int) and memory < needed:
             raise EngineError(
                 f"{variant}'s kv-cache-memory-bytes={memory} cannot hold one request of"
-                f" max-model-len={limit}, which takes {needed:.0f}: raise the one or lower the"
-                " other with SET="
+                f" max-model-len={limit}, which takes {needed:.0f} bytes: raise the one or"
+                " lower the other with SET="
             )
 
     @classmethod
@@ -346,10 +346,10 @@ class Vllm(Engine):
         weight_bytes = shape.weight_bytes / VllmFlags(flags).weight_parts
         if weight_bytes + kv_bytes + ACTIVATION_BYTES > machine.memory_bytes:
             raise EngineError(
-                f"{variant}: {weight_bytes / 1e9:.1f} GB of weights, {kv_bytes / 1e9:.1f} of KV"
-                f" cache and about {ACTIVATION_BYTES / 1e9:.0f} for activations do not fit the"
-                f" GPU's {machine.memory_bytes / 1e9:.1f}: give a smaller model with MODEL=, more"
-                " GPUs with TP=, or less with SET=flags.kv-cache-memory-bytes="
+                f"{variant}: {weight_bytes / 1e9:.1f} GB of weights, {kv_bytes / 1e9:.1f} GB of KV"
+                f" cache and about {ACTIVATION_BYTES / 1e9:.0f} GB for activations do not fit the"
+                f" GPU's {machine.memory_bytes / 1e9:.1f} GB: give a smaller model with MODEL=,"
+                " more GPUs with TP=, or less with SET=flags.kv-cache-memory-bytes="
             )
 
     @classmethod

@@ -32,7 +32,7 @@ SIZES = tuple(2**i for i in range(15))  # of steps, in tokens, and of rows of th
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What an engine reaches of a datasheet's figures, and the time of a step beside them."""
+    """Holds which share of a datasheet's figures an engine reaches, and its fixed time per step."""
 
     reading: float  # of the memory bandwidth
     computing: float  # of the dense rate

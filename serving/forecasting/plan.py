@@ -1,4 +1,4 @@
-"""What the forecaster reads and writes: a plan of trials, and how each of them would go."""
+"""Define what the forecaster reads and writes: a plan of trials, and how each would go."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ForecastPlan(BaseModel, frozen=True, extra="forbid"):
 
 
 class ForecastPlay(BaseModel, frozen=True, extra="forbid"):
-    """How a trial would go, and what the engine would count in it."""
+    """Describes how a trial would go, and what the engine would count in it."""
 
     key: str
     repeat: int

@@ -1,4 +1,4 @@
-"""How long one engine step takes, as a function of what is scheduled in it.
+"""Compute how long one engine step takes, as a function of what is scheduled in it.
 
 A step carries decoding requests (one token each, or a few where drafts are verified) and pieces of
 prompts. Its time is put together from four parts that `serving/forecasting/timing.py` measures on
@@ -102,7 +102,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Step:
-    """What the engine computes in one step."""
+    """Describes what the engine computes in one step."""
 
     pieces: Sequence[Piece]
     rows: int  # positions that are sampled: a prompt's last piece has one, an earlier piece none

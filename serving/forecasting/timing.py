@@ -49,7 +49,7 @@ Work = Callable[[], None]
 
 
 class TimingPlan(BaseModel, frozen=True, extra="forbid"):
-    """What to time: a model's shape, the device, and the sizes of steps."""
+    """Describes what to time: a model's shape, the device, and the sizes of steps."""
 
     config: Path  # the model's config.json
     device: str  # `cpu` or `cuda`

@@ -43,7 +43,7 @@ from tests.sizes import BRIEF, sizes_of
 every_lab = pytest.mark.parametrize("lab", LABS)
 BATCHING = "continuous-batching"
 TOO_BUSY = {  # what keeps a lab from concluding anything on a machine that does other work too
-    "generator lagged", "generator's loop lagged", "fell behind the schedule", "TTFT apart",
+    "generator lagged", "generator's loop lagged", "fell behind the schedule", "TTFT differs",
     "trend in the window",
 }  # fmt: skip
 PROMETHEUS = find_prometheus(ROOT) is not None
@@ -418,7 +418,7 @@ def test_engines_that_do_not_fit_together_are_visited_there_and_back(reader: Rea
         *((name, 3) for name in names[::-1]),
     ]
     assert len(reader.engine_starts()) == 2 * len(names)
-    assert "were started in turn, there and back" in (folder.path / "report.md").read_text()
+    assert "were started in turn, back and forth" in (folder.path / "report.md").read_text()
     session = folder.session()
     assert session
     assert all(a.engine == a.records > 0 for a in session.agreement)
@@ -439,7 +439,7 @@ def test_only_points_of_undecided_claims_are_repeated_and_no_more_than_asked(
         if j.outcome == "inconclusive":
             assert j.effect.ratio.n == 4
     said = (twins.folder.path / "report.md").read_text()
-    assert "(up to 4 where a claim was undecided and 420 s had not passed)" in said
+    assert "(up to 4 for undecided claims, begun within 420 s)" in said
     assert "Undecided after 2 repeats" in twins.command.said
 
 

@@ -39,8 +39,8 @@ def call(reader: Reader, sitting: Path, seconds: int) -> Command:
 def test_a_lab_is_finished_over_several_calls(reader: Reader, checkout: Path) -> None:
     first = call(reader, checkout, 16)  # less than one trial and what is kept for closing
     assert first.wait() == TIME_USED_UP, first.said
-    assert "16 s for this call, in which an engine has 240 s to start" in first.said
-    assert "The time of this call is used up: the next trial needs about" in first.said
+    assert "This call may last 16 s, and an engine has 240 s to start" in first.said
+    assert "The time for this call is used up: the next trial needs about" in first.said
     assert f"To be done: {LAB}. The same call goes on with them." in first.said
     folder = first.folder
     trials = set(folder.path.glob("trials/**/trial.json"))

@@ -150,8 +150,8 @@ def test_the_price_of_small_pieces_is_told_beside_what_they_solve(tmp_path: Path
     assert text
     assert "stall is 0.10x" in text
     assert text.endswith(
-        "With `sixteenth` their own first token takes 1.2 s on average, where it takes 200 ms"
-        " without chunks: 6.00x (6.00 to 6.00)."
+        "With `sixteenth` their own first token takes 1.2 s on average, without chunks"
+        " 200 ms: 6.00x (6.00 to 6.00)."
     )
 
 
@@ -232,7 +232,7 @@ def test_counts_that_differ_are_told(prometheus: int | None, said: str, tmp_path
     text = both_ends(judged_run(found))
     assert text
     assert said in text
-    assert "mean TTFT is 2 ms to 2 ms the longer" in text
+    assert "mean TTFT is longer by 2 ms to 2 ms" in text
 
 
 def test_facts_are_computed_once_for_the_finding_and_the_answers(tmp_path: Path) -> None:

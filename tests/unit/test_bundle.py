@@ -322,7 +322,7 @@ def test_have_is_what_pip_prints(tmp_path: Path) -> None:
 def test_sizes_platforms_and_pythons() -> None:
     assert [bundle.part_size(s) for s in ("500", "60M", "2G")] == [500, 60_000_000, 2_000_000_000]
     for wrong in ("0", "60MB", "-1", "1.5G", ""):
-        with pytest.raises(BundleError, match="is no size"):
+        with pytest.raises(BundleError, match="is not a size"):
             bundle.part_size(wrong)
     with pytest.raises(BundleError, match="FOR=rocm is not known"):
         bundle.check("rocm", "3.12")

@@ -76,7 +76,7 @@ def test_seventy_billion_parameters_fit_one_card_of_80_gb_in_eight_bits_at_most(
     assert bf16.kv_bytes_per_token == 327_680  # 2 x 80 layers x 8 KV heads x 128 x 2 bytes
     text = markdown.document(capacity_plans.page(answer))
     assert "It does not fit: 139." in text
-    assert "It fits in fp8, w8a8, w4a16-gptq." in text
+    assert "It fits with fp8, w8a8, w4a16-gptq." in text
     assert "One request alone" not in text
 
 
@@ -116,8 +116,8 @@ def test_a_capacity_is_interpolated() -> None:
     [
         (["--machine", "h1000"], "no GPU 'h1000': did you mean h100?"),
         (["--model", "llama-9b"], "no shape 'llama-9b'"),
-        (["--precision", "fp9"], "no PRECISION=fp9"),
-        (["--router", "random"], "no ROUTER=random"),
+        (["--precision", "fp9"], "there is no PRECISION=fp9"),
+        (["--router", "random"], "there is no ROUTER=random"),
         (["--slo", "fast"], "SLO=fast is not understood"),
         (["--slo", "100/0"], "SLO=100/0 is not understood"),
         (["--lengths", "1000000/5"], "at most 131,072 tokens"),

@@ -56,7 +56,7 @@ def test_a_misspelled_setting_in_the_environment_is_told(monkeypatch: pytest.Mon
     monkeypatch.setenv("LABS_QIUCK", "1")
     monkeypatch.setenv("LABS_ZZZQ", "1")
     code, said = labs("list")
-    told = "in the environment is no setting and is not read"
+    told = "in the environment is not a setting and is ignored"
     assert code == 0
     assert f"LABS_QIUCK {told}: did you mean LABS_QUICK?" in said
     assert f"LABS_ZZZQ {told}: `make` lists the settings." in said
@@ -166,7 +166,7 @@ def test_check_passes_whole_runs_and_names_what_is_wrong_with_others(
 
 def test_check_of_what_is_no_run_says_what_to_give(tmp_path: Path) -> None:
     code, said = labs("check", str(tmp_path))
-    assert (code, "is no run: give a folder with run.json" in said) == (1, True)
+    assert (code, "is not a run: give a folder with run.json" in said) == (1, True)
 
 
 def test_report_is_written_anew_from_the_files(

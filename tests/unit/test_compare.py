@@ -245,8 +245,8 @@ def test_a_gate_that_could_not_fail_lets_nothing_pass(folder: RunFolder) -> None
     [
         ("[worse]\nspeed = 0.1\ndefault = 0.1", "names unknown figures: speed"),
         ("[worse]\ntpot_mean_s = 0.1", "has no `default`"),
-        ("[worse\n", "holds no thresholds"),
-        ("[worse]\ndefault = -1", "holds no thresholds"),
+        ("[worse\n", "is not a file of thresholds"),
+        ("[worse]\ndefault = -1", "is not a file of thresholds"),
     ],
 )
 def test_thresholds_that_make_no_sense_are_refused(text: str, said: str, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_what_differs_most_is_told_first(folder: RunFolder) -> None:
         packages = run.environment.model_copy(update={"packages": {"zipp": zipp, "vllm": vllm}})
         write_json(at.path / "run.json", run.model_copy(update={"environment": packages}))
     assert side_by_side.headline(compared(folder, other)).items[2] == (
-        "What differs in how they were run, the likeliest to matter first:"
+        "What differs in how they were run, the likeliest cause first:"
         " environment.packages.vllm: 1 in A, 2 in B (and 1 more)."
     )
     same = side_by_side.headline(compared(other, other)).items

@@ -124,7 +124,7 @@ def test_a_maker_that_fails_has_the_last_word(model: Model, tmp_path: Path) -> N
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones(model: Model) -> None:
-    with pytest.raises(LabError, match=r"no 'w2' is published for .*; the recipes are draft, "):
+    with pytest.raises(LabError, match=r"no 'w2' is published for .*; it makes draft, "):
         make(model, "w2", pytest.fail)
 
 
@@ -149,7 +149,7 @@ def test_what_is_published_and_cannot_be_had_is_made(
     monkeypatch.setitem(models.SIBLINGS, model.name, published)
     said: list[str] = []
     assert make(model, "draft", said.append) == place(model, "draft")
-    assert said[0] == "draft is made here: no model lab/base-0.1B"
+    assert said[0] == "draft is made here, because no model lab/base-0.1B"
     with pytest.raises(ModelError, match="no model lab/base-head"):  # of which there is no maker
         make(model, "eagle", pytest.fail)
 

@@ -122,7 +122,7 @@ def test_random_weights_run_what_does_not_need_real_ones(
     skipped = {a.lab: a.note for a in abilities if a.able is None}
     assert skipped.keys() == {"speculative-decoding", "quantization-tools"}
     assert "needs a GPU" in skipped["speculative-decoding"]
-    assert "made of real weights" in skipped["quantization-tools"]
+    assert "needs real weights" in skipped["quantization-tools"]
 
 
 @pytest.mark.usefixtures("healthy")
@@ -137,7 +137,7 @@ def test_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch, answers: bool
     assert line(lines, "Model").remedy == ("" if answers else "give a local folder with MODEL=")
     assert {a.able for a in abilities} == {answers}
     assert {a.note for a in abilities} == (
-        {"after the model is downloaded"} if answers else {"there is no model to serve, see above"}
+        {"after the model is downloaded"} if answers else {"there is no model to serve (see above)"}
     )
 
 
@@ -147,7 +147,7 @@ def test_a_port_that_is_taken_names_its_setting(monkeypatch: pytest.MonkeyPatch)
         raise PortTaken("taken")
 
     monkeypatch.setattr(doctor, "require_port", taken)
-    assert line(doctor.examine("")[0], "Port 8000").remedy == "make serve PORT=<another>"
+    assert line(doctor.examine("")[0], "Port 8000").remedy == "make serve PORT=<another port>"
 
 
 def make_nvml(free_gib: int, cuda: int) -> ModuleType:
@@ -166,12 +166,12 @@ def test_a_gpu_in_use_and_a_driver_too_old_are_told(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "pynvml", make_nvml(79, 13000))
     assert [(x.state, x.remedy) for x in doctor._gpus()] == [
         ("NVIDIA H100 80GB HBM3, 79 of 80 GiB free, compute capability 9.0", ""),
-        ("580.1, up to CUDA 13.0", ""),
+        ("580.1, supports CUDA up to 13.0", ""),
     ]
     monkeypatch.setitem(sys.modules, "pynvml", make_nvml(40, 12080))
     gpu, driver = doctor._gpus()
     assert "nvidia-smi" in gpu.remedy
-    assert driver.state == "580.1, up to CUDA 12.8"
+    assert driver.state == "580.1, supports CUDA up to 12.8"
     assert "built for CUDA 13.0" in driver.remedy
 
 

@@ -166,8 +166,8 @@ def test_what_the_streams_pay_stands_beside_what_they_gain(tmp_path: Path) -> No
     assert cells(found, 4, 5) == [["90 ms", "4.50x (4.50 to 4.50)"],
                                   ["30 ms", "1.50x (1.50 to 1.50)"], ["20 ms", "–"]]  # fmt: skip
     assert (
-        "With `small` their own first token takes 90 ms on average, where it takes 20 ms without"
-        " chunks: 4.50x (4.50 to 4.50)." in found.lines[1]
+        "With `small` their own first token takes 90 ms on average, without chunks 20 ms:"
+        " 4.50x (4.50 to 4.50)." in found.lines[1]
     )
 
 
@@ -180,8 +180,8 @@ def test_the_stall_is_a_line_over_the_piece(tmp_path: Path) -> None:
 
 def test_the_link_that_a_split_of_prefill_needs(tmp_path: Path) -> None:
     """32 tokens of 32 bytes in the 50 ms of `whole`: 0.00016 Gbit/s."""
-    assert "hand over 0.0 MB" in budgets(tmp_path, 0.1).lines[3]
-    assert "in the 50 ms that the prefill takes" in budgets(tmp_path / "b", 0.1).lines[3]
+    assert "send 0.0 MB" in budgets(tmp_path, 0.1).lines[3]
+    assert "In the 50 ms that the prefill takes" in budgets(tmp_path / "b", 0.1).lines[3]
 
 
 # ------------------------------------------------------------------------------------ overload
@@ -423,8 +423,8 @@ def test_tokens_a_step_and_tokens_a_draft_step_have_two_names(tmp_path: Path) ->
     """A step without a draft counts in the one and not in the other."""
     run = guessing(tmp_path, {})
     headers = [*ACCEPTANCE.finding(run).rows[0], *SPEED_UP.finding(run).rows[0]]
-    named = [header for header in headers if header.startswith("Tokens a")]
-    assert named == [METRICS["acceptance_length"].title, "Tokens a step, drafts or none"]
+    named = [header for header in headers if header.startswith("Tokens per")]
+    assert named == [METRICS["acceptance_length"].title, "Tokens per step, drafts or none"]
 
 
 def test_the_same_text_is_told_request_by_request(tmp_path: Path) -> None:
@@ -474,8 +474,8 @@ def test_preemption_is_first_seen_where_a_trial_has_any(tmp_path: Path) -> None:
     finding = PREEMPTION.finding(run)
     tight, quantized = finding.lines
     # requests of 10 tokens at their longest, 8 at the mean
-    assert "20 tokens hold 2.0 requests at their longest and 2.5 at their mean length" in tight
-    assert tight.endswith("there was none at 2 in flight, and some at 4.")
+    assert "20 tokens hold 2.0 requests of the longest and 2.5 of the mean length" in tight
+    assert tight.endswith("There was none at 2 in flight, and some at 4.")
     assert quantized == "`fp8-tight`: no preemption up to 4 in flight."
     assert len(cells(finding, 0)) == 4
 
@@ -484,9 +484,13 @@ def test_preemption_is_first_seen_where_a_trial_has_any(tmp_path: Path) -> None:
     ("near_ms", "far_ms", "said"),
     [
         # BF16 takes 10 ms and 10 ms a thousand tokens more: 9.92 ms at no context
-        (12.0, 17.0, "50% of the slope of `bf16` (bytes say 50 %); it breaks even at 408 tokens"),
-        (9.0, 14.0, "50% of the slope of `bf16` (bytes say 50 %); ahead at every context."),
-        (10.0, 25.0, "150% of the slope of `bf16` (bytes say 50 %); it never breaks even"),
+        (
+            12.0,
+            17.0,
+            "50% of the slope of `bf16` (50 % by the bytes); it breaks even at 408 tokens",
+        ),
+        (9.0, 14.0, "50% of the slope of `bf16` (50 % by the bytes); ahead at every context."),
+        (10.0, 25.0, "150% of the slope of `bf16` (50 % by the bytes); it never breaks even"),
     ],
 )
 def test_where_a_quantized_cache_breaks_even(
@@ -515,7 +519,7 @@ def test_slopes_within_their_noise_are_not_told_apart(far_ms: Any, tmp_path: Pat
         one = {k: {1: of[1]} for k, of in run.values.items()}
         run = replace(run, values=one)
     (line, *_) = CONTEXT_SLOPE.finding(run).lines
-    assert "the repeats vary too much to tell the two slopes apart" in line
+    assert "the repeats vary too much to distinguish the two slopes" in line
 
 
 def test_the_memory_ladder_climbs(tmp_path: Path) -> None:
@@ -649,7 +653,9 @@ def test_outliers_by_what_they_cost(tmp_path: Path) -> None:
     ]
     assert "attention's input: 1,234 times the median channel, kurtosis 9" in finding.lines[0]
     assert "multiplies perplexity by 1.65;" in finding.lines[1]
-    assert OUTLIERS.finding(context(tmp_path / "no", make_lab(), {})).lines == ["Not studied."]
+    assert OUTLIERS.finding(context(tmp_path / "no", make_lab(), {})).lines == [
+        "Not studied in this run."
+    ]
 
 
 def test_a_tool_is_compared_with_its_heir_and_says_which_is_better(tmp_path: Path) -> None:

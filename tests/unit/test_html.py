@@ -274,7 +274,7 @@ def test_a_picture_is_of_this_run_or_it_is_not_shown(folder: RunFolder, name: st
 def test_a_page_shows_the_runs_pictures_and_reads_no_markdown(folder: RunFolder) -> None:
     before = written(folder)
     assert [a["alt"] for tag, a in before.tags if tag == "img"] == [
-        "Each claim: the measured ratio on the predicted one."
+        "Each claim's measured ratio with its interval, and its prediction."
     ]
     (folder.path / "report.md").unlink()
     assert Seen(pages.write(folder).read_text()).tags == before.tags

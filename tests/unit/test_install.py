@@ -453,7 +453,7 @@ def test_set_up_without_prometheus_says_so_once(
     monkeypatch.setattr(install, "PROMETHEUS_RELEASES", (root / "nowhere").as_uri())
     (root / ".tools" / "prometheus" / "prometheus").unlink()
     install.set_up(root, "cpu")
-    assert "raw records are the source of truth" in capsys.readouterr().out
+    assert "every record is kept in files" in capsys.readouterr().out
     assert install.main([]) == 0
     assert capsys.readouterr() == ("", "")
     edit(root / "pyproject.toml")

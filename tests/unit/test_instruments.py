@@ -81,9 +81,9 @@ def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None
     sentences = [line for line in lines(whole) if line.startswith("- ")]
     said = (
         "throughput 1.01 (0.99 to 1.03), mean TTFT 0.90, mean TPOT 1.00",
-        "one held still: 0.99 (0.98 to 1.01)",
+        "one that is stopped: 0.99 (0.98 to 1.01)",
         "takes 2.1% (1.5% to 2.7%) of the generator's CPU time at 9,980 tokens/s",
-        "own share of a run (`tiny`), beside engine starts and load: 7.0%",
+        "share of a run (`tiny`) that is neither engine starts nor load: 7.0%",
         "a false alarm in 2 of 80 claims judged, 2.5% (0.3% to 8.7%), 1 not judged",
     )
     assert len(sentences) == len(said)

@@ -146,7 +146,7 @@ def test_every_lab_fits_every_class_of_gpu(lab: str, c: MemoryClass, random: boo
     require_memory(resolved, machine, model)
     known = {*SIBLINGS[model.name], *RECIPES} if not random else {*dummy.DERIVED, *NEED_NO_WEIGHTS}
     if lab == "quantization-tools" and random:  # compares what tools make of real weights
-        with pytest.raises(ModelError, match="w4a16-gptq-code is made of real weights"):
+        with pytest.raises(ModelError, match="w4a16-gptq-code needs real weights"):
             dummy.derive(model, "w4a16-gptq-code")
     else:
         assert set(resolved.derived()) <= known

@@ -172,7 +172,7 @@ def test_a_lab_is_one_file_and_one_line(house: Path) -> None:
     add(house, PLAIN)
     told = said(house, sys.executable, "-c", TELLS, str(house / "results"))
     assert "# Abacus beads on Abacus" in told
-    assert "(SO-4) This run has not the figures that would answer it." in told
+    assert "(SO-4) This run lacks the figures that would answer it." in told
     assert "| On is faster (Output throughput: on, 1 user / off, 1 user) | 2.9" in told
     assert "drawn: effects.svg variants.svg" in told
     link = "[`make lab-abacus-beads`](labs/abacus_beads.py)"

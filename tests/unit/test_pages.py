@@ -188,7 +188,7 @@ def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
     assert [plain_text(cell) for cell in row] == [
         "tiny", "On is faster", machine.describe(), "2.97x", "2.84 to 3.10", "–", "helps",
         "refuted",
-        "the same", "–",
+        "unchanged", "–",
     ]  # fmt: skip
     report = f"{machine.slug}/tiny/{folder.path.name}/report.md"
     assert row[2] == (Link(machine.describe(), report), "")
@@ -196,12 +196,12 @@ def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
     assert {row[-2] for row in leaderboards.leaderboard().rows} == {Strong("stale")}
     home = folder.path.parent.parent
     assert (
-        "(the lab has other knobs by now) | On is faster"
+        "(the lab's settings have changed since) | On is faster"
         in leaderboards.write_machine(home).read_text()
     )
     monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(title="Said better")})
-    assert {row[-2] for row in leaderboards.leaderboard().rows} == {"the same"}
-    assert "other knobs" not in leaderboards.write_machine(home).read_text()
+    assert {row[-2] for row in leaderboards.leaderboard().rows} == {"unchanged"}
+    assert "have changed since" not in leaderboards.write_machine(home).read_text()
 
 
 def test_every_page_with_intervals_says_that_they_speak_of_one_sitting(

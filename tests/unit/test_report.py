@@ -168,7 +168,7 @@ def test_a_margin_of_a_claims_own_stands_beside_it(tmp_path: Path) -> None:
 def test_report_begins_with_the_questions_and_what_the_run_says_to_them(folder: RunFolder) -> None:
     facts = report.Facts.of(folder)
     unknown = markdown.fragment([report.answer(facts)])
-    assert unknown.endswith("(SO-4) This run has not the figures that would answer it.")
+    assert unknown.endswith("(SO-4) This run lacks the figures that would answer it.")
     answers = {"SO-4": "Where much is *shared*."}
     known = replace(facts, summary=facts.summary.model_copy(update={"answers": answers}))
     assert report.answer(known) == section(
@@ -200,6 +200,18 @@ def test_each_formula_is_told_once_with_what_one_claim_alone_assumes() -> None:
     assert markdown.fragment([bullets(formulas)]) == (
         "- Output throughput, treatment / baseline: `2 x` (Euclid); assumes: flat;"
         " for *On is faster* a = 1; for *On is more* a = 2"
+    )
+
+
+def test_a_formula_of_several_figures_names_them_in_one_line() -> None:
+    made = Prediction(value=1, formula="2 x", source="Euclid", assumptions=("flat",))
+    claims = (make_claim(), make_claim(name="sooner", metric="ttft_p50_s"))
+    effects = {claim.name: {"a|b": made} for claim in claims}
+    lab = make_lab(claims=claims)
+    formulas = report.formulas(lab, Predictions(effects=effects, forecasts={}))
+    assert markdown.fragment([bullets(formulas)]) == (
+        "- Output throughput, treatment / baseline; TTFT, p50, treatment / baseline: `2 x`"
+        " (Euclid); assumes: flat"
     )
 
 
@@ -241,7 +253,7 @@ def test_a_claim_without_points_is_named_and_not_lost(folder: RunFolder) -> None
     run, summary = folder.run(), folder.summary()
     assert report.notes(run, summary) == []
     (note,) = report.notes(run, summary.model_copy(update={"judgements": []}))
-    assert note == "Claims that no points of this run answer: faster."
+    assert note == "Claims for which this run has no points: faster."
 
 
 def test_a_run_with_random_weights_says_so_first(folder: RunFolder) -> None:
@@ -311,14 +323,19 @@ def test_engines_that_took_turns_are_a_caveat(resident: bool, folder: RunFolder)
 @pytest.mark.parametrize(
     ("starts", "resident", "most_repeats", "said"),
     [
-        (None, True, 0, "Each engine was started once: what another start changes is not covered."),
-        (2, False, 0, "one was started 2 times at most: fewer than 4 starts"),
-        (4, False, 0, "each started at least 4 times; between engines the mean of a start"),
+        (
+            None,
+            True,
+            0,
+            "Each engine was started once: differences between starts are not covered.",
+        ),
+        (2, False, 0, "one was started only 2 times. Fewer than 4 starts"),
+        (4, False, 0, "each was started at least 4 times. Between engines the mean of a start"),
         (
             None,
             True,
             8,
-            "The lab may look at its claims 2 times, so each interval is taken at 97.5%",
+            "The lab may judge its claims 2 times, so each interval is taken at 97.5%",
         ),
     ],
 )
@@ -338,13 +355,21 @@ def test_a_report_says_what_its_intervals_cover(
     summarise(folder)
     text = report.write(folder).read_text()
     assert said in text
-    assert "An interval speaks of one sitting" in text
+    assert "An interval covers one sitting" in text
 
 
 def test_a_caveat_about_times_between_tokens_withholds_only_verdicts_on_them() -> None:
     found = Caveat(name="several", text="80 %", blocks=True, metrics=("tpot_mean_s",))
     line = markdown.fragment([report.validity([found], make_lab())])
     assert "(no verdict on times between tokens there; the run)" in line
+
+
+def test_a_caveat_at_many_points_counts_them() -> None:
+    found = [Caveat(name="noise", text=f"{n} %", blocks=False, point=f"v{n}/w/l") for n in range(7)]
+    line = markdown.fragment([report.validity(found, make_lab())])
+    assert "(caveat; 7 points): for example, 0 %" in line
+    blocking = [caveat.model_copy(update={"blocks": True}) for caveat in found]
+    assert "v0; v1; v2" in markdown.fragment([report.validity(blocking, make_lab())])
 
 
 def test_a_terminal_shows_the_answer_the_claims_and_what_weakens_them(folder: RunFolder) -> None:

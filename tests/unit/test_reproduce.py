@@ -138,7 +138,7 @@ def test_what_is_left_open_is_no_difference_and_has_no_cause(
     opened = found.model_copy(update={"verdicts": [left_open, *others]})
     (said,) = (line for line in reproduction.sentences(opened) if agreed.title in line)
     assert "hurts, 1.08x (1.05 to 1.11) there; inconclusive" in said
-    assert said.endswith("an interval that holds the value there.") == holds
+    assert said.endswith("an interval that contains the original value.") == holds
     assert (opened.outcome, opened.exit_code) == ("undecided", 2)
     assert reproduction.likeliest_cause([left_open], [], found.differences) == ""
 
@@ -261,7 +261,7 @@ def test_a_verdict_that_the_repetition_withheld_stays_withheld(folder: RunFolder
         (lambda path: path.write_text("{"), "json: Invalid JSON"),
         (lambda path: path.rename(path.with_name("other.json")), "about another run, or was ren"),
         (lambda path: path.write_text(path.read_text().replace("helps", "hurts")),
-         "answers other verdicts than this run's"),
+         "is about other verdicts than this run's"),
     ],
 )  # fmt: skip
 def test_what_is_filed_wrongly_is_a_problem(

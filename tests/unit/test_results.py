@@ -328,7 +328,7 @@ def test_a_run_that_was_measured_otherwise_is_not_continued(
         resume.unfinished(run.model_copy(update=change))
     assert named in str(refusal.value)
     assert str(folder.path) in str(refusal.value)
-    assert "Bring back what it was, or start a new run without RESUME=1" in str(refusal.value)
+    assert "Restore that, or start a new run without RESUME=1" in str(refusal.value)
     assert resume.unfinished(run.model_copy(update={"reproduces": "another"})) is None
 
 
@@ -357,7 +357,9 @@ def test_full_disk_is_refused_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * 2**20))
-    with pytest.raises(LabError, match=r"^100 MiB are free under .*, a run needs 300: make room"):
+    with pytest.raises(
+        LabError, match=r"^100 MiB are free under .*, and a run needs 300 MiB: free some"
+    ):
         require_room(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=300 * 2**20))
     require_room(tmp_path)

@@ -80,7 +80,7 @@ def test_a_recorded_run_whose_flags_may_do_harm_is_not_repeated(
 ) -> None:
     hostile = LAB.at("cpu", quick=True)
     hostile = hostile.model_copy(update={"flags": {**hostile.flags, **flags}})
-    with pytest.raises(EngineError, match=f"{why}.*a recorded run is data"):
+    with pytest.raises(EngineError, match=f"{why}.*a recorded run may come from anybody"):
         resolve(RunRequest(hostile, True, reproduces="x", model="none"), ConsoleProgress())
 
 
@@ -95,7 +95,7 @@ def test_the_labs_own_flags_are_harmless(name: str, scale: str, random: bool) ->
 def test_a_flag_by_hand_is_refused_and_the_way_to_insist_is_named(command: tuple[str, ...]) -> None:
     code, said = labs(*command, "--set", "flags.trust-remote-code=true")
     assert code == 1
-    assert "trust-remote-code trusts code that comes with a model; where you know what" in said
+    assert "trust-remote-code trusts code that comes with a model; if you know what" in said
     assert "UNSAFE_FLAGS=1 passes it on" in said
     code, said = labs(
         *command, "--set", "flags.trust-remote-code=true", "--unsafe-flags", "--model", "./none"
@@ -310,10 +310,10 @@ IMPOSSIBLE: dict[str, tuple[Callable[[RunFolder], None], str]] = {
     "start": (lambda f: window(f, started_unix_s=1e308), "started_unix_s"),
     "end": (lambda f: window(f, window_s=[0, math.inf]), "window_s"),
     "counts": (lambda f: edit(f, f"{TRIAL}/trial.json", engine={"values": {"a": {}}}), "engine"),
-    "linked file": (lambda f: linked(f, f"{TRIAL}/requests.jsonl.gz"), "no regular file"),
-    "linked folder": (lambda f: linked(f, "trials/on"), "no regular file"),
-    "linked run": (lambda f: linked(f, "run.json"), "no regular file"),
-    "pipe": (lambda f: piped(f, "predictions.json"), "no regular file"),
+    "linked file": (lambda f: linked(f, f"{TRIAL}/requests.jsonl.gz"), "not a regular file"),
+    "linked folder": (lambda f: linked(f, "trials/on"), "not a regular file"),
+    "linked run": (lambda f: linked(f, "run.json"), "not a regular file"),
+    "pipe": (lambda f: piped(f, "predictions.json"), "not a regular file"),
 }
 
 
@@ -480,7 +480,7 @@ def test_a_damaged_model_is_one_sentence(damage: str, tmp_path: Path) -> None:
     folder = model_at(tmp_path / "model")
     assert models.load(folder, "m").shape.layers == 2
     DAMAGED[damage](folder)
-    with pytest.raises(ModelError, match=r"is no model that can be read .*MODEL=") as failed:
+    with pytest.raises(ModelError, match=r"is not a model that can be read .*MODEL=") as failed:
         models.load(folder, "m")
     assert "\n" not in str(failed.value)
 

@@ -70,7 +70,7 @@ def test_a_long_trace_is_kept_from_its_beginning(
         (AZURE + "2023-11-16T18:15:51+02:00,2,5\n", "t.csv", "request 3: its time is not of"),
         (PLAIN + "1,2\n3,4,5\n", "t.csv", "request 4: "),
         (PLAIN + f'"{"1" * 200_000}",2,3\n', "t.csv", "cannot be read: field larger than"),
-        (MOONCAKE + "[1, 2, 3]\n", "t.jsonl", "request 3: it is no object with named fields"),
+        (MOONCAKE + "[1, 2, 3]\n", "t.jsonl", "request 3: it is not an object with named fields"),
         (MOONCAKE.replace("27482", "Infinity"), "t.jsonl", "request 1: inf is no time"),
         (MOONCAKE.replace("6955", "[1]"), "t.jsonl", "request 1: "),
         (MOONCAKE.replace("6955", "1e999"), "t.jsonl", "request 1: "),
@@ -90,7 +90,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_what_has_no_end_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
-        with pytest.raises(ValueError, match="it is no regular file"):
+        with pytest.raises(ValueError, match="it is not a regular file"):
             read_trace(path)
 
 

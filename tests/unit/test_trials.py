@@ -34,7 +34,9 @@ def test_a_trial_in_which_no_counted_request_succeeds_has_failed() -> None:
 
 
 def test_a_trial_without_a_request_in_its_window_has_failed() -> None:
-    assert nothing_measured([WARM_UP]).startswith("nothing was sent in the window: lengthen it")
+    assert nothing_measured([WARM_UP]).startswith(
+        "nothing was sent in the window: raise `window_s`"
+    )
     assert nothing_measured([]).startswith("nothing was sent")
 
 

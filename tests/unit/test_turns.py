@@ -258,7 +258,7 @@ def test_engines_started_once_each_are_a_caveat(tmp_path: Path) -> None:
     for resident, back, caveat, text in (
         (True, False, False, "Engines stayed loaded together."),
         (False, False, True, "Engines were started in turn."),
-        (False, True, False, "Engines were started in turn, there and back."),
+        (False, True, False, "Engines were started in turn, back and forth."),
     ):
         found, said = told(resident, back)
         assert (found, text in said) == (caveat, True)

@@ -119,9 +119,9 @@ def test_clean_trial_has_no_caveat() -> None:
         ("client and engine disagree", True, {"values": {**VALUES, metrics.REQUESTS: 51}}),
         ("client and engine disagree", True, {"values": {**VALUES, metrics.PROMPT_TOKENS: 400}}),
         ("client and engine disagree", True, {"values": {**VALUES, metrics.GENERATION_TOKENS: 99}}),
-        ("TTFT apart", True, {"records": LATE}),
-        ("TTFT apart", True, {"seen": Histogram(SEEN.le, SEEN.counts, 50 * 0.1, 50)}),
-        ("TTFT apart", True, {"seen": Histogram(SEEN.le, SEEN.counts, 50 * 0.2, 50)}),
+        ("TTFT differs", True, {"records": LATE}),
+        ("TTFT differs", True, {"seen": Histogram(SEEN.le, SEEN.counts, 50 * 0.1, 50)}),
+        ("TTFT differs", True, {"seen": Histogram(SEEN.le, SEEN.counts, 50 * 0.2, 50)}),
         ("load from others", True, {"other_work": OtherWork(0.021, 0.0, 0.5)}),
         ("other processes", True, {"other_work": OtherWork(0.0, 0.026, 0.5)}),
         ("other processes", True, {"other_work": OtherWork(0.0, 0.05)}),  # an old record
@@ -319,11 +319,11 @@ def guessed(drafts: float, drafted: float, accepted: float, method: str = "draft
 
 def test_guesses_prove_themselves_by_their_number_and_how_many_came_true() -> None:
     assert guessed(205, 410, 197) == ""
-    assert guessed(240, 480, 160) == "33% of the drafted tokens were accepted, where at least" \
-        " 34% and at most 100% were predicted"  # fmt: skip
+    assert guessed(240, 480, 160) == "33% of the drafted tokens were accepted; predicted were" \
+        " 34% to 100%"  # fmt: skip
     assert "were accepted" in guessed(400, 800, 1)  # one accepted draft token
-    assert "where 348 to 410 were to be" in guessed(205, 205, 190)  # one guess each, not two
-    assert "do not make up" in guessed(20, 40, 20)  # in a few steps only
+    assert "expected were 348 to 410" in guessed(205, 205, 190)  # one guess each, not two
+    assert "do not add up" in guessed(20, 40, 20)  # in a few steps only
     assert guessed(40, 60, 40, "ngram") == ""  # which guesses now and then
     assert "were accepted" in guessed(40, 60, 1, "ngram")
 
@@ -351,7 +351,7 @@ def test_the_engine_must_say_that_it_loaded_the_manifests_weights() -> None:
     assert "are not those of the manifest" in served("b2", "compressed-tensors")
     assert "are not those of the manifest" in served(None, "compressed-tensors")
     assert "quantization=None for quantized weights" in served("a1", "None")
-    assert "does not say by which method" in served("a1", None)
+    assert "does not report whether and how" in served("a1", None)
 
 
 def test_random_weights_must_be_shown_not_to_be_zeros() -> None:
@@ -378,8 +378,8 @@ def test_random_weights_must_be_shown_not_to_be_zeros() -> None:
 def test_the_engine_must_say_the_flags_that_were_set() -> None:
     """In new runs; an old one did not read all of them from the log."""
     assert served("a1", "fp8", {"block-size": 2}) == ""
-    assert "block_size=2 where 4 was set" in served("a1", "fp8", {"block-size": 4})
-    assert "enforce_eager=None where True" in served("a1", "fp8", {"enforce-eager": True})
+    assert "block_size=2, but 4 was set" in served("a1", "fp8", {"block-size": 4})
+    assert "enforce_eager=None, but True" in served("a1", "fp8", {"enforce-eager": True})
 
 
 def test_every_answer_must_come_from_the_adapter_that_was_asked() -> None:
@@ -390,9 +390,9 @@ def test_every_answer_must_come_from_the_adapter_that_was_asked() -> None:
     assert checked(**of) == []  # an old record, which has no names
     (caveat,) = checked(some(50, model="base"), **of)
     assert caveat.name == "treatment not applied"
-    assert "50 answers came from another model than asked" in caveat.text
+    assert "50 answers came from another model than requested" in caveat.text
     (caveat,) = checked(some(1, model="tenant-1"), **{**of, "asked": ASKED})
-    assert "from tenant-1 for base" in caveat.text
+    assert "from tenant-1 instead of base" in caveat.text
 
 
 def test_where_tokens_come_gathered_their_times_allow_no_verdict_but_their_number_does() -> None:
