@@ -369,7 +369,7 @@ def test_a_caveat_at_many_points_counts_them() -> None:
     line = markdown.fragment([report.validity(found, make_lab())])
     assert "(caveat; 7 points): for example, 0 %" in line
     blocking = [caveat.model_copy(update={"blocks": True}) for caveat in found]
-    assert "v0; v1; v2" in markdown.fragment([report.validity(blocking, make_lab())])
+    assert "v0, l; v1, l; v2, l" in markdown.fragment([report.validity(blocking, make_lab())])
 
 
 def test_a_terminal_shows_the_answer_the_claims_and_what_weakens_them(folder: RunFolder) -> None:
