@@ -165,7 +165,7 @@ def page(found: Sequence[Residual], link: LinkTo) -> Section:
         section("By figure", _grouped(by_figure, ("Figure",), lambda r: (r.group,))),
         section("By run", _grouped(found, PLACE, lambda r: _place(r, link))),
         section(
-            f"Misses: {len(misses)} of {len(found)} are further off than 25 %",
+            f"Misses: {len(misses)} of {len(found)} lie further off than 25 %",
             _misses(misses, link),
         )
         if misses
