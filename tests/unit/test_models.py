@@ -293,7 +293,7 @@ def test_a_model_folder_that_is_not_one_is_told_why(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit_are_named() -> None:
     with pytest.raises(LabError, match="WEIGHTS=real is not known: use WEIGHTS=dummy"):
         model_of(gpu(81_559), "", "real")
-    with pytest.raises(LabError, match="llama-8b is a shape without weights: set WEIGHTS=dummy"):
+    with pytest.raises(LabError, match="llama-8b is a shape without weights: give WEIGHTS=dummy"):
         model_of(gpu(81_559), "llama-8b", "")
     with pytest.raises(ModelError, match=r"no shape 'llama-9b' ships.*llama-8b \(Llama 3\.1 8B"):
         model_of(gpu(81_559), "llama-9b", "dummy")
