@@ -155,8 +155,8 @@ function hiddenPanels() {
   const hidden = document.querySelectorAll("#panels section[hidden]").length;
   for (const head of document.querySelectorAll("#panels h2")) {
     let next = head.nextElementSibling;
-    while (next?.hidden && next.tagName === "SECTION") next = next.nextElementSibling;
-    head.hidden = next?.tagName !== "SECTION";
+    while (next?.matches("section[hidden]")) next = next.nextElementSibling;
+    head.toggleAttribute("hidden", next?.tagName !== "SECTION");
   }
   return hidden ? ` Not shown: ${hidden} panels of the engine's own series, of which nothing is recorded here for this run.` : "";
 }

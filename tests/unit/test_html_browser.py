@@ -420,7 +420,7 @@ def test_a_dial_is_turned_and_a_readers_own_run_joins_or_is_refused(
     diamonds = "document.querySelectorAll('#dials .scatterlayer .trace').length"
     lines = shown.js(diamonds)
     for text, why in (
-        ("<b>", "is no JSON"),
+        ("<b>", "is not JSON"),
         ("[1]", "no list of judgements"),
         ('{"judgements": [null, {"claim": "stall-sixteenth", "effect": {"ratio":'
          ' {"value": "9"}}}]}', "None of the claims"),

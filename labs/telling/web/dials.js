@@ -11,10 +11,10 @@ function measuredOf(text, claims, judged) {
   try {
     summary = JSON.parse(text);
   } catch {
-    throw new Error("This file is no JSON. Choose the summary.json in the folder of your run.");
+    throw new Error("This file is not JSON. Choose the summary.json in the folder of your run.");
   }
   if (!Array.isArray(summary?.judgements)) {
-    throw new Error("This is no summary of a run: it has no list of judgements.");
+    throw new Error("This is not the summary of a run: it has no list of judgements.");
   }
   const known = summary.judgements.filter((one) => judged.includes(one?.claim)).length;
   if (2 * known < summary.judgements.length || !known) {

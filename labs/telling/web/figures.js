@@ -2,7 +2,7 @@
 "use strict";
 
 {
-  const AXIS_TITLES = { concurrent: "requests in flight", waves: "requests a wave",
+  const AXIS_TITLES = { concurrent: "requests in flight", waves: "requests in each wave",
                         poisson: "requests/s", constant: "requests/s" };  // of loads with one number
   const BOUND_NAMES = { ceiling: ", at most", floor: ", at least", point: "" };
 

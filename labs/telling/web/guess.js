@@ -10,7 +10,7 @@ for (const button of document.querySelectorAll(".guesses button")) {
     const right = data.measured.filter(({ ratio }) => within(ratio, button.dataset));
     const said = data.measured.map(({ machine, ratio }) => `${digits(ratio)} on ${machine}`);
     const verdict = right.length === data.measured.length ? "That is what was measured"
-      : right.length ? "So it was on one machine, not on every one" : "It came otherwise";
+      : right.length ? "That is what happened on one machine, but not on every one" : "Something else happened";
     at("guessed").textContent = `You guessed ${button.textContent}. ${verdict}: ${said.join(", ")}.`;
     at("revealed").open = true;
   });
