@@ -292,22 +292,22 @@ class Prometheus:
             for each in found
         ]
 
-    def settle(self, expression: str, expected: float, timeout_s: float = 60.0) -> float | None:
+    def settle(self, expression: str, expected: float, timeout_s: float = 240.0) -> float | None:
         """Wait until the query's value equals `expected`; return the last value in any case.
 
-        A counter is complete in Prometheus only one scrape after its last change, and a machine too
-        busy to answer within a second is not scraped.
+        A counter is complete in Prometheus only one scrape after its last change, and what does not
+        answer within a second is not scraped: on a machine that is busy with other work that may
+        last for minutes.
         """
         began = time.monotonic()
         while (value := self.value(expression)) != expected:
-            if time.monotonic() - began >= timeout_s:
-                break
+            if self._disk_is_full():
+                self.missing = f"Prometheus has no space left on its disk ({HOME})"
             if self.missing:
                 return None
+            if time.monotonic() - began >= timeout_s:
+                break
             time.sleep(0.25)
-        if value != expected and self._disk_is_full():
-            self.missing = f"Prometheus has no space left on its disk ({HOME})"
-            return None
         return value
 
     def _disk_is_full(self) -> bool:

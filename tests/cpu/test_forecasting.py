@@ -194,7 +194,7 @@ def test_quantized_weights_and_caches_are_timed_by_the_engine_s_own_kernels(
             plans.append(
                 TimingPlan(
                     config=folder / "config.json", device="cpu", cores=(0,), tokens=(1, 4),
-                    rows=(1,), kernels=argv, passes=4,
+                    rows=(1,), kernels=argv, passes=6,
                 )
             )  # fmt: skip
     done = subprocess.run(

@@ -45,7 +45,7 @@ def test_a_lab_runs_on_random_weights_and_says_so_first(tmp_path: Path) -> None:
         assert {"8", "16"} <= trial.engine.info[metrics.ZEROS].keys()
     report = (folder.path / "report.md").read_text()
     assert report.partition("\n")[0].endswith("with random weights")
-    assert "no quality is measured" in report
+    assert "quality is not measured" in report
 
 
 def test_the_arithmetic_of_shapes_is_that_of_the_models_themselves() -> None:
