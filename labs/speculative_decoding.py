@@ -94,10 +94,11 @@ def within(records: Mapping[str, Any], point: Point) -> Mapping[str, Any]:
 def drafts_accepted(point: Point) -> float:
     """Return the share accepted on held-out prompts of this kind when it was made.
 
-    A draft that was made without the kind has one share for all; a published one is taken at 0.6.
+    A draft that was made without the kind has one share for all, one that was made before lengths
+    were told apart has one for all lengths, and a published one is taken at 0.6.
     """
     made = draft(point)
-    by_kind = within(made.get("acceptance_within", {}), point)
+    by_kind = within(made.get("acceptance_within", {}), point) or made.get("acceptance_by_kind", {})
     return float(by_kind.get(point.workload.task, by_kind.get("all", made.get("acceptance", 0.6))))
 
 

@@ -239,13 +239,12 @@ def make(target: Path, out: Path, prompts: Path, layers: int, epochs: int, seed:
         print(f"before training it guesses {untrained:.0%} of the held-out tokens", flush=True)
         steps = distil(model, taught, held_out, epochs, seed)
         model = model.bfloat16()
-        by_kind = acceptance(model, held_out)
+        within = {n: acceptance(model, held_out, n) for n in WITHIN_TOKENS}
         model.save_pretrained(half)
         tokenizer.save_pretrained(half)
         about = {
-            "acceptance": by_kind.pop("all"),
-            "acceptance_by_kind": by_kind,
-            "acceptance_within": {n: acceptance(model, held_out, n) for n in WITHIN_TOKENS},
+            "acceptance": within[ANSWER_TOKENS]["all"],
+            "acceptance_within": within,
             "lookup_within": {n: lookup(held_out, n) for n in WITHIN_TOKENS},
             "acceptance_untrained": untrained,
             "layers": layers,

@@ -69,7 +69,7 @@ def test_distilling_makes_a_smaller_model_that_agrees_with_the_target(
     assert trained["trained_on_tokens"] == 32 * draft.ANSWER_TOKENS
     assert trained["acceptance"] > untrained["acceptance"] + 0.1
     assert trained["acceptance_untrained"] == untrained["acceptance_untrained"]
-    assert trained["acceptance_by_kind"].keys() == {"even", "odd"}
+    assert trained["acceptance_within"]["64"].keys() == {"even", "odd", "all"}
 
     target = AutoModelForCausalLM.from_pretrained(tiny)
     cut, taught = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("0", "8"))
@@ -141,6 +141,8 @@ def test_a_forecast_takes_the_share_that_is_accepted_of_its_kind_of_text() -> No
     assert shares["draft-2", "quote"] == 0.6
     assert shares["ngram", "quote"] == 0.95
     assert shares["ngram", "story"] == 0.2
+    older = lab.points(SHAPE, CEILINGS, about={"draft": {"acceptance_by_kind": {"story": 0.4}}})
+    assert {accepted(p) for p in older if p.key.startswith("draft-2/story/")} == {0.4}
     found = {
         (p.variant.name, p.workload.name): guessed(p)
         for p in points
