@@ -32,13 +32,17 @@ MOST_SERIES = 5000  # of one run in Prometheus
 def quick_run(
     lab: str, results: Path, settings: str = "", weights: str = "", model: str = ""
 ) -> RunFolder:
-    """`labs run LAB` with QUICK=1 and these settings; the run it left among the results."""
+    """`labs run LAB` with QUICK=1 and these settings; the run it left among the results.
+
+    The first lab's processes start as a reader's do, the others' as `tests/startup` says.
+    """
     before = set(results.glob(RUNS))
     done = subprocess.run(
         [sys.executable, "-m", "labs.commands.cli", "run", lab],
         cwd=ROOT,
         env={
             **os.environ,
+            **({"PYTHONPATH": ""} if lab == next(iter(LABS)) else {}),
             "LABS_QUICK": "1",
             "LABS_DISTURBED": "keep",  # other tests run meanwhile
             "LABS_SET": settings,
