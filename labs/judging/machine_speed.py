@@ -21,6 +21,9 @@ MOST_CHANGED = 0.25
 """The least change of a step's time, up or down, that counts as a jump. It is 3.5 standard
 deviations of the ratio of two steps; one step has 5 % within 100 s on a quiet virtual machine."""
 
+MOST_SPREAD = 2.0
+"""The largest spread that earlier runs are believed: a damaged one must not undo a forecast."""
+
 Part = Literal["reading", "computing"]
 PARTS: tuple[Part, ...] = ("reading", "computing")
 
@@ -95,6 +98,28 @@ def jump(trial: TimedTrial, run: MachineSpeed) -> str | None:
 
 def _changed(ratio: float) -> bool:
     return max(ratio, 1 / ratio) > 1 + MOST_CHANGED
+
+
+def usual_spread(earlier: Sequence[MachineSpeed], trials: int) -> float:
+    """Tell how far a machine's speed usually moves between one moment and the mean of later trials.
+
+    A factor of 1 or more: with 80 % probability a step takes, in the mean of so many trials,
+    between 1 / factor and factor times as long as it took once before them. For each run, half the
+    distance from the 10th to the 90th percentile of the logarithm of a part's time is the spread of
+    one moment. Both moments spread, the later one less by averaging over trials as if they were
+    independent of each other. The median over runs counts, and both parts alike, since a step reads
+    and computes. 1 where there is no earlier run; MOST_SPREAD at most.
+    """
+    spreads = [
+        math.log(speed.high_s / speed.low_s) / 2
+        for run in earlier
+        for speed in (run.reading, run.computing)
+        if 0 < speed.low_s <= speed.high_s < math.inf
+    ]
+    if not spreads:
+        return 1.0
+    between = median(spreads) * math.sqrt(1 + 1 / trials)
+    return min(math.exp(between), MOST_SPREAD)
 
 
 def relative_speed(this: MachineSpeed, other: MachineSpeed) -> dict[Part, float]:

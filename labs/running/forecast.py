@@ -19,7 +19,8 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from labs.filing.results import Band, PointForecasts
+from labs.filing.results import Band, PointForecasts, all_runs, unreadable
+from labs.judging.machine_speed import MachineSpeed, usual_spread
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS, measure
 from labs.lab import Lab, LabError, Point, Prediction, Variant
@@ -49,9 +50,10 @@ FASTER, SLOWER = 0.90, 1.18
 """The ends of a band: the engine's own step may take this many times as long as the stand-in step.
 
 Both factors were measured on two machines (vLLM 0.32 on CPU, batches of 1 to 16 and a prompt of 768
-tokens), before any run that is judged by them. Where the machine's speed wandered while the step
-was timed, the slow end is as much further off: the stand-in step is the least of several times, and
-an engine cannot choose its moments.
+tokens), before any run that is judged by them. Both ends are further off by the usual spread of
+the machine's speed, as the reference steps of earlier runs on it show; the slow end at least by how
+much the speed wandered while the step was timed, since the stand-in step is the least of several
+times, and an engine cannot choose its moments.
 """
 DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; larger steps are extrapolated
 GPU_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
@@ -76,12 +78,14 @@ def forecast(
     points = [p for p in setup.points if p.variant.name not in without]
     if not points:
         return PointForecasts(points={}, without=without)
+    spread = 1.0
     if setup.datasheet:
         steps = _steps_by_datasheet(setup, points, setup.datasheet)
     else:
+        spread = usual_spread(earlier_speeds(setup.machine), setup.lab.repeats)
         # alone on the machine: beside another process that works, steps take a third longer
         progress.waiting("timing the stand-in step, for the forecast")
-        steps = _steps_as_timed(setup, points)
+        steps = _steps_as_timed(setup, points, spread)
     progress.waiting("playing every load on vLLM's scheduler in virtual time")
     by_key = {p.key: p for p in points}
 
@@ -113,6 +117,7 @@ def forecast(
         },
         without=without,
         step_times=_described(steps.values()),
+        machine_spread=spread,
     )
 
 
@@ -276,16 +281,26 @@ Steps = dict[str, tuple[EngineSteps, EngineSteps, EngineSteps]]
 """Point -> its steps as expected, on a faster and on a slower machine: the ends of the band."""
 
 
-def ends_of_band(times: StepTimes) -> tuple[StepTimes, StepTimes, StepTimes]:
-    """Return a timed step as expected, on a faster machine and on a slower one."""
-    return times, times.times(FASTER), times.times(SLOWER * times.wander)
+def ends_of_band(times: StepTimes, spread: float = 1.0) -> tuple[StepTimes, StepTimes, StepTimes]:
+    """Return a timed step as expected, on a faster machine and on a slower one.
+
+    `spread` is the usual one of this machine's speed, a factor of 1 or more.
+    """
+    return times, times.times(FASTER / spread), times.times(SLOWER * max(times.wander, spread))
 
 
-def _steps_as_timed(setup: Setup, points: Sequence[Point]) -> Steps:
+def earlier_speeds(machine: Machine) -> list[MachineSpeed]:
+    """List how fast this machine was in the finished runs on file; damaged runs are left out."""
+    folders = (f for f in all_runs() if f.path.parent.parent.name == machine.slug and f.complete)
+    speeds = (f.summary().machine_speed for f in folders if not unreadable(f))
+    return [speed for speed in speeds if speed]
+
+
+def _steps_as_timed(setup: Setup, points: Sequence[Point], spread: float) -> Steps:
     """Time the steps of these points. Raises ForecastError."""
     plans = {p.key: (_step_of(setup, p), _draft_of(setup, p)) for p in points}
     times = time_steps(plan for pair in plans.values() for plan in pair if plan)
-    ends = {plan: ends_of_band(step_times) for plan, step_times in times.items()}
+    ends = {plan: ends_of_band(step_times, spread) for plan, step_times in times.items()}
 
     def at(key: str, end: int) -> EngineSteps:
         step, draft = plans[key]

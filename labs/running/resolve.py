@@ -274,9 +274,15 @@ def require_sizes(lab: Lab, model: models.Model) -> None:
 
 
 def check_flags(lab: Lab) -> None:
-    """Check that each engine accepts the flags of its variants. Raises EngineError."""
+    """Check that each engine accepts the flags of its variants.
+
+    Raises EngineError; NotApplicable where the engine's version lacks a flag.
+    """
     for name in dict.fromkeys(v.engine for v in lab.variants):
-        ENGINES[name].check_flags([lab.flags_of(v) for v in lab.variants if v.engine == name])
+        try:
+            ENGINES[name].check_flags([lab.flags_of(v) for v in lab.variants if v.engine == name])
+        except Unsupported as reason:
+            raise NotApplicable(str(reason)) from reason
 
 
 def require_known_names(lab: Lab) -> None:

@@ -35,7 +35,9 @@ from serving.ports import LOOPBACK
 
 GUARD = "serving.guard.Guard"  # known to --middleware of vLLM 0.26 and 0.32
 PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
-QUEUE_LIMITS = ("max-num-queued-reqs", "max-num-queued-tokens")  # of vLLM 0.32, not of 0.26
+QUEUE_LIMITS = ("max-num-queued-reqs", "max-num-queued-tokens")
+SINCE = dict.fromkeys(QUEUE_LIMITS, "0.32")
+"""Flag -> the first vLLM known to have it, where not every one that the labs support has it."""
 ACTIVATION_BYTES = 10**9  # at least, beside weights and KV cache on a GPU
 PROCESS_BYTES = 2 * 2**30  # on the host, beside its weights and KV cache
 CPU_KV_BYTES = 4 * 2**30  # counted where no size is given
@@ -420,6 +422,11 @@ class Vllm(Engine):
 def _check_names(argvs: Sequence[Sequence[str]], options: Sequence[str]) -> None:
     for argument in (a for argv in argvs for a in argv if a.startswith("--")):
         if argument not in options:
+            if (newer := SINCE.get(argument.removeprefix("--"))) is not None:
+                raise Unsupported(
+                    f"vLLM {Vllm.version()} has no flag {argument}, which came with {newer}: leave"
+                    " out the variants that set it (SET='variants=[..]'), or name another VLLM="
+                )
             near = difflib.get_close_matches(argument, options, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "see vLLM's engine arguments"
             raise EngineError(f"vLLM {Vllm.version()} has no flag {argument}: {hint}")

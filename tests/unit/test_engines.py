@@ -5,6 +5,7 @@ Adding an engine takes one file, of which `Dummy` is an example, and one line in
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -20,7 +21,7 @@ from labs import LABS
 from labs.lab import Lab, NotApplicable, Variant, factors
 from labs.running.resolve import check_flags, require_devices
 from serving import metrics
-from serving.engines import ENGINES
+from serving.engines import ENGINES, vllm
 from serving.engines.base import Engine, EngineError, Flags, Server, Unsupported
 from serving.engines.endpoint import Endpoint
 from serving.machine import Machine
@@ -122,6 +123,19 @@ def test_why_an_engine_died_is_read_off_its_log(tmp_path: Path) -> None:
     assert started.snapshot() is None
 
 
+def test_a_flag_that_this_vllm_does_not_have_yet_leaves_the_lab_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"options": ["--max-num-seqs"], "accepted": []}  # by a parser of before 0.32
+    monkeypatch.setattr(vllm, "CACHE", tmp_path)
+    (tmp_path / f"vllm-{vllm.Vllm.version()}-flags.json").write_text(json.dumps(known))
+    with pytest.raises(NotApplicable, match=r"no flag --max-num-queued-\w+, which came with 0\.32"):
+        check_flags(LABS["overload"])
+    misspelled = make_lab(flags={"max-num-sequences": 4})
+    with pytest.raises(EngineError, match="did you mean --max-num-seqs"):
+        check_flags(misspelled)
+
+
 def on_dummy(batch: int) -> Lab:
     off = Variant(name="off", engine="dummy", flags={"batch": batch})
     return make_lab(variants=(off, off.but("on", {"batch": 16})), flags={})
@@ -136,8 +150,8 @@ def test_a_variant_chooses_its_engine_which_checks_its_flags() -> None:
     other = on_dummy(8).model_copy(update={"flags": {"beads": 1}})
     with pytest.raises(EngineError, match="its one flag"):
         check_flags(other)
-    dummy, vllm = on_dummy(8).variants[0], Variant(name="off")
-    other_engine, plain = (replace(make_point("off"), variant=v) for v in (dummy, vllm))
+    dummy, vllm_off = on_dummy(8).variants[0], Variant(name="off")
+    other_engine, plain = (replace(make_point("off"), variant=v) for v in (dummy, vllm_off))
     assert factors(other_engine, plain) == ["--batch", "engine"]
 
 

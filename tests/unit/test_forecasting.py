@@ -218,6 +218,10 @@ def test_a_machine_whose_speed_wanders_widens_the_slow_end_of_the_band() -> None
         assert expected.linear_s == TIMES.linear_s
         assert faster.linear_s[0] == pytest.approx(FASTER * TIMES.linear_s[0])
         assert slower.linear_s[0] == pytest.approx(slowest * TIMES.linear_s[0])
+    _, faster, slower = ends_of_band(unsteady, spread=1.7)  # more than within the timing
+    assert faster.linear_s[0] == pytest.approx(FASTER / 1.7 * TIMES.linear_s[0])
+    assert slower.linear_s[0] == pytest.approx(SLOWER * 1.7 * TIMES.linear_s[0])
+    assert ends_of_band(unsteady, spread=1.2)[2] == ends_of_band(unsteady)[2]
 
 
 def test_plans_that_differ_in_the_cache_alone_share_the_timing_of_their_layers() -> None:

@@ -8,14 +8,24 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from labs.comparing import compare, reproduction, side_by_side
 from labs.filing import results
 from labs.filing.results import RunFolder, TrialResult, write_json
-from labs.judging.machine_speed import TimedTrial, jump, machine_speed, relative_speed
+from labs.judging.machine_speed import (
+    MOST_SPREAD,
+    MachineSpeed,
+    TimedTrial,
+    jump,
+    machine_speed,
+    relative_speed,
+    usual_spread,
+)
 from labs.judging.validity import speed_jumped
+from labs.running import forecast
 from labs.telling import report
 from labs.telling.document import plain_text
 from labs.telling.summary import summarise
@@ -46,6 +56,41 @@ def test_a_quiet_machine_is_no_caveat() -> None:
     assert speed.steps == 2 * len(QUIET)
     assert speed.reading.median_s == pytest.approx(0.01, rel=0.03)
     assert speed.computing.low_s < 0.005 < speed.computing.high_s
+
+
+def test_the_spread_of_earlier_runs_covers_four_of_five_later_means() -> None:
+    """Simulated: every trial, and the moment of a forecast, at a speed drawn for itself."""
+    draw = np.random.default_rng(7)
+
+    def run(spread: float, trials: int) -> list[float]:
+        return list(np.exp(draw.normal(0, spread, trials)))
+
+    def speed(factors: list[float]) -> MachineSpeed:
+        told = machine_speed([TimedTrial("p", float(i), step(f, f), step(f, f))
+                              for i, f in enumerate(factors)])  # fmt: skip
+        assert told
+        return told
+
+    earlier = [speed(run(0.2, 40)) for _ in range(8)]
+    for trials in (1, 3, 5):
+        factor = usual_spread(earlier, trials)
+        ratios = [np.mean(run(0.2, trials)) / run(0.2, 1)[0] for _ in range(4000)]
+        assert np.mean([1 / factor < ratio < factor for ratio in ratios]) == pytest.approx(
+            0.8, abs=0.04
+        )
+    assert usual_spread([], 3) == 1.0
+    steady = speed([1.0, 1.0, 1.0])
+    assert usual_spread([steady], 3) == 1.0
+    absurd = steady.reading.model_copy(update={"high_s": 1e300})
+    damaged = steady.reading.model_copy(update={"low_s": 0.0})
+    assert (
+        usual_spread([steady.model_copy(update={"reading": absurd, "computing": absurd})], 3)
+        == MOST_SPREAD
+    )
+    assert (
+        usual_spread([steady.model_copy(update={"reading": damaged, "computing": damaged})], 3)
+        == 1.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,6 +193,20 @@ def test_two_sittings_are_compared_by_their_reference_steps(folder: RunFolder) -
     again = reproduction.compare_with_original(folder, later)
     said = "This machine ran at 0.80x of the original's speed at reading and 0.80x at computing"
     assert any(said in sentence for sentence in reproduction.sentences(again))
+
+
+def test_a_forecast_reads_the_speeds_of_earlier_runs_on_this_machine(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = folder.run().machine
+    monkeypatch.setattr(results, "RESULTS", folder.path.parents[2])
+    assert forecast.earlier_speeds(here) == []  # that run timed no step
+    report.write(timed(folder, lambda number: step(1 + number % 2)))
+    (speed,) = forecast.earlier_speeds(here)
+    assert usual_spread([speed], 3) > 1.3
+    assert forecast.earlier_speeds(here.model_copy(update={"count": here.count + 1})) == []
+    (folder.path / "summary.json").write_text("{")
+    assert forecast.earlier_speeds(here) == []
 
 
 # ------------------------------------------------------------------------------------ the process
