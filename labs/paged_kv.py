@@ -182,7 +182,7 @@ LAB = Lab(
         Workload(
             name="mixed",
             prompt_tokens=Fixed(tokens=40),
-            output_tokens=Exponential(mean_tokens=24, max_tokens=120),
+            output_tokens=Exponential(mean_tokens=16, max_tokens=64),
             only=("paged", "large-blocks", "contiguous"),
             loads=(Concurrent(users=16),),
         ),
@@ -331,12 +331,12 @@ LAB = Lab(
         " real one is not in it.",
     },
     next_knobs=(
-        'SET="flags.max-model-len=160 variants.contiguous.flags.max-num-seqs=9" reserves for the'
+        'SET="flags.max-model-len=144 variants.contiguous.flags.max-num-seqs=10" reserves for the'
         " longest request that comes, as one who knows the lengths would",
         'SET="variants.large-blocks.flags.block-size=64'
         ' variants.large-blocks.flags.num-gpu-blocks-override=24" halves the large blocks',
         'SET="variants.mha.weights=mqa" serves one KV head for all queries beside `gqa`',
-        'SET="workloads.mixed.output_tokens.mean_tokens=96" has most requests reach their longest:'
+        'SET="workloads.mixed.output_tokens.mean_tokens=64" has most requests reach their longest:'
         " less is left to gain",
     ),
 )  # fmt: skip

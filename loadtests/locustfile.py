@@ -12,8 +12,10 @@ schedule. They start together, and each counts time from its own start. If one d
 lost, which the trial's summary says; the next trial is shared among those that are left.
 
 A worker does as little as it can while streams are open: it takes the time of each line as it is
-read and parses it when the request has ended; connections are opened before the load; garbage is
-collected between trials. The master, another process, writes the records and serves Prometheus.
+read; a stream that has ended waits in a queue, of which one is parsed every 2 ms, so that many that
+end together delay neither the next requests nor each other's first tokens; connections are opened
+before the load; garbage is collected between trials. The master, another process, writes the
+records and serves Prometheus.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ import gevent.event
 import gevent.fileobject
 import geventhttpclient.client
 import orjson
+from gevent.queue import SimpleQueue
 from geventhttpclient import HTTPClient
 from geventhttpclient._parser import HTTPResponseParser
 from geventhttpclient.response import HTTPSocketPoolResponse
@@ -71,6 +75,8 @@ if key := os.environ.get("VLLM_API_KEY"):  # that the engine, or an endpoint, as
 REPORT_EVERY_S = 0.5
 LOOP_TICK_S = 0.02
 CONNECTION_TIMEOUT_S = 10.0
+PARSE_EVERY_S = 0.002
+FEW_LINES = 8  # of a stream that is parsed at once, so that a refusal is known before the next try
 GIVE_UP_AFTER = 5  # connection failures in a row, which mean that the engine is gone
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 now = time.monotonic
@@ -152,6 +158,7 @@ class Load:
         self.tell_others: Callable[[], None] | None = None  # that none are awaited here
         self.aborted: str | None = None
         self.exhausted = False
+        self.unparsed: SimpleQueue[Ended] = SimpleQueue()
         self.fresh: list[RequestRecord] = []
         self._order: Iterator[PlannedRequest] = iter(self.requests)
         if plan.window_s is None:
@@ -338,35 +345,45 @@ class Load:
         self._long_prompts_left -= counts
         return Turn(request, None, counts)
 
-    def keep(self, answers: Sequence[RequestRecord], connection_failed: bool) -> None:
-        """Keep the records of a request for the next report, one for each answer it asked for.
+    def end(self, ended: Ended) -> None:
+        """Note at once that a request has ended; give up when connections fail in a row."""
+        self._awaited -= ended.turn.counts
+        self.failures = self.failures + 1 if ended.connection_failed else 0
+        if self.failures >= GIVE_UP_AFTER and self.aborted is None:
+            self.aborted = f"{GIVE_UP_AFTER} connections failed in a row: {ended.error}"
+            self._load_over.set()
 
-        Give up when connections fail in a row.
-        """
+    def keep(self, answers: Sequence[RequestRecord]) -> None:
+        """Keep the records of a request for the next report, one for each answer it asked for."""
         self.fresh += answers
         record = answers[0]
-        self._awaited -= record.in_window
         if record.in_window and all(answer.ok for answer in answers):
             long = self.plan.is_intruder(record.index)
             self._long_answers_left -= long
             self._answered += not long
             awaited = self._long_answers_left if long else self.plan.least_counted - self._answered
             if self._closed_loop and awaited == 0:
-                self.window_end_s = max(self.window_end_s, self.elapsed_s())
-        self.failures = self.failures + 1 if connection_failed else 0
-        if self.failures >= GIVE_UP_AFTER and self.aborted is None:
-            self.aborted = f"{GIVE_UP_AFTER} connections failed in a row: {record.error}"
-            self._load_over.set()
+                assert record.end_s is not None
+                self.window_end_s = max(self.window_end_s, record.end_s)
 
 
 Lines = list[tuple[float, bytes]]  # of a stream, each with the time at which it was read
 
 
-def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[list[RequestRecord], bool]:
-    """Send one request and take the time of every line.
+@dataclass(slots=True)
+class Ended:
+    """Holds a request that has ended, with its stream as it was read."""
 
-    Returns a record for each answer that it asked for, and whether the connection failed.
-    """
+    turn: Turn
+    lines: Lines
+    sent_s: float  # on the clock `now`, as is the end
+    end_s: float
+    error: str | None
+    connection_failed: bool
+
+
+def stream(client: HTTPClient, turn: Turn, load: Load) -> Ended:
+    """Send one request and take the time of every line."""
     lines: Lines = []
     error, connection_failed = None, False
     load.in_flight += 1
@@ -392,14 +409,19 @@ def stream(client: HTTPClient, turn: Turn, load: Load) -> tuple[list[RequestReco
     load.in_flight -= 1
     if turn.request.adapter:
         load.adapters[turn.request.adapter] -= 1
-    several = turn.request.choices > 1
-    parts, odd = by_choice(lines, turn.request.choices) if several else ([lines], None)
-    first_byte_s = lines[0][0] if lines else None
-    answers = [
-        record_of(turn, load, (sent, first_byte_s, end), part, error or odd, choice)
+    return Ended(turn, lines, sent, end, error, connection_failed)
+
+
+def records_of(ended: Ended, load: Load) -> list[RequestRecord]:
+    """Parse a request's stream; return a record for each answer that it asked for."""
+    choices, lines = ended.turn.request.choices, ended.lines
+    several = choices > 1
+    parts, odd = by_choice(lines, choices) if several else ([lines], None)
+    times = (ended.sent_s, lines[0][0] if lines else None, ended.end_s)
+    return [
+        record_of(ended.turn, load, times, part, ended.error or odd, choice)
         for part, choice in zip(parts, range(len(parts)) if several else [None], strict=True)
     ]
-    return answers, connection_failed
 
 
 def record_of(
@@ -612,23 +634,42 @@ class ChatUser(User):
             waiting_room.ready()
         try:
             while turn := load.next_turn(self.seat):
-                answers, connection_failed = stream(client, turn, load)
-                load.keep(answers, connection_failed)
-                record = answers[0]
-                self.environment.events.request.fire(
-                    request_type="POST",
-                    name=load.name,
-                    response_time=1000 * ((record.end_s or 0) - record.start_s),
-                    response_length=sum(answer.output_tokens or 0 for answer in answers),
-                    exception=RuntimeError(record.error) if record.error else None,
-                    context={},
-                )
-                if record.error:
+                ended = stream(client, turn, load)
+                load.end(ended)
+                if ended.error is None and len(ended.lines) > FEW_LINES:
+                    load.unparsed.put(ended)
+                elif parse(ended, load, self.environment).error:
                     gevent.sleep(0.1)
         finally:
             client.close()
             if load.plan.window_s is not None:
                 waiting_room.leave()
+
+
+def parse(ended: Ended, load: Load, environment: Environment) -> RequestRecord:
+    """Parse a stream, keep its records and tell Locust's statistics; return the first record."""
+    answers = records_of(ended, load)
+    load.keep(answers)
+    record = answers[0]
+    environment.events.request.fire(
+        request_type="POST",
+        name=load.name,
+        response_time=1000 * (ended.end_s - ended.sent_s),
+        response_length=sum(answer.output_tokens or 0 for answer in answers),
+        exception=RuntimeError(record.error) if record.error else None,
+        context={},
+    )
+    return record
+
+
+def parse_in_turn(load: Load, environment: Environment) -> None:
+    """Parse what has ended, one every 2 ms, while the load goes on.
+
+    Where streams end faster than that, one is parsed whenever all sockets have been served.
+    """
+    while True:
+        parse(load.unparsed.get(), load, environment)
+        gevent.sleep(PARSE_EVERY_S if load.unparsed.qsize() < load.users else 0)
 
 
 def connect(load: Load) -> HTTPClient:
@@ -659,15 +700,20 @@ def play_trial(environment: Environment, msg: Any, **_: object) -> None:
         waiting_room.load = load
         waiting_room.opened.set()
         gevent.spawn(report_forever, runner, load)
+        gevent.spawn(parse_in_turn, load, environment)
         return
     lags: list[float] = []
+    parser = gevent.spawn(parse_in_turn, load, environment)
     helpers = [gevent.spawn(watch_loop, load, lags), gevent.spawn(report_forever, runner, load)]
     cpu = time.process_time()
     if load.others_wait:
         load.tell_others = partial(runner.send_message, "lab-answered")
     waiting_room.play(load, partial(meet, runner))
-    cpu = time.process_time() - cpu
     gevent.killall(helpers)
+    parser.kill()
+    while load.unparsed.qsize():
+        parse(load.unparsed.get(), load, environment)
+    cpu = time.process_time() - cpu
     report(runner, load)
     lags.sort()
     summary = TrialSummary(

@@ -21,7 +21,7 @@ _WORKER = """
 import json, sys
 from loadtests import plan
 from loadtests.arrivals import Concurrent
-from loadtests.locustfile import Load, Turn, connect, now, stream
+from loadtests.locustfile import Load, Turn, connect, now, records_of, stream
 plan.TOKEN_AT_MOST_S = 0.1
 url, requests = sys.argv[1:]
 for line in sys.stdin:
@@ -33,8 +33,9 @@ for line in sys.stdin:
     load = Load(trial)
     load.t0 = now()
     request = load.requests[0].model_copy(update={"body": body})
-    (record,), connection_failed = stream(connect(load), Turn(request, None, True), load)
-    print(json.dumps([vars(record), connection_failed]), flush=True)
+    ended = stream(connect(load), Turn(request, None, True), load)
+    (record,) = records_of(ended, load)
+    print(json.dumps([vars(record), ended.connection_failed]), flush=True)
 """
 Ask = Callable[[str], tuple[dict[str, Any], bool]]
 ANSWERS = {
@@ -134,3 +135,61 @@ with gevent.Timeout(1.5, False):
     WorkerRunner.heartbeat_timeout_checker(worker)
 print(*said)
 """
+
+
+_ORDER = """
+import json, sys
+from types import SimpleNamespace
+import gevent
+from loadtests import locustfile
+from loadtests.arrivals import Concurrent
+from loadtests.locustfile import ChatUser, Ended, Load, parse_in_turn, waiting_room
+from loadtests.plan import TrialPlan
+
+requests, line, times = sys.argv[1], sys.argv[2].encode(), int(sys.argv[3])
+load = waiting_room.load = Load(TrialPlan(
+    url="", arrival=Concurrent(users=1), requests=requests, records=requests, warmup_s=0,
+    window_s=None, timeout_s=1, seed=0, lab="tiny", variant="on", run_id="r", workload="short",
+))
+load.start()
+order = []
+
+def stream(client, turn, load):
+    order.append("sent")
+    gevent.sleep(0.01)
+    if order.count("sent") > 3:
+        raise KeyboardInterrupt
+    return Ended(turn, [(0.0, line)] * times, 0.0, 1.0, None, False)
+
+def told(**_):
+    order.append("parsed")
+
+locustfile.stream, locustfile.connect = stream, lambda load: SimpleNamespace(close=lambda: None)
+environment = SimpleNamespace(events=SimpleNamespace(request=SimpleNamespace(fire=told)))
+user = ChatUser.__new__(ChatUser)
+user.environment, user.seat = environment, 0
+gevent.spawn(parse_in_turn, load, environment)
+try:
+    user.take_part()
+except KeyboardInterrupt:
+    json.dump([order, [record.error for record in load.fresh]], sys.stdout)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "times", "before_the_next", "error"),
+    [
+        ('data: {"choices": [{"delta": {"content": "a"}}]}', 20, ["sent", "sent", "parsed"], None),
+        ('{"object": "error"}', 1, ["sent", "parsed", "sent"], "the stream ended without a token"),
+    ],
+)
+def test_the_next_request_does_not_wait_until_a_long_answer_has_been_parsed(
+    tmp_path: Path, line: str, times: int, before_the_next: list[str], error: str | None
+) -> None:
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"index": 0, "output_tokens": 20, "body": ""}\n' * 2)
+    argv = [sys.executable, "-c", _ORDER, str(requests), line, str(times)]
+    out = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    order, errors = json.loads(out)
+    assert order[:3] == before_the_next
+    assert errors == [error] * 3

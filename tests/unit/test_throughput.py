@@ -355,7 +355,9 @@ records = []
 while events:
     clock[0], seat, record = heapq.heappop(events)
     if record:
-        load.keep([record], False)
+        turn = locustfile.Turn(load.requests[0], None, record.in_window)
+        load.end(locustfile.Ended(turn, [], 0, clock[0], None, False))
+        load.keep([record])
     if seat >= 0 and (turn := load.next_turn(seat)):
         index = turn.request.index
         end_s = clock[0] + given["lasts_s"][index]
