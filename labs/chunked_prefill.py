@@ -186,7 +186,7 @@ LAB = Lab(
         ),
         Claim(
             name="larger",
-            title="A budget larger than the prompt is no chunking at all",
+            title="A budget larger than the long prompt changes nothing: it is not cut",
             metric="stall_mean_s",
             treatment=Arm(variant="larger"),
             baseline=Arm(variant="whole"),
@@ -205,7 +205,7 @@ LAB = Lab(
         ),
         Claim(
             name="streams-ttft",
-            title="The streams pay too: their own prompts wait while the pieces fill each step",
+            title="The streams' own prompts wait while the pieces of a long one fill each step",
             metric="ttft_mean_s",
             treatment=Arm(variant="sixteenth"),
             baseline=Arm(variant="whole"),

@@ -134,7 +134,7 @@ LAB = Lab(
         ),
         Claim(
             name="static-fixed",
-            title="With equal lengths there is nothing to gain",
+            title="With equal lengths continuous batching gains nothing over static batches",
             metric="output_tokens_per_s",
             treatment=Arm(workload="fixed", load="concurrent:8"),
             baseline=Arm(workload="fixed", load="waves:8"),
@@ -152,7 +152,7 @@ LAB = Lab(
         ),
         Claim(
             name="tpot",
-            title="Each user pays for the others with a longer TPOT",
+            title="In a larger batch each user's TPOT is longer",
             metric="tpot_mean_s",
             treatment=Arm(workload="exponential", load="concurrent:16"),
             baseline=Arm(workload="exponential", load="concurrent:1"),

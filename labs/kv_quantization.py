@@ -175,7 +175,7 @@ LAB = Lab(
     claims=(
         Claim(
             name="capacity",
-            title="The same memory holds twice the tokens",
+            title="In 8 bits the same memory holds twice the tokens",
             metric="kv_capacity_tokens",
             treatment=Arm(variant="fp8", workload="near"),
             baseline=Arm(variant="bf16", workload="near"),
@@ -184,7 +184,7 @@ LAB = Lab(
         ),
         Claim(
             name="batch",
-            title="Twice the requests run at once where memory is short",
+            title="In 8 bits twice the requests run at once where memory is short",
             metric="batch",
             treatment=Arm(variant="fp8-tight", workload="growing", load="concurrent:12"),
             baseline=Arm(variant="bf16-tight", workload="growing", load="concurrent:12"),
@@ -193,7 +193,7 @@ LAB = Lab(
         ),
         Claim(
             name="near",
-            title="Over a short context there is little to read, and nothing to gain",
+            title="Over a short context 8 bits gain nothing: there is little to read",
             metric="tpot_mean_s",
             treatment=Arm(variant="fp8", workload="near"),
             baseline=Arm(variant="bf16", workload="near"),
@@ -202,7 +202,7 @@ LAB = Lab(
         ),
         Claim(
             name="far",
-            title="Over a long context half the bytes make a shorter step",
+            title="Over a long context 8 bits make a shorter step: half the bytes are read",
             metric="tpot_mean_s",
             treatment=Arm(variant="fp8", workload="far"),
             baseline=Arm(variant="bf16", workload="far"),

@@ -149,7 +149,7 @@ LAB = Lab(
         ),
         Claim(
             name="first-token",
-            title="All samples have their first token sooner",
+            title="With a prefix cache all samples of a prompt have their first token sooner",
             metric="ttft_mean_s",
             treatment=Arm(variant="on", workload="apart"),
             baseline=Arm(variant="off", workload="apart"),
@@ -168,8 +168,8 @@ LAB = Lab(
         ),
         Claim(
             name="together-shared",
-            title="They share their prompt by the cache alone: without it `n=8` prefills it eight"
-            " times",
+            title="Samples by `n=8` share their prompt by the cache alone: without it, each"
+            " prefills the prompt",
             metric="output_tokens_per_s",
             treatment=Arm(variant="on", workload="together"),
             baseline=Arm(variant="off", workload="together"),
@@ -178,7 +178,7 @@ LAB = Lab(
         ),
         Claim(
             name="batch",
-            title="Eight samples share the steps of one",
+            title="Eight samples share the decode steps of one",
             metric="output_tokens_per_s",
             treatment=Arm(variant="on", workload="apart"),
             baseline=Arm(variant="on", workload="one", load="waves:1"),

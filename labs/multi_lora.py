@@ -191,7 +191,7 @@ LAB = Lab(
               "adapters of another rank have other names, and the engine is told of the largest"),
         claim("swap", "With two slots for eight adapters requests wait for theirs to be loaded",
               "ttft_mean_s", Arm(variant="slots-2", workload="uniform-8"), ALL, "rises"),
-        claim("skew", "A skewed mix needs fewer slots than a uniform one",
+        claim("skew", "A skewed mix of adapters needs fewer slots than a uniform one",
               "ttft_mean_s", Arm(variant="slots-2", workload="zipf-8"),
               Arm(variant="slots-2", workload="uniform-8"), "falls"),
     ),

@@ -140,9 +140,10 @@ def knobs(limit: int, patience_s: int) -> tuple[str, ...]:
     return (
         f'SET="variants.capped.flags.max-num-queued-reqs={limit}" lets more wait: they are served,'
         " too late",
-        f'SET="slo.ttft_s={patience_s}" is for patient people: t* comes later by as much',
+        f'SET="slo.ttft_s={patience_s}" is for patient people: answers come'
+        " too late only after a longer time",
         'SET=\'workloads.mixed.loads=["capacity:0.7","capacity:1.1","capacity:1.5"]\' looks'
-        " nearer at the edge (claims speak of the loads that were there)",
+        " closer at the loads near the capacity (claims about other loads are left out)",
         'SET=\'variants=["unbounded","priority"]\' leaves the limits out, which vLLM before 0.32'
         " does not have",
     )
@@ -223,7 +224,7 @@ LAB = Lab(
         ),
         Claim(
             name="slight",
-            title="At 1.3 times the capacity too",
+            title="At 1.3 times the capacity, turning requests away keeps goodput up",
             metric="goodput_per_s",
             treatment=Arm(variant="capped", workload="mixed", load="capacity:1.3"),
             baseline=Arm(variant="unbounded", workload="mixed", load="capacity:1.3"),
@@ -232,7 +233,7 @@ LAB = Lab(
         ),
         Claim(
             name="below",
-            title="Below the capacity the limit costs nothing",
+            title="Below the capacity a limit on requests costs no goodput",
             metric="goodput_per_s",
             treatment=Arm(variant="capped", workload="mixed", load="capacity:0.7"),
             baseline=Arm(variant="unbounded", workload="mixed", load="capacity:0.7"),
@@ -242,7 +243,7 @@ LAB = Lab(
         ),
         Claim(
             name="work",
-            title="The engine works as hard with a limit as without",
+            title="The engine works as hard with a limit on requests as without",
             metric="output_tokens_per_s",
             treatment=Arm(variant="capped", workload="mixed", load="capacity:2"),
             baseline=Arm(variant="unbounded", workload="mixed", load="capacity:2"),
@@ -261,7 +262,7 @@ LAB = Lab(
         ),
         Claim(
             name="tokens",
-            title="A limit in prompt tokens does as well as one in requests",
+            title="A limit in prompt tokens keeps goodput up as well as a limit in requests",
             metric="goodput_per_s",
             treatment=Arm(variant="capped-tokens", workload="flood"),
             baseline=Arm(variant="capped", workload="flood"),

@@ -215,7 +215,7 @@ LAB = Lab(
         ),
         Claim(
             name="throughput",
-            title="So throughput rises",
+            title="Paging raises throughput, because more requests run at once",
             metric="output_tokens_per_s",
             treatment=Arm(variant="paged", workload="mixed"),
             baseline=Arm(variant="contiguous", workload="mixed"),
@@ -253,7 +253,7 @@ LAB = Lab(
         ),
         Claim(
             name="context",
-            title="Over a long context they read less, and make a shorter step",
+            title="Over a long context grouped queries read less, and make a shorter step",
             metric="tpot_mean_s",
             treatment=Arm(variant="gqa", workload="far"),
             baseline=Arm(variant="mha", workload="far"),

@@ -191,7 +191,7 @@ LAB = Lab(
         ),
         Claim(
             name="thrash",
-            title="More prefixes than the cache holds gain nothing",
+            title="With more prefixes than the cache holds nothing is gained",
             metric="ttft_mean_s",
             treatment=Arm(variant="on", workload="many"),
             baseline=Arm(variant="off", workload="many"),
@@ -200,7 +200,7 @@ LAB = Lab(
         ),
         Claim(
             name="order",
-            title="The same documents in another order each time are found far less often",
+            title="Documents in another order each time are found in the cache far less often",
             metric="prefix_hit_rate",
             treatment=Arm(variant="on", workload="shuffled"),
             baseline=Arm(variant="on", workload="documents"),
@@ -218,7 +218,7 @@ LAB = Lab(
         ),
         Claim(
             name="throughput",
-            title="Under load the prefill saved becomes throughput",
+            title="Under load the prefill that the cache saves becomes throughput",
             metric="output_tokens_per_s",
             treatment=Arm(variant="on", workload="share-90", load="concurrent:4"),
             baseline=Arm(variant="off", workload="share-90", load="concurrent:4"),

@@ -137,9 +137,9 @@ def shown(variant: str, label: str, value: str) -> Evidence:
 
 
 CLAIMS = (
-    claim("eager", "Launching every operation for itself lengthens a step",
+    claim("eager", "Launching every operation for itself lengthens a decode step",
           "eager", "rises", launched_eagerly),
-    claim("eager-prefill", "A long prompt hardly notices: its operations are large",
+    claim("eager-prefill", "Launching every operation for itself hardly lengthens a long prefill",
           "eager", "unchanged", launched_eagerly, "prefill"),
 )  # fmt: skip
 GPU_CLAIMS = (

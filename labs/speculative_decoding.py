@@ -299,7 +299,7 @@ LAB = Lab(
     claims=(
         claim("ngram-quote", "Copying from the context pays where text is quoted",
               "ngram", "quote", 1, "falls", copies_accepted, copies_found),
-        claim("ngram-story", "In open text there is little to copy",
+        claim("ngram-story", "In open text copying from the context finds little",
               "ngram", "story", 1, "unchanged", copies_accepted),
         claim("draft-story", "A draft model shortens TPOT of a single stream",
               "draft-2", "story", 1, "falls", drafts_accepted),
@@ -312,7 +312,7 @@ LAB = Lab(
             expect="rises",
             predict=further,
         ),
-        claim("draft-crowd", "In a batch verification is no longer free",
+        claim("draft-crowd", "In a batch verifying guesses is no longer free",
               "draft-5", "story", 8, "rises", drafts_accepted),
     ),
     evidence=(

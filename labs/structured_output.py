@@ -222,7 +222,7 @@ LAB = Lab(
     claims=(
         claim("mask", "Masks for many answers are filled while the step is computed: TPOT stays",
               ("xgrammar", "imposed"), ("xgrammar", "asked")),
-        claim("mask-alone", "So does that of one answer",
+        claim("mask-alone", "The mask for one answer fits the step as well: TPOT stays",
               ("xgrammar", "imposed-alone"), ("xgrammar", "asked-alone")),
         claim("guidance", "Another backend's masks fit the step as well: guidance",
               ("guidance", "imposed"), ("xgrammar", "imposed")),

@@ -94,11 +94,11 @@ def claims(many: int) -> tuple[Claim, ...]:
     return (
         claim("w8-one", "Half the bytes shorten a single stream's TPOT (INT8)",
               "tpot_mean_s", "w8a8", "decode", 1, "falls"),
-        claim("w4-one", "A quarter of the bytes shorten it too (4 bits)",
+        claim("w4-one", "A quarter of the bytes shorten a single stream's TPOT (4 bits)",
               "tpot_mean_s", "w4a16-gptq", "decode", 1, "falls"),
-        claim("w8-many", f"INT8 still gains with {many} in flight",
+        claim("w8-many", f"INT8 still gains throughput with {many} in flight",
               "output_tokens_per_s", "w8a8", "decode", many, "rises"),
-        claim("w4-many", "4 bits still gain there, if unpacking is free",
+        claim("w4-many", f"4 bits gain throughput with {many} in flight, if unpacking is free",
               "output_tokens_per_s", "w4a16-gptq", "decode", many, "rises"),
         claim("w4-prefill", "Prefill gains nothing from 4-bit weights",
               "ttft_mean_s", "w4a16-gptq", "prefill", 1, "unchanged"),
@@ -109,7 +109,7 @@ def fp8_claims(many: int) -> tuple[Claim, ...]:
     return (
         claim("fp8-one", "Half the bytes shorten a single stream's TPOT (FP8)",
               "tpot_mean_s", "fp8", "decode", 1, "falls"),
-        claim("fp8-many", f"FP8 still gains with {many} in flight",
+        claim("fp8-many", f"FP8 still gains throughput with {many} in flight",
               "output_tokens_per_s", "fp8", "decode", many, "rises"),
         claim("fp8-prefill", "Prefill gains where the GPU multiplies FP8",
               "ttft_mean_s", "fp8", "prefill", 1, "falls"),

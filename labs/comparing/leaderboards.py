@@ -200,6 +200,8 @@ def _headlines(runs: Sequence[RunFolder]) -> Iterator[Inline]:
     """
     for lab in LABS:
         headline = parts_of(lab).headline
+        if headline and not headline.on_front_page:
+            continue
         found = (
             (folder, judgement)
             for folder in runs

@@ -12,7 +12,7 @@ from dashboards.palette import VARIANTS
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import draw_forecasts, plt
-from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.findings.quality import QUALITY, compared, in_brief, treatments_of
 from labs.judging.judge import Interval
@@ -452,4 +452,10 @@ PARTS = ReportParts(
     },
     plots={"preemption": draw_preemption},
     published=PUBLISHED,
+    headline=Headline(
+        claim="batch",
+        done="Storing keys and values in 8 bits, where memory is short",
+        figure="the requests that run at once",
+        on_front_page=False,
+    ),
 )

@@ -56,6 +56,7 @@ class Headline:
     claim: str
     done: str  # by the treatment, whatever came of it
     figure: str  # that it multiplied
+    on_front_page: bool = True  # of the repository; a lesson of the course asks for every one
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.quality import (
     QUALITY,
     Figures,
@@ -115,4 +115,10 @@ PARTS = ReportParts(
     conclusions=(TOOLS_COMPARED, QUALITY, WEIGHTS),
     answers={"CO-3": worth, "CO-7": tools, "ME-2": quality_gate},
     plots={"tradeoff": draw_tradeoff},
+    headline=Headline(
+        claim="gptq-heir",
+        done="Making the 4-bit weights with GPTQModel instead of the archived AutoGPTQ",
+        figure="the time per token",
+        on_front_page=False,
+    ),
 )

@@ -9,7 +9,7 @@ from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import plt
-from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import ONE_STREAM, Published, PublishedFigures
 from labs.findings.steps import COUNTED_IN_TURN, PARTS_MEAN, Parts, draw_parts
 from labs.judging.judge import Effect, verdict_kind
@@ -330,4 +330,10 @@ PARTS = ReportParts(
     conclusions=(PHASES, FLAGS),
     answers={"IP-1": two_phases, "KO-2": fused},
     published=PUBLISHED,
+    headline=Headline(
+        claim="eager",
+        done="Launching every operation of a step for itself, instead of compiling them together",
+        figure="the time per token",
+        on_front_page=False,
+    ),
 )

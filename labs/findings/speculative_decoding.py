@@ -15,7 +15,7 @@ from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
-from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
 from labs.judging.metrics import METRICS
@@ -518,4 +518,10 @@ PARTS = ReportParts(
     answers={"SO-5": speculation_wins},
     plots={"speculation": draw_speculation},
     published=PUBLISHED,
+    headline=Headline(
+        claim="ngram-quote",
+        done="Guessing tokens ahead by copying from the context, where text is quoted",
+        figure="the time per token",
+        on_front_page=False,
+    ),
 )

@@ -111,9 +111,9 @@ def ceilings_text(ceilings: Ceilings, origin: str = "") -> str:
     threads = f"{ceilings.threads} thread{'s' if ceilings.threads > 1 else ''}"
     fp8 = ceilings.fp8_flops_per_s
     return (
-        f"memory {ceilings.memory_bandwidth_bytes_per_s / 1e9:,.1f} GB/s, BF16"
-        f" {ceilings.bf16_flops_per_s / 1e12:,.2f} TFLOP/s"
-        + (f", FP8 {fp8 / 1e12:,.0f} TFLOP/s" if fp8 else "")
+        f"memory {number(ceilings.memory_bandwidth_bytes_per_s / 1e9, 'GB/s')}, BF16"
+        f" {number(ceilings.bf16_flops_per_s / 1e12, 'TFLOP/s')}"
+        + (f", FP8 {number(fp8 / 1e12, 'TFLOP/s')}" if fp8 else "")
         + f" ({origin or f'{threads}, measured'})"
     )
 

@@ -31,6 +31,18 @@ REQUESTS = 256  # whose lengths are drawn for a card: enough for a mean
 USERS = "requests in flight"
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # of what is recorded of a derived model
+MIB = 2**20
+NAMES = {  # of settings, by the end of their path
+    "prompt_tokens.tokens": "prompt tokens",
+    "output_tokens.tokens": "output tokens",
+    "output_tokens.mean_tokens": "mean output tokens",
+    "output_tokens.max_tokens": "most output tokens",
+    "prefix.tokens": "shared prefix tokens",
+    "intruder.prompt_tokens": "tokens of the long prompt",
+    "speculative-config.num_speculative_tokens": "tokens guessed ahead",
+    "kv-cache-memory-bytes": "kv-cache-memory, MiB",
+    "mask_s": "time to fill a mask, s",
+}
 
 Asked = Claim | Forecast  # a ratio of two points, or a figure of one
 Points = tuple[Point, ...]
@@ -133,6 +145,18 @@ def dials(lab: Lab, runs: Sequence[tuple[Run, Summary]], first: str = "") -> dic
     }  # fmt: skip
 
 
+def predicted(lab: Lab, name: str) -> list[tuple[str, float]]:
+    """What a claim predicts at the lab's own settings on each card that its formula answers for."""
+    (claim,) = (c for c in lab.claims if c.name == name)
+    found = []
+    for card in cards():
+        pair = _pair(_briefly(lab.at(card.scale, quick=False)), claim, card)
+        value = _predicted(claim, pair) if pair else None
+        if value:
+            found.append((card.name, value))
+    return found
+
+
 def _one_a_function(asked: Sequence[Asked]) -> list[Asked]:
     """The first of all that one function predicts."""
     return list({of.predict: of for of in reversed(asked)}.values())[::-1]
@@ -161,13 +185,14 @@ def _measured(asked: Asked, run: Run, summary: Summary) -> list[tuple[Interval, 
     ]
 
 
-def _named(knob: str) -> str:
-    """Say a setting's path in words: `prompt tokens (share-90)`."""
+def _named(knob: str) -> dict[str, Any]:
+    """Say a setting's path in words, `prompt tokens (share-90)`, and how many make one shown."""
     steps = knob.split(".")
     name = f" ({steps[1]})" if steps[0] in ("workloads", "variants") else ""
-    inner = steps[2:] if name else steps
-    words = [s.replace("_", " ") for s in inner if s not in ("flags", "tokens")]
-    return " ".join(words) + name
+    inner = [s for s in (steps[2:] if name else steps) if s != "flags"]
+    known = next((words for end, words in NAMES.items() if f".{knob}".endswith(f".{end}")), None)
+    words = known or " ".join(s.replace("_", " ") for s in inner)
+    return {"name": words + name, "per": MIB if knob.endswith("bytes") else 1}
 
 
 # ------------------------------------------------------------------------------------- predicting

@@ -94,6 +94,7 @@ def what_fits() -> Table:
                 ]
             )
     header = (
-        "Card", "Model, BF16", "Weights", "KV tokens that fit", "of 8,192 at once", "One stream",
+        "Card", "Model, BF16", "Weights", "KV tokens that fit", "Requests of 8,192 tokens at once",
+        "One stream",
     )  # fmt: skip
     return table(header, rows)

@@ -1,7 +1,7 @@
 """A committed trial, step by step: when each request entered the batch and each token came.
 
-A row is a place in the batch: a request takes the lowest one that is free when it is sent. The
-picture is whole without scripts; with them it is played, or stepped through, from the same times.
+A row is a place: a request takes the lowest one that is free when it is sent. The picture is whole
+without scripts; with them it is played, or stepped through, from the same times.
 Where the engine guesses ahead, a chunk holds what one verification gave: the target's own token and
 the drafts that it accepted. How full the KV cache was is in no record of a request, and not shown.
 """
@@ -121,9 +121,9 @@ def _replayed(
     tokens = sum(sum(bar.tokens) for bar in bars)
     waited = sum(min(b.first_s, b.end_s) - b.start_s for b in bars if b.first_s > 0) / span_s
     told = (
-        f"{title}: in {number(span_s, 's')} {len(bars)} requests were in the batch, in {places}"
-        f" place{'s' * (places > 1)} of which {filled:.1f} were taken on average, {waited:.1f} of"
-        f" them by requests without a token yet; {tokens:,} tokens came."
+        f"{title}: {_counted(len(bars), 'request')} in {number(span_s, 's')}, at most {places} at"
+        f" once and {filled:.1f} on average, {waited:.1f} of them still without a token;"
+        f" {_counted(tokens, 'token')} came."
     )
     if guesses:
         accepted = sum(n - 1 for bar in bars for n in bar.tokens)
@@ -143,6 +143,10 @@ def _replayed(
     }
     most = max((n for bar in bars for n in bar.tokens), default=1) if guesses else 0
     return Replayed(title, _picture(bars, places, span_s, told, clip, most), told, times)
+
+
+def _counted(number: int, of: str) -> str:
+    return f"{number:,} {of}{'s' * (number != 1)}"
 
 
 def _picture(

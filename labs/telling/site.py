@@ -26,6 +26,7 @@ from dashboards.prometheus import WATCH_PORT
 from labs import LABS
 from labs.filing.bounded import DamagedError
 from labs.filing.committed import committed_runs
+from labs.filing.manifest import is_stale
 from labs.filing.newest import newest_of
 from labs.filing.results import Run, RunFolder, Summary, all_runs, readable
 from labs.findings.parts import parts_of
@@ -44,8 +45,17 @@ from labs.judging.text import (
 )
 from labs.lab import Claim, Lab
 from labs.questions import QUESTIONS, TOPICS
-from labs.telling import chart_data, dials, html, planner, residual_plot, residuals, roofline
-from labs.telling.document import Inline, parse, plain_text
+from labs.telling import (
+    chart_data,
+    dials,
+    glossary,
+    html,
+    planner,
+    residual_plot,
+    residuals,
+    roofline,
+)
+from labs.telling.document import Inline, parse
 from labs.telling.lesson import lesson
 from labs.telling.pages import PLOTLY, RUN_SCRIPT, RUN_SCRIPTS, STYLE, marks_of, page, render, web
 from labs.telling.replay import Replayed, replay
@@ -144,13 +154,23 @@ class Entry:
     def machine(self) -> str:
         return self.run.machine.describe()
 
+    @cached_property
+    def stale(self) -> bool:
+        """Whether the lab's settings have changed since the run."""
+        return is_stale(self.run)
+
+    @property
+    def where(self) -> str:
+        """The machine, and whether the lab was another one then."""
+        return self.machine + " (the lab's settings have changed since)" * self.stale
+
     @property
     def vllm(self) -> str:
         return self.run.environment.vllm or "–"
 
     @property
     def marks(self) -> list[str]:
-        return marks_of(self.run, self.folder.complete)
+        return marks_of(self.run, self.folder.complete) + ["earlier settings"] * self.stale
 
     @property
     def decided(self) -> str:
@@ -242,20 +262,28 @@ class Lesson:
 
     @property
     def asked(self) -> str:
-        """Ask for the guess in words."""
+        """Ask for the guess in words that do not give the answer away, as a claim's title does."""
         headline = parts_of(self.lab.name).headline
         if headline and headline.claim == self.claim.name:
-            done = headline.done[0].lower() + headline.done[1:]
-            return f"How does {done} change {headline.figure}?"
-        title = plain_text(parse(self.claim.title))
+            return f"{headline.done}: how does that change {headline.figure}?"
         what, _, which = METRICS[self.claim.metric].title.partition(", ")  # `TPOT, mean`
-        return f"“{title}.” How does the {f'{which} {what}'.strip()} change?"
+        sides = " instead of ".join(
+            arm.variant or arm.workload or str(arm.load)
+            for arm in (self.claim.treatment, self.claim.baseline)
+        )
+        return f"{sides}: how does that change the {f'{which} {what}'.strip()}?"
 
     @property
     def guessed(self) -> list[tuple[Entry, Judgement]]:
-        """The runs that measured the ratio which is guessed."""
-        found = ((e, e.of_claim(self.claim.name)) for e in self.entries)
-        return [(e, j) for e, j in found if j and j.ratio]
+        """The runs that measured the ratio which is guessed; those not valid only among such."""
+        pairs = ((e, e.of_claim(self.claim.name)) for e in self.entries)
+        found = [(e, j) for e, j in pairs if j and j.ratio]
+        return [(e, j) for e, j in found if j.outcome != "not valid"] or found
+
+    @cached_property
+    def predicted(self) -> list[tuple[str, float]]:
+        """What is predicted of the guess on cards by their datasheets, where no run measured it."""
+        return [] if self.guessed else dials.predicted(self.lab, self.claim.name)
 
     def revealed(self, entry: Entry, judgement: Judgement) -> str:
         """Say what came of the guessed claim in a run."""
@@ -286,19 +314,21 @@ class Lesson:
 
     def rows(self) -> Iterator[Row]:
         """Every claim of the runs, machine beside machine."""
-        found: dict[tuple[str, str, str], dict[int, Judgement]] = {}
+        titles = {claim.name: claim.title for claim in self.lab.claims}
+        found: dict[tuple[str, str], dict[int, Judgement]] = {}
         for column, entry in enumerate(self.entries):
+            lab = entry.run.rebuilt_lab()
             for j in entry.summary.judgements:
-                found.setdefault((j.claim, j.treatment, j.baseline), {})[column] = j
-        for (_, treatment, baseline), by_column in found.items():
-            first_column, first = next(iter(by_column.items()))
-            lab = self.entries[first_column].run.rebuilt_lab()
+                sides = (point_label(key, lab) for key in (j.treatment, j.baseline))
+                found.setdefault((j.claim, " / ".join(sides)), {})[column] = j
+        for (claim, sides), by_column in found.items():
+            first = next(iter(by_column.values()))
             cells = tuple(
                 Cell.of(entry, by_column[column]) if column in by_column else None
                 for column, entry in enumerate(self.entries)
             )
-            against = f"{point_label(treatment, lab)} / {point_label(baseline, lab)}"
-            yield Row(parse(first.title), against, cells)
+            where = f"{METRICS[first.metric].title}: {sides}"
+            yield Row(parse(titles.get(claim, first.title)), where, cells)
 
     @property
     def turns(self) -> list[tuple[str, str]]:
@@ -377,6 +407,11 @@ class Course:
             ),
             "planner.html": self.planner_page(),
             "forecasts.html": self.forecasts_page(),
+            "glossary.html": render(
+                "glossary.html",
+                scripts=code,
+                sections=html.sections(glossary.document(), html.embedded(Path())),
+            ),
         }
 
     def forecasts_page(self) -> str:
@@ -455,6 +490,7 @@ class Course:
             "measured": [
                 {"machine": e.machine, "ratio": j.ratio.value} for e, j in item.guessed if j.ratio
             ],
+            "foretold": [{"machine": name, "ratio": ratio} for name, ratio in item.predicted],
             "dials": item.dials,
             "roofline": roofline.lesson_data(item.dots),
             "replay": [panel.times for panel in replayed[1]] if replayed else [],

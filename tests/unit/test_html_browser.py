@@ -289,6 +289,27 @@ def test_a_lesson_takes_a_guess_before_it_shows_the_answer(
     assert shown.errors == []
 
 
+def test_a_guess_where_nothing_was_measured_is_held_against_the_prediction(
+    chromium: Browser, site: Path
+) -> None:
+    shown = opened(chromium, site / "site" / "lessons" / "paged-kv.html", 390)
+    shown.js("document.querySelector('.guesses button').click()")
+    assert "is predicted, and not measured yet" in shown.js(
+        "document.getElementById('guessed').innerText"
+    )
+    assert shown.js("document.querySelectorAll('#revealed li').length") > 1
+    assert shown.errors == []
+
+
+def test_at_the_end_of_a_replay_those_still_at_work_are_counted(
+    chromium: Browser, site: Path
+) -> None:
+    """In a closed loop somebody always is."""
+    shown = opened(chromium, site / "site" / "lessons" / f"{RUNS[0]}.html")
+    said = "[...document.querySelectorAll('#replay .state')].map(e => e.innerText)"
+    assert any(not one.startswith("0 decoding, 0 still") for one in shown.js(said))
+
+
 def test_a_replay_is_stepped_through_and_played_unless_motion_is_unwelcome(
     chromium: Browser, site: Path
 ) -> None:
@@ -331,6 +352,7 @@ FAINT = """(() => {
         "machines.html",
         "planner.html",
         "forecasts.html",
+        "glossary.html",
         f"lessons/{RUNS[1]}.html",
     ],
 )

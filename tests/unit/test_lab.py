@@ -543,3 +543,13 @@ def test_what_is_compiled_for_one_lab_serves_the_next(name: str, scale: str) -> 
         assert "max-num-seqs" in flags
         if name in {*FIRST} - {"chunked-prefill", "kv-quantization"}:  # which vary them
             assert (flags["max-model-len"], flags["max-num-batched-tokens"]) == (8192, 8192)
+
+
+LEANING = re.compile(r"^(So|They|It|Those|That|These)\b|\btoo$|\bthat of\b|\bshorten it\b")
+
+
+@pytest.mark.parametrize("name", LABS)
+def test_a_claims_title_is_understood_without_the_one_before_it(name: str) -> None:
+    for scale in ("cpu", "gpu-80"):
+        for claim in LABS[name].at(scale, quick=False).claims:
+            assert not LEANING.search(claim.title), claim.title

@@ -14,9 +14,11 @@ import pytest
 from labs import LABS
 from labs.filing import results
 from labs.filing.results import RunFolder
+from labs.findings.parts import parts_of
 from labs.lab import parse_changes
 from labs.questions import QUESTIONS, TOPICS
-from labs.telling import dials, replay, residuals
+from labs.telling import dials, glossary, replay, residuals
+from labs.telling.document import parse, plain_text
 from labs.telling.lesson import lesson
 from labs.telling.site import LIVE_PAGE, MOST_OF_A_RUN, ROOM_FOR, Course, Entry, write_site
 from serving import gpus
@@ -123,6 +125,55 @@ def test_the_page_of_forecasts_has_every_residual_and_the_run_it_came_from(cours
     assert f"Misses: {misses} of {len(found)} lie further off than 25 %" in seen.read
 
 
+def test_a_guess_is_asked_for_in_words_that_do_not_give_the_answer_away(course: Course) -> None:
+    for item in course.lessons:
+        assert item.claim.title not in item.asked
+        assert re.search(r": how does that change the [^?]+\?$", item.asked), item.asked
+        assert parts_of(item.lab.name).headline, "a reader should not meet a variant's name first"
+
+
+def test_without_a_run_a_guess_is_held_against_the_prediction_and_says_so(course: Course) -> None:
+    item = next(i for i in course.lessons if i.lab.name == "paged-kv")
+    unmeasured = replace(item, entries=())
+    assert dict(unmeasured.predicted).keys() == {card.name for card in dials.cards()}
+    seen = Seen(course.lesson_page(unmeasured))
+    assert len(seen.data["foretold"]) == len(dials.cards())
+    assert "No published run has measured it yet" in seen.read
+    assert all(not i.predicted for i in course.lessons if i.guessed)
+
+
+def test_a_measurement_that_is_not_valid_gives_way_to_one_that_is(course: Course) -> None:
+    item = next(i for i in course.lessons if len(i.guessed) > 1)
+    (first, judged), *rest = item.guessed
+    spoilt = judged.model_copy(update={"outcome": "not valid"})
+    other = replace(first, summary=first.summary.model_copy(update={"judgements": [spoilt]}))
+    mixed = replace(item, entries=(other, *(e for e, _ in rest)))
+    assert [e for e, _ in mixed.guessed] == [e for e, _ in rest]
+    assert [j.outcome for _, j in replace(item, entries=(other,)).guessed] == ["not valid"]
+
+
+def test_a_row_of_claims_is_told_once_and_a_machines_older_settings_are_named(
+    course: Course,
+) -> None:
+    for item in course.lessons:
+        told = [(str(row.title), row.where) for row in item.rows()]
+        assert len(told) == len(set(told)), item.lab.name
+        if item.entries:
+            seen = Seen(course.lesson_page(item))
+            assert seen.read.count("settings have changed since") >= any(
+                e.stale for e in item.entries
+            )
+
+
+def test_every_word_of_the_glossary_is_on_its_page(course: Course) -> None:
+    seen = Seen(course.pages()["glossary.html"])
+    for line in glossary.PAGE.read_text().splitlines():
+        if line.startswith("| ") and not line.startswith(("| Word", "| ---")):
+            word, meaning = (parse(cell) for cell in line.strip("| ").split(" | ")[:2])
+            assert plain_text(word) in seen.read
+            assert plain_text(meaning)[:50] in seen.read
+
+
 def test_side_by_side_a_cell_says_how_near_the_prediction_came(course: Course) -> None:
     cells = [c for item in course.lessons for row in item.rows() for c in row.cells if c]
     assert {c.off for c in cells} > {"off-10", "off-none"}
@@ -133,6 +184,29 @@ def test_side_by_side_a_cell_says_how_near_the_prediction_came(course: Course) -
                  "off-more": (2, math.inf), "off-none": (0, 0)}  # fmt: skip
         low, high = known[cell.off]
         assert low - 0.01 <= distance <= high + 0.01
+
+
+def test_a_replay_counts_in_the_singular_and_in_the_plural() -> None:
+    bar = replay._Bar(0, 0.0, 0.5, 2.0, (0.5,), (1,), 8)
+    one, two = (
+        replay._replayed("a", bars, 2.0, "clip", guesses=False).told for bars in ([bar], [bar] * 2)
+    )
+    assert "a: 1 request in 2 s" in one
+    assert one.endswith("1 token came.")
+    assert "a: 2 requests in 2 s" in two
+    assert two.endswith("2 tokens came.")
+
+
+def test_a_dial_is_named_in_words_and_bytes_are_shown_in_mib() -> None:
+    named = {
+        "variants.a.flags.kv-cache-memory-bytes": ("kv-cache-memory, MiB (a)", 2**20),
+        "workloads.w.output_tokens.max_tokens": ("most output tokens (w)", 1),
+        "workloads.w.output_tokens.tokens": ("output tokens (w)", 1),
+        "masks.backends.xgrammar.forms.record.mask_s": ("time to fill a mask, s", 1),
+        "flags.block-size": ("block-size", 1),
+    }
+    for path, (name, per) in named.items():
+        assert dials._named(path) == {"name": name, "per": per}
 
 
 def test_a_replay_shows_every_token_of_its_seconds_once(course: Course) -> None:

@@ -54,7 +54,7 @@ function dialled({ claims, machines, knobs, curves, measured, lab, judged }) {
   function settings() {
     const there = curves.filter((c) => c.claim === chosen("dial-claim"));
     fill("dial-knob", options(there.sort((a, b) => reach(b) - reach(a)).map((c) => c.knob),
-      (n) => knobs[n]));
+      (n) => knobs[n].name));
     places();
   }
 
@@ -66,6 +66,9 @@ function dialled({ claims, machines, knobs, curves, measured, lab, judged }) {
 
   const curve = () =>
     of(chosen("dial-claim"), chosen("dial-knob"), chosen("dial-machine"))[0];
+
+  // a setting as it is shown: MiB for bytes
+  const shown = (value) => value / knobs[chosen("dial-knob")].per;
 
   function values() {
     const { x, base } = curve();
@@ -85,10 +88,10 @@ function dialled({ claims, machines, knobs, curves, measured, lab, judged }) {
     const { x, y, base, set } = curve();
     const place = chosen("dial");
     const { title, axis: name, unit } = claims[chosen("dial-claim")];
-    const knob = knobs[chosen("dial-knob")];
+    const knob = knobs[chosen("dial-knob")].name;
     const machine = machines[chosen("dial-machine")];
     at("dial-name").textContent = knob;
-    const said = `${knob} ${digits(x[place])}: predicted ${amountOf(y[place], unit)} on ${machine.name}`;
+    const said = `${knob}: ${digits(shown(x[place]))}, predicted ${amountOf(y[place], unit)} on ${machine.name}`;
     at("dial-said").textContent = said;
     at("dial").setAttribute("aria-valuetext", said);
     at("dial-told").textContent = `${title}. ${machine.name}: ${machine.told}.`;
@@ -98,7 +101,7 @@ function dialled({ claims, machines, knobs, curves, measured, lab, judged }) {
     const command = x[place] === base || !set ? target : `${target} SET=${quote}${setting}${quote}`;
     at("dial-command").textContent = command;
     at("dial-copy").dataset.copy = command;
-    draw("dials", [...lines(), marker(x[place], y[place]), ...dots()], {
+    draw("dials", [...lines(), marker(shown(x[place]), y[place]), ...dots()], {
       height: 380,
       xaxis: axis({ title: { text: knob }, ...scaled(lines().flatMap((l) => l.x)) }),
       yaxis: axis({ title: { text: `${name}${unit && unit !== "x" ? ` (${unit})` : ""}` },
@@ -117,7 +120,7 @@ function dialled({ claims, machines, knobs, curves, measured, lab, judged }) {
 
   function lines() {
     return of(chosen("dial-claim"), chosen("dial-knob")).map((c) => ({
-      name: plain(machines[c.machine].name), x: c.x, y: c.y, mode: "lines",
+      name: plain(machines[c.machine].name), x: c.x.map(shown), y: c.y, mode: "lines",
       line: { color: colour(c.machine), width: c.machine === chosen("dial-machine") ? 4 : 1.5,
               dash: machines[c.machine].card ? "dash" : "solid" },
       hovertemplate: `${plain(machines[c.machine].name)}<br>%{x:.4~g}: %{y:.3~g}<extra></extra>`,
@@ -140,7 +143,7 @@ function dialled({ claims, machines, knobs, curves, measured, lab, judged }) {
   }
 
   const dot = ({ y, low, high, told }, x, color, name, symbol) => ({
-    name, x: [x], y: [y], mode: "markers", showlegend: symbol === "diamond",
+    name, x: [shown(x)], y: [y], mode: "markers", showlegend: symbol === "diamond",
     marker: { size: 11, color, symbol, line: { width: 1.5, color: css("--paper") } },
     error_y: { type: "data", symmetric: false, array: [high ? high - y : 0],
                arrayminus: [low ? y - low : 0], color },

@@ -87,7 +87,8 @@ function fitted(box) {
 
 // A link to a folded section opens it.
 function unfold() {
-  const fold = document.getElementById(location.hash.slice(1))?.querySelector(":scope > details");
+  const target = document.getElementById(location.hash.slice(1));
+  const fold = target?.matches("details") ? target : target?.querySelector(":scope > details");
   if (fold) fold.open = true;
 }
 

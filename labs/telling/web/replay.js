@@ -27,13 +27,13 @@ if (data.replay.length) {
       const x = 6 + (time / span) * (width - 12);  // LEFT of labs/telling/replay.py
       figure.querySelector(".reveal").setAttribute("width", String(x));
       figure.querySelector(".now").style.transform = `translateX(${x}px)`;
-      const there = bars.filter(([start, , end]) => start <= time && time < end);
+      const there = bars.filter(([start, , end]) => start <= time && (time < end || end >= span));
       const waiting = there.filter(([, first]) => time < first).length;
       const came = chunks.filter(([t]) => t <= time);
       const tokens = came.reduce((sum, [, n]) => sum + n, 0);
       const drafts = guesses ? `, ${tokens - came.length} of them accepted drafts` : "";
       figure.querySelector(".state").textContent =
-        `${there.length - waiting} decoding, ${waiting} without a token yet, ${tokens} tokens so far${drafts}`;
+        `${there.length - waiting} decoding, ${waiting} still without a token, ${tokens} tokens so far${drafts}`;
     });
   }
 

@@ -93,8 +93,8 @@
       ` ${digits(size / work.step_s[on][now])} tok/s.`;
     at("roof-said").textContent = said;
     batch.setAttribute("aria-valuetext", said);
-    at("roof-told").textContent = `${roofs.models[Number(model.value)]} on ${name}: ${told}. Whether it fits there,` +
-      " the page Plan says.";
+    at("roof-told").textContent = `${roofs.models[Number(model.value)]} on ${name}: ${told}.` +
+      " The page Plan says whether it fits there.";
   }
 
   /** As far to the right as anything stands, and every ridge. */
