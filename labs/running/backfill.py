@@ -22,13 +22,13 @@ from prometheus_client.openmetrics.exposition import generate_latest
 
 from dashboards import prometheus, series
 from dashboards.prometheus import Prometheus, PrometheusError
+from labs.filing import engine_series
 from labs.filing.bounded import DamagedError
 from labs.filing.results import Run, RunFolder, readable
 from labs.judging.judge import Interval
 from labs.judging.metrics import METRICS
 from labs.judging.text import claim_outcome, outcome_text
 from labs.lab import Lab, LabError, Point
-from labs.running import engine_series
 from loadtests import exporter, records
 from loadtests.exporter import Exporter
 from loadtests.plan import Progress, TrialPlan, TrialSummary

@@ -19,6 +19,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from labs import LABS
 from labs.filing.results import Run, RunFolder
 from labs.telling import chart_data, html, plots, report
 from labs.telling.document import Figure, plain_text
@@ -26,6 +27,7 @@ from serving import whole
 
 WEB = Path(__file__).parent / "web"
 PLOTLY, STYLE, RUN_SCRIPT = "plotly.min.js", "page.css", "run.js"  # the files of a site
+LESSONS = "lessons"  # the folder of a site with a page for each lab
 RUN_SCRIPTS = (
     "page.js", "plot.js", "run.js", "ratios.js", "distributions.js", "figures.js", "requests.js",
 )  # fmt: skip
@@ -62,6 +64,7 @@ def page(
         "run.html",
         scripts={PLOTLY: get_plotlyjs(), RUN_SCRIPT: code},
         root=root,
+        lesson=f"{LESSONS}/{facts.lab.name}.html" if facts.lab.name in LABS else "",
         title=plain_text(document.title),
         intro=html.introduction(document, picture),
         sections=sections,

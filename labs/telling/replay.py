@@ -3,7 +3,8 @@
 A row is a place: a request takes the lowest one that is free when it is sent. The picture is whole
 without scripts; with them it is played, or stepped through, from the same times.
 Where the engine guesses ahead, a chunk holds what one verification gave: the target's own token and
-the drafts that it accepted. How full the KV cache was is in no record of a request, and not shown.
+the drafts that it accepted. Below the rows stands how much of the KV cache the requests held, where
+the trial keeps what the engine said of it (`labs.filing.engine_series`); older trials do not.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from typing import Any
 from markupsafe import Markup
 
 from dashboards.palette import VARIANTS
+from labs.filing import engine_series
 from labs.filing.results import RunFolder
+from labs.judging.measure import Trial
 from labs.judging.text import number, point_label
 from labs.lab import Point
 from loadtests.records import RequestRecord
+from serving import metrics
 
 MOST_CHUNKS = 700  # in one picture: a mark for each
 WIDTH, HEAD, LEFT = 420, 4, 6  # of the picture, in its own units: about a phone's pixels
-DECODING, WAITING = VARIANTS[:2]
+CACHE_GAP, CACHE_HEIGHT = 18, 48  # of the KV cache's part of it, the gap with its title
+DECODING, WAITING, HELD = VARIANTS[:3]
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,21 @@ class Replayed:
     picture: Markup
     told: str  # what the picture shows, in words
     times: dict[str, Any]
+    cache: Cache | None  # None where the trial keeps no reading of it
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Holds the engine's own readings of its KV cache, in seconds since the picture's beginning."""
+
+    times_s: tuple[float, ...]
+    shares: tuple[float, ...]  # of the blocks, those that requests hold
+    blocks: int | None  # that can be held; None where the engine did not say
+
+    def told(self, share: float) -> str:
+        """Write a share, and the blocks where their number is known: `43 % (20 of 47 blocks)`."""
+        of = f" ({round(share * self.blocks):,} of {self.blocks:,} blocks)" if self.blocks else ""
+        return f"{100 * share:.0f} %{of}"
 
 
 @dataclass(frozen=True)
@@ -53,8 +73,9 @@ def replay(folder: RunFolder, keys: Sequence[str]) -> list[Replayed]:
     """Show the first repeat of each of these points over the same seconds; [] where one failed."""
     run = folder.run()
     lab, points = run.rebuilt_lab(), {p.key: p for p in run.points()}
-    played = {key: _records(folder, points[key]) for key in dict.fromkeys(keys)}
-    if not all(played.values()):
+    trials = {key: _trial(folder, points[key]) for key in dict.fromkeys(keys)}
+    played = {key: _records(trial) for key, trial in trials.items() if trial}
+    if len(played) < len(trials) or not all(played.values()):
         return []
     begins = {key: _begin(records) for key, records in played.items()}
     span_s = min(_span_s(records, begins[key]) for key, records in played.items())
@@ -67,15 +88,45 @@ def replay(folder: RunFolder, keys: Sequence[str]) -> list[Replayed]:
             span_s,
             f"clip-{place}",
             guesses=bool(points[key].flags.speculative_config),
+            cache=_cache(folder, trials[key], begins[key], span_s),
         )
         for place, (key, records) in enumerate(played.items())
     ]
 
 
-def _records(folder: RunFolder, point: Point) -> list[RequestRecord]:
+def _trial(folder: RunFolder, point: Point) -> Trial | None:
     result = folder.trial_result(point, 1)
-    trial = folder.trial(point, result, folder.run().rebuilt_lab()) if result else None
-    return sorted((r for r in trial.records if r.ok), key=lambda r: r.start_s) if trial else []
+    return folder.trial(point, result, folder.run().rebuilt_lab()) if result else None
+
+
+def _records(trial: Trial) -> list[RequestRecord]:
+    return sorted((r for r in trial.records if r.ok), key=lambda r: r.start_s)
+
+
+def _cache(folder: RunFolder, trial: Trial | None, begin_s: float, span_s: float) -> Cache | None:
+    """Read how full one engine's KV cache was; None where the trial keeps no reading of it.
+
+    Where several engines share the load, each has a cache, and none is shown. Prometheus reads once
+    a second, so that none may fall into a short picture.
+    """
+    if trial is None:
+        return None
+    kept = engine_series.read(folder.trial_folder(trial.point, trial.repeat))
+    usage = [one for one in kept if one.name == metrics.KV_USAGE]
+    if len(usage) != 1:
+        return None
+    inside = [
+        (t - begin_s, share)
+        for t, share in zip(usage[0].times_s, usage[0].values, strict=True)
+        if 0 <= t - begin_s <= span_s
+    ]
+    config = trial.engine.info.get(metrics.CACHE_CONFIG, {}) if trial.engine else {}
+    blocks = config.get("num_gpu_blocks", "")
+    return Cache(
+        tuple(t for t, _ in inside),
+        tuple(share for _, share in inside),
+        int(blocks) - 1 if blocks.isdecimal() else None,  # the engine keeps one for itself
+    )
 
 
 def _begin(records: Sequence[RequestRecord]) -> float:
@@ -114,7 +165,12 @@ def _bars(records: Sequence[RequestRecord], begin_s: float, span_s: float) -> li
 
 
 def _replayed(
-    title: str, bars: Sequence[_Bar], span_s: float, clip: str, guesses: bool
+    title: str,
+    bars: Sequence[_Bar],
+    span_s: float,
+    clip: str,
+    guesses: bool,
+    cache: Cache | None = None,
 ) -> Replayed:
     places = max(bar.place for bar in bars) + 1
     filled = sum(bar.end_s - bar.start_s for bar in bars) / span_s
@@ -129,6 +185,8 @@ def _replayed(
         accepted = sum(n - 1 for bar in bars for n in bar.tokens)
         told += f" Of these, {accepted:,} were drafts that the target accepted: the higher a line,"
         told += " the more of them came at once."
+    if cache and cache.shares:
+        told += f" At most {cache.told(max(cache.shares))} of the KV cache was in use."
     times = {
         "span": round(1000 * span_s),
         "guesses": guesses,
@@ -140,9 +198,14 @@ def _replayed(
             [round(1000 * t), n]
             for t, n in sorted(c for b in bars for c in zip(b.chunks_s, b.tokens, strict=True))
         ],
-    }
+        "cache": [
+            [round(1000 * t), cache.told(share)]
+            for t, share in zip(cache.times_s, cache.shares, strict=True)
+        ] if cache else [],
+    }  # fmt: skip
     most = max((n for bar in bars for n in bar.tokens), default=1) if guesses else 0
-    return Replayed(title, _picture(bars, places, span_s, told, clip, most), told, times)
+    picture = _picture(bars, places, span_s, told, clip, most, cache)
+    return Replayed(title, picture, told, times, cache)
 
 
 def _counted(number: int, of: str) -> str:
@@ -150,20 +213,31 @@ def _counted(number: int, of: str) -> str:
 
 
 def _picture(
-    bars: Sequence[_Bar], places: int, span_s: float, told: str, clip: str, most: int
+    bars: Sequence[_Bar],
+    places: int,
+    span_s: float,
+    told: str,
+    clip: str,
+    most: int,
+    cache: Cache | None,
 ) -> Markup:
     """Draw the places as rows; a script reveals them by the width of what clips them.
 
     A chunk of `most` tokens has a mark of a row's height; where that is 0, every chunk has.
     """
     row = 18 if places <= 16 else max(4, 288 // places)
-    foot = HEAD + places * row
+    under = HEAD + places * row
+    shown = cache if cache and cache.shares else None
+    foot = under + (CACHE_GAP + CACHE_HEIGHT if shown else 0)
     scale = (WIDTH - 2 * LEFT) / span_s
     rows = "".join(
         f'<path class="place" d="M{LEFT} {HEAD + (i + 0.5) * row:g}H{WIDTH - LEFT}"/>'
         for i in range(places)
     )
     drawn = "".join(_bar(bar, row, scale, most) for bar in bars)
+    if shown:
+        rows += _cache_frame(under)
+        drawn += _held(shown, foot, scale)
     return Markup(
         '<svg class="replay" viewBox="0 0 {} {}" role="img" aria-label="{}">'
         '<clipPath id="{clip}"><rect class="reveal" width="{width}" height="{foot}"/></clipPath>'
@@ -173,6 +247,30 @@ def _picture(
         WIDTH, foot + 22, told, clip=clip, width=WIDTH, foot=foot, rows=Markup(rows),
         drawn=Markup(drawn), axis=_axis(span_s, scale, foot),
     )  # fmt: skip
+
+
+def _cache_frame(top: int) -> str:
+    """The KV cache's part: its title, and lines where it is full and empty."""
+    full, empty = top + CACHE_GAP, top + CACHE_GAP + CACHE_HEIGHT
+    return (
+        f'<text x="{LEFT}" y="{full - 5}" text-anchor="start">KV cache in use, up to 100 %</text>'
+        f'<path class="place" d="M{LEFT} {full}H{WIDTH - LEFT}M{LEFT} {empty}H{WIDTH - LEFT}"/>'
+    )
+
+
+def _held(cache: Cache, foot: int, scale: float) -> str:
+    """The readings as dots, with straight lines between them and the area below shaded."""
+    at = [
+        (LEFT + t * scale, foot - share * CACHE_HEIGHT)
+        for t, share in zip(cache.times_s, cache.shares, strict=True)
+    ]
+    line = "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
+    area = f"M{at[0][0]:.1f} {foot}L{line}L{at[-1][0]:.1f} {foot}Z"
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{HELD}"/>' for x, y in at)
+    return (
+        f'<path d="{area}" fill="{HELD}" opacity="0.35"/>'
+        f'<path d="M{line}" fill="none" stroke="{HELD}" stroke-width="1.5"/>{dots}'
+    )
 
 
 def _bar(bar: _Bar, row: int, scale: float, most: int) -> str:

@@ -57,12 +57,22 @@ from labs.telling import (
 )
 from labs.telling.document import Inline, parse
 from labs.telling.lesson import lesson
-from labs.telling.pages import PLOTLY, RUN_SCRIPT, RUN_SCRIPTS, STYLE, marks_of, page, render, web
+from labs.telling.pages import (
+    LESSONS,
+    PLOTLY,
+    RUN_SCRIPT,
+    RUN_SCRIPTS,
+    STYLE,
+    marks_of,
+    page,
+    render,
+    web,
+)
 from labs.telling.replay import Replayed, replay
 from serving import whole
 
 RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
-LESSONS, LESSON_SCRIPT = "lessons", "lesson.js"
+LESSON_SCRIPT = "lesson.js"
 LESSON_SCRIPTS = (
     "page.js", "plot.js", "copy.js", "guess.js", "replay.js", "dials.js", "roofline.js",
 )  # fmt: skip
@@ -300,6 +310,14 @@ class Lesson:
             if panels := replay(entry.folder, (judgement.baseline, judgement.treatment)):
                 return entry, panels
         return None
+
+    @property
+    def cache(self) -> str:
+        """How the replay stands to the KV cache: `shown`, no reading in its seconds, or `older`."""
+        caches = [panel.cache for panel in self.replayed[1]] if self.replayed else []
+        if any(cache and cache.shares for cache in caches):
+            return "shown"
+        return "missed" if any(caches) else "older"
 
     @cached_property
     def dials(self) -> dict[str, Any]:

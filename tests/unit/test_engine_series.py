@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from labs.filing import results
+from labs.filing import engine_series, results
 from labs.filing.bounded import DamagedError
 from labs.filing.results import RunFolder, write_gzip
-from labs.running import backfill, engine_series
+from labs.running import backfill
+from labs.running.engine_series import keep
 from serving import metrics
 from tests.unit.builders import write_run
 
@@ -49,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 
 def kept(folder: RunFolder, there: Any) -> list[Path]:
     run = folder.run()
-    engine_series.keep(folder, run.points(), run.rebuilt_lab(), there)
+    keep(folder, run.points(), run.rebuilt_lab(), there)
     return sorted(folder.path.rglob(engine_series.FILE))
 
 

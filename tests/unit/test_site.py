@@ -8,21 +8,31 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from labs import LABS
-from labs.filing import results
-from labs.filing.results import RunFolder
+from labs.filing import engine_series, results
+from labs.filing.results import RunFolder, write_gzip
 from labs.findings.parts import parts_of
 from labs.lab import parse_changes
 from labs.questions import QUESTIONS, TOPICS
 from labs.telling import dials, glossary, replay, residuals
 from labs.telling.document import parse, plain_text
 from labs.telling.lesson import lesson
-from labs.telling.site import LIVE_PAGE, MOST_OF_A_RUN, ROOM_FOR, Course, Entry, write_site
-from serving import gpus
+from labs.telling.site import (
+    LIVE_PAGE,
+    MOST_OF_A_RUN,
+    ROOM_FOR,
+    Course,
+    Entry,
+    Lesson,
+    write_site,
+)
+from serving import gpus, metrics
 from tests.unit import in_git
+from tests.unit.builders import write_run
 from tests.unit.test_html import Seen
 
 
@@ -223,6 +233,63 @@ def test_a_replay_shows_every_token_of_its_seconds_once(course: Course) -> None:
         assert len(spans) == 1  # side by side over the same seconds
 
 
+def usage(engine: str, *readings: tuple[float, float]) -> dict[str, Any]:
+    """A trial's series of how full an engine's KV cache was: (seconds from its start, share)."""
+    return {
+        "name": metrics.KV_USAGE, "labels": {"engine": engine},
+        "times_s": [at for at, _ in readings], "values": [share for _, share in readings],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kept", "stands"),
+    [
+        ([usage("0", (5.0, 0.9), (10.5, 0.25), (11.5, 0.5))], "shown"),
+        ([usage("0", (5.0, 0.9))], "missed"),
+        ([usage("0", (10.5, 0.9)), usage("1", (10.5, 0.1))], "older"),  # two caches, and not one
+        (None, "older"),
+    ],
+)
+def test_a_replay_shows_how_full_the_cache_was_where_the_trial_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: list[Any] | None, stands: str
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    folder = write_run(tmp_path)
+    points = folder.run().points()
+    for point in points:
+        if kept:
+            write_gzip(folder.trial_folder(point, 1) / engine_series.FILE, kept)
+    lab = LABS["paged-kv"]
+    claim = folder.run().rebuilt_lab().claims[0]
+    entry = entry_of(folder)
+    item = Lesson(lab.model_copy(update={"claims": (claim,)}), 5, (entry,))
+    monkeypatch.setattr(Lesson, "claim", claim)
+    assert item.replayed
+    _, (panel, _) = item.replayed
+    assert item.cache == stands
+    assert ("KV cache in use" in str(panel.picture)) == (stands == "shown")
+    assert ("of the KV cache was in use" in panel.told) == (stands == "shown")
+    if stands == "shown":
+        assert panel.cache == replay.Cache((0.5, 1.5), (0.25, 0.5), 999)
+        assert "At most 50 % (500 of 999 blocks) of the KV cache was in use." in panel.told
+        assert panel.times["cache"] == [
+            [500, "25 % (250 of 999 blocks)"],
+            [1500, "50 % (500 of 999 blocks)"],
+        ]
+        tops = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', panel.picture)]
+        assert tops[0] - tops[1] == pytest.approx(0.25 * replay.CACHE_HEIGHT, abs=0.11)
+
+
+def test_a_lesson_says_so_where_its_record_is_older_than_readings_of_the_cache(
+    course: Course,
+) -> None:
+    told = "keeps no reading of how full the KV cache was"
+    for item in course.lessons:
+        if item.replayed:
+            seen = Seen(course.lesson_page(item))
+            assert (told in seen.read) == (item.cache == "older")
+
+
 def test_accepted_drafts_are_told_where_the_engine_guesses(course: Course) -> None:
     """A chunk of k tokens is the target's own and k - 1 drafts; so high is its line."""
     bars = [replay._Bar(0, 0.0, 0.5, 2.0, (0.5, 1.0, 1.5), (1, 6, 3), 8)]
@@ -282,3 +349,16 @@ def test_every_card_has_a_curve_and_every_setting_is_one_that_set_takes(course: 
         assert curve["set"]
         changes = parse_changes(curve["set"].replace("{}", str(curve["x"][0])))
         item.lab.at("cpu", quick=False, changes=changes)  # raises LabError if it is no setting
+
+
+def test_a_runs_page_leads_to_its_lesson_and_to_the_glossary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    folder = write_run(tmp_path / "results", name="paged-kv")
+    write_site(tmp_path / "site")
+    links = Seen((tmp_path / "site" / entry_of(folder).href).read_text()).attributes("href")
+    assert {"../../lessons/paged-kv.html", "../../glossary.html"} <= set(links)
+    for link in links:
+        if link.startswith("../../") and "#" not in link:
+            assert (tmp_path / "site" / link.removeprefix("../../")).exists(), link

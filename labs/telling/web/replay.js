@@ -22,7 +22,7 @@ if (data.replay.length) {
     slider.setAttribute("aria-valuetext", shown(time));
     at("clock").textContent = shown(time);
     figures.forEach((figure, place) => {
-      const { bars, chunks, guesses } = data.replay[place];
+      const { bars, chunks, guesses, cache } = data.replay[place];
       const { width } = figure.querySelector("svg").viewBox.baseVal;
       const x = 6 + (time / span) * (width - 12);  // LEFT of labs/telling/replay.py
       figure.querySelector(".reveal").setAttribute("width", String(x));
@@ -32,8 +32,10 @@ if (data.replay.length) {
       const came = chunks.filter(([t]) => t <= time);
       const tokens = came.reduce((sum, [, n]) => sum + n, 0);
       const drafts = guesses ? `, ${tokens - came.length} of them accepted drafts` : "";
+      const reading = cache.filter(([t]) => t <= time).at(-1);
+      const held = reading ? `, KV cache ${reading[1]} at its last reading` : "";
       figure.querySelector(".state").textContent =
-        `${there.length - waiting} decoding, ${waiting} still without a token, ${tokens} tokens so far${drafts}`;
+        `${there.length - waiting} decoding, ${waiting} still without a token, ${tokens} tokens so far${drafts}${held}`;
     });
   }
 
