@@ -69,6 +69,11 @@ def _marks(run: Run) -> str:
     return (" (random weights)" if run.dummy else "") + (" (quick)" if run.quick else "")
 
 
+def _earlier(run: Run) -> str:
+    """Mark a run of a lab whose settings have changed since."""
+    return " (the lab's settings have changed since)" if manifest.is_stale(run) else ""
+
+
 def stale() -> dict[Path, str]:
     """Find the generated files that would change, and name the runs that change them."""
     return {
@@ -164,15 +169,21 @@ def generated_parts(text: str, runs: Sequence[RunFolder]) -> str:
     return text
 
 
+def _standing_first(runs: Sequence[RunFolder]) -> list[RunFolder]:
+    """Put runs of labs as they are now before stale ones, and the newest first."""
+    newest = sorted(runs, key=lambda folder: folder.path.name, reverse=True)
+    return sorted(newest, key=lambda folder: manifest.is_stale(folder.run()))
+
+
 def _plot(runs: Sequence[RunFolder]) -> list[Block]:
-    """Show one plot of a real run: a sweep of the load."""
-    for folder in runs:
+    """Show one plot of a real run, if possible of a lab as it is now: a sweep of the load."""
+    for folder in _standing_first(runs):
         path = folder.path / "sweep.svg"
         if path.exists():
             caption = (
                 "Throughput and TPOT against requests in flight, measured with 95 % intervals, and"
                 f" the bounds predicted beforehand ({folder.run().machine.describe()})"
-                f"{_marks(folder.run())}."
+                f"{_marks(folder.run())}{_earlier(folder.run())}."
             )
             return [Figure(os.path.relpath(path, ROOT), Emphasis(caption))]
     return []
@@ -194,10 +205,12 @@ def _source(lab: str) -> str:
 
 
 def _headlines(runs: Sequence[RunFolder]) -> Iterator[Inline]:
-    """Say how the claim that each lab puts forward came out, in the first run that decided it.
+    """Say how the claim that each lab puts forward came out, in one run that decided it.
 
-    A claim that is undecided, or not valid, is no finding.
+    A run of the lab as it is now comes before a stale one, which is marked, and a newer one before
+    an older. A claim that is undecided, or not valid, is no finding.
     """
+    runs = _standing_first(runs)
     for lab in LABS:
         headline = parts_of(lab).headline
         if headline and not headline.on_front_page:
@@ -220,6 +233,7 @@ def _headline(folder: RunFolder, judgement: Judgement, headline: Headline) -> In
         f" {ratio_interval(judgement)}; predicted {number(judgement.prediction.value)}:"
         f" {claim_outcome(judgement)}). ",
         _to_report(folder, ROOT, "Report"),
+        _earlier(folder.run()),
     )
 
 
@@ -396,9 +410,8 @@ CLAIM_COLUMNS = (
 
 def _claim(folder: RunFolder, judgement: Judgement, seen_from: Path) -> list[Inline]:
     run = folder.run()
-    earlier = " (the lab's settings have changed since)" if manifest.is_stale(run) else ""
     return [
-        (_to_report(folder, seen_from, run.lab["name"]), earlier),
+        (_to_report(folder, seen_from, run.lab["name"]), _earlier(run)),
         parse(judgement.title),
         f"{METRICS[judgement.metric].title} {ratio_text(judgement)}",
         ratio_interval(judgement),

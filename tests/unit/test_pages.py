@@ -18,7 +18,7 @@ from labs.filing.newest import newest_runs
 from labs.filing.results import RunFolder, write_json
 from labs.findings.parts import Headline, ReportParts
 from labs.telling import markdown, pages
-from labs.telling.document import Link, Strong, plain_text
+from labs.telling.document import Link, Paragraph, Strong, plain_text
 from serving.engines.vllm import Vllm
 from tests.unit.builders import make_lab, write_run, write_runs_of_others, write_slowed
 
@@ -115,6 +115,25 @@ def test_a_claim_that_is_undecided_is_no_finding_of_the_front_page(folder: RunFo
     undecided = [j.model_copy(update={"expected": None}) for j in summary.judgements]
     write_json(folder.path / "summary.json", summary.model_copy(update={"judgements": undecided}))
     assert list(leaderboards._headlines([folder])) == []
+
+
+def test_the_front_page_has_a_run_of_the_lab_as_it_is_before_a_stale_one_and_marks_the_latter(
+    tmp_path: Path, readme: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del readme
+    old, new = (write_run(tmp_path, day=day) for day in ("20260101", "20260102"))
+    stale = {old.path}
+    runs = {folder.run().run_id: folder for folder in (old, new)}
+    monkeypatch.setattr(manifest, "is_stale", lambda run: runs[run.run_id].path in stale)
+    (told,) = leaderboards._headlines([old, new])
+    assert new.path.name in markdown.fragment([Paragraph(told)])
+    assert "changed since" not in plain_text(told)
+    stale.add(new.path)
+    (told,) = leaderboards._headlines([old, new])
+    assert "the lab's settings have changed since" in plain_text(told)
+    stale.remove(old.path)
+    (told,) = leaderboards._headlines([new, old])
+    assert old.path.name in markdown.fragment([Paragraph(told)])
 
 
 # ----------------------------------------------------------------------------- beside git
