@@ -10,7 +10,7 @@ where arithmetic is dear. And what is rounded is lost: quality is measured on th
 `fp8` has 4 exponent and 3 mantissa bits (e4m3), `e5m2` the other way round. The `tight` pair has so
 little KV memory that preemption can be seen.
 
-Turn: the type (`variants.fp8.flags.kv-cache-dtype`), the memory
+Turn: the types that get the long context (`workloads.far.only`), the memory
 (`variants.fp8-tight.flags.kv-cache-memory-bytes`), the context
 (`workloads.far.prompt_tokens.tokens`).
 """
@@ -269,7 +269,8 @@ LAB = Lab(
         " those that a CUDA toolkit has to compile keep it apart from e4m3.",
     },
     next_knobs=(
-        'SET="variants.fp8.flags.kv-cache-dtype=fp8_e5m2" compares the coarser type in speed',
+        'SET=\'workloads.far.only=["bf16","fp8","e5m2"]\' sends the long context to the coarser'
+        " type too",
         *knobs(12 * 2**20, 2048),
     ),
 )  # fmt: skip

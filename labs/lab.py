@@ -475,6 +475,10 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
 
     def _changed(self, *layers: Mapping[str, Any]) -> Lab:
         fields = self.model_dump(exclude={"scales", "quick"})
+        for part in ("variants", "workloads", "claims"):
+            for plain, of in zip(fields[part], getattr(self, part), strict=True):
+                for name, info in type(of).model_fields.items():
+                    plain.setdefault(name, info.get_default())  # what a digest leaves out
         for path, value in (item for layer in layers for item in layer.items()):
             _set(fields, path, copy.deepcopy(value))  # a later path may lead into it
         expected = {n: getattr(self, n) for n in ("acceptance", "guessed", "masking")}
@@ -730,9 +734,12 @@ def _set(fields: dict[str, Any], path: str, value: Any) -> None:
             raise LabError(f"{path}: no field {step!r}{did_you_mean(step, known)} here: {names}")
         return known
 
-    for step in parents:
+    for place, step in enumerate(parents, 1):
         known = require(step, free=False)
         at = at[step] if isinstance(at, dict) else at[known[step]]
+        if at is None:
+            whole = ".".join(parents[:place])
+            raise LabError(f"{path}: there is no {step} here yet: give all of it, {whole}={{JSON}}")
     require(last, free=bool(parents) and parents[-1] == "flags")  # vLLM knows its flags
     if not isinstance(at, dict):
         raise LabError(f"{path}: give one of its fields, {path}.<field>=")

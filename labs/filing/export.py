@@ -61,6 +61,7 @@ def requests(folder: RunFolder) -> Iterator[TableRow]:
         {
             **about,
             "index": r.index,
+            "choice": r.choice,  # which answer, where the request asked for several by `n`
             "in_window": r.in_window,
             "ok": r.ok,
             "error": r.error,

@@ -213,11 +213,19 @@ class ForecastAtPoint(BaseModel, frozen=True, extra="forbid"):
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Compute the mean over repeats and its Student-t interval."""
+    """Compute the mean over repeats and its Student-t interval.
+
+    Where that would reach below zero, which no time, rate, count or share can, the interval is that
+    of the mean's logarithm, by the delta method: from mean / f to mean f, with f = exp(half width /
+    mean). A simulation compares the two (`tests/unit/test_intervals.py`).
+    """
     mean = float(np.mean(values))
     if len(values) < 2:
         return Interval(value=mean, low=None, high=None, n=len(values))
     half = _t(len(values), confidence) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    if min(values) >= 0 and mean > 0 and half > mean:
+        factor = math.exp(half / mean)
+        return Interval(value=mean, low=mean / factor, high=mean * factor, n=len(values))
     return Interval(value=mean, low=mean - half, high=mean + half, n=len(values))
 
 

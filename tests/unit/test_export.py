@@ -64,6 +64,7 @@ def test_tables_read_back(folder: RunFolder, kind: Format, tmp_path: Path) -> No
     ]  # fmt: skip
     assert failed["ttft_s"] == failed["output_tokens"] == missing
     assert failed["error"] == "ConnectionError: refused"
+    assert first["choice"] == missing
     (rate,) = [
         m for m in measurements
         if (m["variant"], m["load"], str(m["repeat"]), m["metric"])
@@ -71,6 +72,14 @@ def test_tables_read_back(folder: RunFolder, kind: Format, tmp_path: Path) -> No
     ]  # fmt: skip
     assert float(str(rate["value"])) == pytest.approx(2 * 302 / 10)  # users, tokens, cycles
     assert rate["unit"] == "tok/s"
+
+
+def test_each_answer_of_a_request_is_named_by_its_choice(folder: RunFolder) -> None:
+    point = folder.run().points()[0]
+    answers = [make_record([(11.0, 1)], choice=choice) for choice in range(3)]
+    records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", answers)
+    rows = [row for row in export.requests(folder) if row["repeat"] == 1]
+    assert [row["choice"] for row in rows[:3]] == [0, 1, 2]
 
 
 def test_vllms_format_has_its_keys_and_its_definitions(folder: RunFolder, tmp_path: Path) -> None:

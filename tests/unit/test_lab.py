@@ -15,6 +15,7 @@ from dashboards import palette
 from labs import FIRST, LABS
 from labs.findings.parts import parts_of
 from labs.judging.metrics import trial_metrics
+from labs.judging.validity import ECHOED
 from labs.lab import (
     NO_TEXT,
     Arm,
@@ -504,6 +505,37 @@ def test_what_to_turn_next_can_be_turned(lab: Lab) -> None:
         changes = parse_changes(setting[2] or setting[3])
         turned = lab.at("cpu", quick=False, changes=changes)
         assert turned.digest() != lab.at("cpu", quick=False).digest(), knob
+        for evidence in turned.evidence:
+            flag = next(
+                (f for f, told in ECHOED.items() if told == (evidence.metric, evidence.label)), ""
+            )
+            for variant in (v for v in turned.variants if v.name == evidence.arm.variant):
+                if flag in variant.flags and not str(evidence.value).startswith("--"):
+                    assert variant.flags[flag] == evidence.value, f"{knob}: its evidence says no"
+
+
+def test_what_a_workload_has_not_is_set_as_a_whole() -> None:
+    lab = LABS["continuous-batching"]
+
+    def turned(text: str) -> Workload:
+        changed = lab.at("cpu", quick=False, changes=parse_changes(text))
+        return next(w for w in changed.workloads if w.name == "fixed")
+
+    samples = turned('workloads.fixed.samples={"count":4,"together":true}').samples
+    assert samples
+    assert (samples.count, samples.together) == (4, True)
+    both = turned('workloads.fixed.samples={"count":4} workloads.fixed.samples.count=2').samples
+    assert both
+    assert both.count == 2
+    structured = turned('workloads.fixed.structure={"form":"record","imposed":false}').structure
+    assert structured
+    assert structured.form == "record"
+    assert turned("workloads.fixed.priorities=[0,1]").priorities == (0, 1)
+    with pytest.raises(LabError, match=r"give all of it, workloads\.fixed\.samples="):
+        turned("workloads.fixed.samples.count=4")
+    plain = lab.at("cpu", quick=False)
+    same = lab.at("cpu", quick=False, changes={"window_s": plain.window_s})
+    assert same.digest() == plain.digest()
 
 
 def test_workload_needs_a_load() -> None:
