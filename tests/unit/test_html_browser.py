@@ -509,3 +509,44 @@ def test_the_planner_says_what_fits_and_what_does_not(chromium: Browser, site: P
     assert "does not fit" in shown.js(answer)
     assert shown.js("document.documentElement.scrollWidth <= innerWidth")
     assert shown.errors == []
+
+
+CLICK = """(words => { const found = [...document.querySelectorAll('a, summary')]
+  .find(e => e.innerText.includes(words) && e.checkVisibility());
+  if (!found) throw 'nothing to click says ' + words;
+  found.click(); })"""
+READ = """(words => [...document.querySelectorAll('p, li, td, dd')]
+  .filter(e => e.checkVisibility()).map(e => e.closest('tr, dl, p, li').innerText)
+  .some(text => words.every(w => text.includes(w))))"""
+QUESTIONS_OF_READERS = {
+    "What does “inconclusive” mean?": (
+        ["Continuous batching", "What the words mean"],
+        ["inconclusive", "the repeats vary too much to tell"],
+    ),
+    "What did continuous batching gain, as measured?": (
+        ["Questions", "What does continuous batching gain over static batching?"],
+        ["filling free places at once gave", "the throughput of fixed batches"],
+    ),
+    "Does a model of 70 B parameters fit one H100?": (
+        ["Plan"],
+        ["H100", "Llama 3.1 70B", "does not fit"],
+    ),
+    "What is TPOT?": (["Glossary"], ["TPOT", "Time per output token of a request"]),
+}
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("question", QUESTIONS_OF_READERS)
+def test_a_question_of_a_reader_is_answered_within_two_clicks(
+    chromium: Browser, site: Path, question: str, width: int
+) -> None:
+    clicks, answer = QUESTIONS_OF_READERS[question]
+    shown = opened(chromium, site / "site" / "index.html", width)
+    told = f"{READ}({json.dumps(answer)})"
+    assert not shown.js(told)
+    for words in clicks:
+        shown.js(f"{CLICK}({json.dumps(words)})")
+        shown.wait("document.readyState === 'complete'")
+    shown.wait(told)
+    assert len(clicks) <= 2
+    assert shown.errors == []
