@@ -337,15 +337,15 @@ class Lesson:
         for column, entry in enumerate(self.entries):
             lab = entry.run.rebuilt_lab()
             for j in entry.summary.judgements:
-                sides = (point_label(key, lab) for key in (j.treatment, j.baseline))
-                found.setdefault((j.claim, " / ".join(sides)), {})[column] = j
-        for (claim, sides), by_column in found.items():
+                pair = f"{point_label(j.treatment, lab)} / {point_label(j.baseline, lab)}"
+                found.setdefault((j.claim, pair), {})[column] = j
+        for (claim, pair), by_column in found.items():
             first = next(iter(by_column.values()))
             cells = tuple(
                 Cell.of(entry, by_column[column]) if column in by_column else None
                 for column, entry in enumerate(self.entries)
             )
-            where = f"{METRICS[first.metric].title}: {sides}"
+            where = f"{METRICS[first.metric].title}: {pair}"
             yield Row(parse(titles.get(claim, first.title)), where, cells)
 
     @property
