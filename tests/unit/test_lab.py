@@ -511,7 +511,9 @@ def test_what_to_turn_next_can_be_turned(lab: Lab) -> None:
             )
             for variant in (v for v in turned.variants if v.name == evidence.arm.variant):
                 if flag in variant.flags and not str(evidence.value).startswith("--"):
-                    assert variant.flags[flag] == evidence.value, f"{knob}: its evidence says no"
+                    assert str(variant.flags[flag]) == str(evidence.value), (
+                        f"{knob}: its evidence says no"
+                    )
 
 
 def test_what_a_workload_has_not_is_set_as_a_whole() -> None:
