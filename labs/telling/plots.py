@@ -76,7 +76,7 @@ def effects(run: JudgedRun) -> str | None:
                 left=least,
                 color=BOUND,
                 alpha=0.2,
-                label="bears the prediction out" if row == 0 else None,
+                label="where the prediction holds" if row == 0 else None,
             )
         ax.plot([j.prediction.value], [row], "|", color=BOUND, ms=14, mew=2)
         low, high = ratio.low or ratio.value, ratio.high or ratio.value

@@ -513,8 +513,8 @@ def test_the_planner_says_what_fits_and_what_does_not(chromium: Browser, site: P
 
 CLICK = """(words => { const found = [...document.querySelectorAll('a, summary')]
   .find(e => e.innerText.includes(words) && e.checkVisibility());
-  if (!found) throw 'nothing to click says ' + words;
-  found.click(); })"""
+  found?.click();
+  return Boolean(found); })"""
 READ = """(words => [...document.querySelectorAll('p, li, td, dd')]
   .filter(e => e.checkVisibility()).map(e => e.closest('tr, dl, p, li').innerText)
   .some(text => words.every(w => text.includes(w))))"""
@@ -545,8 +545,7 @@ def test_a_question_of_a_reader_is_answered_within_two_clicks(
     told = f"{READ}({json.dumps(answer)})"
     assert not shown.js(told)
     for words in clicks:
-        shown.js(f"{CLICK}({json.dumps(words)})")
-        shown.wait("document.readyState === 'complete'")
+        shown.wait(f"{CLICK}({json.dumps(words)})")  # a page takes a moment to come
     shown.wait(told)
     assert len(clicks) <= 2
     assert shown.errors == []
