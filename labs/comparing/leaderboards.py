@@ -61,6 +61,7 @@ MISSES = " to what was measured: by figure, by run, with a list of every miss."
 FORECASTS = "forecasts.md"  # how near predictions came
 README = ROOT / PAGE
 RUN_NAME = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{8}\b")
+MOST_HEADLINES = 5  # on the front page, which is one page
 CLAIMS_EACH = 2  # of each lab on the page of all machines; the machine's page has them all
 
 
@@ -181,7 +182,7 @@ def _plot(runs: Sequence[RunFolder]) -> list[Block]:
         path = folder.path / "sweep.svg"
         if path.exists():
             caption = (
-                "Throughput and TPOT against requests in flight, measured with 95 % intervals, and"
+                "Throughput and TPOT against requests in flight, with 95 % intervals, and"
                 f" the bounds predicted beforehand ({folder.run().machine.describe()})"
                 f"{_marks(folder.run())}{_earlier(folder.run())}."
             )
@@ -205,12 +206,19 @@ def _source(lab: str) -> str:
 
 
 def _headlines(runs: Sequence[RunFolder]) -> Iterator[Inline]:
-    """Say how the claim that each lab puts forward came out, in one run that decided it.
+    """Say how the claim that a lab puts forward came out, in one run that decided it.
 
     A run of the lab as it is now comes before a stale one, which is marked, and a newer one before
-    an older. A claim that is undecided, or not valid, is no finding.
+    an older; so do labs, of which the front page has room for a few. A claim that is undecided, or
+    not valid, is no finding.
     """
-    runs = _standing_first(runs)
+    found = list(_decided(_standing_first(runs)))
+    shown = sorted(found, key=lambda one: manifest.is_stale(one[0].run()))[:MOST_HEADLINES]
+    yield from (_headline(*one) for one in found if one in shown)
+
+
+def _decided(runs: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, Judgement, Headline]]:
+    """Yield each lab's claim for the front page from the first run that decided it."""
     for lab in LABS:
         headline = parts_of(lab).headline
         if headline and not headline.on_front_page:
@@ -223,7 +231,7 @@ def _headlines(runs: Sequence[RunFolder]) -> Iterator[Inline]:
             if headline and judgement.claim == headline.claim and judgement.expected is not None
         )
         if headline and (first := next(found, None)):
-            yield _headline(*first, headline)
+            yield *first, headline
 
 
 def _headline(folder: RunFolder, judgement: Judgement, headline: Headline) -> Inline:

@@ -134,6 +134,8 @@ def test_the_front_page_has_a_run_of_the_lab_as_it_is_before_a_stale_one_and_mar
     stale.remove(old.path)
     (told,) = leaderboards._headlines([new, old])
     assert old.path.name in markdown.fragment([Paragraph(told)])
+    monkeypatch.setattr(leaderboards, "MOST_HEADLINES", 0)
+    assert list(leaderboards._headlines([new, old])) == []
 
 
 # ----------------------------------------------------------------------------- beside git
