@@ -304,7 +304,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     question: str
     answers: tuple[str, ...]  # ids of questions in the catalogue
     variants: Annotated[tuple[Variant, ...], Field(min_length=1, max_length=MOST_POINTS)]
-    flags: dict[str, FlagValue] = {}  # of every variant; a variant's own flags override them
+    # of every variant of the default engine; a variant's own flags override them
+    flags: dict[str, FlagValue] = {}
     workloads: Annotated[tuple[Workload, ...], Field(min_length=1, max_length=MOST_POINTS)]
     claims: Annotated[tuple[Claim, ...], Field(max_length=100)]
     forecasts: Annotated[tuple[Forecast, ...], Field(max_length=100)] = ()
@@ -344,7 +345,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     guessed: Annotated[Callable[[Point], float] | None, Field(exclude=True)] = None
     # how long the engine is expected to take over the structure of an answer; None: no structure
     masking: Annotated[Callable[[Point], Masking | None] | None, Field(exclude=True)] = None
-    left_out: tuple[str, ...] = ()  # with random weights, each with its reason
+    left_out: tuple[str, ...] = ()  # with random weights or without an engine, with its reason
+    # the variants whose engines cannot serve the model here; none is left out of files
+    absent: Annotated[tuple[str, ...], Field(exclude_if=lambda absent: not absent)] = ()
     limits: dict[str, str] = {}  # kind of machine -> what such a machine can and cannot show
     next_knobs: tuple[str, ...] = ()
 
@@ -460,6 +463,18 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             raise LabError(f"workloads: {NO_CAPACITY}")
         return kept
 
+    def without(self, reasons: Mapping[str, str]) -> Lab:
+        """Leave out variants, by name, for the reason given, and the claims that need them."""
+        known = [v.name for v in self.variants]
+        gone = {name: why for name, why in reasons.items() if name in known}
+        if not gone:
+            return self
+        kept = self._keeping(variants=[name for name in known if name not in gone])
+        told = tuple(f"{name}: {why}" for name, why in gone.items())
+        return kept.model_copy(
+            update={"absent": (*self.absent, *gone), "left_out": (*self.left_out, *told)}
+        )
+
     def _named(self, names: Collection[str]) -> list[str]:
         return [name for part in READ_TEXT for name in getattr(self, part) if name in names]
 
@@ -553,8 +568,12 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         })  # fmt: skip
 
     def flags_of(self, variant: Variant) -> VllmFlags:
-        """Return all flags that the variant's engine is started with."""
-        return VllmFlags({**self.flags, **variant.flags})
+        """Return all flags that the variant's engine is started with.
+
+        The lab's own are for the default engine, and another has them by other names.
+        """
+        shared = self.flags if variant.engine == DEFAULT_ENGINE else {}
+        return VllmFlags({**shared, **variant.flags})
 
     @property
     def all_flags(self) -> list[VllmFlags]:
@@ -670,9 +689,12 @@ def the_same(twin: Point, base: Point) -> Prediction:
 
 
 def factors(treatment: Point, baseline: Point) -> list[str]:
-    """Name what differs between two points: flags, the engine, weights, the workload, the load."""
+    """Name what differs between two points: flags, the engine, weights, the workload, the load.
+
+    Two engines have flags by names of their own, which are no factors beside the engine.
+    """
     a, b = treatment.variant, baseline.variant
-    flags = sorted({*a.flags, *b.flags})
+    flags = sorted({*a.flags, *b.flags}) if a.engine == b.engine else []
     names = [f"--{flag}" for flag in flags if a.flags.get(flag) != b.flags.get(flag)]
     names += ["engine"] if a.engine != b.engine else []
     names += ["weights"] if a.weights != b.weights else []

@@ -61,6 +61,7 @@ from loadtests.plan import (
     Progress,
     TrialPlan,
     TrialSummary,
+    in_dialect,
     merged_summary,
     most_answer_bytes,
     read_requests,
@@ -135,7 +136,8 @@ class Load:
 
     def __init__(self, plan: TrialPlan) -> None:
         self.plan = plan
-        requests = read_requests(plan.requests)[plan.skip :]
+        planned = read_requests(plan.requests)[plan.skip :]
+        requests = [in_dialect(request, plan.fields) for request in planned]
         longest = max((r.output_tokens * r.choices for r in requests), default=0)
         BoundedResponse.most_bytes = most_answer_bytes(longest)
         self.requests = plan.own_share([r for r in requests if not r.intruder])
@@ -439,6 +441,7 @@ def record_of(
         tokens_of(lines, t0, turn.request.output_tokens) if lines else ([],) + (None,) * 3
     )
     keep = load.plan.keep_text and chunks and not complaint
+    model = model_of(lines) if chunks and not complaint else None
     if error is None and not chunks:
         error = complaint or "the stream ended without a token"
     return RequestRecord(
@@ -454,7 +457,7 @@ def record_of(
         error=error or complaint,
         first_byte_s=None if first_byte is None else round(first_byte - t0, 6),
         text=text_of(lines) if keep else None,
-        model=model_of(lines) if chunks and not complaint else None,
+        model=None if model is None else load.plan.model_names.get(model, model),
         choice=choice,
     )
 

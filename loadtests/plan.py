@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -51,6 +51,9 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     keep_text: bool = False
     capacity_per_s: float | None = None  # of which an arrival's rate may be a multiple
     slo_s: dict[str, float] = {}  # ttft, tpot, itl: lines on a dashboard
+    # where the server's dialect is another than vLLM's, in which bodies are written:
+    fields: dict[str, Any] = {}  # of every body, set to these; None leaves a field out
+    model_names: dict[str, str] = {}  # that it gives models in its answers -> the lab's
     share: tuple[int, int] = (0, 1)  # (number of this load process, number of all)
 
     def longest_s(self, output_tokens: int) -> float:
@@ -198,6 +201,15 @@ def body(request: Request, model: str) -> dict[str, Any]:
         **({"n": request.choices} if request.choices > 1 else {}),
         **imposed,
     }
+
+
+def in_dialect(request: PlannedRequest, fields: Mapping[str, Any]) -> PlannedRequest:
+    """Return a request whose body has these fields; a field that is None is left out of it."""
+    if not fields:
+        return request
+    changed = {**orjson.loads(request.body), **fields}
+    kept = {name: value for name, value in changed.items() if value is not None}
+    return request.model_copy(update={"body": orjson.dumps(kept).decode()})
 
 
 def write_requests(path: Path, requests: list[Request], model: str) -> None:

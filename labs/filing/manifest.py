@@ -96,6 +96,7 @@ def current_lab(run: Run) -> Lab:
     if name not in LABS:
         raise LabError(f"there is no lab {name} any more")
     lab = LABS[name].at(run.scale, run.quick, _changes(run), run.dummy)
+    lab = lab.without(dict.fromkeys(run.lab.get("absent", ()), "its engine was absent"))
     return lab.against_itself() if run.aa else lab
 
 

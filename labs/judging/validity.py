@@ -27,6 +27,7 @@ from loadtests.plan import LEAST_COUNTED
 from loadtests.records import RequestRecord
 from loadtests.structures import begins_so
 from serving import metrics, random_weights, telemetry
+from serving.engines import DEFAULT_ENGINE, ENGINES
 from serving.telemetry import POWER_CAP, SLOWDOWNS
 
 LATE_S, LATE_SHARE = 0.005, 0.05  # a send counts as late beyond both
@@ -315,8 +316,12 @@ def _other_work(trial: Trial, expected: Expected) -> Iterator[Caveat]:
 
 def _unreadable(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     """Check that the engine's metrics could be read, those at least on which the checks rest."""
+    shown = ENGINES[trial.point.variant.engine].shown_metrics()
     if trial.engine is None:
-        if expected.metrics_read:
+        if not shown and not expected.endpoint:
+            text = "it has no page of metrics: what it did is proved from the client's side alone"
+            yield _caveat(trial, "engine shows no metrics", text, blocks=False)
+        elif expected.metrics_read:
             text = "its /metrics could not be read, so nothing proves what it did"
             yield _caveat(trial, "engine's metrics unreadable", text)
         else:
@@ -325,8 +330,11 @@ def _unreadable(trial: Trial, expected: Expected) -> Iterator[Caveat]:
         return
     needed = [metrics.REQUESTS, metrics.PROMPT_TOKENS, metrics.GENERATION_TOKENS]
     needed += [metrics.PREFIX_HITS] if dose.caching(trial) and not expected.endpoint else []
+    if not expected.endpoint:
+        needed = [name for name in needed if name in shown]
     missing = [name for name in needed if name not in trial.engine.values]
-    missing += [metrics.TTFT] if metrics.TTFT not in trial.engine.histograms else []
+    if metrics.TTFT in shown or expected.endpoint:
+        missing += [metrics.TTFT] if metrics.TTFT not in trial.engine.histograms else []
     if missing:
         text = f"the engine shows no {', '.join(missing)}: was it renamed in this version?"
         yield _caveat(trial, "engine's metrics incomplete", text)
@@ -516,7 +524,7 @@ def _not_echoed(trial: Trial, expected: Expected) -> Iterator[str]:
     """
     assert trial.engine
     for flag, (metric, label) in ECHOED.items():
-        if flag not in trial.point.flags or trial.point.variant.engine != "vllm":
+        if flag not in trial.point.flags or trial.point.variant.engine != DEFAULT_ENGINE:
             continue
         if metric not in trial.engine.info and not expected.served:
             continue

@@ -109,6 +109,7 @@ RECIPES: dict[str, Recipe] = {
         1,
         method="mqa",
     ),
+    "gguf": Recipe("the served model as a GGUF file, for llama.cpp", "serving.to_gguf", 0.5),
     "w8a8-rtn": _quantized("w8a8-rtn", "INT8 weights and activations, rounded to nearest", 1),
     "w8a8": _quantized("w8a8", "INT8 weights and activations by SmoothQuant and GPTQ", 2),
     "w4a16-rtn": _quantized("w4a16-rtn", "4-bit weights, rounded to nearest", 1),

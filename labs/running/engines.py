@@ -161,4 +161,6 @@ class Engines:
         self._setup.clock.starts_s.append(round(took_s, 1))
         serves = f"{engine.title} ({variant.name}) serves at {engine.url}"
         self._progress.message(f"{serves} after {took_s:.0f} s")
-        self._prometheus.scrape("engine", engine.url, {**self._labels, "variant": variant.name})
+        if engine.shown_metrics():
+            labels = {**self._labels, "variant": variant.name}
+            self._prometheus.scrape("engine", engine.url, labels)

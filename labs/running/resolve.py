@@ -88,6 +88,8 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     model = model_of(machine, request.model, request.weights)
     if model.dummy:
         require_no_reading(lab)
+    if not request.engine_command:
+        lab = with_engines_here(lab, model, progress)
     require_sizes(lab, model)
     require_memory(lab, machine, model)
     endpoint = None
@@ -235,6 +237,23 @@ def require_devices(lab: Lab, machine: Machine) -> None:
             ENGINES[variant.engine].require_devices(variant.name, lab.flags_of(variant), machine)
         except Unsupported as reason:
             raise NotApplicable(str(reason)) from reason
+
+
+def with_engines_here(lab: Lab, model: models.Model, progress: ProgressDisplay) -> Lab:
+    """Leave out the variants whose engines cannot serve this model here, and say why.
+
+    That the default engine can is checked as it starts. Raises EngineError where none is left.
+    """
+    reasons = {
+        variant.name: why
+        for variant in lab.variants
+        if (why := ENGINES[variant.engine].cannot_serve(model))
+    }
+    if len(reasons) == len(lab.variants):
+        raise EngineError("; ".join(dict.fromkeys(reasons.values())))
+    for name, why in reasons.items():
+        progress.message(f"Left out: {name}, as {why}")
+    return lab.without(reasons)
 
 
 def require_compiler(lab: Lab, machine: Machine) -> None:

@@ -306,6 +306,8 @@ class Trials:
             keep_text=point.workload.keep_text,
             capacity_per_s=self._capacity_per_s() if of_capacity else None,
             slo_s=lab.slo.by_name(),
+            fields=dict(engine.request_fields),
+            model_names=dict(engine.model_names),
         )
         load_began, other_load = time.monotonic(), OtherLoad(engine.pid)
         self._telemetry.begin(point.variant.name)

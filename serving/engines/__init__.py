@@ -5,9 +5,13 @@ started.
 """
 
 from serving.engines.base import Engine
+from serving.engines.llama_cpp import LlamaCpp
+from serving.engines.transformers import Transformers
 from serving.engines.vllm import Vllm
 
 DEFAULT_ENGINE = "vllm"
 ENGINES: dict[str, type[Engine]] = {
     "vllm": Vllm,
+    "transformers": Transformers,
+    "llama-cpp": LlamaCpp,
 }

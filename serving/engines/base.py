@@ -76,6 +76,16 @@ class Server(ABC):
         """
         return
 
+    @property
+    def request_fields(self) -> Mapping[str, object]:
+        """The fields that it needs otherwise in a request's body; None leaves a field out."""
+        return {}
+
+    @property
+    def model_names(self) -> Mapping[str, str]:
+        """The names that it gives models in its answers -> the lab's, where they differ."""
+        return {}
+
     def served(self) -> dict[str, str]:
         """Ask which weights it serves: `folder`, its name, and `files_sha256`, over its files.
 
@@ -115,6 +125,7 @@ class Engine(Server):
     ready_path: ClassVar[str] = "/health"  # answers with success once it serves
     sockets_variable: ClassVar[str] = ""  # names the folder of its sockets in its environment
     start_s: ClassVar[float | None] = None  # until it serves on a CPU, about
+    lacks: ClassVar[Sequence[str]] = ()  # of what the labs ask of vLLM, for a reader
 
     def __init__(
         self,
@@ -156,6 +167,15 @@ class Engine(Server):
             with contextlib.suppress(metadata.PackageNotFoundError):
                 return metadata.version(distribution)
         raise EngineError(f"{cls.title} is not installed here: run `make setup`")
+
+    @classmethod
+    def cannot_serve(cls, model: Model) -> str:
+        """Say why it cannot serve this model here, such as what is not installed and how to.
+
+        Empty where it can, as far as is known before it starts. A lab that compares engines leaves
+        its variant out, and goes on with the others.
+        """
+        return ""
 
     @classmethod
     def flag_argv(cls, flags: Flags) -> list[str]:
@@ -244,6 +264,17 @@ class Engine(Server):
         return metrics.parse(text, cls.metric_names)
 
     @classmethod
+    def shown_metrics(cls) -> frozenset[str]:
+        """Return the metrics that it shows, by the lab's names; none where it has no such page."""
+        return frozenset(cls.metric_names.values())
+
+    @classmethod
+    def has_shown(cls, reading: Snapshot) -> bool:
+        """Tell whether this is a reading of its metrics: it counts what the engine counts."""
+        counted = cls.shown_metrics() & {metrics.REQUESTS, metrics.GENERATION_TOKENS}
+        return bool(counted) and counted <= reading.values.keys()
+
+    @classmethod
     def read_log(cls, log: Path) -> dict[str, dict[str, str]]:
         """Read evidence that only its log has: info metric -> label -> value."""
         return {}
@@ -259,7 +290,7 @@ class Engine(Server):
             reading = self.read_metrics(text or "")
         except ValueError:  # not in Prometheus's format
             return None
-        if metrics.REQUESTS not in reading.values:
+        if not self.has_shown(reading):
             return None
         reading.info.update(self._logged)
         return reading

@@ -7,7 +7,7 @@ import json
 
 import requests
 
-from serving import guard, metrics
+from serving import guard
 from serving.answers import Answer, ask
 from serving.engines import ENGINES
 from serving.engines.base import EngineError, Server, metrics_text
@@ -59,8 +59,9 @@ class Endpoint(Server):
         if not (text := metrics_text(self.url)):
             return None
         with contextlib.suppress(ValueError):  # not in Prometheus's format
-            readings = (engine.read_metrics(text) for engine in ENGINES.values())
-            return next((r for r in readings if metrics.REQUESTS in r.values), None)
+            for engine in ENGINES.values():
+                if engine.has_shown(reading := engine.read_metrics(text)):
+                    return reading
         return None
 
     def reset_prefix_cache(self) -> None:

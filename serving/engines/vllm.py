@@ -362,6 +362,10 @@ class Vllm(Engine):
     # while it runs
 
     @classmethod
+    def shown_metrics(cls) -> frozenset[str]:
+        return frozenset(METRICS)
+
+    @classmethod
     def read_log(cls, log: Path) -> dict[str, dict[str, str]]:
         """Read how it runs the model, which vLLM's metrics do not show."""
         text = log.read_text(errors="replace")

@@ -150,12 +150,14 @@ def test_a_variant_chooses_its_engine_which_checks_its_flags() -> None:
     require_devices(on_dummy(8), CPU)
     with pytest.raises(NotApplicable, match="off needs more beads"):
         require_devices(on_dummy(64), CPU)
-    other = on_dummy(8).model_copy(update={"flags": {"beads": 1}})
+    other = on_dummy(8).model_copy(update={"flags": {"max-model-len": 64}})
+    check_flags(other)  # those of the lab are vLLM's
+    off = Variant(name="off", engine="dummy", flags={"beads": 1})
     with pytest.raises(EngineError, match="its one flag"):
-        check_flags(other)
+        check_flags(make_lab(variants=(off, off.but("on")), flags={}))
     dummy, vllm_off = on_dummy(8).variants[0], Variant(name="off")
     other_engine, plain = (replace(make_point("off"), variant=v) for v in (dummy, vllm_off))
-    assert factors(other_engine, plain) == ["--batch", "engine"]
+    assert factors(other_engine, plain) == ["engine"]
 
 
 def test_an_engine_that_is_not_known_is_refused_with_those_that_are() -> None:

@@ -21,7 +21,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument_group("as in vLLM").add_argument
     add("--port", type=int, default=8000, help="on 127.0.0.1; 0 takes a free one, see stderr")
     add("--model", default="fake", help="the model's name")
-    add("--served-model-name", nargs="+", help="the names clients use instead of --model")
+    add("--served-model-name", "--alias", nargs="+",
+        help="the names clients use instead of --model")  # fmt: skip
     add("--enable-lora", action="store_true", help="adapters can be loaded and are counted")
     add("--lora-modules", nargs="+", default=[], help="NAME=PATH: adapters, served by name")
     add("--max-loras", type=int, default=1, help="adapters in a batch")

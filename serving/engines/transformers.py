@@ -1,0 +1,146 @@
+"""Hugging Face transformers: its own server, `transformers serve`, and what it asks of a request.
+
+It answers one request after another with `generate`, or, with `continuous-batching`, all at once
+from a paged cache. It has no page of metrics, refuses `ignore_eos` and passes over
+`stream_options`: what it did is proved by what the client read alone. Usage comes with the last
+event, and every other event is a token's text.
+Source: `transformers serve --help` and its module `transformers.cli.serving`; observed on 5.19.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from serving import machine as machines
+from serving.engines.base import Engine, EngineError, Flags, FlagValue
+from serving.models import Model, Shape
+from serving.ports import LOOPBACK
+
+SERVING = ("fastapi", "uvicorn", "openai")  # the extra `serving` brings these
+PROCESS_BYTES = 2 * 2**30  # on the host, beside its weights and KV cache
+NO_TOKEN = -1  # stands in the place of the token that ends an answer: no token has this number
+HARMLESS: dict[str, type] = {  # these set a size or a way of computing
+    "continuous-batching": bool,
+    "compile": bool,
+    "cb-block-size": int,
+    "cb-num-blocks": int,
+    "cb-max-batch-tokens": int,
+    "cb-max-memory-percent": float,
+    "cb-use-cuda-graph": bool,
+    "default-seed": int,
+}
+OTHERS = (
+    "attn-implementation", "chat-template-kwargs", "device", "dtype", "log-level", "model-timeout",
+    "quantization", "reasoning", "trust-remote-code",
+)  # fmt: skip
+SET_BY_LAB = ("host", "port", "model")
+
+
+class Transformers(Engine):
+    """A server of Hugging Face's transformers."""
+
+    title = "transformers serve"
+    command: ClassVar[Sequence[str]] = (sys.executable, "-m", "serving.transformers_server")
+    distributions = ("transformers",)
+    start_s = 10.0
+    lacks = (
+        "no page of metrics: its queue, cache and batch are not seen",
+        "one request at a time without `continuous-batching`",
+        "refuses `ignore_eos`: the lab names a token that ends an answer and that no model writes",
+        "counts its tokens in the last event alone",
+        "no key: the lab puts its own guard before it",
+        "no prefix cache, no speculation",
+    )
+
+    def __init__(self, name: str, model: Model, flags: Flags, **settings: Any) -> None:
+        super().__init__(name, model, flags, **settings)
+        self._folder = str(model.path)
+
+    @property
+    def request_fields(self) -> Mapping[str, object]:
+        """It serves the one model that it was started with, by the name of its folder."""
+        forever = json.dumps({"eos_token_id": NO_TOKEN, "do_sample": False})
+        return {"model": self._folder, "ignore_eos": None, "generation_config": forever}
+
+    @property
+    def model_names(self) -> Mapping[str, str]:
+        return {answered: self.model for answered in (f"{self._folder}@main", self._folder)}
+
+    @classmethod
+    def cannot_serve(cls, model: Model) -> str:
+        try:
+            cls.version()
+        except EngineError as error:
+            return str(error)
+        if missing := [name for name in SERVING if importlib.util.find_spec(name) is None]:
+            return (
+                f"{cls.title} lacks {', '.join(missing)}: run"
+                " `.venv/bin/pip install 'transformers[serving]'`"
+            )
+        return f"{cls.title} needs the weights, and these are random" if model.dummy else ""
+
+    @classmethod
+    def server_argv(cls, model: Model, flags: Flags, port: int) -> list[str]:
+        own = ["--model", str(model.path), "--host", LOOPBACK, "--port", str(port)]
+        return [*own, *cls.flag_argv(flags)]
+
+    @classmethod
+    def environment(cls, kind: str, model: Model, beside: Sequence[Flags] = ()) -> dict[str, str]:
+        env = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if model.path.exists():
+            env["HF_HUB_OFFLINE"] = "1"
+        if kind == "cpu":  # as many threads as vLLM gets
+            env["OMP_NUM_THREADS"] = str(len(machines.split_cores()[0]))
+        return env
+
+    @classmethod
+    def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
+        tokens = int(str(flags.get("cb-block-size", 0))) * int(str(flags.get("cb-num-blocks", 0)))
+        return PROCESS_BYTES + shape.weight_bytes + int(tokens * shape.kv_bytes_per_token())
+
+    @classmethod
+    def check_flags(cls, flag_sets: Sequence[Flags]) -> None:
+        check_names(cls.title, flag_sets, HARMLESS, OTHERS, SET_BY_LAB)
+
+    @classmethod
+    def refusal(cls, flags: Flags) -> str:
+        return harmful(cls.title, flags, HARMLESS)
+
+
+def check_names(
+    title: str,
+    flag_sets: Sequence[Flags],
+    typed: Mapping[str, type],
+    others: Sequence[str],
+    set_by_lab: Sequence[str],
+) -> None:
+    """Check flags against lists of those that a server has. Raises EngineError."""
+    known = (*typed, *others)
+    for name, value in (item for flags in flag_sets for item in flags.items()):
+        if name in set_by_lab:
+            raise EngineError(f"the lab sets {name} itself: leave it out")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"did you mean --{near[0]}?" if near else f"it has {', '.join(known)}"
+            raise EngineError(f"{title} has no flag --{name}: {hint}")
+        if name in typed and not _is(value, typed[name]):
+            raise EngineError(f"{title}: --{name} takes {typed[name].__name__}, not {value!r}")
+
+
+def harmful(title: str, flags: Flags, typed: Mapping[str, type]) -> str:
+    """Say which flag is not among those of a list, or not of its type; empty where all are."""
+    for name, value in flags.items():
+        if name not in typed or not _is(value, typed[name]):
+            return f"{name} is not among {title}'s flags that are known to be harmless"
+    return ""
+
+
+def _is(value: FlagValue, kind: type) -> bool:
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)

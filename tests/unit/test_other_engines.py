@@ -1,0 +1,346 @@
+"""Engines beside vLLM: how they are started, asked and read, and a lab where one is not here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from labs import LABS
+from labs.filing.manifest import is_stale
+from labs.filing.results import Run
+from labs.judging.validity import Expected, caveats_of
+from labs.lab import Point, Variant
+from labs.running.resolve import with_engines_here
+from loadtests.plan import PlannedRequest, body, in_dialect
+from loadtests.workload import Asked, Request
+from serving import gpus, llama_server, metrics, to_gguf, transformers_server
+from serving.engines import ENGINES
+from serving.engines.base import EngineError
+from serving.engines.llama_cpp import LlamaCpp
+from serving.engines.transformers import Transformers
+from serving.engines.vllm import Vllm
+from serving.guard import Guard
+from serving.making import MakerError
+from serving.metrics import Snapshot
+from serving.models import Model
+from tests.unit.builders import (
+    SHAPE,
+    make_engine,
+    make_point,
+    make_record,
+    make_trial,
+    write_run,
+    write_tiny_llama,
+)
+from tests.unit.test_capacity_plan import SilentProgress
+
+LAB = LABS["engines"]
+SCALES = ["cpu", "gpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)]
+LLAMA_METRICS = """
+# HELP llamacpp:prompt_tokens_total Number of prompt tokens processed, excluding cached tokens
+# TYPE llamacpp:prompt_tokens_total counter
+llamacpp:prompt_tokens_total 846
+# HELP llamacpp:tokens_predicted_total Number of generation tokens processed
+# TYPE llamacpp:tokens_predicted_total counter
+llamacpp:tokens_predicted_total 672
+# HELP llamacpp:requests_processing Number of requests processing
+# TYPE llamacpp:requests_processing gauge
+llamacpp:requests_processing 3
+# HELP llamacpp:requests_deferred Number of requests deferred
+# TYPE llamacpp:requests_deferred gauge
+llamacpp:requests_deferred 13
+"""  # as its server of build 11549 writes them, with its other rows left out
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    return Model("abacus-1", write_tiny_llama(tmp_path / "abacus", 1), SHAPE)
+
+
+def asked_of(engine: Transformers | LlamaCpp) -> dict[str, Any]:
+    """What an engine gets for the request that vLLM would get."""
+    messages = [{"role": "user", "content": "Count"}]
+    request = Request(index=0, prompt_tokens=4, messages=messages, output_tokens=2)
+    planned = PlannedRequest(index=0, output_tokens=2, body=json.dumps(body(request, "abacus-1")))
+    changed: dict[str, Any] = json.loads(in_dialect(planned, engine.request_fields).body)
+    return changed
+
+
+def not_started(cls: type[Any], model: Model) -> Any:
+    """An engine without its process."""
+    engine = cls.__new__(cls)
+    engine.model, engine._folder = model.name, str(model.path)
+    return engine
+
+
+def test_transformers_is_asked_for_the_folder_it_serves_and_for_an_end_that_never_comes(
+    model: Model,
+) -> None:
+    engine = not_started(Transformers, model)
+    asked = asked_of(engine)
+    assert "ignore_eos" not in asked  # which it refuses
+    assert asked["model"] == str(model.path)
+    assert json.loads(asked["generation_config"]) == {"eos_token_id": -1, "do_sample": False}
+    assert (asked["max_tokens"], asked["temperature"], asked["stream"]) == (2, 0, True)
+    assert engine.model_names[f"{model.path}@main"] == "abacus-1"
+    argv = Transformers.server_argv(model, {"continuous-batching": True, "cb-block-size": 32}, 9)
+    assert argv == ["--model", str(model.path), "--host", "127.0.0.1", "--port", "9",
+                    "--continuous-batching", "--cb-block-size", "32"]  # fmt: skip
+
+
+def test_llama_cpp_forgets_the_last_prompt_and_is_asked_as_vllm_is_otherwise(model: Model) -> None:
+    asked = asked_of(not_started(LlamaCpp, model))
+    assert (asked["cache_prompt"], asked["ignore_eos"]) == (False, True)
+    assert asked["model"] == "abacus-1"
+    planned = PlannedRequest(index=0, output_tokens=2, body="{}")
+    assert in_dialect(planned, {}) is planned  # vLLM's own words are sent as they were written
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_package_of_llama_cpp_knows_every_argument_that_the_lab_gives(
+    scale: str, model: Model
+) -> None:
+    lab = LAB.at(scale, quick=False)
+    flags = next(lab.flags_of(v) for v in lab.variants if v.engine == "llama-cpp")
+    given = llama_server.parser().parse_args(LlamaCpp.server_argv(model, flags, 9))
+    assert (given.host, given.port, given.alias) == ("127.0.0.1", 9, "abacus-1")
+    assert given.metrics
+    assert given.no_webui
+    assert given.ctx_size // given.parallel >= lab.workloads[0].longest_tokens
+    LlamaCpp.require_sizes("llama", flags, model, lab.workloads[0].longest_tokens)
+    with pytest.raises(EngineError, match="tokens a slot"):
+        LlamaCpp.require_sizes("llama", flags, model, 10**6)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_engine_accepts_its_flags_and_they_are_harmless(scale: str) -> None:
+    lab = LAB.at(scale, quick=False)
+    for variant in lab.variants:
+        flags, engine = lab.flags_of(variant), ENGINES[variant.engine]
+        assert engine.refusal(flags) == ""
+        if engine is not Vllm:
+            assert not lab.flags.keys() & flags.keys()  # those are vLLM's words
+            engine.check_flags([flags])
+
+
+def test_what_an_engine_does_not_know_or_what_may_harm_is_refused_by_name() -> None:
+    with pytest.raises(EngineError, match="no flag --cb-blocksize: did you mean --cb-block-size"):
+        Transformers.check_flags([{"cb-blocksize": 32}])
+    with pytest.raises(EngineError, match="--cb-block-size takes int, not True"):
+        Transformers.check_flags([{"cb-block-size": True}])
+    with pytest.raises(EngineError, match="sets port itself"):
+        LlamaCpp.check_flags([{"port": 1, "model": "<gguf>/model.gguf"}])
+    with pytest.raises(EngineError, match="needs a file"):
+        LlamaCpp.check_flags([{"parallel": 2}])
+    assert "trust-remote-code" in Transformers.refusal({"trust-remote-code": True})
+    assert LlamaCpp.refusal({"model": "/etc/passwd"}) == "model names a path"
+    assert "lora" in LlamaCpp.refusal({"lora": "x.gguf"})
+
+
+def test_llama_cpps_metrics_are_read_by_the_labs_names() -> None:
+    reading = LlamaCpp.read_metrics(LLAMA_METRICS)
+    assert reading.values == {
+        metrics.PROMPT_TOKENS: 846, metrics.GENERATION_TOKENS: 672,
+        metrics.RUNNING: 3, metrics.WAITING: 13,
+    }  # fmt: skip
+    assert LlamaCpp.has_shown(reading)
+    assert not Vllm.has_shown(Vllm.read_metrics(LLAMA_METRICS))
+    assert not Transformers.has_shown(Transformers.read_metrics(""))
+
+
+# ---------------------------------------------------------------------- what a trial must show
+
+
+def on(engine: str) -> Point:
+    point = make_point("vllm")
+    return replace(point, variant=Variant(name="other", engine=engine))
+
+
+def named(engine: str, shown: Snapshot | None) -> dict[str, bool]:
+    """The caveats of a good trial on this engine -> whether they block."""
+    times = [10 + i for i in range(8)]
+    found = [make_record([(t + 0.15, 1), (t + 0.2, 1)], sent_s=t, index=i, prompt_tokens=6,
+                         asked_tokens=2) for i, t in enumerate(times)]  # fmt: skip
+    trial = make_trial(found, engine=shown, point=on(engine))
+    trial = replace(trial, asked=[Asked(6, 2)] * 8)
+    if shown is not None:
+        counted = {
+            metrics.PROMPT_TOKENS: 6.0 * 8, metrics.GENERATION_TOKENS: 2.0 * 8,
+            metrics.RUNNING: 0.0, metrics.WAITING: 0.0,
+        }  # fmt: skip
+        if not shown.values:
+            trial = replace(trial, engine=Snapshot(counted))
+    return {c.name: c.blocks for c in caveats_of(trial, Expected())}
+
+
+def test_an_engine_without_metrics_is_proved_by_the_client_and_says_so() -> None:
+    assert named("transformers", None) == {"engine shows no metrics": False}
+    assert named("vllm", None) == {"engine's metrics unreadable": True}
+    assert named("llama-cpp", None) == {"engine's metrics unreadable": True}
+
+
+def test_an_engine_must_show_the_metrics_that_it_has_and_no_others() -> None:
+    assert named("llama-cpp", Snapshot({})) == {}
+    assert named("vllm", Snapshot({})) == {"engine's metrics incomplete": True}
+    assert make_engine([]).values.keys() >= Vllm.shown_metrics() & {metrics.REQUESTS}
+
+
+# ---------------------------------------------------------------------------- one is not here
+
+
+class Told(SilentProgress):
+    """Keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def without_llama(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "xllamacpp" else found(name)
+    )
+
+
+def test_an_engine_that_is_not_installed_is_left_out_by_name_with_its_claims(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_llama(monkeypatch)
+    lab, told = LAB.at("cpu", quick=False), Told()
+    left = with_engines_here(lab, model, told)
+    assert told.messages[0].startswith("Left out: llama-cpp, as llama.cpp is not installed here")
+    assert [v.name for v in left.variants] == ["vllm", "transformers", "transformers-cb"]
+    assert left.absent == ("llama-cpp",)
+    (reason,) = left.left_out
+    assert "pip install xllamacpp==" in reason
+    assert "llama-server on PATH" in reason
+    gone = {c.name for c in lab.claims} - {c.name for c in left.claims}
+    assert gone == {"batches-llama-cpp", "alone-llama-cpp"}
+    assert not left.derived()  # and no file is made for it
+
+
+def test_without_any_engine_nothing_starts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_llama(monkeypatch)
+    alone = LAB.at("cpu", False, {"variants": ["llama-cpp"]})
+    with pytest.raises(EngineError, match="not installed here"):
+        with_engines_here(alone, model, Told())
+
+
+def test_random_weights_are_vllms_alone(model: Model) -> None:
+    random = replace(model, dummy=True)
+    lab = with_engines_here(LAB.at("gpu-80", False, dummy=True), random, Told())
+    assert [v.name for v in lab.variants] == ["vllm"]
+    assert [c.name for c in lab.claims] == ["batches-vllm"]
+
+
+def test_a_run_without_an_engine_is_not_stale(tmp_path: Path) -> None:
+    lab = LAB.at("cpu", quick=False)
+    run: Run = write_run(tmp_path).run()
+    whole = run.model_copy(update={"lab": lab.resolved(), "scale": "cpu"})
+    part = whole.model_copy(update={"lab": lab.without({"llama-cpp": "not here"}).resolved()})
+    assert part.lab["absent"] == ["llama-cpp"]
+    assert "absent" not in whole.lab
+    assert not is_stale(whole)
+    assert not is_stale(part)
+    assert is_stale(part.model_copy(update={"lab": {**part.lab, "absent": []}}))
+
+
+# ------------------------------------------------------------------------------ their servers
+
+
+def test_the_guard_stands_before_the_server_of_transformers() -> None:
+    class Application:
+        def __init__(self) -> None:
+            self.added: list[object] = []
+
+        def add_middleware(self, middleware: object) -> None:
+            self.added.append(middleware)
+
+    build = transformers_server.guarded(lambda *given, **named: Application())
+    assert build("manager", enable_cors=False).added == [Guard]
+
+
+def test_a_gguf_file_has_the_same_weights_in_the_order_that_llama_cpp_expects(
+    tmp_path: Path, model: Model
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    from safetensors.torch import load_file
+
+    to_gguf.make(model.path, out := tmp_path / "out")
+    reader = gguf.GGUFReader(out / to_gguf.FILE)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "llama"
+    assert fields["llama.attention.head_count_kv"] == 1
+    assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    assert len(fields["tokenizer.ggml.tokens"]) == 256
+    tensors = {t.name: t for t in reader.tensors}
+    original = load_file(model.path / "model.safetensors")
+
+    def values(name: str) -> Any:
+        found = tensors[name]
+        return gguf.quants.dequantize(found.data, found.tensor_type)
+
+    query = original["model.layers.0.self_attn.q_proj.weight"].bfloat16().float().numpy()
+    # of each head of 16 rows: 0, 8, 1, 9, .. where the checkpoint has its halves apart
+    order = [16 * head + half + at for head in (0, 1) for at in range(8) for half in (0, 8)]
+    np.testing.assert_array_equal(values("blk.0.attn_q.weight"), query[order])
+    value = original["model.layers.0.self_attn.v_proj.weight"].bfloat16().float().numpy()
+    np.testing.assert_array_equal(values("blk.0.attn_v.weight"), value)
+    norm = original["model.norm.weight"].float().numpy()
+    np.testing.assert_array_equal(values("output_norm.weight"), norm)
+    assert json.loads((out / "about.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_model_of_another_kind_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda program: f"/usr/bin/{program}")
+    base = write_tiny_llama(tmp_path / "abacus", 1)
+    config = json.loads((base / "config.json").read_text())
+    for changes, why in (
+        ({"architectures": ["BeadsForCausalLM"]}, "is BeadsForCausalLM"),
+        ({"quantization_config": {}}, "quantized"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "scaled rotary"),
+    ):
+        (base / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(MakerError, match=why):
+            to_gguf.make(base, tmp_path / "out")
+        told = LlamaCpp.cannot_serve(Model("abacus", base, SHAPE))
+        assert "no GGUF file of this model: abacus" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("cutter", "name"),
+    [
+        ({"type": "ByteLevel", "use_regex": True}, "gpt-2"),
+        (
+            {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}{1,3}| ?"}}]},
+            "llama-bpe",
+        ),
+        (
+            {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?"}}]},
+            "qwen2",
+        ),
+    ],
+)  # fmt: skip
+def test_how_text_is_cut_is_named_in_llama_cpps_words(cutter: dict[str, Any], name: str) -> None:
+    assert to_gguf.pre_tokenizer_of({"pre_tokenizer": cutter}) == name
+
+
+def test_a_way_of_cutting_that_is_not_known_is_refused() -> None:
+    with pytest.raises(MakerError, match="convert_hf_to_gguf"):
+        to_gguf.pre_tokenizer_of({"pre_tokenizer": {"type": "Whitespace"}})
