@@ -136,6 +136,15 @@ TITLES = {
     "llama-cpp": "llama.cpp",
 }
 
+
+def on_random_weights(lab: Lab) -> Lab:
+    """Leave vLLM alone: it draws random weights itself, and the others read theirs from files."""
+    reason = "its engine reads weights from files, and random ones are drawn in vLLM itself"
+    turned = tuple(knob for knob in lab.next_knobs if "llama-cpp" not in knob)
+    alone = lab.without({v.name: reason for v in OTHERS})
+    return alone.model_copy(update={"next_knobs": turned})
+
+
 LAB = Lab(
     name="engines",
     title="Serving engines",
@@ -227,6 +236,7 @@ LAB = Lab(
     findings=("curves", "same-words", "cannot"),
     plots=("curves",),
     needs_text=("same-words",),
+    dummy=on_random_weights,
     slo=SLO(ttft_s=2, tpot_s=0.2),
     requests=256,
     warmup_s=1,
@@ -268,10 +278,9 @@ LAB = Lab(
     },
     next_knobs=(
         'SET=\'variants=["vllm","llama-cpp"]\' compares these two alone, in half the time',
-        'SET="flags.enforce-eager=false" compiles vLLM\'s model: shorter steps, a longer start',
+        'SET="flags.enforce-eager=false" compiles what vLLM runs: shorter steps, a longer start',
+        'SET="flags.max-num-seqs=4" gives vLLM four places as well: the other users wait',
         'SET="variants.llama-cpp.flags.parallel=4 variants.llama-cpp.flags.ctx-size=2048" gives'
         " llama.cpp four slots: the other users wait",
-        "ENDPOINT= drives any other server of OpenAI's API in a lab of one variant, such as"
-        " `make lab-continuous-batching ENDPOINT=http://127.0.0.1:30000`",
     ),
 )  # fmt: skip

@@ -67,6 +67,9 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
         study = STUDY if name == "outliers" else MASKS
         (folder / "about.json").write_text(json.dumps(study))
         return folder
+    if name == "gguf":  # the fake engine reads a folder in its place
+        (folder / "model.gguf").symlink_to(model.path.resolve())
+        return folder
     (folder / "tokenizer.json").symlink_to(model.path.resolve() / "tokenizer.json")
     config = json.loads((model.path / "config.json").read_text())
     if name == "draft":

@@ -34,6 +34,7 @@ from labs.telling.plots import plots_of
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
 from serving import gpus, metrics
+from serving.engines import ENGINES
 from tests.unit.builders import CEILINGS, SHAPE, make_claim, make_lab, make_point, make_workload
 
 # ------------------------------------------------------------------------------------- resolving
@@ -486,14 +487,18 @@ def test_name_is_the_one_the_list_and_its_file_give(lab: Lab) -> None:
 
 @EVERY
 def test_variants_differ_and_those_with_other_flags_show_it(lab: Lab) -> None:
-    """Other weights show in no counter: the engine's command line on file names them."""
+    """Other weights show in no counter: the engine's command line on file names them.
+
+    An engine without metrics shows nothing: the client's records prove its trials.
+    """
     first, *others = lab.variants
     assert len({str((lab.flags_of(v), v.weights)) for v in lab.variants}) == len(lab.variants)
     assert len({v.name for v in lab.variants}) == len(lab.variants)
     flagged = [v for v in others if lab.flags_of(v) != lab.flags_of(first)]
     # how many pieces is each variant's own; any other evidence must say whose it is
     telling = [e for e in lab.evidence if e.arm.variant or e.kind == "pieces"]
-    for variant in [first, *flagged] if flagged else []:
+    showing = [v for v in [first, *flagged] if ENGINES[v.engine].shown_metrics()]
+    for variant in showing if flagged else []:
         assert any(e.arm.variant in (None, variant.name) for e in telling), variant.name
 
 
