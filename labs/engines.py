@@ -234,7 +234,6 @@ LAB = Lab(
         Evidence(arm=Arm(variant="llama-cpp"), kind="rises", metric=metrics.GENERATION_TOKENS),
     ),
     findings=("curves", "same-words", "cannot"),
-    plots=("curves",),
     needs_text=("same-words",),
     dummy=on_random_weights,
     slo=SLO(ttft_s=2, tpot_s=0.2),
@@ -243,7 +242,6 @@ LAB = Lab(
     window_s=3,
     timeout_s=180,  # one request at a time, the last of sixteen waits for the others
     repeats=3,
-    most_repeats=0,
     scales={
         "gpu": {
             "flags": {"enable-prefix-caching": False, "max-num-seqs": 256},

@@ -178,5 +178,7 @@ def test_prometheus_calls_its_metrics_by_the_labs_names() -> None:
     assert drop["action"] == "drop"
     assert [(r["regex"], r["replacement"]) for r in renames] == [
         (f"{own}(|_bucket|_sum|_count)", f"{name}${{1}}")
-        for own, name in Dummy.metric_names.items()
+        for engine in ENGINES.values()
+        for own, name in engine.metric_names.items()
     ]
+    assert Dummy in ENGINES.values()
