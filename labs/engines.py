@@ -106,7 +106,7 @@ def same_step(treatment: Point, baseline: Point) -> Prediction:
 def versus_turns(batching: Point, one_by_one: Point) -> Prediction:
     return Prediction(
         value=throughput(batching).value / throughput(one_by_one).value,
-        formula="roofline throughput of the requests at once / of one",
+        formula="roofline throughput of the engine that batches / of one request at a time",
         assumptions=("the costs that the roofline leaves out are the same in both engines",),
         source=ORCA,
     )
@@ -163,7 +163,7 @@ LAB = Lab(
         Workload(
             name="chat",
             prompt_tokens=Fixed(tokens=32),
-            output_tokens=Fixed(tokens=16),
+            output_tokens=Fixed(tokens=12),
             keep_text=True,
             loads=USERS,
         ),
@@ -264,7 +264,7 @@ LAB = Lab(
         "repeats": 1,
         "window_s": 2,
         "workloads.chat.loads": (USERS[0], USERS[-1]),
-        "workloads.chat.output_tokens.tokens": 12,
+        "workloads.chat.output_tokens.tokens": 8,
     },
     limits={
         "cpu": "All engines get the same number of cores, and the figures are of these builds: a"

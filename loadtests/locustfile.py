@@ -639,6 +639,9 @@ class ChatUser(User):
             while turn := load.next_turn(self.seat):
                 ended = stream(client, turn, load)
                 load.end(ended)
+                if load.plan.reconnects:
+                    client.close()
+                    client = connect(load)
                 if ended.error is None and len(ended.lines) > FEW_LINES:
                     load.unparsed.put(ended)
                 elif parse(ended, load, self.environment).error:

@@ -54,6 +54,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     # where the server's dialect is another than vLLM's, in which bodies are written:
     fields: dict[str, Any] = {}  # of every body, set to these; None leaves a field out
     model_names: dict[str, str] = {}  # that it gives models in its answers -> the lab's
+    reconnects: bool = False  # before each request, as it closes connections after an answer
     share: tuple[int, int] = (0, 1)  # (number of this load process, number of all)
 
     def longest_s(self, output_tokens: int) -> float:

@@ -308,6 +308,7 @@ class Trials:
             slo_s=lab.slo.by_name(),
             fields=dict(engine.request_fields),
             model_names=dict(engine.model_names),
+            reconnects=engine.closes_connections,
         )
         load_began, other_load = time.monotonic(), OtherLoad(engine.pid)
         self._telemetry.begin(point.variant.name)

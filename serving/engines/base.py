@@ -49,6 +49,7 @@ class Server(ABC):
     """A server that answers OpenAI's API, whoever has started it."""
 
     argv: Sequence[str] = ()
+    closes_connections: ClassVar[bool] = False  # after each streamed answer, without saying so
 
     def __init__(self, name: str, model: str, url: str) -> None:
         self.name, self.model, self.url = name, model, url

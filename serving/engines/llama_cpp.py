@@ -50,11 +50,13 @@ class LlamaCpp(Engine):
         "llamacpp:requests_deferred": metrics.WAITING,
     }
     start_s = 3.0
+    closes_connections = True
     lacks = (
         "counts tokens, but no requests, and has no histograms of latencies",
         "counts an answer's tokens in its last event alone",
         "reads GGUF files alone: the lab converts the weights",
         "no more requests at once than slots, each with a fixed share of the context",
+        "closes the connection after each streamed answer: the lab opens the next one beforehand",
         "a slot keeps its last prompt unless a request says `cache_prompt: false`",
     )
 

@@ -1,0 +1,116 @@
+"""What the lab of engines tells, on a run made by hand: curves, the same words, what is lacking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from labs.engines import at_once, turn_taking
+from labs.findings.context import Context
+from labs.findings.engines import CANNOT, CURVES, SAME_WORDS, answer, leading_share
+from labs.lab import Lab, Variant
+from loadtests.records import RequestRecord
+from tests.unit.builders import make_lab, make_point, make_record, make_workload
+from tests.unit.test_answers import judged_run
+from tests.unit.test_findings import cells, context, played
+
+OTHER = Variant(name="turns", engine="transformers")
+
+
+def lab() -> Lab:
+    return make_lab(
+        variants=(Variant(name="vllm", flags={"max-num-seqs": 4}), OTHER),
+        workloads=(make_workload("concurrent:1", "concurrent:8", keep_text=True),),
+        claims=(), evidence=(), findings=("curves", "same-words", "cannot"),
+    )  # fmt: skip
+
+
+def run(home: Path) -> Context:
+    """vLLM gains from eight users, the other one does not."""
+    figures = {
+        "vllm/short/concurrent-1": (20, 0.05, 0.1, 0.5),
+        "vllm/short/concurrent-8": (80, 0.1, 0.4, 0.25),
+        "turns/short/concurrent-1": (10, 0.1, 0.2, 0.2),
+        "turns/short/concurrent-8": (10, 0.1, 4.0, 0.2),
+    }
+    values = {
+        point: {"output_tokens_per_s": rate, "tpot_mean_s": tpot_s, "ttft_mean_s": ttft_s,
+                "mbu": mbu, "batch": 1}
+        for point, (rate, tpot_s, ttft_s, mbu) in figures.items()
+    }  # fmt: skip
+    return context(home, lab(), values)
+
+
+def answers(*texts: str) -> list[RequestRecord]:
+    return [make_record([(11.0, 1)], index=i, text=t) for i, t in enumerate(texts)]
+
+
+def test_the_curve_of_each_engine_is_told_from_few_users_to_many(tmp_path: Path) -> None:
+    found = run(tmp_path)
+    rows = cells(CURVES.finding(found), 0, 1, 3, 4, 5, 6)
+    assert rows == [
+        ["`vllm`", "1", "20 tok/s", "50 ms", "100 ms", "50%"],
+        ["`vllm`", "8", "80 tok/s", "100 ms", "400 ms", "25%"],
+        ["`turns`", "1", "10 tok/s", "100 ms", "200 ms", "20%"],
+        ["`turns`", "8", "10 tok/s", "100 ms", "4 s", "20%"],
+    ]
+    assert CURVES.drawing(judged_run(found))
+
+
+def test_answers_are_compared_with_vllms_to_the_same_prompts(tmp_path: Path) -> None:
+    found = run(tmp_path)
+    played(found, "vllm/short/concurrent-1", answers("the sea is blue", "one", "so"))
+    played(found, "turns/short/concurrent-1", answers("the sea was blue", "one"))
+    long = make_record([(11.0, 2)], index=0, text="the sea", asked_tokens=1)
+    played(found, "turns/short/concurrent-8", [long])
+    rows = cells(SAME_WORDS.finding(found), 0, 1, 2, 3, 4, 5)
+    # two repeats each; with eight users the text is not compared, and the length is
+    assert rows == [
+        ["`vllm`", "6", "100%", "–", "–", "–"],
+        ["`turns`", "6", "67%", "4", "50%", "75%"],
+    ]
+    told = answer(judged_run(found))
+    assert told
+    assert "50 ms (`vllm`), 100 ms (`turns`)" in told
+    assert "with 8 users the throughput is 80 tok/s (`vllm`), 10 tok/s (`turns`)" in told
+    assert "`turns` wrote 2 of 4 word for word" in told
+
+
+def test_what_each_lacks_is_told_with_what_was_left_out(tmp_path: Path) -> None:
+    rows = cells(CANNOT.finding(run(tmp_path)), 0, 2, 3)
+    assert [row[0] for row in rows] == ["vLLM", "transformers serve"]
+    assert rows[0][2] == "–"
+    assert rows[1][1] == "none"
+    assert "one request at a time" in rows[1][2]
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "share"),
+    [("a b c", "a b d", 2 / 3), ("a b", "a b", 1), ("a b", "a b c d", 1 / 2), ("x", "a", 0),
+     ("", "", 0)],
+)  # fmt: skip
+def test_words_agree_up_to_the_first_that_differs(text: str, other: str, share: float) -> None:
+    assert leading_share(text, other) == leading_share(other, text) == pytest.approx(share)
+
+
+def test_how_many_an_engine_has_at_once_follows_from_its_flags() -> None:
+    def batch(engine: str, **flags: int | bool) -> int:
+        point = make_point(load="concurrent:8")
+        given = {name.replace("_", "-"): value for name, value in flags.items()}
+        varied = Variant(name="x", engine=engine, flags=given)
+        return at_once(point.__class__(**{**vars(point), "variant": varied}))
+
+    assert batch("vllm") == 8
+    assert batch("vllm", max_num_seqs=4) == 4
+    assert batch("transformers") == 1
+    assert batch("transformers", continuous_batching=True) == 8
+    assert batch("llama-cpp", parallel=2) == 2
+
+
+def test_the_wait_for_those_in_front_grows_with_the_users() -> None:
+    """Abacus reads 2,000 bytes of weights, and keys and values, at 1 MB/s."""
+    alone, many = (turn_taking(make_point(load=f"concurrent:{n}")).value for n in (1, 3))
+    each_s = (many - alone) / 2
+    assert each_s > 3 * 2000 / 1e6  # three steps after the first token
+    assert alone < each_s
