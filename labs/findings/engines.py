@@ -203,11 +203,10 @@ class Lacking:
 
 @dataclass(frozen=True)
 class Lackings:
-    """Holds the engines of a run, and why others were not started."""
+    """Holds the engines of a run."""
 
     engines: tuple[Lacking, ...]
     most_shown: int
-    left_out: tuple[str, ...]
 
 
 def lackings(context: Context) -> Lackings:
@@ -226,7 +225,6 @@ def lackings(context: Context) -> Lackings:
             for engine in [ENGINES[name]]
         ),
         most_shown=len(ENGINES[DEFAULT_ENGINE].shown_metrics()),
-        left_out=tuple(context.run.lab.get("left_out", ())),
     )
 
 

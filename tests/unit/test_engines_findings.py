@@ -77,7 +77,7 @@ def test_answers_are_compared_with_vllms_to_the_same_prompts(tmp_path: Path) -> 
     assert "`turns` wrote 2 of 4 word for word" in told
 
 
-def test_what_each_lacks_is_told_with_what_was_left_out(tmp_path: Path) -> None:
+def test_what_each_lacks_is_told(tmp_path: Path) -> None:
     rows = cells(CANNOT.finding(run(tmp_path)), 0, 2, 3)
     assert [row[0] for row in rows] == ["vLLM", "transformers serve"]
     assert rows[0][2] == "–"
