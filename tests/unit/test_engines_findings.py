@@ -11,6 +11,7 @@ from labs.findings.context import Context
 from labs.findings.engines import CANNOT, CURVES, SAME_WORDS, answer, leading_share
 from labs.lab import Lab, Variant
 from loadtests.records import RequestRecord
+from serving.engines.base import FlagValue
 from tests.unit.builders import make_lab, make_point, make_record, make_workload
 from tests.unit.test_answers import judged_run
 from tests.unit.test_findings import cells, context, played
@@ -97,7 +98,7 @@ def test_words_agree_up_to_the_first_that_differs(text: str, other: str, share: 
 def test_how_many_an_engine_has_at_once_follows_from_its_flags() -> None:
     def batch(engine: str, **flags: int | bool) -> int:
         point = make_point(load="concurrent:8")
-        given = {name.replace("_", "-"): value for name, value in flags.items()}
+        given: dict[str, FlagValue] = {n.replace("_", "-"): v for n, v in flags.items()}
         varied = Variant(name="x", engine=engine, flags=given)
         return at_once(point.__class__(**{**vars(point), "variant": varied}))
 

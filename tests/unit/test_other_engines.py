@@ -75,7 +75,7 @@ def asked_of(engine: Transformers | LlamaCpp) -> dict[str, Any]:
 
 def not_started(cls: type[Any], model: Model) -> Any:
     """An engine without its process."""
-    engine = cls.__new__(cls)
+    engine: Any = object.__new__(cls)
     engine.model, engine._folder = model.name, str(model.path)
     return engine
 
