@@ -41,7 +41,7 @@ from tests.unit.builders import (
 )
 from tests.unit.test_capacity_plan import SilentProgress
 
-LAB = LABS["engines"]
+LAB = LABS["serving-engines"]
 SCALES = ["cpu", "gpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)]
 LLAMA_METRICS = """
 # HELP llamacpp:prompt_tokens_total Number of prompt tokens processed, excluding cached tokens

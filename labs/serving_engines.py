@@ -146,7 +146,7 @@ def on_random_weights(lab: Lab) -> Lab:
 
 
 LAB = Lab(
-    name="engines",
+    name="serving-engines",
     title="Serving engines",
     question="The same model and the same requests on vLLM, transformers serve and llama.cpp: what"
     " does each make of the machine, do they write the same, and what can each not do?",
