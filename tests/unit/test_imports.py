@@ -132,6 +132,8 @@ MACHINERY = [
 ]
 NAMED = re.compile(rf"(?<![\w-])(?:lab-)?(?:{'|'.join(LABS)})(?![\w-])")
 
+ITS_OWN_FLAG = {ROOT / "serving" / "engines" / "transformers.py": "continuous-batching"}
+
 
 @pytest.mark.parametrize("path", MACHINERY, ids=lambda p: str(p.relative_to(ROOT)))
 def test_machinery_knows_no_lab(path: Path) -> None:
@@ -140,5 +142,8 @@ def test_machinery_knows_no_lab(path: Path) -> None:
     froms = (node for node in nodes if isinstance(node, ast.ImportFrom))
     inner = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
     assert not (imported(iter(nodes)) | inner) & LAB_MODULES
-    texts = (node.value for node in nodes if isinstance(node, ast.Constant))
-    assert not [text for text in texts if isinstance(text, str) and NAMED.search(text)]
+    values = (node.value for node in nodes if isinstance(node, ast.Constant))
+    texts = [text for text in values if isinstance(text, str)]
+    if flag := ITS_OWN_FLAG.get(path):  # of an engine, which a lab happens to be called after
+        texts = [text.replace(flag, "") for text in texts]
+    assert not [text for text in texts if NAMED.search(text)]
