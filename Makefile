@@ -39,7 +39,7 @@ INSTALL := $(PYTHON_HERE) -m serving.install $(if $(OTHER_VLLM),--vllm "$$LABS_V
 # Without the setting $1 a command shows what it takes.
 or_help = $(if $(value LABS_$1),,--help)
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan score-forecasts labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse check bench clean distclean
+.PHONY: help setup labs forecast plan diagnose score-forecasts labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse check bench clean distclean
 
 help: ## List the targets
 	@echo "Labs (what is missing is installed first):"
@@ -86,6 +86,9 @@ serve: setup ## Start a variant's engine: LAB=.. [VARIANT=..] [PORT=..]
 
 locust: setup ## Open Locust's web UI on a lab's workload: LAB=.. [WORKLOAD=..] [ENDPOINT=..] [WEB_PORT=..]
 	@$(BIN)/labs locust
+
+diagnose: setup ## Say what a running server's metrics point to: ENDPOINT=.. [BASELINE=x.json] [SECONDS=30] [OUT=x.json]
+	@$(BIN)/labs diagnose $(call or_help,ENDPOINT)
 
 report: setup ## Compute reports again from recorded runs: [RUN=..]
 	@$(BIN)/labs report

@@ -27,6 +27,7 @@ def _labs() -> dict[str, Lab]:
             _lab("continuous_batching"),
             _lab("chunked_prefill"),
             _lab("overload"),
+            _lab("diagnosis"),
             _lab("paged_kv"),
             _lab("prefix_caching"),
             _lab("kv_quantization"),

@@ -18,6 +18,7 @@ QUEUE_TIME = "vllm:request_queue_time_seconds"
 PREFILL_TIME = "vllm:request_prefill_time_seconds"
 DECODE_TIME = "vllm:request_decode_time_seconds"
 STEP_TOKENS = "vllm:iteration_tokens_total"
+REQUEST_PROMPT_TOKENS = "vllm:request_prompt_tokens"
 REQUESTS = "vllm:request_success_total"
 PROMPT_TOKENS = "vllm:prompt_tokens_total"
 GENERATION_TOKENS = "vllm:generation_tokens_total"
@@ -38,7 +39,9 @@ ENGINE_CONFIG = "engine_config"  # not a metric: the settings that the engine lo
 ZEROS = "random_weights_zeros"  # nor is this: their share by bits a weight, from the log
 SERVED = "served_model"  # nor is this: the folder that it says it serves, and its files' SHA-256
 
-HISTOGRAMS = (TTFT, ITL, E2E, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, STEP_TOKENS)
+HISTOGRAMS = (
+    TTFT, ITL, E2E, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, STEP_TOKENS, REQUEST_PROMPT_TOKENS,
+)  # fmt: skip
 COUNTERS = (
     REQUESTS, PROMPT_TOKENS, GENERATION_TOKENS, PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS,
 )  # fmt: skip
@@ -79,6 +82,25 @@ class Histogram:
             self.count - before.count,
         )
 
+    def plus(self, other: Histogram) -> Histogram:
+        """Return the histogram of what both observed. Raises ValueError for other bounds."""
+        if not (self.le and other.le):
+            return self if self.le else other
+        if self.le != other.le:
+            raise ValueError("two histograms with other buckets cannot be added")
+        return Histogram(
+            self.le,
+            tuple(a + b for a, b in zip(self.counts, other.counts, strict=True)),
+            self.sum + other.sum,
+            self.count + other.count,
+        )
+
+    def share_above(self, value: float) -> float:
+        """Return the share of the observations in buckets that begin at `value` or above it."""
+        counts = zip(self.le, self.counts, strict=True)
+        below = next((count for bound, count in counts if bound >= value), self.count)
+        return 1 - below / self.count if self.count else 0.0
+
     def mean(self) -> float | None:
         return self.sum / self.count if self.count else None
 
@@ -112,6 +134,23 @@ class Snapshot:
             {n: h.minus(before.histograms.get(n, Histogram())) for n, h in self.histograms.items()},
             self.info,
         )
+
+
+def together(readings: Iterable[Snapshot]) -> Snapshot:
+    """Add up counters and histograms of readings of one kind of engine; the rest is the last's.
+
+    Raises ValueError where their histograms have other buckets.
+    """
+    values: dict[str, float] = {}
+    histograms: dict[str, Histogram] = {}
+    info: dict[str, dict[str, str]] = {}
+    for reading in readings:
+        for name, value in reading.values.items():
+            values[name] = value + (values.get(name, 0.0) if is_counter(name) else 0.0)
+        for name, histogram in reading.histograms.items():
+            histograms[name] = histograms.get(name, Histogram()).plus(histogram)
+        info |= reading.info
+    return Snapshot(values, histograms, info)
 
 
 def parse(text: str, renamed: Mapping[str, str] | None = None) -> Snapshot:

@@ -23,7 +23,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from labs import LABS
-from labs.commands import all_labs, doctor, environment, monitoring, planning, recorded_runs
+from labs.commands import (
+    all_labs,
+    diagnosing,
+    doctor,
+    environment,
+    monitoring,
+    planning,
+    recorded_runs,
+)
 from labs.commands.interactive import PORT, WEB_PORT, start_locust_ui
 from labs.commands.options import (
     DpOption,
@@ -585,6 +593,7 @@ def make_bundle(
 for panel, part in (
     ("Forecasts", planning.app),
     ("Recorded runs", recorded_runs.app),
+    ("A running server", diagnosing.app),
     ("Prometheus and Grafana", monitoring.app),
 ):
     for command in part.registered_commands:
