@@ -263,6 +263,8 @@ def as_before(usual: Point, reference: Point) -> Prediction:
 
 HEALTHY = Variant(name="healthy")
 SIX = Concurrent(users=6)
+BURST = Waves(size=16)
+BESIDE = Contended(users=5, every_s=2)
 EVERYWHERE = ("healthy", "small-kv", "large-budget", "guessing", "slow-step")
 
 
@@ -289,17 +291,21 @@ def workload(
 
 def claim(
     name: str, title: str, metric: str, treatment: tuple[str, str], expect: str, predict: object,
-    coupled: str = "",
+    load: Contended | Waves | None = None, coupled: str = "",
 ) -> Claim:  # fmt: skip
-    """State what a disturbance does to a figure, against the usual load of a healthy engine."""
+    """State what a disturbance does to a figure, against the usual load of a healthy engine.
+
+    `load` is the disturbance's own, where it has one.
+    """
     variant, sent = treatment
+    loads = ({"load": str(load)}, {"load": str(SIX)}) if load else ({}, {})
     return Claim.model_validate(
         {
             "name": name,
             "title": title,
             "metric": metric,
-            "treatment": {"variant": variant, "workload": sent},
-            "baseline": {"variant": "healthy", "workload": "usual"},
+            "treatment": {"variant": variant, "workload": sent, **loads[0]},
+            "baseline": {"variant": "healthy", "workload": "usual", **loads[1]},
             "expect": expect,
             "predict": predict,
             "coupled": coupled,
@@ -339,8 +345,7 @@ def varied(mean_tokens: int, max_tokens: int) -> Lengths:
 LAB = Lab(
     name="diagnosis",
     title="Diagnosis",
-    question="Latency became worse or unsteady: do the metrics tell a queue, a preemption, a cold"
-    " cache, a neighbour's prompt and a change of settings from one another?",
+    question="Latency became worse or unsteady: do the metrics tell why?",
     answers=("ME-4", "IP-4", "IP-5", "IP-6"),
     acceptance=accepted,
     variants=(
@@ -370,11 +375,11 @@ LAB = Lab(
     workloads=(
         workload("reference"),
         workload("usual", *EVERYWHERE),
-        workload("burst", load=Waves(size=16)),
+        workload("burst", load=BURST),
         workload("cold", prefix=Prefix(tokens=128, groups=192), primed=False),
         workload(
             "neighbour",
-            load=Contended(users=5, every_s=2),
+            load=BESIDE,
             intruder=Intruder(prompt_tokens=1280),
         ),
         workload("context", prompt_tokens=1280, prefix=Prefix(tokens=1024)),
@@ -397,13 +402,13 @@ LAB = Lab(
             predict=as_before,
         ),
         claim("burst", "In a burst first tokens wait for a place in the batch", "ttft_mean_s",
-              ("healthy", "burst"), "rises", waited,
+              ("healthy", "burst"), "rises", waited, BURST,
               "waves are another load, and the workload carries it"),
         claim("cold", "A cold cache prefills again what was shared", "ttft_mean_s",
               ("healthy", "cold"), "rises", recomputed),
         claim("neighbour", "Beside a neighbour's long prompt others' first tokens come later",
               "ttft_mean_s", ("healthy", "neighbour"), "rises", beside_the_long,
-              "the long prompts come at times of their own, and the workload carries them"),
+              BESIDE, "the long prompts come at times of their own, and the workload carries them"),
         claim("preemption", "A KV cache that preempts makes answers take longer", "e2e_p50_s",
               ("small-kv", "usual"), "rises", fewer_at_once),
         claim("context", "A longer context makes each token slower", "tpot_mean_s",
@@ -460,6 +465,11 @@ LAB = Lab(
                 "kind": "exponential", "mean_tokens": 3072, "max_tokens": 8000,
             },
             "workloads.alone.output_tokens.tokens": 64,
+            **{
+                f"claims.{name}.{arm}.load": load
+                for name, own in (("burst", "waves:64"), ("neighbour", "contended:23/2"))
+                for arm, load in (("treatment", own), ("baseline", "concurrent:24"))
+            },
             "evidence": EVIDENCE,
             "requests": 512,
             "warmup_s": 2,

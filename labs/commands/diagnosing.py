@@ -51,6 +51,11 @@ def diagnose_endpoint(
     with reported_errors():
         healthy = diagnosing.kept(baseline) if baseline else None
         server = Endpoint(endpoint)
+        if healthy and healthy.model != server.model:
+            raise LabError(
+                f"BASELINE is a reading of {healthy.model}, and this server serves {server.model}:"
+                " give one of the same model"
+            )
         with ConsoleProgress() as progress:
             now = diagnosing.read_over(server, seconds, progress.waiting)
         if out:

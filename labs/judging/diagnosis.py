@@ -327,6 +327,9 @@ def _burst(now: Reading, healthy: Reading) -> Mark | None:
     later_s, queued_s = now.ttft_s - healthy.ttft_s, now.queue_s - healthy.queue_s
     if later_s <= 0 or queued_s < QUEUED_SHARE * later_s:
         return None
+    slower = _times(now.tpot_s, healthy.tpot_s)
+    if now.queue_s < LATER_FIRST_TOKEN * slower * healthy.queue_s:
+        return None  # every step is slower, and those that a request waits for are no exception
     return Mark(
         "burst",
         f"requests wait {1e3 * now.queue_s:.0f} ms before they are scheduled, healthy"

@@ -28,6 +28,11 @@ from serving.engines.endpoint import Endpoint
 from serving.metrics import Snapshot
 
 POLL_S = 0.5
+ANOTHER = (
+    "the second reading is not of the same engine, because its counters fell or have other buckets:"
+    " it was started again meanwhile, or several servers answer at this address; give the address"
+    " of one engine"
+)
 
 
 class ReadingFile(BaseModel, frozen=True, extra="forbid"):
@@ -63,13 +68,13 @@ def read_over(server: Endpoint, seconds: float, waiting: Callable[[str], None]) 
 
 def between(before: Snapshot, after: Snapshot) -> Snapshot:
     """Return what was counted from one reading to the next. Raises LabError where counts fell."""
-    counted = after.since(before)
+    try:
+        counted = after.since(before)
+    except ValueError as error:  # a histogram has other buckets than before
+        raise LabError(ANOTHER) from error
     fell = [n for n, v in counted.values.items() if metrics.is_counter(n) and v < 0]
     if fell or any(h.count < 0 for h in counted.histograms.values()):
-        raise LabError(
-            "the server's counters fell between the two readings: it was started again meanwhile,"
-            " or several servers answer at this address; give the address of one engine"
-        )
+        raise LabError(ANOTHER)
     return counted
 
 

@@ -1,0 +1,429 @@
+"""The rule that names a cause from an engine's metrics, its lab, and `make diagnose`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from typer.testing import CliRunner
+
+from labs import LABS
+from labs.commands import diagnosing as command
+from labs.commands.cli import app
+from labs.diagnosis import INJECTED, SIGNATURES
+from labs.filing.results import snapshot_json
+from labs.findings.diagnosis import (
+    COEFFICIENTS,
+    SIGNATURE,
+    TITLES,
+    TOLD_APART,
+    coefficients,
+    draw_signatures,
+    told_apart,
+)
+from labs.judging.diagnosis import Cause, Reading, TooLittle, diagnose
+from labs.lab import LabError, Point
+from labs.running.diagnosing import ReadingFile, between
+from labs.telling import diagnoses, markdown
+from serving import metrics
+from serving.metrics import Histogram, Snapshot, together
+from tests.unit import hostile
+from tests.unit.builders import CEILINGS, SHAPE, make_record, make_workload
+from tests.unit.hostile import says, whole
+from tests.unit.test_answers import judged_run
+from tests.unit.test_findings import context, played
+
+INF = float("inf")
+GAPS_S = (0.025, 0.05, 0.1, 0.2, 0.5, INF)
+PROMPTS = (200.0, 500.0, 1000.0, 2000.0, INF)
+LAB = LABS["diagnosis"].at("cpu", quick=False)
+
+
+def spread(bounds: tuple[float, ...], values: Mapping[float, int]) -> Histogram:
+    """A histogram of so many observations of each value."""
+    counts = tuple(float(sum(n for v, n in values.items() if v <= le)) for le in bounds)
+    return Histogram(bounds, counts, sum(v * n for v, n in values.items()), sum(values.values()))
+
+
+def counted(
+    *,
+    queue_s: float = 0.01,
+    prefill_s: float = 0.19,
+    gaps_s: Mapping[float, int] | None = None,
+    prompts: Mapping[float, int] | None = None,
+    hits: float = 0.3,
+    preemptions: int = 0,
+    drafted: tuple[int, int] | None = None,
+    tokens_a_gap: float = 1.0,
+) -> Snapshot:
+    """What ten requests count, which share a third of their prompts and take 40 ms a token."""
+    gaps, sent = gaps_s or {0.04: 200}, prompts or {384.0: 10}
+    requests = sum(sent.values())
+
+    def alike(seconds: float) -> Histogram:
+        return spread((0.3, 1.0, INF), {seconds: requests})
+
+    values = {
+        metrics.REQUESTS: float(requests),
+        metrics.GENERATION_TOKENS: requests + tokens_a_gap * sum(gaps.values()),
+        metrics.PREEMPTIONS: float(preemptions),
+        metrics.PREFIX_QUERIES: 1000.0,
+        metrics.PREFIX_HITS: 1000.0 * hits,
+    }
+    if drafted:
+        values |= {
+            metrics.SPEC_DRAFTED: float(drafted[0]),
+            metrics.SPEC_ACCEPTED: float(drafted[1]),
+        }
+    return Snapshot(
+        values,
+        {
+            metrics.TTFT: alike(queue_s + prefill_s),
+            metrics.QUEUE_TIME: alike(queue_s),
+            metrics.PREFILL_TIME: alike(prefill_s),
+            metrics.ITL: spread(GAPS_S, gaps),
+            metrics.REQUEST_PROMPT_TOKENS: spread(PROMPTS, sent),
+        },
+    )
+
+
+HEALTHY = counted()
+DISTURBED: dict[Cause, Snapshot] = {
+    "healthy": counted(prefill_s=0.2, gaps_s={0.043: 200}),
+    "burst": counted(queue_s=0.5),
+    "cold cache": counted(prefill_s=0.3, hits=0.0),
+    "long neighbour": counted(queue_s=0.2, prefill_s=0.3, prompts={384.0: 9, 1280.0: 1}),
+    "long context": counted(gaps_s={0.06: 200}, prompts={1280.0: 10}, hits=0.8),
+    "preemption": counted(queue_s=0.3, gaps_s={0.06: 200}, preemptions=3),
+    "large budget": counted(prefill_s=0.1, gaps_s={0.04: 180, 0.15: 20}),
+    "speculation": counted(gaps_s={0.09: 200}, drafted=(1000, 100), tokens_a_gap=1.5),
+    "slow step": counted(prefill_s=0.24, gaps_s={0.05: 200}),
+}
+"""What each disturbance leaves in the metrics, by the reasons that the lab gives."""
+
+
+def named(now: Snapshot, healthy: Snapshot | None = HEALTHY) -> Cause:
+    return diagnose(Reading(now), Reading(healthy) if healthy else None).cause
+
+
+@pytest.mark.parametrize("cause", DISTURBED)
+def test_every_cause_is_named_by_its_own_mark(cause: Cause) -> None:
+    assert named(DISTURBED[cause]) == cause
+
+
+def test_every_cause_of_the_lab_is_one_of_the_rule_and_has_a_signature() -> None:
+    assert set(INJECTED.values()) == DISTURBED.keys() == SIGNATURES.keys()
+    assert set(INJECTED.values()) | {"unknown"} == set(get_args(Cause))
+    assert set(get_args(Cause)) <= TITLES.keys()
+    assert set(diagnoses.MEANINGS) == set(INJECTED.values()) - {"healthy"}
+    points = {(p.variant.name, p.workload.name) for p in LAB.points(SHAPE, CEILINGS)}
+    assert INJECTED.keys() <= points
+
+
+def test_a_mark_without_a_symptom_is_no_cause() -> None:
+    """Fewer hits cost nothing here, and guesses pay: nothing is worse."""
+    assert named(counted(hits=0.0)) == "healthy"
+    assert named(counted(gaps_s={0.05: 200}, drafted=(1000, 500), tokens_a_gap=2)) == "healthy"
+    assert named(counted(prompts={384.0: 9, 1280.0: 1})) == "healthy"
+
+
+def test_a_symptom_without_a_mark_is_not_named() -> None:
+    """First tokens come later, but neither from the queue nor from anything that was sent."""
+    assert named(counted(prefill_s=0.4)) == "unknown"
+
+
+def test_what_was_sent_comes_before_what_it_brings_about() -> None:
+    """A neighbour's prompt fills the queue, too: the queue is listed second."""
+    found = diagnose(Reading(counted(queue_s=0.4, prompts={384.0: 9, 1280.0: 1})), Reading(HEALTHY))
+    assert [mark.cause for mark in found.marks] == ["long neighbour", "burst"]
+    assert found.symptoms == ("first tokens come later",)
+
+
+def test_a_queue_that_is_only_slower_is_no_burst() -> None:
+    """Everything takes 1.5 times as long, the wait for a place too."""
+    busy = counted(queue_s=0.15, prefill_s=0.05)
+    slower = counted(queue_s=0.225, prefill_s=0.075, gaps_s={0.06: 200})
+    assert named(slower, busy) == "slow step"
+    assert named(counted(queue_s=0.4, prefill_s=0.075, gaps_s={0.06: 200}), busy) == "burst"
+
+
+def test_guesses_that_were_there_before_are_blamed_once_fewer_are_accepted() -> None:
+    before = counted(gaps_s={0.06: 200}, drafted=(1000, 700), tokens_a_gap=2)
+    assert named(counted(gaps_s={0.06: 200}, drafted=(1000, 300), tokens_a_gap=1.3), before) == (
+        "speculation"
+    )
+    slower = counted(gaps_s={0.09: 200}, drafted=(1000, 700), tokens_a_gap=2)
+    assert named(slower, before) == "slow step"
+
+
+def test_without_a_healthy_reading_only_some_causes_can_be_told() -> None:
+    told = {cause for cause, now in DISTURBED.items() if named(now, None) == cause != "healthy"}
+    assert told == {"burst", "preemption", "speculation"}
+    stalls = counted(prompts={384.0: 19, 2500.0: 1}, gaps_s={0.04: 180, 0.3: 20})
+    assert named(stalls, None) == "long neighbour"
+    assert named(HEALTHY, None) == "healthy"
+
+
+def test_too_few_requests_say_nothing() -> None:
+    few = counted(prompts={384.0: 4})
+    with pytest.raises(TooLittle, match="4 requests were finished in the reading, and 5"):
+        named(few)
+    with pytest.raises(TooLittle, match="in the healthy reading"):
+        named(HEALTHY, few)
+
+
+def test_an_engine_that_shows_less_is_diagnosed_by_what_it_shows() -> None:
+    plain = Snapshot({metrics.REQUESTS: 9.0})
+    assert named(plain, plain) == "healthy"
+    assert named(plain, None) == "healthy"
+    assert Reading(plain).tpot_s is None
+
+
+def test_a_token_takes_the_time_of_all_gaps_over_the_tokens_after_the_first() -> None:
+    """Two tokens a gap of 60 ms: 30 ms a token."""
+    reading = Reading(counted(gaps_s={0.06: 200}, tokens_a_gap=2))
+    assert reading.tpot_s == pytest.approx(0.03)
+    assert reading.gap_s == pytest.approx(0.06)
+    assert Reading(DISTURBED["large budget"]).gaps_above(0.1) == pytest.approx(0.1)
+
+
+def test_readings_of_one_engine_are_added() -> None:
+    both = Reading(together([HEALTHY, counted(queue_s=0.03)]))
+    assert (both.requests, both.hit_rate) == (20, pytest.approx(0.3))
+    assert both.queue_s == pytest.approx(0.02)
+    with pytest.raises(ValueError, match="other buckets"):
+        spread(GAPS_S, {0.04: 1}).plus(spread(PROMPTS, {384: 1}))
+
+
+# ----------------------------------------------------------------------------- the predictions
+
+
+def predicted(claim: str) -> float:
+    (one,) = (c for c in LAB.claims if c.name == claim)
+    ((treatment, baseline),) = LAB.pairs(one, points())
+    return one.predict(treatment, baseline).value
+
+
+def points() -> list[Point]:
+    return LAB.points(SHAPE, CEILINGS)
+
+
+def test_each_claim_points_where_it_expects() -> None:
+    for claim in LAB.claims:
+        value = predicted(claim.name)
+        if claim.expect == "unchanged":
+            assert value == 1
+        elif claim.name not in ("guessing", "context"):  # by an abacus all steps take alike
+            assert (value > 1) == (claim.expect == "rises"), claim.name
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_every_claim_has_its_points(scale: str) -> None:
+    lab = LABS["diagnosis"].at(scale, quick=False)
+    for claim in lab.claims:
+        assert len(lab.pairs(claim, lab.points(SHAPE, CEILINGS))) == 1, claim.name
+
+
+def test_memory_holds_some_of_six_requests() -> None:
+    """47 blocks of 32: 4 are shared, each of 6 holds 8 more, and a 9th in 15 of its 16 steps."""
+    assert predicted("preemption") == pytest.approx(6 / (43 / (8 + 15 / 16)))
+
+
+def test_a_slower_step_is_predicted_by_what_makes_it_slower() -> None:
+    assert predicted("slow-step") == 2
+    on_gpu = LABS["diagnosis"].at("gpu", quick=False)
+    slow = next(v for v in on_gpu.variants if v.name == "slow-step")
+    assert on_gpu.flags_of(slow)["enforce-eager"] is True
+    assert not any(e.label == "dtype" for e in on_gpu.evidence)
+
+
+# --------------------------------------------------------------------------------- its findings
+
+
+def test_trials_are_named_blind_and_counted(tmp_path: Path) -> None:
+    """Every cause but one is named; the trials of `cold` had a warm cache, so nothing was wrong."""
+    found = context(tmp_path, LAB, {})
+    played(found, "healthy/reference/concurrent-6", engine=HEALTHY)
+    for point in found.points:
+        injected = INJECTED.get((point.variant.name, point.workload.name))
+        if injected:
+            cause: Cause = "healthy" if injected == "cold cache" else injected  # type: ignore[assignment]
+            played(found, point.key, engine=DISTURBED[cause])
+    facts = told_apart(found)
+    assert (facts.right, len(facts.trials)) == (8 * LAB.repeats, 9 * LAB.repeats)
+    finding = TOLD_APART.finding(found)
+    header, *rows = finding.rows
+    assert rows[0][header.index("Named: nothing")] == str(LAB.repeats)
+    (cold,) = (row for row in rows if row[0] == "a cold cache")
+    assert cold[header.index("Named: nothing")] == str(LAB.repeats)
+    assert any("*a cold cache*, repeat 1, was named *nothing*" in line for line in finding.lines)
+
+    table = SIGNATURE.finding(found)
+    at = {row[0]: dict(zip(table.rows[0], row, strict=True)) for row in table.rows}
+    assert at["a burst"]["TTFT"] == "3.45x ↑"
+    assert at["a cold cache"]["Hit rate"] == "**30% ↓**"  # was predicted to fall, and did not
+    assert at["a neighbour's long prompt"]["Longest prompt"] == "1,000 to 2,000 ↑"
+    told = judged_run(found)
+    assert draw_signatures(told)
+    texts = {id: answer(told) for id, answer in _answers().items()}
+    assert "8 of 9" not in (texts["ME-4"] or "")
+    assert f"{8 * LAB.repeats} of {9 * LAB.repeats} trials were named rightly" in texts["ME-4"]
+    assert "with a burst TTFT is 3.45x, the queue 500 ms" in (texts["IP-5"] or "")
+    assert "with a slower step TPOT is 1.25x" in (texts["IP-6"] or "")
+    assert texts["IP-4"] is None  # nobody was alone
+
+
+def _answers():  # type: ignore[no-untyped-def]
+    from labs.findings.parts import parts_of
+
+    return parts_of("diagnosis").answers
+
+
+def test_coefficients_are_found_again(tmp_path: Path) -> None:
+    """TTFT = 0.1 + 0.001 N + 1e-6 N^2, ITL = 0.05 + 1e-5 C, to the digit."""
+    found = context(tmp_path, LAB, {})
+    alone = []
+    for i, n in enumerate((100, 300, 500, 800, 1200)):
+        first = 10 + 0.1 + 0.001 * n + 1e-6 * n**2
+        step = 0.05 + 1e-5 * (n + 4)
+        chunks = [(first + k * step, 1) for k in range(8)]
+        alone.append(make_record(chunks, index=i, prompt_tokens=n, sent_s=10.0))
+    played(found, "large-budget/alone/concurrent-1", alone, HEALTHY)
+    facts = coefficients(found)
+    assert facts.ttft
+    assert facts.itl
+    assert [c.value for c in facts.ttft.coefficients] == pytest.approx([0.1, 0.001, 1e-6])
+    assert [c.value for c in facts.itl.coefficients] == pytest.approx([0.05, 1e-5])
+    assert all(c.known and c.forecast is None for c in facts.ttft.coefficients)
+    finding = COEFFICIENTS.finding(found)
+    assert [row[2] for row in finding.rows[1:]] == ["100 ms", "1e+03 µs", "1e+03 ns", "50 ms",
+                                                    "10 µs"]  # fmt: skip
+    assert COEFFICIENTS.drawing(judged_run(found))
+
+
+# --------------------------------------------------------------------------- `make diagnose`
+
+MODELS = says(whole('{"data": [{"id": "abacus-1"}]}'))
+
+
+def exposed(snapshot: Snapshot) -> str:
+    """A snapshot as `/metrics` shows it."""
+    lines = []
+    for name, value in snapshot.values.items():
+        lines += [f"# TYPE {name.removesuffix('_total')} counter", f"{name} {value}"]
+    for name, histogram in snapshot.histograms.items():
+        lines.append(f"# TYPE {name} histogram")
+        for le, count in zip(histogram.le, histogram.counts, strict=True):
+            lines.append(f'{name}_bucket{{le="{"+Inf" if le == INF else le}"}} {count}')
+        lines += [f"{name}_sum {histogram.sum}", f"{name}_count {histogram.count}"]
+    return "\n".join(lines) + "\n"
+
+
+def run_command(
+    monkeypatch: pytest.MonkeyPatch, readings: list[Snapshot | None], *options: str
+) -> tuple[int, str]:
+    """The command beside a server that shows these one after another; None: no metrics."""
+    left = list(readings)
+
+    def show(send: hostile.Send) -> None:
+        reading = left.pop(0)
+        send(
+            whole("no such path", "404 Not Found")
+            if reading is None
+            else whole(exposed(reading), kind="text/plain")
+        )
+
+    monkeypatch.setattr("labs.running.diagnosing.POLL_S", 0.01)
+    monkeypatch.setattr(command, "SECONDS", 1)
+    with hostile.serving({"/v1/models": MODELS, "/metrics": show}) as url:
+        done = CliRunner().invoke(
+            app, ["diagnose", "--endpoint", url, "--seconds", "1", *options], env={"COLUMNS": "200"}
+        )
+    return done.exit_code, " ".join(f"{done.output} {done.stderr}".split())
+
+
+def test_a_running_server_is_diagnosed_beside_a_healthy_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "healthy.json"
+    later = [HEALTHY, together([HEALTHY, HEALTHY])]
+    code, text = run_command(monkeypatch, [*later], "--out", str(file))
+    assert code == 0, text
+    assert "Nothing is wrong by the thresholds that need no comparison." in text
+    assert "a cold cache, a longer context" in text
+    assert ReadingFile.model_validate_json(file.read_text()).reading.requests == 10
+    now = [HEALTHY, together([HEALTHY, DISTURBED["cold cache"]])]
+    code, text = run_command(monkeypatch, now, "--baseline", str(file))
+    assert code == 0, text
+    assert "The metrics point to cold cache" in text
+    assert "0% of the prompt tokens are found in the prefix cache, healthy 30%" in text
+    code, text = run_command(monkeypatch, [*later], "--baseline", str(file))
+    assert "Nothing is wrong: neither first tokens, tokens nor gaps are worse than healthy" in text
+
+
+def test_a_server_that_cannot_be_read_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, text = run_command(monkeypatch, [None])
+    assert code == 1
+    assert "/metrics does not show the metrics of an engine that the lab knows" in text
+    code, text = run_command(monkeypatch, [together([HEALTHY, HEALTHY]), HEALTHY])
+    assert code == 1
+    assert "not of the same engine, because its counters fell" in text
+    code, text = run_command(monkeypatch, [HEALTHY, HEALTHY])
+    assert code == 1
+    assert "0 requests were finished in the reading, and 5 are needed: observe for longer" in text
+    missing = tmp_path / "none.json"
+    code, text = run_command(monkeypatch, [], "--baseline", str(missing))
+    assert code == 1
+    assert "is missing; while the server is well, `make diagnose ENDPOINT=.. OUT=" in text
+    strange = ReadingFile(model="beads-2", seconds=1, counted=snapshot_json(HEALTHY))
+    missing.write_text(strange.model_dump_json())
+    code, text = run_command(monkeypatch, [], "--baseline", str(missing))
+    assert code == 1
+    assert "BASELINE is a reading of beads-2, and this server serves abacus-1" in text
+    other = tmp_path / "other.json"
+    plain = {"model": "abacus-1", "seconds": 1, "counted": {"values": 5}}
+    other.write_text(json.dumps(plain))
+    code, text = run_command(monkeypatch, [], "--baseline", str(other))
+    assert code == 1
+    assert "no reading of an engine's metrics" in text
+
+
+def test_a_reading_of_other_buckets_is_refused() -> None:
+    """Another engine's, or another version's: its bounds cannot be compared one by one."""
+    other = replace(HEALTHY, histograms={})
+    assert between(other, HEALTHY).values[metrics.REQUESTS] == 0
+    shifted = replace(HEALTHY, histograms={metrics.ITL: spread((0.1, INF), {0.04: 300})})
+    with pytest.raises(LabError, match="started again"):
+        between(HEALTHY, shifted)
+
+
+def test_the_page_says_what_to_do() -> None:
+    healthy, now = Reading(HEALTHY), Reading(DISTURBED["preemption"])
+    text = markdown.document(diagnoses.page("abacus", 30, now, healthy, diagnose(now, healthy)))
+    assert "**preemption**: 0.30 preemptions a request, healthy 0.00" in text
+    assert "Give it more memory, or lower max-num-seqs." in text
+    assert snapshot_json(HEALTHY)["histograms"].keys() == HEALTHY.histograms.keys()
+
+
+def test_all_workloads_differ_from_the_usual_one_in_what_they_are_named_for() -> None:
+    usual = make_workload(name="usual")
+    assert usual.intruder is None
+    of = {w.name: w for w in LAB.workloads}
+    plain = of["usual"].model_dump(exclude={"name", "only"})
+    assert of["reference"].model_dump(exclude={"name", "only"}) == plain
+    changed = {
+        name: {k for k, v in of[name].model_dump(exclude={"name", "only"}).items() if v != plain[k]}
+        for name in ("burst", "cold", "neighbour", "context")
+    }
+    assert changed == {
+        "burst": {"loads"},
+        "cold": {"prefix", "primed"},
+        "neighbour": {"loads", "intruder"},
+        "context": {"prompt_tokens", "prefix"},
+    }
