@@ -7,17 +7,17 @@ the context: ITL = a' + b' C, a straight line in the context C.
 
 So one symptom has many causes. A burst waits in the *queue*; so does everybody beside a neighbour's
 long prompt. A cold cache makes the same prompts longer to *prefill*. A small KV cache *preempts*: a
-request loses its blocks and is computed again. Slower tokens come of a longer context, of guesses
-that are verified in vain, of a token budget that lets a whole prompt into one step (the gaps are
-longer, the first tokens sooner), or of a step that is itself slower.
+request loses its blocks and is computed again. Guesses that are verified in vain fill the steps.
+A token budget that lets a whole prompt into one step makes a few gaps long, and all others
+shorter. Slower tokens come of a longer context, or of a step that is itself slower.
 
 Here each is brought about alone, on engines that are otherwise the same, and told apart from the
 engine's `/metrics` alone, by a rule that was written before (`labs/judging/diagnosis.py`). Each
 trial is diagnosed blind, beside the healthy ones of the workload `reference`, which is the same as
 `usual` but for its words. `make diagnose ENDPOINT=..` applies the same rule to a running server.
 
-What makes the step itself slower is `enforce-eager` on a GPU. On a CPU every engine here is eager
-already, so there weights of twice the size (`dtype: float32`) are what is changed.
+A step that is itself slower is brought about on a GPU, by `enforce-eager`. On a CPU every engine
+here is eager already; what compiling gains there is the question of `single-stream`.
 
 Turn: the memory (`variants.small-kv.flags.num-gpu-blocks-override`), the long prompt
 (`workloads.neighbour.intruder.prompt_tokens`), the burst (`workloads.burst.loads`).
@@ -31,9 +31,8 @@ from labs import theory
 from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
 from labs.paged_kv import KWON, held_tokens
 from labs.single_stream import launched_eagerly
-from labs.speculative_decoding import tpot_ratio
 from loadtests.arrivals import Concurrent, Contended, Waves
-from loadtests.workload import Exponential, Fixed, Intruder, Lengths, Prefix, Workload
+from loadtests.workload import Fixed, Intruder, Prefix, Workload
 from serving import metrics
 
 SARATHI = "Agrawal et al., Sarathi-Serve, OSDI 2024"
@@ -80,11 +79,11 @@ SIGNATURES: dict[str, dict[Figure, Direction]] = {
     },
     "preemption": {"TTFT": "rises", "Preemptions": "rises", "Longest prompt": "stays"},
     "large budget": {
-        "Prefill": "falls", "Long gaps": "rises", "Hit rate": "stays", "Preemptions": "stays",
+        "TPOT": "falls", "Long gaps": "rises", "Hit rate": "stays", "Preemptions": "stays",
         "Longest prompt": "stays",
     },
     "speculation": {
-        "TPOT": "rises", "Hit rate": "stays", "Preemptions": "stays", "Longest prompt": "stays",
+        "TTFT": "rises", "Hit rate": "stays", "Preemptions": "stays", "Longest prompt": "stays",
     },
     "slow step": {
         "Prefill": "rises", "TPOT": "rises", "Hit rate": "stays", "Preemptions": "stays",
@@ -220,15 +219,6 @@ def longest_step(large: Point, small: Point) -> Prediction:
     )
 
 
-def fewer_steps(large: Point, small: Point) -> Prediction:
-    return Prediction(
-        value=prefill_s(large, new_tokens(large)) / prefill_s(small, new_tokens(small)),
-        formula="t_prefill in few large pieces / in many small ones, each with a decode step",
-        assumptions=("no prompt waits for another's prefill",),
-        source=SARATHI,
-    )
-
-
 ACCEPTED = 0.1
 """The chance that a guess is right which follows one equal word, assumed: little is repeated."""
 
@@ -237,17 +227,19 @@ def accepted(point: Point) -> float:
     return ACCEPTED
 
 
-def slower_step(slow: Point, usual: Point) -> Prediction:
-    """Predict an eager step, or one that reads weights of four bytes for two."""
-    if slow.flags.get("dtype") != "float32":
-        return launched_eagerly(slow, usual)
-    kv_bytes = batch(usual) * context_tokens(usual) * usual.shape.kv_bytes_per_token()
-    read = usual.shape.weight_bytes + kv_bytes
+def budget_taken(guessing: Point, usual: Point) -> Prediction:
+    """Predict TTFT where guesses take their part of each step's token budget first."""
+    guesses = guessing.flags.speculative_config["num_speculative_tokens"]
+    left = max(1, chunk_tokens(guessing) - (batch(guessing) - 1) * guesses)
+    first_s = theory.chunked_prefill_s(
+        guessing.shape, guessing.ceilings, (batch(guessing) - 1) * (1 + guesses),
+        context_tokens(guessing), new_tokens(guessing), left,
+    )  # fmt: skip
     return Prediction(
-        value=2 * read / read,
-        formula="4 bytes a number / 2",
-        assumptions=("reading weights, keys and values is all that a step does",),
-        source=ROOFLINE,
+        value=first_s / prefill_s(usual, new_tokens(usual)),
+        formula="t_prefill in pieces of budget - (B - 1) (g + 1) tokens / of budget - (B - 1)",
+        assumptions=("every request has g guesses in every step", "no prompt waits for another's"),
+        source=SARATHI,
     )
 
 
@@ -262,10 +254,24 @@ def as_before(usual: Point, reference: Point) -> Prediction:
 # ---------------------------------------------------------------------------------------- the lab
 
 HEALTHY = Variant(name="healthy")
-SIX = Concurrent(users=6)
-BURST = Waves(size=16)
-BESIDE = Contended(users=5, every_s=2)
-EVERYWHERE = ("healthy", "small-kv", "large-budget", "guessing", "slow-step")
+FOUR = Concurrent(users=4)
+BURST = Waves(size=12)
+BESIDE = Contended(users=3, every_s=2)
+VARIANTS = (
+    HEALTHY,
+    HEALTHY.but("small-kv", {"num-gpu-blocks-override": 28, "max-model-len": 640}),
+    HEALTHY.but("large-budget", {"max-num-batched-tokens": 1664}),
+    HEALTHY.but(
+        "guessing",
+        {
+            "speculative-config": {
+                "method": "ngram", "num_speculative_tokens": 16, "prompt_lookup_max": 1,
+                "prompt_lookup_min": 1,
+            }
+        },
+    ),
+)  # fmt: skip
+ON_A_GPU = (*VARIANTS, HEALTHY.but("slow-step", {"enforce-eager": True}))
 
 
 def workload(
@@ -273,7 +279,7 @@ def workload(
     *only: str,
     prompt_tokens: int = 384,
     prefix: Prefix | None = None,
-    load: Concurrent | Contended | Waves = SIX,
+    load: Concurrent | Contended | Waves = FOUR,
     intruder: Intruder | None = None,
     primed: bool = True,
 ) -> Workload:
@@ -281,7 +287,7 @@ def workload(
         name=name,
         prompt_tokens=Fixed(tokens=prompt_tokens),
         output_tokens=Fixed(tokens=16),
-        prefix=prefix or Prefix(tokens=128),
+        prefix=prefix or Prefix(tokens=192),
         primed=primed,
         intruder=intruder,
         only=only or ("healthy",),
@@ -298,7 +304,7 @@ def claim(
     `load` is the disturbance's own, where it has one.
     """
     variant, sent = treatment
-    loads = ({"load": str(load)}, {"load": str(SIX)}) if load else ({}, {})
+    loads = ({"load": str(load)}, {"load": str(FOUR)}) if load else ({}, {})
     return Claim.model_validate(
         {
             "name": name,
@@ -320,26 +326,54 @@ def stays(arm: Arm, metric: str) -> Evidence:
 EVIDENCE = (
     Evidence(arm=Arm(variant="small-kv"), kind="rises", metric=metrics.PREEMPTIONS),
     *(
-        stays(Arm(variant=name), metrics.PREEMPTIONS)
-        for name in EVERYWHERE
-        if name != "small-kv"
+        stays(Arm(variant=v.name), metrics.PREEMPTIONS)
+        for v in VARIANTS
+        if v.name != "small-kv"
     ),
     Evidence(arm=Arm(workload="usual"), kind="rises", metric=metrics.PREFIX_HITS),
     stays(Arm(workload="cold"), metrics.PREFIX_HITS),
     Evidence(arm=Arm(variant="guessing"), kind="rises", metric=metrics.SPEC_DRAFTED),
     Evidence(arm=Arm(variant="healthy"), kind="absent", metric=metrics.SPEC_DRAFTS),
 )  # fmt: skip
-IN_FLOAT32 = Evidence(
-    arm=Arm(variant="slow-step"),
-    kind="echoes",
-    metric=metrics.ENGINE_CONFIG,
-    label="dtype",
-    value="float32",
-)
 
 
-def varied(mean_tokens: int, max_tokens: int) -> Lengths:
-    return Exponential(mean_tokens=mean_tokens, max_tokens=max_tokens)
+def lengths(*prompts: int, output: int) -> tuple[tuple[float, int, int], ...]:
+    """Write a trace of prompts of these lengths, which are sent in turn."""
+    return tuple((0.0, prompt, output) for prompt in prompts)
+
+
+CLAIMS = (
+    Claim(
+        name="steady",
+        title="Nothing tells the usual load from its reference",
+        metric="tpot_mean_s",
+        treatment=Arm(variant="healthy", workload="usual"),
+        baseline=Arm(variant="healthy", workload="reference"),
+        expect="unchanged",
+        predict=as_before,
+    ),
+    claim("burst", "In a burst first tokens wait for a place in the batch", "ttft_mean_s",
+          ("healthy", "burst"), "rises", waited, BURST,
+          "waves are another load, and the workload carries it"),
+    claim("cold", "A cold cache prefills again what was shared", "ttft_mean_s",
+          ("healthy", "cold"), "rises", recomputed),
+    claim("neighbour", "Beside a neighbour's long prompt others' first tokens come later",
+          "ttft_mean_s", ("healthy", "neighbour"), "rises", beside_the_long,
+          BESIDE, "the long prompts come at times of their own, and the workload carries them"),
+    claim("preemption", "A KV cache that preempts makes answers take longer", "e2e_p50_s",
+          ("small-kv", "usual"), "rises", fewer_at_once,
+          coupled="the engine wants memory for one request of max-model-len"),
+    claim("context", "A longer context makes each token slower", "tpot_mean_s",
+          ("healthy", "context"), "rises", longer_read),
+    claim("budget", "A larger token budget makes the longest gaps longer", "itl_p99_s",
+          ("large-budget", "usual"), "rises", longest_step),
+    claim("guessing", "Guesses that are seldom right fill the steps, and first tokens wait",
+          "ttft_mean_s", ("guessing", "usual"), "rises", budget_taken),
+)  # fmt: skip
+SLOW_STEP = claim(
+    "slow-step", "Launching every operation for itself makes each token slower", "tpot_mean_s",
+    ("slow-step", "usual"), "rises", launched_eagerly,
+)  # fmt: skip
 
 
 LAB = Lab(
@@ -348,81 +382,38 @@ LAB = Lab(
     question="Latency became worse or unsteady: do the metrics tell why?",
     answers=("ME-4", "IP-4", "IP-5", "IP-6"),
     acceptance=accepted,
-    variants=(
-        HEALTHY,
-        HEALTHY.but("small-kv", {"num-gpu-blocks-override": 48}),
-        HEALTHY.but("large-budget", {"max-num-batched-tokens": 1408}),
-        HEALTHY.but(
-            "guessing",
-            {
-                "speculative-config": {
-                    "method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 1,
-                    "prompt_lookup_min": 1,
-                }
-            },
-        ),
-        HEALTHY.but("slow-step", {"dtype": "float32"}),
-    ),
+    variants=VARIANTS,
     flags={
-        "max-model-len": 1408,
-        "max-num-seqs": 8,
-        "max-num-batched-tokens": 64,
+        "max-model-len": 1664,
+        "max-num-seqs": 4,
+        "max-num-batched-tokens": 96,
         "enable-prefix-caching": True,
         "block-size": 32,
         "enforce-eager": True,
-        "kv-cache-memory-bytes": 256 * 2**20,
+        "kv-cache-memory-bytes": 192 * 2**20,
     },
     workloads=(
         workload("reference"),
-        workload("usual", *EVERYWHERE),
+        workload("usual", *(v.name for v in VARIANTS)),
         workload("burst", load=BURST),
-        workload("cold", prefix=Prefix(tokens=128, groups=192), primed=False),
+        workload("cold", prefix=Prefix(tokens=192, groups=192), primed=False),
         workload(
             "neighbour",
             load=BESIDE,
-            intruder=Intruder(prompt_tokens=1280),
+            intruder=Intruder(prompt_tokens=1024),
         ),
-        workload("context", prompt_tokens=1280, prefix=Prefix(tokens=1024)),
+        workload("context", prompt_tokens=1536, prefix=Prefix(tokens=1344)),
         Workload(
             name="alone",
-            prompt_tokens=varied(512, 1280),
+            prompt_tokens=Fixed(tokens=1024),
             output_tokens=Fixed(tokens=8),
+            trace=lengths(320, 64, 1024, 160, 640, output=8),
             only=("large-budget",),
             loads=(Concurrent(users=1),),
         ),
     ),
-    claims=(
-        Claim(
-            name="steady",
-            title="Nothing tells the usual load from its reference",
-            metric="tpot_mean_s",
-            treatment=Arm(variant="healthy", workload="usual"),
-            baseline=Arm(variant="healthy", workload="reference"),
-            expect="unchanged",
-            predict=as_before,
-        ),
-        claim("burst", "In a burst first tokens wait for a place in the batch", "ttft_mean_s",
-              ("healthy", "burst"), "rises", waited, BURST,
-              "waves are another load, and the workload carries it"),
-        claim("cold", "A cold cache prefills again what was shared", "ttft_mean_s",
-              ("healthy", "cold"), "rises", recomputed),
-        claim("neighbour", "Beside a neighbour's long prompt others' first tokens come later",
-              "ttft_mean_s", ("healthy", "neighbour"), "rises", beside_the_long,
-              BESIDE, "the long prompts come at times of their own, and the workload carries them"),
-        claim("preemption", "A KV cache that preempts makes answers take longer", "e2e_p50_s",
-              ("small-kv", "usual"), "rises", fewer_at_once),
-        claim("context", "A longer context makes each token slower", "tpot_mean_s",
-              ("healthy", "context"), "rises", longer_read),
-        claim("budget", "A larger token budget makes the longest gaps longer", "itl_p99_s",
-              ("large-budget", "usual"), "rises", longest_step),
-        claim("budget-ttft", "And first tokens come sooner", "ttft_mean_s",
-              ("large-budget", "usual"), "falls", fewer_steps),
-        claim("guessing", "Guesses that are seldom right make each token slower under load",
-              "tpot_mean_s", ("guessing", "usual"), "rises", tpot_ratio(accepted)),
-        claim("slow-step", "A slower step makes each token slower", "tpot_mean_s",
-              ("slow-step", "usual"), "rises", slower_step),
-    ),
-    evidence=(*EVIDENCE, IN_FLOAT32),
+    claims=CLAIMS,
+    evidence=EVIDENCE,
     findings=("told-apart", "signatures", "coefficients"),
     plots=("signatures",),
     slo=SLO(ttft_s=1, tpot_s=0.1),
@@ -442,9 +433,11 @@ LAB = Lab(
                 # left to itself, vLLM has it on in the engines that guess nothing
                 "async-scheduling": False,
             },
+            "variants": [v.model_dump() for v in ON_A_GPU],
             "variants.small-kv.flags": {"num-gpu-blocks-override": 1400},
             "variants.large-budget.flags": {"max-num-batched-tokens": 8192},
-            "variants.slow-step.flags": {"enforce-eager": True},
+            "workloads.usual.only": tuple(v.name for v in ON_A_GPU),
+            "claims": [c.model_dump() for c in (*CLAIMS, SLOW_STEP)],
             **{
                 f"workloads.{name}.{field}": value
                 for name, prompt, prefix in (("reference", 2048, 1024), ("usual", 2048, 1024),
@@ -461,16 +454,17 @@ LAB = Lab(
             "workloads.burst.loads": (Waves(size=64),),
             "workloads.neighbour.loads": (Contended(users=23, every_s=2),),
             "workloads.neighbour.intruder.prompt_tokens": 7680,
-            "workloads.alone.prompt_tokens": {
-                "kind": "exponential", "mean_tokens": 3072, "max_tokens": 8000,
-            },
+            "workloads.alone.prompt_tokens.tokens": 8000,
             "workloads.alone.output_tokens.tokens": 64,
+            "workloads.alone.trace": lengths(4096, 256, 8000, 2048, 6144, output=64),
             **{
                 f"claims.{name}.{arm}.load": load
                 for name, own in (("burst", "waves:64"), ("neighbour", "contended:23/2"))
                 for arm, load in (("treatment", own), ("baseline", "concurrent:24"))
             },
-            "evidence": EVIDENCE,
+            "evidence": (
+                *EVIDENCE, stays(Arm(variant="slow-step"), metrics.PREEMPTIONS)
+            ),
             "requests": 512,
             "warmup_s": 2,
             "window_s": 6,
@@ -487,17 +481,17 @@ LAB = Lab(
     limits={
         "cpu": "Queue, cache, preemptions and the pieces of prompts are vLLM's own, so their marks"
         " carry over. How much each disturbance costs does not: a step here is mostly the cost of"
-        " launching small operations. Every engine is eager, so a slower step is one with weights"
-        " of twice the size; compiled against eager is measured in `single-stream`.",
+        " launching small operations, or of their arithmetic. Every engine is eager, so no step is"
+        " made slower here: eager beside compiled is measured in `single-stream`.",
         "gpu": "One disturbance at a time, each large enough to be felt. Where two come together"
         " the rule names the first in its order, and lists the other.",
     },
     next_knobs=(
-        'SET="variants.small-kv.flags.num-gpu-blocks-override=56" has more memory: from which size'
+        'SET="variants.small-kv.flags.num-gpu-blocks-override=34" has more memory: from which size'
         " on does nothing preempt?",
         'SET="workloads.neighbour.intruder.prompt_tokens=768" is a shorter neighbour: is it still'
         " told?",
-        'SET="variants.large-budget.flags.max-num-batched-tokens=160" is a budget between the two',
-        'SET=\'workloads.burst.loads=["waves:12"]\' is a smaller burst',
+        'SET="variants.large-budget.flags.max-num-batched-tokens=192" is a budget between the two',
+        'SET=\'workloads.burst.loads=["waves:8"]\' is a smaller burst',
     ),
 )  # fmt: skip

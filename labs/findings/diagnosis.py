@@ -613,8 +613,8 @@ def token_slow(run: JudgedRun) -> str | None:
         return None
     return (
         f"Look at what moved with it: {'; '.join(told)}. Check what was sent first (the median"
-        " prompt), then whether the engine guesses ahead, then whether prefill became faster while"
-        " gaps grew (a token budget); where none of these moved, the step itself is slower."
+        " prompt), then whether the engine guesses ahead, then whether a few gaps grew while tokens"
+        " on average did not (a token budget); where none moved, the step itself is slower."
     )
 
 
@@ -672,7 +672,7 @@ PARTS = ReportParts(
     plots={"signatures": draw_signatures},
     headline=Headline(
         claim="cold",
-        done="Losing a prefix cache that held a third of every prompt",
+        done="Losing a prefix cache that held half of every prompt",
         figure="the time to the first token",
     ),
 )

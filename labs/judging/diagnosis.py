@@ -9,8 +9,8 @@ suggest (a slower step), and what was sent (longer prompts) before what that bri
 Every threshold was set before any run that is judged by it, for the reason beside it; none was
 fitted. What the metrics cannot show: vLLM books all of a prompt's tokens on the step that ends its
 prefill, so `iteration_tokens_total` does not show how large the pieces were. A larger token budget
-is therefore told by its two effects, sooner first tokens and longer gaps. Times are means over the
-interval, or the buckets of vLLM's histograms, no percentiles.
+is therefore told by its effect: a few gaps are longer, and all others shorter. Times are means over
+the interval, or the buckets of vLLM's histograms, no percentiles.
 
 Source of the metrics: vLLM's documentation, "Production metrics", and `vllm/v1/metrics/stats.py` of
 0.32.
@@ -44,8 +44,8 @@ HITS_LOST = 0.2
 is about what makes a first token later by more than its symptom's threshold."""
 DRAFTS_LOST = 0.2
 """The share of drafted tokens by which fewer are accepted than before."""
-FASTER_PREFILL = 0.8
-"""Prefill takes less than this multiple of the healthy time where fewer steps are needed for it."""
+NO_SLOWER = 1.05
+"""TPOT is as before below this multiple: the labs call two figures equal within as much."""
 QUEUED_SHARE = 0.5
 """The queue explains a later first token where at least half of what was added was spent in it."""
 
@@ -270,8 +270,8 @@ def _speculation(now: Reading, healthy: Reading) -> Mark | None:
     return Mark(
         "speculation",
         f"{accepted:.0%} of the drafted tokens are accepted ({usual}), while a token takes"
-        f" {_times(now.tpot_s, healthy.tpot_s):.2f} times as long: verifying costs more than the"
-        " guesses gain",
+        f" {_times(now.tpot_s, healthy.tpot_s):.2f} times as long and a first token"
+        f" {_times(now.ttft_s, healthy.ttft_s):.2f} times: what is verified fills the steps",
     )
 
 
@@ -310,14 +310,14 @@ def _cold_cache(now: Reading, healthy: Reading) -> Mark | None:
 
 
 def _large_budget(now: Reading, healthy: Reading) -> Mark | None:
-    ratio = _times(now.prefill_s, healthy.prefill_s)
-    if ratio > FASTER_PREFILL:
+    ratio = _times(now.tpot_s, healthy.tpot_s)
+    if ratio > NO_SLOWER:
         return None
     return Mark(
         "large budget",
-        f"prefill takes {ratio:.2f} times as long as before, and {more_long_gaps(now, healthy):.0%}"
-        " more of the gaps are long: prompts are computed in fewer and longer steps, beside which"
-        " the running answers stand still",
+        f"{more_long_gaps(now, healthy):.0%} more of the gaps are long, while a token takes"
+        f" {ratio:.2f} times as long on average: prompts are computed in fewer and longer steps,"
+        " beside which the running answers stand still",
     )
 
 
@@ -351,7 +351,7 @@ def _slow_step(now: Reading, healthy: Reading) -> Mark:
 Look = Callable[[Reading, Reading], Mark | None]
 _MARKS: tuple[tuple[frozenset[Symptom], Look], ...] = (
     (frozenset({LATER, SLOWER, GAPS}), _preemption),
-    (frozenset({SLOWER}), _speculation),
+    (frozenset({LATER, SLOWER, GAPS}), _speculation),
     (frozenset({LATER, SLOWER, GAPS}), _long_context),
     (frozenset({LATER, SLOWER, GAPS}), _long_neighbour),
     (frozenset({LATER, SLOWER, GAPS}), _cold_cache),

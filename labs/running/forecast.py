@@ -147,8 +147,6 @@ def reason_against(setup: Setup, variant: Variant) -> str | None:
         return "the engine is not the vLLM of this environment"
     if flags.speculative_config and setup.lab.acceptance is None:
         return "how many drafts are accepted is not known beforehand"
-    if flags.get("dtype", "auto") not in ("auto", "bfloat16"):
-        return "only steps in BF16 were timed"
     if flags.devices > 1:
         return "communication between devices was not timed"
     if setup.datasheet:

@@ -440,7 +440,6 @@ _RESOLVED = {  # in vLLM 0.31 and 0.32
     "structured_outputs_backend": re.compile(r"StructuredOutputsConfig\(backend='([\w-]+)'"),
     "quantization": re.compile(r"\bquantization=([^,\s]+)"),
     "enforce_eager": re.compile(r"\benforce_eager=(\w+)"),
-    "dtype": re.compile(r"\bdtype=torch\.(\w+)"),
     "compilation_mode": re.compile(r"'mode': <CompilationMode\.(\w+)"),
     "cudagraph_mode": re.compile(r"'cudagraph_mode': <CUDAGraphMode\.(\w+)"),
 }

@@ -234,7 +234,7 @@ def timed(
     times_s: list[list[list[float]]] = [[[] for _ in works] for works in series]
     for number in range(passes + 1):
         for works, mine in zip(series, times_s, strict=True):
-            for place, work in enumerate(works):
+            for place, work in enumerate(works[: len(mine)]):
                 if place > 1 and min(mine[place - 2], default=0.0) > LONG_S:
                     del mine[place:]
                     break

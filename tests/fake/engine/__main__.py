@@ -51,9 +51,7 @@ async def serve(options: argparse.Namespace) -> None:
         print("Initializing a V1 LLM engine (a fake) with config:"
               f" quantization={_quantization(options.model)},"
               f" structured_outputs_config=StructuredOutputsConfig(backend={backend!r}),"
-              f" dtype=torch.{options.dtype},"
-              f" enforce_eager={options.enforce_eager}",
-              file=sys.stderr)  # fmt: skip
+              f" enforce_eager={options.enforce_eager}", file=sys.stderr)  # fmt: skip
         if options.load_format == "dummy":
             print(random_weights.line({16: 0.0}), file=sys.stderr)
         print(f"Listening on http://127.0.0.1:{port}", file=sys.stderr, flush=True)

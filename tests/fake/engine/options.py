@@ -45,7 +45,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         " the log; answers begin as their structure demands, and go on as all others")  # fmt: skip
     add("--enforce-eager", action=argparse.BooleanOptionalAction, default=False,
         help="said in the log, and nothing else")  # fmt: skip
-    add("--dtype", default="bfloat16", help="said in the log, and nothing else")
     add("--load-format", default="auto", help="dummy: it says that it drew random weights")
     add("--seed", type=_seed, default=0, help="of what is random; `any`: another at each start")
     add = parser.add_argument_group("the law").add_argument
