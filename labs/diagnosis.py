@@ -29,12 +29,11 @@ from typing import Literal
 
 from labs import theory
 from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
-from labs.paged_kv import KWON, held_tokens
-from labs.single_stream import launched_eagerly
 from loadtests.arrivals import Concurrent, Contended, Waves
 from loadtests.workload import Fixed, Intruder, Prefix, Workload
 from serving import metrics
 
+KWON = "Kwon et al., PagedAttention, SOSP 2023"
 SARATHI = "Agrawal et al., Sarathi-Serve, OSDI 2024"
 ROOFLINE = "Williams et al., Roofline, 2009"
 
@@ -191,10 +190,15 @@ def longer_read(far: Point, near: Point) -> Prediction:
 
 
 def fewer_at_once(small: Point, usual: Point) -> Prediction:
-    """Predict the time of a whole answer where only some requests fit: B / those that run."""
+    """Predict the time of a whole answer where only some requests fit: B / those that run.
+
+    The engine keeps a block for itself; a request holds what it has written, in whole blocks.
+    """
     block, shared = small.flags.block_size, shared_tokens(small)
     room = (small.flags.num_gpu_blocks_override - 1) * block - shared
-    running = min(batch(usual), room / (held_tokens(small, block) - shared))
+    (prompt, output), *_ = small.lengths
+    held = sum(block * -(-(prompt + w) // block) for w in range(output)) / output
+    running = min(batch(usual), room / (held - shared))
     return Prediction(
         value=batch(usual) / running,
         formula="B / min(B, (C - shared) / (mean tokens held - shared))",
@@ -243,6 +247,19 @@ def budget_taken(guessing: Point, usual: Point) -> Prediction:
     )
 
 
+OPERATIONS, LAUNCH_S = 10, 10e-6  # of a layer, and to launch one from Python
+
+
+def launched_eagerly(slow: Point, usual: Point) -> Prediction:
+    launching_s = usual.shape.layers * OPERATIONS * LAUNCH_S
+    return Prediction(
+        value=1 + launching_s / step_s(usual),
+        formula=f"(t + {OPERATIONS} operations a layer of {1e6 * LAUNCH_S:g} us) / t",
+        assumptions=("no launch hides behind an operation", "nothing is added to t by default"),
+        source="Ansel et al., PyTorch 2, ASPLOS 2024",
+    )
+
+
 def as_before(usual: Point, reference: Point) -> Prediction:
     return Prediction(
         value=1.0,
@@ -259,7 +276,7 @@ BURST = Waves(size=12)
 BESIDE = Contended(users=3, every_s=2)
 VARIANTS = (
     HEALTHY,
-    HEALTHY.but("small-kv", {"num-gpu-blocks-override": 28, "max-model-len": 640}),
+    HEALTHY.but("small-kv", {"num-gpu-blocks-override": 27, "max-model-len": 640}),
     HEALTHY.but("large-budget", {"max-num-batched-tokens": 1664}),
     HEALTHY.but(
         "guessing",

@@ -45,8 +45,7 @@ def diagnose_endpoint(
     """Read a server's metrics twice, and name the cause of worse latency that they point to.
 
     No load is sent: the server is observed with its own. Beside a reading of when it was well every
-    cause can be told that the lab `diagnosis` brings about; without one, those that have a
-    threshold of their own.
+    cause of the rule can be told; without one, those that have a threshold of their own.
     """
     with reported_errors():
         healthy = diagnosing.kept(baseline) if baseline else None

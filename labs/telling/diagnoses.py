@@ -1,4 +1,4 @@
-"""Build the page of a diagnosis: what an engine's metrics point to, and its figures."""
+"""Build the page that says what an engine's metrics point to, with its figures."""
 
 from __future__ import annotations
 

@@ -232,8 +232,8 @@ def test_every_claim_has_its_points(scale: str) -> None:
 
 
 def test_memory_holds_some_of_four_requests() -> None:
-    """27 blocks of 32: 6 are shared, each of 4 holds 6 more, and a 7th in 15 of its 16 steps."""
-    assert predicted("preemption") == pytest.approx(4 / (21 / (6 + 15 / 16)))
+    """26 blocks of 32: 6 are shared, each of 4 holds 6 more, and a 7th in 15 of its 16 steps."""
+    assert predicted("preemption") == pytest.approx(4 / (20 / (6 + 15 / 16)))
 
 
 def test_a_step_is_made_slower_where_engines_are_compiled() -> None:
