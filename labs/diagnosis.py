@@ -509,6 +509,7 @@ LAB = Lab(
         'SET="workloads.neighbour.intruder.prompt_tokens=768" is a shorter neighbour: is it still'
         " told?",
         'SET="variants.large-budget.flags.max-num-batched-tokens=192" is a budget between the two',
-        'SET=\'workloads.burst.loads=["waves:8"]\' is a smaller burst',
+        'SET=\'workloads.burst.loads=["waves:8"]\' is a smaller burst (its claim'
+        " speaks of the one that was there)",
     ),
 )  # fmt: skip
