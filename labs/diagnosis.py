@@ -189,8 +189,8 @@ def longer_read(far: Point, near: Point) -> Prediction:
     )
 
 
-def fewer_at_once(small: Point, usual: Point) -> Prediction:
-    """Predict the time of a whole answer where only some requests fit: B / those that run.
+def running(small: Point) -> float:
+    """Return how many requests the KV cache holds at once.
 
     The engine keeps a block for itself; a request holds what it has written, in whole blocks.
     """
@@ -198,10 +198,18 @@ def fewer_at_once(small: Point, usual: Point) -> Prediction:
     room = (small.flags.num_gpu_blocks_override - 1) * block - shared
     (prompt, output), *_ = small.lengths
     held = sum(block * -(-(prompt + w) // block) for w in range(output)) / output
-    running = min(batch(usual), room / (held - shared))
+    return min(batch(small), room / (held - shared))
+
+
+def fewer_at_once(small: Point, usual: Point) -> Prediction:
+    """Predict TTFT where only some requests fit at once: the others wait for their answers."""
+    first_s = prefill_s(usual, new_tokens(usual))
+    answer_s = first_s + usual.lengths[0][1] * step_s(usual)
+    waiting = batch(usual) / running(small) - 1  # for each that runs
     return Prediction(
-        value=batch(usual) / running,
-        formula="B / min(B, (C - shared) / (mean tokens held - shared))",
+        value=(first_s + waiting * answer_s) / first_s,
+        formula="(t_prefill + (B / r - 1) (t_prefill + L t)) / t_prefill,"
+        " r = (C - shared) / (mean tokens held - shared)",
         assumptions=("a step takes as long for fewer", "what is computed twice is not counted"),
         source=KWON,
     )
@@ -377,7 +385,7 @@ CLAIMS = (
     claim("neighbour", "Beside a neighbour's long prompt others' first tokens come later",
           "ttft_mean_s", ("healthy", "neighbour"), "rises", beside_the_long,
           BESIDE, "the long prompts come at times of their own, and the workload carries them"),
-    claim("preemption", "A KV cache that preempts makes answers take longer", "e2e_p50_s",
+    claim("preemption", "A KV cache that preempts makes first tokens come later", "ttft_mean_s",
           ("small-kv", "usual"), "rises", fewer_at_once,
           coupled="the engine wants memory for one request of max-model-len"),
     claim("context", "A longer context makes each token slower", "tpot_mean_s",
