@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -12,7 +12,6 @@ import pytest
 from typer.testing import CliRunner
 
 from labs import LABS
-from labs.commands import diagnosing as command
 from labs.commands.cli import app
 from labs.diagnosis import INJECTED, SIGNATURES, running
 from labs.filing.results import snapshot_json
@@ -196,7 +195,8 @@ def test_a_token_takes_the_time_of_all_gaps_over_the_tokens_after_the_first() ->
 
 def test_readings_of_one_engine_are_added() -> None:
     both = Reading(together([HEALTHY, counted(queue_s=0.03)]))
-    assert (both.requests, both.hit_rate) == (20, pytest.approx(0.3))
+    assert both.requests == 20
+    assert both.hit_rate == pytest.approx(0.3)
     assert both.queue_s == pytest.approx(0.02)
     with pytest.raises(ValueError, match="other buckets"):
         spread(GAPS_S, {0.04: 1}).plus(spread(PROMPTS, {384: 1}))
@@ -250,7 +250,8 @@ def test_a_step_is_made_slower_where_engines_are_compiled() -> None:
 def test_trials_are_named_blind_and_counted(tmp_path: Path) -> None:
     """Every cause but one is named; the trials of `cold` had a warm cache, so nothing was wrong."""
     found = context(tmp_path, LAB, {})
-    as_it_was: dict[str, Snapshot] = {**DISTURBED, "cold cache": HEALTHY}
+    as_it_was: dict[str, Snapshot] = {str(cause): now for cause, now in DISTURBED.items()}
+    as_it_was["cold cache"] = HEALTHY
     played(found, "healthy/reference/concurrent-4", engine=HEALTHY)
     for point in found.points:
         injected = INJECTED.get((point.variant.name, point.workload.name))
@@ -320,7 +321,7 @@ def exposed(snapshot: Snapshot) -> str:
 
 
 def run_command(
-    monkeypatch: pytest.MonkeyPatch, readings: list[Snapshot | None], *options: str
+    monkeypatch: pytest.MonkeyPatch, readings: Sequence[Snapshot | None], *options: str
 ) -> tuple[int, str]:
     """The command beside a server that shows these one after another; None: no metrics."""
     left = list(readings)
@@ -334,7 +335,6 @@ def run_command(
         )
 
     monkeypatch.setattr("labs.running.diagnosing.POLL_S", 0.01)
-    monkeypatch.setattr(command, "SECONDS", 1)
     with hostile.serving({"/v1/models": MODELS, "/metrics": show}) as url:
         done = CliRunner().invoke(
             app, ["diagnose", "--endpoint", url, "--seconds", "1", *options], env={"COLUMNS": "200"}
