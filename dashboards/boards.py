@@ -70,7 +70,9 @@ OUTCOMES = {
     "helps": "green", "hurts": "red", "no effect": "blue", "inconclusive": "orange",
     "not valid": "purple",
 }  # fmt: skip
-PREDICTIONS = {"held": "green", "refuted": "red", "broken": "red"}
+PREDICTIONS = {
+    "held": "green", "not broken": "green", "open": "orange", "refuted": "red", "broken": "red",
+}  # fmt: skip
 
 NEEDS = {
     "Tokens per draft step": "speculation",
@@ -373,15 +375,15 @@ def _answer_panels() -> tuple[Panel, ...]:
             " and the ratio predicted before anything ran. An interval covers one sitting. A"
             " prediction p held where the 90 % interval lies within p / 1.25 and 1.25 p, is refuted"
             " where it lies wholly outside, else open; trivial: p is about 1.",
-            Column("Claim", "title", width=420),
-            Column("Verdict", "outcome", width=110, colours=OUTCOMES),
-            Column("Prediction", "prediction", width=120, colours=PREDICTIONS),
-            Column("Metric", "metric", width=180),
+            Column("Claim", "title", width=330),
+            Column("Verdict", "outcome", width=100, colours=OUTCOMES),
+            Column("Prediction", "prediction", width=110, colours=PREDICTIONS),
+            Column("Metric", "metric", width=150),
             Column(expr=_newest(series.VERDICT, RUN)),
-            Column("Ratio", expr=effect, width=90, unit=TIMES),
-            Column("Low", expr=low, width=90, unit=TIMES),
-            Column("High", expr=high, width=90, unit=TIMES),
-            Column("Predicted", expr=predicted, width=100, unit=TIMES),
+            Column("Ratio", expr=effect, width=75, unit=TIMES),
+            Column("Low", expr=low, width=75, unit=TIMES),
+            Column("High", expr=high, width=75, unit=TIMES),
+            Column("Predicted", expr=predicted, width=85, unit=TIMES),
             Column("Treatment", "treatment"),
             Column("Baseline", "baseline"),
         ),
@@ -426,8 +428,8 @@ def _prediction_tables() -> tuple[Panel, ...]:
             *point,
             Column("Forecast", "prediction", width=160, colours=PREDICTIONS),
             Column(expr=_newest(series.FORECAST_OUTCOME, POINTS)),
-            Column("Predicted", expr=predicted),
-            Column("Measured", expr=forecast),
+            Column("Predicted", expr=predicted, width=110),
+            Column("Measured", expr=forecast, width=110),
             Column("Measured / predicted", expr=f"{forecast} / {predicted}", unit=TIMES),
         ),
         rows(
@@ -512,11 +514,11 @@ def _finished_choices() -> list[dashboard.QueryVariable]:
 
 
 def _effect_panels() -> tuple[Panel, ...]:
-    effect = _joined(_last(series.EFFECT, EVERYWHERE), "claimed", ": ", "treatment", "title")
+    effect = _joined(_last(series.EFFECT, EVERYWHERE), "claimed", ": ", "title", "treatment")
     return (
         bars(
             "Ratio to the baseline",
-            "A bar for each run, at the treatment that stands before the claim. On the same side of"
+            "A bar for each run, at the treatment that stands behind the claim. On the same side of"
             " 1 everywhere: a mechanism; else it is the machine's.",
             TIMES,
             _joined(effect, "sitting", " ", "machine", "run_id"),

@@ -19,12 +19,13 @@ from grafana_foundation_sdk.models.common import DataSourceRef
 from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
     DashboardLinkType,
+    DashboardRegexMapOptions,
     DataTransformerConfig,
     DynamicConfigValue,
     FieldColorModeId,
+    RegexMap,
     Threshold,
     ThresholdsMode,
-    ValueMap,
     ValueMappingResult,
     VariableRefresh,
     VariableSort,
@@ -209,7 +210,7 @@ class Column:
     expr: str = ""
     width: int = 0
     unit: str = ""
-    colours: Mapping[str, str] | None = None  # a cell's text -> its colour
+    colours: Mapping[str, str] | None = None  # how a cell's text begins -> its colour
 
 
 def rows(title: str, says: str, *columns: Column, sort_by: str = "") -> table.Panel:
@@ -239,14 +240,18 @@ def rows(title: str, says: str, *columns: Column, sort_by: str = "") -> table.Pa
         if column.unit:
             panel.override_by_name(column.name, [DynamicConfigValue("unit", column.unit)])
         if column.colours:
-            words = {
-                word: ValueMappingResult(color=colour, index=place)
+            words = [  # more may follow: `open, trivial`, `broken (120% of it)`
+                RegexMap(
+                    DashboardRegexMapOptions(
+                        f"({word}.*)", ValueMappingResult("$1", colour, index=place)
+                    )
+                )
                 for place, (word, colour) in enumerate(column.colours.items())
-            }
+            ]
             panel.override_by_name(
                 column.name,
                 [
-                    DynamicConfigValue("mappings", [ValueMap(words)]),
+                    DynamicConfigValue("mappings", words),
                     DynamicConfigValue("custom.cellOptions", {"type": "color-text"}),
                 ],
             )

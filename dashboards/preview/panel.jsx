@@ -133,9 +133,11 @@ function Bars({ panel, data, width, height }) {
   const stacked = panel.options.stacking === 'normal';
   const limit = panel.fieldConfig.defaults.thresholds.steps.at(-1);
   const left = Math.min(300, width / 2);
-  const scale = (width - left - 70) / highest(fields, stacked, limit.value ?? 0);
+  const most = highest(fields, stacked, limit.value ?? 0);
+  const scale = (width - left - 70) / most;
   const x = (value) => left + scale * value;
-  const rowHeight = Math.max(8, (height - 40) / names.length);
+  const rowHeight = Math.max(8, (height - 56) / names.length);
+  const axis = [0, most / 2, most].map((value) => [value, fields[0].display(value)]);
   const series = fields.map((field) => ({
     field,
     title: getFieldDisplayName(field, frame, data),
@@ -152,6 +154,11 @@ function Bars({ panel, data, width, height }) {
             </text>
             <Group series={series} row={row} stacked={stacked} x={x} height={rowHeight} />
           </g>
+        ))}
+        {axis.map(([value, { text, suffix = '' }]) => (
+          <text key={value} x={x(value)} y={height - 40} textAnchor="middle" fill={theme.colors.text.secondary}>
+            {text + suffix}
+          </text>
         ))}
         {limit.value !== null && (
           <line

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import promql_parser
@@ -208,6 +208,27 @@ def test_limits_are_those_of_the_verdicts() -> None:
     assert boards.LATE_S == validity.LATE_S
     assert boards.LOOP_LAG_S == validity.MOST_LOOP_LAG_S
     assert boards.MOST_ERRORS == validity.MOST_ERRORS
+
+
+def test_every_outcome_of_a_prediction_has_its_colour_with_whatever_follows() -> None:
+    """As Grafana matches: from the beginning to the end, the first pattern that does."""
+    table = next(p for p in boards.panels(boards.written()["compare"]) if p["title"] == "Verdicts")
+    (mappings,) = (
+        value["value"]
+        for override in table["fieldConfig"]["overrides"]
+        if override["matcher"]["options"] == "Prediction"
+        for value in override["properties"]
+        if value["id"] == "mappings"
+    )
+
+    def colour(text: str) -> str:
+        found = (m["options"] for m in mappings if re.fullmatch(m["options"]["pattern"], text))
+        return str(next(found)["result"]["color"])
+
+    for outcome in get_args(judge.PredictionOutcome):
+        for told in (outcome, f"{outcome}, trivial", f"{outcome} (120% of it)"):
+            assert colour(told) == boards.PREDICTIONS[outcome]
+    assert colour("open, trivial") != colour("held, trivial")
 
 
 def test_every_outcome_of_a_verdict_has_its_colour() -> None:
