@@ -249,6 +249,7 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
 
     points: dict[str, dict[str, Band]]  # point -> metric
     without: dict[str, str] = {}  # variant or point -> why it has no forecast
+    trial_s: dict[str, float] = {}  # point -> from a trial's start to its last answer
     step_times: list[dict[str, Any]] = []  # the stand-in steps, as they were timed
     machine_spread: float = 1.0  # of this machine's speed, by earlier runs: both ends of all bands
 

@@ -89,8 +89,15 @@ def forecast(
     progress.waiting("playing every load on vLLM's scheduler in virtual time")
     by_key = {p.key: p for p in points}
 
+    lasts_s: dict[str, list[float]] = {}
+
     def figures_of(plays: Iterable[ForecastPlay]) -> list[tuple[str, Figures]]:
-        return [(play.key, measure(_trial(setup.lab, by_key[play.key], play))) for play in plays]
+        found = []
+        for play in plays:
+            trial = _trial(setup.lab, by_key[play.key], play)
+            lasts_s.setdefault(play.key, []).append(max((r.end_s or 0) for r in trial.records))
+            found.append((play.key, measure(trial)))
+        return found
 
     with _forecaster() as (send, receive):
 
@@ -105,6 +112,7 @@ def forecast(
             capacities = [found["requests_per_s"] for _, found in (first, faster, slower)]
         if not all(capacities):
             points = [p for p in points if not isinstance(p.load, Offered | Ramp)]
+        lasts_s.clear()
         figures = figures_of(ask(_plan(setup, points, requests, steps, capacities)))
     plays_as_timed = len(points) * setup.lab.repeats
     return PointForecasts(
@@ -116,6 +124,7 @@ def forecast(
             for p in points
         },
         without=without,
+        trial_s={key: fmean(seconds[: setup.lab.repeats]) for key, seconds in lasts_s.items()},
         step_times=_described(steps.values()),
         machine_spread=spread,
     )

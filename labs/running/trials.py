@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import requests
 
@@ -139,6 +140,8 @@ class Trials:
         self._engines, self._load, self._in_turn = engines, load, in_turn
         self._telemetry, self._counts = telemetry, counts
         self._reference = reference  # None beside an endpoint, which may be on another machine
+        forecasts = folder.predictions().in_virtual_time
+        self._forecast_s = forecasts.trial_s if forecasts else {}
         self._left = len(self.due(interleave(setup, setup.lab.variants)))
         self._played = self._again = 0  # trials of this sitting; attempts that were discarded
         self._sent = 0  # requests, in all attempts at this trial
@@ -166,20 +169,26 @@ class Trials:
         Once as many trials were played as there are points, it is what each of these took: windows
         that were held open and attempts that were measured again are in that.
         """
-        lab, points = self._setup.lab, self._setup.points
+        points = self._setup.points
         if self._played >= len(points):
             return self._left * self._took_s / self._played
-        warmup_s = sum(p.workload.warmup_s or lab.warmup_s for p in points) / len(points)
+        planned_s = fmean(self._planned_s(point) for point in points)
         attempts_each = 1 + self._again / max(1, self._played)
-        return self._left * attempts_each * (warmup_s + lab.window_s + PER_TRIAL_S)
+        return self._left * attempts_each * (planned_s + PER_TRIAL_S)
 
     def trial_s(self, point: Point) -> float:
         """Estimate how long a trial of this point takes, no trial so far having taken longer."""
         return self._planned_s(point) + self._beside_s
 
     def _planned_s(self, point: Point) -> float:
+        """Return the forecast from a trial's start to its last answer, or else its plan.
+
+        On a slow machine a window is held open until enough requests count, which only the forecast
+        knows.
+        """
         lab = self._setup.lab
-        return (point.workload.warmup_s or lab.warmup_s) + lab.window_s
+        as_written = (point.workload.warmup_s or lab.warmup_s) + lab.window_s
+        return max(as_written, self._forecast_s.get(point.key, 0.0))
 
     def play(self, point: Point, repeat: int) -> None:
         """Play one trial and record it; a failure is recorded with its reason.

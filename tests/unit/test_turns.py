@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from labs.filing.results import RunFolder, Session, TrialResult, write_json
+from labs.filing.results import PointForecasts, RunFolder, Session, TrialResult, write_json
 from labs.lab import Point, Variant
 from labs.running.clock import Clock
 from labs.running.counts import Counts
@@ -272,5 +272,12 @@ def test_once_every_point_was_played_the_rest_is_estimated_from_what_it_took(
     trials.expect(3)
     lab = harness.setup.lab
     assert trials.remaining_s == pytest.approx(3 * (lab.warmup_s + lab.window_s + PER_TRIAL_S))
+    forecasts = PointForecasts(points={}, trial_s={points[0].key: 60.0, points[1].key: 0.1})
+    told = harness.folder.predictions().model_copy(update={"in_virtual_time": forecasts})
+    write_json(harness.folder.path / "predictions.json", told)
+    trials = Noted(harness.folder).trials  # one point's window is held open, as was forecast
+    trials.expect(3)
+    others_s = (len(points) - 1) * (lab.warmup_s + lab.window_s)
+    assert trials.remaining_s == pytest.approx(3 * ((60.0 + others_s) / len(points) + PER_TRIAL_S))
     trials._played, trials._took_s = len(points), 7.0 * len(points)
     assert trials.remaining_s == pytest.approx(3 * 7.0)
