@@ -39,7 +39,7 @@ INSTALL := $(PYTHON_HERE) -m serving.install $(if $(OTHER_VLLM),--vllm "$$LABS_V
 # Without the setting $1 a command shows what it takes.
 or_help = $(if $(value LABS_$1),,--help)
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan diagnose score-forecasts labs-all draft adapters outliers quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse check bench clean distclean
+.PHONY: help setup labs forecast plan diagnose score-forecasts labs-all draft adapters outliers sparsity quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse check bench clean distclean
 
 help: ## List the targets
 	@echo "Labs (what is missing is installed first):"
@@ -75,7 +75,7 @@ score-forecasts: setup ## Show how near the forecasts of recorded runs came to w
 labs-all: setup ## Run every lab in order, continuing where it stopped: [ONLY=a,b] [SECONDS=530] [ARCHIVE=x.tar.gz] [FRESH=1]
 	@$(BIN)/labs all
 
-draft adapters outliers: setup ## Make the draft model, the LoRA adapters, the study of outliers: [AGAIN=1]
+draft adapters outliers sparsity: setup ## Make the draft model, the LoRA adapters, the studies of outliers and zeros: [AGAIN=1]
 	@$(BIN)/labs make $@
 
 quantize: setup ## Make quantized weights: METHOD=w8a8|w4a16-gptq|.. (make quantize lists them)

@@ -134,7 +134,7 @@ def evaluate(
         for length in (lengths_tokens[:2] if quick else lengths_tokens)
         for seed in range(1 if quick else seeds)
     ]
-    passages = tuple(score_passage(client, text) for text in _passages("held_out.txt")[third])
+    passages = tuple(score_passage(client, text) for text in read_passages("held_out.txt")[third])
     with thread_pool(at_once) as pool:
         needles = pool.map(lambda text: ask_needles(client, *text), texts)
         tasks = pool.map(lambda task: ask_task(client, *task), tasks_with_shots()[third])
@@ -197,7 +197,7 @@ def needles_text(length_tokens: int, seed: int) -> tuple[str, dict[str, str]]:
     """
     rng = random.Random(f"{length_tokens}/{seed}")
     numbers = {key: str(rng.randrange(1000, 10000)) for key in rng.sample(KEYS, len(DEPTHS))}
-    prose = [s for p in _passages("held_out.txt") for s in re.split(r"(?<=\.) ", p)]
+    prose = [s for p in read_passages("held_out.txt") for s in re.split(r"(?<=\.) ", p)]
     first, words, sentences = rng.randrange(len(prose)), 0, list[str]()
     while words < (length_tokens - 105) / 1.13:
         sentences.append(prose[(first + len(sentences)) % len(prose)])
@@ -211,11 +211,19 @@ def needles_text(length_tokens: int, seed: int) -> tuple[str, dict[str, str]]:
 def tasks_with_shots() -> list[tuple[str, str, str]]:
     """List each task as (the examples before it, its question, the exact answer)."""
     tasks = []
-    for block in _passages("tasks.txt"):
-        rows = [line.split(" | ") for line in block.splitlines()]
+    for rows in task_blocks():
         shots = "".join(f"{question} {answer}\n" for question, answer in rows[:SHOTS])
         tasks += [(shots, question, answer) for question, answer in rows[SHOTS:]]
     return tasks
+
+
+def task_blocks() -> list[list[tuple[str, str]]]:
+    """List the blocks of tasks, each (question, answer); the first `SHOTS` of one are examples."""
+    blocks = []
+    for block in read_passages("tasks.txt"):
+        rows = [line.split(" | ") for line in block.splitlines()]
+        blocks.append([(question, answer) for question, answer in rows])
+    return blocks
 
 
 def ask_task(
@@ -229,5 +237,6 @@ def ask_task(
     )
 
 
-def _passages(name: str) -> list[str]:
+def read_passages(name: str) -> list[str]:
+    """Read the passages, or blocks, of a file in `TEXTS`."""
     return (TEXTS / name).read_text(encoding="utf-8").strip().split("\n\n")

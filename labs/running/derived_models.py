@@ -19,13 +19,13 @@ from typing import Any
 
 import orjson
 
-from labs.judging.evaluation import TEXTS
+from labs.judging.evaluation import SHOTS, TEXTS, read_passages, task_blocks
 from labs.lab import LabError, NotApplicable
 from loadtests.arrivals import Concurrent
 from loadtests.prompts import Writer, counter
 from loadtests.structures import FORMS, example, spec
 from loadtests.workload import Fixed, Workload
-from serving import dummy, models
+from serving import dummy, models, prune
 from serving.models import Model, ModelError
 from serving.process import Process
 
@@ -38,9 +38,9 @@ class Recipe:
 
     `minutes` is about how long that takes. `prompts` are the workloads whose kinds of prompt it is
     trained on. A quantizer reads `text`, and so does a study, which leaves figures and no model.
-    `structures` is how many structures of each form a study times instead. A quick run trains on
-    `quick_prompts_each` prompts of each kind, unless that is 0. A recipe with none of the three
-    gets no input.
+    `structures` is how many structures of each form a study times instead. One that `scores` gets
+    all texts, and the tasks. A quick run trains on `quick_prompts_each` prompts of each kind,
+    unless that is 0. A recipe with none of these gets no input.
     """
 
     what: str
@@ -50,11 +50,12 @@ class Recipe:
     method: str = ""
     text: str = ""
     structures: int = 0
+    scores: bool = False
     quick_prompts_each: int = 0
 
     @property
     def reads_input(self) -> bool:
-        return bool(self.prompts or self.text or self.structures)
+        return bool(self.prompts or self.text or self.structures or self.scores)
 
 
 def _kind(name: str, tokens: int, **fields: Any) -> Workload:
@@ -65,6 +66,13 @@ def _kind(name: str, tokens: int, **fields: Any) -> Workload:
         loads=(Concurrent(users=1),),
         **fields,
     )
+
+
+def _pruned(method: prune.Method) -> Recipe:
+    percent = f"{method.share:.0%} of the weights"
+    zeros = "two of each four weights" if method.pattern == "2-4" else percent
+    what = f"the served model with {zeros} set to zero, chosen by {method.by}"
+    return Recipe(what, "serving.prune", 0.3, method=str(method), text="calibration.txt")
 
 
 def _quantized(method: str, what: str, minutes: float, text: str = "calibration.txt") -> Recipe:
@@ -110,6 +118,13 @@ RECIPES: dict[str, Recipe] = {
         method="mqa",
     ),
     "gguf": Recipe("the served model as a GGUF file, for llama.cpp", "serving.to_gguf", 0.5),
+    "sparsity": Recipe(
+        "a study of what zeros in the weights cost, at every sparsity",
+        "serving.sparsity",
+        2,
+        scores=True,
+    ),
+    **{name: _pruned(prune.Method.parse(name)) for name in prune.METHODS},
     "w8a8-rtn": _quantized("w8a8-rtn", "INT8 weights and activations, rounded to nearest", 1),
     "w8a8": _quantized("w8a8", "INT8 weights and activations by SmoothQuant and GPTQ", 2),
     "w4a16-rtn": _quantized("w4a16-rtn", "4-bit weights, rounded to nearest", 1),
@@ -192,11 +207,13 @@ def _make(
     recipe: Recipe, name: str, model: Model, folder: Path, each: int, report: Callable[[str], None]
 ) -> None:
     """Run the recipe's module, with `each` prompts of every kind. Raises LabError."""
-    inputs = TEXTS / recipe.text if recipe.text else models.CACHE / f"{name}-prompts.jsonl"
+    inputs = TEXTS / recipe.text if recipe.text else models.CACHE / f"{name}-input.jsonl"
     if recipe.prompts:
         _write_prompts(inputs, model, recipe.prompts, each)
     if recipe.structures:
         _write_structures(inputs, recipe.structures)
+    if recipe.scores:
+        _write_scored(inputs)
     began, log = time.monotonic(), models.CACHE / f"{name}.log"
     log.unlink(missing_ok=True)
     argv = [sys.executable, "-m", recipe.module, *([recipe.method] if recipe.method else [])]
@@ -234,6 +251,18 @@ def _write_structures(path: Path, each: int) -> None:
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+
+
+def _write_scored(path: Path) -> None:
+    """Write the texts that a study calibrates on and scores, and the tasks, as one JSON object."""
+    texts = {
+        "calibration": read_passages("calibration.txt"),
+        "held_out": read_passages("held_out.txt"),
+        "tasks": task_blocks(),
+        "examples": SHOTS,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(orjson.dumps(texts))
 
 
 def about(folder: Path) -> dict[str, Any]:

@@ -197,6 +197,18 @@ def _served(setup: Setup, variant: Variant) -> Path:
     return setup.weights.get(variant.name, setup.model).path
 
 
+def _timed(setup: Setup, variant: Variant) -> Path:
+    """Return the folder whose step is timed: the model's own, where the variant's configuration is.
+
+    Pruned weights change no step, so that variants which serve them share the model's timing.
+    """
+    model, served = setup.model.path, _served(setup, variant)
+    if served == model:
+        return model
+    configs = [(folder / "config.json").read_bytes() for folder in (served, model)]
+    return model if configs[0] == configs[1] else served
+
+
 def _config(path: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(path.read_text())
     return config
@@ -210,7 +222,7 @@ def _step_of(setup: Setup, point: Point) -> TimingPlan:
     flags, cpu = VllmFlags(point.variant.flags), setup.machine.kind == "cpu"
     adapters = point.workload.adapters is not None
     return TimingPlan(
-        config=_served(setup, point.variant) / "config.json",
+        config=_timed(setup, point.variant) / "config.json",
         device="cpu" if cpu else "cuda",
         cores=tuple(machines.split_cores()[0]) if cpu else (),
         # one size for all variants, so that those whose steps are the same share a timing
@@ -234,7 +246,7 @@ def _kernel_argv(setup: Setup, point: Point) -> tuple[str, ...]:
         return ()
     deciding = ("block-size", "kv-cache-dtype")
     flags = {n: f for n, f in point.variant.flags.items() if n in deciding}
-    return ("--model", str(_served(setup, point.variant)), *Vllm.flag_argv(flags))
+    return ("--model", str(_timed(setup, point.variant)), *Vllm.flag_argv(flags))
 
 
 def _largest_step(setup: Setup) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from labs.filing import results
 from labs.running import derived_models
 from loadtests.structures import FORMS
+from serving import prune
 from serving.adapters import mark_of
 from serving.masks import BACKENDS
 from serving.models import Model
@@ -28,6 +29,21 @@ STUDY = {
     "inputs": {},
 }
 
+SPARSITY = {
+    "passages_tokens": [10, 20],
+    "loss_nats": {
+        "dense": [30.0, 60.0],
+        **{name: [30.0 + 0.1 * n, 60.0 + 0.3 * n] for n, name in enumerate(prune.METHODS)},
+    },
+    "solved": {name: [True, False] for name in ("dense", *prune.METHODS)},
+    "zeros": {name: prune.Method.parse(name).share for name in prune.METHODS},
+    "energy_gone": {"dense": 0.0, **{name: 0.01 for name in prune.METHODS}},
+    "pruned_params": 100_000_000,
+    "held_out_sha256": "0" * 64,
+    "calibration_sha256": "1" * 64,
+    "calibration_tokens": 2048,
+    "seconds": 1.0,
+}
 MASKS = {
     "processors": 2,
     "vocabulary": 49_152,
@@ -42,6 +58,8 @@ MASKS = {
         for backend in BACKENDS
     },
 }
+
+STUDIES = {"outliers": STUDY, "masks": MASKS, "sparsity": SPARSITY}
 
 
 def folder_of(name: str, results: Path) -> Path:
@@ -63,9 +81,8 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
                 adapter.mkdir()
                 (adapter / "mark.txt").write_text(mark_of(tenant))
         return folder
-    if name in ("outliers", "masks"):
-        study = STUDY if name == "outliers" else MASKS
-        (folder / "about.json").write_text(json.dumps(study))
+    if name in STUDIES:
+        (folder / "about.json").write_text(json.dumps(STUDIES[name]))
         return folder
     if name == "gguf":  # the fake engine reads a folder in its place
         (folder / "model.gguf").symlink_to(model.path.resolve())
@@ -78,13 +95,27 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
     if name == "mha":
         config["num_key_value_heads"] = config["num_attention_heads"]
     (folder / "config.json").write_text(json.dumps(config))
+    if name in prune.METHODS:
+        _pruned(model, folder, prune.Method.parse(name))
+        return folder
     _half_as_large(model, folder / "model.safetensors")
     return folder
 
 
+def _pruned(model: Model, folder: Path, method: prune.Method) -> None:
+    """The record of the zeros, and weights as large as the model's own."""
+    about = {"asked": method.share, "zeros": method.share, "groups_too_full": 0,
+             "pruned_params": SPARSITY["pruned_params"]}  # fmt: skip
+    (folder / "about.json").write_text(json.dumps(about))
+    _header(model.shape.weight_bytes, folder / "model.safetensors")
+
+
 def _half_as_large(model: Model, path: Path) -> None:
-    """A header that says so; nobody reads the rest."""
-    size = model.shape.weight_bytes // 2
+    _header(model.shape.weight_bytes // 2, path)
+
+
+def _header(size: int, path: Path) -> None:
+    """A header that says how large the weights are; nobody reads the rest."""
     tensor = {"dtype": "I8", "shape": [size], "data_offsets": [0, size]}
     header = json.dumps({"model.weight": tensor}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header)
