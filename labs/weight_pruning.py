@@ -142,13 +142,18 @@ def claim(name: str, title: str, metric: str, variant: str, load: int) -> Claim:
 
 def claims(many: int) -> tuple[Claim, ...]:
     return (
-        claim("half-one", "Half of the weights are zero, and a single stream's TPOT is the same",
+        claim("half-one",
+              "Half of the weights are zero, and a single stream's TPOT is the same",
               "tpot_mean_s", "wanda-50", 1),
-        claim("pattern-one", "In the pattern of sparse tensor cores it is the same too (2:4)",
+        claim("pattern-one",
+              "Two of each four weights are zero (2:4), and a single stream's TPOT is the same",
               "tpot_mean_s", "wanda-2-4", 1),
-        claim("half-many", f"So is the throughput with {many} in flight",
+        claim("half-many",
+              f"Half of the weights are zero, and throughput with {many} in flight is the same",
               "output_tokens_per_s", "wanda-50", many),
-        claim("pattern-many", "In the pattern 2:4 as well",
+        claim("pattern-many",
+              f"Two of each four weights are zero (2:4), and throughput with {many} in flight is"
+              " the same",
               "output_tokens_per_s", "wanda-2-4", many),
     )  # fmt: skip
 
