@@ -151,12 +151,15 @@ def tell_told(facts: ToldApart) -> Finding:
         " counted, beside the trials of the reference. The rule and its thresholds were written"
         " before (`labs/judging/diagnosis.py`)."
     ]
-    lines += [
-        f"*{TITLES[t.injected]}*, repeat {t.repeat}, was named *{TITLES[t.named]}*"
-        f"{f': {t.why}' if t.why else ': nothing was worse by more than the thresholds'}."
-        for t in facts.trials
-        if not t.right
-    ]
+    for injected, named_otherwise in dict.fromkeys(
+        (t.injected, t.named) for t in facts.trials if not t.right
+    ):
+        alike = [t for t in facts.trials if (t.injected, t.named) == (injected, named_otherwise)]
+        repeats = ", ".join(str(t.repeat) for t in alike)
+        why = alike[0].why or "nothing was worse by more than the thresholds"
+        lines.append(
+            f"*{TITLES[injected]}* (repeat {repeats}) was named *{TITLES[named_otherwise]}*: {why}."
+        )
     lines += [
         f"*{TITLES[injected]}* was known by this (repeat {t.repeat}): {t.why}."
         for injected in facts.injected
@@ -476,12 +479,16 @@ def tell_coefficients(facts: Coefficients) -> Finding:
             continue
         for i, (term, found) in enumerate(zip(TERMS[name], fit.coefficients, strict=True)):
             scale, unit = SCALES[i]
-            low, high = scale * (found.value - found.reach), scale * (found.value + found.reach)
-            forecast = "–" if found.forecast is None else f"{scale * found.forecast:.3g} {unit}"
+            low, high = (scale * (found.value + s * found.reach) for s in (-1, 1))
             rows.append(
-                [title if i == 0 else "", term, f"{scale * found.value:.3g} {unit}",
-                 f"{low:.3g} to {high:.3g} {unit}", forecast]
-            )  # fmt: skip
+                [
+                    title if i == 0 else "",
+                    term,
+                    f"{number(scale * found.value)} {unit}",
+                    f"{number(low)} to {number(high)} {unit}",
+                    "–" if found.forecast is None else f"{number(scale * found.forecast)} {unit}",
+                ]
+            )
     if facts.ttft and facts.itl:
         lines += [made_of(facts.ttft, facts.itl)]
         lines.append(
@@ -556,8 +563,8 @@ def told_from_metrics(run: JudgedRun) -> str | None:
     but = f" Otherwise: {'; '.join(dict.fromkeys(missed))}." if missed else ""
     return (
         f"Each brought about alone, {facts.right} of {len(facts.trials)} trials were named rightly"
-        " from the engine's metrics: preemptions are counted, a cold cache loses its hits, a"
-        " neighbour shows in the longest prompt, and a burst in the time in the queue."
+        " from the engine's metrics. The marks that are looked for: preemptions are counted, a cold"
+        " cache loses its hits, a neighbour shows in the longest prompt, a burst in the queue."
         f"{but} `make diagnose` applies the same rule to a running server."
     )
 
@@ -649,7 +656,8 @@ def draw_signatures(run: JudgedRun) -> str | None:
     ):  # fmt: skip
         for y, row in enumerate(texts):
             for x, text in enumerate(row):
-                ax.text(x, y, text, ha="center", va="center")
+                dark = ax is left and abs(math.log2(ratios[y, x])) > 0.7 * most
+                ax.text(x, y, text, ha="center", va="center", color="white" if dark else "black")
         ax.set_yticks(range(len(causes)), [TITLES[c] for c in causes] if ax is left else [])
         ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
         ax.grid(False)

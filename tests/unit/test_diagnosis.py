@@ -264,7 +264,10 @@ def test_trials_are_named_blind_and_counted(tmp_path: Path) -> None:
     assert rows[0][header.index("Named: nothing")] == str(LAB.repeats)
     (cold,) = (row for row in rows if row[0] == "a cold cache")
     assert cold[header.index("Named: nothing")] == str(LAB.repeats)
-    assert any("*a cold cache*, repeat 1, was named *nothing*" in line for line in finding.lines)
+    assert any(
+        "*a cold cache* (repeat 1, 2, 3, 4) was named *nothing*: nothing" in line
+        for line in finding.lines
+    )
 
     table = SIGNATURE.finding(found)
     at = {row[0]: dict(zip(table.rows[0], row, strict=True)) for row in table.rows}
@@ -297,7 +300,7 @@ def test_coefficients_are_found_again(tmp_path: Path) -> None:
     assert [c.value for c in facts.itl.coefficients] == pytest.approx([0.05, 1e-5])
     assert all(c.known and c.forecast is None for c in facts.ttft.coefficients)
     finding = COEFFICIENTS.finding(found)
-    assert [row[2] for row in finding.rows[1:]] == ["100 ms", "1e+03 µs", "1e+03 ns", "50 ms",
+    assert [row[2] for row in finding.rows[1:]] == ["100 ms", "1,000 µs", "1,000 ns", "50 ms",
                                                     "10 µs"]  # fmt: skip
     assert COEFFICIENTS.drawing(judged_run(found))
 
