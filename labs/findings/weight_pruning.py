@@ -554,8 +554,8 @@ def distillation(run: JudgedRun) -> str | None:
         return None
     lost = facts.lost
     kept = (
-        f" Zeros in half of the weights cost {_ratio(lost)} times the perplexity and no time is won"
-        " (measured)."
+        f" Zeros in half of the weights cost {_ratio(lost)} times the perplexity (measured) and"
+        " leave the bytes as they are."
         if lost
         else ""
     )
