@@ -148,8 +148,8 @@ def on_random_weights(lab: Lab) -> Lab:
 LAB = Lab(
     name="serving-engines",
     title="Serving engines",
-    question="The same model and requests on vLLM, transformers and llama.cpp: which serves more, and"
-    " what can each not do?",
+    question="The same model and requests on vLLM, transformers and llama.cpp: which serves more,"
+    " and what can each not do?",
     answers=("SO-7",),
     variants=(VLLM, *OTHERS),
     flags={
