@@ -28,6 +28,7 @@ def _labs() -> dict[str, Lab]:
             _lab("chunked_prefill"),
             _lab("overload"),
             _lab("diagnosis"),
+            _lab("tiled_attention"),
             _lab("paged_kv"),
             _lab("prefix_caching"),
             _lab("kv_quantization"),

@@ -41,6 +41,7 @@ from serving.models import Shape
 
 MOST_POINTS = 500  # load points of a lab
 MOST_REQUESTS = 3_000_000  # prepared for all repeats of all load points
+MOST_ATTENTION_TOKENS = 131_072  # at which attention is timed by itself
 LONGEST_S = 7 * 24 * 3600.0  # a window, a warm-up or a timeout
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_S, allow_inf_nan=False)]
 MARGIN = 0.05
@@ -270,6 +271,8 @@ READ_TEXT = ("studies", "probes", "findings", "plots")
 NO_TEXT = "quality is not measured on random weights, nor is what else is read off the text"
 
 
+FUNCTIONS = ("acceptance", "guessed", "masking", "arithmetic")
+"""The fields of a lab that are functions, in no file: predictions made by them are on file."""
 ONE_LOOK: dict[str, Any] = {"most_repeats": 0, "starts": 1}
 """What a quick run of any lab does without, unless the lab says otherwise."""
 OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"most_s": 1800.0}}
@@ -311,6 +314,11 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     forecasts: Annotated[tuple[Forecast, ...], Field(max_length=100)] = ()
     evidence: tuple[Evidence, ...] = ()
     studies: tuple[str, ...] = ()  # measured once on the model itself, without an engine
+    # lengths at which attention is timed by itself in each run, before its engines start
+    attention_tokens: Annotated[
+        tuple[Annotated[int, Field(gt=0, le=MOST_ATTENTION_TOKENS)], ...],
+        Field(exclude_if=lambda lengths: not lengths),
+    ] = ()
     probes: tuple[str, ...] = ()  # asked of the engines after their trials
     probed: tuple[str, ...] = ()  # the variants whose engines are probed; all where none is named
     findings: tuple[str, ...] = ()  # conclusions beyond the claims
@@ -345,6 +353,10 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     guessed: Annotated[Callable[[Point], float] | None, Field(exclude=True)] = None
     # how long the engine is expected to take over the structure of an answer; None: no structure
     masking: Annotated[Callable[[Point], Masking | None] | None, Field(exclude=True)] = None
+    # what its findings are held against, by what it is of, `memory at 4096`; None: nothing
+    arithmetic: Annotated[
+        Callable[[Lab, Point], dict[str, Prediction]] | None, Field(exclude=True)
+    ] = None
     left_out: tuple[str, ...] = ()  # with random weights or without an engine, with its reason
     # the variants whose engines cannot serve the model here; none is left out of files
     absent: Annotated[tuple[str, ...], Field(exclude_if=lambda absent: not absent)] = ()
@@ -496,7 +508,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
                     plain.setdefault(name, info.get_default())  # what a digest leaves out
         for path, value in (item for layer in layers for item in layer.items()):
             _set(fields, path, copy.deepcopy(value))  # a later path may lead into it
-        expected = {n: getattr(self, n) for n in ("acceptance", "guessed", "masking")}
+        expected = {n: getattr(self, n) for n in FUNCTIONS}
         try:
             return Lab.model_validate(fields | expected)
         except ValidationError as error:
@@ -563,8 +575,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
                 if e.arm.variant in (name, None)
                 for v in names
             ),
-            "studies": (), "probes": (), "probed": (), "findings": (), "plots": (),
-            "limits": {}, "next_knobs": (),
+            "studies": (), "attention_tokens": (), "probes": (), "probed": (), "findings": (),
+            "plots": (), "limits": {}, "next_knobs": (),
         })  # fmt: skip
 
     def flags_of(self, variant: Variant) -> VllmFlags:

@@ -42,6 +42,36 @@ def prefill_left_s(shape: Shape, ceilings: Ceilings, tokens: float, cached_token
     return max(compute_s, weights_s)
 
 
+def quadratic_share(shape: Shape, tokens: float) -> float:
+    """The share of a prefill's FLOP that grows as N^2: 2 L d N^2 of `prefill_flops`."""
+    squared = 2 * shape.layers * shape.heads * shape.head_dim * tokens**2
+    return squared / prefill_flops(shape, tokens)
+
+
+def attention_flops(shape: Shape, tokens: float) -> float:
+    """FLOP of attention in one layer where every token attends to every token: 4 N^2 d heads."""
+    return 4 * tokens**2 * shape.head_dim * shape.heads
+
+
+def scores_bytes(shape: Shape, tokens: float) -> float:
+    """Bytes of one layer's scores in float32: a number for each pair of tokens and each head."""
+    return 4 * shape.heads * tokens**2
+
+
+def attention_bytes(shape: Shape, tokens: float, cache_bytes: float | None) -> float:
+    """Bytes that one layer's attention moves between memory and a cache, inputs in BF16.
+
+    Written down as it stands (`cache_bytes` is None): inputs and output once, 4 N d numbers a head,
+    the scores written and read, and their softmax written and read. In tiles: 4 N d + N^2 d^2 / M
+    numbers a head, with M the numbers that the cache holds. Source: FlashAttention (Dao et al.
+    2022), algorithm 0 and theorem 2, whose constant is taken as 1.
+    """
+    once = 2 * shape.heads * 4 * tokens * shape.head_dim
+    if cache_bytes is None:
+        return once + 4 * scores_bytes(shape, tokens)
+    return once + 2 * shape.heads * (tokens * shape.head_dim) ** 2 / (cache_bytes / 2)
+
+
 def decode_bytes(
     shape: Shape, batch: float, context_tokens: float, kv_value_bytes: float = 2
 ) -> float:

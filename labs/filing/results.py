@@ -7,6 +7,7 @@ results/<machine>/bench.json            how exact the lab's own instruments are,
 results/<machine>/<lab>/<UTC>-<digest>/
     run.json            the resolved lab, seeds, argv, environment
     predictions.json    written before the first engine starts
+    probes/*.json.gz    what was asked of the engines beside the load; attention timed by itself
     trials/<variant>/<workload>/<load>/<repeat>/requests.jsonl.gz  trial.json
                         telemetry.csv.gz    on a GPU; on a CPU where its energy can be read
                         engine-series.json.gz   where Prometheus scraped the engine's metrics
@@ -64,6 +65,7 @@ from loadtests import records
 from loadtests.plan import TrialSummary
 from loadtests.workload import Name
 from serving import masking, metrics, telemetry, whole
+from serving.attention import AttentionTimes
 from serving.machine import Ceilings, Environment, Machine
 from serving.metrics import Histogram, Snapshot
 from serving.models import ROOT, Shape
@@ -72,6 +74,7 @@ from serving.reference_step import ReferenceStep
 M = TypeVar("M", bound=BaseModel)
 RESULTS = Path(os.environ.get("LABS_RESULTS") or ROOT / "results").resolve()
 FORMAT_VERSION = 2  # 1 hashed whole files of requests, and not only what is sent
+AT = " at "  # between what a lab's arithmetic is of and at which size
 LEAST_FREE_BYTES = 300 * 2**20
 MOST_RECORD_BYTES = 2**30  # of a run's records, unpacked
 MOST_RECORDED_TOKENS = 10**8  # of a run
@@ -260,7 +263,8 @@ class Predictions(BaseModel, frozen=True, extra="forbid"):
     `effects[claim][treatment|baseline]` is the ratio of two points' forecasts where both have one;
     `closed_forms` then holds the lab's own formula beside it. `forecasts[name][point]` are closed
     forms, most of them bounds. `in_virtual_time` holds every point's forecast; it is None in runs
-    before it was introduced, and where none could be made.
+    before it was introduced, and where none could be made. `arithmetic` is what findings are held
+    against, by what it is of: `memory, untiled at 4096`.
     """
 
     effects: dict[str, dict[str, Prediction]]
@@ -268,6 +272,7 @@ class Predictions(BaseModel, frozen=True, extra="forbid"):
     forecasts: dict[str, dict[str, Prediction]]
     in_virtual_time: PointForecasts | None = None
     acceptance: dict[str, float] = {}  # point that guesses ahead -> share of tokens accepted
+    arithmetic: dict[str, Prediction] = {}
 
 
 class Discarded(BaseModel, frozen=True, extra="forbid"):
@@ -420,6 +425,20 @@ class RunFolder:
     def probe_file(self, probe: str, variant: str) -> Path:
         """Return the path of a probe's result on a variant's engine."""
         return self.path / "probes" / f"{probe}-{variant}.json.gz"
+
+    @property
+    def attention_file(self) -> Path:
+        """Return the path of how long attention took by itself."""
+        return self.path / "probes" / "attention.json.gz"
+
+    def attention_times(self) -> AttentionTimes | None:
+        """Read how long attention took by itself; None where it was not timed."""
+        if not self.attention_file.exists():
+            return None
+        try:
+            return AttentionTimes.model_validate_json(bounded.unpacked(self.attention_file))
+        except ValidationError as error:
+            raise DamagedError(f"{self.attention_file}{_first_error(error)}") from error
 
     def probe_result(self, probe: str, variant: str) -> dict[str, Any] | None:
         """Read the result of a probe, or of its quick form, on a variant's engine, if any."""

@@ -278,7 +278,7 @@ def time_steps(plans: Iterable[TimingPlan]) -> dict[TimingPlan, StepTimes]:
     Raises ForecastError when that process fails, or takes longer than TIMING_LIMIT_S.
     """
     kinds = list(dict.fromkeys(plans))
-    with _guarded("step timer", TIMER_ARGV) as timer:
+    with guarded("step timer", TIMER_ARGV) as timer:
         time_limit = threading.Timer(TIMING_LIMIT_S, timer.request_stop)
         time_limit.start()
         try:
@@ -290,7 +290,7 @@ def time_steps(plans: Iterable[TimingPlan]) -> dict[TimingPlan, StepTimes]:
         finally:
             time_limit.cancel()
         if exit_code:
-            raise ForecastError(f"the step could not be timed: {_last_line(timer)}")
+            raise ForecastError(f"the step could not be timed: {last_line(timer)}")
     return {
         plan: StepTimes.model_validate_json(line) for plan, line in zip(kinds, lines, strict=True)
     }
@@ -397,7 +397,7 @@ def _forecaster() -> Iterator[tuple[Send, Receive]]:
     It imports vLLM, says that it is ready, and waits for plans; each is read to its end before the
     next is sent.
     """
-    with _guarded("forecaster", FORECASTER_ARGV) as forecaster:
+    with guarded("forecaster", FORECASTER_ARGV) as forecaster:
         ready, due = False, 0
 
         def send(plan: ForecastPlan) -> None:
@@ -405,7 +405,7 @@ def _forecaster() -> Iterator[tuple[Send, Receive]]:
             ready = ready or forecaster.stdout.readline() == "ready\n"
             if not ready:
                 forecaster.wait()
-                raise ForecastError(f"vLLM's engine core does not import: {_last_line(forecaster)}")
+                raise ForecastError(f"vLLM's engine core does not import: {last_line(forecaster)}")
             due = sum(len(engine.trials) for engine in plan.engines)
             with contextlib.suppress(BrokenPipeError):  # it has ended: the next line is missing
                 forecaster.stdin.write(plan.model_dump_json() + "\n")
@@ -416,7 +416,7 @@ def _forecaster() -> Iterator[tuple[Send, Receive]]:
                 if not (line := forecaster.stdout.readline()):
                     forecaster.wait()
                     raise ForecastError(
-                        f"vLLM's scheduler could not be driven: {_last_line(forecaster)}"
+                        f"vLLM's scheduler could not be driven: {last_line(forecaster)}"
                     )
                 yield ForecastPlay.model_validate_json(line)
 
@@ -424,7 +424,7 @@ def _forecaster() -> Iterator[tuple[Send, Receive]]:
 
 
 @contextlib.contextmanager
-def _guarded(name: str, argv: Sequence[str]) -> Iterator[Process]:
+def guarded(name: str, argv: Sequence[str]) -> Iterator[Process]:
     """Start a process that ends with this one, with pipes to it and a log that goes with it."""
     with (
         TemporaryDirectory(prefix="lab-forecast-") as folder,
@@ -433,7 +433,7 @@ def _guarded(name: str, argv: Sequence[str]) -> Iterator[Process]:
         yield process
 
 
-def _last_line(process: Process) -> str:
+def last_line(process: Process) -> str:
     lines = (line.strip() for line in reversed(process.tail().splitlines()))
     reasons = (line for line in lines if line and not line.startswith("For further information"))
     return next(reasons, "it printed no reason")

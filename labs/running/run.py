@@ -28,6 +28,7 @@ from labs.filing.results import (
 from labs.judging.validity import Served
 from labs.lab import LabError
 from labs.running import backfill, engine_series
+from labs.running.attention import time_attention
 from labs.running.engines import order_of_engines, resident_groups
 from labs.running.forecast import ForecastError, forecast, ratio_of_forecasts
 from labs.running.harness import open_harness
@@ -72,6 +73,7 @@ def run(request: RunRequest, progress: ProgressDisplay) -> RunFolder:
                 "This endpoint shows no metrics: nothing is proved from the engine's side"
             )
         _write_and_show_predictions(setup, folder, work, progress)
+        time_attention(setup, folder, progress)
         session = _measure(setup, folder, work, progress, began)
         write_json(folder.path / "session.json", session)
         _finish(folder, session, progress, reports=not setup.clock.bounded)
@@ -307,6 +309,7 @@ def predict(setup: Setup, forecasts: PointForecasts | None) -> Predictions:
             for p in points
             if lab.acceptance and p.flags.speculative_config
         },
+        arithmetic=lab.arithmetic(lab, points[0]) if lab.arithmetic else {},
         forecasts={
             f.name: {p.key: f.predict(p) for p in points if f.arm.matches(p)} for f in lab.forecasts
         },

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from labs.filing.results import Finding, Predictions, Run, RunFolder, Session, Summary
+from labs.filing.results import AT, Finding, Predictions, Run, RunFolder, Session, Summary
 from labs.findings.parts import published_of
 from labs.findings.published import Part
 from labs.judging.judge import Caveat
@@ -370,6 +370,7 @@ def formulas(lab: Lab, predictions: Predictions) -> list[Inline]:
         for f in lab.forecasts
         for p in predictions.forecasts[f.name].values()
     ]
+    predicted += [(what.partition(AT)[0], "", p) for what, p in predictions.arithmetic.items()]
     uses_of: dict[tuple[str, str, str], list[tuple[str, Prediction]]] = {}
     for what, title, p in predicted:
         uses_of.setdefault((what, p.formula, p.source), []).append((title, p))

@@ -40,6 +40,14 @@ class Compilation(BaseModel, frozen=True, extra="forbid", strict=True):
     max_cudagraph_capture_size: int | None = None
 
 
+class Attention(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Lists what may be set of attention: which kernels, and how far they split the keys."""
+
+    backend: Word | None = None
+    flash_attn_version: int | None = None
+    flash_attn_max_num_splits_for_cuda_graph: int | None = None
+
+
 class StructuredOutputs(BaseModel, frozen=True, extra="forbid", strict=True):
     """Lists what may be set of structured outputs: no plug-in of one's own."""
 
@@ -85,6 +93,7 @@ class Harmless(
     quantization: Word = ""
     enforce_eager: bool = False
     attention_backend: Word = ""
+    attention_config: Attention = Attention()
     moe_backend: Word = ""
     linear_backend: Word = ""
     optimization_level: int = 0

@@ -370,8 +370,10 @@ class Vllm(Engine):
         """Read how it runs the model, which vLLM's metrics do not show."""
         text = log.read_text(errors="replace")
         found = re.search(r"^.*Initializing a V1 LLM engine.*$", text, re.MULTILINE)
+        given = re.search(r"^.*non-default args: .*$", text, re.MULTILINE)
+        settings = (found[0] if found else "", given[0] if given else "")
         read = {
-            metrics.ENGINE_CONFIG: resolved(found[0] if found else ""),
+            metrics.ENGINE_CONFIG: resolved("\n".join(settings)),
             metrics.ZEROS: random_weights.read(text),
         }
         return {name: values for name, values in read.items() if values}
@@ -442,10 +444,12 @@ _RESOLVED = {  # in vLLM 0.31 and 0.32
     "enforce_eager": re.compile(r"\benforce_eager=(\w+)"),
     "compilation_mode": re.compile(r"'mode': <CompilationMode\.(\w+)"),
     "cudagraph_mode": re.compile(r"'cudagraph_mode': <CUDAGraphMode\.(\w+)"),
+    # of what was given beside the defaults
+    "max_num_splits": re.compile(r"flash_attn_max_num_splits_for_cuda_graph'?[=:]\s*(\d+)"),
 }
 
 
-def resolved(line: str) -> dict[str, str]:
-    """Read setting -> value from the line in which an engine logs its configuration."""
-    matches = {name: pattern.search(line) for name, pattern in _RESOLVED.items()}
+def resolved(lines: str) -> dict[str, str]:
+    """Read setting -> value from the lines in which an engine logs its configuration."""
+    matches = {name: pattern.search(lines) for name, pattern in _RESOLVED.items()}
     return {name: match[1] for name, match in matches.items() if match}

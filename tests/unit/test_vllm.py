@@ -27,6 +27,8 @@ SAID = (  # by vLLM 0.32, cut
     [
         (SAID, {"quantization": "None", "enforce_eager": "True", "compilation_mode": "NONE",
                 "cudagraph_mode": "FULL_DECODE_ONLY"}),
+        ("non-default args: {'attention_config': AttentionConfig(flash_attn_version=None,"
+         " flash_attn_max_num_splits_for_cuda_graph=1)}", {"max_num_splits": "1"}),
         ("a V1 LLM engine with config: enforce_eager=False", {"enforce_eager": "False"}),
         ("", {}),
     ],

@@ -41,6 +41,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--kv-cache-memory-bytes", type=int, help="where the model has a config.json")
     add("--kv-cache-dtype", default="auto", help="fp8 and its kin hold twice the tokens")
     add("--speculative-config", type=json.loads, default={}, help="num_speculative_tokens of it")
+    add("--attention-config", type=json.loads, default={}, help="said in the log, and nothing else")
     add("--structured-outputs-config", type=json.loads, default={}, help="backend of it: said in"
         " the log; answers begin as their structure demands, and go on as all others")  # fmt: skip
     add("--enforce-eager", action=argparse.BooleanOptionalAction, default=False,

@@ -1,0 +1,64 @@
+"""Have attention timed by itself, in a process of its own on the engine's cores.
+
+It is done after the predictions are on file and before any engine starts, once in a run; the
+figures stay with the run, so that its report is computed from them and not from another timing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+
+import orjson
+from pydantic import ValidationError
+
+from labs.filing.results import RunFolder, write_gzip
+from labs.running.forecast import guarded, last_line
+from labs.running.progress import ProgressDisplay
+from labs.running.resolve import Setup
+from serving import machine as machines
+from serving.attention import AttentionPlan, AttentionTimes
+
+ARGV = (sys.executable, "-m", "serving.attention")
+LIMIT_S = 300
+
+
+def time_attention(setup: Setup, folder: RunFolder, progress: ProgressDisplay) -> None:
+    """Time attention at the lab's lengths, and file the figures, unless they are on file.
+
+    Where that fails the run goes on without them, and says why. An endpoint's kernels are not this
+    machine's: they are not timed.
+    """
+    lengths, cpu = setup.lab.attention_tokens, setup.machine.kind == "cpu"
+    if not lengths or setup.endpoint or folder.attention_file.exists():
+        return
+    plan = AttentionPlan(
+        config=setup.model.path / "config.json",
+        device="cpu" if cpu else "cuda",
+        cores=tuple(machines.split_cores()[0]) if cpu else (),
+        cache_bytes=setup.machine.caches_bytes.get("L2"),
+        lengths_tokens=lengths,
+    )
+    began = time.monotonic()
+    progress.waiting("timing attention with and without tiling")
+    with guarded("attention timer", ARGV) as timer:
+        time_limit = threading.Timer(LIMIT_S, timer.request_stop)
+        time_limit.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended: its last line says why
+                timer.stdin.write(plan.model_dump_json() + "\n")
+                timer.stdin.close()
+            *_, result = ["", *timer.stdout]
+            exit_code = timer.wait()
+        finally:
+            time_limit.cancel()
+        try:
+            times = AttentionTimes.model_validate_json(result)
+        except ValidationError:
+            why = last_line(timer) if exit_code else "it printed no figures"
+            progress.message(f"Attention by itself could not be timed: {why}")
+            return
+    write_gzip(folder.attention_file, orjson.loads(times.model_dump_json()))
+    progress.message(f"Attention was timed by itself in {time.monotonic() - began:.0f} s")

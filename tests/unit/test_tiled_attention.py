@@ -1,0 +1,436 @@
+"""Attention by itself and on the engine: the arithmetic by hand, the fits, and what is told."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import orjson
+import pytest
+
+from labs import LABS, theory
+from labs.filing.bounded import DamagedError
+from labs.filing.results import Predictions, RunFolder, write_gzip, write_json
+from labs.findings.context import Context
+from labs.findings.tiled_attention import (
+    CONTEXTS,
+    PROMPTS,
+    TILING,
+    Estimate,
+    cuts_traffic,
+    draw_growth,
+    draw_lengths,
+    least_squares,
+    power_of_memory,
+    power_of_time,
+    quadratic,
+    splitting,
+    tell_contexts,
+    tell_prompts,
+    tell_tiling,
+)
+from labs.lab import Point
+from labs.running.attention import time_attention
+from labs.telling.report import formulas
+from labs.tiled_attention import (
+    arithmetic,
+    split_ratio,
+    step_ratio,
+    ttft_ratio,
+)
+from serving import attention, gpus
+from serving.attention import AttentionPlan, AttentionTimes, Kernel, KernelTimes
+from serving.engines.harmless import refusal
+from tests.unit.builders import CEILINGS, MACHINE, SHAPE
+from tests.unit.test_answers import judged, judged_run
+from tests.unit.test_findings import cells, context
+
+LAB = LABS["tiled-attention"].at("cpu", quick=False)
+LENGTHS = (1024, 2048, 4096, 8192)
+
+
+def point(workload: str) -> Point:
+    return next(p for p in LAB.points(SHAPE, CEILINGS) if p.workload.name == workload)
+
+
+# ------------------------------------------------------------------------------- the arithmetic
+
+
+def test_work_and_scores_of_two_heads_of_four() -> None:
+    assert theory.attention_flops(SHAPE, 10) == 4 * 100 * 4 * 2
+    assert theory.scores_bytes(SHAPE, 10) == 2 * 100 * 4
+
+
+def test_traffic_is_that_of_the_paper() -> None:
+    """A cache of 64 bytes holds 32 numbers: N^2 d^2 / M is 100 x 16 / 32 numbers a head."""
+    once = 2 * 4 * 10 * 4 * 2
+    assert theory.attention_bytes(SHAPE, 10, None) == once + 4 * (2 * 100 * 4)
+    assert theory.attention_bytes(SHAPE, 10, 64) == once + 2 * (100 * 16 / 32) * 2
+    # twice the length: four times what is squared
+    assert theory.attention_bytes(SHAPE, 20, 64) == 2 * once + 4 * 2 * (100 * 16 / 32) * 2
+
+
+def test_the_share_that_grows_as_the_square_is_that_of_the_flop() -> None:
+    """2 x 1,000 a token but for the head, which meets one; 2 layers x 8 wide x 2 N^2."""
+    body = 2 * (SHAPE.matmul_params - SHAPE.head_params) * 100 + 2 * SHAPE.head_params
+    squared = 2 * 2 * 8 * 100**2
+    share = theory.quadratic_share
+    assert share(SHAPE, 100) == pytest.approx(squared / (body + squared))
+    assert share(SHAPE, 1) < share(SHAPE, 100) < share(SHAPE, 1e6)
+
+
+def test_what_findings_are_held_against_is_written_beforehand() -> None:
+    told = arithmetic(LAB, LAB.points(SHAPE, CEILINGS)[0])
+    assert [told[f"growth of memory, {k}"].value for k in ("untiled", "tiled")] == [2, 1]
+    assert [told[f"growth of time, {k}"].value for k in ("untiled", "tiled")] == [2, 2]
+    assert {f"memory, untiled at {n}" for n in LAB.attention_tokens} <= told.keys()
+    assert told["time, tiled / untiled at 8192"].kind == "ceiling"
+    assert told["TPOT for each token of context"].value == SHAPE.kv_bytes_per_token() / 1e6
+    assert told["share of TTFT that grows as N^2 at 1536"].value == theory.quadratic_share(
+        SHAPE, 1536
+    )
+
+
+def test_the_claims_are_predicted_by_work_and_bytes() -> None:
+    assert ttft_ratio(point("longest"), point("short")).value > 12  # 12 times the tokens
+    near, far = point("near"), point("far")
+    per_token = SHAPE.kv_bytes_per_token()
+    expected = (SHAPE.weight_bytes + per_token * far.context_tokens) / (
+        SHAPE.weight_bytes + per_token * near.context_tokens
+    )
+    assert step_ratio(far, near).value == pytest.approx(expected)
+
+
+def test_one_kv_head_of_132_processors_reads_a_132nd_of_the_bandwidth() -> None:
+    far = point("far")
+    kv, weights = far.kv_bytes(), SHAPE.weight_bytes
+    found = split_ratio(far, far)
+    assert found.value == pytest.approx((weights + kv) / (weights + 132 * kv))
+    assert found.kind == "floor"
+
+
+# ---------------------------------------------------------------------------------- the lab
+
+
+@pytest.mark.parametrize("gb", [c.gb for c in gpus.CLASSES])
+def test_splits_are_limited_where_a_gpu_may_be_hoppers(gb: int) -> None:
+    lab = LABS["tiled-attention"].at(f"gpu-{gb}", quick=False)
+    names = [v.name for v in lab.variants]
+    assert names == (["default", "unsplit"] if gb >= 80 else ["default"])
+    assert {"split", "split-near"} <= {c.name for c in lab.claims} or gb < 80
+    assert all(w.longest_tokens <= lab.flags_of(v).max_model_len
+               for w in lab.workloads for v in lab.variants)  # fmt: skip
+
+
+def test_the_limit_on_splits_is_harmless_and_another_setting_is_not() -> None:
+    assert not refusal({"attention-config": {"flash_attn_max_num_splits_for_cuda_graph": 1}})
+    assert refusal({"attention-config": {"hisparse_config": {"device_buffer_size": 1}}})
+
+
+def test_an_ab_of_the_same_engine_times_no_kernel() -> None:
+    assert LAB.against_itself().attention_tokens == ()
+
+
+def test_a_lab_without_lengths_is_on_file_as_it_was() -> None:
+    assert "attention_tokens" not in LABS["paged-kv"].resolved()
+    assert LAB.resolved()["attention_tokens"] == list(LAB.attention_tokens)
+    assert "arithmetic" not in LAB.resolved()
+
+
+# ------------------------------------------------------------------------- the timing itself
+
+
+def plan(folder: Path, **fields: Any) -> AttentionPlan:
+    config = folder / "config.json"
+    config.write_text(json.dumps({"num_attention_heads": 2, "hidden_size": 32}))
+    plain = {"config": config, "device": "cpu", "lengths_tokens": (64, 32), "passes": 2}
+    return AttentionPlan(**{**plain, **fields})
+
+
+def test_both_kernels_are_counted_and_timed_at_each_length(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    found = attention.measure(plan(tmp_path, cache_bytes=4096))
+    assert (found.heads, found.head_dim, found.cache_bytes) == (2, 16, 4096)
+    assert [*found.at("untiled")] == [*found.at("tiled")] == [32, 64]
+    assert all(len(t.times_s) == 2 and min(t.times_s) > 0 for t in found.timed)
+    assert not found.left_out
+    untiled, tiled = (found.at(k)[64].peak_bytes for k in attention.BACKENDS)
+    # the scores and their softmax at least, in float32; the output at least, in BF16
+    assert untiled >= 2 * (2 * 64 * 64 * 4)
+    assert tiled >= 2 * 64 * 16 * 2
+
+
+def test_memory_is_the_most_that_is_held_at_once() -> None:
+    torch = pytest.importorskip("torch")
+
+    def work() -> None:
+        for _ in range(3):  # one after another
+            torch.empty(250_000)  # of 4 bytes
+        kept = torch.empty(500_000)
+        torch.empty(250_000)
+        del kept
+
+    assert attention.peak_bytes(work, "cpu")[0] == 3_000_000
+
+
+def test_what_does_not_fit_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    # 2.5 copies of 2 x 64 x 64 scores of 4 bytes are 81,920
+    found = attention.measure(plan(tmp_path, most_bytes=81_919))
+    assert [*found.at("untiled")] == [32]
+    assert [*found.at("tiled")] == [32, 64]
+    assert "set aside" in found.left_out["untiled/64"]
+
+
+def test_a_kernel_that_refuses_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("No available kernel.\nAborting")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refused)
+    found = attention.measure(plan(tmp_path))
+    assert not found.timed
+    assert set(found.left_out.values()) == {"No available kernel."}
+
+
+# ------------------------------------------------------------------------------------- the fits
+
+
+def test_a_buffer_that_does_not_grow_bends_no_power() -> None:
+    for power in (1, 2):
+        found = power_of_memory(LENGTHS, [900_000 + 3 * n**power for n in LENGTHS])
+        assert found
+        assert found.value == pytest.approx(power, abs=0.01)
+        low, high = found.interval().low, found.interval().high
+        assert low is not None
+        assert high is not None
+        assert high - low < 0.05
+    assert power_of_memory(LENGTHS[:3], [1, 4, 16]) is None
+
+
+def test_the_power_of_time_is_a_line_of_logarithms() -> None:
+    found = power_of_time(LENGTHS, [(2e-9 * n**2, 3e-9 * n**2) for n in LENGTHS])
+    assert found
+    assert found.value == pytest.approx(2)
+    assert found.freedom == 2
+    two = power_of_time(LENGTHS[:2], [(1.0,), (4.0,)])
+    assert two
+    assert two.value == pytest.approx(2)
+    assert two.error is None
+    assert power_of_time(LENGTHS[:1], [(1.0,)]) is None
+
+
+def test_a_fit_finds_what_values_are_made_of() -> None:
+    at = [(n, 0.01 + 1e-3 * n + 1e-6 * n**2) for n in (256, 768, 1536, 3072)]
+    found = quadratic(at)
+    assert found
+    assert found.fixed.value == pytest.approx(0.01, rel=1e-4)
+    assert found.even_tokens == pytest.approx(1000, rel=1e-4)
+    share = found.share(1000)
+    assert share.value == pytest.approx(1 / 2.01, rel=1e-4)
+    assert share.freedom == 1
+    assert quadratic(at[:2]) is None
+    three = quadratic(at[:3])
+    assert three
+    assert three.squared.interval().low is None
+
+
+def test_errors_of_a_fit_are_those_of_a_textbook() -> None:
+    """Of equal values but for one: the mean, by relative errors."""
+    (found,) = least_squares([[1.0, 1.0]], [0.9, 1.1]) or [Estimate(0, None, 0)]
+    # weights 1 / y^2: (1/.9 + 1/1.1) / (1/.81 + 1/1.21)
+    assert found.value == pytest.approx((1 / 0.9 + 1 / 1.1) / (1 / 0.81 + 1 / 1.21))
+    assert found.error
+    residuals = sum((1 - found.value / y) ** 2 for y in (0.9, 1.1))
+    assert found.error == pytest.approx((residuals / (1 / 0.81 + 1 / 1.21)) ** 0.5)
+    assert least_squares([[1.0, 1.0], [2.0, 2.0]], [1.0, 2.0]) is None
+
+
+# --------------------------------------------------------------------------------- what is told
+
+
+def times_of(left_out: dict[str, str] | None = None) -> AttentionTimes:
+    """Untiled holds 2.25 copies of the scores and takes four times as long."""
+
+    def timed(kernel: Kernel, n: int) -> KernelTimes:
+        untiled = kernel == "untiled"
+        peak = 9 * 2 * n * n if untiled else 500_000 + 16 * n
+        seconds = (4e-9 if untiled else 1e-9) * n * n
+        return KernelTimes(kernel=kernel, tokens=n, peak_bytes=peak,
+                           times_s=(seconds, 1.1 * seconds, 1.05 * seconds))  # fmt: skip
+
+    return AttentionTimes(
+        heads=2, head_dim=4, device="cpu", threads=1, cache_bytes=2**20, most_bytes=2**30,
+        timed=tuple(timed(k, n) for n in LENGTHS for k in attention.BACKENDS),
+        left_out=left_out or {}, took_s=1.0,
+    )  # fmt: skip
+
+
+def measured(home: Path, values: dict[str, Any], times: AttentionTimes | None = None) -> Context:
+    found = context(home, LAB, values)
+    told = arithmetic(LAB, found.points[0])
+    predictions = Predictions(effects={}, forecasts={}, arithmetic=told)
+    write_json(found.folder.path / "predictions.json", predictions)
+    if times:
+        write_gzip(found.folder.attention_file, orjson.loads(times.model_dump_json()))
+    return found
+
+
+SERVED = {
+    **{f"default/{name}/concurrent-1": {
+        "ttft_mean_s": [s * f for f in (0.99, 1.0, 1.01)]}
+       for name, n in (("short", 128), ("long", 512), ("longest", 1536))
+       for s in [0.02 + 1e-3 * n + 1e-6 * n**2]},
+    **{f"default/{name}/concurrent-1": {
+        "tpot_mean_s": [s * f for f in (0.999, 1.0, 1.001)]}
+       for name, n in (("near", 136), ("far", 1544))
+       for s in [0.02 + 64e-6 * n]},
+}  # fmt: skip
+
+
+def test_what_tiling_saves_is_told_with_what_was_predicted(tmp_path: Path) -> None:
+    found = measured(tmp_path, {}, times_of({"untiled/16384": "its scores would take 10 GB"}))
+    finding = tell_tiling(TILING.facts(found))
+    assert cells(finding, 0) == [[f"{n:,}"] for n in LENGTHS]
+    text = " ".join(finding.lines)
+    assert "Memory grows without tiles as N^2.00 (2.00 to 2.00), predicted N^2 (held)" in text
+    assert "with tiles as N^1.00 (1.00 to 1.00), predicted N (held)" in text
+    assert "Time grows without tiles as N^2.00" in text
+    assert "1.12 times what the scores and their softmax take (held)" in text
+    assert re.search(
+        r"takes 0\.25x \(.*\) the time with tiles, predicted at most 1 \(not broken", text
+    )
+    assert "Left out: 16,384 tokens without tiles, as its scores would take 10 GB." in text
+    answer = cuts_traffic(judged_run(found))
+    assert answer
+    assert "never writes the scores down" in answer
+
+
+def test_a_run_in_which_it_was_not_timed_says_so(tmp_path: Path) -> None:
+    found = measured(tmp_path, {})
+    assert "not timed" in tell_tiling(TILING.facts(found)).lines[0]
+    assert cuts_traffic(judged_run(found)) is None
+    assert draw_growth(judged_run(found)) is None
+    assert draw_lengths(judged_run(found)) is None
+
+
+def test_damaged_times_are_named(tmp_path: Path) -> None:
+    found = measured(tmp_path, {})
+    write_gzip(found.folder.attention_file, {"heads": 0})
+    with pytest.raises(DamagedError, match=r"attention\.json\.gz"):
+        found.folder.attention_times()
+
+
+def test_the_square_in_ttft_is_told_with_its_share(tmp_path: Path) -> None:
+    found = measured(tmp_path, SERVED)
+    facts = PROMPTS.facts(found)
+    assert facts.fit
+    assert facts.fit.squared.value == pytest.approx(1e-6, rel=0.15)
+    text = " ".join(tell_prompts(facts).lines)
+    assert "At 1,536 tokens 60% (" in text
+    assert ": it shows." in text
+    assert "as long as all that grows as N at" in text
+
+
+def test_a_line_in_ttft_shows_no_square(tmp_path: Path) -> None:
+    line = {
+        f"default/{name}/concurrent-1": {"ttft_mean_s": [1e-3 * n, 1.05e-3 * n, 1.02e-3 * n]}
+        for name, n in (("short", 128), ("long", 512), ("longest", 1536))
+    }
+    text = " ".join(tell_prompts(PROMPTS.facts(measured(tmp_path, line))).lines)
+    assert "it is not told apart from none." in text
+    assert "as long as all" not in text
+
+
+def test_the_slope_of_a_step_gives_the_rate_of_reading(tmp_path: Path) -> None:
+    """64 us a token of 64 bytes: 1 MB/s, the whole bandwidth of the abacus."""
+    found = measured(tmp_path, SERVED)
+    (facts,) = CONTEXTS.facts(found)
+    assert facts.kv_bytes_per_token == SHAPE.kv_bytes_per_token() == 32
+    assert facts.kv_bytes_per_s
+    assert facts.kv_bytes_per_s.value == pytest.approx(32 / 64e-6, rel=0.01)
+    finding = tell_contexts((facts,))
+    assert cells(finding, 0, 1) == [["default", "136"], ["default", "1,544"]]
+    assert "add 64" in finding.lines[0]
+    assert "32 ms at least (not broken)" in finding.lines[0]
+    answer = splitting(judged_run(found))
+    assert answer
+    assert "not compared here" in answer
+    split = splitting(judged_run(found, [judged("split", 0.5)]))
+    assert split
+    assert "0.50x (0.45 to 0.55) the TPOT behind a long" in split
+
+
+def test_a_context_that_costs_nothing_is_not_given_a_rate(tmp_path: Path) -> None:
+    flat = {
+        f"default/{name}/concurrent-1": {"tpot_mean_s": [0.02, 0.021, 0.0205]}
+        for name in ("near", "far")
+    }
+    (facts,) = CONTEXTS.facts(measured(tmp_path, flat))
+    assert "not told apart from nothing" in tell_contexts((facts,)).lines[0]
+
+
+def test_both_plots_are_drawn(tmp_path: Path) -> None:
+    run = judged_run(measured(tmp_path, SERVED, times_of()))
+    for draw in (draw_growth, draw_lengths):
+        caption = draw(run)
+        assert caption
+
+
+# ------------------------------------------------------------------------------- within a run
+
+
+def time_with(
+    program: str, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, endpoint: bool = False
+) -> list[str]:
+    """What a run says in which this program stands in for the kernels."""
+    monkeypatch.setattr("labs.running.attention.ARGV", (sys.executable, "-c", program))
+    setup: Any = SimpleNamespace(
+        lab=LAB, machine=MACHINE, endpoint=endpoint, model=SimpleNamespace(path=folder.path)
+    )
+    messages: list[str] = []
+    progress: Any = SimpleNamespace(message=messages.append, waiting=lambda text: None)
+    time_attention(setup, folder, progress)
+    return messages
+
+
+def test_a_run_keeps_what_was_timed_and_times_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    prints = f"print('progress'); print({times_of().model_dump_json()!r})"
+    assert time_with(prints, folder, monkeypatch, endpoint=True) == []
+    assert folder.attention_times() is None
+    (done,) = time_with(prints, folder, monkeypatch)
+    assert "was timed by itself" in done
+    assert folder.attention_times() == times_of()
+    assert time_with("raise SystemExit(1)", folder, monkeypatch) == []  # it is on file
+
+
+def test_a_timing_that_fails_is_said_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    (failed,) = time_with("raise SystemExit('no torch here')", folder, monkeypatch)
+    assert failed == "Attention by itself could not be timed: no torch here"
+    (odd,) = time_with("print('half of it')", folder, monkeypatch)
+    assert "it printed no figures" in odd
+    assert folder.attention_times() is None
+
+
+def test_the_formulas_of_what_findings_are_held_against_are_shown() -> None:
+    told = arithmetic(LAB, LAB.points(SHAPE, CEILINGS)[0])
+    predictions = Predictions(
+        effects={c.name: {} for c in LAB.claims},
+        forecasts={f.name: {} for f in LAB.forecasts},
+        arithmetic=told,
+    )
+    shown = str(formulas(LAB, predictions))
+    assert "growth of memory, untiled" in shown
+    assert "KV bytes a token / bandwidth" in shown
+    assert shown.count("the scores and their softmax") == 1  # of all lengths
