@@ -54,6 +54,8 @@ def _without_bare_groups(svg: str) -> str:
     bare: list[bool] = []  # of the groups that are open
 
     def kept(tag: re.Match[str]) -> str:
+        if tag[0].endswith("/>"):  # it holds nothing, as the caps of an error bar in a legend
+            return ""
         if tag[0] != "</g>":
             bare.append(tag[0] == "<g>")
             return "" if bare[-1] else tag[0]

@@ -21,6 +21,7 @@ def svg(tmp_path_factory: pytest.TempPathFactory) -> str:
     figure, ax = plt.subplots()
     ax.plot([1, 2, 3], [1.234567, 2, 1], "o-", label='<b>"it\'s" & more</b>')
     ax.bar(range(20), range(20), color="#0072B2")
+    ax.errorbar([1], [2], yerr=[[0.5], [0.5]], fmt="D", label="measured")  # in the legend, <g/>
     ax.legend()
     path = tmp_path_factory.mktemp("drawn") / "a.svg"
     figure.savefig(path)
