@@ -330,6 +330,12 @@ def rate_sentence(facts: Tiling) -> str | None:
     return (
         f"That is {tiled / 1e9:,.0f} GFLOP/s, {tiled / ceiling:.0%} of the measured BF16 rate;"
         f" without tiles {untiled / 1e9:,.0f} GFLOP/s, in float32."
+        + (
+            " The tiled kernel is above that rate: where a CPU has no instructions for BF16, matrix"
+            " products in it are slower than those that the kernel does in float32."
+            if tiled > ceiling
+            else ""
+        )
     )
 
 
@@ -476,6 +482,8 @@ def prompt_sentence(facts: Prompts) -> str | None:
     forecast = (
         f", forecast {facts.forecast.share(longest.tokens).value:.0%}" if facts.forecast else ""
     )
+    if found.value <= 0 and not so:
+        so = ": a fit that bends down shows none"
     return (
         f"At {longest.tokens:,.0f} tokens {share_text(share)} of TTFT grows as N^2{forecast}"
         f"{by_flop}{so}."
