@@ -463,6 +463,7 @@ LAB = Lab(
             "variants.large-budget.flags": {"max-num-batched-tokens": 8192},
             "workloads.usual.only": tuple(v.name for v in ON_A_GPU),
             "claims": [c.model_dump() for c in (*CLAIMS, SLOW_STEP)],
+            "claims.preemption.coupled": "",  # max-model-len is the same there
             **{
                 f"workloads.{name}.{field}": value
                 for name, prompt, prefix in (("reference", 2048, 1024), ("usual", 2048, 1024),

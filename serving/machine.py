@@ -43,6 +43,12 @@ MEASURING = (sys.executable, "-m", "serving.machine")
 VLLM = tuple(platform.vllm for platform in PLATFORMS.values())  # packages that carry it
 
 
+SLOW_BF16 = (
+    "this CPU has no instructions for BF16, in which the models are: prompts and larger batches"
+    " take several times as long as on one that has, and a lab longer than it says"
+)
+
+
 class Machine(BaseModel, frozen=True, extra="forbid"):
     """A machine's hardware; software is not part of it, so a driver update changes nothing."""
 
@@ -52,6 +58,16 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
     memory_bytes: PositiveInt  # host memory, or one GPU's
     caches_bytes: dict[str, int] = {}
     cpu_flags: tuple[str, ...] = ()  # the matrix extensions vLLM's CPU kernels choose between
+
+    @property
+    def lacks_bf16(self) -> bool:
+        """Whether it is an x86 CPU without instructions for BF16, in which the labs' models are.
+
+        It then multiplies in software: a prompt took five to seven times as long as in float32 on a
+        Xeon with AVX-512, and a step of one request as long.
+        """
+        known, ends = "avx2" in self.cpu_flags, "_bf16"
+        return known and not any(flag.endswith(ends) for flag in self.cpu_flags)
 
     @property
     def slug(self) -> str:

@@ -107,6 +107,8 @@ def _hardware(machine: Machine) -> Iterator[Check]:
         )
     else:
         yield Check("GPU", "none with an NVIDIA driver: labs run on the CPU")
+        if machine.lacks_bf16:
+            yield Check("BF16", machines.SLOW_BF16)
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(ROOT)
     yield Check("Memory", f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB available")
     short = disk.free < LEAST_FREE_BYTES

@@ -26,7 +26,7 @@ from serving.engines import ENGINES
 from serving.engines.base import EngineError, Unsupported
 from serving.engines.endpoint import Endpoint
 from serving.gpus import DATASHEETS, Datasheet
-from serving.machine import Ceilings, Environment, Machine
+from serving.machine import SLOW_BF16, Ceilings, Environment, Machine
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,8 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     ceilings = datasheet_ceilings(datasheet) if datasheet else measured_ceilings(machine, progress)
     about = ceilings_text(ceilings, "by its datasheet" if datasheet else "")
     progress.message(f"Machine: {machine.describe()}; {about}")
+    if machine.lacks_bf16:
+        progress.message(f"Note: {SLOW_BF16}")
     random_weights = ", random weights" if model.dummy else ""
     progress.message(
         f"Model: {model.name}, {model.shape.params / 1e6:,.0f} M parameters{random_weights}"

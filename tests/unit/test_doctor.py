@@ -120,7 +120,7 @@ def test_random_weights_run_what_does_not_need_real_ones(
     assert "random weights" in line(lines, "Model").state
     assert {a.able for a in abilities} == {True, None}
     skipped = {a.lab: a.note for a in abilities if a.able is None}
-    assert skipped.keys() == {"speculative-decoding", "quantization-tools"}
+    assert skipped.keys() == {"speculative-decoding", "quantization-tools", "weight-pruning"}
     assert "needs a GPU" in skipped["speculative-decoding"]
     assert "needs real weights" in skipped["quantization-tools"]
 
@@ -173,6 +173,13 @@ def test_a_gpu_in_use_and_a_driver_too_old_are_told(monkeypatch: pytest.MonkeyPa
     assert "nvidia-smi" in gpu.remedy
     assert driver.state == "580.1, supports CUDA up to 12.8"
     assert "built for CUDA 13.0" in driver.remedy
+
+
+def test_a_cpu_that_takes_long_over_bf16_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("labs.commands.doctor.install.detect_platform", lambda: "cpu")
+    old = CPU.model_copy(update={"cpu_flags": ("avx2", "avx512f")})
+    assert "a lab longer than it says" in line(doctor._hardware(old), "BF16").state
+    assert "BF16" not in [check.part for check in doctor._hardware(CPU)]
 
 
 def test_gpus_that_are_hidden_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,12 +43,12 @@ def make_ratio(value: float, low: float | None, high: float | None) -> Interval:
 
 
 def test_mean_interval_is_students() -> None:
-    interval = mean_interval([1.0, 2.0, 3.0])
-    assert (interval.value, interval.n) == (2, 3)
+    interval = mean_interval([11.0, 12.0, 13.0])
+    assert (interval.value, interval.n) == (12, 3)
     assert (interval.low, interval.high) == pytest.approx(
-        (2 - T2 / math.sqrt(3), 2 + T2 / math.sqrt(3))
+        (12 - T2 / math.sqrt(3), 12 + T2 / math.sqrt(3))
     )
-    assert mean_interval([1.0, 2.0, 3.0], 0.9).high == pytest.approx(2 + T2_90 / math.sqrt(3))
+    assert mean_interval([11.0, 12.0, 13.0], 0.9).high == pytest.approx(12 + T2_90 / math.sqrt(3))
 
 
 def test_effect_is_the_ratio_of_the_geometric_means() -> None:

@@ -147,3 +147,15 @@ def test_a_compiler_needs_pythons_headers(
     assert str(tmp_path / "Python.h") in mend
     (tmp_path / "Python.h").touch()
     assert machine.compiler(kind) == (f"/usr/bin/{first}", "")
+
+
+def test_an_x86_cpu_without_instructions_for_bf16_is_known() -> None:
+    plain = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34)
+    assert not plain.lacks_bf16  # of another architecture, of which this list says nothing
+    for flags, lacks in (
+        (("avx2",), True),
+        (("avx2", "avx512f"), True),
+        (("avx2", "avx512f", "avx512_bf16"), False),
+        (("avx2", "avx512f", "amx_bf16", "amx_int8"), False),
+    ):
+        assert plain.model_copy(update={"cpu_flags": flags}).lacks_bf16 == lacks

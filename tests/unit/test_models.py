@@ -122,6 +122,8 @@ FIELDS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
     "intermediate_size", "vocab_size", "max_position_embeddings", "tie_word_embeddings",
 )  # fmt: skip
+NEED_REAL_WEIGHTS = {"quantization-tools": "w4a16-gptq-code", "weight-pruning": "wanda-50"}
+"""Lab that compares what is made of real weights -> one of those that it needs."""
 
 
 def default(name: str) -> Model:
@@ -145,9 +147,10 @@ def test_every_lab_fits_every_class_of_gpu(lab: str, c: MemoryClass, random: boo
     require_sizes(resolved, model)
     require_memory(resolved, machine, model)
     known = {*SIBLINGS[model.name], *RECIPES} if not random else {*dummy.DERIVED, *NEED_NO_WEIGHTS}
-    if lab == "quantization-tools" and random:  # compares what tools make of real weights
-        with pytest.raises(ModelError, match="w4a16-gptq-code needs real weights"):
-            dummy.derive(model, "w4a16-gptq-code")
+    if lab in NEED_REAL_WEIGHTS and random:
+        derived = NEED_REAL_WEIGHTS[lab]
+        with pytest.raises(ModelError, match=f"{derived} needs real weights"):
+            dummy.derive(model, derived)
     else:
         assert set(resolved.derived()) <= known
 
@@ -167,7 +170,7 @@ def test_what_to_turn_next_can_be_turned_on_every_gpu(
         assert turned.digest() != resolved.digest(), knob
         require_sizes(turned, model)
         require_memory(turned, machine, model)
-        if random and lab != "quantization-tools":
+        if random and lab not in NEED_REAL_WEIGHTS:
             assert set(turned.derived()) <= dummy.DERIVED.keys() | NEED_NO_WEIGHTS
 
 
