@@ -131,7 +131,7 @@ LLAMA = Variant(
 OTHERS = (TURNS, BATCHES, LLAMA)
 TITLES = {
     "vllm": "vLLM",
-    "transformers": "transformers serve, one request at a time",
+    "transformers": "transformers serve",
     "transformers-cb": "transformers serve with continuous batching",
     "llama-cpp": "llama.cpp",
 }

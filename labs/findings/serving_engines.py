@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from matplotlib.ticker import LogLocator, NullFormatter
+
 from dashboards.palette import VARIANTS
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
@@ -96,6 +98,10 @@ def draw_curves(facts: tuple[At, ...]) -> str | None:
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlabel(title)
+        for axis in (ax.xaxis, ax.yaxis):  # plain numbers, few enough to be read
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("output throughput (tok/s)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return (
