@@ -24,7 +24,7 @@ from loadtests.workload import Fixed
 from serving.adapters import mark_of, marks_in
 from serving.engines.base import Server
 from serving.engines.vllm import Vllm
-from serving.metrics import PREFIX_HITS, PREFIX_QUERIES, REQUESTS
+from serving.metrics import GENERATION_TOKENS, PREFIX_HITS, PREFIX_QUERIES, REQUESTS
 from tests.unit.builders import make_lab, make_workload
 
 TENANTS = 3
@@ -69,7 +69,8 @@ class Engine(BaseHTTPRequestHandler):
         self.send(200, "".join(
             f"# TYPE {name.removesuffix('_total')} counter\n{name}{{model_name=\"base\"}} {n}\n"
             for name, n in (
-                (REQUESTS, chats), (PREFIX_QUERIES, 40 * chats), (PREFIX_HITS, 30 * chats)
+                (REQUESTS, chats), (GENERATION_TOKENS, 4 * chats),
+                (PREFIX_QUERIES, 40 * chats), (PREFIX_HITS, 30 * chats),
             )
         ).encode())  # fmt: skip
 
