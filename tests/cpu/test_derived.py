@@ -21,6 +21,8 @@ pytestmark = [
     pytest.mark.skipif(
         machine.detect().kind != "cpu", reason="this machine has a GPU: see tests/gpu"
     ),
+    # making them takes half an hour there, and the labs that serve them are not run
+    pytest.mark.skipif(machine.detect().lacks_bf16, reason=machine.SLOW_BF16),
 ]
 WITH_DERIVED_MODELS = [name for name, lab in LABS.items() if lab.derived()]
 
