@@ -6,18 +6,16 @@ figures stay with the run, so that its report is computed from them and not from
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import threading
 import time
 
 import orjson
 from pydantic import ValidationError
 
 from labs.filing.results import RunFolder, write_gzip
-from labs.running.forecast import guarded, last_line
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
+from labs.running.side_process import ask
 from serving import machine as machines
 from serving.attention import AttentionPlan, AttentionTimes
 
@@ -43,22 +41,12 @@ def time_attention(setup: Setup, folder: RunFolder, progress: ProgressDisplay) -
     )
     began = time.monotonic()
     progress.waiting("timing attention with and without tiling")
-    with guarded("attention timer", ARGV) as timer:
-        time_limit = threading.Timer(LIMIT_S, timer.request_stop)
-        time_limit.start()
-        try:
-            with contextlib.suppress(BrokenPipeError):  # it has ended: its last line says why
-                timer.stdin.write(plan.model_dump_json() + "\n")
-                timer.stdin.close()
-            *_, result = ["", *timer.stdout]
-            exit_code = timer.wait()
-        finally:
-            time_limit.cancel()
-        try:
-            times = AttentionTimes.model_validate_json(result)
-        except ValidationError:
-            why = last_line(timer) if exit_code else "it printed no figures"
-            progress.message(f"Attention by itself could not be timed: {why}")
-            return
+    lines, why = ask("attention timer", ARGV, [plan.model_dump_json()], LIMIT_S)
+    try:
+        times = AttentionTimes.model_validate_json(lines[-1] if lines else "")
+    except ValidationError:
+        why = why or "it printed no figures"
+        progress.message(f"Attention by itself could not be timed: {why}")
+        return
     write_gzip(folder.attention_file, orjson.loads(times.model_dump_json()))
     progress.message(f"Attention was timed by itself in {time.monotonic() - began:.0f} s")

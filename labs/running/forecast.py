@@ -12,11 +12,9 @@ import contextlib
 import itertools
 import json
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from labs.filing.results import Band, PointForecasts, all_runs, unreadable
@@ -26,6 +24,7 @@ from labs.judging.metrics import METRICS, measure
 from labs.lab import Lab, LabError, Point, Prediction, Variant
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
+from labs.running.side_process import ask, guarded, last_line
 from loadtests.arrivals import Contended, Offered, Ramp, Replay, Waves, send_times
 from loadtests.plan import LEAST_COUNTED, TrialSummary, most_held_open_s
 from loadtests.records import TURNED_AWAY, RequestRecord
@@ -44,7 +43,6 @@ from serving.gpus import Datasheet
 from serving.machine import Machine
 from serving.metrics import Snapshot
 from serving.models import Shape
-from serving.process import Process
 
 FASTER, SLOWER = 0.90, 1.18
 """The ends of a band: the engine's own step may take this many times as long as the stand-in step.
@@ -95,7 +93,8 @@ def forecast(
         found = []
         for play in plays:
             trial = _trial(setup.lab, by_key[play.key], play)
-            lasts_s.setdefault(play.key, []).append(max((r.end_s or 0) for r in trial.records))
+            ends_s = (r.end_s or 0.0 for r in trial.records)
+            lasts_s.setdefault(play.key, []).append(max(ends_s, default=0.0))
             found.append((play.key, measure(trial)))
         return found
 
@@ -278,19 +277,11 @@ def time_steps(plans: Iterable[TimingPlan]) -> dict[TimingPlan, StepTimes]:
     Raises ForecastError when that process fails, or takes longer than TIMING_LIMIT_S.
     """
     kinds = list(dict.fromkeys(plans))
-    with guarded("step timer", TIMER_ARGV) as timer:
-        time_limit = threading.Timer(TIMING_LIMIT_S, timer.request_stop)
-        time_limit.start()
-        try:
-            with contextlib.suppress(BrokenPipeError):  # it has ended: its exit code says so
-                timer.stdin.writelines(plan.model_dump_json() + "\n" for plan in kinds)
-                timer.stdin.close()
-            lines = timer.stdout.read().splitlines()
-            exit_code = timer.wait()
-        finally:
-            time_limit.cancel()
-        if exit_code:
-            raise ForecastError(f"the step could not be timed: {last_line(timer)}")
+    lines, why = ask(
+        "step timer", TIMER_ARGV, (plan.model_dump_json() for plan in kinds), TIMING_LIMIT_S
+    )
+    if why:
+        raise ForecastError(f"the step could not be timed: {why}")
     return {
         plan: StepTimes.model_validate_json(line) for plan, line in zip(kinds, lines, strict=True)
     }
@@ -421,22 +412,6 @@ def _forecaster() -> Iterator[tuple[Send, Receive]]:
                 yield ForecastPlay.model_validate_json(line)
 
         yield send, receive
-
-
-@contextlib.contextmanager
-def guarded(name: str, argv: Sequence[str]) -> Iterator[Process]:
-    """Start a process that ends with this one, with pipes to it and a log that goes with it."""
-    with (
-        TemporaryDirectory(prefix="lab-forecast-") as folder,
-        Process(name, argv, log=Path(folder) / "log", talk=True) as process,
-    ):
-        yield process
-
-
-def last_line(process: Process) -> str:
-    lines = (line.strip() for line in reversed(process.tail().splitlines()))
-    reasons = (line for line in lines if line and not line.startswith("For further information"))
-    return next(reasons, "it printed no reason")
 
 
 def _plan(
