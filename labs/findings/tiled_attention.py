@@ -16,7 +16,7 @@ from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import BANDS, GREY, draw_forecasts, plt
-from labs.findings.parts import Conclusion, ReportParts
+from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import (
     CONFIDENCE,
@@ -809,4 +809,9 @@ PARTS = ReportParts(
     answers={"KO-1": cuts_traffic, "KO-4": splitting},
     plots={"growth": draw_growth, "lengths": draw_lengths},
     published=PUBLISHED,
+    headline=Headline(
+        claim="context",
+        done="Decoding behind a long context instead of a short one",
+        figure="the time per token",
+    ),
 )

@@ -49,7 +49,7 @@ class Room:
 
 
 ALONE = Room(12_000, 50_000)  # one page, which stays under a megabyte beside the library
-SITE = Room(12_000, 60_000)  # all pages of a site together
+SITE = Room(8_000, 40_000)  # all pages of a site together
 
 Samples: TypeAlias = "dict[str, array[float]]"  # point -> samples in seconds
 

@@ -72,20 +72,25 @@ from labs.telling.replay import Replayed, replay
 from serving import whole
 
 RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
-LESSON_SCRIPT = "lesson.js"
-LESSON_SCRIPTS = (
-    "page.js", "plot.js", "copy.js", "guess.js", "replay.js", "dials.js", "roofline.js",
-)  # fmt: skip
+PAGE_SCRIPT, LESSON_SCRIPT = "page.js", "lesson.js"
+PLANNER_SCRIPT, FORECAST_SCRIPT = "planner.js", "forecasts.js"
+SCRIPTS = {  # a script beside the pages: the files that it is made of
+    RUN_SCRIPT: RUN_SCRIPTS,
+    PAGE_SCRIPT: ("page.js",),
+    LESSON_SCRIPT: (
+        "page.js", "plot.js", "copy.js", "guess.js", "replay.js", "dials.js", "roofline.js",
+    ),
+    PLANNER_SCRIPT: ("page.js", "copy.js", "theory.js", "planner.js"),
+    FORECAST_SCRIPT: ("page.js", "plot.js", "ratios.js", "forecasts.js"),
+}  # fmt: skip
 ROOFS = "roofs.js"  # what all lessons draw of rooflines
-FORECAST_SCRIPT = "forecasts.js"
-FORECAST_SCRIPTS = ("page.js", "plot.js", "ratios.js", "forecasts.js")
 DISTANCES = (  # of a measured ratio from what was predicted, up or down: at most, class, in words
     (1.1, "off-10", "within 10 %"),
     (AGREEMENT, "off-25", "within 25 %"),
     (2, "off-2", "within a factor of 2"),
     (math.inf, "off-more", "further off"),
 )
-ROOM_FOR, MOST_OF_A_RUN = 30, 164_000  # runs, and bytes of each one's page: 4.9 MB in all
+ROOM_FOR, MOST_OF_A_RUN = 30, 157_000  # runs, and bytes of each one's page: 4.7 MB in all
 LIVE_PAGE = f"http://127.0.0.1:{WATCH_PORT}/user/"
 NO_DISTANCE = ("off-none", "a bound, or not valid")
 GUESSES = (  # from, to, and how a person would say it
@@ -101,6 +106,17 @@ GUESSES = (  # from, to, and how a person would say it
 # ------------------------------------------------------------------------------------- the files
 
 
+def shared_files() -> dict[str, str]:
+    """Return the files that several pages of the course use, by their names."""
+    scripts = {name: web(*parts) for name, parts in SCRIPTS.items()}
+    return {PLOTLY: get_plotlyjs(), STYLE: web("page.css"), **scripts}
+
+
+def beside(template: str, *scripts: str, **fields: Any) -> str:
+    """Render a page that lies beside the files it uses."""
+    return render(template, scripts=dict.fromkeys(scripts, ""), root="./", **fields)
+
+
 def write_site(out: Path) -> tuple[Path, dict[str, str]]:
     """Write the course, a page for each run and one copy of the library.
 
@@ -108,10 +124,7 @@ def write_site(out: Path) -> tuple[Path, dict[str, str]]:
     """
     entries: list[Entry] = []
     left_out: dict[str, str] = {}
-    for name, text in (
-        (PLOTLY, get_plotlyjs()), (STYLE, web("page.css")), (RUN_SCRIPT, web(*RUN_SCRIPTS)),
-        (LESSON_SCRIPT, web(*LESSON_SCRIPTS)), (FORECAST_SCRIPT, web(*FORECAST_SCRIPTS)),
-    ):  # fmt: skip
+    for name, text in shared_files().items():
         whole.write(out / name, text)
     runs = all_runs()
     for folder in runs:
@@ -395,18 +408,17 @@ class Course:
 
     def pages(self) -> dict[str, str]:
         """Render the pages of the whole, by their names."""
-        code = {"page.js": web("page.js")}
         machines = {e.machine: e for e in self.entries}
         return {
-            "index.html": render(
-                "index.html", scripts=code, course=self, show=html.inline, parsed=parse
+            "index.html": beside(
+                "index.html", PAGE_SCRIPT, course=self, show=html.inline, parsed=parse
             ),
-            "questions.html": render(
-                "questions.html", scripts=code, topics=self.topics(), show=html.inline, parsed=parse
+            "questions.html": beside(
+                "questions.html", PAGE_SCRIPT, topics=self.topics(), show=html.inline, parsed=parse
             ),
-            "machines.html": render(
+            "machines.html": beside(
                 "machines.html",
-                scripts=code,
+                PAGE_SCRIPT,
                 entries=self.entries[::-1],
                 machines=[
                     (
@@ -425,9 +437,9 @@ class Course:
             ),
             "planner.html": self.planner_page(),
             "forecasts.html": self.forecasts_page(),
-            "glossary.html": render(
+            "glossary.html": beside(
                 "glossary.html",
-                scripts=code,
+                PAGE_SCRIPT,
                 sections=html.sections(glossary.document(), html.embedded(Path())),
             ),
         }
@@ -439,10 +451,10 @@ class Course:
         document = residuals.page(found, self.page_of)
         titles = {item.lab.name: item.lab.title for item in self.lessons}
         no_picture = html.embedded(Path())  # the document has none
-        return render(
+        return beside(
             "forecasts.html",
-            scripts=dict.fromkeys((PLOTLY, FORECAST_SCRIPT), ""),  # files beside it
-            root="./",
+            PLOTLY,
+            FORECAST_SCRIPT,
             intro=html.introduction(document, no_picture),
             sections=html.sections(document, no_picture),
             pictures=list(residual_plot.pictures(found, titles)),
@@ -467,9 +479,8 @@ class Course:
             for id in item.lab.answers
         }
         data = planner.data([e.run for e in self.newest], shown)
-        code = web("page.js", "copy.js", "theory.js", "planner.js")
         fits = html.fragment([planner.what_fits()], html.embedded(Path()), "What fits which card")
-        return render("planner.html", scripts={"planner.js": code}, data=data, fits=fits)
+        return beside("planner.html", PLANNER_SCRIPT, data=data, fits=fits)
 
     def roofs(self) -> str:
         """Write the script that holds what every lesson draws of rooflines."""

@@ -21,7 +21,7 @@ from labs.questions import QUESTIONS, TOPICS
 from labs.telling import chart_data, dials, glossary, replay, residuals
 from labs.telling.document import parse, plain_text
 from labs.telling.lesson import lesson
-from labs.telling.pages import page
+from labs.telling.pages import PLOTLY, STYLE, page
 from labs.telling.site import (
     LIVE_PAGE,
     MOST_OF_A_RUN,
@@ -29,6 +29,7 @@ from labs.telling.site import (
     Course,
     Entry,
     Lesson,
+    shared_files,
     write_site,
 )
 from serving import gpus, metrics
@@ -101,13 +102,14 @@ def texts(course: Course) -> dict[str, str]:
 
 def test_the_whole_stays_small_with_many_runs(course: Course, texts: dict[str, str]) -> None:
     """Beside the plotting library; what a run adds is tested with each published one."""
-    beside = sum(len(text.encode()) for text in texts.values()) + len(course.roofs())
+    files = {name: text for name, text in shared_files().items() if name != PLOTLY}
+    beside = sum(len(text.encode()) for text in (*texts.values(), *files.values(), course.roofs()))
     assert beside + ROOM_FOR * MOST_OF_A_RUN < 6_000_000
 
 
 def test_links_within_the_course_lead_somewhere(course: Course, texts: dict[str, str]) -> None:
     pages = {name: Seen(text) for name, text in texts.items()}
-    runs, files = {e.href for e in course.entries}, {"page.css"}
+    runs, files = {e.href for e in course.entries}, {STYLE}
     for name, seen in pages.items():
         ids = seen.attributes("id")
         assert len(ids) == len(set(ids)), name
@@ -356,7 +358,7 @@ def test_a_runs_page_leads_to_its_lesson_and_to_the_glossary(course: Course) -> 
     entry = course.newest[0]
     links = Seen(page(entry.folder, "../../", chart_data.SITE.shared(9))).attributes("href")
     assert {f"../../lessons/{entry.lab}.html", "../../glossary.html"} <= set(links)
-    there = {*course.pages(), *(item.href for item in course.lessons), "page.css"}
+    there = {*course.pages(), *(item.href for item in course.lessons), STYLE}
     for link in links:
         if link.startswith("../../"):
             assert link.removeprefix("../../").partition("#")[0] in there, link
