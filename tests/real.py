@@ -24,6 +24,7 @@ from serving.engines import ENGINES
 from serving.engines.base import EngineError
 from serving.models import ROOT
 from tests.fake.conftest import CEILINGS
+from tests.shallow import shallow
 from tests.sizes import sizes_of
 
 FRONT_DOOR = "continuous-batching"  # the lab of the README's first command
@@ -74,6 +75,7 @@ def with_ceilings(results: Path) -> Path:
 def lab_on_a_cpu(lab: str, results: Path) -> None:
     """Runs a lab in its sizes for a CPU; checks the run, and the dashboards that followed it.
 
+    The README's lab serves the bundled model, the others a few of its layers (`tests/shallow.py`).
     Skips where no test runs it, or where it needs a compiler that is not here. Where the CPU has
     no instructions for BF16 only the README's lab is run: with others, answers would not end within
     the time that a request has, beside the other tests.
@@ -87,7 +89,8 @@ def lab_on_a_cpu(lab: str, results: Path) -> None:
         require_compiler(LABS[lab], machine.detect())
     except EngineError as error:
         pytest.skip(str(error))
-    folder = quick_run(lab, results, f"{BRIEF} {sizes.real} {sizes.cpu}")
+    model = "" if lab == FRONT_DOOR else str(shallow())
+    folder = quick_run(lab, results, f"{BRIEF} {sizes.real} {sizes.cpu}", model=model)
     check_run(folder)
     check_dashboards(folder)
 

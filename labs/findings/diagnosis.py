@@ -475,6 +475,7 @@ def tell_coefficients(facts: Coefficients) -> Finding:
     for name, title, fit in (("ttft", "TTFT over N prompt tokens", facts.ttft),
                              ("itl", "ITL over C tokens of context", facts.itl)):  # fmt: skip
         if fit is None:
+            rows.append([title, *["–"] * (len(rows[0]) - 1)])
             lines.append(f"{title}: too few requests were alone to fit it.")
             continue
         for i, (term, found) in enumerate(zip(TERMS[name], fit.coefficients, strict=True)):

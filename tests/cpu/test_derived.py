@@ -1,6 +1,7 @@
-"""The models that labs derive from the bundled one, and these labs on a real vLLM.
+"""The models that labs derive from the one they serve, and these labs on a real vLLM.
 
-The models are made as a quick run makes them, and are readable; the labs find them made.
+The served one is a few layers of the bundled model. What is derived from it is made as a quick run
+makes it, and is readable; the labs find it made.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from labs.lab import parse_changes
 from labs.running import derived_models
 from serving import machine, models
 from tests.real import lab_on_a_cpu, with_ceilings
+from tests.shallow import shallow
 from tests.sizes import sizes_of
 
 pytestmark = [
@@ -40,7 +42,9 @@ def derived_by_the_tests() -> list[str]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", derived_by_the_tests())
 def test_a_derived_model_is_made(name: str) -> None:
-    folder = derived_models.make(models.resolve(machine.detect()), name, print, quick=True)
+    folder = derived_models.make(
+        models.resolve(machine.detect(), str(shallow())), name, print, quick=True
+    )
     facts = derived_models.about(folder)
     assert facts, "its maker records what it made"
 

@@ -20,8 +20,10 @@ from labs.findings.diagnosis import (
     SIGNATURE,
     TITLES,
     TOLD_APART,
+    Coefficients,
     coefficients,
     draw_signatures,
+    tell_coefficients,
     told_apart,
 )
 from labs.findings.parts import parts_of
@@ -281,6 +283,12 @@ def test_trials_are_named_blind_and_counted(tmp_path: Path) -> None:
     assert "with a burst TTFT is 3.45x, the queue 500 ms" in (texts["IP-5"] or "")
     assert "with a long context TPOT is 1.50x" in (texts["IP-6"] or "")
     assert texts["IP-4"] is None  # nobody was alone
+
+
+def test_a_fit_that_lacks_requests_says_so_in_the_table() -> None:
+    told = tell_coefficients(Coefficients(ttft=None, itl=None))
+    assert [row[1:] for row in told.rows[1:]] == [["–"] * 4] * 2
+    assert all("too few requests" in line for line in told.lines)
 
 
 def test_coefficients_are_found_again(tmp_path: Path) -> None:
