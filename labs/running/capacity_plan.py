@@ -33,6 +33,7 @@ from labs.telling.capacity_plans import (
     Latencies,
     Price,
     RateForecast,
+    over,
 )
 from loadtests.arrivals import Poisson
 from serving import dummy, models
@@ -169,12 +170,7 @@ def _alone(served: _Served, demand: Demand) -> Alone:
         served.step_times(e).seconds(Step([Piece(int(demand.prompt_tokens), 0)], 1)) for e in ENDS
     ]
     ceiling = served.sheet.memory_bandwidth_bytes_per_s / theory.decode_bytes(shape, 1, context)
-    return Alone(ceiling, _over([1 / s for s in step_s]), _over(prompt_s))
-
-
-def _over(values: Sequence[float]) -> Band:
-    """Gather a figure as expected, the first, and those with a faster and a slower step."""
-    return Band(value=values[0], low=min(values), high=max(values))
+    return Alone(ceiling, over([1 / s for s in step_s]), over(prompt_s))
 
 
 def _estimate_per_s(served: _Served, question: Question) -> float:
@@ -184,14 +180,12 @@ def _estimate_per_s(served: _Served, question: Question) -> float:
     the steps; the largest batch is the one that keeps TPOT, or fills the cache.
     """
     demand, times = question.demand, served.step_times(EXPECTED)
-    context = int(demand.prompt_tokens + demand.output_tokens / 2)
     shared = demand.document_tokens * demand.documents < served.room_tokens / 2
-    own = max(1, int(demand.prompt_tokens - (demand.document_tokens if shared else 0)))
-    prompt_s = times.seconds(Step([Piece(own, int(demand.prompt_tokens) - own)], 1))
+    prompt = int(demand.prompt_tokens)
+    cached = min(prompt - 1, demand.document_tokens) if shared else 0
     best = 0.0
     for batch in (2**i for i in range(11)):
-        step_s = times.seconds(Step([Piece(1, context)] * batch, batch))
-        request_s = demand.output_tokens * step_s + batch * prompt_s
+        request_s = times.request_s(batch, prompt, demand.output_tokens, cached)
         if batch > 1 and (
             request_s / demand.output_tokens > question.slo.tpot_s
             or batch * demand.tokens > served.room_tokens
@@ -228,7 +222,7 @@ def _tried(
     ]
     plays = _play(served, question, jobs, progress, "one GPU")
     for rate, (expected, *ends) in zip(rates, _by_load(plays), strict=True):
-        yield RateForecast(rate, expected, _over([p.within for p in (expected, *ends)]))
+        yield RateForecast(rate, expected, over([p.within for p in (expected, *ends)]))
 
 
 def _by_load(plays: Sequence[Latencies]) -> list[Sequence[Latencies]]:
@@ -290,8 +284,8 @@ def _fleets(
         yield FleetForecast(
             router,
             expected,
-            _over([p.within for p in (expected, *ends)]),
-            _over(ttft_p99_s) if len(ttft_p99_s) == len(ENDS) else None,
+            over([p.within for p in (expected, *ends)]),
+            over(ttft_p99_s) if len(ttft_p99_s) == len(ENDS) else None,
         )
 
 
@@ -464,7 +458,7 @@ def _price(question: Question, answer: CapacityPlan) -> Price | None:
     ]
     return Price(
         usd_per_hour=question.usd_per_hour,
-        million_tokens_per_day=_over(million_a_day),
-        usd_per_million=_over(usd_per_million) if len(usd_per_million) == len(ENDS) else None,
+        million_tokens_per_day=over(million_a_day),
+        usd_per_million=over(usd_per_million) if len(usd_per_million) == len(ENDS) else None,
         api_usd_per_million=question.api_usd_per_million,
     )

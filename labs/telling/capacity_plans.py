@@ -194,7 +194,7 @@ def _answer(plan: CapacityPlan) -> Paragraph:
             )
         )
     at_least = "at least " if plan.rates[-1].expected.within >= plan.share else ""
-    capacity = _band(plan.capacity_per_s, "requests/s")
+    capacity = with_band(plan.capacity_per_s, "requests/s")
     text = f"One GPU serves {at_least}{capacity} within the objective."
     if plan.demand.rate_per_s and plan.replicas:
         text += f" {plan.demand.rate_per_s:.3g} requests/s are forecast on {plan.replicas} of them."
@@ -233,8 +233,8 @@ def _alone(plan: CapacityPlan) -> Sequence[Block]:
     rows: list[list[Inline]] = [
         ["Decode, ceiling", number(plan.alone.ceiling_tokens_per_s, "tok/s"), "arithmetic",
          "memory bandwidth / bytes a step reads"],
-        ["Decode", _band(plan.alone.tokens_per_s, "tok/s"), "forecast", "1 / time of a step"],
-        ["Prefill", _band(plan.alone.prompt_s, "s"), "forecast",
+        ["Decode", with_band(plan.alone.tokens_per_s, "tok/s"), "forecast", "1 / time of a step"],
+        ["Prefill", with_band(plan.alone.prompt_s, "s"), "forecast",
          "time of a step with the whole prompt"],
     ]  # fmt: skip
     return (table(("Figure", "Value", "Kind", "From"), rows),)
@@ -244,7 +244,7 @@ def _one_gpu(plan: CapacityPlan) -> Sequence[Block]:
     rows: list[list[Inline]] = [
         [
             f"{r.rate_per_s:g} /s",
-            _band(r.within, "share"),
+            with_band(r.within, "share"),
             number(r.expected.ttft_p50_s, "s"),
             number(r.expected.ttft_p99_s, "s"),
             number(r.expected.tpot_p50_s, "s"),
@@ -270,9 +270,9 @@ def _fleet(plan: CapacityPlan) -> Sequence[Block]:
     rows: list[list[Inline]] = [
         [
             f.router,
-            _band(f.within, "share"),
+            with_band(f.within, "share"),
             number(f.expected.ttft_p50_s, "s"),
-            _band(f.ttft_p99_s, "s"),
+            with_band(f.ttft_p99_s, "s"),
             number(f.expected.tpot_p99_s, "s"),
             number(f.expected.hit_rate, "share"),
             f"{f.expected.preemptions:,}",
@@ -301,13 +301,13 @@ def _money(plan: CapacityPlan) -> Sequence[Block]:
         )
     rows: list[list[Inline]] = [
         ["Output tokens a day, at most, in millions",
-         _band(price.million_tokens_per_day, "1"), "forecast",
+         with_band(price.million_tokens_per_day, "1"), "forecast",
          "capacity x mean output x 86,400 s"],
-        ["Price of a million tokens at that load", _band(price.usd_per_million, "USD"),
+        ["Price of a million tokens at that load", with_band(price.usd_per_million, "USD"),
          "forecast", f"{price.usd_per_hour:g} USD/h / tokens an hour"],
     ]  # fmt: skip
     if price.api_usd_per_million:
-        millions = 24 * price.usd_per_hour / price.api_usd_per_million
+        millions = break_even_millions(price.usd_per_hour, price.api_usd_per_million)
         rows.append(
             ["Break-even, tokens a day, in millions", number(millions), "arithmetic",
              f"24 h x {price.usd_per_hour:g} USD/h / {price.api_usd_per_million:g} USD a million"]
@@ -320,7 +320,17 @@ def _money(plan: CapacityPlan) -> Sequence[Block]:
     return table(("Figure", "Value", "Kind", "From"), rows), Paragraph(told)
 
 
-def _band(band: Band | None, unit: str) -> str:
+def break_even_millions(usd_per_hour: float, usd_per_million: float) -> float:
+    """Millions of tokens a day that cost as much from an API as a day of the GPU."""
+    return 24 * usd_per_hour / usd_per_million
+
+
+def over(values: Sequence[float]) -> Band:
+    """Gather a figure as expected, the first, and those with a faster and a slower step."""
+    return Band(value=values[0], low=min(values), high=max(values))
+
+
+def with_band(band: Band | None, unit: str) -> str:
     """Write `50 (43.3 to 55) tok/s`; without a band the figure alone, no figure as a dash."""
     if band is None or band.low == band.high:
         return number(band.value if band else None, unit)

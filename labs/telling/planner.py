@@ -74,14 +74,24 @@ def _measured(runs: Sequence[Run]) -> list[tuple[Hardware, float]]:
     return [(Hardware.of(run), run.machine.memory_bytes) for run in machines.values()]
 
 
+def usable_bytes(memory_bytes: float) -> float:
+    """The memory of a GPU for weights, keys and values, as vLLM takes it by default."""
+    return MEMORY_SHARE * memory_bytes - ACTIVATION_BYTES
+
+
+def kv_room_tokens(shape: Shape, memory_bytes: float, bytes_per_value: float) -> float:
+    """The tokens for whose keys and values a GPU of this memory has room beside the weights."""
+    room = max(0.0, usable_bytes(memory_bytes) - shape.weight_bytes)
+    return theory.kv_tokens(shape, room, bytes_per_value, BLOCK_TOKENS)
+
+
 def what_fits() -> Table:
     """Tabulate, for pages without scripts, every card with every shape: room, and one stream."""
     rows = []
     for of, memory in _cards():
         for name in _shipped():
             shape = shipped_shape(name)
-            room = MEMORY_SHARE * memory - shape.weight_bytes - ACTIVATION_BYTES
-            tokens = theory.kv_tokens(shape, room, 2, BLOCK_TOKENS) if room > 0 else 0
+            tokens = kv_room_tokens(shape, memory, 2)
             step_s = theory.decode_step_s(shape, of.ceilings, 1, SHOWN_CONTEXT)
             rows.append(
                 [

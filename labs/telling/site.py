@@ -47,6 +47,7 @@ from labs.lab import Claim, Lab
 from labs.questions import QUESTIONS, TOPICS
 from labs.telling import (
     chart_data,
+    computed,
     dials,
     glossary,
     html,
@@ -392,6 +393,27 @@ class Answer:
     entry: Entry
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Holds a question, the answers of runs to it, and the lessons that ask it."""
+
+    id: str
+    question: str
+    answers: Sequence[Answer]
+    asking: Sequence[Lesson]
+
+    @property
+    def kind(self) -> str:
+        """How it is answered: measured, arithmetic, forecast, or not yet."""
+        return computed.kind_of(self.id, bool(self.answers))
+
+    @property
+    def computed(self) -> Inline | None:
+        """The answer that needs no run, where there is one."""
+        answer = computed.computed(self.id)
+        return computed.told(answer) if answer else None
+
+
 class Course:
     """Everything that the site's pages tell beside the runs' own."""
 
@@ -537,13 +559,11 @@ class Course:
             if id in e.summary.answers
         ]
 
-    def topics(self) -> list[tuple[str, list[tuple[str, str, list[Answer], list[Lesson]]]]]:
+    def topics(self) -> list[tuple[str, list[Asked]]]:
         """Give every question under its topic: its answers, and the lessons that ask it."""
-        told: dict[str, list[tuple[str, str, list[Answer], list[Lesson]]]] = {
-            topic: [] for topic in TOPICS.values()
-        }
+        told: dict[str, list[Asked]] = {topic: [] for topic in TOPICS.values()}
         for id, question in QUESTIONS.items():
             asking = [item for item in self.lessons if id in item.lab.answers]
             answers = [a for item in asking for a in self.answers(id, item)]
-            told[TOPICS[id.partition("-")[0]]].append((id, question, answers, asking))
+            told[TOPICS[id.partition("-")[0]]].append(Asked(id, question, answers, asking))
         return list(told.items())

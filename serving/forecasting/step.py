@@ -91,6 +91,20 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
             + self.scheduling_s
         )
 
+    def request_s(
+        self, batch: int, prompt_tokens: int, output_tokens: float, cached_tokens: int = 0
+    ) -> float:
+        """Compute how long a request lasts where `batch` of its kind are always in flight.
+
+        Each of its tokens takes a step in which all decode, and meanwhile everybody's prompt is
+        prefilled once, but for `cached_tokens`. The context is the prompt and half of the output,
+        its mean over a request's life.
+        """
+        context = int(prompt_tokens + output_tokens / 2)
+        step_s = self.seconds(Step([Piece(1, context)] * batch, batch))
+        prompt_s = self.seconds(Step([Piece(prompt_tokens - cached_tokens, cached_tokens)], 1))
+        return output_tokens * step_s + batch * prompt_s
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -14,10 +14,13 @@ from typer.main import get_command
 
 from labs import LABS
 from labs.commands.cli import app
+from labs.comparing.leaderboards import MOST_HEADLINES
+from labs.findings.parts import parts_of
 from serving.models import ROOT
 from tests.unit.test_makefile import LINES, PAGES, SETTINGS
 
-README_BYTES = 9 * 1024  # a page, of which a lab takes a row
+README_BYTES = 8_000  # a page, of which a lab takes a row
+A_FINDING = 250  # bytes around a headline's words: a link to a report, the ratio, its prediction
 PICTURE_BYTES = 200_000
 INDEX = ROOT / "docs" / "README.md"
 SECRETS = next(line.split("#")[0].split()[2:] for line in LINES if line.startswith("SECRETS :="))
@@ -57,6 +60,19 @@ def anchors(page: Path) -> set[str]:
 def test_the_readme_is_one_page_and_its_picture_is_small() -> None:
     assert len((ROOT / "README.md").read_bytes()) < README_BYTES
     assert (ROOT / "docs" / "report.png").stat().st_size < PICTURE_BYTES
+
+
+def test_the_readme_stays_one_page_whatever_is_found() -> None:
+    """It is as long as with the longest headlines that there are."""
+    before, _, rest = (ROOT / "README.md").read_text().partition("<!-- findings")
+    found, _, after = rest.partition("<!-- /findings -->")
+    shown = [h for h in (parts_of(name).headline for name in LABS) if h and h.on_front_page]
+    words = sorted(len((h.done + h.figure).encode()) for h in shown)[-MOST_HEADLINES:]
+    most = sum(words) + MOST_HEADLINES * A_FINDING
+    assert len((before + after).encode()) + most < README_BYTES
+    for line in found.splitlines()[1:]:
+        (headline,) = (h for h in shown if f"[{h.done}]" in line)
+        assert len(line.encode()) - len((headline.done + headline.figure).encode()) < A_FINDING
 
 
 @each_page

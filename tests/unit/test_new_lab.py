@@ -175,7 +175,7 @@ def test_a_lab_is_one_file_and_one_line(house: Path) -> None:
     assert "(SO-4) This run lacks the figures that would answer it." in told
     assert "| On is faster (Output throughput: on, 1 user / off, 1 user) | 2.9" in told
     assert "drawn: effects.svg variants.svg" in told
-    link = "[`make lab-abacus-beads`](labs/abacus_beads.py)"
+    link = "[`abacus-beads`](labs/abacus_beads.py)"
     assert f"| {link} | Does a cached prefix spare counting? |" in told
     assert "make lab-abacus-beads" in said(house, "make", "help")
 

@@ -72,16 +72,20 @@ def test_every_lab_has_a_lesson_in_the_order_of_the_course_without_any_run(
 
 
 def test_a_question_is_answered_by_the_run_that_answers_it(course: Course) -> None:
-    told = {id: answers for _, found in course.topics() for id, _, answers, _ in found}
-    assert list(told) == list(QUESTIONS)
+    asked = [asked for _, found in course.topics() for asked in found]
+    assert [of.id for of in asked] == list(QUESTIONS)
+    told = {of.id: of.answers for of in asked}
     given = {
         (id, e.href) for e in course.newest for id in e.summary.answers if id in LABS[e.lab].answers
     }
     assert {(id, a.entry.href) for id, found in told.items() for a in found} == given
     seen = Seen(course.pages()["questions.html"])
     assert set(QUESTIONS) <= set(seen.attributes("id"))
-    for id in QUESTIONS:
-        assert id.partition("-")[0] in TOPICS
+    for of in asked:
+        assert of.id.partition("-")[0] in TOPICS
+        assert ("measured" in of.kind.split(", ")) == bool(of.answers)
+        if of.computed:
+            assert plain_text(of.computed) in seen.read
 
 
 def test_a_quick_or_changed_run_displaces_no_full_one(

@@ -1,0 +1,179 @@
+"""Answers that are computed instead of measured, each for an example that it states.
+
+*Arithmetic* follows from a model's shape, a card's memory and prices; a *forecast* is a time over
+the step of a card's datasheet (`serving/forecasting/datasheet.py`). The functions are those that
+`make plan` and the planner's page use, and every figure in a sentence comes from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from labs.judging.text import number
+from labs.questions import QUESTIONS
+from labs.telling.capacity_plans import break_even_millions, over, with_band
+from labs.telling.dials import shipped_shape
+from labs.telling.document import Code, Inline
+from labs.telling.planner import BLOCK_TOKENS, MEMORY_SHARE, kv_room_tokens, usable_bytes
+from serving import dummy, models
+from serving.dummy import SHAPES
+from serving.forecasting.datasheet import EXPECTED, FASTER, SLOWER, step_times
+from serving.forecasting.step import Piece, Step
+from serving.gpus import DATASHEETS, Datasheet
+from serving.models import Shape
+
+CARD = "NVIDIA H100 80GB HBM3"  # of every example
+ENDS = (EXPECTED, FASTER, SLOWER)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Holds an answer, what kind of answer it is, and the command that gives one for the reader."""
+
+    kind: str
+    text: str
+    command: str
+
+
+def computed(id: str) -> Computed | None:
+    """Answer a question without a run, where that is possible."""
+    return _ANSWERS[id]() if id in _ANSWERS else None
+
+
+def told(answer: Computed) -> Inline:
+    """Write an answer with its kind and with the command that computes another example."""
+    kind = answer.kind[0].upper() + answer.kind[1:]
+    return f"{kind}, nothing measured: {answer.text} For your own figures: ", Code(answer.command)
+
+
+def kind_of(id: str, measured: bool) -> str:
+    """Say how a question is answered: `measured`, or as it is computed, or neither yet."""
+    answer = computed(id)
+    kinds = ["measured"] * measured + ([answer.kind] if answer else [])
+    return ", ".join(kinds) or "not measured yet"
+
+
+def _card() -> tuple[str, Datasheet]:
+    return CARD.removeprefix("NVIDIA ").split()[0], DATASHEETS[CARD]
+
+
+def _model(name: str) -> str:
+    return SHAPES[name].partition(":")[0]
+
+
+def _gb(of_bytes: float) -> str:
+    return number(of_bytes / 1e9, "GB")
+
+
+def _large_model() -> Computed:
+    """A model of 70 billion parameters on one card of 80 GB."""
+    name, context = "llama-70b", 8192
+    card, sheet = _card()
+    config = dummy.config_of(name)
+    whole, eight, four = (
+        models.shape_of(config if bits == 16 else dummy.quantized(config, precision))
+        for bits, precision in ((16, "bf16"), (8, "fp8"), (4, "w4a16-gptq"))
+    )
+
+    def room(shape: Shape, value_bytes: float) -> str:
+        tokens = kv_room_tokens(shape, sheet.memory_bytes, value_bytes)
+        return f"{tokens:,.0f} tokens, or {tokens // context:,.0f} requests of {context:,}"
+
+    return Computed(
+        "arithmetic",
+        f"the {number(whole.params / 1e9)} billion parameters of {_model(name)} in 16 bits are"
+        f" {_gb(2 * whole.params)}, and an {card} has {_gb(sheet.memory_bytes)}, of which"
+        f" {_gb(usable_bytes(sheet.memory_bytes))} are usable ({number(MEMORY_SHARE, 'share')},"
+        " less the activations): it does not fit. In 8 bits the weights that a step reads take"
+        f" {_gb(eight.weight_bytes)}, in 4 bits {_gb(four.weight_bytes)}. The keys and values of a"
+        f" token take {whole.kv_bytes_per_token() / 1e3:,.0f} kB (2 x {whole.layers} layers x"
+        f" {whole.kv_heads} KV heads x {whole.head_dim} x 2 bytes), so that 8-bit weights leave"
+        f" room for {room(eight, 2)}; 4-bit weights for {room(four, 2)}; with keys and values in 8"
+        f" bits, too, for {room(four, 1)}.",
+        f"make plan MACHINE={sheet.short_name} MODEL={name} PRECISION=w4a16-gptq RATE=2",
+    )
+
+
+def _documents() -> Computed:
+    """Long prompts of which most is one of some documents, at a high rate."""
+    name, prompt, document, documents, replicas, budget = "llama-8b", 4000, 3800, 300, 4, 512
+    card, sheet = _card()
+    shape = shipped_shape(name)
+    times = [step_times(shape, sheet, end) for end in ENDS]
+
+    def prefill(tokens: int, cached: int) -> tuple[str, str]:
+        """The time of a prompt's last tokens, and how many such prompts a second that allows."""
+        bands = over([t.seconds(Step([Piece(tokens, cached)], 1)) for t in times])
+        return with_band(bands, "s"), number(1 / bands.value)
+
+    cold_s, cold_per_s = prefill(prompt, 0)
+    warm_s, warm_per_s = prefill(prompt - document, document)
+    piece_s, _ = prefill(budget, prompt - budget)
+    kept = kv_room_tokens(shape, sheet.memory_bytes, 2) // (document // BLOCK_TOKENS * BLOCK_TOKENS)
+    return Computed(
+        "forecast",
+        f"keep the documents in the prefix cache, send each to the replica that has it, and cut"
+        f" prompts into pieces. {_model(name)} on an {card} needs {cold_s} for a prompt of"
+        f" {prompt:,} tokens, and {warm_s} where its first {document:,} are cached: at most"
+        f" {cold_per_s} and {warm_per_s} prompts a second if it did nothing else. The cache has"
+        f" room for {kept:,.0f} such documents: of {documents} a round-robin router shows all to"
+        f" each of {replicas} replicas, a prefix-aware one {documents // replicas}. In pieces of"
+        f" {budget} tokens a prompt that is not cached holds everybody else up for {piece_s} at a"
+        " time.",
+        f"make plan MACHINE={sheet.short_name} RATE=60 LENGTHS={prompt}/100"
+        f" DOCUMENTS={documents}/{document} REPLICAS={replicas}",
+    )
+
+
+def _rent_or_buy() -> Computed:
+    """The tokens a day from which a rented card is cheaper than tokens from an API."""
+    name, prompt, output, users, per_hour, per_million = "llama-8b", 1000, 200, 64, 2.5, 0.3
+    card, sheet = _card()
+    shape = shipped_shape(name)
+    millions = break_even_millions(per_hour, per_million)
+    per_s = over(
+        [
+            users * output / step_times(shape, sheet, end).request_s(users, prompt, output)
+            for end in ENDS
+        ]
+    )
+    a_day = over([86_400 * value / 1e6 for value in (per_s.value, per_s.low, per_s.high)])
+    return Computed(
+        "arithmetic and forecast",
+        "break-even tokens a day = 24 h x price of an hour / price of a token. A card for"
+        f" {per_hour:.2f} USD an hour beside {per_million:.2f} USD for a million output tokens:"
+        f" {number(millions)} million tokens a day, {number(millions * 1e6 / 86_400)} a second day"
+        f" and night. {_model(name)} on an {card} is forecast to give {with_band(a_day, '1')}"
+        f" million a day with {users} requests of {prompt:,} prompt and {output} output tokens"
+        f" always in flight, so the card has to be {number(millions / a_day.value, 'share')} busy"
+        " to be worth its rent. The prices are an example: give your own.",
+        f"make plan MACHINE={sheet.short_name} RATE=10 LENGTHS={prompt}/{output}"
+        f" PRICE_PER_HOUR={per_hour:.2f} API_PRICE={per_million:.2f}",
+    )
+
+
+def _smaller_cache() -> Computed:
+    """What each way to a smaller cache leaves of one long request."""
+    name, context, window = "llama-8b", 32_768, 4096
+    shape = shipped_shape(name)
+    each, eight = shape.kv_bytes_per_token(2), shape.kv_bytes_per_token(1)
+    return Computed(
+        "arithmetic",
+        f"the keys and values of {context:,} tokens of {_model(name)} take {_gb(each * context)}."
+        f" In 8 bits they take {_gb(eight * context)}; with a window of, or evicted to, the"
+        f" {window:,} tokens that matter {_gb(each * window)}; where each two layers share them"
+        f" {_gb(each * context / 2)}. The factors multiply. The first is a setting of the engine;"
+        " a window and shared layers have to be trained into the model. What each costs in quality"
+        " is no arithmetic.",
+        "make plan MACHINE=h100 MODEL=llama-8b LENGTHS=32000/500",
+    )
+
+
+_ANSWERS: Mapping[str, Callable[[], Computed]] = {
+    "KV-8": _smaller_cache,
+    "SD-4": _documents,
+    "SD-5": _large_model,
+    "SD-6": _rent_or_buy,
+}
+assert _ANSWERS.keys() <= QUESTIONS.keys()

@@ -1,0 +1,81 @@
+"""Answers without a run: their figures by hand, their commands, and that no question has none."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from labs.comparing import leaderboards
+from labs.questions import QUESTIONS
+from labs.running.capacity_plan import model_named, plan
+from labs.running.resolve import machine_of
+from labs.telling import markdown
+from labs.telling.computed import CARD, computed, kind_of, told
+from labs.telling.dials import shipped_shape
+from labs.telling.document import plain_text
+from labs.telling.planner import kv_room_tokens
+from serving.forecasting.datasheet import EXPECTED, step_times
+from serving.gpus import DATASHEETS
+from tests.unit.test_capacity_plan import SilentProgress, question
+from tests.unit.test_makefile import SETTINGS
+
+COMPUTED = [id for id in QUESTIONS if computed(id)]
+
+
+def text(id: str) -> str:
+    answer = computed(id)
+    assert answer
+    return plain_text(told(answer))
+
+
+def test_figures_by_hand() -> None:
+    assert "the 70.6 billion parameters of Llama 3.1 70B in 16 bits are 141 GB" in text("SD-5")
+    assert "take 328 kB (2 x 80 layers x 8 KV heads x 128 x 2 bytes)" in text("SD-5")
+    assert "200 million tokens a day, 2,315 a second" in text("SD-6")  # 24 h x 2.50 / 0.30
+    # 131,072 bytes a token: 2 x 32 layers x 8 KV heads x 128 x 2 bytes
+    assert "take 4.29 GB. In 8 bits they take 2.15 GB" in text("KV-8")
+    assert "4,096 tokens that matter 0.537 GB" in text("KV-8")
+    # 2 x 7.5e9 FLOP a token and attention at 51 % of 989 TFLOP/s: 121 ms
+    assert "needs 121 ms (81.7 ms to 143 ms) for a prompt of 4,000 tokens" in text("SD-4")
+
+
+def test_the_room_is_the_one_that_a_plan_finds() -> None:
+    machine, _ = machine_of("h100")
+    asked = question("llama-8b", model=model_named(machine, "llama-70b"))
+    found = {fit.precision: fit.kv_tokens for fit in plan(asked, SilentProgress()).fits}
+    assert f"8-bit weights leave room for {found['fp8']:,.0f} tokens" in text("SD-5")
+    assert f"4-bit weights for {found['w4a16-gptq']:,.0f} tokens" in text("SD-5")
+    shape = shipped_shape("llama-70b")
+    assert kv_room_tokens(shape, DATASHEETS[CARD].memory_bytes, 2) == found["bf16"] == 0
+
+
+def test_a_request_among_many_lasts_as_long_as_its_steps_and_everybodys_prompt() -> None:
+    times = step_times(shipped_shape("llama-8b"), DATASHEETS[CARD], EXPECTED)
+    alone, two = (times.request_s(batch, 1000, 100) for batch in (1, 2))
+    # 15 GB at 85 % of 3.35 TB/s and 1.2 ms: 6.5 ms a step; 15e12 FLOP at 504 TFLOP/s: 31 ms
+    assert alone == pytest.approx(100 * 6.5e-3 + 31e-3, rel=0.03)
+    # the other's prompt, and 100 times its 1,050 cached tokens: 4.8 ms
+    assert two - alone == pytest.approx(31e-3 + 4.8e-3, rel=0.1)
+    assert times.request_s(2, 1000, 100, cached_tokens=900) < two - 2 * 20e-3
+
+
+@pytest.mark.parametrize("id", COMPUTED)
+def test_a_command_has_settings_that_exist(id: str) -> None:
+    answer = computed(id)
+    assert answer
+    assert answer.command.startswith("make plan MACHINE=")
+    assert set(re.findall(r"([A-Z_]+)=", answer.command)) <= set(SETTINGS)
+
+
+def test_every_question_says_how_it_is_answered_or_what_would_answer_it() -> None:
+    assert {"SD-4", "SD-5", "SD-6"} <= set(COMPUTED)
+    page = markdown.fragment([leaderboards._questions([])])
+    rows = [line for line in page.splitlines() if re.match(r"\| [A-Z]{2}-\d", line)]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == list(QUESTIONS)
+    for id, row in zip(QUESTIONS, rows, strict=True):
+        *_, kind, answer = row.strip("| ").split(" | ")
+        assert kind == kind_of(id, measured=False)
+        assert ("make " in answer) or "no lab asks it yet" in answer, row
+    assert kind_of("SD-5", measured=True) == "measured, arithmetic"
+    assert kind_of("SO-1", measured=True) == "measured"
