@@ -263,6 +263,13 @@ def _quantiles(points: Samples, most: int) -> dict[str, Any]:
     }
 
 
+def _went_wrong(record: RequestRecord, turned_away: bool) -> str:
+    """Say why a request has no answer; what a limit refused, without the engine's whole message."""
+    if turned_away:
+        return f"turned away: {record.error.partition(':')[0]}"
+    return record.error[:300]
+
+
 def _requests(
     point: Point, result: TrialResult, trial: Trial | None, most: int, errors: dict[str, int]
 ) -> dict[str, Any]:
@@ -277,8 +284,11 @@ def _requests(
     shown.sort(key=lambda r: r.start_s)
     histograms = trial.engine.histograms if trial.engine else {}
     long = [i for i, r in enumerate(shown) if point.workload.is_intruder(r.index)]
+    refused = {id(r) for r in trial.turned_away}
     failed = {
-        i: errors.setdefault(r.error[:300], len(errors)) for i, r in enumerate(shown) if r.error
+        i: errors.setdefault(_went_wrong(r, id(r) in refused), len(errors))
+        for i, r in enumerate(shown)
+        if r.error
     }
     return {
         **identity,

@@ -186,13 +186,18 @@ def _measured(asked: Asked, run: Run, summary: Summary) -> list[tuple[Interval, 
 
 
 def _named(knob: str) -> dict[str, Any]:
-    """Say a setting's path in words, `prompt tokens (share-90)`, and how many make one shown."""
-    steps = knob.split(".")
-    name = f" ({steps[1]})" if steps[0] in ("workloads", "variants") else ""
-    inner = [s for s in (steps[2:] if name else steps) if s != "flags"]
-    known = next((words for end, words in NAMES.items() if f".{knob}".endswith(f".{end}")), None)
+    """Say a setting's path in words, `prompt tokens (share-90)`, and how many make one shown.
+
+    Paths of workloads that are turned together, with blanks between, are named without them.
+    """
+    path, *others = knob.split(" ")
+    steps = path.split(".")
+    owned = steps[0] in ("workloads", "variants")
+    inner = [s for s in (steps[2:] if owned else steps) if s != "flags"]
+    known = next((words for end, words in NAMES.items() if f".{path}".endswith(f".{end}")), None)
     words = known or " ".join(s.replace("_", " ") for s in inner)
-    return {"name": words + name, "per": MIB if knob.endswith("bytes") else 1}
+    name = f" ({steps[1]})" if owned and not others else ""
+    return {"name": words + name, "per": MIB if path.endswith("bytes") else 1}
 
 
 # ------------------------------------------------------------------------------------- predicting
@@ -209,9 +214,10 @@ def _curves(
         if pair is None or _predicted(claim, pair) is None:
             continue
         small = _restricted(drawn, pair)
-        for path, base in _numbers(resolved, pair):
-            points = [(v, _turned(small, claim, on, path, v)) for v in _values(path, base)]
-            yield from _curve(number, path, base, points, f"{path}={{}}")
+        for paths, base in _settings(resolved, pair):
+            points = [(v, _turned(small, claim, on, paths, v)) for v in _values(paths[0], base)]
+            setting = " ".join(f"{path}={{}}" for path in paths)
+            yield from _curve(number, " ".join(paths), base, points, setting)
         for steps, share in _shares(on.about):
             otherwise = [(v, _made(claim, pair, steps, v)) for v in sorted({*SHARES, share})]
             yield from _curve(number, ".".join(steps), share, otherwise, "")
@@ -275,10 +281,12 @@ def _restricted(lab: Lab, pair: Points) -> Lab:
     )  # fmt: skip
 
 
-def _turned(lab: Lab, claim: Asked, on: Hardware, path: str, value: float) -> float | None:
-    """What the claim predicts with one setting changed; None where the lab refuses it."""
+def _turned(
+    lab: Lab, claim: Asked, on: Hardware, paths: Sequence[str], value: float
+) -> float | None:
+    """What the claim predicts with a setting changed; None where the lab refuses it."""
     try:
-        changed = lab.at(on.scale, quick=False, changes={path: value})
+        changed = lab.at(on.scale, quick=False, changes=dict.fromkeys(paths, value))
         pair = _pair(changed, claim, on)
         return _predicted(claim, pair) if pair else None
     except (LabError, *UNREADABLE):
@@ -353,6 +361,26 @@ def _fits(point: Point) -> bool:
     if "max-model-len" not in point.flags:
         return True
     return max(p + o for p, o in point.lengths[:8]) <= point.flags.max_model_len
+
+
+def _settings(lab: Lab, pair: Points) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Yield the paths of each setting that is a number, and its value.
+
+    What two workloads have alike is one setting: turned in one of them alone, their ratio would
+    compare requests that are not alike.
+    """
+    numbers = dict(_numbers(lab, pair))
+    names = list(dict.fromkeys(f"workloads.{point.workload.name}." for point in pair))
+    for path, base in numbers.items():
+        alike = [
+            other + path.removeprefix(own)
+            for own in names
+            if path.startswith(own)
+            for other in names
+            if numbers.get(other + path.removeprefix(own)) == base
+        ]
+        if not alike or alike[0] == path:
+            yield tuple(alike) or (path,), base
 
 
 def _numbers(lab: Lab, pair: Points) -> Iterator[tuple[str, float]]:

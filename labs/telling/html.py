@@ -117,7 +117,8 @@ def embedded(home: Path) -> Picture:
             return Markup("<p>{}</p>\n").format(missing)
         source = Markup(as_address(path.read_text()))  # it has neither quotation mark nor &
         return Markup(
-            '<figure><img src="{}" alt="{}"><figcaption>{}</figcaption></figure>\n'
+            '<figure><div class="picture"><img src="{}" alt="{}"></div>'
+            "<figcaption>{}</figcaption></figure>\n"
         ).format(source, nodes.plain_text(figure.caption), inline(figure.caption))
 
     return picture

@@ -203,6 +203,12 @@ def test_requests_in_columns_of_tenths_of_milliseconds(folder: RunFolder) -> Non
     assert trial["counted"] == [0, 1]
 
 
+def test_what_a_limit_refused_has_not_failed_and_its_message_is_short() -> None:
+    refused = make_record([], error='HTTP 503: {"error": "busy"}')
+    assert chart_data._went_wrong(refused, turned_away=True) == "turned away: HTTP 503"
+    assert chart_data._went_wrong(refused, turned_away=False) == 'HTTP 503: {"error": "busy"}'
+
+
 def test_of_too_many_requests_the_longest_stay_and_the_page_says_so(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

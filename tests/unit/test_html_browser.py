@@ -367,6 +367,53 @@ def test_everything_has_a_name_and_can_be_read(
     assert shown.errors == []
 
 
+REACHED = """window.reached = [...document.querySelectorAll(
+  'a[href], button, select, input, summary, [tabindex="0"], .picture')].filter(e =>
+    e.checkVisibility() && (!e.matches('.picture') || e.scrollWidth > e.clientWidth));
+  window.focused = () => { const e = document.activeElement, r = e.getBoundingClientRect();
+    return [window.reached.indexOf(e), getComputedStyle(e).outlineStyle !== 'none'
+      && r.bottom > 0 && r.top < innerHeight && r.right > 0 && r.left < innerWidth]; };
+  window.reached.length"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("page", ["lesson", "run"])
+def test_everything_is_reached_in_order_by_tab_and_seen_where_it_is(
+    chromium: Browser, site: Path, page: str, width: int
+) -> None:
+    """Every link, button, field, fold, table, and picture that scrolls, once."""
+    of_run = of(site, RUNS[1])
+    path = site / "site" / "lessons" / f"{RUNS[1]}.html" if page == "lesson" else of_run
+    shown = opened(chromium, path, width)
+    count = shown.js(REACHED)
+    assert count > 30
+    places: list[int] = []
+    for _ in range(count):
+        shown.press("Tab")
+        place, seen = shown.js("window.focused()")
+        assert seen, shown.js("document.activeElement.outerHTML.slice(0, 200)")
+        places.append(place)
+    assert places == list(range(count))
+
+
+def test_a_lesson_is_taken_with_the_keyboard_alone(chromium: Browser, site: Path) -> None:
+    """Skip to the guess, make it, and open what was measured."""
+    shown = opened(chromium, site / "site" / "lessons" / f"{RUNS[1]}.html")
+    shown.press("Tab")
+    shown.press("Enter")
+    assert shown.js("location.hash") == "#guess"
+    shown.press("Tab")
+    assert shown.js("document.activeElement.matches('.guesses button')")
+    shown.press("Enter")
+    assert shown.js("document.getElementById('guessed').innerText.length") > 0
+    while not shown.js("document.activeElement.matches('#verdict summary')"):
+        shown.press("Tab")
+    assert not shown.js("document.activeElement.parentElement.open")
+    shown.press("Enter")
+    assert shown.js("document.activeElement.parentElement.open")
+    assert shown.errors == []
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_forecasts_are_chosen_and_drawn_with_their_bands(
     chromium: Browser, site: Path, width: int

@@ -226,6 +226,19 @@ def test_a_dial_is_named_in_words_and_bytes_are_shown_in_mib() -> None:
         assert dials._named(path) == {"name": name, "per": per}
 
 
+def test_what_two_workloads_have_alike_is_turned_together(course: Course) -> None:
+    """A cold cache never makes the same prompts faster, however long they are."""
+    item = next(i for i in course.lessons if i.lab.name == "diagnosis")
+    found = dials.dials(item.lab, [], "cold")
+    knob = [k["name"] for k in found["knobs"]].index("prompt tokens")
+    curves = [c for c in found["curves"] if c["knob"] == knob and c["claim"] == 0]
+    assert len(curves) == len(dials.cards())
+    for curve in curves:
+        changed = parse_changes(curve["set"].replace("{}", "7"))
+        assert changed == {f"workloads.{of}.prompt_tokens.tokens": 7 for of in ("cold", "usual")}
+        assert min(curve["y"]) > 1
+
+
 def test_a_replay_shows_every_token_of_its_seconds_once(course: Course) -> None:
     for item in course.lessons:
         if not item.replayed:

@@ -39,7 +39,7 @@
     ]);
     named(traces);
     draw(id, traces, {
-      height: 380,
+      height: 380 + place.slanted,
       scattermode: "group",
       margin: { l: 10, r: 10, t: 10, b: 40 },
       xaxis: axis({ type: "category", tickangle: place.crowded ? -45 : 0, categoryorder: "array",
@@ -63,7 +63,9 @@
       ...(sameWorkload ? [] : [plain(p.workload)]), numbered ? p.level : plain(p.load),
     ].join(between);
     const title = (sameWorkload ? "" : "workload, ") + (numbered || "load");
-    return Object.assign(place, { crowded, title });
+    const letters = Math.max(...points.map((p) => place(p).length));
+    const slanted = crowded ? Math.max(0, 4.5 * letters - 60) : 0;  // px that slanted names need more
+    return Object.assign(place, { crowded, slanted, title });
   }
 
   /** Times in ms, with their unit; `scaled` keeps what is missing missing. */

@@ -67,18 +67,30 @@
       length(a) === length(b) ? a - b : length(b) - length(a));
   }
 
+  /** What a limit on the engine's queue refused has not failed. */
+  const isRefusal = (error) => error.startsWith("turned away");
+
+  function wrong(trial) {
+    const refused = Object.values(trial.errors).filter(isRefusal).length;
+    return ["failed", "turned away or failed", "turned away"][
+      refused === 0 ? 0 : refused < Object.keys(trial.errors).length ? 1 : 2];
+  }
+
   function summary(trial) {
     const [queue, prefill, decode] = trial.engine_ms.map(milliseconds);
     const shown = trial.index.length;
-    const failed = Object.keys(trial.errors).length;
+    const refused = Object.values(trial.errors).filter(isRefusal).length;
+    const failed = Object.keys(trial.errors).length - refused;
     return `${trial.sent.toLocaleString("en")} requests` +
       (shown < trial.sent ? `, the ${shown.toLocaleString("en")} longest of them shown` : "") +
-      (failed ? `, ${failed} failed` : "") +
+      (refused ? `, ${refused} of these turned away` : "") +
+      (failed ? `, ${failed} of these failed` : "") +
       `. The engine's own means over this trial: queue ${queue}, prefill ${prefill}, decode ${decode}.`;
   }
 
   function remark(trial, i, long) {
-    return [trial.errors[i] ? `failed: ${trial.errors[i]}` : "",
+    const error = trial.errors[i];
+    return [error && !isRefusal(error) ? `failed: ${error}` : error,
             long.has(i) ? "long prompt" : "",
             trial.counted[i] || trial.errors[i] ? "" : "outside the window"].filter(Boolean).join("; ");
   }
@@ -126,7 +138,7 @@
       ...(trial.open_loop ? [bar("late to be sent", colour(3), () => 0, sent)] : []),
       bar(waiting, colour(1), ofGood(trial.sent_dms), first, long.size ? hatched : {}),
       bar("decode", colour(0), first, last),
-      ...(Object.keys(trial.errors).length ? [bar("failed", data.predicted, ofFailed(sent),
+      ...(Object.keys(trial.errors).length ? [bar(wrong(trial), data.predicted, ofFailed(sent),
         ofFailed((i) => trial.last_dms[i] ?? trial.sent_dms[i] + 100))] : []),
     ];
   }
