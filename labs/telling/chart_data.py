@@ -263,11 +263,11 @@ def _quantiles(points: Samples, most: int) -> dict[str, Any]:
     }
 
 
-def _went_wrong(record: RequestRecord, turned_away: bool) -> str:
+def _went_wrong(error: str, turned_away: bool) -> str:
     """Say why a request has no answer; what a limit refused, without the engine's whole message."""
     if turned_away:
-        return f"turned away: {record.error.partition(':')[0]}"
-    return record.error[:300]
+        return f"turned away: {error.partition(':')[0]}"
+    return error[:300]
 
 
 def _requests(
@@ -286,7 +286,7 @@ def _requests(
     long = [i for i, r in enumerate(shown) if point.workload.is_intruder(r.index)]
     refused = {id(r) for r in trial.turned_away}
     failed = {
-        i: errors.setdefault(_went_wrong(r, id(r) in refused), len(errors))
+        i: errors.setdefault(_went_wrong(r.error, id(r) in refused), len(errors))
         for i, r in enumerate(shown)
         if r.error
     }

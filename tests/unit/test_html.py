@@ -204,9 +204,9 @@ def test_requests_in_columns_of_tenths_of_milliseconds(folder: RunFolder) -> Non
 
 
 def test_what_a_limit_refused_has_not_failed_and_its_message_is_short() -> None:
-    refused = make_record([], error='HTTP 503: {"error": "busy"}')
+    refused = 'HTTP 503: {"error": "busy"}'
     assert chart_data._went_wrong(refused, turned_away=True) == "turned away: HTTP 503"
-    assert chart_data._went_wrong(refused, turned_away=False) == 'HTTP 503: {"error": "busy"}'
+    assert chart_data._went_wrong(refused, turned_away=False) == refused
 
 
 def test_of_too_many_requests_the_longest_stay_and_the_page_says_so(
