@@ -34,6 +34,7 @@ def _labs() -> dict[str, Lab]:
             _lab("kv_quantization"),
             _lab("speculative_decoding"),
             _lab("weight_quantization"),
+            _lab("context_retrieval"),
             _lab("weight_pruning"),
             _lab("multi_lora"),
             _lab("structured_output"),

@@ -214,7 +214,8 @@ class Evidence(BaseModel, frozen=True, extra="forbid"):
     """Evidence is what the engine itself must show in a trial before the trial's figures count.
 
     `rises` and `stays` look at a counter over the trial; `echoes` at a label of an info metric,
-    which must say `value`, or the variant's own value of the flag that `--flag` names.
+    which must say `value`, or the variant's own value of the flag that `--flag` names, or of a
+    field of it (`--flag.field`).
     `absent` says that the engine has no such counter.
     `pieces` counts the tokens that the running streams received while a long prompt was prefilled.
     They receive one with each piece of the prompt, so the count must be the number of pieces that
@@ -231,7 +232,9 @@ class Evidence(BaseModel, frozen=True, extra="forbid"):
         """Return what the label of an info metric must say at a point."""
         if not self.value.startswith("--"):
             return self.value
-        return str(point.flags.get(self.value.removeprefix("--"), ""))
+        flag, _, name = self.value.removeprefix("--").partition(".")
+        value = point.flags.get(flag, "")
+        return str(value.get(name, "") if name and isinstance(value, dict) else value)
 
     def __str__(self) -> str:
         condition = f"{self.label}={self.value}" if self.kind == "echoes" else self.kind

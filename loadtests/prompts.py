@@ -88,6 +88,10 @@ class Writer:
             raise ValueError(f"prompt_tokens={tokens} is below the {least} tokens that the {cause}")
         return _messages(self._text(tokens, rng, lead, history), history)
 
+    def tokens_of(self, text: str) -> int:
+        """Count the tokens of a text; those of the chat template are not counted."""
+        return self._count(_messages(text)) - self._count(_messages(""))
+
     def lead(self, tokens: int, rng: random.Random) -> str:
         """Write a text of exactly `tokens` that several prompts can begin with.
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import requests
 
-from labs.judging import sampling
-from labs.judging.evaluation import LENGTHS_TOKENS, evaluate, thread_pool
+from labs.judging import retrieval, sampling
+from labs.judging.evaluation import LENGTHS_TOKENS, EvaluationClient, evaluate, thread_pool
 from labs.lab import Lab, Variant
 from loadtests.prompts import Messages, Writer
 from loadtests.structures import FORMS, Form, Spec, instruction, spec
@@ -243,6 +243,18 @@ def votes(served: ProbedEngine, each: int = 5) -> dict[str, Any]:
     }
 
 
+def retrieve(served: ProbedEngine, texts: int = 3) -> dict[str, Any]:
+    """Ask for the needles of so many texts of each of the lab's lengths, one after another."""
+    lengths = retrieval.text_lengths(served.lab.flags_of(served.variant).max_model_len)
+    client = EvaluationClient(served.engine.url, served.engine.model)
+    began = time.monotonic()
+    needles = retrieval.ask(client, lengths, texts, served.writer.tokens_of)
+    return {
+        "needles": [needle.model_dump(mode="json") for needle in needles],
+        "took_s": round(time.monotonic() - began, 3),
+    }
+
+
 PROBES: dict[str, Probe] = {
     "quality": quality,
     "quality-quick": partial(quality, quick=True),
@@ -251,13 +263,15 @@ PROBES: dict[str, Probe] = {
     "salt": salt,
     "structures": structures,
     "structures-quick": partial(structures, each=3, timed=2),
+    "retrieval": retrieve,
+    "retrieval-quick": partial(retrieve, texts=1),
     "votes": votes,
     "votes-quick": partial(votes, each=1),
     "salt-quick": partial(salt, rounds=4),
 }
 READ_TEXT = frozenset(
     f"{name}{form}"
-    for name in ("quality", "tenants", "structures", "votes")
+    for name in ("quality", "tenants", "structures", "votes", "retrieval")
     for form in ("", "-quick")
 )
 """Probes that read text: random weights write none, so these probes refuse them."""

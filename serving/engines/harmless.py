@@ -48,6 +48,13 @@ class Attention(BaseModel, frozen=True, extra="forbid", strict=True):
     flash_attn_max_num_splits_for_cuda_graph: int | None = None
 
 
+class ModelOverrides(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Lists what may be set of a model's configuration: how far its layers attend, and no class."""
+
+    sliding_window: int | None = None
+    layer_types: list[Word] | None = None
+
+
 class StructuredOutputs(BaseModel, frozen=True, extra="forbid", strict=True):
     """Lists what may be set of structured outputs: no plug-in of one's own."""
 
@@ -90,6 +97,7 @@ class Harmless(
     prefix_caching_hash_algo: Word = ""
     # the model and how it is computed
     dtype: Word = ""
+    hf_overrides: ModelOverrides = ModelOverrides()
     quantization: Word = ""
     enforce_eager: bool = False
     attention_backend: Word = ""
@@ -142,7 +150,7 @@ _WHY = {
         "worker-cls", "worker-extension-cls",
     ),
     "trusts code that comes with a model": (
-        "code-revision", "hf-overrides", "trust-remote-code", "trust-request-chat-template",
+        "code-revision", "trust-remote-code", "trust-request-chat-template",
     ),
     "opens an address or asks another machine": (
         "allowed-media-domains", "allowed-origins", "api-key", "data-parallel-address",

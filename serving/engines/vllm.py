@@ -91,6 +91,13 @@ class VllmFlags(dict[str, FlagValue]):
         return self._int("block-size")
 
     @property
+    def sliding_window(self) -> int | None:
+        """The tokens to which each layer attends; None where it attends to as many as its model."""
+        overrides = self.get("hf-overrides")
+        window = overrides.get("sliding_window") if isinstance(overrides, dict) else None
+        return window if isinstance(window, int) else None
+
+    @property
     def num_gpu_blocks_override(self) -> int:
         """The blocks of the KV cache, whatever its memory; 0 where the memory decides."""
         return self._int("num-gpu-blocks-override", 0)

@@ -24,7 +24,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
@@ -86,11 +86,17 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
 
     def _get_kv_cache_spec(self) -> dict[str, Any]:
         config, parallel = self.model_config, self.parallel_config
-        spec = FullAttentionSpec(
-            block_size=self.cache_config.block_size,
-            num_kv_heads=config.get_num_kv_heads(parallel),
-            head_size=config.get_head_size(),
-            dtype=_cache_dtype(self.cache_config.cache_dtype, config.dtype),
+        sizes = {
+            "block_size": self.cache_config.block_size,
+            "num_kv_heads": config.get_num_kv_heads(parallel),
+            "head_size": config.get_head_size(),
+            "dtype": _cache_dtype(self.cache_config.cache_dtype, config.dtype),
+        }
+        window = self.cache_config.sliding_window
+        spec = (
+            SlidingWindowSpec(**sizes, sliding_window=window)
+            if window
+            else FullAttentionSpec(**sizes)
         )
         return {f"layers.{i}.attn": spec for i in range(config.get_num_layers(parallel))}
 
@@ -141,7 +147,7 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
         drafts = scheduled.scheduled_spec_decode_tokens
         for request_id, tokens in scheduled.num_scheduled_tokens.items():
             before = self.context_tokens[request_id]
-            pieces.append(Piece(tokens, before))
+            pieces.append(Piece(tokens, min(before, self.cache_config.sliding_window or before)))
             guesses = len(drafts.get(request_id, ()))
             if before + tokens < self.prompt_tokens[request_id]:
                 sampled[request_id] = []  # the prompt continues in a later step

@@ -109,6 +109,8 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
         for index in range(6)
     ))  # fmt: skip
     small = ("--kv-cache-memory-bytes", str(8 * BLOCK * 23_040))  # two requests do not fit
+    sliding = json.dumps({"sliding_window": 64, "layer_types": []})
+    window = ("--hf-overrides", sliding, "--max-num-batched-tokens", "128")
     # a server's own option, which an engine core does not know, is passed over
     slot = ("--enable-lora", "--max-loras", "1", "--lora-modules", "tenant-0=a", "tenant-1=b")
     ngram = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'
@@ -122,6 +124,7 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
             engine("cached", "same", *kv, "--enable-prefix-caching", traffic=IN_TURN),
             engine("pieces", "long", *kv, "--max-num-batched-tokens", "128"),
             engine("tight", "many", *small, "--max-model-len", "512"),
+            engine("windowed", "many", *small, "--max-model-len", "512", *window),
             engine("limited", "three", *kv, "--max-num-queued-reqs", "2", traffic=CLOSE),
             engine(
                 "limited in tokens", "three", *kv, "--max-num-queued-tokens", "1", traffic=CLOSE
@@ -246,6 +249,14 @@ def test_where_memory_is_short_requests_are_preempted(plays: dict[str, ForecastP
     assert plays["tight"].kv_capacity_tokens == 8 * BLOCK
     assert plays["tight"].counters["preemptions"] > 0
     assert all(sum(n for _, n in a.chunks) == 140 for a in plays["tight"].play.answers)
+
+
+def test_a_window_holds_less_of_each_request(plays: dict[str, ForecastPlay]) -> None:
+    """What lies behind it is given back, so that the two do fit."""
+    play = plays["windowed"]
+    assert play.kv_capacity_tokens == plays["tight"].kv_capacity_tokens
+    assert play.counters["preemptions"] == 0
+    assert all(sum(n for _, n in a.chunks) == 140 for a in play.play.answers)
 
 
 def test_drafts_that_are_all_accepted_come_together(plays: dict[str, ForecastPlay]) -> None:

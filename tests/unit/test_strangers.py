@@ -57,7 +57,7 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"worker-extension-cls": "os.system"}, "worker-extension-cls loads code"),
     ({"logits-processors": ["a.b"]}, "logits-processors loads code"),
     ({"trust-remote-code": True}, "trust-remote-code trusts code that comes with a model"),
-    ({"hf-overrides": {"auto_map": {}}}, "hf-overrides trusts code"),
+    ({"hf-overrides": {"auto_map": {}}}, "hf-overrides.auto_map has a value"),
     ({"host": "0.0.0.0"}, "host opens an address"),
     ({"kv-transfer-config": {"kv_connector": "x"}}, "kv-transfer-config opens an address"),
     ({"chat-template": "/etc/passwd"}, "chat-template reads or writes a path"),

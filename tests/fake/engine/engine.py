@@ -156,6 +156,7 @@ class Engine:
             "cache_dtype": options.kv_cache_dtype,
             "enable_prefix_caching": str(options.enable_prefix_caching),
             "num_gpu_blocks": str(cache.blocks),
+            "sliding_window": str(options.hf_overrides.get("sliding_window")),
         }
         lora = {
             "max_lora": str(options.max_loras),

@@ -22,7 +22,9 @@ class KVCache:
     def filled(self, requests: Iterable[Request]) -> int:
         """How many blocks these requests fill with what they have and their next token."""
         size = self._options.block_size
-        return sum(-(-request.length // size) for request in requests)
+        window = self._options.hf_overrides.get("sliding_window")
+        most = -(-(window - 1) // size) + 1 if window else self.blocks
+        return sum(min(most, -(-request.length // size)) for request in requests)
 
     def look_up(self, request: Request) -> int:
         """How many of the prompt's tokens the prefix cache holds; holds all full blocks after.

@@ -40,6 +40,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--num-gpu-blocks-override", type=int, help="blocks in the KV cache, whatever its memory")
     add("--kv-cache-memory-bytes", type=int, help="where the model has a config.json")
     add("--kv-cache-dtype", default="auto", help="fp8 and its kin hold twice the tokens")
+    add("--hf-overrides", type=json.loads, default={}, help="sliding_window of it: said in the"
+        " metrics, and older tokens hold no blocks")  # fmt: skip
     add("--speculative-config", type=json.loads, default={}, help="num_speculative_tokens of it")
     add("--attention-config", type=json.loads, default={}, help="said in the log, and nothing else")
     add("--structured-outputs-config", type=json.loads, default={}, help="backend of it: said in"

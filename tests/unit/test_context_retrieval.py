@@ -1,0 +1,374 @@
+"""Retrieval from a long context: what is asked, margins and bytes by hand, what is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labs import LABS
+from labs.context_retrieval import (
+    admitted,
+    arithmetic,
+    kept_tokens,
+    reaching,
+    step_ratio,
+)
+from labs.filing.results import Predictions, write_gzip, write_json
+from labs.findings.context import Context
+from labs.findings.context_retrieval import (
+    LOSSES,
+    RETRIEVAL,
+    WAYS,
+    asked,
+    losses,
+    which_way,
+    why_it_drops,
+)
+from labs.judging import retrieval
+from labs.judging.evaluation import DEPTHS, EvaluationClient
+from labs.judging.retrieval import Needle, adds_up, by_text, margin, margin_change, text_lengths
+from labs.lab import Evidence, Lab, Point
+from serving.engines.harmless import refusal
+from serving.engines.vllm import VllmFlags
+from serving.models import Shape
+from tests.fake.engine.kv_cache import KVCache
+from tests.fake.engine.metrics import Metrics
+from tests.fake.engine.options import parse
+from tests.unit.builders import CEILINGS, SHAPE
+from tests.unit.test_answers import judged_run
+from tests.unit.test_findings import cells, context
+
+LAB = LABS["context-retrieval"]
+SMOL = Shape(
+    layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, vocab=49152, max_positions=8192,
+    params=134_515_008, matmul_params=134_515_008, weight_bytes=269_030_016,
+)  # fmt: skip
+
+
+def point(variant: str, workload: str, quick: bool = False) -> Point:
+    lab = LAB.at("cpu", quick)
+    points = lab.points(SMOL, CEILINGS)
+    return next(p for p in points if (p.variant.name, p.workload.name) == (variant, workload))
+
+
+# ---------------------------------------------------------------------------- bytes and admission
+
+
+def test_a_window_keeps_its_tokens_and_all_else_keeps_all() -> None:
+    full, window = point("full", "far"), point("window", "far")
+    assert (full.flags.sliding_window, window.flags.sliding_window) == (None, 384)
+    assert [kept_tokens(p, n) for p in (full, window) for n in (100, 2048)] == [100, 2048, 100, 384]
+
+
+def test_bytes_are_those_worked_out_by_hand() -> None:
+    """23,040 bytes a token in BF16: 2 x 30 layers x 3 KV heads x 64 x 2."""
+    told = arithmetic(LAB.at("cpu", False), point("full", "far"))
+    bytes_of = {
+        what.removeprefix("KV bytes of a sequence, ").removesuffix(" at 2048"): p.value
+        for what, p in told.items()
+        if what.startswith("KV bytes")
+    }
+    full = 2048 * 23_040
+    assert bytes_of == pytest.approx({
+        "full": full, "fp8": full / 2, "window": 384 * 23_040, "fp8 and window": 192 * 23_040,
+        "evicted": full / 5, "shared": full / 2, "fp8 and shared": full / 4,
+    })  # fmt: skip
+
+
+def test_nothing_is_forecast_of_a_window_that_is_not_run() -> None:
+    lab = LAB.at("cpu", False, {"variants": ["full", "kv-fp8"]})
+    assert not [what for what in arithmetic(lab, point("full", "far")) if "window" in what]
+
+
+def test_requests_at_once_are_what_the_blocks_hold() -> None:
+    """85 blocks, one of them the engine's; a request has 784 tokens, 25 blocks."""
+    full, fp8, window = (admitted(point(v, "tight")) for v in ("full", "kv-fp8", "window"))
+    assert full == 84 / 25
+    assert fp8 == 6
+    assert window == 6
+    alone = replace(point("window", "tight"), load=LAB.workloads[0].loads[0])
+    assert admitted(alone) == 4
+
+
+def test_a_step_reads_the_weights_and_what_each_variant_keeps() -> None:
+    full = point("full", "far")
+    context_bytes = 4 * 2056 * 23_040
+    whole = 269_030_016 + context_bytes
+    fast = CEILINGS.model_copy(update={"bf16_flops_per_s": 1e12})
+    for variant, kept in (("kv-fp8", context_bytes / 2), ("window", 4 * 384 * 23_040)):
+        treated = replace(point(variant, "far"), ceilings=fast)
+        found = step_ratio(treated, replace(full, ceilings=fast)).value
+        assert found == pytest.approx((269_030_016 + kept) / whole)
+
+
+def test_evidence_reads_a_field_within_a_flag() -> None:
+    told = {e.arm.variant: e for e in LAB.evidence if e.label == "sliding_window"}
+    assert told.keys() == {v.name for v in LAB.variants}
+    windowed: Evidence = told["window"]
+    assert windowed.expected(point("window", "far")) == "384"
+    turned = LAB.at("cpu", False, {"variants.window.flags.hf-overrides.sliding_window": 64})
+    at = next(p for p in turned.points(SHAPE, CEILINGS) if p.variant.name == "window")
+    assert windowed.expected(at) == "64"
+    assert told["full"].expected(point("full", "far")) == "None"
+
+
+def test_of_a_models_configuration_only_its_window_may_be_set() -> None:
+    assert refusal(reaching(512)) == ""
+    assert "hf-overrides.architectures" in refusal({"hf-overrides": {"architectures": ["X"]}})
+
+
+def test_the_fake_engine_holds_no_more_than_a_window() -> None:
+    class Long:
+        length = 1000
+
+    def filled(*argv: str) -> int:
+        options = parse(["--block-size", "32", *argv])
+        return KVCache(options, Metrics(0)).filled([Long(), Long()])  # type: ignore[list-item]
+
+    assert filled() == 2 * 32
+    assert filled("--hf-overrides", '{"sliding_window": 384}') == 2 * 13
+
+
+# ----------------------------------------------------------------------------------------- asking
+
+
+def position(token: str, **others: float) -> dict[str, Any]:
+    """A token of probability 1 - sum of the others', which are named by what they write."""
+    known = {token: math.log(1 - sum(others.values()))}
+    known |= {name.strip("_"): math.log(p) for name, p in others.items()}
+    top = [{"token": t, "logprob": v} for t, v in known.items()]
+    return {"token": token, "logprob": known[token], "top_logprobs": top}
+
+
+def test_the_margin_is_the_least_of_the_digits() -> None:
+    digits = [position(" "), position("2", _3=0.1), position("7", _1=0.4), position(".", _5=0.1)]
+    assert margin("27", digits) == pytest.approx(math.log(0.6 / 0.4))
+    assert margin("27", [position(" indeed", _2=0.3), *digits[1:]]) == pytest.approx(
+        math.log(0.6 / 0.4)
+    )
+    assert margin("27", [position(" 27", _28=0.2)]) == pytest.approx(math.log(4))
+
+
+def test_the_margin_of_a_wrong_digit_is_below_zero_and_ends_there() -> None:
+    wrong = [position("2", _3=0.1), position("1", _7=0.2), position("9", _7=0.3)]
+    assert margin("27", wrong) == pytest.approx(math.log(0.2 / 0.8))
+    out_of_sight = [position("3", _4=0.1, _5=0.05)]
+    assert margin("27", out_of_sight) == pytest.approx(math.log(0.05 / 0.85))
+
+
+def test_an_answer_without_digits_or_logprobs_has_no_margin() -> None:
+    assert margin("27", []) is None
+    assert margin("27", [position(" none"), position(" of"), position(" these")]) is None
+
+
+class Client(EvaluationClient):
+    """An engine that knows every number but the one at the beginning."""
+
+    bodies: list[dict[str, Any]]
+
+    def complete(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        assert path == "chat/completions"
+        self.bodies.append(dict(body))
+        text, lead = (m["content"] for m in body["messages"])
+        needle = text[text.index(lead) :].removeprefix(lead)[1:5]
+        written = "0000" if text.index(lead) == 0 else needle
+        positions = [position(written, x=0.1)]
+        return {"message": {"content": f" {written}."}, "logprobs": {"content": positions}}
+
+
+def test_each_needle_is_asked_for_with_its_place_and_its_distance() -> None:
+    client = Client("http://nowhere", "m")
+    object.__setattr__(client, "bodies", [])
+    needles = retrieval.ask(client, [256, 512], 2, lambda text: len(text.split()))
+    assert [(n.text, n.length_tokens, n.depth) for n in needles] == [
+        (text, length, depth) for text in (0, 1) for length in (256, 512) for depth in DEPTHS
+    ]
+    assert [n.correct for n in needles] == 4 * [False, True, True, True, True]
+    assert all((n.margin_nats or 0) > 0 for n in needles if n.correct)
+    assert all((n.margin_nats or 0) < 0 for n in needles if not n.correct)
+    for group in (needles[:5], needles[5:10]):
+        distances = [n.distance_tokens for n in group]
+        assert distances == sorted(distances, reverse=True)
+        assert distances[-1] < 40  # the last sentence, the question and the answer's beginning
+        assert 0.5 * group[0].length_tokens < distances[0] < group[0].length_tokens
+    body = client.bodies[0]
+    assert (body["logprobs"], body["top_logprobs"], body["continue_final_message"]) == (
+        True, 20, True,
+    )  # fmt: skip
+
+
+def test_the_three_longest_texts_that_fit_are_asked() -> None:
+    assert [text_lengths(n) for n in (2560, 1280, 20480, 400, 100)] == [
+        [512, 1024, 2048], [256, 512, 1024], [4096, 8192, 16384], [128, 256], [],
+    ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- judging
+
+
+def needles(
+    right: Sequence[bool], margins: Sequence[float], distances: Sequence[int] = ()
+) -> list[Needle]:
+    """Texts of five needles each."""
+    return [
+        Needle(
+            text=i // 5, length_tokens=512, depth=DEPTHS[i % 5],
+            distance_tokens=distances[i % 5] if distances else 500 - 100 * (i % 5),
+            expected=str(1000 + i), answer="", correct=correct, margin_nats=m,
+        )
+        for i, (correct, m) in enumerate(zip(right, margins, strict=True))
+    ]  # fmt: skip
+
+
+def test_a_change_of_the_margin_has_an_interval_over_texts() -> None:
+    before = needles([True] * 15, [4.0] * 15)
+    after = needles([True] * 15, [3.0] * 5 + [2.0] * 5 + [1.0] * 5)
+    change = margin_change(before, after)
+    assert change
+    assert change.value == -2
+    assert change.n == 3
+    # a standard deviation of 1 over three texts: t(2) / sqrt(3)
+    assert (change.low, change.high) == pytest.approx((-2 - 2.484, -2 + 2.484), abs=0.001)
+    assert margin_change(before[:5], after[:5]) == change.model_copy(
+        update={"value": -1.0, "low": None, "high": None, "n": 1}
+    )
+
+
+def test_two_losses_add_up_or_do_not() -> None:
+    short, long, another = (512, 0), (1024, 0), (2048, 0)
+    one = {short: [-1.0, -1.0], long: [-2.0]}
+    other = {short: [-0.5], long: [-1.0], another: [-9.0]}
+    both = {short: [-1.5, -1.5], long: [-3.0]}
+    found = adds_up(both, [one, other])
+    assert found
+    assert (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
+    assert adds_up(both, [{short: [1.0]}, {short: [1.0]}]) is None  # no loss to divide by
+
+
+def test_other_needles_are_not_compared() -> None:
+    before = needles([True] * 5, [1.0] * 5)
+    with pytest.raises(ValueError, match="not asked for the same needles"):
+        by_text(before, before[:4])
+
+
+# ----------------------------------------------------------------------------------- what is told
+
+WITHOUT_WEIGHTS: dict[str, Any] = {"variants": ["full", "kv-fp8", "window"]}
+
+
+def of_lab() -> Lab:
+    return LAB.at("cpu", quick=True, changes={**WITHOUT_WEIGHTS, "requests": 16})
+
+
+def probed(home: Path) -> Context:
+    """Three texts: FP8 loses the needle of the least margin, a window all beyond 384 tokens."""
+    lab = of_lab()
+    far, tight = "far/concurrent-4", "tight/concurrent-6"
+    found = context(home, lab, {
+        f"full/{far}": {"tpot_mean_s": 0.1}, f"window/{far}": {"tpot_mean_s": 0.08},
+        f"full/{tight}": {"batch": 3.0}, f"window/{tight}": {"batch": 6.0},
+    })  # fmt: skip
+    margins = [3.0, 2.0, 0.5, 2.0, 3.0] * 3
+    answers = {
+        "full": needles([True] * 15, margins),
+        "kv-fp8": needles([True, True, False, True, True] * 3, [m - 1 for m in margins]),
+        "window": needles([False, False, True, True, True] * 3, [-2.0, -2.0, 0.5, 2.0, 3.0] * 3),
+    }
+    for variant, asked_for in answers.items():
+        plain = {"needles": [n.model_dump(mode="json") for n in asked_for], "took_s": 1.0}
+        write_gzip(found.folder.probe_file("retrieval", variant), plain)
+    told = arithmetic(lab, next(p for p in found.points if p.variant.name == "full"))
+    predictions = Predictions(effects={}, forecasts={}, arithmetic=told)
+    write_json(found.folder.path / "predictions.json", predictions)
+    return found
+
+
+def test_what_is_found_stands_by_length_and_depth(tmp_path: Path) -> None:
+    finding = RETRIEVAL.finding(probed(tmp_path))
+    assert cells(finding, 1, 2, 3, 4, 5) == [
+        ["0", "500", "3 of 3 (3.0)", "3 of 3 (2.0)", "0 of 3 (-2.0) ○"],
+        ["0.25", "400", "3 of 3 (2.0)", "3 of 3 (1.0)", "0 of 3 (-2.0) ○"],
+        ["0.5", "300", "3 of 3 (0.5)", "0 of 3 (-0.5)", "3 of 3 (0.5)"],
+        ["0.75", "200", "3 of 3 (2.0)", "3 of 3 (1.0)", "3 of 3 (2.0)"],
+        ["1", "100", "3 of 3 (3.0)", "3 of 3 (2.0)", "3 of 3 (3.0)"],
+        ["", "", "**15 of 15**", "**12 of 15**", "**9 of 15**"],
+    ]
+
+
+def test_what_is_lost_is_what_had_the_least_margin(tmp_path: Path) -> None:
+    facts = losses(probed(tmp_path))
+    assert facts
+    fp8, window = facts.variants
+    assert (fp8.found, fp8.lost, fp8.gained) == (12, 3, 0)
+    assert (fp8.margin_of_lost, fp8.margin_of_kept) == (0.5, 2.5)
+    assert fp8.margin
+    assert (fp8.margin.value, fp8.margin.low) == pytest.approx((-1, -1))
+    assert fp8.difference.value == pytest.approx(-0.2)
+    assert fp8.difference.low is not None
+    assert fp8.difference.low < -0.2
+    assert fp8.p_value == 0.25
+    assert (window.within, window.beyond) == ((9, 9), (0, 6))
+    near, far = window.held
+    assert near.measured
+    assert (near.measured.value, near.outcome) == (1, "open")  # of nine
+    assert far.measured
+    assert (far.measured.value, far.outcome) == (0, "open")  # of six
+    said = LOSSES.finding(probed(tmp_path / "again")).lines
+    assert (
+        "the 3 that it lost had a margin of 0.50 nats at `full`, those that it kept 2.50."
+        in (said[0])
+    )
+
+
+def test_the_four_ways_stand_side_by_side(tmp_path: Path) -> None:
+    finding = WAYS.finding(probed(tmp_path))
+    rows = {row[0]: row[1:] for row in finding.rows[1:]}
+    assert rows["all tokens in 16 bits"][:2] == ["0.0625 MiB", "1.00x"]  # of the small shape
+    assert rows["quantize: 8 bits"][1] == "0.50x"
+    window = rows["slide a window"]
+    assert (window[1], window[2], window[3]) == (
+        "0.19x",
+        "run as `window`",
+        "2.00x (of one repeat)",
+    )
+    assert window[5] == "finds 9 of 15 needles: 9 of 9 within its reach, 0 of 6 beyond"
+    assert rows["evict: keep 20% by attention"][2].startswith("arithmetic: 0.2 of full")
+    assert rows["share: one cache for 2 layers"][3:5] == ["–", "–"]
+
+
+def test_the_answers_have_the_runs_figures(tmp_path: Path) -> None:
+    run = judged_run(probed(tmp_path))
+    why, which = why_it_drops(run), which_way(run)
+    assert why
+    assert "`kv-fp8` finds 12 of 15 (-20.0 (" in why
+    assert "The 3 lost by `kv-fp8` had 0.50 nats before, the kept 2.50" in why
+    assert which
+    assert (
+        "slide a window keeps 0.19 of the bytes, runs 2.00x (of one repeat) the requests" in which
+    )
+    assert "by arithmetic, not run: " in which.lower()
+
+
+def test_answers_without_a_margin_are_told_without_one(tmp_path: Path) -> None:
+    found = probed(tmp_path)
+    for variant in ("full", "kv-fp8", "window"):
+        plain = [n.model_copy(update={"margin_nats": None}) for n in needles([True] * 5, [1.0] * 5)]
+        write_gzip(
+            found.folder.probe_file("retrieval", variant),
+            {"needles": [n.model_dump(mode="json") for n in plain], "took_s": 1.0},
+        )
+    assert asked(found)[0].found == 5
+    finding = LOSSES.finding(found)
+    assert cells(finding, 4, 7, 8) == 3 * [["–", "–", "–"]]
+    assert not [line for line in finding.lines if "had a margin" in line]
+
+
+def test_a_point_without_overrides_has_no_window() -> None:
+    assert VllmFlags({}).sliding_window is None
+    assert VllmFlags({"hf-overrides": {}}).sliding_window is None
+    assert VllmFlags(reaching(8)).sliding_window == 8
