@@ -75,7 +75,8 @@ def with_ceilings(results: Path) -> Path:
 def lab_on_a_cpu(lab: str, results: Path) -> None:
     """Runs a lab in its sizes for a CPU; checks the run, and the dashboards that followed it.
 
-    The README's lab serves the bundled model, the others a few of its layers (`tests/shallow.py`).
+    The README's lab serves the bundled model, and so do those whose text matters; the others serve
+    a few of its layers (`tests/shallow.py`).
     Skips where no test runs it, or where it needs a compiler that is not here. Where the CPU has
     no instructions for BF16 only the README's lab is run: with others, answers would not end within
     the time that a request has, beside the other tests.
@@ -89,7 +90,7 @@ def lab_on_a_cpu(lab: str, results: Path) -> None:
         require_compiler(LABS[lab], machine.detect())
     except EngineError as error:
         pytest.skip(str(error))
-    model = "" if lab == FRONT_DOOR else str(shallow())
+    model = "" if lab == FRONT_DOOR or sizes.all_layers else str(shallow())
     folder = quick_run(lab, results, f"{BRIEF} {sizes.real} {sizes.cpu}", model=model)
     check_run(folder)
     check_dashboards(folder)

@@ -1,7 +1,7 @@
 """The models that labs derive from the one they serve, and these labs on a real vLLM.
 
-The served one is a few layers of the bundled model. What is derived from it is made as a quick run
-makes it, and is readable; the labs find it made.
+The served one is a few layers of the bundled model, where its text does not matter. What is derived
+from it is made as a quick run makes it, and is readable; the labs find it made.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ class Sizes:
     real: str = ""  # on a real engine, beside QUICK=1
     cpu: str = ""  # and there on a CPU, where every point is played on fewer and shorter requests
     gpu: str = ""  # and there on a GPU, whose sizes are to fit the bundled model's 8,192 positions
+    all_layers: bool = False  # on a CPU it serves the bundled model whole: its text matters
     needs: Tool | None = None  # that makes its weights; where there is none a test skips the lab
     not_real: str = ""  # why no test runs it on a real engine
 

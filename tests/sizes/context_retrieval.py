@@ -8,6 +8,7 @@ SHORTER = (
 
 SIZES = Sizes(
     fake=f"{SHORTER} {answers_of(8, 'far')} {answers_of(24, 'tight')}",
+    all_layers=True,
     # weights in 8 bits are served by the lab of weight quantization as well
     cpu=f'variants=["full","kv-fp8","window"] {SHORTER}',
     gpu="flags.max-model-len=8192 workloads.far.prompt_tokens.tokens=4096"

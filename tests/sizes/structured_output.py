@@ -4,6 +4,7 @@ SIZES = Sizes(
     # two backends and one form: the others differ in a word
     fake='variants=["xgrammar","outlines"] probes=["structures-quick"]'
     ' workloads=["asked","imposed","asked-alone","imposed-alone","seen","unseen"]',
+    all_layers=True,
     # the study times all backends
     cpu='variants=["xgrammar"] workloads=["asked","imposed","seen","unseen"]',
 )
