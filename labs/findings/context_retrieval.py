@@ -91,8 +91,8 @@ def tell_retrieval(facts: tuple[Asked, ...]) -> Finding:
         " answer's digits."
         " Below 0 the digit written is wrong. A circle marks what lies beyond a window's reach.",
         "Depth 0 is the beginning of the text, 1 its end. Five numbers lie in each text, and each"
-        " is asked for by itself with nothing else in flight; the engine holds the text in its"
-        " prefix cache, so that all but the first question read what the cache keeps.",
+        " is asked for by itself with nothing else in flight. A question that finds its text in the"
+        " prefix cache reads what the cache keeps of it; so does every later piece of a prompt.",
     ]
     return Finding(title=title, rows=rows, lines=lines)
 

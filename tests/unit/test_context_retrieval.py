@@ -50,9 +50,8 @@ SMOL = Shape(
 )  # fmt: skip
 
 
-def point(variant: str, workload: str, quick: bool = False) -> Point:
-    lab = LAB.at("cpu", quick)
-    points = lab.points(SMOL, CEILINGS)
+def point(variant: str, workload: str) -> Point:
+    points = LAB.at("cpu", quick=False).points(SMOL, CEILINGS)
     return next(p for p in points if (p.variant.name, p.workload.name) == (variant, workload))
 
 
@@ -60,7 +59,7 @@ def point(variant: str, workload: str, quick: bool = False) -> Point:
 
 
 def test_a_window_keeps_its_tokens_and_all_else_keeps_all() -> None:
-    full, window = point("full", "far"), point("window", "far")
+    full, window = point("full", "far"), point("window", "tight")
     assert (full.flags.sliding_window, window.flags.sliding_window) == (None, 384)
     assert [kept_tokens(p, n) for p in (full, window) for n in (100, 2048)] == [100, 2048, 100, 384]
 
@@ -100,8 +99,11 @@ def test_a_step_reads_the_weights_and_what_each_variant_keeps() -> None:
     context_bytes = 4 * 2056 * 23_040
     whole = 269_030_016 + context_bytes
     fast = CEILINGS.model_copy(update={"bf16_flops_per_s": 1e12})
-    for variant, kept in (("kv-fp8", context_bytes / 2), ("window", 4 * 384 * 23_040)):
-        treated = replace(point(variant, "far"), ceilings=fast)
+    windowed = replace(full, variant=point("window", "tight").variant)
+    for reads, kept in (
+        (point("kv-fp8", "far"), context_bytes / 2), (windowed, 4 * 384 * 23_040),
+    ):  # fmt: skip
+        treated = replace(reads, ceilings=fast)
         found = step_ratio(treated, replace(full, ceilings=fast)).value
         assert found == pytest.approx((269_030_016 + kept) / whole)
 
@@ -110,7 +112,7 @@ def test_evidence_reads_a_field_within_a_flag() -> None:
     told = {e.arm.variant: e for e in LAB.evidence if e.label == "sliding_window"}
     assert told.keys() == {v.name for v in LAB.variants}
     windowed: Evidence = told["window"]
-    assert windowed.expected(point("window", "far")) == "384"
+    assert windowed.expected(point("window", "tight")) == "384"
     turned = LAB.at("cpu", False, {"variants.window.flags.hf-overrides.sliding_window": 64})
     at = next(p for p in turned.points(SHAPE, CEILINGS) if p.variant.name == "window")
     assert windowed.expected(at) == "64"
@@ -270,7 +272,7 @@ def probed(home: Path) -> Context:
     lab = of_lab()
     far, tight = "far/concurrent-4", "tight/concurrent-6"
     found = context(home, lab, {
-        f"full/{far}": {"tpot_mean_s": 0.1}, f"window/{far}": {"tpot_mean_s": 0.08},
+        f"full/{far}": {"tpot_mean_s": 0.1}, f"kv-fp8/{far}": {"tpot_mean_s": 0.08},
         f"full/{tight}": {"batch": 3.0}, f"window/{tight}": {"batch": 6.0},
     })  # fmt: skip
     margins = [3.0, 2.0, 0.5, 2.0, 3.0] * 3
