@@ -246,8 +246,8 @@ def shorter(name: str, title: str, treatment: str, baseline: str) -> Claim:
 LAB = Lab(
     name="context-retrieval",
     title="Context retrieval",
-    question="What is found again in a long context when its keys, values or weights have 8 bits,"
-    " or when only the end of it is kept, and what does each save?",
+    question="What is found again in a long context with 8-bit keys, values or weights, or with"
+    " only its end kept?",
     answers=("ME-3", "KV-8"),
     variants=VARIANTS,
     flags={

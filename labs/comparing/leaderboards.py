@@ -187,8 +187,8 @@ def _plot(runs: Sequence[RunFolder]) -> list[Block]:
         path = folder.path / "sweep.svg"
         if path.exists():
             caption = (
-                "Throughput and TPOT against requests in flight, and the bounds predicted"
-                f" beforehand ({_short(folder.run())})"
+                "Throughput and TPOT against requests in flight, with bounds predicted before"
+                f" ({_short(folder.run())})"
                 f"{_marks(folder.run())}{_earlier(folder.run())}."
             )
             return [Figure(os.path.relpath(path, ROOT), Emphasis(caption))]

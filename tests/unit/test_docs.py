@@ -19,8 +19,8 @@ from labs.findings.parts import parts_of
 from serving.models import ROOT
 from tests.unit.test_makefile import LINES, PAGES, SETTINGS
 
-README_BYTES = 8_000  # a page, of which a lab takes a row
-A_FINDING = 250  # bytes around a headline's words: a link to a report, the ratio, its prediction
+README_BYTES = 8 * 1024  # a page, of which a lab takes a row
+A_FINDING = 232  # bytes around a headline's words: a link to a report, the ratio, its prediction
 PICTURE_BYTES = 200_000
 INDEX = ROOT / "docs" / "README.md"
 SECRETS = next(line.split("#")[0].split()[2:] for line in LINES if line.startswith("SECRETS :="))
