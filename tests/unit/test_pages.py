@@ -20,6 +20,7 @@ from labs.findings.parts import Headline, ReportParts
 from labs.telling import markdown, pages
 from labs.telling.document import Link, Paragraph, Strong, plain_text
 from serving.engines.vllm import Vllm
+from serving.models import ROOT
 from tests.unit.builders import make_lab, write_run, write_runs_of_others, write_slowed
 
 
@@ -230,7 +231,7 @@ def test_every_page_with_intervals_says_that_they_speak_of_one_sitting(
     side = compare.read_side(str(folder.path))
     texts = {
         "machine": leaderboards.write_machine(folder.path.parent.parent).read_text(),
-        "front": (leaderboards.ROOT / "README.md").read_text(),
+        "front": (ROOT / "README.md").read_text(),
         "collection": leaderboards.BOARD,
         "comparison": markdown.fragment([side_by_side.headline(compare.compare(side, side))]),
         "run": pages.write(folder).read_text(),
