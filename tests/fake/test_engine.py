@@ -279,7 +279,8 @@ def test_metrics_equal_the_log(start: Start) -> None:
     below = '{engine="0",le="10.0",model_name="fake"}'
     assert value["request_generation_tokens_bucket" + below] == 8
     config = {"block_size": "16", "cache_dtype": "auto", "enable_prefix_caching": "True",
-              "engine": "0", "kv_cache_memory_bytes": "None", "num_gpu_blocks": "8192"}  # fmt: skip
+              "engine": "0", "kv_cache_memory_bytes": "None", "num_gpu_blocks": "8192",
+              "sliding_window": "None"}  # fmt: skip
     labels = ",".join(f'{key}="{text}"' for key, text in config.items())
     assert value[f"cache_config_info{{{labels}}}"] == 1
 
