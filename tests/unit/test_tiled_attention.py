@@ -156,7 +156,8 @@ def test_both_kernels_are_counted_and_timed_at_each_length(tmp_path: Path) -> No
     found = attention.measure(plan(tmp_path, cache_bytes=4096))
     assert (found.heads, found.head_dim, found.cache_bytes) == (2, 16, 4096)
     assert [*found.at("untiled")] == [*found.at("tiled")] == [32, 64]
-    assert all(len(t.times_s) == 2 and min(t.times_s) > 0 for t in found.timed)
+    # the first look counts as well where it took long, as beside other work
+    assert all(len(t.times_s) in (2, 3) and min(t.times_s) > 0 for t in found.timed)
     assert not found.left_out
     untiled, tiled = (found.at(k)[64].peak_bytes for k in attention.BACKENDS)
     # the scores and their softmax at least, in float32; the output at least, in BF16
