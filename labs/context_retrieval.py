@@ -47,12 +47,6 @@ BY_CHANCE = 1 / 5  # one of the five numbers in a text, drawn blindly
 # ------------------------------------------------------------------------- bytes, by arithmetic
 
 
-def kept_tokens(point: Point, tokens: float) -> float:
-    """Return of how many of a context's tokens a layer keeps keys and values: min(N, W)."""
-    window = point.flags.sliding_window
-    return tokens if window is None else min(tokens, window)
-
-
 def sequence_bytes(method: str, point: Point, tokens: int, window: int) -> float:
     """Compute the bytes of keys and values that a sequence keeps of `tokens`, by each method.
 
@@ -132,16 +126,9 @@ def arithmetic(lab: Lab, point: Point) -> dict[str, Prediction]:
 # ------------------------------------------------------------------------------- on the engine
 
 
-def capacity_tokens(point: Point) -> float:
-    flags = point.flags
-    return theory.kv_tokens(
-        point.shape, flags.kv_cache_memory_bytes, flags.kv_value_bytes, flags.block_size
-    )
-
-
 def capacity_ratio(quantized: Point, plain: Point) -> Prediction:
     return Prediction(
-        value=capacity_tokens(quantized) / capacity_tokens(plain),
+        value=quantized.kv_room_tokens / plain.kv_room_tokens,
         formula="tokens in whole blocks, 8 bits / 16 bits",
         source=KWON,
     )
@@ -149,7 +136,7 @@ def capacity_ratio(quantized: Point, plain: Point) -> Prediction:
 
 def capacity(point: Point) -> Prediction:
     return Prediction(
-        value=capacity_tokens(point),
+        value=point.kv_room_tokens,
         formula="floor(memory / (block x 2 layers KV-heads head-dim bytes)) block",
         source=KWON,
     )
@@ -164,7 +151,7 @@ def admitted(point: Point) -> float:
     held = block * -(-point.context_tokens // block)
     if window is not None:
         held = min(held, block * (-(-(window - 1) // block) + 1))
-    return min(point.load.users, (capacity_tokens(point) - block) / held)
+    return min(point.load.users, (point.kv_room_tokens - block) / held)
 
 
 def admitted_ratio(treatment: Point, baseline: Point) -> Prediction:
@@ -180,9 +167,7 @@ def admitted_ratio(treatment: Point, baseline: Point) -> Prediction:
 
 
 def step_s(point: Point) -> float:
-    kept = kept_tokens(point, point.context_tokens)
-    per_token = point.shape.kv_bytes_per_token(point.flags.kv_value_bytes)
-    kv_bytes = point.load.users * kept * per_token
+    kv_bytes = point.kv_bytes(point.flags.kv_value_bytes)
     return theory.forward_s(point.shape, point.ceilings, point.load.users, kv_bytes)
 
 

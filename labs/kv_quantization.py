@@ -30,16 +30,9 @@ def value_bytes(point: Point) -> float:
     return point.flags.kv_value_bytes
 
 
-def capacity_tokens(point: Point) -> float:
-    flags = point.flags
-    return theory.kv_tokens(
-        point.shape, flags.kv_cache_memory_bytes, value_bytes(point), flags.block_size
-    )
-
-
 def capacity(point: Point) -> Prediction:
     return Prediction(
-        value=capacity_tokens(point),
+        value=point.kv_room_tokens,
         formula="floor(memory / (block x 2 layers KV-heads head-dim bytes)) block",
         source="Kwon et al., PagedAttention, SOSP 2023",
     )
@@ -47,7 +40,7 @@ def capacity(point: Point) -> Prediction:
 
 def capacity_gain(quantized: Point, plain: Point) -> Prediction:
     return Prediction(
-        value=capacity_tokens(quantized) / capacity_tokens(plain),
+        value=quantized.kv_room_tokens / plain.kv_room_tokens,
         formula="tokens in whole blocks, 8 bits / 16 bits",
         source="Kwon et al., PagedAttention, SOSP 2023",
     )
@@ -71,7 +64,7 @@ def batch_gain(quantized: Point, plain: Point) -> Prediction:
     """Predict the gain by how many of the requests in flight fit at their mean length."""
 
     def running(point: Point) -> float:
-        return min(point.load.users, capacity_tokens(point) / point.context_tokens)
+        return min(point.load.users, point.kv_room_tokens / point.context_tokens)
 
     return Prediction(
         value=running(quantized) / running(plain),

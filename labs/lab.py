@@ -29,6 +29,7 @@ from pydantic import (
     model_validator,
 )
 
+from labs import theory
 from loadtests.arrivals import Arrival, Concurrent, Offered, Ramp
 from loadtests.workload import Name, Workload
 from serving import gpus
@@ -129,14 +130,29 @@ class Point:
         return self.prompt_tokens + self.output_tokens / 2
 
     @property
+    def attended_tokens(self) -> float:
+        """The tokens of that context to which a layer attends: within a sliding window, if any."""
+        return min(self.context_tokens, self.flags.sliding_window or self.context_tokens)
+
+    @property
+    def kv_room_tokens(self) -> float:
+        """The tokens for which the KV cache has room, by its number of blocks or its memory."""
+        flags = self.flags
+        if blocks := flags.num_gpu_blocks_override:
+            return float(blocks * flags.block_size)
+        return theory.kv_tokens(
+            self.shape, flags.kv_cache_memory_bytes, flags.kv_value_bytes, flags.block_size
+        )
+
+    @property
     def sequences(self) -> int:
         """The answers that are written at once where all users wait for theirs."""
         return self.load.users * self.workload.choices
 
     def kv_bytes(self, bytes_per_value: float = 2) -> float:
-        """Bytes that the keys and values of all requests in flight take."""
+        """Bytes of the keys and values to which all requests in flight attend."""
         per_token = self.shape.kv_bytes_per_token(bytes_per_value)
-        return self.sequences * self.context_tokens * per_token
+        return self.sequences * self.attended_tokens * per_token
 
 
 class Prediction(BaseModel, frozen=True, extra="forbid"):

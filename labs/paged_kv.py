@@ -36,16 +36,6 @@ KWON = "Kwon et al., PagedAttention, SOSP 2023"
 AINSLIE = "Ainslie et al., GQA, EMNLP 2023"
 
 
-def capacity_tokens(point: Point) -> float:
-    """Return the tokens' room in the whole cache, by its number of blocks or by its memory."""
-    flags = point.flags
-    if blocks := flags.num_gpu_blocks_override:
-        return float(blocks * flags.block_size)
-    return theory.kv_tokens(
-        point.shape, flags.kv_cache_memory_bytes, flags.kv_value_bytes, flags.block_size
-    )
-
-
 def held_tokens(point: Point, block: int) -> float:
     """Return the tokens' room that a request holds in blocks of this size, at a step's mean.
 
@@ -67,7 +57,7 @@ def admitted(point: Point) -> float:
     The engine keeps one block for itself.
     """
     block = point.flags.block_size
-    held = (capacity_tokens(point) - block) / held_tokens(point, block)
+    held = (point.kv_room_tokens - block) / held_tokens(point, block)
     limit = point.flags.get("max-num-seqs", point.load.users)
     return min(point.load.users, int(str(limit)), held)
 
@@ -109,7 +99,7 @@ def same_step(treatment: Point, baseline: Point) -> Prediction:
 
 def capacity(point: Point) -> Prediction:
     return Prediction(
-        value=capacity_tokens(point),
+        value=point.kv_room_tokens,
         formula="blocks x block size, or floor(memory / (b x 2 layers KV-heads head-dim bytes)) b",
         source=KWON,
     )
@@ -117,7 +107,7 @@ def capacity(point: Point) -> Prediction:
 
 def capacity_ratio(grouped: Point, every: Point) -> Prediction:
     return Prediction(
-        value=capacity_tokens(grouped) / capacity_tokens(every),
+        value=grouped.kv_room_tokens / every.kv_room_tokens,
         formula="query heads / KV heads, in whole blocks",
         source=AINSLIE,
     )

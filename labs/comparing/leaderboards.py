@@ -187,7 +187,7 @@ def _plot(runs: Sequence[RunFolder]) -> list[Block]:
         path = folder.path / "sweep.svg"
         if path.exists():
             caption = (
-                "Throughput and TPOT against requests in flight, with bounds predicted before"
+                "Throughput and TPOT against requests in flight, with bounds predicted beforehand"
                 f" ({_short(folder.run())})"
                 f"{_marks(folder.run())}{_earlier(folder.run())}."
             )

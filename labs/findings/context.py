@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from labs.filing.results import Run, RunFolder, Summary
+from labs.filing.results import Predictions, Run, RunFolder, Summary
 from labs.judging.judge import (
     Caveat,
     Effect,
@@ -49,6 +49,11 @@ class Context:
         """Tells how the run's repeats came about."""
         return self.once(_sampling)
 
+    @property
+    def predictions(self) -> Predictions:
+        """Returns what was written down before the engines started; empty without its file."""
+        return self.once(_predictions)
+
     def rows(self, point: Point) -> Collection[Mapping[str, float | None]]:
         """Returns the measurements of a point, one mapping a repeat."""
         return self.values.get(point.key, {}).values()
@@ -81,6 +86,12 @@ class Context:
 
 def _sampling(context: Context) -> Sampling:
     return context.folder.sampling(context.points, context.lab)
+
+
+def _predictions(context: Context) -> Predictions:
+    if (context.folder.path / "predictions.json").exists():
+        return context.folder.predictions()
+    return Predictions(effects={}, forecasts={})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""This module tells what each variant finds again in a long context, and what it saves for it."""
+"""Conclude what each variant finds again in a long context, and what it saves."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def losses(context: Context) -> Losses | None:
     if not facts or facts[0].variant != context.lab.variants[0].name:
         return None
     base, *others = facts
-    predicted = _predicted(context)
+    predicted = context.predictions.arithmetic
     known = {a.variant: by_text(base.needles, a.needles) for a in others}
     return Losses(
         base=base.variant,
@@ -172,13 +172,6 @@ def losses(context: Context) -> Losses | None:
         n=len(base.needles),
         variants=tuple(_lost(base, a, predicted, known) for a in others),
     )
-
-
-def _predicted(context: Context) -> Mapping[str, Prediction]:
-    """Reads what was written down before the engines started; nothing where there is no file."""
-    if not (context.folder.path / "predictions.json").exists():
-        return {}
-    return context.folder.predictions().arithmetic
 
 
 def _lost(
@@ -298,10 +291,10 @@ def reach_sentence(lost: Lost, facts: Losses) -> str | None:
     if found / n >= facts.base_found / facts.n:
         return None
     return (
-        f"`{lost.variant}` finds {found} of the {n} within its reach. It has left the text's first"
-        " tokens behind too, on which the attention of a model that saw all tokens in training"
-        " rests (attention sinks, Xiao et al. 2024): keeping a few of them beside the window is"
-        " what StreamingLLM does, and vLLM does not."
+        f"`{lost.variant}` finds {found} of the {n} within its reach. A window drops the text's"
+        " first tokens as well. A model that was trained on whole texts directs much of its"
+        " attention to them (attention sinks, Xiao et al. 2024). StreamingLLM keeps a few of them"
+        " beside the window; vLLM does not."
     )
 
 
@@ -380,7 +373,7 @@ NOT_RUN = {
 
 def ways(context: Context) -> Ways | None:
     """Reads the bytes that were written down beforehand, and what each way that was run showed."""
-    predicted = _predicted(context)
+    predicted = context.predictions.arithmetic
     tokens = longest_prompt(context.lab)
     lost = context.once(losses)
     found = []
@@ -452,8 +445,8 @@ def tell_ways(facts: Ways | None) -> Finding:
         lines.append(
             f"A window of {facts.window:,} tokens is the only way whose cache stops growing: at"
             f" twice the length it takes {facts.window / (2 * facts.tokens):.2f} of all in 16 bits."
-            " That the engine attends to no more is in its own configuration, which a trial without"
-            " a verdict would lack, and in the needles: see the other findings."
+            " The engine's own configuration shows that it attends to no more, and so do the"
+            " needles: see the other findings."
         )
     lines.append(
         "What vLLM cannot do is arithmetic: it has no eviction by attention, and a model whose"

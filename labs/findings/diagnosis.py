@@ -406,9 +406,7 @@ def coefficients(context: Context) -> Coefficients:
 
 def _forecast_step(context: Context) -> StepTimes | None:
     """Reads the stand-in step that was timed before any engine started."""
-    if not (context.folder.path / "predictions.json").exists():
-        return None
-    forecasts = context.folder.predictions().in_virtual_time
+    forecasts = context.predictions.in_virtual_time
     plain = next(iter(forecasts.step_times), None) if forecasts else None
     return StepTimes.model_validate(plain) if plain else None
 

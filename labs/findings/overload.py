@@ -87,8 +87,7 @@ Forecasts = dict[str, dict[str, float]]  # point -> metric
 
 
 def _forecasts(context: Context) -> Forecasts:
-    path = context.folder.path / "predictions.json"
-    played = context.folder.predictions().in_virtual_time if path.exists() else None
+    played = context.predictions.in_virtual_time
     bands = played.points if played else {}
     return {key: {m: band.value for m, band in of.items()} for key, of in bands.items()}
 

@@ -15,7 +15,7 @@ from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.text import number
 from labs.lab import Point
-from labs.paged_kv import AINSLIE, KWON, capacity_tokens, held_tokens
+from labs.paged_kv import AINSLIE, KWON, held_tokens
 
 BLOCKS = (1, 8, 16, 32, 64, 128, 256)
 MOST_REPLAYED = 1024  # requests
@@ -132,7 +132,7 @@ def allocations(context: Context) -> Allocations | None:
     if not paged:
         return None
     base, users = paged[0], paged[0].load.users
-    capacity = context.mean(base, "kv_capacity_tokens") or capacity_tokens(base)
+    capacity = context.mean(base, "kv_capacity_tokens") or base.kv_room_tokens
     stretch, lengths = base.flags.max_model_len, base.lengths[:MOST_REPLAYED]
     run: dict[int, Point] = {p.flags.block_size: p for p in paged}
     if whole := next((p for p in mixed if p not in paged), None):

@@ -87,13 +87,6 @@ def least_squares(
     ]
 
 
-def predicted(context: Context) -> Mapping[str, Prediction]:
-    """Reads what was written down before the engines started; nothing where there is no file."""
-    if not (context.folder.path / "predictions.json").exists():
-        return {}
-    return context.folder.predictions().arithmetic
-
-
 # ---------------------------------------------------------------------- with and without tiles
 
 
@@ -190,7 +183,7 @@ def power_of_time(tokens: Sequence[int], times_s: Sequence[Sequence[float]]) -> 
 
 
 def tiling(context: Context) -> Tiling:
-    times, told = context.folder.attention_times(), predicted(context)
+    times, told = context.folder.attention_times(), context.predictions.arithmetic
     if times is None:
         return Tiling(None, (), (), None, None)
     shape, ceilings = context.points[0].shape, context.points[0].ceilings
@@ -409,7 +402,7 @@ def is_of_prompts(point: Point) -> bool:
 
 
 def prompts(context: Context) -> Prompts:
-    told, forecasts = predicted(context), ttft_forecasts(context)
+    told, forecasts = context.predictions.arithmetic, ttft_forecasts(context)
     lengths, samples, forecast = [], [], []
     for point in sorted(filter(is_of_prompts, context.points), key=lambda p: p.prompt_tokens):
         n, band = point.prompt_tokens, forecasts.get(point.key)
@@ -428,9 +421,7 @@ def prompts(context: Context) -> Prompts:
 
 def ttft_forecasts(context: Context) -> Mapping[str, float]:
     """Reads the forecast mean TTFT of each point, in seconds."""
-    if not (context.folder.path / "predictions.json").exists():
-        return {}
-    forecasts = context.folder.predictions().in_virtual_time
+    forecasts = context.predictions.in_virtual_time
     points = forecasts.points if forecasts else {}
     return {key: of["ttft_mean_s"].value for key, of in points.items() if "ttft_mean_s" in of}
 
@@ -561,7 +552,7 @@ class Contexts:
 
 
 def contexts(context: Context) -> tuple[Contexts, ...]:
-    floor, found = predicted(context).get("TPOT for each token of context"), []
+    floor, found = context.predictions.arithmetic.get("TPOT for each token of context"), []
     for variant in context.lab.variants:
         points = [
             p for p in context.points if p.variant.name == variant.name and not is_of_prompts(p)

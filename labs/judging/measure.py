@@ -306,9 +306,9 @@ def mbu(trial: Trial) -> float | None:
 def _step_bytes(point: Point, size: float) -> float:
     """Compute the bytes of a decode step of so many requests, keys and values as they are cached.
 
-    The context is the point's mean.
+    The context is the point's mean, or its window where layers attend to no more.
     """
-    return theory.decode_bytes(point.shape, size, point.context_tokens, point.flags.kv_value_bytes)
+    return theory.decode_bytes(point.shape, size, point.attended_tokens, point.flags.kv_value_bytes)
 
 
 def flops_per_s(trial: Trial) -> float | None:
@@ -316,7 +316,7 @@ def flops_per_s(trial: Trial) -> float | None:
     rate, point = output_tokens_per_s(trial), trial.point
     if rate is None:
         return None
-    return rate * theory.decode_flops(point.shape, 1, point.context_tokens)
+    return rate * theory.decode_flops(point.shape, 1, point.attended_tokens)
 
 
 def mfu(trial: Trial) -> float | None:
@@ -331,7 +331,7 @@ def mfu(trial: Trial) -> float | None:
     start, end = trial.loaded_window_s
     point = trial.point
     cached_share = prefix_hit_rate(trial) or 0.0
-    decode_flop = theory.decode_flops(point.shape, 1, point.context_tokens)
+    decode_flop = theory.decode_flops(point.shape, 1, point.attended_tokens)
 
     def flop(r: RequestRecord, start: float = -math.inf, end: float = math.inf) -> float:
         if not r.chunks:
@@ -361,7 +361,7 @@ def intensity(trial: Trial) -> float | None:
     size, point = batch(trial), trial.point
     if size is None:
         return None
-    flops = theory.decode_flops(point.shape, size, point.context_tokens)
+    flops = theory.decode_flops(point.shape, size, point.attended_tokens)
     return flops / _step_bytes(point, size)
 
 

@@ -321,7 +321,7 @@ def _money(plan: CapacityPlan) -> Sequence[Block]:
 
 
 def break_even_millions(usd_per_hour: float, usd_per_million: float) -> float:
-    """Millions of tokens a day that cost as much from an API as a day of the GPU."""
+    """Return how many million tokens a day cost as much from an API as the GPU does."""
     return 24 * usd_per_hour / usd_per_million
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from labs.judging.text import number
 from labs.questions import QUESTIONS
@@ -36,6 +37,7 @@ class Computed:
     command: str
 
 
+@cache
 def computed(id: str) -> Computed | None:
     """Answer a question without a run, where that is possible."""
     return _ANSWERS[id]() if id in _ANSWERS else None
@@ -67,7 +69,7 @@ def _gb(of_bytes: float) -> str:
 
 
 def _large_model() -> Computed:
-    """A model of 70 billion parameters on one card of 80 GB."""
+    """Compute whether a model of 70 billion parameters fits on one card of 80 GB."""
     name, context = "llama-70b", 8192
     card, sheet = _card()
     config = dummy.config_of(name)
@@ -96,14 +98,14 @@ def _large_model() -> Computed:
 
 
 def _documents() -> Computed:
-    """Long prompts of which most is one of some documents, at a high rate."""
+    """Forecast prompts that are long and begin with one of some documents, at a high rate."""
     name, prompt, document, documents, replicas, budget = "llama-8b", 4000, 3800, 300, 4, 512
     card, sheet = _card()
     shape = shipped_shape(name)
     times = [step_times(shape, sheet, end) for end in ENDS]
 
     def prefill(tokens: int, cached: int) -> tuple[str, str]:
-        """The time of a prompt's last tokens, and how many such prompts a second that allows."""
+        """Forecast the time of a prompt's last tokens, and such prompts a second."""
         bands = over([t.seconds(Step([Piece(tokens, cached)], 1)) for t in times])
         return with_band(bands, "s"), number(1 / bands.value)
 
@@ -127,7 +129,7 @@ def _documents() -> Computed:
 
 
 def _rent_or_buy() -> Computed:
-    """The tokens a day from which a rented card is cheaper than tokens from an API."""
+    """Compute from how many tokens a day on a rented card is cheaper than an API."""
     name, prompt, output, users, per_hour, per_million = "llama-8b", 1000, 200, 64, 2.5, 0.3
     card, sheet = _card()
     shape = shipped_shape(name)
@@ -154,7 +156,7 @@ def _rent_or_buy() -> Computed:
 
 
 def _smaller_cache() -> Computed:
-    """What each way to a smaller cache leaves of one long request."""
+    """Compute what each way to a smaller cache leaves of one long request."""
     name, context, window = "llama-8b", 32_768, 4096
     shape = shipped_shape(name)
     each, eight = shape.kv_bytes_per_token(2), shape.kv_bytes_per_token(1)

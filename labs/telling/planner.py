@@ -75,12 +75,12 @@ def _measured(runs: Sequence[Run]) -> list[tuple[Hardware, float]]:
 
 
 def usable_bytes(memory_bytes: float) -> float:
-    """The memory of a GPU for weights, keys and values, as vLLM takes it by default."""
+    """Return a GPU's memory for weights, keys and values, as vLLM takes it by default."""
     return MEMORY_SHARE * memory_bytes - ACTIVATION_BYTES
 
 
 def kv_room_tokens(shape: Shape, memory_bytes: float, bytes_per_value: float) -> float:
-    """The tokens for whose keys and values a GPU of this memory has room beside the weights."""
+    """Return for how many tokens' keys and values a GPU has room beside the weights."""
     room = max(0.0, usable_bytes(memory_bytes) - shape.weight_bytes)
     return theory.kv_tokens(shape, room, bytes_per_value, BLOCK_TOKENS)
 

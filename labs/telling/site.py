@@ -113,7 +113,7 @@ def shared_files() -> dict[str, str]:
     return {PLOTLY: get_plotlyjs(), STYLE: web("page.css"), **scripts}
 
 
-def beside(template: str, *scripts: str, **fields: Any) -> str:
+def course_page(template: str, *scripts: str, **fields: Any) -> str:
     """Render a page that lies beside the files it uses."""
     return render(template, scripts=dict.fromkeys(scripts, ""), root="./", **fields)
 
@@ -432,13 +432,13 @@ class Course:
         """Render the pages of the whole, by their names."""
         machines = {e.machine: e for e in self.entries}
         return {
-            "index.html": beside(
+            "index.html": course_page(
                 "index.html", PAGE_SCRIPT, course=self, show=html.inline, parsed=parse
             ),
-            "questions.html": beside(
+            "questions.html": course_page(
                 "questions.html", PAGE_SCRIPT, topics=self.topics(), show=html.inline, parsed=parse
             ),
-            "machines.html": beside(
+            "machines.html": course_page(
                 "machines.html",
                 PAGE_SCRIPT,
                 entries=self.entries[::-1],
@@ -459,7 +459,7 @@ class Course:
             ),
             "planner.html": self.planner_page(),
             "forecasts.html": self.forecasts_page(),
-            "glossary.html": beside(
+            "glossary.html": course_page(
                 "glossary.html",
                 PAGE_SCRIPT,
                 sections=html.sections(glossary.document(), html.embedded(Path())),
@@ -473,7 +473,7 @@ class Course:
         document = residuals.page(found, self.page_of)
         titles = {item.lab.name: item.lab.title for item in self.lessons}
         no_picture = html.embedded(Path())  # the document has none
-        return beside(
+        return course_page(
             "forecasts.html",
             PLOTLY,
             FORECAST_SCRIPT,
@@ -502,7 +502,7 @@ class Course:
         }
         data = planner.data([e.run for e in self.newest], shown)
         fits = html.fragment([planner.what_fits()], html.embedded(Path()), "What fits which card")
-        return beside("planner.html", PLANNER_SCRIPT, data=data, fits=fits)
+        return course_page("planner.html", PLANNER_SCRIPT, data=data, fits=fits)
 
     def roofs(self) -> str:
         """Write the script that holds what every lesson draws of rooflines."""

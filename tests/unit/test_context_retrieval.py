@@ -14,7 +14,6 @@ from labs import LABS
 from labs.context_retrieval import (
     admitted,
     arithmetic,
-    kept_tokens,
     reaching,
     step_ratio,
 )
@@ -58,10 +57,13 @@ def point(variant: str, workload: str) -> Point:
 # ---------------------------------------------------------------------------- bytes and admission
 
 
-def test_a_window_keeps_its_tokens_and_all_else_keeps_all() -> None:
-    full, window = point("full", "far"), point("window", "tight")
+def test_what_a_step_attends_to_and_reads_ends_at_the_window() -> None:
+    full, window = point("full", "tight"), point("window", "tight")
     assert (full.flags.sliding_window, window.flags.sliding_window) == (None, 384)
-    assert [kept_tokens(p, n) for p in (full, window) for n in (100, 2048)] == [100, 2048, 100, 384]
+    assert full.attended_tokens == full.context_tokens > 384
+    assert window.attended_tokens == 384
+    per_request = window.kv_bytes() / window.load.users
+    assert per_request == 384 * window.shape.kv_bytes_per_token()
 
 
 def test_bytes_are_those_worked_out_by_hand() -> None:

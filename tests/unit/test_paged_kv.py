@@ -27,7 +27,7 @@ from labs.findings.paged_kv import (
     tiles_or_pages,
 )
 from labs.lab import Lab, Point
-from labs.paged_kv import admitted, capacity_tokens, held_tokens
+from labs.paged_kv import admitted, held_tokens
 from serving import gpus
 from tests.unit.builders import CEILINGS, SHAPE, make_point
 from tests.unit.test_answers import judged, judged_run
@@ -63,7 +63,7 @@ def test_a_request_holds_whole_blocks_of_what_it_has_written() -> None:
 
 def test_as_many_run_as_are_in_flight_allowed_or_held() -> None:
     paged, large, whole = (point(f"{n}/{MIXED}") for n in ("paged", "large-blocks", "contiguous"))
-    assert {capacity_tokens(p) for p in (paged, large, whole)} == {1536}
+    assert {p.kv_room_tokens for p in (paged, large, whole)} == {1536}
     assert admitted(whole) == 6
     assert admitted(paged) == 16 < (1536 - 32) / held_tokens(paged, 32)
     assert admitted(large) == pytest.approx((1536 - 128) / held_tokens(large, 128))
@@ -111,7 +111,7 @@ def test_what_to_turn_next_keeps_the_capacity() -> None:
         halved = next(k for k in knobs if "halves" in k)
         size, blocks = (int(n) for n in re.findall(r"(?:size|override)=(\d+)", halved))
         paged = point(f"paged/{MIXED}") if scale == "cpu" else None
-        assert size * blocks == (capacity_tokens(paged) if paged else 8192)
+        assert size * blocks == (paged.kv_room_tokens if paged else 8192)
 
 
 # -------------------------------------------------------------------------------- the allocator
