@@ -66,6 +66,11 @@ def draw_forecasts(
     return True
 
 
+def legend_above(ax: Axes) -> None:
+    """Put the legend above the axes, where it hides no figure."""
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=8)
+
+
 def thinned(x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Thin out a line that has more points than can be seen; a shorter one stays as it is.
 

@@ -15,7 +15,7 @@ from dashboards.palette import BLUE, BOUND, ORANGE, VARIANTS
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import BANDS, GREY, draw_forecasts, plt
+from labs.findings.drawing import BANDS, GREY, draw_forecasts, legend_above, plt
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import (
@@ -765,7 +765,7 @@ def draw_lengths(run: JudgedRun) -> str | None:
     for ax in (left, right):
         ax.set_xlim(left=0)
         ax.set_ylim(bottom=0)
-        ax.legend(frameon=False, fontsize=8)
+        legend_above(ax)
     return (
         "TTFT over the length of the prompt, split into what grows as N and as N^2 (left), and TPOT"
         f" over the context, one request at a time (right).{BANDS}"

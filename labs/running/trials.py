@@ -167,13 +167,14 @@ class Trials:
         """Estimate how long the remaining trials take, each the mean over the points.
 
         Once as many trials were played as there are points, it is what each of these took: windows
-        that were held open and attempts that were measured again are in that.
+        that were held open and attempts that were measured again are in that. Until then the points
+        to come are taken to need no second attempt.
         """
         points = self._setup.points
         if self._played >= len(points):
             return self._left * self._took_s / self._played
         planned_s = fmean(self._planned_s(point) for point in points)
-        attempts_each = 1 + self._again / max(1, self._played)
+        attempts_each = 1 + self._again / len(points)
         return self._left * attempts_each * (planned_s + PER_TRIAL_S)
 
     def trial_s(self, point: Point) -> float:

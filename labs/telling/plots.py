@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from dashboards.palette import BLUE, BOUND, VARIANTS
 from labs.filing.results import RunFolder, Summary
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import BANDS, GREY, draw_forecasts, plt
+from labs.findings.drawing import BANDS, GREY, draw_forecasts, legend_above, plt
 from labs.findings.parts import Draw, parts_of
 from labs.findings.sweep import concurrency_sweep
 from labs.judging.judge import Interval, borne_out_between
@@ -78,7 +78,10 @@ def effects(run: JudgedRun) -> str | None:
                 alpha=0.2,
                 label="where the prediction holds" if row == 0 else None,
             )
-        ax.plot([j.prediction.value], [row], "|", color=BOUND, ms=14, mew=2)
+        ax.plot(
+            [j.prediction.value], [row], "|", color=BOUND, ms=14, mew=2,
+            label="predicted" if row == 0 else None,
+        )  # fmt: skip
         low, high = ratio.low or ratio.value, ratio.high or ratio.value
         error = [[ratio.value - low], [high - ratio.value]]
         ax.errorbar(
@@ -97,7 +100,7 @@ def effects(run: JudgedRun) -> str | None:
     ax.set_yticks(range(len(judged)), names[::-1])
     ax.set_ylim(-0.6, len(judged) - 0.4)
     ax.set_xlabel("treatment / baseline")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return "Each claim's measured ratio with its interval, and its prediction."
 
 
@@ -181,7 +184,7 @@ def sweep(run: JudgedRun) -> str | None:
         ax.set_xlabel("requests in flight")
         ax.set_ylabel(label)
         ax.set_ylim(bottom=0)
-        ax.legend(frameon=False)
+        legend_above(ax)
     return (
         "Throughput and time per output token against requests in flight. While the right curve is"
         " flat, a larger batch is free; where it rises, each user starts to pay." + BANDS * forecast
