@@ -283,8 +283,9 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
 
     def lengths(self, n: int, seed: int) -> list[tuple[int, int]]:
         """Draw the (prompt, output) tokens of the first n requests, without a tokenizer."""
-        prompts = self._lengths(math.ceil(n / self.copies), seed)
-        return [prompts[i // self.copies] for i in range(n)]
+        copies = self.copies
+        prompts = self._lengths(math.ceil(n / copies), seed)
+        return prompts if copies == 1 else [prompts[i // copies] for i in range(n)]
 
     def _lengths(self, n: int, seed: int) -> list[tuple[int, int]]:
         """Draw the (prompt, output) tokens of the first n prompts."""

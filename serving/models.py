@@ -100,6 +100,12 @@ class Shape:
     experts: int = 0  # that tokens are sent to, a layer; none in a dense model
     experts_per_token: int = 0
     expert_bytes: int = 0  # of all of them in all layers, within weight_bytes
+    embedding_bytes: int = 0  # of an untied input embedding, which is looked up; 0 in older runs
+
+    @property
+    def held_bytes(self) -> int:
+        """The bytes of all weights, as memory holds them."""
+        return self.weight_bytes + self.embedding_bytes
 
     @property
     def head_params(self) -> int:
@@ -259,6 +265,7 @@ def _load(path: Path, name: str) -> Model:
             experts=experts,
             experts_per_token=per_token,
             expert_bytes=routed_bytes,
+            embedding_bytes=untied[1],
         ),
     )
 
@@ -289,6 +296,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         experts=experts,
         experts_per_token=per_token,
         expert_bytes=2 * expert * experts,
+        embedding_bytes=2 * looked_up,
     )
 
 

@@ -34,7 +34,13 @@ MOST_SERIES = 5000  # of one run in Prometheus
 
 
 def quick_run(
-    lab: str, results: Path, settings: str = "", weights: str = "", model: str = ""
+    lab: str,
+    results: Path,
+    settings: str = "",
+    *,
+    weights: str = "",
+    model: str = "",
+    command: str = "labs.commands.cli",
 ) -> RunFolder:
     """`labs run LAB` with QUICK=1 and these settings; the run it left among the results.
 
@@ -43,7 +49,7 @@ def quick_run(
     """
     before = set(results.glob(RUNS))
     done = subprocess.run(
-        [sys.executable, "-m", "labs.commands.cli", "run", lab],
+        [sys.executable, "-m", command, "run", lab],
         cwd=ROOT,
         env={
             **os.environ,
@@ -72,7 +78,7 @@ def with_ceilings(results: Path) -> Path:
     return results
 
 
-def lab_on_a_cpu(lab: str, results: Path) -> None:
+def lab_on_a_cpu(lab: str, results: Path, command: str = "labs.commands.cli") -> None:
     """Runs a lab in its sizes for a CPU; checks the run, and the dashboards that followed it.
 
     The README's lab serves the bundled model, and so do those whose text matters; the others serve
@@ -91,7 +97,8 @@ def lab_on_a_cpu(lab: str, results: Path) -> None:
     except EngineError as error:
         pytest.skip(str(error))
     model = "" if lab == FRONT_DOOR or sizes.all_layers else str(shallow())
-    folder = quick_run(lab, results, f"{BRIEF} {sizes.real} {sizes.cpu}", model=model)
+    settings = f"{BRIEF} {sizes.real} {sizes.cpu}"
+    folder = quick_run(lab, results, settings, model=model, command=command)
     check_run(folder)
     check_dashboards(folder)
 

@@ -251,7 +251,7 @@ def tenant_memory(context: Context) -> TenantMemory | None:
     point = next((p for p in context.points if p.workload.adapters), None)
     if point is None:
         return None
-    return TenantMemory(point.shape.weight_bytes, adapter_bytes(point), point.flags.max_lora_rank)
+    return TenantMemory(point.shape.held_bytes, adapter_bytes(point), point.flags.max_lora_rank)
 
 
 def tell_memory(facts: TenantMemory | None) -> Finding:

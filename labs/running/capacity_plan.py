@@ -154,7 +154,7 @@ def _fits(question: Question, machine: Machine, sheet: Datasheet) -> Iterator[Fi
         usable = GPU_SHARE * machine.memory_bytes - ACTIVATION_BYTES
         yield Fit(
             precision,
-            served.model.shape.weight_bytes,
+            served.model.shape.held_bytes,
             usable,
             served.model.shape.kv_bytes_per_token(),
             served.room_tokens,

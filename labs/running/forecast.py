@@ -483,7 +483,7 @@ def defaults_on_a_gpu(
     budget = VllmFlags(
         {"max-num-batched-tokens": 8192 if large else 2048, **flags}
     ).max_num_batched_tokens
-    kv_bytes = GPU_SHARE * machine.memory_bytes - shape.weight_bytes - ACTIVATION_BYTES
+    kv_bytes = GPU_SHARE * machine.memory_bytes - shape.held_bytes - ACTIVATION_BYTES
     return {
         "max-num-batched-tokens": budget,
         "max-num-seqs": min(1024 if large else 256, budget),

@@ -80,15 +80,17 @@ def _large_model() -> Computed:
 
     def room(shape: Shape, value_bytes: float) -> str:
         tokens = kv_room_tokens(shape, sheet.memory_bytes, value_bytes)
-        return f"{tokens:,.0f} tokens, or {tokens // context:,.0f} requests of {context:,}"
+        requests = int(tokens // context)
+        of = f"request{'' if requests == 1 else 's'} of {context:,}"
+        return f"{tokens:,.0f} tokens, or {requests:,} {of}"
 
     return Computed(
         "arithmetic",
         f"the {number(whole.params / 1e9)} billion parameters of {_model(name)} in 16 bits are"
         f" {_gb(2 * whole.params)}, and an {card} has {_gb(sheet.memory_bytes)}, of which"
         f" {_gb(usable_bytes(sheet.memory_bytes))} are usable ({number(MEMORY_SHARE, 'share')},"
-        " less the activations): it does not fit. In 8 bits the weights that a step reads take"
-        f" {_gb(eight.weight_bytes)}, in 4 bits {_gb(four.weight_bytes)}. The keys and values of a"
+        " less the activations): it does not fit. In 8 bits the weights take"
+        f" {_gb(eight.held_bytes)}, in 4 bits {_gb(four.held_bytes)}. The keys and values of a"
         f" token take {whole.kv_bytes_per_token() / 1e3:,.0f} kB (2 x {whole.layers} layers x"
         f" {whole.kv_heads} KV heads x {whole.head_dim} x 2 bytes), so that 8-bit weights leave"
         f" room for {room(eight, 2)}; 4-bit weights for {room(four, 2)}; with keys and values in 8"

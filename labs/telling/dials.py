@@ -21,13 +21,14 @@ from labs.judging.metrics import METRICS
 from labs.judging.text import ceilings_text
 from labs.lab import Claim, Forecast, Lab, LabError, Point
 from labs.telling.document import parse, plain_text
+from loadtests.workload import BLOCK
 from serving import gpus, models
 from serving.dummy import HOME, SHAPES
 from serving.machine import Ceilings
 from serving.models import Shape
 
 FACTORS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)
-REQUESTS = 256  # whose lengths are drawn for a card: enough for a mean
+REQUESTS = BLOCK  # whose lengths are drawn for a card: any number of blocks has the same mean
 USERS = "requests in flight"
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # of what is recorded of a derived model

@@ -81,7 +81,7 @@ def usable_bytes(memory_bytes: float) -> float:
 
 def kv_room_tokens(shape: Shape, memory_bytes: float, bytes_per_value: float) -> float:
     """Return for how many tokens' keys and values a GPU has room beside the weights."""
-    room = max(0.0, usable_bytes(memory_bytes) - shape.weight_bytes)
+    room = max(0.0, usable_bytes(memory_bytes) - shape.held_bytes)
     return theory.kv_tokens(shape, room, bytes_per_value, BLOCK_TOKENS)
 
 
@@ -97,7 +97,7 @@ def what_fits() -> Table:
                 [
                     of.name,
                     SHAPES[name].partition(":")[0],
-                    number(shape.weight_bytes / 1e9, "GB"),
+                    number(shape.held_bytes / 1e9, "GB"),
                     f"{tokens:,.0f}" if tokens else "does not fit",
                     f"{tokens // SHOWN_CONTEXT:,.0f}" if tokens else "–",
                     f"at most {number(1 / step_s, 'tok/s')}" if tokens else "–",

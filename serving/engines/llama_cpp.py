@@ -96,7 +96,7 @@ class LlamaCpp(Engine):
     @classmethod
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
         kv_bytes = int(str(flags.get("ctx-size", 0))) * shape.kv_bytes_per_token()
-        return PROCESS_BYTES + shape.weight_bytes + int(kv_bytes)
+        return PROCESS_BYTES + shape.held_bytes + int(kv_bytes)
 
     @classmethod
     def check_flags(cls, flag_sets: Sequence[Flags]) -> None:

@@ -101,7 +101,7 @@ class Transformers(Engine):
     @classmethod
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
         tokens = int(str(flags.get("cb-block-size", 0))) * int(str(flags.get("cb-num-blocks", 0)))
-        return PROCESS_BYTES + shape.weight_bytes + int(tokens * shape.kv_bytes_per_token())
+        return PROCESS_BYTES + shape.held_bytes + int(tokens * shape.kv_bytes_per_token())
 
     @classmethod
     def check_flags(cls, flag_sets: Sequence[Flags]) -> None:

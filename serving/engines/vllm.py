@@ -352,7 +352,7 @@ class Vllm(Engine):
         if machine.kind == "cpu":
             return
         kv_bytes = int(str(flags.get("kv-cache-memory-bytes", 0)))
-        weight_bytes = shape.weight_bytes / VllmFlags(flags).weight_parts
+        weight_bytes = shape.held_bytes / VllmFlags(flags).weight_parts
         if weight_bytes + kv_bytes + ACTIVATION_BYTES > machine.memory_bytes:
             raise EngineError(
                 f"{variant}: {weight_bytes / 1e9:.1f} GB of weights, {kv_bytes / 1e9:.1f} GB of KV"
@@ -364,7 +364,7 @@ class Vllm(Engine):
     @classmethod
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
         kv_bytes = int(str(flags.get("kv-cache-memory-bytes", CPU_KV_BYTES)))
-        return kv_bytes + PROCESS_BYTES + shape.weight_bytes
+        return kv_bytes + PROCESS_BYTES + shape.held_bytes
 
     # while it runs
 

@@ -339,7 +339,7 @@ def in_groups(plans: Sequence[TimingPlan]) -> list[list[TimingPlan]]:
     """Group what is timed in turn: on a CPU all, if half of the free memory holds the weights."""
     if any(plan.device != "cpu" for plan in plans):
         return [[plan] for plan in plans]
-    needed_bytes = sum(shape_of(json.loads(p.config.read_text())).weight_bytes for p in plans)
+    needed_bytes = sum(shape_of(json.loads(p.config.read_text())).held_bytes for p in plans)
     free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return [list(plans)] if needed_bytes < free_bytes / 2 else [[plan] for plan in plans]
 

@@ -57,4 +57,4 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("lab", WITH_DERIVED_MODELS)
 def test_lab_runs_on_a_real_engine(lab: str, results: Path) -> None:
-    lab_on_a_cpu(lab, results)
+    lab_on_a_cpu(lab, results, command="tests.swapped_cores")

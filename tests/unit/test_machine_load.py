@@ -13,7 +13,9 @@ BUSY = "import time; e = time.process_time() + 0.4\nwhile time.process_time() < 
 STRANGER = "import time; e = time.process_time() + 30\nwhile time.process_time() < e: pass"
 ORPHAN = f"""
 import subprocess, sys
-print(subprocess.Popen([sys.executable, "-c", {STRANGER!r}], stdout=subprocess.DEVNULL).pid)
+nowhere = subprocess.DEVNULL
+child = subprocess.Popen([sys.executable, "-c", {STRANGER!r}], stdout=nowhere, stderr=nowhere)
+print(child.pid)
 """
 MEASURED = f"""
 import subprocess, sys, time, psutil

@@ -60,6 +60,7 @@ def test_an_untied_embedding_is_not_read_and_a_tied_one_is() -> None:
     assert untied.params - untied.matmul_params == 128_256 * 4096
     assert tied.matmul_params == tied.params
     assert (untied.weight_bytes, tied.weight_bytes) == (15_009_849_344, 2_471_628_800)
+    assert (untied.held_bytes, tied.held_bytes) == (16_060_522_496, 2_471_628_800)
 
 
 def test_a_token_alone_reads_its_own_experts_and_a_large_batch_all() -> None:
@@ -231,7 +232,7 @@ def test_too_little_memory_is_said_before_anything_starts() -> None:
     lab, machine, model = of_the_class("kv-quantization", CLASSES[0], random=False)
     large = default("Qwen/Qwen2.5-7B-Instruct")
     require_memory(lab, machine, model)
-    with pytest.raises(EngineError, match=r"14\.1 GB of weights.*smaller model with MODEL=.*TP="):
+    with pytest.raises(EngineError, match=r"15\.2 GB of weights.*smaller model with MODEL=.*TP="):
         require_memory(lab, machine, large)
     parts = {"flags.tensor-parallel-size": 2}
     scale = models.scale_of(machine)

@@ -25,7 +25,7 @@ CASES = """
 const [cases] = JSON.parse(await new Response(Deno.stdin.readable).text());
 console.log(JSON.stringify(cases.map(([name, ...given]) => ({prefillFlops, prefillS, decodeBytes,
   decodeFlops, decodeStepS, batchThroughput, kvTokens, acceptedLength, speculativeSpeedup,
-  stepBytes})[name](...given))));
+  stepBytes, heldBytes})[name](...given))));
 """
 
 
@@ -47,7 +47,7 @@ def _of(shape: Shape, at: Ceilings) -> list[tuple[list[object], float]]:
     ceilings = {
         "bytes_per_s": at.memory_bandwidth_bytes_per_s, "flops_per_s": at.bf16_flops_per_s
     }  # fmt: skip
-    found: list[tuple[list[object], float]] = []
+    found: list[tuple[list[object], float]] = [(["heldBytes", s], shape.held_bytes)]
     for tokens, batch in itertools.product((1, 512, 8000), (1, 16, 512)):
         found += [
             (["stepBytes", s, batch], shape.step_bytes(batch)),

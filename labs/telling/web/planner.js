@@ -124,7 +124,7 @@ function plan() {
   const model = facts.models[field("model").value];
   const want = asked();
   const shape = quantized(model.shape, want.bits);
-  const bytes = facts.share * machine.memory - shape.weight_bytes - facts.activations;
+  const bytes = facts.share * machine.memory - heldBytes(shape) - facts.activations;
   const tokens = bytes > 0 ? kvTokens(shape, bytes, want.kv, facts.block) : 0;
   const room = { tokens, requests: Math.floor(tokens / (want.prompt + want.output)) };
   const times = spans(shape, machine, want);
@@ -138,7 +138,7 @@ function plan() {
   };
   const given = known ? "published" : "measured";
   document.querySelector("#planned tbody").replaceChildren(...[
-    ["Weights", inGb(shape.weight_bytes), "", "", "arithmetic", "weights"],
+    ["Weights", inGb(heldBytes(shape)), "", "", "arithmetic", "weights"],
     ["Memory of the machine", inGb(machine.memory), "", "", given, ""],
     ["Memory bandwidth", `${sized(machine.bytes_per_s / 1e9)} GB/s`, "", "", given, "stream"],
     ["Keys and values of a token", `${sized(kvBytesPerToken(shape, want.kv))} B`, "", "", "arithmetic", "kv"],

@@ -10,6 +10,10 @@ function stepBytes(shape, tokens) {
   return shape.weight_bytes - idle * shape.expert_bytes;
 }
 
+function heldBytes(shape) {
+  return shape.weight_bytes + shape.embedding_bytes;
+}
+
 function kvBytesPerToken(shape, valueBytes) {
   return 2 * shape.layers * shape.kv_heads * shape.head_dim * valueBytes;
 }
