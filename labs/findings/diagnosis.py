@@ -43,6 +43,16 @@ TITLES = {
 }  # fmt: skip
 """The causes in words; `unknown` is what the rule says of a symptom without any mark."""
 
+WRONGLY = {
+    "healthy": "taken for a healthy engine",
+    "unknown": "noticed without its cause",
+    "too little": "not judged, with too few requests,",
+}
+"""How a trial was named where no cause was."""
+
+INSTEAD = {"healthy": "a healthy engine"}
+"""What a trial was, in a sentence about what it was taken for."""
+
 
 def _at(context: Context, variant: str, workload: str) -> Point | None:
     named = (p for p in context.points if (p.variant.name, p.workload.name) == (variant, workload))
@@ -556,10 +566,14 @@ def told_from_metrics(run: JudgedRun) -> str | None:
     facts = TOLD_APART.facts_of(run)
     if not facts or not facts.trials:
         return None
-    missed = [
-        f"{TITLES[t.injected]} was named {TITLES[t.named]}" for t in facts.trials if not t.right
+    missed = Counter((t.injected, t.named) for t in facts.trials if not t.right)
+    as_what = [
+        f"{INSTEAD.get(injected, TITLES[injected])} was"
+        f" {WRONGLY.get(named, f'taken for {TITLES[named]}')} in {count} of"
+        f" {sum(t.injected == injected for t in facts.trials)} trials"
+        for (injected, named), count in missed.items()
     ]
-    but = f" Otherwise: {'; '.join(dict.fromkeys(missed))}." if missed else ""
+    but = f" The others: {'; '.join(as_what)}." if missed else ""
     return (
         f"Each brought about alone, {facts.right} of {len(facts.trials)} trials were named rightly"
         " from the engine's metrics. The marks that are looked for: preemptions are counted, a cold"
