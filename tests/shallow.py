@@ -1,9 +1,10 @@
 """A model for the tests of labs on a real engine: the bundled model with few of its layers.
 
-`python -m tests.shallow OUT_FOLDER` writes it. The layers, the embeddings and the output matrix are
-the bundled model's own; what it writes makes no sense. It takes a step in less than half the time
-and reads a prompt in a quarter, and models are derived from it as much faster. So it shows that a
-lab works as a whole, and nothing about what the lab's technique gains or costs.
+`python -m tests.shallow OUT_FOLDER LAYERS` writes it. The layers, the embeddings and the output
+matrix are the bundled model's own; what it writes makes no sense. With six layers it takes a step
+in less than half the time and reads a prompt in a quarter, and models are derived from it as much
+faster. So it shows that a lab works as a whole, and nothing about what the lab's technique gains or
+costs.
 """
 
 from __future__ import annotations
@@ -19,30 +20,30 @@ from serving.models import ROOT
 LAYERS = 6  # of 30: the draft model of speculative decoding takes some of them
 
 
-def shallow() -> Path:
+def shallow(layers: int = LAYERS) -> Path:
     """Find the folder of the model; make it first if need be, one process for all."""
-    folder = models.CACHE / "models" / f"{models.BUNDLED}-{LAYERS}-layers"
+    folder = models.CACHE / "models" / f"{models.BUNDLED}-{layers}-layers"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():  # in a process of its own, which imports PyTorch and ends
-            argv = [sys.executable, "-m", __name__, str(folder)]
+            argv = [sys.executable, "-m", __name__, str(folder), str(layers)]
             subprocess.run(argv, cwd=ROOT, check=True, timeout=300)
     return folder
 
 
-def write(out: Path) -> None:
+def write(out: Path, layers: int) -> None:
     """Write the model folder, whole or not at all."""
     import torch
     import transformers
 
     source = models.bundled()
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    draft.prune(model, LAYERS)
+    draft.prune(model, layers)
     with whole.folder(out) as half:
         model.save_pretrained(half)
         transformers.AutoTokenizer.from_pretrained(source).save_pretrained(half)
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write(Path(sys.argv[1]), int(sys.argv[2]))

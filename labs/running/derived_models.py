@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import random
 import sys
 import time
@@ -39,8 +40,8 @@ class Recipe:
     `minutes` is about how long that takes. `prompts` are the workloads whose kinds of prompt it is
     trained on. A quantizer reads `text`, and so does a study, which leaves figures and no model.
     `structures` is how many structures of each form a study times instead. One that `scores` gets
-    all texts, and the tasks. A quick run trains on `quick_prompts_each` prompts of each kind,
-    unless that is 0. A recipe with none of these gets no input.
+    all texts, and the tasks. A quick run trains on `quick_share` of the prompts, or scores that
+    share of the texts and tasks. A recipe with none of these gets no input.
     """
 
     what: str
@@ -51,7 +52,7 @@ class Recipe:
     text: str = ""
     structures: int = 0
     scores: bool = False
-    quick_prompts_each: int = 0
+    quick_share: float = 1.0
 
     @property
     def reads_input(self) -> bool:
@@ -85,7 +86,7 @@ RECIPES: dict[str, Recipe] = {
         "serving.draft",
         4,
         prompts=(_kind("story", 64, task="story"), _kind("quote", 128, task="quote")),
-        quick_prompts_each=30,
+        quick_share=0.15,
     ),
     "adapters": Recipe(
         "a LoRA adapter for each of eight tenants, each with its own mark",
@@ -123,6 +124,7 @@ RECIPES: dict[str, Recipe] = {
         "serving.sparsity",
         2,
         scores=True,
+        quick_share=0.25,
     ),
     **{name: _pruned(prune.Method.parse(name)) for name in prune.METHODS},
     "w8a8-rtn": _quantized("w8a8-rtn", "INT8 weights and activations, rounded to nearest", 1),
@@ -176,17 +178,18 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
             f" {', '.join(RECIPES)}"
         )
     recipe = RECIPES[name]
-    each, minutes, lesser = PROMPTS_EACH, recipe.minutes, ""
-    if quick and recipe.quick_prompts_each:
-        each, minutes = recipe.quick_prompts_each, 1
-        lesser = f" on {each / PROMPTS_EACH:.0%} of its prompts, as QUICK is set"
+    share, minutes, lesser = 1.0, recipe.minutes, ""
+    if quick and recipe.quick_share < 1:
+        share, minutes = recipe.quick_share, 1
+        of = "prompts" if recipe.prompts else "texts"
+        lesser = f" on {share:.0%} of its {of}, as QUICK is set"
         folder = folder.with_name(f"{folder.name}-quick")
         if folder.exists():
             return folder
     with _alone(folder, report):
         if not folder.exists():
             report(f"Making {recipe.what}{lesser} (once, about {minutes:g} min)")
-            _make(recipe, name, model, folder, each, report)
+            _make(recipe, name, model, folder, share, report)
     return folder
 
 
@@ -204,16 +207,21 @@ def _alone(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
 
 
 def _make(
-    recipe: Recipe, name: str, model: Model, folder: Path, each: int, report: Callable[[str], None]
+    recipe: Recipe,
+    name: str,
+    model: Model,
+    folder: Path,
+    share: float,
+    report: Callable[[str], None],
 ) -> None:
-    """Run the recipe's module, with `each` prompts of every kind. Raises LabError."""
+    """Run the recipe's module, with this share of its prompts or texts. Raises LabError."""
     inputs = TEXTS / recipe.text if recipe.text else models.CACHE / f"{name}-input.jsonl"
     if recipe.prompts:
-        _write_prompts(inputs, model, recipe.prompts, each)
+        _write_prompts(inputs, model, recipe.prompts, round(share * PROMPTS_EACH))
     if recipe.structures:
         _write_structures(inputs, recipe.structures)
     if recipe.scores:
-        _write_scored(inputs)
+        _write_scored(inputs, share)
     began, log = time.monotonic(), models.CACHE / f"{name}.log"
     log.unlink(missing_ok=True)
     argv = [sys.executable, "-m", recipe.module, *([recipe.method] if recipe.method else [])]
@@ -253,12 +261,16 @@ def _write_structures(path: Path, each: int) -> None:
     path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
 
 
-def _write_scored(path: Path) -> None:
-    """Write the texts that a study calibrates on and scores, and the tasks, as one JSON object."""
+def _write_scored(path: Path, share: float) -> None:
+    """Write the texts that a study calibrates on and scores, and the tasks, as one JSON object.
+
+    Of what is scored it writes this share, from the beginning.
+    """
+    held_out, tasks = read_passages("held_out.txt"), task_blocks()
     texts = {
         "calibration": read_passages("calibration.txt"),
-        "held_out": read_passages("held_out.txt"),
-        "tasks": task_blocks(),
+        "held_out": held_out[: math.ceil(share * len(held_out))],
+        "tasks": tasks[: math.ceil(share * len(tasks))],
         "examples": SHOTS,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

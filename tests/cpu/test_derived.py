@@ -1,7 +1,8 @@
 """The models that labs derive from the one they serve, and these labs on a real vLLM.
 
 The served one is a few layers of the bundled model, where its text does not matter. What is derived
-from it is made as a quick run makes it, and is readable; the labs find it made.
+from it is made as a quick run makes it, and is readable; the labs find it made. They run beside
+those of `test_labs.py`, on the other core.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from labs import LABS
 from labs.lab import parse_changes
 from labs.running import derived_models
 from serving import machine, models
-from tests.real import lab_on_a_cpu, with_ceilings
-from tests.shallow import shallow
+from tests.real import lab_on_a_cpu, served, with_ceilings
 from tests.sizes import sizes_of
 
 pytestmark = [
@@ -29,22 +29,24 @@ pytestmark = [
 WITH_DERIVED_MODELS = [name for name, lab in LABS.items() if lab.derived()]
 
 
-def derived_by_the_tests() -> list[str]:
-    """List what the labs derive in the sizes of the tests."""
-    labs = [
-        lab.at("cpu", quick=True, changes=parse_changes(f"{sizes.real} {sizes.cpu}"))
+def derived_by_the_tests() -> list[tuple[str, int | None]]:
+    """List what the labs derive in the sizes of the tests, and from how many layers."""
+    found = [
+        (derived, sizes.layers)
         for name, lab in LABS.items()
         if not (sizes := sizes_of(name)).not_real
+        for derived in lab.at(
+            "cpu", quick=True, changes=parse_changes(f"{sizes.real} {sizes.cpu}")
+        ).derived()
     ]
-    return list(dict.fromkeys(name for lab in labs for name in lab.derived()))
+    return list(dict.fromkeys(found))
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", derived_by_the_tests())
-def test_a_derived_model_is_made(name: str) -> None:
-    folder = derived_models.make(
-        models.resolve(machine.detect(), str(shallow())), name, print, quick=True
-    )
+@pytest.mark.parametrize(("name", "layers"), derived_by_the_tests())
+def test_a_derived_model_is_made(name: str, layers: int | None) -> None:
+    base = models.resolve(machine.detect(), served(layers))
+    folder = derived_models.make(base, name, print, quick=True)
     facts = derived_models.about(folder)
     assert facts, "its maker records what it made"
 

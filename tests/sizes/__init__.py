@@ -10,6 +10,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from serving.quantize import Tool
+from tests.shallow import LAYERS
 
 BRIEF = "warmup_s=0.1 window_s=0.3 repeats=1 most_repeats=0 requests=64"
 """SET of every lab on the fake engine: a whole run is a matter of seconds."""
@@ -23,7 +24,7 @@ class Sizes:
     real: str = ""  # on a real engine, beside QUICK=1
     cpu: str = ""  # and there on a CPU, where every point is played on fewer and shorter requests
     gpu: str = ""  # and there on a GPU, whose sizes are to fit the bundled model's 8,192 positions
-    all_layers: bool = False  # on a CPU it serves the bundled model whole: its text matters
+    layers: int | None = LAYERS  # of the bundled model that it serves on a CPU; None: all
     needs: Tool | None = None  # that makes its weights; where there is none a test skips the lab
     not_real: str = ""  # why no test runs it on a real engine
 

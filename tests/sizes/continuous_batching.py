@@ -6,7 +6,9 @@ SIZES = Sizes(
     " workloads.exponential.output_tokens.max_tokens=48"
     ' workloads.exponential.loads=["concurrent:1","concurrent:8","waves:8","concurrent:16",'
     '"poisson:8"]',
-    cpu="repeats=1 window_s=3"  # in which two requests a second are sent
+    layers=None,  # as a reader runs it
+    # two requests a second are sent in the window; the dashboards are to see a warm-up
+    cpu="repeats=1 warmup_s=1.5 window_s=3"
     ' workloads.exponential.loads=["concurrent:1","concurrent:8","waves:8","concurrent:16",'
     '"poisson:2"]',
 )

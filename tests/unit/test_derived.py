@@ -75,6 +75,20 @@ def test_a_quick_run_makes_a_lesser_draft_unless_the_whole_one_is_there(model: M
     assert make(model, "adapters", said.append, quick=True) == place(model, "adapters")
 
 
+def test_a_quick_study_scores_fewer_texts_and_calibrates_on_as_many(model: Model) -> None:
+    def given(quick: bool) -> dict[str, list[Any]]:
+        folder = make(model, "sparsity", said.append, quick=quick)
+        found: dict[str, list[Any]] = json.loads((folder / "given").read_text())
+        return found
+
+    said: list[str] = []
+    lesser, whole = given(quick=True), given(quick=False)
+    assert "on 25% of its texts" in said[0]
+    assert lesser["calibration"] == whole["calibration"]
+    for part in ("held_out", "tasks"):
+        assert lesser[part] == whole[part][: len(whole[part]) // 4]
+
+
 def test_what_another_process_is_making_is_waited_for_and_not_made_again(model: Model) -> None:
     folder = place(model, "draft")
     folder.parent.mkdir(parents=True)

@@ -150,10 +150,10 @@ function plan() {
     line("Output tokens/s of one stream alone", "stream", sized, "at most"),
   ].map(row));
   document.getElementById("basis").textContent = known
-    ? `${machine.told}. Expected and between: published efficiencies of engines on such cards`
+    ? `Its figures: ${machine.told}. Expected and between: published efficiencies of engines on such cards`
       + " (serving/forecasting/datasheet.py names them); the bound is the roofline. One device;"
       + " waiting for a place in the batch is not in TTFT."
-    : `${machine.told}. No efficiency is published for such a machine, so there is a bound alone;`
+    : `Its figures: ${machine.told}. No efficiency is published for such a machine, so there is a bound alone;`
       + " a run of the lesson's lab measures how near it comes.";
   document.getElementById("flags").replaceChildren(...commands(machine, model, want, times).map(listed));
   copyable();
