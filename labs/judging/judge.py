@@ -205,8 +205,8 @@ class ForecastAtPoint(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def within(self) -> bool | None:
-        """Whether the measured mean lies within the band."""
-        return self.low <= self.measured.value <= self.high if self.measured else None
+        """Whether what was measured agrees with the band; None where nothing was."""
+        return in_band(self.measured, self.low, self.high) if self.measured else None
 
 
 # ------------------------------------------------------------------------------------ statistics
@@ -367,6 +367,17 @@ def _t(n: int, confidence: float = CONFIDENCE) -> float:
 
 
 # -------------------------------------------------------------------------------------- verdicts
+
+
+def in_band(measured: Interval, low: float, high: float) -> bool:
+    """Tell whether the mean lies within a forecast's band.
+
+    A band without a width is the forecast of a count, and the measured interval is to hold it,
+    where several repeats give one.
+    """
+    if low == high and measured.low is not None and measured.high is not None:
+        return measured.low <= low <= measured.high or math.isclose(measured.value, low)
+    return low <= measured.value <= high
 
 
 def is_within(ratio: float, margin: float) -> bool:

@@ -55,6 +55,7 @@ times, and an engine cannot choose its moments.
 """
 DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; larger steps are extrapolated
 GPU_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
+LONG_TOKENS = 1024  # of a request, from which on reading its context is a large part of a step
 TIMING_LIMIT_S = 300
 TIMER_ARGV = (sys.executable, "-m", "serving.forecasting.timing")
 FORECASTER_ARGV = (sys.executable, "-m", "serving.forecasting")
@@ -233,15 +234,22 @@ def _step_of(setup: Setup, point: Point) -> TimingPlan:
     )
 
 
+def has_long_requests(points: Iterable[Point]) -> bool:
+    """Tell whether reading its context is a large part of a step of any request."""
+    return any(prompt + output >= LONG_TOKENS for p in points for prompt, output in p.lengths)
+
+
 def _kernel_argv(setup: Setup, point: Point) -> tuple[str, ...]:
     """Return the arguments that decide an engine's kernels, where they are to be timed themselves.
 
-    Once any variant's weights or cache are quantized, all are timed by the engine's own kernels.
+    Once any variant's weights or cache are quantized, or any request is long, all are timed by the
+    engine's own kernels: torch's attention to a long context takes more than twice their time.
     """
-    if not any(
+    quantized = any(
         _has_quantized_weights(setup, v) or _has_quantized_cache(setup, v)
         for v in setup.lab.variants
-    ):
+    )
+    if not quantized and not has_long_requests(setup.points):
         return ()
     deciding = ("block-size", "kv-cache-dtype")
     flags = {n: f for n, f in point.variant.flags.items() if n in deciding}

@@ -16,7 +16,7 @@ from statistics import median
 from labs import LABS
 from labs.filing.committed import committed_runs
 from labs.filing.results import RunFolder, Summary, all_runs, unreadable
-from labs.judging.judge import AGREEMENT, Interval
+from labs.judging.judge import AGREEMENT, Interval, in_band
 from labs.judging.metrics import METRICS
 from labs.judging.text import number, point_label
 from labs.lab import Lab
@@ -74,8 +74,8 @@ class Residual:
 
     @property
     def within(self) -> bool | None:
-        """Whether the measured figure lies in the forecast's own band; None without one."""
-        return self.band[0] <= self.measured <= self.band[1] if self.band else None
+        """Whether the measured figure agrees with the forecast's own band; None without one."""
+        return in_band(self.interval, *self.band) if self.band else None
 
     @property
     def figures(self) -> tuple[str, str]:

@@ -1,4 +1,6 @@
-"""vLLM's own operators on a CPU, where plain torch has none: quantized weights and caches.
+"""vLLM's own operators on a CPU, where plain torch has none, or slower ones.
+
+It has none for quantized weights and caches, and slower ones for attention to a long context.
 
 A linear layer is built as vLLM builds it, from the configuration that the engine's own arguments
 give, so that vLLM chooses the kernel: on x86 the 8-bit product of SGLang or of oneDNN, for 4 bits

@@ -10,9 +10,10 @@ the middle time lies above it tells how much the machine's speed wanders, and wi
 Adapters (LoRA) are applied as vLLM's CPU backend applies them: each token gathers the two thin
 matrices of its adapter, for each of the seven projections of a layer.
 
-Where weights or a cache are quantized on a CPU, torch has no such operator: then the projections
-and the reading of the cache are vLLM's own (`serving/forecasting/kernels.py`), of every variant
-that is compared, BF16 included, so that like is compared with like.
+Where weights or a cache are quantized on a CPU, torch has no such operator, and where contexts are
+long, its attention is slower than the engine's: then the projections and the reading of the cache
+are vLLM's own (`serving/forecasting/kernels.py`), of every variant that is compared, BF16 included,
+so that like is compared with like.
 
 Run as `python -m serving.forecasting.timing` with `TimingPlan`s as JSON lines on standard input;
 it prints a line of `StepTimes` for each. It does not cover other kernels of the engine's own where
@@ -43,7 +44,7 @@ LONG_CONTEXT_TOKENS = 2048
 PREFILL_TOKENS = 512
 LONG_S = 0.5  # the longest work that is warmed up
 ENOUGH_S = 2.0  # a work on which so much time has been spent is not timed again
-CACHE_FLAG = "--kv-cache-dtype"
+CACHE_FLAGS = ("--kv-cache-dtype", "--block-size")
 
 Work = Callable[[], None]
 
@@ -260,7 +261,7 @@ def wander_of(times_s: Iterable[Sequence[float]]) -> float:
 
 
 def weights_of(plan: TimingPlan) -> TimingPlan:
-    """Return what decides the time of the layers and the head: all but the cache's type.
+    """Return what decides the time of the layers and the head: all but the cache's kind.
 
     Plans that agree in it share one timing: two timings of the same work would differ by chance,
     and a forecast would tell it as an effect of the cache.
@@ -268,7 +269,8 @@ def weights_of(plan: TimingPlan) -> TimingPlan:
     kept = [
         argument
         for before, argument in zip(("", *plan.kernels), plan.kernels, strict=False)
-        if CACHE_FLAG not in (before, argument) and not argument.startswith(f"{CACHE_FLAG}=")
+        if not {before, argument} & {*CACHE_FLAGS}
+        and not argument.startswith(tuple(f"{flag}=" for flag in CACHE_FLAGS))
     ]
     return plan.model_copy(update={"kernels": tuple(kept), "passes": 0})
 

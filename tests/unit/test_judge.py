@@ -19,6 +19,7 @@ from labs.judging.judge import (
     PredictionOutcome,
     VerdictKind,
     effect,
+    in_band,
     judge,
     judge_forecast,
     mean_interval,
@@ -374,3 +375,20 @@ def test_forecast_is_compared_with_the_mean_over_repeats() -> None:
     assert judge_forecast(forecast, "on", {}, PREDICTION).outcome == "open"
     steady = {r: {"x": x} for r, x in enumerate((2.0, 2.01, 2.02))}
     assert judge_forecast(forecast, "on", steady, PREDICTION).outcome == "held"
+
+
+@pytest.mark.parametrize(
+    ("measured", "low", "high", "agrees"),
+    [
+        ((1.3, 1.1, 1.5), 1.0, 1.2, False),  # the mean decides
+        ((1.1, 0.5, 2.0), 1.0, 1.2, True),
+        ((0.9711, 0.9706, 0.9716), 0.9714, 0.9714, True),  # a count: the interval holds it
+        ((0.97, 0.97, 0.97), 0.9714, 0.9714, False),
+        ((0.1 + 0.2, 0.1 + 0.2, 0.1 + 0.2), 0.3, 0.3, True),
+    ],
+)
+def test_a_figure_agrees_with_a_band(
+    measured: tuple[float, float, float], low: float, high: float, agrees: bool
+) -> None:
+    value, *ends = measured
+    assert in_band(Interval(value=value, low=ends[0], high=ends[1], n=3), low, high) is agrees

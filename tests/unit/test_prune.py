@@ -238,7 +238,7 @@ def test_what_the_lab_gives_it_has_every_task_and_no_text_twice(tmp_path: Path) 
     from labs.judging.evaluation import SHOTS, tasks_with_shots
     from labs.running.derived_models import _write_scored
 
-    _write_scored(tmp_path / "texts.json")
+    _write_scored(tmp_path / "texts.json", 1)
     given = sparsity._read(tmp_path / "texts.json")
     assert given["examples"] == SHOTS
     assert sum(len(b) - SHOTS for b in given["tasks"]) == len(tasks_with_shots())
