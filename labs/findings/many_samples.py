@@ -12,7 +12,7 @@ from dashboards.palette import BLUE, BOUND, VARIANTS
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import BANDS, GREY, plt
+from labs.findings.drawing import BANDS, GREY, legend_above, plt
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
@@ -663,6 +663,7 @@ def _draw_costs(run: JudgedRun, ax: Any, facts: Sequence[Cost]) -> None:
     colours = dict(zip([v.name for v in run.lab.variants], VARIANTS, strict=False))
     ordered = sorted(facts, key=lambda c: (c.samples, c.requests > 1, c.variant))
     labelled: set[str] = set()
+    highest_s = max(c.seconds or 0 for c in facts)
     for x, cost in enumerate(ordered):
         label = None if cost.variant in labelled else f"prefix cache {cost.variant}"
         labelled.add(cost.variant)
@@ -673,6 +674,7 @@ def _draw_costs(run: JudgedRun, ax: Any, facts: Sequence[Cost]) -> None:
             tokens = point.sequences * point.output_tokens
             ax.vlines(x, tokens / rate.high, tokens / rate.low, color=GREY, alpha=0.4, lw=9)
             ax.plot(x, tokens / rate.value, "_", color=GREY, ms=13, mew=2)
+            highest_s = max(highest_s, tokens / rate.low)
     ax.set_xticks(
         range(len(ordered)),
         [f"{c.samples}\n{'n=' + str(c.samples) if c.requests < c.samples else 'apart'}"
@@ -680,8 +682,8 @@ def _draw_costs(run: JudgedRun, ax: Any, facts: Sequence[Cost]) -> None:
     )  # fmt: skip
     ax.set_xlabel("samples of a prompt")
     ax.set_ylabel("until all are complete (s)")
-    ax.set_ylim(0, 1.25 * max(c.seconds or 0 for c in facts))  # room for the legend
-    ax.legend(frameon=False, fontsize=8)
+    ax.set_ylim(0, 1.05 * highest_s)
+    legend_above(ax)
 
 
 def _draw_solved(ax: Any, facts: Voting) -> None:
