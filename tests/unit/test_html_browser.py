@@ -387,6 +387,10 @@ def test_everything_is_reached_in_order_by_tab_and_seen_where_it_is(
     shown = opened(chromium, path, width)
     count = shown.js(REACHED)
     assert count > 30
+    bar = (
+        "[...document.querySelectorAll('.bar a, .bar button')].map(e => e.getBoundingClientRect())"
+    )
+    assert shown.js(f"{bar}.every(r => r.left >= 0 && r.right <= innerWidth)"), "it is cut off"
     places: list[int] = []
     for _ in range(count):
         shown.press("Tab")
