@@ -43,15 +43,14 @@ TITLES = {
 }  # fmt: skip
 """The causes in words; `unknown` is what the rule says of a symptom without any mark."""
 
-WRONGLY = {
-    "healthy": "taken for a healthy engine",
-    "unknown": "noticed without its cause",
-    "too little": "not judged, with too few requests,",
-}
-"""How a trial was named where no cause was."""
+CAUSES = TITLES | {"healthy": "a healthy engine"}
+"""The causes in a sentence about what a trial was taken for."""
 
-INSTEAD = {"healthy": "a healthy engine"}
-"""What a trial was, in a sentence about what it was taken for."""
+NOT_NAMED = {
+    "unknown": "noticed without its cause",
+    "too little": "left without a name, as it had too few requests,",
+}
+"""What became of a trial that was given no name."""
 
 
 def _at(context: Context, variant: str, workload: str) -> Point | None:
@@ -568,9 +567,8 @@ def told_from_metrics(run: JudgedRun) -> str | None:
         return None
     missed = Counter((t.injected, t.named) for t in facts.trials if not t.right)
     as_what = [
-        f"{INSTEAD.get(injected, TITLES[injected])} was"
-        f" {WRONGLY.get(named, f'taken for {TITLES[named]}')} in {count} of"
-        f" {sum(t.injected == injected for t in facts.trials)} trials"
+        f"{CAUSES[injected]} was {NOT_NAMED.get(named, f'taken for {CAUSES[named]}')} in {count} of"
+        f" {facts.count(injected).total()} trials"
         for (injected, named), count in missed.items()
     ]
     but = f" The others: {'; '.join(as_what)}." if missed else ""

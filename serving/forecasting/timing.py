@@ -261,7 +261,7 @@ def wander_of(times_s: Iterable[Sequence[float]]) -> float:
 
 
 def weights_of(plan: TimingPlan) -> TimingPlan:
-    """Return what decides the time of the layers and the head: all but the cache's kind.
+    """Return what decides the time of the layers and the head: all but the cache's type and blocks.
 
     Plans that agree in it share one timing: two timings of the same work would differ by chance,
     and a forecast would tell it as an effect of the cache.

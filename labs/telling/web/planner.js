@@ -149,12 +149,13 @@ function plan() {
     line("Output tokens/s of all", "throughput", sized, "at most"),
     line("Output tokens/s of one stream alone", "stream", sized, "at most"),
   ].map(row));
-  document.getElementById("basis").textContent = known
-    ? `Its figures: ${machine.told}. Expected and between: published efficiencies of engines on such cards`
-      + " (serving/forecasting/datasheet.py names them); the bound is the roofline. One device;"
-      + " waiting for a place in the batch is not in TTFT."
-    : `Its figures: ${machine.told}. No efficiency is published for such a machine, so there is a bound alone;`
-      + " a run of the lesson's lab measures how near it comes.";
+  const basis = known
+    ? "Expected and between: published efficiencies of engines on such cards (serving/forecasting/"
+      + "datasheet.py names them); the bound is the roofline. One device; waiting for a place in"
+      + " the batch is not in TTFT."
+    : "No efficiency is published for such a machine, so there is a bound alone; a run of the"
+      + " lesson's lab measures how near it comes.";
+  document.getElementById("basis").textContent = `Its figures: ${machine.told}. ${basis}`;
   document.getElementById("flags").replaceChildren(...commands(machine, model, want, times).map(listed));
   copyable();
 }
