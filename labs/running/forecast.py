@@ -12,10 +12,13 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from pydantic import BaseModel
 
 from labs.filing.results import Band, PointForecasts, all_runs, unreadable
 from labs.judging.machine_speed import MachineSpeed, usual_spread
@@ -24,7 +27,7 @@ from labs.judging.metrics import METRICS, measure
 from labs.lab import Lab, LabError, Point, Prediction, Variant
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
-from labs.running.side_process import ask, guarded, last_line
+from labs.running.side_process import guarded, last_line
 from loadtests.arrivals import Contended, Offered, Ramp, Replay, Waves, send_times
 from loadtests.plan import LEAST_COUNTED, TrialSummary, most_held_open_s
 from loadtests.records import TURNED_AWAY, RequestRecord
@@ -35,7 +38,13 @@ from serving.engines.base import FlagValue, with_places
 from serving.engines.vllm import ACTIVATION_BYTES, Vllm, VllmFlags
 from serving.forecasting import datasheet
 from serving.forecasting.datasheet import Efficiency
-from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedEngine, PlannedTrial
+from serving.forecasting.plan import (
+    ForecastPlan,
+    ForecastPlay,
+    PlannedEngine,
+    PlannedTrial,
+    TimingPlans,
+)
 from serving.forecasting.step import StepTimes
 from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Play, Traffic
@@ -43,21 +52,21 @@ from serving.gpus import Datasheet
 from serving.machine import Machine
 from serving.metrics import Snapshot
 from serving.models import Shape
+from serving.process import Process
 
 FASTER, SLOWER = 0.90, 1.18
 """The ends of a band: the engine's own step may take this many times as long as the stand-in step.
 
 Both factors were measured on two machines (vLLM 0.32 on CPU, batches of 1 to 16 and a prompt of 768
-tokens), before any run that is judged by them. Both ends are further off by the usual spread of
+tokens, a stand-in of PyTorch's operators), before any run that is judged by them. With vLLM's own
+operators the engine took 0.92 to 1.01 times as long as the stand-in on a third. Both ends are further off by the usual spread of
 the machine's speed, as the reference steps of earlier runs on it show; the slow end at least by how
 much the speed wandered while the step was timed, since the stand-in step is the least of several
 times, and an engine cannot choose its moments.
 """
 DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; larger steps are extrapolated
 GPU_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
-LONG_TOKENS = 1024  # of a request, from which on reading its context is a large part of a step
 TIMING_LIMIT_S = 300
-TIMER_ARGV = (sys.executable, "-m", "serving.forecasting.timing")
 FORECASTER_ARGV = (sys.executable, "-m", "serving.forecasting")
 
 
@@ -78,14 +87,8 @@ def forecast(
     if not points:
         return PointForecasts(points={}, without=without)
     spread = 1.0
-    if setup.datasheet:
-        steps = _steps_by_datasheet(setup, points, setup.datasheet)
-    else:
+    if not setup.datasheet:
         spread = usual_spread(earlier_speeds(setup.machine), setup.lab.repeats)
-        # alone on the machine: beside another process that works, steps take a third longer
-        progress.waiting("timing the stand-in step, for the forecast")
-        steps = _steps_as_timed(setup, points, spread)
-    progress.waiting("playing every load on vLLM's scheduler in virtual time")
     by_key = {p.key: p for p in points}
 
     lasts_s: dict[str, list[float]] = {}
@@ -99,12 +102,19 @@ def forecast(
             found.append((play.key, measure(trial)))
         return found
 
-    with _forecaster() as (send, receive):
+    with started() as forecaster:
 
         def ask(plan: ForecastPlan) -> list[ForecastPlay]:
-            send(plan)
-            return list(receive())
+            forecaster.send(plan)
+            return list(forecaster.plays())
 
+        if setup.datasheet:
+            steps = _steps_by_datasheet(setup, points, setup.datasheet)
+        else:
+            # alone on the machine: beside another process that works, steps take a third longer
+            progress.waiting("timing the stand-in step, for the forecast")
+            steps = _steps_as_timed(setup, points, spread, forecaster)
+        progress.waiting("playing every load on vLLM's scheduler in virtual time")
         capacities: Sequence[float | None] = (None,) * 3
         if setup.lab.finds_capacity and points[0] is setup.points[0]:
             plan = _plan(setup, points[:1], requests, steps, capacities)
@@ -230,30 +240,15 @@ def _step_of(setup: Setup, point: Point) -> TimingPlan:
         rows=(1, 4, 16, 64) if cpu else (1, 16, 64, 256),
         adapters=flags.max_loras if adapters else 0,
         adapter_rank=flags.max_lora_rank if adapters else 0,
-        kernels=_kernel_argv(setup, point) if cpu else (),
+        kernels=_kernel_argv(_timed(setup, point.variant), flags) if cpu else (),
     )
 
 
-def has_long_requests(points: Iterable[Point]) -> bool:
-    """Tell whether reading its context is a large part of a step of any request."""
-    return any(prompt + output >= LONG_TOKENS for p in points for prompt, output in p.lengths)
-
-
-def _kernel_argv(setup: Setup, point: Point) -> tuple[str, ...]:
-    """Return the arguments that decide an engine's kernels, where they are to be timed themselves.
-
-    Once any variant's weights or cache are quantized, or any request is long, all are timed by the
-    engine's own kernels: torch's attention to a long context takes more than twice their time.
-    """
-    quantized = any(
-        _has_quantized_weights(setup, v) or _has_quantized_cache(setup, v)
-        for v in setup.lab.variants
-    )
-    if not quantized and not has_long_requests(setup.points):
-        return ()
+def _kernel_argv(model: Path, flags: Mapping[str, FlagValue]) -> tuple[str, ...]:
+    """Return the arguments that decide which operators an engine chooses."""
     deciding = ("block-size", "kv-cache-dtype")
-    flags = {n: f for n, f in point.variant.flags.items() if n in deciding}
-    return ("--model", str(_timed(setup, point.variant)), *Vllm.flag_argv(flags))
+    kept = {name: flag for name, flag in flags.items() if name in deciding}
+    return ("--model", str(model), *Vllm.flag_argv(kept))
 
 
 def _largest_step(setup: Setup) -> int:
@@ -272,27 +267,12 @@ def _largest_step(setup: Setup) -> int:
 def _draft_of(setup: Setup, point: Point) -> TimingPlan | None:
     """Plan what to time of the draft model; None where the point has none."""
     flags = VllmFlags(with_places(point.variant.flags, setup.places))
-    model = flags.speculative_config.get("model")
-    if not model:
+    named = flags.speculative_config.get("model")
+    if not named:
         return None
-    step = _step_of(setup, point)
-    return step.model_copy(update={"config": Path(str(model)) / "config.json", "kernels": ()})
-
-
-def time_steps(plans: Iterable[TimingPlan]) -> dict[TimingPlan, StepTimes]:
-    """Time each kind of step once, on the engine's cores or the GPU, in a process of its own.
-
-    Raises ForecastError when that process fails, or takes longer than TIMING_LIMIT_S.
-    """
-    kinds = list(dict.fromkeys(plans))
-    lines, why = ask(
-        "step timer", TIMER_ARGV, (plan.model_dump_json() for plan in kinds), TIMING_LIMIT_S
-    )
-    if why:
-        raise ForecastError(f"the step could not be timed: {why}")
-    return {
-        plan: StepTimes.model_validate_json(line) for plan, line in zip(kinds, lines, strict=True)
-    }
+    step, model = _step_of(setup, point), Path(str(named))
+    kernels = _kernel_argv(model, flags) if step.kernels else ()
+    return step.model_copy(update={"config": model / "config.json", "kernels": kernels})
 
 
 Figures = dict[str, float | None]  # of a play, by metric
@@ -316,10 +296,12 @@ def earlier_speeds(machine: Machine) -> list[MachineSpeed]:
     return [speed for speed in speeds if speed]
 
 
-def _steps_as_timed(setup: Setup, points: Sequence[Point], spread: float) -> Steps:
+def _steps_as_timed(
+    setup: Setup, points: Sequence[Point], spread: float, forecaster: Forecaster
+) -> Steps:
     """Time the steps of these points. Raises ForecastError."""
     plans = {p.key: (_step_of(setup, p), _draft_of(setup, p)) for p in points}
-    times = time_steps(plan for pair in plans.values() for plan in pair if plan)
+    times = forecaster.time_steps(plan for pair in plans.values() for plan in pair if plan)
     ends = {plan: ends_of_band(step_times, spread) for plan, step_times in times.items()}
 
     def at(key: str, end: int) -> EngineSteps:
@@ -371,8 +353,67 @@ def _described(steps: Iterable[tuple[EngineSteps, EngineSteps, EngineSteps]]) ->
 
 # ------------------------------------------------------------------------------ virtual engines
 
-Send = Callable[[ForecastPlan], None]
-Receive = Callable[[], Iterator[ForecastPlay]]
+
+class Forecaster:
+    """The process that times steps and plays traffic on virtual engines; it imports vLLM once.
+
+    Each plan that is sent is read to its end before the next is sent.
+    """
+
+    def __init__(self, process: Process) -> None:
+        """Speak to this process, which is importing vLLM."""
+        self.process = process
+        self.ready = False
+        self.due = 0
+
+    def time_steps(self, plans: Iterable[TimingPlan]) -> dict[TimingPlan, StepTimes]:
+        """Time each kind of step once, on the engine's cores or the GPU.
+
+        Raises ForecastError where that fails, or takes longer than TIMING_LIMIT_S.
+        """
+        kinds = list(dict.fromkeys(plans))
+        time_limit = threading.Timer(TIMING_LIMIT_S, self.process.request_stop)
+        time_limit.start()
+        try:
+            self._write(TimingPlans(timing=tuple(kinds)))
+            lines = [self._line("the step could not be timed") for _ in kinds]
+        finally:
+            time_limit.cancel()
+        return {
+            plan: StepTimes.model_validate_json(line)
+            for plan, line in zip(kinds, lines, strict=True)
+        }
+
+    def send(self, plan: ForecastPlan) -> None:
+        """Have the trials of a plan played. Raises ForecastError where vLLM does not import."""
+        self.due = sum(len(engine.trials) for engine in plan.engines)
+        self._write(plan)
+
+    def plays(self) -> Iterator[ForecastPlay]:
+        """Yield the plays of the plan that was sent; raises ForecastError where one fails."""
+        for _ in range(self.due):
+            line = self._line("vLLM's scheduler could not be driven")
+            yield ForecastPlay.model_validate_json(line)
+
+    def _write(self, plan: BaseModel) -> None:
+        self.ready = self.ready or self._line("vLLM's engine core does not import") == "ready\n"
+        with contextlib.suppress(BrokenPipeError):  # it has ended: the next line is missing
+            self.process.stdin.write(plan.model_dump_json() + "\n")
+            self.process.stdin.flush()
+
+    def _line(self, failure: str) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            raise ForecastError(f"{failure}: {last_line(self.process)}")
+        return line
+
+
+@contextlib.contextmanager
+def started() -> Iterator[Forecaster]:
+    """Start a forecaster, which ends with the block."""
+    with guarded("forecaster", FORECASTER_ARGV) as process:
+        yield Forecaster(process)
 
 
 def play_all(plans: Sequence[ForecastPlan]) -> Iterator[tuple[int, ForecastPlay]]:
@@ -382,44 +423,11 @@ def play_all(plans: Sequence[ForecastPlan]) -> Iterator[tuple[int, ForecastPlay]
     scheduler cannot be driven.
     """
     with contextlib.ExitStack() as stack:
-        started = [stack.enter_context(_forecaster()) for _ in plans]
-        for (send, _), plan in zip(started, plans, strict=True):
-            send(plan)
-        for row in itertools.zip_longest(*(receive() for _, receive in started)):
+        forecasters = [stack.enter_context(started()) for _ in plans]
+        for forecaster, plan in zip(forecasters, plans, strict=True):
+            forecaster.send(plan)
+        for row in itertools.zip_longest(*(forecaster.plays() for forecaster in forecasters)):
             yield from ((number, played) for number, played in enumerate(row) if played)
-
-
-@contextlib.contextmanager
-def _forecaster() -> Iterator[tuple[Send, Receive]]:
-    """Start the process of the virtual engines, and yield how to send it a plan and read its plays.
-
-    It imports vLLM, says that it is ready, and waits for plans; each is read to its end before the
-    next is sent.
-    """
-    with guarded("forecaster", FORECASTER_ARGV) as forecaster:
-        ready, due = False, 0
-
-        def send(plan: ForecastPlan) -> None:
-            nonlocal ready, due
-            ready = ready or forecaster.stdout.readline() == "ready\n"
-            if not ready:
-                forecaster.wait()
-                raise ForecastError(f"vLLM's engine core does not import: {last_line(forecaster)}")
-            due = sum(len(engine.trials) for engine in plan.engines)
-            with contextlib.suppress(BrokenPipeError):  # it has ended: the next line is missing
-                forecaster.stdin.write(plan.model_dump_json() + "\n")
-                forecaster.stdin.flush()
-
-        def receive() -> Iterator[ForecastPlay]:
-            for _ in range(due):
-                if not (line := forecaster.stdout.readline()):
-                    forecaster.wait()
-                    raise ForecastError(
-                        f"vLLM's scheduler could not be driven: {last_line(forecaster)}"
-                    )
-                yield ForecastPlay.model_validate_json(line)
-
-        yield send, receive
 
 
 def _plan(

@@ -1,7 +1,8 @@
-"""Play traffic on virtual engines: `ForecastPlan`s as JSON lines on standard input.
+"""Time steps, and play traffic on virtual engines: a plan a line on standard input, as JSON.
 
-Runs in the engine's environment. The first line of output says that vLLM is imported; then each
-trial of each plan gives a play, as a JSON line, in the order of the plans.
+Runs in the engine's environment. The first line of output says that vLLM is imported. Then each
+step of `TimingPlans` gives its `StepTimes`, and each trial of a `ForecastPlan` a `ForecastPlay`, a
+JSON line each, in the order of the plans.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from serving.forecasting.fleet import ROUTERS, Fleet
-from serving.forecasting.plan import ForecastPlan, ForecastPlay, SyntheticRequest
+from serving.forecasting.plan import ForecastPlan, ForecastPlay, SyntheticRequest, TimingPlans
+from serving.forecasting.timing import step_times
 from serving.forecasting.traffic import Prompt, VirtualServer, play
 
 if TYPE_CHECKING:
     from serving.forecasting.virtual_engine import VirtualEngine
 
+PLANS: TypeAdapter[ForecastPlan | TimingPlans] = TypeAdapter(ForecastPlan | TimingPlans)
+
 
 def main() -> None:
-    """Announce that vLLM is imported, read plans, and print each play as soon as it is over."""
+    """Announce that vLLM is imported, read plans, and print each result as soon as it is there."""
     logging.disable(logging.WARNING)  # vLLM describes at length engines that never serve
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what anything else prints must not mix with the plays
@@ -34,7 +40,12 @@ def main() -> None:
 
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        _play(ForecastPlan.model_validate_json(line), VirtualEngine, out)
+        plan = PLANS.validate_json(line)
+        if isinstance(plan, ForecastPlan):
+            _play(plan, VirtualEngine, out)
+            continue
+        for times in step_times(plan.timing):
+            print(times.model_dump_json(), file=out, flush=True)
 
 
 def _play(plan: ForecastPlan, make: Callable[..., VirtualEngine], out: IO[str]) -> None:

@@ -1,4 +1,4 @@
-"""Define what the forecaster reads and writes: a plan of trials, and how each would go."""
+"""Define what the forecaster reads and writes: what to time, and trials with how each would go."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from serving.forecasting.step import Masking, StepTimes
+from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Delays, Play, Traffic
+
+
+class TimingPlans(BaseModel, frozen=True, extra="forbid"):
+    """All steps that the forecaster times, in turn with one another."""
+
+    timing: tuple[TimingPlan, ...]
 
 
 class PlannedTrial(BaseModel, frozen=True, extra="forbid"):

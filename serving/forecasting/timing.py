@@ -1,4 +1,4 @@
-"""The stand-in step: the model's own shape in plain torch, timed on the serving device.
+"""The stand-in step: the model's own shape with random weights, timed on the serving device.
 
 No engine exists yet, and no weights are needed: matrices of the model's sizes hold random numbers.
 A layer is what a decoder's layer is (two norms, the projections, rotary embedding, attention over
@@ -7,27 +7,23 @@ figures. All layers have weights of their own, so that no cache holds them. Each
 several times, in turn with all others, and the least is kept: other work can only add time. How far
 the middle time lies above it tells how much the machine's speed wanders, and widens the forecast.
 
+On a CPU the projections and the reading of the cache are vLLM's own operators
+(`serving/forecasting/kernels.py`): torch's take another time, and it has none for quantized weights
+and caches. On a GPU all is plain torch.
+
 Adapters (LoRA) are applied as vLLM's CPU backend applies them: each token gathers the two thin
 matrices of its adapter, for each of the seven projections of a layer.
 
-Where weights or a cache are quantized on a CPU, torch has no such operator, and where contexts are
-long, its attention is slower than the engine's: then the projections and the reading of the cache
-are vLLM's own (`serving/forecasting/kernels.py`), of every variant that is compared, BF16 included,
-so that like is compared with like.
-
-Run as `python -m serving.forecasting.timing` with `TimingPlan`s as JSON lines on standard input;
-it prints a line of `StepTimes` for each. It does not cover other kernels of the engine's own where
-they differ from torch's, experts, compiled steps, and the scheduler's own time.
+It does not cover other operators of the engine's own where they differ from torch's, experts,
+compiled steps, and the scheduler's own time.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -59,7 +55,7 @@ class TimingPlan(BaseModel, frozen=True, extra="forbid"):
     rows: tuple[int, ...] = (1, 4, 16, 64)
     adapters: int = 0  # slots for LoRA adapters; 0: none are applied
     adapter_rank: int = 0
-    kernels: tuple[str, ...] = ()  # an engine's arguments, where its own kernels are to be timed
+    kernels: tuple[str, ...] = ()  # an engine's arguments, where its own operators are to be timed
     passes: int = 6
 
 
@@ -346,24 +342,22 @@ def in_groups(plans: Sequence[TimingPlan]) -> list[list[TimingPlan]]:
     return [list(plans)] if needed_bytes < free_bytes / 2 else [[plan] for plan in plans]
 
 
-def main() -> None:
-    """Read the plans, keep to the engine's cores, and print the step times in the plans' order."""
-    logging.disable(logging.WARNING)
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM prints as it is imported must not mix with the times
-    plans = [TimingPlan.model_validate_json(line) for line in sys.stdin]
+def step_times(plans: Sequence[TimingPlan]) -> Iterator[StepTimes]:
+    """Yield the step times in the plans' order, measured on the engine's cores alone.
+
+    Raises KeyError where a configuration is of another kind, and what vLLM raises for arguments
+    that it does not accept.
+    """
+    import torch
+
+    everywhere = os.sched_getaffinity(0)
     cores = {core for plan in plans for core in plan.cores}
     if cores:
         os.sched_setaffinity(0, cores)
-    import torch
-
-    if cores:
         torch.set_num_threads(len(cores))
     torch.manual_seed(0)
-    for group in in_groups(plans):
-        for times in measure(group):
-            print(times.model_dump_json(), file=out, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        for group in in_groups(plans):
+            yield from measure(group)
+    finally:
+        os.sched_setaffinity(0, everywhere)

@@ -20,6 +20,7 @@ from serving.forecasting.plan import (
     PlannedEngine,
     PlannedTrial,
     SyntheticRequest,
+    TimingPlans,
 )
 from serving.forecasting.step import Masking, StepTimes
 from serving.forecasting.timing import TimingPlan
@@ -40,13 +41,85 @@ EVERY_FIVE = Traffic(kind="open", schedule_s=(0, 5, 10, 15, 20, 25), warmup_s=0,
 CLOSE = Traffic(kind="open", schedule_s=(0.0, 0.1, 0.2), warmup_s=0, window_s=1)
 IN_TURN = Traffic(kind="closed", users=1, warmup_s=0, window_s=20)
 BLOCK = 128
+STEPS_TIMED = 5
 MASKS = Masking(compile_s=0, mask_s=0.75, processors=2)
 WORDS = " ".join(["street"] * 300)
 
 
+WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+FOUR_BITS = {**WEIGHTS, "num_bits": 4, "strategy": "group", "group_size": 64}
+QUANTIZED = {
+    "bf16": None,
+    "w8a8": ("int-quantized", {"weights": WEIGHTS, "input_activations": TOKENS}),
+    "w4a16": ("pack-quantized", {"weights": FOUR_BITS}),
+}
+
+
+def steps_to_time(folder: Path) -> TimingPlans:
+    """Plan to time two layers of the bundled shape, in every type of weights and cache."""
+    plans = []
+    for name, quantized in QUANTIZED.items():
+        model = folder / name
+        shutil.copytree(
+            models.bundled(), model, ignore=shutil.ignore_patterns("*.safetensors", "*.gguf")
+        )
+        config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 2}
+        if quantized:
+            layout, group = quantized
+            config["quantization_config"] = {
+                "quant_method": "compressed-tensors", "format": layout, "ignore": ["lm_head"],
+                "config_groups": {"group_0": {"targets": ["Linear"], **group}},
+            }  # fmt: skip
+        (model / "config.json").write_text(json.dumps(config))
+        for cache in ("auto", "fp8_e4m3", "fp8_e5m2") if name == "bf16" else ("auto",):
+            argv = ("--model", str(model), "--block-size", "32", "--kv-cache-dtype", cache)
+            plans.append(
+                TimingPlan(
+                    config=model / "config.json", device="cpu", cores=(0,), tokens=(1, 4),
+                    rows=(1,), kernels=argv, passes=6,
+                )
+            )  # fmt: skip
+    return TimingPlans(timing=tuple(plans))
+
+
 @pytest.fixture(scope="module")
-def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
-    """One process for all: vLLM takes seconds to import."""
+def answers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """One process for all, first timing and then playing: vLLM takes seconds to import."""
+    plans = steps_to_time(tmp_path_factory.mktemp("models")), loads(tmp_path_factory)
+    done = subprocess.run(
+        [sys.executable, "-m", "serving.forecasting"],
+        input="".join(f"{plan.model_dump_json()}\n" for plan in plans),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    ready, *lines = done.stdout.splitlines()
+    assert ready == "ready"
+    return lines
+
+
+@pytest.fixture(scope="module")
+def step_times(answers: list[str]) -> list[StepTimes]:
+    return [StepTimes.model_validate_json(line) for line in answers[:STEPS_TIMED]]
+
+
+@pytest.fixture(scope="module")
+def plays(answers: list[str]) -> dict[str, ForecastPlay]:
+    lines = answers[STEPS_TIMED:]
+    return {play.key: play for play in map(ForecastPlay.model_validate_json, lines)}
+
+
+def test_quantized_weights_and_caches_are_timed_by_the_engine_s_own_operators(
+    step_times: list[StepTimes],
+) -> None:
+    """No engine has run, and no weights exist."""
+    assert all(t.linear_s[0] > 0 and t.tokens == (1, 4) for t in step_times)
+    assert all(t.attention_read_s > 0 for t in step_times)
+
+
+def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
+    """Plan to play a trial of each kind, where most steps take a second."""
     folder = tmp_path_factory.mktemp("requests")
     model = models.bundled()
     sent = {
@@ -114,7 +187,7 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
     # a server's own option, which an engine core does not know, is passed over
     slot = ("--enable-lora", "--max-loras", "1", "--lora-modules", "tenant-0=a", "tenant-1=b")
     ngram = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'
-    plan = ForecastPlan(
+    return ForecastPlan(
         tokenizer=model,
         delays=Delays(request_s=0, serial_s=0, response_s=0, client_s=0),
         engines=(
@@ -152,65 +225,6 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForecastPlay]:
             *(fleet(router) for router in ("round-robin", "prefix-aware")),
         ),
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "serving.forecasting"],
-        input=plan.model_dump_json() + "\n",
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    ready, *lines = done.stdout.splitlines()
-    assert ready == "ready"
-    return {play.key: play for play in map(ForecastPlay.model_validate_json, lines)}
-
-
-WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-FOUR_BITS = {**WEIGHTS, "num_bits": 4, "strategy": "group", "group_size": 64}
-QUANTIZED = {
-    "bf16": None,
-    "w8a8": ("int-quantized", {"weights": WEIGHTS, "input_activations": TOKENS}),
-    "w4a16": ("pack-quantized", {"weights": FOUR_BITS}),
-}
-
-
-def test_quantized_weights_and_caches_are_timed_by_the_engine_s_own_kernels(
-    tmp_path: Path,
-) -> None:
-    """No engine has run, and no weights exist: two layers of the shape, quantized as configured."""
-    plans = []
-    for name, quantized in QUANTIZED.items():
-        folder = tmp_path / name
-        shutil.copytree(
-            models.bundled(), folder, ignore=shutil.ignore_patterns("*.safetensors", "*.gguf")
-        )
-        config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 2}
-        if quantized:
-            layout, group = quantized
-            config["quantization_config"] = {
-                "quant_method": "compressed-tensors", "format": layout, "ignore": ["lm_head"],
-                "config_groups": {"group_0": {"targets": ["Linear"], **group}},
-            }  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(config))
-        for cache in ("auto", "fp8_e4m3", "fp8_e5m2") if name == "bf16" else ("auto",):
-            argv = ("--model", str(folder), "--block-size", "32", "--kv-cache-dtype", cache)
-            plans.append(
-                TimingPlan(
-                    config=folder / "config.json", device="cpu", cores=(0,), tokens=(1, 4),
-                    rows=(1,), kernels=argv, passes=6,
-                )
-            )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "serving.forecasting.timing"],
-        input="\n".join(plan.model_dump_json() for plan in plans),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    times = [StepTimes.model_validate_json(line) for line in done.stdout.splitlines()]
-    assert len(times) == len(plans) == 5
-    assert all(t.linear_s[0] > 0 and t.tokens == (1, 4) for t in times)
-    assert all(t.attention_read_s > 0 for t in times)
 
 
 def tokens_at(play: ForecastPlay, index: int) -> list[tuple[float, int]]:

@@ -1,4 +1,4 @@
-"""The two child processes of a forecast: what they leave behind, and what their failures say."""
+"""The child process of a forecast: what it leaves behind, and what its failures say."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from labs.running import forecast
-from labs.running.forecast import ForecastError, Receive, Send, time_steps
+from labs.running.forecast import Forecaster, ForecastError
 from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedEngine, PlannedTrial
 from serving.forecasting.step import StepTimes
 from serving.forecasting.timing import TimingPlan
@@ -39,9 +39,9 @@ def stand_in(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
 
-def _played(send: Send, receive: Receive) -> list[ForecastPlay]:
-    send(ONE_TRIAL)
-    return list(receive())
+def _played(forecaster: Forecaster) -> list[ForecastPlay]:
+    forecaster.send(ONE_TRIAL)
+    return list(forecaster.plays())
 
 
 def until(happened: Callable[[], object]) -> None:
@@ -51,22 +51,14 @@ def until(happened: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        "with forecast._forecaster():\n    time.sleep(600)",
-        "forecast.time_steps([])",
-    ],
-)
-def test_the_processes_of_a_forecast_end_with_a_parent_that_is_killed(
-    use: str, tmp_path: Path
-) -> None:
-    code = f"""
+def test_the_process_of_a_forecast_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    code = """
 import sys, time
 from labs.running import forecast
-argv = (sys.executable, "-c", "import time; print('x', flush=True); time.sleep(600)")
-forecast.FORECASTER_ARGV = forecast.TIMER_ARGV = argv
-{use}
+code = "import time; print('x', flush=True); time.sleep(600)"
+forecast.FORECASTER_ARGV = (sys.executable, "-c", code)
+with forecast.started():
+    time.sleep(600)
 """
     # what a killed parent cannot remove stays in the test's own folder
     env = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -87,7 +79,7 @@ def test_an_interrupted_forecast_leaves_no_process(monkeypatch: pytest.MonkeyPat
     family: list[psutil.Process] = []
 
     def interrupted() -> None:
-        with forecast._forecaster():
+        with forecast.started():
             children = psutil.Process().children(recursive=True)
             family.extend(p for p in children if p.pid not in before)
             raise KeyboardInterrupt
@@ -99,25 +91,35 @@ def test_an_interrupted_forecast_leaves_no_process(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_step_that_cannot_be_timed_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "TIMER_ARGV", stand_in("raise SystemExit('no such device')"))
-    with pytest.raises(ForecastError, match="the step could not be timed: no such device"):
-        time_steps([PLAN])
+    code = "print('ready', flush=True); input(); raise SystemExit('no such device')"
+    monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in(code))
+    with (
+        pytest.raises(ForecastError, match="the step could not be timed: no such device"),
+        forecast.started() as forecaster,
+    ):
+        forecaster.time_steps([PLAN])
 
 
-def test_a_timer_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "TIMER_ARGV", stand_in("import time; time.sleep(600)"))
+@pytest.mark.parametrize("done", ["", "print('ready', flush=True);"])
+def test_a_timing_that_hangs_is_ended(done: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        forecast, "FORECASTER_ARGV", stand_in(f"import time; {done} time.sleep(600)")
+    )
     monkeypatch.setattr(forecast, "TIMING_LIMIT_S", 0.1)
-    with pytest.raises(ForecastError, match="could not be timed"):
-        time_steps([PLAN])
+    with (
+        pytest.raises(ForecastError, match=r"could not be timed|does not import"),
+        forecast.started() as forecaster,
+    ):
+        forecaster.time_steps([PLAN])
 
 
 def test_a_scheduler_that_does_not_import_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in("raise ImportError('no vllm')"))
     with (
         pytest.raises(ForecastError, match="does not import: ImportError: no vllm"),
-        forecast._forecaster() as (send, receive),
+        forecast.started() as forecaster,
     ):
-        _played(send, receive)
+        _played(forecaster)
 
 
 def test_a_scheduler_that_fails_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +127,6 @@ def test_a_scheduler_that_fails_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in(code))
     with (
         pytest.raises(ForecastError, match="could not be driven: ValueError: no such flag"),
-        forecast._forecaster() as (send, receive),
+        forecast.started() as forecaster,
     ):
-        _played(send, receive)
+        _played(forecaster)

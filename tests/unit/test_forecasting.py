@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from labs import LABS
-from labs.running.forecast import FASTER, SLOWER, ends_of_band, has_long_requests
+from labs.running.forecast import FASTER, SLOWER, ends_of_band
 from serving.forecasting import timing
 from serving.forecasting.step import Piece, Step, StepTimes
 from serving.forecasting.traffic import Delays, Prompt, Traffic, play
-from tests.unit.builders import CEILINGS, SHAPE
 
 TIMES = StepTimes(
     tokens=(1, 2, 4), linear_s=(1.0, 1.5, 2.5), rows=(1, 4), head_s=(0.1, 0.4),
@@ -255,9 +253,3 @@ def test_plans_that_differ_in_the_cache_alone_share_the_timing_of_their_layers()
     assert timing.weights_of(plan(*bf16)) == timing.weights_of(plan(*blocks))
     assert timing.weights_of(plan(*bf16)) != timing.weights_of(plan(*w8a8))
     assert timing.weights_of(plan(*bf16)) != timing.weights_of(plan(*bf16, tokens=(1,)))
-
-
-@pytest.mark.parametrize(("lab", "long"), [("paged-kv", True), ("overload", False)])
-def test_long_requests_are_timed_by_the_engine_s_own_attention(lab: str, long: bool) -> None:
-    points = LABS[lab].at("cpu", quick=False).points(SHAPE, CEILINGS)
-    assert has_long_requests(points) is long
