@@ -260,8 +260,11 @@ def group_size(config: dict[str, Any]) -> int:
 
 
 def run_tool(tool: Tool, python: Path, job: Path, log: Path) -> None:
-    """Run the tool's script, and print the progress that its log shows. Raises QuantizeError."""
-    began, first, shown = 0.0, 0, ()
+    """Run the tool's script, and print the progress that its log shows. Raises QuantizeError.
+
+    Some methods pass over the layers more than once, and each pass has a time of its own.
+    """
+    began, first, passes, layer, shown = 0.0, 0, 0, 0, ()
     # -I keeps this project's packages out of the tool's environment
     argv = [str(python), "-I", str(tool.script), str(job)]
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
@@ -271,13 +274,14 @@ def run_tool(tool: Tool, python: Path, job: Path, log: Path) -> None:
             time.sleep(0.2)
             logged = re.findall(tool.layer, "\n".join(install.last_lines(log, 50)))
             if logged and logged[-1] != shown:
-                layer, layers = map(int, logged[-1])
-                if not shown:
-                    first, began = layer, time.monotonic()
+                before, (layer, layers) = layer, map(int, logged[-1])
+                if not shown or layer < before:
+                    first, began, passes = layer, time.monotonic(), passes + 1
                 spent_s, done = time.monotonic() - began, layer - first
                 left_s = spent_s / done * (layers - layer + 1) if done else None
-                estimate = "" if left_s is None else f"; about {left_s:.0f} s left"
-                print(f"layer {layer}/{layers}{estimate}", flush=True)
+                estimate = "" if left_s is None else f"; about {left_s:.0f} s left in this pass"
+                again = f"pass {passes}, " if passes > 1 else ""
+                print(f"{again}layer {layer}/{layers}{estimate}", flush=True)
                 shown = logged[-1]
         if process.returncode:
             raise QuantizeError(

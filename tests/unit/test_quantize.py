@@ -225,7 +225,7 @@ def test_the_folder_appears_complete(
     root: Path, base: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environment(TOOL)
-    layers = 'for i in 1 2 3; do echo "($i/3): Calibrating"; sleep 0.5; done'
+    layers = 'for i in 1 2 3 1 2; do echo "($i/3): Calibrating"; sleep 0.5; done'
     fake_tool(root, f'mkdir "$out"; {layers}; echo 12345 > "$out/x.safetensors"')
     out = root / "models" / "small"
     make("w4a16-gptq", base, out, text)
@@ -245,7 +245,9 @@ def test_the_folder_appears_complete(
         assert (out / name).read_text() == "of the base"
     assert [path.name for path in out.parent.iterdir()] == ["small"]
     told = capsys.readouterr().out
-    assert re.search(r"layer 1/3\nlayer 2/3; about \d s left\nlayer 3/3; .*\nmade in", told)
+    left = r"about \d s left in this pass\n"
+    assert re.search(rf"layer 1/3\nlayer 2/3; {left}layer 3/3; {left}pass 2, layer 1/3\n", told)
+    assert re.search(rf"pass 2, layer 2/3; {left}made in", told)
 
 
 def test_a_tool_that_fails_leaves_no_folder_and_its_last_words(
