@@ -26,8 +26,10 @@ from serving.models import ROOT
 from tests.fake.conftest import CEILINGS
 from tests.shallow import shallow
 from tests.sizes import sizes_of
+from tests.startup import sitecustomize
 
 FRONT_DOOR = "continuous-batching"  # the lab of the README's first command
+AS_VLLM_DOES = "prefix-caching"  # two engines beside each other, each with a worker of its own
 RUNS = "*/*/*/run.json"
 BRIEF = "warmup_s=0.5 window_s=2"
 MOST_SERIES = 5000  # of one run in Prometheus
@@ -45,7 +47,7 @@ def quick_run(
     """`labs run LAB` with QUICK=1 and these settings; the run it left among the results.
 
     The README's lab is run by processes that start as a reader's do, the others' as `tests/startup`
-    says.
+    says; one of them has vLLM's own parts, as a reader's have.
     """
     before = set(results.glob(RUNS))
     done = subprocess.run(
@@ -54,6 +56,7 @@ def quick_run(
         env={
             **os.environ,
             **({"PYTHONPATH": ""} if lab == FRONT_DOOR else {}),
+            **({sitecustomize.WORKER_APART: "1"} if lab == AS_VLLM_DOES else {}),
             "LABS_QUICK": "1",
             "LABS_DISTURBED": "keep",  # other tests run meanwhile
             "LABS_SET": settings,

@@ -8,16 +8,24 @@ A reader's own processes start without it; the code that they run is the same.
 - vLLM's server forks its engine core, and that its worker. On a CPU vLLM spawns both, since a
   process that has begun threads of OpenMP must not be forked, and each imports vLLM anew: two
   thirds of the CPU time of a start. Neither parent has begun any.
+- On a CPU the worker is a part of the engine core, unless a test asks for vLLM's default: apart,
+  each of the two polls for the other while it waits. The process with the worker keeps to the
+  worker's cores, with as many threads: vLLM hands both to OpenMP in the environment of a worker
+  that it spawns, and a forked one has read its environment before.
 """
 
 from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import sys
+from itertools import count
 from multiprocessing.context import BaseContext
 
 SERVER = "vllm.entrypoints.openai.api_server"
+WORKER_APART = "VLLM_ENABLE_V1_MULTIPROCESSING"
+CORES = "VLLM_CPU_OMP_THREADS_BIND"
 
 _get_context = multiprocessing.get_context
 
@@ -26,6 +34,20 @@ def _forking(method: str | None = None) -> BaseContext:
     return _get_context("fork" if method == "spawn" else method)
 
 
+def _keep_the_worker_to(cores: list[int]) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(len(cores))
+    worker = 2 if os.environ.setdefault(WORKER_APART, "0") == "1" else 1
+    generation = count(1)  # below the server, which each process counts on
+
+    def bind() -> None:
+        if next(generation) == worker:
+            os.sched_setaffinity(0, cores)
+
+    os.register_at_fork(after_in_child=bind)
+
+
 gc.set_threshold(100_000, 50, 1000)
 if SERVER in sys.orig_argv:
     setattr(multiprocessing, "get_context", _forking)  # noqa: B010
+    if CORES in os.environ:  # the lab names each core
+        _keep_the_worker_to([int(core) for core in os.environ[CORES].split(",")])
