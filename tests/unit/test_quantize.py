@@ -52,7 +52,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(quantize, "ROOT", tmp_path)
     monkeypatch.setenv("LABS_PLATFORM", "cpu")
     (tmp_path / "serving" / "locks").mkdir(parents=True)
-    TOOL.lock.write_text("torch==2.0\nllmcompressor==1.5\n")
+    write_lock("2.0")
+    TOOL.torch_lock.write_text("torch==2.0+cpu \\\n    --hash=sha256:1\n")
 
     def make_venv(home: Path, *_: object) -> None:
         python = install.venv_python(home)
@@ -70,6 +71,12 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 TOOL = METHODS["w8a8"].tool
+
+
+def write_lock(torch: str) -> None:
+    pins = [f"{name}==1.0" for name in install.TORCH_NEEDS]
+    pins += [f"torch=={torch}", "llmcompressor==1.5"]
+    TOOL.lock.write_text("".join(f"{pin} \\\n    --hash=sha256:0\n" for pin in pins))
 
 
 # --- what is refused ----------------------------------------------------------------------------
@@ -154,44 +161,45 @@ def test_transformers_4_gets_the_keys_it_reads(base: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
-def test_a_lock_pins_versions_and_names_no_place(tool: Tool) -> None:
-    lines = [line for line in tool.lock.read_text().splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)  # nor +cpu, nor URLs
-    assert tool.pinned("torch")
+def test_a_lock_has_the_tool_and_the_platforms_torch(tool: Tool) -> None:
+    cpu = install.pin(install.entries(tool.torch_lock)["torch"])
+    assert cpu == f"torch=={tool.pinned('torch')}+cpu"
+    assert set(install.TORCH_NEEDS) <= set(install.entries(tool.lock))
     assert tool.pinned(tool.package)
     assert tool.script.exists()
 
 
 def test_an_environment_is_made_once_and_again_when_its_lock_changes(root: Path) -> None:
     python = environment(TOOL)
-    first, second = (root / "pip.log").read_text().splitlines()
+    first, torch, rest = (root / "pip.log").read_text().splitlines()
     assert python == root / ".tools" / "quantize-llm-compressor" / ".venv" / "bin" / "python"
-    assert first.startswith("install")
-    assert "torch==2.0+cpu" in first
-    assert "--no-deps" in second
+    assert "--require-hashes" in first
+    assert "torch==2.0+cpu" in torch
+    assert {"--no-deps", "--require-hashes", "--no-build-isolation"} <= set(rest.split())
     environment(TOOL)
-    assert len((root / "pip.log").read_text().splitlines()) == 2
-    TOOL.lock.write_text("torch==2.1\nllmcompressor==1.5\n")
+    assert len((root / "pip.log").read_text().splitlines()) == 3
+    write_lock("2.1")
     environment(TOOL)
-    assert len((root / "pip.log").read_text().splitlines()) == 4
+    assert len((root / "pip.log").read_text().splitlines()) == 6
 
 
 @pytest.mark.parametrize(
     ("said", "reason"),
     [
         ("ERROR: No matching distribution found for torch==2.0+cpu", "no CPU build"),
-        ("ERROR: No matching distribution found for setuptools", "pip could not install torch"),
+        ("ERROR: No matching distribution found for setuptools", "pip could not install the"),
     ],
 )
 def test_a_set_up_that_fails_leaves_nothing_and_says_how_to_mend_it(
     root: Path, monkeypatch: pytest.MonkeyPatch, said: str, reason: str
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, lock: Path) -> None:
         raise install.SetupError("no CPU build")
 
-    def pip(home: Path, *_: object) -> bool:
+    def pip(home: Path, _: object, *arguments: str) -> bool:
         (home / ".venv" / "install.log").write_text(said)
-        return False
+        needs_torch = "torch==" in (home / ".venv" / "locked.txt").read_text()
+        return not (needs_torch or "--no-index" in arguments or "setuptools" in said)
 
     monkeypatch.setattr(install, "pip", pip)
     monkeypatch.setattr(install, "install_with_torch_index", fail)
