@@ -33,11 +33,11 @@ class StackError(Exception):
 
 @dataclass(frozen=True)
 class Stack:
-    """The containers: Prometheus and Grafana on these ports, and dcgm-exporter with `gpu`."""
+    """The containers: Prometheus and Grafana on these ports, with `profiling` dcgm-exporter."""
 
     grafana_port: int
     prometheus_port: int
-    gpu: bool = False
+    profiling: bool = False
 
     @property
     def url(self) -> str:
@@ -59,7 +59,7 @@ class Stack:
             require_port(self.prometheus_port, "PROMETHEUS_PORT")
             require_port(self.grafana_port, "GRAFANA_PORT")
         prometheus.prepare()
-        (prometheus.HOME / "gpu.json").write_text(DCGM_TARGET if self.gpu else "[]")
+        (prometheus.HOME / "gpu.json").write_text(DCGM_TARGET if self.profiling else "[]")
         try:
             self._compose("up", "--detach", "--wait")
             prometheus.adopt(self.prometheus_port, self._prometheus_pid(), own=False)
@@ -95,7 +95,8 @@ class Stack:
         )
 
     def _compose(self, *arguments: str) -> str:
-        profile = ["--profile", "gpu"] if self.gpu or arguments[0] == "down" else []
+        every = self.profiling or arguments[0] == "down"
+        profile = ["--profile", "profiling"] if every else []
         return _output_of(
             ["docker", "compose", "--file", str(COMPOSE), *profile, *arguments],
             {

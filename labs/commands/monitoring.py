@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from dashboards import boards, live, prometheus, stack
 from dashboards.prometheus import WATCH_PORT
-from dashboards.stack import Stack
+from dashboards.stack import Stack, StackError
 from labs import LABS
 from labs.commands.terminal import console, reported_errors
 from labs.filing.results import RESULTS, RunFolder, all_runs, open_run
@@ -85,10 +85,23 @@ def start_stack(
     prometheus_port: Annotated[
         int, typer.Option(envvar="LABS_PROMETHEUS_PORT", min=1, max=65535)
     ] = WATCH_PORT,
+    profiling: Annotated[
+        bool,
+        typer.Option(
+            "--profiling",
+            envvar="LABS_PROFILING",
+            help="Also start NVIDIA's exporter, whose profiling counters need SYS_ADMIN.",
+        ),
+    ] = False,
 ) -> None:
     """Start Prometheus and Grafana in containers, with the lab's dashboards in place."""
     with reported_errors():
-        containers = Stack(grafana_port, prometheus_port, gpu=machine.detect().kind == "gpu")
+        gpu = machine.detect().kind == "gpu"
+        if profiling and not gpu:
+            raise StackError("PROFILING=1 needs an NVIDIA GPU, and there is none: leave it out")
+        if gpu and not profiling:
+            console.print("With PROFILING=1 NVIDIA's exporter starts too (it needs SYS_ADMIN).")
+        containers = Stack(grafana_port, prometheus_port, profiling)
         console.print("Starting the containers; the first time docker downloads their images.")
         containers.start()
         secret = "GRAFANA_PASSWORD"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import stat
 import subprocess
@@ -38,11 +39,22 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_images_are_pinned_and_the_gpus_exporter_is_apart() -> None:
-    for service in SERVICES.values():
-        assert service["image"].partition(":")[2][0] in "v0123456789"
-    assert SERVICES["prometheus"]["image"].endswith(f":v{install.PROMETHEUS}")
+    for name, service in SERVICES.items():
+        tag, _, digest = service["image"].partition(":")[2].partition("@sha256:")
+        assert tag[0] in "v0123456789"
+        assert re.fullmatch(r"[0-9a-f]{64}", digest) or name == "dcgm-exporter"
+    assert f":v{install.PROMETHEUS}@" in SERVICES["prometheus"]["image"]
     assert SERVICES["grafana"]["image"].partition(":")[2].startswith("13.")
     assert [n for n, s in SERVICES.items() if "profiles" in s] == ["dcgm-exporter"]
+
+
+def test_no_container_has_more_rights_than_it_needs() -> None:
+    for name, service in SERVICES.items():
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service.get("cap_add", []) == (["SYS_ADMIN"] if name == "dcgm-exporter" else [])
+        assert not service.get("privileged")
+    assert SERVICES["dcgm-exporter"]["profiles"] == ["profiling"]  # only when asked for
 
 
 def test_everything_listens_on_loopback_and_no_password_is_a_default() -> None:
@@ -156,9 +168,9 @@ def test_without_docker_there_is_one_sentence(
         Stack(3000, 9090).start()
 
 
-@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("profiling", [False, True])
 def test_labs_record_into_the_containers_prometheus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profiling: bool
 ) -> None:
     program = tmp_path / "bin" / "prometheus"
     program.parent.mkdir()
@@ -167,15 +179,15 @@ def test_labs_record_into_the_containers_prometheus(
     contained = subprocess.Popen([str(program)], stdin=subprocess.PIPE)
     answers = f'case "$1" in inspect) echo {contained.pid};; *) echo a-container;; esac'
     log = docker(tmp_path, monkeypatch, answers)
-    Stack(3000, 9091, gpu).start()
+    Stack(3000, 9091, profiling).start()
     watch = prometheus.watching()
     assert watch is not None
     assert watch.url == "http://127.0.0.1:9091"
     assert (prometheus.HOME / "prometheus.yml").exists()
-    assert ("9400" in (prometheus.HOME / "gpu.json").read_text()) is gpu
+    assert ("9400" in (prometheus.HOME / "gpu.json").read_text()) is profiling
     asked = log.read_text()
     assert "up --detach --wait" in asked
-    assert ("--profile gpu" in asked) is gpu
+    assert ("--profile profiling" in asked) is profiling
     with pytest.raises(StackError, match="make stack-stop"):
         Stack(3000, 9091).start()
     Stack(3000, 9091).stop()
