@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
-from dashboards.stack import COMPOSE
 from labs import LABS
 from labs.commands.cli import app
 from serving.engines.base import EngineError
@@ -61,9 +59,3 @@ def test_a_setting_with_a_secret_is_refused_and_not_repeated() -> None:
         EngineError, match=r"ENDPOINT=http://\*\*\*@h holds a user, .* VLLM_API_KEY"
     ):
         Endpoint("http://me:pass@h")
-
-
-def test_containers_have_no_capability_that_they_do_not_need() -> None:
-    services = yaml.safe_load(COMPOSE.read_text())["services"]
-    assert all(service["cap_drop"] == ["ALL"] for service in services.values())
-    assert {name for name, service in services.items() if "cap_add" in service} == {"dcgm-exporter"}
