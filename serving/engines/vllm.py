@@ -157,6 +157,11 @@ class VllmFlags(dict[str, FlagValue]):
         return math.prod(self._int(flag, 1) for flag in PARALLEL[:2])
 
     @property
+    def copies(self) -> int:
+        """The copies of the model that share the requests: data parallelism."""
+        return self._int("data-parallel-size", 1)
+
+    @property
     def uses_ray(self) -> bool:
         return self.get("distributed-executor-backend") == "ray"
 
@@ -231,8 +236,8 @@ class Vllm(Engine):
                 # otherwise they would differ from it in more than speculation.
                 env["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         if kind == "cpu":
-            cores = machines.split_cores()[0]
-            env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in cores)
+            copies = max((VllmFlags(flags).copies for flags in beside), default=1)
+            env["VLLM_CPU_OMP_THREADS_BIND"] = cores_of(copies)
         return env
 
     @classmethod
@@ -297,6 +302,9 @@ class Vllm(Engine):
                 " `.venv/bin/pip install 'ray[default]'` on every machine, then `ray start --head`"
                 " on this one and `ray start --address=<this one>:6379` on the others"
             )
+        cores = machine.count if machine.kind == "cpu" else 0
+        if vllm_flags.weight_parts == 1 and 1 < vllm_flags.copies <= cores:
+            return  # each copy computes on cores of its own
         if vllm_flags.devices > max(1, gpus) and not vllm_flags.uses_ray:
             raise EngineError(
                 f"TP x PP x DP = {vllm_flags.devices} needs as many GPUs, and this machine has"
@@ -430,6 +438,16 @@ class Vllm(Engine):
         url = f"{self.url}/v1/{action}_lora_adapter"
         answer = requests.post(url, json=body, headers=guard.headers(), timeout=ADAPTER_TIMEOUT_S)
         answer.raise_for_status()
+
+
+def cores_of(copies: int) -> str:
+    """Bind the compute threads: copies that share the requests have cores of their own, by `|`.
+
+    Where the engine's cores are too few, copies also compute on those of the clients.
+    """
+    engine, clients = machines.split_cores()
+    cores = engine if copies <= len(engine) else sorted({*engine, *clients})
+    return "|".join(",".join(map(str, cores[copy::copies])) for copy in range(copies))
 
 
 def _check_names(argvs: Sequence[Sequence[str]], options: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from labs.lab import Lab, LabError, NotApplicable, parse_changes
 from labs.running.derived_models import NEED_NO_WEIGHTS, RECIPES
 from labs.running.resolve import model_of, require_devices, require_memory, require_sizes
 from serving import dummy, models
+from serving.engines import vllm
 from serving.engines.base import EngineError
 from serving.gpus import CLASSES, MemoryClass, class_of
 from serving.machine import Machine
@@ -254,6 +255,26 @@ def test_more_gpus_than_there_are_is_said_before_anything_starts(
         require_devices(lab, gpu(81_559, count=2))
     monkeypatch.setattr("serving.engines.vllm.importlib.util.find_spec", lambda name: name)
     require_devices(lab, gpu(81_559, count=2))
+
+
+def test_on_a_cpu_copies_of_a_model_need_a_core_each() -> None:
+    cpu = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34)
+    lab = LABS["continuous-batching"]
+    require_devices(lab.at("cpu", quick=False, changes={"flags.data-parallel-size": 2}), cpu)
+    for flag, size in (("data", 3), ("tensor", 2), ("pipeline", 2)):
+        asked = lab.at("cpu", quick=False, changes={f"flags.{flag}-parallel-size": size})
+        with pytest.raises(EngineError, match="needs as many GPUs, and this machine has 0"):
+            require_devices(asked, cpu)
+
+
+@pytest.mark.parametrize(
+    ("copies", "bound"), [(1, "0,1,2"), (2, "0,2|1"), (3, "0|1|2"), (4, "0|1|2|3")]
+)
+def test_copies_of_a_model_have_cores_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, copies: int, bound: str
+) -> None:
+    monkeypatch.setattr(vllm.machines, "split_cores", lambda: ((0, 1, 2), (3,)))
+    assert vllm.cores_of(copies) == bound
 
 
 def test_a_rate_of_acceptance_is_set_on_a_gpu_only() -> None:

@@ -52,6 +52,7 @@ def test_flags_are_read_by_their_types_and_vllms_defaults() -> None:
 
 def test_flags_say_how_many_devices_share_the_work() -> None:
     flags = VllmFlags({"tensor-parallel-size": 2, "data-parallel-size": 3})
+    assert flags.copies == 3
     assert (flags.devices, flags.weight_parts, flags.is_parallel) == (6, 2, True)
     assert (VllmFlags().devices, VllmFlags().is_parallel) == (1, False)
 
