@@ -3,11 +3,12 @@
 A prompt can ask for a form; nothing makes the model keep to it. With *structured output* (guided,
 or constrained decoding) the engine compiles a JSON schema or a regular expression to a *grammar*.
 Before each token it fills a *mask*, one bit for every entry of the vocabulary, and only what may
-come next can be sampled. So whatever is complete is valid. That costs in two places. The first
-request of a structure waits until its grammar is *compiled*: its TTFT pays, a later one's does not,
-as it finds the grammar in a cache. And every step needs a mask for every sequence. The engine fills
-them on the host while the device computes the step, so a step gets longer only where all of them
-take longer than itself: max(0, B t_mask / threads - t_step).
+come next can be sampled. So whatever is complete is valid, as far as the grammar is right: into a
+string with a `maxLength` xgrammar admits raw tabs, which JSON forbids. That costs in two places.
+The first request of a structure waits until its grammar is *compiled*: its TTFT pays, a later one's
+does not, as it finds the grammar in a cache. And every step needs a mask for every sequence. The
+engine fills them on the host while the device computes the step, so a step gets longer only where
+all of them take longer than itself: max(0, B t_mask / threads - t_step).
 
 The backends do this in their own ways. *xgrammar* sorts the vocabulary beforehand into what is
 always decided by the grammar's state and what is not; *guidance* walks a prefix tree of the

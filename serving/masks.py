@@ -135,7 +135,10 @@ def _masks_s(backend: Any, grammar: Any, tokenizer: Any, answer: str) -> Iterato
             raise ValueError(f"it refuses a token of a valid answer, {tokenizer.decode([token])!r}")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    """Name the first error of a chain: what was raised on its account may only guess at it."""
+    while before := error.__cause__ or (not error.__suppress_context__ and error.__context__):
+        error = before
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 

@@ -37,8 +37,24 @@ def is_valid(text: str, structure: Spec) -> bool:
     """Tells whether the whole text has the structure, and nothing stands around it."""
     if "regex" in structure:
         return re.fullmatch(structure["regex"], text) is not None
+    return _is_of_schema(text, structure, strict=True)
+
+
+def breaks_by_control_characters(text: str, structure: Spec) -> bool:
+    """Tells whether unescaped control characters in strings, which JSON forbids, are all its fault.
+
+    JSON: RFC 8259, section 7.
+    """
+    return (
+        "json" in structure
+        and not is_valid(text, structure)
+        and _is_of_schema(text, structure, strict=False)
+    )
+
+
+def _is_of_schema(text: str, structure: Spec, *, strict: bool) -> bool:
     try:
-        value = json.loads(text)
+        value = json.loads(text, strict=strict)
         jsonschema.Draft202012Validator(structure["json"]).validate(value)
     except (json.JSONDecodeError, jsonschema.ValidationError, RecursionError):
         return False
@@ -56,6 +72,7 @@ class Answers:
     valid: int
     cut_off: int  # ended at their most tokens, so that they are not whole
     tokens: float  # mean length
+    control_characters: int = 0  # whole, and not valid for nothing but these, unescaped
 
     @property
     def broken(self) -> int:
@@ -103,6 +120,9 @@ def validity(context: Context) -> Validity:
                     for a in answers
                 ),
                 tokens=fmean(a["tokens"] for a in answers),
+                control_characters=sum(
+                    breaks_by_control_characters(a["text"], a["structure"]) for a in answers
+                ),
             )
             for (form, how, backend), answers in sorted(
                 groups.items(), key=lambda g: (FORMS.index(g[0][0]), [*HOW].index(g[0][1]))
@@ -120,6 +140,8 @@ def tell_validity(facts: Validity) -> Finding:
         for g in facts.groups
     ]  # fmt: skip
     lines = [line] if (line := validity_sentence(facts)) else []
+    if line := control_characters_sentence(facts):
+        lines.append(line)
     lines.append(
         "An answer is valid if all of it parses and keeps to the schema, or matches the regular"
         " expression. One that reached its token limit is *cut off*: a structure does not help"
@@ -143,6 +165,20 @@ def validity_sentence(facts: Validity) -> str | None:
     return (
         f"Valid answers by how the structure is required: {'; '.join(parts)} (with 95 % confidence"
         f" at least {low:.0%} of those with an imposed structure)."
+    )
+
+
+def control_characters_sentence(facts: Validity) -> str | None:
+    """Names the backends that let control characters into strings; None where none did."""
+    found = {g.backend: g.control_characters for g in facts.groups if g.how == "imposed"}
+    by_backend = [f"{count} by `{name}`" for name, count in found.items() if count]
+    if not by_backend:
+        return None
+    return (
+        "Whole and not valid for nothing but control characters in strings:"
+        f" {', '.join(by_backend)}. JSON demands that these are escaped, and a strict parser"
+        " refuses the text. Into a string with a `maxLength` xgrammar 0.2.8 admits all of them but"
+        " line ends, and no escape (its issue 800); with a `pattern` instead it admits none."
     )
 
 

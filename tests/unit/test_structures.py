@@ -18,6 +18,7 @@ from labs.findings.structured_output import (
     FirstToken,
     Overhead,
     Validity,
+    breaks_by_control_characters,
     is_valid,
     tell_first_tokens,
     tell_masks,
@@ -243,6 +244,22 @@ def test_a_backend_that_fails_says_why_and_the_others_have_figures(
     assert timed("a")["error"] == "ZeroDivisionError: division by zero"
 
 
+def test_the_reason_of_a_backend_is_the_first_error_and_not_what_was_made_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As lm-format-enforcer does with a module that vLLM has no more."""
+
+    def unusable(_: str) -> Any:
+        try:
+            import json.gone  # type: ignore[import-not-found] # noqa: F401
+        except ImportError:
+            raise ImportError("vllm is not installed")  # noqa: B904
+
+    monkeypatch.setattr(masks, "_backend", unusable)
+    error = masks.timed("mine", None, None, {})["error"]
+    assert error == "ModuleNotFoundError: No module named 'json.gone'"
+
+
 @pytest.mark.parametrize("text", ["", "{}\n", "[1]\n", '{"form": "record", "structure": 1}\n'])
 def test_a_list_of_structures_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "structures.jsonl"
@@ -269,6 +286,21 @@ def test_one_whole_answer_that_breaks_its_structure_fails_however_many_keep_to_i
     assert sentence
     assert "asked for in the prompt 2 of 9; imposed by the engine 8 of 9" in sentence
     assert "at least 52%" in sentence  # Clopper-Pearson
+
+
+def test_answers_that_only_control_characters_break_are_told_apart() -> None:
+    asked, answer = spec("record"), example("record")
+    tab = answer.replace("bridge", "bri\tge")
+    assert breaks_by_control_characters(tab, asked)
+    for other in (answer, answer[:-1], tab.replace("1904", "4"), answer.replace("bridge", "\\t")):
+        assert not breaks_by_control_characters(other, asked)
+    assert not breaks_by_control_characters("order\t", spec("regex"))
+    told = tell_validity(
+        Validity((replace(answers("imposed", 9, 6), control_characters=2), answers("free", 9, 0)))
+    )
+    assert told.passed is False
+    assert "control characters in strings: 2 by `xgrammar`." in told.lines[1]
+    assert not any("control" in line for line in tell_validity(Validity(())).lines)
 
 
 def test_the_slowest_masks_fit_the_step_or_do_not() -> None:
