@@ -212,27 +212,31 @@ class ForecastAtPoint(BaseModel, frozen=True, extra="forbid"):
 # ------------------------------------------------------------------------------------ statistics
 
 
-def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def mean_interval(
+    values: Sequence[float], confidence: float = CONFIDENCE, most: float = math.inf
+) -> Interval:
     """Compute the mean over repeats and its Student-t interval.
 
     Where that would reach below zero, which no time, rate, count or share can, the interval is that
     of the mean's logarithm, by the delta method: from mean / f to mean f, with f = exp(half width /
-    mean). A simulation compares the two (`tests/unit/test_intervals.py`).
+    mean). A simulation compares the two (`tests/unit/test_intervals.py`). It ends at `most`, beyond
+    which the figure cannot be, so that this takes nothing from its coverage.
     """
     mean = float(np.mean(values))
     if len(values) < 2:
         return Interval(value=mean, low=None, high=None, n=len(values))
     half = _t(len(values), confidence) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    low, high = mean - half, mean + half
     if min(values) >= 0 and mean > 0 and half > mean:
         factor = math.exp(half / mean)
-        return Interval(value=mean, low=mean / factor, high=mean * factor, n=len(values))
-    return Interval(value=mean, low=mean - half, high=mean + half, n=len(values))
+        low, high = mean / factor, mean * factor
+    return Interval(value=mean, low=low, high=min(high, most), n=len(values))
 
 
 def over_repeats(repeats: Repeats, metric: str, confidence: float = CONFIDENCE) -> Interval | None:
     """Compute the mean over the repeats that have the metric, on which every verdict rests."""
-    values = by_repeat(repeats, metric)
-    return mean_interval(list(values.values()), confidence) if values else None
+    values, most = by_repeat(repeats, metric), METRICS[metric].most
+    return mean_interval(list(values.values()), confidence, most) if values else None
 
 
 def figure(repeats: Repeats, pooled: Mapping[str, float], metric: str) -> Interval | None:

@@ -7,6 +7,7 @@ asks this table; nothing is read out of a metric's name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -73,6 +74,7 @@ class Metric:
     unit: Unit
     better: Literal["higher", "lower"]
     statistic: Statistic
+    most: float = math.inf  # that it can be; none can be below zero
     column: int | None = None  # its place in the table of every point, from the left
     main: bool = False  # also in the short table that a terminal shows
     compared: bool = False  # in comparisons, hence in reproductions and by the gate
@@ -169,9 +171,9 @@ METRICS: dict[str, Metric] = _table(
     Metric("e2e_p90_s", "E2E, p90", "s", LOW, percentile_of(E2E, 90),
            exported=False, each_trial=False),
     Metric("e2e_p99_s", "E2E, p99", "s", LOW, percentile_of(E2E, 99)),
-    Metric("error_rate", "Error rate", "share", LOW, ratio(error_rate),
+    Metric("error_rate", "Error rate", "share", LOW, ratio(error_rate), most=1,
            column=80, compared=True, across_machines="compared"),
-    Metric("turned_away_rate", "Turned away", "share", LOW, ratio(turned_away_rate),
+    Metric("turned_away_rate", "Turned away", "share", LOW, ratio(turned_away_rate), most=1,
            column=85, compared=True, across_machines="compared", forecast="kept"),
     Metric("batch", "Requests in decode, mean", "1", HIGH, average("trial", batch),
            across_machines="compared", forecast="kept"),
@@ -181,9 +183,9 @@ METRICS: dict[str, Metric] = _table(
            column=180, compared=True, across_machines="listed"),
     Metric("intensity", "FLOP per byte", "1", HIGH, ratio(intensity), across_machines="compared"),
     Metric("flops_per_s", "Decode rate", "FLOP/s", HIGH, rate(flops_per_s)),
-    Metric("prefix_hit_rate", "Prefix hit rate", "share", HIGH, ratio(prefix_hit_rate),
+    Metric("prefix_hit_rate", "Prefix hit rate", "share", HIGH, ratio(prefix_hit_rate), most=1,
            column=90, compared=True, across_machines="compared", by_engine=True, forecast="shown"),
-    Metric("acceptance_rate", "Drafts accepted", "share", HIGH, ratio(acceptance_rate),
+    Metric("acceptance_rate", "Drafts accepted", "share", HIGH, ratio(acceptance_rate), most=1,
            column=130, compared=True, across_machines="compared", by_engine=True, forecast="kept"),
     Metric("acceptance_length", "Tokens per draft step", "1", HIGH, ratio(acceptance_length),
            column=140, compared=True, across_machines="compared", by_engine=True, forecast="shown"),

@@ -20,9 +20,9 @@ from labs.filing.results import (
 )
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import answers, parts_of
-from labs.judging.judge import Caveat, ForecastAtPoint, judge, judge_forecast, mean_interval
+from labs.judging.judge import Caveat, ForecastAtPoint, judge, judge_forecast, over_repeats
 from labs.judging.machine_speed import MachineSpeed, machine_speed
-from labs.judging.metrics import METRICS, by_repeat, measure, pooled_latencies, pooled_percentiles
+from labs.judging.metrics import METRICS, measure, pooled_latencies, pooled_percentiles
 from labs.judging.validity import (
     Expected,
     caveats_of,
@@ -191,7 +191,6 @@ def _beside_forecasts(
     rows = []
     for key, bands in predictions.in_virtual_time.points.items():
         for metric, band in bands.items():
-            measured = by_repeat(values.get(key, {}), metric)
             rows.append(
                 ForecastAtPoint(
                     point=key,
@@ -199,7 +198,7 @@ def _beside_forecasts(
                     value=band.value,
                     low=band.low,
                     high=band.high,
-                    measured=mean_interval(list(measured.values())) if measured else None,
+                    measured=over_repeats(values.get(key, {}), metric),
                 )
             )
     return rows

@@ -18,7 +18,9 @@ from labs.judging.judge import (
     Sampling,
     effect,
     mean_interval,
+    over_repeats,
 )
+from labs.judging.metrics import METRICS
 from tests.unit.builders import make_lab
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]  # claims x repeats
@@ -393,8 +395,38 @@ def test_the_mean_of_what_cannot_be_negative_has_no_negative_interval(
     assert shares["ours"] >= shares["student"], shares
 
 
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.97])
+@pytest.mark.parametrize("repeats", [3, 5])
+def test_the_mean_of_shares_has_an_interval_of_shares(share: float, repeats: int) -> None:
+    """Shares with a beta distribution: it covers at least as often as Student's alone."""
+    rng = np.random.default_rng(repeats)
+    values = rng.beta(2 * share, 2 * (1 - share), (CLAIMS // 2, repeats))
+    covered = {"ours": 0, "student": 0}
+    for row in values:
+        found = mean_interval(list(row), most=1)
+        assert found.low is not None
+        assert found.high is not None
+        assert 0 <= found.low <= found.value <= found.high <= 1
+        covered["ours"] += found.low <= share <= found.high
+        half = stats.t.ppf(0.975, repeats - 1) * row.std(ddof=1) / math.sqrt(repeats)
+        covered["student"] += abs(row.mean() - share) <= half
+    shares = {name: n / len(values) for name, n in covered.items()}
+    assert shares["ours"] >= shares["student"], shares
+
+
+def test_every_figure_over_repeats_keeps_to_its_metrics_bounds() -> None:
+    for name, metric in METRICS.items():
+        high = min(metric.most, 100.0)
+        found = over_repeats({1: {name: high}, 2: {name: 0.3 * high}}, name)
+        assert found
+        assert found.low is not None
+        assert found.high is not None
+        assert 0 < found.low < found.high <= metric.most
+
+
 def test_an_interval_of_zeros_or_of_a_difference_is_left_as_it_is() -> None:
     assert mean_interval([0.0, 0.0, 0.0]).low == 0
+    assert mean_interval([1.0, 1.0, 1.0], most=1).high == 1
     below = mean_interval([-1.0, 1.0, 0.5])
     assert below.low is not None
     assert below.low < -1

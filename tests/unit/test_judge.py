@@ -366,14 +366,14 @@ def test_caveat_elsewhere_or_one_that_does_not_block_leaves_the_verdict() -> Non
 
 
 def test_forecast_is_compared_with_the_mean_over_repeats() -> None:
-    forecast = Forecast(name="f", metric="x", arm=Arm(), predict=lambda point: PREDICTION)
-    values = {r: {"x": x} for r, x in enumerate((2.0, 2.2, None))}
+    forecast = Forecast(name="f", metric="batch", arm=Arm(), predict=lambda point: PREDICTION)
+    values = {r: {"batch": x} for r, x in enumerate((2.0, 2.2, None))}
     found = judge_forecast(forecast, "on", values, PREDICTION)
     assert found.measured
     assert (found.measured.value, found.measured.n) == pytest.approx((2.1, 2))
     assert found.outcome == "open"  # 1.5 to 2.7
     assert judge_forecast(forecast, "on", {}, PREDICTION).outcome == "open"
-    steady = {r: {"x": x} for r, x in enumerate((2.0, 2.01, 2.02))}
+    steady = {r: {"batch": x} for r, x in enumerate((2.0, 2.01, 2.02))}
     assert judge_forecast(forecast, "on", steady, PREDICTION).outcome == "held"
 
 
