@@ -12,19 +12,27 @@ many requests run at once, and no more. As far as capacity goes that is the same
 stretches and the copying that a real allocator would suffer from are not in it. An allocator in
 plain Python replays the same lengths for blocks that are not run.
 
+Paging admits requests that do not fit once they have grown. Where one that runs finds no block, the
+newest is *preempted*: it gives its blocks back, waits, and computes again what it had written. With
+a *watermark* a request is admitted beside others only if that share of all blocks, rounded down,
+stays free for those that run to grow into. Then less is computed twice, and a request waits longer
+for its first token.
+
 The other way to hold more is to write less a token. In *multi-head attention* every query head has
 keys and values of its own; *grouped queries* (GQA) share those of a KV head among a few query
 heads, and one KV head for all is *multi-query attention* (MQA). The `mha` side serves the same
 model with each KV head copied for every query head that shares it, so that only the cache differs.
 
 Turn: the block (`variants.large-blocks.flags.block-size`), the longest request
-(`flags.max-model-len`), the lengths (`workloads.mixed.output_tokens`), the heads
-(`variants.mha.weights`).
+(`flags.max-model-len`), the lengths (`workloads.mixed.output_tokens`), the watermark
+(`variants.watermark.flags.watermark`), the heads (`variants.mha.weights`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from labs import theory
 from labs.lab import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
@@ -34,6 +42,8 @@ from serving import metrics
 
 KWON = "Kwon et al., PagedAttention, SOSP 2023"
 AINSLIE = "Ainslie et al., GQA, EMNLP 2023"
+MOST_REPLAYED = 1024  # requests
+Lengths = Sequence[tuple[int, int]]  # (prompt, output) tokens of each request
 
 
 def held_tokens(point: Point, block: int) -> float:
@@ -88,11 +98,109 @@ def throughput_ratio(treatment: Point, baseline: Point) -> Prediction:
     )
 
 
-def same_step(treatment: Point, baseline: Point) -> Prediction:
+def kept_free_blocks(watermark: float, blocks: float) -> int:
+    """Return the blocks that stay free where a request is admitted beside others, as in vLLM."""
+    return int(watermark * blocks)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The means of a replay over its steps."""
+
+    running: float  # requests at once
+    written_tokens: float
+    held_tokens: float
+    preempted: int
+    tokens: int  # that were written in all steps together
+
+    @property
+    def useful(self) -> float:
+        """The share of the memory held that something was written to."""
+        return self.written_tokens / self.held_tokens
+
+    @property
+    def wasted_tokens(self) -> float:
+        """Tokens' room that each running request holds and has not written."""
+        return (self.held_tokens - self.written_tokens) / self.running
+
+
+def replay(
+    lengths: Lengths,
+    users: int,
+    room_tokens: float,
+    block: int,
+    stretch_tokens: int = 0,
+    kept_free_tokens: float = 0,
+) -> Replayed | None:
+    """Replay the allocation of requests that queue for `room_tokens`, a token each in every step.
+
+    A request holds its tokens in whole blocks, or `stretch_tokens` from its first step to its last
+    where that is given (contiguous allocation). At most `users` run at once. As in vLLM, a request
+    is admitted once its prompt fits, and beside others only if `kept_free_tokens` stay free; where
+    one that runs finds no block, the newest gives its own back, goes to the front of the queue, and
+    later computes again what it had. The end, where the queue is empty, is left out. None where
+    some request alone does not fit, or none ever waits.
+    """
+
+    def held(prompt: int, written: int) -> int:
+        return stretch_tokens or block * -(-(prompt + written) // block)
+
+    if max(held(prompt, output - 1) for prompt, output in lengths) > room_tokens:
+        return None
+    queue = deque((prompt, output, 0) for prompt, output in lengths)
+    running: list[tuple[int, int, int]] = []  # (prompt, output, written so far), the newest last
+    steps = requests = written = taken_in_all = preempted = 0
+    while True:
+        taken = sum(held(p, w) for p, _, w in running)
+        lacking = taken > room_tokens
+        while taken > room_tokens:
+            prompt, _, done = newest = running.pop()
+            queue.appendleft(newest)
+            taken -= held(prompt, done)
+            preempted += 1
+        while queue and not lacking and len(running) < users:
+            prompt, _, done = queue[0]
+            kept = kept_free_tokens if running else 0
+            if taken + held(prompt, done) + kept > room_tokens:
+                break
+            running.append(queue.popleft())
+            taken += held(prompt, done)
+        if not queue:
+            break
+        steps, requests = steps + 1, requests + len(running)
+        taken_in_all += taken
+        written += sum(p + w for p, _, w in running)
+        running = [(p, o, w + 1) for p, o, w in running if w + 1 < o]
+    if not steps:
+        return None
+    return Replayed(requests / steps, written / steps, taken_in_all / steps, preempted, requests)
+
+
+def replayed(point: Point, watermark: float | None = None) -> Replayed | None:
+    """Replay what a point is sent in the blocks that it has, by its own watermark or another.
+
+    The engine keeps one block for itself.
+    """
+    block, room = point.flags.block_size, point.kv_room_tokens
+    share = point.flags.watermark if watermark is None else watermark
+    return replay(
+        point.lengths[:MOST_REPLAYED],
+        point.load.users,
+        room - block,
+        block,
+        kept_free_tokens=block * kept_free_blocks(share, room / block),
+    )
+
+
+def preempted_ratio(treatment: Point, baseline: Point) -> Prediction:
+    def preempted(point: Point) -> float:
+        return (done.preempted if (done := replayed(point)) else 0) + 0.5
+
     return Prediction(
-        value=1.0,
-        formula="1: the same keys and values are read, from blocks of either size",
-        assumptions=("finding a block in the table takes no time",),
+        value=preempted(treatment) / preempted(baseline),
+        formula="preemptions in a replay of the blocks, treatment / baseline, and 1/2 on both sides"
+        " so that a ratio exists",
+        assumptions=("a step is a token of each running request", "prefill takes no time"),
         source=KWON,
     )
 
@@ -136,6 +244,7 @@ VARIANTS = (
     PAGED,
     PAGED.but("large-blocks", {"block-size": 128, "num-gpu-blocks-override": 12}),
     PAGED.but("contiguous", {"max-num-seqs": 6}),
+    PAGED.but("watermark", {"watermark": 0.05}),
     GQA,
     GQA.but("mha", weights="mha"),
 )
@@ -177,10 +286,17 @@ LAB = Lab(
             loads=(Concurrent(users=16),),
         ),
         Workload(
+            name="growing",  # more than fit once they have grown
+            prompt_tokens=Fixed(tokens=30),
+            output_tokens=Exponential(mean_tokens=20, max_tokens=48),
+            only=("paged", "watermark"),
+            loads=(Concurrent(users=28),),
+        ),
+        Workload(
             name="near",
             prompt_tokens=Fixed(tokens=128),
             output_tokens=Fixed(tokens=16),
-            only=("paged", "large-blocks", "gqa", "mha"),
+            only=("gqa", "mha"),
             loads=(Concurrent(users=1),),
         ),
         Workload(
@@ -223,14 +339,13 @@ LAB = Lab(
             coupled="the same memory has fewer blocks where they are larger",
         ),
         Claim(
-            name="step",
-            title="The size of a block costs a step nothing",
-            metric="tpot_mean_s",
-            treatment=Arm(variant="paged", workload="near"),
-            baseline=Arm(variant="large-blocks", workload="near"),
-            expect="unchanged",
-            predict=same_step,
-            coupled="the same memory has fewer blocks where they are larger",
+            name="watermark",
+            title="Blocks that are kept free for requests that grow cut preemptions",
+            metric="preemptions",
+            treatment=Arm(variant="watermark", workload="growing"),
+            baseline=Arm(variant="paged", workload="growing"),
+            expect="falls",
+            predict=preempted_ratio,
         ),
         Claim(
             name="heads",
@@ -257,17 +372,21 @@ LAB = Lab(
     ),
     evidence=(
         *echoed("block_size", "block-size", *(v.name for v in VARIANTS)),
-        *echoed("num_gpu_blocks", "num-gpu-blocks-override", "paged", "large-blocks", "contiguous"),
+        *echoed("num_gpu_blocks", "num-gpu-blocks-override", *(v.name for v in VARIANTS[:4])),
+        Evidence(arm=Arm(variant="watermark"), kind="echoes", metric=metrics.ENGINE_CONFIG,
+                 label="watermark", value="--watermark"),
+        Evidence(arm=Arm(variant="paged", workload="growing"), kind="rises",
+                 metric=metrics.PREEMPTIONS),
         Evidence(arm=Arm(variant="contiguous"), kind="stays", metric=metrics.PREEMPTIONS),
         Evidence(arm=Arm(workload="near"), kind="stays", metric=metrics.PREEMPTIONS),
         Evidence(arm=Arm(workload="far"), kind="stays", metric=metrics.PREEMPTIONS),
     ),
-    findings=("allocator", "heads", "tiles-and-pages"),
+    findings=("allocator", "watermark", "heads", "tiles-and-pages"),
     plots=("allocator",),
     slo=SLO(ttft_s=2, tpot_s=0.15),
     requests=256,
-    warmup_s=1,
-    window_s=4,
+    warmup_s=0.6,
+    window_s=3,
     scales={
         "cpu": {"repeats": 3},  # of many points; those that are undecided get more
         "gpu": {
@@ -281,6 +400,9 @@ LAB = Lab(
             "variants.contiguous.flags": {
                 "block-size": 16, "num-gpu-blocks-override": 512, "max-num-seqs": 8,
             },
+            "variants.watermark.flags": {
+                "block-size": 16, "num-gpu-blocks-override": 512, "watermark": 0.05,
+            },
             **{
                 f"variants.{name}.flags": {
                     "block-size": 16, "max-model-len": 8192, "enable-prefix-caching": True,
@@ -292,6 +414,11 @@ LAB = Lab(
                 "kind": "exponential", "mean_tokens": 128, "max_tokens": 512,
             },
             "workloads.mixed.loads": (Concurrent(users=28),),
+            "workloads.growing.prompt_tokens.tokens": 128,
+            "workloads.growing.output_tokens": {
+                "kind": "exponential", "mean_tokens": 192, "max_tokens": 512,
+            },
+            "workloads.growing.loads": (Concurrent(users=48),),
             "workloads.near.prompt_tokens.tokens": 256,
             "workloads.near.output_tokens.tokens": 128,
             "workloads.far.prompt_tokens.tokens": 7936,
@@ -305,6 +432,7 @@ LAB = Lab(
                 " for the longest request that comes, as one who knows the lengths would",
                 'SET="variants.large-blocks.flags.block-size=128'
                 ' variants.large-blocks.flags.num-gpu-blocks-override=64" halves the large blocks',
+                'SET="variants.watermark.flags.watermark=0.1" keeps twice as many blocks free',
                 'SET="variants.mha.weights=mqa" serves one KV head for all queries beside `gqa`',
             ),
         },
@@ -325,6 +453,7 @@ LAB = Lab(
         " longest request that comes, as one who knows the lengths would",
         'SET="variants.large-blocks.flags.block-size=64'
         ' variants.large-blocks.flags.num-gpu-blocks-override=24" halves the large blocks',
+        'SET="variants.watermark.flags.watermark=0.1" keeps twice as many blocks free',
         'SET="variants.mha.weights=mqa" serves one KV head for all queries beside `gqa`',
         'SET="workloads.mixed.output_tokens.mean_tokens=64" has most requests reach their longest:'
         " less is left to gain",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dashboards.palette import BLUE, BOUND
@@ -13,81 +11,26 @@ from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import BANDS, GREY, draw_forecasts, plt
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
-from labs.judging.text import number
+from labs.judging.judge import Interval
+from labs.judging.measure import counter_increase, output_tokens
+from labs.judging.text import number, times_with_interval
 from labs.lab import Point
-from labs.paged_kv import AINSLIE, KWON, held_tokens
+from labs.paged_kv import (
+    AINSLIE,
+    KWON,
+    MOST_REPLAYED,
+    Replayed,
+    held_tokens,
+    kept_free_blocks,
+    replay,
+    replayed,
+)
+from serving.metrics import PREEMPTIONS
 
 BLOCKS = (1, 8, 16, 32, 64, 128, 256)
-MOST_REPLAYED = 1024  # requests
 DAO = "Dao et al., FlashAttention, NeurIPS 2022"
-Lengths = Sequence[tuple[int, int]]  # (prompt, output) tokens of each request
 
 # ----------------------------------------------------------------------------- the allocator
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """Holds the means of a replay over its steps."""
-
-    running: float  # requests at once
-    written_tokens: float
-    held_tokens: float
-    preempted: int
-
-    @property
-    def useful(self) -> float:
-        """The share of the memory held that something was written to."""
-        return self.written_tokens / self.held_tokens
-
-    @property
-    def wasted_tokens(self) -> float:
-        """Tokens' room that each running request holds and has not written."""
-        return (self.held_tokens - self.written_tokens) / self.running
-
-
-def replay(
-    lengths: Lengths, users: int, room_tokens: float, block: int, stretch_tokens: int = 0
-) -> Replayed | None:
-    """Replays the allocation of requests that queue for `room_tokens`, a token each in every step.
-
-    A request holds its tokens in whole blocks, or `stretch_tokens` from its first step to its last
-    where that is given (contiguous allocation). At most `users` run at once. As in vLLM, a request
-    is admitted once its prompt fits; where one that runs finds no block, the newest gives its own
-    back, goes to the front of the queue, and later computes again what it had. The end, where the
-    queue is empty, is left out. None where some request alone does not fit, or none ever waits.
-    """
-
-    def held(prompt: int, written: int) -> int:
-        return stretch_tokens or block * -(-(prompt + written) // block)
-
-    if max(held(prompt, output - 1) for prompt, output in lengths) > room_tokens:
-        return None
-    queue = deque((prompt, output, 0) for prompt, output in lengths)
-    running: list[tuple[int, int, int]] = []  # (prompt, output, written so far), the newest last
-    steps = requests = written = taken_in_all = preempted = 0
-    while True:
-        taken = sum(held(p, w) for p, _, w in running)
-        lacking = taken > room_tokens
-        while taken > room_tokens:
-            prompt, _, done = newest = running.pop()
-            queue.appendleft(newest)
-            taken -= held(prompt, done)
-            preempted += 1
-        while queue and not lacking and len(running) < users:
-            prompt, _, done = queue[0]
-            if taken + held(prompt, done) > room_tokens:
-                break
-            running.append(queue.popleft())
-            taken += held(prompt, done)
-        if not queue:
-            break
-        steps, requests = steps + 1, requests + len(running)
-        taken_in_all += taken
-        written += sum(p + w for p, _, w in running)
-        running = [(p, o, w + 1) for p, o, w in running if w + 1 < o]
-    if not steps:
-        return None
-    return Replayed(requests / steps, written / steps, taken_in_all / steps, preempted)
 
 
 @dataclass(frozen=True)
@@ -209,6 +152,162 @@ def gain_sentence(facts: Allocations) -> str | None:
 
 
 ALLOCATOR = Conclusion("allocator", allocations, tell_allocator)
+
+# --------------------------------------------------------------------------------- the watermark
+
+WATERMARKS = (0.0, 0.02, 0.05, 0.1, 0.2)
+PR = "vLLM, pull request 44594"
+
+
+@dataclass(frozen=True)
+class Served:
+    """Holds what an engine made of a watermark: means over repeats, and the forecast."""
+
+    variant: str
+    preemptions: float | None  # of a trial
+    forecast_preemptions: float | None
+    preempted_share: float | None  # of the gaps between tokens
+    output_tokens_per_s: float | None
+    tpot_mean_s: float | None
+    itl_p99_s: float | None
+    ttft_mean_s: float | None
+
+
+@dataclass(frozen=True)
+class KeptFree:
+    """Compares a watermark in the replay with what an engine that has it served."""
+
+    watermark: float
+    blocks: int  # that stay free
+    replayed_share: float | None  # preemptions, of the tokens; None where none ever waits
+    running: float | None  # requests at once, replayed
+    served: Served | None
+
+
+@dataclass(frozen=True)
+class Watermarks:
+    """Holds the watermarks, and what one of them changed beside none: treatment / baseline."""
+
+    blocks: int  # of the whole cache
+    users: int
+    all: tuple[KeptFree, ...]
+    preemptions: Interval | None
+    itl_p99: Interval | None
+    throughput: Interval | None
+    ttft: Interval | None
+
+    @property
+    def treated(self) -> KeptFree | None:
+        """The watermark that an engine ran with, other than none."""
+        return next((k for k in self.all if k.served and k.watermark), None)
+
+    @property
+    def untreated(self) -> KeptFree | None:
+        return next((k for k in self.all if k.served and not k.watermark), None)
+
+
+def watermarks(context: Context) -> Watermarks | None:
+    """Replays the growing requests by several watermarks; None without such a point."""
+    run = {p.flags.watermark: p for p in context.points if p.workload.name == "growing"}
+    if 0 not in run:
+        return None
+    base, treated = run[0], next((p for share, p in run.items() if share), None)
+    blocks = base.kv_room_tokens / base.flags.block_size
+
+    def kept_free(share: float) -> KeptFree:
+        done = replayed(base, share)
+        return KeptFree(
+            watermark=share,
+            blocks=kept_free_blocks(share, blocks),
+            replayed_share=done.preempted / done.tokens if done else None,
+            running=done.running if done else None,
+            served=_served(context, run[share]) if share in run else None,
+        )
+
+    def changed(metric: str) -> Interval | None:
+        effect = context.effect(treated, base, metric) if treated else None
+        return effect.ratio if effect else None
+
+    return Watermarks(
+        blocks=int(blocks),
+        users=base.load.users,
+        all=tuple(kept_free(share) for share in sorted({*WATERMARKS, *run})),
+        preemptions=changed("preemptions"),
+        itl_p99=changed("itl_p99_s"),
+        throughput=changed("output_tokens_per_s"),
+        ttft=changed("ttft_mean_s"),
+    )
+
+
+def _served(context: Context, point: Point) -> Served:
+    forecast = context.predictions.in_virtual_time
+    band = forecast.points.get(point.key, {}).get("preemptions") if forecast else None
+    gaps = preemptions = 0.0
+    for _, _, trial in context.folder.trials([point], context.lab):
+        counted = counter_increase(trial, PREEMPTIONS) if trial else None
+        if trial and counted is not None:
+            preemptions += counted
+            gaps += sum(max(0, output_tokens(r) - 1) for r in trial.streams)
+    return Served(
+        variant=point.variant.name,
+        preemptions=context.mean(point, "preemptions"),
+        forecast_preemptions=band.value if band else None,
+        preempted_share=preemptions / gaps if gaps else None,
+        output_tokens_per_s=context.mean(point, "output_tokens_per_s"),
+        tpot_mean_s=context.mean(point, "tpot_mean_s"),
+        itl_p99_s=context.mean(point, "itl_p99_s"),
+        ttft_mean_s=context.mean(point, "ttft_mean_s"),
+    )
+
+
+def tell_watermarks(facts: Watermarks | None) -> Finding:
+    title = "What does a watermark gain?"
+    if facts is None:
+        return Finding(title=title)
+    rows = [["Watermark", "Blocks kept free", "At once, replayed", "Preemptions a token, replayed",
+             "Measured", "Preemptions, forecast", "Measured", "Throughput", "TPOT, mean",
+             "ITL, p99", "TTFT, mean", "Variant"]]  # fmt: skip
+    for k in facts.all:
+        row = [f"{k.watermark:g}", f"{k.blocks} of {facts.blocks}", number(k.running),
+               number(k.replayed_share, "share")]  # fmt: skip
+        if s := k.served:
+            row += [number(s.preempted_share, "share"), number(s.forecast_preemptions),
+                    number(s.preemptions), number(s.output_tokens_per_s, "tok/s"),
+                    number(s.tpot_mean_s, "s"), number(s.itl_p99_s, "s"),
+                    number(s.ttft_mean_s, "s"), f"`{s.variant}`"]  # fmt: skip
+        rows.append(row + ["–"] * (len(rows[0]) - len(row)))
+    lines = [line] if (line := watermark_sentence(facts)) else []
+    lines.append(
+        f"With {facts.users} in flight more requests are admitted than fit once they have grown. A"
+        " watermark admits none beside others unless that share of all blocks stays free, rounded"
+        " down: of few blocks it may keep none. *Preemptions a token* is the share of the gaps"
+        " between tokens that hold one: where it is below 1 %, a p99 of ITL does not show them."
+        " Where nothing is preempted without a watermark, there is nothing to gain."
+    )
+    return Finding(title=title, rows=rows, lines=lines)
+
+
+def watermark_sentence(facts: Watermarks) -> str | None:
+    """Says what the watermark changed, for better or worse, with intervals."""
+    treated, without = facts.treated, facts.untreated
+    if not (treated and without and treated.served and without.served and facts.preemptions):
+        return None
+    changed = [
+        f"{name} {times_with_interval(ratio)}"
+        for name, ratio in (
+            ("p99 of ITL", facts.itl_p99), ("throughput", facts.throughput), ("TTFT", facts.ttft)
+        )
+        if ratio
+    ]  # fmt: skip
+    return (
+        f"A watermark of {treated.watermark:g} keeps {treated.blocks} of {facts.blocks} blocks"
+        f" free: {number(treated.served.preemptions)} preemptions in a trial instead of"
+        f" {number(without.served.preemptions)}, {times_with_interval(facts.preemptions)}. Of what"
+        f" it is without one: {', '.join(changed)}."
+    )
+
+
+WATERMARK = Conclusion("watermark", watermarks, tell_watermarks)
 
 # ---------------------------------------------------------------------------------- KV heads
 
@@ -413,11 +512,15 @@ def block_size(run: JudgedRun) -> str | None:
         f"{number(a.replayed.wasted_tokens)} tokens with blocks of {a.block}" for a in facts.served
     )
     step = run.ratio("step")
+    found = WATERMARK.facts_of(run)
+    kept_free = watermark_sentence(found) if found else None
     return (
         "Keys and values lie in blocks, which a table finds wherever they are, so that a request"
         " holds what it has written in whole blocks and wastes about half of the last one"
         f" (replayed: {wasted}). The small blocks run {blocks} the requests at once that the large"
         f" ones do{f'; TPOT of one request alone is {step}' if step else ''}."
+        " What was admitted may be preempted once it has grown."
+        f"{f' {kept_free}' if kept_free else ''}"
     )
 
 
@@ -495,6 +598,10 @@ PUBLISHED: PublishedFigures = {
             Published(figure="16 to 128 tokens serve best", setting="chats of ShareGPT; with the"
                       " short texts of Alpaca 16 and 32, and larger ones much worse", source=KWON),
         ),
+        "watermark": (
+            Published(figure="1,065 to 187", setting="watermark 0.05, 128 in flight, prompts of"
+                      " 1,000 and answers of 5,000 tokens, Qwen2.5-7B, GB200", source=PR),
+        ),
         "context": (
             Published(figure="0.19x the time a sample", setting="8 KV heads against multi-head, T5"
                       " XXL; multi-query 0.16x, with more lost in quality", source=AINSLIE),
@@ -505,6 +612,11 @@ PUBLISHED: PublishedFigures = {
             Published(figure="20.4 to 38.2 % useful", setting="of the KV memory of systems that"
                       " allocate contiguously; nearly all with paging", source=KWON),
         ),
+        "watermark": (
+            Published(figure="ITL p99 40.6 to 17.7 ms, TTFT p50 6.6 to 11.2 s, 5 % more tokens/s",
+                      setting="on the same GB200", source=PR),
+            Published(figure="no gain", setting="on another system", source="StaticCore"),
+        ),
         "tiles-and-pages": (
             Published(figure="40.3 to 4.4 GB", setting="traffic of attention, forward and backward,"
                       " GPT-2 medium at 1,024 tokens, A100; 7.3 ms for 41.7", source=DAO),
@@ -513,7 +625,7 @@ PUBLISHED: PublishedFigures = {
 }  # fmt: skip
 
 PARTS = ReportParts(
-    conclusions=(ALLOCATOR, HEADS, TILES),
+    conclusions=(ALLOCATOR, WATERMARK, HEADS, TILES),
     answers={
         "KV-3": heads_saved,
         "KV-4": block_size,

@@ -103,6 +103,11 @@ class VllmFlags(dict[str, FlagValue]):
         return self._int("num-gpu-blocks-override", 0)
 
     @property
+    def watermark(self) -> float:
+        """The share of all blocks that stays free where a request is admitted beside others."""
+        return float(str(self.get("watermark", 0)))
+
+    @property
     def kv_value_bytes(self) -> int:
         """The bytes of a cached number, without the few scales of a quantized cache."""
         dtype = str(self.get("kv-cache-dtype", "auto"))
@@ -471,6 +476,7 @@ _RESOLVED = {  # in vLLM 0.31 and 0.32
     "cudagraph_mode": re.compile(r"'cudagraph_mode': <CUDAGraphMode\.(\w+)"),
     # of what was given beside the defaults
     "max_num_splits": re.compile(r"flash_attn_max_num_splits_for_cuda_graph'?[=:]\s*(\d+)"),
+    "watermark": re.compile(r"'watermark': ([\d.]+)"),
 }
 
 

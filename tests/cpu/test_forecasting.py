@@ -197,6 +197,7 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
             engine("cached", "same", *kv, "--enable-prefix-caching", traffic=IN_TURN),
             engine("pieces", "long", *kv, "--max-num-batched-tokens", "128"),
             engine("tight", "many", *small, "--max-model-len", "512"),
+            engine("kept free", "many", *small, "--max-model-len", "512", "--watermark", "0.25"),
             engine("windowed", "many", *small, "--max-model-len", "512", *window),
             engine("limited", "three", *kv, "--max-num-queued-reqs", "2", traffic=CLOSE),
             engine(
@@ -263,6 +264,15 @@ def test_where_memory_is_short_requests_are_preempted(plays: dict[str, ForecastP
     assert plays["tight"].kv_capacity_tokens == 8 * BLOCK
     assert plays["tight"].counters["preemptions"] > 0
     assert all(sum(n for _, n in a.chunks) == 140 for a in plays["tight"].play.answers)
+
+
+def test_a_watermark_lets_the_second_wait_instead(plays: dict[str, ForecastPlay]) -> None:
+    """Two of eight blocks stay free, and it needs three of the four that the first leaves."""
+    play = plays["kept free"]
+    assert play.counters["preemptions"] == 0
+    first, second = sorted(tokens_at(play, index) for index in (0, 1))
+    assert second[0][0] > first[-1][0]
+    assert len(first) == len(second) == 140
 
 
 def test_a_window_holds_less_of_each_request(plays: dict[str, ForecastPlay]) -> None:

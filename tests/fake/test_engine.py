@@ -363,6 +363,18 @@ def test_a_full_cache_preempts_the_last(start: Start) -> None:
     assert max(b - a for a, b in itertools.pairwise(last["due"])) > 5 * 0.0025
 
 
+def test_a_watermark_admits_none_that_would_leave_too_few_blocks_free(start: Start) -> None:
+    """Of the same two sequences the second waits for the first: one block of four stays free."""
+    fake = start(
+        "--num-gpu-blocks-override", "4", "--no-enable-prefix-caching", "--watermark", "0.25"
+    )
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda i: fake.stream(TEXT, prompt="w " * 20, max_tokens=24), range(2)))
+    assert fake.metric("num_preemptions_total") == 0
+    first, last = sorted(fake.stop(), key=lambda record: record["received"])
+    assert last["due"][0] > first["due"][-1]
+
+
 def test_the_cache_holds_twice_as_much_in_eight_bits(start: Start, tmp_path: Path) -> None:
     """2 layers x K and V x 1 head x 4 x 2 bytes: 32 bytes a token, 512 a block."""
     config = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,

@@ -2,8 +2,9 @@ from tests.sizes import Sizes, answers_of
 
 SIZES = Sizes(
     fake="requests=256 workloads.mixed.output_tokens.mean_tokens=6"
-    " workloads.mixed.output_tokens.max_tokens=30 workloads.far.prompt_tokens.tokens=256"
+    " workloads.mixed.output_tokens.max_tokens=30"
+    " workloads.far.prompt_tokens.tokens=256"
     f" workloads.far.prefix.tokens=192 {answers_of(8, 'near', 'far')}",
     # the other two differ in sizes of the same flags
-    cpu='variants=["paged","gqa","mha"]',
+    cpu='variants=["paged","watermark","gqa","mha"]',
 )

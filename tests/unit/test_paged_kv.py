@@ -14,20 +14,21 @@ from labs.findings.paged_kv import (
     ALLOCATOR,
     HEADS,
     TILES,
+    WATERMARK,
     Allocation,
     Allocations,
     block_size,
     contiguous,
     gain_sentence,
     heads_saved,
-    replay,
     tell_allocator,
     tell_heads,
     tell_tiles,
+    tell_watermarks,
     tiles_or_pages,
 )
 from labs.lab import Lab, Point
-from labs.paged_kv import admitted, held_tokens
+from labs.paged_kv import admitted, held_tokens, kept_free_blocks, replay, replayed
 from serving import gpus
 from tests.unit.builders import CEILINGS, SHAPE, make_point
 from tests.unit.test_answers import judged, judged_run
@@ -35,6 +36,7 @@ from tests.unit.test_findings import cells, context
 
 LAB = LABS["paged-kv"].at("cpu", quick=False)
 MIXED, NEAR, FAR = "mixed/concurrent-16", "near/concurrent-1", "far/concurrent-1"
+GROWING = "growing/concurrent-28"
 
 
 def point(key: str, lab: Lab = LAB) -> Point:
@@ -77,7 +79,6 @@ def test_twice_the_heads_hold_half_the_tokens() -> None:
     # per step at one context: 2,000 bytes of weights, and 32 or 64 bytes for each token
     tokens = 2048 + 8
     assert predicted("context") == pytest.approx((2000 + 32 * tokens) / (2000 + 64 * tokens))
-    assert predicted("step") == 1
 
 
 @pytest.mark.parametrize("scale", ["cpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)])
@@ -165,6 +166,39 @@ def test_what_never_fits_or_never_waits_has_no_replay() -> None:
     assert replay([(8, 8)], 1, 16, 1) is None
 
 
+def test_with_a_watermark_the_second_waits_until_so_much_is_free() -> None:
+    """Two of 2 tokens do not fit into 7 once they have grown; with 4 kept free none is preempted.
+
+    The first alone holds 2 to 7 tokens, so that the next comes when it has gone.
+    """
+    done = replay([(2, 6)] * 40, 2, 7, 1, kept_free_tokens=4)
+    assert done
+    assert (done.running, done.preempted) == (1, 0)
+    without = replay([(2, 6)] * 40, 2, 7, 1)
+    assert without
+    assert without.preempted > 0
+
+
+def test_a_watermark_is_rounded_down_to_whole_blocks() -> None:
+    assert [kept_free_blocks(0.05, n) for n in (12, 19, 20, 48)] == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("scale", ["cpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)])
+def test_the_lab_is_sent_what_grows_beyond_the_cache_and_a_watermark_spares_it(scale: str) -> None:
+    lab = LABS["paged-kv"].at(scale, quick=False)
+    (growing,) = (w for w in lab.workloads if w.name == "growing")
+    paged, treated = (
+        point(f"{n}/growing/{growing.loads[0].name}", lab) for n in ("paged", "watermark")
+    )
+    assert growing.longest_tokens <= paged.flags.max_model_len
+    without, kept_free = replayed(paged), replayed(treated)
+    assert without
+    assert kept_free
+    assert without.preempted > 20
+    assert kept_free.preempted < 0.7 * without.preempted
+    assert kept_free.running > 0.9 * without.running
+
+
 # ---------------------------------------------------------------------------- what is told of it
 
 
@@ -175,6 +209,8 @@ def found(home: Path) -> Context:
         f"paged/{MIXED}": {"batch": 15.0, "kv_capacity_tokens": 1536},
         f"large-blocks/{MIXED}": {"batch": 10.0},
         f"contiguous/{MIXED}": {"batch": 6.0},
+        f"paged/{GROWING}": {"preemptions": 40.0, "itl_p99_s": 0.4, "ttft_mean_s": 0.5},
+        f"watermark/{GROWING}": {"preemptions": 20.0, "itl_p99_s": 0.4, "ttft_mean_s": 1.0},
         f"gqa/{NEAR}": {"tpot_mean_s": 0.040, "kv_capacity_tokens": 7264},
         f"gqa/{FAR}": {"tpot_mean_s": 0.0592},
         f"mha/{NEAR}": {"tpot_mean_s": 0.041, "kv_capacity_tokens": 3616},
@@ -218,6 +254,24 @@ def test_without_measurements_nothing_is_said_to_be_measured() -> None:
     assert tell_allocator(None).rows == tell_heads(None).rows == tell_tiles(None).rows == []
 
 
+def test_a_watermark_is_told_replayed_and_measured(tmp_path: Path) -> None:
+    told = WATERMARK.finding(found(tmp_path))
+    assert [row[:2] for row in cells(told, 0, 1)] == [
+        ["0", "0 of 48"], ["0.02", "0 of 48"], ["0.05", "2 of 48"], ["0.1", "4 of 48"],
+        ["0.2", "9 of 48"],
+    ]  # fmt: skip
+    by_share = {row[0]: row[1:] for row in cells(told, 0, 3, 6, 9, 11)}
+    assert by_share["0"][1:] == ["40", "400 ms", "`paged`"]
+    assert by_share["0.05"][1:] == ["20", "400 ms", "`watermark`"]
+    assert by_share["0.02"] == [by_share["0"][0], "–", "–", "–"]  # rounded down, so the same
+    assert told.lines[0].startswith(
+        "A watermark of 0.05 keeps 2 of 48 blocks free: 20 preemptions in a trial instead of 40,"
+        " 0.50x (0.50 to 0.50). Of what it is without one: p99 of ITL 1.00x"
+    )
+    assert "TTFT 2.00x" in told.lines[0]
+    assert tell_watermarks(None).rows == []
+
+
 def test_heads_are_told_with_bytes_capacity_and_slope(tmp_path: Path) -> None:
     """From 136 to 2,056 tokens are 1,920: 19.2 ms with one KV head, 38.4 ms with two."""
     told = HEADS.finding(found(tmp_path))
@@ -259,6 +313,7 @@ def test_each_question_has_its_answer(tmp_path: Path) -> None:
     assert "tokens with blocks of 32, " in text
     assert "tokens with blocks of 128)" in text
     assert "1.80x" in text
+    assert "20 preemptions in a trial instead of 40" in text
     assert (text := contiguous(run))
     assert text.startswith("It reserves 256 tokens")
     assert "2.00x (1.82 to 2.20) the throughput" in text

@@ -29,6 +29,7 @@ SAID = (  # by vLLM 0.32, cut
                 "cudagraph_mode": "FULL_DECODE_ONLY"}),
         ("non-default args: {'attention_config': AttentionConfig(flash_attn_version=None,"
          " flash_attn_max_num_splits_for_cuda_graph=1)}", {"max_num_splits": "1"}),
+        ("non-default args: {'block_size': 32, 'watermark': 0.05}", {"watermark": "0.05"}),
         ("a V1 LLM engine with config: enforce_eager=False", {"enforce_eager": "False"}),
         ("", {}),
     ],

@@ -52,9 +52,9 @@ async def serve(options: argparse.Namespace) -> None:
               f" quantization={_quantization(options.model)},"
               f" structured_outputs_config=StructuredOutputsConfig(backend={backend!r}),"
               f" enforce_eager={options.enforce_eager}", file=sys.stderr)  # fmt: skip
-        if options.attention_config:
-            print(f"non-default args: {{'attention_config': {options.attention_config}}}",
-                  file=sys.stderr)  # fmt: skip
+        given = {"attention_config": options.attention_config, "watermark": options.watermark}
+        print("non-default args:", {name: value for name, value in given.items() if value},
+              file=sys.stderr)  # fmt: skip
         if options.load_format == "dummy":
             print(random_weights.line({16: 0.0}), file=sys.stderr)
         print(f"Listening on http://127.0.0.1:{port}", file=sys.stderr, flush=True)

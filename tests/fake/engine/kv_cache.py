@@ -16,6 +16,7 @@ BLOCKS = 8192  # where neither their number nor a model's memory is given
 class KVCache:
     def __init__(self, options: argparse.Namespace, metrics: Metrics) -> None:
         self.blocks = _blocks_in(options)
+        self.kept_free = int(options.watermark * self.blocks)
         self._options, self._metrics = options, metrics
         self._prefixes: dict[int, None] = {}  # hashes of the cached blocks, the oldest use first
 

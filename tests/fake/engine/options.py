@@ -38,6 +38,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="keep prompts' full blocks and do not prefill them again")  # fmt: skip
     add("--block-size", type=int, default=16, help="tokens in a block of the KV cache")
     add("--num-gpu-blocks-override", type=int, help="blocks in the KV cache, whatever its memory")
+    add("--watermark", type=float, default=0.0,
+        help="share of the blocks that stays free where one is admitted beside others")  # fmt: skip
     add("--kv-cache-memory-bytes", type=int, help="where the model has a config.json")
     add("--kv-cache-dtype", default="auto", help="fp8 and its kin hold twice the tokens")
     add("--hf-overrides", type=json.loads, default={}, help="sliding_window of it: said in the"

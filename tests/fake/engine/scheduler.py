@@ -86,8 +86,9 @@ class Batching:
             request = self.waiting[0]
             if request.received > start:
                 break
+            room = self._cache.blocks - self._cache.kept_free
             if self.running and (
-                self._cache.filled([*self.running, request]) > self._cache.blocks
+                self._cache.filled([*self.running, request]) > room
                 or (request.length > budget and not options.enable_chunked_prefill)
             ):
                 break
