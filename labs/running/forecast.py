@@ -59,10 +59,10 @@ FASTER, SLOWER = 0.90, 1.18
 
 Both factors were measured on two machines (vLLM 0.32 on CPU, batches of 1 to 16 and a prompt of 768
 tokens, a stand-in of PyTorch's operators), before any run that is judged by them. With vLLM's own
-operators the engine took 0.92 to 1.01 times as long as the stand-in on a third. Both ends are further off by the usual spread of
-the machine's speed, as the reference steps of earlier runs on it show; the slow end at least by how
-much the speed wandered while the step was timed, since the stand-in step is the least of several
-times, and an engine cannot choose its moments.
+operators the engine took 0.92 to 1.01 times as long as the stand-in on a third. Both ends are
+further off by the usual spread of the machine's speed, as the reference steps of earlier runs on it
+show; the slow end at least by how much the speed wandered while the step was timed, since the
+stand-in step is the least of several times, and an engine cannot choose its moments.
 """
 DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; larger steps are extrapolated
 GPU_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
