@@ -267,7 +267,8 @@ def run_tool(tool: Tool, python: Path, job: Path, log: Path) -> None:
 
     Some methods pass over the layers more than once, and each pass has a time of its own.
     """
-    began, first, passes, layer, shown = 0.0, 0, 0, 0, ()
+    began, first, passes, layer = 0.0, 0, 0, 0
+    shown: tuple[str, str] | None = None
     # -I keeps this project's packages out of the tool's environment
     argv = [str(python), "-I", str(tool.script), str(job)]
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"

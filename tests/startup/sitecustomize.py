@@ -49,5 +49,5 @@ def _keep_the_worker_to(cores: list[int]) -> None:
 gc.set_threshold(100_000, 50, 1000)
 if SERVER in sys.orig_argv:
     setattr(multiprocessing, "get_context", _forking)  # noqa: B010
-    if CORES in os.environ:  # the lab names each core
+    if "|" not in os.environ.get(CORES, "|"):  # which parts the cores of several workers
         _keep_the_worker_to([int(core) for core in os.environ[CORES].split(",")])

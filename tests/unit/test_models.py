@@ -17,6 +17,7 @@ from labs.lab import Lab, LabError, NotApplicable, parse_changes
 from labs.running.derived_models import NEED_NO_WEIGHTS, RECIPES
 from labs.running.resolve import model_of, require_devices, require_memory, require_sizes
 from serving import dummy, models
+from serving import machine as machines
 from serving.engines import vllm
 from serving.engines.base import EngineError
 from serving.gpus import CLASSES, MemoryClass, class_of
@@ -273,7 +274,7 @@ def test_on_a_cpu_copies_of_a_model_need_a_core_each() -> None:
 def test_copies_of_a_model_have_cores_of_their_own(
     monkeypatch: pytest.MonkeyPatch, copies: int, bound: str
 ) -> None:
-    monkeypatch.setattr(vllm.machines, "split_cores", lambda: ((0, 1, 2), (3,)))
+    monkeypatch.setattr(machines, "split_cores", lambda: ((0, 1, 2), (3,)))
     assert vllm.cores_of(copies) == bound
 
 
