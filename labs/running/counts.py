@@ -55,14 +55,17 @@ class Counts:
 
         The query names this sitting's exporter; a run that was resumed had another one before.
         """
-        # of the last hour's samples the newest: a scrape that fails on a busy machine ends a series
-        queries = {
-            REQUESTS: f'sum(last_over_time(lab_requests_total{{outcome="ok",{self._client}}}[1h]))',
-            OUTPUT_TOKENS: f"sum(last_over_time(lab_output_tokens_total{{{self._client}}}[1h]))",
+        series = {
+            REQUESTS: f'lab_requests_total{{outcome="ok",{self._client}}}',
+            OUTPUT_TOKENS: f"lab_output_tokens_total{{{self._client}}}",
         }
         rows = []
-        for name, query in queries.items():
+        for name, selected in series.items():
             expected = self._records[name] + self._discarded[name]
+            # the newest sample of an hour: a scrape that fails on a busy machine ends a series
+            query = f"sum(last_over_time({selected}[1h]))"
+            if not expected:  # a sitting without a trial to play has no series
+                query += " or vector(0)"
             value = prometheus.settle(query, expected) if self._prometheus_is_whole else None
             rows.append(
                 Agreement(

@@ -83,3 +83,12 @@ def test_what_a_dead_load_generator_had_counted_is_unknown() -> None:
     counts.lose_prometheus()
     counts.add([record(4)], snapshot(1, 4))
     assert agreement(counts) == [(2, None, 2), (7, None, 7)]
+
+
+def test_a_sitting_without_a_trial_to_play_waits_for_no_series() -> None:
+    for done, ends in (([], True), ([record(3)], False)):
+        counts, prometheus = Counts("r", exporter_port=9), Prometheus(0.0, 0.0)
+        counts.add(done, snapshot(len(done), 3 * len(done)))
+        asked: Any = prometheus
+        counts.agreement(asked)
+        assert [query.endswith(" or vector(0)") for query, _ in prometheus.asked] == [ends] * 2
