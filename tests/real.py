@@ -47,7 +47,7 @@ def quick_run(
     """`labs run LAB` with QUICK=1 and these settings; the run it left among the results.
 
     The README's lab is run by processes that start as a reader's do, the others' as `tests/startup`
-    says; one of them has vLLM's own parts, as a reader's have.
+    says; one of them has vLLM's default processes, as a reader's have.
     """
     before = set(results.glob(RUNS))
     done = subprocess.run(
