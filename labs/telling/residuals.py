@@ -15,6 +15,7 @@ from statistics import median
 
 from labs import LABS
 from labs.filing.committed import committed_runs
+from labs.filing.newest import newest_of
 from labs.filing.results import RunFolder, Summary, all_runs, unreadable
 from labs.judging.judge import AGREEMENT, Interval, in_band
 from labs.judging.metrics import METRICS
@@ -158,11 +159,22 @@ def page(found: Sequence[Residual], link: LinkTo) -> Section:
     """Write the page of these residuals, each with the link to its run."""
     figures = [BY_FORECAST, BY_FORMULA, *(m.title for m in METRICS.values())]
     by_figure = sorted(found, key=lambda r: figures.index(r.group))
+    newest = {folder.path for folder in newest_of(r.folder for r in found)}
+    now = sorted(
+        (residual for residual in by_figure if residual.folder.path in newest),
+        key=lambda r: r.machine,
+    )
     misses = [residual for residual in found if not residual.near]
     return section(
         "Forecast beside measured",
         Paragraph(INTRODUCTION if found else NONE),
-        section("By figure", _grouped(by_figure, ("Figure",), lambda r: (r.group,))),
+        section(
+            "By machine and figure, in the newest run of each lab",
+            _grouped(now, ("Machine", "Figure"), lambda r: (r.machine, r.group)),
+        )
+        if now
+        else None,
+        section("By figure, in all runs", _grouped(by_figure, ("Figure",), lambda r: (r.group,))),
         section("By run", _grouped(found, PLACE, lambda r: _place(r, link))),
         section(
             f"Misses: {len(misses)} of {len(found)} lie further off than 25 %",

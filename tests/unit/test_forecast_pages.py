@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,18 @@ def test_residuals_are_told_by_figure_and_every_miss_by_name(folder: RunFolder) 
     found = residuals.of_runs([folder])
     told = markdown.document(residuals.page(found, residuals.to_reports(folder.path.parent)))
     assert "| TPOT, mean | 2 | 25% | 1 (50%) | 1 (50%) |" in told
+    assert f"| {found[0].machine} | TPOT, mean | 2 | 25% | 1 (50%) | 1 (50%) |" in told
     assert "| 0.50x |" in told
     assert f"]({folder.path.name}/report.md)" in told
+
+
+def test_an_older_run_counts_only_among_all_runs(folder: RunFolder, tmp_path: Path) -> None:
+    write_summary(folder)
+    older = RunFolder(Path(shutil.copytree(folder.path, tmp_path / "20000101T000000Z-older")))
+    found = residuals.of_runs([folder, older])
+    told = markdown.document(residuals.page(found, residuals.to_reports(tmp_path)))
+    assert "\n| TPOT, mean | 4 |" in told
+    assert f"| {found[0].machine} | TPOT, mean | 2 |" in told
 
 
 def test_the_picture_and_the_script_show_what_the_page_tells(folder: RunFolder) -> None:
