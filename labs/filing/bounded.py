@@ -44,6 +44,15 @@ def unpacked_bytes(path: Path) -> int:
     return sum(map(len, _unpacked(path)))
 
 
+def state(path: Path) -> object:
+    """Return what changes whenever a file is written anew; None where there is no file."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def require_own_files(folder: Path) -> None:
     """Check that all that lies below a folder are regular files. Raises DamagedError."""
     places = (folder, *folder.parents[:2])  # the run, its lab, its machine

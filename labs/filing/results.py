@@ -390,6 +390,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._manifest: tuple[object, Run] | None = None  # with the state of the file that it was
 
     @classmethod
     def create(cls, run: Run) -> RunFolder:
@@ -405,9 +406,13 @@ class RunFolder:
         return (self.path / "COMPLETE").exists()
 
     def run(self) -> Run:
-        """Read the manifest."""
-        bounded.require_own_files(self.path)
-        return read_json(self.path / "run.json", Run)
+        """Read the manifest: once, unless its file changes. Raises DamagedError."""
+        path = self.path / "run.json"
+        state = bounded.state(path)
+        if not self._manifest or self._manifest[0] != state:
+            bounded.require_own_files(self.path)
+            self._manifest = state, read_json(path, Run)
+        return self._manifest[1]
 
     def predictions(self) -> Predictions:
         """Read what was predicted before the first engine started."""
