@@ -42,8 +42,8 @@ or_help = $(if $(value LABS_$1),,--help)
 .PHONY: help setup labs forecast plan diagnose score-forecasts labs-all draft adapters outliers sparsity quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse check bench locks clean distclean
 
 help: ## List the targets
-	@echo "Labs (what is missing is installed first):"
-	@grep -hA1 '^LAB = Lab(' labs/*.py | sed -n 's/^    name="\(.*\)",$$/  make lab-\1/p'
+	@echo "Labs, in the order of the course (what is missing is installed first):"
+	@sed -n 's/^ *_lab("\(.*\)"),$$/  make lab-\1/p' labs/__init__.py | tr _ -
 	@echo "Targets:"
 	@sed -n 's/^\([a-z -]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 	@echo "Settings: QUICK=1  SET=\"field=value\"  AA=1  MODEL=  WEIGHTS=dummy  ENDPOINT=  SEED=  RESUME=1  AGAIN=1"

@@ -183,7 +183,7 @@ LAB = Lab(
         ),
         Claim(
             name="turns",
-            title="One request at a time, they do not",
+            title="Where one request is served at a time, many users do not raise the throughput",
             metric="output_tokens_per_s",
             treatment=Arm(variant="transformers", load=MANY),
             baseline=Arm(variant="transformers", load=ONE),

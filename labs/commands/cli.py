@@ -129,7 +129,9 @@ def run(
 ) -> None:
     """Run a lab: predict, measure, judge, report.
 
-    `make lab-<name> VLLM=0.31.0` runs it with another vLLM, in an environment of its own.
+    `make lab-<name> VLLM=0.31.0` runs it with another vLLM, in an environment of its own. Behind
+    make, PRICE_PER_HOUR=, DISTURBED=, RESULTS= and SCRATCH= are settings too, which have no option
+    here: docs/knobs.md explains them.
     """
     with reported_errors():
         request = RunRequest(
@@ -386,7 +388,9 @@ def serve(
     variant: Annotated[
         str, typer.Option(envvar="LABS_VARIANT", help="A variant of the lab; default: the first.")
     ] = "",
-    port: Annotated[int, typer.Option(envvar="LABS_PORT", min=1, max=65535)] = PORT,
+    port: Annotated[
+        int, typer.Option(envvar="LABS_PORT", min=1, max=65535, help="The port of the engine.")
+    ] = PORT,
     changes: SetOption = "",
     model: ModelOption = "",
     weights: WeightsOption = "",
@@ -432,7 +436,10 @@ def locust(
             envvar="LABS_ENDPOINT", help="The server to send load to; `make serve` starts one."
         ),
     ] = f"http://127.0.0.1:{PORT}",
-    web_port: Annotated[int, typer.Option(envvar="LABS_WEB_PORT", min=1, max=65535)] = WEB_PORT,
+    web_port: Annotated[
+        int,
+        typer.Option(envvar="LABS_WEB_PORT", min=1, max=65535, help="The port of Locust's web UI."),
+    ] = WEB_PORT,
     changes: SetOption = "",
     model: ModelOption = "",
     weights: WeightsOption = "",

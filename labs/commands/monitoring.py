@@ -29,7 +29,9 @@ GRAFANA_PORT = 3000
 
 @app.command()
 def watch(
-    port: Annotated[int, typer.Option(envvar="LABS_PORT", min=1, max=65535)] = WATCH_PORT,
+    port: Annotated[
+        int, typer.Option(envvar="LABS_PORT", min=1, max=65535, help="The port of Prometheus.")
+    ] = WATCH_PORT,
 ) -> None:
     """Start a Prometheus that stays up between labs, with a live page of its data."""
     with reported_errors():
@@ -80,10 +82,14 @@ def dashboards() -> None:
 @app.command("stack")
 def start_stack(
     grafana_port: Annotated[
-        int, typer.Option(envvar="LABS_GRAFANA_PORT", min=1, max=65535)
+        int,
+        typer.Option(envvar="LABS_GRAFANA_PORT", min=1, max=65535, help="The port of Grafana."),
     ] = GRAFANA_PORT,
     prometheus_port: Annotated[
-        int, typer.Option(envvar="LABS_PROMETHEUS_PORT", min=1, max=65535)
+        int,
+        typer.Option(
+            envvar="LABS_PROMETHEUS_PORT", min=1, max=65535, help="The port of Prometheus."
+        ),
     ] = WATCH_PORT,
     profiling: Annotated[
         bool,

@@ -60,7 +60,7 @@ from labs.judging.judge import (
 from labs.judging.machine_speed import MachineSpeed, TimedTrial
 from labs.judging.measure import OtherWork, Trial
 from labs.judging.validity import Expected, Served
-from labs.lab import Lab, LabError, Point, Prediction, digest_of, knobs
+from labs.lab import FUNCTIONS, Lab, LabError, Point, Prediction, digest_of, knobs
 from loadtests import records
 from loadtests.plan import TrialSummary
 from loadtests.workload import Name
@@ -210,8 +210,9 @@ class Run(BaseModel, frozen=True, extra="forbid"):
 def lab_from_resolved(resolved: Mapping[str, Any], like: Lab | None = None) -> Lab:
     """Rebuild a lab from its plain form.
 
-    Its claims and forecasts predict with the functions of `like`; without those, predicting raises
-    LookupError. Raises DamagedError where today's code cannot read the lab.
+    Whatever predicts is a function of `like`. Without one, predicting a claim or a forecast raises
+    LookupError, and the lab has none of FUNCTIONS. Raises DamagedError where today's code cannot
+    read the lab.
     """
 
     def missing(*_: object) -> Prediction:
@@ -227,7 +228,8 @@ def lab_from_resolved(resolved: Mapping[str, Any], like: Lab | None = None) -> L
             predict = {part.name: part.predict for part in getattr(like, kind, ())}
             for part in fields[kind]:
                 part["predict"] = predict.get(part["name"], missing)
-        return Lab.model_validate(fields)
+        functions = {name: getattr(like, name) for name in FUNCTIONS} if like else {}
+        return Lab.model_validate(fields | functions)
     except ValidationError as error:
         raise DamagedError(f"its lab{_first_error(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

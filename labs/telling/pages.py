@@ -139,6 +139,7 @@ def marks_of(run: Run, complete: bool) -> list[str]:
         "quick": run.quick,
         "A/A": run.aa,
         "ad hoc": run.ad_hoc and not run.aa,
+        "repetition": bool(run.reproduces),
         "not complete": not complete,
     }
     return [mark for mark, is_so in known.items() if is_so]

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from labs import LABS
 from labs.lab import LabError
 from labs.running.clock import PREPARATION_S, START_S
+from labs.running.derived_models import NEED_NO_WEIGHTS
 from labs.running.trials import PER_TRIAL_S
+from serving.dummy import DERIVED
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ def plan(names: Iterable[str], scale: str, start_s: float) -> Iterator[Planned]:
         try:
             lab = LABS[name].at(scale, quick=True, dummy=True)
         except LabError:
+            continue
+        if not {*lab.derived()} <= {*DERIVED, *NEED_NO_WEIGHTS}:  # it needs real weights
             continue
         trials = load_s = 0.0
         for variant in lab.variants:

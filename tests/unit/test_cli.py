@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import requests
+from typer.core import TyperGroup
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from labs import LABS
@@ -149,6 +151,13 @@ def test_help_says_what_a_command_does(command: str) -> None:
     assert callback
     assert callback.__doc__
     assert callback.__doc__[:30] in said
+
+
+def test_every_option_says_what_it_does() -> None:
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    params = ((name, param) for name, command in group.commands.items() for param in command.params)
+    assert [f"{name} {p.name}" for name, p in params if not getattr(p, "help", None)] == []
 
 
 def test_check_passes_whole_runs_and_names_what_is_wrong_with_others(

@@ -299,7 +299,8 @@ def test_a_site_has_every_run_that_can_be_read_and_links_that_lead_there(
         other.path.mkdir()
         for name in ("run.json", "summary.json", "predictions.json", "report.md"):
             (other.path / name).write_bytes((folder.path / name).read_bytes())
-    write_json(quick.path / "run.json", run.model_copy(update={"quick": True}))
+    marked = {"quick": True, "reproduces": folder.path.name}
+    write_json(quick.path / "run.json", run.model_copy(update=marked))
     (damaged.path / "summary.json").write_text("{")
 
     gone = tmp_path / "out" / run.machine.slug / "tiny" / "20250101T000000Z-01234567.html"
@@ -318,7 +319,7 @@ def test_a_site_has_every_run_that_can_be_read_and_links_that_lead_there(
         assert 'src="../../plotly.min.js"' in text
         assert get_plotlyjs() not in text
     assert (index.parent / "plotly.min.js").read_text() == get_plotlyjs()
-    assert "quick, not complete" in seen.read
+    assert "quick, repetition, not complete" in seen.read
 
 
 @pytest.mark.parametrize("name", in_git.runs())

@@ -367,6 +367,14 @@ def test_everything_has_a_name_and_can_be_read(
     assert shown.errors == []
 
 
+def test_on_a_phone_what_a_word_means_stands_below_it(chromium: Browser, site: Path) -> None:
+    shown = opened(chromium, site / "site" / "glossary.html", 390)
+    assert shown.js("document.querySelectorAll('.table').length") > 0
+    assert shown.js(
+        "[...document.querySelectorAll('.table')].every(e => e.scrollWidth <= e.clientWidth)"
+    )
+
+
 REACHED = """window.reached = [...document.querySelectorAll(
   'a[href], button, select, input, summary, [tabindex="0"], .picture')].filter(e =>
     e.checkVisibility() && (!e.matches('.picture') || e.scrollWidth > e.clientWidth));

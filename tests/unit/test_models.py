@@ -24,6 +24,7 @@ from serving.gpus import CLASSES, MemoryClass, class_of
 from serving.machine import Machine
 from serving.models import SIBLINGS, Model, ModelError, shape_of
 from tests.gpu import test_labs as on_gpu
+from tests.rehearsal.plan import plan
 from tests.sizes import sizes_of
 
 
@@ -156,6 +157,11 @@ def test_every_lab_fits_every_class_of_gpu(lab: str, c: MemoryClass, random: boo
             dummy.derive(model, derived)
     else:
         assert set(resolved.derived()) <= known
+
+
+def test_the_plan_of_a_rehearsal_leaves_out_what_needs_real_weights() -> None:
+    planned = plan(LABS, "gpu-80", start_s=45.0)
+    assert [of.lab for of in planned] == [name for name in LABS if name not in NEED_REAL_WEIGHTS]
 
 
 @pytest.mark.parametrize("random", [False, True], ids=["real", "random"])

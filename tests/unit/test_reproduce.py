@@ -16,7 +16,7 @@ from labs.comparing import leaderboards, reproduction
 from labs.filing import manifest, results
 from labs.filing.results import Run, RunFolder, write_json
 from labs.judging.judge import Interval
-from labs.lab import LabError
+from labs.lab import FUNCTIONS, LabError
 from labs.running import reproduce
 from serving.machine import Environment, engine_variables
 from serving.models import file_hashes
@@ -55,6 +55,8 @@ def test_the_lab_of_a_manifest_is_the_lab_that_ran(
     again = asked.lab.at("cpu", asked.quick, asked.changes, bool(asked.weights))
     assert again.digest() == run.digest
     assert again.resolved() == run.lab
+    for function in FUNCTIONS:
+        assert getattr(again, function) is getattr(LABS[name], function)
     assert asked.reproduces == run.run_id
 
 
