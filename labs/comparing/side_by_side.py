@@ -17,7 +17,7 @@ from labs.filing import manifest
 from labs.filing.manifest import Fact
 from labs.judging.judge import Caveat, Interval
 from labs.judging.machine_speed import relative_speed_text
-from labs.judging.text import ONE_SITTING, number, times_with_interval
+from labs.judging.text import ONE_SITTING, number, ratio_ends, ratio_number, times_with_interval
 from labs.telling import markdown, plots
 from labs.telling.document import (
     Bullets,
@@ -106,15 +106,14 @@ def figure_table(rows: Sequence[ComparedFigure]) -> Table:
     cells: list[list[Inline]] = []
     for row, where in zip(rows, _places([r.where for r in rows]), strict=True):
         ratio = row.contrast.ratio if row.contrast else None
-        known = ratio is not None and ratio.low is not None and ratio.high is not None
         cells.append(
             [
                 row.title,
                 where,
                 number(row.a, row.unit),
                 number(row.b, row.unit),
-                f"{ratio.value:.2f}x" if ratio else "–",
-                f"{ratio.low:.2f} to {ratio.high:.2f}" if ratio and known else "–",
+                f"{ratio_number(ratio.value)}x" if ratio else "–",
+                ratio_ends(ratio),
                 (row.outcome, (" (", parse(row.why), ")") if row.why else ""),
             ]
         )

@@ -171,7 +171,7 @@ def streams_sentence(facts: TokenBudgets) -> str | None:
         f" each step. With `{least.variant}` their own first token takes"
         f" {number(least.streams_ttft_s, 's')} on average, without chunks"
         f" {number(facts.whole.streams_ttft_s, 's')}:"
-        f" {times_with_interval(least.streams_beside_whole)}."
+        f" {times_with_interval(least.streams_beside_whole)}, the ratio of their geometric means."
     )
 
 

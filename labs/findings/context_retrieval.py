@@ -261,15 +261,15 @@ def tell_losses(facts: Losses | None) -> Finding:
 
 def _points(interval: Interval) -> str:
     ends = (100 * v for v in (interval.low, interval.high) if v is not None)
-    return f"{100 * interval.value:+.1f} ({' to '.join(f'{e:+.1f}' for e in ends)})"
+    return f"{100 * interval.value:+z.1f} ({' to '.join(f'{e:+z.1f}' for e in ends)})"
 
 
 def _nats(interval: Interval | None) -> str:
     if interval is None:
         return "–"
     if interval.low is None or interval.high is None:
-        return f"{interval.value:+.2f}"
-    return f"{interval.value:+.2f} ({interval.low:+.2f} to {interval.high:+.2f})"
+        return f"{interval.value:+z.2f}"
+    return f"{interval.value:+z.2f} ({interval.low:+z.2f} to {interval.high:+z.2f})"
 
 
 def lost_sentence(lost: Lost, base: str) -> str | None:

@@ -19,7 +19,7 @@ from labs.findings.published import ONE_STREAM, Published, PublishedFigures
 from labs.findings.steps import COUNTED_IN_TURN, PARTS_MEAN, Parts, draw_parts
 from labs.findings.sweep import concurrency_sweep, step_line
 from labs.judging.metrics import METRICS
-from labs.judging.text import number
+from labs.judging.text import number, ratio_number
 from loadtests import records
 
 # ------------------------------------------------------------------------- what a step is made of
@@ -99,7 +99,7 @@ def static_batches(run: JudgedRun) -> str | None:
     return (
         f"Where lengths vary, filling free places at once gave {varied} the throughput of fixed"
         f" batches, which wait for the longest completion (predicted:"
-        f" {judgement.prediction.value:.2f}x)."
+        f" {ratio_number(judgement.prediction.value)}x)."
         + (f" With equal lengths: {equal}." if equal else "")
     )
 

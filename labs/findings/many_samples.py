@@ -276,14 +276,14 @@ def _share(measured: Interval) -> str:
 
 def _points(gain: Interval) -> str:
     """Writes a change in points, with its interval where there is one."""
-    ends = f" ({_ends(gain)})" if gain.low is not None else ""
-    return f"{100 * gain.value:+.1f} points{ends}"
+    ends = f" ({_ends(gain, '+')})" if gain.low is not None else ""
+    return f"{100 * gain.value:+z.1f} points{ends}"
 
 
-def _ends(measured: Interval) -> str:
+def _ends(measured: Interval, sign: str = "") -> str:
     if measured.low is None or measured.high is None:
         return "–"
-    return f"{100 * measured.low:.1f} to {100 * measured.high:.1f}"
+    return f"{100 * measured.low:{sign}z.1f} to {100 * measured.high:{sign}z.1f}"
 
 
 def voting_sentence(facts: Voting) -> str | None:

@@ -11,7 +11,7 @@ from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval, contrast
-from labs.judging.text import number, sentences
+from labs.judging.text import number, ratio_number, sentences
 from labs.lab import Point
 from serving import metrics
 
@@ -89,8 +89,8 @@ def tell_timing(facts: TimingLeak | None) -> Finding:
             t.salting,
             number(t.known_median_s, "s"),
             number(t.fresh_median_s, "s"),
-            f"{t.ratio.value:.2f}x",
-            f"{t.low:.2f} to {t.high:.2f}",
+            f"{ratio_number(t.ratio.value)}x",
+            f"{ratio_number(t.low)} to {ratio_number(t.high)}",
         ]
         for t in facts.timed
     ]

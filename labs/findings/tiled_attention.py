@@ -301,13 +301,11 @@ def time_sentence(facts: Tiling) -> str | None:
     ratio = both.times_ratio if both else None
     if both is None or ratio is None:
         return None
-    outcome = (
-        prediction_outcome(both.ratio, ratio.interval(TWO_ONE_SIDED)) if both.ratio else "open"
-    )
-    return (
-        f"There it takes {times_with_interval(ratio.ratio)} the time with tiles, predicted at most"
-        f" 1 ({outcome})."
-    )
+    told = f"There it takes with tiles {times_with_interval(ratio.ratio)} of the time without them"
+    if not both.ratio:
+        return f"{told}."
+    outcome = prediction_outcome(both.ratio, ratio.interval(TWO_ONE_SIDED))
+    return f"{told}, predicted at most 1 ({outcome})."
 
 
 def rate_sentence(facts: Tiling) -> str | None:
@@ -645,16 +643,16 @@ def cuts_traffic(run: JudgedRun) -> str | None:
     both = facts.longest_both if facts else None
     if facts is None or both is None:
         return None
-    told = " ".join(growth_sentences(facts))
     saved = (
-        f" By the paper {megabytes(both.traffic_bytes[0])} would move there without tiles, and"
+        f"By the paper {megabytes(both.traffic_bytes[0])} would move there without tiles, and"
         f" {megabytes(both.traffic_bytes[1])} with them (arithmetic)."
         if both.traffic_bytes
-        else ""
+        else None
     )
+    told = [*growth_sentences(facts), peak_sentence(facts), time_sentence(facts), saved]
     return (
         "It never writes the scores down: a tile of them is made, used and thrown away in the"
-        f" caches. {told} {peak_sentence(facts)} {time_sentence(facts)}{saved}"
+        f" caches. {' '.join(filter(None, told))}"
     )
 
 

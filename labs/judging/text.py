@@ -30,11 +30,23 @@ def _three_digits(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
+def ratio_number(ratio: float) -> str:
+    """Write a ratio with two decimals, and a small one with two significant digits: 0.088."""
+    return f"{ratio:.2f}" if abs(ratio) >= 0.095 or not ratio else f"{ratio:.2g}"
+
+
 def times_with_interval(ratio: Interval) -> str:
     """Write a ratio as `1.05x (0.98 to 1.11)`; with one repeat it has no interval."""
     if ratio.low is None or ratio.high is None:
-        return f"{ratio.value:.2f}x (of one repeat)"
-    return f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+        return f"{ratio_number(ratio.value)}x (of one repeat)"
+    return f"{ratio_number(ratio.value)}x ({ratio_ends(ratio)})"
+
+
+def ratio_ends(ratio: Interval | None) -> str:
+    """Write a ratio's interval as `0.98 to 1.11`, or a dash where there is none."""
+    if ratio is None or ratio.low is None or ratio.high is None:
+        return "–"
+    return f"{ratio_number(ratio.low)} to {ratio_number(ratio.high)}"
 
 
 def yes_or_no(is_so: bool | None) -> str:
@@ -82,15 +94,12 @@ ONE_SITTING = (
 
 def ratio_text(judgement: Judgement) -> str:
     """Write the measured ratio, treatment / baseline, or a dash."""
-    return f"{judgement.ratio.value:.2f}x" if judgement.ratio else "–"
+    return f"{ratio_number(judgement.ratio.value)}x" if judgement.ratio else "–"
 
 
 def ratio_interval(judgement: Judgement) -> str:
     """Write the 95 % interval of the measured ratio, or a dash."""
-    measured = judgement.ratio
-    if measured is None or measured.low is None or measured.high is None:
-        return "–"
-    return f"{measured.low:.2f} to {measured.high:.2f}"
+    return ratio_ends(judgement.ratio)
 
 
 def value_with_interval(measured: Interval) -> str:

@@ -26,6 +26,7 @@ from labs.judging.text import (
     point_label,
     predictions_text,
     ratio_interval,
+    ratio_number,
     ratio_text,
     verdict_text,
 )
@@ -239,7 +240,7 @@ def _claims_in_sentences(summary: Summary) -> Bullets:
             ": ",
             Strong(parse(verdict_text(j))),
             f", {METRICS[j.metric].title} {ratio_text(j)} ({ratio_interval(j)}), predicted"
-            f" {j.prediction.value:.2f}x ({claim_outcome(j)}).",
+            f" {ratio_number(j.prediction.value)}x ({claim_outcome(j)}).",
         )
         for j in summary.judgements
     )

@@ -19,7 +19,7 @@ from labs.filing.newest import newest_of
 from labs.filing.results import RunFolder, Summary, all_runs, unreadable
 from labs.judging.judge import AGREEMENT, Interval, in_band
 from labs.judging.metrics import METRICS
-from labs.judging.text import number, point_label
+from labs.judging.text import number, point_label, ratio_number
 from labs.lab import Lab
 from labs.telling.document import (
     Inline,
@@ -218,5 +218,5 @@ def _within(mine: Sequence[Residual]) -> str:
 
 
 def _misses(misses: Sequence[Residual], link: LinkTo) -> Table:
-    rows = [[*_place(r, link), r.what, *r.figures, f"{r.share:.2f}x"] for r in misses]
+    rows = [[*_place(r, link), r.what, *r.figures, f"{ratio_number(r.share)}x"] for r in misses]
     return table((*PLACE, "Where", "Predicted", "Measured", "Measured / predicted"), rows)

@@ -17,6 +17,7 @@ from labs.judging.text import (
     point_label,
     prediction_text,
     ratio_interval,
+    ratio_number,
     ratio_text,
     verdict_text,
     yes_or_no,
@@ -51,7 +52,7 @@ def predictions(lab: Lab, predicted_before: Predictions) -> Table:
         for pair, prediction in predicted_before.effects[claim.name].items():
             treatment, _, baseline = pair.partition("|")
             where = f"{point_label(treatment, lab)} / {point_label(baseline, lab)}"
-            rows.append([METRICS[claim.metric].title, where, f"{prediction.value:.2f}x"])
+            rows.append([METRICS[claim.metric].title, where, f"{ratio_number(prediction.value)}x"])
     for forecast in lab.forecasts:
         metric = METRICS[forecast.metric]
         for key, prediction in predicted_before.forecasts[forecast.name].items():

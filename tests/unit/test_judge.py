@@ -28,6 +28,7 @@ from labs.judging.judge import (
     tally,
     verdict_kind,
 )
+from labs.judging.text import times_with_interval
 from labs.lab import MARGIN, Arm, Claim, Forecast, Prediction
 from tests.unit.builders import PREDICTION, make_claim
 
@@ -392,3 +393,9 @@ def test_a_figure_agrees_with_a_band(
 ) -> None:
     value, *ends = measured
     assert in_band(Interval(value=value, low=ends[0], high=ends[1], n=3), low, high) is agrees
+
+
+def test_a_small_ratio_keeps_two_digits() -> None:
+    small = Interval(value=0.0876, low=0.0849, high=0.104, n=4)
+    assert times_with_interval(small) == "0.088x (0.085 to 0.10)"
+    assert times_with_interval(small.model_copy(update={"low": None})) == "0.088x (of one repeat)"
