@@ -145,11 +145,15 @@ def test_prometheus_answers_no_request_that_names_another_host(url: str, home: P
 
 @needs_prometheus
 def test_prometheus_itself_listens_where_nobody_knows(url: str, home: Path) -> None:
-    up = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr]
-    front = next(c.pid for c in up if c.laddr.port == int(url.rpartition(":")[2]))
-    (behind,) = psutil.Process(front).children()
-    (address,) = [c.laddr.ip for c in up if c.pid == behind.pid]
+    listening = {
+        (c.laddr.ip, c.laddr.port): c.pid
+        for c in psutil.net_connections("tcp")
+        if c.status == psutil.CONN_LISTEN and c.laddr
+    }
+    front = psutil.Process(listening["127.0.0.1", int(url.rpartition(":")[2])])
+    (behind,) = front.children()
+    (address,) = [ip for (ip, _), pid in listening.items() if pid == behind.pid]
     assert address.startswith("127.")
     assert address != "127.0.0.1"
-    psutil.Process(front).kill()  # and takes it along
+    front.kill()  # and takes it along
     behind.wait(15)
