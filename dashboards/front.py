@@ -49,8 +49,10 @@ def handler(upstream: str) -> type[BaseHTTPRequestHandler]:
             length = head.get("content-length", "0")
             if len(names) != 1:
                 refused = 400, "a request names one host"
-            elif not length.isdecimal() or int(length) > MOST_BODY_BYTES:
-                refused = 413, "a request has a length, and is no longer than a query"
+            elif "transfer-encoding" in head or not length.isdecimal():
+                refused = 411, "a request says how long it is"
+            elif int(length) > MOST_BODY_BYTES:
+                refused = 413, "a request is no longer than a query"
             if refused:
                 self.close_connection = True  # its body, if any, is not read
                 self.answer(refused[0], PLAIN, refused[1].encode())
