@@ -5,7 +5,7 @@ SHELL := /bin/bash
 # LABS_QUICK, as it was typed: make expands nothing in it, and it is never part of a shell's text.
 # LABS_QUICK in the environment holds for every call; QUICK there is not read, and make says so.
 SETTINGS := A AA AGAIN API_PRICE ARCHIVE AS B BASELINE DISTURBED DOCUMENTS DP ENDPOINT \
-	ENGINE_COMMAND FOR FORCE FRESH FROM GRAFANA_PORT GRAFANA_URL HAVE HELP JSON LAB LEAN LENGTHS \
+	ENDPOINT_METRICS ENGINE_COMMAND FOR FORCE FRESH FROM GRAFANA_PORT GRAFANA_URL HAVE HELP JSON LAB LEAN LENGTHS \
 	MACHINE METHOD MODEL ONLY OUT PART PLATFORM PORT PP PRECISION PREVIEW_PORT PRICE_PER_HOUR \
 	PROFILING PROMETHEUS_DATA PROMETHEUS_PORT PROMETHEUS_URL PYTHON PYTHON_VERSION QUICK RATE REPLICAS RESULTS \
 	RESUME ROUTER RUN SCRATCH SECONDS SEED SET SLO TESTS THRESHOLDS TO TP TRACE UNSAFE_FLAGS VARIANT \
@@ -87,7 +87,7 @@ serve: setup ## Start a variant's engine: LAB=.. [VARIANT=..] [PORT=..]
 locust: setup ## Open Locust's web UI on a lab's workload: LAB=.. [WORKLOAD=..] [ENDPOINT=..] [WEB_PORT=..]
 	@$(BIN)/labs locust
 
-diagnose: setup ## Say what a running server's metrics point to: ENDPOINT=.. [BASELINE=x.json] [SECONDS=30] [OUT=x.json]
+diagnose: setup ## Say what a running server's metrics point to: ENDPOINT=.. [ENDPOINT_METRICS=url,url] [BASELINE=x.json] [SECONDS=30] [OUT=x.json]
 	@$(BIN)/labs diagnose $(call or_help,ENDPOINT)
 
 report: setup ## Compute reports again from recorded runs: [RUN=..]

@@ -1,10 +1,11 @@
 """Prometheus: it records beside every run, and after `make watch` it stays up between runs.
 
 It is the program on PATH or in .tools, without a container or a service; its data lies under
-.cache, and it listens on loopback. Once a second it scrapes the load generator's exporter and the
-engines, which a run names in two files, with the labels `lab, variant, run_id` that the client's
-metrics carry too. Finished runs can be loaded into the same data as blocks (`load`). Not every
-build of Prometheus has a graph page, so readers are directed to the live page (`live`).
+.cache, and it is asked through a door on loopback (`front`). Once a second it scrapes the load
+generator's exporter and the engines, which a run names in two files, with the labels `lab, variant,
+run_id` that the client's metrics carry too. Finished runs can be loaded into the same data as
+blocks (`load`). Not every build of Prometheus has a graph page, so readers are directed to the live
+page (`live`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +28,7 @@ from typing import IO, Self
 import psutil
 import requests
 
+from dashboards.front import hidden_address
 from serving import guard, whole
 from serving.engines import ENGINES
 from serving.install import find_prometheus
@@ -89,12 +92,17 @@ class PrometheusError(Exception):
 
 
 def argv(port: int) -> list[str]:
-    """Write the configuration and return the command that starts it. Raises PrometheusError."""
+    """Write the configuration and return the command that starts it behind its door (`front`).
+
+    Raises PrometheusError.
+    """
     binary = find_prometheus(ROOT)
     if binary is None:
         raise PrometheusError(MISSING)
     prepare()
+    address = hidden_address()
     return [
+        *(sys.executable, "-m", "dashboards.front", str(port), address),
         str(binary),
         f"--config.file={HOME / 'prometheus.yml'}",
         f"--storage.tsdb.path={HOME / 'data'}",
@@ -102,7 +110,7 @@ def argv(port: int) -> list[str]:
         f"--web.user-assets={HOME / 'web'}",
         f"--web.config.file={HOME / 'web.yml'}",
         r"--web.cors.origin=http://(127\.0\.0\.1|localhost)(:\d+)?",  # who may read its answers
-        f"--web.listen-address=127.0.0.1:{port}",
+        f"--web.listen-address={address}",
     ]
 
 

@@ -6,7 +6,7 @@ Another engine's module maps its own names to these (`serving/engines/`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -153,6 +153,19 @@ def together(readings: Iterable[Snapshot]) -> Snapshot:
     return Snapshot(values, histograms, info)
 
 
+def across(readings: Sequence[Snapshot]) -> Snapshot:
+    """Put together readings of replicas at one time: what they count, run and have waiting adds up.
+
+    Of the shares of their KV caches in use the largest is kept. The rest is the last's. Raises
+    ValueError where their histograms have other buckets.
+    """
+    whole = together(readings)
+    for name, combine in ((RUNNING, sum), (WAITING, sum), (KV_USAGE, max)):
+        if found := [each.values[name] for each in readings if name in each.values]:
+            whole.values[name] = combine(found)
+    return whole
+
+
 def parse(text: str, renamed: Mapping[str, str] | None = None) -> Snapshot:
     """Read the Prometheus text format; `renamed` maps an engine's names to the lab's.
 
@@ -177,7 +190,9 @@ def parse(text: str, renamed: Mapping[str, str] | None = None) -> Snapshot:
                     suffix = sample.name.removeprefix(family.name)
                     totals[suffix] = totals.get(suffix, 0.0) + sample.value
             else:
-                values[name] = values.get(name, 0.0) + sample.value
+                before = values.get(name, 0.0)
+                add = max if name == KV_USAGE else float.__add__  # of copies, the fullest cache
+                values[name] = add(before, sample.value)
                 if name == SPEC_ACCEPTED_AT:
                     at_position = position(int(sample.labels["position"]))
                     values[at_position] = values.get(at_position, 0.0) + sample.value

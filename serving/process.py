@@ -10,6 +10,9 @@ grandchildren become its children, so it can always find the whole family. It en
 - when its parent is gone, which it sees as end-of-file on a pipe that only the parent holds open:
   this works for SIGKILL and for a crash, where no handler of the parent could run.
 
+A guard that is itself killed can end nobody. Then the kernel kills the child, and where the child's
+processes have called `end_with_parent`, it kills these with it.
+
 Linux only (prctl). A process stuck in uninterruptible I/O cannot be killed by anybody.
 """
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import select
 import shutil
@@ -143,6 +147,18 @@ class Process:
 
 def _prctl(option: int, value: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process of `multiprocessing` when the one that started it is gone.
+
+    vLLM calls it in its engine cores and workers (`serving/plugins`). The server itself has no such
+    parent, and its guard has done this for it.
+    """
+    if parent := multiprocessing.parent_process():
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent.pid:  # it was gone before
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _end_family(child: subprocess.Popen[bytes], grace_s: float) -> None:

@@ -41,11 +41,13 @@ from labs.commands.options import (
     ModelOption,
     PpOption,
     QuickOption,
+    ReplicasOption,
     SeedOption,
     SetOption,
     TpOption,
     UnsafeOption,
     WeightsOption,
+    addresses,
 )
 from labs.commands.terminal import (
     EXPECTED_ERRORS,
@@ -117,6 +119,7 @@ def run(
             " variant.",
         ),
     ] = "",
+    endpoint_metrics: ReplicasOption = "",
     seed: SeedOption = "",
     resume: Annotated[
         bool,
@@ -142,6 +145,7 @@ def run(
             model=model,
             weights=weights,
             endpoint=endpoint,
+            replicas=addresses(endpoint_metrics),
             resume=resume,
             engine_command=_command_words(engine_command),
             unsafe_flags=unsafe_flags,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from labs.commands.options import ReplicasOption, addresses
 from labs.commands.terminal import ConsoleProgress, console, reported_errors, show
 from labs.judging.diagnosis import TooLittle, diagnose
 from labs.lab import LabError
@@ -24,6 +25,7 @@ def diagnose_endpoint(
     endpoint: Annotated[
         str, typer.Option(envvar="LABS_ENDPOINT", help="The running server: http://host:8000.")
     ],
+    endpoint_metrics: ReplicasOption = "",
     seconds: Annotated[
         float,
         typer.Option(
@@ -49,7 +51,7 @@ def diagnose_endpoint(
     """
     with reported_errors():
         healthy = diagnosing.kept(baseline) if baseline else None
-        server = Endpoint(endpoint)
+        server = Endpoint(endpoint, addresses(endpoint_metrics))
         if healthy and healthy.model != server.model:
             raise LabError(
                 f"BASELINE is a reading of {healthy.model}, and this server serves {server.model}:"

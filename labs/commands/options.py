@@ -64,6 +64,14 @@ PpOption = Annotated[
         "--pp", envvar="LABS_PP", min=1, help="GPUs that divide the layers (pipeline parallelism)."
     ),
 ]
+ReplicasOption = Annotated[
+    str,
+    typer.Option(
+        "--endpoint-metrics",
+        envvar="LABS_ENDPOINT_METRICS",
+        help="url,url: the engines behind an endpoint that is a router: their metrics add up.",
+    ),
+]
 SeedOption = Annotated[
     str,
     typer.Option(
@@ -74,3 +82,8 @@ MarkdownOut = Annotated[
     Path | None,
     typer.Option("--out", envvar="LABS_OUT", help="Also write it to this Markdown file."),
 ]
+
+
+def addresses(text: str) -> tuple[str, ...]:
+    """Split `url,url`."""
+    return tuple(filter(None, map(str.strip, text.split(","))))

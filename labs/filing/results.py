@@ -138,6 +138,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     quick: bool
     changes: dict[str, Any]  # by SET=; any change makes the run ad hoc
     endpoint: str | None
+    replicas: list[str] = []  # the engines behind it, whose metrics were added up
     engine_command: list[str] | None = None  # in the place of the engines' own; None: not recorded
     model: str
     dummy: bool = False  # the weights were random

@@ -31,7 +31,7 @@ POLL_S = 0.5
 ANOTHER = (
     "the second reading is not of the same engine, because its counters fell or have other buckets:"
     " it was started again meanwhile, or several servers answer at this address; give the address"
-    " of one engine"
+    " of one engine, or those of all in ENDPOINT_METRICS=url,url"
 )
 
 

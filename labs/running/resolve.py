@@ -40,6 +40,7 @@ class RunRequest:
     model: str = ""
     weights: str = ""  # `dummy`: random ones
     endpoint: str = ""
+    replicas: Sequence[str] = ()  # the engines behind it, whose metrics are read
     resume: bool = False
     reproduces: str = ""  # the run whose resolved lab this is
     engine_command: Sequence[str] = ()  # in the place of the engines' own
@@ -73,6 +74,8 @@ class Setup:
 
 def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     """Check everything that can be checked before the first process starts."""
+    if request.replicas and not request.endpoint:
+        raise LabError("ENDPOINT_METRICS names replicas behind an ENDPOINT: give its address, too")
     machine, datasheet = machine_of(request.card)
     changes = {} if request.reproduces else request.changes  # that lab has them, and no paths
     lab = request.lab.at(
@@ -91,7 +94,8 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     if not request.engine_command:
         lab = with_engines_here(lab, model, progress)
     require_sizes(lab, model)
-    require_memory(lab, machine, model)
+    if not request.endpoint:
+        require_memory(lab, machine, model)
     endpoint = None
     if request.endpoint:
         if len(lab.variants) > 1:
@@ -99,7 +103,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
                 f"{lab.name} compares engine settings, so it must start its own engines: leave"
                 " ENDPOINT out"
             )
-        endpoint = Endpoint(request.endpoint)
+        endpoint = Endpoint(request.endpoint, request.replicas)
         endpoint.require_stream()
     else:
         if not datasheet:

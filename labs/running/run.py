@@ -184,6 +184,7 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         quick=request.quick,
         changes=request.changes,
         endpoint=request.endpoint or None,
+        replicas=setup.endpoint.replicas if setup.endpoint else [],
         engine_command=masked(
             "\n".join(request.engine_command).replace(f"{Path.home()}/", "~/")
         ).splitlines(),

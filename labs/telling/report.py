@@ -200,6 +200,8 @@ def notes(run: Run, summary: Summary) -> list[Inline]:
         result.append(f"Claims for which this run has no points: {', '.join(unanswered)}.")
     if run.endpoint:
         result.append(f"Measured on the endpoint {run.endpoint}, which this lab did not configure.")
+        if run.replicas:
+            result.append(f"The engine's counts are the sums of: {', '.join(run.replicas)}.")
     return result
 
 

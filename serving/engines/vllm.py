@@ -33,6 +33,8 @@ from serving.machine import Machine
 from serving.models import CACHE, ROOT, Model, Shape, files_sha256
 from serving.ports import LOOPBACK
 
+PLUGINS = ROOT / "serving" / "plugins"
+"""Described as an installed package is: an entry point there is called by each process of vLLM."""
 GUARD = "serving.guard.Guard"  # known to --middleware of vLLM 0.26 and 0.32
 PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 QUEUE_LIMITS = ("max-num-queued-reqs", "max-num-queued-tokens")
@@ -220,9 +222,9 @@ class Vllm(Engine):
         env = {
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",  # connections opened before the load stay open
-            # where it finds its middleware
+            # where it finds its middleware and its plugin
             "PYTHONPATH": os.pathsep.join(
-                [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+                [str(ROOT), str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])]
             ),
         }
         if model.path.exists():
@@ -358,26 +360,31 @@ class Vllm(Engine):
 
     @classmethod
     def require_memory(cls, variant: str, flags: Flags, machine: Machine, shape: Shape) -> None:
-        """Check that a GPU has room for activations beside the weights and the KV cache.
+        """Check that weights and KV cache fit: a GPU beside activations, the host beside processes.
 
-        Raises EngineError.
+        Each copy of the model has both of its own: on a CPU in the memory that all share, elsewhere
+        on GPUs of its own. Raises EngineError.
         """
-        if machine.kind == "cpu":
-            return
+        vllm_flags = VllmFlags(flags)
         kv_bytes = int(str(flags.get("kv-cache-memory-bytes", 0)))
-        weight_bytes = shape.held_bytes / VllmFlags(flags).weight_parts
-        if weight_bytes + kv_bytes + ACTIVATION_BYTES > machine.memory_bytes:
+        copies, weight_bytes = 1, shape.held_bytes / vllm_flags.weight_parts
+        beside, what, where, more = ACTIVATION_BYTES, "activations", "GPU", "more GPUs with TP=, "
+        if machine.kind == "cpu":
+            copies, beside, what, where = vllm_flags.copies, PROCESS_BYTES, "processes", "machine"
+            more = "fewer copies with DP=, " if copies > 1 else ""
+        if copies * (weight_bytes + kv_bytes + beside) > machine.memory_bytes:
+            each = f"{copies} copies of the model, each with " if copies > 1 else ""
             raise EngineError(
-                f"{variant}: {weight_bytes / 1e9:.1f} GB of weights, {kv_bytes / 1e9:.1f} GB of KV"
-                f" cache and about {ACTIVATION_BYTES / 1e9:.0f} GB for activations do not fit the"
-                f" GPU's {machine.memory_bytes / 1e9:.1f} GB: give a smaller model with MODEL=,"
-                " more GPUs with TP=, or less with SET=flags.kv-cache-memory-bytes="
+                f"{variant}: {each}{weight_bytes / 1e9:.1f} GB of weights, {kv_bytes / 1e9:.1f} GB"
+                f" of KV cache and about {beside / 1e9:.0f} GB for {what} do not fit the {where}'s"
+                f" {machine.memory_bytes / 1e9:.1f} GB: give a smaller model with MODEL=, {more}"
+                "or less with SET=flags.kv-cache-memory-bytes="
             )
 
     @classmethod
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
         kv_bytes = int(str(flags.get("kv-cache-memory-bytes", CPU_KV_BYTES)))
-        return kv_bytes + PROCESS_BYTES + shape.held_bytes
+        return VllmFlags(flags).copies * (kv_bytes + PROCESS_BYTES + shape.held_bytes)
 
     # while it runs
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shlex
 import signal
+import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -259,6 +264,36 @@ def fake_engine(log: Path, *flags: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.communicate()
+
+
+@contextmanager
+def router(replicas: Sequence[str]) -> Iterator[str]:
+    """Pass connections on to these servers by turns; its address."""
+    turns = itertools.cycle(urlsplit(each).port or 80 for each in replicas)
+
+    def copy(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection(("127.0.0.1", next(turns))) as server:
+                server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                there = threading.Thread(target=copy, args=(self.request, server))
+                there.start()
+                copy(server, self.request)
+                there.join()
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    with Server(("127.0.0.1", 0), Handler) as front:
+        threading.Thread(target=front.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{front.server_address[1]}"
+        front.shutdown()
 
 
 def the_program(name: str, family: list[psutil.Process]) -> psutil.Process:

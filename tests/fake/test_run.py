@@ -9,6 +9,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -35,6 +36,7 @@ from tests.fake.conftest import (
     fake_engine,
     needs_prometheus,
     reading,
+    router,
     the_program,
 )
 from tests.real import RUNS, all_count
@@ -454,12 +456,16 @@ def test_only_points_of_undecided_claims_are_repeated_and_no_more_than_asked(
 
 @dataclass(frozen=True)
 class Driven:
-    """A run against a server that is already there; Prometheus is killed in the middle of it."""
+    """A run against two servers that are already there, behind a router that shows no metrics.
+
+    Prometheus is killed in the middle of it.
+    """
 
     reader: Reader
     command: Command
     url: str
-    requests: int  # that the server has answered
+    replicas: list[str]
+    requests: list[int]  # that each server has answered
 
 
 @pytest.fixture(scope="module")
@@ -473,13 +479,20 @@ def driven(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driven]:
     home = tmp_path_factory.mktemp("driven")
     law = ("--step-s", ".01", "--no-enable-prefix-caching", "--served-model-name", "theirs")
     with reading(home / "reader") as reader:
-        with fake_engine(home / "log.jsonl", *law) as url:
-            command = reader.types("run", BATCHING, ENDPOINT=f"{url}/v1", QUICK="1", SET=settings)
+        logs = [home / "a.jsonl", home / "b.jsonl"]
+        with ExitStack() as servers:
+            replicas = [servers.enter_context(fake_engine(log, *law)) for log in logs]
+            url = servers.enter_context(router(replicas))
+            command = reader.types(
+                "run", BATCHING, ENDPOINT=f"{url}/v1", ENDPOINT_METRICS=",".join(replicas),
+                QUICK="1", SET=settings,
+            )  # fmt: skip
             command.until(r"repeat 1 of .* tok/s \(")
             if PROMETHEUS:
                 the_program("prometheus", command.family()).kill()
             command.wait()
-        yield Driven(reader, command, url, len((home / "log.jsonl").read_text().splitlines()))
+        answered = [len(log.read_text().splitlines()) for log in logs]
+        yield Driven(reader, command, url, replicas, answered)
 
 
 def test_an_endpoint_is_driven_and_not_taken_for_the_labs_own(driven: Driven) -> None:
@@ -494,7 +507,10 @@ def test_an_endpoint_is_driven_and_not_taken_for_the_labs_own(driven: Driven) ->
     caveats = {c.name for c in folder.summary().caveats}
     assert "endpoint's hardware unknown" in caveats
     assert "treatment not applied" not in caveats  # it echoes the lab's own setting, by luck
-    assert 1 + len(_records(folder)) == driven.requests  # the first one asked whether it streams
+    assert all(each in report for each in driven.replicas)
+    assert min(driven.requests) > 1
+    # the first one asked whether it streams
+    assert 1 + len(_records(folder)) == sum(driven.requests)
     session = folder.session()
     assert session
     assert all(a.engine == a.records for a in session.agreement)

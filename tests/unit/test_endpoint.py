@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from labs import LABS
+from labs.commands.terminal import ConsoleProgress
+from labs.lab import LabError
+from labs.running.resolve import RunRequest, resolve
+from serving import metrics
 from serving.engines import endpoint
 from serving.engines.base import EngineError, metrics_text
 from serving.engines.endpoint import Endpoint
@@ -75,3 +81,124 @@ def test_endless_metrics_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.engines.base.METRICS_TIMEOUT_S", 0.3)
     with hostile.serving({"/metrics": hostile.drips}) as url:
         assert metrics_text(url) is None
+
+
+# ------------------------------------------------------------------------- replicas behind a router
+
+
+def replica(
+    requests: int = 1, *, model: str = "abacus-1", version: str = "1", block: int = 16,
+    bound: str = "0.1", usage: float = 0.5,
+) -> dict[str, Callable[[Send], object]]:  # fmt: skip
+    """An engine that has answered so many requests, with one more that runs."""
+    shown = f"""\
+# TYPE vllm:request_success counter
+vllm:request_success_total{{engine="0"}} {requests}
+# TYPE vllm:generation_tokens counter
+vllm:generation_tokens_total {10 * requests}
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running 1
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{{engine="0"}} {usage}
+vllm:kv_cache_usage_perc{{engine="1"}} 0.25
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{{block_size="{block}"}} 1
+# TYPE vllm:time_to_first_token_seconds histogram
+vllm:time_to_first_token_seconds_bucket{{le="{bound}"}} {requests}
+vllm:time_to_first_token_seconds_bucket{{le="+Inf"}} {requests}
+vllm:time_to_first_token_seconds_sum {0.05 * requests}
+vllm:time_to_first_token_seconds_count {requests}
+"""
+    return {
+        "/v1/models": says(whole(f'{{"data": [{{"id": "other"}}, {{"id": "{model}"}}]}}')),
+        "/metrics": says(whole(shown, kind="text/plain")),
+        "/version": says(whole(f'{{"version": "{version}"}}')),
+        "/reset_prefix_cache": says(whole("")),
+    }
+
+
+@contextmanager
+def routed(*replicas: dict[str, Callable[[Send], object]]) -> Iterator[tuple[str, list[str]]]:
+    """A router that shows no metrics of its own, and the replicas behind it."""
+    with ExitStack() as servers:
+        router = servers.enter_context(hostile.serving({"/v1/models": MODELS}))
+        yield router, [servers.enter_context(hostile.serving(each)) for each in replicas]
+
+
+def test_what_replicas_count_is_added_up() -> None:
+    with routed(replica(3), replica(4, usage=0.75)) as (router, addresses):
+        first, second = addresses
+        server = Endpoint(router, [f"{first}/metrics", f"{second}/v1/"])
+        assert server.replicas == addresses
+        reading = server.snapshot()
+    assert reading
+    assert reading.values[metrics.REQUESTS] == 7
+    assert reading.values[metrics.GENERATION_TOKENS] == 70
+    assert reading.values[metrics.RUNNING] == 2
+    assert reading.values[metrics.KV_USAGE] == 0.75
+    assert reading.histograms[metrics.TTFT].counts == (7, 7)
+    assert reading.histograms[metrics.TTFT].mean() == pytest.approx(0.05)
+
+
+def test_of_replicas_one_of_which_is_gone_nothing_is_counted() -> None:
+    with routed(replica()) as (router, [first]):
+        with hostile.serving(replica()) as second:
+            server = Endpoint(router, [first, second])
+            assert server.snapshot()
+        assert server.snapshot() is None
+
+
+def test_prefixes_are_forgotten_by_each_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    with routed(replica(), replica()) as (router, addresses):
+        server = Endpoint(router, addresses)
+        monkeypatch.setattr(endpoint, "ask", lambda _, url, **rest: asked.append(url))
+        server.reset_prefix_cache()
+    assert asked == [f"{each}/reset_prefix_cache" for each in addresses]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (
+            replica(model="counting"),
+            "serves other, counting, and ENDPOINT=<router> serves",
+        ),
+        (
+            replica(version="2"),
+            "<first> has version 1, and <second> has 2: what replicas",
+        ),
+        (replica(block=32), "<first> has block_size 16, and <second> has 32"),
+        (replica(bound="0.2"), "has histograms' buckets "),
+        (
+            {"/v1/models": MODELS},
+            "ENDPOINT_METRICS=<second> does not show the metrics of",
+        ),
+        ({}, "ENDPOINT_METRICS=<second> does not answer /v1/models"),
+        (None, "ENDPOINT_METRICS names an address twice"),
+    ],
+    ids=["model", "version", "block", "buckets", "no metrics", "unreachable", "twice"],
+)
+def test_replicas_that_do_not_agree_are_told(
+    other: dict[str, Callable[[Send], object]] | None, words: str
+) -> None:
+    with routed(replica(), other or {}) as (router, [first, second]):
+        named = [first, second if other is not None else f"{first}/"]
+        with pytest.raises(EngineError) as told:
+            Endpoint(router, named)
+    sentence = str(told.value)
+    for address, name in ((router, "<router>"), (first, "<first>"), (second, "<second>")):
+        sentence = sentence.replace(address, name)
+    assert words in sentence
+
+
+def test_a_key_in_the_address_of_a_replica_is_not_repeated() -> None:
+    with routed() as (router, _), pytest.raises(EngineError, match="ENDPOINT_METRICS=") as told:
+        Endpoint(router, ["http://me:secret@replica"])
+    assert "secret" not in str(told.value)
+
+
+def test_replicas_without_an_endpoint_are_told() -> None:
+    request = RunRequest(LABS["continuous-batching"], replicas=("http://a",))
+    with pytest.raises(LabError, match="ENDPOINT_METRICS names replicas behind an ENDPOINT"):
+        resolve(request, ConsoleProgress())

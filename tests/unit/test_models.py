@@ -20,6 +20,7 @@ from serving import dummy, models
 from serving import machine as machines
 from serving.engines import vllm
 from serving.engines.base import EngineError
+from serving.engines.vllm import Vllm
 from serving.gpus import CLASSES, MemoryClass, class_of
 from serving.machine import Machine
 from serving.models import SIBLINGS, Model, ModelError, shape_of
@@ -245,6 +246,21 @@ def test_too_little_memory_is_said_before_anything_starts() -> None:
     parts = {"flags.tensor-parallel-size": 2}
     scale = models.scale_of(machine)
     require_memory(LABS["kv-quantization"].at(scale, False, parts), machine, large)
+
+
+def test_each_copy_of_a_model_holds_weights_and_a_kv_cache() -> None:
+    """On a CPU all copies share the host's memory; on GPUs each has a GPU of its own."""
+    _, _, model = of_the_class("kv-quantization", CLASSES[0], random=False)
+    flags = {"kv-cache-memory-bytes": 4 * 10**9}
+    copies = {**flags, "data-parallel-size": 2}
+    alone = Vllm.host_memory_bytes(flags, model.shape)
+    assert Vllm.host_memory_bytes(copies, model.shape) == 2 * alone
+    cpu = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2 * alone - 1)
+    Vllm.require_memory("large", flags, cpu, model.shape)
+    with pytest.raises(EngineError, match=r"2 copies of the model, each with .* with DP=, or less"):
+        Vllm.require_memory("large", copies, cpu, model.shape)
+    one = gpu(round(alone / 2**20))
+    Vllm.require_memory("large", copies, one, model.shape)
 
 
 def test_more_gpus_than_there_are_is_said_before_anything_starts(

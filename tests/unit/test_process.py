@@ -12,7 +12,10 @@ import psutil
 import pytest
 
 from serving import machine
+from serving.engines.vllm import Vllm
+from serving.models import Model
 from serving.process import Process
+from tests.unit.builders import SHAPE
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 15.0  # a bound, not a measurement: a busy machine may take seconds to start Python
@@ -200,6 +203,63 @@ time.sleep(600)
     parent.kill()
     parent.communicate()
     until(lambda: not folder.exists())
+
+
+# as vLLM: a server whose engine core, here in a session of its own, finds the plugin and calls it
+CORE = """
+import multiprocessing, os, sys, time
+from importlib.metadata import entry_points
+os.setsid()
+print(os.getpid(), flush=True)
+while LATE and os.getppid() == multiprocessing.parent_process().pid:
+    time.sleep(0.02)
+for plugin in entry_points(group="vllm.general_plugins", name="end_with_parent"):
+    plugin.load()()
+open("called", "w").close()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("runner_too", [True, False])
+@pytest.mark.parametrize("late", [True, False])
+def test_killed_guard_leaves_no_engine_core(
+    tmp_path: Path, family: list[int], runner_too: bool, late: bool
+) -> None:
+    """Also where the server is gone before its core calls the plugin."""
+    env = Vllm.environment("gpu", Model("abacus", tmp_path, SHAPE))
+    (tmp_path / "server.py").write_text(f"""
+import multiprocessing, time
+if __name__ == "__main__":
+    core = {CORE.replace("LATE", str(late))!r}
+    multiprocessing.get_context("spawn").Process(target=exec, args=(core,)).start()
+    time.sleep(600)
+""")
+    code = f"""
+import sys, time
+from pathlib import Path
+from serving.process import Process
+argv = [sys.executable, "server.py"]
+process = Process("engine", argv, log=Path("log"), talk=True, env={env!r})
+print(process.pid, process.stdout.readline(), flush=True)
+time.sleep(600)
+"""
+    runner = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    family.append(runner.pid)
+    assert runner.stdout
+    guard, core = map(int, runner.stdout.readline().split())
+    family += [guard, core]
+    until(lambda: late or (tmp_path / "called").exists())
+    assert all(running(pid) for pid in family)
+    if runner_too:
+        runner.kill()
+    os.kill(guard, signal.SIGKILL)
+    until(lambda: not running(core))
+    assert (tmp_path / "called").exists() is not late
+    runner.kill()
+    runner.communicate()
 
 
 def test_what_measures_the_ceilings_ends_with_the_runner(tmp_path: Path, family: list[int]) -> None:
