@@ -145,7 +145,8 @@ def forecast(
             p.key: _bands(
                 [row for key, row in figures[:plays_as_timed] if key == p.key],
                 [row for key, row in figures[plays_as_timed:] if key == p.key],
-                setup.lab.repeats,
+                # trials of a run share the speed that these plays differ in
+                1 if isinstance(p.load, Contended) else setup.lab.repeats,
             )
             for p in points
         },
@@ -740,7 +741,7 @@ def _bands(
     """Take each metric's mean over plays, how far another step shifts it, and what chance adds.
 
     `as_timed` holds the figures of each play, `shifted` those of the first at FASTER and SLOWER.
-    `repeats` trials will be measured; their mean differs by chance from that of the plays, by as
+    `repeats` independent trials will be measured; their mean differs by chance from that of the plays, by as
     much as these differ from one another: the band holds that with 80 %, and no end of it lies
     beyond all plays.
     """
