@@ -741,9 +741,9 @@ def _bands(
     """Take each metric's mean over plays, how far another step shifts it, and what chance adds.
 
     `as_timed` holds the figures of each play, `shifted` those of the first at FASTER and SLOWER.
-    `repeats` independent trials will be measured; their mean differs by chance from that of the plays, by as
-    much as these differ from one another: the band holds that with 80 %, and no end of it lies
-    beyond all plays.
+    `repeats` independent trials will be measured. Their mean differs by chance from that of the
+    plays, by as much as these differ from one another: the band holds that with 80 %, and no end of
+    it lies beyond all plays.
     """
     bands = {}
     for name in (name for name, metric in METRICS.items() if metric.forecast):
