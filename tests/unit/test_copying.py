@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from labs import LABS
-from labs.filing.results import Band, PointForecasts
+from labs.filing.results import Band, PointForecasts, Run
 from labs.running.forecast import (
     _bands,
     by_chance,
@@ -18,10 +20,11 @@ from labs.running.forecast import (
     ratio_of_forecasts,
     share_copied,
 )
+from labs.running.run import predict
 from serving import making
 from serving.forecasting.copying import Copying, CopyingPlan, Lookup, copied_in, copying, decoded
 from serving.lookup import looked_up
-from tests.unit.builders import make_point
+from tests.unit.builders import CEILINGS, SHAPE, make_point
 
 ONE_WORD = Lookup(guesses=3, least=1, most=1)
 
@@ -156,3 +159,16 @@ def test_a_forecast_ratio_is_one_of_geometric_means_as_the_measured_one_is() -> 
 
     assert ratio(forecasts(geometric_mean=1)) == 0.5
     assert ratio(forecasts()) == 1.0  # of a run before it was kept
+
+
+def test_evidence_follows_the_answers_that_were_read_and_no_assumed_chance() -> None:
+    lab = LABS["diagnosis"].at("cpu", quick=False)
+    points = lab.points(SHAPE, CEILINGS)
+    (guessing,) = (p.key for p in points if p.flags.speculative_config)
+    setup: Any = SimpleNamespace(lab=lab, points=points)
+    assert predict(setup, None).acceptance.keys() == {guessing}
+    copied = {guessing: Band(value=0.5, low=0.1, high=0.9)}
+    predictions = predict(setup, PointForecasts(points={}, copied=copied))
+    assert predictions.acceptance == {}
+    run = Run.model_construct(endpoint="http://127.0.0.1:1")
+    assert run.expected(predictions).least_copied == {guessing: 0.1}
