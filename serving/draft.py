@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from serving import making
+from serving.lookup import looked_up
 from serving.making import MakerError
 
 ANSWER_TOKENS = 64  # of the target's, to each prompt
@@ -124,20 +125,6 @@ def acceptance(
     return {group: sum(hits) / len(hits) for group, hits in sorted(right.items())}
 
 
-def looked_up(tokens: Sequence[int]) -> Sequence[int]:
-    """Guess what follows: what followed the longest n-gram that ends here, where it came first.
-
-    So does vLLM's n-gram proposer (Saxena 2023, prompt lookup decoding). Empty where the last
-    LOOKUP_LEAST tokens came nowhere before.
-    """
-    for size in range(min(LOOKUP_MOST, len(tokens) - 1), LOOKUP_LEAST - 1, -1):
-        last = tuple(tokens[-size:])
-        for start in range(len(tokens) - size):
-            if tuple(tokens[start : start + size]) == last:
-                return tokens[start + size : start + size + LOOKUP_GUESSES]
-    return ()
-
-
 class Lookup(TypedDict):
     """How copying from the context did on answers of one kind; both are shares from 0 to 1."""
 
@@ -156,7 +143,8 @@ def lookup(held_out: Sequence[Answer], first: int = ANSWER_TOKENS) -> dict[str, 
     for answer in held_out:
         tokens, written = answer.tokens[:first], 1
         while written < len(tokens):
-            guesses = looked_up([*answer.prompt, *tokens[:written]])
+            context = [*answer.prompt, *tokens[:written]]
+            guesses = looked_up(context, LOOKUP_GUESSES, LOOKUP_LEAST, LOOKUP_MOST)
             agreed = [g == t for g, t in zip(guesses, tokens[written:], strict=False)]
             accepted = agreed.index(False) if False in agreed else len(agreed)
             steps[answer.kind] += 1

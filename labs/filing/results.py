@@ -188,6 +188,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
 
     def expected(self, predictions: Predictions) -> Expected:
         """Say what its trials must show; what an old run did not record is not asked for."""
+        copied = predictions.in_virtual_time.copied if predictions.in_virtual_time else {}
         return Expected(
             evidence=() if self.endpoint else self.rebuilt_lab().evidence,
             endpoint=self.endpoint is not None,
@@ -196,6 +197,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
             template_tokens=self.template_tokens,
             served=self.served,
             acceptance=predictions.acceptance,
+            least_copied={key: band.low for key, band in copied.items()},
         )
 
     def points(self) -> list[Point]:
@@ -243,11 +245,21 @@ def fresh_knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Band(BaseModel, frozen=True, extra="forbid"):
-    """A forecast figure, and the bounds between which it is expected."""
+    """A forecast figure, and the bounds between which it is expected.
+
+    The value is a mean over plays. A measured ratio is one of geometric means over repeats, so a
+    forecast ratio takes `typical`; plays before it was introduced had no geometric mean.
+    """
 
     value: FiniteFloat
     low: FiniteFloat
     high: FiniteFloat
+    geometric_mean: FiniteFloat | None = None
+
+    @property
+    def typical(self) -> float:
+        """The geometric mean over plays, or the mean where there is none."""
+        return self.value if self.geometric_mean is None else self.geometric_mean
 
 
 class PointForecasts(BaseModel, frozen=True, extra="forbid"):
@@ -256,6 +268,7 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     points: dict[str, dict[str, Band]]  # point -> metric
     without: dict[str, str] = {}  # variant or point -> why it has no forecast
     trial_s: dict[str, float] = {}  # point -> from a trial's start to its last answer
+    copied: dict[str, Band] = {}  # point that copies -> share of its guesses accepted in a trial
     step_times: list[dict[str, Any]] = []  # the stand-in steps, as they were timed
     machine_spread: float = 1.0  # of this machine's speed, by earlier runs: both ends of all bands
 
@@ -274,7 +287,7 @@ class Predictions(BaseModel, frozen=True, extra="forbid"):
     closed_forms: dict[str, dict[str, Prediction]] = {}
     forecasts: dict[str, dict[str, Prediction]]
     in_virtual_time: PointForecasts | None = None
-    acceptance: dict[str, float] = {}  # point that guesses ahead -> share of tokens accepted
+    acceptance: dict[str, float] = {}  # point that guesses -> share accepted, if not `copied`
     arithmetic: dict[str, Prediction] = {}
 
 

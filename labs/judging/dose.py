@@ -202,3 +202,12 @@ def accepted_share(trial: Trial, predicted: float) -> Bounds | None:
     told = config.get("rejection_sample_method") == "synthetic"
     high = (1 + BAND) * share + chance if told else 1.0
     return Bounds(max(0.0, (1 - BAND) * share - chance), high)
+
+
+def copied_share(least: float) -> Bounds:
+    """Bound the share of copied tokens that must have been accepted.
+
+    `least` is the low end of the forecast's band, from the model's own answers: a few answers of a
+    kind may hold next to nothing to copy, or much that is wrong together. The least is 15 % below.
+    """
+    return Bounds((1 - BAND) * least, 1.0)

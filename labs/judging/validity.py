@@ -77,6 +77,7 @@ class Expected:
     template_tokens: int | None = None  # the most that the chat template puts before every text
     served: Mapping[str, Served] = field(default_factory=dict)  # by variant
     acceptance: Mapping[str, float] = field(default_factory=dict)  # by point: of a drafted token
+    least_copied: Mapping[str, float] = field(default_factory=dict)  # by point: share accepted
 
 
 def caveats_of(trial: Trial, expected: Expected) -> list[Caveat]:
@@ -580,6 +581,8 @@ def _not_guessed(trial: Trial, expected: Expected) -> Iterator[str]:
         )
     predicted = expected.acceptance.get(trial.point.key)
     bounds = None if predicted is None else dose.accepted_share(trial, predicted)
+    if (least := expected.least_copied.get(trial.point.key)) is not None:
+        bounds = dose.copied_share(least)
     if bounds and drafted and not bounds.hold(accepted / drafted):
         yield (
             f"{accepted / drafted:.0%} of the drafted tokens were accepted; predicted were"

@@ -11,14 +11,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
+import random
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean, stdev
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
+from scipy import stats
 
 from labs.filing.results import Band, PointForecasts, all_runs, unreadable
 from labs.judging.machine_speed import MachineSpeed, usual_spread
@@ -37,6 +41,7 @@ from serving.engines import ENGINES
 from serving.engines.base import FlagValue, with_places
 from serving.engines.vllm import ACTIVATION_BYTES, Vllm, VllmFlags
 from serving.forecasting import datasheet
+from serving.forecasting.copying import Copied, Copying, CopyingPlan, Lookup, decoded
 from serving.forecasting.datasheet import Efficiency
 from serving.forecasting.plan import (
     ForecastPlan,
@@ -67,6 +72,10 @@ stand-in step is the least of several times, and an engine cannot choose its mom
 DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; larger steps are extrapolated
 GPU_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
 TIMING_LIMIT_S = 300
+PLAYS_OF_CHANCE = 9  # at least, where long prompts meet streams that are all alike
+ANSWERS = 24  # of the model, at least, for each load of an engine that copies from the context
+UNSAID_LOOKUP = 5  # tokens of an n-gram, where neither its least nor its most is given
+DRAWS, MOST_DRAWN = 2000, 1000  # of trials, and requests in each
 FORECASTER_ARGV = (sys.executable, "-m", "serving.forecasting")
 
 
@@ -89,9 +98,11 @@ def forecast(
     spread = 1.0
     if not setup.datasheet:
         spread = usual_spread(earlier_speeds(setup.machine), setup.lab.repeats)
+    chance = random.Random(setup.lab.seed)
     by_key = {p.key: p for p in points}
 
     lasts_s: dict[str, list[float]] = {}
+    sent: dict[str, int] = {}  # fewest requests in a play
 
     def figures_of(plays: Iterable[ForecastPlay]) -> list[tuple[str, Figures]]:
         found = []
@@ -99,6 +110,7 @@ def forecast(
             trial = _trial(setup.lab, by_key[play.key], play)
             ends_s = (r.end_s or 0.0 for r in trial.records)
             lasts_s.setdefault(play.key, []).append(max(ends_s, default=0.0))
+            sent[play.key] = min(sent.get(play.key, MOST_DRAWN), len(trial.records))
             found.append((play.key, measure(trial)))
         return found
 
@@ -114,27 +126,37 @@ def forecast(
             # alone on the machine: beside another process that works, steps take a third longer
             progress.waiting("timing the stand-in step, for the forecast")
             steps = _steps_as_timed(setup, points, spread, forecaster)
+        copies = _read_answers(setup, points, requests, forecaster, progress)
         progress.waiting("playing every load on vLLM's scheduler in virtual time")
         capacities: Sequence[float | None] = (None,) * 3
         if setup.lab.finds_capacity and points[0] is setup.points[0]:
-            plan = _plan(setup, points[:1], requests, steps, capacities)
+            plan = _plan(setup, points[:1], requests, steps, copies, spread, capacities)
             first, *_, faster, slower = figures_of(ask(plan))
             capacities = [found["requests_per_s"] for _, found in (first, faster, slower)]
         if not all(capacities):
             points = [p for p in points if not isinstance(p.load, Offered | Ramp)]
         lasts_s.clear()
-        figures = figures_of(ask(_plan(setup, points, requests, steps, capacities)))
-    plays_as_timed = len(points) * setup.lab.repeats
+        plan = _plan(setup, points, requests, steps, copies, spread, capacities)
+        figures = figures_of(ask(plan))
+    plays = {p.key: len(e.trials) for p, e in zip(points, plan.engines, strict=False)}
+    plays_as_timed = sum(plays.values())
     return PointForecasts(
         points={
             p.key: _bands(
                 [row for key, row in figures[:plays_as_timed] if key == p.key],
                 [row for key, row in figures[plays_as_timed:] if key == p.key],
+                # trials of a run share the speed that these plays differ in
+                1 if isinstance(p.load, Contended) else setup.lab.repeats,
             )
             for p in points
         },
         without=without,
-        trial_s={key: fmean(seconds[: setup.lab.repeats]) for key, seconds in lasts_s.items()},
+        trial_s={key: fmean(seconds[: plays[key]]) for key, seconds in lasts_s.items()},
+        copied={
+            p.key: share
+            for p in points
+            if (known := copies.get(p.key)) and (share := share_copied(known, sent[p.key], chance))
+        },
         step_times=_described(steps.values()),
         machine_spread=spread,
     )
@@ -145,10 +167,10 @@ def ratio_of_forecasts(
 ) -> Prediction | None:
     """Predict a claim from the forecasts of its two points; None where either has none."""
     above, below = (forecasts.points.get(p.key, {}).get(metric) for p in (treatment, baseline))
-    if not above or not below or not below.value or not above.value:
+    if not above or not below or not below.typical or not above.typical:
         return None
     return Prediction(
-        value=above.value / below.value,
+        value=above.typical / below.typical,
         formula="forecast of the treatment / forecast of the baseline",
         assumptions=(
             "vLLM's own scheduler in virtual time, over a step timed on this machine beforehand",
@@ -351,6 +373,82 @@ def _described(steps: Iterable[tuple[EngineSteps, EngineSteps, EngineSteps]]) ->
     )
 
 
+# ------------------------------------------------------------------- what copying would guess
+
+Copies = Mapping[str, Sequence[Sequence[Copied]]]
+"""Point -> repeat -> what is copied in the answers to its first requests, where it is known."""
+
+
+def _read_answers(
+    setup: Setup,
+    points: Sequence[Point],
+    requests: Mapping[str, Sequence[Path]],
+    forecaster: Forecaster,
+    progress: ProgressDisplay,
+) -> Copies:
+    """Let the model answer what is sent to engines that copy from the context, and look up there.
+
+    Points whose lookups and requests agree share their answers. A point is left out where there is
+    no model that writes a text, and where it does not answer here: what the lab assumes then holds.
+    """
+    if setup.datasheet or setup.model.dummy:
+        return {}
+    plans: dict[str, CopyingPlan] = {}
+    for point in points:
+        if lookup := lookup_of(point.variant.flags):
+            files = tuple(requests[point.workload.name])
+            plans[point.key] = CopyingPlan(
+                model=_served(setup, point.variant),
+                requests=files,
+                answers=-(-ANSWERS // len(files)),
+                lookup=lookup,
+            )
+    found = {}
+    for plan in dict.fromkeys(plans.values()):
+        progress.waiting("letting the model answer, to see what can be copied")
+        found[plan] = forecaster.read_answers(plan).answers
+    return {key: found[plan] for key, plan in plans.items() if found[plan]}
+
+
+def lookup_of(flags: Mapping[str, FlagValue]) -> Lookup | None:
+    """Say how an engine with these flags looks n-grams up; None where it does not.
+
+    Source: `SpeculativeConfig` of vllm/config/speculative.py for what is left out.
+    """
+    config = VllmFlags(flags).speculative_config
+    if config.get("method") != "ngram":
+        return None
+    least, most = config.get("prompt_lookup_min"), config.get("prompt_lookup_max")
+    return Lookup(
+        guesses=int(config["num_speculative_tokens"]),
+        least=int(least or most or UNSAID_LOOKUP),
+        most=int(most or least or UNSAID_LOOKUP),
+    )
+
+
+def share_copied(
+    known: Sequence[Sequence[Copied]], requests: int, chance: random.Random
+) -> Band | None:
+    """Forecast the share of drafted tokens that is accepted in a trial of so many requests.
+
+    The guesses in one answer are right or wrong together, and answers to prompts that share a
+    prefix are too. So the band is not that of independent draws: it holds 98 % of trials whose
+    answers are drawn from the known ones of one repeat. None where these have nothing to copy.
+    """
+    repeats = [[decoded(copied) for copied in repeat] for repeat in known]
+
+    def share(drawn: Sequence[tuple[int, int]]) -> float | None:
+        drafted = sum(guesses for guesses, _ in drawn)
+        return sum(accepted for _, accepted in drawn) / drafted if drafted else None
+
+    value = share([answer for repeat in repeats for answer in repeat])
+    if value is None:
+        return None
+    draws = (share(chance.choices(chance.choice(repeats), k=requests)) for _ in range(DRAWS))
+    low, high = np.percentile([drawn for drawn in draws if drawn is not None] or [value], (1, 99))
+    return Band(value=value, low=min(value, float(low)), high=max(value, float(high)))
+
+
 # ------------------------------------------------------------------------------ virtual engines
 
 
@@ -383,6 +481,11 @@ class Forecaster:
             plan: StepTimes.model_validate_json(line)
             for plan, line in zip(kinds, lines, strict=True)
         }
+
+    def read_answers(self, plan: CopyingPlan) -> Copying:
+        """Have the model answer, and look up in what it wrote. Raises ForecastError."""
+        self._write(plan)
+        return Copying.model_validate_json(self._line("the model's answers could not be read"))
 
     def send(self, plan: ForecastPlan) -> None:
         """Have the trials of a plan played. Raises ForecastError where vLLM does not import."""
@@ -435,15 +538,19 @@ def _plan(
     points: Sequence[Point],
     requests: Mapping[str, Sequence[Path]],
     steps: Steps,
+    copies: Copies,
+    spread: float,
     capacities: Sequence[float | None],
 ) -> ForecastPlan:
     """Plan all repeats at the expected step, then the first at a faster and at a slower step.
 
+    `spread` is that of the machine's speed. Where long prompts come beside streams, no two plays
+    have the same speed: see `paces`.
     `capacities` are the requests/s at these three, of which loads may be multiples.
     """
     lab = setup.lab
 
-    def engine(point: Point, end: int, repeats: Sequence[int]) -> PlannedEngine:
+    def engine(point: Point, end: int, plays: Sequence[tuple[int, float]]) -> PlannedEngine:
         step_times, draft_times = steps[point.key][end]
         flags = with_places(point.variant.flags, setup.places)
         if setup.datasheet:
@@ -468,22 +575,43 @@ def _plan(
                     guessed=lab.guessed(point)
                     if lab.guessed and VllmFlags(point.variant.flags).speculative_config
                     else 1.0,
+                    copied=tuple(copies[point.key][repeat - 1]) if point.key in copies else (),
+                    pace=pace,
                     masking=lab.masking(point) if lab.masking else None,
                     primed=_primed(point),
                     traffic=_traffic(lab, point, repeat, capacities[end]),
                 )
-                for repeat in repeats
+                for repeat, pace in plays
             ),
         )
 
-    repeats = range(1, lab.repeats + 1)
+    def as_timed(point: Point) -> list[tuple[int, float]]:
+        if lab.repeats == 1 or not isinstance(point.load, Contended):
+            return [(repeat, 1.0) for repeat in range(1, lab.repeats + 1)]
+        speeds = paces(max(lab.repeats, PLAYS_OF_CHANCE), spread / FASTER)
+        return [(1 + i % lab.repeats, pace) for i, pace in enumerate(speeds)]
+
     return ForecastPlan(
         tokenizer=setup.model.path,
         engines=(
-            *(engine(p, 0, repeats) for p in points),
-            *(engine(p, end, [1]) for end in (1, 2) for p in points),
+            *(engine(p, 0, as_timed(p)) for p in points),
+            *(engine(p, end, [(1, 1.0)]) for end in (1, 2) for p in points),
         ),
     )
+
+
+def paces(plays: int, spread: float) -> list[float]:
+    """Spread the speeds of plays evenly between 1 / spread and spread; the first is as timed.
+
+    Streams whose requests are all alike send their next prompts together, and a long prompt comes
+    every so often. Which of the two is a moment earlier decides by seconds what the streams wait
+    for, and hangs on the speed, which is known less exactly than that. One play would be one throw
+    of this coin.
+    """
+    places = [(i + 1) // 2 * (-1) ** i for i in range(plays)]  # 0, -1, 1, -2, 2 ..
+    if plays % 2 == 0:
+        places[-1] = 0  # which has no counterpart
+    return [spread ** (2 * place / plays) for place in places]
 
 
 def defaults_on_a_gpu(
@@ -606,11 +734,16 @@ def _snapshot(forecast_play: ForecastPlay) -> Snapshot:
 
 
 def _bands(
-    as_timed: Sequence[Mapping[str, float | None]], shifted: Sequence[Mapping[str, float | None]]
+    as_timed: Sequence[Mapping[str, float | None]],
+    shifted: Sequence[Mapping[str, float | None]],
+    repeats: int,
 ) -> dict[str, Band]:
-    """Take each metric's mean over repeats, and how far a faster or slower step shifts it.
+    """Take each metric's mean over plays, how far another step shifts it, and what chance adds.
 
-    `as_timed` holds the figures of each repeat, `shifted` those of the first at FASTER and SLOWER.
+    `as_timed` holds the figures of each play, `shifted` those of the first at FASTER and SLOWER.
+    `repeats` independent trials will be measured. Their mean differs by chance from that of the
+    plays, by as much as these differ from one another: the band holds that with 80 %, and no end of
+    it lies beyond all plays.
     """
     bands = {}
     for name in (name for name, metric in METRICS.items() if metric.forecast):
@@ -618,10 +751,22 @@ def _bands(
         if not values:
             continue
         value, first = fmean(values), as_timed[0].get(name)
-        shifts = [
-            v - first for row in shifted if first is not None and (v := row.get(name)) is not None
-        ]
+        ends = [v for row in shifted if (v := row.get(name)) is not None]
+        shifts = [v - first for v in ends if first is not None]
+        chance = by_chance(values, repeats)
+        below, above = (math.hypot(f(0.0, *shifts, 0.0), chance) for f in (min, max))
         bands[name] = Band(
-            value=value, low=value + min(0.0, *shifts, 0.0), high=value + max(0.0, *shifts, 0.0)
+            value=value,
+            low=min(value, max(value - below, min(*values, *ends, value))),
+            high=max(value, min(value + above, max(*values, *ends, value))),
+            geometric_mean=geometric_mean(values) if min(values) > 0 else None,
         )
     return bands
+
+
+def by_chance(values: Sequence[float], repeats: int) -> float:
+    """Tell how far the mean of so many trials lies from that of these plays, with 80 %."""
+    if len(values) < 2:
+        return 0.0
+    error = stdev(values) * math.sqrt(1 / len(values) + 1 / repeats)
+    return error * float(stats.t.ppf(0.9, len(values) - 1))

@@ -308,7 +308,9 @@ def predict(setup: Setup, forecasts: PointForecasts | None) -> Predictions:
         acceptance={
             p.key: lab.acceptance(p)
             for p in points
-            if lab.acceptance and p.flags.speculative_config
+            if lab.acceptance
+            and p.flags.speculative_config
+            and not (forecasts and p.key in forecasts.copied)
         },
         arithmetic=lab.arithmetic(lab, points[0]) if lab.arithmetic else {},
         forecasts={

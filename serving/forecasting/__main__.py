@@ -1,8 +1,8 @@
 """Time steps, and play traffic on virtual engines: a plan a line on standard input, as JSON.
 
 Runs in the engine's environment. The first line of output says that vLLM is imported. Then each
-step of `TimingPlans` gives its `StepTimes`, and each trial of a `ForecastPlan` a `ForecastPlay`, a
-JSON line each, in the order of the plans.
+step of `TimingPlans` gives its `StepTimes`, a `CopyingPlan` its `Copying`, and each trial of a
+`ForecastPlan` a `ForecastPlay`, a JSON line each, in the order of the plans.
 """
 
 from __future__ import annotations
@@ -15,20 +15,28 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from pathlib import Path
+from itertools import cycle
 from typing import IO, TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
+from serving.forecasting.copying import Copied, CopyingPlan, copying
 from serving.forecasting.fleet import ROUTERS, Fleet
-from serving.forecasting.plan import ForecastPlan, ForecastPlay, SyntheticRequest, TimingPlans
+from serving.forecasting.plan import (
+    ForecastPlan,
+    ForecastPlay,
+    PlannedTrial,
+    SyntheticRequest,
+    TimingPlans,
+)
 from serving.forecasting.timing import step_times
 from serving.forecasting.traffic import Prompt, VirtualServer, play
 
 if TYPE_CHECKING:
     from serving.forecasting.virtual_engine import VirtualEngine
 
-PLANS: TypeAdapter[ForecastPlan | TimingPlans] = TypeAdapter(ForecastPlan | TimingPlans)
+Plan = ForecastPlan | TimingPlans | CopyingPlan
+PLANS: TypeAdapter[Plan] = TypeAdapter(Plan)
 
 
 def main() -> None:
@@ -43,6 +51,9 @@ def main() -> None:
         plan = PLANS.validate_json(line)
         if isinstance(plan, ForecastPlan):
             _play(plan, VirtualEngine, out)
+            continue
+        if isinstance(plan, CopyingPlan):
+            print(copying(plan).model_dump_json(), file=out, flush=True)
             continue
         for times in step_times(plan.timing):
             print(times.model_dump_json(), file=out, flush=True)
@@ -61,17 +72,18 @@ def _play(plan: ForecastPlan, make: Callable[..., VirtualEngine], out: IO[str]) 
                 replica.clock.acceptance = trial.acceptance
                 replica.clock.guessed = trial.guessed
                 replica.clock.masking = trial.masking
+                replica.clock.pace = trial.pace
             one = len(replicas) == 1
             server = replicas[0] if one else Fleet(replicas, ROUTERS[trial.router]())
-            _prime(server, list(_prompts(trial.requests, tokenize, None, 0.0))[: trial.primed])
+            _prime(server, list(_prompts(trial, tokenize, None, 0.0))[: trial.primed])
             for replica in replicas:
                 replica.read_counters()
             compile_s = trial.masking.compile_s if trial.masking else 0.0
             played = play(
                 server,
                 trial.traffic,
-                _prompts(trial.requests, tokenize, False, compile_s),
-                _prompts(trial.requests, tokenize, True, compile_s),
+                _prompts(trial, tokenize, False, compile_s),
+                _prompts(trial, tokenize, True, compile_s),
                 plan.delays,
                 trial.ends_only,
             )
@@ -102,13 +114,15 @@ def _sum_of(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 
 
 def _prompts(
-    requests: Path, tokenize: Any, intruders: bool | None, compile_s: float
+    trial: PlannedTrial, tokenize: Any, intruders: bool | None, compile_s: float
 ) -> Iterator[Prompt]:
     """Yield the prompts in the order they are sent, tokenized one by one as they are needed.
 
-    `intruders` selects the intruders or all other requests; None selects both.
+    `intruders` selects the intruders or all other requests; None selects both. What is copied in
+    the answers that are known stands for all others, in turn.
     """
-    with requests.open() as lines:
+    answers: Iterator[Copied] = cycle(trial.copied or ((),))
+    with trial.requests.open() as lines:
         for line in lines:
             planned = json.loads(line)
             if "body" not in planned:
@@ -120,6 +134,7 @@ def _prompts(
                         output_tokens=request.output_tokens,
                     )
             elif intruders in (None, bool(planned.get("intruder"))):
+                known = () if planned.get("intruder") else next(answers)
                 yield Prompt(
                     index=planned["index"],
                     token_ids=tokenize(planned["body"]),
@@ -128,6 +143,7 @@ def _prompts(
                     priority=json.loads(planned["body"]).get("priority", 0),
                     compile_s=compile_s,
                     choices=planned.get("choices", 1),
+                    copied=known,
                 )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from serving.forecasting.copying import Copied
 from serving.forecasting.step import Masking, StepTimes
 from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Delays, Play, Traffic
@@ -25,6 +26,8 @@ class PlannedTrial(BaseModel, frozen=True, extra="forbid"):
     requests: Path  # JSON lines: planned requests with a chat `body`, or a `SyntheticRequest` each
     acceptance: float = 0.0  # probability that a draft token is accepted, each by itself
     guessed: float = 1.0  # probability that a step has drafts at all, each request by itself
+    copied: tuple[Copied, ...] = ()  # in the answers to the first requests, in their place if any
+    pace: float = 1.0  # a step takes so many times as long in this trial
     masking: Masking | None = None  # where the answers have a structure
     primed: int = 0  # so many of the first requests are sent beforehand, one after another
     traffic: Traffic

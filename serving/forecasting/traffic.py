@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 
 from pydantic import BaseModel
 
+from serving.forecasting.copying import Copied
+
 
 class VirtualServer(Protocol):
     """The engine that traffic is played on: it has a clock, takes requests and runs steps."""
@@ -77,6 +79,7 @@ class Prompt(BaseModel, frozen=True, extra="forbid"):
     priority: int = 0
     compile_s: float = 0.0  # until the structure of its answer is compiled
     choices: int = 1  # answers that it asks for, each a request of its own to the engine
+    copied: Copied = ()  # what a lookup of n-grams finds in its answer, where that is known
 
 
 class Answer(BaseModel, extra="forbid"):

@@ -28,6 +28,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
+from serving.forecasting.copying import Copied
 from serving.forecasting.step import Masking, Piece, Step, StepTimes, mask_threads
 from serving.forecasting.traffic import Prompt
 
@@ -43,6 +44,8 @@ class Clock:
     preemptions: int = 0
     acceptance: float = 0.0  # probability that a draft token is accepted, each by itself
     guessed: float = 1.0  # probability that a step has drafts at all, each request by itself
+    copied: dict[str, Copied] = field(default_factory=dict)  # by request, in place of both chances
+    pace: float = 1.0  # a step takes so many times as long
     masking: Masking | None = None  # of every answer, where they have a structure
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
@@ -62,6 +65,7 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
         self.drafts: DraftTokenIds | None = None
         self.context_tokens: dict[str, int] = {}
         self.prompt_tokens: dict[str, int] = {}
+        self.written: Counter[str] = Counter()  # tokens of each answer
 
     def check_health(self) -> None:
         """Do nothing: there is no worker that could fail."""
@@ -136,6 +140,8 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
         for request_id in scheduled.finished_req_ids:
             self.context_tokens.pop(request_id, None)
             self.prompt_tokens.pop(request_id, None)
+            self.written.pop(request_id, None)
+            self.clock.copied.pop(request_id, None)
         for new in scheduled.scheduled_new_reqs:
             self.context_tokens[new.req_id] = new.num_computed_tokens
             self.prompt_tokens[new.req_id] = len(new.prompt_token_ids)
@@ -152,12 +158,13 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
             if before + tokens < self.prompt_tokens[request_id]:
                 sampled[request_id] = []  # the prompt continues in a later step
             else:
-                sampled[request_id] = [TOKEN] * (1 + self._accepted(guesses))
+                sampled[request_id] = [TOKEN] * (1 + self._accepted(request_id, guesses))
+                self.written[request_id] += len(sampled[request_id])
         self.clock.preemptions += len(scheduled.preempted_req_ids or ())
         rows = sum(1 for tokens in sampled.values() if tokens)
         step = Step(pieces, rows)
         forward_s = self.step_times.seconds(step) + self._drafting_s(step)
-        self.clock.now_s += max(forward_s, self._masking_s(rows))
+        self.clock.now_s += self.clock.pace * max(forward_s, self._masking_s(rows))
         if pieces:
             self.clock.steps.append((self.clock.now_s, step))
         self.drafts = self._draft(sampled)
@@ -175,12 +182,22 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
             return 0.0
         return sequences * masking.mask_s / mask_threads(sequences, masking.processors)
 
-    def _accepted(self, guesses: int) -> int:
-        """Draw how many guesses are accepted before the first that is rejected."""
+    def _accepted(self, request_id: str, guesses: int) -> int:
+        """Say how many guesses are accepted before the first that is rejected.
+
+        It is known of an answer that was read beforehand, and drawn by chance for any other.
+        """
+        if copied := self._copied(request_id):
+            return min(guesses, copied[1])
         accepted = 0
         while accepted < guesses and self.clock.rng.random() < self.clock.acceptance:
             accepted += 1
         return accepted
+
+    def _copied(self, request_id: str) -> tuple[int, int] | None:
+        """Return (guesses, accepted) after what is written of an answer; None where unknown."""
+        copied, written = self.clock.copied.get(request_id), self.written[request_id]
+        return copied[min(written, len(copied)) - 1] if copied and written else None
 
     def _drafting_s(self, step: Step) -> float:
         """Add up the draft model's seconds: one pass over the step's tokens, then one a guess."""
@@ -193,13 +210,15 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
     def _draft(self, sampled: dict[str, list[int]]) -> DraftTokenIds | None:
         if self.speculative_config is None:
             return None
-        guesses = [TOKEN] * self.speculative_config.num_speculative_tokens
         ids = [request_id for request_id, tokens in sampled.items() if tokens]
-        return DraftTokenIds(ids, [list(guesses) if self._guesses() else [] for _ in ids])
+        return DraftTokenIds(ids, [[TOKEN] * self._guesses(request_id) for request_id in ids])
 
-    def _guesses(self) -> bool:
-        """Draw whether there is anything to guess for one request's next step."""
-        return self.clock.guessed >= 1 or self.clock.rng.random() < self.clock.guessed
+    def _guesses(self, request_id: str) -> int:
+        """Say how many tokens are guessed for a request's next step; maybe by chance."""
+        if copied := self._copied(request_id):
+            return copied[0]
+        found = self.clock.guessed >= 1 or self.clock.rng.random() < self.clock.guessed
+        return int(self.speculative_config.num_speculative_tokens) if found else 0
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Return the guesses of the last step, as the engine core asks after it."""
@@ -271,6 +290,8 @@ class VirtualEngine:
             priority=prompt.priority,
             block_hasher=self.core.request_block_hasher,
         )
+        if prompt.copied:
+            self.clock.copied[request_id] = prompt.copied
         self.core.add_request(request)
         return True
 

@@ -6,14 +6,17 @@ With another vLLM these tests say whether its engine core can still be driven so
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from serving import machine, models
+from serving.forecasting.copying import Copied
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -25,6 +28,7 @@ from serving.forecasting.plan import (
 from serving.forecasting.step import Masking, StepTimes
 from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Delays, Traffic
+from serving.lookup import looked_up
 
 pytestmark = [
     pytest.mark.cpu,
@@ -43,6 +47,10 @@ IN_TURN = Traffic(kind="closed", users=1, warmup_s=0, window_s=20)
 BLOCK = 128
 STEPS_TIMED = 5
 MASKS = Masking(compile_s=0, mask_s=0.75, processors=2)
+COPIED: tuple[Copied, ...] = (
+    ((0, 0),) * 5,  # nothing is ever found
+    ((3, 2), (1, 1), (0, 0), (3, 1), (3, 3), (2, 0), (1, 0), (0, 0), (0, 0)),  # 1 + 3 + 2 + 1 + ..
+)
 WORDS = " ".join(["street"] * 300)
 
 
@@ -151,6 +159,8 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
         traffic: Traffic = ONCE,
         acceptance: float = 0,
         guessed: float = 1,
+        copied: tuple[Copied, ...] = (),
+        pace: float = 1,
         masking: Masking | None = None,
     ) -> PlannedEngine:
         trial = PlannedTrial(
@@ -160,6 +170,8 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
             traffic=traffic,
             acceptance=acceptance,
             guessed=guessed,
+            copied=copied,
+            pace=pace,
             masking=masking,
         )
         argv = ("--model", str(model), "--enforce-eager", "--max-model-len", "1024", *flags)
@@ -223,6 +235,10 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
                 acceptance=1,
                 guessed=0,
             ),
+            engine(
+                "copied", "short", *kv, "--speculative-config", ngram, acceptance=1, copied=COPIED
+            ),
+            engine("slower", "short", *kv, "--no-enable-prefix-caching", pace=1.5),
             *(fleet(router) for router in ("round-robin", "prefix-aware")),
         ),
     )
@@ -290,6 +306,32 @@ def test_drafts_that_are_all_accepted_come_together(plays: dict[str, ForecastPla
     nothing = plays["nothing to guess"]
     assert tokens_at(nothing, 1) == tokens_at(plays["plain"], 1)
     assert not nothing.counters.get("drafts")
+
+
+def test_answers_that_were_read_say_what_is_guessed_and_accepted(
+    plays: dict[str, ForecastPlay],
+) -> None:
+    play = plays["copied"]
+    assert [n for _, n in tokens_at(play, 0)] == [1] * 5
+    assert [n for _, n in tokens_at(play, 1)] == [1, 3, 2, 1, 1, 1]
+    counted = [play.counters[n] for n in ("drafts", "draft_tokens", "accepted_tokens")]
+    assert counted == [4, 3 + 3 + 2 + 1, 2 + 1]
+
+
+def test_a_trial_of_another_pace_takes_as_much_longer(plays: dict[str, ForecastPlay]) -> None:
+    assert tokens_at(plays["slower"], 0) == [(1.5 * i, 1) for i in range(1, 6)]
+
+
+def test_what_is_looked_up_is_what_the_engine_would_propose() -> None:
+    proposer = pytest.importorskip("vllm.v1.spec_decode.ngram_proposer")
+    rng = random.Random(0)
+    for least, most, guesses in ((1, 1, 16), (2, 4, 3), (3, 3, 2)):
+        for _ in range(200):
+            text = rng.choices(range(4), k=rng.randint(1, 30))
+            proposed = proposer._find_longest_matched_ngram_and_propose_tokens(
+                np.array(text, dtype=np.int32), least, most, 1000, guesses
+            )
+            assert list(looked_up(text, guesses, least, most)) == proposed.tolist(), text
 
 
 def test_with_one_slot_adapters_take_turns(plays: dict[str, ForecastPlay]) -> None:

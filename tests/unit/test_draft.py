@@ -11,7 +11,7 @@ import pytest
 from labs import LABS
 from labs.speculative_decoding import accepted, copies_accepted, guessed, tpot_ratio
 from serving import draft
-from serving.draft import Answer, looked_up, lookup, make
+from serving.draft import Answer, lookup, make
 from serving.engines.vllm import VllmFlags
 from serving.making import MakerError
 from tests.unit.builders import CEILINGS, SHAPE, write_tiny_llama
@@ -96,13 +96,6 @@ def test_a_failure_leaves_nothing(
         draft.main([str(tiny), str(tmp_path / "out"), str(prompts)])
     assert "nothing was kept" in str(stopped.value.code)
     assert {*tmp_path.iterdir()} == before
-
-
-def test_lookup_goes_on_where_the_longest_ngram_came_first() -> None:
-    text = [1, 2, 3, 9, 7, 2, 3, 8, 1, 2, 3]
-    assert list(looked_up(text)) == [9, 7, 2]  # 1 2 3, not the later 2 3
-    assert not looked_up([1, 2, 3, 4])
-    assert not looked_up([5])
 
 
 def test_a_copied_text_is_looked_up_and_another_is_not() -> None:

@@ -301,7 +301,13 @@ def test_a_turn_of_a_chat_finds_the_turn_before_it() -> None:
     assert prefixed(9 * 32, chat=chat, users=2) == []  # the turn before may be under way
 
 
-def guessed(drafts: float, drafted: float, accepted: float, method: str = "draft_model") -> str:
+def guessed(
+    drafts: float,
+    drafted: float,
+    accepted: float,
+    method: str = "draft_model",
+    least: float | None = None,
+) -> str:
     config = {"method": method, "num_speculative_tokens": 2}
     point = make_point("draft", flags={"speculative-config": config})
     found = [make_record([(t, 1), (t + 1, 20)], sent_s=t - 1) for t in np.linspace(11, 18, 20)]
@@ -313,6 +319,8 @@ def guessed(drafts: float, drafted: float, accepted: float, method: str = "draft
     }
     engine = replace(engine, values={**engine.values, **counts})
     expected = Expected(acceptance={point.key: 0.6})  # 48 % of two
+    if least is not None:
+        expected = Expected(least_copied={point.key: least})
     caveats = caveats_of(make_trial(found, engine=engine, point=point), expected)
     return " ".join(c.text for c in caveats if c.name == "treatment not applied")
 
@@ -326,6 +334,14 @@ def test_guesses_prove_themselves_by_their_number_and_how_many_came_true() -> No
     assert "do not add up" in guessed(20, 40, 20)  # in a few steps only
     assert guessed(40, 60, 40, "ngram") == ""  # which guesses now and then
     assert "were accepted" in guessed(40, 60, 1, "ngram")
+
+
+def test_what_is_copied_must_lie_within_the_band_of_the_answers_that_were_read() -> None:
+    """Few drafts that are all wrong prove nothing where the answers read hold such trials."""
+    assert guessed(8, 15, 1, "ngram", least=0.0) == ""
+    assert guessed(30, 60, 35, "ngram", least=0.6) == ""
+    assert guessed(30, 60, 30, "ngram", least=0.6) == "50% of the drafted tokens were accepted;" \
+        " predicted were 51% to 100%"  # fmt: skip
 
 
 WEIGHTS = Expected(served={"off": Served(files_sha256="a1", quantized=True)}, template_tokens=1)
