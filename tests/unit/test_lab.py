@@ -363,16 +363,25 @@ SCALES = [
 RESOLVED = pytest.mark.parametrize(
     "lab",
     [
-        lab.at(scale, bool(quick), dummy=bool(dummy))
-        for lab in LABS.values()
-        for scale, quick, dummy in SCALES
-    ],
-    ids=[
-        f"{name}-{scale}{'-quick' * quick}{'-dummy' * dummy}"
+        pytest.param(
+            (name, scale, bool(quick), bool(dummy)),
+            id=f"{name}-{scale}{'-quick' * quick}{'-dummy' * dummy}",
+        )
         for name in LABS
         for scale, quick, dummy in SCALES
     ],
+    indirect=True,
+    scope="module",
 )
+"""Each lab at each scale: all tests of one follow each other, and share it and its points."""
+
+
+@pytest.fixture(scope="module")
+def lab(request: pytest.FixtureRequest) -> Lab:
+    name, scale, quick, dummy = request.param
+    return LABS[name].at(scale, quick, dummy=dummy)
+
+
 # a shape and ceilings of a size that predictions make sense for
 REAL = replace(
     SHAPE, layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64,
@@ -393,9 +402,13 @@ def real_points(lab: Lab) -> list[Point]:
     )
 
 
+@pytest.fixture(scope="module")
+def points(lab: Lab) -> list[Point]:
+    return real_points(lab)
+
+
 @RESOLVED
-def test_every_claim_has_a_pair_and_a_prediction(lab: Lab) -> None:
-    points = real_points(lab)
+def test_every_claim_has_a_pair_and_a_prediction(lab: Lab, points: list[Point]) -> None:
     for claim in lab.claims:
         pairs = lab.pairs(claim, points)
         assert pairs, claim.name
@@ -420,26 +433,25 @@ def test_fp8_prefill_is_predicted_from_the_fp8_rate_that_was_measured() -> None:
 
 
 @RESOLVED
-def test_a_claim_changes_one_thing_or_says_why_not(lab: Lab) -> None:
-    points = real_points(lab)
+def test_a_claim_changes_one_thing_or_says_why_not(lab: Lab, points: list[Point]) -> None:
     for claim in lab.claims:
         several = [factors(*pair) for pair in lab.pairs(claim, points) if len(factors(*pair)) > 1]
         assert bool(several) == bool(claim.coupled), (claim.name, several)
 
 
 @RESOLVED
-def test_every_lab_runs_against_itself(lab: Lab) -> None:
+def test_every_lab_runs_against_itself(lab: Lab, points: list[Point]) -> None:
     twins = lab.against_itself()
     base, twin = twins.variants
     assert twins.flags_of(base) == twins.flags_of(twin)
     assert Lab.model_validate(dict(twins)) == twins
-    points = real_points(twins)
-    most = len(real_points(lab)) - (len(lab.variants) > 2)
-    assert len(points) <= most or len(lab.variants) < 2
+    of_twins = real_points(twins)
+    most = len(points) - (len(lab.variants) > 2)
+    assert len(of_twins) <= most or len(lab.variants) < 2
     for claim in twins.claims:
         assert claim.expect == "unchanged"
         assert claim.metric in {c.metric for c in lab.claims}
-        pairs = lab.pairs(claim, points)
+        pairs = lab.pairs(claim, of_twins)
         assert pairs
         for treatment, baseline in pairs:
             assert factors(treatment, baseline) == []
@@ -448,8 +460,9 @@ def test_every_lab_runs_against_itself(lab: Lab) -> None:
 
 
 @RESOLVED
-def test_every_point_has_a_name_of_its_own_and_requests_for_its_users(lab: Lab) -> None:
-    points = lab.points(SHAPE, CEILINGS)
+def test_every_point_has_a_name_of_its_own_and_requests_for_its_users(
+    lab: Lab, points: list[Point]
+) -> None:
     assert len({p.key for p in points}) == len(points)
     assert all(p.load.users <= lab.requests for p in points)
     assert len({c.name for c in lab.claims}) == len(lab.claims)
