@@ -272,6 +272,20 @@ def test_points_are_every_variant_under_every_load_with_all_flags() -> None:
     assert (points[0].prompt_tokens, points[0].output_tokens) == (6, 4)
 
 
+def test_lengths_are_drawn_once_for_every_variant_and_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    draw = Workload.lengths
+
+    def drawn(workload: Workload, n: int, seed: int) -> list[tuple[int, int]]:
+        seeds.append(seed)
+        return draw(workload, n, seed)
+
+    monkeypatch.setattr(Workload, "lengths", drawn)
+    points = make_lab().points(SHAPE, CEILINGS)
+    assert (len(points), seeds) == (4, [1, 2])  # a seed for each repeat
+    assert all(point.lengths is points[0].lengths for point in points)
+
+
 def test_a_workload_may_be_for_some_variants_only() -> None:
     lab = make_lab(workloads=(make_workload(), make_workload(name="long", only=("on",))))
     keys = [p.key for p in lab.points(SHAPE, CEILINGS)]

@@ -19,7 +19,7 @@ from labs import LABS
 from labs.filing import engine_series, results
 from labs.filing.results import RunFolder, write_gzip
 from labs.findings.parts import parts_of
-from labs.lab import parse_changes
+from labs.lab import Lab, parse_changes
 from labs.questions import QUESTIONS, TOPICS
 from labs.telling import chart_data, dials, glossary, replay, residuals
 from labs.telling.document import parse, plain_text
@@ -408,6 +408,22 @@ def test_every_card_has_a_curve_and_every_setting_is_one_that_set_takes(course: 
         assert curve["set"]
         changes = parse_changes(curve["set"].replace("{}", str(curve["x"][0])))
         item.lab.at("cpu", quick=False, changes=changes)  # raises LabError if it is no setting
+
+
+def test_a_setting_is_resolved_once_for_all_cards_of_a_class_and_all_claims_of_a_pair(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    at = Lab.at
+
+    def resolved(lab: Lab, scale: str, quick: bool, changes: Any = None) -> Lab:
+        sent = [(w.name, w.loads) for w in lab.workloads]
+        asked.append(f"{scale} {[v.name for v in lab.variants]} {sent} {changes}")
+        return at(lab, scale, quick, changes)
+
+    monkeypatch.setattr(Lab, "at", resolved)
+    assert dials.dials(LABS["continuous-batching"], [])["curves"]
+    assert len(asked) == len(set(asked)) > len(gpus.CLASSES)
 
 
 def test_a_runs_page_leads_to_its_lesson_and_to_the_glossary(
