@@ -250,7 +250,9 @@ def _curves(
             pairs = [(v, _pair(drawn, claim, turned(keys, paths, v), on)) for v in values]
             tried.append((" ".join(paths), base, pairs, " ".join(f"{path}={{}}" for path in paths)))
         for steps, share in _shares(on.about):
-            made = [(v, _made(pair, steps, v)) for v in sorted({*SHARES, share})]
+            made: list[tuple[float, Points | None]] = [
+                (v, _made(pair, steps, v)) for v in sorted({*SHARES, share})
+            ]
             tried.append((".".join(steps), share, made, ""))
         if users := _users(pair[0]):
             crowded = [(v, _crowded(pair, v)) for v in _values(USERS, users)]
