@@ -14,6 +14,7 @@ import re
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import compress
 from typing import Annotated, Any, Literal, Self
 
@@ -114,12 +115,12 @@ class Point:
         """The point's name in summaries and in folders: `variant/workload/load`."""
         return f"{self.variant.name}/{self.workload.name}/{self.load.name}"
 
-    @property
+    @cached_property
     def prompt_tokens(self) -> float:
         """The mean length of the prompts, in tokens."""
         return sum(p for p, _ in self.lengths) / len(self.lengths)
 
-    @property
+    @cached_property
     def output_tokens(self) -> float:
         """The mean length of the completions, in tokens."""
         return sum(o for _, o in self.lengths) / len(self.lengths)
@@ -664,16 +665,17 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         `weights` maps variants that serve other weights than the lab's model to their shapes;
         `about` maps derived models to what their makers recorded.
         """
+        seeds = [self.draw_seed(repeat) for repeat in range(1, self.repeats + 1)]
+        sent = [  # every variant under every load of a workload is sent the same
+            (workload, tuple(of for seed in seeds for of in workload.lengths(self.requests, seed)))
+            for workload in self.workloads
+        ]
         return [
             Point(
                 variant.model_copy(update={"flags": dict(self.flags_of(variant))}),
                 workload,
                 load,
-                tuple(
-                    length
-                    for repeat in range(1, self.repeats + 1)
-                    for length in workload.lengths(self.requests, self.draw_seed(repeat))
-                ),
+                lengths,
                 (weights or {}).get(variant.name, shape),
                 ceilings,
                 about or {},
@@ -681,7 +683,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
                 self.slo,
             )
             for variant in self.variants
-            for workload in self.workloads
+            for workload, lengths in sent
             if not workload.only or variant.name in workload.only
             for load in workload.loads
         ]

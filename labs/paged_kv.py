@@ -30,9 +30,10 @@ Turn: the block (`variants.large-blocks.flags.block-size`), the longest request
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from labs import theory
 from labs.lab import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
@@ -52,13 +53,18 @@ def held_tokens(point: Point, block: int) -> float:
     A request that has yielded w tokens holds its prompt and those w, in whole blocks. Long requests
     take more steps, and count for as many.
     """
-    requests = Counter(point.lengths)
-    steps = sum(output * times for (_, output), times in requests.items())
+    steps = sum(output for _, output in point.lengths)
     held = sum(
-        times * sum(block * -(-(prompt + w) // block) for w in range(output))
-        for (prompt, output), times in requests.items()
+        _blocks_up_to(prompt + output - 1, block) - _blocks_up_to(prompt - 1, block)
+        for prompt, output in point.lengths
     )
-    return held / steps
+    return block * held / steps
+
+
+def _blocks_up_to(tokens: int, block: int) -> int:
+    """Return the sum of the blocks that 1, 2, ... and `tokens` tokens take."""
+    full, rest = divmod(tokens, block)
+    return block * full * (full + 1) // 2 + rest * (full + 1)
 
 
 def admitted(point: Point) -> float:
@@ -176,6 +182,9 @@ def replay(
     return Replayed(requests / steps, written / steps, taken_in_all / steps, preempted, requests)
 
 
+_replayed_once = lru_cache(maxsize=256)(replay)  # whatever the ceilings: claims and cards share it
+
+
 def replayed(point: Point, watermark: float | None = None) -> Replayed | None:
     """Replay what a point is sent in the blocks that it has, by its own watermark or another.
 
@@ -183,7 +192,7 @@ def replayed(point: Point, watermark: float | None = None) -> Replayed | None:
     """
     block, room = point.flags.block_size, point.kv_room_tokens
     share = point.flags.watermark if watermark is None else watermark
-    return replay(
+    return _replayed_once(
         point.lengths[:MOST_REPLAYED],
         point.load.users,
         room - block,

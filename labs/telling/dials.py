@@ -115,9 +115,10 @@ def dials(lab: Lab, runs: Sequence[tuple[Run, Summary]], first: str = "") -> dic
     ]
     curves = [
         {"claim": c, "machine": m, **curve}
-        for m, machine in enumerate(hardware)
-        for c, curve in _curves(lab, claims, machine)
+        for alike in _resolved_alike(hardware)
+        for c, m, curve in _curves(lab, claims, alike)
     ]
+    curves.sort(key=lambda curve: int(curve["machine"]))
     knobs = list(dict.fromkeys(str(curve["knob"]) for curve in curves))
     shown = sorted({int(curve["machine"]) for curve in curves})
     if not curves:
@@ -151,8 +152,9 @@ def predicted(lab: Lab, name: str) -> list[tuple[str, float]]:
     (claim,) = (c for c in lab.claims if c.name == name)
     found = []
     for card in cards():
-        pair = _pair(_briefly(lab.at(card.scale, quick=False)), claim, card)
-        value = _predicted(claim, pair) if pair else None
+        drawn = _briefly(lab.at(card.scale, quick=False))
+        pair = _pair(drawn, claim, _points(drawn, card), card)
+        value = _predicted(claim, pair, card) if pair else None
         if value:
             found.append((card.name, value))
     return found
@@ -204,37 +206,74 @@ def _named(knob: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- predicting
 
 
+def _resolved_alike(hardware: Sequence[Hardware]) -> list[dict[int, Hardware]]:
+    """Put cards together, each under its number, where they differ in their ceilings alone."""
+    found: dict[Any, dict[int, Hardware]] = {}
+    for number, on in enumerate(hardware):
+        found.setdefault((on.scale, on.model) if on.card else number, {})[number] = on
+    return [*found.values()]
+
+
 def _curves(
-    lab: Lab, claims: Sequence[Asked], on: Hardware
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield each claim's prediction over each setting that changes it, by the claim's number."""
+    lab: Lab, claims: Sequence[Asked], alike: Mapping[int, Hardware]
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield each claim's prediction over each setting that changes it.
+
+    With the numbers of the claim and of the hardware. What a setting makes of the lab is found once
+    for all of the hardware, and for all claims about the same points.
+    """
+    on = next(iter(alike.values()))
     resolved = lab.at(on.scale, quick=False)
     drawn = _briefly(resolved) if on.card else resolved
+    at_base = {point.key: point for point in _points(drawn, on)}
+
+    @cache
+    def turned(keys: tuple[str, ...], paths: tuple[str, ...], value: float) -> list[Point]:
+        """The points with a setting changed; none where the lab refuses it."""
+        small = _restricted(drawn, [at_base[key] for key in keys])
+        try:
+            return _points(small.at(on.scale, False, dict.fromkeys(paths, value)), on)
+        except (LabError, *UNREADABLE):
+            return []
+
     for number, claim in enumerate(claims):
-        pair = _pair(drawn, claim, on)
-        if pair is None or _predicted(claim, pair) is None:
+        pair = _pair(drawn, claim, [*at_base.values()], on)
+        answered = [
+            m for m, of in alike.items() if pair and _predicted(claim, pair, of) is not None
+        ]
+        if not pair or not answered:
             continue
-        small = _restricted(drawn, pair)
+        keys = tuple(point.key for point in pair)
+        tried: list[tuple[str, float, list[tuple[float, Points | None]], str]] = []
         for paths, base in _settings(resolved, pair):
-            points = [(v, _turned(small, claim, on, paths, v)) for v in _values(paths[0], base)]
-            setting = " ".join(f"{path}={{}}" for path in paths)
-            yield from _curve(number, " ".join(paths), base, points, setting)
+            values = _values(paths[0], base)
+            pairs = [(v, _pair(drawn, claim, turned(keys, paths, v), on)) for v in values]
+            tried.append((" ".join(paths), base, pairs, " ".join(f"{path}={{}}" for path in paths)))
         for steps, share in _shares(on.about):
-            otherwise = [(v, _made(claim, pair, steps, v)) for v in sorted({*SHARES, share})]
-            yield from _curve(number, ".".join(steps), share, otherwise, "")
+            made: list[tuple[float, Points | None]] = [
+                (v, _made(pair, steps, v)) for v in sorted({*SHARES, share})
+            ]
+            tried.append((".".join(steps), share, made, ""))
         if users := _users(pair[0]):
-            crowded = [(v, _crowded(claim, pair, v)) for v in _values(USERS, users)]
-            yield from _curve(number, USERS, users, crowded, _loads(pair))
+            crowded = [(v, _crowded(pair, v)) for v in _values(USERS, users)]
+            tried.append((USERS, users, crowded, _loads(pair)))
+        for m in answered:
+            for knob, base, pairs, setting in tried:
+                told = [(v, _predicted(claim, of, alike[m]) if of else None) for v, of in pairs]
+                if curve := _curve(knob, base, told, setting):
+                    yield number, m, curve
 
 
 def _curve(
-    number: int, path: str, base: float, points: Sequence[tuple[float, float | None]], setting: str
-) -> Iterator[tuple[int, dict[str, Any]]]:
+    path: str, base: float, points: Sequence[tuple[float, float | None]], setting: str
+) -> dict[str, Any] | None:
+    """A curve over a setting; None where it is hardly answered, or changes nothing."""
     there = [(x, y) for x, y in points if y is not None]
     values = [y for _, y in there]
-    if len(there) > 2 and max(values) - min(values) > 1e-3 * abs(max(values, key=abs)):
-        shown = {"x": [x for x, _ in there], "y": [float(f"{y:.4g}") for y in values]}
-        yield number, {"knob": path, **shown, "base": base, "set": setting}
+    if len(there) < 3 or max(values) - min(values) <= 1e-3 * abs(max(values, key=abs)):
+        return None
+    shown = {"x": [x for x, _ in there], "y": [float(f"{y:.4g}") for y in values]}
+    return {"knob": path, **shown, "base": base, "set": setting}
 
 
 def _briefly(lab: Lab) -> Lab:
@@ -242,12 +281,15 @@ def _briefly(lab: Lab) -> Lab:
     return lab.model_copy(update={"requests": min(lab.requests, REQUESTS), "repeats": 1})
 
 
-def _pair(lab: Lab, claim: Asked, on: Hardware) -> Points | None:
-    """A claim's first pair of points, or a forecast's last point.
+def _points(lab: Lab, on: Hardware) -> list[Point]:
+    return lab.points(on.shape, on.ceilings, on.weights, on.about)
 
-    None where it serves weights whose shape is not known.
+
+def _pair(lab: Lab, claim: Asked, points: list[Point], on: Hardware) -> Points | None:
+    """A claim's first pair of these points, or a forecast's last point.
+
+    None where there is none, or it serves weights whose shape is not known.
     """
-    points = lab.points(on.shape, on.ceilings, on.weights, on.about)
     found: list[Points] = []
     if isinstance(claim, Claim):
         found += lab.pairs(claim, points)
@@ -259,7 +301,7 @@ def _pair(lab: Lab, claim: Asked, on: Hardware) -> Points | None:
     return None if unknown else found[0]
 
 
-def _restricted(lab: Lab, pair: Points) -> Lab:
+def _restricted(lab: Lab, pair: Sequence[Point]) -> Lab:
     """The lab with nothing but what the pair needs, so that it is resolved fast."""
     variants = {p.variant.name for p in pair}
     workloads = {p.workload.name for p in pair}
@@ -282,26 +324,14 @@ def _restricted(lab: Lab, pair: Points) -> Lab:
     )  # fmt: skip
 
 
-def _turned(
-    lab: Lab, claim: Asked, on: Hardware, paths: Sequence[str], value: float
-) -> float | None:
-    """What the claim predicts with a setting changed; None where the lab refuses it."""
-    try:
-        changed = lab.at(on.scale, quick=False, changes=dict.fromkeys(paths, value))
-        pair = _pair(changed, claim, on)
-        return _predicted(claim, pair) if pair else None
-    except (LabError, *UNREADABLE):
-        return None
-
-
-def _made(claim: Asked, pair: Points, path: Sequence[str], share: float) -> float | None:
-    """What the claim predicts had a derived model's maker recorded another share."""
+def _made(pair: Points, path: Sequence[str], share: float) -> Points:
+    """The points as they were had a derived model's maker recorded another share."""
     about = json.loads(json.dumps(pair[0].about))
     at = about
     for step in path[:-1]:
         at = at[step]
     at[path[-1]] = share
-    return _predicted(claim, tuple(replace(point, about=about) for point in pair))
+    return tuple(replace(point, about=about) for point in pair)
 
 
 def _shares(plain: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
@@ -313,14 +343,14 @@ def _shares(plain: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
         yield path, plain
 
 
-def _crowded(claim: Asked, pair: Points, users: float) -> float | None:
-    """What the claim predicts with other loads: of both points where they are alike."""
+def _crowded(pair: Points, users: float) -> Points | None:
+    """The points with other loads, both where they are alike; None beside an open loop."""
     sizes = [_users(point) for point in pair]
     turned = [
         replace(p, load=p.load.model_copy(update={_size(p): int(users)})) if n == sizes[0] else p
         for p, n in zip(pair, sizes, strict=True)
     ]
-    return _predicted(claim, tuple(turned)) if all(sizes) else None
+    return tuple(turned) if all(sizes) else None
 
 
 def _users(point: Point) -> int:
@@ -344,12 +374,13 @@ def _loads(pair: Points) -> str:
     return f"workloads.{of}.loads={loads}"
 
 
-def _predicted(claim: Asked, pair: Points) -> float | None:
+def _predicted(claim: Asked, pair: Points, on: Hardware) -> float | None:
+    """What a claim predicts of points with the hardware's ceilings; None where nothing is."""
     try:
         if not all(map(_fits, pair)):
             return None
-        value = claim.predict(*pair).value
-    except UNREADABLE:
+        value = claim.predict(*(replace(point, ceilings=on.ceilings) for point in pair)).value
+    except (LabError, *UNREADABLE):
         return None
     return value if math.isfinite(value) and value > 0 else None
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
+import typer.testing
 
 from labs.filing import results
 from serving.models import ROOT
@@ -25,6 +28,10 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_refuse)
+
+
+# `CliRunner` would build the whole tree of commands anew at every call
+setattr(typer.testing, "_get_command", functools.cache(typer.main.get_command))  # noqa: B010
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from plotly.offline import get_plotlyjs
 
+from labs import LABS
 from labs.filing import results
 from labs.filing.results import RunFolder, TrialResult, write_json
 from labs.judging.judge import Caveat
 from labs.telling import chart_data, html, pages, report, site, tables
-from labs.telling.document import Figure, parse, plain_text, without_empty_columns
+from labs.telling.document import Figure, plain_text, without_empty_columns
 from labs.telling.summary import summarise
 from loadtests import records
-from tests.unit import in_git
 from tests.unit.builders import make_record, make_summary, write_run
 
 HOSTILE = "</script><script>hacked()</script><img src=x onerror=hacked()>[a](javascript:hacked())"
@@ -289,8 +289,9 @@ def test_a_page_shows_the_runs_pictures_and_reads_no_markdown(folder: RunFolder)
 
 
 def test_a_site_has_every_run_that_can_be_read_and_links_that_lead_there(
-    folder: RunFolder, tmp_path: Path
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(site, "LABS", dict([*LABS.items()][:1]))  # test_site.py writes all lessons
     written(folder)
     run = folder.run()
     quick = RunFolder(folder.path.with_name("20260202T000000Z-quick"))
@@ -320,21 +321,3 @@ def test_a_site_has_every_run_that_can_be_read_and_links_that_lead_there(
         assert get_plotlyjs() not in text
     assert (index.parent / "plotly.min.js").read_text() == get_plotlyjs()
     assert "quick, repetition, not complete" in seen.read
-
-
-@pytest.mark.parametrize("name", in_git.runs())
-def test_pages_of_the_published_runs_are_whole_and_small(name: str, committed: Path) -> None:
-    run = RunFolder(committed / "results" / name)
-    text = pages.page(run, "../../", chart_data.SITE.shared(site.ROOM_FOR))
-    assert len(text.encode()) < site.MOST_OF_A_RUN
-    seen = Seen(text)
-    assert all(plain_text(parse(j.title)) in seen.read for j in run.summary().judgements)
-    ids = seen.attributes("id")
-    assert len(ids) == len(set(ids))
-    for trial in seen.data["trials"]:
-        if "failed" not in trial:
-            least = min(trial["sent"], chart_data.LEAST_REQUESTS)
-            assert least <= trial["shown"] <= trial["sent"]
-            lists = [column for column in trial["columns"] if isinstance(column, list)]
-            assert len(trial["columns"]) == len(seen.data["columns"])
-            assert all(len(column) == trial["shown"] for column in lists)

@@ -272,6 +272,20 @@ def test_points_are_every_variant_under_every_load_with_all_flags() -> None:
     assert (points[0].prompt_tokens, points[0].output_tokens) == (6, 4)
 
 
+def test_lengths_are_drawn_once_for_every_variant_and_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    draw = Workload.lengths
+
+    def drawn(workload: Workload, n: int, seed: int) -> list[tuple[int, int]]:
+        seeds.append(seed)
+        return draw(workload, n, seed)
+
+    monkeypatch.setattr(Workload, "lengths", drawn)
+    points = make_lab().points(SHAPE, CEILINGS)
+    assert (len(points), seeds) == (4, [1, 2])  # a seed for each repeat
+    assert all(point.lengths is points[0].lengths for point in points)
+
+
 def test_a_workload_may_be_for_some_variants_only() -> None:
     lab = make_lab(workloads=(make_workload(), make_workload(name="long", only=("on",))))
     keys = [p.key for p in lab.points(SHAPE, CEILINGS)]
@@ -363,16 +377,25 @@ SCALES = [
 RESOLVED = pytest.mark.parametrize(
     "lab",
     [
-        lab.at(scale, bool(quick), dummy=bool(dummy))
-        for lab in LABS.values()
-        for scale, quick, dummy in SCALES
-    ],
-    ids=[
-        f"{name}-{scale}{'-quick' * quick}{'-dummy' * dummy}"
+        pytest.param(
+            (name, scale, bool(quick), bool(dummy)),
+            id=f"{name}-{scale}{'-quick' * quick}{'-dummy' * dummy}",
+        )
         for name in LABS
         for scale, quick, dummy in SCALES
     ],
+    indirect=True,
+    scope="module",
 )
+"""Each lab at each scale: all tests of one follow each other, and share it and its points."""
+
+
+@pytest.fixture(scope="module")
+def lab(request: pytest.FixtureRequest) -> Lab:
+    name, scale, quick, dummy = request.param
+    return LABS[name].at(scale, quick, dummy=dummy)
+
+
 # a shape and ceilings of a size that predictions make sense for
 REAL = replace(
     SHAPE, layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64,
@@ -393,9 +416,13 @@ def real_points(lab: Lab) -> list[Point]:
     )
 
 
+@pytest.fixture(scope="module")
+def points(lab: Lab) -> list[Point]:
+    return real_points(lab)
+
+
 @RESOLVED
-def test_every_claim_has_a_pair_and_a_prediction(lab: Lab) -> None:
-    points = real_points(lab)
+def test_every_claim_has_a_pair_and_a_prediction(lab: Lab, points: list[Point]) -> None:
     for claim in lab.claims:
         pairs = lab.pairs(claim, points)
         assert pairs, claim.name
@@ -420,26 +447,25 @@ def test_fp8_prefill_is_predicted_from_the_fp8_rate_that_was_measured() -> None:
 
 
 @RESOLVED
-def test_a_claim_changes_one_thing_or_says_why_not(lab: Lab) -> None:
-    points = real_points(lab)
+def test_a_claim_changes_one_thing_or_says_why_not(lab: Lab, points: list[Point]) -> None:
     for claim in lab.claims:
         several = [factors(*pair) for pair in lab.pairs(claim, points) if len(factors(*pair)) > 1]
         assert bool(several) == bool(claim.coupled), (claim.name, several)
 
 
 @RESOLVED
-def test_every_lab_runs_against_itself(lab: Lab) -> None:
+def test_every_lab_runs_against_itself(lab: Lab, points: list[Point]) -> None:
     twins = lab.against_itself()
     base, twin = twins.variants
     assert twins.flags_of(base) == twins.flags_of(twin)
     assert Lab.model_validate(dict(twins)) == twins
-    points = real_points(twins)
-    most = len(real_points(lab)) - (len(lab.variants) > 2)
-    assert len(points) <= most or len(lab.variants) < 2
+    of_twins = real_points(twins)
+    most = len(points) - (len(lab.variants) > 2)
+    assert len(of_twins) <= most or len(lab.variants) < 2
     for claim in twins.claims:
         assert claim.expect == "unchanged"
         assert claim.metric in {c.metric for c in lab.claims}
-        pairs = lab.pairs(claim, points)
+        pairs = lab.pairs(claim, of_twins)
         assert pairs
         for treatment, baseline in pairs:
             assert factors(treatment, baseline) == []
@@ -448,8 +474,9 @@ def test_every_lab_runs_against_itself(lab: Lab) -> None:
 
 
 @RESOLVED
-def test_every_point_has_a_name_of_its_own_and_requests_for_its_users(lab: Lab) -> None:
-    points = lab.points(SHAPE, CEILINGS)
+def test_every_point_has_a_name_of_its_own_and_requests_for_its_users(
+    lab: Lab, points: list[Point]
+) -> None:
     assert len({p.key for p in points}) == len(points)
     assert all(p.load.users <= lab.requests for p in points)
     assert len({c.name for c in lab.claims}) == len(lab.claims)

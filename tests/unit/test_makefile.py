@@ -56,8 +56,9 @@ class Checkout:
         clean = {
             name: value
             for name, value in os.environ.items()
-            if name not in SETTINGS and not name.startswith("LABS_")
+            if name not in (*SETTINGS, "PYTHONPATH") and not name.startswith("LABS_")
         }
+        clean["PATH"] = f"{Path(sys.executable).parent}:{clean['PATH']}"  # its Python starts fast
         return subprocess.run(
             ["make", *words], cwd=self.home, env=clean | environment, capture_output=True, text=True
         )

@@ -24,6 +24,7 @@ from labs.judging.metrics import (
 )
 from labs.running import backfill
 from labs.telling import chart_data, tables
+from labs.telling.summary import summarise
 from loadtests.latencies import LATENCIES, TTFT, Latency
 from tests.unit.builders import PREDICTION, make_claim, make_record, write_run, write_slowed
 
@@ -39,7 +40,7 @@ def test_a_row_of_the_table_is_all_that_a_metric_takes(
 ) -> None:
     monkeypatch.setitem(METRICS, TOKENS.name, TOKENS)
     folder = write_run(tmp_path)
-    run, summary = folder.run(), folder.summary()
+    run, summary = folder.run(), summarise(folder)
     lab, points = run.rebuilt_lab(), run.points()
 
     first = next(p for p in points if p.variant.name == "on")

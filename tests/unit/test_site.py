@@ -7,7 +7,9 @@ import math
 import os
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from labs import LABS
 from labs.filing import engine_series, results
 from labs.filing.results import RunFolder, write_gzip
 from labs.findings.parts import parts_of
-from labs.lab import parse_changes
+from labs.lab import Lab, parse_changes
 from labs.questions import QUESTIONS, TOPICS
 from labs.telling import chart_data, dials, glossary, replay, residuals
 from labs.telling.document import parse, plain_text
@@ -25,6 +27,7 @@ from labs.telling.lesson import lesson
 from labs.telling.pages import PLOTLY, STYLE, page
 from labs.telling.site import (
     LIVE_PAGE,
+    MOST_OF_A_RUN,
     ROOM_FOR,
     Course,
     Entry,
@@ -56,6 +59,12 @@ def course(entries: list[Entry], committed: Path) -> Course:
         return Course(entries)
 
 
+@pytest.fixture(scope="module")
+def texts(course: Course) -> dict[str, str]:
+    """Every page of the course but those of runs, by its address."""
+    return course.pages() | {item.href: course.lesson_page(item) for item in course.lessons}
+
+
 def test_every_lab_has_a_lesson_in_the_order_of_the_course_without_any_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,7 +80,9 @@ def test_every_lab_has_a_lesson_in_the_order_of_the_course_without_any_run(
         assert f"make lab-{name}" in read
 
 
-def test_a_question_is_answered_by_the_run_that_answers_it(course: Course) -> None:
+def test_a_question_is_answered_by_the_run_that_answers_it(
+    course: Course, texts: dict[str, str]
+) -> None:
     asked = [asked for _, found in course.topics() for asked in found]
     assert [of.id for of in asked] == list(QUESTIONS)
     told = {of.id: of.answers for of in asked}
@@ -79,7 +90,7 @@ def test_a_question_is_answered_by_the_run_that_answers_it(course: Course) -> No
         (id, e.href) for e in course.newest for id in e.summary.answers if id in LABS[e.lab].answers
     }
     assert {(id, a.entry.href) for id, found in told.items() for a in found} == given
-    seen = Seen(course.pages()["questions.html"])
+    seen = Seen(texts["questions.html"])
     assert set(QUESTIONS) <= set(seen.attributes("id"))
     for of in asked:
         assert of.id.partition("-")[0] in TOPICS
@@ -99,13 +110,33 @@ def test_a_quick_or_changed_run_displaces_no_full_one(
 
 
 @pytest.fixture(scope="module")
-def texts(course: Course) -> dict[str, str]:
-    """Every page of the course but those of runs, by its address."""
-    return course.pages() | {item.href: course.lesson_page(item) for item in course.lessons}
+def page_of(committed: Path) -> Callable[[str], str]:
+    """The page of a published run by its name, in a site of many; rendered once."""
+    room = chart_data.SITE.shared(ROOM_FOR)
+    return cache(lambda name: page(RunFolder(committed / "results" / name), "../../", room))
+
+
+@pytest.mark.parametrize("name", in_git.runs())
+def test_pages_of_the_published_runs_are_whole_and_small(
+    name: str, committed: Path, page_of: Callable[[str], str]
+) -> None:
+    run, text = RunFolder(committed / "results" / name), page_of(name)
+    assert len(text.encode()) < MOST_OF_A_RUN
+    seen = Seen(text)
+    assert all(plain_text(parse(j.title)) in seen.read for j in run.summary().judgements)
+    ids = seen.attributes("id")
+    assert len(ids) == len(set(ids))
+    for trial in seen.data["trials"]:
+        if "failed" not in trial:
+            least = min(trial["sent"], chart_data.LEAST_REQUESTS)
+            assert least <= trial["shown"] <= trial["sent"]
+            lists = [column for column in trial["columns"] if isinstance(column, list)]
+            assert len(trial["columns"]) == len(seen.data["columns"])
+            assert all(len(column) == trial["shown"] for column in lists)
 
 
 def test_the_whole_stays_small_with_many_runs(
-    course: Course, texts: dict[str, str], committed: Path
+    course: Course, texts: dict[str, str], page_of: Callable[[str], str]
 ) -> None:
     """Beside the plotting library, with pages as long as those of the published runs on average.
 
@@ -113,9 +144,7 @@ def test_the_whole_stays_small_with_many_runs(
     """
     files = {name: text for name, text in shared_files().items() if name != PLOTLY}
     beside = sum(len(text.encode()) for text in (*texts.values(), *files.values(), course.roofs()))
-    folders = [RunFolder(committed / "results" / name) for name in in_git.runs()]
-    room = chart_data.SITE.shared(ROOM_FOR)
-    each = statistics.mean(len(page(folder, "../../", room).encode()) for folder in folders)
+    each = statistics.mean(len(page_of(name).encode()) for name in in_git.runs())
     assert beside + ROOM_FOR * each < 6_000_000
 
 
@@ -137,10 +166,12 @@ def test_links_within_the_course_lead_somewhere(course: Course, texts: dict[str,
                 assert place in pages[found].attributes("id"), (name, link)
 
 
-def test_the_page_of_forecasts_has_every_residual_and_the_run_it_came_from(course: Course) -> None:
+def test_the_page_of_forecasts_has_every_residual_and_the_run_it_came_from(
+    course: Course, texts: dict[str, str]
+) -> None:
     full = [e for e in course.entries if residuals.is_full(e.folder)]
     found = residuals.of_runs(e.folder for e in full)
-    seen = Seen(course.pages()["forecasts.html"])
+    seen = Seen(texts["forecasts.html"])
     assert len(seen.data["residuals"]) == len(found)
     marks = [a["d"] for tag, a in seen.tags if a.get("class") in ("near", "far") and "d" in a]
     assert sum(path.count("M") for path in marks) == len(found)
@@ -178,20 +209,20 @@ def test_a_measurement_that_is_not_valid_gives_way_to_one_that_is(course: Course
 
 
 def test_a_row_of_claims_is_told_once_and_a_machines_older_settings_are_named(
-    course: Course,
+    course: Course, texts: dict[str, str]
 ) -> None:
     for item in course.lessons:
         told = [(str(row.title), row.where) for row in item.rows()]
         assert len(told) == len(set(told)), item.lab.name
         if item.entries:
-            seen = Seen(course.lesson_page(item))
+            seen = Seen(texts[item.href])
             assert seen.read.count("settings have changed since") >= any(
                 e.stale for e in item.entries
             )
 
 
-def test_every_word_of_the_glossary_is_on_its_page(course: Course) -> None:
-    seen = Seen(course.pages()["glossary.html"])
+def test_every_word_of_the_glossary_is_on_its_page(texts: dict[str, str]) -> None:
+    seen = Seen(texts["glossary.html"])
     for line in glossary.PAGE.read_text().splitlines():
         if line.startswith("| ") and not line.startswith(("| Word", "| ---")):
             word, meaning = (parse(cell) for cell in line.strip("| ").split(" | ")[:2])
@@ -309,12 +340,12 @@ def test_a_replay_shows_how_full_the_cache_was_where_the_trial_keeps_it(
 
 
 def test_a_lesson_says_so_where_its_record_is_older_than_readings_of_the_cache(
-    course: Course,
+    course: Course, texts: dict[str, str]
 ) -> None:
     told = "keeps no reading of how full the KV cache was"
     for item in course.lessons:
         if item.replayed:
-            seen = Seen(course.lesson_page(item))
+            seen = Seen(texts[item.href])
             assert (told in seen.read) == (item.cache == "older")
 
 
@@ -379,11 +410,29 @@ def test_every_card_has_a_curve_and_every_setting_is_one_that_set_takes(course: 
         item.lab.at("cpu", quick=False, changes=changes)  # raises LabError if it is no setting
 
 
-def test_a_runs_page_leads_to_its_lesson_and_to_the_glossary(course: Course) -> None:
+def test_a_setting_is_resolved_once_for_all_cards_of_a_class_and_all_claims_of_a_pair(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    at = Lab.at
+
+    def resolved(lab: Lab, scale: str, quick: bool, changes: Any = None) -> Lab:
+        sent = [(w.name, w.loads) for w in lab.workloads]
+        asked.append(f"{scale} {[v.name for v in lab.variants]} {sent} {changes}")
+        return at(lab, scale, quick, changes)
+
+    monkeypatch.setattr(Lab, "at", resolved)
+    assert dials.dials(LABS["continuous-batching"], [])["curves"]
+    assert len(asked) == len(set(asked)) > len(gpus.CLASSES)
+
+
+def test_a_runs_page_leads_to_its_lesson_and_to_the_glossary(
+    course: Course, texts: dict[str, str]
+) -> None:
     entry = course.newest[0]
     links = Seen(page(entry.folder, "../../", chart_data.SITE.shared(9))).attributes("href")
     assert {f"../../lessons/{entry.lab}.html", "../../glossary.html"} <= set(links)
-    there = {*course.pages(), *(item.href for item in course.lessons), STYLE}
+    there = {*texts, STYLE}
     for link in links:
         if link.startswith("../../"):
             assert link.removeprefix("../../").partition("#")[0] in there, link

@@ -26,7 +26,7 @@ from labs.filing.results import Run, RunFolder, lab_from_resolved, write_json
 from labs.lab import Lab, LabError, digest_of
 from labs.running import backfill, reproduce
 from labs.running.resolve import RunRequest, require_harmless, resolve
-from labs.telling import markdown
+from labs.telling import markdown, site
 from serving import models, unbundle
 from serving.engines.base import EngineError
 from serving.engines.harmless import refusal
@@ -363,7 +363,10 @@ def test_a_bad_run_is_named_and_the_others_are_shown(fault: str, folder: RunFold
     assert labs("leaderboard")[0] == 0
 
 
-def test_bad_runs_are_named_and_the_other_is_on_the_site(folder: RunFolder, tmp_path: Path) -> None:
+def test_bad_runs_are_named_and_the_other_is_on_the_site(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site, "LABS", {LAB.name: LAB})  # test_site.py writes every lesson
     bad = []
     for day, (spoil, _) in enumerate(IMPOSSIBLE.values(), 2):
         name = folder.path.name.replace("20260101", f"202601{day:02}")

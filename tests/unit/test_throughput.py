@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import pytest
 
@@ -343,64 +343,111 @@ from loadtests import locustfile
 from loadtests.plan import TrialPlan
 from loadtests.records import RequestRecord
 
-given = json.load(sys.stdin)
-clock = [0.0]
-locustfile.now = lambda: clock[0]
-load = locustfile.Load(TrialPlan.model_validate(given["plan"]))
-load.start()
-every_s = getattr(load.plan.arrival, "every_s", 0.0)
-streams = load.plan.arrival.users
-events = [(every_s if seat == streams else 0.0, seat, None) for seat in range(load.users)]
-records = []
-while events:
-    clock[0], seat, record = heapq.heappop(events)
-    if record:
-        turn = locustfile.Turn(load.requests[0], None, record.in_window)
-        load.end(locustfile.Ended(turn, [], 0, clock[0], None, False))
-        load.keep([record])
-    if seat >= 0 and (turn := load.next_turn(seat)):
-        index = turn.request.index
-        end_s = clock[0] + given["lasts_s"][index]
-        record = RequestRecord(index, 1, None, clock[0], [(end_s, 1)], end_s, 1, 1, turn.counts)
-        records.append([index, clock[0], turn.counts])
-        next_s = max(end_s, load._next_intrusion_s + every_s) if seat == streams else end_s
-        if next_s > end_s:  # the intruder's answer is kept before its next turn
-            heapq.heappush(events, (end_s, -1, record))
-            record = None
-        heapq.heappush(events, (next_s, seat, record))
-window_s = (load.window_start_s, load.window_end_s)
-json.dump([records, window_s, load.answered_under_load], sys.stdout)
+
+def drive(given):
+    clock = [0.0]
+    locustfile.now = lambda: clock[0]
+    load = locustfile.Load(TrialPlan.model_validate(given["plan"]))
+    load.start()
+    every_s = getattr(load.plan.arrival, "every_s", 0.0)
+    streams = load.plan.arrival.users
+    events = [(every_s if seat == streams else 0.0, seat, None) for seat in range(load.users)]
+    records = []
+    while events:
+        clock[0], seat, record = heapq.heappop(events)
+        if record:
+            turn = locustfile.Turn(load.requests[0], None, record.in_window)
+            load.end(locustfile.Ended(turn, [], 0, clock[0], None, False))
+            load.keep([record])
+        if seat >= 0 and (turn := load.next_turn(seat)):
+            index = turn.request.index
+            end_s = clock[0] + given["lasts_s"][index]
+            record = RequestRecord(index, 1, None, clock[0], [(end_s, 1)], end_s, 1, 1, turn.counts)
+            records.append([index, clock[0], turn.counts])
+            next_s = max(end_s, load._next_intrusion_s + every_s) if seat == streams else end_s
+            if next_s > end_s:  # the intruder's answer is kept before its next turn
+                heapq.heappush(events, (end_s, -1, record))
+                record = None
+            heapq.heappush(events, (next_s, seat, record))
+    window_s = (load.window_start_s, load.window_end_s)
+    return records, window_s, load.answered_under_load
+
+
+json.dump({name: drive(given) for name, given in json.load(sys.stdin).items()}, sys.stdout)
 """
 
 
-def sent_by_the_load_generator(
-    traffic: Traffic, lasts_s: Sequence[float], home: Path
-) -> tuple[list[list[float]], list[float], bool]:
-    """Play a load by the load generator's own rules; in a process of its own.
+Sent = tuple[list[list[float]], list[float], bool]
+"""[index, sent, counts] of each request, the window, and whether all that counts was answered."""
 
-    Locust patches the process that imports it. Returns [index, sent, counts] of each request, the
-    window, and whether every request that counts was answered under load.
+
+class Case(NamedTuple):
+    """A load, and what its engine makes of it."""
+
+    users: int
+    every_s: float | None
+    window_s: float
+    speed: float
+    requests: int
+    answered_under_load: bool
+
+    @property
+    def lasts_s(self) -> list[float]:
+        rng = random.Random(2)
+        return [rng.uniform(0.2, 2.0) / self.speed for _ in range(self.requests)]
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(
+            kind="closed", users=self.users, warmup_s=2, window_s=self.window_s,
+            intruder_every_s=self.every_s, least_counted=LEAST_COUNTED,
+            least_intruders=LEAST_COUNTED, most_held_open_s=plan.most_held_open_s(self.window_s),
+        )  # fmt: skip
+
+    def for_the_load_generator(self, home: Path) -> dict[str, Any]:
+        requests = [
+            Request(i, [], 1, 1, intruder=bool(self.every_s) and intrudes(i))
+            for i in range(self.requests)
+        ]
+        arrival: Arrival = (
+            Contended(users=self.users, every_s=self.every_s)
+            if self.every_s
+            else Concurrent(users=self.users)
+        )
+        plan.write_requests(home / "requests.jsonl", requests, "none")
+        trial = plan.TrialPlan(
+            url="", arrival=arrival, requests=home / "requests.jsonl", records=home / "records",
+            warmup_s=self.traffic.warmup_s, window_s=self.window_s, timeout_s=1, seed=0,
+            lab="none", variant="none", run_id="none", workload="none",
+        )  # fmt: skip
+        return {"plan": trial.model_dump(mode="json"), "lasts_s": self.lasts_s}
+
+
+CASES = {
+    "many cycles": Case(5, None, 6, 1, 200, True),
+    "a window held open for an answer a user": Case(8, None, 1, 1, 200, True),
+    "for five answers": Case(1, None, 1, 1, 200, True),
+    "for five long prompts": Case(2, 0.5, 1, 1, 200, True),
+    "long prompts that run out": Case(2, 0.5, 1, 1, 16, True),
+    "and no longer than two minutes": Case(2, None, 1, 0.02, 200, False),
+    "requests that run out in the window": Case(5, None, 6, 1, 20, False),
+    "requests that run out once it is over": Case(5, None, 6, 1, 41, False),
+}
+
+
+@pytest.fixture(scope="module")
+def sent_by_the_load_generator(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sent]:
+    """Each case by the load generator's own rules; in one process of its own.
+
+    Locust patches the process that imports it.
     """
-    every_s = traffic.intruder_every_s
-    requests = [
-        Request(i, [], 1, 1, intruder=bool(every_s) and intrudes(i)) for i in range(len(lasts_s))
-    ]
-    arrival: Arrival = (
-        Contended(users=traffic.users, every_s=every_s)
-        if every_s
-        else Concurrent(users=traffic.users)
-    )
-    plan.write_requests(home / "requests.jsonl", requests, "none")
-    trial = plan.TrialPlan(
-        url="", arrival=arrival, requests=home / "requests.jsonl",
-        records=home / "records", warmup_s=traffic.warmup_s, window_s=traffic.window_s,
-        timeout_s=1, seed=0, lab="none", variant="none", run_id="none", workload="none",
-    )  # fmt: skip
-    given = json.dumps({"plan": trial.model_dump(mode="json"), "lasts_s": [*lasts_s]})
-    argv = [sys.executable, "-c", _DRIVE]
-    out = subprocess.run(argv, cwd=ROOT, input=given, capture_output=True, text=True, check=True)
-    sent, window_s, answered_under_load = json.loads(out.stdout)
-    return sent, window_s, answered_under_load
+    given = {
+        name: case.for_the_load_generator(tmp_path_factory.mktemp("load"))
+        for name, case in CASES.items()
+    }
+    argv, text = [sys.executable, "-c", _DRIVE], json.dumps(given)
+    out = subprocess.run(argv, cwd=ROOT, input=text, capture_output=True, text=True, check=True)
+    return {name: tuple(of) for name, of in json.loads(out.stdout).items()}
 
 
 @dataclass
@@ -436,44 +483,21 @@ class TimedEngine:
         self.now_s = max(self.now_s, at_s)
 
 
-@pytest.mark.parametrize(
-    ("users", "every_s", "window_s", "speed", "requests", "answered_under_load"),
-    [
-        pytest.param(5, None, 6, 1, 200, True, id="many cycles"),
-        pytest.param(8, None, 1, 1, 200, True, id="a window held open for an answer a user"),
-        pytest.param(1, None, 1, 1, 200, True, id="for five answers"),
-        pytest.param(2, 0.5, 1, 1, 200, True, id="for five long prompts"),
-        pytest.param(2, 0.5, 1, 1, 16, True, id="long prompts that run out"),
-        pytest.param(2, None, 1, 0.02, 200, False, id="and no longer than two minutes"),
-        pytest.param(5, None, 6, 1, 20, False, id="requests that run out in the window"),
-        pytest.param(5, None, 6, 1, 41, False, id="requests that run out once it is over"),
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_virtual_clients_send_what_the_load_generator_does(
-    users: int,
-    every_s: float | None,
-    window_s: float,
-    speed: float,
-    requests: int,
-    answered_under_load: bool,
-    tmp_path: Path,
+    name: str, sent_by_the_load_generator: dict[str, Sent]
 ) -> None:
-    rng = random.Random(2)
-    lasts_s = [rng.uniform(0.2, 2.0) / speed for _ in range(requests)]
-    traffic = Traffic(
-        kind="closed", users=users, warmup_s=2, window_s=window_s, intruder_every_s=every_s,
-        least_counted=LEAST_COUNTED, least_intruders=LEAST_COUNTED,
-        most_held_open_s=plan.most_held_open_s(window_s),
-    )  # fmt: skip
-    prompts = [Prompt(index=i, token_ids=(), output_tokens=1) for i in range(requests)]
-    intruders = [p for p in prompts if every_s and intrudes(p.index)]
+    case = CASES[name]
+    prompts = [Prompt(index=i, token_ids=(), output_tokens=1) for i in range(case.requests)]
+    intruders = [p for p in prompts if case.every_s and intrudes(p.index)]
     plain = [p for p in prompts if p not in intruders]
-    virtual = play(TimedEngine(lasts_s), traffic, plain, intruders, delays=NO_DELAYS)
-    sent, window, under_load = sent_by_the_load_generator(traffic, lasts_s, tmp_path)
+    engine = TimedEngine(case.lasts_s)
+    virtual = play(engine, case.traffic, plain, intruders, delays=NO_DELAYS)
+    sent, window, under_load = sent_by_the_load_generator[name]
     assert [(a.index, a.in_window) for a in virtual.answers] == [(i, c) for i, _, c in sent]
     assert [a.sent_s for a in virtual.answers] == pytest.approx([at for _, at, _ in sent])
     assert virtual.window_s == pytest.approx(window)
-    assert virtual.answered_under_load == under_load == answered_under_load
+    assert virtual.answered_under_load == under_load == case.answered_under_load
 
 
 def test_load_is_kept_on_until_every_request_that_counts_has_been_answered() -> None:
