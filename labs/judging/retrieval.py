@@ -49,11 +49,11 @@ class Needle(BaseModel, frozen=True, extra="forbid"):
 
 
 def text_lengths(max_model_len: int) -> list[int]:
-    """Choose the lengths of the texts: the three longest powers of two that fit.
+    """Choose the lengths of the texts: the two longest powers of two that fit.
 
     A text of N tokens is approximately that long: with its question it may have 1.2 N.
     """
-    return [n for n in (2**power for power in range(7, 18)) if 1.2 * n < max_model_len][-3:]
+    return [n for n in (2**power for power in range(7, 18)) if 1.2 * n < max_model_len][-2:]
 
 
 def ask(
