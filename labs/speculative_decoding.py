@@ -8,7 +8,10 @@ verification, which is nearly free while decode waits for memory, and is not in 
 
 Who guesses: `ngram` looks for the last few tokens earlier in the context and copies what followed
 (free, good at quoting and editing); `draft` is a small model, on a CPU distilled from the served
-one by `make draft`. What is asked: `story`, open text, and `quote`, repeating a text word for word.
+one by `make draft`. What is asked: `story`, open text; `quote`, repeating a text word for word;
+`edit`, rewriting a text with a word changed that is in every sentence; and `code`, rewriting a
+program with a variable renamed. Where a word was changed the copy breaks off, until two words in a
+row are those of the context again.
 
 Turn: how far to guess (`variants.draft-2.flags.speculative-config.num_speculative_tokens`), the
 load (`workloads.story.loads`).
@@ -102,14 +105,19 @@ def drafts_accepted(point: Point) -> float:
     return float(by_kind.get(point.workload.task, by_kind.get("all", made.get("acceptance", 0.6))))
 
 
+ASSUMED = {"quote": 0.9, "edit": 0.7, "code": 0.7}  # shares found, and accepted
+
+
 def _copies(point: Point) -> tuple[float, float]:
     """Return (share of steps with something to copy, share accepted of what is copied).
 
     They are those of the target's own answers, as the draft's maker recorded them. Without such a
-    record both are taken to be high for word-for-word copies and low for open text.
+    record both are taken to be high for word-for-word copies, lower for edited ones, and low for
+    open text.
     """
     records = [within(made.get("lookup_within", {}), point) for made in point.about.values()]
-    task, assumed = point.workload.task, 0.9 if point.workload.task == "quote" else 0.2
+    task = point.workload.task
+    assumed = ASSUMED.get(task, 0.2)
     found, accepted = next(((r[task]["found"], r[task]["accepted"]) for r in records if task in r),
                            (assumed, assumed))  # fmt: skip
     return float(found), float(assumed if accepted is None else accepted)
@@ -139,14 +147,23 @@ def speculating(name: str, method: str, tokens: int, **more: Any) -> Variant:
     )
 
 
-def workload(task: Task, prompt_tokens: int, *loads: int) -> Workload:
+GUESSING = ("ngram", "draft-2", "draft-5")
+
+
+def workload(
+    task: Task,
+    prompt_tokens: int,
+    *loads: int,
+    output_tokens: int = 12,
+    guessing: tuple[str, ...] = GUESSING,
+) -> Workload:
     return Workload(
         name=task,
         prompt_tokens=Fixed(tokens=prompt_tokens),
-        output_tokens=Fixed(tokens=12),
+        output_tokens=Fixed(tokens=output_tokens),
         task=task,
         keep_text=True,
-        only=("none", "ngram", "draft-2", "draft-5"),
+        only=("none", *guessing),
         loads=tuple(Concurrent(users=n) for n in loads),
     )
 
@@ -209,7 +226,7 @@ def on_random_weights(lab: Lab) -> Lab:
         )
         for name, a in CHOSEN.items()
     )  # fmt: skip
-    workloads = {w.name: w for w in lab.workloads if w.name != "quote"}
+    workloads = {w.name: w for w in lab.workloads if w.task not in ASSUMED}
     workloads["story"] = workloads["story"].model_copy(update={"only": ("none", *CHOSEN)})
     kept = [v for v in lab.variants if v.name in ("none", "draft-alone")]
 
@@ -235,7 +252,7 @@ def on_random_weights(lab: Lab) -> Lab:
                 ),
                 Evidence(arm=Arm(variant="none"), kind="absent", metric=metrics.SPEC_DRAFTS),
             ),
-            "left_out": (*lab.left_out, "ngram and the text `quote`: there is nothing to copy"),
+            "left_out": (*lab.left_out, "ngram and the texts to copy: there is nothing to copy"),
             "next_knobs": lab.next_knobs[-1:],  # the others turn variants that are not here
         }
     )
@@ -280,6 +297,9 @@ LAB = Lab(
     workloads=(
         workload("story", 64, 1, 4, 8),
         workload("quote", 128, 1),
+        # what is edited begins to differ after some words; no draft was trained on it
+        workload("edit", 128, 1, output_tokens=24, guessing=("ngram",)),
+        workload("code", 128, 1, output_tokens=24, guessing=("ngram",)),
         Workload(
             name="alone",
             prompt_tokens=Fixed(tokens=64),
@@ -299,6 +319,10 @@ LAB = Lab(
     claims=(
         claim("ngram-quote", "Copying from the context pays where text is quoted",
               "ngram", "quote", 1, "falls", copies_accepted, copies_found),
+        claim("ngram-edit", "Copying from the context pays where a text is edited",
+              "ngram", "edit", 1, "falls", copies_accepted, copies_found),
+        claim("ngram-code", "Copying from the context pays where code is edited",
+              "ngram", "code", 1, "falls", copies_accepted, copies_found),
         claim("ngram-story", "In open text copying from the context finds little",
               "ngram", "story", 1, "unchanged", copies_accepted),
         claim("draft-story", "A draft model shortens TPOT of a single stream",
@@ -325,6 +349,11 @@ LAB = Lab(
         Evidence(
             arm=Arm(variant="ngram", workload="quote"), kind="rises", metric=metrics.SPEC_ACCEPTED
         ),
+        *(
+            Evidence(arm=Arm(variant="ngram", workload=task), kind="rises",
+                     metric=metrics.SPEC_DRAFTS)
+            for task in ("edit", "code")
+        ),
         Evidence(arm=Arm(variant="none"), kind="absent", metric=metrics.SPEC_DRAFTS),
     ),
     findings=("acceptance", "speed-up", "same-text"),
@@ -349,6 +378,7 @@ LAB = Lab(
                 # `crowd` has many sequences and short contexts, so that it reads about the keys
                 # and values that verifying a few long ones does, and fits beside the weights
                 for name, prompt, loads in (("story", 512, (1, 16, 128)), ("quote", 1024, (1, 128)),
+                                            ("edit", 1024, (1,)), ("code", 1024, (1,)),
                                             ("alone", 512, (1,)), ("crowd", 64, (384, 768)))
                 for field, value in (
                     ("prompt_tokens.tokens", prompt),
@@ -372,8 +402,10 @@ LAB = Lab(
         "cpu": "Acceptance depends on the models and the text, and carries over to any machine that"
         " serves them. The costs do not: a step here is mostly the launch of small operations, so"
         " a draft of few layers is cheap and verification grows early. The draft was trained on"
-        " this model's own answers to this kind of prompt: elsewhere it would guess less well.",
-        "gpu": "Greedy decoding of two kinds of text; sampling at a temperature accepts less. All"
+        " this model's own answers to this kind of prompt: elsewhere it would guess less well."
+        " A model this small, asked to edit, copies, leaves out and comments more than it edits;"
+        " its answers are taken as they are.",
+        "gpu": "Greedy decoding of four kinds of text; sampling at a temperature accepts less. All"
         " engines run without asynchronous scheduling and on vLLM's first model runner: n-grams and"
         " draft models have no other, an engine that guesses nothing would by itself.",
     },

@@ -2,14 +2,16 @@
 
 The sentences come from a small grammar written for this project (no corpus, no licence to carry).
 They read as text, so that a model's tokenizer and embedding see ordinary input, but they mean
-little. The task is what the model is asked to do with them: continue, tell a story, or repeat them
-word for word (so that speculative decoding can guess the copy).
+little. The task is what the model is asked to do with them: continue, tell a story, repeat them
+word for word (so that speculative decoding can guess the copy), or change a word that comes again
+and again. One task has statements of a program in place of sentences, and a name to change there.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,13 +19,15 @@ Message = dict[str, str]
 Messages = list[Message]
 CountTokens = Callable[[Messages], int]
 
-Task = Literal["continue", "story", "quote"]
+Task = Literal["continue", "story", "quote", "edit", "code"]
 
 SYSTEM = "Continue."
 TASKS: dict[Task, str] = {
     "continue": "",
     "story": "Write a story that goes on from here:",
     "quote": "Repeat this text word for word:",
+    "edit": 'Rewrite this text. Use "our" in place of "the":',
+    "code": "Rewrite this code with the variable count renamed to total:",
 }
 _SUBJECTS = (
     "the keeper", "a young clerk", "the old bridge", "our neighbour", "the harbour", "a letter",
@@ -46,6 +50,21 @@ _ENDINGS = (
 _LONGEST_SENTENCE_TOKENS, _LONGEST_WORD_TOKENS = 24, 6  # only to search in larger steps at first
 MOST_BEGINNINGS = 256
 _FILLERS = ("and", "so", "then", "now", "there", "again", "still", "too")
+_STATEMENTS = (
+    "count = count + {n};", "if (count > {n}) {{ {call}(count); }}", "{name} = count * {n};",
+    "while (count < {name}) {{ count += {n}; }}", "{call}(count, {name});",
+    "count = {call}({name});",
+)  # fmt: skip
+_NAMES = ("limit", "width", "price", "offset", "weight", "length", "start", "level")
+_CALLS = ("print", "send", "store", "check", "draw", "log", "update", "read")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A kind of text: how a sentence of it is drawn, and words that it can be filled up with."""
+
+    sentence: Callable[[random.Random], str]
+    fillers: tuple[str, ...]
 
 
 class _WordTokens(dict[str, int]):
@@ -74,9 +93,16 @@ class Writer:
         self.least_tokens = count(_messages("")) + 1
 
     def chat(
-        self, tokens: int, rng: random.Random, lead: str = "", history: Sequence[Message] = ()
+        self,
+        tokens: int,
+        rng: random.Random,
+        lead: str = "",
+        history: Sequence[Message] = (),
+        task: Task = "continue",
     ) -> Messages:
         """Write messages of exactly `tokens`: `history`, and a user's text that begins with `lead`.
+
+        After the lead follow sentences, or the statements of a program where the task is on code.
 
         Raises ValueError where the chat template, `history` and `lead` alone are longer, or where
         no text fits.
@@ -86,7 +112,8 @@ class Writer:
             rest = " and earlier turns" if history else " and its shared prefix" if lead else ""
             cause = f"chat template{rest} take" if rest else "chat template itself takes"
             raise ValueError(f"prompt_tokens={tokens} is below the {least} tokens that the {cause}")
-        return _messages(self._text(tokens, rng, lead, history), history)
+        written = CODE if task == "code" else PROSE
+        return _messages(self._text(tokens, rng, lead, history, written), history)
 
     def tokens_of(self, text: str) -> int:
         """Count the tokens of a text; those of the chat template are not counted."""
@@ -100,15 +127,20 @@ class Writer:
         return self._text(self._count(_messages("")) + tokens, rng, "")
 
     def _text(
-        self, total: int, rng: random.Random, lead: str, history: Sequence[Message] = ()
+        self,
+        total: int,
+        rng: random.Random,
+        lead: str,
+        history: Sequence[Message] = (),
+        written: Text | None = None,
     ) -> str:
         """Write `lead` and sentences after it, so that the whole message has `total` tokens.
 
         The search takes the tokens of a word to be those it has after another word, which is true
         of tokenizers that split at spaces. Where that fails, each attempt is counted as a whole.
         """
-        state = rng.getstate()
-        text = self._search(total, rng, lead, self._by_word(lead, history))
+        state, written = rng.getstate(), written or PROSE
+        text = self._search(total, rng, lead, written, self._by_word(lead, history))
         if text is not None and self._count(_messages(text, history)) == total:
             return text
         rng.setstate(state)
@@ -116,6 +148,7 @@ class Writer:
             total,
             rng,
             lead,
+            written,
             lambda words: self._count(_messages(" ".join(filter(None, (lead, *words))), history)),
         )
         if text is None:
@@ -145,7 +178,12 @@ class Writer:
         return self._beginnings[text]
 
     def _search(
-        self, total: int, rng: random.Random, lead: str, tokens: Callable[[Sequence[str]], int]
+        self,
+        total: int,
+        rng: random.Random,
+        lead: str,
+        written: Text,
+        tokens: Callable[[Sequence[str]], int],
     ) -> str | None:
         words: list[str] = []
 
@@ -154,10 +192,10 @@ class Writer:
 
         while (missing := total - count()) > 0:
             for _ in range(max(1, missing // _LONGEST_SENTENCE_TOKENS)):
-                words += _sentence(rng).split()
+                words += written.sentence(rng).split()
         while (excess := count() - total) > 0:
             del words[-max(1, excess // _LONGEST_WORD_TOKENS) :]
-        fillers = sorted(_FILLERS, key=lambda _: rng.random())
+        fillers = sorted(written.fillers, key=lambda _: rng.random())
         for filler in fillers * total:  # a removed word may have had two tokens: add single ones
             if count() == total:
                 return " ".join(filter(None, (lead, *words)))
@@ -171,12 +209,23 @@ def _messages(text: str, history: Sequence[Message] = ()) -> Messages:
     return [*earlier, {"role": "user", "content": text}]
 
 
-def _sentence(rng: random.Random) -> str:
-    def pick(choices: Sequence[str]) -> str:
-        return choices[int(rng.random() * len(choices))]
+def _pick(choices: Sequence[str], rng: random.Random) -> str:
+    return choices[int(rng.random() * len(choices))]
 
-    text = f"{pick(_SUBJECTS)} {pick(_VERBS)} {pick(_OBJECTS)} {pick(_ENDINGS)}"
+
+def _sentence(rng: random.Random) -> str:
+    text = " ".join(_pick(part, rng) for part in (_SUBJECTS, _VERBS, _OBJECTS, _ENDINGS))
     return f"{text[0].upper()}{text[1:]}."
+
+
+def _statement(rng: random.Random) -> str:
+    """Draw a statement in which the variable `count` occurs at least once."""
+    form, name, call = (_pick(part, rng) for part in (_STATEMENTS, _NAMES, _CALLS))
+    return form.format(name=name, call=call, n=1 + int(rng.random() * 9))
+
+
+PROSE = Text(_sentence, _FILLERS)
+CODE = Text(_statement, (";", "x", "y", "0", "1"))
 
 
 def counter(model_path: str) -> CountTokens:

@@ -356,7 +356,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
             pieces = leads[i % len(leads)]
             if self.prefix and self.prefix.shuffled:
                 pieces = sorted(pieces, key=lambda _: rng.random())
-            prompts.append(writer.chat(own.prompt_tokens, rng, " ".join(pieces)))
+            prompts.append(writer.chat(own.prompt_tokens, rng, " ".join(pieces), task=self.task))
         return prompts
 
     def _conversations(

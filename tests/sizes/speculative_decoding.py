@@ -2,7 +2,7 @@ from tests.sizes import Sizes, answers_of
 
 SIZES = Sizes(
     fake='workloads.crowd.loads=["concurrent:24","concurrent:48"] workloads.crowd.warmup_s=0.1 '
-    + answers_of(12, "story", "quote", "alone", "crowd"),
+    + answers_of(12, "story", "quote", "edit", "code", "alone", "crowd"),
     # `draft-5` is `draft-2` with another number, and other weights are served elsewhere
     cpu='variants=["none","ngram","draft-2"] workloads.crowd.warmup_s=0.5'
     ' workloads.story.loads=["concurrent:1","concurrent:8"]',

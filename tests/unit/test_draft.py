@@ -134,6 +134,8 @@ def test_a_forecast_takes_the_share_that_is_accepted_of_its_kind_of_text() -> No
     assert shares["draft-2", "quote"] == 0.6
     assert shares["ngram", "quote"] == 0.95
     assert shares["ngram", "story"] == 0.2
+    assert shares["ngram", "edit"] == shares["ngram", "code"] == 0.7  # of which nothing is recorded
+    assert not {(v, w) for v, w in shares if w in ("edit", "code") and v != "ngram"}
     older = lab.points(SHAPE, CEILINGS, about={"draft": {"acceptance_by_kind": {"story": 0.4}}})
     assert {accepted(p) for p in older if p.key.startswith("draft-2/story/")} == {0.4}
     found = {

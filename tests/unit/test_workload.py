@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -180,11 +181,29 @@ def test_a_chat_carries_its_earlier_turns_and_begins_anew() -> None:
 
 @pytest.mark.parametrize(
     ("task", "begins"),
-    [("story", "Write a story that goes on from here:"), ("quote", "Repeat this text word for")],
+    [
+        ("story", "Write a story that goes on from here:"),
+        ("quote", "Repeat this text word for"),
+        ("edit", 'Rewrite this text. Use "our" in place of "the": '),
+        ("code", "Rewrite this code with the variable count renamed to total: "),
+    ],
 )
 def test_a_task_comes_first_and_counts(task: str, begins: str) -> None:
     requests = drawn(5, task=task)
     assert all(r.messages[-1]["content"].startswith(begins) for r in requests)
+
+
+def test_what_is_to_be_edited_is_in_every_sentence_or_statement() -> None:
+    for request in drawn(5, task="edit"):
+        _, text = request.messages[-1]["content"].split(": ", 1)
+        sentences = text.split(". ")[:-1]  # the last is cut to the prompt's length
+        assert sentences
+        assert sum("the " in s.lower() for s in sentences) > len(sentences) / 2
+    for request in drawn(5, task="code"):
+        _, code = request.messages[-1]["content"].split(": ", 1)
+        statements = re.findall(r"[^;{}]+;|\w+ \([^)]*\)", code)
+        assert len(statements) > 3
+        assert sum("count" in s for s in statements) > len(statements) / 2
 
 
 # ------------------------------------------------------------------------------- who asks for what
