@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from labs import theory
-from loadtests.arrivals import Arrival, Concurrent, Offered, Ramp
+from loadtests.arrivals import Arrival, Concurrent, OfCapacity
 from loadtests.workload import Name, Workload
 from serving import gpus
 from serving.engines import DEFAULT_ENGINE, ENGINES
@@ -641,7 +641,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         capacity is the requests/s that it completes there, in the first repeat. It is forecast in
         the same way for the forecasts of those loads.
         """
-        return any(isinstance(a, Offered | Ramp) for w in self.workloads for a in w.loads)
+        return any(isinstance(a, OfCapacity) for w in self.workloads for a in w.loads)
 
     def draw_seed(self, repeat: int) -> int:
         """Return the seed of a repeat's lengths and prompts; no two values of `seed` share one."""

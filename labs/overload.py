@@ -18,6 +18,10 @@ completes in a closed loop that keeps its batch full (`concurrent`), in the firs
 of all later trials are set by that figure alone. The forecast finds its own capacity in the same
 way, in virtual time.
 
+An operator would rather see it coming. On a ramp, and on a compressed day if asked for
+(`day:0.3/1.4`), each signal has a threshold that was set beforehand, and the time from its alarm
+to the first request that comes too late is held against the forecast's.
+
 Turn: the limit (`variants.capped.flags.max-num-queued-reqs`), the batch (`flags.max-num-seqs`),
 what people will wait for (`slo.ttft_s`), the loads (`workloads.mixed.loads`).
 """
@@ -310,7 +314,7 @@ LAB = Lab(
         Evidence(arm=Arm(variant="priority"), kind="stays", metric=metrics.TURNED_AWAY),
         Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
     ),
-    findings=("admission", "classes", "best-flags", "signals"),
+    findings=("admission", "classes", "best-flags", "signals", "alarms"),
     plots=("goodput", "ramp"),
     slo=SLO(ttft_s=0.6, tpot_s=0.15),
     requests=512,

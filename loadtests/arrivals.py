@@ -6,20 +6,21 @@ sends the next, which is static batching done by the client. In an open loop req
 schedule drawn beforehand, whatever is still outstanding: `Poisson`; `Constant`; `Gamma`, burstier
 than Poisson below a burstiness of 1 and smoother above; `Replay`, at a trace's own times.
 `Contended(users, every_s)` is both: that many users in a closed loop, and beside them a request of
-an intruder every so many seconds. `Offered` and `Ramp` are open loops whose rate is a multiple of
-the capacity of the engine, which is found before they are sent: `capacity:1.3` overloads a slow
-machine as much as a fast one.
+an intruder every so many seconds. `Offered`, `Ramp` and `Day` are open loops whose rate is a
+multiple of the capacity of the engine, which is found before they are sent: `capacity:1.3`
+overloads a slow machine as much as a fast one.
 
 Every arrival has a text form such as `concurrent:8`, in which it is also given on a command line.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 import random
 from abc import ABC, abstractmethod
 from itertools import count, takewhile
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -28,6 +29,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     TypeAdapter,
+    model_validator,
 )
 
 MAX_USERS = 1024  # Locust users of one process; an open loop with more outstanding falls behind
@@ -205,7 +207,7 @@ class Replay(_Arrival, frozen=True):
         return REPLAY_USERS
 
 
-class _OfCapacity(_Arrival, frozen=True):
+class OfCapacity(_Arrival, frozen=True):
     """An open loop whose rate is a multiple of a capacity in requests/s, which is found first."""
 
     @property
@@ -221,8 +223,12 @@ class _OfCapacity(_Arrival, frozen=True):
         """
         return OFFERED_USERS
 
+    @abstractmethod
+    def schedule(self, duration_s: float, rng: random.Random, capacity_per_s: float) -> list[float]:
+        """Draw the send times in [0, duration_s), where the capacity is so many requests/s."""
 
-class Offered(_OfCapacity, frozen=True):
+
+class Offered(OfCapacity, frozen=True):
     """Requests are sent at independent random times, `times` the capacity on average."""
 
     kind: Literal["capacity"] = "capacity"
@@ -238,7 +244,7 @@ class Offered(_OfCapacity, frozen=True):
         return Poisson(rate_per_s=self.times * capacity_per_s).schedule(duration_s, rng)
 
 
-class Ramp(_OfCapacity, frozen=True):
+class Ramp(OfCapacity, frozen=True):
     """Requests are sent at random times, at a rate that rises evenly within a trial.
 
     It rises from `first` to `last` times the capacity: an inhomogeneous Poisson process.
@@ -271,9 +277,54 @@ class Ramp(_OfCapacity, frozen=True):
             times.append(at)
 
 
+class Day(OfCapacity, frozen=True):
+    """A trial is a day, compressed: requests are sent at random times, at a rate of each hour.
+
+    The rate is `night` times the capacity at four in the morning and `peak` times at eight in the
+    evening, with a lower peak before noon (`HOURS`): an inhomogeneous Poisson process.
+    """
+
+    kind: Literal["day"] = "day"
+    night: PositiveFloat = Field(le=100, allow_inf_nan=False)
+    peak: PositiveFloat = Field(le=100, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _the_peak_is_higher(self) -> Self:
+        if self.night >= self.peak:
+            raise ValueError(f"a day's peak ({self.peak:g}) is above its night ({self.night:g})")
+        return self
+
+    @property
+    def words(self) -> str:
+        """`a day from 0.3x to 1.4x the capacity`."""
+        return f"a day from {self.night:g}x to {self.peak:g}x the capacity"
+
+    def times_at(self, hour: float) -> float:
+        """Return the rate at an hour from 0 to 24, in multiples of the capacity."""
+        after = bisect.bisect_right(HOURS, hour, hi=len(HOURS) - 1, key=lambda point: point[0])
+        (begins, low), (ends, high) = HOURS[after - 1], HOURS[after]
+        height = low + (high - low) * (hour - begins) / (ends - begins)
+        return self.night + (self.peak - self.night) * height
+
+    def schedule(self, duration_s: float, rng: random.Random, capacity_per_s: float) -> list[float]:
+        """Draw the send times in [0, duration_s) by thinning (Lewis and Shedler 1979)."""
+        at_peak = Poisson(rate_per_s=self.peak * capacity_per_s).schedule(duration_s, rng)
+        return [
+            at for at in at_peak
+            if rng.random() * self.peak < self.times_at(24 * at / duration_s)
+        ]  # fmt: skip
+
+
+HOURS = (
+    (0.0, 0.3), (4.0, 0.0), (9.0, 0.5), (11.0, 0.6), (14.0, 0.4), (17.0, 0.6), (20.0, 1.0),
+    (22.0, 0.7), (24.0, 0.3),
+)  # fmt: skip
+"""A synthetic day: (hour, height), from 0 at night to 1 at the peak, straight between them."""
+
 _KINDS: dict[str, type[_Arrival]] = {
     "concurrent": Concurrent, "waves": Waves, "poisson": Poisson, "constant": Constant,
     "gamma": Gamma, "replay": Replay, "contended": Contended, "capacity": Offered, "ramp": Ramp,
+    "day": Day,
 }  # fmt: skip
 
 
@@ -298,7 +349,9 @@ def _short(level: float) -> str:
     return short if float(short) == level else repr(level)
 
 
-AnyArrival = Concurrent | Waves | Poisson | Constant | Gamma | Replay | Contended | Offered | Ramp
+AnyArrival = (
+    Concurrent | Waves | Poisson | Constant | Gamma | Replay | Contended | Offered | Ramp | Day
+)
 Arrival = Annotated[
     Annotated[AnyArrival, Field(discriminator="kind")],
     BeforeValidator(_from_text),
@@ -314,7 +367,7 @@ def send_times(
     times to the load generator and to the forecast.
     """
     rng = random.Random(f"{seed}/times")
-    if isinstance(arrival, Offered | Ramp):
+    if isinstance(arrival, OfCapacity):
         if not capacity_per_s:
             raise ValueError(f"{arrival} needs a capacity, and none was found")
         return arrival.schedule(duration_s, rng, capacity_per_s)

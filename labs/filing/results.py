@@ -59,6 +59,7 @@ from labs.judging.judge import (
 )
 from labs.judging.machine_speed import MachineSpeed, TimedTrial
 from labs.judging.measure import OtherWork, Trial
+from labs.judging.signals import Watch
 from labs.judging.validity import Expected, Served
 from labs.lab import FUNCTIONS, Lab, LabError, Point, Prediction, digest_of, knobs
 from loadtests import records
@@ -271,6 +272,8 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     copied: dict[str, Band] = {}  # point that copies -> share of its guesses accepted in a trial
     step_times: list[dict[str, Any]] = []  # the stand-in steps, as they were timed
     machine_spread: float = 1.0  # of this machine's speed, by earlier runs: both ends of all bands
+    # point whose load rises -> repeat -> which signals see it coming, in virtual time
+    watches: Annotated[dict[str, tuple[Watch, ...]], Field(exclude_if=lambda w: not w)] = {}
 
 
 class Predictions(BaseModel, frozen=True, extra="forbid"):

@@ -1,9 +1,4 @@
-"""Conclude how overload lowers goodput, what prevents that, and which signal gives an early alarm.
-
-Waiting times are read from the clients' records: a request waits from its send to its first
-token, and is in the batch from then to its last. So they lag the engine's own gauges by some
-milliseconds of transport.
-"""
+"""Conclude how overload lowers goodput, what prevents that, and which signal alarms early."""
 
 from __future__ import annotations
 
@@ -11,15 +6,31 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-import numpy as np
-
 from dashboards.palette import BLUE, BOUND, VARIANTS
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.judging.judge import Interval
-from labs.judging.measure import Trial, kv_capacity_tokens
+from labs.judging.measure import Trial
+from labs.judging.signals import (
+    BATCH,
+    CALM_S,
+    GRID_S,
+    KV,
+    MOST,
+    TRAILING_S,
+    TTFT,
+    UNITS,
+    Series,
+    Watch,
+    is_watched,
+    late_from_s,
+    series,
+    thresholds,
+    watch,
+)
+from labs.judging.signals import SIGNALS as SIGNAL_NAMES
 from labs.judging.text import interval, number
 from labs.lab import SLO, Point
 from loadtests.arrivals import Offered, Ramp
@@ -122,16 +133,6 @@ def _offer(context: Context, point: Point, forecasts: Forecasts) -> Offer | None
 
 def _sent_per_s(trial: Trial) -> float:
     return sum(r.in_window for r in trial.records) / trial.window_length_s
-
-
-def late_from_s(trial: Trial) -> float | None:
-    """Finds when the first request was sent whose first token came later than the SLO allows.
-
-    In seconds from the trial's beginning; None where none was late.
-    """
-    limit_s = trial.slo.ttft_s
-    late_s = (r.start_s for r in trial.records if r.ok and (r.ttft_s or 0.0) > limit_s)
-    return min(late_s, default=None)
 
 
 def tell_admission(facts: Admission) -> Finding:
@@ -345,10 +346,6 @@ BEST_FLAGS = Conclusion("best-flags", best_flags, tell_best_flags)
 
 # ----------------------------------------------------------------- which signal sees it coming
 
-GRID_S = 0.05  # between two readings of a signal
-TRAILING_S = 1.0  # over which answers are gathered for the percentile
-QUEUE, KV, BATCH, TTFT = "Requests waiting", "KV cache in use", "Batch in use", "TTFT, slowest"
-
 
 @dataclass(frozen=True)
 class Signal:
@@ -380,9 +377,6 @@ class Signals:
         return max(sure, key=lambda s: s.lead_s or 0.0, default=None)
 
 
-Series = dict[str, list[float]]  # signal -> its readings, one every GRID_S
-
-
 def signals(context: Context) -> Signals:
     """Reads four signals along a ramp: each alarms above the highest it had at a steady load.
 
@@ -398,8 +392,8 @@ def signals(context: Context) -> Signals:
         if isinstance(p.load, Offered) and p.variant.name == ramp.variant.name
     ]  # fmt: skip
     lightest = min(steady, key=lambda p: getattr(p.load, "times", 0.0), default=None)
-    calm = [_series(t) for t in _trials(context, lightest)] if lightest else []
-    rising = [(t, _series(t)) for t in _trials(context, ramp)]
+    calm = [series(t) for t in _trials(context, lightest)] if lightest else []
+    rising = [(t, series(t)) for t in _trials(context, ramp)]
     broken = [(t, s, at) for t, s in rising if (at := late_from_s(t)) is not None]
     first, last = getattr(ramp.load, "first", 0.0), getattr(ramp.load, "last", 0.0)
     length_s = context.lab.warmup_s + context.lab.window_s
@@ -412,7 +406,7 @@ def signals(context: Context) -> Signals:
         saturated_s=(1 - first) / (last - first) * length_s if passes else None,
         signals=tuple(
             _signal(name, calm, [s for _, s in rising], [(s, at) for _, s, at in broken])
-            for name in (QUEUE, BATCH, KV, TTFT)
+            for name in SIGNAL_NAMES
         )
         if calm and rising
         else (),
@@ -430,52 +424,20 @@ def _signal(
     broken: Sequence[tuple[Series, float]],
 ) -> Signal:
     """Compares a signal on the ramp with the steady load; `broken` holds when the SLO was too."""
-    highest_steady = max(max(series[name]) for series in calm)
+    highest_steady = max(max(readings[name]) for readings in calm)
     leads_s = []
-    for series, breach_s in broken:
-        alarm = next((i for i, v in enumerate(series[name]) if v > highest_steady), None)
+    for readings, breach_s in broken:
+        alarm = next((i for i, v in enumerate(readings[name]) if v > highest_steady), None)
         if alarm is not None and alarm * GRID_S < breach_s:
             leads_s.append(breach_s - alarm * GRID_S)
     return Signal(
         name=name,
-        unit={QUEUE: "1", TTFT: "s"}.get(name, "share"),
+        unit=UNITS[name],
         highest_steady=highest_steady,
-        highest=max(max(series[name]) for series in rising),
+        highest=max(max(readings[name]) for readings in rising),
         lead_s=fmean(leads_s) if leads_s else None,
         alarms=len(leads_s),
     )
-
-
-def _series(trial: Trial) -> Series:
-    """Reads the signals off a trial's records, from its beginning to the end of its window."""
-    point, (_, end_s) = trial.point, trial.summary.window_s
-    grid = np.arange(0.0, end_s, GRID_S)
-    waiting, batch, held = (np.zeros(len(grid)) for _ in range(3))
-    firsts: list[tuple[float, float]] = []  # (when, TTFT)
-    for r in trial.records:
-        if not r.chunks:
-            continue
-        first_s, last_s = r.chunks[0][0], r.chunks[-1][0]
-        waiting += (grid >= r.sent_s) & (grid < first_s)
-        running = (grid >= first_s) & (grid < last_s)
-        batch += running
-        times, sizes = zip(*r.chunks, strict=True)
-        received = np.concatenate([[0], np.cumsum(sizes)])
-        so_far = received[np.searchsorted(times, grid, side="right")]
-        held += running * ((r.prompt_tokens or 0) + so_far)
-        firsts.append((first_s, r.ttft_s or 0.0))
-    firsts.sort()
-    slowest = [
-        max((ttft_s for at, ttft_s in firsts if t - TRAILING_S < at <= t), default=0.0)
-        for t in grid
-    ]
-    capacity = kv_capacity_tokens(trial)
-    return {
-        QUEUE: waiting.tolist(),
-        BATCH: (batch / point.flags.max_num_seqs).tolist(),
-        KV: (held / capacity).tolist() if capacity else [0.0] * len(grid),
-        TTFT: slowest,
-    }
 
 
 def tell_signals(facts: Signals) -> Finding:
@@ -505,6 +467,126 @@ def tell_signals(facts: Signals) -> Finding:
 
 
 SIGNALS = Conclusion("signals", signals, tell_signals)
+
+# ------------------------------------------------- with thresholds that were set beforehand
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Holds what one signal said in all trials of a load, as measured and as forecast."""
+
+    signal: str
+    threshold: float
+    crossed_s: float | None  # mean over the trials in which it led the breach
+    lead_s: float | None
+    led: int  # trials
+    false_alarms: int  # in all trials
+    forecast_lead_s: float | None
+    forecast_led: int
+    forecast_false_alarms: int
+
+
+@dataclass(frozen=True)
+class Alarms:
+    """Holds the alarms under a load whose rate changes within a trial."""
+
+    load: str  # in words
+    length_s: float  # of a trial
+    trials: int
+    broken: int  # in which the SLO was broken
+    breach_s: float | None  # mean
+    forecast_trials: int
+    forecast_broken: int
+    forecast_breach_s: float | None
+    alarms: tuple[Alarm, ...]
+
+
+def alarms(context: Context) -> tuple[Alarms, ...]:
+    """Watch each load whose rate changes, in its trials and in those in virtual time."""
+    played = context.predictions.in_virtual_time
+    expected = played.watches if played else {}
+    found = []
+    for point in context.points:
+        trials = list(_trials(context, point)) if is_watched(point.load) else []
+        if trials:
+            came = [watch(trial) for trial in trials]
+            foreseen = expected.get(point.key, ())
+            limits = thresholds(trials[0])
+            found.append(
+                Alarms(
+                    load=point.load.words,
+                    length_s=trials[0].summary.window_s[1],
+                    trials=len(came),
+                    broken=len(_breaches_s(came)),
+                    breach_s=_mean(_breaches_s(came)),
+                    forecast_trials=len(foreseen),
+                    forecast_broken=len(_breaches_s(foreseen)),
+                    forecast_breach_s=_mean(_breaches_s(foreseen)),
+                    alarms=tuple(_alarm(n, limits[n], came, foreseen) for n in SIGNAL_NAMES),
+                )
+            )
+    return tuple(found)
+
+
+def _breaches_s(watches: Sequence[Watch]) -> list[float]:
+    return [w.breach_s for w in watches if w.breach_s is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def _alarm(name: str, threshold: float, came: Sequence[Watch], foreseen: Sequence[Watch]) -> Alarm:
+    measured, forecast = ([w.signals[name] for w in of] for of in (came, foreseen))
+    leads_s, expected_s = (
+        [w.lead_s for w in of if w.lead_s is not None] for of in (measured, forecast)
+    )
+    return Alarm(
+        signal=name,
+        threshold=threshold,
+        crossed_s=_mean([w.crossed_s for w in measured if w.crossed_s is not None]),
+        lead_s=_mean(leads_s),
+        led=len(leads_s),
+        false_alarms=sum(w.false_alarms for w in measured),
+        forecast_lead_s=_mean(expected_s),
+        forecast_led=len(expected_s),
+        forecast_false_alarms=sum(w.false_alarms for w in forecast),
+    )
+
+
+def tell_alarms(facts: tuple[Alarms, ...]) -> Finding:
+    rows = [
+        ["Load", "Signal", "Threshold", "Reached after, mean", "Lead, mean", "Led", "False alarms",
+         "Forecast: lead", "Led", "False alarms"]
+    ]  # fmt: skip
+    lines = []
+    for of in facts:
+        rows += [
+            [of.load, a.signal, number(a.threshold, UNITS[a.signal]), number(a.crossed_s, "s"),
+             number(a.lead_s, "s"), f"{a.led} of {of.broken}", str(a.false_alarms),
+             number(a.forecast_lead_s, "s"), f"{a.forecast_led} of {of.forecast_broken}",
+             str(a.forecast_false_alarms) if of.forecast_trials else "–"]
+            for a in of.alarms
+        ]  # fmt: skip
+        lines.append(
+            f"On {of.load}, within {number(of.length_s, 's')}, the SLO was broken in {of.broken} of"
+            f" {of.trials} trials, first after {number(of.breach_s, 's')} on average. The forecast:"
+            f" in {of.forecast_broken} of {of.forecast_trials}, after"
+            f" {number(of.forecast_breach_s, 's')}."
+        )
+    lines.append(
+        "The thresholds were set beforehand: as many requests waiting as a batch has places,"
+        f" {MOST:.0%} of the batch and of the KV cache, and half of the TTFT that the SLO allows."
+        " The SLO is broken once a request has waited longer than it allows; a signal leads by the"
+        f" time from its alarm to then. An alarm that was over before it, for more than {CALM_S:g}"
+        " s, was false; so is any where nothing came too late. A trial compresses what takes hours:"
+        " the leads are those of this trial, and shorter the faster a load rises."
+    )
+    return Finding(title="How long before the SLO is broken each signal alarms", rows=rows,
+                   lines=lines)  # fmt: skip
+
+
+ALARMS = Conclusion("alarms", alarms, tell_alarms)
 
 # ------------------------------------------------------------------------------------ the answers
 
@@ -568,7 +650,7 @@ def document_service(run: JudgedRun) -> str | None:
 def scaling_signal(run: JudgedRun) -> str | None:
     facts = SIGNALS.facts_of(run)
     if facts is None or not facts.signals:
-        return None
+        return _leads(run).strip() or None
     early = [s for s in facts.signals if s.lead_s is not None]
     never = [s.name for s in facts.signals if s.lead_s is None]
     told = [
@@ -578,7 +660,23 @@ def scaling_signal(run: JudgedRun) -> str | None:
     ]
     alarms = f"an alarm came from: {'; '.join(told)}" if told else "no signal gave an alarm"
     silent = f" None came from: {', '.join(never)}." if told and never else ""
-    return f"Before the first request that came too late was sent, {alarms}.{silent}"
+    return f"Before the first request that came too late was sent, {alarms}.{silent}{_leads(run)}"
+
+
+def _leads(run: JudgedRun) -> str:
+    """Tells which signal led by most where thresholds were set beforehand; "" where none did."""
+    told = []
+    for of in ALARMS.facts_of(run) or ():
+        led = [a for a in of.alarms if a.lead_s is not None and a.led == of.broken]
+        if led:
+            first = max(led, key=lambda a: a.lead_s or 0.0)
+            expected = number(first.forecast_lead_s, "s")
+            told.append(
+                f" With thresholds that were set beforehand, on {of.load}: {first.signal},"
+                f" {number(first.lead_s, 's')} (forecast {expected}), with {first.false_alarms}"
+                " false alarms."
+            )
+    return "".join(told)
 
 
 # -------------------------------------------------------------------------------------- its plots
@@ -625,12 +723,12 @@ def draw_ramp(run: JudgedRun) -> str | None:
     trial = next(_trials(run, ramp), None) if ramp else None
     if trial is None:
         return None
-    series, facts, breach_s = _series(trial), run.once(signals), late_from_s(trial)
+    readings, facts, breach_s = series(trial), run.once(signals), late_from_s(trial)
     _, axes = plt.subplots(4, 1, figsize=(8, 6.4), sharex=True)
     thresholds = {s.name: s.highest_steady for s in facts.signals}
-    for ax, name in zip(axes, (QUEUE, BATCH, KV, TTFT), strict=True):
+    for ax, name in zip(axes, SIGNAL_NAMES, strict=True):
         scale = 100 if name in (BATCH, KV) else 1
-        y = [scale * v for v in series[name]]
+        y = [scale * v for v in readings[name]]
         ax.step([i * GRID_S for i in range(len(y))], y, where="post", color=BLUE, lw=1.2)
         if name in thresholds:
             ax.axhline(scale * thresholds[name], color=GREY, lw=1, ls=":")
@@ -647,7 +745,7 @@ def draw_ramp(run: JudgedRun) -> str | None:
 
 
 PARTS = ReportParts(
-    conclusions=(ADMISSION, CLASSES, BEST_FLAGS, SIGNALS),
+    conclusions=(ADMISSION, CLASSES, BEST_FLAGS, SIGNALS, ALARMS),
     answers={
         "SO-2": why_admit,
         "SD-2": chat_service,

@@ -28,11 +28,12 @@ from labs.filing.results import Band, PointForecasts, all_runs, unreadable
 from labs.judging.machine_speed import MachineSpeed, usual_spread
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS, measure
+from labs.judging.signals import Watch, is_watched, watch
 from labs.lab import Lab, LabError, Point, Prediction, Variant
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from labs.running.side_process import guarded, last_line
-from loadtests.arrivals import Contended, Offered, Ramp, Replay, Waves, send_times
+from loadtests.arrivals import Contended, OfCapacity, Replay, Waves, send_times
 from loadtests.plan import LEAST_COUNTED, TrialSummary, most_held_open_s
 from loadtests.records import TURNED_AWAY, RequestRecord
 from serving import machine as machines
@@ -103,6 +104,7 @@ def forecast(
 
     lasts_s: dict[str, list[float]] = {}
     sent: dict[str, int] = {}  # fewest requests in a play
+    watches: dict[str, list[Watch]] = {}
 
     def figures_of(plays: Iterable[ForecastPlay]) -> list[tuple[str, Figures]]:
         found = []
@@ -111,6 +113,8 @@ def forecast(
             ends_s = (r.end_s or 0.0 for r in trial.records)
             lasts_s.setdefault(play.key, []).append(max(ends_s, default=0.0))
             sent[play.key] = min(sent.get(play.key, MOST_DRAWN), len(trial.records))
+            if is_watched(trial.point.load):
+                watches.setdefault(play.key, []).append(watch(trial))
             found.append((play.key, measure(trial)))
         return found
 
@@ -134,8 +138,9 @@ def forecast(
             first, *_, faster, slower = figures_of(ask(plan))
             capacities = [found["requests_per_s"] for _, found in (first, faster, slower)]
         if not all(capacities):
-            points = [p for p in points if not isinstance(p.load, Offered | Ramp)]
+            points = [p for p in points if not isinstance(p.load, OfCapacity)]
         lasts_s.clear()
+        watches.clear()
         plan = _plan(setup, points, requests, steps, copies, spread, capacities)
         figures = figures_of(ask(plan))
     plays = {p.key: len(e.trials) for p, e in zip(points, plan.engines, strict=False)}
@@ -157,6 +162,7 @@ def forecast(
             for p in points
             if (known := copies.get(p.key)) and (share := share_copied(known, sent[p.key], chance))
         },
+        watches={key: tuple(of[: plays[key]]) for key, of in watches.items()},
         step_times=_described(steps.values()),
         machine_spread=spread,
     )

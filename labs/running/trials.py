@@ -26,7 +26,7 @@ from labs.running.machine_load import OtherLoad
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from loadtests import plan, records
-from loadtests.arrivals import Offered, Ramp
+from loadtests.arrivals import OfCapacity
 from loadtests.generator import GeneratorError
 from loadtests.records import RequestRecord
 from loadtests.workload import Workload
@@ -298,7 +298,7 @@ class Trials:
             _prime(engine.url, sending, point.workload.prefix.groups, lab.timeout_s)
         before = engine.snapshot()
         path = self._folder.trial_folder(point, repeat) / "requests.jsonl.gz"
-        of_capacity = isinstance(point.load, Offered | Ramp)
+        of_capacity = isinstance(point.load, OfCapacity)
         trial_plan = plan.TrialPlan(
             url=engine.url,
             arrival=point.load,

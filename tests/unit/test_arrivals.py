@@ -14,6 +14,7 @@ from loadtests.arrivals import (
     Concurrent,
     Constant,
     Contended,
+    Day,
     Gamma,
     Offered,
     Poisson,
@@ -39,6 +40,7 @@ RATE_PER_S, DURATION_S, SEEDS = 20.0, 100.0, range(40)
         ("contended:4/2.5", Contended(users=4, every_s=2.5)),
         ("capacity:1.3", Offered(times=1.3)),
         ("ramp:0.5/2.5", Ramp(first=0.5, last=2.5)),
+        ("day:0.3/1.4", Day(night=0.3, peak=1.4)),
     ],
 )
 def test_text_form_reads_back(text: str, arrival: Arrival) -> None:
@@ -204,3 +206,21 @@ def test_a_ramp_rises_evenly(first: float, last: float) -> None:
     assert abs(len(times) - expected) < 4 * math.sqrt(expected)
     assert min(times) >= 0
     assert max(times) < DURATION_S
+
+
+def test_a_day_has_its_night_and_two_peaks() -> None:
+    """Shares of the day in which as many come as the rate there says, and a seed repeats it."""
+    day, capacity_per_s = Day(night=0.2, peak=1.4), 20.0
+    assert [round(day.times_at(hour), 3) for hour in (0, 4, 11, 14, 20, 24)] == [
+        0.56, 0.2, 0.92, 0.68, 1.4, 0.56,
+    ]  # fmt: skip
+    times = [t for seed in SEEDS for t in day.schedule(240.0, random.Random(seed), capacity_per_s)]
+    hours = np.array(times) / 10
+    for begins, ends in ((3, 5), (10, 12), (19, 21)):
+        came = np.count_nonzero((hours >= begins) & (hours < ends))
+        grid = np.linspace(begins, ends, 401)
+        expected = np.mean([day.times_at(h) for h in grid]) * capacity_per_s * 20 * len(SEEDS)
+        assert abs(came - expected) < 4 * math.sqrt(expected)
+    assert day.schedule(60, random.Random(1), 5.0) == day.schedule(60, random.Random(1), 5.0)
+    with pytest.raises(ValidationError, match="peak"):
+        Day(night=1, peak=0.5)

@@ -14,6 +14,8 @@ import pytest
 from labs import LABS, theory
 from labs.filing.results import (
     Finding,
+    PointForecasts,
+    Predictions,
     RunFolder,
     TrialResult,
     snapshot_json,
@@ -24,7 +26,7 @@ from labs.findings.chunked_prefill import TOKEN_BUDGET
 from labs.findings.context import Context
 from labs.findings.kv_quantization import CONTEXT_SLOPE, MEMORY_LADDER, PREEMPTION
 from labs.findings.multi_lora import ADAPTER_COST, TENANT_LEAKS, TENANT_MEMORY
-from labs.findings.overload import ADMISSION, BEST_FLAGS, CLASSES, SIGNALS
+from labs.findings.overload import ADMISSION, ALARMS, BEST_FLAGS, CLASSES, SIGNALS
 from labs.findings.parts import Conclusion, parts_of
 from labs.findings.prefix_caching import TIMING_LEAK
 from labs.findings.quality import QUALITY
@@ -43,6 +45,8 @@ from labs.findings.weights import WEIGHTS
 from labs.judging.evaluation import Evaluation, Passage, ScoredCompletion
 from labs.judging.judge import Caveat
 from labs.judging.metrics import METRICS
+from labs.judging.signals import QUEUE, Watch, Watched
+from labs.judging.signals import SIGNALS as SIGNAL_NAMES
 from labs.lab import SLO, Lab, Variant
 from loadtests import records
 from loadtests.records import RequestRecord
@@ -283,6 +287,30 @@ def test_the_queue_sees_an_overload_coming_and_a_full_batch_does_not(tmp_path: P
         ["TTFT, slowest", "0 of 2", "–"],
     ]
     assert "was sent after 14 s" in found.lines[0]
+
+
+def test_alarms_stand_beside_those_in_virtual_time(tmp_path: Path) -> None:
+    """Two wait from 12.1 s to 12.4 s, as many as a batch has. One sent at 14 s may wait 1 s.
+
+    So the SLO is broken at 15 s, when the queue has been short for more than 2 s: a false alarm.
+    """
+    overload = overloaded(tmp_path)
+    (ramp,) = (p for p in overload.points if p.workload.name == "rising")
+    silent = Watched(crossed_s=None, lead_s=None, false_alarms=0)
+    foreseen = Watch(
+        breach_s=13.0,
+        signals={name: silent for name in SIGNAL_NAMES}
+        | {QUEUE: Watched(crossed_s=10.0, lead_s=3.0, false_alarms=1)},
+    )
+    played = PointForecasts(points={}, watches={ramp.key: (foreseen,)})
+    predictions = Predictions(effects={}, forecasts={}, in_virtual_time=played)
+    write_json(overload.folder.path / "predictions.json", predictions)
+    found = ALARMS.finding(overload)
+    assert cells(found, 1, 2, 4, 5, 6, 7, 8, 9)[0] == [
+        "Requests waiting", "2", "–", "0 of 2", "2", "3 s", "1 of 1", "1",
+    ]  # fmt: skip
+    assert "broken in 2 of 2 trials, first after 15 s" in found.lines[0]
+    assert "in 1 of 1, after 13 s" in found.lines[0]
 
 
 # --------------------------------------------------------------------------- speculative decoding
