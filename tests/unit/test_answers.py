@@ -151,7 +151,7 @@ def test_the_price_of_small_pieces_is_told_beside_what_they_solve(tmp_path: Path
     assert "stall is 0.10x" in text
     assert text.endswith(
         "With `sixteenth` their own first token takes 1.2 s on average, without chunks"
-        " 200 ms: 6.00x (6.00 to 6.00)."
+        " 200 ms: 6.00x (6.00 to 6.00), the ratio of their geometric means."
     )
 
 

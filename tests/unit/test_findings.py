@@ -171,7 +171,7 @@ def test_what_the_streams_pay_stands_beside_what_they_gain(tmp_path: Path) -> No
                                   ["30 ms", "1.50x (1.50 to 1.50)"], ["20 ms", "–"]]  # fmt: skip
     assert (
         "With `small` their own first token takes 90 ms on average, without chunks 20 ms:"
-        " 4.50x (4.50 to 4.50)." in found.lines[1]
+        " 4.50x (4.50 to 4.50), the ratio of their geometric means." in found.lines[1]
     )
 
 

@@ -303,9 +303,8 @@ def test_what_tiling_saves_is_told_with_what_was_predicted(tmp_path: Path) -> No
     assert "with tiles as N^1.00 (1.00 to 1.00), predicted N (held)" in text
     assert "Time grows without tiles as N^2.00" in text
     assert "1.12 times what the scores and their softmax take (held)" in text
-    assert re.search(
-        r"takes with tiles 0\.25x \(.*\) of the time without them, predicted at most 1 \(not broken", text
-    )
+    beside = r"takes with tiles 0\.25x \(.*\) of the time without them, predicted at most 1"
+    assert re.search(beside + r" \(not broken", text)
     assert "Left out: 16,384 tokens without tiles, as its scores would take 10 GB." in text
     answer = cuts_traffic(judged_run(found))
     assert answer
