@@ -1,11 +1,12 @@
-"""The door to Prometheus: it passes on what asks for this machine by its own name.
+"""The door to a server with pages: it passes on what asks for this machine by its own name.
 
     python -m dashboards.front 9090 127.83.2.9:40123 prometheus --web.listen-address=..
 
 A page of any site can have the site's name resolve to 127.0.0.1 and then read what a server there
-says. Such a request names the site as its `Host`, at which Prometheus does not look. So Prometheus
-listens at a loopback address that is drawn anew at each start, one of 16 million, and this program
-answers at the port that readers know. Its command follows; both end together.
+says. Such a request names the site as its `Host`, at which neither Prometheus nor Locust's web UI
+looks, nor do they refuse what another site's page posts. So the server listens at a loopback
+address that is drawn anew at each start, one of 16 million, and this program answers at the port
+that readers know. The server's command follows; both end together.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from serving.ports import LOOPBACK, free_port
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ANSWER_TIMEOUT_S = 120.0  # Prometheus's own limit for a query
-MOST_BODY_BYTES = 2**20  # of a request: a query
+MOST_BODY_BYTES = 2**20  # of a request: a query, or a form
 PLAIN = (("Content-Type", "text/plain"),)
 OF_ONE_CONNECTION = ("connection", "keep-alive", "transfer-encoding", "content-length")
 
@@ -34,6 +35,11 @@ def hidden_address() -> str:
     """Draw a loopback address and a port, as `127.83.2.9:40123`. Linux has all of 127.0.0.0/8."""
     middle = ".".join(str(secrets.randbelow(254) + 1) for _ in range(3))
     return f"127.{middle}:{free_port()}"
+
+
+def behind(port: int, address: str, command: Sequence[str]) -> list[str]:
+    """Return the command that answers at `port` for the server that `command` starts."""
+    return [sys.executable, "-m", "dashboards.front", str(port), address, *command]
 
 
 def handler(upstream: str) -> type[BaseHTTPRequestHandler]:
@@ -52,7 +58,7 @@ def handler(upstream: str) -> type[BaseHTTPRequestHandler]:
             elif "transfer-encoding" in head or not length.isdecimal():
                 refused = 411, "a request says how long it is"
             elif int(length) > MOST_BODY_BYTES:
-                refused = 413, "a request is no longer than a query"
+                refused = 413, "a request is no longer than 1 MiB"
             if refused:
                 self.close_connection = True  # its body, if any, is not read
                 self.answer(refused[0], PLAIN, refused[1].encode())
@@ -64,7 +70,7 @@ def handler(upstream: str) -> type[BaseHTTPRequestHandler]:
                 answer = server.getresponse()
                 body = answer.read()
             except (OSError, http.client.HTTPException) as error:
-                self.answer(502, PLAIN, f"Prometheus does not answer: {error}".encode())
+                self.answer(502, PLAIN, f"the server does not answer: {error}".encode())
                 return
             finally:
                 server.close()
@@ -97,18 +103,18 @@ class Server(ThreadingHTTPServer):
 
 
 def main(port: int, upstream: str, command: Sequence[str]) -> int:
-    """Serve until Prometheus ends; return its exit code. SIGTERM ends it."""
+    """Serve until the command ends; return its exit code. SIGTERM ends it."""
     try:
         server = Server((LOOPBACK, port), handler(upstream))
     except OSError as error:
         sys.exit(f"port {port} on {LOOPBACK}: {error.strerror}")
     libc = ctypes.CDLL(None)
-    prometheus = subprocess.Popen(
+    server_behind = subprocess.Popen(
         command, preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     )
-    signal.signal(signal.SIGTERM, lambda *_: prometheus.terminate())
+    signal.signal(signal.SIGTERM, lambda *_: server_behind.terminate())
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = prometheus.wait()
+    code = server_behind.wait()
     return code if code >= 0 else 128 - code
 
 

@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +27,7 @@ from typing import IO, Self
 import psutil
 import requests
 
-from dashboards.front import hidden_address
+from dashboards.front import behind, hidden_address
 from serving import guard, whole
 from serving.engines import ENGINES
 from serving.install import find_prometheus
@@ -101,8 +100,7 @@ def argv(port: int) -> list[str]:
         raise PrometheusError(MISSING)
     prepare()
     address = hidden_address()
-    return [
-        *(sys.executable, "-m", "dashboards.front", str(port), address),
+    command = [
         str(binary),
         f"--config.file={HOME / 'prometheus.yml'}",
         f"--storage.tsdb.path={HOME / 'data'}",
@@ -112,6 +110,7 @@ def argv(port: int) -> list[str]:
         r"--web.cors.origin=http://(127\.0\.0\.1|localhost)(:\d+)?",  # who may read its answers
         f"--web.listen-address={address}",
     ]
+    return behind(port, address, command)
 
 
 def prepare() -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from labs import theory
 from labs.lab import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
 from loadtests.arrivals import Contended
-from loadtests.workload import Fixed, Intruder, Workload
+from loadtests.workload import Exponential, Fixed, Intruder, Workload
 from serving import metrics
 
 
@@ -38,8 +38,7 @@ def chunk_tokens(point: Point) -> int:
 
 def context_tokens(point: Point) -> float:
     """Return the mean context of the streams."""
-    (prompt, output), *_ = point.lengths
-    return prompt + output / 2
+    return point.prompt_tokens + point.output_tokens / 2
 
 
 def stall(point: Point) -> Prediction:
@@ -164,7 +163,8 @@ LAB = Lab(
         Workload(
             name="contended",
             prompt_tokens=Fixed(tokens=32),
-            output_tokens=Fixed(tokens=32),
+            # equal ones would end together, and so would all wait for a long prompt, or none
+            output_tokens=Exponential(mean_tokens=24, max_tokens=96),
             intruder=Intruder(prompt_tokens=768),
             loads=(Contended(users=4, every_s=1.5),),
         ),
@@ -234,7 +234,8 @@ LAB = Lab(
                                      ("larger", 8192), ("whole", 8192))
             },
             "workloads.contended.prompt_tokens.tokens": 128,
-            "workloads.contended.output_tokens.tokens": 256,
+            "workloads.contended.output_tokens.mean_tokens": 192,
+            "workloads.contended.output_tokens.max_tokens": 768,
             "workloads.contended.intruder.prompt_tokens": 7680,
             "workloads.contended.loads": (Contended(users=32, every_s=1),),
             "slo.itl_s": 0.05,

@@ -55,15 +55,16 @@ def argv(users: int, exporter_port: int, master_port: int, processes: int = 1) -
 
 
 def web_argv(
-    plan: Path, users: int, web_port: int, exporter_port: int, master_port: int
+    plan: Path, users: int, address: str, exporter_port: int, master_port: int
 ) -> list[str]:
     """Build the command line of Locust's web UI, where its user sets the number of users.
 
-    They send the requests of `plan`.
+    They send the requests of `plan`. The page is served at `address`, as `127.83.2.9:40123`.
     """
+    host, _, port = address.partition(":")
     return [
         *_locust(exporter_port, master_port),
-        *("--web-host", "127.0.0.1", "--web-port", str(web_port), "--lab-plan", str(plan)),
+        *("--web-host", host, "--web-port", port, "--lab-plan", str(plan)),
         *("-u", str(users), "-r", str(users)),
     ]
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import requests
+
+from dashboards.front import behind, hidden_address
 from labs.lab import Lab, LabError
 from labs.running.resolve import is_dummy, model_of
 from loadtests import generator, plan
@@ -32,7 +36,8 @@ def start_locust_ui(
 ) -> Iterator[Process]:
     """Start Locust's web UI on a lab's workload and a running server; it ends with the block.
 
-    Raises LabError where the lab has no such workload.
+    The page is there when the block begins. Raises LabError where the lab has no such workload, or
+    Locust ends before.
     """
     machine = machines.detect()
     resolved = lab.at(models.scale_of(machine), False, changes, is_dummy(weights))
@@ -64,6 +69,18 @@ def start_locust_ui(
         workload=chosen.name,
     )
     (work / "plan.json").write_text(by_hand.model_dump_json())
-    argv = generator.web_argv(work / "plan.json", 4, web_port, free_port(), free_port())
-    with Process("locust", argv, log=work / "locust.log") as process:
+    address = hidden_address()
+    locust = generator.web_argv(work / "plan.json", 4, address, free_port(), free_port())
+    with Process("locust", behind(web_port, address, locust), log=work / "locust.log") as process:
+        _wait_for_page(process, f"http://127.0.0.1:{web_port}")
         yield process
+
+
+def _wait_for_page(process: Process, url: str) -> None:
+    """Wait until the page is there. Raises LabError where Locust ends before."""
+    while process.returncode is None:
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(url, timeout=5).ok:
+                return
+        time.sleep(0.1)
+    raise LabError(f"Locust ended; its last lines:\n{process.tail()}")

@@ -224,9 +224,9 @@ def timed(
     All works of all series take turns, so that what is compared was timed in the same minutes, and
     a slow moment of the machine meets no work in all its passes. A work that takes longer than
     `LONG_S` even when it is done again at once counts from then on, since warming up is a small
-    part of it, and one that has taken `ENOUGH_S` altogether is not timed again. The works of a series ascend in size: after two
-    that take longer than `LONG_S` no larger one is timed, and its list is as much shorter. `wait`
-    returns when the device has finished all that it was given.
+    part of it, and one that has taken `ENOUGH_S` altogether is not timed again. The works of a
+    series ascend in size: after two that take longer than `LONG_S` no larger one is timed, and its
+    list is as much shorter. `wait` returns when the device has finished all that it was given.
     """
 
     def seconds_of(work: Work) -> float:
