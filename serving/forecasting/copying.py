@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from pydantic import BaseModel
@@ -21,6 +22,7 @@ from serving import making
 from serving.lookup import looked_up
 
 BATCH = 8  # answers written at once
+MOST_S = 180.0  # that all answers of a plan may take
 
 Copied = tuple[tuple[int, int], ...]
 """After each token of an answer: how many tokens are guessed there, and how many are accepted."""
@@ -52,7 +54,8 @@ class Copying(BaseModel, frozen=True, extra="forbid"):
 def copying(plan: CopyingPlan) -> Copying:
     """Let the model answer, and look up after each token.
 
-    A model that does not load here, or does not fit, gives no answers.
+    A model that does not load here, does not fit, or would write for longer than MOST_S, gives no
+    answers.
     """
     sent = [_first(plan, path) for path in plan.requests]
     try:
@@ -76,11 +79,14 @@ def _answers(
 
     An answer goes on after its last token, because the engine counts what is accepted beyond it.
     """
-    for start in range(0, len(requests), BATCH):
-        batch = requests[start : start + BATCH]
+    batches = [requests[start : start + BATCH] for start in range(0, len(requests), BATCH)]
+    for number, batch in enumerate(batches):
+        began_s = monotonic()
         prompts = [making.tokens_of(tokenizer, json.loads(r["body"])["messages"]) for r in batch]
         most = max(r["output_tokens"] for r in batch) + plan.lookup.guesses
         answers = making.answer(model, prompts, most, eos_token_id=-1).tolist()
+        if number == 0 and len(batches) * (monotonic() - began_s) > MOST_S:
+            raise making.MakerError(f"the answers would take longer than {MOST_S:.0f} s")
         for prompt, answer, request in zip(prompts, answers, batch, strict=True):
             yield copied_in(prompt, answer, request["output_tokens"], plan.lookup)
 

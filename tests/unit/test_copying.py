@@ -76,6 +76,10 @@ def test_the_model_answers_the_first_requests_of_each_repeat(
     assert found.answers[0][0] == ((3, 3),) * 4  # also beyond its end
     assert asked == [4 + 3]
 
+    with monkeypatch.context() as patched:
+        patched.setattr("serving.forecasting.copying.MOST_S", 0.0)  # such as of a large model
+        assert copying(plan) == Copying(answers=())
+
     def too_large(folder: Path) -> None:
         raise RuntimeError("out of memory")
 
