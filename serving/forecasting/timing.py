@@ -130,12 +130,15 @@ class Decoder:
         return self.torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
     def adapted(self, x: Any, weights: tuple[Any, Any], slots: Any, y: Any) -> None:
-        """Add an adapter's product to y, as vLLM's `bgmv_shrink` and `bgmv_expand_slice` do."""
+        """Add an adapter's product to y, as vLLM's `bgmv_shrink` and `bgmv_expand_slice` do.
+
+        What is between the two is in float32; the second matrix is gathered as it is.
+        """
         torch = self.torch
-        shrink, expand = (w[slots].float().squeeze(dim=1) for w in weights)
-        thin = torch.empty(x.shape[0], shrink.shape[1], device=self.device)
-        thin[:] = 1.0 * torch.einsum("bi,boi->bo", x.float(), shrink)
-        y += torch.einsum("bi,boi->bo", thin.to(y.dtype), expand.to(y.dtype))
+        shrink, expand = (w[slots].squeeze(dim=1) for w in weights)
+        thin = torch.zeros(x.shape[0], shrink.shape[1], device=self.device)
+        thin[:] = 1.0 * torch.einsum("bi,boi->bo", x.float(), shrink.float())
+        y += torch.einsum("bi,boi->bo", thin.to(y.dtype), expand)
 
     def linear(self, tokens: int) -> Callable[[], None]:
         """Return the work of all layers over `tokens`, each with CONTEXT_TOKENS of context."""
