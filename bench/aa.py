@@ -33,7 +33,7 @@ SET = (
     " workloads.exponential.output_tokens.max_tokens=16"
 )
 LAW = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
-# a step varies by a tenth, the machine's speed by 3 % over seconds, two starts by half a percent
+# a step varies by a tenth, the machine's speed by 3% over seconds, two starts by half a percent
 NOISE = ("--seed", "any", "--jitter", ".1", "--drift", ".03", "--start-spread", ".005")
 NO_GPU = {gpus.VARIABLE: ""}  # where there is a GPU too, a fake engine's labs are a CPU's
 LOOK_EVERY_S = 0.5
@@ -117,7 +117,7 @@ def judged_in_blocks(folder: RunFolder, repeats: int) -> list[list[Judgement]]:
 def _tell(alarms: instruments.Alarms) -> None:
     console.print(
         f"False alarms: {alarms.alarms} of {alarms.judged} claims judged ({alarms.low:.1%} to"
-        f" {alarms.high:.1%}, exact 95 % interval), {alarms.not_judged} not judged; the ratio"
+        f" {alarms.high:.1%}, exact 95% interval), {alarms.not_judged} not judged; the ratio"
         f" varies by {alarms.spread:.1%} between repeats"
     )
     console.print(

@@ -39,7 +39,7 @@ def within(ratio: Interval) -> str:
     """Describe the interval of a ratio; an empty string where there is none."""
     if ratio.low is None or ratio.high is None:
         return ""
-    return f" (95 % interval {ratio.low:.3f} to {ratio.high:.3f})"
+    return f" (95% interval {ratio.low:.3f} to {ratio.high:.3f})"
 
 
 def scaled(value: float | None, by: float, digits: int) -> str:

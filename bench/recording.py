@@ -53,7 +53,7 @@ def measure(clock: Clock, work: Path, pairs: int) -> instruments.Recording:
     wide = share.high is not None and share.value < 0.03 < share.high
     doubt = "the interval includes the bound: try more --pairs" if wide else ""
     interval = (
-        f" (95 % interval {share.low:.1%} to {share.high:.1%})" if share.low is not None else ""
+        f" (95% interval {share.low:.1%} to {share.high:.1%})" if share.low is not None else ""
     )
     figure = f"recording's share of the generator's CPU at {mean(rates):,.0f} tokens/s{interval}"
     aim(figure, 100 * share.value, 3.0, "%", doubt=doubt)

@@ -86,7 +86,7 @@ NEEDS = {
     "Tensor cores and memory bus": "dcgm-exporter",
     "Due and not sent": "an open loop",
     "Forecasts": "forecasts",
-    "Ratio to the baseline, 95 % interval": "a second repeat",
+    "Ratio to the baseline, 95% interval": "a second repeat",
     "ITL, p99": "samples enough for a p99",
 }
 """Panel -> what it needs to show anything; without that it is empty, and for no other reason."""
@@ -371,9 +371,9 @@ def _answer_panels() -> tuple[Panel, ...]:
     return (
         rows(
             "Verdicts",
-            "What each claim came to: the ratio of treatment to baseline with its 95 % interval,"
+            "What each claim came to: the ratio of treatment to baseline with its 95% interval,"
             " and the ratio predicted before anything ran. An interval covers one sitting. A"
-            " prediction p held where the 90 % interval lies within p / 1.25 and 1.25 p, is refuted"
+            " prediction p held where the 90% interval lies within p / 1.25 and 1.25 p, is refuted"
             " where it lies wholly outside, else open; trivial: p is about 1.",
             Column("Claim", "title", width=330),
             Column("Verdict", "outcome", width=100, colours=OUTCOMES),
@@ -388,7 +388,7 @@ def _answer_panels() -> tuple[Panel, ...]:
             Column("Baseline", "baseline"),
         ),
         interval(
-            "Ratio to the baseline, 95 % interval",
+            "Ratio to the baseline, 95% interval",
             "A bar spans the interval, and its colour changes at the ratio. A bar across the line"
             " at 1 shows no difference. An interval covers one sitting.",
             "title",
@@ -434,7 +434,7 @@ def _prediction_tables() -> tuple[Panel, ...]:
         ),
         rows(
             "Every figure",
-            "Mean over the repeats with its 95 % interval, which covers one sitting.",
+            "Mean over the repeats with its 95% interval, which covers one sitting.",
             *point,
             Column("Mean", expr=_last(series.MEASUREMENT, POINTS)),
             Column("Low", expr=_last(series.MEASUREMENT_LOW, POINTS)),
@@ -455,7 +455,7 @@ def compare(described: Figures) -> dashboard.Dashboard:
     figures = tuple(
         with_interval(
             described[metric].title,
-            f"{says} With the 95 % interval of each mean, which speaks of one sitting: variants"
+            f"{says} With the 95% interval of each mean, which speaks of one sitting: variants"
             " whose intervals overlap are not told apart by them.",
             UNITS[described[metric].unit],
             "point",

@@ -13,7 +13,7 @@ from serving import metrics
 # of a finished run; labels: lab, run_id, machine, and
 RUN_INFO = "lab_run_info"  # model, scale, quick, report: 1
 MEASUREMENT = "lab_measurement"  # variant, workload, load, metric, unit: a point's figure
-MEASUREMENT_LOW, MEASUREMENT_HIGH = f"{MEASUREMENT}_low", f"{MEASUREMENT}_high"  # 95 % interval
+MEASUREMENT_LOW, MEASUREMENT_HIGH = f"{MEASUREMENT}_low", f"{MEASUREMENT}_high"  # 95% interval
 EFFECT = "lab_effect"  # claim, title, metric, treatment, baseline: their ratio
 EFFECT_LOW, EFFECT_HIGH = f"{EFFECT}_low", f"{EFFECT}_high"
 EFFECT_PREDICTED = f"{EFFECT}_predicted"

@@ -105,7 +105,7 @@ LAB = Lab(
     flags={
         "max-model-len": 1024,
         "enable-prefix-caching": False,  # nothing may be cheaper the second time
-        "enforce-eager": True,  # a compiled start takes a minute longer and gains 15 % here
+        "enforce-eager": True,  # a compiled start takes a minute longer and gains 15% here
         "kv-cache-memory-bytes": 2**30,
     },
     workloads=(

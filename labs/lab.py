@@ -50,9 +50,9 @@ MARGIN = 0.05
 """Two figures are equal where their ratio is 1 within this share, unless a claim says otherwise.
 
 It is stated before measuring, and is the same for every run: a margin taken from the noise of the
-run that is judged would call equal what was measured badly. It is 5 % because that is about how far
+run that is judged would call equal what was measured badly. It is 5% because that is about how far
 two starts of one engine lie apart, so that a smaller difference is no property of a setting; and
-because five repeats give intervals of about 3 % to either side, so that equality within less could
+because five repeats give intervals of about 3% to either side, so that equality within less could
 hardly ever be shown.
 """
 

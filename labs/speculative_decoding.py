@@ -232,7 +232,7 @@ def on_random_weights(lab: Lab) -> Lab:
 
     def at(name: str, load: int, expect: str) -> Claim:
         gain = "shortens TPOT" if expect == "falls" else "costs more than it yields"
-        title = f"With {name.removeprefix('accepts-')} % accepted a draft {gain}, {load} in flight"
+        title = f"With {name.removeprefix('accepts-')}% accepted a draft {gain}, {load} in flight"
         return claim(f"{name}-at-{load}", title, name, "story", load, expect, chosen)
 
     return lab.model_copy(

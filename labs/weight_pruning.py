@@ -1,8 +1,8 @@
 """Pruning: what do zeros in the weights cost, and do they make anything faster?
 
 Most weights of a network are small, and dropping the smallest changes little. Of normally
-distributed weights the smallest tenth holds 0.05 % of the energy (the sum of squares), the smaller
-half 7 %, and seven tenths 22 %: at first it grows with the cube of the sparsity. So pruning is
+distributed weights the smallest tenth holds 0.05% of the energy (the sum of squares), the smaller
+half 7%, and seven tenths 22%: at first it grows with the cube of the sparsity. So pruning is
 nearly free for a while, and then it falls off a cliff, since the layers' errors add up on the way
 through the network. *Magnitude* pruning drops the smallest weights of each matrix. *Wanda* (Sun et
 al., 2023) looks at what they do: |weight| times the norm of the input that it meets, the lowest of

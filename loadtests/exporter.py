@@ -3,7 +3,7 @@
 The labels are only `lab`, `variant` and `run_id`. Which workload and load are being sent is in one
 info-like gauge, `lab_load_point`, which is 1 meanwhile. Long prompts that are sent beside streams
 count as requests, but their latencies are left out, as in the report. Buckets grow by less than a
-fifth, so that a quantile read from them is within 20 %; exact figures come from the records, never
+fifth, so that a quantile read from them is within 20%; exact figures come from the records, never
 from here. The histograms are those of `loadtests/latencies.py`.
 """
 

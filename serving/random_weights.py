@@ -1,7 +1,7 @@
 """Fills quantized weights with random numbers of a true distribution, in vLLM's own worker.
 
 vLLM's `--load-format dummy` draws 16-bit weights, but it leaves integers as the memory was, often
-zero, and casts numbers of at most 0.001 to FP8, where 97.7 % of them become zero. A GPU multiplies
+zero, and casts numbers of at most 0.001 to FP8, where 97.7% of them become zero. A GPU multiplies
 zeros faster and with less power, so such weights flatter every figure. Here they are drawn as
 quantizing normally distributed weights gives them: each channel or group scaled so that its largest
 weight takes the largest value. The scales are set to go with them.
@@ -25,8 +25,8 @@ STD = 1e-3 / 3**0.5  # of the 16-bit weights that vLLM draws: uniform within 0.0
 CHANNEL, GROUP = 3.6, 2.6
 INT8_SIGMA, FP8_SIGMA, INT4_SIGMA = 127 / CHANNEL, 448 / CHANNEL, 7 / GROUP
 MOST_ZEROS = {4: 0.25, 8: 0.05, 16: 0.01}
-"""The largest share of zeros of drawn weights, by bits. Normal weights have 15 % at 4 bits (the
-values within half a step of 2.7 steps' deviation), 1.1 % as 8-bit integers, none in FP8."""
+"""The largest share of zeros of drawn weights, by bits. Normal weights have 15% at 4 bits (the
+values within half a step of 2.7 steps' deviation), 1.1% as 8-bit integers, none in FP8."""
 SAMPLE = 1 << 20  # numbers of a weight that are looked at for zeros
 SEED = 1234
 WEIGHTS = re.compile(r"(?:^|[._])(?:weight|weight_packed|qweight)$")

@@ -1,10 +1,10 @@
 """Compare two runs, two variants or two machines: what differs, and by how much?
 
 A **figure** is a metric at a point, what a claim compares (the ratio of its two points), or a
-forecast's measured share of the predicted. Each has the ratio B / A with a 95 % interval: paired by
+forecast's measured share of the predicted. Each has the ratio B / A with a 95% interval: paired by
 repeat where both sides sent the same requests, Welch's otherwise. With dozens of figures some
 intervals exclude 1 by chance, so a figure *differs* only where it still does when the rate of false
-discoveries over all of them is held at 5 % (Benjamini and Hochberg 1995). It differs, or is the
+discoveries over all of them is held at 5% (Benjamini and Hochberg 1995). It differs, or is the
 same, by one margin: the claim's for what a claim compares, the default one for the others. On other
 hardware only dimensionless figures are compared; MBU, MFU and what was reached of a predicted bound
 are shares of each machine's own limits, and are listed as properties of the machines.
@@ -430,7 +430,7 @@ def _outcome(ratio: Interval, p: float, margin: float) -> tuple[Outcome, str]:
     """Decide by a ratio's interval and its p-value, adjusted for the number of figures; say why."""
     assert ratio.low is not None
     assert ratio.high is not None
-    within = f"{100 * margin:g} %"
+    within = f"{100 * margin:g}%"
     if is_within(ratio.low, margin) and is_within(ratio.high, margin):
         return "same", f"within {within}"
     beyond = not is_within(ratio.value, margin)

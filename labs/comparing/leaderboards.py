@@ -281,7 +281,7 @@ REPEATED = """
 Each run that was repeated with the same settings and seeds. A verdict is *reproduced* where the \
 repetition decides alike, *not reproduced* where it does not and the two intervals do not overlap, \
 and else *undecided*. Where the original decided nothing there is nothing to reproduce. A figure \
-is *reproduced* where the interval of the ratio lies within the margin (5 % unless a claim names \
+is *reproduced* where the interval of the ratio lies within the margin (5% unless a claim names \
 its own), *not reproduced* where it differs by more than chance explains, and else *undecided*.
 """
 PREDICTED = """
@@ -426,7 +426,7 @@ def leaderboard(committed: bool = False) -> Table:
             "Claim",
             "Machine",
             "Effect",
-            "95 % interval",
+            "95% interval",
             "Between sittings",
             "Verdict",
             "Prediction",
@@ -440,7 +440,7 @@ def leaderboard(committed: bool = False) -> Table:
 # ----------------------------------------------------------------------------- a machine's own page
 
 CLAIM_COLUMNS = (
-    "Lab", "Claim", "Effect", "95 % interval", "Predicted", "Did it hold?", "Verdict",
+    "Lab", "Claim", "Effect", "95% interval", "Predicted", "Did it hold?", "Verdict",
 )  # fmt: skip
 
 

@@ -170,7 +170,7 @@ def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
 class BetweenSittings:
     """Says how far the ratios of claims lie apart between a run and its repetitions."""
 
-    spread: float  # root mean square of the log ratio, as a fraction: 0.05 means 5 %
+    spread: float  # root mean square of the log ratio, as a fraction: 0.05 means 5%
     ratios: int
 
 

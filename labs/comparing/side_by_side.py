@@ -78,7 +78,7 @@ def headline(comparison: Comparison) -> Bullets:
             " dimensionless ones. MBU and MFU are properties of each machine."
         )
     how = "paired by repeat: same requests" if comparison.paired else "Welch's: other requests"
-    lines.append(f"Ratios are B / A with 95 % intervals ({how}). {ONE_SITTING}")
+    lines.append(f"Ratios are B / A with 95% intervals ({how}). {ONE_SITTING}")
     return bullets(lines)
 
 
@@ -117,7 +117,7 @@ def figure_table(rows: Sequence[ComparedFigure]) -> Table:
                 (row.outcome, (" (", parse(row.why), ")") if row.why else ""),
             ]
         )
-    return table(("Figure", "Where", "A", "B", "B / A", "95 % interval", "Outcome"), cells)
+    return table(("Figure", "Where", "A", "B", "B / A", "95% interval", "Outcome"), cells)
 
 
 def machine_table(properties: Sequence[MachineProperty]) -> Table:
@@ -194,7 +194,7 @@ def write(comparisons: Sequence[Comparison], refused: Sequence[str], path: Path)
              for r, where, i in figures_with_interval(comparison)], file
         ):  # fmt: skip
             mark = f" FORCED: {comparison.forced}." if comparison.forced else ""
-            caption = f"Each figure, B / A, with its 95 % interval.{mark}"
+            caption = f"Each figure, B / A, with its 95% interval.{mark}"
             figures[comparison.lab] = Figure(file.name, caption)
     whole.write(path, markdown.document(document(comparisons, refused, figures)))
 

@@ -122,7 +122,7 @@ def is_stale(run: Run) -> bool:
 
 
 def cpu_taken_by_others(folder: RunFolder) -> dict[str, str]:
-    """Describe the CPU share that other guests and processes used during trials, to 5 %."""
+    """Describe the CPU share that other guests and processes used during trials, to 5%."""
     run = folder.run()
     results = [
         result
@@ -135,7 +135,7 @@ def cpu_taken_by_others(folder: RunFolder) -> dict[str, str]:
         "other_processes": [r.cpu_others for r in results if r.cpu_others is not None],
     }
     return {
-        name: f"about {5 * round(20 * fmean(of_trials))} % of the CPU"
+        name: f"about {5 * round(20 * fmean(of_trials))}% of the CPU"
         for name, of_trials in shares.items()
         if of_trials
     }

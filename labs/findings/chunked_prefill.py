@@ -236,7 +236,7 @@ def draw_stall(run: JudgedRun) -> str | None:
         intervals = [run.interval(p, metric) for p in points]
         heights = [1000 * i.value if i else np.nan for i in intervals]
         reach = [1000 * (i.high - i.value) if i and i.high is not None else 0 for i in intervals]
-        ax.bar(x, heights, 0.6, yerr=reach, capsize=4, color=BLUE, label="measured, 95 % interval")
+        ax.bar(x, heights, 0.6, yerr=reach, capsize=4, color=BLUE, label="measured, 95% interval")
         forecast |= draw_forecasts(ax, x, [run.forecast(p, metric) for p in points], 1000)
         budgets = [p.flags.max_num_batched_tokens for p in points]
         ax.set_xticks(x, [f"{p.variant.name}\n{b}" for p, b in zip(points, budgets, strict=True)])

@@ -64,7 +64,7 @@ class Context:
         return interval.value if interval else None
 
     def interval(self, point: Point, metric: str) -> Interval | None:
-        """Averages the metric over the repeats that have it, with a 95 % interval."""
+        """Averages the metric over the repeats that have it, with a 95% interval."""
         return over_repeats(self.values.get(point.key, {}), metric)
 
     def effect(self, treatment: Point, baseline: Point, metric: str) -> Effect | None:

@@ -116,8 +116,8 @@ class Held:
 
     what: str
     prediction: Prediction
-    measured: Interval | None  # with its 95 % interval
-    narrow: Interval | None  # with the 90 % interval by which it is judged
+    measured: Interval | None  # with its 95% interval
+    narrow: Interval | None  # with the 90% interval by which it is judged
 
     @property
     def outcome(self) -> str:
@@ -254,7 +254,7 @@ def tell_losses(facts: Losses | None) -> Finding:
     lines.append(
         "Differences of shares have adjusted Wald intervals (Bonett and Price 2012), which take"
         " needles as independent; changes of the margin have intervals over texts. Both are of 95"
-        " %. Forecasts are judged by intervals of 90 %."
+        " %. Forecasts are judged by intervals of 90%."
     )
     return Finding(title=title, rows=rows, lines=lines)
 
@@ -552,9 +552,9 @@ PUBLISHED: PublishedFigures = {
     "findings": {
         "retrieval-lost": (
             Published(
-                figure="0.8 %",
+                figure="0.8%",
                 setting="accuracy lost on long contexts with 8 bits, on average; 4 bits lose up to"
-                " 59 %",
+                " 59%",
                 source="Mekala et al., EMNLP 2025",
             ),
         ),
@@ -565,7 +565,7 @@ PUBLISHED: PublishedFigures = {
                 source="Xiao et al., StreamingLLM, ICLR 2024",
             ),
             Published(
-                figure="20 % of the tokens",
+                figure="20% of the tokens",
                 setting="kept by attention, quality held",
                 source="Zhang et al., H2O, NeurIPS 2023",
             ),

@@ -356,7 +356,7 @@ SIGNATURE = Conclusion("signatures", signatures, tell_signatures)
 
 @dataclass(frozen=True)
 class Coefficient:
-    """Holds a fitted coefficient, half of its 95 % interval, and what the forecast's step says."""
+    """Holds a fitted coefficient, half of its 95% interval, and what the forecast's step says."""
 
     value: float
     reach: float
@@ -477,7 +477,7 @@ SCALES = ((1e3, "ms"), (1e6, "µs"), (1e9, "ns"))
 
 
 def tell_coefficients(facts: Coefficients) -> Finding:
-    rows = [["What", "Term", "Measured", "95 % interval", "Forecast's step"]]
+    rows = [["What", "Term", "Measured", "95% interval", "Forecast's step"]]
     lines = []
     for name, title, fit in (("ttft", "TTFT over N prompt tokens", facts.ttft),
                              ("itl", "ITL over C tokens of context", facts.itl)):  # fmt: skip

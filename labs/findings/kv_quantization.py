@@ -136,7 +136,7 @@ class Line:
 
     @staticmethod
     def reach(error: float, freedom: int) -> float:
-        """Half of the 95 % interval; infinite where as many points as parameters were fitted."""
+        """Half of the 95% interval; infinite where as many points as parameters were fitted."""
         return error * float(stats.t.ppf(0.975, freedom)) if freedom else math.inf
 
 
@@ -174,7 +174,7 @@ def context_lines(context: Context) -> ContextLines:
 
 def tell_slope(facts: ContextLines) -> Finding:
     """Shows TPOT as a line over the context, and where the quantized cache breaks even."""
-    rows = [["Variant", "TPOT without context", "Per 1,000 tokens of context", "95 % interval",
+    rows = [["Variant", "TPOT without context", "Per 1,000 tokens of context", "95% interval",
              "KV bytes per token"]]  # fmt: skip
     for name, line in facts.lines.items():
         reach = line.reach(line.error_s_per_token, line.freedom)
@@ -191,7 +191,7 @@ def tell_slope(facts: ContextLines) -> Finding:
     ]
     lines.append(
         "The line is a least-squares fit to the repeats at two context lengths, with four sequences"
-        " in the batch. Published for FP8 on a GPU: 54 % of the slope, and a break-even at 7,010"
+        " in the batch. Published for FP8 on a GPU: 54% of the slope, and a break-even at 7,010"
         " tokens (vLLM, April 2026)."
     )
     return Finding(title="TPOT over context", rows=rows, lines=lines)
@@ -210,7 +210,7 @@ def _even_sentence(name: str, line: Line, base: str, plain: Line) -> str:
     else:
         even = f"; it breaks even at {gap_s / gain:,.0f} tokens of context."
     share = line.s_per_token / plain.s_per_token
-    return f"`{name}`: {share:.0%} of the slope of `{base}` (50 % by the bytes){even}"
+    return f"`{name}`: {share:.0%} of the slope of `{base}` (50% by the bytes){even}"
 
 
 CONTEXT_SLOPE = Conclusion("context-slope", context_lines, tell_slope)
@@ -426,15 +426,15 @@ PUBLISHED: PublishedFigures = {
     "findings": {
         "context-slope": (
             Published(
-                figure="54 %",
+                figure="54%",
                 setting="slope of ITL over the context, break-even at 7,010 tokens",
                 source="vLLM, April 2026",
             ),
         ),
         "quality": (
             Published(
-                figure="91 to 13 %",
-                setting="needle in 128K tokens, FlashAttention 3 accumulating in FP8, 89 % once"
+                figure="91 to 13%",
+                setting="needle in 128K tokens, FlashAttention 3 accumulating in FP8, 89% once"
                 " mended",
                 source="vLLM, April 2026",
             ),

@@ -262,9 +262,9 @@ def tell_voting(facts: Voting) -> Finding:
         lines.append(
             f"{len(facts.tasks)} tasks with one right answer each, {facts.drawn} samples of each at"
             f" temperature {facts.temperature:g}. pass@n is best-of-n with a perfect judge; a vote"
-            " needs none. Engine seconds are of one task at a time. A *point* is 1 % of the tasks;"
+            " needs none. Engine seconds are of one task at a time. A *point* is 1% of the tasks;"
             " what it costs stands where voting beats one sample beyond its interval."
-            " Intervals are of 95 %, over tasks: other tasks, not other samples, are most of them."
+            " Intervals are of 95%, over tasks: other tasks, not other samples, are most of them."
         )
     return Finding(title="What do samples buy on tasks with one right answer?", rows=rows,
                    lines=lines)  # fmt: skip
@@ -295,9 +295,9 @@ def voting_sentence(facts: Voting) -> str | None:
     if most.gain.high is not None and most.gain.high < 0:
         so = "is worse than one sample"
     return (
-        f"One sample solves {100 * one.passed.value:.1f} % of the tasks. A vote of {most.samples}"
-        f" solves {100 * most.voted.value:.1f} %, {_points(most.gain)}, and {so}; at least one of"
-        f" {most.samples} is right in {100 * most.passed.value:.1f} %. They take"
+        f"One sample solves {100 * one.passed.value:.1f}% of the tasks. A vote of {most.samples}"
+        f" solves {100 * most.voted.value:.1f}%, {_points(most.gain)}, and {so}; at least one of"
+        f" {most.samples} is right in {100 * most.passed.value:.1f}%. They take"
         f" {most.seconds / one.seconds:.2f} times the engine's seconds and"
         f" {most.tokens / one.tokens:.1f} times the tokens of one."
     )
@@ -308,7 +308,7 @@ def greedy_sentence(facts: Voting) -> str | None:
     if facts.greedy is None or facts.over_greedy is None or facts.most is None:
         return None
     return (
-        f"One greedy answer solves {100 * facts.greedy.value:.1f} %: beside it a vote of"
+        f"One greedy answer solves {100 * facts.greedy.value:.1f}%: beside it a vote of"
         f" {facts.most.samples} is {_points(facts.over_greedy)}."
     )
 
@@ -367,7 +367,7 @@ def tell_kinds(facts: tuple[Kind, ...]) -> Finding:
         sometimes = [k.name for k in facts if 0.05 <= k.one <= 0.95]
         lines.append(
             "A vote can only gain where the right answer is the most frequent one, and a check only"
-            " where it comes up at all. Solved by a sample now and then (5 to 95 %): "
+            " where it comes up at all. Solved by a sample now and then (5 to 95%): "
             + (", ".join(sometimes) or "none")
             + "."
         )
@@ -611,8 +611,8 @@ def samples_or_size(run: JudgedRun) -> str | None:
         f" parameters costs the FLOP of {row.told_busy} samples of the one served"
         f" ({facts.params / 1e9:.2g} B), and on an engine that does nothing else the seconds of"
         f" {row.told_alone}. On a busy engine it pays where it solves more than a vote of"
-        f" {min(row.busy, row.drawn)} does, {100 * row.voted:.1f} % of these tasks, or more than"
-        f" {100 * row.passed:.1f} % where something can check an answer. No larger model was"
+        f" {min(row.busy, row.drawn)} does, {100 * row.voted:.1f}% of these tasks, or more than"
+        f" {100 * row.passed:.1f}% where something can check an answer. No larger model was"
         " measured."
     )
 
@@ -653,7 +653,7 @@ def draw_sampling(run: JudgedRun) -> str | None:
     _draw_solved(axes[0][1], bought)
     return (
         f"Left: {caption[0].lower()}{caption[1:]} Right: the tasks that so many samples solve, by"
-        " the most frequent answer and by at least one right answer, with 95 % intervals over"
+        " the most frequent answer and by at least one right answer, with 95% intervals over"
         " tasks."
     )
 
@@ -714,7 +714,7 @@ PUBLISHED: PublishedFigures = {
     "findings": {
         "voting": (
             Published(
-                figure="28.8 % solved by one sample, 70.2 % by at least one of 100",
+                figure="28.8% solved by one sample, 70.2% by at least one of 100",
                 setting="HumanEval, Codex 12B",
                 source="Chen et al. 2021",
             ),
@@ -733,7 +733,7 @@ PUBLISHED: PublishedFigures = {
         ),
         "verifier": (
             Published(
-                figure="78.2 % by a process reward model, 69.6 % by a vote of 1,860",
+                figure="78.2% by a process reward model, 69.6% by a vote of 1,860",
                 setting="a subset of MATH, GPT-4 base",
                 source="Lightman et al. 2023",
             ),

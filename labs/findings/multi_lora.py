@@ -50,7 +50,7 @@ class TenantLeaks:
 
     parts: Mapping[str, Marks]
     all: Marks
-    most_foreign_share: float | None  # upper end of the exact interval of 95 %
+    most_foreign_share: float | None  # upper end of the exact interval of 95%
     probe: TenantProbe | None
 
     @property
@@ -147,7 +147,7 @@ def foreign_sentence(facts: TenantLeaks) -> str | None:
         return None
     return (
         f"{facts.all.foreign} of {facts.all.answers:,} completions carry another tenant's mark:"
-        f" with 95 % confidence, fewer than 1 in {1 / facts.most_foreign_share:,.0f} do."
+        f" with 95% confidence, fewer than 1 in {1 / facts.most_foreign_share:,.0f} do."
     )
 
 
@@ -333,7 +333,7 @@ def draw_adapters(run: JudgedRun) -> str | None:
     heights = [i.value if i else np.nan for i in intervals]
     reach = [i.high - i.value if i and i.high is not None else 0 for i in intervals]
     ax.errorbar(x, heights, yerr=reach, fmt="o-", capsize=4, color=BLUE,
-                label="measured, 95 % interval")  # fmt: skip
+                label="measured, 95% interval")  # fmt: skip
     known = [run.forecast(p, "output_tokens_per_s") for _, p in counted]
     forecast = draw_forecasts(ax, x, known)
     base = next((p for p in run.points if p.variant.name == "base"), None)
@@ -359,8 +359,8 @@ def draw_adapters(run: JudgedRun) -> str | None:
 PUBLISHED: PublishedFigures = {
     "claims": {
         "one": (
-            Published(figure="-34 %", source="vLLM, pull request 11267"),
-            Published(figure="-4 %", source="vLLM, pull request 11613"),
+            Published(figure="-34%", source="vLLM, pull request 11267"),
+            Published(figure="-4%", source="vLLM, pull request 11613"),
         ),
         "eight": (
             Published(figure="12x, 2 ms a token more", source="Punica, MLSys 2024"),

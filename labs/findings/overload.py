@@ -137,7 +137,7 @@ def _sent_per_s(trial: Trial) -> float:
 
 def tell_admission(facts: Admission) -> Finding:
     rows = [
-        ["Variant", "Load", "Offered", "Goodput", "95 % interval", "Forecast", "Turned away",
+        ["Variant", "Load", "Offered", "Goodput", "95% interval", "Forecast", "Turned away",
          "TTFT, p50", "First late after", "t*"]
     ]  # fmt: skip
     rows += [

@@ -281,7 +281,7 @@ def tell_watermarks(facts: Watermarks | None) -> Finding:
         f"With {facts.users} in flight more requests are admitted than fit once they have grown. A"
         " watermark admits none beside others unless that share of all blocks stays free, rounded"
         " down: of few blocks it may keep none. *Preemptions a token* is the share of the gaps"
-        " between tokens that hold one: where it is below 1 %, a p99 of ITL does not show them."
+        " between tokens that hold one: where it is below 1%, a p99 of ITL does not show them."
         " Where nothing is preempted without a watermark, there is nothing to gain."
     )
     return Finding(title=title, rows=rows, lines=lines)
@@ -609,11 +609,11 @@ PUBLISHED: PublishedFigures = {
     },
     "findings": {
         "allocator": (
-            Published(figure="20.4 to 38.2 % useful", setting="of the KV memory of systems that"
+            Published(figure="20.4 to 38.2% useful", setting="of the KV memory of systems that"
                       " allocate contiguously; nearly all with paging", source=KWON),
         ),
         "watermark": (
-            Published(figure="ITL p99 40.6 to 17.7 ms, TTFT p50 6.6 to 11.2 s, 5 % more tokens/s",
+            Published(figure="ITL p99 40.6 to 17.7 ms, TTFT p50 6.6 to 11.2 s, 5% more tokens/s",
                       setting="on the same GB200", source=PR),
             Published(figure="no gain", setting="on another system", source="StaticCore"),
         ),

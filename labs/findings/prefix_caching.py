@@ -83,7 +83,7 @@ def tell_timing(facts: TimingLeak | None) -> Finding:
     title = "Does the cache tell tenants about each other?"
     if facts is None:
         return Finding(title=title, lines=["The probe did not run."])
-    rows = [["Stranger's prompt", "Sent before by the victim", "Never sent", "Ratio", "95 %"]]
+    rows = [["Stranger's prompt", "Sent before by the victim", "Never sent", "Ratio", "95%"]]
     rows += [
         [
             t.salting,
@@ -177,15 +177,15 @@ def leak_by_time(run: JudgedRun) -> str | None:
 
 PUBLISHED: PublishedFigures = {
     "claims": {
-        "cost": (Published(figure="less than 1 % lost", setting="no hits", source="vLLM V1"),),
+        "cost": (Published(figure="less than 1% lost", setting="no hits", source="vLLM V1"),),
         "throughput": (
             Published(figure="up to 6.4x", source="SGLang"),
-            Published(figure="59 to 498 % more capacity", source="Mooncake"),
+            Published(figure="59 to 498% more capacity", source="Mooncake"),
         ),
         "ttft-share-97": (Published(figure="TTFT a 46th", source="Mooncake Store"),),
     },
     "forecasts": {
-        "hit-rate": (Published(figure="94 % hits", source="traces of Codex"),),
+        "hit-rate": (Published(figure="94% hits", source="traces of Codex"),),
     },
 }
 

@@ -78,9 +78,9 @@ def tell_quality(facts: Quality) -> Finding:
         + "."
     )
     lines.append(
-        "The gate passes if the whole interval keeps the margin (perplexity at most 2 % higher,"
+        "The gate passes if the whole interval keeps the margin (perplexity at most 2% higher,"
         " needles and tasks at most 5 points lower), fails if the whole interval breaks it, and is"
-        " undecided in between. Intervals are 95 % intervals over passages or questions, paired."
+        " undecided in between. Intervals are 95% intervals over passages or questions, paired."
         + (
             f" `{facts.base} again` is the same engine, evaluated a second time: it shows the"
             " gate's false alarms."

@@ -72,7 +72,7 @@ def tell_tools(facts: tuple[Compared, ...]) -> Finding:
         rows=rows,
         lines=[
             *(better_sentence(pair) for pair in facts),
-            "Ratios and differences compare the first with the second, with 95 % intervals paired"
+            "Ratios and differences compare the first with the second, with 95% intervals paired"
             " over passages or questions. No tool was calibrated on the held-out text (prose).",
         ],
     )

@@ -320,8 +320,8 @@ PUBLISHED: PublishedFigures = {
     "forecasts": {
         "tpot": ONE_STREAM,
         "ttft": (
-            Published(figure="at least 51 % MFU", setting="prefill in BF16", source="vLLM"),
-            Published(figure="43 % MFU", setting="prefill, 8B in FP8", source="TensorRT-LLM"),
+            Published(figure="at least 51% MFU", setting="prefill in BF16", source="vLLM"),
+            Published(figure="43% MFU", setting="prefill, 8B in FP8", source="TensorRT-LLM"),
         ),
     },
 }

@@ -309,7 +309,7 @@ def tell_speed_up(facts: SpeedUps) -> Finding:
         rows=rows,
         lines=[
             *turn_sentences(facts),
-            "Speed-up is TPOT without / with speculation at the same load, with a 95 % interval; it"
+            "Speed-up is TPOT without / with speculation at the same load, with a 95% interval; it"
             " *wins* or *loses* where the interval excludes 1, and is *not told apart* elsewhere.",
             "c is a step of the draft served alone / a step of the target, both at one stream, by"
             " the engine's clock; v is the plain engine's TPOT at B (g + 1) / that at B. The"
@@ -344,7 +344,7 @@ SPEED_UP = Conclusion("speed-up", speed_ups, tell_speed_up)
 
 @dataclass(frozen=True)
 class SameText:
-    """Counts a point's answers that equal the plain engine's, with a 95 % Wilson interval."""
+    """Counts a point's answers that equal the plain engine's, with a 95% Wilson interval."""
 
     where: str
     compared: int
@@ -380,7 +380,7 @@ def same_text(context: Context) -> tuple[SameText, ...]:
 
 
 def tell_same_text(facts: tuple[SameText, ...]) -> Finding:
-    rows = [["Point", "Answers compared", "The same", "95 % interval"]]
+    rows = [["Point", "Answers compared", "The same", "95% interval"]]
     rows += [
         [p.where, str(p.compared), f"{p.same / p.compared:.0%}",
          f"{p.low_share:.0%} to {p.high_share:.0%}"]
@@ -464,7 +464,7 @@ def draw_speculation(run: JudgedRun) -> str | None:
     axes[1].legend(frameon=False, fontsize=8)
     return (
         "Left: how far ahead guesses are right, at one stream. Right: what that gains, with"
-        " 95 % intervals; below 1 speculation loses. Open marks are Leviathan's formula with"
+        " 95% intervals; below 1 speculation loses. Open marks are Leviathan's formula with"
         " acceptance, draft cost and verification cost as measured."
     )
 

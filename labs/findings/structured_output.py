@@ -163,7 +163,7 @@ def validity_sentence(facts: Validity) -> str | None:
         return None
     low = stats.binomtest(valid, asked).proportion_ci(method="exact").low
     return (
-        f"Valid answers by how the structure is required: {'; '.join(parts)} (with 95 % confidence"
+        f"Valid answers by how the structure is required: {'; '.join(parts)} (with 95% confidence"
         f" at least {low:.0%} of those with an imposed structure)."
     )
 

@@ -226,7 +226,7 @@ def tell_sweep(facts: Sweep | None) -> Finding:
         f"Scored in one process before the run, without an engine: {facts.tokens:,} tokens of"
         f" held-out text (SHA-256 `{facts.held_out_sha256[:12]}`) and {facts.tasks} tasks. Wanda"
         f" saw {facts.calibration_tokens:,} tokens of another text"
-        f" (`{facts.calibration_sha256[:12]}`). Ratios have 95 % intervals, paired over passages."
+        f" (`{facts.calibration_sha256[:12]}`). Ratios have 95% intervals, paired over passages."
         " Perplexity was not forecast, as no theory gives it; the energy that goes was, for weights"
         " that are normally distributed."
     )
@@ -305,10 +305,10 @@ class Kernels:
 FORMS = (
     ("zeros stored, as served here", "dense", 0.5, "no kernel needed"),
     ("2:4", "2:4", 0.5, "sparse tensor cores; twice the BF16 rate where arithmetic limits"),
-    ("50 % anywhere, a bit for each weight", "bitmap", 0.5, "unpacked before each product"),
-    ("50 % anywhere, a column for each kept weight", "index", 0.5, "CSR with 16-bit columns"),
-    ("70 % anywhere, a bit for each weight", "bitmap", 0.7, "unpacked before each product"),
-    ("70 % anywhere, a column for each kept weight", "index", 0.7, "CSR with 16-bit columns"),
+    ("50% anywhere, a bit for each weight", "bitmap", 0.5, "unpacked before each product"),
+    ("50% anywhere, a column for each kept weight", "index", 0.5, "CSR with 16-bit columns"),
+    ("70% anywhere, a bit for each weight", "bitmap", 0.7, "unpacked before each product"),
+    ("70% anywhere, a column for each kept weight", "index", 0.7, "CSR with 16-bit columns"),
 )
 EIGHT_BITS = "no zeros, 8 bits a weight"
 
@@ -350,11 +350,11 @@ def tell_kernels(facts: Kernels | None) -> Finding:
         rows.append([form.title, f"{form.matrices:.3g}x", f"{form.step:.2f}x", known, form.note])
     lines = [
         "Of 16-bit weights 2:4 keeps two of four with two bits of index each:"
-        " (2 x 16 + 2 x 2) / (4 x 16) = 9/16. A bit for each weight gives the same at 50 %, and"
+        " (2 x 16 + 2 x 2) / (4 x 16) = 9/16. A bit for each weight gives the same at 50%, and"
         " breaks even at 1/16 of zeros; a 16-bit column for each kept weight breaks even at half.",
         f"*At best* is a step that only reads: {facts.pruned_share:.0%} of its bytes are pruned"
         " matrices, the rest is the output matrix, norms, keys and values. Eight bits a weight read"
-        " less than any form of 50 % zeros, and served engines have kernels for it.",
+        " less than any form of 50% zeros, and served engines have kernels for it.",
     ]
     return Finding(title=title, rows=rows, lines=lines)
 
@@ -649,11 +649,11 @@ def _draw_served(ax: Axes, run: JudgedRun, facts: Sweep) -> None:
 def _published() -> Sequence[Published]:
     return (
         Published(figure="5.12 to 14.89 by magnitude, 6.42 by Wanda", source=f"{WANDA}, repository",
-                  setting="perplexity on WikiText, 50 % zeros, LLaMA-2 7B"),
+                  setting="perplexity on WikiText, 50% zeros, LLaMA-2 7B"),
         Published(figure="54.59 by magnitude, 11.02 by Wanda", source=f"{WANDA}, repository",
                   setting="the same, 2:4"),
         Published(figure="3.12 to 4.98 and 3.98", source=f"{WANDA}, repository",
-                  setting="50 % zeros, LLaMA-2 70B, magnitude and Wanda"),
+                  setting="50% zeros, LLaMA-2 70B, magnitude and Wanda"),
     )  # fmt: skip
 
 
@@ -667,7 +667,7 @@ PUBLISHED: PublishedFigures = {
                       source="vLLM, pull request 36799"),
         ),
         "smaller": (
-            Published(figure="under 3 % of the training data",
+            Published(figure="under 3% of the training data",
                       setting="8B and 4B out of a 15B, pruned by structure and distilled",
                       source="Muralidharan et al., Minitron, 2024"),
         ),

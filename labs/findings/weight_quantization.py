@@ -98,7 +98,7 @@ def tell_outliers(facts: Outliers | None) -> Finding:
     title = "What is the outlier problem?"
     if facts is None:
         return Finding(title=title, lines=["Not studied in this run."])
-    rows = [["Rounded to 8 bits", "Perplexity", "Ratio to unrounded", "95 % interval"]]
+    rows = [["Rounded to 8 bits", "Perplexity", "Ratio to unrounded", "95% interval"]]
     for r in facts.roundings.values():
         known = r.low is not None and r.high is not None
         beside = [f"{r.ratio:.3f}", f"{r.low:.3f} to {r.high:.3f}"] if known else ["–", "–"]

@@ -147,7 +147,7 @@ def draw_tradeoff(run: JudgedRun) -> str | None:
         size = at[name].shape.weight_bytes / 1e6
         ax.errorbar(x, y, yerr=reach, fmt="o", color=colour, capsize=4, ms=8,
                     label=f"{name}, {size:,.0f} MB")  # fmt: skip
-    ax.axhline(1.02, color=GREY, ls=":", label="gate: 2 % more perplexity")
+    ax.axhline(1.02, color=GREY, ls=":", label="gate: 2% more perplexity")
     ax.set_xlabel("decode speed-up, one stream")
     ax.set_ylabel(f"perplexity / that of {base}")
     ax.legend(frameon=False, fontsize=8)

@@ -30,13 +30,13 @@ LEAST_REQUESTS = 5
 SLOWER_TOKEN = 1.15
 """TPOT is worse beyond this multiple of the healthy one.
 
-A machine's own speed wanders by 5 to 6 % (one standard deviation, over 100 s on two machines), so
-two readings of one service differ by 8 %: this is two of those.
+A machine's own speed wanders by 5 to 6% (one standard deviation, over 100 s on two machines), so
+two readings of one service differ by 8%: this is two of those.
 """
 LATER_FIRST_TOKEN = 1.3
 """TTFT is worse beyond this multiple: it also depends on the step that a request just missed."""
 MORE_LONG_GAPS = 0.04
-"""Gaps are worse where so many more lie in buckets above the one of the healthy p99: of 1 %, 5 %"""
+"""Gaps are worse where so many more lie in buckets above the one of the healthy p99: of 1%, 5%"""
 PREEMPTED = 0.02
 """Preemptions a finished request from which on they count; a server with enough memory has none."""
 HITS_LOST = 0.2

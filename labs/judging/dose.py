@@ -173,7 +173,7 @@ def draft_yield(trial: Trial) -> Bounds | None:
     """Bound the sum of drafts and accepted tokens where a draft model guesses in every step.
 
     Each step yields the accepted tokens and one of the target's own, so the sum is the number of
-    tokens after the first of each request, within 15 %: at a request's end more may be accepted
+    tokens after the first of each request, within 15%: at a request's end more may be accepted
     than is sent. None where guesses are made now and then, or a request failed.
     """
     by_ngram = trial.point.flags.speculative_config.get("method") == "ngram"
@@ -187,7 +187,7 @@ def accepted_share(trial: Trial, predicted: float) -> Bounds | None:
     """Bound the share of drafted tokens that must have been accepted.
 
     `predicted` is the chance that a token is accepted if all before it were, so that of g drafted
-    tokens (a + a^2 + .. + a^g) / g are. The least is 15 % below that, and below that by twice the
+    tokens (a + a^2 + .. + a^g) / g are. The least is 15% below that, and below that by twice the
     standard error that so few drafts have at most. A text that is guessed better than predicted is
     a finding and no fault; where the engine was told how much to accept, the most is bounded alike.
     None where the engine counts no drafts.
@@ -208,6 +208,6 @@ def copied_share(least: float) -> Bounds:
     """Bound the share of copied tokens that must have been accepted.
 
     `least` is the low end of the forecast's band, from the model's own answers: a few answers of a
-    kind may hold next to nothing to copy, or much that is wrong together. The least is 15 % below.
+    kind may hold next to nothing to copy, or much that is wrong together. The least is 15% below.
     """
     return Bounds((1 - BAND) * least, 1.0)

@@ -10,7 +10,7 @@ each other and find it in the prefix cache (on by default). Requests for `prompt
 read the prefix cache, so that a second evaluation scores anew.
 
 Kernels round differently for another batch or another share of cached tokens. This alone moves
-perplexity by 0.1 to 0.3 % and changes the last digit of a needle's number. So passages are scored
+perplexity by 0.1 to 0.3% and changes the last digit of a needle's number. So passages are scored
 one at a time, and every evaluation has its own cache salt, so that a second one does not find the
 blocks of the first. The noise that remains shows when an engine is evaluated twice; with
 `at_once=1` there is next to none.

@@ -36,7 +36,7 @@ from labs.judging.metrics import METRICS, Repeats, by_repeat
 from labs.lab import MARGIN, Claim, Forecast, Prediction
 
 CONFIDENCE = 0.95
-TWO_ONE_SIDED = 0.90  # an interval within which two one-sided tests at 5 % place the figure
+TWO_ONE_SIDED = 0.90  # an interval within which two one-sided tests at 5% place the figure
 AGREEMENT = 1.25  # a figure bears out a prediction p from p / 1.25 to 1.25 p
 MOST_REPEATS = 100
 NEGLIGIBLE_LOG = 1e-9  # logs that differ by less do not differ
@@ -70,7 +70,7 @@ class Caveat(BaseModel, frozen=True, extra="forbid"):
 
 
 class Interval(BaseModel, frozen=True, extra="forbid"):
-    """A mean over `n` repeats with its 95 % interval; the bounds are None with a single repeat."""
+    """A mean over `n` repeats with its 95% interval; the bounds are None with a single repeat."""
 
     value: float
     low: float | None
@@ -390,7 +390,7 @@ def in_band(measured: Interval, low: float, high: float) -> bool:
 
 
 def is_within(ratio: float, margin: float) -> bool:
-    """Whether a ratio differs from 1 by no more than the margin: 5 % is from 1 / 1.05 to 1.05."""
+    """Whether a ratio differs from 1 by no more than the margin: 5% is from 1 / 1.05 to 1.05."""
     return ratio > 0 and abs(math.log(ratio)) <= math.log1p(margin)
 
 
@@ -421,9 +421,9 @@ def borne_out_between(prediction: Prediction) -> tuple[float, float]:
 
 
 def prediction_outcome(prediction: Prediction, measured: Interval | None) -> PredictionOutcome:
-    """Decide what became of a prediction, by the 90 % interval of what was measured.
+    """Decide what became of a prediction, by the 90% interval of what was measured.
 
-    A point has *held* where the whole interval bears it out (two one-sided tests at 5 %, TOST:
+    A point has *held* where the whole interval bears it out (two one-sided tests at 5%, TOST:
     Schuirmann 1987), and is *refuted* where none of it does. A bound is *not broken* or *broken*
     by the same rule: it never holds, since a figure far away from it bears nothing out. Else, and
     without an interval, it is *open*.
@@ -519,16 +519,16 @@ def _explain(effect: Effect, outcome: VerdictKind, margin: float) -> str:
     if effect.ratio.low is None or effect.ratio.high is None:
         return "one repeat gives no interval: ask for more with SET=repeats=3"
     if outcome != "inconclusive":
-        return f"{'within' if outcome == 'no effect' else 'beyond'} {100 * margin:g} %"
+        return f"{'within' if outcome == 'no effect' else 'beyond'} {100 * margin:g}%"
     repeats = repeats_to_decide(effect, margin)
     advice = f"more than {MOST_REPEATS} repeats would settle it"
     if effect.starts is not None and effect.starts < ENOUGH_STARTS:
         advice = f"{ENOUGH_STARTS} starts of each engine may settle it (SET=starts={ENOUGH_STARTS})"
     elif repeats:
         advice = f"about {repeats} repeats would settle it (SET=repeats={repeats})"
-    reason = f"the interval neither excludes 1 nor lies within {100 * margin:g} % of it"
+    reason = f"the interval neither excludes 1 nor lies within {100 * margin:g}% of it"
     if not effect.ratio.low <= 1 <= effect.ratio.high:
-        reason = f"the effect neither exceeds {100 * margin:g} % nor is shown to lie within that"
+        reason = f"the effect neither exceeds {100 * margin:g}% nor is shown to lie within that"
     return f"{reason}; {advice}"
 
 

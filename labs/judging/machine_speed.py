@@ -19,7 +19,7 @@ from serving.reference_step import ReferenceStep
 
 MOST_CHANGED = 0.25
 """The least change of a step's time, up or down, that counts as a jump. It is 3.5 standard
-deviations of the ratio of two steps; one step has 5 % within 100 s on a quiet virtual machine."""
+deviations of the ratio of two steps; one step has 5% within 100 s on a quiet virtual machine."""
 
 MOST_SPREAD = 2.0
 """The largest spread that earlier runs are believed: a damaged one must not undo a forecast."""
@@ -103,7 +103,7 @@ def _changed(ratio: float) -> bool:
 def usual_spread(earlier: Sequence[MachineSpeed], trials: int) -> float:
     """Tell how far a machine's speed usually moves between one moment and the mean of later trials.
 
-    A factor of 1 or more: with 80 % probability a step takes, in the mean of so many trials,
+    A factor of 1 or more: with 80% probability a step takes, in the mean of so many trials,
     between 1 / factor and factor times as long as it took once before them. For each run, half the
     distance from the 10th to the 90th percentile of the logarithm of a part's time is the spread of
     one moment. Both moments spread, the later one less by averaging over trials as if they were

@@ -32,7 +32,7 @@ GateResult = Literal["pass", "fail", "undecided"]
 
 
 class QualityFigure(BaseModel, frozen=True, extra="forbid"):
-    """A figure of quality with its 95 % interval.
+    """A figure of quality with its 95% interval.
 
     `n` counts tokens or questions; `p_value` is that of McNemar's test, where one was made.
     """

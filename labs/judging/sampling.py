@@ -121,7 +121,7 @@ def _vote(answers: Sequence[str | None], expected: str) -> float:
 
 
 def over_tasks(values: Sequence[float]) -> Interval:
-    """Average a share over tasks, with its 95 % interval; `n` is the number of tasks."""
+    """Average a share over tasks, with its 95% interval; `n` is the number of tasks."""
     n, mean = len(values), float(np.mean(values))
     if len(set(values)) == 1:
         k = round(mean * n)
@@ -134,7 +134,7 @@ def over_tasks(values: Sequence[float]) -> Interval:
 
 
 def gain_over_tasks(before: Sequence[float], after: Sequence[float]) -> Interval:
-    """Average the change of a share over the same tasks, paired, with its 95 % interval.
+    """Average the change of a share over the same tasks, paired, with its 95% interval.
 
     Where no task changed there is no interval: so few tasks cannot tell how rare a change is.
     """

@@ -98,7 +98,7 @@ def ratio_text(judgement: Judgement) -> str:
 
 
 def ratio_interval(judgement: Judgement) -> str:
-    """Write the 95 % interval of the measured ratio, or a dash."""
+    """Write the 95% interval of the measured ratio, or a dash."""
     return ratio_ends(judgement.ratio)
 
 

@@ -438,7 +438,7 @@ def share_copied(
     """Forecast the share of drafted tokens that is accepted in a trial of so many requests.
 
     The guesses in one answer are right or wrong together, and answers to prompts that share a
-    prefix are too. So the band is not that of independent draws: it holds 98 % of trials whose
+    prefix are too. So the band is not that of independent draws: it holds 98% of trials whose
     answers are drawn from the known ones of one repeat. None where these have nothing to copy.
     """
     repeats = [[decoded(copied) for copied in repeat] for repeat in known]
@@ -748,7 +748,7 @@ def _bands(
 
     `as_timed` holds the figures of each play, `shifted` those of the first at FASTER and SLOWER.
     `repeats` independent trials will be measured. Their mean differs by chance from that of the
-    plays, by as much as these differ from one another: the band holds that with 80 %, and no end of
+    plays, by as much as these differ from one another: the band holds that with 80%, and no end of
     it lies beyond all plays.
     """
     bands = {}
@@ -771,7 +771,7 @@ def _bands(
 
 
 def by_chance(values: Sequence[float], repeats: int) -> float:
-    """Tell how far the mean of so many trials lies from that of these plays, with 80 %."""
+    """Tell how far the mean of so many trials lies from that of these plays, with 80%."""
     if len(values) < 2:
         return 0.0
     error = stdev(values) * math.sqrt(1 / len(values) + 1 / repeats)

@@ -217,7 +217,7 @@ def _fit(plan: CapacityPlan) -> Sequence[Block]:
     ]
     formula = (
         Emphasis("Arithmetic."),
-        f" {usable / 1e9:.1f} GB of the GPU's memory are usable: 92 %, which is vLLM's default,"
+        f" {usable / 1e9:.1f} GB of the GPU's memory are usable: 92%, which is vLLM's default,"
         " less 1 GB for activations. The weights are the linear layers at their precision and the"
         " embeddings at 16 bits. A token's keys and values are"
         f" {plan.fits[0].kv_bytes_per_token:,.0f} bytes: 2 x layers x KV heads x head dim x 2. A"

@@ -84,7 +84,7 @@ class Alarms(Part, frozen=True):
     alarms: int  # verdicts of helps or hurts, where there is nothing
     judged: int
     not_judged: int  # not valid
-    low: float  # exact 95 % interval of alarms / judged
+    low: float  # exact 95% interval of alarms / judged
     high: float
     spread: float  # median standard deviation of the log ratio between repeats
 

@@ -86,7 +86,7 @@ def effects(run: JudgedRun) -> str | None:
         error = [[ratio.value - low], [high - ratio.value]]
         ax.errorbar(
             ratio.value, row, xerr=error, fmt="o", color=BLUE, capsize=4,
-            label="measured, 95 % interval" if row == 0 else None,
+            label="measured, 95% interval" if row == 0 else None,
         )  # fmt: skip
     _ratio_axis(ax)
     claims = [j.claim for j in judged]
@@ -118,7 +118,7 @@ def ratios(rows: Sequence[tuple[str, Interval, bool]], path: Path) -> bool:
     _ratio_axis(ax)
     ax.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)], fontsize=7)
     ax.set_ylim(-0.6, len(rows) - 0.4)
-    ax.set_xlabel("B / A with its 95 % interval (orange: differs)")
+    ax.set_xlabel("B / A with its 95% interval (orange: differs)")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     return True
@@ -178,7 +178,7 @@ def sweep(run: JudgedRun) -> str | None:
             predicted = [known.get(p.key, np.nan) * scale for p in swept]
             ax.plot(x, predicted, "--", color=BOUND, label=f"predicted {bound} (roofline)")
         forecast |= draw_forecasts(ax, x, [run.forecast(p, metric) for p in swept], scale)
-        _errorbar(ax, x, swept, run, metric, scale, "measured, 95 % interval")
+        _errorbar(ax, x, swept, run, metric, scale, "measured, 95% interval")
         ax.set_xscale("log", base=2)
         ax.set_xticks(x, [str(v) for v in x])
         ax.set_xlabel("requests in flight")
@@ -291,7 +291,7 @@ def variants(run: JudgedRun) -> str | None:
     ax.set_ylim(bottom=0)
     ax.set_ylabel(f"{metric.title} ({unit})")
     figure.legend(loc="outside right upper", frameon=False)
-    caption = f"{metric.title} of each variant, with 95 % intervals, workload by workload."
+    caption = f"{metric.title} of each variant, with 95% intervals, workload by workload."
     return caption + BANDS * forecast
 
 

@@ -51,9 +51,9 @@ class Cache:
     blocks: int | None  # that can be held; None where the engine did not say
 
     def told(self, share: float) -> str:
-        """Write a share, and the blocks where their number is known: `43 % (20 of 47 blocks)`."""
+        """Write a share, and the blocks where their number is known: `43% (20 of 47 blocks)`."""
         of = f" ({round(share * self.blocks):,} of {self.blocks:,} blocks)" if self.blocks else ""
-        return f"{100 * share:.0f} %{of}"
+        return f"{100 * share:.0f}%{of}"
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def _cache_frame(top: int) -> str:
     """The KV cache's part: its title, and lines where it is full and empty."""
     full, empty = top + CACHE_GAP, top + CACHE_GAP + CACHE_HEIGHT
     return (
-        f'<text x="{LEFT}" y="{full - 5}" text-anchor="start">KV cache in use, up to 100 %</text>'
+        f'<text x="{LEFT}" y="{full - 5}" text-anchor="start">KV cache in use, up to 100%</text>'
         f'<path class="place" d="M{LEFT} {full}H{WIDTH - LEFT}M{LEFT} {empty}H{WIDTH - LEFT}"/>'
     )
 

@@ -59,11 +59,11 @@ from serving import whole
 THEIRS = "Published by others, for their models on their hardware; no verdict depends on it:"
 VERDICTS = parse(
     "A measured ratio is treatment / baseline, of geometric means over the repeats, with Welch's"
-    " 95 % interval. A claim *helps* or *hurts* if the interval excludes 1 and the ratio exceeds"
-    " the claim's margin (5 % where the claim names no other, stated before measuring). It has"
+    " 95% interval. A claim *helps* or *hurts* if the interval excludes 1 and the ratio exceeds"
+    " the claim's margin (5% where the claim names no other, stated before measuring). It has"
     " *no effect* if the whole interval is within that margin, and is *inconclusive* otherwise. A"
-    " prediction p *held* if the 90 % interval lies within p / 1.25 and 1.25 p (two one-sided"
-    " tests at 5 %), is *refuted* if the interval lies wholly outside, and is *open* otherwise. A"
+    " prediction p *held* if the 90% interval lies within p / 1.25 and 1.25 p (two one-sided"
+    " tests at 5%), is *refuted* if the interval lies wholly outside, and is *open* otherwise. A"
     " bound is *not broken*, *broken* or *open* by the same rule. A prediction is *trivial* if p is"
     " 1 within the claim's margin."
 )

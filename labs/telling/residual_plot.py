@@ -59,7 +59,7 @@ class _Row:
             lane = next((i for i, end in enumerate(ends) if x - end >= DOT), len(ends))
             ends[lane : lane + 1] = [x]
             dots.append((x, lane, residual.near))
-        label = f"{figure}: {near} of {len(mine)} within 25 %"
+        label = f"{figure}: {near} of {len(mine)} within 25%"
         return cls(label, distance, tuple(dots), len(ends))
 
 

@@ -39,7 +39,7 @@ PLACE = ("Lab", "Machine", "Run", "Figure")
 INTRODUCTION = (
     "How near predictions came to what was measured, in full, valid runs. All of them were written"
     " before the first engine started. The distance is how far measured / predicted lies from 1."
-    " Within 25 % is from p / 1.25 to 1.25 p; a band is what the forecast itself stated. Bounds are"
+    " Within 25% is from p / 1.25 to 1.25 p; a band is what the forecast itself stated. Bounds are"
     " not counted; no prediction is left out because it missed."
 )
 NONE = "No full run on file has a valid figure that was predicted."
@@ -70,7 +70,7 @@ class Residual:
 
     @property
     def near(self) -> bool:
-        """Whether the measured figure is within 25 % of the predicted one, up or down."""
+        """Whether the measured figure is within 25% of the predicted one, up or down."""
         return 1 / AGREEMENT <= self.share <= AGREEMENT
 
     @property
@@ -177,7 +177,7 @@ def page(found: Sequence[Residual], link: LinkTo) -> Section:
         section("By figure, in all runs", _grouped(by_figure, ("Figure",), lambda r: (r.group,))),
         section("By run", _grouped(found, PLACE, lambda r: _place(r, link))),
         section(
-            f"Misses: {len(misses)} of {len(found)} lie further off than 25 %",
+            f"Misses: {len(misses)} of {len(found)} lie further off than 25%",
             _misses(misses, link),
         )
         if misses
@@ -209,7 +209,7 @@ def _grouped(
         ]
         for cells, mine in groups.items()
     ]
-    return table((*header, "Number", "Median distance", "Within 25 %", "Within their band"), rows)
+    return table((*header, "Number", "Median distance", "Within 25%", "Within their band"), rows)
 
 
 def _within(mine: Sequence[Residual]) -> str:

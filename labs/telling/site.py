@@ -86,8 +86,8 @@ SCRIPTS = {  # a script beside the pages: the files that it is made of
 }  # fmt: skip
 ROOFS = "roofs.js"  # what all lessons draw of rooflines
 DISTANCES = (  # of a measured ratio from what was predicted, up or down: at most, class, in words
-    (1.1, "off-10", "within 10 %"),
-    (AGREEMENT, "off-25", "within 25 %"),
+    (1.1, "off-10", "within 10%"),
+    (AGREEMENT, "off-25", "within 25%"),
     (2, "off-2", "within a factor of 2"),
     (math.inf, "off-more", "further off"),
 )
@@ -312,7 +312,7 @@ class Lesson:
     def revealed(self, entry: Entry, judgement: Judgement) -> str:
         """Say what came of the guessed claim in a run."""
         return (
-            f"{ratio_text(judgement)} (95 % interval {ratio_interval(judgement)}):"
+            f"{ratio_text(judgement)} (95% interval {ratio_interval(judgement)}):"
             f" {judgement.outcome}. Predicted before the engine started:"
             f" {number(judgement.prediction.value)}, {claim_outcome(judgement)}."
         )

@@ -65,14 +65,14 @@ def predictions(lab: Lab, predicted_before: Predictions) -> Table:
 def claims(lab: Lab, summary: Summary) -> Table:
     """Tabulate the judgements: what was claimed, measured, predicted and published; the verdict."""
     return table(
-        ("Claim", "Measured", "95 % interval", "Predicted", "Did it hold?", "Published", "Verdict"),
+        ("Claim", "Measured", "95% interval", "Predicted", "Did it hold?", "Published", "Verdict"),
         (_claim(lab, judgement) for judgement in summary.judgements),
     )
 
 
 def _claim(lab: Lab, j: Judgement) -> list[Inline]:
     pair = f"{point_label(j.treatment, lab)} / {point_label(j.baseline, lab)}"
-    own_margin = "" if j.margin == MARGIN else f"; equal within {100 * j.margin:g} %"
+    own_margin = "" if j.margin == MARGIN else f"; equal within {100 * j.margin:g}%"
     where = f" ({METRICS[j.metric].title}: {pair}{own_margin})"
     figures = [p.figure for p in published_of(lab.name, "claims", j.claim)]
     return [
@@ -124,7 +124,7 @@ def forecasts(lab: Lab, summary: Summary) -> Table:
             ]
         )
     header = (
-        "Figure", "Where", "Measured", "95 % interval", "Predicted", "Measured / predicted",
+        "Figure", "Where", "Measured", "95% interval", "Predicted", "Measured / predicted",
         "Did it hold?",
     )  # fmt: skip
     return table(header, rows)
@@ -206,7 +206,7 @@ def _between(low: float, high: float, unit: str) -> str:
 def machine_speed(speed: MachineSpeed) -> Table:
     """Tabulate the times of the two parts of the reference step over a run."""
     return table(
-        ("Reference step", "Median", "80 % of the times", "Trend"),
+        ("Reference step", "Median", "80% of the times", "Trend"),
         (
             [
                 title,

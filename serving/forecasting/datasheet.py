@@ -3,16 +3,16 @@
 A step takes the longer of reading (weights, keys and values) and computing, each at a share of the
 vendor's figure that engines were seen to reach, and a fixed time for the host and the launches:
 
-- **reading** at 85 % of the datasheet's bandwidth: TinyChat's 4-bit decode on an RTX 4090 (AWQ, Lin
-  et al., MLSys 2024). Between 78 % (the single-kernel Llama 1B of Hazy Research on an H100, 2025)
-  and 92 %.
-- **computing** at 51 % of the datasheet's dense rate: vLLM's BF16 prefill of an 8B model on an
-  H100. Between 43 % (TensorRT-LLM, the same model in FP8) and 75 % (FlashAttention-3 alone: 740 of
+- **reading** at 85% of the datasheet's bandwidth: TinyChat's 4-bit decode on an RTX 4090 (AWQ, Lin
+  et al., MLSys 2024). Between 78% (the single-kernel Llama 1B of Hazy Research on an H100, 2025)
+  and 92%.
+- **computing** at 51% of the datasheet's dense rate: vLLM's BF16 prefill of an 8B model on an
+  H100. Between 43% (TensorRT-LLM, the same model in FP8) and 75% (FlashAttention-3 alone: 740 of
   989 TFLOP/s, Shah et al. 2024).
 - **1.2 ms** a step beside both: what is left of vLLM's 155 tokens/s for one stream of an 8B model
-  in BF16 on an H100 after reading at 85 %. Between 0.4 ms, where scheduling overlaps the step, and
+  in BF16 on an H100 after reading at 85%. Between 0.4 ms, where scheduling overlaps the step, and
   1.6 ms: a 1B model, for which Hazy Research found vLLM 2.5 times slower than a kernel that reaches
-  78 % of the bandwidth, leaves 1.5 ms.
+  78% of the bandwidth, leaves 1.5 ms.
 
 None of these figures comes from this lab. What is not covered: adapters, several devices, the
 all-to-all of routed experts, eager execution (no published cost of its launches), and kernels that

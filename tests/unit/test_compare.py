@@ -104,9 +104,9 @@ def test_a_lone_interval_among_many_is_taken_for_chance() -> None:
 
 
 def test_two_figures_are_the_same_within_the_margin_of_their_claim() -> None:
-    assert [(r.outcome, r.why) for r in judged(0.04, ratio=1.04)] == [("same", "within 5 %")]
+    assert [(r.outcome, r.why) for r in judged(0.04, ratio=1.04)] == [("same", "within 5%")]
     assert [(r.outcome, r.why) for r in judged(0.04, ratio=1.2, margin=0.25)] == [
-        ("same", "within 25 %")
+        ("same", "within 25%")
     ]
     assert [r.outcome for r in judged(0.04, ratio=1.04, margin=0.02)] == ["differs"]
     row = ComparedFigure(
@@ -115,7 +115,7 @@ def test_two_figures_are_the_same_within_the_margin_of_their_claim() -> None:
         outcome="undecided",
     )  # fmt: skip
     ((open_,),) = compare.judged([[row]])
-    assert (open_.outcome, open_.why) == ("undecided", "the interval reaches beyond 5 %")
+    assert (open_.outcome, open_.why) == ("undecided", "the interval reaches beyond 5%")
 
 
 def judged(*ps: float, ratio: float = 1.2, margin: float = MARGIN) -> list[ComparedFigure]:
@@ -362,7 +362,7 @@ def test_an_effect_is_the_same_within_its_claims_margin(
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     wide = write_run(tmp_path, claims=(make_claim(margin=0.5),))
     found = compared(wide, write_slowed(wide, 1.3, variant="on"))
-    assert [(r.outcome, r.why) for r in found.effects] == [("same", "within 50 %")] * 2
+    assert [(r.outcome, r.why) for r in found.effects] == [("same", "within 50%")] * 2
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_figures_by_hand() -> None:
     # 131,072 bytes a token: 2 x 32 layers x 8 KV heads x 128 x 2 bytes
     assert "take 4.29 GB. In 8 bits they take 2.15 GB" in text("KV-8")
     assert "4,096 tokens that matter 0.537 GB" in text("KV-8")
-    # 2 x 7.5e9 FLOP a token and attention at 51 % of 989 TFLOP/s: 121 ms
+    # 2 x 7.5e9 FLOP a token and attention at 51% of 989 TFLOP/s: 121 ms
     assert "needs 121 ms (81.7 ms to 143 ms) for a prompt of 4,000 tokens" in text("SD-4")
 
 
@@ -53,7 +53,7 @@ def test_the_room_is_the_one_that_a_plan_finds() -> None:
 def test_a_request_among_many_lasts_as_long_as_its_steps_and_everybodys_prompt() -> None:
     times = step_times(shipped_shape("llama-8b"), DATASHEETS[CARD], EXPECTED)
     alone, two = (times.request_s(batch, 1000, 100) for batch in (1, 2))
-    # 15 GB at 85 % of 3.35 TB/s and 1.2 ms: 6.5 ms a step; 15e12 FLOP at 504 TFLOP/s: 31 ms
+    # 15 GB at 85% of 3.35 TB/s and 1.2 ms: 6.5 ms a step; 15e12 FLOP at 504 TFLOP/s: 31 ms
     assert alone == pytest.approx(100 * 6.5e-3 + 31e-3, rel=0.03)
     # the other's prompt, and 100 times its 1,050 cached tokens: 4.8 ms
     assert two - alone == pytest.approx(31e-3 + 4.8e-3, rel=0.1)

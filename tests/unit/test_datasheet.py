@@ -29,7 +29,7 @@ def test_one_stream_decodes_at_the_published_rate() -> None:
 
 
 def test_a_small_model_is_further_from_the_bandwidth() -> None:
-    """Hazy Research (2025): vLLM at 31 % of an H100's bandwidth for a 1B model, SGLang at 50 %."""
+    """Hazy Research (2025): vLLM at 31% of an H100's bandwidth for a 1B model, SGLang at 50%."""
     small = shape("llama-1b")
     step_s = step_times(small, H100, EXPECTED).seconds(ALONE)
     assert 0.31 < small.weight_bytes / step_s / H100.memory_bandwidth_bytes_per_s < 0.50

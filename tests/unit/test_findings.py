@@ -515,10 +515,10 @@ def test_preemption_is_first_seen_where_a_trial_has_any(tmp_path: Path) -> None:
         (
             12.0,
             17.0,
-            "50% of the slope of `bf16` (50 % by the bytes); it breaks even at 408 tokens",
+            "50% of the slope of `bf16` (50% by the bytes); it breaks even at 408 tokens",
         ),
-        (9.0, 14.0, "50% of the slope of `bf16` (50 % by the bytes); ahead at every context."),
-        (10.0, 25.0, "150% of the slope of `bf16` (50 % by the bytes); it never breaks even"),
+        (9.0, 14.0, "50% of the slope of `bf16` (50% by the bytes); ahead at every context."),
+        (10.0, 25.0, "150% of the slope of `bf16` (50% by the bytes); it never breaks even"),
     ],
 )
 def test_where_a_quantized_cache_breaks_even(

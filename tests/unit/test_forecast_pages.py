@@ -80,7 +80,7 @@ def test_an_older_run_counts_only_among_all_runs(folder: RunFolder, tmp_path: Pa
 
 
 def test_the_picture_and_the_script_show_what_the_page_tells(folder: RunFolder) -> None:
-    """A dot for each residual, those further off than 25 % in a path of their own."""
+    """A dot for each residual, those further off than 25% in a path of their own."""
     write_summary(folder)
     found = residuals.of_runs([folder])
     (lab,) = residual_plot.pictures(found, {"tiny": "A tiny lab"})
@@ -88,7 +88,7 @@ def test_the_picture_and_the_script_show_what_the_page_tells(folder: RunFolder) 
     assert "".join(far).count("M") == sum(not r.near for r in found) > 0
     assert str(lab.picture).count("h0") == len(found)
     assert lab.told.startswith("A tiny lab, measured / predicted. ")
-    assert "TPOT, mean: 1 of 2 within 25 %, median distance 25%" in lab.told
+    assert "TPOT, mean: 1 of 2 within 25%, median distance 25%" in lab.told
     drawn = residual_plot.data(found, {}, lambda f: f"{f.path.name}.html")
     far = next(r for r in drawn["residuals"] if r[6] == 0.5)
     assert far[9:] == [0.9, 1.1]  # the band that the forecast itself stated

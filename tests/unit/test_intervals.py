@@ -47,7 +47,7 @@ def heavy(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
     return logs
 
 
-NOISES = {"normal": normal, "heavy tails": heavy, "one in 24 slow by 30 %": normal}
+NOISES = {"normal": normal, "heavy tails": heavy, "one in 24 slow by 30%": normal}
 
 
 def two_arms(
@@ -140,7 +140,7 @@ def test_a_sixth_repeat_pays_for_its_warm_up_only() -> None:
 
 
 def drift(rng: np.random.Generator, steps: int, step_s: float) -> Floats:
-    """The machine's speed: 5 % within minutes, autocorrelated by a half after 2 s."""
+    """The machine's speed: 5% within minutes, autocorrelated by a half after 2 s."""
     keep = 0.5 ** (step_s / 2)
     logs = np.empty((2000, steps))
     logs[:, 0] = rng.normal(0, 0.05, 2000)
@@ -336,7 +336,7 @@ def test_starts_shift_both_points_of_one_engine_alike(
 
 
 def adjusted(arms: tuple[Floats, Floats], beside: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
-    """Compute effects and 95 % half-widths with a covariate: analysis of covariance, one slope."""
+    """Compute effects and 95% half-widths with a covariate: analysis of covariance, one slope."""
     inner = [values - values.mean(1, keepdims=True) for values in (*arms, *beside)]
     y, x = np.hstack(inner[:2]), np.hstack(inner[2:])
     slope = (x * y).sum(1) / (x * x).sum(1)

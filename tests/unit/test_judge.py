@@ -33,7 +33,7 @@ from labs.lab import MARGIN, Arm, Claim, Forecast, Prediction
 from tests.unit.builders import PREDICTION, make_claim
 
 Requests = np.ndarray[Any, np.dtype[np.float64]]  # repeats x requests
-T2, T2_90 = 4.302653, 2.919986  # two-sided Student quantiles, 95 and 90 %, 2 degrees of freedom
+T2, T2_90 = 4.302653, 2.919986  # two-sided Student quantiles, 95 and 90%, 2 degrees of freedom
 INF = float("inf")
 
 
@@ -188,7 +188,7 @@ def test_large_effect_is_found() -> None:
         (make_ratio(1.06, 1.01, 1.11), "helps"),
         (make_ratio(1.04, 1.01, 1.07), "inconclusive"),  # neither within the margin nor beyond it
         (make_ratio(1.0, 0.98, 1.051), "inconclusive"),
-        (make_ratio(1.0, 0.951, 1.02), "inconclusive"),  # 1 / 0.951 is more than 5 %
+        (make_ratio(1.0, 0.951, 1.02), "inconclusive"),  # 1 / 0.951 is more than 5%
         (make_ratio(1.1, 0.9, 1.3), "inconclusive"),
         (make_ratio(1.5, None, None), "inconclusive"),
     ],
@@ -291,7 +291,7 @@ def test_claim_is_as_expected_or_not(
 def test_prediction_is_judged_apart_from_the_claim() -> None:
     assert judged(FASTER).prediction_outcome == "held"  # 2.0 x
     same = judged(SAME, expect="unchanged")
-    assert (same.outcome, same.expected, same.why) == ("no effect", True, "within 5 %")
+    assert (same.outcome, same.expected, same.why) == ("no effect", True, "within 5%")
     assert same.prediction_outcome == "refuted"
 
 
@@ -321,7 +321,7 @@ def test_inconclusive_says_how_many_repeats_would_settle_it() -> None:
 
 
 def test_inconclusive_never_asks_for_as_few_repeats_as_there_are() -> None:
-    # a gain of 4 % whose interval excludes 1, but reaches beyond the margin
+    # a gain of 4% whose interval excludes 1, but reaches beyond the margin
     measured = effect({1: 1.03, 2: 1.045, 3: 1.04}, dict.fromkeys((1, 2, 3), 1.0))
     assert measured
     assert (measured.ratio.low or 0) > 1

@@ -116,8 +116,8 @@ def judgement(outcome: Any, expected: bool | None, effect: Effect | None = None)
 
 def test_verdict_in_words() -> None:
     assert verdict_text(judgement("helps", True)) == "helps (as claimed)"
-    none = judgement("no effect", False).model_copy(update={"why": "within 5 %"})
-    assert verdict_text(none) == "no effect: within 5 % (against the claim)"
+    none = judgement("no effect", False).model_copy(update={"why": "within 5%"})
+    assert verdict_text(none) == "no effect: within 5% (against the claim)"
     assert verdict_text(judgement("not valid", None)) == "not valid: errors"
     assert verdict_text(judgement("inconclusive", None)) == "inconclusive: errors"
 
@@ -161,7 +161,7 @@ def test_report_shows_the_verdict_beside_the_prediction(folder: RunFolder) -> No
 
 def test_a_margin_of_a_claims_own_stands_beside_it(tmp_path: Path) -> None:
     text = report.write(write_run(tmp_path, claims=(make_claim(margin=0.1),))).read_text()
-    assert "on, 2 users / off, 2 users; equal within 10 %)" in text
+    assert "on, 2 users / off, 2 users; equal within 10%)" in text
 
 
 def test_report_begins_with_the_questions_and_what_the_run_says_to_them(folder: RunFolder) -> None:
@@ -349,15 +349,15 @@ def test_a_report_says_what_its_intervals_cover(
 
 
 def test_a_caveat_about_times_between_tokens_withholds_only_verdicts_on_them() -> None:
-    found = Caveat(name="several", text="80 %", blocks=True, metrics=("tpot_mean_s",))
+    found = Caveat(name="several", text="80%", blocks=True, metrics=("tpot_mean_s",))
     line = markdown.fragment([report.validity([found], make_lab())])
     assert "(no verdict on times between tokens there; the run)" in line
 
 
 def test_a_caveat_at_many_points_counts_them() -> None:
-    found = [Caveat(name="noise", text=f"{n} %", blocks=False, point=f"v{n}/w/l") for n in range(7)]
+    found = [Caveat(name="noise", text=f"{n}%", blocks=False, point=f"v{n}/w/l") for n in range(7)]
     line = markdown.fragment([report.validity(found, make_lab())])
-    assert "(caveat; 7 points): for example, 0 %" in line
+    assert "(caveat; 7 points): for example, 0%" in line
     blocking = [caveat.model_copy(update={"blocks": True}) for caveat in found]
     assert "v0, l; v1, l; v2, l" in markdown.fragment([report.validity(blocking, make_lab())])
 

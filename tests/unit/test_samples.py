@@ -409,7 +409,7 @@ def test_what_a_vote_buys_and_what_a_point_of_it_costs(tmp_path: Path) -> None:
     assert tokens == f"{45 / points:.3g}"
     assert "and beats one sample" in told.lines[0]
     assert "3.25 times the engine's seconds and 16.0 times the tokens" in told.lines[0]
-    assert "One greedy answer solves 0.0 %" in told.lines[1]
+    assert "One greedy answer solves 0.0%" in told.lines[1]
 
 
 def test_a_vote_that_gains_nothing_says_so(tmp_path: Path) -> None:

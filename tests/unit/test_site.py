@@ -178,7 +178,7 @@ def test_the_page_of_forecasts_has_every_residual_and_the_run_it_came_from(
     known = {e.href for e in course.entries}
     assert {run["href"] for run in seen.data["runs"]} <= known
     misses = sum(not r.near for r in found)
-    assert f"Misses: {misses} of {len(found)} lie further off than 25 %" in seen.read
+    assert f"Misses: {misses} of {len(found)} lie further off than 25%" in seen.read
 
 
 def test_a_guess_is_asked_for_in_words_that_do_not_give_the_answer_away(course: Course) -> None:
@@ -330,10 +330,10 @@ def test_a_replay_shows_how_full_the_cache_was_where_the_trial_keeps_it(
     assert ("of the KV cache was in use" in panel.told) == (stands == "shown")
     if stands == "shown":
         assert panel.cache == replay.Cache((0.5, 1.5), (0.25, 0.5), 999)
-        assert "At most 50 % (500 of 999 blocks) of the KV cache was in use." in panel.told
+        assert "At most 50% (500 of 999 blocks) of the KV cache was in use." in panel.told
         assert panel.times["cache"] == [
-            [500, "25 % (250 of 999 blocks)"],
-            [1500, "50 % (500 of 999 blocks)"],
+            [500, "25% (250 of 999 blocks)"],
+            [1500, "50% (500 of 999 blocks)"],
         ]
         tops = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', panel.picture)]
         assert tops[0] - tops[1] == pytest.approx(0.25 * replay.CACHE_HEIGHT, abs=0.11)

@@ -260,7 +260,7 @@ def test_varied_lengths_leave_cycles_without_bias(users: int) -> None:
 
 @pytest.mark.parametrize(("users", "cycles"), [(1, 0.5), (1, 1.0), (1, 2.0), (2, 1.0)])
 def test_five_requests_of_varied_lengths_have_little_bias(users: int, cycles: float) -> None:
-    """A window held open for five requests: the ratio of their sums is 2 % low, Beale's 1 %."""
+    """A window held open for five requests: the ratio of their sums is 2% low, Beale's 1%."""
     found = errors(users, exponential, [cycles] * 300, drained=False)
     assert statistics.mean(found.sent) < -0.015
     assert abs(statistics.mean(found.measured)) < 0.015

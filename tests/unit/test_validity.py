@@ -141,7 +141,7 @@ def test_caveat(name: str, blocks: bool, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"records": some(2, scheduled_s=9.0)},  # 4 % late
+        {"records": some(2, scheduled_s=9.0)},  # 4% late
         {"records": [replace(r, scheduled_s=r.sent_s - 0.0049) for r in CLEAN]},  # up to 5 ms
         {"loop_lag_p99_s": 0.019},
         {"loop_lag_max_s": 0.099},  # the gaps are of 50 ms
@@ -197,7 +197,7 @@ def test_too_few_requests_block_what_is_taken_over_requests_and_nothing_else() -
 
 
 def slowing(factor: float) -> list[RequestRecord]:
-    """One user whose steps of 20 ms grow by this factor along the window, with noise of 5 %."""
+    """One user whose steps of 20 ms grow by this factor along the window, with noise of 5%."""
     rng, at, found = np.random.default_rng(1), 10.0, list[RequestRecord]()
     while at < 20:
         sent_s, chunks = at, []
@@ -219,7 +219,7 @@ def test_an_engine_that_slows_along_the_window_is_noticed(factor: float, names: 
 
 
 def test_noise_is_rarely_taken_for_a_trend() -> None:
-    """At a step's noise of 5 %, correlated over seconds, none of a hundred windows is."""
+    """At a step's noise of 5%, correlated over seconds, none of a hundred windows is."""
     rng, alarms = np.random.default_rng(0), 0
     for _ in range(100):
         speed, at, found = 0.0, 10.0, list[RequestRecord]()
@@ -266,7 +266,7 @@ EXACT = 19 * 48 + 48  # the first one was sent before: 63 of its tokens, in whol
     [
         (EXACT, []),
         (19 * 32 + 48, []),  # the template may be shorter than it is at most
-        (0.06 * 64 * 20, ["treatment not applied"]),  # 6 % where 75 % are to be
+        (0.06 * 64 * 20, ["treatment not applied"]),  # 6% where 75% are to be
         (EXACT + 16, ["warm prefix cache"]),  # of a trial before, as the cache was not reset
     ],
 )
@@ -318,7 +318,7 @@ def guessed(
         metrics.SPEC_ACCEPTED: accepted,
     }
     engine = replace(engine, values={**engine.values, **counts})
-    expected = Expected(acceptance={point.key: 0.6})  # 48 % of two
+    expected = Expected(acceptance={point.key: 0.6})  # 48% of two
     if least is not None:
         expected = Expected(least_copied={point.key: least})
     caveats = caveats_of(make_trial(found, engine=engine, point=point), expected)

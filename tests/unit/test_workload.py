@@ -225,7 +225,7 @@ def test_adapters_in_turn() -> None:
 
 
 def test_adapters_by_zipfs_law() -> None:
-    """Shares of 1, 1/2, 1/3 and 1/4 over 25/12; four standard errors of the largest are 0.6 %."""
+    """Shares of 1, 1/2, 1/3 and 1/4 over 25/12; four standard errors of the largest are 0.6%."""
     zipf = make_workload(adapters=Adapters(count=4, mix="zipf"))
     n = 100_000
     shares = Counter(zipf.tenants(n, seed=1))

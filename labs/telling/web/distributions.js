@@ -76,7 +76,7 @@
       x: ms, y: ms.map((_, place) => (alone ? 100 : (100 * place) / (ms.length - 1))),
       mode: alone ? "markers" : "lines", name: `${plain(p.name)} (${n.toLocaleString("en")})`,
       line: { color: tint, dash, width: 2 }, marker: { color: tint },
-      hovertemplate: `${plain(p.name)}<br>%{y:.0f} % below %{x:,.4~r} ms<extra></extra>`,
+      hovertemplate: `${plain(p.name)}<br>%{y:.0f}% below %{x:,.4~r} ms<extra></extra>`,
     };
   }
 

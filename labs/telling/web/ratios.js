@@ -56,7 +56,7 @@ const drawRatios = (() => {
         mode: "markers", hoverinfo: "skip",
         marker: { symbol: "line-ns", size: 15, line: { width: 3, color: data.predicted },
                   color: data.predicted } },
-      { name: "measured, 95 % interval", mode: "markers",
+      { name: "measured, 95% interval", mode: "markers",
         x: measured.map(({ item }) => item.value), y: measured.map(({ middle }) => middle),
         error_x: { type: "data", symmetric: false, thickness: 2, width: 5, color: colour(0),
                    array: measured.map(({ item }) => length(item.high, item.value)),

@@ -78,7 +78,7 @@
       marker: { size: 9, color: tint(Math.max(0, roofs.machines.findIndex((m) => m.name === name))),
                 line: { width: 1.5, color: css("--paper") } },
       hovertext: mine.map(([, point, x, y, share]) => `${plain(name)}<br>${plain(point)}<br>${digits(x)} FLOP a byte,` +
-        ` ${rate(y)}<br>${digits(100 * share)} % of what the roof admits`),
+        ` ${rate(y)}<br>${digits(100 * share)}% of what the roof admits`),
       hovertemplate: "%{hovertext}<extra></extra>",
     };
   }
