@@ -1,4 +1,4 @@
-"""The door to a server with pages: it passes on what asks for this machine by its own name.
+"""A reverse proxy that passes on only the requests that name this machine as their host.
 
     python -m dashboards.front 9090 127.83.2.9:40123 prometheus --web.listen-address=..
 

@@ -1,11 +1,11 @@
 """Prometheus: it records beside every run, and after `make watch` it stays up between runs.
 
 It is the program on PATH or in .tools, without a container or a service; its data lies under
-.cache, and it is asked through a door on loopback (`front`). Once a second it scrapes the load
-generator's exporter and the engines, which a run names in two files, with the labels `lab, variant,
-run_id` that the client's metrics carry too. Finished runs can be loaded into the same data as
-blocks (`load`). Not every build of Prometheus has a graph page, so readers are directed to the live
-page (`live`).
+.cache, and it is asked through a reverse proxy on loopback (`front`). Once a second it scrapes the
+load generator's exporter and the engines, which a run names in two files, with the labels `lab,
+variant, run_id` that the client's metrics carry too. Finished runs can be loaded into the same data
+as blocks (`load`). Not every build of Prometheus has a graph page, so readers are directed to the
+live page (`live`).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class PrometheusError(Exception):
 
 
 def argv(port: int) -> list[str]:
-    """Write the configuration and return the command that starts it behind its door (`front`).
+    """Write the configuration and return the command that starts it behind its proxy (`front`).
 
     Raises PrometheusError.
     """

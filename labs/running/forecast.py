@@ -610,9 +610,9 @@ def paces(plays: int, spread: float) -> list[float]:
     """Spread the speeds of plays evenly between 1 / spread and spread; the first is as timed.
 
     Streams whose requests are all alike send their next prompts together, and a long prompt comes
-    every so often. Which of the two is a moment earlier decides by seconds what the streams wait
-    for, and hangs on the speed, which is known less exactly than that. One play would be one throw
-    of this coin.
+    every so often. Which of the two comes first decides whether the streams wait for seconds, and
+    depends on the exact speed of a step, which is not known that well. A single play would show
+    only one of the two outcomes.
     """
     places = [(i + 1) // 2 * (-1) ** i for i in range(plays)]  # 0, -1, 1, -2, 2 ..
     if plays % 2 == 0:
