@@ -11,7 +11,7 @@ from scipy import stats
 from dashboards.palette import BLUE, BOUND
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import BANDS, GREY, draw_forecasts, plt
+from labs.findings.drawing import BANDS, GREY, draw_forecasts, legend_above, plt
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
@@ -247,7 +247,7 @@ def draw_stall(run: JudgedRun) -> str | None:
     if lab.slo.itl_s:
         label = f"SLO {1000 * lab.slo.itl_s:g} ms"
         axes[0].axhline(1000 * lab.slo.itl_s, color=GREY, ls=":", label=label)
-    axes[0].legend(frameon=False, loc="upper left")
+    legend_above(axes[0])
     return (
         "A smaller token budget shortens the stall of everybody else (left), and makes the long"
         " prompt (middle) and the streams' own new prompts (right) wait longer for their first"
