@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bench import BenchError, aa, engine, neighbour, overhead, recording, streams, truth
+from bench import BenchError, aa, engine, neighbour, overhead, recording, soak, streams, truth
 from bench.clock import Clock
 from bench.console import console
 from bench.truth import PROGRAMS
@@ -26,8 +26,8 @@ from serving import models
 from serving.engines.base import EngineError
 
 MAIN = ("streams", "engine", "neighbour", "recording", "overhead")
-PARTS = (*MAIN, "aa", "twins")
-REPEATS, PROCESSES, PAIRS, RUNS = 2, (1, 2), 4, 20
+PARTS = (*MAIN, "aa", "twins", "soak")
+REPEATS, PROCESSES, PAIRS, RUNS, MINUTES = 2, (1, 2), 4, 20, 60
 TRIAL_S = 9.0  # a truth server's start, warm-up, window and drain
 
 
@@ -55,9 +55,12 @@ itself on a fake engine whose speed varies; the false alarms among them.
 trials of a lab against itself, on two real engines side by side, judged
 five by five; the false alarms among them.
 
+[bold]soak[/] (an hour, only when asked for): how our Locust's memory
+grows from minute to minute under steady load.
+
 The figures are this machine's, now: close what else runs on it. What a
 part finds is kept in results/ as soon as it is there, unless fewer repeats,
-pairs or runs, or not all rows, were asked for. The exit code is 0 unless
+pairs, runs or minutes, or not all rows, were asked for. The exit code is 0 unless
 something broke, whatever the figures.
 """
 
@@ -73,6 +76,7 @@ class Plan:
     repeats: int
     pairs: int
     runs: int
+    minutes: int
     unpinned: bool
 
     @property
@@ -91,6 +95,7 @@ class Plan:
             "overhead": 1,
             "aa": 22 * self.runs,
             "twins": aa.TWINS_START_S + aa.TWINS_PAIR_S * self.runs,
+            "soak": 10 + soak.MINUTE_S * self.minutes,
         }
         return {name: expected_s[name] for name in self.parts}
 
@@ -103,6 +108,8 @@ class Plan:
             return in_full and list(self.programs) == list(PROGRAMS)
         if part in ("aa", "twins"):
             return self.runs >= RUNS
+        if part == "soak":
+            return self.minutes >= MINUTES
         return part == "overhead" or self.pairs >= PAIRS
 
     def measurements(
@@ -121,6 +128,7 @@ class Plan:
             "overhead": overhead.measure,
             "aa": lambda: aa.measure(clock, work / "aa", self.runs),
             "twins": lambda: aa.measure_twins(clock, work / "twins", self.runs),
+            "soak": lambda: soak.measure(clock, work / "soak", self.minutes),
         }
 
 
@@ -159,6 +167,7 @@ def main(
             min=1, help="aa: how often a lab runs against itself; twins: pairs of trials."
         ),
     ] = RUNS,
+    minutes: Annotated[int, typer.Option(min=3, help="soak: how long it lasts.")] = MINUTES,
     unpinned: Annotated[
         bool,
         typer.Option(help="engine: also run vLLM's tool free to use the engine's cores."),
@@ -178,6 +187,7 @@ def main(
         repeats=repeats,
         pairs=pairs,
         runs=runs,
+        minutes=minutes,
         unpinned=unpinned,
     )
     _show_machine()

@@ -32,6 +32,12 @@ class RunningLocust:
         used = [sum(p.cpu_times()[:2]) for p in family]
         return used[0], sum(used)
 
+    def held_bytes(self) -> tuple[int, int]:
+        """Return the memory that Locust's master holds, which records, and that the others hold."""
+        (master,) = psutil.Process(self.child.pid).children()
+        senders = master.children(recursive=True)
+        return master.memory_info().rss, sum(p.memory_info().rss for p in senders)
+
 
 @contextlib.contextmanager
 def locust(

@@ -76,9 +76,9 @@ PROGRAMS = (
 SHARED = PLAIN[1:]  # what several load processes send too
 
 
-def write_requests(path: Path, program: Program) -> None:
-    """Write requests that say when to send what; half as many again as a trial can send."""
-    each = math.ceil(1.5 * (WARMUP_S + WINDOW_S) / program.request_s)
+def write_requests(path: Path, program: Program, lasts_s: float = WARMUP_S + WINDOW_S) -> None:
+    """Write requests that say when to send what; half as many again as such a trial can send."""
+    each = math.ceil(1.5 * lasts_s / program.request_s)
     with path.open("w") as file:
         for i in range(program.streams * each):
             truth = {

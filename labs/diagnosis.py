@@ -8,8 +8,9 @@ the context: ITL = a' + b' C, a straight line in the context C.
 So one symptom has many causes. A burst waits in the *queue*; so does everybody beside a neighbour's
 long prompt. A cold cache makes the same prompts longer to *prefill*. A small KV cache *preempts*: a
 request loses its blocks and is computed again. Guesses that are verified in vain fill the steps.
-A token budget that lets a whole prompt into one step makes a few gaps long, and all others
-shorter. Slower tokens come of a longer context, or of a step that is itself slower.
+A token budget that lets a whole prompt into one step makes a few gaps long and all others shorter,
+so that the mean token comes sooner. Slower tokens come of a longer context, or of a step that is
+itself slower.
 
 Here each is brought about alone, on engines that are otherwise the same, and told apart from the
 engine's `/metrics` alone, by a rule that was written before (`labs/judging/diagnosis.py`). Each
@@ -25,12 +26,13 @@ Turn: the memory (`variants.small-kv.flags.num-gpu-blocks-override`), the long p
 
 from __future__ import annotations
 
+from statistics import mean
 from typing import Literal
 
 from labs import theory
 from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
 from loadtests.arrivals import Concurrent, Contended, Waves
-from loadtests.workload import Fixed, Intruder, Prefix, Workload
+from loadtests.workload import Exponential, Fixed, Intruder, Prefix, Workload
 from serving import metrics
 
 KWON = "Kwon et al., PagedAttention, SOSP 2023"
@@ -105,10 +107,14 @@ def new_tokens(point: Point) -> int:
     return int(point.lengths[0][0]) - shared_tokens(point)
 
 
+def answer_tokens(point: Point) -> float:
+    """Return the mean length of the streams' answers."""
+    return mean(o for i, (_, o) in enumerate(point.lengths) if not point.workload.is_intruder(i))
+
+
 def context_tokens(point: Point) -> float:
     """Return the mean context of the streams."""
-    (prompt, output), *_ = point.lengths
-    return prompt + output / 2
+    return point.lengths[0][0] + answer_tokens(point) / 2
 
 
 def batch(point: Point) -> int:
@@ -135,8 +141,7 @@ def step_s(point: Point) -> float:
 
 def round_s(point: Point) -> float:
     """Return how long a full batch takes: all its prefills in turn, and the steps of an answer."""
-    _, output = point.lengths[0]
-    return batch(point) * prefill_s(point, new_tokens(point)) + output * step_s(point)
+    return batch(point) * prefill_s(point, new_tokens(point)) + answer_tokens(point) * step_s(point)
 
 
 def waited(burst: Point, usual: Point) -> Prediction:
@@ -196,15 +201,18 @@ def running(small: Point) -> float:
     """
     block, shared = small.flags.block_size, shared_tokens(small)
     room = (small.flags.num_gpu_blocks_override - 1) * block - shared
-    (prompt, output), *_ = small.lengths
-    held = sum(block * -(-(prompt + w) // block) for w in range(output)) / output
+    held = mean(
+        block * -(-(prompt + written) // block)
+        for prompt, output in small.lengths
+        for written in range(output)
+    )
     return min(batch(small), room / (held - shared))
 
 
 def fewer_at_once(small: Point, usual: Point) -> Prediction:
     """Predict TTFT where only some requests fit at once: the others wait for their answers."""
     first_s = prefill_s(usual, new_tokens(usual))
-    answer_s = first_s + usual.lengths[0][1] * step_s(usual)
+    answer_s = first_s + answer_tokens(usual) * step_s(usual)
     waiting = batch(usual) / running(small) - 1  # for each that runs
     return Prediction(
         value=(first_s + waiting * answer_s) / first_s,
@@ -215,18 +223,17 @@ def fewer_at_once(small: Point, usual: Point) -> Prediction:
     )
 
 
-def longest_step_s(point: Point) -> float:
-    return theory.chunk_step_s(
-        point.shape, point.ceilings, batch(point) - 1, context_tokens(point), new_tokens(point),
-        chunk_tokens(point),
-    )  # fmt: skip
+def token_s(point: Point) -> float:
+    """Return the time per token: a step, and its share of the others' prefills meanwhile."""
+    others_s = (batch(point) - 1) * prefill_s(point, new_tokens(point))
+    return step_s(point) + others_s / answer_tokens(point)
 
 
-def longest_step(large: Point, small: Point) -> Prediction:
+def fewer_pieces(large: Point, small: Point) -> Prediction:
     return Prediction(
-        value=longest_step_s(large) / longest_step_s(small),
-        formula="the step with min(budget, prompt) tokens of a prompt, large budget / small",
-        assumptions=("more than one gap in a hundred is beside a prompt",),
+        value=token_s(large) / token_s(small),
+        formula="(t + (B - 1) t_prefill / L) with the large budget / with the small one",
+        assumptions=("an answer runs beside one prefill of every other stream",),
         source=SARATHI,
     )
 
@@ -311,7 +318,8 @@ def workload(
     return Workload(
         name=name,
         prompt_tokens=Fixed(tokens=prompt_tokens),
-        output_tokens=Fixed(tokens=16),
+        # equal ones would end together, and one large step would hold all of the next prompts
+        output_tokens=Exponential(mean_tokens=16, max_tokens=48),
         prefix=prefix or Prefix(tokens=192),
         primed=primed,
         intruder=intruder,
@@ -390,8 +398,8 @@ CLAIMS = (
           coupled="the engine wants memory for one request of max-model-len"),
     claim("context", "A longer context makes each token slower", "tpot_mean_s",
           ("healthy", "context"), "rises", longer_read),
-    claim("budget", "A larger token budget makes the longest gaps longer", "itl_p99_s",
-          ("large-budget", "usual"), "rises", longest_step),
+    claim("budget", "A larger token budget makes the mean token faster: prompts take fewer steps",
+          "tpot_mean_s", ("large-budget", "usual"), "falls", fewer_pieces),
     claim("guessing", "Guesses that are seldom right fill the steps, and first tokens wait",
           "ttft_mean_s", ("guessing", "usual"), "rises", budget_taken),
 )  # fmt: skip
@@ -471,7 +479,8 @@ LAB = Lab(
                                              ("neighbour", 2048, 1024), ("context", 7168, 6144))
                 for field, value in (
                     ("prompt_tokens.tokens", prompt),
-                    ("output_tokens.tokens", 64),
+                    ("output_tokens.mean_tokens", 64),
+                    ("output_tokens.max_tokens", 192),
                     ("prefix.tokens", prefix),
                     ("loads", (Concurrent(users=24),)),
                 )

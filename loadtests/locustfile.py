@@ -11,11 +11,11 @@ With several `--processes` each worker has its share of the users, of the reques
 schedule. They start together, and each counts time from its own start. If one dies, its share is
 lost, which the trial's summary says; the next trial is shared among those that are left.
 
-A worker does as little as it can while streams are open: it takes the time of each line as it is
-read; a stream that has ended waits in a queue, of which one is parsed every 2 ms, so that many that
-end together delay neither the next requests nor each other's first tokens; connections are opened
-before the load; garbage is collected between trials. The master, another process, writes the
-records and serves Prometheus.
+A worker does as little as it can while streams are open: what arrives is kept with its time, as it
+is (`loadtests/connection.py`); a stream that has ended waits in a queue, of which one is parsed
+every 2 ms, so that many that end together delay neither the next requests nor each other's first
+tokens; connections are opened before the load; garbage is collected between trials. The master,
+another process, writes the records and serves Prometheus.
 """
 
 from __future__ import annotations
@@ -35,25 +35,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import gevent
 import gevent.event
 import gevent.fileobject
-import geventhttpclient.client
 import orjson
 from gevent.queue import SimpleQueue
-from geventhttpclient import HTTPClient
-from geventhttpclient._parser import HTTPResponseParser
-from geventhttpclient.response import HTTPSocketPoolResponse
 from locust import User, events, runners, task
 from locust.env import Environment
 from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
 from loadtests import records
 from loadtests.arrivals import Contended, Replay, Waves, send_times
+from loadtests.connection import Connection, EndlessAnswer, Lines, Pieces, lines_of
 from loadtests.exporter import Exporter
 from loadtests.plan import (
     LEAST_COUNTED,
@@ -77,49 +74,15 @@ REPORT_EVERY_S = 0.5
 LOOP_TICK_S = 0.02
 CONNECTION_TIMEOUT_S = 10.0
 PARSE_EVERY_S = 0.002
-FEW_LINES = 8  # of a stream that is parsed at once, so that a refusal is known before the next try
+FEW_PIECES = 4  # of an answer that is parsed at once: a refusal is known before the next try
 GIVE_UP_AFTER = 5  # connection failures in a row, which mean that the engine is gone
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 now = time.monotonic
 
 
-# ------------------------------------------------------------------------- an answer has an end
-
-
-class EndlessAnswer(Exception):
-    """An answer was cut off: it took more time or more bytes than the request can need."""
-
-
-class BoundedResponse(HTTPSocketPoolResponse):
-    """A response, headers included, that fails once it has more bytes than any request can need.
-
-    A server that never stops sending also never lets other greenlets run, so that no timeout would
-    end it.
-    """
-
-    most_bytes = 0  # set for each trial, from the longest answer that it asks for
-    received_bytes = 0
-
-    def feed(self, data: str | bytes) -> None:
-        """Parse what was received. Raises EndlessAnswer."""
-        self.received_bytes += len(data)
-        if self.received_bytes > self.most_bytes:
-            raise EndlessAnswer(f"the answer has more than {self.most_bytes} bytes")
-        HTTPResponseParser.feed(self, data)  # what HTTPResponse adds is for HEAD alone
-
-
-geventhttpclient.client.HTTPSocketPoolResponse = BoundedResponse  # what HTTPClient makes
 # Locust's worker measures its master's silence on the wall clock, which may jump. It needs no such
 # limit: it ends with its master.
 runners.MASTER_HEARTBEAT_TIMEOUT = math.inf
-
-
-@contextlib.contextmanager
-def ends_within(seconds: float) -> Iterator[None]:
-    """Raise EndlessAnswer where an answer takes longer."""
-    with gevent.Timeout(seconds, EndlessAnswer(f"no end of the answer within {seconds:.0f} s")):
-        yield
-
 
 # ------------------------------------------------------------------------------ one trial's load
 
@@ -139,7 +102,7 @@ class Load:
         planned = read_requests(plan.requests)[plan.skip :]
         requests = [in_dialect(request, plan.fields) for request in planned]
         longest = max((r.output_tokens * r.choices for r in requests), default=0)
-        BoundedResponse.most_bytes = most_answer_bytes(longest)
+        self.most_bytes = most_answer_bytes(longest)
         self.requests = plan.own_share([r for r in requests if not r.intruder])
         self.users = plan.seats
         self._intruding = isinstance(plan.arrival, Contended) and plan.share[0] == 0
@@ -369,59 +332,62 @@ class Load:
                 self.window_end_s = max(self.window_end_s, record.end_s)
 
 
-Lines = list[tuple[float, bytes]]  # of a stream, each with the time at which it was read
-
-
 @dataclass(slots=True)
 class Ended:
-    """Holds a request that has ended, with its stream as it was read."""
+    """Holds a request that has ended, with its answer as it was read."""
 
     turn: Turn
-    lines: Lines
+    pieces: Pieces
     sent_s: float  # on the clock `now`, as is the end
     end_s: float
     error: str | None
     connection_failed: bool
 
 
-def stream(client: HTTPClient, turn: Turn, load: Load) -> Ended:
-    """Send one request and take the time of every line."""
-    lines: Lines = []
+def stream(connection: Connection, turn: Turn, load: Load) -> Ended:
+    """Send one request and read its answer."""
+    pieces: Pieces = []
     error, connection_failed = None, False
+    request = turn.request
     load.in_flight += 1
-    if turn.request.adapter:
-        load.adapters[turn.request.adapter] += 1
+    if request.adapter:
+        load.adapters[request.adapter] += 1
+    most_s = load.plan.longest_s(request.output_tokens)
     sent = now()
     try:
-        with ends_within(load.plan.longest_s(turn.request.output_tokens)):
-            response = client.request("POST", PATH, turn.request.body.encode(), HEADERS)
-            while line := response.readline(b"\n"):
-                if line != b"\n":
-                    lines.append((now(), line))
-            if rest := response.read():  # an error's body ends without a newline
-                lines.append((now(), rest))
-        if response.status_code != 200:
-            text = b"".join(line for _, line in lines).decode(errors="replace")
-            error = f"HTTP {response.status_code}: {text[:200]}"
+        connection.ask(request.body.encode(), pieces, most_s, load.most_bytes)
     except EndlessAnswer as failure:
         error = str(failure)
     except Exception as failure:  # any failure of the network is recorded with the request
         error, connection_failed = f"{type(failure).__name__}: {failure}", True
-    end = now()
+    end = now() if error or not pieces else pieces[-1][0]
     load.in_flight -= 1
-    if turn.request.adapter:
-        load.adapters[turn.request.adapter] -= 1
-    return Ended(turn, lines, sent, end, error, connection_failed)
+    if request.adapter:
+        load.adapters[request.adapter] -= 1
+    return Ended(turn, pieces, sent, end, error, connection_failed)
+
+
+def read(ended: Ended) -> tuple[Lines, str | None]:
+    """Parse an answer as HTTP; return its lines, and an error or None."""
+    try:
+        status, lines = lines_of(ended.pieces)
+    except HTTPException as failure:
+        return [], ended.error or f"{type(failure).__name__}: {failure}"
+    if ended.error or status == 200:
+        return lines, ended.error
+    text = b"\n".join(line for _, line in lines).decode(errors="replace")
+    return lines, f"HTTP {status}: {text[:200]}"
 
 
 def records_of(ended: Ended, load: Load) -> list[RequestRecord]:
-    """Parse a request's stream; return a record for each answer that it asked for."""
-    choices, lines = ended.turn.request.choices, ended.lines
+    """Parse a request's answer; return a record for each answer that it asked for."""
+    lines, error = read(ended)
+    choices = ended.turn.request.choices
     several = choices > 1
     parts, odd = by_choice(lines, choices) if several else ([lines], None)
     times = (ended.sent_s, lines[0][0] if lines else None, ended.end_s)
     return [
-        record_of(ended.turn, load, times, part, ended.error or odd, choice)
+        record_of(ended.turn, load, times, part, error or odd, choice)
         for part, choice in zip(parts, range(len(parts)) if several else [None], strict=True)
     ]
 
@@ -632,22 +598,22 @@ class ChatUser(User):
         load = waiting_room.load
         if load is None or (load.plan.window_s is not None and self.seat >= load.users):
             return
-        client = connect(load)
+        connection = connect(load)
         if load.plan.window_s is not None:
             waiting_room.ready()
         try:
             while turn := load.next_turn(self.seat):
-                ended = stream(client, turn, load)
+                ended = stream(connection, turn, load)
                 load.end(ended)
                 if load.plan.reconnects:
-                    client.close()
-                    client = connect(load)
-                if ended.error is None and len(ended.lines) > FEW_LINES:
+                    connection.close()
+                    connection = connect(load)
+                if ended.error is None and len(ended.pieces) > FEW_PIECES:
                     load.unparsed.put(ended)
                 elif parse(ended, load, self.environment).error:
                     gevent.sleep(0.1)
         finally:
-            client.close()
+            connection.close()
             if load.plan.window_s is not None:
                 waiting_room.leave()
 
@@ -678,21 +644,12 @@ def parse_in_turn(load: Load, environment: Environment) -> None:
         gevent.sleep(PARSE_EVERY_S if load.unparsed.qsize() < load.users else 0)
 
 
-def connect(load: Load) -> HTTPClient:
+def connect(load: Load) -> Connection:
     """Open a connection to the engine before the load, so that no request pays for it."""
-    address = urlsplit(load.plan.url)
-    client = HTTPClient(
-        address.hostname or "",
-        port=address.port,
-        ssl=address.scheme == "https",
-        connection_timeout=CONNECTION_TIMEOUT_S,
-        network_timeout=load.plan.timeout_s,
-        concurrency=1,
-    )
-    # where it fails the connection is dropped, and the first request will say what is wrong
-    with contextlib.suppress(Exception), ends_within(CONNECTION_TIMEOUT_S):
-        client.get("/health").read()
-    return client
+    connection = Connection(load.plan.url, PATH, HEADERS, CONNECTION_TIMEOUT_S, load.plan.timeout_s)
+    with contextlib.suppress(Exception):  # the first request will say what is wrong
+        connection.open("/health")
+    return connection
 
 
 def play_trial(environment: Environment, msg: Any, **_: object) -> None:

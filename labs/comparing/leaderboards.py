@@ -268,7 +268,7 @@ this page.
 BOARD = """
 ## Leaderboard
 
-The first claims of each lab on every machine. *Stale*: the lab's settings have changed since. \
+The first claims of each lab on every machine. *Changed*: the lab has other settings by now. \
 *Repeated*: what became of the run's verdicts in its newest repetition, and when that was. \
 An interval covers one sitting: how much the repeats of a run vary, not what another day or \
 another machine changes. *Between sittings*: how far a claim's ratio in a reproduction on the same \
@@ -412,7 +412,7 @@ def leaderboard(committed: bool = False) -> Table:
             run = folder.run()
             machine = run.machine.describe()
             home = _to_report(folder, results.RESULTS, machine)
-            standing = Strong("stale") if manifest.is_stale(run) else "unchanged"
+            standing = Strong("changed") if manifest.is_stale(run) else "unchanged"
             moved = between_sittings.get(name, "–")
             repeated = _newest(folder, results.RESULTS, committed)
             for place, j in enumerate(folder.summary().judgements[:CLAIMS_EACH]):

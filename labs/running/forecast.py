@@ -256,9 +256,9 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _step_of(setup: Setup, point: Point) -> TimingPlan:
-    """Plan what to time for this point: its model's step, with adapters if its requests ask."""
+    """Plan what to time for this point: its model's step, with adapters if its engine has any."""
     flags, cpu = VllmFlags(point.variant.flags), setup.machine.kind == "cpu"
-    adapters = point.workload.adapters is not None
+    adapters = bool(flags.get("enable-lora"))
     return TimingPlan(
         config=_timed(setup, point.variant) / "config.json",
         device="cpu" if cpu else "cuda",
@@ -268,6 +268,7 @@ def _step_of(setup: Setup, point: Point) -> TimingPlan:
         rows=(1, 4, 16, 64) if cpu else (1, 16, 64, 256),
         adapters=flags.max_loras if adapters else 0,
         adapter_rank=flags.max_lora_rank if adapters else 0,
+        adapters_asked_for=not adapters or point.workload.adapters is not None,
         kernels=_kernel_argv(_timed(setup, point.variant), flags) if cpu else (),
     )
 

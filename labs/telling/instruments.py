@@ -99,6 +99,28 @@ class Twins(Alarms, frozen=True):
     pairs: int  # trials of each twin at every point
 
 
+class Memory(BaseModel, frozen=True, extra="forbid"):
+    """What a process held, and the slope of a line through what it held minute after minute."""
+
+    most_bytes: int
+    bytes_per_hour: float
+
+    @property
+    def growth(self) -> float:
+        """The share by which it grows in an hour."""
+        return self.bytes_per_hour / self.most_bytes
+
+
+class Soak(Part, frozen=True):
+    """The load generator's memory over minutes of steady load."""
+
+    minutes: int
+    streams: int
+    requests: int
+    sending: Memory  # the load processes together
+    recording: Memory
+
+
 class Bench(BaseModel, frozen=True, extra="forbid"):
     machine: Machine
     streams: Streams | None = None
@@ -108,6 +130,7 @@ class Bench(BaseModel, frozen=True, extra="forbid"):
     overhead: Overhead | None = None
     aa: Alarms | None = None
     twins: Twins | None = None
+    soak: Soak | None = None
 
 
 def path_of(machine: Machine) -> Path:
@@ -174,6 +197,11 @@ def _row(row: Sent) -> list[Inline]:
     ]
 
 
+def _memory(memory: Memory) -> str:
+    change = f"{abs(memory.growth):.1%} {'more' if memory.growth >= 0 else 'less'}"
+    return f"held at most {memory.most_bytes / 1e6:,.0f} MB, {change} with each hour"
+
+
 def _sentences(bench: Bench) -> list[str]:
     sentences = []
     if engine := bench.engine:
@@ -213,5 +241,11 @@ def _sentences(bench: Bench) -> list[str]:
             f" {twins.alarms} of {twins.judged} claims judged, {twins.rate:.1%} ({twins.low:.1%} to"
             f" {twins.high:.1%}), {twins.not_judged} not judged; the ratio varies by"
             f" {twins.spread:.1%} between pairs."
+        )
+    if soak := bench.soak:
+        sentences.append(
+            f"{soak.minutes} minutes of load ({soak.streams} streams, {soak.requests:,} requests):"
+            f" the process that sends {_memory(soak.sending)}, the one that records"
+            f" {_memory(soak.recording)}."
         )
     return sentences

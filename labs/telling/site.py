@@ -91,7 +91,7 @@ DISTANCES = (  # of a measured ratio from what was predicted, up or down: at mos
     (2, "off-2", "within a factor of 2"),
     (math.inf, "off-more", "further off"),
 )
-ROOM_FOR, MOST_OF_A_RUN = 30, 160_000  # runs, and bytes of the longest page of one
+ROOM_FOR, MOST_OF_A_RUN = 30, 200_000  # runs, and bytes of the longest page of one
 LIVE_PAGE = f"http://127.0.0.1:{WATCH_PORT}/user/"
 NO_DISTANCE = ("off-none", "a bound, or not valid")
 GUESSES = (  # from, to, and how a person would say it
@@ -194,7 +194,7 @@ class Entry:
 
     @property
     def marks(self) -> list[str]:
-        return marks_of(self.run, self.folder.complete) + ["earlier settings"] * self.stale
+        return marks_of(self.run, self.folder.complete) + ["settings changed since"] * self.stale
 
     @property
     def decided(self) -> str:

@@ -24,6 +24,8 @@ from vllm import envs
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
@@ -111,6 +113,30 @@ class Kernels:
                 )  # fmt: skip
 
         return run
+
+
+class Adapters:
+    """Adds the products of LoRA adapters to the outputs of linear operations, in place.
+
+    A call takes the operation's input, the first and second matrices of the adapters, and its
+    output. Every token, or row of logits, has the next slot's adapter. Where none is asked for no
+    product is computed but that of the logits, and vLLM prepares for all others nevertheless.
+    """
+
+    def __init__(self, slots: int, tokens: int, asked_for: bool) -> None:
+        numbers = tuple(1 + token % slots if asked_for else 0 for token in range(tokens))
+        self._wrapper = PunicaWrapperCPU(tokens, tokens, torch.device("cpu"))
+        mapping = LoRAMapping(numbers, numbers, is_prefill=True)  # as vLLM's runner always says
+        self._wrapper.update_metadata(mapping, [*range(1, slots + 1)], slots, vocab_size=1)
+
+    def add(self, x: Any, matrices: Sequence[tuple[Any, Any]], y: Any) -> None:
+        """Add to the outputs of projections that are computed as one; each has its matrices."""
+        first, second = zip(*matrices, strict=True)
+        widths = tuple(matrix.shape[2] for matrix in second)
+        self._wrapper.add_lora_linear(y, x, first, second, 1.0, widths)
+
+    def add_to_logits(self, x: Any, matrices: tuple[Any, Any], y: Any) -> None:
+        self._wrapper.add_lora_logits(y, x, *matrices, 1.0)
 
 
 def _fill(weights: Any) -> None:

