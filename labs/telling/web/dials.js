@@ -110,10 +110,12 @@ function dialled({ claims, machines, knobs, curves, measured, lab, judged }) {
   }
 
   function sizes(count) {
-    if (at("dials").clientWidth >= 600) return { height: 380 };
+    if (!narrow()) return { height: 380 };
     const legend = { orientation: "h", x: 0, xanchor: "left", y: -0.25, yanchor: "top" };
-    return { height: 380 + 20 * count, legend };  // of which each machine's line takes a row there
+    return { height: 380 + 30 * count, legend };  // of which each machine takes a row or two there
   }
+
+  const narrow = () => at("dials").clientWidth < 600;
 
   function scaled(numbers) {
     const [low, high] = [Math.min(...numbers), Math.max(...numbers)];
@@ -126,7 +128,8 @@ function dialled({ claims, machines, knobs, curves, measured, lab, judged }) {
 
   function lines() {
     return of(chosen("dial-claim"), chosen("dial-knob")).map((c) => ({
-      name: plain(machines[c.machine].name), x: c.x.map(shown), y: c.y, mode: "lines",
+      name: wrapped(plain(machines[c.machine].name), narrow() ? 40 : Infinity).join("<br>"),
+      x: c.x.map(shown), y: c.y, mode: "lines",
       line: { color: colour(c.machine), width: c.machine === chosen("dial-machine") ? 4 : 1.5,
               dash: machines[c.machine].card ? "dash" : "solid" },
       hovertemplate: `${plain(machines[c.machine].name)}<br>%{x:.4~g}: %{y:.3~g}<extra></extra>`,
