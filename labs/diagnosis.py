@@ -8,9 +8,8 @@ the context: ITL = a' + b' C, a straight line in the context C.
 So one symptom has many causes. A burst waits in the *queue*; so does everybody beside a neighbour's
 long prompt. A cold cache makes the same prompts longer to *prefill*. A small KV cache *preempts*: a
 request loses its blocks and is computed again. Guesses that are verified in vain fill the steps.
-A token budget that lets a whole prompt into one step makes a few gaps long and all others shorter,
-so that the mean token comes sooner. Slower tokens come of a longer context, or of a step that is
-itself slower.
+A token budget that lets a whole prompt into one step makes a few gaps long and all others shorter.
+Slower tokens come of a longer context, or of a step that is itself slower.
 
 Here each is brought about alone, on engines that are otherwise the same, and told apart from the
 engine's `/metrics` alone, by a rule that was written before (`labs/judging/diagnosis.py`). Each
@@ -80,7 +79,7 @@ SIGNATURES: dict[str, dict[Figure, Direction]] = {
     },
     "preemption": {"TTFT": "rises", "Preemptions": "rises", "Longest prompt": "stays"},
     "large budget": {
-        "TPOT": "falls", "Long gaps": "rises", "Hit rate": "stays", "Preemptions": "stays",
+        "Long gaps": "rises", "Hit rate": "stays", "Preemptions": "stays",
         "Longest prompt": "stays",
     },
     "speculation": {
@@ -223,17 +222,12 @@ def fewer_at_once(small: Point, usual: Point) -> Prediction:
     )
 
 
-def token_s(point: Point) -> float:
-    """Return the time per token: a step, and its share of the others' prefills meanwhile."""
-    others_s = (batch(point) - 1) * prefill_s(point, new_tokens(point))
-    return step_s(point) + others_s / answer_tokens(point)
-
-
 def fewer_pieces(large: Point, small: Point) -> Prediction:
+    first_s, cut_s = (prefill_s(point, new_tokens(point)) for point in (large, small))
     return Prediction(
-        value=token_s(large) / token_s(small),
-        formula="(t + (B - 1) t_prefill / L) with the large budget / with the small one",
-        assumptions=("an answer runs beside one prefill of every other stream",),
+        value=first_s / cut_s,
+        formula="t_prefill in pieces of the large budget / in pieces of the small one",
+        assumptions=("no prompt waits for another's",),
         source=SARATHI,
     )
 
@@ -398,8 +392,8 @@ CLAIMS = (
           coupled="the engine wants memory for one request of max-model-len"),
     claim("context", "A longer context makes each token slower", "tpot_mean_s",
           ("healthy", "context"), "rises", longer_read),
-    claim("budget", "A larger token budget makes the mean token faster: prompts take fewer steps",
-          "tpot_mean_s", ("large-budget", "usual"), "falls", fewer_pieces),
+    claim("budget", "With a larger token budget first tokens come sooner, in one step of their own",
+          "ttft_mean_s", ("large-budget", "usual"), "falls", fewer_pieces),
     claim("guessing", "Guesses that are seldom right fill the steps, and first tokens wait",
           "ttft_mean_s", ("guessing", "usual"), "rises", budget_taken),
 )  # fmt: skip

@@ -115,6 +115,11 @@ class Histogram:
             lower = bound
         return lower, float("inf")
 
+    def bucket_around(self, value: float) -> tuple[float, float]:
+        """Find the bounds (lower, upper] of the bucket in which a value lies."""
+        upper = next((bound for bound in self.le if bound >= value), float("inf"))
+        return max((bound for bound in self.le if bound < value), default=0.0), upper
+
 
 @dataclass(frozen=True)
 class Snapshot:

@@ -18,6 +18,7 @@ from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import plt
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.judging.diagnosis import (
+    BUDGET_MARK_SINCE,
     HITS_LOST,
     MORE_LONG_GAPS,
     PREEMPTED,
@@ -102,6 +103,7 @@ class ToldApart:
     """Holds every trial that was diagnosed."""
 
     trials: tuple[Blind, ...]
+    mark_changed_later: bool = False  # that of a large token budget, after this run
 
     @property
     def right(self) -> int:
@@ -127,7 +129,8 @@ def told_apart(context: Context) -> ToldApart:
             _blind(injected, repeat, reading, reference)
             for (variant, workload), injected in INJECTED.items()
             for repeat, reading in _readings(context, _at(context, variant, workload))
-        )
+        ),
+        context.run.started_at < BUDGET_MARK_SINCE,
     )
 
 
@@ -151,6 +154,11 @@ def tell_told(facts: ToldApart) -> Finding:
     if not facts.trials:
         return Finding(title=title, lines=["No trial could be diagnosed."])
     named = [c for c in TITLES if any(t.named == c for t in facts.trials)]
+    exception = (
+        ", but for the mark of a large token budget, which was changed after this run"
+        if facts.mark_changed_later
+        else ""
+    )
     rows = [["What was wrong", *(f"Named: {TITLES[c]}" for c in named)]]
     for injected in facts.injected:
         count = facts.count(injected)
@@ -158,7 +166,7 @@ def tell_told(facts: ToldApart) -> Finding:
     lines = [
         f"{facts.right} of {len(facts.trials)} trials were named rightly, each from what its engine"
         " counted, beside the trials of the reference. The rule and its thresholds were written"
-        " before (`labs/judging/diagnosis.py`)."
+        f" before (`labs/judging/diagnosis.py`){exception}."
     ]
     for injected, named_otherwise in dict.fromkeys(
         (t.injected, t.named) for t in facts.trials if not t.right
@@ -631,8 +639,8 @@ def token_slow(run: JudgedRun) -> str | None:
         return None
     return (
         f"Look at what moved with it: {'; '.join(told)}. Check what was sent first (the median"
-        " prompt), then whether the engine guesses ahead, then whether a few gaps grew while tokens"
-        " on average did not (a token budget); where none moved, the step itself is slower."
+        " prompt), then whether the engine guesses ahead, then whether a few gaps grew while the"
+        " others shrank (a token budget); where none moved, the step itself is slower."
     )
 
 

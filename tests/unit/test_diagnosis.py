@@ -20,10 +20,13 @@ from labs.findings.diagnosis import (
     SIGNATURE,
     TITLES,
     TOLD_APART,
+    Blind,
     Coefficients,
+    ToldApart,
     coefficients,
     draw_signatures,
     tell_coefficients,
+    tell_told,
     told_apart,
 )
 from labs.findings.parts import parts_of
@@ -133,6 +136,29 @@ def test_a_mark_without_a_symptom_is_no_cause() -> None:
     assert named(counted(hits=0.0)) == "healthy"
     assert named(counted(gaps_s={0.05: 200}, drafted=(1000, 500), tokens_a_gap=2)) == "healthy"
     assert named(counted(prompts={384.0: 9, 1280.0: 1})) == "healthy"
+
+
+@pytest.mark.parametrize(
+    ("gaps_s", "cause"),
+    [
+        ({0.04: 100, 0.08: 20, 0.3: 40}, "large budget"),  # fewer around the mean, more are long
+        ({0.04: 100, 0.08: 100, 0.3: 40}, "slow step"),  # as many around it, more are long
+        ({0.04: 100, 0.08: 20, 0.15: 40}, "healthy"),  # none is longer than before
+    ],
+)
+def test_a_large_budget_makes_a_few_gaps_long_and_the_others_short(
+    gaps_s: dict[float, int], cause: Cause
+) -> None:
+    """However long a token takes on average, which depends on the machine as well."""
+    healthy = counted(gaps_s={0.04: 100, 0.08: 60, 0.15: 40})
+    assert named(counted(gaps_s=gaps_s), healthy) == cause
+
+
+def test_a_report_says_where_a_mark_was_changed_after_its_run() -> None:
+    trial = Blind("burst", 1, "burst", (), "")
+    told = {later: " ".join(tell_told(ToldApart((trial,), later)).lines) for later in (True, False)}
+    assert "mark of a large token budget, which was changed after this run" in told[True]
+    assert "changed" not in told[False]
 
 
 def test_a_symptom_without_a_mark_is_not_named() -> None:
