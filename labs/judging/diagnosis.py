@@ -40,7 +40,7 @@ MORE_LONG_GAPS = 0.04
 """Gaps are worse where so many more lie in buckets above the one of the healthy p99: of 1%, 5%"""
 BUDGET_MARK_SINCE = "2026-11-28T11:45:00+00:00"
 """The mark of a large token budget was another one in runs before: that a token takes no longer on
-average. It was changed after two runs in which it was found in one of eight trials."""
+average. It was changed after two runs of one day found it in one of eight trials."""
 PREEMPTED = 0.02
 """Preemptions a finished request from which on they count; a server with enough memory has none."""
 HITS_LOST = 0.2

@@ -321,8 +321,9 @@ class VirtualEngine:
         if stats is None:
             return
         if prefix := stats.prefix_cache_stats:
-            self.counters["prefix_queries"] += prefix.queries + prefix.preempted_queries
-            self.counters["prefix_hits"] += prefix.hits + prefix.preempted_hits
+            # as in vLLM's own metrics, without those of requests that were preempted before
+            self.counters["prefix_queries"] += prefix.queries
+            self.counters["prefix_hits"] += prefix.hits
         if drafts := stats.spec_decoding_stats:
             self.counters["drafts"] += drafts.num_drafts
             self.counters["draft_tokens"] += drafts.num_draft_tokens
