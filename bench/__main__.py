@@ -167,7 +167,9 @@ def main(
             min=1, help="aa: how often a lab runs against itself; twins: pairs of trials."
         ),
     ] = RUNS,
-    minutes: Annotated[int, typer.Option(min=3, help="soak: how long it lasts.")] = MINUTES,
+    minutes: Annotated[
+        int, typer.Option(min=soak.LEAST_MINUTES, help="soak: how long it lasts.")
+    ] = MINUTES,
     unpinned: Annotated[
         bool,
         typer.Option(help="engine: also run vLLM's tool free to use the engine's cores."),

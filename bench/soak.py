@@ -15,7 +15,9 @@ from labs.telling import instruments
 
 SENT = Program(64)
 MINUTE_S = 60.0
-SETTLING = 0.1  # share of the minutes that are left out: memory that is taken once is no growth
+LEAST_MINUTES = 5
+SETTLING, LEAST_SETTLING = 0.1, 2
+"""The first minutes, by share and number, are left out: memory that is taken once is no growth."""
 MOST_GROWTH = 0.05  # of what a process holds, an hour
 
 
@@ -53,8 +55,8 @@ def measure(clock: Clock, work: Path, minutes: int) -> instruments.Soak:
 
 def memory_of(held_bytes: Sequence[int]) -> instruments.Memory:
     """Fit a line through what was held after each minute. Raises BenchError for too few."""
-    settled = held_bytes[int(SETTLING * len(held_bytes)) :]
-    if len(settled) < 3:
-        raise BenchError("a slope takes three minutes or more")
+    if len(held_bytes) < LEAST_MINUTES:
+        raise BenchError(f"a slope takes {LEAST_MINUTES} minutes or more")
+    settled = held_bytes[max(LEAST_SETTLING, int(SETTLING * len(held_bytes))) :]
     slope, _ = linear_regression(range(len(settled)), settled)
     return instruments.Memory(most_bytes=max(held_bytes), bytes_per_hour=60 * slope)
