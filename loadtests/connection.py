@@ -151,11 +151,11 @@ class Connection:
         last_s = now()
         self._readable.start(self._arrived)
         try:
-            while not self._done.wait(min(LOOK_EVERY_S, self._silence_s)):
+            while not self._done.wait(self._next_look_s(last_s)):
                 if now() > deadline_s:
                     raise EndlessAnswer(f"no end of the answer within {most_s:.0f} s")
                 last_s = self._pieces[-1][0] if self._pieces else last_s
-                if now() - last_s > self._silence_s:
+                if now() >= last_s + self._silence_s:
                     raise TimeoutError("timed out")
                 if self._parse_all().whole:
                     break
@@ -163,6 +163,10 @@ class Connection:
             self._readable.stop()
         if self._failure is not None:
             raise self._failure
+
+    def _next_look_s(self, last_s: float) -> float:
+        """Return how long to wait until the next look at an answer of which this piece was last."""
+        return min(LOOK_EVERY_S, max(0.0, last_s + self._silence_s - now()))
 
     def _arrived(self) -> None:
         """Take what has arrived: called by the event loop, which must not be made to wait."""

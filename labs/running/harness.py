@@ -47,15 +47,17 @@ class Harness:
     groups: Groups
     failed_to_start: set[str] = field(default_factory=set)  # names of variants
 
-    def play_trials(self, group: Sequence[Variant], trials: Sequence[tuple[Point, int]]) -> None:
-        """Play those of these trials that are not recorded; after the last repeat, run the probes.
+    def play_trials(
+        self, group: Sequence[Variant], trials: Sequence[tuple[Point, int]], probe: bool
+    ) -> None:
+        """Play those of these trials that are not recorded; with `probe` run the probes after them.
 
-        Where the engines do not start, their trials are recorded as failed and the run goes on.
-        Raises EngineError where no variant's engine starts.
+        Some variants have no trials, and are probed alone. Where the engines do not start, their
+        trials are recorded as failed and the run goes on. Raises EngineError where no variant's
+        engine starts.
         """
         due = self.trials.due(trials)
-        last_repeat_played = any(repeat >= self.setup.lab.repeats for _, repeat in trials)
-        probes_due = last_repeat_played and any(self._probes_due(variant) for variant in group)
+        probes_due = probe and any(self._probes_due(variant) for variant in group)
         if self.failed_to_start.intersection(v.name for v in group) or not (due or probes_due):
             return
         clock, names = self.setup.clock, ", ".join(v.name for v in group)
@@ -78,7 +80,7 @@ class Harness:
             clock.require(self.trials.trial_s(point), "the next trial")
             self.trials.play(point, repeat)
             clock.played = True
-        for variant in group if last_repeat_played else ():
+        for variant in group if probe else ():
             self._probe(variant)
 
     def repeat_undecided(self, until: float) -> None:
@@ -109,7 +111,7 @@ class Harness:
             write_requests(self.setup, self.trials.work, trip[0][1])
             self.progress.expect(self.trials.remaining_s)
             for group, of_group in trials:
-                self.play_trials(group, of_group)
+                self.play_trials(group, of_group, probe=True)
 
     def _undecided(self) -> list[Point]:
         """Return the points of undecided claims; of a resumed run those that it had gone on with.

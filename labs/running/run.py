@@ -114,7 +114,7 @@ def _measure(
     with open_harness(setup, folder, work, progress, groups) as harness:
         for group, repeats in itertools.chain.from_iterable(trips):
             trials = [(p, r) for p, r in interleave(setup, group) if r in repeats]
-            harness.play_trials(group, trials)
+            harness.play_trials(group, trials, probe=lab.repeats in repeats)
         harness.repeat_undecided(until)
         agreement = harness.counts.agreement(harness.prometheus)
         engine_series.keep(folder, setup.points, setup.lab, harness.prometheus)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def chunk(data: bytes) -> bytes:
 
 ANSWER = CHUNKED + chunk(b"data: one\n\n") + chunk(b"data: two\n\n") + LAST
 BODY = b"data: one\n\ndata: two\n\n"
-Parts = Sequence[bytes]  # of an answer, each sent for itself; an empty one closes the connection
+Parts = Iterable[bytes]  # of an answer, each sent for itself; an empty one closes the connection
 
 
 @contextmanager
@@ -125,6 +125,20 @@ def test_an_answer_that_is_cut_off_is_an_error_and_what_came_is_kept(parts: Part
         with pytest.raises(ConnectionResetError, match="closed before the answer's end"):
             asked.ask(b"{}", pieces, 5.0, 10_000)
     assert b"".join(piece for _, piece in pieces) == b"".join(parts)
+
+
+def test_silence_is_counted_from_the_last_piece() -> None:
+    """And not from one look at the answer to the next, of which the second comes too late here."""
+
+    def standing_still() -> Iterator[bytes]:
+        yield CHUNKED
+        time.sleep(1.7)
+        yield LAST
+
+    with serving([standing_still()]) as port:
+        asked = connected(port, silence_s=1.0)
+        with pytest.raises(TimeoutError):
+            asked.ask(b"{}", [], 30.0, 10_000)
 
 
 def test_a_connection_is_opened_beforehand() -> None:

@@ -79,12 +79,15 @@ class Noted(Harness):
         groups = [[v] for v in lab.variants]
         super().__init__(setup, folder, progress, prometheus, engines, trials, counts, groups)
 
+    def _probe(self, variant: Variant) -> None:
+        self.noted += self._probes_due(variant)
+
     def goes(self, repeats: int, starts: int = 1) -> str:
         """Through all engines in turn; what was noted."""
         for trip in order_of_engines(self.groups, range(1, repeats + 1), starts):
             for group, some in trip:
                 trials = [(p, r) for p, r in interleave(self.setup, group) if r in some]
-                self.play_trials(group, trials)
+                self.play_trials(group, trials, probe=repeats in some)
         return " ".join(self.noted)
 
 
@@ -133,7 +136,7 @@ def test_the_order_of_turns_is_drawn_from_the_seed() -> None:
     assert all(firsts.count(v.name) >= 3 for v in lab.variants)
 
 
-def set_lab(folder: RunFolder, **fields: int) -> None:
+def set_lab(folder: RunFolder, **fields: Any) -> None:
     lab = {**folder.run().lab, **fields}
     write_json(folder.path / "run.json", folder.run().model_copy(update={"lab": lab}))
 
@@ -186,9 +189,19 @@ def test_the_trials_of_an_engine_that_does_not_start_fail_with_its_reason(
         assert found
         assert found.failed == ("no kernel for this type" if point.variant.name == "on" else None)
     assert harness.steps == ["no kernel for this type"]
-    harness.play_trials(harness.setup.lab.variants[1:], [(harness.setup.points[-1], 1)])
+    on, last = harness.setup.lab.variants[1:], harness.setup.points[-1]
+    harness.play_trials(on, [(last, 1)], probe=False)
     assert harness.noted[-1] == "on"
     assert harness.noted.count("on") == 1  # it is not tried again
+
+
+def test_a_variant_that_is_probed_alone_has_its_turn(folder: RunFolder) -> None:
+    """It has no trials whose last repeat could tell that the probes are due."""
+    set_lab(folder, probes=["needles"], probed=["on"])
+    harness = Noted(folder)
+    setup: Any = harness.setup
+    setup.points = [point for point in setup.points if point.variant.name == "off"]
+    assert harness.goes(2, starts=2) == "off 1 1 on needles off 2 2"
 
 
 def test_where_no_engine_starts_the_run_ends_with_the_reason(folder: RunFolder) -> None:
@@ -237,7 +250,7 @@ def test_a_resumed_run_goes_on_with_the_points_it_had_gone_on_with(folder: RunFo
     harness = Noted(folder)
     harness.goes(2)
     point = harness.setup.points[0]
-    harness.play_trials([point.variant], [(point, 3)])
+    harness.play_trials([point.variant], [(point, 3)], probe=True)
     harness.noted.clear()
     harness.repeat_undecided(until=time.monotonic() + 1000)
     assert " ".join(harness.noted) == "off 4"
