@@ -34,8 +34,8 @@ LONGEST = (
     "fake/test_faults.py",
     "fake/test_reproduce.py",
     "cpu/test_random_weights.py",
-    "unit/test_html_browser.py",
-    "unit/test_site.py",
+    "committed/test_browser.py",
+    "committed/test_site.py",
 )
 """The files that take longest, in this order: `make test` gives each to the process that is free
 next, and what takes long must not begin last."""

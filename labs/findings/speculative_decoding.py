@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MultipleLocator
 from scipy import stats
 
 from dashboards.palette import VARIANTS
@@ -420,53 +423,84 @@ def speculation_wins(run: JudgedRun) -> str | None:
 
 
 def draw_speculation(run: JudgedRun) -> str | None:
-    """Draws acceptance by position, and the speed-up over load, measured and explained."""
+    """Draws acceptance by position, and the speed-up over load, each workload in a column."""
     points = run.once(speed_ups).points
     if not points:
         return None
-    _, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    kinds = list(dict.fromkeys((p.point.variant.name, p.point.workload.name) for p in points))
-    marks = dict(zip(dict.fromkeys(w for _, w in kinds), "os^D", strict=False))
-    colours = dict(zip(dict.fromkeys(v for v, _ in kinds), VARIANTS, strict=False))
-    for place, kind in enumerate(kinds):
-        variant, workload = kind
-        aside = 2 ** (0.06 * (place - (len(kinds) - 1) / 2))  # so that intervals stand apart
-        mine = sorted(
-            (p for p in points if (p.point.variant.name, p.point.workload.name) == kind),
-            key=lambda p: p.point.load.users,
-        )
-        style = {"color": colours[variant], "marker": marks[workload]}
-        at = accepted_at(run, mine[0].point)
-        axes[0].plot(range(1, len(at) + 1), at, **style, label=f"{variant}, {workload}")
-        x = [aside * p.point.load.users for p in mine]
-        axes[1].errorbar(x, [p.measured.value for p in mine], yerr=_reach(mine), capsize=3, **style,
-                         label=f"{variant}, {workload}")  # fmt: skip
-        explained = [np.nan if p.explained is None else p.explained for p in mine]
-        axes[1].plot(x, explained, **style, ls="none", mfc="none", ms=10)
-        foreseen = [_forecast_speed_up(run, p.point) for p in mine]
-        if any(foreseen):
-            axes[1].plot(x, foreseen, "_", color=GREY, ms=13, mew=2)
-    axes[0].set_xlabel("position drafted")
-    axes[0].set_ylabel("share of drafts accepted that far")
-    axes[0].set_ylim(0, 1.05)
-    longest = max(len(accepted_at(run, p.point)) for p in points)
-    axes[0].set_xticks(range(1, longest + 1))
-    axes[1].axhline(1, color=GREY, lw=1)
-    axes[1].set_xscale("log", base=2)
+    workloads = list(dict.fromkeys(p.point.workload.name for p in points))
+    colours = dict(zip(dict.fromkeys(p.point.variant.name for p in points), VARIANTS, strict=False))
+    size = (max(5.5, 2.4 * len(workloads)), 5.4)
+    figure, rows = plt.subplots(
+        2, len(workloads), figsize=size, sharex="row", sharey="row", squeeze=False
+    )
+    for workload, above, below in zip(workloads, *rows, strict=True):
+        mine = [p for p in points if p.point.workload.name == workload]
+        above.set_title(workload, fontsize=9)
+        _draw_acceptance(above, run, mine, colours)
+        _draw_gain(below, run, mine, colours)
+    rows[0][0].set_ylabel("share of drafts\naccepted that far")
+    rows[1][0].set_ylabel("speed-up\n(TPOT without / with)")
+    rows[1][0].set_ylim(bottom=0)
     users = sorted({p.point.load.users for p in points})
-    axes[1].set_xticks(users, [str(n) for n in users])
-    axes[1].set_xlabel("requests in flight")
-    axes[1].set_ylabel("speed-up (TPOT without / with)")
-    axes[1].set_ylim(bottom=0)
-    axes[1].plot([], [], "o", color=GREY, mfc="none", ms=10, label="formula, measured parts")
+    rows[1][0].set_xscale("log", base=2)  # of all columns, which share their axes
+    rows[1][0].set_xticks(users, [str(n) for n in users])
+    rows[1][0].set_xlim(users[0] / 1.4, users[-1] * 1.4)
+    shown = [Line2D([], [], color=colour, marker="o", label=v) for v, colour in colours.items()]
+    shown += [Line2D([], [], color=GREY, **FORMULA, label="formula, measured parts")]
     if any(_forecast_speed_up(run, p.point) for p in points):
-        axes[1].plot([], [], "_", color=GREY, ms=13, mew=2, label="forecast before the run")
-    axes[1].legend(frameon=False, fontsize=8)
+        shown += [Line2D([], [], color=GREY, **FORESEEN, label="forecast before the run")]
+    columns = len(shown) if len(workloads) > 2 else 3
+    figure.legend(
+        handles=shown, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
     return (
-        "Left: how far ahead guesses are right, at one stream. Right: what that gains, with"
+        "Above: how far ahead guesses are right, at one stream. Below: what that gains, with"
         " 95% intervals; below 1 speculation loses. Open marks are Leviathan's formula with"
         " acceptance, draft cost and verification cost as measured."
     )
+
+
+FORMULA: dict[str, Any] = {"marker": "o", "ls": "none", "mfc": "none", "ms": 10}
+FORESEEN: dict[str, Any] = {"marker": "_", "ls": "none", "ms": 9, "mew": 2}
+
+
+def _draw_acceptance(
+    ax: Axes, run: JudgedRun, points: Sequence[SpeedUp], colours: Mapping[str, str]
+) -> None:
+    """Draws the share of drafts accepted by position, of a workload's point of least load."""
+    for variant, colour in colours.items():
+        if mine := _by_load(points, variant):
+            at = accepted_at(run, mine[0].point)
+            ax.plot(range(1, len(at) + 1), at, "o-", color=colour)
+    ax.set_xlabel("position drafted")
+    ax.set_ylim(0, 1.05)
+    ax.xaxis.set_major_locator(MultipleLocator(1))
+
+
+def _draw_gain(
+    ax: Axes, run: JudgedRun, points: Sequence[SpeedUp], colours: Mapping[str, str]
+) -> None:
+    """Draws a workload's speed-up over load: measured, explained, forecast."""
+    for place, (variant, colour) in enumerate(colours.items()):
+        mine = _by_load(points, variant)
+        aside = 2 ** (0.15 * (place - (len(colours) - 1) / 2))  # so that intervals stand apart
+        x = [aside * p.point.load.users for p in mine]
+        ax.errorbar(
+            x, [p.measured.value for p in mine], yerr=_reach(mine),
+            capsize=3, color=colour, marker="o",
+        )  # fmt: skip
+        explained = [np.nan if p.explained is None else p.explained for p in mine]
+        ax.plot(x, explained, color=colour, **FORMULA)
+        foreseen = [_forecast_speed_up(run, p.point) or np.nan for p in mine]
+        ax.plot(x, foreseen, color=GREY, **FORESEEN)
+    ax.axhline(1, color=GREY, lw=1)
+    ax.set_xlabel("requests in flight")
+
+
+def _by_load(points: Sequence[SpeedUp], variant: str) -> list[SpeedUp]:
+    """Lists a variant's points in the order of their loads."""
+    mine = (p for p in points if p.point.variant.name == variant)
+    return sorted(mine, key=lambda p: p.point.load.users)
 
 
 def _forecast_speed_up(run: JudgedRun, point: Point) -> float | None:

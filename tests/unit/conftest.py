@@ -1,4 +1,4 @@
-"""Other people's runs in the folder of results for every unit test; the published ones apart."""
+"""Every unit test sees other people's runs in the folder of results, and no committed one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import typer.testing
 
 from labs.filing import results
 from serving.models import ROOT
-from tests.unit import in_git
 from tests.unit.builders import write_run, write_runs_of_others
 
 OUT_OF_BOUNDS = tuple(str(ROOT / name) + os.sep for name in ("results", "site"))
@@ -38,13 +37,3 @@ setattr(typer.testing, "_get_command", functools.cache(typer.main.get_command)) 
 def _runs_of_others() -> None:
     """A test that looks at the folder of results, and not at one of its own, sees these."""
     write_runs_of_others(write_run(results.RESULTS))
-
-
-@pytest.fixture(scope="session")
-def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """README.md and results/ as git keeps them; read only. Skips where this is no checkout."""
-    if not in_git.runs():
-        pytest.skip("git knows no run here")
-    home = tmp_path_factory.mktemp("committed")
-    in_git.write_out(home)
-    return home

@@ -51,12 +51,6 @@ def code(page: Path) -> list[str]:
     return [t.content for t in tokens(page) if t.type in ("code_inline", "fence")]
 
 
-def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives a page's headings."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
 def test_the_readme_is_one_page_and_its_picture_is_small() -> None:
     assert len((ROOT / "README.md").read_bytes()) < README_BYTES
     assert (ROOT / "docs" / "report.png").stat().st_size < PICTURE_BYTES
@@ -73,17 +67,6 @@ def test_the_readme_stays_one_page_whatever_is_found() -> None:
     for line in found.splitlines()[1:]:
         (headline,) = (h for h in shown if f"[{h.done}]" in line)
         assert len(line.encode()) - len((headline.done + headline.figure).encode()) < A_FINDING
-
-
-@each_page
-def test_a_link_leads_to_what_is_there(page: Path, committed: Path) -> None:
-    for target in links(page):
-        name, _, anchor = target.partition("#")
-        path = (page.parent / name).resolve() if name else page
-        if path.is_relative_to(ROOT / "results"):
-            path = committed / path.relative_to(ROOT)
-        assert path.exists(), target
-        assert not anchor or anchor in anchors(path), target
 
 
 def test_the_index_and_every_page_link_to_each_other() -> None:

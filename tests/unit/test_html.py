@@ -291,7 +291,9 @@ def test_a_page_shows_the_runs_pictures_and_reads_no_markdown(folder: RunFolder)
 def test_a_site_has_every_run_that_can_be_read_and_links_that_lead_there(
     folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(site, "LABS", dict([*LABS.items()][:1]))  # test_site.py writes all lessons
+    monkeypatch.setattr(
+        site, "LABS", dict([*LABS.items()][:1])
+    )  # committed/test_site.py writes all lessons
     written(folder)
     run = folder.run()
     quick = RunFolder(folder.path.with_name("20260202T000000Z-quick"))

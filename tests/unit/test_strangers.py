@@ -366,7 +366,7 @@ def test_a_bad_run_is_named_and_the_others_are_shown(fault: str, folder: RunFold
 def test_bad_runs_are_named_and_the_other_is_on_the_site(
     folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(site, "LABS", {LAB.name: LAB})  # test_site.py writes every lesson
+    monkeypatch.setattr(site, "LABS", {LAB.name: LAB})  # committed/test_site.py writes every lesson
     bad = []
     for day, (spoil, _) in enumerate(IMPOSSIBLE.values(), 2):
         name = folder.path.name.replace("20260101", f"202601{day:02}")

@@ -36,7 +36,7 @@ from labs.telling.site import (
     write_site,
 )
 from serving import gpus, metrics
-from tests.unit import in_git
+from tests.committed import in_git
 from tests.unit.builders import write_run
 from tests.unit.test_html import Seen
 

@@ -17,7 +17,7 @@ from labs.telling import pages, report
 from labs.telling.site import write_site
 from loadtests import records
 from tests.browser import DEADLINE_S, Browser, Page, browser, find
-from tests.unit import in_git
+from tests.committed import in_git
 from tests.unit.builders import write_run
 from tests.unit.test_html import hostile_run
 

@@ -11,7 +11,7 @@ from labs.filing.results import RunFolder
 from labs.findings.context import Context, JudgedRun
 from labs.judging.judge import Interval
 from labs.telling.plots import plots_of
-from tests.unit import in_git
+from tests.committed import in_git
 
 
 def test_however_wide_an_interval_ends_within_its_plot(

@@ -1,0 +1,26 @@
+"""Every link of README and docs/ leads somewhere, those into the published results too."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from serving.models import ROOT
+from tests.unit.test_docs import each_page, links
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_a_link_leads_to_what_is_there(page: Path, committed: Path) -> None:
+    for target in links(page):
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        if path.is_relative_to(ROOT / "results"):
+            path = committed / path.relative_to(ROOT)
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
