@@ -372,7 +372,7 @@ def lengths(*prompts: int, output: int) -> tuple[tuple[float, int, int], ...]:
 CLAIMS = (
     Claim(
         name="steady",
-        title="Nothing tells the usual load from its reference",
+        title="The usual load and the reference, which is the same load, have the same TPOT",
         metric="tpot_mean_s",
         treatment=Arm(variant="healthy", workload="usual"),
         baseline=Arm(variant="healthy", workload="reference"),

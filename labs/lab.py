@@ -388,7 +388,10 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         users = [a.users for w in self.workloads for a in w.loads if not a.open_loop]
         most_users = max(users, default=1)
         if self.requests < most_users:
-            raise ValueError(f"requests={self.requests} do not fill a load of {most_users} at once")
+            raise ValueError(
+                f"requests={self.requests} do not fill a load of {most_users} at once: give"
+                f" SET=requests={most_users} or more, or fewer users"
+            )
         return self
 
     @model_validator(mode="after")
@@ -405,11 +408,15 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     def _sizes_can_be_prepared(self) -> Self:
         points = len(self.variants) * sum(len(w.loads) for w in self.workloads)
         if points > MOST_POINTS:
-            raise ValueError(f"{points} load points, and {MOST_POINTS} are the most")
+            raise ValueError(
+                f"{points} load points, and {MOST_POINTS} are the most: leave out variants,"
+                " workloads or loads"
+            )
         if (requests := self.requests * self.rounds * points) > MOST_REQUESTS:
             raise ValueError(
                 f"requests={self.requests} in each of {self.rounds} repeats of {points} load points"
-                f" are {requests} to prepare, and {MOST_REQUESTS} are the most"
+                f" are {requests} to prepare, and {MOST_REQUESTS} are the most: lower requests or"
+                " most_repeats"
             )
         return self
 
@@ -578,7 +585,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             "claims": tuple(
                 Claim(
                     name=f"aa-{claim.name}",
-                    title=f"Nothing tells `{name}` from its twin",
+                    title=f"`{name}` and its identical twin measure the same",
                     metric=metric,
                     treatment=arm.model_copy(update={"variant": twin.name}),
                     baseline=arm,

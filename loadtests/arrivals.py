@@ -291,7 +291,10 @@ class Day(OfCapacity, frozen=True):
     @model_validator(mode="after")
     def _the_peak_is_higher(self) -> Self:
         if self.night >= self.peak:
-            raise ValueError(f"a day's peak ({self.peak:g}) is above its night ({self.night:g})")
+            raise ValueError(
+                f"a day's peak ({self.peak:g}) must be above its night ({self.night:g}):"
+                " day:NIGHT/PEAK, such as day:0.3/1.4"
+            )
         return self
 
     @property

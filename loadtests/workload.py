@@ -54,7 +54,9 @@ class Exponential(BaseModel, frozen=True, extra="forbid"):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.max_tokens < self.mean_tokens:
-            raise ValueError(f"max_tokens={self.max_tokens} is below mean_tokens")
+            raise ValueError(
+                f"max_tokens={self.max_tokens} must be at least mean_tokens={self.mean_tokens}"
+            )
         return self
 
     def draw(self, n: int, rng: random.Random) -> list[int]:
@@ -238,10 +240,15 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
                 f"{self.name}: a replay needs a trace: workloads.{self.name}.trace=FILE"
             )
         if self.trace and (self.chat or self.intruder):
-            raise ValueError(f"{self.name}: a trace knows no chats and no intruders")
+            raise ValueError(
+                f"{self.name}: a trace cannot be combined with chat or intruder: leave one out"
+            )
         contended = [a for a in self.loads if isinstance(a, Contended)]
         if bool(self.intruder) != bool(contended) or len(contended) not in (0, len(self.loads)):
-            raise ValueError(f"{self.name}: contended loads and an intruder belong together")
+            raise ValueError(
+                f"{self.name}: give an intruder and every load as contended:USERS/SECONDS, or"
+                " neither"
+            )
         return self
 
     def _require_cut_off(self) -> None:

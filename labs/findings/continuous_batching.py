@@ -113,8 +113,9 @@ def larger_batch(run: JudgedRun) -> str | None:
     fixed_s, slope_s = line
     grows = (
         f"it takes {1000 * fixed_s:.3g} ms, and {1000 * slope_s:.3g} ms more for each request in"
-        " decode (least squares over the loads), so that throughput would reach half of its limit,"
-        f" {number(1 / slope_s, 'tok/s')}, near {fixed_s / slope_s:.0f} in flight"
+        " decode (least squares over the loads), so that throughput has a limit of"
+        f" {number(1 / slope_s, 'tok/s')}, half of which is reached near {fixed_s / slope_s:.0f} in"
+        " flight"
         if slope_s > 0
         else "in this range its time did not grow with the batch"
     )

@@ -342,10 +342,11 @@ def tell_signatures(facts: Signatures) -> Finding:
         f"Of {len(seen)} predicted directions {sum(seen)} were seen. A sign is what was predicted"
         " (↑ rises, ↓ falls, = stays); without one nothing was, and **strong** is what came"
         " otherwise.",
-        "All figures are the engine's own means: TTFT, TPOT and prefill as multiples of the"
-        " reference's, the queue in time, long gaps as what was added to the share of gaps above"
-        " the bucket of the reference's p99, preemptions a request, and the bucket of the longest"
-        " prompt in tokens.",
+        "All figures are the engine's own means over whole trials, the warm-up included, so they"
+        " differ from the clients' above, which are of the window: TTFT, TPOT and prefill as"
+        " multiples of the reference's, the queue in time, long gaps as what was added to the share"
+        " of gaps above the bucket of the reference's p99, preemptions a request, and the bucket of"
+        " the longest prompt in tokens.",
     ]
     return Finding(title=title, rows=rows, lines=lines)
 
@@ -579,11 +580,12 @@ def told_from_metrics(run: JudgedRun) -> str | None:
         f" {facts.count(injected).total()} trials"
         for (injected, named), count in missed.items()
     ]
-    but = f" The others: {'; '.join(as_what)}." if missed else ""
+    but = f" Named wrongly: {'; '.join(as_what)}." if missed else ""
     return (
-        f"Each brought about alone, {facts.right} of {len(facts.trials)} trials were named rightly"
-        " from the engine's metrics. The marks that are looked for: preemptions are counted, a cold"
-        " cache loses its hits, a neighbour shows in the longest prompt, a burst in the queue."
+        f"Each cause was brought about alone. In {facts.right} of {len(facts.trials)} trials the"
+        " rule named the right one, from the engine's metrics. The marks that are looked for:"
+        " preemptions are counted, a cold cache loses its hits, a neighbour shows in the longest"
+        " prompt, a burst in the queue."
         f"{but} `make diagnose` applies the same rule to a running server."
     )
 
@@ -615,7 +617,9 @@ def first_token_late(run: JudgedRun) -> str | None:
     if not facts or not told:
         return None
     return (
-        "Split it into queue and prefill, as the engine counts them. Healthy,"
+        "Split it into queue and prefill, as the engine counts them (over whole trials, the warm-up"
+        " included, and against the workload `reference`; the claims compare what clients saw in"
+        " the window). Healthy,"
         f" {facts.healthy['Queue']} and {facts.healthy['Prefill']}; {'; '.join(told)}. A queue"
         " means more than the batch takes, or a long prompt ahead; a longer prefill a long prompt,"
         " or a cache that lost it: the hit rate tells these two apart."
@@ -623,7 +627,7 @@ def first_token_late(run: JudgedRun) -> str | None:
 
 
 def token_slow(run: JudgedRun) -> str | None:
-    """Tells the signature of each change that made tokens slower."""
+    """Tells how TPOT moved with each cause that may make tokens slower, and what moved with it."""
     facts = SIGNATURE.facts_of(run)
     rows = {row.injected: row for row in facts.rows} if facts else {}
     told = []
@@ -638,9 +642,10 @@ def token_slow(run: JudgedRun) -> str | None:
     if not told:
         return None
     return (
-        f"Look at what moved with it: {'; '.join(told)}. Check what was sent first (the median"
-        " prompt), then whether the engine guesses ahead, then whether a few gaps grew while the"
-        " others shrank (a token budget); where none moved, the step itself is slower."
+        f"Look at what moved with it, by the engine's own counts: {'; '.join(told)}. Check what was"
+        " sent first (the median prompt), then whether the engine guesses ahead, then whether a few"
+        " gaps grew while the others shrank (a token budget); where none moved, the step itself is"
+        " slower."
     )
 
 

@@ -350,7 +350,9 @@ def draw_adapters(run: JudgedRun) -> str | None:
     ax.legend(frameon=False)
     return (
         "What adapters cost: hardly anything by their bytes. The gap between the curves is the time"
-        " to launch the small operations that apply them." + BANDS * forecast
+        " of the operations that apply them: launching them, and on a CPU computing them too."
+        + BANDS
+        * forecast
     )
 
 

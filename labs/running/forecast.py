@@ -608,7 +608,7 @@ def _plan(
 
 
 def paces(plays: int, spread: float) -> list[float]:
-    """Spread the speeds of plays evenly between 1 / spread and spread; the first is as timed.
+    """Spread factors on a step's time evenly within 1 / spread and spread; the first is 1.
 
     Streams whose requests are all alike send their next prompts together, and a long prompt comes
     every so often. Which of the two comes first decides whether the streams wait for seconds, and

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from labs.filing.results import Run, Session
-from labs.judging.judge import CONFIDENCE, ENOUGH_STARTS, START_SPREAD, Judgement
+from labs.filing.results import Run, Session, Summary
+from labs.judging.judge import (
+    CONFIDENCE,
+    ENOUGH_STARTS,
+    START_SPREAD,
+    TWO_ONE_SIDED,
+    Judgement,
+)
 from labs.judging.text import ONE_SITTING, ceilings_text
 from labs.lab import Lab
 from labs.telling.document import Code, Inline
@@ -13,7 +19,7 @@ from serving.dummy import SUFFIX
 from serving.machine import VLLM
 
 
-def lines(run: Run, lab: Lab, session: Session | None) -> list[Inline]:
+def lines(run: Run, lab: Lab, session: Session | None, summary: Summary) -> list[Inline]:
     """Say everything that a reader needs to make the run again."""
     env = run.environment
     return [
@@ -26,19 +32,23 @@ def lines(run: Run, lab: Lab, session: Session | None) -> list[Inline]:
         ),
         f"Engine threads ran on CPU cores {list(env.engine_cores)}, the load generator on"
         f" {list(env.client_cores)}.",
-        f"{repeats(lab)}. Each repeat plays every point once, in random order (seed {lab.seed}),"
+        f"{repeats(lab, summary)}. Each repeat plays every point once, in random order (seed"
+        f" {lab.seed}),"
         " and sends the same requests to all variants.",
         *(_sitting(lab, session) if session else ()),
         _command(run, lab),
     ]
 
 
-def repeats(lab: Lab) -> str:
-    """Say how often each point was measured."""
+def repeats(lab: Lab, summary: Summary) -> str:
+    """Say how often each point was measured, and how often it could have been."""
+    played = {len(of_point) for of_point in summary.measurements.values()} or {0}
+    least, most = min(played), max(played)
+    said = f"{least} to {most} repeats" if most > least else f"{most} repeats"
     if lab.looks == 1:
-        return f"{lab.repeats} repeats"
+        return said
     return (
-        f"{lab.repeats} repeats (up to {lab.rounds} for undecided claims, begun within"
+        f"{said} (undecided claims get up to {lab.rounds}, where these can begin within"
         f" {lab.most_s:g} s)"
     )
 
@@ -61,10 +71,11 @@ def covers(lab: Lab, session: Session | None, judgements: Sequence[Judgement]) -
     elif session and session.resident and len(lab.variants) > 1:
         parts.append("Each engine was started once: differences between starts are not covered.")
     if lab.looks > 1:
-        level = 1 - (1 - CONFIDENCE) / lab.looks
+        level, held = (1 - (1 - share) / lab.looks for share in (CONFIDENCE, TWO_ONE_SIDED))
         parts.append(
-            f"The lab may judge its claims {lab.looks} times, so each interval is taken at"
-            f" {level:.1%}; together they cover at {CONFIDENCE:.0%}."
+            f"The lab may judge its claims {lab.looks} times. So that all looks together keep to"
+            f" the stated confidence, an interval of {CONFIDENCE:.0%} is taken at {level:.1%}, and"
+            f" one of {TWO_ONE_SIDED:.0%} at {held:.0%}."
         )
     return " ".join(parts)
 

@@ -263,7 +263,8 @@ def _score(summary: Summary) -> Paragraph | None:
 def _every_point(facts: Facts) -> Section:
     lab = facts.lab
     columns = (
-        f"Figures are means over {method.repeats(lab)}, in windows of {lab.window_s:g} s."
+        f"Figures are means over {method.repeats(lab, facts.summary)}, in windows of"
+        f" {lab.window_s:g} s."
         " Percentiles are those of the samples of all repeats together, left out where the samples"
         " are too few. TTFT is the time to a request's first token, TPOT its time per token after"
         " that, ITL the gap before each token, E2E the whole request. Goodput is requests/s with"
@@ -303,11 +304,19 @@ def _published_lines(lab: Lab, part: Part, titles: Mapping[str, str]) -> list[In
 # ------------------------------------------------------------------------ predictions and findings
 
 IN_VIRTUAL_TIME = (
-    "Before any engine started, vLLM's own scheduler played each point in virtual time, with the"
+    " Before any engine started, vLLM's own scheduler played each point in virtual time, with the"
     " arguments that the engine was then started with and the requests that were then sent. The"
     " time of a step comes from a stand-in of the model's shape, timed on this machine beforehand."
-    " The band: the engine's own step may take 0.90 to 1.18 times as long as the stand-in's."
+    " The band: the engine's own step may take 0.90 to 1.18 times as long as the stand-in's; both"
+    " ends lie further off by the usual change of this machine's speed, {}; the slow end"
+    " also by how much it changed while the stand-in was timed; and chance between trials is added."
 )
+
+
+def _bands_explained(machine_spread: float) -> str:
+    """Say what the forecasts and their bands are made of."""
+    spread = f"a factor of {machine_spread:.2f}" if machine_spread > 1 else "not known then"
+    return IN_VIRTUAL_TIME.format(spread)
 
 
 def _in_virtual_time(facts: Facts) -> Section:
@@ -323,7 +332,9 @@ def _in_virtual_time(facts: Facts) -> Section:
         "Forecast beside measured",
         shown,
         same,
-        Paragraph(f"{forecast_score(facts.summary)} {IN_VIRTUAL_TIME}") if before.points else None,
+        Paragraph(forecast_score(facts.summary) + _bands_explained(before.machine_spread))
+        if before.points
+        else None,
         tables.closed_forms(facts.lab, facts.summary, facts.predictions),
         Paragraph("No forecast:") if without else None,
         bullets(without),
@@ -519,7 +530,7 @@ def _method(facts: Facts) -> Section:
     beside = "This machine's ceilings beside its datasheet:"
     return section(
         "How it was measured",
-        bullets(method.lines(facts.run, facts.lab, facts.session)),
+        bullets(method.lines(facts.run, facts.lab, facts.session, facts.summary)),
         Paragraph(beside) if ceilings.rows else None,
         ceilings,
         folded=True,

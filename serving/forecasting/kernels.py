@@ -1,7 +1,7 @@
 """vLLM's own operators on a CPU, which a stand-in step is made of there.
 
-Plain torch has none for quantized weights and caches, and those that it has take another time:
-docs/forecasts.md shows how much.
+Plain torch has none for quantized weights and caches, and those that it has for BF16 take a
+different time: docs/forecasts.md shows how much.
 
 A linear layer is built as vLLM builds it, from the configuration that the engine's own arguments
 give, so that vLLM chooses the kernel: on x86 the 8-bit product of SGLang or of oneDNN, for 4 bits

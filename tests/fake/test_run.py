@@ -448,7 +448,7 @@ def test_only_points_of_undecided_claims_are_repeated_and_no_more_than_asked(
         if j.outcome == "inconclusive":
             assert j.effect.ratio.n == 4
     said = (twins.folder.path / "report.md").read_text()
-    assert "(up to 4 for undecided claims, begun within 420 s)" in said
+    assert "(undecided claims get up to 4, where these can begin within 420 s)" in said
     assert "Undecided after 2 repeats" in twins.command.said
 
 

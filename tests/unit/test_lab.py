@@ -69,7 +69,10 @@ def test_scale_lies_over_the_lab_quick_over_scale_and_changes_over_all() -> None
         ({"workloads.long.loads": []}, "no field 'long'; known here: short"),
         ({"workloads.short.output_tokens.mean": 3}, "no field 'mean'; known here: kind, tokens"),
         ({"workloads.short.loads": "[concurrent:1"}, r"^workloads\.short\.loads: .* list in JSON"),
-        ({"requests": 1}, "^requests=1 do not fill a load of 2 at once$"),
+        (
+            {"requests": 1},
+            "^requests=1 do not fill a load of 2 at once: give SET=requests=2 or more",
+        ),
         ({"window_s.x": 3}, "no field 'x'; known here: none"),
         ({"scales.gpu": {}}, "no field 'scales'"),
         ({"workloads.short": 3}, r"give one of its fields, workloads\.short\.<field>="),

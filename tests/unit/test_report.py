@@ -11,7 +11,15 @@ import pytest
 
 from labs.filing import results
 from labs.filing.newest import newest_runs
-from labs.filing.results import Predictions, RunFolder, Session, TrialResult, write_json
+from labs.filing.results import (
+    Band,
+    PointForecasts,
+    Predictions,
+    RunFolder,
+    Session,
+    TrialResult,
+    write_json,
+)
 from labs.judging.judge import Caveat, Effect, Interval, Judgement, PredictionOutcome
 from labs.judging.text import (
     claim_outcome,
@@ -28,7 +36,7 @@ from labs.judging.text import (
     verdict_text,
 )
 from labs.lab import Prediction
-from labs.telling import markdown, report
+from labs.telling import markdown, method, report
 from labs.telling.document import (
     Bullets,
     Emphasis,
@@ -321,12 +329,7 @@ def test_engines_that_took_turns_are_a_caveat(resident: bool, folder: RunFolder)
         ),
         (2, False, 0, "one was started only 2 times. Fewer than 4 starts"),
         (4, False, 0, "each was started at least 4 times. Between engines the mean of a start"),
-        (
-            None,
-            True,
-            8,
-            "The lab may judge its claims 2 times, so each interval is taken at 97.5%",
-        ),
+        (None, True, 8, "an interval of 95% is taken at 97.5%, and one of 90% at 95%"),
     ],
 )
 def test_a_report_says_what_its_intervals_cover(
@@ -346,6 +349,35 @@ def test_a_report_says_what_its_intervals_cover(
     text = report.write(folder).read_text()
     assert said in text
     assert "An interval covers one sitting" in text
+
+
+@pytest.mark.parametrize(
+    ("played", "most_repeats", "said"),
+    [
+        ((2, 2), 0, "2 repeats"),
+        ((2, 2), 8, "2 repeats (undecided claims get up to 8, where these can begin within 420 s)"),
+        ((2, 7), 8, "2 to 7 repeats (undecided claims get up to 8, "),
+    ],
+)
+def test_it_is_said_how_often_points_were_measured(
+    folder: RunFolder, played: tuple[int, int], most_repeats: int, said: str
+) -> None:
+    measured: dict[str, Any] = {
+        f"point {n}": {r: {} for r in range(times)} for n, times in enumerate(played)
+    }
+    summary = folder.summary().model_copy(update={"measurements": measured})
+    assert method.repeats(make_lab(most_repeats=most_repeats), summary).startswith(said)
+
+
+@pytest.mark.parametrize(("spread", "said"), [(1.0, "not known then"), (1.22, "a factor of 1.22")])
+def test_the_width_of_a_band_is_explained(folder: RunFolder, spread: float, said: str) -> None:
+    band = Band(value=100, low=80, high=125)
+    known = PointForecasts(
+        points={"on/short/concurrent-1": {"output_tokens_per_s": band}}, machine_spread=spread
+    )
+    predictions = folder.predictions().model_copy(update={"in_virtual_time": known})
+    write_json(folder.path / "predictions.json", predictions)
+    assert f"the usual change of this machine's speed, {said};" in report.write(folder).read_text()
 
 
 def test_a_caveat_about_times_between_tokens_withholds_only_verdicts_on_them() -> None:

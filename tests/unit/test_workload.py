@@ -68,7 +68,7 @@ def test_fixed_lengths_are_all_the_same() -> None:
 
 
 def test_most_below_mean_is_refused() -> None:
-    with pytest.raises(ValidationError, match="max_tokens=4 is below mean_tokens"):
+    with pytest.raises(ValidationError, match="max_tokens=4 must be at least mean_tokens="):
         Exponential(mean_tokens=5, max_tokens=4)
 
 
@@ -270,14 +270,14 @@ def test_a_planned_request_asks_its_adapter_and_says_whose_it_is(tmp_path: Path)
     [
         ({"prefix": Prefix(tokens=9), "task": "story"}, "each say how prompts begin"),
         ({"prefix": Prefix(tokens=9), "chat": Chat(turns=2, grows_tokens=9)}, "each say how"),
-        ({"intruder": Intruder(prompt_tokens=9)}, "belong together"),
+        ({"intruder": Intruder(prompt_tokens=9)}, "or neither"),
         ({"primed": True}, "nothing to prime"),
         ({"loads": ("replay:1",)}, "a replay needs a trace: workloads.short.trace=FILE"),
-        ({"trace": ((0.0, 9, 9),), "chat": Chat(turns=2, grows_tokens=9)}, "knows no chats"),
-        ({"loads": ("contended:2/1",)}, "belong together"),
+        ({"trace": ((0.0, 9, 9),), "chat": Chat(turns=2, grows_tokens=9)}, "cannot be combined"),
+        ({"loads": ("contended:2/1",)}, "or neither"),
         (
             {"loads": ("contended:2/1", "concurrent:2"), "intruder": Intruder(prompt_tokens=9)},
-            "belong together",
+            "or neither",
         ),
     ],
 )
