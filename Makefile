@@ -166,7 +166,7 @@ unbundle: ## On that machine: check and install a bundle: FROM=bundle TO=folder
 # with the labs on real engines, and one has the rest meanwhile. They are more than a small machine's
 # cores, since each often waits for a window to end. A choice of tests runs in one.
 TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
-test: setup ## Run the tests (unit, committed runs, fake engine, real vLLM on CPU, GPU if there is one): [TESTS=tests/unit]
+test: setup ## Run the tests (unit, weights, committed runs, fake engine, real vLLM on CPU, GPU if there is one): [TESTS=tests/unit]
 	@PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$LABS_TESTS" $(BIN)/pytest $(if $(value LABS_TESTS),,$(TOGETHER))
 
 rehearse: setup ## Rehearse a short session on a locked-down GPU machine without having one: [SECONDS=530] [ONLY=..]

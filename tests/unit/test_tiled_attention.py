@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -43,7 +42,7 @@ from labs.tiled_attention import (
     ttft_ratio,
 )
 from serving import attention, gpus
-from serving.attention import AttentionPlan, AttentionTimes, Kernel, KernelTimes
+from serving.attention import AttentionTimes, Kernel, KernelTimes
 from serving.engines.harmless import refusal
 from tests.unit.builders import CEILINGS, MACHINE, SHAPE
 from tests.unit.test_answers import judged, judged_run
@@ -139,64 +138,6 @@ def test_a_lab_without_lengths_is_on_file_as_it_was() -> None:
     assert "attention_tokens" not in LABS["paged-kv"].resolved()
     assert LAB.resolved()["attention_tokens"] == list(LAB.attention_tokens)
     assert "arithmetic" not in LAB.resolved()
-
-
-# ------------------------------------------------------------------------- the timing itself
-
-
-def plan(folder: Path, **fields: Any) -> AttentionPlan:
-    config = folder / "config.json"
-    config.write_text(json.dumps({"num_attention_heads": 2, "hidden_size": 32}))
-    plain = {"config": config, "device": "cpu", "lengths_tokens": (64, 32), "passes": 2}
-    return AttentionPlan(**{**plain, **fields})
-
-
-def test_both_kernels_are_counted_and_timed_at_each_length(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    found = attention.measure(plan(tmp_path, cache_bytes=4096))
-    assert (found.heads, found.head_dim, found.cache_bytes) == (2, 16, 4096)
-    assert [*found.at("untiled")] == [*found.at("tiled")] == [32, 64]
-    # the first look counts as well where it took long, as beside other work
-    assert all(len(t.times_s) in (2, 3) and min(t.times_s) > 0 for t in found.timed)
-    assert not found.left_out
-    untiled, tiled = (found.at(k)[64].peak_bytes for k in attention.BACKENDS)
-    # the scores and their softmax at least, in float32; the output at least, in BF16
-    assert untiled >= 2 * (2 * 64 * 64 * 4)
-    assert tiled >= 2 * 64 * 16 * 2
-
-
-def test_memory_is_the_most_that_is_held_at_once() -> None:
-    torch = pytest.importorskip("torch")
-
-    def work() -> None:
-        for _ in range(3):  # one after another
-            torch.empty(250_000)  # of 4 bytes
-        kept = torch.empty(500_000)
-        torch.empty(250_000)
-        del kept
-
-    assert attention.peak_bytes(work, "cpu")[0] == 3_000_000
-
-
-def test_what_does_not_fit_is_left_out_with_the_reason(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    # 2.5 copies of 2 x 64 x 64 scores of 4 bytes are 81,920
-    found = attention.measure(plan(tmp_path, most_bytes=81_919))
-    assert [*found.at("untiled")] == [32]
-    assert [*found.at("tiled")] == [32, 64]
-    assert "set aside" in found.left_out["untiled/64"]
-
-
-def test_a_kernel_that_refuses_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch")
-
-    def refused(*_: object) -> None:
-        raise RuntimeError("No available kernel.\nAborting")
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refused)
-    found = attention.measure(plan(tmp_path))
-    assert not found.timed
-    assert set(found.left_out.values()) == {"No available kernel."}
 
 
 # ------------------------------------------------------------------------------------- the fits
