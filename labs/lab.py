@@ -261,7 +261,7 @@ class Evidence(BaseModel, frozen=True, extra="forbid"):
 class SLO(BaseModel, frozen=True, extra="forbid"):
     """Service-level objective: the longest times, in seconds, that a user should have to wait.
 
-    Goodput counts the requests that meet all of them.
+    Goodput counts the requests that meet those on TTFT and TPOT.
     """
 
     ttft_s: Seconds

@@ -230,6 +230,8 @@ class Load:
             if due_s is None:
                 return None
             gevent.sleep(max(0.0, due_s - self.elapsed_s()))
+            if self.aborted:  # meanwhile
+                return None
             counts = due_s >= self.plan.warmup_s
         else:
             at = self.elapsed_s()

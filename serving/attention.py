@@ -192,7 +192,8 @@ def measure(plan: AttentionPlan) -> AttentionTimes:
                 needed = SCORES_HELD * scores_bytes(heads, tokens)
                 if kernel == "untiled" and needed > most:
                     left_out[f"{kernel}/{tokens}"] = (
-                        f"its scores would take about {needed / 1e9:.1f} GB, more than the"
+                        f"its scores, their softmax and a mask would take about"
+                        f" {needed / 1e9:.1f} GB, more than the"
                         f" {most / 1e9:.1f} GB that are set aside"
                     )
                     continue

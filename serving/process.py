@@ -161,6 +161,14 @@ def end_with_parent() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _lives(process: psutil.Process) -> bool:
+    """Whether a process runs: its own parent may reap it between any two looks."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _end_family(child: subprocess.Popen[bytes], grace_s: float) -> None:
     """SIGTERM every descendant, SIGKILL what is left after `grace_s`, until none remains."""
     me, deadline, sent = psutil.Process(), time.monotonic() + grace_s, set[tuple[int, int]]()
@@ -170,7 +178,7 @@ def _end_family(child: subprocess.Popen[bytes], grace_s: float) -> None:
         for orphan in family:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(orphan.pid, os.WNOHANG)
-        alive = [p.pid for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        alive = [p.pid for p in family if _lives(p)]
         alive += [child.pid] if child.returncode is None else []
         if not alive:
             return

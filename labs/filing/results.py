@@ -391,6 +391,12 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
         return over_repeats(self.measurements.get(point, {}), metric)
 
 
+class Undecided(BaseModel, frozen=True, extra="forbid"):
+    """Names the points of claims that were undecided after the lab's own repeats."""
+
+    points: tuple[str, ...]
+
+
 class Session(BaseModel, frozen=True, extra="forbid"):
     """Records how one session of a run went: its times, and whether the counts agreed."""
 
@@ -440,6 +446,11 @@ class RunFolder:
     def summary(self) -> Summary:
         """Read what was computed from the trials."""
         return read_json(self.path / "summary.json", Summary)
+
+    def undecided(self) -> Undecided | None:
+        """Read which points were chosen for more repeats; None where none has been."""
+        path = self.path / "undecided.json"
+        return read_json(path, Undecided) if path.exists() else None
 
     def session(self) -> Session | None:
         """Read how the last session went, if one ended."""

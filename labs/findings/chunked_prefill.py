@@ -11,7 +11,7 @@ from scipy import stats
 from dashboards.palette import BLUE, BOUND
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import BANDS, GREY, draw_forecasts, legend_above, plt
+from labs.findings.drawing import BANDS, GREY, draw_forecasts, legend_above, plt, reach
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
@@ -113,9 +113,12 @@ def token_budgets(context: Context) -> TokenBudgets:
 
 
 def _stall_line(budgets: Sequence[Budget]) -> StallLine | None:
-    if len(budgets) <= 2:
+    """Fit the stall over the tokens of a piece; None with too few sizes, or where it falls."""
+    if len({b.piece_tokens for b in budgets}) <= 2:
         return None
     fit = stats.linregress([b.piece_tokens for b in budgets], [b.stall_s for b in budgets])
+    if fit.slope <= 0:
+        return None
     return StallLine(float(fit.intercept), float(fit.slope), float(fit.rvalue**2))
 
 
@@ -235,14 +238,14 @@ def draw_stall(run: JudgedRun) -> str | None:
             ax.plot(x, predicted, "_", ms=22, mew=2, color=BOUND, label="predicted floor")
         intervals = [run.interval(p, metric) for p in points]
         heights = [1000 * i.value if i else np.nan for i in intervals]
-        reach = [1000 * (i.high - i.value) if i and i.high is not None else 0 for i in intervals]
-        ax.bar(x, heights, 0.6, yerr=reach, capsize=4, color=BLUE, label="measured, 95% interval")
+        bars = reach(intervals, 1000)
+        ax.bar(x, heights, 0.6, yerr=bars, capsize=4, color=BLUE, label="measured, 95% interval")
         forecast |= draw_forecasts(ax, x, [run.forecast(p, metric) for p in points], 1000)
         budgets = [p.flags.max_num_batched_tokens for p in points]
         ax.set_xticks(x, [f"{p.variant.name}\n{b}" for p, b in zip(points, budgets, strict=True)])
         ax.set_xlabel("variant, token budget")
         ax.set_ylabel(label)
-        tops = [(h, r) for h, r in zip(heights, reach, strict=True) if h == h]
+        tops = [(h, r) for h, r in zip(heights, bars[1], strict=True) if h == h]
         ax.set_ylim(0, max([1, *(max(1.25 * h, 1.05 * (h + r)) for h, r in tops)]))
     if lab.slo.itl_s:
         label = f"SLO {1000 * lab.slo.itl_s:g} ms"

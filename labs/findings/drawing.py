@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from labs.judging.judge import ForecastAtPoint
+from labs.judging.judge import ForecastAtPoint, Interval
 
 mpl.use("svg")
 mpl.rcParams.update(
@@ -29,7 +29,7 @@ mpl.rcParams.update(
 )
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
-__all__ = ["BANDS", "GREY", "draw_forecasts", "plt", "thinned"]
+__all__ = ["BANDS", "GREY", "draw_forecasts", "legend_above", "plt", "reach", "thinned"]
 
 GREY = "#666666"
 BANDS = " Grey is what was forecast before any engine started, with its band."  # for captions
@@ -64,6 +64,17 @@ def draw_forecasts(
     )
     ax.plot(at, [scale * f.value for _, f in known], "_", color=colour, ms=13, mew=2, zorder=3)
     return True
+
+
+def reach(intervals: Sequence[Interval | None], scale: float = 1) -> list[list[float]]:
+    """List how far intervals reach below and above their values; 0 where one is not known.
+
+    This is what matplotlib takes as `yerr`. Where a mean's interval is one of its logarithm, the
+    upper part is longer. `scale` multiplies the figures into the unit of the axis.
+    """
+    below = [scale * (i.value - i.low) if i and i.low is not None else 0.0 for i in intervals]
+    above = [scale * (i.high - i.value) if i and i.high is not None else 0.0 for i in intervals]
+    return [below, above]
 
 
 def legend_above(ax: Axes) -> None:

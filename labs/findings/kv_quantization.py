@@ -203,6 +203,8 @@ def _even_sentence(name: str, line: Line, base: str, plain: Line) -> str:
     error = math.hypot(line.error_s_per_token, plain.error_s_per_token)
     if abs(gain) <= line.reach(error, line.freedom + plain.freedom):
         even = "; the repeats vary too much to distinguish the two slopes."
+    elif gain < 0 and gap_s < 0:
+        even = f"; by the fit it is ahead up to {gap_s / gain:,.0f} tokens of context, not beyond."
     elif gain <= 0:
         even = "; it never breaks even: reading less does not pay for widening the values here."
     elif gap_s <= 0:

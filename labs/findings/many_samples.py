@@ -644,9 +644,10 @@ def draw_sampling(run: JudgedRun) -> str | None:
     rows = bought.rows if bought else ()
     _, axes = plt.subplots(1, 2 if rows else 1, figsize=(8 if rows else 5, 3.6), squeeze=False)
     left = axes[0][0]
-    _draw_costs(run, left, facts)
+    forecast = _draw_costs(run, left, facts)
     caption = (
-        "Seconds of the engine for all samples of one prompt, by how they were asked for." + BANDS
+        "Seconds of the engine for all samples of one prompt, by how they were asked for."
+        + BANDS * forecast
     )
     if not rows or bought is None:
         return caption
@@ -658,11 +659,13 @@ def draw_sampling(run: JudgedRun) -> str | None:
     )
 
 
-def _draw_costs(run: JudgedRun, ax: Any, facts: Sequence[Cost]) -> None:
+def _draw_costs(run: JudgedRun, ax: Any, facts: Sequence[Cost]) -> bool:
+    """Draws the seconds of each way to ask; tells whether a forecast is drawn beside any."""
     by_name = {(p.variant.name, p.workload.name): p for p in run.points}
     colours = dict(zip([v.name for v in run.lab.variants], VARIANTS, strict=False))
     ordered = sorted(facts, key=lambda c: (c.samples, c.requests > 1, c.variant))
     labelled: set[str] = set()
+    forecast = False
     highest_s = max(c.seconds or 0 for c in facts)
     for x, cost in enumerate(ordered):
         label = None if cost.variant in labelled else f"prefix cache {cost.variant}"
@@ -671,6 +674,7 @@ def _draw_costs(run: JudgedRun, ax: Any, facts: Sequence[Cost]) -> None:
         point = by_name[cost.variant, cost.workload]
         rate = run.forecast(point, "output_tokens_per_s")
         if rate and rate.value and rate.low and rate.high:
+            forecast = True
             tokens = point.sequences * point.output_tokens
             ax.vlines(x, tokens / rate.high, tokens / rate.low, color=GREY, alpha=0.4, lw=9)
             ax.plot(x, tokens / rate.value, "_", color=GREY, ms=13, mew=2)
@@ -684,6 +688,7 @@ def _draw_costs(run: JudgedRun, ax: Any, facts: Sequence[Cost]) -> None:
     ax.set_ylabel("until all are complete (s)")
     ax.set_ylim(0, 1.05 * highest_s)
     legend_above(ax)
+    return forecast
 
 
 def _draw_solved(ax: Any, facts: Voting) -> None:

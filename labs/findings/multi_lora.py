@@ -11,7 +11,7 @@ from scipy import stats
 from dashboards.palette import BLUE, BOUND
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import BANDS, GREY, draw_forecasts, plt
+from labs.findings.drawing import BANDS, GREY, draw_forecasts, plt, reach
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.text import number, point_label, sentences
@@ -331,8 +331,7 @@ def draw_adapters(run: JudgedRun) -> str | None:
     _, ax = plt.subplots(figsize=(6, 3.6))
     x = range(len(counted))
     heights = [i.value if i else np.nan for i in intervals]
-    reach = [i.high - i.value if i and i.high is not None else 0 for i in intervals]
-    ax.errorbar(x, heights, yerr=reach, fmt="o-", capsize=4, color=BLUE,
+    ax.errorbar(x, heights, yerr=reach(intervals), fmt="o-", capsize=4, color=BLUE,
                 label="measured, 95% interval")  # fmt: skip
     known = [run.forecast(p, "output_tokens_per_s") for _, p in counted]
     forecast = draw_forecasts(ax, x, known)

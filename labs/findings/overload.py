@@ -9,7 +9,7 @@ from statistics import fmean
 from dashboards.palette import BLUE, BOUND, VARIANTS
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import GREY, plt
+from labs.findings.drawing import GREY, plt, reach
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.judging.judge import Interval
 from labs.judging.measure import Trial
@@ -138,7 +138,7 @@ def _sent_per_s(trial: Trial) -> float:
 def tell_admission(facts: Admission) -> Finding:
     rows = [
         ["Variant", "Load", "Offered", "Goodput", "95% interval", "Forecast", "Turned away",
-         "TTFT, p50", "First late after", "t*"]
+         "TTFT, p50, mean of repeats", "First late after", "t*"]
     ]  # fmt: skip
     rows += [
         [o.variant, f"{o.times:g}x", number(o.offered_per_s, "req/s"),
@@ -693,11 +693,8 @@ def draw_goodput(run: JudgedRun) -> str | None:
     for name, colour in zip(names, VARIANTS, strict=False):
         mine = sorted((o for o in facts.offers if o.variant == name), key=lambda o: o.times)
         x, y = [o.times for o in mine], [o.goodput_per_s / capacity for o in mine]
-        reach = [
-            (i.high - i.value) / capacity if (i := o.goodput_interval) and i.high is not None else 0
-            for o in mine
-        ]
-        ax.errorbar(x, y, yerr=reach, fmt="o-", capsize=4, color=colour, label=name)
+        bars = reach([o.goodput_interval for o in mine], 1 / capacity)
+        ax.errorbar(x, y, yerr=bars, fmt="o-", capsize=4, color=colour, label=name)
         expected = facts.forecast_capacity_per_s
         forecast = [o for o in mine if o.forecast_per_s is not None]
         if expected and forecast:

@@ -8,7 +8,7 @@ from dashboards.palette import BLUE, BOUND
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import BANDS, GREY, draw_forecasts, plt
+from labs.findings.drawing import BANDS, GREY, draw_forecasts, plt, reach
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
@@ -266,7 +266,7 @@ def tell_watermarks(facts: Watermarks | None) -> Finding:
         return Finding(title=title)
     rows = [["Watermark", "Blocks kept free", "At once, replayed", "Preemptions a token, replayed",
              "Measured", "Preemptions, forecast", "Measured", "Throughput", "TPOT, mean",
-             "ITL, p99", "TTFT, mean", "Variant"]]  # fmt: skip
+             "ITL, p99, mean of repeats", "TTFT, mean", "Variant"]]  # fmt: skip
     for k in facts.all:
         row = [f"{k.watermark:g}", f"{k.blocks} of {facts.blocks}", number(k.running),
                number(k.replayed_share, "share")]  # fmt: skip
@@ -571,10 +571,11 @@ def draw_allocator(run: JudgedRun) -> str | None:
     ax.axhline(facts.users, color=GREY, ls=":", lw=1, label="all in flight")
     mixed = {p.variant.name: p for p in run.points if p.workload.name == "mixed"}
     served = [(places[a.name], mixed[a.variant]) for a in allocated if a.variant in mixed]
-    draw_forecasts(ax, [x for x, _ in served], [run.forecast(p, "batch") for _, p in served])
+    known = [run.forecast(p, "batch") for _, p in served]
+    forecast = draw_forecasts(ax, [x for x, _ in served], known)
     means = [(x, m) for x, p in served if (m := run.interval(p, "batch"))]
-    reach = [m.high - m.value if m.high is not None else 0 for _, m in means]
-    ax.errorbar([x for x, _ in means], [m.value for _, m in means], yerr=reach, fmt="D",
+    bars = reach([m for _, m in means])
+    ax.errorbar([x for x, _ in means], [m.value for _, m in means], yerr=bars, fmt="D",
                 color=BLUE, capsize=4, zorder=4, label="measured")  # fmt: skip
     ax.set_xticks(range(len(places)), [str(a.block or "contiguous") for a in allocated])
     ax.set_xlabel(f"tokens in a block; contiguous: {facts.stretch_tokens} for each request")
@@ -584,7 +585,9 @@ def draw_allocator(run: JudgedRun) -> str | None:
     return (
         f"How many requests {facts.capacity_tokens:,.0f} tokens of cache run at once: the smaller"
         " the blocks, the less each holds beyond what it has written. What is measured and forecast"
-        f" has {facts.users} in flight; arithmetic and replay have as many as fit.{BANDS}"
+        f" has {facts.users} in flight; arithmetic and replay have as many as fit."
+        + BANDS
+        * forecast
     )
 
 

@@ -17,6 +17,11 @@ from serving import metrics
 
 SALTED = "a `cache_salt` each"
 TELLS_BELOW = 0.9  # a ratio of times this far from 1 can be told from a few requests
+A_STRANGER = {
+    True: "a stranger can",
+    False: "a stranger cannot",
+    None: "it is not settled whether a stranger can",
+}
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,11 @@ class Timed:
     high: float
 
     @property
-    def tells(self) -> bool:
-        return self.high < 1 and self.ratio.value < TELLS_BELOW
+    def tells(self) -> bool | None:
+        """Whether timing tells a known prompt from a fresh one; None where it is not settled."""
+        if self.high < 1 and self.ratio.value < TELLS_BELOW:
+            return True
+        return None if self.low < TELLS_BELOW else False
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,11 @@ class TimingLeak:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the check passed; None unless it was timed both without and with a salt."""
+        """Whether a salt hides it; None where that is not settled, or not timed without one too."""
         salted = next((t for t in self.timed if t.salting == SALTED), None)
-        return not salted.tells if salted and len(self.timed) == 2 else None
+        if salted is None or salted.tells is None or len(self.timed) < 2:
+            return None
+        return not salted.tells
 
 
 def timing_leak(context: Context) -> TimingLeak | None:
@@ -101,8 +111,8 @@ def tell_timing(facts: TimingLeak | None) -> Finding:
 
 def stranger_sentences(facts: TimingLeak) -> list[str]:
     return [
-        f"With {t.salting}, a stranger {'can' if t.tells else 'cannot'} tell from its timing that a"
-        f" prompt of {facts.prompt_tokens} tokens was sent before."
+        f"With {t.salting}, {A_STRANGER[t.tells]} tell from its timing that a prompt of"
+        f" {facts.prompt_tokens} tokens was sent before."
         for t in facts.timed
     ]
 

@@ -17,7 +17,7 @@ from dashboards.palette import VARIANTS
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import GREY, plt
+from labs.findings.drawing import GREY, plt, reach
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
@@ -315,9 +315,10 @@ def tell_speed_up(facts: SpeedUps) -> Finding:
             "Speed-up is TPOT without / with speculation at the same load, with a 95% interval; it"
             " *wins* or *loses* where the interval excludes 1, and is *not told apart* elsewhere.",
             "c is a step of the draft served alone / a step of the target, both at one stream, by"
-            " the engine's clock; v is the plain engine's TPOT at B (g + 1) / that at B. The"
-            " difference between the last column and the speed-up is the cost of proposing and"
-            " rejecting: sampling, bookkeeping, and starting the draft.",
+            " the engine's clock; v is the plain engine's TPOT at B (g + 1) / that at B. Where the"
+            " speed-up is less than the last column, the difference is the cost of proposing and"
+            " rejecting: sampling, bookkeeping, and starting the draft. Where it is more, v is too"
+            " large, since the TPOT of more requests in flight contains their prefills.",
         ],
     )
 
@@ -486,7 +487,7 @@ def _draw_gain(
         aside = 2 ** (0.15 * (place - (len(colours) - 1) / 2))  # so that intervals stand apart
         x = [aside * p.point.load.users for p in mine]
         ax.errorbar(
-            x, [p.measured.value for p in mine], yerr=_reach(mine),
+            x, [p.measured.value for p in mine], yerr=reach([p.measured for p in mine]),
             capsize=3, color=colour, marker="o",
         )  # fmt: skip
         explained = [np.nan if p.explained is None else p.explained for p in mine]
@@ -509,15 +510,6 @@ def _forecast_speed_up(run: JudgedRun, point: Point) -> float | None:
     without = run.forecast(plain, "tpot_mean_s") if plain else None
     with_guesses = run.forecast(point, "tpot_mean_s")
     return without.value / with_guesses.value if without and with_guesses else None
-
-
-def _reach(points: Sequence[SpeedUp]) -> list[list[float]]:
-    """List how far the intervals reach below and above; 0 where there is none."""
-    ratios = [p.measured for p in points]
-    return [
-        [0.0 if r.low is None else r.value - r.low for r in ratios],
-        [0.0 if r.high is None else r.high - r.value for r in ratios],
-    ]
 
 
 # ------------------------------------------------------------------- what others published

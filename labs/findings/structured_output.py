@@ -16,7 +16,7 @@ from scipy import stats
 from dashboards.palette import VARIANTS
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import GREY, plt
+from labs.findings.drawing import GREY, plt, reach
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.text import number, sentences
@@ -502,10 +502,9 @@ def _bars(
             if measured is None:
                 continue
             height = scale * measured.value
-            reach = None if measured.high is None else scale * measured.high - height
             heights.append(height)
             ax.bar(x + (i - (len(workloads) - 1) / 2) * width, height, 0.9 * width,
-                   yerr=reach or None, capsize=3, color=VARIANTS[x],
+                   yerr=reach([measured], scale), capsize=3, color=VARIANTS[x],
                    alpha=0.45 if workload == "seen" else 1, label=label)  # fmt: skip
             label = None  # once is enough
     ax.set_xticks(range(len(names)), names)

@@ -15,7 +15,7 @@ from dashboards.palette import BLUE, BOUND, ORANGE, VARIANTS
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import BANDS, GREY, draw_forecasts, legend_above, plt
+from labs.findings.drawing import BANDS, GREY, draw_forecasts, legend_above, plt, reach
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import (
@@ -732,7 +732,7 @@ def draw_lengths(run: JudgedRun) -> str | None:
         return None
     _, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
     points = [p for p in run.points if is_of_prompts(p)]
-    draw_forecasts(
+    forecast = draw_forecasts(
         left, [p.prompt_tokens for p in points], [run.forecast(p, "ttft_mean_s") for p in points]
     )
     _bars(left, [(n.tokens, n.ttft) for n in asked.lengths], BLUE, "measured", 1)
@@ -744,8 +744,8 @@ def draw_lengths(run: JudgedRun) -> str | None:
     left.set_xlabel("prompt tokens, N")
     left.set_ylabel("TTFT, mean (s)")
     decoding = [p for p in run.points if not is_of_prompts(p)]
-    draw_forecasts(right, [p.context_tokens for p in decoding],
-                   [run.forecast(p, "tpot_mean_s") for p in decoding], scale=1000)  # fmt: skip
+    known = [run.forecast(p, "tpot_mean_s") for p in decoding]
+    forecast |= draw_forecasts(right, [p.context_tokens for p in decoding], known, scale=1000)
     for of, colour in zip(decoded, VARIANTS, strict=False):
         _bars(right, [(s.tokens, s.tpot) for s in of.steps], colour,
               of.variant if len(decoded) > 1 else "measured", 1000)  # fmt: skip
@@ -766,15 +766,15 @@ def draw_lengths(run: JudgedRun) -> str | None:
         legend_above(ax)
     return (
         "TTFT over the length of the prompt, split into what grows as N and as N^2 (left), and TPOT"
-        f" over the context, one request at a time (right).{BANDS}"
+        f" over the context, one request at a time (right).{BANDS * forecast}"
     )
 
 
 def _bars(
     ax: Axes, at: Sequence[tuple[float, Interval]], colour: str, label: str, scale: float
 ) -> None:
-    reach = [scale * (m.high - m.value) if m.high is not None else 0 for _, m in at]
-    ax.errorbar([x for x, _ in at], [scale * m.value for _, m in at], yerr=reach, fmt="D",
+    bars = reach([m for _, m in at], scale)
+    ax.errorbar([x for x, _ in at], [scale * m.value for _, m in at], yerr=bars, fmt="D",
                 color=colour, capsize=4, zorder=4, label=label)  # fmt: skip
 
 

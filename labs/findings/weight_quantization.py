@@ -208,7 +208,7 @@ def formats(run: JudgedRun) -> str | None:
 
 def phases(run: JudgedRun) -> str | None:
     """Answers IP-2: whether fewer bytes of weights speed up decode alone, as theory has it."""
-    parts, as_bound = [], []
+    parts, as_bound, settled = [], [], True
     for variant in run.lab.variants[1:]:
         decode = _beside_base(run, variant.name, "decode", 1, "tpot_mean_s")
         prefill = _beside_base(run, variant.name, "prefill", 1, "ttft_mean_s")
@@ -219,6 +219,7 @@ def phases(run: JudgedRun) -> str | None:
             for name in (variant.name, BASE)
         )
         as_bound.append(_faster(decode) and not _faster(prefill))
+        settled &= not (decode.low is not None and decode.low < 1 < (decode.high or math.inf))
         parts.append(
             f"with {ours / plain:.2f} of the bytes (`{variant.name}`) decode takes"
             f" {times_with_interval(decode)} the time and prefill {times_with_interval(prefill)}"
@@ -228,6 +229,8 @@ def phases(run: JudgedRun) -> str | None:
     verdict = (
         "they speed up decode and not prefill, as memory limits the one and arithmetic the other"
         if all(as_bound)
+        else "the repeats do not settle whether decode follows the bytes on this machine"
+        if not settled
         else "on this machine the bytes alone explain neither phase: the time for a format's"
         " arithmetic matters in both"
     )

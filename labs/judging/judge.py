@@ -38,6 +38,7 @@ from labs.lab import MARGIN, Claim, Forecast, Prediction
 CONFIDENCE = 0.95
 TWO_ONE_SIDED = 0.90  # an interval within which two one-sided tests at 5% place the figure
 AGREEMENT = 1.25  # a figure bears out a prediction p from p / 1.25 to 1.25 p
+A_COUNT = 1e-3  # a band narrower than this share of its figure has no width: a count is forecast
 MOST_REPEATS = 100
 NEGLIGIBLE_LOG = 1e-9  # logs that differ by less do not differ
 ENOUGH_STARTS = 4  # of each engine, so that the spread of their means can be taken from themselves
@@ -381,11 +382,13 @@ def _student(freedom: float, confidence: float) -> float:
 def in_band(measured: Interval, low: float, high: float) -> bool:
     """Tell whether the mean lies within a forecast's band.
 
-    A band without a width is the forecast of a count, and the measured interval is to hold it,
-    where several repeats give one.
+    A band without a width worth naming is the forecast of a count, and the measured interval is to
+    meet it, where several repeats give one.
     """
-    if low == high and measured.low is not None and measured.high is not None:
-        return measured.low <= low <= measured.high or math.isclose(measured.value, low)
+    exact = math.isclose(low, high, rel_tol=A_COUNT)
+    if exact and measured.low is not None and measured.high is not None:
+        meet = measured.low <= high and low <= measured.high
+        return meet or math.isclose(measured.value, low, rel_tol=A_COUNT)
     return low <= measured.value <= high
 
 

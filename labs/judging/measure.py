@@ -243,7 +243,7 @@ def requests_per_s(trial: Trial) -> float | None:
 
 
 def goodput_per_s(trial: Trial) -> float | None:
-    """Requests/s that succeed and meet every part of the SLO; a one-token output has no TPOT.
+    """Requests/s that succeed within the SLO's TTFT and TPOT; a one-token output has no TPOT.
 
     Defined in DistServe (Zhong et al. 2024), here at the load that was sent.
     """
@@ -294,10 +294,11 @@ def mbu(trial: Trial) -> float | None:
 
     Bytes per step come from the model's shape at the mean batch and context, steps/s from TPOT:
     what decode must read, not what the device happened to move. Defined by Databricks ("LLM
-    Inference Performance Engineering", 2023).
+    Inference Performance Engineering", 2023). None with speculation, where a step gives more tokens
+    than one.
     """
     tpot_s, size = mean(trial.samples_s(TPOT)), batch(trial)
-    if not tpot_s or not size:
+    if not tpot_s or not size or trial.point.flags.speculative_config:
         return None
     bandwidth = trial.point.ceilings.memory_bandwidth_bytes_per_s
     return _step_bytes(trial.point, size) / tpot_s / bandwidth
@@ -356,10 +357,11 @@ def mfu(trial: Trial) -> float | None:
 def intensity(trial: Trial) -> float | None:
     """Arithmetic intensity of the decode steps at the mean batch in flight, in FLOP/byte.
 
-    It is the abscissa of the roofline (Williams et al. 2009).
+    It is the abscissa of the roofline (Williams et al. 2009). None with speculation, where a step
+    computes guesses as well.
     """
     size, point = batch(trial), trial.point
-    if size is None:
+    if size is None or point.flags.speculative_config:
         return None
     flops = theory.decode_flops(point.shape, size, point.attended_tokens)
     return flops / _step_bytes(point, size)

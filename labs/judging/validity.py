@@ -145,7 +145,8 @@ def _sent(trial: Trial) -> Iterator[Caveat]:
             "generator lagged",
             f"{late:.0%} of the requests were sent late: lower the rate or add client cores",
         )
-    if summary.planned and summary.sent < LEAST_ACHIEVED * summary.planned:
+    ran_out = summary.exhausted  # of requests, and the window ended there
+    if summary.planned and not ran_out and summary.sent < LEAST_ACHIEVED * summary.planned:
         yield _caveat(
             trial,
             "fell behind the schedule",
@@ -585,8 +586,8 @@ def _not_guessed(trial: Trial, expected: Expected) -> Iterator[str]:
         bounds = dose.copied_share(least)
     if bounds and drafted and not bounds.hold(accepted / drafted):
         yield (
-            f"{accepted / drafted:.0%} of the drafted tokens were accepted; predicted were"
-            f" {bounds.low:.0%} to {bounds.high:.0%}"
+            f"{accepted / drafted:.1%} of the drafted tokens were accepted; predicted were"
+            f" {bounds.low:.1%} to {bounds.high:.1%}"
         )
 
 

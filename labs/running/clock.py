@@ -20,6 +20,7 @@ LAST = 3  # so many of the latest starts say how long the next one may take
 PREPARATION_S = {"gpu": 45.0, "cpu": 30.0}  # from a lab's begin to its first engine, at first
 START_S = {"gpu": 150.0, "cpu": 45.0}  # of an engine, while none has been started
 START_TIMEOUT_S = 240.0  # an engine that needs longer has failed, where a call is bounded
+PROBE_S = 60.0  # of a probe, while none has been run
 CLOSING_S = 15.0  # for ending the engines, and for what is written then
 
 
@@ -38,7 +39,8 @@ class Clock:
     ends: float = math.inf  # on the monotonic clock
     starts_s: deque[float] = field(default_factory=_latest)
     preparations_s: deque[float] = field(default_factory=_latest)
-    played: bool = False  # a trial, in this call
+    played: bool = False  # a trial or a probe, in this call
+    longest_probe_s: float | None = None  # of this call
 
     @classmethod
     def of(
@@ -68,6 +70,16 @@ class Clock:
     def preparation_s(self, kind: str) -> float:
         """Return how long a lab may take to begin: checks, prompts, forecast."""
         return max(self.preparations_s, default=PREPARATION_S[kind])
+
+    @property
+    def probe_s(self) -> float:
+        """Return how long the next probe may take."""
+        return PROBE_S if self.longest_probe_s is None else self.longest_probe_s
+
+    def probed(self, seconds: float) -> None:
+        """Note that a probe has been run, and how long it took."""
+        self.longest_probe_s = max(self.longest_probe_s or 0.0, seconds)
+        self.played = True
 
     def fits(self, seconds: float) -> bool:
         return not self.played or seconds <= self.left_s

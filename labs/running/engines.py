@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -91,10 +92,10 @@ class Engines:
         if not anew and self._serving.keys() == {v.name for v in group}:
             return False
         self.unload()
-        # at the same time: their imports take long
-        starting = [(v, self._start_counted(v)) for v in group]
-        for variant, engine in starting:
-            self._wait(variant, engine)
+        with self._timed_start():  # at the same time: their imports take long
+            starting = [(v, self._start_counted(v)) for v in group]
+            for variant, engine in starting:
+                self._wait(variant, engine)
         return True
 
     def unload(self) -> None:
@@ -117,9 +118,18 @@ class Engines:
             return engine
         if dead := self._serving.get(variant.name):
             dead.stop()
-        engine = self._start_counted(variant)
-        self._wait(variant, engine)
+        with self._timed_start():
+            engine = self._start_counted(variant)
+            self._wait(variant, engine)
         return engine
+
+    @contextlib.contextmanager
+    def _timed_start(self) -> Iterator[None]:
+        """Note how long it takes until all engines that are started together serve."""
+        began = time.monotonic()
+        yield
+        if self._setup.endpoint is None:
+            self._setup.clock.starts_s.append(round(time.monotonic() - began, 1))
 
     def _start_counted(self, variant: Variant) -> Server:
         self.started += 1
@@ -158,7 +168,6 @@ class Engines:
         )
         took_s = time.monotonic() - began
         self.start_s += took_s
-        self._setup.clock.starts_s.append(round(took_s, 1))
         serves = f"{engine.title} ({variant.name}) serves at {engine.url}"
         self._progress.message(f"{serves} after {took_s:.0f} s")
         if engine.shown_metrics():

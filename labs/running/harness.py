@@ -17,7 +17,7 @@ import requests
 
 from dashboards import live
 from dashboards.prometheus import Prometheus
-from labs.filing.results import RESULTS, RunFolder, write_gzip
+from labs.filing.results import RESULTS, RunFolder, Undecided, write_gzip, write_json
 from labs.lab import Point, Variant
 from labs.running.counts import Counts
 from labs.running.engines import Engines, Groups, order_of_engines
@@ -25,12 +25,18 @@ from labs.running.load import LoadGenerator
 from labs.running.probes import PROBES, ProbedEngine
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
-from labs.running.trials import Trials, interleave, recorded, write_requests
+from labs.running.trials import Trials, interleave, write_requests
 from labs.telling import pages
 from labs.telling.summary import summarise
 from serving import reference_step, telemetry
 from serving.engines.base import EngineError
 from serving.ports import free_port
+
+# an answer that is not as it should be costs its probe alone
+PROBE_ERRORS = (
+    requests.RequestException, EngineError, ArithmeticError, LookupError, TypeError, ValueError,
+    StopIteration,
+)  # fmt: skip
 
 
 @dataclass
@@ -61,11 +67,13 @@ class Harness:
         if self.failed_to_start.intersection(v.name for v in group) or not (due or probes_due):
             return
         clock, names = self.setup.clock, ", ".join(v.name for v in group)
-        start_s = clock.start_s(self.setup.machine.kind)
+        in_turn = len(self.groups) > 1
+        starts = in_turn or any(self.engines.alive(variant) is None for variant in group)
+        start_s = clock.start_s(self.setup.machine.kind) if starts else 0.0
         first_s = self.trials.trial_s(due[0][0]) if due else 0.0
         clock.require(start_s + first_s, f"starting {names}, and its first trial,")
         try:
-            if self.engines.load(group, anew=len(self.groups) > 1):
+            if self.engines.load(group, anew=in_turn):
                 self.progress.expect(self.trials.remaining_s)
         except EngineError as error:
             self.engines.unload()
@@ -104,7 +112,8 @@ class Harness:
                 for group, repeats in trip
             ]
             self.trials.expect(sum(len(of_group) for _, of_group in trials))
-            start_s = self.engines.start_s / max(1, self.engines.started) * (len(trip) - 1)
+            starts = sum(bool(of_group) for _, of_group in trials) * (len(self.groups) > 1)
+            start_s = self.engines.start_s / max(1, self.engines.started) * starts
             if time.monotonic() + start_s + self.trials.remaining_s > until:
                 self.progress.message(f"The stated time is used up (most_s={lab.most_s:g})")
                 return
@@ -114,20 +123,23 @@ class Harness:
                 self.play_trials(group, of_group, probe=True)
 
     def _undecided(self) -> list[Point]:
-        """Return the points of undecided claims; of a resumed run those that it had gone on with.
+        """Return the points of claims that were undecided after the lab's own repeats.
 
-        So no run looks more often than twice.
+        The choice is kept: a resumed run goes on with the same points, so that no run looks more
+        often than twice. Where it was not, a run goes on with those that have more repeats on file.
         """
         points, again = self.setup.points, self.setup.lab.repeats + 1
-        if begun := [p for p in points if recorded(self.folder, p, again)]:
-            return begun
-        keys = {
-            key
-            for j in summarise(self.folder).judgements
-            if j.outcome == "inconclusive" and j.effect
-            for key in (j.treatment, j.baseline)
-        }
-        return [p for p in points if p.key in keys]
+        if (chosen := self.folder.undecided()) is None:
+            keys = {p.key for p in points if self.folder.trial_result(p, again)} or {
+                key
+                for j in summarise(self.folder).judgements
+                if j.outcome == "inconclusive" and j.effect
+                for key in (j.treatment, j.baseline)
+            }
+            chosen = Undecided(points=tuple(p.key for p in points if p.key in keys))
+            if keys:
+                write_json(self.folder.path / "undecided.json", chosen)
+        return [p for p in points if p.key in chosen.points]
 
     def _shuffled(
         self, points: Sequence[Point], group: Sequence[Variant], repeat: int
@@ -143,6 +155,7 @@ class Harness:
         for name in self._probes_due(variant):
             if (engine := self.engines.alive(variant)) is None:
                 continue
+            self.setup.clock.require(self.setup.clock.probe_s, f"the probe {name}")
             self.progress.waiting(f"{variant.name}: {name}")
             began = time.monotonic()
             engine.reset_prefix_cache()
@@ -150,9 +163,11 @@ class Harness:
             served = ProbedEngine(variant, setup.lab, engine, setup.places, setup.writer)
             try:
                 answers = PROBES[name](served)
-            except (requests.RequestException, EngineError, KeyError, ValueError) as error:
-                self.progress.message(f"{variant.name}: the probe {name} failed: {error}")
+            except PROBE_ERRORS as error:
+                self.progress.message(f"{variant.name}: the probe {name} failed: {error!r}")
                 continue
+            finally:
+                self.setup.clock.probed(time.monotonic() - began)
             write_gzip(self.folder.probe_file(name, variant.name), answers)
             self.progress.message(
                 f"{variant.name}: the probe {name} took {time.monotonic() - began:.0f} s"

@@ -46,6 +46,8 @@ def quality(served: ProbedEngine, quick: bool = False) -> dict[str, Any]:
     """Ask what `labs/judging/evaluation.py` asks; the first variant twice, for the false alarms."""
     engine, longest = served.engine, served.lab.flags_of(served.variant).max_model_len
     lengths = [n for n in LENGTHS_TOKENS if 1.2 * n < longest]
+    if not lengths:
+        raise ValueError(f"no text fits max-model-len={longest}")
     seeds = TEXTS_ASKED // len(lengths)
     times = 2 if served.variant.name == served.lab.variants[0].name else 1
     evaluations = [

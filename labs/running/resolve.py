@@ -72,16 +72,20 @@ class Setup:
         return max(p.load.seats for p in self.points)
 
 
+def lab_of(request: RunRequest, scale: str) -> Lab:
+    """Return the lab that is asked for, in its sizes; a recorded one has them, and its changes."""
+    if request.reproduces:
+        return request.lab
+    lab = request.lab.at(scale, request.quick, request.changes, is_dummy(request.weights))
+    return lab.against_itself() if request.aa else lab
+
+
 def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     """Check everything that can be checked before the first process starts."""
     if request.replicas and not request.endpoint:
         raise LabError("ENDPOINT_METRICS names replicas behind an ENDPOINT: give its address, too")
     machine, datasheet = machine_of(request.card)
-    changes = {} if request.reproduces else request.changes  # that lab has them, and no paths
-    lab = request.lab.at(
-        models.scale_of(machine), request.quick, changes, is_dummy(request.weights)
-    )
-    lab = lab.against_itself() if request.aa else lab
+    lab = lab_of(request, models.scale_of(machine))
     require_known_names(lab)
     keeps_disturbed()
     if not request.unsafe_flags:

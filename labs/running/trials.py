@@ -206,7 +206,6 @@ class Trials:
             played = self._attempt(point, repeat, name)
             self._sent += played.result.summary.sent if played.result.summary else 0
             result = played.result.model_copy(update={"discarded": discarded})
-            self._write(point, result)
             attempt = self._disturbed(point, result)
             self._beside_s = max(self._beside_s, (result.took_s or 0) - self._planned_s(point))
             if attempt is None or len(discarded) == MOST_AGAIN or self._setup.keep_disturbed:
@@ -221,6 +220,7 @@ class Trials:
             self._progress.message(
                 f"{name} is measured again ({len(discarded)} of at most {MOST_AGAIN}): {reasons}"
             )
+        self._write(point, result)  # not before: what an interrupted attempt leaves is played anew
         if not result.failed:
             self._counts.add(played.succeeded, played.engine)
         self._played += 1

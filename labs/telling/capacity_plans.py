@@ -180,9 +180,12 @@ def _answer(plan: CapacityPlan) -> Paragraph:
         others = [f.precision for f in plan.fits if f.kv_tokens >= plan.demand.tokens]
         instead = f"It fits with {', '.join(others)}." if others else "It fits at no precision."
         left = served.usable_bytes - served.weight_bytes
+        weights = f"It does not fit: {served.weight_bytes / 1e9:.1f} GB of weights"
         text = (
-            f"It does not fit: {served.weight_bytes / 1e9:.1f} GB of weights leave"
-            f" {left / 1e9:.1f} GB for the KV cache. {instead}"
+            f"{weights} leave {left / 1e9:.1f} GB for the KV cache. {instead}"
+            if left > 0
+            else f"{weights} are more than the {served.usable_bytes / 1e9:.1f} GB that are usable."
+            f" {instead}"
         )
         return Paragraph(Strong(text))
     if plan.capacity_per_s is None:

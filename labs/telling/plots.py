@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from dashboards.palette import BLUE, BOUND, VARIANTS
 from labs.filing.results import RunFolder, Summary
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import BANDS, GREY, draw_forecasts, legend_above, plt
+from labs.findings.drawing import BANDS, GREY, draw_forecasts, legend_above, plt, reach
 from labs.findings.parts import Draw, parts_of
 from labs.findings.sweep import concurrency_sweep
 from labs.judging.judge import Interval, borne_out_between
@@ -158,8 +158,9 @@ def _errorbar(
 ) -> None:
     intervals = [run.interval(point, metric) for point in points]
     centre = [f.value * scale if f else np.nan for f in intervals]
-    reach = [(f.high - f.value) * scale if f and f.high is not None else 0 for f in intervals]
-    ax.errorbar(x, centre, yerr=reach, fmt="o-", capsize=4, color=BLUE, label=label)
+    ax.errorbar(
+        x, centre, yerr=reach(intervals, scale), fmt="o-", capsize=4, color=BLUE, label=label
+    )
 
 
 def sweep(run: JudgedRun) -> str | None:
@@ -281,8 +282,8 @@ def variants(run: JudgedRun) -> str | None:
         at = [i + (column - (len(lab.variants) - 1) / 2) * width for i in range(len(places))]
         means = [run.interval(mine[place], name) if place in mine else None for place in places]
         heights = [m.value * scale if m else np.nan for m in means]
-        reach = [(m.high - m.value) * scale if m and m.high is not None else 0 for m in means]
-        ax.bar(at, heights, width, yerr=reach, capsize=3, color=colour, label=variant.name)
+        bars = reach(means, scale)
+        ax.bar(at, heights, width, yerr=bars, capsize=3, color=colour, label=variant.name)
         known = [run.forecast(mine[place], name) if place in mine else None for place in places]
         forecast |= draw_forecasts(ax, at, known, scale, label="")
     several = len(lab.workloads) > 1

@@ -7,7 +7,7 @@ the serving device before any engine exists:
 - `linear`: all layers' matrix products, norms and activations over the step's tokens. It holds the
   fixed cost of launching some hundreds of operations, the reading of the weights, and the
   arithmetic at the shapes in use, which a roofline takes apart and this does not.
-- `head`: the output head over the rows that are sampled, one a request.
+- `head`: the output head over the rows that are sampled: one a request, and one a guess.
 - `attention_pair_s`: a query token attending to a key, in prefill (compute).
 - `attention_read_s`: a cached token read by a decoding request, in all layers (bandwidth).
 """
@@ -119,7 +119,7 @@ class Step:
     """Describes what the engine computes in one step."""
 
     pieces: Sequence[Piece]
-    rows: int  # positions that are sampled: a prompt's last piece has one, an earlier piece none
+    rows: int  # positions with logits: of a prompt's last piece one, of an earlier one none
 
 
 def _at(size: float, sizes: Sequence[int], seconds: Sequence[float]) -> float:

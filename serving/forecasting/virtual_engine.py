@@ -155,16 +155,18 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
             before = self.context_tokens[request_id]
             pieces.append(Piece(tokens, min(before, self.cache_config.sliding_window or before)))
             guesses = len(drafts.get(request_id, ()))
-            if before + tokens < self.prompt_tokens[request_id]:
-                sampled[request_id] = []  # the prompt continues in a later step
+            known = self.prompt_tokens[request_id] + self.written[request_id]
+            if before + tokens < known:  # more of what is to be computed comes in a later step
+                sampled[request_id] = []
             else:
                 sampled[request_id] = [TOKEN] * (1 + self._accepted(request_id, guesses))
                 self.written[request_id] += len(sampled[request_id])
         self.clock.preemptions += len(scheduled.preempted_req_ids or ())
-        rows = sum(1 for tokens in sampled.values() if tokens)
-        step = Step(pieces, rows)
-        forward_s = self.step_times.seconds(step) + self._drafting_s(step)
-        self.clock.now_s += self.clock.pace * max(forward_s, self._masking_s(rows))
+        sampling = [request_id for request_id, tokens in sampled.items() if tokens]
+        step = Step(pieces, sum(1 + len(drafts.get(request_id, ())) for request_id in sampling))
+        drafting_s = self._drafting_s(Step(pieces, len(sampling)))
+        forward_s = self.step_times.seconds(step) + drafting_s
+        self.clock.now_s += self.clock.pace * max(forward_s, self._masking_s(len(sampling)))
         if pieces:
             self.clock.steps.append((self.clock.now_s, step))
         self.drafts = self._draft(sampled)

@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ pytestmark = [
 SECOND = StepTimes(
     tokens=(1,), linear_s=(1.0,), rows=(1,), head_s=(0.0,), attention_pair_s=0, attention_read_s=0
 )
+A_SECOND_A_ROW = SECOND.model_copy(update={"rows": (1, 2), "head_s": (0.0, 1.0)})  # after the first
 ONCE = Traffic(kind="waves", users=2, warmup_s=0, window_s=1)
 EVERY_FIVE = Traffic(kind="open", schedule_s=(0, 5, 10, 15, 20, 25), warmup_s=0, window_s=26)
 CLOSE = Traffic(kind="open", schedule_s=(0.0, 0.1, 0.2), warmup_s=0, window_s=1)
@@ -162,6 +164,7 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
         copied: tuple[Copied, ...] = (),
         pace: float = 1,
         masking: Masking | None = None,
+        step_times: StepTimes = SECOND,
     ) -> PlannedEngine:
         trial = PlannedTrial(
             key=key,
@@ -175,7 +178,7 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
             masking=masking,
         )
         argv = ("--model", str(model), "--enforce-eager", "--max-model-len", "1024", *flags)
-        return PlannedEngine(argv=argv, step_times=SECOND, trials=(trial,))
+        return PlannedEngine(argv=argv, step_times=step_times, trials=(trial,))
 
     kv = ("--kv-cache-memory-bytes", str(2**28))
 
@@ -209,6 +212,16 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
             engine("cached", "same", *kv, "--enable-prefix-caching", traffic=IN_TURN),
             engine("pieces", "long", *kv, "--max-num-batched-tokens", "128"),
             engine("tight", "many", *small, "--max-model-len", "512"),
+            engine(
+                "tight, in pieces",
+                "many",
+                *small,
+                "--no-enable-prefix-caching",
+                "--max-model-len",
+                "512",
+                "--max-num-batched-tokens",
+                "128",
+            ),
             engine("kept free", "many", *small, "--max-model-len", "512", "--watermark", "0.25"),
             engine("windowed", "many", *small, "--max-model-len", "512", *window),
             engine("limited", "three", *kv, "--max-num-queued-reqs", "2", traffic=CLOSE),
@@ -226,6 +239,15 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
                 traffic=CLOSE,
             ),
             engine("guessed", "short", *kv, "--speculative-config", ngram, acceptance=1),
+            engine(
+                "rows",
+                "short",
+                *kv,
+                "--speculative-config",
+                ngram,
+                acceptance=1,
+                step_times=A_SECOND_A_ROW,
+            ),
             engine(
                 "nothing to guess",
                 "short",
@@ -285,6 +307,20 @@ def test_where_memory_is_short_requests_are_preempted(plays: dict[str, ForecastP
     assert plays["tight"].counters["prefix_queries"] == sum(a.prompt_tokens for a in answers)
 
 
+def test_a_preempted_answer_goes_on_when_all_of_it_is_computed_again(
+    plays: dict[str, ForecastPlay],
+) -> None:
+    """Its own tokens too, and no token is sampled before."""
+    play = plays["tight, in pieces"]
+    assert play.counters["preemptions"] == 1
+    first, preempted = sorted(play.play.answers, key=lambda a: a.chunks[-1][0])
+    times = [at for at, _ in preempted.chunks]
+    _, after = max(pairwise(times), key=lambda gap: gap[1] - gap[0])
+    known = preempted.prompt_tokens + times.index(after)
+    assert after - first.chunks[-1][0] == -(-known // BLOCK) > -(-preempted.prompt_tokens // BLOCK)
+    assert len(times) == 140
+
+
 def test_a_watermark_lets_the_second_wait_instead(plays: dict[str, ForecastPlay]) -> None:
     """Two of eight blocks stay free, and it needs three of the four that the first leaves."""
     play = plays["kept free"]
@@ -306,6 +342,8 @@ def test_drafts_that_are_all_accepted_come_together(plays: dict[str, ForecastPla
     play = plays["guessed"]
     assert [n for _, n in tokens_at(play, 1)] == [1, 4, 4]
     assert play.counters["accepted_tokens"] == play.counters["draft_tokens"] > 0
+    # 2 rows for the prompts, then 4 for each answer: what was sampled last and three guesses
+    assert [at for at, _ in tokens_at(plays["rows"], 1)] == [2.0, 2.0 + 8.0, 10.0 + 4.0]
     nothing = plays["nothing to guess"]
     assert tokens_at(nothing, 1) == tokens_at(plays["plain"], 1)
     assert not nothing.counters.get("drafts")

@@ -75,7 +75,7 @@ def test_seventy_billion_parameters_fit_one_card_of_80_gb_in_eight_bits_at_most(
     assert bf16.weight_bytes == pytest.approx(2 * 70.55e9, rel=0.001)
     assert bf16.kv_bytes_per_token == 327_680  # 2 x 80 layers x 8 KV heads x 128 x 2 bytes
     text = markdown.document(capacity_plans.page(answer))
-    assert "It does not fit: 141." in text
+    assert "It does not fit: 141.1 GB of weights are more than the " in text
     assert "It fits with fp8, w8a8, w4a16-gptq." in text
     assert "One request alone" not in text
 

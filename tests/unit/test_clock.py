@@ -38,6 +38,17 @@ def test_without_an_end_everything_fits() -> None:
     assert clock.start_timeout_s is None
 
 
+def test_a_probe_is_begun_where_it_fits_and_counts_as_what_a_call_has_done() -> None:
+    clock = Clock(ends=time.monotonic() + 10)
+    clock.require(clock.probe_s, "the first thing of a call")
+    clock.probed(3.0)
+    assert clock.probe_s == 3.0
+    assert clock.fits(clock.probe_s)
+    clock.probed(20.0)
+    with pytest.raises(TimeUsedUp, match="the probe needs about 20 s"):
+        clock.require(clock.probe_s, "the probe")
+
+
 def test_the_latest_starts_say_how_long_the_next_one_takes() -> None:
     clock = Clock.of(530, [], [])
     assert clock.start_s("gpu") == START_S["gpu"]

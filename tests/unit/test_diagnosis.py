@@ -306,7 +306,9 @@ def test_trials_are_named_blind_and_counted(tmp_path: Path) -> None:
     told = judged_run(found)
     assert draw_signatures(told)
     texts = {id: answer(told) for id, answer in parts_of("diagnosis").answers.items()}
-    assert f"In {7 * LAB.repeats} of {8 * LAB.repeats} trials the rule named" in (texts["ME-4"] or "")
+    assert f"In {7 * LAB.repeats} of {8 * LAB.repeats} trials the rule named" in (
+        texts["ME-4"] or ""
+    )
     wrong = "Named wrongly: a cold cache was taken for a healthy engine in 4 of 4 trials."
     assert wrong in (texts["ME-4"] or "")
     assert "with a burst TTFT is 3.45x, the queue 500 ms" in (texts["IP-5"] or "")

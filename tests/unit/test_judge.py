@@ -385,6 +385,8 @@ def test_forecast_is_compared_with_the_mean_over_repeats() -> None:
         ((1.1, 0.5, 2.0), 1.0, 1.2, True),
         ((0.9711, 0.9706, 0.9716), 0.9714, 0.9714, True),  # a count: the interval holds it
         ((0.97, 0.97, 0.97), 0.9714, 0.9714, False),
+        ((0.9396, 0.9396, 0.9396), 0.94009, 0.94011, True),  # both are printed as 94%
+        ((0.99, 0.97, 1.0), 0.98, 0.9801, True),  # hardly any width: the interval meets it
         ((0.1 + 0.2, 0.1 + 0.2, 0.1 + 0.2), 0.3, 0.3, True),
     ],
 )

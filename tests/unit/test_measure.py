@@ -172,6 +172,13 @@ def test_mfu_counts_the_part_of_a_prefill_that_lies_in_the_window() -> None:
     assert METRICS["mfu"].of(make_trial([straddling], point=OPEN)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("metric", ["mbu", "intensity"])
+def test_a_step_that_may_give_several_tokens_has_no_bytes_a_token(metric: str) -> None:
+    guessing = make_point(flags={"speculative-config": {"method": "ngram"}})
+    assert METRICS[metric].of(make_trial(STEADY, point=make_point()))
+    assert METRICS[metric].of(make_trial(STEADY, point=guessing)) is None
+
+
 def test_mbu_counts_keys_and_values_as_they_are_cached() -> None:
     plain, quantized = (
         METRICS["mbu"].of(make_trial(STEADY, point=make_point(flags={"kv-cache-dtype": dtype})))

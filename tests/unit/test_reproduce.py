@@ -18,6 +18,7 @@ from labs.filing.results import Run, RunFolder, write_json
 from labs.judging.judge import Interval
 from labs.lab import FUNCTIONS, LabError
 from labs.running import reproduce
+from labs.running.resolve import RunRequest, lab_of
 from serving.machine import Environment, engine_variables
 from serving.models import file_hashes
 from tests.unit.builders import make_lab, write_run, write_slowed
@@ -271,6 +272,15 @@ def test_what_is_filed_wrongly_is_a_problem(
     harm(filed(folder))
     (problem,) = reproduction.problems(folder)
     assert said in problem
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu-80"])
+def test_a_recorded_lab_is_run_as_it_was_whatever_the_machine(scale: str) -> None:
+    """A brief run looks once, and a GPU has more time, unless it was said otherwise."""
+    changes = {"repeats": 3, "most_repeats": 6, "starts": 3, "most_s": 300}
+    recorded = LABS["continuous-batching"].at("gpu-80", True, changes)
+    again = lab_of(RunRequest(recorded, quick=True, reproduces="x"), scale)
+    assert again.digest() == recorded.digest()
 
 
 # -------------------------------------------------------------------------------------- manifests

@@ -137,6 +137,34 @@ print(*said)
 """
 
 
+_GIVEN_UP = """
+import sys
+import gevent
+from loadtests.arrivals import Constant
+from loadtests.locustfile import Load
+from loadtests.plan import TrialPlan
+
+load = Load(TrialPlan(
+    url="", arrival=Constant(rate_per_s=4), requests=sys.argv[1], records=sys.argv[1], warmup_s=0,
+    window_s=1, timeout_s=1, seed=0, lab="tiny", variant="on", run_id="r", workload="short",
+))
+load.start()
+users = [gevent.spawn(load.next_turn, seat) for seat in range(3)]
+users[0].join()  # it is due at once, the others wait until it is their turn
+load.aborted = "the server is gone"
+gevent.joinall(users)
+print([user.value is not None for user in users], load.sent)
+"""
+
+
+def test_in_an_open_loop_no_user_sends_once_the_trial_is_given_up(tmp_path: Path) -> None:
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"index": 0, "output_tokens": 20, "body": ""}\n' * 4)
+    argv = [sys.executable, "-c", _GIVEN_UP, str(requests)]
+    out = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out == "[True, False, False] 1\n"
+
+
 _ORDER = """
 import json, sys
 from types import SimpleNamespace

@@ -15,7 +15,7 @@ from labs.lab import LabError, Point
 from labs.running.clock import Clock
 from labs.running.counts import Counts
 from labs.running.resolve import keeps_disturbed
-from labs.running.trials import PER_TRIAL_S, Played, Trials, nothing_measured
+from labs.running.trials import PER_TRIAL_S, Played, Trials, nothing_measured, recorded
 from labs.telling import report
 from labs.telling.summary import summarise
 from loadtests import records
@@ -123,6 +123,16 @@ def test_it_is_measured_again_at_most_twice_and_then_keeps_its_caveat(tmp_path: 
     assert "1, 1 of them twice. Reasons: generator's loop lagged (2)" in " ".join(
         report.write(folder).read_text().split()
     )
+
+
+def test_an_interrupted_second_attempt_leaves_the_trial_to_be_played(tmp_path: Path) -> None:
+    """The first one was disturbed, and the second one's records may lie there already."""
+    folder = write_run(tmp_path)
+    point = folder.run().points()[-1]
+    (folder.trial_folder(point, 1) / "trial.json").unlink()
+    with pytest.raises(IndexError):  # as Ctrl-C would
+        Script(folder, [2.5]).play(point, 1)
+    assert not recorded(folder, point, 1)
 
 
 @pytest.mark.parametrize(

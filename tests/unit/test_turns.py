@@ -33,6 +33,7 @@ class NotedEngines(Engines):
     ) -> None:
         super().__init__(setup, folder.path, prometheus, {}, progress, on_file)
         self.noted, self.dead = list[str](), set[str]()
+        self.interrupted_at = ""  # the trials of this variant
 
     def _start(self, variant: Variant) -> Any:
         self.noted.append(variant.name)
@@ -56,6 +57,8 @@ class NotedTrials(Trials):
         self.noted, self.engines = engines.noted, engines
 
     def play(self, point: Point, repeat: int) -> None:
+        if point.variant.name == self.engines.interrupted_at:
+            raise KeyboardInterrupt
         self.noted.append(str(repeat))
         start = self.engines.starts[point.variant.name]
         self._record(point, repeat, TrialResult(point=point.key, repeat=repeat, start=start))
@@ -241,6 +244,39 @@ def test_undecided_points_are_repeated_in_turn_too(
     harness.repeat_undecided(until=time.monotonic() + 1000)
     assert " ".join(harness.noted) == "off 3 on 3 on 4 off 4"
     assert written == [[3], [4]]
+
+
+def test_an_interrupted_run_goes_on_with_all_the_points_it_had_chosen(
+    folder: RunFolder, written: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_lab(folder, most_repeats=4)
+    pair = SimpleNamespace(
+        outcome="inconclusive", effect=True, treatment="on/short/concurrent-1",
+        baseline="off/short/concurrent-1",
+    )  # fmt: skip
+    judged = [pair]
+    monkeypatch.setattr(
+        "labs.running.harness.summarise", lambda _: SimpleNamespace(judgements=judged)
+    )
+    harness = Noted(folder)
+    harness.goes(2)
+    harness.noted.clear()
+    engines: Any = harness.engines
+    engines.interrupted_at = "on"
+    with pytest.raises(KeyboardInterrupt):
+        harness.repeat_undecided(until=time.monotonic() + 1000)
+    assert " ".join(harness.noted) == "off 3 on"
+    judged.clear()  # by what has been played since
+    again = Noted(folder)
+    again.repeat_undecided(until=time.monotonic() + 1000)
+    assert " ".join(again.noted) == "on 3 on 4 off 4"
+    assert written == [[3], [3], [4]]
+
+
+def test_engines_that_start_together_have_taken_one_start(folder: RunFolder) -> None:
+    harness = Noted(folder)
+    harness.engines.load(harness.setup.lab.variants)
+    assert len(harness.setup.clock.starts_s) == 1
 
 
 @pytest.mark.usefixtures("written")

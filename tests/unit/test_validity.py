@@ -105,6 +105,7 @@ def test_clean_trial_has_no_caveat() -> None:
         ("too few requests", True, {"records": some(46, in_window=False)}),
         ("load process lost", True, {"lost_share": 0.5}),
         ("ran out of requests", False, {"exhausted": True}),
+        ("ran out of requests", False, {"exhausted": True, "planned": 100, "sent": 50}),
         ("generator lagged", True, {"records": some(3, scheduled_s=9.0)}),
         ("generator's loop lagged", True, {"loop_lag_p99_s": 0.021}),
         ("generator's loop lagged", True, {"loop_lag_max_s": 1.0}),  # frozen for a second
