@@ -104,6 +104,11 @@ class Engines:
         self._serving.clear()
         self._prometheus.forget("engine")  # the next engine may get the port of one of these
 
+    @property
+    def pids(self) -> list[int]:
+        """List the pids above all processes of the engines that serve."""
+        return [pid for engine in self._serving.values() if (pid := engine.pid) is not None]
+
     def alive(self, variant: Variant) -> Server | None:
         """Return the engine of a variant; None where it has died or was not started."""
         engine = self._serving.get(variant.name)

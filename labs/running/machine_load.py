@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import psutil
+
+LOOK_S, MOST_WAIT_S = 0.1, 2.0
+IDLE_SHARE = 0.25  # of one core; CPU times have a resolution of 10 ms
 
 
 class Shares(NamedTuple):
@@ -16,6 +20,23 @@ class Shares(NamedTuple):
     steal: float  # taken by other guests of the host
     others: float  # used by other processes of this machine
     engine: float | None
+
+
+def wait_until_idle(pids: Iterable[int], most_s: float = MOST_WAIT_S) -> bool:
+    """Wait until these processes and all below them use hardly any CPU time; tell whether they do.
+
+    A worker of vLLM looks out for its next step for a second before it sleeps, on the very core on
+    which the machine's speed is timed.
+    """
+    pids, deadline_s = tuple(pids), time.monotonic() + most_s
+    while True:
+        began, before_s = time.monotonic(), sum(map(_used_s, pids))
+        time.sleep(LOOK_S)
+        used_s = sum(map(_used_s, pids)) - before_s
+        if used_s <= IDLE_SHARE * (time.monotonic() - began):
+            return True
+        if time.monotonic() > deadline_s:
+            return False
 
 
 class OtherLoad:

@@ -22,7 +22,7 @@ from labs.lab import LabError, Point, Variant
 from labs.running.counts import Counts, counter_increase
 from labs.running.engines import Engines
 from labs.running.load import LoadGenerator
-from labs.running.machine_load import OtherLoad
+from labs.running.machine_load import OtherLoad, wait_until_idle
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from loadtests import plan, records
@@ -272,9 +272,10 @@ class Trials:
             self._record(point, repeat, TrialResult(point=point.key, repeat=repeat, failed=reason))
 
     def _time_reference(self) -> ReferenceStep | None:
-        """Time the machine itself; once that has failed the run goes on without."""
+        """Time the machine itself, beside idle engines; None once that has failed."""
         if self._reference is None:
             return None
+        wait_until_idle(self._engines.pids)
         step = self._reference.time()
         if step is None:
             why = self._reference.process.tail(1) or "its process ended"

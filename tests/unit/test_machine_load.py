@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from labs.running.machine_load import OtherLoad
+from labs.running.machine_load import OtherLoad, wait_until_idle
 from serving.models import ROOT
 
 BUSY = "import time; e = time.process_time() + 0.4\nwhile time.process_time() < e: pass"
@@ -19,7 +19,7 @@ print(child.pid)
 """
 MEASURED = f"""
 import subprocess, sys, time, psutil
-from labs.running.machine_load import OtherLoad
+from labs.running.machine_load import OtherLoad, wait_until_idle
 other_load = OtherLoad()
 printed = subprocess.run([sys.executable, "-c", {ORPHAN!r}], capture_output=True, check=True)
 stranger = psutil.Process(int(printed.stdout))
@@ -49,7 +49,7 @@ def test_what_a_stranger_uses_is_told() -> None:
 
 OURS = f"""
 import subprocess, sys
-from labs.running.machine_load import OtherLoad
+from labs.running.machine_load import OtherLoad, wait_until_idle
 other_load = OtherLoad()
 before = other_load._now()
 subprocess.run([sys.executable, "-c", {BUSY!r}], check=True)
@@ -79,3 +79,16 @@ def test_what_the_engine_uses_is_told_apart() -> None:
         assert shares.engine
     finally:
         engine.communicate(b"\n")
+
+
+def test_a_process_that_still_looks_out_for_work_is_waited_for() -> None:
+    busy = subprocess.Popen([sys.executable, "-c", STRANGER])
+    try:
+        assert not wait_until_idle([busy.pid], most_s=0.5)
+        busy.kill()
+        busy.wait()
+        assert wait_until_idle([busy.pid], most_s=30)
+    finally:
+        busy.kill()
+        busy.wait()
+    assert wait_until_idle([])

@@ -328,8 +328,8 @@ def guessed(
 
 def test_guesses_prove_themselves_by_their_number_and_how_many_came_true() -> None:
     assert guessed(205, 410, 197) == ""
-    assert guessed(240, 480, 160) == "33% of the drafted tokens were accepted; predicted were" \
-        " 34% to 100%"  # fmt: skip
+    assert guessed(240, 480, 160) == "33.3% of the drafted tokens were accepted; predicted were" \
+        " 34.3% to 100.0%"  # fmt: skip
     assert "were accepted" in guessed(400, 800, 1)  # one accepted draft token
     assert "expected were 348 to 410" in guessed(205, 205, 190)  # one guess each, not two
     assert "do not add up" in guessed(20, 40, 20)  # in a few steps only
@@ -341,8 +341,8 @@ def test_what_is_copied_must_lie_within_the_band_of_the_answers_that_were_read()
     """Few drafts that are all wrong prove nothing where the answers read hold such trials."""
     assert guessed(8, 15, 1, "ngram", least=0.0) == ""
     assert guessed(30, 60, 35, "ngram", least=0.6) == ""
-    assert guessed(30, 60, 30, "ngram", least=0.6) == "50% of the drafted tokens were accepted;" \
-        " predicted were 51% to 100%"  # fmt: skip
+    assert guessed(30, 60, 30, "ngram", least=0.6) == "50.0% of the drafted tokens were accepted;" \
+        " predicted were 51.0% to 100.0%"  # fmt: skip
 
 
 WEIGHTS = Expected(served={"off": Served(files_sha256="a1", quantized=True)}, template_tokens=1)
