@@ -223,14 +223,14 @@ class Load:
             if self._waves_over:
                 return None
             counts = self._wave_counts
-        elif self.aborted:
+        elif self._was_given_up():
             return None
         elif self._schedule is not None:
             due_s = next(self._due, None)
             if due_s is None:
                 return None
             gevent.sleep(max(0.0, due_s - self.elapsed_s()))
-            if self.aborted:  # meanwhile
+            if self._was_given_up():  # meanwhile
                 return None
             counts = due_s >= self.plan.warmup_s
         else:
@@ -246,6 +246,9 @@ class Load:
         self._counted += counts
         self._awaited += counts
         return Turn(request, due_s, counts)
+
+    def _was_given_up(self) -> bool:
+        return self.aborted is not None
 
     def _closed(self, at_s: float) -> bool:
         """Whether what a closed loop sends no longer counts.
