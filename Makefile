@@ -38,6 +38,8 @@ PYTHON_HERE := "$${LABS_PYTHON:-python3}"
 INSTALL := $(PYTHON_HERE) -m serving.install $(if $(OTHER_VLLM),--vllm "$$LABS_VLLM")
 # Without the setting $1 a command shows what it takes.
 or_help = $(if $(value LABS_$1),,--help)
+# Pages and messages are UTF-8, whatever the locale.
+export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
 .PHONY: help setup labs forecast plan diagnose score-forecasts labs-all draft adapters outliers sparsity quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse check bench locks clean distclean
 

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote
 
 from serving import whole
 from serving.install import PROGRAMS, entries, lock_of
@@ -99,6 +100,11 @@ def read_have(path: Path) -> Packages:
         ) from error
     packages = {}
     for line in lines:
+        if built := re.fullmatch(r"([A-Za-z0-9][\w.-]*) @ (\S+)", line.strip()):
+            # `pip freeze` names the file that it was installed from, a wheel with its version
+            wheel = re.search(r"/[\w.]+-(\d[^-/]*)-[^/]*\.whl", unquote(built[2]))
+            packages[normal(built[1])] = wheel[1] if wheel else ""
+            continue
         row = re.fullmatch(r"([A-Za-z0-9][\w.-]*)(?:(?:==|\s+)(\d\S*)(?:\s.*)?)?", line.strip())
         if row:
             packages[normal(row[1])] = row[2] or ""

@@ -26,6 +26,10 @@ export VLLM_CACHE_ROOT="$lab/.cache/vllm" TRITON_CACHE_DIR="$lab/.cache/triton"
 cd "$lab" || exit 1
 left=$((limit - SECONDS))
 echo "$SECONDS s for the bundle, $left s left for the labs"
+if [ "$left" -le 12 ]; then
+	echo "No time is left for the labs in this call: call it again."
+	exit 75
+fi
 timeout --signal=INT --kill-after=20 "$left" .unbundled/bin/labs all --quick --weights dummy \
 	--seconds "$((left - 10))" --archive "$out/results.tar.gz" "$@" 2>&1 | tee -a "$out/log.txt"
 exit "${PIPESTATUS[0]}"

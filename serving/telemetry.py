@@ -153,8 +153,12 @@ def source(kind: str) -> Source | None:
             return Gpus(pynvml)
         except pynvml.NVMLError:
             return None
-    zones = sorted(RAPL.glob("intel-rapl:?"))  # a package each, AMD's too; the rest are parts of it
     try:
+        # AMD's too; others are parts of a package, or the platform with all packages in it
+        zones = sorted(
+            zone for zone in RAPL.glob("intel-rapl:*")
+            if (zone / "name").read_text().startswith("package")
+        )  # fmt: skip
         return Processors(zones) if zones else None
     except (OSError, ValueError):  # for root alone since 2020, and in few containers
         return None

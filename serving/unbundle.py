@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +96,8 @@ def check_python(manifest: "dict[str, Any]") -> None:
         raise UnbundleError(
             f"this machine is {platform.machine()} and the bundle is for {manifest['machine']}"
         )
+    from importlib import metadata  # which an older Python lacks, that was told so above
+
     differ = []
     for name, version in manifest["expected"].items():
         try:
@@ -193,7 +194,11 @@ class Joined:
 
 
 def unpack(folder: Path, manifest: "dict[str, Any]", target: Path) -> None:
-    """Write the lab's files; remove those of an earlier bundle, and keep the reader's own."""
+    """Write the lab's files; remove those of an earlier bundle, and keep the reader's own.
+
+    That bundle may have been unpacked and never installed: its packages must not come with these.
+    """
+    shutil.rmtree(str(target / HOME / "wheels"), ignore_errors=True)
     stream: Any = Joined([folder / part["name"] for part in manifest["parts"]])
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         archive.extraction_filter = getattr(tarfile, "data_filter", None)
@@ -233,7 +238,7 @@ def install(target: Path) -> None:
     for name, arguments in COMMANDS.items():
         command = home / "bin" / name
         command.write_text(
-            f'#!/bin/sh\nPYTHONPATH={places}"${{PYTHONPATH:+:$PYTHONPATH}}" exec'
+            f'#!/bin/sh\nPYTHONUTF8=1 PYTHONPATH={places}"${{PYTHONPATH:+:$PYTHONPATH}}" exec'
             f' {shlex.quote(sys.executable)}{arguments} "$@"\n'
         )
         command.chmod(0o755)

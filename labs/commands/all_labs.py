@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from labs import FIRST, LABS
 from labs.comparing import leaderboards
 from labs.filing.bounded import DamagedError
-from labs.filing.results import RESULTS, read_json, write_json
+from labs.filing.results import RESULTS, RunFolder, read_json, write_json
 from labs.lab import LabError, did_you_mean
 from labs.running.clock import Clock
 from labs.running.resolve import RunRequest
@@ -79,12 +79,17 @@ class Sitting(BaseModel, extra="forbid"):
 
     def page(self) -> Path | None:
         """Write the page of the machine that ran; None where no lab was finished."""
-        homes = {(ROOT / run).resolve().parent.parent for run in self.done.values()}
-        return leaderboards.write_machine(homes.pop()) if homes else None
+        runs = [RunFolder((ROOT / run).resolve()) for run in self.done.values()]
+        return leaderboards.write_machine(runs[0].path.parent.parent, runs) if runs else None
 
-    def end(self) -> None:
-        """Delete the record, so that the next call starts over."""
-        FILE.unlink(missing_ok=True)
+    def end(self, labs: Collection[str]) -> None:
+        """Forget these labs, so that the next call starts over with them; keep the others."""
+        self.done = {lab: run for lab, run in self.done.items() if lab not in labs}
+        self.failed = [lab for lab in self.failed if lab not in labs]
+        if self.done or self.failed:
+            write_json(FILE, self)
+        else:
+            FILE.unlink(missing_ok=True)
 
 
 def chosen(only: str, by_value: bool) -> list[str]:

@@ -231,7 +231,7 @@ def run_all(
         if clock.bounded:
             console.print("Everything is done: FRESH=1 starts over.")
         else:
-            state.end()
+            state.end(chosen)
 
 
 @dataclass

@@ -84,7 +84,8 @@ def _rebuild(folder: RunFolder) -> None:
         figures = report.draw(folder)
         for path in (report.write(folder, figures), pages.write(folder, figures)):
             console.print(os.path.relpath(path), soft_wrap=True)
-        if original := reproduction.original_of(folder):
+        original = reproduction.original_of(folder)
+        if original and folder.complete:
             result = reproduction.compare_with_original(original, folder)
             path = reproduction.file_with_original(result, original)
             console.print(os.path.relpath(path), soft_wrap=True)

@@ -24,8 +24,16 @@ from scipy import stats
 from labs.filing import manifest
 from labs.filing.bounded import DamagedError
 from labs.filing.manifest import Fact
-from labs.filing.newest import newest_runs
-from labs.filing.results import Run, RunFolder, Summary, fresh_knobs, open_run, readable
+from labs.filing.newest import newest_of
+from labs.filing.results import (
+    Run,
+    RunFolder,
+    Summary,
+    fresh_knobs,
+    open_run,
+    readable,
+    unreadable,
+)
 from labs.judging.judge import (
     CONFIDENCE,
     Caveat,
@@ -484,8 +492,9 @@ def compare_named(a: str, b: str, force: bool = False) -> tuple[list[Comparison]
             raise LabError(f"{a} and {b}: give two runs, two variants of runs, or two machines")
         return [compare(read_side(a), read_side(b), force)], []
     runs_a, runs_b = (
-        {f.path.parent.name: f for f in newest_runs() if f.path.parent.parent == home}
+        {folder.path.parent.name: folder for folder in _newest_below(home)}
         for home in homes
+        if home
     )
     comparisons, refused = [], []
     for lab in runs_a:
@@ -501,6 +510,13 @@ def compare_named(a: str, b: str, force: bool = False) -> tuple[list[Comparison]
     if not comparisons:
         raise LabError(f"no lab of {a} and {b} is comparable: {'; '.join(refused) or 'no runs'}")
     return comparisons, refused
+
+
+def _newest_below(home: Path) -> list[RunFolder]:
+    """List the newest run of each lab in a machine's folder, wherever that lies."""
+    manifests = sorted(home.glob("*/*/run.json"), key=lambda path: path.parent.name)
+    folders = (RunFolder(path.parent) for path in manifests)
+    return newest_of(folder for folder in folders if not unreadable(folder))
 
 
 def _machine(text: str) -> Path | None:

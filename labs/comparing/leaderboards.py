@@ -103,9 +103,14 @@ def uncounted() -> list[RunFolder]:
     return [folder for folder in newest_runs() if folder.path not in counted]
 
 
-def write_machine(home: Path) -> Path:
-    """Write the page of a machine's newest runs, with uncommitted and quick ones."""
-    runs = _by_machine(newest_runs(quick=True))[home]
+def write_machine(home: Path, sitting: Sequence[RunFolder] = ()) -> Path:
+    """Write the page of a machine's newest runs, with uncommitted and quick ones.
+
+    A lab of this sitting is there with the sitting's run, whatever its settings.
+    """
+    its_own = {folder.run().lab["name"]: folder for folder in sitting}
+    others = _by_machine(newest_runs(quick=True)).get(home, [])
+    runs = [*its_own.values(), *(f for f in others if f.run().lab["name"] not in its_own)]
     return whole.write(home / SITTING, markdown.document(_machine(runs, committed=False)))
 
 

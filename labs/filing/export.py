@@ -157,6 +157,13 @@ def _vllm_files(folder: RunFolder, out: Path) -> Iterator[Path]:
         yield whole.write(out / name, json.dumps(vllm_result(folder, trial)) + "\n")
 
 
+def _scheduled_per_s(records: Sequence[RequestRecord]) -> float | None:
+    """Compute the mean rate of a schedule; None where there was none."""
+    due_s = [r.scheduled_s for r in records if r.scheduled_s is not None]
+    over_s = max(due_s, default=0.0) - min(due_s, default=0.0)
+    return (len(due_s) - 1) / over_s if over_s > 0 else None
+
+
 def vllm_result(folder: RunFolder, trial: Trial) -> TableRow:
     """Describe one trial under the keys of vLLM's benchmark."""
     run, load = folder.run(), trial.point.load
@@ -178,7 +185,7 @@ def vllm_result(folder: RunFolder, trial: Trial) -> TableRow:
         "model_id": run.model,
         "tokenizer_id": run.model,
         "num_prompts": len(records),
-        "request_rate": getattr(load, "rate_per_s", "inf"),
+        "request_rate": getattr(load, "rate_per_s", _scheduled_per_s(records) or "inf"),
         "burstiness": getattr(load, "burstiness", 1.0),
         "max_concurrency": None if load.open_loop else load.seats,
         "duration": duration_s,

@@ -285,8 +285,9 @@ class Vllm(Engine):
                 env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
             )
             if out.returncode:
-                last = out.stderr.strip().splitlines()[-1]
-                raise EngineError(f"vLLM does not import here: {last}")
+                silent = f"exit code {out.returncode}, without a word: was memory short?"
+                *_, last = ["", *out.stderr.strip().splitlines()]
+                raise EngineError(f"vLLM does not import here: {last or silent}")
             parsed = json.loads(out.stdout.splitlines()[-1])
             new = [d for d, error in zip(digests, parsed["errors"], strict=True) if not error]
             accepted = list(dict.fromkeys([*remembered["accepted"], *new]))

@@ -113,6 +113,15 @@ def test_a_bundle_arrives_whole(out: Path, tmp_path: Path) -> None:
     assert unpack(out, target) == (0, "")  # again, over what is there
 
 
+def test_packages_of_a_bundle_that_was_never_installed_do_not_come_with_the_next(
+    out: Path, tmp_path: Path
+) -> None:
+    left = tmp_path / "lab" / ".unbundled" / "wheels" / "stand_in-0.9-py3-none-any.whl"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"no wheel at all")
+    assert unpack(out, tmp_path / "lab") == (0, "")
+
+
 def test_over_an_older_lab_its_files_go_and_the_readers_stay(out: Path, tmp_path: Path) -> None:
     repository, lab = tmp_path / "repository", tmp_path / "lab"
     (repository / "serving" / "old.py").write_text("")
@@ -330,10 +339,12 @@ def test_have_is_what_pip_prints(tmp_path: Path) -> None:
         "torch==2.11.0+cu130\n"
         "scipy\n"
         "-e git+ssh://x\n"
+        "triton @ file:///opt/triton-3.6.0%2Bcu13-cp312-cp312-linux_x86_64.whl#sha256=1\n"
+        "abacus @ git+https://x/abacus@1\n"
     )
     assert bundle.read_have(path) == {
         "huggingface-hub": "1.33.0", "inference-lab": "0.1.0", "torch": "2.11.0+cu130",
-        "scipy": "",
+        "scipy": "", "triton": "3.6.0+cu13", "abacus": "",
     }  # fmt: skip
     path.write_text("nothing here\n")
     with pytest.raises(BundleError, match="names no package"):

@@ -391,6 +391,16 @@ def test_what_became_of_a_verdict(
     assert pair.outcome == outcome
 
 
+def test_machines_may_lie_outside_the_folder_of_results(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = folder.path.parents[1]
+    (home / "machine.json").write_text("{}")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "elsewhere")
+    found, _ = compare.compare_named(str(home), str(home))
+    assert [c.lab for c in found] == ["tiny"]
+
+
 def test_machines_are_compared_lab_by_lab(folder: RunFolder) -> None:
     other = edited(folder, machine="Slide rule")
     here, there = (f.path.parents[1] for f in (folder, other))

@@ -100,6 +100,15 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 
 
 @pytest.mark.parametrize("whose", ["started", "endpoint"])
+def test_a_parser_that_is_killed_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "CACHE", tmp_path)
+    monkeypatch.setattr(vllm, "_PARSE", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(EngineError, match="does not import here: exit code -9, without a word"):
+        vllm.Vllm.check_flags([{"max-num-seqs": 8}])
+
+
 def test_a_new_engine_is_started_and_read_by_the_labs_names(engine: Engine, whose: str) -> None:
     server: Server = engine if whose == "started" else Endpoint(f"{engine.url}/v1")
     assert server.model == "abacus"

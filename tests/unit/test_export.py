@@ -12,7 +12,8 @@ from labs.filing import export
 from labs.filing.export import Format
 from labs.filing.results import RunFolder
 from loadtests import records
-from tests.unit.builders import make_record, write_run
+from loadtests.arrivals import Offered
+from tests.unit.builders import make_point, make_record, make_trial, write_run
 
 VLLM_KEYS = {  # of vLLM 0.32, --save-result --save-detailed
     "date", "endpoint_type", "backend", "label", "model_id", "tokenizer_id", "num_prompts",
@@ -80,6 +81,14 @@ def test_each_answer_of_a_request_is_named_by_its_choice(folder: RunFolder) -> N
     records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", answers)
     rows = [row for row in export.requests(folder) if row["repeat"] == 1]
     assert [row["choice"] for row in rows[:3]] == [0, 1, 2]
+
+
+def test_a_schedule_without_a_stated_rate_has_the_one_it_came_at(folder: RunFolder) -> None:
+    """As vLLM has it, "inf" says that everything was sent at once."""
+    paced = [make_record([(11.0, 1)], scheduled_s=s) for s in (1.0, 2.0, 4.0)]
+    point = make_point(load=str(Offered(times=2)))
+    exported = export.vllm_result(folder, make_trial(paced, point=point))
+    assert exported["request_rate"] == pytest.approx(2 / 3)
 
 
 def test_vllms_format_has_its_keys_and_its_definitions(folder: RunFolder, tmp_path: Path) -> None:

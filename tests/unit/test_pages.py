@@ -256,8 +256,23 @@ def test_a_sitting_goes_on_where_it_stopped(folder: RunFolder) -> None:
     assert list(again.done) == ["tiny"]
     assert again.begin("other") is True  # its finished trials are kept
     assert again.page() == folder.path.parent.parent / leaderboards.SITTING
-    again.end()
+    again.end(["another"])  # it was asked for alone
+    assert list(all_labs.start(quick=False, model="", fresh=False).done) == ["tiny"]
+    again.end(["tiny", "other"])
     assert all_labs.start(quick=False, model="", fresh=False).done == {}
+
+
+def test_the_page_of_a_sitting_has_its_runs_whatever_their_settings(folder: RunFolder) -> None:
+    """With `SET=` or on several GPUs they are in no table of ordinary runs."""
+    run = folder.run().model_copy(update={"changes": {"window_s": 9}})
+    write_json(folder.path / "run.json", run)
+    assert newest_runs(quick=True) == []
+    sitting = all_labs.start(quick=False, model="", fresh=False)
+    sitting.begin("tiny")
+    sitting.finish("tiny", folder.path)
+    page = sitting.page()
+    assert page
+    assert "| On is faster | Output throughput 2.97x |" in page.read_text()
 
 
 @pytest.mark.parametrize(

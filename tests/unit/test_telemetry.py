@@ -125,6 +125,7 @@ def test_a_file_keeps_untold_apart_from_nothing(tmp_path: Path) -> None:
 def rapl(folder: Path, used_uj: int, most_uj: int = 1_000_000) -> Path:
     zone = folder / "intel-rapl:0"
     zone.mkdir(exist_ok=True)
+    (zone / "name").write_text("package-0\n")
     (zone / "energy_uj").write_text(str(used_uj))
     (zone / "max_energy_range_uj").write_text(str(most_uj))
     return zone
@@ -134,7 +135,10 @@ def test_a_processors_counter_that_wraps_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rapl(tmp_path, 900_000)
-    (tmp_path / "intel-rapl:0:0").mkdir()  # a part of the package: counted with it
+    # a part of the package, counted with it, and the platform, which has the package in it
+    for name, kind in (("intel-rapl:0:0", "core"), ("intel-rapl:1", "psys")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(f"{kind}\n")
     monkeypatch.setattr(telemetry, "RAPL", tmp_path)
     read = telemetry.source("cpu")
     assert read

@@ -41,17 +41,18 @@ function sortable(table) {
   const body = table.tBodies[0];
   const heads = [...table.tHead.rows[0].cells];
   const text = (row, column) => (row.cells[column] ? row.cells[column].textContent.trim() : "");
-  const numeric = heads.map((_, column) => {
+  const isNumeric = (column) => {
     const there = [...body.rows].map((row) => text(row, column)).filter((t) => !isMissing(t));
     const dates = there.some((t) => /^\d{4}-\d\d-\d\d/.test(t));
     return there.length > 0 && !dates && there.every((t) => amount(t) !== null);
-  });
+  };
   // short cells stay whole; long ones get about thirty letters a line before the table scrolls
   heads.forEach((_, column) => {
     const longest = Math.max(0, ...[...body.rows].map((row) => text(row, column).length));
+    const most = isNumeric(column) ? 22 : 14;
     for (const row of body.rows) {
       if (!row.cells[column]) continue;
-      if (longest <= (numeric[column] ? 22 : 14)) row.cells[column].classList.add("whole");
+      if (longest <= most) row.cells[column].classList.add("whole");
       else row.cells[column].style.minWidth = `${Math.min(15, longest / 2)}rem`;
     }
   });
@@ -66,10 +67,11 @@ function sortable(table) {
       const way = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", way === 1 ? "ascending" : "descending");
+      const byNumber = isNumeric(column); // of the rows that are there now
       const rows = [...body.rows].sort((a, b) => {
         const [one, two] = [text(a, column), text(b, column)];
         if (isMissing(one) || isMissing(two)) return isMissing(one) - isMissing(two);
-        const order = numeric[column]
+        const order = byNumber
           ? amount(one) - amount(two)
           : one.localeCompare(two, "en", { numeric: true });
         return way * order;

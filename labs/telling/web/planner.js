@@ -66,13 +66,15 @@ function verdict(limit, { low, high }) {
   return high <= limit ? "yes" : low > limit ? "no" : "perhaps";
 }
 
-function answered(want, room, times) {
+function answered(want, room, times, known) {
   if (room.tokens <= 0) return "It does not fit: the weights alone leave no room for keys and values.";
   const place = room.requests >= want.users
     ? `It fits: ${sized(room.requests)} such requests have room at once, and ${want.users} are asked for.`
     : `The weights fit, but only ${sized(room.requests)} such requests have room at once; the others wait in the queue.`;
   const met = ["ttft", "tpot"].map((part) => {
-    const said = verdict(want[part] / 1000, times[part]);
+    const limit = want[part] / 1000;
+    // without efficiencies there is a bound alone, which can only rule out
+    const said = known ? verdict(limit, times[part]) : times[part].bound > limit ? "no" : "perhaps";
     return `${part.toUpperCase()} of ${want[part]} ms or less: ${said}`;
   });
   return `${place} ${met.join("; ")}.`;
@@ -128,8 +130,8 @@ function plan() {
   const tokens = bytes > 0 ? kvTokens(shape, bytes, want.kv, facts.block) : 0;
   const room = { tokens, requests: Math.floor(tokens / (want.prompt + want.output)) };
   const times = spans(shape, machine, want);
-  document.getElementById("answer").textContent = answered(want, room, times);
   const known = Boolean(machine.card);
+  document.getElementById("answer").textContent = answered(want, room, times, known);
   const line = (name, part, say, sign, unit = "") => {
     const { expected, low, high, bound } = times[part];
     return [name, known ? say(expected) + unit : "–",
