@@ -37,8 +37,9 @@ def chunk_tokens(point: Point) -> int:
 
 
 def context_tokens(point: Point) -> float:
-    """Return the mean context of the streams."""
-    return point.prompt_tokens + point.output_tokens / 2
+    """Return the mean context of the streams, without the long prompts among them."""
+    own = [(p, o) for p, o in point.lengths if p != long_prompt_tokens(point)]
+    return sum(p + o / 2 for p, o in own) / len(own)
 
 
 def stall(point: Point) -> Prediction:

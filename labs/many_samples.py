@@ -252,7 +252,8 @@ LAB = Lab(
             "warmup_s": 2,
             "window_s": 6,
             "next_knobs": (
-                "SET='workloads.many.samples.count=128 workloads.many.loads=[\"waves:128\"]'"
+                "SET='requests=768 workloads.many.samples.count=128"
+                " workloads.many.loads=[\"waves:128\"]'"
                 " asks for 128 samples: are the steps still shared as well?",
                 'SET="workloads.apart.prompt_tokens.tokens=512" shortens the prompt: there is less'
                 " to share",

@@ -347,7 +347,7 @@ LAB = Lab(
             "next_knobs": knobs(limit=128, patience_s=6),
         }
     },
-    quick={"window_s": 2.5, "repeats": 1},
+    quick={"repeats": 1},  # a shorter window would end before anyone is late
     limits={
         "cpu": "The scheduler, its queue and its limits are vLLM's own, so what overload does to"
         " goodput carries over, in multiples of the capacity. The best batch does not: a step here"

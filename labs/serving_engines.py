@@ -145,6 +145,13 @@ def on_random_weights(lab: Lab) -> Lab:
     return alone.model_copy(update={"next_knobs": turned})
 
 
+KNOBS = (
+    'SET=\'variants=["vllm","llama-cpp"]\' compares these two alone, in half the time',
+    'SET="flags.max-num-seqs=4" gives vLLM four places: the other users wait',
+    'SET="variants.llama-cpp.flags.parallel=4 variants.llama-cpp.flags.ctx-size=2048" gives'
+    " llama.cpp four slots: the other users wait",
+)
+
 LAB = Lab(
     name="serving-engines",
     title="Serving engines",
@@ -258,6 +265,7 @@ LAB = Lab(
             "warmup_s": 3,
             "window_s": 8,
             "slo": {"ttft_s": 2.0, "tpot_s": 0.05},
+            "next_knobs": KNOBS,  # there vLLM compiles already
         },
     },
     quick={
@@ -275,10 +283,7 @@ LAB = Lab(
         " better. llama.cpp runs on the GPU only where its program was built for it.",
     },
     next_knobs=(
-        'SET=\'variants=["vllm","llama-cpp"]\' compares these two alone, in half the time',
+        *KNOBS,
         'SET="flags.enforce-eager=false" compiles what vLLM runs: shorter steps, a longer start',
-        'SET="flags.max-num-seqs=4" gives vLLM four places as well: the other users wait',
-        'SET="variants.llama-cpp.flags.parallel=4 variants.llama-cpp.flags.ctx-size=2048" gives'
-        " llama.cpp four slots: the other users wait",
     ),
 )  # fmt: skip

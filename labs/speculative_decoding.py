@@ -324,7 +324,7 @@ LAB = Lab(
         claim("ngram-code", "Copying from the context pays where code is edited",
               "ngram", "code", 1, "falls", copies_accepted, copies_found),
         claim("ngram-story", "In open text copying from the context finds little",
-              "ngram", "story", 1, "unchanged", copies_accepted),
+              "ngram", "story", 1, "unchanged", copies_accepted, copies_found),
         claim("draft-story", "A draft model shortens TPOT of a single stream",
               "draft-2", "story", 1, "falls", drafts_accepted),
         Claim(

@@ -277,7 +277,8 @@ LAB = Lab(
                 "SET='workloads.imposed.loads=[\"concurrent:128\"]"
                 " workloads.asked.loads=[\"concurrent:128\"]' doubles the masks of a step: is it"
                 " still hidden?",
-                'SET="workloads.imposed.structure.form=nested" masks along a nested schema',
+                'SET="workloads.imposed.structure.form=nested'
+                ' workloads.imposed.prompt_tokens.tokens=288" masks along a nested schema',
             ),
         }
     },

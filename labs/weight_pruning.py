@@ -158,6 +158,17 @@ def claims(many: int) -> tuple[Claim, ...]:
     )  # fmt: skip
 
 
+def knobs(many: int, more: int) -> tuple[str, ...]:
+    """Say what to turn next, `many` being the requests in flight of the claims."""
+    return (
+        'SET="variants.wanda-50.weights=wanda-30" serves another sparsity: 10 to 70, or 2-4',
+        'SET="variants.wanda-50.weights=magnitude-50" serves what was chosen without a look at the'
+        " inputs",
+        f'SET=\'workloads.decode.loads=["concurrent:1","concurrent:{many}","concurrent:{more}"]\''
+        " looks further along the batch",
+    )
+
+
 LAB = Lab(
     name="weight-pruning",
     title="Pruning",
@@ -196,6 +207,7 @@ LAB = Lab(
             "workloads.decode.prompt_tokens.tokens": 128,
             "workloads.decode.output_tokens.tokens": 128,
             "workloads.decode.loads": (Concurrent(users=1), Concurrent(users=128)),
+            "next_knobs": knobs(128, 256),
             "claims": [c.model_dump() for c in claims(128)],
             "requests": 4096,
             "warmup_s": 2,
@@ -210,11 +222,5 @@ LAB = Lab(
         "gpu": "A GPU draws less power where it multiplies zeros and may clock higher, so that a"
         " large batch can be a little faster without any sparse kernel.",
     },
-    next_knobs=(
-        'SET="variants.wanda-50.weights=wanda-30" serves another sparsity: 10 to 70, or 2-4',
-        'SET="variants.wanda-50.weights=magnitude-50" serves what was chosen without a look at the'
-        " inputs",
-        'SET=\'workloads.decode.loads=["concurrent:1","concurrent:16","concurrent:64"]\' looks'
-        " further along the batch",
-    ),
+    next_knobs=knobs(16, 64),
 )  # fmt: skip

@@ -17,6 +17,7 @@ from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
 from labs.judging.text import number, times_with_interval, yes_or_no
 from loadtests import records
+from loadtests.arrivals import Contended
 from loadtests.records import RequestRecord
 
 
@@ -33,6 +34,7 @@ class Budget:
     streams_ttft_s: float | None  # of the streams' own prompts, mean
     streams_beside_whole: Interval | None  # that TTFT / the one without chunks
     within_slo: bool | None  # whether the stall is; None where the lab sets no limit
+    every_s: float | None  # between two long prompts, as planned
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def token_budgets(context: Context) -> TokenBudgets:
                 streams_ttft_s=context.mean(point, "ttft_mean_s"),
                 streams_beside_whole=beside.ratio if beside else None,
                 within_slo=None if limit_s is None else stall_s <= limit_s,
+                every_s=point.load.every_s if isinstance(point.load, Contended) else None,
             )
         )
     whole_s = [b.long_ttft_s for b in budgets if not b.chunked][-1:]
@@ -153,6 +156,11 @@ def tell_budgets(facts: TokenBudgets) -> Finding:
         )
     if price := streams_sentence(facts):
         lines.append(price)
+    if late := [b for b in facts.budgets if b.every_s and b.long_ttft_s > b.every_s]:
+        lines.append(
+            f"With {', '.join(f'`{b.variant}`' for b in late)} a long prompt takes longer than the"
+            " time between two. The next one follows at once, and so less often than elsewhere."
+        )
     if line := facts.line:
         lines.append(
             f"The stall grows linearly with the tokens of a piece: {number(line.fixed_s, 's')}"
@@ -169,8 +177,14 @@ def streams_sentence(facts: TokenBudgets) -> str | None:
     least = min(facts.budgets, key=lambda b: b.budget_tokens, default=None)
     if not (least and least.streams_ttft_s and least.streams_beside_whole and facts.whole):
         return None
+    low = least.streams_beside_whole.low
+    pays = (
+        "The streams pay too"
+        if low is not None and low > 1
+        else "Whether the streams pay too is not settled"
+    )
     return (
-        "The streams pay too: a new prompt of theirs waits while the pieces of the long one fill"
+        f"{pays}: a new prompt of theirs waits while the pieces of the long one fill"
         f" each step. With `{least.variant}` their own first token takes"
         f" {number(least.streams_ttft_s, 's')} on average, without chunks"
         f" {number(facts.whole.streams_ttft_s, 's')}:"

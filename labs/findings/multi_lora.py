@@ -366,8 +366,9 @@ PUBLISHED: PublishedFigures = {
         "eight": (
             Published(figure="12x, 2 ms a token more", source="Punica, MLSys 2024"),
             Published(
-                figure="4x",
-                setting="against vLLM-packed, about 2,000 adapters",
+                figure="up to 4x",
+                setting="the throughput of vLLM with the adapters as models of their own; S-LoRA"
+                " serves 2,000",
                 source="S-LoRA, MLSys 2024",
             ),
         ),

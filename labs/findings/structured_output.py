@@ -257,17 +257,16 @@ def tell_overhead(facts: tuple[Overhead, ...]) -> Finding:
 
 
 def hidden_sentence(facts: tuple[Overhead, ...]) -> str | None:
-    """Says whether the slowest masks fit the step that hides them."""
-    known = [(o.masks_s, o) for o in facts if o.masks_s is not None and o.tpot_s]
+    """Says whether the slowest masks fit the step that could hide them, which is one without."""
+    known = [(o.masks_s, o.without_s, o) for o in facts if o.masks_s is not None and o.without_s]
     if not known:
         return None
-    masks_s, slowest = max(known, key=lambda pair: pair[0])
-    assert slowest.tpot_s
-    fits = "fit within" if masks_s < slowest.tpot_s else "do not fit within"
+    masks_s, without_s, slowest = max(known, key=lambda found: found[0])
+    fits = "fit within" if masks_s < without_s else "do not fit within"
     return (
         f"The slowest masks, `{slowest.backend}`'s with {slowest.users} in flight"
-        f" (`{slowest.workload}`), take {number(masks_s, 's')} a step and {fits} its"
-        f" {number(slowest.tpot_s, 's')}."
+        f" (`{slowest.workload}`), take {number(masks_s, 's')} a step and {fits} the"
+        f" {number(without_s, 's')} that it takes with nothing imposed."
     )
 
 

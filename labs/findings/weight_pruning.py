@@ -525,8 +525,9 @@ def sparse_kinds(run: JudgedRun) -> str | None:
         return None
     first, last = moe.steps[0], moe.steps[-1]
     return (
-        f"Zeros alone gain nothing here: with half of the weights zero TPOT is {one}"
-        f"{f', in the pattern 2:4 {pattern}' if pattern else ''}, for the same bytes. With sparse"
+        "Zeros are stored and read as other weights are: with half of the weights zero TPOT is"
+        f" {one}"
+        f"{f', in the pattern 2:4 {pattern}' if pattern else ''}. With sparse"
         f" kernels 2:4 would read 9/16 of a matrix and take {facts.step_of('2:4'):.2f}x at best"
         " (arithmetic; this engine has none, and 8 bits a weight read less). A mixture of experts"
         f" leaves out whole matrices, with dense kernels: of {moe.name} a token is multiplied with"
@@ -577,8 +578,8 @@ def qat(run: JudgedRun) -> str | None:
         f"{f' ({facts.made_s:.0f} s here)' if facts.made_s else ''} and training takes"
         f" {facts.train_flop:.2g} for {TOKENS_TRAINED / 1e6:.0f} million tokens,"
         f" {facts.train_flop / facts.calibrate_flop:,.0f} times as much. What training could win"
-        " back is at most what was lost without it: next to nothing before the knee, and beyond it"
-        " a lot. The lab weight-quantization measures the loss at 8 and 4 bits."
+        " back is at most what was lost without it: little before the knee, and beyond it a lot."
+        " The lab weight-quantization measures the loss at 8 and 4 bits."
     )
 
 

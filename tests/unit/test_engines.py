@@ -99,7 +99,6 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
         started.stop()
 
 
-@pytest.mark.parametrize("whose", ["started", "endpoint"])
 def test_a_parser_that_is_killed_is_told_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +108,7 @@ def test_a_parser_that_is_killed_is_told_in_a_sentence(
         vllm.Vllm.check_flags([{"max-num-seqs": 8}])
 
 
+@pytest.mark.parametrize("whose", ["started", "endpoint"])
 def test_a_new_engine_is_started_and_read_by_the_labs_names(engine: Engine, whose: str) -> None:
     server: Server = engine if whose == "started" else Endpoint(f"{engine.url}/v1")
     assert server.model == "abacus"
