@@ -225,9 +225,9 @@ LAB = Lab(
     limits={
         "cpu": "A CPU engine shows the same scheduler as a GPU's, and so the same cost of waiting"
         " for the longest completion. The figures themselves do not carry over: a step of"
-        " few requests here is mostly the cost of launching small operations, so batching looks even"
-        " cheaper than memory bandwidth alone would make it, and the ridge is where this core's"
-        " arithmetic puts it: far off with matrix instructions, near without.",
+        " few requests here is mostly the cost of launching small operations, so batching looks"
+        " even cheaper than memory bandwidth alone would make it, and the ridge is where this"
+        " core's arithmetic puts it: far off with matrix instructions, near without.",
         "gpu": "One GPU with one model: the knee moves with the model's size, the context length"
         " and the KV cache that is left.",
     },

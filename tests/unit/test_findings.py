@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from labs import LABS, theory
+from labs.chunked_prefill import context_tokens
 from labs.filing.results import (
     Finding,
     PointForecasts,
@@ -58,6 +59,7 @@ from tests.unit.builders import (
     CEILINGS,
     SHAPE,
     make_lab,
+    make_point,
     make_record,
     make_summary,
     make_workload,
@@ -130,7 +132,12 @@ def test_a_run_of_which_nothing_came_has_a_finding_all_the_same(
 # -------------------------------------------------------------------------------- chunked prefill
 
 
-def budgets(home: Path, limit_s: float, stalls_ms: tuple[float, ...] = (10, 20, 40)) -> Finding:
+def budgets(
+    home: Path,
+    limit_s: float,
+    stalls_ms: tuple[float, ...] = (10, 20, 40),
+    long_ttft_ms: tuple[float, ...] = (80, 60, 50),
+) -> Finding:
     """Pieces of 8, 16 and the whole 32 tokens beside two streams."""
     sizes = (("small", 10), ("middle", 18), ("whole", 64))
     lab = make_lab(
@@ -148,7 +155,7 @@ def budgets(home: Path, limit_s: float, stalls_ms: tuple[float, ...] = (10, 20, 
             "ttft_mean_s": own / 1000,
         }
         for (name, _), stall, ttft, own in zip(
-            sizes, stalls_ms, (80, 60, 50), (90, 30, 20), strict=True
+            sizes, stalls_ms, long_ttft_ms, (90, 30, 20), strict=True
         )
     }  # fmt: skip
     return TOKEN_BUDGET.finding(context(home, lab, values))
@@ -180,6 +187,19 @@ def test_the_stall_is_a_line_over_the_piece(tmp_path: Path) -> None:
     line = budgets(tmp_path, 0.1).lines[2]
     assert "+ 1.25 ms a token (R² 1.000)" in line
     assert "prefill runs at 800 tok/s" in line
+
+
+def test_the_context_of_the_streams_leaves_the_long_prompts_out() -> None:
+    point = make_point(load="contended:2/1", intruder=Intruder(prompt_tokens=32))
+    assert 32 in [prompt for prompt, _ in point.lengths]
+    (own,) = {(prompt, output) for prompt, output in point.lengths if prompt != 32}
+    assert context_tokens(point) == own[0] + own[1] / 2
+
+
+def test_a_long_prompt_that_takes_longer_than_the_time_to_the_next_is_told(tmp_path: Path) -> None:
+    assert not any("at once" in line for line in budgets(tmp_path / "a", 0.1).lines)
+    late = budgets(tmp_path / "b", 0.1, long_ttft_ms=(1080, 60, 50))
+    assert "With `small` a long prompt takes longer than the time between two." in late.lines[2]
 
 
 def test_a_stall_that_shrinks_with_the_piece_has_no_line(tmp_path: Path) -> None:

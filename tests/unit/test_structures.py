@@ -307,6 +307,8 @@ def test_the_slowest_masks_fit_the_step_or_do_not() -> None:
     fits = Overhead("a", "imposed", 8, tpot_s=0.06, without_s=0.05, masks_s=0.004)
     assert fits.share == pytest.approx(0.2)
     assert "fit within" in tell_overhead((fits,)).lines[0]
+    hidden_no_more = replace(fits, masks_s=0.055)  # its own step has them, and is longer for it
+    assert "do not fit within the 50 ms" in tell_overhead((hidden_no_more,)).lines[0]
     slow = replace(fits, backend="b", masks_s=0.09)
     assert "`b`'s with 8 in flight" in (line := tell_overhead((fits, slow)).lines[0])
     assert "do not fit within" in line
