@@ -7,6 +7,7 @@ results/<machine>/bench.json            how exact the lab's own instruments are,
 results/<machine>/<lab>/<UTC>-<digest>/
     run.json            the resolved lab, seeds, argv, environment
     predictions.json    written before the first engine starts
+    undecided.json      the points that were chosen for more repeats, if any were
     probes/*.json.gz    what was asked of the engines beside the load; attention timed by itself
     trials/<variant>/<workload>/<load>/<repeat>/requests.jsonl.gz  trial.json
                         telemetry.csv.gz    on a GPU; on a CPU where its energy can be read
