@@ -84,9 +84,10 @@ class Sitting(BaseModel, extra="forbid"):
 
     def end(self, labs: Collection[str]) -> None:
         """Forget these labs, so that the next call starts over with them; keep the others."""
+        self.begun = [lab for lab in self.begun if lab not in labs]
         self.done = {lab: run for lab, run in self.done.items() if lab not in labs}
         self.failed = [lab for lab in self.failed if lab not in labs]
-        if self.done or self.failed:
+        if self.begun or self.done or self.failed:
             write_json(FILE, self)
         else:
             FILE.unlink(missing_ok=True)

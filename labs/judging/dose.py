@@ -68,10 +68,20 @@ def cached_tokens(trial: Trial, template_tokens: int | None) -> Bounds | None:
     low = high = 0
     for record in trial.records:
         shared = _shared(trial, record, cache)
-        most = cache.whole((record.prompt_tokens or 0) - 1)
+        most = cache.whole(_looked_up_tokens(trial, record) - 1)
         high += min(most, cache.whole(head + shared.most))
         low += min(most, cache.whole(shared.least))
     return Bounds(0 if _counts_vary(trial) else low, high)
+
+
+def _looked_up_tokens(trial: Trial, record: RequestRecord) -> int:
+    """Return the tokens of a prompt that the engine may have looked up in its cache.
+
+    One that failed before its first token has no count of the server's, and may have been.
+    """
+    if record.prompt_tokens is None and not record.turned_away and record.index < len(trial.asked):
+        return trial.asked[record.index].prompt_tokens
+    return record.prompt_tokens or 0
 
 
 @dataclass(frozen=True)
@@ -118,12 +128,12 @@ def _shared(trial: Trial, record: RequestRecord, cache: _Cache) -> _Shared:
     if chat := workload.chat:
         if record.index % chat.turns == 0:
             return _Shared(0, 0)
-        before = (record.prompt_tokens or 0) - chat.grows_tokens
+        before = _looked_up_tokens(trial, record) - chat.grows_tokens
         # with several users the turn before may still be under way
         alone = users == 1 and cache.holds(2, longest)
         return _Shared(before if alone else 0, before)
     if workload.samples:
-        whole_prompt = record.prompt_tokens or 0
+        whole_prompt = _looked_up_tokens(trial, record)
         if record.choice in (None, 0) and record.index % workload.copies == 0:
             return _Shared(0, 0)
         stays = cache.holds(2 * trial.point.sequences, longest)
@@ -134,7 +144,7 @@ def _shared(trial: Trial, record: RequestRecord, cache: _Cache) -> _Shared:
     if prefix.groups > 1 and cache.loses(prefix.groups - 1, longest):
         return _Shared(0, 0)
     stays = cache.holds(prefix.groups + users, longest)
-    whole_prompt = record.prompt_tokens or 0
+    whole_prompt = _looked_up_tokens(trial, record)
     if workload.primed and record.index < prefix.groups:  # it was sent before the trial
         return _Shared(whole_prompt if stays else 0, whole_prompt)
     known = workload.primed or record.index >= prefix.groups * users

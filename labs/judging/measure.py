@@ -104,6 +104,11 @@ class Trial:
         return [r for r in self.records if not r.ok and id(r) not in turned_away]
 
     @property
+    def length_s(self) -> float:
+        """The length of the trial, from its start to its last answer and its window's end."""
+        return max([self.summary.window_s[1], *(r.end_s or r.sent_s for r in self.records)])
+
+    @property
     def window_length_s(self) -> float:
         """The length of the measured window, in seconds."""
         start, end = self.summary.window_s

@@ -166,8 +166,7 @@ def _trials(folder: RunFolder) -> list[_Played]:
     finished = []
     for point, result, trial in folder.trials(run.points(), run.rebuilt_lab()):
         if trial:
-            length_s = max([trial.summary.window_s[1], *map(_end_s, trial.records)])
-            finished.append(_Played(point, result.repeat, trial.summary, length_s))
+            finished.append(_Played(point, result.repeat, trial.summary, trial.length_s))
         del trial  # before the next one is read
     return sorted(finished, key=lambda t: t.summary.started_unix_s)
 

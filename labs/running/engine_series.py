@@ -15,6 +15,8 @@ from labs.filing.engine_series import FILE, LABELS, Kept
 from labs.filing.results import RunFolder, write_gzip
 from labs.lab import Lab, Point
 
+A_SCRAPE_S = 1.0  # the last one may come so much later than what it shows
+
 
 def keep(folder: RunFolder, points: Sequence[Point], lab: Lab, there: Prometheus) -> None:
     """Write the series of each finished trial that has none on file yet, where Prometheus has them.
@@ -27,11 +29,14 @@ def keep(folder: RunFolder, points: Sequence[Point], lab: Lab, there: Prometheus
         for repeat in range(1, lab.rounds + 1):
             home = folder.trial_folder(point, repeat)
             result = folder.trial_result(point, repeat)
-            if result is None or result.summary is None or (home / FILE).exists():
+            if result is None or (home / FILE).exists():
                 continue
-            start = result.summary.started_unix_s
+            if (trial := folder.trial(point, result, lab)) is None:
+                continue
+            start = trial.summary.started_unix_s
+            end = start + trial.length_s + A_SCRAPE_S
             matchers = {"lab": lab.name, "run_id": folder.path.name, "variant": point.variant.name}
-            found = there.samples(_selector(matchers), start, start + result.took_s)
+            found = there.samples(_selector(matchers), start, end)
             kept = [_kept(labels, samples, start) for labels, samples in found]
             if kept:
                 write_gzip(home / FILE, [one.model_dump() for one in kept])

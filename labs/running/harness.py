@@ -34,8 +34,8 @@ from serving.ports import free_port
 
 # an answer that is not as it should be costs its probe alone
 PROBE_ERRORS = (
-    requests.RequestException, EngineError, ArithmeticError, LookupError, TypeError, ValueError,
-    StopIteration,
+    requests.RequestException, EngineError, ArithmeticError, AttributeError, LookupError,
+    RuntimeError, StopIteration, TypeError, ValueError,
 )  # fmt: skip
 
 
@@ -87,7 +87,6 @@ class Harness:
         for point, repeat in due:
             clock.require(self.trials.trial_s(point), "the next trial")
             self.trials.play(point, repeat)
-            clock.played = True
         for variant in group if probe else ():
             self._probe(variant)
 
@@ -120,7 +119,7 @@ class Harness:
             write_requests(self.setup, self.trials.work, trip[0][1])
             self.progress.expect(self.trials.remaining_s)
             for group, of_group in trials:
-                self.play_trials(group, of_group, probe=True)
+                self.play_trials(group, of_group, probe=bool(of_group))
 
     def _undecided(self) -> list[Point]:
         """Return the points of claims that were undecided after the lab's own repeats.
@@ -158,10 +157,10 @@ class Harness:
             self.setup.clock.require(self.setup.clock.probe_s, f"the probe {name}")
             self.progress.waiting(f"{variant.name}: {name}")
             began = time.monotonic()
-            engine.reset_prefix_cache()
             setup = self.setup
             served = ProbedEngine(variant, setup.lab, engine, setup.places, setup.writer)
             try:
+                engine.reset_prefix_cache()
                 answers = PROBES[name](served)
             except PROBE_ERRORS as error:
                 self.progress.message(f"{variant.name}: the probe {name} failed: {error!r}")

@@ -69,6 +69,7 @@ def request(
         weights="dummy" if run.dummy else "",
         resume=resume,
         reproduces=run.run_id,
+        scale=run.scale,
         engine_command=engine_command,
     )
 

@@ -43,6 +43,7 @@ class RunRequest:
     replicas: Sequence[str] = ()  # the engines behind it, whose metrics are read
     resume: bool = False
     reproduces: str = ""  # the run whose resolved lab this is
+    scale: str = ""  # of that lab; else this machine's
     engine_command: Sequence[str] = ()  # in the place of the engines' own
     card: str = ""  # a GPU that is not here, by its short name: it can only be forecast
     unsafe_flags: bool = False  # flags are passed on that may load code or open an address

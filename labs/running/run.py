@@ -180,7 +180,7 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         run_id=run_id(lab.digest()),
         lab=lab.resolved(),
         digest=lab.digest(),
-        scale=models.scale_of(setup.machine),
+        scale=request.scale or models.scale_of(setup.machine),
         quick=request.quick,
         changes=request.changes,
         endpoint=request.endpoint or None,

@@ -204,6 +204,7 @@ class Trials:
         self._sent = 0
         while True:
             played = self._attempt(point, repeat, name)
+            self._setup.clock.played = True  # so that another attempt has to fit
             self._sent += played.result.summary.sent if played.result.summary else 0
             result = played.result.model_copy(update={"discarded": discarded})
             attempt = self._disturbed(point, result)

@@ -257,7 +257,10 @@ def test_a_sitting_goes_on_where_it_stopped(folder: RunFolder) -> None:
     assert again.begin("other") is True  # its finished trials are kept
     assert again.page() == folder.path.parent.parent / leaderboards.SITTING
     again.end(["another"])  # it was asked for alone
-    assert list(all_labs.start(quick=False, model="", fresh=False).done) == ["tiny"]
+    left = all_labs.start(quick=False, model="", fresh=False)
+    assert (list(left.done), left.begin("other")) == (["tiny"], True)
+    left.end(["tiny"])
+    assert all_labs.start(quick=False, model="", fresh=False).begin("other") is True
     again.end(["tiny", "other"])
     assert all_labs.start(quick=False, model="", fresh=False).done == {}
 

@@ -6,6 +6,8 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -272,6 +274,17 @@ def test_what_is_filed_wrongly_is_a_problem(
     harm(filed(folder))
     (problem,) = reproduction.problems(folder)
     assert said in problem
+
+
+def test_a_repetition_is_filed_under_the_scale_of_its_lab() -> None:
+    """Whatever the class of the GPU that it is run on."""
+    lab = LABS["continuous-batching"].at("gpu-80", False)
+    recorded: Any = SimpleNamespace(
+        lab=lab.resolved(), scale="gpu-80", quick=False, dummy=True, aa=False, endpoint=None,
+        model="llama-8b-dummy", changes={}, run_id="x",
+        environment=SimpleNamespace(git_commit="0" * 40),
+    )  # fmt: skip
+    assert reproduce.request(recorded).scale == "gpu-80"
 
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu-80"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,10 @@ class Script(Trials):
         )
         counts = Counts(folder.path.name, exporter_port=1)
         super().__init__(setup, folder, folder.path, nothing, nothing, nothing, counts, progress)
+
+    def end_call(self) -> None:
+        """Leave no time for anything but what a call begins with."""
+        self._setup.clock.ends = time.monotonic()
 
     def _play(self, point: Point, repeat: int, name: str, began: float) -> Played:
         lag_s = self.lags_s.pop(0)
@@ -123,6 +128,23 @@ def test_it_is_measured_again_at_most_twice_and_then_keeps_its_caveat(tmp_path: 
     assert "1, 1 of them twice. Reasons: generator's loop lagged (2)" in " ".join(
         report.write(folder).read_text().split()
     )
+
+
+def test_a_disturbed_first_trial_of_a_call_is_measured_again_only_where_it_fits(
+    tmp_path: Path,
+) -> None:
+    """Else a machine that is always disturbed would never get a trial on file."""
+    folder = write_run(tmp_path)
+    point = folder.run().points()[-1]
+    trials = Script(folder, [2.5, 0.01])
+    trials.end_call()
+    trials.play(point, 1)
+    result = folder.trial_result(point, 1)
+    assert result
+    assert result.summary
+    assert result.summary.loop_lag_max_s == 2.5
+    (said,) = trials.said
+    assert said.endswith("was disturbed, but no time is left to repeat it")
 
 
 def test_an_interrupted_second_attempt_leaves_the_trial_to_be_played(tmp_path: Path) -> None:

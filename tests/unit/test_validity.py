@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from labs.judging import dose
 from labs.judging.judge import Caveat
 from labs.judging.measure import OtherWork, Trial
 from labs.judging.validity import Expected, Served, caveats_of, confounded, first_trial_slow
@@ -91,6 +92,26 @@ LATE = [
 
 def without(name: str) -> dict[str, float]:
     return {n: v for n, v in VALUES.items() if n != name}
+
+
+def test_a_prompt_that_failed_before_its_first_token_may_have_been_found_in_the_cache() -> None:
+    """The engine counts what it looked up, and nobody counts the prompt's tokens."""
+    point = make_point(flags={"enable-prefix-caching": True}, prefix=Prefix(tokens=4), primed=True)
+    info = {CACHE: {"block_size": "2", "num_gpu_blocks": "1000"}}
+    done = [make_record([(11.0, 1)], index=i, prompt_tokens=6) for i in range(3)]
+    lost = [*done[:2], replace(done[2], chunks=[], prompt_tokens=None, error="timed out")]
+    bounds = [
+        dose.cached_tokens(
+            replace(
+                make_trial(found, point=point, engine=Snapshot({}, {}, info)),
+                asked=[Asked(6, 4)] * 3,
+            ),
+            0,
+        )
+        for found in (done, lost)
+    ]
+    assert all(bounds)
+    assert len({b.high for b in bounds if b}) == 1
 
 
 def test_clean_trial_has_no_caveat() -> None:
