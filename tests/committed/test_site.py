@@ -103,10 +103,14 @@ def test_a_quick_or_changed_run_displaces_no_full_one(
     entries: list[Entry], committed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "RESULTS", committed / "results")
-    entry = entries[-1]
-    quick = replace(entry, run=entry.run.model_copy(update={"quick": True}))
-    monkeypatch.setattr(RunFolder, "run", lambda f: quick.run if f is quick.folder else entry.run)
-    assert Course([quick]).newest == []
+    entry = next(e for e in reversed(entries) if residuals.is_full(e.folder))
+    assert Course([entry]).newest == [entry]
+    for update in ({"quick": True}, {"changes": {"repeats": 1}}):
+        other = replace(entry, run=entry.run.model_copy(update=update))
+        monkeypatch.setattr(RunFolder, "run", lambda _, run=other.run: run)
+        assert Course([other]).newest == []
+        monkeypatch.undo()
+        monkeypatch.setattr(results, "RESULTS", committed / "results")
 
 
 @pytest.fixture(scope="module")

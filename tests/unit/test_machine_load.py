@@ -6,6 +6,9 @@ import subprocess
 import sys
 import time
 
+import pytest
+
+from labs.running import machine_load
 from labs.running.machine_load import OtherLoad, wait_until_idle
 from serving.models import ROOT
 
@@ -19,6 +22,9 @@ print(child.pid)
 """
 MEASURED = f"""
 import subprocess, sys, time, psutil
+import pytest
+
+from labs.running import machine_load
 from labs.running.machine_load import OtherLoad, wait_until_idle
 other_load = OtherLoad()
 printed = subprocess.run([sys.executable, "-c", {ORPHAN!r}], capture_output=True, check=True)
@@ -49,6 +55,9 @@ def test_what_a_stranger_uses_is_told() -> None:
 
 OURS = f"""
 import subprocess, sys
+import pytest
+
+from labs.running import machine_load
 from labs.running.machine_load import OtherLoad, wait_until_idle
 other_load = OtherLoad()
 before = other_load._now()
@@ -81,14 +90,16 @@ def test_what_the_engine_uses_is_told_apart() -> None:
         engine.communicate(b"\n")
 
 
-def test_a_process_that_still_looks_out_for_work_is_waited_for() -> None:
-    busy = subprocess.Popen([sys.executable, "-c", STRANGER])
+def test_a_process_that_still_looks_out_for_work_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its CPU time, which a busy one may get little of on a machine that has other work."""
+    idle = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        assert not wait_until_idle([busy.pid], most_s=0.5)
-        busy.kill()
-        busy.wait()
-        assert wait_until_idle([busy.pid], most_s=30)
+        assert wait_until_idle([idle.pid], most_s=30)
     finally:
-        busy.kill()
-        busy.wait()
+        idle.kill()
+        idle.communicate()
     assert wait_until_idle([])
+    monkeypatch.setattr(machine_load, "_used_s", lambda pid: time.monotonic())
+    assert not wait_until_idle([1], most_s=0.3)
