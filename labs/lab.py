@@ -350,6 +350,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     # a closed loop and waves hold it open until five requests count: `loadtests/plan.py`
     window_s: Seconds
     repeats: Annotated[int, Field(gt=0, le=1000)] = 5
+    # of the points that no claim compares, where these shall have fewer; 0: `repeats`
+    curve_repeats: Annotated[int, Field(ge=0, le=1000, exclude_if=lambda number: not number)] = 0
     # of the points whose claims are undecided after `repeats`; no more than `repeats`: never
     most_repeats: Annotated[int, Field(ge=0, le=1000)] = 10
     # after so long with its engines a run begins no repeats beyond `repeats`
@@ -529,9 +531,12 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
 
     def _changed(self, *layers: Mapping[str, Any]) -> Lab:
         fields = self.model_dump(exclude={"scales", "quick"})
+        parts: list[tuple[dict[str, Any], BaseModel]] = [(fields, self)]
         for part in ("variants", "workloads", "claims"):
-            for plain, of in zip(fields[part], getattr(self, part), strict=True):
-                for name, info in type(of).model_fields.items():
+            parts += zip(fields[part], getattr(self, part), strict=True)
+        for plain, of in parts:
+            for name, info in type(of).model_fields.items():
+                if info.exclude_if:
                     plain.setdefault(name, info.get_default())  # what a digest leaves out
         for path, value in (item for layer in layers for item in layer.items()):
             _set(fields, path, copy.deepcopy(value))  # a later path may lead into it
@@ -629,6 +634,13 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     def digest(self) -> str:
         """Hash the resolved lab; see `digest_of`."""
         return digest_of(self.resolved())
+
+    def repeats_of(self, point: Point) -> int:
+        """Return how often a point is played before the lab first looks at its claims."""
+        arms = (arm for claim in self.claims for arm in (claim.treatment, claim.baseline))
+        if not self.curve_repeats or any(arm.matches(point) for arm in arms):
+            return self.repeats
+        return min(self.curve_repeats, self.repeats)
 
     @property
     def rounds(self) -> int:

@@ -215,7 +215,8 @@ LAB = Lab(
     warmup_s=0.8,
     window_s=2.5,
     scales={
-        "cpu": {"repeats": 3},  # of many points; those that are undecided get more
+        # there is time for no more, so it looks at its claims once
+        "cpu": {"repeats": 5, "curve_repeats": 2, "most_repeats": 0},
         "gpu": {
             "flags": {"enable-prefix-caching": True, "block-size": 16},
             **{

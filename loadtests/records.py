@@ -72,6 +72,11 @@ class RequestRecord:
         return self.sent_s if self.scheduled_s is None else self.scheduled_s
 
     @property
+    def over_s(self) -> float:
+        """When it was over: the stream's end, or the send where there was no stream to end."""
+        return self.end_s or self.sent_s
+
+    @property
     def send_lag_s(self) -> float | None:
         """The time from the schedule to the send; None under closed loop."""
         return None if self.scheduled_s is None else self.sent_s - self.scheduled_s

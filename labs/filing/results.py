@@ -704,7 +704,7 @@ def contradictions(folder: RunFolder) -> list[str]:
             messages.append("its lab was changed after the run: the digest is another")
         if folder.complete:
             for point in points:
-                for repeat in range(1, lab.repeats + 1):
+                for repeat in range(1, lab.repeats_of(point) + 1):
                     result, trial = folder.trial_result(point, repeat), f"{point.key}/{repeat}"
                     if result is None:
                         messages.append(f"trial {trial} is missing")

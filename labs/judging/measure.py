@@ -106,7 +106,7 @@ class Trial:
     @property
     def length_s(self) -> float:
         """The length of the trial, from its start to its last answer and its window's end."""
-        return max([self.summary.window_s[1], *(r.end_s or r.sent_s for r in self.records)])
+        return max([self.summary.window_s[1], *(r.over_s for r in self.records)])
 
     @property
     def window_length_s(self) -> float:

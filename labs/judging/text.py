@@ -43,10 +43,16 @@ def times_with_interval(ratio: Interval) -> str:
 
 
 def ratio_ends(ratio: Interval | None) -> str:
-    """Write a ratio's interval as `0.98 to 1.11`, or a dash where there is none."""
+    """Write a ratio's interval as `0.98 to 1.11`, or a dash where there is none.
+
+    Where one of the repeats has next to nothing of a figure, an end may be millions away: that it
+    lies beyond a thousandfold is all that it says.
+    """
     if ratio is None or ratio.low is None or ratio.high is None:
         return "–"
-    return f"{ratio_number(ratio.low)} to {ratio_number(ratio.high)}"
+    low = ratio_number(ratio.low) if abs(ratio.low) >= 0.001 or not ratio.low else "under 0.001"
+    high = ratio_number(ratio.high) if ratio.high <= 1000 else "over 1,000"
+    return f"{low} to {high}"
 
 
 def yes_or_no(is_so: bool | None) -> str:

@@ -202,12 +202,13 @@ def _client(folder: RunFolder, since: _Since) -> Iterator[str]:
         client.begin(_plan(lab, folder.path.name, trial))
         path = folder.trial_folder(point, trial.repeat) / "requests.jsonl.gz"
         trial_records = sorted(
-            (r for r in records.read(path) if _end_s(r) > since_s or not since_s), key=_end_s
+            (r for r in records.read(path) if r.over_s > since_s or not since_s),
+            key=lambda record: record.over_s,
         )
         outstanding = deque(trial_records)
         length_s = trial.length_s
         for now in (*range(math.ceil(length_s)), length_s):  # every second, as Prometheus scrapes
-            while outstanding and _end_s(outstanding[0]) <= now:
+            while outstanding and outstanding[0].over_s <= now:
                 client.observe(outstanding.popleft())
             warm = now >= trial.summary.window_s[0]
             client.progress(_progress(trial_records, len(outstanding), now, warm))
@@ -249,10 +250,6 @@ def _plan(lab: Lab, run_id: str, trial: _Played) -> TrialPlan:
         workload=point.workload.name,
         slo_s=lab.slo.by_name(),
     )
-
-
-def _end_s(record: RequestRecord) -> float:
-    return record.end_s or record.sent_s
 
 
 def _scrape(registry: CollectorRegistry, at_unix_s: float) -> Iterator[str]:

@@ -159,7 +159,8 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
     """
     if model.dummy and name not in NEED_NO_WEIGHTS:
         try:
-            return dummy.derive(model, name)
+            with _alone(place(model, name), report):
+                return dummy.derive(model, name)
         except ModelError as reason:
             raise NotApplicable(str(reason)) from reason
     folder = place(model, name)
@@ -215,14 +216,14 @@ def _make(
     report: Callable[[str], None],
 ) -> None:
     """Run the recipe's module, with this share of its prompts or texts. Raises LabError."""
-    inputs = TEXTS / recipe.text if recipe.text else models.CACHE / f"{name}-input.jsonl"
+    inputs = TEXTS / recipe.text if recipe.text else models.CACHE / f"{folder.name}-input.jsonl"
     if recipe.prompts:
         _write_prompts(inputs, model, recipe.prompts, round(share * PROMPTS_EACH))
     if recipe.structures:
         _write_structures(inputs, recipe.structures)
     if recipe.scores:
         _write_scored(inputs, share)
-    began, log = time.monotonic(), models.CACHE / f"{name}.log"
+    began, log = time.monotonic(), models.CACHE / f"{folder.name}.log"
     log.unlink(missing_ok=True)
     argv = [sys.executable, "-m", recipe.module, *([recipe.method] if recipe.method else [])]
     argv += [str(model.path), str(folder), *([str(inputs)] if recipe.reads_input else [])]

@@ -151,7 +151,7 @@ def forecast(
                 [row for key, row in figures[:plays_as_timed] if key == p.key],
                 [row for key, row in figures[plays_as_timed:] if key == p.key],
                 # trials of a run share the speed that these plays differ in
-                1 if isinstance(p.load, Contended) else setup.lab.repeats,
+                1 if isinstance(p.load, Contended) else setup.lab.repeats_of(p),
             )
             for p in points
         },

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,6 +90,13 @@ class Harness:
         for variant in group if probe else ():
             self._probe(variant)
 
+    def play_repeats(self, group: Sequence[Variant], repeats: Collection[int]) -> None:
+        """Play the group's trials of these repeats; after their last its engines are probed."""
+        of_group = interleave(self.setup, group)
+        last = max((repeat for _, repeat in of_group), default=self.setup.lab.repeats)
+        trials = [(point, repeat) for point, repeat in of_group if repeat in repeats]
+        self.play_trials(group, trials, probe=last in repeats)
+
     def repeat_undecided(self, until: float) -> None:
         """Repeat the points of claims that are undecided after the lab's own repeats.
 
@@ -163,7 +170,8 @@ class Harness:
                 engine.reset_prefix_cache()
                 answers = PROBES[name](served)
             except PROBE_ERRORS as error:
-                self.progress.message(f"{variant.name}: the probe {name} failed: {error!r}")
+                reason = f"{type(error).__name__}: {error}"
+                self.progress.message(f"{variant.name}: the probe {name} failed: {reason}")
                 continue
             finally:
                 self.setup.clock.probed(time.monotonic() - began)

@@ -35,7 +35,7 @@ from labs.running.harness import open_harness
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import RunRequest, Setup, engine_environment, resolve
 from labs.running.resume import unfinished
-from labs.running.trials import interleave, requests_file, write_requests
+from labs.running.trials import requests_file, write_requests
 from labs.telling import pages, report, tables
 from labs.telling.document import bullets, section
 from labs.telling.summary import summarise
@@ -113,8 +113,7 @@ def _measure(
     setup.clock.preparations_s.append(round(time.monotonic() - began, 1))
     with open_harness(setup, folder, work, progress, groups) as harness:
         for group, repeats in itertools.chain.from_iterable(trips):
-            trials = [(p, r) for p, r in interleave(setup, group) if r in repeats]
-            harness.play_trials(group, trials, probe=lab.repeats in repeats)
+            harness.play_repeats(group, repeats)
         harness.repeat_undecided(until)
         agreement = harness.counts.agreement(harness.prometheus)
         engine_series.keep(folder, setup.points, setup.lab, harness.prometheus)

@@ -95,6 +95,7 @@ def interleave(setup: Setup, group: Sequence[Variant]) -> list[tuple[Point, int]
         (point, repeat)
         for repeat in range(1, setup.lab.repeats + 1)
         for point in sorted(points, key=lambda _: rng.random())
+        if repeat <= setup.lab.repeats_of(point)
     ]
     if not setup.lab.finds_capacity:
         return trials
@@ -198,7 +199,8 @@ class Trials:
         figure, and the last attempt counts, whatever they say of it.
         """
         lab = self._setup.lab
-        name = f"{point_label(point.key, lab)}, repeat {repeat} of {max(repeat, lab.repeats)}"
+        of = max(repeat, lab.repeats_of(point))
+        name = f"{point_label(point.key, lab)}, repeat {repeat} of {of}"
         discarded: tuple[Discarded, ...] = ()
         began = time.monotonic()
         self._sent = 0

@@ -146,7 +146,9 @@ def computed(folder: RunFolder) -> Summary:
         machine_speed=measured.machine_speed,
         measured_again=measured.measured_again,
         missing=sum(
-            folder.trial_result(p, r) is None for p in points for r in range(1, lab.repeats + 1)
+            folder.trial_result(p, r) is None
+            for p in points
+            for r in range(1, lab.repeats_of(p) + 1)
         ),
     )
     if not run.aa:  # where an engine meets its twin there is nothing to answer

@@ -231,7 +231,7 @@ def _written(results: Path, day: str, **fields: Any) -> RunFolder:
                     forecasts={}),
     )  # fmt: skip
     for point in points:
-        for repeat in range(1, lab.repeats + 1):
+        for repeat in range(1, lab.repeats_of(point) + 1):
             on = point.variant.name == "on"
             tokens = (300 if on else 100) + repeat
             found = [
@@ -257,7 +257,7 @@ def write_slowed(folder: RunFolder, factor: float, variant: str = "") -> RunFold
     run = later.run().model_copy(update={"run_id": later.path.name})
     write_json(later.path / "run.json", run)
     for point in run.points():
-        for repeat in range(1, run.rebuilt_lab().repeats + 1):
+        for repeat in range(1, run.rebuilt_lab().repeats_of(point) + 1):
             if variant not in ("", point.variant.name):
                 continue
             home = later.trial_folder(point, repeat)

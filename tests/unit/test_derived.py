@@ -73,6 +73,8 @@ def test_a_quick_run_makes_a_lesser_draft_unless_the_whole_one_is_there(model: M
     assert taught(lesser) == pytest.approx(0.15 * taught(whole))
     assert make(model, "draft", pytest.fail, quick=True) == whole
     assert make(model, "adapters", said.append, quick=True) == place(model, "adapters")
+    inputs = {path.name.removesuffix("-input.jsonl") for path in models.CACHE.glob("*-input.jsonl")}
+    assert inputs == {lesser.name, whole.name, place(model, "adapters").name}  # none is shared
 
 
 def test_a_quick_study_scores_fewer_texts_and_calibrates_on_as_many(model: Model) -> None:
@@ -131,7 +133,7 @@ def test_a_maker_that_fails_has_the_last_word(model: Model, tmp_path: Path) -> N
     failing = replace(model, path=tmp_path / "fails")
     with pytest.raises(LabError, match="draft could not be made: the base takes no adapter") as e:
         make(failing, "draft", list[str]().append)
-    log = models.CACHE / "draft.log"
+    log = models.CACHE / f"{place(failing, 'draft').name}.log"
     assert str(log) in str(e.value)
     assert "first this" in log.read_text()
     assert not place(model, "draft").exists()

@@ -131,7 +131,27 @@ def test_labs_go_on_until_their_claims_are_decided_but_not_where_quick() -> None
     for every in LABS.values():
         resolved = every.at("cpu", False)
         assert 3 <= resolved.repeats <= 5, every.name  # of which the simulations speak
-        assert resolved.looks == 2, every.name
+        # a lab that has no time for a second look spends its time on what it compares
+        assert (resolved.looks == 1) == (resolved.curve_repeats > 0), every.name
+
+
+def test_points_that_no_claim_compares_may_be_played_fewer_times() -> None:
+    claim = make_claim(
+        treatment=Arm(variant="on", load="concurrent:2"),
+        baseline=Arm(variant="off", load="concurrent:2"),
+    )
+
+    def repeats(**fields: Any) -> dict[str, int]:
+        lab = make_lab(claims=(claim,), **fields)
+        return {p.key: lab.repeats_of(p) for p in lab.points(SHAPE, CEILINGS)}
+
+    compared = {f"{name}/short/concurrent-2": 5 for name in ("on", "off")}
+    others = [f"{name}/short/concurrent-1" for name in ("on", "off")]
+    assert repeats(repeats=5) == compared | dict.fromkeys(others, 5)
+    assert repeats(repeats=5, curve_repeats=2) == compared | dict.fromkeys(others, 2)
+    assert set(repeats(repeats=1, curve_repeats=2).values()) == {1}
+    assert make_lab().digest() != make_lab(curve_repeats=2).digest()
+    assert "curve_repeats" not in make_lab().resolved()  # those of recorded runs stand
 
 
 def test_a_change_within_a_layers_value_leaves_the_layer_alone() -> None:

@@ -29,7 +29,7 @@ number = len(list(home.glob("start-*")))
 print(json.dumps({"event": "ready"}), flush=True)
 for line in sys.stdin:
     if number == 0:
-        time.sleep(1)
+        time.sleep(5)
     if number == 1:
         os._exit(3)
     done = {"event": "done", "summary": {**json.loads(sys.argv[2]), "sent": number}}
@@ -43,7 +43,6 @@ def test_a_trial_that_fails_is_followed_by_another_load_generator(
     summary = json.dumps(make_summary().model_dump())
     argv = [sys.executable, "-c", STAND_IN, str(tmp_path), summary]
     monkeypatch.setattr(load, "argv", lambda *_: argv)
-    monkeypatch.setattr(generator, "GRACE_S", 0.1)
     monkeypatch.setattr("loadtests.plan.HELD_OPEN_AT_MOST_S", 0.1)
     requests = tmp_path / "requests.jsonl"
     requests.touch()
@@ -55,8 +54,10 @@ def test_a_trial_that_fails_is_followed_by_another_load_generator(
     setup: Any = SimpleNamespace(users=1, lab=lab, machine=SimpleNamespace(kind="gpu"))
     playing = LoadGenerator(setup, 1, tmp_path / "locust.log")
     try:
-        with pytest.raises(GeneratorError, match="said nothing for"):
-            playing.play(plan, lambda: None)
+        with monkeypatch.context() as impatient:
+            impatient.setattr(generator, "GRACE_S", 0.1)
+            with pytest.raises(GeneratorError, match="said nothing for"):
+                playing.play(plan, lambda: None)
         with pytest.raises(GeneratorError, match="Locust ended with exit code 3"):
             playing.play(plan, lambda: None)
         assert [playing.play(plan, lambda: None).sent for _ in range(2)] == [2, 2]

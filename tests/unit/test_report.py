@@ -31,6 +31,7 @@ from labs.judging.text import (
     point_label,
     prediction_text,
     predictions_text,
+    ratio_ends,
     ratio_interval,
     ratio_text,
     verdict_text,
@@ -405,3 +406,18 @@ def test_a_terminal_shows_the_answer_the_claims_and_what_weakens_them(folder: Ru
     assert "- On is faster: **helps (as claimed)**, Output throughput 2.97x (2.84 to 3.10)" in (
         markdown.fragment(sections)
     )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.98, 1.11, "0.98 to 1.11"),
+        (0.0, 0.088, "0.00 to 0.088"),
+        (5.7e-7, 6.2e7, "under 0.001 to over 1,000"),
+        (None, None, "–"),
+    ],
+)
+def test_the_ends_of_an_interval_are_no_further_than_a_thousandfold(
+    low: float | None, high: float | None, words: str
+) -> None:
+    assert ratio_ends(Interval(value=1.0, low=low, high=high, n=3)) == words

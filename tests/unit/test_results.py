@@ -25,13 +25,13 @@ from labs.filing.results import (
     snapshot_json,
     write_json,
 )
-from labs.lab import LabError, digest_of
+from labs.lab import Arm, LabError, digest_of
 from labs.running import resume
 from labs.telling.summary import summarise
 from serving import metrics
 from serving.machine import Environment
 from serving.metrics import Histogram, Snapshot
-from tests.unit.builders import write_run
+from tests.unit.builders import make_claim, write_run
 
 RECORDS = "trials/on/short/concurrent-2/1/requests.jsonl.gz"
 TRIAL = "trials/on/short/concurrent-2/1/trial.json"
@@ -268,6 +268,22 @@ def test_a_log_that_stays_here_is_none(folder: RunFolder) -> None:
     (folder.path / "logs").mkdir()
     (folder.path / "logs" / "engine-on.log").write_text("loading /root/model")
     assert problems(folder) == []
+
+
+def test_a_run_is_whole_with_as_many_repeats_as_each_point_shall_have(tmp_path: Path) -> None:
+    arms = {name: Arm(variant=name, load="concurrent:2") for name in ("on", "off")}
+    claim = make_claim(treatment=arms["on"], baseline=arms["off"])
+    folder = write_run(tmp_path, claims=(claim,), curve_repeats=1)
+    assert problems(folder) == []
+    summary = folder.summary()
+    assert summary
+    assert summary.missing == 0
+    assert {k: len(v) for k, v in summary.measurements.items()} == {
+        "off/short/concurrent-1": 1, "off/short/concurrent-2": 2,
+        "on/short/concurrent-1": 1, "on/short/concurrent-2": 2,
+    }  # fmt: skip
+    shutil.rmtree(folder.path / "trials/on/short/concurrent-1/1")
+    assert "trial on/short/concurrent-1/1 is missing" in problems(folder)
 
 
 # -------------------------------------------------------------------------------- half-written

@@ -89,8 +89,7 @@ class Noted(Harness):
         """Through all engines in turn; what was noted."""
         for trip in order_of_engines(self.groups, range(1, repeats + 1), starts):
             for group, some in trip:
-                trials = [(p, r) for p, r in interleave(self.setup, group) if r in some]
-                self.play_trials(group, trials, probe=repeats in some)
+                self.play_repeats(group, some)
         return " ".join(self.noted)
 
 
@@ -205,6 +204,14 @@ def test_a_variant_that_is_probed_alone_has_its_turn(folder: RunFolder) -> None:
     setup: Any = harness.setup
     setup.points = [point for point in setup.points if point.variant.name == "off"]
     assert harness.goes(2, starts=2) == "off 1 1 on needles off 2 2"
+
+
+def test_engines_are_probed_after_the_last_of_their_own_trials(folder: RunFolder) -> None:
+    """No claim compares `off`, so it has fewer repeats, and no start for its probe alone."""
+    (claim,) = folder.run().lab["claims"]
+    claims = [{**claim, "baseline": {"variant": "off", "workload": "of another lab"}}]
+    set_lab(folder, claims=claims, repeats=3, curve_repeats=1, probes=["needles"])
+    assert Noted(folder).goes(3, starts=2) == "off 1 1 needles on 1 1 2 2 on 3 3 needles"
 
 
 def test_where_no_engine_starts_the_run_ends_with_the_reason(folder: RunFolder) -> None:
