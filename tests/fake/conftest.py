@@ -35,6 +35,7 @@ from serving.models import ROOT
 from tests.sizes import BRIEF, sizes_of
 
 Json = dict[str, Any]
+TOKEN = "hf_" + "a1B2" * 8  # a stranger's, in the command of every engine: nothing may keep it
 LAW = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
 LABS = ("-m", "tests.fake.quiet")
 LABS_WITH_FAKE_MODELS = ("-m", "tests.fake.made")
@@ -160,7 +161,8 @@ class Reader:
         fake = shlex.join([sys.executable, "-m", "tests.fake.engine", *LAW, *flags])
         here = shlex.quote(str(self.engines))
         script = (
-            f'echo "$@" > {here}/$$.argv; if mkdir {here}/first 2> {os.devnull};'
+            f": {TOKEN};"
+            f' echo "$@" > {here}/$$.argv; if mkdir {here}/first 2> {os.devnull};'
             f' then set -- {shlex.join(first)} "$@"; fi; exec {fake} --log {here}/$$.jsonl "$@"'
         )
         return shlex.join(["/bin/sh", "-c", script, "engine"])

@@ -30,6 +30,7 @@ from serving.install import find_prometheus
 from serving.models import ROOT
 from tests.fake import made
 from tests.fake.conftest import (
+    TOKEN,
     Command,
     Finish,
     Finished,
@@ -102,6 +103,15 @@ def test_the_engines_got_the_command_lines_that_are_on_file(lab: str, finish: Fi
         folder, *own = words.split()
         place = own[own.index("--model") + 1] if "--model" in own else folder
         assert any(place in a and a[len(a) - len(own) :] == own for a in started), words
+
+
+def test_a_token_in_the_engines_command_is_in_no_file_of_the_run(finish: Finish) -> None:
+    folder = finish(BATCHING).folder
+    command = folder.run().engine_command
+    assert command
+    assert ": ***; echo" in " ".join(command)
+    files = [path for path in folder.path.rglob("*") if path.is_file()]
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
 
 
 @every_lab

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,16 @@ def test_the_lab_of_a_manifest_is_the_lab_that_ran(
     for function in FUNCTIONS:
         assert getattr(again, function) is getattr(LABS[name], function)
     assert asked.reproduces == run.run_id
+
+
+def test_variables_of_a_manifest_are_never_set(folder: RunFolder) -> None:
+    run = run_of(next(iter(LABS)), folder.run())
+    variables = {"LD_PRELOAD": "/tmp/theirs.so", "VLLM_PLUGINS": "theirs"}
+    there = Environment(python="3", packages={}, kernel="6", variables=variables)
+    before = dict(os.environ)
+    asked = reproduce.request(run.model_copy(update={"environment": there}))
+    assert "theirs" not in repr(asked)
+    assert dict(os.environ) == before
 
 
 def test_what_was_changed_by_hand_is_changed_again_and_marked(folder: RunFolder) -> None:
