@@ -156,6 +156,9 @@ class Point:
         return self.sequences * self.attended_tokens * per_token
 
 
+OF_FORECASTS = "serving/forecasting/"  # the source of a prediction that is a ratio of two forecasts
+
+
 class Prediction(BaseModel, frozen=True, extra="forbid"):
     """A prediction is a number written down before measuring, with what it rests on.
 

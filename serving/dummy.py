@@ -71,7 +71,7 @@ def derive(model: Model, name: str) -> Path:
             f" out (available with random weights: {', '.join(DERIVED)})"
         )
     config = json.loads((model.path / "config.json").read_text())
-    return DERIVED[name](f"{model.name}-{name}", config)
+    return DERIVED[name](f"{model.name}-{name}", config.get("text_config", config))
 
 
 def _folder(name: str, config: dict[str, Any]) -> Path:

@@ -254,13 +254,16 @@ def _load(path: Path, name: str) -> Model:
     routed, routed_bytes = (sum(s[i] for n, s in sizes.items() if ".experts." in n) for i in (0, 1))
     experts, per_token = _experts(config)
     idle = routed * (experts - per_token) // experts if experts else 0
+    multiplied = params - untied[0] - idle
+    if "quantization_config" in config:
+        params, multiplied = _unpacked(config) or (params, multiplied)
     return Model(
         name,
         path,
         Shape(
             **_dimensions(config),
             params=params,
-            matmul_params=params - untied[0] - idle,
+            matmul_params=multiplied,
             weight_bytes=stored - untied[1],
             experts=experts,
             experts_per_token=per_token,
@@ -268,6 +271,20 @@ def _load(path: Path, name: str) -> Model:
             embedding_bytes=untied[1],
         ),
     )
+
+
+def _unpacked(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Count the parameters of quantized weights, and those that are multiplied, from the config.
+
+    Weights of four bits are stored packed, eight in a number. None where the config lacks a size.
+    """
+    plain = {"tie_word_embeddings": False, **config}
+    del plain["quantization_config"]
+    try:
+        shape = shape_of(plain)
+    except KeyError:
+        return None
+    return shape.params, shape.matmul_params
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:

@@ -48,6 +48,7 @@ from labs.commands.options import (
     UnsafeOption,
     WeightsOption,
     addresses,
+    settings_of,
 )
 from labs.commands.terminal import (
     EXPECTED_ERRORS,
@@ -198,6 +199,7 @@ def run_all(
 ) -> None:
     """Run every lab in order, continuing where an earlier call stopped; write one page of all."""
     with reported_errors():
+        _require_no_setting_of_one_lab()
         chosen = all_labs.chosen(only, by_value=seconds is not None)
         all_changes = {**_parallel(tp, dp, pp), **_changes(changes)}
         state = all_labs.start(quick, model, fresh, weights, all_changes)
@@ -232,6 +234,17 @@ def run_all(
             console.print("Everything is done: FRESH=1 starts over.")
         else:
             state.end(chosen)
+
+
+def _require_no_setting_of_one_lab() -> None:
+    """Refuse settings that a single lab takes and all of them together do not.
+
+    All labs together always continue, so that RESUME changes nothing. Raises LabError.
+    """
+    of_one_lab = settings_of(run) - settings_of(run_all) - {"LABS_RESUME"}
+    if given := sorted(name for name in of_one_lab if os.environ.get(name)):
+        names = ", ".join(name.removeprefix(environment.PREFIX) + "=" for name in given)
+        raise LabError(f"{names}: not for all labs together; give it to one, `make lab-<name>`")
 
 
 @dataclass

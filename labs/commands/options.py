@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 LabName = Annotated[str, typer.Argument(help="A lab's name; `labs list` names them all.")]
 SetOption = Annotated[
@@ -87,3 +89,10 @@ MarkdownOut = Annotated[
 def addresses(text: str) -> tuple[str, ...]:
     """Split `url,url`."""
     return tuple(filter(None, map(str.strip, text.split(","))))
+
+
+def settings_of(command: Callable[..., Any]) -> set[str]:
+    """Return the variables that a command's options may come in, such as LABS_QUICK."""
+    hints = get_type_hints(command, include_extras=True).values()
+    options = [part for hint in hints for part in getattr(hint, "__metadata__", ())]
+    return {str(o.envvar) for o in options if isinstance(o, OptionInfo) and o.envvar}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from statistics import fmean
@@ -118,6 +119,8 @@ def plan_capacity(
                 f"there is no ROUTER={router}{did_you_mean(router, ROUTERS)} ones are all,"
                 f" {', '.join(ROUTERS)}"
             )
+        if not math.isfinite(rate):
+            raise LabError(f"RATE={rate}: give a number of requests per second")
         ttft_ms, tpot_ms = _pair("SLO", slo, "TTFT/TPOT in milliseconds, such as 1000/50")
         try:
             usd_per_hour = price_per_hour()

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,15 +48,16 @@ from serving.forecasting.plan import (
     SyntheticRequest,
 )
 from serving.forecasting.step import Piece, Step, StepTimes
-from serving.forecasting.traffic import Traffic
+from serving.forecasting.traffic import Delays, Traffic
 from serving.gpus import Datasheet
 from serving.machine import Machine
-from serving.models import Model
+from serving.models import Model, ModelError
 
 PRECISIONS = ("bf16", "fp8", "w8a8", "w4a16-gptq")
 SHARE = 0.95  # of the requests must meet the objective
 GRIDS = ((0.4, 0.6, 0.75, 0.9, 1.05, 1.25), (1.5, 1.9, 2.4, 3.0))
-"""Rates tried, in units of the closed form's estimate; the second where all of the first serve."""
+"""Rates tried, in units of the closed form's estimate; the second where a faster step serves all of
+the first."""
 FEWEST = 500  # requests that count in a play
 MOST_REPLICAS = 64
 LONGEST_OUTPUT = 4  # drawn outputs are cut at so many times their mean
@@ -80,7 +81,14 @@ class Question:
 
 def model_named(machine: Machine, name: str) -> Model:
     """Find a shape that ships with the lab, or the model in a folder; raises ModelError."""
-    return models.resolve(machine, name) if Path(name).is_dir() else dummy.resolve(machine, name)
+    if not (folder := Path(name)).is_dir():
+        return dummy.resolve(machine, name)
+    if models.is_quantized(folder):
+        raise ModelError(
+            f"MODEL={name} holds quantized weights: give the model before quantization, and"
+            " PRECISION= for how it is to be served"
+        )
+    return models.resolve(machine, name)
 
 
 def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
@@ -100,6 +108,13 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
     )
     if served.room_tokens < question.demand.tokens:
         return answer
+    longest = max((prompt + output for _, prompt, output in question.demand.trace), default=0)
+    if (longest := max(longest, math.ceil(question.demand.tokens))) > served.most_tokens:
+        raise LabError(
+            f"the longest request has {longest:,} tokens, and {answer.model} on this GPU takes"
+            f" {served.most_tokens:,} at most: shorten LENGTHS or the TRACE, or choose another"
+            " MACHINE or MODEL"
+        )
     answer = replace(answer, alone=_alone(served, question.demand))
     rates = tuple(_rates(served, question, progress))
     answer = replace(answer, rates=rates, capacity_per_s=_capacity(rates))
@@ -137,6 +152,11 @@ class _Served:
         bytes_left = max(0.0, float(str(self.flags["kv-cache-memory-bytes"])))
         return theory.kv_tokens(self.model.shape, bytes_left, 2, int(str(self.flags["block-size"])))
 
+    @property
+    def most_tokens(self) -> int:
+        """The tokens of the longest request: one fills the cache, or all of the positions."""
+        return min(self.model.shape.max_positions, int(self.room_tokens)) - 1
+
     def step_times(self, efficiency: Efficiency) -> StepTimes:
         return step_times(self.model.shape, self.sheet, efficiency, eight_bit=self.eight_bit)
 
@@ -150,7 +170,10 @@ class _Served:
 
 def _fits(question: Question, machine: Machine, sheet: Datasheet) -> Iterator[Fit]:
     for precision in PRECISIONS:
-        served = _Served.of(question.model, precision, machine, sheet)
+        try:
+            served = _Served.of(question.model, precision, machine, sheet)
+        except ModelError:  # quantized experts, for example
+            continue
         usable = GPU_SHARE * machine.memory_bytes - ACTIVATION_BYTES
         yield Fit(
             precision,
@@ -207,7 +230,7 @@ def _rates(
         rates = [float(f"{middle * factor:.2g}") for factor in grid]
         tried = list(_tried(served, question, rates, progress))
         yield from tried
-        if tried[-1].expected.within < SHARE:
+        if tried[-1].within.high < SHARE:
             return
 
 
@@ -217,7 +240,7 @@ def _tried(
     """Forecast one GPU at these rates, as expected, with a faster and with a slower step."""
     jobs = [
         _Job(load, end)
-        for load in (_drawn(question, rate) for rate in rates)
+        for load in (_drawn(question, rate, served.most_tokens) for rate in rates)
         for end in range(len(ENDS))
     ]
     plays = _play(served, question, jobs, progress, "one GPU")
@@ -274,7 +297,10 @@ def _fleets(
 ) -> Iterator[FleetForecast]:
     """Forecast the demand on a fleet, with each router."""
     demand = question.demand
-    load = _replayed(demand) if demand.trace else _drawn(question, demand.rate_per_s)
+    if demand.trace:
+        load = _replayed(demand)
+    else:
+        load = _drawn(question, demand.rate_per_s, served.most_tokens)
     jobs = [
         _Job(load, end, replicas, router) for router in question.routers for end in range(len(ENDS))
     ]
@@ -306,8 +332,8 @@ class _Job:
     router: str = "round-robin"
 
 
-def _drawn(question: Question, rate_per_s: float) -> _Load:
-    """Draw requests that come at random times; the same ones at every rate.
+def _drawn(question: Question, rate_per_s: float, most_tokens: int) -> _Load:
+    """Draw requests of up to `most_tokens` that come at random times; the same ones at every rate.
 
     First, uncounted, as long as an answer within the objective lasts, until when the batch grows;
     then as long again, or until FEWEST count.
@@ -315,25 +341,28 @@ def _drawn(question: Question, rate_per_s: float) -> _Load:
     answer_s = question.demand.output_tokens * question.slo.tpot_s
     duration_s = answer_s + max(answer_s, FEWEST / rate_per_s)
     times = Poisson(rate_per_s=rate_per_s).schedule(duration_s, random.Random(0))
-    requests = list(itertools.islice(_requests(question.demand), len(times)))
-    return _Load(requests, tuple(times[: len(requests)]), answer_s)
+    rng = random.Random(1)
+    of_trace = [(prompt, output) for _, prompt, output in question.demand.trace]
+    lengths = itertools.cycle(of_trace) if of_trace else _lengths(question.demand, most_tokens, rng)
+    requests = list(_requests(question.demand, itertools.islice(lengths, len(times)), rng))
+    return _Load(requests, tuple(times), answer_s)
 
 
 def _replayed(demand: Demand) -> _Load:
-    return _Load(list(_requests(demand)), tuple(at_s for at_s, _, _ in demand.trace), 0.0)
+    lengths = ((prompt, output) for _, prompt, output in demand.trace)
+    requests = list(_requests(demand, lengths, random.Random(1)))
+    return _Load(requests, tuple(at_s for at_s, _, _ in demand.trace), 0.0)
 
 
-def _requests(demand: Demand) -> Iterator[SyntheticRequest]:
-    """Draw lengths and documents: a trace's own lengths, else exponential outputs.
+def _requests(
+    demand: Demand, lengths: Iterable[tuple[int, int]], rng: random.Random
+) -> Iterator[SyntheticRequest]:
+    """Draw the document that each request of these lengths begins with.
 
     The documents' popularity falls as one over their rank (Zipf), as in web caches (Breslau et al.,
     INFOCOM 1999).
     """
-    rng = random.Random(1)
     weights = [1 / rank for rank in range(1, demand.documents + 1)]
-    lengths: Iterator[tuple[int, int]] = (
-        ((p, o) for _, p, o in demand.trace) if demand.trace else _lengths(demand, rng)
-    )
     for index, (prompt, output) in enumerate(lengths):
         document = rng.choices(range(demand.documents), weights)[0] if weights else 0
         yield SyntheticRequest(
@@ -342,11 +371,12 @@ def _requests(demand: Demand) -> Iterator[SyntheticRequest]:
         )  # fmt: skip
 
 
-def _lengths(demand: Demand, rng: random.Random) -> Iterator[tuple[int, int]]:
-    mean = demand.output_tokens
+def _lengths(demand: Demand, most_tokens: int, rng: random.Random) -> Iterator[tuple[int, int]]:
+    """Draw outputs of exponential lengths, cut where the engine would end them."""
+    prompt, mean = int(demand.prompt_tokens), demand.output_tokens
+    longest = min(LONGEST_OUTPUT * mean, most_tokens - prompt)
     while True:
-        drawn = min(rng.expovariate(1 / mean), LONGEST_OUTPUT * mean)
-        yield int(demand.prompt_tokens), max(1, round(drawn))
+        yield prompt, max(1, round(min(rng.expovariate(1 / mean), longest)))
 
 
 def _play(
@@ -367,9 +397,12 @@ def _play(
         # a worker builds an engine once, so it plays what runs on the same one in a row
         shares = [sorted(share, key=lambda n: (jobs[n].end, jobs[n].replicas)) for share in shares]
         progress.waiting(f"loading vLLM's scheduler, for {where}")
+        # the servers of a fleet prepare requests side by side, each one after another
+        one, side_by_side = Delays(), max(job.replicas for job in jobs)
         plans = [
             ForecastPlan(
                 tokenizer=models.bundled(),
+                delays=Delays(serial_s=one.serial_s / side_by_side),
                 engines=tuple(_engines(served, argv, jobs, share, Path(folder))),
             )
             for share in shares

@@ -29,7 +29,7 @@ from labs.judging.machine_speed import MachineSpeed, usual_spread
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS, measure
 from labs.judging.signals import Watch, is_watched, watch
-from labs.lab import Lab, LabError, Point, Prediction, Variant
+from labs.lab import OF_FORECASTS, Lab, LabError, Point, Prediction, Variant
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from labs.running.side_process import guarded, last_line
@@ -181,7 +181,7 @@ def ratio_of_forecasts(
         assumptions=(
             "vLLM's own scheduler in virtual time, over a step timed on this machine beforehand",
         ),
-        source="serving/forecasting/",
+        source=OF_FORECASTS,
     )
 
 

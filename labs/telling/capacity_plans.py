@@ -287,9 +287,10 @@ def _fleet(plan: CapacityPlan) -> Sequence[Block]:
     told = (
         Emphasis("Forecast."),
         f" {plan.fleets[0].expected.requests if plan.fleets else 0:,} requests count, the same for"
-        " each router. The network between router and replicas takes no time, and replicas do not"
-        " fail. The prefix-aware router follows the rule of SGLang's: a prompt goes where its"
-        " beginning was sent before, unless that replica is overloaded.",
+        " each router. The network between router and replicas takes no time, each replica's server"
+        " prepares its requests one after another, in 2 ms, as measured on two CPU cores, and"
+        " replicas do not fail. The prefix-aware router follows the rule of SGLang's: a prompt goes"
+        " where its beginning was sent before, unless that replica is overloaded.",
     )
     return (table(header, rows), Paragraph(told)) if rows else ()
 

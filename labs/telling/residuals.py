@@ -20,7 +20,7 @@ from labs.filing.results import RunFolder, Summary, all_runs, unreadable
 from labs.judging.judge import AGREEMENT, Interval, in_band
 from labs.judging.metrics import METRICS
 from labs.judging.text import number, point_label, ratio_number
-from labs.lab import Lab
+from labs.lab import OF_FORECASTS, Lab
 from labs.telling.document import (
     Inline,
     Link,
@@ -113,12 +113,12 @@ def of_runs(runs: Iterable[RunFolder]) -> list[Residual]:
 def residuals(folder: RunFolder) -> list[Residual]:
     """List the residuals of a run: its valid claims, then its points' figures."""
     run, summary = folder.run(), folder.summary()
-    lab, before = run.rebuilt_lab(), folder.predictions()
+    lab = run.rebuilt_lab()
     here = (folder, str(run.lab["name"]), run.machine.describe().partition(",")[0])
     claims = [
         Residual(
             *here,
-            group=BY_FORECAST if before.closed_forms.get(j.claim) else BY_FORMULA,
+            group=BY_FORECAST if j.prediction.source == OF_FORECASTS else BY_FORMULA,
             what=f"{plain_text(parse(j.title))} ({point_label(j.treatment, lab)})",
             predicted=j.prediction.value,
             interval=j.effect.ratio,

@@ -76,13 +76,7 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
         """
         if not step.pieces:
             return 0.0
-        attention_s = sum(
-            piece.context_tokens * self.attention_read_s
-            if piece.tokens == 1
-            else (piece.tokens * (piece.context_tokens + (piece.tokens + 1) / 2))
-            * self.attention_pair_s
-            for piece in step.pieces
-        )
+        attention_s = sum(map(self._attention_s, step.pieces))
         tokens = sum(piece.tokens for piece in step.pieces)
         return (
             _at(tokens, self.tokens, self.linear_s)
@@ -90,6 +84,17 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
             + attention_s
             + self.scheduling_s
         )
+
+    def _attention_s(self, piece: Piece) -> float:
+        """Compute the attention of a piece: reading what is cached or computing, the longer.
+
+        A few tokens, as where guesses are verified, read as much of the cache as one does.
+        """
+        read_s = piece.context_tokens * self.attention_read_s
+        if piece.tokens == 1:
+            return read_s
+        pairs = piece.tokens * (piece.context_tokens + (piece.tokens + 1) / 2)
+        return max(read_s, pairs * self.attention_pair_s)
 
     def request_s(
         self, batch: int, prompt_tokens: int, output_tokens: float, cached_tokens: int = 0

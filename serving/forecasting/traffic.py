@@ -153,11 +153,19 @@ class _Trial:
     def now_s(self) -> float:
         return self.server.now_s - self.start_s
 
+    def _is_due(self, at_s: float) -> bool:
+        """Tell whether a time has come, on the server's clock.
+
+        On the trial's own clock, a difference, what the server waited for may never come: after
+        some hours the rounding of one clock is coarser than any tolerance on the other.
+        """
+        return self.start_s + at_s <= self.server.now_s + 1e-12
+
     def run(self) -> Play:
         self._begin()
         while True:
             self._send_what_is_due()
-            while self.deliveries and self.deliveries[0][0] <= self.now_s + 1e-12:
+            while self.deliveries and self._is_due(self.deliveries[0][0]):
                 _, _, name, prompt = heapq.heappop(self.deliveries)
                 if not self.server.add(name, prompt):
                     self._turned_away(name)
@@ -196,7 +204,7 @@ class _Trial:
         heapq.heappush(self.sends, (at_s, self.order, due_s, intruder))
 
     def _send_what_is_due(self) -> None:
-        while self.sends and self.sends[0][0] <= self.now_s + 1e-12:
+        while self.sends and self._is_due(self.sends[0][0]):
             at_s, _, due_s, intruder = heapq.heappop(self.sends)
             if self.traffic.kind == "closed" and self._load_ends(at_s, intruder):
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,16 @@ import pytest
 from typer.testing import CliRunner
 
 from labs.commands.cli import app
-from labs.lab import SLO
+from labs.lab import SLO, LabError
 from labs.running import capacity_plan
 from labs.running.capacity_plan import Question, plan
 from labs.running.resolve import machine_of
 from labs.telling import capacity_plans, markdown
 from labs.telling.capacity_plans import Demand, Latencies
 from labs.telling.document import Block
+from loadtests.trace import TraceRow
+from serving.forecasting.plan import ForecastPlan
+from serving.models import ModelError
 
 
 class SilentProgress:
@@ -104,6 +107,78 @@ def test_an_objective_that_no_rate_meets_is_said(monkeypatch: pytest.MonkeyPatch
     assert not answer.fleets
 
 
+@pytest.mark.usefixtures("capacity")
+def test_rates_are_tried_until_a_faster_step_cannot_serve_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The band's upper end is where the faster step ends, not the highest rate of a first grid."""
+    monkeypatch.setattr(capacity_plan, "_estimate_per_s", lambda *_: 17.0)
+    answer = plan(question(), SilentProgress())
+    assert answer.capacity_per_s
+    assert 17 * 1.25 < answer.capacity_per_s.high <= 17 * 1.5
+    assert len(answer.rates) == sum(map(len, capacity_plan.GRIDS))
+
+
+def trace(requests: int, prompt: int = 500, output: int = 100) -> tuple[TraceRow, ...]:
+    return tuple((float(i), prompt, output) for i in range(requests))
+
+
+def test_a_short_trace_is_repeated_for_loads_at_other_rates() -> None:
+    """Else all of its requests could fall into the warm-up, and none would count."""
+    asked = question(demand=Demand(500, 100, 1.0, trace=trace(30)))
+    load = capacity_plan._drawn(asked, 200.0, 8000)
+    assert len(load.requests) == len(load.schedule_s)
+    counted = sum(at_s >= load.counted_from_s for at_s in load.schedule_s)
+    assert counted >= 0.9 * capacity_plan.FEWEST
+    assert [r.index for r in load.requests] == list(range(len(load.requests)))
+    replayed = capacity_plan._replayed(asked.demand)
+    assert (len(replayed.requests), replayed.schedule_s[-1]) == (30, 29.0)
+
+
+def test_no_request_is_longer_than_the_cache_and_the_positions() -> None:
+    asked = question(demand=Demand(2000, 4000, 1.0))
+    load = capacity_plan._drawn(asked, 1.0, 7000)
+    assert max(r.prompt_tokens + r.output_tokens for r in load.requests) == 7000
+    with pytest.raises(LabError, match=r"longest request has 250,000 tokens, .* takes 131,071"):
+        plan(question(demand=Demand(1000, 100, 1.0, trace=trace(9, 150_000, 100_000))),
+             SilentProgress())  # fmt: skip
+
+
+def test_the_servers_of_a_fleet_prepare_requests_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, plans = question(), list[ForecastPlan]()
+
+    def noted(written: Sequence[ForecastPlan]) -> Iterator[Any]:
+        plans.extend(written)
+        return iter(())
+
+    monkeypatch.setattr(capacity_plan, "play_all", noted)
+    machine, sheet = machine_of("h100")
+    assert sheet
+    served = capacity_plan._Served.of(asked.model, "bf16", machine, sheet)
+    load = capacity_plan._drawn(asked, 100.0, served.most_tokens)
+    for replicas in (1, 8):
+        with pytest.raises(KeyError):  # nothing was played
+            capacity_plan._play(
+                served, asked, [capacity_plan._Job(load, 0, replicas)], SilentProgress(), "here"
+            )
+    assert [p.delays.serial_s for p in plans] == [0.002, 0.002 / 8]
+
+
+def test_a_mixture_of_experts_is_planned_with_what_can_be_derived() -> None:
+    machine, sheet = machine_of("h100")
+    assert sheet
+    fits = list(capacity_plan._fits(question("moe-30b"), machine, sheet))
+    assert [fit.precision for fit in fits] == ["bf16"]
+
+
+def test_a_folder_of_quantized_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {}}')
+    with pytest.raises(ModelError, match="holds quantized weights: give the model before"):
+        question(str(tmp_path))
+
+
 def test_a_capacity_is_interpolated() -> None:
     crossing = capacity_plan._crossing
     assert crossing([(1, 1.0), (2, 0.97), (3, 0.93)]) == pytest.approx(2.5)
@@ -125,6 +200,7 @@ def test_a_capacity_is_interpolated() -> None:
         (["--trace", "/nowhere.csv"], "cannot be read"),
         (["--replicas", "65"], "less than or equal to 64"),
         (["--rate", "-1"], "greater than or equal to 0"),
+        (["--rate", "inf"], "RATE=inf: give a number of requests per second"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_played(

@@ -136,6 +136,16 @@ def test_a_lab_that_does_not_apply_is_skipped_and_fails_nothing(
     assert (f"Not finished: {LAB}: needs real weights" in said) == (refusal is LabError)
 
 
+@pytest.mark.parametrize("setting", ["AA", "ENDPOINT", "ENDPOINT_METRICS", "SEED", "UNSAFE_FLAGS"])
+def test_all_labs_refuse_what_only_one_takes(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"LABS_{setting}", "1")
+    code, said = labs("all")
+    assert code == 1
+    assert (
+        f"error: {setting}=: not for all labs together; give it to one, `make lab-<name>`" in said
+    )
+
+
 def test_commands_are_those_the_makefile_calls() -> None:
     called = re.findall(r"\$\(BIN\)/labs ([a-z-]+)", (ROOT / "Makefile").read_text())
     assert set(COMMANDS) == set(called)

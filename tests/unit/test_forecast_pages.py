@@ -110,6 +110,26 @@ def test_a_figure_that_is_not_valid_has_no_residual(folder: RunFolder) -> None:
     assert len(left) == len(points) - 1
 
 
+@pytest.mark.parametrize(
+    ("source", "group"),
+    [(OF_FORECASTS, residuals.BY_FORECAST), ("Orca, OSDI 2022", residuals.BY_FORMULA)],
+)
+def test_a_prediction_by_formula_is_not_counted_as_a_forecast(
+    folder: RunFolder, source: str, group: str
+) -> None:
+    """Also where other claims of its run were forecast."""
+    before = folder.predictions()
+    told = {
+        claim: {pair: p.model_copy(update={"source": source}) for pair, p in of_claim.items()}
+        for claim, of_claim in before.effects.items()
+    }
+    update = {"effects": told, "closed_forms": before.effects}
+    write_json(folder.path / "predictions.json", before.model_copy(update=update))
+    write_summary(folder)
+    groups = {r.group for r in residuals.residuals(folder) if r.unit == "x"}
+    assert groups == {group}
+
+
 def test_a_claim_is_predicted_by_two_forecasts_where_both_are_there() -> None:
     ours, theirs = make_point(variant="on"), make_point(variant="off")
     both = {ours.key: {"tpot_mean_s": NEAR}, theirs.key: {"tpot_mean_s": NEAR}}

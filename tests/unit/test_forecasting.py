@@ -36,6 +36,15 @@ def test_a_step_takes_what_its_parts_take(pieces: list[Piece], rows: int, second
     assert TIMES.times(2).seconds(Step(pieces, rows)) == pytest.approx(2 * seconds)
 
 
+def test_a_few_tokens_read_as_much_of_the_cache_as_one() -> None:
+    """As on a GPU, where reading a cached token takes as long as computing many pairs."""
+    gpu = TIMES.model_copy(update={"attention_read_s": 0.1})
+    one, few, many = (gpu.seconds(Step([Piece(n, 100)], 1)) for n in (1, 2, 20))
+    assert one == pytest.approx(1.0 + 0.1 + 100 * 0.1)
+    assert few == pytest.approx(1.5 + 0.1 + 100 * 0.1)
+    assert many == pytest.approx(10.5 + 0.1 + 20 * 110.5 * 0.01)  # there the arithmetic is longer
+
+
 class Server:
     """Every step takes a second and gives each request in it a token; a prompt takes one step."""
 
@@ -124,6 +133,25 @@ def test_an_open_loop_keeps_its_schedule_whatever_is_outstanding() -> None:
     ]  # fmt: skip
     assert played.answers[0].chunks[0][0] == 1.5
     assert played.answers[1].chunks[0][0] == 2.5  # it came while a step was under way
+
+
+@pytest.mark.parametrize("start_s", [0.0, 15_687.1, 1e7 / 3, 1e9 / 7])
+def test_a_trial_ends_however_late_its_server_began(start_s: float) -> None:
+    """Sums and differences of times so large do not agree to the last digit."""
+    server = Server()
+    server.now_s = start_s
+    times = tuple(i * math.pi / 7 for i in range(200))
+    traffic = Traffic(kind="open", schedule_s=times, warmup_s=0, window_s=90)
+    waits = itertools.count()
+    on = server.wait_until
+
+    def wait_until(at_s: float) -> None:
+        assert next(waits) < 1000, "it waits forever"
+        on(at_s)
+
+    server.wait_until = wait_until  # type: ignore[method-assign]
+    played = play(server, traffic, prompts(*[1] * 200), (), NONE)
+    assert len(played.answers) == 200
 
 
 class Full(Server):

@@ -98,6 +98,20 @@ def test_weights_with_experts_are_read_alike(tmp_path: Path) -> None:
     assert shape.step_bytes(1) == pytest.approx(2 * shape.matmul_params)
 
 
+def test_packed_weights_have_the_parameters_of_those_that_were_quantized(tmp_path: Path) -> None:
+    config = config_of("llama-tiny")
+    whole = shape_of(config)
+    header = {"layers.0.weight_packed": {"dtype": "I32", "shape": [9], "data_offsets": [0, 36]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    for method in ({"quant_method": "gptq", "bits": 4}, {"quant_method": "compressed-tensors"}):
+        quantized = config | {"quantization_config": method}
+        (tmp_path / "config.json").write_text(json.dumps(quantized))
+        shape = models.load(tmp_path, "packed").shape
+        assert (shape.params, shape.matmul_params) == (whole.params, whole.matmul_params)
+        assert shape.weight_bytes == 36
+
+
 # ---------------------------------------------------------------------------------- GPUs by memory
 
 
