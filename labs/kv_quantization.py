@@ -219,7 +219,7 @@ LAB = Lab(
     window_s=2,
     scales={
         # there is time for no more, so it looks at its claims once
-        "cpu": {"repeats": 5, "curve_repeats": 2, "most_repeats": 0},
+        "cpu": {"repeats": 5, "curve_repeats": 3, "most_repeats": 0},
         "gpu": {
             "flags": {
                 "max-model-len": 32768,

@@ -639,9 +639,12 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         return digest_of(self.resolved())
 
     def repeats_of(self, point: Point) -> int:
-        """Return how often a point is played before the lab first looks at its claims."""
-        arms = (arm for claim in self.claims for arm in (claim.treatment, claim.baseline))
-        if not self.curve_repeats or any(arm.matches(point) for arm in arms):
+        """Return how often a point is played before the lab first looks at its claims.
+
+        Where no claim is left, as of one variant alone, all points have `repeats`.
+        """
+        arms = [arm for claim in self.claims for arm in (claim.treatment, claim.baseline)]
+        if not self.curve_repeats or not arms or any(arm.matches(point) for arm in arms):
             return self.repeats
         return min(self.curve_repeats, self.repeats)
 

@@ -177,7 +177,7 @@ LAB = Lab(
         "cpu": {
             # there is time for no more, so it looks at its claims once
             "repeats": 5,
-            "curve_repeats": 2,
+            "curve_repeats": 3,
             "most_repeats": 0,
         },
         "gpu": {

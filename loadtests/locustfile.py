@@ -147,6 +147,9 @@ class Load:
         self.window_end_s = plan.warmup_s + (plan.window_s or 0)
         if isinstance(plan.arrival, Waves) and self.users:
             self.window_start_s = float("inf")  # set by the first wave that counts
+        if isinstance(plan.arrival, Replay) and due and max(due) < duration_s:
+            self.window_end_s = max(due)  # the trace is over, or what was prepared of it
+            self.exhausted = len(due) == len(requests)
 
     @property
     def name(self) -> str:
@@ -201,9 +204,9 @@ class Load:
     def _begin_wave(self) -> None:
         at = self.elapsed_s()
         deadline_s = self.plan.warmup_s + (self.plan.window_s or float("inf"))
-        self.exhausted = self.sent + self.users > len(self.requests)
         late = at >= self.plan.latest_s and self._counted
         enough = at >= deadline_s and (late or self._counted >= self.plan.least_counted)
+        self.exhausted = not enough and self.sent + self.users > len(self.requests)
         self._waves_over = enough or self.exhausted or self.aborted is not None
         self._wave_counts = at >= self.plan.warmup_s
         if self._waves_over:

@@ -8,6 +8,7 @@ does not report is missing, never 0.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -221,10 +222,15 @@ class Telemetry(Collector):
     def write(self, path: Path, started_monotonic_s: float | None) -> None:
         """Write the trial's samples, with times from its start on this machine's monotonic clock.
 
-        Without samples, or where the start is not known, no file.
+        Without samples, or where the start is not known, no file. The last one is taken now, so
+        that the counters of energy cover a window that ends with the trial.
         """
+        if self._source:
+            with contextlib.suppress(Exception):  # whatever a driver raises
+                self._samples.extend(self._source.read())
         if self._samples and started_monotonic_s is not None:
-            write(path, self._samples, started_monotonic_s)
+            in_order = sorted(self._samples, key=lambda sample: sample.time_s)
+            write(path, in_order, started_monotonic_s)
 
     def serve(self, port: int) -> bool:
         """Export the newest samples to Prometheus, on loopback; return False without a GPU."""

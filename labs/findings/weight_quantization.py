@@ -21,9 +21,10 @@ from labs.findings.quality import (
     with_interval,
 )
 from labs.findings.weights import WEIGHTS, draw_tradeoff
-from labs.judging.judge import Interval
+from labs.judging.judge import Interval, is_within
 from labs.judging.quality import over_clusters
 from labs.judging.text import number, sentences, times_with_interval
+from labs.lab import MARGIN
 
 BASE = "bf16"
 INPUTS = {
@@ -219,7 +220,7 @@ def phases(run: JudgedRun) -> str | None:
             for name in (variant.name, BASE)
         )
         as_bound.append(_faster(decode) and not _faster(prefill))
-        settled &= not (decode.low is not None and decode.low < 1 < (decode.high or math.inf))
+        settled &= _tells(decode) and _tells(prefill)
         parts.append(
             f"with {ours / plain:.2f} of the bytes (`{variant.name}`) decode takes"
             f" {times_with_interval(decode)} the time and prefill {times_with_interval(prefill)}"
@@ -228,7 +229,7 @@ def phases(run: JudgedRun) -> str | None:
         return None
     verdict = (
         "they speed up decode and not prefill, as memory limits the one and arithmetic the other"
-        if all(as_bound)
+        if settled and all(as_bound)
         else "the repeats do not settle whether decode follows the bytes on this machine"
         if not settled
         else "on this machine the bytes alone explain neither phase: the time for a format's"
@@ -245,6 +246,14 @@ def _beside_base(
     ours, base = (run.point(name, workload, f"concurrent:{users}") for name in (variant, BASE))
     measured = run.effect(ours, base, metric) if ours and base and variant != BASE else None
     return measured.ratio if measured else None
+
+
+def _tells(times: Interval) -> bool:
+    """Whether the interval of a ratio of times says that it differs from 1, or that it does not."""
+    if times.low is None or times.high is None:
+        return False
+    beside = not times.low < 1 < times.high
+    return beside or (is_within(times.low, MARGIN) and is_within(times.high, MARGIN))
 
 
 def _faster(times: Interval) -> bool:

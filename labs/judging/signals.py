@@ -79,8 +79,11 @@ def watch(trial: Trial) -> Watch:
 
 
 def watched(above: Sequence[bool], breach_s: float | None) -> Watched:
-    """Find the alarm that a breach fell into, among the readings at or above a threshold."""
-    calm = round(CALM_S / GRID_S)
+    """Find the alarm that a breach fell into, among the readings at or above a threshold.
+
+    One that is on at the last reading goes on until a breach that comes after it.
+    """
+    calm, end = round(CALM_S / GRID_S), len(above) - 1
     alarms: list[tuple[int, int]] = []  # (first, last) reading
     for i in np.flatnonzero(above).tolist():
         if alarms and i - alarms[-1][1] <= calm:
@@ -91,7 +94,7 @@ def watched(above: Sequence[bool], breach_s: float | None) -> Watched:
         return Watched(crossed_s=None, lead_s=None, false_alarms=len(alarms))
     at = breach_s / GRID_S
     before = [alarm for alarm in alarms if alarm[0] < at]
-    true = [first for first, last in before if last + calm >= at]
+    true = [first for first, last in before if last == end or last + calm >= at]
     crossed_s = true[0] * GRID_S if true else None
     return Watched(
         crossed_s=crossed_s,

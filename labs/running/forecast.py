@@ -655,9 +655,10 @@ def _traffic(lab: Lab, point: Point, repeat: int, capacity_per_s: float | None) 
     Where it is a multiple of the capacity, it is one of the capacity that was forecast.
     """
     load = point.load
-    warmup_s = point.workload.warmup_s or lab.warmup_s
+    warmup_s, window_s = point.workload.warmup_s or lab.warmup_s, lab.window_s
     if isinstance(load, Replay):
         schedule_s: Sequence[float] = [at / load.speed for at, _, _ in point.workload.trace]
+        window_s = max(1e-9, min(window_s, schedule_s[-1] - warmup_s))  # it ends with the trace
     else:
         duration_s, seed = warmup_s + lab.window_s, lab.draw_seed(repeat)
         schedule_s = send_times(load, duration_s, seed, capacity_per_s) or ()
@@ -667,7 +668,7 @@ def _traffic(lab: Lab, point: Point, repeat: int, capacity_per_s: float | None) 
         schedule_s=tuple(t for t in schedule_s if t < warmup_s + lab.window_s),
         intruder_every_s=load.every_s if isinstance(load, Contended) else None,
         warmup_s=warmup_s,
-        window_s=lab.window_s,
+        window_s=window_s,
         least_counted=LEAST_COUNTED,
         least_intruders=LEAST_COUNTED,
         most_held_open_s=most_held_open_s(lab.window_s),

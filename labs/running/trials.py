@@ -336,7 +336,11 @@ class Trials:
         shares, gpu_others = other_load.shares(), self._telemetry.foreign_processes()
         request_records = list(records.read(path))
         succeeded = [r for r in request_records if r.ok]
-        if reason := engine.died() or summary.aborted or nothing_measured(request_records):
+        if (
+            reason := engine.died()
+            or summary.aborted
+            or nothing_measured(request_records, summary.exhausted)
+        ):
             self._counts.discard(succeeded)
             raise EngineError(reason)
         engine_counters = counter_increase(engine, before, len(succeeded))
@@ -374,11 +378,13 @@ class Trials:
         return capacity_per_s
 
 
-def nothing_measured(request_records: Sequence[RequestRecord]) -> str:
+def nothing_measured(request_records: Sequence[RequestRecord], ran_out: bool = False) -> str:
     """Say why a trial has no figures: nothing sent in its window succeeded. Else return ""."""
     counted = [r for r in request_records if r.in_window]
     if any(r.ok for r in counted):
         return ""
+    if not counted and ran_out:
+        return "the prepared requests ran out in the warm-up: raise `requests`"
     if not counted:
         return "nothing was sent in the window: raise `window_s` or the rate of the load"
     error = counted[0].error

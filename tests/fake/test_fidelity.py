@@ -323,6 +323,20 @@ def test_an_open_loop_keeps_its_schedule_whatever_is_outstanding(play: Play) -> 
     _true_to_the_clock(played)
 
 
+@pytest.mark.parametrize(
+    ("due_s", "ran_out"),
+    [([0.05 * i for i in range(20)], False), ([0.004 * i for i in range(400)], True)],
+    ids=["the trace", "what was prepared"],
+)
+def test_a_window_ends_with_what_is_replayed(play: Play, due_s: list[float], ran_out: bool) -> None:
+    """Else an idle engine would be measured, and throughput be too low."""
+    played = play(Replay(speed=1), window_s=8.0, tokens=(2,), due_s=due_s)
+    _sound(played)
+    assert len(played.records) == len(due_s)
+    assert played.summary.window_s == pytest.approx((0.2, due_s[-1]))
+    assert played.summary.exhausted == ran_out
+
+
 def test_a_replay_sends_at_its_traces_times(play: Play) -> None:
     """Twice as fast as it was, with a burst in it; what lies beyond the window is not sent."""
     at_s = [0.0, 0.3, 0.5, 0.5, 0.5, 0.5, 1.1, 1.5, 40.0]

@@ -35,6 +35,15 @@ def test_a_short_pause_does_not_end_an_alarm() -> None:
     assert found.lead_s == pytest.approx(3.0, abs=GRID_S)
 
 
+def test_an_alarm_that_is_on_at_the_end_lasts_until_a_later_breach() -> None:
+    """The first late request is sent within the window, and is late some seconds after it."""
+    found = watched(readings((25.0, 30.0)), breach_s=30.0 + 3 * CALM_S)
+    assert found.lead_s == pytest.approx(5.0 + 3 * CALM_S, abs=2 * GRID_S)
+    assert found.false_alarms == 0
+    over = watched(readings((20.0, 28.0)), breach_s=30.0 + 3 * CALM_S)
+    assert (over.lead_s, over.false_alarms) == (None, 1)
+
+
 def test_without_a_breach_every_alarm_was_false() -> None:
     found = watched(readings((2.0, 3.0), (12.0, 20.0)), breach_s=None)
     assert (found.lead_s, found.false_alarms) == (None, 2)

@@ -11,6 +11,7 @@ import pytest
 from labs.filing import results
 from labs.filing.results import Band, PointForecasts, RunFolder, write_json
 from labs.judging.judge import Caveat
+from labs.lab import OF_FORECASTS
 from labs.running.forecast import ratio_of_forecasts
 from labs.telling import markdown, report, residual_plot, residuals
 from labs.telling.summary import summarise

@@ -150,6 +150,8 @@ def test_points_that_no_claim_compares_may_be_played_fewer_times() -> None:
     assert repeats(repeats=5) == compared | dict.fromkeys(others, 5)
     assert repeats(repeats=5, curve_repeats=2) == compared | dict.fromkeys(others, 2)
     assert set(repeats(repeats=1, curve_repeats=2).values()) == {1}
+    alone = make_lab(claims=(), repeats=5, curve_repeats=2)
+    assert {alone.repeats_of(p) for p in alone.points(SHAPE, CEILINGS)} == {5}
     assert make_lab().digest() != make_lab(curve_repeats=2).digest()
     assert "curve_repeats" not in make_lab().resolved()  # those of recorded runs stand
 

@@ -114,6 +114,18 @@ def test_a_source_that_falters_once_goes_on(tmp_path: Path) -> None:
     assert telemetry.read(path)
 
 
+def test_the_last_sample_is_taken_as_the_trial_is_written(tmp_path: Path) -> None:
+    """The window may end with the trial, and its energy is known up to the last reading."""
+    nvml = make_nvml(nvmlDeviceGetTotalEnergyConsumption=lambda h: 5_000)
+    watched = Telemetry(Gpus(nvml), LABELS)  # it samples nothing by itself
+    watched._samples += Gpus(nvml).read()
+    end_s = time.monotonic()
+    watched.write(tmp_path / "telemetry.csv.gz", 0)
+    times = [sample.time_s for sample in telemetry.read(tmp_path / "telemetry.csv.gz")]
+    assert times == sorted(times)
+    assert times[0] <= round(end_s, 3) <= times[-1]
+
+
 def test_a_file_keeps_untold_apart_from_nothing(tmp_path: Path) -> None:
     samples = [Sample(100.0, "0", throttle=""), Sample(100.1, "0", power_w=0.0)]
     telemetry.write(tmp_path / "t.csv.gz", samples, started_monotonic_s=100.0)

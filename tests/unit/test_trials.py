@@ -39,6 +39,9 @@ def test_a_trial_without_a_request_in_its_window_has_failed() -> None:
         "nothing was sent in the window: raise `window_s`"
     )
     assert nothing_measured([]).startswith("nothing was sent")
+    assert nothing_measured([WARM_UP], ran_out=True) == (
+        "the prepared requests ran out in the warm-up: raise `requests`"
+    )
 
 
 def test_one_counted_answer_is_a_measurement() -> None:
