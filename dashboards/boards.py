@@ -146,6 +146,11 @@ def _latency(latency: Latency, says: str, *more: Line) -> Panel:
     )
 
 
+def _claimed(expr: str) -> str:
+    """Name each row by claim and treatment: a claim may be judged at several pairs of points."""
+    return _joined(expr, "claimed", ": ", "title", "treatment")
+
+
 def _joined(expr: str, label: str, between: str, *labels: str) -> str:
     """Give the series of a query another label, in which the values of these stand together."""
     named = ", ".join(f'"{name}"' for name in labels)
@@ -391,18 +396,16 @@ def _answer_panels() -> tuple[Panel, ...]:
             "Ratio to the baseline, 95% interval",
             "A bar spans the interval, and its colour changes at the ratio. A bar across the line"
             " at 1 shows no difference. An interval covers one sitting.",
-            "title",
-            effect,
-            low,
-            high,
+            "claimed",
+            *map(_claimed, (effect, low, high)),
             limit=1,
         ),
         beside(
             "Ratio, measured and predicted",
             "Bars of equal length: theory explains the effect; else its assumptions fail here.",
             TIMES,
-            "title",
-            {"measured": effect, "predicted": predicted},
+            "claimed",
+            {"measured": _claimed(effect), "predicted": _claimed(predicted)},
             limit=1,
         ),
     )
@@ -514,7 +517,7 @@ def _finished_choices() -> list[dashboard.QueryVariable]:
 
 
 def _effect_panels() -> tuple[Panel, ...]:
-    effect = _joined(_last(series.EFFECT, EVERYWHERE), "claimed", ": ", "title", "treatment")
+    effect = _claimed(_last(series.EFFECT, EVERYWHERE))
     return (
         bars(
             "Ratio to the baseline",

@@ -28,6 +28,7 @@ from labs.judging.text import (
     claim_outcome,
     decided_text,
     number,
+    point_label,
     predictions_text,
     ratio_interval,
     ratio_text,
@@ -344,11 +345,11 @@ def _questions(runs: Sequence[RunFolder]) -> Table:
 
 
 def _answered(id: str, lab: str, runs: Sequence[RunFolder]) -> list[Inline]:
-    """Link the runs of a lab that answer a question."""
+    """Link the runs of a lab that answer a question: not those that lack figures for it."""
     return [
         _to_report(f, results.RESULTS, _short(f.run()))
         for f in runs
-        if f.run().lab["name"] == lab and id in f.run().lab["answers"]
+        if f.run().lab["name"] == lab and id in f.summary().answers
     ]
 
 
@@ -453,7 +454,7 @@ def _claim(folder: RunFolder, judgement: Judgement, seen_from: Path) -> list[Inl
     run = folder.run()
     return [
         (_to_report(folder, seen_from, run.lab["name"]), _earlier(run)),
-        parse(judgement.title),
+        (parse(judgement.title), f" ({point_label(judgement.treatment, run.rebuilt_lab())})"),
         f"{METRICS[judgement.metric].title} {ratio_text(judgement)}",
         ratio_interval(judgement),
         f"{number(judgement.prediction.value)}x",

@@ -266,9 +266,9 @@ def draw_stall(run: JudgedRun) -> str | None:
         axes[0].axhline(1000 * lab.slo.itl_s, color=GREY, ls=":", label=label)
     legend_above(axes[0])
     return (
-        "A smaller token budget shortens the stall of everybody else (left), and makes the long"
-        " prompt (middle) and the streams' own new prompts (right) wait longer for their first"
-        " token." + BANDS * forecast
+        "What a token budget shortens, the stall of everybody else (left), and what it may cost:"
+        " how long the long prompt (middle) and the streams' own new prompts (right) wait for"
+        " their first token." + BANDS * forecast
     )
 
 

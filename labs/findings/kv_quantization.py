@@ -412,9 +412,9 @@ def draw_preemption(run: JudgedRun) -> str | None:
         ax.set_ylim(bottom=0)
         ax.legend(frameon=False, fontsize=8)
     return (
-        "With the same memory the quantized cache keeps more requests running (left) and begins to"
-        " preempt later (right). Shaded: where capacity / request length predicts the onset, from"
-        " the longest to the mean length."
+        "Requests that run (left) and preemptions (right) with the same memory, in which a"
+        " quantized cache has room for more tokens. Shaded: where capacity / request length"
+        " predicts the onset, from the longest to the mean length."
     )
 
 

@@ -154,8 +154,10 @@ def foreign_sentence(facts: TenantLeaks) -> str | None:
 def refused_sentence(probe: TenantProbe | None) -> str:
     if probe is None:
         return "The probe under concurrency and hot loading was not run."
-    refused = ", ".join(f"`{name}`: HTTP {code}" for name, code in probe.refused.items())
-    return f"Requests for unknown adapters are refused, not answered by the base model: {refused}."
+    answers = ", ".join(f"`{name}`: HTTP {code}" for name, code in probe.refused.items())
+    if any(code < 400 for code in probe.refused.values()):
+        return f"Some requests for unknown adapters are answered, and should be refused: {answers}."
+    return f"Requests for unknown adapters are refused, not answered by the base model: {answers}."
 
 
 TENANT_LEAKS = Conclusion("tenant-leaks", tenant_leaks, tell_leaks)

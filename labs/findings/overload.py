@@ -651,6 +651,8 @@ def scaling_signal(run: JudgedRun) -> str | None:
     facts = SIGNALS.facts_of(run)
     if facts is None or not facts.signals:
         return _leads(run).strip() or None
+    if not facts.trials:  # nothing came too late
+        return _leads(run).strip() or None
     early = [s for s in facts.signals if s.lead_s is not None]
     never = [s.name for s in facts.signals if s.lead_s is None]
     told = [
@@ -673,8 +675,8 @@ def _leads(run: JudgedRun) -> str:
             expected = number(first.forecast_lead_s, "s")
             told.append(
                 f" With thresholds that were set beforehand, on {of.load}: {first.signal},"
-                f" {number(first.lead_s, 's')} (forecast {expected}), with {first.false_alarms}"
-                " false alarms."
+                f" {number(first.lead_s, 's')} before a request had waited as long as the SLO"
+                f" allows (forecast {expected}), with {first.false_alarms} false alarms."
             )
     return "".join(told)
 
@@ -692,7 +694,8 @@ def draw_goodput(run: JudgedRun) -> str | None:
     names = list(dict.fromkeys(o.variant for o in facts.offers))
     for name, colour in zip(names, VARIANTS, strict=False):
         mine = sorted((o for o in facts.offers if o.variant == name), key=lambda o: o.times)
-        x, y = [o.times for o in mine], [o.goodput_per_s / capacity for o in mine]
+        x = [o.offered_per_s / capacity for o in mine]
+        y = [o.goodput_per_s / capacity for o in mine]
         bars = reach([o.goodput_interval for o in mine], 1 / capacity)
         ax.errorbar(x, y, yerr=bars, fmt="o-", capsize=4, color=colour, label=name)
         expected = facts.forecast_capacity_per_s
@@ -709,8 +712,8 @@ def draw_goodput(run: JudgedRun) -> str | None:
     ax.set_ylabel("goodput / capacity")
     ax.legend(frameon=False, fontsize=8)
     return (
-        "Requests served within the SLO, in multiples of the capacity. Below the capacity both are"
-        " on the diagonal; beyond it the queue without a limit makes every later answer late."
+        "Requests served within the SLO, over those offered, both in multiples of the capacity that"
+        " was found. On the dashed line every request that the engine can serve is in time."
     )
 
 

@@ -263,14 +263,18 @@ def answer(run: JudgedRun) -> str | None:
     names = list(dict.fromkeys(at.variant for at in facts))
     if len(names) < 2:
         return None
-    ends = [(mine[0], mine[-1]) for name in names if (mine := of(facts, name))]
-    alone = sorted(ends, key=lambda pair: pair[0].tpot_s)
-    loaded = sorted(ends, key=lambda pair: -pair[1].tokens_per_s)
+    loads = {name: {at.users: at for at in of(facts, name)} for name in names}
+    shared = sorted(set.intersection(*(set(by_users) for by_users in loads.values())))
+    if not shared:  # some engine has no load in common with the others
+        return None
+    few, many = shared[0], shared[-1]
+    alone = sorted((by_users[few] for by_users in loads.values()), key=lambda at: at.tpot_s)
+    loaded = sorted((of_one[many] for of_one in loads.values()), key=lambda at: -at.tokens_per_s)
     told = [
-        f"With {alone[0][0].users} user{'s' * (alone[0][0].users > 1)} a token takes "
-        + ", ".join(f"{number(a.tpot_s, 's')} (`{a.variant}`)" for a, _ in alone),
-        f"with {loaded[0][1].users} users the throughput is "
-        + ", ".join(f"{number(b.tokens_per_s, 'tok/s')} (`{b.variant}`)" for _, b in loaded),
+        f"With {few} user{'s' * (few > 1)} a token takes "
+        + ", ".join(f"{number(at.tpot_s, 's')} (`{at.variant}`)" for at in alone),
+        f"with {many} user{'s' * (many > 1)} the throughput is "
+        + ", ".join(f"{number(at.tokens_per_s, 'tok/s')} (`{at.variant}`)" for at in loaded),
     ]
     words = SAME_WORDS.facts_of(run) or ()
     agreed = [w for w in words if w.compared]

@@ -152,6 +152,7 @@ class FlagEffect:
 
     variant: str
     decode: Phase | None
+    decode_is_valid: bool
     prefill: Phase | None
     decode_mbu: float | None
     prefill_mfu: float | None
@@ -167,13 +168,12 @@ class FlagEffects:
 
     @property
     def fastest(self) -> tuple[str, Phase] | None:
-        """Finds the variant with the shortest valid decode step, and that step."""
-        valid = [
-            (v.variant, v.decode)
-            for v in self.variants
-            if v.decode and not (v.decode_beside and v.decode_beside.matters == "not valid")
-        ]
-        return min(valid, key=lambda v: v[1].seconds, default=None)
+        """Finds the variant with the shortest valid decode step, and that step.
+
+        None where no two are valid.
+        """
+        valid = [(v.variant, v.decode) for v in self.variants if v.decode and v.decode_is_valid]
+        return min(valid, key=lambda v: v[1].seconds) if len(valid) > 1 else None
 
 
 def flag_effects(context: Context) -> FlagEffects:
@@ -181,6 +181,7 @@ def flag_effects(context: Context) -> FlagEffects:
         FlagEffect(
             variant=v.name,
             decode=phase(context, v.name, "decode"),
+            decode_is_valid=is_valid(context, v.name, "decode"),
             prefill=phase(context, v.name, "prefill"),
             decode_mbu=context.mean_at(v.name, "decode", 1, "mbu"),
             prefill_mfu=context.mean_at(v.name, "prefill", 1, "mfu"),
@@ -190,6 +191,12 @@ def flag_effects(context: Context) -> FlagEffects:
         for v in context.lab.variants
     )
     return FlagEffects(tuple(v for v in effects if v.decode or v.prefill))
+
+
+def is_valid(context: Context, variant: str, name: PhaseName) -> bool:
+    """Whether nothing withholds a verdict on a phase of a variant."""
+    point = context.point(variant, name, "concurrent:1")
+    return not any(point and caveat.hits(METRIC_OF[name], point.key) for caveat in context.caveats)
 
 
 def beside(context: Context, variant: str, name: PhaseName) -> PhaseComparison | None:

@@ -109,9 +109,9 @@ def tell_weights(facts: KindsOfWeights) -> Finding:
             row.append(f"{prompt / kind.prefill_s:,.0f} tok/s" if kind.prefill_s else "–")
         rows.append([*row, _maker(kind.making)])
     lines = [
-        "*By bytes* is what decode would gain at one stream if it only read weights. On a GPU fewer"
-        " bytes take less time. On a CPU, unpacking 4-bit weights costs arithmetic in every step,"
-        " so 4 bits save memory and not time; INT8, for which a CPU has instructions, is faster."
+        "*By bytes* is what decode would gain at one stream if it only read weights. Unpacking"
+        " 4-bit weights costs arithmetic in every step. A GPU does it while it reads; a CPU has no"
+        " instructions for it, as it has for INT8."
     ]
     return Finding(title="How large the weights are, and how fast", rows=rows, lines=lines)
 

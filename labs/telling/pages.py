@@ -31,7 +31,7 @@ LESSONS = "lessons"  # the folder of a site with a page for each lab
 RUN_SCRIPTS = (
     "page.js", "plot.js", "run.js", "ratios.js", "distributions.js", "figures.js", "requests.js",
 )  # fmt: skip
-CLAIMS = "claim-by-claim"  # the section after which stands what scripts draw
+ANSWER, CLAIMS = "the-answer", "claim-by-claim"  # the section after which stands what scripts draw
 DRAWN_HERE = ("effects", "sweep", "variants")  # whose SVG is shown only where no script runs
 
 
@@ -69,6 +69,8 @@ def page(
         intro=html.introduction(document, picture),
         sections=sections,
         drawn_after=CLAIMS if claims_come_first else sections[0].id,
+        # an engine beside its twin answers nothing, and its claims are drawn all the same
+        claims_after=ANSWER if any(section.id == ANSWER for section in sections) else CLAIMS,
         marks=marks_of(run, not summary.failed and not summary.missing),  # COMPLETE comes last
         data=chart_data.data(folder, run, summary, room),
     )

@@ -128,7 +128,7 @@ def data(found: Sequence[Residual], titles: Mapping[str, str], link: LinkTo) -> 
         "residuals": [
             [
                 labs.index(r.lab), figures.index(r.group), runs[r.folder.path], r.what,
-                *r.figures, *map(_round, _shares(r)),
+                *r.figures, *map(_round, _shares(r)), r.within,
             ]
             for r in found
         ],

@@ -92,7 +92,7 @@ def test_the_picture_and_the_script_show_what_the_page_tells(folder: RunFolder) 
     assert "TPOT, mean: 1 of 2 within 25%, median distance 25%" in lab.told
     drawn = residual_plot.data(found, {}, lambda f: f"{f.path.name}.html")
     far = next(r for r in drawn["residuals"] if r[6] == 0.5)
-    assert far[9:] == [0.9, 1.1]  # the band that the forecast itself stated
+    assert far[9:] == [0.9, 1.1, False]  # the band that the forecast itself stated
     assert [run["href"] for run in drawn["runs"]] == [f"{folder.path.name}.html"]
 
 

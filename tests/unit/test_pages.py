@@ -40,7 +40,7 @@ def test_a_machines_page_has_its_claims_and_links_that_lead_there(folder: RunFol
     page = leaderboards.write_machine(folder.path.parent.parent)
     text = page.read_text()
     assert folder.run().machine.describe() in text
-    assert "| On is faster | Output throughput 2.97x |" in text
+    assert "| On is faster (on, 2 users) | Output throughput 2.97x |" in text
     link = f"[tiny]({folder.path.relative_to(page.parent)}/report.md)"
     assert text.count(link) >= 3  # the lab's row, its claim's, its question's
     assert "SO-4" in text
@@ -275,7 +275,7 @@ def test_the_page_of_a_sitting_has_its_runs_whatever_their_settings(folder: RunF
     sitting.finish("tiny", folder.path)
     page = sitting.page()
     assert page
-    assert "| On is faster | Output throughput 2.97x |" in page.read_text()
+    assert "| On is faster (on, 2 users) | Output throughput 2.97x |" in page.read_text()
 
 
 @pytest.mark.parametrize(

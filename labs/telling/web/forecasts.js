@@ -2,15 +2,14 @@
 "use strict";
 
 if (data.residuals.length) {
-  const all = data.residuals.map(([lab, figure, run, what, predicted, measured, value, low, high, least, largest]) => ({
-    lab, figure, run, title: what, where: "", value, low, high, predicted: 1, least, largest, valid: true,
+  const all = data.residuals.map(([lab, figure, run, what, predicted, measured, value, low, high, least, largest, within]) => ({
+    lab, figure, run, title: what, where: "", value, low, high, predicted: 1, least, largest, within, valid: true,
     figures: `predicted ${predicted}, measured ${measured}`, verdict: "",
   }));
-  const claims = (one) => data.figures[one.figure].startsWith("claims");
   const CHOSEN = {
     all: () => true,
     missed: ({ value }) => value < 1 / 1.25 || value > 1.25,
-    outside: (one) => !claims(one) && (one.value < one.least || one.value > one.largest),
+    outside: (one) => one.within === false,
   };
   const lab = choice("each-lab", [["", "all"], ...data.labs.map((name, n) => [String(n), name])], begin);
   const figure = choice("each-figure", [["", "all"]], show);

@@ -68,9 +68,12 @@ function verdict(limit, { low, high }) {
 
 function answered(want, room, times, known) {
   if (room.tokens <= 0) return "It does not fit: the weights alone leave no room for keys and values.";
+  if (room.requests < 1) {
+    return `No request fits: one has ${sized(want.prompt + want.output)} tokens, and the cache has room for ${sized(room.tokens)}.`;
+  }
   const place = room.requests >= want.users
     ? `It fits: ${sized(room.requests)} such requests have room at once, and ${want.users} are asked for.`
-    : `The weights fit, but only ${sized(room.requests)} such requests have room at once; the others wait in the queue.`;
+    : `The weights fit, but only ${sized(room.requests)} such request${room.requests < 2 ? " has" : "s have"} room at once; the others wait in the queue.`;
   const met = ["ttft", "tpot"].map((part) => {
     const limit = want[part] / 1000;
     // without efficiencies there is a bound alone, which can only rule out

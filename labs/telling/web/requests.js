@@ -50,9 +50,10 @@
     at("trial-said").textContent = summary(trial);
     rows.replaceChildren(...places.slice(0, 10).map((i) => tableRow(trial, i, long)));
     sortable(at("trial-table"));
-    const decoding = inDecode(trial);
-    const traces = [...bars(trial, places, long), decodeTrace(decoding)];
-    draw("timeline", traces, timelineLayout(trial, places.length, Math.max(1, ...decoding.counts)));
+    // of some requests alone, nobody could tell how many were in decode
+    const decoding = trial.index.length < trial.sent ? null : inDecode(trial);
+    const traces = [...bars(trial, places, long), ...(decoding ? [decodeTrace(decoding)] : [])];
+    draw("timeline", traces, timelineLayout(trial, places.length, decoding && Math.max(1, ...decoding.counts)));
   }
 
   /** The places of a trial's requests, in the order that is chosen. */
@@ -161,6 +162,7 @@
     };
   }
 
+  /** `most` in decode at once; null where that is not drawn. */
   function timelineLayout(trial, count, most) {
     const [from, to] = trial.window_s;
     const narrow = at("timeline").clientWidth < 600;
@@ -171,12 +173,12 @@
       legend: { orientation: "h", x: 0, xanchor: "left", y: 1.0, yanchor: "bottom", traceorder: "normal" },
       xaxis: axis({ title: { text: "seconds from the start of the trial" }, rangemode: "tozero", anchor: "y" }),
       yaxis: axis({ title: { text: order.value === "start" ? "requests as sent" : "requests in this order" },
-                    range: [count + 0.7, 0.3], domain: [0, 0.8], showgrid: false, tickformat: "d", nticks: 6 }),
-      yaxis2: axis({ title: { text: "in decode" }, domain: [0.84, 1], rangemode: "tozero", tick0: 0,
-                     dtick: Math.ceil(most / 2) }),
+                    range: [count + 0.7, 0.3], domain: [0, most ? 0.8 : 0.94], showgrid: false, tickformat: "d", nticks: 6 }),
+      ...(most ? { yaxis2: axis({ title: { text: "in decode" }, domain: [0.84, 1], rangemode: "tozero",
+                                  tick0: 0, dtick: Math.ceil(most / 2) }) } : {}),
       shapes: [{ type: "rect", x0: from, x1: to, y0: 0, y1: 1, yref: "paper", layer: "below",
                  line: { width: 1, dash: "dot", color: css("--soft") }, fillcolor: css("--raised"), opacity: 0.6 }],
-      annotations: [{ text: "measured window", x: (from + to) / 2, y: 0.82, yref: "paper", yanchor: "middle",
+      annotations: [{ text: "measured window", x: (from + to) / 2, y: most ? 0.82 : 0.97, yref: "paper", yanchor: "middle",
                       showarrow: false, font: { color: css("--soft"), size: 11 } }],
     };
   }
