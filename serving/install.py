@@ -263,6 +263,7 @@ def end(child: "subprocess.Popen[bytes]") -> None:
         child.wait(timeout=10)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def doing(log: Path) -> str:

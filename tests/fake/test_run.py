@@ -330,7 +330,9 @@ def test_a_step_yields_the_tokens_that_the_engine_sent_in_it(finish: Finish) -> 
     folder = finish("speculative-decoding").folder
     run, lab = folder.run(), folder.run().rebuilt_lab()
     context = Context(folder, run, lab, run.points(), folder.summary().measurements)
-    for point, _ in speculations(context):
+    points = [point for point, _ in speculations(context)]
+    assert points
+    for point in points:
         chunks = [
             tokens
             for _, _, trial in folder.trials([point], lab)
@@ -354,6 +356,7 @@ def test_a_primed_trial_finds_all_that_is_shared(finish: Finish) -> None:
     folder = finish("kv-quantization").folder
     rows = folder.summary().measurements["bf16/far/concurrent-4"].values()
     found = [rate for row in rows if (rate := row["prefix_hit_rate"]) is not None]
+    assert found
     assert found == pytest.approx([448 / 512] * len(found), abs=0.06)  # in whole blocks
 
 

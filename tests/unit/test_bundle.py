@@ -72,6 +72,7 @@ def lock(path: Path, wheels: Path, begins: str) -> Path:
 
 def git(repository: Path, *words: str) -> None:
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    who += ["-c", "commit.gpgsign=false", "-c", f"core.hooksPath={os.devnull}"]
     subprocess.run(["git", "-C", str(repository), *who, *words], check=True)
 
 

@@ -24,6 +24,8 @@ from labs.filing import results
 from labs.lab import LabError, NotApplicable
 from labs.questions import QUESTIONS
 from labs.running import backfill
+from labs.running.resolve import RunRequest
+from labs.running.resume import CannotResume
 from serving.models import ROOT
 from tests.unit.builders import write_run, write_slowed
 from tests.unit.test_makefile import SETTINGS
@@ -134,6 +136,24 @@ def test_a_lab_that_does_not_apply_is_skipped_and_fails_nothing(
     assert found == code
     assert (f"Skipped: {LAB}: needs real weights" in said) == (refusal is NotApplicable)
     assert (f"Not finished: {LAB}: needs real weights" in said) == (refusal is LabError)
+
+
+def test_a_lab_that_cannot_be_continued_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def play(request: RunRequest, *_: object) -> None:
+        asked.append(request.resume)
+        raise CannotResume("the model is another") if request.resume else LabError("no disk")
+
+    monkeypatch.setattr("labs.commands.all_labs.FILE", tmp_path / "sitting.json")
+    monkeypatch.setattr("labs.commands.cli.run_lab", play)
+    monkeypatch.setattr("labs.commands.all_labs.check_flags", lambda *_: None)  # imports vLLM
+    labs("all", "--only", LAB)
+    _, said = labs("all", "--only", LAB)  # which was begun
+    assert asked == [False, True, False]
+    assert "the model is another. It is started anew." in said
 
 
 @pytest.mark.parametrize("setting", ["AA", "ENDPOINT", "ENDPOINT_METRICS", "SEED", "UNSAFE_FLAGS"])

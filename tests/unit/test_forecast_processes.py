@@ -18,6 +18,7 @@ from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedEngine, 
 from serving.forecasting.step import StepTimes
 from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Traffic
+from tests.processes import lives
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 30.0  # a bound, not a measurement
@@ -70,7 +71,7 @@ with forecast.started():
     finally:
         parent.kill()
         parent.wait()
-    until(lambda: not any(p.is_running() for p in family))
+    until(lambda: not any(map(lives, family)))
 
 
 def test_an_interrupted_forecast_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from labs.running import machine_load
-from labs.running.machine_load import OtherLoad, wait_until_idle
+from labs.running.machine_load import OtherLoad, Shares, wait_until_idle
 from serving.models import ROOT
 
 BUSY = "import time; e = time.process_time() + 0.4\nwhile time.process_time() < e: pass"
@@ -51,6 +51,19 @@ def test_what_a_stranger_uses_is_told() -> None:
     assert engine == "None"
     assert 0 <= float(stolen) <= 1
     assert 0 < float(strangers) <= 1.05
+
+
+@pytest.mark.parametrize("engine_pid", [None, 9])
+def test_others_are_what_neither_we_nor_our_engine_use(
+    engine_pid: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 10 s on two cores: 1 s stolen, and 6 s used, of these 4 s by us and 3 s by our engine."""
+    readings, times = iter([(0.0, 0.0, 0.0, 0.0), (1.0, 6.0, 4.0, 3.0)]), iter([100.0, 110.0])
+    monkeypatch.setattr(OtherLoad, "_now", lambda _: next(readings))
+    monkeypatch.setattr(machine_load.psutil, "cpu_count", lambda: 2)
+    monkeypatch.setattr(machine_load.time, "monotonic", lambda: next(times))
+    engine = None if engine_pid is None else 0.15
+    assert OtherLoad(engine_pid).shares() == Shares(0.05, 0.1, engine)
 
 
 OURS = f"""

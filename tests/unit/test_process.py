@@ -15,6 +15,7 @@ from serving import machine
 from serving.engines.vllm import Vllm
 from serving.models import Model
 from serving.process import Process
+from tests.processes import lives
 from tests.unit.builders import SHAPE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +54,7 @@ def ended(process: Process) -> int | None:
 
 def running(pid: int) -> bool:
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return lives(psutil.Process(pid))
     except psutil.NoSuchProcess:
         return False
 
@@ -65,6 +66,12 @@ def python(code: str, log: Path, talk: bool = False) -> Process:
 def test_exit_code_is_the_childs(tmp_path: Path) -> None:
     with Process("child", ["sh", "-c", "exit 7"], log=tmp_path / "log") as process:
         assert ended(process) == 7
+
+
+def test_a_child_is_out_of_reach_of_the_terminals_ctrl_c(tmp_path: Path) -> None:
+    """It has a session of its own: the runner ends it, in order, when it has recorded all."""
+    with Process("child", ["sleep", "600"], log=tmp_path / "log") as process:
+        assert os.getsid(process.pid) != os.getsid(0)
 
 
 def test_death_by_a_signal_is_128_and_the_signal(tmp_path: Path) -> None:

@@ -214,6 +214,32 @@ def test_engines_are_probed_after_the_last_of_their_own_trials(folder: RunFolder
     assert Noted(folder).goes(3, starts=2) == "off 1 1 needles on 1 1 2 2 on 3 3 needles"
 
 
+def test_a_probe_that_fails_costs_itself_alone(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gives_nothing(_: object) -> dict[str, Any]:
+        raise KeyError("choices")
+
+    probes = {"faulty": gives_nothing, "sound": lambda _: {"answers": 1}}
+    monkeypatch.setattr("labs.running.harness.PROBES", probes)
+    set_lab(folder, probes=["faulty", "sound"], probed=["on"])
+    harness = Noted(folder)
+    setup: Any = harness.setup
+    setup.places, setup.writer = {}, None
+    setup.clock = Clock()
+    progress: Any = harness.progress
+    progress.waiting = lambda text: None
+    engine: Any = SimpleNamespace(reset_prefix_cache=lambda: None)
+    monkeypatch.setattr(harness.engines, "alive", lambda variant: engine)
+    on = setup.lab.variants[1]
+    Harness._probe(harness, on)
+    assert harness.steps[0] == "on: the probe faulty failed: KeyError: 'choices'"
+    assert harness.steps[1].startswith("on: the probe sound took")
+    assert [folder.probe_file(name, "on").exists() for name in probes] == [False, True]
+    assert harness._probes_due(on) == ["faulty"]
+    assert setup.clock.played
+
+
 def test_where_no_engine_starts_the_run_ends_with_the_reason(folder: RunFolder) -> None:
     harness = Noted(folder)
     harness.dead.update(("on", "off"))
