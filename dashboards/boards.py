@@ -397,7 +397,9 @@ def _answer_panels() -> tuple[Panel, ...]:
             "A bar spans the interval, and its colour changes at the ratio. A bar across the line"
             " at 1 shows no difference. An interval covers one sitting.",
             "claimed",
-            *map(_claimed, (effect, low, high)),
+            _claimed(effect),
+            _claimed(low),
+            _claimed(high),
             limit=1,
         ),
         beside(

@@ -60,8 +60,8 @@ def test_others_are_what_neither_we_nor_our_engine_use(
     """In 10 s on two cores: 1 s stolen, and 6 s used, of these 4 s by us and 3 s by our engine."""
     readings, times = iter([(0.0, 0.0, 0.0, 0.0), (1.0, 6.0, 4.0, 3.0)]), iter([100.0, 110.0])
     monkeypatch.setattr(OtherLoad, "_now", lambda _: next(readings))
-    monkeypatch.setattr(machine_load.psutil, "cpu_count", lambda: 2)
-    monkeypatch.setattr(machine_load.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr("psutil.cpu_count", lambda: 2)
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
     engine = None if engine_pid is None else 0.15
     assert OtherLoad(engine_pid).shares() == Shares(0.05, 0.1, engine)
 
