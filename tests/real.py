@@ -107,12 +107,16 @@ def lab_on_a_cpu(lab: str, results: Path, command: str = "labs.commands.cli") ->
     model = served(sizes.layers)
     settings = f"{BRIEF} {sizes.real} {sizes.cpu}"
     folder = quick_run(lab, results, settings, model=model, command=command)
-    check_run(folder)
+    check_run(folder, makes_sense=sizes.layers is None)
     check_dashboards(folder)
 
 
-def check_run(folder: RunFolder) -> None:
-    """What must hold of any finished run on a real engine."""
+def check_run(folder: RunFolder, makes_sense: bool = True) -> None:
+    """What must hold of any finished run on a real engine.
+
+    How much of a text that makes no sense a draft guesses rightly nobody can predict: it differs
+    from one kind of CPU to another.
+    """
     run, summary, session = folder.run(), folder.summary(), folder.session()
     lab, points = run.rebuilt_lab(), run.points()
     assert folder.complete
@@ -125,7 +129,7 @@ def check_run(folder: RunFolder) -> None:
         assert found.prometheus in (found.records, None)
         assert found.prometheus is not None or session.prometheus
     trials = [trial for _, _, trial in folder.trials(points, lab)]
-    assert len(trials) == len(points) * lab.repeats
+    assert len(trials) == sum(map(lab.repeats_of, points))
     for trial in trials:
         assert trial
         shown = ENGINES[trial.point.variant.engine].shown_metrics()
@@ -142,7 +146,8 @@ def check_run(folder: RunFolder) -> None:
             assert (record.prompt_tokens, record.asked_tokens) == lengths[record.index]
             assert (record.text is not None) == trial.point.workload.keep_text
         assert bool(trial.intruders) == (trial.point.workload.intruder is not None)
-    blocking = [c for c in summary.caveats if c.blocks]
+    guesses = "of the drafted tokens were accepted"
+    blocking = [c for c in summary.caveats if c.blocks and (makes_sense or guesses not in c.text)]
     assert not [c for c in blocking if c.name in ("treatment not applied", "token counts differ")]
     # in what they count: whether they agree on times depends on what else the machine does
     disagreeing = [c for c in blocking if c.name == "client and engine disagree"]
