@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -52,7 +53,7 @@ def push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) -
 
 
 def _push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) -> None:
-    grafana = _connect(url, token)
+    grafana, said = _connect(url, token), partial(_quoted, token)
     try:
         _datasource(grafana, prometheus_url)
         _folder(grafana)
@@ -67,25 +68,27 @@ def _push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) 
         _regions(grafana, regions)
     except GrafanaClientError as error:
         if error.status_code not in (401, 403):
-            raise GrafanaError(f"Grafana at {url} did not accept this: {_short(error)}") from error
+            raise GrafanaError(f"Grafana at {url} did not accept this: {said(error)}") from error
         raise GrafanaError(
-            f"Grafana at {url} refused GRAFANA_TOKEN ({error.status_code}, {_short(error)}): give"
+            f"Grafana at {url} refused GRAFANA_TOKEN ({error.status_code}, {said(error)}): give"
             " the token of a service account with the role Admin, which data sources need; the"
             " Grafana of `make stack` has the dashboards already, and they cannot be changed there"
         ) from error
     except GrafanaException as error:
-        raise GrafanaError(f"Grafana at {url} failed: {_short(error)}; try again later") from error
+        raise GrafanaError(f"Grafana at {url} failed: {said(error)}; try again later") from error
     except (RequestException, OSError) as error:
         raise GrafanaError(f"Grafana at {url} cannot be reached: is GRAFANA_URL right?") from error
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise GrafanaError(
-            f"what answers at {url} is not Grafana ({type(error).__name__}: {_short(error)}): is"
+            f"what answers at {url} is not Grafana ({type(error).__name__}: {said(error)}): is"
             " GRAFANA_URL right?"
         ) from error
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _quoted(token: str, error: Exception) -> str:
+    """Quote the beginning of an error, in which Grafana may have repeated what it was shown."""
+    text = str(error).replace(token, "***") if token else str(error)
+    return " ".join(text.split())[:300]
 
 
 def _require_object(answer: object, field: str) -> None:
@@ -95,7 +98,7 @@ def _require_object(answer: object, field: str) -> None:
 
 
 def _connect(url: str, token: str) -> GrafanaApi:
-    if "@" in urlsplit(url).netloc:
+    if "@" in url:
         raise GrafanaError(
             "GRAFANA_URL contains a user or a password, which would be shown: leave them out and"
             " set GRAFANA_TOKEN"

@@ -68,7 +68,7 @@ class Variant(BaseModel, frozen=True, extra="forbid"):
 
     name: Name
     flags: dict[str, FlagValue] = {}
-    weights: Annotated[str, Field(pattern=r"^[a-z0-9-]*$")] = ""
+    weights: Annotated[str, Field(pattern=r"^([a-z][a-z0-9-]*)?$")] = ""
     engine: Annotated[str, Field(exclude_if=lambda name: name == DEFAULT_ENGINE)] = DEFAULT_ENGINE
 
     @field_validator("engine")
@@ -336,7 +336,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     claims: Annotated[tuple[Claim, ...], Field(max_length=100)]
     forecasts: Annotated[tuple[Forecast, ...], Field(max_length=100)] = ()
     evidence: tuple[Evidence, ...] = ()
-    studies: tuple[str, ...] = ()  # measured once on the model itself, without an engine
+    studies: tuple[
+        Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], ...
+    ] = ()  # measured once on the model itself, without an engine
     # lengths at which attention is timed by itself in each run, before its engines start
     attention_tokens: Annotated[
         tuple[Annotated[int, Field(gt=0, le=MOST_ATTENTION_TOKENS)], ...],

@@ -51,6 +51,9 @@ def refusal(path: str, head: Mapping[str, str], expected_key: str) -> tuple[int,
         return 421, "this server answers on 127.0.0.1 only"
     if "origin" in head and _host(head["origin"]) not in HERE:
         return 403, "this server answers no page of another site"
+    opened = head.get("sec-fetch-mode") == "navigate"  # by the reader, from a link for example
+    if head.get("sec-fetch-site") == "cross-site" and not opened:
+        return 403, "this server answers no page of another site"
     given = head.get("authorization", "").partition("Bearer ")[2]
     if expected_key and path not in OPEN and not _same(given, expected_key):
         return 401, "this server answers the lab that started it"

@@ -176,7 +176,13 @@ def parse(text: str, renamed: Mapping[str, str] | None = None) -> Snapshot:
 
     Unknown metrics are kept under their own names. Raises ValueError for another format.
     """
-    lab_name = renamed or {}
+    try:
+        return _parse(text, renamed or {})
+    except KeyError as error:
+        raise ValueError(f"a series of a histogram or counter has no {error}") from error
+
+
+def _parse(text: str, lab_name: Mapping[str, str]) -> Snapshot:
     values: dict[str, float] = {}
     info: dict[str, dict[str, str]] = {}
     buckets: dict[str, dict[float, float]] = {}

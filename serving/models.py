@@ -255,7 +255,7 @@ def _load(path: Path, name: str) -> Model:
     experts, per_token = _experts(config)
     idle = routed * (experts - per_token) // experts if experts else 0
     multiplied = params - untied[0] - idle
-    if "quantization_config" in config:
+    if any(name.endswith(PACKED) for name in sizes):
         params, multiplied = _unpacked(config) or (params, multiplied)
     return Model(
         name,
@@ -273,13 +273,16 @@ def _load(path: Path, name: str) -> Model:
     )
 
 
+PACKED = (".weight_packed", ".qweight")  # as compressed-tensors, GPTQ and AWQ name them
+
+
 def _unpacked(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Count the parameters of quantized weights, and those that are multiplied, from the config.
 
     Weights of four bits are stored packed, eight in a number. None where the config lacks a size.
     """
     plain = {"tie_word_embeddings": False, **config}
-    del plain["quantization_config"]
+    plain.pop("quantization_config", None)
     try:
         shape = shape_of(plain)
     except KeyError:

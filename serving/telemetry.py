@@ -178,6 +178,7 @@ class Telemetry(Collector):
         self._foreign = self._at_begin = self._most = source.processes() if source else None
         self._stop_serving: Callable[[], None] = lambda: None
         self._ended = threading.Event()
+        self._reading = threading.Lock()  # a source that adds up its counters has a state
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
@@ -196,7 +197,8 @@ class Telemetry(Collector):
         due = time.monotonic()
         while not self._ended.wait(max(0.0, due - time.monotonic())):
             try:
-                self._newest = self._source.read()
+                with self._reading:
+                    self._newest = self._source.read()
                 self._most = max(self._most or 0, self._source.processes() or 0)
             except Exception:  # whatever a driver raises: only this moment is missing
                 self._newest = []
@@ -226,7 +228,7 @@ class Telemetry(Collector):
         that the counters of energy cover a window that ends with the trial.
         """
         if self._source:
-            with contextlib.suppress(Exception):  # whatever a driver raises
+            with contextlib.suppress(Exception), self._reading:  # whatever a driver raises
                 self._samples.extend(self._source.read())
         if self._samples and started_monotonic_s is not None:
             in_order = sorted(self._samples, key=lambda sample: sample.time_s)

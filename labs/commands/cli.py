@@ -73,6 +73,7 @@ from labs.telling import forecasts, markdown, report, residuals
 from labs.telling.document import Paragraph, bullets, section, table_of
 from serving import bundle, machine, models, whole
 from serving.engines import ENGINES
+from serving.engines.base import with_places
 from serving.engines.vllm import Vllm
 from serving.gpus import short_names
 from serving.masking import holds_secret, masked
@@ -379,8 +380,8 @@ def make(
     """Make a model derived from the served one. A lab makes the models it needs by itself."""
     with reported_errors():
         served = model_of(machine.detect(), model, weights)
-        if again and (place := derived_models.place(served, name)).is_relative_to(models.CACHE):
-            shutil.rmtree(place, ignore_errors=True)
+        if again and name in derived_models.RECIPES:
+            shutil.rmtree(derived_models.place(served, name), ignore_errors=True)
         folder = derived_models.make(served, name, lambda line: console.print(escape(line)))
         for key, value in derived_models.about(folder).items():
             console.print(f"  {key}: {escape(str(value))}", style="dim")
@@ -429,9 +430,19 @@ def serve(
             raise LabError(f"{lab} has no variant {variant!r}; it has {', '.join(by_name)}")
         chosen = by_name[variant] if variant else resolved.variants[0]
         engine, flags = ENGINES[chosen.engine], resolved.flags_of(chosen)
+        if engine is not Vllm:
+            raise LabError(f"{chosen.name} is another engine, {engine.title}: this starts vLLM")
         served = model_of(host, model, weights)
         require_port(port, "PORT")
         engine.check_flags([flags])
+        alone = resolved.model_copy(update={"variants": (chosen,), "studies": ()})
+        places = {
+            name: derived_models.make(served, name, lambda line: console.print(escape(line)))
+            for name in alone.derived()
+        }
+        if chosen.weights:
+            served = derived_models.with_weights(served, chosen.weights, places[chosen.weights])
+        flags = with_places(flags, places)
         argv = [*engine.command, *engine.server_argv(served, flags, port)]
         known = host.kind == "cpu" and engine.start_s
         soon = f"in about {engine.start_s:.0f} s" if known else "in a minute or more"

@@ -61,6 +61,8 @@ def require_own_files(folder: Path) -> None:
     for count, entry in enumerate(_entries(folder)):
         if count == MOST_FILES:
             raise DamagedError(f"{folder} has more than {MOST_FILES} files, which no run has")
+        if entry.name == ".git":
+            raise DamagedError(f"{entry.path} is a repository of its own, which no run has")
         if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
             raise DamagedError(
                 f"{entry.path} is not a regular file: a run has neither links nor pipes"

@@ -5,13 +5,12 @@ A reader's own runs lie in the same folders as the published ones; `git add` pub
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
 from labs.filing import results
 from labs.filing.results import RunFolder, all_runs
+from labs.filing.tracked import tracked_names
 
 
 def tracked(paths: Iterable[Path], within: Path) -> list[Path]:
@@ -20,16 +19,8 @@ def tracked(paths: Iterable[Path], within: Path) -> list[Path]:
     Where git tracks nothing there (no git, an archive without a repository, a folder elsewhere),
     all paths are kept.
     """
-    names = _tracked_names(within)
+    names = set(tracked_names(within))
     return [path for path in paths if not names or path.relative_to(within).as_posix() in names]
-
-
-def _tracked_names(folder: Path) -> set[str]:
-    """Name every file below a folder that git tracks, relative to that folder."""
-    if shutil.which("git") is None or not folder.is_dir():
-        return set()
-    command = ["git", "-C", str(folder), "ls-files", "-z"]
-    return set(subprocess.run(command, capture_output=True, text=True).stdout.split("\0")) - {""}
 
 
 def committed_runs() -> list[RunFolder]:

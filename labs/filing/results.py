@@ -27,7 +27,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -48,6 +47,7 @@ from pydantic import (
 
 from labs.filing import bounded
 from labs.filing.bounded import DamagedError
+from labs.filing.tracked import tracked_names
 from labs.judging.judge import (
     Caveat,
     ForecastAtPoint,
@@ -103,17 +103,22 @@ UNREADABLE = (
 """The exceptions that reading damaged files of a run, or computing from them, may raise."""
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 @contextlib.contextmanager
 def readable(folder: RunFolder) -> Iterator[None]:
     """Raise DamagedError where the block cannot read a run's files, or compute from them.
 
-    What it says of itself is passed on: a LabError, or a disk that is full.
+    What it says of itself is passed on: a LabError, or a disk that takes nothing more.
     """
     try:
         yield
-    except (LabError, OSError):
+    except LabError:
         raise
     except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise DamagedError(f"{folder.path} cannot be read: {reason}") from error
 
@@ -750,11 +755,14 @@ HOME = re.compile(rb"(?<![\w.~])/(?:home/[^/\s\"']+|Users/[^/\s\"']+|root)/")
 def _unfit_to_publish(run: Path) -> list[str]:
     """List secrets, names of home folders, logs that git tracks, and an excessive size."""
     unfit = []
-    files = [p for p in sorted(run.rglob("*")) if p.is_file() and p.suffix != ".log"]
-    size = sum(p.stat().st_size for p in files)
+    files = [p for p in sorted(run.rglob("*")) if p.is_file() and not p.is_symlink()]
+    size = sum(p.stat().st_size for p in files if p.suffix != ".log")
     if size > MOST_BYTES:
-        return [f"it has {size / 2**20:.1f} MiB, a run may have {MOST_BYTES / 2**20:.0f}"]
+        unfit.append(f"it has {size / 2**20:.1f} MiB, a run may have {MOST_BYTES / 2**20:.0f}")
     for path in files:
+        if path.stat().st_size > MOST_BYTES:
+            unfit.append(f"{path.relative_to(run)} is too large to be searched for secrets")
+            continue
         try:
             content = bounded.unpacked(path) if path.suffix == ".gz" else path.read_bytes()
         except (OSError, DamagedError):
@@ -762,10 +770,7 @@ def _unfit_to_publish(run: Path) -> list[str]:
         name = path.relative_to(run)
         if SECRET.search(content):  # the message must not repeat it
             unfit.append(f"{name} holds what looks like a secret: revoke it, then remove it")
-        if home := HOME.search(content):
+        if path.suffix != ".log" and (home := HOME.search(content)):
             unfit.append(f"{name} names a home folder, {home[0].decode(errors='replace')}..")
-    if shutil.which("git"):
-        command = ["git", "-C", str(run), "ls-files", "*.log"]
-        logs = subprocess.run(command, capture_output=True, text=True).stdout.split()
-        unfit += [f"{name} is a log that git keeps: remove it" for name in logs]
-    return unfit
+    logs = tracked_names(run, "*.log")
+    return [*unfit, *(f"{name} is a log that git keeps: remove it" for name in logs)]

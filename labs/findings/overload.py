@@ -704,7 +704,7 @@ def draw_goodput(run: JudgedRun) -> str | None:
             y = [(o.forecast_per_s or 0.0) / expected for o in forecast]
             x, label = [o.times for o in forecast], f"{name}, forecast"
             ax.plot(x, y, "x:", color=colour, label=label)
-    most = 1.05 * facts.most
+    most = 1.05 * max(facts.most, *(o.offered_per_s / capacity for o in facts.offers))
     ax.plot([0, 1, most], [0, 1, 1], color=BOUND, lw=1, ls="--", label="min(offered, capacity)")
     ax.set_xlim(0, most)
     ax.set_ylim(0, None)

@@ -230,7 +230,7 @@ def phases(run: JudgedRun) -> str | None:
     verdict = (
         "they speed up decode and not prefill, as memory limits the one and arithmetic the other"
         if settled and all(as_bound)
-        else "the repeats do not settle whether decode follows the bytes on this machine"
+        else "the repeats do not settle whether the bytes explain both phases on this machine"
         if not settled
         else "on this machine the bytes alone explain neither phase: the time for a format's"
         " arithmetic matters in both"

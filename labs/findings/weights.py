@@ -110,8 +110,8 @@ def tell_weights(facts: KindsOfWeights) -> Finding:
         rows.append([*row, _maker(kind.making)])
     lines = [
         "*By bytes* is what decode would gain at one stream if it only read weights. Unpacking"
-        " 4-bit weights costs arithmetic in every step. A GPU does it while it reads; a CPU has no"
-        " instructions for it, as it has for INT8."
+        " 4-bit weights costs arithmetic in every step, which a GPU does while it reads. A CPU has"
+        " instructions for INT8, and none for this."
     ]
     return Finding(title="How large the weights are, and how fast", rows=rows, lines=lines)
 

@@ -32,7 +32,7 @@ import numpy as np
 
 from labs import theory
 from labs.lab import SLO, Point
-from loadtests.arrivals import Concurrent, Contended
+from loadtests.arrivals import Concurrent, Contended, Replay
 from loadtests.latencies import TPOT, Latency
 from loadtests.plan import LEAST_COUNTED, TrialSummary
 from loadtests.records import RequestRecord
@@ -40,6 +40,13 @@ from loadtests.workload import Asked
 from serving import metrics, telemetry
 from serving.metrics import Snapshot
 from serving.telemetry import Sample
+
+
+def ran_out(point: Point, summary: TrialSummary) -> bool:
+    """Whether a trial would have sent more than was prepared; a trace that is over would not."""
+    load, trace = point.load, point.workload.trace
+    over = isinstance(load, Replay) and trace and trace[-1][0] / load.speed <= summary.window_s[1]
+    return summary.exhausted and not over
 
 
 @dataclass(frozen=True)

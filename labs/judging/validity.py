@@ -19,7 +19,13 @@ from scipy import stats
 from labs.judging import dose
 from labs.judging.judge import Caveat
 from labs.judging.machine_speed import MOST_CHANGED, TimedTrial, jump, machine_speed
-from labs.judging.measure import Trial, client_ttft_mean_s, engine_ttft_mean_s, expected_pieces
+from labs.judging.measure import (
+    Trial,
+    client_ttft_mean_s,
+    engine_ttft_mean_s,
+    expected_pieces,
+    ran_out,
+)
 from labs.judging.metrics import METRICS, Repeats, by_repeat
 from labs.judging.text import literal
 from labs.lab import Claim, Evidence, Point, factors
@@ -145,8 +151,8 @@ def _sent(trial: Trial) -> Iterator[Caveat]:
             "generator lagged",
             f"{late:.0%} of the requests were sent late: lower the rate or add client cores",
         )
-    ran_out = summary.exhausted  # of requests, and the window ended there
-    if summary.planned and not ran_out and summary.sent < LEAST_ACHIEVED * summary.planned:
+    cut = summary.exhausted  # where the requests, or the trace, ended
+    if summary.planned and not cut and summary.sent < LEAST_ACHIEVED * summary.planned:
         yield _caveat(
             trial,
             "fell behind the schedule",
@@ -346,7 +352,7 @@ def _unreadable(trial: Trial, expected: Expected) -> Iterator[Caveat]:
 
 
 def _exhausted(trial: Trial) -> Iterator[Caveat]:
-    if trial.summary.exhausted:
+    if ran_out(trial.point, trial.summary):
         text = "the window was cut short: raise `requests`"
         yield _caveat(trial, "ran out of requests", text, blocks=False)
 

@@ -16,7 +16,7 @@ from labs.filing import manifest
 from labs.filing.manifest import Fact
 from labs.filing.results import Run, lab_from_resolved
 from labs.lab import LabError
-from labs.running.resolve import RunRequest, engine_environment, model_of
+from labs.running.resolve import RunRequest, engine_environment, model_of, require_harmless
 from serving import machine as machines
 from serving import models
 from serving.dummy import SUFFIX
@@ -61,6 +61,7 @@ def request(
             f"this checkout can no longer read the run's lab ({str(error).splitlines()[0]}):"
             f" {checkout_hint}"
         ) from error
+    require_harmless(lab, recorded=True)
     return RunRequest(
         lab=lab,
         quick=run.quick,

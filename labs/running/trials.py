@@ -15,7 +15,7 @@ from statistics import fmean
 import requests
 
 from labs.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
-from labs.judging.measure import Trial, output_tokens_per_s, requests_per_s
+from labs.judging.measure import Trial, output_tokens_per_s, ran_out, requests_per_s
 from labs.judging.text import point_label
 from labs.judging.validity import disturbances_of
 from labs.lab import LabError, Point, Variant
@@ -339,7 +339,7 @@ class Trials:
         if (
             reason := engine.died()
             or summary.aborted
-            or nothing_measured(request_records, summary.exhausted)
+            or nothing_measured(request_records, ran_out(point, summary))
         ):
             self._counts.discard(succeeded)
             raise EngineError(reason)
@@ -378,12 +378,12 @@ class Trials:
         return capacity_per_s
 
 
-def nothing_measured(request_records: Sequence[RequestRecord], ran_out: bool = False) -> str:
+def nothing_measured(request_records: Sequence[RequestRecord], exhausted: bool = False) -> str:
     """Say why a trial has no figures: nothing sent in its window succeeded. Else return ""."""
     counted = [r for r in request_records if r.in_window]
     if any(r.ok for r in counted):
         return ""
-    if not counted and ran_out:
+    if not counted and exhausted:
         return "the prepared requests ran out in the warm-up: raise `requests`"
     if not counted:
         return "nothing was sent in the window: raise `window_s` or the rate of the load"

@@ -32,12 +32,18 @@ def lines(run: Run, lab: Lab, session: Session | None, summary: Summary) -> list
         ),
         f"Engine threads ran on CPU cores {list(env.engine_cores)}, the load generator on"
         f" {list(env.client_cores)}.",
-        f"{repeats(lab, summary)}. Each repeat plays every point once, in random order (seed"
+        f"{repeats(lab, summary)}. Each repeat plays {_points(lab)} once, in random order (seed"
         f" {lab.seed}),"
         " and sends the same requests to all variants.",
         *(_sitting(lab, session) if session else ()),
         _command(run, lab),
     ]
+
+
+def _points(lab: Lab) -> str:
+    if not 0 < lab.curve_repeats < lab.repeats:
+        return "every point"
+    return f"every point (after {lab.curve_repeats}, only those that a claim compares)"
 
 
 def repeats(lab: Lab, summary: Summary) -> str:

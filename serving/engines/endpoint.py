@@ -128,9 +128,10 @@ class Endpoint(Server):
 
 def _base(setting: str, url: str) -> str:
     """Return the address without a path. Raises EngineError where it holds a secret."""
-    if holds_secret(url):
+    if holds_secret(url) or "@" in url:
+        shown = masked(url) if holds_secret(url) else f"***@{url.rpartition('@')[2]}"
         raise EngineError(
-            f"{setting}={masked(url)} holds a user, a password or a key, which would be recorded:"
+            f"{setting}={shown} holds a user, a password or a key, which would be recorded:"
             f" leave it out, and set {guard.KEY} in the environment, which is sent as its key"
         )
     return url.rstrip("/").removesuffix("/metrics").removesuffix("/v1")

@@ -227,6 +227,10 @@ class Vllm(Engine):
                 [str(ROOT), str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])]
             ),
         }
+        over_ray = any(flags.get("distributed-executor-backend") == "ray" for flags in beside)
+        if "GLOO_SOCKET_IFNAME" not in os.environ and not over_ray:
+            # its workers listen for one another where the host's name leads, else
+            env["GLOO_SOCKET_IFNAME"] = "lo"
         if model.path.exists():
             env["HF_HUB_OFFLINE"] = "1"
         if model.dummy:  # trained routers spread tokens evenly; a random one prefers a few experts

@@ -196,8 +196,8 @@ def test_ttft_is_split_by_the_engines_own_clock(tmp_path: Path) -> None:
     [(5, 100, "and prefill 1.00x (1.00 to 1.00). So they speed up decode and not prefill"),
      (5, 50, "and prefill 0.50x (0.50 to 0.50). So on this machine the bytes alone"),
      (12, 100, "decode takes 1.20x (1.20 to 1.20) the time and prefill 1.00x"),
-     ((7, 13), 100, "So the repeats do not settle whether decode follows the bytes"),
-     (5, (60, 130), "So the repeats do not settle whether decode follows the bytes")],
+     ((7, 13), 100, "So the repeats do not settle whether the bytes explain both"),
+     (5, (60, 130), "So the repeats do not settle whether the bytes explain both")],
 )  # fmt: skip
 def test_fewer_bytes_are_held_against_both_phases(
     decode_ms: Any, prefill_ms: Any, said: str, tmp_path: Path

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import re
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,8 +28,11 @@ from labs.questions import QUESTIONS
 from labs.running import backfill
 from labs.running.resolve import RunRequest
 from labs.running.resume import CannotResume
-from serving.models import ROOT
-from tests.unit.builders import write_run, write_slowed
+from serving import models
+from serving.engines.vllm import Vllm
+from serving.machine import detect
+from serving.models import ROOT, Model
+from tests.unit.builders import SHAPE, write_run, write_slowed
 from tests.unit.test_makefile import SETTINGS
 
 LAB = next(iter(LABS))
@@ -164,6 +169,55 @@ def test_all_labs_refuse_what_only_one_takes(setting: str, monkeypatch: pytest.M
     assert (
         f"error: {setting}=: not for all labs together; give it to one, `make lab-<name>`" in said
     )
+
+
+def test_serve_starts_the_engine_of_a_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = list[tuple[str, list[str], dict[str, str]]]()
+    model = Model("lab/base-1B", Path("/models/base"), SHAPE)
+    monkeypatch.setattr("os.execve", lambda *of: started.append(of))
+    monkeypatch.setattr("labs.commands.cli.model_of", lambda *_: model)
+    monkeypatch.setattr("labs.commands.cli.require_port", lambda *_: None)
+    monkeypatch.setattr(Vllm, "check_flags", lambda *_: None)  # imports vLLM
+    code, said = labs("serve", "--lab", "prefix-caching", "--variant", "off", "--port", "8123")
+    assert code == 0, said
+    ((program, argv, env),) = started
+    assert program == argv[0]
+    assert argv[argv.index("--port") + 1] == "8123"
+    assert argv[argv.index("--host") + 1] == "127.0.0.1"
+    assert {"/models/base", "--no-enable-prefix-caching"} <= {*argv}
+    lab = LABS["prefix-caching"].at(models.scale_of(detect()), False)
+    assert env.items() >= Vllm.environment(detect().kind, model, lab.all_flags).items()
+    assert env["PATH"] == os.environ["PATH"]
+
+
+def test_serve_serves_the_weights_of_the_variant_and_no_other_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, made = list[list[str]](), list[str]()
+
+    def make(model: Model, name: str, _: object) -> Path:
+        made.append(name)
+        return tmp_path / name
+
+    model = Model("lab/base-1B", Path("/models/base"), SHAPE)
+    monkeypatch.setattr("os.execve", lambda program, argv, env: started.append(argv))
+    monkeypatch.setattr("labs.commands.cli.model_of", lambda *_: model)
+    monkeypatch.setattr("labs.commands.cli.require_port", lambda *_: None)
+    monkeypatch.setattr("labs.commands.cli.derived_models.make", make)
+    monkeypatch.setattr(
+        "labs.commands.cli.derived_models.with_weights",
+        lambda of, name, folder: replace(of, path=folder),
+    )
+    monkeypatch.setattr(Vllm, "check_flags", lambda *_: None)  # imports vLLM
+    for lab, variant in (("weight-quantization", "w8a8"), ("speculative-decoding", "draft-2")):
+        code, said = labs("serve", "--lab", lab, "--variant", variant)
+        assert code == 0, said
+    assert made == ["w8a8", "draft"]
+    assert str(tmp_path / "w8a8") in started[0]
+    assert str(tmp_path / "draft") in " ".join(started[1])
+    assert "<draft>" not in " ".join(started[1])
+    code, said = labs("serve", "--lab", "serving-engines", "--variant", "llama-cpp")
+    assert (code, "is another engine, llama.cpp: this starts vLLM" in said) == (1, True)
 
 
 def test_commands_are_those_the_makefile_calls() -> None:

@@ -64,6 +64,15 @@ def test_a_page_of_another_site_is_refused_with_a_key_and_without_one(key: str) 
 
 
 @pytest.mark.parametrize("key", ["the-key", ""])
+def test_what_a_page_of_another_site_only_loads_is_refused_and_a_link_is_not(key: str) -> None:
+    """A picture's request has no origin; a browser says where it comes from all the same."""
+    picture = {**MINE, "sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}
+    assert answered("/api/v1/query", picture, key)[0] == 403
+    assert answered("/", {**picture, "sec-fetch-mode": "navigate"}, key) == ["let in"]
+    assert answered("/", {**picture, "sec-fetch-site": "same-origin"}, key) == ["let in"]
+
+
+@pytest.mark.parametrize("key", ["the-key", ""])
 @pytest.mark.parametrize("host", ["evil.example:8000", "", "127.0.0.1.evil.example", "10.0.0.1"])
 def test_a_name_that_was_made_to_resolve_here_is_refused(key: str, host: str) -> None:
     assert answered("/v1/models", {**MINE, "host": host}, key)[0] == 421

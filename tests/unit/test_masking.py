@@ -59,3 +59,7 @@ def test_a_setting_with_a_secret_is_refused_and_not_repeated() -> None:
         EngineError, match=r"ENDPOINT=http://\*\*\*@h holds a user, .* VLLM_API_KEY"
     ):
         Endpoint("http://me:pass@h")
+    for address in ("me:pass@h:8000", "http://me:p/pass@h:8000"):
+        with pytest.raises(EngineError, match=r"ENDPOINT=\*\*\*@h:8000 holds a user") as refused:
+            Endpoint(address)
+        assert "pass@" not in str(refused.value)

@@ -3,7 +3,7 @@
 import pytest
 
 from serving import metrics
-from serving.engines.vllm import GOLDEN
+from serving.engines.vllm import GOLDEN, Vllm
 from serving.metrics import Histogram, Snapshot, names, parse
 
 BEFORE = """\
@@ -110,6 +110,20 @@ def test_acceptance_is_counted_by_position_too() -> None:
     before = Snapshot({metrics.position(0): 5.0})
     assert found.since(before).values[metrics.position(0)] == 4
     assert metrics.is_known(metrics.position(1))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '# TYPE foo histogram\nfoo_bucket{le="+Inf"} 1\n',
+        "# TYPE foo histogram\nfoo_bucket 1\nfoo_sum 1\nfoo_count 1\n",
+        "# TYPE vllm:spec_decode_num_accepted_tokens_per_pos_total counter\n"
+        "vllm:spec_decode_num_accepted_tokens_per_pos_total 5\n",
+    ],
+)
+def test_what_lacks_a_part_is_no_metrics(text: str) -> None:
+    with pytest.raises(ValueError, match="has no"):
+        Vllm.read_metrics(text)
 
 
 def test_names_lists_values_and_histograms() -> None:

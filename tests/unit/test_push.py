@@ -171,6 +171,8 @@ def test_another_refusal_is_one_sentence(grafana: Stub, status: int, says: str) 
         ("grafana:3000", TOKEN, "is not an address"),
         ("http://127.0.0.1:3000", "", "GRAFANA_TOKEN is not set"),
         ("http://me:secret@127.0.0.1:3000", TOKEN, "leave them out"),
+        ("me:secret@127.0.0.1:3000", TOKEN, "leave them out"),
+        ("http://me:sec/secret@127.0.0.1:3000", TOKEN, "leave them out"),
     ],
 )
 def test_what_is_missing_is_one_sentence(url: str, token: str, says: str) -> None:
@@ -220,3 +222,11 @@ def test_a_token_that_is_sent_back_is_not_shown(grafana: Stub, status: int) -> N
     with pytest.raises(GrafanaError) as failed:
         push.push(grafana.url, TOKEN, "http://127.0.0.1:9090", [REGION])
     assert TOKEN not in str(failed.value)
+
+
+def test_nor_is_the_beginning_of_one_that_is_cut_off(grafana: Stub) -> None:
+    long = "x" * (290 - len("Client Error 400: "))
+    grafana.garbage, grafana.refuses = json.dumps({"message": f"{long} {TOKEN}"}).encode(), 400
+    with pytest.raises(GrafanaError) as failed:
+        push.push(grafana.url, TOKEN, "http://127.0.0.1:9090", [REGION])
+    assert TOKEN[:6] not in str(failed.value)

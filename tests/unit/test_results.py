@@ -240,9 +240,10 @@ def large(folder: RunFolder) -> None:
 
 
 def kept_log(folder: RunFolder) -> None:
-    (folder.path / "engine.log").write_text("-")
-    for words in (["init", "-q"], ["add", "-f", "engine.log"]):
-        subprocess.run(["git", "-C", folder.path, *words], check=True)
+    log = folder.path / "engine.log"
+    log.write_text("-")
+    for words in (["init", "-q"], ["add", "-f", log]):
+        subprocess.run(["git", "-C", folder.path.parents[2], *words], check=True)
 
 
 @pytest.mark.parametrize(

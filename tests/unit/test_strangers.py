@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from labs.commands.terminal import ConsoleProgress
 from labs.filing import bounded, manifest, results
 from labs.filing.bounded import DamagedError
 from labs.filing.results import Run, RunFolder, lab_from_resolved, write_json
+from labs.filing.tracked import tracked_names
 from labs.lab import Lab, LabError, digest_of
 from labs.running import backfill, reproduce
 from labs.running.resolve import RunRequest, _writer, require_harmless, resolve
@@ -83,6 +85,40 @@ def test_a_recorded_run_whose_flags_may_do_harm_is_not_repeated(
     hostile = hostile.model_copy(update={"flags": {**hostile.flags, **flags}})
     with pytest.raises(EngineError, match=f"{why}.*a recorded run may come from anybody"):
         resolve(RunRequest(hostile, True, reproduces="x", model="none"), ConsoleProgress())
+
+
+def test_it_is_refused_before_its_model_is_looked_for(folder: RunFolder) -> None:
+    """A model may have gigabytes, and is fetched with the reader's token."""
+    lab = LAB.at("cpu", quick=True)
+    lab = lab.model_copy(update={"flags": {**lab.flags, "trust-remote-code": True}})
+    update = {"lab": json.loads(json.dumps(lab.resolved())), "digest": lab.digest()}
+    with pytest.raises(EngineError, match="a recorded run may come from anybody"):
+        reproduce.request(folder.run().model_copy(update=update))
+
+
+@pytest.mark.parametrize("name", ["x/../../y", "draft/../..", "../x", "8bit", "-x", ""])
+def test_what_is_derived_for_it_is_a_name_and_no_path(name: str) -> None:
+    plain = LAB.resolved()
+    if name:
+        with pytest.raises(ValueError, match="pattern"):
+            lab_from_resolved({**plain, "variants": [{"name": "a", "weights": name}]}, LAB)
+    with pytest.raises(ValueError, match="pattern"):
+        lab_from_resolved({**plain, "studies": [name]}, LAB)
+
+
+def test_git_starts_no_program_that_a_folder_names(tmp_path: Path) -> None:
+    """Its own configuration may say what git starts to list its files."""
+    started, repository = tmp_path / "started", tmp_path / "theirs"
+    repository.mkdir()
+    for words in (("init", "-q"), ("config", "core.fsmonitor", f"touch {started}; false")):
+        subprocess.run(["git", "-C", str(repository), *words], check=True)
+    (repository / "a.log").write_text("")
+    subprocess.run(["git", "-C", str(repository), "add", "a.log"], check=True)
+    assert started.exists()  # git itself starts it
+    started.unlink()
+    assert tracked_names(repository, "*.log") == ["a.log"]
+    assert tracked_names(repository, "*.txt") == []
+    assert not started.exists()
 
 
 @pytest.mark.parametrize("name", LABS)
@@ -315,6 +351,7 @@ IMPOSSIBLE: dict[str, tuple[Callable[[RunFolder], None], str]] = {
     "linked folder": (lambda f: linked(f, "trials/on"), "not a regular file"),
     "linked run": (lambda f: linked(f, "run.json"), "not a regular file"),
     "pipe": (lambda f: piped(f, "predictions.json"), "not a regular file"),
+    "repository": (lambda f: (f.path / ".git").mkdir(), "a repository of its own"),
 }
 
 
@@ -361,6 +398,30 @@ def test_a_bad_run_is_named_and_the_others_are_shown(fault: str, folder: RunFold
     assert (code, f"Left out: {name} cannot be read: " in said, why in said) == (1, True, True)
     assert (folder.path / "report.md").exists()
     assert labs("leaderboard")[0] == 0
+
+
+def test_a_folder_in_the_place_of_a_report_stops_no_other_run(folder: RunFolder) -> None:
+    other = write_slowed(folder, 1)
+    (other.path / "report.md").unlink(missing_ok=True)
+    (other.path / "report.md").mkdir()
+    (folder.path / "report.md").unlink(missing_ok=True)
+    code, said = labs("report")
+    name = "/".join(other.path.parts[-3:])
+    assert (code, f"Left out: {name} cannot be read" in said) == (1, True)
+    assert (folder.path / "report.md").exists()
+
+
+def test_a_token_in_a_log_is_found_and_a_large_run_is_searched_too(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder.path / "logs").mkdir()
+    (folder.path / "logs" / "engine-on.log").write_text("/root/x hf_" + "a1B2" * 8)
+    secret = "logs/engine-on.log holds what looks like a secret: revoke it, then remove it"
+    assert results.problems(folder) == [secret]
+    monkeypatch.setattr(results, "MOST_BYTES", 9000)
+    found = results.problems(folder)
+    assert secret in found
+    assert any("a run may have" in message for message in found)
 
 
 def test_bad_runs_are_named_and_the_other_is_on_the_site(

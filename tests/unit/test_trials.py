@@ -39,7 +39,7 @@ def test_a_trial_without_a_request_in_its_window_has_failed() -> None:
         "nothing was sent in the window: raise `window_s`"
     )
     assert nothing_measured([]).startswith("nothing was sent")
-    assert nothing_measured([WARM_UP], ran_out=True) == (
+    assert nothing_measured([WARM_UP], exhausted=True) == (
         "the prepared requests ran out in the warm-up: raise `requests`"
     )
 

@@ -11,7 +11,8 @@ import pytest
 
 from serving.engines.base import EngineError, FlagValue
 from serving.engines.vllm import Vllm, VllmFlags, resolved
-from serving.models import files_sha256
+from serving.models import Model, files_sha256
+from tests.unit.builders import SHAPE
 
 SAID = (  # by vLLM 0.32, cut
     "(EngineCore pid=7) INFO 11-25 20:56:03 [core.py:133] Initializing a V1 LLM engine (v0.32.0)"
@@ -120,3 +121,13 @@ def test_a_cache_that_it_says_it_did_not_reset_is_an_error(answers: dict[str, An
     answers["/reset_prefix_cache"] = {"success": False}
     with pytest.raises(EngineError, match="w8a8 did not reset its prefix cache"):
         engine.reset_prefix_cache()
+
+
+def test_workers_listen_to_one_another_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    model = Model("a", Path("/none"), SHAPE)
+    assert Vllm.environment("cpu", model)["GLOO_SOCKET_IFNAME"] == "lo"
+    over_ray: dict[str, FlagValue] = {"distributed-executor-backend": "ray"}
+    assert "GLOO_SOCKET_IFNAME" not in Vllm.environment("gpu", model, [over_ray])
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")  # the reader's own
+    assert "GLOO_SOCKET_IFNAME" not in Vllm.environment("cpu", model)
