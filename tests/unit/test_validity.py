@@ -12,7 +12,7 @@ import pytest
 
 from labs.judging import dose
 from labs.judging.judge import Caveat
-from labs.judging.measure import OtherWork, Trial
+from labs.judging.measure import OtherWork, Trial, ran_out
 from labs.judging.validity import Expected, Served, caveats_of, confounded, first_trial_slow
 from labs.lab import Arm, Evidence
 from loadtests.records import RequestRecord
@@ -112,6 +112,16 @@ def test_a_prompt_that_failed_before_its_first_token_may_have_been_found_in_the_
     ]
     assert all(bounds)
     assert len({b.high for b in bounds if b}) == 1
+
+
+@pytest.mark.parametrize(("last_s", "more"), [(38.0, False), (100.0, True)])
+def test_a_trace_that_is_over_has_not_run_out(last_s: float, more: bool) -> None:
+    """At twice its speed it ends in second 19, or goes on beyond what was prepared of it."""
+    trace = ((0.0, 6, 4), (last_s, 6, 4))
+    point = make_point(load="replay:2", trace=trace)
+    found = [make_record([(11.0, 1)], index=i, prompt_tokens=6) for i in range(6)]
+    trial = make_trial(found, point=point, exhausted=True, window_s=(10.0, 19.0))
+    assert ran_out(point, trial.summary) == more
 
 
 def test_clean_trial_has_no_caveat() -> None:
