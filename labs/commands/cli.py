@@ -442,8 +442,8 @@ def serve(
         }
         if chosen.weights:
             served = derived_models.with_weights(served, chosen.weights, places[chosen.weights])
-        flags = with_places(flags, places)
-        argv = [*engine.command, *engine.server_argv(served, flags, port)]
+        argv = engine.server_argv(served, with_places(flags, places), port)
+        argv = [*engine.command, *argv]
         known = host.kind == "cpu" and engine.start_s
         soon = f"in about {engine.start_s:.0f} s" if known else "in a minute or more"
         console.print(f"Serving {served.name} at http://127.0.0.1:{port} (ready {soon}):")
