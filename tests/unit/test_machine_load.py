@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,8 +61,10 @@ def test_others_are_what_neither_we_nor_our_engine_use(
     """In 10 s on two cores: 1 s stolen, and 6 s used, of these 4 s by us and 3 s by our engine."""
     readings, times = iter([(0.0, 0.0, 0.0, 0.0), (1.0, 6.0, 4.0, 3.0)]), iter([100.0, 110.0])
     monkeypatch.setattr(OtherLoad, "_now", lambda _: next(readings))
-    monkeypatch.setattr("psutil.cpu_count", lambda: 2)
-    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    # of the module alone: other threads of the tests read the clock, too
+    clock = SimpleNamespace(monotonic=lambda: next(times))
+    monkeypatch.setattr("labs.running.machine_load.time", clock)
+    monkeypatch.setattr("labs.running.machine_load.psutil", SimpleNamespace(cpu_count=lambda: 2))
     engine = None if engine_pid is None else 0.15
     assert OtherLoad(engine_pid).shares() == Shares(0.05, 0.1, engine)
 
