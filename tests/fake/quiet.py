@@ -6,18 +6,21 @@ use is much. What else disturbs a trial, such as a late load generator, is notic
 
 from __future__ import annotations
 
-from labs.commands.cli import app
+from labs.commands import cli
 from labs.running.machine_load import OtherLoad, Shares
 
-__all__ = ["app"]
+measured = OtherLoad.shares
 
 
 def _only_ours(self: OtherLoad) -> Shares:
     return Shares(steal=0.0, others=0.0, engine=measured(self).engine)
 
 
-measured = OtherLoad.shares
-OtherLoad.shares = _only_ours  # type: ignore[method-assign]
+def app() -> None:
+    """Run the command line, in a process of its own: tests import this module, too."""
+    OtherLoad.shares = _only_ours  # type: ignore[method-assign]
+    cli.app()
+
 
 if __name__ == "__main__":
     app()
