@@ -431,7 +431,10 @@ def serve(
         chosen = by_name[variant] if variant else resolved.variants[0]
         engine, flags = ENGINES[chosen.engine], resolved.flags_of(chosen)
         if engine is not Vllm:
-            raise LabError(f"{chosen.name} is another engine, {engine.title}: this starts vLLM")
+            raise LabError(
+                f"{chosen.name} is served by {engine.title}, and this command starts vLLM alone:"
+                " choose another VARIANT"
+            )
         served = model_of(host, model, weights)
         require_port(port, "PORT")
         engine.check_flags([flags])

@@ -217,7 +217,7 @@ def test_serve_serves_the_weights_of_the_variant_and_no_other_engine(
     assert str(tmp_path / "draft") in " ".join(started[1])
     assert "<draft>" not in " ".join(started[1])
     code, said = labs("serve", "--lab", "serving-engines", "--variant", "llama-cpp")
-    assert (code, "is another engine, llama.cpp: this starts vLLM" in said) == (1, True)
+    assert (code, "is served by llama.cpp, and this command starts vLLM alone" in said) == (1, True)
 
 
 def test_commands_are_those_the_makefile_calls() -> None:
