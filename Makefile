@@ -6,9 +6,9 @@ SHELL := /bin/bash
 # LABS_QUICK in the environment holds for every call; QUICK there is not read, and make says so.
 SETTINGS := A AA AGAIN API_PRICE ARCHIVE AS B BASELINE DISTURBED DOCUMENTS DP ENDPOINT \
 	ENDPOINT_METRICS ENGINE_COMMAND FOR FORCE FRESH FROM GRAFANA_PORT GRAFANA_URL HAVE HELP JSON LAB LEAN LENGTHS \
-	MACHINE METHOD MODEL ONLY OUT PART PLATFORM PORT PP PRECISION PREVIEW_PORT PRICE_PER_HOUR \
-	PROFILING PROMETHEUS_DATA PROMETHEUS_PORT PROMETHEUS_URL PYTHON PYTHON_VERSION QUICK RATE REPLICAS RESULTS \
-	RESUME ROUTER RUN SCRATCH SECONDS SEED SET SLO TESTS THRESHOLDS TO TP TRACE UNSAFE_FLAGS VARIANT \
+	KEY LISTEN LOAD_WORKERS MACHINE MASTER METHOD MODEL ONLY OUT PART PLATFORM PORT PP PRECISION PREVIEW_PORT PRICE_PER_HOUR \
+	PROFILING PROMETHEUS_DATA PROMETHEUS_PORT PROMETHEUS_URL PYTHON PYTHON_VERSION QUICK RATE \
+	REPLICAS RESULTS RESUME ROUTER RUN SCRATCH SECONDS SEED SET SLO TESTS THRESHOLDS TO TP TRACE UNSAFE_FLAGS VARIANT \
 	VLLM WEB_PORT WEIGHTS WITHOUT WITH_TREE WORKLOAD
 SECRETS := GRAFANA_PASSWORD GRAFANA_TOKEN HF_TOKEN  # have one name, here as in the environment
 # The names in $2 that come from $1: "command" (line) or "environment".
@@ -41,7 +41,7 @@ or_help = $(if $(value LABS_$1),,--help)
 # Pages and messages are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan diagnose score-forecasts labs-all draft adapters outliers sparsity quantize serve locust report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse check bench locks clean distclean
+.PHONY: help setup labs forecast plan diagnose score-forecasts labs-all draft adapters outliers sparsity quantize serve locust load-worker report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse check bench locks clean distclean
 
 help: ## List the targets
 	@echo "Labs, in the order of the course (what is missing is installed first):"
@@ -88,6 +88,9 @@ serve: setup ## Start a variant's engine: LAB=.. [VARIANT=..] [PORT=..]
 
 locust: setup ## Open Locust's web UI on a lab's workload: LAB=.. [WORKLOAD=..] [ENDPOINT=..] [WEB_PORT=..]
 	@$(BIN)/labs locust
+
+load-worker: setup ## Send load for a run on another machine: MASTER=host:port KEY=..
+	@$(BIN)/labs load-worker $(call or_help,MASTER)
 
 diagnose: setup ## Say what a running server's metrics point to: ENDPOINT=.. [ENDPOINT_METRICS=url,url] [BASELINE=x.json] [SECONDS=30] [OUT=x.json]
 	@$(BIN)/labs diagnose $(call or_help,ENDPOINT)

@@ -7,10 +7,11 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from loadtests.load_workers import EVERY_ADDRESS, LOOPBACK, LoadWorkers
 from loadtests.plan import TrialPlan, TrialSummary, most_output_tokens
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
@@ -41,16 +42,25 @@ class Child(Protocol):
         """Return the last lines of its log."""
 
 
-def argv(users: int, exporter_port: int, master_port: int, processes: int = 1) -> list[str]:
-    """Build the command line of a headless Locust, with everything on loopback.
+def argv(
+    users: int,
+    exporter_port: int,
+    master_port: int,
+    processes: int = 1,
+    elsewhere: LoadWorkers | None = None,
+) -> list[str]:
+    """Build the command line of a headless Locust, which listens on loopback.
 
-    Each load process has all the users, of which those beyond its share are idle. So if the others
-    die, one process can go on alone.
+    Where load workers on other machines take part, it waits for them, and its master listens where
+    `elsewhere` says. Each load process has all the users, of which those beyond its share are idle.
+    So if the others die, one process can go on alone.
     """
-    all_users = str(processes * users)
+    all_users = str((processes + (elsewhere.count if elsewhere else 0)) * users)
+    bind, port = (elsewhere.host, elsewhere.port) if elsewhere else (LOOPBACK, master_port)
     return [
-        *_locust(exporter_port, master_port, processes),
+        *_locust(exporter_port, port, processes, bind),
         *("--headless", "--only-summary", "-u", all_users, "-r", all_users),
+        *(("--lab-load-workers", str(elsewhere.count)) if elsewhere else ()),
     ]
 
 
@@ -69,29 +79,55 @@ def web_argv(
     ]
 
 
-def _locust(exporter_port: int, master_port: int, processes: int = 1) -> list[str]:
+def worker_argv(host: str, port: int) -> list[str]:
+    """Build the command line of a load process that joins a master on another machine."""
+    return [
+        *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--worker", "--lab-remote"),
+        *("--master-host", host, "--master-port", str(port), "--loglevel", "WARNING"),
+    ]
+
+
+def _locust(
+    exporter_port: int, master_port: int, processes: int = 1, bind: str = LOOPBACK
+) -> list[str]:
+    master = LOOPBACK if bind == EVERY_ADDRESS else bind
     return [
         *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--processes", str(processes)),
-        *("--master-bind-host", "127.0.0.1", "--master-bind-port", str(master_port)),
-        *("--master-host", "127.0.0.1", "--master-port", str(master_port)),
+        *("--master-bind-host", bind, "--master-bind-port", str(master_port)),
+        *("--master-host", master, "--master-port", str(master_port)),
         *("--lab-exporter-port", str(exporter_port), "--loglevel", "WARNING"),
     ]
+
+
+def events_of(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Read what a Locust of ours says, among the lines that Locust prints by itself."""
+    for line in lines:
+        if line.startswith('{"event"'):
+            yield json.loads(line)
 
 
 class Generator:
     """Plays trials one after another on one Locust process."""
 
-    def __init__(self, child: Child) -> None:
+    def __init__(
+        self,
+        child: Child,
+        start_timeout_s: float = START_TIMEOUT_S,
+        waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Wait until all users are there, on every load process; raises GeneratorError.
+
+        `waiting` is called as in `play`.
+        """
         self._child = child
         self._events: queue.Queue[dict[str, Any]] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
-        self._expect("ready", START_TIMEOUT_S, lambda: None)
+        self._expect("ready", start_timeout_s, waiting)
 
     def _listen(self) -> None:
         try:
-            for line in self._child.stdout:
-                if line.startswith('{"event"'):  # Locust prints its own summary there too
-                    self._events.put(json.loads(line))
+            for event in events_of(self._child.stdout):
+                self._events.put(event)
         except ValueError:  # the pipe was closed while reading: the run is over
             return
 

@@ -9,7 +9,9 @@ sends that plan's requests one after another, until it is stopped.
 
 With several `--processes` each worker has its share of the users, of the requests and of the
 schedule. They start together, and each counts time from its own start. If one dies, its share is
-lost, which the trial's summary says; the next trial is shared among those that are left.
+lost, which the trial's summary says; the next trial is shared among those that are left. Some may
+be on other machines (`loadtests/load_workers.py`), which have what they are to send from the
+master, and whose clocks nobody reads.
 
 A worker does as little as it can while streams are open: what arrives is kept with its time, as it
 is (`loadtests/connection.py`); a stream that has ended waits in a queue, of which one is parsed
@@ -30,6 +32,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -46,9 +49,10 @@ import orjson
 from gevent.queue import SimpleQueue
 from locust import User, events, runners, task
 from locust.env import Environment
+from locust.rpc import zmqrpc
 from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
-from loadtests import records
+from loadtests import load_workers, records
 from loadtests.arrivals import Contended, Replay, Waves, send_times
 from loadtests.connection import Connection, EndlessAnswer, Lines, Pieces, lines_of
 from loadtests.exporter import Exporter
@@ -81,8 +85,32 @@ now = time.monotonic
 
 
 # Locust's worker measures its master's silence on the wall clock, which may jump. It needs no such
-# limit: it ends with its master.
-runners.MASTER_HEARTBEAT_TIMEOUT = math.inf
+# limit where it ends with its master, which one on another machine does not.
+if "--lab-remote" in sys.argv:
+    runners.CONNECT_RETRY_COUNT = 5  # of 5 s: the run may have ended meanwhile
+else:
+    runners.MASTER_HEARTBEAT_TIMEOUT = math.inf
+
+
+def encrypt_messages(key: str) -> None:
+    """Let only those who hold the key exchange messages with the master, and encrypt them all."""
+    plain = zmqrpc.BaseSocket.__init__
+
+    def encrypted(self: zmqrpc.BaseSocket, sock_type: int, ipv4_only: bool) -> None:
+        plain(self, sock_type, ipv4_only)
+        load_workers.encrypt(self.socket, key)
+
+    zmqrpc.BaseSocket.__init__ = encrypted
+
+
+if given := os.environ.get(load_workers.KEY):
+    encrypt_messages(given)
+
+
+def say(**event: object) -> None:
+    """Write an event, as a JSON line on the standard output, to what started this process."""
+    print(json.dumps(event), flush=True)
+
 
 # ------------------------------------------------------------------------------ one trial's load
 
@@ -609,6 +637,7 @@ class ChatUser(User):
         connection = connect(load)
         if load.plan.window_s is not None:
             waiting_room.ready()
+        stopped = False
         try:
             while turn := load.next_turn(self.seat):
                 ended = stream(connection, turn, load)
@@ -620,9 +649,12 @@ class ChatUser(User):
                     load.unparsed.put(ended)
                 elif parse(ended, load, self.environment).error:
                     gevent.sleep(0.1)
+        except gevent.GreenletExit:  # this process ends: its share is lost, not played to its end
+            stopped = True
+            raise
         finally:
             connection.close()
-            if load.plan.window_s is not None:
+            if load.plan.window_s is not None and not stopped:
                 waiting_room.leave()
 
 
@@ -660,12 +692,24 @@ def connect(load: Load) -> Connection:
     return connection
 
 
-def play_trial(environment: Environment, msg: Any, **_: object) -> None:
+requests_text: gevent.queue.Queue[str] = gevent.queue.Queue()
+
+
+def fetched(plan: TrialPlan, runner: WorkerRunner) -> Load:
+    """Prepare a share whose requests are on the master's machine."""
+    runner.send_message("lab-fetch")
+    with tempfile.NamedTemporaryFile("w", prefix="labs-requests-") as file:
+        file.write(requests_text.get())
+        file.flush()
+        return Load(plan.model_copy(update={"requests": Path(file.name)}))
+
+
+def play_trial(environment: Environment, msg: Any, remote: bool, **_: object) -> None:
     """Play a trial on a worker; send the records as they come and the summary at the end."""
     plan = TrialPlan.model_validate_json(msg.data)
-    load = Load(plan)
     runner = environment.runner
     assert isinstance(runner, WorkerRunner)
+    load = fetched(plan, runner) if remote else Load(plan)
     if plan.window_s is None:
         load.start()
         waiting_room.load = load
@@ -689,7 +733,7 @@ def play_trial(environment: Environment, msg: Any, **_: object) -> None:
     lags.sort()
     summary = TrialSummary(
         started_unix_s=load.started_unix_s,
-        started_monotonic_s=load.t0,
+        started_monotonic_s=None if remote else load.t0,
         window_s=(load.window_start_s, load.window_end_s),
         answered_under_load=load.answered_under_load,
         planned=load.planned,
@@ -701,6 +745,8 @@ def play_trial(environment: Environment, msg: Any, **_: object) -> None:
         aborted=load.aborted,
     )
     runner.send_message("lab-done", summary.model_dump_json())
+    if remote:
+        say(event="sent", requests=load.sent)
 
 
 gate = gevent.event.Event()
@@ -761,20 +807,21 @@ class Director:
         self.answered: set[str] = set()  # workers whose requests that count have been answered
         self.done: dict[str, TrialSummary] = {}
         self.progress: dict[str, Progress] = {}
+        self.team: set[str] | None = None  # workers that have users; None where any may join
+        self.code: dict[str, str] = {}  # of each worker, by its hash
+        self.went = (0.0, 0.0)  # when the trial under way started, by both clocks of this machine
+        runner.register_message("lab-code", self.on_code)
+        runner.register_message("lab-fetch", self.on_fetch)
         runner.register_message("lab-ready", self.on_ready)
         runner.register_message("lab-answered", self.on_answered)
         runner.register_message("lab-records", self.on_records)
         runner.register_message("lab-done", self.on_done)
 
-    def say(self, **event: object) -> None:
-        """Write an event to the runner, as a JSON line on the standard output."""
-        print(json.dumps(event), flush=True)
-
     def begin(self, plan: TrialPlan) -> None:
         """Begin a trial: send each living worker its share of the plan."""
         self.plan, self.records = plan, []
         self.exporter.begin(plan)
-        workers = sorted(self.alive())
+        workers = sorted(self.alive() if self.team is None else self.alive() & self.team)
         self.ready, self.answered, self.done, self.progress = set(), set(), {}, {}
         self.shares = {
             worker: plan.model_copy(update={"share": (number, len(workers))})
@@ -783,19 +830,54 @@ class Director:
         for worker, share in self.shares.items():
             self.runner.send_message("lab-trial", share.model_dump_json(), client_id=worker)
 
-    def direct(self, users: int) -> None:
+    def direct(self, users: int, workers: int) -> None:
         """Wait for the users to start, then play the plans from the standard input."""
         while self.runner.user_count < users:
             gevent.sleep(0.02)
-        users_each = users // len(self.alive())
+        # When a worker comes late, or leaves, Locust would share the users out anew, amid a trial.
+        self.runner.start = lambda *_, **__: None
+        self.team = self.alive()
+        if len(self.team) > workers:
+            say(
+                event="failed",
+                reason=f"{len(self.team)} load processes have joined where {workers} were"
+                " expected: start as many load workers as LOAD_WORKERS= says",
+            )
+            return
+        users_each = users // len(self.team)
+        if others := self.with_other_code():
+            say(
+                event="failed",
+                reason=f"the load worker on {', '.join(others)} has other code in loadtests/ than"
+                " this machine: check out the same commit on both",
+            )
+            return
         gevent.spawn(self.watch)
-        self.say(event="ready")
+        say(event="ready")
         for line in gevent.fileobject.FileObjectPosix(sys.stdin.fileno(), "rb"):
             plan = TrialPlan.model_validate_json(line)
             assert plan.arrival.seats <= users_each, (
                 f"{plan.arrival} needs more than {users_each} users"
             )
             self.begin(plan)
+
+    def with_other_code(self) -> list[str]:
+        """Ask every worker for the hash of its code; return the machines where it is another."""
+        self.runner.send_message("lab-code")
+        while not self.alive() <= self.code.keys():
+            gevent.sleep(0.02)
+        here = load_workers.code_sha256()
+        return sorted({w.rpartition("_")[0] for w, code in self.code.items() if code != here})
+
+    def on_code(self, msg: Any, **_: object) -> None:
+        """Take the hash of a worker's code."""
+        self.code[msg.node_id] = msg.data
+
+    def on_fetch(self, msg: Any, **_: object) -> None:
+        """Send a worker on another machine the requests of the trial."""
+        assert self.plan
+        text = self.plan.requests.read_text(encoding="utf-8")
+        self.runner.send_message("lab-requests", text, client_id=msg.node_id)
 
     def watch(self) -> None:
         """Check regularly whether a worker has died, so that the trial does not wait for it."""
@@ -820,6 +902,7 @@ class Director:
         lost = self.lost()
         if self.ready and self.shares.keys() <= self.ready | lost:
             self.ready = set()
+            self.went = (time.time(), now())
             self.runner.send_message("lab-go")
         if self.shares.keys() <= self.done.keys() | lost:
             self.end(lost)
@@ -849,8 +932,13 @@ class Director:
         self.exporter.progress(total_progress([*self.progress.values()]))
 
     def on_done(self, msg: Any, **_: object) -> None:
-        """Take a worker's summary."""
-        self.done[msg.node_id] = TrialSummary.model_validate_json(msg.data)
+        """Take a worker's summary. Where its clocks are another machine's, take ours instead."""
+        summary = TrialSummary.model_validate_json(msg.data)
+        if summary.started_monotonic_s is None:
+            unix_s, monotonic_s = self.went
+            ours = {"started_unix_s": unix_s, "started_monotonic_s": monotonic_s}
+            summary = summary.model_copy(update=ours)
+        self.done[msg.node_id] = summary
         self.go_on()
 
     def end(self, lost: set[str]) -> None:
@@ -861,7 +949,7 @@ class Director:
         self.exporter.end()
         summaries = [s for worker, s in self.done.items() if seats[worker]]
         if not summaries:
-            self.say(event="failed", reason="the load processes that were to send have died")
+            say(event="failed", reason="the load processes that were to send have died")
             return
         summary = merged_summary(
             summaries, sum(seats[worker] for worker in lost) / sum(seats.values())
@@ -869,9 +957,9 @@ class Director:
         try:
             records.write(self.plan.records, self.records)
         except OSError as error:  # a full disk, for one
-            self.say(event="failed", reason=f"the records could not be written: {error}")
+            say(event="failed", reason=f"the records could not be written: {error}")
         else:
-            self.say(event="done", summary=summary.model_dump())
+            say(event="done", summary=summary.model_dump())
 
 
 @events.init_command_line_parser.add_listener
@@ -880,6 +968,8 @@ def _options(parser: Any) -> None:
     group.add_argument("--lab-exporter-port", type=int, help="serve client metrics on this port")
     # options travel from master to worker as msgpack, which knows no Path
     group.add_argument("--lab-plan", help="send this TrialPlan's requests until stopped")
+    group.add_argument("--lab-remote", action="store_true", help="the master is elsewhere")
+    group.add_argument("--lab-load-workers", type=int, default=0, help="workers elsewhere")
 
 
 @events.init.add_listener
@@ -891,17 +981,24 @@ def _begin(environment: Environment, **_: object) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         with contextlib.suppress(PermissionError):
             os.nice(-10)  # its times must not wait for an engine that spins on its core
-        runner.register_message("lab-trial", play_trial, concurrent=True)
+        remote = bool(options.lab_remote)  # read now: the master's options come to its workers
+        runner.register_message("lab-trial", partial(play_trial, remote=remote), concurrent=True)
+        runner.register_message("lab-requests", lambda msg, **_: requests_text.put(msg.data))
+        code = load_workers.code_sha256()
+        runner.register_message("lab-code", lambda **_: runner.send_message("lab-code", code))
         runner.register_message("lab-go", lambda **_: gate.set())
         runner.register_message("lab-enough", lambda **_: stop_waiting_for_others())
+        if remote:
+            say(event="joined")
     elif isinstance(runner, MasterRunner):
         os.nice(19)  # it shares a core with the worker, whose times must not wait
         exporter = Exporter()
         if options.lab_exporter_port:
             exporter.serve(options.lab_exporter_port)
+        options.expect_workers += options.lab_load_workers
         director = Director(runner, exporter)
         if options.lab_plan:
             plan = TrialPlan.model_validate_json(Path(options.lab_plan).read_bytes())
             events.test_start.add_listener(lambda **_: director.begin(plan))
         else:
-            gevent.spawn(director.direct, options.num_users)
+            gevent.spawn(director.direct, options.num_users, options.expect_workers)

@@ -33,10 +33,14 @@ from labs.commands import (
     recorded_runs,
 )
 from labs.commands.interactive import PORT, WEB_PORT, start_locust_ui
+from labs.commands.load_worker import send_load
 from labs.commands.options import (
     DpOption,
     EngineOption,
+    KeyOption,
     LabName,
+    ListenOption,
+    LoadWorkersOption,
     MarkdownOut,
     ModelOption,
     PpOption,
@@ -122,6 +126,9 @@ def run(
         ),
     ] = "",
     endpoint_metrics: ReplicasOption = "",
+    load_workers: LoadWorkersOption = 0,
+    listen: ListenOption = "",
+    key: KeyOption = "",
     seed: SeedOption = "",
     resume: Annotated[
         bool,
@@ -148,6 +155,9 @@ def run(
             weights=weights,
             endpoint=endpoint,
             replicas=addresses(endpoint_metrics),
+            load_workers=load_workers,
+            listen=listen,
+            key=key,
             resume=resume,
             engine_command=_command_words(engine_command),
             unsafe_flags=unsafe_flags,
@@ -488,6 +498,37 @@ def locust(
             while process.returncode is None:
                 time.sleep(0.5)
             raise LabError(f"Locust ended; its last lines:\n{process.tail()}")
+
+
+@app.command("load-worker")
+def load_worker(
+    master: Annotated[
+        str,
+        typer.Option(
+            "--master", envvar="LABS_MASTER", help="host:port, as the run on that machine shows it."
+        ),
+    ],
+    key: Annotated[
+        str,
+        typer.Option(
+            "--key",
+            envvar="LABS_KEY",
+            prompt="The key that the run shows",
+            hide_input=True,
+            show_default=False,
+            help="The key that the run shows; asked for where it is not given.",
+        ),
+    ],
+) -> None:
+    """Send a share of the load of a run on another machine, as one more load process, to its end.
+
+    The run there was started with ENDPOINT= and LOAD_WORKERS=. Both machines need the same commit
+    and must reach the endpoint by the same address, with the same VLLM_API_KEY where it asks for
+    one.
+    """
+    with reported_errors():
+        send_load(master, key, lambda text: console.print(escape(text)))
+        console.print("The run has ended.")
 
 
 @app.command("reproduce")

@@ -74,6 +74,36 @@ ReplicasOption = Annotated[
         help="url,url: the engines behind an endpoint that is a router: their metrics add up.",
     ),
 ]
+LoadWorkersOption = Annotated[
+    int,
+    typer.Option(
+        "--load-workers",
+        envvar="LABS_LOAD_WORKERS",
+        min=0,
+        max=256,
+        help="Load processes on other machines that share the load of an ENDPOINT: the run waits"
+        " for `make load-worker` there.",
+    ),
+]
+ListenOption = Annotated[
+    str,
+    typer.Option(
+        "--listen",
+        envvar="LABS_LISTEN",
+        help="host:port of this machine at which load workers join; default: on 127.0.0.1, which"
+        " takes an SSH tunnel. Their messages are encrypted.",
+    ),
+]
+KeyOption = Annotated[
+    str,
+    typer.Option(
+        "--key",
+        envvar="LABS_KEY",
+        show_default=False,
+        help="What load workers must know to join, 16 characters or more; default: drawn and shown"
+        " by the run.",
+    ),
+]
 SeedOption = Annotated[
     str,
     typer.Option(

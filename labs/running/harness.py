@@ -206,7 +206,9 @@ def open_harness(
         sampler = exits.enter_context(telemetry.Telemetry(hardware, labels))
         if sampler.serve(telemetry_port := free_port()):
             prometheus.scrape("client", f"127.0.0.1:{telemetry_port}")
-        load = LoadGenerator(setup, exporter_port, logs / "locust.log")
+        if setup.load_workers:
+            progress.message(setup.load_workers.invitation)
+        load = LoadGenerator(setup, exporter_port, logs / "locust.log", progress.waiting)
         exits.callback(load.stop)
         reference = None
         if not setup.endpoint:

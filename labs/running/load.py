@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from labs.running.resolve import Setup
-from loadtests.generator import Generator, GeneratorError, argv
+from loadtests import load_workers
+from loadtests.generator import START_TIMEOUT_S, Generator, GeneratorError, argv
 from loadtests.plan import TrialPlan, TrialSummary
 from serving import guard
 from serving import machine as machines
 from serving.ports import free_port
 from serving.process import Process
 
+JOIN_TIMEOUT_S = 900.0  # in which somebody starts the load workers on other machines
+
 
 class LoadGenerator:
     """Holds the Locust that plays a run's trials; a context that ends it."""
 
-    def __init__(self, setup: Setup, exporter_port: int, log: Path) -> None:
-        """Start it. Raises GeneratorError where it does not start."""
-        self._argv = argv(setup.users, exporter_port, free_port(), setup.lab.load_processes)
+    def __init__(
+        self, setup: Setup, exporter_port: int, log: Path, waiting: Callable[[str], None]
+    ) -> None:
+        """Start it. Raises GeneratorError where it does not start.
+
+        `waiting` shows what is waited for: load workers on other machines have to be started there.
+        """
+        self._elsewhere, self._waiting = setup.load_workers, waiting
+        self._argv = argv(
+            setup.users, exporter_port, free_port(), setup.lab.load_processes, self._elsewhere
+        )
         self._cores, self._log = machines.split_cores(setup.machine.kind)[1], log
         self._process: Process | None = None
         self._generator = self._start()
@@ -45,13 +57,26 @@ class LoadGenerator:
             self._process = None
 
     def _start(self) -> Generator:
+        elsewhere = self._elsewhere
+        # without a key nothing is encrypted: all that is sent stays on loopback
+        env = {guard.KEY: guard.key(), load_workers.KEY: elsewhere.key if elsewhere else ""}
         process = Process(
-            "locust", self._argv, log=self._log, env={guard.KEY: guard.key()}, cores=self._cores,
-            talk=True,
-        )  # fmt: skip
+            "locust", self._argv, log=self._log, env=env, cores=self._cores, talk=True
+        )
         self._process = process
         try:
-            return Generator(process)
+            if not elsewhere:
+                return Generator(process)
+            began = time.monotonic()
+
+            def waiting() -> None:
+                left_s = JOIN_TIMEOUT_S - (time.monotonic() - began)
+                self._waiting(
+                    f"waiting for the load workers to join at {elsewhere.address}, for"
+                    f" {left_s / 60:.0f} minutes more"
+                )
+
+            return Generator(process, START_TIMEOUT_S + JOIN_TIMEOUT_S, waiting)
         except BaseException:
             self.stop()
             raise

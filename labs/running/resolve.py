@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ from labs.running.clock import Clock
 from labs.running.probes import PROBES, READ_TEXT
 from labs.running.progress import ProgressDisplay
 from labs.telling.plots import plots_of
+from loadtests.load_workers import LOOPBACK, LoadWorkers, address_of, require_key
 from loadtests.prompts import Writer, counter
 from serving import dummy, models
 from serving import machine as machines
@@ -27,6 +30,7 @@ from serving.engines.base import EngineError, Unsupported
 from serving.engines.endpoint import Endpoint
 from serving.gpus import DATASHEETS, Datasheet
 from serving.machine import SLOW_BF16, Ceilings, Environment, Machine
+from serving.ports import free_port
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class RunRequest:
     weights: str = ""  # `dummy`: random ones
     endpoint: str = ""
     replicas: Sequence[str] = ()  # the engines behind it, whose metrics are read
+    load_workers: int = 0  # load processes on other machines, which join
+    listen: str = ""  # `host:port`, where they do; else on loopback
+    key: str = field(default="", repr=False)  # that they must hold; else one is drawn
     resume: bool = False
     reproduces: str = ""  # the run whose resolved lab this is
     scale: str = ""  # of that lab; else this machine's
@@ -67,6 +74,7 @@ class Setup:
     datasheet: Datasheet | None = None  # of the GPU that is not here
     keep_disturbed: bool = False  # a disturbed trial is not measured again
     clock: Clock = field(default_factory=Clock)
+    load_workers: LoadWorkers | None = None
 
     @property
     def users(self) -> int:
@@ -85,6 +93,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     """Check everything that can be checked before the first process starts."""
     if request.replicas and not request.endpoint:
         raise LabError("ENDPOINT_METRICS names replicas behind an ENDPOINT: give its address, too")
+    elsewhere = load_workers_of(request)
     machine, datasheet = machine_of(request.card)
     lab = lab_of(request, models.scale_of(machine))
     require_known_names(lab)
@@ -146,8 +155,38 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     )
     return Setup(
         lab, machine, ceilings, model, points, places, weights, writer, endpoint,
-        request.engine_command, datasheet, keeps_disturbed(), request.clock,
+        request.engine_command, datasheet, keeps_disturbed(), request.clock, elsewhere,
     )  # fmt: skip
+
+
+def load_workers_of(request: RunRequest) -> LoadWorkers | None:
+    """Return where load processes on other machines are to join; None where there are none.
+
+    Raises LabError for an address that cannot be, a short key, or an engine out of their reach.
+    """
+    if not request.load_workers:
+        if request.listen:
+            raise LabError("LISTEN is where load workers join: say how many with LOAD_WORKERS=")
+        return None
+    if not request.endpoint:
+        raise LabError(
+            "LOAD_WORKERS sends load from other machines, which reach no engine that a lab starts:"
+            " it listens on 127.0.0.1. Give the address of a running one with ENDPOINT="
+        )
+    try:
+        host, port = address_of(request.listen or f"{LOOPBACK}:{free_port()}")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+        key = require_key(request.key or secrets.token_hex(16))
+    except OSError as error:
+        raise LabError(
+            f"nothing can listen at {host}:{port} ({error.strerror or error}): give LISTEN= an"
+            " address of this machine and a free port"
+        ) from error
+    except ValueError as error:
+        raise LabError(str(error)) from error
+    return LoadWorkers(request.load_workers, host, port, key, drawn=not request.key)
 
 
 def machine_of(card: str) -> tuple[Machine, Datasheet | None]:

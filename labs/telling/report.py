@@ -202,6 +202,8 @@ def notes(run: Run, summary: Summary) -> list[Inline]:
         result.append(f"Measured on the endpoint {run.endpoint}, which this lab did not configure.")
         if run.replicas:
             result.append(f"The engine's counts are the sums of: {', '.join(run.replicas)}.")
+        if run.load_workers:
+            result.append(f"Load processes on other machines: {run.load_workers}.")
     return result
 
 

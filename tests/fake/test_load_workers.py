@@ -1,0 +1,168 @@
+"""Load from other machines: who may join a run, what they send, and what becomes of the run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from labs.filing.results import RunFolder
+from labs.judging.measure import Trial
+from loadtests import generator, load_workers
+from loadtests.load_workers import LoadWorkers
+from loadtests.records import RequestRecord
+from serving.models import ROOT
+from serving.ports import free_port
+from serving.process import Process
+from tests.fake.conftest import Command, Reader, fake_engine, reading
+
+BATCHING = "continuous-batching"
+SHORT = "warmup_s=.2 window_s=1 requests=512 repeats=1 most_repeats=0"
+EVERY_ARRIVAL = (
+    'workloads.exponential.loads=["concurrent:4","waves:4"]'
+    ' workloads.fixed.loads=["concurrent:4"]'
+    " claims.static.treatment.load=concurrent:4 claims.static.baseline.load=waves:4"
+)
+USERS_ALONE = 'workloads=["fixed"] workloads.fixed.loads=["concurrent:4","concurrent:2"]'
+ELSEWHERE = """
+import os, runpy, sys
+os.chdir(sys.argv.pop(1))
+sys.argv[0] = "locust"
+runpy.run_module("locust", run_name="__main__")
+"""
+KEY = "sixteen-letters!"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A run that load workers joined: what each said, and what the engine counted."""
+
+    run: Command
+    worker: Command
+    stranger: Command
+    answered: int
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.run.folder
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    home = tmp_path_factory.mktemp("shared")
+    law = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
+    with reading(home / "reader") as reader:
+        with fake_engine(log := home / "engine.jsonl", *law) as url:
+            run = reader.types(
+                "run",
+                BATCHING,
+                ENDPOINT=url,
+                LOAD_WORKERS="1",
+                KEY=KEY,
+                QUICK="1",
+                SET=f"{SHORT} {EVERY_ARRIVAL}",
+            )
+            master = run.until(r"MASTER=(\S+)")[1]
+            stranger = reader.types("load-worker", MASTER=master, KEY="another sixteen.")
+            stranger.wait()
+            worker = reader.types("load-worker", MASTER=master, KEY=KEY)
+            worker.until("Requests sent in this trial")
+            run.wait()
+            worker.wait()
+        yield Shared(run, worker, stranger, _lines(log))
+
+
+def _lines(log: Path) -> int:
+    return len(log.read_text().splitlines())
+
+
+def _sent(command: Command) -> list[int]:
+    return [int(n) for n in re.findall(r"Requests sent in this trial: (\d+)", command.said)]
+
+
+def test_a_load_worker_sends_its_share_and_ends_with_the_run(shared: Shared) -> None:
+    assert shared.run.process.returncode == 0, shared.run.said
+    assert shared.folder.complete
+    assert shared.folder.run().load_workers == 1
+    assert "Load processes on other machines: 1." in (shared.folder.path / "report.md").read_text()
+    records = _records(shared.folder)
+    assert 1 + len(records) == shared.answered  # the first one asked whether it streams
+    assert shared.worker.process.returncode == 0, shared.worker.said
+    assert "The run has ended." in shared.worker.said
+    trials = _trials(shared.folder)
+    by_worker = _sent(shared.worker)
+    assert len(by_worker) == len(trials)
+    assert 0 < sum(by_worker) < len(records)
+    assert not any(t.summary.lost_share for t in trials)
+
+
+def test_nobody_joins_without_the_key(shared: Shared) -> None:
+    assert shared.stranger.process.returncode == 1
+    assert "is no run that takes this KEY" in shared.stranger.said
+    assert "Joined" not in shared.stranger.said
+
+
+def test_no_key_is_kept(shared: Shared) -> None:
+    kept = [p for p in shared.folder.path.rglob("*") if p.is_file()]
+    assert kept
+    assert not [p for p in kept if KEY.encode() in p.read_bytes()]
+
+
+def test_one_that_leaves_takes_its_share_along_and_one_that_comes_late_has_none(
+    reader: Reader, tmp_path: Path
+) -> None:
+    with fake_engine(log := tmp_path / "engine.jsonl", "--step-s", ".01") as url:
+        run = reader.types(
+            "run", BATCHING, ENDPOINT=url, LOAD_WORKERS="1", KEY=KEY, QUICK="1",
+            SET=f"{SHORT} {USERS_ALONE} repeats=2 window_s=2",
+        )  # fmt: skip
+        master = run.until(r"MASTER=(\S+)")[1]
+        worker = reader.types("load-worker", MASTER=master, KEY=KEY)
+        worker.until("Requests sent in this trial")
+        late = reader.types("load-worker", MASTER=master, KEY=KEY)
+        answered = _lines(log)
+        while _lines(log) < answered + 8:  # the next trial is under way
+            time.sleep(0.02)
+        worker.process.send_signal(signal.SIGINT)
+        assert worker.wait() == 130
+        assert run.wait() == 0, run.said
+        late.wait()
+    assert not _sent(late)
+    lost = [t.summary.lost_share for t in _trials(run.folder)]
+    assert lost.count(0.5) == 1
+    assert set(lost) == {0, 0.5}
+    assert "lost" in (run.folder.path / "report.md").read_text()
+
+
+def test_other_code_is_refused_by_name(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "loadtests", tmp_path / "loadtests")
+    (tmp_path / "loadtests" / "__init__.py").write_text('"""Another."""\n')
+    elsewhere = LoadWorkers(1, load_workers.LOOPBACK, free_port(), KEY)
+    env = {load_workers.KEY: KEY}
+    argv = generator.argv(2, free_port(), free_port(), 1, elsewhere)
+    worker = generator.worker_argv(elsewhere.host, elsewhere.port)
+    locustfile = str(tmp_path / "loadtests" / "locustfile.py")
+    options = [locustfile if part == str(generator.LOCUSTFILE) else part for part in worker[3:]]
+    there = [sys.executable, "-c", ELSEWHERE, str(tmp_path), *options]
+    with (
+        Process("locust", argv, log=tmp_path / "locust.log", env=env, talk=True) as locust,
+        Process("worker", there, log=tmp_path / "worker.log", env=env),
+        pytest.raises(generator.GeneratorError, match="check out the same commit on both"),
+    ):
+        generator.Generator(locust)
+
+
+def _trials(folder: RunFolder) -> list[Trial]:
+    trials = folder.trials(folder.run().points(), folder.run().rebuilt_lab())
+    return [trial for _, _, trial in trials if trial]
+
+
+def _records(folder: RunFolder) -> list[RequestRecord]:
+    return [record for trial in _trials(folder) for record in trial.records]
