@@ -31,8 +31,9 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from serving import platforms
 from serving.platforms import PLATFORMS
@@ -230,25 +231,36 @@ def run(home: Path, step: Step, *command: str, cwd: "Path | None" = None) -> boo
     with log.open("ab") as sink:
         sink.write(f"\n$ {' '.join(command)}\n".encode())
         sink.flush()
-        # In a session of its own it gets Ctrl-C once, from us, and pip can clean up.
-        child = subprocess.Popen(
-            command,
-            cwd=cwd or home,
-            env={**os.environ, **QUIET},
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=end_with_parent,
-        )
-        try:
+        with started(command, cwd or home, sink) as child:
             while child.poll() is None:
                 step.tick(doing(log))
                 time.sleep(0.2)
-        finally:
-            if child.poll() is None:
-                end(child)
     return child.returncode == 0
+
+
+@contextlib.contextmanager
+def started(
+    command: "Sequence[str]", cwd: Path, sink: "IO[bytes]"
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """Start a command with its output in a file; it is ended with the block.
+
+    In a session of its own it gets Ctrl-C once, from us, and pip can clean up.
+    """
+    child = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**os.environ, **QUIET},
+        stdin=subprocess.DEVNULL,
+        stdout=sink,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=end_with_parent,
+    )
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            end(child)
 
 
 def end_with_parent() -> None:
@@ -295,7 +307,11 @@ def failure(home: Path, sentence: str) -> SetupError:
 
 
 def pip(home: Path, step: Step, *arguments: str) -> bool:
-    return run(home, step, str(venv_python(home)), "-m", "pip", *arguments)
+    return run(home, step, *pip_command(home), *arguments)
+
+
+def pip_command(home: Path) -> "tuple[str, ...]":
+    return (str(venv_python(home)), "-m", "pip")
 
 
 def apt_get(root: Path, step: Step, *arguments: str, cwd: "Path | None" = None) -> bool:
@@ -374,6 +390,7 @@ def install_locked(home: Path, step: Step, lock: Path, without: "tuple[str, ...]
     """
     listed = {n: e for n, e in entries(lock).items() if not (without and n.startswith(without))}
     wheels = {n: e for n, e in listed.items() if n != BUILT_HERE}
+    install_in_halves(home, step, wheels, "--only-binary", ":all:")
     install_files(home, step, lock, wheels, "--only-binary", ":all:")
     built = (*FROM_SOURCE, "--no-build-isolation")
     install_files(home, step, lock, listed, "--only-binary", ":all:", *built)
@@ -387,9 +404,30 @@ def install_files(
         raise refusal(home, lock) or failure(home, "pip could not install the packages")
 
 
-def with_hashes(home: Path, chosen: "dict[str, str]") -> "tuple[str, ...]":
+def install_in_halves(home: Path, step: Step, chosen: "dict[str, str]", *options: str) -> None:
+    """Try to install these entries by two pips at once, since each uses one core.
+
+    Whether they succeed is left to the `install_files` that comes after it, which finds there what
+    they installed.
+    """
+    half = dict(list(chosen.items())[::2])
+    rest = {name: entry for name, entry in chosen.items() if name not in half}
+    if not rest:
+        return
+    command = (*pip_command(home), *with_hashes(home, half, "half.txt"), *options)
+    log = home / ".venv" / "half.log"
+    with log.open("wb") as sink, started(command, home, sink) as other:
+        pip(home, step, *with_hashes(home, rest), *options)
+        while other.poll() is None:
+            step.tick("Installing the other half")
+            time.sleep(0.2)
+
+
+def with_hashes(
+    home: Path, chosen: "dict[str, str]", name: str = "locked.txt"
+) -> "tuple[str, ...]":
     """Return pip's command that installs these entries, if their hashes are right."""
-    listed = home / ".venv" / "locked.txt"
+    listed = home / ".venv" / name
     listed.write_text("\n".join(chosen.values()) + "\n")
     return ("install", "--no-deps", "--require-hashes", "--requirement", str(listed))
 

@@ -52,7 +52,7 @@ from serving.forecasting.plan import (
     TimingPlans,
 )
 from serving.forecasting.step import StepTimes
-from serving.forecasting.timing import TimingPlan
+from serving.forecasting.timing import PASSES, QUICK_PASSES, TimingPlan
 from serving.forecasting.traffic import Play, Traffic
 from serving.gpus import Datasheet
 from serving.machine import Machine
@@ -270,6 +270,7 @@ def _step_of(setup: Setup, point: Point) -> TimingPlan:
         adapter_rank=flags.max_lora_rank if adapters else 0,
         adapters_asked_for=not adapters or point.workload.adapters is not None,
         kernels=_kernel_argv(_timed(setup, point.variant), flags) if cpu else (),
+        passes=QUICK_PASSES if setup.quick else PASSES,
     )
 
 

@@ -75,6 +75,7 @@ class Setup:
     keep_disturbed: bool = False  # a disturbed trial is not measured again
     clock: Clock = field(default_factory=Clock)
     load_workers: LoadWorkers | None = None
+    quick: bool = False
 
     @property
     def users(self) -> int:
@@ -156,6 +157,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     return Setup(
         lab, machine, ceilings, model, points, places, weights, writer, endpoint,
         request.engine_command, datasheet, keeps_disturbed(), request.clock, elsewhere,
+        request.quick,
     )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ LONG_CONTEXT_TOKENS = 2048
 PREFILL_TOKENS = 512
 LONG_S = 0.5  # the longest work that is warmed up
 ENOUGH_S = 2.0  # a work on which so much time has been spent is not timed again
+PASSES, QUICK_PASSES = 6, 3  # of three the middle still tells how the machine's speed wanders
 CACHE_FLAGS = ("--kv-cache-dtype", "--block-size")
 
 Work = Callable[[], None]
@@ -59,7 +60,7 @@ class TimingPlan(BaseModel, frozen=True, extra="forbid"):
     adapter_rank: int = 0
     adapters_asked_for: bool = True  # by the requests
     kernels: tuple[str, ...] = ()  # an engine's arguments, where its own operators are to be timed
-    passes: int = 6
+    passes: int = PASSES
 
 
 class Decoder:

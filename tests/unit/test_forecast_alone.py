@@ -1,8 +1,9 @@
-"""A lab that is forecast and not run: how much of it is played, and what it waits for."""
+"""How much of a forecast is timed and played, and what one without a run waits for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,11 @@ from labs import LABS
 from labs.filing.results import PointForecasts, Predictions
 from labs.lab import Lab, LabError
 from labs.running import run as running
+from labs.running.forecast import _step_of
 from labs.running.resolve import RunRequest, Setup, machine_of
 from labs.running.run import forecast_alone, run_lock
 from serving.gpus import Datasheet
+from tests.unit.builders import CEILINGS, SHAPE
 
 PLAYED: list[int] = []
 
@@ -63,3 +66,17 @@ def test_only_what_is_timed_here_waits_for_a_run() -> None:
         forecast_alone(RunRequest(lab, card="h100"), QUIET)
         with pytest.raises(LabError, match="another lab is running"):
             forecast_alone(RunRequest(lab), QUIET)
+
+
+def test_a_quick_run_times_the_step_less_often() -> None:
+    points = LABS["continuous-batching"].at("cpu", quick=False).points(SHAPE, CEILINGS)
+    here: Any = SimpleNamespace(kind="cuda")
+    model: Any = SimpleNamespace(path=Path("model"))
+
+    def passes(quick: bool) -> int:
+        setup: Any = SimpleNamespace(
+            machine=here, model=model, weights={}, points=points, quick=quick
+        )
+        return _step_of(setup, points[0]).passes
+
+    assert (passes(quick=True), passes(quick=False)) == (3, 6)

