@@ -89,7 +89,7 @@ serve: setup ## Start a variant's engine: LAB=.. [VARIANT=..] [PORT=..]
 locust: setup ## Open Locust's web UI on a lab's workload: LAB=.. [WORKLOAD=..] [ENDPOINT=..] [WEB_PORT=..]
 	@$(BIN)/labs locust
 
-load-worker: setup ## Send load for a run on another machine: MASTER=host:port KEY=..
+load-worker: setup ## Send load for a run on another machine: MASTER=host:port [KEY=..]
 	@$(BIN)/labs load-worker $(call or_help,MASTER)
 
 diagnose: setup ## Say what a running server's metrics point to: ENDPOINT=.. [ENDPOINT_METRICS=url,url] [BASELINE=x.json] [SECONDS=30] [OUT=x.json]

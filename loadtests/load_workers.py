@@ -8,7 +8,9 @@ the master, without which nothing passes, in either direction, and all that pass
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from zmq.utils.monitor import recv_monitor_message
 KEY = "LABS_KEY"
 """The variable with the key: a command line could be read by all."""
 LEAST_KEY_CHARACTERS = 16
+HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
@@ -45,24 +48,29 @@ class LoadWorkers:
     @property
     def invitation(self) -> str:
         """What to call on the other machines."""
-        here, before = self.address, ""
+        port, here, first = self.port, self.address, ""
         if self.host == EVERY_ADDRESS:
-            here = f"<an address of this machine>:{self.port}"
+            here = f"<an address of this machine>:{port}"
         elif self.host == LOOPBACK:
-            before = f"`ssh -N -L {self.port}:{here} <this machine>` and then "
-        processes = "load worker" if self.count == 1 else "load workers"
-        key = self.key if self.drawn else "<the key given to this run>"
+            first = f"\n  ssh -N -L {port}:{here} <this machine>"
+        workers = "1 load worker" if self.count == 1 else f"{self.count} load workers"
+        key = self.key if self.drawn else "the one that was given to this run"
         return (
-            f"This run waits for {self.count} {processes}. Call on another machine, with the same"
-            f" commit: {before}`make load-worker MASTER={here} KEY={key}`"
+            f"This run waits for {workers}. On another machine, with the same commit, call:"
+            f"{first}\n  make load-worker MASTER={here}\nIt asks for the key: {key}"
         )
 
 
 def address_of(text: str) -> tuple[str, int]:
     """Split `host:port`. Raises ValueError with a sentence that says what it should be."""
     host, _, port = text.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError(f"{text!r} is not an address such as 10.0.0.5:5557 (host:port)")
+    if not HOST.fullmatch(host) or not re.fullmatch(r"[0-9]{1,5}", port):
+        port = "0"
+    if not 0 < int(port) < 65536:
+        raise ValueError(
+            f"{text!r} is not an address such as 10.0.0.5:5557, that is an IPv4 address or a name,"
+            " and a port"
+        )
     return host, int(port)
 
 
@@ -76,10 +84,15 @@ def require_key(key: str) -> str:
     return key
 
 
+@functools.cache
+def secret_of(key: str) -> bytes:
+    """Derive the master's secret key: slowly (0.1 s), so that a reader's key is hard to guess."""
+    return hashlib.scrypt(key.encode(), salt=b"load-workers", n=2**14, r=8, p=1, dklen=32)
+
+
 def encrypt(socket: zmq.Socket[bytes], key: str) -> None:
     """Set up a socket that has no address yet: the master's (ROUTER), or a load process's."""
-    secret = hashlib.blake2b(key.encode(), digest_size=32, person=b"load-workers").digest()
-    of_master = z85.encode(secret)
+    of_master = z85.encode(secret_of(key))
     if socket.type == zmq.ROUTER:
         socket.curve_server = True
         socket.curve_secretkey = of_master

@@ -30,6 +30,7 @@ import itertools
 import json
 import math
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -77,6 +78,8 @@ if key := os.environ.get("VLLM_API_KEY"):  # that the engine, or an endpoint, as
 REPORT_EVERY_S = 0.5
 LOOP_TICK_S = 0.02
 CONNECTION_TIMEOUT_S = 10.0
+MASTER_TIMEOUT_S = 60.0  # of silence, on another machine
+CODE_TIMEOUT_S = 10.0  # in which a worker says which code it has
 PARSE_EVERY_S = 0.002
 FEW_PIECES = 4  # of an answer that is parsed at once: a refusal is known before the next try
 GIVE_UP_AFTER = 5  # connection failures in a row, which mean that the engine is gone
@@ -85,11 +88,10 @@ now = time.monotonic
 
 
 # Locust's worker measures its master's silence on the wall clock, which may jump. It needs no such
-# limit where it ends with its master, which one on another machine does not.
+# limit where it ends with its master; one on another machine has `watch_master`.
+runners.MASTER_HEARTBEAT_TIMEOUT = math.inf
 if "--lab-remote" in sys.argv:
     runners.CONNECT_RETRY_COUNT = 5  # of 5 s: the run may have ended meanwhile
-else:
-    runners.MASTER_HEARTBEAT_TIMEOUT = math.inf
 
 
 def encrypt_messages(key: str) -> None:
@@ -692,23 +694,36 @@ def connect(load: Load) -> Connection:
     return connection
 
 
-requests_text: gevent.queue.Queue[str] = gevent.queue.Queue()
+requests_text: gevent.queue.Queue[dict[str, str]] = gevent.queue.Queue()
 
 
 def fetched(plan: TrialPlan, runner: WorkerRunner) -> Load:
     """Prepare a share whose requests are on the master's machine."""
-    runner.send_message("lab-fetch")
-    with tempfile.NamedTemporaryFile("w", prefix="labs-requests-") as file:
-        file.write(requests_text.get())
+    runner.send_message("lab-fetch", plan.trial)
+    while (found := requests_text.get())["trial"] != plan.trial:
+        pass
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="labs-requests-") as file:
+        file.write(found["text"])
         file.flush()
         return Load(plan.model_copy(update={"requests": Path(file.name)}))
 
 
 def play_trial(environment: Environment, msg: Any, remote: bool, **_: object) -> None:
-    """Play a trial on a worker; send the records as they come and the summary at the end."""
-    plan = TrialPlan.model_validate_json(msg.data)
-    runner = environment.runner
+    """Play a trial on a worker; tell the master where that fails."""
+    plan, runner = TrialPlan.model_validate_json(msg.data), environment.runner
     assert isinstance(runner, WorkerRunner)
+    try:
+        play_plan(environment, runner, plan, remote)
+    except Exception as failure:
+        reason = f"a load process failed: {type(failure).__name__}: {failure}"
+        runner.send_message("lab-failed", {"trial": plan.trial, "reason": reason})
+        raise
+
+
+def play_plan(
+    environment: Environment, runner: WorkerRunner, plan: TrialPlan, remote: bool
+) -> None:
+    """Play a trial; send the records as they come and the summary at the end."""
     load = fetched(plan, runner) if remote else Load(plan)
     if plan.window_s is None:
         load.start()
@@ -722,8 +737,8 @@ def play_trial(environment: Environment, msg: Any, remote: bool, **_: object) ->
     helpers = [gevent.spawn(watch_loop, load, lags), gevent.spawn(report_forever, runner, load)]
     cpu = time.process_time()
     if load.others_wait:
-        load.tell_others = partial(runner.send_message, "lab-answered")
-    waiting_room.play(load, partial(meet, runner))
+        load.tell_others = partial(runner.send_message, "lab-answered", plan.trial)
+    waiting_room.play(load, partial(meet, runner, plan.trial))
     gevent.killall(helpers)
     parser.kill()
     while load.unparsed.qsize():
@@ -744,7 +759,8 @@ def play_trial(environment: Environment, msg: Any, remote: bool, **_: object) ->
         cpu_s=cpu,
         aborted=load.aborted,
     )
-    runner.send_message("lab-done", summary.model_dump_json())
+    done = {"trial": plan.trial, "summary": summary.model_dump_json()}
+    runner.send_message("lab-done", done)
     if remote:
         say(event="sent", requests=load.sent)
 
@@ -752,10 +768,10 @@ def play_trial(environment: Environment, msg: Any, remote: bool, **_: object) ->
 gate = gevent.event.Event()
 
 
-def meet(runner: WorkerRunner) -> None:
+def meet(runner: WorkerRunner, trial: str) -> None:
     """Say that this load process is ready, and wait until all are."""
     gate.clear()
-    runner.send_message("lab-ready")
+    runner.send_message("lab-ready", trial)
     gate.wait()
 
 
@@ -777,10 +793,32 @@ def watch_loop(load: Load, lags: list[float]) -> None:
 def report(runner: WorkerRunner, load: Load) -> None:
     """Send the master the records since the last report, and the progress."""
     fresh, load.fresh = load.fresh, []
-    runner.send_message(
-        "lab-records",
-        {"records": [vars(r) for r in fresh], "progress": load.progress().model_dump_json()},
-    )
+    found = {
+        "trial": load.plan.trial,
+        "records": [vars(r) for r in fresh],
+        "progress": load.progress().model_dump_json(),
+    }
+    runner.send_message("lab-records", found)
+
+
+def watch_master(runner: WorkerRunner) -> None:
+    """End this process where it hears nothing more of a master on another machine."""
+    heard = now()
+
+    def hear(**_: object) -> None:
+        nonlocal heard
+        heard = now()
+
+    runner.environment.events.heartbeat_received.add_listener(hear)
+    while now() - heard < MASTER_TIMEOUT_S:
+        gevent.sleep(1)
+    refuse_to_go_on(runner, f"nothing was heard of the run for {MASTER_TIMEOUT_S:.0f} s")
+
+
+def refuse_to_go_on(runner: WorkerRunner, reason: str) -> None:
+    """Say why this process leaves the run, and end it."""
+    say(event="refused", reason=reason)
+    gevent.spawn(runner.quit)  # which ends the greenlets of the runner, as this may be one
 
 
 def report_forever(runner: WorkerRunner, load: Load) -> None:
@@ -806,6 +844,7 @@ class Director:
         self.ready: set[str] = set()
         self.answered: set[str] = set()  # workers whose requests that count have been answered
         self.done: dict[str, TrialSummary] = {}
+        self.gone: set[str] = set()  # this trial's workers that were lost, for good
         self.progress: dict[str, Progress] = {}
         self.team: set[str] | None = None  # workers that have users; None where any may join
         self.code: dict[str, str] = {}  # of each worker, by its hash
@@ -816,10 +855,12 @@ class Director:
         runner.register_message("lab-answered", self.on_answered)
         runner.register_message("lab-records", self.on_records)
         runner.register_message("lab-done", self.on_done)
+        runner.register_message("lab-failed", self.on_failed)
 
     def begin(self, plan: TrialPlan) -> None:
         """Begin a trial: send each living worker its share of the plan."""
-        self.plan, self.records = plan, []
+        plan = plan.model_copy(update={"trial": secrets.token_hex(8)})
+        self.plan, self.records, self.gone = plan, [], set()
         self.exporter.begin(plan)
         workers = sorted(self.alive() if self.team is None else self.alive() & self.team)
         self.ready, self.answered, self.done, self.progress = set(), set(), {}, {}
@@ -837,21 +878,22 @@ class Director:
         # When a worker comes late, or leaves, Locust would share the users out anew, amid a trial.
         self.runner.start = lambda *_, **__: None
         self.team = self.alive()
+        reason = None
         if len(self.team) > workers:
-            say(
-                event="failed",
-                reason=f"{len(self.team)} load processes have joined where {workers} were"
-                " expected: start as many load workers as LOAD_WORKERS= says",
+            reason = (
+                f"{len(self.team)} load processes have joined where {workers} were expected: start"
+                " as many load workers as LOAD_WORKERS= says"
             )
+        elif others := self.with_other_code():
+            reason = (
+                f"the load worker on {', '.join(others)} has other code in loadtests/ than this"
+                " machine: check out the same commit on both"
+            )
+        if reason:
+            self.runner.send_message("lab-refused", reason)
+            say(event="failed", reason=reason)
             return
         users_each = users // len(self.team)
-        if others := self.with_other_code():
-            say(
-                event="failed",
-                reason=f"the load worker on {', '.join(others)} has other code in loadtests/ than"
-                " this machine: check out the same commit on both",
-            )
-            return
         gevent.spawn(self.watch)
         say(event="ready")
         for line in gevent.fileobject.FileObjectPosix(sys.stdin.fileno(), "rb"):
@@ -863,11 +905,13 @@ class Director:
 
     def with_other_code(self) -> list[str]:
         """Ask every worker for the hash of its code; return the machines where it is another."""
+        assert self.team
         self.runner.send_message("lab-code")
-        while not self.alive() <= self.code.keys():
+        asked = now()
+        while not self.team <= self.code.keys() and now() - asked < CODE_TIMEOUT_S:
             gevent.sleep(0.02)
         here = load_workers.code_sha256()
-        return sorted({w.rpartition("_")[0] for w, code in self.code.items() if code != here})
+        return sorted({machine_of(w) for w in self.team if self.code.get(w) != here})
 
     def on_code(self, msg: Any, **_: object) -> None:
         """Take the hash of a worker's code."""
@@ -875,9 +919,32 @@ class Director:
 
     def on_fetch(self, msg: Any, **_: object) -> None:
         """Send a worker on another machine the requests of the trial."""
+        if self.is_late(msg, msg.data):
+            return
         assert self.plan
-        text = self.plan.requests.read_text(encoding="utf-8")
-        self.runner.send_message("lab-requests", text, client_id=msg.node_id)
+        try:
+            text = self.plan.requests.read_text(encoding="utf-8")
+        except OSError as error:
+            self.fail(f"the requests could not be read: {error}")
+            return
+        found = {"trial": self.plan.trial, "text": text}
+        self.runner.send_message("lab-requests", found, client_id=msg.node_id)
+
+    def is_late(self, msg: Any, trial: str) -> bool:
+        """Whether a message is about another trial, or from a worker that was lost in this one."""
+        under_way = self.plan is not None and trial == self.plan.trial
+        return not under_way or msg.node_id not in self.shares.keys() - self.gone
+
+    def fail(self, reason: str) -> None:
+        """End the trial without a summary."""
+        self.shares = {}
+        self.exporter.end()
+        say(event="failed", reason=reason)
+
+    def on_failed(self, msg: Any, **_: object) -> None:
+        """Take a worker's word that it cannot play its share."""
+        if not self.is_late(msg, msg.data["trial"]):
+            self.fail(f"{machine_of(msg.node_id)}: {msg.data['reason']}")
 
     def watch(self) -> None:
         """Check regularly whether a worker has died, so that the trial does not wait for it."""
@@ -890,38 +957,40 @@ class Director:
         """Return the ids of the workers that are connected."""
         return {c.id for c in self.runner.clients.all if c.state != STATE_MISSING}
 
-    def lost(self) -> set[str]:
-        """Return the ids of this trial's workers that died before they sent a summary."""
-        return self.shares.keys() - self.alive() - self.done.keys()
-
     def go_on(self) -> None:
         """Start the trial once all living workers are ready, and end it once all are done.
 
-        In between, let the users stop once all requests that count have been answered.
+        In between, let the users stop once all requests that count have been answered. A worker
+        that was lost for a while has not played its share as the others did: it is lost for good.
         """
-        lost = self.lost()
-        if self.ready and self.shares.keys() <= self.ready | lost:
+        self.gone |= self.shares.keys() - self.alive() - self.done.keys()
+        left = self.shares.keys() - self.gone
+        if self.ready and left <= self.ready:
             self.ready = set()
             self.went = (time.time(), now())
             self.runner.send_message("lab-go")
-        if self.shares.keys() <= self.done.keys() | lost:
-            self.end(lost)
-        elif self.answered and self.shares.keys() <= self.answered | self.done.keys() | lost:
+        if left <= self.done.keys():
+            self.end()
+        elif self.answered and left <= self.answered | self.done.keys():
             self.answered = set()
             self.runner.send_message("lab-enough")
 
     def on_ready(self, msg: Any, **_: object) -> None:
         """Note that a worker is ready."""
-        self.ready.add(msg.node_id)
-        self.go_on()
+        if not self.is_late(msg, msg.data):
+            self.ready.add(msg.node_id)
+            self.go_on()
 
     def on_answered(self, msg: Any, **_: object) -> None:
         """Note that a worker's requests that count have been answered."""
-        self.answered.add(msg.node_id)
-        self.go_on()
+        if not self.is_late(msg, msg.data):
+            self.answered.add(msg.node_id)
+            self.go_on()
 
     def on_records(self, msg: Any, **_: object) -> None:
         """Take a worker's records and progress."""
+        if self.is_late(msg, msg.data["trial"]):
+            return
         for fields in msg.data["records"]:
             fields["chunks"] = [(at, tokens) for at, tokens in fields["chunks"]]
             record = RequestRecord(**fields)
@@ -933,26 +1002,33 @@ class Director:
 
     def on_done(self, msg: Any, **_: object) -> None:
         """Take a worker's summary. Where its clocks are another machine's, take ours instead."""
-        summary = TrialSummary.model_validate_json(msg.data)
+        if self.is_late(msg, msg.data["trial"]):
+            return
+        summary = TrialSummary.model_validate_json(msg.data["summary"])
         if summary.started_monotonic_s is None:
             unix_s, monotonic_s = self.went
+            aborted = summary.aborted and f"{machine_of(msg.node_id)}: {summary.aborted}"
             ours = {"started_unix_s": unix_s, "started_monotonic_s": monotonic_s}
-            summary = summary.model_copy(update=ours)
+            summary = summary.model_copy(update={**ours, "aborted": aborted})
         self.done[msg.node_id] = summary
         self.go_on()
 
-    def end(self, lost: set[str]) -> None:
+    def end(self) -> None:
         """End the trial: write the records, and send the runner the combined summary."""
         assert self.plan
         seats = {worker: share.seats for worker, share in self.shares.items()}
         self.shares = {}
+        if self.team is not None:
+            self.team -= self.gone
+            for worker in self.gone:
+                self.runner.send_message("quit", client_id=worker)
         self.exporter.end()
         summaries = [s for worker, s in self.done.items() if seats[worker]]
         if not summaries:
             say(event="failed", reason="the load processes that were to send have died")
             return
         summary = merged_summary(
-            summaries, sum(seats[worker] for worker in lost) / sum(seats.values())
+            summaries, sum(seats[worker] for worker in self.gone) / sum(seats.values())
         )
         try:
             records.write(self.plan.records, self.records)
@@ -960,6 +1036,11 @@ class Director:
             say(event="failed", reason=f"the records could not be written: {error}")
         else:
             say(event="done", summary=summary.model_dump())
+
+
+def machine_of(worker: str) -> str:
+    """Return the name of the machine that a worker is on: Locust's id of it begins with that."""
+    return worker.rpartition("_")[0]
 
 
 @events.init_command_line_parser.add_listener
@@ -989,6 +1070,10 @@ def _begin(environment: Environment, **_: object) -> None:
         runner.register_message("lab-go", lambda **_: gate.set())
         runner.register_message("lab-enough", lambda **_: stop_waiting_for_others())
         if remote:
+            runner.register_message(
+                "lab-refused", lambda msg, **_: refuse_to_go_on(runner, msg.data)
+            )
+            gevent.spawn(watch_master, runner)
             say(event="joined")
     elif isinstance(runner, MasterRunner):
         os.nice(19)  # it shares a core with the worker, whose times must not wait

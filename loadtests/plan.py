@@ -56,6 +56,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     model_names: dict[str, str] = {}  # that it gives models in its answers -> the lab's
     reconnects: bool = False  # before each request, as it closes connections after an answer
     share: tuple[int, int] = (0, 1)  # (number of this load process, number of all)
+    trial: str = ""  # a name that the master gives it, by which late messages are told apart
 
     def longest_s(self, output_tokens: int) -> float:
         """Return the most time that an answer of so many tokens may take, in seconds."""

@@ -390,7 +390,8 @@ def install_locked(home: Path, step: Step, lock: Path, without: "tuple[str, ...]
     """
     listed = {n: e for n, e in entries(lock).items() if not (without and n.startswith(without))}
     wheels = {n: e for n, e in listed.items() if n != BUILT_HERE}
-    install_in_halves(home, step, wheels, "--only-binary", ":all:")
+    if not install_in_halves(home, step, wheels, "--only-binary", ":all:"):
+        raise refusal(home, lock) or failure(home, "pip could not install the packages")
     install_files(home, step, lock, wheels, "--only-binary", ":all:")
     built = (*FROM_SOURCE, "--no-build-isolation")
     install_files(home, step, lock, listed, "--only-binary", ":all:", *built)
@@ -404,23 +405,24 @@ def install_files(
         raise refusal(home, lock) or failure(home, "pip could not install the packages")
 
 
-def install_in_halves(home: Path, step: Step, chosen: "dict[str, str]", *options: str) -> None:
+def install_in_halves(home: Path, step: Step, chosen: "dict[str, str]", *options: str) -> bool:
     """Try to install these entries by two pips at once, since each uses one core.
 
-    Whether they succeed is left to the `install_files` that comes after it, which finds there what
-    they installed.
+    Return whether one of them succeeded: the `install_files` that comes after it goes through all,
+    and finds there what they installed.
     """
     half = dict(list(chosen.items())[::2])
     rest = {name: entry for name, entry in chosen.items() if name not in half}
     if not rest:
-        return
+        return True
     command = (*pip_command(home), *with_hashes(home, half, "half.txt"), *options)
     log = home / ".venv" / "half.log"
     with log.open("wb") as sink, started(command, home, sink) as other:
-        pip(home, step, *with_hashes(home, rest), *options)
+        succeeded = pip(home, step, *with_hashes(home, rest), *options)
         while other.poll() is None:
             step.tick("Installing the other half")
             time.sleep(0.2)
+    return succeeded or other.returncode == 0
 
 
 def with_hashes(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -513,12 +514,11 @@ def load_worker(
         typer.Option(
             "--key",
             envvar="LABS_KEY",
-            prompt="The key that the run shows",
-            hide_input=True,
             show_default=False,
-            help="The key that the run shows; asked for where it is not given.",
+            help="The key that the run shows; asked for where it is not given. A command line can"
+            " be read by everybody on the machine.",
         ),
-    ],
+    ] = "",
 ) -> None:
     """Send a share of the load of a run on another machine, as one more load process, to its end.
 
@@ -527,6 +527,9 @@ def load_worker(
     one.
     """
     with reported_errors():
+        if not key and not sys.stdin.isatty():
+            raise LabError("the key that the run shows is missing: give it in LABS_KEY")
+        key = key or typer.prompt("The key that the run shows", hide_input=True)
         send_load(master, key, lambda text: console.print(escape(text)))
         console.print("The run has ended.")
 

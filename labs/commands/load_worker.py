@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import zmq
+
 from labs.lab import LabError
 from loadtests import load_workers
 from loadtests.generator import events_of, worker_argv
@@ -28,12 +30,13 @@ def send_load(master: str, key: str, said: Callable[[str], None]) -> None:
         raise LabError(str(error)) from error
     try:
         socket.create_connection((host, port), REACH_TIMEOUT_S).close()
-    except OSError as error:
+        taken_in = load_workers.is_taken_in(host, port, key, REACH_TIMEOUT_S)
+    except (OSError, zmq.ZMQError) as error:
         raise LabError(
             f"nothing answers at {master} ({error.strerror or error}): start the run first, and"
             " give MASTER= the address that it shows"
         ) from error
-    if not load_workers.is_taken_in(host, port, key, REACH_TIMEOUT_S):
+    if not taken_in:
         raise LabError(
             f"what listens at {master} is no run that takes this KEY: give both as that run shows"
             " them"
@@ -49,6 +52,8 @@ def send_load(master: str, key: str, said: Callable[[str], None]) -> None:
                 if event["event"] == "joined":
                     joined = True
                     said(f"Joined the run at {master}. Ctrl-C leaves it.")
+                elif event["event"] == "refused":
+                    raise LabError(event["reason"])
                 elif event["event"] == "sent":
                     said(f"Requests sent in this trial: {event['requests']}")
             code = process.wait()

@@ -278,7 +278,8 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     trial_s: dict[str, float] = {}  # point -> from a trial's start to its last answer
     copied: dict[str, Band] = {}  # point that copies -> share of its guesses accepted in a trial
     step_times: list[dict[str, Any]] = []  # the stand-in steps, as they were timed
-    machine_spread: float = 1.0  # of this machine's speed, by earlier runs: both ends of all bands
+    # of this machine's speed, by earlier runs: both ends of all bands, and more at a curve's points
+    machine_spread: float = 1.0
     # point whose load rises -> repeat -> which signals see it coming, in virtual time
     watches: Annotated[dict[str, tuple[Watch, ...]], Field(exclude_if=lambda w: not w)] = {}
 

@@ -96,9 +96,8 @@ def forecast(
     points = [p for p in setup.points if p.variant.name not in without]
     if not points:
         return PointForecasts(points={}, without=without)
-    spread = 1.0
-    if not setup.datasheet:
-        spread = usual_spread(earlier_speeds(setup.machine), setup.lab.repeats)
+    speeds = [] if setup.datasheet else earlier_speeds(setup.machine)
+    spread = usual_spread(speeds, setup.lab.repeats)
     chance = random.Random(setup.lab.seed)
     by_key = {p.key: p for p in points}
 
@@ -129,7 +128,7 @@ def forecast(
         else:
             # alone on the machine: beside another process that works, steps take a third longer
             progress.waiting("timing the stand-in step, for the forecast")
-            steps = _steps_as_timed(setup, points, spread, forecaster)
+            steps = _steps_as_timed(setup, points, speeds, forecaster)
         copies = _read_answers(setup, points, requests, forecaster, progress)
         progress.waiting("playing every load on vLLM's scheduler in virtual time")
         capacities: Sequence[float | None] = (None,) * 3
@@ -327,18 +326,25 @@ def earlier_speeds(machine: Machine) -> list[MachineSpeed]:
 
 
 def _steps_as_timed(
-    setup: Setup, points: Sequence[Point], spread: float, forecaster: Forecaster
+    setup: Setup, points: Sequence[Point], earlier: Sequence[MachineSpeed], forecaster: Forecaster
 ) -> Steps:
-    """Time the steps of these points. Raises ForecastError."""
+    """Time the steps of these points. Raises ForecastError.
+
+    A point that is played fewer times than others differs more by the machine's speed, of which
+    `earlier` runs tell.
+    """
     plans = {p.key: (_step_of(setup, p), _draft_of(setup, p)) for p in points}
     times = forecaster.time_steps(plan for pair in plans.values() for plan in pair if plan)
-    ends = {plan: ends_of_band(step_times, spread) for plan, step_times in times.items()}
 
-    def at(key: str, end: int) -> EngineSteps:
-        step, draft = plans[key]
-        return ends[step][end], ends[draft][end] if draft else None
+    def at(point: Point, end: int) -> EngineSteps:
+        step, draft = plans[point.key]
+        spread = usual_spread(earlier, setup.lab.repeats_of(point))
+        return (
+            ends_of_band(times[step], spread)[end],
+            ends_of_band(times[draft], spread)[end] if draft else None,
+        )
 
-    return {p.key: (at(p.key, 0), at(p.key, 1), at(p.key, 2)) for p in points}
+    return {p.key: (at(p, 0), at(p, 1), at(p, 2)) for p in points}
 
 
 def _steps_by_datasheet(setup: Setup, points: Sequence[Point], sheet: Datasheet) -> Steps:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from labs.lab import LabError
 from labs.running.resolve import Setup
 from loadtests import load_workers
-from loadtests.generator import START_TIMEOUT_S, Generator, GeneratorError, argv
+from loadtests.generator import Generator, GeneratorError, argv
+from loadtests.load_workers import LoadWorkers
 from loadtests.plan import TrialPlan, TrialSummary
 from serving import guard
 from serving import machine as machines
@@ -40,9 +43,15 @@ class LoadGenerator:
         """Play one trial; start Locust anew first where it failed in the one before.
 
         Raises GeneratorError, after which Locust is ended: it may have died, or may still be
-        playing this trial, and its late answers must not be taken for those of the next.
+        playing this trial, and its late answers must not be taken for those of the next. Raises
+        LabError where load workers on other machines would have to be started again.
         """
         if self._process is None:
+            if self._elsewhere:
+                raise LabError(
+                    "a trial failed, and the load workers left with it: start this run again with"
+                    " RESUME=1, and then the load workers"
+                )
             self._generator = self._start()
         try:
             return self._generator.play(plan, waiting)
@@ -65,18 +74,31 @@ class LoadGenerator:
         )
         self._process = process
         try:
-            if not elsewhere:
-                return Generator(process)
-            began = time.monotonic()
-
-            def waiting() -> None:
-                left_s = JOIN_TIMEOUT_S - (time.monotonic() - began)
-                self._waiting(
-                    f"waiting for the load workers to join at {elsewhere.address}, for"
-                    f" {left_s / 60:.0f} minutes more"
-                )
-
-            return Generator(process, START_TIMEOUT_S + JOIN_TIMEOUT_S, waiting)
+            return self._joined(process, elsewhere) if elsewhere else Generator(process)
         except BaseException:
             self.stop()
             raise
+
+    def _joined(self, process: Process, elsewhere: LoadWorkers) -> Generator:
+        """Wait for the load workers on other machines. Raises GeneratorError."""
+        began = time.monotonic()
+
+        def left_s() -> float:
+            return began + JOIN_TIMEOUT_S - time.monotonic()
+
+        def waiting() -> None:
+            self._waiting(
+                f"waiting for the load workers to join at {elsewhere.address}, for"
+                f" {math.ceil(left_s() / 60)} minutes more"
+            )
+
+        try:
+            return Generator(process, JOIN_TIMEOUT_S, waiting)
+        except GeneratorError as error:
+            if left_s() > 0:
+                raise
+            raise GeneratorError(
+                f"not all load workers joined at {elsewhere.address} within"
+                f" {JOIN_TIMEOUT_S / 60:.0f} minutes (LOAD_WORKERS={elsewhere.count}): start them"
+                " sooner, or wait for fewer"
+            ) from error

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from labs.filing.results import RESULTS, MachineFile, read_json, require_room, write_json
 from labs.findings.parts import parts_of
@@ -29,6 +30,7 @@ from serving.engines import ENGINES
 from serving.engines.base import EngineError, Unsupported
 from serving.engines.endpoint import Endpoint
 from serving.gpus import DATASHEETS, Datasheet
+from serving.guard import HERE
 from serving.machine import SLOW_BF16, Ceilings, Environment, Machine
 from serving.ports import free_port
 
@@ -177,6 +179,12 @@ def load_workers_of(request: RunRequest) -> LoadWorkers | None:
         )
     try:
         host, port = address_of(request.listen or f"{LOOPBACK}:{free_port()}")
+        only_here = (urlsplit(request.endpoint).hostname or "") in HERE
+        if only_here and host not in (*HERE, LOOPBACK):
+            raise ValueError(
+                f"other machines cannot send to ENDPOINT={request.endpoint}, which is this machine"
+                " for each of them: give the address by which all reach it"
+            )
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))

@@ -157,6 +157,7 @@ def test_other_code_is_refused_by_name(tmp_path: Path) -> None:
         pytest.raises(generator.GeneratorError, match="check out the same commit on both"),
     ):
         generator.Generator(locust)
+    assert "check out the same commit on both" in (tmp_path / "worker.log").read_text()
 
 
 def _trials(folder: RunFolder) -> list[Trial]:

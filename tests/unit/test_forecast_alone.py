@@ -11,13 +11,15 @@ import pytest
 
 from labs import LABS
 from labs.filing.results import PointForecasts, Predictions
+from labs.judging.machine_speed import MachineSpeed, PartSpeed
 from labs.lab import Lab, LabError
 from labs.running import run as running
-from labs.running.forecast import _step_of
+from labs.running.forecast import _step_of, _steps_as_timed
 from labs.running.resolve import RunRequest, Setup, machine_of
 from labs.running.run import forecast_alone, run_lock
 from serving.gpus import Datasheet
 from tests.unit.builders import CEILINGS, SHAPE
+from tests.unit.test_forecasting import TIMES
 
 PLAYED: list[int] = []
 
@@ -66,6 +68,26 @@ def test_only_what_is_timed_here_waits_for_a_run() -> None:
         forecast_alone(RunRequest(lab, card="h100"), QUIET)
         with pytest.raises(LabError, match="another lab is running"):
             forecast_alone(RunRequest(lab), QUIET)
+
+
+def test_a_band_is_wider_where_a_point_is_played_fewer_times() -> None:
+    """By the machine's speed, which a mean over fewer trials leaves with more chance."""
+    lab = LABS["kv-quantization"].at("cpu", quick=False)
+    points = lab.points(SHAPE, CEILINGS)
+    model: Any = SimpleNamespace(path=Path("model"))
+    setup: Any = SimpleNamespace(
+        lab=lab, machine=SimpleNamespace(kind="cuda"), model=model, weights={}, points=points,
+        quick=False, places={},
+    )  # fmt: skip
+    timed: Any = SimpleNamespace(time_steps=lambda plans: dict.fromkeys(plans, TIMES))
+    part = PartSpeed(median_s=1.0, low_s=0.9, high_s=1.2, trend=None)
+    wandering = MachineSpeed(steps=9, reading=part, computing=part)
+    found = _steps_as_timed(setup, points, [wandering], timed)
+    slowest = {lab.repeats_of(p): found[p.key][2][0].linear_s[0] for p in points}
+    assert set(slowest) == {3, 5}
+    assert slowest[3] > slowest[5]
+    steady = _steps_as_timed(setup, points, [], timed)
+    assert len({steady[p.key][2][0].linear_s for p in points}) == 1
 
 
 def test_a_quick_run_times_the_step_less_often() -> None:

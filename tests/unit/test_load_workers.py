@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,11 +15,16 @@ from labs import LABS
 from labs.lab import LabError
 from labs.running.resolve import RunRequest, load_workers_of
 from loadtests import generator, load_workers
+from loadtests.arrivals import Concurrent
 from loadtests.load_workers import LoadWorkers
+from loadtests.plan import TrialPlan
+from serving.models import ROOT
 from serving.ports import free_port
+from tests.unit.builders import make_summary
 
 KEY = "k" * load_workers.LEAST_KEY_CHARACTERS
 ASKED = RunRequest(LABS["continuous-batching"], endpoint="http://127.0.0.1:1", load_workers=2)
+FAR = "http://10.0.0.9:8000"
 
 
 def test_a_key_is_drawn_and_the_master_stays_on_loopback() -> None:
@@ -25,12 +34,14 @@ def test_a_key_is_drawn_and_the_master_stays_on_loopback() -> None:
     assert one.host == "127.0.0.1"
     assert one.key != another.key
     assert len(one.key) >= load_workers.LEAST_KEY_CHARACTERS
-    assert f"MASTER={one.address} KEY={one.key}" in one.invitation
+    lines = one.invitation.splitlines()
+    assert f"  make load-worker MASTER={one.address}" in lines  # by itself, to be copied
+    assert lines[-1].endswith(one.key)
     assert "ssh -N -L" in one.invitation
 
 
 def test_a_readers_key_is_not_shown() -> None:
-    found = load_workers_of(replace(ASKED, key=KEY, listen=f"0.0.0.0:{free_port()}"))
+    found = load_workers_of(replace(ASKED, key=KEY, listen=f"0.0.0.0:{free_port()}", endpoint=FAR))
     assert found
     assert found.key == KEY
     assert KEY not in found.invitation + repr(replace(ASKED, key=KEY))
@@ -49,8 +60,15 @@ def test_a_run_by_itself_waits_for_nobody() -> None:
         ({"listen": "5557"}, r"'5557' is not an address such as 10.0.0.5:5557"),
         ({"listen": "127.0.0.1:0"}, "is not an address"),
         ({"listen": "127.0.0.1:99999"}, "is not an address"),
-        ({"listen": "192.0.2.1:5557"}, "give LISTEN= an address of this machine"),
-        ({"listen": "no.such.host.invalid:5557"}, "nothing can listen at no.such.host.invalid"),
+        ({"listen": "[::1]:5557"}, "is not an address such as .* IPv4 address or a name"),
+        ({"listen": "10.0.0..5:5557"}, "is not an address"),
+        ({"listen": "http://h:5557"}, "is not an address"),
+        ({"listen": "0.0.0.0:5557"}, "which is this machine for each of them"),
+        ({"listen": "192.0.2.1:5557", "endpoint": FAR}, "give LISTEN= an address of this machine"),
+        (
+            {"listen": "no.such.host.invalid:5557", "endpoint": FAR},
+            "nothing can listen at no.such.host.invalid",
+        ),
         ({"key": "short"}, "KEY has 5 characters, and at least 16 are needed"),
     ],
 )
@@ -82,3 +100,104 @@ def test_without_load_workers_everything_stays_on_loopback() -> None:
     command = generator.argv(4, 9111, 5557)
     assert command[command.index("--master-bind-host") + 1] == "127.0.0.1"
     assert "--lab-load-workers" not in command
+
+
+# Two load processes of a master, whose runner is a stand-in that hears what is sent; `there` says
+# which are connected.
+DIRECTED = """
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+from loadtests.locustfile import Director
+from loadtests.plan import TrialPlan
+
+plan, summary = TrialPlan.model_validate_json(sys.argv[1]), json.loads(sys.argv[2])
+sent, there = [], {"here_1": "running", "there_2": "running"}
+runner = SimpleNamespace(
+    register_message=lambda *_: None,
+    send_message=lambda name, data=None, client_id=None: sent.append((name, data, client_id)),
+)
+silent = lambda *_: None
+exporter = SimpleNamespace(begin=silent, end=silent, progress=silent, observe=silent)
+director = Director(runner, exporter)
+director.alive = lambda: {name for name, state in there.items() if state == "running"}
+director.team = set(there)
+
+def says(worker, what, **fields):
+    handler = getattr(director, f"on_{what}")
+    data = fields["trial"] if [*fields] == ["trial"] else fields
+    handler(SimpleNamespace(node_id=worker, data=data))
+
+def done(worker, trial, number):
+    says(worker, "done", trial=trial, summary=json.dumps({**summary, "sent": number}))
+
+director.begin(plan)
+first = director.plan.trial
+for worker in sorted(there):
+    says(worker, "ready", trial=first)
+there["there_2"] = "missing"
+director.go_on()
+done("here_1", first, 3)
+there["there_2"] = "running"  # it comes back, and goes on with what is over
+director.begin(plan)
+second = director.plan.trial
+says("there_2", "ready", trial=first)
+done("there_2", first, 100)
+says("here_1", "ready", trial=second)
+done("here_1", second, 5)
+print(json.dumps({"sent": [(name, client) for name, _, client in sent], "same": first == second}))
+"""
+
+
+def test_what_is_late_belongs_to_no_trial_and_who_was_lost_stays_lost(tmp_path: Path) -> None:
+    requests = tmp_path / "requests.jsonl"
+    requests.touch()
+    plan = TrialPlan(
+        url="", arrival=Concurrent(users=2), requests=requests, records=tmp_path / "records.gz",
+        warmup_s=0, window_s=1, timeout_s=1, seed=0, lab="tiny", variant="on", run_id="r",
+        workload="w",
+    )  # fmt: skip
+    argv = [
+        sys.executable,
+        "-c",
+        DIRECTED,
+        plan.model_dump_json(),
+        make_summary().model_dump_json(),
+    ]
+    process = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    first, second, told = map(json.loads, process.stdout.splitlines())
+    assert (first["summary"]["sent"], first["summary"]["lost_share"]) == (3, 0.5)
+    assert (second["summary"]["sent"], second["summary"]["lost_share"]) == (5, 0)
+    assert not told["same"]
+    trials = ["lab-trial", "lab-trial", "lab-go", "quit", "lab-trial", "lab-go"]
+    assert [name for name, _ in told["sent"]] == trials
+    assert ["quit", "there_2"] in told["sent"]
+
+
+SILENT = """
+from types import SimpleNamespace
+import gevent
+from loadtests import locustfile
+
+locustfile.MASTER_TIMEOUT_S = 0.1
+events = SimpleNamespace(heartbeat_received=SimpleNamespace(add_listener=lambda hear: None))
+runner = SimpleNamespace(environment=SimpleNamespace(events=events), quit=lambda: print("left"))
+locustfile.watch_master(runner)
+gevent.sleep(0)
+"""
+
+
+def test_a_load_worker_leaves_a_run_that_it_hears_nothing_of() -> None:
+    argv = [sys.executable, "-c", SILENT]
+    said = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    event, left = said.splitlines()
+    assert json.loads(event)["event"] == "refused"
+    assert "nothing was heard of the run" in event
+    assert left == "left"
+
+
+def test_each_key_has_a_secret_of_its_own() -> None:
+    secrets = {load_workers.secret_of(key) for key in (KEY, f"{KEY}.")}
+    assert {len(secret) for secret in secrets} == {32}
+    assert len(secrets) == 2
