@@ -33,6 +33,8 @@ MAKEOVERRIDES :=  # no other make that a program starts has these settings
 OTHER_VLLM := $(if $(filter bundle,$(MAKECMDGOALS)),,$(value LABS_VLLM))
 ENVIRONMENT := $(if $(OTHER_VLLM),".tools/vllm-$$LABS_VLLM/.venv",.venv)
 BIN := $(if $(wildcard .unbundled/bin),.unbundled/bin,$(ENVIRONMENT)/bin)
+# It is told which settings were given behind the target, and refuses those that it does not take.
+LABS := MAKE_SETTINGS="$(call from,command,$(SETTINGS))" $(BIN)/labs
 DENO := DENO_DIR=.cache/deno DENO_NO_UPDATE_CHECK=1 $(BIN)/deno
 PYTHON_HERE := "$${LABS_PYTHON:-python3}"
 INSTALL := $(PYTHON_HERE) -m serving.install $(if $(OTHER_VLLM),--vllm "$$LABS_VLLM")
@@ -56,99 +58,99 @@ setup: ## Install what this machine needs, without running anything
 	@$(INSTALL)
 
 doctor: ## Check what this machine has and lacks, how to mend it, and which labs can run
-	@if $(INSTALL); then $(BIN)/labs doctor; \
+	@if $(INSTALL); then $(LABS) doctor; \
 	else $(INSTALL) --check; exit 1; fi
 
 labs: setup ## List the labs with the questions they answer
-	@$(BIN)/labs list
+	@$(LABS) list
 
 lab-%: setup ## Run a lab: predict, measure, judge, report
-	@$(BIN)/labs run $(if $(value LABS_HELP),--help,'$*')
+	@$(LABS) run $(if $(value LABS_HELP),--help,'$*')
 
 forecast: setup ## Forecast a lab without running it: LAB=..|all [MACHINE=h100] [MODEL=..] [SET=..] [OUT=x.md]
-	@$(BIN)/labs forecast $(call or_help,LAB)
+	@$(LABS) forecast $(call or_help,LAB)
 
 plan: setup ## Plan capacity without a GPU: MACHINE=h100 [MODEL=..] [RATE=..|TRACE=..] [SLO=..] [REPLICAS=..]
-	@$(BIN)/labs plan $(call or_help,MACHINE)
+	@$(LABS) plan $(call or_help,MACHINE)
 
 score-forecasts: setup ## Show how near the forecasts of recorded runs came to what was measured
-	@$(BIN)/labs score-forecasts
+	@$(LABS) score-forecasts
 
 labs-all: setup ## Run every lab in order, continuing where it stopped: [ONLY=a,b] [SECONDS=530] [ARCHIVE=x.tar.gz] [FRESH=1]
-	@$(BIN)/labs all
+	@$(LABS) all
 
 draft adapters outliers sparsity: setup ## Make the draft model, the LoRA adapters, the studies of outliers and zeros: [AGAIN=1]
-	@$(BIN)/labs make $@
+	@$(LABS) make $@
 
 quantize: setup ## Make quantized weights: METHOD=w8a8|w4a16-gptq|.. (make quantize lists them)
-	@$(BIN)/labs make "$${LABS_METHOD:---help}"
+	@$(LABS) make "$${LABS_METHOD:---help}"
 
 serve: setup ## Start a variant's engine: LAB=.. [VARIANT=..] [PORT=..]
-	@$(BIN)/labs serve
+	@$(LABS) serve
 
 locust: setup ## Open Locust's web UI on a lab's workload: LAB=.. [WORKLOAD=..] [ENDPOINT=..] [WEB_PORT=..]
-	@$(BIN)/labs locust
+	@$(LABS) locust
 
 load-worker: setup ## Send load for a run on another machine: MASTER=host:port [KEY=..]
-	@$(BIN)/labs load-worker $(call or_help,MASTER)
+	@$(LABS) load-worker $(call or_help,MASTER)
 
 diagnose: setup ## Say what a running server's metrics point to: ENDPOINT=.. [ENDPOINT_METRICS=url,url] [BASELINE=x.json] [SECONDS=30] [OUT=x.json]
-	@$(BIN)/labs diagnose $(call or_help,ENDPOINT)
+	@$(LABS) diagnose $(call or_help,ENDPOINT)
 
 report: setup ## Compute reports again from recorded runs: [RUN=..]
-	@$(BIN)/labs report
+	@$(LABS) report
 
 site: setup ## Write the course and a page for every run as a website: [OUT=site]
-	@$(BIN)/labs site
+	@$(LABS) site
 
 score: setup ## Show what other tools would have reported for a run: RUN=..
-	@$(BIN)/labs score $(call or_help,RUN)
+	@$(LABS) score $(call or_help,RUN)
 
 compare: setup ## Compare two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.html|x.md] [JSON=1]
-	@$(BIN)/labs compare $(call or_help,A)
+	@$(LABS) compare $(call or_help,A)
 
 reproduce: setup ## Repeat a recorded run and compare the two: RUN=..
-	@$(BIN)/labs reproduce $(call or_help,RUN)
+	@$(LABS) reproduce $(call or_help,RUN)
 
 gate: setup ## Fail if a run is worse than another: RUN=.. BASELINE=.. [THRESHOLDS=x.toml]
-	@$(BIN)/labs gate $(call or_help,RUN)
+	@$(LABS) gate $(call or_help,RUN)
 
 manifest-diff: setup ## Show what differs in how two runs were made: A=.. B=..
-	@$(BIN)/labs manifest-diff $(call or_help,A)
+	@$(LABS) manifest-diff $(call or_help,A)
 
 export: setup ## Write a run as tables, or in the format of vllm bench serve: RUN=.. AS=csv|parquet|vllm [OUT=..]
 	@$(if $(filter parquet,$(value LABS_AS)),$(BIN)/python -c 'import pyarrow' 2> /dev/null || $(BIN)/python -m pip install --quiet 'pyarrow>=17')
-	@$(BIN)/labs export $(call or_help,RUN)
+	@$(LABS) export $(call or_help,RUN)
 
 leaderboard: setup ## Show the claims of every lab on every machine: effect, interval, verdict, prediction
-	@$(BIN)/labs leaderboard
+	@$(LABS) leaderboard
 
 check-results: setup ## Check that recorded runs are readable and complete
-	@$(BIN)/labs check
+	@$(LABS) check
 
 readme: setup ## Write the generated parts of README.md and the pages in results/ again
-	@$(BIN)/labs readme
+	@$(LABS) readme
 
 watch: setup ## Start a Prometheus that stays up between labs, with a live page: [PORT=..]
-	@$(BIN)/labs watch
+	@$(LABS) watch
 
 watch-stop: setup ## Stop that Prometheus; its data are kept
-	@$(BIN)/labs watch-stop
+	@$(LABS) watch-stop
 
 import: setup ## Load finished runs into Prometheus at their own times: [RUN=".. .."]
-	@$(BIN)/labs import
+	@$(LABS) import
 
 dashboards: setup ## Write dashboards/grafana/*.json again from dashboards/boards.py
-	@$(BIN)/labs dashboards
+	@$(LABS) dashboards
 
 stack: setup ## Start Prometheus and Grafana in containers: [GRAFANA_PORT=..] [PROFILING=1]
-	@$(BIN)/labs stack
+	@$(LABS) stack
 
 stack-stop: setup ## Stop the containers; their data are kept
-	@$(BIN)/labs stack-stop
+	@$(LABS) stack-stop
 
 grafana-push: setup ## Send dashboards and runs to a running Grafana: GRAFANA_URL=.. (and GRAFANA_TOKEN)
-	@$(BIN)/labs grafana-push $(call or_help,GRAFANA_URL)
+	@$(LABS) grafana-push $(call or_help,GRAFANA_URL)
 
 COMPONENTS := dashboards/preview/node_modules/.whole
 $(COMPONENTS):
@@ -162,7 +164,7 @@ preview-check: setup $(COMPONENTS) ## Draw the dashboards from a run, and check 
 	@$(BIN)/pytest tests/fake/test_preview.py
 
 bundle: setup ## Gather what a GPU machine without internet needs: FOR=cuda [HAVE=list] [WITH_TREE=64M] [LEAN=hopper] ..
-	@$(BIN)/labs bundle
+	@$(LABS) bundle
 
 unbundle: ## On that machine: check and install a bundle: FROM=bundle TO=folder
 	@$(PYTHON_HERE) -m serving.unbundle --from "$${LABS_FROM:-bundle}" "$$LABS_TO"
@@ -180,7 +182,7 @@ rehearse: setup ## Rehearse a short session on a locked-down GPU machine without
 check: setup ## Lint, check formatting and types, and check the generated pages and results
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(DENO) lint --quiet && $(DENO) check --quiet dashboards/page tests/unit
-	@$(BIN)/labs readme --verify && $(BIN)/labs check --committed
+	@$(LABS) readme --verify && $(LABS) check --committed
 
 bench: setup ## Measure the lab's own instruments: [PART=streams|engine|neighbour|recording|overhead|aa|twins|soak]
 	@$(BIN)/python -m bench

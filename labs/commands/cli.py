@@ -94,10 +94,29 @@ app = typer.Typer(
 
 
 @app.callback(help=HELP)
-def before_every_command() -> None:
-    """Warn of settings in the environment that nothing reads."""
+def before_every_command(context: typer.Context) -> None:
+    """Refuse settings behind a target that it does not take; warn of those that nothing reads."""
+    with reported_errors():
+        given = os.environ.pop(environment.BEHIND_MAKE, "")
+        require_settings_taken(context.invoked_subcommand or "", given)
     for sentence in environment.unread(os.environ):
         errors.print(f"[bold yellow]warning:[/] {escape(sentence)}")
+
+
+def require_settings_taken(called: str, given: str) -> None:
+    """Raise LabError for a setting that another command takes and the one that is called does not.
+
+    `given` are the names of settings, separated by spaces.
+    """
+    takes = {
+        info.name or info.callback.__name__: settings_of(info.callback)
+        for info in app.registered_commands
+        if info.callback
+    }
+    if called not in takes:
+        return
+    if refusal := environment.not_taken(given, takes[called], set().union(*takes.values())):
+        raise LabError(refusal)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.models import OptionInfo
+from typer.models import ParameterInfo
 
 LabName = Annotated[str, typer.Argument(help="A lab's name; `labs list` names them all.")]
 SetOption = Annotated[
@@ -122,7 +122,7 @@ def addresses(text: str) -> tuple[str, ...]:
 
 
 def settings_of(command: Callable[..., Any]) -> set[str]:
-    """Return the variables that a command's options may come in, such as LABS_QUICK."""
+    """Return the variables that a command's options and arguments may come in, as LABS_QUICK."""
     hints = get_type_hints(command, include_extras=True).values()
-    options = [part for hint in hints for part in getattr(hint, "__metadata__", ())]
-    return {str(o.envvar) for o in options if isinstance(o, OptionInfo) and o.envvar}
+    parameters = [part for hint in hints for part in getattr(hint, "__metadata__", ())]
+    return {str(p.envvar) for p in parameters if isinstance(p, ParameterInfo) and p.envvar}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -38,6 +39,14 @@ EXPECTED_ERRORS = (
     BundleError,
     StackError,
 )  # each has a sentence for the reader as its message
+
+
+MENDS = {
+    errno.ENOSPC: ": free some of the disk that holds RESULTS=, SCRATCH= or the temporary folder",
+    errno.EDQUOT: ": free some of what this user may keep, or name other folders with RESULTS= and"
+    " SCRATCH=",
+    errno.EROFS: ": name folders that can be written with RESULTS= and SCRATCH=",
+}
 
 
 class ConsoleProgress:
@@ -147,7 +156,8 @@ def reported_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
     except OSError as error:
         name = f" ({error.filename})" if error.filename else ""
-        errors.print(f"[bold red]error:[/] {escape(str(error.strerror or error))}{escape(name)}")
+        remedy = MENDS.get(error.errno or 0, "")
+        errors.print(f"[bold red]error:[/] {escape(f'{error.strerror or error}{name}{remedy}')}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("Stopped.")

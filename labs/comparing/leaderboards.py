@@ -331,16 +331,13 @@ def _questions(runs: Sequence[RunFolder]) -> Table:
     """Tabulate every question with its answers: runs that measured it, and what is computed."""
     rows: list[list[Inline]] = []
     for id, question in QUESTIONS.items():
-        measured = [
-            (Code(lab.name), ": ", joined(reports, ", "))
-            for lab in LABS.values()
-            if (reports := _answered(id, lab.name, runs))
-        ]
+        reports = {lab: links for lab in LABS if (links := _answered(id, lab, runs))}
+        measured = [(Code(lab), ": ", joined(links, ", ")) for lab, links in reports.items()]
         without = computed.computed(id)
         answers: list[Inline] = [*measured, *([computed.told(without)] if without else [])]
         if not measured:
             answers += _would_answer(id)
-        rows.append([id, question, computed.kind_of(id, bool(measured)), joined(answers, "; ")])
+        rows.append([id, question, computed.kind_of(id, reports), joined(answers, "; ")])
     return table(("Id", "Question", "Kind", "Answer"), rows)
 
 

@@ -12,7 +12,7 @@ from dashboards.palette import BLUE, BOUND
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import BANDS, GREY, draw_forecasts, legend_above, plt, reach
-from labs.findings.parts import Conclusion, Headline, ReportParts
+from labs.findings.parts import IN_PART, Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
 from labs.judging.text import number, times_with_interval, yes_or_no
@@ -347,6 +347,7 @@ PUBLISHED: PublishedFigures = {
 PARTS = ReportParts(
     conclusions=(TOKEN_BUDGET,),
     answers={"SO-3": chunks_solve, "SA-1": split},
+    kinds={"SA-1": IN_PART},
     plots={"stall": draw_stall, "timeline": draw_timeline},
     published=PUBLISHED,
     headline=Headline(

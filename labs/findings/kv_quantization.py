@@ -12,7 +12,7 @@ from dashboards.palette import VARIANTS
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import draw_forecasts, plt
-from labs.findings.parts import Conclusion, Headline, ReportParts
+from labs.findings.parts import IN_PART, Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.findings.quality import QUALITY, compared, in_brief, treatments_of
 from labs.judging.judge import Interval
@@ -452,6 +452,7 @@ PARTS = ReportParts(
         "KV-6": kv_in_8_bits,
         "KV-7": memory_steps,
     },
+    kinds={"KV-7": IN_PART},
     plots={"preemption": draw_preemption},
     published=PUBLISHED,
     headline=Headline(

@@ -13,7 +13,7 @@ from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import BANDS, GREY, legend_above, plt
-from labs.findings.parts import Conclusion, Headline, ReportParts
+from labs.findings.parts import ARITHMETIC, IN_PART, Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
 from labs.judging.sampling import canonical, gain_over_tasks, over_tasks, pass_at, vote_at
@@ -754,6 +754,7 @@ PARTS = ReportParts(
         "TT-3": samples_or_size,
         "TT-4": process_reward,
     },
+    kinds={"TT-2": IN_PART, "TT-3": ARITHMETIC, "TT-4": ARITHMETIC},
     plots={"sampling": draw_sampling},
     published=PUBLISHED,
     headline=Headline(

@@ -59,12 +59,18 @@ class Headline:
     on_front_page: bool = True  # of the repository; a lesson of the course asks for every one
 
 
+ARITHMETIC = "arithmetic on measured figures"
+IN_PART = "measured in part, else arithmetic"
+
+
 @dataclass(frozen=True)
 class ReportParts:
     """Lists what a lab adds to its report, each part by its name or its question's id."""
 
     conclusions: Sequence[Conclusion[Any]] = ()
     answers: Mapping[str, Answer] = field(default_factory=dict)  # by the question's id
+    # by the question's id too, where not all of an answer is measured: what kind of answer it is
+    kinds: Mapping[str, str] = field(default_factory=dict)
     plots: Mapping[str, Draw] = field(default_factory=dict)
     published: PublishedFigures = field(default_factory=dict)
     headline: Headline | None = None

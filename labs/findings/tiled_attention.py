@@ -796,6 +796,7 @@ PUBLISHED: PublishedFigures = {
 PARTS = ReportParts(
     conclusions=(TILING, PROMPTS, CONTEXTS),
     answers={"KO-1": cuts_traffic, "KO-4": splitting},
+    kinds={"KO-4": "measured in part"},
     plots={"growth": draw_growth, "lengths": draw_lengths},
     published=PUBLISHED,
     headline=Headline(

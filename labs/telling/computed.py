@@ -7,10 +7,11 @@ the step of a card's datasheet (`serving/forecasting/datasheet.py`). The functio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from labs.findings.parts import parts_of
 from labs.judging.text import number
 from labs.questions import QUESTIONS
 from labs.telling.capacity_plans import break_even_millions, over, with_band
@@ -49,11 +50,15 @@ def told(answer: Computed) -> Inline:
     return f"{kind}, nothing measured: {answer.text} For your own figures: ", Code(answer.command)
 
 
-def kind_of(id: str, measured: bool) -> str:
-    """Say how a question is answered: `measured`, or as it is computed, or neither yet."""
+def kind_of(id: str, labs: Iterable[str]) -> str:
+    """Say how a question is answered: `measured`, or as it is computed, or neither yet.
+
+    `labs` are the names of those whose runs answer it. What they compute from what they measured
+    is told apart.
+    """
     answer = computed(id)
-    kinds = ["measured"] * measured + ([answer.kind] if answer else [])
-    return ", ".join(kinds) or "not measured yet"
+    kinds = [parts_of(lab).kinds.get(id, "measured") for lab in labs]
+    return ", ".join(dict.fromkeys(kinds + ([answer.kind] if answer else []))) or "not measured yet"
 
 
 def _card() -> tuple[str, Datasheet]:

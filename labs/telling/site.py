@@ -405,7 +405,7 @@ class Asked:
     @property
     def kind(self) -> str:
         """How it is answered: measured, arithmetic, forecast, or not yet."""
-        return computed.kind_of(self.id, bool(self.answers))
+        return computed.kind_of(self.id, (answer.lesson.lab.name for answer in self.answers))
 
     @property
     def computed(self) -> Inline | None:

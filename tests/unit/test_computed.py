@@ -6,7 +6,9 @@ import re
 
 import pytest
 
+from labs import LABS
 from labs.comparing import leaderboards
+from labs.findings.parts import ARITHMETIC, parts_of
 from labs.questions import QUESTIONS
 from labs.running.capacity_plan import model_named, plan
 from labs.running.resolve import machine_of
@@ -75,7 +77,13 @@ def test_every_question_says_how_it_is_answered_or_what_would_answer_it() -> Non
     assert [row.split(" | ")[0].strip("| ") for row in rows] == list(QUESTIONS)
     for id, row in zip(QUESTIONS, rows, strict=True):
         *_, kind, answer = row.strip("| ").split(" | ")
-        assert kind == kind_of(id, measured=False)
+        assert kind == kind_of(id, labs=())
         assert ("make " in answer) or "no lab asks it yet" in answer, row
-    assert kind_of("SD-5", measured=True) == "measured, arithmetic"
-    assert kind_of("SO-1", measured=True) == "measured"
+    assert kind_of("SO-1", ["continuous-batching"]) == "measured"
+    assert kind_of("CO-8", ["weight-pruning"]) == ARITHMETIC
+    assert kind_of("KV-8", ["context-retrieval", "kv-quantization"]) == "measured, arithmetic"
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_only_what_a_lab_answers_has_a_kind(lab: str) -> None:
+    assert parts_of(lab).kinds.keys() <= set(LABS[lab].answers)

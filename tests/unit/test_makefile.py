@@ -9,10 +9,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from labs.commands.cli import require_settings_taken
+from labs.commands.environment import BEHIND_MAKE
+from labs.lab import LabError
 from serving.models import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
@@ -223,8 +227,41 @@ def test_a_call_on_a_page_hands_its_settings_on(call: str, checkout: Checkout) -
     done = checkout.make(*(word.replace("<name>", "x") for word in words))
     assert (done.returncode, done.stderr) == (0, "")
     given = dict(word.split("=", 1) for word in words if word not in targets)
-    found = settings_of(checkout.calls()[-1][1])
+    argv, environment = checkout.calls()[-1]
+    found = settings_of(environment)
     assert found == {f"LABS_{name}": value for name, value in given.items()}
+    if argv[0] == LABS:
+        named = environment[BEHIND_MAKE]
+        assert set(named.split()) == set(given)
+        require_settings_taken(argv[1], named)
+
+
+@pytest.mark.parametrize(
+    ("call", "refused"),
+    [
+        ("forecast LAB=x TRACE=y TP=4", "TP=, TRACE= would change nothing here"),
+        ("report SET=x", "SET= would change nothing here: this command takes RUN="),
+        ("watch-stop QUICK=1", "QUICK= would change nothing here: this command takes no settings"),
+        ("lab-x VLLM=0.31.0 RESULTS=y QUICK=1", ""),
+        ("report RUN=x", ""),
+    ],
+)
+def test_a_setting_that_a_command_does_not_take_is_refused(
+    call: str, refused: str, checkout: Checkout
+) -> None:
+    assert checkout.make(*call.split()).returncode == 0
+    argv, environment = checkout.calls()[-1]
+    with pytest.raises(LabError, match=refused) if refused else nullcontext():
+        require_settings_taken(argv[1], environment[BEHIND_MAKE])
+
+
+def test_what_the_program_starts_is_not_told_of_settings_behind_a_target() -> None:
+    script = (
+        "import os; from labs.commands.cli import app; app(['list'], standalone_mode=False);"
+        f" assert '{BEHIND_MAKE}' not in os.environ"
+    )
+    env = {**os.environ, BEHIND_MAKE: "RESULTS"}
+    subprocess.run([sys.executable, "-c", script], env=env, check=True, capture_output=True)
 
 
 def test_all_tests_run_in_several_processes_and_a_choice_of_them_in_one(checkout: Checkout) -> None:
