@@ -170,9 +170,9 @@ unbundle: ## On that machine: check and install a bundle: FROM=bundle TO=folder
 	@$(PYTHON_HERE) -m serving.unbundle --from "$${LABS_FROM:-bundle}" "$$LABS_TO"
 
 # The tests of one file stay in one process, in the order of tests/conftest.py: two processes begin
-# with the labs on real engines, and one has the rest meanwhile. They are more than a small machine's
+# with the labs on real engines, and two have the rest meanwhile. They are more than a small machine's
 # cores, since each often waits for a window to end. A choice of tests runs in one.
-TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
+TOGETHER := -n 4 --dist loadfile --no-loadscope-reorder
 test: setup ## Run the tests (unit, weights, committed runs, fake engine, real vLLM on CPU, GPU if there is one): [TESTS=tests/unit]
 	@PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$LABS_TESTS" $(BIN)/pytest $(if $(value LABS_TESTS),,$(TOGETHER))
 

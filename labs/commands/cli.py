@@ -394,8 +394,9 @@ def forecast_lab(
 def score_forecasts() -> None:
     """Show how near the forecasts of recorded runs came to what was measured, lab by lab."""
     with reported_errors():
-        found = residuals.of_runs(residuals.full_runs(committed=False))
-        show(residuals.page(found, residuals.to_reports(Path.cwd())))
+        runs = residuals.full_runs(committed=False)
+        found, kept = residuals.of_runs(runs), residuals.kept_of_runs(runs)
+        show(residuals.page(found, residuals.to_reports(Path.cwd()), kept))
 
 
 @app.command()

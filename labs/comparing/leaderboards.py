@@ -133,14 +133,15 @@ def _why(before: str, after: str) -> str:
 
 
 def _pages() -> dict[Path, str]:
-    runs = newest_runs(committed=True)
+    runs, full = newest_runs(committed=True), residuals.full_runs(committed=True)
     return {
         README: generated_parts(README.read_text(), runs),
         results.RESULTS / PAGE: _collection(runs),
         results.RESULTS / FORECASTS: markdown.document(
             residuals.page(
-                residuals.of_runs(residuals.full_runs(committed=True)),
+                residuals.of_runs(full),
                 residuals.to_reports(results.RESULTS),
+                residuals.kept_of_runs(full),
             )
         ),
         **{

@@ -468,9 +468,10 @@ class Course:
 
     def forecasts_page(self) -> str:
         """Render what was predicted beside what came, of every published full run."""
-        folders = [e.folder for e in self.published.values()]
-        found = residuals.of_runs(folder for folder in folders if residuals.is_full(folder))
-        document = residuals.page(found, self.page_of)
+        published = [e.folder for e in self.published.values()]
+        full = [folder for folder in published if residuals.is_full(folder)]
+        found, kept = residuals.of_runs(full), residuals.kept_of_runs(full)
+        document = residuals.page(found, self.page_of, kept)
         titles = {item.lab.name: item.lab.title for item in self.lessons}
         no_picture = html.embedded(Path())  # the document has none
         return course_page(

@@ -71,6 +71,20 @@ def test_residuals_are_told_by_figure_and_every_miss_by_name(folder: RunFolder) 
     assert f"]({folder.path.name}/report.md)" in told
 
 
+def test_figures_that_no_report_forecasts_are_told_by_machine(folder: RunFolder) -> None:
+    write_summary(folder)
+    summary = folder.summary()
+    moved = [f.model_copy(update={"metric": "itl_p50_s"}) for f in summary.in_virtual_time]
+    both = [*summary.in_virtual_time, *moved]
+    write_json(folder.path / "summary.json", summary.model_copy(update={"in_virtual_time": both}))
+    found, kept = residuals.of_runs([folder]), residuals.kept_of_runs([folder])
+    assert [r.group for r in kept] == ["ITL, p50"] * 2
+    link = residuals.to_reports(folder.path.parent)
+    told = markdown.document(residuals.page(found, link, kept))
+    assert f"| {found[0].machine} | ITL, p50 | 2 | 25% | 1 (50%) | 1 (50%) |" in told
+    assert "ITL, p50" not in markdown.document(residuals.page(found, link))
+
+
 def test_an_older_run_counts_only_among_all_runs(folder: RunFolder, tmp_path: Path) -> None:
     write_summary(folder)
     older = RunFolder(Path(shutil.copytree(folder.path, tmp_path / "20000101T000000Z-older")))

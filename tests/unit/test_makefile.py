@@ -268,5 +268,5 @@ def test_all_tests_run_in_several_processes_and_a_choice_of_them_in_one(checkout
     assert checkout.make("test").returncode == 0
     assert checkout.make("test", "TESTS=tests/unit").returncode == 0
     all_of_them, chosen = (argv[1:] for argv, _ in checkout.calls() if "pytest" in argv[0])
-    assert all_of_them[:4] == ["-n", "3", "--dist", "loadfile"]
+    assert all_of_them[:4] == ["-n", "4", "--dist", "loadfile"]
     assert chosen == []
