@@ -16,7 +16,7 @@ from dashboards import boards
 from dashboards.prometheus import Prometheus
 from labs import LABS
 from labs.filing.results import MachineFile, Run, RunFolder, write_json
-from labs.lab import Lab
+from labs.lab import Lab, parse_changes
 from labs.running.counts import ENGINE_METRICS
 from labs.running.resolve import require_compiler
 from serving import machine, metrics
@@ -79,6 +79,20 @@ def with_ceilings(results: Path) -> Path:
     given = MachineFile(machine=here, ceilings=CEILINGS)
     write_json(results / here.slug / "machine.json", given)
     return results
+
+
+def derived_for(lab: str) -> list[str]:
+    """Name the models that a lab derives in its sizes for a CPU; none where no test runs it."""
+    sizes = sizes_of(lab)
+    if sizes.not_real:
+        return []
+    changes = parse_changes(f"{sizes.real} {sizes.cpu}")
+    return LABS[lab].at("cpu", quick=True, changes=changes).derived()
+
+
+def takes_making(lab: str) -> bool:
+    """Whether it takes long to make what a lab derives: a file in another format takes seconds."""
+    return bool({*derived_for(lab)} - {"gguf"})
 
 
 def served(layers: int | None) -> str:

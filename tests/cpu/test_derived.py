@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.lab import parse_changes
 from labs.running import derived_models
 from serving import machine, models
-from tests.real import lab_on_a_cpu, served, with_ceilings
+from tests.real import derived_for, lab_on_a_cpu, served, takes_making, with_ceilings
 from tests.sizes import sizes_of
 
 pytestmark = [
@@ -26,19 +25,12 @@ pytestmark = [
     # making them takes half an hour there, and the labs that serve them are not run
     pytest.mark.skipif(machine.detect().lacks_bf16, reason=machine.SLOW_BF16),
 ]
-WITH_DERIVED_MODELS = [name for name, lab in LABS.items() if lab.derived()]
+WITH_DERIVED_MODELS = [name for name in LABS if takes_making(name)]
 
 
 def derived_by_the_tests() -> list[tuple[str, int | None]]:
     """List what the labs derive in the sizes of the tests, and from how many layers."""
-    found = [
-        (derived, sizes.layers)
-        for name, lab in LABS.items()
-        if not (sizes := sizes_of(name)).not_real
-        for derived in lab.at(
-            "cpu", quick=True, changes=parse_changes(f"{sizes.real} {sizes.cpu}")
-        ).derived()
-    ]
+    found = [(made, sizes_of(name).layers) for name in LABS for made in derived_for(name)]
     return list(dict.fromkeys(found))
 
 

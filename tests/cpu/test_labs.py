@@ -1,6 +1,6 @@
 """Labs on a real vLLM, the bundled model and a real Prometheus.
 
-Those that serve a model derived from it are in `test_derived.py`, and are run beside these.
+Those for which models are made from it first are in `test_derived.py`, and are run beside these.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from serving import gpus, machine
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.base import EngineError, Flags
 from serving.engines.vllm import PARALLEL, Vllm
-from tests.real import lab_on_a_cpu
+from tests.real import lab_on_a_cpu, takes_making
 
 pytestmark = [
     pytest.mark.cpu,
@@ -23,8 +23,8 @@ pytestmark = [
     ),
 ]
 # many engines first: what takes long must not begin last, nor beside those of `test_derived.py`
-WITH_NOTHING_DERIVED = sorted(
-    (name for name, lab in LABS.items() if not lab.derived()),
+WITH_NOTHING_TO_MAKE = sorted(
+    (name for name in LABS if not takes_making(name)),
     key=lambda name: -len(LABS[name].variants),
 )
 
@@ -61,6 +61,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("lab", WITH_NOTHING_DERIVED)
+@pytest.mark.parametrize("lab", WITH_NOTHING_TO_MAKE)
 def test_lab_runs_on_a_real_engine(lab: str, results: Path) -> None:
     lab_on_a_cpu(lab, results)
