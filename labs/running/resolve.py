@@ -182,8 +182,8 @@ def load_workers_of(request: RunRequest) -> LoadWorkers | None:
         only_here = (urlsplit(request.endpoint).hostname or "") in HERE
         if only_here and host not in (*HERE, LOOPBACK):
             raise ValueError(
-                f"other machines cannot send to ENDPOINT={request.endpoint}, which is this machine"
-                " for each of them: give the address by which all reach it"
+                "other machines cannot send to an ENDPOINT= on 127.0.0.1 or localhost, which"
+                " is this machine for each of them: give the address by which all reach it"
             )
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

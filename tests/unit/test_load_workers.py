@@ -77,6 +77,13 @@ def test_what_cannot_be_is_refused(changes: dict[str, object], says: str) -> Non
         load_workers_of(replace(ASKED, **changes))  # type: ignore[arg-type]
 
 
+def test_a_password_in_an_address_is_not_repeated() -> None:
+    named = replace(ASKED, endpoint="http://me:secret@localhost:1", listen="0.0.0.0:5557")
+    with pytest.raises(LabError) as refused:
+        load_workers_of(named)
+    assert "secret" not in str(refused.value)
+
+
 def test_a_port_in_use_is_refused() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
