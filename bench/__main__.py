@@ -149,7 +149,8 @@ def main(
         list[Path],
         typer.Option(
             exists=True,
-            help="Also measure this changed copy of loadtests/locustfile.py, in turn with it.",
+            help="Also measure the load generator of this other loadtests/locustfile.py, in turn"
+            " with ours; it imports the loadtests/ that it lies in.",
         ),
     ] = [],  # noqa: B006
     processes: Annotated[

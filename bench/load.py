@@ -43,13 +43,18 @@ class RunningLocust:
 def locust(
     users: int, work: Path, locustfile: Path = generator.LOCUSTFILE, processes: int = 1
 ) -> Iterator[RunningLocust]:
-    """Start our Locust as a run starts it, with its exporter; it ends with the block."""
+    """Start our Locust as a run starts it, with its exporter; it ends with the block.
+
+    A locustfile in another `loadtests/` imports the modules beside it, not ours.
+    """
     argv = generator.argv(users, exporter_port := free_port(), free_port(), processes)
     argv[argv.index(str(generator.LOCUSTFILE))] = str(locustfile)
+    env = {guard.KEY: guard.key()}
+    if locustfile.parent.name == generator.LOCUSTFILE.parent.name:
+        argv.insert(1, "-P")  # the current folder, which holds our own, is not searched first
+        env["PYTHONPATH"] = str(locustfile.resolve().parents[1])
     log, cores = work / f"locust-{users}.log", machines.split_cores()[1]
-    with Process(
-        "locust", argv, log=log, env={guard.KEY: guard.key()}, cores=cores, talk=True
-    ) as child:
+    with Process("locust", argv, log=log, env=env, cores=cores, talk=True) as child:
         yield RunningLocust(generator.Generator(child), child, exporter_port)
 
 

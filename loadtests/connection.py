@@ -39,7 +39,7 @@ class EndlessAnswer(Exception):
     """An answer was cut off: it took more time or more bytes than the request can need."""
 
 
-class Answer(HTTPResponse):
+class AnswerParser(HTTPResponse):
     """Parses an answer's pieces; what is new of its body is in `fresh`."""
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class Connection:
             self._socket = self._pool.get_socket()
             self._readable = gevent.get_hub().loop.io(self._socket.fileno(), READ)
         self._pieces, self._most_bytes, self._bytes = pieces, most_bytes, 0
-        self._parsed: Answer | None = None
+        self._parsed: AnswerParser | None = None
         self._keeps = True
         try:
             self._socket.settimeout(self._silence_s)
@@ -222,12 +222,12 @@ class Connection:
         head = head.lower()
         self._keeps = head.startswith(b"http/1.1") and b"connection: close" not in head
         if not end or b"transfer-encoding: chunked" not in head:
-            self._parsed = Answer()
+            self._parsed = AnswerParser()
 
-    def _parse_all(self) -> Answer:
+    def _parse_all(self) -> AnswerParser:
         """Parse all that has come, and from now on whatever comes, as it does."""
         if self._parsed is None:
-            self._parsed = Answer()
+            self._parsed = AnswerParser()
             for _, piece in self._pieces:
                 self._parsed.feed(piece)
         return self._parsed
@@ -238,7 +238,7 @@ def lines_of(pieces: Pieces) -> tuple[int, Lines]:
 
     Raises HTTPParseError where it is no HTTP.
     """
-    answer, left = Answer(), b""
+    answer, left = AnswerParser(), b""
     lines: Lines = []
     for at_s, piece in pieces:
         answer.feed(piece)

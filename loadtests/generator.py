@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from loadtests.event_lines import events_of
 from loadtests.load_workers import EVERY_ADDRESS, LOOPBACK, LoadWorkers
 from loadtests.plan import TrialPlan, TrialSummary, most_output_tokens
 
@@ -97,13 +97,6 @@ def _locust(
         *("--master-host", master, "--master-port", str(master_port)),
         *("--lab-exporter-port", str(exporter_port), "--loglevel", "WARNING"),
     ]
-
-
-def events_of(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Read what a Locust of ours says, among the lines that Locust prints by itself."""
-    for line in lines:
-        if line.startswith('{"event"'):
-            yield json.loads(line)
 
 
 class Generator:

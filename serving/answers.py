@@ -21,7 +21,7 @@ class EndlessAnswer(requests.RequestException):
 
 
 @dataclass(frozen=True)
-class Answer:
+class BoundedResponse:
     """A whole answer; a redirect is one, too."""
 
     status: int
@@ -44,12 +44,14 @@ class Answer:
             raise ValueError("nested too deeply") from error
 
 
-def ask(method: str, url: str, *, within_s: float, most_bytes: int, **request: Any) -> Answer:
+def ask(
+    method: str, url: str, *, within_s: float, most_bytes: int, **request: Any
+) -> BoundedResponse:
     """Send a request and read the whole answer, no longer than `within_s` in all.
 
     Raises requests.RequestException.
     """
-    answer: Future[Answer] = Future()
+    answer: Future[BoundedResponse] = Future()
 
     def read() -> None:
         try:
@@ -67,7 +69,7 @@ def ask(method: str, url: str, *, within_s: float, most_bytes: int, **request: A
 
 def _answer(
     method: str, url: str, within_s: float, most_bytes: int, request: Mapping[str, Any]
-) -> Answer:
+) -> BoundedResponse:
     body = bytearray()
     with requests.request(
         method, url, headers=guard.headers(), timeout=within_s, stream=True,
@@ -77,4 +79,4 @@ def _answer(
             body += block
             if len(body) > most_bytes:
                 raise EndlessAnswer(f"the answer has more than {most_bytes} bytes")
-        return Answer(response.status_code, response.headers, bytes(body))
+        return BoundedResponse(response.status_code, response.headers, bytes(body))

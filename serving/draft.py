@@ -42,7 +42,7 @@ LOOKUP_GUESSES, LOOKUP_LEAST, LOOKUP_MOST = 3, 2, 4  # tokens guessed, and the n
 
 
 @dataclass(frozen=True)
-class Answer:
+class TargetAnswer:
     """The target's greedy answer to a prompt, and its last hidden state before each token."""
 
     kind: str
@@ -63,7 +63,7 @@ class Progress:
         print(f"{stage}: {done} of {total}; about {left_s:.0f} s left", flush=True)
 
 
-def answers(tokenizer: Any, model: Any, prompts: Sequence[dict[str, Any]]) -> list[Answer]:
+def answers(tokenizer: Any, model: Any, prompts: Sequence[dict[str, Any]]) -> list[TargetAnswer]:
     """Let the target answer all prompts; those of similar length share a batch.
 
     It goes on after its end token, as a server does that is asked to ignore it.
@@ -72,14 +72,14 @@ def answers(tokenizer: Any, model: Any, prompts: Sequence[dict[str, Any]]) -> li
 
     rows = [(p.get("kind", "text"), making.tokens_of(tokenizer, p["messages"])) for p in prompts]
     rows.sort(key=lambda row: len(row[1]))
-    written, last, progress = list[Answer](), list[Any](), Progress()
+    written, last, progress = list[TargetAnswer](), list[Any](), Progress()
     hook = model.base_model.norm.register_forward_hook(lambda *a: last.append(a[2][:, -1]))
     for start in range(0, len(rows), ANSWER_BATCH):
         kinds, batch = zip(*rows[start : start + ANSWER_BATCH], strict=True)
         tokens = making.answer(model, batch, ANSWER_TOKENS, eos_token_id=-1).tolist()
         states = torch.stack(last, dim=1)
         last.clear()
-        written += map(Answer, kinds, batch, tokens, states)
+        written += map(TargetAnswer, kinds, batch, tokens, states)
         progress.show("prompts answered by the target", len(written), len(rows))
     hook.remove()
     return written
@@ -99,13 +99,13 @@ def prune(model: Any, layers: int) -> None:
         config.layer_types = [config.layer_types[i] for i in places]
 
 
-def states(model: Any, batch: Sequence[Answer]) -> Any:
+def states(model: Any, batch: Sequence[TargetAnswer]) -> Any:
     """Compute the draft's last hidden states on the target's answers: (all tokens, width)."""
     return making.states(model, [a.prompt for a in batch], [a.tokens for a in batch])
 
 
 def acceptance(
-    model: Any, held_out: Sequence[Answer], first: int = ANSWER_TOKENS
+    model: Any, held_out: Sequence[TargetAnswer], first: int = ANSWER_TOKENS
 ) -> dict[str, float]:
     """Compute how often the draft's first guess is the target's token: by kind, and for `all`.
 
@@ -132,7 +132,7 @@ class Lookup(TypedDict):
     accepted: float | None  # of guesses that were checked; None where nothing was ever found
 
 
-def lookup(held_out: Sequence[Answer], first: int = ANSWER_TOKENS) -> dict[str, Lookup]:
+def lookup(held_out: Sequence[TargetAnswer], first: int = ANSWER_TOKENS) -> dict[str, Lookup]:
     """Decode the answers' `first` tokens again, with lookup, and tell by kind how it did.
 
     The first token of an answer comes with its prompt, and nothing is looked up for it. Guesses are
@@ -162,7 +162,11 @@ def lookup(held_out: Sequence[Answer], first: int = ANSWER_TOKENS) -> dict[str, 
 
 
 def distil(
-    model: Any, taught: Sequence[Answer], held_out: Sequence[Answer], epochs: int, seed: int
+    model: Any,
+    taught: Sequence[TargetAnswer],
+    held_out: Sequence[TargetAnswer],
+    epochs: int,
+    seed: int,
 ) -> int:
     """Train the layers towards the target's distribution (forward KL); return the steps taken.
 

@@ -11,7 +11,8 @@ import zmq
 
 from labs.lab import LabError
 from loadtests import load_workers
-from loadtests.generator import events_of, worker_argv
+from loadtests.event_lines import events_of
+from loadtests.generator import worker_argv
 from serving.process import Process
 
 REACH_TIMEOUT_S = 10.0

@@ -62,7 +62,7 @@ def _is_of_schema(text: str, structure: Spec, *, strict: bool) -> bool:
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerCounts:
     """Counts the whole answers of one form, by one engine, asked for in one way."""
 
     form: str
@@ -84,7 +84,7 @@ class Answers:
 class Validity:
     """Holds what the probes asked for; nothing where they were not asked."""
 
-    groups: tuple[Answers, ...]
+    groups: tuple[AnswerCounts, ...]
 
     def of(self, how: str) -> tuple[int, int]:
         """Adds up (valid, asked) of all answers that were asked for in this way."""
@@ -109,7 +109,7 @@ def validity(context: Context) -> Validity:
             groups.setdefault((answer["form"], answer["how"], backend), []).append(answer)
     return Validity(
         tuple(
-            Answers(
+            AnswerCounts(
                 form=form,
                 how=how,
                 backend=backend,

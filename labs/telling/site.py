@@ -385,7 +385,7 @@ def _split(knob: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Answer:
+class RunAnswer:
     """An answer to a question from one run."""
 
     text: Inline
@@ -399,7 +399,7 @@ class Asked:
 
     id: str
     question: str
-    answers: Sequence[Answer]
+    answers: Sequence[RunAnswer]
     asking: Sequence[Lesson]
 
     @property
@@ -548,14 +548,14 @@ class Course:
             "replay": [panel.times for panel in replayed[1]] if replayed else [],
         }
 
-    def answers_of(self, item: Lesson) -> list[tuple[str, str, list[Answer]]]:
+    def answers_of(self, item: Lesson) -> list[tuple[str, str, list[RunAnswer]]]:
         """Give each question of a lesson with its answers."""
         return [(id, QUESTIONS[id], self.answers(id, item)) for id in item.lab.answers]
 
-    def answers(self, id: str, of: Lesson) -> list[Answer]:
+    def answers(self, id: str, of: Lesson) -> list[RunAnswer]:
         """Give the answers of a lesson's runs to a question, each from its own run."""
         return [
-            Answer(parse(e.summary.answers[id]), of, e)
+            RunAnswer(parse(e.summary.answers[id]), of, e)
             for e in of.entries
             if id in e.summary.answers
         ]

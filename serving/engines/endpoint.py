@@ -10,7 +10,7 @@ from itertools import pairwise
 import requests
 
 from serving import guard, metrics
-from serving.answers import Answer, ask
+from serving.answers import BoundedResponse, ask
 from serving.engines import ENGINES
 from serving.engines.base import EngineError, Server, metrics_text
 from serving.masking import holds_secret, masked
@@ -158,7 +158,7 @@ def _version(base: str) -> str:
 
 def _asked(
     given: str, method: str, url: str, within_s: float, request: dict[str, object] | None = None
-) -> Answer:
+) -> BoundedResponse:
     """Return an answer that is a success. Raises EngineError for any other, and for none."""
     path = url[url.rindex("/v1/") :]
     try:

@@ -82,7 +82,7 @@ class Prompt(BaseModel, frozen=True, extra="forbid"):
     copied: Copied = ()  # what a lookup of n-grams finds in its answer, where that is known
 
 
-class Answer(BaseModel, extra="forbid"):
+class VirtualAnswer(BaseModel, extra="forbid"):
     """An answer as the client would observe it; chunks are (arrival in seconds, tokens)."""
 
     index: int
@@ -99,7 +99,7 @@ class Answer(BaseModel, extra="forbid"):
 class Play(BaseModel, extra="forbid"):
     """A trial's answers, and when its measured window began and ended."""
 
-    answers: list[Answer]
+    answers: list[VirtualAnswer]
     window_s: tuple[float, float]
     answered_under_load: bool  # a closed loop's users went on until all that counts was answered
 
@@ -134,7 +134,7 @@ class _Trial:
         self.ends_only = ends_only
         self.prompts, self.intruders = iter(prompts), iter(intruders)
         self.start_s = server.now_s
-        self.answers: dict[str, Answer] = {}
+        self.answers: dict[str, VirtualAnswer] = {}
         self.unanswered: dict[int, int] = {}  # request, by its order -> answers it waits for
         self.request_of: dict[str, int] = {}  # answer -> its request
         self.deliveries: list[tuple[float, int, str, Prompt]] = []  # (when, order, name, prompt)
@@ -233,7 +233,7 @@ class _Trial:
         for choice in range(prompt.choices):
             name = f"{prompt.index}-{'i' if intruder else 'r'}-{self.order}-{len(self.answers)}"
             self.request_of[name] = request
-            self.answers[name] = Answer(
+            self.answers[name] = VirtualAnswer(
                 index=prompt.index, asked_tokens=prompt.output_tokens,
                 prompt_tokens=len(prompt.token_ids), scheduled_s=due_s, sent_s=at_s,
                 in_window=counts, choice=choice if prompt.choices > 1 else None,
@@ -306,7 +306,7 @@ class _Trial:
         answer.turned_away_s = at_s
         self._answered(name, answer, at_s)
 
-    def _answered(self, name: str, answer: Answer, at_s: float) -> None:
+    def _answered(self, name: str, answer: VirtualAnswer, at_s: float) -> None:
         """Go on where this was the last answer that its request was waiting for."""
         request = self.request_of.pop(name)
         self.unanswered[request] -= 1

@@ -115,7 +115,7 @@ DIRECTED = """
 import json, sys
 from pathlib import Path
 from types import SimpleNamespace
-from loadtests.locustfile import Director
+from loadtests.master import Director
 from loadtests.plan import TrialPlan
 
 plan, summary = TrialPlan.model_validate_json(sys.argv[1]), json.loads(sys.argv[2])
@@ -185,12 +185,12 @@ def test_what_is_late_belongs_to_no_trial_and_who_was_lost_stays_lost(tmp_path: 
 SILENT = """
 from types import SimpleNamespace
 import gevent
-from loadtests import locustfile
+from loadtests import worker
 
-locustfile.MASTER_TIMEOUT_S = 0.1
+worker.MASTER_TIMEOUT_S = 0.1
 events = SimpleNamespace(heartbeat_received=SimpleNamespace(add_listener=lambda hear: None))
 runner = SimpleNamespace(environment=SimpleNamespace(events=events), quit=lambda: print("left"))
-locustfile.watch_master(runner)
+worker.watch_master(runner)
 gevent.sleep(0)
 """
 

@@ -133,7 +133,7 @@ def test_interrupted_writing_leaves_the_old_file(tmp_path: Path) -> None:
 
 _SERVE = """
 import json, sys
-from loadtests.locustfile import tokens_of
+from loadtests.streaming import tokens_of
 for line in sys.stdin:
     lines = [(at, text.encode()) for at, text in json.loads(line)]
     try:
@@ -147,7 +147,7 @@ Parse = Callable[[list[tuple[float, str]]], list[Any]]
 
 @pytest.fixture(scope="module")
 def tokens_of() -> Iterator[Parse]:
-    """`loadtests.locustfile.tokens_of`, in a process of its own: Locust patches the one it is in.
+    """`loadtests.streaming.tokens_of`, in a process of its own: Locust patches the one it is in.
 
     The trial began at 100 on the process's clock; the request asked for 5 tokens.
     """

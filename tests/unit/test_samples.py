@@ -118,7 +118,7 @@ def test_samples_go_with_nothing_else_that_says_how_prompts_are_alike() -> None:
 
 _PART = """
 import json, sys
-from loadtests.locustfile import by_choice, tokens_of
+from loadtests.streaming import by_choice, tokens_of
 for text in json.load(sys.stdin):
     lines = [(float(at), line.encode()) for at, line in text]
     parts, complaint = by_choice(lines, 2)

@@ -21,7 +21,8 @@ _WORKER = """
 import json, sys
 from loadtests import plan
 from loadtests.arrivals import Concurrent
-from loadtests.locustfile import Load, Turn, connect, now, records_of, stream
+from loadtests.load import Load, Turn, now
+from loadtests.streaming import connect, records_of, stream
 url, requests = sys.argv[1:]
 for line in sys.stdin:
     body, plan.TOKEN_AT_MOST_S, timeout_s = json.loads(line)
@@ -145,7 +146,7 @@ _GIVEN_UP = """
 import sys
 import gevent
 from loadtests.arrivals import Constant
-from loadtests.locustfile import Load
+from loadtests.load import Load
 from loadtests.plan import TrialPlan
 
 load = Load(TrialPlan(
@@ -173,10 +174,11 @@ _ORDER = """
 import json, sys
 from types import SimpleNamespace
 import gevent
-from loadtests import locustfile
+from loadtests import worker
 from loadtests.arrivals import Concurrent
-from loadtests.locustfile import ChatUser, Ended, Load, parse_in_turn, waiting_room
+from loadtests.load import Ended, Load
 from loadtests.plan import TrialPlan
+from loadtests.worker import ChatUser, parse_in_turn, waiting_room
 
 requests, line, times = sys.argv[1], sys.argv[2].encode(), int(sys.argv[3])
 load = waiting_room.load = Load(TrialPlan(
@@ -198,7 +200,7 @@ def stream(client, turn, load):
 def told(**_):
     order.append("parsed")
 
-locustfile.stream, locustfile.connect = stream, lambda load: SimpleNamespace(close=lambda: None)
+worker.stream, worker.connect = stream, lambda load: SimpleNamespace(close=lambda: None)
 environment = SimpleNamespace(events=SimpleNamespace(request=SimpleNamespace(fire=told)))
 user = ChatUser.__new__(ChatUser)
 user.environment, user.seat = environment, 0

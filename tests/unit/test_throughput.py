@@ -339,15 +339,15 @@ _DRIVE = """
 import heapq, json, sys
 from pathlib import Path
 from typing import Literal
-from loadtests import locustfile
+from loadtests import load as loads
 from loadtests.plan import TrialPlan
 from loadtests.records import RequestRecord
 
 
 def drive(given):
     clock = [0.0]
-    locustfile.now = lambda: clock[0]
-    load = locustfile.Load(TrialPlan.model_validate(given["plan"]))
+    loads.now = lambda: clock[0]
+    load = loads.Load(TrialPlan.model_validate(given["plan"]))
     load.start()
     every_s = getattr(load.plan.arrival, "every_s", 0.0)
     streams = load.plan.arrival.users
@@ -356,8 +356,8 @@ def drive(given):
     while events:
         clock[0], seat, record = heapq.heappop(events)
         if record:
-            turn = locustfile.Turn(load.requests[0], None, record.in_window)
-            load.end(locustfile.Ended(turn, [], 0, clock[0], None, False))
+            turn = loads.Turn(load.requests[0], None, record.in_window)
+            load.end(loads.Ended(turn, [], 0, clock[0], None, False))
             load.keep([record])
         if seat >= 0 and (turn := load.next_turn(seat)):
             index = turn.request.index

@@ -11,7 +11,7 @@ import pytest
 from labs import LABS
 from labs.speculative_decoding import accepted, copies_accepted, guessed, tpot_ratio
 from serving import draft
-from serving.draft import Answer, lookup, make
+from serving.draft import TargetAnswer, lookup, make
 from serving.engines.vllm import VllmFlags
 from serving.making import MakerError
 from tests.unit.builders import CEILINGS, SHAPE, write_tiny_llama
@@ -99,13 +99,13 @@ def test_a_failure_leaves_nothing(
 
 
 def test_a_copied_text_is_looked_up_and_another_is_not() -> None:
-    copied = Answer("quote", prompt=[*range(20)], tokens=[*range(20)], states=None)
-    fresh = Answer("story", prompt=[*range(20)], tokens=[*range(100, 120)], states=None)
+    copied = TargetAnswer("quote", prompt=[*range(20)], tokens=[*range(20)], states=None)
+    fresh = TargetAnswer("story", prompt=[*range(20)], tokens=[*range(100, 120)], states=None)
     assert lookup([copied, fresh]) == {
         "quote": {"found": pytest.approx(5 / 6), "accepted": 1.0},  # not after the first token
         "story": {"found": 0.0, "accepted": None},
     }
-    strays = Answer("quote", prompt=[*range(20)], tokens=[0, 1, 2, 3, 50, 51], states=None)
+    strays = TargetAnswer("quote", prompt=[*range(20)], tokens=[0, 1, 2, 3, 50, 51], states=None)
     # after 0 nothing; after 0 1 guesses 2 3 4, two of which are right; after 50 nothing
     assert lookup([strays]) == {"quote": {"found": 1 / 3, "accepted": pytest.approx(2 / 3)}}
     assert lookup([strays], first=4) == {"quote": {"found": 1 / 2, "accepted": 1.0}}

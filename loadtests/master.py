@@ -1,0 +1,232 @@
+"""Locust's master: shares trials out among the load processes, and writes their records."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from typing import Any
+
+import gevent
+import gevent.fileobject
+from locust.runners import STATE_MISSING, MasterRunner
+
+from loadtests import load_workers, records
+from loadtests.event_lines import say
+from loadtests.exporter import Exporter
+from loadtests.load import now
+from loadtests.plan import Progress, TrialPlan, TrialSummary, merged_summary, total_progress
+from loadtests.records import RequestRecord
+
+CODE_TIMEOUT_S = 10.0  # in which a worker says which code it has
+WATCH_EVERY_S = 0.5
+
+
+class Director:
+    """Directs the workers: reads plans, shares them out, writes records, feeds Prometheus."""
+
+    def __init__(self, runner: MasterRunner, exporter: Exporter) -> None:
+        self.runner, self.exporter = runner, exporter
+        self.plan: TrialPlan | None = None
+        self.records: list[RequestRecord] = []
+        self.shares: dict[str, TrialPlan] = {}  # worker -> its share of the trial under way
+        self.ready: set[str] = set()
+        self.answered: set[str] = set()  # workers whose requests that count have been answered
+        self.done: dict[str, TrialSummary] = {}
+        self.gone: set[str] = set()  # this trial's workers that were lost, for good
+        self.progress: dict[str, Progress] = {}
+        self.team: set[str] | None = None  # workers that have users; None where any may join
+        self.code: dict[str, str] = {}  # of each worker, by its hash
+        self.went = (0.0, 0.0)  # when the trial under way started, by both clocks of this machine
+        runner.register_message("lab-code", self.on_code)
+        runner.register_message("lab-fetch", self.on_fetch)
+        runner.register_message("lab-ready", self.on_ready)
+        runner.register_message("lab-answered", self.on_answered)
+        runner.register_message("lab-records", self.on_records)
+        runner.register_message("lab-done", self.on_done)
+        runner.register_message("lab-failed", self.on_failed)
+
+    def begin(self, plan: TrialPlan) -> None:
+        """Begin a trial: send each living worker its share of the plan."""
+        plan = plan.model_copy(update={"trial": secrets.token_hex(8)})
+        self.plan, self.records, self.gone = plan, [], set()
+        self.exporter.begin(plan)
+        workers = sorted(self.alive() if self.team is None else self.alive() & self.team)
+        self.ready, self.answered, self.done, self.progress = set(), set(), {}, {}
+        self.shares = {
+            worker: plan.model_copy(update={"share": (number, len(workers))})
+            for number, worker in enumerate(workers)
+        }
+        for worker, share in self.shares.items():
+            self.runner.send_message("lab-trial", share.model_dump_json(), client_id=worker)
+
+    def direct(self, users: int, workers: int) -> None:
+        """Wait for the users to start, then play the plans from the standard input."""
+        while self.runner.user_count < users:
+            gevent.sleep(0.02)
+        # When a worker comes late, or leaves, Locust would share the users out anew, amid a trial.
+        self.runner.start = lambda *_, **__: None
+        self.team = self.alive()
+        reason = None
+        if len(self.team) > workers:
+            reason = (
+                f"{len(self.team)} load processes have joined where {workers} were expected: start"
+                " as many load workers as LOAD_WORKERS= says"
+            )
+        elif others := self.with_other_code():
+            reason = (
+                f"the load worker on {', '.join(others)} has other code in loadtests/ than this"
+                " machine: check out the same commit on both"
+            )
+        if reason:
+            self.runner.send_message("lab-refused", reason)
+            say(event="failed", reason=reason)
+            return
+        users_each = users // len(self.team)
+        gevent.spawn(self.watch)
+        say(event="ready")
+        for line in gevent.fileobject.FileObjectPosix(sys.stdin.fileno(), "rb"):
+            plan = TrialPlan.model_validate_json(line)
+            assert plan.arrival.seats <= users_each, (
+                f"{plan.arrival} needs more than {users_each} users"
+            )
+            self.begin(plan)
+
+    def with_other_code(self) -> list[str]:
+        """Ask every worker for the hash of its code; return the machines where it is another."""
+        assert self.team
+        self.runner.send_message("lab-code")
+        asked = now()
+        while not self.team <= self.code.keys() and now() - asked < CODE_TIMEOUT_S:
+            gevent.sleep(0.02)
+        here = load_workers.code_sha256()
+        return sorted({machine_of(w) for w in self.team if self.code.get(w) != here})
+
+    def on_code(self, msg: Any, **_: object) -> None:
+        """Take the hash of a worker's code."""
+        self.code[msg.node_id] = msg.data
+
+    def on_fetch(self, msg: Any, **_: object) -> None:
+        """Send a worker on another machine the requests of the trial."""
+        if self.is_late(msg, msg.data):
+            return
+        assert self.plan
+        try:
+            text = self.plan.requests.read_text(encoding="utf-8")
+        except OSError as error:
+            self.fail(f"the requests could not be read: {error}")
+            return
+        found = {"trial": self.plan.trial, "text": text}
+        self.runner.send_message("lab-requests", found, client_id=msg.node_id)
+
+    def is_late(self, msg: Any, trial: str) -> bool:
+        """Whether a message is about another trial, or from a worker that was lost in this one."""
+        under_way = self.plan is not None and trial == self.plan.trial
+        return not under_way or msg.node_id not in self.shares.keys() - self.gone
+
+    def fail(self, reason: str) -> None:
+        """End the trial without a summary."""
+        self.shares = {}
+        self.exporter.end()
+        say(event="failed", reason=reason)
+
+    def on_failed(self, msg: Any, **_: object) -> None:
+        """Take a worker's word that it cannot play its share."""
+        if not self.is_late(msg, msg.data["trial"]):
+            self.fail(f"{machine_of(msg.node_id)}: {msg.data['reason']}")
+
+    def watch(self) -> None:
+        """Check regularly whether a worker has died, so that the trial does not wait for it."""
+        while True:
+            gevent.sleep(WATCH_EVERY_S)
+            if self.shares:
+                self.go_on()
+
+    def alive(self) -> set[str]:
+        """Return the ids of the workers that are connected."""
+        return {c.id for c in self.runner.clients.all if c.state != STATE_MISSING}
+
+    def go_on(self) -> None:
+        """Start the trial once all living workers are ready, and end it once all are done.
+
+        In between, let the users stop once all requests that count have been answered. A worker
+        that was lost for a while has not played its share as the others did: it is lost for good.
+        """
+        self.gone |= self.shares.keys() - self.alive() - self.done.keys()
+        left = self.shares.keys() - self.gone
+        if self.ready and left <= self.ready:
+            self.ready = set()
+            self.went = (time.time(), now())
+            self.runner.send_message("lab-go")
+        if left <= self.done.keys():
+            self.end()
+        elif self.answered and left <= self.answered | self.done.keys():
+            self.answered = set()
+            self.runner.send_message("lab-enough")
+
+    def on_ready(self, msg: Any, **_: object) -> None:
+        """Note that a worker is ready."""
+        if not self.is_late(msg, msg.data):
+            self.ready.add(msg.node_id)
+            self.go_on()
+
+    def on_answered(self, msg: Any, **_: object) -> None:
+        """Note that a worker's requests that count have been answered."""
+        if not self.is_late(msg, msg.data):
+            self.answered.add(msg.node_id)
+            self.go_on()
+
+    def on_records(self, msg: Any, **_: object) -> None:
+        """Take a worker's records and progress."""
+        if self.is_late(msg, msg.data["trial"]):
+            return
+        for fields in msg.data["records"]:
+            fields["chunks"] = [(at, tokens) for at, tokens in fields["chunks"]]
+            record = RequestRecord(**fields)
+            self.exporter.observe(record)
+            if self.plan and self.plan.window_s is not None:
+                self.records.append(record)
+        self.progress[msg.node_id] = Progress.model_validate_json(msg.data["progress"])
+        self.exporter.progress(total_progress([*self.progress.values()]))
+
+    def on_done(self, msg: Any, **_: object) -> None:
+        """Take a worker's summary. Where its clocks are another machine's, take ours instead."""
+        if self.is_late(msg, msg.data["trial"]):
+            return
+        summary = TrialSummary.model_validate_json(msg.data["summary"])
+        if summary.started_monotonic_s is None:
+            unix_s, monotonic_s = self.went
+            aborted = summary.aborted and f"{machine_of(msg.node_id)}: {summary.aborted}"
+            ours = {"started_unix_s": unix_s, "started_monotonic_s": monotonic_s}
+            summary = summary.model_copy(update={**ours, "aborted": aborted})
+        self.done[msg.node_id] = summary
+        self.go_on()
+
+    def end(self) -> None:
+        """End the trial: write the records, and send the runner the combined summary."""
+        assert self.plan
+        seats = {worker: share.seats for worker, share in self.shares.items()}
+        self.shares = {}
+        if self.team is not None:
+            self.team -= self.gone
+            for worker in self.gone:
+                self.runner.send_message("quit", client_id=worker)
+        self.exporter.end()
+        summaries = [s for worker, s in self.done.items() if seats[worker]]
+        if not summaries:
+            say(event="failed", reason="the load processes that were to send have died")
+            return
+        summary = merged_summary(
+            summaries, sum(seats[worker] for worker in self.gone) / sum(seats.values())
+        )
+        try:
+            records.write(self.plan.records, self.records)
+        except OSError as error:  # a full disk, for one
+            say(event="failed", reason=f"the records could not be written: {error}")
+        else:
+            say(event="done", summary=summary.model_dump())
+
+
+def machine_of(worker: str) -> str:
+    """Return the name of the machine that a worker is on: Locust's id of it begins with that."""
+    return worker.rpartition("_")[0]
