@@ -36,6 +36,7 @@ SPEC_ACCEPTED_AT = "vllm:spec_decode_num_accepted_tokens_per_pos_total"  # by la
 TURNED_AWAY = "vllm:admission_rejections_total"  # by a limit on what waits; of vLLM 0.32, not 0.26
 LORA = "vllm:lora_requests_info"
 ENGINE_CONFIG = "engine_config"  # not a metric: the settings that the engine logs at its start
+ENGINE_ARGUMENTS = "engine_arguments"  # nor is this: what its log says that it was given
 ZEROS = "random_weights_zeros"  # nor is this: their share by bits a weight, from the log
 SERVED = "served_model"  # nor is this: the folder that it says it serves, and its files' SHA-256
 
@@ -60,7 +61,14 @@ def is_counter(name: str) -> bool:
 
 def is_known(name: str) -> bool:
     """Tell whether the lab knows a sample of this name; histograms have their own list."""
-    return is_counter(name) or name in (*GAUGES, LORA, ENGINE_CONFIG, ZEROS, SERVED)
+    return is_counter(name) or name in (
+        *GAUGES,
+        LORA,
+        ENGINE_CONFIG,
+        ENGINE_ARGUMENTS,
+        ZEROS,
+        SERVED,
+    )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ length. What a check needs and cannot read blocks too, by name: missing evidence
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -443,7 +444,8 @@ def _treated(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     yield from _cached(trial, expected)
     if expected.endpoint:
         return  # its engine was not configured here: there is no treatment to prove
-    for fault in (*_not_echoed(trial, expected), *_not_served(trial, expected)):
+    faults = (_not_echoed, _not_given, _not_served)
+    for fault in itertools.chain.from_iterable(of(trial, expected) for of in faults):
         yield _caveat(trial, "treatment not applied", fault)
     for fault in _not_guessed(trial, expected):
         yield _caveat(trial, "treatment not applied", fault)
@@ -523,6 +525,38 @@ ECHOED = {  # flag -> the info metric and the label under which the engine says 
     "kv-cache-dtype": (metrics.CACHE_CONFIG, "cache_dtype"),
     "enforce-eager": (metrics.ENGINE_CONFIG, "enforce_eager"),
 }
+
+
+ARGUMENTS = {  # flags that a server's log names, unless they have vLLM's default
+    "enable-chunked-prefill": None,
+    "max-cpu-loras": None,
+    "max-lora-rank": "16",
+    "max-loras": "1",
+    "max-model-len": None,
+    "max-num-batched-tokens": None,
+    "max-num-queued-reqs": None,
+    "max-num-queued-tokens": None,
+    "max-num-seqs": None,
+    "num-gpu-blocks-override": None,
+    "scheduling-policy": "fcfs",
+}
+
+
+def _not_given(trial: Trial, expected: Expected) -> Iterator[str]:
+    """Name the flags that the server says it was given with another value, or not at all.
+
+    What it was given was not read from its log in old runs.
+    """
+    assert trial.engine
+    given = trial.engine.info.get(metrics.ENGINE_ARGUMENTS)
+    if given is None or not expected.served or trial.point.variant.engine != DEFAULT_ENGINE:
+        return
+    for flag, default in ARGUMENTS.items():
+        if flag not in trial.point.flags:
+            continue
+        wanted, name = str(trial.point.flags[flag]), flag.replace("-", "_")
+        if (said := given.get(name, default)) != wanted:
+            yield f"the server says that it was given {name}={said}, but {wanted} was set"
 
 
 def _not_echoed(trial: Trial, expected: Expected) -> Iterator[str]:

@@ -408,7 +408,8 @@ class Vllm(Engine):
             metrics.ENGINE_CONFIG: resolved("\n".join(settings)),
             metrics.ZEROS: random_weights.read(text),
         }
-        return {name: values for name, values in read.items() if values}
+        read = {name: values for name, values in read.items() if values}
+        return {**read, metrics.ENGINE_ARGUMENTS: arguments(settings[1])}
 
     @classmethod
     def cause(cls, log: Path) -> str:
@@ -478,6 +479,19 @@ def _check_names(argvs: Sequence[Sequence[str]], options: Sequence[str]) -> None
             near = difflib.get_close_matches(argument, options, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "see vLLM's engine arguments"
             raise EngineError(f"vLLM {Vllm.version()} has no flag {argument}: {hint}")
+
+
+_ARGUMENT = re.compile(r"'(\w+)': (?:'([\w.-]*)'|(True|False|-?[\d.]+(?:e-?\d+)?))(?=[,}])")
+
+
+def arguments(line: str) -> dict[str, str]:
+    """Read name -> value from the line in which a server logs what it was given.
+
+    It leaves out what is vLLM's default; here are numbers, words, and True or False, without the
+    address, which differs from start to start, and without paths.
+    """
+    read = {name: word or number for name, word, number in _ARGUMENT.findall(line)}
+    return {name: value for name, value in read.items() if name not in ("host", "port")}
 
 
 _RESOLVED = {  # in vLLM 0.31 and 0.32

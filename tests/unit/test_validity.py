@@ -430,6 +430,29 @@ def test_the_engine_must_say_the_flags_that_were_set() -> None:
     assert "enforce_eager=None, but True" in served("a1", "fp8", {"enforce-eager": True})
 
 
+def given(flags: dict[str, Any], **arguments: str) -> str:
+    info = {
+        CACHE: {"block_size": "2"},
+        metrics.SERVED: {"files_sha256": "a1"},
+        metrics.ENGINE_CONFIG: {"quantization": "fp8"},
+        metrics.ENGINE_ARGUMENTS: arguments,
+    }
+    engine = replace(make_engine(CLEAN, True), info=info)
+    records = [replace(r, model="tiny") for r in CLEAN]
+    trial = make_trial(records, engine=engine, point=make_point(flags=flags))
+    return " ".join(c.text for c in caveats_of(trial, WEIGHTS))
+
+
+def test_the_server_must_say_that_it_was_given_the_flags_of_its_scheduler() -> None:
+    """A `priority` engine that serves first come, first served, for one."""
+    assert given({"max-num-seqs": 4}, max_num_seqs="4") == ""
+    assert "max_num_seqs=8, but 4 was set" in given({"max-num-seqs": 4}, max_num_seqs="8")
+    assert "max_num_seqs=None, but 4 was set" in given({"max-num-seqs": 4})
+    assert "scheduling_policy=fcfs, but priority" in given({"scheduling-policy": "priority"})
+    assert given({"max-loras": 1}) == ""  # a default, which it does not name
+    assert served("a1", "fp8", {"max-num-seqs": 4}) == ""  # an old run
+
+
 def test_every_answer_must_come_from_the_adapter_that_was_asked() -> None:
     """A trial of the base model filed as `one`, for one."""
     asked = [Asked(4, 2, "tenant-0")] * 50

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from serving.engines.base import EngineError, FlagValue
-from serving.engines.vllm import Vllm, VllmFlags, resolved
+from serving.engines.vllm import Vllm, VllmFlags, arguments, resolved
 from serving.models import Model, files_sha256
 from tests.unit.builders import SHAPE
 
@@ -37,6 +37,21 @@ SAID = (  # by vLLM 0.32, cut
 )  # fmt: skip
 def test_how_a_model_is_run_is_what_the_engine_says(said: str, expected: dict[str, str]) -> None:
     assert resolved(said) == expected
+
+
+def test_what_a_server_was_given_is_read_without_addresses_and_paths() -> None:
+    line = (
+        "(APIServer pid=7) INFO [utils.py:286] non-default args: {'lora_modules':"
+        " [LoRAModulePath(name='tenant-0', path='/a/b', base_model_name=None)], 'host':"
+        " '127.0.0.1', 'port': 45505, 'middleware': ['serving.guard.Guard'], 'model': '/a/b',"
+        " 'enforce_eager': True, 'max_num_seqs': 16, 'scheduling_policy': 'priority',"
+        " 'watermark': 0.05, 'speculative_config': {'method': 'ngram'}}"
+    )
+    assert arguments(line) == {
+        "enforce_eager": "True", "max_num_seqs": "16", "scheduling_policy": "priority",
+        "watermark": "0.05", "method": "ngram",
+    }  # fmt: skip
+    assert arguments("") == {}
 
 
 def test_flags_are_read_by_their_types_and_vllms_defaults() -> None:

@@ -36,6 +36,13 @@ def _quantization(model: str) -> str:
     return str(config.get("quantization_config", {}).get("quant_method"))
 
 
+def _given(options: argparse.Namespace) -> dict[str, object]:
+    """The options that the command line gave, with the values that they have here."""
+    flags = (word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--"))
+    names = (flag[2:].removeprefix("no-").replace("-", "_") for flag in flags)
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
+
+
 async def serve(options: argparse.Namespace) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -52,9 +59,7 @@ async def serve(options: argparse.Namespace) -> None:
               f" quantization={_quantization(options.model)},"
               f" structured_outputs_config=StructuredOutputsConfig(backend={backend!r}),"
               f" enforce_eager={options.enforce_eager}", file=sys.stderr)  # fmt: skip
-        given = {"attention_config": options.attention_config, "watermark": options.watermark}
-        print("non-default args:", {name: value for name, value in given.items() if value},
-              file=sys.stderr)  # fmt: skip
+        print("non-default args:", _given(options), file=sys.stderr)
         if options.load_format == "dummy":
             print(random_weights.line({16: 0.0}), file=sys.stderr)
         print(f"Listening on http://127.0.0.1:{port}", file=sys.stderr, flush=True)
