@@ -94,8 +94,8 @@ locust: setup ## Open Locust's web UI on a lab's workload: LAB=.. [WORKLOAD=..] 
 load-worker: setup ## Send load for a run on another machine: MASTER=host:port [KEY=..]
 	@$(LABS) load-worker $(call or_help,MASTER)
 
-diagnose: setup ## Say what a running server's metrics point to: ENDPOINT=.. [ENDPOINT_METRICS=url,url] [BASELINE=x.json] [SECONDS=30] [OUT=x.json]
-	@$(LABS) diagnose $(call or_help,ENDPOINT)
+diagnose: setup ## Say what a running server's metrics point to: ENDPOINT=.. [ENDPOINT_METRICS=url,url] [SECONDS=30] or PROMETHEUS_URL=.. FROM=.. TO=.. [MODEL=..]; [BASELINE=x.json] [OUT=x.json]
+	@$(LABS) diagnose $(if $(value LABS_PROMETHEUS_URL),,$(call or_help,ENDPOINT))
 
 report: setup ## Compute reports again from recorded runs: [RUN=..]
 	@$(LABS) report

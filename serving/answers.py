@@ -49,7 +49,8 @@ def ask(
 ) -> BoundedResponse:
     """Send a request and read the whole answer, no longer than `within_s` in all.
 
-    Raises requests.RequestException.
+    It shows the key that an engine asks for, unless other `headers` are given. Raises
+    requests.RequestException.
     """
     answer: Future[BoundedResponse] = Future()
 
@@ -72,8 +73,8 @@ def _answer(
 ) -> BoundedResponse:
     body = bytearray()
     with requests.request(
-        method, url, headers=guard.headers(), timeout=within_s, stream=True,
-        allow_redirects=False, **request,
+        method, url, timeout=within_s, stream=True, allow_redirects=False,
+        **{"headers": guard.headers(), **request},
     ) as response:  # fmt: skip
         for block in response.iter_content(BLOCK_BYTES):
             body += block

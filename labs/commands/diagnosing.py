@@ -13,6 +13,8 @@ from labs.commands.terminal import ConsoleProgress, console, reported_errors, sh
 from labs.judging.diagnosis import TooLittle, diagnose
 from labs.lab import LabError
 from labs.running import diagnosing
+from labs.running.diagnosing import ReadingFile
+from labs.running.recorded_metrics import moment, read_between
 from labs.telling import diagnoses
 from serving.engines.endpoint import Endpoint
 
@@ -24,7 +26,7 @@ SECONDS = 30.0
 def diagnose_endpoint(
     endpoint: Annotated[
         str, typer.Option(envvar="LABS_ENDPOINT", help="The running server: http://host:8000.")
-    ],
+    ] = "",
     endpoint_metrics: ReplicasOption = "",
     seconds: Annotated[
         float,
@@ -32,6 +34,30 @@ def diagnose_endpoint(
             envvar="LABS_SECONDS", min=1, max=3600, help="How long its metrics are observed."
         ),
     ] = SECONDS,
+    prometheus_url: Annotated[
+        str,
+        typer.Option(
+            envvar="LABS_PROMETHEUS_URL",
+            help="A Prometheus that scraped the server, instead of ENDPOINT: http://host:9090.",
+        ),
+    ] = "",
+    start: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            envvar="LABS_FROM",
+            help="Read what it recorded from this time: 2026-11-28T10:15.",
+        ),
+    ] = "",
+    end: Annotated[
+        str, typer.Option("--to", envvar="LABS_TO", help="To this time; both may have a zone.")
+    ] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            envvar="LABS_MODEL", help="With PROMETHEUS_URL: the model, where it knows several."
+        ),
+    ] = "",
     baseline: Annotated[
         Path | None,
         typer.Option(
@@ -46,28 +72,44 @@ def diagnose_endpoint(
 ) -> None:
     """Read a server's metrics twice, and name the cause of worse latency that they point to.
 
-    No load is sent: the server is observed with its own. Beside a reading of when it was well every
+    No load is sent: the server is observed with its own. Both readings may also be those of two
+    past times, from a Prometheus. Beside a reading of when it was well every
     cause of the rule can be told; without one, those that have a threshold of their own.
     """
     with reported_errors():
         healthy = diagnosing.kept(baseline) if baseline else None
-        server = Endpoint(endpoint, addresses(endpoint_metrics))
-        if healthy and healthy.model != server.model:
-            raise LabError(
-                f"BASELINE is a reading of {healthy.model}, and this server serves {server.model}:"
-                " give one of the same model"
-            )
-        with ConsoleProgress() as progress:
-            now = diagnosing.read_over(server, seconds, progress.waiting)
+        if bool(endpoint) == bool(prometheus_url):
+            raise LabError("give either ENDPOINT=, a running server, or PROMETHEUS_URL=")
+        if prometheus_url:
+            times = [moment(start, "FROM"), moment(end, "TO")]
+            seconds = (times[1] - times[0]).total_seconds()
+            served, now = read_between(prometheus_url, times[0], times[1], model)
+            _require_same_model(healthy, served)
+        else:
+            server = Endpoint(endpoint, addresses(endpoint_metrics))
+            served = server.model
+            _require_same_model(healthy, served)
+            with ConsoleProgress() as progress:
+                now = diagnosing.read_over(server, seconds, progress.waiting)
         if out:
-            diagnosing.keep(out, server, seconds, now)
+            diagnosing.keep(out, served, seconds, now)
             console.print(f"This reading: [bold]{os.path.relpath(out)}[/]", soft_wrap=True)
         reference = healthy.reading if healthy else None
         try:
             found = diagnose(now, reference)
         except TooLittle as reason:
-            raise LabError(
-                f"{reason}: observe for longer (SECONDS={10 * seconds:.0f}), while the server is in"
-                " use"
-            ) from reason
-        show(diagnoses.page(server.model, seconds, now, reference, found))
+            longer = (
+                "give times further apart"
+                if prometheus_url
+                else (f"observe for longer (SECONDS={10 * seconds:.0f})")
+            )
+            raise LabError(f"{reason}: {longer}, while the server is in use") from reason
+        show(diagnoses.page(served, seconds, now, reference, found))
+
+
+def _require_same_model(healthy: ReadingFile | None, served: str) -> None:
+    if healthy and healthy.model != served:
+        raise LabError(
+            f"BASELINE is a reading of {healthy.model}, and this server serves {served}: give one"
+            " of the same model"
+        )

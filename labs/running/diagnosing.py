@@ -88,11 +88,11 @@ def _snapshot(server: Endpoint) -> Snapshot:
     return snapshot
 
 
-def keep(path: Path, server: Endpoint, seconds: float, reading: Reading) -> None:
+def keep(path: Path, model: str, seconds: float, reading: Reading) -> None:
     """Write a reading, so that later ones can be compared with it."""
     write_json(
         path,
-        ReadingFile(model=server.model, seconds=seconds, counted=snapshot_json(reading.counted)),
+        ReadingFile(model=model, seconds=seconds, counted=snapshot_json(reading.counted)),
     )
 
 

@@ -40,11 +40,11 @@ class Endpoint(Server):
 
         Raises EngineError where one does not answer, or what they count cannot be added up.
         """
-        base = _base("ENDPOINT", url)
+        base = base_address("ENDPOINT", url)
         self._given = f"ENDPOINT={masked(url)}"
         served = _models(self._given, base)
         super().__init__("endpoint", served[0], base)
-        self.replicas = [_base(METRICS_SETTING, each) for each in replicas]
+        self.replicas = [base_address(METRICS_SETTING, each) for each in replicas]
         self._require_agreement()
 
     def require_stream(self) -> None:
@@ -126,7 +126,7 @@ class Endpoint(Server):
         }
 
 
-def _base(setting: str, url: str) -> str:
+def base_address(setting: str, url: str) -> str:
     """Return the address without a path. Raises EngineError where it holds a secret."""
     if holds_secret(url) or "@" in url:
         shown = masked(url) if holds_secret(url) else f"***@{url.rpartition('@')[2]}"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from typer.testing import CliRunner
@@ -430,6 +433,87 @@ def test_a_server_that_cannot_be_read_is_told_in_a_sentence(
     code, text = run_command(monkeypatch, [], "--baseline", str(other))
     assert code == 1
     assert "no reading of an engine's metrics" in text
+
+
+# --------------------------------------------- `make diagnose` of what a Prometheus recorded
+
+
+def recorded(snapshot: Snapshot, engine: str = "one", model: str = "abacus-1") -> list[Any]:
+    """An instant query's result, as Prometheus answers it."""
+    here = {"instance": engine, "model_name": model}
+    series: list[tuple[dict[str, str], float]] = [
+        ({"__name__": name, **here}, value) for name, value in snapshot.values.items()
+    ]
+    for name, histogram in snapshot.histograms.items():
+        for le, count in zip(histogram.le, histogram.counts, strict=True):
+            bound = "+Inf" if le == INF else str(le)
+            series.append(({"__name__": f"{name}_bucket", "le": bound, **here}, count))
+        series.append(({"__name__": f"{name}_sum", **here}, histogram.sum))
+        series.append(({"__name__": f"{name}_count", **here}, histogram.count))
+    return [{"metric": labels, "value": [0, str(value)]} for labels, value in series]
+
+
+BEGAN, ENDED = "2026-11-28T10:00+00:00", "2026-11-28T10:10+00:00"
+
+
+def diagnosed(before: list[Any], after: list[Any], *options: str, resets: float = 0) -> str:
+    """The command beside a Prometheus that has these series at the two times."""
+    times = {f"time={datetime.fromisoformat(at).timestamp():.3f}": at for at in (BEGAN, ENDED)}
+
+    def says_query(text: str) -> list[Any]:
+        at = next(at for form, at in times.items() if form in text)
+        if "resets" in text:
+            return [{"metric": {}, "value": [0, str(resets)]}]
+        return before if at == BEGAN else after
+
+    class Asked(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            form = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            body = json.dumps({"data": {"result": says_query(form)}}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Asked) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        arguments = ["diagnose", "--prometheus-url", url, "--from", BEGAN, "--to", ENDED, *options]
+        done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+        server.shutdown()
+    assert done.exit_code in (0, 1), done.output
+    return " ".join(f"{done.output} {done.stderr}".split())
+
+
+def test_what_prometheus_recorded_is_diagnosed_like_a_running_server(tmp_path: Path) -> None:
+    file, well = str(tmp_path / "healthy.json"), recorded(HEALTHY)
+    text = diagnosed(well, recorded(together([HEALTHY, HEALTHY])), "--out", file)
+    assert "Diagnosis of abacus-1, 10 requests in 600 s" in text
+    cold = recorded(together([HEALTHY, DISTURBED["cold cache"]]))
+    assert "The metrics point to cold cache" in diagnosed(well, cold, "--baseline", file)
+    two = [*well, *recorded(HEALTHY, "two")]  # engines, whose counts are added
+    later = [*cold, *recorded(together([HEALTHY, DISTURBED["cold cache"]]), "two")]
+    assert "20 requests in 600 s" in diagnosed(two, later)
+
+
+def test_what_prometheus_cannot_say_is_told_in_a_sentence() -> None:
+    well, later = recorded(HEALTHY), recorded(together([HEALTHY, HEALTHY]))
+    assert "was started again between FROM= and TO=" in diagnosed(well, later, resets=1)
+    assert "has no series of an engine that the lab knows at TO=2026-11-28T" in diagnosed(well, [])
+    others = [*later, *recorded(HEALTHY, "two", "beads-2")]
+    assert "add MODEL=.., one of abacus-1, beads-2" in diagnosed(well, others)
+    assert "does not answer as Prometheus does" in diagnosed(well, [{"metric": {}, "value": 1}])
+    assert "FROM=soon is no time" in diagnosed(well, later, "--from", "soon")
+    assert "TO= has to be later than FROM=" in diagnosed(well, later, "--from", ENDED)
+    assert "give either ENDPOINT=, a running server, or" in diagnosed(
+        well, later, "--endpoint", "x"
+    )
+    secret = diagnosed(well, later, "--prometheus-url", "http://me:sesame@127.0.0.1:1")
+    assert "holds a user, a password or a key" in secret
+    assert "sesame" not in secret
 
 
 def test_a_reading_of_other_buckets_is_refused() -> None:
