@@ -6,6 +6,7 @@ The reference is a server that records when it wrote each chunk (`bench/truth.py
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def measure(
                 trials.measure(program, loads[sender], trial_folder, totals[program, sender])
     for file in dict.fromkeys(file for file, _ in senders):
         if len(senders) > 1:
-            console.print(f"\n[bold]{escape(file.name)}[/]")
+            console.print(f"\n[bold]{escape(os.path.relpath(file))}[/]", soft_wrap=True)
         show([cost.sent(p, n) for (p, (sender, n)), cost in totals.items() if sender == file])
     own_rows = [
         cost.sent(program, processes)
