@@ -22,6 +22,36 @@ app = typer.Typer()
 SECONDS = 30.0
 
 
+PrometheusOption = Annotated[
+    str,
+    typer.Option(
+        envvar="LABS_PROMETHEUS_URL",
+        help="A Prometheus that scraped the server, instead of ENDPOINT: http://host:9090.",
+    ),
+]
+StartOption = Annotated[
+    str,
+    typer.Option("--from", envvar="LABS_FROM", help="With it: from this time, 2026-11-28T10:15."),
+]
+EndOption = Annotated[
+    str, typer.Option("--to", envvar="LABS_TO", help="To this time; both may have a zone.")
+]
+RecordedModelOption = Annotated[
+    str, typer.Option(envvar="LABS_MODEL", help="The model, where it recorded several.")
+]
+BaselineOption = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="LABS_BASELINE",
+        help="A reading of the same server while it was well, which --out wrote.",
+    ),
+]
+ReadingOut = Annotated[
+    Path | None,
+    typer.Option(envvar="LABS_OUT", help="Keep this reading in a file, to compare later ones."),
+]
+
+
 @app.command("diagnose")
 def diagnose_endpoint(
     endpoint: Annotated[
@@ -34,77 +64,47 @@ def diagnose_endpoint(
             envvar="LABS_SECONDS", min=1, max=3600, help="How long its metrics are observed."
         ),
     ] = SECONDS,
-    prometheus_url: Annotated[
-        str,
-        typer.Option(
-            envvar="LABS_PROMETHEUS_URL",
-            help="A Prometheus that scraped the server, instead of ENDPOINT: http://host:9090.",
-        ),
-    ] = "",
-    start: Annotated[
-        str,
-        typer.Option(
-            "--from",
-            envvar="LABS_FROM",
-            help="Read what it recorded from this time: 2026-11-28T10:15.",
-        ),
-    ] = "",
-    end: Annotated[
-        str, typer.Option("--to", envvar="LABS_TO", help="To this time; both may have a zone.")
-    ] = "",
-    model: Annotated[
-        str,
-        typer.Option(
-            envvar="LABS_MODEL", help="With PROMETHEUS_URL: the model, where it knows several."
-        ),
-    ] = "",
-    baseline: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="LABS_BASELINE",
-            help="A reading of the same server while it was well, which --out wrote.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(envvar="LABS_OUT", help="Keep this reading in a file, to compare later ones."),
-    ] = None,
+    prometheus_url: PrometheusOption = "",
+    start: StartOption = "",
+    end: EndOption = "",
+    model: RecordedModelOption = "",
+    baseline: BaselineOption = None,
+    out: ReadingOut = None,
 ) -> None:
     """Read a server's metrics twice, and name the cause of worse latency that they point to.
 
     No load is sent: the server is observed with its own. Both readings may also be those of two
-    past times, from a Prometheus. Beside a reading of when it was well every
-    cause of the rule can be told; without one, those that have a threshold of their own.
+    past times, from a Prometheus. Beside a reading of when it was well every cause of the rule can
+    be told; without one, those that have a threshold of their own.
     """
     with reported_errors():
-        healthy = diagnosing.kept(baseline) if baseline else None
         if bool(endpoint) == bool(prometheus_url):
             raise LabError("give either ENDPOINT=, a running server, or PROMETHEUS_URL=")
+        healthy = diagnosing.kept(baseline) if baseline else None
         if prometheus_url:
-            times = [moment(start, "FROM"), moment(end, "TO")]
-            seconds = (times[1] - times[0]).total_seconds()
-            served, now = read_between(prometheus_url, times[0], times[1], model)
+            if endpoint_metrics:
+                raise LabError("ENDPOINT_METRICS= goes with ENDPOINT=, not with PROMETHEUS_URL=")
+            times = moment(start, "FROM"), moment(end, "TO")
+            served, reading = read_between(prometheus_url, *times, model)
+            seconds, more = (times[1] - times[0]).total_seconds(), "give times further apart"
             _require_same_model(healthy, served)
         else:
+            if start or end or model:
+                raise LabError("FROM=, TO= and MODEL= go with PROMETHEUS_URL=, not with ENDPOINT=")
             server = Endpoint(endpoint, addresses(endpoint_metrics))
-            served = server.model
+            served, more = server.model, f"observe for longer (SECONDS={10 * seconds:.0f})"
             _require_same_model(healthy, served)
             with ConsoleProgress() as progress:
-                now = diagnosing.read_over(server, seconds, progress.waiting)
+                reading = diagnosing.read_over(server, seconds, progress.waiting)
         if out:
-            diagnosing.keep(out, served, seconds, now)
+            diagnosing.keep(out, served, seconds, reading)
             console.print(f"This reading: [bold]{os.path.relpath(out)}[/]", soft_wrap=True)
         reference = healthy.reading if healthy else None
         try:
-            found = diagnose(now, reference)
+            diagnosis = diagnose(reading, reference)
         except TooLittle as reason:
-            longer = (
-                "give times further apart"
-                if prometheus_url
-                else (f"observe for longer (SECONDS={10 * seconds:.0f})")
-            )
-            raise LabError(f"{reason}: {longer}, while the server is in use") from reason
-        show(diagnoses.page(served, seconds, now, reference, found))
+            raise LabError(f"{reason}: {more}, while the server is in use") from reason
+        show(diagnoses.page(served, seconds, reading, reference, diagnosis))
 
 
 def _require_same_model(healthy: ReadingFile | None, served: str) -> None:

@@ -104,14 +104,14 @@ def tell_outliers(facts: Outliers | None) -> Finding:
         known = r.low is not None and r.high is not None
         beside = [f"{r.ratio:.3f}", f"{r.low:.3f} to {r.high:.3f}"] if known else ["–", "–"]
         rows.append([r.how, f"{r.perplexity:.2f}", *beside])
-    seen = "; ".join(
+    channel_text = "; ".join(
         f"{i.of}: {i.largest_over_median:,.0f} times the median channel, kurtosis"
         f" {i.mean_kurtosis:,.0f} on average and {i.max_kurtosis:,.0f} at most"
         for i in facts.inputs
     )
     lines = [
-        f"The largest channel among the inputs of the linear layers, in the worst layer: {seen}. A"
-        " normal distribution has kurtosis 3.",
+        "The largest channel among the inputs of the linear layers, in the worst layer:"
+        f" {channel_text}. A normal distribution has kurtosis 3.",
         scales_sentence(facts),
         "Simulated in float32 with the model itself on the held-out text, a third of which sets the"
         " scales; intervals are paired over passages. The quality of the served weights is below.",
@@ -219,8 +219,8 @@ def phases(run: JudgedRun) -> str | None:
             next(p.shape.weight_bytes for p in run.points if p.variant.name == name)
             for name in (variant.name, BASE)
         )
-        as_bound.append(_faster(decode) and not _faster(prefill))
-        settled &= _tells(decode) and _tells(prefill)
+        as_bound.append(_shows_gain(decode) and not _shows_gain(prefill))
+        settled &= _is_decided(decode) and _is_decided(prefill)
         parts.append(
             f"with {ours / plain:.2f} of the bytes (`{variant.name}`) decode takes"
             f" {times_with_interval(decode)} the time and prefill {times_with_interval(prefill)}"
@@ -248,7 +248,7 @@ def _beside_base(
     return measured.ratio if measured else None
 
 
-def _tells(times: Interval) -> bool:
+def _is_decided(times: Interval) -> bool:
     """Whether the interval of a ratio of times says that it differs from 1, or that it does not."""
     if times.low is None or times.high is None:
         return False
@@ -256,7 +256,7 @@ def _tells(times: Interval) -> bool:
     return beside or (is_within(times.low, MARGIN) and is_within(times.high, MARGIN))
 
 
-def _faster(times: Interval) -> bool:
+def _shows_gain(times: Interval) -> bool:
     """Whether the interval of a ratio of times shows a gain."""
     return times.high is not None and times.high < 1
 

@@ -226,7 +226,11 @@ def mean_interval(
     mean = float(np.mean(values))
     if len(values) < 2:
         return Interval(value=mean, low=None, high=None, n=len(values))
-    half = _t(len(values), confidence) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = (
+        _t_quantile(len(values), confidence)
+        * float(np.std(values, ddof=1))
+        / math.sqrt(len(values))
+    )
     low, high = mean - half, mean + half
     if min(values) >= 0 and mean > 0 and half > mean:
         factor = math.exp(half / mean)
@@ -286,7 +290,7 @@ def effect(
         terms += [(float(np.var(u, ddof=1)) / len(u), len(u) - 1) for u in units]
         error, freedom = _standard_error(terms)
     value = math.exp(float(np.mean(units[0]) - np.mean(units[1])))
-    found = Effect(
+    estimate = Effect(
         ratio=Interval(value=value, low=None, high=None, n=min(counts)),
         spread=spread,
         error=error,
@@ -294,7 +298,7 @@ def effect(
         looks=looks,
         starts=least_starts,
     )
-    return found.model_copy(update={"ratio": found.interval(CONFIDENCE)})
+    return estimate.model_copy(update={"ratio": estimate.interval(CONFIDENCE)})
 
 
 def _means_by_start(logs: Mapping[int, float], starts: Starts) -> list[float]:
@@ -360,13 +364,13 @@ def repeats_to_decide(effect: Effect, margin: float) -> int | None:
         return 3
     size, level = abs(math.log(effect.ratio.value)), 1 - (1 - CONFIDENCE) / effect.looks
     for n in range(effect.ratio.n + 1, MOST_REPEATS + 1):
-        half = _t(n, level) * effect.spread / math.sqrt(n)
+        half = _t_quantile(n, level) * effect.spread / math.sqrt(n)
         if max(half, math.log1p(margin)) < size or size + half < math.log1p(margin):
             return n
     return None
 
 
-def _t(n: int, confidence: float = CONFIDENCE) -> float:
+def _t_quantile(n: int, confidence: float = CONFIDENCE) -> float:
     """Return the two-sided Student quantile for the mean of n values."""
     return _student(n - 1, confidence)
 
