@@ -64,12 +64,19 @@ def read_between(url: str, start: datetime, end: datetime, model: str = "") -> t
         raise LabError(f"several models were served then: add MODEL=.., one of {', '.join(models)}")
     name = models[0] if models else "the model"
     before = there.samples(_selector(model), start)
-    if there.restarts(model, start, end):
+    if not _engines(before) <= _engines(after) or there.restarts(model, start, end):
         raise LabError(
-            "an engine was started again between FROM= and TO=, so that its counts began anew: give"
-            " times without a start between them"
+            "an engine was stopped, or started again, between FROM= and TO=, so that what it had"
+            " counted is lost: give times between which none was"
         )
     return name, Reading(between(snapshot(before), snapshot(after)))
+
+
+def _engines(samples: Iterable[Sample]) -> set[frozenset[tuple[str, str]]]:
+    """Tell engines apart by the labels of their count of generated tokens."""
+    counts = {own for own, name in OWN_NAMES.items() if name == metrics.GENERATION_TOKENS}
+    counts.add(metrics.GENERATION_TOKENS)
+    return {frozenset(labels.items()) for labels, _ in samples if labels["__name__"] in counts}
 
 
 def snapshot(samples: Iterable[Sample]) -> Snapshot:

@@ -504,7 +504,9 @@ def test_what_prometheus_recorded_is_diagnosed_like_a_running_server(tmp_path: P
 
 def test_what_prometheus_cannot_say_is_told_in_a_sentence() -> None:
     well, later = recorded(HEALTHY), recorded(together([HEALTHY, HEALTHY]))
-    assert "was started again between FROM= and TO=" in diagnosed(well, later, resets=1)
+    assert "started again, between FROM= and TO=" in diagnosed(well, later, resets=1)
+    another = recorded(together([HEALTHY, HEALTHY]), "two")  # has counted more than `one` had
+    assert "an engine was stopped, or started again" in diagnosed(well, another)
     assert "has no series of an engine that the lab knows at TO=2026-11-28T" in diagnosed(well, [])
     others = [*later, *recorded(HEALTHY, "two", "beads-2")]
     assert "add MODEL=.., one of abacus-1, beads-2" in diagnosed(well, others)
