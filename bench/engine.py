@@ -95,14 +95,14 @@ def show(
     counted: Mapping[str, set[tuple[float, float]]],
 ) -> None:
     """Print every run of every tool, the aim for throughput, and whether the latencies agree."""
-    shown = table(
+    clients_table = table(
         f"The same {REQUESTS} requests on the same engine, {USERS} at a time",
         *("client", "output tok/s, each run", "mean", "TTFT mean (ms)", "TPOT mean (ms)"),
         *("engine's tokens, in + out",),
     )
     for name, runs in answers.items():
         rates = [rate(run) for run in runs]
-        shown.add_row(
+        clients_table.add_row(
             name,
             " ".join(f"{r:.0f}" for r in rates),
             f"{mean(rates):.1f}",
@@ -110,7 +110,7 @@ def show(
             f"{mean(tpot_ms(run) for run in runs):.2f}",
             ", ".join(f"{p:.0f} + {g:.0f}" for p, g in sorted(counted[name])),
         )
-    console.print(shown)
+    console.print(clients_table)
     console.print(
         "[dim]Output tokens / (last token - first send), computed alike for both from each tool's"
         " own stamps. vllm bench's TTFT is to its first event, which may be the role chunk.[/]"

@@ -25,14 +25,14 @@ def measure() -> instruments.Overhead | None:
         )
         return None
     share = overhead_share(session.wall_s, session.engine_start_s, session.load_s)
-    shown = table(
+    times_table = table(
         f"Where a run's time goes: {folder.path.parent.name}, {folder.path.name}",
         *("whole", "engine start", "load", "the lab itself", "share"),
     )
     own_s = session.wall_s - session.engine_start_s - session.load_s
     times = (session.wall_s, session.engine_start_s, session.load_s, own_s)
-    shown.add_row(*(f"{t:.1f} s" for t in times), f"{share:.1%}")
-    console.print(shown)
+    times_table.add_row(*(f"{t:.1f} s" for t in times), f"{share:.1%}")
+    console.print(times_table)
     aim("the lab's own share of a run", 100 * share, 10.0, "%")
     return instruments.Overhead(lab=folder.path.parent.name, share=share)
 

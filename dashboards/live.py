@@ -66,13 +66,13 @@ def publish(run: Path) -> None:
     for path in run.iterdir():
         if not SERVED.fullmatch(path.name) or not stat.S_ISREG(path.lstat().st_mode):
             continue
-        shown = reports.joinpath(*run.parts[-3:], path.name)
-        shown.parent.mkdir(parents=True, exist_ok=True)
-        shown.unlink(missing_ok=True)
+        published = reports.joinpath(*run.parts[-3:], path.name)
+        published.parent.mkdir(parents=True, exist_ok=True)
+        published.unlink(missing_ok=True)
         try:
-            shown.hardlink_to(path)
+            published.hardlink_to(path)
         except OSError:  # on another disk
-            shutil.copyfile(path, shown, follow_symlinks=False)
+            shutil.copyfile(path, published, follow_symlinks=False)
 
 
 def _asks_engine(panel: dict[str, Any]) -> bool:

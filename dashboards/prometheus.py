@@ -291,12 +291,12 @@ class Prometheus:
                 f"{self.url}/api/v1/query", {"query": query, "time": f"{to_unix_s:.3f}"}, timeout=30
             )
             response.raise_for_status()
-            found = response.json()["data"]["result"]
+            result = response.json()["data"]["result"]
         except (requests.RequestException, KeyError, ValueError):
             return []
         return [
             (each["metric"], [(float(at), float(value)) for at, value in each["values"]])
-            for each in found
+            for each in result
         ]
 
     def settle(self, expression: str, expected: float, timeout_s: float = 240.0) -> float | None:

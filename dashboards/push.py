@@ -53,7 +53,7 @@ def push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) -
 
 
 def _push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) -> None:
-    grafana, said = _connect(url, token), partial(_quoted, token)
+    grafana, error_text = _connect(url, token), partial(_quoted, token)
     try:
         _datasource(grafana, prometheus_url)
         _folder(grafana)
@@ -68,20 +68,24 @@ def _push(url: str, token: str, prometheus_url: str, regions: Sequence[Region]) 
         _regions(grafana, regions)
     except GrafanaClientError as error:
         if error.status_code not in (401, 403):
-            raise GrafanaError(f"Grafana at {url} did not accept this: {said(error)}") from error
+            raise GrafanaError(
+                f"Grafana at {url} did not accept this: {error_text(error)}"
+            ) from error
         raise GrafanaError(
-            f"Grafana at {url} refused GRAFANA_TOKEN ({error.status_code}, {said(error)}): give"
-            " the token of a service account with the role Admin, which data sources need; the"
+            f"Grafana at {url} refused GRAFANA_TOKEN ({error.status_code}, {error_text(error)}):"
+            " give the token of a service account with the role Admin, which data sources need; the"
             " Grafana of `make stack` has the dashboards already, and they cannot be changed there"
         ) from error
     except GrafanaException as error:
-        raise GrafanaError(f"Grafana at {url} failed: {said(error)}; try again later") from error
+        raise GrafanaError(
+            f"Grafana at {url} failed: {error_text(error)}; try again later"
+        ) from error
     except (RequestException, OSError) as error:
         raise GrafanaError(f"Grafana at {url} cannot be reached: is GRAFANA_URL right?") from error
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise GrafanaError(
-            f"what answers at {url} is not Grafana ({type(error).__name__}: {said(error)}): is"
-            " GRAFANA_URL right?"
+            f"what answers at {url} is not Grafana ({type(error).__name__}: {error_text(error)}):"
+            " is GRAFANA_URL right?"
         ) from error
 
 
@@ -150,10 +154,10 @@ def _folder(grafana: GrafanaApi) -> None:
 
 def _regions(grafana: GrafanaApi, regions: Sequence[Region]) -> None:
     annotations: dict[str, dict[str, Any]] = {}  # by the tag of the run
-    found = grafana.annotations.find_annotations(tags=[TAG], limit=MOST_REGIONS)
-    if not isinstance(found, list):
+    existing = grafana.annotations.find_annotations(tags=[TAG], limit=MOST_REGIONS)
+    if not isinstance(existing, list):
         raise TypeError("its annotations are not a list")
-    for annotation in found:
+    for annotation in existing:
         annotations |= {tag: annotation for tag in annotation["tags"] if tag.startswith("run:")}
     for region in regions:
         fields = {

@@ -85,7 +85,7 @@ def arithmetic(lab: Lab, point: Point) -> dict[str, Prediction]:
     """Write down beforehand what the findings are held against."""
     tokens = longest_prompt(lab)
     windows = [w for v in lab.variants if (w := lab.flags_of(v).sliding_window)]
-    told = {
+    predictions = {
         f"KV bytes of a sequence, {method} at {tokens}": Prediction(
             value=sequence_bytes(method, point, tokens, windows[0] if windows else tokens),
             formula=formula,
@@ -94,33 +94,33 @@ def arithmetic(lab: Lab, point: Point) -> dict[str, Prediction]:
         for method, (formula, source) in FORMULAS.items()
         if windows or "window" not in method
     }
-    told["needles kept, 8 bits"] = Prediction(
+    predictions["needles kept, 8 bits"] = Prediction(
         value=0.992,
         formula="1 - 0.008, which 8 bits cost on long contexts on average",
         assumptions=("a small model loses no more than the published ones of 7 to 72 B",),
         source=LONG_QUANTIZED,
     )
-    told["margin lost, both / the sum of each"] = Prediction(
+    predictions["margin lost, both / the sum of each"] = Prediction(
         value=1.0,
         formula="1: the errors of weights and of keys and values are small, and add up",
         assumptions=("a small error moves the margin in proportion",),
         source="first-order Taylor expansion",
     )
     if windows:
-        told["needles kept, window, within its reach"] = Prediction(
+        predictions["needles kept, window, within its reach"] = Prediction(
             value=1.0,
             formula="1: what lies within W tokens is attended to in full precision",
             assumptions=("the model does without the first tokens, on which attention rests",),
             source=MISTRAL,
         )
-        told["needles kept, window, beyond its reach"] = Prediction(
+        predictions["needles kept, window, beyond its reach"] = Prediction(
             value=BY_CHANCE,
             kind="ceiling",
             formula="1 / 5: nothing but one of five numbers drawn blindly",
             assumptions=("a model that saw all tokens does not pass on from layer to layer",),
             source=STREAMING,
         )
-    return told
+    return predictions
 
 
 # ------------------------------------------------------------------------------- on the engine

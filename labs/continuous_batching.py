@@ -70,9 +70,10 @@ def token_interval(point: Point) -> Prediction:
     step_s = theory.decode_step_s(
         point.shape, point.ceilings, point.load.users, point.context_tokens
     )
-    others = (point.load.users - 1) / point.output_tokens  # prefills a step
+    prefills_per_step = (point.load.users - 1) / point.output_tokens
     return Prediction(
-        value=step_s + others * theory.prefill_s(point.shape, point.ceilings, point.prompt_tokens),
+        value=step_s
+        + prefills_per_step * theory.prefill_s(point.shape, point.ceilings, point.prompt_tokens),
         kind="floor",
         formula="t(B) + (B - 1) / L t_prefill",
         assumptions=(

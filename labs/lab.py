@@ -402,7 +402,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         return self
 
     @model_validator(mode="after")
-    def _capacity_is_found(self) -> Self:
+    def _require_capacity(self) -> Self:
         if self._lacks_capacity:
             raise ValueError(NO_CAPACITY)
         return self
@@ -516,9 +516,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         if not gone:
             return self
         kept = self._keeping(variants=[name for name in known if name not in gone])
-        told = tuple(f"{name}: {why}" for name, why in gone.items())
+        left_out = tuple(f"{name}: {why}" for name, why in gone.items())
         return kept.model_copy(
-            update={"absent": (*self.absent, *gone), "left_out": (*self.left_out, *told)}
+            update={"absent": (*self.absent, *gone), "left_out": (*self.left_out, *left_out)}
         )
 
     def _named(self, names: Collection[str]) -> list[str]:

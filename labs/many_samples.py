@@ -31,7 +31,7 @@ from serving import metrics
 BLOCKS_SOURCE = "Kwon et al., PagedAttention, SOSP 2023"
 
 
-def found_tokens(point: Point) -> int:
+def cached_tokens(point: Point) -> int:
     """Return the tokens of a prompt that every sample but the first finds in the cache."""
     if not point.flags.enable_prefix_caching:
         return 0
@@ -43,7 +43,7 @@ def prefill_s(point: Point) -> float:
     """Return the seconds in which the prompts of all samples of a wave are prefilled."""
     shape, ceilings, prompt = point.shape, point.ceilings, point.prompt_tokens
     flop = theory.prefill_flops(shape, prompt)
-    flop += (point.sequences - 1) * theory.prefill_flops(shape, prompt, found_tokens(point))
+    flop += (point.sequences - 1) * theory.prefill_flops(shape, prompt, cached_tokens(point))
     weights_s = shape.step_bytes(prompt) / ceilings.memory_bandwidth_bytes_per_s
     return max(flop / ceilings.bf16_flops_per_s, weights_s)
 
@@ -85,7 +85,7 @@ def first_token_ratio(treatment: Point, baseline: Point) -> Prediction:
 def hit_rate(point: Point) -> Prediction:
     n = point.sequences
     return Prediction(
-        value=(n - 1) * found_tokens(point) / (n * point.prompt_tokens),
+        value=(n - 1) * cached_tokens(point) / (n * point.prompt_tokens),
         formula="(n - 1) floor((P - 1) / b) b / (n P)",
         assumptions=(
             "no prompt finds more than its own samples computed: the chat template that all prompts"

@@ -74,8 +74,8 @@ def fluid_goodput(point: Point) -> float:
     urgent = load / URGENT_EVERY
     if urgent >= 1:
         return urgent * served_in_time(point, urgent)
-    others = load - urgent  # are served with what the urgent ones leave
-    return urgent + others * served_in_time(point, others / (1 - urgent))
+    ordinary = load - urgent  # are served with what the urgent ones leave
+    return urgent + ordinary * served_in_time(point, ordinary / (1 - urgent))
 
 
 def goodput_ratio(treatment: Point, baseline: Point) -> Prediction:

@@ -126,7 +126,7 @@ def claim(
     )
 
 
-def shown(variant: str, label: str, value: str) -> Evidence:
+def config_evidence(variant: str, label: str, value: str) -> Evidence:
     return Evidence(
         arm=Arm(variant=variant),
         kind="echoes",
@@ -155,8 +155,8 @@ GPU_CLAIMS = (
 )  # fmt: skip
 EVIDENCE = (
     Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
-    shown("default", "enforce_eager", "False"),
-    shown("eager", "enforce_eager", "True"),
+    config_evidence("default", "enforce_eager", "False"),
+    config_evidence("eager", "enforce_eager", "True"),
 )
 
 LAB = Lab(
@@ -210,9 +210,9 @@ LAB = Lab(
             "claims": [c.model_dump() for c in GPU_CLAIMS],
             "evidence": (
                 *EVIDENCE,
-                shown("no-graphs", "cudagraph_mode", "NONE"),
-                shown("no-fusion", "compilation_mode", "NONE"),
-                *(shown(v, "enforce_eager", "False") for v in ("in-turn", "triton")),
+                config_evidence("no-graphs", "cudagraph_mode", "NONE"),
+                config_evidence("no-fusion", "compilation_mode", "NONE"),
+                *(config_evidence(v, "enforce_eager", "False") for v in ("in-turn", "triton")),
             ),
             "requests": 512,
             "warmup_s": 2,

@@ -58,21 +58,21 @@ def draft_cost(point: Point) -> float:
 
 
 def tpot_ratio(
-    acceptance: Callable[[Point], float], found: Callable[[Point], float] | None = None
+    acceptance: Callable[[Point], float], lookup_share: Callable[[Point], float] | None = None
 ) -> Callable[[Point, Point], Prediction]:
     """Return the predictor of TPOT with guesses / without.
 
-    `found` gives the share of steps that have guesses at all; None: all of them.
+    `lookup_share` gives the share of steps that have guesses at all; None: all of them.
     """
 
     def predict(speculating: Point, plain: Point) -> Prediction:
         a, g = acceptance(speculating), config(speculating)["num_speculative_tokens"]
         c, v = draft_cost(speculating), verify_cost(speculating)
-        f = found(speculating) if found else 1.0
+        f = lookup_share(speculating) if lookup_share else 1.0
         cost, tokens = "g c + v", "(1 - a^(g+1)) / (1 - a)"
-        if found:
+        if lookup_share:
             cost, tokens = f"1 - f + f ({cost})", f"1 - f + f {tokens}"
-        share = f"f = {f:.2f} of the steps have guesses, " if found else ""
+        share = f"f = {f:.2f} of the steps have guesses, " if lookup_share else ""
         return Prediction(
             value=(1 - f + f * (g * c + v)) / (1 - f + f * theory.accepted_length(a, g)),
             formula=f"({cost}) / ({tokens})",
@@ -118,9 +118,10 @@ def _copies(point: Point) -> tuple[float, float]:
     records = [within(made.get("lookup_within", {}), point) for made in point.about.values()]
     task = point.workload.task
     assumed = ASSUMED.get(task, 0.2)
-    found, accepted = next(((r[task]["found"], r[task]["accepted"]) for r in records if task in r),
-                           (assumed, assumed))  # fmt: skip
-    return float(found), float(assumed if accepted is None else accepted)
+    lookup_share, accepted = next(
+        ((r[task]["found"], r[task]["accepted"]) for r in records if task in r), (assumed, assumed)
+    )
+    return float(lookup_share), float(assumed if accepted is None else accepted)
 
 
 def copies_found(point: Point) -> float:
@@ -170,7 +171,7 @@ def workload(
 
 def claim(
     name: str, title: str, variant: str, task: Task, load: int, expect: str,
-    acceptance: Callable[[Point], float], found: Callable[[Point], float] | None = None,
+    acceptance: Callable[[Point], float], lookup_share: Callable[[Point], float] | None = None,
 ) -> Claim:  # fmt: skip
     arm = {"workload": task, "load": f"concurrent:{load}"}
     return Claim.model_validate(
@@ -181,7 +182,7 @@ def claim(
             "treatment": {"variant": variant, **arm},
             "baseline": {"variant": "none", **arm},
             "expect": expect,
-            "predict": tpot_ratio(acceptance, found),
+            "predict": tpot_ratio(acceptance, lookup_share),
         }
     )
 

@@ -45,7 +45,7 @@ POWERS = {
 def arithmetic(lab: Lab, point: Point) -> dict[str, Prediction]:
     """Write down beforehand what the lab's findings are held against."""
     shape, ceilings = point.shape, point.ceilings
-    told = {
+    predictions = {
         f"growth of {figure}, {kernel}": Prediction(
             value=power,
             formula="N" if power == 1 else f"N^{power:g}",
@@ -55,12 +55,12 @@ def arithmetic(lab: Lab, point: Point) -> dict[str, Prediction]:
         for (figure, kernel), power in POWERS.items()
     }
     for tokens in lab.attention_tokens:
-        told[f"memory, untiled at {tokens}"] = Prediction(
+        predictions[f"memory, untiled at {tokens}"] = Prediction(
             value=2 * theory.scores_bytes(shape, tokens),
             formula="2 heads N^2 4 bytes: the scores and their softmax, in float32",
             source=DAO,
         )
-        told[f"time, tiled / untiled at {tokens}"] = Prediction(
+        predictions[f"time, tiled / untiled at {tokens}"] = Prediction(
             value=1.0,
             kind="ceiling",
             formula="1: the same arithmetic, and less traffic",
@@ -72,20 +72,20 @@ def arithmetic(lab: Lab, point: Point) -> dict[str, Prediction]:
         if isinstance(w.prompt_tokens, Fixed) and not w.prefix
     }
     for tokens in sorted(prompts):
-        told[f"share of TTFT that grows as N^2 at {tokens}"] = Prediction(
+        predictions[f"share of TTFT that grows as N^2 at {tokens}"] = Prediction(
             value=theory.quadratic_share(shape, tokens),
             formula="2 L d heads N^2 / (2 P N + 2 L d heads N^2)",
             assumptions=("every operation runs at the same rate",),
             source="Kaplan et al. 2020, table 1",
         )
-    told["TPOT for each token of context"] = Prediction(
+    predictions["TPOT for each token of context"] = Prediction(
         value=shape.kv_bytes_per_token() / ceilings.memory_bandwidth_bytes_per_s,
         kind="floor",
         formula="KV bytes a token / bandwidth",
         assumptions=("no key or value of an earlier step is left in a cache",),
         source=ROOFLINE,
     )
-    return told
+    return predictions
 
 
 # ------------------------------------------------------------------------- on the engine
@@ -189,7 +189,7 @@ def context(name: str, tokens: int, output_tokens: int = 16) -> Workload:
     )
 
 
-def shown(variant: str, label: str, value: str) -> Evidence:
+def config_evidence(variant: str, label: str, value: str) -> Evidence:
     return Evidence(
         arm=Arm(variant=variant),
         kind="echoes",
@@ -258,8 +258,9 @@ SPLITTING = {
     "claims": [c.model_dump() for c in (*CLAIMS, *SPLIT_CLAIMS)],
     "evidence": (
         *EVIDENCE,
-        shown("default", "enforce_eager", "False"),  # splits are limited in CUDA graphs alone
-        shown("unsplit", "max_num_splits", "1"),
+        # splits are limited in CUDA graphs alone
+        config_evidence("default", "enforce_eager", "False"),
+        config_evidence("unsplit", "max_num_splits", "1"),
     ),
 }
 """On the classes of memory with GPUs whose kernels take the number of splits from vLLM."""

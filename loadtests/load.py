@@ -67,8 +67,8 @@ class Load:
         self._awaited = 0  # requests that count and have not ended
         self.answered_under_load = False
         self._load_over = gevent.event.Event()  # the first user of a closed loop has stopped
-        self.others_wait = plan.share[1] > 1  # other load processes await requests that count
-        self.tell_others: Callable[[], None] | None = None  # that none are awaited here
+        self.awaited_elsewhere = plan.share[1] > 1  # other load processes await requests that count
+        self.report_none_awaited: Callable[[], None] | None = None  # that none are awaited here
         self.aborted: str | None = None
         self.exhausted = False
         self.unparsed: SimpleQueue[Ended] = SimpleQueue()
@@ -221,10 +221,10 @@ class Load:
         """
         if not self._closed(at_s):
             return False
-        if not self._awaited and self.tell_others:
-            self.tell_others()
-            self.tell_others = None
-        over = at_s >= self.plan.latest_s or not (self._awaited or self.others_wait)
+        if not self._awaited and self.report_none_awaited:
+            self.report_none_awaited()
+            self.report_none_awaited = None
+        over = at_s >= self.plan.latest_s or not (self._awaited or self.awaited_elsewhere)
         if over:
             self._end_load()
         return over
@@ -232,7 +232,7 @@ class Load:
     def _end_load(self) -> None:
         """Note how a closed loop's load ends, as its first user stops; wake a waiting intruder."""
         if not self._load_over.is_set():
-            self.answered_under_load = not (self._awaited or self.others_wait)
+            self.answered_under_load = not (self._awaited or self.awaited_elsewhere)
         self._load_over.set()
 
     def _run_out(self) -> None:

@@ -73,9 +73,9 @@ class Director:
                 f"{len(self.team)} load processes have joined where {workers} were expected: start"
                 " as many load workers as LOAD_WORKERS= says"
             )
-        elif others := self.with_other_code():
+        elif hosts := self.with_other_code():
             reason = (
-                f"the load worker on {', '.join(others)} has other code in loadtests/ than this"
+                f"the load worker on {', '.join(hosts)} has other code in loadtests/ than this"
                 " machine: check out the same commit on both"
             )
         if reason:
@@ -116,8 +116,8 @@ class Director:
         except OSError as error:
             self.fail(f"the requests could not be read: {error}")
             return
-        found = {"trial": self.plan.trial, "text": text}
-        self.runner.send_message("lab-requests", found, client_id=msg.node_id)
+        message = {"trial": self.plan.trial, "text": text}
+        self.runner.send_message("lab-requests", message, client_id=msg.node_id)
 
     def is_late(self, msg: Any, trial: str) -> bool:
         """Whether a message is about another trial, or from a worker that was lost in this one."""

@@ -131,9 +131,9 @@ def by_choice(lines: Lines, choices: int) -> tuple[list[Lines], str | None]:
         index = None
         try:
             event = orjson.loads(line[5:]) if line.startswith(b"data:") else {}
-            usage, found = event.get("usage"), event.get("choices")
-            if found:
-                (index,) = {places[choice["index"]] for choice in found}
+            usage, event_choices = event.get("usage"), event.get("choices")
+            if event_choices:
+                (index,) = {places[choice["index"]] for choice in event_choices}
                 count = usage["completion_tokens"] if usage else None
                 newest[index] = count if type(count) is int else newest[index]
             elif usage:

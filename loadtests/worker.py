@@ -155,10 +155,10 @@ requests_text: gevent.queue.Queue[dict[str, str]] = gevent.queue.Queue()
 def fetched(plan: TrialPlan, runner: WorkerRunner) -> Load:
     """Prepare a share whose requests are on the master's machine."""
     runner.send_message("lab-fetch", plan.trial)
-    while (found := requests_text.get())["trial"] != plan.trial:
+    while (message := requests_text.get())["trial"] != plan.trial:
         pass
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="labs-requests-") as file:
-        file.write(found["text"])
+        file.write(message["text"])
         file.flush()
         return Load(plan.model_copy(update={"requests": Path(file.name)}))
 
@@ -191,8 +191,8 @@ def play_plan(
     parser = gevent.spawn(parse_in_turn, load, environment)
     helpers = [gevent.spawn(watch_loop, load, lags), gevent.spawn(report_forever, runner, load)]
     cpu = time.process_time()
-    if load.others_wait:
-        load.tell_others = partial(runner.send_message, "lab-answered", plan.trial)
+    if load.awaited_elsewhere:
+        load.report_none_awaited = partial(runner.send_message, "lab-answered", plan.trial)
     waiting_room.play(load, partial(meet, runner, plan.trial))
     gevent.killall(helpers)
     parser.kill()
@@ -233,7 +233,7 @@ def meet(runner: WorkerRunner, trial: str) -> None:
 def stop_waiting_for_others() -> None:
     """Let this load process's users stop: the counted requests of all processes are answered."""
     if waiting_room.load:
-        waiting_room.load.others_wait = False
+        waiting_room.load.awaited_elsewhere = False
 
 
 def watch_loop(load: Load, lags: list[float]) -> None:
@@ -248,12 +248,12 @@ def watch_loop(load: Load, lags: list[float]) -> None:
 def report(runner: WorkerRunner, load: Load) -> None:
     """Send the master the records since the last report, and the progress."""
     fresh, load.fresh = load.fresh, []
-    found = {
+    message = {
         "trial": load.plan.trial,
         "records": [vars(r) for r in fresh],
         "progress": load.progress().model_dump_json(),
     }
-    runner.send_message("lab-records", found)
+    runner.send_message("lab-records", message)
 
 
 def watch_master(runner: WorkerRunner) -> None:

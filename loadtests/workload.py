@@ -227,8 +227,10 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
                 f"{self.name}: prefix, chat, task and structure each say how prompts begin"
             )
         self._require_cut_off()
-        others = (self.prefix, self.chat, self.structure, self.intruder, self.adapters, self.trace)
-        if self.samples and any(others):
+        excluded = (
+            self.prefix, self.chat, self.structure, self.intruder, self.adapters, self.trace
+        )  # fmt: skip
+        if self.samples and any(excluded):
             raise ValueError(
                 f"{self.name}: samples of a prompt go with no prefix, chat, structure, intruder,"
                 " adapters or trace"

@@ -101,8 +101,8 @@ def _shared_memory_bytes() -> int | None:
     import torch
 
     properties = torch.cuda.get_device_properties(0)
-    found = getattr(properties, "shared_memory_per_multiprocessor", None)
-    return None if found is None else int(found)
+    size_bytes = getattr(properties, "shared_memory_per_multiprocessor", None)
+    return None if size_bytes is None else int(size_bytes)
 
 
 def seconds_of(work: Callable[[], object], wait: Callable[[], None]) -> float:

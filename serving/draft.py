@@ -139,7 +139,7 @@ def lookup(held_out: Sequence[TargetAnswer], first: int = ANSWER_TOKENS) -> dict
     checked up to the first wrong one; the share of these that is right is the probability that a
     forecast draws from.
     """
-    right, checked, found, steps = (Counter[str]() for _ in range(4))
+    right, checked, steps_with_guesses, steps = (Counter[str]() for _ in range(4))
     for answer in held_out:
         tokens, written = answer.tokens[:first], 1
         while written < len(tokens):
@@ -148,13 +148,13 @@ def lookup(held_out: Sequence[TargetAnswer], first: int = ANSWER_TOKENS) -> dict
             agreed = [g == t for g, t in zip(guesses, tokens[written:], strict=False)]
             accepted = agreed.index(False) if False in agreed else len(agreed)
             steps[answer.kind] += 1
-            found[answer.kind] += bool(guesses)
+            steps_with_guesses[answer.kind] += bool(guesses)
             right[answer.kind] += accepted
             checked[answer.kind] += min(accepted + 1, len(agreed))
             written += accepted + 1
     return {
         kind: Lookup(
-            found=found[kind] / n,
+            found=steps_with_guesses[kind] / n,
             accepted=right[kind] / checked[kind] if checked[kind] else None,
         )
         for kind, n in sorted(steps.items())

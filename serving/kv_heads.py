@@ -57,17 +57,17 @@ def make(method: str, base: Path, out: Path) -> None:
         raise MakerError(f"{base} is of a kind whose heads are not known: {heads} and {kv_heads}")
     if "quantization_config" in config:
         raise MakerError(f"{base} has quantized weights: give the model in 16 bits")
-    shards, size_bytes, found = sorted(base.glob("*.safetensors")), 0, 0
+    shards, size_bytes, converted_count = sorted(base.glob("*.safetensors")), 0, 0
     with making.folder(out) as half:
         for number, shard in enumerate(shards, 1):
             tensors = load_file(shard)
             for name in (n for n in tensors if any(p in n for p in PROJECTIONS)):
                 tensors[name] = converted(tensors[name], method, heads, kv_heads)
-                found += 1
+                converted_count += 1
             size_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
             save_file(tensors, half / shard.name, metadata={"format": "pt"})
             print(f"{number} of {len(shards)} files of weights", flush=True)
-        if not found:
+        if not converted_count:
             raise MakerError(f"{base} stores no k_proj and v_proj: its KV heads cannot be changed")
         for path in (path for kind in OTHER_FILES for path in base.glob(kind)):
             shutil.copyfile(path, half / path.name)

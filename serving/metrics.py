@@ -166,8 +166,8 @@ def across(readings: Sequence[Snapshot]) -> Snapshot:
     """
     whole = together(readings)
     for name, combine in ((RUNNING, sum), (WAITING, sum), (KV_USAGE, max)):
-        if found := [each.values[name] for each in readings if name in each.values]:
-            whole.values[name] = combine(found)
+        if values := [each.values[name] for each in readings if name in each.values]:
+            whole.values[name] = combine(values)
     return whole
 
 

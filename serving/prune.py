@@ -110,10 +110,10 @@ def prune(model: Any, method: Method, norms: Mapping[str, Any]) -> float:
     The energy is the sum of the squares of all weights that could go; `norms`, which Wanda needs,
     are those of the whole model's inputs. Raises MakerError where the pattern fits no matrix.
     """
-    found, gone, before = linears(model), 0.0, 0.0
-    if method.pattern == "2-4" and any(m.weight.shape[1] % GROUP for m in found.values()):
+    layers, gone, before = linears(model), 0.0, 0.0
+    if method.pattern == "2-4" and any(m.weight.shape[1] % GROUP for m in layers.values()):
         raise MakerError("the pattern 2:4 needs matrices whose rows are a multiple of four long")
-    for name, module in found.items():
+    for name, module in layers.items():
         weight = module.weight.data
         scores = weight.float().abs()
         mask = dropped(scores * norms[name] if method.by == "wanda" else scores, method)

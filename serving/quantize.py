@@ -268,7 +268,7 @@ def run_tool(tool: Tool, python: Path, job: Path, log: Path) -> None:
     Some methods pass over the layers more than once, and each pass has a time of its own.
     """
     began, first, passes, layer = 0.0, 0, 0, 0
-    shown: tuple[str, str] | None = None
+    last_printed: tuple[str, str] | None = None
     # -I keeps this project's packages out of the tool's environment
     argv = [str(python), "-I", str(tool.script), str(job)]
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
@@ -277,16 +277,16 @@ def run_tool(tool: Tool, python: Path, job: Path, log: Path) -> None:
         while process.returncode is None:
             time.sleep(0.2)
             logged = re.findall(tool.layer, "\n".join(install.last_lines(log, 50)))
-            if logged and logged[-1] != shown:
+            if logged and logged[-1] != last_printed:
                 before, (layer, layers) = layer, map(int, logged[-1])
-                if not shown or layer < before:
+                if not last_printed or layer < before:
                     first, began, passes = layer, time.monotonic(), passes + 1
                 spent_s, done = time.monotonic() - began, layer - first
                 left_s = spent_s / done * (layers - layer + 1) if done else None
                 estimate = "" if left_s is None else f"; about {left_s:.0f} s left in this pass"
                 again = f"pass {passes}, " if passes > 1 else ""
                 print(f"{again}layer {layer}/{layers}{estimate}", flush=True)
-                shown = logged[-1]
+                last_printed = logged[-1]
         if process.returncode:
             raise QuantizeError(
                 f"{tool.name} ended with code {process.returncode}: {process.tail(1)}"

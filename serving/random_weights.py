@@ -111,8 +111,8 @@ def line(zeros: Mapping[int, float]) -> str:
 def read(text: str) -> dict[str, str]:
     """Read bits -> share of zeros, the largest of all workers' and models'; empty without any."""
     shares: dict[str, str] = {}
-    for found in LINE.finditer(text):
-        for bits, share in re.findall(r"(\d+) bits (\d\.\d+)", found[1]):
+    for match in LINE.finditer(text):
+        for bits, share in re.findall(r"(\d+) bits (\d\.\d+)", match[1]):
             shares[bits] = max(shares.get(bits, "0"), share)
     return shares
 

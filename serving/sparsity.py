@@ -71,10 +71,10 @@ def solved(
         for hidden, row, lines in zip(states(model, rows), rows, places, strict=True):
             for first, end in lines:  # what follows each token is at its place
                 logits = model.get_output_embeddings()(hidden[first - 1 : end - 1])
-                found = logits.argmax(-1).tolist()
+                predicted = logits.argmax(-1).tolist()
                 # a likelier token may hold more line ends than one
-                ends = tokenizer.decode(found[-1:]).startswith("\n")
-                right.append(found[:-1] == row[first : end - 1] and ends)
+                ends = tokenizer.decode(predicted[-1:]).startswith("\n")
+                right.append(predicted[:-1] == row[first : end - 1] and ends)
     return right
 
 

@@ -14,7 +14,7 @@ def regions(folders: Sequence[RunFolder], report: Callable[[RunFolder, str], Non
 
     A run that cannot be read is left out; `report` is called with it and the reason.
     """
-    shown: list[Region] = []
+    run_regions: list[Region] = []
     for folder in folders:
         try:
             with readable(folder):
@@ -23,8 +23,8 @@ def regions(folders: Sequence[RunFolder], report: Callable[[RunFolder, str], Non
             report(folder, f"left out: {error}")
             continue
         if region:
-            shown.append(region)
-    return shown
+            run_regions.append(region)
+    return run_regions
 
 
 def _region(folder: RunFolder) -> Region | None:

@@ -395,8 +395,8 @@ def score_forecasts() -> None:
     """Show how near the forecasts of recorded runs came to what was measured, lab by lab."""
     with reported_errors():
         runs = residuals.full_runs(committed=False)
-        found, kept = residuals.of_runs(runs), residuals.kept_of_runs(runs)
-        show(residuals.page(found, residuals.to_reports(Path.cwd()), kept))
+        reported_residuals, kept_residuals = residuals.of_runs(runs), residuals.kept_of_runs(runs)
+        show(residuals.page(reported_residuals, residuals.to_reports(Path.cwd()), kept_residuals))
 
 
 @app.command()

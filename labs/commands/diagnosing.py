@@ -64,10 +64,10 @@ def diagnose_endpoint(
             console.print(f"This reading: [bold]{os.path.relpath(out)}[/]", soft_wrap=True)
         reference = healthy.reading if healthy else None
         try:
-            found = diagnose(now, reference)
+            diagnosis = diagnose(now, reference)
         except TooLittle as reason:
             raise LabError(
                 f"{reason}: observe for longer (SECONDS={10 * seconds:.0f}), while the server is in"
                 " use"
             ) from reason
-        show(diagnoses.page(server.model, seconds, now, reference, found))
+        show(diagnoses.page(server.model, seconds, now, reference, diagnosis))

@@ -16,15 +16,15 @@ BEHIND_MAKE = "MAKE_SETTINGS"  # the names that were given behind the target
 FOR_ANY_COMMAND = {"VLLM"}  # the environment that the command runs in, to all but `bundle`
 
 
-def not_taken(given: str, of_command: Set[str], of_others: Set[str]) -> str | None:
+def not_taken(given: str, of_command: Set[str], of_other_commands: Set[str]) -> str | None:
     """Say which settings behind a target its command does not take; None where it takes all.
 
-    `given` are names, separated by spaces; `of_command` the options of the command and `of_others`
-    those of all the others, as LABS_QUICK. What is no command's option, such as RESULTS, is a
-    setting of all of them.
+    `given` are names, separated by spaces; `of_command` the options of the command and
+    `of_other_commands` those of all the others, as LABS_QUICK. What is no command's option, such as
+    RESULTS, is a setting of all of them.
     """
     names = [f"{PREFIX}{name}" for name in given.split() if name not in FOR_ANY_COMMAND]
-    wrong = [name for name in names if name in of_others - of_command]
+    wrong = [name for name in names if name in of_other_commands - of_command]
     if not wrong:
         return None
     listed, takes = (

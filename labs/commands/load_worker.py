@@ -18,11 +18,11 @@ from serving.process import Process
 REACH_TIMEOUT_S = 10.0
 
 
-def send_load(master: str, key: str, said: Callable[[str], None]) -> None:
+def send_load(master: str, key: str, report: Callable[[str], None]) -> None:
     """Be one load process of the run whose master listens at `host:port`, until that ends.
 
-    `said` is called with what a reader should see. Raises LabError where nothing listens there, the
-    key is another, or the run was lost sight of.
+    `report` is called with what a reader should see. Raises LabError where nothing listens there,
+    the key is another, or the run was lost sight of.
     """
     try:
         host, port = load_workers.address_of(master)
@@ -52,11 +52,11 @@ def send_load(master: str, key: str, said: Callable[[str], None]) -> None:
             for event in events_of(process.stdout):
                 if event["event"] == "joined":
                     joined = True
-                    said(f"Joined the run at {master}. Ctrl-C leaves it.")
+                    report(f"Joined the run at {master}. Ctrl-C leaves it.")
                 elif event["event"] == "refused":
                     raise LabError(event["reason"])
                 elif event["event"] == "sent":
-                    said(f"Requests sent in this trial: {event['requests']}")
+                    report(f"Requests sent in this trial: {event['requests']}")
             code = process.wait()
             if not joined:
                 raise LabError(

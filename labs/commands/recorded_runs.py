@@ -138,8 +138,9 @@ def check(
     with reported_errors():
         count = 0
         for folder in (folders := committed_runs() if committed else _folders(run)):
-            found = [*problems(folder), *stale_summary(folder), *reproduction.problems(folder)]
-            for problem in found:
+            for problem in (
+                *problems(folder), *stale_summary(folder), *reproduction.problems(folder)
+            ):  # fmt: skip
                 count += 1
                 text = f"{os.path.relpath(folder.path)}: {escape(problem)}"
                 console.print(text, soft_wrap=True)
@@ -215,7 +216,7 @@ def manifest_diff(
         facts = []
         for folder in runs:
             with readable(folder):
-                load = manifest.cpu_taken_by_others(folder)
+                load = manifest.cpu_share_of_other_work(folder)
                 facts.append(manifest.facts(folder.run(), load))
         rows = manifest.table(manifest.differences(*facts), ("A", "B"))
         if len(rows) > 1:

@@ -273,7 +273,7 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
     )
     elsewhere = [] if same_hardware else absolute
     left_out = _rows(_measured(a, elsewhere), _measured(b, elsewhere), paired)
-    facts = [manifest.facts(s.run, manifest.cpu_taken_by_others(s.folder)) for s in (a, b)]
+    facts = [manifest.facts(s.run, manifest.cpu_share_of_other_work(s.folder)) for s in (a, b)]
     return Comparison(
         a=a.name,
         b=b.name,

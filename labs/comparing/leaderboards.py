@@ -110,8 +110,8 @@ def write_machine(home: Path, sitting: Sequence[RunFolder] = ()) -> Path:
     A lab of this sitting is there with the sitting's run, whatever its settings.
     """
     its_own = {folder.run().lab["name"]: folder for folder in sitting}
-    others = _by_machine(newest_runs(quick=True)).get(home, [])
-    runs = [*its_own.values(), *(f for f in others if f.run().lab["name"] not in its_own)]
+    newest = _by_machine(newest_runs(quick=True)).get(home, [])
+    runs = [*its_own.values(), *(f for f in newest if f.run().lab["name"] not in its_own)]
     return whole.write(home / SITTING, markdown.document(_machine(runs, committed=False)))
 
 
@@ -224,9 +224,9 @@ def _headlines(runs: Sequence[RunFolder]) -> Iterator[Inline]:
     an older; so do labs, of which the front page has room for a few. A claim that is undecided, or
     not valid, is no finding.
     """
-    found = list(_decided(_standing_first(runs)))
-    shown = sorted(found, key=lambda one: manifest.is_stale(one[0].run()))[:MOST_HEADLINES]
-    yield from (_headline(*one) for one in found if one in shown)
+    claims = list(_decided(_standing_first(runs)))
+    front_page = sorted(claims, key=lambda one: manifest.is_stale(one[0].run()))[:MOST_HEADLINES]
+    yield from (_headline(*one) for one in claims if one in front_page)
 
 
 def _decided(runs: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, Judgement, Headline]]:
@@ -235,14 +235,14 @@ def _decided(runs: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, Judgement, 
         headline = parts_of(lab).headline
         if headline and not headline.on_front_page:
             continue
-        found = (
+        judgements = (
             (folder, judgement)
             for folder in runs
             if folder.path.parent.name == lab
             for judgement in folder.summary().judgements
             if headline and judgement.claim == headline.claim and judgement.expected is not None
         )
-        if headline and (first := next(found, None)):
+        if headline and (first := next(judgements, None)):
             yield *first, headline
 
 
@@ -255,10 +255,10 @@ def _headline(folder: RunFolder, judgement: Judgement, headline: Headline) -> In
     )
 
 
-def _to_report(folder: RunFolder, seen_from: Path, words: Inline) -> Inline:
+def _to_report(folder: RunFolder, page_folder: Path, words: Inline) -> Inline:
     """Link to a run's report, with the run's marks behind it."""
     run = folder.run()
-    return (Link(words, os.path.relpath(folder.path / "report.md", seen_from)), _marks(run))
+    return (Link(words, os.path.relpath(folder.path / "report.md", page_folder)), _marks(run))
 
 
 # ---------------------------------------------------------------------------- the collection's page
@@ -335,7 +335,10 @@ def _questions(runs: Sequence[RunFolder]) -> Table:
         reports = {lab: links for lab in LABS if (links := _answered(id, lab, runs))}
         measured = [(Code(lab), ": ", joined(links, ", ")) for lab, links in reports.items()]
         without = computed.computed(id)
-        answers: list[Inline] = [*measured, *([computed.told(without)] if without else [])]
+        answers: list[Inline] = [
+            *measured,
+            *([computed.answer_with_command(without)] if without else []),
+        ]
         if not measured:
             answers += _would_answer(id)
         rows.append([id, question, computed.kind_of(id, reports), joined(answers, "; ")])
@@ -361,7 +364,7 @@ def _would_answer(id: str) -> list[Inline]:
     return [("no lab asks it yet: ", Link("adding one", "../CONTRIBUTING.md#add-a-lab"))]
 
 
-def _reproduced(seen_from: Path) -> Table:
+def _reproduced(page_folder: Path) -> Table:
     """Tabulate the repetitions of each run, the newest first."""
     rows: list[list[Inline]] = []
     for original in sorted(_repeated(), key=lambda f: f.path):
@@ -370,7 +373,7 @@ def _reproduced(seen_from: Path) -> Table:
             rows.append(
                 [
                     original.path.parent.name,
-                    Link(original.path.name, _link(original, seen_from)),
+                    Link(original.path.name, _link(original, page_folder)),
                     result.by.machine.describe(),
                     result.day,
                     result.by.vllm or "–",
@@ -385,14 +388,14 @@ def _reproduced(seen_from: Path) -> Table:
     )
 
 
-def _link(original: RunFolder, seen_from: Path) -> str:
-    return os.path.relpath(original.path / FILED / PAGE, seen_from)
+def _link(original: RunFolder, page_folder: Path) -> str:
+    return os.path.relpath(original.path / FILED / PAGE, page_folder)
 
 
-def _newest(original: RunFolder, seen_from: Path, committed: bool) -> Inline:
+def _newest(original: RunFolder, page_folder: Path, committed: bool) -> Inline:
     """Say how a run's newest repetition came out, with a link to all of them."""
     for result in reproduction.filed_with(original, committed):
-        return Link(f"{result.verdict_counts} ({result.day})", _link(original, seen_from))
+        return Link(f"{result.verdict_counts} ({result.day})", _link(original, page_folder))
     return "–"
 
 
@@ -402,7 +405,7 @@ def _between_sittings(committed: bool) -> dict[str, str]:
     for folder in committed_runs() if committed else results.all_runs():
         filed = reproduction.filed_with(folder, committed)
         repetitions.setdefault(folder.path.parent.name, []).extend(filed)
-    spreads = {lab: reproduction.between_sittings(found) for lab, found in repetitions.items()}
+    spreads = {lab: reproduction.between_sittings(of_lab) for lab, of_lab in repetitions.items()}
     return {lab: f"{s.spread:.1%} ({s.ratios} ratios)" for lab, s in spreads.items() if s}
 
 
@@ -448,10 +451,10 @@ CLAIM_COLUMNS = (
 )  # fmt: skip
 
 
-def _claim(folder: RunFolder, judgement: Judgement, seen_from: Path) -> list[Inline]:
+def _claim(folder: RunFolder, judgement: Judgement, page_folder: Path) -> list[Inline]:
     run = folder.run()
     return [
-        (_to_report(folder, seen_from, run.lab["name"]), _earlier(run)),
+        (_to_report(folder, page_folder, run.lab["name"]), _earlier(run)),
         (parse(judgement.title), f" ({point_label(judgement.treatment, run.rebuilt_lab())})"),
         f"{METRICS[judgement.metric].title} {ratio_text(judgement)}",
         ratio_interval(judgement),
@@ -482,14 +485,14 @@ def _machine(runs: Sequence[RunFolder], committed: bool) -> Section:
     )
 
 
-def _runs(runs: Sequence[RunFolder], seen_from: Path, committed: bool) -> Table:
+def _runs(runs: Sequence[RunFolder], page_folder: Path, committed: bool) -> Table:
     """Tabulate the runs: question, model, date, and what became of claims and predictions."""
     rows: list[list[Inline]] = []
     for folder in runs:
         run, session, summary = folder.run(), folder.session(), folder.summary()
         rows.append(
             [
-                _to_report(folder, seen_from, run.lab["name"]),
+                _to_report(folder, page_folder, run.lab["name"]),
                 parse(run.lab["question"]),
                 run.model,
                 run.environment.vllm or "–",
@@ -497,7 +500,7 @@ def _runs(runs: Sequence[RunFolder], seen_from: Path, committed: bool) -> Table:
                 f"{session.load_s / 60:.1f} min" if session else "–",
                 decided_text(summary.judgements),
                 predictions_text(summary.judgements),
-                _newest(folder, seen_from, committed),
+                _newest(folder, page_folder, committed),
             ]
         )
     return table(
@@ -516,12 +519,12 @@ def _runs(runs: Sequence[RunFolder], seen_from: Path, committed: bool) -> Table:
     )
 
 
-def _answers(runs: Sequence[RunFolder], seen_from: Path) -> Table:
+def _answers(runs: Sequence[RunFolder], page_folder: Path) -> Table:
     """Tabulate how each run answers each question of its lab."""
     rows: list[list[Inline]] = []
     for folder in runs:
         run, answers = folder.run(), folder.summary().answers
-        link = Link(run.lab["name"], os.path.relpath(folder.path / "report.md", seen_from))
+        link = Link(run.lab["name"], os.path.relpath(folder.path / "report.md", page_folder))
         rows += [
             [id, QUESTIONS[id], (link, ": ", parse(answers.get(id, "not answered by this run")))]
             for id in run.lab["answers"]

@@ -60,7 +60,7 @@ class _PageSection:
     id: str
     headline: Markup
     tables: Markup
-    found: Comparison | None
+    comparison: Comparison | None
 
     @classmethod
     def of(cls, section: Section, comparison: Comparison | None) -> _PageSection:

@@ -206,7 +206,9 @@ def sentences(result: Reproduction) -> list[str]:
         f"The run as a whole: {result.outcome}. Verdicts: {result.verdict_counts}.",
         f"Figures: {counts}.",
     ]
-    texts += [_told(v) for v in result.verdicts if v.outcome in ("differs", "undecided")]
+    texts += [
+        _verdict_sentence(v) for v in result.verdicts if v.outcome in ("differs", "undecided")
+    ]
     if result.speeds:
         here, there = "This machine", "the original's"
         texts.append(f"{relative_speed_text(here, result.speeds, there)}.")
@@ -222,7 +224,7 @@ def sentences(result: Reproduction) -> list[str]:
     return texts
 
 
-def _told(verdict: VerdictPair) -> str:
+def _verdict_sentence(verdict: VerdictPair) -> str:
     """Say what was measured on both sides of a verdict that was not reproduced."""
     there, here = verdict.a_ratio, verdict.b_ratio
     a, b = (

@@ -47,10 +47,10 @@ def unpacked_bytes(path: Path) -> int:
 def state(path: Path) -> object:
     """Return what changes whenever a file is written anew; None where there is no file."""
     try:
-        found = path.lstat()
+        file_status = path.lstat()
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return file_status.st_ino, file_status.st_size, file_status.st_mtime_ns
 
 
 def require_own_files(folder: Path) -> None:
@@ -81,14 +81,15 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 def _require_regular(path: Path, most_bytes: int) -> None:
     try:
-        found = path.lstat()
+        file_status = path.lstat()
     except FileNotFoundError as error:
         raise DamagedError(f"{path} is missing") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(file_status.st_mode):
         raise DamagedError(f"{path} is not a regular file")
-    if found.st_size > most_bytes:
+    if file_status.st_size > most_bytes:
         raise DamagedError(
-            f"{path} has {found.st_size / 2**20:.0f} MiB, and {most_bytes / 2**20:.0f} are the most"
+            f"{path} has {file_status.st_size / 2**20:.0f} MiB, and"
+            f" {most_bytes / 2**20:.0f} are the most"
         )
 
 

@@ -71,7 +71,7 @@ def lines(
     """Write a trial's series as samples with their times, from `since_s` after its start on."""
     for kept in read(home):
         every = {**labels, **kept.labels}
-        told = ",".join(f'{name}="{value}"' for name, value in every.items())
+        label_text = ",".join(f'{name}="{value}"' for name, value in every.items())
         for at, value in zip(kept.times_s, kept.values, strict=True):
             if at >= since_s:
-                yield f"{kept.name}{{{told}}} {value!r} {start_unix_s + at:.3f}"
+                yield f"{kept.name}{{{label_text}}} {value!r} {start_unix_s + at:.3f}"

@@ -51,7 +51,7 @@ class Fact(BaseModel, frozen=True, extra="forbid"):
 def facts(run: Run, load: Mapping[str, str] | None = None) -> dict[str, str]:
     """Map the dotted path of everything in a manifest that may matter to its value as text.
 
-    `load` is what others used of the machine (`cpu_taken_by_others`).
+    `load` is what others used of the machine (`cpu_share_of_other_work`).
     """
     environment = run.environment.model_dump(exclude={"variables", "load_average"})
     command = run.engine_command
@@ -122,7 +122,7 @@ def is_stale(run: Run) -> bool:
         return True
 
 
-def cpu_taken_by_others(folder: RunFolder) -> dict[str, str]:
+def cpu_share_of_other_work(folder: RunFolder) -> dict[str, str]:
     """Describe the CPU share that other guests and processes used during trials, to 5%."""
     run = folder.run()
     results = [

@@ -18,5 +18,5 @@ def tracked_names(folder: Path, *patterns: str) -> list[str]:
         return []
     harmless = ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
     command = ["git", *harmless, "-C", str(folder), "ls-files", "-z", *patterns]
-    found = subprocess.run(command, capture_output=True, text=True).stdout.split("\0")
-    return [name for name in found if name]
+    names = subprocess.run(command, capture_output=True, text=True).stdout.split("\0")
+    return [name for name in names if name]

@@ -39,7 +39,7 @@ class Asked:
     needles: tuple[Needle, ...]
 
     @property
-    def found(self) -> int:
+    def correct_count(self) -> int:
         return sum(n.correct for n in self.needles)
 
     @property
@@ -83,7 +83,7 @@ def tell_retrieval(facts: tuple[Asked, ...]) -> Finding:
             [f"{place[0]:,}", f"{place[1]:g}", f"{back:,.0f}", *(_cell(a, place) for a in facts)]
         )
     rows.append(
-        ["all", "", "", *(f"**{a.found} of {len(a.needles)}**" for a in facts)]
+        ["all", "", "", *(f"**{a.correct_count} of {len(a.needles)}**" for a in facts)]
     )  # fmt: skip
     lines = [
         "Needles found of those asked, and in brackets the mean answer margin in nats: the"
@@ -130,7 +130,7 @@ class Lost:
 
     variant: str
     n: int
-    found: int
+    correct_count: int
     difference: Interval  # of the share found, paired
     p_value: float  # McNemar's
     margin: Interval | None  # its mean change, in nats
@@ -148,7 +148,7 @@ class Losses:
     """Holds what each treatment costs; `base` names the variant in full precision."""
 
     base: str
-    base_found: int
+    base_correct_count: int
     n: int
     variants: tuple[Lost, ...]
 
@@ -163,14 +163,14 @@ def losses(context: Context) -> Losses | None:
     facts = context.once(asked)
     if not facts or facts[0].variant != context.lab.variants[0].name:
         return None
-    base, *others = facts
+    base, *treated = facts
     predicted = context.predictions.arithmetic
-    known = {a.variant: by_text(base.needles, a.needles) for a in others}
+    known = {a.variant: by_text(base.needles, a.needles) for a in treated}
     return Losses(
         base=base.variant,
-        base_found=base.found,
+        base_correct_count=base.correct_count,
         n=len(base.needles),
-        variants=tuple(_lost(base, a, predicted, known) for a in others),
+        variants=tuple(_lost(base, a, predicted, known) for a in treated),
     )
 
 
@@ -215,7 +215,7 @@ def _lost(
     return Lost(
         variant=treated.variant,
         n=len(pairs),
-        found=treated.found,
+        correct_count=treated.correct_count,
         difference=difference,
         p_value=p_value,
         margin=margin_change(base.needles, treated.needles),
@@ -241,9 +241,9 @@ def tell_losses(facts: Losses | None) -> Finding:
     rows = [["Variant", "Found", f"Against `{facts.base}`, points", "McNemar's p",
              "Answer margin, change in nats", "Lost", "Gained",
              f"Margin of the lost at `{facts.base}`", "Of the kept"]]  # fmt: skip
-    rows.append([f"`{facts.base}`", f"{facts.base_found} of {facts.n}", *["–"] * 7])
+    rows.append([f"`{facts.base}`", f"{facts.base_correct_count} of {facts.n}", *["–"] * 7])
     rows += [
-        [f"`{v.variant}`", f"{v.found} of {v.n}", _points(v.difference), number(v.p_value),
+        [f"`{v.variant}`", f"{v.correct_count} of {v.n}", _points(v.difference), number(v.p_value),
          _nats(v.margin), str(v.lost), str(v.gained), number(v.margin_of_lost),
          number(v.margin_of_kept)]
         for v in facts.variants
@@ -287,12 +287,12 @@ def reach_sentence(lost: Lost, facts: Losses) -> str | None:
     """Says why a window may lose what lies within it; None where it finds as much there."""
     if not lost.within or not lost.within[1]:
         return None
-    found, n = lost.within
-    if found / n >= facts.base_found / facts.n:
+    correct_count, n = lost.within
+    if correct_count / n >= facts.base_correct_count / facts.n:
         return None
     return (
-        f"`{lost.variant}` finds {found} of the {n} within its reach. A window drops the text's"
-        " first tokens as well. A model that was trained on whole texts directs much of its"
+        f"`{lost.variant}` finds {correct_count} of the {n} within its reach. A window drops the"
+        " text's first tokens as well. A model that was trained on whole texts directs much of its"
         " attention to them (attention sinks, Xiao et al. 2024). StreamingLLM keeps a few of them"
         " beside the window; vLLM does not."
     )
@@ -376,13 +376,13 @@ def ways(context: Context) -> Ways | None:
     predicted = context.predictions.arithmetic
     tokens = longest_prompt(context.lab)
     lost = context.once(losses)
-    found = []
+    kv_ways = []
     for method in FORMULAS:
         prediction = predicted.get(f"KV bytes of a sequence, {method}{AT}{tokens}")
         if prediction is None:
             continue
         variant = RUN_BY.get(method)
-        found.append(
+        kv_ways.append(
             Way(
                 method=method,
                 title=TITLES[method],
@@ -395,7 +395,7 @@ def ways(context: Context) -> Ways | None:
             )
         )
     windows = [w for p in context.points if (w := p.flags.sliding_window)]
-    return Ways(tokens, windows[0] if windows else None, tuple(found)) if found else None
+    return Ways(tokens, windows[0] if windows else None, tuple(kv_ways)) if kv_ways else None
 
 
 def _beside_base(
@@ -414,7 +414,7 @@ def _price(lost: Losses | None, variant: str | None) -> str:
     if lost is None or variant is None:
         return "–"
     if variant == lost.base:
-        return f"finds {lost.base_found} of {lost.n} needles"
+        return f"finds {lost.base_correct_count} of {lost.n} needles"
     if (of := lost.of(variant)) is None:
         return "–"
     reach = (
@@ -423,7 +423,7 @@ def _price(lost: Losses | None, variant: str | None) -> str:
         if of.within and of.beyond
         else ""
     )
-    return f"finds {of.found} of {of.n} needles{reach}"
+    return f"finds {of.correct_count} of {of.n} needles{reach}"
 
 
 def tell_ways(facts: Ways | None) -> Finding:
@@ -467,7 +467,7 @@ def why_it_drops(run: JudgedRun) -> str | None:
     if facts is None:
         return None
     parts = [
-        f"`{v.variant}` finds {v.found} of {v.n} ({_points(v.difference)} points)"
+        f"`{v.variant}` finds {v.correct_count} of {v.n} ({_points(v.difference)} points)"
         + (f", its margin changes by {_nats(v.margin)} nats" if v.margin else "")
         for v in facts.variants
         if v.variant in (*PARTS_OF_BOTH, BOTH)
@@ -481,13 +481,14 @@ def why_it_drops(run: JudgedRun) -> str | None:
         and v.margin_of_lost is not None
         and v.margin_of_kept is not None
     ]
-    said = [
+    clauses = [
         "rounding adds an error to every product of a query with a key, and an answer turns where"
         " the error exceeds its margin over the best wrong one",
-        f"of {facts.n} needles `{facts.base}` finds {facts.base_found}; " + "; ".join(parts),
+        f"of {facts.n} needles `{facts.base}` finds {facts.base_correct_count}; "
+        + "; ".join(parts),
         "; ".join(lost),
     ]
-    return sentences([s for s in said if s])
+    return sentences([s for s in clauses if s])
 
 
 def which_way(run: JudgedRun) -> str | None:

@@ -136,19 +136,19 @@ def told_apart(context: Context) -> ToldApart:
 
 def _blind(injected: str, repeat: int, reading: Reading, reference: Reading) -> Blind:
     try:
-        found: Diagnosis = diagnose(reading, reference)
+        diagnosis: Diagnosis = diagnose(reading, reference)
     except TooLittle as reason:
         return Blind(injected, repeat, "too little", (), str(reason))
     return Blind(
         injected,
         repeat,
-        found.cause,
-        tuple(mark.cause for mark in found.marks[1:]),
-        found.marks[0].evidence if found.marks else "; ".join(found.symptoms),
+        diagnosis.cause,
+        tuple(mark.cause for mark in diagnosis.marks[1:]),
+        diagnosis.marks[0].evidence if diagnosis.marks else "; ".join(diagnosis.symptoms),
     )
 
 
-def tell_told(facts: ToldApart) -> Finding:
+def tell_told_apart(facts: ToldApart) -> Finding:
     """Shows the confusion matrix, and the evidence of each trial that was named otherwise."""
     title = "Are the causes told apart from the metrics alone?"
     if not facts.trials:
@@ -186,7 +186,7 @@ def tell_told(facts: ToldApart) -> Finding:
     return Finding(title=title, rows=rows, lines=lines)
 
 
-TOLD_APART = Conclusion("told-apart", told_apart, tell_told)
+TOLD_APART = Conclusion("told-apart", told_apart, tell_told_apart)
 
 # ---------------------------------------------------------------------------- the signatures
 
@@ -226,7 +226,7 @@ class Signatures:
     rows: tuple[Signature, ...]
 
     @property
-    def told(self) -> list[bool]:
+    def directions_as_predicted(self) -> list[bool]:
         """Whether each predicted direction was seen."""
         cells = (cell for row in self.rows for cell in row.figures.values() if cell)
         return [cell.as_predicted for cell in cells if cell.as_predicted is not None]
@@ -337,11 +337,11 @@ def tell_signatures(facts: Signatures) -> Finding:
         [TITLES[row.injected], *(_cell(row.figures[name]) for name in FIGURES)]
         for row in facts.rows
     ]
-    seen = facts.told
+    as_predicted = facts.directions_as_predicted
     lines = [
-        f"Of {len(seen)} predicted directions {sum(seen)} were seen. A sign is what was predicted"
-        " (↑ rises, ↓ falls, = stays); without one nothing was, and **strong** is what came"
-        " otherwise.",
+        f"Of {len(as_predicted)} predicted directions {sum(as_predicted)} were seen. A sign is what"
+        " was predicted (↑ rises, ↓ falls, = stays); without one nothing was, and **strong** is"
+        " what came otherwise.",
         "All figures are the engine's own means over whole trials, the warm-up included, so they"
         " differ from the clients' above, which are of the window: TTFT, TPOT and prefill as"
         " multiples of the reference's, the queue in time, long gaps as what was added to the share"
@@ -445,13 +445,13 @@ def _fit(
     """Fits a polynomial; None with fewer than two points more than it has coefficients."""
     if len({x for x, _ in measured}) < degree + 3:
         return None
-    found, covariance = _least_squares(measured, degree)
+    estimates, covariance = _least_squares(measured, degree)
     quantile = float(stats.t.ppf(0.975, len(measured) - degree - 1))
     predicted = _least_squares(forecast, degree)[0] if forecast else None
     return Fit(
         tuple(
             Coefficient(
-                float(found[i]),
+                float(estimates[i]),
                 quantile * math.sqrt(float(covariance[i, i])),
                 None if predicted is None else float(predicted[i]),
             )
@@ -469,12 +469,12 @@ def _least_squares(
     x, y = (np.array(column, float) for column in zip(*points, strict=True))
     scale = float(x.max()) or 1.0  # so that powers of thousands do not lose digits
     design = np.vander(x / scale, degree + 1, increasing=True) / y[:, None]
-    found, *_ = np.linalg.lstsq(design, np.ones(len(y)), rcond=None)
-    rest = 1 - design @ found
+    estimates, *_ = np.linalg.lstsq(design, np.ones(len(y)), rcond=None)
+    rest = 1 - design @ estimates
     variance = float(rest @ rest) / max(1, len(y) - degree - 1)
     covariance = variance * np.linalg.pinv(design.T @ design)
     powers = scale ** np.arange(degree + 1)
-    return found / powers, covariance / np.outer(powers, powers)
+    return estimates / powers, covariance / np.outer(powers, powers)
 
 
 TERMS = {
@@ -494,16 +494,18 @@ def tell_coefficients(facts: Coefficients) -> Finding:
             rows.append([title, *["–"] * (len(rows[0]) - 1)])
             lines.append(f"{title}: too few requests were alone to fit it.")
             continue
-        for i, (term, found) in enumerate(zip(TERMS[name], fit.coefficients, strict=True)):
+        for i, (term, coefficient) in enumerate(zip(TERMS[name], fit.coefficients, strict=True)):
             scale, unit = SCALES[i]
-            low, high = (scale * (found.value + s * found.reach) for s in (-1, 1))
+            low, high = (scale * (coefficient.value + s * coefficient.reach) for s in (-1, 1))
             rows.append(
                 [
                     title if i == 0 else "",
                     term,
-                    f"{number(scale * found.value)} {unit}",
+                    f"{number(scale * coefficient.value)} {unit}",
                     f"{number(low)} to {number(high)} {unit}",
-                    "–" if found.forecast is None else f"{number(scale * found.forecast)} {unit}",
+                    "–"
+                    if coefficient.forecast is None
+                    else f"{number(scale * coefficient.forecast)} {unit}",
                 ]
             )
     if facts.ttft and facts.itl:
@@ -570,7 +572,7 @@ COEFFICIENTS = Conclusion("coefficients", coefficients, tell_coefficients, draw_
 # ------------------------------------------------------------------------------------ the answers
 
 
-def told_from_metrics(run: JudgedRun) -> str | None:
+def causes_from_metrics(run: JudgedRun) -> str | None:
     facts = TOLD_APART.facts_of(run)
     if not facts or not facts.trials:
         return None
@@ -605,22 +607,22 @@ def first_token_late(run: JudgedRun) -> str | None:
     """Splits a late first token into queue and prefill, cause by cause."""
     facts = SIGNATURE.facts_of(run)
     rows = {row.injected: row for row in facts.rows} if facts else {}
-    told = []
+    clauses = []
     for cause in ("burst", "long neighbour", "cold cache"):
         cells = rows[cause].figures if cause in rows else {}
         ttft, queue, prefill = (cells.get(name) for name in ("TTFT", "Queue", "Prefill"))
         if ttft and queue and prefill:
-            told.append(
+            clauses.append(
                 f"with {TITLES[cause]} TTFT is {ttft.text}, the queue {queue.text}, prefill"
                 f" {prefill.text}"
             )
-    if not facts or not told:
+    if not facts or not clauses:
         return None
     return (
         "Split it into queue and prefill, as the engine counts them (over whole trials, the warm-up"
         " included, and against the workload `reference`; the claims compare what clients saw in"
         " the window). Healthy,"
-        f" {facts.healthy['Queue']} and {facts.healthy['Prefill']}; {'; '.join(told)}. A queue"
+        f" {facts.healthy['Queue']} and {facts.healthy['Prefill']}; {'; '.join(clauses)}. A queue"
         " means more than the batch takes, or a long prompt ahead; a longer prefill a long prompt,"
         " or a cache that lost it: the hit rate tells these two apart."
     )
@@ -630,22 +632,22 @@ def token_slow(run: JudgedRun) -> str | None:
     """Tells how TPOT moved with each cause that may make tokens slower, and what moved with it."""
     facts = SIGNATURE.facts_of(run)
     rows = {row.injected: row for row in facts.rows} if facts else {}
-    told = []
+    clauses = []
     for cause in ("slow step", "large budget", "speculation", "long context"):
         cells = rows[cause].figures if cause in rows else {}
         tpot, gaps, prefill = (cells.get(name) for name in ("TPOT", "Long gaps", "Prefill"))
         if tpot and gaps and prefill:
-            told.append(
+            clauses.append(
                 f"with {TITLES[cause]} TPOT is {tpot.text}, prefill {prefill.text}, long gaps"
                 f" {gaps.text}"
             )
-    if not told:
+    if not clauses:
         return None
     return (
-        f"Look at what moved with it, by the engine's own counts: {'; '.join(told)}. Check what was"
-        " sent first (the median prompt), then whether the engine guesses ahead, then whether a few"
-        " gaps grew while the others shrank (a token budget); where none moved, the step itself is"
-        " slower."
+        f"Look at what moved with it, by the engine's own counts: {'; '.join(clauses)}. Check what"
+        " was sent first (the median prompt), then whether the engine guesses ahead, then whether a"
+        " few gaps grew while the others shrank (a token budget); where none moved, the step itself"
+        " is slower."
     )
 
 
@@ -654,8 +656,8 @@ def token_slow(run: JudgedRun) -> str | None:
 
 def draw_signatures(run: JudgedRun) -> str | None:
     """Draws the times under each disturbance, and beside them what each trial was named."""
-    facts, told = SIGNATURE.facts_of(run), TOLD_APART.facts_of(run)
-    if not facts or not facts.rows or not told or not told.trials:
+    facts, diagnoses = SIGNATURE.facts_of(run), TOLD_APART.facts_of(run)
+    if not facts or not facts.rows or not diagnoses or not diagnoses.trials:
         return None
     times: tuple[Figure, ...] = ("TTFT", "Prefill", "TPOT")
     causes = [row.injected for row in facts.rows]
@@ -668,15 +670,15 @@ def draw_signatures(run: JudgedRun) -> str | None:
     ])  # fmt: skip
     most = math.log2(max(4.0, float(np.nanmax(ratios, initial=1.0))))
     left.imshow(np.log2(ratios), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-    named = [c for c in TITLES if any(t.named == c for t in told.trials)]
+    named = [c for c in TITLES if any(t.named == c for t in diagnoses.trials)]
     matrix = np.array([
-        [told.count(c)[n] / max(1, told.count(c).total()) for n in named] for c in causes
+        [diagnoses.count(c)[n] / max(1, diagnoses.count(c).total()) for n in named] for c in causes
     ])  # fmt: skip
     right.imshow(matrix, cmap="Blues", vmin=0, vmax=1.6, aspect="auto")
     for ax, columns, texts in (
         (left, list(times), [["–" if v != v else f"{v:.2f}x" for v in row] for row in ratios]),
         (right, [TITLES[n] for n in named],
-         [[str(told.count(c)[n] or "") for n in named] for c in causes]),
+         [[str(diagnoses.count(c)[n] or "") for n in named] for c in causes]),
     ):  # fmt: skip
         for y, row in enumerate(texts):
             for x, text in enumerate(row):
@@ -696,7 +698,7 @@ def draw_signatures(run: JudgedRun) -> str | None:
 PARTS = ReportParts(
     conclusions=(TOLD_APART, SIGNATURE, COEFFICIENTS),
     answers={
-        "ME-4": told_from_metrics,
+        "ME-4": causes_from_metrics,
         "IP-4": parts_of_latency,
         "IP-5": first_token_late,
         "IP-6": token_slow,

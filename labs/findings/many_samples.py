@@ -91,15 +91,17 @@ def times_sentence(facts: Sequence[Cost]) -> str | None:
     one = next((c for c in facts if c.samples == 1 and c.seconds), None)
     if one is None or not one.seconds:
         return None
-    others = [c for c in facts if c.samples > 1 and c.seconds and c.variant == one.variant]
-    told = [
+    costs_of_several = [
+        c for c in facts if c.samples > 1 and c.seconds and c.variant == one.variant
+    ]
+    clauses = [
         f"{c.samples} in {_requests(c.requests)} take {c.seconds / one.seconds:.2f} times as long"
-        for c in others
+        for c in costs_of_several
         if c.seconds
     ]
-    if not told:
+    if not clauses:
         return None
-    return f"One sample takes {number(one.seconds, 's')}; with the cache on {', '.join(told)}."
+    return f"One sample takes {number(one.seconds, 's')}; with the cache on {', '.join(clauses)}."
 
 
 def _requests(count: int) -> str:
@@ -116,7 +118,7 @@ def hits_sentence(facts: Sequence[Cost]) -> str | None:
     if not known:
         return None
     rule = "(n - 1) floor((P - 1) / b) b of n P prompt tokens"
-    if all(abs(found - expected) < 1e-9 for found, expected in known):
+    if all(abs(hit_rate - expected) < 1e-9 for hit_rate, expected in known):
         return f"The engine found exactly {rule} in its cache, in one request as in many."
     return (
         f"By the blocks of the cache {rule} are found; more is found where all prompts share a"
@@ -393,12 +395,12 @@ class Larger:
     passed: float
 
     @property
-    def told_alone(self) -> str:
+    def alone_text(self) -> str:
         """Writes the samples for the same seconds; beyond those drawn their cost is not known."""
         return str(self.alone) if self.alone <= self.drawn else f"more than {self.drawn}"
 
     @property
-    def told_busy(self) -> str:
+    def busy_text(self) -> str:
         beyond = f" ({self.drawn} drawn)" if self.busy > self.drawn else ""
         return f"{self.busy}{beyond}"
 
@@ -472,8 +474,8 @@ def tell_larger(facts: LargerModel) -> Finding:
     rows = [["Larger model", "Parameters", "A step takes", "Samples, same seconds alone",
              "Samples, same FLOP", "A vote of these solves", "One of these is right"]]  # fmt: skip
     rows += [
-        [row.name, f"{row.params / 1e9:.1f} B", f"{row.times:.1f}x", row.told_alone,
-         row.told_busy, f"{100 * row.voted:.1f}%", f"{100 * row.passed:.1f}%"]
+        [row.name, f"{row.params / 1e9:.1f} B", f"{row.times:.1f}x", row.alone_text,
+         row.busy_text, f"{100 * row.voted:.1f}%", f"{100 * row.passed:.1f}%"]
         for row in facts.rows
     ]  # fmt: skip
     lines = []
@@ -608,9 +610,9 @@ def samples_or_size(run: JudgedRun) -> str | None:
         return None
     return (
         f"By arithmetic on this run's figures, an answer of a model of {row.params / 1e9:.1f} B"
-        f" parameters costs the FLOP of {row.told_busy} samples of the one served"
+        f" parameters costs the FLOP of {row.busy_text} samples of the one served"
         f" ({facts.params / 1e9:.2g} B), and on an engine that does nothing else the seconds of"
-        f" {row.told_alone}. On a busy engine it pays where it solves more than a vote of"
+        f" {row.alone_text}. On a busy engine it pays where it solves more than a vote of"
         f" {min(row.busy, row.drawn)} does, {100 * row.voted:.1f}% of these tasks, or more than"
         f" {100 * row.passed:.1f}% where something can check an answer. No larger model was"
         " measured."

@@ -189,17 +189,17 @@ class Classes:
 def classes(context: Context) -> Classes:
     """Splits the trials with priorities by class, and sets the same load without them beside."""
     split = [p for p in context.points if p.workload.priorities and isinstance(p.load, Offered)]
-    found = []
+    served = []
     for point in split:
         for priority in sorted(set(point.workload.priorities)):
-            found += _class_served(context, point, priority)
+            served += _class_served(context, point, priority)
     loads = {str(p.load) for p in split}
     for point in context.points:
         plain = not point.workload.priorities and not point.flags.turns_away
         if plain and str(point.load) in loads:
-            found += _class_served(context, point, None)
+            served += _class_served(context, point, None)
     times = [p.load.times for p in split if isinstance(p.load, Offered)]
-    return Classes(times[0] if times else None, tuple(found))
+    return Classes(times[0] if times else None, tuple(served))
 
 
 def _class_served(context: Context, point: Point, priority: int | None) -> list[ClassServed]:
@@ -505,14 +505,14 @@ def alarms(context: Context) -> tuple[Alarms, ...]:
     """Watch each load whose rate changes, in its trials and in those in virtual time."""
     played = context.predictions.in_virtual_time
     expected = played.watches if played else {}
-    found = []
+    alarms_of_loads = []
     for point in context.points:
         trials = list(_trials(context, point)) if is_watched(point.load) else []
         if trials:
             came = [watch(trial) for trial in trials]
             foreseen = expected.get(point.key, ())
             limits = thresholds(trials[0])
-            found.append(
+            alarms_of_loads.append(
                 Alarms(
                     load=point.load.words,
                     length_s=trials[0].summary.window_s[1],
@@ -525,7 +525,7 @@ def alarms(context: Context) -> tuple[Alarms, ...]:
                     alarms=tuple(_alarm(n, limits[n], came, foreseen) for n in SIGNAL_NAMES),
                 )
             )
-    return tuple(found)
+    return tuple(alarms_of_loads)
 
 
 def _breaches_s(watches: Sequence[Watch]) -> list[float]:
@@ -655,30 +655,30 @@ def scaling_signal(run: JudgedRun) -> str | None:
         return _leads(run).strip() or None
     early = [s for s in facts.signals if s.lead_s is not None]
     never = [s.name for s in facts.signals if s.lead_s is None]
-    told = [
+    clauses = [
         f"{s.name}, {number(s.lead_s, 's')} before"
         + (f" (in {s.alarms} of {facts.trials} trials)" if s.alarms < facts.trials else "")
         for s in early
     ]
-    alarms = f"an alarm came from: {'; '.join(told)}" if told else "no signal gave an alarm"
-    silent = f" None came from: {', '.join(never)}." if told and never else ""
+    alarms = f"an alarm came from: {'; '.join(clauses)}" if clauses else "no signal gave an alarm"
+    silent = f" None came from: {', '.join(never)}." if clauses and never else ""
     return f"Before the first request that came too late was sent, {alarms}.{silent}{_leads(run)}"
 
 
 def _leads(run: JudgedRun) -> str:
     """Tells which signal led by most where thresholds were set beforehand; "" where none did."""
-    told = []
+    lead_sentences = []
     for of in ALARMS.facts_of(run) or ():
         led = [a for a in of.alarms if a.lead_s is not None and a.led == of.broken]
         if led:
             first = max(led, key=lambda a: a.lead_s or 0.0)
             expected = number(first.forecast_lead_s, "s")
-            told.append(
+            lead_sentences.append(
                 f" With thresholds that were set beforehand, on {of.load}: {first.signal},"
                 f" {number(first.lead_s, 's')} before a request had waited as long as the SLO"
                 f" allows (forecast {expected}), with {first.false_alarms} false alarms."
             )
-    return "".join(told)
+    return "".join(lead_sentences)
 
 
 # -------------------------------------------------------------------------------------- its plots

@@ -80,7 +80,7 @@ def allocations(context: Context) -> Allocations | None:
     run: dict[int, Point] = {p.flags.block_size: p for p in paged}
     if whole := next((p for p in mixed if p not in paged), None):
         run[0] = whole
-    found = []
+    by_block = []
     for block in (0, *sorted({*BLOCKS, *run} - {0}, reverse=True)):
         # the engine keeps a block for itself; a contiguous allocator has no such block
         room = (capacity // block - 1) * block if block else capacity
@@ -88,7 +88,7 @@ def allocations(context: Context) -> Allocations | None:
         done = replay(lengths, len(lengths), room, block, 0 if block else stretch)
         point = run.get(block)
         if done:
-            found.append(
+            by_block.append(
                 Allocation(
                     block=block,
                     admitted=room / held if block else room // held,
@@ -97,7 +97,7 @@ def allocations(context: Context) -> Allocations | None:
                     measured=context.mean(point, "batch") if point else None,
                 )
             )
-    return Allocations(users, capacity, stretch, tuple(found))
+    return Allocations(users, capacity, stretch, tuple(by_block))
 
 
 def tell_allocator(facts: Allocations | None) -> Finding:
@@ -363,7 +363,7 @@ def heads_compared(context: Context) -> HeadsCompared | None:
         return None
     shape, flags = near.shape, near.flags
     served = {p.shape.kv_heads: n for n in ("mha", "gqa") if (p := at.get((n, "near")))}
-    found = []
+    heads = []
     for count in sorted({shape.heads, shape.kv_heads, 1}, reverse=True):
         of, variant = replace(shape, kv_heads=count), served.get(count, "")
         here = {w: p for w in ("near", "far") if (p := at.get((variant, w)))}
@@ -374,7 +374,7 @@ def heads_compared(context: Context) -> HeadsCompared | None:
         near_s, far_s = (
             context.mean(here[w], "tpot_mean_s") if w in here else None for w in ("near", "far")
         )
-        found.append(
+        heads.append(
             Heads(
                 kv_heads=count,
                 kv_bytes_per_token=of.kv_bytes_per_token(flags.kv_value_bytes),
@@ -386,7 +386,7 @@ def heads_compared(context: Context) -> HeadsCompared | None:
             )
         )
     return HeadsCompared(
-        shape.heads, shape.kv_heads, flags.kv_cache_memory_bytes, far.context_tokens, tuple(found)
+        shape.heads, shape.kv_heads, flags.kv_cache_memory_bytes, far.context_tokens, tuple(heads)
     )
 
 
@@ -512,8 +512,8 @@ def block_size(run: JudgedRun) -> str | None:
         f"{number(a.replayed.wasted_tokens)} tokens with blocks of {a.block}" for a in facts.served
     )
     step = run.ratio("step")
-    found = WATERMARK.facts_of(run)
-    kept_free = watermark_sentence(found) if found else None
+    watermark = WATERMARK.facts_of(run)
+    kept_free = watermark_sentence(watermark) if watermark else None
     return (
         "Keys and values lie in blocks, which a table finds wherever they are, so that a request"
         " holds what it has written in whole blocks and wastes about half of the last one"
@@ -526,13 +526,13 @@ def block_size(run: JudgedRun) -> str | None:
 
 def contiguous(run: JudgedRun) -> str | None:
     facts, at_once = ALLOCATOR.facts_of(run), run.ratio("admitted")
-    told = facts and gain_sentence(facts)
-    if not facts or not told or at_once is None:
+    gain = facts and gain_sentence(facts)
+    if not facts or not gain or at_once is None:
         return None
     rate = run.ratio("throughput")
     return (
         f"It reserves {facts.stretch_tokens} tokens, the longest that may come, for requests that"
-        f" end sooner. {told} Paged beside contiguous: {at_once} the requests in decode"
+        f" end sooner. {gain} Paged beside contiguous: {at_once} the requests in decode"
         f"{f', and {rate} the throughput' if rate else ''}."
     )
 

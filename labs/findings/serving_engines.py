@@ -163,9 +163,9 @@ def same_words(context: Context) -> tuple[SameWords, ...]:
 
 def leading_share(text: str, other: str) -> float:
     """Returns the share of the longer text's words before the first that differs."""
-    words, others = text.split(), other.split()
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(words, others)))  # noqa: B905
-    return same / max(len(words), len(others), 1)
+    words, other_words = text.split(), other.split()
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(words, other_words)))  # noqa: B905
+    return same / max(len(words), len(other_words), 1)
 
 
 def tell_same_words(facts: tuple[SameWords, ...]) -> Finding:
@@ -203,7 +203,7 @@ class Lacking:
     engine: str
     title: str
     version: str | None
-    shown: int  # of the metrics that the lab knows
+    metric_count: int  # of the metrics that the lab knows
     lacks: tuple[str, ...]
 
 
@@ -212,7 +212,7 @@ class Lackings:
     """Holds the engines of a run."""
 
     engines: tuple[Lacking, ...]
-    most_shown: int
+    most_metrics: int
 
 
 def lackings(context: Context) -> Lackings:
@@ -224,13 +224,13 @@ def lackings(context: Context) -> Lackings:
                 engine=name,
                 title=engine.title,
                 version=version_of(engine.distributions),
-                shown=len(engine.shown_metrics()),
+                metric_count=len(engine.shown_metrics()),
                 lacks=tuple(engine.lacks),
             )
             for name in names
             for engine in [ENGINES[name]]
         ),
-        most_shown=len(ENGINES[DEFAULT_ENGINE].shown_metrics()),
+        most_metrics=len(ENGINES[DEFAULT_ENGINE].shown_metrics()),
     )
 
 
@@ -240,7 +240,7 @@ def tell_lackings(facts: Lackings) -> Finding:
         [
             e.title,
             e.version or "from PATH",
-            f"{e.shown} of {facts.most_shown}" if e.shown else "none",
+            f"{e.metric_count} of {facts.most_metrics}" if e.metric_count else "none",
             "; ".join(e.lacks) or "–",
         ]
         for e in facts.engines
@@ -270,7 +270,7 @@ def answer(run: JudgedRun) -> str | None:
     few, many = shared[0], shared[-1]
     alone = sorted((by_users[few] for by_users in loads.values()), key=lambda at: at.tpot_s)
     loaded = sorted((of_one[many] for of_one in loads.values()), key=lambda at: -at.tokens_per_s)
-    told = [
+    clauses = [
         f"With {few} user{'s' * (few > 1)} a token takes "
         + ", ".join(f"{number(at.tpot_s, 's')} (`{at.variant}`)" for at in alone),
         f"with {many} user{'s' * (many > 1)} the throughput is "
@@ -279,12 +279,12 @@ def answer(run: JudgedRun) -> str | None:
     words = SAME_WORDS.facts_of(run) or ()
     agreed = [w for w in words if w.compared]
     if agreed:
-        told.append(
+        clauses.append(
             "of vLLM's greedy answers to the same prompts "
             + ", ".join(f"`{w.variant}` wrote {w.same} of {w.compared}" for w in agreed)
             + " word for word"
         )
-    return "; ".join(told) + "."
+    return "; ".join(clauses) + "."
 
 
 PARTS = ReportParts(

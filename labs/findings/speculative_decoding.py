@@ -181,8 +181,10 @@ class Curve:
         They are the last load told before and the first told after the turn; loads between them are
         those where speculation is not told apart from the plain engine.
         """
-        told = [(n, says) for n, ratio in self.speed_ups if (says := wins(ratio)) is not None]
-        for (before, one), (after, other) in pairwise(told):
+        decided_loads = [
+            (n, says) for n, ratio in self.speed_ups if (says := wins(ratio)) is not None
+        ]
+        for (before, one), (after, other) in pairwise(decided_loads):
             if one != other:
                 return before, after, other
         return None
@@ -327,17 +329,17 @@ def turn_sentences(facts: SpeedUps) -> list[str]:
     """Says at which of the measured loads each curve wins or loses, and between which it turns."""
     lines = []
     for curve in facts.curves:
-        told: list[str] = []
+        clauses: list[str] = []
         for outcome, loads in groupby(curve.speed_ups, key=lambda load: wins(load[1])):
-            unit = "" if told else " in flight"
+            unit = "" if clauses else " in flight"
             at = (f"at {users}{unit}, {times_with_interval(ratio)}" for users, ratio in loads)
-            told.append(f"{WINS[outcome]} {', and '.join(at)}")
+            clauses.append(f"{WINS[outcome]} {', and '.join(at)}")
         turns = ""
         if turn := curve.turn:
             before, after, gains = turn
             start = "win" if gains else "lose"
             turns = f". It starts to {start} between {before} and {after} in flight"
-        lines.append(f"`{curve.variant}` on {curve.workload}: {'; '.join(told)}{turns}.")
+        lines.append(f"`{curve.variant}` on {curve.workload}: {'; '.join(clauses)}{turns}.")
     return lines
 
 
@@ -446,13 +448,13 @@ def draw_speculation(run: JudgedRun) -> str | None:
     rows[1][0].set_xscale("log", base=2)  # of all columns, which share their axes
     rows[1][0].set_xticks(users, [str(n) for n in users])
     rows[1][0].set_xlim(users[0] / 1.4, users[-1] * 1.4)
-    shown = [Line2D([], [], color=colour, marker="o", label=v) for v, colour in colours.items()]
-    shown += [Line2D([], [], color=GREY, **FORMULA, label="formula, measured parts")]
+    handles = [Line2D([], [], color=colour, marker="o", label=v) for v, colour in colours.items()]
+    handles += [Line2D([], [], color=GREY, **FORMULA, label="formula, measured parts")]
     if any(_forecast_speed_up(run, p.point) for p in points):
-        shown += [Line2D([], [], color=GREY, **FORESEEN, label="forecast before the run")]
-    columns = len(shown) if len(workloads) > 2 else 3
+        handles += [Line2D([], [], color=GREY, **FORESEEN, label="forecast before the run")]
+    columns = len(handles) if len(workloads) > 2 else 3
     figure.legend(
-        handles=shown, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
     )
     return (
         "Above: how far ahead guesses are right, at one stream. Below: what that gains, with"

@@ -170,8 +170,8 @@ def validity_sentence(facts: Validity) -> str | None:
 
 def control_characters_sentence(facts: Validity) -> str | None:
     """Names the backends that let control characters into strings; None where none did."""
-    found = {g.backend: g.control_characters for g in facts.groups if g.how == "imposed"}
-    by_backend = [f"{count} by `{name}`" for name, count in found.items() if count]
+    counts = {g.backend: g.control_characters for g in facts.groups if g.how == "imposed"}
+    by_backend = [f"{count} by `{name}`" for name, count in counts.items() if count]
     if not by_backend:
         return None
     return (
@@ -261,7 +261,7 @@ def hidden_sentence(facts: tuple[Overhead, ...]) -> str | None:
     known = [(o.masks_s, o.without_s, o) for o in facts if o.masks_s is not None and o.without_s]
     if not known:
         return None
-    masks_s, without_s, slowest = max(known, key=lambda found: found[0])
+    masks_s, without_s, slowest = max(known, key=lambda row: row[0])
     fits = "fit within" if masks_s < without_s else "do not fit within"
     return (
         f"The slowest masks, `{slowest.backend}`'s with {slowest.users} in flight"
@@ -294,14 +294,14 @@ class FirstToken:
 
 def first_tokens(context: Context) -> tuple[FirstToken, ...]:
     study = context.run.about.get("masks", {}).get("backends", {})
-    found = []
+    token_times = []
     for variant in context.lab.variants:
         probe = context.folder.probe_result("structures", variant.name) or {"took": []}
         for form in FORMS:
             took = [t for t in probe["took"] if t["form"] == form]
             if took:
                 timed = study.get(variant.name, {}).get("forms", {}).get(form)
-                found.append(
+                token_times.append(
                     FirstToken(
                         backend=variant.name,
                         form=form,
@@ -311,7 +311,7 @@ def first_tokens(context: Context) -> tuple[FirstToken, ...]:
                         compile_s=timed and timed["compile_s"],
                     )
                 )
-    return tuple(found)
+    return tuple(token_times)
 
 
 def tell_first_tokens(facts: tuple[FirstToken, ...]) -> Finding:
@@ -389,10 +389,10 @@ def masks(context: Context) -> Masks:
                 mask_s=timed["mask_s"],
                 most_hidden=int(one_s / timed["mask_s"]) if one_s else None,
             )
-            for backend, found in backends.items()
-            for form, timed in found["forms"].items()
+            for backend, result in backends.items()
+            for form, timed in result["forms"].items()
         ),
-        unusable={name: found["error"] for name, found in backends.items() if found["error"]},
+        unusable={name: result["error"] for name, result in backends.items() if result["error"]},
         vocabulary=study.get("vocabulary"),
     )
 
@@ -444,8 +444,8 @@ def constrained_decoding(run: JudgedRun) -> str | None:
     ]  # fmt: skip
     if waits:
         parts.append(f"the first answer of an unseen schema has a TTFT of {', '.join(waits)}")
-    found = VALIDITY.facts_of(run)
-    valid = found and validity_sentence(found)
+    validity_facts = VALIDITY.facts_of(run)
+    valid = validity_facts and validity_sentence(validity_facts)
     return f"{sentences(parts)} {valid or ''}".strip()
 
 

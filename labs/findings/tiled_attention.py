@@ -75,15 +75,15 @@ def least_squares(
         return None
     x, ones = given / y[:, None], np.ones(len(y))
     scale = np.abs(x).max(axis=0)  # columns of very different sizes
-    found, *_ = np.linalg.lstsq(x / scale, ones, rcond=None)
+    coefficients, *_ = np.linalg.lstsq(x / scale, ones, rcond=None)
     freedom = len(y) - len(columns)
     errors: Sequence[float | None] = [None] * len(columns)
     if freedom:
-        variance = float(np.sum((ones - x / scale @ found) ** 2)) / freedom
+        variance = float(np.sum((ones - x / scale @ coefficients) ** 2)) / freedom
         errors = np.sqrt(variance * np.diag(np.linalg.inv((x / scale).T @ (x / scale)))).tolist()
     return [
         Estimate(float(c / s), None if e is None else e / float(s), freedom)
-        for c, e, s in zip(found, errors, scale, strict=True)
+        for c, e, s in zip(coefficients, errors, scale, strict=True)
     ]
 
 
@@ -161,13 +161,13 @@ def power_of_memory(tokens: Sequence[int], peaks: Sequence[int]) -> Estimate | N
         return fixed + a * np.asarray(n) ** p
 
     try:
-        found, covariance = optimize.curve_fit(
+        parameters, covariance = optimize.curve_fit(
             model, x, y, p0=(0.0, 1.0, 1.5), sigma=y, bounds=([-1, 0, 0], [1, 2, 4])
         )
     except RuntimeError:
         return None
     error = float(np.sqrt(covariance[2, 2]))
-    return Estimate(float(found[2]), error if math.isfinite(error) else None, len(tokens) - 3)
+    return Estimate(float(parameters[2]), error if math.isfinite(error) else None, len(tokens) - 3)
 
 
 def power_of_time(tokens: Sequence[int], times_s: Sequence[Sequence[float]]) -> Estimate | None:
@@ -183,7 +183,7 @@ def power_of_time(tokens: Sequence[int], times_s: Sequence[Sequence[float]]) -> 
 
 
 def tiling(context: Context) -> Tiling:
-    times, told = context.folder.attention_times(), context.predictions.arithmetic
+    times, predicted = context.folder.attention_times(), context.predictions.arithmetic
     if times is None:
         return Tiling(None, (), (), None, None)
     shape, ceilings = context.points[0].shape, context.points[0].ceilings
@@ -196,7 +196,9 @@ def tiling(context: Context) -> Tiling:
             if figure == "memory"
             else power_of_time([*at], [t.times_s for t in at.values()])
         )
-        growths.append(Growth(figure, kernel, exponent, told.get(f"growth of {figure}, {kernel}")))
+        growths.append(
+            Growth(figure, kernel, exponent, predicted.get(f"growth of {figure}, {kernel}"))
+        )
     cache = times.cache_bytes
     return Tiling(
         times=times,
@@ -205,8 +207,8 @@ def tiling(context: Context) -> Tiling:
                 tokens=n,
                 untiled=untiled.get(n),
                 tiled=tiled.get(n),
-                peak=told.get(f"memory, untiled at {n}"),
-                ratio=told.get(f"time, tiled / untiled at {n}"),
+                peak=predicted.get(f"memory, untiled at {n}"),
+                ratio=predicted.get(f"time, tiled / untiled at {n}"),
                 traffic_bytes=(
                     theory.attention_bytes(shape, n, None),
                     theory.attention_bytes(shape, n, cache),
@@ -267,14 +269,14 @@ def _cores(count: int) -> str:
 
 def growth_sentences(facts: Tiling) -> Iterator[str]:
     for figure in ("memory", "time"):
-        told = [
+        clauses = [
             f"{NAMES[g.kernel]} as N^{value_with_interval(g.exponent.interval())}, predicted"
             f" {g.prediction.formula} ({g.outcome})"
             for g in facts.growths
             if g.figure == figure and g.exponent and g.prediction
         ]
-        if told:
-            yield f"{figure.capitalize()} grows {', '.join(told)}."
+        if clauses:
+            yield f"{figure.capitalize()} grows {', '.join(clauses)}."
 
 
 def peak_sentence(facts: Tiling) -> str | None:
@@ -301,11 +303,13 @@ def time_sentence(facts: Tiling) -> str | None:
     ratio = both.times_ratio if both else None
     if both is None or ratio is None:
         return None
-    told = f"There it takes with tiles {times_with_interval(ratio.ratio)} of the time without them"
+    measured_text = (
+        f"There it takes with tiles {times_with_interval(ratio.ratio)} of the time without them"
+    )
     if not both.ratio:
-        return f"{told}."
+        return f"{measured_text}."
     outcome = prediction_outcome(both.ratio, ratio.interval(TWO_ONE_SIDED))
-    return f"{told}, predicted at most 1 ({outcome})."
+    return f"{measured_text}, predicted at most 1 ({outcome})."
 
 
 def rate_sentence(facts: Tiling) -> str | None:
@@ -391,8 +395,8 @@ class Prompts:
 def quadratic(at: Sequence[tuple[float, float]]) -> Quadratic | None:
     """Fits (tokens, seconds); None for fewer than three different lengths."""
     tokens, seconds = [n for n, _ in at], [s for _, s in at]
-    found = least_squares([[1.0] * len(at), tokens, [n**2 for n in tokens]], seconds)
-    return Quadratic(*found) if found else None
+    coefficients = least_squares([[1.0] * len(at), tokens, [n**2 for n in tokens]], seconds)
+    return Quadratic(*coefficients) if coefficients else None
 
 
 def is_of_prompts(point: Point) -> bool:
@@ -400,7 +404,7 @@ def is_of_prompts(point: Point) -> bool:
 
 
 def prompts(context: Context) -> Prompts:
-    told, forecasts = context.predictions.arithmetic, ttft_forecasts(context)
+    predicted, forecasts = context.predictions.arithmetic, ttft_forecasts(context)
     lengths, samples, forecast = [], [], []
     for point in sorted(filter(is_of_prompts, context.points), key=lambda p: p.prompt_tokens):
         n, band = point.prompt_tokens, forecasts.get(point.key)
@@ -411,7 +415,7 @@ def prompts(context: Context) -> Prompts:
         if measured:
             lengths.append(
                 PromptLength(
-                    n, measured, band, told.get(f"share of TTFT that grows as N^2 at {n:.0f}")
+                    n, measured, band, predicted.get(f"share of TTFT that grows as N^2 at {n:.0f}")
                 )
             )
     return Prompts(tuple(lengths), quadratic(samples), quadratic(forecast))
@@ -447,10 +451,10 @@ def tell_prompts(facts: Prompts) -> Finding:
 
 
 def share_text(share: Estimate) -> str:
-    found = share.interval()
-    if found.low is None or found.high is None:
-        return f"{found.value:.0%}"
-    return f"{found.value:.0%} ({found.low:.0%} to {found.high:.0%})"
+    interval = share.interval()
+    if interval.low is None or interval.high is None:
+        return f"{interval.value:.0%}"
+    return f"{interval.value:.0%} ({interval.low:.0%} to {interval.high:.0%})"
 
 
 def prompt_sentence(facts: Prompts) -> str | None:
@@ -459,10 +463,10 @@ def prompt_sentence(facts: Prompts) -> str | None:
     if longest is None or fit is None:
         return None
     share = fit.share(longest.tokens)
-    found = share.interval()
+    interval = share.interval()
     so = ""
-    if found.low is not None:
-        so = ": it shows" if found.low > 0 else ": it is not told apart from none"
+    if interval.low is not None:
+        so = ": it shows" if interval.low > 0 else ": it is not told apart from none"
     by_flop = (
         f"; of the FLOP it is {longest.flop_share.value:.0%} ({share.outcome(longest.flop_share)})"
         if longest.flop_share
@@ -471,7 +475,7 @@ def prompt_sentence(facts: Prompts) -> str | None:
     forecast = (
         f", forecast {facts.forecast.share(longest.tokens).value:.0%}" if facts.forecast else ""
     )
-    if found.value <= 0 and not so:
+    if interval.value <= 0 and not so:
         so = ": a fit that bends down shows none"
     return (
         f"At {longest.tokens:,.0f} tokens {share_text(share)} of TTFT grows as N^2{forecast}"
@@ -550,7 +554,7 @@ class Contexts:
 
 
 def contexts(context: Context) -> tuple[Contexts, ...]:
-    floor, found = context.predictions.arithmetic.get("TPOT for each token of context"), []
+    floor, by_variant = context.predictions.arithmetic.get("TPOT for each token of context"), []
     for variant in context.lab.variants:
         points = [
             p for p in context.points if p.variant.name == variant.name and not is_of_prompts(p)
@@ -572,13 +576,13 @@ def contexts(context: Context) -> tuple[Contexts, ...]:
             [[1.0] * len(samples), [n for n, _ in samples]], [s for _, s in samples]
         )
         shape = points[0].shape
-        found.append(
+        by_variant.append(
             Contexts(
                 variant.name, steps, Line(*fit) if fit else None, shape.kv_bytes_per_token(),
                 points[0].ceilings, floor,
             )
         )  # fmt: skip
-    return tuple(found)
+    return tuple(by_variant)
 
 
 def gigabytes_per_s(rate: float | None) -> str:
@@ -649,18 +653,18 @@ def cuts_traffic(run: JudgedRun) -> str | None:
         if both.traffic_bytes
         else None
     )
-    told = [*growth_sentences(facts), peak_sentence(facts), time_sentence(facts), saved]
+    texts = [*growth_sentences(facts), peak_sentence(facts), time_sentence(facts), saved]
     return (
         "It never writes the scores down: a tile of them is made, used and thrown away in the"
-        f" caches. {' '.join(filter(None, told))}"
+        f" caches. {' '.join(filter(None, texts))}"
     )
 
 
 def splitting(run: JudgedRun) -> str | None:
     facts = CONTEXTS.facts_of(run)
     default = facts[0] if facts else None
-    told = slope_sentence(default) if default else None
-    if default is None or told is None:
+    slope = slope_sentence(default) if default else None
+    if default is None or slope is None:
         return None
     split, near = run.ratio("split"), run.ratio("split-near")
     if split:
@@ -668,11 +672,11 @@ def splitting(run: JudgedRun) -> str | None:
         return (
             "With one request there are fewer KV heads than processors, and without splits the"
             f" others wait. Measured, split beside one piece: {split} the TPOT behind a long"
-            f" context{beside}. {told}"
+            f" context{beside}. {slope}"
         )
     return (
         "It lets processors read that have no KV head of their own. That was not compared here:"
-        f" {NOT_COMPARED[run.run.machine.kind]}. {told}"
+        f" {NOT_COMPARED[run.run.machine.kind]}. {slope}"
     )
 
 

@@ -58,11 +58,11 @@ def served_weights(context: Context) -> tuple[Served, ...]:
         effect = context.effect(ours, dense, metric) if ours and dense and ours != dense else None
         return effect.ratio if effect else None
 
-    found = []
+    served = []
     for variant in context.lab.variants:
         about = context.run.about.get(variant.weights, {})
         alone = at(variant.name, 1)
-        found.append(
+        served.append(
             Served(
                 variant=variant.name,
                 asked=about.get("asked"),
@@ -76,7 +76,7 @@ def served_weights(context: Context) -> tuple[Served, ...]:
                 users=users,
             )
         )
-    return tuple(found)
+    return tuple(served)
 
 
 def tell_served(facts: tuple[Served, ...]) -> Finding:
@@ -181,10 +181,10 @@ def sweep(context: Context) -> Sweep | None:
         )
 
     dense = scored("dense")
-    found = tuple(scored(name) for name in about["loss_nats"] if name != "dense")
+    pruned = tuple(scored(name) for name in about["loss_nats"] if name != "dense")
     facts = Sweep(
         dense=dense,
-        all=found,
+        all=pruned,
         tasks=len(about["solved"]["dense"]),
         tokens=sum(sizes),
         held_out_sha256=about["held_out_sha256"],
@@ -261,14 +261,15 @@ def knee_sentence(facts: Sweep) -> str:
 
 
 def energy_sentence(facts: Sweep) -> str:
-    seen = facts.of("magnitude")
-    if not seen:
+    by_magnitude = facts.of("magnitude")
+    if not by_magnitude:
         return "How much energy goes by magnitude was not measured."
-    far = max(seen, key=lambda s: abs(math.log(s.energy_gone / s.energy_normal)))
+    first, last = by_magnitude[0], by_magnitude[-1]
+    far = max(by_magnitude, key=lambda s: abs(math.log(s.energy_gone / s.energy_normal)))
     return (
-        f"By magnitude, {seen[0].share:.0%} of the weights hold {seen[0].energy_gone:.2%} of the"
-        f" energy and {seen[-1].share:.0%} hold {seen[-1].energy_gone:.1%}. Normal weights were"
-        f" forecast to hold {seen[0].energy_normal:.2%} and {seen[-1].energy_normal:.1%}; the"
+        f"By magnitude, {first.share:.0%} of the weights hold {first.energy_gone:.2%} of the"
+        f" energy and {last.share:.0%} hold {last.energy_gone:.1%}. Normal weights were"
+        f" forecast to hold {first.energy_normal:.2%} and {last.energy_normal:.1%}; the"
         f" forecast is farthest off at {far.share:.0%}, where"
         f" {far.energy_gone / far.energy_normal:.2f} times as much goes."
     )

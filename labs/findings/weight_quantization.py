@@ -104,14 +104,14 @@ def tell_outliers(facts: Outliers | None) -> Finding:
         known = r.low is not None and r.high is not None
         beside = [f"{r.ratio:.3f}", f"{r.low:.3f} to {r.high:.3f}"] if known else ["–", "–"]
         rows.append([r.how, f"{r.perplexity:.2f}", *beside])
-    seen = "; ".join(
+    channel_text = "; ".join(
         f"{i.of}: {i.largest_over_median:,.0f} times the median channel, kurtosis"
         f" {i.mean_kurtosis:,.0f} on average and {i.max_kurtosis:,.0f} at most"
         for i in facts.inputs
     )
     lines = [
-        f"The largest channel among the inputs of the linear layers, in the worst layer: {seen}. A"
-        " normal distribution has kurtosis 3.",
+        "The largest channel among the inputs of the linear layers, in the worst layer:"
+        f" {channel_text}. A normal distribution has kurtosis 3.",
         scales_sentence(facts),
         "Simulated in float32 with the model itself on the held-out text, a third of which sets the"
         " scales; intervals are paired over passages. The quality of the served weights is below.",

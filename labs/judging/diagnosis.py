@@ -173,12 +173,12 @@ class Reading:
         return bucket[1] if bucket else None
 
     def _histogram(self, name: str) -> Histogram | None:
-        found = self.counted.histograms.get(name)
-        return found if found and found.count > 0 else None
+        histogram = self.counted.histograms.get(name)
+        return histogram if histogram and histogram.count > 0 else None
 
     def _mean(self, name: str) -> float | None:
-        found = self._histogram(name)
-        return found.mean() if found else None
+        histogram = self._histogram(name)
+        return histogram.mean() if histogram else None
 
     def _ratio(self, part: str, whole: str) -> float | None:
         total = self.counted.values.get(whole)
@@ -239,14 +239,14 @@ def _compared(now: Reading, healthy: Reading) -> Diagnosis:
 
 
 def _symptoms(now: Reading, healthy: Reading) -> Sequence[Symptom]:
-    found: list[Symptom] = []
+    symptoms: list[Symptom] = []
     if _times(now.ttft_s, healthy.ttft_s) > LATER_FIRST_TOKEN:
-        found.append(LATER)
+        symptoms.append(LATER)
     if _times(now.tpot_s, healthy.tpot_s) > SLOWER_TOKEN:
-        found.append(SLOWER)
+        symptoms.append(SLOWER)
     if more_long_gaps(now, healthy) > MORE_LONG_GAPS:
-        found.append(GAPS)
-    return found
+        symptoms.append(GAPS)
+    return symptoms
 
 
 def more_long_gaps(now: Reading, healthy: Reading) -> float:

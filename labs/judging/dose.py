@@ -209,8 +209,8 @@ def accepted_share(trial: Trial, predicted: float) -> Bounds | None:
     guesses = int(config["num_speculative_tokens"])
     share = sum(predicted**i for i in range(1, guesses + 1)) / guesses
     chance = 2 * 0.5 / math.sqrt(drafts)
-    told = config.get("rejection_sample_method") == "synthetic"
-    high = (1 + BAND) * share + chance if told else 1.0
+    synthetic = config.get("rejection_sample_method") == "synthetic"
+    high = (1 + BAND) * share + chance if synthetic else 1.0
     return Bounds(max(0.0, (1 - BAND) * share - chance), high)
 
 

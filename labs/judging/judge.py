@@ -286,7 +286,7 @@ def effect(
         terms += [(float(np.var(u, ddof=1)) / len(u), len(u) - 1) for u in units]
         error, freedom = _standard_error(terms)
     value = math.exp(float(np.mean(units[0]) - np.mean(units[1])))
-    found = Effect(
+    estimate = Effect(
         ratio=Interval(value=value, low=None, high=None, n=min(counts)),
         spread=spread,
         error=error,
@@ -294,7 +294,7 @@ def effect(
         looks=looks,
         starts=least_starts,
     )
-    return found.model_copy(update={"ratio": found.interval(CONFIDENCE)})
+    return estimate.model_copy(update={"ratio": estimate.interval(CONFIDENCE)})
 
 
 def _means_by_start(logs: Mapping[int, float], starts: Starts) -> list[float]:

@@ -57,7 +57,7 @@ class OtherWork:
     """
 
     steal_share: float | None = None  # taken by other guests of the host
-    others_share: float | None = None  # used by other processes of this machine
+    other_processes_share: float | None = None  # used by other processes of this machine
     engine_share: float | None = None  # used by the engine
     gpu_processes: int | None = None  # of others, on the GPUs of this machine
 

@@ -298,22 +298,26 @@ def step_times_s(trial: Trial) -> tuple[list[float], list[float]]:
 
 def _other_work(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     """Check that the machine worked for this trial alone; an endpoint's machine is not known."""
-    others = trial.other_work
-    if (others.steal_share or 0.0) > MOST_STEAL:
-        text = f"other guests of the host took {others.steal_share:.1%} of this trial's CPU time"
+    other_work = trial.other_work
+    if (other_work.steal_share or 0.0) > MOST_STEAL:
+        text = (
+            f"other guests of the host took {other_work.steal_share:.1%} of this trial's CPU time"
+        )
         yield _caveat(trial, "load from others", text)
-    if others.gpu_processes:
-        text = f"{others.gpu_processes} other processes used the GPU: end them and measure again"
+    if other_work.gpu_processes:
+        text = (
+            f"{other_work.gpu_processes} other processes used the GPU: end them and measure again"
+        )
         yield _caveat(trial, "GPU shared", text)
-    if others.others_share is None or expected.endpoint:
+    if other_work.other_processes_share is None or expected.endpoint:
         return
     # an old trial did not record what the engine used: it was no more than others left
-    engine_share = others.engine_share
+    engine_share = other_work.engine_share
     of = "the engine's CPU time" if engine_share is not None else "the CPU time that was left"
     if engine_share is None:
-        engine_share = 1 - others.others_share
-    if others.others_share > max(LEAST_OTHERS, MOST_OTHERS * engine_share):
-        relative = others.others_share / engine_share if engine_share else math.inf
+        engine_share = 1 - other_work.other_processes_share
+    if other_work.other_processes_share > max(LEAST_OTHERS, MOST_OTHERS * engine_share):
+        relative = other_work.other_processes_share / engine_share if engine_share else math.inf
         yield _caveat(
             trial,
             "other processes",
@@ -324,9 +328,9 @@ def _other_work(trial: Trial, expected: Expected) -> Iterator[Caveat]:
 
 def _unreadable(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     """Check that the engine's metrics could be read, those at least on which the checks rest."""
-    shown = ENGINES[trial.point.variant.engine].shown_metrics()
+    known_metrics = ENGINES[trial.point.variant.engine].shown_metrics()
     if trial.engine is None:
-        if not shown and not expected.endpoint:
+        if not known_metrics and not expected.endpoint:
             text = "it has no page of metrics: what it did is proved from the client's side alone"
             yield _caveat(trial, "engine shows no metrics", text, blocks=False)
         elif expected.metrics_read:
@@ -339,9 +343,9 @@ def _unreadable(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     needed = [metrics.REQUESTS, metrics.PROMPT_TOKENS, metrics.GENERATION_TOKENS]
     needed += [metrics.PREFIX_HITS] if dose.caching(trial) and not expected.endpoint else []
     if not expected.endpoint:
-        needed = [name for name in needed if name in shown]
+        needed = [name for name in needed if name in known_metrics]
     missing = [name for name in needed if name not in trial.engine.values]
-    if metrics.TTFT in shown or expected.endpoint:
+    if metrics.TTFT in known_metrics or expected.endpoint:
         missing += [metrics.TTFT] if metrics.TTFT not in trial.engine.histograms else []
     if missing:
         text = f"the engine shows no {', '.join(missing)}: was it renamed in this version?"
@@ -448,7 +452,7 @@ def _treated(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     for fault in _not_guessed(trial, expected):
         yield _caveat(trial, "treatment not applied", fault)
     for item in expected.evidence:
-        if item.arm.matches(trial.point) and not _shown(item, trial):
+        if item.arm.matches(trial.point) and not _evidence_holds(item, trial):
             yield _caveat(trial, "treatment not applied", f"the engine does not show {item}")
 
 
@@ -597,7 +601,7 @@ def _not_guessed(trial: Trial, expected: Expected) -> Iterator[str]:
         )
 
 
-def _shown(evidence: Evidence, trial: Trial) -> bool:
+def _evidence_holds(evidence: Evidence, trial: Trial) -> bool:
     assert trial.engine
     if evidence.kind == "echoes":
         echoed = trial.engine.info.get(evidence.metric, {}).get(evidence.label)

@@ -285,8 +285,8 @@ def _figures(folder: RunFolder) -> Iterator[str]:
     for key in summary.measurements:
         for metric in METRICS.values():
             if metric.exported:
-                shown = summary.figure(key, metric.name)
-                put_interval(series.MEASUREMENT, shown, **_point(key), **_metric(metric.name))
+                figure = summary.figure(key, metric.name)
+                put_interval(series.MEASUREMENT, figure, **_point(key), **_metric(metric.name))
     for j in summary.judgements:
         claim = {"claim": j.claim, "title": j.title, "treatment": j.treatment,
                  "baseline": j.baseline}  # fmt: skip

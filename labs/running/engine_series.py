@@ -36,8 +36,8 @@ def keep(folder: RunFolder, points: Sequence[Point], lab: Lab, there: Prometheus
             start = trial.summary.started_unix_s
             end = start + trial.length_s + A_SCRAPE_S
             matchers = {"lab": lab.name, "run_id": folder.path.name, "variant": point.variant.name}
-            found = there.samples(_selector(matchers), start, end)
-            kept = [_kept(labels, samples, start) for labels, samples in found]
+            scraped_series = there.samples(_selector(matchers), start, end)
+            kept = [_kept(labels, samples, start) for labels, samples in scraped_series]
             if kept:
                 write_gzip(home / FILE, [one.model_dump() for one in kept])
 

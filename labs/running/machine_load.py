@@ -18,7 +18,7 @@ class Shares(NamedTuple):
     """Shares of the time of all CPU cores; the engine's is None where its processes are unknown."""
 
     steal: float  # taken by other guests of the host
-    others: float  # used by other processes of this machine
+    other_processes: float  # used by other processes of this machine
     engine: float | None
 
 

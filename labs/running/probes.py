@@ -194,8 +194,8 @@ def structures(served: ProbedEngine, each: int = 6, timed: int = 3) -> dict[str,
         answered = list(pool.map(lambda asked: choice(asked[2]), asking))
     answers = [
         {"form": form, "how": how, "structure": dict(spec(form)), "tokens": tokens,
-         "text": found["message"]["content"] or "", "finish": found["finish_reason"]}
-        for (form, how, _), (found, tokens) in zip(asking, answered, strict=True)
+         "text": reply["message"]["content"] or "", "finish": reply["finish_reason"]}
+        for (form, how, _), (reply, tokens) in zip(asking, answered, strict=True)
     ]  # fmt: skip
     return {"took": took, "answers": answers}
 

@@ -29,13 +29,13 @@ def unfinished(now: Run) -> RunFolder | None:
     None where there is none. Raises CannotResume where there are some and each was measured
     otherwise.
     """
-    found = [(folder, _differences(run, now)) for folder, run in _candidates(now)]
-    for folder, differences in found:
+    candidates = [(folder, _differences(run, now)) for folder, run in _candidates(now)]
+    for folder, differences in candidates:
         if not differences:
             return folder
-    if not found:
+    if not candidates:
         return None
-    folder, differences = found[0]
+    folder, differences = candidates[0]
     change = manifest.likeliest_cause(differences, ("then", "now"))
     raise CannotResume(
         f"the unfinished run {folder.path} cannot be continued, because its trials would not be"

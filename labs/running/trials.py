@@ -261,7 +261,7 @@ class Trials:
             took_s=result.took_s,
         )
 
-    def _already_seen(self, point: Point) -> int:
+    def _requests_to_skip(self, point: Point) -> int:
         """Count the requests that another attempt must not send again.
 
         A structure that the engine is not to have seen is compiled, and cached, once it was sent.
@@ -307,7 +307,7 @@ class Trials:
             url=engine.url,
             arrival=point.load,
             requests=sending,
-            skip=self._already_seen(point),
+            skip=self._requests_to_skip(point),
             records=path,
             warmup_s=point.workload.warmup_s or lab.warmup_s,
             window_s=lab.window_s,
@@ -333,7 +333,7 @@ class Trials:
             raise
         self._telemetry.write(path.with_name("telemetry.csv.gz"), summary.started_monotonic_s)
         self.load_s += time.monotonic() - load_began
-        shares, gpu_others = other_load.shares(), self._telemetry.foreign_processes()
+        shares, foreign_processes = other_load.shares(), self._telemetry.foreign_processes()
         request_records = list(records.read(path))
         succeeded = [r for r in request_records if r.ok]
         if (
@@ -356,9 +356,9 @@ class Trials:
             engine=None if engine_counters is None else snapshot_json(engine_counters),
             start=self._engines.starts[point.variant.name] if self._in_turn else None,
             cpu_steal=shares.steal,
-            cpu_others=shares.others,
+            cpu_others=shares.other_processes,
             cpu_engine=shares.engine,
-            gpu_others=gpu_others,
+            gpu_others=foreign_processes,
             took_s=round(time.monotonic() - began, 3),
         )
         return Played(result, rate, succeeded, engine_counters)

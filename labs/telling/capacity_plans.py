@@ -177,8 +177,10 @@ def _answer(plan: CapacityPlan) -> Paragraph:
     """Answer in one sentence or two."""
     served = next(fit for fit in plan.fits if fit.precision == plan.precision)
     if plan.alone is None:
-        others = [f.precision for f in plan.fits if f.kv_tokens >= plan.demand.tokens]
-        instead = f"It fits with {', '.join(others)}." if others else "It fits at no precision."
+        precisions = [f.precision for f in plan.fits if f.kv_tokens >= plan.demand.tokens]
+        instead = (
+            f"It fits with {', '.join(precisions)}." if precisions else "It fits at no precision."
+        )
         left = served.usable_bytes - served.weight_bytes
         weights = f"It does not fit: {served.weight_bytes / 1e9:.1f} GB of weights"
         text = (
@@ -259,14 +261,14 @@ def _one_gpu(plan: CapacityPlan) -> Sequence[Block]:
     ]
     header = ("Offered", "Within the objective", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99",
               "Prefix hits", "Preemptions")  # fmt: skip
-    told = (
+    note = (
         Emphasis("Forecast."),
         f" {min((r.expected.requests for r in plan.rates), default=0):,} requests or more count at"
         " each rate, after a warm-up as long as an answer within the objective may last."
         " Where the queue grows without end, TTFT is far beyond its limit, and would be longer"
         " still over a longer time.",
     )
-    return table(header, rows), Paragraph(told) if rows else Paragraph("")
+    return table(header, rows), Paragraph(note) if rows else Paragraph("")
 
 
 def _fleet(plan: CapacityPlan) -> Sequence[Block]:
@@ -284,7 +286,7 @@ def _fleet(plan: CapacityPlan) -> Sequence[Block]:
     ]
     header = ("Router", "Within the objective", "TTFT p50", "TTFT p99", "TPOT p99", "Prefix hits",
               "Preemptions")  # fmt: skip
-    told = (
+    note = (
         Emphasis("Forecast."),
         f" {plan.fleets[0].expected.requests if plan.fleets else 0:,} requests count, the same for"
         " each router. The network between router and replicas takes no time, each replica's server"
@@ -292,7 +294,7 @@ def _fleet(plan: CapacityPlan) -> Sequence[Block]:
         " replicas do not fail. The prefix-aware router follows the rule of SGLang's: a prompt goes"
         " where its beginning was sent before, unless that replica is overloaded.",
     )
-    return (table(header, rows), Paragraph(told)) if rows else ()
+    return (table(header, rows), Paragraph(note)) if rows else ()
 
 
 def _money(plan: CapacityPlan) -> Sequence[Block]:
@@ -316,12 +318,12 @@ def _money(plan: CapacityPlan) -> Sequence[Block]:
             ["Break-even, tokens a day, in millions", number(millions), "arithmetic",
              f"24 h x {price.usd_per_hour:g} USD/h / {price.api_usd_per_million:g} USD a million"]
         )  # fmt: skip
-    told = (
+    note = (
         "A rented GPU costs the same when it is idle. Below the break-even, bought tokens are"
         " cheaper; a break-even beyond what the GPU can produce in a day is never reached. You gave"
         " both prices; the price of prompt tokens, which most APIs charge too, is left out."
     )
-    return table(("Figure", "Value", "Kind", "From"), rows), Paragraph(told)
+    return table(("Figure", "Value", "Kind", "From"), rows), Paragraph(note)
 
 
 def break_even_millions(usd_per_hour: float, usd_per_million: float) -> float:
@@ -338,8 +340,8 @@ def with_band(band: Band | None, unit: str) -> str:
     """Write `50 (43.3 to 55) tok/s`; without a band the figure alone, no figure as a dash."""
     if band is None or band.low == band.high:
         return number(band.value if band else None, unit)
-    shown, low, high = (
+    figure, low, high = (
         number(value, unit if unit in ("s", "share") else "1")
         for value in (band.value, band.low, band.high)
     )
-    return f"{shown} ({low} to {high})" + ("" if unit in ("s", "share", "1") else f" {unit}")
+    return f"{figure} ({low} to {high})" + ("" if unit in ("s", "share", "1") else f" {unit}")

@@ -196,7 +196,7 @@ def _played(
     """Return the quantiles of each latency and the requests of each trial, read one by one."""
     seconds: dict[Latency, Samples] = {latency: {} for latency in DRAWN}
     long: Samples = {}
-    shown = _shared_out(_sent(folder, points, lab), room.requests)
+    most_by_trial = _shared_out(_sent(folder, points, lab), room.requests)
     rows: list[dict[str, Any]] = []
     for point, result, trial in folder.trials(points, lab):
         for latency, of_points in seconds.items():
@@ -204,7 +204,7 @@ def _played(
             of_points.setdefault(point.key, array("d")).extend(drawn)
         waits = [r.ttft_s for r in trial.intruders] if trial else []
         long.setdefault(point.key, array("d")).extend(w for w in waits if w is not None)
-        most = shown.get((point.key, result.repeat), LEAST_REQUESTS)
+        most = most_by_trial.get((point.key, result.repeat), LEAST_REQUESTS)
         rows.append(_requests(point, result, trial, most, errors))
         del trial  # before the next one is read
     named = {latency.attribute: (latency.title, of) for latency, of in seconds.items()}
@@ -221,12 +221,12 @@ def _played(
 
 def _sent(folder: RunFolder, points: list[Point], lab: Lab) -> dict[tuple[str, int], int]:
     """Return how many requests each trial has sent, by point and repeat."""
-    found = {
+    trial_results = {
         (point.key, repeat): folder.trial_result(point, repeat)
         for point in points
         for repeat in range(1, lab.rounds + 1)
     }
-    return {name: of.summary.sent for name, of in found.items() if of and of.summary}
+    return {name: of.summary.sent for name, of in trial_results.items() if of and of.summary}
 
 
 def _shared_out(sent: Mapping[tuple[str, int], int], most: int) -> dict[tuple[str, int], int]:
@@ -236,11 +236,11 @@ def _shared_out(sent: Mapping[tuple[str, int], int], most: int) -> dict[tuple[st
     requests alone nobody sees how a batch fills.
     """
     first = sum(count for (_, repeat), count in sent.items() if repeat == 1)
-    others = sum(sent.values()) - first
+    later = sum(sent.values()) - first
     of_first = min(1.0, most / first) if first else 1.0
-    of_others = min(1.0, max(0, most - first) / others) if others else 1.0
+    of_later = min(1.0, max(0, most - first) / later) if later else 1.0
     return {
-        (key, repeat): max(LEAST_REQUESTS, round(count * (of_first if repeat == 1 else of_others)))
+        (key, repeat): max(LEAST_REQUESTS, round(count * (of_first if repeat == 1 else of_later)))
         for (key, repeat), count in sent.items()
     }
 
@@ -280,14 +280,14 @@ def _requests(
     identity: dict[str, Any] = {"point": point.key, "repeat": result.repeat}
     if trial is None:
         return {**identity, "failed": result.failed or "no summary"}
-    shown = heapq.nlargest(most, trial.records, key=_length_s)
-    shown.sort(key=lambda r: r.start_s)
+    records = heapq.nlargest(most, trial.records, key=_length_s)
+    records.sort(key=lambda r: r.start_s)
     histograms = trial.engine.histograms if trial.engine else {}
-    long = [i for i, r in enumerate(shown) if point.workload.is_intruder(r.index)]
+    long = [i for i, r in enumerate(records) if point.workload.is_intruder(r.index)]
     refused = {id(r) for r in trial.turned_away}
     failed = {
         i: errors.setdefault(_went_wrong(r.error, id(r) in refused), len(errors))
-        for i, r in enumerate(shown)
+        for i, r in enumerate(records)
         if r.error
     }
     return {
@@ -301,8 +301,8 @@ def _requests(
             for name in (metrics.QUEUE_TIME, metrics.PREFILL_TIME, metrics.DECODE_TIME)
         ],
         "open_loop": point.load.open_loop,
-        "shown": len(shown),
-        "columns": [_packed(name, column) for name, column in _columns(shown).items()],
+        "shown": len(records),
+        "columns": [_packed(name, column) for name, column in _columns(records).items()],
         **({"long": long} if long else {}),
         **({"errors": failed} if failed else {}),
     }
@@ -313,7 +313,7 @@ def _length_s(record: RequestRecord) -> float:
     return float("inf") if record.e2e_s is None else record.e2e_s
 
 
-def _columns(shown: Sequence[RequestRecord]) -> dict[str, list[int | None]]:
+def _columns(records: Sequence[RequestRecord]) -> dict[str, list[int | None]]:
     """Return the requests' columns: times in 0.1 ms, all but the start counted from it.
 
     They are those of `COLUMNS`, in its order.
@@ -321,20 +321,20 @@ def _columns(shown: Sequence[RequestRecord]) -> dict[str, list[int | None]]:
 
     def since_start(times: Sequence[float | None]) -> list[int | None]:
         return [
-            None if t is None else _dms(t - r.start_s) for t, r in zip(times, shown, strict=True)
+            None if t is None else _dms(t - r.start_s) for t, r in zip(times, records, strict=True)
         ]
 
     return {
-        "index": [r.index for r in shown],
-        "start_dms": [_dms(r.start_s) for r in shown],
-        "sent_dms": since_start([r.sent_s for r in shown]),
-        "first_dms": since_start([r.chunks[0][0] if r.chunks else None for r in shown]),
-        "last_dms": since_start([r.chunks[-1][0] if r.chunks else r.end_s for r in shown]),
-        "gap_dms": [_dms(max(r.chunk_gaps_s)) if len(r.chunks) > 1 else None for r in shown],
-        "prompt": [r.prompt_tokens for r in shown],
-        "output": [r.output_tokens for r in shown],
-        "tpot_dms": [None if r.tpot_s is None else _dms(r.tpot_s) for r in shown],
-        "counted": [int(r.in_window and r.ok) for r in shown],
+        "index": [r.index for r in records],
+        "start_dms": [_dms(r.start_s) for r in records],
+        "sent_dms": since_start([r.sent_s for r in records]),
+        "first_dms": since_start([r.chunks[0][0] if r.chunks else None for r in records]),
+        "last_dms": since_start([r.chunks[-1][0] if r.chunks else r.end_s for r in records]),
+        "gap_dms": [_dms(max(r.chunk_gaps_s)) if len(r.chunks) > 1 else None for r in records],
+        "prompt": [r.prompt_tokens for r in records],
+        "output": [r.output_tokens for r in records],
+        "tpot_dms": [None if r.tpot_s is None else _dms(r.tpot_s) for r in records],
+        "counted": [int(r.in_window and r.ok) for r in records],
     }
 
 

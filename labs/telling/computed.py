@@ -44,7 +44,7 @@ def computed(id: str) -> Computed | None:
     return _ANSWERS[id]() if id in _ANSWERS else None
 
 
-def told(answer: Computed) -> Inline:
+def answer_with_command(answer: Computed) -> Inline:
     """Write an answer with its kind and with the command that computes another example."""
     kind = answer.kind[0].upper() + answer.kind[1:]
     return f"{kind}, nothing measured: {answer.text} For your own figures: ", Code(answer.command)

@@ -32,27 +32,29 @@ NOT_WITHOUT = (
 
 
 def page(
-    model: str, seconds: float, now: Reading, healthy: Reading | None, found: Diagnosis
+    model: str, seconds: float, now: Reading, healthy: Reading | None, diagnosis: Diagnosis
 ) -> Section:
     """Say what the metrics point to, with the evidence, and show the figures."""
     return section(
         f"Diagnosis of {model}, {now.requests:.0f} requests in {seconds:.0f} s",
-        Paragraph(_foremost(found, healthy)),
+        Paragraph(_foremost(diagnosis, healthy)),
         bullets(
             (Strong(mark.cause), f": {mark.evidence}. {MEANINGS[mark.cause]}")
-            for mark in found.marks
+            for mark in diagnosis.marks
         ),
         Paragraph(NOT_WITHOUT) if healthy is None else None,
         section("The figures", table(_header(healthy), _rows(now, healthy))),
     )
 
 
-def _foremost(found: Diagnosis, healthy: Reading | None) -> Inline:
-    worse = f"Beside the healthy reading {' and '.join(found.symptoms)}. " * bool(found.symptoms)
-    if found.marks:
-        more = ", and to what follows it below" if len(found.marks) > 1 else ""
-        return (f"{worse}The metrics point to ", Strong(found.cause), f"{more}.")
-    if found.symptoms:
+def _foremost(diagnosis: Diagnosis, healthy: Reading | None) -> Inline:
+    worse = f"Beside the healthy reading {' and '.join(diagnosis.symptoms)}. " * bool(
+        diagnosis.symptoms
+    )
+    if diagnosis.marks:
+        more = ", and to what follows it below" if len(diagnosis.marks) > 1 else ""
+        return (f"{worse}The metrics point to ", Strong(diagnosis.cause), f"{more}.")
+    if diagnosis.symptoms:
         return f"{worse}No mark of a cause that the rule knows was found."
     if healthy is None:
         return "Nothing is wrong by the thresholds that need no comparison."

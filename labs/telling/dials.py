@@ -64,7 +64,7 @@ class Hardware:
     about: Mapping[str, Any]
 
     @property
-    def told(self) -> str:
+    def basis(self) -> str:
         """What a prediction rests on."""
         return f"{self.limits}; {self.model}"
 
@@ -87,7 +87,7 @@ def shipped_shape(name: str) -> Shape:
 @cache
 def cards() -> tuple[Hardware, ...]:
     """Every card that has a datasheet here, with the shape it serves by default."""
-    found = []
+    hardware = []
     for name, sheet in gpus.DATASHEETS.items():
         of = gpus.class_of(sheet.memory_bytes)
         ceilings = Ceilings(
@@ -96,11 +96,11 @@ def cards() -> tuple[Hardware, ...]:
             threads=1, torch="", measured_at="",
         )  # fmt: skip
         model = f"the shape of {SHAPES[of.dummy]}"
-        found.append(
+        hardware.append(
             Hardware(name.removeprefix("NVIDIA "), model, ceilings_text(ceilings, "datasheet"),
                      sheet.short_name, f"gpu-{of.gb}", shipped_shape(of.dummy), ceilings, {}, {})
         )  # fmt: skip
-    return tuple(found)
+    return tuple(hardware)
 
 
 def dials(lab: Lab, runs: Sequence[tuple[Run, Summary]], first: str = "") -> dict[str, Any]:
@@ -120,7 +120,7 @@ def dials(lab: Lab, runs: Sequence[tuple[Run, Summary]], first: str = "") -> dic
     ]
     curves.sort(key=lambda curve: int(curve["machine"]))
     knobs = list(dict.fromkeys(str(curve["knob"]) for curve in curves))
-    shown = sorted({int(curve["machine"]) for curve in curves})
+    machines = sorted({int(curve["machine"]) for curve in curves})
     if not curves:
         return {}
     return {
@@ -128,21 +128,21 @@ def dials(lab: Lab, runs: Sequence[tuple[Run, Summary]], first: str = "") -> dic
         "judged": [claim.name for claim in lab.claims],
         "claims": [_described(claim) for claim in claims],
         "machines": [
-            {"name": hardware[m].name, "told": hardware[m].told, "card": hardware[m].card}
-            for m in shown
+            {"name": hardware[m].name, "told": hardware[m].basis, "card": hardware[m].card}
+            for m in machines
         ],
         "knobs": [_named(knob) for knob in knobs],
         "curves": [
             {**curve, "knob": knobs.index(str(curve["knob"])),
-             "machine": shown.index(int(curve["machine"]))}
+             "machine": machines.index(int(curve["machine"]))}
             for curve in curves
         ],
         "measured": [
-            {"claim": c, "machine": shown.index(m), "y": found.value, "low": found.low,
-             "high": found.high, "told": told}
-            for m, (run, summary) in enumerate(runs) if m in shown
+            {"claim": c, "machine": machines.index(m), "y": ratio.value, "low": ratio.low,
+             "high": ratio.high, "told": outcome}
+            for m, (run, summary) in enumerate(runs) if m in machines
             for c, claim in enumerate(claims)
-            for found, told in _measured(claim, run, summary)
+            for ratio, outcome in _measured(claim, run, summary)
         ],
     }  # fmt: skip
 
@@ -150,14 +150,14 @@ def dials(lab: Lab, runs: Sequence[tuple[Run, Summary]], first: str = "") -> dic
 def predicted(lab: Lab, name: str) -> list[tuple[str, float]]:
     """What a claim predicts at the lab's own settings on each card that its formula answers for."""
     (claim,) = (c for c in lab.claims if c.name == name)
-    found = []
+    predictions = []
     for card in cards():
         drawn = _briefly(lab.at(card.scale, quick=False))
         pair = _pair(drawn, claim, _points(drawn, card), card)
         value = _predicted(claim, pair, card) if pair else None
         if value:
-            found.append((card.name, value))
-    return found
+            predictions.append((card.name, value))
+    return predictions
 
 
 def _one_a_function(asked: Sequence[Asked]) -> list[Asked]:
@@ -193,13 +193,13 @@ def _named(knob: str) -> dict[str, Any]:
 
     Paths of workloads that are turned together, with blanks between, are named without them.
     """
-    path, *others = knob.split(" ")
+    path, *other_paths = knob.split(" ")
     steps = path.split(".")
     owned = steps[0] in ("workloads", "variants")
     inner = [s for s in (steps[2:] if owned else steps) if s != "flags"]
     known = next((words for end, words in NAMES.items() if f".{path}".endswith(f".{end}")), None)
     words = known or " ".join(s.replace("_", " ") for s in inner)
-    name = f" ({steps[1]})" if owned and not others else ""
+    name = f" ({steps[1]})" if owned and not other_paths else ""
     return {"name": words + name, "per": MIB if path.endswith("bytes") else 1}
 
 
@@ -208,10 +208,10 @@ def _named(knob: str) -> dict[str, Any]:
 
 def _resolved_alike(hardware: Sequence[Hardware]) -> list[dict[int, Hardware]]:
     """Put cards together, each under its number, where they differ in their ceilings alone."""
-    found: dict[Any, dict[int, Hardware]] = {}
+    groups: dict[Any, dict[int, Hardware]] = {}
     for number, on in enumerate(hardware):
-        found.setdefault((on.scale, on.model) if on.card else number, {})[number] = on
-    return [*found.values()]
+        groups.setdefault((on.scale, on.model) if on.card else number, {})[number] = on
+    return [*groups.values()]
 
 
 def _curves(
@@ -259,8 +259,10 @@ def _curves(
             tried.append((USERS, users, crowded, _loads(pair)))
         for m in answered:
             for knob, base, pairs, setting in tried:
-                told = [(v, _predicted(claim, of, alike[m]) if of else None) for v, of in pairs]
-                if curve := _curve(knob, base, told, setting):
+                curve_points = [
+                    (v, _predicted(claim, of, alike[m]) if of else None) for v, of in pairs
+                ]
+                if curve := _curve(knob, base, curve_points, setting):
                     yield number, m, curve
 
 
@@ -272,8 +274,8 @@ def _curve(
     values = [y for _, y in there]
     if len(there) < 3 or max(values) - min(values) <= 1e-3 * abs(max(values, key=abs)):
         return None
-    shown = {"x": [x for x, _ in there], "y": [float(f"{y:.4g}") for y in values]}
-    return {"knob": path, **shown, "base": base, "set": setting}
+    coordinates = {"x": [x for x, _ in there], "y": [float(f"{y:.4g}") for y in values]}
+    return {"knob": path, **coordinates, "base": base, "set": setting}
 
 
 def _briefly(lab: Lab) -> Lab:
@@ -290,15 +292,15 @@ def _pair(lab: Lab, claim: Asked, points: list[Point], on: Hardware) -> Points |
 
     None where there is none, or it serves weights whose shape is not known.
     """
-    found: list[Points] = []
+    pairs: list[Points] = []
     if isinstance(claim, Claim):
-        found += lab.pairs(claim, points)
+        pairs += lab.pairs(claim, points)
     else:
-        found += [(p,) for p in points if claim.arm.matches(p)][-1:]
-    if not found:
+        pairs += [(p,) for p in points if claim.arm.matches(p)][-1:]
+    if not pairs:
         return None
-    unknown = [p for p in found[0] if p.variant.weights and p.variant.name not in on.weights]
-    return None if unknown else found[0]
+    unknown = [p for p in pairs[0] if p.variant.weights and p.variant.name not in on.weights]
+    return None if unknown else pairs[0]
 
 
 def _restricted(lab: Lab, pair: Sequence[Point]) -> Lab:
@@ -417,14 +419,14 @@ def _settings(lab: Lab, pair: Points) -> Iterator[tuple[tuple[str, ...], float]]
 
 def _numbers(lab: Lab, pair: Points) -> Iterator[tuple[str, float]]:
     """Yield each setting of the pair that is a number: its path and its value."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for point in pair:
         workload = point.workload.model_dump(exclude={"loads", "only"})
-        found |= dict(_leaves(f"workloads.{point.workload.name}", workload))
+        numbers |= dict(_leaves(f"workloads.{point.workload.name}", workload))
         own = next(v for v in lab.variants if v.name == point.variant.name)
-        found |= dict(_leaves(f"variants.{own.name}.flags", own.flags))
-    found |= dict(_leaves("flags", lab.flags))
-    yield from found.items()
+        numbers |= dict(_leaves(f"variants.{own.name}.flags", own.flags))
+    numbers |= dict(_leaves("flags", lab.flags))
+    yield from numbers.items()
 
 
 def _leaves(path: str, plain: Any) -> Iterator[tuple[str, float]]:

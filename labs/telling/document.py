@@ -88,8 +88,8 @@ Node = TypeVar("Node", Paragraph, Bullets, Notes, Table, Figure)
 
 def section(title: Inline, *blocks: Block | None, folded: bool = False) -> Section:
     """A section of the blocks that hold anything."""
-    shown = tuple(block for block in blocks if block and _holds_anything(block))
-    return Section(title, shown, folded)
+    filled_blocks = tuple(block for block in blocks if block and _holds_anything(block))
+    return Section(title, filled_blocks, folded)
 
 
 def _holds_anything(block: Block) -> bool:
@@ -135,8 +135,8 @@ def without_constant_columns(of: Table, keep: Sequence[str] = ()) -> tuple[Table
         for n, cells in _columns(of)
         if n not in varying and plain_text(cells[0]) not in ("–", "")
     ]
-    told = Paragraph(f"The same in every row, so left out: {'; '.join(same)}.") if same else None
-    return _with_columns(of, varying), told
+    note = Paragraph(f"The same in every row, so left out: {'; '.join(same)}.") if same else None
+    return _with_columns(of, varying), note
 
 
 def _columns(of: Table) -> list[tuple[int, tuple[Inline, ...]]]:

@@ -87,8 +87,8 @@ def _table(table: nodes.Table, label: str) -> Markup:
 
 
 def _row(tag: str, cells: Sequence[nodes.Inline]) -> Markup:
-    shown = Markup("").join(Markup("<{0}>{1}</{0}>\n").format(tag, inline(c)) for c in cells)
-    return Markup("<tr>\n{}</tr>\n").format(shown)
+    content = Markup("").join(Markup("<{0}>{1}</{0}>\n").format(tag, inline(c)) for c in cells)
+    return Markup("<tr>\n{}</tr>\n").format(content)
 
 
 def inline(content: nodes.Inline) -> Markup:

@@ -170,10 +170,10 @@ def _when(bench: Bench) -> str:
     """Say on which days it was measured, and how much of the CPU other work took."""
     parts = [part for _, part in bench if isinstance(part, Part)]
     days = sorted({part.measured_at[:10] for part in parts})
-    others_share = max((part.cpu_others for part in parts), default=0.0)
+    other_work_share = max((part.cpu_others for part in parts), default=0.0)
     busy = (
-        f" (other work took up to {others_share:.0%} of the CPU time)"
-        if others_share > QUIET
+        f" (other work took up to {other_work_share:.0%} of the CPU time)"
+        if other_work_share > QUIET
         else ""
     )
     return f", {' and '.join(days)}{busy}"

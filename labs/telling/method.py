@@ -50,11 +50,13 @@ def repeats(lab: Lab, summary: Summary) -> str:
     """Say how often each point was measured, and how often it could have been."""
     played = {len(of_point) for of_point in summary.measurements.values()} or {0}
     least, most = min(played), max(played)
-    said = f"{least} to {most} repeats" if most > least else f"{most} repeat{'s' * (most != 1)}"
+    repeat_text = (
+        f"{least} to {most} repeats" if most > least else f"{most} repeat{'s' * (most != 1)}"
+    )
     if lab.looks == 1:
-        return said
+        return repeat_text
     return (
-        f"{said} (undecided claims get up to {lab.rounds}, where these can begin within"
+        f"{repeat_text} (undecided claims get up to {lab.rounds}, where these can begin within"
         f" {lab.most_s:g} s)"
     )
 

@@ -81,9 +81,9 @@ def _picture(folder: RunFolder) -> html.Picture:
     embedded = html.embedded(folder.path)
 
     def picture(figure: Figure) -> Markup:
-        shown = embedded(figure)
+        image = embedded(figure)
         drawn_here = Path(figure.file).stem in DRAWN_HERE
-        return Markup("<noscript>{}</noscript>").format(shown) if drawn_here else shown
+        return Markup("<noscript>{}</noscript>").format(image) if drawn_here else image
 
     return picture
 

@@ -41,7 +41,7 @@ def lighter(svg: str) -> str:
     """Return a picture of matplotlib that looks the same and takes a fraction of the bytes."""
     if ORIGIN not in svg:
         return svg
-    drawn = PLACES.sub(lambda found: FINE.sub(r"\1", found[0]), UNSEEN.sub("", svg))
+    drawn = PLACES.sub(lambda match: FINE.sub(r"\1", match[0]), UNSEEN.sub("", svg))
     drawn = re.sub(r">\s+<", "><", re.sub(r"\s+", " ", drawn)).strip()
     drawn = PATH.sub(_shorter, drawn)
     drawn = _without_bare_groups(re.sub(r'<g id="[^"]*"', "<g", drawn))
@@ -82,7 +82,7 @@ def _joined(alike: re.Match[str]) -> str:
 def _with_short_names(svg: str) -> str:
     given = dict.fromkeys(re.findall(r' id="([^"]+)"', svg))
     short = {name: _name(place) for place, name in enumerate(given)}
-    return NAMES.sub(lambda found: short.get(found[0], found[0]), svg)
+    return NAMES.sub(lambda match: short.get(match[0], match[0]), svg)
 
 
 def _with_classes(svg: str) -> str:
@@ -92,9 +92,9 @@ def _with_classes(svg: str) -> str:
     names = {style: _name(place) for place, style in enumerate(shared)}
     rules = "".join(f".{name}{{{_unquoted(style)}}}" for style, name in names.items())
 
-    def classed(found: re.Match[str]) -> str:
-        name = names.get(found[1])
-        return f' class="{name}"' if name else f' style="{_unquoted(found[1])}"'
+    def classed(match: re.Match[str]) -> str:
+        name = names.get(match[1])
+        return f' class="{name}"' if name else f' style="{_unquoted(match[1])}"'
 
     drawn = STYLE.sub(classed, svg)
     return drawn.replace("</style>", f"{rules}</style>", 1) if rules else drawn

@@ -61,7 +61,7 @@ def data(runs: Sequence[Run], lessons: Mapping[str, tuple[str, str]]) -> dict[st
 
 
 def _shipped() -> list[str]:
-    return [name for name, told in SHAPES.items() if not told.startswith("nobody's")]
+    return [name for name, description in SHAPES.items() if not description.startswith("nobody's")]
 
 
 def _cards() -> list[tuple[Hardware, float]]:

@@ -37,7 +37,7 @@ class Replayed:
 
     title: str
     picture: Markup
-    told: str  # what the picture shows, in words
+    description: str  # what the picture shows, in words
     times: dict[str, Any]
     cache: Cache | None  # None where the trial keeps no reading of it
 
@@ -50,7 +50,7 @@ class Cache:
     shares: tuple[float, ...]  # of the blocks, those that requests hold
     blocks: int | None  # that can be held; None where the engine did not say
 
-    def told(self, share: float) -> str:
+    def share_text(self, share: float) -> str:
         """Write a share, and the blocks where their number is known: `43% (20 of 47 blocks)`."""
         of = f" ({round(share * self.blocks):,} of {self.blocks:,} blocks)" if self.blocks else ""
         return f"{100 * share:.0f}%{of}"
@@ -176,17 +176,19 @@ def _replayed(
     filled = sum(bar.end_s - bar.start_s for bar in bars) / span_s
     tokens = sum(sum(bar.tokens) for bar in bars)
     waited = sum(min(b.first_s, b.end_s) - b.start_s for b in bars if b.first_s > 0) / span_s
-    told = (
+    description = (
         f"{title}: {_counted(len(bars), 'request')} in {number(span_s, 's')}, at most {places} at"
         f" once and {filled:.1f} on average, {waited:.1f} of them still without a token;"
         f" {_counted(tokens, 'token')} came."
     )
     if guesses:
         accepted = sum(n - 1 for bar in bars for n in bar.tokens)
-        told += f" Of these, {accepted:,} were drafts that the target accepted: the higher a line,"
-        told += " the more of them came at once."
+        description += (
+            f" Of these, {accepted:,} were drafts that the target accepted: the higher a line,"
+        )
+        description += " the more of them came at once."
     if cache and cache.shares:
-        told += f" At most {cache.told(max(cache.shares))} of the KV cache was in use."
+        description += f" At most {cache.share_text(max(cache.shares))} of the KV cache was in use."
     times = {
         "span": round(1000 * span_s),
         "guesses": guesses,
@@ -199,13 +201,13 @@ def _replayed(
             for t, n in sorted(c for b in bars for c in zip(b.chunks_s, b.tokens, strict=True))
         ],
         "cache": [
-            [round(1000 * t), cache.told(share)]
+            [round(1000 * t), cache.share_text(share)]
             for t, share in zip(cache.times_s, cache.shares, strict=True)
         ] if cache else [],
     }  # fmt: skip
     most = max((n for bar in bars for n in bar.tokens), default=1) if guesses else 0
-    picture = _picture(bars, places, span_s, told, clip, most, cache)
-    return Replayed(title, picture, told, times, cache)
+    picture = _picture(bars, places, span_s, description, clip, most, cache)
+    return Replayed(title, picture, description, times, cache)
 
 
 def _counted(number: int, of: str) -> str:
@@ -216,7 +218,7 @@ def _picture(
     bars: Sequence[_Bar],
     places: int,
     span_s: float,
-    told: str,
+    description: str,
     clip: str,
     most: int,
     cache: Cache | None,
@@ -227,24 +229,24 @@ def _picture(
     """
     row = 18 if places <= 16 else max(4, 288 // places)
     under = HEAD + places * row
-    shown = cache if cache and cache.shares else None
-    foot = under + (CACHE_GAP + CACHE_HEIGHT if shown else 0)
+    drawn_cache = cache if cache and cache.shares else None
+    foot = under + (CACHE_GAP + CACHE_HEIGHT if drawn_cache else 0)
     scale = (WIDTH - 2 * LEFT) / span_s
     rows = "".join(
         f'<path class="place" d="M{LEFT} {HEAD + (i + 0.5) * row:g}H{WIDTH - LEFT}"/>'
         for i in range(places)
     )
     drawn = "".join(_bar(bar, row, scale, most) for bar in bars)
-    if shown:
+    if drawn_cache:
         rows += _cache_frame(under)
-        drawn += _held(shown, foot, scale)
+        drawn += _held(drawn_cache, foot, scale)
     return Markup(
         '<svg class="replay" viewBox="0 0 {} {}" role="img" aria-label="{}">'
         '<clipPath id="{clip}"><rect class="reveal" width="{width}" height="{foot}"/></clipPath>'
         '{rows}<g clip-path="url(#{clip})">{drawn}</g><path class="now" d="M0 0V{foot}"/>{axis}'
         "</svg>"
     ).format(
-        WIDTH, foot + 22, told, clip=clip, width=WIDTH, foot=foot, rows=Markup(rows),
+        WIDTH, foot + 22, description, clip=clip, width=WIDTH, foot=foot, rows=Markup(rows),
         drawn=Markup(drawn), axis=_axis(span_s, scale, foot),
     )  # fmt: skip
 

@@ -276,13 +276,13 @@ def _every_point(facts: Facts) -> Section:
         " as a share of this machine's measured ceiling."
     )
     load = one_load(lab)
-    shown, same = without_constant_columns(
+    varying_columns, same = without_constant_columns(
         tables.points(facts.points, lab, facts.summary), keep=("Point",)
     )
     return section(
         "Every point",
         Paragraph(f"Every point was sent the same load: {load}.") if load else None,
-        shown,
+        varying_columns,
         same,
         Paragraph(columns),
     )
@@ -327,12 +327,12 @@ def _in_virtual_time(facts: Facts) -> Section:
     if before is None:
         return section("Forecast beside measured")
     without = [(Code(name), f": {why}") for name, why in before.without.items()]
-    shown, same = without_constant_columns(
+    varying_columns, same = without_constant_columns(
         tables.forecast_beside_measured(facts.lab, facts.summary), keep=("Forecast", "Measured")
     )
     return section(
         "Forecast beside measured",
-        shown,
+        varying_columns,
         same,
         Paragraph(forecast_score(facts.summary) + _bands_explained(before.machine_spread))
         if before.points
@@ -360,12 +360,12 @@ def forecast_score(summary: Summary) -> str:
 
 def _forecasts(facts: Facts) -> Section:
     lab = facts.lab
-    shown, same = without_constant_columns(
+    varying_columns, same = without_constant_columns(
         tables.forecasts(lab, facts.summary), keep=("Where", "Measured", "Predicted")
     )
     return section(
         "Predicted beside measured",
-        shown,
+        varying_columns,
         same,
         bullets(formulas(lab, facts.predictions)),
         *_published(lab, "forecasts", {f.name: METRICS[f.metric].title for f in lab.forecasts}),
@@ -392,9 +392,11 @@ def formulas(lab: Lab, predictions: Predictions) -> list[Inline]:
         uses_of.setdefault((what, p.formula, p.source), []).append((title, p))
     figures_of: dict[tuple[Inline, ...], list[str]] = {}  # a formula may predict several figures
     for (what, formula, source), uses in uses_of.items():
-        told = (Code(formula), f" ({source})" if source else "", _assumptions(uses))
-        figures_of.setdefault(told, []).append(what)
-    return [(f"{'; '.join(figures)}: ", *told) for told, figures in figures_of.items()]
+        description = (Code(formula), f" ({source})" if source else "", _assumptions(uses))
+        figures_of.setdefault(description, []).append(what)
+    return [
+        (f"{'; '.join(figures)}: ", *description) for description, figures in figures_of.items()
+    ]
 
 
 def _assumptions(uses: Sequence[tuple[str, Prediction]]) -> Inline:

@@ -28,7 +28,7 @@ class LabPicture:
 
     lab: str
     picture: Markup
-    told: str
+    description: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class _Row:
     lanes: int
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         return f"{self.label}, median distance {self.distance:.0%}"
 
     @property
@@ -63,18 +63,19 @@ class _Row:
         return cls(label, distance, tuple(dots), len(ends))
 
 
-def pictures(found: Sequence[Residual], titles: Mapping[str, str]) -> Iterator[LabPicture]:
+def pictures(residuals: Sequence[Residual], titles: Mapping[str, str]) -> Iterator[LabPicture]:
     """Draw the residuals of each lab, in their order; `titles` are those of labs by their names."""
     by_lab: dict[str, dict[str, list[Residual]]] = {}
-    for residual in found:
+    for residual in residuals:
         by_lab.setdefault(residual.lab, {}).setdefault(residual.group, []).append(residual)
     for lab, figures in by_lab.items():
         rows = [_Row.of(figure, mine) for figure, mine in figures.items()]
-        told = f"{titles.get(lab, lab)}, measured / predicted. {'; '.join(r.told for r in rows)}."
-        yield LabPicture(lab, _picture(rows, told), told)
+        distances = "; ".join(row.description for row in rows)
+        description = f"{titles.get(lab, lab)}, measured / predicted. {distances}."
+        yield LabPicture(lab, _picture(rows, description), description)
 
 
-def _picture(rows: Sequence[_Row], told: str) -> Markup:
+def _picture(rows: Sequence[_Row], description: str) -> Markup:
     foot = sum(row.height for row in rows)
     least, largest = _x(1 / AGREEMENT), _x(AGREEMENT)
     drawn, top = "", 0.0
@@ -94,12 +95,13 @@ def _picture(rows: Sequence[_Row], told: str) -> Markup:
         for t in TICKS
     )
     return Markup(
-        '<svg class="shares" viewBox="0 0 {width} {height:g}" role="img" aria-label="{told}">'
+        '<svg class="shares" viewBox="0 0 {width} {height:g}" role="img"'
+        ' aria-label="{description}">'
         '<rect class="agrees" x="{least:.1f}" width="{wide:.1f}" height="{foot:g}"/>'
         '<path class="one" d="M{one:.1f} 0V{foot:g}"/>{drawn}{ticks}</svg>'
     ).format(
-        width=WIDTH, height=foot + FOOT, told=told, least=least, wide=largest - least, foot=foot,
-        one=_x(1), drawn=Markup(drawn), ticks=Markup(ticks),
+        width=WIDTH, height=foot + FOOT, description=description, least=least,
+        wide=largest - least, foot=foot, one=_x(1), drawn=Markup(drawn), ticks=Markup(ticks),
     )  # fmt: skip
 
 
@@ -109,15 +111,15 @@ def _x(share: float) -> float:
     return LEFT + (WIDTH - 2 * LEFT) * math.log(inside / LEAST) / math.log(MOST / LEAST)
 
 
-def data(found: Sequence[Residual], titles: Mapping[str, str], link: LinkTo) -> dict[str, Any]:
+def data(residuals: Sequence[Residual], titles: Mapping[str, str], link: LinkTo) -> dict[str, Any]:
     """Gather what a script draws: every residual with its interval and band, as shares.
 
     A claim's band is what bears a prediction out: from 1 / 1.25 to 1.25.
     """
-    folders = list({r.folder.path: r for r in found}.values())
+    folders = list({r.folder.path: r for r in residuals}.values())
     runs = {r.folder.path: place for place, r in enumerate(folders)}
-    labs = list(dict.fromkeys(r.lab for r in found))
-    figures = list(dict.fromkeys(r.group for r in found))
+    labs = list(dict.fromkeys(r.lab for r in residuals))
+    figures = list(dict.fromkeys(r.group for r in residuals))
     return {
         "labs": [titles.get(lab, lab) for lab in labs],
         "figures": figures,
@@ -130,7 +132,7 @@ def data(found: Sequence[Residual], titles: Mapping[str, str], link: LinkTo) -> 
                 labs.index(r.lab), figures.index(r.group), runs[r.folder.path], r.what,
                 *r.figures, *map(_round, _shares(r)), r.within,
             ]
-            for r in found
+            for r in residuals
         ],
     }  # fmt: skip
 

@@ -165,27 +165,27 @@ def _of_points(folder: RunFolder, which: Literal["kept", "shown"]) -> list[Resid
     ]
 
 
-def to_reports(seen_from: Path) -> LinkTo:
-    """Link to the reports of runs, relative to the folder that they are `seen_from`."""
-    return lambda folder: os.path.relpath(folder.path / "report.md", seen_from)
+def to_reports(page_folder: Path) -> LinkTo:
+    """Link to the reports of runs, relative to the folder of the page that links."""
+    return lambda folder: os.path.relpath(folder.path / "report.md", page_folder)
 
 
-def page(found: Sequence[Residual], link: LinkTo, kept: Sequence[Residual] = ()) -> Section:
+def page(reported: Sequence[Residual], link: LinkTo, kept: Sequence[Residual] = ()) -> Section:
     """Write the page of these residuals, each with the link to its run.
 
     `kept` are those of figures that reports leave out: they are told by figure alone.
     """
     figures = [BY_FORECAST, BY_FORMULA, *(m.title for m in METRICS.values())]
-    by_figure = sorted(found, key=lambda r: figures.index(r.group))
-    newest = {folder.path for folder in newest_of(r.folder for r in found)}
+    by_figure = sorted(reported, key=lambda r: figures.index(r.group))
+    newest = {folder.path for folder in newest_of(r.folder for r in reported)}
     now = sorted(
         (residual for residual in by_figure if residual.folder.path in newest),
         key=lambda r: r.machine,
     )
-    misses = [residual for residual in found if not residual.near]
+    misses = [residual for residual in reported if not residual.near]
     return section(
         "Forecast beside measured",
-        Paragraph(INTRODUCTION if found else NONE),
+        Paragraph(INTRODUCTION if reported else NONE),
         section(
             "By machine and figure, in the newest run of each lab",
             _grouped(now, ("Machine", "Figure"), lambda r: (r.machine, r.group)),
@@ -207,9 +207,9 @@ def page(found: Sequence[Residual], link: LinkTo, kept: Sequence[Residual] = ())
         )
         if kept
         else None,
-        section("By run", _grouped(found, PLACE, lambda r: _place(r, link))),
+        section("By run", _grouped(reported, PLACE, lambda r: _place(r, link))),
         section(
-            f"Misses: {len(misses)} of {len(found)} lie further off than 25%",
+            f"Misses: {len(misses)} of {len(reported)} lie further off than 25%",
             _misses(misses, link),
         )
         if misses
@@ -223,13 +223,13 @@ def _place(residual: Residual, link: LinkTo) -> tuple[Inline, ...]:
 
 
 def _grouped(
-    found: Iterable[Residual],
+    members: Iterable[Residual],
     header: tuple[str, ...],
     place: Callable[[Residual], tuple[Inline, ...]],
 ) -> Table:
     """Tabulate residuals by their place: how many, their median distance, how many are near."""
     groups: dict[tuple[Inline, ...], list[Residual]] = {}
-    for residual in found:
+    for residual in members:
         groups.setdefault(place(residual), []).append(residual)
     rows: list[list[Inline]] = [
         [

@@ -51,7 +51,7 @@ def data(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "batches": BATCHES,
         "contexts": CONTEXTS,
-        "precisions": [[bits, told] for bits, told in PRECISIONS.items()],
+        "precisions": [[bits, title] for bits, title in PRECISIONS.items()],
         "machines": [
             {
                 "name": of.name, "card": of.card, "told": of.limits,
@@ -84,8 +84,8 @@ def _models(runs: Sequence[Run]) -> Iterator[tuple[str, dict[int, Shape]]]:
             known = served.setdefault(run.model, {})
             known.update({bits: Shape(**sizes) for bits, sizes in weights.items()})
     yield from served.items()
-    for name, told in dummy.SHAPES.items():
-        if told.startswith("nobody's"):
+    for name, description in dummy.SHAPES.items():
+        if description.startswith("nobody's"):
             continue
         shape, config = shipped_shape(name), dummy.config_of(name)
         by_bits = {16: shape}
@@ -94,7 +94,7 @@ def _models(runs: Sequence[Run]) -> Iterator[tuple[str, dict[int, Shape]]]:
                 bits: models.shape_of(dummy.quantized(config, derived[0]))
                 for bits, derived in QUANTIZED.items()
             }
-        yield told.partition(":")[0], by_bits
+        yield description.partition(":")[0], by_bits
 
 
 def _ceilings(of: Hardware, bits: int) -> Ceilings:
@@ -182,13 +182,13 @@ def _dots(run: Run, summary: Summary) -> Iterator[Dot]:
             )  # fmt: skip
 
 
-def lesson_data(found: Sequence[Dot]) -> dict[str, Any]:
+def lesson_data(lesson_dots: Sequence[Dot]) -> dict[str, Any]:
     """Gather the dots of a lesson, and where its dials stand at first: as at the last dot."""
-    last = found[-1] if found else None
+    last = lesson_dots[-1] if lesson_dots else None
     return {
         "dots": [
             [d.machine, d.point, _round(d.intensity), _round(d.flops_per_s), _round(d.share)]
-            for d in found
+            for d in lesson_dots
         ],
         "machine": last.machine if last else "",
         "model": last.model if last else "",
@@ -201,7 +201,7 @@ def _nearest(of: Sequence[int], value: float) -> int:
     return min(of, key=lambda one: abs(one - value))
 
 
-def dots_table(found: Sequence[Dot]) -> Table:
+def dots_table(lesson_dots: Sequence[Dot]) -> Table:
     """Tabulate the dots, for readers who do not see the picture."""
     header = ("Machine", "Point", "FLOP a byte", "Decode", "Of what the roof admits there")
     return table(
@@ -209,6 +209,6 @@ def dots_table(found: Sequence[Dot]) -> Table:
         (
             [d.machine, d.point, number(d.intensity), f"{number(d.flops_per_s / 1e9)} GFLOP/s",
              number(d.share, "share")]
-            for d in found
+            for d in lesson_dots
         ),
     )  # fmt: skip

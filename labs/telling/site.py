@@ -214,8 +214,8 @@ class Entry:
 
     def of_claim(self, claim: str) -> Judgement | None:
         """Find the first judgement of a claim that has a measured ratio, or the first of all."""
-        found = [j for j in self.summary.judgements if j.claim == claim]
-        return next((j for j in found if j.ratio), found[0] if found else None)
+        judgements = [j for j in self.summary.judgements if j.claim == claim]
+        return next((j for j in judgements if j.ratio), judgements[0] if judgements else None)
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,8 @@ class Cell:
 
 def _share(of: Judgement) -> float | None:
     """Measured / predicted; None for a bound, and where the measurement is not valid."""
-    told = of.outcome != "not valid" and of.prediction.kind == "point" and of.prediction.value
-    return of.ratio.value / of.prediction.value if told and of.ratio else None
+    comparable = of.outcome != "not valid" and of.prediction.kind == "point" and of.prediction.value
+    return of.ratio.value / of.prediction.value if comparable and of.ratio else None
 
 
 def _distance(share: float | None) -> str:
@@ -301,8 +301,8 @@ class Lesson:
     def guessed(self) -> list[tuple[Entry, Judgement]]:
         """The runs that measured the ratio which is guessed; those not valid only among such."""
         pairs = ((e, e.of_claim(self.claim.name)) for e in self.entries)
-        found = [(e, j) for e, j in pairs if j and j.ratio]
-        return [(e, j) for e, j in found if j.outcome != "not valid"] or found
+        measured = [(e, j) for e, j in pairs if j and j.ratio]
+        return [(e, j) for e, j in measured if j.outcome != "not valid"] or measured
 
     @cached_property
     def predicted(self) -> list[tuple[str, float]]:
@@ -347,13 +347,13 @@ class Lesson:
     def rows(self) -> Iterator[Row]:
         """Every claim of the runs, machine beside machine."""
         titles = {claim.name: claim.title for claim in self.lab.claims}
-        found: dict[tuple[str, str], dict[int, Judgement]] = {}
+        by_claim: dict[tuple[str, str], dict[int, Judgement]] = {}
         for column, entry in enumerate(self.entries):
             lab = entry.run.rebuilt_lab()
             for j in entry.summary.judgements:
                 pair = f"{point_label(j.treatment, lab)} / {point_label(j.baseline, lab)}"
-                found.setdefault((j.claim, pair), {})[column] = j
-        for (claim, pair), by_column in found.items():
+                by_claim.setdefault((j.claim, pair), {})[column] = j
+        for (claim, pair), by_column in by_claim.items():
             first = next(iter(by_column.values()))
             cells = tuple(
                 Cell.of(entry, by_column[column]) if column in by_column else None
@@ -367,8 +367,8 @@ class Lesson:
         """What to turn next: commands to copy, each with what to watch."""
         commands = [(f"make lab-{self.lab.name}", "runs the lab on your machine")]
         for knob in self.lab.at("cpu", quick=False).next_knobs:
-            setting, told = _split(knob)
-            commands.append((f"make lab-{self.lab.name} {setting}", told))
+            setting, explanation = _split(knob)
+            commands.append((f"make lab-{self.lab.name} {setting}", explanation))
         return commands
 
 
@@ -411,7 +411,7 @@ class Asked:
     def computed(self) -> Inline | None:
         """The answer that needs no run, where there is one."""
         answer = computed.computed(self.id)
-        return computed.told(answer) if answer else None
+        return computed.answer_with_command(answer) if answer else None
 
 
 class Course:
@@ -470,8 +470,8 @@ class Course:
         """Render what was predicted beside what came, of every published full run."""
         published = [e.folder for e in self.published.values()]
         full = [folder for folder in published if residuals.is_full(folder)]
-        found, kept = residuals.of_runs(full), residuals.kept_of_runs(full)
-        document = residuals.page(found, self.page_of, kept)
+        reported_residuals, kept_residuals = residuals.of_runs(full), residuals.kept_of_runs(full)
+        document = residuals.page(reported_residuals, self.page_of, kept_residuals)
         titles = {item.lab.name: item.lab.title for item in self.lessons}
         no_picture = html.embedded(Path())  # the document has none
         return course_page(
@@ -480,13 +480,13 @@ class Course:
             FORECAST_SCRIPT,
             intro=html.introduction(document, no_picture),
             sections=html.sections(document, no_picture),
-            pictures=list(residual_plot.pictures(found, titles)),
+            pictures=list(residual_plot.pictures(reported_residuals, titles)),
             titles=titles,
             lessons={item.lab.name: item.href for item in self.lessons},
             data={
                 "colours": VARIANTS,
                 "predicted": BOUND,
-                **residual_plot.data(found, titles, self.page_of),
+                **residual_plot.data(reported_residuals, titles, self.page_of),
             },
         )
 
@@ -496,12 +496,12 @@ class Course:
 
     def planner_page(self) -> str:
         """Render the planner; each figure links to the first lesson that shows it."""
-        shown = {
+        lessons = {
             id: (item.lab.title, item.href)
             for item in reversed(self.lessons)
             for id in item.lab.answers
         }
-        data = planner.data([e.run for e in self.newest], shown)
+        data = planner.data([e.run for e in self.newest], lessons)
         fits = html.fragment([planner.what_fits()], html.embedded(Path()), "What fits which card")
         return course_page("planner.html", PLANNER_SCRIPT, data=data, fits=fits)
 
@@ -562,9 +562,9 @@ class Course:
 
     def topics(self) -> list[tuple[str, list[Asked]]]:
         """Give every question under its topic: its answers, and the lessons that ask it."""
-        told: dict[str, list[Asked]] = {topic: [] for topic in TOPICS.values()}
+        by_topic: dict[str, list[Asked]] = {topic: [] for topic in TOPICS.values()}
         for id, question in QUESTIONS.items():
             asking = [item for item in self.lessons if id in item.lab.answers]
             answers = [a for item in asking for a in self.answers(id, item)]
-            told[TOPICS[id.partition("-")[0]]].append(Asked(id, question, answers, asking))
-        return list(told.items())
+            by_topic[TOPICS[id.partition("-")[0]]].append(Asked(id, question, answers, asking))
+        return list(by_topic.items())

@@ -85,9 +85,9 @@ def unlike(filed: Summary, again: Summary) -> str:
     """
     for point, by_repeat_filed in filed.measurements.items():
         for repeat, values in by_repeat_filed.items():
-            found = again.measurements.get(point, {}).get(repeat, {})
+            recomputed = again.measurements.get(point, {}).get(repeat, {})
             for metric, value in values.items():
-                if metric in METRICS and not _same(value, found.get(metric)):
+                if metric in METRICS and not _same(value, recomputed.get(metric)):
                     return (
                         f"its summary's {metric} of {point}/{repeat} is not what its records give"
                     )

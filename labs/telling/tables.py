@@ -40,8 +40,8 @@ def ceilings(machine: Machine, measured: Ceilings) -> Table:
         here, datasheet = getattr(measured, field), stated and getattr(stated, field)
         if datasheet:
             share = f"{here / datasheet:.0%}" if here else "–"
-            shown = number(here and here / scale, unit)
-            rows.append([title, shown, number(datasheet / scale, unit), share])
+            value = number(here and here / scale, unit)
+            rows.append([title, value, number(datasheet / scale, unit), share])
     return table(("Ceiling", "Measured", "Datasheet", "Share"), rows)
 
 
@@ -87,14 +87,14 @@ def _claim(lab: Lab, j: Judgement) -> list[Inline]:
 
 
 def points(
-    shown: Sequence[Point], lab: Lab, summary: Summary, among: Sequence[str] | None = None
+    listed_points: Sequence[Point], lab: Lab, summary: Summary, among: Sequence[str] | None = None
 ) -> Table:
     """Tabulate means over repeats, and percentiles of the samples of all repeats together.
 
     A metric `among` these (all columns unless given) that no point has is left out.
     """
     among = columns() if among is None else among
-    metrics = [c for c in among if any(summary.value(p.key, c) is not None for p in shown)]
+    metrics = [c for c in among if any(summary.value(p.key, c) is not None for p in listed_points)]
     return table(
         ("Point", *(METRICS[metric].title for metric in metrics)),
         (
@@ -102,7 +102,7 @@ def points(
                 point_label(point.key, lab),
                 *(number(summary.value(point.key, m), METRICS[m].unit) for m in metrics),
             ]
-            for point in shown
+            for point in listed_points
         ),
     )
 
@@ -235,10 +235,10 @@ def agreement(session: Session | None) -> Table:
     )
 
 
-def ttft_at_both_ends(shown: Sequence[Point], lab: Lab, summary: Summary) -> Table:
+def ttft_at_both_ends(listed_points: Sequence[Point], lab: Lab, summary: Summary) -> Table:
     """Tabulate TTFT from the send on both sides, which transport and tokenizing set apart."""
     rows: list[list[Inline]] = []
-    for point in shown:
+    for point in listed_points:
         client_s, engine_s = (
             summary.value(point.key, f"{side}_ttft_mean_s") for side in ("client", "engine")
         )

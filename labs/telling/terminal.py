@@ -45,13 +45,13 @@ def _sentence(console: Console, content: nodes.Inline) -> None:
 
 def _table(table: nodes.Table) -> rich.table.Table:
     """The first column names the row; figures stand to the right."""
-    shown = rich.table.Table()
+    rich_table = rich.table.Table()
     for place, head in enumerate(table.header):
         justify: Literal["left", "right"] = "right" if place else "left"
-        shown.add_column(text(head), no_wrap=not place, justify=justify, overflow="fold")
+        rich_table.add_column(text(head), no_wrap=not place, justify=justify, overflow="fold")
     for row in table.rows:
-        shown.add_row(*(text(cell) for cell in row))
-    return shown
+        rich_table.add_row(*(text(cell) for cell in row))
+    return rich_table
 
 
 def text(content: nodes.Inline) -> Text:

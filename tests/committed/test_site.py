@@ -248,7 +248,8 @@ def test_side_by_side_a_cell_says_how_near_the_prediction_came(course: Course) -
 def test_a_replay_counts_in_the_singular_and_in_the_plural() -> None:
     bar = replay._Bar(0, 0.0, 0.5, 2.0, (0.5,), (1,), 8)
     one, two = (
-        replay._replayed("a", bars, 2.0, "clip", guesses=False).told for bars in ([bar], [bar] * 2)
+        replay._replayed("a", bars, 2.0, "clip", guesses=False).description
+        for bars in ([bar], [bar] * 2)
     )
     assert "a: 1 request in 2 s" in one
     assert one.endswith("1 token came.")
@@ -330,10 +331,10 @@ def test_a_replay_shows_how_full_the_cache_was_where_the_trial_keeps_it(
     _, (panel, _) = item.replayed
     assert item.cache == stands
     assert ("KV cache in use" in str(panel.picture)) == (stands == "shown")
-    assert ("of the KV cache was in use" in panel.told) == (stands == "shown")
+    assert ("of the KV cache was in use" in panel.description) == (stands == "shown")
     if stands == "shown":
         assert panel.cache == replay.Cache((0.5, 1.5), (0.25, 0.5), 999)
-        assert "At most 50% (500 of 999 blocks) of the KV cache was in use." in panel.told
+        assert "At most 50% (500 of 999 blocks) of the KV cache was in use." in panel.description
         assert panel.times["cache"] == [
             [500, "25% (250 of 999 blocks)"],
             [1500, "50% (500 of 999 blocks)"],
@@ -358,8 +359,8 @@ def test_accepted_drafts_are_told_where_the_engine_guesses(course: Course) -> No
     plain, guessed = (
         replay._replayed("a", bars, 2.0, "clip", guesses=guesses) for guesses in (False, True)
     )
-    assert "7 were drafts that the target accepted" in guessed.told
-    assert "drafts" not in plain.told
+    assert "7 were drafts that the target accepted" in guessed.description
+    assert "drafts" not in plain.description
     heights = [float(h) for h in re.findall(r"v-([\d.]+)", str(guessed.picture))]
     assert heights == pytest.approx([heights[1] / 6, heights[1], heights[1] / 2], abs=0.1)
     assert len(set(re.findall(r"v-([\d.]+)", str(plain.picture)))) == 1

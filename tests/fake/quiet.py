@@ -13,7 +13,7 @@ measured = OtherLoad.shares
 
 
 def _only_ours(self: OtherLoad) -> Shares:
-    return Shares(steal=0.0, others=0.0, engine=measured(self).engine)
+    return Shares(steal=0.0, other_processes=0.0, engine=measured(self).engine)
 
 
 def app() -> None:

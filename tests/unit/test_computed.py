@@ -13,7 +13,7 @@ from labs.questions import QUESTIONS
 from labs.running.capacity_plan import model_named, plan
 from labs.running.resolve import machine_of
 from labs.telling import markdown
-from labs.telling.computed import CARD, computed, kind_of, told
+from labs.telling.computed import CARD, answer_with_command, computed, kind_of
 from labs.telling.dials import shipped_shape
 from labs.telling.document import plain_text
 from labs.telling.planner import kv_room_tokens
@@ -28,7 +28,7 @@ COMPUTED = [id for id in QUESTIONS if computed(id)]
 def text(id: str) -> str:
     answer = computed(id)
     assert answer
-    return plain_text(told(answer))
+    return plain_text(answer_with_command(answer))
 
 
 def test_figures_by_hand() -> None:

@@ -308,7 +308,7 @@ def test_what_is_lost_is_what_had_the_least_margin(tmp_path: Path) -> None:
     facts = losses(probed(tmp_path))
     assert facts
     fp8, window = facts.variants
-    assert (fp8.found, fp8.lost, fp8.gained) == (12, 3, 0)
+    assert (fp8.correct_count, fp8.lost, fp8.gained) == (12, 3, 0)
     assert (fp8.margin_of_lost, fp8.margin_of_kept) == (0.5, 2.5)
     assert fp8.margin
     assert (fp8.margin.value, fp8.margin.low) == pytest.approx((-1, -1))
@@ -366,7 +366,7 @@ def test_answers_without_a_margin_are_told_without_one(tmp_path: Path) -> None:
             found.folder.probe_file("retrieval", variant),
             {"needles": [n.model_dump(mode="json") for n in plain], "took_s": 1.0},
         )
-    assert asked(found)[0].found == 5
+    assert asked(found)[0].correct_count == 5
     finding = LOSSES.finding(found)
     assert cells(finding, 4, 7, 8) == 3 * [["–", "–", "–"]]
     assert not [line for line in finding.lines if "had a margin" in line]

@@ -26,7 +26,7 @@ from labs.findings.diagnosis import (
     coefficients,
     draw_signatures,
     tell_coefficients,
-    tell_told,
+    tell_told_apart,
     told_apart,
 )
 from labs.findings.parts import parts_of
@@ -156,7 +156,10 @@ def test_a_large_budget_makes_a_few_gaps_long_and_the_others_short(
 
 def test_a_report_says_where_a_mark_was_changed_after_its_run() -> None:
     trial = Blind("burst", 1, "burst", (), "")
-    told = {later: " ".join(tell_told(ToldApart((trial,), later)).lines) for later in (True, False)}
+    told = {
+        later: " ".join(tell_told_apart(ToldApart((trial,), later)).lines)
+        for later in (True, False)
+    }
     assert "mark of a large token budget, which was changed after this run" in told[True]
     assert "changed" not in told[False]
 

@@ -102,8 +102,8 @@ def test_the_picture_and_the_script_show_what_the_page_tells(folder: RunFolder) 
     far = re.findall(r'class="far" d="([^"]+)"', str(lab.picture))
     assert "".join(far).count("M") == sum(not r.near for r in found) > 0
     assert str(lab.picture).count("h0") == len(found)
-    assert lab.told.startswith("A tiny lab, measured / predicted. ")
-    assert "TPOT, mean: 1 of 2 within 25%, median distance 25%" in lab.told
+    assert lab.description.startswith("A tiny lab, measured / predicted. ")
+    assert "TPOT, mean: 1 of 2 within 25%, median distance 25%" in lab.description
     drawn = residual_plot.data(found, {}, lambda f: f"{f.path.name}.html")
     far = next(r for r in drawn["residuals"] if r[6] == 0.5)
     assert far[9:] == [0.9, 1.1, False]  # the band that the forecast itself stated

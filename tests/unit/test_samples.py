@@ -433,14 +433,14 @@ def test_a_larger_model_is_weighed_by_the_seconds_of_samples(tmp_path: Path) -> 
     larger = replace(SHAPE, params=3000, weight_bytes=round(times * (2000 + 64 * 32)) - 64 * 32)
     row = weighed("larger", larger, probe.points[0], VOTING.facts(probe), 0.03)
     assert row.times == pytest.approx(times, rel=1e-3)
-    assert (row.alone, row.told_alone, row.busy) == (6, "6", 1)  # as many products, read anew
+    assert (row.alone, row.alone_text, row.busy) == (6, "6", 1)  # as many products, read anew
     assert [row.passed, row.voted] == pytest.approx([14 / 21 / 2] * 2)
     thrice = weighed("more", replace(larger, matmul_params=5000), probe.points[0],
                      VOTING.facts(probe), 0.03)  # fmt: skip
     assert thrice.busy == 2  # 10,000 + 4,096 FLOP of attention for 2,000 + 4,096
     assert thrice.passed == pytest.approx((1 - 7 * 6 / (21 * 20)) / 2)
-    assert all(row.told_alone == "more than 21" for row in found.rows)
-    assert "(21 drawn)" in found.rows[-1].told_busy
+    assert all(row.alone_text == "more than 21" for row in found.rows)
+    assert "(21 drawn)" in found.rows[-1].busy_text
     assert "no measurement of a larger model" in LARGER.finding(probe).lines[0]
     sizes = [shape.params for shape in known_shapes().values()]
     assert sizes == sorted(sizes)

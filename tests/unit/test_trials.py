@@ -71,7 +71,7 @@ class Script(Trials):
 
     def _play(self, point: Point, repeat: int, name: str, began: float) -> Played:
         lag_s = self.lags_s.pop(0)
-        self.skipped.append(self._already_seen(point))
+        self.skipped.append(self._requests_to_skip(point))
         found = [
             make_record([(11.0, 1), (11.0 + self.gap_s, 1)], index=i, prompt_tokens=6)
             for i in range(5)
