@@ -28,13 +28,13 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 @functools.cache
-def _made() -> str:
+def _new_key() -> str:
     return secrets.token_urlsafe(32)
 
 
 def key() -> str:
     """Return the key of this process's engines: the reader's, or one that is made for it."""
-    return os.environ.get(KEY) or _made()
+    return os.environ.get(KEY) or _new_key()
 
 
 def headers() -> dict[str, str]:

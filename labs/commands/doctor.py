@@ -79,7 +79,7 @@ def examine(wanted: str, weights: str = "") -> tuple[list[Check], list[Ability]]
         *_software(machine),
         vllm,
         about_model,
-        *_beside(machine),
+        *_instruments(machine),
     ]
     if vllm.remedy:
         return lines, [
@@ -204,7 +204,7 @@ def _hub_answers() -> bool:
         return False
 
 
-def _beside(machine: Machine) -> Iterator[Check]:
+def _instruments(machine: Machine) -> Iterator[Check]:
     program = install.find_prometheus(ROOT)
     yield Check(
         "Prometheus",
@@ -250,7 +250,7 @@ def _ability(
             for name in resolved.derived():
                 derived_models.make(model, name, lambda _: None)  # takes an instant, or raises
             return Ability(lab.name, True, "")
-        missing = [n for n in resolved.derived() if not _there(model, n)]
+        missing = [n for n in resolved.derived() if not _weights_available(model, n)]
     except NotApplicable as reason:
         return Ability(lab.name, None, str(reason))
     except (LabError, EngineError, ModelError) as error:
@@ -275,7 +275,7 @@ def _ability(
     return Ability(lab.name, True, "; ".join(notes))
 
 
-def _there(model: Model, name: str) -> bool:
+def _weights_available(model: Model, name: str) -> bool:
     if derived_models.place(model, name).exists():
         return True
     try:

@@ -133,10 +133,10 @@ class VerdictPair(BaseModel, frozen=True, extra="forbid"):
             return "not comparable"
         if self.a == self.b:
             return "same"
-        return "differs" if _apart(self.a_ratio, self.b_ratio) else "undecided"
+        return "differs" if _are_disjoint(self.a_ratio, self.b_ratio) else "undecided"
 
 
-def _apart(a: Interval | None, b: Interval | None) -> bool:
+def _are_disjoint(a: Interval | None, b: Interval | None) -> bool:
     """Tell whether two intervals have nothing in common; one that is not known may reach any."""
     if not a or not b or None in (a.low, a.high, b.low, b.high):
         return False

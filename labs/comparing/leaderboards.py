@@ -84,7 +84,7 @@ def _earlier(run: Run) -> str:
 def stale() -> dict[Path, str]:
     """Find the generated files that would change, and name the runs that change them."""
     return {
-        path: _why(before, text)
+        path: _differing_runs(before, text)
         for path, text in _pages().items()
         if (before := path.read_text() if path.exists() else "") != text
     }
@@ -115,7 +115,7 @@ def write_machine(home: Path, sitting: Sequence[RunFolder] = ()) -> Path:
     return whole.write(home / SITTING, markdown.document(_machine(runs, committed=False)))
 
 
-def _why(before: str, after: str) -> str:
+def _differing_runs(before: str, after: str) -> str:
     """Name the runs in the lines that differ, and say what is wrong with each."""
     lines = [set(text.splitlines()) for text in (before, after)]
     dropped, added = (

@@ -44,7 +44,7 @@ class Tool:
     itl_s: PerRequest
 
 
-def _one(value: float | None) -> list[float]:
+def _as_list(value: float | None) -> list[float]:
     return [] if value is None else [value]
 
 
@@ -86,8 +86,8 @@ THIS_LAB = Tool(
     "this lab",
     "from the schedule under open loop; requests sent in the window; a chunk of k tokens after a"
     " gap g is k latencies of g / k; tokens over complete cycles, of an open loop over the window",
-    lambda r: _one(r.ttft_s),
-    lambda r: _one(r.tpot_s),
+    lambda r: _as_list(r.ttft_s),
+    lambda r: _as_list(r.tpot_s),
     lambda r: r.itl_s,
 )
 OTHER_TOOLS = (

@@ -54,7 +54,7 @@ NOT_NAMED = {
 """What became of a trial that was given no name."""
 
 
-def _at(context: Context, variant: str, workload: str) -> Point | None:
+def _point_of(context: Context, variant: str, workload: str) -> Point | None:
     named = (p for p in context.points if (p.variant.name, p.workload.name) == (variant, workload))
     return next(named, None)
 
@@ -77,7 +77,7 @@ def _pooled(readings: Iterable[tuple[int, Reading]]) -> Reading | None:
 
 def healthy(context: Context) -> Reading | None:
     """Pool the trials of the reference; they are diagnosed against, and never diagnosed."""
-    return _pooled(_readings(context, _at(context, *REFERENCE)))
+    return _pooled(_readings(context, _point_of(context, *REFERENCE)))
 
 
 # ------------------------------------------------------------------------- each trial, blind
@@ -126,15 +126,15 @@ def told_apart(context: Context) -> ToldApart:
         return ToldApart(())
     return ToldApart(
         tuple(
-            _blind(injected, repeat, reading, reference)
+            _blind_diagnosis(injected, repeat, reading, reference)
             for (variant, workload), injected in INJECTED.items()
-            for repeat, reading in _readings(context, _at(context, variant, workload))
+            for repeat, reading in _readings(context, _point_of(context, variant, workload))
         ),
         context.run.started_at < BUDGET_MARK_SINCE,
     )
 
 
-def _blind(injected: str, repeat: int, reading: Reading, reference: Reading) -> Blind:
+def _blind_diagnosis(injected: str, repeat: int, reading: Reading, reference: Reading) -> Blind:
     try:
         diagnosis: Diagnosis = diagnose(reading, reference)
     except TooLittle as reason:
@@ -238,7 +238,7 @@ def signatures(context: Context) -> Signatures:
         return Signatures({}, ())
     rows = []
     for (variant, workload), injected in INJECTED.items():
-        now = _pooled(_readings(context, _at(context, variant, workload)))
+        now = _pooled(_readings(context, _point_of(context, variant, workload)))
         if now:
             predicted = SIGNATURES[injected]
             rows.append(
@@ -406,7 +406,7 @@ def coefficients(context: Context) -> Coefficients:
     A request is one point, its ITL the mean over its tokens. The spread grows with the time, so the
     fit weighs each by the inverse of its own.
     """
-    point = _at(context, *ALONE)
+    point = _point_of(context, *ALONE)
     trials = context.folder.trials([point], context.lab) if point else ()
     alone = [r for _, _, trial in trials if trial for r in trial.measured_requests]
     step = _forecast_step(context)

@@ -211,7 +211,7 @@ def voting(context: Context) -> Voting:
         for task in asked
     )
     greedy = [t.greedy_right for t in solved]
-    rows = _bought(asked, solved)
+    rows = _rounds_bought(asked, solved)
     return Voting(
         temperature=probe["temperature"],
         tasks=solved,
@@ -222,7 +222,9 @@ def voting(context: Context) -> Voting:
     )
 
 
-def _bought(asked: Sequence[Mapping[str, Any]], solved: Sequence[Solved]) -> tuple[Bought, ...]:
+def _rounds_bought(
+    asked: Sequence[Mapping[str, Any]], solved: Sequence[Solved]
+) -> tuple[Bought, ...]:
     """Works out each round of samples; the first round is of one."""
     sizes = [r["n"] for r in asked[0]["rounds"]]
 
@@ -273,16 +275,16 @@ def tell_voting(facts: Voting) -> Finding:
 
 
 def _share(measured: Interval) -> str:
-    return f"{100 * measured.value:.1f}% ({_ends(measured)})"
+    return f"{100 * measured.value:.1f}% ({_interval_text(measured)})"
 
 
 def _points(gain: Interval) -> str:
     """Writes a change in points, with its interval where there is one."""
-    ends = f" ({_ends(gain, '+')})" if gain.low is not None else ""
+    ends = f" ({_interval_text(gain, '+')})" if gain.low is not None else ""
     return f"{100 * gain.value:+z.1f} points{ends}"
 
 
-def _ends(measured: Interval, sign: str = "") -> str:
+def _interval_text(measured: Interval, sign: str = "") -> str:
     if measured.low is None or measured.high is None:
         return "–"
     return f"{100 * measured.low:{sign}z.1f} to {100 * measured.high:{sign}z.1f}"

@@ -219,8 +219,8 @@ def phases(run: JudgedRun) -> str | None:
             next(p.shape.weight_bytes for p in run.points if p.variant.name == name)
             for name in (variant.name, BASE)
         )
-        as_bound.append(_faster(decode) and not _faster(prefill))
-        settled &= _tells(decode) and _tells(prefill)
+        as_bound.append(_shows_gain(decode) and not _shows_gain(prefill))
+        settled &= _is_decided(decode) and _is_decided(prefill)
         parts.append(
             f"with {ours / plain:.2f} of the bytes (`{variant.name}`) decode takes"
             f" {times_with_interval(decode)} the time and prefill {times_with_interval(prefill)}"
@@ -248,7 +248,7 @@ def _beside_base(
     return measured.ratio if measured else None
 
 
-def _tells(times: Interval) -> bool:
+def _is_decided(times: Interval) -> bool:
     """Whether the interval of a ratio of times says that it differs from 1, or that it does not."""
     if times.low is None or times.high is None:
         return False
@@ -256,7 +256,7 @@ def _tells(times: Interval) -> bool:
     return beside or (is_within(times.low, MARGIN) and is_within(times.high, MARGIN))
 
 
-def _faster(times: Interval) -> bool:
+def _shows_gain(times: Interval) -> bool:
     """Whether the interval of a ratio of times shows a gain."""
     return times.high is not None and times.high < 1
 

@@ -221,7 +221,7 @@ def diagnose(now: Reading, healthy: Reading | None = None) -> Diagnosis:
                 f"{reading.requests:.0f} requests were finished in {name}, and {LEAST_REQUESTS}"
                 " are needed"
             )
-    return _alone(now) if healthy is None else _compared(now, healthy)
+    return _by_thresholds(now) if healthy is None else _compared(now, healthy)
 
 
 # --------------------------------------------------------------------- beside a healthy reading
@@ -240,9 +240,9 @@ def _compared(now: Reading, healthy: Reading) -> Diagnosis:
 
 def _symptoms(now: Reading, healthy: Reading) -> Sequence[Symptom]:
     symptoms: list[Symptom] = []
-    if _times(now.ttft_s, healthy.ttft_s) > LATER_FIRST_TOKEN:
+    if _factor(now.ttft_s, healthy.ttft_s) > LATER_FIRST_TOKEN:
         symptoms.append(LATER)
-    if _times(now.tpot_s, healthy.tpot_s) > SLOWER_TOKEN:
+    if _factor(now.tpot_s, healthy.tpot_s) > SLOWER_TOKEN:
         symptoms.append(SLOWER)
     if more_long_gaps(now, healthy) > MORE_LONG_GAPS:
         symptoms.append(GAPS)
@@ -273,7 +273,7 @@ def more_short_gaps(now: Reading, healthy: Reading) -> float:
     )
 
 
-def _times(now: float | None, before: float | None) -> float:
+def _factor(now: float | None, before: float | None) -> float:
     return now / before if now is not None and before else 1.0
 
 
@@ -296,8 +296,8 @@ def _speculation(now: Reading, healthy: Reading) -> Mark | None:
     return Mark(
         "speculation",
         f"{accepted:.0%} of the drafted tokens are accepted ({usual}), while a token takes"
-        f" {_times(now.tpot_s, healthy.tpot_s):.2f} times as long and a first token"
-        f" {_times(now.ttft_s, healthy.ttft_s):.2f} times: what is verified fills the steps",
+        f" {_factor(now.tpot_s, healthy.tpot_s):.2f} times as long and a first token"
+        f" {_factor(now.ttft_s, healthy.ttft_s):.2f} times: what is verified fills the steps",
     )
 
 
@@ -353,7 +353,7 @@ def _burst(now: Reading, healthy: Reading) -> Mark | None:
     later_s, queued_s = now.ttft_s - healthy.ttft_s, now.queue_s - healthy.queue_s
     if later_s <= 0 or queued_s < QUEUED_SHARE * later_s:
         return None
-    slower = _times(now.tpot_s, healthy.tpot_s)
+    slower = _factor(now.tpot_s, healthy.tpot_s)
     if now.queue_s < LATER_FIRST_TOKEN * slower * healthy.queue_s:
         return None  # every step is slower, and those that a request waits for are no exception
     return Mark(
@@ -367,7 +367,7 @@ def _burst(now: Reading, healthy: Reading) -> Mark | None:
 def _slow_step(now: Reading, healthy: Reading) -> Mark:
     return Mark(
         "slow step",
-        f"a token takes {_times(now.tpot_s, healthy.tpot_s):.2f} times as long, and what is sent,"
+        f"a token takes {_factor(now.tpot_s, healthy.tpot_s):.2f} times as long, and what is sent,"
         " the cache, the queue and the guesses are as before: every step itself is slower"
         " (compilation or CUDA graphs off, another number type or kernel, a slower device, other"
         " work on it)",
@@ -389,7 +389,7 @@ _MARKS: tuple[tuple[frozenset[Symptom], Look], ...] = (
 # ------------------------------------------------------------------------------------------ alone
 
 
-def _alone(now: Reading) -> Diagnosis:
+def _by_thresholds(now: Reading) -> Diagnosis:
     """Use thresholds alone: a cold cache, a long context and a slow step need a comparison."""
     marks: list[Mark] = []
     if (now.preemptions or 0.0) >= PREEMPTED:

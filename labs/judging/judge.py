@@ -226,7 +226,11 @@ def mean_interval(
     mean = float(np.mean(values))
     if len(values) < 2:
         return Interval(value=mean, low=None, high=None, n=len(values))
-    half = _t(len(values), confidence) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = (
+        _t_quantile(len(values), confidence)
+        * float(np.std(values, ddof=1))
+        / math.sqrt(len(values))
+    )
     low, high = mean - half, mean + half
     if min(values) >= 0 and mean > 0 and half > mean:
         factor = math.exp(half / mean)
@@ -360,13 +364,13 @@ def repeats_to_decide(effect: Effect, margin: float) -> int | None:
         return 3
     size, level = abs(math.log(effect.ratio.value)), 1 - (1 - CONFIDENCE) / effect.looks
     for n in range(effect.ratio.n + 1, MOST_REPEATS + 1):
-        half = _t(n, level) * effect.spread / math.sqrt(n)
+        half = _t_quantile(n, level) * effect.spread / math.sqrt(n)
         if max(half, math.log1p(margin)) < size or size + half < math.log1p(margin):
             return n
     return None
 
 
-def _t(n: int, confidence: float = CONFIDENCE) -> float:
+def _t_quantile(n: int, confidence: float = CONFIDENCE) -> float:
     """Return the two-sided Student quantile for the mean of n values."""
     return _student(n - 1, confidence)
 

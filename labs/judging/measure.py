@@ -79,7 +79,7 @@ class Trial:
     @cached_property
     def measured_requests(self) -> list[RequestRecord]:
         """The successful requests that were sent in the window, without those of an intruder."""
-        return [r for r in self._good if not self.point.workload.is_intruder(r.index)]
+        return [r for r in self._counted_records if not self.point.workload.is_intruder(r.index)]
 
     @cached_property
     def streams(self) -> list[RequestRecord]:
@@ -89,10 +89,10 @@ class Trial:
     @cached_property
     def intruders(self) -> list[RequestRecord]:
         """The successful long prompts sent beside the streams in the window."""
-        return [r for r in self._good if self.point.workload.is_intruder(r.index)]
+        return [r for r in self._counted_records if self.point.workload.is_intruder(r.index)]
 
     @cached_property
-    def _good(self) -> list[RequestRecord]:
+    def _counted_records(self) -> list[RequestRecord]:
         return [r for r in self.records if r.in_window and r.ok]
 
     @cached_property

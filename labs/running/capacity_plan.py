@@ -115,7 +115,7 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
             f" {served.most_tokens:,} at most: shorten LENGTHS or the TRACE, or choose another"
             " MACHINE or MODEL"
         )
-    answer = replace(answer, alone=_alone(served, question.demand))
+    answer = replace(answer, alone=_request_alone(served, question.demand))
     rates = tuple(_rates(served, question, progress))
     answer = replace(answer, rates=rates, capacity_per_s=_capacity(rates))
     needed = _needed(answer, question)
@@ -185,7 +185,7 @@ def _fits(question: Question, machine: Machine, sheet: Datasheet) -> Iterator[Fi
         )
 
 
-def _alone(served: _Served, demand: Demand) -> Alone:
+def _request_alone(served: _Served, demand: Demand) -> Alone:
     shape = served.model.shape
     context = int(demand.prompt_tokens + demand.output_tokens / 2)
     step_s = [served.step_times(e).seconds(Step([Piece(1, context)], 1)) for e in ENDS]
@@ -228,13 +228,13 @@ def _rates(
     middle = _estimate_per_s(served, question)
     for grid in GRIDS:
         rates = [float(f"{middle * factor:.2g}") for factor in grid]
-        tried = list(_tried(served, question, rates, progress))
+        tried = list(_rate_forecasts(served, question, rates, progress))
         yield from tried
         if tried[-1].within.high < SHARE:
             return
 
 
-def _tried(
+def _rate_forecasts(
     served: _Served, question: Question, rates: Sequence[float], progress: ProgressDisplay
 ) -> Iterator[RateForecast]:
     """Forecast one GPU at these rates, as expected, with a faster and with a slower step."""

@@ -159,7 +159,7 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
     """
     if model.dummy and name not in NEED_NO_WEIGHTS:
         try:
-            with _alone(place(model, name), report):
+            with _folder_lock(place(model, name), report):
                 return dummy.derive(model, name)
         except ModelError as reason:
             raise NotApplicable(str(reason)) from reason
@@ -187,7 +187,7 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
         folder = folder.with_name(f"{folder.name}-quick")
         if folder.exists():
             return folder
-    with _alone(folder, report):
+    with _folder_lock(folder, report):
         if not folder.exists():
             report(f"Making {recipe.what}{lesser} (once, about {minutes:g} min)")
             _make(recipe, name, model, folder, share, report)
@@ -195,7 +195,7 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+def _folder_lock(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
     """Keep other processes from making the same folder while the block lasts; wait for them."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:

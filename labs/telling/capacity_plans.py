@@ -140,7 +140,7 @@ def page(plan: CapacityPlan) -> Section:
         bullets([f"Demand: {_demand(plan.demand)}.", f"Objective: {_objective(plan)}."]),
         _answer(plan),
         section("Does it fit?", *_fit(plan)),
-        section("One request alone", *_alone(plan)),
+        section("One request alone", *_request_alone(plan)),
         section("One GPU", *_one_gpu(plan)),
         section(f"{plan.replicas} GPUs behind a router", *_fleet(plan)),
         section("Rent or buy tokens?", *_money(plan)),
@@ -232,7 +232,7 @@ def _fit(plan: CapacityPlan) -> Sequence[Block]:
     return table(header, rows), Paragraph(formula)
 
 
-def _alone(plan: CapacityPlan) -> Sequence[Block]:
+def _request_alone(plan: CapacityPlan) -> Sequence[Block]:
     if not plan.alone:
         return ()
     rows: list[list[Inline]] = [

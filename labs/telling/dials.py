@@ -251,11 +251,11 @@ def _curves(
             tried.append((" ".join(paths), base, pairs, " ".join(f"{path}={{}}" for path in paths)))
         for steps, share in _shares(on.about):
             made: list[tuple[float, Points | None]] = [
-                (v, _made(pair, steps, v)) for v in sorted({*SHARES, share})
+                (v, _with_maker_share(pair, steps, v)) for v in sorted({*SHARES, share})
             ]
             tried.append((".".join(steps), share, made, ""))
         if users := _users(pair[0]):
-            crowded = [(v, _crowded(pair, v)) for v in _values(USERS, users)]
+            crowded = [(v, _with_users(pair, v)) for v in _values(USERS, users)]
             tried.append((USERS, users, crowded, _loads(pair)))
         for m in answered:
             for knob, base, pairs, setting in tried:
@@ -326,7 +326,7 @@ def _restricted(lab: Lab, pair: Sequence[Point]) -> Lab:
     )  # fmt: skip
 
 
-def _made(pair: Points, path: Sequence[str], share: float) -> Points:
+def _with_maker_share(pair: Points, path: Sequence[str], share: float) -> Points:
     """The points as they were had a derived model's maker recorded another share."""
     about = json.loads(json.dumps(pair[0].about))
     at = about
@@ -345,7 +345,7 @@ def _shares(plain: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
         yield path, plain
 
 
-def _crowded(pair: Points, users: float) -> Points | None:
+def _with_users(pair: Points, users: float) -> Points | None:
     """The points with other loads, both where they are alike; None beside an open loop."""
     sizes = [_users(point) for point in pair]
     turned = [

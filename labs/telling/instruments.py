@@ -161,12 +161,12 @@ COLUMNS = (
 
 def blocks(bench: Bench) -> list[Block]:
     """Show a machine's table and sentences."""
-    heading = Paragraph((Strong(bench.machine.describe()), f"{_when(bench)}:"))
+    heading = Paragraph((Strong(bench.machine.describe()), f"{_days_measured(bench)}:"))
     streams = [table(COLUMNS, map(_row, bench.streams.rows))] if bench.streams else []
     return [heading, *streams, bullets(map(parse, _sentences(bench)))]
 
 
-def _when(bench: Bench) -> str:
+def _days_measured(bench: Bench) -> str:
     """Say on which days it was measured, and how much of the CPU other work took."""
     parts = [part for _, part in bench if isinstance(part, Part)]
     days = sorted({part.measured_at[:10] for part in parts})

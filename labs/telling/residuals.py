@@ -237,14 +237,14 @@ def _grouped(
             str(len(mine)),
             f"{median(abs(r.share - 1) for r in mine):.0%}",
             f"{sum(r.near for r in mine)} ({sum(r.near for r in mine) / len(mine):.0%})",
-            _within(mine),
+            _within_text(mine),
         ]
         for cells, mine in groups.items()
     ]
     return table((*header, "Number", "Median distance", "Within 25%", "Within their band"), rows)
 
 
-def _within(mine: Sequence[Residual]) -> str:
+def _within_text(mine: Sequence[Residual]) -> str:
     known = [r.within for r in mine if r.within is not None]
     return f"{sum(known)} ({sum(known) / len(known):.0%})" if known else "–"
 
