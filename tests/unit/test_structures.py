@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from labs import LABS
 from labs.findings.structured_output import (
-    Answers,
+    AnswerCounts,
     FirstToken,
     Overhead,
     Validity,
@@ -271,8 +271,8 @@ def test_a_list_of_structures_that_is_none_is_refused(text: str, tmp_path: Path)
 # ------------------------------------------------------------------------------- the findings
 
 
-def answers(how: str, asked: int, valid: int, cut_off: int = 0) -> Answers:
-    return Answers("record", how, "xgrammar", asked, valid, cut_off, 30.0)
+def answers(how: str, asked: int, valid: int, cut_off: int = 0) -> AnswerCounts:
+    return AnswerCounts("record", how, "xgrammar", asked, valid, cut_off, 30.0)
 
 
 def test_one_whole_answer_that_breaks_its_structure_fails_however_many_keep_to_it() -> None:
