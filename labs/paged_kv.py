@@ -74,8 +74,7 @@ def admitted(point: Point) -> float:
     """
     block = point.flags.block_size
     held = (point.kv_room_tokens - block) / held_tokens(point, block)
-    limit = point.flags.get("max-num-seqs", point.load.users)
-    return min(point.load.users, int(str(limit)), held)
+    return min(point.flags.at_once(point.load.users), held)
 
 
 def admitted_ratio(treatment: Point, baseline: Point) -> Prediction:

@@ -37,14 +37,14 @@ USERS = tuple(Concurrent(users=n) for n in (1, 4, 16))
 
 def at_once(point: Point) -> int:
     """Return how many requests the engine has in one step, at most: its batch."""
-    flags, users = point.variant.flags, point.load.users
+    flags, users = point.flags, point.load.users
     match point.variant.engine:
         case "transformers":
             return users if flags.get("continuous-batching") else 1
         case "llama-cpp":
-            return min(users, int(str(flags.get("parallel", 1))))
+            return min(users, flags.integer("parallel", 1))
         case _:
-            return min(users, int(str(flags.get("max-num-seqs", users))))
+            return flags.at_once(users)
 
 
 def throughput(point: Point) -> Prediction:

@@ -34,7 +34,7 @@ import psutil
 from pydantic import BaseModel, PositiveFloat, PositiveInt
 
 from serving import gpus
-from serving.masking import masked
+from serving.masking import recordable
 from serving.platforms import PLATFORMS
 from serving.process import Process
 
@@ -286,7 +286,7 @@ SECRET = re.compile(r"TOKEN$|TOKEN_|KEY|SECRET|PASSW|CREDENTIAL|AUTH")
 def engine_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """Select the variables that may change an engine, without secrets and the home folder."""
     return {
-        name: masked(value.replace(f"{Path.home()}/", "~/"))
+        name: recordable(value)
         for name, value in sorted(variables.items())
         if READ_BY_ENGINE.match(name) and not SECRET.search(name) and "://" not in value
     }

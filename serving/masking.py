@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 PATTERN = (
@@ -17,6 +18,15 @@ _PATTERN = re.compile(PATTERN)
 def masked(text: str) -> str:
     """Replace every secret in a text by `***`: tokens, users in addresses, values named as such."""
     return _NAMED.sub(r"\1***", _IN_ADDRESS.sub("***", _PATTERN.sub("***", text)))
+
+
+def recordable(text: str) -> str:
+    """Return a text as it may be recorded: secrets are masked, and the home folder is `~`.
+
+    The home folder may be `/`, or not known at all: then no path is shortened.
+    """
+    home = os.path.expanduser("~").rstrip("/")
+    return masked(text.replace(f"{home}/", "~/") if home else text)
 
 
 def holds_secret(text: str) -> bool:

@@ -18,6 +18,10 @@ def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _stop)
+    from serving.models import CACHE
+
+    # Matplotlib's list of fonts is kept here, whatever HOME is
+    os.environ.setdefault("MPLCONFIGDIR", str(CACHE / "matplotlib"))
     from labs.commands.cli import app
 
     app()

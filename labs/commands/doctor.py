@@ -38,13 +38,13 @@ from labs.running.resolve import (
 from serving import gpus, install, models, quantize, telemetry
 from serving import machine as machines
 from serving.engines.base import EngineError
+from serving.engines.vllm import MEMORY_SHARE
 from serving.machine import GIB, Machine
 from serving.models import ROOT, Model, ModelError
 from serving.platforms import PLATFORMS, platform_of
 from serving.ports import PortTaken, require_port
 
 PORTS = {"make serve": (PORT, "PORT"), "make locust": (WEB_PORT, "WEB_PORT")}
-LEAST_FREE_SHARE = 0.9  # of a GPU's memory, which is what vLLM takes by default
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _gpus() -> Iterator[Check]:
     for index, handle in enumerate(gpus.visible(pynvml)):
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        taken = memory.free < LEAST_FREE_SHARE * memory.total
+        taken = memory.free < MEMORY_SHARE * memory.total
         yield Check(
             f"GPU {index}",
             f"{pynvml.nvmlDeviceGetName(handle)}, {memory.free / GIB:.0f} of"

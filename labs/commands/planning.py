@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -36,69 +37,80 @@ MOST_TOKENS = 131_072  # of a prompt, or an answer
 MOST_DOCUMENTS = 100_000
 
 
+CardOption = Annotated[
+    str,
+    typer.Option("--machine", envvar="LABS_MACHINE", help=f"The GPU: {', '.join(short_names())}."),
+]
+ShapeOption = Annotated[
+    str,
+    typer.Option(
+        envvar="LABS_MODEL",
+        help=f"A shape that ships with the lab ({', '.join(SHAPES)}), or a model folder.",
+    ),
+]
+PrecisionOption = Annotated[
+    str, typer.Option(envvar="LABS_PRECISION", help=f"One of {', '.join(PRECISIONS)}.")
+]
+RateOption = Annotated[
+    float, typer.Option(envvar="LABS_RATE", min=0, help="Requests per second, in total.")
+]
+LengthsOption = Annotated[
+    str, typer.Option(envvar="LABS_LENGTHS", help="Mean tokens of prompts and outputs.")
+]
+DocumentsOption = Annotated[
+    str,
+    typer.Option(
+        envvar="LABS_DOCUMENTS",
+        help="The number of documents that prompts begin with, and their tokens: 200/800.",
+    ),
+]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="LABS_TRACE",
+        help=f"Traffic to replay instead of a rate and lengths: its first"
+        f" {MOST_ROWS:,} requests (`docs/knobs.md` lists the formats).",
+    ),
+]
+SloOption = Annotated[
+    str, typer.Option(envvar="LABS_SLO", help="The longest TTFT and TPOT, in milliseconds.")
+]
+GpusOption = Annotated[
+    int,
+    typer.Option(
+        envvar="LABS_REPLICAS",
+        min=0,
+        max=MOST_REPLICAS,
+        help="The number of GPUs; 0: as many as the rate needs.",
+    ),
+]
+RouterOption = Annotated[
+    str, typer.Option(envvar="LABS_ROUTER", help=f"all, or one of {', '.join(ROUTERS)}.")
+]
+ApiPriceOption = Annotated[
+    float,
+    typer.Option(
+        envvar="LABS_API_PRICE",
+        min=0,
+        help="The price of a million output tokens from an API, in US dollars, to compare with"
+        " PRICE_PER_HOUR.",
+    ),
+]
+
+
 @app.command("plan")
 def plan_capacity(
-    card: Annotated[
-        str,
-        typer.Option(
-            "--machine", envvar="LABS_MACHINE", help=f"The GPU: {', '.join(short_names())}."
-        ),
-    ],
-    model: Annotated[
-        str,
-        typer.Option(
-            envvar="LABS_MODEL",
-            help=f"A shape that ships with the lab ({', '.join(SHAPES)}), or a model folder.",
-        ),
-    ] = "llama-8b",
-    precision: Annotated[
-        str, typer.Option(envvar="LABS_PRECISION", help=f"One of {', '.join(PRECISIONS)}.")
-    ] = "bf16",
-    rate: Annotated[
-        float, typer.Option(envvar="LABS_RATE", min=0, help="Requests per second, in total.")
-    ] = 0.0,
-    lengths: Annotated[
-        str, typer.Option(envvar="LABS_LENGTHS", help="Mean tokens of prompts and outputs.")
-    ] = "1000/200",
-    documents: Annotated[
-        str,
-        typer.Option(
-            envvar="LABS_DOCUMENTS",
-            help="The number of documents that prompts begin with, and their tokens: 200/800.",
-        ),
-    ] = "",
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="LABS_TRACE",
-            help=f"Traffic to replay instead of a rate and lengths: its first"
-            f" {MOST_ROWS:,} requests (`docs/knobs.md` lists the formats).",
-        ),
-    ] = None,
-    slo: Annotated[
-        str, typer.Option(envvar="LABS_SLO", help="The longest TTFT and TPOT, in milliseconds.")
-    ] = "1000/50",
-    replicas: Annotated[
-        int,
-        typer.Option(
-            envvar="LABS_REPLICAS",
-            min=0,
-            max=MOST_REPLICAS,
-            help="The number of GPUs; 0: as many as the rate needs.",
-        ),
-    ] = 0,
-    router: Annotated[
-        str, typer.Option(envvar="LABS_ROUTER", help=f"all, or one of {', '.join(ROUTERS)}.")
-    ] = "all",
-    api_price: Annotated[
-        float,
-        typer.Option(
-            envvar="LABS_API_PRICE",
-            min=0,
-            help="The price of a million output tokens from an API, in US dollars, to compare with"
-            " PRICE_PER_HOUR.",
-        ),
-    ] = 0.0,
+    card: CardOption,
+    model: ShapeOption = "llama-8b",
+    precision: PrecisionOption = "bf16",
+    rate: RateOption = 0.0,
+    lengths: LengthsOption = "1000/200",
+    documents: DocumentsOption = "",
+    trace: TraceOption = None,
+    slo: SloOption = "1000/50",
+    replicas: GpusOption = 0,
+    router: RouterOption = "all",
+    api_price: ApiPriceOption = 0.0,
     out: MarkdownOut = None,
 ) -> None:
     """Plan capacity on a GPU that is not here, in some minutes. Nothing is started or measured.
@@ -109,33 +121,18 @@ def plan_capacity(
     """  # fmt: skip
     with reported_errors(), ConsoleProgress() as progress:
         machine, _ = machine_of(card)
-        if precision not in PRECISIONS:
-            raise LabError(
-                f"there is no PRECISION={precision}{did_you_mean(precision, PRECISIONS)} ones are"
-                f" {', '.join(PRECISIONS)}"
-            )
-        if router not in (*ROUTERS, "all"):
-            raise LabError(
-                f"there is no ROUTER={router}{did_you_mean(router, ROUTERS)} ones are all,"
-                f" {', '.join(ROUTERS)}"
-            )
-        if not math.isfinite(rate):
-            raise LabError(f"RATE={rate}: give a number of requests per second")
-        ttft_ms, tpot_ms = _pair("SLO", slo, "TTFT/TPOT in milliseconds, such as 1000/50")
-        try:
-            usd_per_hour = price_per_hour()
-        except ValueError as error:
-            raise LabError(str(error)) from error
+        _require_known("PRECISION", precision, PRECISIONS)
+        _require_known("ROUTER", router, ("all", *ROUTERS))
         question = Question(
-            model=model_named(machine, model),
             precision=precision,
             card=card,
             demand=_demand(rate, lengths, documents, trace),
-            slo=SLO(ttft_s=ttft_ms / 1000, tpot_s=tpot_ms / 1000),
+            slo=_slo(slo),
             replicas=replicas or None,
             routers=tuple(ROUTERS) if router == "all" else (router,),
-            usd_per_hour=usd_per_hour,
+            usd_per_hour=_usd_per_hour(),
             api_usd_per_million=api_price or None,
+            model=model_named(machine, model),
         )
         page = capacity_plans.page(plan(question, progress))
         progress.show(page)
@@ -143,8 +140,32 @@ def plan_capacity(
             whole.write(out, markdown.document(page))
 
 
+def _require_known(setting: str, given: str, known: Sequence[str]) -> None:
+    """Raise LabError where a setting names none of those that are known."""
+    if given not in known:
+        raise LabError(
+            f"there is no {setting}={given}{did_you_mean(given, known)} ones are {', '.join(known)}"
+        )
+
+
+def _slo(text: str) -> SLO:
+    """Read the longest TTFT and TPOT; raises LabError."""
+    ttft_ms, tpot_ms = _pair("SLO", text, "TTFT/TPOT in milliseconds, such as 1000/50")
+    return SLO(ttft_s=ttft_ms / 1000, tpot_s=tpot_ms / 1000)
+
+
+def _usd_per_hour() -> float | None:
+    """Read PRICE_PER_HOUR; raises LabError."""
+    try:
+        return price_per_hour()
+    except ValueError as error:
+        raise LabError(str(error)) from error
+
+
 def _demand(rate: float, lengths: str, documents: str, trace: Path | None) -> Demand:
     """Read what is asked of the service; raises LabError."""
+    if not math.isfinite(rate):
+        raise LabError(f"RATE={rate}: give a number of requests per second")
     count, document_tokens = 0.0, 0.0
     if documents:
         count, document_tokens = _pair("DOCUMENTS", documents, "their number/tokens, as 200/800")

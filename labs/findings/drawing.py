@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from labs.judging.judge import ForecastAtPoint, Interval
 
 mpl.use("svg")
+mpl.rcdefaults()  # whatever the reader's own `matplotlibrc` says
 mpl.rcParams.update(
     {
         "svg.hashsalt": "labs",  # the same data gives the same file

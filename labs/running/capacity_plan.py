@@ -12,7 +12,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,7 @@ from labs import theory
 from labs.filing.results import Band
 from labs.judging.measure import percentile
 from labs.lab import SLO, LabError
-from labs.running.forecast import GPU_SHARE, defaults_on_a_gpu, is_eight_bit, play_all, records
+from labs.running.forecast import defaults_on_a_gpu, is_eight_bit, play_all, records
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import machine_of
 from labs.telling.capacity_plans import (
@@ -37,8 +37,7 @@ from labs.telling.capacity_plans import (
 )
 from loadtests.arrivals import Poisson
 from serving import dummy, models
-from serving.engines.base import FlagValue
-from serving.engines.vllm import ACTIVATION_BYTES, Vllm
+from serving.engines.vllm import Vllm, VllmFlags, usable_bytes
 from serving.forecasting.datasheet import EXPECTED, FASTER, SLOWER, Efficiency, step_times
 from serving.forecasting.plan import (
     ForecastPlan,
@@ -134,7 +133,7 @@ class _Served:
 
     model: Model
     sheet: Datasheet
-    flags: Mapping[str, FlagValue]
+    flags: VllmFlags
     eight_bit: bool
 
     @classmethod
@@ -149,8 +148,8 @@ class _Served:
     @property
     def room_tokens(self) -> float:
         """The tokens for which the KV cache has room."""
-        bytes_left = max(0.0, float(str(self.flags["kv-cache-memory-bytes"])))
-        return theory.kv_tokens(self.model.shape, bytes_left, 2, int(str(self.flags["block-size"])))
+        bytes_left = max(0, self.flags.kv_cache_memory_bytes)
+        return theory.kv_tokens(self.model.shape, bytes_left, 2, self.flags.block_size)
 
     @property
     def most_tokens(self) -> int:
@@ -174,11 +173,10 @@ def _fits(question: Question, machine: Machine, sheet: Datasheet) -> Iterator[Fi
             served = _Served.of(question.model, precision, machine, sheet)
         except ModelError:  # quantized experts, for example
             continue
-        usable = GPU_SHARE * machine.memory_bytes - ACTIVATION_BYTES
         yield Fit(
             precision,
             served.model.shape.held_bytes,
-            usable,
+            usable_bytes(machine.memory_bytes),
             served.model.shape.kv_bytes_per_token(),
             served.room_tokens,
             served.room_tokens / question.demand.tokens,

@@ -16,6 +16,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
 from typing import Any
@@ -40,7 +41,7 @@ from serving import machine as machines
 from serving import metrics, models
 from serving.engines import ENGINES
 from serving.engines.base import FlagValue, with_places
-from serving.engines.vllm import ACTIVATION_BYTES, Vllm, VllmFlags
+from serving.engines.vllm import Vllm, VllmFlags, usable_bytes
 from serving.forecasting import datasheet
 from serving.forecasting.copying import Copied, Copying, CopyingPlan, Lookup, decoded
 from serving.forecasting.datasheet import Efficiency
@@ -71,7 +72,6 @@ show; the slow end at least by how much the speed wandered while the step was ti
 stand-in step is the least of several times, and an engine cannot choose its moments.
 """
 DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; larger steps are extrapolated
-GPU_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
 TIMING_LIMIT_S = 300
 PLAYS_OF_CHANCE = 9  # at least, where long prompts meet streams that are all alike
 ANSWERS = 24  # of the model, at least, for each load of an engine that copies from the context
@@ -98,31 +98,7 @@ def forecast(
         return PointForecasts(points={}, without=without)
     speeds = [] if setup.datasheet else earlier_speeds(setup.machine)
     spread = usual_spread(speeds, setup.lab.repeats)
-    chance = random.Random(setup.lab.seed)
-    by_key = {p.key: p for p in points}
-
-    lasts_s: dict[str, list[float]] = {}
-    sent: dict[str, int] = {}  # fewest requests in a play
-    watches: dict[str, list[Watch]] = {}
-
-    def figures_of(plays: Iterable[ForecastPlay]) -> list[tuple[str, Figures]]:
-        found = []
-        for play in plays:
-            trial = _trial(setup.lab, by_key[play.key], play)
-            ends_s = (r.end_s or 0.0 for r in trial.records)
-            lasts_s.setdefault(play.key, []).append(max(ends_s, default=0.0))
-            sent[play.key] = min(sent.get(play.key, MOST_DRAWN), len(trial.records))
-            if is_watched(trial.point.load):
-                watches.setdefault(play.key, []).append(watch(trial))
-            found.append((play.key, measure(trial)))
-        return found
-
     with started() as forecaster:
-
-        def ask(plan: ForecastPlan) -> list[ForecastPlay]:
-            forecaster.send(plan)
-            return list(forecaster.plays())
-
         if setup.datasheet:
             steps = _steps_by_datasheet(setup, points, setup.datasheet)
         else:
@@ -131,37 +107,19 @@ def forecast(
             steps = _steps_as_timed(setup, points, speeds, forecaster)
         copies = _read_answers(setup, points, requests, forecaster, progress)
         progress.waiting("playing every load on vLLM's scheduler in virtual time")
-        capacities: Sequence[float | None] = (None,) * 3
+        trials = VirtualTrials(setup, requests, steps, copies, spread, forecaster)
+        capacities = NO_CAPACITIES
         if setup.lab.finds_capacity and points[0] is setup.points[0]:
-            plan = _plan(setup, points[:1], requests, steps, copies, spread, capacities)
-            first, *_, faster, slower = figures_of(ask(plan))
-            capacities = [found["requests_per_s"] for _, found in (first, faster, slower)]
+            capacities = trials.capacities_per_s(points[0])
         if not all(capacities):
             points = [p for p in points if not isinstance(p.load, OfCapacity)]
-        lasts_s.clear()
-        watches.clear()
-        plan = _plan(setup, points, requests, steps, copies, spread, capacities)
-        figures = figures_of(ask(plan))
-    plays = {p.key: len(e.trials) for p, e in zip(points, plan.engines, strict=False)}
-    plays_as_timed = sum(plays.values())
+        found = trials.played(points, capacities)
     return PointForecasts(
-        points={
-            p.key: _bands(
-                [row for key, row in figures[:plays_as_timed] if key == p.key],
-                [row for key, row in figures[plays_as_timed:] if key == p.key],
-                # trials of a run share the speed that these plays differ in
-                1 if isinstance(p.load, Contended) else setup.lab.repeats_of(p),
-            )
-            for p in points
-        },
+        points={plays.point.key: plays.bands(setup.lab) for plays in found},
         without=without,
-        trial_s={key: fmean(seconds[: plays[key]]) for key, seconds in lasts_s.items()},
-        copied={
-            p.key: share
-            for p in points
-            if (known := copies.get(p.key)) and (share := share_copied(known, sent[p.key], chance))
-        },
-        watches={key: tuple(of[: plays[key]]) for key, of in watches.items()},
+        trial_s={plays.point.key: plays.trial_s for plays in found},
+        copied=_shares_copied(found, copies, random.Random(setup.lab.seed)),
+        watches={plays.point.key: plays.watches for plays in found if plays.watches},
         step_times=_described(steps.values()),
         machine_spread=spread,
     )
@@ -463,6 +421,18 @@ def share_copied(
     return Band(value=value, low=min(value, float(low)), high=max(value, float(high)))
 
 
+def _shares_copied(
+    found: Sequence[PointPlays], copies: Copies, chance: random.Random
+) -> dict[str, Band]:
+    """Forecast that share for each point whose answers are known."""
+    shares = {
+        plays.point.key: share_copied(known, plays.fewest_sent, chance)
+        for plays in found
+        if (known := copies.get(plays.point.key))
+    }
+    return {key: share for key, share in shares.items() if share}
+
+
 # ------------------------------------------------------------------------------ virtual engines
 
 
@@ -547,25 +517,73 @@ def play_all(plans: Sequence[ForecastPlan]) -> Iterator[tuple[int, ForecastPlay]
             yield from ((number, played) for number, played in enumerate(row) if played)
 
 
-def _plan(
-    setup: Setup,
-    points: Sequence[Point],
-    requests: Mapping[str, Sequence[Path]],
-    steps: Steps,
-    copies: Copies,
-    spread: float,
-    capacities: Sequence[float | None],
-) -> ForecastPlan:
-    """Plan all repeats at the expected step, then the first at a faster and at a slower step.
+Capacities = Sequence[float | None]
+"""The requests/s that are served at the expected, a faster and a slower step; None: unknown."""
+NO_CAPACITIES: Capacities = (None, None, None)
 
-    `spread` is that of the machine's speed. Where long prompts come beside streams, no two plays
-    have the same speed: see `paces`.
-    `capacities` are the requests/s at these three, of which loads may be multiples.
-    """
-    lab = setup.lab
 
-    def engine(point: Point, end: int, plays: Sequence[tuple[int, float]]) -> PlannedEngine:
-        step_times, draft_times = steps[point.key][end]
+@dataclass(frozen=True)
+class VirtualTrials:
+    """Plays the trials of a lab on virtual engines, and measures what their clients saw."""
+
+    setup: Setup
+    requests: Mapping[str, Sequence[Path]]  # workload -> the file of each repeat
+    steps: Steps
+    copies: Copies
+    spread: float  # the usual one of the machine's speed, a factor of 1 or more
+    forecaster: Forecaster
+
+    def capacities_per_s(self, point: Point) -> Capacities:
+        """Find the requests/s that the first trial of a point serves. Raises ForecastError."""
+        (plays,) = self.played([point], NO_CAPACITIES)
+        return [play.figures["requests_per_s"] for play in (plays.as_timed[0], *plays.shifted)]
+
+    def played(self, points: Sequence[Point], capacities: Capacities) -> list[PointPlays]:
+        """Play all trials of these points; return the plays of each. Raises ForecastError.
+
+        Loads may be multiples of the capacities.
+        """
+        self.forecaster.send(self._plan(points, capacities))
+        known = {p.key: p for p in points}
+        found: dict[str, list[Outcome]] = {key: [] for key in known}
+        for play in self.forecaster.plays():
+            trial = _trial(self.setup.lab, known[play.key], play)
+            found[play.key].append(Outcome.of(trial))
+        # the last two of a point are those at the ends of the band
+        return [PointPlays(p, found[p.key][:-2], found[p.key][-2:]) for p in points]
+
+    def _plan(self, points: Sequence[Point], capacities: Capacities) -> ForecastPlan:
+        """Plan all repeats at the expected step, then the first at a faster and a slower one."""
+        first = [(1, 1.0)]
+        return ForecastPlan(
+            tokenizer=self.setup.model.path,
+            engines=(
+                *(self._engine(p, 0, self._repeats(p), capacities) for p in points),
+                *(self._engine(p, end, first, capacities) for end in (1, 2) for p in points),
+            ),
+        )
+
+    def _repeats(self, point: Point) -> list[tuple[int, float]]:
+        """List the plays at the expected step: a repeat, and a factor on its step.
+
+        Where long prompts come beside streams, no two plays have the same speed: see `paces`.
+        """
+        repeats = self.setup.lab.repeats
+        if repeats == 1 or not isinstance(point.load, Contended):
+            return [(repeat, 1.0) for repeat in range(1, repeats + 1)]
+        speeds = paces(max(repeats, PLAYS_OF_CHANCE), self.spread / FASTER)
+        return [(1 + i % repeats, pace) for i, pace in enumerate(speeds)]
+
+    def _engine(
+        self,
+        point: Point,
+        end: int,
+        plays: Sequence[tuple[int, float]],
+        capacities: Capacities,
+    ) -> PlannedEngine:
+        """Plan an engine with the step at this end of the band: 0 is the expected one."""
+        setup = self.setup
+        step_times, draft_times = self.steps[point.key][end]
         flags = with_places(point.variant.flags, setup.places)
         if setup.datasheet:
             defaults = defaults_on_a_gpu(setup.machine, point.shape, point.variant.flags)
@@ -579,39 +597,27 @@ def _plan(
             step_times=step_times,
             draft_times=draft_times,
             trials=tuple(
-                PlannedTrial(
-                    key=point.key,
-                    repeat=repeat,
-                    requests=requests[point.workload.name][repeat - 1],
-                    acceptance=lab.acceptance(point)
-                    if lab.acceptance and VllmFlags(point.variant.flags).speculative_config
-                    else 0.0,
-                    guessed=lab.guessed(point)
-                    if lab.guessed and VllmFlags(point.variant.flags).speculative_config
-                    else 1.0,
-                    copied=tuple(copies[point.key][repeat - 1]) if point.key in copies else (),
-                    pace=pace,
-                    masking=lab.masking(point) if lab.masking else None,
-                    primed=_primed(point),
-                    traffic=_traffic(lab, point, repeat, capacities[end]),
-                )
-                for repeat, pace in plays
+                self._planned(point, repeat, pace, capacities[end]) for repeat, pace in plays
             ),
         )
 
-    def as_timed(point: Point) -> list[tuple[int, float]]:
-        if lab.repeats == 1 or not isinstance(point.load, Contended):
-            return [(repeat, 1.0) for repeat in range(1, lab.repeats + 1)]
-        speeds = paces(max(lab.repeats, PLAYS_OF_CHANCE), spread / FASTER)
-        return [(1 + i % lab.repeats, pace) for i, pace in enumerate(speeds)]
-
-    return ForecastPlan(
-        tokenizer=setup.model.path,
-        engines=(
-            *(engine(p, 0, as_timed(p)) for p in points),
-            *(engine(p, end, [(1, 1.0)]) for end in (1, 2) for p in points),
-        ),
-    )
+    def _planned(
+        self, point: Point, repeat: int, pace: float, capacity_per_s: float | None
+    ) -> PlannedTrial:
+        lab, key = self.setup.lab, point.key
+        speculates = bool(point.flags.speculative_config)
+        return PlannedTrial(
+            key=key,
+            repeat=repeat,
+            requests=self.requests[point.workload.name][repeat - 1],
+            acceptance=lab.acceptance(point) if lab.acceptance and speculates else 0.0,
+            guessed=lab.guessed(point) if lab.guessed and speculates else 1.0,
+            copied=tuple(self.copies[key][repeat - 1]) if key in self.copies else (),
+            pace=pace,
+            masking=lab.masking(point) if lab.masking else None,
+            primed=_primed(point),
+            traffic=_traffic(lab, point, repeat, capacity_per_s),
+        )
 
 
 def paces(plays: int, spread: float) -> list[float]:
@@ -628,9 +634,7 @@ def paces(plays: int, spread: float) -> list[float]:
     return [spread ** (2 * place / plays) for place in places]
 
 
-def defaults_on_a_gpu(
-    machine: Machine, shape: Shape, flags: Mapping[str, FlagValue]
-) -> dict[str, FlagValue]:
+def defaults_on_a_gpu(machine: Machine, shape: Shape, flags: Mapping[str, FlagValue]) -> VllmFlags:
     """Return the defaults that vLLM 0.32 takes from the GPU, as an API server, and a CPU has not.
 
     Source: `get_batch_defaults` of vllm/engine/arg_utils.py; a block of 16 tokens is the default of
@@ -641,13 +645,14 @@ def defaults_on_a_gpu(
     budget = VllmFlags(
         {"max-num-batched-tokens": 8192 if large else 2048, **flags}
     ).max_num_batched_tokens
-    kv_bytes = GPU_SHARE * machine.memory_bytes - shape.held_bytes - ACTIVATION_BYTES
-    return {
-        "max-num-batched-tokens": budget,
-        "max-num-seqs": min(1024 if large else 256, budget),
-        "block-size": 16,
-        "kv-cache-memory-bytes": int(kv_bytes),
-    }
+    return VllmFlags(
+        {
+            "max-num-batched-tokens": budget,
+            "max-num-seqs": min(1024 if large else 256, budget),
+            "block-size": 16,
+            "kv-cache-memory-bytes": int(usable_bytes(machine.memory_bytes) - shape.held_bytes),
+        }
+    )
 
 
 def _primed(point: Point) -> int:
@@ -746,6 +751,57 @@ def _snapshot(forecast_play: ForecastPlay) -> Snapshot:
             }
         },
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Holds what a play came to."""
+
+    figures: Figures
+    lasts_s: float  # until its last answer ended
+    sent: int  # requests
+    watch: Watch | None  # where its load is watched
+
+    @classmethod
+    def of(cls, trial: Trial) -> Outcome:
+        return cls(
+            figures=measure(trial),
+            lasts_s=max((r.end_s or 0.0 for r in trial.records), default=0.0),
+            sent=len(trial.records),
+            watch=watch(trial) if is_watched(trial.point.load) else None,
+        )
+
+
+@dataclass(frozen=True)
+class PointPlays:
+    """Holds what all plays of a point came to."""
+
+    point: Point
+    as_timed: Sequence[Outcome]  # at the expected step
+    shifted: Sequence[Outcome]  # the first at FASTER and at SLOWER
+
+    @property
+    def trial_s(self) -> float:
+        """The mean time until the last answer of a trial has ended."""
+        return fmean(play.lasts_s for play in self.as_timed)
+
+    @property
+    def fewest_sent(self) -> int:
+        """The requests of the play that sent fewest, and at most as many as are drawn."""
+        return min(MOST_DRAWN, *(play.sent for play in (*self.as_timed, *self.shifted)))
+
+    @property
+    def watches(self) -> tuple[Watch, ...]:
+        return tuple(play.watch for play in self.as_timed if play.watch)
+
+    def bands(self, lab: Lab) -> dict[str, Band]:
+        """Return the band of each metric in which the mean of the lab's trials is expected."""
+        # trials of a run share the speed that these plays differ in
+        repeats = 1 if isinstance(self.point.load, Contended) else lab.repeats_of(self.point)
+        as_timed, shifted = (
+            [play.figures for play in plays] for plays in (self.as_timed, self.shifted)
+        )
+        return _bands(as_timed, shifted, repeats)
 
 
 def _bands(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +31,7 @@ from serving.engines.endpoint import Endpoint
 from serving.gpus import DATASHEETS, Datasheet
 from serving.guard import HERE
 from serving.machine import SLOW_BF16, Ceilings, Environment, Machine
-from serving.ports import free_port
+from serving.ports import free_port, require_free
 
 
 @dataclass(frozen=True)
@@ -185,9 +184,7 @@ def load_workers_of(request: RunRequest) -> LoadWorkers | None:
                 "other machines cannot send to an ENDPOINT= on 127.0.0.1 or localhost, which"
                 " is this machine for each of them: give the address by which all reach it"
             )
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+        require_free(host, port)
         key = require_key(request.key or secrets.token_hex(16))
     except OSError as error:
         raise LabError(

@@ -42,7 +42,7 @@ from labs.telling.summary import summarise
 from loadtests.plan import sent_sha256
 from serving import models
 from serving.engines import ENGINES
-from serving.masking import masked
+from serving.masking import recordable
 
 # What a run needs on disk while it lasts, and the lock that keeps a second one out.
 SCRATCH = Path(os.environ.get("LABS_SCRATCH") or models.CACHE)
@@ -185,9 +185,7 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         endpoint=request.endpoint or None,
         replicas=setup.endpoint.replicas if setup.endpoint else [],
         load_workers=setup.load_workers.count if setup.load_workers else 0,
-        engine_command=masked(
-            "\n".join(request.engine_command).replace(f"{Path.home()}/", "~/")
-        ).splitlines(),
+        engine_command=recordable("\n".join(request.engine_command)).splitlines(),
         model=setup.model.name,
         dummy=setup.model.dummy,
         model_shape=vars(setup.model.shape),

@@ -21,6 +21,7 @@ from labs.telling.document import (
     table,
 )
 from loadtests.trace import TraceRow
+from serving.engines.vllm import ACTIVATION_BYTES, MEMORY_SHARE
 
 
 @dataclass(frozen=True)
@@ -222,9 +223,10 @@ def _fit(plan: CapacityPlan) -> Sequence[Block]:
     ]
     formula = (
         Emphasis("Arithmetic."),
-        f" {usable / 1e9:.1f} GB of the GPU's memory are usable: 92%, which is vLLM's default,"
-        " less 1 GB for activations. The weights are the linear layers at their precision and the"
-        " embeddings at 16 bits. A token's keys and values are"
+        f" {usable / 1e9:.1f} GB of the GPU's memory are usable: {MEMORY_SHARE:.0%}, which is"
+        f" vLLM's default, less {ACTIVATION_BYTES / 1e9:g} GB for activations. The weights are the"
+        " linear layers at their precision and the embeddings at 16 bits. A token's keys and"
+        " values are"
         f" {plan.fits[0].kv_bytes_per_token:,.0f} bytes: 2 x layers x KV heads x head dim x 2. A"
         f" request of this demand occupies {plan.demand.tokens:,.0f} tokens at its end.",
     )

@@ -17,9 +17,10 @@ from labs.questions import QUESTIONS
 from labs.telling.capacity_plans import break_even_millions, over, with_band
 from labs.telling.dials import shipped_shape
 from labs.telling.document import Code, Inline
-from labs.telling.planner import BLOCK_TOKENS, MEMORY_SHARE, kv_room_tokens, usable_bytes
+from labs.telling.planner import BLOCK_TOKENS, kv_room_tokens
 from serving import dummy, models
 from serving.dummy import SHAPES
+from serving.engines.vllm import MEMORY_SHARE, usable_bytes
 from serving.forecasting.datasheet import EXPECTED, FASTER, SLOWER, step_times
 from serving.forecasting.step import Piece, Step
 from serving.gpus import DATASHEETS, Datasheet

@@ -18,11 +18,10 @@ from labs.telling.dials import Hardware, cards, shipped_shape
 from labs.telling.document import Table, table
 from serving import gpus
 from serving.dummy import SHAPES
-from serving.engines.vllm import ACTIVATION_BYTES
+from serving.engines.vllm import ACTIVATION_BYTES, MEMORY_SHARE, usable_bytes
 from serving.forecasting.datasheet import EXPECTED, FASTER, SLOWER
 from serving.models import Shape
 
-MEMORY_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
 BLOCK_TOKENS = 16  # of the KV cache on CUDA
 SHOWN_CONTEXT = 8192  # tokens, in the table of what fits
 BY_QUESTION = {  # what the page shows -> the question whose lab shows it
@@ -72,11 +71,6 @@ def _cards() -> list[tuple[Hardware, float]]:
 def _measured(runs: Sequence[Run]) -> list[tuple[Hardware, float]]:
     machines = {run.machine.slug: run for run in runs}
     return [(Hardware.of(run), run.machine.memory_bytes) for run in machines.values()]
-
-
-def usable_bytes(memory_bytes: float) -> float:
-    """Return a GPU's memory for weights, keys and values, as vLLM takes it by default."""
-    return MEMORY_SHARE * memory_bytes - ACTIVATION_BYTES
 
 
 def kv_room_tokens(shape: Shape, memory_bytes: float, bytes_per_value: float) -> float:

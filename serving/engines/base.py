@@ -33,6 +33,18 @@ from serving.process import Process
 FlagValue = str | int | float | bool | dict[str, object] | list[str]
 Flags = Mapping[str, FlagValue]  # the engine's own names, without the leading dashes
 
+
+class TypedFlags(dict[str, FlagValue]):
+    """An engine's flags by its own names, with access to their values by type."""
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """Read a whole number: a flag, or `default` where it is not set.
+
+        Raises KeyError where it has neither, and ValueError where it is no whole number.
+        """
+        return int(str(self[name] if default is None else self.get(name, default)))
+
+
 START_TIMEOUT_S = 900.0
 METRICS_TIMEOUT_S, MOST_METRICS_BYTES = 10.0, 32 * 2**20
 

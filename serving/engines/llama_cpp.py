@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from serving import llama_server, metrics, to_gguf
 from serving import machine as machines
-from serving.engines.base import Engine, EngineError, Flags
+from serving.engines.base import Engine, EngineError, Flags, TypedFlags
 from serving.engines.transformers import check_names, harmful
 from serving.making import MakerError
 from serving.models import Model, Shape
@@ -95,7 +95,7 @@ class LlamaCpp(Engine):
 
     @classmethod
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
-        kv_bytes = int(str(flags.get("ctx-size", 0))) * shape.kv_bytes_per_token()
+        kv_bytes = TypedFlags(flags).integer("ctx-size", 0) * shape.kv_bytes_per_token()
         return PROCESS_BYTES + shape.held_bytes + int(kv_bytes)
 
     @classmethod

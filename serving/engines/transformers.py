@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from serving import machine as machines
-from serving.engines.base import Engine, EngineError, Flags, FlagValue
+from serving.engines.base import Engine, EngineError, Flags, FlagValue, TypedFlags
 from serving.models import Model, Shape
 from serving.ports import LOOPBACK
 
@@ -100,7 +100,8 @@ class Transformers(Engine):
 
     @classmethod
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
-        tokens = int(str(flags.get("cb-block-size", 0))) * int(str(flags.get("cb-num-blocks", 0)))
+        typed = TypedFlags(flags)
+        tokens = typed.integer("cb-block-size", 0) * typed.integer("cb-num-blocks", 0)
         return PROCESS_BYTES + shape.held_bytes + int(tokens * shape.kv_bytes_per_token())
 
     @classmethod

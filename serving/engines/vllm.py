@@ -28,7 +28,14 @@ import requests
 from serving import guard, metrics, random_weights, whole
 from serving import machine as machines
 from serving.engines import harmless
-from serving.engines.base import Engine, EngineError, Flags, FlagValue, Unsupported, exceptions
+from serving.engines.base import (
+    Engine,
+    EngineError,
+    Flags,
+    TypedFlags,
+    Unsupported,
+    exceptions,
+)
 from serving.machine import Machine
 from serving.models import CACHE, ROOT, Model, Shape, files_sha256
 from serving.ports import LOOPBACK
@@ -40,6 +47,7 @@ PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-siz
 QUEUE_LIMITS = ("max-num-queued-reqs", "max-num-queued-tokens")
 SINCE = dict.fromkeys(QUEUE_LIMITS, "0.32")
 """Flag -> the first vLLM known to have it, where not every one that the labs support has it."""
+MEMORY_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
 ACTIVATION_BYTES = 10**9  # at least, beside weights and KV cache on a GPU
 PROCESS_BYTES = 2 * 2**30  # on the host, beside its weights and KV cache
 CPU_KV_BYTES = 4 * 2**30  # counted where no size is given
@@ -52,31 +60,31 @@ GOLDEN: dict[str, tuple[str, ...]] = {"0.26": METRICS, "0.32": METRICS}
 metrics between versions; a test compares these with those of the installed one."""
 
 
-class VllmFlags(dict[str, FlagValue]):
+class VllmFlags(TypedFlags):
     """An engine's flags by vLLM's names, with typed access to those that the labs use.
 
     Defaults are those of vLLM 0.32's configuration classes (vllm/config/*.py). A flag whose default
     vLLM takes from the model or the device has none here: reading it unset is a KeyError.
     """
 
-    def _int(self, name: str, default: int | None = None) -> int:
-        value = self[name] if default is None else self.get(name, default)
-        return int(str(value))
-
     @property
     def max_model_len(self) -> int:
         """The most tokens of a prompt and its answer together."""
-        return self._int("max-model-len")
+        return self.integer("max-model-len")
 
     @property
     def max_num_batched_tokens(self) -> int:
         """The most tokens that a step computes."""
-        return self._int("max-num-batched-tokens")
+        return self.integer("max-num-batched-tokens")
 
     @property
     def max_num_seqs(self) -> int:
         """The most requests in a step; others wait."""
-        return self._int("max-num-seqs")
+        return self.integer("max-num-seqs")
+
+    def at_once(self, requests: int) -> int:
+        """Return how many of so many requests are in a step: all, or as many as its limit says."""
+        return min(requests, self.integer("max-num-seqs", requests))
 
     @property
     def turns_away(self) -> bool:
@@ -85,12 +93,12 @@ class VllmFlags(dict[str, FlagValue]):
 
     @property
     def kv_cache_memory_bytes(self) -> int:
-        return self._int("kv-cache-memory-bytes")
+        return self.integer("kv-cache-memory-bytes")
 
     @property
     def block_size(self) -> int:
         """The tokens in a block of the KV cache."""
-        return self._int("block-size")
+        return self.integer("block-size")
 
     @property
     def sliding_window(self) -> int | None:
@@ -102,7 +110,7 @@ class VllmFlags(dict[str, FlagValue]):
     @property
     def num_gpu_blocks_override(self) -> int:
         """The blocks of the KV cache, whatever its memory; 0 where the memory decides."""
-        return self._int("num-gpu-blocks-override", 0)
+        return self.integer("num-gpu-blocks-override", 0)
 
     @property
     def watermark(self) -> float:
@@ -136,11 +144,11 @@ class VllmFlags(dict[str, FlagValue]):
     @property
     def max_loras(self) -> int:
         """The most adapters in one batch."""
-        return self._int("max-loras", 1)
+        return self.integer("max-loras", 1)
 
     @property
     def max_lora_rank(self) -> int:
-        return self._int("max-lora-rank", 16)
+        return self.integer("max-lora-rank", 16)
 
     @property
     def lora_modules(self) -> list[str]:
@@ -156,21 +164,26 @@ class VllmFlags(dict[str, FlagValue]):
     @property
     def devices(self) -> int:
         """The devices that it needs: tensor x pipeline x data parallelism."""
-        return math.prod(self._int(flag, 1) for flag in PARALLEL)
+        return math.prod(self.integer(flag, 1) for flag in PARALLEL)
 
     @property
     def weight_parts(self) -> int:
         """The devices that share one copy of the weights: tensor x pipeline parallelism."""
-        return math.prod(self._int(flag, 1) for flag in PARALLEL[:2])
+        return math.prod(self.integer(flag, 1) for flag in PARALLEL[:2])
 
     @property
     def copies(self) -> int:
         """The copies of the model that share the requests: data parallelism."""
-        return self._int("data-parallel-size", 1)
+        return self.integer("data-parallel-size", 1)
 
     @property
     def uses_ray(self) -> bool:
         return self.get("distributed-executor-backend") == "ray"
+
+
+def usable_bytes(memory_bytes: float) -> float:
+    """Return a GPU's memory for weights, keys and values, as vLLM takes it by default."""
+    return MEMORY_SHARE * memory_bytes - ACTIVATION_BYTES
 
 
 _PARSE = """
@@ -371,7 +384,7 @@ class Vllm(Engine):
         on GPUs of its own. Raises EngineError.
         """
         vllm_flags = VllmFlags(flags)
-        kv_bytes = int(str(flags.get("kv-cache-memory-bytes", 0)))
+        kv_bytes = vllm_flags.integer("kv-cache-memory-bytes", 0)
         copies, weight_bytes = 1, shape.held_bytes / vllm_flags.weight_parts
         beside, what, where, more = ACTIVATION_BYTES, "activations", "GPU", "more GPUs with TP=, "
         if machine.kind == "cpu":
@@ -388,8 +401,9 @@ class Vllm(Engine):
 
     @classmethod
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
-        kv_bytes = int(str(flags.get("kv-cache-memory-bytes", CPU_KV_BYTES)))
-        return VllmFlags(flags).copies * (kv_bytes + PROCESS_BYTES + shape.held_bytes)
+        vllm_flags = VllmFlags(flags)
+        kv_bytes = vllm_flags.integer("kv-cache-memory-bytes", CPU_KV_BYTES)
+        return vllm_flags.copies * (kv_bytes + PROCESS_BYTES + shape.held_bytes)
 
     # while it runs
 

@@ -168,7 +168,7 @@ def test_a_gpu_in_use_and_a_driver_too_old_are_told(monkeypatch: pytest.MonkeyPa
         ("NVIDIA H100 80GB HBM3, 79 of 80 GiB free, compute capability 9.0", ""),
         ("580.1, supports CUDA up to 13.0", ""),
     ]
-    monkeypatch.setitem(sys.modules, "pynvml", make_nvml(40, 12080))
+    monkeypatch.setitem(sys.modules, "pynvml", make_nvml(73, 12080))  # vLLM takes 73.6
     gpu, driver = doctor._gpus()
     assert "nvidia-smi" in gpu.remedy
     assert driver.state == "580.1, supports CUDA up to 12.8"

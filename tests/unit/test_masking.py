@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pwd
+
 import pytest
 from typer.testing import CliRunner
 
@@ -10,7 +12,7 @@ from labs.commands.cli import app
 from serving.engines.base import EngineError
 from serving.engines.endpoint import Endpoint
 from serving.machine import engine_variables
-from serving.masking import holds_secret, masked
+from serving.masking import holds_secret, masked, recordable
 
 TOKEN = "hf_" + "a1B2" * 8
 LAB = next(iter(LABS))
@@ -30,6 +32,37 @@ LAB = next(iter(LABS))
 def test_a_secret_is_masked_and_the_rest_is_not(text: str, shown: str) -> None:
     assert masked(text) == shown
     assert holds_secret(text)
+
+
+@pytest.mark.parametrize(
+    ("home", "shown"),
+    [
+        ("/home/me", "-o=~/x http://h//y ***"),
+        ("/home/me/", "-o=~/x http://h//y ***"),
+        ("/", "-o=/home/me/x http://h//y ***"),
+        ("", "-o=/home/me/x http://h//y ***"),
+        ("/nonexistent", "-o=/home/me/x http://h//y ***"),
+    ],
+)
+def test_the_home_folder_is_not_recorded(
+    home: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", home)
+    assert recordable(f"-o=/home/me/x http://h//y {TOKEN}") == shown
+
+
+def test_a_user_without_a_home_folder_has_nothing_to_shorten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a container whose user has no entry in /etc/passwd."""
+
+    def unknown(_: int) -> object:
+        raise KeyError
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert recordable("/home/me/x") == "/home/me/x"
+    assert engine_variables({"VLLM_X": "/home/me/x"}) == {"VLLM_X": "/home/me/x"}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from serving import dummy, models
 from serving import machine as machines
 from serving.engines import vllm
 from serving.engines.base import EngineError
-from serving.engines.vllm import Vllm
+from serving.engines.vllm import Vllm, VllmFlags
 from serving.gpus import CLASSES, MemoryClass, class_of
 from serving.machine import Machine
 from serving.models import SIBLINGS, Model, ModelError, shape_of
@@ -235,16 +235,15 @@ def test_memory_is_exercised_where_a_lab_is_about_it(c: MemoryClass) -> None:
     """On each class some prefixes fit the cache and some do not, and a tight cache overflows."""
     lab, _, model = of_the_class("prefix-caching", c, random=False)
     workloads = {w.name: w for w in lab.workloads}
-    memory = int(str(lab.flags["kv-cache-memory-bytes"]))
+    memory = VllmFlags(lab.flags).kv_cache_memory_bytes
     longest = workloads["few"].longest_tokens * model.shape.kv_bytes_per_token()
     few, many = (w.prefix.groups for n in ("few", "many") if (w := workloads[n]).prefix)
     assert few <= memory / longest < many
     lab, _, model = of_the_class("kv-quantization", c, random=False)
     (growing,) = (w for w in lab.workloads if w.name == "growing")
     tight = next(v for v in lab.variants if v.name == "bf16-tight")
-    held = int(str(tight.flags["kv-cache-memory-bytes"])) / (
-        growing.longest_tokens * model.shape.kv_bytes_per_token()
-    )
+    longest = growing.longest_tokens * model.shape.kv_bytes_per_token()
+    held = VllmFlags(tight.flags).kv_cache_memory_bytes / longest
     assert 4 < held < max(load.seats for load in growing.loads)
 
 

@@ -22,7 +22,7 @@ from loadtests.plan import PlannedRequest, body, in_dialect
 from loadtests.workload import Asked, Request
 from serving import gpus, llama_server, metrics, to_gguf, transformers_server
 from serving.engines import ENGINES
-from serving.engines.base import EngineError
+from serving.engines.base import EngineError, FlagValue
 from serving.engines.llama_cpp import LlamaCpp
 from serving.engines.transformers import Transformers
 from serving.engines.vllm import Vllm
@@ -71,6 +71,16 @@ def asked_of(engine: Transformers | LlamaCpp) -> dict[str, Any]:
     planned = PlannedRequest(index=0, output_tokens=2, body=json.dumps(body(request, "abacus-1")))
     changed: dict[str, Any] = json.loads(in_dialect(planned, engine.request_fields).body)
     return changed
+
+
+def test_their_caches_count_as_memory_of_the_host() -> None:
+    """A token's keys and values are 32 bytes; without a size only the rest is known."""
+    blocks: dict[str, FlagValue] = {"cb-block-size": 16, "cb-num-blocks": "10"}
+    held = Transformers.host_memory_bytes(blocks, SHAPE) - Transformers.host_memory_bytes({}, SHAPE)
+    assert held == 160 * 32
+    slots: dict[str, FlagValue] = {"ctx-size": 100}
+    held = LlamaCpp.host_memory_bytes(slots, SHAPE) - LlamaCpp.host_memory_bytes({}, SHAPE)
+    assert held == 100 * 32
 
 
 def not_started(cls: type[Any], model: Model) -> Any:

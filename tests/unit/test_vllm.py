@@ -65,6 +65,10 @@ def test_flags_are_read_by_their_types_and_vllms_defaults() -> None:
     assert not flags.enforce_eager
     with pytest.raises(KeyError, match="kv-cache-memory-bytes"):
         _ = flags.kv_cache_memory_bytes
+    assert (flags.at_once(300), VllmFlags({"max-num-seqs": "8"}).at_once(300)) == (300, 8)
+    assert VllmFlags({"max-num-seqs": 8}).at_once(4) == 4
+    with pytest.raises(ValueError, match="many"):
+        VllmFlags({"max-num-seqs": "many"}).at_once(4)
 
 
 def test_flags_say_how_many_devices_share_the_work() -> None:

@@ -5,11 +5,35 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+Add = Callable[..., argparse.Action]  # `add_argument` of a group
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options. Flags of vLLM that are not listed are named on stderr and ignored."""
+    parser = _parser()
+    words = []
+    for word in argv:  # vLLM takes --max_num_seqs for --max-num-seqs
+        flag, equals, value = word.partition("=")
+        words.append((flag.replace("_", "-") if flag[:2] == "--" else flag) + equals + value)
+    options, unknown = parser.parse_known_args(words)
+    if options.drop:
+        setattr(options, options.drop, parser.get_default(options.drop))
+    if unknown:
+        if not unknown[0].startswith("-"):
+            parser.error(f"not an option: {unknown[0]}")
+        print("Ignored:", *unknown, file=sys.stderr)
+    if options.acceptance is None:
+        options.acceptance = 0.9 if options.speculative_config.get("method") == "ngram" else 0.6
+    options.guesses = int(options.speculative_config.get("num_speculative_tokens", 0))
+    for name in ("step_s", "step_per_seq_s", "prefill_per_token_s"):
+        if not options.programmed:  # there `slowdown` acts on each request's own times
+            setattr(options, name, getattr(options, name) * options.slowdown)
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tests.fake.engine",
         description="A fake vLLM with a known latency law. It answers as vLLM 0.32 does, takes "
@@ -18,7 +42,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument_group("as in vLLM").add_argument
+    _add_flags(parser.add_argument_group("as in vLLM").add_argument)
+    _add_law(parser.add_argument_group("the law").add_argument)
+    _add_oddities(parser.add_argument_group("odd, but allowed").add_argument)
+    _add_faults(parser.add_argument_group("faults").add_argument)
+    parser.add_argument_group("the record").add_argument(
+        "--log", metavar="FILE", help="a JSON line a request: what was sent, and when"
+    )
+    return parser
+
+
+def _add_flags(add: Add) -> None:
     add("--port", type=int, default=8000, help="on 127.0.0.1; 0 takes a free one, see stderr")
     add("--model", default="fake", help="the model's name")
     add("--served-model-name", "--alias", nargs="+",
@@ -52,7 +86,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="said in the log, and nothing else")  # fmt: skip
     add("--load-format", default="auto", help="dummy: it says that it drew random weights")
     add("--seed", type=_seed, default=0, help="of what is random; `any`: another at each start")
-    add = parser.add_argument_group("the law").add_argument
+
+
+def _add_law(add: Add) -> None:
     add("--step-s", type=float, default=0.02, help="length of a step, before what follows")
     add("--step-per-seq-s", type=float, default=0.0005, help="more for each running sequence")
     add("--prefill-per-token-s", type=float, default=0.0001,
@@ -72,11 +108,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--programmed", action="store_true",
         help='no scheduler: each request is answered by its own "truth" (see the package), '
         "every chunk, the first too, of its tokens_per_chunk")  # fmt: skip
-    add = parser.add_argument_group("odd, but allowed").add_argument
+
+
+def _add_oddities(add: Add) -> None:
     add("--early-role-chunk", action="store_true",
         help="chat's role chunk goes out on arrival, not just before the first token")  # fmt: skip
     add("--sse-comments", action="store_true", help='": ping" lines between the chunks')
-    add = parser.add_argument_group("faults").add_argument
+
+
+def _add_faults(add: Add) -> None:
     add("--start-delay", type=float, default=0.0, metavar="S", help="connections refused for S s")
     add("--fail-start", metavar="MESSAGE", help="a traceback that ends with MESSAGE, and exit 1")
     add("--error-every", type=int, default=0, metavar="N", help="each Nth completion gets a 500")
@@ -90,27 +130,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="one of vLLM's flags, as in max-num-seqs: it never gets here")  # fmt: skip
     add("--die-after", type=int, default=0, metavar="N",
         help="the process exits with 1, in mid-stream, once N tokens were sent in all")  # fmt: skip
-    add = parser.add_argument_group("the record").add_argument
-    add("--log", metavar="FILE", help="a JSON line a request: what was sent, and when")
-
-    words = []
-    for word in argv:  # vLLM takes --max_num_seqs for --max-num-seqs
-        flag, equals, value = word.partition("=")
-        words.append((flag.replace("_", "-") if flag[:2] == "--" else flag) + equals + value)
-    options, unknown = parser.parse_known_args(words)
-    if options.drop:
-        setattr(options, options.drop, parser.get_default(options.drop))
-    if unknown:
-        if not unknown[0].startswith("-"):
-            parser.error(f"not an option: {unknown[0]}")
-        print("Ignored:", *unknown, file=sys.stderr)
-    if options.acceptance is None:
-        options.acceptance = 0.9 if options.speculative_config.get("method") == "ngram" else 0.6
-    options.guesses = int(options.speculative_config.get("num_speculative_tokens", 0))
-    for name in ("step_s", "step_per_seq_s", "prefill_per_token_s"):
-        if not options.programmed:  # there `slowdown` acts on each request's own times
-            setattr(options, name, getattr(options, name) * options.slowdown)
-    return options
 
 
 def _seed(text: str) -> int | None:

@@ -1,0 +1,103 @@
+"""The program depends neither on HOME, nor on the working folder, nor on another clone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from labs.commands import recorded_runs
+from labs.filing import results
+from labs.filing.results import RunFolder
+from serving.models import ROOT
+from tests.unit.builders import write_run
+
+OPENED = """
+import os, sys
+
+opened = set()
+
+def note(event, arguments):
+    if event == "open" and isinstance(arguments[0], str):
+        opened.add(os.path.realpath(arguments[0]))
+
+sys.addaudithook(note)
+from labs.commands.__main__ import main
+
+try:
+    main()
+finally:
+    with open(os.environ["OPENED"], "w") as file:
+        print(*sorted(opened), sep="\\n", file=file)
+"""
+
+
+def labs(house: Path, cwd: Path, *argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Call a Python of this environment on the program of a clone, without the tests' settings."""
+    kept = {n: v for n, v in os.environ.items() if not n.startswith(("LABS_", "XDG_", "MPL"))}
+    env = {**kept, "PYTHONPATH": str(house), **variables}
+    return subprocess.run([sys.executable, *argv], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_report_is_the_same_under_any_home_and_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matplotlib reads its settings from both; neither is written to."""
+    here, there = (write_run(tmp_path / name / "results") for name in ("here", "there"))
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "here" / "results")
+    recorded_runs._rebuild(here)
+    home, cwd = tmp_path / "$HOME of 'Ünal' \"&\n#%", tmp_path / "elsewhere"
+    for folder in (home / ".config" / "matplotlib", cwd):
+        folder.mkdir(parents=True)
+        (folder / "matplotlibrc").write_text("lines.linewidth: 30\n")
+    before = files_of(home), files_of(cwd)
+    done = labs(
+        ROOT, cwd, "-m", "labs.commands", "report", str(there.path),
+        HOME=str(home), LABS_RESULTS=str(tmp_path / "there" / "results"),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (files_of(home), files_of(cwd)) == before
+    assert files_of(there.path) == files_of(here.path)
+    assert "effects.svg" in files_of(here.path)
+
+
+def test_a_second_clone_reads_its_own_files(tmp_path: Path) -> None:
+    """Its results and its settings, and no file of the first; nor does it miss a home folder."""
+    house = tmp_path / "second clone"
+    listing = ("--cached", "--others", "--exclude-standard", "--", ".", ":!results")
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", *listing], capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("this is no clone of a repository")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).exists():
+            (house / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, house / name)
+    makefile = house / "Makefile"
+    makefile.write_text(makefile.read_text().replace("SETTINGS := A ", "SETTINGS := A ABACUS "))
+    run: RunFolder = write_run(house / "results")
+    home = makefile / "home"  # which even root cannot make
+    done = labs(
+        house, tmp_path, "-c", OPENED, "check",
+        LABS_ABACUS="1", HOME=str(home), OPENED=str(tmp_path / "opened"),
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("Well-formed runs: 1.\n", "")
+    opened = [Path(line) for line in (tmp_path / "opened").read_text().splitlines()]
+    assert {house / "labs" / "lab.py", makefile, run.path / "run.json"} <= set(opened)
+    installed = Path(sys.prefix).resolve()  # in the clone that its packages were installed for
+    first = {clone for clone in (ROOT, installed.parent) if (clone / "labs").is_dir()}
+    of_the_first = [p for p in opened if first & set(p.parents) and installed not in p.parents]
+    assert of_the_first == []

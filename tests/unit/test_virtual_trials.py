@@ -1,0 +1,158 @@
+"""What the plays of a forecast are planned from, and what they come to; a stand-in plays them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from labs.lab import Lab, Point
+from labs.running import forecast
+from labs.running.forecast import NO_CAPACITIES, PLAYS_OF_CHANCE, VirtualTrials
+from loadtests.workload import Intruder
+from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedTrial
+from serving.forecasting.traffic import Play, VirtualAnswer
+from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_workload
+from tests.unit.test_forecasting import TIMES
+
+STEPS_S = (0.5, 0.25, 1.0)  # as expected, on a faster machine and on a slower one
+
+
+class Playing:
+    """A forecaster whose engines complete one request in each step of the window."""
+
+    def __init__(self, completing: bool = True) -> None:
+        self.completing = completing
+        self.plans: list[ForecastPlan] = []
+
+    def send(self, plan: ForecastPlan) -> None:
+        self.plans.append(plan)
+
+    def plays(self) -> Iterator[ForecastPlay]:
+        for engine in self.plans[-1].engines:
+            for trial in engine.trials:
+                yield self.played(trial, engine.step_times.linear_s[0] * trial.pace)
+
+    def played(self, trial: PlannedTrial, step_s: float) -> ForecastPlay:
+        start_s = trial.traffic.warmup_s
+        end_s = start_s + trial.traffic.window_s
+        answers = [
+            VirtualAnswer(
+                index=index, asked_tokens=1, prompt_tokens=6, scheduled_s=start_s + index * step_s,
+                sent_s=start_s + index * step_s, chunks=[(start_s + (index + 1) * step_s, 1)],
+                in_window=True,
+            )
+            for index in range(int(trial.traffic.window_s / step_s) if self.completing else 0)
+        ]  # fmt: skip
+        play = Play(answers=answers, window_s=(start_s, end_s), answered_under_load=True)
+        return ForecastPlay(
+            key=trial.key, repeat=trial.repeat, play=play, counters={}, kv_capacity_tokens=1000
+        )
+
+
+def make_setup(lab: Lab) -> Any:
+    return SimpleNamespace(
+        lab=lab, points=lab.points(SHAPE, CEILINGS), places={}, weights={}, datasheet=None,
+        model=SimpleNamespace(path=Path("model"), dummy=False),
+        machine=SimpleNamespace(kind="cpu", slug="abacus"),
+    )  # fmt: skip
+
+
+def steps_of(points: Sequence[Point]) -> Any:
+    steps = [(TIMES.model_copy(update={"linear_s": (s, s, s)}), None) for s in STEPS_S]
+    return {p.key: tuple(steps) for p in points}
+
+
+def make_trials(setup: Any, forecaster: Any) -> VirtualTrials:
+    files = {w.name: [Path(f"{w.name}-{n}") for n in (1, 2)] for w in setup.lab.workloads}
+    return VirtualTrials(setup, files, steps_of(setup.points), {}, 1.0, forecaster)
+
+
+def forecast_of(lab: Lab, forecaster: Playing, monkeypatch: pytest.MonkeyPatch) -> Any:
+    @contextmanager
+    def started() -> Iterator[Playing]:
+        yield forecaster
+
+    monkeypatch.setattr(forecast, "started", started)
+    monkeypatch.setattr(forecast, "reason_against", lambda *_: None)
+    monkeypatch.setattr(forecast, "earlier_speeds", lambda _: [])
+    monkeypatch.setattr(forecast, "_steps_as_timed", lambda _, points, *__: steps_of(points))
+    setup = make_setup(lab)
+    files = make_trials(setup, forecaster).requests
+    quiet: Any = SimpleNamespace(waiting=lambda text: None)
+    return forecast.forecast(setup, files, quiet)
+
+
+def test_every_repeat_is_played_as_expected_and_the_first_at_both_ends_of_the_band() -> None:
+    setup = make_setup(make_lab())
+    found = make_trials(setup, forecaster := Playing()).played(setup.points, NO_CAPACITIES)
+    assert [plays.point.key for plays in found] == [p.key for p in setup.points]
+    for plays in found:
+        assert [play.sent for play in plays.as_timed] == [8, 8]  # in 4 s
+        assert [play.sent for play in plays.shifted] == [16, 4]
+        assert plays.fewest_sent == 4
+        assert plays.trial_s == pytest.approx(5)  # with the warm-up
+    (plan,) = forecaster.plans
+    assert [[t.repeat for t in e.trials] for e in plan.engines] == [[1, 2]] * 4 + [[1]] * 8
+
+
+def test_a_band_holds_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = make_lab(window_s=40)
+    found = forecast_of(lab, Playing(), monkeypatch)
+    for point in lab.points(SHAPE, CEILINGS):
+        band = found.points[point.key]["ttft_p50_s"]
+        assert (band.low, band.value, band.high) == pytest.approx((0.25, 0.5, 1.0))
+        assert found.trial_s[point.key] == pytest.approx(41)
+
+
+def test_loads_are_multiples_of_the_capacity_that_each_step_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A slower machine is offered less."""
+    workload = make_workload("concurrent:2", "capacity:1.5")
+    forecaster = Playing()
+    found = forecast_of(make_lab(workloads=(workload,)), forecaster, monkeypatch)
+    assert set(found.points) == {
+        f"{v}/short/{load}" for v in ("off", "on") for load in ("concurrent-2", "capacity-1.5")
+    }
+    first, everything = forecaster.plans
+    assert {t.key for e in first.engines for t in e.trials} == {"off/short/concurrent-2"}
+    offered = {
+        e.step_times.linear_s[0]: len(t.traffic.schedule_s)
+        for e in everything.engines
+        for t in e.trials
+        if t.repeat == 1 and t.traffic.kind == "open"
+    }
+    expected, faster, slower = (offered[step_s] for step_s in STEPS_S)
+    assert slower < expected < faster
+
+
+def test_without_a_capacity_no_multiple_of_it_is_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = make_workload("concurrent:2", "capacity:1.5")
+    forecaster = Playing(completing=False)
+    found = forecast_of(make_lab(workloads=(workload,)), forecaster, monkeypatch)
+    assert set(found.points) == {"off/short/concurrent-2", "on/short/concurrent-2"}
+    assert found.watches == {}
+
+
+def test_streams_beside_long_prompts_are_played_at_several_speeds() -> None:
+    workload = make_workload("contended:2/1", intruder=Intruder(prompt_tokens=64))
+    setup = make_setup(make_lab(workloads=(workload,)))
+    make_trials(setup, forecaster := Playing()).played(setup.points, NO_CAPACITIES)
+    trials = forecaster.plans[0].engines[0].trials
+    assert len({trial.pace for trial in trials}) == len(trials) == PLAYS_OF_CHANCE
+    assert {trial.repeat for trial in trials} == {1, 2}
+
+
+def test_what_is_watched_is_that_of_the_expected_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = make_workload("concurrent:2", "ramp:0.5/1.5")
+    sizes = {"max-num-seqs": 4, "num-gpu-blocks-override": 100, "block-size": 16}
+    lab = make_lab(workloads=(workload,), flags={"max-model-len": 128, **sizes})
+    found = forecast_of(lab, Playing(), monkeypatch)
+    assert {key: len(of) for key, of in found.watches.items()} == {
+        "off/short/ramp-0.5-1.5": 2, "on/short/ramp-0.5-1.5": 2,
+    }  # fmt: skip
