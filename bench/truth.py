@@ -22,7 +22,7 @@ from serving.ports import LOOPBACK, free_port
 from serving.process import Process
 
 SERVER = "tests.fake.engine"  # the module that is run; each request tells it when to send what
-TTFT_S, CHUNKS, STALL_S = 0.05, 50, 0.3
+TTFT_S, CHUNKS, LONG, STALL_S = 0.05, 50, 1000, 0.3
 MARK_S = 1e-7  # request i asks for TTFT_S + i * MARK_S: so the server's record tells which it was
 WARMUP_S, WINDOW_S = 1.0, 6.0
 
@@ -39,6 +39,7 @@ class Program:
     early_role: bool = False
     sse_comments: bool = False
     stall_s: float = 0.0
+    chunks: int = CHUNKS
 
     @property
     def shape(self) -> str:
@@ -47,6 +48,7 @@ class Program:
             "role chunk early": self.early_role,
             "SSE comments": self.sse_comments,
             f"a stall of {self.stall_s:g} s": self.stall_s,
+            f"{self.chunks} chunks": self.chunks != CHUNKS,
         }
         return ", ".join(name for name, is_set in odd.items() if is_set)
 
@@ -58,11 +60,11 @@ class Program:
 
     @property
     def request_s(self) -> float:
-        return TTFT_S + (CHUNKS - 1) * self.gap_s + self.stall_s
+        return TTFT_S + (self.chunks - 1) * self.gap_s + self.stall_s
 
     @property
     def ideal_chunks_per_s(self) -> float:
-        return self.streams * CHUNKS / self.request_s
+        return self.streams * self.chunks / self.request_s
 
 
 PLAIN = (Program(1), Program(16), Program(64), Program(256))
@@ -72,6 +74,8 @@ PROGRAMS = (
     Program(64, tokens_per_chunk=4, early_role=True),
     Program(64, sse_comments=True),
     Program(64, stall_s=STALL_S),
+    Program(64, gap_s=0.001, chunks=LONG),
+    Program(256, gap_s=0.001, chunks=LONG),
 )
 SHARED = PLAIN[1:]  # what several load processes send too
 
@@ -86,9 +90,9 @@ def write_requests(path: Path, program: Program, lasts_s: float = WARMUP_S + WIN
                 "gap_s": program.gap_s,
                 "stall_s": program.stall_s,
             }
-            request = Request(i, [{"role": "user", "content": "Say it."}], 12, CHUNKS)
+            request = Request(i, [{"role": "user", "content": "Say it."}], 12, program.chunks)
             body = plan.body(request, "fake") | {
-                "max_tokens": CHUNKS * program.tokens_per_chunk,
+                "max_tokens": program.chunks * program.tokens_per_chunk,
                 "truth": truth | {"tokens_per_chunk": program.tokens_per_chunk},
             }
             planned = plan.PlannedRequest(
