@@ -43,7 +43,7 @@ runpy.run_module("locust", run_name="__main__")
 KEY = "sixteen-letters!"
 LAW = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
 RATE_PER_S, SPEED, EVERY_S = 20, 2, 0.2
-TRACE = "".join(f"{0.07 * i:.2f},16,{4 + i % 5}\n" for i in range(60))  # the last after 4.13 s
+TRACE = "".join(f"{0.07 * i:.2f},32,{4 + i % 5}\n" for i in range(60))  # the last after 4.13 s
 SCHEDULED = (
     f'workloads.exponential.loads=["poisson:{RATE_PER_S}","replay:{SPEED}"]'
     f' workloads.fixed.loads=["contended:5/{EVERY_S}"]'
@@ -143,6 +143,13 @@ def test_no_key_is_kept(shared: Shared) -> None:
     assert not [p for p in kept if KEY.encode() in p.read_bytes()]
 
 
+def _with_sent(scheduled: Shared) -> list[tuple[Trial, int]]:
+    """The three trials as they were played, with what the load worker sent in each."""
+    played = sorted(_trials(scheduled.folder), key=lambda trial: trial.summary.started_unix_s)
+    assert len(played) == 3
+    return list(zip(played, _sent(scheduled.worker), strict=True))
+
+
 def test_a_schedule_is_sent_once_by_all_load_processes_together(scheduled: Shared) -> None:
     assert scheduled.run.process.returncode == 0, scheduled.run.said
     lab = scheduled.folder.run().rebuilt_lab()
@@ -150,14 +157,14 @@ def test_a_schedule_is_sent_once_by_all_load_processes_together(scheduled: Share
     drawn = send_times(Poisson(rate_per_s=RATE_PER_S), duration_s, lab.draw_seed(1), None)
     replayed = [float(line.split(",")[0]) / SPEED for line in TRACE.splitlines()]
     schedules = {"poisson": drawn, "replay": [at_s for at_s in replayed if at_s < duration_s]}
-    for trial in _trials(scheduled.folder):
+    for trial, by_worker in _with_sent(scheduled):
         if trial.point.load.kind in schedules:
             schedule = schedules.pop(trial.point.load.kind)
             assert schedule
             assert sorted(r.scheduled_s or 0 for r in trial.records) == pytest.approx(schedule)
             assert sorted(r.index for r in trial.records) == [*range(len(schedule))]
             assert trial.summary.planned == trial.summary.sent == len(schedule)
-            assert len(schedule) // 2 in _sent(scheduled.worker)  # or one more than that
+            assert by_worker in (len(schedule) // 2, (len(schedule) + 1) // 2)
     assert not schedules
 
 
@@ -169,22 +176,18 @@ def test_one_load_process_sends_what_an_intruder_does(scheduled: Shared) -> None
     )
     assert len(intrusions) >= LEAST_COUNTED
     for number, at_s in enumerate(intrusions, 1):  # two would send twice as many
-        assert at_s >= number * EVERY_S
+        assert at_s > (number - 0.5) * EVERY_S
 
 
 def test_the_engine_counts_what_both_load_processes_sent(scheduled: Shared) -> None:
-    trials = _trials(scheduled.folder)
-    assert len(trials) == 3
-    for trial in trials:
+    for trial, by_worker in _with_sent(scheduled):
+        assert 0 < by_worker < len(trial.records)
         assert trial.engine
         assert trial.engine.values[metrics.REQUESTS] == len(trial.records)
         assert all(record.ok for record in trial.records)
         assert trial.summary.lost_share == 0
-    records = _records(scheduled.folder)
-    assert 1 + len(records) == scheduled.answered  # the first one asked whether it streams
-    by_worker = _sent(scheduled.worker)
-    assert len(by_worker) == len(trials)
-    assert all(0 < sent < len(records) for sent in by_worker)
+    # the first one asked whether it streams
+    assert 1 + len(_records(scheduled.folder)) == scheduled.answered
 
 
 def test_one_that_leaves_takes_its_share_along_and_one_that_comes_late_has_none(
