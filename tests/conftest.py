@@ -32,6 +32,7 @@ LONGEST = (
     "cpu/test_labs.py",
     "fake/test_run.py",
     "fake/test_faults.py",
+    "fake/test_kills.py",
     "fake/test_reproduce.py",
     "cpu/test_random_weights.py",
     "committed/test_browser.py",

@@ -132,6 +132,12 @@ def raise_if_stopped() -> None:
         )
 
 
+def _report_unraisable(lost: sys.UnraisableHookArgs) -> None:
+    """Report an exception that a finalizer lost, unless a signal raised it: that is raised anew."""
+    if not (_stop_signals and isinstance(lost.exc_value, KeyboardInterrupt | SystemExit)):
+        sys.__unraisablehook__(lost)
+
+
 def _bypass_proxy_on_loopback() -> None:
     """Keep requests to engines and Prometheus from going through the proxy in http_proxy."""
     no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
@@ -146,6 +152,7 @@ def reported_errors() -> Iterator[None]:
     A signal that is ignored, as SIGHUP is under nohup, stays so.
     """
     _bypass_proxy_on_loopback()
+    sys.unraisablehook = _report_unraisable
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _stop)

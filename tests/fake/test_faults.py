@@ -453,6 +453,7 @@ def test_a_ctrl_c_that_falls_into_a_finalizer_is_not_lost(reader: Reader) -> Non
     )
     command = reader.types("run", BATCHING, SET=SHORT, program=program)
     assert command.wait() == 130, command.said
+    assert "Traceback" not in command.said
     assert not command.folder.complete
 
 

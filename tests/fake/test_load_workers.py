@@ -16,8 +16,11 @@ import pytest
 from labs.filing.results import RunFolder
 from labs.judging.measure import Trial
 from loadtests import generator, load_workers
+from loadtests.arrivals import Poisson, send_times
 from loadtests.load_workers import LoadWorkers
+from loadtests.plan import LEAST_COUNTED
 from loadtests.records import RequestRecord
+from serving import metrics
 from serving.models import ROOT
 from serving.ports import free_port
 from serving.process import Process
@@ -38,6 +41,14 @@ sys.argv[0] = "locust"
 runpy.run_module("locust", run_name="__main__")
 """
 KEY = "sixteen-letters!"
+LAW = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
+RATE_PER_S, SPEED, EVERY_S = 20, 2, 0.2
+TRACE = "".join(f"{0.07 * i:.2f},32,{4 + i % 5}\n" for i in range(60))  # the last after 4.13 s
+SCHEDULED = (
+    f'workloads.exponential.loads=["poisson:{RATE_PER_S}","replay:{SPEED}"]'
+    f' workloads.fixed.loads=["contended:5/{EVERY_S}"]'
+    ' workloads.fixed.intruder={"prompt_tokens":64} workloads.exponential.trace='
+)
 
 
 @dataclass(frozen=True)
@@ -57,9 +68,8 @@ class Shared:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     home = tmp_path_factory.mktemp("shared")
-    law = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
     with reading(home / "reader") as reader:
-        with fake_engine(log := home / "engine.jsonl", *law) as url:
+        with fake_engine(log := home / "engine.jsonl", *LAW) as url:
             run = reader.types(
                 "run",
                 BATCHING,
@@ -77,6 +87,24 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
             run.wait()
             worker.wait()
         yield Shared(run, worker, stranger, _lines(log))
+
+
+@pytest.fixture(scope="module")
+def scheduled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    """The same under arrivals that have a schedule, or an intruder."""
+    home = tmp_path_factory.mktemp("scheduled")
+    (trace := home / "trace.csv").write_text("timestamp,input_tokens,output_tokens\n" + TRACE)
+    with reading(home / "reader") as reader:
+        with fake_engine(log := home / "engine.jsonl", *LAW) as url:
+            run = reader.types(
+                "run", BATCHING, ENDPOINT=url, LOAD_WORKERS="1", KEY=KEY, QUICK="1",
+                SET=f"{SHORT} {SCHEDULED}{trace}",
+            )  # fmt: skip
+            master = run.until(r"MASTER=(\S+)")[1]
+            worker = reader.types("load-worker", MASTER=master, KEY=KEY)
+            run.wait()
+            worker.wait()
+        yield Shared(run, worker, worker, _lines(log))
 
 
 def _lines(log: Path) -> int:
@@ -113,6 +141,53 @@ def test_no_key_is_kept(shared: Shared) -> None:
     kept = [p for p in shared.folder.path.rglob("*") if p.is_file()]
     assert kept
     assert not [p for p in kept if KEY.encode() in p.read_bytes()]
+
+
+def _with_sent(scheduled: Shared) -> list[tuple[Trial, int]]:
+    """The three trials as they were played, with what the load worker sent in each."""
+    played = sorted(_trials(scheduled.folder), key=lambda trial: trial.summary.started_unix_s)
+    assert len(played) == 3
+    return list(zip(played, _sent(scheduled.worker), strict=True))
+
+
+def test_a_schedule_is_sent_once_by_all_load_processes_together(scheduled: Shared) -> None:
+    assert scheduled.run.process.returncode == 0, scheduled.run.said
+    lab = scheduled.folder.run().rebuilt_lab()
+    duration_s = lab.warmup_s + lab.window_s
+    drawn = send_times(Poisson(rate_per_s=RATE_PER_S), duration_s, lab.draw_seed(1), None)
+    replayed = [float(line.split(",")[0]) / SPEED for line in TRACE.splitlines()]
+    schedules = {"poisson": drawn, "replay": [at_s for at_s in replayed if at_s < duration_s]}
+    for trial, by_worker in _with_sent(scheduled):
+        if trial.point.load.kind in schedules:
+            schedule = schedules.pop(trial.point.load.kind)
+            assert schedule
+            assert sorted(r.scheduled_s or 0 for r in trial.records) == pytest.approx(schedule)
+            assert sorted(r.index for r in trial.records) == [*range(len(schedule))]
+            assert trial.summary.planned == trial.summary.sent == len(schedule)
+            assert by_worker in (len(schedule) // 2, (len(schedule) + 1) // 2)
+    assert not schedules
+
+
+def test_one_load_process_sends_what_an_intruder_does(scheduled: Shared) -> None:
+    (trial,) = (t for t in _trials(scheduled.folder) if t.point.load.kind == "contended")
+    assert len({r.index for r in trial.records}) == len(trial.records)
+    intrusions = sorted(
+        r.sent_s for r in trial.records if trial.point.workload.is_intruder(r.index)
+    )
+    assert len(intrusions) >= LEAST_COUNTED
+    for number, at_s in enumerate(intrusions, 1):  # two would send twice as many
+        assert at_s > (number - 0.5) * EVERY_S
+
+
+def test_the_engine_counts_what_both_load_processes_sent(scheduled: Shared) -> None:
+    for trial, by_worker in _with_sent(scheduled):
+        assert 0 < by_worker < len(trial.records)
+        assert trial.engine
+        assert trial.engine.values[metrics.REQUESTS] == len(trial.records)
+        assert all(record.ok for record in trial.records)
+        assert trial.summary.lost_share == 0
+    # the first one asked whether it streams
+    assert 1 + len(_records(scheduled.folder)) == scheduled.answered
 
 
 def test_one_that_leaves_takes_its_share_along_and_one_that_comes_late_has_none(

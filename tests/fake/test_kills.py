@@ -1,0 +1,235 @@
+"""A run whose runner, or whose engine, is killed at each of its stages.
+
+Nothing that the run started outlives it, nothing looks complete that is not, and `RESUME=1` makes
+the run whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from labs.filing.results import TrialResult
+from tests.fake.conftest import Command, Reader, reading, still_alive
+from tests.processes import listening_ports
+
+LAB = "prefix-caching"  # two engines, the second of which is probed
+IN_TURN = (
+    "-c",
+    "import labs.running.run as run\n"
+    "run.resident_groups = lambda setup: [[variant] for variant in setup.lab.variants]\n"
+    "from tests.fake.quiet import app; app()",
+)  # as where the memory is too small for both
+ONE_LOAD = (
+    'workloads=["share-0"] workloads.share-0.loads=["concurrent:1"]'
+    " workloads.share-0.prompt_tokens.tokens=64 repeats=1 most_repeats=0"
+)
+WARMUP_S = 1.0
+IN_ITS_FIRST_TRIAL = f"{ONE_LOAD} warmup_s={WARMUP_S:g} window_s=1"
+BEYOND_IT = f"{ONE_LOAD} warmup_s=.1 window_s=.3"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run, told by what the run and its engines have written by then."""
+
+    reached: Callable[[Reader], bool]
+    settings: str
+    trials: int  # that have ended before it
+
+
+def _last_engine(reader: Reader) -> Path:
+    """The arguments of the engine that was started last, in a file that is named after its pid."""
+    return max(reader.engines.glob("*.argv"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def _under_load_s(reader: Reader) -> float:
+    """The time between its first and its last request, of those answered; -1 where none was."""
+    if (
+        not reader.engine_starts()
+        or not (log := _last_engine(reader).with_suffix(".jsonl")).exists()
+    ):
+        return -1.0
+    received = [float(json.loads(line)["received"]) for line in log.read_text().splitlines()]
+    return received[-1] - received[0] if received else -1.0
+
+
+def _is_probed(reader: Reader) -> bool:
+    return any(line["n_out"] == 1 for line in reader.engine_log())  # answers of a load have more
+
+
+def _has(reader: Reader, file: str) -> bool:
+    """Whether the run has this file; it appears whole."""
+    return any(reader.results.glob(f"*/*/*/{file}"))
+
+
+STAGES = {
+    "set-up": Stage(lambda reader: _has(reader, "predictions.json"), IN_ITS_FIRST_TRIAL, 0),
+    "start": Stage(lambda reader: len(reader.engine_starts()) == 1, IN_ITS_FIRST_TRIAL, 0),
+    "warm-up": Stage(lambda reader: _under_load_s(reader) >= 0, IN_ITS_FIRST_TRIAL, 0),
+    "window": Stage(lambda reader: _under_load_s(reader) > WARMUP_S, IN_ITS_FIRST_TRIAL, 0),
+    "turn": Stage(lambda reader: len(reader.engine_starts()) == 2, BEYOND_IT, 1),
+    "probe": Stage(_is_probed, BEYOND_IT, 2),
+    "report": Stage(lambda reader: _has(reader, "session.json"), BEYOND_IT, 2),
+}
+"""In the order of a run: the load generator and Prometheus start; the first engine starts; its
+trial is warmed up, and measured; the second engine starts in its place; it is probed after its
+trial; what was measured is judged and written."""
+
+
+def _begin(reader: Reader, settings: str, **more: str) -> Command:
+    return reader.types("run", LAB, SET=settings, program=IN_TURN, **more)
+
+
+def _reach(name: str, reader: Reader, command: Command) -> None:
+    """Wait until the run has reached this stage."""
+    deadline = time.monotonic() + 120
+    while not STAGES[name].reached(reader):
+        assert command.process.poll() is None, f"it ended before its {name}:\n{command.said}"
+        assert time.monotonic() < deadline, f"it never came to its {name}:\n{command.said}"
+        time.sleep(0.02)
+
+
+def _results(command: Command) -> list[TrialResult]:
+    found = (command.folder.trial_result(p, 1) for p in command.folder.run().points())
+    return [result for result in found if result]
+
+
+def _trial_files(command: Command) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in command.folder.path.rglob("trial.json")}
+
+
+def _listened_to(ports: set[int]) -> list[int]:
+    """Those of the ports that take a connection."""
+    taken = []
+    for port in ports:
+        with socket.socket() as knock:
+            if knock.connect_ex(("127.0.0.1", port)) == 0:
+                taken.append(port)
+    return taken
+
+
+def _nothing_is_left(reader: Reader, command: Command) -> None:
+    """No process and no lock."""
+    assert not still_alive(reader.processes()), command.said
+    for lock in reader.home.rglob("run.lock"):  # of runs, and of Prometheus's data
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+RUNNER_CELLS = [
+    *((signal.SIGKILL, stage) for stage in STAGES),
+    # a runner handles these three alike: each stage meets one of them, in turn
+    *zip(itertools.cycle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)), STAGES, strict=False),
+]
+RESUMED = [(signal.SIGKILL, "turn"), (signal.SIGHUP, "probe"), (signal.SIGINT, "report")]
+
+
+@pytest.mark.parametrize(("sign", "name"), RUNNER_CELLS)
+def test_nothing_outlives_a_runner(sign: signal.Signals, name: str, reader: Reader) -> None:
+    stage = STAGES[name]
+    command = _begin(reader, stage.settings)
+    _reach(name, reader, command)
+    family = command.family()
+    ports = listening_ports(family)
+    command.process.send_signal(sign)
+    assert command.wait() == (-sign if sign == signal.SIGKILL else 128 + sign), command.said
+    assert not still_alive(family)
+    _nothing_is_left(reader, command)
+    assert not _listened_to(ports)
+    assert command.said.count("Stopping: finished trials are kept") == (sign != signal.SIGKILL)
+    assert "Traceback" not in command.said
+    assert "error:" not in command.said
+    assert not command.folder.complete
+    finished = _trial_files(command)
+    assert len(finished) == stage.trials
+    if (sign, name) in RESUMED:
+        again = _begin(reader, stage.settings, RESUME="1")
+        assert again.wait() == 0, again.said
+        assert again.folder.complete  # the only one
+        assert _trial_files(again).items() >= finished.items()
+        assert len(_results(again)) == 2
+        assert again.folder.probe_file("salt", "on").exists()
+
+
+def _kill_engine(name: str, reader: Reader, command: Command) -> set[int]:
+    """Kill the engine once the run has reached this stage; the ports of the run by then."""
+    _reach(name, reader, command)
+    ports = listening_ports(command.family())
+    os.kill(int(_last_engine(reader).stem), signal.SIGKILL)
+    return ports
+
+
+def test_engines_that_are_killed_as_they_start(reader: Reader) -> None:
+    command = _begin(reader, IN_ITS_FIRST_TRIAL)
+    ports = _kill_engine("start", reader, command) | _kill_engine("turn", reader, command)
+    assert command.wait() == 1, command.said
+    _nothing_is_left(reader, command)
+    assert not _listened_to(ports)
+    assert "Traceback" not in command.said
+    assert "the engine off ended with exit code 137 (SIGKILL" in command.said
+    assert "error: the engine on ended with exit code 137 (SIGKILL" in command.said
+    assert not command.folder.complete
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A run that lost its first engine in a warm-up and its second in a window, and its second
+    sitting, which lost the second engine in its probe."""
+
+    reader: Reader
+    first: Command
+    failed: list[str]
+    complete: bool
+    second: Command
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killed]:
+    with reading(tmp_path_factory.mktemp("killed") / "reader") as reader:
+        first = _begin(reader, IN_ITS_FIRST_TRIAL)
+        ports = _kill_engine("warm-up", reader, first)
+        _reach("turn", reader, first)
+        ports |= _kill_engine("window", reader, first)
+        first.wait()
+        _nothing_is_left(reader, first)
+        assert not _listened_to(ports)
+        failed = [result.failed or "" for result in _results(first)]
+        complete = first.folder.complete
+        second = _begin(reader, IN_ITS_FIRST_TRIAL, RESUME="1")
+        ports = _kill_engine("probe", reader, second)
+        second.wait()
+        _nothing_is_left(reader, second)
+        assert not _listened_to(ports)
+        yield Killed(reader, first, failed, complete, second)
+
+
+def test_an_engine_that_is_killed_under_load_costs_its_trial(killed: Killed) -> None:
+    assert killed.first.process.returncode == 1, killed.first.said
+    assert "Traceback" not in killed.first.said
+    assert "Some trials failed: RESUME=1 plays them again." in killed.first.said
+    assert not killed.complete
+    assert len(killed.failed) == 2
+    for reason in killed.failed:
+        assert "ended with exit code 137 (SIGKILL" in reason
+
+
+def test_an_engine_that_is_killed_in_its_probe_costs_the_probe(killed: Killed) -> None:
+    """The run is whole without it: what the probe would have found is told as missing."""
+    command = killed.second
+    assert command.process.returncode == 0, command.said
+    assert "Traceback" not in command.said
+    assert command.said.count("on: the probe salt failed: ") == 1
+    assert not command.folder.probe_file("salt", "on").exists()
+    assert command.folder.complete  # the only one
+    assert not any(result.failed for result in _results(command))
