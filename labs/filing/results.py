@@ -61,6 +61,7 @@ from labs.judging.judge import (
 from labs.judging.machine_speed import MachineSpeed, TimedTrial
 from labs.judging.measure import OtherWork, Trial
 from labs.judging.signals import Watch
+from labs.judging.timeline import Timeline
 from labs.judging.validity import Expected, Served
 from labs.lab import FUNCTIONS, Lab, LabError, Point, Prediction, digest_of, knobs
 from loadtests import records
@@ -282,6 +283,8 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     machine_spread: float = 1.0
     # point whose load rises -> repeat -> which signals see it coming, in virtual time
     watches: Annotated[dict[str, tuple[Watch, ...]], Field(exclude_if=lambda w: not w)] = {}
+    # point that a plot shows over time -> its first play, with the requests of the first repeat
+    timelines: Annotated[dict[str, Timeline], Field(exclude_if=lambda t: not t)] = {}
 
 
 class Predictions(BaseModel, frozen=True, extra="forbid"):

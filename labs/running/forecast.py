@@ -25,10 +25,12 @@ from pydantic import BaseModel
 from scipy import stats
 
 from labs.filing.results import Band, PointForecasts, all_runs, unreadable
+from labs.findings.parts import parts_of
 from labs.judging.machine_speed import MachineSpeed, usual_spread
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS, measure
 from labs.judging.signals import Watch, is_watched, watch
+from labs.judging.timeline import Timeline, timeline
 from labs.lab import OF_FORECASTS, Lab, LabError, Point, Prediction, Variant
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
@@ -141,7 +143,8 @@ def forecast(
         lasts_s.clear()
         watches.clear()
         plan = _plan(setup, points, requests, steps, copies, spread, capacities)
-        figures = figures_of(ask(plan))
+        played = ask(plan)
+        figures = figures_of(played)
     plays = {p.key: len(e.trials) for p, e in zip(points, plan.engines, strict=False)}
     plays_as_timed = sum(plays.values())
     return PointForecasts(
@@ -162,9 +165,20 @@ def forecast(
             if (known := copies.get(p.key)) and (share := share_copied(known, sent[p.key], chance))
         },
         watches={key: tuple(of[: plays[key]]) for key, of in watches.items()},
+        timelines=_timelines(setup.lab, points, played),
         step_times=_described(steps.values()),
         machine_spread=spread,
     )
+
+
+def _timelines(
+    lab: Lab, points: Sequence[Point], plays: Iterable[ForecastPlay]
+) -> dict[str, Timeline]:
+    """Keep the first play, at the expected step, of each point that the lab's plots show so."""
+    first: dict[str, Play] = {}
+    for forecast_play in plays:
+        first.setdefault(forecast_play.key, forecast_play.play)
+    return {p.key: timeline(p, records(first[p.key])) for p in parts_of(lab.name).over_time(points)}
 
 
 def ratio_of_forecasts(
