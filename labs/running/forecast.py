@@ -58,7 +58,7 @@ from serving.forecasting.timing import PASSES, QUICK_PASSES, TimingPlan
 from serving.forecasting.traffic import Play, Traffic
 from serving.gpus import Datasheet
 from serving.machine import Machine
-from serving.metrics import Snapshot
+from serving.metrics import KvUse, Snapshot
 from serving.models import Shape
 from serving.process import Process
 
@@ -166,6 +166,7 @@ def forecast(
         },
         watches={key: tuple(of[: plays[key]]) for key, of in watches.items()},
         timelines=_timelines(setup.lab, points, played),
+        kv_use=_kv_use(played[:plays_as_timed]),
         step_times=_described(steps.values()),
         machine_spread=spread,
     )
@@ -179,6 +180,15 @@ def _timelines(
     for forecast_play in plays:
         first.setdefault(forecast_play.key, forecast_play.play)
     return {p.key: timeline(p, records(first[p.key])) for p in parts_of(lab.name).over_time(points)}
+
+
+def _kv_use(plays: Iterable[ForecastPlay]) -> dict[str, KvUse]:
+    """Average over the plays of each point how much of the KV cache was in use."""
+    uses: dict[str, list[KvUse]] = {}
+    for play in plays:
+        if play.kv_use:
+            uses.setdefault(play.key, []).append(play.kv_use)
+    return KvUse.over_trials(uses)
 
 
 def ratio_of_forecasts(
