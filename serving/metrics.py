@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel, FiniteFloat
 
 TTFT = "vllm:time_to_first_token_seconds"
 ITL = "vllm:inter_token_latency_seconds"
@@ -69,6 +71,39 @@ def is_known(name: str) -> bool:
         ZEROS,
         SERVED,
     )
+
+
+class KvUse(BaseModel, frozen=True, extra="forbid"):
+    """Holds which share of an engine's KV cache was in use over a trial's window."""
+
+    mean: FiniteFloat  # over time
+    peak: FiniteFloat
+
+    @classmethod
+    def over_time(
+        cls, readings: Sequence[tuple[float, float]], start_s: float, end_s: float
+    ) -> KvUse | None:
+        """Weigh readings (time, share) by the time from each to the next within a window.
+
+        None where no reading holds in it.
+        """
+        held_s = used_s = peak = 0.0
+        until = [*(at_s for at_s, _ in readings[1:]), end_s]
+        for (at_s, share), next_s in zip(readings, until, strict=False):
+            within_s = min(next_s, end_s) - max(at_s, start_s)
+            if within_s > 0:
+                held_s += within_s
+                used_s += share * within_s
+                peak = max(peak, share)
+        return cls(mean=used_s / held_s, peak=peak) if held_s else None
+
+    @classmethod
+    def over_trials(cls, uses: Mapping[str, Sequence[KvUse]]) -> dict[str, KvUse]:
+        """Average the means and the peaks of each point over its trials."""
+        return {
+            point: cls(mean=fmean(use.mean for use in of), peak=fmean(use.peak for use in of))
+            for point, of in uses.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, TypeAdapter,
 from dashboards import series
 from labs.filing import bounded
 from labs.filing.bounded import DamagedError
+from serving.metrics import KV_USAGE, KvUse
 
 FILE = "engine-series.json.gz"
 LABELS = ("engine", "position", "finished_reason")  # that tell the series of one engine apart
@@ -63,6 +64,23 @@ def read(home: Path) -> list[Kept]:
         return _FILE.validate_json(bounded.unpacked(path))
     except ValueError as error:
         raise DamagedError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def kv_usage(home: Path) -> Kept | None:
+    """Read which share of one engine's KV cache was in use; None where nothing says so.
+
+    Where several engines share the load, each has a cache, and none is told. Raises DamagedError.
+    """
+    usage = [kept for kept in read(home) if kept.name == KV_USAGE]
+    return usage[0] if len(usage) == 1 else None
+
+
+def kv_use(home: Path, window_s: tuple[float, float]) -> KvUse | None:
+    """Tell how much of it was in use in a trial's window. Raises DamagedError."""
+    usage = kv_usage(home)
+    if usage is None:
+        return None
+    return KvUse.over_time([*zip(usage.times_s, usage.values, strict=True)], *window_s)
 
 
 def lines(

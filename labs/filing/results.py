@@ -61,6 +61,7 @@ from labs.judging.judge import (
 from labs.judging.machine_speed import MachineSpeed, TimedTrial
 from labs.judging.measure import OtherWork, Trial
 from labs.judging.signals import Watch
+from labs.judging.timeline import Timeline
 from labs.judging.validity import Expected, Served
 from labs.lab import FUNCTIONS, Lab, LabError, Point, Prediction, digest_of, knobs
 from loadtests import records
@@ -69,7 +70,7 @@ from loadtests.workload import Name
 from serving import masking, metrics, telemetry, whole
 from serving.attention import AttentionTimes
 from serving.machine import Ceilings, Environment, Machine
-from serving.metrics import Histogram, Snapshot
+from serving.metrics import Histogram, KvUse, Snapshot
 from serving.models import ROOT, Shape
 from serving.reference_step import ReferenceStep
 
@@ -282,6 +283,10 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     machine_spread: float = 1.0
     # point whose load rises -> repeat -> which signals see it coming, in virtual time
     watches: Annotated[dict[str, tuple[Watch, ...]], Field(exclude_if=lambda w: not w)] = {}
+    # point that a plot shows over time -> its first play, with the requests of the first repeat
+    timelines: Annotated[dict[str, Timeline], Field(exclude_if=lambda t: not t)] = {}
+    # point -> mean and peak share of the KV cache, each the mean over its plays at the timed step
+    kv_use: Annotated[dict[str, KvUse], Field(exclude_if=lambda use: not use)] = {}
 
 
 class Predictions(BaseModel, frozen=True, extra="forbid"):
@@ -378,6 +383,8 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     forecasts: list[ForecastResult]
     findings: list[Finding] = []
     in_virtual_time: list[ForecastAtPoint] = []
+    # point -> mean and peak share of the KV cache, each the mean over repeats, if it was forecast
+    kv_use: Annotated[dict[str, KvUse], Field(exclude_if=lambda use: not use)] = {}
     answers: dict[str, str] = {}  # id of a question -> this run's answer to it
     machine_speed: MachineSpeed | None = None  # by the reference steps; None in older runs
     caveats: list[Caveat]

@@ -6,16 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from scipy import stats
 
 from dashboards.palette import BLUE, BOUND
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import BANDS, GREY, draw_forecasts, legend_above, plt, reach
+from labs.findings.drawing import (
+    BANDS,
+    GREY,
+    PLAYED,
+    draw_forecasts,
+    legend_above,
+    legend_of_all,
+    plt,
+    reach,
+)
 from labs.findings.parts import IN_PART, Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
 from labs.judging.text import number, times_with_interval, yes_or_no
+from labs.judging.timeline import GRID_S, Timeline, timeline
+from labs.lab import Point
 from loadtests import records
 from loadtests.arrivals import Contended
 from loadtests.records import RequestRecord
@@ -273,7 +285,10 @@ def draw_stall(run: JudgedRun) -> str | None:
 
 
 def draw_timeline(run: JudgedRun) -> str | None:
-    """Draws one intrusion as the streams felt it: a tick for every token of each stream."""
+    """Draws one intrusion as the streams felt it: a tick for every token of each stream.
+
+    Where plays are kept, their gaps over the whole trial stand beside the measured ones.
+    """
     drawn = []
     for point in run.points:
         path = run.folder.trial_folder(point, 1) / "requests.jsonl.gz"
@@ -288,8 +303,14 @@ def draw_timeline(run: JudgedRun) -> str | None:
             drawn.append((point, most_felt, all_records))
     if not drawn:
         return None
-    _, axes = plt.subplots(
-        len(drawn), 1, figsize=(9, 0.6 + 1.0 * len(drawn)), sharex=True, squeeze=False
+    played = [run.played.get(point.key) for point, _, _ in drawn]
+    beside = any(any(of.gaps_s) for of in played if of)
+    figure, axes = plt.subplots(
+        len(drawn),
+        2 if beside else 1,
+        figsize=(12 if beside else 9, 0.6 + 1.0 * len(drawn)),
+        sharex="col",
+        squeeze=False,
     )
     before_s = 0.5
     after_s = max(2 * max(long.ttft_s or 0 for _, long, _ in drawn), 1.0)
@@ -309,12 +330,59 @@ def draw_timeline(run: JudgedRun) -> str | None:
         ax.grid(False)
     axes[-1, 0].set_xlim(-before_s, after_s)
     axes[-1, 0].set_xlabel("seconds from the long prompt's arrival")
+    if beside:
+        measured = [timeline(point, all_records) for point, _, all_records in drawn]
+        _draw_gaps([*axes[:, 1]], measured, played)
+        legend_of_all(figure, axes[:, 1])
     return (
         "Every stream is a row, every token it receives a tick; shaded, from the long prompt's"
         " arrival to its first token. Without chunks the rows are empty while it is prefilled: that"
         " gap is what a reader sees. Small budgets spread it thin. Of a trial's long prompts, the"
-        " one during which most streams were decoding."
+        " one during which most streams were decoding." + GAPS * beside
     )
+
+
+GAPS = (
+    " On the right the whole of that trial: at each moment the longest gap between tokens that a"
+    " stream is in; above it the long prompts, each from its arrival to its first token." + PLAYED
+)
+
+
+def _draw_gaps(
+    column: Sequence[Axes], measured: Sequence[Timeline], played: Sequence[Timeline | None]
+) -> None:
+    """Draws the streams' gaps over a trial, a row a point, measured and forecast on one axis."""
+    gaps_s = [s for of in (*measured, *played) if of for s in of.gaps_s if s]
+    least_ms, most_ms = 1000 * min(gaps_s), 1000 * max(gaps_s)
+    for ax, came, foreseen in zip(column, measured, played, strict=True):
+        _draw_gaps_of(ax, came, "measured", BLUE, BOUND, 0.92)
+        if foreseen:
+            _draw_gaps_of(ax, foreseen, "forecast", GREY, GREY, 0.8)
+        ax.set_yscale("log")
+        ax.set_ylim(0.7 * least_ms, most_ms * (most_ms / least_ms) ** 0.6)  # bars are above
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.set_ylabel("gap (ms)")
+    column[-1].set_xlabel("seconds in the trial")
+
+
+def _draw_gaps_of(
+    ax: Axes, of: Timeline, source: str, gap_colour: str, prompt_colour: str, height: float
+) -> None:
+    gaps_ms = [np.nan if s is None else 1000 * s for s in of.gaps_s]
+    edges_s = GRID_S * np.arange(len(gaps_ms) + 1)
+    ax.stairs(gaps_ms, edges_s, baseline=None, color=gap_colour, label=f"longest gap, {source}")
+    ax.broken_barh(
+        [(start_s, end_s - start_s) for start_s, end_s in of.prefills_s],
+        (height, 0.08),
+        transform=ax.get_xaxis_transform(),
+        color=prompt_colour,
+        lw=0,
+        label=f"long prompts, {source}",
+    )
+
+
+def _with_a_long_prompt(points: Sequence[Point]) -> list[Point]:
+    return [p for p in points if p.workload.intruder]
 
 
 def _streams_stalled_by(long: RequestRecord, all_records: Sequence[RequestRecord]) -> int:
@@ -349,6 +417,7 @@ PARTS = ReportParts(
     answers={"SO-3": chunks_solve, "SA-1": split},
     kinds={"SA-1": IN_PART},
     plots={"stall": draw_stall, "timeline": draw_timeline},
+    over_time=_with_a_long_prompt,
     published=PUBLISHED,
     headline=Headline(
         claim="stall-sixteenth",

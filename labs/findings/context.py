@@ -18,6 +18,7 @@ from labs.judging.judge import (
 )
 from labs.judging.metrics import Repeats
 from labs.judging.text import times_with_interval
+from labs.judging.timeline import Timeline
 from labs.lab import Lab, Point
 
 Facts = TypeVar("Facts")
@@ -53,6 +54,12 @@ class Context:
     def predictions(self) -> Predictions:
         """Returns what was written down before the engines started; empty without its file."""
         return self.once(_predictions)
+
+    @property
+    def played(self) -> Mapping[str, Timeline]:
+        """Returns the kept play of each point in virtual time; none where none was kept."""
+        forecasts = self.predictions.in_virtual_time
+        return forecasts.timelines if forecasts else {}
 
     def rows(self, point: Point) -> Collection[Mapping[str, float | None]]:
         """Returns the measurements of a point, one mapping a repeat."""

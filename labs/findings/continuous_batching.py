@@ -5,21 +5,26 @@ Its answers read the sweep over concurrency and the run's claims.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dashboards.palette import BLUE, BOUND
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import plt, thinned
+from labs.findings.drawing import GREY, PLAYED, legend_of_all, plt, thinned
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import ONE_STREAM, Published, PublishedFigures
 from labs.findings.steps import COUNTED_IN_TURN, PARTS_MEAN, Parts, draw_parts
 from labs.findings.sweep import concurrency_sweep, step_line
 from labs.judging.metrics import METRICS
 from labs.judging.text import number, ratio_number
+from labs.lab import Point
 from loadtests import records
 
 # ------------------------------------------------------------------------- what a step is made of
@@ -218,20 +223,13 @@ def both_ends(run: JudgedRun) -> str | None:
 
 def draw_static(run: JudgedRun) -> str | None:
     """Draws requests being decoded over time, fixed batches above continuous ones."""
-    chosen = [
-        (wave, same)
-        for wave in run.points
-        if wave.load.kind == "waves"
-        for same in run.points
-        if same.load.kind == "concurrent"
-        and same.load.users == wave.load.users
-        and (same.variant, same.workload) == (wave.variant, wave.workload)
-    ]
+    chosen = waves_beside_continuous(run.points)
     if not chosen:
         return None
-    _, axes = plt.subplots(
+    figure, axes = plt.subplots(
         2, len(chosen), figsize=(9, 3.6), sharex=True, sharey=True, squeeze=False
     )
+    forecast = any(point.key in run.played for pair in chosen for point in pair)
     for column, pair in enumerate(chosen):
         for row, (point, colour) in enumerate(zip(pair, (BOUND, BLUE), strict=True)):
             ax = axes[row][column]
@@ -239,13 +237,14 @@ def draw_static(run: JudgedRun) -> str | None:
             if not path.exists():
                 continue
             spans = [(r.chunks[0][0], r.chunks[-1][0]) for r in records.read(path) if r.chunks]
-            edges = sorted([(a, 1) for a, _ in spans] + [(b, -1) for _, b in spans])
-            times = np.array([0.0, *(t for t, _ in edges)])
-            in_decode = np.cumsum([0, *(d for _, d in edges)])
-            times, in_decode = thinned(times, in_decode)
-            ax.step(times, in_decode, where="post", color=colour, lw=1)
-            ax.fill_between(times, in_decode, step="post", color=colour, alpha=0.2)
+            times, in_decode = _in_decode(spans)
             kind = "fixed batches" if row == 0 else "continuous"
+            label = f"{kind}, measured"
+            ax.step(times, in_decode, where="post", color=colour, lw=1, label=label)
+            ax.fill_between(times, in_decode, step="post", color=colour, alpha=0.2)
+            if played := run.played.get(point.key):
+                times, in_decode = _in_decode(played.decoding_s)
+                ax.step(times, in_decode, where="post", color=GREY, lw=1, label="forecast")
             tokens_per_s = run.mean(point, "output_tokens_per_s")
             rate = f", {tokens_per_s:.0f} tok/s" if tokens_per_s else ""
             ax.set_title(f"{point.workload.name} lengths, {kind} ({point.load}){rate}", fontsize=9)
@@ -254,10 +253,35 @@ def draw_static(run: JudgedRun) -> str | None:
     for ax in axes[1]:
         ax.set_xlabel("time in the first repeat (s)")
         ax.set_xlim(0, run.lab.warmup_s + run.lab.window_s)
+    if forecast:
+        legend_of_all(figure, axes.flat)
     return (
         "Requests in decode over time. With varying lengths a fixed batch runs empty while its"
         " longest completion is finished; continuous batching keeps the places filled."
+        + PLAYED
+        * forecast
     )
+
+
+def waves_beside_continuous(points: Sequence[Point]) -> list[tuple[Point, Point]]:
+    """Pairs each load in waves with the closed loop of as many users."""
+    return [
+        (wave, same)
+        for wave in points
+        if wave.load.kind == "waves"
+        for same in points
+        if same.load.kind == "concurrent"
+        and same.load.users == wave.load.users
+        and (same.variant, same.workload) == (wave.variant, wave.workload)
+    ]
+
+
+def _in_decode(spans: Iterable[tuple[float, float]]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Counts the requests that are decoded, from each of these times to the next."""
+    both_ends = ([(a, 1), (b, -1)] for a, b in spans)
+    edges = sorted(chain.from_iterable(both_ends))
+    times = np.array([0.0, *(t for t, _ in edges)])
+    return thinned(times, np.cumsum([0, *(d for _, d in edges)]))
 
 
 # ------------------------------------------------------------------- what others published
@@ -311,6 +335,7 @@ PARTS = ReportParts(
         "ME-1": both_ends,
     },
     plots={"static": draw_static},
+    over_time=lambda points: [*chain.from_iterable(waves_beside_continuous(points))],
     published=PUBLISHED,
     headline=Headline(
         claim="static",

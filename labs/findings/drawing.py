@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from labs.judging.judge import ForecastAtPoint, Interval
@@ -30,10 +31,17 @@ mpl.rcParams.update(
 )
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
-__all__ = ["BANDS", "GREY", "draw_forecasts", "legend_above", "plt", "reach", "thinned"]
+__all__ = [
+    "BANDS", "GREY", "PLAYED", "draw_forecasts", "legend_above", "legend_of_all", "plt", "reach",
+    "thinned",
+]  # fmt: skip
 
 GREY = "#666666"
 BANDS = " Grey is what was forecast before any engine started, with its band."  # for captions
+PLAYED = (
+    " Grey is how vLLM's scheduler played the same requests in virtual time, before any engine"
+    " started."
+)  # for captions
 MOST_DRAWN = 20_000  # points of one line; a page has few of them
 
 
@@ -81,6 +89,15 @@ def reach(intervals: Sequence[Interval | None], scale: float = 1) -> list[list[f
 def legend_above(ax: Axes) -> None:
     """Put the legend above the axes, where it hides no figure."""
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=8)
+
+
+def legend_of_all(figure: Figure, axes: Iterable[Axes]) -> None:
+    """Put one legend above all axes of a figure, with each of their labels once."""
+    known = (zip(*ax.get_legend_handles_labels(), strict=True) for ax in axes)
+    by_label = {label: drawn for of in known for drawn, label in of}
+    figure.legend(
+        by_label.values(), by_label, loc="outside upper center", ncols=len(by_label), frameon=False
+    )
 
 
 def thinned(x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

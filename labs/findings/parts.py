@@ -16,6 +16,7 @@ from typing import Any, Generic
 from labs.filing.results import Finding
 from labs.findings.context import Context, Facts, JudgedRun
 from labs.findings.published import Part, Published, PublishedFigures
+from labs.lab import Point
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class ReportParts:
     # by the question's id too, where not all of an answer is measured: what kind of answer it is
     kinds: Mapping[str, str] = field(default_factory=dict)
     plots: Mapping[str, Draw] = field(default_factory=dict)
+    # of all points, those whose forecast its plots show over time beside the measured trial
+    over_time: Callable[[Sequence[Point]], Sequence[Point]] = lambda _: ()
     published: PublishedFigures = field(default_factory=dict)
     headline: Headline | None = None
 

@@ -26,10 +26,12 @@ from pydantic import BaseModel
 from scipy import stats
 
 from labs.filing.results import Band, PointForecasts, all_runs, unreadable
+from labs.findings.parts import parts_of
 from labs.judging.machine_speed import MachineSpeed, usual_spread
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS, measure
 from labs.judging.signals import Watch, is_watched, watch
+from labs.judging.timeline import Timeline, timeline
 from labs.lab import OF_FORECASTS, Lab, LabError, Point, Prediction, Variant
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
@@ -57,7 +59,7 @@ from serving.forecasting.timing import PASSES, QUICK_PASSES, TimingPlan
 from serving.forecasting.traffic import Play, Traffic
 from serving.gpus import Datasheet
 from serving.machine import Machine
-from serving.metrics import Snapshot
+from serving.metrics import KvUse, Snapshot
 from serving.models import Shape
 from serving.process import Process
 
@@ -113,13 +115,15 @@ def forecast(
             capacities = trials.capacities_per_s(points[0])
         if not all(capacities):
             points = [p for p in points if not isinstance(p.load, OfCapacity)]
-        found = trials.played(points, capacities)
+        all_plays = trials.played(points, capacities)
     return PointForecasts(
-        points={plays.point.key: plays.bands(setup.lab) for plays in found},
+        points={plays.point.key: plays.bands(setup.lab) for plays in all_plays},
         without=without,
-        trial_s={plays.point.key: plays.trial_s for plays in found},
-        copied=_shares_copied(found, copies, random.Random(setup.lab.seed)),
-        watches={plays.point.key: plays.watches for plays in found if plays.watches},
+        trial_s={plays.point.key: plays.trial_s for plays in all_plays},
+        copied=_shares_copied(all_plays, copies, random.Random(setup.lab.seed)),
+        watches={plays.point.key: plays.watches for plays in all_plays if plays.watches},
+        timelines={plays.point.key: line for plays in all_plays if (line := plays.timeline)},
+        kv_use=KvUse.over_trials({p.point.key: p.kv_uses for p in all_plays if p.kv_uses}),
         step_times=_described(steps.values()),
         machine_spread=spread,
     )
@@ -545,12 +549,20 @@ class VirtualTrials:
         """
         self.forecaster.send(self._plan(points, capacities))
         known = {p.key: p for p in points}
-        found: dict[str, list[Outcome]] = {key: [] for key in known}
+        lab, outcomes = self.setup.lab, {key: list[Outcome]() for key in known}
+        over_time = {p.key for p in parts_of(lab.name).over_time(points)}
+        timelines: dict[str, Timeline] = {}  # of each point's first play
         for play in self.forecaster.plays():
-            trial = _trial(self.setup.lab, known[play.key], play)
-            found[play.key].append(Outcome.of(trial))
+            trial = _trial(lab, known[play.key], play)
+            if play.key in over_time - timelines.keys():
+                timelines[play.key] = timeline(trial.point, trial.records)
+            outcomes[play.key].append(Outcome.of(trial, play.kv_use))
         # the last two of a point are those at the ends of the band
-        return [PointPlays(p, found[p.key][:-2], found[p.key][-2:]) for p in points]
+        return [
+            PointPlays(p, of[:-2], of[-2:], timelines.get(p.key))
+            for p in points
+            for of in [outcomes[p.key]]
+        ]
 
     def _plan(self, points: Sequence[Point], capacities: Capacities) -> ForecastPlan:
         """Plan all repeats at the expected step, then the first at a faster and a slower one."""
@@ -761,14 +773,16 @@ class Outcome:
     lasts_s: float  # until its last answer ended
     sent: int  # requests
     watch: Watch | None  # where its load is watched
+    kv_use: KvUse | None
 
     @classmethod
-    def of(cls, trial: Trial) -> Outcome:
+    def of(cls, trial: Trial, kv_use: KvUse | None) -> Outcome:
         return cls(
             figures=measure(trial),
             lasts_s=max((r.end_s or 0.0 for r in trial.records), default=0.0),
             sent=len(trial.records),
             watch=watch(trial) if is_watched(trial.point.load) else None,
+            kv_use=kv_use,
         )
 
 
@@ -779,6 +793,7 @@ class PointPlays:
     point: Point
     as_timed: Sequence[Outcome]  # at the expected step
     shifted: Sequence[Outcome]  # the first at FASTER and at SLOWER
+    timeline: Timeline | None  # of the first, where the lab's plots show it
 
     @property
     def trial_s(self) -> float:
@@ -793,6 +808,10 @@ class PointPlays:
     @property
     def watches(self) -> tuple[Watch, ...]:
         return tuple(play.watch for play in self.as_timed if play.watch)
+
+    @property
+    def kv_uses(self) -> list[KvUse]:
+        return [play.kv_use for play in self.as_timed if play.kv_use]
 
     def bands(self, lab: Lab) -> dict[str, Band]:
         """Return the band of each metric in which the mean of the lab's trials is expected."""

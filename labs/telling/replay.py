@@ -111,13 +111,12 @@ def _cache(folder: RunFolder, trial: Trial | None, begin_s: float, span_s: float
     """
     if trial is None:
         return None
-    kept = engine_series.read(folder.trial_folder(trial.point, trial.repeat))
-    usage = [one for one in kept if one.name == metrics.KV_USAGE]
-    if len(usage) != 1:
+    usage = engine_series.kv_usage(folder.trial_folder(trial.point, trial.repeat))
+    if usage is None:
         return None
     inside = [
         (t - begin_s, share)
-        for t, share in zip(usage[0].times_s, usage[0].values, strict=True)
+        for t, share in zip(usage.times_s, usage.values, strict=True)
         if 0 <= t - begin_s <= span_s
     ]
     config = trial.engine.info.get(metrics.CACHE_CONFIG, {}) if trial.engine else {}

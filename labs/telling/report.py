@@ -315,6 +315,13 @@ IN_VIRTUAL_TIME = (
 )
 
 
+KV_USE = (
+    "The KV cache in use is the share of its blocks that requests hold, over the window. The"
+    " forecast has it after every step; measured is the engine's own gauge, which Prometheus reads"
+    " once a second, so that a shorter peak may be missed."
+)
+
+
 def _bands_explained(machine_spread: float) -> str:
     """Say what the forecasts and their bands are made of."""
     spread = f"a factor of {machine_spread:.2f}" if machine_spread > 1 else "not known then"
@@ -338,6 +345,8 @@ def _in_virtual_time(facts: Facts) -> Section:
         if before.points
         else None,
         tables.closed_forms(facts.lab, facts.summary, facts.predictions),
+        tables.kv_use(facts.lab, before.kv_use, facts.summary.kv_use),
+        Paragraph(KV_USE) if before.kv_use else None,
         Paragraph("No forecast:") if without else None,
         bullets(without),
     )

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from labs.filing import engine_series
 from labs.filing.bounded import DamagedError
 from labs.filing.results import (
     Predictions,
@@ -32,6 +33,7 @@ from labs.judging.validity import (
 )
 from labs.lab import Lab, Point
 from loadtests.latencies import Latency
+from serving.metrics import KvUse
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def computed(folder: RunFolder) -> Summary:
             for key, prediction in predictions.forecasts[forecast.name].items()
         ],
         in_virtual_time=_beside_forecasts(predictions, values),
+        kv_use=_kv_use(folder, lab, points, predictions),
         findings=[conclusions[name].finding(context) for name in lab.findings],
         caveats=[*caveats, *(caveat for *_, own in pairs for caveat in own)],
         failed=measured.failed,
@@ -204,6 +207,22 @@ def _beside_forecasts(
                 )
             )
     return rows
+
+
+def _kv_use(
+    folder: RunFolder, lab: Lab, points: Sequence[Point], predictions: Predictions
+) -> dict[str, KvUse]:
+    """Read how much of the KV cache was in use at each point for which that was forecast."""
+    before = predictions.in_virtual_time
+    uses: dict[str, list[KvUse]] = {}
+    for point in (p for p in points if before and p.key in before.kv_use):
+        for repeat in range(1, lab.rounds + 1):
+            result, home = folder.trial_result(point, repeat), folder.trial_folder(point, repeat)
+            if not result or not result.summary:
+                continue
+            if use := engine_series.kv_use(home, result.summary.window_s):
+                uses.setdefault(point.key, []).append(use)
+    return KvUse.over_trials(uses)
 
 
 def _of_the_whole(run: Run, lab: Lab, session: Session | None) -> list[Caveat]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from labs.filing.results import Band, PointForecasts, Predictions, Session, Summary
 from labs.findings.parts import published_of
@@ -26,6 +26,7 @@ from labs.lab import MARGIN, Lab, Point
 from labs.telling.document import Code, Inline, Table, parse, table
 from serving.gpus import DATASHEETS
 from serving.machine import Ceilings, Machine
+from serving.metrics import KvUse
 
 
 def ceilings(machine: Machine, measured: Ceilings) -> Table:
@@ -142,15 +143,28 @@ def in_virtual_time(lab: Lab, forecasts: PointForecasts) -> Table:
         and any(metric in bands and bands[metric].high for bands in forecasts.points.values())
     ]
     return table(
-        ("Point", *(METRICS[metric].title for metric in metrics)),
+        (
+            "Point",
+            *(METRICS[metric].title for metric in metrics),
+            *(("KV cache in use, mean", "KV cache in use, peak") if forecasts.kv_use else ()),
+        ),
         (
             [
                 point_label(key, lab),
                 *(_band(bands.get(metric), METRICS[metric].unit) for metric in metrics),
+                *_shares(forecasts.kv_use, key),
             ]
             for key, bands in forecasts.points.items()
         ),
     )
+
+
+def _shares(kv_use: Mapping[str, KvUse], point: str) -> list[str]:
+    """Write the mean and the peak; nothing where there is neither of any point."""
+    if not kv_use:
+        return []
+    use = kv_use.get(point)
+    return [number(share, "share") for share in ((use.mean, use.peak) if use else (None, None))]
 
 
 def _band(band: Band | None, unit: str) -> str:
@@ -176,6 +190,26 @@ def forecast_beside_measured(lab: Lab, summary: Summary) -> Table:
             ]
         )
     header = ("Point", "Figure", "Forecast", "Band", "Measured", "Measured / forecast", "Within")
+    return table(header, rows)
+
+
+def kv_use(lab: Lab, forecast: Mapping[str, KvUse], measured: Mapping[str, KvUse]) -> Table:
+    """Tabulate how much of the KV cache was in use at each point; empty without forecasts."""
+    rows: list[list[Inline]] = []
+    for point, foreseen in forecast.items():
+        came = measured.get(point)
+        rows.append(
+            [
+                point_label(point, lab),
+                number(foreseen.mean, "share"),
+                number(came.mean if came else None, "share"),
+                number(foreseen.peak, "share"),
+                number(came.peak if came else None, "share"),
+            ]
+        )
+    header = (
+        "Point", "KV cache in use, mean: forecast", "Measured", "Peak: forecast", "Peak: measured",
+    )  # fmt: skip
     return table(header, rows)
 
 

@@ -78,6 +78,7 @@ def _play(plan: ForecastPlan, make: Callable[..., VirtualEngine], out: IO[str]) 
             _prime(server, list(_prompts(trial, tokenize, None, 0.0))[: trial.primed])
             for replica in replicas:
                 replica.read_counters()
+            start_s = server.now_s
             compile_s = trial.masking.compile_s if trial.masking else 0.0
             played = play(
                 server,
@@ -87,12 +88,15 @@ def _play(plan: ForecastPlan, make: Callable[..., VirtualEngine], out: IO[str]) 
                 plan.delays,
                 trial.ends_only,
             )
+            window_s = [start_s + s for s in played.window_s]
+            kv_use = replicas[0].kv_use(*window_s) if one else None  # before counts start anew
             forecast_play = ForecastPlay(
                 key=trial.key,
                 repeat=trial.repeat,
                 play=played,
                 counters=_sum_of(replica.read_counters() for replica in replicas),
                 kv_capacity_tokens=sum(replica.kv_capacity_tokens for replica in replicas),
+                kv_use=kv_use,
             )
             print(forecast_play.model_dump_json(), file=out, flush=True)
 

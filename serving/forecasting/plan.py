@@ -10,6 +10,7 @@ from serving.forecasting.copying import Copied
 from serving.forecasting.step import Masking, StepTimes
 from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Delays, Play, Traffic
+from serving.metrics import KvUse
 
 
 class TimingPlans(BaseModel, frozen=True, extra="forbid"):
@@ -85,3 +86,4 @@ class ForecastPlay(BaseModel, frozen=True, extra="forbid"):
     play: Play
     counters: dict[str, int]
     kv_capacity_tokens: int
+    kv_use: KvUse | None = None  # of a single engine, in the window

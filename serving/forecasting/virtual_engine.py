@@ -31,6 +31,7 @@ from vllm.v1.request import Request
 from serving.forecasting.copying import Copied
 from serving.forecasting.step import Masking, Piece, Step, StepTimes, mask_threads
 from serving.forecasting.traffic import Prompt
+from serving.metrics import KvUse
 
 TOKEN = 1  # the token that every answer is made of
 
@@ -260,6 +261,7 @@ class VirtualEngine:
         self.prefilling: dict[str, int] = {}  # request -> its prompt's tokens, before its first
         self.unfinished: set[str] = set()
         self.counters: Counter[str] = Counter()
+        self.kv_shares: list[tuple[float, float]] = []  # (when a step ended, in use from then on)
         self.adapters: dict[str, int] = {}
 
     def add(self, request_id: str, prompt: Prompt) -> bool:
@@ -322,6 +324,7 @@ class VirtualEngine:
         """Add what vLLM's `/metrics` would have counted in this step."""
         if stats is None:
             return
+        self.kv_shares.append((self.clock.now_s, stats.kv_cache_usage))
         if prefix := stats.prefix_cache_stats:
             # as in vLLM's own metrics, without those of requests that were preempted before
             self.counters["prefix_queries"] += prefix.queries
@@ -337,7 +340,16 @@ class VirtualEngine:
         self.counters.clear()
         self.clock.preemptions = 0
         self.clock.steps.clear()
+        self.kv_shares.clear()
         return counts
+
+    def kv_use(self, start_s: float, end_s: float) -> KvUse | None:
+        """Tell which share of the KV cache was in use between two times of the engine's clock.
+
+        As in vLLM's gauge, what a step leaves holds until the next one has ended. Counted since
+        `read_counters` was last called; None where no time lies between the two.
+        """
+        return KvUse.over_time(self.kv_shares, start_s, end_s)
 
     @property
     def kv_capacity_tokens(self) -> int:

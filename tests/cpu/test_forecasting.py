@@ -276,6 +276,16 @@ def test_a_batch_decodes_a_token_a_step(plays: dict[str, ForecastPlay]) -> None:
     assert plays["plain"].counters["preemptions"] == 0
 
 
+def test_the_cache_in_use_is_what_each_step_leaves(plays: dict[str, ForecastPlay]) -> None:
+    """A block for each: both from the first step to the fifth, then one until the ninth."""
+    play = plays["plain"]
+    blocks = play.kv_capacity_tokens / BLOCK - 1  # vLLM keeps one for itself
+    assert play.kv_use
+    assert play.kv_use.peak == pytest.approx(2 / blocks)
+    assert play.kv_use.mean == pytest.approx(1.5 / blocks)
+    assert plays["round-robin"].kv_use is None  # of two engines
+
+
 def test_masks_that_take_longer_than_the_step_set_the_pace(plays: dict[str, ForecastPlay]) -> None:
     assert tokens_at(plays["masked"], 0) == [(1.5 * i, 1) for i in range(1, 6)]  # of two answers
     assert [at for at, _ in tokens_at(plays["masked"], 1)][5:] == [8.5, 9.5, 10.5, 11.5]  # of one

@@ -116,3 +116,36 @@ def test_a_file_that_says_something_else_is_damaged(
     write_gzip(path, [{**plain, **changed}])
     with pytest.raises(DamagedError, match=engine_series.FILE):
         engine_series.read(path.parent)
+
+
+def usage(*readings: tuple[float, float], engine: str = "0") -> dict[str, Any]:
+    """How full an engine's KV cache was: (seconds from the trial's start, share)."""
+    return {
+        "name": metrics.KV_USAGE, "labels": {"engine": engine},
+        "times_s": [at for at, _ in readings], "values": [share for _, share in readings],
+    }  # fmt: skip
+
+
+def test_what_was_in_use_of_the_cache_is_weighed_by_time_within_the_window(tmp_path: Path) -> None:
+    """From 10 s on 0.9 for 2 s, 0.1 for 4 s and 0.3 for 4 s; the 1.0 was over before."""
+    write_gzip(tmp_path / engine_series.FILE, [usage((2, 1.0), (5, 0.9), (12, 0.1), (16, 0.3))])
+    use = engine_series.kv_use(tmp_path, (10.0, 20.0))
+    assert use
+    assert [use.mean, use.peak] == pytest.approx([0.34, 0.9])
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [[], [usage((30, 0.5))], [usage((5, 0.9)), usage((5, 0.1), engine="1")]],
+    ids=("nothing", "after the window", "two engines"),
+)
+def test_nothing_is_told_of_a_cache_that_was_not_read(
+    kept: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    write_gzip(tmp_path / engine_series.FILE, kept)
+    assert engine_series.kv_use(tmp_path, (10.0, 20.0)) is None
+
+
+def test_an_empty_window_has_no_share() -> None:
+    assert metrics.KvUse.over_time([(0.0, 0.5)], math.inf, math.inf) is None
+    assert metrics.KvUse.over_time([(0.0, 0.5)], 3.0, 3.0) is None

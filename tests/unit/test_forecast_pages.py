@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from labs.filing import results
-from labs.filing.results import Band, PointForecasts, RunFolder, write_json
+from labs.filing import engine_series, results
+from labs.filing.results import Band, PointForecasts, RunFolder, write_gzip, write_json
 from labs.judging.judge import Caveat
 from labs.lab import OF_FORECASTS
 from labs.running.forecast import ratio_of_forecasts
-from labs.telling import markdown, report, residual_plot, residuals
+from labs.telling import markdown, report, residual_plot, residuals, tables
 from labs.telling.summary import summarise
-from tests.unit.builders import make_point, write_run
+from serving.metrics import KV_USAGE, KvUse
+from tests.unit.builders import make_lab, make_point, write_run
 
 NEAR = Band(value=1, low=0.9, high=1.2)
 
@@ -53,6 +54,38 @@ def test_the_report_tells_how_near_the_forecasts_came(folder: RunFolder) -> None
     assert "1 of 2 measured figures lie within their band; the median distance is 25%." in told
     assert "| 0.50x | no |" in told
     assert "- `on`: it was not timed" in told
+
+
+def test_the_cache_in_use_stands_beside_what_was_forecast_of_it(folder: RunFolder) -> None:
+    """The window is from 10 to 20 s; of the second point nothing was scraped."""
+    before = folder.predictions()
+    assert before.in_virtual_time
+    first, second = before.in_virtual_time.points
+    foreseen = {first: KvUse(mean=0.5, peak=0.75), second: KvUse(mean=0.1, peak=0.2)}
+    forecasts = before.in_virtual_time.model_copy(update={"kv_use": foreseen})
+    write_json(
+        folder.path / "predictions.json", before.model_copy(update={"in_virtual_time": forecasts})
+    )
+    for repeat, share in ((1, 0.2), (2, 0.6)):
+        series = {"name": KV_USAGE, "labels": {}, "times_s": [5, 15], "values": [share, 0.4]}
+        home = folder.path / "trials" / first / str(repeat)
+        write_gzip(home / engine_series.FILE, [series])
+    use = summarise(folder).kv_use
+    assert use.keys() == {first}
+    assert [use[first].mean, use[first].peak] == pytest.approx([0.4, 0.5])
+    told = report.write(folder).read_text()
+    assert "| 50% | 40% | 75% | 50% |" in told
+    assert "| 10% | – | 20% | – |" in told
+    alone = markdown.fragment([tables.in_virtual_time(make_lab(), forecasts)])
+    assert "| KV cache in use, mean | KV cache in use, peak |" in alone
+    assert "| 50% | 75% |" in alone
+
+
+def test_without_such_a_forecast_files_and_reports_are_as_before(folder: RunFolder) -> None:
+    summarise(folder)
+    assert '"kv_use"' not in (folder.path / "summary.json").read_text()
+    assert '"kv_use"' not in (folder.path / "predictions.json").read_text()
+    assert "KV cache in use" not in report.write(folder).read_text()
 
 
 def write_summary(folder: RunFolder, *caveats: Caveat) -> None:

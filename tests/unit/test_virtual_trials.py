@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from labs.lab import Lab, Point
+from labs.lab import Lab, Point, Variant
 from labs.running import forecast
 from labs.running.forecast import NO_CAPACITIES, PLAYS_OF_CHANCE, VirtualTrials
 from loadtests.workload import Intruder
 from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedTrial
 from serving.forecasting.traffic import Play, VirtualAnswer
+from serving.metrics import KvUse
 from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_workload
 from tests.unit.test_forecasting import TIMES
 
@@ -25,8 +26,8 @@ STEPS_S = (0.5, 0.25, 1.0)  # as expected, on a faster machine and on a slower o
 class Playing:
     """A forecaster whose engines complete one request in each step of the window."""
 
-    def __init__(self, completing: bool = True) -> None:
-        self.completing = completing
+    def __init__(self, completing: bool = True, one_engine: bool = True) -> None:
+        self.completing, self.one_engine = completing, one_engine
         self.plans: list[ForecastPlan] = []
 
     def send(self, plan: ForecastPlan) -> None:
@@ -49,9 +50,11 @@ class Playing:
             for index in range(int(trial.traffic.window_s / step_s) if self.completing else 0)
         ]  # fmt: skip
         play = Play(answers=answers, window_s=(start_s, end_s), answered_under_load=True)
+        mean = 0.2 * trial.repeat if step_s == STEPS_S[0] else 0.9
         return ForecastPlay(
-            key=trial.key, repeat=trial.repeat, play=play, counters={}, kv_capacity_tokens=1000
-        )
+            key=trial.key, repeat=trial.repeat, play=play, counters={}, kv_capacity_tokens=1000,
+            kv_use=KvUse(mean=mean, peak=2 * mean) if self.one_engine else None,
+        )  # fmt: skip
 
 
 def make_setup(lab: Lab) -> Any:
@@ -156,3 +159,25 @@ def test_what_is_watched_is_that_of_the_expected_step(monkeypatch: pytest.Monkey
     assert {key: len(of) for key, of in found.watches.items()} == {
         "off/short/ramp-0.5-1.5": 2, "on/short/ramp-0.5-1.5": 2,
     }  # fmt: skip
+
+
+def test_the_cache_in_use_is_the_mean_over_the_plays_at_the_expected_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = forecast_of(make_lab(), Playing(), monkeypatch)
+    assert found.kv_use.keys() == found.points.keys()
+    for use in found.kv_use.values():
+        assert (use.mean, use.peak) == pytest.approx((0.3, 0.6))
+    assert forecast_of(make_lab(), Playing(one_engine=False), monkeypatch).kv_use == {}
+
+
+def test_the_first_play_of_what_a_lab_draws_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    own: dict[str, Any] = {
+        "variants": (Variant(name="base", flags={}),), "claims": (), "evidence": (),
+        "workloads": (make_workload("waves:8", "concurrent:8", "poisson:2"),),
+    }  # fmt: skip
+    found = forecast_of(make_lab(name="continuous-batching", **own), Playing(), monkeypatch)
+    assert [*found.timelines] == ["base/short/waves-8", "base/short/concurrent-8"]
+    line = found.timelines["base/short/waves-8"]
+    assert line.decoding_s[:2] == ((1.5, 1.5), (2.0, 2.0))  # at the expected step of 0.5 s
+    assert forecast_of(make_lab(**own), Playing(), monkeypatch).timelines == {}
