@@ -55,12 +55,11 @@ def _last_engine(reader: Reader) -> Path:
 
 def _under_load_s(reader: Reader) -> float:
     """The time between its first and its last request, of those answered; -1 where none was."""
-    if (
-        not reader.engine_starts()
-        or not (log := _last_engine(reader).with_suffix(".jsonl")).exists()
-    ):
+    if not reader.engine_starts():
         return -1.0
-    received = [float(json.loads(line)["received"]) for line in log.read_text().splitlines()]
+    log = _last_engine(reader).with_suffix(".jsonl")
+    lines = log.read_text().splitlines() if log.exists() else []
+    received = [float(json.loads(line)["received"]) for line in lines]
     return received[-1] - received[0] if received else -1.0
 
 
@@ -93,7 +92,7 @@ def _begin(reader: Reader, settings: str, **more: str) -> Command:
 
 def _reach(name: str, reader: Reader, command: Command) -> None:
     """Wait until the run has reached this stage."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not STAGES[name].reached(reader):
         assert command.process.poll() is None, f"it ended before its {name}:\n{command.said}"
         assert time.monotonic() < deadline, f"it never came to its {name}:\n{command.said}"
@@ -128,14 +127,17 @@ def _nothing_is_left(reader: Reader, command: Command) -> None:
 
 
 RUNNER_CELLS = [
-    *((signal.SIGKILL, stage) for stage in STAGES),
+    # in a trial KILL is sent in test_faults.py
+    *((signal.SIGKILL, stage) for stage in STAGES if stage not in ("warm-up", "window")),
     # a runner handles these three alike: each stage meets one of them, in turn
     *zip(itertools.cycle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)), STAGES, strict=False),
 ]
-RESUMED = [(signal.SIGKILL, "turn"), (signal.SIGHUP, "probe"), (signal.SIGINT, "report")]
+RESUMED = [(signal.SIGKILL, "turn"), (signal.SIGINT, "report")]
 
 
-@pytest.mark.parametrize(("sign", "name"), RUNNER_CELLS)
+@pytest.mark.parametrize(
+    ("sign", "name"), RUNNER_CELLS, ids=[f"{sign.name}-{name}" for sign, name in RUNNER_CELLS]
+)
 def test_nothing_outlives_a_runner(sign: signal.Signals, name: str, reader: Reader) -> None:
     stage = STAGES[name]
     command = _begin(reader, stage.settings)
