@@ -86,8 +86,8 @@ trial is warmed up, and measured; the second engine starts in its place; it is p
 trial; what was measured is judged and written."""
 
 
-def _begin(reader: Reader, settings: str, **more: str) -> Command:
-    return reader.types("run", LAB, SET=settings, program=IN_TURN, **more)
+def _begin(reader: Reader, settings: str, resume: bool = False) -> Command:
+    return reader.types("run", LAB, SET=settings, program=IN_TURN, RESUME="1" if resume else "0")
 
 
 def _reach(name: str, reader: Reader, command: Command) -> None:
@@ -156,7 +156,7 @@ def test_nothing_outlives_a_runner(sign: signal.Signals, name: str, reader: Read
     finished = _trial_files(command)
     assert len(finished) == stage.trials
     if (sign, name) in RESUMED:
-        again = _begin(reader, stage.settings, RESUME="1")
+        again = _begin(reader, stage.settings, resume=True)
         assert again.wait() == 0, again.said
         assert again.folder.complete  # the only one
         assert _trial_files(again).items() >= finished.items()
@@ -208,7 +208,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killed]:
         assert not _listened_to(ports)
         failed = [result.failed or "" for result in _results(first)]
         complete = first.folder.complete
-        second = _begin(reader, IN_ITS_FIRST_TRIAL, RESUME="1")
+        second = _begin(reader, IN_ITS_FIRST_TRIAL, resume=True)
         ports = _kill_engine("probe", reader, second)
         second.wait()
         _nothing_is_left(reader, second)
