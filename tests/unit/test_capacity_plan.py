@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -47,13 +52,14 @@ def capacity(monkeypatch: pytest.MonkeyPatch) -> None:
     def rate(job: Any) -> float:
         return len(job.load.schedule_s) / float(job.load.schedule_s[-1])
 
-    def played(served: Any, question: Any, jobs: Sequence[Any], *_: Any) -> list[Latencies]:
+    def played(player: Any, jobs: Sequence[Any], where: str) -> list[Latencies]:
         limits = {0: 20.0, 1: 25.0, 2: 10.0}
         return [
             latencies(1.0 if rate(job) <= limits[job.end] * job.replicas else 0.5) for job in jobs
         ]
 
-    monkeypatch.setattr(capacity_plan, "_play", played)
+    monkeypatch.setattr(capacity_plan._Player, "play", played)
+    monkeypatch.setattr(capacity_plan, "side_by_side", lambda _: nullcontext([]))
     monkeypatch.setattr(capacity_plan, "_estimate_per_s", lambda *_: 20.0)
 
 
@@ -144,26 +150,69 @@ def test_no_request_is_longer_than_the_cache_and_the_positions() -> None:
              SilentProgress())  # fmt: skip
 
 
-def test_the_servers_of_a_fleet_prepare_requests_side_by_side(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked, plans = question(), list[ForecastPlan]()
-
-    def noted(written: Sequence[ForecastPlan]) -> Iterator[Any]:
-        plans.extend(written)
-        return iter(())
-
-    monkeypatch.setattr(capacity_plan, "play_all", noted)
+@pytest.fixture
+def player() -> capacity_plan._Player:
+    asked = question()
     machine, sheet = machine_of("h100")
     assert sheet
-    served = capacity_plan._Served.of(asked.model, "bf16", machine, sheet)
-    load = capacity_plan._drawn(asked, 100.0, served.most_tokens)
-    for replicas in (1, 8):
-        with pytest.raises(KeyError):  # nothing was played
-            capacity_plan._play(
-                served, asked, [capacity_plan._Job(load, 0, replicas)], SilentProgress(), "here"
-            )
+    served = capacity_plan.Served.of(asked.model, "bf16", machine, sheet)
+    return capacity_plan._Player(served, asked, [], SilentProgress())
+
+
+def test_the_servers_of_a_fleet_prepare_requests_side_by_side(
+    player: capacity_plan._Player, tmp_path: Path
+) -> None:
+    load = capacity_plan._drawn(player.question, 100.0, player.served.most_tokens)
+    plans = [
+        player._plan(capacity_plan._Job(load, 0, replicas), tmp_path / "requests.jsonl")
+        for replicas in (1, 8)
+    ]
     assert [p.delays.serial_s for p in plans] == [0.002, 0.002 / 8]
+
+
+def test_the_longest_plays_begin_first_and_all_come_back_in_order(
+    player: capacity_plan._Player, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the last ones to end are short, whatever the number of processes."""
+    begun = list[int]()
+
+    def noted(_: Any, plans: Sequence[ForecastPlan]) -> Iterator[tuple[int, Any]]:
+        begun.extend(len(p.engines[0].trials[0].traffic.schedule_s) for p in plans)
+        return reversed([*enumerate(begun)])  # as they end
+
+    monkeypatch.setattr(capacity_plan, "play_all", noted)
+    monkeypatch.setattr(capacity_plan, "_latencies", lambda play, slo: play)
+    loads = [capacity_plan._drawn(player.question, rate, 8000) for rate in (100.0, 300.0, 200.0)]
+    played: list[Any] = [*player.play([capacity_plan._Job(load, 0) for load in loads], "here")]
+    assert played == [len(load.schedule_s) for load in loads]
+    assert begun == sorted(begun, reverse=True)
+
+
+def test_engines_are_built_for_the_longest_request_of_any_load(
+    player: capacity_plan._Player,
+) -> None:
+    """The same engines then play one GPU and a fleet."""
+    loads = [capacity_plan._drawn(player.question, rate, 8000) for rate in (1.0, 50.0)]
+    longest = max(r.prompt_tokens + r.output_tokens for load in loads for r in load.requests)
+    assert longest <= player._longest_tokens == 1000 + 4 * 100
+    asked = question(demand=Demand(500, 100, 1.0, trace=(*trace(9), (9.0, 700, 900))))
+    assert replace(player, question=asked)._longest_tokens == 1600
+
+
+def test_there_are_no_more_processes_than_cores_and_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def processes(cores: int, memory_bytes: float) -> int:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+        monkeypatch.setattr(
+            psutil, "virtual_memory", lambda: SimpleNamespace(available=memory_bytes)
+        )
+        return capacity_plan._processes()
+
+    assert processes(2, 1e12) == 2
+    assert processes(256, 1e12) == capacity_plan.MOST_PROCESSES
+    assert processes(256, 3.9 * capacity_plan.FORECASTER_BYTES) == 3
+    assert processes(256, 0) == 1
 
 
 def test_a_mixture_of_experts_is_planned_with_what_can_be_derived() -> None:
