@@ -68,6 +68,7 @@ GRIDS = ((0.4, 0.6, 0.75, 0.9, 1.05, 1.25), (1.5, 1.9, 2.4, 3.0))
 the first."""
 FEWEST = 500  # requests that count in a play
 MOST_REPLICAS = 64
+MOST_LINKED = 8  # GPUs that NVLink joins in one machine
 LONGEST_OUTPUT = 4  # drawn outputs are cut at so many times their mean
 ENDS = (EXPECTED, FASTER, SLOWER)
 MOST_PROCESSES = 16  # that play loads side by side
@@ -83,6 +84,7 @@ class Question:
     card: str
     demand: Demand
     slo: SLO
+    gpus: int = 1  # that share each layer of a replica
     replicas: int | None = None  # None: as many as the demand needs
     routers: tuple[str, ...] = ()
     usd_per_hour: float | None = None
@@ -106,11 +108,13 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
     machine, sheet = machine_of(question.card)
     if sheet is None:
         raise LabError("a plan is made for a GPU with a datasheet: name it with MACHINE=h100")
-    served = Served.of(question.model, question.precision, machine, sheet)
+    _refuse_tensor_parallelism(question, sheet)
+    served = Served.of(question.model, question.precision, machine, sheet, question.gpus)
     answer = CapacityPlan(
         model=question.model.name.removesuffix(dummy.SUFFIX),
         card=machine.model,
         precision=question.precision,
+        gpus=question.gpus,
         demand=question.demand,
         slo=question.slo,
         share=SHARE,
@@ -121,7 +125,7 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
     longest = max((prompt + output for _, prompt, output in question.demand.trace), default=0)
     if (longest := max(longest, math.ceil(question.demand.tokens))) > served.most_tokens:
         raise LabError(
-            f"the longest request has {longest:,} tokens, and {answer.model} on this GPU takes"
+            f"the longest request has {longest:,} tokens, and {answer.model} so served takes"
             f" {served.most_tokens:,} at most: shorten LENGTHS or the TRACE, or choose another"
             " MACHINE or MODEL"
         )
@@ -137,26 +141,49 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
     return replace(answer, price=_price(question, answer))
 
 
+def _refuse_tensor_parallelism(question: Question, sheet: Datasheet) -> None:
+    """Raise LabError where so many GPUs cannot share a layer, or no figures tell how fast."""
+    shape, gpus = question.model.shape, question.gpus
+    if gpus == 1:
+        return
+    if sheet.link_bytes_per_s is None:
+        raise LabError(
+            f"TP={gpus}: GPUs that share a layer are planned over NVLink, which the"
+            f" {sheet.short_name} does not have; no published figures were found for PCIe"
+        )
+    if gpus > MOST_LINKED or shape.heads % gpus or shape.kv_heads % gpus:
+        raise LabError(
+            f"TP={gpus}: {question.model.name} has {shape.heads} heads and {shape.kv_heads} KV"
+            f" heads, which so many GPUs cannot share evenly; at most {MOST_LINKED} are linked"
+        )
+
+
 # ------------------------------------------------------------------------------------- arithmetic
 
 
 @dataclass(frozen=True)
 class Served:
-    """Holds a model as it is served on one GPU."""
+    """Holds a model as one replica serves it, on a GPU or on several that share each layer."""
 
     model: Model
     sheet: Datasheet
+    gpus: int
     flags: VllmFlags
     eight_bit: bool
 
     @classmethod
-    def of(cls, model: Model, precision: str, machine: Machine, sheet: Datasheet) -> Served:
+    def of(
+        cls, model: Model, precision: str, machine: Machine, sheet: Datasheet, gpus: int = 1
+    ) -> Served:
         if precision != "bf16":
             folder = dummy.derive(model, precision)
             model = models.load(folder, folder.name)
         config = json.loads((model.path / "config.json").read_text())
-        flags = defaults_on_a_gpu(machine, model.shape, {})
-        return cls(model, sheet, flags, is_eight_bit(config))
+        # to the scheduler the cache of several GPUs is one: each holds its heads of every token
+        kv_bytes = int(gpus * usable_bytes(machine.memory_bytes) - model.shape.held_bytes)
+        defaults = defaults_on_a_gpu(machine, model.shape, {})
+        flags = VllmFlags({**defaults, "kv-cache-memory-bytes": kv_bytes})
+        return cls(model, sheet, gpus, flags, is_eight_bit(config))
 
     @property
     def room_tokens(self) -> float:
@@ -170,7 +197,9 @@ class Served:
         return min(self.model.shape.max_positions, int(self.room_tokens)) - 1
 
     def step_times(self, efficiency: Efficiency) -> StepTimes:
-        return step_times(self.model.shape, self.sheet, efficiency, eight_bit=self.eight_bit)
+        return step_times(
+            self.model.shape, self.sheet, efficiency, eight_bit=self.eight_bit, gpus=self.gpus
+        )
 
     def argv(self, longest_tokens: int) -> tuple[str, ...]:
         more = {"max-model-len": longest_tokens, "enable-prefix-caching": True}
@@ -183,13 +212,13 @@ class Served:
 def _fits(question: Question, machine: Machine, sheet: Datasheet) -> Iterator[Fit]:
     for precision in PRECISIONS:
         try:
-            served = Served.of(question.model, precision, machine, sheet)
+            served = Served.of(question.model, precision, machine, sheet, question.gpus)
         except ModelError:  # quantized experts, for example
             continue
         yield Fit(
             precision,
             served.model.shape.held_bytes,
-            usable_bytes(machine.memory_bytes),
+            question.gpus * usable_bytes(machine.memory_bytes),
             served.model.shape.kv_bytes_per_token(),
             served.room_tokens,
             served.room_tokens / question.demand.tokens,
@@ -203,7 +232,8 @@ def _request_alone(served: Served, demand: Demand) -> Alone:
     prompt_s = [
         served.step_times(e).seconds(Step([Piece(int(demand.prompt_tokens), 0)], 1)) for e in ENDS
     ]
-    ceiling = served.sheet.memory_bandwidth_bytes_per_s / theory.decode_bytes(shape, 1, context)
+    bandwidth = served.gpus * served.sheet.memory_bandwidth_bytes_per_s
+    ceiling = bandwidth / theory.decode_bytes(shape, 1, context)
     return Alone(ceiling, over([1 / s for s in step_s]), over(prompt_s))
 
 
@@ -250,7 +280,7 @@ def _rate_forecasts(player: _Player, rates: Sequence[float]) -> Iterator[RateFor
         for load in (_drawn(player.question, rate, player.served.most_tokens) for rate in rates)
         for end in range(len(ENDS))
     ]
-    plays = player.play(jobs, "one GPU")
+    plays = player.play(jobs, "one replica")
     for rate, (expected, *ends) in zip(rates, _by_load(plays), strict=True):
         yield RateForecast(rate, expected, over([p.within for p in (expected, *ends)]))
 
@@ -309,7 +339,7 @@ def _fleets(player: _Player, replicas: int) -> Iterator[FleetForecast]:
     jobs = [
         _Job(load, end, replicas, router) for router in question.routers for end in range(len(ENDS))
     ]
-    plays = player.play(jobs, f"{replicas} GPUs")
+    plays = player.play(jobs, f"{replicas} replicas")
     for router, (expected, *ends) in zip(question.routers, _by_load(plays), strict=True):
         ttft_p99_s = [p.ttft_p99_s for p in (expected, *ends) if p.ttft_p99_s is not None]
         yield FleetForecast(
@@ -490,8 +520,9 @@ def _price(question: Question, answer: CapacityPlan) -> Price | None:
     if question.usd_per_hour is None or answer.capacity_per_s is None:
         return None
     capacity, output = answer.capacity_per_s, question.demand.output_tokens
+    usd_per_hour = question.gpus * question.usd_per_hour
     usd_per_million = [
-        question.usd_per_hour / 3600 / (per_s * output) * 1e6
+        usd_per_hour / 3600 / (per_s * output) * 1e6
         for per_s in (capacity.value, capacity.high, capacity.low)
         if per_s
     ]
@@ -499,7 +530,7 @@ def _price(question: Question, answer: CapacityPlan) -> Price | None:
         per_s * output * 86_400 / 1e6 for per_s in (capacity.value, capacity.high, capacity.low)
     ]
     return Price(
-        usd_per_hour=question.usd_per_hour,
+        usd_per_hour=usd_per_hour,
         million_tokens_per_day=over(million_a_day),
         usd_per_million=over(usd_per_million) if len(usd_per_million) == len(ENDS) else None,
         api_usd_per_million=question.api_usd_per_million,

@@ -23,6 +23,7 @@ from labs.telling import capacity_plans, markdown
 from labs.telling.capacity_plans import Demand, Latencies
 from labs.telling.document import Block
 from loadtests.trace import TraceRow
+from serving.engines.vllm import ACTIVATION_BYTES
 from serving.forecasting.plan import ForecastPlan
 from serving.models import ModelError
 
@@ -226,6 +227,42 @@ def test_a_folder_of_quantized_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {}}')
     with pytest.raises(ModelError, match="holds quantized weights: give the model before"):
         question(str(tmp_path))
+
+
+@pytest.mark.usefixtures("capacity")
+def test_two_cards_hold_what_one_does_not_and_cost_twice_as_much() -> None:
+    asked = question("llama-70b", gpus=2, usd_per_hour=3.6)
+    answer = plan(asked, SilentProgress())
+    bf16 = answer.fits[0]
+    usable = 2 * (0.92 * 81559 * 2**20 - ACTIVATION_BYTES)
+    assert bf16.usable_bytes == pytest.approx(usable)
+    assert bf16.kv_tokens == pytest.approx((usable - bf16.weight_bytes) / 327_680, rel=0.01)
+    assert answer.alone
+    assert answer.alone.ceiling_tokens_per_s == pytest.approx(2 * 3.35e12 / 141e9, rel=0.02)
+    assert answer.price
+    assert answer.price.usd_per_hour == 7.2
+    text = markdown.document(capacity_plans.page(answer))
+    assert text.startswith(f"# {answer.model} in bf16 on {answer.card}, 2 for each replica")
+    assert "exchange results over NVLink" in text
+    assert "One replica of 2 GPUs serves" in text
+    assert "of the memory of 2 GPUs are usable" in text
+    assert "replicas behind a router" in text
+    one = markdown.document(capacity_plans.page(plan(question(), SilentProgress())))
+    assert "replica of" not in one
+    assert "NVLink" not in one
+
+
+@pytest.mark.parametrize(
+    ("card", "gpus", "said"),
+    [
+        ("l4", 2, "over NVLink, which the l4 does not have"),
+        ("h100", 3, "32 heads and 8 KV heads, which so many GPUs cannot share evenly"),
+        ("h100", 16, "at most 8 are linked"),
+    ],
+)
+def test_gpus_that_cannot_share_a_layer_are_refused(card: str, gpus: int, said: str) -> None:
+    with pytest.raises(LabError, match=said):
+        plan(question(card=card, gpus=gpus), SilentProgress())
 
 
 def test_a_capacity_is_interpolated() -> None:
