@@ -70,7 +70,7 @@ lab-%: setup ## Run a lab: predict, measure, judge, report
 forecast: setup ## Forecast a lab without running it: LAB=..|all [MACHINE=h100] [MODEL=..] [SET=..] [OUT=x.md]
 	@$(LABS) forecast $(call or_help,LAB)
 
-plan: setup ## Plan capacity without a GPU: MACHINE=h100 [MODEL=..] [RATE=..|TRACE=..] [SLO=..] [REPLICAS=..]
+plan: setup ## Plan capacity without a GPU: MACHINE=h100 [MODEL=..] [TP=..] [RATE=..|TRACE=..] [SLO=..] [REPLICAS=..]
 	@$(LABS) plan $(call or_help,MACHINE)
 
 score-forecasts: setup ## Show how near the forecasts of recorded runs came to what was measured

@@ -14,6 +14,7 @@ Each part is a module, with a function `measure` that prints its figures and ret
     recording   the share of the generator's CPU that goes into recording for Prometheus
     overhead    the lab's own share of a run
     aa          false alarms of a lab that compares its baseline with itself
+    fleet       how the time to play a fleet in virtual time grows, on one core
 
 Several of them use:
 

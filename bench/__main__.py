@@ -14,7 +14,18 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bench import BenchError, aa, engine, neighbour, overhead, recording, soak, streams, truth
+from bench import (
+    BenchError,
+    aa,
+    engine,
+    fleet,
+    neighbour,
+    overhead,
+    recording,
+    soak,
+    streams,
+    truth,
+)
 from bench.clock import Clock
 from bench.console import console
 from bench.truth import PROGRAMS
@@ -26,7 +37,7 @@ from serving import models
 from serving.engines.base import EngineError
 
 MAIN = ("streams", "engine", "neighbour", "recording", "overhead")
-PARTS = (*MAIN, "aa", "twins", "soak")
+PARTS = (*MAIN, "aa", "twins", "soak", "fleet")
 REPEATS, PROCESSES, PAIRS, RUNS, MINUTES = 2, (1, 2), 4, 20, 60
 TRIAL_S = 9.0  # a truth server's start, warm-up, window and drain
 
@@ -57,6 +68,9 @@ five by five; the false alarms among them.
 
 [bold]soak[/] (an hour, only when asked for): how our Locust's memory
 grows from minute to minute under steady load.
+
+[bold]fleet[/] (2 min, only when asked for): how the time to play a fleet
+in virtual time grows, as `make plan` does, on one core.
 
 The figures are this machine's, now: close what else runs on it. What a
 part finds is kept in results/ as soon as it is there, unless fewer repeats,
@@ -96,6 +110,7 @@ class Plan:
             "aa": 22 * self.runs,
             "twins": aa.TWINS_START_S + aa.TWINS_PAIR_S * self.runs,
             "soak": 10 + soak.MINUTE_S * self.minutes,
+            "fleet": fleet.EXPECTED_S,
         }
         return {name: expected_s[name] for name in self.parts}
 
@@ -110,7 +125,7 @@ class Plan:
             return self.runs >= RUNS
         if part == "soak":
             return self.minutes >= MINUTES
-        return part == "overhead" or self.pairs >= PAIRS
+        return part in ("overhead", "fleet") or self.pairs >= PAIRS
 
     def measurements(
         self, clock: Clock, work: Path
@@ -129,6 +144,7 @@ class Plan:
             "aa": lambda: aa.measure(clock, work / "aa", self.runs),
             "twins": lambda: aa.measure_twins(clock, work / "twins", self.runs),
             "soak": lambda: soak.measure(clock, work / "soak", self.minutes),
+            "fleet": lambda: fleet.measure(clock, work / "fleet"),
         }
 
 

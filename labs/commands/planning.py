@@ -78,10 +78,19 @@ SloOption = Annotated[
 GpusOption = Annotated[
     int,
     typer.Option(
+        "--tp",
+        envvar="LABS_TP",
+        min=1,
+        help="The GPUs that share each layer of a replica (tensor parallelism), over NVLink.",
+    ),
+]
+ReplicasOption = Annotated[
+    int,
+    typer.Option(
         envvar="LABS_REPLICAS",
         min=0,
         max=MOST_REPLICAS,
-        help="The number of GPUs; 0: as many as the rate needs.",
+        help="The number of replicas; 0: as many as the rate needs.",
     ),
 ]
 RouterOption = Annotated[
@@ -103,12 +112,13 @@ def plan_capacity(
     card: CardOption,
     model: ShapeOption = "llama-8b",
     precision: PrecisionOption = "bf16",
+    gpus: GpusOption = 1,
     rate: RateOption = 0.0,
     lengths: LengthsOption = "1000/200",
     documents: DocumentsOption = "",
     trace: TraceOption = None,
     slo: SloOption = "1000/50",
-    replicas: GpusOption = 0,
+    replicas: ReplicasOption = 0,
     router: RouterOption = "all",
     api_price: ApiPriceOption = 0.0,
     out: MarkdownOut = None,
@@ -126,6 +136,7 @@ def plan_capacity(
         question = Question(
             precision=precision,
             card=card,
+            gpus=gpus,
             demand=_demand(rate, lengths, documents, trace),
             slo=_slo(slo),
             replicas=replicas or None,

@@ -17,11 +17,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
+
 from labs import theory
 from labs.filing.results import Band
 from labs.judging.measure import percentile
 from labs.lab import SLO, LabError
-from labs.running.forecast import defaults_on_a_gpu, is_eight_bit, play_all, records
+from labs.running.forecast import (
+    Forecaster,
+    defaults_on_a_gpu,
+    is_eight_bit,
+    play_all,
+    records,
+    side_by_side,
+)
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import machine_of
 from labs.telling.capacity_plans import (
@@ -59,8 +68,11 @@ GRIDS = ((0.4, 0.6, 0.75, 0.9, 1.05, 1.25), (1.5, 1.9, 2.4, 3.0))
 the first."""
 FEWEST = 500  # requests that count in a play
 MOST_REPLICAS = 64
+MOST_LINKED = 8  # GPUs that NVLink joins in one machine
 LONGEST_OUTPUT = 4  # drawn outputs are cut at so many times their mean
 ENDS = (EXPECTED, FASTER, SLOWER)
+MOST_PROCESSES = 16  # that play loads side by side
+FORECASTER_BYTES = 1.5e9  # of memory for each of them
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class Question:
     card: str
     demand: Demand
     slo: SLO
+    gpus: int = 1  # that share each layer of a replica
     replicas: int | None = None  # None: as many as the demand needs
     routers: tuple[str, ...] = ()
     usd_per_hour: float | None = None
@@ -95,11 +108,13 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
     machine, sheet = machine_of(question.card)
     if sheet is None:
         raise LabError("a plan is made for a GPU with a datasheet: name it with MACHINE=h100")
-    served = _Served.of(question.model, question.precision, machine, sheet)
+    _refuse_tensor_parallelism(question, sheet)
+    served = Served.of(question.model, question.precision, machine, sheet, question.gpus)
     answer = CapacityPlan(
         model=question.model.name.removesuffix(dummy.SUFFIX),
         card=machine.model,
         precision=question.precision,
+        gpus=question.gpus,
         demand=question.demand,
         slo=question.slo,
         share=SHARE,
@@ -110,40 +125,65 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
     longest = max((prompt + output for _, prompt, output in question.demand.trace), default=0)
     if (longest := max(longest, math.ceil(question.demand.tokens))) > served.most_tokens:
         raise LabError(
-            f"the longest request has {longest:,} tokens, and {answer.model} on this GPU takes"
+            f"the longest request has {longest:,} tokens, and {answer.model} so served takes"
             f" {served.most_tokens:,} at most: shorten LENGTHS or the TRACE, or choose another"
             " MACHINE or MODEL"
         )
     answer = replace(answer, alone=_request_alone(served, question.demand))
-    rates = tuple(_rates(served, question, progress))
-    answer = replace(answer, rates=rates, capacity_per_s=_capacity(rates))
-    needed = _needed(answer, question)
-    if needed and question.routers and question.demand.rate_per_s:
-        fleets = tuple(_fleets(served, question, needed, progress))
-        answer = replace(answer, replicas=needed, fleets=fleets)
+    with side_by_side(_processes()) as forecasters:
+        player = _Player(served, question, forecasters, progress)
+        rates = tuple(_rates(player))
+        answer = replace(answer, rates=rates, capacity_per_s=_capacity(rates))
+        needed = _needed(answer, question)
+        if needed and question.routers and question.demand.rate_per_s:
+            fleets = tuple(_fleets(player, needed))
+            answer = replace(answer, replicas=needed, fleets=fleets)
     return replace(answer, price=_price(question, answer))
+
+
+def _refuse_tensor_parallelism(question: Question, sheet: Datasheet) -> None:
+    """Raise LabError where so many GPUs cannot share a layer, or no figures tell how fast."""
+    shape, gpus = question.model.shape, question.gpus
+    if gpus == 1:
+        return
+    if sheet.link_bytes_per_s is None:
+        raise LabError(
+            f"TP={gpus}: GPUs that share a layer are planned over NVLink, which the"
+            f" {sheet.short_name} does not have; no published figures were found for PCIe"
+        )
+    if gpus > MOST_LINKED or shape.heads % gpus or shape.kv_heads % gpus:
+        raise LabError(
+            f"TP={gpus}: {question.model.name} has {shape.heads} heads and {shape.kv_heads} KV"
+            f" heads, which so many GPUs cannot share evenly; at most {MOST_LINKED} are linked"
+        )
 
 
 # ------------------------------------------------------------------------------------- arithmetic
 
 
 @dataclass(frozen=True)
-class _Served:
-    """Holds a model as it is served on one GPU."""
+class Served:
+    """Holds a model as one replica serves it, on a GPU or on several that share each layer."""
 
     model: Model
     sheet: Datasheet
+    gpus: int
     flags: VllmFlags
     eight_bit: bool
 
     @classmethod
-    def of(cls, model: Model, precision: str, machine: Machine, sheet: Datasheet) -> _Served:
+    def of(
+        cls, model: Model, precision: str, machine: Machine, sheet: Datasheet, gpus: int = 1
+    ) -> Served:
         if precision != "bf16":
             folder = dummy.derive(model, precision)
             model = models.load(folder, folder.name)
         config = json.loads((model.path / "config.json").read_text())
-        flags = defaults_on_a_gpu(machine, model.shape, {})
-        return cls(model, sheet, flags, is_eight_bit(config))
+        # to the scheduler the cache of several GPUs is one: each holds its heads of every token
+        kv_bytes = int(gpus * usable_bytes(machine.memory_bytes) - model.shape.held_bytes)
+        defaults = defaults_on_a_gpu(machine, model.shape, {})
+        flags = VllmFlags({**defaults, "kv-cache-memory-bytes": kv_bytes})
+        return cls(model, sheet, gpus, flags, is_eight_bit(config))
 
     @property
     def room_tokens(self) -> float:
@@ -157,7 +197,9 @@ class _Served:
         return min(self.model.shape.max_positions, int(self.room_tokens)) - 1
 
     def step_times(self, efficiency: Efficiency) -> StepTimes:
-        return step_times(self.model.shape, self.sheet, efficiency, eight_bit=self.eight_bit)
+        return step_times(
+            self.model.shape, self.sheet, efficiency, eight_bit=self.eight_bit, gpus=self.gpus
+        )
 
     def argv(self, longest_tokens: int) -> tuple[str, ...]:
         more = {"max-model-len": longest_tokens, "enable-prefix-caching": True}
@@ -170,31 +212,32 @@ class _Served:
 def _fits(question: Question, machine: Machine, sheet: Datasheet) -> Iterator[Fit]:
     for precision in PRECISIONS:
         try:
-            served = _Served.of(question.model, precision, machine, sheet)
+            served = Served.of(question.model, precision, machine, sheet, question.gpus)
         except ModelError:  # quantized experts, for example
             continue
         yield Fit(
             precision,
             served.model.shape.held_bytes,
-            usable_bytes(machine.memory_bytes),
+            question.gpus * usable_bytes(machine.memory_bytes),
             served.model.shape.kv_bytes_per_token(),
             served.room_tokens,
             served.room_tokens / question.demand.tokens,
         )
 
 
-def _request_alone(served: _Served, demand: Demand) -> Alone:
+def _request_alone(served: Served, demand: Demand) -> Alone:
     shape = served.model.shape
     context = int(demand.prompt_tokens + demand.output_tokens / 2)
     step_s = [served.step_times(e).seconds(Step([Piece(1, context)], 1)) for e in ENDS]
     prompt_s = [
         served.step_times(e).seconds(Step([Piece(int(demand.prompt_tokens), 0)], 1)) for e in ENDS
     ]
-    ceiling = served.sheet.memory_bandwidth_bytes_per_s / theory.decode_bytes(shape, 1, context)
+    bandwidth = served.gpus * served.sheet.memory_bandwidth_bytes_per_s
+    ceiling = bandwidth / theory.decode_bytes(shape, 1, context)
     return Alone(ceiling, over([1 / s for s in step_s]), over(prompt_s))
 
 
-def _estimate_per_s(served: _Served, question: Question) -> float:
+def _estimate_per_s(served: Served, question: Question) -> float:
     """Estimate the rate at which TPOT reaches its limit, by a closed form: the grid's middle.
 
     With b requests in flight a request's share of the engine is its own prefill and its part of
@@ -219,29 +262,25 @@ def _estimate_per_s(served: _Served, question: Question) -> float:
 # -------------------------------------------------------------------------------------- forecasts
 
 
-def _rates(
-    served: _Served, question: Question, progress: ProgressDisplay
-) -> Iterator[RateForecast]:
+def _rates(player: _Player) -> Iterator[RateForecast]:
     """Forecast one GPU at rates on both sides of its capacity, if they are found."""
-    middle = _estimate_per_s(served, question)
+    middle = _estimate_per_s(player.served, player.question)
     for grid in GRIDS:
         rates = [float(f"{middle * factor:.2g}") for factor in grid]
-        tried = list(_rate_forecasts(served, question, rates, progress))
+        tried = list(_rate_forecasts(player, rates))
         yield from tried
         if tried[-1].within.high < SHARE:
             return
 
 
-def _rate_forecasts(
-    served: _Served, question: Question, rates: Sequence[float], progress: ProgressDisplay
-) -> Iterator[RateForecast]:
+def _rate_forecasts(player: _Player, rates: Sequence[float]) -> Iterator[RateForecast]:
     """Forecast one GPU at these rates, as expected, with a faster and with a slower step."""
     jobs = [
         _Job(load, end)
-        for load in (_drawn(question, rate, served.most_tokens) for rate in rates)
+        for load in (_drawn(player.question, rate, player.served.most_tokens) for rate in rates)
         for end in range(len(ENDS))
     ]
-    plays = _play(served, question, jobs, progress, "one GPU")
+    plays = player.play(jobs, "one replica")
     for rate, (expected, *ends) in zip(rates, _by_load(plays), strict=True):
         yield RateForecast(rate, expected, over([p.within for p in (expected, *ends)]))
 
@@ -290,19 +329,17 @@ def _needed(answer: CapacityPlan, question: Question) -> int | None:
     return needed if needed <= MOST_REPLICAS else None
 
 
-def _fleets(
-    served: _Served, question: Question, replicas: int, progress: ProgressDisplay
-) -> Iterator[FleetForecast]:
+def _fleets(player: _Player, replicas: int) -> Iterator[FleetForecast]:
     """Forecast the demand on a fleet, with each router."""
-    demand = question.demand
+    question, demand = player.question, player.question.demand
     if demand.trace:
         load = _replayed(demand)
     else:
-        load = _drawn(question, demand.rate_per_s, served.most_tokens)
+        load = _drawn(question, demand.rate_per_s, player.served.most_tokens)
     jobs = [
         _Job(load, end, replicas, router) for router in question.routers for end in range(len(ENDS))
     ]
-    plays = _play(served, question, jobs, progress, f"{replicas} GPUs")
+    plays = player.play(jobs, f"{replicas} replicas")
     for router, (expected, *ends) in zip(question.routers, _by_load(plays), strict=True):
         ttft_p99_s = [p.ttft_p99_s for p in (expected, *ends) if p.ttft_p99_s is not None]
         yield FleetForecast(
@@ -318,6 +355,11 @@ class _Load:
     requests: Sequence[SyntheticRequest]
     schedule_s: tuple[float, ...]
     counted_from_s: float
+
+    @property
+    def output_tokens(self) -> int:
+        """The tokens of all answers, by which the time goes that a play takes."""
+        return sum(request.output_tokens for request in self.requests)
 
 
 @dataclass(frozen=True)
@@ -372,70 +414,69 @@ def _requests(
 def _lengths(demand: Demand, most_tokens: int, rng: random.Random) -> Iterator[tuple[int, int]]:
     """Draw outputs of exponential lengths, cut where the engine would end them."""
     prompt, mean = int(demand.prompt_tokens), demand.output_tokens
-    longest = min(LONGEST_OUTPUT * mean, most_tokens - prompt)
+    longest = _longest_output(demand, most_tokens)
     while True:
         yield prompt, max(1, round(min(rng.expovariate(1 / mean), longest)))
 
 
-def _play(
-    served: _Served,
-    question: Question,
-    jobs: Sequence[_Job],
-    progress: ProgressDisplay,
-    where: str,
-) -> list[Latencies]:
-    """Play every job in virtual time, on as many cores as there are; return them in order."""
-    longest = max(r.prompt_tokens + r.output_tokens for job in jobs for r in job.load.requests)
-    longest_trace = max((p + o for _, p, o in question.demand.trace), default=0)
-    argv = served.argv(max(longest, longest_trace) + 1)
-    workers = min(os.cpu_count() or 1, len(jobs))
-    played: dict[int, Latencies] = {}
-    with TemporaryDirectory(prefix="lab-plan-") as folder:
-        shares = [list(range(worker, len(jobs), workers)) for worker in range(workers)]
-        # a worker builds an engine once, so it plays what runs on the same one in a row
-        shares = [sorted(share, key=lambda n: (jobs[n].end, jobs[n].replicas)) for share in shares]
-        progress.waiting(f"loading vLLM's scheduler, for {where}")
+def _longest_output(demand: Demand, most_tokens: int) -> float:
+    return min(LONGEST_OUTPUT * demand.output_tokens, most_tokens - int(demand.prompt_tokens))
+
+
+def _processes() -> int:
+    """Count the forecasters that this machine has cores and memory for."""
+    room = int(psutil.virtual_memory().available / FORECASTER_BYTES)
+    return max(1, min(len(os.sched_getaffinity(0)), MOST_PROCESSES, room))
+
+
+@dataclass(frozen=True)
+class _Player:
+    """Plays loads in virtual time, on a model as it is served, in processes side by side."""
+
+    served: Served
+    question: Question
+    forecasters: Sequence[Forecaster]
+    progress: ProgressDisplay
+
+    def play(self, jobs: Sequence[_Job], where: str) -> list[Latencies]:
+        """Play every job; return what the clients of each would observe, in order."""
+        longest_first = sorted(range(len(jobs)), key=lambda n: -jobs[n].load.output_tokens)
+        played: dict[int, Latencies] = {}
+        with TemporaryDirectory(prefix="lab-plan-") as folder:
+            plans = [self._plan(jobs[n], Path(folder) / f"{n}.jsonl") for n in longest_first]
+            self.progress.waiting(f"loading vLLM's scheduler, for {where}")
+            for place, play in play_all(self.forecasters, plans):
+                played[longest_first[place]] = _latencies(play, self.question.slo)
+                self.progress.waiting(
+                    f"playing {where} in virtual time: {len(played)} of {len(jobs)} loads done"
+                )
+        return [played[number] for number in range(len(jobs))]
+
+    def _plan(self, job: _Job, requests: Path) -> ForecastPlan:
+        """Write a job's requests, and plan its only trial."""
+        requests.write_text("".join(r.model_dump_json() + "\n" for r in job.load.requests))
+        engine = PlannedEngine(
+            argv=self.served.argv(self._longest_tokens + 1),
+            step_times=self.served.step_times(ENDS[job.end]),
+            replicas=job.replicas,
+            trials=(_trial(job, requests),),
+        )
         # the servers of a fleet prepare requests side by side, each one after another
-        one, side_by_side = Delays(), max(job.replicas for job in jobs)
-        plans = [
-            ForecastPlan(
-                tokenizer=models.bundled(),
-                delays=Delays(serial_s=one.serial_s / side_by_side),
-                engines=tuple(_engines(served, argv, jobs, share, Path(folder))),
-            )
-            for share in shares
-        ]
-        orders = [iter(share) for share in shares]
-        for worker, play in play_all(plans):
-            played[next(orders[worker])] = _latencies(play, question.slo)
-            progress.waiting(
-                f"playing {where} in virtual time: {len(played)} of {len(jobs)} loads done"
-            )
-    return [played[number] for number in range(len(jobs))]
+        delays = Delays(serial_s=Delays().serial_s / job.replicas)
+        return ForecastPlan(tokenizer=models.bundled(), delays=delays, engines=(engine,))
 
-
-def _engines(
-    served: _Served,
-    argv: tuple[str, ...],
-    jobs: Sequence[_Job],
-    share: Sequence[int],
-    folder: Path,
-) -> Iterator[PlannedEngine]:
-    """Plan an engine for each kind of step and number of replicas, with all its trials."""
-    for (end, replicas), group in itertools.groupby(
-        share, key=lambda n: (jobs[n].end, jobs[n].replicas)
-    ):
-        yield PlannedEngine(
-            argv=argv,
-            step_times=served.step_times(ENDS[end]),
-            replicas=replicas,
-            trials=tuple(_trial(jobs[number], folder / f"{number}.jsonl") for number in group),
+    @property
+    def _longest_tokens(self) -> int:
+        """The tokens of the longest request that any load may have."""
+        demand = self.question.demand
+        if demand.trace:
+            return max(prompt + output for _, prompt, output in demand.trace)
+        return int(demand.prompt_tokens) + math.ceil(
+            _longest_output(demand, self.served.most_tokens)
         )
 
 
 def _trial(job: _Job, requests: Path) -> PlannedTrial:
-    """Write a job's requests, and plan its trial."""
-    requests.write_text("".join(r.model_dump_json() + "\n" for r in job.load.requests))
     return PlannedTrial(
         key="",
         repeat=1,
@@ -479,8 +520,9 @@ def _price(question: Question, answer: CapacityPlan) -> Price | None:
     if question.usd_per_hour is None or answer.capacity_per_s is None:
         return None
     capacity, output = answer.capacity_per_s, question.demand.output_tokens
+    usd_per_hour = question.gpus * question.usd_per_hour
     usd_per_million = [
-        question.usd_per_hour / 3600 / (per_s * output) * 1e6
+        usd_per_hour / 3600 / (per_s * output) * 1e6
         for per_s in (capacity.value, capacity.high, capacity.low)
         if per_s
     ]
@@ -488,7 +530,7 @@ def _price(question: Question, answer: CapacityPlan) -> Price | None:
         per_s * output * 86_400 / 1e6 for per_s in (capacity.value, capacity.high, capacity.low)
     ]
     return Price(
-        usd_per_hour=question.usd_per_hour,
+        usd_per_hour=usd_per_hour,
         million_tokens_per_day=over(million_a_day),
         usd_per_million=over(usd_per_million) if len(usd_per_million) == len(ENDS) else None,
         api_usd_per_million=question.api_usd_per_million,

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import random
+import selectors
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -507,18 +508,40 @@ def started() -> Iterator[Forecaster]:
         yield Forecaster(process)
 
 
-def play_all(plans: Sequence[ForecastPlan]) -> Iterator[tuple[int, ForecastPlay]]:
-    """Play plans side by side, each in a process of its own; yield (a plan's index, a play of it).
-
-    The plays of one plan come in its order. Raises ForecastError where vLLM does not import, or its
-    scheduler cannot be driven.
-    """
+@contextlib.contextmanager
+def side_by_side(forecasters: int) -> Iterator[list[Forecaster]]:
+    """Start so many forecasters, which end with the block."""
     with contextlib.ExitStack() as stack:
-        forecasters = [stack.enter_context(started()) for _ in plans]
-        for forecaster, plan in zip(forecasters, plans, strict=True):
-            forecaster.send(plan)
-        for row in itertools.zip_longest(*(forecaster.plays() for forecaster in forecasters)):
-            yield from ((number, played) for number, played in enumerate(row) if played)
+        yield [stack.enter_context(started()) for _ in range(forecasters)]
+
+
+def play_all(
+    forecasters: Sequence[Forecaster], plans: Sequence[ForecastPlan]
+) -> Iterator[tuple[int, ForecastPlay]]:
+    """Play plans side by side; yield (a plan's index, a play of it), whichever ends first.
+
+    The plans begin in their order, each as soon as a forecaster has no other, so those that take
+    longest come first. Raises ForecastError where vLLM does not import, or its scheduler cannot be
+    driven.
+    """
+    waiting = iter(enumerate(plans))
+    with selectors.DefaultSelector() as selector:
+
+        def play_next(forecaster: Forecaster) -> None:
+            for number, plan in itertools.islice(waiting, 1):
+                forecaster.send(plan)
+                selector.register(
+                    forecaster.process.stdout, selectors.EVENT_READ, (forecaster, number)
+                )
+
+        for forecaster in forecasters:
+            play_next(forecaster)
+        while selector.get_map():
+            for key, _ in selector.select():
+                selector.unregister(key.fileobj)
+                forecaster, number = key.data
+                yield from ((number, played) for played in forecaster.plays())
+                play_next(forecaster)
 
 
 Capacities = Sequence[float | None]

@@ -112,6 +112,7 @@ class CapacityPlan:
     model: str
     card: str
     precision: str
+    gpus: int  # that share each layer of a replica
     demand: Demand
     slo: SLO
     share: float
@@ -123,11 +124,17 @@ class CapacityPlan:
     fleets: tuple[FleetForecast, ...] = ()
     price: Price | None = None
 
+    @property
+    def replica(self) -> str:
+        """Name what serves a copy of the model."""
+        return "GPU" if self.gpus == 1 else f"replica of {self.gpus} GPUs"
+
 
 def page(plan: CapacityPlan) -> Section:
     """Build the page: does it fit, one GPU, the demand on several, the price."""
     return section(
-        f"{plan.model} in {plan.precision} on {plan.card}",
+        f"{plan.model} in {plan.precision} on {plan.card}"
+        + (f", {plan.gpus} for each replica" if plan.gpus > 1 else ""),
         Paragraph(
             (
                 Strong("Arithmetic and forecast; nothing was measured."),
@@ -136,14 +143,21 @@ def page(plan: CapacityPlan) -> Section:
                 " which ",
                 Code("serving/forecasting/datasheet.py"),
                 " names. A band (in parentheses) spans a faster and a slower step.",
+                " GPUs that share each layer exchange results over NVLink, at its datasheet's"
+                " bandwidth and published shares of it; none was timed here."
+                if plan.gpus > 1
+                else "",
             )
         ),
         bullets([f"Demand: {_demand(plan.demand)}.", f"Objective: {_objective(plan)}."]),
         _answer(plan),
         section("Does it fit?", *_fit(plan)),
         section("One request alone", *_request_alone(plan)),
-        section("One GPU", *_one_gpu(plan)),
-        section(f"{plan.replicas} GPUs behind a router", *_fleet(plan)),
+        section(f"One {plan.replica}", *_one_replica(plan)),
+        section(
+            f"{plan.replicas} {'GPUs' if plan.gpus == 1 else 'replicas'} behind a router",
+            *_fleet(plan),
+        ),
         section("Rent or buy tokens?", *_money(plan)),
     )
 
@@ -195,13 +209,13 @@ def _answer(plan: CapacityPlan) -> Paragraph:
         lowest = plan.rates[0]
         return Paragraph(
             Strong(
-                f"The objective is not met: even at {lowest.rate_per_s:g} requests/s per GPU only"
-                f" {lowest.expected.within:.0%} of the requests meet it."
+                f"The objective is not met: even at {lowest.rate_per_s:g} requests/s per"
+                f" {plan.replica} only {lowest.expected.within:.0%} of the requests meet it."
             )
         )
     at_least = "at least " if plan.rates[-1].expected.within >= plan.share else ""
     capacity = with_band(plan.capacity_per_s, "requests/s")
-    text = f"One GPU serves {at_least}{capacity} within the objective."
+    text = f"One {plan.replica} serves {at_least}{capacity} within the objective."
     if plan.demand.rate_per_s and plan.replicas:
         text += f" {plan.demand.rate_per_s:.3g} requests/s are forecast on {plan.replicas} of them."
     elif plan.demand.rate_per_s:
@@ -221,10 +235,13 @@ def _fit(plan: CapacityPlan) -> Sequence[Block]:
         ]
         for fit in plan.fits
     ]
+    of_memory, each = (
+        ("the GPU's memory", "") if plan.gpus == 1 else (f"the memory of {plan.gpus} GPUs", " each")
+    )
     formula = (
         Emphasis("Arithmetic."),
-        f" {usable / 1e9:.1f} GB of the GPU's memory are usable: {MEMORY_SHARE:.0%}, which is"
-        f" vLLM's default, less {ACTIVATION_BYTES / 1e9:g} GB for activations. The weights are the"
+        f" {usable / 1e9:.1f} GB of {of_memory} are usable: {MEMORY_SHARE:.0%}, which is vLLM's"
+        f" default, less {ACTIVATION_BYTES / 1e9:g} GB{each} for activations. The weights are the"
         " linear layers at their precision and the embeddings at 16 bits. A token's keys and"
         " values are"
         f" {plan.fits[0].kv_bytes_per_token:,.0f} bytes: 2 x layers x KV heads x head dim x 2. A"
@@ -247,7 +264,7 @@ def _request_alone(plan: CapacityPlan) -> Sequence[Block]:
     return (table(("Figure", "Value", "Kind", "From"), rows),)
 
 
-def _one_gpu(plan: CapacityPlan) -> Sequence[Block]:
+def _one_replica(plan: CapacityPlan) -> Sequence[Block]:
     rows: list[list[Inline]] = [
         [
             f"{r.rate_per_s:g} /s",
@@ -321,9 +338,10 @@ def _money(plan: CapacityPlan) -> Sequence[Block]:
              f"24 h x {price.usd_per_hour:g} USD/h / {price.api_usd_per_million:g} USD a million"]
         )  # fmt: skip
     note = (
-        "A rented GPU costs the same when it is idle. Below the break-even, bought tokens are"
-        " cheaper; a break-even beyond what the GPU can produce in a day is never reached. You gave"
-        " both prices; the price of prompt tokens, which most APIs charge too, is left out."
+        f"A rented {plan.replica} costs the same when it is idle. Below the break-even, bought"
+        " tokens are cheaper; a break-even beyond what it can produce in a day is never reached."
+        " You gave both prices; the price of prompt tokens, which most APIs charge too, is left"
+        " out."
     )
     return table(("Figure", "Value", "Kind", "From"), rows), Paragraph(note)
 

@@ -121,6 +121,28 @@ class Soak(Part, frozen=True):
     recording: Memory
 
 
+class Played(BaseModel, frozen=True, extra="forbid"):
+    """A load on a fleet in virtual time, and how long a core took to play it."""
+
+    router: str
+    replicas: int
+    rate_per_s: float  # of each replica
+    requests: int  # of all
+    output_tokens: int  # of all
+    in_flight: float  # at each replica, on average
+    cpu_s: float  # of the one process that plays
+
+
+class Fleet(Part, frozen=True):
+    """How the time grows that fleets take in virtual time, in one process."""
+
+    vllm: str
+    import_s: float  # of CPU time, until the first engine is built
+    build_s: float  # for every further one
+    held_bytes: int
+    rows: list[Played]
+
+
 class Bench(BaseModel, frozen=True, extra="forbid"):
     machine: Machine
     streams: Streams | None = None
@@ -131,6 +153,7 @@ class Bench(BaseModel, frozen=True, extra="forbid"):
     aa: Alarms | None = None
     twins: Twins | None = None
     soak: Soak | None = None
+    fleet: Fleet | None = None
 
 
 def path_of(machine: Machine) -> Path:
@@ -157,13 +180,18 @@ COLUMNS = (
     "Load processes", "Streams", "Chunks/s", "Delivered", "Lost", "TTFT added, p50", "p99",
     "Gap error, p50", "p99", "CPU per chunk",
 )  # fmt: skip
+PLAYED = (
+    "Router", "Replicas", "Requests/s each", "In flight each", "Requests", "CPU time",
+    "Requests/s of a core", "Per output token",
+)  # fmt: skip
 
 
 def blocks(bench: Bench) -> list[Block]:
     """Show a machine's table and sentences."""
     heading = Paragraph((Strong(bench.machine.describe()), f"{_days_measured(bench)}:"))
     streams = [table(COLUMNS, map(_row, bench.streams.rows))] if bench.streams else []
-    return [heading, *streams, bullets(map(parse, _sentences(bench)))]
+    fleet = [table(PLAYED, map(played_row, bench.fleet.rows))] if bench.fleet else []
+    return [heading, *streams, bullets(map(parse, _sentences(bench))), *fleet]
 
 
 def _days_measured(bench: Bench) -> str:
@@ -195,6 +223,29 @@ def _row(row: Sent) -> list[Inline]:
         *(number(time, "s") for time in times),
         "–" if cpu is None else f"{1e6 * cpu:.1f} µs",
     ]
+
+
+def played_row(row: Played) -> list[str]:
+    """Write the cells under PLAYED."""
+    return [
+        row.router,
+        f"{row.replicas}",
+        f"{row.rate_per_s:g}",
+        f"{row.in_flight:.1f}",
+        f"{row.requests:,}",
+        f"{row.cpu_s:.1f} s",
+        f"{row.requests / row.cpu_s:.1f}",
+        f"{1e6 * row.cpu_s / row.output_tokens:.0f} µs",
+    ]
+
+
+def fleet_sentence(fleet: Fleet) -> str:
+    """Say what a process of the forecaster costs before it plays."""
+    return (
+        f"A process that plays fleets in virtual time (vLLM {fleet.vllm}) takes"
+        f" {fleet.import_s:.1f} s of CPU time to start and {fleet.build_s:.2f} s to build another"
+        f" replica; with all of them it holds {fleet.held_bytes / 1e6:,.0f} MB."
+    )
 
 
 def _memory(memory: Memory) -> str:
@@ -248,4 +299,6 @@ def _sentences(bench: Bench) -> list[str]:
             f" the process that sends {_memory(soak.sending)}, the one that records"
             f" {_memory(soak.recording)}."
         )
+    if bench.fleet:
+        sentences.append(fleet_sentence(bench.fleet))
     return sentences

@@ -25,6 +25,7 @@ from serving.forecasting.fleet import ROUTERS, Fleet
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
+    PlannedEngine,
     PlannedTrial,
     SyntheticRequest,
     TimingPlans,
@@ -47,10 +48,11 @@ def main() -> None:
     from serving.forecasting.virtual_engine import VirtualEngine
 
     print("ready", file=out, flush=True)
+    engines = Engines(VirtualEngine)
     for line in sys.stdin:
         plan = PLANS.validate_json(line)
         if isinstance(plan, ForecastPlan):
-            _play(plan, VirtualEngine, out)
+            _play(plan, engines, out)
             continue
         if isinstance(plan, CopyingPlan):
             print(copying(plan).model_dump_json(), file=out, flush=True)
@@ -59,13 +61,28 @@ def main() -> None:
             print(times.model_dump_json(), file=out, flush=True)
 
 
-def _play(plan: ForecastPlan, make: Callable[..., VirtualEngine], out: IO[str]) -> None:
-    """Play the trials of a plan on engines that are made for it, and print each play."""
+class Engines:
+    """Virtual engines by their arguments: each is built once, and begins anew for every plan."""
+
+    def __init__(self, make: Callable[..., VirtualEngine]) -> None:
+        self.make = make
+        self.made: dict[tuple[str, ...], list[VirtualEngine]] = {}
+
+    def replicas(self, planned: PlannedEngine) -> list[VirtualEngine]:
+        """Return as many engines as were planned, all as if they had just been built."""
+        made = self.made.setdefault(planned.argv, [])
+        times = planned.step_times, planned.draft_times
+        for engine in made[: planned.replicas]:
+            engine.begin_anew(*times)
+        made += [self.make(planned.argv, *times) for _ in range(planned.replicas - len(made))]
+        return made[: planned.replicas]
+
+
+def _play(plan: ForecastPlan, engines: Engines, out: IO[str]) -> None:
+    """Play the trials of a plan, and print each play."""
     tokenize = _tokenizer(str(plan.tokenizer))
     for engine in plan.engines:
-        replicas = [
-            make(engine.argv, engine.step_times, engine.draft_times) for _ in range(engine.replicas)
-        ]
+        replicas = engines.replicas(engine)
         for trial in engine.trials:
             for replica in replicas:
                 replica.reset_prefix_cache()

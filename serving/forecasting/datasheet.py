@@ -14,9 +14,19 @@ vendor's figure that engines were seen to reach, and a fixed time for the host a
   1.6 ms: a 1B model, for which Hazy Research found vLLM 2.5 times slower than a kernel that reaches
   78% of the bandwidth, leaves 1.5 ms.
 
-None of these figures comes from this lab. What is not covered: adapters, several devices, the
-all-to-all of routed experts, eager execution (no published cost of its launches), and kernels that
-are slow at some sizes.
+Where several GPUs share each layer (tensor parallelism), each reads and computes an equal part, and
+they exchange results over NVLink: they add up two vectors a token in each layer, and one for the
+embeddings (Megatron-LM, Shoeybi et al. 2019), and gather the logits. An exchange takes
+
+- **10 us** and, of what it sends, the time at **76%** of NVLink's bandwidth one way: the fastest of
+  vLLM's all-reduces of 0.5 to 4 MiB on six H100, 13 to 31 us, in a straight line (vLLM's pull
+  request 24111, 2025). Between 4 us, SGLang's kernel of 4 KiB on four H100 (its pull request 2904,
+  2025), at 81% (366 of 450 GB/s for large sizes on four H100, nccl-collectives-bench, 2026), and
+  19 us at 45%, which is NCCL's line in the same table of vLLM's.
+
+None of these figures comes from this lab. What is not covered: adapters, exchanges that overlap
+with computing, GPUs without NVLink or in several machines, the all-to-all of routed experts, eager
+execution (no published cost of its launches), and kernels that are slow at some sizes.
 """
 
 from __future__ import annotations
@@ -37,11 +47,13 @@ class Efficiency:
     reading: float  # of the memory bandwidth
     computing: float  # of the dense rate
     step_s: float
+    linking: float  # of NVLink's bandwidth
+    exchange_s: float  # of an exchange between GPUs, beside what it sends
 
 
-EXPECTED = Efficiency(reading=0.85, computing=0.51, step_s=1.2e-3)
-FASTER = Efficiency(reading=0.92, computing=0.75, step_s=0.4e-3)
-SLOWER = Efficiency(reading=0.78, computing=0.43, step_s=1.6e-3)
+EXPECTED = Efficiency(0.85, 0.51, step_s=1.2e-3, linking=0.76, exchange_s=10e-6)
+FASTER = Efficiency(0.92, 0.75, step_s=0.4e-3, linking=0.81, exchange_s=4e-6)
+SLOWER = Efficiency(0.78, 0.43, step_s=1.6e-3, linking=0.45, exchange_s=19e-6)
 
 
 def step_times(
@@ -50,28 +62,43 @@ def step_times(
     efficiency: Efficiency,
     kv_value_bytes: float = 2,
     eight_bit: bool = False,
+    gpus: int = 1,
 ) -> StepTimes:
-    """Compute the parts of a step of `shape` on `card`.
+    """Compute the parts of a step of `shape` on `card`, or on `gpus` of them that share each layer.
 
     `kv_value_bytes` are the bytes of a cached number. With `eight_bit` the layers multiply at the
     card's FP8 rate, or at its BF16 rate where it has none; the output head and attention stay
     in BF16.
     """
-    bandwidth = card.memory_bandwidth_bytes_per_s * efficiency.reading
-    bf16 = card.bf16_flops_per_s * efficiency.computing
-    linear = (card.fp8_flops_per_s or card.bf16_flops_per_s) * efficiency.computing
+    bandwidth = gpus * card.memory_bandwidth_bytes_per_s * efficiency.reading
+    bf16 = gpus * card.bf16_flops_per_s * efficiency.computing
+    linear = gpus * (card.fp8_flops_per_s or card.bf16_flops_per_s) * efficiency.computing
     linear = linear if eight_bit else bf16
     head_bytes = 2 * shape.head_params
     layer_params = shape.matmul_params - shape.head_params
+
+    def exchange_s(all_bytes: float) -> float:
+        """Of an exchange in which every GPU sends all of these bytes but its own part."""
+        if gpus == 1:
+            return 0.0
+        assert card.link_bytes_per_s, "a caller asks for several GPUs only where they are linked"
+        sent_bytes = all_bytes * (gpus - 1) / gpus
+        return efficiency.exchange_s + sent_bytes / (card.link_bytes_per_s * efficiency.linking)
+
     attention_flops_per_pair = 4 * shape.layers * shape.heads * shape.head_dim
     return StepTimes(
         tokens=SIZES,
         linear_s=tuple(
             max((shape.step_bytes(n) - head_bytes) / bandwidth, 2 * layer_params * n / linear)
+            + (2 * shape.layers + 1) * exchange_s(2 * shape.hidden * n * 2)
             for n in SIZES
         ),
         rows=SIZES,
-        head_s=tuple(max(head_bytes / bandwidth, 2 * shape.head_params * n / bf16) for n in SIZES),
+        head_s=tuple(
+            max(head_bytes / bandwidth, 2 * shape.head_params * n / bf16)
+            + exchange_s(shape.vocab * n * 2)
+            for n in SIZES
+        ),
         attention_pair_s=attention_flops_per_pair / bf16,
         attention_read_s=shape.kv_bytes_per_token(kv_value_bytes) / bandwidth,
         scheduling_s=efficiency.step_s,

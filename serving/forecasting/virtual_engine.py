@@ -38,10 +38,11 @@ TOKEN = 1  # the token that every answer is made of
 
 @dataclass
 class Clock:
-    """Virtual seconds since the engine was built, and each step with the time of its end."""
+    """Virtual seconds since the engine began, and what its steps take and bring."""
 
+    step_times: StepTimes
+    draft_times: StepTimes | None = None  # of the draft model; None where there is none
     now_s: float = 0.0
-    steps: list[tuple[float, Step]] = field(default_factory=list)
     preemptions: int = 0
     acceptance: float = 0.0  # probability that a draft token is accepted, each by itself
     guessed: float = 1.0  # probability that a step has drafts at all, each request by itself
@@ -58,8 +59,6 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
     name with an underscore, and all others return None.
     """
 
-    step_times: StepTimes
-    draft_times: StepTimes | None
     clock: Clock
 
     def _init_executor(self) -> None:
@@ -166,10 +165,8 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
         sampling = [request_id for request_id, tokens in sampled.items() if tokens]
         step = Step(pieces, sum(1 + len(drafts.get(request_id, ())) for request_id in sampling))
         drafting_s = self._drafting_s(Step(pieces, len(sampling)))
-        forward_s = self.step_times.seconds(step) + drafting_s
+        forward_s = self.clock.step_times.seconds(step) + drafting_s
         self.clock.now_s += self.clock.pace * max(forward_s, self._masking_s(len(sampling)))
-        if pieces:
-            self.clock.steps.append((self.clock.now_s, step))
         self.drafts = self._draft(sampled)
         ids = list(sampled)
         return ModelRunnerOutput(
@@ -204,11 +201,12 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
 
     def _drafting_s(self, step: Step) -> float:
         """Add up the draft model's seconds: one pass over the step's tokens, then one a guess."""
-        if self.draft_times is None or self.speculative_config is None or not step.rows:
+        draft_times = self.clock.draft_times
+        if draft_times is None or self.speculative_config is None or not step.rows:
             return 0.0
         alone = Step([Piece(1, p.context_tokens + p.tokens) for p in step.pieces], step.rows)
         more = int(self.speculative_config.num_speculative_tokens) - 1
-        return self.draft_times.seconds(step) + more * self.draft_times.seconds(alone)
+        return draft_times.seconds(step) + more * draft_times.seconds(alone)
 
     def _draft(self, sampled: dict[str, list[int]]) -> DraftTokenIds | None:
         if self.speculative_config is None:
@@ -248,12 +246,8 @@ class VirtualEngine:
         config = EngineArgs.from_cli_args(
             parser.parse_known_args(list(argv))[0]
         ).create_engine_config()
-        self.clock = Clock()
-        executor = type(
-            "Executor",
-            (VirtualExecutor,),
-            {"step_times": step_times, "draft_times": draft_times, "clock": self.clock},
-        )
+        self.clock = Clock(step_times, draft_times)
+        executor = type("Executor", (VirtualExecutor,), {"clock": self.clock})
         self.core = EngineCore(config, executor_class=executor, log_stats=True)
         limits = config.scheduler_config  # which an older vLLM has no limits of the queue in
         self.most_requests = getattr(limits, "max_num_queued_reqs", None)
@@ -263,6 +257,13 @@ class VirtualEngine:
         self.counters: Counter[str] = Counter()
         self.kv_shares: list[tuple[float, float]] = []  # (when a step ended, in use from then on)
         self.adapters: dict[str, int] = {}
+
+    def begin_anew(self, step_times: StepTimes, draft_times: StepTimes | None = None) -> None:
+        """Let an idle engine be as one that was just built with such steps, which takes longer."""
+        self.clock = self.core.model_executor.clock = Clock(step_times, draft_times)
+        self.counters.clear()
+        self.kv_shares.clear()
+        self.reset_prefix_cache()
 
     def add(self, request_id: str, prompt: Prompt) -> bool:
         """Hand a request to the scheduler; it ends at its number of output tokens.
@@ -339,7 +340,6 @@ class VirtualEngine:
         counts = {**self.counters, "preemptions": self.clock.preemptions}
         self.counters.clear()
         self.clock.preemptions = 0
-        self.clock.steps.clear()
         self.kv_shares.clear()
         return counts
 
@@ -359,7 +359,7 @@ class VirtualEngine:
 
     @property
     def now_s(self) -> float:
-        """Virtual seconds since the engine was built."""
+        """Virtual seconds since the engine was built, or began anew."""
         return self.clock.now_s
 
     def wait_until(self, at_s: float) -> None:

@@ -16,8 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from labs.lab import SLO
+from labs.running import capacity_plan
+from labs.running.capacity_plan import Question, model_named
+from labs.running.resolve import machine_of
+from labs.telling.capacity_plans import CapacityPlan, Demand
 from serving import machine, models
 from serving.forecasting.copying import Copied
+from serving.forecasting.fleet import ROUTERS
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -30,6 +36,7 @@ from serving.forecasting.step import Masking, StepTimes
 from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Delays, Traffic
 from serving.lookup import looked_up
+from tests.unit.test_capacity_plan import SilentProgress
 
 pytestmark = [
     pytest.mark.cpu,
@@ -261,6 +268,13 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
                 "copied", "short", *kv, "--speculative-config", ngram, acceptance=1, copied=COPIED
             ),
             engine("slower", "short", *kv, "--no-enable-prefix-caching", pace=1.5),
+            *(
+                engine(
+                    key, "short", *kv, "--speculative-config", ngram, acceptance=0.5, guessed=0.5
+                )
+                for key in ("by chance", "by chance again")
+            ),
+            engine("cached again", "same", *kv, "--enable-prefix-caching", traffic=IN_TURN),
             *(fleet(router) for router in ("round-robin", "prefix-aware")),
         ),
     )
@@ -373,6 +387,14 @@ def test_a_trial_of_another_pace_takes_as_much_longer(plays: dict[str, ForecastP
     assert tokens_at(plays["slower"], 0) == [(1.5 * i, 1) for i in range(1, 6)]
 
 
+@pytest.mark.parametrize("key", ["cached", "by chance"])
+def test_an_engine_that_begins_anew_plays_to_the_byte_as_a_new_one(
+    key: str, plays: dict[str, ForecastPlay]
+) -> None:
+    again = plays[f"{key} again"].model_copy(update={"key": key})
+    assert again.model_dump_json() == plays[key].model_dump_json()
+
+
 def test_what_is_looked_up_is_what_the_engine_would_propose() -> None:
     proposer = pytest.importorskip("vllm.v1.spec_decode.ngram_proposer")
     rng = random.Random(0)
@@ -402,6 +424,26 @@ def test_replicas_share_the_requests_and_each_has_a_cache_of_its_own(
         assert [a.chunks for a in play.play.answers] == [
             [(a.sent_s + 1, 1), (a.sent_s + 3, 2)] for a in play.play.answers
         ]
+
+
+def test_a_plan_is_the_same_by_one_process_and_by_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the byte of every figure, whichever process plays a load, and after which others."""
+    card, _ = machine_of("h100")
+    demand = Demand(200, 10, rate_per_s=300, documents=5, document_tokens=128)
+    question = Question(
+        model_named(card, "llama-1b"), "bf16", "h100", demand, SLO(ttft_s=0.5, tpot_s=0.01),
+        replicas=3, routers=tuple(ROUTERS),
+    )  # fmt: skip
+    monkeypatch.setattr(capacity_plan, "FEWEST", 100)
+    one, two = (plan_on(question, processes, monkeypatch) for processes in (1, 2))
+    assert len(one.rates) >= len(capacity_plan.GRIDS[0])
+    assert len({fleet.expected for fleet in one.fleets}) == len(ROUTERS)
+    assert one == two
+
+
+def plan_on(question: Question, processes: int, monkeypatch: pytest.MonkeyPatch) -> CapacityPlan:
+    monkeypatch.setattr(capacity_plan, "_processes", lambda: processes)
+    return capacity_plan.plan(question, SilentProgress())
 
 
 def test_limits_on_the_queue_turn_away_what_vllms_server_would(

@@ -15,6 +15,7 @@ from bench import (
     aa,
     clients,
     engine,
+    fleet,
     overhead,
     recording,
     soak,
@@ -28,6 +29,8 @@ from labs.judging.judge import Effect, Interval, Judgement, VerdictKind
 from labs.telling import instruments
 from loadtests import generator
 from loadtests.records import RequestRecord
+from serving.forecasting.plan import ForecastPlay
+from serving.forecasting.traffic import Play, VirtualAnswer
 from tests.unit.builders import PREDICTION, write_run
 
 
@@ -190,6 +193,7 @@ IN_FULL = Plan(
         ({"runs": RUNS - 1}, "aa"),
         ({"minutes": MINUTES - 1}, "soak"),
         ({"locustfiles": (generator.LOCUSTFILE,) * 2}, "engine"),
+        ({"locustfiles": (generator.LOCUSTFILE,) * 2}, "fleet"),
     ],
 )
 def test_only_parts_that_are_measured_in_full_are_kept(change: dict[str, Any], part: str) -> None:
@@ -209,6 +213,37 @@ def test_memory_that_is_taken_once_is_no_growth() -> None:
     assert soak.memory_of(rising).growth == pytest.approx(60 / 119)
     with pytest.raises(BenchError, match="5 minutes"):
         soak.memory_of([1, 2, 3, 4])
+
+
+def test_a_fleet_that_was_played_tells_how_many_were_in_flight() -> None:
+    """Two requests of 4 s each on two replicas, of which the last ends after 5 s."""
+    answers = [
+        VirtualAnswer(
+            index=index, asked_tokens=3, prompt_tokens=9, scheduled_s=sent_s, sent_s=sent_s,
+            chunks=[(sent_s + 1, 1), (sent_s + 4, 2)], in_window=True,
+        )
+        for index, sent_s in enumerate((0.0, 1.0))
+    ]  # fmt: skip
+    play = ForecastPlay(
+        key="", repeat=1, counters={}, kv_capacity_tokens=0,
+        play=Play(answers=answers, window_s=(0, 1), answered_under_load=False),
+    )  # fmt: skip
+    row = fleet.played(fleet.Case(2, 10, 1), 0.5, play)
+    assert (row.replicas, row.requests, row.output_tokens, row.cpu_s) == (2, 2, 6, 0.5)
+    assert row.in_flight == pytest.approx(8 / 5 / 2)
+
+
+def test_the_loads_on_fleets_differ_in_one_thing_at_a_time(tmp_path: Path) -> None:
+    replicas = [c.replicas for c in fleet.CASES if c.router == "least-loaded" and c.requests == 200]
+    assert replicas == [1, 2, 4, 8, 16]
+    for case in (fleet.Case(1, 10, 30), fleet.Case(2, 10, 30)):
+        plan = fleet._plan(case, tmp_path / "requests.jsonl")
+        (engine_,) = plan.engines
+        (trial,) = engine_.trials
+        sent = (tmp_path / "requests.jsonl").read_text().splitlines()
+        assert len(trial.traffic.schedule_s) == len(sent) == 30 * case.replicas
+        rate_per_s = len(sent) / trial.traffic.schedule_s[-1]
+        assert rate_per_s == pytest.approx(10 * case.replicas, rel=0.3)
 
 
 def answers(pace_s: float) -> list[clients.AnswerTimes]:

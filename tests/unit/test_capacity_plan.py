@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -18,6 +23,7 @@ from labs.telling import capacity_plans, markdown
 from labs.telling.capacity_plans import Demand, Latencies
 from labs.telling.document import Block
 from loadtests.trace import TraceRow
+from serving.engines.vllm import ACTIVATION_BYTES
 from serving.forecasting.plan import ForecastPlan
 from serving.models import ModelError
 
@@ -47,13 +53,14 @@ def capacity(monkeypatch: pytest.MonkeyPatch) -> None:
     def rate(job: Any) -> float:
         return len(job.load.schedule_s) / float(job.load.schedule_s[-1])
 
-    def played(served: Any, question: Any, jobs: Sequence[Any], *_: Any) -> list[Latencies]:
+    def played(player: Any, jobs: Sequence[Any], where: str) -> list[Latencies]:
         limits = {0: 20.0, 1: 25.0, 2: 10.0}
         return [
             latencies(1.0 if rate(job) <= limits[job.end] * job.replicas else 0.5) for job in jobs
         ]
 
-    monkeypatch.setattr(capacity_plan, "_play", played)
+    monkeypatch.setattr(capacity_plan._Player, "play", played)
+    monkeypatch.setattr(capacity_plan, "side_by_side", lambda _: nullcontext([]))
     monkeypatch.setattr(capacity_plan, "_estimate_per_s", lambda *_: 20.0)
 
 
@@ -144,26 +151,69 @@ def test_no_request_is_longer_than_the_cache_and_the_positions() -> None:
              SilentProgress())  # fmt: skip
 
 
-def test_the_servers_of_a_fleet_prepare_requests_side_by_side(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked, plans = question(), list[ForecastPlan]()
-
-    def noted(written: Sequence[ForecastPlan]) -> Iterator[Any]:
-        plans.extend(written)
-        return iter(())
-
-    monkeypatch.setattr(capacity_plan, "play_all", noted)
+@pytest.fixture
+def player() -> capacity_plan._Player:
+    asked = question()
     machine, sheet = machine_of("h100")
     assert sheet
-    served = capacity_plan._Served.of(asked.model, "bf16", machine, sheet)
-    load = capacity_plan._drawn(asked, 100.0, served.most_tokens)
-    for replicas in (1, 8):
-        with pytest.raises(KeyError):  # nothing was played
-            capacity_plan._play(
-                served, asked, [capacity_plan._Job(load, 0, replicas)], SilentProgress(), "here"
-            )
+    served = capacity_plan.Served.of(asked.model, "bf16", machine, sheet)
+    return capacity_plan._Player(served, asked, [], SilentProgress())
+
+
+def test_the_servers_of_a_fleet_prepare_requests_side_by_side(
+    player: capacity_plan._Player, tmp_path: Path
+) -> None:
+    load = capacity_plan._drawn(player.question, 100.0, player.served.most_tokens)
+    plans = [
+        player._plan(capacity_plan._Job(load, 0, replicas), tmp_path / "requests.jsonl")
+        for replicas in (1, 8)
+    ]
     assert [p.delays.serial_s for p in plans] == [0.002, 0.002 / 8]
+
+
+def test_the_longest_plays_begin_first_and_all_come_back_in_order(
+    player: capacity_plan._Player, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the last ones to end are short, whatever the number of processes."""
+    begun = list[int]()
+
+    def noted(_: Any, plans: Sequence[ForecastPlan]) -> Iterator[tuple[int, Any]]:
+        begun.extend(len(p.engines[0].trials[0].traffic.schedule_s) for p in plans)
+        return reversed([*enumerate(begun)])  # as they end
+
+    monkeypatch.setattr(capacity_plan, "play_all", noted)
+    monkeypatch.setattr(capacity_plan, "_latencies", lambda play, slo: play)
+    loads = [capacity_plan._drawn(player.question, rate, 8000) for rate in (100.0, 300.0, 200.0)]
+    played: list[Any] = [*player.play([capacity_plan._Job(load, 0) for load in loads], "here")]
+    assert played == [len(load.schedule_s) for load in loads]
+    assert begun == sorted(begun, reverse=True)
+
+
+def test_engines_are_built_for_the_longest_request_of_any_load(
+    player: capacity_plan._Player,
+) -> None:
+    """The same engines then play one GPU and a fleet."""
+    loads = [capacity_plan._drawn(player.question, rate, 8000) for rate in (1.0, 50.0)]
+    longest = max(r.prompt_tokens + r.output_tokens for load in loads for r in load.requests)
+    assert longest <= player._longest_tokens == 1000 + 4 * 100
+    asked = question(demand=Demand(500, 100, 1.0, trace=(*trace(9), (9.0, 700, 900))))
+    assert replace(player, question=asked)._longest_tokens == 1600
+
+
+def test_there_are_no_more_processes_than_cores_and_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def processes(cores: int, memory_bytes: float) -> int:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+        monkeypatch.setattr(
+            psutil, "virtual_memory", lambda: SimpleNamespace(available=memory_bytes)
+        )
+        return capacity_plan._processes()
+
+    assert processes(2, 1e12) == 2
+    assert processes(256, 1e12) == capacity_plan.MOST_PROCESSES
+    assert processes(256, 3.9 * capacity_plan.FORECASTER_BYTES) == 3
+    assert processes(256, 0) == 1
 
 
 def test_a_mixture_of_experts_is_planned_with_what_can_be_derived() -> None:
@@ -177,6 +227,42 @@ def test_a_folder_of_quantized_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {}}')
     with pytest.raises(ModelError, match="holds quantized weights: give the model before"):
         question(str(tmp_path))
+
+
+@pytest.mark.usefixtures("capacity")
+def test_two_cards_hold_what_one_does_not_and_cost_twice_as_much() -> None:
+    asked = question("llama-70b", gpus=2, usd_per_hour=3.6)
+    answer = plan(asked, SilentProgress())
+    bf16 = answer.fits[0]
+    usable = 2 * (0.92 * 81559 * 2**20 - ACTIVATION_BYTES)
+    assert bf16.usable_bytes == pytest.approx(usable)
+    assert bf16.kv_tokens == pytest.approx((usable - bf16.weight_bytes) / 327_680, rel=0.01)
+    assert answer.alone
+    assert answer.alone.ceiling_tokens_per_s == pytest.approx(2 * 3.35e12 / 141e9, rel=0.02)
+    assert answer.price
+    assert answer.price.usd_per_hour == 7.2
+    text = markdown.document(capacity_plans.page(answer))
+    assert text.startswith(f"# {answer.model} in bf16 on {answer.card}, 2 for each replica")
+    assert "exchange results over NVLink" in text
+    assert "One replica of 2 GPUs serves" in text
+    assert "of the memory of 2 GPUs are usable" in text
+    assert "replicas behind a router" in text
+    one = markdown.document(capacity_plans.page(plan(question(), SilentProgress())))
+    assert "replica of" not in one
+    assert "NVLink" not in one
+
+
+@pytest.mark.parametrize(
+    ("card", "gpus", "said"),
+    [
+        ("l4", 2, "over NVLink, which the l4 does not have"),
+        ("h100", 3, "32 heads and 8 KV heads, which so many GPUs cannot share evenly"),
+        ("h100", 16, "at most 8 are linked"),
+    ],
+)
+def test_gpus_that_cannot_share_a_layer_are_refused(card: str, gpus: int, said: str) -> None:
+    with pytest.raises(LabError, match=said):
+        plan(question(card=card, gpus=gpus), SilentProgress())
 
 
 def test_a_capacity_is_interpolated() -> None:

@@ -9,7 +9,7 @@ import pytest
 from labs.lab import LabError
 from labs.running.resolve import machine_of
 from serving import dummy, models
-from serving.forecasting.datasheet import EXPECTED, FASTER, SLOWER, step_times
+from serving.forecasting.datasheet import EXPECTED, FASTER, SLOWER, Efficiency, step_times
 from serving.forecasting.step import Piece, Step
 from serving.gpus import DATASHEETS, short_names
 from serving.models import Shape
@@ -42,12 +42,43 @@ def test_a_long_prompt_computes_at_the_published_share() -> None:
     assert 0.45 < flops / step_s / H100.bf16_flops_per_s < 0.51
 
 
+def test_gpus_that_share_each_layer_divide_the_work_and_exchange_twice_a_layer() -> None:
+    """161 exchanges for 80 layers and the embeddings, one for the logits; 8,192 numbers a token."""
+    large = shape("llama-70b")
+    whole, shared = (step_times(large, H100, EXPECTED, gpus=gpus) for gpus in (1, 4))
+    sent_s = 0.75 / (0.76 * 450e9)  # of a byte that every GPU gets from the three others
+    for place, tokens in enumerate(whole.tokens):
+        summed_s = 161 * (10e-6 + 2 * 2 * 8192 * tokens * sent_s)
+        assert shared.linear_s[place] == pytest.approx(whole.linear_s[place] / 4 + summed_s)
+        gathered_s = 10e-6 + 2 * large.vocab * tokens * sent_s
+        assert shared.head_s[place] == pytest.approx(whole.head_s[place] / 4 + gathered_s)
+    assert shared.attention_read_s == pytest.approx(whole.attention_read_s / 4)
+    assert shared.attention_pair_s == pytest.approx(whole.attention_pair_s / 4)
+    assert shared.scheduling_s == whole.scheduling_s
+
+
+@pytest.mark.parametrize(
+    ("efficiency", "published_s"),
+    [(EXPECTED, {0.5: 13e-6, 1: 16e-6, 2: 21e-6, 4: 31e-6}), (SLOWER, {0.5: 23e-6, 4: 53e-6})],
+)
+def test_an_exchange_takes_as_long_as_published(
+    efficiency: Efficiency, published_s: dict[float, float]
+) -> None:
+    """An all-reduce on six H100: vLLM's fastest, and NCCL (MiB: seconds)."""
+    for size, seconds in published_s.items():
+        sent_bytes = 2 * size * 2**20 * 5 / 6
+        forecast_s = efficiency.exchange_s + sent_bytes / (efficiency.linking * 450e9)
+        assert forecast_s == pytest.approx(seconds, rel=0.06)
+
+
+@pytest.mark.parametrize("gpus", [1, 4])
 @pytest.mark.parametrize(
     "step", [ALONE, Step([Piece(4096, 0)], 1), Step([Piece(1, 500)] * 256, 256)]
 )
-def test_the_expected_step_lies_within_its_band(step: Step) -> None:
+def test_the_expected_step_lies_within_its_band(step: Step, gpus: int) -> None:
     times = [
-        step_times(shape("llama-8b"), H100, e).seconds(step) for e in (FASTER, EXPECTED, SLOWER)
+        step_times(shape("llama-8b"), H100, e, gpus=gpus).seconds(step)
+        for e in (FASTER, EXPECTED, SLOWER)
     ]
     assert times == sorted(times)
     assert times[0] < times[1] < times[2]

@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from labs.running import forecast
 from labs.running.forecast import Forecaster, ForecastError
+from serving.forecasting.__main__ import Engines
 from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedEngine, PlannedTrial
 from serving.forecasting.step import StepTimes
 from serving.forecasting.timing import TimingPlan
@@ -131,3 +133,80 @@ def test_a_scheduler_that_fails_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -
         forecast.started() as forecaster,
     ):
         _played(forecaster)
+
+
+def test_a_play_that_takes_long_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ends only when all others have been read, and these do not fit into a pipe."""
+    code = f"""
+import json, os, sys, time
+print("ready", flush=True)
+for line in sys.stdin:
+    key = json.loads(line)["engines"][0]["trials"][0]["key"]
+    while key == "long" and not os.path.exists({str(tmp_path / "read")!r}):
+        time.sleep(0.01)
+    play = dict(answers=[], window_s=[0, 1], answered_under_load=False)
+    print(json.dumps(dict(key=key, repeat=1, play=play, counters={{"x" * 200_000: 1}},
+                          kv_capacity_tokens=0)), flush=True)
+"""
+    monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in(code))
+    keys = ["long", "a", "b", "c"]
+    plans = [
+        ForecastPlan(
+            tokenizer=Path("nowhere"),
+            engines=(
+                PlannedEngine(
+                    argv=(), step_times=STEP, trials=(TRIAL.model_copy(update={"key": key}),)
+                ),
+            ),
+        )
+        for key in keys
+    ]
+    ended = []
+    with forecast.side_by_side(2) as forecasters:
+        for number, play in forecast.play_all(forecasters, plans):
+            assert play.key == keys[number]
+            ended.append(play.key)
+            if len(ended) == 3:
+                (tmp_path / "read").touch()
+        again = [play.key for _, play in forecast.play_all(forecasters, plans[:1])]
+    assert ended == ["a", "b", "c", "long"]
+    assert again == ["long"]
+
+
+def test_a_play_that_fails_beside_others_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "print('ready', flush=True); input(); raise SystemExit('no such flag')"
+    monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in(code))
+    with (
+        forecast.side_by_side(2) as forecasters,
+        pytest.raises(ForecastError, match="could not be driven: no such flag"),
+    ):
+        list(forecast.play_all(forecasters, [ONE_TRIAL] * 3))
+
+
+def test_engines_are_built_once_and_begin_anew() -> None:
+    class Engine:
+        def __init__(self, argv: tuple[str, ...], *times: Any) -> None:
+            built.append(argv)
+            self.times = times
+
+        def begin_anew(self, *times: Any) -> None:
+            self.times = times
+
+    built: list[tuple[str, ...]] = []
+    make: Any = Engine
+    engines = Engines(make)
+
+    def replicas(argv: str, number: int, step: StepTimes) -> list[Any]:
+        planned = PlannedEngine(argv=(argv,), step_times=step, trials=(), replicas=number)
+        return engines.replicas(planned)
+
+    one = replicas("a", 1, STEP)
+    three = replicas("a", 3, STEP.times(2))
+    other = replicas("b", 1, STEP)
+    assert built == [("a",)] * 3 + [("b",)]
+    assert three[:1] == one
+    assert other[0] not in three
+    assert [engine.times for engine in three] == [(STEP.times(2), None)] * 3
+    assert replicas("a", 2, STEP) == three[:2]

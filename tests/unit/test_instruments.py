@@ -12,9 +12,11 @@ from labs.telling import instruments, markdown
 from labs.telling.instruments import (
     Alarms,
     Engine,
+    Fleet,
     Memory,
     Neighbour,
     Overhead,
+    Played,
     Recording,
     Sent,
     Soak,
@@ -45,6 +47,15 @@ SOAK = Soak(
     minutes=60, streams=64, requests=420_000,
     sending=Memory(most_bytes=200_000_000, bytes_per_hour=-3e6),
     recording=Memory(most_bytes=100_000_000, bytes_per_hour=1e6),
+)  # fmt: skip
+FLEET = Fleet(
+    vllm="0.32.0", import_s=9.04, build_s=0.251, held_bytes=900_000_000,
+    rows=[
+        Played(
+            router="least-loaded", replicas=16, rate_per_s=10, requests=3200,
+            output_tokens=640_000, in_flight=20.04, cpu_s=32,
+        )
+    ],
 )  # fmt: skip
 
 
@@ -92,6 +103,7 @@ def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None
             "overhead": Overhead(lab="tiny", share=0.07),
             "aa": ALARMS,
             "soak": SOAK,
+            "fleet": FLEET,
         }
     )
     sentences = [line for line in lines(whole) if line.startswith("- ")]
@@ -103,7 +115,12 @@ def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None
         "a false alarm in 2 of 80 claims judged, 2.5% (0.3% to 8.7%), 1 not judged",
         "60 minutes of load (64 streams, 420,000 requests): the process that sends held at most"
         " 200 MB, 1.5% less with each hour, the one that records held at most 100 MB, 1.0% more",
+        "(vLLM 0.32.0) takes 9.0 s of CPU time to start and 0.25 s to build another replica; with"
+        " all of them it holds 900 MB",
     )
+    *_, header, _, row = lines(whole)
+    assert header.count("|") == row.count("|")
+    assert row == "| least-loaded | 16 | 10 | 20.0 | 3,200 | 32.0 s | 100.0 | 50 µs |"
     assert len(sentences) == len(said)
     for sentence, words in zip(sentences, said, strict=True):
         assert words in sentence
