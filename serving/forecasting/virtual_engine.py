@@ -6,7 +6,7 @@ serve. Only the executor is the lab's: instead of a forward pass it advances a v
 time that the step would take (`serving/forecasting/step.py`) and returns tokens.
 
 This module imports vLLM, so it runs in the engine's environment only. Tested with vLLM 0.26 (its
-CUDA build, without a GPU) and 0.32 (on a CPU); tests/golden/ holds what both play.
+CUDA build, without a GPU) to 0.32 (on a CPU); tests/golden/ holds what each version plays.
 """
 
 from __future__ import annotations
