@@ -5,7 +5,8 @@ cache manager, its prefix cache, its preemptions and its bookkeeping of drafts a
 serve. Only the executor is the lab's: instead of a forward pass it advances a virtual clock by the
 time that the step would take (`serving/forecasting/step.py`) and returns tokens.
 
-This module imports vLLM, so it runs in the engine's environment only. Tested with vLLM 0.32.
+This module imports vLLM, so it runs in the engine's environment only. Tested with vLLM 0.26 (its
+CUDA build, without a GPU) to 0.32 (on a CPU); tests/golden/ holds what each version plays.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Clock:
     step_times: StepTimes
     draft_times: StepTimes | None = None  # of the draft model; None where there is none
     now_s: float = 0.0
+    device_free_s: float = 0.0  # when the last step that was handed to the device ends
     preemptions: int = 0
     acceptance: float = 0.0  # probability that a draft token is accepted, each by itself
     guessed: float = 1.0  # probability that a step has drafts at all, each request by itself
@@ -50,6 +52,23 @@ class Clock:
     pace: float = 1.0  # a step takes so many times as long
     masking: Masking | None = None  # of every answer, where they have a structure
     rng: random.Random = field(default_factory=lambda: random.Random(0))
+
+
+class UnderWay(Future[Any]):
+    """The output of a step that the device is still at: whoever waits for it waits until its end.
+
+    An engine that schedules asynchronously, as on CUDA by default, plans the next step meanwhile.
+    """
+
+    def __init__(self, output: ModelRunnerOutput, clock: Clock) -> None:
+        super().__init__()
+        self.clock, self.ends_s = clock, clock.device_free_s
+        self.set_result(output)
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Let the clock move on to the step's end, and return its output."""
+        self.clock.now_s = max(self.clock.now_s, self.ends_s)
+        return super().result()
 
 
 class VirtualExecutor(Executor):  # type: ignore[misc]
@@ -113,8 +132,8 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
     def _determine_available_memory(self) -> int:
         return int(self.cache_config.kv_cache_memory_bytes or 4 * 2**30)
 
-    def _compile_or_warm_up_model(self) -> Any:
-        return None
+    def initialize_from_config(self, kv_cache_configs: Any) -> None:
+        """Do nothing: there is no cache to fill, nor, as in vLLM 0.26, a kernel to compile."""
 
     def compile_or_warm_up_model(self) -> None:
         """Do nothing: no kernel is compiled."""
@@ -128,13 +147,13 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
     # a step
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
-        """Run a step in virtual time; return its output, or a future that has it."""
-        output = self._forward(scheduler_output)
-        if not non_block:
-            return output
-        future: Future[Any] = Future()
-        future.set_result(output)
-        return future
+        """Begin a step in virtual time; return its output, or what waits for it."""
+        self.under_way = UnderWay(self._forward(scheduler_output), self.clock)
+        return self.under_way if non_block else self.under_way.result()
+
+    def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
+        """Return what `execute_model` did, where an engine asks for the tokens by themselves."""
+        return self.under_way if non_block else self.under_way.result()
 
     def _forward(self, scheduled: Any) -> ModelRunnerOutput:
         for request_id in scheduled.finished_req_ids:
@@ -166,7 +185,8 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
         step = Step(pieces, sum(1 + len(drafts.get(request_id, ())) for request_id in sampling))
         drafting_s = self._drafting_s(Step(pieces, len(sampling)))
         forward_s = self.clock.step_times.seconds(step) + drafting_s
-        self.clock.now_s += self.clock.pace * max(forward_s, self._masking_s(len(sampling)))
+        takes_s = self.clock.pace * max(forward_s, self._masking_s(len(sampling)))
+        self.clock.device_free_s = max(self.clock.now_s, self.clock.device_free_s) + takes_s
         self.drafts = self._draft(sampled)
         ids = list(sampled)
         return ModelRunnerOutput(
@@ -368,8 +388,8 @@ class VirtualEngine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request is running or waiting."""
-        return bool(self.core.scheduler.has_requests())
+        """Whether any request is running or waiting, or a step is under way."""
+        return bool(self.core.scheduler.has_requests() or self.core.batch_queue)
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, as before a trial on a real engine."""
