@@ -132,6 +132,7 @@ def _plan(case: Case, requests: Path) -> ForecastPlan:
         argv=served.argv(PROMPT_TOKENS + LONGEST_OUTPUT + 1),
         step_times=served.step_times(EXPECTED),
         replicas=case.replicas,
+        on_cuda=True,
         trials=(trial,),
     )
     delays = Delays(serial_s=Delays().serial_s / case.replicas)
@@ -158,6 +159,7 @@ def played(case: Case, cpu_s: float, play: ForecastPlay) -> instruments.Played:
     return instruments.Played(
         router=case.router,
         replicas=case.replicas,
+        on_cuda=True,
         rate_per_s=case.rate_per_s,
         requests=len(answers),
         output_tokens=sum(answer.asked_tokens for answer in answers),

@@ -459,6 +459,7 @@ class _Player:
             argv=self.served.argv(self._longest_tokens + 1),
             step_times=self.served.step_times(ENDS[job.end]),
             replicas=job.replicas,
+            on_cuda=True,
             trials=(_trial(job, requests),),
         )
         # the servers of a fleet prepare requests side by side, each one after another

@@ -631,6 +631,7 @@ class VirtualTrials:
             ),
             step_times=step_times,
             draft_times=draft_times,
+            on_cuda=self.setup.machine.kind == "gpu",
             trials=tuple(
                 self._planned(point, repeat, pace, capacities[end]) for repeat, pace in plays
             ),

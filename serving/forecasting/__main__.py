@@ -66,15 +66,18 @@ class Engines:
 
     def __init__(self, make: Callable[..., VirtualEngine]) -> None:
         self.make = make
-        self.made: dict[tuple[str, ...], list[VirtualEngine]] = {}
+        self.made: dict[tuple[bool, tuple[str, ...]], list[VirtualEngine]] = {}
 
     def replicas(self, planned: PlannedEngine) -> list[VirtualEngine]:
         """Return as many engines as were planned, all as if they had just been built."""
-        made = self.made.setdefault(planned.argv, [])
+        made = self.made.setdefault((planned.on_cuda, planned.argv), [])
         times = planned.step_times, planned.draft_times
         for engine in made[: planned.replicas]:
             engine.begin_anew(*times)
-        made += [self.make(planned.argv, *times) for _ in range(planned.replicas - len(made))]
+        made += [
+            self.make(planned.argv, *times, planned.on_cuda)
+            for _ in range(planned.replicas - len(made))
+        ]
         return made[: planned.replicas]
 
 

@@ -68,6 +68,7 @@ class PlannedEngine(BaseModel, frozen=True, extra="forbid"):
     draft_times: StepTimes | None = None
     trials: tuple[PlannedTrial, ...]
     replicas: int = 1
+    on_cuda: bool = False  # it schedules as vLLM does there, whatever device this vLLM is for
 
 
 class ForecastPlan(BaseModel, frozen=True, extra="forbid"):

@@ -11,16 +11,18 @@ CUDA build, without a GPU) to 0.32 (on a CPU); tests/golden/ holds what each ver
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.core import EngineCore
@@ -249,6 +251,25 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
         """Do nothing: there are no workers to end."""
 
 
+@contextlib.contextmanager
+def _scheduling_as_on_cuda() -> Iterator[None]:
+    """Leave it to vLLM's flags whether it schedules asynchronously: it never does on a CPU."""
+    platform = type(current_platform)
+    check = platform.check_and_update_config
+
+    def checked(config: Any) -> None:
+        scheduler = config.scheduler_config
+        chosen = scheduler.async_scheduling
+        check(config)
+        scheduler.async_scheduling = chosen
+
+    platform.check_and_update_config = staticmethod(checked)
+    try:
+        yield
+    finally:
+        platform.check_and_update_config = check
+
+
 class VirtualEngine:
     """An engine that schedules as vLLM would with these arguments, and serves in virtual time.
 
@@ -260,12 +281,16 @@ class VirtualEngine:
         argv: Sequence[str],
         step_times: StepTimes,
         draft_times: StepTimes | None = None,
+        on_cuda: bool = False,
     ) -> None:
-        """Build the engine core; `draft_times` are the draft model's, None for n-grams."""
+        """Build the engine core; `draft_times` are the draft model's, None for n-grams.
+
+        With `on_cuda` it schedules as vLLM does on CUDA, also where this vLLM is for a CPU.
+        """
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-        config = EngineArgs.from_cli_args(
-            parser.parse_known_args(list(argv))[0]
-        ).create_engine_config()
+        given = EngineArgs.from_cli_args(parser.parse_known_args(list(argv))[0])
+        with _scheduling_as_on_cuda() if on_cuda else contextlib.nullcontext():
+            config = given.create_engine_config()
         self.clock = Clock(step_times, draft_times)
         executor = type("Executor", (VirtualExecutor,), {"clock": self.clock})
         self.core = EngineCore(config, executor_class=executor, log_stats=True)

@@ -90,6 +90,7 @@ def plan(folder: Path) -> ForecastPlan:
                 "--max-num-seqs", "64", "--max-num-batched-tokens", "1024", *flags,
             ),
             step_times=STEP,
+            on_cuda=True,
             draft_times=STEP.times(0.2) if "draft_model" in "".join(flags) else None,
             trials=(trial,),
         )  # fmt: skip

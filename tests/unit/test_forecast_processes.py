@@ -187,26 +187,32 @@ def test_a_play_that_fails_beside_others_is_a_sentence(monkeypatch: pytest.Monke
 
 def test_engines_are_built_once_and_begin_anew() -> None:
     class Engine:
-        def __init__(self, argv: tuple[str, ...], *times: Any) -> None:
-            built.append(argv)
-            self.times = times
+        def __init__(
+            self, argv: tuple[str, ...], step: Any, draft: Any, on_cuda: bool = False
+        ) -> None:
+            built.append((*argv, on_cuda))
+            self.times: tuple[Any, ...] = (step, draft)
 
         def begin_anew(self, *times: Any) -> None:
             self.times = times
 
-    built: list[tuple[str, ...]] = []
+    built: list[tuple[Any, ...]] = []
     make: Any = Engine
     engines = Engines(make)
 
-    def replicas(argv: str, number: int, step: StepTimes) -> list[Any]:
-        planned = PlannedEngine(argv=(argv,), step_times=step, trials=(), replicas=number)
+    def replicas(argv: str, number: int, step: StepTimes, on_cuda: bool = False) -> list[Any]:
+        planned = PlannedEngine(
+            argv=(argv,), step_times=step, trials=(), replicas=number, on_cuda=on_cuda
+        )
         return engines.replicas(planned)
 
     one = replicas("a", 1, STEP)
     three = replicas("a", 3, STEP.times(2))
     other = replicas("b", 1, STEP)
-    assert built == [("a",)] * 3 + [("b",)]
+    assert built == [("a", False)] * 3 + [("b", False)]
     assert three[:1] == one
     assert other[0] not in three
     assert [engine.times for engine in three] == [(STEP.times(2), None)] * 3
     assert replicas("a", 2, STEP) == three[:2]
+    assert replicas("a", 1, STEP, on_cuda=True)[0] not in three
+    assert built[-1] == ("a", True)
