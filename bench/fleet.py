@@ -159,7 +159,6 @@ def played(case: Case, cpu_s: float, play: ForecastPlay) -> instruments.Played:
     return instruments.Played(
         router=case.router,
         replicas=case.replicas,
-        on_cuda=True,
         rate_per_s=case.rate_per_s,
         requests=len(answers),
         output_tokens=sum(answer.asked_tokens for answer in answers),

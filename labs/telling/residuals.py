@@ -8,7 +8,7 @@ predict nothing that could be missed, and what is not valid or was not measured 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -48,6 +48,16 @@ KEPT = (
     " more. The mean number of requests in decode hardly varies, so that its narrow band is often"
     " missed by little."
 )
+PACE = (
+    "On a machine that is shared, a whole run may be slower or faster than the step was when it"
+    " was timed. A run's pace is the median, over its points, of measured / predicted times and"
+    " predicted / measured rates (in runs with at least {least} of these). Of the {missed} times"
+    " and rates that missed, {near} lie within 25% of the forecast once the pace is taken out:"
+    " there the forecast missed the machine's speed, and not what the load does. The others missed"
+    " by themselves; the last column tells which. This explains misses, and excuses none: the pace"
+    " is taken from what was measured."
+)
+LEAST_TIMED = 6  # figures of a run, whose median is its pace
 NONE = "No full run on file has a valid figure that was predicted."
 LinkTo = Callable[[RunFolder], str]  # the address of what tells a run
 
@@ -77,7 +87,22 @@ class Residual:
     @property
     def near(self) -> bool:
         """Whether the measured figure is within 25% of the predicted one, up or down."""
-        return 1 / AGREEMENT <= self.share <= AGREEMENT
+        return _is_near(self.share)
+
+    @property
+    def slowdown(self) -> float | None:
+        """Measured / predicted time, or its inverse for a rate; None for claims and counts."""
+        if self.band is None or not self.measured:
+            return None
+        if self.unit == "s":
+            return self.share
+        return 1 / self.share if self.unit.endswith("/s") else None
+
+    def share_at(self, pace: float) -> float | None:
+        """Measured / predicted in a run whose times are all so many times as long as forecast."""
+        if self.slowdown is None:
+            return None
+        return self.share / pace if self.unit == "s" else self.share * pace
 
     @property
     def within(self) -> bool | None:
@@ -92,6 +117,10 @@ class Residual:
             for value in (self.predicted, self.measured)
         )
         return predicted, measured
+
+
+def _is_near(share: float) -> bool:
+    return 1 / AGREEMENT <= share <= AGREEMENT
 
 
 def is_full(folder: RunFolder) -> bool:
@@ -182,7 +211,7 @@ def page(reported: Sequence[Residual], link: LinkTo, kept: Sequence[Residual] = 
         (residual for residual in by_figure if residual.folder.path in newest),
         key=lambda r: r.machine,
     )
-    misses = [residual for residual in reported if not residual.near]
+    misses, paces = [r for r in reported if not r.near], paces_of(reported)
     return section(
         "Forecast beside measured",
         Paragraph(INTRODUCTION if reported else NONE),
@@ -210,11 +239,36 @@ def page(reported: Sequence[Residual], link: LinkTo, kept: Sequence[Residual] = 
         section("By run", _grouped(reported, PLACE, lambda r: _place(r, link))),
         section(
             f"Misses: {len(misses)} of {len(reported)} lie further off than 25%",
-            _misses(misses, link),
+            _at_their_pace(misses, paces),
+            _misses(misses, paces, link),
         )
         if misses
         else None,
     )
+
+
+def paces_of(reported: Iterable[Residual]) -> dict[Path, float]:
+    """Return the pace of each run: how many times as long as forecast its times are, mostly.
+
+    That is the median over its points' times and rates; a run with fewer than LEAST_TIMED has none.
+    """
+    slowdowns: dict[Path, list[float]] = {}
+    for residual in reported:
+        if residual.slowdown is not None:
+            slowdowns.setdefault(residual.folder.path, []).append(residual.slowdown)
+    return {run: median(of) for run, of in slowdowns.items() if len(of) >= LEAST_TIMED}
+
+
+def _at_their_pace(misses: Iterable[Residual], paces: Mapping[Path, float]) -> Paragraph | None:
+    shares = [share for r in misses if (share := _share_at_pace(r, paces)) is not None]
+    near = sum(_is_near(share) for share in shares)
+    text = PACE.format(least=LEAST_TIMED, missed=len(shares), near=near)
+    return Paragraph(text) if shares else None
+
+
+def _share_at_pace(residual: Residual, paces: Mapping[Path, float]) -> float | None:
+    pace = paces.get(residual.folder.path)
+    return residual.share_at(pace) if pace else None
 
 
 def _place(residual: Residual, link: LinkTo) -> tuple[Inline, ...]:
@@ -249,6 +303,12 @@ def _within_text(mine: Sequence[Residual]) -> str:
     return f"{sum(known)} ({sum(known) / len(known):.0%})" if known else "–"
 
 
-def _misses(misses: Sequence[Residual], link: LinkTo) -> Table:
-    rows = [[*_place(r, link), r.what, *r.figures, f"{ratio_number(r.share)}x"] for r in misses]
-    return table((*PLACE, "Where", "Predicted", "Measured", "Measured / predicted"), rows)
+def _misses(misses: Sequence[Residual], paces: Mapping[Path, float], link: LinkTo) -> Table:
+    rows = []
+    for residual in misses:
+        share = _share_at_pace(residual, paces)
+        at_pace = "–" if share is None else f"{ratio_number(share)}x"
+        own = f"{ratio_number(residual.share)}x"
+        rows.append([*_place(residual, link), residual.what, *residual.figures, own, at_pace])
+    columns = ("Where", "Predicted", "Measured", "Measured / predicted", "At the run's pace")
+    return table((*PLACE, *columns), rows)

@@ -10,10 +10,11 @@ import pytest
 
 from labs.filing import engine_series, results
 from labs.filing.results import Band, PointForecasts, RunFolder, write_gzip, write_json
-from labs.judging.judge import Caveat
+from labs.judging.judge import Caveat, Interval
 from labs.lab import OF_FORECASTS
 from labs.running.forecast import ratio_of_forecasts
 from labs.telling import markdown, report, residual_plot, residuals, tables
+from labs.telling.residuals import Residual
 from labs.telling.summary import summarise
 from serving.metrics import KV_USAGE, KvUse
 from tests.unit.builders import make_lab, make_point, write_run
@@ -188,3 +189,32 @@ def test_a_claim_is_predicted_by_two_forecasts_where_both_are_there() -> None:
     assert not ratio_of_forecasts(PointForecasts(points=both), "batch", ours, theirs)
     one = PointForecasts(points={ours.key: both[ours.key]})
     assert not ratio_of_forecasts(one, "tpot_mean_s", ours, theirs)
+
+
+def of_a_run(folder: RunFolder, group: str, unit: str, measured: float) -> Residual:
+    banded = None if unit == "x" else (0.9, 1.1)
+    return Residual(
+        folder, "tiny", "abacus", group, "one user", 1.0,
+        Interval(value=measured, low=measured, high=measured, n=5), unit, banded,
+    )  # fmt: skip
+
+
+def test_a_miss_is_told_beside_the_pace_of_its_run(folder: RunFolder) -> None:
+    """Of a machine that was half as fast as when its step was timed."""
+    slow = [of_a_run(folder, "TPOT, mean", "s", 2.0) for _ in range(4)]
+    slow += [
+        of_a_run(folder, "Output throughput", "tok/s", 0.5),
+        of_a_run(folder, "TTFT, mean", "s", 6.0),
+    ]
+    claim = of_a_run(folder, residuals.BY_FORECAST, "x", 3.0)
+    assert residuals.paces_of([*slow, claim]) == {folder.path: 2.0}
+    assert residuals.paces_of(slow[1:]) == {}  # too few
+    assert [r.share_at(2.0) for r in slow] == [1.0] * 5 + [3.0]
+    assert claim.share_at(2.0) is None
+    text = markdown.document(residuals.page([*slow, claim], lambda folder: "report.md"))
+    assert "Of the 6 times and rates that missed, 5 lie within 25%" in text
+    assert "| 2.00x | 1.00x |" in text
+    assert "| 6.00x | 3.00x |" in text
+    assert "| 3.00x | – |" in text
+    alone = markdown.document(residuals.page([claim], lambda folder: "report.md"))
+    assert "pace is taken out" not in alone
