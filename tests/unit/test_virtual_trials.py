@@ -181,3 +181,11 @@ def test_the_first_play_of_what_a_lab_draws_is_kept(monkeypatch: pytest.MonkeyPa
     line = found.timelines["base/short/waves-8"]
     assert line.decoding_s[:2] == ((1.5, 1.5), (2.0, 2.0))  # at the expected step of 0.5 s
     assert forecast_of(make_lab(**own), Playing(), monkeypatch).timelines == {}
+
+
+@pytest.mark.parametrize(("kind", "on_cuda"), [("cpu", False), ("gpu", True)])
+def test_a_gpus_engine_schedules_as_on_cuda(kind: str, on_cuda: bool) -> None:
+    setup = make_setup(make_lab())
+    setup.machine.kind = kind
+    make_trials(setup, forecaster := Playing()).played(setup.points, NO_CAPACITIES)
+    assert {engine.on_cuda for engine in forecaster.plans[0].engines} == {on_cuda}
