@@ -48,6 +48,14 @@ class Stage:
     trials: int  # that have ended before it
 
 
+@pytest.fixture(autouse=True)
+def _hanging_up_is_not_ignored() -> Iterator[None]:
+    """Under nohup it is, and stays so in all that is started."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def _last_engine(reader: Reader) -> Path:
     """The arguments of the engine that was started last, in a file that is named after its pid."""
     return max(reader.engines.glob("*.argv"), key=lambda path: path.stat().st_mtime_ns)

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -36,11 +37,15 @@ def _quantization(model: str) -> str:
     return str(config.get("quantization_config", {}).get("quant_method"))
 
 
-def _given(options: argparse.Namespace) -> dict[str, object]:
-    """The options that the command line gave, with the values that they have here."""
-    flags = (word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--"))
-    names = (flag[2:].removeprefix("no-").replace("-", "_") for flag in flags)
-    return {name: getattr(options, name) for name in names if hasattr(options, name)}
+def _given(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, object]:
+    """What the command line gave: of an option its value here, of what is ignored its own."""
+    given: dict[str, object] = {}
+    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            name = flag[2:].removeprefix("no-").replace("-", "_")
+            given[name] = getattr(options, name, value or after)
+    return given
 
 
 async def serve(options: argparse.Namespace) -> None:
@@ -59,7 +64,7 @@ async def serve(options: argparse.Namespace) -> None:
               f" quantization={_quantization(options.model)},"
               f" structured_outputs_config=StructuredOutputsConfig(backend={backend!r}),"
               f" enforce_eager={options.enforce_eager}", file=sys.stderr)  # fmt: skip
-        print("non-default args:", _given(options), file=sys.stderr)
+        print("non-default args:", _given(options, sys.argv[1:]), file=sys.stderr)
         if options.load_format == "dummy":
             print(random_weights.line({16: 0.0}), file=sys.stderr)
         print(f"Listening on http://127.0.0.1:{port}", file=sys.stderr, flush=True)
