@@ -121,7 +121,7 @@ def test_the_table_counts_what_passed_and_failures_are_told_once(tmp_path: Path)
     parts = [Part("h100", found, 3.2), Part("l4", found, 4.0)]
     assert rehearsal.table(parts).splitlines()[1].split() == ["h100", "engines", "1", "1", "1", "3"]
     failed = rehearsal.told(parts, lambda check: check.error if check.applies else "")
-    assert failed == "  b: ValueError: no (engines; h100; l4)"
+    assert failed == "  b: ValueError: no (engines; on h100, l4)"
 
 
 def test_an_exception_is_told_by_its_last_line_that_says_something() -> None:

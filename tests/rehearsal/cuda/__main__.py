@@ -109,12 +109,17 @@ def table(parts: Iterable[Part]) -> str:
 
 def told(parts: Sequence[Part], about: Callable[[Check], str]) -> str:
     """List the checks about which there is something to say, with the kinds and cards of each."""
-    where: dict[str, list[str]] = {}
+    where: dict[str, tuple[list[str], list[str]]] = {}
     for part in parts:
         for check in part.found:
             if says := about(check):
-                where.setdefault(f"  {check.name}: {says}", []).extend((check.what, part.card))
-    return "\n".join(f"{line} ({'; '.join(dict.fromkeys(of))})" for line, of in where.items())
+                kinds, cards = where.setdefault(f"  {check.name}: {says}", ([], []))
+                kinds.append(check.what)
+                cards.append(part.card)
+    return "\n".join(
+        f"{line} ({'; '.join(dict.fromkeys(kinds))}; on {', '.join(dict.fromkeys(cards))})"
+        for line, (kinds, cards) in where.items()
+    )
 
 
 def make_environment() -> int:

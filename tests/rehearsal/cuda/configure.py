@@ -29,7 +29,7 @@ from tests.rehearsal.cuda.starts import Refused, starts
 
 PARSER = make_arg_parser(FlexibleArgumentParser())
 OPTIONS = frozenset(PARSER._option_string_actions)
-COMPILED = "attends by FlashInfer, which compiles kernels as it starts and needs nvcc"
+COMPILED = "attends by FlashInfer, which compiles kernels as it starts and needs a CUDA toolkit"
 LATER = [f"--{flag}" for flag in SINCE if f"--{flag}" not in OPTIONS]
 
 

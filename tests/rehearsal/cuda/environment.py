@@ -23,7 +23,7 @@ PYTHON = install.venv_python(HOME)
 LOCK = install.lock_of(ROOT, "cuda")
 STUB = HOME / "libcuda.so.1"
 SOURCE = Path(__file__).with_name("libcuda.c")
-ABOUT = "4 GB to download, 6.5 GB of disk and some ten minutes"
+ABOUT = "4 GB to download, 7 GB of disk and some ten minutes"
 NEEDED_GB = 9  # of disk, with what pip unpacks on the way
 LEFT_OUT = (  # packages of the lock whose names begin so
     *("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cutlass-dsl", "tilelang"),
