@@ -43,7 +43,7 @@ or_help = $(if $(value LABS_$1),,--help)
 # Pages and messages are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan diagnose score-forecasts labs-all draft adapters outliers sparsity quantize serve locust load-worker report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse check bench locks clean distclean
+.PHONY: help setup labs forecast plan diagnose score-forecasts labs-all draft adapters outliers sparsity quantize serve locust load-worker report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse rehearse-cuda check bench locks clean distclean
 
 help: ## List the targets
 	@echo "Labs, in the order of the course (what is missing is installed first):"
@@ -178,6 +178,9 @@ test: setup ## Run the tests (unit, weights, committed runs, fake engine, real v
 
 rehearse: setup ## Rehearse a short session on a locked-down GPU machine without having one: [SECONDS=530] [ONLY=..]
 	@$(BIN)/python -m tests.rehearsal
+
+rehearse-cuda: setup ## Hold vLLM's CUDA build against the labs without a GPU (4 GB to download): [MACHINE=h100|l4|..|all] [PYTHON=python3.12]
+	@$(BIN)/python -m tests.rehearsal.cuda
 
 check: setup ## Lint, check formatting and types, and check the generated pages and results
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

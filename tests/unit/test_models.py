@@ -24,6 +24,7 @@ from serving.engines.vllm import Vllm, VllmFlags
 from serving.gpus import CLASSES, MemoryClass, class_of
 from serving.machine import Machine
 from serving.models import SIBLINGS, Model, ModelError, shape_of
+from tests import default_models
 from tests.gpu import test_labs as on_gpu
 from tests.rehearsal.plan import plan
 from tests.sizes import sizes_of
@@ -127,26 +128,12 @@ def test_a_gpu_is_of_the_largest_class_that_it_fills(mib: int, gb: int) -> None:
     assert models.scale_of(gpu(mib)) == f"gpu-{gb}"
 
 
-# what the default models' own config.json say; biases and the like are left out
-DEFAULTS = {
-    "Qwen/Qwen2.5-1.5B-Instruct": (28, 1536, 12, 2, 8960, 151_936, 32_768, True),
-    "Qwen/Qwen2.5-3B-Instruct": (36, 2048, 16, 2, 11_008, 151_936, 32_768, True),
-    "Qwen/Qwen2.5-7B-Instruct": (28, 3584, 28, 4, 18_944, 152_064, 32_768, False),
-    "NousResearch/Meta-Llama-3.1-8B-Instruct": (
-        32, 4096, 32, 8, 14_336, 128_256, 131_072, False,
-    ),
-    "Qwen/Qwen2.5-32B-Instruct": (64, 5120, 40, 8, 27_648, 152_064, 32_768, False),
-}  # fmt: skip
-FIELDS = (
-    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
-    "intermediate_size", "vocab_size", "max_position_embeddings", "tie_word_embeddings",
-)  # fmt: skip
 NEED_REAL_WEIGHTS = {"quantization-tools": "w4a16-gptq-code", "weight-pruning": "wanda-50"}
 """Lab that compares what is made of real weights -> one of those that it needs."""
 
 
 def default(name: str) -> Model:
-    return Model(name, Path(), shape_of(dict(zip(FIELDS, DEFAULTS[name], strict=True))))
+    return Model(name, Path(), shape_of(default_models.config_of(name)))
 
 
 def of_the_class(lab: str, c: MemoryClass, random: bool) -> tuple[Lab, Machine, Model]:
@@ -218,7 +205,7 @@ def test_every_lab_that_applies_to_random_weights_fits_them_on_a_cpu(lab: str, q
 def test_what_the_tests_on_a_gpu_send_fits_the_bundled_model(lab: str, c: MemoryClass) -> None:
     machine = of_the_class(lab, c, random=False)[1]
     smollm = (30, 576, 9, 3, 1536, 49152, 8192, True)
-    shape = shape_of(dict(zip(FIELDS, smollm, strict=True)))
+    shape = shape_of(dict(zip(default_models.FIELDS, smollm, strict=True)))
     assert shape.params == 134_515_008
     changes = parse_changes(f"{sizes_of(lab).real} {sizes_of(lab).gpu}")
     resolved = LABS[lab].at(models.scale_of(machine), True, changes)
@@ -226,7 +213,7 @@ def test_what_the_tests_on_a_gpu_send_fits_the_bundled_model(lab: str, c: Memory
 
 
 def test_siblings_are_of_the_default_models_and_known_kinds() -> None:
-    assert {c.model for c in CLASSES} == SIBLINGS.keys() == DEFAULTS.keys()
+    assert {c.model for c in CLASSES} == SIBLINGS.keys() == default_models.DEFAULTS.keys()
     assert all(named.keys() <= {*RECIPES, "eagle"} for named in SIBLINGS.values())
 
 

@@ -1,0 +1,18 @@
+/* What vLLM's and PyTorch's libraries look up in libcuda as they are loaded: each call fails. */
+#define FAILS(name) int name(void) { return 999; }
+FAILS(cuCtxGetCurrent)
+FAILS(cuCtxSetCurrent)
+FAILS(cuDeviceGetAttribute)
+FAILS(cuDevicePrimaryCtxRetain)
+FAILS(cuGetErrorString)
+FAILS(cuGetProcAddress_v2)
+FAILS(cuMemAddressFree)
+FAILS(cuMemAddressReserve)
+FAILS(cuMemCreate)
+FAILS(cuMemGetAllocationGranularity)
+FAILS(cuMemMap)
+FAILS(cuMemRelease)
+FAILS(cuMemSetAccess)
+FAILS(cuMemUnmap)
+FAILS(cuPointerGetAttribute)
+FAILS(cuTensorMapEncodeTiled)

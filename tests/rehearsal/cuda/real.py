@@ -1,0 +1,61 @@
+"""The default models and what the labs derive from them, as folders with a configuration alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from serving import dummy, models
+from serving.kv_heads import kv_heads_of
+from serving.models import Model, shape_of
+from tests.default_models import config_of
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+AWQ = {
+    "quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm",
+}  # fmt: skip
+PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    # derived model -> how its published or foreign tool's files describe their quantization
+    "w4a16-awq": AWQ,
+    "autoawq": AWQ,
+    "auto-gptq": GPTQ,
+    "gptqmodel": GPTQ,
+}
+LIKE = {"w8a8-rtn": "w8a8", "w4a16-rtn": "w4a16-gptq", "w4a16-gptq-code": "w4a16-gptq"}
+
+
+def derived_config(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the configuration of what a lab derives from a model by this name."""
+    if name in PUBLISHED:
+        return {**config, "quantization_config": dict(PUBLISHED[name])}
+    precision = LIKE.get(name, name)
+    if precision in dummy.QUANTIZATIONS:
+        return dummy.quantized(config, precision)
+    if name in ("mha", "mqa"):
+        return {**config, "num_key_value_heads": kv_heads_of(name, config)}
+    if name == "draft":
+        layers = max(1, config["num_hidden_layers"] // dummy.DRAFT_LAYERS)
+        return {**config, "num_hidden_layers": layers}
+    return config  # pruned: zeros in the same matrices
+
+
+def folder(home: Path, name: str, config: dict[str, Any]) -> Path:
+    """Write a model's folder without weights: its configuration, and the bundled tokenizer."""
+    made = home / name.replace("/", "--")
+    made.mkdir(parents=True, exist_ok=True)
+    for part in dummy.TOKENIZER:
+        shutil.copyfile(models.bundled_tokenizer() / part, made / part)
+    (made / "config.json").write_text(json.dumps(config, indent=1))
+    return made
+
+
+def model(home: Path, name: str, derived: str = "") -> Model:
+    """Return a default model by its Hugging Face id, or what is derived from it."""
+    config = config_of(name)
+    if derived:
+        config = derived_config(config, derived)
+    made = folder(home, f"{name}-{derived}" if derived else name, config)
+    return Model(name, made, shape_of(config_of(name)))

@@ -1,0 +1,130 @@
+"""The rehearsal of vLLM's CUDA build, as far as it needs no such build."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from labs import LABS
+from serving import install
+from serving.gpus import CLASSES, DATASHEETS, class_of
+from serving.install import SetupError
+from serving.machine import Machine
+from tests.default_models import config_of
+from tests.rehearsal.cards import CARDS, VARIABLE, Card, rehearsed
+from tests.rehearsal.cuda import __main__ as rehearsal
+from tests.rehearsal.cuda import environment, real, starts
+from tests.rehearsal.cuda.__main__ import Part
+from tests.rehearsal.cuda.checks import Check, last_line, read, write
+from tests.rehearsal.cuda.starts import Refused, Start
+
+LLAMA = "NousResearch/Meta-Llama-3.1-8B-Instruct"
+
+
+def test_the_environment_leaves_out_packages_that_the_lock_has_and_keeps_what_vllm_imports() -> (
+    None
+):
+    locked = install.entries(environment.LOCK)
+    for beginning in environment.LEFT_OUT:
+        assert any(name.startswith(beginning) for name in locked), beginning
+    kept = {name for name in locked if not name.startswith(environment.LEFT_OUT)}
+    assert {"vllm", "torch", "triton", "transformers", "uvicorn", "uvloop", "xgrammar"} <= kept
+    assert {install.BUILT_HERE, "hatchling", "setuptools"} <= kept
+
+
+def test_the_lock_says_for_which_pythons_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = environment.LOCK.read_text()
+    assert environment.versions(text) == ((3, 11), (3, 14))
+    environment.require_python()
+    monkeypatch.setattr(sys, "version_info", (3, 10, 2))
+    with pytest.raises(SetupError, match=r"Python 3\.10, and cuda\.txt is for 3\.11 to 3\.14"):
+        environment.require_python()
+
+
+def test_without_a_compiler_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SetupError, match="no C compiler"):
+        environment.make()
+
+
+def test_a_python_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LABS_PYTHON", "python3.99")
+    assert rehearsal.main() == 1
+    assert "there is no python3.99" in capsys.readouterr().err
+
+
+def test_there_is_a_card_for_every_class_and_every_datasheet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert {class_of(card.memory_bytes) for card in CARDS.values()} == {*CLASSES}
+    assert {sheet.short_name for sheet in DATASHEETS.values()} <= CARDS.keys()
+    assert rehearsed() == CARDS["h100"]
+    monkeypatch.setenv(VARIABLE, "l4")
+    assert rehearsed().capability == (8, 9)
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_every_lab_resolves_to_engines_of_the_default_model(card: Card, tmp_path: Path) -> None:
+    machine = Machine(kind="gpu", model=card.name, count=1, memory_bytes=card.memory_bytes)
+    resolved = [
+        start
+        for name in LABS
+        for start in starts.of_lab(name, "real", True, machine, tmp_path)
+    ]  # fmt: skip
+    assert {start.lab for start in resolved} == {*LABS}
+    for start in resolved:
+        folder = Path(start.argv[start.argv.index("--model") + 1])
+        assert (folder / "config.json").exists()
+        assert ("VLLM_USE_FLASHINFER_SAMPLER", "0") in start.variables
+
+
+def test_a_lab_that_needs_real_weights_is_left_out_with_random_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    card = CARDS["h100"]
+    machine = Machine(kind="gpu", model=card.name, count=1, memory_bytes=card.memory_bytes)
+    monkeypatch.setattr(starts, "LABS", {name: LABS[name] for name in ("weight-pruning",)})
+    found = [*starts.starts(machine, tmp_path)]
+    assert {of.weights for of in found if isinstance(of, Start)} == {"real"}
+    refused = [of for of in found if isinstance(of, Refused)]
+    assert [(of.weights, of.applies) for of in refused] == [("random", False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("derived", "method"),
+    [("w8a8-rtn", "compressed-tensors"), ("autoawq", "awq"), ("gptqmodel", "gptq")],
+)
+def test_derived_models_say_how_they_are_quantized(derived: str, method: str) -> None:
+    config = real.derived_config(config_of(LLAMA), derived)
+    assert config["quantization_config"]["quant_method"] == method
+
+
+def test_derived_models_have_their_own_layers_and_heads() -> None:
+    config = config_of(LLAMA)
+    assert real.derived_config(config, "mha")["num_key_value_heads"] == 32
+    assert real.derived_config(config, "draft")["num_hidden_layers"] == 4
+    assert real.derived_config(config, "wanda-50") == config
+
+
+def test_the_table_counts_what_passed_and_failures_are_told_once(tmp_path: Path) -> None:
+    found = [
+        Check(what="engines", name="a"),
+        Check(what="engines", name="b", error="ValueError: no"),
+        Check(what="engines", name="c", error="no such flag", applies=False),
+    ]
+    write(tmp_path / "checks", found)
+    assert read(tmp_path / "checks") == found
+    parts = [Part("h100", found, 3.2), Part("l4", found, 4.0)]
+    assert rehearsal.table(parts).splitlines()[1].split() == ["h100", "engines", "1", "1", "1", "3"]
+    failed = rehearsal.told(parts, lambda check: check.error if check.applies else "")
+    assert failed == "  b: ValueError: no (engines; on h100, l4)"
+
+
+def test_an_exception_is_told_by_its_last_line_that_says_something() -> None:
+    text = "1 validation error\n  Value error, no such dtype\n    For further information visit x"
+    assert last_line(text) == "Value error, no such dtype"
+    assert last_line(" \n") == "no message"
