@@ -28,6 +28,10 @@ MODEL_LABEL = "model_name"  # of vLLM's metrics
 OWN_NAMES = {own: name for e in ENGINES.values() for own, name in e.metric_names.items()}
 NAMES = sorted({*metrics.HISTOGRAMS, *metrics.COUNTERS, *metrics.GAUGES, *metrics.SPECULATION,
                 *OWN_NAMES})  # fmt: skip
+OF_TOKENS = (  # every engine's count of generated tokens, by its own name
+    metrics.GENERATION_TOKENS,
+    *(own for own, name in OWN_NAMES.items() if name == metrics.GENERATION_TOKENS),
+)
 OF_HISTOGRAM = re.compile(r"^(.+)_(bucket|sum|count)$")
 Sample = tuple[Mapping[str, str], float]  # labels, the name among them, and the value
 
@@ -69,14 +73,16 @@ def read_between(url: str, start: datetime, end: datetime, model: str = "") -> t
             "an engine was stopped, or started again, between FROM= and TO=, so that what it had"
             " counted is lost: give times between which none was"
         )
-    return name, Reading(between(snapshot(before), snapshot(after)))
+    try:
+        readings = snapshot(before), snapshot(after)
+    except ValueError as error:
+        raise LabError(f"PROMETHEUS_URL has series that are no engine's: {error}") from error
+    return name, Reading(between(*readings))
 
 
 def _engines(samples: Iterable[Sample]) -> set[frozenset[tuple[str, str]]]:
     """Tell engines apart by the labels of their count of generated tokens."""
-    counts = {own for own, name in OWN_NAMES.items() if name == metrics.GENERATION_TOKENS}
-    counts.add(metrics.GENERATION_TOKENS)
-    return {frozenset(labels.items()) for labels, _ in samples if labels["__name__"] in counts}
+    return {frozenset(labels.items()) for labels, _ in samples if labels["__name__"] in OF_TOKENS}
 
 
 def snapshot(samples: Iterable[Sample]) -> Snapshot:
@@ -117,12 +123,16 @@ class PrometheusAt:
 
     def samples(self, selector: str, at: datetime) -> list[Sample]:
         """Return the newest sample of each series that was there at a time. Raises LabError."""
-        return [(each["metric"], float(each["value"][1])) for each in self._query(selector, at)]
+        return [
+            (each["metric"], float(each["value"][1]))
+            for each in self._query(selector, at)
+            if "__name__" in each["metric"]
+        ]
 
     def restarts(self, model: str, start: datetime, end: datetime) -> float:
         """Count how often an engine's counters began anew between two times. Raises LabError."""
         seconds = max(1, round((end - start).total_seconds()))
-        selector = _selector(model, (metrics.GENERATION_TOKENS, *OWN_NAMES))
+        selector = _selector(model, OF_TOKENS)
         answer = self._query(f"sum(resets({selector}[{seconds}s]))", end)
         return float(answer[0]["value"][1]) if answer else 0.0
 
