@@ -67,7 +67,7 @@ labs: setup ## List the labs with the questions they answer
 lab-%: setup ## Run a lab: predict, measure, judge, report
 	@$(LABS) run $(if $(value LABS_HELP),--help,'$*')
 
-forecast: setup ## Forecast a lab without running it: LAB=..|all [MACHINE=h100] [MODEL=..] [SET=..] [OUT=x.md]
+forecast: setup ## Forecast a lab without running it: LAB=..|all [MACHINE=h100 [TP=..]] [MODEL=..] [TRACE=..] [SLO=..] [OUT=x.md]
 	@$(LABS) forecast $(call or_help,LAB)
 
 plan: setup ## Plan capacity without a GPU: MACHINE=h100 [MODEL=..] [TP=..] [RATE=..|TRACE=..] [SLO=..] [REPLICAS=..]
@@ -187,7 +187,7 @@ check: setup ## Lint, check formatting and types, and check the generated pages 
 	@$(DENO) lint --quiet && $(DENO) check --quiet dashboards/page tests/unit
 	@$(LABS) readme --verify && $(LABS) check --committed
 
-bench: setup ## Measure the lab's own instruments: [PART=streams|engine|neighbour|recording|overhead|aa|twins|soak]
+bench: setup ## Measure the lab's own instruments: [PART=streams|engine|neighbour|recording|overhead|aa|twins|soak|fleet]
 	@$(BIN)/python -m bench
 
 locks: setup ## Write serving/locks/ anew: newer hashes, and versions where those there no longer fit

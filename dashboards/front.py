@@ -23,8 +23,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from serving import guard
 from serving.ports import LOOPBACK, free_port
+from serving.process import PR_SET_PDEATHSIG
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ANSWER_TIMEOUT_S = 120.0  # Prometheus's own limit for a query
 MOST_BODY_BYTES = 2**20  # of a request: a query, or a form
 PLAIN = (("Content-Type", "text/plain"),)

@@ -32,7 +32,7 @@ from serving import guard, whole
 from serving.engines import ENGINES
 from serving.install import find_prometheus
 from serving.models import CACHE, ROOT
-from serving.ports import free_port
+from serving.ports import LOOPBACK, free_port
 from serving.process import Process
 
 HOME = Path(os.environ.get("LABS_PROMETHEUS_DATA") or CACHE / "prometheus").resolve()
@@ -218,7 +218,7 @@ class Prometheus:
             self._write_targets()
             return
         port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{LOOPBACK}:{port}"
         self.page_url = f"{self.url}/user/"
         command = argv(port)
         self._write_targets()
@@ -354,7 +354,7 @@ class Watch:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{LOOPBACK}:{self.port}"
 
     @property
     def page_url(self) -> str:

@@ -204,16 +204,7 @@ READING = ("full", "kv-fp8", "w8a8")  # the whole context, in each step
 
 def echoed(label: str, value: str, *variants: str) -> tuple[Evidence, ...]:
     """Ask for what the engine's own configuration must say under a label."""
-    return tuple(
-        Evidence(
-            arm=Arm(variant=name),
-            kind="echoes",
-            metric=metrics.CACHE_CONFIG,
-            label=label,
-            value=value,
-        )
-        for name in variants
-    )
+    return tuple(Evidence.echo(name, metrics.CACHE_CONFIG, label, value) for name in variants)
 
 
 def shorter(name: str, title: str, treatment: str, baseline: str) -> Claim:

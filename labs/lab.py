@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
+from statistics import fmean
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -31,8 +32,9 @@ from pydantic import (
 )
 
 from labs import theory
-from loadtests.arrivals import Arrival, Concurrent, OfCapacity
-from loadtests.workload import Name, Workload
+from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay
+from loadtests.trace import TraceRow
+from loadtests.workload import Fixed, Name, Workload
 from serving import gpus
 from serving.engines import DEFAULT_ENGINE, ENGINES
 from serving.engines.base import FlagValue
@@ -141,9 +143,9 @@ class Point:
         flags = self.flags
         if blocks := flags.num_gpu_blocks_override:
             return float(blocks * flags.block_size)
-        return theory.kv_tokens(
-            self.shape, flags.kv_cache_memory_bytes, flags.kv_value_bytes, flags.block_size
-        )
+        # devices that share a copy of the weights each hold a part of every token
+        memory_bytes = flags.weight_parts * flags.kv_cache_memory_bytes
+        return theory.kv_tokens(self.shape, memory_bytes, flags.kv_value_bytes, flags.block_size)
 
     @property
     def sequences(self) -> int:
@@ -248,6 +250,11 @@ class Evidence(BaseModel, frozen=True, extra="forbid"):
     label: str = ""
     value: str = ""
 
+    @classmethod
+    def echo(cls, variant: str, metric: str, label: str, value: str) -> Self:
+        """Ask for what an info metric of the variant's engine must say under a label."""
+        return cls(arm=Arm(variant=variant), kind="echoes", metric=metric, label=label, value=value)
+
     def expected(self, point: Point) -> str:
         """Return what the label of an info metric must say at a point."""
         if not self.value.startswith("--"):
@@ -294,6 +301,11 @@ READ_TEXT = ("studies", "probes", "findings", "plots")
 NO_TEXT = "quality is not measured on random weights, nor is what else is read off the text"
 
 
+NOTHING_ELSE: dict[str, Any] = {
+    "forecasts": (), "studies": (), "attention_tokens": (), "probes": (), "probed": (),
+    "findings": (), "plots": (), "limits": {}, "next_knobs": (),
+}  # fmt: skip
+"""What is about a lab's own question, and has no meaning once its engines are put to another."""
 FUNCTIONS = ("acceptance", "guessed", "masking", "arithmetic")
 """The fields of a lab that are functions, in no file: predictions made by them are on file."""
 ONE_LOOK: dict[str, Any] = {"most_repeats": 0, "starts": 1}
@@ -605,15 +617,39 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
                 )
                 for (metric, arm), claim in arms.items()
             ),
-            "forecasts": (),
             "evidence": tuple(
                 e.model_copy(update={"arm": e.arm.model_copy(update={"variant": v})})
                 for e in self.evidence
                 if e.arm.variant in (name, None)
                 for v in names
             ),
-            "studies": (), "attention_tokens": (), "probes": (), "probed": (), "findings": (),
-            "plots": (), "limits": {}, "next_knobs": (),
+            **NOTHING_ELSE,
+        })  # fmt: skip
+
+    def replaying(self, trace: tuple[TraceRow, ...]) -> Lab:
+        """Return the lab's engines under the whole of a trace, in place of its own workloads.
+
+        What the lab claims and looks for is about its own loads, so none of it is left. Raises
+        LabError for a trace without a duration.
+        """
+        duration_s = trace[-1][0]
+        if not duration_s:
+            raise LabError("all requests of the trace come at one time, so it has no rate")
+        warmup_s = min(self.warmup_s, duration_s / 10)
+        _, *lengths = zip(*trace, strict=True)
+        prompt_tokens, output_tokens = (round(fmean(column)) for column in lengths)
+        workload = Workload(
+            name="trace",
+            prompt_tokens=Fixed(tokens=prompt_tokens),
+            output_tokens=Fixed(tokens=output_tokens),
+            trace=trace,
+            loads=(Replay(speed=1.0),),
+        )
+        return self.model_copy(update={
+            "workloads": (workload,),
+            "requests": len(trace), "repeats": 1, "curve_repeats": 0, "most_repeats": 0,
+            "warmup_s": warmup_s, "window_s": duration_s,  # it ends with the trace
+            "claims": (), "evidence": (), **NOTHING_ELSE,
         })  # fmt: skip
 
     def flags_of(self, variant: Variant) -> VllmFlags:
@@ -639,6 +675,10 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     def digest(self) -> str:
         """Hash the resolved lab; see `digest_of`."""
         return digest_of(self.resolved())
+
+    def warmup_of(self, workload: Workload) -> float:
+        """Return the seconds of a workload's trials that come before their window."""
+        return workload.warmup_s or self.warmup_s
 
     def repeats_of(self, point: Point) -> int:
         """Return how often a point is played before the lab first looks at its claims.
@@ -689,6 +729,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     ) -> list[Point]:
         """List every variant, with all its flags, under every workload meant for it and every load.
 
+        `ceilings` are those of one device; a point has those of all that share its engine's layers.
         `weights` maps variants that serve other weights than the lab's model to their shapes;
         `about` maps derived models to what their makers recorded.
         """
@@ -704,9 +745,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
                 load,
                 lengths,
                 (weights or {}).get(variant.name, shape),
-                ceilings,
+                ceilings.times(self.flags_of(variant).tensor_parallel_size),
                 about or {},
-                (warmup_s := workload.warmup_s or self.warmup_s, warmup_s + self.window_s),
+                (warmup_s := self.warmup_of(workload), warmup_s + self.window_s),
                 self.slo,
             )
             for variant in self.variants

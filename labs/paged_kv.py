@@ -260,16 +260,7 @@ VARIANTS = (
 
 def echoed(label: str, flag: str, *variants: str) -> tuple[Evidence, ...]:
     """Ask for each variant's own value of a flag under a label of the engine's configuration."""
-    return tuple(
-        Evidence(
-            arm=Arm(variant=name),
-            kind="echoes",
-            metric=metrics.CACHE_CONFIG,
-            label=label,
-            value=f"--{flag}",
-        )
-        for name in variants
-    )
+    return tuple(Evidence.echo(name, metrics.CACHE_CONFIG, label, f"--{flag}") for name in variants)
 
 
 LAB = Lab(

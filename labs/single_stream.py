@@ -126,16 +126,6 @@ def claim(
     )
 
 
-def config_evidence(variant: str, label: str, value: str) -> Evidence:
-    return Evidence(
-        arm=Arm(variant=variant),
-        kind="echoes",
-        metric=metrics.ENGINE_CONFIG,
-        label=label,
-        value=value,
-    )
-
-
 CLAIMS = (
     claim("eager", "Launching every operation for itself lengthens a decode step",
           "eager", "rises", launched_eagerly),
@@ -155,8 +145,8 @@ GPU_CLAIMS = (
 )  # fmt: skip
 EVIDENCE = (
     Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
-    config_evidence("default", "enforce_eager", "False"),
-    config_evidence("eager", "enforce_eager", "True"),
+    Evidence.echo("default", metrics.ENGINE_CONFIG, "enforce_eager", "False"),
+    Evidence.echo("eager", metrics.ENGINE_CONFIG, "enforce_eager", "True"),
 )
 
 LAB = Lab(
@@ -210,9 +200,10 @@ LAB = Lab(
             "claims": [c.model_dump() for c in GPU_CLAIMS],
             "evidence": (
                 *EVIDENCE,
-                config_evidence("no-graphs", "cudagraph_mode", "NONE"),
-                config_evidence("no-fusion", "compilation_mode", "NONE"),
-                *(config_evidence(v, "enforce_eager", "False") for v in ("in-turn", "triton")),
+                Evidence.echo("no-graphs", metrics.ENGINE_CONFIG, "cudagraph_mode", "NONE"),
+                Evidence.echo("no-fusion", metrics.ENGINE_CONFIG, "compilation_mode", "NONE"),
+                Evidence.echo("in-turn", metrics.ENGINE_CONFIG, "enforce_eager", "False"),
+                Evidence.echo("triton", metrics.ENGINE_CONFIG, "enforce_eager", "False"),
             ),
             "requests": 512,
             "warmup_s": 2,

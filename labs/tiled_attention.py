@@ -189,16 +189,6 @@ def context(name: str, tokens: int, output_tokens: int = 16) -> Workload:
     )
 
 
-def config_evidence(variant: str, label: str, value: str) -> Evidence:
-    return Evidence(
-        arm=Arm(variant=variant),
-        kind="echoes",
-        metric=metrics.ENGINE_CONFIG,
-        label=label,
-        value=value,
-    )
-
-
 CLAIMS = (
     Claim(
         name="prompt",
@@ -259,8 +249,8 @@ SPLITTING = {
     "evidence": (
         *EVIDENCE,
         # splits are limited in CUDA graphs alone
-        config_evidence("default", "enforce_eager", "False"),
-        config_evidence("unsplit", "max_num_splits", "1"),
+        Evidence.echo("default", metrics.ENGINE_CONFIG, "enforce_eager", "False"),
+        Evidence.echo("unsplit", metrics.ENGINE_CONFIG, "max_num_splits", "1"),
     ),
 }
 """On the classes of memory with GPUs whose kernels take the number of splits from vLLM."""

@@ -15,6 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from loadtests.records import MOST_TOKENS
+
 TraceRow = tuple[float, int, int]  # seconds since the first request, prompt tokens, output tokens
 COLUMNS = (
     ("timestamp", "input_tokens", "output_tokens"),
@@ -22,7 +24,6 @@ COLUMNS = (
     ("timestamp", "input_length", "output_length"),
 )
 MOST_BYTES = 256 * 2**20
-MOST_TOKENS = 10_000_000  # of a prompt, or an answer
 MOST_ROWS = 4096  # the first ones, since a run's manifest holds them
 
 

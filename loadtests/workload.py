@@ -18,12 +18,13 @@ from pydantic import (
 
 from loadtests.arrivals import Arrival, Contended, Replay
 from loadtests.prompts import TASKS, Messages, Task, Writer
+from loadtests.records import MOST_TOKENS
 from loadtests.structures import LEAST_TOKENS, Spec, Structure, instruction
 from loadtests.trace import MOST_ROWS, TraceRow, read_trace
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=100)]
 """What folders, lines of a command and labels of Prometheus are called by."""
-Tokens = Annotated[int, Field(gt=0, le=10_000_000)]
+Tokens = Annotated[int, Field(gt=0, le=MOST_TOKENS)]
 Count = Annotated[int, Field(gt=0, le=10_000)]
 MOST_SAMPLES = 1000  # of one prompt
 BLOCK = 64  # each block of this many drawn lengths holds the same ones in another order

@@ -22,7 +22,7 @@ from typing import Any
 from serving import gpus, models, whole
 from serving.kv_heads import kv_heads_of
 from serving.machine import Machine
-from serving.models import RANDOM, Model, ModelError, Shape
+from serving.models import RANDOM, TOKENIZER, Model, ModelError, Shape
 
 SHAPES: dict[str, str] = {
     # serving/shapes/<name>.json -> the public architecture whose numbers it has
@@ -34,7 +34,6 @@ SHAPES: dict[str, str] = {
 }
 HOME = Path(__file__).parent / "shapes"
 SUFFIX = "-dummy"  # so that the model's name shows it
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 NOTE = "vLLM fills this model with random weights as it starts: --load-format dummy\n"
 
 Maker = Callable[[str, dict[str, Any]], Path]  # (folder's name, the target's config) -> folder

@@ -55,8 +55,7 @@ def make(method: str, base: Path, out: Path) -> None:
     kv_heads = int(config.get("num_key_value_heads") or heads)
     if not heads or heads % kv_heads:
         raise MakerError(f"{base} is of a kind whose heads are not known: {heads} and {kv_heads}")
-    if "quantization_config" in config:
-        raise MakerError(f"{base} has quantized weights: give the model in 16 bits")
+    making.require_16_bits(base, config)
     shards, size_bytes, converted_count = sorted(base.glob("*.safetensors")), 0, 0
     with making.folder(out) as half:
         for number, shard in enumerate(shards, 1):

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving import whole
-from serving.models import BUNDLED, CACHE, TOKENIZER_ALONE, bundled
-
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+from serving.models import BUNDLED, CACHE, TOKENIZER, TOKENIZER_ALONE, bundled
 
 
 @dataclass(frozen=True)

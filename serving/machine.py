@@ -99,6 +99,17 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
         """The arithmetic intensity where memory and compute take equally long (Williams 2009)."""
         return self.bf16_flops_per_s / self.memory_bandwidth_bytes_per_s
 
+    def times(self, devices: int) -> Ceilings:
+        """Return the limits of several such devices that share the work of each layer."""
+        fp8 = self.fp8_flops_per_s
+        return self.model_copy(
+            update={
+                "memory_bandwidth_bytes_per_s": devices * self.memory_bandwidth_bytes_per_s,
+                "bf16_flops_per_s": devices * self.bf16_flops_per_s,
+                "fp8_flops_per_s": devices * fp8 if fp8 else None,
+            }
+        )
+
 
 class Environment(BaseModel, frozen=True, extra="forbid"):
     """The software on the machine; where it changed between two runs, the report says so."""
@@ -278,7 +289,7 @@ def compiler(kind: str) -> tuple[str, str]:
 # are left out too, since they may contain a password.
 READ_BY_ENGINE = re.compile(
     r"(VLLM|OMP|GOMP|KMP|MKL|ONEDNN|DNNL|CUDA|NVIDIA|NCCL|TORCH|PYTORCH|TRITON|HF|TRANSFORMERS"
-    r"|TOKENIZERS|MALLOC)_|LD_PRELOAD$|PRICE_PER_HOUR$"
+    r"|TOKENIZERS|MALLOC)_|LD_PRELOAD$"
 )
 SECRET = re.compile(r"TOKEN$|TOKEN_|KEY|SECRET|PASSW|CREDENTIAL|AUTH")
 

@@ -1,7 +1,7 @@
 """Share code among the makers of models: read prompts, load the base, write a complete folder.
 
-A maker runs as `python -m serving.NAME BASE OUT PROMPTS`: it prints its progress, and its folder
-appears only when it is complete.
+A maker runs as `python -m serving.NAME BASE OUT ..`, where some also take a file of prompts: it
+prints its progress, and its folder appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,12 @@ def states(model: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]
         hidden = model.base_model(ids, use_cache=False).last_hidden_state
     per_row = zip(hidden, prompts, rows, strict=True)
     return torch.cat([h[len(p) - 1 : len(row)] for h, p, row in per_row])
+
+
+def require_16_bits(base: Path, config: Mapping[str, Any]) -> None:
+    """Raise MakerError where the configuration of the model is that of quantized weights."""
+    if "quantization_config" in config:
+        raise MakerError(f"{base.name} has quantized weights: give the model in 16 bits")
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from serving.machine import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # its files
 TOKENIZER_ALONE = "models/tokenizer"  # in CACHE
 BUNDLED = "SmolLM2-135M-Instruct"
 BUNDLED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

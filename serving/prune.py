@@ -171,8 +171,7 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     wanted, began = Method.parse(method), time.monotonic()
-    if "quantization_config" in making.read_config(base):
-        raise MakerError(f"{base} has quantized weights: give the model in 16 bits")
+    making.require_16_bits(base, making.read_config(base))
     try:
         text = calibration.read_text(encoding="utf-8")
     except OSError as error:

@@ -27,6 +27,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from serving import gpus, whole
+from serving.ports import LOOPBACK
 
 PERIOD_S = 0.1
 RAPL = Path("/sys/class/powercap")
@@ -240,7 +241,7 @@ class Telemetry(Collector):
             return False
         registry = CollectorRegistry()
         registry.register(self)
-        server, _ = prometheus_client.start_http_server(port, "127.0.0.1", registry)
+        server, _ = prometheus_client.start_http_server(port, LOOPBACK, registry)
 
         def stop() -> None:
             server.shutdown()

@@ -65,8 +65,7 @@ def require_known(base: Path) -> None:
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise MakerError(f"{base.name} is {name}, and only {known} can be converted here")
-    if "quantization_config" in config:
-        raise MakerError(f"{base.name} has quantized weights: give the model in 16 bits")
+    making.require_16_bits(base, config)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise MakerError(f"{base.name} has scaled rotary positions, which are not converted here")

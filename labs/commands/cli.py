@@ -49,11 +49,15 @@ from labs.commands.options import (
     ReplicasOption,
     SeedOption,
     SetOption,
+    SloOption,
     TpOption,
+    TraceOption,
     UnsafeOption,
     WeightsOption,
     addresses,
     settings_of,
+    slo_of,
+    trace_of,
 )
 from labs.commands.terminal import (
     EXPECTED_ERRORS,
@@ -78,7 +82,7 @@ from labs.telling import forecasts, markdown, report, residuals
 from labs.telling.document import Paragraph, bullets, section, table_of
 from serving import bundle, machine, models, whole
 from serving.engines import ENGINES
-from serving.engines.base import with_places
+from serving.engines.base import EngineError, with_places
 from serving.engines.vllm import Vllm
 from serving.gpus import short_names
 from serving.masking import holds_secret, masked
@@ -268,9 +272,9 @@ def run_all(
 
 
 def _require_no_setting_of_one_lab() -> None:
-    """Refuse settings that a single lab takes and all of them together do not.
+    """Refuse settings that a single lab takes and all of them together do not. Raises LabError.
 
-    All labs together always continue, so that RESUME changes nothing. Raises LabError.
+    All labs together always continue, so that RESUME in the environment changes nothing.
     """
     of_one_lab = settings_of(run) - settings_of(run_all) - {"LABS_RESUME"}
     if given := sorted(name for name in of_one_lab if os.environ.get(name)):
@@ -353,6 +357,9 @@ def forecast_lab(
             " ships with the lab, or a model folder.",
         ),
     ] = "",
+    tp: TpOption = 1,
+    trace: TraceOption = None,
+    slo: SloOption = "",
     out: MarkdownOut = None,
     quick: QuickOption = False,
     changes: SetOption = "",
@@ -364,21 +371,30 @@ def forecast_lab(
     """Forecast a lab, in seconds to a few minutes: no engine is started, nothing is recorded.
 
     vLLM's own scheduler plays every load point in virtual time, over a step of the model's shape
-    that is timed on this machine. `MACHINE=h100` forecasts it for a GPU that is not here instead.
+    that is timed on this machine. `MACHINE=h100` forecasts it for a GPU that is not here instead,
+    `TP=4` for several of these that share each layer. `TRACE=` puts the lab's engines under your
+    traffic in place of the lab's loads, and goodput counts what meets the objective `SLO=`.
     """
     with reported_errors(), ConsoleProgress() as progress:
         shape_alone = card and not (model and Path(model).is_dir())
-        written = []
+        all_changes = {**_parallel(tp, dp=1, pp=1), **_objective(slo), **_changes(changes, seed)}
+        rows = trace_of(trace) if trace else ()
+        written, without = [], list[str]()
         for chosen in LABS.values() if lab == "all" else [_lab(lab)]:
             request = RunRequest(
-                chosen, quick, changes=_changes(changes, seed), model=model,
+                chosen, quick, changes=all_changes, model=model,
                 weights="dummy" if shape_alone else weights, card=card,
-                unsafe_flags=unsafe_flags,
+                unsafe_flags=unsafe_flags, trace=rows,
             )  # fmt: skip
             try:
                 setup, predictions = forecast_alone(request, progress)
             except NotApplicable as reason:
                 page = section(chosen.title, Paragraph(str(reason)))
+            except (LabError, EngineError) as reason:
+                if lab != "all":
+                    raise
+                without.append(chosen.name)
+                page = section(chosen.title, Paragraph(f"No forecast: {reason}"))
             else:
                 page = forecasts.page(
                     setup.lab, setup.model.name, setup.machine, predictions, bool(card)
@@ -388,6 +404,8 @@ def forecast_lab(
         if out:
             only = written[0] if len(written) == 1 else section("Forecasts", *written)
             whole.write(out, markdown.document(only))
+        if without:
+            raise LabError(f"labs without a forecast, for the reasons above: {', '.join(without)}")
 
 
 @app.command("score-forecasts")
@@ -703,14 +721,17 @@ for panel, part in (
         app.registered_commands.append(command)
 
 
-def _play(request: RunRequest) -> RunFolder:
-    """Run a lab with its progress on the terminal, and print what it measured."""
+def _play(request: RunRequest, continuing: str = "RESUME=1") -> RunFolder:
+    """Run a lab with its progress on the terminal, and print what it measured.
+
+    `continuing` is what a reader who stops it is told to call to go on.
+    """
     with ConsoleProgress() as progress:
         try:
             folder = run_lab(request, progress)
         except (KeyboardInterrupt, SystemExit, OSError):
             progress.message(
-                "Stopping: finished trials are kept, and RESUME=1 continues from there"
+                f"Stopping: finished trials are kept, and {continuing} continues from there"
             )
             raise
     summary = folder.summary()
@@ -730,13 +751,16 @@ def _play(request: RunRequest) -> RunFolder:
     return folder
 
 
+THE_SAME_CALL = "the same call"
+
+
 def _play_or_begin_anew(request: RunRequest) -> RunFolder:
     """Run a lab; begin it anew where its unfinished run cannot be continued."""
     try:
-        return _play(request)
+        return _play(request, THE_SAME_CALL)
     except CannotResume as reason:
         console.print(f"{escape(str(reason))}. It is started anew.")
-        return _play(replace(request, resume=False))
+        return _play(replace(request, resume=False), THE_SAME_CALL)
 
 
 def _lab(name: str) -> Lab:
@@ -772,6 +796,12 @@ def _parallel(tp: int, dp: int, pp: int) -> dict[str, int]:
     """Write TP, DP and PP as changes of a lab's flags, with which a run is marked."""
     sizes = {"tensor": tp, "data": dp, "pipeline": pp}
     return {f"flags.{way}-parallel-size": n for way, n in sizes.items() if n > 1}
+
+
+def _objective(slo: str) -> dict[str, float]:
+    """Write SLO as changes of a lab; raises LabError."""
+    limits_s = slo_of(slo).by_name() if slo else {}
+    return {f"slo.{name}_s": limit_s for name, limit_s in limits_s.items()}
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.models import ParameterInfo
+
+from labs.lab import LONGEST_S, SLO, LabError
+from loadtests.trace import MOST_ROWS, TraceRow, read_trace
 
 LabName = Annotated[str, typer.Argument(help="A lab's name; `labs list` names them all.")]
 SetOption = Annotated[
@@ -66,6 +70,18 @@ PpOption = Annotated[
         "--pp", envvar="LABS_PP", min=1, help="GPUs that divide the layers (pipeline parallelism)."
     ),
 ]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="LABS_TRACE",
+        help=f"Traffic to replay: its first {MOST_ROWS:,} requests (`docs/knobs.md` lists the"
+        " formats).",
+    ),
+]
+SloOption = Annotated[
+    str,
+    typer.Option(envvar="LABS_SLO", help="The longest TTFT and TPOT, in milliseconds: 1000/50."),
+]
 ReplicasOption = Annotated[
     str,
     typer.Option(
@@ -114,6 +130,30 @@ MarkdownOut = Annotated[
     Path | None,
     typer.Option("--out", envvar="LABS_OUT", help="Also write it to this Markdown file."),
 ]
+
+
+def slo_of(text: str) -> SLO:
+    """Read the longest TTFT and TPOT; raises LabError."""
+    ttft_ms, tpot_ms = pair("SLO", text, "TTFT/TPOT in milliseconds, such as 1000/50")
+    if max(ttft_ms, tpot_ms) > 1000 * LONGEST_S:
+        raise LabError(f"SLO={text}: nobody waits for more than {LONGEST_S / 86_400:.0f} days")
+    return SLO(ttft_s=ttft_ms / 1000, tpot_s=tpot_ms / 1000)
+
+
+def trace_of(path: Path) -> tuple[TraceRow, ...]:
+    """Read a trace; raises LabError."""
+    try:
+        return read_trace(path)
+    except ValueError as error:
+        raise LabError(str(error)) from error
+
+
+def pair(setting: str, text: str, meaning: str) -> tuple[float, float]:
+    """Read two positive numbers with a slash between them; raises LabError."""
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)", text.strip())
+    if not parts or not (float(parts[1]) and float(parts[2])):
+        raise LabError(f"{setting}={text} is not understood: give {meaning}")
+    return float(parts[1]), float(parts[2])
 
 
 def addresses(text: str) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -11,10 +10,9 @@ from typing import Annotated
 
 import typer
 
-from labs.commands.options import MarkdownOut
+from labs.commands.options import MarkdownOut, SloOption, TraceOption, pair, slo_of, trace_of
 from labs.commands.terminal import ConsoleProgress, reported_errors
-from labs.judging.measure import price_per_hour
-from labs.lab import SLO, LabError, did_you_mean
+from labs.lab import LabError, did_you_mean
 from labs.running.capacity_plan import (
     MOST_REPLICAS,
     PRECISIONS,
@@ -22,10 +20,9 @@ from labs.running.capacity_plan import (
     model_named,
     plan,
 )
-from labs.running.resolve import machine_of
+from labs.running.resolve import machine_of, price_per_hour
 from labs.telling import capacity_plans, markdown
 from labs.telling.capacity_plans import Demand
-from loadtests.trace import MOST_ROWS, read_trace
 from serving import whole
 from serving.dummy import SHAPES
 from serving.forecasting.fleet import ROUTERS
@@ -63,17 +60,6 @@ DocumentsOption = Annotated[
         envvar="LABS_DOCUMENTS",
         help="The number of documents that prompts begin with, and their tokens: 200/800.",
     ),
-]
-TraceOption = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="LABS_TRACE",
-        help=f"Traffic to replay instead of a rate and lengths: its first"
-        f" {MOST_ROWS:,} requests (`docs/knobs.md` lists the formats).",
-    ),
-]
-SloOption = Annotated[
-    str, typer.Option(envvar="LABS_SLO", help="The longest TTFT and TPOT, in milliseconds.")
 ]
 GpusOption = Annotated[
     int,
@@ -138,10 +124,10 @@ def plan_capacity(
             card=card,
             gpus=gpus,
             demand=_demand(rate, lengths, documents, trace),
-            slo=_slo(slo),
+            slo=slo_of(slo),
             replicas=replicas or None,
             routers=tuple(ROUTERS) if router == "all" else (router,),
-            usd_per_hour=_usd_per_hour(),
+            usd_per_hour=price_per_hour(),
             api_usd_per_million=api_price or None,
             model=model_named(machine, model),
         )
@@ -159,36 +145,19 @@ def _require_known(setting: str, given: str, known: Sequence[str]) -> None:
         )
 
 
-def _slo(text: str) -> SLO:
-    """Read the longest TTFT and TPOT; raises LabError."""
-    ttft_ms, tpot_ms = _pair("SLO", text, "TTFT/TPOT in milliseconds, such as 1000/50")
-    return SLO(ttft_s=ttft_ms / 1000, tpot_s=tpot_ms / 1000)
-
-
-def _usd_per_hour() -> float | None:
-    """Read PRICE_PER_HOUR; raises LabError."""
-    try:
-        return price_per_hour()
-    except ValueError as error:
-        raise LabError(str(error)) from error
-
-
 def _demand(rate: float, lengths: str, documents: str, trace: Path | None) -> Demand:
     """Read what is asked of the service; raises LabError."""
     if not math.isfinite(rate):
         raise LabError(f"RATE={rate}: give a number of requests per second")
     count, document_tokens = 0.0, 0.0
     if documents:
-        count, document_tokens = _pair("DOCUMENTS", documents, "their number/tokens, as 200/800")
+        count, document_tokens = pair("DOCUMENTS", documents, "their number/tokens, as 200/800")
     if count > MOST_DOCUMENTS:
         raise LabError(f"DOCUMENTS={documents}: at most {MOST_DOCUMENTS:,} documents")
     if trace:
         if rate or documents:
             raise LabError("TRACE has its own times and prompts: leave RATE and DOCUMENTS out")
-        try:
-            rows = read_trace(trace)
-        except ValueError as error:
-            raise LabError(str(error)) from error
+        rows = trace_of(trace)
         duration_s = rows[-1][0]
         if not duration_s:
             raise LabError(f"all requests of the trace {trace} come at one time, so it has no rate")
@@ -198,7 +167,7 @@ def _demand(rate: float, lengths: str, documents: str, trace: Path | None) -> De
             rate_per_s=len(rows) / duration_s,
             trace=rows,
         )
-    prompt, output = _pair("LENGTHS", lengths, "the tokens of prompts/outputs, such as 1000/200")
+    prompt, output = pair("LENGTHS", lengths, "the tokens of prompts/outputs, such as 1000/200")
     if max(prompt, output) > MOST_TOKENS:
         raise LabError(f"LENGTHS={lengths}: at most {MOST_TOKENS:,} tokens each")
     if count and document_tokens >= prompt:
@@ -207,11 +176,3 @@ def _demand(rate: float, lengths: str, documents: str, trace: Path | None) -> De
             f" {document_tokens:g} and a question; make LENGTHS longer"
         )
     return Demand(prompt, output, rate, int(count), int(document_tokens))
-
-
-def _pair(setting: str, text: str, meaning: str) -> tuple[float, float]:
-    """Read two positive numbers with a slash between them; raises LabError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)", text.strip())
-    if not found or not (float(found[1]) and float(found[2])):
-        raise LabError(f"{setting}={text} is not understood: give {meaning}")
-    return float(found[1]), float(found[2])

@@ -166,6 +166,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     endpoint_metrics: bool | None = None  # whether the endpoint showed metrics at the start
     prompts_sha256: str
     reproduces: Name | Literal[""] = ""  # the run that this one repeats; it is in no summary table
+    usd_per_hour: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # as was given
     started_at: str
 
     @model_validator(mode="after")
@@ -454,6 +455,11 @@ class RunFolder:
             self._manifest = state, read_json(path, Run)
         return self._manifest[1]
 
+    @property
+    def _usd_per_hour(self) -> float | None:
+        """The price of the machine; None where none was given, and in trials without a manifest."""
+        return self.run().usd_per_hour if (self.path / "run.json").exists() else None
+
     def predictions(self) -> Predictions:
         """Read what was predicted before the first engine started."""
         return read_json(self.path / "predictions.json", Predictions)
@@ -598,6 +604,7 @@ class RunFolder:
                 telemetry.read(sampled),
                 result.other_work,
                 point.workload.asked(lab.requests, lab.draw_seed(result.repeat)),
+                self._usd_per_hour,
             )
         except ValueError as error:
             raise DamagedError(str(error)) from error

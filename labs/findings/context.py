@@ -119,6 +119,14 @@ class JudgedRun(Context):
         known = {(f.point, f.metric): f for f in self.summary.in_virtual_time}
         return known.get((point.key, metric))
 
+    def forecast_ratio(self, above: Point, below: Point, metric: str) -> float | None:
+        """Divides two points' forecasts of a metric; None without both.
+
+        It has no band: a machine that is faster than expected is so at both points.
+        """
+        top, bottom = self.forecast(above, metric), self.forecast(below, metric)
+        return top.value / bottom.value if top and bottom and bottom.value else None
+
     def judged(self, claim: str) -> list[Judgement]:
         """Returns the valid judgements of a claim, one a pair of points."""
         return [j for j in self.summary.judgements if j.claim == claim and j.outcome != "not valid"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from labs.filing.results import Band
 from labs.judging.judge import ForecastAtPoint, Interval
 
 mpl.use("svg")
@@ -32,8 +33,8 @@ mpl.rcParams.update(
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 __all__ = [
-    "BANDS", "GREY", "PLAYED", "draw_forecasts", "legend_above", "legend_of_all", "plt", "reach",
-    "thinned",
+    "BANDS", "GREY", "PLAYED", "draw_forecasts", "draw_forecasts_of_two", "legend_above",
+    "legend_of_all", "plt", "reach", "thinned",
 ]  # fmt: skip
 
 GREY = "#666666"
@@ -73,6 +74,27 @@ def draw_forecasts(
     )
     ax.plot(at, [scale * f.value for _, f in known], "_", color=colour, ms=13, mew=2, zorder=3)
     return True
+
+
+def draw_forecasts_of_two(
+    ax: Axes,
+    forecasts: Sequence[tuple[ForecastAtPoint | Band | None, ForecastAtPoint | Band | None]],
+    across: Callable[[float], float],
+    label: str = "forecast, with its bands",
+    colour: str = GREY,
+) -> bool:
+    """Draw forecasts of two figures as crosses over both bands; tell whether any was drawn.
+
+    Of each pair the first is drawn across, changed by the monotonic function `across`, and the
+    second upwards. A pair that lacks one is left out.
+    """
+    known = [(x, y) for x, y in forecasts if x and y and x.value and x.low and x.high]
+    for x, y in known:
+        left, right = sorted((across(x.low), across(x.high)))
+        ax.hlines(y.value, left, right, color=colour, alpha=0.4, lw=3, zorder=1, label=label)
+        ax.vlines(across(x.value), y.low, y.high, color=colour, alpha=0.4, lw=3, zorder=1)
+        label = "_nolegend_"
+    return bool(known)
 
 
 def reach(intervals: Sequence[Interval | None], scale: float = 1) -> list[list[float]]:

@@ -12,7 +12,7 @@ from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt, reach
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.judging.judge import Interval
-from labs.judging.measure import Trial
+from labs.judging.measure import Trial, in_time
 from labs.judging.signals import (
     BATCH,
     CALM_S,
@@ -34,7 +34,6 @@ from labs.judging.signals import SIGNALS as SIGNAL_NAMES
 from labs.judging.text import interval, number
 from labs.lab import SLO, Point
 from loadtests.arrivals import Offered, Ramp
-from loadtests.records import RequestRecord
 
 # ------------------------------------------------------------------ what is served in time
 
@@ -203,7 +202,7 @@ def classes(context: Context) -> Classes:
 
 
 def _class_served(context: Context, point: Point, priority: int | None) -> list[ClassServed]:
-    sent, in_time, ttft_s, seconds = 0, 0, list[float](), 0.0
+    sent, served, ttft_s, seconds = 0, 0, list[float](), 0.0
     for _, _, trial in context.folder.trials([point], context.lab):
         if trial is None:
             continue
@@ -212,18 +211,13 @@ def _class_served(context: Context, point: Point, priority: int | None) -> list[
             if not r.in_window or priority not in (None, point.workload.priority(r.index)):
                 continue
             sent += 1
-            in_time += _in_time(r, trial.slo)
+            served += in_time(r, trial.slo)
             ttft_s += [r.ttft_s] if r.ok and r.ttft_s is not None else []
     if not sent:
         return []
     mean_s = fmean(ttft_s) if ttft_s else None
     name = point.variant.name
-    return [ClassServed(name, priority, sent / seconds, in_time / sent, mean_s)]
-
-
-def _in_time(record: RequestRecord, slo: SLO) -> bool:
-    served = record.ok and (record.ttft_s or 0.0) <= slo.ttft_s
-    return served and (record.tpot_s or 0.0) <= slo.tpot_s
+    return [ClassServed(name, priority, sent / seconds, served / sent, mean_s)]
 
 
 def tell_classes(facts: Classes) -> Finding:
@@ -746,6 +740,7 @@ def draw_ramp(run: JudgedRun) -> str | None:
 
 PARTS = ReportParts(
     conclusions=(ADMISSION, CLASSES, BEST_FLAGS, SIGNALS, ALARMS),
+    watched=lambda points: [p for p in points if is_watched(p.load)],
     answers={
         "SO-2": why_admit,
         "SD-2": chat_service,

@@ -75,6 +75,8 @@ class ReportParts:
     plots: Mapping[str, Draw] = field(default_factory=dict)
     # of all points, those whose forecast its plots show over time beside the measured trial
     over_time: Callable[[Sequence[Point]], Sequence[Point]] = lambda _: ()
+    # those whose signals are watched, in a forecast as in a trial
+    watched: Callable[[Sequence[Point]], Sequence[Point]] = lambda _: ()
     published: PublishedFigures = field(default_factory=dict)
     headline: Headline | None = None
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from dashboards.palette import VARIANTS
-from labs.filing.results import Finding
+from labs.filing.results import Band, Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import plt
+from labs.findings.drawing import BANDS, draw_forecasts_of_two, legend_of_all, plt
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.judging.text import number
 from serving.engines import DEFAULT_ENGINE, ENGINES
@@ -30,18 +30,21 @@ class At:
     tpot_s: float
     ttft_s: float | None
     mbu: float | None
+    forecast: Mapping[str, Band]  # metric -> what was forecast; empty where the engine has none
 
 
 def curves(context: Context) -> tuple[At, ...]:
     """Reads the curve of each engine, from the fewest users on."""
-    read = []
+    played, read = context.predictions.in_virtual_time, []
     for point in context.points:
         rate, tpot_s, ttft_s, batch, mbu = (
             context.mean(point, metric)
             for metric in ("output_tokens_per_s", "tpot_mean_s", "ttft_mean_s", "batch", "mbu")
         )
         if rate and tpot_s:
-            read.append(At(point.variant.name, point.load.users, batch, rate, tpot_s, ttft_s, mbu))
+            forecast = played.points.get(point.key, {}) if played else {}
+            name, users = point.variant.name, point.load.users
+            read.append(At(name, users, batch, rate, tpot_s, ttft_s, mbu, forecast))
     return tuple(read)
 
 
@@ -74,15 +77,23 @@ def tell_curves(facts: tuple[At, ...]) -> Finding:
     return Finding(title="What does each engine make of the machine?", rows=rows, lines=lines)
 
 
+FORECAST_ACROSS = ("tpot_mean_s", "ttft_mean_s")
+
+
 def draw_curves(facts: tuple[At, ...]) -> str | None:
     """Draws throughput against TPOT, a line for each engine, from few users to many."""
     if not facts:
         return None
-    names = list(dict.fromkeys(at.variant for at in facts))
+    names, forecast = list(dict.fromkeys(at.variant for at in facts)), False
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
     for name, colour in zip(names, VARIANTS, strict=False):
         mine = of(facts, name)
-        for ax, x in zip(axes, ("tpot_s", "ttft_s"), strict=True):
+        for ax, x, metric in zip(axes, ("tpot_s", "ttft_s"), FORECAST_ACROSS, strict=True):
+            forecasts = [
+                (at.forecast.get(metric), at.forecast.get("output_tokens_per_s")) for at in mine
+            ]
+            label = f"{name}, forecast"
+            forecast |= draw_forecasts_of_two(ax, forecasts, lambda s: 1000 * s, label)
             known = [(v, at) for at in mine if (v := getattr(at, x)) is not None]
             ax.plot(
                 [1000 * v for v, _ in known],
@@ -103,10 +114,12 @@ def draw_curves(facts: tuple[At, ...]) -> str | None:
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("output throughput (tok/s)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    legend_of_all(figure, axes)
     return (
         "Throughput against what each user waits for a token (left) and for the first one (right)."
         " The figures beside the points are the users. Up and to the left is better."
+        + BANDS
+        * forecast
     )
 
 

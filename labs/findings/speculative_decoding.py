@@ -509,9 +509,7 @@ def _by_load(points: Sequence[SpeedUp], variant: str) -> list[SpeedUp]:
 def _forecast_speed_up(run: JudgedRun, point: Point) -> float | None:
     """Divides the plain engine's forecast TPOT by this point's; None without both."""
     plain = run.point("none", point.workload.name, str(point.load))
-    without = run.forecast(plain, "tpot_mean_s") if plain else None
-    with_guesses = run.forecast(point, "tpot_mean_s")
-    return without.value / with_guesses.value if without and with_guesses else None
+    return run.forecast_ratio(plain, point, "tpot_mean_s") if plain else None
 
 
 # ------------------------------------------------------------------- what others published

@@ -16,7 +16,7 @@ from scipy import stats
 from dashboards.palette import VARIANTS
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import GREY, plt, reach
+from labs.findings.drawing import BANDS, GREY, draw_forecasts, plt, reach
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.text import number, sentences
@@ -469,6 +469,7 @@ def draw_structures(run: JudgedRun) -> str | None:
     if not drawn:
         plt.close(fig)
         return None
+    forecast = any(run.forecast(point, metric) for point, metric in drawn)
     left.set_ylabel("TTFT of one request, mean (s)")
     left.legend(ncols=2, columnspacing=1, handlelength=1.4, **ABOVE)
     asked = by_name.get((names[0], "asked"))
@@ -481,33 +482,35 @@ def draw_structures(run: JudgedRun) -> str | None:
     return (
         "What a schema costs: left, the first token of a schema that the engine has seen and of"
         " one that it has to compile; right, the time of a token with a schema imposed on every"
-        " answer, beside the same prompts without."
+        " answer, beside the same prompts without (dashed)." + BANDS * forecast
     )
 
 
 def _bars(
     run: JudgedRun, ax: Any, names: list[str], by_name: Mapping[tuple[str, str], Point],
     workloads: tuple[str, ...], metric: str,
-) -> list[float]:  # fmt: skip
-    """Draws a bar for each backend and workload; returns the heights that were measured."""
+) -> list[tuple[Point, str]]:  # fmt: skip
+    """Draws a bar for each backend and workload; returns the points and the metric of its bars."""
     scale = 1e3 if metric == "tpot_mean_s" else 1.0
     width = 0.8 / len(workloads)
-    heights: list[float] = []
+    drawn: list[tuple[Point, str]] = []
     for i, workload in enumerate(workloads):
         label: str | None = f"schema {workload}" if len(workloads) > 1 else None
         for x, name in enumerate(names):
             point = by_name.get((name, workload))
             measured = run.interval(point, metric) if point else None
-            if measured is None:
+            if point is None or measured is None:
                 continue
             height = scale * measured.value
-            heights.append(height)
-            ax.bar(x + (i - (len(workloads) - 1) / 2) * width, height, 0.9 * width,
+            drawn.append((point, metric))
+            at = x + (i - (len(workloads) - 1) / 2) * width
+            draw_forecasts(ax, [at], [run.forecast(point, metric)], scale, label="")
+            ax.bar(at, height, 0.9 * width,
                    yerr=reach([measured], scale), capsize=3, color=VARIANTS[x],
                    alpha=0.45 if workload == "seen" else 1, label=label)  # fmt: skip
             label = None  # once is enough
     ax.set_xticks(range(len(names)), names)
-    return heights
+    return drawn
 
 
 # ------------------------------------------------------------------- what others published

@@ -11,6 +11,7 @@ from labs.findings.drawing import GREY, plt
 from labs.findings.parts import Conclusion
 from labs.findings.quality import compared, figure_of
 from labs.judging.judge import Interval
+from labs.judging.quality import MARGINS
 from labs.judging.text import number, times_with_interval
 
 
@@ -136,6 +137,7 @@ def draw_tradeoff(run: JudgedRun) -> str | None:
     if not treatments or base not in at or run.mean(at[base], "tpot_mean_s") is None:
         return None
     _, ax = plt.subplots(figsize=(6.5, 4))
+    forecast_label = "speed-up forecast before the run"
     for colour, name in zip(VARIANTS, [base, *treatments], strict=False):
         figures = treatments.get(name)
         ratio = figure_of(figures, "perplexity_ratio") if figures else None
@@ -144,10 +146,15 @@ def draw_tradeoff(run: JudgedRun) -> str | None:
             continue
         x, y = gain.value if gain else 1.0, ratio.value if ratio else 1.0
         reach = [[y - (ratio.low or y)], [(ratio.high or y) - y]] if ratio else None
+        foreseen = run.forecast_ratio(at[base], at[name], "tpot_mean_s")
+        if foreseen and name != base:
+            ax.plot(foreseen, y, "|", color=GREY, ms=14, mew=2, label=forecast_label)
+            forecast_label = "_nolegend_"
         size = at[name].shape.weight_bytes / 1e6
         ax.errorbar(x, y, yerr=reach, fmt="o", color=colour, capsize=4, ms=8,
                     label=f"{name}, {size:,.0f} MB")  # fmt: skip
-    ax.axhline(1.02, color=GREY, ls=":", label="gate: 2% more perplexity")
+    most = next(m.at_most for m in MARGINS if m.figure == "perplexity_ratio")
+    ax.axhline(most, color=GREY, ls=":", label=f"gate: {most - 1:.0%} more perplexity")
     ax.set_xlabel("decode speed-up, one stream")
     ax.set_ylabel(f"perplexity / that of {base}")
     ax.legend(frameon=False, fontsize=8)

@@ -319,8 +319,7 @@ def _long_neighbour(now: Reading, healthy: Reading) -> Mark | None:
     return Mark(
         "long neighbour",
         f"the longest prompt has more than {longest[0]:.0f} tokens, healthy at most"
-        f" {before[1]:.0f}, while the median is in the same range: the others wait beside its"
-        " prefill",
+        f" {before[1]:.0f}: the others wait beside its prefill",
     )
 
 

@@ -165,11 +165,11 @@ def ask_needles(client: EvaluationClient, length_tokens: int, seed: int) -> list
     text, numbers = needles_text(length_tokens, seed)
     completions = []
     for depth, (key, number) in zip(DEPTHS, numbers.items(), strict=True):
-        question = f"What is the magic number of {key}?"
+        question = needle_question(key)
         body = {
             "messages": [
                 {"role": "user", "content": f"{text}\n\n{question}"},
-                {"role": "assistant", "content": f"The magic number of {key} is"},
+                {"role": "assistant", "content": needle_lead(key)},
             ],
             "add_generation_prompt": False,
             "continue_final_message": True,
@@ -181,12 +181,26 @@ def ask_needles(client: EvaluationClient, length_tokens: int, seed: int) -> list
                 question=f"{question} (text {seed})",
                 expected=number,
                 answer=completion,
-                correct=re.search(rf"(?<!\d){number}(?!\d)", completion) is not None,
+                correct=says_number(completion, number),
                 length_tokens=length_tokens,
                 depth=depth,
             )
         )
     return completions
+
+
+def needle_question(key: str) -> str:
+    return f"What is the magic number of {key}?"
+
+
+def needle_lead(key: str) -> str:
+    """Begin the sentence that is hidden in a text, and the answer that the model goes on with."""
+    return f"The magic number of {key} is"
+
+
+def says_number(answer: str, number: str) -> bool:
+    """Whether the answer has this number, not as a part of a longer one."""
+    return re.search(rf"(?<!\d){number}(?!\d)", answer) is not None
 
 
 def needles_text(length_tokens: int, seed: int) -> tuple[str, dict[str, str]]:
@@ -204,7 +218,7 @@ def needles_text(length_tokens: int, seed: int) -> tuple[str, dict[str, str]]:
         words += len(sentences[-1].split())
     places = [round(depth * len(sentences)) for depth in DEPTHS]
     for place, (key, number) in reversed(list(zip(places, numbers.items(), strict=True))):
-        sentences.insert(place, f"The magic number of {key} is {number}.")
+        sentences.insert(place, f"{needle_lead(key)} {number}.")
     return " ".join(sentences), numbers
 
 

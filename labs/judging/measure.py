@@ -22,7 +22,6 @@ throughput is known.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -75,6 +74,7 @@ class Trial:
     telemetry: list[Sample] = field(default_factory=list)  # of the hardware, on the trial's clock
     other_work: OtherWork = OtherWork()
     asked: Sequence[Asked] = ()  # by the index of a request; empty where that is not known
+    usd_per_hour: float | None = None  # the price of the machine, as the run recorded it
 
     @cached_property
     def measured_requests(self) -> list[RequestRecord]:
@@ -259,10 +259,13 @@ def goodput_per_s(trial: Trial) -> float | None:
 
     Defined in DistServe (Zhong et al. 2024), here at the load that was sent.
     """
-    slo = trial.slo
-    return trial.per_s(
-        lambda r: r.ok and (r.ttft_s or 0) <= slo.ttft_s and (r.tpot_s or 0) <= slo.tpot_s
-    )
+    return trial.per_s(lambda r: in_time(r, trial.slo))
+
+
+def in_time(record: RequestRecord, slo: SLO) -> bool:
+    """Tell whether a request succeeded within the SLO's TTFT and TPOT."""
+    within = (record.ttft_s or 0) <= slo.ttft_s and (record.tpot_s or 0) <= slo.tpot_s
+    return record.ok and within
 
 
 def error_rate(trial: Trial) -> float | None:
@@ -380,8 +383,8 @@ def intensity(trial: Trial) -> float | None:
 
 
 def usd_per_million_tokens(trial: Trial) -> float | None:
-    """US dollars for a million output tokens at PRICE_PER_HOUR; None where no price is given."""
-    price, rate = price_per_hour(), output_tokens_per_s(trial)
+    """US dollars for a million output tokens; None where the run was given no PRICE_PER_HOUR."""
+    price, rate = trial.usd_per_hour, output_tokens_per_s(trial)
     return price / 3600 / rate * 1e6 if price and rate else None
 
 
@@ -394,18 +397,6 @@ def joules_per_token(trial: Trial) -> float | None:
     rate = output_tokens_per_s(trial)
     used_j = telemetry.energy_j(trial.telemetry, *trial.summary.window_s)
     return used_j / (rate * trial.window_length_s) if used_j and rate else None
-
-
-def price_per_hour() -> float | None:
-    """Read PRICE_PER_HOUR in US dollars; raises ValueError when it is not a price."""
-    text = os.environ.get("LABS_PRICE_PER_HOUR", "")
-    try:
-        price = float(text) if text else None
-    except ValueError:
-        price = -1.0
-    if price is not None and not 0 < price < float("inf"):
-        raise ValueError(f"PRICE_PER_HOUR={text} is not a price: give US dollars, such as 2.50")
-    return price
 
 
 def prefix_hit_rate(trial: Trial) -> float | None:
@@ -480,8 +471,8 @@ def prefill_pieces(trial: Trial) -> float | None:
     pieces = []
     for intruder in trial.intruders:
         start, end = intruder.sent_s, intruder.chunks[0][0]
-        for r in trial.records:
-            if trial.point.workload.is_intruder(r.index) or not r.chunks:
+        for r in trial.streams:
+            if not r.chunks:
                 continue
             since, until = max(start, r.chunks[0][0]), min(end, r.chunks[-1][0])
             if until - since >= (end - start) / 2:

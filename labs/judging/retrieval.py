@@ -13,7 +13,6 @@ the distance of the right answer from the best wrong one is what rounding has to
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,15 @@ import numpy as np
 from pydantic import BaseModel
 from scipy import stats
 
-from labs.judging.evaluation import DEPTHS, TOP, EvaluationClient, needles_text
+from labs.judging.evaluation import (
+    DEPTHS,
+    TOP,
+    EvaluationClient,
+    needle_lead,
+    needle_question,
+    needles_text,
+    says_number,
+)
 from labs.judging.judge import CONFIDENCE, Interval
 
 ANSWER_TOKENS = 8
@@ -83,7 +90,7 @@ def ask(
                         distance_tokens=count_tokens(rest),
                         expected=expected,
                         answer=answer,
-                        correct=re.search(rf"(?<!\d){expected}(?!\d)", answer) is not None,
+                        correct=says_number(answer, expected),
                         margin_nats=margin(expected, positions),
                     )
                 )
@@ -92,7 +99,7 @@ def ask(
 
 def _question(text: str, key: str) -> tuple[dict[str, Any], str]:
     """Return the request's body, and all that the model reads from the needle's first word on."""
-    question, lead = f"What is the magic number of {key}?", f"The magic number of {key} is"
+    question, lead = needle_question(key), needle_lead(key)
     body = {
         "messages": [
             {"role": "user", "content": f"{text}\n\n{question}"},

@@ -285,8 +285,8 @@ def step_times_s(trial: Trial) -> tuple[list[float], list[float]]:
     """
     start, end = trial.summary.window_s
     slices: list[list[float]] = [[] for _ in range(TREND_SLICES)]
-    for record in trial.records:
-        if not record.ok or trial.point.workload.is_intruder(record.index):
+    for record in trial.streams:
+        if not record.ok:
             continue
         gaps_s = record.chunk_gaps_s
         for (at, _), gap_s in zip(record.chunks[1:], gaps_s, strict=True):

@@ -240,7 +240,7 @@ def _plan(lab: Lab, run_id: str, trial: _Played) -> TrialPlan:
         arrival=point.load,
         requests=Path(),
         records=Path(),
-        warmup_s=point.workload.warmup_s or lab.warmup_s,
+        warmup_s=lab.warmup_of(point.workload),
         window_s=lab.window_s,
         timeout_s=lab.timeout_s,
         seed=lab.draw_seed(trial.repeat),

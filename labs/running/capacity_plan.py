@@ -21,10 +21,11 @@ import psutil
 
 from labs import theory
 from labs.filing.results import Band
-from labs.judging.measure import percentile
+from labs.judging.measure import in_time, percentile
 from labs.lab import SLO, LabError
 from labs.running.forecast import (
     Forecaster,
+    as_one_gpu,
     defaults_on_a_gpu,
     is_eight_bit,
     play_all,
@@ -46,8 +47,16 @@ from labs.telling.capacity_plans import (
 )
 from loadtests.arrivals import Poisson
 from serving import dummy, models
+from serving.engines.base import FlagValue
 from serving.engines.vllm import Vllm, VllmFlags, usable_bytes
-from serving.forecasting.datasheet import EXPECTED, FASTER, SLOWER, Efficiency, step_times
+from serving.forecasting.datasheet import (
+    EXPECTED,
+    FASTER,
+    SLOWER,
+    Efficiency,
+    reason_against_sharing,
+    step_times,
+)
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -68,7 +77,6 @@ GRIDS = ((0.4, 0.6, 0.75, 0.9, 1.05, 1.25), (1.5, 1.9, 2.4, 3.0))
 the first."""
 FEWEST = 500  # requests that count in a play
 MOST_REPLICAS = 64
-MOST_LINKED = 8  # GPUs that NVLink joins in one machine
 LONGEST_OUTPUT = 4  # drawn outputs are cut at so many times their mean
 ENDS = (EXPECTED, FASTER, SLOWER)
 MOST_PROCESSES = 16  # that play loads side by side
@@ -108,7 +116,8 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
     machine, sheet = machine_of(question.card)
     if sheet is None:
         raise LabError("a plan is made for a GPU with a datasheet: name it with MACHINE=h100")
-    _refuse_tensor_parallelism(question, sheet)
+    if why := reason_against_sharing(question.model.shape, sheet, question.gpus):
+        raise LabError(f"TP={question.gpus}: {why}")
     served = Served.of(question.model, question.precision, machine, sheet, question.gpus)
     answer = CapacityPlan(
         model=question.model.name.removesuffix(dummy.SUFFIX),
@@ -141,23 +150,6 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
     return replace(answer, price=_price(question, answer))
 
 
-def _refuse_tensor_parallelism(question: Question, sheet: Datasheet) -> None:
-    """Raise LabError where so many GPUs cannot share a layer, or no figures tell how fast."""
-    shape, gpus = question.model.shape, question.gpus
-    if gpus == 1:
-        return
-    if sheet.link_bytes_per_s is None:
-        raise LabError(
-            f"TP={gpus}: GPUs that share a layer are planned over NVLink, which the"
-            f" {sheet.short_name} does not have; no published figures were found for PCIe"
-        )
-    if gpus > MOST_LINKED or shape.heads % gpus or shape.kv_heads % gpus:
-        raise LabError(
-            f"TP={gpus}: {question.model.name} has {shape.heads} heads and {shape.kv_heads} KV"
-            f" heads, which so many GPUs cannot share evenly; at most {MOST_LINKED} are linked"
-        )
-
-
 # ------------------------------------------------------------------------------------- arithmetic
 
 
@@ -179,10 +171,8 @@ class Served:
             folder = dummy.derive(model, precision)
             model = models.load(folder, folder.name)
         config = json.loads((model.path / "config.json").read_text())
-        # to the scheduler the cache of several GPUs is one: each holds its heads of every token
-        kv_bytes = int(gpus * usable_bytes(machine.memory_bytes) - model.shape.held_bytes)
-        defaults = defaults_on_a_gpu(machine, model.shape, {})
-        flags = VllmFlags({**defaults, "kv-cache-memory-bytes": kv_bytes})
+        shared: dict[str, FlagValue] = {"tensor-parallel-size": gpus}
+        flags = as_one_gpu({**defaults_on_a_gpu(machine, model.shape, shared), **shared})
         return cls(model, sheet, gpus, flags, is_eight_bit(config))
 
     @property
@@ -263,7 +253,7 @@ def _estimate_per_s(served: Served, question: Question) -> float:
 
 
 def _rates(player: _Player) -> Iterator[RateForecast]:
-    """Forecast one GPU at rates on both sides of its capacity, if they are found."""
+    """Forecast one replica at rates on both sides of its capacity, if they are found."""
     middle = _estimate_per_s(player.served, player.question)
     for grid in GRIDS:
         rates = [float(f"{middle * factor:.2g}") for factor in grid]
@@ -274,7 +264,7 @@ def _rates(player: _Player) -> Iterator[RateForecast]:
 
 
 def _rate_forecasts(player: _Player, rates: Sequence[float]) -> Iterator[RateForecast]:
-    """Forecast one GPU at these rates, as expected, with a faster and with a slower step."""
+    """Forecast one replica at these rates, as expected, with a faster and with a slower step."""
     jobs = [
         _Job(load, end)
         for load in (_drawn(player.question, rate, player.served.most_tokens) for rate in rates)
@@ -497,9 +487,7 @@ def _latencies(play: ForecastPlay, slo: SLO) -> Latencies:
     counted = [r for r in records(play.play) if r.in_window]
     ttft_s = [r.ttft_s for r in counted if r.ttft_s is not None]
     tpot_s = [r.tpot_s for r in counted if r.tpot_s is not None]
-    within = sum(
-        (r.ttft_s or 0) <= slo.ttft_s and (r.tpot_s or 0) <= slo.tpot_s for r in counted
-    ) / len(counted)
+    within = sum(in_time(r, slo) for r in counted) / len(counted)
     looked_up = play.counters.get("prefix_queries", 0)
     return Latencies(
         requests=len(counted),

@@ -15,6 +15,7 @@ from loadtests.records import RequestRecord
 from serving import metrics
 from serving.engines.base import Server
 from serving.metrics import Snapshot
+from serving.ports import LOOPBACK
 
 REQUESTS, OUTPUT_TOKENS = "requests", "output tokens"
 ENGINE_METRICS = {REQUESTS: metrics.REQUESTS, OUTPUT_TOKENS: metrics.GENERATION_TOKENS}
@@ -24,7 +25,7 @@ class Counts:
     """Adds up the counts of one sitting at a run, over all its trials."""
 
     def __init__(self, run_id: str, exporter_port: int) -> None:
-        self._client = f'run_id="{run_id}",instance="127.0.0.1:{exporter_port}"'
+        self._client = f'run_id="{run_id}",instance="{LOOPBACK}:{exporter_port}"'
         self._records = dict.fromkeys(ENGINE_METRICS, 0)
         self._discarded = dict.fromkeys(ENGINE_METRICS, 0)  # in trials that failed
         self._engines: dict[str, int | None] = dict.fromkeys(ENGINE_METRICS, 0)
@@ -83,9 +84,7 @@ def _add(counts: dict[str, int], done: Sequence[RequestRecord]) -> None:
     counts[OUTPUT_TOKENS] += sum(record.output_tokens or 0 for record in done)
 
 
-def counter_increase(
-    engine: Server, before: Snapshot | None, requests_done: int
-) -> Snapshot | None:
+def counted_since(engine: Server, before: Snapshot | None, requests_done: int) -> Snapshot | None:
     """Return by how much the engine's counters rose, once it has counted the last request.
 
     It waits 2 s at most for that. None where the engine shows no metrics.

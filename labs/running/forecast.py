@@ -27,11 +27,11 @@ from pydantic import BaseModel
 from scipy import stats
 
 from labs.filing.results import Band, PointForecasts, all_runs, unreadable
-from labs.findings.parts import parts_of
+from labs.findings.parts import ReportParts, parts_of
 from labs.judging.machine_speed import MachineSpeed, usual_spread
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS, measure
-from labs.judging.signals import Watch, is_watched, watch
+from labs.judging.signals import Watch, watch
 from labs.judging.timeline import Timeline, timeline
 from labs.lab import OF_FORECASTS, Lab, LabError, Point, Prediction, Variant
 from labs.running.progress import ProgressDisplay
@@ -156,10 +156,10 @@ def reason_against(setup: Setup, variant: Variant) -> str | None:
         return "the engine is not the vLLM of this environment"
     if flags.speculative_config and setup.lab.acceptance is None:
         return "how many drafts are accepted is not known beforehand"
+    if setup.datasheet:
+        return _unpublished(flags) or _undivided_draft(setup, flags)
     if flags.devices > 1:
         return "communication between devices was not timed"
-    if setup.datasheet:
-        return _unpublished(flags)
     if setup.model.shape.experts:
         return "routed experts were not timed"
     if setup.machine.kind == "cpu":
@@ -186,10 +186,26 @@ def _has_quantized_cache(setup: Setup, variant: Variant) -> bool:
 
 def _unpublished(flags: VllmFlags) -> str | None:
     """Say of what in these flags no published figure gives the cost; None where all is covered."""
+    if flags.devices > flags.tensor_parallel_size:
+        return "no published figure gives the cost of pipeline or data parallelism"
+    if flags.get("enable-expert-parallel"):
+        return "no published figure gives the cost of sending tokens to experts on other GPUs"
     if flags.enforce_eager:
         return "no published figure gives the cost of launching an eager step"
     if flags.get("enable-lora"):
         return "no published figure gives the cost of an adapter's operations"
+    return None
+
+
+def _undivided_draft(setup: Setup, flags: VllmFlags) -> str | None:
+    """Say whether GPUs that share the model's layers cannot share those of its draft model."""
+    gpus = flags.tensor_parallel_size
+    draft = VllmFlags(with_places(flags, setup.places)).speculative_config.get("model")
+    if gpus == 1 or not draft:
+        return None
+    shape = models.shape_of(_config(Path(str(draft)) / "config.json"))
+    if shape.heads % gpus or shape.kv_heads % gpus:
+        return f"{gpus} GPUs cannot share the {shape.heads} heads of the draft model"
     return None
 
 
@@ -315,18 +331,20 @@ def _steps_by_datasheet(setup: Setup, points: Sequence[Point], sheet: Datasheet)
 
     def at(point: Point, efficiency: Efficiency) -> EngineSteps:
         flags = VllmFlags(with_places(point.variant.flags, setup.places))
-        draft = flags.speculative_config.get("model")
+        draft, gpus = flags.speculative_config.get("model"), flags.tensor_parallel_size
         served = _config(_served(setup, point.variant) / "config.json")
         return (
             datasheet.step_times(
-                point.shape, sheet, efficiency, flags.kv_value_bytes, is_eight_bit(served)
+                point.shape, sheet, efficiency, flags.kv_value_bytes, is_eight_bit(served), gpus
             ),
+            # vLLM divides a draft model like the model itself
             datasheet.step_times(
-                models.shape_of(_config(Path(str(draft)) / "config.json")), sheet, efficiency
+                models.shape_of(_config(Path(str(draft)) / "config.json")), sheet, efficiency,
+                gpus=gpus,
             )
             if draft
             else None,
-        )
+        )  # fmt: skip
 
     ends = (datasheet.EXPECTED, datasheet.FASTER, datasheet.SLOWER)
     return {p.key: (at(p, ends[0]), at(p, ends[1]), at(p, ends[2])) for p in points}
@@ -573,13 +591,16 @@ class VirtualTrials:
         self.forecaster.send(self._plan(points, capacities))
         known = {p.key: p for p in points}
         lab, outcomes = self.setup.lab, {key: list[Outcome]() for key in known}
-        over_time = {p.key for p in parts_of(lab.name).over_time(points)}
+        parts = parts_of(lab.name) if lab.findings or lab.plots else ReportParts()
+        over_time, watched = (
+            {p.key for p in of(points)} for of in (parts.over_time, parts.watched)
+        )
         timelines: dict[str, Timeline] = {}  # of each point's first play
         for play in self.forecaster.plays():
             trial = _trial(lab, known[play.key], play)
             if play.key in over_time - timelines.keys():
                 timelines[play.key] = timeline(trial.point, trial.records)
-            outcomes[play.key].append(Outcome.of(trial, play.kv_use))
+            outcomes[play.key].append(Outcome.of(trial, play.kv_use, play.key in watched))
         # the last two of a point are those at the ends of the band
         return [
             PointPlays(p, of[:-2], of[-2:], timelines.get(p.key))
@@ -622,7 +643,7 @@ class VirtualTrials:
         flags = with_places(point.variant.flags, setup.places)
         if setup.datasheet:
             defaults = defaults_on_a_gpu(setup.machine, point.shape, point.variant.flags)
-            flags = {**defaults, **flags}
+            flags = as_one_gpu({**defaults, **flags})
         return PlannedEngine(
             argv=(
                 *("--model", str(_served(setup, point.variant))),
@@ -681,14 +702,26 @@ def defaults_on_a_gpu(machine: Machine, shape: Shape, flags: Mapping[str, FlagVa
     budget = VllmFlags(
         {"max-num-batched-tokens": 8192 if large else 2048, **flags}
     ).max_num_batched_tokens
+    weight_bytes = shape.held_bytes / VllmFlags(flags).weight_parts
     return VllmFlags(
         {
             "max-num-batched-tokens": budget,
             "max-num-seqs": min(1024 if large else 256, budget),
             "block-size": 16,
-            "kv-cache-memory-bytes": int(usable_bytes(machine.memory_bytes) - shape.held_bytes),
+            "kv-cache-memory-bytes": int(usable_bytes(machine.memory_bytes) - weight_bytes),
         }
     )
+
+
+def as_one_gpu(flags: Mapping[str, FlagValue]) -> VllmFlags:
+    """Return the flags of one GPU that holds what several hold that share each layer.
+
+    To the scheduler their KV cache is one: each of them holds its heads of every token.
+    """
+    shared = VllmFlags(flags)
+    rest = {name: flag for name, flag in flags.items() if name != "tensor-parallel-size"}
+    memory_bytes = shared.tensor_parallel_size * shared.kv_cache_memory_bytes
+    return VllmFlags({**rest, "kv-cache-memory-bytes": memory_bytes})
 
 
 def _primed(point: Point) -> int:
@@ -703,7 +736,7 @@ def _traffic(lab: Lab, point: Point, repeat: int, capacity_per_s: float | None) 
     Where it is a multiple of the capacity, it is one of the capacity that was forecast.
     """
     load = point.load
-    warmup_s, window_s = point.workload.warmup_s or lab.warmup_s, lab.window_s
+    warmup_s, window_s = lab.warmup_of(point.workload), lab.window_s
     if isinstance(load, Replay):
         schedule_s: Sequence[float] = [at / load.speed for at, _, _ in point.workload.trace]
         window_s = max(1e-9, min(window_s, schedule_s[-1] - warmup_s))  # it ends with the trace
@@ -800,12 +833,12 @@ class Outcome:
     kv_use: KvUse | None
 
     @classmethod
-    def of(cls, trial: Trial, kv_use: KvUse | None) -> Outcome:
+    def of(cls, trial: Trial, kv_use: KvUse | None, watched: bool = False) -> Outcome:
         return cls(
             figures=measure(trial),
             lasts_s=max((r.end_s or 0.0 for r in trial.records), default=0.0),
             sent=len(trial.records),
-            watch=watch(trial) if is_watched(trial.point.load) else None,
+            watch=watch(trial) if watched else None,
             kv_use=kv_use,
         )
 

@@ -30,7 +30,7 @@ from labs.telling import pages
 from labs.telling.summary import summarise
 from serving import reference_step, telemetry
 from serving.engines.base import EngineError
-from serving.ports import free_port
+from serving.ports import LOOPBACK, free_port
 
 # an answer that is not as it should be costs its probe alone
 PROBE_ERRORS = (
@@ -196,7 +196,7 @@ def open_harness(
     exporter_port = free_port()
     with contextlib.ExitStack() as exits:
         prometheus = exits.enter_context(Prometheus(logs / "prometheus.log"))
-        prometheus.scrape("client", f"127.0.0.1:{exporter_port}")
+        prometheus.scrape("client", f"{LOOPBACK}:{exporter_port}")
         if prometheus.missing:
             progress.message(f"{prometheus.missing}; the run goes on: its records are complete")
         else:
@@ -205,7 +205,7 @@ def open_harness(
         hardware = None if setup.endpoint else telemetry.source(setup.machine.kind)
         sampler = exits.enter_context(telemetry.Telemetry(hardware, labels))
         if sampler.serve(telemetry_port := free_port()):
-            prometheus.scrape("client", f"127.0.0.1:{telemetry_port}")
+            prometheus.scrape("client", f"{LOOPBACK}:{telemetry_port}")
         if setup.load_workers:
             progress.message(setup.load_workers.invitation)
         load = LoadGenerator(setup, exporter_port, logs / "locust.log", progress.waiting)

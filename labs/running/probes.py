@@ -68,12 +68,12 @@ def tenants(served: ProbedEngine, requests_sent: int = 1700, at_once: int = 16) 
     rng = random.Random(f"{served.lab.seed}/tenants")
     # a token more than whole blocks: all the rest can come out of the cache
     prompts = [served.writer.chat(33 + 32 * (i % 2), rng) for i in range(16)]
-    url, before = f"{served.engine.url}/v1/chat/completions", _prefix_tokens(served.engine)
+    before = _prefix_tokens(served.engine)
 
     def ask(model: str, prompt: int) -> requests.Response:
         body = {"model": model, "messages": prompts[prompt % len(prompts)], "max_tokens": 5,
                 "temperature": 0, "ignore_eos": True}  # fmt: skip
-        return requests.post(url, json=body, headers=guard.headers(), timeout=TIMEOUT_S)
+        return _post(served, "chat/completions", body)
 
     def text_of(response: requests.Response) -> str:
         response.raise_for_status()
@@ -100,6 +100,12 @@ def tenants(served: ProbedEngine, requests_sent: int = 1700, at_once: int = 16) 
         "misrouted": [(0, text_of(ask("tenant-1", i))) for i in range(4)],
         "base": [text_of(ask(served.engine.model, i)) for i in range(4)],
     }
+
+
+def _post(served: ProbedEngine, path: str, body: Mapping[str, Any]) -> requests.Response:
+    """Send a request to the engine, which need not succeed. Raises `requests`' exceptions."""
+    url = f"{served.engine.url}/v1/{path}"
+    return requests.post(url, json=body, headers=guard.headers(), timeout=TIMEOUT_S)
 
 
 def _prefix_tokens(engine: Server) -> tuple[float, float]:
@@ -129,9 +135,7 @@ def salt(served: ProbedEngine, rounds: int = 12) -> dict[str, Any]:
         body = {"model": served.engine.model, "messages": prompt, "max_tokens": 1, "temperature": 0}
         body |= {"cache_salt": who} if who else {}
         began = time.monotonic()
-        url = f"{served.engine.url}/v1/chat/completions"
-        answer = requests.post(url, json=body, headers=guard.headers(), timeout=TIMEOUT_S)
-        answer.raise_for_status()
+        _post(served, "chat/completions", body).raise_for_status()
         return time.monotonic() - began
 
     times_s: dict[str, list[float]] = {}
@@ -158,7 +162,6 @@ def structures(served: ProbedEngine, each: int = 6, timed: int = 3) -> dict[str,
     """
     rng = random.Random(f"{served.lab.seed}/structures")
     first = served.variant.name == served.lab.variants[0].name
-    url = f"{served.engine.url}/v1/chat/completions"
 
     def body(structure: Spec, how: str, tokens: int) -> dict[str, Any]:
         lead = "" if how == "free" else instruction(structure)
@@ -167,7 +170,7 @@ def structures(served: ProbedEngine, each: int = 6, timed: int = 3) -> dict[str,
                 "messages": served.writer.chat(ASKED_TOKENS, rng, lead), **imposed}  # fmt: skip
 
     def choice(asked: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        answer = requests.post(url, json=asked, headers=guard.headers(), timeout=TIMEOUT_S)
+        answer = _post(served, "chat/completions", asked)
         answer.raise_for_status()
         fields = answer.json()
         return fields["choices"][0], fields["usage"]["completion_tokens"]
@@ -211,13 +214,12 @@ def votes(served: ProbedEngine, each: int = 5) -> dict[str, Any]:
     Each request asks for all samples of its round by `n`, with nothing else in flight, so that its
     seconds are those of the samples. All samples of a task are drawn alike, whatever their round.
     """
-    url = f"{served.engine.url}/v1/completions"
 
     def asked(prompt: str, n: int, temperature: float) -> dict[str, Any]:
         body = {"model": served.engine.model, "prompt": prompt, "max_tokens": TASK_TOKENS, "n": n,
                 "temperature": temperature, "stop": ["\n"]}  # fmt: skip
         began = time.monotonic()
-        answer = requests.post(url, json=body, headers=guard.headers(), timeout=TIMEOUT_S)
+        answer = _post(served, "completions", body)
         took_s = time.monotonic() - began
         answer.raise_for_status()
         fields = answer.json()
@@ -271,7 +273,7 @@ PROBES: dict[str, Probe] = {
     "votes-quick": partial(votes, each=1),
     "salt-quick": partial(salt, rounds=4),
 }
-READ_TEXT = frozenset(
+TEXT_PROBES = frozenset(
     f"{name}{form}"
     for name in ("quality", "tenants", "structures", "votes", "retrieval")
     for form in ("", "-quick")

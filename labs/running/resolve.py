@@ -12,22 +12,23 @@ from urllib.parse import urlsplit
 
 from labs.filing.results import RESULTS, MachineFile, read_json, require_room, write_json
 from labs.findings.parts import parts_of
-from labs.judging.measure import price_per_hour
 from labs.judging.metrics import trial_metrics
 from labs.judging.text import ceilings_text
 from labs.lab import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Point, did_you_mean
 from labs.running import derived_models
 from labs.running.clock import Clock
-from labs.running.probes import PROBES, READ_TEXT
+from labs.running.probes import PROBES, TEXT_PROBES
 from labs.running.progress import ProgressDisplay
 from labs.telling.plots import plots_of
 from loadtests.load_workers import LOOPBACK, LoadWorkers, address_of, require_key
 from loadtests.prompts import Writer, counter
+from loadtests.trace import TraceRow
 from serving import dummy, models
 from serving import machine as machines
 from serving.engines import ENGINES
 from serving.engines.base import EngineError, Unsupported
 from serving.engines.endpoint import Endpoint
+from serving.forecasting.datasheet import reason_against_sharing
 from serving.gpus import DATASHEETS, Datasheet
 from serving.guard import HERE
 from serving.machine import SLOW_BF16, Ceilings, Environment, Machine
@@ -54,6 +55,7 @@ class RunRequest:
     scale: str = ""  # of that lab; else this machine's
     engine_command: Sequence[str] = ()  # in the place of the engines' own
     card: str = ""  # a GPU that is not here, by its short name: it can only be forecast
+    trace: tuple[TraceRow, ...] = ()  # traffic that is forecast in place of the lab's own
     unsafe_flags: bool = False  # flags are passed on that may load code or open an address
     clock: Clock = field(default_factory=Clock)  # without an end, unless the call has one
 
@@ -88,6 +90,7 @@ def lab_of(request: RunRequest, scale: str) -> Lab:
     if request.reproduces:
         return request.lab
     lab = request.lab.at(scale, request.quick, request.changes, is_dummy(request.weights))
+    lab = lab.replaying(request.trace) if request.trace else lab
     return lab.against_itself() if request.aa else lab
 
 
@@ -95,60 +98,39 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     """Check everything that can be checked before the first process starts."""
     if request.replicas and not request.endpoint:
         raise LabError("ENDPOINT_METRICS names replicas behind an ENDPOINT: give its address, too")
-    elsewhere = load_workers_of(request)
+    elsewhere, keep_disturbed = load_workers_of(request), keeps_disturbed()
+    price_per_hour()  # refused now, if it is no price
     machine, datasheet = machine_of(request.card)
     lab = lab_of(request, models.scale_of(machine))
+    if datasheet:  # there may be as many GPUs as are asked for
+        machine = machine.model_copy(update={"count": max(f.devices for f in lab.all_flags)})
     require_known_names(lab)
-    keeps_disturbed()
     if not request.unsafe_flags:
         require_harmless(lab, bool(request.reproduces))
     require_devices(lab, machine)
     require_room(RESULTS)
     model = model_of(machine, request.model, request.weights)
+    if datasheet:
+        require_shared_layers(lab, model, datasheet)
     if model.dummy:
         require_no_reading(lab)
     if not request.engine_command:
         lab = with_engines_here(lab, model, progress)
     require_sizes(lab, model)
-    if not request.endpoint:
+    endpoint = _endpoint(request, lab)
+    if not endpoint:
         require_memory(lab, machine, model)
-    endpoint = None
-    if request.endpoint:
-        if len(lab.variants) > 1:
-            raise LabError(
-                f"{lab.name} compares engine settings, so it must start its own engines: leave"
-                " ENDPOINT out"
-            )
-        endpoint = Endpoint(request.endpoint, request.replicas)
-        endpoint.require_stream()
-    else:
         if not datasheet:
             require_compiler(lab, machine)
         check_flags(lab)
     writer = _writer(model)
-    for workload in lab.workloads:
-        try:
-            workload.requests(1, lab.seed, writer)
-        except ValueError as error:
-            raise LabError(f"workload {workload.name}: {error}") from error
-    places = {
-        name: derived_models.make(model, name, progress.message, request.quick)
-        for name in lab.derived()
-    }
-    weights = {
-        v.name: derived_models.with_weights(model, v.weights, places[v.weights])
-        for v in lab.variants
-        if v.weights
-    }
+    lab = with_whole_prompts(lab, writer.least_tokens, progress)
+    require_prompts(lab, writer)
+    places, weights = _derived(lab, model, progress, request.quick)
     ceilings = datasheet_ceilings(datasheet) if datasheet else measured_ceilings(machine, progress)
-    about = ceilings_text(ceilings, "by its datasheet" if datasheet else "")
-    progress.message(f"Machine: {machine.describe()}; {about}")
-    if machine.lacks_bf16:
-        progress.message(f"Note: {SLOW_BF16}")
-    random_weights = ", random weights" if model.dummy else ""
-    progress.message(
-        f"Model: {model.name}, {model.shape.params / 1e6:,.0f} M parameters{random_weights}"
-    )
+    each = "each, " if machine.count > 1 else ""
+    about = ceilings_text(ceilings, f"{each}by its datasheet" if datasheet else "")
+    _introduce(machine, model, about, progress)
     points = lab.points(
         model.shape,
         ceilings,
@@ -156,10 +138,67 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         {name: derived_models.about(path) for name, path in places.items()},
     )
     return Setup(
-        lab, machine, ceilings, model, points, places, weights, writer, endpoint,
-        request.engine_command, datasheet, keeps_disturbed(), request.clock, elsewhere,
-        request.quick,
-    )  # fmt: skip
+        lab=lab,
+        machine=machine,
+        ceilings=ceilings,
+        model=model,
+        points=points,
+        places=places,
+        weights=weights,
+        writer=writer,
+        endpoint=endpoint,
+        engine_command=request.engine_command,
+        datasheet=datasheet,
+        keep_disturbed=keep_disturbed,
+        clock=request.clock,
+        load_workers=elsewhere,
+        quick=request.quick,
+    )
+
+
+def _endpoint(request: RunRequest, lab: Lab) -> Endpoint | None:
+    """Return the endpoint that is asked for, once it has answered; None where engines are started.
+
+    Raises LabError and EngineError.
+    """
+    if not request.endpoint:
+        return None
+    if len(lab.variants) > 1:
+        raise LabError(
+            f"{lab.name} compares engine settings, so it must start its own engines: leave"
+            " ENDPOINT out"
+        )
+    endpoint = Endpoint(request.endpoint, request.replicas)
+    endpoint.require_stream()
+    return endpoint
+
+
+def _derived(
+    lab: Lab, model: models.Model, progress: ProgressDisplay, quick: bool
+) -> tuple[dict[str, Path], dict[str, models.Model]]:
+    """Make what the lab derives from the model: its folders, and what each variant then serves."""
+    places = {
+        name: derived_models.make(model, name, progress.message, quick) for name in lab.derived()
+    }
+    weights = {
+        v.name: derived_models.with_weights(model, v.weights, places[v.weights])
+        for v in lab.variants
+        if v.weights
+    }
+    return places, weights
+
+
+def _introduce(
+    machine: Machine, model: models.Model, ceilings: str, progress: ProgressDisplay
+) -> None:
+    """Say what the lab is about to run on, with its ceilings as text."""
+    progress.message(f"Machine: {machine.describe()}; {ceilings}")
+    if machine.lacks_bf16:
+        progress.message(f"Note: {SLOW_BF16}")
+    random_weights = ", random weights" if model.dummy else ""
+    progress.message(
+        f"Model: {model.name}, {model.shape.params / 1e6:,.0f} M parameters{random_weights}"
+    )
 
 
 def load_workers_of(request: RunRequest) -> LoadWorkers | None:
@@ -179,7 +218,7 @@ def load_workers_of(request: RunRequest) -> LoadWorkers | None:
     try:
         host, port = address_of(request.listen or f"{LOOPBACK}:{free_port()}")
         only_here = (urlsplit(request.endpoint).hostname or "") in HERE
-        if only_here and host not in (*HERE, LOOPBACK):
+        if only_here and host not in HERE:
             raise ValueError(
                 "other machines cannot send to an ENDPOINT= on 127.0.0.1 or localhost, which"
                 " is this machine for each of them: give the address by which all reach it"
@@ -296,6 +335,38 @@ def require_devices(lab: Lab, machine: Machine) -> None:
             raise NotApplicable(str(reason)) from reason
 
 
+def with_whole_prompts(lab: Lab, least_tokens: int, progress: ProgressDisplay) -> Lab:
+    """Lengthen the prompts of traces that are shorter than the chat template, and say how many."""
+    workloads = []
+    for workload in lab.workloads:
+        trace = tuple((at_s, max(prompt, least_tokens), o) for at_s, prompt, o in workload.trace)
+        if longer := sum(a != b for a, b in zip(trace, workload.trace, strict=True)):
+            progress.message(
+                f"Of the trace, {longer} prompts are shorter than the model's chat template: they"
+                f" have {least_tokens} tokens here"
+            )
+        workloads.append(workload.model_copy(update={"trace": trace}) if longer else workload)
+    return lab.model_copy(update={"workloads": tuple(workloads)})
+
+
+def require_prompts(lab: Lab, writer: Writer) -> None:
+    """Check that the tokenizer can write each workload's first prompt. Raises LabError."""
+    for workload in lab.workloads:
+        try:
+            workload.requests(1, lab.seed, writer)
+        except ValueError as error:
+            raise LabError(f"workload {workload.name}: {error}") from error
+
+
+def require_shared_layers(lab: Lab, model: models.Model, sheet: Datasheet) -> None:
+    """Check that GPUs which are to share the model's layers can. Raises LabError."""
+    for gpus in dict.fromkeys(flags.tensor_parallel_size for flags in lab.all_flags):
+        if gpus < 1:
+            raise LabError(f"tensor-parallel-size={gpus}: give 1 or more GPUs")
+        if why := reason_against_sharing(model.shape, sheet, gpus):
+            raise LabError(f"TP={gpus}: {why}")
+
+
 def with_engines_here(lab: Lab, model: models.Model, progress: ProgressDisplay) -> Lab:
     """Leave out the variants whose engines cannot serve this model here, and say why.
 
@@ -362,7 +433,7 @@ def check_flags(lab: Lab) -> None:
 
 
 def require_known_names(lab: Lab) -> None:
-    """Check the names that only other modules know, and the price. Raises LabError."""
+    """Check the names that only other modules know. Raises LabError."""
     parts: list[Claim | Forecast] = [*lab.claims, *lab.forecasts]
     for part in parts:
         if part.metric not in trial_metrics():
@@ -376,15 +447,23 @@ def require_known_names(lab: Lab) -> None:
         for name in names:
             if name not in known_names:
                 raise LabError(f"no {kind} {name!r}; the known ones are {', '.join(known_names)}")
+
+
+def price_per_hour() -> float | None:
+    """Read PRICE_PER_HOUR in US dollars; None where none is given. Raises LabError."""
+    text = os.environ.get("LABS_PRICE_PER_HOUR", "")
     try:
-        price_per_hour()
-    except ValueError as error:
-        raise LabError(str(error)) from error
+        price = float(text) if text else None
+    except ValueError:
+        price = -1.0
+    if price is not None and not 0 < price < float("inf"):
+        raise LabError(f"PRICE_PER_HOUR={text} is not a price: give US dollars, such as 2.50")
+    return price
 
 
 def require_no_reading(lab: Lab) -> None:
     """Check that no probe reads text, as random weights write none. Raises LabError."""
-    if reading_probes := [name for name in lab.probes if name in READ_TEXT]:
+    if reading_probes := [name for name in lab.probes if name in TEXT_PROBES]:
         raise LabError(f"{', '.join(reading_probes)}: {NO_TEXT}")
 
 

@@ -33,7 +33,13 @@ from labs.running.engines import order_of_engines, resident_groups
 from labs.running.forecast import ForecastError, forecast, ratio_of_forecasts
 from labs.running.harness import open_harness
 from labs.running.progress import ProgressDisplay
-from labs.running.resolve import RunRequest, Setup, engine_environment, resolve
+from labs.running.resolve import (
+    RunRequest,
+    Setup,
+    engine_environment,
+    price_per_hour,
+    resolve,
+)
 from labs.running.resume import unfinished
 from labs.running.trials import requests_file, write_requests
 from labs.telling import pages, report, tables
@@ -209,6 +215,7 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         endpoint_metrics=None if setup.endpoint is None else bool(setup.endpoint.snapshot()),
         prompts_sha256=prompts_sha256,
         reproduces=request.reproduces,
+        usd_per_hour=price_per_hour(),
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

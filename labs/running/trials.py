@@ -19,7 +19,7 @@ from labs.judging.measure import Trial, output_tokens_per_s, ran_out, requests_p
 from labs.judging.text import point_label
 from labs.judging.validity import disturbances_of
 from labs.lab import LabError, Point, Variant
-from labs.running.counts import Counts, counter_increase
+from labs.running.counts import Counts, counted_since
 from labs.running.engines import Engines
 from labs.running.load import LoadGenerator
 from labs.running.machine_load import OtherLoad, wait_until_idle
@@ -189,7 +189,7 @@ class Trials:
         knows.
         """
         lab = self._setup.lab
-        as_written = (point.workload.warmup_s or lab.warmup_s) + lab.window_s
+        as_written = lab.warmup_of(point.workload) + lab.window_s
         return max(as_written, self._forecast_s.get(point.key, 0.0))
 
     def play(self, point: Point, repeat: int) -> None:
@@ -309,7 +309,7 @@ class Trials:
             requests=sending,
             skip=self._requests_to_skip(point),
             records=path,
-            warmup_s=point.workload.warmup_s or lab.warmup_s,
+            warmup_s=lab.warmup_of(point.workload),
             window_s=lab.window_s,
             timeout_s=lab.timeout_s,
             seed=lab.draw_seed(repeat),
@@ -343,7 +343,7 @@ class Trials:
         ):
             self._counts.discard(succeeded)
             raise EngineError(reason)
-        engine_counters = counter_increase(engine, before, len(succeeded))
+        engine_counters = counted_since(engine, before, len(succeeded))
         trial = Trial(point, repeat, lab.slo, request_records, summary, engine_counters)
         tokens_per_s = output_tokens_per_s(trial)
         rate = "nothing in the window" if tokens_per_s is None else f"{tokens_per_s:.0f} tok/s"

@@ -381,10 +381,15 @@ def _predicted(claim: Asked, pair: Points, on: Hardware) -> float | None:
     try:
         if not all(map(_fits, pair)):
             return None
-        value = claim.predict(*(replace(point, ceilings=on.ceilings) for point in pair)).value
+        value = claim.predict(*(_on(point, on.ceilings) for point in pair)).value
     except (LabError, *UNREADABLE):
         return None
     return value if math.isfinite(value) and value > 0 else None
+
+
+def _on(point: Point, ceilings: Ceilings) -> Point:
+    """Put a point's engine on devices of these ceilings, as many as share its layers."""
+    return replace(point, ceilings=ceilings.times(point.flags.tensor_parallel_size))
 
 
 def _fits(point: Point) -> bool:

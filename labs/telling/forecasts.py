@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from labs.filing.results import Predictions
+from labs.judging.text import number
 from labs.lab import Lab
 from labs.telling import tables
 from labs.telling.document import Code, Inline, Paragraph, Section, Strong, bullets, section
@@ -31,7 +32,8 @@ def page(
         Strong("Forecast; nothing was measured."),
         f" {model} on {machine.describe()}. {SCHEDULER}",
         origin,
-        ". A band spans a faster and a slower step.",
+        ". A band spans a faster and a slower step. Goodput counts requests with a TTFT of at most"
+        f" {number(lab.slo.ttft_s, 's')} and a TPOT of at most {number(lab.slo.tpot_s, 's')}.",
     )
     return section(
         f"{lab.title}: forecast for {machine.model}",
@@ -39,7 +41,7 @@ def page(
         section("Claims", tables.predictions(lab, predictions)),
         section(
             "Load points",
-            tables.in_virtual_time(lab, forecasts),
+            tables.in_virtual_time(lab, forecasts, also=("goodput_per_s",)),
             bullets(
                 (Code(name), f" has no forecast: {why}") for name, why in forecasts.without.items()
             ),

@@ -16,7 +16,15 @@ from matplotlib.axes import Axes
 from dashboards.palette import BLUE, BOUND, VARIANTS
 from labs.filing.results import RunFolder, Summary
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import BANDS, GREY, draw_forecasts, legend_above, plt, reach
+from labs.findings.drawing import (
+    BANDS,
+    GREY,
+    draw_forecasts,
+    draw_forecasts_of_two,
+    legend_above,
+    plt,
+    reach,
+)
 from labs.findings.parts import Draw, parts_of
 from labs.findings.sweep import concurrency_sweep
 from labs.judging.judge import Interval, borne_out_between
@@ -211,6 +219,10 @@ def pareto(run: JudgedRun) -> str | None:
         ax.plot([user], [total], "o", color=BLUE)
         ax.annotate(f"{point.load.users} in flight", (user, total), xytext=(7, 2),
                     textcoords="offset points")  # fmt: skip
+    forecasts = [
+        (run.forecast(p, "tpot_mean_s"), run.forecast(p, "output_tokens_per_s")) for p in swept
+    ]
+    forecast = draw_forecasts_of_two(ax, forecasts, across=lambda tpot_s: 1 / tpot_s)
     ax.axvline(
         1 / run.lab.slo.tpot_s,
         color=GREY,
@@ -224,7 +236,7 @@ def pareto(run: JudgedRun) -> str | None:
     ax.legend(frameon=False, loc="upper right")
     return (
         "The trade-off: further up is better for whoever pays for the machine, further right for"
-        " whoever reads the answer. Small dots are single repeats."
+        " whoever reads the answer. Small dots are single repeats." + BANDS * forecast
     )
 
 

@@ -238,7 +238,10 @@ def _of_the_whole(run: Run, lab: Lab, session: Session | None) -> list[Caveat]:
         text = "predictions assume this machine's ceilings; the endpoint may run on another machine"
         caveats.append(Caveat(name="endpoint's hardware unknown", text=text))
     if any(flags.is_parallel for flags in lab.all_flags):
-        text = "predictions assume one GPU's ceilings and no communication between GPUs"
+        text = (
+            "predictions assume no communication between GPUs, and the ceilings of those that"
+            " share each layer (TP=)"
+        )
         caveats.append(Caveat(name="several GPUs", text=text))
     return caveats
 

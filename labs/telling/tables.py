@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from labs.filing.results import Band, PointForecasts, Predictions, Session, Summary
 from labs.findings.parts import published_of
@@ -131,15 +131,16 @@ def forecasts(lab: Lab, summary: Summary) -> Table:
     return table(header, rows)
 
 
-def in_virtual_time(lab: Lab, forecasts: PointForecasts) -> Table:
+def in_virtual_time(lab: Lab, forecasts: PointForecasts, also: Collection[str] = ()) -> Table:
     """Tabulate every point as vLLM's scheduler plays it in virtual time, each figure with its band.
 
-    A figure that is 0 everywhere, such as preemptions where memory is ample, is left out.
+    A figure that is 0 everywhere, such as preemptions where memory is ample, is left out. `also`
+    names metrics that are shown beside those that always are.
     """
     metrics = [
         metric
         for metric in METRICS
-        if METRICS[metric].forecast == "shown"
+        if (METRICS[metric].forecast == "shown" or metric in also)
         and any(metric in bands and bands[metric].high for bands in forecasts.points.values())
     ]
     return table(

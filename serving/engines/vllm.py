@@ -167,6 +167,11 @@ class VllmFlags(TypedFlags):
         return math.prod(self.integer(flag, 1) for flag in PARALLEL)
 
     @property
+    def tensor_parallel_size(self) -> int:
+        """The devices that share each layer."""
+        return self.integer(PARALLEL[0], 1)
+
+    @property
     def weight_parts(self) -> int:
         """The devices that share one copy of the weights: tensor x pipeline parallelism."""
         return math.prod(self.integer(flag, 1) for flag in PARALLEL[:2])
@@ -369,6 +374,7 @@ class Vllm(Engine):
                 f" max-model-len={limit}: lower the lengths or raise flags.max-model-len with SET="
             )
         needed = limit * model.shape.kv_bytes_per_token(VllmFlags(flags).kv_value_bytes)
+        needed /= VllmFlags(flags).weight_parts  # of which each device holds a part
         if isinstance(memory, int) and memory < needed:
             raise EngineError(
                 f"{variant}'s kv-cache-memory-bytes={memory} cannot hold one request of"
@@ -468,8 +474,16 @@ class Vllm(Engine):
 
     def _adapter(self, action: str, body: dict[str, str]) -> None:
         url = f"{self.url}/v1/{action}_lora_adapter"
-        answer = requests.post(url, json=body, headers=guard.headers(), timeout=ADAPTER_TIMEOUT_S)
-        answer.raise_for_status()
+        try:
+            answer = requests.post(
+                url, json=body, headers=guard.headers(), timeout=ADAPTER_TIMEOUT_S
+            )
+            answer.raise_for_status()
+        except requests.RequestException as error:
+            name = body["lora_name"]
+            raise EngineError(
+                f"{self.name} did not {action} the adapter {name}: {error}"
+            ) from error
 
 
 def cores_of(copies: int) -> str:

@@ -37,6 +37,7 @@ from serving.forecasting.step import StepTimes
 from serving.gpus import Datasheet
 from serving.models import Shape
 
+MOST_LINKED = 8  # GPUs that NVLink joins in one machine
 SIZES = tuple(2**i for i in range(15))  # of steps, in tokens, and of rows of the output head
 
 
@@ -54,6 +55,25 @@ class Efficiency:
 EXPECTED = Efficiency(0.85, 0.51, step_s=1.2e-3, linking=0.76, exchange_s=10e-6)
 FASTER = Efficiency(0.92, 0.75, step_s=0.4e-3, linking=0.81, exchange_s=4e-6)
 SLOWER = Efficiency(0.78, 0.43, step_s=1.6e-3, linking=0.45, exchange_s=19e-6)
+
+
+def reason_against_sharing(shape: Shape, card: Datasheet, gpus: int) -> str | None:
+    """Say why so many of these GPUs cannot share a model's layers; None where they can."""
+    if gpus == 1:
+        return None
+    if card.link_bytes_per_s is None:
+        return (
+            f"GPUs that share a layer are forecast over NVLink, which the {card.short_name} does"
+            " not have; no published figures were found for PCIe"
+        )
+    if gpus > MOST_LINKED:
+        return f"NVLink joins {MOST_LINKED} GPUs of a machine at most"
+    if shape.heads % gpus or shape.kv_heads % gpus:
+        return (
+            f"{gpus} GPUs cannot share {shape.heads} heads and {shape.kv_heads} KV heads evenly;"
+            " choose a number that divides both"
+        )
+    return None
 
 
 def step_times(

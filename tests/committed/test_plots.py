@@ -9,6 +9,8 @@ import pytest
 
 from labs.filing.results import RunFolder
 from labs.findings.context import Context, JudgedRun
+from labs.findings.drawing import BANDS, GREY
+from labs.findings.serving_engines import curves, draw_curves
 from labs.judging.judge import Interval
 from labs.telling.plots import plots_of
 from tests.committed import in_git
@@ -17,11 +19,54 @@ from tests.committed import in_git
 def test_however_wide_an_interval_ends_within_its_plot(
     committed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder(committed / "results" / in_git.newest("chunked-prefill"))
     wide = Interval(value=1.0, low=0.0, high=2.0, n=3)
     monkeypatch.setattr(Context, "interval", lambda *_: wide)
-    run, summary = folder.run(), folder.summary()
-    context = Context(folder, run, run.rebuilt_lab(), run.points(), summary.measurements)
-    plots_of("chunked-prefill")["stall"](JudgedRun.of(context, summary))
+    plots_of("chunked-prefill")["stall"](_judged(committed, "chunked-prefill"))
     assert all(ax.get_ylim()[1] > 2000 for ax in plt.gcf().axes)  # in ms
     plt.close("all")
+
+
+@pytest.mark.parametrize(
+    ("lab", "plot", "label"),
+    [
+        ("continuous-batching", "pareto", "forecast, with its bands"),
+        ("weight-quantization", "tradeoff", "speed-up forecast before the run"),
+    ],
+)
+def test_a_plot_over_two_figures_shows_their_forecasts(
+    committed: Path, lab: str, plot: str, label: str
+) -> None:
+    caption = plots_of(lab)[plot](_judged(committed, lab))
+    assert caption
+    assert _labels().count(label) == 1
+    plt.close("all")
+
+
+def test_curves_of_engines_show_the_forecast_of_the_one_that_has_one(committed: Path) -> None:
+    caption = draw_curves(_judged(committed, "serving-engines").once(curves))
+    assert caption
+    assert [text for text in _labels() if "forecast" in text] == 2 * ["vllm, forecast"]
+    plt.close("all")
+
+
+def _labels() -> list[str]:
+    return [text for ax in plt.gcf().axes for text in ax.get_legend_handles_labels()[1]]
+
+
+def test_bars_of_structures_lie_on_the_bands_of_their_forecasts(committed: Path) -> None:
+    run = _judged(committed, "structured-output")
+    caption = plots_of("structured-output")["structures"](run)
+    assert caption is not None
+    assert caption.endswith(BANDS)
+    lines = [line for ax in plt.gcf().axes for line in ax.lines if line.get_color() == GREY]
+    marks = [line for line in lines if line.get_marker() == "_"]
+    bars = [bar for ax in plt.gcf().axes for bar in ax.patches]
+    assert len(marks) == len(bars)
+    plt.close("all")
+
+
+def _judged(committed: Path, lab: str) -> JudgedRun:
+    folder = RunFolder(committed / "results" / in_git.newest(lab))
+    run, summary = folder.run(), folder.summary()
+    context = Context(folder, run, run.rebuilt_lab(), run.points(), summary.measurements)
+    return JudgedRun.of(context, summary)

@@ -44,7 +44,7 @@ def plan(names: Iterable[str], scale: str, start_s: float) -> Iterator[Planned]:
                 if not workload.only or variant.name in workload.only:
                     count = len(workload.loads) * lab.repeats
                     trials += count
-                    load_s += count * ((workload.warmup_s or lab.warmup_s) + lab.window_s)
+                    load_s += count * (lab.warmup_of(workload) + lab.window_s)
         starts = len(lab.variants) * (lab.starts if len(lab.variants) > 1 else 1)
         takes_s = PREPARATION_S["gpu"] + starts * start_s + load_s + trials * PER_TRIAL_S
         takes_s += (START_S["gpu"] - start_s) * first

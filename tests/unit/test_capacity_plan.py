@@ -256,8 +256,8 @@ def test_two_cards_hold_what_one_does_not_and_cost_twice_as_much() -> None:
     ("card", "gpus", "said"),
     [
         ("l4", 2, "over NVLink, which the l4 does not have"),
-        ("h100", 3, "32 heads and 8 KV heads, which so many GPUs cannot share evenly"),
-        ("h100", 16, "at most 8 are linked"),
+        ("h100", 3, "3 GPUs cannot share 32 heads and 8 KV heads evenly"),
+        ("h100", 16, "NVLink joins 8 GPUs of a machine at most"),
     ],
 )
 def test_gpus_that_cannot_share_a_layer_are_refused(card: str, gpus: int, said: str) -> None:

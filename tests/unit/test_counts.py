@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from labs.running.counts import Counts, counter_increase
+from labs.running.counts import Counts, counted_since
 from loadtests.records import RequestRecord
 from serving import metrics
 from serving.metrics import Snapshot
@@ -68,12 +68,12 @@ def test_what_an_engine_does_not_tell_once_is_unknown_for_good() -> None:
 def test_the_engine_is_read_once_it_has_counted_the_last_request() -> None:
     later = [snapshot(11, 100), snapshot(12, 105), snapshot(12, 105)]
     engine: Any = type("", (), {"snapshot": lambda _: later.pop(0)})()
-    risen = counter_increase(engine, snapshot(10, 95), requests_done=2)
+    risen = counted_since(engine, snapshot(10, 95), requests_done=2)
     assert risen
     assert risen.values[metrics.REQUESTS] == pytest.approx(2)
     assert risen.values[metrics.GENERATION_TOKENS] == pytest.approx(10)
     assert len(later) == 1
-    assert counter_increase(engine, None, requests_done=2) is None
+    assert counted_since(engine, None, requests_done=2) is None
 
 
 def test_what_a_dead_load_generator_had_counted_is_unknown() -> None:

@@ -15,9 +15,8 @@ from labs.commands import doctor
 from labs.commands.doctor import Ability, Check
 from labs.lab import LabError
 from labs.running.derived_models import RECIPES
-from serving import dummy
 from serving.machine import GIB, Machine
-from serving.models import Model, ModelError
+from serving.models import TOKENIZER, Model, ModelError
 from serving.ports import PortTaken
 from tests.fake import nvml
 from tests.unit.builders import SHAPE
@@ -111,7 +110,7 @@ def test_without_a_package_index_no_tool_is_promised(
 def test_random_weights_run_what_does_not_need_real_ones(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for part in dummy.TOKENIZER:
+    for part in TOKENIZER:
         (tmp_path / part).touch()
     monkeypatch.setattr("serving.models.bundled", lambda: tmp_path)
     monkeypatch.setattr("serving.models.CACHE", tmp_path)

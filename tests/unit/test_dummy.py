@@ -25,7 +25,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that has nothing but a tokenizer."""
     bundled = tmp_path / "bundled"
     bundled.mkdir()
-    for part in dummy.TOKENIZER:
+    for part in models.TOKENIZER:
         (bundled / part).write_text(part)
     monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(models, "bundled", lambda: bundled)
@@ -40,7 +40,7 @@ def test_a_shape_is_a_folder_with_the_bundled_tokenizer_and_no_weights(name: str
     model = dummy.resolve(GPU, name)
     assert model.name == f"{name}-dummy"
     files = {path.name for path in model.path.iterdir()}
-    assert files == {"config.json", models.RANDOM, *dummy.TOKENIZER}
+    assert files == {"config.json", models.RANDOM, *models.TOKENIZER}
     config = json.loads((model.path / "config.json").read_text())
     assert config == json.loads((dummy.HOME / f"{name}.json").read_text())
     assert config["vocab_size"] >= 49_152  # the tokenizer's

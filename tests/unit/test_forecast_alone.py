@@ -14,8 +14,21 @@ from labs.filing.results import PointForecasts, Predictions
 from labs.judging.machine_speed import MachineSpeed, PartSpeed
 from labs.lab import Lab, LabError
 from labs.running import run as running
-from labs.running.forecast import _step_of, _steps_as_timed
-from labs.running.resolve import RunRequest, Setup, machine_of
+from labs.running.forecast import (
+    _step_of,
+    _steps_as_timed,
+    _traffic,
+    as_one_gpu,
+    reason_against,
+)
+from labs.running.resolve import (
+    RunRequest,
+    Setup,
+    lab_of,
+    machine_of,
+    require_shared_layers,
+    with_whole_prompts,
+)
 from labs.running.run import forecast_alone, run_lock
 from serving.gpus import Datasheet
 from tests.unit.builders import CEILINGS, SHAPE
@@ -62,6 +75,46 @@ def test_one_repeat_is_played_for_a_gpu_that_is_not_here_and_all_of_them_here() 
     assert [1, lab.repeats] == PLAYED
 
 
+def test_engines_are_forecast_under_a_trace_in_place_of_the_labs_loads() -> None:
+    trace = tuple((0.5 * i, 100 + i, 20) for i in range(41))
+    lab = lab_of(RunRequest(LABS["chunked-prefill"], trace=trace), "cpu")
+    points = lab.points(SHAPE, CEILINGS)
+    assert [p.key for p in points] == [f"{v.name}/trace/replay-1" for v in lab.variants]
+    assert points[0].lengths == tuple(row[1:] for row in trace)
+    assert (lab.repeats, lab.claims, lab.window_s) == (1, (), 20.0)
+    traffic = _traffic(lab, points[0], 1, None)
+    assert traffic.schedule_s == tuple(row[0] for row in trace)
+    assert traffic.warmup_s + traffic.window_s == 20.0
+    with pytest.raises(LabError, match="come at one time"):
+        lab_of(RunRequest(lab, trace=((0.0, 8, 8), (0.0, 9, 9))), "cpu")
+
+
+def test_gpus_that_share_layers_are_faster_and_hold_more() -> None:
+    """The ceilings and the KV cache of four; to the scheduler they are one."""
+    lab = LABS["kv-quantization"].at("gpu-80", quick=False)
+    shared = LABS["kv-quantization"].at("gpu-80", False, {"flags.tensor-parallel-size": 4})
+    (one, *_), (four, *_) = (each.points(SHAPE, CEILINGS) for each in (lab, shared))
+    assert four.ceilings.bf16_flops_per_s == 4 * CEILINGS.bf16_flops_per_s
+    assert four.kv_room_tokens == pytest.approx(4 * one.kv_room_tokens, rel=1e-3)
+    alone = as_one_gpu(four.flags)
+    assert alone.kv_cache_memory_bytes == 4 * one.flags.kv_cache_memory_bytes
+    assert alone.devices == 1
+
+
+def test_what_cannot_be_shared_has_no_forecast() -> None:
+    copies = LABS["continuous-batching"].at("gpu-80", False, {"flags.data-parallel-size": 2})
+    setup: Any = SimpleNamespace(
+        lab=copies, endpoint=None, engine_command=(), datasheet=machine_of("h100")[1]
+    )
+    assert "data parallelism" in (reason_against(setup, copies.variants[0]) or "")
+    shared = LABS["continuous-batching"].at("gpu-24", False, {"flags.tensor-parallel-size": 2})
+    model: Any = SimpleNamespace(shape=SHAPE)
+    sheet = machine_of("l4")[1]
+    assert sheet is not None
+    with pytest.raises(LabError, match="TP=2: GPUs that share a layer are forecast over NVLink"):
+        require_shared_layers(shared, model, sheet)
+
+
 def test_only_what_is_timed_here_waits_for_a_run() -> None:
     lab = LABS["continuous-batching"]
     with run_lock():
@@ -102,3 +155,12 @@ def test_a_quick_run_times_the_step_less_often() -> None:
         return _step_of(setup, points[0]).passes
 
     assert (passes(quick=True), passes(quick=False)) == (3, 6)
+
+
+def test_prompts_of_a_trace_are_at_least_as_long_as_the_chat_template() -> None:
+    said: list[str] = []
+    lab = LABS["continuous-batching"].replaying(((0.0, 3, 5), (1.0, 40, 5), (2.0, 9, 5)))
+    whole = with_whole_prompts(lab, 30, SimpleNamespace(message=said.append))
+    assert [row[1] for row in whole.workloads[0].trace] == [30, 40, 30]
+    assert said[0].startswith("Of the trace, 2 prompts are shorter")
+    assert with_whole_prompts(LABS["multi-lora"], 30, QUIET) == LABS["multi-lora"]

@@ -28,7 +28,7 @@ from labs.lab import (
     parse_changes,
 )
 from labs.questions import QUESTIONS
-from labs.running.probes import PROBES, READ_TEXT
+from labs.running.probes import PROBES, TEXT_PROBES
 from labs.running.resolve import require_no_reading
 from labs.telling.plots import plots_of
 from loadtests.arrivals import Concurrent
@@ -527,7 +527,7 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
 def test_what_needs_text_is_part_of_the_lab(lab: Lab) -> None:
     parts = {*lab.studies, *lab.probes, *lab.findings, *lab.plots, *lab.quick.get("probes", ())}
     assert {name.removesuffix("-quick") for name in lab.needs_text} <= parts
-    assert not set(lab.at("cpu", quick=False, dummy=True).probes) & READ_TEXT
+    assert not set(lab.at("cpu", quick=False, dummy=True).probes) & TEXT_PROBES
 
 
 @EVERY

@@ -1,5 +1,7 @@
 """Trial-level metrics on a hand-made trial."""
 
+from dataclasses import replace
+
 import pytest
 
 from labs import theory
@@ -88,10 +90,9 @@ LOWER_IS_BETTER = {
 }  # fmt: skip
 
 
-def test_every_metric_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LABS_PRICE_PER_HOUR", "3.6")
+def test_every_metric_by_hand() -> None:
     trial = make_trial([WARM_UP, *STEADY, FAILED], engine=ENGINE, point=OPEN, telemetry=AT_300_W)
-    values = measure(trial)
+    values = measure(replace(trial, usd_per_hour=3.6))
     assert values == pytest.approx(EXPECTED)
 
 
@@ -204,8 +205,9 @@ def test_empty_window_gives_no_rates(window_s: tuple[float, float]) -> None:
                                "mbu", "mfu")] == [None] * 6  # fmt: skip
 
 
-def test_no_price_no_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PRICE_PER_HOUR", raising=False)
+def test_a_price_that_the_run_did_not_record_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the reader has set since changes no figure on file."""
+    monkeypatch.setenv("LABS_PRICE_PER_HOUR", "3.6")
     assert measure(make_trial(STEADY))["usd_per_million_tokens"] is None
 
 

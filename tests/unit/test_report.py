@@ -283,7 +283,7 @@ def test_several_gpus_are_a_caveat_of_the_predictions(folder: RunFolder) -> None
     write_json(folder.path / "run.json", folder.run().model_copy(update={"lab": lab}))
     caveats = {c.name: c for c in summarise(folder).caveats}
     assert not caveats["several GPUs"].blocks
-    assert "one GPU's ceilings" in caveats["several GPUs"].text
+    assert "no communication between GPUs" in caveats["several GPUs"].text
 
 
 def test_report_of_a_failed_trial_has_a_dash_not_a_zero(folder: RunFolder) -> None:

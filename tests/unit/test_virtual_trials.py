@@ -154,11 +154,27 @@ def test_streams_beside_long_prompts_are_played_at_several_speeds() -> None:
 def test_what_is_watched_is_that_of_the_expected_step(monkeypatch: pytest.MonkeyPatch) -> None:
     workload = make_workload("concurrent:2", "ramp:0.5/1.5")
     sizes = {"max-num-seqs": 4, "num-gpu-blocks-override": 100, "block-size": 16}
-    lab = make_lab(workloads=(workload,), flags={"max-model-len": 128, **sizes})
+    flags = {"max-model-len": 128, **sizes}
+    lab = make_lab(name="overload", findings=("alarms",), workloads=(workload,), flags=flags)
     found = forecast_of(lab, Playing(), monkeypatch)
     assert {key: len(of) for key, of in found.watches.items()} == {
         "off/short/ramp-0.5-1.5": 2, "on/short/ramp-0.5-1.5": 2,
     }  # fmt: skip
+
+
+def test_a_trace_is_played_to_its_end_by_engines_without_a_stated_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No finding asks for its signals, which have no thresholds there."""
+    trace = tuple((0.5 * i, 8, 4) for i in range(9))
+    lab = make_lab(name="overload", findings=("alarms",)).replaying(trace)
+    assert not any("max-num-seqs" in flags for flags in lab.all_flags)
+    forecaster = Playing()
+    found = forecast_of(lab, forecaster, monkeypatch)
+    assert set(found.points) == {"off/trace/replay-1", "on/trace/replay-1"}
+    assert found.watches == {}
+    (plan,) = forecaster.plans
+    assert {len(t.traffic.schedule_s) for e in plan.engines for t in e.trials} == {len(trace)}
 
 
 def test_the_cache_in_use_is_the_mean_over_the_plays_at_the_expected_step(
@@ -175,6 +191,7 @@ def test_the_first_play_of_what_a_lab_draws_is_kept(monkeypatch: pytest.MonkeyPa
     own: dict[str, Any] = {
         "variants": (Variant(name="base", flags={}),), "claims": (), "evidence": (),
         "workloads": (make_workload("waves:8", "concurrent:8", "poisson:2"),),
+        "plots": ("static",),
     }  # fmt: skip
     found = forecast_of(make_lab(name="continuous-batching", **own), Playing(), monkeypatch)
     assert [*found.timelines] == ["base/short/waves-8", "base/short/concurrent-8"]

@@ -116,59 +116,18 @@ class Api:
 
         Raises Refused where vLLM would answer with an error.
         """
-
-        def refuse(message: str, param: str | None = None) -> NoReturn:
-            raise Refused(HTTPStatus.BAD_REQUEST, "BadRequestError", message, param)
-
-        def count(name: str, default: int) -> int:
-            value = body.get(name)
-            if value is not None and (type(value) is not int or value < 0):
-                refuse(f"{name} must be a whole number, got {value}.", name)
-            return default if value is None else value
-
-        try:
-            body = json.loads(text)
-            if not isinstance(body, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            refuse(f"JSON decode error: {error}", "body")
-        engine = self._engine
+        engine, body = self._engine, _object(text)
         model = body.get("model") or engine.names[0]
         if model not in engine.models:
             aliases = ", ".join(engine.models)
             message = f"The model `{model}` does not exist. Valid aliases: {aliases}."
             raise Refused(HTTPStatus.NOT_FOUND, "NotFoundError", message, "model")
-        try:
-            prompt = (
-                _chat_tokens(body["messages"], engine.tokenizer)
-                if chat
-                else _tokens(body["prompt"])
-            )
-        except (KeyError, TypeError, AttributeError):
-            refuse("Field required", "messages" if chat else "prompt")
-        longest = self._options.max_model_len
-        rest = longest - len(prompt)
-        most = count("max_tokens", rest if chat else min(rest, 16))
-        most = count("max_completion_tokens", most) if chat else most
-        least = count("min_tokens", 0)
-        if most < 1 or len(prompt) + most > longest:
-            refuse(f"{len(prompt)} + {most} tokens, of max_model_len={longest}.", "max_tokens")
-        if least > most:
-            refuse(f"min_tokens must be at most max_tokens={most}, got {least}.", "min_tokens")
-        ends = self._options.eos_after if not body.get("ignore_eos") else 0
-        n_out = min(most, max(least, ends)) if ends else most
-        wanted_answers = count("n", 1)
+        prompt = self._prompt(body, chat)
+        n_out, stops = self._output(body, chat, len(prompt))
+        wanted_answers = _count(body, "n", 1)
         if wanted_answers < 1:
-            refuse(f"n must be at least 1, got {wanted_answers}.", "n")
-        top = None if body.get("prompt_logprobs") is None else count("prompt_logprobs", 0)
-        if top is not None and body.get("stream"):
-            refuse("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
-        truth = body.get("truth") or {}
-        if not (isinstance(truth, dict) and all(type(v) in (int, float) for v in truth.values())):
-            refuse("truth must map ttft_s, gap_s, stall_s, tokens_per_chunk to numbers.", "truth")
-        priority = body.get("priority", 0)
-        if type(priority) is not int or (priority and self._options.scheduling_policy == "fcfs"):
-            refuse(f"Got priority {priority} but Priority scheduling is not enabled.", "priority")
+            _refuse(f"n must be at least 1, got {wanted_answers}.", "n")
+        top, truth, priority = _top(body), _truth(body), self._priority(body)
 
         self._arrived += 1
         index = headers.get("x-request-id", str(self._arrived))
@@ -191,11 +150,80 @@ class Api:
             continuous=bool(usage and wanted.get("continuous_usage_stats")),
             prompt=prompt,
             n_out=n_out,
-            stops=n_out < most or n_out == ends,
+            stops=stops,
             truth=truth,
             priority=priority,
         )
         return request, wanted_answers
+
+    def _prompt(self, body: dict[str, Any], chat: bool) -> Sequence[object]:
+        """The prompt's tokens. Raises Refused."""
+        try:
+            if chat:
+                return _chat_tokens(body["messages"], self._engine.tokenizer)
+            return _tokens(body["prompt"])
+        except (KeyError, TypeError, AttributeError):
+            _refuse("Field required", "messages" if chat else "prompt")
+
+    def _output(self, body: dict[str, Any], chat: bool, prompt_tokens: int) -> tuple[int, bool]:
+        """How many tokens an answer has, and whether it stops by itself there. Raises Refused."""
+        longest = self._options.max_model_len
+        rest = longest - prompt_tokens
+        most = _count(body, "max_tokens", rest if chat else min(rest, 16))
+        most = _count(body, "max_completion_tokens", most) if chat else most
+        least = _count(body, "min_tokens", 0)
+        if most < 1 or prompt_tokens + most > longest:
+            _refuse(f"{prompt_tokens} + {most} tokens, of max_model_len={longest}.", "max_tokens")
+        if least > most:
+            _refuse(f"min_tokens must be at most max_tokens={most}, got {least}.", "min_tokens")
+        ends = self._options.eos_after if not body.get("ignore_eos") else 0
+        tokens = min(most, max(least, ends)) if ends else most
+        return tokens, tokens < most or tokens == ends
+
+    def _priority(self, body: dict[str, Any]) -> int:
+        priority = body.get("priority", 0)
+        if type(priority) is not int or (priority and self._options.scheduling_policy == "fcfs"):
+            _refuse(f"Got priority {priority} but Priority scheduling is not enabled.", "priority")
+        return priority
+
+
+def _refuse(message: str, param: str) -> NoReturn:
+    raise Refused(HTTPStatus.BAD_REQUEST, "BadRequestError", message, param)
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(text)
+        if not isinstance(body, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        _refuse(f"JSON decode error: {error}", "body")
+    return body
+
+
+def _count(body: dict[str, Any], name: str, default: int) -> int:
+    value = body.get(name)
+    if value is None:
+        return default
+    if type(value) is not int or value < 0:
+        _refuse(f"{name} must be a whole number, got {value}.", name)
+    return value
+
+
+def _top(body: dict[str, Any]) -> int | None:
+    """How many likely tokens are told at each place of the prompt; None: nothing of it."""
+    top = None if body.get("prompt_logprobs") is None else _count(body, "prompt_logprobs", 0)
+    if top is not None and body.get("stream"):
+        _refuse("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
+    return top
+
+
+def _truth(body: dict[str, Any]) -> dict[str, float]:
+    """The times that this answer is to have, where its request says so."""
+    truth = body.get("truth") or {}
+    if not (isinstance(truth, dict) and all(type(v) in (int, float) for v in truth.values())):
+        _refuse("truth must map ttft_s, gap_s, stall_s, tokens_per_chunk to numbers.", "truth")
+    return truth
 
 
 def _mark(adapter: Path | None) -> str:

@@ -46,7 +46,7 @@ def folder(home: Path, name: str, config: dict[str, Any]) -> Path:
     """Write a model's folder without weights: its configuration, and the bundled tokenizer."""
     made = home / name.replace("/", "--")
     made.mkdir(parents=True, exist_ok=True)
-    for part in dummy.TOKENIZER:
+    for part in models.TOKENIZER:
         shutil.copyfile(models.bundled_tokenizer() / part, made / part)
     (made / "config.json").write_text(json.dumps(config, indent=1))
     return made
