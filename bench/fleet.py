@@ -13,7 +13,7 @@ from bench import BenchError
 from bench.clock import Clock
 from bench.console import console, table
 from labs.running.capacity_plan import Served, model_named
-from labs.running.forecast import Forecaster, ForecastError, started
+from labs.running.forecaster import Forecaster, ForecastError, started
 from labs.running.resolve import machine_of
 from labs.telling import instruments
 from serving import models

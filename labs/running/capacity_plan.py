@@ -23,17 +23,11 @@ from labs import theory
 from labs.filing.results import Band
 from labs.judging.measure import in_time, percentile
 from labs.lab import SLO, LabError
-from labs.running.forecast import (
-    Forecaster,
-    as_one_gpu,
-    defaults_on_a_gpu,
-    is_eight_bit,
-    play_all,
-    records,
-    side_by_side,
-)
+from labs.running.forecaster import Forecaster, play_all, side_by_side
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import machine_of
+from labs.running.step_timing import is_eight_bit
+from labs.running.virtual_trials import as_one_gpu, defaults_on_a_gpu, records
 from labs.telling.capacity_plans import (
     Alone,
     CapacityPlan,

@@ -30,7 +30,8 @@ from labs.lab import LabError
 from labs.running import backfill, engine_series
 from labs.running.attention import time_attention
 from labs.running.engines import order_of_engines, resident_groups
-from labs.running.forecast import ForecastError, forecast, ratio_of_forecasts
+from labs.running.forecast import forecast, ratio_of_forecasts
+from labs.running.forecaster import ForecastError
 from labs.running.harness import open_harness
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import (

@@ -96,6 +96,26 @@ def test_a_card_without_a_datasheet_is_refused_and_the_known_ones_are_named() ->
     assert "no GPU 'h1000': did you mean h100? Known ones are h100, h200, a100, l4" in shown
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--slo", "fast"), "SLO=fast is not understood: give TTFT/TPOT in milliseconds"),
+        (("--slo", "1e9/50"), "SLO=1e9/50 is not understood"),
+        (("--slo", "9999999999/50"), "nobody waits for more than 7 days"),
+        (("--trace", "nowhere.csv"), "the trace nowhere.csv cannot be read"),
+        (("--tp", "3"), "TP=3: 3 GPUs cannot share 32 heads and 8 KV heads evenly"),
+        (("--tp", "16"), "TP=16: NVLink joins 8 GPUs of a machine at most"),
+    ],
+)
+def test_a_forecast_that_cannot_be_made_is_refused_in_a_sentence(
+    options: tuple[str, str], why: str
+) -> None:
+    code, said = labs(
+        "forecast", "--lab", LAB, "--machine", "h100", "--model", "llama-8b", *options
+    )
+    assert (code, why in said) == (1, True)
+
+
 def test_setting_without_value_is_refused() -> None:
     code, said = labs("run", LAB, "--set", "window_s")
     assert (code, "SET: 'window_s' is not field=value" in said) == (1, True)

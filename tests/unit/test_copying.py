@@ -12,15 +12,10 @@ import pytest
 
 from labs import LABS
 from labs.filing.results import Band, PointForecasts, Run
-from labs.running.forecast import (
-    _bands,
-    by_chance,
-    lookup_of,
-    paces,
-    ratio_of_forecasts,
-    share_copied,
-)
+from labs.running.copied_text import lookup_of, share_copied
+from labs.running.forecast import ratio_of_forecasts
 from labs.running.run import predict
+from labs.running.virtual_trials import _bands, by_chance, paces
 from serving import making
 from serving.forecasting.copying import Copying, CopyingPlan, Lookup, copied_in, copying, decoded
 from serving.lookup import looked_up

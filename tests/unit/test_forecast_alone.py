@@ -14,13 +14,7 @@ from labs.filing.results import PointForecasts, Predictions
 from labs.judging.machine_speed import MachineSpeed, PartSpeed
 from labs.lab import Lab, LabError
 from labs.running import run as running
-from labs.running.forecast import (
-    _step_of,
-    _steps_as_timed,
-    _traffic,
-    as_one_gpu,
-    reason_against,
-)
+from labs.running.forecast import reason_against
 from labs.running.resolve import (
     RunRequest,
     Setup,
@@ -30,6 +24,8 @@ from labs.running.resolve import (
     with_whole_prompts,
 )
 from labs.running.run import forecast_alone, run_lock
+from labs.running.step_timing import _step_of, steps_as_timed
+from labs.running.virtual_trials import _traffic, as_one_gpu
 from serving.gpus import Datasheet
 from tests.unit.builders import CEILINGS, SHAPE
 from tests.unit.test_forecasting import TIMES
@@ -135,11 +131,11 @@ def test_a_band_is_wider_where_a_point_is_played_fewer_times() -> None:
     timed: Any = SimpleNamespace(time_steps=lambda plans: dict.fromkeys(plans, TIMES))
     part = PartSpeed(median_s=1.0, low_s=0.9, high_s=1.2, trend=None)
     wandering = MachineSpeed(steps=9, reading=part, computing=part)
-    found = _steps_as_timed(setup, points, [wandering], timed)
+    found = steps_as_timed(setup, points, [wandering], timed)
     slowest = {lab.repeats_of(p): found[p.key][2][0].linear_s[0] for p in points}
     assert set(slowest) == {3, 5}
     assert slowest[3] > slowest[5]
-    steady = _steps_as_timed(setup, points, [], timed)
+    steady = steps_as_timed(setup, points, [], timed)
     assert len({steady[p.key][2][0].linear_s for p in points}) == 1
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from labs.running import forecast
-from labs.running.forecast import Forecaster, ForecastError
+from labs.running import forecaster as processes
+from labs.running.forecaster import Forecaster, ForecastError
 from serving.forecasting.__main__ import Engines
 from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedEngine, PlannedTrial
 from serving.forecasting.step import StepTimes
@@ -57,10 +57,10 @@ def until(happened: Callable[[], object]) -> None:
 def test_the_process_of_a_forecast_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = """
 import sys, time
-from labs.running import forecast
+from labs.running import forecaster as processes
 code = "import time; print('x', flush=True); time.sleep(600)"
-forecast.FORECASTER_ARGV = (sys.executable, "-c", code)
-with forecast.started():
+processes.FORECASTER_ARGV = (sys.executable, "-c", code)
+with processes.started():
     time.sleep(600)
 """
     # what a killed parent cannot remove stays in the test's own folder
@@ -77,12 +77,12 @@ with forecast.started():
 
 
 def test_an_interrupted_forecast_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in("import time; time.sleep(600)"))
+    monkeypatch.setattr(processes, "FORECASTER_ARGV", stand_in("import time; time.sleep(600)"))
     before = {p.pid for p in psutil.Process().children(recursive=True)}
     family: list[psutil.Process] = []
 
     def interrupted() -> None:
-        with forecast.started():
+        with processes.started():
             children = psutil.Process().children(recursive=True)
             family.extend(p for p in children if p.pid not in before)
             raise KeyboardInterrupt
@@ -95,10 +95,10 @@ def test_an_interrupted_forecast_leaves_no_process(monkeypatch: pytest.MonkeyPat
 
 def test_a_step_that_cannot_be_timed_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "print('ready', flush=True); input(); raise SystemExit('no such device')"
-    monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in(code))
+    monkeypatch.setattr(processes, "FORECASTER_ARGV", stand_in(code))
     with (
         pytest.raises(ForecastError, match="the step could not be timed: no such device"),
-        forecast.started() as forecaster,
+        processes.started() as forecaster,
     ):
         forecaster.time_steps([PLAN])
 
@@ -106,31 +106,31 @@ def test_a_step_that_cannot_be_timed_is_a_sentence(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("done", ["", "print('ready', flush=True);"])
 def test_a_timing_that_hangs_is_ended(done: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        forecast, "FORECASTER_ARGV", stand_in(f"import time; {done} time.sleep(600)")
+        processes, "FORECASTER_ARGV", stand_in(f"import time; {done} time.sleep(600)")
     )
-    monkeypatch.setattr(forecast, "TIMING_LIMIT_S", 0.1)
+    monkeypatch.setattr(processes, "TIMING_LIMIT_S", 0.1)
     with (
         pytest.raises(ForecastError, match=r"could not be timed|does not import"),
-        forecast.started() as forecaster,
+        processes.started() as forecaster,
     ):
         forecaster.time_steps([PLAN])
 
 
 def test_a_scheduler_that_does_not_import_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in("raise ImportError('no vllm')"))
+    monkeypatch.setattr(processes, "FORECASTER_ARGV", stand_in("raise ImportError('no vllm')"))
     with (
         pytest.raises(ForecastError, match="does not import: ImportError: no vllm"),
-        forecast.started() as forecaster,
+        processes.started() as forecaster,
     ):
         _played(forecaster)
 
 
 def test_a_scheduler_that_fails_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "print('ready', flush=True); input(); raise ValueError('no such flag')"
-    monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in(code))
+    monkeypatch.setattr(processes, "FORECASTER_ARGV", stand_in(code))
     with (
         pytest.raises(ForecastError, match="could not be driven: ValueError: no such flag"),
-        forecast.started() as forecaster,
+        processes.started() as forecaster,
     ):
         _played(forecaster)
 
@@ -150,7 +150,7 @@ for line in sys.stdin:
     print(json.dumps(dict(key=key, repeat=1, play=play, counters={{"x" * 200_000: 1}},
                           kv_capacity_tokens=0)), flush=True)
 """
-    monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in(code))
+    monkeypatch.setattr(processes, "FORECASTER_ARGV", stand_in(code))
     keys = ["long", "a", "b", "c"]
     plans = [
         ForecastPlan(
@@ -164,25 +164,25 @@ for line in sys.stdin:
         for key in keys
     ]
     ended = []
-    with forecast.side_by_side(2) as forecasters:
-        for number, play in forecast.play_all(forecasters, plans):
+    with processes.side_by_side(2) as forecasters:
+        for number, play in processes.play_all(forecasters, plans):
             assert play.key == keys[number]
             ended.append(play.key)
             if len(ended) == 3:
                 (tmp_path / "read").touch()
-        again = [play.key for _, play in forecast.play_all(forecasters, plans[:1])]
+        again = [play.key for _, play in processes.play_all(forecasters, plans[:1])]
     assert ended == ["a", "b", "c", "long"]
     assert again == ["long"]
 
 
 def test_a_play_that_fails_beside_others_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "print('ready', flush=True); input(); raise SystemExit('no such flag')"
-    monkeypatch.setattr(forecast, "FORECASTER_ARGV", stand_in(code))
+    monkeypatch.setattr(processes, "FORECASTER_ARGV", stand_in(code))
     with (
-        forecast.side_by_side(2) as forecasters,
+        processes.side_by_side(2) as forecasters,
         pytest.raises(ForecastError, match="could not be driven: no such flag"),
     ):
-        list(forecast.play_all(forecasters, [ONE_TRIAL] * 3))
+        list(processes.play_all(forecasters, [ONE_TRIAL] * 3))
 
 
 def test_engines_are_built_once_and_begin_anew() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from labs.running.forecast import FASTER, SLOWER, ends_of_band
+from labs.running.step_timing import FASTER, SLOWER, ends_of_band
 from serving.forecasting import timing
 from serving.forecasting.step import Piece, Step, StepTimes
 from serving.forecasting.traffic import Delays, Prompt, Traffic, play

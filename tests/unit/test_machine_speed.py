@@ -25,7 +25,7 @@ from labs.judging.machine_speed import (
     usual_spread,
 )
 from labs.judging.validity import speed_jumped
-from labs.running import forecast
+from labs.running import step_timing
 from labs.telling import report
 from labs.telling.document import plain_text
 from labs.telling.summary import summarise
@@ -200,13 +200,13 @@ def test_a_forecast_reads_the_speeds_of_earlier_runs_on_this_machine(
 ) -> None:
     here = folder.run().machine
     monkeypatch.setattr(results, "RESULTS", folder.path.parents[2])
-    assert forecast.earlier_speeds(here) == []  # that run timed no step
+    assert step_timing.earlier_speeds(here) == []  # that run timed no step
     report.write(timed(folder, lambda number: step(1 + number % 2)))
-    (speed,) = forecast.earlier_speeds(here)
+    (speed,) = step_timing.earlier_speeds(here)
     assert usual_spread([speed], 3) > 1.2
-    assert forecast.earlier_speeds(here.model_copy(update={"count": here.count + 1})) == []
+    assert step_timing.earlier_speeds(here.model_copy(update={"count": here.count + 1})) == []
     (folder.path / "summary.json").write_text("{")
-    assert forecast.earlier_speeds(here) == []
+    assert step_timing.earlier_speeds(here) == []
 
 
 # ------------------------------------------------------------------------------------ the process

@@ -12,7 +12,7 @@ import pytest
 
 from labs.lab import Lab, Point, Variant
 from labs.running import forecast
-from labs.running.forecast import NO_CAPACITIES, PLAYS_OF_CHANCE, VirtualTrials
+from labs.running.virtual_trials import NO_CAPACITIES, PLAYS_OF_CHANCE, VirtualTrials
 from loadtests.workload import Intruder
 from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedTrial
 from serving.forecasting.traffic import Play, VirtualAnswer
@@ -83,7 +83,7 @@ def forecast_of(lab: Lab, forecaster: Playing, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(forecast, "started", started)
     monkeypatch.setattr(forecast, "reason_against", lambda *_: None)
     monkeypatch.setattr(forecast, "earlier_speeds", lambda _: [])
-    monkeypatch.setattr(forecast, "_steps_as_timed", lambda _, points, *__: steps_of(points))
+    monkeypatch.setattr(forecast, "steps_as_timed", lambda _, points, *__: steps_of(points))
     setup = make_setup(lab)
     files = make_trials(setup, forecaster).requests
     quiet: Any = SimpleNamespace(waiting=lambda text: None)

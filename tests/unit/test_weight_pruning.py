@@ -24,7 +24,7 @@ from labs.findings.weight_pruning import (
     sparse_kinds,
 )
 from labs.lab import Variant
-from labs.running import forecast
+from labs.running import step_timing
 from labs.weight_pruning import bytes_ratio, energy_gone, energy_gone_2_4, knee
 from serving import gpus
 from serving.models import Model
@@ -87,7 +87,7 @@ def test_pruned_weights_share_the_timing_of_the_model(tmp_path: Path) -> None:
         (tmp_path / name / "config.json").write_text(config)
     served = {n: Model("tiny", tmp_path / n, SHAPE) for n in folders}
     setup: Any = SimpleNamespace(model=served.pop("dense"), weights=served)
-    timed = {n: forecast._timed(setup, Variant(name=n)).name for n in folders}
+    timed = {n: step_timing._timed(setup, Variant(name=n)).name for n in folders}
     assert timed == {"dense": "dense", "wanda-50": "dense", "w8a8": "w8a8"}
 
 
