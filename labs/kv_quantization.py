@@ -102,13 +102,7 @@ VARIANTS = (
     FP8.but("fp8-tight", TIGHT),
 )
 EVIDENCE = tuple(
-    Evidence(
-        arm=Arm(variant=name),
-        kind="echoes",
-        metric=metrics.CACHE_CONFIG,
-        label="cache_dtype",
-        value=dtype,
-    )
+    Evidence.echo(name, metrics.CACHE_CONFIG, "cache_dtype", dtype)
     for name, dtype in DTYPES.items()
 )
 # vLLM's FlashAttention does not have it, its Triton kernels take it for e4m3 without a word, and

@@ -143,8 +143,7 @@ class Point:
         flags = self.flags
         if blocks := flags.num_gpu_blocks_override:
             return float(blocks * flags.block_size)
-        # devices that share a copy of the weights each hold a part of every token
-        memory_bytes = flags.weight_parts * flags.kv_cache_memory_bytes
+        memory_bytes = flags.kv_parts(self.shape.kv_heads) * flags.kv_cache_memory_bytes
         return theory.kv_tokens(self.shape, memory_bytes, flags.kv_value_bytes, flags.block_size)
 
     @property

@@ -197,10 +197,7 @@ LAB = Lab(
     ),
     evidence=(
         *(
-            Evidence(
-                arm=Arm(variant=name), kind="echoes", metric=metrics.LORA, label="max_lora",
-                value=slots,
-            )
+            Evidence.echo(name, metrics.LORA, "max_lora", slots)
             for name, slots in (("lora", "8"), ("slots-2", "2"), ("rank-64", "8"))
         ),
         Evidence(arm=Arm(variant="base"), kind="absent", metric=metrics.LORA),

@@ -372,8 +372,7 @@ LAB = Lab(
     evidence=(
         *echoed("block_size", "block-size", *(v.name for v in VARIANTS)),
         *echoed("num_gpu_blocks", "num-gpu-blocks-override", *(v.name for v in VARIANTS[:4])),
-        Evidence(arm=Arm(variant="watermark"), kind="echoes", metric=metrics.ENGINE_CONFIG,
-                 label="watermark", value="--watermark"),
+        Evidence.echo("watermark", metrics.ENGINE_CONFIG, "watermark", "--watermark"),
         Evidence(arm=Arm(variant="paged", workload="growing"), kind="rises",
                  metric=metrics.PREEMPTIONS),
         Evidence(arm=Arm(variant="contiguous"), kind="stays", metric=metrics.PREEMPTIONS),

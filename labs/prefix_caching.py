@@ -236,13 +236,7 @@ LAB = Lab(
     ),
     evidence=(
         *(
-            Evidence(
-                arm=Arm(variant=name),
-                kind="echoes",
-                metric=metrics.CACHE_CONFIG,
-                label="enable_prefix_caching",
-                value=str(name == "on"),
-            )
+            Evidence.echo(name, metrics.CACHE_CONFIG, "enable_prefix_caching", str(name == "on"))
             for name in ("off", "on")
         ),
         Evidence(arm=Arm(variant="off"), kind="stays", metric=metrics.PREFIX_HITS),

@@ -230,13 +230,7 @@ LAB = Lab(
         ),
     ),
     evidence=(
-        Evidence(
-            arm=Arm(variant="vllm"),
-            kind="echoes",
-            metric=metrics.CACHE_CONFIG,
-            label="enable_prefix_caching",
-            value="False",
-        ),
+        Evidence.echo("vllm", metrics.CACHE_CONFIG, "enable_prefix_caching", "False"),
         Evidence(arm=Arm(variant="vllm"), kind="stays", metric=metrics.PREEMPTIONS),
         Evidence(arm=Arm(variant="llama-cpp"), kind="rises", metric=metrics.GENERATION_TOKENS),
     ),

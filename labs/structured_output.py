@@ -243,8 +243,7 @@ LAB = Lab(
     evidence=(
         Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
         *(
-            Evidence(arm=Arm(variant=v.name), kind="echoes", metric=metrics.ENGINE_CONFIG,
-                     label="structured_outputs_backend", value=v.name)
+            Evidence.echo(v.name, metrics.ENGINE_CONFIG, "structured_outputs_backend", v.name)
             for v in VARIANTS
         ),
     ),

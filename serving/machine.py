@@ -85,7 +85,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
 
 
 class Ceilings(BaseModel, frozen=True, extra="forbid"):
-    """The measured limits of the serving device; never taken from a datasheet."""
+    """The measured limits of the serving device; a forecast for another may take a datasheet's."""
 
     memory_bandwidth_bytes_per_s: PositiveFloat
     bf16_flops_per_s: PositiveFloat

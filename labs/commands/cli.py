@@ -45,6 +45,7 @@ from labs.commands.options import (
     MarkdownOut,
     ModelOption,
     PpOption,
+    PriceOption,
     QuickOption,
     ReplicasOption,
     SeedOption,
@@ -55,6 +56,7 @@ from labs.commands.options import (
     UnsafeOption,
     WeightsOption,
     addresses,
+    price_of,
     settings_of,
     slo_of,
     trace_of,
@@ -74,7 +76,14 @@ from labs.lab import Lab, LabError, NotApplicable, did_you_mean, parse_changes
 from labs.questions import QUESTIONS
 from labs.running import derived_models, reproduce
 from labs.running.clock import Clock, TimeUsedUp
-from labs.running.resolve import RunRequest, is_dummy, model_of, require_devices, require_harmless
+from labs.running.resolve import (
+    RunRequest,
+    is_dummy,
+    machine_of,
+    model_of,
+    require_devices,
+    require_harmless,
+)
 from labs.running.resume import CannotResume
 from labs.running.run import forecast_alone
 from labs.running.run import run as run_lab
@@ -82,7 +91,7 @@ from labs.telling import forecasts, markdown, report, residuals
 from labs.telling.document import Paragraph, bullets, section, table_of
 from serving import bundle, machine, models, whole
 from serving.engines import ENGINES
-from serving.engines.base import EngineError, with_places
+from serving.engines.base import with_places
 from serving.engines.vllm import Vllm
 from serving.gpus import short_names
 from serving.masking import holds_secret, masked
@@ -161,13 +170,14 @@ def run(
         ),
     ] = False,
     engine_command: EngineOption = "",
+    price: PriceOption = 0.0,
     unsafe_flags: UnsafeOption = False,
 ) -> None:
     """Run a lab: predict, measure, judge, report.
 
     `make lab-<name> VLLM=0.31.0` runs it with another vLLM, in an environment of its own. Behind
-    make, PRICE_PER_HOUR=, DISTURBED=, RESULTS= and SCRATCH= are settings too, which have no option
-    here: docs/knobs.md explains them.
+    make, DISTURBED=, RESULTS= and SCRATCH= are settings too, which have no option here:
+    docs/knobs.md explains them.
     """
     with reported_errors():
         request = RunRequest(
@@ -184,6 +194,7 @@ def run(
             key=key,
             resume=resume,
             engine_command=_command_words(engine_command),
+            usd_per_hour=price_of(price),
             unsafe_flags=unsafe_flags,
         )
         if not _play(request).complete:
@@ -231,6 +242,7 @@ def run_all(
         ),
     ] = None,
     engine_command: EngineOption = "",
+    price: PriceOption = 0.0,
 ) -> None:
     """Run every lab in order, continuing where an earlier call stopped; write one page of all."""
     with reported_errors():
@@ -242,6 +254,7 @@ def run_all(
         request = RunRequest(
             next(iter(LABS.values())), quick=quick, changes=all_changes, model=model,
             weights=weights, engine_command=_command_words(engine_command), clock=clock,
+            usd_per_hour=price_of(price),
         )  # fmt: skip
         if clock.bounded:
             console.print(
@@ -260,7 +273,9 @@ def run_all(
             console.print(f"Not finished: {name}: {escape(why)}")
         if sitting.time_used_up:
             left = [name for name in chosen if name not in {*state.done, *sitting.skipped}]
-            console.print(f"To be done: {', '.join(left)}. The same call goes on with them.")
+            console.print(
+                f"To be done: {', '.join(left)}. {THE_SAME_CALL.capitalize()} goes on with them."
+            )
             raise typer.Exit(os.EX_TEMPFAIL)
         if sitting.not_finished:
             console.print("Call `make labs-all` again: it runs only these labs.")
@@ -379,6 +394,7 @@ def forecast_lab(
         shape_alone = card and not (model and Path(model).is_dir())
         all_changes = {**_parallel(tp, dp=1, pp=1), **_objective(slo), **_changes(changes, seed)}
         rows = trace_of(trace) if trace else ()
+        machine_of(card)  # refused once, and not for each lab
         written, without = [], list[str]()
         for chosen in LABS.values() if lab == "all" else [_lab(lab)]:
             request = RunRequest(
@@ -390,7 +406,7 @@ def forecast_lab(
                 setup, predictions = forecast_alone(request, progress)
             except NotApplicable as reason:
                 page = section(chosen.title, Paragraph(str(reason)))
-            except (LabError, EngineError) as reason:
+            except EXPECTED_ERRORS as reason:
                 if lab != "all":
                     raise
                 without.append(chosen.name)
@@ -580,6 +596,7 @@ def reproduce_run(
         bool, typer.Option(envvar="LABS_RESUME", help="Continue an unfinished reproduction.")
     ] = False,
     engine_command: EngineOption = "",
+    price: PriceOption = 0.0,
 ) -> None:
     """Repeat a recorded run, and say which of its figures and verdicts came out the same.
 
@@ -595,7 +612,7 @@ def reproduce_run(
         differ = manifest.table(reproduce.differs_here(original_run, request), ("there", "here"))
         if len(differ) > 1:
             show(section("What differs here", table_of(differ)))
-        folder = _play(request)
+        folder = _play(replace(request, usd_per_hour=price_of(price)))
         if not folder.complete:
             raise LabError("some trials of the reproduction failed: RESUME=1 plays them again")
         result = reproduction.compare_with_original(original, folder)
@@ -751,7 +768,7 @@ def _play(request: RunRequest, continuing: str = "RESUME=1") -> RunFolder:
     return folder
 
 
-THE_SAME_CALL = "the same call"
+THE_SAME_CALL = "the same call (without FRESH=1)"
 
 
 def _play_or_begin_anew(request: RunRequest) -> RunFolder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,15 @@ TraceOption = Annotated[
         " formats).",
     ),
 ]
+PriceOption = Annotated[
+    float,
+    typer.Option(
+        "--price-per-hour",
+        envvar="LABS_PRICE_PER_HOUR",
+        min=0,
+        help="US dollars for an hour of the machine, or of one GPU; 0: not known.",
+    ),
+]
 SloOption = Annotated[
     str,
     typer.Option(envvar="LABS_SLO", help="The longest TTFT and TPOT, in milliseconds: 1000/50."),
@@ -130,6 +140,13 @@ MarkdownOut = Annotated[
     Path | None,
     typer.Option("--out", envvar="LABS_OUT", help="Also write it to this Markdown file."),
 ]
+
+
+def price_of(usd_per_hour: float) -> float | None:
+    """Return the price, None where it is not known; raises LabError for one that is no number."""
+    if not math.isfinite(usd_per_hour):
+        raise LabError(f"PRICE_PER_HOUR={usd_per_hour} is not a price: give US dollars, as 2.50")
+    return usd_per_hour or None
 
 
 def slo_of(text: str) -> SLO:

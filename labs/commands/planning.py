@@ -10,7 +10,16 @@ from typing import Annotated
 
 import typer
 
-from labs.commands.options import MarkdownOut, SloOption, TraceOption, pair, slo_of, trace_of
+from labs.commands.options import (
+    MarkdownOut,
+    PriceOption,
+    SloOption,
+    TraceOption,
+    pair,
+    price_of,
+    slo_of,
+    trace_of,
+)
 from labs.commands.terminal import ConsoleProgress, reported_errors
 from labs.lab import LabError, did_you_mean
 from labs.running.capacity_plan import (
@@ -20,7 +29,7 @@ from labs.running.capacity_plan import (
     model_named,
     plan,
 )
-from labs.running.resolve import machine_of, price_per_hour
+from labs.running.resolve import machine_of
 from labs.telling import capacity_plans, markdown
 from labs.telling.capacity_plans import Demand
 from serving import whole
@@ -106,6 +115,7 @@ def plan_capacity(
     slo: SloOption = "1000/50",
     replicas: ReplicasOption = 0,
     router: RouterOption = "all",
+    price: PriceOption = 0.0,
     api_price: ApiPriceOption = 0.0,
     out: MarkdownOut = None,
 ) -> None:
@@ -127,7 +137,7 @@ def plan_capacity(
             slo=slo_of(slo),
             replicas=replicas or None,
             routers=tuple(ROUTERS) if router == "all" else (router,),
-            usd_per_hour=price_per_hour(),
+            usd_per_hour=price_of(price),
             api_usd_per_million=api_price or None,
             model=model_named(machine, model),
         )

@@ -56,6 +56,7 @@ class RunRequest:
     engine_command: Sequence[str] = ()  # in the place of the engines' own
     card: str = ""  # a GPU that is not here, by its short name: it can only be forecast
     trace: tuple[TraceRow, ...] = ()  # traffic that is forecast in place of the lab's own
+    usd_per_hour: float | None = None  # the price of the machine
     unsafe_flags: bool = False  # flags are passed on that may load code or open an address
     clock: Clock = field(default_factory=Clock)  # without an end, unless the call has one
 
@@ -99,7 +100,6 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     if request.replicas and not request.endpoint:
         raise LabError("ENDPOINT_METRICS names replicas behind an ENDPOINT: give its address, too")
     elsewhere, keep_disturbed = load_workers_of(request), keeps_disturbed()
-    price_per_hour()  # refused now, if it is no price
     machine, datasheet = machine_of(request.card)
     lab = lab_of(request, models.scale_of(machine))
     if datasheet:  # there may be as many GPUs as are asked for
@@ -116,6 +116,8 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         require_no_reading(lab)
     if not request.engine_command:
         lab = with_engines_here(lab, model, progress)
+    writer = _writer(model)
+    lab = with_whole_prompts(lab, writer.least_tokens, progress)
     require_sizes(lab, model)
     endpoint = _endpoint(request, lab)
     if not endpoint:
@@ -123,8 +125,6 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         if not datasheet:
             require_compiler(lab, machine)
         check_flags(lab)
-    writer = _writer(model)
-    lab = with_whole_prompts(lab, writer.least_tokens, progress)
     require_prompts(lab, writer)
     places, weights = _derived(lab, model, progress, request.quick)
     ceilings = datasheet_ceilings(datasheet) if datasheet else measured_ceilings(machine, progress)
@@ -342,8 +342,8 @@ def with_whole_prompts(lab: Lab, least_tokens: int, progress: ProgressDisplay) -
         trace = tuple((at_s, max(prompt, least_tokens), o) for at_s, prompt, o in workload.trace)
         if longer := sum(a != b for a, b in zip(trace, workload.trace, strict=True)):
             progress.message(
-                f"Of the trace, {longer} prompts are shorter than the model's chat template: they"
-                f" have {least_tokens} tokens here"
+                f"Of the trace of {workload.name}, {longer} prompts are shorter than the model's"
+                f" chat template: they have {least_tokens} tokens here"
             )
         workloads.append(workload.model_copy(update={"trace": trace}) if longer else workload)
     return lab.model_copy(update={"workloads": tuple(workloads)})
@@ -447,18 +447,6 @@ def require_known_names(lab: Lab) -> None:
         for name in names:
             if name not in known_names:
                 raise LabError(f"no {kind} {name!r}; the known ones are {', '.join(known_names)}")
-
-
-def price_per_hour() -> float | None:
-    """Read PRICE_PER_HOUR in US dollars; None where none is given. Raises LabError."""
-    text = os.environ.get("LABS_PRICE_PER_HOUR", "")
-    try:
-        price = float(text) if text else None
-    except ValueError:
-        price = -1.0
-    if price is not None and not 0 < price < float("inf"):
-        raise LabError(f"PRICE_PER_HOUR={text} is not a price: give US dollars, such as 2.50")
-    return price
 
 
 def require_no_reading(lab: Lab) -> None:

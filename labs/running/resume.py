@@ -57,4 +57,7 @@ def _candidates(now: Run) -> Iterator[tuple[RunFolder, Run]]:
 
 def _differences(then: Run, now: Run) -> list[Fact]:
     facts = manifest.differences(manifest.facts(then), manifest.facts(now))
-    return [fact for fact in facts if fact.what not in NO_DIFFERENCE]
+    prices = [str(run.usd_per_hour or "none") for run in (then, now)]
+    price = Fact(what="PRICE_PER_HOUR", a=prices[0], b=prices[1])
+    different = [fact for fact in facts if fact.what not in NO_DIFFERENCE]
+    return [*different, price] if price.differs else different

@@ -38,7 +38,6 @@ from labs.running.resolve import (
     RunRequest,
     Setup,
     engine_environment,
-    price_per_hour,
     resolve,
 )
 from labs.running.resume import unfinished
@@ -216,7 +215,7 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         endpoint_metrics=None if setup.endpoint is None else bool(setup.endpoint.snapshot()),
         prompts_sha256=prompts_sha256,
         reproduces=request.reproduces,
-        usd_per_hour=price_per_hour(),
+        usd_per_hour=request.usd_per_hour,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

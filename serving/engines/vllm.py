@@ -176,6 +176,10 @@ class VllmFlags(TypedFlags):
         """The devices that share one copy of the weights: tensor x pipeline parallelism."""
         return math.prod(self.integer(flag, 1) for flag in PARALLEL[:2])
 
+    def kv_parts(self, kv_heads: int) -> int:
+        """The devices that share the keys and values of a token: no head is divided."""
+        return min(self.tensor_parallel_size, kv_heads) * self.integer(PARALLEL[1], 1)
+
     @property
     def copies(self) -> int:
         """The copies of the model that share the requests: data parallelism."""
@@ -374,7 +378,7 @@ class Vllm(Engine):
                 f" max-model-len={limit}: lower the lengths or raise flags.max-model-len with SET="
             )
         needed = limit * model.shape.kv_bytes_per_token(VllmFlags(flags).kv_value_bytes)
-        needed /= VllmFlags(flags).weight_parts  # of which each device holds a part
+        needed /= VllmFlags(flags).kv_parts(model.shape.kv_heads)  # on each device
         if isinstance(memory, int) and memory < needed:
             raise EngineError(
                 f"{variant}'s kv-cache-memory-bytes={memory} cannot hold one request of"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from labs.running.resolve import (
 from labs.running.run import forecast_alone, run_lock
 from labs.running.step_timing import _step_of, steps_as_timed
 from labs.running.virtual_trials import _traffic, as_one_gpu
+from serving.engines.vllm import VllmFlags
 from serving.gpus import Datasheet
 from tests.unit.builders import CEILINGS, SHAPE
 from tests.unit.test_forecasting import TIMES
@@ -89,12 +90,19 @@ def test_gpus_that_share_layers_are_faster_and_hold_more() -> None:
     """The ceilings and the KV cache of four; to the scheduler they are one."""
     lab = LABS["kv-quantization"].at("gpu-80", quick=False)
     shared = LABS["kv-quantization"].at("gpu-80", False, {"flags.tensor-parallel-size": 4})
-    (one, *_), (four, *_) = (each.points(SHAPE, CEILINGS) for each in (lab, shared))
+    shape = replace(SHAPE, heads=8, kv_heads=8)
+    (one, *_), (four, *_) = (each.points(shape, CEILINGS) for each in (lab, shared))
     assert four.ceilings.bf16_flops_per_s == 4 * CEILINGS.bf16_flops_per_s
     assert four.kv_room_tokens == pytest.approx(4 * one.kv_room_tokens, rel=1e-3)
     alone = as_one_gpu(four.flags)
     assert alone.kv_cache_memory_bytes == 4 * one.flags.kv_cache_memory_bytes
     assert alone.devices == 1
+
+
+def test_a_kv_head_is_never_divided() -> None:
+    """Four devices hold the two KV heads of a model twice."""
+    flags = VllmFlags({"tensor-parallel-size": 4, "pipeline-parallel-size": 2})
+    assert [flags.kv_parts(heads) for heads in (1, 2, 8)] == [2, 4, 8]
 
 
 def test_what_cannot_be_shared_has_no_forecast() -> None:
@@ -158,5 +166,5 @@ def test_prompts_of_a_trace_are_at_least_as_long_as_the_chat_template() -> None:
     lab = LABS["continuous-batching"].replaying(((0.0, 3, 5), (1.0, 40, 5), (2.0, 9, 5)))
     whole = with_whole_prompts(lab, 30, SimpleNamespace(message=said.append))
     assert [row[1] for row in whole.workloads[0].trace] == [30, 40, 30]
-    assert said[0].startswith("Of the trace, 2 prompts are shorter")
+    assert said[0].startswith("Of the trace of trace, 2 prompts are shorter")
     assert with_whole_prompts(LABS["multi-lora"], 30, QUIET) == LABS["multi-lora"]

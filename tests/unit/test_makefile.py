@@ -241,6 +241,7 @@ def test_a_call_on_a_page_hands_its_settings_on(call: str, checkout: Checkout) -
     [
         ("forecast LAB=x PP=2 RATE=4", "PP=, RATE= would change nothing here"),
         ("report SET=x", "SET= would change nothing here: this command takes RUN="),
+        ("report PRICE_PER_HOUR=2", "PRICE_PER_HOUR= would change nothing here"),
         ("watch-stop QUICK=1", "QUICK= would change nothing here: this command takes no settings"),
         ("lab-x VLLM=0.31.0 RESULTS=y QUICK=1", ""),
         ("report RUN=x", ""),

