@@ -217,7 +217,7 @@ def pareto(run: JudgedRun) -> str | None:
         user, total = np.mean(both, axis=0)
         ax.plot([u for u, _ in both], [t for _, t in both], ".", color=BLUE, alpha=0.4)
         ax.plot([user], [total], "o", color=BLUE)
-        ax.annotate(f"{point.load.users} in flight", (user, total), xytext=(7, 2),
+        ax.annotate(str(point.load.users), (user, total), xytext=(5, 4),
                     textcoords="offset points")  # fmt: skip
     forecasts = [
         (run.forecast(p, "tpot_mean_s"), run.forecast(p, "output_tokens_per_s")) for p in swept
@@ -236,7 +236,8 @@ def pareto(run: JudgedRun) -> str | None:
     ax.legend(frameon=False, loc="upper right")
     return (
         "The trade-off: further up is better for whoever pays for the machine, further right for"
-        " whoever reads the answer. Small dots are single repeats." + BANDS * forecast
+        " whoever reads the answer. A number is that of the requests in flight; small dots are"
+        " single repeats." + BANDS * forecast
     )
 
 
