@@ -273,9 +273,7 @@ def run_all(
             console.print(f"Not finished: {name}: {escape(why)}")
         if sitting.time_used_up:
             left = [name for name in chosen if name not in {*state.done, *sitting.skipped}]
-            console.print(
-                f"To be done: {', '.join(left)}. {THE_SAME_CALL.capitalize()} goes on with them."
-            )
+            console.print(f"To be done: {', '.join(left)}. The same call goes on with them.")
             raise typer.Exit(os.EX_TEMPFAIL)
         if sitting.not_finished:
             console.print("Call `make labs-all` again: it runs only these labs.")
