@@ -206,9 +206,8 @@ def open_harness(
         sampler = exits.enter_context(telemetry.Telemetry(hardware, labels))
         if sampler.serve(telemetry_port := free_port()):
             prometheus.scrape("client", f"{LOOPBACK}:{telemetry_port}")
-        if setup.load_workers:
-            progress.message(setup.load_workers.invitation)
-        load = LoadGenerator(setup, exporter_port, logs / "locust.log", progress.waiting)
+        log = logs / "locust.log"
+        load = LoadGenerator(setup, exporter_port, log, progress.waiting, progress.message)
         exits.callback(load.stop)
         reference = None
         if not setup.endpoint:

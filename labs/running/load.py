@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 from labs.lab import LabError
 from labs.running.resolve import Setup
 from loadtests import load_workers
-from loadtests.generator import Generator, GeneratorError, argv
-from loadtests.load_workers import LoadWorkers
+from loadtests.generator import START_TIMEOUT_S, Generator, GeneratorError, argv
+from loadtests.load_workers import EVERY_ADDRESS, LOOPBACK, LoadWorkers
 from loadtests.plan import TrialPlan, TrialSummary
 from serving import guard
 from serving import machine as machines
@@ -25,13 +26,19 @@ class LoadGenerator:
     """Holds the Locust that plays a run's trials; a context that ends it."""
 
     def __init__(
-        self, setup: Setup, exporter_port: int, log: Path, waiting: Callable[[str], None]
+        self,
+        setup: Setup,
+        exporter_port: int,
+        log: Path,
+        waiting: Callable[[str], None],
+        invite: Callable[[str], None],
     ) -> None:
         """Start it. Raises GeneratorError where it does not start.
 
-        `waiting` shows what is waited for: load workers on other machines have to be started there.
+        `invite` shows how to start load workers on other machines, once there is something that
+        they can join, and `waiting` that they are waited for.
         """
-        self._elsewhere, self._waiting = setup.load_workers, waiting
+        self._elsewhere, self._waiting, self._invite = setup.load_workers, waiting, invite
         self._argv = argv(
             setup.users, exporter_port, free_port(), setup.lab.load_processes, self._elsewhere
         )
@@ -92,6 +99,8 @@ class LoadGenerator:
                 f" {math.ceil(left_s() / 60)} minutes more"
             )
 
+        _wait_until_it_listens(process, elsewhere)
+        self._invite(elsewhere.invitation)
         try:
             return Generator(process, JOIN_TIMEOUT_S, waiting)
         except GeneratorError as error:
@@ -102,3 +111,15 @@ class LoadGenerator:
                 f" {JOIN_TIMEOUT_S / 60:.0f} minutes (LOAD_WORKERS={elsewhere.count}): start them"
                 " sooner, or wait for fewer"
             ) from error
+
+
+def _wait_until_it_listens(process: Process, elsewhere: LoadWorkers) -> None:
+    """Return once load workers are answered, or Locust has ended, or START_TIMEOUT_S are over."""
+    host = LOOPBACK if elsewhere.host == EVERY_ADDRESS else elsewhere.host
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while process.returncode is None and time.monotonic() < deadline_s:
+        try:
+            socket.create_connection((host, elsewhere.port), 1).close()
+            return
+        except OSError:
+            time.sleep(0.1)

@@ -302,7 +302,7 @@ def test_static_batches_lose_on_an_engine_whose_step_knows_no_batch(finish: Fini
     """The theory's own assumption, so its prediction must not be refuted."""
     summary = finish(BATCHING).folder.summary()
     _unless_too_busy(summary)
-    assert not [c for c in summary.caveats if c.blocks]
+    assert not [c for c in summary.caveats if c.blocks and c.name not in TOO_BUSY]
     judged = {j.claim: j for j in summary.judgements}
     assert judged["static"].outcome == "helps"
     assert judged["static"].expected is True

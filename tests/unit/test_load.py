@@ -54,7 +54,7 @@ def test_a_trial_that_fails_is_followed_by_another_load_generator(
     setup: Any = SimpleNamespace(
         users=1, lab=lab, machine=SimpleNamespace(kind="gpu"), load_workers=None
     )
-    playing = LoadGenerator(setup, 1, tmp_path / "locust.log", lambda text: None)
+    playing = LoadGenerator(setup, 1, tmp_path / "locust.log", print, print)
     try:
         with monkeypatch.context() as impatient:
             impatient.setattr(generator, "GRACE_S", 0.1)
