@@ -153,7 +153,7 @@ def slo_of(text: str) -> SLO:
     """Read the longest TTFT and TPOT; raises LabError."""
     ttft_ms, tpot_ms = pair("SLO", text, "TTFT/TPOT in milliseconds, such as 1000/50")
     if max(ttft_ms, tpot_ms) > 1000 * LONGEST_S:
-        raise LabError(f"SLO={text}: nobody waits for more than {LONGEST_S / 86_400:.0f} days")
+        raise LabError(f"SLO={text}: give at most {1000 * LONGEST_S:.0f} ms, which is 7 days")
     return SLO(ttft_s=ttft_ms / 1000, tpot_s=tpot_ms / 1000)
 
 

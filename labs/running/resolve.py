@@ -342,8 +342,8 @@ def with_whole_prompts(lab: Lab, least_tokens: int, progress: ProgressDisplay) -
         trace = tuple((at_s, max(prompt, least_tokens), o) for at_s, prompt, o in workload.trace)
         if longer := sum(a != b for a, b in zip(trace, workload.trace, strict=True)):
             progress.message(
-                f"Of the trace of {workload.name}, {longer} prompts are shorter than the model's"
-                f" chat template: they have {least_tokens} tokens here"
+                f"Workload {workload.name}: {longer} prompts of its trace are shorter than the"
+                f" model's chat template, and are sent with {least_tokens} tokens"
             )
         workloads.append(workload.model_copy(update={"trace": trace}) if longer else workload)
     return lab.model_copy(update={"workloads": tuple(workloads)})

@@ -101,7 +101,7 @@ def test_a_card_without_a_datasheet_is_refused_and_the_known_ones_are_named() ->
     [
         (("--slo", "fast"), "SLO=fast is not understood: give TTFT/TPOT in milliseconds"),
         (("--slo", "1e9/50"), "SLO=1e9/50 is not understood"),
-        (("--slo", "9999999999/50"), "nobody waits for more than 7 days"),
+        (("--slo", "9999999999/50"), "give at most 604800000 ms, which is 7 days"),
         (("--trace", "nowhere.csv"), "the trace nowhere.csv cannot be read"),
         (("--tp", "3"), "TP=3: 3 GPUs cannot share 32 heads and 8 KV heads evenly"),
         (("--tp", "16"), "TP=16: NVLink joins 8 GPUs of a machine at most"),

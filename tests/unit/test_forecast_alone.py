@@ -166,5 +166,5 @@ def test_prompts_of_a_trace_are_at_least_as_long_as_the_chat_template() -> None:
     lab = LABS["continuous-batching"].replaying(((0.0, 3, 5), (1.0, 40, 5), (2.0, 9, 5)))
     whole = with_whole_prompts(lab, 30, SimpleNamespace(message=said.append))
     assert [row[1] for row in whole.workloads[0].trace] == [30, 40, 30]
-    assert said[0].startswith("Of the trace of trace, 2 prompts are shorter")
+    assert said[0].startswith("Workload trace: 2 prompts of its trace are shorter")
     assert with_whole_prompts(LABS["multi-lora"], 30, QUIET) == LABS["multi-lora"]
