@@ -201,8 +201,13 @@ class ForecastAtPoint(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def share(self) -> float | None:
-        """Measured / forecast; None where either is missing or the forecast is 0."""
-        return self.measured.value / self.value if self.measured and self.value else None
+        """Measured / forecast, infinite where only the forecast is 0.
+
+        None where nothing was measured, or where both are 0, which says nothing of a forecast.
+        """
+        if self.measured is None or not (self.value or self.measured.value):
+            return None
+        return self.measured.value / self.value if self.value else math.inf
 
     @property
     def within(self) -> bool | None:

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from labs.filing.results import AT, Finding, Predictions, Run, RunFolder, Session, Summary
 from labs.findings.parts import published_of
@@ -54,6 +53,7 @@ from labs.telling.document import (
     without_empty_columns,
 )
 from labs.telling.lesson import lesson
+from labs.telling.residuals import median_distance
 from serving import whole
 
 THEIRS = "Published by others, for their models on their hardware; no verdict depends on it:"
@@ -354,16 +354,14 @@ def _in_virtual_time(facts: Facts) -> Section:
 
 def forecast_score(summary: Summary) -> str:
     """Say in a sentence how near the forecasts came."""
-    known = [
-        f for f in summary.in_virtual_time if METRICS[f.metric].forecast == "shown" and f.share
-    ]
-    if not known:
+    shown = [f for f in summary.in_virtual_time if METRICS[f.metric].forecast == "shown"]
+    shares = [f.share for f in shown if f.share is not None]
+    if not shares:
         return "Nothing was measured beside the forecasts."
-    near = median([abs((f.share or 1) - 1) for f in known])
-    within = sum(bool(f.within) for f in known)
+    within = sum(bool(f.within) for f in shown if f.share is not None)
     return (
-        f"{within} of {len(known)} measured figures lie within their band; the median distance is"
-        f" {near:.0%}."
+        f"{within} of {len(shares)} measured figures lie within their band; the median distance is"
+        f" {median_distance(shares)}."
     )
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 from markupsafe import Markup, escape
 
 from labs.judging.judge import AGREEMENT
-from labs.telling.residuals import LinkTo, Residual
+from labs.telling.residuals import LinkTo, Residual, median_distance
 
 LEAST, MOST = 1 / 4, 4  # of the axis; what lies beyond stands at its end
 TICKS = (0.25, 0.5, 0.8, 1, 1.25, 2, 4)
@@ -36,13 +35,13 @@ class _Row:
     """The residuals of a figure: how many are near, and the dots in lanes that keep them apart."""
 
     label: str
-    distance: float  # the median
+    distance: str  # the median
     dots: tuple[tuple[float, int, bool], ...]  # abscissa, lane from the top, whether it is near
     lanes: int
 
     @property
     def description(self) -> str:
-        return f"{self.label}, median distance {self.distance:.0%}"
+        return f"{self.label}, median distance {self.distance}"
 
     @property
     def height(self) -> float:
@@ -51,7 +50,7 @@ class _Row:
     @classmethod
     def of(cls, figure: str, mine: Sequence[Residual]) -> _Row:
         near = sum(r.near for r in mine)
-        distance = median(abs(r.share - 1) for r in mine)
+        distance = median_distance([r.share for r in mine])
         ends: list[float] = []  # where the last dot of each lane stands
         dots = []
         for residual in sorted(mine, key=lambda r: r.share):
@@ -138,12 +137,17 @@ def data(residuals: Sequence[Residual], titles: Mapping[str, str], link: LinkTo)
 
 
 def _shares(of: Residual) -> tuple[float | None, ...]:
-    """The measured figure, the ends of its interval and of its band, as multiples of predicted."""
-    low, high = of.interval.low, of.interval.high
+    """The measured figure, the ends of its interval and of its band, as multiples of predicted.
+
+    Of a figure of 0, which a logarithmic axis lacks, only the band; of a prediction of 0 nothing.
+    """
+    if not of.predicted:
+        return (None,) * 5
+    low, high = (of.interval.low, of.interval.high) if of.measured else (None, None)
     least, most = of.band or (of.predicted / AGREEMENT, of.predicted * AGREEMENT)
     return tuple(
         None if value is None else value / of.predicted
-        for value in (of.measured, low, high, least, most)
+        for value in (of.measured or None, low, high, least, most)
     )
 
 

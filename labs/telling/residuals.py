@@ -7,6 +7,7 @@ predict nothing that could be missed, and what is not valid or was not measured 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ INTRODUCTION = (
     "How near predictions came to what was measured, in full, valid runs. All of them were written"
     " before the first engine started. The distance is how far measured / predicted lies from 1."
     " Within 25% is from p / 1.25 to 1.25 p; a band is what the forecast itself stated. Bounds are"
-    " not counted; no prediction is left out because it missed."
+    " not counted, nor is a figure that was forecast as 0 and measured as 0; no prediction is left"
+    " out because it missed."
 )
 KEPT = (
     "Reports show no forecast of these: they follow from the figures above, or chance moves them"
@@ -82,7 +84,8 @@ class Residual:
 
     @property
     def share(self) -> float:
-        return self.measured / self.predicted
+        """Measured / predicted; infinite where only the prediction is 0."""
+        return self.measured / self.predicted if self.predicted else math.inf
 
     @property
     def near(self) -> bool:
@@ -92,7 +95,7 @@ class Residual:
     @property
     def slowdown(self) -> float | None:
         """Measured / predicted time, or its inverse for a rate; None for claims and counts."""
-        if self.band is None or not self.measured:
+        if self.band is None or not (self.measured and self.predicted):
             return None
         if self.unit == "s":
             return self.share
@@ -121,6 +124,12 @@ class Residual:
 
 def _is_near(share: float) -> bool:
     return 1 / AGREEMENT <= share <= AGREEMENT
+
+
+def median_distance(shares: Sequence[float]) -> str:
+    """Say how far measured / predicted lies from 1, the median of these, as a percentage."""
+    distance = median(abs(share - 1) for share in shares)
+    return f"{distance:.0%}" if math.isfinite(distance) else "infinite"
 
 
 def is_full(folder: RunFolder) -> bool:
@@ -189,7 +198,7 @@ def _of_points(folder: RunFolder, which: Literal["kept", "shown"]) -> list[Resid
         for f in summary.in_virtual_time
         if METRICS[f.metric].forecast == which
         and f.measured
-        and f.share
+        and f.share is not None
         and not any(caveat.hits(f.metric, f.point) for caveat in summary.caveats)
     ]
 
@@ -289,7 +298,7 @@ def _grouped(
         [
             *cells,
             str(len(mine)),
-            f"{median(abs(r.share - 1) for r in mine):.0%}",
+            median_distance([r.share for r in mine]),
             f"{sum(r.near for r in mine)} ({sum(r.near for r in mine) / len(mine):.0%})",
             _within_text(mine),
         ]
@@ -308,7 +317,7 @@ def _misses(misses: Sequence[Residual], paces: Mapping[Path, float], link: LinkT
     for residual in misses:
         share = _share_at_pace(residual, paces)
         at_pace = "–" if share is None else f"{ratio_number(share)}x"
-        own = f"{ratio_number(residual.share)}x"
+        own = f"{ratio_number(residual.share)}x" if residual.predicted else "–"
         rows.append([*_place(residual, link), residual.what, *residual.figures, own, at_pace])
     columns = ("Where", "Predicted", "Measured", "Measured / predicted", "At the run's pace")
     return table((*PLACE, *columns), rows)

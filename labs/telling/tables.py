@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 from labs.filing.results import Band, PointForecasts, Predictions, Session, Summary
@@ -186,7 +187,7 @@ def forecast_beside_measured(lab: Lab, summary: Summary) -> Table:
                 number(f.value, unit),
                 _between(f.low, f.high, unit),
                 number(f.measured.value if f.measured else None, unit),
-                "–" if f.share is None else f"{f.share:.2f}x",
+                "–" if f.share is None or math.isinf(f.share) else f"{f.share:.2f}x",
                 yes_or_no(f.within),
             ]
         )

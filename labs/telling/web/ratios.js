@@ -15,7 +15,7 @@ const drawRatios = (() => {
     draw(id, ratioTraces(rows), {
       height: height + 84,
       margin: { l: 12, r: 14, t: 34, b: 46 },
-      shapes: [...rows.map((row) => bearsItOut(row, low, high)), lineAtOne()],
+      shapes: [...rows.filter(hasBand).map((row) => bearsItOut(row, low, high)), lineAtOne()],
       annotations: [...rows.map(label), ...rows.filter(({ item }) => item.value === null).map(noRatio)],
       xaxis: axis({ type: "log", range: [Math.log10(low), Math.log10(high)], tickvals: ticks,
                     ticktext: ticks.map((t) => `${t}x`), title: { text: title } }),
@@ -76,6 +76,8 @@ const drawRatios = (() => {
       wrapped([predicted, item.verdict].filter(Boolean).join("; "), 60).map((line) => `<br>${plain(line)}`).join("");
   }
 
+  const hasBand = ({ item }) => (item.least ?? null) !== null || (item.largest ?? null) !== null;
+
   function bearsItOut({ item, middle }, low, high) {
     return {
       type: "rect", layer: "below", line: { width: 0 }, fillcolor: data.predicted, opacity: 0.25,
@@ -95,7 +97,7 @@ const drawRatios = (() => {
   }
 
   function noRatio({ item, middle }) {
-    return { text: "– (no ratio)", x: Math.log10(item.predicted || 1), y: middle, xanchor: "left",
+    return { text: item.figures ? `– (${item.figures})` : "– (no ratio)", x: Math.log10(item.predicted || 1), y: middle, xanchor: "left",
              xshift: 10, showarrow: false, font: { color: css("--soft") } };
   }
 })();
