@@ -4,15 +4,15 @@ What arrives is read in the event loop itself and kept as it is, with the time: 
 switched to and nothing is parsed while other answers' chunks wait to be read. `lines_of` parses
 it when there is time.
 
-The end of an answer in chunks is told by the chunk of length 0 in its last bytes. Whatever else an
-answer is, and one that seems to stand still, is parsed as it comes.
+The end of an answer in chunks is told by the chunk of length 0 in its last bytes. Any other answer
+is parsed as it comes. One that stands still is parsed once, since its end may have been missed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http.client import HTTPException
 from urllib.parse import urlsplit
 
@@ -39,20 +39,30 @@ class EndlessAnswer(Exception):
     """An answer was cut off: it took more time or more bytes than the request can need."""
 
 
-class AnswerParser(HTTPResponse):
-    """Parses an answer's pieces; what is new of its body is in `fresh`."""
+class EndParser(HTTPResponse):
+    """Parses an answer's pieces to find its end, and keeps nothing of its body."""
 
     def __init__(self) -> None:
         super().__init__("POST")
-        self.fresh = b""
 
     def _on_body(self, buf: bytearray) -> None:
-        self.fresh += buf
+        """Leave the body alone: the pieces hold it."""
 
     @property
     def whole(self) -> bool:
         """Whether the answer has come to its end; one of 100 to 199 comes before another."""
         return bool(self.message_complete and self.status_code >= 200)
+
+
+class BodyParser(EndParser):
+    """Parses an answer's pieces; what is new of its body is in `fresh`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fresh = b""
+
+    def _on_body(self, buf: bytearray) -> None:
+        self.fresh += buf
 
 
 class Connection:
@@ -127,9 +137,13 @@ class Connection:
     ) -> None:
         if self._socket is None:
             self._socket = self._pool.get_socket()
-            self._readable = gevent.get_hub().loop.io(self._socket.fileno(), READ)
+            # timers of the same turn of the loop come after it: what has arrived waits for none
+            loop = gevent.get_hub().loop
+            self._readable = loop.io(self._socket.fileno(), READ, True, loop.MAXPRI)
+            # gevent's own method is a function in Python around this one, for sockets that block
+            self._receive = self._socket.recv if self._tls else self._socket._sock.recv
         self._pieces, self._most_bytes, self._bytes = pieces, most_bytes, 0
-        self._parsed: AnswerParser | None = None
+        self._parsed: EndParser | None = None
         self._keeps = True
         try:
             self._socket.settimeout(self._silence_s)
@@ -148,17 +162,20 @@ class Connection:
     def _read(self, deadline_s: float, most_s: float) -> None:
         self._failure = None
         self._done.clear()
-        last_s = now()
+        last_s, looked_at = now(), 0
         self._readable.start(self._arrived)
         try:
             while not self._done.wait(self._next_look_s(last_s)):
-                if now() > deadline_s:
+                at_s, before_s = now(), last_s
+                if at_s > deadline_s:
                     raise EndlessAnswer(f"no end of the answer within {most_s:.0f} s")
                 last_s = self._pieces[-1][0] if self._pieces else last_s
-                if now() >= last_s + self._silence_s:
+                if at_s >= last_s + self._silence_s:
                     raise TimeoutError("timed out")
-                if self._parse_all().whole:
+                stands_still = last_s == before_s and len(self._pieces) > looked_at
+                if stands_still and self._parse_all().whole:
                     break
+                looked_at = len(self._pieces) if stands_still else looked_at
         finally:
             self._readable.stop()
         if self._failure is not None:
@@ -174,7 +191,7 @@ class Connection:
         try:
             more = True
             while more:
-                data = self._socket.recv(BLOCK_BYTES)
+                data = self._receive(BLOCK_BYTES)
                 if self._takes(now(), data):
                     self._end()
                     return
@@ -200,10 +217,12 @@ class Connection:
             raise EndlessAnswer(f"the answer has more than {self._most_bytes} bytes")
         if len(self._pieces) == 1:
             self._begin(data)
-        if self._parsed is None:
-            return data.endswith(LAST_CHUNK) and (data.endswith(END_OF_LAST) or data == LAST_CHUNK)
-        self._parsed.feed(data)
-        return self._parsed.whole
+        if self._parsed is not None:
+            self._parsed.feed(data)
+            return self._parsed.whole
+        if len(data) < len(END_OF_LAST) and len(self._pieces) > 1:  # the mark may be in two pieces
+            data = self._pieces[-2][1][-len(END_OF_LAST) :] + data
+        return data.endswith(END_OF_LAST)
 
     def _cut_off(self) -> bool:
         """Whether the answer ends with its connection. Raises ConnectionError where it does not."""
@@ -222,15 +241,16 @@ class Connection:
         head = head.lower()
         self._keeps = head.startswith(b"http/1.1") and b"connection: close" not in head
         if not end or b"transfer-encoding: chunked" not in head:
-            self._parsed = AnswerParser()
+            self._parsed = EndParser()
 
-    def _parse_all(self) -> AnswerParser:
-        """Parse all that has come, and from now on whatever comes, as it does."""
-        if self._parsed is None:
-            self._parsed = AnswerParser()
-            for _, piece in self._pieces:
-                self._parsed.feed(piece)
-        return self._parsed
+    def _parse_all(self) -> EndParser:
+        """Parse all that has come."""
+        if self._parsed is not None:
+            return self._parsed
+        answer = EndParser()
+        for _, piece in self._pieces:
+            answer.feed(piece)
+        return answer
 
 
 def lines_of(pieces: Pieces) -> tuple[int, Lines]:
@@ -238,14 +258,57 @@ def lines_of(pieces: Pieces) -> tuple[int, Lines]:
 
     Raises HTTPParseError where it is no HTTP.
     """
-    answer, left = AnswerParser(), b""
+    answer, left = BodyParser(), b""
     lines: Lines = []
-    for at_s, piece in pieces:
-        answer.feed(piece)
-        if answer.fresh:
-            *ended, left = (left + answer.fresh).split(b"\n")
-            answer.fresh = b""
-            lines += [(at_s, line) for line in ended if line]
+    for at_s, body in _bodies(pieces, answer):
+        if not left and body.endswith(b"\n\n") and body.count(b"\n") == 2:  # an event by itself
+            lines.append((at_s, body[:-2]))
+            continue
+        *ended, left = (left + body).split(b"\n")
+        lines += [(at_s, line) for line in ended if line]
     if left:
         lines.append((pieces[-1][0], left))
     return answer.status_code if answer.headers_complete else 0, lines
+
+
+def _bodies(pieces: Pieces, answer: BodyParser) -> Iterator[tuple[float, bytes]]:
+    """Yield what each piece holds of the body.
+
+    The parser gets the head. Pieces that hold whole chunks, as nearly all do, are read without it;
+    from the first one that does not, it gets all.
+    """
+    whole_chunks = False
+    for place, (at_s, piece) in enumerate(pieces):
+        rest = piece
+        if place == 0:
+            head, end, after = piece.partition(END_OF_HEAD)
+            if end and b"transfer-encoding: chunked" in head.lower():
+                answer.feed(head + end)
+                whole_chunks, rest = answer.status_code >= 200, after
+        body = _body_of_chunks(rest) if whole_chunks else None
+        if body is None:
+            whole_chunks = False
+            if rest:  # nothing would mean the connection's end
+                answer.feed(rest)
+            body, answer.fresh = answer.fresh, b""
+        if body:
+            yield at_s, body
+
+
+def _body_of_chunks(piece: bytes) -> bytes | None:
+    """Join the chunks of HTTP/1.1 that a piece holds; None where it holds anything else."""
+    body, at = b"", 0
+    while at < len(piece):
+        end = piece.find(b"\r\n", at, at + 10)  # of the chunk's length
+        digits = piece[at:end]
+        if end < 0 or not digits.isalnum():
+            return None
+        try:
+            end_of_chunk = end + 2 + int(digits, 16)
+        except ValueError:
+            return None
+        if piece[end_of_chunk : end_of_chunk + 2] != b"\r\n":
+            return None
+        body += piece[end + 2 : end_of_chunk]
+        at = end_of_chunk + 2
+    return body

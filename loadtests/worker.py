@@ -29,6 +29,7 @@ REPORT_EVERY_S = 0.5
 LOOP_TICK_S = 0.02
 MASTER_TIMEOUT_S = 60.0  # of silence, on another machine
 PARSE_EVERY_S = 0.002
+NEXT_TURN_S = 1e-6  # a pause of 0 may end before the event loop has looked at the sockets again
 FEW_PIECES = 4  # of an answer that is parsed at once: a refusal is known before the next try
 
 
@@ -41,6 +42,7 @@ class WaitingRoom:
         self.ready_users = 0
         self.users_left = 0
         self.seats = itertools.count()
+        self.cpu_s = 0.0  # CPU time of this process when the present trial's clock started
 
     def play(self, load: Load, meet: Callable[[], None]) -> None:
         """Play one trial to its end: connect every user, start the clock, wait for the last.
@@ -58,6 +60,7 @@ class WaitingRoom:
         gc.collect()
         gc.disable()
         meet()
+        self.cpu_s = time.process_time()
         load.start()
         self.go.set()
         if load.users:
@@ -146,7 +149,7 @@ def parse_in_turn(load: Load, environment: Environment) -> None:
     """
     while True:
         parse(load.unparsed.get(), load, environment)
-        gevent.sleep(PARSE_EVERY_S if load.unparsed.qsize() < load.users else 0)
+        gevent.sleep(PARSE_EVERY_S if load.unparsed.qsize() < load.users else NEXT_TURN_S)
 
 
 requests_text: gevent.queue.Queue[dict[str, str]] = gevent.queue.Queue()
@@ -190,7 +193,6 @@ def play_plan(
     lags: list[float] = []
     parser = gevent.spawn(parse_in_turn, load, environment)
     helpers = [gevent.spawn(watch_loop, load, lags), gevent.spawn(report_forever, runner, load)]
-    cpu = time.process_time()
     if load.awaited_elsewhere:
         load.report_none_awaited = partial(runner.send_message, "lab-answered", plan.trial)
     waiting_room.play(load, partial(meet, runner, plan.trial))
@@ -198,7 +200,8 @@ def play_plan(
     parser.kill()
     while load.unparsed.qsize():
         parse(load.unparsed.get(), load, environment)
-    cpu = time.process_time() - cpu
+        gevent.sleep(NEXT_TURN_S)  # for the heartbeats, or the master gives this process up
+    cpu = time.process_time() - waiting_room.cpu_s
     report(runner, load)
     lags.sort()
     summary = TrialSummary(

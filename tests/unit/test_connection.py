@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from geventhttpclient.response import HTTPParseError
 
 from loadtests import connection
 from loadtests.connection import Connection, Pieces, lines_of
@@ -99,6 +100,40 @@ def test_the_end_of_an_answer_is_told_however_it_comes(
         asked.close()
     assert lines(first) == lines(second) == [b"data: one", b"data: two"]
     assert b"".join(piece for _, piece in first) == b"".join(parts)
+
+
+def test_an_answer_is_not_parsed_while_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes: parsing it would keep all others' pieces waiting."""
+    monkeypatch.setattr(connection, "LOOK_EVERY_S", 0.05)
+    made = []
+    monkeypatch.setattr(connection, "EndParser", lambda: made.append(1))
+    pieces: Pieces = []
+    with serving([[CHUNKED, *[chunk(b"data: one\n\n")] * 30, LAST]]) as port:  # 0.3 s and more
+        asked = connected(port)
+        asked.ask(b"{}", pieces, 5.0, 10_000)
+        asked.close()
+    assert lines(pieces) == [b"data: one"] * 30
+    assert made == []
+
+
+WITH_FIELD = CHUNKED + b"a;last=no\r\ndata: one\n\r\n" + chunk(b"data: two\n\n") + LAST
+
+
+@pytest.mark.parametrize("answer", [ANSWER, WITH_FIELD, b"HTTP/1.1 100 Continue\r\n\r\n" + ANSWER])
+def test_lines_do_not_depend_on_where_an_answer_is_cut(answer: bytes) -> None:
+    for first in range(1, len(answer)):
+        for second in range(first + 1, len(answer), 7):
+            parts = answer[:first], answer[first:second], answer[second:]
+            pieces = [(float(place), part) for place, part in enumerate(parts)]
+            status, found = lines_of(pieces)
+            assert status == 200
+            assert [line for _, line in found] == [b"data: one", b"data: two"]
+
+
+@pytest.mark.parametrize("size", [b"zz", b"-1", b"1_0", b"", b"5"])
+def test_a_chunk_whose_length_is_wrong_is_no_http(size: bytes) -> None:
+    with pytest.raises(HTTPParseError):
+        lines_of([(0.0, CHUNKED), (0.1, size + b"\r\ndata: one\n\n\r\n")])
 
 
 @pytest.mark.parametrize("idle_s", [0.0, 10.0])

@@ -50,6 +50,8 @@ def role_frame(request: Request) -> str:
 
 def content_frame(request: Request, tokens: int, reason: str) -> str:
     """A chunk of the last `tokens` tokens of what was sent; `reason` is why it is the last one."""
+    if request.chat and request.continuous and not reason and request.sent > tokens:
+        return _middle_frame(request, tokens)
     finish = f'"finish_reason":"{reason}"' if reason else '"finish_reason":null'
     if request.chat:
         delta = f'"delta":{{"content":"{_text(request, tokens)}"}}'
@@ -60,6 +62,24 @@ def content_frame(request: Request, tokens: int, reason: str) -> str:
     rest = f",{FINGERPRINT}" if reason and not request.usage else _usage_so_far(request)
     choice = f'"index":{request.choice},{delta},"logprobs":null,{finish},{ids}'
     return _frame(request, f"{{{choice}}}", rest)
+
+
+def _middle_frame(request: Request, tokens: int) -> str:
+    """The same as the general way, in less time, for the chunks between first and last."""
+    if not request.middle:
+        prompt = len(request.prompt)
+        request.middle = (
+            f'data: {request.head}{{"index":{request.choice},"delta":{{"content":"',
+            '"},"logprobs":null,"finish_reason":null,"token_ids":null}],'
+            f'"usage":{{"prompt_tokens":{prompt},"total_tokens":',
+        )
+    before, after = request.middle
+    sent = request.sent
+    event = (
+        f"{before}{_text(request, tokens)}{after}{len(request.prompt) + sent},"
+        f'"completion_tokens":{sent},"completion_tokens_details":null}}}}\n\n'
+    )
+    return f"{len(event):x}\r\n{event}\r\n"
 
 
 def closing_frames(request: Request) -> str:
@@ -117,6 +137,8 @@ def _usage_so_far(request: Request) -> str:
 
 def _text(request: Request, tokens: int) -> str:
     """The last `tokens` tokens of what was sent."""
+    if tokens == 1 and request.sent > 1:
+        return WORDS[(request.sent - 1) % len(WORDS)]
     words = [WORDS[i % len(WORDS)] for i in range(request.sent - tokens, request.sent)]
     if request.sent == tokens and request.mark:
         words[0] = json.dumps(request.mark)[1:-1]

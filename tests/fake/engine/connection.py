@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ class Connection(asyncio.Protocol):
         self.if_lost: Callable[[], None] | None = None  # told when the client leaves its answer
         self._answer, self._loop = answer, asyncio.get_running_loop()
         self._buffer, self._busy, self._keep = bytearray(), False, True
+        self._held: list[bytes] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -56,7 +58,23 @@ class Connection(asyncio.Protocol):
             self._answer(self, method, target.partition("?")[0], headers, body)
 
     def write(self, text: str) -> None:
-        self.transport.write(text.encode())
+        self.send(text.encode())
+
+    def send(self, data: bytes) -> None:
+        if self._held is None:
+            self.transport.write(data)
+        else:
+            self._held.append(data)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Send all that is written within the block together, at its end."""
+        self._held = []
+        try:
+            yield
+        finally:
+            held, self._held = self._held, None
+            self.transport.write(b"".join(held))
 
     def _head(self, status: HTTPStatus, *fields: str) -> str:
         date = f"date: {email.utils.formatdate(usegmt=True)}"

@@ -83,7 +83,7 @@ class Engine:
         payload = text.encode()
         now = time.monotonic()
         if payload:
-            request.connection.transport.write(payload)
+            request.connection.send(payload)
         if request.times:
             metrics.observe("inter_token_latency_seconds", now - request.times[-1])
         else:

@@ -44,6 +44,7 @@ class Request:
     computed: int = 0  # tokens whose keys and values are there
     sent: int = 0
     finish: str = ""
+    middle: tuple[str, ...] = ()  # what the chunks between first and last have in common
     times: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)

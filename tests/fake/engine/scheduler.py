@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 from tests.fake.engine.alarm import Alarm
@@ -13,6 +15,7 @@ from tests.fake.engine.law import Law
 from tests.fake.engine.metrics import Metrics
 from tests.fake.engine.request import Request, Step
 
+MOST_OVERDUE = 16  # chunks that a programmed stream gets together: others wait meanwhile
 Emit = Callable[[Request, int, Step], int]
 """Sends a request a chunk of so many tokens, or of what is left; returns how many."""
 
@@ -167,11 +170,15 @@ class Programmed:
     def _chunk(self, request: Request, due: Callable[[int], float], size: int) -> None:
         if request.finish:
             return  # it went away
-        i = len(request.times)
-        step = Step(due(i), len(self.running), 0 if i else len(request.prompt))
-        sent = self._emit(request, size, step)
-        self._metrics.observe("iteration_tokens_total", step.prefilled + sent)
-        if request.sent == request.n_out:
-            self.running.remove(request)
-        else:
-            self._alarm.at(due(i + 1), partial(self._chunk, request, due, size))
+        now, first = time.monotonic(), len(request.times)
+        with request.connection.at_once() if due(first + 1) <= now else nullcontext():
+            for i in range(first, first + MOST_OVERDUE):  # all that are due, where it is behind
+                step = Step(due(i), len(self.running), 0 if i else len(request.prompt))
+                sent = self._emit(request, size, step)
+                self._metrics.observe("iteration_tokens_total", step.prefilled + sent)
+                if request.sent == request.n_out:
+                    self.running.remove(request)
+                    return
+                if due(i + 1) > now:
+                    break
+        self._alarm.at(due(i + 1), partial(self._chunk, request, due, size))
