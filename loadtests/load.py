@@ -32,6 +32,7 @@ from loadtests.plan import (
 from loadtests.records import RequestRecord
 
 GIVE_UP_AFTER = 5  # connection failures in a row, which mean that the engine is gone
+AFTER_ERROR_S = 0.1  # that a user waits before it sends again
 now = time.monotonic
 
 

@@ -20,7 +20,7 @@ from locust.runners import WorkerRunner
 
 from loadtests import load_workers
 from loadtests.event_lines import say
-from loadtests.load import Ended, Load, now
+from loadtests.load import AFTER_ERROR_S, Ended, Load, now
 from loadtests.plan import TrialPlan, TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.streaming import connect, records_of, stream
@@ -116,7 +116,7 @@ class ChatUser(User):
                 if ended.error is None and len(ended.pieces) > FEW_PIECES:
                     load.unparsed.put(ended)
                 elif parse(ended, load, self.environment).error:
-                    gevent.sleep(0.1)
+                    gevent.sleep(AFTER_ERROR_S)
         except gevent.GreenletExit:  # this process ends: its share is lost, not played to its end
             stopped = True
             raise

@@ -15,7 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from itertools import cycle
+from itertools import cycle, islice
 from typing import IO, TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
@@ -95,7 +95,7 @@ def _play(plan: ForecastPlan, engines: Engines, out: IO[str]) -> None:
                 replica.clock.pace = trial.pace
             one = len(replicas) == 1
             server = replicas[0] if one else Fleet(replicas, ROUTERS[trial.router]())
-            _prime(server, list(_prompts(trial, tokenize, None, 0.0))[: trial.primed])
+            _prime(server, islice(_prompts(trial, tokenize, None, 0.0), trial.primed))
             for replica in replicas:
                 replica.read_counters()
             start_s = server.now_s

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import Literal, Protocol
 
 from pydantic import BaseModel
@@ -53,6 +54,7 @@ class Delays(BaseModel, frozen=True, extra="forbid"):
     serial_s: float = 0.002  # the part of request_s during which no other request is prepared
     response_s: float = 0.001  # from the end of a step until the client has the token
     client_s: float = 0.003  # from the end of an answer until the same user's next send
+    refused_s: float = 0.1  # so much later if it was turned away
 
 
 class Traffic(BaseModel, frozen=True, extra="forbid"):
@@ -132,7 +134,8 @@ class _Trial:
     ) -> None:
         self.server, self.traffic, self.delays = server, traffic, delays
         self.ends_only = ends_only
-        self.prompts, self.intruders = iter(prompts), iter(intruders)
+        self.prompts: Iterator[Prompt] = iter(prompts)
+        self.intruders = iter(intruders)
         self.start_s = server.now_s
         self.answers: dict[str, VirtualAnswer] = {}
         self.unanswered: dict[int, int] = {}  # request, by its order -> answers it waits for
@@ -275,13 +278,18 @@ class _Trial:
         self.window[1] = min(self.window[1], max(at_s, self.window[0]))
 
     def _wave(self, at_s: float) -> None:
-        """Send a wave, unless enough have been sent."""
+        """Send a wave, unless enough have been sent, or fewer prompts are left than it takes."""
         traffic = self.traffic
         deadline_s = traffic.warmup_s + traffic.window_s
         late = at_s >= self._latest_s and self.counted
         if at_s >= deadline_s and (late or self.counted >= self.least_counted):
             self.window[1] = at_s
             return
+        wave = list(islice(self.prompts, traffic.users))
+        if len(wave) < traffic.users:
+            self.window = [min(self.window[0], at_s), at_s]
+            return
+        self.prompts = chain(wave, self.prompts)
         if at_s >= traffic.warmup_s:
             self.window[0] = min(self.window[0], at_s)
         self.outstanding = traffic.users
@@ -313,7 +321,9 @@ class _Trial:
         if self.unanswered[request]:
             return
         del self.unanswered[request]
-        traffic, next_s = self.traffic, at_s + self.delays.client_s
+        refused = answer.turned_away_s is not None
+        traffic = self.traffic
+        next_s = at_s + self.delays.client_s + refused * self.delays.refused_s
         self.awaited -= answer.in_window
         if traffic.kind == "open":
             return
@@ -329,7 +339,7 @@ class _Trial:
                 self._wave(next_s)
         else:
             if answer.in_window:
-                self.answered += 1
+                self.answered += not refused
                 if self.answered == self.least_counted:
                     self.window[1] = max(self.window[1], at_s)
             self._plan(next_s)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from labs.running.step_timing import FASTER, SLOWER, ends_of_band
+from loadtests.load import AFTER_ERROR_S
 from serving.forecasting import timing
 from serving.forecasting.step import Piece, Step, StepTimes
 from serving.forecasting.traffic import Delays, Prompt, Traffic, play
@@ -120,6 +121,20 @@ def test_a_wave_waits_for_all_of_it() -> None:
     assert list(played.window_s) == [0, 7]
 
 
+def test_no_wave_is_sent_that_the_prompts_do_not_fill() -> None:
+    """As by the load generator. Where even the warm-up has too few, the window is empty."""
+    for warmup_s, window in ((0, (0.0, 6.0)), (20, (6.0, 6.0))):
+        played = play(
+            Server(),
+            Traffic(kind="waves", users=2, warmup_s=warmup_s, window_s=100),
+            prompts(*[3] * 5),
+            (),
+            NONE,
+        )
+        assert len(played.answers) == 4
+        assert played.window_s == window
+
+
 def test_an_open_loop_keeps_its_schedule_whatever_is_outstanding() -> None:
     played = play(
         Server(),
@@ -173,7 +188,9 @@ def test_a_user_of_a_closed_loop_that_is_turned_away_sends_again() -> None:
     delays = NONE.model_copy(update={"client_s": 0.5})
     traffic = Traffic(kind="closed", users=2, warmup_s=0, window_s=4)
     played = play(Full(), traffic, prompts(*[2] * 40), (), delays)
-    assert any(a.turned_away_s is not None for a in played.answers)
+    refused_s = next(a.turned_away_s for a in played.answers if a.turned_away_s is not None)
+    again_s = refused_s + delays.client_s + AFTER_ERROR_S  # as the load generator's users wait
+    assert again_s in [pytest.approx(a.sent_s) for a in played.answers]
     assert sum(bool(a.chunks) for a in played.answers) >= 2
 
 
