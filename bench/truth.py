@@ -74,6 +74,7 @@ PROGRAMS = (
     Program(64, tokens_per_chunk=4, early_role=True),
     Program(64, sse_comments=True),
     Program(64, stall_s=STALL_S),
+    Program(64, chunks=300),  # three seconds, as answers of an engine take
     Program(64, gap_s=0.001, chunks=LONG),
     Program(256, gap_s=0.001, chunks=LONG),
 )

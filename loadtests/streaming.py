@@ -164,10 +164,11 @@ def tokens_of(
     counted = reported = 0
     most_tokens = 2 * asked_tokens
     for at, line in lines:
-        if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
+        data = line[5:]
+        if not line.startswith(b"data:") or (len(data) < 20 and data.strip() == b"[DONE]"):
             continue
         try:
-            event = orjson.loads(line[5:])
+            event = orjson.loads(data)
             if "error" in event:
                 complaint = complaint_of(event["error"])
             if usage := event.get("usage"):
@@ -187,7 +188,7 @@ def tokens_of(
             return chunks, prompt_tokens, output_tokens, f"not a completion event: {line[:80]!r}"
         if tokens > 0:
             counted += tokens
-            chunks.append((round(at - t0, 6), tokens))
+            chunks.append((int((at - t0) * 1e6 + 0.5) / 1e6, tokens))  # as round(), in less time
     return chunks, prompt_tokens, output_tokens, complaint
 
 
