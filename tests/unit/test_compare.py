@@ -228,6 +228,64 @@ def test_errors_where_there_were_none_fail(folder: RunFolder) -> None:
     assert gate.failures(compared(broken, folder), ALLOWED) == []
 
 
+def with_figure(folder: RunFolder, metric: str, *values: float) -> RunFolder:
+    """The run with these values of a metric, a repeat each, at one point of `on`."""
+    summary = folder.summary()
+    repeats = summary.measurements["on/short/concurrent-1"]
+    several = {n: {**repeats[1], metric: value} for n, value in enumerate(values, 1)}
+    measurements = {**summary.measurements, "on/short/concurrent-1": several}
+    write_json(
+        folder.path / "summary.json", summary.model_copy(update={"measurements": measurements})
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "now", "failed"),
+    [
+        ("goodput_per_s", [14.0, 14, 14, 14, 14], [0.0, 0, 0, 0, 0.3], True),
+        ("goodput_per_s", [0.0, 0, 0, 0, 0.3], [14.0, 14, 14, 14, 14], False),  # better
+        ("goodput_per_s", [14.0, 14, 14, 14, 14], [14.0, 14, 0, 14, 14], False),  # chance
+        ("goodput_per_s", [14.0, 0, 14, 14, 13], [13.0, 14, 0, 14, 14], False),
+        ("error_rate", [0.0] * 6, [0.009] * 5 + [0], True),
+        ("error_rate", [0.0] * 6, [0.009] + [0.0] * 5, True),
+        ("error_rate", [0.009] * 5 + [0], [0.0] * 6, False),
+        ("error_rate", [0, 0.01, 0, 0, 0.02, 0], [0, 0, 0.02, 0.01, 0, 0.01], False),
+        ("error_rate", [0.001, 0, 0.001, 0, 0, 0], [0.2, 0.21, 0.19, 0.2, 0.2, 0.2], True),
+    ],
+)
+def test_a_figure_that_is_zero_in_some_repeats_is_judged_by_its_means(
+    folder: RunFolder, metric: str, before: list[float], now: list[float], failed: bool
+) -> None:
+    other = with_figure(write_slowed(folder, 1), metric, *now)
+    found = compared(with_figure(folder, metric, *before), other)
+    figure = row(found, metric, "on/short/concurrent-1")
+    assert figure.contrast is None
+    told = gate.failures(found, ALLOWED)
+    assert [line.partition(" at ")[0] for line in told] == [figure.title] * failed
+    if failed:
+        assert f"{figure.a:.3g} in the baseline, {figure.b:.3g} now" in told[0]
+
+
+def test_what_is_zero_in_some_repeats_may_be_chance_among_many(folder: RunFolder) -> None:
+    """A difference of means is one of the figures among which false discoveries are bounded."""
+    (lone,) = compare.judged([[zeros(0.04)]])[0]
+    assert (lone.outcome, lone.why) == ("differs", "zero in some repeats")
+    among_many = compare.judged([[zeros(0.04), *[zeros(0.5)] * 19]])[0][0]
+    assert among_many.outcome == "undecided"
+    assert compare.judged([[zeros(0.04, b=0.0101)]])[0][0].outcome == "undecided"  # the margin
+    assert "p_of_difference" not in json.loads(judged(0.5)[0].model_dump_json())
+    side = compared(folder, with_figure(write_slowed(folder, 1), "error_rate", 0, 0.1, 0.2))
+    assert row(side, "error_rate", "on/short/concurrent-1").p_of_difference
+
+
+def zeros(p: float, b: float = 0.02) -> ComparedFigure:
+    return ComparedFigure(
+        figure="error_rate", where="x", unit="share", better="lower", a=0.01, b=b, contrast=None,
+        p_of_difference=p, outcome="undecided", why="zero in some repeats",
+    )  # fmt: skip
+
+
 def test_a_gate_that_could_not_fail_lets_nothing_pass(folder: RunFolder) -> None:
     """One repeat each: no figure has an interval."""
     other = write_slowed(folder, 3)
