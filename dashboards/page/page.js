@@ -158,7 +158,7 @@ function hiddenPanels() {
     while (next?.matches("section[hidden]")) next = next.nextElementSibling;
     head.toggleAttribute("hidden", next?.tagName !== "SECTION");
   }
-  return hidden ? ` Not shown: ${hidden} panels of the engine's own series, of which nothing is recorded here for this run.` : "";
+  return hidden ? ` Not shown: ${hidden} panel${hidden === 1 ? "" : "s"} of the engine's own series, of which nothing is recorded here for this run.` : "";
 }
 
 function tellUnanswered(error) {

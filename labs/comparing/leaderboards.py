@@ -26,6 +26,7 @@ from labs.judging.text import (
     ONE_SITTING,
     ceilings_text,
     claim_outcome,
+    counted,
     decided_text,
     number,
     point_label,
@@ -406,7 +407,9 @@ def _between_sittings(committed: bool) -> dict[str, str]:
         filed = reproduction.filed_with(folder, committed)
         repetitions.setdefault(folder.path.parent.name, []).extend(filed)
     spreads = {lab: reproduction.between_sittings(of_lab) for lab, of_lab in repetitions.items()}
-    return {lab: f"{s.spread:.1%} ({s.ratios} ratios)" for lab, s in spreads.items() if s}
+    return {
+        lab: f"{s.spread:.1%} ({counted(s.ratios, 'ratio')})" for lab, s in spreads.items() if s
+    }
 
 
 def leaderboard(committed: bool = False) -> Table:

@@ -12,7 +12,7 @@ from labs.judging.judge import (
     TWO_ONE_SIDED,
     Judgement,
 )
-from labs.judging.text import ONE_SITTING, ceilings_text
+from labs.judging.text import ONE_SITTING, ceilings_text, counted
 from labs.lab import Lab
 from labs.telling.document import Code, Inline
 from serving.dummy import SUFFIX
@@ -50,9 +50,7 @@ def repeats(lab: Lab, summary: Summary) -> str:
     """Say how often each point was measured, and how often it could have been."""
     played = {len(of_point) for of_point in summary.measurements.values()} or {0}
     least, most = min(played), max(played)
-    repeat_text = (
-        f"{least} to {most} repeats" if most > least else f"{most} repeat{'s' * (most != 1)}"
-    )
+    repeat_text = f"{least} to {most} repeats" if most > least else counted(most, "repeat")
     if lab.looks == 1:
         return repeat_text
     return (
@@ -66,8 +64,9 @@ def covers(lab: Lab, session: Session | None, judgements: Sequence[Judgement]) -
     parts = [ONE_SITTING]
     starts = [j.effect.starts for j in judgements if j.effect and j.effect.starts is not None]
     if starts and min(starts) < ENOUGH_STARTS:
+        only = counted(min(starts), "time")
         parts.append(
-            f"The engines took turns, and one was started only {min(starts)} times. Fewer than"
+            f"The engines took turns, and one was started only {only}. Fewer than"
             f" {ENOUGH_STARTS} starts do not show how much two starts differ, so intervals between"
             f" engines are widened by {START_SPREAD:.1%} a start, as measured on one CPU."
         )

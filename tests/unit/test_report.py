@@ -329,6 +329,7 @@ def test_engines_that_took_turns_are_a_caveat(resident: bool, folder: RunFolder)
             "Each engine was started once: differences between starts are not covered.",
         ),
         (2, False, 0, "one was started only 2 times. Fewer than 4 starts"),
+        (1, False, 0, "one was started only 1 time. Fewer than 4 starts"),
         (4, False, 0, "each was started at least 4 times. Between engines the mean of a start"),
         (None, True, 8, "an interval of 95% is taken at 97.5%, and one of 90% at 95%"),
     ],
