@@ -50,6 +50,7 @@ from labs.judging.judge import (
 )
 from labs.judging.machine_speed import Part, relative_speed
 from labs.judging.metrics import METRICS, by_repeat, compared_metrics
+from labs.judging.text import counted
 from labs.lab import MARGIN, LabError, Point
 from labs.telling.summary import checked
 from serving.models import ROOT
@@ -57,6 +58,8 @@ from serving.models import ROOT
 SENT = (  # the knobs of a lab that say what is sent and what is measured of it
     "workloads", "requests", "warmup_s", "window_s", "timeout_s", "load_processes", "seed", "slo",
 )  # fmt: skip
+NOT_COMPLETE = "not complete"
+MOST_NAMED = 6  # failed trials
 SOME_ZEROS = "zero in some repeats"
 NO_VERDICT = ("not valid", "missing")
 UNDECIDED = ("inconclusive", *NO_VERDICT)
@@ -503,14 +506,26 @@ def _verdicts(a: Sequence[Judgement], b: Sequence[Judgement]) -> list[VerdictPai
 def _caveats(side: Side) -> list[Caveat]:
     point_keys = {p.key for p in side.points}
     caveats = [c for c in side.summary.caveats if c.point is None or c.point in point_keys]
-    if side.summary.failed or side.summary.missing or not side.folder.complete:
-        text = f"{len(side.summary.failed)} trials failed, {side.summary.missing} were not played"
-        caveats.append(Caveat(name="not complete", text=text))
+    if text := _what_is_missing(side):
+        caveats.append(Caveat(name=NOT_COMPLETE, text=text))
     if side.run.quick:
         caveats.append(Caveat(name="quick run", text="few and short repeats: a smoke test"))
     if side.run.dummy:
         caveats.append(Caveat(name="random weights", text="speed is real, the text is not"))
     return caveats
+
+
+def _what_is_missing(side: Side) -> str:
+    """Say why a run is not complete, with the names of failed trials; empty where it is."""
+    failed, missing, parts = list(side.summary.failed), side.summary.missing, []
+    if failed:
+        named = ", ".join(failed[:MOST_NAMED]) + ", ..." * (len(failed) > MOST_NAMED)
+        parts.append(f"{counted(len(failed), 'trial')} failed ({named})")
+    if missing:
+        parts.append(f"{counted(missing, 'trial')} not played")
+    if not parts and not side.folder.complete:
+        parts.append("the run has not ended")
+    return ", ".join(parts)
 
 
 # --------------------------------------------------------------------------------------- machines

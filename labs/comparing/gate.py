@@ -1,8 +1,9 @@
 """A gate for an upgrade, for example: is anything worse in the new run than in its baseline?
 
 It fails when a claim's verdict flips, when a figure is worse beyond chance and beyond a stated
-margin, and when something of the baseline is missing. The margins come from a TOML file
-(`labs/comparing/thresholds.toml` is the default and says what each line means).
+margin, when something of the baseline is missing, and when the run is not complete. The margins
+come from a TOML file (`labs/comparing/thresholds.toml` is the default and says what each line
+means).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, NonNegativeFloat, ValidationError
 
-from labs.comparing.compare import NO_VERDICT, UNDECIDED, ComparedFigure, Comparison
+from labs.comparing.compare import NO_VERDICT, NOT_COMPLETE, UNDECIDED, ComparedFigure, Comparison
 from labs.judging.metrics import METRICS
 from labs.judging.text import times_with_interval
 from labs.lab import LabError
@@ -71,7 +72,7 @@ def failures(comparison: Comparison, limits: Thresholds) -> list[str]:
             " figure differs or is the same, so the gate cannot decide: measure more repeats,"
             " without QUICK"
         )
-    failed = []
+    failed = _incomplete(comparison)
     for v in comparison.verdicts:
         lost = v.b in NO_VERDICT and v.a not in NO_VERDICT
         open_ = v.b == "inconclusive" and v.a not in UNDECIDED
@@ -89,6 +90,17 @@ def failures(comparison: Comparison, limits: Thresholds) -> list[str]:
         elif row.outcome == "differs" and (row.worse_by or 0) > limits.of(row):
             failed.append(f"{what}: {_worse(row, limits)}")
     return failed
+
+
+def _incomplete(comparison: Comparison) -> list[str]:
+    """Say what is missing of the run, where its baseline is complete.
+
+    The repeats that are left may be as good as the baseline's.
+    """
+    of_a, of_b = (
+        [c.text for c in comparison.caveats[side] if c.name == NOT_COMPLETE] for side in ("A", "B")
+    )
+    return [f"{comparison.b} is not complete: {text}" for text in of_b if not of_a]
 
 
 def _errors_came(row: ComparedFigure, limits: Thresholds) -> bool:

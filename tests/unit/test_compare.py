@@ -205,6 +205,32 @@ def test_what_is_missing_now_fails(folder: RunFolder) -> None:
     assert "Output throughput at on/short/concurrent-1: missing now" in failed
 
 
+def test_a_run_whose_trials_failed_fails_by_name(folder: RunFolder) -> None:
+    """What is left of it is as good as the baseline."""
+    whole, crashed = folder, write_slowed(folder, 1)
+    failed = {f"on/short/concurrent-2/{n}": "the engine died" for n in range(2, 10)}
+    update = {"failed": failed, "missing": 1}
+    write_json(crashed.path / "summary.json", crashed.summary().model_copy(update=update))
+    named = ", ".join(list(failed)[:6])
+    assert gate.failures(compared(whole, crashed), ALLOWED) == [
+        f"{name_of(crashed)} is not complete: 8 trials failed ({named}, ...), 1 trial not played"
+    ]
+    assert gate.failures(compared(crashed, whole), ALLOWED) == []
+    assert gate.failures(compared(crashed, crashed), ALLOWED) == []
+
+
+def test_a_run_that_has_not_ended_fails(folder: RunFolder) -> None:
+    running = write_slowed(folder, 1)
+    (running.path / "COMPLETE").unlink()
+    assert gate.failures(compared(folder, running), ALLOWED) == [
+        f"{name_of(running)} is not complete: the run has not ended"
+    ]
+
+
+def name_of(folder: RunFolder) -> str:
+    return Side(folder, None, folder.run(), folder.summary()).name
+
+
 def test_a_percentile_that_too_few_samples_support_fails_nothing(folder: RunFolder) -> None:
     full, thin = folder, write_slowed(folder, 1)
     summary = thin.summary()
