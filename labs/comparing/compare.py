@@ -143,12 +143,14 @@ class VerdictPair(BaseModel, frozen=True, extra="forbid"):
 
         They are the same where both decided alike. They differ where B's ratio is shown to be
         another, as the two intervals have nothing in common. Where A decided nothing there is
-        nothing to compare; all else is undecided.
+        nothing to compare; all else is undecided, as is a ratio of B that is not valid.
         """
         if self.a in UNDECIDED:
             return "not comparable"
         if self.a == self.b:
             return "same"
+        if self.b in NO_VERDICT:
+            return "undecided"
         return "differs" if _are_disjoint(self.a_ratio, self.b_ratio) else "undecided"
 
 

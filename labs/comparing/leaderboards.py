@@ -281,16 +281,17 @@ The first claims of each lab on every machine. *Changed*: the lab has other sett
 An interval covers one sitting: how much the repeats of a run vary, not what another day or \
 another machine changes. *Between sittings*: how far a claim's ratio in a reproduction on the same \
 hardware typically lies from the original's (root mean square of the logarithm of their ratio, \
-over all claims and reproductions of the lab).
+over all claims that were valid in both, in all reproductions of the lab).
 """
 REPEATED = """
 ## Reproduced
 
 Each run that was repeated with the same settings and seeds. A verdict is *reproduced* where the \
 repetition decides alike, *not reproduced* where it does not and the two intervals do not overlap, \
-and else *undecided*. Where the original decided nothing there is nothing to reproduce. A figure \
-is *reproduced* where the interval of the ratio lies within the margin (5% unless a claim names \
-its own), *not reproduced* where it differs by more than chance explains, and else *undecided*.
+and else *undecided*, as where the repetition is not valid. Where the original decided nothing \
+there is nothing to reproduce. A figure is *reproduced* where the interval of the ratio lies \
+within the margin (5% unless a claim names its own), *not reproduced* where it differs by more \
+than chance explains, and else *undecided*.
 """
 PREDICTED = """
 ## Forecasts

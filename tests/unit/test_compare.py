@@ -461,6 +461,7 @@ def test_an_effect_is_the_same_within_its_claims_margin(
         ("helps", (1.3, 1.2, 1.4), "no effect", (1.0, 0.97, 1.03), "differs"),
         ("helps", (1.3, 1.2, 1.4), "inconclusive", (1.05, None, None), "undecided"),
         ("helps", (1.3, 1.2, 1.4), "not valid", None, "undecided"),
+        ("helps", (1.3, 1.2, 1.4), "not valid", (0.7, 0.6, 0.8), "undecided"),
         ("inconclusive", (1.0, 0.8, 1.2), "no effect", (1.0, 1.0, 1.0), "not comparable"),
         ("not valid", None, "not valid", None, "not comparable"),
     ],

@@ -212,6 +212,12 @@ def test_sittings_on_the_same_hardware_tell_how_far_ratios_lie_apart(
     others = [
         found.model_copy(update={"verdicts": unknown}),
         moved.model_copy(update={"same_hardware": False}),
+        *(
+            moved.model_copy(
+                update={"verdicts": [v.model_copy(update={side: "not valid"}) for v in apart]}
+            )
+            for side in ("a", "b")
+        ),
     ]
     pooled = reproduction.between_sittings([moved, *others])
     assert pooled
