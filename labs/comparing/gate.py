@@ -9,6 +9,7 @@ means).
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, NonNegativeFloat, ValidationError
@@ -64,23 +65,18 @@ def thresholds(path: Path = DEFAULT) -> Thresholds:
 def failures(comparison: Comparison, limits: Thresholds) -> list[str]:
     """List what is worse in the run (B) than in its baseline (A) allows; empty when it passes.
 
-    Raises LabError where the two decide nothing, as the gate could not fail then.
+    Raises LabError where nothing is worse because the two decide nothing.
     """
-    if not any(r.contrast and r.outcome in ("same", "differs") for r in comparison.rows):
-        raise LabError(
-            f"the intervals of {comparison.a} and {comparison.b} are too wide to tell whether any"
-            " figure differs or is the same, so the gate cannot decide: measure more repeats,"
-            " without QUICK"
-        )
+    rows = list(comparison.rows)
+    if not comparison.same_hardware:
+        rows += comparison.effects
     failed = _incomplete(comparison)
     for v in comparison.verdicts:
         lost = v.b in NO_VERDICT and v.a not in NO_VERDICT
         open_ = v.b == "inconclusive" and v.a not in UNDECIDED
         if v.flips or lost or (open_ and limits.verdicts.undecided_fails):
             failed.append(f"{v.title} ({v.where}): {v.a} in the baseline, {v.b} now")
-    for row in (
-        comparison.rows if comparison.same_hardware else [*comparison.rows, *comparison.effects]
-    ):
+    for row in rows:
         what = f"{row.title} at {row.where}"
         if row.b is None:  # a percentile is missing where few samples came, which chance decides
             if limits.verdicts.missing_fails and METRICS[row.metric].statistic.q is None:
@@ -89,7 +85,24 @@ def failures(comparison: Comparison, limits: Thresholds) -> list[str]:
             failed.append(f"{what}: {row.a:.3g} in the baseline, {row.b:.3g} now")
         elif row.outcome == "differs" and (row.worse_by or 0) > limits.of(row):
             failed.append(f"{what}: {_worse(row, limits)}")
+    if not failed:
+        _require_decided(comparison, rows)
     return failed
+
+
+def _require_decided(comparison: Comparison, rows: Sequence[ComparedFigure]) -> None:
+    """Raise LabError where no figure is shown to differ or to be the same."""
+    tested = [row for row in rows if row.contrast or row.p_of_difference is not None]
+    if any(row.outcome in ("same", "differs") for row in tested):
+        return
+    names = f"{comparison.a} and {comparison.b}"
+    if tested:
+        raise LabError(
+            f"the intervals of {names} are too wide to tell whether any figure differs or is the"
+            " same, so the gate cannot decide: measure more repeats, without QUICK"
+        )
+    only = "" if comparison.same_hardware else " (of other hardware only ratios are compared)"
+    raise LabError(f"{names} have no figure in common to compare{only}, so the gate cannot decide")
 
 
 def _incomplete(comparison: Comparison) -> list[str]:

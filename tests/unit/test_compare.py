@@ -319,9 +319,42 @@ def test_a_gate_that_could_not_fail_lets_nothing_pass(folder: RunFolder) -> None
         summary = run.summary()
         for rows in summary.measurements.values():
             del rows[2]
+            del rows[1]["goodput_per_s"]  # there is none left, which takes no interval to see
         write_json(run.path / "summary.json", summary)
     with pytest.raises(LabError, match="the gate cannot decide: measure more repeats"):
         gate.failures(compared(folder, other), ALLOWED)
+
+
+def test_across_hardware_the_gate_goes_by_what_claims_compare(folder: RunFolder) -> None:
+    """Also where no figure without a dimension was forecast, as where all forecasts are bounds."""
+    slide = edited(folder, machine="Slide rule")
+    found = compared(folder, slide).model_copy(update={"rows": []})
+    assert [e.outcome for e in found.effects] == ["same"] * 2
+    assert gate.failures(found, ALLOWED) == []
+    lost = compared(folder, edited(write_slowed(folder, 3, "on"), machine="Slide rule 2"))
+    failed = gate.failures(lost.model_copy(update={"rows": [], "verdicts": []}), ALLOWED)
+    assert [line.partition(" at ")[0] for line in failed] == ["effect on Output throughput"] * 2
+    open_ = [e.model_copy(update={"outcome": "undecided"}) for e in found.effects]
+    with pytest.raises(LabError, match="are too wide to tell"):
+        gate.failures(found.model_copy(update={"effects": open_}), ALLOWED)
+    with pytest.raises(LabError, match=r"no figure in common to compare \(of other hardware"):
+        gate.failures(found.model_copy(update={"effects": []}), ALLOWED)
+    here = compared(folder, folder).model_copy(update={"rows": []})
+    with pytest.raises(LabError, match="no figure in common to compare, so the gate"):
+        gate.failures(here, ALLOWED)
+
+
+def test_what_is_worse_is_told_where_nothing_else_is_decided(folder: RunFolder) -> None:
+    other = write_slowed(folder, 1)
+    for run in (folder, other):
+        summary = run.summary()
+        for rows in summary.measurements.values():
+            del rows[2]
+        write_json(run.path / "summary.json", summary)
+    gone = with_figure(other, "goodput_per_s", 0.0)
+    assert gate.failures(compared(folder, gone), ALLOWED) == [
+        "Goodput at on/short/concurrent-1: 0.5 in the baseline, 0 now"
+    ]
 
 
 @pytest.mark.parametrize(
