@@ -671,7 +671,9 @@ def _sending_panels() -> tuple[Panel, ...]:
 
 def _outcome_panels() -> tuple[Panel, ...]:
     ended = f"{exporter.REQUESTS}_total"
-    failed = _rate(ended, f'{LIVE},outcome="error"')
+    failed, turned_away = (
+        _rate(ended, f'{LIVE},outcome="{outcome}"') for outcome in ("error", "turned away")
+    )
     return (
         lines(
             "Requests in flight",
@@ -681,9 +683,11 @@ def _outcome_panels() -> tuple[Panel, ...]:
         ),
         lines(
             "Errors",
-            "Share of requests that failed; beyond the line the latencies of the others mislead.",
+            "Share of requests that failed; beyond the line the latencies of the others mislead."
+            " What a limit on the engine's queue turned away has not failed (dashed).",
             RATIO,
             Line(f"{failed} / {_rate(ended)}"),
+            Line(f"{turned_away} / {_rate(ended)} > 0", style=DASHED),
             limit=MOST_ERRORS,
             most=2 * MOST_ERRORS,
         ),

@@ -213,6 +213,14 @@ def test_limits_are_those_of_the_verdicts() -> None:
     assert boards.MOST_ERRORS == validity.MOST_ERRORS
 
 
+def test_the_panel_of_errors_counts_what_a_verdict_counts() -> None:
+    """And shows beside it what the engine turned away by its limit."""
+    panel = next(p for p in boards.panels(BUILT["generator"]) if p["title"] == "Errors")
+    share, turned_away = (target["expr"] for target in panel["targets"])
+    assert 'outcome="error"' in share.partition("/")[0]
+    assert 'outcome="turned away"' in turned_away.partition("/")[0]
+
+
 def test_every_outcome_of_a_prediction_has_its_colour_with_whatever_follows() -> None:
     """As Grafana matches: from the beginning to the end, the first pattern that does."""
     table = next(p for p in boards.panels(boards.written()["compare"]) if p["title"] == "Verdicts")
