@@ -163,12 +163,26 @@ def test_figures_of_compare_have_a_unit_and_an_interval() -> None:
         (renamed,) = (t["options"]["renameByName"] for t in found[title]["transformations"]
                       if "indexByName" in t["options"])  # fmt: skip
         assert renamed["unit"] == "Unit"
-    for metric in ("output_tokens_per_s", "goodput_per_s", "ttft_p50_s", "tpot_mean_s"):
+    for metric in ("output_tokens_per_s", "goodput_per_s", "tpot_mean_s"):
         asks = [target["expr"] for target in found[METRICS[metric].title]["targets"]]
         for name in (series.MEASUREMENT_LOW, series.MEASUREMENT_HIGH):
             assert any(f"{name}{{" in query for query in asks), metric
         unit = found[METRICS[metric].title]["fieldConfig"]["defaults"]["unit"]
         assert unit == boards.UNITS[METRICS[metric].unit]
+
+
+def test_compare_promises_an_interval_where_there_is_one() -> None:
+    """A percentile over the samples of all repeats has none."""
+    found = {panel["title"]: panel for panel in boards.panels(BUILT["compare"])}
+    drawn = [(m, found[m.title]) for m in METRICS.values() if m.title in found]
+    assert {m.name for m, _ in drawn if m.statistic.pooled} == {
+        "ttft_p50_s", "itl_p99_s", "e2e_p50_s",
+    }  # fmt: skip
+    for metric, panel in drawn:
+        asks = "".join(target["expr"] for target in panel["targets"])
+        assert (f"{series.MEASUREMENT_LOW}{{" in asks) != metric.statistic.pooled, metric.name
+        promised = "95% interval" in panel["description"]
+        assert promised != metric.statistic.pooled, metric.name
 
 
 def test_what_panels_ask_of_an_engine_on_file_is_kept_with_a_run() -> None:
