@@ -540,6 +540,11 @@ def _finished_choices() -> list[dashboard.QueryVariable]:
 # -------------------------------------------------------------------------------------- Machines
 
 
+def _sitting(expr: str) -> str:
+    """Name a run and its machine in the label `sitting`, the run first: a long label is cut."""
+    return _joined(expr, "sitting", " ", "run_id", "machine")
+
+
 def _effect_panels() -> tuple[Panel, ...]:
     effect = _claimed(_last(series.EFFECT, EVERYWHERE))
     return (
@@ -548,7 +553,7 @@ def _effect_panels() -> tuple[Panel, ...]:
             "A bar for each run, at the treatment that stands behind the claim. On the same side of"
             " 1 everywhere: a mechanism; else it is the machine's.",
             TIMES,
-            _joined(effect, "sitting", " ", "machine", "run_id"),
+            _sitting(effect),
             row="claimed",
             column="sitting",
             limit=1,
@@ -604,7 +609,7 @@ def machines(described: Figures) -> dashboard.Dashboard:
 
     def measured(metric: str) -> str:
         where = f'{EVERYWHERE},workload="$at_workload",load="$at_load",metric="{metric}"'
-        return _joined(_last(series.MEASUREMENT, where), "sitting", " ", "machine", "run_id")
+        return _sitting(_last(series.MEASUREMENT, where))
 
     figures = tuple(
         bars(
@@ -614,6 +619,7 @@ def machines(described: Figures) -> dashboard.Dashboard:
             measured(metric),
             row="sitting",
             column="variant",
+            flat=True,
         )
         for metric, says in (
             (

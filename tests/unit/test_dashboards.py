@@ -20,6 +20,7 @@ from labs.judging.metrics import METRICS
 from loadtests import exporter
 from loadtests.exporter import Exporter
 from serving import metrics, telemetry
+from tests.unit.builders import MACHINE
 
 SCHEMA = Path(
     os.environ.get(
@@ -32,8 +33,9 @@ BUILT: dict[str, dict[str, Any]] = {
     path.stem: json.loads(text) for path, text in boards.files(VARIANTS, METRICS).items()
 }
 EVERY = [(name, panel) for name, found in BUILT.items() for panel in boards.panels(found)]
+RUN_ID = "20261125T111404Z-d3cbb5f9"
 QUERIES = [
-    *boards.expressions({"lab": "prefix-caching", "run": "20261125T111404Z-d3cbb5f9"}),
+    *boards.expressions({"lab": "prefix-caching", "run": RUN_ID}),
     *(
         (name, variable["name"], variable["query"].split("(", 1)[1].rsplit(",", 1)[0])
         for name, found in BUILT.items()
@@ -155,6 +157,20 @@ def test_machines_shows_one_load_point_and_averages_nothing() -> None:
             assert "avg" not in target["expr"], panel["title"]
             if series.MEASUREMENT in target["expr"]:
                 assert 'workload="$at_workload",load="$at_load"' in target["expr"]
+
+
+def test_runs_of_a_machine_are_told_apart_however_long_its_name_is() -> None:
+    """A label is cut after so many letters: the run's 25 come first, and some of the machine's."""
+    by_run = [
+        panel
+        for panel in boards.panels(BUILT["machines"])
+        for step in panel.get("transformations", ())
+        if step["options"].get("rowField") == "sitting"
+    ]
+    assert len(by_run) == 4
+    for panel in by_run:
+        assert panel["options"]["xTickLabelMaxLength"] >= len(f"{RUN_ID} {MACHINE.slug}")
+        assert '"sitting", " ", "run_id", "machine")' in panel["targets"][0]["expr"]
 
 
 def test_figures_of_compare_have_a_unit_and_an_interval() -> None:
