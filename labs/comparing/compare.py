@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field
 from scipy import stats
@@ -53,6 +54,7 @@ from labs.judging.metrics import METRICS, by_repeat, compared_metrics
 from labs.judging.text import counted
 from labs.lab import MARGIN, LabError, Point
 from labs.telling.summary import checked
+from serving.guard import HERE
 from serving.models import ROOT
 
 SENT = (  # the knobs of a lab that say what is sent and what is measured of it
@@ -210,7 +212,11 @@ class Side:
 
     @property
     def hardware(self) -> str:
-        return self.run.endpoint or self.run.machine.slug
+        """Name what served: the machine, unless it was another that an endpoint names."""
+        endpoint, here = self.run.endpoint, self.run.machine.slug
+        if endpoint is None:
+            return here
+        return f"{endpoint} on {here}" if _is_here(endpoint) else endpoint
 
     def key(self, point: Point) -> str:
         """Return the point's name, without the variant where variants are compared."""
@@ -219,6 +225,14 @@ class Side:
     @property
     def points(self) -> list[Point]:
         return [p for p in self.run.points() if self.variant in (None, p.variant.name)]
+
+
+def _is_here(endpoint: str) -> bool:
+    """Tell whether an endpoint is on the machine that sent the load, as each means by that name."""
+    try:
+        return urlsplit(endpoint).hostname in HERE
+    except ValueError:
+        return False
 
 
 def read_side(text: str) -> Side:

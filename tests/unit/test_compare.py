@@ -433,6 +433,29 @@ def test_on_other_hardware_only_what_has_no_dimension_is_compared(folder: RunFol
     assert found.differences[0].what == "machine.model"
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "same"),
+    [
+        ("http://127.0.0.1:8000", False),
+        ("http://localhost:8000/v1", False),
+        ("http://[::1]:8000", False),
+        ("http://gpu-7:8000", True),
+        ("http://[::1", True),  # of no host
+        (None, False),
+    ],
+)
+def test_an_address_of_every_machine_is_not_the_same_hardware(
+    folder: RunFolder, endpoint: str | None, same: bool
+) -> None:
+    """Two machines that each drive a server of their own, and two that drive the same one."""
+    here, there = folder, edited(folder, machine="Slide rule")
+    for side in (here, there):
+        run = side.run().model_copy(update={"endpoint": endpoint})
+        write_json(side.path / "run.json", run)
+    assert compared(here, there).same_hardware == same
+    assert compared(here, here).same_hardware
+
+
 def test_shares_of_its_own_ceilings_are_properties_of_a_machine(folder: RunFolder) -> None:
     other = edited(folder, machine="Slide rule")
     summary = other.summary()
