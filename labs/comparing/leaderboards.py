@@ -18,7 +18,7 @@ from labs.comparing.reproduction import ANSWER_OF_OUTCOME, FILED, Reproduction
 from labs.filing import manifest, results
 from labs.filing.committed import committed_runs
 from labs.filing.newest import newest_runs
-from labs.filing.results import Run, RunFolder
+from labs.filing.results import Run, RunFolder, Session
 from labs.findings.parts import Headline, parts_of
 from labs.judging.judge import Judgement
 from labs.judging.metrics import METRICS
@@ -36,7 +36,7 @@ from labs.judging.text import (
     verdict_text,
 )
 from labs.questions import QUESTIONS
-from labs.telling import computed, instruments, markdown, residuals
+from labs.telling import computed, instruments, markdown, method, residuals
 from labs.telling.document import (
     Block,
     Code,
@@ -501,7 +501,7 @@ def _runs(runs: Sequence[RunFolder], page_folder: Path, committed: bool) -> Tabl
                 run.model,
                 run.environment.vllm or "–",
                 run.started_at[:16].replace("T", " "),
-                f"{session.load_s / 60:.1f} min" if session else "–",
+                _load(run, session) if session else "–",
                 decided_text(summary.judgements),
                 predictions_text(summary.judgements),
                 _newest(folder, page_folder, committed),
@@ -521,6 +521,12 @@ def _runs(runs: Sequence[RunFolder], page_folder: Path, committed: bool) -> Tabl
         ),
         rows,
     )
+
+
+def _load(run: Run, session: Session) -> str:
+    """Say how long the load took; of a resumed run only its last session is on file."""
+    last = " (last session)" if method.was_resumed(run, session) else ""
+    return f"{session.load_s / 60:.1f} min{last}"
 
 
 def _answers(runs: Sequence[RunFolder], page_folder: Path) -> Table:
