@@ -102,6 +102,7 @@ async function drawPanel(panel, range, turn) {
     const drawn = transformed(panel.transformations, await frames(ask, panel, state.values, range));
     if (turn !== state.turn) return;
     if (panel.type === "table") {
+      inside.className = "scroll"; // it may have said that Prometheus did not answer
       inside.replaceChildren(table(panel, drawn) ?? nothing);
       return;
     }
