@@ -42,10 +42,19 @@ from dashboards.panels import (
     rows,
     runs_on_file,
     with_interval,
+    without_interval,
 )
 from loadtests import exporter
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, SEND_LAG, TPOT, TTFT, Latency
 from serving import metrics, telemetry, whole
+
+
+class Computed(Protocol):
+    """Says how a metric is computed over the repeats of a point."""
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it is taken over the samples of all repeats, and so has no interval."""
 
 
 class Described(Protocol):
@@ -58,6 +67,10 @@ class Described(Protocol):
     @property
     def unit(self) -> str:
         """A key of `UNITS`."""
+
+    @property
+    def statistic(self) -> Computed:
+        """How it is computed."""
 
 
 Figures = Mapping[str, Described]  # by the name under which it is exported
@@ -439,9 +452,10 @@ def _prediction_tables() -> tuple[Panel, ...]:
         ),
         rows(
             "Every figure",
-            "Mean over the repeats with its 95% interval, which covers one sitting.",
+            "Mean over the repeats with its 95% interval, which covers one sitting. A percentile"
+            " over the samples of all repeats together has no interval.",
             *point,
-            Column("Mean", expr=_last(series.MEASUREMENT, POINTS)),
+            Column("Value", expr=_last(series.MEASUREMENT, POINTS)),
             Column("Low", expr=_last(series.MEASUREMENT_LOW, POINTS)),
             Column("High", expr=_last(series.MEASUREMENT_HIGH, POINTS)),
         ).height(14),
@@ -457,17 +471,25 @@ def compare(described: Figures) -> dashboard.Dashboard:
             _joined(figure, "at", " ", "workload", "load"), "point", ": ", "at", "variant"
         )
 
-    figures = tuple(
-        with_interval(
-            described[metric].title,
+    def figure(metric: str, says: str) -> Panel:
+        title, unit = described[metric].title, UNITS[described[metric].unit]
+        value = at_points(series.MEASUREMENT, metric)
+        if described[metric].statistic.pooled:
+            says += " Over the samples of all repeats together, which gives no interval."
+            return without_interval(title, says, unit, "point", value)
+        return with_interval(
+            title,
             f"{says} With the 95% interval of each mean, which speaks of one sitting: variants"
             " whose intervals overlap are not told apart by them.",
-            UNITS[described[metric].unit],
+            unit,
             "point",
-            at_points(series.MEASUREMENT, metric),
+            value,
             at_points(series.MEASUREMENT_LOW, metric),
             at_points(series.MEASUREMENT_HIGH, metric),
         )
+
+    figures = tuple(
+        figure(metric, says)
         for metric, says in (
             ("output_tokens_per_s", "Higher is better; see at which load the variants part."),
             (
@@ -518,6 +540,11 @@ def _finished_choices() -> list[dashboard.QueryVariable]:
 # -------------------------------------------------------------------------------------- Machines
 
 
+def _sitting(expr: str) -> str:
+    """Name a run and its machine in the label `sitting`, the run first: a long label is cut."""
+    return _joined(expr, "sitting", " ", "run_id", "machine")
+
+
 def _effect_panels() -> tuple[Panel, ...]:
     effect = _claimed(_last(series.EFFECT, EVERYWHERE))
     return (
@@ -526,7 +553,7 @@ def _effect_panels() -> tuple[Panel, ...]:
             "A bar for each run, at the treatment that stands behind the claim. On the same side of"
             " 1 everywhere: a mechanism; else it is the machine's.",
             TIMES,
-            _joined(effect, "sitting", " ", "machine", "run_id"),
+            _sitting(effect),
             row="claimed",
             column="sitting",
             limit=1,
@@ -582,7 +609,7 @@ def machines(described: Figures) -> dashboard.Dashboard:
 
     def measured(metric: str) -> str:
         where = f'{EVERYWHERE},workload="$at_workload",load="$at_load",metric="{metric}"'
-        return _joined(_last(series.MEASUREMENT, where), "sitting", " ", "machine", "run_id")
+        return _sitting(_last(series.MEASUREMENT, where))
 
     figures = tuple(
         bars(
@@ -592,6 +619,7 @@ def machines(described: Figures) -> dashboard.Dashboard:
             measured(metric),
             row="sitting",
             column="variant",
+            flat=True,
         )
         for metric, says in (
             (
@@ -671,7 +699,9 @@ def _sending_panels() -> tuple[Panel, ...]:
 
 def _outcome_panels() -> tuple[Panel, ...]:
     ended = f"{exporter.REQUESTS}_total"
-    failed = _rate(ended, f'{LIVE},outcome="error"')
+    failed, turned_away = (
+        _rate(ended, f'{LIVE},outcome="{outcome}"') for outcome in ("error", "turned away")
+    )
     return (
         lines(
             "Requests in flight",
@@ -681,9 +711,11 @@ def _outcome_panels() -> tuple[Panel, ...]:
         ),
         lines(
             "Errors",
-            "Share of requests that failed; beyond the line the latencies of the others mislead.",
+            "Share of requests that failed; beyond the line the latencies of the others mislead."
+            " What a limit on the engine's queue turned away has not failed (dashed).",
             RATIO,
             Line(f"{failed} / {_rate(ended)}"),
+            Line(f"{turned_away} / {_rate(ended)} > 0", style=DASHED),
             limit=MOST_ERRORS,
             most=2 * MOST_ERRORS,
         ),

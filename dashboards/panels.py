@@ -191,13 +191,24 @@ def with_interval(
     below, lower, upper = "to the lower end", "lower end to mean", "mean to upper end"
     least = f"clamp_min({low}, 0) or {value}"
     parts = {below: least, lower: f"{value} - ({least})", upper: f"({high} or {value}) - {value}"}
-    panel = beside(title, says, unit, row, parts).stacking(kinds.StackingMode.NORMAL)
-    panel.with_transformation(
-        DataTransformerConfig("sortBy", options={"fields": {}, "sort": [{"field": row}]})
-    )
+    panel = _sorted(beside(title, says, unit, row, parts), row)
     colours = {below: palette.BLUE, lower: palette.SKY, upper: palette.ORANGE}
     for name, colour in colours.items():
         panel.override_by_name(name, [_fixed(colour)])
+    return panel.stacking(kinds.StackingMode.NORMAL)
+
+
+def without_interval(title: str, says: str, unit: str, row: str, value: str) -> barchart.Panel:
+    """Draw a bar for each `row`, in the place and the colour of one `with_interval`."""
+    panel = _sorted(beside(title, says, unit, row, {"over all repeats": value}), row)
+    return panel.override_by_name("over all repeats", [_fixed(palette.BLUE)])
+
+
+def _sorted(panel: barchart.Panel, row: str) -> barchart.Panel:
+    """Sort the bars by the name of their row, and give them room."""
+    panel.with_transformation(
+        DataTransformerConfig("sortBy", options={"fields": {}, "sort": [{"field": row}]})
+    )
     return panel.height(14)
 
 

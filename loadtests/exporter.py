@@ -120,6 +120,7 @@ class Exporter:
         )
         self._warm_up = self._gauge(WARM_UP, "1 during the warm-up, which is not measured")
         self._is_intruder: Callable[[int], bool] = lambda index: False
+        self._turns_away = False
         self._now: tuple[str, ...] = ()
         self._point: tuple[str, ...] = ()
         self._last_progress = Progress()
@@ -157,6 +158,7 @@ class Exporter:
         self._load_point.labels(*self._point).set(1)
         self._warm_up.labels(*self._now).set(1)
         self._is_intruder = plan.is_intruder
+        self._turns_away = plan.turns_away
 
     def end(self) -> None:
         """End the trial: its gauges fall to zero, or disappear where nothing is measured now."""
@@ -181,8 +183,12 @@ class Exporter:
         self._last_progress = now
 
     def observe(self, record: RequestRecord) -> None:
-        """Count a request that ended; one that failed has no latencies, as in the report."""
-        ended = self._turned_away_now if record.turned_away else self._failed_now
+        """Count a request that ended; one that failed has no latencies, as in the report.
+
+        As there, a refusal has not failed where the engine's queue has a limit.
+        """
+        refused = self._turns_away and record.turned_away
+        ended = self._turned_away_now if refused else self._failed_now
         (self._ok_now if record.ok else ended).inc()
         if record.send_lag_s is not None:
             self._histograms[SEND_LAG.histogram].observe(self._now, [record.send_lag_s])

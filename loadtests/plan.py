@@ -51,6 +51,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     keep_text: bool = False
     capacity_per_s: float | None = None  # of which an arrival's rate may be a multiple
     slo_s: dict[str, float] = {}  # ttft, tpot, itl: lines on a dashboard
+    turns_away: bool = False  # the engine limits its queue: what it refuses has not failed
     # where the server's dialect is another than vLLM's, in which bodies are written:
     fields: dict[str, Any] = {}  # of every body, set to these; None leaves a field out
     model_names: dict[str, str] = {}  # that it gives models in its answers -> the lab's

@@ -102,6 +102,7 @@ async function drawPanel(panel, range, turn) {
     const drawn = transformed(panel.transformations, await frames(ask, panel, state.values, range));
     if (turn !== state.turn) return;
     if (panel.type === "table") {
+      inside.className = "scroll"; // it may have said that Prometheus did not answer
       inside.replaceChildren(table(panel, drawn) ?? nothing);
       return;
     }
@@ -158,7 +159,7 @@ function hiddenPanels() {
     while (next?.matches("section[hidden]")) next = next.nextElementSibling;
     head.toggleAttribute("hidden", next?.tagName !== "SECTION");
   }
-  return hidden ? ` Not shown: ${hidden} panels of the engine's own series, of which nothing is recorded here for this run.` : "";
+  return hidden ? ` Not shown: ${hidden} panel${hidden === 1 ? "" : "s"} of the engine's own series, of which nothing is recorded here for this run.` : "";
 }
 
 function tellUnanswered(error) {

@@ -2,21 +2,26 @@
 
 A **figure** is a metric at a point, what a claim compares (the ratio of its two points), or a
 forecast's measured share of the predicted. Each has the ratio B / A with a 95% interval: paired by
-repeat where both sides sent the same requests, Welch's otherwise. With dozens of figures some
-intervals exclude 1 by chance, so a figure *differs* only where it still does when the rate of false
-discoveries over all of them is held at 5% (Benjamini and Hochberg 1995). It differs, or is the
-same, by one margin: the claim's for what a claim compares, the default one for the others. On other
-hardware only dimensionless figures are compared; MBU, MFU and what was reached of a predicted bound
-are shares of each machine's own limits, and are listed as properties of the machines.
+repeat where both sides sent the same requests, Welch's otherwise. Where a figure is 0 in some
+repeats there is no ratio, and the difference of the means decides, by Welch's test. With dozens of
+figures some intervals exclude 1 by chance, so a figure *differs* only where it still does when the
+rate of false discoveries over all of them is held at 5% (Benjamini and Hochberg 1995). It differs,
+or is the same, by one margin: the claim's for what a claim compares, the default one for the
+others. On other hardware only dimensionless figures are compared; MBU, MFU and what was reached of
+a predicted bound are shares of each machine's own limits, and are listed as properties of the
+machines.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field
 from scipy import stats
@@ -46,13 +51,18 @@ from labs.judging.judge import (
 )
 from labs.judging.machine_speed import Part, relative_speed
 from labs.judging.metrics import METRICS, by_repeat, compared_metrics
+from labs.judging.text import counted
 from labs.lab import MARGIN, LabError, Point
 from labs.telling.summary import checked
+from serving.guard import HERE
 from serving.models import ROOT
 
 SENT = (  # the knobs of a lab that say what is sent and what is measured of it
     "workloads", "requests", "warmup_s", "window_s", "timeout_s", "load_processes", "seed", "slo",
 )  # fmt: skip
+NOT_COMPLETE = "not complete"
+MOST_NAMED = 6  # failed trials
+SOME_ZEROS = "zero in some repeats"
 NO_VERDICT = ("not valid", "missing")
 UNDECIDED = ("inconclusive", *NO_VERDICT)
 
@@ -78,6 +88,8 @@ class ComparedFigure(BaseModel, frozen=True, extra="forbid"):
     b: float | None
     margin: float = MARGIN  # within which share of 1 the two are the same
     contrast: Contrast | None  # B / A
+    p_of_difference: Annotated[float | None, Field(exclude_if=lambda p: p is None)] = None
+    """The p-value of the means being equal, where repeats of 0 leave no ratio."""
     outcome: Outcome
     why: str = ""
 
@@ -98,11 +110,17 @@ class ComparedFigure(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def worse_by(self) -> float | None:
-        """Return the share by which B is worse than A; negative where it is better."""
-        if self.contrast is None:
+        """Return the share by which B is worse than A; negative where it is better.
+
+        Without a ratio it is by the means, and infinite where one of them is 0 and B is worse.
+        """
+        a, b = (1.0, self.contrast.ratio.value) if self.contrast else (self.a, self.b)
+        if a is None or b is None:
             return None
-        ratio = self.contrast.ratio.value
-        return (1 / ratio if self.better == "higher" else ratio) - 1
+        large, small = (a, b) if self.better == "higher" else (b, a)
+        if not small:
+            return math.inf if large else 0.0
+        return large / small - 1
 
 
 class VerdictPair(BaseModel, frozen=True, extra="forbid"):
@@ -127,12 +145,14 @@ class VerdictPair(BaseModel, frozen=True, extra="forbid"):
 
         They are the same where both decided alike. They differ where B's ratio is shown to be
         another, as the two intervals have nothing in common. Where A decided nothing there is
-        nothing to compare; all else is undecided.
+        nothing to compare; all else is undecided, as is a ratio of B that is not valid.
         """
         if self.a in UNDECIDED:
             return "not comparable"
         if self.a == self.b:
             return "same"
+        if self.b in NO_VERDICT:
+            return "undecided"
         return "differs" if _are_disjoint(self.a_ratio, self.b_ratio) else "undecided"
 
 
@@ -192,7 +212,11 @@ class Side:
 
     @property
     def hardware(self) -> str:
-        return self.run.endpoint or self.run.machine.slug
+        """Name what served: the machine, unless it was another that an endpoint names."""
+        endpoint, here = self.run.endpoint, self.run.machine.slug
+        if endpoint is None:
+            return here
+        return f"{endpoint} on {here}" if _is_here(endpoint) else endpoint
 
     def key(self, point: Point) -> str:
         """Return the point's name, without the variant where variants are compared."""
@@ -201,6 +225,14 @@ class Side:
     @property
     def points(self) -> list[Point]:
         return [p for p in self.run.points() if self.variant in (None, p.variant.name)]
+
+
+def _is_here(endpoint: str) -> bool:
+    """Tell whether an endpoint is on the machine that sent the load, as each means by that name."""
+    try:
+        return urlsplit(endpoint).hostname in HERE
+    except ValueError:
+        return False
 
 
 def read_side(text: str) -> Side:
@@ -377,6 +409,7 @@ def _row(key: tuple[str, str], a: Column, b: Column, paired: bool) -> ComparedFi
     ratio, (outcome, why) = None, _without_ratio(a, b)
     if not why and (ratio := contrast(b, a, paired=paired)) is None:
         outcome, why = "not comparable", "no repeat in common"
+    p = _p_of_difference(a, b) if why == SOME_ZEROS else None
     return ComparedFigure(
         figure=figure,
         where=where,
@@ -385,9 +418,19 @@ def _row(key: tuple[str, str], a: Column, b: Column, paired: bool) -> ComparedFi
         a=mean_interval(list(a.values())).value if a else None,
         b=mean_interval(list(b.values())).value if b else None,
         contrast=ratio,
+        p_of_difference=p,
         outcome=outcome,
         why=why,
     )
+
+
+def _p_of_difference(a: Column, b: Column) -> float | None:
+    """Return Welch's p-value of the means being equal; None where a side has a single repeat."""
+    if min(len(a), len(b)) < 2:
+        return None
+    with warnings.catch_warnings():  # one side may be the same in every repeat
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(stats.ttest_ind(list(a.values()), list(b.values()), equal_var=False).pvalue)
 
 
 def _without_ratio(a: Column, b: Column) -> tuple[Outcome, str]:
@@ -400,7 +443,7 @@ def _without_ratio(a: Column, b: Column) -> tuple[Outcome, str]:
         return "same", "zero in the same repeats"
     if any(all(x.values()) and not any(y.values()) for x, y in ((a, b), (b, a))):
         return "differs", "zero on one side"
-    return "undecided", "zero in some repeats"
+    return "undecided", SOME_ZEROS
 
 
 def of_claims(
@@ -418,13 +461,20 @@ def of_claims(
 
 
 def judged(groups: Sequence[list[ComparedFigure]]) -> list[list[ComparedFigure]]:
-    """Decide each row that has a ratio, with the false discovery rate over all rows bounded."""
-    ps = [r.contrast.p for rows in groups for r in rows if r.contrast and r.contrast.p is not None]
+    """Decide each row that chance may explain: the rate of false discoveries over all is bounded.
+
+    The others are decided already.
+    """
+    ps = [p for rows in groups for r in rows if (p := _p_of(r)) is not None]
     adjusted = iter(stats.false_discovery_control(ps) if ps else ())
 
     def judge_row(row: ComparedFigure) -> ComparedFigure:
         if row.contrast is None:
-            return row
+            if row.p_of_difference is None:
+                return row
+            beyond = not (row.a and row.b and is_within(row.b / row.a, row.margin))
+            differs = float(next(adjusted)) < 1 - CONFIDENCE and beyond
+            return row.model_copy(update={"outcome": "differs" if differs else "undecided"})
         ratio = row.contrast.ratio
         if ratio.low is None or ratio.high is None:
             return row.model_copy(update={"why": "one repeat gives no interval"})
@@ -432,6 +482,10 @@ def judged(groups: Sequence[list[ComparedFigure]]) -> list[list[ComparedFigure]]
         return row.model_copy(update={"outcome": outcome, "why": why})
 
     return [[judge_row(row) for row in rows] for rows in groups]
+
+
+def _p_of(row: ComparedFigure) -> float | None:
+    return row.contrast.p if row.contrast else row.p_of_difference
 
 
 def _outcome(ratio: Interval, p: float, margin: float) -> tuple[Outcome, str]:
@@ -468,14 +522,26 @@ def _verdicts(a: Sequence[Judgement], b: Sequence[Judgement]) -> list[VerdictPai
 def _caveats(side: Side) -> list[Caveat]:
     point_keys = {p.key for p in side.points}
     caveats = [c for c in side.summary.caveats if c.point is None or c.point in point_keys]
-    if side.summary.failed or side.summary.missing or not side.folder.complete:
-        text = f"{len(side.summary.failed)} trials failed, {side.summary.missing} were not played"
-        caveats.append(Caveat(name="not complete", text=text))
+    if text := _what_is_missing(side):
+        caveats.append(Caveat(name=NOT_COMPLETE, text=text))
     if side.run.quick:
         caveats.append(Caveat(name="quick run", text="few and short repeats: a smoke test"))
     if side.run.dummy:
         caveats.append(Caveat(name="random weights", text="speed is real, the text is not"))
     return caveats
+
+
+def _what_is_missing(side: Side) -> str:
+    """Say why a run is not complete, with the names of failed trials; empty where it is."""
+    failed, missing, parts = list(side.summary.failed), side.summary.missing, []
+    if failed:
+        named = ", ".join(failed[:MOST_NAMED]) + ", ..." * (len(failed) > MOST_NAMED)
+        parts.append(f"{counted(len(failed), 'trial')} failed ({named})")
+    if missing:
+        parts.append(f"{counted(missing, 'trial')} not played")
+    if not parts and not side.folder.complete:
+        parts.append("the run has not ended")
+    return ", ".join(parts)
 
 
 # --------------------------------------------------------------------------------------- machines

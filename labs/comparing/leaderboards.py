@@ -18,7 +18,7 @@ from labs.comparing.reproduction import ANSWER_OF_OUTCOME, FILED, Reproduction
 from labs.filing import manifest, results
 from labs.filing.committed import committed_runs
 from labs.filing.newest import newest_runs
-from labs.filing.results import Run, RunFolder
+from labs.filing.results import Run, RunFolder, Session
 from labs.findings.parts import Headline, parts_of
 from labs.judging.judge import Judgement
 from labs.judging.metrics import METRICS
@@ -26,6 +26,7 @@ from labs.judging.text import (
     ONE_SITTING,
     ceilings_text,
     claim_outcome,
+    counted,
     decided_text,
     number,
     point_label,
@@ -35,7 +36,7 @@ from labs.judging.text import (
     verdict_text,
 )
 from labs.questions import QUESTIONS
-from labs.telling import computed, instruments, markdown, residuals
+from labs.telling import computed, instruments, markdown, method, residuals
 from labs.telling.document import (
     Block,
     Code,
@@ -280,16 +281,17 @@ The first claims of each lab on every machine. *Changed*: the lab has other sett
 An interval covers one sitting: how much the repeats of a run vary, not what another day or \
 another machine changes. *Between sittings*: how far a claim's ratio in a reproduction on the same \
 hardware typically lies from the original's (root mean square of the logarithm of their ratio, \
-over all claims and reproductions of the lab).
+over all claims that were valid in both, in all reproductions of the lab).
 """
 REPEATED = """
 ## Reproduced
 
 Each run that was repeated with the same settings and seeds. A verdict is *reproduced* where the \
 repetition decides alike, *not reproduced* where it does not and the two intervals do not overlap, \
-and else *undecided*. Where the original decided nothing there is nothing to reproduce. A figure \
-is *reproduced* where the interval of the ratio lies within the margin (5% unless a claim names \
-its own), *not reproduced* where it differs by more than chance explains, and else *undecided*.
+and else *undecided*, as where the repetition is not valid. Where the original decided nothing \
+there is nothing to reproduce. A figure is *reproduced* where the interval of the ratio lies \
+within the margin (5% unless a claim names its own), *not reproduced* where it differs by more \
+than chance explains, and else *undecided*.
 """
 PREDICTED = """
 ## Forecasts
@@ -406,7 +408,9 @@ def _between_sittings(committed: bool) -> dict[str, str]:
         filed = reproduction.filed_with(folder, committed)
         repetitions.setdefault(folder.path.parent.name, []).extend(filed)
     spreads = {lab: reproduction.between_sittings(of_lab) for lab, of_lab in repetitions.items()}
-    return {lab: f"{s.spread:.1%} ({s.ratios} ratios)" for lab, s in spreads.items() if s}
+    return {
+        lab: f"{s.spread:.1%} ({counted(s.ratios, 'ratio')})" for lab, s in spreads.items() if s
+    }
 
 
 def leaderboard(committed: bool = False) -> Table:
@@ -497,7 +501,7 @@ def _runs(runs: Sequence[RunFolder], page_folder: Path, committed: bool) -> Tabl
                 run.model,
                 run.environment.vllm or "–",
                 run.started_at[:16].replace("T", " "),
-                f"{session.load_s / 60:.1f} min" if session else "–",
+                _load(run, session) if session else "–",
                 decided_text(summary.judgements),
                 predictions_text(summary.judgements),
                 _newest(folder, page_folder, committed),
@@ -517,6 +521,12 @@ def _runs(runs: Sequence[RunFolder], page_folder: Path, committed: bool) -> Tabl
         ),
         rows,
     )
+
+
+def _load(run: Run, session: Session) -> str:
+    """Say how long the load took; of a resumed run only its last session is on file."""
+    last = " (last session)" if method.was_resumed(run, session) else ""
+    return f"{session.load_s / 60:.1f} min{last}"
 
 
 def _answers(runs: Sequence[RunFolder], page_folder: Path) -> Table:

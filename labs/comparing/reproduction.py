@@ -2,7 +2,8 @@
 
 A verdict of the original is *reproduced* where the repetition decides alike, *not reproduced* where
 the two intervals have nothing in common, and else *undecided*: what the repetition measured admits
-what the original says. Where the original decided nothing there is nothing to reproduce.
+what the original says, or it is not valid. Where the original decided nothing there is nothing to
+reproduce.
 
 The result is written beside the repetition and its records, as reproduction.json and .md. It is
 also kept with the original, in `reproductions/`, without those records: some kilobytes, by which a
@@ -175,13 +176,14 @@ class BetweenSittings:
 
 
 def between_sittings(repetitions: Sequence[Reproduction]) -> BetweenSittings | None:
-    """Pool the claims of repetitions on the same hardware; None where none has a ratio."""
+    """Pool the claims of repetitions on the same hardware; None where none has a valid ratio."""
     logs = [
         math.log(verdict.b_ratio.value / verdict.a_ratio.value)
         for repetition in repetitions
         if repetition.same_hardware
         for verdict in repetition.verdicts
         if verdict.a_ratio and verdict.b_ratio
+        if not {verdict.a, verdict.b} & set(compare.NO_VERDICT)
     ]
     if not logs:
         return None

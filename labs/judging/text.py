@@ -30,6 +30,11 @@ def _three_digits(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
+def counted(number: int, of: str) -> str:
+    """Write how many of something there are, with the plural of its name: `1 GPU`, `2 GPUs`."""
+    return f"{number:,} {of}{'s' * (number != 1)}"
+
+
 def ratio_number(ratio: float) -> str:
     """Write a ratio with two decimals, and a small one with two significant digits: 0.088."""
     return f"{ratio:.2f}" if abs(ratio) >= 0.095 or not ratio else f"{ratio:.2g}"

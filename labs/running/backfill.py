@@ -249,6 +249,7 @@ def _plan(lab: Lab, run_id: str, trial: _Played) -> TrialPlan:
         run_id=run_id,
         workload=point.workload.name,
         slo_s=lab.slo.by_name(),
+        turns_away=point.flags.turns_away,
     )
 
 

@@ -320,6 +320,7 @@ class Trials:
             keep_text=point.workload.keep_text,
             capacity_per_s=self._capacity_per_s() if of_capacity else None,
             slo_s=lab.slo.by_name(),
+            turns_away=point.flags.turns_away,
             fields=dict(engine.request_fields),
             model_names=dict(engine.model_names),
             reconnects=engine.closes_connections,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from labs.filing.results import Band
-from labs.judging.text import number
+from labs.judging.text import counted, number
 from labs.lab import SLO
 from labs.telling.document import (
     Block,
@@ -155,11 +155,15 @@ def page(plan: CapacityPlan) -> Section:
         section("One request alone", *_request_alone(plan)),
         section(f"One {plan.replica}", *_one_replica(plan)),
         section(
-            f"{plan.replicas} {'GPUs' if plan.gpus == 1 else 'replicas'} behind a router",
+            f"{_replicas(plan)} behind a router",
             *_fleet(plan),
         ),
         section("Rent or buy tokens?", *_money(plan)),
     )
+
+
+def _replicas(plan: CapacityPlan) -> str:
+    return counted(plan.replicas or 0, "GPU" if plan.gpus == 1 else "replica")
 
 
 def _demand(demand: Demand) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 
 from labs.filing.results import Run, Session, Summary
 from labs.judging.judge import (
@@ -12,11 +13,13 @@ from labs.judging.judge import (
     TWO_ONE_SIDED,
     Judgement,
 )
-from labs.judging.text import ONE_SITTING, ceilings_text
+from labs.judging.text import ONE_SITTING, ceilings_text, counted
 from labs.lab import Lab
 from labs.telling.document import Code, Inline
 from serving.dummy import SUFFIX
 from serving.machine import VLLM
+
+CLOCKS_DIFFER_S = 5.0  # of a session's length and of its begin and end, in whole seconds
 
 
 def lines(run: Run, lab: Lab, session: Session | None, summary: Summary) -> list[Inline]:
@@ -35,7 +38,7 @@ def lines(run: Run, lab: Lab, session: Session | None, summary: Summary) -> list
         f"{repeats(lab, summary)}. Each repeat plays {_points(lab)} once, in random order (seed"
         f" {lab.seed}),"
         " and sends the same requests to all variants.",
-        *(_sitting(lab, session) if session else ()),
+        *(_sitting(run, lab, session) if session else ()),
         _command(run, lab),
     ]
 
@@ -50,9 +53,7 @@ def repeats(lab: Lab, summary: Summary) -> str:
     """Say how often each point was measured, and how often it could have been."""
     played = {len(of_point) for of_point in summary.measurements.values()} or {0}
     least, most = min(played), max(played)
-    repeat_text = (
-        f"{least} to {most} repeats" if most > least else f"{most} repeat{'s' * (most != 1)}"
-    )
+    repeat_text = f"{least} to {most} repeats" if most > least else counted(most, "repeat")
     if lab.looks == 1:
         return repeat_text
     return (
@@ -66,8 +67,9 @@ def covers(lab: Lab, session: Session | None, judgements: Sequence[Judgement]) -
     parts = [ONE_SITTING]
     starts = [j.effect.starts for j in judgements if j.effect and j.effect.starts is not None]
     if starts and min(starts) < ENOUGH_STARTS:
+        only = counted(min(starts), "time")
         parts.append(
-            f"The engines took turns, and one was started only {min(starts)} times. Fewer than"
+            f"The engines took turns, and one was started only {only}. Fewer than"
             f" {ENOUGH_STARTS} starts do not show how much two starts differ, so intervals between"
             f" engines are widened by {START_SPREAD:.1%} a start, as measured on one CPU."
         )
@@ -96,16 +98,31 @@ def _software(run: Run) -> str:
     return f"Software: Python {env.python}, {packages}, kernel {env.kernel}{driver}."
 
 
-def _sitting(lab: Lab, session: Session) -> list[str]:
+def was_resumed(run: Run, session: Session) -> bool:
+    """Tell whether a run began before its last session, whose times alone are on file.
+
+    False where the file does not say when that session ended, as in older runs.
+    """
+    if session.ended_at is None:
+        return False
+    began, ended = (datetime.fromisoformat(at) for at in (run.started_at, session.ended_at))
+    return (ended - began).total_seconds() > session.wall_s + CLOCKS_DIFFER_S
+
+
+def _sitting(run: Run, lab: Lab, session: Session) -> list[str]:
     """Say how the engines shared the machine, where the time went, and what recording lacked."""
     overhead_s = session.wall_s - session.engine_start_s - session.load_s
     back = ", back and forth" if session.there_and_back else ""
     together = "stayed loaded together" if session.resident else f"were started in turn{back}"
+    which, earlier = "Time", ""
+    if was_resumed(run, session):
+        which = "Time of the last session"
+        earlier = " The run was begun in an earlier one, whose times are not on file."
     result = [
         f"Engines {together}." if len(lab.variants) > 1 else "One engine served every trial.",
-        f"Time: {session.wall_s:.0f} s in all, {session.engine_start_s:.0f} s starting"
+        f"{which}: {session.wall_s:.0f} s in all, {session.engine_start_s:.0f} s starting"
         f" engines, {session.load_s:.0f} s under load, {overhead_s:.0f} s"
-        f" ({overhead_s / session.wall_s:.0%}) for everything else.",
+        f" ({overhead_s / session.wall_s:.0%}) for everything else.{earlier}",
     ]
     if session.prometheus:
         result.append(f"{session.prometheus}; the records are complete without it.")

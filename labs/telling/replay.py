@@ -20,7 +20,7 @@ from dashboards.palette import VARIANTS
 from labs.filing import engine_series
 from labs.filing.results import RunFolder
 from labs.judging.measure import Trial
-from labs.judging.text import number, point_label
+from labs.judging.text import counted, number, point_label
 from labs.lab import Point
 from loadtests.records import RequestRecord
 from serving import metrics
@@ -176,9 +176,9 @@ def _replayed(
     tokens = sum(sum(bar.tokens) for bar in bars)
     waited = sum(min(b.first_s, b.end_s) - b.start_s for b in bars if b.first_s > 0) / span_s
     description = (
-        f"{title}: {_counted(len(bars), 'request')} in {number(span_s, 's')}, at most {places} at"
+        f"{title}: {counted(len(bars), 'request')} in {number(span_s, 's')}, at most {places} at"
         f" once and {filled:.1f} on average, {waited:.1f} of them still without a token;"
-        f" {_counted(tokens, 'token')} came."
+        f" {counted(tokens, 'token')} came."
     )
     if guesses:
         accepted = sum(n - 1 for bar in bars for n in bar.tokens)
@@ -207,10 +207,6 @@ def _replayed(
     most = max((n for bar in bars for n in bar.tokens), default=1) if guesses else 0
     picture = _picture(bars, places, span_s, description, clip, most, cache)
     return Replayed(title, picture, description, times, cache)
-
-
-def _counted(number: int, of: str) -> str:
-    return f"{number:,} {of}{'s' * (number != 1)}"
 
 
 def _picture(

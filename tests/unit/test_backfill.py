@@ -18,8 +18,8 @@ from labs.judging.judge import ForecastResult, Interval, prediction_outcome
 from labs.judging.text import claim_outcome
 from labs.lab import LabError, Prediction
 from labs.running import backfill
-from loadtests import exporter
-from tests.unit.builders import write_run
+from loadtests import exporter, records
+from tests.unit.builders import make_record, write_run
 
 
 class Empty:
@@ -89,6 +89,26 @@ def test_the_warm_up_of_every_trial_is_told(tmp_path: Path, loaded: list[str]) -
     trials = len(list(folder.path.rglob("trial.json")))
     assert sum(line.split()[-2] == "1.0" for line in told) == 10 * trials
     assert len(told) > 10 * trials
+
+
+@pytest.mark.parametrize("flags", [{}, {"max-num-queued-reqs": 4}])
+def test_a_refusal_counts_as_it_does_in_the_report(
+    flags: dict[str, int], tmp_path: Path, loaded: list[str]
+) -> None:
+    folder = write_run(tmp_path, flags=flags)
+    path = next(folder.path.rglob("requests.jsonl.gz"))
+    refused = make_record([], error="HTTP 503: busy", end_s=11.0)
+    records.write(path, [*records.read(path), refused])
+    imported(folder)
+    kept = {
+        outcome: max(
+            float(line.split()[-2])
+            for line in loaded
+            if line.startswith(f"{exporter.REQUESTS}_total") and f'outcome="{outcome}"' in line
+        )
+        for outcome in ("error", "turned away")
+    }
+    assert kept == ({"error": 0, "turned away": 1} if flags else {"error": 1, "turned away": 0})
 
 
 def test_figures_of_a_run_whose_trials_all_failed_are_none(

@@ -230,6 +230,17 @@ def test_a_folder_of_quantized_weights_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("capacity")
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [({}, "1 GPU behind"), ({"gpus": 2, "name": "llama-70b"}, "1 replica behind")],
+)
+def test_a_fleet_of_one_is_told_in_the_singular(more: dict[str, Any], said: str) -> None:
+    answer = plan(question(**more, demand=Demand(1000, 100, rate_per_s=5)), SilentProgress())
+    assert answer.replicas == 1
+    assert said in markdown.document(capacity_plans.page(answer))
+
+
+@pytest.mark.usefixtures("capacity")
 def test_two_cards_hold_what_one_does_not_and_cost_twice_as_much() -> None:
     asked = question("llama-70b", gpus=2, usd_per_hour=3.6)
     answer = plan(asked, SilentProgress())
@@ -246,7 +257,7 @@ def test_two_cards_hold_what_one_does_not_and_cost_twice_as_much() -> None:
     assert "exchange results over NVLink" in text
     assert "One replica of 2 GPUs serves" in text
     assert "of the memory of 2 GPUs are usable" in text
-    assert "replicas behind a router" in text
+    assert f"{answer.replicas} replicas behind a router" in text
     one = markdown.document(capacity_plans.page(plan(question(), SilentProgress())))
     assert "replica of" not in one
     assert "NVLink" not in one

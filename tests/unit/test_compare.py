@@ -205,6 +205,32 @@ def test_what_is_missing_now_fails(folder: RunFolder) -> None:
     assert "Output throughput at on/short/concurrent-1: missing now" in failed
 
 
+def test_a_run_whose_trials_failed_fails_by_name(folder: RunFolder) -> None:
+    """What is left of it is as good as the baseline."""
+    whole, crashed = folder, write_slowed(folder, 1)
+    failed = {f"on/short/concurrent-2/{n}": "the engine died" for n in range(2, 10)}
+    update = {"failed": failed, "missing": 1}
+    write_json(crashed.path / "summary.json", crashed.summary().model_copy(update=update))
+    named = ", ".join(list(failed)[:6])
+    assert gate.failures(compared(whole, crashed), ALLOWED) == [
+        f"{name_of(crashed)} is not complete: 8 trials failed ({named}, ...), 1 trial not played"
+    ]
+    assert gate.failures(compared(crashed, whole), ALLOWED) == []
+    assert gate.failures(compared(crashed, crashed), ALLOWED) == []
+
+
+def test_a_run_that_has_not_ended_fails(folder: RunFolder) -> None:
+    running = write_slowed(folder, 1)
+    (running.path / "COMPLETE").unlink()
+    assert gate.failures(compared(folder, running), ALLOWED) == [
+        f"{name_of(running)} is not complete: the run has not ended"
+    ]
+
+
+def name_of(folder: RunFolder) -> str:
+    return Side(folder, None, folder.run(), folder.summary()).name
+
+
 def test_a_percentile_that_too_few_samples_support_fails_nothing(folder: RunFolder) -> None:
     full, thin = folder, write_slowed(folder, 1)
     summary = thin.summary()
@@ -228,6 +254,64 @@ def test_errors_where_there_were_none_fail(folder: RunFolder) -> None:
     assert gate.failures(compared(broken, folder), ALLOWED) == []
 
 
+def with_figure(folder: RunFolder, metric: str, *values: float) -> RunFolder:
+    """The run with these values of a metric, a repeat each, at one point of `on`."""
+    summary = folder.summary()
+    repeats = summary.measurements["on/short/concurrent-1"]
+    several = {n: {**repeats[1], metric: value} for n, value in enumerate(values, 1)}
+    measurements = {**summary.measurements, "on/short/concurrent-1": several}
+    write_json(
+        folder.path / "summary.json", summary.model_copy(update={"measurements": measurements})
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "now", "failed"),
+    [
+        ("goodput_per_s", [14.0, 14, 14, 14, 14], [0.0, 0, 0, 0, 0.3], True),
+        ("goodput_per_s", [0.0, 0, 0, 0, 0.3], [14.0, 14, 14, 14, 14], False),  # better
+        ("goodput_per_s", [14.0, 14, 14, 14, 14], [14.0, 14, 0, 14, 14], False),  # chance
+        ("goodput_per_s", [14.0, 0, 14, 14, 13], [13.0, 14, 0, 14, 14], False),
+        ("error_rate", [0.0] * 6, [0.009] * 5 + [0], True),
+        ("error_rate", [0.0] * 6, [0.009] + [0.0] * 5, True),
+        ("error_rate", [0.009] * 5 + [0], [0.0] * 6, False),
+        ("error_rate", [0, 0.01, 0, 0, 0.02, 0], [0, 0, 0.02, 0.01, 0, 0.01], False),
+        ("error_rate", [0.001, 0, 0.001, 0, 0, 0], [0.2, 0.21, 0.19, 0.2, 0.2, 0.2], True),
+    ],
+)
+def test_a_figure_that_is_zero_in_some_repeats_is_judged_by_its_means(
+    folder: RunFolder, metric: str, before: list[float], now: list[float], failed: bool
+) -> None:
+    other = with_figure(write_slowed(folder, 1), metric, *now)
+    found = compared(with_figure(folder, metric, *before), other)
+    figure = row(found, metric, "on/short/concurrent-1")
+    assert figure.contrast is None
+    told = gate.failures(found, ALLOWED)
+    assert [line.partition(" at ")[0] for line in told] == [figure.title] * failed
+    if failed:
+        assert f"{figure.a:.3g} in the baseline, {figure.b:.3g} now" in told[0]
+
+
+def test_what_is_zero_in_some_repeats_may_be_chance_among_many(folder: RunFolder) -> None:
+    """A difference of means is one of the figures among which false discoveries are bounded."""
+    (lone,) = compare.judged([[zeros(0.04)]])[0]
+    assert (lone.outcome, lone.why) == ("differs", "zero in some repeats")
+    among_many = compare.judged([[zeros(0.04), *[zeros(0.5)] * 19]])[0][0]
+    assert among_many.outcome == "undecided"
+    assert compare.judged([[zeros(0.04, b=0.0101)]])[0][0].outcome == "undecided"  # the margin
+    assert "p_of_difference" not in json.loads(judged(0.5)[0].model_dump_json())
+    side = compared(folder, with_figure(write_slowed(folder, 1), "error_rate", 0, 0.1, 0.2))
+    assert row(side, "error_rate", "on/short/concurrent-1").p_of_difference
+
+
+def zeros(p: float, b: float = 0.02) -> ComparedFigure:
+    return ComparedFigure(
+        figure="error_rate", where="x", unit="share", better="lower", a=0.01, b=b, contrast=None,
+        p_of_difference=p, outcome="undecided", why="zero in some repeats",
+    )  # fmt: skip
+
+
 def test_a_gate_that_could_not_fail_lets_nothing_pass(folder: RunFolder) -> None:
     """One repeat each: no figure has an interval."""
     other = write_slowed(folder, 3)
@@ -235,9 +319,42 @@ def test_a_gate_that_could_not_fail_lets_nothing_pass(folder: RunFolder) -> None
         summary = run.summary()
         for rows in summary.measurements.values():
             del rows[2]
+            del rows[1]["goodput_per_s"]  # there is none left, which takes no interval to see
         write_json(run.path / "summary.json", summary)
     with pytest.raises(LabError, match="the gate cannot decide: measure more repeats"):
         gate.failures(compared(folder, other), ALLOWED)
+
+
+def test_across_hardware_the_gate_goes_by_what_claims_compare(folder: RunFolder) -> None:
+    """Also where no figure without a dimension was forecast, as where all forecasts are bounds."""
+    slide = edited(folder, machine="Slide rule")
+    found = compared(folder, slide).model_copy(update={"rows": []})
+    assert [e.outcome for e in found.effects] == ["same"] * 2
+    assert gate.failures(found, ALLOWED) == []
+    lost = compared(folder, edited(write_slowed(folder, 3, "on"), machine="Slide rule 2"))
+    failed = gate.failures(lost.model_copy(update={"rows": [], "verdicts": []}), ALLOWED)
+    assert [line.partition(" at ")[0] for line in failed] == ["effect on Output throughput"] * 2
+    open_ = [e.model_copy(update={"outcome": "undecided"}) for e in found.effects]
+    with pytest.raises(LabError, match="are too wide to tell"):
+        gate.failures(found.model_copy(update={"effects": open_}), ALLOWED)
+    with pytest.raises(LabError, match=r"no figure in common to compare \(of other hardware"):
+        gate.failures(found.model_copy(update={"effects": []}), ALLOWED)
+    here = compared(folder, folder).model_copy(update={"rows": []})
+    with pytest.raises(LabError, match="no figure in common to compare, so the gate"):
+        gate.failures(here, ALLOWED)
+
+
+def test_what_is_worse_is_told_where_nothing_else_is_decided(folder: RunFolder) -> None:
+    other = write_slowed(folder, 1)
+    for run in (folder, other):
+        summary = run.summary()
+        for rows in summary.measurements.values():
+            del rows[2]
+        write_json(run.path / "summary.json", summary)
+    gone = with_figure(other, "goodput_per_s", 0.0)
+    assert gate.failures(compared(folder, gone), ALLOWED) == [
+        "Goodput at on/short/concurrent-1: 0.5 in the baseline, 0 now"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -316,6 +433,29 @@ def test_on_other_hardware_only_what_has_no_dimension_is_compared(folder: RunFol
     assert found.differences[0].what == "machine.model"
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "same"),
+    [
+        ("http://127.0.0.1:8000", False),
+        ("http://localhost:8000/v1", False),
+        ("http://[::1]:8000", False),
+        ("http://gpu-7:8000", True),
+        ("http://[::1", True),  # of no host
+        (None, False),
+    ],
+)
+def test_an_address_of_every_machine_is_not_the_same_hardware(
+    folder: RunFolder, endpoint: str | None, same: bool
+) -> None:
+    """Two machines that each drive a server of their own, and two that drive the same one."""
+    here, there = folder, edited(folder, machine="Slide rule")
+    for side in (here, there):
+        run = side.run().model_copy(update={"endpoint": endpoint})
+        write_json(side.path / "run.json", run)
+    assert compared(here, there).same_hardware == same
+    assert compared(here, here).same_hardware
+
+
 def test_shares_of_its_own_ceilings_are_properties_of_a_machine(folder: RunFolder) -> None:
     other = edited(folder, machine="Slide rule")
     summary = other.summary()
@@ -377,6 +517,7 @@ def test_an_effect_is_the_same_within_its_claims_margin(
         ("helps", (1.3, 1.2, 1.4), "no effect", (1.0, 0.97, 1.03), "differs"),
         ("helps", (1.3, 1.2, 1.4), "inconclusive", (1.05, None, None), "undecided"),
         ("helps", (1.3, 1.2, 1.4), "not valid", None, "undecided"),
+        ("helps", (1.3, 1.2, 1.4), "not valid", (0.7, 0.6, 0.8), "undecided"),
         ("inconclusive", (1.0, 0.8, 1.2), "no effect", (1.0, 1.0, 1.0), "not comparable"),
         ("not valid", None, "not valid", None, "not comparable"),
     ],

@@ -20,6 +20,7 @@ from labs.judging.metrics import METRICS
 from loadtests import exporter
 from loadtests.exporter import Exporter
 from serving import metrics, telemetry
+from tests.unit.builders import MACHINE
 
 SCHEMA = Path(
     os.environ.get(
@@ -32,8 +33,9 @@ BUILT: dict[str, dict[str, Any]] = {
     path.stem: json.loads(text) for path, text in boards.files(VARIANTS, METRICS).items()
 }
 EVERY = [(name, panel) for name, found in BUILT.items() for panel in boards.panels(found)]
+RUN_ID = "20261125T111404Z-d3cbb5f9"
 QUERIES = [
-    *boards.expressions({"lab": "prefix-caching", "run": "20261125T111404Z-d3cbb5f9"}),
+    *boards.expressions({"lab": "prefix-caching", "run": RUN_ID}),
     *(
         (name, variable["name"], variable["query"].split("(", 1)[1].rsplit(",", 1)[0])
         for name, found in BUILT.items()
@@ -157,18 +159,46 @@ def test_machines_shows_one_load_point_and_averages_nothing() -> None:
                 assert 'workload="$at_workload",load="$at_load"' in target["expr"]
 
 
+def test_runs_of_a_machine_are_told_apart_however_long_its_name_is() -> None:
+    """A label is cut after so many letters: the run's 25 come first, and some of the machine's."""
+    by_run = [
+        panel
+        for panel in boards.panels(BUILT["machines"])
+        for step in panel.get("transformations", ())
+        if step["options"].get("rowField") == "sitting"
+    ]
+    assert len(by_run) == 4
+    for panel in by_run:
+        assert panel["options"]["xTickLabelMaxLength"] >= len(f"{RUN_ID} {MACHINE.slug}")
+        assert '"sitting", " ", "run_id", "machine")' in panel["targets"][0]["expr"]
+
+
 def test_figures_of_compare_have_a_unit_and_an_interval() -> None:
     found = {panel["title"]: panel for panel in boards.panels(BUILT["compare"])}
     for title in ("Every figure", "Forecasts"):
         (renamed,) = (t["options"]["renameByName"] for t in found[title]["transformations"]
                       if "indexByName" in t["options"])  # fmt: skip
         assert renamed["unit"] == "Unit"
-    for metric in ("output_tokens_per_s", "goodput_per_s", "ttft_p50_s", "tpot_mean_s"):
+    for metric in ("output_tokens_per_s", "goodput_per_s", "tpot_mean_s"):
         asks = [target["expr"] for target in found[METRICS[metric].title]["targets"]]
         for name in (series.MEASUREMENT_LOW, series.MEASUREMENT_HIGH):
             assert any(f"{name}{{" in query for query in asks), metric
         unit = found[METRICS[metric].title]["fieldConfig"]["defaults"]["unit"]
         assert unit == boards.UNITS[METRICS[metric].unit]
+
+
+def test_compare_promises_an_interval_where_there_is_one() -> None:
+    """A percentile over the samples of all repeats has none."""
+    found = {panel["title"]: panel for panel in boards.panels(BUILT["compare"])}
+    drawn = [(m, found[m.title]) for m in METRICS.values() if m.title in found]
+    assert {m.name for m, _ in drawn if m.statistic.pooled} == {
+        "ttft_p50_s", "itl_p99_s", "e2e_p50_s",
+    }  # fmt: skip
+    for metric, panel in drawn:
+        asks = "".join(target["expr"] for target in panel["targets"])
+        assert (f"{series.MEASUREMENT_LOW}{{" in asks) != metric.statistic.pooled, metric.name
+        promised = "95% interval" in panel["description"]
+        assert promised != metric.statistic.pooled, metric.name
 
 
 def test_what_panels_ask_of_an_engine_on_file_is_kept_with_a_run() -> None:
@@ -211,6 +241,14 @@ def test_limits_are_those_of_the_verdicts() -> None:
     assert boards.LATE_S == validity.LATE_S
     assert boards.LOOP_LAG_S == validity.MOST_LOOP_LAG_S
     assert boards.MOST_ERRORS == validity.MOST_ERRORS
+
+
+def test_the_panel_of_errors_counts_what_a_verdict_counts() -> None:
+    """And shows beside it what the engine turned away by its limit."""
+    panel = next(p for p in boards.panels(BUILT["generator"]) if p["title"] == "Errors")
+    share, turned_away = (target["expr"] for target in panel["targets"])
+    assert 'outcome="error"' in share.partition("/")[0]
+    assert 'outcome="turned away"' in turned_away.partition("/")[0]
 
 
 def test_every_outcome_of_a_prediction_has_its_colour_with_whatever_follows() -> None:

@@ -7,24 +7,25 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
+from labs.judging.metrics import measure
 from loadtests import exporter
 from loadtests.arrivals import parse
 from loadtests.exporter import Exporter
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, SEND_LAG, TPOT, TTFT
 from loadtests.plan import Progress, TrialPlan, total_progress
-from tests.unit.builders import make_record
+from tests.unit.builders import make_point, make_record, make_trial
 
 STREAMS = (TTFT, ITL, TPOT, E2E, CHUNK_GAP)
 MINE = {"lab": "l", "variant": "v", "run_id": "r"}
 
 
-def begun(arrival: str) -> Exporter:
+def begun(arrival: str, turns_away: bool = False) -> Exporter:
     exported = Exporter()
     exported.begin(
         TrialPlan(
             url="", arrival=parse(arrival), requests=Path(), records=Path(), warmup_s=1,
             window_s=2, timeout_s=3, seed=0, lab="l", variant="v", run_id="r", workload="w",
-            slo_s={"ttft": 0.5},
+            slo_s={"ttft": 0.5}, turns_away=turns_away,
         )
     )  # fmt: skip
     return exported
@@ -82,6 +83,24 @@ def test_a_request_that_failed_half_way_is_an_error_without_latencies() -> None:
     for latency in STREAMS:
         assert value(exported, f"{latency.histogram}_count") == 1, latency.title
     assert value(exported, f"{SEND_LAG.histogram}_count") == 2
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_a_refusal_has_failed_unless_the_engine_limits_its_queue(limited: bool) -> None:
+    """The shares are those of the report, by the metrics' own functions."""
+    exported = begun("poisson:1", turns_away=limited)
+    good, full = make_record([(10.1, 1), (10.2, 1)]), make_record([], error="HTTP 429: busy")
+    found = [good, full, make_record([], error="HTTP 500: broken"), full]
+    for record in found:
+        exported.observe(record)
+    ended = {
+        outcome: value(exported, f"{exporter.REQUESTS}_total", **MINE, outcome=outcome) or 0
+        for outcome in ("ok", "error", "turned away")
+    }
+    flags = {"max-num-queued-reqs": 4} if limited else {}
+    values = measure(make_trial(found, point=make_point(load="poisson:1", flags=flags)))
+    assert ended["error"] / sum(ended.values()) == values["error_rate"]
+    assert ended["turned away"] / sum(ended.values()) == (values["turned_away_rate"] or 0)
 
 
 def test_warm_up_lasts_until_what_is_sent_counts() -> None:

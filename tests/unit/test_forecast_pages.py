@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -10,15 +12,18 @@ import pytest
 
 from labs.filing import engine_series, results
 from labs.filing.results import Band, PointForecasts, RunFolder, write_gzip, write_json
-from labs.judging.judge import Caveat, Interval
+from labs.judging.judge import Caveat, ForecastAtPoint, Interval
+from labs.judging.metrics import METRICS
 from labs.lab import OF_FORECASTS
 from labs.running.forecast import ratio_of_forecasts
 from labs.telling import markdown, report, residual_plot, residuals, tables
+from labs.telling.document import plain_text
 from labs.telling.residuals import Residual
 from labs.telling.summary import summarise
 from serving.metrics import KV_USAGE, KvUse
 from tests.unit.builders import make_lab, make_point, write_run
 
+HIT_RATE = METRICS["prefix_hit_rate"].title
 NEAR = Band(value=1, low=0.9, high=1.2)
 
 
@@ -142,6 +147,68 @@ def test_the_picture_and_the_script_show_what_the_page_tells(folder: RunFolder) 
     far = next(r for r in drawn["residuals"] if r[6] == 0.5)
     assert far[9:] == [0.9, 1.1, False]  # the band that the forecast itself stated
     assert [run["href"] for run in drawn["runs"]] == [f"{folder.path.name}.html"]
+
+
+@pytest.fixture
+def with_zeros(folder: RunFolder) -> RunFolder:
+    """The run with hit rates that were forecast as 3.85%, 0, 0, and measured as 0, 5%, 0."""
+    write_summary(folder)
+    summary = folder.summary()
+    points = list(summary.measurements)
+
+    def at(point: str, value: float, measured: float) -> ForecastAtPoint:
+        interval = Interval(value=measured, low=measured, high=measured, n=2)
+        return ForecastAtPoint(
+            point=point, metric="prefix_hit_rate", value=value, low=0.9 * value, high=1.1 * value,
+            measured=interval,
+        )  # fmt: skip
+
+    added = [at(points[0], 0.0385, 0), at(points[1], 0, 0.05), at(points[2], 0, 0)]
+    update = {"in_virtual_time": [*summary.in_virtual_time, *added]}
+    write_json(folder.path / "summary.json", summary.model_copy(update=update))
+    return folder
+
+
+def test_a_zero_is_a_miss_unless_it_was_forecast(with_zeros: RunFolder) -> None:
+    *_, nothing, unforeseen, foreseen = with_zeros.summary().in_virtual_time
+    assert (nothing.share, unforeseen.share, foreseen.share) == (0, math.inf, None)
+    found = residuals.residuals(with_zeros)
+    zeros = [r for r in found if r.group == HIT_RATE]
+    assert [(r.predicted, r.measured, r.near) for r in zeros] == [
+        (0.0385, 0, False),
+        (0, 0.05, False),
+    ]
+    assert [r.slowdown for r in zeros] == [None, None]
+
+
+def test_a_zero_is_a_miss_on_the_page_and_in_the_report(with_zeros: RunFolder) -> None:
+    link = residuals.to_reports(with_zeros.path.parent)
+    told = markdown.document(residuals.page(residuals.of_runs([with_zeros]), link))
+    assert "| 3.85% | 0% | 0.00x | – |" in told
+    assert "| 0% | 5% | – | – |" in told
+    assert "| Prefix hit rate | 2 | infinite | 0 (0%) | 0 (0%) |" in told
+    assert report.forecast_score(with_zeros.summary()) == (
+        "1 of 4 measured figures lie within their band; the median distance is 75%."
+    )
+    compared = tables.forecast_beside_measured(make_lab(), with_zeros.summary())
+    rows = [[plain_text(cell) for cell in row[2:]] for row in compared.rows[2:]]
+    assert [row[0] for row in rows] == ["3.85%", "0%"]
+    assert [row[-2:] for row in rows] == [["0.00x", "no"], ["–", "no"]]
+
+
+def test_a_zero_is_a_miss_in_the_picture_and_in_the_scripts_data(with_zeros: RunFolder) -> None:
+    """It stands at the end of the axis; the script, whose axis has no end, gets no ratio."""
+    zeros = [r for r in residuals.residuals(with_zeros) if r.group == HIT_RATE]
+    (lab,) = residual_plot.pictures(zeros, {})
+    assert 'class="near"' not in str(lab.picture)
+    assert str(lab.picture).count("h0") == 2
+    assert "0 of 2 within 25%, median distance infinite" in lab.description
+    drawn = residual_plot.data(zeros, {}, lambda f: "run.html")
+    assert [row[4:] for row in drawn["residuals"]] == [
+        ["3.85%", "0%", None, None, None, 0.9, 1.1, False],
+        ["0%", "5%", None, None, None, None, None, False],
+    ]
+    json.dumps(drawn, allow_nan=False)
 
 
 def test_quick_runs_have_no_residuals_on_the_page(folder: RunFolder) -> None:

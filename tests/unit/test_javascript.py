@@ -1,4 +1,4 @@
-"""The modules of the live page, tested in their own language."""
+"""The modules of the live page and the scripts of the pages, tested in their own language."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from serving.models import ROOT
+
 DENO = shutil.which("deno", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 TESTS = sorted(Path(__file__).parent.glob("*.test.js"))
 
@@ -18,6 +20,6 @@ TESTS = sorted(Path(__file__).parent.glob("*.test.js"))
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
 def test_javascript(path: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "DENO_DIR": str(tmp_path), "NO_COLOR": "1"}
-    command = [str(DENO), "test", "--no-remote", str(path)]
+    command = [str(DENO), "test", "--no-remote", f"--allow-read={ROOT}", str(path)]
     ended = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from labs.comparing import leaderboards
 from labs.filing import results
 from labs.filing.newest import newest_runs
 from labs.filing.results import (
@@ -329,6 +330,7 @@ def test_engines_that_took_turns_are_a_caveat(resident: bool, folder: RunFolder)
             "Each engine was started once: differences between starts are not covered.",
         ),
         (2, False, 0, "one was started only 2 times. Fewer than 4 starts"),
+        (1, False, 0, "one was started only 1 time. Fewer than 4 starts"),
         (4, False, 0, "each was started at least 4 times. Between engines the mean of a start"),
         (None, True, 8, "an interval of 95% is taken at 97.5%, and one of 90% at 95%"),
     ],
@@ -350,6 +352,32 @@ def test_a_report_says_what_its_intervals_cover(
     text = report.write(folder).read_text()
     assert said in text
     assert "An interval covers one sitting" in text
+
+
+@pytest.mark.parametrize(
+    ("ended_at", "resumed"),
+    [
+        ("2026-01-01T00:01:40+00:00", False),
+        ("2026-01-01T00:01:42+00:00", False),  # whole seconds
+        ("2026-01-01T08:00:00+00:00", True),
+        (None, False),  # of an older run
+    ],
+)
+def test_the_times_of_a_resumed_run_are_said_to_be_the_last_sessions(
+    folder: RunFolder, ended_at: str | None, resumed: bool
+) -> None:
+    """It was started at midnight, and its last session took 100 s."""
+    session = Session(
+        engine_start_s=10, load_s=60, wall_s=100, resident=True, agreement=[], prometheus=None,
+        ended_at=ended_at,
+    )  # fmt: skip
+    write_json(folder.path / "session.json", session)
+    text = report.write(folder).read_text()
+    assert ("Time of the last session: 100 s in all" in text) == resumed
+    assert ("an earlier one, whose times are not on file." in text) == resumed
+    assert ("Time: 100 s in all" in text) != resumed
+    page = leaderboards.write_machine(folder.path.parents[1], [folder]).read_text()
+    assert ("| 1.0 min (last session) |" if resumed else "| 1.0 min |") in page
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,12 @@ def test_sittings_on_the_same_hardware_tell_how_far_ratios_lie_apart(
     others = [
         found.model_copy(update={"verdicts": unknown}),
         moved.model_copy(update={"same_hardware": False}),
+        *(
+            moved.model_copy(
+                update={"verdicts": [v.model_copy(update={side: "not valid"}) for v in apart]}
+            )
+            for side in ("a", "b")
+        ),
     ]
     pooled = reproduction.between_sittings([moved, *others])
     assert pooled
@@ -224,6 +230,9 @@ def test_sittings_on_the_same_hardware_tell_how_far_ratios_lie_apart(
     leaderboard = leaderboards.leaderboard()
     (row,) = leaderboard.rows[:1]
     assert row[leaderboard.header.index("Between sittings")] == "10.0% (2 ratios)"
+    write_json(path, moved.model_copy(update={"verdicts": apart[:1]}))
+    (row,) = leaderboards.leaderboard().rows[:1]
+    assert row[leaderboard.header.index("Between sittings")] == "10.0% (1 ratio)"
 
 
 def test_a_remark_by_hand_is_shown_and_outlives_another_answer(

@@ -2,13 +2,14 @@
 "use strict";
 
 if (data.residuals.length) {
+  // `value` is null where a figure of 0 leaves no ratio to draw: the prediction was missed by all
   const all = data.residuals.map(([lab, figure, run, what, predicted, measured, value, low, high, least, largest, within]) => ({
-    lab, figure, run, title: what, where: "", value, low, high, predicted: 1, least, largest, within, valid: true,
-    figures: `predicted ${predicted}, measured ${measured}`, verdict: "",
+    lab, figure, run, title: what, where: "", value, low, high, predicted: largest === null ? null : 1,
+    least, largest, within, valid: true, figures: `predicted ${predicted}, measured ${measured}`, verdict: "",
   }));
   const CHOSEN = {
     all: () => true,
-    missed: ({ value }) => value < 1 / 1.25 || value > 1.25,
+    missed: ({ value }) => value === null || value < 1 / 1.25 || value > 1.25,
     outside: (one) => one.within === false,
   };
   const lab = choice("each-lab", [["", "all"], ...data.labs.map((name, n) => [String(n), name])], begin);

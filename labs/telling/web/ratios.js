@@ -76,7 +76,9 @@ const drawRatios = (() => {
       wrapped([predicted, item.verdict].filter(Boolean).join("; "), 60).map((line) => `<br>${plain(line)}`).join("");
   }
 
-  const hasBand = ({ item }) => (item.least ?? null) !== null || (item.largest ?? null) !== null;
+  function hasBand({ item }) {
+    return (item.least ?? null) !== null || (item.largest ?? null) !== null;
+  }
 
   function bearsItOut({ item, middle }, low, high) {
     return {
@@ -97,7 +99,8 @@ const drawRatios = (() => {
   }
 
   function noRatio({ item, middle }) {
-    return { text: item.figures ? `– (${item.figures})` : "– (no ratio)", x: Math.log10(item.predicted || 1), y: middle, xanchor: "left",
-             xshift: 10, showarrow: false, font: { color: css("--soft") } };
+    return { text: plain(item.figures ? `– (${item.figures})` : "– (no ratio)"),
+             x: Math.log10(item.predicted || 1), y: middle, xanchor: "left", xshift: 10,
+             showarrow: false, font: { color: css("--soft") } };
   }
 })();
