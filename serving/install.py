@@ -39,6 +39,7 @@ from serving import platforms
 from serving.platforms import PLATFORMS
 
 ROOT = Path(__file__).resolve().parent.parent
+OWN_FOLDER = "inference-serving-lab"  # ours within a folder that a reader names for several things
 OLDEST_PYTHON = (3, 11)
 BUILT_HERE = "urllib3-future"  # its wheel ignores URLLIB3_NO_OVERRIDE
 BUILDERS = ("hatchling", "setuptools>=77")  # build it, and this project
@@ -145,6 +146,20 @@ def find_prometheus(root: Path, name: str = "prometheus") -> "Path | None":
     """Find `prometheus` or `promtool`: on PATH, else in .tools/prometheus; None without it."""
     program = shutil.which(name) or shutil.which(name, path=str(root / ".tools" / "prometheus"))
     return Path(program) if program else None
+
+
+def named_or(variable: str, default: Path) -> Path:
+    """Return our own subfolder of the folder that a variable names; else the default.
+
+    What lies in it is ours to erase, and nothing else is.
+    """
+    named = os.environ.get(variable)
+    return Path(named) / OWN_FOLDER if named else default
+
+
+def scratch_of(root: Path) -> Path:
+    """Return the folder of what a run writes while it lasts, and of its lock."""
+    return named_or("LABS_SCRATCH", root / ".cache")
 
 
 def home_of(root: Path, vllm: str) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
-import os
 import shutil
 import tempfile
 import time
@@ -48,10 +47,11 @@ from labs.telling.summary import summarise
 from loadtests.plan import sent_sha256
 from serving import models
 from serving.engines import ENGINES
+from serving.install import scratch_of
 from serving.masking import recordable
 
 # What a run needs on disk while it lasts, and the lock that keeps a second one out.
-SCRATCH = Path(os.environ.get("LABS_SCRATCH") or models.CACHE)
+SCRATCH = scratch_of(models.ROOT)
 
 
 def run(request: RunRequest, progress: ProgressDisplay) -> RunFolder:
