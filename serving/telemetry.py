@@ -72,11 +72,11 @@ class Source(Protocol):
 
 
 class Gpus:
-    """The GPUs that this process may use, read through NVML."""
+    """The GPUs that this process may use, or the first `count` of them, read through NVML."""
 
-    def __init__(self, nvml: ModuleType) -> None:
+    def __init__(self, nvml: ModuleType, count: int | None = None) -> None:
         self._nvml = nvml
-        self._handles = gpus.visible(nvml)
+        self._handles = gpus.visible(nvml)[:count]
 
     def read(self) -> list[Sample]:
         return [self._sample(i, handle) for i, handle in enumerate(self._handles)]
@@ -145,14 +145,17 @@ class Processors:
         return None
 
 
-def source(kind: str) -> Source | None:
-    """Find what can be read on this kind of machine; None where nothing can."""
+def source(kind: str, count: int | None = None) -> Source | None:
+    """Find what can be read on this kind of machine; None where nothing can.
+
+    Of GPUs only the first `count` visible ones are watched, which are those that engines use.
+    """
     if kind == "gpu":
         import pynvml
 
         try:
             pynvml.nvmlInit()
-            return Gpus(pynvml)
+            return Gpus(pynvml, count)
         except pynvml.NVMLError:
             return None
     try:

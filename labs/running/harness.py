@@ -24,7 +24,7 @@ from labs.running.engines import Engines, Groups, order_of_engines
 from labs.running.load import LoadGenerator
 from labs.running.probes import PROBES, ProbedEngine
 from labs.running.progress import ProgressDisplay
-from labs.running.resolve import Setup
+from labs.running.resolve import Setup, gpus_used
 from labs.running.trials import Trials, interleave, write_requests
 from labs.telling import pages
 from labs.telling.summary import summarise
@@ -202,7 +202,9 @@ def open_harness(
         else:
             live.place(RESULTS, pages.script_hashes())
             progress.message(f"Prometheus: {prometheus.page_url}")
-        hardware = None if setup.endpoint else telemetry.source(setup.machine.kind)
+        hardware = None
+        if not setup.endpoint:
+            hardware = telemetry.source(setup.machine.kind, gpus_used(setup.lab))
         sampler = exits.enter_context(telemetry.Telemetry(hardware, labels))
         if sampler.serve(telemetry_port := free_port()):
             prometheus.scrape("client", f"{LOOPBACK}:{telemetry_port}")

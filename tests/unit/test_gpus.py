@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from serving import gpus, machine
+from labs import LABS
+from labs.running.resolve import gpus_used
+from serving import gpus, machine, telemetry
+from serving.engines.transformers import Transformers
 from serving.machine import GIB
 from serving.telemetry import Gpus
 from tests.fake.nvml import NVMLError, make_nvml
@@ -72,6 +75,26 @@ def test_of_a_gpu_in_slices_one_is_seen(
     monkeypatch: pytest.MonkeyPatch, wanted: str | None, found: list[Any]
 ) -> None:
     assert seen(monkeypatch, wanted, 2) == found
+
+
+def test_only_the_gpus_that_the_engines_use_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A colleague's work on another visible GPU disturbs no trial."""
+    nvml = three()
+    running = {0: [1], 1: [2], 2: [3, 4]}
+    monkeypatch.setattr(nvml, "nvmlDeviceGetComputeRunningProcesses", running.__getitem__)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setenv(gpus.VARIABLE, "2,0,1")
+    lab = LABS["continuous-batching"].at("gpu-80", quick=False)
+    for changes, watched, processes in (
+        ({}, 1, 2),
+        ({"tensor-parallel-size": 2}, 2, 3),
+        ({"tensor-parallel-size": 2, "distributed-executor-backend": "ray"}, 3, 4),
+    ):
+        changed = lab.model_copy(update={"flags": {**lab.flags, **changes}})
+        source = telemetry.source("gpu", gpus_used(changed))
+        assert source
+        assert (len(source.read()), source.processes()) == (watched, processes)
+    assert Transformers.gpus_used({}) is None  # it may spread a model over all that it sees
 
 
 def test_the_machine_is_what_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
