@@ -16,6 +16,7 @@ from typing import Any
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 FP8_CAPABILITY = (8, 9)  # compute capability of Ada, the first with FP8 tensor cores
+COMPUTE_MODES = {0: "default", 1: "exclusive thread", 2: "prohibited", 3: "exclusive process"}
 FILLED = 0.95  # of a class's memory is enough to be in it: drivers keep some
 
 
@@ -119,3 +120,16 @@ def _slices(nvml: ModuleType, gpu: Any) -> list[Any]:
         with contextlib.suppress(nvml.NVMLError):  # no slice has this index
             slices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index))
     return slices
+
+
+def compute_mode(nvml: ModuleType, gpu: Any) -> str | None:
+    """Read which processes may compute on a GPU (nvmlComputeMode_t, nvml.h); None where untold."""
+    try:
+        return COMPUTE_MODES.get(nvml.nvmlDeviceGetComputeMode(gpu), "unknown")
+    except nvml.NVMLError:
+        return None
+
+
+def admits_one_process(mode: str | None) -> bool:
+    """Tell whether a GPU in this compute mode serves one process at a time."""
+    return mode is not None and mode.startswith("exclusive")

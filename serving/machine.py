@@ -123,6 +123,7 @@ class Environment(BaseModel, frozen=True, extra="forbid"):
     engine_cores: tuple[int, ...] = ()
     client_cores: tuple[int, ...] = ()
     cuda: str | None = None  # what the driver supports
+    compute_mode: str | None = None  # of the first GPU: which processes may compute on it
     clocks: dict[str, str] = {}
     numa: dict[str, str] = {}  # node -> its cores
     variables: dict[str, str] = {}  # environment variables that the engine reads, without secrets
@@ -244,7 +245,7 @@ def environment(root: Path, kind: str) -> Environment:
     if bundled.exists():  # a bundle's files are those of a commit, without its history
         commit = json.loads(bundled.read_text())["commit"]
     engine_cores, client_cores = split_cores(kind)
-    driver, cuda, gpu_clocks = _driver()
+    driver, cuda, gpu_clocks, compute_mode = _driver()
     return Environment(
         python=platform.python_version(),
         # of two distributions with one name, Python imports the first on the path
@@ -252,6 +253,7 @@ def environment(root: Path, kind: str) -> Environment:
         kernel=platform.release(),
         driver=driver,
         cuda=cuda,
+        compute_mode=compute_mode,
         clocks=gpu_clocks or _cpu_clocks(),
         numa={
             node.name: (node / "cpulist").read_text().strip()
@@ -310,22 +312,23 @@ def _cpu_clocks() -> dict[str, str]:
     return {n: (home / n).read_text().strip() for n in names if (home / n).exists()}
 
 
-def _driver() -> tuple[str | None, str | None, dict[str, str]]:
-    """Read NVIDIA's driver, the CUDA version it supports, and the first GPU's highest clocks."""
+def _driver() -> tuple[str | None, str | None, dict[str, str], str | None]:
+    """Read NVIDIA's driver, its CUDA version, the first GPU's highest clocks and compute mode."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return None, None, {}
+        return None, None, {}, None
     version = int(pynvml.nvmlSystemGetCudaDriverVersion())
-    clocks = {}
+    clocks, mode = {}, None
     for handle in gpus.visible(pynvml)[:1]:
+        mode = gpus.compute_mode(pynvml, handle)
         for name, kind in (("sm", pynvml.NVML_CLOCK_SM), ("memory", pynvml.NVML_CLOCK_MEM)):
             with contextlib.suppress(pynvml.NVMLError):
                 clocks[f"{name}_max"] = f"{pynvml.nvmlDeviceGetMaxClockInfo(handle, kind)} MHz"
     driver = str(pynvml.nvmlSystemGetDriverVersion())
-    return driver, f"{version // 1000}.{version % 1000 // 10}", clocks
+    return driver, f"{version // 1000}.{version % 1000 // 10}", clocks, mode
 
 
 def _measure(kind: str) -> Ceilings:

@@ -130,6 +130,12 @@ def _gpus() -> Iterator[Check]:
             f" {memory.total / GIB:.0f} GiB free, compute capability {major}.{minor}",
             "end the processes that use its memory (`nvidia-smi` lists them)" if taken else "",
         )
+        mode = gpus.compute_mode(pynvml, handle)
+        if gpus.admits_one_process(mode):
+            state = f"{mode}: runs do not time the machine's own speed beside the engine"
+            yield Check("Compute mode", state)
+        elif mode == "prohibited":
+            yield Check("Compute mode", mode, "have an administrator run `nvidia-smi -c DEFAULT`")
     driver, cuda = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion()
     built, known = _torch_cuda(), f"{cuda // 1000}.{cuda % 1000 // 10}"
     old = built is not None and cuda // 1000 < int(built.split(".")[0])

@@ -28,9 +28,10 @@ from labs.running.resolve import Setup, gpus_used
 from labs.running.trials import Trials, interleave, write_requests
 from labs.telling import pages
 from labs.telling.summary import summarise
-from serving import reference_step, telemetry
+from serving import gpus, reference_step, telemetry
 from serving.engines.base import EngineError
 from serving.ports import LOOPBACK, free_port
+from serving.reference_step import ReferenceTimer
 
 # an answer that is not as it should be costs its probe alone
 PROBE_ERRORS = (
@@ -211,10 +212,7 @@ def open_harness(
         log = logs / "locust.log"
         load = LoadGenerator(setup, exporter_port, log, progress.waiting, progress.message)
         exits.callback(load.stop)
-        reference = None
-        if not setup.endpoint:
-            log = logs / "reference-step.log"
-            reference = exits.enter_context(reference_step.started(setup.machine.kind, log))
+        reference = _reference(setup, folder, progress, exits)
         on_file = folder.starts_on_file(setup.points, setup.lab)
         engines = Engines(setup, logs, prometheus, labels, progress, on_file)
         exits.callback(engines.unload)
@@ -224,3 +222,24 @@ def open_harness(
             setup, folder, work, engines, load, sampler, counts, progress, reference, in_turn
         )
         yield Harness(setup, folder, progress, prometheus, engines, trials, counts, groups)
+
+
+def _reference(
+    setup: Setup, folder: RunFolder, progress: ProgressDisplay, exits: contextlib.ExitStack
+) -> ReferenceTimer | None:
+    """Start the process that times the machine itself.
+
+    None beside an endpoint, which may be on another machine, and where the GPU admits one process:
+    that is the engine.
+    """
+    if setup.endpoint:
+        return None
+    mode = folder.run().environment.compute_mode
+    if gpus.admits_one_process(mode):
+        progress.message(
+            f"The machine's own speed is not timed: the GPU's compute mode is {mode}, so that the"
+            " engine alone can use it"
+        )
+        return None
+    log = folder.path / "logs" / "reference-step.log"
+    return exits.enter_context(reference_step.started(setup.machine.kind, log))

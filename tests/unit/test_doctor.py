@@ -174,6 +174,21 @@ def test_a_gpu_in_use_and_a_driver_too_old_are_told(monkeypatch: pytest.MonkeyPa
     assert "built for CUDA 13.0" in driver.remedy
 
 
+@pytest.mark.parametrize(
+    ("mode", "state", "remedy"),
+    [(3, "exclusive process: runs do not", ""), (2, "prohibited", "`nvidia-smi -c DEFAULT`")],
+)
+def test_a_compute_mode_that_keeps_processes_off_is_told(
+    mode: int, state: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = make_nvml(79, 13000)
+    monkeypatch.setattr(told, "nvmlDeviceGetComputeMode", lambda handle: mode)
+    monkeypatch.setitem(sys.modules, "pynvml", told)
+    found = line(doctor._gpus(), "Compute mode")
+    assert found.state.startswith(state)
+    assert remedy in found.remedy
+
+
 def test_a_cpu_that_takes_long_over_bf16_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("labs.commands.doctor.install.detect_platform", lambda: "cpu")
     old = CPU.model_copy(update={"cpu_flags": ("avx2", "avx512f")})

@@ -13,6 +13,7 @@ from labs.running.resolve import gpus_used
 from serving import gpus, machine, telemetry
 from serving.engines.transformers import Transformers
 from serving.machine import GIB
+from serving.models import ROOT
 from serving.telemetry import Gpus
 from tests.fake.nvml import NVMLError, make_nvml
 
@@ -95,6 +96,22 @@ def test_only_the_gpus_that_the_engines_use_are_watched(monkeypatch: pytest.Monk
         assert source
         assert (len(source.read()), source.processes()) == (watched, processes)
     assert Transformers.gpus_used({}) is None  # it may spread a model over all that it sees
+
+
+@pytest.mark.parametrize(("told", "mode"), [(0, "default"), (3, "exclusive process")])
+def test_the_first_gpus_compute_mode_is_recorded(
+    told: int, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml = make_nvml(
+        nvmlDeviceGetComputeMode=lambda h: told, nvmlSystemGetCudaDriverVersion=lambda: 13000,
+        nvmlSystemGetDriverVersion=lambda: "580.1", nvmlDeviceGetMaxClockInfo=lambda h, kind: 1980,
+        NVML_CLOCK_MEM=2,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delenv(gpus.VARIABLE, raising=False)
+    found = machine.environment(ROOT, "gpu")
+    assert found.compute_mode == mode
+    assert gpus.admits_one_process(mode) == (mode != "default")
 
 
 def test_the_machine_is_what_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
