@@ -23,28 +23,35 @@ Groups = list[list[Variant]]  # variants that stay loaded together
 Trip = list[tuple[list[Variant], list[int]]]  # groups one after another, the repeats of each
 
 
-def resident_groups(setup: Setup) -> Groups:
+def resident_groups(setup: Setup, took_turns: bool | None = None) -> Groups:
     """Return all variants as one group where host memory admits it, else a group for each.
 
-    A GPU engine takes its share of the device for itself, so there they take turns, in an order
-    that is drawn: none is always measured first. Where loads are multiples of the first variant's
-    capacity, that one begins.
+    A run that is resumed goes on as it began, whatever memory is free now: `took_turns` says how
+    that was. A GPU engine takes its share of the device for itself, so there they take turns, in an
+    order that is drawn: none is always measured first. Where loads are multiples of the first
+    variant's capacity, that one begins.
     """
     variants = list(setup.lab.variants)
-    if len(variants) == 1 or setup.endpoint:
+    if took_turns is None:
+        took_turns = not _fit_together(setup)
+    if len(variants) == 1 or setup.endpoint or not took_turns:
         return [variants]
-    if setup.machine.kind == "cpu":
-        need = [
-            ENGINES[v.engine].host_memory_bytes(setup.lab.flags_of(v), setup.model.shape)
-            for v in variants
-        ]
-        known = [n for n in need if n is not None]
-        if known == need and sum(known) < 0.7 * psutil.virtual_memory().available:
-            return [variants]
     turns = random.Random(f"{setup.lab.seed}/turns").sample(variants, len(variants))
     if setup.lab.finds_capacity:
         turns.sort(key=lambda variant: variant != variants[0])
     return [[v] for v in turns]
+
+
+def _fit_together(setup: Setup) -> bool:
+    """Tell whether the engines of all variants fit into this machine's memory at the same time."""
+    if setup.machine.kind != "cpu":
+        return False
+    need = [
+        ENGINES[v.engine].host_memory_bytes(setup.lab.flags_of(v), setup.model.shape)
+        for v in setup.lab.variants
+    ]
+    known = [n for n in need if n is not None]
+    return known == need and sum(known) < 0.7 * psutil.virtual_memory().available
 
 
 def order_of_engines(groups: Groups, repeats: Sequence[int], starts: int) -> list[Trip]:

@@ -113,7 +113,8 @@ def _measure(
 
     `began` is the run's start on the monotonic clock. Raises EngineError where no engine starts.
     """
-    lab, groups = setup.lab, resident_groups(setup)
+    lab = setup.lab
+    groups = resident_groups(setup, folder.took_turns(setup.points, lab))
     until = min(time.monotonic() + lab.most_s, setup.clock.ends)
     trips = order_of_engines(groups, range(1, lab.repeats + 1), lab.starts)
     setup.clock.preparations_s.append(round(time.monotonic() - began, 1))

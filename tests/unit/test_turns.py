@@ -20,7 +20,7 @@ from labs.running.trials import PER_TRIAL_S, Trials, interleave
 from labs.telling import report
 from labs.telling.summary import summarise
 from serving.engines.base import EngineError
-from tests.unit.builders import make_lab, write_run
+from tests.unit.builders import SHAPE, make_lab, write_run
 
 A, B, C = (Variant(name=name) for name in "ABC")
 
@@ -136,6 +136,31 @@ def test_the_order_of_turns_is_drawn_from_the_seed() -> None:
     assert {frozenset(o) for o in orders} == {frozenset(v.name for v in lab.variants)}
     firsts = [o[0] for o in orders]
     assert all(firsts.count(v.name) >= 3 for v in lab.variants)
+
+
+def test_a_resumed_run_goes_on_with_its_engines_as_they_were(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever memory is free by then."""
+    run, lab, points = folder.run(), folder.run().rebuilt_lab(), folder.run().points()
+    setup: Any = SimpleNamespace(
+        lab=lab, points=points, endpoint=None, machine=run.machine,
+        model=SimpleNamespace(shape=SHAPE),
+    )  # fmt: skip
+
+    def groups(free_bytes: float) -> int:
+        free = SimpleNamespace(available=free_bytes)
+        monkeypatch.setattr("labs.running.engines.psutil.virtual_memory", lambda: free)
+        return len(resident_groups(setup, folder.took_turns(points, lab)))
+
+    assert (groups(2**60), groups(1)) == (1, 2)  # nothing is on file
+    failed = TrialResult(point=points[0].key, repeat=1, failed="no memory")
+    write_json(folder.trial_folder(points[0], 1) / "trial.json", failed)
+    assert (groups(2**60), groups(1)) == (1, 2)
+    for start, count in ((None, 1), (2, 2)):
+        result = TrialResult(point=points[1].key, repeat=1, start=start)
+        write_json(folder.trial_folder(points[1], 1) / "trial.json", result)
+        assert (groups(2**60), groups(1)) == (count, count)
 
 
 def set_lab(folder: RunFolder, **fields: Any) -> None:
