@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
+ORDER, BY_BUS = "CUDA_DEVICE_ORDER", "PCI_BUS_ID"  # NVML's own; CUDA's own begins with the fastest
 FP8_CAPABILITY = (8, 9)  # compute capability of Ada, the first with FP8 tensor cores
 COMPUTE_MODES = {0: "default", 1: "exclusive thread", 2: "prohibited", 3: "exclusive process"}
 FILLED = 0.95  # of a class's memory is enough to be in it: drivers keep some
@@ -78,7 +79,7 @@ def short_names() -> list[str]:
 def visible(nvml: ModuleType) -> list[Any]:
     """Return NVML's handles of the visible GPUs, in CUDA's order.
 
-    Among GPUs of one kind that is NVML's own order.
+    That is NVML's own order, since every command sets `ORDER` for itself and its children.
     """
     devices: dict[str, list[Any]] = {}  # by number and by UUID
     slices: list[Any] = []

@@ -297,11 +297,17 @@ SECRET = re.compile(r"TOKEN$|TOKEN_|KEY|SECRET|PASSW|CREDENTIAL|AUTH")
 
 
 def engine_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """Select the variables that may change an engine, without secrets and the home folder."""
+    """Select the variables that may change an engine, without secrets and the home folder.
+
+    What every command sets by itself is left out.
+    """
     return {
         name: recordable(value)
         for name, value in sorted(variables.items())
-        if READ_BY_ENGINE.match(name) and not SECRET.search(name) and "://" not in value
+        if READ_BY_ENGINE.match(name)
+        and not SECRET.search(name)
+        and "://" not in value
+        and (name, value) != (gpus.ORDER, gpus.BY_BUS)
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from labs import LABS
+from labs.commands.__main__ import main
 from labs.running.resolve import gpus_used
 from serving import gpus, machine, telemetry
 from serving.engines.transformers import Transformers
@@ -112,6 +115,23 @@ def test_the_first_gpus_compute_mode_is_recorded(
     found = machine.environment(ROOT, "gpu")
     assert found.compute_mode == mode
     assert gpus.admits_one_process(mode) == (mode != "default")
+
+
+@pytest.mark.parametrize(("given", "order"), [("", "PCI_BUS_ID"), ("FASTEST_FIRST",) * 2])
+def test_every_command_has_cuda_count_gpus_as_nvml_does(
+    given: str, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a machine with two kinds of GPU would be described by the one that is not used."""
+    monkeypatch.setenv(gpus.ORDER, given)
+    if not given:
+        monkeypatch.delenv(gpus.ORDER)
+    monkeypatch.setenv("MPLCONFIGDIR", "here")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    seen = list[str]()
+    monkeypatch.setattr("labs.commands.cli.app", lambda: seen.append(os.environ[gpus.ORDER]))
+    main()
+    assert seen == [order]
+    assert (gpus.ORDER in machine.engine_variables(os.environ)) == bool(given)
 
 
 def test_the_machine_is_what_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
