@@ -39,6 +39,7 @@ from serving import gpus, install, models, quantize, telemetry
 from serving import machine as machines
 from serving.engines.base import EngineError
 from serving.engines.vllm import MEMORY_SHARE
+from serving.host_memory import available_bytes
 from serving.machine import GIB, Machine
 from serving.models import ROOT, Model, ModelError
 from serving.platforms import PLATFORMS, platform_of
@@ -109,8 +110,8 @@ def _hardware(machine: Machine) -> Iterator[Check]:
         yield Check("GPU", "none with an NVIDIA driver: labs run on the CPU")
         if machine.lacks_bf16:
             yield Check("BF16", machines.SLOW_BF16)
-    memory, disk = psutil.virtual_memory(), shutil.disk_usage(ROOT)
-    yield Check("Memory", f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB available")
+    total, disk = psutil.virtual_memory().total, shutil.disk_usage(ROOT)
+    yield Check("Memory", f"{available_bytes() / GIB:.0f} of {total / GIB:.0f} GiB available")
     short = disk.free < LEAST_FREE_BYTES
     remedy = "free some disk space" if short else ""
     yield Check("Disk", f"{disk.free / GIB:.0f} GiB free here", remedy)

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from dashboards.prometheus import Prometheus
 from labs.lab import Variant
@@ -18,6 +17,7 @@ from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from serving.engines import ENGINES
 from serving.engines.base import Engine, Server, with_places
+from serving.host_memory import available_bytes
 
 Groups = list[list[Variant]]  # variants that stay loaded together
 Trip = list[tuple[list[Variant], list[int]]]  # groups one after another, the repeats of each
@@ -27,15 +27,22 @@ def resident_groups(setup: Setup, took_turns: bool | None = None) -> Groups:
     """Return all variants as one group where host memory admits it, else a group for each.
 
     A run that is resumed goes on as it began, whatever memory is free now: `took_turns` says how
-    that was. A GPU engine takes its share of the device for itself, so there they take turns, in an
-    order that is drawn: none is always measured first. Where loads are multiples of the first
-    variant's capacity, that one begins.
+    that was. A GPU engine takes its share of the device for itself, so there they take turns.
     """
     variants = list(setup.lab.variants)
     if took_turns is None:
         took_turns = not _fit_together(setup)
     if len(variants) == 1 or setup.endpoint or not took_turns:
         return [variants]
+    return groups_in_turn(setup)
+
+
+def groups_in_turn(setup: Setup) -> Groups:
+    """Return a group for each variant, in an order that is drawn: none is always measured first.
+
+    Where loads are multiples of the first variant's capacity, that one begins.
+    """
+    variants = list(setup.lab.variants)
     turns = random.Random(f"{setup.lab.seed}/turns").sample(variants, len(variants))
     if setup.lab.finds_capacity:
         turns.sort(key=lambda variant: variant != variants[0])
@@ -51,7 +58,7 @@ def _fit_together(setup: Setup) -> bool:
         for v in setup.lab.variants
     ]
     known = [n for n in need if n is not None]
-    return known == need and sum(known) < 0.7 * psutil.virtual_memory().available
+    return known == need and sum(known) < 0.7 * available_bytes()
 
 
 def order_of_engines(groups: Groups, repeats: Sequence[int], starts: int) -> list[Trip]:

@@ -7,6 +7,7 @@ trials need them.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -20,7 +21,7 @@ from dashboards.prometheus import Prometheus
 from labs.filing.results import RESULTS, RunFolder, Undecided, write_gzip, write_json
 from labs.lab import Point, Variant
 from labs.running.counts import Counts
-from labs.running.engines import Engines, Groups, order_of_engines
+from labs.running.engines import Engines, Groups, groups_in_turn, order_of_engines
 from labs.running.load import LoadGenerator
 from labs.running.probes import PROBES, ProbedEngine
 from labs.running.progress import ProgressDisplay
@@ -40,6 +41,10 @@ PROBE_ERRORS = (
 )  # fmt: skip
 
 
+class NotTogether(EngineError):
+    """Signals that engines that were to stay loaded together did not all start."""
+
+
 @dataclass
 class Harness:
     """Has the engines of a run serve, plays their trials, and runs the probes."""
@@ -54,6 +59,28 @@ class Harness:
     groups: Groups
     failed_to_start: set[str] = field(default_factory=set)  # names of variants
 
+    def play_lab(self) -> int:
+        """Play the lab's own repeats; return how many trips through all engines that took.
+
+        Engines that do not start together take turns, so that what cannot start alone costs its own
+        trials. Raises EngineError where no variant's engine starts.
+        """
+        try:
+            return self._play_trips()
+        except NotTogether as error:
+            self.progress.message(str(error))
+            self.progress.message("Engines take turns, since not all start beside one another")
+        self.groups = groups_in_turn(self.setup)
+        self.trials.take_turns()
+        return self._play_trips()
+
+    def _play_trips(self) -> int:
+        lab = self.setup.lab
+        trips = order_of_engines(self.groups, range(1, lab.repeats + 1), lab.starts)
+        for group, repeats in itertools.chain.from_iterable(trips):
+            self.play_repeats(group, repeats)
+        return len(trips)
+
     def play_trials(
         self, group: Sequence[Variant], trials: Sequence[tuple[Point, int]], probe: bool
     ) -> None:
@@ -61,7 +88,7 @@ class Harness:
 
         Some variants have no trials, and are probed alone. Where the engines do not start, their
         trials are recorded as failed and the run goes on. Raises EngineError where no variant's
-        engine starts.
+        engine starts, and NotTogether where several do not all start and nothing was played yet.
         """
         due = self.trials.due(trials)
         probes_due = probe and any(self._probes_due(variant) for variant in group)
@@ -78,6 +105,8 @@ class Harness:
                 self.progress.expect(self.trials.remaining_s)
         except EngineError as error:
             self.engines.unload()
+            if len(group) > 1 and not self.trials.any_recorded:
+                raise NotTogether(str(error)) from error
             self.failed_to_start.update(v.name for v in group)
             none_starts = len(self.failed_to_start) == len(self.setup.lab.variants)
             if none_starts and not self.trials.any_recorded:

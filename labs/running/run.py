@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import shutil
 import tempfile
 import time
@@ -28,7 +27,7 @@ from labs.judging.validity import Served
 from labs.lab import LabError
 from labs.running import backfill, engine_series
 from labs.running.attention import time_attention
-from labs.running.engines import order_of_engines, resident_groups
+from labs.running.engines import resident_groups
 from labs.running.forecast import forecast, ratio_of_forecasts
 from labs.running.forecaster import ForecastError
 from labs.running.harness import open_harness
@@ -116,11 +115,9 @@ def _measure(
     lab = setup.lab
     groups = resident_groups(setup, folder.took_turns(setup.points, lab))
     until = min(time.monotonic() + lab.most_s, setup.clock.ends)
-    trips = order_of_engines(groups, range(1, lab.repeats + 1), lab.starts)
     setup.clock.preparations_s.append(round(time.monotonic() - began, 1))
     with open_harness(setup, folder, work, progress, groups) as harness:
-        for group, repeats in itertools.chain.from_iterable(trips):
-            harness.play_repeats(group, repeats)
+        trips = harness.play_lab()
         harness.repeat_undecided(until)
         agreement = harness.counts.agreement(harness.prometheus)
         engine_series.keep(folder, setup.points, setup.lab, harness.prometheus)
@@ -128,8 +125,8 @@ def _measure(
         engine_start_s=round(harness.engines.start_s, 2),
         load_s=round(harness.trials.load_s, 2),
         wall_s=round(time.monotonic() - began, 2),
-        resident=len(groups) == 1,
-        there_and_back=len(groups) > 1 and len(trips) > 1,
+        resident=len(harness.groups) == 1,
+        there_and_back=len(harness.groups) > 1 and trips > 1,
         agreement=agreement,
         prometheus=harness.prometheus.missing,
         ended_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -159,6 +159,10 @@ class Trials:
         trials = interleave(self._setup, self._setup.lab.variants)
         return any(recorded(self._folder, *trial) for trial in trials)
 
+    def take_turns(self) -> None:
+        """Record from now on which start of its engine a trial was played on."""
+        self._in_turn = True
+
     def expect(self, count: int) -> None:
         """Set how many trials are still to come, beyond the lab's own repeats."""
         self._left = count

@@ -149,8 +149,7 @@ def test_a_resumed_run_goes_on_with_its_engines_as_they_were(
     )  # fmt: skip
 
     def groups(free_bytes: float) -> int:
-        free = SimpleNamespace(available=free_bytes)
-        monkeypatch.setattr("labs.running.engines.psutil.virtual_memory", lambda: free)
+        monkeypatch.setattr("labs.running.engines.available_bytes", lambda: free_bytes)
         return len(resident_groups(setup, folder.took_turns(points, lab)))
 
     assert (groups(2**60), groups(1)) == (1, 2)  # nothing is on file
@@ -220,6 +219,42 @@ def test_the_trials_of_an_engine_that_does_not_start_fail_with_its_reason(
     harness.play_trials(on, [(last, 1)], probe=False)
     assert harness.noted[-1] == "on"
     assert harness.noted.count("on") == 1  # it is not tried again
+
+
+def test_engines_that_do_not_start_together_take_turns(folder: RunFolder) -> None:
+    """So that what cannot start costs its own trials, not the run."""
+    harness = Noted(folder)
+    variants = list(harness.setup.lab.variants)
+    harness.groups, harness.trials._in_turn = [variants], False
+    harness.dead.add("on")
+    harness.play_lab()
+    failed = {
+        point.variant.name: result.failed
+        for point, repeat in interleave(harness.setup, variants)
+        if (result := folder.trial_result(point, repeat))
+    }
+    assert failed == {"off": None, "on": "no kernel for this type"}
+    assert harness.steps == [
+        "no kernel for this type", "Engines take turns, since not all start beside one another",
+        "no kernel for this type",
+    ]  # fmt: skip
+    assert [len(group) for group in harness.groups] == [1, 1]
+    assert harness.trials._in_turn
+
+
+def test_where_trials_were_played_together_a_failing_group_is_not_taken_apart(
+    folder: RunFolder,
+) -> None:
+    """The trials of one run are compared with one another."""
+    harness = Noted(folder)
+    harness.groups = [list(harness.setup.lab.variants)]
+    point = harness.setup.points[0]
+    played = TrialResult(point=point.key, repeat=1)
+    write_json(folder.trial_folder(point, 1) / "trial.json", played)
+    harness.dead.add("on")
+    harness.play_lab()
+    assert len(harness.groups) == 1
+    assert harness.steps == ["no kernel for this type"]
 
 
 def test_a_variant_that_is_probed_alone_has_its_turn(folder: RunFolder) -> None:
