@@ -131,7 +131,8 @@ class Harness:
         """Repeat the points of claims that are undecided after the lab's own repeats.
 
         All get the same further repeats, up to the lab's `most_repeats` and none that would end
-        after `until` on the monotonic clock; the verdicts that follow are the second look.
+        after `until` on the monotonic clock; the verdicts that follow are the second look. Raises
+        TimeUsedUp where the call's own time ends first: the next call continues with them.
         """
         lab = self.setup.lab
         further = range(lab.repeats + 1, lab.rounds + 1)
@@ -147,8 +148,9 @@ class Harness:
                 (group, [(p, r) for r in repeats for p in self._shuffled(points, group, r)])
                 for group, repeats in trip
             ]
-            self.trials.expect(sum(len(of_group) for _, of_group in trials))
-            starts = sum(bool(of_group) for _, of_group in trials) * (len(self.groups) > 1)
+            due = [len(self.trials.due(of_group)) for _, of_group in trials]
+            self.trials.expect(sum(due))
+            starts = sum(map(bool, due)) * (len(self.groups) > 1)
             start_s = self.engines.start_s / max(1, self.engines.started) * starts
             if time.monotonic() + start_s + self.trials.remaining_s > until:
                 self.progress.message(f"The stated time is used up (most_s={lab.most_s:g})")

@@ -3,6 +3,7 @@ trials alone."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ import pytest
 
 from labs.filing.results import PointForecasts, RunFolder, Session, TrialResult, write_json
 from labs.lab import Point, Variant
-from labs.running.clock import Clock
+from labs.running import run as running
+from labs.running.clock import Clock, TimeUsedUp
 from labs.running.counts import Counts
 from labs.running.engines import Engines, order_of_engines, resident_groups
 from labs.running.harness import Harness
@@ -337,6 +339,31 @@ def test_undecided_points_are_repeated_in_turn_too(
     harness.repeat_undecided(until=time.monotonic() + 1000)
     assert " ".join(harness.noted) == "off 3 on 3 on 4 off 4"
     assert written == [[3], [4]]
+
+
+@pytest.mark.usefixtures("written")
+def test_a_call_whose_time_ends_leaves_undecided_points_to_the_next_call(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lab's stated time is not used up by that, so the run is not complete."""
+    set_lab(folder, most_repeats=4)
+    pair = SimpleNamespace(
+        outcome="inconclusive", effect=True, treatment="on/short/concurrent-1",
+        baseline="off/short/concurrent-1",
+    )  # fmt: skip
+    monkeypatch.setattr(
+        "labs.running.harness.summarise", lambda _: SimpleNamespace(judgements=[pair])
+    )
+    harness = Noted(folder)
+    harness.goes(2)
+    setup: Any = harness.setup
+    setup.clock = Clock(ends=time.monotonic() + 5, played=True)
+    monkeypatch.setattr("labs.running.run.open_harness", lambda *_: contextlib.nullcontext(harness))
+    harness.noted.clear()
+    with pytest.raises(TimeUsedUp, match="starting off, and its first trial"):
+        running._measure(setup, folder, folder.path, harness.progress, time.monotonic())
+    assert not harness.noted
+    assert not any("stated time" in said for said in harness.steps)
 
 
 def test_an_interrupted_run_goes_on_with_all_the_points_it_had_chosen(
