@@ -82,7 +82,7 @@ class ConsoleProgress:
     def expect(self, remaining_s: float) -> None:
         done = time.monotonic() - self._began
         self._progress.update(self._task, total=done + remaining_s, completed=done)
-        self.message(f"About {minutes(remaining_s)} of load to come")
+        self.message(f"About {minutes(remaining_s)} to come")
 
     def waiting(self, text: str) -> None:
         raise_if_stopped()

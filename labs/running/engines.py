@@ -119,6 +119,11 @@ class Engines:
         self._prometheus.forget("engine")  # the next engine may get the port of one of these
 
     @property
+    def mean_start_s(self) -> float:
+        """How long an engine took to start so far; 0 before the first one."""
+        return self.start_s / max(1, self.started)
+
+    @property
     def pids(self) -> list[int]:
         """List the pids above all processes of the engines that serve."""
         return [pid for engine in self._serving.values() if (pid := engine.pid) is not None]

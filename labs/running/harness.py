@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import random
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,9 +77,30 @@ class Harness:
     def _play_trips(self) -> int:
         lab = self.setup.lab
         trips = order_of_engines(self.groups, range(1, lab.repeats + 1), lab.starts)
-        for group, repeats in itertools.chain.from_iterable(trips):
+        visits = list(itertools.chain.from_iterable(trips))
+        for number, (group, repeats) in enumerate(visits, 1):
+            later = [(other, self._trials_of(other, some)) for other, some in visits[number:]]
+            self.trials.starts_to_come = self._starts_of(later)
             self.play_repeats(group, repeats)
         return len(trips)
+
+    def _trials_of(
+        self, group: Sequence[Variant], repeats: Collection[int]
+    ) -> list[tuple[Point, int]]:
+        """Return the group's own trials of these repeats, in their order."""
+        return [(p, r) for p, r in interleave(self.setup, group) if r in repeats]
+
+    def _starts_of(
+        self, visits: Iterable[tuple[Sequence[Variant], Sequence[tuple[Point, int]]]]
+    ) -> int:
+        """Count the engine starts for these trials of groups: none where engines stay loaded."""
+        if len(self.groups) == 1:
+            return 0
+        return sum(
+            bool(self.trials.due(trials))
+            for group, trials in visits
+            if not self.failed_to_start.intersection(v.name for v in group)
+        )
 
     def play_trials(
         self, group: Sequence[Variant], trials: Sequence[tuple[Point, int]], probe: bool
@@ -124,8 +145,7 @@ class Harness:
         """Play the group's trials of these repeats; after their last its engines are probed."""
         of_group = interleave(self.setup, group)
         last = max((repeat for _, repeat in of_group), default=self.setup.lab.repeats)
-        trials = [(point, repeat) for point, repeat in of_group if repeat in repeats]
-        self.play_trials(group, trials, probe=last in repeats)
+        self.play_trials(group, self._trials_of(group, repeats), probe=last in repeats)
 
     def repeat_undecided(self, until: float) -> None:
         """Repeat the points of claims that are undecided after the lab's own repeats.
@@ -148,16 +168,15 @@ class Harness:
                 (group, [(p, r) for r in repeats for p in self._shuffled(points, group, r)])
                 for group, repeats in trip
             ]
-            due = [len(self.trials.due(of_group)) for _, of_group in trials]
-            self.trials.expect(sum(due))
-            starts = sum(map(bool, due)) * (len(self.groups) > 1)
-            start_s = self.engines.start_s / max(1, self.engines.started) * starts
-            if time.monotonic() + start_s + self.trials.remaining_s > until:
+            self.trials.expect(sum(len(self.trials.due(of_group)) for _, of_group in trials))
+            self.trials.starts_to_come = self._starts_of(trials)
+            if time.monotonic() + self.trials.remaining_s > until:
                 self.progress.message(f"The stated time is used up (most_s={lab.most_s:g})")
                 return
             write_requests(self.setup, self.trials.work, trip[0][1])
             self.progress.expect(self.trials.remaining_s)
-            for group, of_group in trials:
+            for number, (group, of_group) in enumerate(trials, 1):
+                self.trials.starts_to_come = self._starts_of(trials[number:])
                 self.play_trials(group, of_group, probe=bool(of_group))
 
     def _undecided(self) -> list[Point]:

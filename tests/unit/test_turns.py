@@ -433,6 +433,28 @@ def test_engines_started_once_each_are_a_caveat(tmp_path: Path) -> None:
         assert (found, text in said) == (caveat, True)
 
 
+def test_the_time_that_remains_counts_the_starts_between_engines(folder: RunFolder) -> None:
+    """On a GPU most of the time goes into them."""
+    set_lab(folder, starts=2)
+    harness = Noted(folder)
+    engines: Any = harness.engines
+    remaining = list[tuple[int, float]]()
+
+    def play(point: Point, repeat: int) -> None:
+        engines.start_s = 100.0 * engines.started
+        NotedTrials.play(harness.trials, point, repeat)  # type: ignore[arg-type]
+        starts, trial_s = harness.trials.starts_to_come, harness.trials.remaining_s
+        harness.trials.starts_to_come = 0
+        remaining.append((starts, trial_s - harness.trials.remaining_s))
+        harness.trials.starts_to_come = starts
+
+    harness.trials.play = play  # type: ignore[method-assign]
+    harness.play_lab()
+    assert remaining == [pair for starts in (3, 2, 1, 0) for pair in [(starts, 100.0 * starts)] * 2]
+    harness.groups = [list(harness.setup.lab.variants)]
+    assert harness._starts_of([(harness.groups[0], [(harness.setup.points[0], 9)])]) == 0
+
+
 def test_once_every_point_was_played_the_rest_is_estimated_from_what_it_took(
     tmp_path: Path,
 ) -> None:
