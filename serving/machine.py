@@ -34,6 +34,7 @@ import psutil
 from pydantic import BaseModel, PositiveFloat, PositiveInt
 
 from serving import gpus
+from serving.gpus import GpuError
 from serving.masking import recordable
 from serving.platforms import PLATFORMS
 from serving.process import Process
@@ -139,28 +140,54 @@ class Environment(BaseModel, frozen=True, extra="forbid"):
 
 
 def detect() -> Machine:
-    """Describe the NVIDIA GPUs that this process may use, by the first one; else the CPU."""
-    return _gpu() or _cpu()
+    """Describe the NVIDIA GPUs that this process may use, by the first one; else the CPU.
+
+    Raises GpuError where a GPU is to serve and does not answer.
+    """
+    return _gpu() or cpu()
 
 
 def _gpu() -> Machine | None:
     import pynvml
 
+    handles, why = [], f"{gpus.VARIABLE} names none that is here"
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
+        handles = gpus.visible(pynvml)
+    except pynvml.NVMLError as error:
+        why = str(error)
+    if not handles and _is_for_gpus() and not gpus.hidden():
+        raise GpuError(
+            f"the vLLM that is installed here is for NVIDIA GPUs, and none answers ({why}):"
+            " `nvidia-smi -L` says more, and a container needs `--gpus all`; to go on without a GPU"
+            f" set {gpus.VARIABLE} to nothing, and install the CPU's vLLM with PLATFORM=cpu"
+        )
+    if not handles:
         return None
-    if not (handles := gpus.visible(pynvml)):
-        return None
-    return Machine(
-        kind="gpu",
-        model=pynvml.nvmlDeviceGetName(handles[0]),
-        count=len(handles),
-        memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handles[0]).total),
-    )
+    try:
+        return Machine(
+            kind="gpu",
+            model=pynvml.nvmlDeviceGetName(handles[0]),
+            count=len(handles),
+            memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handles[0]).total),
+        )
+    except pynvml.NVMLError as error:
+        raise GpuError(
+            f"the driver does not tell the name and the memory of the first GPU ({error}), by which"
+            f" a lab is sized: name another one in {gpus.VARIABLE}, or none to use the CPU"
+        ) from error
 
 
-def _cpu() -> Machine:
+def _is_for_gpus() -> bool:
+    """Tell whether the vLLM that is installed is the build for NVIDIA GPUs."""
+    try:
+        return "cpu" not in metadata.version(PLATFORMS["cuda"].vllm)  # as vLLM itself tells
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def cpu() -> Machine:
+    """Describe the CPU."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     name = re.search(r"model name\s*:\s*(.+)", cpuinfo)
     flags = re.search(r"flags\s*:\s*(.+)", cpuinfo)
@@ -326,15 +353,18 @@ def _driver() -> tuple[str | None, str | None, dict[str, str], str | None]:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return None, None, {}, None
-    version = int(pynvml.nvmlSystemGetCudaDriverVersion())
-    clocks, mode = {}, None
-    for handle in gpus.visible(pynvml)[:1]:
-        mode = gpus.compute_mode(pynvml, handle)
-        for name, kind in (("sm", pynvml.NVML_CLOCK_SM), ("memory", pynvml.NVML_CLOCK_MEM)):
-            with contextlib.suppress(pynvml.NVMLError):
-                clocks[f"{name}_max"] = f"{pynvml.nvmlDeviceGetMaxClockInfo(handle, kind)} MHz"
-    driver = str(pynvml.nvmlSystemGetDriverVersion())
-    return driver, f"{version // 1000}.{version % 1000 // 10}", clocks, mode
+    driver, cuda, mode = None, None, None
+    clocks = dict[str, str]()
+    with contextlib.suppress(pynvml.NVMLError):  # what it does not tell is not recorded
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+        version = int(pynvml.nvmlSystemGetCudaDriverVersion())
+        cuda = f"{version // 1000}.{version % 1000 // 10}"
+        for handle in gpus.visible(pynvml)[:1]:
+            mode = gpus.compute_mode(pynvml, handle)
+            for name, kind in (("sm", pynvml.NVML_CLOCK_SM), ("memory", pynvml.NVML_CLOCK_MEM)):
+                with contextlib.suppress(pynvml.NVMLError):
+                    clocks[f"{name}_max"] = f"{pynvml.nvmlDeviceGetMaxClockInfo(handle, kind)} MHz"
+    return driver, cuda, clocks, mode
 
 
 def _measure(kind: str) -> Ceilings:

@@ -39,6 +39,7 @@ from serving import gpus, install, models, quantize, telemetry
 from serving import machine as machines
 from serving.engines.base import EngineError
 from serving.engines.vllm import MEMORY_SHARE
+from serving.gpus import GpuError
 from serving.host_memory import available_bytes
 from serving.machine import GIB, Machine
 from serving.models import ROOT, Model, ModelError
@@ -72,11 +73,14 @@ def examine(wanted: str, weights: str = "") -> tuple[list[Check], list[Ability]]
     Raises LabError for an unknown value of WEIGHTS.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not here is reported, not downloaded
-    machine = machines.detect()
+    try:
+        machine, broken = machines.detect(), ""
+    except GpuError as error:
+        machine, broken = machines.cpu(), str(error)
     vllm = _vllm(machine)
     model, about_model = _model(machine, wanted, weights)
     lines = [
-        *_hardware(machine),
+        *_hardware(machine, broken),
         *_software(machine),
         vllm,
         about_model,
@@ -93,10 +97,14 @@ def examine(wanted: str, weights: str = "") -> tuple[list[Check], list[Ability]]
 # ------------------------------------------------------------------------------------ the machine
 
 
-def _hardware(machine: Machine) -> Iterator[Check]:
+def _hardware(machine: Machine, broken: str = "") -> Iterator[Check]:
+    """Check the hardware; `broken` says why a GPU that is to serve does not."""
     yield Check("Machine", machine.describe())
     if machine.kind == "gpu":
         yield from _gpus()
+    elif broken:
+        state, _, remedy = broken.partition(": ")
+        yield Check("GPU", state, remedy)
     elif install.detect_platform() == "cuda":
         chosen = os.environ.get(gpus.VARIABLE)
         yield Check(
@@ -121,9 +129,17 @@ def _gpus() -> Iterator[Check]:
     import pynvml
 
     pynvml.nvmlInit()
+    for number, why in gpus.silent(pynvml).items():
+        state = f"number {number} does not answer ({why}); the others are used without it"
+        yield Check("GPU", state, "`nvidia-smi` and the kernel's log (`dmesg`) say more")
     for index, handle in enumerate(gpus.visible(pynvml)):
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        try:
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        except pynvml.NVMLError as error:
+            remedy = f"name another GPU in {gpus.VARIABLE}"
+            yield Check(f"GPU {index}", f"the driver does not tell its memory ({error})", remedy)
+            continue
         taken = memory.free < MEMORY_SHARE * memory.total
         yield Check(
             f"GPU {index}",
@@ -137,7 +153,11 @@ def _gpus() -> Iterator[Check]:
             yield Check("Compute mode", state)
         elif mode == "prohibited":
             yield Check("Compute mode", mode, "have an administrator run `nvidia-smi -c DEFAULT`")
-    driver, cuda = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion()
+    try:
+        driver, cuda = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion()
+    except pynvml.NVMLError as error:
+        yield Check("Driver", f"it does not tell its version ({error})")
+        return
     built, known = _torch_cuda(), f"{cuda // 1000}.{cuda % 1000 // 10}"
     old = built is not None and cuda // 1000 < int(built.split(".")[0])
     yield Check(

@@ -24,6 +24,7 @@ from labs.telling.document import Block
 from loadtests.generator import GeneratorError
 from serving.bundle import BundleError
 from serving.engines.base import EngineError
+from serving.gpus import GpuError
 from serving.models import ModelError
 from serving.ports import PortTaken
 
@@ -33,6 +34,7 @@ EXPECTED_ERRORS = (
     LabError,
     ModelError,
     EngineError,
+    GpuError,
     PortTaken,
     GeneratorError,
     PrometheusError,

@@ -12,13 +12,14 @@ import pytest
 
 from labs import LABS
 from labs.commands.__main__ import main
+from labs.commands.terminal import EXPECTED_ERRORS
 from labs.running.resolve import gpus_used
 from serving import gpus, machine, telemetry
 from serving.engines.transformers import Transformers
 from serving.machine import GIB
 from serving.models import ROOT
 from serving.telemetry import Gpus
-from tests.fake.nvml import NVMLError, make_nvml
+from tests.fake.nvml import NVMLError, make_nvml, unsupported
 
 # three GPUs; where the last one is cut, into two slices, the first place of four is empty
 UUIDS = {0: "GPU-aa", 1: "GPU-ab", 2: "GPU-b", "one": "MIG-1", "two": "MIG-2"}
@@ -145,3 +146,60 @@ def test_the_machine_is_what_the_process_may_use(monkeypatch: pytest.MonkeyPatch
     assert (here.model, here.count, here.memory_bytes) == ("Abacus two", 1, 10 * GIB)
     monkeypatch.setenv(gpus.VARIABLE, "")
     assert machine.detect().kind == "cpu"
+
+
+def lost(gpu: int) -> ModuleType:
+    """Of the three one has fallen off the bus."""
+    nvml = three()
+
+    def handle(number: int) -> int:
+        if number == gpu:
+            raise NVMLError("GPU is lost")
+        return number
+
+    nvml.nvmlDeviceGetHandleByIndex = handle  # type: ignore[attr-defined]
+    return nvml
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"), [(None, [0, 2]), ("1", [2]), ("2", []), ("GPU-b", [2])]
+)
+def test_a_gpu_that_does_not_answer_is_passed_over(
+    wanted: str | None, found: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(gpus.VARIABLE, raising=False)
+    if wanted is not None:
+        monkeypatch.setenv(gpus.VARIABLE, wanted)
+    assert gpus.visible(lost(1)) == found
+    assert gpus.silent(lost(1)) == {1: "GPU is lost"}
+
+
+def test_a_gpu_whose_memory_is_not_told_gets_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = three()
+    for name in ("nvmlDeviceGetMemoryInfo", "nvmlSystemGetDriverVersion"):
+        monkeypatch.setattr(nvml, name, unsupported, raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delenv(gpus.VARIABLE, raising=False)
+    with pytest.raises(gpus.GpuError, match="does not tell the name and the memory"):
+        machine.detect()
+    assert gpus.GpuError in EXPECTED_ERRORS
+    assert machine.environment(ROOT, "gpu").driver is None  # which it does not tell either
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu"])
+@pytest.mark.parametrize("wanted", [None, "", "7"])
+def test_where_vllm_is_for_gpus_and_none_answers_nothing_starts(
+    wanted: str | None, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the lab would go on as on a machine without a GPU."""
+    monkeypatch.setattr("serving.machine.metadata.version", lambda _: version)
+    monkeypatch.delenv(gpus.VARIABLE, raising=False)
+    if wanted is not None:
+        monkeypatch.setenv(gpus.VARIABLE, wanted)
+    for nvml in (make_nvml(nvmlInit=unsupported), make_nvml(nvmlDeviceGetCount=unsupported)):
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        if wanted == "" or "cpu" in version:
+            assert machine.detect().kind == "cpu"
+        else:
+            with pytest.raises(gpus.GpuError, match="for NVIDIA GPUs, and none answers"):
+                machine.detect()
