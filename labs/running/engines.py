@@ -30,11 +30,10 @@ def resident_groups(setup: Setup, took_turns: bool | None = None) -> Groups:
     that was. A GPU engine takes its share of the device for itself, so there they take turns.
     """
     variants = list(setup.lab.variants)
-    if took_turns is None:
-        took_turns = not _fit_together(setup)
-    if len(variants) == 1 or setup.endpoint or not took_turns:
+    if len(variants) == 1 or setup.endpoint:
         return [variants]
-    return groups_in_turn(setup)
+    together = _fit_together(setup) if took_turns is None else not took_turns
+    return [variants] if together else groups_in_turn(setup)
 
 
 def groups_in_turn(setup: Setup) -> Groups:
