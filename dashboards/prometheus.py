@@ -14,7 +14,6 @@ import contextlib
 import fcntl
 import json
 import math
-import os
 import shutil
 import subprocess
 import tempfile
@@ -30,12 +29,12 @@ import requests
 from dashboards.front import behind, hidden_address
 from serving import guard, whole
 from serving.engines import ENGINES
-from serving.install import find_prometheus
+from serving.install import find_prometheus, named_or
 from serving.models import CACHE, ROOT
 from serving.ports import LOOPBACK, free_port
 from serving.process import Process
 
-HOME = Path(os.environ.get("LABS_PROMETHEUS_DATA") or CACHE / "prometheus").resolve()
+HOME = named_or("LABS_PROMETHEUS_DATA", CACHE / "prometheus").resolve()
 WATCH_PORT = 9090  # of the one that stays up between labs, unless told otherwise
 READY_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 15.0

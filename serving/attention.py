@@ -28,8 +28,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 from pydantic import BaseModel, FiniteFloat, NonNegativeInt, PositiveInt
+
+from serving.host_memory import available_bytes
 
 Kernel = Literal["untiled", "tiled"]
 BACKENDS: dict[Kernel, str] = {"untiled": "MATH", "tiled": "FLASH_ATTENTION"}
@@ -93,7 +94,7 @@ def memory_set_aside(device: str) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info()[0]) // 2
-    return int(min(MOST_HOST_BYTES, psutil.virtual_memory().available // 2))
+    return int(min(MOST_HOST_BYTES, available_bytes() // 2))
 
 
 def _shared_memory_bytes() -> int | None:

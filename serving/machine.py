@@ -34,6 +34,7 @@ import psutil
 from pydantic import BaseModel, PositiveFloat, PositiveInt
 
 from serving import gpus
+from serving.gpus import GpuError
 from serving.masking import recordable
 from serving.platforms import PLATFORMS
 from serving.process import Process
@@ -123,6 +124,7 @@ class Environment(BaseModel, frozen=True, extra="forbid"):
     engine_cores: tuple[int, ...] = ()
     client_cores: tuple[int, ...] = ()
     cuda: str | None = None  # what the driver supports
+    compute_mode: str | None = None  # of the first GPU: which processes may compute on it
     clocks: dict[str, str] = {}
     numa: dict[str, str] = {}  # node -> its cores
     variables: dict[str, str] = {}  # environment variables that the engine reads, without secrets
@@ -138,28 +140,54 @@ class Environment(BaseModel, frozen=True, extra="forbid"):
 
 
 def detect() -> Machine:
-    """Describe the NVIDIA GPUs that this process may use, by the first one; else the CPU."""
-    return _gpu() or _cpu()
+    """Describe the NVIDIA GPUs that this process may use, by the first one; else the CPU.
+
+    Raises GpuError where a GPU is to serve and does not answer.
+    """
+    return _gpu() or cpu()
 
 
 def _gpu() -> Machine | None:
     import pynvml
 
+    handles, why = [], f"{gpus.VARIABLE} names none that is here"
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
+        handles = gpus.visible(pynvml)
+    except pynvml.NVMLError as error:
+        why = str(error)
+    if not handles and _is_for_gpus() and not gpus.hidden():
+        raise GpuError(
+            f"the vLLM that is installed here is for NVIDIA GPUs, and none answers ({why}):"
+            " `nvidia-smi -L` says more, and a container needs `--gpus all`; to go on without a GPU"
+            f" set {gpus.VARIABLE} to nothing, and install the CPU's vLLM with PLATFORM=cpu"
+        )
+    if not handles:
         return None
-    if not (handles := gpus.visible(pynvml)):
-        return None
-    return Machine(
-        kind="gpu",
-        model=pynvml.nvmlDeviceGetName(handles[0]),
-        count=len(handles),
-        memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handles[0]).total),
-    )
+    try:
+        return Machine(
+            kind="gpu",
+            model=pynvml.nvmlDeviceGetName(handles[0]),
+            count=len(handles),
+            memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handles[0]).total),
+        )
+    except pynvml.NVMLError as error:
+        raise GpuError(
+            f"the driver does not tell the name and the memory of the first GPU ({error}), by which"
+            f" a lab is sized: name another one in {gpus.VARIABLE}, or none to use the CPU"
+        ) from error
 
 
-def _cpu() -> Machine:
+def _is_for_gpus() -> bool:
+    """Tell whether the vLLM that is installed is the build for NVIDIA GPUs."""
+    try:
+        return "cpu" not in metadata.version(PLATFORMS["cuda"].vllm)  # as vLLM itself tells
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def cpu() -> Machine:
+    """Describe the CPU."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     name = re.search(r"model name\s*:\s*(.+)", cpuinfo)
     flags = re.search(r"flags\s*:\s*(.+)", cpuinfo)
@@ -244,7 +272,7 @@ def environment(root: Path, kind: str) -> Environment:
     if bundled.exists():  # a bundle's files are those of a commit, without its history
         commit = json.loads(bundled.read_text())["commit"]
     engine_cores, client_cores = split_cores(kind)
-    driver, cuda, gpu_clocks = _driver()
+    driver, cuda, gpu_clocks, compute_mode = _driver()
     return Environment(
         python=platform.python_version(),
         # of two distributions with one name, Python imports the first on the path
@@ -252,6 +280,7 @@ def environment(root: Path, kind: str) -> Environment:
         kernel=platform.release(),
         driver=driver,
         cuda=cuda,
+        compute_mode=compute_mode,
         clocks=gpu_clocks or _cpu_clocks(),
         numa={
             node.name: (node / "cpulist").read_text().strip()
@@ -295,11 +324,17 @@ SECRET = re.compile(r"TOKEN$|TOKEN_|KEY|SECRET|PASSW|CREDENTIAL|AUTH")
 
 
 def engine_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """Select the variables that may change an engine, without secrets and the home folder."""
+    """Select the variables that may change an engine, without secrets and the home folder.
+
+    What every command sets by itself is left out.
+    """
     return {
         name: recordable(value)
         for name, value in sorted(variables.items())
-        if READ_BY_ENGINE.match(name) and not SECRET.search(name) and "://" not in value
+        if READ_BY_ENGINE.match(name)
+        and not SECRET.search(name)
+        and "://" not in value
+        and (name, value) != (gpus.ORDER, gpus.BY_BUS)
     }
 
 
@@ -310,22 +345,26 @@ def _cpu_clocks() -> dict[str, str]:
     return {n: (home / n).read_text().strip() for n in names if (home / n).exists()}
 
 
-def _driver() -> tuple[str | None, str | None, dict[str, str]]:
-    """Read NVIDIA's driver, the CUDA version it supports, and the first GPU's highest clocks."""
+def _driver() -> tuple[str | None, str | None, dict[str, str], str | None]:
+    """Read NVIDIA's driver, its CUDA version, the first GPU's highest clocks and compute mode."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return None, None, {}
-    version = int(pynvml.nvmlSystemGetCudaDriverVersion())
-    clocks = {}
-    for handle in gpus.visible(pynvml)[:1]:
-        for name, kind in (("sm", pynvml.NVML_CLOCK_SM), ("memory", pynvml.NVML_CLOCK_MEM)):
-            with contextlib.suppress(pynvml.NVMLError):
-                clocks[f"{name}_max"] = f"{pynvml.nvmlDeviceGetMaxClockInfo(handle, kind)} MHz"
-    driver = str(pynvml.nvmlSystemGetDriverVersion())
-    return driver, f"{version // 1000}.{version % 1000 // 10}", clocks
+        return None, None, {}, None
+    driver, cuda, mode = None, None, None
+    clocks = dict[str, str]()
+    with contextlib.suppress(pynvml.NVMLError):  # what it does not tell is not recorded
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+        version = int(pynvml.nvmlSystemGetCudaDriverVersion())
+        cuda = f"{version // 1000}.{version % 1000 // 10}"
+        for handle in gpus.visible(pynvml)[:1]:
+            mode = gpus.compute_mode(pynvml, handle)
+            for name, kind in (("sm", pynvml.NVML_CLOCK_SM), ("memory", pynvml.NVML_CLOCK_MEM)):
+                with contextlib.suppress(pynvml.NVMLError):
+                    clocks[f"{name}_max"] = f"{pynvml.nvmlDeviceGetMaxClockInfo(handle, kind)} MHz"
+    return driver, cuda, clocks, mode
 
 
 def _measure(kind: str) -> Ceilings:

@@ -72,11 +72,11 @@ class Source(Protocol):
 
 
 class Gpus:
-    """The GPUs that this process may use, read through NVML."""
+    """The GPUs that this process may use, or the first `count` of them, read through NVML."""
 
-    def __init__(self, nvml: ModuleType) -> None:
+    def __init__(self, nvml: ModuleType, count: int | None = None) -> None:
         self._nvml = nvml
-        self._handles = gpus.visible(nvml)
+        self._handles = gpus.visible(nvml)[:count]
 
     def read(self) -> list[Sample]:
         return [self._sample(i, handle) for i, handle in enumerate(self._handles)]
@@ -145,14 +145,17 @@ class Processors:
         return None
 
 
-def source(kind: str) -> Source | None:
-    """Find what can be read on this kind of machine; None where nothing can."""
+def source(kind: str, count: int | None = None) -> Source | None:
+    """Find what can be read on this kind of machine; None where nothing can.
+
+    Of GPUs only the first `count` visible ones are watched, which are those that engines use.
+    """
     if kind == "gpu":
         import pynvml
 
         try:
             pynvml.nvmlInit()
-            return Gpus(pynvml)
+            return Gpus(pynvml, count)
         except pynvml.NVMLError:
             return None
     try:
@@ -207,16 +210,24 @@ class Telemetry(Collector):
             due = max(due + PERIOD_S, time.monotonic())
 
     def begin(self, variant: str) -> None:
-        """Begin a trial of this variant: earlier samples are dropped."""
+        """Begin a trial of this variant, or another attempt at one: earlier samples are dropped.
+
+        While its engine is the same, the fewest processes at any begin are taken to be the
+        engine's: a stranger who came in an earlier trial is no part of it.
+        """
+        same = self._labels.get("variant") == variant
         self._labels["variant"] = variant
         self._samples = []
-        self._at_begin = self._most = self._source.processes() if self._source else None
+        self._most = now = self._source.processes() if self._source else None
+        known = [n for n in (self._at_begin if same else None, now) if n is not None]
+        self._at_begin = min(known, default=None)
 
     def foreign_processes(self) -> int | None:
         """Count the processes of others on the GPUs during the trial; None where it is not known.
 
-        They are those that were there before any engine, and those that came within the trial. What
-        came with an engine is taken to be the engine's: its pids may be those of another namespace.
+        They are those that were there before any engine, and those that came since the variant's
+        first trial. What came with an engine is taken to be the engine's: its pids may be those of
+        another namespace.
         """
         if self._foreign is None or self._at_begin is None or self._most is None:
             return None

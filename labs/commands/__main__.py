@@ -18,8 +18,10 @@ def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _stop)
+    from serving.gpus import BY_BUS, ORDER
     from serving.models import CACHE
 
+    os.environ.setdefault(ORDER, BY_BUS)
     # Matplotlib's list of fonts is kept here, whatever HOME is
     os.environ.setdefault("MPLCONFIGDIR", str(CACHE / "matplotlib"))
     from labs.commands.cli import app

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -17,25 +19,24 @@ from labs.filing.results import RESULTS, RunFolder, read_json, write_json
 from labs.lab import LabError, did_you_mean
 from labs.running.clock import Clock
 from labs.running.resolve import RunRequest
+from serving import machine as machines
 from serving.engines import ENGINES
 from serving.engines.base import EngineError, Flags
 from serving.engines.vllm import Vllm
 from serving.machine import Machine
 from serving.models import CACHE, ROOT, scale_of
 
-FILE = CACHE / "labs-all.json"
-NOTHING_YET: dict[str, object] = {
-    "begun": [],
-    "failed": [],
-    "starts_s": [],
-    "preparations_s": [],
-    "done": {},
-}
+FOLDER = CACHE
+PROGRESS = {"begun", "failed", "starts_s", "preparations_s", "done"}  # and no setting
 
 
 class Sitting(BaseModel, extra="forbid"):
-    """Records which labs were begun and finished; calls with other settings have another record."""
+    """Records which labs were begun and finished.
 
+    Calls with other settings, or on another machine, have a record in another file.
+    """
+
+    machine: str  # its slug
     quick: bool
     model: str
     weights: str = ""
@@ -48,30 +49,37 @@ class Sitting(BaseModel, extra="forbid"):
     preparations_s: list[float] = []  # of the latest labs, from their begin to their first engine
     done: dict[str, str] = {}  # lab -> its run's folder
 
+    @property
+    def file(self) -> Path:
+        """Where the record lies: the name holds a digest of the settings and the machine."""
+        settings = self.model_dump(mode="json", exclude=PROGRESS)
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return FOLDER / f"labs-all-{digest[:12]}.json"
+
     def begin(self, lab: str) -> bool:
         """Record that a lab is being run; true where it was begun before, so that it is resumed."""
         begun_before = lab in self.begun
         if not begun_before:
             self.begun.append(lab)
-        write_json(FILE, self)
+        write_json(self.file, self)
         return begun_before
 
     def finish(self, lab: str, run: Path) -> None:
         """Record the folder of a lab's complete run."""
         self.done[lab] = os.path.relpath(run, ROOT)
         self.failed = [name for name in self.failed if name != lab]
-        write_json(FILE, self)
+        write_json(self.file, self)
 
     def fail(self, lab: str) -> None:
         """Record that a lab was not finished for another reason than time."""
         if lab not in self.failed:
             self.failed.append(lab)
-        write_json(FILE, self)
+        write_json(self.file, self)
 
     def time(self, clock: Clock) -> None:
         """Keep what this call measured of starts and preparations for the next one."""
         self.starts_s, self.preparations_s = list(clock.starts_s), list(clock.preparations_s)
-        write_json(FILE, self)
+        write_json(self.file, self)
 
     def order(self, labs: Iterable[str]) -> list[str]:
         """Put labs that failed behind those that have not been tried or only ran out of time."""
@@ -88,9 +96,9 @@ class Sitting(BaseModel, extra="forbid"):
         self.done = {lab: run for lab, run in self.done.items() if lab not in labs}
         self.failed = [lab for lab in self.failed if lab not in labs]
         if self.begun or self.done or self.failed:
-            write_json(FILE, self)
+            write_json(self.file, self)
         else:
-            FILE.unlink(missing_ok=True)
+            self.file.unlink(missing_ok=True)
 
 
 def chosen(only: str, by_value: bool) -> list[str]:
@@ -136,8 +144,9 @@ def start(
     weights: str = "",
     changes: Mapping[str, Any] | None = None,
 ) -> Sitting:
-    """Return the unfinished record with these settings, or a new one."""
+    """Return the unfinished record of this machine with these settings, or a new one."""
     new = Sitting(
+        machine=machines.detect().slug,
         quick=quick,
         model=model,
         weights=weights,
@@ -145,13 +154,12 @@ def start(
         vllm=Vllm.version(),
         results=str(RESULTS),
     )
-    if fresh or not FILE.exists():
+    if fresh or not new.file.exists():
         return new
     try:
-        unfinished = read_json(FILE, Sitting)
+        unfinished = read_json(new.file, Sitting)
     except DamagedError:
         return new
-    same = unfinished.model_copy(update=NOTHING_YET) == new
     done = unfinished.done.items()
     finished = {lab: run for lab, run in done if (ROOT / run / "COMPLETE").exists()}
-    return unfinished.model_copy(update={"done": finished}) if same else new
+    return unfinished.model_copy(update={"done": finished})

@@ -39,6 +39,8 @@ from serving import gpus, install, models, quantize, telemetry
 from serving import machine as machines
 from serving.engines.base import EngineError
 from serving.engines.vllm import MEMORY_SHARE
+from serving.gpus import GpuError
+from serving.host_memory import available_bytes
 from serving.machine import GIB, Machine
 from serving.models import ROOT, Model, ModelError
 from serving.platforms import PLATFORMS, platform_of
@@ -71,11 +73,14 @@ def examine(wanted: str, weights: str = "") -> tuple[list[Check], list[Ability]]
     Raises LabError for an unknown value of WEIGHTS.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not here is reported, not downloaded
-    machine = machines.detect()
+    try:
+        machine, broken = machines.detect(), ""
+    except GpuError as error:
+        machine, broken = machines.cpu(), str(error)
     vllm = _vllm(machine)
     model, about_model = _model(machine, wanted, weights)
     lines = [
-        *_hardware(machine),
+        *_hardware(machine, broken),
         *_software(machine),
         vllm,
         about_model,
@@ -92,10 +97,14 @@ def examine(wanted: str, weights: str = "") -> tuple[list[Check], list[Ability]]
 # ------------------------------------------------------------------------------------ the machine
 
 
-def _hardware(machine: Machine) -> Iterator[Check]:
+def _hardware(machine: Machine, broken: str = "") -> Iterator[Check]:
+    """Check the hardware; `broken` says why a GPU that is to serve does not."""
     yield Check("Machine", machine.describe())
     if machine.kind == "gpu":
         yield from _gpus()
+    elif broken:
+        state, _, remedy = broken.partition(": ")
+        yield Check("GPU", state, remedy)
     elif install.detect_platform() == "cuda":
         chosen = os.environ.get(gpus.VARIABLE)
         yield Check(
@@ -109,8 +118,8 @@ def _hardware(machine: Machine) -> Iterator[Check]:
         yield Check("GPU", "none with an NVIDIA driver: labs run on the CPU")
         if machine.lacks_bf16:
             yield Check("BF16", machines.SLOW_BF16)
-    memory, disk = psutil.virtual_memory(), shutil.disk_usage(ROOT)
-    yield Check("Memory", f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB available")
+    total, disk = psutil.virtual_memory().total, shutil.disk_usage(ROOT)
+    yield Check("Memory", f"{available_bytes() / GIB:.0f} of {total / GIB:.0f} GiB available")
     short = disk.free < LEAST_FREE_BYTES
     remedy = "free some disk space" if short else ""
     yield Check("Disk", f"{disk.free / GIB:.0f} GiB free here", remedy)
@@ -120,9 +129,17 @@ def _gpus() -> Iterator[Check]:
     import pynvml
 
     pynvml.nvmlInit()
+    for number, why in gpus.silent(pynvml).items():
+        state = f"number {number} does not answer ({why}); the others are used without it"
+        yield Check("GPU", state, "`nvidia-smi` and the kernel's log (`dmesg`) say more")
     for index, handle in enumerate(gpus.visible(pynvml)):
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        try:
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        except pynvml.NVMLError as error:
+            remedy = f"name another GPU in {gpus.VARIABLE}"
+            yield Check(f"GPU {index}", f"the driver does not tell its memory ({error})", remedy)
+            continue
         taken = memory.free < MEMORY_SHARE * memory.total
         yield Check(
             f"GPU {index}",
@@ -130,7 +147,17 @@ def _gpus() -> Iterator[Check]:
             f" {memory.total / GIB:.0f} GiB free, compute capability {major}.{minor}",
             "end the processes that use its memory (`nvidia-smi` lists them)" if taken else "",
         )
-    driver, cuda = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion()
+        mode = gpus.compute_mode(pynvml, handle)
+        if gpus.admits_one_process(mode):
+            state = f"{mode}: runs do not time the machine's own speed beside the engine"
+            yield Check("Compute mode", state)
+        elif mode == "prohibited":
+            yield Check("Compute mode", mode, "have an administrator run `nvidia-smi -c DEFAULT`")
+    try:
+        driver, cuda = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion()
+    except pynvml.NVMLError as error:
+        yield Check("Driver", f"it does not tell its version ({error})")
+        return
     built, known = _torch_cuda(), f"{cuda // 1000}.{cuda % 1000 // 10}"
     old = built is not None and cuda // 1000 < int(built.split(".")[0])
     yield Check(

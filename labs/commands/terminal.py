@@ -24,6 +24,7 @@ from labs.telling.document import Block
 from loadtests.generator import GeneratorError
 from serving.bundle import BundleError
 from serving.engines.base import EngineError
+from serving.gpus import GpuError
 from serving.models import ModelError
 from serving.ports import PortTaken
 
@@ -33,6 +34,7 @@ EXPECTED_ERRORS = (
     LabError,
     ModelError,
     EngineError,
+    GpuError,
     PortTaken,
     GeneratorError,
     PrometheusError,
@@ -82,7 +84,7 @@ class ConsoleProgress:
     def expect(self, remaining_s: float) -> None:
         done = time.monotonic() - self._began
         self._progress.update(self._task, total=done + remaining_s, completed=done)
-        self.message(f"About {minutes(remaining_s)} of load to come")
+        self.message(f"About {minutes(remaining_s)} to come")
 
     def waiting(self, text: str) -> None:
         raise_if_stopped()

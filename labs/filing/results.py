@@ -524,6 +524,11 @@ class RunFolder:
             last[variant] = max(last.get(variant, 0), result.start or 0)
         return last
 
+    def took_turns(self, points: Sequence[Point], lab: Lab) -> bool | None:
+        """Tell whether engines took turns in the trials that succeeded; None where none has."""
+        starts = [r.start for r in self._results(points, lab) if r.failed is None]
+        return any(start is not None for start in starts) if starts else None
+
     def _results(self, points: Sequence[Point], lab: Lab) -> list[TrialResult]:
         trials = ((point, r) for point in points for r in range(1, lab.rounds + 1))
         return [result for trial in trials if (result := self.trial_result(*trial)) is not None]

@@ -307,7 +307,8 @@ def _other_work(trial: Trial, expected: Expected) -> Iterator[Caveat]:
         yield _caveat(trial, "load from others", text)
     if other_work.gpu_processes:
         text = (
-            f"{other_work.gpu_processes} other processes used the GPU: end them and measure again"
+            f"{other_work.gpu_processes} other processes used the GPU: end them, or name another"
+            " GPU in CUDA_VISIBLE_DEVICES, and measure again"
         )
         yield _caveat(trial, "GPU shared", text)
     if other_work.other_processes_share is None or expected.endpoint:

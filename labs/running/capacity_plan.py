@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import psutil
-
 from labs import theory
 from labs.filing.results import Band
 from labs.judging.measure import in_time, percentile
@@ -61,6 +59,7 @@ from serving.forecasting.plan import (
 from serving.forecasting.step import Piece, Step, StepTimes
 from serving.forecasting.traffic import Delays, Traffic
 from serving.gpus import Datasheet
+from serving.host_memory import available_bytes
 from serving.machine import Machine
 from serving.models import Model, ModelError
 
@@ -409,7 +408,7 @@ def _longest_output(demand: Demand, most_tokens: int) -> float:
 
 def _processes() -> int:
     """Count the forecasters that this machine has cores and memory for."""
-    room = int(psutil.virtual_memory().available / FORECASTER_BYTES)
+    room = int(available_bytes() / FORECASTER_BYTES)
     return max(1, min(len(os.sched_getaffinity(0)), MOST_PROCESSES, room))
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from dashboards.prometheus import Prometheus
 from labs.lab import Variant
@@ -18,33 +17,47 @@ from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from serving.engines import ENGINES
 from serving.engines.base import Engine, Server, with_places
+from serving.host_memory import available_bytes
 
 Groups = list[list[Variant]]  # variants that stay loaded together
 Trip = list[tuple[list[Variant], list[int]]]  # groups one after another, the repeats of each
 
 
-def resident_groups(setup: Setup) -> Groups:
+def resident_groups(setup: Setup, took_turns: bool | None = None) -> Groups:
     """Return all variants as one group where host memory admits it, else a group for each.
 
-    A GPU engine takes its share of the device for itself, so there they take turns, in an order
-    that is drawn: none is always measured first. Where loads are multiples of the first variant's
-    capacity, that one begins.
+    A run that is resumed goes on as it began, whatever memory is free now: `took_turns` says how
+    that was. A GPU engine takes its share of the device for itself, so there they take turns.
     """
     variants = list(setup.lab.variants)
     if len(variants) == 1 or setup.endpoint:
         return [variants]
-    if setup.machine.kind == "cpu":
-        need = [
-            ENGINES[v.engine].host_memory_bytes(setup.lab.flags_of(v), setup.model.shape)
-            for v in variants
-        ]
-        known = [n for n in need if n is not None]
-        if known == need and sum(known) < 0.7 * psutil.virtual_memory().available:
-            return [variants]
+    together = _fit_together(setup) if took_turns is None else not took_turns
+    return [variants] if together else groups_in_turn(setup)
+
+
+def groups_in_turn(setup: Setup) -> Groups:
+    """Return a group for each variant, in an order that is drawn: none is always measured first.
+
+    Where loads are multiples of the first variant's capacity, that one begins.
+    """
+    variants = list(setup.lab.variants)
     turns = random.Random(f"{setup.lab.seed}/turns").sample(variants, len(variants))
     if setup.lab.finds_capacity:
         turns.sort(key=lambda variant: variant != variants[0])
     return [[v] for v in turns]
+
+
+def _fit_together(setup: Setup) -> bool:
+    """Tell whether the engines of all variants fit into this machine's memory at the same time."""
+    if setup.machine.kind != "cpu":
+        return False
+    need = [
+        ENGINES[v.engine].host_memory_bytes(setup.lab.flags_of(v), setup.model.shape)
+        for v in setup.lab.variants
+    ]
+    known = [n for n in need if n is not None]
+    return known == need and sum(known) < 0.7 * available_bytes()
 
 
 def order_of_engines(groups: Groups, repeats: Sequence[int], starts: int) -> list[Trip]:
@@ -103,6 +116,11 @@ class Engines:
             engine.stop()
         self._serving.clear()
         self._prometheus.forget("engine")  # the next engine may get the port of one of these
+
+    @property
+    def mean_start_s(self) -> float:
+        """How long an engine took to start so far; 0 before the first one."""
+        return self.start_s / max(1, self.started)
 
     @property
     def pids(self) -> list[int]:

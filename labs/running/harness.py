@@ -7,9 +7,10 @@ trials need them.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,23 +21,28 @@ from dashboards.prometheus import Prometheus
 from labs.filing.results import RESULTS, RunFolder, Undecided, write_gzip, write_json
 from labs.lab import Point, Variant
 from labs.running.counts import Counts
-from labs.running.engines import Engines, Groups, order_of_engines
+from labs.running.engines import Engines, Groups, groups_in_turn, order_of_engines
 from labs.running.load import LoadGenerator
 from labs.running.probes import PROBES, ProbedEngine
 from labs.running.progress import ProgressDisplay
-from labs.running.resolve import Setup
+from labs.running.resolve import Setup, gpus_used
 from labs.running.trials import Trials, interleave, write_requests
 from labs.telling import pages
 from labs.telling.summary import summarise
-from serving import reference_step, telemetry
+from serving import gpus, reference_step, telemetry
 from serving.engines.base import EngineError
 from serving.ports import LOOPBACK, free_port
+from serving.reference_step import ReferenceTimer
 
 # an answer that is not as it should be costs its probe alone
 PROBE_ERRORS = (
     requests.RequestException, EngineError, ArithmeticError, AttributeError, LookupError,
     RuntimeError, StopIteration, TypeError, ValueError,
 )  # fmt: skip
+
+
+class NotTogether(EngineError):
+    """Signals that engines that were to stay loaded together did not all start."""
 
 
 @dataclass
@@ -53,6 +59,49 @@ class Harness:
     groups: Groups
     failed_to_start: set[str] = field(default_factory=set)  # names of variants
 
+    def play_lab(self) -> int:
+        """Play the lab's own repeats; return how many trips through all engines that took.
+
+        Engines that do not start together take turns, so that what cannot start alone costs its own
+        trials. Raises EngineError where no variant's engine starts.
+        """
+        try:
+            return self._play_trips()
+        except NotTogether as error:
+            self.progress.message(str(error))
+            self.progress.message("Engines take turns, since not all start beside one another")
+        self.groups = groups_in_turn(self.setup)
+        self.trials.take_turns()
+        return self._play_trips()
+
+    def _play_trips(self) -> int:
+        lab = self.setup.lab
+        trips = order_of_engines(self.groups, range(1, lab.repeats + 1), lab.starts)
+        visits = list(itertools.chain.from_iterable(trips))
+        for number, (group, repeats) in enumerate(visits, 1):
+            later = [(other, self._trials_of(other, some)) for other, some in visits[number:]]
+            self.trials.starts_to_come = self._starts_of(later)
+            self.play_repeats(group, repeats)
+        return len(trips)
+
+    def _trials_of(
+        self, group: Sequence[Variant], repeats: Collection[int]
+    ) -> list[tuple[Point, int]]:
+        """Return the group's own trials of these repeats, in their order."""
+        return [(p, r) for p, r in interleave(self.setup, group) if r in repeats]
+
+    def _starts_of(
+        self, visits: Iterable[tuple[Sequence[Variant], Sequence[tuple[Point, int]]]]
+    ) -> int:
+        """Count the engine starts for these trials of groups: none where engines stay loaded."""
+        if len(self.groups) == 1:
+            return 0
+        return sum(
+            bool(self.trials.due(trials))
+            for group, trials in visits
+            if not self.failed_to_start.intersection(v.name for v in group)
+        )
+
     def play_trials(
         self, group: Sequence[Variant], trials: Sequence[tuple[Point, int]], probe: bool
     ) -> None:
@@ -60,7 +109,7 @@ class Harness:
 
         Some variants have no trials, and are probed alone. Where the engines do not start, their
         trials are recorded as failed and the run goes on. Raises EngineError where no variant's
-        engine starts.
+        engine starts, and NotTogether where several do not all start and nothing was played yet.
         """
         due = self.trials.due(trials)
         probes_due = probe and any(self._probes_due(variant) for variant in group)
@@ -77,6 +126,8 @@ class Harness:
                 self.progress.expect(self.trials.remaining_s)
         except EngineError as error:
             self.engines.unload()
+            if len(group) > 1 and not self.trials.any_recorded:
+                raise NotTogether(str(error)) from error
             self.failed_to_start.update(v.name for v in group)
             none_starts = len(self.failed_to_start) == len(self.setup.lab.variants)
             if none_starts and not self.trials.any_recorded:
@@ -94,14 +145,14 @@ class Harness:
         """Play the group's trials of these repeats; after their last its engines are probed."""
         of_group = interleave(self.setup, group)
         last = max((repeat for _, repeat in of_group), default=self.setup.lab.repeats)
-        trials = [(point, repeat) for point, repeat in of_group if repeat in repeats]
-        self.play_trials(group, trials, probe=last in repeats)
+        self.play_trials(group, self._trials_of(group, repeats), probe=last in repeats)
 
     def repeat_undecided(self, until: float) -> None:
         """Repeat the points of claims that are undecided after the lab's own repeats.
 
         All get the same further repeats, up to the lab's `most_repeats` and none that would end
-        after `until` on the monotonic clock; the verdicts that follow are the second look.
+        after `until` on the monotonic clock; the verdicts that follow are the second look. Raises
+        TimeUsedUp where the call's own time ends first: the next call continues with them.
         """
         lab = self.setup.lab
         further = range(lab.repeats + 1, lab.rounds + 1)
@@ -117,15 +168,15 @@ class Harness:
                 (group, [(p, r) for r in repeats for p in self._shuffled(points, group, r)])
                 for group, repeats in trip
             ]
-            self.trials.expect(sum(len(of_group) for _, of_group in trials))
-            starts = sum(bool(of_group) for _, of_group in trials) * (len(self.groups) > 1)
-            start_s = self.engines.start_s / max(1, self.engines.started) * starts
-            if time.monotonic() + start_s + self.trials.remaining_s > until:
+            self.trials.expect(sum(len(self.trials.due(of_group)) for _, of_group in trials))
+            self.trials.starts_to_come = self._starts_of(trials)
+            if time.monotonic() + self.trials.remaining_s > until:
                 self.progress.message(f"The stated time is used up (most_s={lab.most_s:g})")
                 return
             write_requests(self.setup, self.trials.work, trip[0][1])
             self.progress.expect(self.trials.remaining_s)
-            for group, of_group in trials:
+            for number, (group, of_group) in enumerate(trials, 1):
+                self.trials.starts_to_come = self._starts_of(trials[number:])
                 self.play_trials(group, of_group, probe=bool(of_group))
 
     def _undecided(self) -> list[Point]:
@@ -202,17 +253,16 @@ def open_harness(
         else:
             live.place(RESULTS, pages.script_hashes())
             progress.message(f"Prometheus: {prometheus.page_url}")
-        hardware = None if setup.endpoint else telemetry.source(setup.machine.kind)
+        hardware = None
+        if not setup.endpoint:
+            hardware = telemetry.source(setup.machine.kind, gpus_used(setup.lab))
         sampler = exits.enter_context(telemetry.Telemetry(hardware, labels))
         if sampler.serve(telemetry_port := free_port()):
             prometheus.scrape("client", f"{LOOPBACK}:{telemetry_port}")
         log = logs / "locust.log"
         load = LoadGenerator(setup, exporter_port, log, progress.waiting, progress.message)
         exits.callback(load.stop)
-        reference = None
-        if not setup.endpoint:
-            log = logs / "reference-step.log"
-            reference = exits.enter_context(reference_step.started(setup.machine.kind, log))
+        reference = _reference(setup, folder, progress, exits)
         on_file = folder.starts_on_file(setup.points, setup.lab)
         engines = Engines(setup, logs, prometheus, labels, progress, on_file)
         exits.callback(engines.unload)
@@ -222,3 +272,24 @@ def open_harness(
             setup, folder, work, engines, load, sampler, counts, progress, reference, in_turn
         )
         yield Harness(setup, folder, progress, prometheus, engines, trials, counts, groups)
+
+
+def _reference(
+    setup: Setup, folder: RunFolder, progress: ProgressDisplay, exits: contextlib.ExitStack
+) -> ReferenceTimer | None:
+    """Start the process that times the machine itself.
+
+    None beside an endpoint, which may be on another machine, and where the GPU admits one process:
+    that is the engine.
+    """
+    if setup.endpoint:
+        return None
+    mode = folder.run().environment.compute_mode
+    if gpus.admits_one_process(mode):
+        progress.message(
+            f"The machine's own speed is not timed: the GPU's compute mode is {mode}, so that the"
+            " engine alone can use it"
+        )
+        return None
+    log = folder.path / "logs" / "reference-step.log"
+    return exits.enter_context(reference_step.started(setup.machine.kind, log))

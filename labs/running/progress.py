@@ -14,7 +14,7 @@ class ProgressDisplay(Protocol):
         """Show a line that stays."""
 
     def expect(self, remaining_s: float) -> None:
-        """Set how long the trials that are still to come will take, in seconds."""
+        """Set how long the trials and starts that are still to come will take, in seconds."""
 
     def waiting(self, text: str) -> None:
         """Show what the run is waiting for; the next call replaces it."""

@@ -335,6 +335,13 @@ def require_devices(lab: Lab, machine: Machine) -> None:
             raise NotApplicable(str(reason)) from reason
 
 
+def gpus_used(lab: Lab) -> int | None:
+    """Return how many of the visible GPUs the lab's engines use at most; None where any may be."""
+    used = [ENGINES[v.engine].gpus_used(lab.flags_of(v)) for v in lab.variants]
+    known = [n for n in used if n is not None]
+    return max(known) if known == used else None
+
+
 def with_whole_prompts(lab: Lab, least_tokens: int, progress: ProgressDisplay) -> Lab:
     """Lengthen the prompts of traces that are shorter than the chat template, and say how many."""
     workloads = []

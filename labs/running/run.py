@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
-import os
 import shutil
 import tempfile
 import time
@@ -29,7 +27,7 @@ from labs.judging.validity import Served
 from labs.lab import LabError
 from labs.running import backfill, engine_series
 from labs.running.attention import time_attention
-from labs.running.engines import order_of_engines, resident_groups
+from labs.running.engines import resident_groups
 from labs.running.forecast import forecast, ratio_of_forecasts
 from labs.running.forecaster import ForecastError
 from labs.running.harness import open_harness
@@ -48,10 +46,11 @@ from labs.telling.summary import summarise
 from loadtests.plan import sent_sha256
 from serving import models
 from serving.engines import ENGINES
+from serving.install import scratch_of
 from serving.masking import recordable
 
 # What a run needs on disk while it lasts, and the lock that keeps a second one out.
-SCRATCH = Path(os.environ.get("LABS_SCRATCH") or models.CACHE)
+SCRATCH = scratch_of(models.ROOT)
 
 
 def run(request: RunRequest, progress: ProgressDisplay) -> RunFolder:
@@ -113,13 +112,12 @@ def _measure(
 
     `began` is the run's start on the monotonic clock. Raises EngineError where no engine starts.
     """
-    lab, groups = setup.lab, resident_groups(setup)
-    until = min(time.monotonic() + lab.most_s, setup.clock.ends)
-    trips = order_of_engines(groups, range(1, lab.repeats + 1), lab.starts)
+    lab = setup.lab
+    groups = resident_groups(setup, folder.took_turns(setup.points, lab))
+    until = time.monotonic() + lab.most_s
     setup.clock.preparations_s.append(round(time.monotonic() - began, 1))
     with open_harness(setup, folder, work, progress, groups) as harness:
-        for group, repeats in itertools.chain.from_iterable(trips):
-            harness.play_repeats(group, repeats)
+        trips = harness.play_lab()
         harness.repeat_undecided(until)
         agreement = harness.counts.agreement(harness.prometheus)
         engine_series.keep(folder, setup.points, setup.lab, harness.prometheus)
@@ -127,8 +125,8 @@ def _measure(
         engine_start_s=round(harness.engines.start_s, 2),
         load_s=round(harness.trials.load_s, 2),
         wall_s=round(time.monotonic() - began, 2),
-        resident=len(groups) == 1,
-        there_and_back=len(groups) > 1 and len(trips) > 1,
+        resident=len(harness.groups) == 1,
+        there_and_back=len(harness.groups) > 1 and trips > 1,
         agreement=agreement,
         prometheus=harness.prometheus.missing,
         ended_at=datetime.now(UTC).isoformat(timespec="seconds"),

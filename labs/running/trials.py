@@ -137,6 +137,7 @@ class Trials:
         """Take what plays them; `in_turn` says that an engine is started more than once."""
         self.load_s = 0.0  # spent under load so far
         self.work = work  # the folder of what is sent
+        self.starts_to_come = 0  # of engines, before the last of the remaining trials
         self._setup, self._folder, self._progress = setup, folder, progress
         self._engines, self._load, self._in_turn = engines, load, in_turn
         self._telemetry, self._counts = telemetry, counts
@@ -159,24 +160,30 @@ class Trials:
         trials = interleave(self._setup, self._setup.lab.variants)
         return any(recorded(self._folder, *trial) for trial in trials)
 
+    def take_turns(self) -> None:
+        """Record from now on which start of its engine a trial was played on."""
+        self._in_turn = True
+
     def expect(self, count: int) -> None:
         """Set how many trials are still to come, beyond the lab's own repeats."""
         self._left = count
 
     @property
     def remaining_s(self) -> float:
-        """Estimate how long the remaining trials take, each the mean over the points.
+        """Estimate how long the remaining trials and the engine starts between them take.
 
+        A start takes what those so far took in the mean, and a trial the mean over the points.
         Once as many trials were played as there are points, it is what each of these took: windows
         that were held open and attempts that were measured again are in that. Until then the points
         to come are taken to need no second attempt.
         """
         points = self._setup.points
+        starts_s = self.starts_to_come * self._engines.mean_start_s if self.starts_to_come else 0.0
         if self._played >= len(points):
-            return self._left * self._took_s / self._played
+            return starts_s + self._left * self._took_s / self._played
         planned_s = fmean(self._planned_s(point) for point in points)
         attempts_each = 1 + self._again / len(points)
-        return self._left * attempts_each * (planned_s + PER_TRIAL_S)
+        return starts_s + self._left * attempts_each * (planned_s + PER_TRIAL_S)
 
     def trial_s(self, point: Point) -> float:
         """Estimate how long a trial of this point takes, no trial so far having taken longer."""

@@ -55,6 +55,7 @@ from labs.telling.document import (
 from labs.telling.lesson import lesson
 from labs.telling.residuals import median_distance
 from serving import whole
+from serving.gpus import admits_one_process
 
 THEIRS = "Published by others, for their models on their hardware; no verdict depends on it:"
 VERDICTS = parse(
@@ -137,7 +138,7 @@ def document(facts: Facts, figures: Sequence[Figure]) -> Section:
         ),
         section("What to turn next", bullets(_knob(text) for text in lab.next_knobs)),
         _validity(facts),
-        _machine_speed(facts.summary.machine_speed),
+        _machine_speed(facts.summary.machine_speed, facts.run.environment.compute_mode),
         _agreement(facts),
         _method(facts),
     )
@@ -485,9 +486,18 @@ def validity(caveats: Sequence[Caveat], lab: Lab, failed: int = 0) -> Paragraph 
     return bullets(items)
 
 
-def _machine_speed(speed: MachineSpeed | None) -> Section:
-    """Show the reference steps beside the trials; nothing in a run that timed none."""
+def _machine_speed(speed: MachineSpeed | None, compute_mode: str | None) -> Section:
+    """Show the reference steps beside the trials; in a run that timed none, why, if it is known."""
     title = "The machine's own speed"
+    if speed is None and admits_one_process(compute_mode):
+        return section(
+            title,
+            Paragraph(
+                f"It was not timed: the GPU's compute mode is {compute_mode}, so that the engine"
+                " alone could use it."
+            ),
+            folded=True,
+        )
     if speed is None:
         return section(title)
     return section(

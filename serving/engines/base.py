@@ -247,6 +247,11 @@ class Engine(Server):
         return
 
     @classmethod
+    def gpus_used(cls, flags: Flags) -> int | None:
+        """Return how many of the visible GPUs it uses, from the first on; None where any may be."""
+        return None
+
+    @classmethod
     def require_compiler(cls, variant: str, flags: Flags, machine: Machine) -> None:
         """Check for a compiler. Raises EngineError where it needs one and none is here."""
         return

@@ -328,6 +328,11 @@ class Vllm(Engine):
         return harmless.refusal(flags)
 
     @classmethod
+    def gpus_used(cls, flags: Flags) -> int | None:
+        vllm_flags = VllmFlags(flags)
+        return None if vllm_flags.uses_ray else vllm_flags.devices  # Ray places its workers itself
+
+    @classmethod
     def require_devices(cls, variant: str, flags: Flags, machine: Machine) -> None:
         vllm_flags, gpus = VllmFlags(flags), machine.count if machine.kind == "gpu" else 0
         if vllm_flags.uses_ray and not importlib.util.find_spec("ray"):

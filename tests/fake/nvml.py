@@ -33,6 +33,7 @@ def make_nvml(**changed: object) -> ModuleType:
         "nvmlDeviceGetCurrentClocksThrottleReasons": lambda h: 0x44,
         "nvmlDeviceGetMemoryInfo": lambda h: SimpleNamespace(used=2**30),
         "nvmlDeviceGetComputeRunningProcesses": lambda h: [],
+        "nvmlDeviceGetComputeMode": lambda h: 0,
         "nvmlDeviceGetUtilizationRates": lambda h: SimpleNamespace(gpu=87),
     }
     for name, value in {**known, **changed}.items():

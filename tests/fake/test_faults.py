@@ -21,6 +21,7 @@ from labs import LABS as EVERY_LAB
 from labs.filing.results import RunFolder, TrialResult
 from loadtests import generator
 from loadtests.records import RequestRecord
+from serving.install import OWN_FOLDER
 from serving.ports import free_port
 from serving.process import Process
 from tests.fake.conftest import (
@@ -419,7 +420,7 @@ def _nothing_is_left(
     assert 1 <= len(_results(folder)) < trials
     assert _records(folder)
     assert all(record.ok for record in _records(folder))
-    with (reader.scratch / "run.lock").open("w") as lock:
+    with (reader.scratch / OWN_FOLDER / "run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 

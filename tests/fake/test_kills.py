@@ -27,7 +27,7 @@ LAB = "prefix-caching"  # two engines, the second of which is probed
 IN_TURN = (
     "-c",
     "import labs.running.run as run\n"
-    "run.resident_groups = lambda setup: [[variant] for variant in setup.lab.variants]\n"
+    "run.resident_groups = lambda setup, _: [[variant] for variant in setup.lab.variants]\n"
     "from tests.fake.quiet import app; app()",
 )  # as where the memory is too small for both
 ONE_LOAD = (

@@ -17,13 +17,15 @@ TIME_USED_UP = 75
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A sitting of one's own: other tests and readers have theirs in the checkout's cache."""
-    return tmp_path / "sitting.json"
+    folder = tmp_path / "sitting"
+    folder.mkdir()
+    return folder
 
 
 def call(reader: Reader, sitting: Path, seconds: int) -> Command:
     script = (
         "import pathlib, labs.commands.all_labs as a;"
-        f" a.FILE = pathlib.Path({str(sitting)!r});"
+        f" a.FOLDER = pathlib.Path({str(sitting)!r});"
         " from tests.fake.quiet import app; app()"
     )
     return reader.types(

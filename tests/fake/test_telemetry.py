@@ -17,7 +17,7 @@ WITH_A_GPU = (
     "-c",
     "from serving import gpus, telemetry; from tests.fake.nvml import make_nvml\n"
     "gpus.visible = lambda nvml: [0]\n"
-    "telemetry.source = lambda kind: telemetry.Gpus(make_nvml())\n"
+    "telemetry.source = lambda kind, count: telemetry.Gpus(make_nvml())\n"
     "from labs.commands.cli import app; app()",
 )
 LOADS = (

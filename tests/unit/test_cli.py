@@ -154,7 +154,7 @@ def test_a_lab_that_does_not_apply_is_skipped_and_fails_nothing(
     def refuse(*_: object) -> None:
         raise refusal("needs real weights")
 
-    monkeypatch.setattr("labs.commands.all_labs.FILE", tmp_path / "sitting.json")
+    monkeypatch.setattr("labs.commands.all_labs.FOLDER", tmp_path)
     monkeypatch.setattr("labs.commands.cli.run_lab", refuse)
     monkeypatch.setattr("labs.commands.all_labs.check_flags", lambda *_: None)  # imports vLLM
     found, said = labs("all", "--weights", "dummy")
@@ -172,7 +172,7 @@ def test_a_lab_that_cannot_be_continued_is_begun_anew(
         asked.append(request.resume)
         raise CannotResume("the model is another") if request.resume else LabError("no disk")
 
-    monkeypatch.setattr("labs.commands.all_labs.FILE", tmp_path / "sitting.json")
+    monkeypatch.setattr("labs.commands.all_labs.FOLDER", tmp_path)
     monkeypatch.setattr("labs.commands.cli.run_lab", play)
     monkeypatch.setattr("labs.commands.all_labs.check_flags", lambda *_: None)  # imports vLLM
     labs("all", "--only", LAB)

@@ -74,7 +74,7 @@ def test_labs_come_in_the_order_that_is_asked_for_or_by_value() -> None:
 
 
 def test_labs_that_failed_are_tried_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(all_labs, "FILE", tmp_path / "sitting.json")
+    monkeypatch.setattr(all_labs, "FOLDER", tmp_path)
     state = all_labs.start(quick=True, model="", fresh=True)
     state.fail("single-stream")
     state.starts_s = [20.0]

@@ -15,6 +15,7 @@ from labs.commands import doctor
 from labs.commands.doctor import Ability, Check
 from labs.lab import LabError
 from labs.running.derived_models import RECIPES
+from serving.gpus import GpuError
 from serving.machine import GIB, Machine
 from serving.models import TOKENIZER, Model, ModelError
 from serving.ports import PortTaken
@@ -172,6 +173,53 @@ def test_a_gpu_in_use_and_a_driver_too_old_are_told(monkeypatch: pytest.MonkeyPa
     assert "nvidia-smi" in gpu.remedy
     assert driver.state == "580.1, supports CUDA up to 12.8"
     assert "built for CUDA 13.0" in driver.remedy
+
+
+@pytest.mark.parametrize(
+    ("mode", "state", "remedy"),
+    [(3, "exclusive process: runs do not", ""), (2, "prohibited", "`nvidia-smi -c DEFAULT`")],
+)
+def test_a_compute_mode_that_keeps_processes_off_is_told(
+    mode: int, state: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = make_nvml(79, 13000)
+    monkeypatch.setattr(told, "nvmlDeviceGetComputeMode", lambda handle: mode)
+    monkeypatch.setitem(sys.modules, "pynvml", told)
+    found = line(doctor._gpus(), "Compute mode")
+    assert found.state.startswith(state)
+    assert remedy in found.remedy
+
+
+def test_gpus_that_do_not_answer_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = make_nvml(79, 13000)
+
+    def handle(number: int) -> int:
+        if number == 1:
+            raise nvml.NVMLError("GPU is lost")
+        return number
+
+    monkeypatch.setattr(told, "nvmlDeviceGetCount", lambda: 2)
+    monkeypatch.setattr(told, "nvmlDeviceGetHandleByIndex", handle)
+    monkeypatch.setitem(sys.modules, "pynvml", told)
+    silent, answering, _ = doctor._gpus()
+    assert "number 1 does not answer (GPU is lost)" in silent.state
+    assert "79 of 80 GiB free" in answering.state
+    monkeypatch.setattr(told, "nvmlDeviceGetMemoryInfo", nvml.unsupported)
+    monkeypatch.setattr(told, "nvmlSystemGetDriverVersion", nvml.unsupported)
+    _, answering, driver = doctor._gpus()
+    assert "does not tell its memory" in answering.state
+    assert "does not tell its version" in driver.state
+
+
+@pytest.mark.usefixtures("healthy")
+def test_the_doctor_goes_on_where_no_gpu_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> Machine:
+        raise GpuError("vLLM is for GPUs, and none answers (no driver): `nvidia-smi` says more")
+
+    monkeypatch.setattr("labs.commands.doctor.machines.detect", fails)
+    found = line(doctor.examine("")[0], "GPU")
+    assert found.state == "vLLM is for GPUs, and none answers (no driver)"
+    assert found.remedy == "`nvidia-smi` says more"
 
 
 def test_a_cpu_that_takes_long_over_bf16_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,6 +281,41 @@ def test_second_set_up_waits_for_the_first(root: Path, monkeypatch: pytest.Monke
     assert said == ["another set-up of this folder is running: waiting for it"]
 
 
+def test_a_set_up_changes_no_packages_under_a_run(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever makes it necessary: another platform, or locks that changed."""
+    monkeypatch.delenv("LABS_SCRATCH")
+    stub_steps(monkeypatch)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    edit(root / "pyproject.toml")
+    with (root / ".cache" / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert install.main([]) == 1
+        said = capsys.readouterr()
+        assert "a lab is running from this checkout, and the set-up would change .venv" in said.err
+        assert "PLATFORM" not in said.err
+        monkeypatch.setenv("LABS_PLATFORM", "cuda")
+        assert install.main([]) == 1
+        assert "(PLATFORM=cpu leaves it as it is)" in capsys.readouterr().err
+        assert install.stamp(root)
+    monkeypatch.setenv("LABS_PLATFORM", "cpu")
+    assert install.main([]) == 0  # the lock is there, and nobody holds it
+
+
+def test_another_platforms_environment_is_replaced_with_a_line_that_says_so(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("install_packages", "install_bundled_model", "make_venv", "check_disk"):
+        monkeypatch.setattr(install, name, lambda *_: None)
+    install.set_up(root, "cuda")
+    said = capsys.readouterr().out
+    assert ".venv is for cpu, and this machine is taken for one with cuda: it is replaced" in said
+    assert "PLATFORM=cpu" in said
+    install.set_up(root, "cpu")
+    assert "replaced" not in capsys.readouterr().out
+
+
 # --- pip ----------------------------------------------------------------------------------------
 
 REFUSED = f"""\

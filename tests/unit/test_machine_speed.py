@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -25,7 +28,7 @@ from labs.judging.machine_speed import (
     usual_spread,
 )
 from labs.judging.validity import speed_jumped
-from labs.running import step_timing
+from labs.running import harness, step_timing
 from labs.telling import report
 from labs.telling.document import plain_text
 from labs.telling.summary import summarise
@@ -179,6 +182,26 @@ def test_the_report_shows_the_machines_speed_and_names_the_trial_that_was_distur
     assert "| Reading | 10 ms |" in text
     assert "| Computing | 5 ms | 5 ms to 5 ms |" in text
     assert "reading took 2.00 times as long beside the trial as in the run's median" in text
+
+
+def test_where_a_gpu_admits_one_process_the_engine_has_it_alone(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference step's process would hold a context of CUDA for the whole run."""
+    monkeypatch.setattr(reference_step, "started", lambda kind, log: contextlib.nullcontext(log))
+    setup: Any = SimpleNamespace(endpoint=None, machine=SimpleNamespace(kind="gpu"))
+    said = list[str]()
+    progress: Any = SimpleNamespace(message=said.append)
+    with contextlib.ExitStack() as exits:
+        assert harness._reference(setup, folder, progress, exits) is not None
+        assert said == []
+        run = folder.run()
+        here = run.environment.model_copy(update={"compute_mode": "exclusive process"})
+        write_json(folder.path / "run.json", run.model_copy(update={"environment": here}))
+        assert harness._reference(setup, folder, progress, exits) is None
+    assert "the GPU's compute mode is exclusive process" in said[0]
+    text = report.write(folder).read_text()
+    assert "It was not timed: the GPU's compute mode is exclusive process" in text
 
 
 def test_two_sittings_are_compared_by_their_reference_steps(folder: RunFolder) -> None:

@@ -19,7 +19,9 @@ from labs.filing.results import RunFolder, write_json
 from labs.findings.parts import Headline, ReportParts
 from labs.telling import markdown, pages
 from labs.telling.document import Link, Paragraph, Strong, plain_text
+from serving import machine as machines
 from serving.engines.vllm import Vllm
+from serving.machine import Machine
 from serving.models import ROOT
 from tests.unit.builders import make_lab, write_run, write_runs_of_others, write_slowed
 
@@ -28,7 +30,7 @@ from tests.unit.builders import make_lab, write_run, write_runs_of_others, write
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     monkeypatch.setattr(all_labs, "RESULTS", tmp_path)
-    monkeypatch.setattr(all_labs, "FILE", tmp_path / "sitting.json")
+    monkeypatch.setattr(all_labs, "FOLDER", tmp_path)
     return write_run(tmp_path)
 
 
@@ -279,7 +281,8 @@ def test_the_page_of_a_sitting_has_its_runs_whatever_their_settings(folder: RunF
 
 
 @pytest.mark.parametrize(
-    "change", ["quick", "model", "fresh", "weights", "parallel", "vllm", "spoilt", "gone"]
+    "change",
+    ["quick", "model", "fresh", "weights", "parallel", "vllm", "machine", "spoilt", "gone"],
 )
 def test_a_sitting_of_another_kind_starts_over(
     folder: RunFolder, change: str, monkeypatch: pytest.MonkeyPatch
@@ -288,9 +291,12 @@ def test_a_sitting_of_another_kind_starts_over(
     first.begin("tiny")
     first.finish("tiny", folder.path)
     if change == "spoilt":
-        all_labs.FILE.write_text("{")
+        first.file.write_text("{")
     if change == "vllm":
         monkeypatch.setattr(Vllm, "version", lambda: "0.99.0")
+    if change == "machine":  # the disk was moved to another
+        other = Machine(kind="gpu", model="NVIDIA L4", count=1, memory_bytes=23 * 2**30)
+        monkeypatch.setattr(machines, "detect", lambda: other)
     if change == "gone":
         (folder.path / "COMPLETE").unlink()
     again = all_labs.start(
@@ -301,6 +307,18 @@ def test_a_sitting_of_another_kind_starts_over(
         {"flags.tensor-parallel-size": 2} if change == "parallel" else {},
     )
     assert again.done == {}
+
+
+def test_a_call_with_other_settings_leaves_the_record_of_the_first(folder: RunFolder) -> None:
+    first = all_labs.start(quick=False, model="", fresh=False)
+    first.begin("tiny")
+    first.finish("tiny", folder.path)
+    for fresh in (False, True):
+        all_labs.start(quick=True, model="", fresh=fresh).begin("other")
+    again = all_labs.start(quick=False, model="", fresh=False)
+    assert (list(again.done), again.begun) == (["tiny"], ["tiny"])
+    again.end(["tiny"])
+    assert all_labs.start(quick=True, model="", fresh=False).begun == ["other"]
 
 
 def test_a_sitting_in_which_nothing_ended_has_no_page(folder: RunFolder) -> None:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from dashboards import prometheus
 from labs.commands import recorded_runs
 from labs.filing import results
 from labs.filing.results import RunFolder
+from labs.running import run as running
+from serving.install import OWN_FOLDER, named_or
 from serving.models import ROOT
 from tests.unit.builders import write_run
 
@@ -101,3 +104,26 @@ def test_a_second_clone_reads_its_own_files(tmp_path: Path) -> None:
     first = {clone for clone in (ROOT, installed.parent) if (clone / "labs").is_dir()}
     of_the_first = [p for p in opened if first & set(p.parents) and installed not in p.parents]
     assert of_the_first == []
+
+
+def test_nothing_of_the_readers_is_erased_in_a_folder_that_they_name() -> None:
+    """What a killed run left is, since it lies in a folder of our own name there."""
+    named = Path(os.environ["LABS_SCRATCH"])
+    theirs, ours = named / "run-001" / "weights", named / OWN_FOLDER / "run-killed"
+    for folder in (theirs, ours):
+        folder.mkdir(parents=True)
+    (named / "run.lock").write_text("of another program")
+    with running._scratch_locked() as work:
+        assert work.parent == named / OWN_FOLDER
+    assert theirs.exists()
+    assert not ours.exists()
+    assert (named / "run.lock").read_text() == "of another program"
+
+
+def test_data_of_prometheus_lie_in_a_folder_of_our_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(os.environ["LABS_PROMETHEUS_DATA"])
+    assert (data / OWN_FOLDER).resolve() == prometheus.HOME
+    monkeypatch.delenv("LABS_PROMETHEUS_DATA")
+    assert named_or("LABS_PROMETHEUS_DATA", tmp_path) == tmp_path

@@ -274,7 +274,7 @@ def test_what_measures_the_ceilings_ends_with_the_runner(tmp_path: Path, family:
     code = f"""
 from serving import machine
 machine.MEASURING = ("sh", "-c", "echo $$ > {told}.half; mv {told}.half {told}; exec sleep 600")
-machine.measure_ceilings(machine._cpu())
+machine.measure_ceilings(machine.cpu())
 """
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     family.append(parent.pid)
@@ -289,7 +289,7 @@ machine.measure_ceilings(machine._cpu())
 def test_ceilings_that_cannot_be_measured_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "MEASURING", ("sh", "-c", "echo no kernel >&2; exit 3"))
     with pytest.raises(machine.CeilingsError, match=r"^no kernel$"):
-        machine.measure_ceilings(machine._cpu())
+        machine.measure_ceilings(machine.cpu())
 
 
 def test_child_that_ignores_sigterm_is_killed_after_the_grace(family: list[int]) -> None:

@@ -238,6 +238,24 @@ def test_processes_of_others_are_those_before_any_engine_and_those_that_come_wit
     assert Telemetry(None, LABELS).foreign_processes() is None
 
 
+def test_a_stranger_who_came_in_a_discarded_attempt_is_one_in_the_next_too() -> None:
+    now = [1]  # our engine's
+    nvml = make_nvml(nvmlDeviceGetComputeRunningProcesses=lambda h: now)
+    watched = Telemetry(Gpus(nvml), LABELS)
+    watched._foreign = 0
+    watched.begin("off")
+    now[:] = [1, 2]
+    for _ in range(2):  # attempts, or trials
+        watched.begin("off")
+        assert watched.foreign_processes() == 1
+    now[:] = [1]
+    watched.begin("off")
+    assert watched.foreign_processes() == 0
+    now[:] = [1, 3, 4]  # an engine with two processes
+    watched.begin("tp")
+    assert watched.foreign_processes() == 0
+
+
 def test_before_the_first_trial_no_series_has_a_sample() -> None:
     with Telemetry(Gpus(make_nvml()), LABELS) as watched:
         assert [m.samples for m in watched.collect()] == [[]] * len(telemetry.SERIES)

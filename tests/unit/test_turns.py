@@ -3,6 +3,7 @@ trials alone."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ import pytest
 
 from labs.filing.results import PointForecasts, RunFolder, Session, TrialResult, write_json
 from labs.lab import Point, Variant
-from labs.running.clock import Clock
+from labs.running import run as running
+from labs.running.clock import Clock, TimeUsedUp
 from labs.running.counts import Counts
 from labs.running.engines import Engines, order_of_engines, resident_groups
 from labs.running.harness import Harness
@@ -20,7 +22,7 @@ from labs.running.trials import PER_TRIAL_S, Trials, interleave
 from labs.telling import report
 from labs.telling.summary import summarise
 from serving.engines.base import EngineError
-from tests.unit.builders import make_lab, write_run
+from tests.unit.builders import SHAPE, make_lab, write_run
 
 A, B, C = (Variant(name=name) for name in "ABC")
 
@@ -138,6 +140,30 @@ def test_the_order_of_turns_is_drawn_from_the_seed() -> None:
     assert all(firsts.count(v.name) >= 3 for v in lab.variants)
 
 
+def test_a_resumed_run_goes_on_with_its_engines_as_they_were(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever memory is free by then."""
+    run, lab, points = folder.run(), folder.run().rebuilt_lab(), folder.run().points()
+    setup: Any = SimpleNamespace(
+        lab=lab, points=points, endpoint=None, machine=run.machine,
+        model=SimpleNamespace(shape=SHAPE),
+    )  # fmt: skip
+
+    def groups(free_bytes: float) -> int:
+        monkeypatch.setattr("labs.running.engines.available_bytes", lambda: free_bytes)
+        return len(resident_groups(setup, folder.took_turns(points, lab)))
+
+    assert (groups(2**60), groups(1)) == (1, 2)  # nothing is on file
+    failed = TrialResult(point=points[0].key, repeat=1, failed="no memory")
+    write_json(folder.trial_folder(points[0], 1) / "trial.json", failed)
+    assert (groups(2**60), groups(1)) == (1, 2)
+    for start, count in ((None, 1), (2, 2)):
+        result = TrialResult(point=points[1].key, repeat=1, start=start)
+        write_json(folder.trial_folder(points[1], 1) / "trial.json", result)
+        assert (groups(2**60), groups(1)) == (count, count)
+
+
 def set_lab(folder: RunFolder, **fields: Any) -> None:
     lab = {**folder.run().lab, **fields}
     write_json(folder.path / "run.json", folder.run().model_copy(update={"lab": lab}))
@@ -195,6 +221,42 @@ def test_the_trials_of_an_engine_that_does_not_start_fail_with_its_reason(
     harness.play_trials(on, [(last, 1)], probe=False)
     assert harness.noted[-1] == "on"
     assert harness.noted.count("on") == 1  # it is not tried again
+
+
+def test_engines_that_do_not_start_together_take_turns(folder: RunFolder) -> None:
+    """So that what cannot start costs its own trials, not the run."""
+    harness = Noted(folder)
+    variants = list(harness.setup.lab.variants)
+    harness.groups, harness.trials._in_turn = [variants], False
+    harness.dead.add("on")
+    harness.play_lab()
+    failed = {
+        point.variant.name: result.failed
+        for point, repeat in interleave(harness.setup, variants)
+        if (result := folder.trial_result(point, repeat))
+    }
+    assert failed == {"off": None, "on": "no kernel for this type"}
+    assert harness.steps == [
+        "no kernel for this type", "Engines take turns, since not all start beside one another",
+        "no kernel for this type",
+    ]  # fmt: skip
+    assert [len(group) for group in harness.groups] == [1, 1]
+    assert harness.trials._in_turn
+
+
+def test_where_trials_were_played_together_a_failing_group_is_not_taken_apart(
+    folder: RunFolder,
+) -> None:
+    """The trials of one run are compared with one another."""
+    harness = Noted(folder)
+    harness.groups = [list(harness.setup.lab.variants)]
+    point = harness.setup.points[0]
+    played = TrialResult(point=point.key, repeat=1)
+    write_json(folder.trial_folder(point, 1) / "trial.json", played)
+    harness.dead.add("on")
+    harness.play_lab()
+    assert len(harness.groups) == 1
+    assert harness.steps == ["no kernel for this type"]
 
 
 def test_a_variant_that_is_probed_alone_has_its_turn(folder: RunFolder) -> None:
@@ -279,6 +341,31 @@ def test_undecided_points_are_repeated_in_turn_too(
     assert written == [[3], [4]]
 
 
+@pytest.mark.usefixtures("written")
+def test_a_call_whose_time_ends_leaves_undecided_points_to_the_next_call(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lab's stated time is not used up by that, so the run is not complete."""
+    set_lab(folder, most_repeats=4)
+    pair = SimpleNamespace(
+        outcome="inconclusive", effect=True, treatment="on/short/concurrent-1",
+        baseline="off/short/concurrent-1",
+    )  # fmt: skip
+    monkeypatch.setattr(
+        "labs.running.harness.summarise", lambda _: SimpleNamespace(judgements=[pair])
+    )
+    harness = Noted(folder)
+    harness.goes(2)
+    setup: Any = harness.setup
+    setup.clock = Clock(ends=time.monotonic() + 5, played=True)
+    monkeypatch.setattr("labs.running.run.open_harness", lambda *_: contextlib.nullcontext(harness))
+    harness.noted.clear()
+    with pytest.raises(TimeUsedUp, match="starting off, and its first trial"):
+        running._measure(setup, folder, folder.path, harness.progress, time.monotonic())
+    assert not harness.noted
+    assert not any("stated time" in said for said in harness.steps)
+
+
 def test_an_interrupted_run_goes_on_with_all_the_points_it_had_chosen(
     folder: RunFolder, written: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,6 +431,28 @@ def test_engines_started_once_each_are_a_caveat(tmp_path: Path) -> None:
     ):
         found, said = told(resident, back)
         assert (found, text in said) == (caveat, True)
+
+
+def test_the_time_that_remains_counts_the_starts_between_engines(folder: RunFolder) -> None:
+    """On a GPU most of the time goes into them."""
+    set_lab(folder, starts=2)
+    harness = Noted(folder)
+    engines: Any = harness.engines
+    remaining = list[tuple[int, float]]()
+
+    def play(point: Point, repeat: int) -> None:
+        engines.start_s = 100.0 * engines.started
+        NotedTrials.play(harness.trials, point, repeat)  # type: ignore[arg-type]
+        starts, trial_s = harness.trials.starts_to_come, harness.trials.remaining_s
+        harness.trials.starts_to_come = 0
+        remaining.append((starts, trial_s - harness.trials.remaining_s))
+        harness.trials.starts_to_come = starts
+
+    harness.trials.play = play  # type: ignore[method-assign]
+    harness.play_lab()
+    assert remaining == [pair for starts in (3, 2, 1, 0) for pair in [(starts, 100.0 * starts)] * 2]
+    harness.groups = [list(harness.setup.lab.variants)]
+    assert harness._starts_of([(harness.groups[0], [(harness.setup.points[0], 9)])]) == 0
 
 
 def test_once_every_point_was_played_the_rest_is_estimated_from_what_it_took(

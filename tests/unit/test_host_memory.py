@@ -1,0 +1,54 @@
+"""How much memory a process may still take, where a control group around it has a limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from serving import host_memory
+
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with 100 GiB available."""
+    monkeypatch.setattr(host_memory, "GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(host_memory, "OWN", tmp_path / "own")
+    free = SimpleNamespace(available=100 * GIB)
+    monkeypatch.setattr("serving.host_memory.psutil.virtual_memory", lambda: free)
+    return tmp_path / "cgroup"
+
+
+def limit(group: Path, names: tuple[str, str, str], most: str, used_gib: int = 0) -> None:
+    """Give a group a limit; one of the GiB that it uses is what files had in memory."""
+    group.mkdir(parents=True, exist_ok=True)
+    (group / names[0]).write_text(f"{most}\n")
+    (group / names[1]).write_text(f"{used_gib * GIB}\n")
+    (group / "memory.stat").write_text(f"anon 1\n{names[2]} {GIB}\n")
+
+
+def test_the_tightest_limit_around_the_process_counts(groups: Path) -> None:
+    host_memory.OWN.write_text("0::/slice/job\n")
+    assert host_memory.available_bytes() == 100 * GIB  # no group tells anything
+    limit(groups / "slice/job", host_memory.VERSION_2, "max", 3)
+    assert host_memory.available_bytes() == 100 * GIB
+    limit(groups / "slice", host_memory.VERSION_2, str(16 * GIB), 5)
+    assert host_memory.available_bytes() == 12 * GIB
+    limit(groups / "slice/job", host_memory.VERSION_2, str(8 * GIB), 20)
+    assert host_memory.available_bytes() == 0
+
+
+def test_the_limits_of_version_1_count_too(groups: Path) -> None:
+    """In a container its path may be the host's, and only the root is there."""
+    host_memory.OWN.write_text("8:pids:/\n7:memory:/docker/0123\n0::/\n")
+    limit(groups / "memory", host_memory.VERSION_1, str(4 * GIB), 2)
+    assert host_memory.available_bytes() == 3 * GIB
+    limit(groups / "memory", host_memory.VERSION_1, str(2**63 - 4096), 2)  # none
+    assert host_memory.available_bytes() == 100 * GIB
+
+
+def test_without_control_groups_the_machine_counts() -> None:
+    assert host_memory.available_bytes() == 100 * GIB
