@@ -133,6 +133,7 @@ def computed(folder: RunFolder) -> Summary:
                 predictions.effects[claim.name][f"{t.key}|{b.key}"],
                 [*caveats, *own],
                 context.sampling,
+                predictions.of_means(claim, t.key, b.key),
             )
             for claim, t, b, own in pairs
         ],

@@ -17,6 +17,7 @@ from labs.filing.results import (
     Predictions,
     RunFolder,
     Session,
+    Summary,
     TrialResult,
     write_json,
 )
@@ -37,7 +38,7 @@ from labs.judging.text import (
     verdict_text,
 )
 from labs.lab import Prediction
-from labs.telling import markdown, method, report
+from labs.telling import markdown, method, report, tables
 from labs.telling.document import (
     Bullets,
     Emphasis,
@@ -137,6 +138,23 @@ def test_ratio_without_effect_or_interval_is_a_dash() -> None:
     ratio = Interval(value=1.5, low=None, high=None, n=1)
     single = judgement("inconclusive", None, Effect(ratio=ratio, spread=None))
     assert (ratio_text(single), ratio_interval(single)) == ("1.50x", "–")
+
+
+def test_a_ratio_of_arithmetic_means_is_said_to_be_one() -> None:
+    def where(of_means: bool) -> str:
+        ratio = Interval(value=1.5, low=1.2, high=1.9, n=3)
+        effect = Effect(ratio=ratio, spread=0.1, of_means=of_means)
+        points = {side: f"{side}/short/concurrent-1" for side in ("treatment", "baseline")}
+        judged = judgement("helps", True, effect).model_copy(update=points)
+        summary = Summary.model_construct(judgements=[judged])
+        ((name, *_),) = tables.claims(make_lab(), summary).rows
+        return plain_text(name)
+
+    assert "; of the arithmetic means, as a repeat had 0)" in where(of_means=True)
+    assert "arithmetic" not in where(of_means=False)
+    assert (
+        "of_means" not in Effect(ratio=Interval(value=1, low=1, high=1, n=2), spread=0).model_dump()
+    )
 
 
 def test_caveats_are_told_once_each_with_where_and_whether_they_block() -> None:
