@@ -299,9 +299,11 @@ def _price(context: Context) -> str:
 
 
 def _of_base(context: Context, workload: str, metric: str) -> Interval | None:
-    """Divides the FP8 cache's figure on a workload by the BF16 cache's."""
+    """Divides the FP8 cache's figure on a workload by the BF16 cache's; None if not valid."""
     at = {p.variant.name: p for p in context.points if p.workload.name == workload}
     if "fp8" not in at or "bf16" not in at:
+        return None
+    if context.withholds(metric, at["fp8"], at["bf16"]):
         return None
     measured = context.effect(at["fp8"], at["bf16"], metric)
     return measured.ratio if measured else None

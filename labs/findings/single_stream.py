@@ -196,7 +196,7 @@ def flag_effects(context: Context) -> FlagEffects:
 def is_valid(context: Context, variant: str, name: PhaseName) -> bool:
     """Whether nothing withholds a verdict on a phase of a variant."""
     point = context.point(variant, name, "concurrent:1")
-    return not any(point and caveat.hits(METRIC_OF[name], point.key) for caveat in context.caveats)
+    return point is None or not context.withholds(METRIC_OF[name], point)
 
 
 def beside(context: Context, variant: str, name: PhaseName) -> PhaseComparison | None:
@@ -211,7 +211,7 @@ def beside(context: Context, variant: str, name: PhaseName) -> PhaseComparison |
     measured = context.effect(ours, default, metric)
     if measured is None:
         return None
-    if any(caveat.hits(metric, ours.key, default.key) for caveat in context.caveats):
+    if context.withholds(metric, ours, default):
         return PhaseComparison(measured, "not valid")
     return PhaseComparison(measured, MATTERS[verdict_kind(measured.ratio, metric)])
 

@@ -38,7 +38,9 @@ def draw(
     folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary, save: bool = True
 ) -> list[Figure]:
     """Draw the lab's plots into the run's folder, unless it has them already."""
-    context = Context(folder, folder.run(), lab, list(points), summary.measurements)
+    context = Context(
+        folder, folder.run(), lab, list(points), summary.measurements, summary.caveats
+    )
     run, figures = JudgedRun.of(context, summary), []
     for name, draw_one in _drawn(lab).items():
         caption = draw_one(run)

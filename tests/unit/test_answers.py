@@ -18,14 +18,15 @@ from labs.findings.continuous_batching import both_ends, one_stream, ridge
 from labs.findings.kv_quantization import memory_steps
 from labs.findings.parts import Conclusion, answers, parts_of
 from labs.findings.prefix_caching import sharing, where_to_look
-from labs.findings.weight_quantization import phases
+from labs.findings.speculative_decoding import speculation_wins
+from labs.findings.weight_quantization import phases, winners
 from labs.judging.judge import Effect, Interval, Judgement
 from labs.lab import Lab, Variant
 from loadtests.workload import Intruder
 from serving import metrics
 from serving.metrics import Histogram, Snapshot
 from tests.unit.builders import PREDICTION, SHAPE, make_lab, make_workload
-from tests.unit.test_findings import context, played
+from tests.unit.test_findings import context, guessing, played, withheld
 
 
 def judged_run(context: Context, judgements: Sequence[Judgement] = ()) -> JudgedRun:
@@ -35,6 +36,31 @@ def judged_run(context: Context, judgements: Sequence[Judgement] = ()) -> Judged
         pooled={},
         judgements=list(judgements), forecasts=[], caveats=[], failed={}, missing=0,
     ))  # fmt: skip
+
+
+def test_answers_neither_rank_nor_win_by_what_is_not_valid(tmp_path: Path) -> None:
+    found = guessing(tmp_path / "guessing", {"none 1": 10.0, "guess 1": 8.0})
+    found = replace(found, lab=found.lab.model_copy(update={"findings": ("speed-up",)}))
+    valid, not_valid = (
+        speculation_wins(judged_run(run)) or ""
+        for run in (found, withheld(found, "none/story/concurrent-1"))
+    )
+    assert valid.startswith("The largest speed-up is 1.25x")
+    assert not_valid.startswith("Speculation wins at no load that is valid. `guess` on story: not")
+    prices = {p: {"tpot_mean_s": s} for p, s in (
+        ("bf16/far/concurrent-1", 0.020), ("fp8/far/concurrent-1", 0.030),
+    )}  # fmt: skip
+    lab = make_lab(
+        variants=tuple(
+            Variant(name=n, flags={"kv-cache-dtype": t, "kv-cache-memory-bytes": 32 * 640})
+            for n, t in (("bf16", "auto"), ("fp8", "fp8_e4m3"), ("bf16-tight", "auto"))
+        ),
+        workloads=(make_workload(name="far"),), claims=(), evidence=(), findings=("memory-ladder",),
+    )  # fmt: skip
+    ladder = context(tmp_path / "ladder", lab, prices)
+    assert "at worst" in (memory_steps(judged_run(ladder)) or "")
+    not_valid = memory_steps(judged_run(withheld(ladder, "fp8/far/concurrent-1"))) or ""
+    assert "at worst" not in not_valid
 
 
 def judged(claim: str, value: float, **fields: Any) -> Judgement:
@@ -212,10 +238,31 @@ def test_fewer_bytes_are_held_against_both_phases(
         "w8a8/decode/concurrent-1": {"tpot_mean_s": np.divide(decode_ms, 1000).tolist()},
         "w8a8/prefill/concurrent-1": {"ttft_mean_s": np.divide(prefill_ms, 1000).tolist()},
     }
-    text = phases(judged_run(context(tmp_path, lab, values, halved=["w8a8"])))
+    found = context(tmp_path, lab, values, halved=["w8a8"])
+    text = phases(judged_run(found))
     assert text
     assert "With 0.50 of the bytes (`w8a8`)" in text
     assert said in text
+    not_valid = judged_run(withheld(found, "bf16/decode/concurrent-1", ("tpot_mean_s",)))
+    assert phases(not_valid) == "`w8a8` is not valid. See validity."
+
+
+def test_weights_that_are_not_valid_are_not_ranked(tmp_path: Path) -> None:
+    names = ("bf16", "w8a8", "w4a16-awq")
+    lab = make_lab(
+        variants=tuple(Variant(name=name) for name in names), claims=(), evidence=(),
+        workloads=(make_workload(name="decode"),),
+    )  # fmt: skip
+    found = context(tmp_path, lab, {
+        f"{name}/decode/concurrent-1": {"output_tokens_per_s": rate}
+        for name, rate in zip(names, (100.0, 200.0, 150.0), strict=True)
+    })  # fmt: skip
+    told = winners(judged_run(found))
+    assert told
+    assert "1 in flight: `w8a8` 2.00x (2.00 to 2.00), `w4a16-awq` 1.50x" in told
+    told = winners(judged_run(withheld(found, "w8a8/decode/concurrent-1")))
+    assert told
+    assert "1 in flight: `w4a16-awq` 1.50x (1.50 to 1.50), `w8a8` not valid" in told
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ def budgets(
     limit_s: float,
     stalls_ms: tuple[float, ...] = (10, 20, 40),
     long_ttft_ms: tuple[float, ...] = (80, 60, 50),
+    not_valid: str = "",
 ) -> Finding:
     """Pieces of 8, 16 and the whole 32 tokens beside two streams."""
     sizes = (("small", 10), ("middle", 18), ("whole", 64))
@@ -158,7 +159,19 @@ def budgets(
             sizes, stalls_ms, long_ttft_ms, (90, 30, 20), strict=True
         )
     }  # fmt: skip
-    return TOKEN_BUDGET.finding(context(home, lab, values))
+    return TOKEN_BUDGET.finding(withheld(context(home, lab, values), not_valid))
+
+
+def test_a_budget_that_is_not_valid_is_not_the_best_and_its_price_is_not_told(
+    tmp_path: Path,
+) -> None:
+    found = budgets(tmp_path, limit_s=0.025, not_valid="middle/short/contended-2-1")
+    assert cells(found, 0, 5, 6)[1] == ["middle", "not valid", "not valid"]
+    assert "`small` gives the long prompt its first token soonest" in found.lines[0]
+    found = budgets(tmp_path / "b", limit_s=0.025, not_valid="small/short/contended-2-1")
+    assert found.lines[1] == "What the smallest budget costs the streams is not valid."
+    found = budgets(tmp_path / "c", limit_s=0.015, not_valid="small/short/contended-2-1")
+    assert found.lines[0].startswith("No budget here whose figures are valid keeps the gaps")
 
 
 def test_the_budget_within_the_slo_whose_long_prompt_waits_least(tmp_path: Path) -> None:
@@ -301,6 +314,17 @@ def test_the_best_flags_may_differ_for_goodput_and_for_throughput(tmp_path: Path
     found = BEST_FLAGS.finding(overloaded(tmp_path))
     assert "`capped` has the most goodput as measured; none was forecast." in found.lines[0]
     assert "`unbounded` has the most throughput" in found.lines[1]
+
+
+def withheld(found: Context, point: str, metrics: tuple[str, ...] = ()) -> Context:
+    """The run with a caveat that blocks verdicts at a point."""
+    caveat = Caveat(name="errors", text="", blocks=True, point=point, metrics=metrics)
+    return replace(found, caveats=[caveat])
+
+
+def test_flags_that_are_not_valid_are_not_the_best(tmp_path: Path) -> None:
+    found = BEST_FLAGS.finding(withheld(overloaded(tmp_path), "capped/mixed/capacity-2"))
+    assert found.lines[0].startswith("Of those whose figures are valid, `unbounded` has the most")
 
 
 def test_the_queue_sees_an_overload_coming_and_a_full_batch_does_not(tmp_path: Path) -> None:
@@ -471,6 +495,19 @@ def test_a_load_whose_interval_holds_1_is_not_told_apart(tmp_path: Path) -> None
     assert "wins at 1 in flight, 1.25x (1.25 to 1.25); not told apart at 8" in finding.lines[0]
     one = replace(found, values={k: {1: of[1]} for k, of in found.values.items()})
     assert cells(SPEED_UP.finding(one), 2) == [["not told apart"]] * 2
+
+
+@pytest.mark.parametrize("side", ["none", "guess"])
+def test_a_speed_up_that_is_not_valid_neither_wins_nor_loses(side: str, tmp_path: Path) -> None:
+    found = guessing(tmp_path, {**PLAIN, "guess 1": 8.0, "guess 4": 11.0, "guess 8": 30.0})
+    run = withheld(found, f"{side}/story/concurrent-8", ("tpot_mean_s",))
+    finding = SPEED_UP.finding(run)
+    assert cells(finding, 2) == [["wins"], ["wins"], ["not valid"]]
+    assert "; not valid at 8, 0.53x" in finding.lines[0]
+    assert "starts to" not in finding.lines[0]
+    assert "Where it is *not valid*, see validity." in finding.lines[1]
+    other = withheld(found, f"{side}/story/concurrent-8", ("ttft_mean_s",))
+    assert cells(SPEED_UP.finding(other), 2)[2] == ["loses"]
 
 
 def test_tokens_a_step_and_tokens_a_draft_step_have_two_names(tmp_path: Path) -> None:

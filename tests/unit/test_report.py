@@ -21,6 +21,7 @@ from labs.filing.results import (
     TrialResult,
     write_json,
 )
+from labs.findings.context import JudgedRun
 from labs.judging.judge import Caveat, Effect, Interval, Judgement, PredictionOutcome
 from labs.judging.text import (
     claim_outcome,
@@ -38,7 +39,7 @@ from labs.judging.text import (
     verdict_text,
 )
 from labs.lab import Prediction
-from labs.telling import markdown, method, report, tables
+from labs.telling import markdown, method, plots, report, tables
 from labs.telling.document import (
     Bullets,
     Emphasis,
@@ -273,6 +274,20 @@ def test_what_is_trivial_is_told_and_counted_apart() -> None:
     assert predictions_text(found) == "1 held, 2 open; trivial: 1 held, 1 open"
     assert predictions_text([trivial]) == "trivial: 1 held"
     assert (decided_text([]), predictions_text([])) == ("–", "–")
+
+
+def test_plots_know_what_is_not_valid(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    caveat = Caveat(name="errors", text="", blocks=True, point="off/short/concurrent-1")
+    summary = folder.summary().model_copy(update={"caveats": [caveat]})
+    known = []
+
+    def draw(run: JudgedRun) -> None:
+        known.append([p.key for p in run.points if run.withholds("tpot_mean_s", p)])
+
+    monkeypatch.setattr(plots, "_drawn", lambda _: {"one": draw})
+    facts = report.Facts.of(folder)
+    plots.draw(folder, facts.lab, facts.points, summary, save=False)
+    assert known == [["off/short/concurrent-1"]]
 
 
 def test_a_claim_without_points_is_named_and_not_lost(folder: RunFolder) -> None:
