@@ -216,6 +216,7 @@ def formats(run: JudgedRun) -> str | None:
 def phases(run: JudgedRun) -> str | None:
     """Answers IP-2: whether fewer bytes of weights speed up decode alone, as theory has it."""
     parts, not_valid, as_bound, settled = [], [], [], True
+    in_memory_bytes = {p.variant.name: p.shape.weight_bytes for p in run.points}
     for variant in run.lab.variants[1:]:
         in_decode = _beside_base(run, variant.name, "decode", 1, "tpot_mean_s")
         in_prefill = _beside_base(run, variant.name, "prefill", 1, "ttft_mean_s")
@@ -225,10 +226,7 @@ def phases(run: JudgedRun) -> str | None:
             not_valid.append(f"`{variant.name}` is not valid")
             continue
         decode, prefill = in_decode.ratio, in_prefill.ratio
-        ours, plain = (
-            next(p.shape.weight_bytes for p in run.points if p.variant.name == name)
-            for name in (variant.name, BASE)
-        )
+        ours, plain = (in_memory_bytes[name] for name in (variant.name, BASE))
         as_bound.append(_shows_gain(decode) and not _shows_gain(prefill))
         settled &= _is_decided(decode) and _is_decided(prefill)
         parts.append(

@@ -280,6 +280,8 @@ def roofline(run: JudgedRun) -> str | None:
 
 def variants(run: JudgedRun) -> str | None:
     """Draw the first claim's metric for every variant, workload by workload."""
+    if not run.lab.claims:  # what they compare was left out
+        return None
     lab, name = run.lab, run.lab.claims[0].metric
     metric = METRICS[name]
     measured = [p for p in run.points if run.interval(p, name)]

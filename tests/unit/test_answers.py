@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -21,12 +22,14 @@ from labs.findings.prefix_caching import sharing, where_to_look
 from labs.findings.speculative_decoding import speculation_wins
 from labs.findings.weight_quantization import phases, winners
 from labs.judging.judge import Effect, Interval, Judgement
-from labs.lab import Lab, Variant
+from labs.judging.metrics import METRICS
+from labs.lab import Lab, LabError, Variant
+from labs.telling import plots
 from loadtests.workload import Intruder
 from serving import metrics
 from serving.metrics import Histogram, Snapshot
-from tests.unit.builders import PREDICTION, SHAPE, make_lab, make_workload
-from tests.unit.test_findings import context, guessing, played, withheld
+from tests.unit.builders import CEILINGS, PREDICTION, SHAPE, make_lab, make_workload
+from tests.unit.test_findings import ABOUT, context, guessing, played, withheld
 
 
 def judged_run(context: Context, judgements: Sequence[Judgement] = ()) -> JudgedRun:
@@ -85,6 +88,47 @@ def test_a_run_of_which_nothing_came_invents_nothing(lab: Lab, tmp_path: Path) -
     given = answers(judged_run(context(tmp_path, lab.model_copy(update={"requests": 64}), {})))
     assert given.keys() <= {"KV-2", "KV-3", "KV-7"}
     assert not [text for text in given.values() if "easured" in text]
+
+
+def kept_in_part(lab: Lab) -> Iterator[dict[str, Any]]:
+    """Settings that leave out one variant, workload or load, or all but one."""
+    for field in ("variants", "workloads"):
+        names = [part.name for part in getattr(lab, field)]
+        for name in names:
+            yield {field: [name]}
+            yield {field: [other for other in names if other != name]}
+    for workload in lab.workloads:
+        if len(workload.loads) > 1:
+            yield {f"workloads.{workload.name}.loads": [str(workload.loads[0])]}
+        served = list(workload.only or [v.name for v in lab.variants])
+        yield {f"workloads.{workload.name}.only": served[1:]}
+
+
+@pytest.mark.parametrize("name", LABS)
+def test_findings_answers_and_plots_bear_what_is_left_out(name: str, tmp_path: Path) -> None:
+    """All that a reader may keep of a lab, every figure of it measured; nothing may raise."""
+    parts, told = parts_of(name), list[Any]()
+    for i, changes in enumerate(kept_in_part(LABS[name].at("cpu", quick=False))):
+        try:
+            lab = LABS[name].at("cpu", quick=False, changes=changes)
+        except LabError:  # nothing is left, or nothing that tells a capacity
+            continue
+        points = lab.points(SHAPE, CEILINGS, {}, ABOUT)
+        kept = [v.name for v in lab.variants], [p.key for p in points]
+        if kept in told:
+            continue
+        told.append(kept)
+        values = {
+            p.key: {metric: 0.5 + j / 100 for metric in METRICS} for j, p in enumerate(points)
+        }
+        run = judged_run(context(tmp_path / str(i), lab, values, about=ABOUT))
+        for finding in lab.findings:
+            assert parts.findings[finding].finding(run).title, changes
+        answers(run)
+        for draw in plots._drawn(lab).values():
+            draw(run)
+            plt.close("all")
+    assert told
 
 
 def test_a_claim_that_was_not_valid_is_no_answer(tmp_path: Path) -> None:
