@@ -39,7 +39,8 @@ TITLES = {
     "healthy": "nothing", "burst": "a burst", "cold cache": "a cold cache",
     "long neighbour": "a neighbour's long prompt", "long context": "a long context",
     "preemption": "preemption", "large budget": "a large token budget",
-    "speculation": "speculation under load", "slow step": "a slower step",
+    "speculation": "speculation under load", "more requests at once": "more requests at once",
+    "slow step": "a slower step",
     "unknown": "no cause", "too little": "too few requests",
 }  # fmt: skip
 """The causes in words; `unknown` is what the rule says of a symptom without any mark."""

@@ -51,6 +51,10 @@ DRAFTS_LOST = 0.2
 MORE_SHORT_GAPS = MORE_LONG_GAPS
 """The other gaps are shorter where so many more lie below the bucket of the healthy mean, or so
 many fewer above it: as many as have become long."""
+MORE_AT_ONCE = 1.5
+"""A step holds more requests where it holds so many times what slower tokens alone bring about: a
+request that takes longer meets more others, though no more come (Little's law). Half again as much
+in a step is about the least that makes one longer by more than the symptom's threshold."""
 QUEUED_SHARE = 0.5
 """The queue explains a later first token where at least half of what was added was spent in it."""
 
@@ -70,7 +74,7 @@ GAPS: Symptom = "more gaps are long"
 
 Cause = Literal[
     "healthy", "preemption", "speculation", "long context", "long neighbour", "cold cache",
-    "large budget", "burst", "slow step", "unknown",
+    "large budget", "burst", "more requests at once", "slow step", "unknown",
 ]  # fmt: skip
 
 
@@ -79,6 +83,7 @@ class Reading:
     """Holds what an engine counted over an interval; a figure that it lacks is None."""
 
     counted: Snapshot
+    seconds: float | None = None  # of the interval; None where they are not known
 
     @property
     def requests(self) -> float:
@@ -145,6 +150,16 @@ class Reading:
         """The bounds of the bucket with the longest prompt, in tokens."""
         prompts = self._histogram(metrics.REQUEST_PROMPT_TOKENS)
         return prompts.bucket_of(1) if prompts else None
+
+    @property
+    def decoding(self) -> float | None:
+        """The mean number of requests in decode, by Little's law: their decode time a second.
+
+        The gaps between tokens add up to that time, and count when they pass; a request's whole
+        decode time would count when it ends.
+        """
+        gaps = self._histogram(metrics.ITL)
+        return gaps.sum / self.seconds if gaps and self.seconds else None
 
     @property
     def waiting(self) -> float | None:
@@ -363,6 +378,25 @@ def _burst(now: Reading, healthy: Reading) -> Mark | None:
     )
 
 
+def _more_at_once(now: Reading, healthy: Reading) -> Mark | None:
+    """Compare how many requests a token shares its step with, itself among them.
+
+    One that comes meets the mean number and joins it, however long the engine idles in between.
+    """
+    decoding, before = now.decoding, healthy.decoding
+    if decoding is None or before is None:
+        return None
+    by_slower_tokens = before * max(1.0, _factor(now.tpot_s, healthy.tpot_s))
+    if 1 + decoding < MORE_AT_ONCE * (1 + by_slower_tokens):
+        return None
+    return Mark(
+        "more requests at once",
+        f"{decoding:.1f} requests are in decode on average, healthy {before:.1f}, and slower tokens"
+        f" alone would make that {by_slower_tokens:.1f}: a step works for more requests, and takes"
+        " longer",
+    )
+
+
 def _slow_step(now: Reading, healthy: Reading) -> Mark:
     return Mark(
         "slow step",
@@ -382,6 +416,7 @@ _MARKS: tuple[tuple[frozenset[Symptom], Look], ...] = (
     (frozenset({LATER, SLOWER, GAPS}), _cold_cache),
     (frozenset({GAPS}), _large_budget),
     (frozenset({LATER}), _burst),
+    (frozenset({SLOWER}), _more_at_once),
 )
 """What each cause explains, and how it is recognised; the first mark that is found counts."""
 
@@ -389,7 +424,7 @@ _MARKS: tuple[tuple[frozenset[Symptom], Look], ...] = (
 
 
 def _by_thresholds(now: Reading) -> Diagnosis:
-    """Use thresholds alone: a cold cache, a long context and a slow step need a comparison."""
+    """Use thresholds alone: what has grown, cooled down or become slower needs a comparison."""
     marks: list[Mark] = []
     if (now.preemptions or 0.0) >= PREEMPTED:
         marks.append(

@@ -22,12 +22,16 @@ MEANINGS = {
     "large budget": "A step takes in too much of a prompt at once. Lower max-num-batched-tokens.",
     "burst": "More requests come than the batch takes. Limit the queue, add an engine, or raise"
     " max-num-seqs where memory admits.",
+    "more requests at once": "More traffic comes than before, and a step serves more of it at once;"
+    " nothing is broken. Where tokens are too slow, lower max-num-seqs, so that some requests wait,"
+    " or add an engine.",
     "slow step": "Nothing in the load explains it, so look at the engine and the machine: eager"
     " mode, CUDA graphs, number types, kernels, clocks, other work.",
 }
 NOT_WITHOUT = (
-    "Without a healthy reading (BASELINE=) a cold cache, a longer context, a larger token budget"
-    " and a slower step cannot be told: there is nothing to compare them with."
+    "Without a healthy reading (BASELINE=) a cold cache, a longer context, a larger token budget,"
+    " more requests at once and a slower step cannot be told: there is nothing to compare them"
+    " with."
 )
 
 
@@ -83,6 +87,7 @@ def _figures(reading: Reading) -> dict[str, str]:
         "Drafts accepted": number(reading.accepted, "share"),
         "Median prompt": _within(reading.median_prompt_tokens, "tok"),
         "Longest prompt": _within(reading.longest_prompt_tokens, "tok"),
+        "In decode, mean": number(reading.decoding),
         "Waiting at the end": number(reading.waiting),
     }
 

@@ -125,9 +125,10 @@ def test_every_cause_is_named_by_its_own_mark(cause: Cause) -> None:
 
 def test_every_cause_of_the_lab_is_one_of_the_rule_and_has_a_signature() -> None:
     assert set(INJECTED.values()) == DISTURBED.keys() == SIGNATURES.keys()
-    assert set(INJECTED.values()) | {"unknown"} == set(get_args(Cause))
+    of_traffic = {"more requests at once"}  # a closed loop of equally many users has no more
+    assert set(INJECTED.values()) | of_traffic | {"unknown"} == set(get_args(Cause))
     assert set(get_args(Cause)) <= TITLES.keys()
-    assert set(diagnoses.MEANINGS) == set(INJECTED.values()) - {"healthy"}
+    assert set(diagnoses.MEANINGS) == (set(INJECTED.values()) | of_traffic) - {"healthy"}
     on_gpu = LABS["diagnosis"].at("gpu", quick=False).points(SHAPE, CEILINGS)
     assert INJECTED.keys() <= {(p.variant.name, p.workload.name) for p in on_gpu}
     here = {(p.variant.name, p.workload.name) for p in points()}
@@ -194,6 +195,42 @@ def test_guesses_that_were_there_before_are_blamed_once_fewer_are_accepted() -> 
     )
     slower = counted(gaps_s={0.09: 200}, drafted=(1000, 700), tokens_a_gap=2)
     assert named(slower, before) == "slow step"
+
+
+@pytest.mark.parametrize(
+    ("requests", "gap_s", "seconds", "cause"),
+    [
+        (80, 0.052, 5.2, "more requests at once"),  # 16 in decode, 1.3 times as slow
+        (10, 0.052, 4.0, "slow step"),  # as many come: slower tokens alone make 2.6 of 2
+        (10, 0.12, 4.0, "slow step"),  # 6 of 2, at a third of the speed
+        (80, 0.041, 4.1, "healthy"),  # 16, but no token is slower
+        (80, 0.052, None, "slow step"),  # over an interval that is not known
+    ],
+)
+def test_more_traffic_is_no_broken_engine(
+    requests: int, gap_s: float, seconds: float | None, cause: Cause
+) -> None:
+    """Beside a healthy engine that has 2 requests in decode on average."""
+    healthy = Reading(HEALTHY, seconds=4.0)
+    assert healthy.decoding == pytest.approx(2)
+    more = counted(gaps_s={gap_s: 20 * requests}, prompts={384.0: requests})
+    found = diagnose(Reading(more, seconds), healthy)
+    assert found.cause == cause
+    if cause == "more requests at once":
+        evidence = found.marks[0].evidence
+        assert evidence.startswith(
+            "16.0 requests are in decode on average, healthy 2.0, and slower"
+        )
+        text = markdown.document(diagnoses.page("m", 4, Reading(more, seconds), healthy, found))
+        assert "More traffic comes than before" in text
+        assert "machine" not in text
+
+
+def test_an_idle_engine_that_meets_a_few_more_is_slower_by_itself() -> None:
+    """0.1 and 0.3 in decode on average: a request still has most steps for itself."""
+    healthy = Reading(HEALTHY, seconds=80.0)
+    later = Reading(counted(gaps_s={0.052: 200}), seconds=35.0)
+    assert diagnose(later, healthy).cause == "slow step"
 
 
 def test_without_a_healthy_reading_only_some_causes_can_be_told() -> None:
