@@ -215,7 +215,8 @@ def formats(run: JudgedRun) -> str | None:
 
 def phases(run: JudgedRun) -> str | None:
     """Answers IP-2: whether fewer bytes of weights speed up decode alone, as theory has it."""
-    parts, not_valid, as_bound, settled = [], [], [], True
+    parts, not_valid, settled = [], [], True
+    not_in_decode, in_prefill_too = [], []  # variants that do otherwise than the bytes say
     in_memory_bytes = {p.variant.name: p.shape.weight_bytes for p in run.points}
     for variant in run.lab.variants[1:]:
         in_decode = _beside_base(run, variant.name, "decode", 1, "tpot_mean_s")
@@ -227,7 +228,8 @@ def phases(run: JudgedRun) -> str | None:
             continue
         decode, prefill = in_decode.ratio, in_prefill.ratio
         ours, plain = (in_memory_bytes[name] for name in (variant.name, BASE))
-        as_bound.append(_shows_gain(decode) and not _shows_gain(prefill))
+        not_in_decode += [] if _shows_gain(decode) else [f"`{variant.name}`"]
+        in_prefill_too += [f"`{variant.name}`"] if _shows_gain(prefill) else []
         settled &= _is_decided(decode) and _is_decided(prefill)
         parts.append(
             f"with {ours / plain:.2f} of the bytes (`{variant.name}`) decode takes"
@@ -235,14 +237,29 @@ def phases(run: JudgedRun) -> str | None:
         )
     if not parts:
         return f"{sentences(not_valid)} See validity." if not_valid else None
-    verdict = (
-        "they speed up decode and not prefill, as memory limits the one and arithmetic the other"
-        if settled and all(as_bound)
-        else "the repeats do not settle whether the bytes explain both phases on this machine"
-        if not settled
-        else "on this machine the bytes alone explain neither phase: the time for a format's"
-        " arithmetic matters in both"
-    )
+    if not settled:
+        verdict = "the repeats do not settle whether the bytes explain both phases on this machine"
+    elif not_in_decode and in_prefill_too:
+        verdict = (
+            "on this machine the bytes alone explain neither phase: the time for a format's"
+            " arithmetic matters in both"
+        )
+    elif not_in_decode:
+        verdict = (
+            "on this machine the bytes alone explain prefill, which is no faster, but not decode,"
+            f" which is no faster either with {' and '.join(not_in_decode)}: there the time for a"
+            " format's arithmetic takes up what reading less gains"
+        )
+    elif in_prefill_too:
+        verdict = (
+            "on this machine the bytes alone explain decode, but not prefill, which is faster, too,"
+            f" with {' and '.join(in_prefill_too)}: a format's own arithmetic matters there"
+        )
+    else:
+        verdict = (
+            "they speed up decode and not prefill, as memory limits the one and arithmetic the"
+            " other"
+        )
     told = "; ".join([*parts, *not_valid])
     text = sentences(["fewer bytes of weights should speed up decode alone", told])
     return f"{text} So {verdict}."

@@ -264,8 +264,11 @@ def test_ttft_is_split_by_the_engines_own_clock(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("decode_ms", "prefill_ms", "said"),
     [(5, 100, "and prefill 1.00x (1.00 to 1.00). So they speed up decode and not prefill"),
-     (5, 50, "and prefill 0.50x (0.50 to 0.50). So on this machine the bytes alone"),
-     (12, 100, "decode takes 1.20x (1.20 to 1.20) the time and prefill 1.00x"),
+     (5, 50, "and prefill 0.50x (0.50 to 0.50). So on this machine the bytes alone explain decode,"
+      " but not prefill, which is faster, too, with `w8a8`"),
+     (12, 100, "prefill 1.00x (1.00 to 1.00). So on this machine the bytes alone explain prefill,"
+      " which is no faster, but not decode, which is no faster either with `w8a8`"),
+     (12, 50, "So on this machine the bytes alone explain neither phase"),
      ((7, 13), 100, "So the repeats do not settle whether the bytes explain both"),
      (5, (60, 130), "So the repeats do not settle whether the bytes explain both")],
 )  # fmt: skip
