@@ -865,6 +865,17 @@ def test_a_check_that_could_not_fail_passes_nothing(
     assert leaked(tmp_path, probe(**changes), repeated=400).passed is False
 
 
+@pytest.mark.parametrize("asked", [None, {"misrouted": []}])
+def test_without_a_request_to_the_wrong_adapter_nothing_is_proved(
+    asked: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    found = leaked(tmp_path, None if asked is None else probe(**asked), repeated=400)
+    assert found.passed is None
+    assert any("nothing shows that the check can fail" in line for line in found.lines)
+    wrong = leaked(tmp_path / "wrong", None, "[amber]", "[coral]", "[coral]", repeated=400)
+    assert wrong.passed is False
+
+
 def test_answers_of_the_base_are_no_leak_but_are_told(tmp_path: Path) -> None:
     finding = leaked(tmp_path, None, "so")
     assert finding.rows[-1] == ["all", "6", "0", "6"]
@@ -895,7 +906,10 @@ def test_one_base_for_all_tenants_saves_the_others(tmp_path: Path) -> None:
     [
         ((20, 21, 19), (100, 101, 99), (True, False), True),
         ((20, 21, 19), (20, 21, 19), (True, True), False),
-        ((98, 98.1, 97.9), (100, 101, 99), (False, False), True),  # sure, but tells little
+        # without a salt nothing tells either, for sure or perhaps: there is nothing to hide
+        ((98, 98.1, 97.9), (100, 101, 99), (False, False), None),
+        ((60, 110, 90), (100, 101, 99), (None, False), None),
+        ((98, 98.1, 97.9), (20, 21, 19), (False, True), False),
         ((20, 21, 19), (60, 110, 90), (True, None), None),  # may be 1, and may be half
     ],
 )
