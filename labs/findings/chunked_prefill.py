@@ -210,15 +210,17 @@ def streams_sentence(facts: TokenBudgets) -> str | None:
         return None
     if not least.streams_are_valid:
         return "What the smallest budget costs the streams is not valid."
-    low = least.streams_beside_whole.low
-    pays = (
-        "The streams pay too"
-        if low is not None and low > 1
-        else "Whether the streams pay too is not settled"
-    )
+    low, high = least.streams_beside_whole.low, least.streams_beside_whole.high
+    if high is not None and high < 1:
+        paid = "The streams do not pay: a new prompt of theirs has its first token sooner, too."
+    else:
+        settled = low is not None and low > 1
+        paid = (
+            f"{'The streams pay too' if settled else 'Whether the streams pay too is not settled'}:"
+            " a new prompt of theirs waits while the pieces of the long one fill each step."
+        )
     return (
-        f"{pays}: a new prompt of theirs waits while the pieces of the long one fill"
-        f" each step. With `{least.variant}` their own first token takes"
+        f"{paid} With `{least.variant}` their own first token takes"
         f" {number(least.streams_ttft_s, 's')} on average, without chunks"
         f" {number(facts.whole.streams_ttft_s, 's')}:"
         f" {times_with_interval(least.streams_beside_whole)}, the ratio of their geometric means."

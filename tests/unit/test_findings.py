@@ -138,6 +138,7 @@ def budgets(
     stalls_ms: tuple[float, ...] = (10, 20, 40),
     long_ttft_ms: tuple[float, ...] = (80, 60, 50),
     not_valid: str = "",
+    own_ms: Sequence[Any] = (90, 30, 20),
 ) -> Finding:
     """Pieces of 8, 16 and the whole 32 tokens beside two streams."""
     sizes = (("small", 10), ("middle", 18), ("whole", 64))
@@ -153,11 +154,9 @@ def budgets(
     values = {
         f"{name}/short/contended-2-1": {
             "stall_mean_s": stall / 1000, "intruder_ttft_mean_s": ttft / 1000,
-            "ttft_mean_s": own / 1000,
+            "ttft_mean_s": np.divide(own, 1000).tolist(),
         }
-        for (name, _), stall, ttft, own in zip(
-            sizes, stalls_ms, long_ttft_ms, (90, 30, 20), strict=True
-        )
+        for (name, _), stall, ttft, own in zip(sizes, stalls_ms, long_ttft_ms, own_ms, strict=True)
     }  # fmt: skip
     return TOKEN_BUDGET.finding(withheld(context(home, lab, values), not_valid))
 
@@ -193,6 +192,22 @@ def test_what_the_streams_pay_stands_beside_what_they_gain(tmp_path: Path) -> No
         "With `small` their own first token takes 90 ms on average, without chunks 20 ms:"
         " 4.50x (4.50 to 4.50), the ratio of their geometric means." in found.lines[1]
     )
+
+
+@pytest.mark.parametrize(
+    ("small_ms", "said"),
+    [
+        (90, "The streams pay too: a new prompt of theirs waits"),
+        (10, "The streams do not pay: a new prompt of theirs has its first token sooner, too."),
+        ((5, 90), "Whether the streams pay too is not settled: a new prompt"),
+    ],
+)
+def test_streams_pay_or_gain_or_neither_is_settled(
+    small_ms: Any, said: str, tmp_path: Path
+) -> None:
+    found = budgets(tmp_path, limit_s=0.025, own_ms=(small_ms, 30, 20))
+    assert found.lines[1].startswith(said)
+    assert " With `small` their own first token takes " in found.lines[1]
 
 
 def test_the_stall_is_a_line_over_the_piece(tmp_path: Path) -> None:
