@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dashboards.palette import BLUE, BOUND
 from labs import theory
-from labs.filing.results import Finding
+from labs.filing.results import Agreement, Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, PLAYED, legend_of_all, plt, thinned
 from labs.findings.parts import Conclusion, Headline, ReportParts
@@ -207,15 +207,22 @@ def both_ends(run: JudgedRun) -> str | None:
         for metric in ("ttft_p50_s", "itl_p50_s", "e2e_p50_s", "output_tokens_per_s")
     )
     figures = f"TTFT {ttft}, ITL {itl}, end to end {e2e} (medians) and {throughput}"
-    counts = (a for a in session.agreement if a.engine is not None)
-    differ = [a.what for a in counts if len({a.records, a.prometheus or a.records, a.engine}) > 1]
-    agree = (
-        f"do not agree on {', '.join(differ)}" if differ else "count the same requests and tokens"
-    )
     return (
-        f"At {point.load.users} in flight: {figures}. Client and server {agree}; the client's mean"
-        f" TTFT is longer by {number(min(longer_s), 's')} to {number(max(longer_s), 's')}."
+        f"At {point.load.users} in flight: {figures}. {_agreement(session.agreement)}; the client's"
+        f" mean TTFT is longer by {number(min(longer_s), 's')} to {number(max(longer_s), 's')}."
     )
+
+
+def _agreement(counts: Sequence[Agreement]) -> str:
+    """Say whether client and server count the same, of what the server counts at all."""
+    known = [a for a in counts if a.engine is not None]
+    if not known:
+        return "The server's counts are not known, so none were compared"
+    differ = [a.what for a in known if len({a.records, a.engine, a.prometheus} - {None}) > 1]
+    if differ:
+        return f"Client and server do not agree on {', '.join(differ)}"
+    what = " and ".join(a.what.removeprefix("output ") for a in known)
+    return f"Client and server count the same {what}"
 
 
 # -------------------------------------------------------------------------------------- its plots

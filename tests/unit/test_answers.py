@@ -313,15 +313,24 @@ def test_weights_that_are_not_valid_are_not_ranked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prometheus", "said"), [(9, "do not agree on requests"), (8, "count the same"),
-                             (None, "count the same")],
-)  # fmt: skip
-def test_counts_that_differ_are_told(prometheus: int | None, said: str, tmp_path: Path) -> None:
+    ("prometheus", "engine", "said"),
+    [
+        (9, 8, "Client and server do not agree on requests;"),
+        (0, 8, "Client and server do not agree on requests;"),
+        (8, 8, "Client and server count the same requests;"),
+        (None, 8, "Client and server count the same requests;"),
+        (8, 0, "Client and server do not agree on requests;"),
+        (8, None, "The server's counts are not known, so none were compared;"),
+    ],
+)
+def test_counts_that_differ_are_told(
+    prometheus: int | None, engine: int | None, said: str, tmp_path: Path
+) -> None:
     lab = make_lab(variants=(Variant(name="base"),), claims=(), evidence=())
     ends = {"client_ttft_mean_s": 0.012, "engine_ttft_mean_s": 0.010}
     found = context(tmp_path, lab, {f"base/short/concurrent-{n}": ends for n in (1, 2)})
     assert both_ends(judged_run(found)) is None
-    counts = Agreement(what="requests", records=8, prometheus=prometheus, engine=8)
+    counts = Agreement(what="requests", records=8, prometheus=prometheus, engine=engine)
     session = Session(
         engine_start_s=1, load_s=1, wall_s=3, resident=True, agreement=[counts], prometheus=None
     )
