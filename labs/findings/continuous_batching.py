@@ -142,10 +142,9 @@ def ridge(run: JudgedRun) -> str | None:
     (few, low), (many, high) = intensities[0], intensities[-1]
     at = sweep[0].ceilings.ridge_flops_per_byte
     batch = theory.ridge_batch(sweep[0].shape, sweep[0].ceilings)
-    side = (
-        "memory bandwidth is the nearer ceiling of both"
-        if high < at
-        else "memory bandwidth is the nearer ceiling of the first, arithmetic of the last"
+    first, last = ("memory bandwidth" if i < at else "arithmetic" for i in (low, high))
+    side = f"{first} is the nearer ceiling of " + (
+        "both" if first == last else f"the first, {last} of the last"
     )
     by_work = (
         f"FLOP for each byte read: {low:.3g} at {few} in flight, {high:.3g} at {many}. This"

@@ -171,7 +171,10 @@ def test_the_side_of_the_ridge_is_told_by_the_intensities(tmp_path: Path) -> Non
     )
     across = ridge(swept(tmp_path / "b", (1, 11)))
     assert across
-    assert "the nearer ceiling of the first, arithmetic of the last" in across
+    assert "memory bandwidth is the nearer ceiling of the first, arithmetic of the last" in across
+    above = ridge(swept(tmp_path / "c", (11, 20)))
+    assert above
+    assert "by the work alone arithmetic is the nearer ceiling of both." in above
 
 
 def test_one_stream_is_held_against_the_weights_and_the_bandwidth(tmp_path: Path) -> None:

@@ -586,6 +586,14 @@ def test_preemption_is_first_seen_where_a_trial_has_any(tmp_path: Path) -> None:
     assert len(cells(finding, 0)) == 4
 
 
+def test_a_capacity_that_is_not_known_is_no_capacity_of_0(tmp_path: Path) -> None:
+    run = caches(tmp_path, {"bf16-tight/growing/concurrent-2": {"preemptions": 3.0}})
+    assert PREEMPTION.finding(run).lines == [
+        "`bf16-tight`: how many tokens the engine holds is not known, so nothing was predicted."
+        " There was some at 2 in flight, the smallest load."
+    ]
+
+
 @pytest.mark.parametrize(
     ("near_ms", "far_ms", "said"),
     [
