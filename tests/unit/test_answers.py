@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from labs.filing.results import Agreement, Finding, Session, Summary, write_json
 from labs.findings.chunked_prefill import chunks_solve
 from labs.findings.context import Context, JudgedRun
 from labs.findings.continuous_batching import both_ends, one_stream, ridge
+from labs.findings.drawing import plt
 from labs.findings.kv_quantization import memory_steps
 from labs.findings.parts import Conclusion, answers, parts_of
 from labs.findings.prefix_caching import sharing, where_to_look

@@ -11,12 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from labs.filing.results import Predictions
+from labs.filing.results import Predictions, write_json
 from labs.judging import dose
 from labs.judging.judge import Caveat
 from labs.judging.measure import OtherWork, Trial, ran_out
 from labs.judging.validity import Expected, Served, caveats_of, confounded, first_trial_slow
 from labs.lab import Arm, Evidence
+from labs.telling.summary import computed
 from loadtests.records import RequestRecord
 from loadtests.workload import Asked, Chat, Fixed, Intruder, Prefix
 from serving import metrics
@@ -267,6 +268,15 @@ def test_a_run_on_file_reads_as_it_did(
     machine = run.machine.model_copy(update={"kind": kind})
     run = run.model_copy(update={"machine": machine, "started_at": started_at})
     assert run.expected(Predictions(effects={}, forecasts={})).on_gpus is on_gpus
+
+
+def test_of_an_endpoint_it_is_said_that_its_machine_was_not_seen(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    run = folder.run().model_copy(update={"endpoint": "http://127.0.0.1:1", "argv": {}})
+    write_json(folder.path / "run.json", run)
+    (caveat,) = (c for c in computed(folder).caveats if c.name == "endpoint's hardware unknown")
+    assert caveat.text.endswith("whose other work, heat and power were not seen")
+    assert not caveat.blocks
 
 
 def test_too_few_requests_block_what_is_taken_over_requests_and_nothing_else() -> None:
