@@ -224,7 +224,7 @@ def phases(run: JudgedRun) -> str | None:
         if in_decode is None or in_prefill is None:
             continue
         if not (in_decode.is_valid and in_prefill.is_valid):
-            not_valid.append(f"`{variant.name}` is not valid")
+            not_valid.append(f"the figures of `{variant.name}` are not valid")
             continue
         decode, prefill = in_decode.ratio, in_prefill.ratio
         ours, plain = (in_memory_bytes[name] for name in (variant.name, BASE))
@@ -235,8 +235,9 @@ def phases(run: JudgedRun) -> str | None:
             f"with {ours / plain:.2f} of the bytes (`{variant.name}`) decode takes"
             f" {times_with_interval(decode)} the time and prefill {times_with_interval(prefill)}"
         )
+    theory = "fewer bytes of weights should speed up decode alone"
     if not parts:
-        return f"{sentences(not_valid)} See validity." if not_valid else None
+        return sentences([theory, "; ".join(not_valid)]) if not_valid else None
     if not settled:
         verdict = "the repeats do not settle whether the bytes explain both phases on this machine"
     elif not_in_decode and in_prefill_too:
@@ -261,7 +262,7 @@ def phases(run: JudgedRun) -> str | None:
             " other"
         )
     told = "; ".join([*parts, *not_valid])
-    text = sentences(["fewer bytes of weights should speed up decode alone", told])
+    text = sentences([theory, told])
     return f"{text} So {verdict}."
 
 
