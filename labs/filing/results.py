@@ -24,6 +24,7 @@ import contextlib
 import errno
 import gzip
 import json
+import math
 import os
 import re
 import shutil
@@ -63,7 +64,17 @@ from labs.judging.measure import OtherWork, Trial
 from labs.judging.signals import Watch
 from labs.judging.timeline import Timeline
 from labs.judging.validity import Expected, Served
-from labs.lab import FUNCTIONS, Lab, LabError, Point, Prediction, digest_of, knobs
+from labs.lab import (
+    FUNCTIONS,
+    OF_FORECASTS,
+    Claim,
+    Lab,
+    LabError,
+    Point,
+    Prediction,
+    digest_of,
+    knobs,
+)
 from loadtests import records
 from loadtests.plan import TrialSummary
 from loadtests.workload import Name
@@ -78,6 +89,8 @@ M = TypeVar("M", bound=BaseModel)
 RESULTS = Path(os.environ.get("LABS_RESULTS") or ROOT / "results").resolve()
 FORMAT_VERSION = 2  # 1 hashed whole files of requests, and not only what is sent
 AT = " at "  # between what a lab's arithmetic is of and at which size
+UNSEEN_HARDWARE_SINCE = "2026-11-29T08:00:00+00:00"
+"""A GPU that could not be read was passed over in runs before, whose reports stay as they are."""
 LEAST_FREE_BYTES = 300 * 2**20
 MOST_RECORD_BYTES = 2**30  # of a run's records, unpacked
 MOST_RECORDED_TOKENS = 10**8  # of a run
@@ -203,6 +216,11 @@ class Run(BaseModel, frozen=True, extra="forbid"):
             evidence=() if self.endpoint else self.rebuilt_lab().evidence,
             endpoint=self.endpoint is not None,
             metrics_read=self.endpoint is None or bool(self.endpoint_metrics),
+            on_gpus=(
+                self.endpoint is None
+                and self.machine.kind == "gpu"
+                and self.started_at >= UNSEEN_HARDWARE_SINCE
+            ),
             model="" if self.endpoint else self.model,
             template_tokens=self.template_tokens,
             served=self.served,
@@ -257,19 +275,14 @@ def fresh_knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
 class Band(BaseModel, frozen=True, extra="forbid"):
     """A forecast figure, and the bounds between which it is expected.
 
-    The value is a mean over plays. A measured ratio is one of geometric means over repeats, so a
-    forecast ratio takes `typical`; plays before it was introduced had no geometric mean.
+    The value is a mean over plays. There is no geometric mean where a play had 0, and in runs
+    before it was introduced.
     """
 
     value: FiniteFloat
     low: FiniteFloat
     high: FiniteFloat
     geometric_mean: FiniteFloat | None = None
-
-    @property
-    def typical(self) -> float:
-        """The geometric mean over plays, or the mean where there is none."""
-        return self.value if self.geometric_mean is None else self.geometric_mean
 
 
 class PointForecasts(BaseModel, frozen=True, extra="forbid"):
@@ -289,6 +302,31 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     # point -> mean and peak share of the KV cache, each the mean over its plays at the timed step
     kv_use: Annotated[dict[str, KvUse], Field(exclude_if=lambda use: not use)] = {}
 
+    def ratio(
+        self, metric: str, treatment: str, baseline: str, of_means: bool = False
+    ) -> Prediction | None:
+        """Predict the ratio of two points by their forecasts; None where either has none, or 0.
+
+        A measured ratio is one of geometric means over repeats, and so is this one. It is one of
+        arithmetic means where that is asked for, and where either point has no geometric mean.
+        """
+        bands = [self.points.get(key, {}).get(metric) for key in (treatment, baseline)]
+        above, below = (band and band.value for band in bands)
+        if not above or not below:
+            return None
+        geometric = [band and band.geometric_mean for band in bands]
+        if not of_means and all(geometric):
+            above, below = (mean or math.nan for mean in geometric)
+        return Prediction(
+            value=above / below,
+            formula="forecast of the treatment / forecast of the baseline",
+            assumptions=(
+                "vLLM's own scheduler in virtual time, over a step timed on this machine"
+                " beforehand",
+            ),
+            source=OF_FORECASTS,
+        )
+
 
 class Predictions(BaseModel, frozen=True, extra="forbid"):
     """The predictions of a run, written before its first engine starts.
@@ -306,6 +344,13 @@ class Predictions(BaseModel, frozen=True, extra="forbid"):
     in_virtual_time: PointForecasts | None = None
     acceptance: dict[str, float] = {}  # point that guesses -> share accepted, if not `copied`
     arithmetic: dict[str, Prediction] = {}
+
+    def of_means(self, claim: Claim, treatment: str, baseline: str) -> Prediction | None:
+        """Return what a ratio of arithmetic means is held against, where forecasts predict it."""
+        ratio = self.effects[claim.name][f"{treatment}|{baseline}"]
+        if ratio.source != OF_FORECASTS or not self.in_virtual_time:
+            return None
+        return self.in_virtual_time.ratio(claim.metric, treatment, baseline, of_means=True)
 
 
 class Discarded(BaseModel, frozen=True, extra="forbid"):

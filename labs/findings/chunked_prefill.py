@@ -47,6 +47,8 @@ class Budget:
     streams_beside_whole: Interval | None  # that TTFT / the one without chunks
     within_slo: bool | None  # whether the stall is; None where the lab sets no limit
     every_s: float | None  # between two long prompts, as planned
+    is_valid: bool  # whether nothing withholds a verdict on the stall and on the long prompt
+    streams_are_valid: bool  # and on the streams' TTFT beside the one without chunks
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class TokenBudgets:
     @property
     def best(self) -> Budget | None:
         """Picks the budget within the SLO whose long prompt waits least."""
-        fitting = (b for b in self.budgets if b.within_slo)
+        fitting = (b for b in self.budgets if b.within_slo and b.is_valid)
         return min(fitting, key=lambda b: (b.long_ttft_s, b.variant), default=None)
 
     @property
@@ -104,6 +106,9 @@ def token_budgets(context: Context) -> TokenBudgets:
         beside = None
         if without and without.key != point.key:
             beside = context.effect(point, without, "ttft_mean_s")
+        is_valid = not any(
+            context.withholds(metric, point) for metric in ("stall_mean_s", "intruder_ttft_mean_s")
+        )
         budgets.append(
             Budget(
                 variant=point.variant.name,
@@ -116,6 +121,8 @@ def token_budgets(context: Context) -> TokenBudgets:
                 streams_beside_whole=beside.ratio if beside else None,
                 within_slo=None if limit_s is None else stall_s <= limit_s,
                 every_s=point.load.every_s if isinstance(point.load, Contended) else None,
+                is_valid=is_valid,
+                streams_are_valid=not context.withholds("ttft_mean_s", point, without or point),
             )
         )
     whole_s = [b.long_ttft_s for b in budgets if not b.chunked][-1:]
@@ -152,8 +159,8 @@ def tell_budgets(facts: TokenBudgets) -> Finding:
     rows += [
         [b.variant, str(b.budget_tokens), number(b.stall_s, "s"), number(b.long_ttft_s, "s"),
          number(b.streams_ttft_s, "s"),
-         times_with_interval(b.streams_beside_whole) if b.streams_beside_whole else "–",
-         yes_or_no(b.within_slo)]
+         _beside_whole(b),
+         yes_or_no(b.within_slo) if b.is_valid else "not valid"]
         for b in facts.budgets
     ]  # fmt: skip
     lines = []
@@ -165,6 +172,8 @@ def tell_budgets(facts: TokenBudgets) -> Finding:
             if best
             else f"No budget here keeps the gaps within {gap}: a decode step alone"
             " takes most of that, or the budgets are too large."
+            if all(b.is_valid for b in facts.budgets)
+            else f"No budget here whose figures are valid keeps the gaps within {gap}."
         )
     if price := streams_sentence(facts):
         lines.append(price)
@@ -184,20 +193,34 @@ def tell_budgets(facts: TokenBudgets) -> Finding:
     return Finding(title="Which token budget?", rows=rows, lines=lines)
 
 
+def _beside_whole(budget: Budget) -> str:
+    if budget.streams_beside_whole is None:
+        return "–"
+    return (
+        times_with_interval(budget.streams_beside_whole)
+        if budget.streams_are_valid
+        else "not valid"
+    )
+
+
 def streams_sentence(facts: TokenBudgets) -> str | None:
     """Tells what the smallest budget costs the streams; None where that was not measured."""
     least = min(facts.budgets, key=lambda b: b.budget_tokens, default=None)
     if not (least and least.streams_ttft_s and least.streams_beside_whole and facts.whole):
         return None
-    low = least.streams_beside_whole.low
-    pays = (
-        "The streams pay too"
-        if low is not None and low > 1
-        else "Whether the streams pay too is not settled"
-    )
+    if not least.streams_are_valid:
+        return "What the smallest budget costs the streams is not valid."
+    low, high = least.streams_beside_whole.low, least.streams_beside_whole.high
+    if high is not None and high < 1:
+        paid = "The streams do not pay: a new prompt of theirs has its first token sooner, too."
+    else:
+        settled = low is not None and low > 1
+        paid = (
+            f"{'The streams pay too' if settled else 'Whether the streams pay too is not settled'}:"
+            " a new prompt of theirs waits while the pieces of the long one fill each step."
+        )
     return (
-        f"{pays}: a new prompt of theirs waits while the pieces of the long one fill"
-        f" each step. With `{least.variant}` their own first token takes"
+        f"{paid} With `{least.variant}` their own first token takes"
         f" {number(least.streams_ttft_s, 's')} on average, without chunks"
         f" {number(facts.whole.streams_ttft_s, 's')}:"
         f" {times_with_interval(least.streams_beside_whole)}, the ratio of their geometric means."

@@ -78,6 +78,13 @@ class Context:
         """Compares two points as a claim does: treatment / baseline; None without both."""
         return self.sampling.effect(self.values, (treatment.key, baseline.key), metric)
 
+    def withholds(self, metric: str, *points: Point) -> bool:
+        """Tells whether a caveat withholds verdicts on a metric at any of these points.
+
+        An effect between them is then not valid: nothing is ranked, won or lost by it.
+        """
+        return any(c.hits(metric, *(p.key for p in points)) for c in self.caveats)
+
     def point(self, variant: str, workload: str, load: str) -> Point | None:
         wanted = (variant, workload, load)
         return next(

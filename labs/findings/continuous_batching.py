@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dashboards.palette import BLUE, BOUND
 from labs import theory
-from labs.filing.results import Finding
+from labs.filing.results import Agreement, Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, PLAYED, legend_of_all, plt, thinned
 from labs.findings.parts import Conclusion, Headline, ReportParts
@@ -142,10 +142,9 @@ def ridge(run: JudgedRun) -> str | None:
     (few, low), (many, high) = intensities[0], intensities[-1]
     at = sweep[0].ceilings.ridge_flops_per_byte
     batch = theory.ridge_batch(sweep[0].shape, sweep[0].ceilings)
-    side = (
-        "memory bandwidth is the nearer ceiling of both"
-        if high < at
-        else "memory bandwidth is the nearer ceiling of the first, arithmetic of the last"
+    first, last = ("memory bandwidth" if i < at else "arithmetic" for i in (low, high))
+    side = f"{first} is the nearer ceiling of " + (
+        "both" if first == last else f"the first, {last} of the last"
     )
     by_work = (
         f"FLOP for each byte read: {low:.3g} at {few} in flight, {high:.3g} at {many}. This"
@@ -207,15 +206,22 @@ def both_ends(run: JudgedRun) -> str | None:
         for metric in ("ttft_p50_s", "itl_p50_s", "e2e_p50_s", "output_tokens_per_s")
     )
     figures = f"TTFT {ttft}, ITL {itl}, end to end {e2e} (medians) and {throughput}"
-    counts = (a for a in session.agreement if a.engine is not None)
-    differ = [a.what for a in counts if len({a.records, a.prometheus or a.records, a.engine}) > 1]
-    agree = (
-        f"do not agree on {', '.join(differ)}" if differ else "count the same requests and tokens"
-    )
     return (
-        f"At {point.load.users} in flight: {figures}. Client and server {agree}; the client's mean"
-        f" TTFT is longer by {number(min(longer_s), 's')} to {number(max(longer_s), 's')}."
+        f"At {point.load.users} in flight: {figures}. {_agreement(session.agreement)}; the client's"
+        f" mean TTFT is longer by {number(min(longer_s), 's')} to {number(max(longer_s), 's')}."
     )
+
+
+def _agreement(counts: Sequence[Agreement]) -> str:
+    """Say whether client and server count the same, of what the server counts at all."""
+    known = [a for a in counts if a.engine is not None]
+    if not known:
+        return "The server's counts are not known, so none were compared"
+    differ = [a.what for a in known if len({a.records, a.engine, a.prometheus} - {None}) > 1]
+    if differ:
+        return f"Client and server do not agree on {', '.join(differ)}"
+    what = " and ".join(a.what.removeprefix("output ") for a in known)
+    return f"Client and server count the same {what}"
 
 
 # -------------------------------------------------------------------------------------- its plots

@@ -39,8 +39,9 @@ TITLES = {
     "healthy": "nothing", "burst": "a burst", "cold cache": "a cold cache",
     "long neighbour": "a neighbour's long prompt", "long context": "a long context",
     "preemption": "preemption", "large budget": "a large token budget",
-    "speculation": "speculation under load", "slow step": "a slower step",
-    "unknown": "no cause", "too little": "too few requests",
+    "speculation": "speculation under load", "more requests at once": "more requests at once",
+    "slow step": "a slower step",
+    "unknown": "no cause", "cannot be told": "not to be told", "too little": "too few requests",
 }  # fmt: skip
 """The causes in words; `unknown` is what the rule says of a symptom without any mark."""
 
@@ -49,6 +50,7 @@ CAUSES = TITLES | {"healthy": "a healthy engine"}
 
 NOT_NAMED = {
     "unknown": "noticed without its cause",
+    "cannot be told": "left without a name, as its engine lacked figures,",
     "too little": "left without a name, as it had too few requests,",
 }
 """What became of a trial that was given no name."""
@@ -307,8 +309,10 @@ def _moved(
         higher, lower = longest[0] >= usual[1], longest[1] <= usual[0]
         return Moved(text, None, "rises" if higher else "falls" if lower else "stays", predicted)
     if name == "Long gaps":
-        more, step = more_long_gaps(now, reference), MORE_LONG_GAPS
-        text = f"{100 * more:+.0f}%"
+        longer, step = more_long_gaps(now, reference), MORE_LONG_GAPS
+        if longer is None:
+            return None
+        more, text = longer, f"{100 * longer:+.0f}%"
     else:
         after, before, step = {
             "Hit rate": (now.hit_rate, reference.hit_rate, HITS_LOST),

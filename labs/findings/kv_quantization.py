@@ -39,7 +39,7 @@ class Onset:
     """Says from which load on an engine throws running requests' caches away."""
 
     variant: str
-    capacity_tokens: float
+    capacity_tokens: float | None
     longest_request_tokens: float
     mean_request_tokens: float
     loads: tuple[Load, ...]
@@ -50,10 +50,11 @@ class Onset:
         return min((load.users for load in self.loads if load.preemptions), default=None)
 
     @property
-    def calm_users(self) -> int:
-        """The largest load below that; 0 where there is none."""
+    def calm_users(self) -> int | None:
+        """The largest load below that; None where there is none."""
         first = self.first_users
-        return max((load.users for load in self.loads if first and load.users < first), default=0)
+        calm = (load.users for load in self.loads if first and load.users < first)
+        return max(calm, default=None)
 
 
 def onsets(context: Context) -> tuple[Onset, ...]:
@@ -78,7 +79,7 @@ def onsets(context: Context) -> tuple[Onset, ...]:
             tight.append(
                 Onset(
                     variant=variant,
-                    capacity_tokens=context.mean(points[0], "kv_capacity_tokens") or 0.0,
+                    capacity_tokens=context.mean(points[0], "kv_capacity_tokens"),
                     longest_request_tokens=points[0].prompt_tokens + points[0].output_tokens,
                     mean_request_tokens=points[0].context_tokens,
                     loads=loads,
@@ -111,12 +112,19 @@ def onset_sentence(onset: Onset) -> str:
         most = max(load.users for load in onset.loads)
         return f"`{onset.variant}`: no preemption up to {most} in flight."
     tokens = onset.capacity_tokens
-    return (
-        f"`{onset.variant}`: {tokens:,.0f} tokens hold {tokens / onset.longest_request_tokens:.1f}"
-        f" requests of the longest and {tokens / onset.mean_request_tokens:.1f} of the mean length,"
-        " so preemption was predicted to begin between these two loads. There was none at"
-        f" {onset.calm_users} in flight, and some at {onset.first_users}."
+    held = (
+        f"{tokens:,.0f} tokens hold {tokens / onset.longest_request_tokens:.1f} requests of the"
+        f" longest and {tokens / onset.mean_request_tokens:.1f} of the mean length, so preemption"
+        " was predicted to begin between these two loads."
+        if tokens
+        else "how many tokens the engine holds is not known, so nothing was predicted."
     )
+    began = (
+        f"There was none at {onset.calm_users} in flight, and some at {onset.first_users}."
+        if onset.calm_users
+        else f"There was some at {onset.first_users} in flight, the smallest load."
+    )
+    return f"`{onset.variant}`: {held} {began}"
 
 
 PREEMPTION = Conclusion("preemption", onsets, tell_preemption)
@@ -299,9 +307,11 @@ def _price(context: Context) -> str:
 
 
 def _of_base(context: Context, workload: str, metric: str) -> Interval | None:
-    """Divides the FP8 cache's figure on a workload by the BF16 cache's."""
+    """Divides the FP8 cache's figure on a workload by the BF16 cache's; None if not valid."""
     at = {p.variant.name: p for p in context.points if p.workload.name == workload}
     if "fp8" not in at or "bf16" not in at:
+        return None
+    if context.withholds(metric, at["fp8"], at["bf16"]):
         return None
     measured = context.effect(at["fp8"], at["bf16"], metric)
     return measured.ratio if measured else None

@@ -55,14 +55,18 @@ class TenantLeaks:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the check passed; None if the answers are too few, False if it could not fail."""
+        """Whether the check passed.
+
+        False if it could not fail; None if the answers are too few, or nothing shows that it can.
+        """
         if self.probe:
             answered = any(code < 400 for code in self.probe.refused.values())
             if answered or self.probe.caught < self.probe.misrouted:
                 return False
         if self.all.foreign:
             return False
-        return True if self.all.answers >= LEAST_ANSWERS else None
+        can_fail = self.probe is not None and self.probe.misrouted > 0
+        return True if can_fail and self.all.answers >= LEAST_ANSWERS else None
 
 
 def leaks(answers: list[tuple[int, str]]) -> tuple[int, int]:
@@ -130,7 +134,10 @@ def tell_leaks(facts: TenantLeaks) -> Finding:
             )
         lines += [
             f"To show that the check can fail, {probe.misrouted} requests were sent to the wrong"
-            f" adapter on purpose: it caught {probe.caught}.",
+            f" adapter on purpose: it caught {probe.caught}."
+            if probe.misrouted
+            else "No request was sent to the wrong adapter on purpose, so nothing shows that the"
+            " check can fail.",
             f"The base model without an adapter wrote a mark in {probe.base_marked} of"
             f" {probe.base_asked} completions.",
         ]
@@ -153,7 +160,10 @@ def foreign_sentence(facts: TenantLeaks) -> str | None:
 
 def refused_sentence(probe: TenantProbe | None) -> str:
     if probe is None:
-        return "The probe under concurrency and hot loading was not run."
+        return (
+            "The probe under concurrency and hot loading was not run, so nothing shows that the"
+            " check can fail."
+        )
     answers = ", ".join(f"`{name}`: HTTP {code}" for name, code in probe.refused.items())
     if any(code < 400 for code in probe.refused.values()):
         return f"Some requests for unknown adapters are answered, and should be refused: {answers}."

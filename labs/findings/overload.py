@@ -253,6 +253,16 @@ class Flags:
     forecast_tokens_per_s: float | None
     tpot_mean_s: float | None
     usd_per_million_tokens: float | None  # where a price was given
+    goodput_is_valid: bool  # whether nothing withholds a verdict on it
+    tokens_are_valid: bool
+
+    @property
+    def valid_goodput_per_s(self) -> float | None:
+        return self.goodput_per_s if self.goodput_is_valid else None
+
+    @property
+    def valid_tokens_per_s(self) -> float | None:
+        return self.output_tokens_per_s if self.tokens_are_valid else None
 
 
 @dataclass(frozen=True)
@@ -286,6 +296,8 @@ def best_flags(context: Context) -> BestFlags:
                 forecast_tokens_per_s=_forecast(forecasts, p, "output_tokens_per_s"),
                 tpot_mean_s=context.mean(p, "tpot_mean_s"),
                 usd_per_million_tokens=context.mean(p, "usd_per_million_tokens"),
+                goodput_is_valid=not context.withholds("goodput_per_s", p),
+                tokens_are_valid=not context.withholds("output_tokens_per_s", p),
             )
             for p in offered
             if isinstance(p.load, Offered) and p.load.times == most
@@ -316,20 +328,23 @@ def tell_best_flags(facts: BestFlags) -> Finding:
     ]  # fmt: skip
     lines = [
         _agreement("most goodput", facts.best(lambda f: f.forecast_goodput_per_s),
-                   facts.best(lambda f: f.goodput_per_s)),
+                   facts.best(lambda f: f.valid_goodput_per_s),
+                   all(f.goodput_is_valid for f in facts.flags)),
         _agreement("most throughput, so the fewest dollars a token,",
                    facts.best(lambda f: f.forecast_tokens_per_s),
-                   facts.best(lambda f: f.output_tokens_per_s)),
+                   facts.best(lambda f: f.valid_tokens_per_s),
+                   all(f.tokens_are_valid for f in facts.flags)),
     ]  # fmt: skip
     at = f", at {facts.times:g}x the capacity" if facts.times else ""
     title = f"Which flags serve most in time, and which most for the money{at}"
     return Finding(title=title, rows=rows, lines=[line for line in lines if line])
 
 
-def _agreement(what: str, forecast: Flags | None, measured: Flags | None) -> str:
+def _agreement(what: str, forecast: Flags | None, measured: Flags | None, all_valid: bool) -> str:
     if measured is None:
         return ""
-    came = f"Of these, `{measured.variant}` has the {what} as measured"
+    among = "these" if all_valid else "those whose figures are valid"
+    came = f"Of {among}, `{measured.variant}` has the {what} as measured"
     if forecast is None:
         return f"{came}; none was forecast."
     same = forecast.variant == measured.variant
@@ -609,12 +624,12 @@ def why_admit(run: JudgedRun) -> str | None:
 
 def chat_service(run: JudgedRun) -> str | None:
     facts = BEST_FLAGS.facts_of(run)
-    best = facts and facts.best(lambda f: f.goodput_per_s)
+    best = facts and facts.best(lambda f: f.valid_goodput_per_s)
     if not facts or not best:
         return None
     forecast = facts.best(lambda f: f.forecast_goodput_per_s)
     foreseen = f" The forecast's choice was `{forecast.variant}`." if forecast else ""
-    among = ", ".join(f"`{f.variant}`" for f in facts.flags)
+    among = ", ".join(f"`{f.variant}`" for f in facts.flags if f.goodput_is_valid)
     if not best.goodput_per_s:
         return f"Under the heaviest load nothing was served within the SLO, with any of {among}."
     return (
@@ -626,7 +641,7 @@ def chat_service(run: JudgedRun) -> str | None:
 
 def document_service(run: JudgedRun) -> str | None:
     facts = BEST_FLAGS.facts_of(run)
-    best = facts and facts.best(lambda f: f.output_tokens_per_s)
+    best = facts and facts.best(lambda f: f.valid_tokens_per_s)
     if not facts or not best:
         return None
     forecast = facts.best(lambda f: f.forecast_tokens_per_s)

@@ -69,9 +69,14 @@ class Allocations:
 
 
 def allocations(context: Context) -> Allocations | None:
-    """Allocates what the first paged variant was sent; None without such a point."""
+    """Allocates what the first paged variant was sent; None without such a point.
+
+    A variant whose own flags limit the requests is contiguous: on a GPU all engines of all labs
+    have a limit, which no load here reaches.
+    """
+    limited = {v.name for v in context.lab.variants if "max-num-seqs" in v.flags}
     mixed = [p for p in context.points if p.workload.name == "mixed"]
-    paged = [p for p in mixed if "max-num-seqs" not in p.flags]
+    paged = [p for p in mixed if p.variant.name not in limited]
     if not paged:
         return None
     base, users = paged[0], paged[0].load.users

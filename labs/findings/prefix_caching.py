@@ -15,7 +15,7 @@ from labs.judging.text import number, ratio_number, sentences
 from labs.lab import Point
 from serving import metrics
 
-SALTED = "a `cache_salt` each"
+UNSALTED, SALTED = "no salt", "a `cache_salt` each"
 TELLS_BELOW = 0.9  # a ratio of times this far from 1 can be told from a few requests
 A_STRANGER = {
     True: "a stranger can",
@@ -52,11 +52,15 @@ class TimingLeak:
 
     @property
     def passed(self) -> bool | None:
-        """Whether a salt hides it; None where that is not settled, or not timed without one too."""
-        salted = next((t for t in self.timed if t.salting == SALTED), None)
-        if salted is None or salted.tells is None or len(self.timed) < 2:
-            return None
-        return not salted.tells
+        """Whether a salt hides it.
+
+        None where that is not settled, and where timing does not tell without a salt either: then
+        there was nothing to hide, or nothing that this timing could see.
+        """
+        tells = {t.salting: t.tells for t in self.timed}
+        if tells.get(SALTED):
+            return False
+        return True if tells.get(SALTED) is False and tells.get(UNSALTED) else None
 
 
 def timing_leak(context: Context) -> TimingLeak | None:
@@ -69,7 +73,7 @@ def timing_leak(context: Context) -> TimingLeak | None:
     if probe is None:
         return None
     timed = []
-    for name, salting in (("shared", "no salt"), ("salted", SALTED)):
+    for name, salting in (("shared", UNSALTED), ("salted", SALTED)):
         known, fresh = (
             dict(enumerate(probe["took_s"][f"{name}, {state}"])) for state in ("known", "fresh")
         )

@@ -31,6 +31,8 @@ class At:
     ttft_s: float | None
     mbu: float | None
     forecast: Mapping[str, Band]  # metric -> what was forecast; empty where the engine has none
+    tpot_is_valid: bool  # whether nothing withholds a verdict on it
+    tokens_are_valid: bool
 
 
 def curves(context: Context) -> tuple[At, ...]:
@@ -44,7 +46,11 @@ def curves(context: Context) -> tuple[At, ...]:
         if rate and tpot_s:
             forecast = played.points.get(point.key, {}) if played else {}
             name, users = point.variant.name, point.load.users
-            read.append(At(name, users, batch, rate, tpot_s, ttft_s, mbu, forecast))
+            valid = (
+                not context.withholds(metric, point)
+                for metric in ("tpot_mean_s", "output_tokens_per_s")
+            )
+            read.append(At(name, users, batch, rate, tpot_s, ttft_s, mbu, forecast, *valid))
     return tuple(read)
 
 
@@ -281,13 +287,26 @@ def answer(run: JudgedRun) -> str | None:
     if not shared:  # some engine has no load in common with the others
         return None
     few, many = shared[0], shared[-1]
-    alone = sorted((by_users[few] for by_users in loads.values()), key=lambda at: at.tpot_s)
-    loaded = sorted((of_one[many] for of_one in loads.values()), key=lambda at: -at.tokens_per_s)
+    alone = sorted(
+        (by_users[few] for by_users in loads.values()),
+        key=lambda at: (not at.tpot_is_valid, at.tpot_s),
+    )
+    loaded = sorted(
+        (by_users[many] for by_users in loads.values()),
+        key=lambda at: (not at.tokens_are_valid, -at.tokens_per_s),
+    )
     clauses = [
         f"With {few} user{'s' * (few > 1)} a token takes "
-        + ", ".join(f"{number(at.tpot_s, 's')} (`{at.variant}`)" for at in alone),
+        + ", ".join(
+            f"{number(at.tpot_s, 's') if at.tpot_is_valid else 'not valid'} (`{at.variant}`)"
+            for at in alone
+        ),
         f"with {many} user{'s' * (many > 1)} the throughput is "
-        + ", ".join(f"{number(at.tokens_per_s, 'tok/s')} (`{at.variant}`)" for at in loaded),
+        + ", ".join(
+            f"{number(at.tokens_per_s, 'tok/s') if at.tokens_are_valid else 'not valid'}"
+            f" (`{at.variant}`)"
+            for at in loaded
+        ),
     ]
     words = SAME_WORDS.facts_of(run) or ()
     agreed = [w for w in words if w.compared]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 from labs import theory
@@ -196,7 +197,7 @@ def flag_effects(context: Context) -> FlagEffects:
 def is_valid(context: Context, variant: str, name: PhaseName) -> bool:
     """Whether nothing withholds a verdict on a phase of a variant."""
     point = context.point(variant, name, "concurrent:1")
-    return not any(point and caveat.hits(METRIC_OF[name], point.key) for caveat in context.caveats)
+    return point is None or not context.withholds(METRIC_OF[name], point)
 
 
 def beside(context: Context, variant: str, name: PhaseName) -> PhaseComparison | None:
@@ -211,7 +212,7 @@ def beside(context: Context, variant: str, name: PhaseName) -> PhaseComparison |
     measured = context.effect(ours, default, metric)
     if measured is None:
         return None
-    if any(caveat.hits(metric, ours.key, default.key) for caveat in context.caveats):
+    if context.withholds(metric, ours, default):
         return PhaseComparison(measured, "not valid")
     return PhaseComparison(measured, MATTERS[verdict_kind(measured.ratio, metric)])
 
@@ -273,18 +274,29 @@ def draw_flags(facts: FlagEffects) -> str | None:
     """Draws what a decode step and the long prompt's prefill are made of, variant by variant."""
     if not facts.variants:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    for ax, name, label in (
-        (axes[0], "decode", "TPOT, mean (ms)"),
-        (axes[1], "prefill", "TTFT of the long prompt, mean (ms)"),
-    ):
-        phases = {v.variant: getattr(v, name) for v in facts.variants}
-        draw_parts(ax, {variant: p.parts for variant, p in phases.items() if p})
-        ax.tick_params(axis="x", rotation=30 if len(phases) > 3 else 0)
+    decode, prefill = (
+        {v.variant: p.parts for v in facts.variants if (p := phase_of(v))}
+        for phase_of in (attrgetter("decode"), attrgetter("prefill"))
+    )
+    measured = [
+        (phases, label)
+        for phases, label in (
+            (decode, "TPOT, mean (ms)"), (prefill, "TTFT of the long prompt, mean (ms)")
+        )
+        if phases
+    ]  # fmt: skip
+    figure, axes = plt.subplots(
+        1, len(measured), figsize=(9.5 / 2 * len(measured), 3.8), squeeze=False
+    )
+    for ax, (phases, label) in zip(axes[0], measured, strict=True):
+        draw_parts(ax, phases)
+        ax.tick_params(axis="x", rotation=30 if len(facts.variants) > 3 else 0)
         ax.set_ylabel(label)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4,
-                  frameon=False)  # fmt: skip
-    return f"What the time of a pass goes to, in decode (left) and prefill (right). {PARTS_MEAN}"
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center",
+                  ncols=2 * len(measured), frameon=False)  # fmt: skip
+    both = "decode (left) and prefill (right)"
+    what = both if len(measured) == 2 else "decode" if decode else "the long prompt's prefill"
+    return f"What the time of a pass goes to, in {what}. {PARTS_MEAN}"
 
 
 FLAGS = Conclusion("flags", flag_effects, tell_flags, draw_flags)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -150,6 +150,9 @@ ACCEPTANCE = Conclusion("acceptance", acceptance, tell_acceptance)
 # ------------------------------------------------------------------------------- what it gained
 
 
+Outcome = Literal["wins", "loses", "not told apart", "not valid"]
+
+
 @dataclass(frozen=True)
 class SpeedUp:
     """Holds a point's speed-up as measured, and as Leviathan's formula explains it.
@@ -164,6 +167,17 @@ class SpeedUp:
     draft_cost: float | None
     verify_cost: float | None
     explained: float | None
+    is_valid: bool  # whether nothing withholds a verdict on it
+
+    @property
+    def outcome(self) -> Outcome:
+        """Says whether speculation wins; it is not told apart where the interval includes 1."""
+        ratio = self.measured
+        if not self.is_valid:
+            return "not valid"
+        if ratio.low is None or ratio.high is None or ratio.low <= 1 <= ratio.high:
+            return "not told apart"
+        return "wins" if ratio.value > 1 else "loses"
 
 
 @dataclass(frozen=True)
@@ -172,32 +186,24 @@ class Curve:
 
     variant: str
     workload: str
-    speed_ups: tuple[tuple[int, Interval], ...]  # requests in flight, in their order
+    speed_ups: tuple[SpeedUp, ...]  # in the order of the requests in flight
 
     @property
     def turn(self) -> tuple[int, int, bool] | None:
         """Finds the loads between which it turns, and whether it wins beyond them.
 
         They are the last load told before and the first told after the turn; loads between them are
-        those where speculation is not told apart from the plain engine.
+        those where speculation is not told apart from the plain engine, or the figures not valid.
         """
         decided_loads = [
-            (n, says) for n, ratio in self.speed_ups if (says := wins(ratio)) is not None
+            (p.point.load.users, p.outcome == "wins")
+            for p in self.speed_ups
+            if p.outcome in ("wins", "loses")
         ]
         for (before, one), (after, other) in pairwise(decided_loads):
             if one != other:
                 return before, after, other
         return None
-
-
-def wins(speed_up: Interval) -> bool | None:
-    """Whether speculation wins; None where the interval includes 1 or is missing."""
-    if speed_up.low is None or speed_up.high is None or speed_up.low <= 1 <= speed_up.high:
-        return None
-    return speed_up.value > 1
-
-
-WINS = {True: "wins", False: "loses", None: "not told apart"}
 
 
 @dataclass(frozen=True)
@@ -208,10 +214,10 @@ class SpeedUps:
 
     @property
     def curves(self) -> list[Curve]:
-        at: dict[tuple[str, str], list[tuple[int, Interval]]] = {}
+        at: dict[tuple[str, str], list[SpeedUp]] = {}
         for p in sorted(self.points, key=lambda p: p.point.load.users):
             kind = (p.point.variant.name, p.point.workload.name)
-            at.setdefault(kind, []).append((p.point.load.users, p.measured))
+            at.setdefault(kind, []).append(p)
         return [Curve(*kind, tuple(measured)) for kind, measured in at.items()]
 
 
@@ -239,7 +245,7 @@ def speed_ups(context: Context) -> SpeedUps:
     for point, config in speculations(context):
         base = context.point("none", point.workload.name, str(point.load))
         gain = context.effect(base, point, "tpot_mean_s") if base else None
-        if gain is None:
+        if base is None or gain is None:
             continue
         g, batch = config["num_speculative_tokens"], point.load.users
         verify = draft = explained = None
@@ -254,7 +260,10 @@ def speed_ups(context: Context) -> SpeedUps:
         if length and verify is not None and draft is not None:
             explained = length / (g * draft + verify)
         where = point_label(point.key, context.lab)
-        measured.append(SpeedUp(point, where, gain.ratio, length, draft, verify, explained))
+        is_valid = not context.withholds("tpot_mean_s", base, point)
+        measured.append(
+            SpeedUp(point, where, gain.ratio, length, draft, verify, explained, is_valid)
+        )
     return SpeedUps(tuple(measured))
 
 
@@ -301,7 +310,7 @@ def tell_speed_up(facts: SpeedUps) -> Finding:
         [
             p.where,
             times_with_interval(p.measured),
-            WINS[wins(p.measured)],
+            p.outcome,
             number(p.tokens_per_step),
             number(p.draft_cost),
             number(p.verify_cost),
@@ -315,7 +324,9 @@ def tell_speed_up(facts: SpeedUps) -> Finding:
         lines=[
             *turn_sentences(facts),
             "Speed-up is TPOT without / with speculation at the same load, with a 95% interval; it"
-            " *wins* or *loses* where the interval excludes 1, and is *not told apart* elsewhere.",
+            " *wins* or *loses* where the interval excludes 1, and is *not told apart* elsewhere."
+            + " Where it is *not valid*, see validity."
+            * any(not p.is_valid for p in facts.points),
             "c is a step of the draft served alone / a step of the target, both at one stream, by"
             " the engine's clock; v is the plain engine's TPOT at B (g + 1) / that at B. Where the"
             " speed-up is less than the last column, the difference is the cost of proposing and"
@@ -330,10 +341,12 @@ def turn_sentences(facts: SpeedUps) -> list[str]:
     lines = []
     for curve in facts.curves:
         clauses: list[str] = []
-        for outcome, loads in groupby(curve.speed_ups, key=lambda load: wins(load[1])):
+        for outcome, loads in groupby(curve.speed_ups, key=lambda p: p.outcome):
             unit = "" if clauses else " in flight"
-            at = (f"at {users}{unit}, {times_with_interval(ratio)}" for users, ratio in loads)
-            clauses.append(f"{WINS[outcome]} {', and '.join(at)}")
+            at = (
+                f"at {p.point.load.users}{unit}, {times_with_interval(p.measured)}" for p in loads
+            )
+            clauses.append(f"{outcome} {', and '.join(at)}")
         turns = ""
         if turn := curve.turn:
             before, after, gains = turn
@@ -413,9 +426,10 @@ def speculation_wins(run: JudgedRun) -> str | None:
     facts = SPEED_UP.facts_of(run)
     if not facts or not facts.points:
         return None
-    winning = [p for p in facts.points if wins(p.measured)]
+    winning = [p for p in facts.points if p.outcome == "wins"]
     best = max(winning, key=lambda p: p.measured.value, default=None)
-    most = "Speculation wins at no measured load."
+    loads = "measured load" if all(p.is_valid for p in facts.points) else "load that is valid"
+    most = f"Speculation wins at no {loads}."
     if best:
         most = (
             f"The largest speed-up is {times_with_interval(best.measured)}, by"
@@ -460,6 +474,8 @@ def draw_speculation(run: JudgedRun) -> str | None:
         "Above: how far ahead guesses are right, at one stream. Below: what that gains, with"
         " 95% intervals; below 1 speculation loses. Open marks are Leviathan's formula with"
         " acceptance, draft cost and verification cost as measured."
+        + " What is not valid is left out."
+        * any(not p.is_valid for p in points)
     )
 
 
@@ -489,7 +505,8 @@ def _draw_gain(
         aside = 2 ** (0.15 * (place - (len(colours) - 1) / 2))  # so that intervals stand apart
         x = [aside * p.point.load.users for p in mine]
         ax.errorbar(
-            x, [p.measured.value for p in mine], yerr=reach([p.measured for p in mine]),
+            x, [p.measured.value if p.is_valid else np.nan for p in mine],
+            yerr=reach([p.measured for p in mine]),
             capsize=3, color=colour, marker="o",
         )  # fmt: skip
         explained = [np.nan if p.explained is None else p.explained for p in mine]

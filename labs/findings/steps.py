@@ -84,7 +84,7 @@ class Parts:
 
 
 def draw_parts(ax: Axes, passes: Mapping[str, Parts]) -> None:
-    """Draws each pass as a bar of its parts in ms, one upon the other, with the measured total.
+    """Draws each of one or more passes as a bar of its parts in ms, with the measured total.
 
     Where the device reads and computes at once the two are longer than the pass: the total then
     lies below the top of the bar.
@@ -105,5 +105,5 @@ def draw_parts(ax: Axes, passes: Mapping[str, Parts]) -> None:
         ax.annotate(text, (at, top), xytext=(0, 3), textcoords="offset points", ha="center")
     ax.set_xticks(x, list(passes))
     ax.set_xlim(-0.6, max(1.6, len(passes) - 0.4))
-    ax.set_ylim(0, 1.2 * max(*foot, *measured))
+    ax.set_ylim(0, 1.2 * max([*foot, *measured]))
     ax.grid(axis="x", visible=False)

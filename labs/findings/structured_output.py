@@ -471,7 +471,8 @@ def draw_structures(run: JudgedRun) -> str | None:
         return None
     forecast = any(run.forecast(point, metric) for point, metric in drawn)
     left.set_ylabel("TTFT of one request, mean (s)")
-    left.legend(ncols=2, columnspacing=1, handlelength=1.4, **ABOVE)
+    if left.get_legend_handles_labels()[0]:
+        left.legend(ncols=2, columnspacing=1, handlelength=1.4, **ABOVE)
     asked = by_name.get((names[0], "asked"))
     level = run.mean(asked, "tpot_mean_s") if asked else None
     if asked and level:

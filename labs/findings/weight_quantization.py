@@ -156,7 +156,7 @@ NEEDLES = Conclusion("needles", compared, tell_needles)
 
 
 def winners(run: JudgedRun) -> str | None:
-    """Compares the variants' throughput with the base's, load by load."""
+    """Compares the variants' throughput with the base's, load by load; only what is valid."""
     loads = next((w.loads for w in run.lab.workloads if w.name == "decode"), ())
     parts = []
     for load in loads:
@@ -165,11 +165,17 @@ def winners(run: JudgedRun) -> str | None:
             for v in run.lab.variants
             if (gain := _beside_base(run, v.name, "decode", load.users, "output_tokens_per_s"))
         }
-        if not gains:
-            return None
-        order = sorted(gains, key=lambda name: -gains[name].value)
-        ratios = (f"`{name}` {times_with_interval(gains[name])}" for name in order)
-        parts.append(f"{load.users} in flight: {', '.join(ratios)}")
+        order = sorted(gains, key=lambda name: -gains[name].ratio.value)
+        told = [
+            f"`{name}` {times_with_interval(gains[name].ratio)}"
+            for name in order
+            if gains[name].is_valid
+        ]
+        told += [f"`{name}` not valid" for name, gain in gains.items() if not gain.is_valid]
+        if told:
+            parts.append(f"{load.users} in flight: {', '.join(told)}")
+    if not parts:
+        return None
     return (
         f"Throughput relative to BF16, the fastest first. {sentences(parts)} For an 8-bit KV cache"
         " see the lab kv-quantization."
@@ -209,43 +215,74 @@ def formats(run: JudgedRun) -> str | None:
 
 def phases(run: JudgedRun) -> str | None:
     """Answers IP-2: whether fewer bytes of weights speed up decode alone, as theory has it."""
-    parts, as_bound, settled = [], [], True
+    parts, not_valid, settled = [], [], True
+    not_in_decode, in_prefill_too = [], []  # variants that do otherwise than the bytes say
+    in_memory_bytes = {p.variant.name: p.shape.weight_bytes for p in run.points}
     for variant in run.lab.variants[1:]:
-        decode = _beside_base(run, variant.name, "decode", 1, "tpot_mean_s")
-        prefill = _beside_base(run, variant.name, "prefill", 1, "ttft_mean_s")
-        if decode is None or prefill is None:
+        in_decode = _beside_base(run, variant.name, "decode", 1, "tpot_mean_s")
+        in_prefill = _beside_base(run, variant.name, "prefill", 1, "ttft_mean_s")
+        if in_decode is None or in_prefill is None:
             continue
-        ours, plain = (
-            next(p.shape.weight_bytes for p in run.points if p.variant.name == name)
-            for name in (variant.name, BASE)
-        )
-        as_bound.append(_shows_gain(decode) and not _shows_gain(prefill))
+        if not (in_decode.is_valid and in_prefill.is_valid):
+            not_valid.append(f"the figures of `{variant.name}` are not valid")
+            continue
+        decode, prefill = in_decode.ratio, in_prefill.ratio
+        ours, plain = (in_memory_bytes[name] for name in (variant.name, BASE))
+        not_in_decode += [] if _shows_gain(decode) else [f"`{variant.name}`"]
+        in_prefill_too += [f"`{variant.name}`"] if _shows_gain(prefill) else []
         settled &= _is_decided(decode) and _is_decided(prefill)
         parts.append(
             f"with {ours / plain:.2f} of the bytes (`{variant.name}`) decode takes"
             f" {times_with_interval(decode)} the time and prefill {times_with_interval(prefill)}"
         )
+    theory = "fewer bytes of weights should speed up decode alone"
     if not parts:
-        return None
-    verdict = (
-        "they speed up decode and not prefill, as memory limits the one and arithmetic the other"
-        if settled and all(as_bound)
-        else "the repeats do not settle whether the bytes explain both phases on this machine"
-        if not settled
-        else "on this machine the bytes alone explain neither phase: the time for a format's"
-        " arithmetic matters in both"
-    )
-    text = sentences(["fewer bytes of weights should speed up decode alone", "; ".join(parts)])
+        return sentences([theory, "; ".join(not_valid)]) if not_valid else None
+    if not settled:
+        verdict = "the repeats do not settle whether the bytes explain both phases on this machine"
+    elif not_in_decode and in_prefill_too:
+        verdict = (
+            "on this machine the bytes alone explain neither phase: the time for a format's"
+            " arithmetic matters in both"
+        )
+    elif not_in_decode:
+        verdict = (
+            "on this machine the bytes alone explain prefill, which is no faster, but not decode,"
+            f" which is no faster either with {' and '.join(not_in_decode)}: there the time for a"
+            " format's arithmetic takes up what reading less gains"
+        )
+    elif in_prefill_too:
+        verdict = (
+            "on this machine the bytes alone explain decode, but not prefill, which is faster, too,"
+            f" with {' and '.join(in_prefill_too)}: a format's own arithmetic matters there"
+        )
+    else:
+        verdict = (
+            "they speed up decode and not prefill, as memory limits the one and arithmetic the"
+            " other"
+        )
+    told = "; ".join([*parts, *not_valid])
+    text = sentences([theory, told])
     return f"{text} So {verdict}."
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Divides a variant's figure by the base's."""
+
+    ratio: Interval
+    is_valid: bool  # whether nothing withholds a verdict on it
 
 
 def _beside_base(
     run: JudgedRun, variant: str, workload: str, users: int, metric: str
-) -> Interval | None:
-    """Divides a variant's figure at a load by the base's; None for the base itself."""
+) -> Beside | None:
+    """Compares a variant's figure at a load with the base's; None for the base itself."""
     ours, base = (run.point(name, workload, f"concurrent:{users}") for name in (variant, BASE))
-    measured = run.effect(ours, base, metric) if ours and base and variant != BASE else None
-    return measured.ratio if measured else None
+    if ours is None or base is None or variant == BASE:
+        return None
+    measured = run.effect(ours, base, metric)
+    return Beside(measured.ratio, not run.withholds(metric, ours, base)) if measured else None
 
 
 def _is_decided(times: Interval) -> bool:

@@ -51,14 +51,13 @@ class KindsOfWeights:
 def kinds_of_weights(context: Context) -> KindsOfWeights:
     plain = context.points[0]
     prefill = next((p for p in context.points if p.workload.name == "prefill"), None)
-    most = max(p.load.users for p in context.points if p.workload.name == "decode")
+    most = max((p.load.users for p in context.points if p.workload.name == "decode"), default=1)
+    in_memory_bytes = {p.variant.name: p.shape.weight_bytes for p in context.points}
     return KindsOfWeights(
         kinds=tuple(
             Weights(
                 variant=v.name,
-                in_memory_bytes=next(
-                    p.shape.weight_bytes for p in context.points if p.variant.name == v.name
-                ),
+                in_memory_bytes=in_memory_bytes[v.name],
                 tpot_s=context.mean_at(v.name, "decode", 1, "tpot_mean_s"),
                 speed_up=decode_speed_up(context, plain.variant.name, v.name),
                 tokens_per_s=context.mean_at(v.name, "decode", most, "output_tokens_per_s"),
@@ -66,6 +65,7 @@ def kinds_of_weights(context: Context) -> KindsOfWeights:
                 making=_making(context, v.weights),
             )
             for v in context.lab.variants
+            if v.name in in_memory_bytes
         ),
         plain_bytes=plain.shape.weight_bytes,
         most_users=most,

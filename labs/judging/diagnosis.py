@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from serving import metrics
 from serving.metrics import Histogram, Snapshot
@@ -51,6 +51,10 @@ DRAFTS_LOST = 0.2
 MORE_SHORT_GAPS = MORE_LONG_GAPS
 """The other gaps are shorter where so many more lie below the bucket of the healthy mean, or so
 many fewer above it: as many as have become long."""
+MORE_AT_ONCE = 1.5
+"""A step holds more requests where it holds so many times what slower tokens alone bring about: a
+request that takes longer meets more others, though no more come (Little's law). Half again as much
+in a step is about the least that makes one longer by more than the symptom's threshold."""
 QUEUED_SHARE = 0.5
 """The queue explains a later first token where at least half of what was added was spent in it."""
 
@@ -70,8 +74,19 @@ GAPS: Symptom = "more gaps are long"
 
 Cause = Literal[
     "healthy", "preemption", "speculation", "long context", "long neighbour", "cold cache",
-    "large budget", "burst", "slow step", "unknown",
+    "large budget", "burst", "more requests at once", "slow step", "unknown", "cannot be told",
 ]  # fmt: skip
+
+Lacking = Literal[
+    "TTFT", "TPOT", "the gaps between tokens", "the time in the queue", "preemptions",
+    "the lengths of prompts", "hits in the prefix cache", "the number of requests at once",
+]  # fmt: skip
+SYMPTOMS_NEED: frozenset[Lacking] = frozenset({"TTFT", "TPOT", "the gaps between tokens"})
+THRESHOLDS_NEED: frozenset[Lacking] = frozenset({
+    "TTFT", "the gaps between tokens", "the time in the queue", "preemptions",
+    "the lengths of prompts",
+})  # fmt: skip
+"""The figures without which nothing can be said to be well: beside a healthy reading, and alone."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,7 @@ class Reading:
     """Holds what an engine counted over an interval; a figure that it lacks is None."""
 
     counted: Snapshot
+    seconds: float | None = None  # of the interval; None where they are not known
 
     @property
     def requests(self) -> float:
@@ -147,6 +163,16 @@ class Reading:
         return prompts.bucket_of(1) if prompts else None
 
     @property
+    def decoding(self) -> float | None:
+        """The mean number of requests in decode, by Little's law: their decode time a second.
+
+        The gaps between tokens add up to that time, and count when they pass; a request's whole
+        decode time would count when it ends.
+        """
+        gaps = self._histogram(metrics.ITL)
+        return gaps.sum / self.seconds if gaps and self.seconds else None
+
+    @property
     def waiting(self) -> float | None:
         """The requests that waited at the end of the interval."""
         return self.counted.values.get(metrics.WAITING)
@@ -171,6 +197,22 @@ class Reading:
         """The upper bound of the bucket with the p99 of the gaps, in seconds."""
         bucket = self.gap_bucket_s(0.99)
         return bucket[1] if bucket else None
+
+    @property
+    def lacks(self) -> frozenset[Lacking]:
+        """The figures that the engine did not show, or of which nothing was counted."""
+        known: dict[Lacking, bool] = {
+            "TTFT": self.ttft_s is not None,
+            "TPOT": self.tpot_s is not None,
+            "the gaps between tokens": self._histogram(metrics.ITL) is not None,
+            "the time in the queue": self.queue_s is not None,
+            "preemptions": self.preemptions is not None,
+            "the lengths of prompts": self.median_prompt_tokens is not None,
+            # an engine whose cache is off shows that it looked nothing up
+            "hits in the prefix cache": metrics.PREFIX_QUERIES in self.counted.values,
+            "the number of requests at once": self.decoding is not None,
+        }
+        return frozenset(name for name, is_known in known.items() if not is_known)
 
     def _histogram(self, name: str) -> Histogram | None:
         histogram = self.counted.histograms.get(name)
@@ -199,11 +241,17 @@ class Diagnosis:
 
     symptoms: tuple[Symptom, ...]
     marks: tuple[Mark, ...]
+    lacking: tuple[Lacking, ...] = ()  # what was not compared, as a reading lacks it
+    needed: frozenset[Lacking] = frozenset()  # without which nothing can be said to be well
 
     @property
     def cause(self) -> Cause:
-        """The foremost cause; `healthy` where nothing is worse."""
-        return self.marks[0].cause if self.marks else "unknown" if self.symptoms else "healthy"
+        """The foremost cause; `healthy` where nothing is worse, and all that is needed is known."""
+        if self.marks:
+            return self.marks[0].cause
+        if self.symptoms:
+            return "unknown"
+        return "cannot be told" if self.needed.intersection(self.lacking) else "healthy"
 
 
 class TooLittle(ValueError):
@@ -233,28 +281,37 @@ def _compared(now: Reading, healthy: Reading) -> Diagnosis:
     for explains, look in _MARKS:
         if explains.intersection(symptoms) and (mark := look(now, healthy)):
             marks.append(mark)
+    lacking = _in_order(now.lacks | healthy.lacks)
     if SLOWER in symptoms and not marks:
-        marks.append(_slow_step(now, healthy))
-    return Diagnosis(symptoms, tuple(marks))
+        marks.append(_slow_step(now, healthy, lacking))
+    return Diagnosis(symptoms, tuple(marks), lacking, SYMPTOMS_NEED)
+
+
+def _in_order(lacking: frozenset[Lacking]) -> tuple[Lacking, ...]:
+    return tuple(name for name in get_args(Lacking) if name in lacking)
 
 
 def _symptoms(now: Reading, healthy: Reading) -> Sequence[Symptom]:
     symptoms: list[Symptom] = []
-    if _factor(now.ttft_s, healthy.ttft_s) > LATER_FIRST_TOKEN:
+    if (_factor(now.ttft_s, healthy.ttft_s) or 0.0) > LATER_FIRST_TOKEN:
         symptoms.append(LATER)
-    if _factor(now.tpot_s, healthy.tpot_s) > SLOWER_TOKEN:
+    if (_factor(now.tpot_s, healthy.tpot_s) or 0.0) > SLOWER_TOKEN:
         symptoms.append(SLOWER)
-    if more_long_gaps(now, healthy) > MORE_LONG_GAPS:
+    if (more_long_gaps(now, healthy) or 0.0) > MORE_LONG_GAPS:
         symptoms.append(GAPS)
     return symptoms
 
 
-def more_long_gaps(now: Reading, healthy: Reading) -> float:
-    """Return by how much the share of gaps above the bucket of the healthy p99 has grown."""
+def more_long_gaps(now: Reading, healthy: Reading) -> float | None:
+    """Return by how much the share of gaps above the bucket of the healthy p99 has grown.
+
+    None where either reading lacks the gaps.
+    """
     long_s = healthy.long_gap_s
     if long_s is None:
-        return 0.0
-    return (now.gaps_above(long_s) or 0.0) - (healthy.gaps_above(long_s) or 0.0)
+        return None
+    above, before = now.gaps_above(long_s), healthy.gaps_above(long_s)
+    return None if above is None or before is None else above - before
 
 
 def more_short_gaps(now: Reading, healthy: Reading) -> float:
@@ -273,13 +330,13 @@ def more_short_gaps(now: Reading, healthy: Reading) -> float:
     )
 
 
-def _factor(now: float | None, before: float | None) -> float:
-    return now / before if now is not None and before else 1.0
+def _factor(now: float | None, before: float | None) -> float | None:
+    return now / before if now is not None and before else None
 
 
 def _preemption(now: Reading, healthy: Reading) -> Mark | None:
-    count, before = now.preemptions or 0.0, healthy.preemptions or 0.0
-    if count - before < PREEMPTED:
+    count, before = now.preemptions, healthy.preemptions
+    if count is None or before is None or count - before < PREEMPTED:
         return None
     return Mark(
         "preemption",
@@ -293,11 +350,18 @@ def _speculation(now: Reading, healthy: Reading) -> Mark | None:
     if accepted is None or (before is not None and before - accepted < DRAFTS_LOST):
         return None
     usual = "no drafts before" if before is None else f"healthy {before:.0%}"
+    slower, later = _factor(now.tpot_s, healthy.tpot_s), _factor(now.ttft_s, healthy.ttft_s)
+    if slower and later:
+        meanwhile = (
+            f", while a token takes {slower:.2f} times as long and a first token {later:.2f}"
+        )
+        meanwhile += " times"
+    else:
+        meanwhile = ""
     return Mark(
         "speculation",
-        f"{accepted:.0%} of the drafted tokens are accepted ({usual}), while a token takes"
-        f" {_factor(now.tpot_s, healthy.tpot_s):.2f} times as long and a first token"
-        f" {_factor(now.ttft_s, healthy.ttft_s):.2f} times: what is verified fills the steps",
+        f"{accepted:.0%} of the drafted tokens are accepted ({usual}){meanwhile}: what is verified"
+        " fills the steps",
     )
 
 
@@ -325,7 +389,7 @@ def _long_neighbour(now: Reading, healthy: Reading) -> Mark | None:
 
 def _cold_cache(now: Reading, healthy: Reading) -> Mark | None:
     hits, before = now.hit_rate or 0.0, healthy.hit_rate or 0.0
-    if before - hits < HITS_LOST:
+    if "hits in the prefix cache" in now.lacks or before - hits < HITS_LOST:
         return None
     return Mark(
         "cold cache",
@@ -335,12 +399,12 @@ def _cold_cache(now: Reading, healthy: Reading) -> Mark | None:
 
 
 def _large_budget(now: Reading, healthy: Reading) -> Mark | None:
-    shorter = more_short_gaps(now, healthy)
+    longer, shorter = more_long_gaps(now, healthy) or 0.0, more_short_gaps(now, healthy)
     if shorter < MORE_SHORT_GAPS:
         return None
     return Mark(
         "large budget",
-        f"{more_long_gaps(now, healthy):.0%} more of the gaps are long, and {shorter:.0%} more are"
+        f"{longer:.0%} more of the gaps are long, and {shorter:.0%} more are"
         " short: prompts are computed in fewer and longer steps, beside which the running answers"
         " stand still",
     )
@@ -352,7 +416,7 @@ def _burst(now: Reading, healthy: Reading) -> Mark | None:
     later_s, queued_s = now.ttft_s - healthy.ttft_s, now.queue_s - healthy.queue_s
     if later_s <= 0 or queued_s < QUEUED_SHARE * later_s:
         return None
-    slower = _factor(now.tpot_s, healthy.tpot_s)
+    slower = _factor(now.tpot_s, healthy.tpot_s) or 1.0
     if now.queue_s < LATER_FIRST_TOKEN * slower * healthy.queue_s:
         return None  # every step is slower, and those that a request waits for are no exception
     return Mark(
@@ -363,13 +427,32 @@ def _burst(now: Reading, healthy: Reading) -> Mark | None:
     )
 
 
-def _slow_step(now: Reading, healthy: Reading) -> Mark:
+def _more_at_once(now: Reading, healthy: Reading) -> Mark | None:
+    """Compare how many requests a token shares its step with, itself among them.
+
+    One that comes meets the mean number and joins it, however long the engine idles in between.
+    """
+    decoding, before = now.decoding, healthy.decoding
+    if decoding is None or before is None:
+        return None
+    by_slower_tokens = before * max(1.0, _factor(now.tpot_s, healthy.tpot_s) or 1.0)
+    if 1 + decoding < MORE_AT_ONCE * (1 + by_slower_tokens):
+        return None
+    return Mark(
+        "more requests at once",
+        f"{decoding:.1f} requests are in decode on average, healthy {before:.1f}, and slower tokens"
+        f" alone would make that {by_slower_tokens:.1f}: a step works for more requests, and takes"
+        " longer",
+    )
+
+
+def _slow_step(now: Reading, healthy: Reading, lacking: Sequence[Lacking]) -> Mark:
+    also = f"; not compared: {', '.join(lacking)}" if lacking else ""
     return Mark(
         "slow step",
-        f"a token takes {_factor(now.tpot_s, healthy.tpot_s):.2f} times as long, and what is sent,"
-        " the cache, the queue and the guesses are as before: every step itself is slower"
-        " (compilation or CUDA graphs off, another number type or kernel, a slower device, other"
-        " work on it)",
+        f"a token takes {_factor(now.tpot_s, healthy.tpot_s) or 1.0:.2f} times as long, and of what"
+        " was compared nothing else explains it: every step itself is slower (compilation or CUDA"
+        f" graphs off, another number type or kernel, a slower device, other work on it){also}",
     )
 
 
@@ -382,6 +465,7 @@ _MARKS: tuple[tuple[frozenset[Symptom], Look], ...] = (
     (frozenset({LATER, SLOWER, GAPS}), _cold_cache),
     (frozenset({GAPS}), _large_budget),
     (frozenset({LATER}), _burst),
+    (frozenset({SLOWER}), _more_at_once),
 )
 """What each cause explains, and how it is recognised; the first mark that is found counts."""
 
@@ -389,7 +473,7 @@ _MARKS: tuple[tuple[frozenset[Symptom], Look], ...] = (
 
 
 def _by_thresholds(now: Reading) -> Diagnosis:
-    """Use thresholds alone: a cold cache, a long context and a slow step need a comparison."""
+    """Use thresholds alone: what has grown, cooled down or become slower needs a comparison."""
     marks: list[Mark] = []
     if (now.preemptions or 0.0) >= PREEMPTED:
         marks.append(
@@ -419,7 +503,7 @@ def _by_thresholds(now: Reading) -> Diagnosis:
                 " batch takes",
             )
         )
-    return Diagnosis((), tuple(marks))
+    return Diagnosis((), tuple(marks), _in_order(now.lacks & THRESHOLDS_NEED), THRESHOLDS_NEED)
 
 
 def _neighbour_alone(now: Reading) -> Mark | None:

@@ -15,6 +15,9 @@ Where engines take turns, an engine's *start* shifts all of its trials. With fou
 engine or more the mean of a start is the unit; with fewer the interval is widened by what starts
 were measured to differ by.
 
+A figure that can be 0, such as goodput or preemptions, has no logarithm where it is. The effect is
+then the ratio of the arithmetic means, with the interval of its logarithm by the delta method.
+
 A *verdict* says what an effect shows, by the claim's own margin. What became of a *prediction* is
 another question, and stricter: a wide interval bears nothing out (`prediction_outcome`).
 """
@@ -26,10 +29,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from scipy import special, stats
 
 from labs.judging.metrics import METRICS, Repeats, by_repeat
@@ -96,6 +99,8 @@ class Effect(BaseModel, frozen=True, extra="forbid"):
     freedom: float = 1.0  # degrees of freedom of `error`
     looks: int = 1  # at how many looks the run may have stopped
     starts: int | None = None  # least starts of an engine, where both took turns
+    # whether the ratio is of arithmetic means, as a repeat had 0; else it is of geometric means
+    of_means: Annotated[bool, Field(exclude_if=lambda of_means: not of_means)] = False
 
     def interval(self, confidence: float) -> Interval:
         """Return the ratio with its interval, which covers at all looks with this confidence.
@@ -270,17 +275,23 @@ def effect(
 ) -> Effect | None:
     """Compute the effect from the repeats of both arms (repeat number -> value).
 
-    `starts` holds the engine start of each repeat of both arms, where engines take turns. Repeats
-    with a value of zero or less are left out, since they have no logarithm. Returns None where an
-    arm has no repeat.
+    `starts` holds the engine start of each repeat of both arms, where engines take turns. Where a
+    repeat has 0, the ratio is that of the arithmetic means: by the delta method the logarithm of an
+    arm's mean has the variance s^2 / (n mean^2). For counts with a mean of 1 to 10 the interval
+    covers in 94 of 100 cases or more, and over three to five repeats mostly in 97 or more, as a
+    simulation shows (`tests/unit/test_intervals.py`). Returns None where an arm has no repeat, or
+    0 in all of them.
     """
-    arms = [{r: math.log(v) for r, v in arm.items() if v > 0} for arm in (treatment, baseline)]
-    if not all(arms):
+    arms: list[Mapping[int, float]] = [treatment, baseline]
+    if not all(any(arm.values()) for arm in arms):
         return None
+    of_means = not all(v > 0 for arm in arms for v in arm.values())
+    if not of_means:
+        arms = [{r: math.log(v) for r, v in arm.items()} for arm in arms]
     units = [list(arm.values()) for arm in arms]
-    counts = [len(logs) for logs in units]
+    counts = [len(values) for values in units]
     several = min(counts) > 1
-    spread = math.hypot(*(float(np.std(logs, ddof=1)) for logs in units)) if several else None
+    spread = math.hypot(*(math.sqrt(_variance(u, of_means)) for u in units)) if several else None
     terms, least_starts = [], None
     if starts:
         by_start = [_means_by_start(*arm) for arm in zip(arms, starts, strict=True)]
@@ -292,26 +303,38 @@ def effect(
             terms = [(START_SPREAD**2 * per_start, START_FREEDOM)]
     error, freedom = None, 1.0
     if several:
-        terms += [(float(np.var(u, ddof=1)) / len(u), len(u) - 1) for u in units]
+        terms += [(_variance(u, of_means) / len(u), len(u) - 1) for u in units]
         error, freedom = _standard_error(terms)
-    value = math.exp(float(np.mean(units[0]) - np.mean(units[1])))
+    above, below = (float(np.mean(u)) for u in units)
     estimate = Effect(
-        ratio=Interval(value=value, low=None, high=None, n=min(counts)),
+        ratio=Interval(
+            value=above / below if of_means else math.exp(above - below),
+            low=None,
+            high=None,
+            n=min(counts),
+        ),
         spread=spread,
         error=error,
         freedom=freedom,
         looks=looks,
         starts=least_starts,
+        of_means=of_means,
     )
     return estimate.model_copy(update={"ratio": estimate.interval(CONFIDENCE)})
 
 
-def _means_by_start(logs: Mapping[int, float], starts: Starts) -> list[float]:
+def _variance(values: Sequence[float], of_means: bool) -> float:
+    """Estimate the variance of a logarithm: the values are logarithms, or figures `of_means`."""
+    variance = float(np.var(values, ddof=1))
+    return variance / float(np.mean(values)) ** 2 if of_means else variance
+
+
+def _means_by_start(values: Mapping[int, float], starts: Starts) -> list[float]:
     """Average the repeats of each start; those on an unknown start count as one more."""
     of_start: dict[int, list[float]] = {}
-    for repeat, log in logs.items():
-        of_start.setdefault(starts.get(repeat, 0), []).append(log)
-    return [float(np.mean(values)) for values in of_start.values()]
+    for repeat, value in values.items():
+        of_start.setdefault(starts.get(repeat, 0), []).append(value)
+    return [float(np.mean(found)) for found in of_start.values()]
 
 
 def _standard_error(terms: Sequence[tuple[float, int]]) -> tuple[float, float]:
@@ -480,20 +503,24 @@ def judge(
     prediction: Prediction,
     caveats: Sequence[Caveat],
     sampling: Sampling = SAMPLED_ONCE,
+    prediction_of_means: Prediction | None = None,
 ) -> Judgement:
     """Judge a claim at one pair of points.
 
-    `values[point][repeat][metric]` holds the measurements.
+    `values[point][repeat][metric]` holds the measurements. `prediction_of_means` is what a ratio of
+    arithmetic means is held against, where there is one.
     """
     measured = sampling.effect(values, (treatment, baseline), claim.metric)
     blocking = [c for c in caveats if c.hits(claim.metric, treatment, baseline)]
     outcome: VerdictKind = "inconclusive"
     expected = None
+    if measured and measured.of_means and prediction_of_means:
+        prediction = prediction_of_means
     prediction_came_to: PredictionOutcome = "open"
     if blocking:
         outcome, why = "not valid", "; ".join(sorted({c.name for c in blocking}))
     elif measured is None:
-        why = "a side has no repeat with this figure" + _samples_needed(claim.metric)
+        why = _without_ratio(values, treatment, baseline, claim.metric)
     else:
         outcome = verdict_kind(measured.ratio, claim.metric, claim.margin)
         prediction_came_to = prediction_outcome(prediction, measured.interval(TWO_ONE_SIDED))
@@ -516,6 +543,37 @@ def judge(
         prediction_outcome=prediction_came_to,
         why=why,
     )
+
+
+def _without_ratio(
+    values: Mapping[str, Repeats], treatment: str, baseline: str, metric: str
+) -> str:
+    """Say why there is no ratio: a side has no figure at all, or nothing but 0."""
+    arms = [by_repeat(values.get(point, {}), metric).values() for point in (treatment, baseline)]
+    if not all(arms):
+        return "a side has no repeat with this figure" + _samples_needed(metric)
+    zero = [
+        f"the {side}"
+        for side, arm in zip(("treatment", "baseline"), arms, strict=True)
+        if not any(arm)
+    ]
+    return f"every repeat of {' and of '.join(zero)} had 0, so there is no ratio"
+
+
+def may_be_decided(judgement: Judgement, values: Mapping[str, Repeats]) -> bool:
+    """Tell whether further repeats may decide a claim.
+
+    They may where a ratio has too wide an interval, and where only one side has 0 in every repeat.
+    """
+    if judgement.outcome != "inconclusive":
+        return False
+    if judgement.effect:
+        return True
+    arms = [
+        by_repeat(values.get(point, {}), judgement.metric).values()
+        for point in (judgement.treatment, judgement.baseline)
+    ]
+    return all(arms) and any(any(arm) for arm in arms)
 
 
 def _samples_needed(metric: str) -> str:

@@ -80,6 +80,7 @@ class Expected:
     evidence: Sequence[Evidence] = ()
     endpoint: bool = False  # it was neither started nor configured by the lab
     metrics_read: bool = True  # False: from the start, the endpoint showed no metrics
+    on_gpus: bool = False  # of this machine, and a GPU whose state cannot be read is to be named
     model: str = ""  # the name under which the base model answers; empty where it is not known
     template_tokens: int | None = None  # the most that the chat template puts before every text
     served: Mapping[str, Served] = field(default_factory=dict)  # by variant
@@ -109,6 +110,7 @@ def faults_of_set_up(trial: Trial, expected: Expected) -> list[Caveat]:
     return [
         *_exhausted(trial),
         *_too_few(trial),
+        *_unseen_hardware(trial, expected),
         *_answered(trial, expected),
         *_treated(trial, expected),
     ]
@@ -361,6 +363,25 @@ def _exhausted(trial: Trial) -> Iterator[Caveat]:
     if ran_out(trial.point, trial.summary):
         text = "the window was cut short: raise `requests`"
         yield _caveat(trial, "ran out of requests", text, blocks=False)
+
+
+def _unseen_hardware(trial: Trial, expected: Expected) -> Iterator[Caveat]:
+    """Name the checks of a GPU that could not be made: a part of one (MIG, vGPU) refuses them."""
+    inside = telemetry.within(trial.telemetry, *trial.summary.window_s)
+    unread = [
+        what
+        for what, is_known in (
+            ("whether other processes used it", trial.other_work.gpu_processes is not None),
+            ("whether heat or power slowed it", telemetry.throttled_share(inside, []) is not None),
+        )
+        if not is_known
+    ]
+    if expected.on_gpus and unread:
+        text = (
+            f"the GPU does not show {', nor '.join(unread)}, which may be so on a part of one (MIG,"
+            " vGPU): nothing of this kind is ruled out"
+        )
+        yield _caveat(trial, "hardware could not be read", text, blocks=False)
 
 
 def _too_few(trial: Trial) -> Iterator[Caveat]:

@@ -53,17 +53,17 @@ class ReadingFile(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def reading(self) -> Reading:
-        return Reading(snapshot_from_json(self.counted))
+        return Reading(snapshot_from_json(self.counted), self.seconds)
 
 
 def read_over(server: Endpoint, seconds: float, waiting: Callable[[str], None]) -> Reading:
     """Read `/metrics`, wait, and read it again. Raises LabError where it cannot be read."""
-    before = _snapshot(server)
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
+    before, start = _snapshot(server), time.monotonic()
+    while (left := start + seconds - time.monotonic()) > 0:
         waiting(f"reading {server.model}, {left:.0f} s left")
         time.sleep(min(POLL_S, left))
-    return Reading(between(before, _snapshot(server)))
+    after = _snapshot(server)
+    return Reading(between(before, after), time.monotonic() - start)
 
 
 def between(before: Snapshot, after: Snapshot) -> Snapshot:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from labs.filing.results import Band, PointForecasts
 from labs.judging.machine_speed import usual_spread
-from labs.lab import OF_FORECASTS, Point, Prediction, Variant
+from labs.lab import Point, Prediction, Variant
 from labs.running.copied_text import Copies, read_answers, share_copied
 from labs.running.forecaster import started
 from labs.running.progress import ProgressDisplay
@@ -83,17 +83,7 @@ def ratio_of_forecasts(
     forecasts: PointForecasts, metric: str, treatment: Point, baseline: Point
 ) -> Prediction | None:
     """Predict a claim from the forecasts of its two points; None where either has none."""
-    above, below = (forecasts.points.get(p.key, {}).get(metric) for p in (treatment, baseline))
-    if not above or not below or not below.typical or not above.typical:
-        return None
-    return Prediction(
-        value=above.typical / below.typical,
-        formula="forecast of the treatment / forecast of the baseline",
-        assumptions=(
-            "vLLM's own scheduler in virtual time, over a step timed on this machine beforehand",
-        ),
-        source=OF_FORECASTS,
-    )
+    return forecasts.ratio(metric, treatment.key, baseline.key)
 
 
 def reason_against(setup: Setup, variant: Variant) -> str | None:

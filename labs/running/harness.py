@@ -19,6 +19,7 @@ import requests
 from dashboards import live
 from dashboards.prometheus import Prometheus
 from labs.filing.results import RESULTS, RunFolder, Undecided, write_gzip, write_json
+from labs.judging.judge import may_be_decided
 from labs.lab import Point, Variant
 from labs.running.counts import Counts
 from labs.running.engines import Engines, Groups, groups_in_turn, order_of_engines
@@ -187,12 +188,15 @@ class Harness:
         """
         points, again = self.setup.points, self.setup.lab.repeats + 1
         if (chosen := self.folder.undecided()) is None:
-            keys = {p.key for p in points if self.folder.trial_result(p, again)} or {
-                key
-                for j in summarise(self.folder).judgements
-                if j.outcome == "inconclusive" and j.effect
-                for key in (j.treatment, j.baseline)
-            }
+            keys = {p.key for p in points if self.folder.trial_result(p, again)}
+            if not keys:
+                summary = summarise(self.folder)
+                keys = {
+                    key
+                    for j in summary.judgements
+                    if may_be_decided(j, summary.measurements)
+                    for key in (j.treatment, j.baseline)
+                }
             chosen = Undecided(points=tuple(p.key for p in points if p.key in keys))
             if keys:
                 write_json(self.folder.path / "undecided.json", chosen)

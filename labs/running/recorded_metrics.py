@@ -77,7 +77,7 @@ def read_between(url: str, start: datetime, end: datetime, model: str = "") -> t
         readings = snapshot(before), snapshot(after)
     except ValueError as error:
         raise LabError(f"PROMETHEUS_URL has series that are no engine's: {error}") from error
-    return name, Reading(between(*readings))
+    return name, Reading(between(*readings), (end - start).total_seconds())
 
 
 def _engines(samples: Iterable[Sample]) -> set[frozenset[tuple[str, str]]]:

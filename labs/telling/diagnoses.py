@@ -22,12 +22,16 @@ MEANINGS = {
     "large budget": "A step takes in too much of a prompt at once. Lower max-num-batched-tokens.",
     "burst": "More requests come than the batch takes. Limit the queue, add an engine, or raise"
     " max-num-seqs where memory admits.",
-    "slow step": "Nothing in the load explains it, so look at the engine and the machine: eager"
-    " mode, CUDA graphs, number types, kernels, clocks, other work.",
+    "more requests at once": "More traffic comes than before, and a step serves more of it at once;"
+    " nothing is broken. Where tokens are too slow, lower max-num-seqs, so that some requests wait,"
+    " or add an engine.",
+    "slow step": "Look at the engine and the machine: eager mode, CUDA graphs, number types,"
+    " kernels, clocks, other work.",
 }
 NOT_WITHOUT = (
-    "Without a healthy reading (BASELINE=) a cold cache, a longer context, a larger token budget"
-    " and a slower step cannot be told: there is nothing to compare them with."
+    "Without a healthy reading (BASELINE=) a cold cache, a longer context, a larger token budget,"
+    " more requests at once and a slower step cannot be told: there is nothing to compare them"
+    " with."
 )
 
 
@@ -43,6 +47,7 @@ def page(
             for mark in diagnosis.marks
         ),
         Paragraph(NOT_WITHOUT) if healthy is None else None,
+        Paragraph(_lacking(diagnosis, healthy)) if diagnosis.lacking else None,
         section("The figures", table(_header(healthy), _rows(now, healthy))),
     )
 
@@ -56,9 +61,25 @@ def _foremost(diagnosis: Diagnosis, healthy: Reading | None) -> Inline:
         return (f"{worse}The metrics point to ", Strong(diagnosis.cause), f"{more}.")
     if diagnosis.symptoms:
         return f"{worse}No mark of a cause that the rule knows was found."
+    if diagnosis.cause == "cannot be told":
+        return (
+            "Whether something is wrong cannot be told, as figures are missing. Of the others"
+            + (
+                " none is beyond its threshold."
+                if healthy is None
+                else " none is worse than healthy."
+            )
+        )
     if healthy is None:
         return "Nothing is wrong by the thresholds that need no comparison."
     return "Nothing is wrong: neither first tokens, tokens nor gaps are worse than healthy."
+
+
+def _lacking(diagnosis: Diagnosis, healthy: Reading | None) -> str:
+    names = ", ".join(diagnosis.lacking)
+    if healthy is None:
+        return f"Not judged, because the reading lacks them: {names}."
+    return f"Not compared, because one of the readings lacks them: {names}."
 
 
 def _header(healthy: Reading | None) -> Sequence[Inline]:
@@ -83,6 +104,7 @@ def _figures(reading: Reading) -> dict[str, str]:
         "Drafts accepted": number(reading.accepted, "share"),
         "Median prompt": _within(reading.median_prompt_tokens, "tok"),
         "Longest prompt": _within(reading.longest_prompt_tokens, "tok"),
+        "In decode, mean": number(reading.decoding),
         "Waiting at the end": number(reading.waiting),
     }
 

@@ -38,7 +38,9 @@ def draw(
     folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary, save: bool = True
 ) -> list[Figure]:
     """Draw the lab's plots into the run's folder, unless it has them already."""
-    context = Context(folder, folder.run(), lab, list(points), summary.measurements)
+    context = Context(
+        folder, folder.run(), lab, list(points), summary.measurements, summary.caveats
+    )
     run, figures = JudgedRun.of(context, summary), []
     for name, draw_one in _drawn(lab).items():
         caption = draw_one(run)
@@ -278,6 +280,8 @@ def roofline(run: JudgedRun) -> str | None:
 
 def variants(run: JudgedRun) -> str | None:
     """Draw the first claim's metric for every variant, workload by workload."""
+    if not run.lab.claims:  # what they compare was left out
+        return None
     lab, name = run.lab, run.lab.claims[0].metric
     metric = METRICS[name]
     measured = [p for p in run.points if run.interval(p, name)]

@@ -133,6 +133,7 @@ def computed(folder: RunFolder) -> Summary:
                 predictions.effects[claim.name][f"{t.key}|{b.key}"],
                 [*caveats, *own],
                 context.sampling,
+                predictions.of_means(claim, t.key, b.key),
             )
             for claim, t, b, own in pairs
         ],
@@ -235,7 +236,10 @@ def _of_the_whole(run: Run, lab: Lab, session: Session | None) -> list[Caveat]:
         )
         caveats.append(Caveat(name="engines took turns", text=text))
     if run.endpoint:
-        text = "predictions assume this machine's ceilings; the endpoint may run on another machine"
+        text = (
+            "predictions assume this machine's ceilings; the endpoint may run on another machine,"
+            " whose other work, heat and power were not seen"
+        )
         caveats.append(Caveat(name="endpoint's hardware unknown", text=text))
     if any(flags.is_parallel for flags in lab.all_flags):
         text = (

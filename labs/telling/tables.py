@@ -75,7 +75,8 @@ def claims(lab: Lab, summary: Summary) -> Table:
 def _claim(lab: Lab, j: Judgement) -> list[Inline]:
     pair = f"{point_label(j.treatment, lab)} / {point_label(j.baseline, lab)}"
     own_margin = "" if j.margin == MARGIN else f"; equal within {100 * j.margin:g}%"
-    where = f" ({METRICS[j.metric].title}: {pair}{own_margin})"
+    of_means = "; of the arithmetic means, as a repeat had 0" if _is_of_means(j) else ""
+    where = f" ({METRICS[j.metric].title}: {pair}{own_margin}{of_means})"
     figures = [p.figure for p in published_of(lab.name, "claims", j.claim)]
     return [
         (parse(j.title), where),
@@ -86,6 +87,10 @@ def _claim(lab: Lab, j: Judgement) -> list[Inline]:
         "; ".join(figures) or "–",
         parse(verdict_text(j)),
     ]
+
+
+def _is_of_means(judgement: Judgement) -> bool:
+    return judgement.effect is not None and judgement.effect.of_means
 
 
 def points(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,21 @@ from labs.filing.results import Agreement, Finding, Session, Summary, write_json
 from labs.findings.chunked_prefill import chunks_solve
 from labs.findings.context import Context, JudgedRun
 from labs.findings.continuous_batching import both_ends, one_stream, ridge
+from labs.findings.drawing import plt
 from labs.findings.kv_quantization import memory_steps
 from labs.findings.parts import Conclusion, answers, parts_of
 from labs.findings.prefix_caching import sharing, where_to_look
-from labs.findings.weight_quantization import phases
+from labs.findings.speculative_decoding import speculation_wins
+from labs.findings.weight_quantization import phases, winners
 from labs.judging.judge import Effect, Interval, Judgement
-from labs.lab import Lab, Variant
+from labs.judging.metrics import METRICS
+from labs.lab import Lab, LabError, Variant
+from labs.telling import plots
 from loadtests.workload import Intruder
 from serving import metrics
 from serving.metrics import Histogram, Snapshot
-from tests.unit.builders import PREDICTION, SHAPE, make_lab, make_workload
-from tests.unit.test_findings import context, played
+from tests.unit.builders import CEILINGS, PREDICTION, SHAPE, make_lab, make_workload
+from tests.unit.test_findings import ABOUT, context, guessing, played, withheld
 
 
 def judged_run(context: Context, judgements: Sequence[Judgement] = ()) -> JudgedRun:
@@ -35,6 +39,31 @@ def judged_run(context: Context, judgements: Sequence[Judgement] = ()) -> Judged
         pooled={},
         judgements=list(judgements), forecasts=[], caveats=[], failed={}, missing=0,
     ))  # fmt: skip
+
+
+def test_answers_neither_rank_nor_win_by_what_is_not_valid(tmp_path: Path) -> None:
+    found = guessing(tmp_path / "guessing", {"none 1": 10.0, "guess 1": 8.0})
+    found = replace(found, lab=found.lab.model_copy(update={"findings": ("speed-up",)}))
+    valid, not_valid = (
+        speculation_wins(judged_run(run)) or ""
+        for run in (found, withheld(found, "none/story/concurrent-1"))
+    )
+    assert valid.startswith("The largest speed-up is 1.25x")
+    assert not_valid.startswith("Speculation wins at no load that is valid. `guess` on story: not")
+    prices = {p: {"tpot_mean_s": s} for p, s in (
+        ("bf16/far/concurrent-1", 0.020), ("fp8/far/concurrent-1", 0.030),
+    )}  # fmt: skip
+    lab = make_lab(
+        variants=tuple(
+            Variant(name=n, flags={"kv-cache-dtype": t, "kv-cache-memory-bytes": 32 * 640})
+            for n, t in (("bf16", "auto"), ("fp8", "fp8_e4m3"), ("bf16-tight", "auto"))
+        ),
+        workloads=(make_workload(name="far"),), claims=(), evidence=(), findings=("memory-ladder",),
+    )  # fmt: skip
+    ladder = context(tmp_path / "ladder", lab, prices)
+    assert "at worst" in (memory_steps(judged_run(ladder)) or "")
+    not_valid = memory_steps(judged_run(withheld(ladder, "fp8/far/concurrent-1"))) or ""
+    assert "at worst" not in not_valid
 
 
 def judged(claim: str, value: float, **fields: Any) -> Judgement:
@@ -59,6 +88,47 @@ def test_a_run_of_which_nothing_came_invents_nothing(lab: Lab, tmp_path: Path) -
     given = answers(judged_run(context(tmp_path, lab.model_copy(update={"requests": 64}), {})))
     assert given.keys() <= {"KV-2", "KV-3", "KV-7"}
     assert not [text for text in given.values() if "easured" in text]
+
+
+def kept_in_part(lab: Lab) -> Iterator[dict[str, Any]]:
+    """Settings that leave out one variant, workload or load, or all but one."""
+    for field in ("variants", "workloads"):
+        names = [part.name for part in getattr(lab, field)]
+        for name in names:
+            yield {field: [name]}
+            yield {field: [other for other in names if other != name]}
+    for workload in lab.workloads:
+        if len(workload.loads) > 1:
+            yield {f"workloads.{workload.name}.loads": [str(workload.loads[0])]}
+        served = list(workload.only or [v.name for v in lab.variants])
+        yield {f"workloads.{workload.name}.only": served[1:]}
+
+
+@pytest.mark.parametrize("name", LABS)
+def test_findings_answers_and_plots_bear_what_is_left_out(name: str, tmp_path: Path) -> None:
+    """All that a reader may keep of a lab, every figure of it measured; nothing may raise."""
+    parts, told = parts_of(name), list[Any]()
+    for i, changes in enumerate(kept_in_part(LABS[name].at("cpu", quick=False))):
+        try:
+            lab = LABS[name].at("cpu", quick=False, changes=changes)
+        except LabError:  # nothing is left, or nothing that tells a capacity
+            continue
+        points = lab.points(SHAPE, CEILINGS, {}, ABOUT)
+        kept = [v.name for v in lab.variants], [p.key for p in points]
+        if kept in told:
+            continue
+        told.append(kept)
+        values = {
+            p.key: {metric: 0.5 + j / 100 for metric in METRICS} for j, p in enumerate(points)
+        }
+        run = judged_run(context(tmp_path / str(i), lab, values, about=ABOUT))
+        for finding in lab.findings:
+            assert parts.findings[finding].finding(run).title, changes
+        answers(run)
+        for draw in plots._drawn(lab).values():
+            draw(run)
+            plt.close("all")
+    assert told
 
 
 def test_a_claim_that_was_not_valid_is_no_answer(tmp_path: Path) -> None:
@@ -101,7 +171,10 @@ def test_the_side_of_the_ridge_is_told_by_the_intensities(tmp_path: Path) -> Non
     )
     across = ridge(swept(tmp_path / "b", (1, 11)))
     assert across
-    assert "the nearer ceiling of the first, arithmetic of the last" in across
+    assert "memory bandwidth is the nearer ceiling of the first, arithmetic of the last" in across
+    above = ridge(swept(tmp_path / "c", (11, 20)))
+    assert above
+    assert "by the work alone arithmetic is the nearer ceiling of both." in above
 
 
 def test_one_stream_is_held_against_the_weights_and_the_bandwidth(tmp_path: Path) -> None:
@@ -194,8 +267,11 @@ def test_ttft_is_split_by_the_engines_own_clock(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("decode_ms", "prefill_ms", "said"),
     [(5, 100, "and prefill 1.00x (1.00 to 1.00). So they speed up decode and not prefill"),
-     (5, 50, "and prefill 0.50x (0.50 to 0.50). So on this machine the bytes alone"),
-     (12, 100, "decode takes 1.20x (1.20 to 1.20) the time and prefill 1.00x"),
+     (5, 50, "and prefill 0.50x (0.50 to 0.50). So on this machine the bytes alone explain decode,"
+      " but not prefill, which is faster, too, with `w8a8`"),
+     (12, 100, "prefill 1.00x (1.00 to 1.00). So on this machine the bytes alone explain prefill,"
+      " which is no faster, but not decode, which is no faster either with `w8a8`"),
+     (12, 50, "So on this machine the bytes alone explain neither phase"),
      ((7, 13), 100, "So the repeats do not settle whether the bytes explain both"),
      (5, (60, 130), "So the repeats do not settle whether the bytes explain both")],
 )  # fmt: skip
@@ -212,22 +288,54 @@ def test_fewer_bytes_are_held_against_both_phases(
         "w8a8/decode/concurrent-1": {"tpot_mean_s": np.divide(decode_ms, 1000).tolist()},
         "w8a8/prefill/concurrent-1": {"ttft_mean_s": np.divide(prefill_ms, 1000).tolist()},
     }
-    text = phases(judged_run(context(tmp_path, lab, values, halved=["w8a8"])))
+    found = context(tmp_path, lab, values, halved=["w8a8"])
+    text = phases(judged_run(found))
     assert text
     assert "With 0.50 of the bytes (`w8a8`)" in text
     assert said in text
+    not_valid = judged_run(withheld(found, "bf16/decode/concurrent-1", ("tpot_mean_s",)))
+    assert phases(not_valid) == (
+        "Fewer bytes of weights should speed up decode alone. The figures of `w8a8` are not valid."
+    )
+
+
+def test_weights_that_are_not_valid_are_not_ranked(tmp_path: Path) -> None:
+    names = ("bf16", "w8a8", "w4a16-awq")
+    lab = make_lab(
+        variants=tuple(Variant(name=name) for name in names), claims=(), evidence=(),
+        workloads=(make_workload(name="decode"),),
+    )  # fmt: skip
+    found = context(tmp_path, lab, {
+        f"{name}/decode/concurrent-1": {"output_tokens_per_s": rate}
+        for name, rate in zip(names, (100.0, 200.0, 150.0), strict=True)
+    })  # fmt: skip
+    told = winners(judged_run(found))
+    assert told
+    assert "1 in flight: `w8a8` 2.00x (2.00 to 2.00), `w4a16-awq` 1.50x" in told
+    told = winners(judged_run(withheld(found, "w8a8/decode/concurrent-1")))
+    assert told
+    assert "1 in flight: `w4a16-awq` 1.50x (1.50 to 1.50), `w8a8` not valid" in told
 
 
 @pytest.mark.parametrize(
-    ("prometheus", "said"), [(9, "do not agree on requests"), (8, "count the same"),
-                             (None, "count the same")],
-)  # fmt: skip
-def test_counts_that_differ_are_told(prometheus: int | None, said: str, tmp_path: Path) -> None:
+    ("prometheus", "engine", "said"),
+    [
+        (9, 8, "Client and server do not agree on requests;"),
+        (0, 8, "Client and server do not agree on requests;"),
+        (8, 8, "Client and server count the same requests;"),
+        (None, 8, "Client and server count the same requests;"),
+        (8, 0, "Client and server do not agree on requests;"),
+        (8, None, "The server's counts are not known, so none were compared;"),
+    ],
+)
+def test_counts_that_differ_are_told(
+    prometheus: int | None, engine: int | None, said: str, tmp_path: Path
+) -> None:
     lab = make_lab(variants=(Variant(name="base"),), claims=(), evidence=())
     ends = {"client_ttft_mean_s": 0.012, "engine_ttft_mean_s": 0.010}
     found = context(tmp_path, lab, {f"base/short/concurrent-{n}": ends for n in (1, 2)})
     assert both_ends(judged_run(found)) is None
-    counts = Agreement(what="requests", records=8, prometheus=prometheus, engine=8)
+    counts = Agreement(what="requests", records=8, prometheus=prometheus, engine=engine)
     session = Session(
         engine_start_s=1, load_s=1, wall_s=3, resident=True, agreement=[counts], prometheus=None
     )

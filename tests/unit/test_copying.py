@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.filing.results import Band, PointForecasts, Run
+from labs.filing.results import Band, PointForecasts, Predictions, Run
+from labs.lab import Prediction
 from labs.running.copied_text import lookup_of, share_copied
 from labs.running.forecast import ratio_of_forecasts
 from labs.running.run import predict
@@ -19,7 +20,7 @@ from labs.running.virtual_trials import _bands, by_chance, paces
 from serving import making
 from serving.forecasting.copying import Copying, CopyingPlan, Lookup, copied_in, copying, decoded
 from serving.lookup import looked_up
-from tests.unit.builders import CEILINGS, SHAPE, make_point
+from tests.unit.builders import CEILINGS, PREDICTION, SHAPE, make_claim, make_point
 
 ONE_WORD = Lookup(guesses=3, least=1, most=1)
 
@@ -132,7 +133,7 @@ def test_a_band_holds_what_hangs_on_chance() -> None:
     assert band.value == pytest.approx(0.68)
     assert 0.2 <= band.low < 0.5
     assert 1.0 < band.high <= 1.4
-    assert band.typical == pytest.approx((0.2**3 * 1.4**2) ** 0.2)
+    assert band.geometric_mean == pytest.approx((0.2**3 * 1.4**2) ** 0.2)
     steady = _bands([{"ttft_mean_s": 0.2}] * 5, [{"ttft_mean_s": s} for s in (0.18, 0.236)], 5)
     assert (steady["ttft_mean_s"].low, steady["ttft_mean_s"].high) == pytest.approx((0.18, 0.236))
     assert by_chance([0.3], 1) == 0.0
@@ -157,7 +158,21 @@ def test_a_forecast_ratio_is_one_of_geometric_means_as_the_measured_one_is() -> 
         return prediction.value
 
     assert ratio(forecasts(geometric_mean=1)) == 0.5
-    assert ratio(forecasts()) == 1.0  # of a run before it was kept
+    assert ratio(forecasts()) == 1.0  # a play had 0: the arithmetic means, on both sides
+    both = forecasts(geometric_mean=1)
+    of_means = both.ratio("ttft_mean_s", treatment.key, baseline.key, of_means=True)
+    assert of_means
+    assert of_means.value == 1.0
+    claim, pair = make_claim(metric="ttft_mean_s"), f"{treatment.key}|{baseline.key}"
+
+    def held_against(written: Prediction) -> Prediction | None:
+        before = Predictions(
+            effects={claim.name: {pair: written}}, forecasts={}, in_virtual_time=both
+        )
+        return before.of_means(claim, treatment.key, baseline.key)
+
+    assert held_against(of_means) == of_means
+    assert held_against(PREDICTION) is None  # a closed form, which names no mean
 
 
 def test_evidence_follows_the_answers_that_were_read_and_no_assumed_chance() -> None:

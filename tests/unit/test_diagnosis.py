@@ -125,9 +125,11 @@ def test_every_cause_is_named_by_its_own_mark(cause: Cause) -> None:
 
 def test_every_cause_of_the_lab_is_one_of_the_rule_and_has_a_signature() -> None:
     assert set(INJECTED.values()) == DISTURBED.keys() == SIGNATURES.keys()
-    assert set(INJECTED.values()) | {"unknown"} == set(get_args(Cause))
+    of_traffic = {"more requests at once"}  # a closed loop of equally many users has no more
+    no_cause = {"unknown", "cannot be told"}
+    assert set(INJECTED.values()) | of_traffic | no_cause == set(get_args(Cause))
     assert set(get_args(Cause)) <= TITLES.keys()
-    assert set(diagnoses.MEANINGS) == set(INJECTED.values()) - {"healthy"}
+    assert set(diagnoses.MEANINGS) == (set(INJECTED.values()) | of_traffic) - {"healthy"}
     on_gpu = LABS["diagnosis"].at("gpu", quick=False).points(SHAPE, CEILINGS)
     assert INJECTED.keys() <= {(p.variant.name, p.workload.name) for p in on_gpu}
     here = {(p.variant.name, p.workload.name) for p in points()}
@@ -196,6 +198,42 @@ def test_guesses_that_were_there_before_are_blamed_once_fewer_are_accepted() -> 
     assert named(slower, before) == "slow step"
 
 
+@pytest.mark.parametrize(
+    ("requests", "gap_s", "seconds", "cause"),
+    [
+        (80, 0.052, 5.2, "more requests at once"),  # 16 in decode, 1.3 times as slow
+        (10, 0.052, 4.0, "slow step"),  # as many come: slower tokens alone make 2.6 of 2
+        (10, 0.12, 4.0, "slow step"),  # 6 of 2, at a third of the speed
+        (80, 0.041, 4.1, "healthy"),  # 16, but no token is slower
+        (80, 0.052, None, "slow step"),  # over an interval that is not known
+    ],
+)
+def test_more_traffic_is_no_broken_engine(
+    requests: int, gap_s: float, seconds: float | None, cause: Cause
+) -> None:
+    """Beside a healthy engine that has 2 requests in decode on average."""
+    healthy = Reading(HEALTHY, seconds=4.0)
+    assert healthy.decoding == pytest.approx(2)
+    more = counted(gaps_s={gap_s: 20 * requests}, prompts={384.0: requests})
+    found = diagnose(Reading(more, seconds), healthy)
+    assert found.cause == cause
+    if cause == "more requests at once":
+        evidence = found.marks[0].evidence
+        assert evidence.startswith(
+            "16.0 requests are in decode on average, healthy 2.0, and slower"
+        )
+        text = markdown.document(diagnoses.page("m", 4, Reading(more, seconds), healthy, found))
+        assert "More traffic comes than before" in text
+        assert "machine" not in text
+
+
+def test_an_idle_engine_that_meets_a_few_more_is_slower_by_itself() -> None:
+    """0.1 and 0.3 in decode on average: a request still has most steps for itself."""
+    healthy = Reading(HEALTHY, seconds=80.0)
+    later = Reading(counted(gaps_s={0.052: 200}), seconds=35.0)
+    assert diagnose(later, healthy).cause == "slow step"
+
+
 def test_without_a_healthy_reading_only_some_causes_can_be_told() -> None:
     told = {cause for cause, now in DISTURBED.items() if named(now, None) == cause != "healthy"}
     assert told == {"burst", "preemption", "speculation"}
@@ -214,9 +252,49 @@ def test_too_few_requests_say_nothing() -> None:
 
 def test_an_engine_that_shows_less_is_diagnosed_by_what_it_shows() -> None:
     plain = Snapshot({metrics.REQUESTS: 9.0})
-    assert named(plain, plain) == "healthy"
-    assert named(plain, None) == "healthy"
+    assert named(plain, plain) == "cannot be told"
+    assert named(plain, None) == "cannot be told"
     assert Reading(plain).tpot_s is None
+
+
+def without(snapshot: Snapshot, *names: str) -> Snapshot:
+    """What a Prometheus recorded that does not keep these metrics."""
+    return Snapshot(
+        {name: v for name, v in snapshot.values.items() if name not in names},
+        {name: h for name, h in snapshot.histograms.items() if name not in names},
+    )
+
+
+@pytest.mark.parametrize("side", ["now", "healthy"])
+def test_what_was_not_compared_is_not_said_to_be_well(side: str) -> None:
+    """Tokens take twice as long, and either reading lacks the gaps between them."""
+    both = {"now": counted(gaps_s={0.08: 200}), "healthy": HEALTHY}
+    assert named(both["now"], both["healthy"]) == "slow step"
+    both[side] = without(both[side], metrics.ITL)
+    now, healthy = Reading(both["now"], 10), Reading(both["healthy"], 10)
+    found = diagnose(now, healthy)
+    assert found.cause == "cannot be told"
+    text = markdown.document(diagnoses.page("m", 10, now, healthy, found))
+    assert "Nothing is wrong" not in text
+    assert "Whether something is wrong cannot be told" in text
+    missing = "TPOT, the gaps between tokens, the number of requests at once"
+    assert f"because one of the readings lacks them: {missing}." in text
+
+
+def test_what_a_reading_lacks_is_no_mark_and_is_named_beside_the_cause() -> None:
+    slower = counted(gaps_s={0.08: 200})
+    no_prompts = without(slower, metrics.REQUEST_PROMPT_TOKENS, metrics.PREFIX_QUERIES)
+    found = diagnose(Reading(no_prompts, 10), Reading(HEALTHY, 10))
+    assert [mark.cause for mark in found.marks] == ["slow step"]  # no cold cache
+    assert found.marks[0].evidence.endswith(
+        "not compared: the lengths of prompts, hits in the prefix cache"
+    )
+    off = replace(slower, values={**slower.values, metrics.PREFIX_QUERIES: 0.0})
+    assert named(off) == "cold cache"  # it is shown, and nothing is looked up any more
+    late = counted(gaps_s={0.08: 200}, preemptions=3)
+    assert named(late, without(HEALTHY, metrics.PREEMPTIONS)) == "slow step"
+    alone = diagnose(Reading(without(HEALTHY, metrics.QUEUE_TIME)))
+    assert (alone.cause, alone.lacking) == ("cannot be told", ("the time in the queue",))
 
 
 def test_a_token_takes_the_time_of_all_gaps_over_the_tokens_after_the_first() -> None:

@@ -137,6 +137,8 @@ def budgets(
     limit_s: float,
     stalls_ms: tuple[float, ...] = (10, 20, 40),
     long_ttft_ms: tuple[float, ...] = (80, 60, 50),
+    not_valid: str = "",
+    own_ms: Sequence[Any] = (90, 30, 20),
 ) -> Finding:
     """Pieces of 8, 16 and the whole 32 tokens beside two streams."""
     sizes = (("small", 10), ("middle", 18), ("whole", 64))
@@ -152,13 +154,23 @@ def budgets(
     values = {
         f"{name}/short/contended-2-1": {
             "stall_mean_s": stall / 1000, "intruder_ttft_mean_s": ttft / 1000,
-            "ttft_mean_s": own / 1000,
+            "ttft_mean_s": np.divide(own, 1000).tolist(),
         }
-        for (name, _), stall, ttft, own in zip(
-            sizes, stalls_ms, long_ttft_ms, (90, 30, 20), strict=True
-        )
+        for (name, _), stall, ttft, own in zip(sizes, stalls_ms, long_ttft_ms, own_ms, strict=True)
     }  # fmt: skip
-    return TOKEN_BUDGET.finding(context(home, lab, values))
+    return TOKEN_BUDGET.finding(withheld(context(home, lab, values), not_valid))
+
+
+def test_a_budget_that_is_not_valid_is_not_the_best_and_its_price_is_not_told(
+    tmp_path: Path,
+) -> None:
+    found = budgets(tmp_path, limit_s=0.025, not_valid="middle/short/contended-2-1")
+    assert cells(found, 0, 5, 6)[1] == ["middle", "not valid", "not valid"]
+    assert "`small` gives the long prompt its first token soonest" in found.lines[0]
+    found = budgets(tmp_path / "b", limit_s=0.025, not_valid="small/short/contended-2-1")
+    assert found.lines[1] == "What the smallest budget costs the streams is not valid."
+    found = budgets(tmp_path / "c", limit_s=0.015, not_valid="small/short/contended-2-1")
+    assert found.lines[0].startswith("No budget here whose figures are valid keeps the gaps")
 
 
 def test_the_budget_within_the_slo_whose_long_prompt_waits_least(tmp_path: Path) -> None:
@@ -180,6 +192,22 @@ def test_what_the_streams_pay_stands_beside_what_they_gain(tmp_path: Path) -> No
         "With `small` their own first token takes 90 ms on average, without chunks 20 ms:"
         " 4.50x (4.50 to 4.50), the ratio of their geometric means." in found.lines[1]
     )
+
+
+@pytest.mark.parametrize(
+    ("small_ms", "said"),
+    [
+        (90, "The streams pay too: a new prompt of theirs waits"),
+        (10, "The streams do not pay: a new prompt of theirs has its first token sooner, too."),
+        ((5, 90), "Whether the streams pay too is not settled: a new prompt"),
+    ],
+)
+def test_streams_pay_or_gain_or_neither_is_settled(
+    small_ms: Any, said: str, tmp_path: Path
+) -> None:
+    found = budgets(tmp_path, limit_s=0.025, own_ms=(small_ms, 30, 20))
+    assert found.lines[1].startswith(said)
+    assert " With `small` their own first token takes " in found.lines[1]
 
 
 def test_the_stall_is_a_line_over_the_piece(tmp_path: Path) -> None:
@@ -301,6 +329,17 @@ def test_the_best_flags_may_differ_for_goodput_and_for_throughput(tmp_path: Path
     found = BEST_FLAGS.finding(overloaded(tmp_path))
     assert "`capped` has the most goodput as measured; none was forecast." in found.lines[0]
     assert "`unbounded` has the most throughput" in found.lines[1]
+
+
+def withheld(found: Context, point: str, metrics: tuple[str, ...] = ()) -> Context:
+    """The run with a caveat that blocks verdicts at a point."""
+    caveat = Caveat(name="errors", text="", blocks=True, point=point, metrics=metrics)
+    return replace(found, caveats=[caveat])
+
+
+def test_flags_that_are_not_valid_are_not_the_best(tmp_path: Path) -> None:
+    found = BEST_FLAGS.finding(withheld(overloaded(tmp_path), "capped/mixed/capacity-2"))
+    assert found.lines[0].startswith("Of those whose figures are valid, `unbounded` has the most")
 
 
 def test_the_queue_sees_an_overload_coming_and_a_full_batch_does_not(tmp_path: Path) -> None:
@@ -473,6 +512,19 @@ def test_a_load_whose_interval_holds_1_is_not_told_apart(tmp_path: Path) -> None
     assert cells(SPEED_UP.finding(one), 2) == [["not told apart"]] * 2
 
 
+@pytest.mark.parametrize("side", ["none", "guess"])
+def test_a_speed_up_that_is_not_valid_neither_wins_nor_loses(side: str, tmp_path: Path) -> None:
+    found = guessing(tmp_path, {**PLAIN, "guess 1": 8.0, "guess 4": 11.0, "guess 8": 30.0})
+    run = withheld(found, f"{side}/story/concurrent-8", ("tpot_mean_s",))
+    finding = SPEED_UP.finding(run)
+    assert cells(finding, 2) == [["wins"], ["wins"], ["not valid"]]
+    assert "; not valid at 8, 0.53x" in finding.lines[0]
+    assert "starts to" not in finding.lines[0]
+    assert "Where it is *not valid*, see validity." in finding.lines[1]
+    other = withheld(found, f"{side}/story/concurrent-8", ("ttft_mean_s",))
+    assert cells(SPEED_UP.finding(other), 2)[2] == ["loses"]
+
+
 def test_tokens_a_step_and_tokens_a_draft_step_have_two_names(tmp_path: Path) -> None:
     """A step without a draft counts in the one and not in the other."""
     run = guessing(tmp_path, {})
@@ -532,6 +584,14 @@ def test_preemption_is_first_seen_where_a_trial_has_any(tmp_path: Path) -> None:
     assert tight.endswith("There was none at 2 in flight, and some at 4.")
     assert quantized == "`fp8-tight`: no preemption up to 4 in flight."
     assert len(cells(finding, 0)) == 4
+
+
+def test_a_capacity_that_is_not_known_is_no_capacity_of_0(tmp_path: Path) -> None:
+    run = caches(tmp_path, {"bf16-tight/growing/concurrent-2": {"preemptions": 3.0}})
+    assert PREEMPTION.finding(run).lines == [
+        "`bf16-tight`: how many tokens the engine holds is not known, so nothing was predicted."
+        " There was some at 2 in flight, the smallest load."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -828,6 +888,17 @@ def test_a_check_that_could_not_fail_passes_nothing(
     assert leaked(tmp_path, probe(**changes), repeated=400).passed is False
 
 
+@pytest.mark.parametrize("asked", [None, {"misrouted": []}])
+def test_without_a_request_to_the_wrong_adapter_nothing_is_proved(
+    asked: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    found = leaked(tmp_path, None if asked is None else probe(**asked), repeated=400)
+    assert found.passed is None
+    assert any("nothing shows that the check can fail" in line for line in found.lines)
+    wrong = leaked(tmp_path / "wrong", None, "[amber]", "[coral]", "[coral]", repeated=400)
+    assert wrong.passed is False
+
+
 def test_answers_of_the_base_are_no_leak_but_are_told(tmp_path: Path) -> None:
     finding = leaked(tmp_path, None, "so")
     assert finding.rows[-1] == ["all", "6", "0", "6"]
@@ -858,7 +929,10 @@ def test_one_base_for_all_tenants_saves_the_others(tmp_path: Path) -> None:
     [
         ((20, 21, 19), (100, 101, 99), (True, False), True),
         ((20, 21, 19), (20, 21, 19), (True, True), False),
-        ((98, 98.1, 97.9), (100, 101, 99), (False, False), True),  # sure, but tells little
+        # without a salt nothing tells either, for sure or perhaps: there is nothing to hide
+        ((98, 98.1, 97.9), (100, 101, 99), (False, False), None),
+        ((60, 110, 90), (100, 101, 99), (None, False), None),
+        ((98, 98.1, 97.9), (20, 21, 19), (False, True), False),
         ((20, 21, 19), (60, 110, 90), (True, None), None),  # may be 1, and may be half
     ],
 )

@@ -270,6 +270,31 @@ def test_an_effect_is_as_wide_as_its_looks_demand() -> None:
     assert looked == [1, 1, 2]
 
 
+def counts(rng: np.random.Generator, mean: float, shape: tuple[int, int], bursts: bool) -> Any:
+    """Draw counts: Poisson's, or with half again as much spread where they come in bursts."""
+    return rng.negative_binomial(2, 2 / (2 + mean), shape) if bursts else rng.poisson(mean, shape)
+
+
+@pytest.mark.parametrize("bursts", [False, True])
+@pytest.mark.parametrize("repeats", [3, 5, 10])
+@pytest.mark.parametrize(("above", "below"), [(10.0, 1.0), (3.0, 3.0), (5.0, 0.5)])
+def test_small_counts_of_which_some_are_0_are_covered_as_often_as_is_said(
+    above: float, below: float, repeats: int, bursts: bool
+) -> None:
+    rng, covered = np.random.default_rng(repeats), []
+    arms = (counts(rng, mean, (1500, repeats), bursts) for mean in (above, below))
+    for a, b in zip(*arms, strict=True):
+        if not (a.any() and b.any()) or (a.all() and b.all()):
+            continue  # without a ratio, or with one of geometric means
+        found = effect(dict(enumerate(a.tolist())), dict(enumerate(b.tolist())))
+        assert found
+        assert found.of_means
+        low, high = bounds(found, 0.95)
+        covered.append(low <= above / below <= high)
+    assert len(covered) > 300
+    assert fmean(covered) >= 0.935
+
+
 WITHIN_START = 0.018
 
 

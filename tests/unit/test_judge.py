@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from labs.judging.judge import (
+    START_SPREAD,
     TWO_ONE_SIDED,
     Caveat,
     Effect,
@@ -22,6 +23,7 @@ from labs.judging.judge import (
     in_band,
     judge,
     judge_forecast,
+    may_be_decided,
     mean_interval,
     prediction_outcome,
     repeats_to_decide,
@@ -67,12 +69,47 @@ def test_effect_is_the_ratio_of_the_geometric_means() -> None:
     assert (measured.ratio.n, measured.spread) == pytest.approx((3, stdev(logs)))
 
 
-def test_effect_takes_every_repeat_with_a_logarithm() -> None:
-    measured = effect({1: 2.0, 2: 8.0, 4: 0.0}, {1: 1.0, 2: 1.0, 3: 1.0})
+def test_effect_with_a_repeat_of_0_is_the_ratio_of_the_arithmetic_means() -> None:
+    goodput = {1: 10.6, 2: 9.7, 3: 11.9, 4: 10.6}, {1: 0.94, 2: 0.0, 3: 3.44, 4: 0.0}
+    measured = effect(*goodput)
     assert measured
-    assert (measured.ratio.value, measured.ratio.n) == pytest.approx((4, 2))
+    assert measured.of_means
+    means, relative = zip(
+        *((fmean(arm.values()), stdev(arm.values()) / fmean(arm.values())) for arm in goodput),
+        strict=True,
+    )
+    assert measured.ratio.value == pytest.approx(means[0] / means[1])
+    assert (measured.spread, measured.error) == pytest.approx(
+        (math.hypot(*relative), math.hypot(*relative) / 2)
+    )
+    assert measured.freedom == pytest.approx(
+        sum(r**2 / 4 for r in relative) ** 2 / sum((r**2 / 4) ** 2 / 3 for r in relative)
+    )
+    assert (measured.ratio.low, measured.ratio.high) == pytest.approx((0.926, 103.1), rel=1e-3)
+    inverse = effect(*reversed(goodput))
+    assert inverse
+    assert inverse.ratio.high == pytest.approx(1 / (measured.ratio.low or 0))
+
+
+def test_arithmetic_means_are_widened_for_starts_and_looks_too() -> None:
+    arms = {1: 4.0, 2: 0.0, 3: 2.0, 4: 6.0}, {1: 2.0, 2: 1.0, 3: 2.0, 4: 3.0}
+    once, twice = effect(*arms), effect(*arms, looks=2)
+    few, enough = (
+        effect(*arms, starts=[{r: math.ceil(r * starts / 4) for r in range(1, 5)}] * 2)
+        for starts in (2, 4)
+    )
+    assert once
+    assert twice
+    assert few
+    assert enough
+    assert twice.ratio == once.interval(0.975)
+    assert (few.error or 0) ** 2 == pytest.approx((once.error or 0) ** 2 + START_SPREAD**2)
+    assert (few.starts, enough.starts, enough.error) == (2, 4, once.error)
+
+
+def test_there_is_no_effect_without_a_repeat_or_where_all_had_0() -> None:
     assert effect({}, {2: 1.0}) is None
-    assert effect({1: 0.0}, {1: 1.0}) is None
+    assert effect({1: 0.0, 2: 0.0}, {1: 1.0, 2: 1.0}) is None
 
 
 def test_counts_that_do_not_vary_have_an_interval_without_width() -> None:
@@ -343,6 +380,39 @@ def test_missing_side_is_inconclusive() -> None:
     for values in (rates(on=[None, None], off=[1.0, 2.0]), rates(off=[1.0, 2.0])):
         judgement = judged(values)
         assert (judgement.outcome, judgement.effect) == ("inconclusive", None)
+
+
+ZERO, SOME = [0.0, 0.0, 0.0], [4.0, 5.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("on", "off", "why", "again"),
+    [
+        (ZERO, SOME, "every repeat of the treatment had 0, so there is no ratio", True),
+        (SOME, ZERO, "every repeat of the baseline had 0, so there is no ratio", True),
+        (ZERO, ZERO, "every repeat of the treatment and of the baseline had 0", False),
+        ([None], SOME, "a side has no repeat with this figure", False),
+        ([4.0, 30.0, 0.0], SOME, "would settle it", True),
+        ([200.0, 202.0, 198.0], [100.0, 101.0, 99.5], "beyond 5%", False),
+    ],
+)
+def test_a_side_of_nothing_but_0_says_so_and_is_measured_again_beside_one_that_has_more(
+    on: list[float | None], off: list[float | None], why: str, again: bool
+) -> None:
+    values = rates(on=on, off=off)
+    judgement = judged(values)
+    assert why in judgement.why
+    assert may_be_decided(judgement, values) is again
+
+
+def test_a_ratio_of_arithmetic_means_is_held_against_their_forecast() -> None:
+    of_means = PREDICTION.model_copy(update={"value": 3.0})
+    some_0, none_0 = (
+        judge(make_claim(), "on", "off", values, PREDICTION, [], prediction_of_means=of_means)
+        for values in (rates(on=SOME, off=[1.0, 0.0, 2.0]), FASTER)
+    )
+    assert (some_0.prediction.value, none_0.prediction.value) == (3, 2)
+    assert judged(rates(on=SOME, off=[1.0, 0.0, 2.0])).prediction == PREDICTION
 
 
 def test_a_percentile_of_too_few_samples_is_refused_with_how_many_it_takes() -> None:

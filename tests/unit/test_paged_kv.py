@@ -232,6 +232,25 @@ def test_allocations_are_told_by_arithmetic_replayed_and_measured(tmp_path: Path
     assert "measured 2.5 times with 16 in flight" in told.lines[0]
 
 
+def test_on_a_gpu_too_allocations_and_their_answers_are_told(tmp_path: Path) -> None:
+    """There every engine has `max-num-seqs`; the limit of `contiguous` alone is its own."""
+    lab = LABS["paged-kv"].at("gpu-80", quick=False)
+    run = context(tmp_path, lab, {
+        f"{name}/mixed/concurrent-28": {"batch": batch}
+        for name, batch in (("paged", 26.0), ("large-blocks", 20.0), ("contiguous", 8.0))
+    })  # fmt: skip
+    facts = ALLOCATOR.facts(run)
+    assert facts
+    assert facts.contiguous
+    assert (facts.contiguous.variant, facts.contiguous.measured) == ("contiguous", 8)
+    assert [(a.variant, a.block) for a in facts.served] == [("paged", 16), ("large-blocks", 256)]
+    claims = {"admitted": 3.0, "throughput": 2.0, "blocks": 1.8}
+    judged_one = judged_run(run, [judged(name, ratio) for name, ratio in claims.items()])
+    assert block_size(judged_one)
+    assert contiguous(judged_one)
+    assert tiles_or_pages(judged_one)
+
+
 def test_the_smaller_the_block_the_more_run(tmp_path: Path) -> None:
     facts = ALLOCATOR.facts(found(tmp_path))
     assert facts

@@ -18,9 +18,11 @@ from labs.filing.results import (
     Predictions,
     RunFolder,
     Session,
+    Summary,
     TrialResult,
     write_json,
 )
+from labs.findings.context import JudgedRun
 from labs.judging.judge import Caveat, Effect, Interval, Judgement, PredictionOutcome
 from labs.judging.text import (
     claim_outcome,
@@ -38,7 +40,7 @@ from labs.judging.text import (
     verdict_text,
 )
 from labs.lab import Prediction
-from labs.telling import markdown, method, report
+from labs.telling import markdown, method, plots, report, tables
 from labs.telling.document import (
     Bullets,
     Emphasis,
@@ -138,6 +140,23 @@ def test_ratio_without_effect_or_interval_is_a_dash() -> None:
     ratio = Interval(value=1.5, low=None, high=None, n=1)
     single = judgement("inconclusive", None, Effect(ratio=ratio, spread=None))
     assert (ratio_text(single), ratio_interval(single)) == ("1.50x", "–")
+
+
+def test_a_ratio_of_arithmetic_means_is_said_to_be_one() -> None:
+    def where(of_means: bool) -> str:
+        ratio = Interval(value=1.5, low=1.2, high=1.9, n=3)
+        effect = Effect(ratio=ratio, spread=0.1, of_means=of_means)
+        points = {side: f"{side}/short/concurrent-1" for side in ("treatment", "baseline")}
+        judged = judgement("helps", True, effect).model_copy(update=points)
+        summary = Summary.model_construct(judgements=[judged])
+        ((name, *_),) = tables.claims(make_lab(), summary).rows
+        return plain_text(name)
+
+    assert "; of the arithmetic means, as a repeat had 0)" in where(of_means=True)
+    assert "arithmetic" not in where(of_means=False)
+    assert (
+        "of_means" not in Effect(ratio=Interval(value=1, low=1, high=1, n=2), spread=0).model_dump()
+    )
 
 
 def test_caveats_are_told_once_each_with_where_and_whether_they_block() -> None:
@@ -256,6 +275,20 @@ def test_what_is_trivial_is_told_and_counted_apart() -> None:
     assert predictions_text(found) == "1 held, 2 open; trivial: 1 held, 1 open"
     assert predictions_text([trivial]) == "trivial: 1 held"
     assert (decided_text([]), predictions_text([])) == ("–", "–")
+
+
+def test_plots_know_what_is_not_valid(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    caveat = Caveat(name="errors", text="", blocks=True, point="off/short/concurrent-1")
+    summary = folder.summary().model_copy(update={"caveats": [caveat]})
+    known = []
+
+    def draw(run: JudgedRun) -> None:
+        known.append([p.key for p in run.points if run.withholds("tpot_mean_s", p)])
+
+    monkeypatch.setattr(plots, "_drawn", lambda _: {"one": draw})
+    facts = report.Facts.of(folder)
+    plots.draw(folder, facts.lab, facts.points, summary, save=False)
+    assert known == [["off/short/concurrent-1"]]
 
 
 def test_a_claim_without_points_is_named_and_not_lost(folder: RunFolder) -> None:

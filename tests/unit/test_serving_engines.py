@@ -14,7 +14,7 @@ from loadtests.records import RequestRecord
 from serving.engines.base import FlagValue
 from tests.unit.builders import make_lab, make_point, make_record, make_workload
 from tests.unit.test_answers import judged_run
-from tests.unit.test_findings import cells, context, played
+from tests.unit.test_findings import cells, context, played, withheld
 
 OTHER = Variant(name="turns", engine="transformers")
 
@@ -76,6 +76,10 @@ def test_answers_are_compared_with_vllms_to_the_same_prompts(tmp_path: Path) -> 
     assert "50 ms (`vllm`), 100 ms (`turns`)" in told
     assert "with 8 users the throughput is 80 tok/s (`vllm`), 10 tok/s (`turns`)" in told
     assert "`turns` wrote 2 of 4 word for word" in told
+    told = answer(judged_run(withheld(found, "vllm/short/concurrent-1", ("tpot_mean_s",))))
+    assert told
+    assert "a token takes 100 ms (`turns`), not valid (`vllm`)" in told
+    assert "the throughput is 80 tok/s (`vllm`), 10 tok/s (`turns`)" in told
 
 
 def test_what_each_lacks_is_told(tmp_path: Path) -> None:

@@ -329,7 +329,8 @@ def test_undecided_points_are_repeated_in_turn_too(
         baseline="off/short/concurrent-1",
     )  # fmt: skip
     monkeypatch.setattr(
-        "labs.running.harness.summarise", lambda _: SimpleNamespace(judgements=[undecided])
+        "labs.running.harness.summarise",
+        lambda _: SimpleNamespace(judgements=[undecided], measurements={}),
     )
     assert harness.goes(2) == "off 1 1 2 2 on 1 1 2 2"
     harness.noted.clear()
@@ -376,7 +377,8 @@ def test_an_interrupted_run_goes_on_with_all_the_points_it_had_chosen(
     )  # fmt: skip
     judged = [pair]
     monkeypatch.setattr(
-        "labs.running.harness.summarise", lambda _: SimpleNamespace(judgements=judged)
+        "labs.running.harness.summarise",
+        lambda _: SimpleNamespace(judgements=judged, measurements={}),
     )
     harness = Noted(folder)
     harness.goes(2)

@@ -5,21 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
+from labs.filing.results import Predictions, write_json
 from labs.judging import dose
 from labs.judging.judge import Caveat
 from labs.judging.measure import OtherWork, Trial, ran_out
 from labs.judging.validity import Expected, Served, caveats_of, confounded, first_trial_slow
 from labs.lab import Arm, Evidence
+from labs.telling.summary import computed
 from loadtests.records import RequestRecord
 from loadtests.workload import Asked, Chat, Fixed, Intruder, Prefix
 from serving import metrics
 from serving.metrics import Histogram, Snapshot
-from tests.unit.builders import make_claim, make_engine, make_point, make_record, make_trial
+from serving.telemetry import Sample
+from tests.unit.builders import (
+    make_claim,
+    make_engine,
+    make_point,
+    make_record,
+    make_trial,
+    write_run,
+)
 from tests.unit.test_judge import FASTER, judged, rates
 
 INF = float("inf")
@@ -218,6 +229,54 @@ def test_an_endpoint_may_count_a_prompt_a_little_otherwise() -> None:
     for asked, names in ((104, []), (110, ["prompts differ"])):
         of: dict[str, Any] = {"records": records, "values": values, "asked": [Asked(asked, 2)] * 50}
         assert [c.name for c in checked(**of, expected=Expected(endpoint=True))] == names
+
+
+@pytest.mark.parametrize(
+    ("processes", "throttle", "said"),
+    [
+        (0, "", None),
+        (None, "", "the GPU does not show whether other processes used it, which"),
+        (0, None, "the GPU does not show whether heat or power slowed it, which"),
+        (None, None, "does not show whether other processes used it, nor whether heat or power"),
+    ],
+)
+def test_a_gpu_that_refuses_to_be_read_is_named_and_blocks_nothing(
+    processes: int | None, throttle: str | None, said: str | None
+) -> None:
+    shown: dict[str, Any] = {
+        "telemetry": [Sample(time_s=15.0, device="0", throttle=throttle)],
+        "other_work": OtherWork(0.0, 0.01, 0.5, processes),
+    }
+    found = checked(**shown, expected=Expected(template_tokens=1, on_gpus=True))
+    assert [c.name for c in found] == ["hardware could not be read"] * bool(said)
+    assert all(said in c.text and not c.blocks for c in found if said)
+    assert not checked(**shown)  # on a CPU, or of an earlier run
+
+
+@pytest.mark.parametrize(
+    ("kind", "started_at", "on_gpus"),
+    [
+        ("gpu", "2026-11-30T00:00:00+00:00", True),
+        ("gpu", "2026-11-28T00:00:00+00:00", False),
+        ("cpu", "2026-11-30T00:00:00+00:00", False),
+    ],
+)
+def test_a_run_on_file_reads_as_it_did(
+    kind: Literal["cpu", "gpu"], started_at: str, on_gpus: bool, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path).run()
+    machine = run.machine.model_copy(update={"kind": kind})
+    run = run.model_copy(update={"machine": machine, "started_at": started_at})
+    assert run.expected(Predictions(effects={}, forecasts={})).on_gpus is on_gpus
+
+
+def test_of_an_endpoint_it_is_said_that_its_machine_was_not_seen(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    run = folder.run().model_copy(update={"endpoint": "http://127.0.0.1:1", "argv": {}})
+    write_json(folder.path / "run.json", run)
+    (caveat,) = (c for c in computed(folder).caveats if c.name == "endpoint's hardware unknown")
+    assert caveat.text.endswith("whose other work, heat and power were not seen")
+    assert not caveat.blocks
 
 
 def test_too_few_requests_block_what_is_taken_over_requests_and_nothing_else() -> None:
