@@ -382,7 +382,8 @@ def test_missing_side_is_inconclusive() -> None:
         assert (judgement.outcome, judgement.effect) == ("inconclusive", None)
 
 
-ZERO, SOME = [0.0, 0.0, 0.0], [4.0, 5.0, 6.0]
+ZERO: list[float | None] = [0.0, 0.0, 0.0]
+SOME: list[float | None] = [4.0, 5.0, 6.0]
 
 
 @pytest.mark.parametrize(
