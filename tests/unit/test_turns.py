@@ -353,7 +353,8 @@ def test_a_call_whose_time_ends_leaves_undecided_points_to_the_next_call(
         baseline="off/short/concurrent-1",
     )  # fmt: skip
     monkeypatch.setattr(
-        "labs.running.harness.summarise", lambda _: SimpleNamespace(judgements=[pair])
+        "labs.running.harness.summarise",
+        lambda _: SimpleNamespace(judgements=[pair], measurements={}),
     )
     harness = Noted(folder)
     harness.goes(2)
