@@ -83,11 +83,13 @@ def with_ceilings(results: Path) -> Path:
 
 def derived_for(lab: str) -> list[str]:
     """Name the models that a lab derives in its sizes for a CPU; none where no test runs it."""
-    sizes = sizes_of(lab)
-    if sizes.not_real:
-        return []
-    changes = parse_changes(f"{sizes.real} {sizes.cpu}")
-    return LABS[lab].at("cpu", quick=True, changes=changes).derived()
+    return [] if sizes_of(lab).not_real else in_sizes_for_a_cpu(lab).derived()
+
+
+def in_sizes_for_a_cpu(lab: str) -> Lab:
+    """The lab as a test runs it on a CPU, but for its windows."""
+    changes = parse_changes(f"{sizes_of(lab).real} {sizes_of(lab).cpu}")
+    return LABS[lab].at("cpu", quick=True, changes=changes)
 
 
 def takes_making(lab: str) -> bool:

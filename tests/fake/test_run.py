@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import psutil
 import pytest
 
 from labs import LABS
@@ -31,6 +30,7 @@ from serving.models import ROOT
 from tests.fake import made
 from tests.fake.conftest import (
     TOKEN,
+    TOO_LARGE,
     Command,
     Finish,
     Finished,
@@ -427,10 +427,7 @@ def test_a_lab_against_itself_is_one_engine_twice_and_counts_its_false_alarms(
 
 def test_engines_that_do_not_fit_together_are_visited_there_and_back(reader: Reader) -> None:
     """Each asks for more than half of this machine's memory."""
-    settings = (
-        f"{BRIEF} {sizes_of('chunked-prefill').fake} repeats=3 starts=2"
-        f" flags.kv-cache-memory-bytes={int(0.6 * psutil.virtual_memory().total)}"
-    )
+    settings = f"{BRIEF} {sizes_of('chunked-prefill').fake} repeats=3 starts=2 {TOO_LARGE}"
     command = reader.types("run", "chunked-prefill", AA="1", QUICK="1", SET=settings)
     assert command.wait(400) == 0, command.said
     folder = command.folder
