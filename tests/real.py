@@ -46,8 +46,8 @@ def quick_run(
 ) -> RunFolder:
     """`labs run LAB` with QUICK=1 and these settings; the run it left among the results.
 
-    The README's lab is run by processes that start as a reader's do, the others' as `tests/startup`
-    says; one of them has vLLM's default processes, as a reader's have.
+    The README's lab, on a trained model, is run by processes that start as a reader's do, the
+    others' as `tests/startup` says; one of them has vLLM's default processes, as a reader's have.
     """
     before = set(results.glob(RUNS))
     done = subprocess.run(
@@ -55,7 +55,7 @@ def quick_run(
         cwd=ROOT,
         env={
             **os.environ,
-            **({"PYTHONPATH": ""} if lab == FRONT_DOOR else {}),
+            **({"PYTHONPATH": ""} if lab == FRONT_DOOR and not weights else {}),
             **({sitecustomize.WORKER_APART: "1"} if lab == AS_VLLM_DOES else {}),
             "LABS_QUICK": "1",
             "LABS_DISTURBED": "keep",  # other tests run meanwhile
