@@ -40,11 +40,7 @@ TOKEN = "hf_" + "a1B2" * 8  # a stranger's, in the command of every engine: noth
 LAW = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
 LABS = ("-m", "tests.fake.quiet")
 LABS_WITH_FAKE_MODELS = ("-m", "tests.fake.made")
-LABS_WITHOUT_PROMETHEUS = (
-    "-c",
-    "import dashboards.prometheus as p; p.find_prometheus = lambda root: None\n"
-    "from tests.fake.quiet import app; app()",
-)
+LABS_WITHOUT_PROMETHEUS = ("-m", "tests.fake.bare")
 TOO_LARGE = f"flags.kv-cache-memory-bytes={int(0.6 * psutil.virtual_memory().total)}"
 """So that no two engines fit this machine's memory."""
 CEILINGS = machine.Ceilings(
