@@ -41,6 +41,7 @@ from tests.fake.conftest import (
     router,
     the_program,
 )
+from tests.fake.test_reproduce import assert_nothing_is_worse, wide
 from tests.real import RUNS, all_count
 from tests.sizes import BRIEF, sizes_of
 
@@ -462,6 +463,15 @@ def test_only_points_of_undecided_claims_are_repeated_and_no_more_than_asked(
     said = (twins.folder.path / "report.md").read_text()
     assert "(undecided claims get up to 4, where these can begin within 420 s)" in said
     assert "Undecided after 2 repeats" in twins.command.said
+
+
+def test_the_baseline_against_itself_passes_the_gate(twins: Finished, tmp_path: Path) -> None:
+    run = twins.folder.path
+    gate = twins.reader.types(
+        "gate", RUN=f"{run}:base-again", BASELINE=f"{run}:base", THRESHOLDS=str(wide(tmp_path))
+    )
+    gate.wait()
+    assert_nothing_is_worse(gate)
 
 
 # ------------------------------------------------------------------- a server that is already there
