@@ -385,7 +385,9 @@ def run_command(
     monkeypatch.setattr("labs.running.diagnosing.POLL_S", 0.01)
     with hostile.serving({"/v1/models": MODELS, "/metrics": show}) as url:
         done = CliRunner().invoke(
-            app, ["diagnose", "--endpoint", url, "--seconds", "1", *options], env={"COLUMNS": "200"}
+            app,
+            ["diagnose", "--endpoint", url, "--seconds", "0.05", *options],
+            env={"COLUMNS": "200"},
         )
     return done.exit_code, " ".join(f"{done.output} {done.stderr}".split())
 
@@ -483,7 +485,7 @@ def diagnosed(before: list[Any], after: list[Any], *options: str, resets: float 
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Asked) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         arguments = ["diagnose", "--prometheus-url", url, "--from", BEGAN, "--to", ENDED, *options]
         done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
