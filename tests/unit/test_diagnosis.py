@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import replace
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -382,11 +384,12 @@ def run_command(
             else whole(exposed(reading), kind="text/plain")
         )
 
-    monkeypatch.setattr("labs.running.diagnosing.POLL_S", 0.01)
+    clock = SimpleNamespace(monotonic=itertools.count(step=0.5).__next__, sleep=lambda _: None)
+    monkeypatch.setattr("labs.running.diagnosing.time", clock)
     with hostile.serving({"/v1/models": MODELS, "/metrics": show}) as url:
         done = CliRunner().invoke(
             app,
-            ["diagnose", "--endpoint", url, "--seconds", "0.05", *options],
+            ["diagnose", "--endpoint", url, "--seconds", "1", *options],
             env={"COLUMNS": "200"},
         )
     return done.exit_code, " ".join(f"{done.output} {done.stderr}".split())
