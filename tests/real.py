@@ -102,11 +102,11 @@ def served(layers: int | None) -> str:
     return "" if layers is None else str(shallow(layers))
 
 
-def lab_on_a_cpu(lab: str, results: Path, command: str = "labs.commands.cli") -> None:
+def lab_on_a_cpu(lab: str, results: Path, command: str = "tests.small") -> None:
     """Runs a lab in its sizes for a CPU; checks the run, and the dashboards that followed it.
 
     The README's lab serves the bundled model, and so do those whose text matters; the others serve
-    a few of its layers (`tests/shallow.py`).
+    a few of its layers (`tests/shallow.py`). All but the README's are run by `command`.
     Skips where no test runs it, or where it needs a compiler that is not here. Where the CPU has
     no instructions for BF16 only the README's lab is run: with others, answers would not end within
     the time that a request has, beside the other tests.
@@ -122,6 +122,7 @@ def lab_on_a_cpu(lab: str, results: Path, command: str = "labs.commands.cli") ->
         pytest.skip(str(error))
     model = served(sizes.layers)
     settings = f"{BRIEF} {sizes.real} {sizes.cpu}"
+    command = "labs.commands.cli" if lab == FRONT_DOOR else command
     folder = quick_run(lab, results, settings, model=model, command=command)
     check_run(folder, makes_sense=sizes.layers is None)
     check_dashboards(folder)
