@@ -283,9 +283,10 @@ def test_all_tests_and_whole_folders_of_them_run_in_several_processes(
     for folder in ("unit", "golden"):
         (checkout.home / "tests" / folder).mkdir(parents=True)
     assert checkout.make("test", f"TESTS={chosen}").returncode == 0
-    argv, _ = checkout.calls()[-1]
-    together = ["--dist", "loadfile", "--no-loadscope-reorder"]
+    argv, environment = checkout.calls()[-1]
+    together = ["--dist", "loadfile", "--no-loadscope-reorder", *chosen.split()]
     assert argv[1:] == (["-n", processes, *together] if processes else [])
+    assert environment["PYTEST_ADDOPTS"].strip() == ("" if processes else chosen)
 
 
 def test_what_the_tests_start_keeps_its_bytecode(checkout: Checkout) -> None:
