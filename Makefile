@@ -171,10 +171,16 @@ unbundle: ## On that machine: check and install a bundle: FROM=bundle TO=folder
 
 # The tests of one file stay in one process, in the order of tests/conftest.py: two processes begin
 # with the labs on real engines, and two have the rest meanwhile. They are more than a small machine's
-# cores, since each often waits for a window to end. A choice of tests runs in one.
-TOGETHER := -n 4 --dist loadfile --no-loadscope-reorder
+# cores, since each often waits for a window to end. Chosen folders run in two, another choice in one.
+TOGETHER := --dist loadfile --no-loadscope-reorder
+FOLDERS := $(wildcard tests/*/)
+CHOSEN := $(value LABS_TESTS)
+# folders alone may stand in a command: further processes are not told of PYTEST_ADDOPTS
+SIDE_BY_SIDE := $(if $(filter-out $(FOLDERS) $(FOLDERS:/=),$(CHOSEN)),,-n $(if $(strip $(CHOSEN)),2,4) $(TOGETHER) $(CHOSEN))
+# The tests start some hundred processes of these modules: each would compile them anew, which takes
+# it a second or two, where PYTHONDONTWRITEBYTECODE is set, as it is in many containers.
 test: setup ## Run the tests (unit, weights, committed runs, fake engine, real vLLM on CPU, GPU if there is one): [TESTS=tests/unit]
-	@PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$LABS_TESTS" $(BIN)/pytest $(if $(value LABS_TESTS),,$(TOGETHER))
+	@PYTHONDONTWRITEBYTECODE= PYTEST_ADDOPTS="$$PYTEST_ADDOPTS$(if $(SIDE_BY_SIDE),, $$LABS_TESTS)" $(BIN)/pytest $(SIDE_BY_SIDE)
 
 rehearse: setup ## Rehearse a short session on a locked-down GPU machine without having one: [SECONDS=530] [ONLY=..]
 	@$(BIN)/python -m tests.rehearsal

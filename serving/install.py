@@ -279,7 +279,12 @@ def started(
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when its parent is gone, killed as that may be."""
+    """Have the kernel end this process when its parent is gone, killed as that may be.
+
+    An interrupt ends it, too, as `end` expects: a shell's background job ignores interrupts, and
+    what it starts would.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 

@@ -46,8 +46,8 @@ def quick_run(
 ) -> RunFolder:
     """`labs run LAB` with QUICK=1 and these settings; the run it left among the results.
 
-    The README's lab is run by processes that start as a reader's do, the others' as `tests/startup`
-    says; one of them has vLLM's default processes, as a reader's have.
+    The README's lab, on a trained model, is run by processes that start as a reader's do, the
+    others' as `tests/startup` says; one of them has vLLM's default processes, as a reader's have.
     """
     before = set(results.glob(RUNS))
     done = subprocess.run(
@@ -55,7 +55,7 @@ def quick_run(
         cwd=ROOT,
         env={
             **os.environ,
-            **({"PYTHONPATH": ""} if lab == FRONT_DOOR else {}),
+            **({"PYTHONPATH": ""} if lab == FRONT_DOOR and not weights else {}),
             **({sitecustomize.WORKER_APART: "1"} if lab == AS_VLLM_DOES else {}),
             "LABS_QUICK": "1",
             "LABS_DISTURBED": "keep",  # other tests run meanwhile
@@ -83,11 +83,13 @@ def with_ceilings(results: Path) -> Path:
 
 def derived_for(lab: str) -> list[str]:
     """Name the models that a lab derives in its sizes for a CPU; none where no test runs it."""
-    sizes = sizes_of(lab)
-    if sizes.not_real:
-        return []
-    changes = parse_changes(f"{sizes.real} {sizes.cpu}")
-    return LABS[lab].at("cpu", quick=True, changes=changes).derived()
+    return [] if sizes_of(lab).not_real else in_sizes_for_a_cpu(lab).derived()
+
+
+def in_sizes_for_a_cpu(lab: str) -> Lab:
+    """The lab as a test runs it on a CPU, but for its windows."""
+    changes = parse_changes(f"{sizes_of(lab).real} {sizes_of(lab).cpu}")
+    return LABS[lab].at("cpu", quick=True, changes=changes)
 
 
 def takes_making(lab: str) -> bool:
@@ -100,11 +102,11 @@ def served(layers: int | None) -> str:
     return "" if layers is None else str(shallow(layers))
 
 
-def lab_on_a_cpu(lab: str, results: Path, command: str = "labs.commands.cli") -> None:
+def lab_on_a_cpu(lab: str, results: Path, command: str = "tests.small") -> None:
     """Runs a lab in its sizes for a CPU; checks the run, and the dashboards that followed it.
 
     The README's lab serves the bundled model, and so do those whose text matters; the others serve
-    a few of its layers (`tests/shallow.py`).
+    a few of its layers (`tests/shallow.py`). All but the README's are run by `command`.
     Skips where no test runs it, or where it needs a compiler that is not here. Where the CPU has
     no instructions for BF16 only the README's lab is run: with others, answers would not end within
     the time that a request has, beside the other tests.
@@ -120,6 +122,7 @@ def lab_on_a_cpu(lab: str, results: Path, command: str = "labs.commands.cli") ->
         pytest.skip(str(error))
     model = served(sizes.layers)
     settings = f"{BRIEF} {sizes.real} {sizes.cpu}"
+    command = "labs.commands.cli" if lab == FRONT_DOOR else command
     folder = quick_run(lab, results, settings, model=model, command=command)
     check_run(folder, makes_sense=sizes.layers is None)
     check_dashboards(folder)

@@ -10,6 +10,7 @@ and read in the source of 0.26.
 from __future__ import annotations
 
 import difflib
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -19,7 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -294,34 +295,26 @@ class Vllm(Engine):
         """
         for name in (n for flags in flag_sets for n in flags if n in harmless.SET_BY_LAB):
             raise EngineError(f"the lab sets {name} itself: leave it out")
+        argvs = {_digest(argv): argv for argv in map(cls.flag_argv, flag_sets)}
         memory = CACHE / f"vllm-{cls.version()}-flags.json"
-        remembered = (
-            json.loads(memory.read_text()) if memory.exists() else {"options": [], "accepted": []}
-        )
-        argvs = [cls.flag_argv(flags) for flags in flag_sets]
-        digests = [hashlib.sha256(json.dumps(argv).encode()).hexdigest()[:16] for argv in argvs]
+        remembered = _remembered(memory)
         if remembered["options"]:
-            _check_names(argvs, remembered["options"])
-        if not set(digests) <= set(remembered["accepted"]):
-            out = subprocess.run(
-                [sys.executable, "-c", _PARSE],
-                input=json.dumps(argvs),
-                capture_output=True,
-                text=True,
-                env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
-            )
-            if out.returncode:
-                silent = f"exit code {out.returncode}, without a word: was memory short?"
-                *_, last = ["", *out.stderr.strip().splitlines()]
-                raise EngineError(f"vLLM does not import here: {last or silent}")
-            parsed = json.loads(out.stdout.splitlines()[-1])
-            new = [d for d, error in zip(digests, parsed["errors"], strict=True) if not error]
-            accepted = list(dict.fromkeys([*remembered["accepted"], *new]))
-            memory.parent.mkdir(parents=True, exist_ok=True)
+            _check_names(argvs.values(), remembered["options"])
+        if argvs.keys() <= set(remembered["accepted"]):
+            return
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        with memory.with_name(f".{memory.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be asking the same
+            accepted = _remembered(memory)["accepted"]
+            unknown = {d: argv for d, argv in argvs.items() if d not in accepted}
+            if not unknown:
+                return
+            parsed = _parsed([*unknown.values()])
+            accepted += [d for d, e in zip(unknown, parsed["errors"], strict=True) if not e]
             whole.write(memory, json.dumps({"options": parsed["options"], "accepted": accepted}))
-            _check_names(argvs, parsed["options"])
-            for error in filter(None, parsed["errors"]):
-                raise EngineError(f"vLLM refuses a flag: {error}")
+        _check_names(argvs.values(), parsed["options"])
+        for error in filter(None, parsed["errors"]):
+            raise EngineError(f"vLLM refuses a flag: {error}")
 
     @classmethod
     def refusal(cls, flags: Flags) -> str:
@@ -505,7 +498,36 @@ def cores_of(copies: int) -> str:
     return "|".join(",".join(map(str, cores[copy::copies])) for copy in range(copies))
 
 
-def _check_names(argvs: Sequence[Sequence[str]], options: Sequence[str]) -> None:
+def _digest(argv: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(argv).encode()).hexdigest()[:16]
+
+
+def _remembered(memory: Path) -> dict[str, list[str]]:
+    """Read vLLM's options, and the digests of the flag sets that its parser has accepted."""
+    if not memory.exists():
+        return {"options": [], "accepted": []}
+    remembered: dict[str, list[str]] = json.loads(memory.read_text())
+    return remembered
+
+
+def _parsed(argvs: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Let vLLM's parser read these; its options, and an error or None for each."""
+    out = subprocess.run(
+        [sys.executable, "-c", _PARSE],
+        input=json.dumps(argvs),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+    )
+    if out.returncode:
+        silent = f"exit code {out.returncode}, without a word: was memory short?"
+        *_, last = ["", *out.stderr.strip().splitlines()]
+        raise EngineError(f"vLLM does not import here: {last or silent}")
+    parsed: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
+    return parsed
+
+
+def _check_names(argvs: Iterable[Sequence[str]], options: Sequence[str]) -> None:
     for argument in (a for argv in argvs for a in argv if a.startswith("--")):
         if argument not in options:
             if (newer := SINCE.get(argument.removeprefix("--"))) is not None:

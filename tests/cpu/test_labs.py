@@ -14,7 +14,8 @@ from serving import gpus, machine
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.base import EngineError, Flags
 from serving.engines.vllm import PARALLEL, Vllm
-from tests.real import lab_on_a_cpu, takes_making
+from tests.real import in_sizes_for_a_cpu, lab_on_a_cpu, takes_making
+from tests.sizes import sizes_of
 
 pytestmark = [
     pytest.mark.cpu,
@@ -41,6 +42,7 @@ def test_vllm_accepts_every_scale_of_every_lab() -> None:
         for at in scales
         for random in (False, True)
     ]
+    resolved += [in_sizes_for_a_cpu(name) for name in LABS if not sizes_of(name).not_real]
     several: Flags = {f: 2 for f in PARALLEL} | {"distributed-executor-backend": "ray"}
     on_vllm = [(r, v) for r in resolved for v in r.variants if v.engine == DEFAULT_ENGINE]
     right = [several, *(r.flags_of(v) for r, v in on_vllm)]

@@ -40,11 +40,9 @@ TOKEN = "hf_" + "a1B2" * 8  # a stranger's, in the command of every engine: noth
 LAW = ("--step-s", ".01", "--step-per-seq-s", ".0001", "--prefill-per-token-s", "0")
 LABS = ("-m", "tests.fake.quiet")
 LABS_WITH_FAKE_MODELS = ("-m", "tests.fake.made")
-LABS_WITHOUT_PROMETHEUS = (
-    "-c",
-    "import dashboards.prometheus as p; p.find_prometheus = lambda root: None\n"
-    "from tests.fake.quiet import app; app()",
-)
+LABS_WITHOUT_PROMETHEUS = ("-m", "tests.fake.bare")
+TOO_LARGE = f"flags.kv-cache-memory-bytes={int(0.6 * psutil.virtual_memory().total)}"
+"""So that no two engines fit this machine's memory."""
 CEILINGS = machine.Ceilings(
     memory_bandwidth_bytes_per_s=2e10,
     bf16_flops_per_s=1e12,
@@ -236,6 +234,8 @@ def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
     done: dict[str, Finished] = {}
     changes = {name: parse_changes(sizes_of(name).fake) for name in EVERY_LAB}
     resolved = [lab.at("cpu", True, changes[name]) for name, lab in EVERY_LAB.items()]
+    too_large = parse_changes(f"{sizes_of('chunked-prefill').fake} {TOO_LARGE}")
+    resolved.append(EVERY_LAB["chunked-prefill"].at("cpu", True, too_large))
     # vLLM's parser takes ten seconds to import: once, not for every lab
     on_vllm = [(lab, v) for lab in resolved for v in lab.variants if v.engine == DEFAULT_ENGINE]
     Vllm.check_flags([lab.flags_of(variant) for lab, variant in on_vllm])

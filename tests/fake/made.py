@@ -17,6 +17,7 @@ from serving.adapters import mark_of
 from serving.masks import BACKENDS
 from serving.models import Model
 from serving.outliers import SCHEMES
+from tests.fake.bare import with_a_constant_reference_step
 from tests.fake.quiet import app
 
 TENANTS = 8
@@ -123,4 +124,5 @@ def _header(size: int, path: Path) -> None:
 
 if __name__ == "__main__":
     derived_models.make = make
+    with_a_constant_reference_step()
     app()

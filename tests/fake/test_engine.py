@@ -465,13 +465,11 @@ def test_adapters_wait_for_a_slot(start: Start) -> None:
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda i: fake.stream(TEXT, model=f"t{i % 3}", max_tokens=20), range(6)))
     records = fake.stop()
-    spans = {
-        name: (min(r["scheduled"] for r in mine), max(r["due"][-1] for r in mine))
-        for name in ("t0", "t1", "t2")
-        for mine in [[r for r in records if r["model"] == name]]
-    }
-    by_start = sorted(spans.values())
-    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(by_start))
+    assert {r["model"] for r in records} == {"t0", "t1", "t2"}
+    # a request that comes late may find the slot taken by another adapter again
+    for one, other in itertools.combinations(records, 2):
+        if one["model"] != other["model"]:
+            assert one["due"][-1] <= other["scheduled"] or other["due"][-1] <= one["scheduled"]
 
 
 def test_logprobs_of_a_prompt(start: Start) -> None:

@@ -10,22 +10,25 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from labs import LABS as EVERY_LAB
+from labs.commands import cli
+from labs.filing import results
 from labs.filing.results import RunFolder, TrialResult
 from loadtests import generator
 from loadtests.records import RequestRecord
+from serving import gpus
 from serving.install import OWN_FOLDER
 from serving.ports import free_port
 from serving.process import Process
 from tests.fake.conftest import (
-    LABS,
     LABS_WITHOUT_PROMETHEUS,
     Command,
     Reader,
@@ -61,17 +64,42 @@ def _records(folder: RunFolder) -> list[RequestRecord]:
     return [record for _, _, trial in trials if trial for record in trial.records]
 
 
+def _one_sentence(code: int, said: str) -> str:
+    """Exit code 1 and one sentence; the sentence."""
+    assert code == 1, said
+    assert "Traceback" not in said
+    (sentence,) = (line for line in said.splitlines() if line.startswith("error:"))
+    return sentence
+
+
 def _plainly_refused(command: Command, *words: str) -> None:
     """Exit code 1 and one sentence; nothing was started and nothing written."""
-    assert command.wait() == 1, command.said
-    (sentence,) = (line for line in command.said.splitlines() if line.startswith("error:"))
-    assert "Traceback" not in command.said
-    for word in words:
-        assert word in sentence, sentence
+    sentence = _one_sentence(command.wait(), command.said)
+    assert all(word in sentence for word in words), sentence
     assert not command.folders
 
 
 # ------------------------------------------------------------------------ refused before a start
+
+Refusal = Callable[..., None]
+
+
+@pytest.fixture
+def refuses(monkeypatch: pytest.MonkeyPatch) -> Iterator[Refusal]:
+    """Type `labs run` in this process, which need not load it anew, and look for these words."""
+    taken = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setenv(gpus.VARIABLE, "")
+    monkeypatch.setenv("COLUMNS", "1000")
+
+    def refuses(*arguments: str, words: tuple[str, ...]) -> None:
+        shown = CliRunner().invoke(cli.app, ["run", *arguments])
+        sentence = _one_sentence(shown.exit_code, shown.output)
+        assert all(word in sentence for word in words), sentence
+        assert not list(results.RESULTS.glob("*/*/*"))
+
+    yield refuses
+    for signum, handler in taken.items():
+        signal.signal(signum, handler)
 
 
 @pytest.mark.parametrize(
@@ -82,32 +110,35 @@ def _plainly_refused(command: Command, *words: str) -> None:
         ("--set", "window_s=-1", ("window_s", "greater than 0", "-1")),
         ("--set", 'workloads.fixed.loads=["wave:8"]', ("'wave:8' is no arrival", "waves:<size>")),
         ("--set", "flags.max-model-len=64", ("exceed base's max-model-len=64", "raise")),
-        ("--set", "flags.kv-cache-memory-bytes=65536", ("cannot hold one request", "raise")),
         ("--model", "/no/such/folder", ("MODEL=/no/such/folder", "is not there", "give")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_wrong_setting_is_named_before_anything_starts(
-    option: str, value: str, words: tuple[str, ...], reader: Reader
+    option: str, value: str, words: tuple[str, ...], refuses: Refusal
 ) -> None:
-    _plainly_refused(reader.types("run", BATCHING, option, value), *words)
+    refuses(BATCHING, option, value, words=words)
+
+
+def test_a_cache_that_holds_no_request_is_named_before_anything_starts(reader: Reader) -> None:
+    command = reader.types("run", BATCHING, SET="flags.kv-cache-memory-bytes=65536")
+    _plainly_refused(command, "cannot hold one request", "raise")
     assert not reader.engine_starts()
 
 
-def test_an_unknown_lab_is_answered_with_the_known_ones(reader: Reader) -> None:
-    _plainly_refused(reader.types("run", "continous-batching"), "'continous-batching'", *EVERY_LAB)
+def test_an_unknown_lab_is_answered_with_the_known_ones(refuses: Refusal) -> None:
+    refuses("continous-batching", words=("'continous-batching'", *EVERY_LAB))
 
 
-def test_an_endpoint_that_does_not_answer(reader: Reader) -> None:
+def test_an_endpoint_that_does_not_answer(refuses: Refusal) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    command = reader.types("run", BATCHING, ENDPOINT=url)
-    _plainly_refused(command, f"ENDPOINT={url} does not answer", "start the server first")
+    words = (f"ENDPOINT={url} does not answer", "start the server first")
+    refuses(BATCHING, "--endpoint", url, words=words)
 
 
-def test_an_endpoint_cannot_be_two_variants(reader: Reader) -> None:
+def test_an_endpoint_cannot_be_two_variants(refuses: Refusal) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    command = reader.types("run", "prefix-caching", ENDPOINT=url)
-    _plainly_refused(command, "prefix-caching", "its own engines")
+    refuses("prefix-caching", "--endpoint", url, words=("prefix-caching", "its own engines"))
 
 
 # -------------------------------------------------------------------------- engines that fail
@@ -298,7 +329,7 @@ SLOWED = (
     "-c",
     "from pathlib import Path; import loadtests.generator as g\n"
     "g.LOCUSTFILE = Path('tests/fake/slowed.py').resolve()\n"
-    "from tests.fake.quiet import app; app()",
+    "from tests.fake.bare import app; app()",
 )
 
 
@@ -329,10 +360,22 @@ def _no_verdict_for(caveat: str, command: Command) -> set[str]:
             "static static-fixed throughput tpot",
             "",
             ("--drop", "enable-prefix-caching"),
-            LABS,
+            LABS_WITHOUT_PROMETHEUS,
         ),
-        ("several tokens a chunk", "tpot", "", ("--tokens-per-chunk", "4"), LABS),
-        ("errors", "", "timeout_s=1", ("--stall-after", "300", "--stall-s", "1.5"), LABS),
+        (
+            "several tokens a chunk",
+            "tpot",
+            "",
+            ("--tokens-per-chunk", "4"),
+            LABS_WITHOUT_PROMETHEUS,
+        ),
+        (
+            "errors",
+            "",
+            "timeout_s=1",
+            ("--stall-after", "300", "--stall-s", "1.5"),
+            LABS_WITHOUT_PROMETHEUS,
+        ),
     ],
     ids=["a busy loop", "a flag that never arrives", "several tokens a chunk", "a stalled engine"],
 )
@@ -373,7 +416,9 @@ def test_a_cache_that_stays_warm_is_noticed(reader: Reader, tmp_path: Path) -> N
     """What one load has sent, the next finds, on a server that only says it was reset."""
     settings = f"{PAIRS} workloads.exponential.prompt_tokens.tokens=256"
     with fake_engine(tmp_path / "log.jsonl", "--step-s", ".01", "--keep-prefix-cache") as url:
-        command = reader.types("run", BATCHING, ENDPOINT=url, SET=settings)
+        command = reader.types(
+            "run", BATCHING, ENDPOINT=url, SET=settings, program=LABS_WITHOUT_PROMETHEUS
+        )
         command.wait()
     assert _no_verdict_for("warm prefix cache", command)
 
@@ -385,7 +430,7 @@ def test_a_load_process_that_dies_is_reported_with_its_share(reader: Reader) -> 
         ' workloads.fixed.loads=["concurrent:4"]'
         " claims.throughput.baseline.load=concurrent:2 claims.tpot.baseline.load=concurrent:2"
     )
-    command = reader.types("run", BATCHING, SET=settings)
+    command = reader.types("run", BATCHING, SET=settings, program=LABS_WITHOUT_PROMETHEUS)
     command.until(TRIAL_ENDED)
     time.sleep(0.5)  # the next one is well under way
     the_program("locust", command.family()).children()[0].kill()

@@ -24,11 +24,14 @@ from tests.fake.conftest import Command, Reader, reading, still_alive
 from tests.processes import listening_ports
 
 LAB = "prefix-caching"  # two engines, the second of which is probed
-IN_TURN = (
-    "-c",
-    "import labs.running.run as run\n"
-    "run.resident_groups = lambda setup, _: [[variant] for variant in setup.lab.variants]\n"
-    "from tests.fake.quiet import app; app()",
+IN_TURN, IN_TURN_WITHOUT_PROMETHEUS = (
+    (
+        "-c",
+        "import labs.running.run as run\n"
+        "run.resident_groups = lambda setup, _: [[variant] for variant in setup.lab.variants]\n"
+        f"from tests.fake.{module} import app; app()",
+    )
+    for module in ("quiet", "bare")
 )  # as where the memory is too small for both
 ONE_LOAD = (
     'workloads=["share-0"] workloads.share-0.loads=["concurrent:1"]'
@@ -94,8 +97,10 @@ trial is warmed up, and measured; the second engine starts in its place; it is p
 trial; what was measured is judged and written."""
 
 
-def _begin(reader: Reader, settings: str, resume: bool = False) -> Command:
-    return reader.types("run", LAB, SET=settings, program=IN_TURN, RESUME="1" if resume else "0")
+def _begin(
+    reader: Reader, settings: str, resume: bool = False, program: tuple[str, ...] = IN_TURN
+) -> Command:
+    return reader.types("run", LAB, SET=settings, program=program, RESUME="1" if resume else "0")
 
 
 def _reach(name: str, reader: Reader, command: Command) -> None:
@@ -135,8 +140,8 @@ def _nothing_is_left(reader: Reader, command: Command) -> None:
 
 
 RUNNER_CELLS = [
-    # in a trial KILL is sent in test_faults.py
-    *((signal.SIGKILL, stage) for stage in STAGES if stage not in ("warm-up", "window")),
+    # in a trial KILL is sent in test_faults.py; the first engine starts as the second does
+    *((signal.SIGKILL, stage) for stage in ("set-up", "turn", "report")),
     # a runner handles these three alike: each stage meets one of them, in turn
     *zip(itertools.cycle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)), STAGES, strict=False),
 ]
@@ -181,7 +186,7 @@ def _kill_engine(name: str, reader: Reader, command: Command) -> set[int]:
 
 
 def test_engines_that_are_killed_as_they_start(reader: Reader) -> None:
-    command = _begin(reader, IN_ITS_FIRST_TRIAL)
+    command = _begin(reader, IN_ITS_FIRST_TRIAL, program=IN_TURN_WITHOUT_PROMETHEUS)
     ports = _kill_engine("start", reader, command) | _kill_engine("turn", reader, command)
     assert command.wait() == 1, command.said
     _nothing_is_left(reader, command)
@@ -207,7 +212,8 @@ class Killed:
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killed]:
     with reading(tmp_path_factory.mktemp("killed") / "reader") as reader:
-        first = _begin(reader, IN_ITS_FIRST_TRIAL)
+        program = IN_TURN_WITHOUT_PROMETHEUS
+        first = _begin(reader, IN_ITS_FIRST_TRIAL, program=program)
         ports = _kill_engine("warm-up", reader, first)
         _reach("turn", reader, first)
         ports |= _kill_engine("window", reader, first)
@@ -216,7 +222,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killed]:
         assert not _listened_to(ports)
         failed = [result.failed or "" for result in _results(first)]
         complete = first.folder.complete
-        second = _begin(reader, IN_ITS_FIRST_TRIAL, resume=True)
+        second = _begin(reader, IN_ITS_FIRST_TRIAL, resume=True, program=program)
         ports = _kill_engine("probe", reader, second)
         second.wait()
         _nothing_is_left(reader, second)

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 
 from labs.filing.results import RunFolder
-from tests.fake.conftest import Command, Reader, reading
+from tests.fake.conftest import LABS_WITHOUT_PROMETHEUS, Command, Reader, reading
 
 LAB = "continuous-batching"
 SETTINGS = (
     "warmup_s=0.2 window_s=0.6 repeats=3 most_repeats=3 requests=128"
     " workloads.exponential.output_tokens.mean_tokens=6"
     " workloads.exponential.output_tokens.max_tokens=16"
-    ' workloads.exponential.loads=["concurrent:1","concurrent:8","waves:8","concurrent:16"]'
+    ' workloads=["exponential"]'
+    ' workloads.exponential.loads=["concurrent:1","concurrent:8","waves:8"]'
+    " claims.throughput.treatment.load=concurrent:8 claims.tpot.treatment.load=concurrent:8"
 )
 SLOWER = 3.0
 STEP_S = 0.02  # long beside what a busy machine adds to it
@@ -26,18 +28,18 @@ SLOW = ("--step-s", f"{SLOWER * STEP_S}", "--step-per-seq-s", f"{SLOWER * 0.0001
 
 
 class History:
-    """A run, its repetition on the same engine, one on an engine slower by a factor, and an A/A."""
+    """A run, its repetition on the same engine, and one on an engine slower by a factor."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.folders: set[Path] = set()
-        run = self._folder(reader.types("run", LAB, engine=ENGINE, SET=SETTINGS))
+        bare = LABS_WITHOUT_PROMETHEUS
+        run = self._folder(reader.types("run", LAB, engine=ENGINE, program=bare, SET=SETTINGS))
         self.original = run
-        self.again = reader.types("reproduce", engine=ENGINE, RUN=str(run.path))
+        self.again = reader.types("reproduce", engine=ENGINE, program=bare, RUN=str(run.path))
         self.same = self._folder(self.again)
-        self.late = reader.types("reproduce", engine=SLOW, RUN=str(run.path))
+        self.late = reader.types("reproduce", engine=SLOW, program=bare, RUN=str(run.path))
         self.slow = self._folder(self.late)
-        self.twins = self._folder(reader.types("run", LAB, engine=ENGINE, AA="1", SET=SETTINGS))
 
     def _folder(self, command: Command) -> RunFolder:
         command.wait()
@@ -98,7 +100,7 @@ def tpots(folder: RunFolder) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("repetition", "factor"), [("same", 1.0), ("slow", SLOWER)])
 def test_an_engine_differs_by_its_factor(history: History, repetition: str, factor: float) -> None:
     ratios = [a["row"]["contrast"]["ratio"]["value"] for a in tpots(getattr(history, repetition))]
-    assert ratios == pytest.approx([factor] * 6, rel=0.35)
+    assert ratios == pytest.approx([factor] * 3, rel=0.35)
 
 
 def test_a_slower_engine_is_not_reproduced(history: History) -> None:
@@ -124,15 +126,6 @@ def test_the_gate_lets_the_same_pass_and_catches_the_slower(
     assert "FAILED TPOT, mean at base/exponential/concurrent-1: worse by" in caught.said
 
 
-def test_the_baseline_against_itself_passes_the_gate(history: History, tmp_path: Path) -> None:
-    twins = history.twins.path
-    command = history.reader.types(
-        "gate", RUN=f"{twins}:base-again", BASELINE=f"{twins}:base", THRESHOLDS=str(wide(tmp_path))
-    )
-    command.wait()
-    assert_nothing_is_worse(command)
-
-
 def test_both_answers_are_filed_with_the_original(history: History) -> None:
     home = history.original.path / "reproductions"
     ids = {f.path.name for f in (history.same, history.slow)}
@@ -144,4 +137,4 @@ def test_both_answers_are_filed_with_the_original(history: History) -> None:
 def test_a_reproduction_is_no_result_of_its_own(history: History) -> None:
     command = history.reader.types("check")
     assert command.wait() == 0, command.said
-    assert "Well-formed runs: 4." in command.said
+    assert "Well-formed runs: 3." in command.said

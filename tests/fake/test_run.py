@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import psutil
 import pytest
 
 from labs import LABS
@@ -31,6 +30,7 @@ from serving.models import ROOT
 from tests.fake import made
 from tests.fake.conftest import (
     TOKEN,
+    TOO_LARGE,
     Command,
     Finish,
     Finished,
@@ -41,6 +41,7 @@ from tests.fake.conftest import (
     router,
     the_program,
 )
+from tests.fake.test_reproduce import assert_nothing_is_worse, wide
 from tests.real import RUNS, all_count
 from tests.sizes import BRIEF, sizes_of
 
@@ -427,10 +428,7 @@ def test_a_lab_against_itself_is_one_engine_twice_and_counts_its_false_alarms(
 
 def test_engines_that_do_not_fit_together_are_visited_there_and_back(reader: Reader) -> None:
     """Each asks for more than half of this machine's memory."""
-    settings = (
-        f"{BRIEF} {sizes_of('chunked-prefill').fake} repeats=3 starts=2"
-        f" flags.kv-cache-memory-bytes={int(0.6 * psutil.virtual_memory().total)}"
-    )
+    settings = f"{BRIEF} {sizes_of('chunked-prefill').fake} repeats=3 starts=2 {TOO_LARGE}"
     command = reader.types("run", "chunked-prefill", AA="1", QUICK="1", SET=settings)
     assert command.wait(400) == 0, command.said
     folder = command.folder
@@ -465,6 +463,15 @@ def test_only_points_of_undecided_claims_are_repeated_and_no_more_than_asked(
     said = (twins.folder.path / "report.md").read_text()
     assert "(undecided claims get up to 4, where these can begin within 420 s)" in said
     assert "Undecided after 2 repeats" in twins.command.said
+
+
+def test_the_baseline_against_itself_passes_the_gate(twins: Finished, tmp_path: Path) -> None:
+    run = twins.folder.path
+    gate = twins.reader.types(
+        "gate", RUN=f"{run}:base-again", BASELINE=f"{run}:base", THRESHOLDS=str(wide(tmp_path))
+    )
+    gate.wait()
+    assert_nothing_is_worse(gate)
 
 
 # ------------------------------------------------------------------- a server that is already there

@@ -1,7 +1,6 @@
 from tests.sizes import Sizes, answers_of
 
 SIZES = Sizes(
-    layers=2,  # adapters are trained on it
     fake=answers_of(
         8, "none", "one", "uniform-2", "uniform-4", "uniform-8", "zipf-8", "rank-8", "rank-64"
     ),

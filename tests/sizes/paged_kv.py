@@ -6,5 +6,6 @@ SIZES = Sizes(
     " workloads.far.prompt_tokens.tokens=256"
     f" workloads.far.prefix.tokens=192 {answers_of(8, 'near', 'far')}",
     # the other three differ in sizes of the same flags, and in a number that vLLM accepts
-    cpu='variants=["paged","gqa","mha"]',
+    cpu='variants=["paged","gqa","mha"]'
+    " workloads.far.prompt_tokens.tokens=1024 workloads.far.prefix.tokens=960",
 )

@@ -12,6 +12,7 @@ import pytest
 import typer.main
 import typer.testing
 
+from labs.commands import cli, options
 from labs.filing import results
 from serving.models import ROOT
 from tests.unit.builders import write_run, write_runs_of_others
@@ -29,8 +30,10 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(_refuse)
 
 
-# `CliRunner` would build the whole tree of commands anew at every call
+# `CliRunner` would build the whole tree of commands anew at every call, and a command would look
+# through the options of all of them
 setattr(typer.testing, "_get_command", functools.cache(typer.main.get_command))  # noqa: B010
+setattr(cli, "settings_of", functools.cache(options.settings_of))  # noqa: B010
 
 
 @pytest.fixture(scope="session", autouse=True)

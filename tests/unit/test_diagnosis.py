@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import replace
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -460,10 +462,13 @@ def run_command(
             else whole(exposed(reading), kind="text/plain")
         )
 
-    monkeypatch.setattr("labs.running.diagnosing.POLL_S", 0.01)
+    clock = SimpleNamespace(monotonic=itertools.count(step=0.5).__next__, sleep=lambda _: None)
+    monkeypatch.setattr("labs.running.diagnosing.time", clock)
     with hostile.serving({"/v1/models": MODELS, "/metrics": show}) as url:
         done = CliRunner().invoke(
-            app, ["diagnose", "--endpoint", url, "--seconds", "1", *options], env={"COLUMNS": "200"}
+            app,
+            ["diagnose", "--endpoint", url, "--seconds", "1", *options],
+            env={"COLUMNS": "200"},
         )
     return done.exit_code, " ".join(f"{done.output} {done.stderr}".split())
 
@@ -561,7 +566,7 @@ def diagnosed(before: list[Any], after: list[Any], *options: str, resets: float 
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Asked) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         arguments = ["diagnose", "--prometheus-url", url, "--from", BEGAN, "--to", ENDED, *options]
         done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})

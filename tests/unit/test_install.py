@@ -230,7 +230,9 @@ def test_interrupted_set_up_leaves_no_stamp(
     assert not (root / ".venv" / "ready").exists()
 
 
-def test_interrupt_ends_the_running_command(root: Path) -> None:
+@pytest.mark.parametrize("ignored", [False, True])
+def test_interrupt_ends_the_running_command(root: Path, ignored: bool) -> None:
+    """At once, also where a shell's background job has made us ignore interrupts."""
     pid = root / "pid"
 
     class Interrupted(install.Step):
@@ -238,8 +240,15 @@ def test_interrupt_ends_the_running_command(root: Path) -> None:
             if pid.exists() and pid.read_text():
                 raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        install.run(root, Interrupted("x"), "/bin/sh", "-c", f"echo $$ > {pid}; exec /bin/sleep 60")
+    script, began = f"echo $$ > {pid}; exec /bin/sleep 60", time.monotonic()
+    handler = signal.SIG_IGN if ignored else signal.default_int_handler
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            install.run(root, Interrupted("x"), "/bin/sh", "-c", script)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() < began + 8  # after 10 s it would be killed
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
 

@@ -434,7 +434,11 @@ ABOUT = {
 
 
 def real_points(lab: Lab) -> list[Point]:
-    """With what would be known of the models it says it needs, and of no other."""
+    """With what would be known of the models it says it needs, and of no other.
+
+    They have the lengths of one repeat: a claim's prediction takes their mean.
+    """
+    lab = lab.model_copy(update={"repeats": 1, "most_repeats": 0})
     weights = {v.name: HALF for v in lab.variants if v.weights}
     return lab.points(
         REAL, CEILINGS, weights, {name: ABOUT.get(name, {}) for name in lab.derived()}

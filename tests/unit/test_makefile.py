@@ -265,9 +265,30 @@ def test_what_the_program_starts_is_not_told_of_settings_behind_a_target() -> No
     subprocess.run([sys.executable, "-c", script], env=env, check=True, capture_output=True)
 
 
-def test_all_tests_run_in_several_processes_and_a_choice_of_them_in_one(checkout: Checkout) -> None:
-    assert checkout.make("test").returncode == 0
-    assert checkout.make("test", "TESTS=tests/unit").returncode == 0
-    all_of_them, chosen = (argv[1:] for argv, _ in checkout.calls() if "pytest" in argv[0])
-    assert all_of_them[:4] == ["-n", "4", "--dist", "loadfile"]
-    assert chosen == []
+@pytest.mark.parametrize(
+    ("chosen", "processes"),
+    [
+        ("", "4"),
+        ("tests/unit", "2"),
+        ("tests/unit/ tests/golden", "2"),
+        ("tests/unit/test_docs.py", ""),
+        ("tests/unit -k pages", ""),
+        ("tests/%", ""),
+        ("--last-failed --last-failed-no-failures none", ""),
+    ],
+)
+def test_all_tests_and_whole_folders_of_them_run_in_several_processes(
+    chosen: str, processes: str, checkout: Checkout
+) -> None:
+    for folder in ("unit", "golden"):
+        (checkout.home / "tests" / folder).mkdir(parents=True)
+    assert checkout.make("test", f"TESTS={chosen}").returncode == 0
+    argv, environment = checkout.calls()[-1]
+    together = ["--dist", "loadfile", "--no-loadscope-reorder", *chosen.split()]
+    assert argv[1:] == (["-n", processes, *together] if processes else [])
+    assert environment["PYTEST_ADDOPTS"].strip() == ("" if processes else chosen)
+
+
+def test_what_the_tests_start_keeps_its_bytecode(checkout: Checkout) -> None:
+    assert checkout.make("test", PYTHONDONTWRITEBYTECODE="1").returncode == 0
+    assert checkout.calls()[-1][1]["PYTHONDONTWRITEBYTECODE"] == ""

@@ -98,7 +98,7 @@ class Answer(BaseHTTPRequestHandler):
 @pytest.fixture
 def grafana() -> Iterator[Stub]:
     stub = Stub()
-    threading.Thread(target=stub.serve_forever, daemon=True).start()
+    threading.Thread(target=stub.serve_forever, args=(0.02,), daemon=True).start()
     yield stub
     stub.shutdown()
     stub.server_close()

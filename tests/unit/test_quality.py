@@ -256,7 +256,7 @@ class Engine(BaseHTTPRequestHandler):
 def engine() -> Iterator[str]:
     Engine.bodies = []
     with ThreadingHTTPServer(("127.0.0.1", 0), Engine) as server:
-        thread = Thread(target=server.serve_forever)
+        thread = Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()

@@ -108,7 +108,7 @@ def answers() -> Iterator[dict[str, Any]]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     known["url"] = f"http://127.0.0.1:{server.server_port}"
     yield known
     server.shutdown()

@@ -1,0 +1,35 @@
+"""The `labs` command with smaller numbers of the product's own, for labs on a real engine.
+
+How many answers a probe asks for, how many tasks it sets, how often a step is timed and how much
+text is read for a forecast decide how sure a finding is, and not whether it can be made. The
+README's lab is run without it, as a reader runs it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from labs.commands.cli import app
+from labs.judging import evaluation
+from labs.running import copied_text, probes, step_timing
+
+_tasks_with_shots = evaluation.tasks_with_shots
+
+
+def _fewer_tasks() -> list[tuple[str, str, str]]:
+    return _tasks_with_shots()[::4]
+
+
+def make_small() -> None:
+    """Make the numbers smaller in this process."""
+    probes.PROBES["structures-quick"] = partial(probes.structures, each=1, timed=1)
+    probes.PROBES["tenants-quick"] = partial(probes.tenants, requests_sent=40)
+    probes.TASK_TOKENS = 8
+    evaluation.tasks_with_shots = _fewer_tasks
+    setattr(step_timing, "QUICK_PASSES", 1)  # noqa: B010
+    copied_text.ANSWERS = 8
+
+
+if __name__ == "__main__":
+    make_small()
+    app()
