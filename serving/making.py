@@ -76,7 +76,10 @@ def tokens_of(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
 
 
 def answer(model: Any, prompts: Sequence[list[int]], tokens: int, **options: Any) -> Any:
-    """Generate the model's greedy answers to a batch of prompts: (prompts, tokens)."""
+    """Generate the model's greedy answers to a batch of prompts: (prompts, tokens).
+
+    Greedy as the served engine is: without the penalty that generation_config.json may give.
+    """
     import torch
 
     width = max(map(len, prompts))  # padded on the left and masked, to end together
@@ -88,6 +91,7 @@ def answer(model: Any, prompts: Sequence[list[int]], tokens: int, **options: Any
             attention_mask=mask.to(model.device),
             max_new_tokens=tokens,
             do_sample=False,
+            repetition_penalty=1.0,
             **options,
         )
     return out[:, width:]

@@ -45,6 +45,9 @@ PLUGINS = ROOT / "serving" / "plugins"
 GUARD = "serving.guard.Guard"  # known to --middleware of vLLM 0.26 and 0.32
 PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 QUEUE_LIMITS = ("max-num-queued-reqs", "max-num-queued-tokens")
+GENERATION = "generation-config"
+"""By default vLLM takes from the model's generation_config.json what a request leaves open, such as
+a penalty for repetition, under which temperature 0 is not greedy decoding."""
 SINCE = dict.fromkeys(QUEUE_LIMITS, "0.32")
 """Flag -> the first vLLM known to have it, where not every one that the labs support has it."""
 MEMORY_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
@@ -235,6 +238,8 @@ class Vllm(Engine):
         if model.dummy:
             own += ["--load-format", "dummy", "--worker-extension-cls", random_weights.EXTENSION]
         own += ["--host", LOOPBACK, "--port", str(port), "--middleware", GUARD]
+        if GENERATION not in flags:  # vLLM still ends answers where the model's file says
+            own += [f"--{GENERATION}", "vllm"]
         if importlib.util.find_spec("flashinfer") and shutil.which("nvcc"):
             own.append("--no-enable-flashinfer-autotune")  # of kernels that it would compile first
         return [*own, *cls.flag_argv(flags)]
