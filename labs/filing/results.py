@@ -63,7 +63,7 @@ from labs.judging.measure import OtherWork, Trial
 from labs.judging.signals import Watch
 from labs.judging.timeline import Timeline
 from labs.judging.validity import Expected, Served
-from labs.lab import FUNCTIONS, Lab, LabError, Point, Prediction, digest_of, knobs
+from labs.lab import NOT_FILED, Lab, LabError, Point, Prediction, digest_of, knobs
 from loadtests import records
 from loadtests.plan import TrialSummary
 from loadtests.workload import Name
@@ -224,7 +224,7 @@ def lab_from_resolved(resolved: Mapping[str, Any], like: Lab | None = None) -> L
     """Rebuild a lab from its plain form.
 
     Whatever predicts is a function of `like`. Without one, predicting a claim or a forecast raises
-    LookupError, and the lab has none of FUNCTIONS. Raises DamagedError where today's code cannot
+    LookupError, and the lab has none of NOT_FILED. Raises DamagedError where today's code cannot
     read the lab.
     """
 
@@ -241,8 +241,8 @@ def lab_from_resolved(resolved: Mapping[str, Any], like: Lab | None = None) -> L
             predict = {part.name: part.predict for part in getattr(like, kind, ())}
             for part in fields[kind]:
                 part["predict"] = predict.get(part["name"], missing)
-        functions = {name: getattr(like, name) for name in FUNCTIONS} if like else {}
-        return Lab.model_validate(fields | functions)
+        beside = {name: getattr(like, name) for name in NOT_FILED} if like else {}
+        return Lab.model_validate(fields | beside)
     except ValidationError as error:
         raise DamagedError(f"its lab{_first_error(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -150,10 +150,17 @@ def place(model: Model, name: str) -> Path:
     return models.CACHE / "models" / f"{model.name.replace('/', '--')}-{name}"
 
 
-def make(model: Model, name: str, report: Callable[[str], None], quick: bool = False) -> Path:
+def make(
+    model: Model,
+    name: str,
+    report: Callable[[str], None],
+    quick: bool = False,
+    made_here: bool = False,
+) -> Path:
     """Return the folder of a derived model; download it where it is published, else make it here.
 
-    A quick run uses the full model where it exists; else it may make a smaller one beside it.
+    With `made_here` it is not downloaded. What was made here once is used in any case. A quick run
+    uses the full model where it exists; else it may make a smaller one beside it.
     Raises LabError with the last line of the program that makes it, NotApplicable for what
     cannot be made of random weights, ModelError where there is no way to have it.
     """
@@ -167,7 +174,8 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
     if folder.exists():
         return folder
     try:
-        if downloaded := models.sibling(model, name):
+        if not made_here and (downloaded := models.sibling(model, name)):
+            report(f"{name} is served as published: {models.SIBLINGS[model.name][name]}")
             return downloaded
     except ModelError as error:
         if name not in RECIPES:

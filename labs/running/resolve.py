@@ -178,7 +178,8 @@ def _derived(
 ) -> tuple[dict[str, Path], dict[str, models.Model]]:
     """Make what the lab derives from the model: its folders, and what each variant then serves."""
     places = {
-        name: derived_models.make(model, name, progress.message, quick) for name in lab.derived()
+        name: derived_models.make(model, name, progress.message, quick, lab.made_here)
+        for name in lab.derived()
     }
     weights = {
         v.name: derived_models.with_weights(model, v.weights, places[v.weights])

@@ -150,8 +150,20 @@ def test_a_published_model_stands_in_for_a_made_one(
     monkeypatch.setitem(models.SIBLINGS, model.name, {"draft": "lab/base-0.1B"})
     monkeypatch.setattr(models, "_download", lambda name: tmp_path / name)
     (tmp_path / "lab/base-0.1B").mkdir(parents=True)
-    assert make(model, "draft", pytest.fail) == tmp_path / "lab/base-0.1B"
+    said: list[str] = []
+    assert make(model, "draft", said.append) == tmp_path / "lab/base-0.1B"
+    assert said == ["draft is served as published: lab/base-0.1B"]
     assert place(model, "adapters").parent == models.CACHE / "models"
+
+
+def test_a_lab_that_compares_tools_makes_what_others_publish(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(models.SIBLINGS, model.name, {"w4a16-gptq": "lab/base-GPTQ"})
+    monkeypatch.setattr(models, "_download", pytest.fail)
+    folder = make(model, "w4a16-gptq", lambda _: None, made_here=True)
+    assert folder == place(model, "w4a16-gptq")
+    assert [name for name, lab in LABS.items() if lab.made_here] == ["quantization-tools"]
 
 
 def test_what_is_published_and_cannot_be_had_is_made(

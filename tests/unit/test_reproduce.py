@@ -19,7 +19,7 @@ from labs.comparing import leaderboards, reproduction
 from labs.filing import manifest, results
 from labs.filing.results import Run, RunFolder, write_json
 from labs.judging.judge import Interval
-from labs.lab import FUNCTIONS, LabError
+from labs.lab import NOT_FILED, LabError
 from labs.running import reproduce
 from labs.running.resolve import RunRequest, lab_of
 from serving.machine import Environment, engine_variables
@@ -58,8 +58,8 @@ def test_the_lab_of_a_manifest_is_the_lab_that_ran(
     again = asked.lab.at("cpu", asked.quick, asked.changes, bool(asked.weights))
     assert again.digest() == run.digest
     assert again.resolved() == run.lab
-    for function in FUNCTIONS:
-        assert getattr(again, function) is getattr(LABS[name], function)
+    for field in NOT_FILED:
+        assert getattr(again, field) is getattr(LABS[name], field)
     assert asked.reproduces == run.run_id
 
 
