@@ -135,12 +135,19 @@ def folder(out: Path) -> Iterator[Path]:
 def run(
     make: Callable[..., None], parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> None:
-    """Run a maker's command line: SIGTERM acts as Ctrl-C, and a MakerError is one sentence."""
+    """Run a maker's command line: SIGTERM acts as Ctrl-C, and a MakerError is one sentence.
+
+    So is a GPU that has too little memory.
+    """
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         make(**vars(args))
     except MakerError as error:
         sys.exit(str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which not every maker imports
+            raise
+        sys.exit(f"the GPU has too little memory to make {args.out.name}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"stopped before {args.out} was complete: nothing was kept")
