@@ -60,6 +60,37 @@ def test_it_is_made_once_and_then_found(model: Model) -> None:
     assert make(model, "draft", pytest.fail) == folder  # in silence
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_another_model_of_the_same_name_gets_its_own(
+    model: Model, tmp_path: Path, quick: bool
+) -> None:
+    one, other = (replace(model, name="step-10", path=tmp_path / run) for run in "ab")
+    for base in (one, other):
+        base.path.mkdir()
+        (base.path / "config.json").write_text(f'{{"of": "{base.path.name}"}}')
+    said: list[str] = []
+    folder = make(one, "draft", said.append, quick)
+    assert make(one, "draft", pytest.fail, quick) == folder
+    (folder / "of-one").touch()
+    said.clear()
+    assert make(other, "draft", said.append, quick) == folder
+    assert said[0] == f"{folder.name} was made from another model of this name: it is made again"
+    assert not (folder / "of-one").exists()
+    assert make(other, "draft", pytest.fail, quick) == folder
+
+
+@pytest.mark.parametrize(("name", "kept"), [("lab/base-1B", True), ("checkpoint-1000", False)])
+def test_what_was_made_before_its_origin_was_recorded_is_kept_where_the_name_says_it(
+    model: Model, name: str, kept: bool
+) -> None:
+    base = replace(model, name=name)
+    folder = place(base, "adapters")
+    folder.mkdir(parents=True)
+    said: list[str] = []
+    assert make(base, "adapters", said.append) == folder
+    assert (said == []) == kept
+
+
 def test_a_quick_run_makes_a_lesser_draft_unless_the_whole_one_is_there(model: Model) -> None:
     def taught(folder: Path) -> int:
         return len((folder / "given").read_text().splitlines())
