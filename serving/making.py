@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from serving import whole
+from serving.models import routed_experts
 
 
 class MakerError(Exception):
@@ -118,6 +119,20 @@ def require_16_bits(base: Path, config: Mapping[str, Any]) -> None:
     """Raise MakerError where the configuration of the model is that of quantized weights."""
     if "quantization_config" in config:
         raise MakerError(f"{base.name} has quantized weights: give the model in 16 bits")
+
+
+def require_dense(base: Path, config: Mapping[str, Any]) -> None:
+    """Raise MakerError where the configuration of the model is that of a mixture of experts.
+
+    Its experts are no linear layers (since transformers 5 they are one parameter of three
+    dimensions), and they hold almost all of the weights.
+    """
+    experts, _ = routed_experts(config.get("text_config", config))
+    if experts:
+        raise MakerError(
+            f"{base.name} is a mixture of {experts} experts, whose weights are in no linear layers:"
+            " give a dense model"
+        )
 
 
 @contextmanager

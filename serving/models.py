@@ -253,7 +253,7 @@ def _load(path: Path, name: str) -> Model:
     untied = (0, 0) if tied else inputs  # an untied input embedding is looked up, not multiplied
     params, stored = (sum(s[i] for s in sizes.values()) for i in (0, 1))
     routed, routed_bytes = (sum(s[i] for n, s in sizes.items() if ".experts." in n) for i in (0, 1))
-    experts, per_token = _experts(config)
+    experts, per_token = routed_experts(config)
     idle = routed * (experts - per_token) // experts if experts else 0
     multiplied = params - untied[0] - idle
     if any(name.endswith(PACKED) for name in sizes):
@@ -299,7 +299,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     """
     size = _dimensions(config)
     layers, hidden, head_dim = size["layers"], size["hidden"], size["head_dim"]
-    experts, per_token = _experts(config)
+    experts, per_token = routed_experts(config)
     width = config["moe_intermediate_size"] if experts else config["intermediate_size"]
     expert = layers * 3 * hidden * width  # gate, up and down of every layer; dense: the only one
     attention = layers * 2 * hidden * head_dim * (size["heads"] + size["kv_heads"])
@@ -334,7 +334,7 @@ def _dimensions(config: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _experts(config: Mapping[str, Any]) -> tuple[int, int]:
+def routed_experts(config: Mapping[str, Any]) -> tuple[int, int]:
     """Read (routed experts a layer, experts for each token); the first has three names."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((n for name in names if (n := config.get(name))), 0)

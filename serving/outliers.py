@@ -193,7 +193,7 @@ SCHEMES = (
 def make(base: Path, out: Path, text: Path) -> None:
     """Write the study's folder, complete or not at all. Raises MakerError."""
     with making.folder(out) as half:
-        making.read_config(base)
+        making.require_dense(base, making.read_config(base))
         try:
             passages = [p for p in re.split(r"\n\s*\n", text.read_text().strip()) if p]
         except OSError as error:

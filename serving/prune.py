@@ -9,8 +9,9 @@ neighbours in a row, the pattern that NVIDIA's sparse tensor cores read (Mishra 
 Neither method changes a weight that stays.
 
 OUT is a model folder with the same files in the same sizes: the zeros are stored. All linear layers
-are pruned except the output matrix, as in the papers. Wanda's inputs are those of the whole model,
-seen once; its authors go layer by layer and see the inputs that the pruned layers before give.
+are pruned except the output matrix, as in the papers; a mixture of experts is refused. Wanda's
+inputs are those of the whole model, seen once; its authors go layer by layer and see the inputs
+that the pruned layers before give.
 """
 
 from __future__ import annotations
@@ -171,7 +172,9 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     wanted, began = Method.parse(method), time.monotonic()
-    making.require_16_bits(base, making.read_config(base))
+    config = making.read_config(base)
+    making.require_16_bits(base, config)
+    making.require_dense(base, config)
     try:
         text = calibration.read_text(encoding="utf-8")
     except OSError as error:
