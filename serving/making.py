@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from serving import whole
-from serving.models import routed_experts
+from serving.models import MISTRALS, routed_experts
+
+OTHER_FILES = ("*.json", "*.txt", "*.jinja")  # config, tokenizer, chat template, index
 
 
 class MakerError(Exception):
@@ -133,6 +136,13 @@ def require_dense(base: Path, config: Mapping[str, Any]) -> None:
             f"{base.name} is a mixture of {experts} experts, whose weights are in no linear layers:"
             " give a dense model"
         )
+
+
+def copy_others(base: Path, out: Path) -> None:
+    """Copy what a model folder holds beside its weights, in the Hugging Face format."""
+    for path in (path for kind in OTHER_FILES for path in base.glob(kind)):
+        if not any(path.match(pattern) for pattern in MISTRALS):
+            shutil.copyfile(path, out / path.name)
 
 
 @contextmanager

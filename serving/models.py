@@ -30,6 +30,9 @@ TOKENIZER_ALONE = "models/tokenizer"  # in CACHE
 BUNDLED = "SmolLM2-135M-Instruct"
 BUNDLED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+INDEX = "model.safetensors.index.json"
+MISTRALS = ("consolidated*", "params.json")
+"""Mistral's repositories also hold the same weights and configuration in a format of its own."""
 RANDOM = "RANDOM_WEIGHTS"  # a file that marks a folder without weights: see serving/dummy.py
 
 
@@ -183,7 +186,11 @@ def _download(name: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+            snapshot_download(
+                name,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
+                ignore_patterns=[*MISTRALS],
+            )
         )
     except HFValidationError as error:
         raise ModelError(f"MODEL={name} is neither a folder nor a Hugging Face id") from error
@@ -244,7 +251,7 @@ def _load(path: Path, name: str) -> Model:
     if (path / RANDOM).exists():
         return Model(name, path, shape_of(config), dummy=True)
     sizes: dict[str, tuple[int, int]] = {}
-    for shard in sorted(path.glob("*.safetensors")):
+    for shard in shards(path):
         sizes |= _tensor_sizes(shard)
     if not sizes:
         raise ModelError(f"{path} has no *.safetensors weights; other formats are not loaded")
@@ -272,6 +279,21 @@ def _load(path: Path, name: str) -> Model:
             embedding_bytes=untied[1],
         ),
     )
+
+
+def shards(folder: Path) -> list[Path]:
+    """List a model's files of weights: those that its index names, else all but Mistral's own."""
+    if (index := folder / INDEX).exists():
+        named = {Path(name).name for name in json.loads(_text(index))["weight_map"].values()}
+        return [folder / name for name in sorted(named)]
+    found = sorted(folder.glob("*.safetensors"))
+    return [path for path in found if not path.match(MISTRALS[0])] or found
+
+
+def has_both_formats(folder: Path) -> bool:
+    """Tell whether a folder holds its weights in Mistral's own format as well."""
+    others = {path.name for path in folder.glob(f"{MISTRALS[0]}.safetensors")}
+    return bool(others) and not others & {path.name for path in shards(folder)}
 
 
 PACKED = (".weight_packed", ".qweight")  # as compressed-tensors, GPTQ and AWQ name them
