@@ -400,19 +400,22 @@ def _tensor_sizes(shard: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-HASHED = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+HASHED = ("*.safetensors", "*.gguf", "*.json", "*.txt", "*.jinja")
+RECORD = "about.json"  # of a model's maker, with how long it took
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """Hash weights, tokenizer and configuration: file -> SHA-256.
 
+    What the maker of a derived model recorded is not among them, so that equal weights are equal.
     A file that Hugging Face's cache stores under its SHA-256 is not read; the hash of any other is
     remembered until the file changes.
     """
     memory = CACHE / "hashes.json"
     remembered: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
     hashes, before = {}, dict(remembered)
-    for path in sorted({p for pattern in HASHED for p in folder.rglob(pattern)}):
+    found = {p for pattern in HASHED for p in folder.rglob(pattern) if p.name != RECORD}
+    for path in sorted(found):
         real = path.resolve()
         about = real.stat()
         key = f"{real}|{about.st_size}|{about.st_mtime_ns}"

@@ -312,7 +312,7 @@ def _write_scored(path: Path, share: float) -> None:
 
 def about(folder: Path) -> dict[str, Any]:
     """Read what its maker recorded, and its weights' bytes; a published model has only those."""
-    path = folder / "about.json"
+    path = folder / models.RECORD
     facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     config = folder / "config.json"
     if config.exists() and "hidden_size" in json.loads(config.read_text()):  # a head has none
