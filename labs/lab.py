@@ -305,8 +305,8 @@ NOTHING_ELSE: dict[str, Any] = {
     "findings": (), "plots": (), "limits": {}, "next_knobs": (),
 }  # fmt: skip
 """What is about a lab's own question, and has no meaning once its engines are put to another."""
-FUNCTIONS = ("acceptance", "guessed", "masking", "arithmetic")
-"""The fields of a lab that are functions, in no file: predictions made by them are on file."""
+NOT_FILED = ("acceptance", "guessed", "masking", "arithmetic", "made_here")
+"""The fields of a lab that are in no file; what they predicted and what was served are on file."""
 ONE_LOOK: dict[str, Any] = {"most_repeats": 0, "starts": 1}
 """What a quick run of any lab does without, unless the lab says otherwise."""
 OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"most_s": 1800.0}}
@@ -355,6 +355,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         tuple[Annotated[int, Field(gt=0, le=MOST_ATTENTION_TOKENS)], ...],
         Field(exclude_if=lambda lengths: not lengths),
     ] = ()
+    # it compares how models are made: what others publish in their place is not downloaded
+    made_here: Annotated[bool, Field(exclude=True)] = False
     probes: tuple[str, ...] = ()  # asked of the engines after their trials
     probed: tuple[str, ...] = ()  # the variants whose engines are probed; all where none is named
     findings: tuple[str, ...] = ()  # conclusions beyond the claims
@@ -556,9 +558,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
                     plain.setdefault(name, info.get_default())  # what a digest leaves out
         for path, value in (item for layer in layers for item in layer.items()):
             _set(fields, path, copy.deepcopy(value))  # a later path may lead into it
-        expected = {n: getattr(self, n) for n in FUNCTIONS}
+        beside = {n: getattr(self, n) for n in NOT_FILED}
         try:
-            return Lab.model_validate(fields | expected)
+            return Lab.model_validate(fields | beside)
         except ValidationError as error:
             raise LabError(_sentence(error, fields)) from error
 

@@ -78,6 +78,7 @@ LAB = Lab(
               "w4a16-awq", "autoawq"),
     ),
     evidence=(Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),),
+    made_here=True,  # weights that others publish have another calibration text
     probes=("quality",),
     findings=("tools", "quality", "weights"),
     plots=("tradeoff",),

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from jinja2 import TemplateError
+
 Message = dict[str, str]
 Messages = list[Message]
 CountTokens = Callable[[Messages], int]
@@ -70,12 +72,12 @@ class Text:
 class _WordTokens(dict[str, int]):
     """Maps a word to its number of tokens after another word; counts it when it is first asked."""
 
-    def __init__(self, count: CountTokens) -> None:
+    def __init__(self, count: Callable[[str], int]) -> None:
         super().__init__()
         self._count = count
 
     def __missing__(self, word: str) -> int:
-        without, with_word = (self._count(_messages(text)) for text in ("so", f"so {word}"))
+        without, with_word = (self._count(text) for text in ("so", f"so {word}"))
         self[word] = with_word - without
         return self[word]
 
@@ -83,14 +85,22 @@ class _WordTokens(dict[str, int]):
 class Writer:
     """Writes chat messages that the served model's tokenizer counts as exactly n tokens.
 
-    `count` maps messages to tokens with the chat template and the generation prompt included.
+    `count` maps messages to tokens with the chat template and the generation prompt included. A
+    chat begins with a system message, unless the template refuses one, as Gemma 2's does.
+
+    Raises jinja2.TemplateError where the template refuses a user's message, too.
     """
 
     def __init__(self, count: CountTokens) -> None:
-        self._count = count
-        self._word_tokens = _WordTokens(count)
+        self._count_messages = count
+        self._opening = [{"role": "system", "content": SYSTEM}]
+        self._word_tokens = _WordTokens(self._count)
         self._beginnings: dict[str, int] = {}  # beginning of a first message -> tokens in all
-        self.least_tokens = count(_messages("")) + 1
+        try:
+            self.least_tokens = self._count("") + 1
+        except TemplateError:
+            self._opening = []
+            self.least_tokens = self._count("") + 1
 
     def chat(
         self,
@@ -113,18 +123,24 @@ class Writer:
             cause = f"chat template{rest} take" if rest else "chat template itself takes"
             raise ValueError(f"prompt_tokens={tokens} is below the {least} tokens that the {cause}")
         written = CODE if task == "code" else PROSE
-        return _messages(self._text(tokens, rng, lead, history, written), history)
+        return self._messages(self._text(tokens, rng, lead, history, written), history)
+
+    def _messages(self, text: str, history: Sequence[Message] = ()) -> Messages:
+        return [*(history or self._opening), {"role": "user", "content": text}]
+
+    def _count(self, text: str, history: Sequence[Message] = ()) -> int:
+        return self._count_messages(self._messages(text, history))
 
     def tokens_of(self, text: str) -> int:
         """Count the tokens of a text; those of the chat template are not counted."""
-        return self._count(_messages(text)) - self._count(_messages(""))
+        return self._count(text) - self._count("")
 
     def lead(self, tokens: int, rng: random.Random) -> str:
         """Write a text of exactly `tokens` that several prompts can begin with.
 
         The tokens of the chat template are not counted.
         """
-        return self._text(self._count(_messages("")) + tokens, rng, "")
+        return self._text(self._count("") + tokens, rng, "")
 
     def _text(
         self,
@@ -141,7 +157,7 @@ class Writer:
         """
         state, written = rng.getstate(), written or PROSE
         text = self._search(total, rng, lead, written, self._by_word(lead, history))
-        if text is not None and self._count(_messages(text, history)) == total:
+        if text is not None and self._count(text, history) == total:
             return text
         rng.setstate(state)
         text = self._search(
@@ -149,7 +165,7 @@ class Writer:
             rng,
             lead,
             written,
-            lambda words: self._count(_messages(" ".join(filter(None, (lead, *words))), history)),
+            lambda words: self._count(" ".join(filter(None, (lead, *words))), history),
         )
         if text is None:
             raise ValueError(f"no text of exactly {total} tokens was found with this tokenizer")
@@ -170,11 +186,11 @@ class Writer:
     def _begun(self, text: str, history: Sequence[Message]) -> int:
         """Count the tokens of a message that is this text; leads are used often and remembered."""
         if history:
-            return self._count(_messages(text, history))
+            return self._count(text, history)
         if text not in self._beginnings:
             if len(self._beginnings) >= MOST_BEGINNINGS:
                 self._beginnings.clear()
-            self._beginnings[text] = self._count(_messages(text))
+            self._beginnings[text] = self._count(text)
         return self._beginnings[text]
 
     def _search(
@@ -202,11 +218,6 @@ class Writer:
             if count(filler) <= total:
                 words.append(filler)
         return None
-
-
-def _messages(text: str, history: Sequence[Message] = ()) -> Messages:
-    earlier = history or [{"role": "system", "content": SYSTEM}]
-    return [*earlier, {"role": "user", "content": text}]
 
 
 def _pick(choices: Sequence[str], rng: random.Random) -> str:

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from serving import making
+from serving import making, models
 from serving.making import MakerError
+from serving.models import INDEX
 
 Method = Literal["mha", "mqa"]
 PROJECTIONS = (".k_proj.", ".v_proj.")
-OTHER_FILES = ("*.json", "*.txt", "*.jinja")  # tokenizer, chat template, generation's defaults
-INDEX = "model.safetensors.index.json"
 
 
 def kv_heads_of(method: str, config: Mapping[str, Any]) -> int:
@@ -56,7 +54,7 @@ def make(method: str, base: Path, out: Path) -> None:
     if not heads or heads % kv_heads:
         raise MakerError(f"{base} is of a kind whose heads are not known: {heads} and {kv_heads}")
     making.require_16_bits(base, config)
-    shards, size_bytes, converted_count = sorted(base.glob("*.safetensors")), 0, 0
+    shards, size_bytes, converted_count = models.shards(base), 0, 0
     with making.folder(out) as half:
         for number, shard in enumerate(shards, 1):
             tensors = load_file(shard)
@@ -68,8 +66,7 @@ def make(method: str, base: Path, out: Path) -> None:
             print(f"{number} of {len(shards)} files of weights", flush=True)
         if not converted_count:
             raise MakerError(f"{base} stores no k_proj and v_proj: its KV heads cannot be changed")
-        for path in (path for kind in OTHER_FILES for path in base.glob(kind)):
-            shutil.copyfile(path, half / path.name)
+        making.copy_others(base, half)
         now = kv_heads_of(method, config)
         _write(half / "config.json", {**config, "num_key_value_heads": now})
         about = {"method": method, "heads": heads, "kv_heads": now, "kv_heads_before": kv_heads}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from serving import whole
+from serving.models import MISTRALS, routed_experts
+
+OTHER_FILES = ("*.json", "*.txt", "*.jinja")  # config, tokenizer, chat template, index
 
 
 class MakerError(Exception):
@@ -76,7 +80,10 @@ def tokens_of(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
 
 
 def answer(model: Any, prompts: Sequence[list[int]], tokens: int, **options: Any) -> Any:
-    """Generate the model's greedy answers to a batch of prompts: (prompts, tokens)."""
+    """Generate the model's greedy answers to a batch of prompts: (prompts, tokens).
+
+    Greedy as the served engine is: without the penalty that generation_config.json may give.
+    """
     import torch
 
     width = max(map(len, prompts))  # padded on the left and masked, to end together
@@ -88,6 +95,7 @@ def answer(model: Any, prompts: Sequence[list[int]], tokens: int, **options: Any
             attention_mask=mask.to(model.device),
             max_new_tokens=tokens,
             do_sample=False,
+            repetition_penalty=1.0,
             **options,
         )
     return out[:, width:]
@@ -116,6 +124,27 @@ def require_16_bits(base: Path, config: Mapping[str, Any]) -> None:
         raise MakerError(f"{base.name} has quantized weights: give the model in 16 bits")
 
 
+def require_dense(base: Path, config: Mapping[str, Any]) -> None:
+    """Raise MakerError where the configuration of the model is that of a mixture of experts.
+
+    Its experts are no linear layers (since transformers 5 they are one parameter of three
+    dimensions), and they hold almost all of the weights.
+    """
+    experts, _ = routed_experts(config.get("text_config", config))
+    if experts:
+        raise MakerError(
+            f"{base.name} is a mixture of {experts} experts, whose weights are in no linear layers:"
+            " give a dense model"
+        )
+
+
+def copy_others(base: Path, out: Path) -> None:
+    """Copy what a model folder holds beside its weights, in the Hugging Face format."""
+    for path in (path for kind in OTHER_FILES for path in base.glob(kind)):
+        if not any(path.match(pattern) for pattern in MISTRALS):
+            shutil.copyfile(path, out / path.name)
+
+
 @contextmanager
 def folder(out: Path) -> Iterator[Path]:
     """Yield a folder to fill: it becomes `out` at the end of the block, or is removed.
@@ -131,12 +160,19 @@ def folder(out: Path) -> Iterator[Path]:
 def run(
     make: Callable[..., None], parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> None:
-    """Run a maker's command line: SIGTERM acts as Ctrl-C, and a MakerError is one sentence."""
+    """Run a maker's command line: SIGTERM acts as Ctrl-C, and a MakerError is one sentence.
+
+    So is a GPU that has too little memory.
+    """
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         make(**vars(args))
     except MakerError as error:
         sys.exit(str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which not every maker imports
+            raise
+        sys.exit(f"the GPU has too little memory to make {args.out.name}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"stopped before {args.out} was complete: nothing was kept")

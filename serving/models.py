@@ -30,6 +30,9 @@ TOKENIZER_ALONE = "models/tokenizer"  # in CACHE
 BUNDLED = "SmolLM2-135M-Instruct"
 BUNDLED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+INDEX = "model.safetensors.index.json"
+MISTRALS = ("consolidated*", "params.json")
+"""Mistral's repositories also hold the same weights and configuration in a format of its own."""
 RANDOM = "RANDOM_WEIGHTS"  # a file that marks a folder without weights: see serving/dummy.py
 
 
@@ -183,7 +186,11 @@ def _download(name: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+            snapshot_download(
+                name,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
+                ignore_patterns=[*MISTRALS],
+            )
         )
     except HFValidationError as error:
         raise ModelError(f"MODEL={name} is neither a folder nor a Hugging Face id") from error
@@ -244,7 +251,7 @@ def _load(path: Path, name: str) -> Model:
     if (path / RANDOM).exists():
         return Model(name, path, shape_of(config), dummy=True)
     sizes: dict[str, tuple[int, int]] = {}
-    for shard in sorted(path.glob("*.safetensors")):
+    for shard in shards(path):
         sizes |= _tensor_sizes(shard)
     if not sizes:
         raise ModelError(f"{path} has no *.safetensors weights; other formats are not loaded")
@@ -253,7 +260,7 @@ def _load(path: Path, name: str) -> Model:
     untied = (0, 0) if tied else inputs  # an untied input embedding is looked up, not multiplied
     params, stored = (sum(s[i] for s in sizes.values()) for i in (0, 1))
     routed, routed_bytes = (sum(s[i] for n, s in sizes.items() if ".experts." in n) for i in (0, 1))
-    experts, per_token = _experts(config)
+    experts, per_token = routed_experts(config)
     idle = routed * (experts - per_token) // experts if experts else 0
     multiplied = params - untied[0] - idle
     if any(name.endswith(PACKED) for name in sizes):
@@ -272,6 +279,21 @@ def _load(path: Path, name: str) -> Model:
             embedding_bytes=untied[1],
         ),
     )
+
+
+def shards(folder: Path) -> list[Path]:
+    """List a model's files of weights: those that its index names, else all but Mistral's own."""
+    if (index := folder / INDEX).exists():
+        named = {Path(name).name for name in json.loads(_text(index))["weight_map"].values()}
+        return [folder / name for name in sorted(named)]
+    found = sorted(folder.glob("*.safetensors"))
+    return [path for path in found if not path.match(MISTRALS[0])] or found
+
+
+def has_both_formats(folder: Path) -> bool:
+    """Tell whether a folder holds its weights in Mistral's own format as well."""
+    others = {path.name for path in folder.glob(f"{MISTRALS[0]}.safetensors")}
+    return bool(others) and not others & {path.name for path in shards(folder)}
 
 
 PACKED = (".weight_packed", ".qweight")  # as compressed-tensors, GPTQ and AWQ name them
@@ -299,7 +321,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     """
     size = _dimensions(config)
     layers, hidden, head_dim = size["layers"], size["hidden"], size["head_dim"]
-    experts, per_token = _experts(config)
+    experts, per_token = routed_experts(config)
     width = config["moe_intermediate_size"] if experts else config["intermediate_size"]
     expert = layers * 3 * hidden * width  # gate, up and down of every layer; dense: the only one
     attention = layers * 2 * hidden * head_dim * (size["heads"] + size["kv_heads"])
@@ -334,7 +356,7 @@ def _dimensions(config: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _experts(config: Mapping[str, Any]) -> tuple[int, int]:
+def routed_experts(config: Mapping[str, Any]) -> tuple[int, int]:
     """Read (routed experts a layer, experts for each token); the first has three names."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((n for name in names if (n := config.get(name))), 0)
@@ -378,19 +400,22 @@ def _tensor_sizes(shard: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-HASHED = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+HASHED = ("*.safetensors", "*.gguf", "*.json", "*.txt", "*.jinja")
+RECORD = "about.json"  # of a model's maker, with how long it took
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """Hash weights, tokenizer and configuration: file -> SHA-256.
 
+    What the maker of a derived model recorded is not among them, so that equal weights are equal.
     A file that Hugging Face's cache stores under its SHA-256 is not read; the hash of any other is
     remembered until the file changes.
     """
     memory = CACHE / "hashes.json"
     remembered: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
     hashes, before = {}, dict(remembered)
-    for path in sorted({p for pattern in HASHED for p in folder.rglob(pattern)}):
+    found = {p for pattern in HASHED for p in folder.rglob(pattern) if p.name != RECORD}
+    for path in sorted(found):
         real = path.resolve()
         about = real.stat()
         key = f"{real}|{about.st_size}|{about.st_mtime_ns}"

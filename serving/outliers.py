@@ -10,7 +10,9 @@ differ and not where channels do; and SmoothQuant (Xiao et al. 2022), which divi
 its size and multiplies the weights that meet it by the same.
 
 The rounding is simulated in float32 and nothing else is rounded, so that only what is compared
-differs. The served kernels' own quality is measured by the labs, on the engine.
+differs. On a GPU that takes the model in 32 bits and one layer more: the weights as they were wait
+in the host's memory. Where the GPU has no room for it, the study is made on the CPU. The
+served kernels' own quality is measured by the labs, on the engine.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,22 +120,50 @@ def losses(model: Any, passage: list[int]) -> list[float]:
     return per_token
 
 
+def on_host(model: Any) -> dict[str, Any]:
+    """Copy the weights of the linear layers into the host's memory, by the layers' names."""
+    return {n: m.weight.data.to("cpu", copy=True) for n, m in linears(model).items()}
+
+
+def in_float32(model: Any) -> Any:
+    """Return the model in float32: on the CPU where its GPU has no room for that."""
+    import torch
+
+    if model.device.type == "cuda":
+        sizes = [p.numel() for p in model.parameters()]
+        # 4 bytes a weight in place of 2, and a layer's copies while it is rounded
+        more = 2 * sum(sizes) + 4 * 4 * max(sizes)
+        free, _ = torch.cuda.mem_get_info()
+        if free < more:
+            print(
+                f"the GPU has {free / 1e9:.1f} GB free, and float32 takes {more / 1e9:.1f} GB more:"
+                " this goes on on the CPU, which takes longer",
+                flush=True,
+            )
+            model = model.to("cpu")
+    return model.float()
+
+
 @contextmanager
-def scheme(model: Any, inputs: dict[str, Inputs], name: str) -> Iterator[None]:
-    """Round the model by one of `SCHEMES` during the block, and restore it afterwards."""
+def scheme(
+    model: Any, inputs: dict[str, Inputs], original: Mapping[str, Any], name: str
+) -> Iterator[None]:
+    """Round the model by one of `SCHEMES` during the block, and restore it afterwards.
+
+    `original` holds its weights, as `on_host` gives them.
+    """
     import torch
 
     layers = linears(model)
-    original = {n: m.weight.data for n, m in layers.items()}
     smooth = {n: torch.ones_like(inputs[n].peak) for n in layers}
-    if "smoothed" in name:
-        for n, weight in original.items():
+    for n, layer in layers.items():
+        weight = layer.weight.data
+        if "smoothed" in name:
             sizes = weight.abs().amax(0).clamp(min=1e-5)  # of the weights that meet each channel
             smooth[n] = (inputs[n].peak.clamp(min=1e-5) ** SMOOTHING) / (sizes ** (1 - SMOOTHING))
-    for n, layer in layers.items():
-        weight = original[n] * smooth[n]
+        weight *= smooth[n]
         largest = weight.abs().amax() if "weights by tensor" in name else weight.abs().amax(1, True)
-        layer.weight.data = rounded(weight, largest / LEVELS)
+        weight.copy_(rounded(weight, largest / LEVELS))
 
     def enter(n: str, x: Any) -> Any:
         if "activations" not in name:
@@ -148,7 +178,7 @@ def scheme(model: Any, inputs: dict[str, Inputs], name: str) -> Iterator[None]:
             yield
     finally:
         for n, layer in layers.items():
-            layer.weight.data = original[n]
+            layer.weight.data.copy_(original[n])
 
 
 SCHEMES = (
@@ -163,7 +193,7 @@ SCHEMES = (
 def make(base: Path, out: Path, text: Path) -> None:
     """Write the study's folder, complete or not at all. Raises MakerError."""
     with making.folder(out) as half:
-        making.read_config(base)
+        making.require_dense(base, making.read_config(base))
         try:
             passages = [p for p in re.split(r"\n\s*\n", text.read_text().strip()) if p]
         except OSError as error:
@@ -172,7 +202,8 @@ def make(base: Path, out: Path, text: Path) -> None:
             raise MakerError(f"{text} has {len(passages)} passages, fewer than {LEAST_PASSAGES}")
         began = time.monotonic()
         tokenizer, model = making.load(base)
-        model = model.float()
+        original = on_host(model)  # in 16 bits, from which float32 is restored exactly
+        model = in_float32(model)
         tokens = [list(tokenizer(p, add_special_tokens=False)["input_ids"]) for p in passages]
         calibrating = tokens[::CALIBRATED]
         scored = [t for i, t in enumerate(tokens) if i % CALIBRATED]
@@ -181,7 +212,7 @@ def make(base: Path, out: Path, text: Path) -> None:
         loss = {"none": [losses(model, p) for p in scored]}
         for name in SCHEMES:
             print(f"scoring with rounded {name}", flush=True)
-            with scheme(model, inputs, name):
+            with scheme(model, inputs, original, name):
                 loss[name] = [losses(model, p) for p in scored]
         kinds = dict[str, list[Inputs]]()
         for name, layer_inputs in inputs.items():

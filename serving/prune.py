@@ -9,8 +9,9 @@ neighbours in a row, the pattern that NVIDIA's sparse tensor cores read (Mishra 
 Neither method changes a weight that stays.
 
 OUT is a model folder with the same files in the same sizes: the zeros are stored. All linear layers
-are pruned except the output matrix, as in the papers. Wanda's inputs are those of the whole model,
-seen once; its authors go layer by layer and see the inputs that the pruned layers before give.
+are pruned except the output matrix, as in the papers; a mixture of experts is refused. Wanda's
+inputs are those of the whole model, seen once; its authors go layer by layer and see the inputs
+that the pruned layers before give.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ import argparse
 import hashlib
 import json
 import re
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serving import making
+from serving import making, models
 from serving.making import MakerError
 from serving.outliers import entering, linears
 
@@ -36,7 +36,6 @@ PATTERNS = (*map(str, PERCENTS), "2-4")
 METHODS = tuple(f"{by}-{pattern}" for by in SELECTIONS for pattern in PATTERNS)
 SEQUENCES, SEQUENCE_TOKENS = 16, 128  # of the calibration text; Wanda needs few, by its paper
 GROUP, KEPT = 4, 2  # of the pattern 2:4
-OTHER_FILES = ("*.json", "*.txt", "*.jinja")  # config, tokenizer, chat template, index
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,9 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     wanted, began = Method.parse(method), time.monotonic()
-    making.require_16_bits(base, making.read_config(base))
+    config = making.read_config(base)
+    making.require_16_bits(base, config)
+    making.require_dense(base, config)
     try:
         text = calibration.read_text(encoding="utf-8")
     except OSError as error:
@@ -184,7 +185,7 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
         energy = prune(model, wanted, norms)
         zeros = {f"{name}.weight": (m.weight == 0).cpu() for name, m in linears(model).items()}
         written, total = Zeros(), 0
-        for shard in sorted(base.glob("*.safetensors")):
+        for shard in models.shards(base):
             tensors = load_file(shard)
             mine = [name for name in tensors if name in zeros]
             for name in mine:
@@ -196,8 +197,7 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
             total += sum(t.numel() for t in stored.values())
         if zeros:
             raise MakerError(f"{base} stores no {next(iter(zeros))}: its weights have other names")
-        for path in (path for kind in OTHER_FILES for path in base.glob(kind)):
-            shutil.copyfile(path, half / path.name)
+        making.copy_others(base, half)
         _require(written, wanted)
         about = {
             "method": method,

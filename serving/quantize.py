@@ -33,7 +33,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from serving import install, making
+from serving import install, making, models
 from serving.making import MakerError
 from serving.platforms import PLATFORMS
 from serving.process import Process
@@ -231,7 +231,7 @@ def read_config(base: Path) -> dict[str, Any]:
     for name in ("config.json", "tokenizer.json"):
         if not (base / name).exists():
             raise QuantizeError(f"{base} has no {name}: give a model folder")
-    if not any(base.glob("*.safetensors")):
+    if not models.shards(base):
         raise QuantizeError(f"{base} has no *.safetensors weights; other formats are not loaded")
     config: dict[str, Any] = json.loads((base / "config.json").read_text())
     if "quantization_config" in config:
@@ -250,7 +250,7 @@ def with_older_config(base: Path, config: dict[str, Any], folder: Path) -> Path:
     if "dtype" in config:
         older["torch_dtype"] = config["dtype"]
     folder.mkdir()
-    for path in base.glob("*.safetensors*"):
+    for path in (*models.shards(base), *base.glob(models.INDEX)):
         (folder / path.name).symlink_to(path.resolve())
     (folder / "config.json").write_text(json.dumps(older))
     return folder
@@ -306,7 +306,7 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
     recipe, config = METHODS[method], read_config(base)
     samples = read_samples(base, calibration, recipe.samples) if recipe.samples else []
     out.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    needed = sum(path.stat().st_size for path in models.shards(base))
     if (free := shutil.disk_usage(out.parent).free) < needed:
         raise QuantizeError(
             f"{out.parent} has {free / 1e9:.1f} GB free and the result may take"

@@ -94,7 +94,7 @@ def states(model: Any, rows: Sequence[list[int]]) -> Any:
 def make(base: Path, out: Path, texts: Path, methods: Sequence[str] = METHODS) -> None:
     """Write the study's folder, complete or not at all. Raises MakerError."""
     with making.folder(out) as half:
-        making.read_config(base)
+        making.require_dense(base, making.read_config(base))
         given = _read(texts)
         began = time.monotonic()
         tokenizer, model = load(base)

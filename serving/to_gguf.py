@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from serving import making
+from serving import making, models
 from serving.making import MakerError
 
 FILE = "model.gguf"
@@ -109,7 +109,7 @@ def make(base: Path, out: Path) -> None:
         )
         writer.add_vocab_size(int(config["vocab_size"]))
         _add_tokenizer(writer, base, int(config["vocab_size"]))
-        for shard in sorted(base.glob("*.safetensors")):
+        for shard in models.shards(base):
             with safe_open(shard, "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118
                     tensor = tensors.get_tensor(key)

@@ -437,15 +437,24 @@ def make(
     model: ModelOption = "",
     weights: WeightsOption = "",
     again: Annotated[
-        bool, typer.Option(envvar="LABS_AGAIN", help="Make it again where it exists already.")
+        bool,
+        typer.Option(
+            envvar="LABS_AGAIN",
+            help="Make it here anew, where it exists already or can be downloaded.",
+        ),
     ] = False,
 ) -> None:
-    """Make a model derived from the served one. A lab makes the models it needs by itself."""
+    """Make a model derived from the served one. A lab makes the models it needs by itself.
+
+    What others have published in its place is downloaded, except with AGAIN=1.
+    """
     with reported_errors():
         served = model_of(machine.detect(), model, weights)
         if again and name in derived_models.RECIPES:
             shutil.rmtree(derived_models.place(served, name), ignore_errors=True)
-        folder = derived_models.make(served, name, lambda line: console.print(escape(line)))
+        folder = derived_models.make(
+            served, name, lambda line: console.print(escape(line)), made_here=again
+        )
         for key, value in derived_models.about(folder).items():
             console.print(f"  {key}: {escape(str(value))}", style="dim")
         console.print(f"The model is in [bold]{os.path.relpath(folder)}[/]")
@@ -503,7 +512,12 @@ def serve(
         engine.check_flags([flags])
         alone = resolved.model_copy(update={"variants": (chosen,), "studies": ()})
         places = {
-            name: derived_models.make(served, name, lambda line: console.print(escape(line)))
+            name: derived_models.make(
+                served,
+                name,
+                lambda line: console.print(escape(line)),
+                made_here=alone.made_here,
+            )
             for name in alone.derived()
         }
         if chosen.weights:

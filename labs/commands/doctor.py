@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -277,12 +277,12 @@ def _ability(
             for name in resolved.derived():
                 derived_models.make(model, name, lambda _: None)  # takes an instant, or raises
             return Ability(lab.name, True, "")
-        missing = [n for n in resolved.derived() if not _weights_available(model, n)]
+        known = {} if resolved.made_here else models.SIBLINGS.get(model.name, {})
+        missing = [n for n in resolved.derived() if not _weights_available(model, n, known)]
     except NotApplicable as reason:
         return Ability(lab.name, None, str(reason))
     except (LabError, EngineError, ModelError) as error:
         return Ability(lab.name, False, str(error))
-    known = models.SIBLINGS.get(model.name, {})
     published = known if known and _hub_answers() else {}
     to_make = [n for n in missing if n not in published]
     if unknown := [n for n in to_make if n not in derived_models.RECIPES]:
@@ -302,9 +302,11 @@ def _ability(
     return Ability(lab.name, True, "; ".join(notes))
 
 
-def _weights_available(model: Model, name: str) -> bool:
+def _weights_available(model: Model, name: str, known: Mapping[str, str]) -> bool:
     if derived_models.place(model, name).exists():
         return True
+    if name not in known:
+        return False
     try:
         return models.sibling(model, name) is not None
     except ModelError:  # published, and not downloaded yet

@@ -65,7 +65,7 @@ from labs.judging.signals import Watch
 from labs.judging.timeline import Timeline
 from labs.judging.validity import Expected, Served
 from labs.lab import (
-    FUNCTIONS,
+    NOT_FILED,
     OF_FORECASTS,
     Claim,
     Lab,
@@ -242,7 +242,7 @@ def lab_from_resolved(resolved: Mapping[str, Any], like: Lab | None = None) -> L
     """Rebuild a lab from its plain form.
 
     Whatever predicts is a function of `like`. Without one, predicting a claim or a forecast raises
-    LookupError, and the lab has none of FUNCTIONS. Raises DamagedError where today's code cannot
+    LookupError, and the lab has none of NOT_FILED. Raises DamagedError where today's code cannot
     read the lab.
     """
 
@@ -259,8 +259,8 @@ def lab_from_resolved(resolved: Mapping[str, Any], like: Lab | None = None) -> L
             predict = {part.name: part.predict for part in getattr(like, kind, ())}
             for part in fields[kind]:
                 part["predict"] = predict.get(part["name"], missing)
-        functions = {name: getattr(like, name) for name in FUNCTIONS} if like else {}
-        return Lab.model_validate(fields | functions)
+        beside = {name: getattr(like, name) for name in NOT_FILED} if like else {}
+        return Lab.model_validate(fields | beside)
     except ValidationError as error:
         raise DamagedError(f"its lab{_first_error(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -10,7 +10,8 @@ Intervals are over tasks, since answers to one task have its difficulty in commo
 bootstrap (Efron 1979), and Wilson's where all tasks came out alike, as a bootstrap has no width
 there. Tasks are drawn from a seed, of easy and of hard kinds, so that a small model solves some of
 the easy ones now and then, and a large one some of the hard ones. Three solved examples come before
-each question, the same for all of a kind.
+each question, the same for all of a kind. No question is among its examples, and none is asked
+twice, not even with its numbers in another order.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from scipy import stats
 from labs.judging.judge import CONFIDENCE, Interval
 
 SHOTS = 3
+DRAWS_AT_MOST = 100  # for each question, before there seem to be no others
 VOTES_DRAWN = 400  # sets of k answers, of which a vote is the mean
 RESAMPLED = 2000  # times the tasks, for an interval
 Question = tuple[str, str]  # and its answer
@@ -77,13 +79,28 @@ KINDS: dict[str, Callable[[random.Random], Question]] = {
 
 def tasks(each: int, seed: int) -> list[Task]:
     """Draw so many tasks of each kind; a seed gives the same ones on any machine."""
-    return [
-        Task(kind, "\n".join((*shots, question)), canonical(answer) or "")
-        for kind, draw in KINDS.items()
-        for rng in [random.Random(f"{seed}/{kind}")]
-        for shots in [[" ".join(draw(rng)) for _ in range(SHOTS)]]
-        for question, answer in (draw(rng) for _ in range(each))
-    ]
+    drawn = []
+    for kind, draw in KINDS.items():
+        lines = _distinct(draw, random.Random(f"{seed}/{kind}"), SHOTS + each)
+        shots = [" ".join(line) for line in lines[:SHOTS]]
+        drawn += [
+            Task(kind, "\n".join((*shots, question)), canonical(answer) or "")
+            for question, answer in lines[SHOTS:]
+        ]
+    return drawn
+
+
+def _distinct(
+    draw: Callable[[random.Random], Question], rng: random.Random, count: int
+) -> list[Question]:
+    """Draw so many questions, no two of the same numbers. Raises ValueError where there are few."""
+    found = dict[tuple[str, ...], Question]()
+    for _ in range(DRAWS_AT_MOST * count):
+        question, answer = draw(rng)
+        found.setdefault(tuple(sorted(re.findall(r"\d+", question))), (question, answer))
+        if len(found) == count:
+            return [*found.values()]
+    raise ValueError(f"there are hardly {count} different questions like {question!r}")
 
 
 def canonical(text: str) -> str | None:

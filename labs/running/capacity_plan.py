@@ -187,7 +187,7 @@ class Served:
     def argv(self, longest_tokens: int) -> tuple[str, ...]:
         more = {"max-model-len": longest_tokens, "enable-prefix-caching": True}
         return (
-            *("--model", str(self.model.path), "--load-format", "dummy"),
+            *(*Vllm.model_argv(self.model.path), "--load-format", "dummy"),
             *Vllm.flag_argv({**self.flags, **more}),
         )
 

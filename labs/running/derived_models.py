@@ -1,7 +1,8 @@
 """Make models from the served one: a draft, tenants' adapters, quantized weights, studies of it.
 
 Each is made once in a checkout, by a module of `serving` that runs as a process of its own (it
-needs torch, or an environment of its own), and is found again by name.
+needs torch, or an environment of its own), and is found again by name. It is made again where the
+model of that name has other files by then.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import json
 import math
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -145,15 +147,26 @@ NEED_NO_WEIGHTS = frozenset(name for name, recipe in RECIPES.items() if recipe.s
 """Recipes that read the tokenizer alone, so that random weights serve as well."""
 
 
+MADE_FROM = "made-from.sha256"
+"""A file in a derived model's folder: `models.files_sha256` of the model that it was made from."""
+
+
 def place(model: Model, name: str) -> Path:
     """Return the folder of a derived model that is made here, whether it exists yet or not."""
     return models.CACHE / "models" / f"{model.name.replace('/', '--')}-{name}"
 
 
-def make(model: Model, name: str, report: Callable[[str], None], quick: bool = False) -> Path:
+def make(
+    model: Model,
+    name: str,
+    report: Callable[[str], None],
+    quick: bool = False,
+    made_here: bool = False,
+) -> Path:
     """Return the folder of a derived model; download it where it is published, else make it here.
 
-    A quick run uses the full model where it exists; else it may make a smaller one beside it.
+    With `made_here` it is not downloaded. What was made here once is used in any case. A quick run
+    uses the full model where it exists; else it may make a smaller one beside it.
     Raises LabError with the last line of the program that makes it, NotApplicable for what
     cannot be made of random weights, ModelError where there is no way to have it.
     """
@@ -164,10 +177,11 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
         except ModelError as reason:
             raise NotApplicable(str(reason)) from reason
     folder = place(model, name)
-    if folder.exists():
+    if _is_made(folder, model):
         return folder
     try:
-        if downloaded := models.sibling(model, name):
+        if not (made_here or folder.exists()) and (downloaded := models.sibling(model, name)):
+            report(f"{name} is served as published: {models.SIBLINGS[model.name][name]}")
             return downloaded
     except ModelError as error:
         if name not in RECIPES:
@@ -185,13 +199,29 @@ def make(model: Model, name: str, report: Callable[[str], None], quick: bool = F
         of = "prompts" if recipe.prompts else "texts"
         lesser = f" on {share:.0%} of its {of}, as QUICK is set"
         folder = folder.with_name(f"{folder.name}-quick")
-        if folder.exists():
+        if _is_made(folder, model):
             return folder
     with _folder_lock(folder, report):
-        if not folder.exists():
+        if not _is_made(folder, model):
+            if folder.exists():
+                report(f"{folder.name} was made from another model of this name: it is made again")
+                shutil.rmtree(folder)
             report(f"Making {recipe.what}{lesser} (once, about {minutes:g} min)")
             _make(recipe, name, model, folder, share, report)
     return folder
+
+
+def _is_made(folder: Path, model: Model) -> bool:
+    """Tell whether a derived model exists and was made from this very model.
+
+    Earlier versions did not record that: only where the name is a folder's may it be another model.
+    """
+    if not folder.exists():
+        return False
+    record = folder / MADE_FROM
+    if not record.exists():
+        return model.dummy or "/" in model.name or model.name == models.BUNDLED
+    return record.read_text() == models.files_sha256(model.path)
 
 
 @contextlib.contextmanager
@@ -223,6 +253,7 @@ def _make(
         _write_structures(inputs, recipe.structures)
     if recipe.scores:
         _write_scored(inputs, share)
+    made_from = models.files_sha256(model.path)
     began, log = time.monotonic(), models.CACHE / f"{folder.name}.log"
     log.unlink(missing_ok=True)
     argv = [sys.executable, "-m", recipe.module, *([recipe.method] if recipe.method else [])]
@@ -234,6 +265,7 @@ def _make(
             report(f"  {line.rstrip()}")
         if maker.wait():
             raise LabError(f"{name} could not be made: {maker.tail(1)} (the whole log: {log})")
+    (folder / MADE_FROM).write_text(made_from)
     report(f"Made in {time.monotonic() - began:.0f} s: {folder.name}")
 
 
@@ -280,7 +312,7 @@ def _write_scored(path: Path, share: float) -> None:
 
 def about(folder: Path) -> dict[str, Any]:
     """Read what its maker recorded, and its weights' bytes; a published model has only those."""
-    path = folder / "about.json"
+    path = folder / models.RECORD
     facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     config = folder / "config.json"
     if config.exists() and "hidden_size" in json.loads(config.read_text()):  # a head has none

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from jinja2 import TemplateError
+
 from labs.filing.results import RESULTS, MachineFile, read_json, require_room, write_json
 from labs.findings.parts import parts_of
 from labs.judging.metrics import trial_metrics
@@ -178,7 +180,8 @@ def _derived(
 ) -> tuple[dict[str, Path], dict[str, models.Model]]:
     """Make what the lab derives from the model: its folders, and what each variant then serves."""
     places = {
-        name: derived_models.make(model, name, progress.message, quick) for name in lab.derived()
+        name: derived_models.make(model, name, progress.message, quick, lab.made_here)
+        for name in lab.derived()
     }
     weights = {
         v.name: derived_models.with_weights(model, v.weights, places[v.weights])
@@ -277,9 +280,14 @@ def keeps_disturbed() -> bool:
 
 
 def _writer(model: models.Model) -> Writer:
-    """Load the model's tokenizer. Raises ModelError where its files are damaged."""
+    """Load the model's tokenizer. Raises ModelError where it is damaged or has no chat template."""
     try:
         return Writer(counter(str(model.path)))
+    except TemplateError as error:
+        raise models.ModelError(
+            f"the chat template of {model.name} refuses a user's message ({error}): give a model"
+            " that answers chats with MODEL="
+        ) from error
     except Exception as error:  # tokenizers raises nothing more special
         raise models.ModelError(
             f"the tokenizer in {model.path} cannot be read ({str(error).strip()[:200]}): download"

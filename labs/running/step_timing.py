@@ -80,7 +80,7 @@ def _kernel_argv(model: Path, flags: Mapping[str, FlagValue]) -> tuple[str, ...]
     """Return the arguments that decide which operators an engine chooses."""
     deciding = ("block-size", "kv-cache-dtype")
     kept = {name: flag for name, flag in flags.items() if name in deciding}
-    return ("--model", str(model), *Vllm.flag_argv(kept))
+    return (*Vllm.model_argv(model), *Vllm.flag_argv(kept))
 
 
 def _largest_step(setup: Setup) -> int:

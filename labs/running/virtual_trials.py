@@ -125,7 +125,7 @@ class VirtualTrials:
             flags = as_one_gpu({**defaults, **flags})
         return PlannedEngine(
             argv=(
-                *("--model", str(served_folder(setup, point.variant))),
+                *Vllm.model_argv(served_folder(setup, point.variant)),
                 *(("--load-format", "dummy") if setup.model.dummy else ()),
                 *Vllm.flag_argv(flags),
             ),

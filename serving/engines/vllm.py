@@ -33,12 +33,13 @@ from serving.engines.base import (
     Engine,
     EngineError,
     Flags,
+    FlagValue,
     TypedFlags,
     Unsupported,
     exceptions,
 )
 from serving.machine import Machine
-from serving.models import CACHE, ROOT, Model, Shape, files_sha256
+from serving.models import CACHE, ROOT, Model, Shape, files_sha256, has_both_formats
 from serving.ports import LOOPBACK
 
 PLUGINS = ROOT / "serving" / "plugins"
@@ -46,6 +47,12 @@ PLUGINS = ROOT / "serving" / "plugins"
 GUARD = "serving.guard.Guard"  # known to --middleware of vLLM 0.26 and 0.32
 PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 QUEUE_LIMITS = ("max-num-queued-reqs", "max-num-queued-tokens")
+GENERATION = "generation-config"
+"""By default vLLM takes from the model's generation_config.json what a request leaves open, such as
+a penalty for repetition, under which temperature 0 is not greedy decoding."""
+HF_FORMAT: dict[str, FlagValue] = {
+    "load-format": "hf", "config-format": "hf", "tokenizer-mode": "hf",
+}  # fmt: skip
 SINCE = dict.fromkeys(QUEUE_LIMITS, "0.32")
 """Flag -> the first vLLM known to have it, where not every one that the labs support has it."""
 MEMORY_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
@@ -232,13 +239,24 @@ class Vllm(Engine):
 
     @classmethod
     def server_argv(cls, model: Model, flags: Flags, port: int) -> list[str]:
-        own = ["--model", str(model.path), "--served-model-name", model.name]
+        own = [*cls.model_argv(model.path), "--served-model-name", model.name]
         if model.dummy:
             own += ["--load-format", "dummy", "--worker-extension-cls", random_weights.EXTENSION]
         own += ["--host", LOOPBACK, "--port", str(port), "--middleware", GUARD]
+        if GENERATION not in flags:  # vLLM still ends answers where the model's file says
+            own += [f"--{GENERATION}", "vllm"]
         if importlib.util.find_spec("flashinfer") and shutil.which("nvcc"):
             own.append("--no-enable-flashinfer-autotune")  # of kernels that it would compile first
         return [*own, *cls.flag_argv(flags)]
+
+    @classmethod
+    def model_argv(cls, folder: Path) -> list[str]:
+        """Return the arguments that name a model's folder, to be read in Hugging Face's format.
+
+        Where Mistral's own format lies beside it, vLLM would take that, whatever the labs read.
+        """
+        given = ["--model", str(folder)]
+        return [*given, *cls.flag_argv(HF_FORMAT)] if has_both_formats(folder) else given
 
     @classmethod
     def environment(cls, kind: str, model: Model, beside: Sequence[Flags] = ()) -> dict[str, str]:

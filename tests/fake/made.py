@@ -67,7 +67,13 @@ def folder_of(name: str, results: Path) -> Path:
     return results.with_name("made") / name
 
 
-def make(model: Model, name: str, report: Callable[[str], None], quick: bool = False) -> Path:
+def make(
+    model: Model,
+    name: str,
+    report: Callable[[str], None],
+    quick: bool = False,
+    made_here: bool = False,
+) -> Path:
     folder = folder_of(name, results.RESULTS)
     if folder.exists():
         return folder

@@ -215,7 +215,8 @@ def test_serve_serves_the_weights_of_the_variant_and_no_other_engine(
 ) -> None:
     started, made = list[list[str]](), list[str]()
 
-    def make(model: Model, name: str, _: object) -> Path:
+    def make(model: Model, name: str, _: object, made_here: bool) -> Path:
+        assert not made_here  # what is published is served
         made.append(name)
         return tmp_path / name
 

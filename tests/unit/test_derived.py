@@ -60,6 +60,37 @@ def test_it_is_made_once_and_then_found(model: Model) -> None:
     assert make(model, "draft", pytest.fail) == folder  # in silence
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_another_model_of_the_same_name_gets_its_own(
+    model: Model, tmp_path: Path, quick: bool
+) -> None:
+    one, other = (replace(model, name="step-10", path=tmp_path / run) for run in "ab")
+    for base in (one, other):
+        base.path.mkdir()
+        (base.path / "config.json").write_text(f'{{"of": "{base.path.name}"}}')
+    said: list[str] = []
+    folder = make(one, "draft", said.append, quick)
+    assert make(one, "draft", pytest.fail, quick) == folder
+    (folder / "of-one").touch()
+    said.clear()
+    assert make(other, "draft", said.append, quick) == folder
+    assert said[0] == f"{folder.name} was made from another model of this name: it is made again"
+    assert not (folder / "of-one").exists()
+    assert make(other, "draft", pytest.fail, quick) == folder
+
+
+@pytest.mark.parametrize(("name", "kept"), [("lab/base-1B", True), ("checkpoint-1000", False)])
+def test_what_was_made_before_its_origin_was_recorded_is_kept_where_the_name_says_it(
+    model: Model, name: str, kept: bool
+) -> None:
+    base = replace(model, name=name)
+    folder = place(base, "adapters")
+    folder.mkdir(parents=True)
+    said: list[str] = []
+    assert make(base, "adapters", said.append) == folder
+    assert (said == []) == kept
+
+
 def test_a_quick_run_makes_a_lesser_draft_unless_the_whole_one_is_there(model: Model) -> None:
     def taught(folder: Path) -> int:
         return len((folder / "given").read_text().splitlines())
@@ -150,8 +181,20 @@ def test_a_published_model_stands_in_for_a_made_one(
     monkeypatch.setitem(models.SIBLINGS, model.name, {"draft": "lab/base-0.1B"})
     monkeypatch.setattr(models, "_download", lambda name: tmp_path / name)
     (tmp_path / "lab/base-0.1B").mkdir(parents=True)
-    assert make(model, "draft", pytest.fail) == tmp_path / "lab/base-0.1B"
+    said: list[str] = []
+    assert make(model, "draft", said.append) == tmp_path / "lab/base-0.1B"
+    assert said == ["draft is served as published: lab/base-0.1B"]
     assert place(model, "adapters").parent == models.CACHE / "models"
+
+
+def test_a_lab_that_compares_tools_makes_what_others_publish(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(models.SIBLINGS, model.name, {"w4a16-gptq": "lab/base-GPTQ"})
+    monkeypatch.setattr(models, "_download", pytest.fail)
+    folder = make(model, "w4a16-gptq", lambda _: None, made_here=True)
+    assert folder == place(model, "w4a16-gptq")
+    assert [name for name, lab in LABS.items() if lab.made_here] == ["quantization-tools"]
 
 
 def test_what_is_published_and_cannot_be_had_is_made(

@@ -257,11 +257,16 @@ def test_what_others_published_is_downloaded_and_what_nobody_knows_stops_a_lab(
     )
     monkeypatch.setattr("labs.commands.doctor.models.sibling", absent)
     monkeypatch.setattr(
-        "labs.commands.doctor.models.SIBLINGS", {"abacus-1": {"draft": "abacus/half"}}
+        "labs.commands.doctor.models.SIBLINGS",
+        {"abacus-1": {"draft": "abacus/half", "w4a16-gptq": "abacus/gptq"}},
     )
+    monkeypatch.setattr("labs.commands.doctor.quantize.is_available", lambda tool: True)
     monkeypatch.setattr(doctor, "_hub_answers", lambda: True)
     abilities = {a.lab: a for a in doctor.examine("")[1]}
     assert "downloads draft first" in abilities["speculative-decoding"].note
+    assert "downloads w4a16-gptq" in abilities["weight-quantization"].note
+    assert "makes w4a16-rtn, w4a16-gptq, " in abilities["quantization-tools"].note
+    assert "downloads" not in abilities["quantization-tools"].note
     monkeypatch.delitem(RECIPES, "adapters")
     refused = {a.lab: a for a in doctor.examine("")[1]}["multi-lora"]
     assert not refused.able

@@ -99,6 +99,59 @@ def test_weights_with_experts_are_read_alike(tmp_path: Path) -> None:
     assert shape.step_bytes(1) == pytest.approx(2 * shape.matmul_params)
 
 
+def write_shard(path: Path, *names: str) -> None:
+    """The header of a file of weights with tensors of 64 numbers in 16 bits."""
+    tensors = {n: {"dtype": "BF16", "shape": [64], "data_offsets": [0, 128]} for n in names}
+    header = json.dumps(tensors).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_weights_that_are_there_twice_are_counted_once(tmp_path: Path, indexed: bool) -> None:
+    config = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1,
+              "vocab_size": 16, "max_position_embeddings": 64}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    first, second = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
+    write_shard(tmp_path / first, "model.a")
+    write_shard(tmp_path / second, "model.b")
+    assert not models.has_both_formats(tmp_path)
+    write_shard(tmp_path / "consolidated.safetensors", "layers.a", "layers.b")
+    if indexed:
+        write_shard(tmp_path / "left-over.safetensors", "model.a")
+        index = {"weight_map": {"model.a": first, "model.b": second}}
+        (tmp_path / models.INDEX).write_text(json.dumps(index))
+    model = models.load(tmp_path, "mistral")
+    assert model.shape.params == 128
+    assert models.has_both_formats(tmp_path)
+    argv = Vllm.server_argv(model, {"load-format": "mistral"}, 9)
+    for flag in ("--load-format", "--config-format", "--tokenizer-mode"):
+        assert argv[argv.index(flag) + 1] == "hf"
+    assert argv[-2:] == ["--load-format", "mistral"]  # what a reader sets comes last
+    (tmp_path / second).unlink()
+    if indexed:
+        with pytest.raises(ModelError, match="is not a regular file"):
+            models.load(tmp_path, "mistral")
+
+
+def test_weights_in_mistrals_own_format_are_not_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    repository = [
+        "config.json", "consolidated.safetensors", "consolidated.safetensors.index.json",
+        "model-00001-of-00002.safetensors", "model.safetensors.index.json", "params.json",
+    ]  # fmt: skip
+    taken = list[str]()
+
+    def download(_: str, **patterns: list[str]) -> str:
+        taken.extend(huggingface_hub.utils.filter_repo_objects(repository, **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ModelError):
+        models.resolve(gpu(81_559), "mistralai/any")
+    assert taken == [repository[0], *repository[3:5]]
+
+
 def test_packed_weights_have_the_parameters_of_those_that_were_quantized(tmp_path: Path) -> None:
     config = config_of("llama-tiny")
     whole = shape_of(config)

@@ -2,11 +2,13 @@
 
 import hashlib
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from jinja2 import TemplateError
 
 from labs import LABS
 from loadtests import plan
@@ -57,6 +59,51 @@ def test_length_is_exact(count: CountTokens) -> None:
     writer, rng = Writer(count), random.Random(0)
     asked = range(writer.least_tokens, 200)
     assert [count(writer.chat(tokens, rng)) for tokens in asked] == list(asked)
+
+
+def without_system(messages: Messages) -> int:
+    """A template such as Gemma 2's."""
+    if messages[0]["role"] == "system":
+        raise TemplateError("System role not supported")
+    return words(messages)
+
+
+def test_a_template_without_a_system_role_gets_no_system_message() -> None:
+    writer, rng = Writer(without_system), random.Random(0)
+    assert writer.least_tokens == 6  # 5 of the template, and 1 to say something
+    first = writer.chat(30, rng)
+    assert [message["role"] for message in first] == ["user"]
+    turn = [*first, {"role": "assistant", "content": "so it is"}]
+    again = writer.chat(60, rng, history=turn)
+    assert [message["role"] for message in again] == ["user", "assistant", "user"]
+    assert (words(first), words(again)) == (30, 60)
+    assert writer.tokens_of("three words more") == 3
+    assert len(writer.lead(12, rng).split()) == 12
+
+
+def test_a_templates_refusal_is_read_off_a_real_tokenizer(
+    bundled: CountTokens, tmp_path: Path
+) -> None:
+    folder = tmp_path / "gemma-like"
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}"
+        "<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    count = counter(str(folder))
+    written = Writer(count).chat(48, random.Random(0))
+    assert [message["role"] for message in written] == ["user"]
+    assert count(written) == 48
+    assert Writer(bundled).chat(48, random.Random(0))[0]["role"] == "system"
+
+
+def test_a_template_that_refuses_any_message_is_an_error() -> None:
+    def refuse(_: Messages) -> int:
+        raise TemplateError("this model answers no chats")
+
+    with pytest.raises(TemplateError, match="answers no chats"):
+        Writer(refuse)
 
 
 def test_too_short_names_the_least() -> None:

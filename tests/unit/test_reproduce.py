@@ -19,11 +19,11 @@ from labs.comparing import leaderboards, reproduction
 from labs.filing import manifest, results
 from labs.filing.results import Run, RunFolder, write_json
 from labs.judging.judge import Interval
-from labs.lab import FUNCTIONS, LabError
+from labs.lab import NOT_FILED, LabError
 from labs.running import reproduce
 from labs.running.resolve import RunRequest, lab_of
 from serving.machine import Environment, engine_variables
-from serving.models import file_hashes
+from serving.models import file_hashes, files_sha256
 from tests.unit.builders import make_lab, write_run, write_slowed
 
 
@@ -58,8 +58,8 @@ def test_the_lab_of_a_manifest_is_the_lab_that_ran(
     again = asked.lab.at("cpu", asked.quick, asked.changes, bool(asked.weights))
     assert again.digest() == run.digest
     assert again.resolved() == run.lab
-    for function in FUNCTIONS:
-        assert getattr(again, function) is getattr(LABS[name], function)
+    for field in NOT_FILED:
+        assert getattr(again, field) is getattr(LABS[name], field)
     assert asked.reproduces == run.run_id
 
 
@@ -345,3 +345,16 @@ def test_files_are_hashed_and_a_cached_blobs_name_is_its_hash(
     assert file_hashes(model) == {"config.json": empty, "model.safetensors": "a" * 64}
     (model / "config.json").write_text("{ }")
     assert file_hashes(model)["config.json"] != empty
+
+
+def test_a_derived_models_hash_is_that_of_its_weights_and_not_of_how_long_it_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.models.CACHE", tmp_path / "cache")
+    made = [tmp_path / name for name in ("one", "same", "other")]
+    for seconds, folder in enumerate(made):
+        folder.mkdir()
+        (folder / "about.json").write_text(f'{{"seconds": {seconds}}}')
+        (folder / "model.gguf").write_text("others" if folder.name == "other" else "weights")
+    one, same, other = map(files_sha256, made)
+    assert one == same != other

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -273,6 +274,23 @@ def test_tasks_have_one_right_answer_and_come_after_solved_ones() -> None:
         right = {"add": [sum(asked)], "multiply": [product], "sort": sorted(asked),
                  "largest": [max(asked)]}  # fmt: skip
         assert task.expected == " ".join(map(str, right[task.kind.split()[0]]))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_task_is_asked_twice_or_solved_in_its_examples(seed: int) -> None:
+    shots, asked = set[tuple[str, str]](), list[tuple[str, str]]()
+    for task in tasks(5, seed):
+        *lines, question = task.prompt.split("\n")
+        for line, into in [*((line, shots.add) for line in lines), (question, asked.append)]:
+            numbers = re.findall(r"\d+", re.split("=|:| in ", line)[0])
+            into((task.kind, " ".join(sorted(numbers))))
+    assert len(shots) == 3 * 7
+    assert len({*shots, *asked}) == (3 + 5) * 7
+
+
+def test_more_tasks_than_there_are_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"hardly 23 different questions like '\d+ x \d+ ='"):
+        tasks(20, seed=0)
 
 
 @pytest.mark.parametrize(

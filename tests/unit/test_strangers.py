@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
@@ -567,6 +568,17 @@ def test_a_damaged_tokenizer_is_one_sentence(content: str, tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"the tokenizer in .* cannot be read .*MODEL=") as failed:
         _writer(models.load(folder, "m"))
     assert "\n" not in str(failed.value)
+
+
+def test_a_template_without_chats_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> int:
+        raise TemplateError("this model answers no chats")
+
+    monkeypatch.setattr("labs.running.resolve.counter", lambda _: refuse)
+    with pytest.raises(ModelError, match=r"template of m refuses .* \(this model answers no chats"):
+        _writer(models.load(model_at(tmp_path / "model"), "m"))
 
 
 MANIFEST = {"python": "3.12", "machine": "x86_64", "expected": {"torch": "2"}, "packages": {},

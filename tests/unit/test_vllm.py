@@ -150,3 +150,12 @@ def test_workers_listen_to_one_another_on_loopback(monkeypatch: pytest.MonkeyPat
     assert "GLOO_SOCKET_IFNAME" not in Vllm.environment("gpu", model, [over_ray])
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")  # the reader's own
     assert "GLOO_SOCKET_IFNAME" not in Vllm.environment("cpu", model)
+
+
+def test_greedy_text_is_not_changed_by_what_a_model_recommends() -> None:
+    model = Model("m", Path("m"), SHAPE)
+    argv = Vllm.server_argv(model, {"block-size": 16}, 9)
+    assert argv[argv.index("--generation-config") + 1] == "vllm"
+    chosen = Vllm.server_argv(model, {"generation-config": "auto"}, 9)
+    assert chosen.count("--generation-config") == 1
+    assert chosen[-2:] == ["--generation-config", "auto"]

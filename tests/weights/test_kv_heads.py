@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serving import models
+from serving import models, prune
 from serving.kv_heads import converted, main, make
 from serving.making import MakerError
 from tests.unit.builders import write_tiny_llama
@@ -62,6 +62,17 @@ def test_an_index_of_several_files_tells_their_new_size(base: Path, tmp_path: Pa
     told = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert told["weight_map"] == index["weight_map"]
     assert told["metadata"]["total_size"] > 10_000
+
+
+def test_mistrals_own_copy_of_the_weights_is_left_out(base: Path, tmp_path: Path) -> None:
+    (base / "consolidated.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    (base / "params.json").write_text("{}")
+    make("mha", base, tmp_path / "out")
+    prune.make("magnitude-50", base, tmp_path / "pruned", base / "config.json")
+    for made in ("out", "pruned"):
+        names = {path.name for path in (tmp_path / made).iterdir()}
+        assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
+        assert not names & {"consolidated.safetensors", "params.json"}
 
 
 @pytest.mark.parametrize(

@@ -72,14 +72,56 @@ def test_an_outlier_is_seen_and_what_it_costs(tiny: Path, tmp_path: Path) -> Non
 
 def test_the_model_is_as_it_was_after_each_scheme(tiny: Path) -> None:
     tokenizer, model = making.load(tiny)
-    model = model.float()
+    original = outliers.on_host(model)
+    model = outliers.in_float32(model)
+    weights = outliers.linears(model).values()
+    places = [m.weight.data_ptr() for m in weights]
     passage = list(tokenizer("the quick brown fox")["input_ids"])
     before = outliers.losses(model, passage)
     seen = outliers.observe(model, [passage])
     for name in outliers.SCHEMES:
-        with outliers.scheme(model, seen, name):
+        with outliers.scheme(model, seen, original, name):
             assert outliers.losses(model, passage) != before
+            assert [m.weight.data_ptr() for m in weights] == places  # there are no others beside
         assert outliers.losses(model, passage) == before
+
+
+@pytest.mark.parametrize(("free_gb", "device"), [(31.0, "cuda"), (11.0, "cpu")])
+def test_a_model_without_room_on_the_gpu_is_studied_on_the_cpu(
+    free_gb: float, device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seven layers of 10^9 weights each: 14 GB more in float32, and 16 GB while one is rounded."""
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+        def parameters(self) -> list[Any]:
+            return [torch.empty(10**9, device="meta") for _ in range(7)]
+
+        def to(self, device: str) -> OnGpu:
+            self.device = torch.device(device)
+            return self
+
+        def float(self) -> OnGpu:
+            return self
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free_gb * 1e9), 48 * 10**9))
+    assert outliers.in_float32(OnGpu()).device.type == device
+    assert ("11.0 GB free, and float32 takes 30.0 GB more" in capsys.readouterr().out) == (
+        device == "cpu"
+    )
+
+
+def test_too_little_memory_on_a_gpu_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Path) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(making, "read_config", full)
+    text = tmp_path / "text.txt"
+    with pytest.raises(SystemExit, match="too little memory to make study: CUDA out of memory"):
+        outliers.main([str(tmp_path), str(tmp_path / "study"), str(text)])
 
 
 def test_a_text_too_short_is_refused_and_nothing_kept(tiny: Path, tmp_path: Path) -> None:

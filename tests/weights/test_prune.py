@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from serving import prune, sparsity
+from serving import making, outliers, prune, sparsity
 from serving.making import MakerError
 from serving.outliers import linears
 from serving.prune import Method, Zeros, dropped
@@ -152,6 +152,26 @@ def test_what_cannot_be_pruned_is_refused_and_nothing_is_left(tiny: Path, tmp_pa
     (tiny / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
     with pytest.raises(MakerError, match="has quantized weights"):
         prune.make("wanda-50", tiny, out, text)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_mixture_of_experts_is_refused_before_it_is_loaded(
+    tiny: Path, tmp_path: Path, nested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    config |= {"num_local_experts": 8, "num_experts_per_tok": 2}
+    written = {"text_config": config} if nested else config
+    (tiny / "config.json").write_text(json.dumps(written))
+    monkeypatch.setattr(making, "load", pytest.fail)
+    out, text = tmp_path / "out", calibration(tmp_path)
+    for refused in (
+        lambda: prune.make("magnitude-50", tiny, out, text),
+        lambda: sparsity.make(tiny, out, texts(tmp_path)),
+        lambda: outliers.make(tiny, out, text),
+    ):
+        with pytest.raises(MakerError, match=r"tiny is a mixture of 8 experts, .* a dense model"):
+            refused()
     assert not out.exists()
 
 
