@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+from huggingface_hub.utils._paths import filter_repo_objects
 
 from labs import LABS
 from labs.lab import Lab, LabError, NotApplicable, parse_changes
@@ -142,8 +143,8 @@ def test_weights_in_mistrals_own_format_are_not_downloaded(
     ]  # fmt: skip
     taken = list[str]()
 
-    def download(_: str, **patterns: list[str]) -> str:
-        taken.extend(huggingface_hub.utils.filter_repo_objects(repository, **patterns))
+    def download(_: str, **patterns: Any) -> str:
+        taken.extend(filter_repo_objects(repository, **patterns))
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +166,14 @@ def test_a_mixture_of_experts_is_refused_before_it_is_loaded(
     (tiny / "config.json").write_text(json.dumps(written))
     monkeypatch.setattr(making, "load", pytest.fail)
     out, text = tmp_path / "out", calibration(tmp_path)
-    for refused in (
+    refused: tuple[Callable[[], object], ...] = (
         lambda: prune.make("magnitude-50", tiny, out, text),
         lambda: sparsity.make(tiny, out, texts(tmp_path)),
         lambda: outliers.make(tiny, out, text),
-    ):
+    )
+    for make in refused:
         with pytest.raises(MakerError, match=r"tiny is a mixture of 8 experts, .* a dense model"):
-            refused()
+            make()
     assert not out.exists()
 
 
