@@ -296,7 +296,8 @@ def _ability(
         )
         return Ability(lab.name, False, why)
     minutes = sum(derived_models.RECIPES[name].minutes for name in to_make)
-    notes = [f"makes {', '.join(to_make)} first (about {minutes:.0f} min)"] if to_make else []
+    time = derived_models.time_text(round(minutes), model)
+    notes = [f"makes {', '.join(to_make)} first ({time})"] if to_make else []
     if to_download := [n for n in missing if n in published]:
         notes.append(f"downloads {', '.join(to_download)} first")
     return Ability(lab.name, True, "; ".join(notes))

@@ -39,11 +39,11 @@ SEED = 2**31 - 1  # of the prompts that models are trained on: no trial draws fr
 class Recipe:
     """Says how a derived model is made: `python -m serving.X [METHOD] BASE OUT INPUT`.
 
-    `minutes` is about how long that takes. `prompts` are the workloads whose kinds of prompt it is
-    trained on. A quantizer reads `text`, and so does a study, which leaves figures and no model.
-    `structures` is how many structures of each form a study times instead. One that `scores` gets
-    all texts, and the tasks. A quick run trains on `quick_share` of the prompts, or scores that
-    share of the texts and tasks. A recipe with none of these gets no input.
+    `minutes` is about how long that takes with the bundled model. `prompts` are the workloads whose
+    kinds of prompt it is trained on. A quantizer reads `text`, and so does a study, which leaves
+    figures and no model. `structures` is how many structures of each form a study times instead.
+    One that `scores` gets all texts, and the tasks. A quick run trains on `quick_share` of the
+    prompts, or scores that share of the texts and tasks. A recipe with none of these gets no input.
     """
 
     what: str
@@ -143,6 +143,7 @@ RECIPES: dict[str, Recipe] = {
     "autoawq": _quantized("autoawq", "4-bit weights by AWQ, by the archived AutoAWQ", 6),
 }
 PROMPTS_EACH = 200
+LARGER_PARAMS = 400_000_000  # three times the bundled model's
 NEED_NO_WEIGHTS = frozenset(name for name, recipe in RECIPES.items() if recipe.structures)
 """Recipes that read the tokenizer alone, so that random weights serve as well."""
 
@@ -154,6 +155,13 @@ MADE_FROM = "made-from.sha256"
 def place(model: Model, name: str) -> Path:
     """Return the folder of a derived model that is made here, whether it exists yet or not."""
     return models.CACHE / "models" / f"{model.name.replace('/', '--')}-{name}"
+
+
+def time_text(minutes: float, model: Model) -> str:
+    """Tell about how long makers take; how much longer with a large model is not known here."""
+    larger = model.shape.params > LARGER_PARAMS
+    beyond = " with the bundled model, and longer with this one" if larger else ""
+    return f"about {minutes:g} min{beyond}"
 
 
 def make(
@@ -206,7 +214,7 @@ def make(
             if folder.exists():
                 report(f"{folder.name} was made from another model of this name: it is made again")
                 shutil.rmtree(folder)
-            report(f"Making {recipe.what}{lesser} (once, about {minutes:g} min)")
+            report(f"Making {recipe.what}{lesser} (once, {time_text(minutes, model)})")
             _make(recipe, name, model, folder, share, report)
     return folder
 
