@@ -172,9 +172,10 @@ def check_run(folder: RunFolder, makes_sense: bool = True) -> None:
     for probe in lab.probes:
         asked = {v.name for v in lab.variants if folder.probe_result(probe, v.name)}
         assert asked == set(lab.probed or [v.name for v in lab.variants])
-    if forecasts := folder.predictions().in_virtual_time:
-        assert forecasts.trial_s.keys() == forecasts.points.keys()
-        assert min(forecasts.trial_s.values()) > lab.warmup_s
+    forecasts = folder.predictions().in_virtual_time
+    assert forecasts, "the forecaster has failed"
+    assert forecasts.trial_s.keys() == forecasts.points.keys()
+    assert min(forecasts.trial_s.values()) > lab.warmup_s
     report = (folder.path / "report.md").read_text()
     for name, finding in zip(lab.findings, summary.findings, strict=True):
         assert finding.title in report
