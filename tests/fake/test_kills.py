@@ -140,8 +140,8 @@ def _nothing_is_left(reader: Reader, command: Command) -> None:
 
 
 RUNNER_CELLS = [
-    # in a trial KILL is sent in test_faults.py; the first engine starts as the second does
-    *((signal.SIGKILL, stage) for stage in ("set-up", "turn", "report")),
+    # in a trial KILL is sent in test_faults.py
+    *((signal.SIGKILL, stage) for stage in STAGES if stage not in ("warm-up", "window")),
     # a runner handles these three alike: each stage meets one of them, in turn
     *zip(itertools.cycle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)), STAGES, strict=False),
 ]
