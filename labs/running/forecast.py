@@ -121,6 +121,8 @@ def _untimed_on_a_gpu(setup: Setup, variant: Variant) -> str | None:
         return "the kernels of quantized weights were not timed"
     if _has_quantized_cache(setup, variant):
         return "attention to a quantized cache was not timed"
+    if VllmFlags(setup.lab.flags_of(variant)).get("enable-lora"):
+        return "vLLM's operators for adapters were not timed"
     return _unseen(setup.lab, variant)
 
 

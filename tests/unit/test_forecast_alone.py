@@ -151,6 +151,16 @@ def test_a_flag_that_all_engines_share_leaves_them_their_forecast() -> None:
     assert not _reasons("continuous-batching", **{"flags.enforce-eager": True})
 
 
+def test_on_a_gpu_adapters_have_no_forecast() -> None:
+    """Torch launches thousands of small operations where vLLM has kernels within CUDA graphs."""
+    lab = LABS["multi-lora"].at("gpu-80", False)
+    ready = {v.name for v in lab.variants if lab.flags_of(v).get("enable-lora")}
+    reasons = _reasons("multi-lora")
+    assert ready
+    assert set(reasons) == ready
+    assert all("adapters" in why for why in reasons.values())
+
+
 def test_only_what_is_timed_here_waits_for_a_run() -> None:
     lab = LABS["continuous-batching"]
     with run_lock():
