@@ -12,12 +12,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 Message = dict[str, str]
 Messages = list[Message]
 CountTokens = Callable[[Messages], int]
+Tokenize = Callable[[Messages], Sequence[int | str]]
 
 Task = Literal["continue", "story", "quote", "edit", "code"]
 
@@ -49,6 +51,8 @@ _ENDINGS = (
 )  # fmt: skip
 _LONGEST_SENTENCE_TOKENS, _LONGEST_WORD_TOKENS = 24, 6  # only to search in larger steps at first
 MOST_BEGINNINGS = 256
+_LEAD = "so"  # in the place of a lead, where only what follows it is of interest
+_AFTER_CHARACTERS = 32  # of a text beyond where two differ: enough to split the words there alike
 _FILLERS = ("and", "so", "then", "now", "there", "again", "still", "too")
 _STATEMENTS = (
     "count = count + {n};", "if (count > {n}) {{ {call}(count); }}", "{name} = count * {n};",
@@ -83,14 +87,56 @@ class _WordTokens(dict[str, int]):
 class Writer:
     """Writes chat messages that the served model's tokenizer counts as exactly n tokens.
 
-    `count` maps messages to tokens with the chat template and the generation prompt included.
+    `count` maps messages to their number of tokens with the chat template and the generation prompt
+    included, and `tokenize` to the tokens themselves, where it is to be known what prompts share.
     """
 
-    def __init__(self, count: CountTokens) -> None:
+    def __init__(self, count: CountTokens, tokenize: Tokenize | None = None) -> None:
         self._count = count
+        self._tokenize = tokenize
         self._word_tokens = _WordTokens(count)
         self._beginnings: dict[str, int] = {}  # beginning of a first message -> tokens in all
         self.least_tokens = count(_messages("")) + 1
+
+    @classmethod
+    def of(cls, model_path: str) -> Self:
+        """Return the writer for a model folder's tokenizer."""
+        tokenize = tokenizer(model_path)
+        return cls(lambda messages: len(tokenize(messages)), tokenize)
+
+    @property
+    def head_tokens(self) -> int:
+        """The tokens that all messages begin with, whatever their text; what follows it is not."""
+        return self._head_tokens("") if self._tokenize else self.least_tokens - 1
+
+    def _head_tokens(self, lead: str) -> int:
+        return self._shared(*(" ".join(filter(None, (lead, text))) for text in ("a", "1")))
+
+    def _shared(self, text: str, other: str) -> int:
+        assert self._tokenize
+        a, b = (self._tokenize(_messages(each)) for each in (text, other))
+        return _agreeing(a, b)
+
+    def alike(self, texts: Sequence[tuple[str, str]]) -> list[int | None]:
+        """Count the tokens with which each text begins as another one does, most at once.
+
+        A text is a lead that was planned, whose tokens do not count, and what follows it; texts
+        after other leads are not compared. None where the tokens are not known.
+        """
+        found: list[int | None] = [0 if self._tokenize else None] * len(texts)
+        if not self._tokenize:
+            return found
+        heads = {led: self._head_tokens(_LEAD if led else "") for led in (False, True)}
+        # the text that shares most with another stands beside it
+        for one, two in pairwise(sorted(range(len(texts)), key=lambda i: texts[i])):
+            (lead, text), (other_lead, other) = texts[one], texts[two]
+            if lead != other_lead:
+                continue
+            end = _agreeing(text, other) + _AFTER_CHARACTERS
+            begun = [f"{_LEAD} {t[:end]}" if lead else t[:end] for t in (text, other)]
+            tokens = max(0, self._shared(*begun) - heads[bool(lead)])
+            found[one], found[two] = (max(found[i] or 0, tokens) for i in (one, two))
+        return found
 
     def chat(
         self,
@@ -204,6 +250,12 @@ class Writer:
         return None
 
 
+def _agreeing(one: Sequence[object], other: Sequence[object]) -> int:
+    """Count the items with which both begin."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 def _messages(text: str, history: Sequence[Message] = ()) -> Messages:
     earlier = history or [{"role": "system", "content": SYSTEM}]
     return [*earlier, {"role": "user", "content": text}]
@@ -229,7 +281,13 @@ CODE = Text(_statement, (";", "x", "y", "0", "1"))
 
 
 def counter(model_path: str) -> CountTokens:
-    """Return a function that counts chat messages' tokens with a model folder's tokenizer.
+    """Return a function that counts chat messages' tokens with a model folder's tokenizer."""
+    tokenize = tokenizer(model_path)
+    return lambda messages: len(tokenize(messages))
+
+
+def tokenizer(model_path: str) -> Tokenize:
+    """Return a function that turns chat messages into tokens with a model folder's tokenizer.
 
     The folder's chat template is applied, with the generation prompt.
     """
@@ -237,10 +295,11 @@ def counter(model_path: str) -> CountTokens:
         from transformers import PreTrainedTokenizerFast as Tokenizer
     else:
         from transformers import AutoTokenizer as Tokenizer  # imports torch, which takes seconds
-    tokenizer = Tokenizer.from_pretrained(model_path)
+    loaded = Tokenizer.from_pretrained(model_path)
 
-    def count(messages: Messages) -> int:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    def tokenize(messages: Messages) -> Sequence[int]:
+        text = loaded.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        tokens: Sequence[int] = loaded(text, add_special_tokens=False)["input_ids"]
+        return tokens
 
-    return count
+    return tokenize

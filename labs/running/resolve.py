@@ -21,7 +21,7 @@ from labs.running.probes import PROBES, TEXT_PROBES
 from labs.running.progress import ProgressDisplay
 from labs.telling.plots import plots_of
 from loadtests.load_workers import LOOPBACK, LoadWorkers, address_of, require_key
-from loadtests.prompts import Writer, counter
+from loadtests.prompts import Writer
 from loadtests.trace import TraceRow
 from serving import dummy, models
 from serving import machine as machines
@@ -279,7 +279,7 @@ def keeps_disturbed() -> bool:
 def _writer(model: models.Model) -> Writer:
     """Load the model's tokenizer. Raises ModelError where its files are damaged."""
     try:
-        return Writer(counter(str(model.path)))
+        return Writer.of(str(model.path))
     except Exception as error:  # tokenizers raises nothing more special
         raise models.ModelError(
             f"the tokenizer in {model.path} cannot be read ({str(error).strip()[:200]}): download"
