@@ -19,6 +19,7 @@ from labs.judging.judge import (
     Judgement,
     PredictionOutcome,
     VerdictKind,
+    _explain,
     effect,
     in_band,
     judge,
@@ -507,3 +508,14 @@ def test_on_four_starts_or_more_equality_can_be_shown_where_they_spread_little(
 
     assert upheld(0.97 * spread)
     assert not upheld(1.03 * spread)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "setting"), [(3, 'SET="starts=4 repeats=4"'), (5, "SET=starts=4")]
+)
+def test_more_starts_are_advised_with_repeats_enough_for_them(repeats: int, setting: str) -> None:
+    """An engine of three repeats, as in a quick run on a GPU, would be started three times."""
+    arm = {r: 1 + 0.001 * r for r in range(repeats)}
+    found = effect(arm, arm, starts=[dict.fromkeys(arm, 1)] * 2)
+    assert found
+    assert _explain(found, "inconclusive", MARGIN).endswith(f"may settle it ({setting})")
