@@ -309,6 +309,12 @@ NOT_FILED = ("acceptance", "guessed", "masking", "arithmetic", "made_here")
 """The fields of a lab that are in no file; what they predicted and what was served are on file."""
 ONE_LOOK: dict[str, Any] = {"most_repeats": 0, "starts": 1}
 """What a quick run of any lab does without, unless the lab says otherwise."""
+QUICK_OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"repeats": 3}}
+"""What a quick run of any lab has on a kind of machine, whatever the lab says.
+
+One repeat gives no interval, hence no verdict, and on a GPU most of a run's time goes into starting
+its engines.
+"""
 OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"most_s": 1800.0}}
 """Sizes of every lab on a kind of machine: on a GPU an engine takes a minute or more to start."""
 
@@ -333,7 +339,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
 
     `scales` holds sizes only. For each kind of machine (`cpu`, `gpu`) it gives other values of some
     fields, by dotted path (`workloads.exponential.output_tokens.mean_tokens`); values for a class
-    of GPU memory (`gpu-24`) override those of the kind, and `quick` overrides both.
+    of GPU memory (`gpu-24`) override those of the kind, and `quick` overrides both. On a GPU a
+    quick run has three repeats, whatever `quick` says.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
@@ -460,14 +467,16 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         """Resolve the lab for a scale such as `cpu`, `gpu` or `gpu-24`.
 
         Applied in this order: the sizes of every lab on this kind of machine, the lab's own of the
-        scale, those of a quick run, the flags of every engine on a GPU where the lab has none, what
-        random weights (`dummy`) leave out, and the reader's changes. A change of `variants` or
-        `workloads` lists the names of those that are kept. Raises LabError for a change that does
-        not fit; the message names the field and the known ones.
+        scale, those of a quick run (the lab's, then those of the kind), the flags of every engine
+        on a GPU where the lab has none, what random weights (`dummy`) leave out, and the reader's
+        changes. A change of `variants` or `workloads` lists the names of those that are kept.
+        Raises LabError for a change that does not fit; the message names the field and the known
+        ones.
         """
         kind = scale.partition("-")[0]
         own = [self.scales.get(name, {}) for name in dict.fromkeys((kind, scale))]
-        lab = self._changed(OF_KIND.get(kind, {}), *own, ONE_LOOK | self.quick if quick else {})
+        short = ONE_LOOK | self.quick | QUICK_OF_KIND.get(kind, {}) if quick else {}
+        lab = self._changed(OF_KIND.get(kind, {}), *own, short)
         if kind == "gpu":
             lab = lab.model_copy(update={"flags": {**gpu_flags(scale), **lab.flags}})
         changes, kept = _parts_kept(changes or {})

@@ -183,6 +183,7 @@ class PlannedRequest(BaseModel, frozen=True, extra="forbid"):
     due_s: float | None = None  # in the trace that is replayed
     adapter: str | None = None
     choices: int = 1  # answers that it asks for, of output_tokens each
+    alike_tokens: int | None = None  # of its text that another prompt begins with, unplanned
 
 
 def body(request: Request, model: str) -> dict[str, Any]:
@@ -228,6 +229,7 @@ def write_requests(path: Path, requests: list[Request], model: str) -> None:
                 due_s=request.due_s,
                 adapter=request.adapter,
                 choices=request.choices,
+                alike_tokens=request.alike_tokens,
             )
             file.write(planned.model_dump_json().encode() + b"\n")
 

@@ -12,14 +12,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from jinja2 import TemplateError
 
 Message = dict[str, str]
 Messages = list[Message]
 CountTokens = Callable[[Messages], int]
+Tokenize = Callable[[Messages], Sequence[int | str]]
 
 Task = Literal["continue", "story", "quote", "edit", "code"]
 
@@ -51,6 +53,8 @@ _ENDINGS = (
 )  # fmt: skip
 _LONGEST_SENTENCE_TOKENS, _LONGEST_WORD_TOKENS = 24, 6  # only to search in larger steps at first
 MOST_BEGINNINGS = 256
+_LEAD = "so"  # in the place of a lead, where only what follows it is of interest
+_AFTER_CHARACTERS = 32  # of a text beyond where two differ: enough to split the words there alike
 _FILLERS = ("and", "so", "then", "now", "there", "again", "still", "too")
 _STATEMENTS = (
     "count = count + {n};", "if (count > {n}) {{ {call}(count); }}", "{name} = count * {n};",
@@ -85,14 +89,16 @@ class _WordTokens(dict[str, int]):
 class Writer:
     """Writes chat messages that the served model's tokenizer counts as exactly n tokens.
 
-    `count` maps messages to tokens with the chat template and the generation prompt included. A
-    chat begins with a system message, unless the template refuses one, as Gemma 2's does.
+    `count` maps messages to tokens with the chat template and the generation prompt included, and
+    `tokenize` to the tokens themselves, where it is to be known what prompts share. A chat begins
+    with a system message, unless the template refuses one, as Gemma 2's does.
 
     Raises jinja2.TemplateError where the template refuses a user's message, too.
     """
 
-    def __init__(self, count: CountTokens) -> None:
+    def __init__(self, count: CountTokens, tokenize: Tokenize | None = None) -> None:
         self._count_messages = count
+        self._tokenize = tokenize
         self._opening = [{"role": "system", "content": SYSTEM}]
         self._word_tokens = _WordTokens(self._count)
         self._beginnings: dict[str, int] = {}  # beginning of a first message -> tokens in all
@@ -101,6 +107,46 @@ class Writer:
         except TemplateError:
             self._opening = []
             self.least_tokens = self._count("") + 1
+
+    @classmethod
+    def of(cls, model_path: str) -> Self:
+        """Return the writer for a model folder's tokenizer."""
+        tokenize = tokenizer(model_path)
+        return cls(lambda messages: len(tokenize(messages)), tokenize)
+
+    @property
+    def head_tokens(self) -> int:
+        """The tokens that all messages begin with, whatever their text; what follows it is not."""
+        return self._head_tokens("") if self._tokenize else self.least_tokens - 1
+
+    def _head_tokens(self, lead: str) -> int:
+        return self._shared(*(" ".join(filter(None, (lead, text))) for text in ("a", "1")))
+
+    def _shared(self, text: str, other: str) -> int:
+        assert self._tokenize
+        a, b = (self._tokenize(self._messages(each)) for each in (text, other))
+        return _agreeing(a, b)
+
+    def alike(self, texts: Sequence[tuple[str, str]]) -> list[int | None]:
+        """Count the tokens with which each text begins as another one does, most at once.
+
+        A text is a lead that was planned, whose tokens do not count, and what follows it; texts
+        after other leads are not compared. None where the tokens are not known.
+        """
+        found: list[int | None] = [0 if self._tokenize else None] * len(texts)
+        if not self._tokenize:
+            return found
+        heads = {led: self._head_tokens(_LEAD if led else "") for led in (False, True)}
+        # the text that shares most with another stands beside it
+        for one, two in pairwise(sorted(range(len(texts)), key=lambda i: texts[i])):
+            (lead, text), (other_lead, other) = texts[one], texts[two]
+            if lead != other_lead:
+                continue
+            end = _agreeing(text, other) + _AFTER_CHARACTERS
+            begun = [f"{_LEAD} {t[:end]}" if lead else t[:end] for t in (text, other)]
+            tokens = max(0, self._shared(*begun) - heads[bool(lead)])
+            found[one], found[two] = (max(found[i] or 0, tokens) for i in (one, two))
+        return found
 
     def chat(
         self,
@@ -220,6 +266,12 @@ class Writer:
         return None
 
 
+def _agreeing(one: Sequence[object], other: Sequence[object]) -> int:
+    """Count the items with which both begin."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 def _pick(choices: Sequence[str], rng: random.Random) -> str:
     return choices[int(rng.random() * len(choices))]
 
@@ -240,7 +292,13 @@ CODE = Text(_statement, (";", "x", "y", "0", "1"))
 
 
 def counter(model_path: str) -> CountTokens:
-    """Return a function that counts chat messages' tokens with a model folder's tokenizer.
+    """Return a function that counts chat messages' tokens with a model folder's tokenizer."""
+    tokenize = tokenizer(model_path)
+    return lambda messages: len(tokenize(messages))
+
+
+def tokenizer(model_path: str) -> Tokenize:
+    """Return a function that turns chat messages into tokens with a model folder's tokenizer.
 
     The folder's chat template is applied, with the generation prompt.
     """
@@ -248,10 +306,11 @@ def counter(model_path: str) -> CountTokens:
         from transformers import PreTrainedTokenizerFast as Tokenizer
     else:
         from transformers import AutoTokenizer as Tokenizer  # imports torch, which takes seconds
-    tokenizer = Tokenizer.from_pretrained(model_path)
+    loaded = Tokenizer.from_pretrained(model_path)
 
-    def count(messages: Messages) -> int:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    def tokenize(messages: Messages) -> Sequence[int]:
+        text = loaded.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        tokens: Sequence[int] = loaded(text, add_special_tokens=False)["input_ids"]
+        return tokens
 
-    return count
+    return tokenize

@@ -28,7 +28,7 @@ import orjson
 FORMAT_VERSION = 1
 TURNED_AWAY = ("HTTP 503", "HTTP 429")
 """How the error of a request begins that a server turned away, as it had no room for it."""
-OPTIONAL = ("text", "model", "choice")  # left out of a line where they are None
+OPTIONAL = ("text", "model", "choice", "alike_tokens")  # left out of a line where they are None
 LONGEST_S = 7 * 24 * 3600.0  # that a trial may take
 MOST_TOKENS = 10_000_000  # of a request
 
@@ -55,6 +55,9 @@ class RequestRecord:
     text: str | None = None  # the completion, where the plan asks to keep it
     model: str | None = None  # that answered, by its own word; None before this was recorded
     choice: int | None = None  # which of its answers this is, where it asked for several
+    # of its text, beyond a planned prefix: how many another prompt of the trial begins with; None
+    # where that is not known, and before it was recorded
+    alike_tokens: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -159,7 +162,7 @@ def _check(record: RequestRecord) -> None:
     if not set(map(type, times)) <= {float, int} or not 0 <= min(times) <= max(times) <= LONGEST_S:
         raise _ImpossibleError(f"a time is no number of seconds from 0 to {LONGEST_S:.0f}")
     counts = [tokens for _, tokens in record.chunks]
-    given = (record.prompt_tokens, record.output_tokens, record.choice)
+    given = (record.prompt_tokens, record.output_tokens, record.choice, record.alike_tokens)
     sizes = [sum(counts), record.index, record.asked_tokens, *(n for n in given if n is not None)]
     if not set(map(type, [*counts, *sizes])) == {int} or min([0, *counts, *sizes]) < 0:
         raise _ImpossibleError("a number of tokens is no whole number")

@@ -113,6 +113,7 @@ def record_of(
         text=text_of(lines) if keep else None,
         model=None if model is None else load.plan.model_names.get(model, model),
         choice=choice,
+        alike_tokens=turn.request.alike_tokens,
     )
 
 

@@ -181,6 +181,8 @@ class Request:
     imposed: Spec | None = None  # the structure that the engine is to impose
     choices: int = 1  # answers that it asks for
     temperature: float = 0  # at which they are sampled
+    # of its text, beyond what is planned: how many another prompt begins with; None: not known
+    alike_tokens: int | None = None
 
 
 class Workload(BaseModel, frozen=True, extra="forbid"):
@@ -316,7 +318,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
         """Write the first n requests; one seed and tokenizer give the same ones on any machine."""
         rng = random.Random(f"{seed}/{self.name}/text")
         asked, tenants = self.asked(n, seed), self.tenants(n, seed)
-        messages = self._messages(asked[:: self.copies], rng, writer)
+        messages, alike = self._messages(asked[:: self.copies], rng, writer)
         imposed = self.structure is not None and self.structure.imposed
         temperature = self.samples.temperature if self.samples else 0
         return [
@@ -325,6 +327,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
                 self.is_intruder(i), tenant, own.adapter,
                 self.trace[i][0] if i < len(self.trace) else None, self.priority(i),
                 own.structure if imposed else None, self.choices, temperature,
+                alike[i // self.copies],
             )
             for i, (own, tenant) in enumerate(zip(asked, tenants, strict=True))
         ]  # fmt: skip
@@ -344,15 +347,22 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
             )
         ]
 
-    def _messages(self, asked: list[Asked], rng: random.Random, writer: Writer) -> list[Messages]:
+    def _messages(
+        self, asked: list[Asked], rng: random.Random, writer: Writer
+    ) -> tuple[list[Messages], list[int | None]]:
+        """Write the prompts, and count the tokens that each shares with another by chance."""
         if self.chat:
-            return self._conversations(asked, rng, writer)
+            prompts, turns = self._conversations(asked, rng, writer), self.chat.turns
+            # a later turn begins with the turn before it, which is more
+            first = writer.alike([("", _text(prompt)) for prompt in prompts[::turns]])
+            return prompts, [None if i % turns else first[i // turns] for i in range(len(prompts))]
         if self.structure:
-            return [
+            prompts = [
                 writer.chat(own.prompt_tokens, rng, instruction(own.structure))
                 for own in asked
                 if own.structure
             ]
+            return prompts, writer.alike([("", _text(prompt)) for prompt in prompts])
         leads: list[list[str]] = [[task] if (task := TASKS[self.task]) else []]
         if self.prefix:
             documents = self.prefix.documents
@@ -361,13 +371,16 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
                 [writer.lead(tokens, rng) for _ in range(documents)]
                 for _ in range(min(len(asked), self.prefix.groups))
             ]
-        prompts = []
+        prompts, texts = [], []
         for i, own in enumerate(asked):
             pieces = leads[i % len(leads)]
             if self.prefix and self.prefix.shuffled:
                 pieces = sorted(pieces, key=lambda _: rng.random())
-            prompts.append(writer.chat(own.prompt_tokens, rng, " ".join(pieces), task=self.task))
-        return prompts
+            lead = " ".join(pieces)
+            prompts.append(writer.chat(own.prompt_tokens, rng, lead, task=self.task))
+            planned = lead if self.prefix else ""  # a task's instruction is not
+            texts.append((planned, _text(prompts[-1]).removeprefix(planned).lstrip()))
+        return prompts, writer.alike(texts)
 
     def _conversations(
         self, asked: list[Asked], rng: random.Random, writer: Writer
@@ -396,3 +409,8 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
         if self.intruder:
             longest = max(longest, self.intruder.prompt_tokens + self.intruder.output_tokens)
         return longest
+
+
+def _text(messages: Messages) -> str:
+    """Return the text of the first message that is written for a prompt."""
+    return next(message["content"] for message in messages if message["role"] == "user")

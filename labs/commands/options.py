@@ -33,7 +33,7 @@ UnsafeOption = Annotated[
     ),
 ]
 QuickOption = Annotated[
-    bool, typer.Option(envvar="LABS_QUICK", help="Short windows, one or two repeats: a smoke test.")
+    bool, typer.Option(envvar="LABS_QUICK", help="Short windows, few repeats: a smoke test.")
 ]
 EngineOption = Annotated[
     str,

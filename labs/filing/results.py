@@ -175,7 +175,8 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     model_files: dict[str, str] = {}  # file -> SHA-256, including the tokenizer's
     derived_sha256: dict[str, str] = {}  # derived model -> SHA-256 over its files
     served: dict[str, Served] = {}  # variant -> the weights that its engine is to load
-    template_tokens: int | None = None  # the most that all prompts share by the chat template
+    # that all prompts begin with by the chat template; in old runs those after the text, too
+    template_tokens: int | None = None
     endpoint_metrics: bool | None = None  # whether the endpoint showed metrics at the start
     prompts_sha256: str
     reproduces: Name | Literal[""] = ""  # the run that this one repeats; it is in no summary table

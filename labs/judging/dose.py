@@ -43,12 +43,14 @@ def caching(trial: Trial) -> bool:
 def cached_tokens(trial: Trial, template_tokens: int | None) -> Bounds | None:
     """Bound the prompt tokens that the engine must have found in its prefix cache.
 
-    `template_tokens` is the most that all prompts share by their chat template. The cache holds
-    whole blocks of tokens, and at least one token of a prompt is always computed. None where the
-    engine does not say how large a block is.
+    `template_tokens` is the most that all prompts share by their chat template. The texts after it,
+    or after a planned prefix, may begin alike by chance, and fill a block together with it: how
+    many tokens of each do is in its record, but for old runs. The cache holds whole blocks of
+    tokens, and at least one token of a prompt is always computed. None where the engine does not
+    say how large a block is.
 
-    - Where nothing is shared, nothing but the template may be found. A cache that was not reset
-      shows here.
+    - Where nothing is shared, nothing but the template and such beginnings may be found. A cache
+      that was not reset shows here.
     - In a primed trial whose prefixes all stay in the cache, each prompt finds its prefix, and the
       first one of each group, which was sent before, finds itself.
     - Of more prefixes in turn than the cache holds, none is found (least recently used).
@@ -64,12 +66,13 @@ def cached_tokens(trial: Trial, template_tokens: int | None) -> Bounds | None:
         return None
     workload = trial.point.workload
     head = SHARED_BY_TEMPLATE if template_tokens is None else template_tokens
-    head += SHARED_BY_TASK if workload.task != "continue" else 0
+    of_task = SHARED_BY_TASK if workload.task != "continue" else 0
     low = high = 0
     for record in trial.records:
         shared = _shared(trial, record, cache)
+        alike = of_task if record.alike_tokens is None else record.alike_tokens
         most = cache.whole(_looked_up_tokens(trial, record) - 1)
-        high += min(most, cache.whole(head + shared.most))
+        high += min(most, cache.whole(head + alike + shared.most))
         low += min(most, cache.whole(shared.least))
     return Bounds(0 if _counts_vary(trial) else low, high)
 

@@ -593,7 +593,10 @@ def _explain(effect: Effect, outcome: VerdictKind, margin: float) -> str:
     repeats = repeats_to_decide(effect, margin)
     advice = f"more than {MOST_REPEATS} repeats would settle it"
     if effect.starts is not None and effect.starts < ENOUGH_STARTS:
-        advice = f"{ENOUGH_STARTS} starts of each engine may settle it (SET=starts={ENOUGH_STARTS})"
+        setting = f"SET=starts={ENOUGH_STARTS}"
+        if effect.ratio.n < ENOUGH_STARTS:  # no engine is started more often than it has repeats
+            setting = f'SET="starts={ENOUGH_STARTS} repeats={ENOUGH_STARTS}"'
+        advice = f"{ENOUGH_STARTS} starts of each engine may settle it ({setting})"
     elif repeats:
         advice = f"about {repeats} repeats would settle it (SET=repeats={repeats})"
     reason = f"the interval neither excludes 1 nor lies within {100 * margin:g}% of it"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from labs.filing.results import Band, PointForecasts
 from labs.judging.machine_speed import usual_spread
-from labs.lab import Point, Prediction, Variant
+from labs.lab import Lab, Point, Prediction, Variant
 from labs.running.copied_text import Copies, read_answers, share_copied
 from labs.running.forecaster import started
 from labs.running.progress import ProgressDisplay
@@ -79,6 +79,16 @@ def forecast(
     )
 
 
+UNSEEN: dict[str, object] = {
+    "enforce-eager": False, "compilation-config": {}, "async-scheduling": True,
+    "attention-backend": "", "attention-config": {},
+}  # fmt: skip
+"""Flags of a step's launching, scheduling and kernels -> vLLM's own value.
+
+A forecast's step is the same whatever they say.
+"""
+
+
 def ratio_of_forecasts(
     forecasts: PointForecasts, metric: str, treatment: Point, baseline: Point
 ) -> Prediction | None:
@@ -96,7 +106,7 @@ def reason_against(setup: Setup, variant: Variant) -> str | None:
     if flags.speculative_config and setup.lab.acceptance is None:
         return "how many drafts are accepted is not known beforehand"
     if setup.datasheet:
-        return _unpublished(flags) or _undivided_draft(setup, flags)
+        return _unpublished(flags) or _undivided_draft(setup, flags) or _unseen(setup.lab, variant)
     if flags.devices > 1:
         return "communication between devices was not timed"
     if setup.model.shape.experts:
@@ -111,6 +121,22 @@ def _untimed_on_a_gpu(setup: Setup, variant: Variant) -> str | None:
         return "the kernels of quantized weights were not timed"
     if _has_quantized_cache(setup, variant):
         return "attention to a quantized cache was not timed"
+    if VllmFlags(setup.lab.flags_of(variant)).get("enable-lora"):
+        return "vLLM's operators for adapters were not timed"
+    return _unseen(setup.lab, variant)
+
+
+def _unseen(lab: Lab, variant: Variant) -> str | None:
+    """Say which flag leaves the forecast's step as it is, although the lab compares it.
+
+    The variants that leave such a flag to vLLM keep their forecast.
+    """
+    alike = [lab.flags_of(v) for v in lab.variants if v.engine == variant.engine]
+    own = lab.flags_of(variant)
+    for flag, default in UNSEEN.items():
+        value = own.get(flag, default)
+        if value != default and any(flags.get(flag, default) != value for flags in alike):
+            return f"the forecast's step is the same whatever {flag} says, which is compared here"
     return None
 
 

@@ -23,7 +23,7 @@ from labs.running.probes import PROBES, TEXT_PROBES
 from labs.running.progress import ProgressDisplay
 from labs.telling.plots import plots_of
 from loadtests.load_workers import LOOPBACK, LoadWorkers, address_of, require_key
-from loadtests.prompts import Writer, counter
+from loadtests.prompts import Writer
 from loadtests.trace import TraceRow
 from serving import dummy, models
 from serving import machine as machines
@@ -282,7 +282,7 @@ def keeps_disturbed() -> bool:
 def _writer(model: models.Model) -> Writer:
     """Load the model's tokenizer. Raises ModelError where it is damaged or has no chat template."""
     try:
-        return Writer(counter(str(model.path)))
+        return Writer.of(str(model.path))
     except TemplateError as error:
         raise models.ModelError(
             f"the chat template of {model.name} refuses a user's message ({error}): give a model"

@@ -209,7 +209,7 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         model_files=models.file_hashes(setup.model.path),
         derived_sha256={name: models.files_sha256(path) for name, path in setup.places.items()},
         served=_served(setup),
-        template_tokens=setup.writer.least_tokens - 1,
+        template_tokens=setup.writer.head_tokens,
         endpoint_metrics=None if setup.endpoint is None else bool(setup.endpoint.snapshot()),
         prompts_sha256=prompts_sha256,
         reproduces=request.reproduces,

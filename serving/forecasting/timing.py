@@ -11,10 +11,10 @@ On a CPU the projections and the reading of the cache are vLLM's own operators
 (`serving/forecasting/kernels.py`): torch's take another time, and it has none for quantized weights
 and caches. On a GPU all is plain torch.
 
-Adapters (LoRA) are applied by vLLM's own operators on a CPU, and on a GPU by torch's, as vLLM's CPU
-backend would: each token gathers the two thin matrices of its adapter, for each of the seven
-projections of a layer. An engine that is ready for adapters prepares for them at every projection,
-and adds to every row of logits, asked for or not; on a GPU what that costs is left out.
+Adapters (LoRA) are applied by vLLM's own operators on a CPU: each token gathers the two thin
+matrices of its adapter, for each of the seven projections of a layer. An engine that is ready for
+adapters prepares for them at every projection, and adds to every row of logits, asked for or not.
+On a GPU vLLM has operators of its own within CUDA graphs, and adapters are not timed.
 
 It does not cover other operators of the engine's own where they differ from torch's, experts,
 compiled steps, and the scheduler's own time.
@@ -56,7 +56,8 @@ class TimingPlan(BaseModel, frozen=True, extra="forbid"):
     cores: tuple[int, ...] = ()  # a CPU engine's cores: one thread on each
     tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
     rows: tuple[int, ...] = (1, 4, 16, 64)
-    adapters: int = 0  # slots for LoRA adapters; 0: the engine is not ready for any
+    # slots for LoRA adapters, on a CPU; 0: the engine is not ready for any
+    adapters: int = 0
     adapter_rank: int = 0
     adapters_asked_for: bool = True  # by the requests
     kernels: tuple[str, ...] = ()  # an engine's arguments, where its own operators are to be timed
@@ -139,29 +140,12 @@ class Decoder:
         return self.torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
     def adding(self, tokens: int) -> Callable[[Any, Any, Any], None]:
-        """Return what adds adapters' products to the output of a linear operation, in place.
-
-        Without vLLM's operators they are torch's, as in its `bgmv_shrink` and `bgmv_expand_slice`:
-        what is between the two is in float32, and the second matrix is gathered as it is.
-        """
-        torch = self.torch
-        if not self.slots or not (self.kernels or self.adapters_asked_for):
+        """Return what adds adapters' products to the output of a linear operation, in place."""
+        if not self.slots:
             return lambda x, matrices, y: None
-        if self.kernels:
-            from serving.forecasting.kernels import Adapters
+        from serving.forecasting.kernels import Adapters
 
-            return Adapters(self.slots, tokens, self.adapters_asked_for).add
-        slots = torch.arange(tokens, device=self.device) % self.slots
-
-        def add(x: Any, matrices: Any, y: Any) -> None:
-            parts = y.split([second.shape[2] for _, second in matrices], dim=-1)
-            for (first, second), part in zip(matrices, parts, strict=True):
-                shrink, expand = (w[slots].squeeze(dim=1) for w in (first, second))
-                thin = torch.zeros(x.shape[0], shrink.shape[1], device=self.device)
-                thin[:] = 1.0 * torch.einsum("bi,boi->bo", x.float(), shrink.float())
-                part += torch.einsum("bi,boi->bo", thin.to(y.dtype), expand)
-
-        return add
+        return Adapters(self.slots, tokens, self.adapters_asked_for).add
 
     def linear(self, tokens: int) -> Callable[[], None]:
         """Return the work of all layers over `tokens`, each with CONTEXT_TOKENS of context."""
@@ -215,7 +199,7 @@ class Decoder:
         """
         torch = self.torch
         x = torch.randn(rows, self.hidden, device=self.device, dtype=torch.bfloat16)
-        if not (self.slots and self.kernels):
+        if not self.slots:
             return lambda: torch.nn.functional.linear(x, self.head_weights).argmax(dim=-1)
         from serving.forecasting.kernels import Adapters
 

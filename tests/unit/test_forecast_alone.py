@@ -28,6 +28,7 @@ from labs.running.step_timing import _step_of, steps_as_timed
 from labs.running.virtual_trials import _traffic, as_one_gpu
 from serving.engines.vllm import VllmFlags
 from serving.gpus import Datasheet
+from serving.models import bundled
 from tests.unit.builders import CEILINGS, SHAPE
 from tests.unit.test_forecasting import TIMES
 
@@ -117,6 +118,47 @@ def test_what_cannot_be_shared_has_no_forecast() -> None:
     assert sheet is not None
     with pytest.raises(LabError, match="TP=2: GPUs that share a layer are forecast over NVLink"):
         require_shared_layers(shared, model, sheet)
+
+
+def _reasons(name: str, here: bool = True, **changes: Any) -> dict[str, str]:
+    """Say why which variants of a lab have no forecast, on an H100 that is here or is not."""
+    lab = LABS[name].at("gpu-80", False, {k.replace("_", "-"): v for k, v in changes.items()})
+    setup: Any = SimpleNamespace(
+        lab=lab, endpoint=None, engine_command=(), weights={}, places={},
+        machine=SimpleNamespace(kind="gpu"), model=SimpleNamespace(shape=SHAPE, path=bundled()),
+        datasheet=None if here else machine_of("h100")[1],
+    )  # fmt: skip
+    return {v.name: why for v in lab.variants if (why := reason_against(setup, v))}
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_on_a_gpu_flags_that_the_step_cannot_see_have_no_forecast_where_they_differ(
+    here: bool,
+) -> None:
+    """All variants of `single-stream` shared one step, so that every claim was forecast as 1."""
+    single = _reasons("single-stream", here)
+    assert set(single) == {"eager", "no-graphs", "no-fusion", "in-turn", "triton"}
+    assert "compilation-config" in single["no-graphs"]
+    assert "async-scheduling" in single["in-turn"]
+    assert "attention-backend" in single["triton"]
+    assert set(_reasons("tiled-attention", here)) == {"unsplit"}
+    assert set(_reasons("diagnosis", here)) == {"slow-step"}
+    assert not _reasons("single-stream", here, variants=["default"])
+
+
+def test_a_flag_that_all_engines_share_leaves_them_their_forecast() -> None:
+    assert not _reasons("single-stream", variants=["in-turn"])
+    assert not _reasons("continuous-batching", **{"flags.enforce-eager": True})
+
+
+def test_on_a_gpu_adapters_have_no_forecast() -> None:
+    """Torch launches thousands of small operations where vLLM has kernels within CUDA graphs."""
+    lab = LABS["multi-lora"].at("gpu-80", False)
+    ready = {v.name for v in lab.variants if lab.flags_of(v).get("enable-lora")}
+    reasons = _reasons("multi-lora")
+    assert ready
+    assert set(reasons) == ready
+    assert all("adapters" in why for why in reasons.values())
 
 
 def test_only_what_is_timed_here_waits_for_a_run() -> None:

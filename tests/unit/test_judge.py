@@ -19,6 +19,7 @@ from labs.judging.judge import (
     Judgement,
     PredictionOutcome,
     VerdictKind,
+    _explain,
     effect,
     in_band,
     judge,
@@ -472,3 +473,49 @@ def test_a_small_ratio_keeps_two_digits() -> None:
     small = Interval(value=0.0876, low=0.0849, high=0.104, n=4)
     assert times_with_interval(small) == "0.088x (0.085 to 0.10)"
     assert times_with_interval(small.model_copy(update={"low": None})) == "0.088x (of one repeat)"
+
+
+@pytest.mark.parametrize(
+    ("starts", "looks", "half_width"),
+    [(1, 1, 0.18), (2, 1, 0.13), (3, 1, 0.10), (1, 2, 0.21), (2, 2, 0.15), (3, 2, 0.12)],
+)
+def test_on_few_starts_equality_within_the_margin_cannot_be_shown(
+    starts: int, looks: int, half_width: float
+) -> None:
+    """As docs/reading-a-report.md says: not even by engines whose repeats are all but alike."""
+    alike = {r: 1 + 1e-6 * r for r in range(1, 11)}
+    on = {r: 1 + (r - 1) * starts // 10 for r in alike}
+    found = effect(alike, alike, starts=(on, on), looks=looks)
+    assert found
+    assert found.ratio.high
+    assert math.log(found.ratio.high) == pytest.approx(half_width, abs=0.006)
+    assert math.log(found.ratio.high) > 2 * MARGIN
+
+
+@pytest.mark.parametrize(
+    ("starts", "looks", "spread"), [(4, 1, 0.028), (4, 2, 0.023), (8, 1, 0.045), (8, 2, 0.039)]
+)
+def test_on_four_starts_or_more_equality_can_be_shown_where_they_spread_little(
+    starts: int, looks: int, spread: float
+) -> None:
+    def upheld(of: float) -> bool:
+        ends = [math.exp((-1) ** r * of * math.sqrt((starts - 1) / starts)) for r in range(starts)]
+        arm, on = dict(enumerate(ends)), {r: r for r in range(starts)}
+        found = effect(arm, arm, starts=(on, on), looks=looks)
+        assert found
+        assert found.ratio.high
+        return math.log(found.ratio.high) < math.log1p(MARGIN)
+
+    assert upheld(0.97 * spread)
+    assert not upheld(1.03 * spread)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "setting"), [(3, 'SET="starts=4 repeats=4"'), (5, "SET=starts=4")]
+)
+def test_more_starts_are_advised_with_repeats_enough_for_them(repeats: int, setting: str) -> None:
+    """An engine of three repeats, as in a quick run on a GPU, would be started three times."""
+    arm = {r: 1 + 0.001 * r for r in range(repeats)}
+    found = effect(arm, arm, starts=[dict.fromkeys(arm, 1)] * 2)
+    assert found
+    assert _explain(found, "inconclusive", MARGIN).endswith(f"may settle it ({setting})")

@@ -57,7 +57,7 @@ def test_scale_lies_over_the_lab_quick_over_scale_and_changes_over_all() -> None
     ]  # fmt: skip
     resolved = [LAYERED.at(*layer) for layer in layers]
     assert [lab.window_s for lab in resolved] == [4, 20, 1, 3]
-    assert [lab.repeats for lab in resolved] == [2, 5, 5, 5]
+    assert [lab.repeats for lab in resolved] == [2, 5, 3, 3]
     assert [outputs(lab) for lab in resolved] == [4, 64, 64, 64]
     assert outputs(LAYERED) == 4
 
@@ -118,6 +118,16 @@ def test_a_class_of_memory_lies_over_the_gpu_sizes() -> None:
     lab = make_lab(scales={"gpu": {"window_s": 20, "repeats": 5}, "gpu-24": {"window_s": 9}})
     resolved = [lab.at(scale, quick=False) for scale in ("gpu", "gpu-24", "gpu-80")]
     assert [(at.window_s, at.repeats) for at in resolved] == [(20, 5), (9, 5), (20, 5)]
+
+
+def test_a_quick_run_on_a_gpu_has_repeats_enough_for_an_interval() -> None:
+    """Most of its time goes into engine starts; one repeat gave next to no claim a verdict."""
+    for lab in LABS.values():
+        for scale in ("gpu", *CLASSES):
+            quick = lab.at(scale, quick=True)
+            assert (quick.repeats, quick.starts, quick.looks) == (3, 1, 1), (lab.name, scale)
+        assert lab.at("cpu", quick=True).repeats == lab.quick["repeats"] < 3
+    assert LABS["single-stream"].at("gpu-80", True, {"repeats": 1}).repeats == 1
 
 
 def test_labs_go_on_until_their_claims_are_decided_but_not_where_quick() -> None:
