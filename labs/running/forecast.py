@@ -121,8 +121,11 @@ def _untimed_on_a_gpu(setup: Setup, variant: Variant) -> str | None:
         return "the kernels of quantized weights were not timed"
     if _has_quantized_cache(setup, variant):
         return "attention to a quantized cache was not timed"
-    if VllmFlags(setup.lab.flags_of(variant)).get("enable-lora"):
+    flags = VllmFlags(setup.lab.flags_of(variant))
+    if flags.get("enable-lora"):
         return "vLLM's operators for adapters were not timed"
+    if flags.enforce_eager:
+        return "an eager step was not timed: what is timed there is replayed as a CUDA graph"
     return _unseen(setup.lab, variant)
 
 

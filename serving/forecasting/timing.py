@@ -2,8 +2,10 @@
 
 No engine exists yet, and no weights are needed: matrices of the model's sizes hold random numbers.
 A layer is what a decoder's layer is (two norms, the projections, rotary embedding, attention over
-a cache, a gated MLP), launched operation by operation, so that the cost of launching is in the
-figures. All layers have weights of their own, so that no cache holds them. Each size is timed
+a cache, a gated MLP), launched operation by operation on a CPU, so that the cost of launching is in
+the figures. On a GPU the operations are recorded as a CUDA graph and replayed, as vLLM replays its
+steps; its compiled kernels do several of these operations at once, so that a small step of it may
+take less. All layers have weights of their own, so that no cache holds them. Each size is timed
 several times, in turn with all others, and the least is kept: other work can only add time. How far
 the middle time lies above it tells how much the machine's speed wanders, and widens the forecast.
 
@@ -25,6 +27,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -239,6 +242,28 @@ class Decoder:
         return run
 
 
+def recorded(work: Work) -> Work:
+    """Record what a work launches on a GPU, and return what replays it in one launch.
+
+    A work that cannot be recorded is returned as it is, and the reason is printed to stderr.
+    Source: PyTorch's notes on CUDA graphs (a warm-up on another stream, then the recording).
+    """
+    import torch
+
+    graph, beside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    try:
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            work()
+        torch.cuda.current_stream().wait_stream(beside)
+        with torch.cuda.graph(graph):
+            work()
+    except RuntimeError as error:
+        print(f"A step is timed without a CUDA graph: {error}", file=sys.stderr)
+        return work
+    return graph.replay  # type: ignore[no-any-return]
+
+
 def timed(
     series: Sequence[Sequence[Work]], passes: int, wait: Callable[[], None]
 ) -> list[list[list[float]]]:
@@ -333,6 +358,8 @@ def measure(plans: Sequence[TimingPlan]) -> list[StepTimes]:
             *([d.attention(1, n) for n in contexts] for d in decoders),
             *([d.attention(n, 0) for n in prompts] for d in decoders),
         ]
+        if plans[0].device == "cuda":
+            series = [[recorded(work) for work in works] for works in series]
         times_s = timed(series, passes, wait)
     least = iter([[min(seconds) for seconds in works] for works in times_s])
     linear_s = list(itertools.islice(least, len(timed_once)))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -257,6 +262,49 @@ def test_a_slow_moment_at_first_leaves_nothing_out(monkeypatch: pytest.MonkeyPat
 
     (works,) = timing.timed([[work] * 3], 6, lambda: None)
     assert [len(seconds) for seconds in works] == [6, 6, 6]
+
+
+class Cuda:
+    """The part of `torch.cuda` that records a graph: what is launched meanwhile is not run."""
+
+    def __init__(self, refuses: bool) -> None:
+        self.refuses = refuses
+        self.noted: list[str] = []
+
+    def CUDAGraph(self) -> Any:
+        return SimpleNamespace(replay=lambda: self.noted.append("replayed"))
+
+    def Stream(self) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    current_stream = Stream
+
+    def stream(self, which: object) -> Any:
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def graph(self, which: object) -> Iterator[None]:
+        yield
+        if self.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.noted.append("recorded")
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_on_a_gpu_a_work_is_recorded_once_and_replayed(
+    refuses: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cuda = Cuda(refuses)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    replay = timing.recorded(lambda: cuda.noted.append("launched"))
+    told = capsys.readouterr().err
+    replay()
+    if refuses:
+        assert cuda.noted == ["launched", "launched", "launched"]
+        assert "without a CUDA graph: operation not permitted" in told
+    else:
+        assert cuda.noted == ["launched", "launched", "recorded", "replayed"]
+        assert not told
 
 
 def test_all_works_take_turns_so_that_a_slow_moment_meets_none_in_all_its_passes() -> None:
