@@ -1,0 +1,75 @@
+"""The labs' sizes on GPUs, on the cards of every class of memory, as their datasheets have them."""
+
+from __future__ import annotations
+
+import pytest
+
+from labs import LABS
+from labs.chunked_prefill import long_ttft
+from labs.lab import Lab, Point
+from loadtests.plan import LEAST_COUNTED
+from serving import dummy
+from serving.forecasting.datasheet import EXPECTED
+from serving.gpus import CLASSES
+from serving.machine import Ceilings
+from serving.models import Shape, shape_of
+from tests.default_models import config_of
+
+CARDS = {  # name -> class of memory in GB, bytes/s, dense BF16 FLOP/s, FP8 FLOP/s
+    "RTX A4000": (16, 448e9, 76.7e12, None),
+    "L4": (24, 300e9, 121e12, 242e12),
+    "A10G": (24, 600e9, 70e12, None),
+    "RTX 4090": (24, 1008e9, 165e12, 330e12),
+    "A40": (48, 696e9, 150e12, None),
+    "RTX A6000": (48, 768e9, 155e12, None),
+    "L40S": (48, 864e9, 362e12, 733e12),
+    "A100": (80, 2040e9, 312e12, None),
+    "H100": (80, 3350e9, 989e12, 1979e12),
+    "H200": (141, 4800e9, 989e12, 1979e12),
+}
+EVERY_CARD = pytest.mark.parametrize("card", CARDS)
+EVERY_MODEL = pytest.mark.parametrize("random", [False, True], ids=["real", "random"])
+
+
+def ceilings_of(card: str, reading: float, computing: float) -> Ceilings:
+    """Those that a card reaches with these shares of its datasheet."""
+    _, bandwidth, bf16, fp8 = CARDS[card]
+    return Ceilings(
+        memory_bandwidth_bytes_per_s=reading * bandwidth,
+        bf16_flops_per_s=computing * bf16,
+        fp8_flops_per_s=fp8 and computing * fp8,
+        threads=1, torch="-", measured_at="-",
+    )  # fmt: skip
+
+
+def expected_on(card: str) -> Ceilings:
+    return ceilings_of(card, EXPECTED.reading, EXPECTED.computing)
+
+
+def shape_on(card: str, random: bool) -> Shape:
+    """The model that a card serves by default."""
+    (of,) = (c for c in CLASSES if c.gb == CARDS[card][0])
+    return shape_of(dummy.config_of(of.dummy) if random else config_of(of.model))
+
+
+def lab_on(name: str, card: str, random: bool, quick: bool = False) -> Lab:
+    return LABS[name].at(f"gpu-{CARDS[card][0]}", quick, dummy=random)
+
+
+def points_on(lab: Lab, card: str, random: bool) -> list[Point]:
+    return lab.points(shape_on(card, random), expected_on(card))
+
+
+def test_every_class_has_a_card() -> None:
+    assert {gb for gb, *_ in CARDS.values()} == {c.gb for c in CLASSES}
+
+
+@EVERY_MODEL
+@EVERY_CARD
+def test_a_long_prompt_is_prefilled_well_before_the_next_one(card: str, random: bool) -> None:
+    """In its smallest pieces too; and the window is as long as its figures need."""
+    lab = lab_on("chunked-prefill", card, random)
+    for point in points_on(lab, card, random):
+        assert point.load.kind == "contended"
+        assert long_ttft(point) < 0.35 * point.load.every_s, point.key
+        assert lab.window_s > LEAST_COUNTED * point.load.every_s
