@@ -167,11 +167,11 @@ UNSPLIT = DEFAULT.but(
 ONE = (Concurrent(users=1),)
 
 
-def prompt(name: str, tokens: int) -> Workload:
+def prompt(name: str, tokens: int, output_tokens: int = 1) -> Workload:
     return Workload(
         name=name,
         prompt_tokens=Fixed(tokens=tokens),
-        output_tokens=Fixed(tokens=1),
+        output_tokens=Fixed(tokens=output_tokens),
         only=("default",),
         loads=ONE,
     )
@@ -296,7 +296,8 @@ LAB = Lab(
             "workloads": [
                 w.model_dump()
                 for w in (
-                    prompt("short", 2048),
+                    # TTFT is the same before a longer answer, and fewer requests are sent
+                    prompt("short", 2048, 96),
                     prompt("long", 12288),
                     prompt("longest", 30720),
                     context("near", 512, 128),
@@ -304,7 +305,7 @@ LAB = Lab(
                     context("far", 32512, 128),
                 )
             ],
-            "requests": 512,
+            "requests": 64,  # of up to 32,512 tokens, which take long to write
             "repeats": 5,
             "warmup_s": 2,
             "window_s": 6,

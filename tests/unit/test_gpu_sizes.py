@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from labs import LABS
+from labs import LABS, theory
 from labs.chunked_prefill import long_ttft
 from labs.lab import Lab, Point
 from loadtests.plan import LEAST_COUNTED
 from serving import dummy
-from serving.forecasting.datasheet import EXPECTED
+from serving.forecasting.datasheet import EXPECTED, FASTER
 from serving.gpus import CLASSES
 from serving.machine import Ceilings
 from serving.models import Shape, shape_of
@@ -73,3 +73,23 @@ def test_a_long_prompt_is_prefilled_well_before_the_next_one(card: str, random: 
         assert point.load.kind == "contended"
         assert long_ttft(point) < 0.35 * point.load.every_s, point.key
         assert lab.window_s > LEAST_COUNTED * point.load.every_s
+
+
+@EVERY_MODEL
+@EVERY_CARD
+def test_long_requests_of_one_user_do_not_run_out(card: str, random: bool) -> None:
+    """There are twice as many as the fastest engine that is expected could answer in a trial."""
+    lab = lab_on("tiled-attention", card, random)
+    ceilings = ceilings_of(card, FASTER.reading, FASTER.computing)
+    for point in lab.points(shape_on(card, random), ceilings):
+        assert point.load.users == 1
+        prefix = point.workload.prefix
+        cached_tokens = prefix.tokens if prefix else 0
+        request_s = theory.prefill_left_s(
+            point.shape, ceilings, point.prompt_tokens, cached_tokens
+        ) + (point.output_tokens - 1) * theory.decode_step_s(
+            point.shape, ceilings, 1, point.context_tokens
+        )
+        steps_s = point.output_tokens * FASTER.step_s
+        sent = (lab.warmup_s + lab.window_s) / (request_s + steps_s)
+        assert 2 * sent < lab.requests, point.key
