@@ -93,3 +93,42 @@ def test_long_requests_of_one_user_do_not_run_out(card: str, random: bool) -> No
         steps_s = point.output_tokens * FASTER.step_s
         sent = (lab.warmup_s + lab.window_s) / (request_s + steps_s)
         assert 2 * sent < lab.requests, point.key
+
+
+DRAFTS = {  # class of memory -> weights of the published draft and KV of a token, in bytes
+    16: (0.99e9, 12_288),
+    24: (0.99e9, 12_288),
+    80: (2.47e9, 32_768),
+    141: (15.2e9, 57_344),
+}
+
+
+@pytest.mark.parametrize("card", [card for card, (gb, *_) in CARDS.items() if gb in DRAFTS])
+def test_verifying_guesses_is_not_free_in_the_largest_batch(card: str) -> None:
+    lab = lab_on("speculative-decoding", card, random=False)
+    weight_bytes, _ = DRAFTS[CARDS[card][0]]
+    points = lab.points(
+        shape_on(card, False), expected_on(card), about={"draft": {"weight_bytes": weight_bytes}}
+    )
+    (claim,) = (c for c in lab.claims if c.name == "draft-crowd")
+    ((treatment, baseline),) = lab.pairs(claim, points)
+    assert claim.expect == "rises"
+    assert claim.predict(treatment, baseline).value > 1 + claim.margin
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("gb", [c.gb for c in CLASSES])
+def test_every_batch_of_guesses_fits_the_cache(gb: int, random: bool) -> None:
+    """And the plain batches, without a draft, are as large as what is verified there."""
+    card = next(name for name, (of, *_) in CARDS.items() if of == gb)
+    lab, shape = lab_on("speculative-decoding", card, random), shape_on(card, random)
+    memory_bytes = lab.all_flags[0].kv_cache_memory_bytes
+    own = shape.kv_bytes_per_token()
+    # random weights' draft has an eighth of the layers
+    draft = own / 8 if random else DRAFTS.get(gb, (0, 0))[1]
+    for workload in lab.workloads:
+        per_token = own if workload.only == ("none",) else own + draft
+        most = max(load.users for load in workload.loads)
+        assert most * workload.longest_tokens * per_token <= memory_bytes, workload.name
+    largest = {w.name: max(load.users for load in w.loads) for w in lab.workloads}
+    assert largest["crowd"] >= 6 * largest["story"]
