@@ -333,7 +333,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
 
     `scales` holds sizes only. For each kind of machine (`cpu`, `gpu`) it gives other values of some
     fields, by dotted path (`workloads.exponential.output_tokens.mean_tokens`); values for a class
-    of GPU memory (`gpu-24`) override those of the kind, and `quick` overrides both.
+    of GPU memory (`gpu-24`) override those of the kind, and `quick` overrides both. A quick run on
+    one kind of machine (`gpu-quick`) may differ from one elsewhere.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
@@ -465,7 +466,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         """
         kind = scale.partition("-")[0]
         own = [self.scales.get(name, {}) for name in dict.fromkeys((kind, scale))]
-        lab = self._changed(OF_KIND.get(kind, {}), *own, ONE_LOOK | self.quick if quick else {})
+        brief = (ONE_LOOK | self.quick, self.scales.get(f"{kind}-quick", {})) if quick else ()
+        lab = self._changed(OF_KIND.get(kind, {}), *own, *brief)
         if kind == "gpu":
             lab = lab.model_copy(update={"flags": {**gpu_flags(scale), **lab.flags}})
         changes, kept = _parts_kept(changes or {})

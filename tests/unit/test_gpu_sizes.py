@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 import pytest
 
 from labs import LABS, theory
@@ -132,3 +134,24 @@ def test_every_batch_of_guesses_fits_the_cache(gb: int, random: bool) -> None:
         assert most * workload.longest_tokens * per_token <= memory_bytes, workload.name
     largest = {w.name: max(load.users for load in w.loads) for w in lab.workloads}
     assert largest["crowd"] >= 6 * largest["story"]
+
+
+@EVERY_MODEL
+@EVERY_CARD
+def test_three_waves_end_in_a_window_and_requests_are_left(card: str, random: bool) -> None:
+    lab = lab_on("continuous-batching", card, random)
+    points = points_on(lab, card, random)
+    (wave,) = (p for p in points if str(p.load) == "waves:32" and p.workload.name == "exponential")
+    outputs = [output for _, output in wave.lengths]
+    longest = mean(max(outputs[i : i + 32]) for i in range(0, len(outputs), 32))
+    half_full = 16  # places, on average, until the longest answer of a wave ends
+    step_s = theory.decode_step_s(wave.shape, wave.ceilings, half_full, wave.context_tokens)
+    assert lab.window_s > 2.8 * longest * (step_s + EXPECTED.step_s)
+    for point in points:
+        if point.load.open_loop:
+            continue
+        tokens_per_s = theory.batch_throughput(
+            point.shape, point.ceilings, point.load.users, point.prompt_tokens, point.output_tokens
+        )
+        sent = (lab.warmup_s + lab.window_s) * tokens_per_s / point.output_tokens
+        assert sent + point.load.users < lab.requests, point.key
