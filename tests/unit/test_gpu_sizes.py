@@ -155,3 +155,20 @@ def test_three_waves_end_in_a_window_and_requests_are_left(card: str, random: bo
         )
         sent = (lab.warmup_s + lab.window_s) * tokens_per_s / point.output_tokens
         assert sent + point.load.users < lab.requests, point.key
+
+
+@EVERY_MODEL
+@EVERY_CARD
+def test_what_a_claim_expects_to_be_equal_is_so_by_its_formula(card: str, random: bool) -> None:
+    """A short context in 8 bits, and adapters of another rank."""
+    of_layers = shape_on(card, random)
+    width = of_layers.heads * of_layers.head_dim + of_layers.kv_heads * of_layers.head_dim
+    params = 8 * of_layers.layers * 2 * (2 * of_layers.hidden + width)
+    about = {"adapters": {"params_per_adapter": params, "rank": 8}}
+    for name, claimed in (("kv-quantization", "near"), ("multi-lora", "rank")):
+        lab = lab_on(name, card, random)
+        points = lab.points(of_layers, expected_on(card), about=about)
+        (claim,) = (c for c in lab.claims if c.name == claimed)
+        ((treatment, baseline),) = lab.pairs(claim, points)
+        assert claim.expect == "unchanged"
+        assert 1 / (1 + claim.margin) < claim.predict(treatment, baseline).value < 1 + claim.margin
