@@ -8,7 +8,7 @@ decode step and one piece; the long prompt itself waits longer for its first tok
 piece brings a decode step along. The streams pay as well: running requests are served first, so
 while the pieces fill every step's budget, a stream's next prompt waits for the last of them.
 
-Four streams decode; a long prompt comes in every second and a half. Variants differ in the budget,
+Streams decode, and at a fixed interval a long prompt comes in. Variants differ in the budget,
 written as a share of the long prompt; `whole` has chunking off (which forces a budget of at least
 the longest prompt: the one place where the engine couples two settings).
 

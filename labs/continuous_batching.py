@@ -6,9 +6,9 @@ batching sends a batch and waits for all of it: places whose completion is finis
 the longest one is done. *Continuous* batching (Orca, OSDI 2022) fills a place the moment it is
 free.
 
-The engine is the same for both; the arrivals differ. `waves:8` sends eight requests and waits for
-all of them, as a static batch would; `concurrent:8` keeps eight in flight. With lengths that vary
-the wait costs E[max L] / E[L]; with equal lengths nothing.
+The engine is the same for both; the arrivals differ. `waves:B` sends B requests and waits for all
+of them, as a static batch would; `concurrent:B` keeps B in flight. With lengths that vary the wait
+costs E[max L] / E[L]; with equal lengths nothing.
 
 Turn: the spread of the lengths (`workloads.exponential.output_tokens.max_tokens`), the batch
 (`workloads.exponential.loads`), and the engine's own limit (`flags.max-num-seqs`).
