@@ -201,6 +201,7 @@ LAB = Lab(
     window_s=4.5,  # in which nine requests of the open loop are due
     scales={
         "gpu": {
+            "slo.ttft_s": 0.5,
             "flags": {"enable-prefix-caching": False, "max-num-seqs": 256},
             "workloads.exponential.prompt_tokens.tokens": 128,
             "workloads.exponential.output_tokens": Exponential(mean_tokens=128, max_tokens=640),

@@ -309,8 +309,12 @@ FUNCTIONS = ("acceptance", "guessed", "masking", "arithmetic")
 """The fields of a lab that are functions, in no file: predictions made by them are on file."""
 ONE_LOOK: dict[str, Any] = {"most_repeats": 0, "starts": 1}
 """What a quick run of any lab does without, unless the lab says otherwise."""
-OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"most_s": 1800.0}}
-"""Sizes of every lab on a kind of machine: on a GPU an engine takes a minute or more to start."""
+OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"most_s": 1800.0, "slo.tpot_s": 0.05}}
+"""Sizes of every lab on a kind of machine.
+
+On a GPU an engine takes a minute or more to start, and a step a few milliseconds, or 30 on the
+slowest card for its model.
+"""
 
 
 def gpu_flags(scale: str) -> dict[str, FlagValue]:

@@ -365,6 +365,7 @@ LAB = Lab(
         # there is time for no more, so it looks at its claims once
         "cpu": {"repeats": 5, "curve_repeats": 3, "most_repeats": 0},
         "gpu": {
+            "slo.ttft_s": 0.5,
             "flags": {
                 "enable-prefix-caching": False,
                 # as many as `crowd` sends: the engine's own limit depends on the GPU

@@ -260,6 +260,7 @@ LAB = Lab(
     window_s=2.8,
     scales={
         "gpu": {
+            "slo.ttft_s": 0.5,
             "flags": {
                 "max-model-len": 4096,
                 "enable-prefix-caching": False,

@@ -172,3 +172,13 @@ def test_what_a_claim_expects_to_be_equal_is_so_by_its_formula(card: str, random
         ((treatment, baseline),) = lab.pairs(claim, points)
         assert claim.expect == "unchanged"
         assert 1 / (1 + claim.margin) < claim.predict(treatment, baseline).value < 1 + claim.margin
+
+
+@EVERY_MODEL
+@EVERY_CARD
+def test_an_objective_on_a_gpu_is_no_cpus_and_can_be_met(card: str, random: bool) -> None:
+    shape, ceilings = shape_on(card, random), expected_on(card)
+    step_s = theory.decode_step_s(shape, ceilings, 1, 1024) + EXPECTED.step_s
+    for name in LABS:
+        tpot_s = lab_on(name, card, random).slo.tpot_s
+        assert 1.5 * step_s < tpot_s < LABS[name].slo.tpot_s, name
