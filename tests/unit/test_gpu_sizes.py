@@ -138,7 +138,7 @@ def test_every_batch_of_guesses_fits_the_cache(gb: int, random: bool) -> None:
 
 @EVERY_MODEL
 @EVERY_CARD
-def test_three_waves_end_in_a_window_and_requests_are_left(card: str, random: bool) -> None:
+def test_three_waves_end_in_a_window(card: str, random: bool) -> None:
     lab = lab_on("continuous-batching", card, random)
     points = points_on(lab, card, random)
     (wave,) = (p for p in points if str(p.load) == "waves:32" and p.workload.name == "exponential")
@@ -147,13 +147,22 @@ def test_three_waves_end_in_a_window_and_requests_are_left(card: str, random: bo
     half_full = 16  # places, on average, until the longest answer of a wave ends
     step_s = theory.decode_step_s(wave.shape, wave.ceilings, half_full, wave.context_tokens)
     assert lab.window_s > 2.8 * longest * (step_s + EXPECTED.step_s)
-    for point in points:
+
+
+@EVERY_MODEL
+@EVERY_CARD
+@pytest.mark.parametrize("name", ["continuous-batching", "structured-output"])
+def test_short_requests_do_not_run_out(name: str, card: str, random: bool) -> None:
+    lab = lab_on(name, card, random)
+    for point in points_on(lab, card, random):
         if point.load.open_loop:
             continue
-        tokens_per_s = theory.batch_throughput(
-            point.shape, point.ceilings, point.load.users, point.prompt_tokens, point.output_tokens
+        step_s = theory.decode_step_s(
+            point.shape, point.ceilings, point.load.users, point.context_tokens
         )
-        sent = (lab.warmup_s + lab.window_s) * tokens_per_s / point.output_tokens
+        request_s = theory.prefill_s(point.shape, point.ceilings, point.prompt_tokens)
+        request_s += point.output_tokens * (step_s + EXPECTED.step_s) / point.load.users
+        sent = (lab.warmup_s + lab.window_s) / request_s
         assert sent + point.load.users < lab.requests, point.key
 
 
