@@ -8,7 +8,7 @@ decode step and one piece; the long prompt itself waits longer for its first tok
 piece brings a decode step along. The streams pay as well: running requests are served first, so
 while the pieces fill every step's budget, a stream's next prompt waits for the last of them.
 
-Four streams decode; a long prompt comes in every second and a half. Variants differ in the budget,
+Streams decode, and at a fixed interval a long prompt comes in. Variants differ in the budget,
 written as a share of the long prompt; `whole` has chunking off (which forces a budget of at least
 the longest prompt: the one place where the engine couples two settings).
 
@@ -18,6 +18,8 @@ Turn: the budget (`variants.quarter.flags.max-num-batched-tokens`), the length o
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from labs import theory
 from labs.lab import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
@@ -139,6 +141,16 @@ def knobs(budget: int, prompt: int, load: str) -> tuple[str, ...]:
     )
 
 
+def beside_long_prompts(every_s: float, requests: int = 1024) -> dict[str, Any]:
+    """Have a long prompt come every so many seconds, in a window in which five of them begin."""
+    return {
+        "workloads.contended.loads": (Contended(users=32, every_s=every_s),),
+        "window_s": 5 * every_s + 0.1,
+        "requests": requests,  # every fourth of 7,680 tokens, which take long to write
+        "next_knobs": knobs(budget=960, prompt=3840, load=f"contended:64/{every_s:g}"),
+    }
+
+
 COUPLED = "without chunks the engine wants a budget that holds a whole prompt"
 
 LAB = Lab(
@@ -238,11 +250,15 @@ LAB = Lab(
             "workloads.contended.output_tokens.mean_tokens": 192,
             "workloads.contended.output_tokens.max_tokens": 768,
             "workloads.contended.intruder.prompt_tokens": 7680,
-            "workloads.contended.loads": (Contended(users=32, every_s=1),),
             "slo.itl_s": 0.05,
-            "requests": 1024,  # every fourth of 7,680 tokens, which take long to write
-            "next_knobs": knobs(budget=960, prompt=3840, load="contended:64/1"),
-        }
+            **beside_long_prompts(every_s=5),
+        },
+        # the slowest card of a class prefills a long prompt in about a third of this; its fastest
+        # serves most streams meanwhile, of random weights more than of its default model
+        "gpu-16": beside_long_prompts(every_s=3),
+        "gpu-24": beside_long_prompts(every_s=5, requests=1536),
+        "gpu-80": beside_long_prompts(every_s=3),
+        "gpu-141": beside_long_prompts(every_s=4, requests=1536),
     },
     quick={"warmup_s": 1, "repeats": 1},
     limits={

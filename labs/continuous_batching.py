@@ -6,15 +6,17 @@ batching sends a batch and waits for all of it: places whose completion is finis
 the longest one is done. *Continuous* batching (Orca, OSDI 2022) fills a place the moment it is
 free.
 
-The engine is the same for both; the arrivals differ. `waves:8` sends eight requests and waits for
-all of them, as a static batch would; `concurrent:8` keeps eight in flight. With lengths that vary
-the wait costs E[max L] / E[L]; with equal lengths nothing.
+The engine is the same for both; the arrivals differ. `waves:B` sends B requests and waits for all
+of them, as a static batch would; `concurrent:B` keeps B in flight. With lengths that vary the wait
+costs E[max L] / E[L]; with equal lengths nothing.
 
 Turn: the spread of the lengths (`workloads.exponential.output_tokens.max_tokens`), the batch
 (`workloads.exponential.loads`), and the engine's own limit (`flags.max-num-seqs`).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from labs import theory
 from labs.lab import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
@@ -93,6 +95,12 @@ def step_growth(many: Point, one: Point) -> Prediction:
         source="Williams et al., Roofline, 2009",
     )
 
+
+# where a batch of these lengths takes ten seconds and more: half of them
+SLOWER: dict[str, Any] = {
+    "workloads.exponential.output_tokens": Exponential(mean_tokens=64, max_tokens=320),
+    "window_s": 21.0,
+}
 
 SWEEP = tuple(Concurrent(users=n) for n in (1, 2, 4, 8, 16))
 
@@ -193,6 +201,7 @@ LAB = Lab(
     window_s=4.5,  # in which nine requests of the open loop are due
     scales={
         "gpu": {
+            "slo.ttft_s": 0.5,
             "flags": {"enable-prefix-caching": False, "max-num-seqs": 256},
             "workloads.exponential.prompt_tokens.tokens": 128,
             "workloads.exponential.output_tokens": Exponential(mean_tokens=128, max_tokens=640),
@@ -212,6 +221,7 @@ LAB = Lab(
             "claims.tpot.treatment.load": "concurrent:256",
             "requests": 4096,
             "load_processes": 4,  # one sends and reads some 20,000 tokens/s
+            "window_s": 15.0,  # three waves on the slowest card of a class
             "next_knobs": (
                 'SET="workloads.exponential.output_tokens.max_tokens=128" takes the tail away:'
                 " watch the gain over static batches shrink",
@@ -220,7 +230,11 @@ LAB = Lab(
                 'SET="flags.enforce-eager=true" goes without CUDA graphs: every small operation is'
                 " launched for itself",
             ),
-        }
+        },
+        "gpu-48": SLOWER,
+        # the classes' random weights are of smaller models, and answer more
+        **{f"gpu-{gb}": {**SLOWER, "requests": 8192} for gb in (24, 141)},
+        "gpu-quick": {"window_s": 10.0},
     },
     quick={"window_s": 3.5, "repeats": 2},
     limits={

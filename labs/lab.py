@@ -309,14 +309,12 @@ NOT_FILED = ("acceptance", "guessed", "masking", "arithmetic", "made_here")
 """The fields of a lab that are in no file; what they predicted and what was served are on file."""
 ONE_LOOK: dict[str, Any] = {"most_repeats": 0, "starts": 1}
 """What a quick run of any lab does without, unless the lab says otherwise."""
-QUICK_OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"repeats": 3}}
-"""What a quick run of any lab has on a kind of machine, whatever the lab says.
+QUICK_OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"most_s": 1800.0, "slo.tpot_s": 0.05}}
+"""Sizes of every lab on a kind of machine.
 
-One repeat gives no interval, hence no verdict, and on a GPU most of a run's time goes into starting
-its engines.
+On a GPU an engine takes a minute or more to start, and a step a few milliseconds, or 30 on the
+slowest card for its model.
 """
-OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"most_s": 1800.0}}
-"""Sizes of every lab on a kind of machine: on a GPU an engine takes a minute or more to start."""
 
 
 def gpu_flags(scale: str) -> dict[str, FlagValue]:
@@ -339,8 +337,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
 
     `scales` holds sizes only. For each kind of machine (`cpu`, `gpu`) it gives other values of some
     fields, by dotted path (`workloads.exponential.output_tokens.mean_tokens`); values for a class
-    of GPU memory (`gpu-24`) override those of the kind, and `quick` overrides both. On a GPU a
-    quick run has three repeats, whatever `quick` says.
+    of GPU memory (`gpu-24`) override those of the kind, and `quick` overrides both. A quick run on
+    one kind of machine (`gpu-quick`) may differ from one elsewhere. On a GPU a quick run has three
+    repeats, whatever `quick` says.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
@@ -475,8 +474,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         """
         kind = scale.partition("-")[0]
         own = [self.scales.get(name, {}) for name in dict.fromkeys((kind, scale))]
-        short = ONE_LOOK | self.quick | QUICK_OF_KIND.get(kind, {}) if quick else {}
-        lab = self._changed(OF_KIND.get(kind, {}), *own, short)
+        short = ONE_LOOK | self.quick | QUICK_OF_KIND.get(kind, {})
+        brief = (short, self.scales.get(f"{kind}-quick", {})) if quick else ()
+        lab = self._changed(OF_KIND.get(kind, {}), *own, *brief)
         if kind == "gpu":
             lab = lab.model_copy(update={"flags": {**gpu_flags(scale), **lab.flags}})
         changes, kept = _parts_kept(changes or {})

@@ -339,7 +339,6 @@ LAB = Lab(
             },
             "workloads.saturated.loads": (Concurrent(users=48),),
             "slo.ttft_s": 2.0,
-            "slo.tpot_s": 0.05,
             "requests": 4096,
             "warmup_s": 1,
             "window_s": 10,

@@ -293,7 +293,7 @@ LAB = Lab(
         "cpu": "The cache, its blocks and its eviction are vLLM's own, so hit rates carry over."
         " TTFT here has a floor of one forward pass of many small operations, which a GPU passes in"
         " a few milliseconds: the longest shared prefixes gain less here than there.",
-        "gpu": "A KV memory of 8 GiB was given so that thrashing can be reached in seconds; a"
+        "gpu": "A small KV memory was given so that thrashing can be reached in seconds; a"
         " server left to its default holds far more prefixes.",
     },
     next_knobs=(

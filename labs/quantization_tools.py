@@ -89,6 +89,7 @@ LAB = Lab(
     window_s=2.8,
     scales={
         "gpu": {
+            "slo.ttft_s": 0.5,
             "flags": {"enable-prefix-caching": True},
             "workloads.decode.prompt_tokens.tokens": 128,
             "workloads.decode.output_tokens.tokens": 128,

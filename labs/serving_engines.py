@@ -258,7 +258,6 @@ LAB = Lab(
             "requests": 1024,
             "warmup_s": 3,
             "window_s": 8,
-            "slo": {"ttft_s": 2.0, "tpot_s": 0.05},
             "next_knobs": KNOBS,  # there vLLM compiles already
         },
     },

@@ -203,6 +203,7 @@ LAB = Lab(
     scales={
         "cpu": {"repeats": 3},
         "gpu": {
+            "slo.ttft_s": 0.5,
             "flags": {"enable-prefix-caching": True},
             "workloads.decode.prompt_tokens.tokens": 128,
             "workloads.decode.output_tokens.tokens": 128,

@@ -179,6 +179,7 @@ LAB = Lab(
             "most_s": 540,  # of which the quality of five engines takes nearly four minutes
         },
         "gpu": {
+            "slo.ttft_s": 0.5,
             "flags": {"enable-prefix-caching": True},
             "workloads.decode.prompt_tokens.tokens": 128,
             "workloads.decode.output_tokens.tokens": 128,

@@ -400,7 +400,8 @@ def quadratic(at: Sequence[tuple[float, float]]) -> Quadratic | None:
 
 
 def is_of_prompts(point: Point) -> bool:
-    return point.output_tokens == 1
+    """Tells whether all of a point's prompts are computed."""
+    return point.workload.prefix is None
 
 
 def prompts(context: Context) -> Prompts:

@@ -443,7 +443,8 @@ class Vllm(Engine):
         text = log.read_text(errors="replace")
         found = re.search(r"^.*Initializing a V1 LLM engine.*$", text, re.MULTILINE)
         given = re.search(r"^.*non-default args: .*$", text, re.MULTILINE)
-        settings = (found[0] if found else "", given[0] if given else "")
+        kernel = re.search(r"^.*Using FlashAttention version.*$", text, re.MULTILINE)
+        settings = [match[0] if match else "" for match in (found, given, kernel)]
         read = {
             metrics.ENGINE_CONFIG: resolved("\n".join(settings)),
             metrics.ZEROS: random_weights.read(text),
@@ -580,6 +581,7 @@ _RESOLVED = {  # in vLLM 0.31 and 0.32
     # of what was given beside the defaults
     "max_num_splits": re.compile(r"flash_attn_max_num_splits_for_cuda_graph'?[=:]\s*(\d+)"),
     "watermark": re.compile(r"'watermark': ([\d.]+)"),
+    "flash_attention": re.compile(r"Using FlashAttention version (\d+)"),
 }
 
 

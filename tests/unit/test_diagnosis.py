@@ -345,6 +345,16 @@ def test_every_claim_has_its_points(scale: str) -> None:
         assert len(lab.pairs(claim, lab.points(SHAPE, CEILINGS))) == 1, claim.name
 
 
+@pytest.mark.parametrize("scale", ["cpu", "gpu", "gpu-80"])
+def test_nothing_is_guessed_from_what_random_weights_write(scale: str) -> None:
+    lab = LABS["diagnosis"].at(scale, quick=False, dummy=True)
+    real = LABS["diagnosis"].at(scale, quick=False)
+    assert {v.name for v in real.variants} - {v.name for v in lab.variants} == {"guessing"}
+    assert {c.name for c in real.claims} - {c.name for c in lab.claims} == {"guessing"}
+    assert not [e for e in lab.evidence if e.metric == metrics.SPEC_DRAFTED]
+    assert lab.left_out
+
+
 def test_memory_holds_some_of_four_requests() -> None:
     """26 blocks of 32: 6 are shared, each of 4 holds 6 more, a 7th with its first token, an 8th
     with the 33rd, which one answer in eight reaches."""

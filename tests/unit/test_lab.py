@@ -130,6 +130,15 @@ def test_a_quick_run_on_a_gpu_has_repeats_enough_for_an_interval() -> None:
     assert LABS["single-stream"].at("gpu-80", True, {"repeats": 1}).repeats == 1
 
 
+def test_a_quick_run_on_a_gpu_may_have_sizes_of_its_own() -> None:
+    own = {"gpu-24": {"window_s": 9}, "gpu-quick": {"window_s": 5}}
+    lab = make_lab(scales=own, quick={"window_s": 1, "repeats": 2})
+    resolved = [lab.at(scale, quick) for scale in ("cpu", "gpu-24") for quick in (True, False)]
+    assert [one.window_s for one in resolved] == [1, lab.window_s, 5, 9]
+    assert lab.at("gpu-24", quick=True).repeats == 3
+    assert lab.at("cpu", quick=True).repeats == 2
+
+
 def test_labs_go_on_until_their_claims_are_decided_but_not_where_quick() -> None:
     lab = make_lab(repeats=5, most_repeats=10)
     at = [lab.at("cpu", False), lab.at("gpu-80", False), lab.at("cpu", True)]
@@ -533,7 +542,7 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
     assert pieces <= {*trial_metrics()}
     assert all(metrics.is_known(e.metric) for e in lab.evidence if e.metric not in pieces)
     assert all(bool(e.label) == (e.kind == "echoes") for e in lab.evidence)
-    assert set(lab.scales) <= {"cpu", "gpu", *CLASSES}
+    assert set(lab.scales) <= {"cpu", "gpu", "gpu-quick", *CLASSES}
     assert set(lab.limits) == {"cpu", "gpu"}
 
 

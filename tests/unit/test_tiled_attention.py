@@ -125,6 +125,13 @@ def test_splits_are_limited_where_a_gpu_may_be_hoppers(gb: int) -> None:
                for w in lab.workloads for v in lab.variants)  # fmt: skip
 
 
+def test_a_limit_on_splits_counts_only_where_the_kernel_takes_one() -> None:
+    """vLLM hands it to FlashAttention 3, and an A100 has version 2."""
+    lab = LABS["tiled-attention"].at("gpu-80", quick=False)
+    asked = [(e.arm.variant, e.value) for e in lab.evidence if e.label == "flash_attention"]
+    assert asked == [("unsplit", "3")]
+
+
 def test_the_limit_on_splits_is_harmless_and_another_setting_is_not() -> None:
     assert not refusal({"attention-config": {"flash_attn_max_num_splits_for_cuda_graph": 1}})
     assert refusal({"attention-config": {"hisparse_config": {"device_buffer_size": 1}}})

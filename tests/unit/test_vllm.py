@@ -32,6 +32,7 @@ SAID = (  # by vLLM 0.32, cut
          " flash_attn_max_num_splits_for_cuda_graph=1)}", {"max_num_splits": "1"}),
         ("non-default args: {'block_size': 32, 'watermark': 0.05}", {"watermark": "0.05"}),
         ("a V1 LLM engine with config: enforce_eager=False", {"enforce_eager": "False"}),
+        ("INFO [flash_attn.py:776] Using FlashAttention version 3", {"flash_attention": "3"}),
         ("", {}),
     ],
 )  # fmt: skip

@@ -1,0 +1,193 @@
+"""The labs' sizes on GPUs, on the cards of every class of memory, as their datasheets have them."""
+
+from __future__ import annotations
+
+from statistics import mean
+
+import pytest
+
+from labs import LABS, theory
+from labs.chunked_prefill import long_ttft
+from labs.lab import Lab, Point
+from loadtests.plan import LEAST_COUNTED
+from serving import dummy
+from serving.forecasting.datasheet import EXPECTED, FASTER
+from serving.gpus import CLASSES
+from serving.machine import Ceilings
+from serving.models import Shape, shape_of
+from tests.default_models import config_of
+
+CARDS = {  # name -> class of memory in GB, bytes/s, dense BF16 FLOP/s, FP8 FLOP/s
+    "RTX A4000": (16, 448e9, 76.7e12, None),
+    "L4": (24, 300e9, 121e12, 242e12),
+    "A10G": (24, 600e9, 70e12, None),
+    "RTX 4090": (24, 1008e9, 165e12, 330e12),
+    "A40": (48, 696e9, 150e12, None),
+    "RTX A6000": (48, 768e9, 155e12, None),
+    "L40S": (48, 864e9, 362e12, 733e12),
+    "A100": (80, 2040e9, 312e12, None),
+    "H100": (80, 3350e9, 989e12, 1979e12),
+    "H200": (141, 4800e9, 989e12, 1979e12),
+}
+EVERY_CARD = pytest.mark.parametrize("card", CARDS)
+EVERY_MODEL = pytest.mark.parametrize("random", [False, True], ids=["real", "random"])
+
+
+def ceilings_of(card: str, reading: float, computing: float) -> Ceilings:
+    """Those that a card reaches with these shares of its datasheet."""
+    _, bandwidth, bf16, fp8 = CARDS[card]
+    return Ceilings(
+        memory_bandwidth_bytes_per_s=reading * bandwidth,
+        bf16_flops_per_s=computing * bf16,
+        fp8_flops_per_s=fp8 and computing * fp8,
+        threads=1, torch="-", measured_at="-",
+    )  # fmt: skip
+
+
+def expected_on(card: str) -> Ceilings:
+    return ceilings_of(card, EXPECTED.reading, EXPECTED.computing)
+
+
+def shape_on(card: str, random: bool) -> Shape:
+    """The model that a card serves by default."""
+    (of,) = (c for c in CLASSES if c.gb == CARDS[card][0])
+    return shape_of(dummy.config_of(of.dummy) if random else config_of(of.model))
+
+
+def lab_on(name: str, card: str, random: bool, quick: bool = False) -> Lab:
+    return LABS[name].at(f"gpu-{CARDS[card][0]}", quick, dummy=random)
+
+
+def points_on(lab: Lab, card: str, random: bool) -> list[Point]:
+    return lab.points(shape_on(card, random), expected_on(card))
+
+
+def test_every_class_has_a_card() -> None:
+    assert {gb for gb, *_ in CARDS.values()} == {c.gb for c in CLASSES}
+
+
+@EVERY_MODEL
+@EVERY_CARD
+def test_a_long_prompt_is_prefilled_well_before_the_next_one(card: str, random: bool) -> None:
+    """In its smallest pieces too; and the window is as long as its figures need."""
+    lab = lab_on("chunked-prefill", card, random)
+    for point in points_on(lab, card, random):
+        assert point.load.kind == "contended"
+        assert long_ttft(point) < 0.35 * point.load.every_s, point.key
+        assert lab.window_s > LEAST_COUNTED * point.load.every_s
+
+
+@EVERY_MODEL
+@EVERY_CARD
+def test_long_requests_of_one_user_do_not_run_out(card: str, random: bool) -> None:
+    """There are twice as many as the fastest engine that is expected could answer in a trial."""
+    lab = lab_on("tiled-attention", card, random)
+    ceilings = ceilings_of(card, FASTER.reading, FASTER.computing)
+    for point in lab.points(shape_on(card, random), ceilings):
+        assert point.load.users == 1
+        prefix = point.workload.prefix
+        cached_tokens = prefix.tokens if prefix else 0
+        request_s = theory.prefill_left_s(
+            point.shape, ceilings, point.prompt_tokens, cached_tokens
+        ) + (point.output_tokens - 1) * theory.decode_step_s(
+            point.shape, ceilings, 1, point.context_tokens
+        )
+        steps_s = point.output_tokens * FASTER.step_s
+        sent = (lab.warmup_s + lab.window_s) / (request_s + steps_s)
+        assert 2 * sent < lab.requests, point.key
+
+
+DRAFTS = {  # class of memory -> weights of the published draft and KV of a token, in bytes
+    16: (0.99e9, 12_288),
+    24: (0.99e9, 12_288),
+    80: (2.47e9, 32_768),
+    141: (15.2e9, 57_344),
+}
+
+
+@pytest.mark.parametrize("card", [card for card, (gb, *_) in CARDS.items() if gb in DRAFTS])
+def test_verifying_guesses_is_not_free_in_the_largest_batch(card: str) -> None:
+    lab = lab_on("speculative-decoding", card, random=False)
+    weight_bytes, _ = DRAFTS[CARDS[card][0]]
+    points = lab.points(
+        shape_on(card, False), expected_on(card), about={"draft": {"weight_bytes": weight_bytes}}
+    )
+    (claim,) = (c for c in lab.claims if c.name == "draft-crowd")
+    ((treatment, baseline),) = lab.pairs(claim, points)
+    assert claim.expect == "rises"
+    assert claim.predict(treatment, baseline).value > 1 + claim.margin
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("gb", [c.gb for c in CLASSES])
+def test_every_batch_of_guesses_fits_the_cache(gb: int, random: bool) -> None:
+    """And the plain batches, without a draft, are as large as what is verified there."""
+    card = next(name for name, (of, *_) in CARDS.items() if of == gb)
+    lab, shape = lab_on("speculative-decoding", card, random), shape_on(card, random)
+    memory_bytes = lab.all_flags[0].kv_cache_memory_bytes
+    own = shape.kv_bytes_per_token()
+    # random weights' draft has an eighth of the layers
+    draft = own / 8 if random else DRAFTS.get(gb, (0, 0))[1]
+    for workload in lab.workloads:
+        per_token = own if workload.only == ("none",) else own + draft
+        most = max(load.users for load in workload.loads)
+        assert most * workload.longest_tokens * per_token <= memory_bytes, workload.name
+    largest = {w.name: max(load.users for load in w.loads) for w in lab.workloads}
+    assert largest["crowd"] >= 6 * largest["story"]
+
+
+@EVERY_MODEL
+@EVERY_CARD
+def test_three_waves_end_in_a_window(card: str, random: bool) -> None:
+    lab = lab_on("continuous-batching", card, random)
+    points = points_on(lab, card, random)
+    (wave,) = (p for p in points if str(p.load) == "waves:32" and p.workload.name == "exponential")
+    outputs = [output for _, output in wave.lengths]
+    longest = mean(max(outputs[i : i + 32]) for i in range(0, len(outputs), 32))
+    half_full = 16  # places, on average, until the longest answer of a wave ends
+    step_s = theory.decode_step_s(wave.shape, wave.ceilings, half_full, wave.context_tokens)
+    assert lab.window_s > 2.8 * longest * (step_s + EXPECTED.step_s)
+
+
+@EVERY_MODEL
+@EVERY_CARD
+@pytest.mark.parametrize("name", ["continuous-batching", "structured-output"])
+def test_short_requests_do_not_run_out(name: str, card: str, random: bool) -> None:
+    lab = lab_on(name, card, random)
+    for point in points_on(lab, card, random):
+        if point.load.open_loop:
+            continue
+        step_s = theory.decode_step_s(
+            point.shape, point.ceilings, point.load.users, point.context_tokens
+        )
+        request_s = theory.prefill_s(point.shape, point.ceilings, point.prompt_tokens)
+        request_s += point.output_tokens * (step_s + EXPECTED.step_s) / point.load.users
+        sent = (lab.warmup_s + lab.window_s) / request_s
+        assert sent + point.load.users < lab.requests, point.key
+
+
+@EVERY_MODEL
+@EVERY_CARD
+def test_what_a_claim_expects_to_be_equal_is_so_by_its_formula(card: str, random: bool) -> None:
+    """A short context in 8 bits, and adapters of another rank."""
+    of_layers = shape_on(card, random)
+    width = of_layers.heads * of_layers.head_dim + of_layers.kv_heads * of_layers.head_dim
+    params = 8 * of_layers.layers * 2 * (2 * of_layers.hidden + width)
+    about = {"adapters": {"params_per_adapter": params, "rank": 8}}
+    for name, claimed in (("kv-quantization", "near"), ("multi-lora", "rank")):
+        lab = lab_on(name, card, random)
+        points = lab.points(of_layers, expected_on(card), about=about)
+        (claim,) = (c for c in lab.claims if c.name == claimed)
+        ((treatment, baseline),) = lab.pairs(claim, points)
+        assert claim.expect == "unchanged"
+        assert 1 / (1 + claim.margin) < claim.predict(treatment, baseline).value < 1 + claim.margin
+
+
+@EVERY_MODEL
+@EVERY_CARD
+def test_an_objective_on_a_gpu_is_no_cpus_and_can_be_met(card: str, random: bool) -> None:
+    shape, ceilings = shape_on(card, random), expected_on(card)
+    step_s = theory.decode_step_s(shape, ceilings, 1, 1024) + EXPECTED.step_s
+    for name in LABS:
+        tpot_s = lab_on(name, card, random).slo.tpot_s
+        assert 1.5 * step_s < tpot_s < LABS[name].slo.tpot_s, name
