@@ -148,7 +148,14 @@ def test_on_a_gpu_flags_that_the_step_cannot_see_have_no_forecast_where_they_dif
 
 def test_a_flag_that_all_engines_share_leaves_them_their_forecast() -> None:
     assert not _reasons("single-stream", variants=["in-turn"])
-    assert not _reasons("continuous-batching", **{"flags.enforce-eager": True})
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_eager_engines_have_no_forecast_on_a_gpu(here: bool) -> None:
+    """What is timed there is replayed as a CUDA graph, and what is published is no eager step."""
+    reasons = _reasons("continuous-batching", here, **{"flags.enforce-eager": True})
+    assert set(reasons) == {v.name for v in LABS["continuous-batching"].variants}
+    assert all("eager step" in why for why in reasons.values())
 
 
 def test_on_a_gpu_adapters_have_no_forecast() -> None:

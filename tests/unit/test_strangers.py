@@ -576,7 +576,7 @@ def test_a_template_without_chats_is_one_sentence(
     def refuse(_: object) -> int:
         raise TemplateError("this model answers no chats")
 
-    monkeypatch.setattr("labs.running.resolve.counter", lambda _: refuse)
+    monkeypatch.setattr("loadtests.prompts.tokenizer", lambda _: refuse)
     with pytest.raises(ModelError, match=r"template of m refuses .* \(this model answers no chats"):
         _writer(models.load(model_at(tmp_path / "model"), "m"))
 
