@@ -380,7 +380,15 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
             prompts.append(writer.chat(own.prompt_tokens, rng, lead, task=self.task))
             planned = lead if self.prefix else ""  # a task's instruction is not
             texts.append((planned, _text(prompts[-1]).removeprefix(planned).lstrip()))
-        return prompts, writer.alike(texts)
+        alike = writer.alike(texts)
+        if self.prefix and len(leads) > 1 and not self.prefix.shuffled:
+            # prefixes, too, begin alike by chance, which tells where a cache loses them all
+            of_leads = writer.alike([("", " ".join(pieces)) for pieces in leads])
+            alike = [
+                None if own is None else max(own, of_leads[i % len(leads)] or 0)
+                for i, own in enumerate(alike)
+            ]
+        return prompts, alike
 
     def _conversations(
         self, asked: list[Asked], rng: random.Random, writer: Writer

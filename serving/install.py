@@ -374,7 +374,7 @@ def platform_of_venv(home: Path) -> str:
 def require_no_run(root: Path, home: Path, platform: str) -> None:
     """Check that no lab is running, whose packages would be changed. Raises SetupError."""
     lock = scratch_of(root) / "run.lock"
-    if not lock.exists():
+    if not lock.exists() or not (home / ".venv").exists():
         return
     with lock.open("a") as held:
         try:

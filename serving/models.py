@@ -407,15 +407,15 @@ RECORD = "about.json"  # of a model's maker, with how long it took
 def file_hashes(folder: Path) -> dict[str, str]:
     """Hash weights, tokenizer and configuration: file -> SHA-256.
 
-    What the maker of a derived model recorded is not among them, so that equal weights are equal.
-    A file that Hugging Face's cache stores under its SHA-256 is not read; the hash of any other is
-    remembered until the file changes.
+    What the maker of a derived model recorded is not among them, so that equal weights are equal;
+    a study has nothing else, so it is there. A file that Hugging Face's cache stores under its
+    SHA-256 is not read; the hash of any other is remembered until the file changes.
     """
     memory = CACHE / "hashes.json"
     remembered: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
     hashes, before = {}, dict(remembered)
     found = {p for pattern in HASHED for p in folder.rglob(pattern) if p.name != RECORD}
-    for path in sorted(found):
+    for path in sorted(found or folder.glob(RECORD)):
         real = path.resolve()
         about = real.stat()
         key = f"{real}|{about.st_size}|{about.st_mtime_ns}"

@@ -304,7 +304,7 @@ def _ability(
 
 
 def _weights_available(model: Model, name: str, known: Mapping[str, str]) -> bool:
-    if derived_models.place(model, name).exists():
+    if derived_models.is_made(derived_models.place(model, name), model):
         return True
     if name not in known:
         return False

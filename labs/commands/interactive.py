@@ -11,10 +11,10 @@ import requests
 
 from dashboards.front import behind, hidden_address
 from labs.lab import Lab, LabError
+from labs.running.chat_writer import writer_of
 from labs.running.resolve import is_dummy, model_of
 from loadtests import generator, plan
 from loadtests.arrivals import Concurrent
-from loadtests.prompts import Writer, counter
 from serving import machine as machines
 from serving import models
 from serving.engines.endpoint import Endpoint
@@ -47,7 +47,7 @@ def start_locust_ui(
     chosen = by_name[workload] if workload else resolved.workloads[0]
     server = Endpoint(endpoint)
     server.require_stream()
-    writer = Writer(counter(str(model_of(machine, model, weights).path)))
+    writer = writer_of(model_of(machine, model, weights))
     work = models.CACHE / "locust"
     plan.write_requests(
         work / "requests.jsonl",
@@ -67,6 +67,7 @@ def start_locust_ui(
         variant="by-hand",
         run_id="by-hand",
         workload=chosen.name,
+        turns_away=any(flags.turns_away for flags in resolved.all_flags),
     )
     (work / "plan.json").write_text(by_hand.model_dump_json())
     address = hidden_address()

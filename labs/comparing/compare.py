@@ -345,7 +345,10 @@ def _measured(side: Side, metrics: Sequence[str]) -> Columns:
 
 
 def _effects(side: Side) -> Columns:
-    """Compute treatment / baseline by repeat for each claim's pair; none for a single variant."""
+    """Compute treatment / baseline by repeat for each claim's pair; none for a single variant.
+
+    A repeat whose baseline had 0 has no ratio.
+    """
     columns: Columns = {}
     measurements = side.summary.measurements
     for j in [] if side.variant else side.summary.judgements:
@@ -355,7 +358,7 @@ def _effects(side: Side) -> Columns:
         column = {
             repeat: treatment[repeat] / baseline[repeat]
             for repeat in sorted(set(treatment) & set(baseline))
-            if treatment[repeat] and baseline[repeat]
+            if baseline[repeat]
         }
         if column:
             columns[f"effect on {j.metric}", f"{j.treatment} / {j.baseline}"] = column
@@ -533,13 +536,15 @@ def _caveats(side: Side) -> list[Caveat]:
 
 def _what_is_missing(side: Side) -> str:
     """Say why a run is not complete, with the names of failed trials; empty where it is."""
-    failed, missing, parts = list(side.summary.failed), side.summary.missing, []
+    own = {point.key for point in side.points}
+    failed = [trial for trial in side.summary.failed if trial.rpartition("/")[0] in own]
+    missing, parts = 0 if side.variant else side.summary.missing, list[str]()
     if failed:
         named = ", ".join(failed[:MOST_NAMED]) + ", ..." * (len(failed) > MOST_NAMED)
         parts.append(f"{counted(len(failed), 'trial')} failed ({named})")
     if missing:
         parts.append(f"{counted(missing, 'trial')} not played")
-    if not parts and not side.folder.complete:
+    if not parts and not side.folder.complete and not side.variant:
         parts.append("the run has not ended")
     return ", ".join(parts)
 

@@ -570,6 +570,10 @@ class RunFolder:
             last[variant] = max(last.get(variant, 0), result.start or 0)
         return last
 
+    def played_s(self, points: Sequence[Point], lab: Lab) -> float:
+        """Return how long the trials on file took, in seconds, without engine starts."""
+        return sum(result.took_s for result in self._results(points, lab))
+
     def took_turns(self, points: Sequence[Point], lab: Lab) -> bool | None:
         """Tell whether engines took turns in the trials that succeeded; None where none has."""
         starts = [r.start for r in self._results(points, lab) if r.failed is None]

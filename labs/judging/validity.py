@@ -378,8 +378,8 @@ def _unseen_hardware(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     ]
     if expected.on_gpus and unread:
         text = (
-            f"the GPU does not show {', nor '.join(unread)}, which may be so on a part of one (MIG,"
-            " vGPU): nothing of this kind is ruled out"
+            f"the GPU does not show {', nor '.join(unread)}, as a part of a GPU (MIG, vGPU) often"
+            " does not: this is not ruled out"
         )
         yield _caveat(trial, "hardware could not be read", text, blocks=False)
 

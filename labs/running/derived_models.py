@@ -24,8 +24,8 @@ import orjson
 
 from labs.judging.evaluation import SHOTS, TEXTS, read_passages, task_blocks
 from labs.lab import LabError, NotApplicable
+from labs.running.chat_writer import writer_of
 from loadtests.arrivals import Concurrent
-from loadtests.prompts import Writer, counter
 from loadtests.structures import FORMS, example, spec
 from loadtests.workload import Fixed, Workload
 from serving import dummy, models, prune
@@ -185,7 +185,7 @@ def make(
         except ModelError as reason:
             raise NotApplicable(str(reason)) from reason
     folder = place(model, name)
-    if _is_made(folder, model):
+    if is_made(folder, model):
         return folder
     try:
         if not (made_here or folder.exists()) and (downloaded := models.sibling(model, name)):
@@ -207,10 +207,10 @@ def make(
         of = "prompts" if recipe.prompts else "texts"
         lesser = f" on {share:.0%} of its {of}, as QUICK is set"
         folder = folder.with_name(f"{folder.name}-quick")
-        if _is_made(folder, model):
+        if is_made(folder, model):
             return folder
     with _folder_lock(folder, report):
-        if not _is_made(folder, model):
+        if not is_made(folder, model):
             if folder.exists():
                 report(f"{folder.name} was made from another model of this name: it is made again")
                 shutil.rmtree(folder)
@@ -219,7 +219,7 @@ def make(
     return folder
 
 
-def _is_made(folder: Path, model: Model) -> bool:
+def is_made(folder: Path, model: Model) -> bool:
     """Tell whether a derived model exists and was made from this very model.
 
     Earlier versions did not record that: only where the name is a folder's may it be another model.
@@ -279,7 +279,7 @@ def _make(
 
 def _write_prompts(path: Path, model: Model, kinds: Sequence[Workload], each: int) -> None:
     """Write prompts of all kinds, shuffled, as JSON lines."""
-    writer, rng = Writer(counter(str(model.path))), random.Random(SEED)
+    writer, rng = writer_of(model), random.Random(SEED)
     drawn = [
         {"messages": request.messages, "kind": kind.name}
         for kind in kinds

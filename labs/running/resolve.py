@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from jinja2 import TemplateError
-
 from labs.filing.results import RESULTS, MachineFile, read_json, require_room, write_json
 from labs.findings.parts import parts_of
 from labs.judging.metrics import trial_metrics
 from labs.judging.text import ceilings_text
 from labs.lab import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Point, did_you_mean
 from labs.running import derived_models
+from labs.running.chat_writer import writer_of
 from labs.running.clock import Clock
 from labs.running.probes import PROBES, TEXT_PROBES
 from labs.running.progress import ProgressDisplay
@@ -118,7 +117,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         require_no_reading(lab)
     if not request.engine_command:
         lab = with_engines_here(lab, model, progress)
-    writer = _writer(model)
+    writer = writer_of(model)
     lab = with_whole_prompts(lab, writer.least_tokens, progress)
     require_sizes(lab, model)
     endpoint = _endpoint(request, lab)
@@ -277,22 +276,6 @@ def keeps_disturbed() -> bool:
             " leave it out: they are then measured again"
         )
     return bool(text)
-
-
-def _writer(model: models.Model) -> Writer:
-    """Load the model's tokenizer. Raises ModelError where it is damaged or has no chat template."""
-    try:
-        return Writer.of(str(model.path))
-    except TemplateError as error:
-        raise models.ModelError(
-            f"the chat template of {model.name} refuses a user's message ({error}): give a model"
-            " that answers chats with MODEL="
-        ) from error
-    except Exception as error:  # tokenizers raises nothing more special
-        raise models.ModelError(
-            f"the tokenizer in {model.path} cannot be read ({str(error).strip()[:200]}): download"
-            " the model again, or give another with MODEL="
-        ) from error
 
 
 def is_dummy(weights: str) -> bool:

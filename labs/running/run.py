@@ -114,7 +114,7 @@ def _measure(
     """
     lab = setup.lab
     groups = resident_groups(setup, folder.took_turns(setup.points, lab))
-    until = time.monotonic() + lab.most_s
+    until = time.monotonic() + lab.most_s - folder.played_s(setup.points, lab)
     setup.clock.preparations_s.append(round(time.monotonic() - began, 1))
     with open_harness(setup, folder, work, progress, groups) as harness:
         trips = harness.play_lab()

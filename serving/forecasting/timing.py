@@ -245,23 +245,29 @@ class Decoder:
 def recorded(work: Work) -> Work:
     """Record what a work launches on a GPU, and return what replays it in one launch.
 
-    A work that cannot be recorded is returned as it is, and the reason is printed to stderr.
+    What is returned holds the work, whose tensors the graph reads and does not keep alive. A work
+    that cannot be recorded is returned as it is, and the reason is printed to stderr.
     Source: PyTorch's notes on CUDA graphs (a warm-up on another stream, then the recording).
     """
     import torch
 
-    graph, beside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph, beside, usual = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
     try:
-        beside.wait_stream(torch.cuda.current_stream())
+        beside.wait_stream(usual)
         with torch.cuda.stream(beside):
             work()
-        torch.cuda.current_stream().wait_stream(beside)
+        usual.wait_stream(beside)
         with torch.cuda.graph(graph):
             work()
     except RuntimeError as error:
+        torch.cuda.set_stream(usual)  # a recording that failed leaves its own in place
         print(f"A step is timed without a CUDA graph: {error}", file=sys.stderr)
         return work
-    return graph.replay  # type: ignore[no-any-return]
+
+    def replay(holding: Work = work) -> None:
+        graph.replay()
+
+    return replay
 
 
 def timed(

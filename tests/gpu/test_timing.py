@@ -17,11 +17,22 @@ def test_a_recorded_work_computes_when_it_is_replayed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     torch = pytest.importorskip("torch")
-    count, one = (torch.full((1,), value, device="cuda") for value in (0.0, 1.0))
-    replay = timing.recorded(lambda: count.add_(one))
+    count = torch.zeros(1, device="cuda")
+
+    def adding() -> timing.Work:
+        one = torch.ones(1, device="cuda")  # held by the work alone
+
+        def work() -> None:
+            count.add_(one)
+
+        return work
+
+    replay = timing.recorded(adding())
+    others = [torch.full((1,), 7.0, device="cuda") for _ in range(100)]  # where it was, if it went
     before = count.item()
     for _ in range(3):
         replay()
     torch.cuda.synchronize()
     assert count.item() == before + 3
+    assert others
     assert not capsys.readouterr().err

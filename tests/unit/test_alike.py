@@ -50,7 +50,9 @@ def found(requests: Sequence[Request], tokenize: Tokenize, warm: bool = False) -
     return hits
 
 
-def is_warm(workload: Workload, requests: Sequence[Request], hits: int, head: int) -> bool:
+def is_warm(
+    workload: Workload, requests: Sequence[Request], hits: int, head: int, blocks: int = 100_000
+) -> bool:
     """Whether a trial that sent these requests and found so many tokens is taken for a warm one."""
     point = make_point("on", flags={"enable-prefix-caching": True})
     point = replace(point, workload=workload)
@@ -62,7 +64,7 @@ def is_warm(workload: Workload, requests: Sequence[Request], hits: int, head: in
         )
         for r in requests
     ]  # fmt: skip
-    config = {"block_size": str(BLOCK_TOKENS), "num_gpu_blocks": "100000"}
+    config = {"block_size": str(BLOCK_TOKENS), "num_gpu_blocks": str(blocks)}
     engine = replace(make_engine(records, True, hits), info={metrics.CACHE_CONFIG: config})
     trial = make_trial(records, engine=engine, point=point)
     caveats = caveats_of(trial, Expected(template_tokens=head))
@@ -93,6 +95,18 @@ def test_a_cold_cache_is_never_taken_for_a_warm_one(
     requests = workload.requests(600, 1, writer(tokenize))
     hits = found(requests, tokenize)
     assert not is_warm(workload, requests, hits, before)
+
+
+def test_prefixes_that_the_cache_loses_may_begin_alike() -> None:
+    """A prompt of another group that was sent shortly before has the same first block, at times."""
+    tokenize = template(10, 5)
+    workload = make_workload(prompt_tokens=Fixed(tokens=300), prefix=Prefix(tokens=128, groups=600))
+    requests = workload.requests(600, 1, writer(tokenize))
+    hits = found(requests, tokenize)
+    assert hits
+    assert not is_warm(workload, requests, hits, 10, blocks=1000)
+    warm = found(requests, tokenize, warm=True)
+    assert is_warm(workload, requests, warm, 10, blocks=1000)
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (10, 5), (13, 3), (16, 5), (27, 4)])

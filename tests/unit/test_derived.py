@@ -41,7 +41,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     (tmp_path / "a_maker.py").write_text(MAKER)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{models.ROOT}")
     monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(derived_models, "counter", lambda path: words)
+    monkeypatch.setattr(derived_models, "writer_of", lambda model: Writer(words))
     for name, recipe in RECIPES.items():
         monkeypatch.setitem(RECIPES, name, replace(recipe, module="a_maker"))
     return Model("lab/base-1B", tmp_path / "base", SHAPE)

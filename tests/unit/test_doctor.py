@@ -44,7 +44,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("serving.machine.compiler", lambda kind: ("/usr/bin/g++", ""))
     monkeypatch.setattr(doctor, "check_flags", lambda _: None)
     monkeypatch.setattr(doctor, "require_sizes", lambda *_: None)
-    monkeypatch.setattr("labs.commands.doctor.derived_models.place", lambda model, name: tmp_path)
+    monkeypatch.setattr("labs.commands.doctor.derived_models.is_made", lambda folder, model: True)
     monkeypatch.setattr("labs.commands.doctor.quantize.is_available", lambda tool: True)
 
 
@@ -84,9 +84,7 @@ def test_a_lab_that_cannot_run_says_why_and_the_others_run(monkeypatch: pytest.M
 
 @pytest.mark.usefixtures("healthy")
 def test_what_a_lab_makes_first_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(
-        "labs.commands.doctor.derived_models.place", lambda model, name: tmp_path / "none" / name
-    )
+    monkeypatch.setattr("labs.commands.doctor.derived_models.is_made", lambda folder, model: False)
     notes = {a.lab: a for a in doctor.examine("")[1]}
     assert notes["multi-lora"] == Ability("multi-lora", True, "makes adapters first (about 3 min)")
 
@@ -95,9 +93,7 @@ def test_what_a_lab_makes_first_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_without_a_package_index_no_tool_is_promised(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(
-        "labs.commands.doctor.derived_models.place", lambda model, name: tmp_path / "none" / name
-    )
+    monkeypatch.setattr("labs.commands.doctor.derived_models.is_made", lambda folder, model: False)
     monkeypatch.setattr(
         "labs.commands.doctor.quantize.is_available", lambda tool: tool.name != "gptqmodel"
     )
@@ -252,9 +248,7 @@ def test_what_others_published_is_downloaded_and_what_nobody_knows_stops_a_lab(
     def absent(*_: object) -> None:
         raise ModelError("not downloaded")
 
-    monkeypatch.setattr(
-        "labs.commands.doctor.derived_models.place", lambda model, name: tmp_path / "none" / name
-    )
+    monkeypatch.setattr("labs.commands.doctor.derived_models.is_made", lambda folder, model: False)
     monkeypatch.setattr("labs.commands.doctor.models.sibling", absent)
     monkeypatch.setattr(
         "labs.commands.doctor.models.SIBLINGS",

@@ -279,6 +279,9 @@ class Cuda:
 
     current_stream = Stream
 
+    def set_stream(self, which: object) -> None:
+        self.noted.append("set back")
+
     def stream(self, which: object) -> Any:
         return contextlib.nullcontext()
 
@@ -300,7 +303,7 @@ def test_on_a_gpu_a_work_is_recorded_once_and_replayed(
     told = capsys.readouterr().err
     replay()
     if refuses:
-        assert cuda.noted == ["launched", "launched", "launched"]
+        assert cuda.noted == ["launched", "launched", "set back", "launched"]
         assert "without a CUDA graph: operation not permitted" in told
     else:
         assert cuda.noted == ["launched", "launched", "recorded", "replayed"]

@@ -28,7 +28,8 @@ from labs.filing.results import Run, RunFolder, lab_from_resolved, write_json
 from labs.filing.tracked import tracked_names
 from labs.lab import Lab, LabError, digest_of
 from labs.running import backfill, reproduce
-from labs.running.resolve import RunRequest, _writer, require_harmless, resolve
+from labs.running.chat_writer import writer_of
+from labs.running.resolve import RunRequest, require_harmless, resolve
 from labs.telling import markdown, site
 from serving import models, unbundle
 from serving.engines.base import EngineError
@@ -566,7 +567,7 @@ def test_a_damaged_tokenizer_is_one_sentence(content: str, tmp_path: Path) -> No
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text(content)
     with pytest.raises(ModelError, match=r"the tokenizer in .* cannot be read .*MODEL=") as failed:
-        _writer(models.load(folder, "m"))
+        writer_of(models.load(folder, "m"))
     assert "\n" not in str(failed.value)
 
 
@@ -578,7 +579,7 @@ def test_a_template_without_chats_is_one_sentence(
 
     monkeypatch.setattr("loadtests.prompts.tokenizer", lambda _: refuse)
     with pytest.raises(ModelError, match=r"template of m refuses .* \(this model answers no chats"):
-        _writer(models.load(model_at(tmp_path / "model"), "m"))
+        writer_of(models.load(model_at(tmp_path / "model"), "m"))
 
 
 MANIFEST = {"python": "3.12", "machine": "x86_64", "expected": {"torch": "2"}, "packages": {},

@@ -235,8 +235,8 @@ def test_an_endpoint_may_count_a_prompt_a_little_otherwise() -> None:
     ("processes", "throttle", "said"),
     [
         (0, "", None),
-        (None, "", "the GPU does not show whether other processes used it, which"),
-        (0, None, "the GPU does not show whether heat or power slowed it, which"),
+        (None, "", "the GPU does not show whether other processes used it, as a part"),
+        (0, None, "the GPU does not show whether heat or power slowed it, as a part"),
         (None, None, "does not show whether other processes used it, nor whether heat or power"),
     ],
 )
