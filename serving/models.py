@@ -414,7 +414,8 @@ def file_hashes(folder: Path) -> dict[str, str]:
     memory = CACHE / "hashes.json"
     remembered: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
     hashes, before = {}, dict(remembered)
-    found = {p for pattern in HASHED for p in folder.rglob(pattern) if p.name != RECORD}
+    named = (path for pattern in HASHED for path in folder.rglob(pattern))
+    found = {path for path in named if path.is_file() and path.name != RECORD}
     for path in sorted(found or folder.glob(RECORD)):
         real = path.resolve()
         about = real.stat()
