@@ -12,6 +12,8 @@ A reader's own processes start without it; the code that they run is the same.
   each of the two polls for the other while it waits. The process with the worker keeps to the
   worker's cores, with as many threads: vLLM hands both to OpenMP in the environment of a worker
   that it spawns, and a forked one has read its environment before.
+- An engine with eager steps compiles nothing. vLLM still compiles a few small functions of its
+  sampler where they are called first, which takes longer than all that they compute here.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from multiprocessing.context import BaseContext
 SERVER = "vllm.entrypoints.openai.api_server"
 WORKER_APART = "VLLM_ENABLE_V1_MULTIPROCESSING"
 CORES = "VLLM_CPU_OMP_THREADS_BIND"
+NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
 _get_context = multiprocessing.get_context
 
@@ -49,5 +52,7 @@ def _keep_the_worker_to(cores: list[int]) -> None:
 gc.set_threshold(100_000, 50, 1000)
 if SERVER in sys.orig_argv:
     setattr(multiprocessing, "get_context", _forking)  # noqa: B010
+    if "--enforce-eager" in sys.orig_argv:
+        os.environ[NO_COMPILER] = "1"
     if "|" not in os.environ.get(CORES, "|"):  # which parts the cores of several workers
         _keep_the_worker_to([int(core) for core in os.environ[CORES].split(",")])

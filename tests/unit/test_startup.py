@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.startup.sitecustomize import CORES, SERVER, WORKER_APART
+from tests.startup.sitecustomize import CORES, NO_COMPILER, SERVER, WORKER_APART
 
 
 def test_what_a_test_starts_collects_garbage_as_rarely_as_the_test() -> None:
@@ -25,6 +25,22 @@ def test_a_server_of_vllm_forks_and_nothing_else_does() -> None:
         asked = [sys.executable, "-c", ask, argument]
         said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
         assert said.strip() == method
+
+
+@pytest.mark.parametrize(
+    ("arguments", "disabled"),
+    [
+        ((SERVER, "--enforce-eager"), "1"),
+        ((SERVER,), "None"),
+        (("another", "--enforce-eager"), "None"),
+    ],
+)
+def test_an_engine_with_eager_steps_compiles_nothing(
+    arguments: tuple[str, ...], disabled: str
+) -> None:
+    asked = [sys.executable, "-c", f"import os; print(os.environ.get('{NO_COMPILER}'))", *arguments]
+    output = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    assert output.strip() == disabled
 
 
 @pytest.mark.parametrize(
