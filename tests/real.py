@@ -23,11 +23,13 @@ from serving import machine, metrics
 from serving.engines import ENGINES
 from serving.engines.base import EngineError
 from serving.models import ROOT
+from tests import forecaster
 from tests.fake.conftest import CEILINGS
 from tests.shallow import shallow
 from tests.sizes import sizes_of
 from tests.startup import sitecustomize
 
+AS_READERS_DO = "labs.commands.cli"  # what the target in the Makefile runs
 FRONT_DOOR = "continuous-batching"  # the lab of the README's first command
 AS_VLLM_DOES = "prefix-caching"  # two engines beside each other, each with a worker of its own
 RUNS = "*/*/*/run.json"
@@ -42,7 +44,7 @@ def quick_run(
     *,
     weights: str = "",
     model: str = "",
-    command: str = "labs.commands.cli",
+    command: str = AS_READERS_DO,
 ) -> RunFolder:
     """`labs run LAB` with QUICK=1 and these settings; the run it left among the results.
 
@@ -50,6 +52,8 @@ def quick_run(
     others' as `tests/startup` says; one of them has vLLM's default processes, as a reader's have.
     """
     before = set(results.glob(RUNS))
+    if command != AS_READERS_DO:
+        forecaster.start()
     done = subprocess.run(
         [sys.executable, "-m", command, "run", lab],
         cwd=ROOT,
@@ -122,7 +126,7 @@ def lab_on_a_cpu(lab: str, results: Path, command: str = "tests.small") -> None:
         pytest.skip(str(error))
     model = served(sizes.layers)
     settings = f"{BRIEF} {sizes.real} {sizes.cpu}"
-    command = "labs.commands.cli" if lab == FRONT_DOOR else command
+    command = AS_READERS_DO if lab == FRONT_DOOR else command
     folder = quick_run(lab, results, settings, model=model, command=command)
     check_run(folder, makes_sense=sizes.layers is None)
     check_dashboards(folder)

@@ -1,17 +1,19 @@
 """The `labs` command with smaller numbers of the product's own, for labs on a real engine.
 
 How many answers a probe asks for, how many tasks it sets, how often a step is timed and how much
-text is read for a forecast decide how sure a finding is, and not whether it can be made. The
-README's lab is run without it, as a reader runs it.
+text is read for a forecast decide how sure a finding is, and not whether it can be made. What makes
+forecasts is forked from a process that has imported vLLM (`tests/forecaster.py`). The README's lab
+is run without it, as a reader runs it.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 from labs.commands.cli import app
 from labs.judging import evaluation
-from labs.running import copied_text, probes, step_timing
+from labs.running import copied_text, forecaster, probes, step_timing
 
 _tasks_with_shots = evaluation.tasks_with_shots
 
@@ -28,6 +30,7 @@ def make_small() -> None:
     evaluation.tasks_with_shots = _fewer_tasks
     setattr(step_timing, "QUICK_PASSES", 1)  # noqa: B010
     copied_text.ANSWERS = 8
+    forecaster.FORECASTER_ARGV = (sys.executable, "-m", "tests.forecaster")
 
 
 if __name__ == "__main__":
