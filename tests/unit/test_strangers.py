@@ -639,8 +639,10 @@ def test_a_template_without_chats_is_one_sentence(
         writer_of(models.load(model_at(tmp_path / "model"), "m"))
 
 
-MANIFEST: dict[str, Any] = {"python": "3.12", "machine": "x86_64", "expected": {"torch": "2"}, "packages": {},
-            "parts": [{"name": "part-1", "bytes": 1, "sha256": "0"}]}  # fmt: skip
+MANIFEST: dict[str, Any] = {
+    "python": "3.12", "machine": "x86_64", "expected": {"torch": "2"}, "packages": {},
+    "parts": [{"name": "part-1", "bytes": 1, "sha256": "0"}],
+}  # fmt: skip
 
 
 WRONG: list[dict[str, Any]] = [
