@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from labs.judging.judge import Interval
+from labs.telling.terminal import PlainConsole
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+console = PlainConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def table(title: str, *columns: str) -> Table:

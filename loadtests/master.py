@@ -28,7 +28,7 @@ class Director:
     def __init__(self, runner: MasterRunner, exporter: Exporter) -> None:
         self.runner, self.exporter = runner, exporter
         self.plan: TrialPlan | None = None
-        self.records: list[RequestRecord] = []
+        self.records: records.Spool | None = None  # None where none are kept
         self.shares: dict[str, TrialPlan] = {}  # worker -> its share of the trial under way
         self.ready: set[str] = set()
         self.answered: set[str] = set()  # workers whose requests that count have been answered
@@ -49,7 +49,12 @@ class Director:
     def begin(self, plan: TrialPlan) -> None:
         """Begin a trial: send each living worker its share of the plan."""
         plan = plan.model_copy(update={"trial": secrets.token_hex(8)})
-        self.plan, self.records, self.gone = plan, [], set()
+        self.plan, self.gone = plan, set()
+        try:
+            self.keep_records(plan)
+        except OSError as error:  # a full disk, for one
+            self.fail(f"the records could not be written: {error}")
+            return
         self.exporter.begin(plan)
         workers = sorted(self.alive() if self.team is None else self.alive() & self.team)
         self.ready, self.answered, self.done, self.progress = set(), set(), {}, {}
@@ -59,6 +64,12 @@ class Director:
         }
         for worker, share in self.shares.items():
             self.runner.send_message("lab-trial", share.model_dump_json(), client_id=worker)
+
+    def keep_records(self, plan: TrialPlan) -> None:
+        """Begin to keep the records of a trial, but not those of users that nobody measures."""
+        if self.records:
+            self.records.close()
+        self.records = None if plan.window_s is None else records.Spool(plan.records)
 
     def direct(self, users: int, workers: int) -> None:
         """Wait for the users to start, then play the plans from the standard input."""
@@ -184,8 +195,12 @@ class Director:
             fields["chunks"] = [(at, tokens) for at, tokens in fields["chunks"]]
             record = RequestRecord(**fields)
             self.exporter.observe(record)
-            if self.plan and self.plan.window_s is not None:
-                self.records.append(record)
+            try:
+                if self.records:
+                    self.records.add(record)
+            except OSError as error:
+                self.fail(f"the records could not be written: {error}")
+                return
         self.progress[msg.node_id] = Progress.model_validate_json(msg.data["progress"])
         self.exporter.progress(total_progress([*self.progress.values()]))
 
@@ -220,8 +235,9 @@ class Director:
             summaries, sum(seats[worker] for worker in self.gone) / sum(seats.values())
         )
         try:
-            records.write(self.plan.records, self.records)
-        except OSError as error:  # a full disk, for one
+            if self.records:
+                self.records.pack()
+        except OSError as error:
             say(event="failed", reason=f"the records could not be written: {error}")
         else:
             say(event="done", summary=summary.model_dump())

@@ -56,6 +56,8 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     fields: dict[str, Any] = {}  # of every body, set to these; None leaves a field out
     model_names: dict[str, str] = {}  # that it gives models in its answers -> the lab's
     reconnects: bool = False  # before each request, as it closes connections after an answer
+    # a regular expression of secrets, which errors do not repeat; its group `name` stays
+    secrets: str = ""
     share: tuple[int, int] = (0, 1)  # (number of this load process, number of all)
     trial: str = ""  # a name that the master gives it, by which late messages are told apart
 

@@ -16,12 +16,15 @@ Definitions (tools differ; these are ours):
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 import orjson
 
@@ -31,6 +34,10 @@ TURNED_AWAY = ("HTTP 503", "HTTP 429")
 OPTIONAL = ("text", "model", "choice", "alike_tokens")  # left out of a line where they are None
 LONGEST_S = 7 * 24 * 3600.0  # that a trial may take
 MOST_TOKENS = 10_000_000  # of a request
+SPOOL_BYTES = 2**18  # written to disk at once
+MOST_CHUNKS = 8_000_000  # of the requests of a trial together
+MOST_LINE_BYTES = 16 * 2**20  # of a request
+MOST_VALUES = 2_000_000  # of a request, by its commas and brackets: a chunk has three
 
 
 @dataclass(frozen=True)
@@ -123,23 +130,80 @@ class RequestRecord:
 def write(path: Path, records: Iterable[RequestRecord]) -> None:
     """Write the records as gzipped JSON lines; the file appears only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _pack(path, map(_line, records))
+
+
+def _line(record: RequestRecord) -> bytes:
+    fields = {k: v for k, v in vars(record).items() if v is not None or k not in OPTIONAL}
+    return orjson.dumps(fields) + b"\n"
+
+
+def _pack(path: Path, lines: Iterable[bytes]) -> None:
     half = path.with_name(f".{path.name}.half")
     # mtime=0: the same records give the same bytes
     with half.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
-        for record in records:
-            fields = {k: v for k, v in vars(record).items() if v is not None or k not in OPTIONAL}
-            file.write(orjson.dumps(fields) + b"\n")
+        for line in lines:
+            file.write(line)
     half.rename(path)
 
 
+class Spool:
+    """Keeps a trial's records on disk as they come, so that memory does not grow with them.
+
+    While the load lasts they are only written down; they are compressed once it has ended. What is
+    kept until then has no name, so that nothing is left of it however the process ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Begin with none; `path` is where they are to be in the end. Raises OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._lines: IO[bytes] = tempfile.TemporaryFile(  # noqa: SIM115 - closed by pack and close
+            dir=path.parent, buffering=SPOOL_BYTES
+        )
+
+    def add(self, record: RequestRecord) -> None:
+        """Write a record down. Raises OSError."""
+        self._lines.write(_line(record))
+
+    def pack(self) -> None:
+        """Write all of them as `write` does. Raises OSError."""
+        self._lines.seek(0)
+        _pack(self._path, self._lines)
+        self.close()
+
+    def close(self) -> None:
+        """Drop what was not packed."""
+        with contextlib.suppress(OSError):  # a full disk takes not even the last ones
+            self._lines.close()
+
+
+def most_chunks(asked_tokens: int) -> int:
+    """Return the most chunks with tokens that an answer of so many tokens may come in."""
+    return 2 * asked_tokens + 16
+
+
+def values_at_most(text: bytes) -> int:
+    """Count the values that JSON can hold by its commas and brackets, without parsing it."""
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
+
+
 def read(path: Path) -> Iterator[RequestRecord]:
-    """Read the records back; raises ValueError, which names the line that cannot be read."""
-    number = 0
+    """Read the records back; raises ValueError, which names the line that cannot be read.
+
+    It is raised as well, before they fill the memory, for more than any trial's records hold.
+    """
+    number = chunks = 0
     try:
         with gzip.open(path, "rb") as file:
-            for line in file:
+            while line := file.readline(MOST_LINE_BYTES + 1):
                 number += 1
+                if len(line) > MOST_LINE_BYTES or values_at_most(line) > MOST_VALUES:
+                    raise _ImpossibleError("it is too long")
                 fields = orjson.loads(line)
+                chunks += len(fields["chunks"])
+                if chunks > MOST_CHUNKS:
+                    raise _ImpossibleError(f"more than {MOST_CHUNKS} chunks so far")
                 fields["chunks"] = [(time, tokens) for time, tokens in fields["chunks"]]
                 record = RequestRecord(**fields)
                 _check(record)
@@ -168,5 +232,7 @@ def _check(record: RequestRecord) -> None:
         raise _ImpossibleError("a number of tokens is no whole number")
     if max(sizes) > MOST_TOKENS:
         raise _ImpossibleError(f"it has more than {MOST_TOKENS} tokens")
+    if len(counts) > most_chunks(record.asked_tokens):
+        raise _ImpossibleError(f"it has {len(counts)} chunks for {record.asked_tokens} tokens")
     if not all(text is None or isinstance(text, str) for text in (record.error, record.text)):
         raise _ImpossibleError("an error or an answer is no text")

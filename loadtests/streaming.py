@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from http.client import HTTPException
 from typing import Any
 
@@ -15,13 +16,32 @@ import orjson
 from loadtests import records
 from loadtests.connection import Connection, EndlessAnswer, Lines, Pieces, lines_of
 from loadtests.load import Ended, Load, Turn, now
+from loadtests.plan import TrialPlan
 from loadtests.records import RequestRecord
 
 PATH = "/v1/chat/completions"
 HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-if key := os.environ.get("VLLM_API_KEY"):  # that the engine, or an endpoint, asks for
-    HEADERS["Authorization"] = f"Bearer {key}"
+KEY = os.environ.get("VLLM_API_KEY", "")
+"""That the engine, or an endpoint, asks for; it may send it back."""
+if KEY:
+    HEADERS["Authorization"] = f"Bearer {KEY}"
+LEAST_KEY = 6  # characters; a shorter key, such as EMPTY, is a word that texts may hold
 CONNECTION_TIMEOUT_S = 10.0
+MOST_ERROR = 300  # characters that are recorded of an error
+SEARCHED = 4096  # characters of an error that are searched for other secrets than the key
+
+
+def without_key(text: str) -> str:
+    """Replace the key by `***` in what a server has said."""
+    return text.replace(KEY, "***") if len(KEY) >= LEAST_KEY else text
+
+
+def recordable(error: str, plan: TrialPlan) -> str:
+    """Return an error without secrets, and not too long."""
+    searched = without_key(error)[:SEARCHED]
+    if plan.secrets:
+        searched = re.sub(plan.secrets, r"\g<name>***", searched)
+    return searched[:MOST_ERROR]
 
 
 def connect(load: Load) -> Connection:
@@ -45,9 +65,10 @@ def stream(connection: Connection, turn: Turn, load: Load) -> Ended:
     try:
         connection.ask(request.body.encode(), pieces, most_s, load.most_bytes)
     except EndlessAnswer as failure:
-        error = str(failure)
+        error = recordable(str(failure), load.plan)
     except Exception as failure:  # any failure of the network is recorded with the request
-        error, connection_failed = f"{type(failure).__name__}: {failure}", True
+        error = recordable(f"{type(failure).__name__}: {failure}", load.plan)
+        connection_failed = True
     end = now() if error or not pieces else pieces[-1][0]
     load.in_flight -= 1
     if request.adapter:
@@ -64,7 +85,7 @@ def read(ended: Ended) -> tuple[Lines, str | None]:
     if ended.error or status == 200:
         return lines, ended.error
     text = b"\n".join(line for _, line in lines).decode(errors="replace")
-    return lines, f"HTTP {status}: {text[:200]}"
+    return lines, f"HTTP {status}: {text}"
 
 
 def records_of(ended: Ended, load: Load) -> list[RequestRecord]:
@@ -96,8 +117,12 @@ def record_of(
     )
     keep = load.plan.keep_text and chunks and not complaint
     model = model_of(lines) if chunks and not complaint else None
+    error = error or complaint
+    if len(chunks) > (most := records.most_chunks(turn.request.output_tokens)):
+        error = error or f"more than {most} chunks with tokens"
+        del chunks[most:]
     if error is None and not chunks:
-        error = complaint or "the stream ended without a token"
+        error = "the stream ended without a token"
     return RequestRecord(
         index=turn.request.index,
         asked_tokens=turn.request.output_tokens,
@@ -108,10 +133,10 @@ def record_of(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         in_window=turn.counts,
-        error=error or complaint,
+        error=None if error is None else recordable(error, load.plan),
         first_byte_s=None if first_byte is None else round(first_byte - t0, 6),
-        text=text_of(lines) if keep else None,
-        model=None if model is None else load.plan.model_names.get(model, model),
+        text=without_key(text_of(lines)) if keep else None,
+        model=None if model is None else without_key(load.plan.model_names.get(model, model)),
         choice=choice,
         alike_tokens=turn.request.alike_tokens,
     )
@@ -142,7 +167,7 @@ def by_choice(lines: Lines, choices: int) -> tuple[list[Lines], str | None]:
                 continue
         except (ValueError, TypeError, KeyError, AttributeError):
             if line[5:].strip() != b"[DONE]":
-                complaint = f"not an event of one of {choices} answers: {line[:80]!r}"
+                complaint = f"not an event of one of {choices} answers: {begin(line)}"
         for part in parts if index is None else [parts[index]]:
             part.append((at, line))
     if complaint is None and total is not None and total != sum(newest):
@@ -175,10 +200,10 @@ def tokens_of(
             if usage := event.get("usage"):
                 prompt, output = usage["prompt_tokens"], usage["completion_tokens"]
                 if type(output) is not int or not reported <= output <= most_tokens:
-                    return chunks, None, None, f"not a usage: {str(usage)[:80]}"
+                    return chunks, None, None, f"not a usage: {without_key(str(usage))[:80]}"
                 if prompt != prompt_tokens:
                     if type(prompt) is not int or prompt < 0:
-                        return chunks, None, None, f"not a usage: {str(usage)[:80]}"
+                        return chunks, None, None, f"not a usage: {without_key(str(usage))[:80]}"
                     prompt_tokens = prompt
                 output_tokens = reported = output
                 tokens = output_tokens - counted if event.get("choices") else 0
@@ -186,11 +211,16 @@ def tokens_of(
                 choices = event.get("choices") or [{}]
                 tokens = 1 if (choices[0].get("delta") or {}).get("content") else 0
         except (ValueError, TypeError, KeyError, AttributeError):
-            return chunks, prompt_tokens, output_tokens, f"not a completion event: {line[:80]!r}"
+            return chunks, prompt_tokens, output_tokens, f"not a completion event: {begin(line)}"
         if tokens > 0:
             counted += tokens
             chunks.append((int((at - t0) * 1e6 + 0.5) / 1e6, tokens))  # as round(), in less time
     return chunks, prompt_tokens, output_tokens, complaint
+
+
+def begin(line: bytes) -> str:
+    """Return the beginning of a line for a complaint."""
+    return repr(without_key(line.decode(errors="replace"))[:80])
 
 
 def complaint_of(error: Any) -> str:
@@ -201,7 +231,7 @@ def complaint_of(error: Any) -> str:
     """
     code = error.get("code") if isinstance(error, dict) else None
     turned_away = next((name for name in records.TURNED_AWAY if name == f"HTTP {code}"), "")
-    return f"{turned_away}{': ' * bool(turned_away)}{error}"[:200]
+    return f"{turned_away}{': ' * bool(turned_away)}{error}"
 
 
 def text_of(lines: Lines) -> str:

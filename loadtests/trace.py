@@ -8,12 +8,13 @@ Mooncake's JSON lines (`timestamp` in milliseconds, `input_length`, `output_leng
 from __future__ import annotations
 
 import csv
+import heapq
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from loadtests.records import MOST_TOKENS
 
@@ -24,11 +25,15 @@ COLUMNS = (
     ("timestamp", "input_length", "output_length"),
 )
 MOST_BYTES = 256 * 2**20
+MOST_LINE = 2**18  # characters of a request: Mooncake's longest name some hundred blocks
 MOST_ROWS = 4096  # the first ones, since a run's manifest holds them
 
 
-def read_trace(path: Path) -> tuple[TraceRow, ...]:
-    """Read a trace in order of time; raises ValueError, which names the request and the reason."""
+def read_trace(path: Path, most_rows: int = MOST_ROWS) -> tuple[TraceRow, ...]:
+    """Read the first requests of a trace in order of time, `most_rows` at the most.
+
+    No more of them are held in memory. Raises ValueError, which names the request and the reason.
+    """
     if path.exists() and not path.is_file():
         raise ValueError(f"the trace {path} cannot be read: it is not a regular file")
     try:
@@ -37,15 +42,27 @@ def read_trace(path: Path) -> tuple[TraceRow, ...]:
                 f"the trace {path} has more than {MOST_BYTES / 2**20:.0f} MiB: give its beginning"
             )
         with path.open(newline="") as file:
-            lines = map(json.loads, file) if path.suffix == ".jsonl" else csv.DictReader(file)
-            rows = list(_rows(path, lines))
+            lines = _lines(path, file)
+            named = map(json.loads, lines) if path.suffix == ".jsonl" else csv.DictReader(lines)
+            rows = heapq.nsmallest(most_rows, _rows(path, named), key=lambda row: row[0])
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error, RecursionError) as error:
         raise ValueError(f"the trace {path} cannot be read: {error}") from error
     if not rows:
         raise ValueError(f"the trace {path} holds no requests")
-    rows.sort(key=lambda row: row[0])
     first_s = rows[0][0]
-    return tuple((round(at_s - first_s, 6), p, o) for at_s, p, o in rows[:MOST_ROWS])
+    return tuple((round(at_s - first_s, 6), p, o) for at_s, p, o in rows)
+
+
+def _lines(path: Path, file: IO[str]) -> Iterator[str]:
+    """Read a trace line by line, each of which is a request. Raises ValueError."""
+    number = 0
+    while line := file.readline(MOST_LINE + 1):
+        number += 1
+        if len(line) > MOST_LINE:
+            raise ValueError(f"{path}, line {number}: it has more than {MOST_LINE} characters")
+        if path.suffix != ".jsonl" and line.count('"') % 2:
+            raise ValueError(f"{path}, line {number}: a quotation mark is not closed in its line")
+        yield line
 
 
 def _rows(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterable[TraceRow]:

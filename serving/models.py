@@ -77,6 +77,13 @@ SIBLINGS: dict[str, dict[str, str]] = {
 }
 
 
+MOST_SIZES = {
+    "layers": 10_000, "hidden": 10**6, "heads": 10**5, "kv_heads": 10**5, "head_dim": 10**5,
+    "vocab": 10**7, "max_positions": 10**9, "experts": 10**5, "experts_per_token": 10**5,
+}  # fmt: skip
+"""Of a shape that is read; any model's are far smaller."""
+
+
 def scale_of(machine: Machine) -> str:
     """Name the sizes of a lab that fit a machine: `cpu`, or `gpu-` and its class of memory."""
     return "cpu" if machine.kind == "cpu" else f"gpu-{gpus.class_of(machine.memory_bytes).gb}"
@@ -237,10 +244,17 @@ def load(path: Path, name: str) -> Model:
             f"{path} is not a model that can be read ({reason}): download it again, or give"
             " another with MODEL="
         ) from error
-    if any(type(size) is not int or size < 0 for size in vars(model.shape).values()):
+    sizes = vars(model.shape)
+    if any(type(size) is not int or size < 0 for size in sizes.values()):
         raise ModelError(
             f"{path} is not a model that can be read (its config.json gives sizes that are not"
             " whole numbers): download it again, or give another with MODEL="
+        )
+    if large := next((name for name, most in MOST_SIZES.items() if sizes[name] > most), None):
+        raise ModelError(
+            f"{path} is not a model that can be read (by its config.json its {large} are"
+            f" {sizes[large]}, and {MOST_SIZES[large]} are the most): download it again, or give"
+            " another with MODEL="
         )
     return model
 
@@ -373,15 +387,24 @@ def _linear_bytes(config: Mapping[str, Any]) -> float:
     return bits / 8 + (2 / size if size else 0)
 
 
-MOST_HEADER_BYTES = 100_000_000  # of config.json, and of a shard's header by its format
+MOST_JSON_BYTES = 16 * 2**20  # of config.json, and of the index of the weights
+MOST_VALUES = 2_000_000  # of JSON, by its commas and brackets: each takes 60 bytes and more
+MOST_HEADER_BYTES = 100_000_000  # of a shard, by its format
 
 
 def _text(path: Path) -> str:
     if not path.is_file():  # a pipe would never end
         raise ValueError(f"{path.name} is not a regular file")
-    if path.stat().st_size > MOST_HEADER_BYTES:
-        raise ValueError(f"{path.name} has more than {MOST_HEADER_BYTES} bytes")
-    return path.read_text()
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise ValueError(f"{path.name} has more than {MOST_JSON_BYTES / 2**20:.0f} MiB")
+    content = path.read_bytes()
+    _require_few_values(path, content)
+    return content.decode()
+
+
+def _require_few_values(path: Path, content: bytes) -> None:
+    if sum(map(content.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise ValueError(f"{path.name} holds more than {MOST_VALUES} values")
 
 
 def _tensor_sizes(shard: Path) -> dict[str, tuple[int, int]]:
@@ -392,7 +415,9 @@ def _tensor_sizes(shard: Path) -> dict[str, tuple[int, int]]:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > min(MOST_HEADER_BYTES, shard.stat().st_size):
             raise ValueError(f"{shard.name} is cut short, or is not a safetensors file")
-        header = json.loads(file.read(length))
+        content = file.read(length)
+    _require_few_values(shard, content)
+    header = json.loads(content)
     header.pop("__metadata__", None)
     return {
         name: (math.prod(t["shape"]), t["data_offsets"][1] - t["data_offsets"][0])

@@ -12,13 +12,14 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, Self
+from typing import IO, Any, Protocol, Self
 
 import numpy as np
 import prometheus_client
@@ -297,6 +298,8 @@ SERIES = tuple(name for name, _, _ in _GAUGES)
 
 _COLUMNS = tuple(f.name for f in fields(Sample))
 _TEXT = ("device", "throttle")
+MOST_SAMPLES = 400_000  # of a trial; eight GPUs have them in an hour and a half
+MOST_LINE = 512  # characters
 
 
 def write(path: Path, samples: Sequence[Sample], started_monotonic_s: float) -> None:
@@ -312,19 +315,38 @@ def write(path: Path, samples: Sequence[Sample], started_monotonic_s: float) -> 
 
 
 def read(path: Path) -> list[Sample]:
-    """Read a trial's samples, with times from its start; none where there is no file."""
+    """Read a trial's samples, with times from its start; none where there is no file.
+
+    Raises ValueError where it has more samples than a trial can have, or one is too long.
+    """
     if not path.exists():
         return []
     samples = []
-    for row in csv.DictReader(io.StringIO(gzip.decompress(path.read_bytes()).decode())):
-        plain: dict[str, Any] = {
-            name: (text if name in _TEXT else float(text)) if text else None
-            for name, text in row.items()
-        }
-        if plain["throttle"] == "none":
-            plain["throttle"] = ""
-        samples.append(Sample(**plain))
+    with gzip.open(path, "rt", newline="") as file:
+        try:
+            for row in csv.DictReader(_lines(path, file)):
+                plain: dict[str, Any] = {
+                    name: (text if name in _TEXT else float(text)) if text else None
+                    for name, text in row.items()
+                }
+                if plain["throttle"] == "none":
+                    plain["throttle"] = ""
+                samples.append(Sample(**plain))
+        except csv.Error as error:
+            raise ValueError(f"{path}: {error}") from error
     return samples
+
+
+def _lines(path: Path, file: IO[str]) -> Iterator[str]:
+    for count in itertools.count():
+        line = file.readline(MOST_LINE + 1)
+        if not line:
+            return
+        if len(line) > MOST_LINE or count > MOST_SAMPLES:
+            raise ValueError(
+                f"{path}: more than {MOST_SAMPLES} samples, or one of over {MOST_LINE} characters"
+            )
+        yield line
 
 
 def within(samples: Sequence[Sample], start_s: float, end_s: float) -> list[Sample]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST, SCRIPT = "manifest.json", "unbundle.py"
+MOST_MANIFEST_BYTES = 16 * 2**20
 PARTS = "parts"  # in HOME: those that have come so far, where they come one by one
 NOT_YET = 75  # exit code: parts are still to come
 HOME, PROGRAMS_HOME = ".unbundled", ".tools/prometheus"
@@ -48,17 +49,21 @@ def sha256(path: Path) -> str:
 
 def read_manifest(folder: Path) -> "dict[str, Any]":
     """Read what the bundle consists of and was made for. Raises UnbundleError."""
+    path = folder / MANIFEST
+    if path.exists() and not (path.is_file() and path.stat().st_size <= MOST_MANIFEST_BYTES):
+        raise UnbundleError(
+            f"{path} is not a regular file of at most {MOST_MANIFEST_BYTES >> 20} MiB, as"
+            " `make bundle` writes it: copy that file again"
+        )
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UnbundleError(
             f"{folder} has no readable {MANIFEST}, which `make bundle` writes: give the folder with"
             " the parts, or copy that file again"
         ) from error
     if not _is_manifest(manifest):
-        raise UnbundleError(
-            f"{folder / MANIFEST} was not written by `make bundle`: copy that file again"
-        )
+        raise UnbundleError(f"{path} was not written by `make bundle`: copy that file again")
     return manifest  # type: ignore[no-any-return]
 
 
@@ -160,6 +165,8 @@ def collect(folder: Path, target: Path, manifest: "dict[str, Any]") -> "list[str
         if not source.exists():
             to_come.append(part["name"])
             continue
+        if not source.is_file() or source.stat().st_size != part["bytes"]:
+            raise UnbundleError(f"{source} is damaged: copy it again")
         half = place.with_suffix(".half")
         shutil.copyfile(str(source), str(half))
         if not is_whole(half, part):
@@ -170,8 +177,8 @@ def collect(folder: Path, target: Path, manifest: "dict[str, Any]") -> "list[str
 
 
 def is_whole(path: Path, part: "dict[str, Any]") -> bool:
-    """Tell whether this file is that part of the bundle."""
-    if not path.exists() or path.stat().st_size != part["bytes"]:
+    """Tell whether this file is that part of the bundle; a pipe is none."""
+    if not path.is_file() or path.stat().st_size != part["bytes"]:
         return False
     return bool(sha256(path) == part["sha256"])
 

@@ -68,6 +68,7 @@ from labs.commands.terminal import (
     errors,
     reported_errors,
     show,
+    shown_path,
 )
 from labs.comparing import compare, reproduction, side_by_side
 from labs.filing import archive, manifest, results
@@ -94,7 +95,7 @@ from serving.engines import ENGINES
 from serving.engines.base import with_places
 from serving.engines.vllm import Vllm
 from serving.gpus import short_names
-from serving.masking import holds_secret, masked
+from serving.masking import holds_secret, masked, tellable
 from serving.ports import require_port
 
 HELP = "Ask a question about LLM inference serving; answer it by measuring this machine."
@@ -266,7 +267,7 @@ def run_all(
         finally:
             _pack(archive_file)
         if not clock.bounded and (page := state.page()):
-            console.print(f"\nEvery lab on one page: [bold]{os.path.relpath(page)}[/]")
+            console.print(f"\nEvery lab on one page: [bold]{shown_path(page)}[/]")
         for name, why in sitting.skipped.items():
             console.print(f"Skipped: {name}: {escape(why)}")
         for name, why in sitting.not_finished.items():
@@ -315,7 +316,7 @@ def _sitting(
         lab = LABS[name]
         console.print(f"\n[bold]Lab {number} of {len(chosen)}: {lab.title}[/]")
         if name in state.done:
-            console.print(f"Done by an earlier call: {state.done[name]}")
+            console.print(f"Done by an earlier call: {escape(state.done[name])}")
             continue
         try:
             clock.require(clock.preparation_s(host.kind) + clock.start_s(host.kind), lab.name)
@@ -329,9 +330,9 @@ def _sitting(
             sitting.skipped[name] = str(reason)
             console.print(f"Skipped: {escape(str(reason))}")
         except EXPECTED_ERRORS as error:
-            sitting.not_finished[name] = str(error)
+            sitting.not_finished[name] = tellable(str(error))
             state.fail(name)
-            errors.print(f"[bold red]error:[/] {escape(str(error))}")
+            errors.print(f"[bold red]error:[/] {escape(sitting.not_finished[name])}")
         else:
             if folder.complete:
                 state.finish(name, folder.path)
@@ -457,7 +458,7 @@ def make(
         )
         for key, value in derived_models.about(folder).items():
             console.print(f"  {key}: {escape(str(value))}", style="dim")
-        console.print(f"The model is in [bold]{os.path.relpath(folder)}[/]")
+        console.print(f"The model is in [bold]{shown_path(folder)}[/]")
 
 
 @app.command("list")
@@ -526,7 +527,7 @@ def serve(
         argv = [*engine.command, *argv]
         known = host.kind == "cpu" and engine.start_s
         soon = f"in about {engine.start_s:.0f} s" if known else "in a minute or more"
-        console.print(f"Serving {served.name} at http://127.0.0.1:{port} (ready {soon}):")
+        console.print(f"Serving {escape(served.name)} at http://127.0.0.1:{port} (ready {soon}):")
         console.print("python " + escape(" ".join(argv[1:])), style="dim")
         env = engine.environment(host.kind, served, resolved.all_flags)
         os.execve(argv[0], argv, {**os.environ, **env})
@@ -639,8 +640,8 @@ def reproduce_run(
             )
         )
         page = folder.path / "reproduction.md"
-        console.print(f"Every figure: [bold]{os.path.relpath(page)}[/]", soft_wrap=True)
-        filed = os.path.relpath(reproduction.file_with_original(result, original))
+        console.print(f"Every figure: [bold]{shown_path(page)}[/]", soft_wrap=True)
+        filed = shown_path(reproduction.file_with_original(result, original))
         console.print(f"Filed with the original run: [bold]{filed}[/]", soft_wrap=True)
         raise typer.Exit(result.exit_code)
 
@@ -766,11 +767,9 @@ def _play(request: RunRequest, continuing: str = "RESUME=1") -> RunFolder:
     summary = folder.summary()
     progress.show(report.digest(report.Facts.of(folder)))
     if request.clock.bounded:
-        console.print(
-            f"\nRecorded in [bold]{os.path.relpath(folder.path)}[/]: `make report` tells it"
-        )
+        console.print(f"\nRecorded in [bold]{shown_path(folder.path)}[/]: `make report` tells it")
     else:
-        console.print(f"\nReport: [bold]{os.path.relpath(folder.path / 'report.md')}[/]")
+        console.print(f"\nReport: [bold]{shown_path(folder.path / 'report.md')}[/]")
         console.print("[dim]Open report.html beside it in a browser to see every request.[/]")
     if summary.failed:
         console.print(
@@ -803,10 +802,11 @@ def _command_words(command: str) -> list[str]:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise LabError(f"ENGINE_COMMAND={command}: {error}") from error
+        raise LabError(f"ENGINE_COMMAND={masked(command)}: {error}") from error
     if words and shutil.which(words[0]) is None:
         raise LabError(
-            f"ENGINE_COMMAND: there is no program {words[0]}: install it, or correct the name"
+            f"ENGINE_COMMAND: there is no program {masked(words[0])}: install it, or correct the"
+            " name"
         )
     return words
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from labs.commands.options import ReplicasOption, addresses
-from labs.commands.terminal import ConsoleProgress, console, reported_errors, show
+from labs.commands.terminal import ConsoleProgress, console, reported_errors, show, shown_path
 from labs.judging.diagnosis import TooLittle, diagnose
 from labs.lab import LabError
 from labs.running import diagnosing
@@ -98,7 +97,7 @@ def diagnose_endpoint(
                 reading = diagnosing.read_over(server, seconds, progress.waiting)
         if out:
             diagnosing.keep(out, served, seconds, reading)
-            console.print(f"This reading: [bold]{os.path.relpath(out)}[/]", soft_wrap=True)
+            console.print(f"This reading: [bold]{shown_path(out)}[/]", soft_wrap=True)
         reference = healthy.reading if healthy else None
         try:
             diagnosis = diagnose(reading, reference)

@@ -16,7 +16,7 @@ from labs.running.resolve import is_dummy, model_of
 from loadtests import generator, plan
 from loadtests.arrivals import Concurrent
 from serving import machine as machines
-from serving import models
+from serving import masking, models
 from serving.engines.endpoint import Endpoint
 from serving.ports import free_port
 from serving.process import Process
@@ -68,6 +68,7 @@ def start_locust_ui(
         run_id="by-hand",
         workload=chosen.name,
         turns_away=any(flags.turns_away for flags in resolved.all_flags),
+        secrets=masking.SECRETS,
     )
     (work / "plan.json").write_text(by_hand.model_dump_json())
     address = hidden_address()

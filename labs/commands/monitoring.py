@@ -13,7 +13,7 @@ from dashboards import boards, live, prometheus, stack
 from dashboards.prometheus import WATCH_PORT
 from dashboards.stack import Stack, StackError
 from labs import LABS
-from labs.commands.terminal import console, reported_errors
+from labs.commands.terminal import console, reported_errors, show_path, shown_path
 from labs.filing.results import RESULTS, RunFolder, all_runs, open_run
 from labs.judging.metrics import METRICS
 from labs.lab import LabError
@@ -76,7 +76,7 @@ def dashboards() -> None:
     with reported_errors():
         variants = [[v.name for v in lab.variants] for lab in LABS.values()]
         for path in boards.write(variants, METRICS):
-            console.print(os.path.relpath(path), soft_wrap=True)
+            show_path(path)
 
 
 @app.command("stack")
@@ -162,4 +162,4 @@ def grafana_push(
 
 
 def _print_about(folder: RunFolder, what: str) -> None:
-    console.print(f"{os.path.relpath(folder.path)}: {escape(what)}", soft_wrap=True)
+    console.print(f"{shown_path(folder.path)}: {escape(what)}", soft_wrap=True)

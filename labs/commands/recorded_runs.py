@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from labs.commands.terminal import console, reported_errors, show
+from labs.commands.terminal import console, reported_errors, show, show_path, shown_path
 from labs.comparing import compare, gate, leaderboards, page, reproduction, side_by_side
 from labs.filing import export, manifest, score
 from labs.filing.committed import committed_runs
@@ -69,7 +69,7 @@ def rebuild(
             raise LabError(f"runs whose report was not computed: {left_out} of {len(folders)}")
         if not folders:
             console.print(
-                f"There is no run in {os.path.relpath(RESULTS)} yet: `make labs` lists the labs."
+                f"There is no run in {shown_path(RESULTS)} yet: `make labs` lists the labs."
             )
 
 
@@ -83,14 +83,14 @@ def _rebuild(folder: RunFolder) -> None:
         summarise(folder)
         figures = report.draw(folder)
         for path in (report.write(folder, figures), pages.write(folder, figures)):
-            console.print(os.path.relpath(path), soft_wrap=True)
+            show_path(path)
         original = reproduction.original_of(folder)
         if original and folder.complete:
             result = reproduction.compare_with_original(original, folder)
             path = reproduction.file_with_original(result, original)
-            console.print(os.path.relpath(path), soft_wrap=True)
+            show_path(path)
         for path in reproduction.judge_again(folder):
-            console.print(os.path.relpath(path), soft_wrap=True)
+            show_path(path)
 
 
 def _say_left_out(folder: RunFolder, why: str) -> None:
@@ -108,8 +108,8 @@ def site(
     with reported_errors():
         index, left_out = write_site(out)
         for name, why in left_out.items():
-            console.print(f"Left out: {name} cannot be read: {escape(why)}", soft_wrap=True)
-        console.print(os.path.relpath(index), soft_wrap=True)
+            console.print(f"Left out: {escape(name)} cannot be read: {escape(why)}", soft_wrap=True)
+        show_path(index)
 
 
 @app.command("score")
@@ -142,7 +142,7 @@ def check(
                 *problems(folder), *stale_summary(folder), *reproduction.problems(folder)
             ):  # fmt: skip
                 count += 1
-                text = f"{os.path.relpath(folder.path)}: {escape(problem)}"
+                text = f"{shown_path(folder.path)}: {escape(problem)}"
                 console.print(text, soft_wrap=True)
         if count:
             raise LabError(f"{count} problems were found: repair or remove these runs")
@@ -165,9 +165,9 @@ def readme(
         if verify:
             return
         for path in leaderboards.write():
-            console.print(os.path.relpath(path), soft_wrap=True)
+            show_path(path)
         for folder in leaderboards.uncounted():
-            name = os.path.relpath(folder.path)
+            name = shown_path(folder.path)
             console.print(
                 f"Not counted, because git does not track it: {name}. `git add` it to count it.",
                 soft_wrap=True,
@@ -202,7 +202,7 @@ def compare_two(
             return
         show(side_by_side.document(comparisons, refused))
         if out:
-            console.print(f"Written: [bold]{out}[/]")
+            console.print(f"Written: [bold]{escape(str(out))}[/]")
 
 
 @app.command("manifest-diff")
@@ -224,7 +224,7 @@ def manifest_diff(
         else:
             console.print("Nothing that was recorded differs.")
         if missing := manifest.unrecorded(*facts):
-            console.print(f"Recorded in only one of them: {', '.join(missing)}.")
+            console.print(f"Recorded in only one of them: {escape(', '.join(missing))}.")
 
 
 @app.command("gate")
@@ -272,8 +272,8 @@ def export_run(
         folder = open_run(run)
         with readable(folder):
             written = export.export(folder, kind, out or ROOT / "exports" / folder.path.name)
-        console.print(f"{len(written)} files in [bold]{os.path.relpath(written[0].parent)}[/]:")
-        console.print(", ".join(path.name for path in written), style="dim")
+        console.print(f"{len(written)} files in [bold]{shown_path(written[0].parent)}[/]:")
+        console.print(escape(", ".join(path.name for path in written)), style="dim")
 
 
 @app.command()

@@ -9,10 +9,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -21,15 +21,17 @@ from dashboards.stack import StackError
 from labs.lab import LabError
 from labs.telling import terminal
 from labs.telling.document import Block
+from labs.telling.terminal import PlainConsole
 from loadtests.generator import GeneratorError
 from serving.bundle import BundleError
 from serving.engines.base import EngineError
 from serving.gpus import GpuError
+from serving.masking import tellable
 from serving.models import ModelError
 from serving.ports import PortTaken
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+console = PlainConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
+errors = PlainConsole(stderr=True, highlight=False, soft_wrap=True)
 EXPECTED_ERRORS = (
     LabError,
     ModelError,
@@ -79,7 +81,7 @@ class ConsoleProgress:
         return f"[dim]{minutes}:{seconds:02}[/]"
 
     def message(self, text: str) -> None:
-        console.print(f"{self._elapsed()} {escape(text)}")
+        console.print(f"{self._elapsed()} {escape(tellable(text))}")
 
     def expect(self, remaining_s: float) -> None:
         done = time.monotonic() - self._began
@@ -101,6 +103,16 @@ class ConsoleProgress:
 
     def show(self, content: Block) -> None:
         show(content)
+
+
+def show_path(path: Path) -> None:
+    """Print a path from the working directory, in one line."""
+    console.print(shown_path(path), soft_wrap=True)
+
+
+def shown_path(path: Path) -> str:
+    """Write a path from the working directory so that nothing in it is taken for markup."""
+    return escape(os.path.relpath(path))
 
 
 def show(content: Block) -> None:
@@ -161,7 +173,7 @@ def reported_errors() -> Iterator[None]:
     try:
         yield
     except EXPECTED_ERRORS as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}")
+        errors.print(f"[bold red]error:[/] {escape(tellable(str(error)))}")
         raise typer.Exit(1) from None
     except OSError as error:
         name = f" ({error.filename})" if error.filename else ""

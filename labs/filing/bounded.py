@@ -1,7 +1,8 @@
 """Reads files of results, which anybody may have written: regular ones, of a bounded size.
 
 A link would lead out of the folder, a pipe or a device would never end, and a few kilobytes of gzip
-can hold gigabytes: all are told in a sentence before anything is read into memory.
+can hold gigabytes: all are told in a sentence before anything is read into memory. So is JSON that
+is all commas and brackets, since an object in memory is many times as large as the text `[],`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import orjson
 
 from labs.lab import LabError
+from loadtests.records import values_at_most
 
 MOST_JSON_BYTES = 16 * 2**20
 MOST_UNPACKED_BYTES = 256 * 2**20  # of one gzipped file
+MOST_PARSED_BYTES = 32 * 2**20  # of one that is parsed as a whole; the largest on file has 2
+MOST_VALUES = 4_000_000  # of JSON, by its commas and brackets; the largest on file has 120,000
 MOST_FILES = 20_000  # of a run
 CHUNK_BYTES = 2**20
 
@@ -26,22 +33,45 @@ class DamagedError(LabError, ValueError):
 
 
 def text(path: Path) -> str:
-    """Read a text file. Raises DamagedError."""
+    """Read a text file that holds JSON. Raises DamagedError."""
     _require_regular(path, MOST_JSON_BYTES)
+    content = path.read_bytes()
+    _require_few_values(path, content)
     try:
-        return path.read_text()
+        return content.decode()
     except UnicodeDecodeError as error:
         raise DamagedError(f"{path}: not text") from error
 
 
 def unpacked(path: Path) -> bytes:
     """Read a gzipped file. Raises DamagedError."""
-    return b"".join(_unpacked(path))
+    return b"".join(_unpacked(path, MOST_UNPACKED_BYTES))
 
 
-def unpacked_bytes(path: Path) -> int:
+def unpacked_json(path: Path) -> bytes:
+    """Read a gzipped file of JSON that can be parsed in bounded memory. Raises DamagedError."""
+    content = b"".join(_unpacked(path, min(MOST_PARSED_BYTES, MOST_UNPACKED_BYTES)))
+    _require_few_values(path, content)
+    return content
+
+
+def parsed(path: Path) -> Any:
+    """Read and parse a gzipped file of JSON. Raises DamagedError."""
+    try:
+        return orjson.loads(unpacked_json(path))
+    except orjson.JSONDecodeError as error:
+        raise DamagedError(f"{path}: {error}") from error
+
+
+def unpacked_bytes(path: Path, most_bytes: int | None = None) -> int:
     """Count the bytes that a gzipped file holds, without keeping them. Raises DamagedError."""
-    return sum(map(len, _unpacked(path)))
+    most = MOST_UNPACKED_BYTES if most_bytes is None else min(most_bytes, MOST_UNPACKED_BYTES)
+    return sum(map(len, _unpacked(path, most)))
+
+
+def _require_few_values(path: Path, content: bytes) -> None:
+    if values_at_most(content) > MOST_VALUES:
+        raise DamagedError(f"{path} holds more than {MOST_VALUES} values")
 
 
 def state(path: Path) -> object:
@@ -93,17 +123,15 @@ def _require_regular(path: Path, most_bytes: int) -> None:
         )
 
 
-def _unpacked(path: Path) -> Iterator[bytes]:
-    _require_regular(path, MOST_UNPACKED_BYTES)
+def _unpacked(path: Path, most_bytes: int) -> Iterator[bytes]:
+    _require_regular(path, most_bytes)
     size = 0
     try:
         with gzip.open(path) as file:
             while chunk := file.read(CHUNK_BYTES):
                 size += len(chunk)
-                if size > MOST_UNPACKED_BYTES:
-                    raise DamagedError(
-                        f"{path} unpacks to more than {MOST_UNPACKED_BYTES / 2**20:.0f} MiB"
-                    )
+                if size > most_bytes:
+                    raise DamagedError(f"{path} unpacks to more than {most_bytes / 2**20:.0f} MiB")
                 yield chunk
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DamagedError(f"{path}: damaged ({error})") from error

@@ -61,7 +61,7 @@ def read(home: Path) -> list[Kept]:
     if not path.exists():
         return []
     try:
-        return _FILE.validate_json(bounded.unpacked(path))
+        return _FILE.validate_json(bounded.unpacked_json(path))
     except ValueError as error:
         raise DamagedError(f"{path}: {str(error).splitlines()[0]}") from error
 

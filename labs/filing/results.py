@@ -538,7 +538,7 @@ class RunFolder:
         if not self.attention_file.exists():
             return None
         try:
-            return AttentionTimes.model_validate_json(bounded.unpacked(self.attention_file))
+            return AttentionTimes.model_validate_json(bounded.unpacked_json(self.attention_file))
         except ValidationError as error:
             raise DamagedError(f"{self.attention_file}{_first_error(error)}") from error
 
@@ -546,10 +546,7 @@ class RunFolder:
         """Read the result of a probe, or of its quick form, on a variant's engine, if any."""
         for path in (self.probe_file(name, variant) for name in (probe, f"{probe}-quick")):
             if path.exists():
-                try:
-                    result: dict[str, Any] = orjson.loads(bounded.unpacked(path))
-                except orjson.JSONDecodeError as error:
-                    raise DamagedError(f"{path}: {error}") from error
+                result: dict[str, Any] = bounded.parsed(path)
                 return result
         return None
 
@@ -648,7 +645,7 @@ class RunFolder:
         sampled = home / "telemetry.csv.gz"
         try:
             if sampled.exists():
-                bounded.unpacked_bytes(sampled)
+                bounded.unpacked_bytes(sampled, bounded.MOST_PARSED_BYTES)
             return Trial(
                 point,
                 result.repeat,

@@ -24,6 +24,7 @@ from loadtests.structures import FORMS, Form, Spec, instruction, spec
 from loadtests.workload import Fixed
 from serving import guard, metrics
 from serving.engines.base import EngineError, Server
+from serving.masking import tellable
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def tenants(served: ProbedEngine, requests_sent: int = 1700, at_once: int = 16) 
         "visits": len(visits),
         "cached_share": hits / looked_up if looked_up else None,
         "refused": {"tenant-nobody": unknown.status_code, "visitor, unloaded": gone.status_code},
-        "refusal": unknown.text[:200],
+        "refusal": tellable(unknown.text)[:200],
         # the right question sent to the wrong adapter: the check must notice
         "misrouted": [(0, text_of(ask("tenant-1", i))) for i in range(4)],
         "base": [text_of(ask(served.engine.model, i)) for i in range(4)],

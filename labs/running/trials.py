@@ -30,7 +30,7 @@ from loadtests.arrivals import OfCapacity
 from loadtests.generator import GeneratorError
 from loadtests.records import RequestRecord
 from loadtests.workload import Workload
-from serving import guard, metrics, models, whole
+from serving import guard, masking, metrics, models, whole
 from serving.engines.base import EngineError
 from serving.metrics import Snapshot
 from serving.reference_step import ReferenceStep, ReferenceTimer
@@ -247,8 +247,9 @@ class Trials:
             steps = {"reference_before": before, "reference_after": self._time_reference()}
             return replace(played, result=played.result.model_copy(update=steps))
         except (EngineError, GeneratorError, OSError) as error:
-            result = TrialResult(point=point.key, repeat=repeat, failed=str(error))
-            return Played(result, f"failed: {str(error).splitlines()[0]}", [], None)
+            why = masking.tellable(str(error))
+            result = TrialResult(point=point.key, repeat=repeat, failed=why)
+            return Played(result, f"failed: {why.splitlines()[0]}", [], None)
 
     def _disturbed(self, point: Point, result: TrialResult) -> Discarded | None:
         """Say what disturbed an attempt so that it allows no verdict; None where nothing did."""
@@ -278,8 +279,9 @@ class Trials:
 
     def fail(self, trials: Iterable[tuple[Point, int]], reason: str) -> None:
         """Record these trials as failed, but for those that succeeded in an earlier sitting."""
+        why = masking.tellable(reason)
         for point, repeat in self.due(trials):
-            self._record(point, repeat, TrialResult(point=point.key, repeat=repeat, failed=reason))
+            self._record(point, repeat, TrialResult(point=point.key, repeat=repeat, failed=why))
 
     def _time_reference(self) -> ReferenceStep | None:
         """Time the machine itself, beside idle engines; None once that has failed."""
@@ -331,6 +333,7 @@ class Trials:
             fields=dict(engine.request_fields),
             model_names=dict(engine.model_names),
             reconnects=engine.closes_connections,
+            secrets=masking.SECRETS,
         )
         load_began, other_load = time.monotonic(), OtherLoad(engine.pid)
         self._telemetry.begin(point.variant.name)

@@ -1,17 +1,35 @@
-"""A document on a terminal, by rich."""
+"""A document on a terminal, by rich, and the console that shows it.
+
+What is shown may come from outside: a claim's title, an error, an endpoint's answer. On a terminal
+control characters could move the cursor, hide lines, or set the clipboard.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import rich.table
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.padding import Padding
+from rich.segment import Segment
 from rich.text import Text
 
 from labs.telling import document as nodes
 
 INDENT = "  "
+_CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class PlainConsole(Console):
+    """A console that leaves control characters out of all text, but for line breaks and tabs."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Render as rich does; the codes that rich itself adds are no text, and stay."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else text.translate(_CONTROL), style, control)
 
 
 def show(console: Console, block: nodes.Block) -> None:
@@ -58,9 +76,9 @@ def text(content: nodes.Inline) -> Text:
     """Styled text; of a link only its words are shown."""
     match content:
         case str():
-            return Text(content)
+            return Text(content.translate(_CONTROL))  # here too, as they count in a column's width
         case nodes.Code(code):
-            return Text(f"`{code}`")
+            return text(f"`{code}`")
         case nodes.Emphasis(inner):
             return _styled(inner, "italic")
         case nodes.Strong(inner):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import re
 import signal
 import time
@@ -166,6 +167,7 @@ class Engine(Server):
             **self.environment(kind, model, beside),
             **self.controls(flags),
             guard.KEY: guard.key(),
+            guard.ADAPTERS: os.pathsep.join(self.adapter_folders(flags)),
         }
         self._process = Process(
             f"engine {name}", self.argv, log=log, env=env, folder_variable=self.sockets_variable
@@ -215,6 +217,11 @@ class Engine(Server):
     def environment(cls, kind: str, model: Model, beside: Sequence[Flags] = ()) -> dict[str, str]:
         """Return the environment variables that it needs; all others are inherited."""
         return {}
+
+    @classmethod
+    def adapter_folders(cls, flags: Flags) -> list[str]:
+        """Return the folders below which the adapters lie that it may be told to load."""
+        return []
 
     @classmethod
     def controls(cls, flags: Flags) -> dict[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import requests
@@ -13,7 +14,7 @@ from serving import guard, metrics
 from serving.answers import BoundedResponse, ask
 from serving.engines import ENGINES
 from serving.engines.base import EngineError, Server, metrics_text
-from serving.masking import holds_secret, masked
+from serving.masking import holds_secret, masked, tellable, without_key
 from serving.metrics import Snapshot
 
 MODELS_TIMEOUT_S, FIRST_ANSWER_TIMEOUT_S = 10.0, 60.0
@@ -57,7 +58,7 @@ class Endpoint(Server):
             with contextlib.suppress(ValueError, RecursionError):
                 if isinstance(chunk := json.loads(event), dict) and chunk.get("choices"):
                     return
-        kind = answer.headers.get("content-type", "no content type")
+        kind = _short(answer.headers.get("content-type", "no content type"))
         raise EngineError(
             f"{self._given} does not stream: its answer to the first request is"
             f" {_short(answer.text)!r} ({kind}), without an event that has choices; the labs need"
@@ -143,8 +144,15 @@ def _reading(base: str) -> tuple[str, Snapshot | None]:
         if text := metrics_text(base):
             for engine in ENGINES.values():
                 if engine.has_shown(reading := engine.read_metrics(text)):
-                    return engine.title, reading
+                    return engine.title, replace(reading, info=_without_key(reading.info))
     return "", None
+
+
+def _without_key(info: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    return {
+        name: {label: without_key(value) for label, value in labels.items()}
+        for name, labels in info.items()
+    }
 
 
 def _version(base: str) -> str:
@@ -165,12 +173,12 @@ def _asked(
         answer = ask(method, url, within_s=within_s, most_bytes=MOST_BYTES, json=request)
     except requests.RequestException as error:
         raise EngineError(
-            f"{given} does not answer {path} ({type(error).__name__}: {error}): start the"
-            " server first, or correct the address"
+            f"{given} does not answer {path} ({type(error).__name__}: {tellable(str(error))}):"
+            " start the server first, or correct the address"
         ) from error
     if 300 <= answer.status < 400:
         raise EngineError(
-            f"{given} redirects {path} to {answer.headers.get('location', 'nowhere')}:"
+            f"{given} redirects {path} to {_short(answer.headers.get('location', 'nowhere'))}:"
             " give the address that answers itself"
         )
     if not answer.ok:
@@ -194,8 +202,15 @@ def _models(given: str, base: str) -> list[str]:
             f"{given} names no model at /v1/models, but answers {_short(answer.text)!r}:"
             " give the address of a server with OpenAI's API"
         )
+    if secret := next((name for name in served if tellable(name) != name), None):
+        raise EngineError(
+            f"{given} names a model {_short(secret)}, which holds a key or what looks like one, and"
+            " a model's name is recorded: have the server give it another name"
+        )
     return served
 
 
 def _short(text: str, most: int = 120) -> str:
-    return text if len(text) <= most else f"{text[:most]}.."
+    """Cut what a server says short, without the secrets in it."""
+    told = tellable(text)
+    return told if len(told) <= most else f"{told[:most]}.."

@@ -11,8 +11,14 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, StringConstraints, ValidationError
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
+Tokens = Annotated[int, Field(le=10**7)]
+Count = Annotated[int, Field(le=10**5)]  # of what is prepared for each: requests, adapters, devices
+Blocks = Annotated[int, Field(le=10**9)]
+Bytes = Annotated[int, Field(le=10**15)]
+Seed = Annotated[int, Field(le=2**63 - 1)]
+Sizes = Annotated[list[Count], Field(max_length=10**4)]
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # no path
 Derived = Annotated[str, StringConstraints(pattern=r"^<[a-z][a-z0-9-]*>$")]  # made by the lab
 Adapter = Annotated[str, StringConstraints(pattern=r"^\w[\w-]*=<[a-z][a-z0-9-]*>/\w[\w-]*$")]
@@ -23,10 +29,10 @@ class Speculation(BaseModel, frozen=True, extra="forbid", strict=True):
 
     method: Word | None = None
     model: Derived | None = None
-    num_speculative_tokens: int | None = None
-    prompt_lookup_min: int | None = None
-    prompt_lookup_max: int | None = None
-    draft_tensor_parallel_size: int | None = None
+    num_speculative_tokens: Count | None = None
+    prompt_lookup_min: Count | None = None
+    prompt_lookup_max: Count | None = None
+    draft_tensor_parallel_size: Count | None = None
     rejection_sample_method: Word | None = None
     synthetic_acceptance_rates: list[float] | None = None
 
@@ -34,24 +40,24 @@ class Speculation(BaseModel, frozen=True, extra="forbid", strict=True):
 class Compilation(BaseModel, frozen=True, extra="forbid", strict=True):
     """Lists what may be set of compilation: no pass, backend or folder of one's own."""
 
-    mode: int | Word | None = None
+    mode: Count | Word | None = None
     cudagraph_mode: Word | None = None
-    cudagraph_capture_sizes: list[int] | None = None
-    max_cudagraph_capture_size: int | None = None
+    cudagraph_capture_sizes: Sizes | None = None
+    max_cudagraph_capture_size: Count | None = None
 
 
 class Attention(BaseModel, frozen=True, extra="forbid", strict=True):
     """Lists what may be set of attention: which kernels, and how far they split the keys."""
 
     backend: Word | None = None
-    flash_attn_version: int | None = None
-    flash_attn_max_num_splits_for_cuda_graph: int | None = None
+    flash_attn_version: Count | None = None
+    flash_attn_max_num_splits_for_cuda_graph: Count | None = None
 
 
 class ModelOverrides(BaseModel, frozen=True, extra="forbid", strict=True):
     """Lists what may be set of a model's configuration: how far its layers attend, and no class."""
 
-    sliding_window: int | None = None
+    sliding_window: Tokens | None = None
     layer_types: list[Word] | None = None
 
 
@@ -72,24 +78,24 @@ class Harmless(
     """Lists vLLM's flags that load no code, open no address and name no path, with their types."""
 
     # lengths and batches
-    max_model_len: int = 0
-    max_num_seqs: int = 0
-    max_num_batched_tokens: int = 0
-    max_num_scheduled_tokens: int = 0
-    max_num_queued_reqs: int = 0
-    max_num_queued_tokens: int = 0
-    long_prefill_token_threshold: int = 0
+    max_model_len: Tokens = 0
+    max_num_seqs: Count = 0
+    max_num_batched_tokens: Tokens = 0
+    max_num_scheduled_tokens: Tokens = 0
+    max_num_queued_reqs: Count = 0
+    max_num_queued_tokens: Tokens = 0
+    long_prefill_token_threshold: Tokens = 0
     enable_chunked_prefill: bool = False
     scheduling_policy: Word = ""
     async_scheduling: bool = False
-    stream_interval: int = 0
-    seed: int = 0
-    max_logprobs: int = 0
+    stream_interval: Count = 0
+    seed: Seed = 0
+    max_logprobs: Count = 0
     # the KV cache
-    block_size: int = 0
+    block_size: Count = 0
     kv_cache_dtype: Word = ""
-    kv_cache_memory_bytes: int = 0
-    num_gpu_blocks_override: int = 0
+    kv_cache_memory_bytes: Bytes = 0
+    num_gpu_blocks_override: Blocks = 0
     watermark: float = 0
     gpu_memory_utilization: float = 0
     cpu_offload_gb: float = 0
@@ -104,11 +110,11 @@ class Harmless(
     attention_config: Attention = Attention()
     moe_backend: Word = ""
     linear_backend: Word = ""
-    optimization_level: int = 0
+    optimization_level: Count = 0
     performance_mode: Word = ""
     compilation_config: Compilation = Compilation()
-    cudagraph_capture_sizes: list[int] = []
-    max_cudagraph_capture_size: int = 0
+    cudagraph_capture_sizes: Sizes = []
+    max_cudagraph_capture_size: Count = 0
     disable_cascade_attn: bool = False
     disable_sliding_window: bool = False
     generation_config: Literal["auto", "vllm"] = "auto"
@@ -116,17 +122,17 @@ class Harmless(
     # speculative decoding and adapters
     speculative_config: Speculation = Speculation()
     enable_lora: bool = False
-    max_loras: int = 0
-    max_lora_rank: int = 0
-    max_cpu_loras: int = 0
+    max_loras: Count = 0
+    max_lora_rank: Count = 0
+    max_cpu_loras: Count = 0
     lora_dtype: Word = ""
     fully_sharded_loras: bool = False
     lora_modules: list[Adapter] | Adapter = []
     # several devices
-    tensor_parallel_size: int = 0
-    pipeline_parallel_size: int = 0
-    data_parallel_size: int = 0
-    decode_context_parallel_size: int = 0
+    tensor_parallel_size: Count = 0
+    pipeline_parallel_size: Count = 0
+    data_parallel_size: Count = 0
+    decode_context_parallel_size: Count = 0
     enable_expert_parallel: bool = False
     enable_eplb: bool = False
     enable_dbo: bool = False

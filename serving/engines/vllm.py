@@ -59,6 +59,7 @@ MEMORY_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
 ACTIVATION_BYTES = 10**9  # at least, beside weights and KV cache on a GPU
 PROCESS_BYTES = 2 * 2**30  # on the host, beside its weights and KV cache
 CPU_KV_BYTES = 4 * 2**30  # counted where no size is given
+LEAST_BLOCK_TOKENS = 16  # counted where no size of a block is given
 ADMIN_TIMEOUT_S = 30.0
 ADAPTER_TIMEOUT_S = 120.0
 
@@ -119,6 +120,13 @@ class VllmFlags(TypedFlags):
     def num_gpu_blocks_override(self) -> int:
         """The blocks of the KV cache, whatever its memory; 0 where the memory decides."""
         return self.integer("num-gpu-blocks-override", 0)
+
+    def held_kv_bytes(self, shape: Shape, default_bytes: int = 0) -> float:
+        """Return the bytes of the KV cache on each device: as given, or of its blocks if more."""
+        given_bytes = self.integer("kv-cache-memory-bytes", default_bytes)
+        block_tokens = self.integer("block-size", LEAST_BLOCK_TOKENS)
+        token_bytes = shape.kv_bytes_per_token(self.kv_value_bytes) / self.kv_parts(shape.kv_heads)
+        return max(given_bytes, self.num_gpu_blocks_override * block_tokens * token_bytes)
 
     @property
     def watermark(self) -> float:
@@ -301,6 +309,11 @@ class Vllm(Engine):
             env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         return env
 
+    @classmethod
+    def adapter_folders(cls, flags: Flags) -> list[str]:
+        adapters = [module.partition("=")[2] for module in VllmFlags(flags).lora_modules]
+        return sorted({str(Path(adapter).parent) for adapter in adapters if adapter})
+
     # before it is started
 
     @classmethod
@@ -410,7 +423,7 @@ class Vllm(Engine):
         on GPUs of its own. Raises EngineError.
         """
         vllm_flags = VllmFlags(flags)
-        kv_bytes = vllm_flags.integer("kv-cache-memory-bytes", 0)
+        kv_bytes = vllm_flags.held_kv_bytes(shape)
         copies, weight_bytes = 1, shape.held_bytes / vllm_flags.weight_parts
         beside, what, where, more = ACTIVATION_BYTES, "activations", "GPU", "more GPUs with TP=, "
         if machine.kind == "cpu":
@@ -423,13 +436,14 @@ class Vllm(Engine):
                 f" of KV cache and about {beside / 1e9:.0f} GB for {what} do not fit the {where}'s"
                 f" {machine.memory_bytes / 1e9:.1f} GB: give a smaller model with MODEL=, {more}"
                 "or less with SET=flags.kv-cache-memory-bytes="
+                f"{' or num-gpu-blocks-override' if vllm_flags.num_gpu_blocks_override else ''}"
             )
 
     @classmethod
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
         vllm_flags = VllmFlags(flags)
-        kv_bytes = vllm_flags.integer("kv-cache-memory-bytes", CPU_KV_BYTES)
-        return vllm_flags.copies * (kv_bytes + PROCESS_BYTES + shape.held_bytes)
+        kv_bytes = vllm_flags.held_kv_bytes(shape, CPU_KV_BYTES)
+        return round(vllm_flags.copies * (kv_bytes + PROCESS_BYTES + shape.held_bytes))
 
     # while it runs
 

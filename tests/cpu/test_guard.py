@@ -38,6 +38,10 @@ print(json.dumps({
     "metrics": ask("GET", "/metrics", headers=held).status_code,
     "page": ask("POST", "/collective_rpc", headers=held | {"Origin": "http://evil"}).status_code,
     "host": ask("GET", "/version", headers=held | {"Host": "evil"}).status_code,
+    "adapters": [
+        ask("POST", path, headers=held, json={"lora_name": "x", field: "/x"}).status_code
+        for path, field in (("/v1/load_lora_adapter", "lora_path"), ("/adapters", "src"))
+    ],
 }))
 """
 
@@ -66,3 +70,8 @@ def test_no_path_of_vllms_but_health_is_answered_without_the_key(found: dict[str
 
 def test_the_key_opens_it_but_to_no_other_site(found: dict[str, Any]) -> None:
     assert (found["metrics"], found["page"], found["host"]) == (200, 403, 421)
+
+
+def test_with_the_key_no_adapter_is_loaded_from_elsewhere(found: dict[str, Any]) -> None:
+    assert {"POST /v1/load_lora_adapter", "POST /adapters"} <= {*found["without"]}
+    assert found["adapters"] == [403, 403]

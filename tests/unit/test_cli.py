@@ -83,7 +83,12 @@ def test_misspelled_lab_is_told_what_was_meant() -> None:
 
 @pytest.mark.parametrize(
     ("command", "why"),
-    [("no-such-program serve", "no program no-such-program"), ("nsys 'x", "No closing quotation")],
+    [
+        ("no-such-program serve", "no program no-such-program"),
+        ("OPENAI_KEY=abc vllm", "no program OPENAI_KEY=***"),
+        ("nsys 'x", "ENGINE_COMMAND=nsys 'x: No closing quotation"),
+        ("vllm --api-key abc 'x", "ENGINE_COMMAND=vllm --api-key *** 'x: No closing quotation"),
+    ],
 )
 def test_engine_command_that_cannot_start_is_refused_at_once(command: str, why: str) -> None:
     code, said = labs("run", LAB, "--engine-command", command)

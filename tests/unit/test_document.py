@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
+from rich.markup import escape
 
 from labs.judging.text import literal
 from labs.telling import html, markdown, terminal
@@ -176,6 +177,31 @@ def test_a_terminal_shows_styles_and_no_markup_of_its_own() -> None:
     assert lines[:4] == ["", "Title", "[red]note", "  a bold [b] c link"]
     assert "│ [dim]x │      1 │" in plain
     assert "plot" not in plain
+
+
+def test_text_from_outside_moves_no_cursor_and_clears_no_screen() -> None:
+    """It could hide what was said, or set the clipboard; rich leaves out five of these alone."""
+    hostile = "a\x1b[2J\x1b]52;c;eA==\x07b\x9b1Ac\x7f\u0085\rd\nf"
+    console = terminal.PlainConsole(
+        file=io.StringIO(), width=80, force_terminal=True, color_system="standard"
+    )
+    terminal.show(
+        console,
+        section(
+            hostile,
+            Notes((hostile,)),
+            bullets([hostile, Code(hostile)]),
+            table([hostile, "x"], [[hostile, "1"]]),
+        ),
+    )
+    console.print(f"[bold]{escape(hostile)}[/]", soft_wrap=True)
+    assert isinstance(console.file, io.StringIO)
+    written = console.file.getvalue()
+    styled = re.sub(r"\x1b\[[\d;]*m", "", written)
+    assert "\x1b[1m" in written
+    assert not [c for c in styled if not c.isprintable() and c != "\n"]
+    assert styled.count("a[2J]52;c;eA==b1Acd") == 7
+    assert "f\n" in styled
 
 
 # ---------------------------------------------------------------------------------------- tables

@@ -11,7 +11,7 @@ from labs import LABS
 from labs.commands.terminal import ConsoleProgress
 from labs.lab import LabError
 from labs.running.resolve import RunRequest, resolve
-from serving import metrics
+from serving import guard, metrics
 from serving.engines import endpoint
 from serving.engines.base import EngineError, metrics_text
 from serving.engines.endpoint import Endpoint
@@ -56,6 +56,33 @@ def test_an_odd_list_of_models_is_told(answer: bytes, words: str) -> None:
     assert words in sentence
 
 
+def test_what_a_server_repeats_of_the_key_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(guard.KEY, "my-key")
+    refusal = whole("Incorrect API key provided: my-key", "401 Unauthorized")
+    moved = whole("", "302 Found", more="Location: http://x/?of=my-key\r\n")
+    for sentence in (told(says(refusal)), told(MODELS, says(refusal)), told(says(moved))):
+        assert "***" in sentence
+        assert "my-key" not in sentence
+
+
+@pytest.mark.parametrize("name", ["my-key", "a/my-key-b", "hf_" + "a1B2" * 8])
+def test_a_model_whose_name_would_put_the_key_on_file_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(guard.KEY, "my-key")
+    sentence = told(says(whole(f'{{"data": [{{"id": "{name}"}}]}}')))
+    assert "which holds a key or what looks like one" in sentence
+    assert name not in sentence
+
+
+def test_metrics_are_read_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(guard.KEY, "my-key")
+    with hostile.serving({**replica(block="my-key"), "/v1/models": MODELS}) as url:
+        snapshot = Endpoint(url).snapshot()
+    assert snapshot
+    assert snapshot.info[metrics.CACHE_CONFIG] == {"block_size": "***"}
+
+
 @pytest.mark.parametrize(
     ("completion", "words"),
     [
@@ -88,7 +115,7 @@ def test_endless_metrics_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def replica(
-    requests: int = 1, *, model: str = "abacus-1", version: str = "1", block: int = 16,
+    requests: int = 1, *, model: str = "abacus-1", version: str = "1", block: int | str = 16,
     bound: str = "0.1", usage: float = 0.5,
 ) -> dict[str, Callable[[Send], object]]:  # fmt: skip
     """An engine that has answered so many requests, with one more that runs."""

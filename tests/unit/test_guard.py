@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
@@ -21,31 +23,54 @@ MINE = {**HERE, "authorization": "Bearer the-key"}
 MODEL = Model("abacus", Path("/models/abacus"), SHAPE)
 
 
-def answered(path: str, head: dict[str, str], key: str, kind: str = "http") -> list[Any]:
-    """What a server behind the guard sends: its own answer is one message, `let in`."""
+def asked(field: str, place: object) -> bytes:
+    return json.dumps({"lora_name": "visitor", field: place}).encode()
+
+
+def answered(
+    path: str,
+    head: dict[str, str],
+    key: str,
+    kind: str = "http",
+    body: bytes = b"",
+    got: list[bytes] | None = None,
+) -> list[Any]:
+    """What a server behind the guard sends: its own answer is one message, `let in`.
+
+    The body comes in two parts; what the server gets of it is added to `got`.
+    """
     sent: list[MutableMapping[str, Any]] = []
+    parts = [(body[:9], True), (body[9:], False)]
 
     async def server(scope: Any, receive: Any, send: Any) -> None:
+        if got is not None:
+            whole, more = b"", True
+            while more:
+                message = await receive()
+                whole, more = whole + message["body"], message["more_body"]
+            got.append(whole)
         await send({"type": "let in"})
 
     async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
 
     async def receive() -> MutableMapping[str, Any]:
-        return {"type": f"{kind}.request"}
+        part, more = parts.pop(0)
+        return {"type": f"{kind}.request", "body": part, "more_body": more}
 
     headers = [(name.encode(), value.encode()) for name, value in head.items()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(guard.KEY, key)
         app = guard.Guard(server)
-    asyncio.run(app({"type": kind, "path": path, "headers": headers}, receive, send))
+    scope = {"type": kind, "path": path, "headers": headers, "method": "POST"}
+    asyncio.run(app(scope, receive, send))
     return [message.get("status", message["type"]) for message in sent]
 
 
 @pytest.mark.parametrize(
     "path",
     ["/metrics", "/reset_prefix_cache", "/collective_rpc", "/v1/completions", "/v1/models", "/docs",
-     "/v1/load_lora_adapter", "/health/../collective_rpc", "/healthy"],
+     "/v1/unload_lora_adapter", "/health/../collective_rpc", "/healthy"],
 )  # fmt: skip
 def test_without_the_key_nothing_but_health_is_answered(path: str) -> None:
     assert answered(path, MINE, "the-key") == ["let in"]
@@ -89,6 +114,56 @@ def test_websockets_are_guarded_and_the_start_of_the_server_is_not() -> None:
     assert answered("/v1/realtime", HERE, "the-key", "websocket") == ["websocket.close"]
     assert answered("/v1/realtime", MINE, "the-key", "websocket") == ["let in"]
     assert answered("", {}, "the-key", "lifespan") == ["let in"]
+
+
+@pytest.fixture
+def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The lab's folder of adapters; beside it another, and a link to that."""
+    for folder in ("adapters/tenant-0", "adapters-of-another", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "adapters" / "link").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setenv(guard.ADAPTERS, f"{tmp_path}/none{os.pathsep}{tmp_path}/adapters")
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/load_lora_adapter/", "/adapters"])
+def test_adapters_are_loaded_from_the_labs_folder_only(path: str, adapters: Path) -> None:
+    field = guard.loads_from(path)
+    assert answered(path, MINE, "the-key", body=asked(field, f"{adapters}/adapters/tenant-0")) == [
+        "let in"
+    ]
+    for place in (
+        "elsewhere", "adapters", "adapters/", "adapters-of-another", "adapters/../elsewhere",
+        "adapters/link", "adapters/link/x",
+    ):  # fmt: skip
+        body = asked(field, f"{adapters}/{place}")
+        assert answered(path, MINE, "the-key", body=body)[0] == 403, place
+    for body in (
+        asked(field, "org/adapter"), asked(field, 5), asked("another", f"{adapters}/adapters/x"),
+        b"", b"[1]", b"[" * 10**4, b" " * 2**17 + asked(field, f"{adapters}/adapters/x"),
+    ):  # fmt: skip
+        assert answered(path, MINE, "the-key", body=body)[0] == 403, body[:80]
+
+
+def test_without_a_folder_no_adapter_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(guard.ADAPTERS, raising=False)
+    body = asked("lora_path", "/models/adapters/tenant-0")
+    assert answered("/v1/load_lora_adapter", MINE, "", body=body)[0] == 403
+    assert answered("/v1/load_lora_adapter", HERE, "the-key", body=body)[0] == 401
+
+
+def test_the_server_gets_the_request_as_it_was_sent(adapters: Path) -> None:
+    got: list[bytes] = []
+    body = asked("lora_path", f"{adapters}/adapters/tenant-0")
+    answered("/v1/load_lora_adapter", MINE, "the-key", body=body, got=got)
+    answered("/v1/completions", MINE, "the-key", body=b"any", got=got)
+    assert got == [body, b"any"]
+
+
+def test_the_folder_is_that_of_the_adapters_that_an_engine_serves() -> None:
+    modules = [f"tenant-{i}=/cache/models/adapters/tenant-{i}" for i in range(2)]
+    assert Vllm.adapter_folders({"lora-modules": modules}) == ["/cache/models/adapters"]
+    assert Vllm.adapter_folders({"enable-lora": True}) == []
 
 
 def test_the_key_is_one_for_a_process_or_the_readers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from labs import LABS
 from labs.lab import LabError
 from labs.running.resolve import RunRequest, load_workers_of
-from loadtests import generator, load_workers
+from loadtests import generator, load_workers, records
 from loadtests.arrivals import Concurrent
 from loadtests.load_workers import LoadWorkers
 from loadtests.plan import TrialPlan
@@ -138,8 +139,15 @@ def says(worker, what, **fields):
 def done(worker, trial, number):
     says(worker, "done", trial=trial, summary=json.dumps({**summary, "sent": number}))
 
+def records(worker, trial, *numbers):
+    fields = {"asked_tokens": 1, "scheduled_s": None, "sent_s": 0.5, "chunks": [[0.6, 1]],
+              "end_s": 0.7, "prompt_tokens": 1, "output_tokens": 1, "in_window": True}
+    made = [{"index": number, **fields} for number in numbers]
+    says(worker, "records", trial=trial, records=made, progress="{}")
+
 director.begin(plan)
 first = director.plan.trial
+records("here_1", first, 1, 2)
 for worker in sorted(there):
     says(worker, "ready", trial=first)
 there["there_2"] = "missing"
@@ -150,6 +158,9 @@ director.begin(plan)
 second = director.plan.trial
 says("there_2", "ready", trial=first)
 done("there_2", first, 100)
+records("here_1", second, 3)
+records("there_2", first, 4)
+records("here_1", second, 5, 6)
 says("here_1", "ready", trial=second)
 done("here_1", second, 5)
 print(json.dumps({"sent": [(name, client) for name, _, client in sent], "same": first == second}))
@@ -180,6 +191,8 @@ def test_what_is_late_belongs_to_no_trial_and_who_was_lost_stays_lost(tmp_path: 
     trials = ["lab-trial", "lab-trial", "lab-go", "quit", "lab-trial", "lab-go"]
     assert [name for name, _ in told["sent"]] == trials
     assert ["quit", "there_2"] in told["sent"]
+    assert [record.index for record in records.read(plan.records)] == [3, 5, 6]
+    assert sorted(os.listdir(tmp_path)) == ["records.gz", "requests.jsonl"]
 
 
 SILENT = """

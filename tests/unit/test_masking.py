@@ -9,10 +9,11 @@ from typer.testing import CliRunner
 
 from labs import LABS
 from labs.commands.cli import app
+from serving import guard
 from serving.engines.base import EngineError
 from serving.engines.endpoint import Endpoint
 from serving.machine import engine_variables
-from serving.masking import holds_secret, masked, recordable
+from serving.masking import holds_secret, masked, recordable, tellable
 
 TOKEN = "hf_" + "a1B2" * 8
 LAB = next(iter(LABS))
@@ -27,6 +28,16 @@ LAB = next(iter(LABS))
         ("--api-key abc --port 1", "--api-key *** --port 1"),
         ("--hf-token=abc", "--hf-token=***"),
         ("Authorization: Bearer 0123456789012345678901", "Authorization: ***"),
+        ("env AWS_SECRET_ACCESS_KEY=abc vllm", "env AWS_SECRET_ACCESS_KEY=*** vllm"),
+        ("OPENAI_KEY=abc", "OPENAI_KEY=***"),
+        ("HF_TOKEN='a b' vllm", "HF_TOKEN='***' vllm"),
+        ('{"api_key": "a, b"}', '{"api_key": "***"}'),
+        (r"{\"token\": \"abc\"}", r'{\"token\": \"***"}'),
+        ("{'api_key': ['abc', 'd']}", "{'api_key': ['***', 'd']}"),
+        ("http://host/v1?key=abc&x=1", "http://host/v1?key=***&x=1"),
+        ("--hf-token\nabc\n--port\n1", "--hf-token\n***\n--port\n1"),
+        ("password=1234", "password=***"),
+        ("token: abc", "token: ***"),
     ],
 )
 def test_a_secret_is_masked_and_the_rest_is_not(text: str, shown: str) -> None:
@@ -68,7 +79,11 @@ def test_a_user_without_a_home_folder_has_nothing_to_shorten(
 @pytest.mark.parametrize(
     "text",
     ["max_tokens=64 workloads.fixed.output_tokens.tokens=16", "nsys profile python -m vllm", "0,1",
-     "workloads.exponential.output_tokens.mean_tokens=6", "http://127.0.0.1:8000/v1", ""],
+     "workloads.exponential.output_tokens.mean_tokens=6", "http://127.0.0.1:8000/v1", "",
+     "--max-num-batched-tokens 8 --kv-cache-dtype fp8 --tokenizer-mode hf --api-key --port 1",
+     "{'max_num_batched_tokens': 8, 'token': 5, \"eos_token\": \"</s>\"}", "monkey=1 keys=a",
+     "--return-token-ids --sort-key 3 token=16 key=-1.5, no key: set one, a token that ended",
+     "--key-value x --kv-transfer-config {\"kv_connector\": \"x\"} KeyError: 'a'"],
 )  # fmt: skip
 def test_what_is_none_stays(text: str) -> None:
     assert masked(text) == text
@@ -80,6 +95,15 @@ def test_a_variables_value_is_masked_whatever_its_name() -> None:
         {"VLLM_NOTE": f"use {TOKEN}", "VLLM_API_KEY": "x", "OMP_NUM_THREADS": "2"}
     )
     assert found == {"VLLM_NOTE": "use ***", "OMP_NUM_THREADS": "2"}
+
+
+def test_the_key_is_replaced_wherever_a_server_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(guard.KEY, "my-key")
+    assert tellable("provided: my-key, token=abc") == "provided: ***, token=***"
+    monkeypatch.setenv(guard.KEY, "EMPTY")  # as servers without a key are given
+    assert tellable("EMPTY or not") == "EMPTY or not"
+    monkeypatch.delenv(guard.KEY)
+    assert guard.key() not in tellable(f"the engine printed {guard.key()}")
 
 
 def test_a_setting_with_a_secret_is_refused_and_not_repeated() -> None:

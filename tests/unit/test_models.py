@@ -317,6 +317,21 @@ def test_each_copy_of_a_model_holds_weights_and_a_kv_cache() -> None:
     Vllm.require_memory("large", copies, one, model.shape)
 
 
+def test_the_blocks_of_a_kv_cache_are_counted_as_memory() -> None:
+    """They are made however little memory was given for them."""
+    _, _, model = of_the_class("kv-quantization", CLASSES[0], random=False)
+    cpu = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=64 * 2**30)
+    blocks = {"kv-cache-memory-bytes": 2**30, "block-size": 128, "num-gpu-blocks-override": 64}
+    many = {**blocks, "num-gpu-blocks-override": 10**6}
+    for machine in (cpu, gpu(81_559)):
+        Vllm.require_memory("paged", blocks, machine, model.shape)
+        with pytest.raises(EngineError, match=r"paged: .* GB of KV cache .*num-gpu-blocks"):
+            Vllm.require_memory("paged", many, machine, model.shape)
+    few, none = ({"block-size": 128, "num-gpu-blocks-override": n} for n in (1, 0))
+    assert Vllm.host_memory_bytes(few, model.shape) == Vllm.host_memory_bytes(none, model.shape)
+    assert Vllm.host_memory_bytes(many, model.shape) > 10**6 * 128 * 1000
+
+
 def test_more_gpus_than_there_are_is_said_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from loadtests import records
 from loadtests.records import OPTIONAL, RequestRecord, read, write
 from tests.unit.builders import make_record
 
@@ -107,6 +110,41 @@ def test_damaged_line_is_named(tmp_path: Path, damage: bytes) -> None:
         list(read(tmp_path / "r.gz"))
 
 
+def line_of(**fields: Any) -> bytes:
+    return json.dumps({**vars(OPEN), **fields}).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (line_of(asked_tokens=2, chunks=[[10.5, 1]] * 21), "it has 21 chunks for 2 tokens"),
+        (line_of(text="x" * 16 * 2**20), "it is too long"),
+        (line_of().replace(b"[[10.5", b"[" + 2**20 * b"[0,0]," + b"[10.5"), "it is too long"),
+        (line_of(asked_tokens=99, chunks=[[0, 0]] * 60), "more than 50 chunks so far"),
+    ],
+    ids=["chunks", "text", "dense", "in all"],
+)
+def test_what_would_fill_the_memory_is_refused_while_it_is_read(
+    line: bytes, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six bytes are a chunk, which takes a hundred in memory."""
+    monkeypatch.setattr(records, "MOST_CHUNKS", 50)
+    (tmp_path / "r.gz").write_bytes(gzip.compress(line_of() + line + line_of() * 9, 1))
+    del line
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"r\.gz, line 2: not a request record \({why}\)"):
+        list(read(tmp_path / "r.gz"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 * 2**20
+
+
+def test_as_many_chunks_as_were_asked_for_can_be_read(tmp_path: Path) -> None:
+    answered = make_record([(10.5 + i / 100, 1) for i in range(40)])
+    write(tmp_path / "r.gz", [answered] * 3)
+    assert list(read(tmp_path / "r.gz")) == [answered] * 3
+
+
 def test_truncated_file_is_named(tmp_path: Path) -> None:
     write(tmp_path / "r.gz", [OPEN] * 100)
     whole = (tmp_path / "r.gz").read_bytes()
@@ -127,6 +165,33 @@ def test_interrupted_writing_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "new.gz", interrupted())
     assert not (tmp_path / "new.gz").exists()
+
+
+def test_records_that_come_one_by_one_are_in_the_same_file_and_not_in_memory(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path / "whole.gz", [OPEN, FAILED] * 10_000)
+    spool = records.Spool(tmp_path / "trial" / "spooled.gz")
+    assert not os.listdir(tmp_path / "trial")  # what is half done has no name
+    tracemalloc.start()
+    for _ in range(10_000):
+        spool.add(OPEN)
+        spool.add(FAILED)
+    spool.pack()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    spooled = (tmp_path / "trial" / "spooled.gz").read_bytes()
+    assert spooled == (tmp_path / "whole.gz").read_bytes()
+    assert peak < 2**20
+
+
+def test_records_for_which_there_is_no_room_are_told_and_dropped(tmp_path: Path) -> None:
+    spool = records.Spool(tmp_path / "r.gz")
+    spool._lines = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        spool.add(OPEN)
+    spool.close()
+    assert not os.listdir(tmp_path)
 
 
 # ------------------------------------------------------------------- from the stream's lines

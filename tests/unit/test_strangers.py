@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from labs import LABS
 from labs.commands.cli import app
 from labs.commands.terminal import ConsoleProgress
-from labs.filing import bounded, manifest, results
+from labs.filing import bounded, engine_series, manifest, results
 from labs.filing.bounded import DamagedError
 from labs.filing.results import Run, RunFolder, lab_from_resolved, write_json
 from labs.filing.tracked import tracked_names
@@ -76,6 +76,11 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"distributed-executor-backend": "my.Executor"}, "executor-backend has a value"),
     ({"kv-cache-dtype": "--trust-remote-code"}, "kv-cache-dtype has a value"),
     ({"max-num-seqs": "8"}, "max-num-seqs has a value"),
+    ({"max-num-seqs": 10**6}, "max-num-seqs has a value"),
+    ({"max-model-len": 10**8}, "max-model-len has a value"),
+    ({"num-gpu-blocks-override": 10**12}, "num-gpu-blocks-override has a value"),
+    ({"cudagraph-capture-sizes": [1] * 10**5}, "cudagraph-capture-sizes has a value"),
+    ({"speculative-config": {"num_speculative_tokens": 10**9}}, "num_speculative_tokens has a"),
 ]
 
 
@@ -491,6 +496,51 @@ def test_a_bomb_is_not_unpacked_beyond_its_bound(tmp_path: Path) -> None:
     assert peak < 16 * 2**20
 
 
+def peak_bytes(read: Callable[[], object], why: str) -> int:
+    """How much memory it takes to refuse something for this reason."""
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=why):
+        read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_json_that_is_all_brackets_is_not_parsed(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few kilobytes would become gigabytes: each `[],` is an object of 64 bytes and more."""
+    monkeypatch.setattr(bounded, "MOST_UNPACKED_BYTES", 256 * 2**20)
+    dense = gzip.compress(b"[" + 6 * 2**20 * b"[]," + b"0]")
+    home = folder.path / TRIAL
+    places: dict[Path, Callable[[], object]] = {
+        folder.probe_file("quality", "on"): lambda: folder.probe_result("quality", "on"),
+        folder.attention_file: folder.attention_times,
+        home / engine_series.FILE: lambda: engine_series.read(home),
+    }
+    for path, read in places.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(dense)
+        assert peak_bytes(read, "holds more than 4000000 values") < 64 * 2**20
+        path.write_bytes(gzip.compress(bytes(33 * 2**20)))
+        assert peak_bytes(read, "unpacks to more than 32 MiB") < 64 * 2**20
+        path.unlink()
+    (folder.path / "run.json").write_bytes(b"[" + 5 * 2**20 * b"[]," + b"0]")
+    assert peak_bytes(folder.run, "holds more than 4000000 values") < 64 * 2**20
+
+
+# ------------------------------------------------------------------------------------- the terminal
+
+
+def test_a_folder_whose_name_is_markup_ends_no_command(folder: RunFolder, tmp_path: Path) -> None:
+    shutil.copytree(folder.path, tmp_path / "m[" / "]" / folder.path.name)
+    code, said = labs("report")
+    assert code == 0, said
+    assert f"m[/]/{folder.path.name}/report.md" in said.replace(" ", "")
+    code, said = labs("check")
+    assert (code, "problems were found" in said) == (1, True)
+
+
 # ------------------------------------------------------------------------------- models and bundles
 
 CONFIG = {
@@ -540,6 +590,13 @@ DAMAGED: dict[str, Callable[[Path], object]] = {
     "negative size": config(num_hidden_layers=-1),
     "fraction": config(vocab_size=16.5),
     "list for a text config": config(text_config=[1]),
+    "very many layers": config(num_hidden_layers=10**9),
+    "very many heads": config(num_attention_heads=10**9, head_dim=4),
+    "long config": text_of("config.json", " " * (16 * 2**20 + 1)),
+    "dense config": text_of("config.json", "[" + "[]," * 2**20 + "0]"),
+    "dense header": lambda at: shard(
+        (3 * 2**20 + 3).to_bytes(8, "little") + b"[" + b"[]," * 2**20 + b"0]"
+    )(at),
     "empty shard": shard(b""),
     "cut shard": shard(b"\x10\0\0\0\0\0\0\0{"),
     "endless header": shard(b"\xff\xff\xff\xff\xff\xff\xff\x7f{}"),
@@ -582,8 +639,10 @@ def test_a_template_without_chats_is_one_sentence(
         writer_of(models.load(model_at(tmp_path / "model"), "m"))
 
 
-MANIFEST = {"python": "3.12", "machine": "x86_64", "expected": {"torch": "2"}, "packages": {},
-            "parts": [{"name": "part-1", "bytes": 1, "sha256": "0"}]}  # fmt: skip
+MANIFEST: dict[str, Any] = {
+    "python": "3.12", "machine": "x86_64", "expected": {"torch": "2"}, "packages": {},
+    "parts": [{"name": "part-1", "bytes": 1, "sha256": "0"}],
+}  # fmt: skip
 
 
 WRONG: list[dict[str, Any]] = [
@@ -604,6 +663,29 @@ def test_a_bundle_whose_manifest_is_damaged_is_one_sentence(manifest: str, tmp_p
     (tmp_path / "manifest.json").write_text(manifest)
     with pytest.raises(UnbundleError, match="copy that file again"):
         unbundle.read_manifest(tmp_path)
+
+
+def test_what_is_no_file_is_not_read_as_a_bundle(tmp_path: Path) -> None:
+    """Whoever opens a pipe waits for ever, and /dev/zero has no end."""
+    path, part = tmp_path / "manifest.json", MANIFEST["parts"][0]
+    os.mkfifo(path)
+    with pytest.raises(UnbundleError, match="is not a regular file of at most 16 MiB"):
+        unbundle.read_manifest(tmp_path)
+    for target in ("/dev/zero", "large"):
+        path.unlink()
+        path.symlink_to(target)
+        with (tmp_path / "large").open("wb") as file:
+            file.truncate(16 * 2**20 + 1)
+        with pytest.raises(UnbundleError, match="is not a regular file of at most 16 MiB"):
+            unbundle.read_manifest(tmp_path)
+    path.unlink()
+    path.write_text(json.dumps(MANIFEST | {"parts": [part | {"bytes": 0}]}))
+    manifest = unbundle.read_manifest(tmp_path)
+    os.mkfifo(tmp_path / "part-1")
+    with pytest.raises(UnbundleError, match=r"of 1 parts in .* are damaged: part-1"):
+        unbundle.check_parts(tmp_path, manifest)
+    with pytest.raises(UnbundleError, match="part-1 is damaged: copy it again"):
+        unbundle.collect(tmp_path, tmp_path / "target", manifest)
 
 
 # --------------------------------------------------------------------------------------- markup

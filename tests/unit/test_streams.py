@@ -6,6 +6,7 @@ Locust patches the process it is in, so the worker's side runs in a process of i
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from serving import guard
 from serving.models import ROOT
 from tests.unit import hostile
 
@@ -23,13 +25,14 @@ from loadtests import plan
 from loadtests.arrivals import Concurrent
 from loadtests.load import Load, Turn, now
 from loadtests.streaming import connect, records_of, stream
+from serving.masking import SECRETS
 url, requests = sys.argv[1:]
 for line in sys.stdin:
     body, plan.TOKEN_AT_MOST_S, timeout_s = json.loads(line)
     trial = plan.TrialPlan(
         url=url, arrival=Concurrent(users=1), requests=requests, records=requests, warmup_s=0,
         window_s=1, timeout_s=timeout_s, seed=0, lab="tiny", variant="on", run_id="r",
-        workload="short",
+        workload="short", keep_text=True, secrets=SECRETS,
     )
     load = Load(trial)
     load.t0 = now()
@@ -39,6 +42,9 @@ for line in sys.stdin:
     print(json.dumps([vars(record), ended.connection_failed]), flush=True)
 """
 Ask = Callable[[str], tuple[dict[str, Any], bool]]
+KEY = "my-key-of-many-characters"
+MODEL = f'{{"model": "a-{KEY}", '.encode()
+PADDING = " " * 240  # so that the key would be cut, and not be found any more
 ANSWERS = {
     "/health": hostile.says(hostile.whole("")),
     "drip": hostile.drips,
@@ -48,6 +54,16 @@ ANSWERS = {
     "silence": hostile.says_nothing,
     "redirect": hostile.says(
         hostile.whole("", "307 Temporary Redirect", more="Location: http://127.0.0.1/\r\n")
+    ),
+    "refuses": hostile.says(
+        hostile.whole(f"{PADDING}Incorrect API key provided: {KEY} token=a1", "401 Unauthorized")
+    ),
+    "complains": hostile.says(
+        hostile.STREAM + f'data: {{"error": "{PADDING}provided: {KEY} HF_TOKEN=a1"}}\n\n'.encode()
+    ),
+    "strange": hostile.says(hostile.STREAM + f"data: {'x' * 60} {KEY}\n\n".encode()),
+    "repeats": hostile.says(
+        hostile.STREAM + hostile.EVENT.replace(b"and", KEY.encode()).replace(b"{", MODEL, 1)
     ),
     "no-stream": hostile.says(hostile.whole('{"choices": [{"message": {"content": "and"}}]}')),
 }
@@ -67,6 +83,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
         subprocess.Popen(
             [sys.executable, "-c", _WORKER, url, str(Path(requests))],
             cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, guard.KEY: KEY},
         ) as child,
     ):  # fmt: skip
         assert child.stdin
@@ -117,6 +134,20 @@ def test_what_is_no_stream_is_an_error(ask: Ask, body: str, error: str) -> None:
     assert error in record["error"]
     assert not connection_failed
     assert record["output_tokens"] is None
+
+
+@pytest.mark.parametrize("body", ["refuses", "complains", "strange"])
+def test_what_a_server_repeats_of_the_key_is_not_recorded(ask: Ask, body: str) -> None:
+    """Not even a part of it, where the error is cut short."""
+    record, _ = ask(body)
+    assert KEY[:4] not in json.dumps(record)
+    assert "***" in record["error"]
+    assert "a1" not in record["error"]
+
+
+def test_a_key_in_an_answer_or_a_models_name_is_not_recorded(ask: Ask) -> None:
+    record, _ = ask("repeats")
+    assert (record["text"], record["model"], record["error"]) == ("***", "a-***", None)
 
 
 def test_a_load_process_stays_when_the_wall_clock_jumps() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import sys
 import time
+import tracemalloc
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -132,6 +135,24 @@ def test_a_file_keeps_untold_apart_from_nothing(tmp_path: Path) -> None:
     first, second = telemetry.read(tmp_path / "t.csv.gz")
     assert (first.throttle, first.power_w) == ("", None)
     assert (second.throttle, second.power_w, second.time_s) == (None, 0.0, 0.1)
+
+
+def test_a_file_of_more_samples_than_a_trial_has_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "MOST_SAMPLES", 100)
+    path = tmp_path / "t.csv.gz"
+    telemetry.write(path, [Sample(1.0, "0")] * 100, 0.0)
+    assert len(telemetry.read(path)) == 100
+    head = ",".join(field.name for field in fields(Sample)).encode()
+    for hostile in (2**20 * b"1,0,,,,,,\n", 2**20 * b",", b'"' + 2**20 * b"1\n"):
+        path.write_bytes(gzip.compress(head + b"\n" + hostile))
+        tracemalloc.start()
+        with pytest.raises(ValueError, match="more than 100 samples, or one of over 512 char"):
+            telemetry.read(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2**20
 
 
 def rapl(folder: Path, used_uj: int, most_uj: int = 1_000_000) -> Path:

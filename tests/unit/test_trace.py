@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,37 @@ def test_a_request_without_an_answer_is_left_out(tmp_path: Path) -> None:
     assert read_trace(written(tmp_path, PLAIN + "9,80,0\n")) == read_trace(written(tmp_path, PLAIN))
 
 
-def test_a_long_trace_is_kept_from_its_beginning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trace, "MOST_ROWS", 2)
-    assert [row[0] for row in read_trace(written(tmp_path, PLAIN))] == [0.0, 0.5]
+def test_a_long_trace_is_kept_from_its_beginning(tmp_path: Path) -> None:
+    assert [row[0] for row in read_trace(written(tmp_path, PLAIN), most_rows=2)] == [0.0, 0.5]
+
+
+def test_no_more_of_a_trace_is_in_memory_than_is_kept(tmp_path: Path) -> None:
+    """The first request comes last."""
+    later = "".join(f"{2 + i},100,20\n" for i in range(20_000))
+    path = written(tmp_path, PLAIN + later + "0.5,60,10\n")
+    tracemalloc.start()
+    kept = read_trace(path, most_rows=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert kept == ((0.0, 60, 10), (0.5, 50, 10), (1.0, 100, 20))
+    assert peak < 2**20
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_a_line_that_no_request_has_is_not_parsed(name: str, tmp_path: Path) -> None:
+    path = written(tmp_path, "[" + 2**22 * "[],", name)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="line 1: it has more than 262144 characters"):
+        read_trace(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 2**20
+
+
+def test_a_request_does_not_go_on_over_many_lines(tmp_path: Path) -> None:
+    text = PLAIN + 2**16 * '1,"\n'
+    with pytest.raises(ValueError, match="line 5: a quotation mark is not closed in its line"):
+        read_trace(written(tmp_path, text))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from labs.telling import report
 from labs.telling.summary import summarise
 from loadtests import records
 from loadtests.structures import Structure
+from serving import guard
+from serving.engines.base import EngineError
 from tests.unit.builders import make_engine, make_record, make_summary, write_run
 
 ANSWERED = make_record([(11.0, 1), (12.0, 3)])
@@ -158,6 +160,30 @@ def test_an_interrupted_second_attempt_leaves_the_trial_to_be_played(tmp_path: P
     with pytest.raises(IndexError):  # as Ctrl-C would
         Script(folder, [2.5]).play(point, 1)
     assert not recorded(folder, point, 1)
+
+
+def test_a_failure_is_recorded_and_shown_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An endpoint may send the key back, and an engine's last log lines may hold a token."""
+    monkeypatch.setenv(guard.KEY, "my-key")
+    said = "HTTP 401: Incorrect API key provided: my-key\nHF_TOKEN=abc"
+    folder = write_run(tmp_path)
+    point = folder.run().points()[-1]
+
+    def fail(*_: object) -> Played:
+        raise EngineError(said)
+
+    trials = Script(folder, [])
+    monkeypatch.setattr(trials, "_play", fail)
+    shown: list[str] = []
+    monkeypatch.setattr(trials._progress, "trial_done", lambda text, _: shown.append(text))
+    trials.play(point, 1)
+    trials.fail([(point, 2)], said)
+    results = [folder.trial_result(point, repeat) for repeat in (1, 2)]
+    masked = "HTTP 401: Incorrect API key provided: ***\nHF_TOKEN=***"
+    assert [result and result.failed for result in results] == [masked, None]
+    assert "provided: ***" in shown[0]
 
 
 @pytest.mark.parametrize(
