@@ -17,6 +17,7 @@ Definitions (tools differ; these are ours):
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -123,13 +124,19 @@ class RequestRecord:
 def write(path: Path, records: Iterable[RequestRecord]) -> None:
     """Write the records as gzipped JSON lines; the file appears only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.half")
-    # mtime=0: the same records give the same bytes
-    with half.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
-        for record in records:
-            fields = {k: v for k, v in vars(record).items() if v is not None or k not in OPTIONAL}
-            file.write(orjson.dumps(fields) + b"\n")
-    half.rename(path)
+    # as serving/whole.py writes a file, which nothing here may import
+    half = path.with_name(f".{path.name}.{os.getpid()}.half")
+    try:
+        # mtime=0: the same records give the same bytes
+        with half.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+            for record in records:
+                fields = {
+                    k: v for k, v in vars(record).items() if v is not None or k not in OPTIONAL
+                }
+                file.write(orjson.dumps(fields) + b"\n")
+        half.rename(path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Iterator[RequestRecord]:

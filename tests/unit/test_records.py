@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -126,7 +127,23 @@ def test_interrupted_writing_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(read(tmp_path / "r.gz")) == [OPEN]
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "new.gz", interrupted())
-    assert not (tmp_path / "new.gz").exists()
+    assert list(tmp_path.iterdir()) == [tmp_path / "r.gz"]
+
+
+def test_two_processes_that_write_one_file_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / "r.gz", os.getpid() + 1
+
+    def meanwhile() -> Iterator[RequestRecord]:
+        yield CLOSED
+        monkeypatch.setattr(os, "getpid", lambda: other)
+        write(path, [OPEN])
+        assert list(read(path)) == [OPEN]
+
+    write(path, meanwhile())
+    assert list(read(path)) == [CLOSED]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # ------------------------------------------------------------------- from the stream's lines
