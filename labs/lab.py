@@ -109,7 +109,11 @@ class Point:
 
     @property
     def flags(self) -> VllmFlags:
-        """The variant's flags with typed access by vLLM's names."""
+        """The variant's flags with typed access by vLLM's names.
+
+        Another engine's flags have other names, so that of such a variant this gives vLLM's
+        defaults, and raises KeyError where vLLM's flag has none.
+        """
         return VllmFlags(self.variant.flags)
 
     @property

@@ -228,9 +228,9 @@ def test_what_to_turn_next_can_be_turned_on_every_gpu(
 ) -> None:
     resolved, machine, model = of_the_class(lab, c, random)
     for knob in resolved.next_knobs:
-        setting = re.match(r"""SET=(["'])(.+?)\1 """, knob)
+        setting = re.match(r"""SET=(?:(["'])(.+?)\1|(\S+)) """, knob)
         assert setting, knob
-        changes = parse_changes(setting[2])
+        changes = parse_changes(setting[2] or setting[3])
         turned = LABS[lab].at(models.scale_of(machine), False, changes, random)
         assert turned.digest() != resolved.digest(), knob
         require_sizes(turned, model)

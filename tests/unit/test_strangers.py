@@ -33,8 +33,8 @@ from labs.running.resolve import RunRequest, require_harmless, resolve
 from labs.telling import markdown, site
 from serving import models, unbundle
 from serving.engines.base import EngineError
-from serving.engines.harmless import refusal
 from serving.engines.vllm import Vllm
+from serving.engines.vllm_harmless import refusal
 from serving.models import ModelError
 from serving.unbundle import UnbundleError
 from tests.unit.builders import write_run, write_slowed
