@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dashboards import palette
 from labs import FIRST, LABS
+from labs.changes import parse_changes
 from labs.findings.parts import parts_of
 from labs.judging.metrics import trial_metrics
 from labs.judging.validity import ECHOED
@@ -25,7 +26,6 @@ from labs.lab import (
     Point,
     Variant,
     factors,
-    parse_changes,
 )
 from labs.questions import QUESTIONS
 from labs.running.probes import PROBES, TEXT_PROBES

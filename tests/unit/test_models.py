@@ -14,7 +14,8 @@ from huggingface_hub import errors
 from huggingface_hub.utils._paths import filter_repo_objects
 
 from labs import LABS
-from labs.lab import Lab, LabError, NotApplicable, parse_changes
+from labs.changes import parse_changes
+from labs.lab import Lab, LabError, NotApplicable
 from labs.running.derived_models import NEED_NO_WEIGHTS, RECIPES
 from labs.running.resolve import model_of, require_devices, require_memory, require_sizes
 from serving import dummy, models
