@@ -19,6 +19,9 @@ from dashboards import series
 from dashboards.panels import (
     BOUND,
     DASHED,
+    DOLLARS,
+    FLOP_PER_S,
+    JOULES,
     PER_S,
     PLAIN,
     RATIO,
@@ -69,13 +72,25 @@ class Described(Protocol):
         """A key of `UNITS`."""
 
     @property
+    def better(self) -> str:
+        """Which figures are better: `higher` or `lower` ones."""
+
+    @property
     def statistic(self) -> Computed:
         """How it is computed."""
 
+    @property
+    def compare_panel(self) -> str:
+        """What its panel in *Compare* says beside that; empty where it has none there."""
+
+    @property
+    def machines_panel(self) -> str:
+        """What its panel in *Machines* says; empty where it has none there."""
+
 
 Figures = Mapping[str, Described]  # by the name under which it is exported
-UNITS = {"s": SECONDS, "tok": TOKENS, "tok/s": TOKENS_PER_S, "req/s": PER_S, "1": RATIO,
-         "share": RATIO}  # fmt: skip
+UNITS = {"s": SECONDS, "tok": TOKENS, "tok/s": TOKENS_PER_S, "req/s": PER_S, "FLOP/s": FLOP_PER_S,
+         "1": PLAIN, "share": RATIO, "USD": DOLLARS, "J": JOULES}  # fmt: skip
 FOLDER = Path(__file__).parent / "grafana"
 # beyond these limits no verdict is given (labs/judging/validity.py)
 LATE_S, LOOP_LAG_S, MOST_ERRORS = 0.005, 0.02, 0.01
@@ -471,10 +486,11 @@ def compare(described: Figures) -> dashboard.Dashboard:
             _joined(figure, "at", " ", "workload", "load"), "point", ": ", "at", "variant"
         )
 
-    def figure(metric: str, says: str) -> Panel:
-        title, unit = described[metric].title, UNITS[described[metric].unit]
+    def figure(metric: str, of: Described) -> Panel:
+        title, unit = of.title, UNITS[of.unit]
+        says = f"{of.better.capitalize()} is better; {of.compare_panel}"
         value = at_points(series.MEASUREMENT, metric)
-        if described[metric].statistic.pooled:
+        if of.statistic.pooled:
             says += " Over the samples of all repeats together, which gives no interval."
             return without_interval(title, says, unit, "point", value)
         return with_interval(
@@ -488,20 +504,7 @@ def compare(described: Figures) -> dashboard.Dashboard:
             at_points(series.MEASUREMENT_HIGH, metric),
         )
 
-    figures = tuple(
-        figure(metric, says)
-        for metric, says in (
-            ("output_tokens_per_s", "Higher is better; see at which load the variants part."),
-            (
-                "goodput_per_s",
-                "Requests/s that met the SLO: the throughput for which nobody waited too long.",
-            ),
-            ("ttft_p50_s", "Lower is better; prefill and queueing."),
-            ("tpot_mean_s", "Lower is better; the pace of an answer."),
-            ("itl_p99_s", "Lower is better; how long a stream stands still."),
-            ("e2e_p50_s", "Lower is better; the whole answer."),
-        )
-    )
+    figures = tuple(figure(name, of) for name, of in described.items() if of.compare_panel)
     return board(
         "lab-compare",
         "Compare",
@@ -613,27 +616,16 @@ def machines(described: Figures) -> dashboard.Dashboard:
 
     figures = tuple(
         bars(
-            described[metric].title,
-            f"{says} At the workload and load that are chosen, for each run.",
-            UNITS[described[metric].unit],
-            measured(metric),
+            of.title,
+            f"{of.machines_panel} At the workload and load that are chosen, for each run.",
+            UNITS[of.unit],
+            measured(name),
             row="sitting",
             column="variant",
             flat=True,
         )
-        for metric, says in (
-            (
-                "output_tokens_per_s",
-                "Absolute figures are a machine's own; the order of variants is what may carry"
-                " over.",
-            ),
-            ("ttft_p50_s", "Prefill, which arithmetic bounds, and the time in the queue."),
-            ("tpot_mean_s", "Decode is bound by memory bandwidth, so this follows it."),
-            (
-                "mbu",
-                "Share of the measured bandwidth that decode needs: what is left is overhead.",
-            ),
-        )
+        for name, of in described.items()
+        if of.machines_panel
     )
     return board(
         "lab-machines",

@@ -38,6 +38,7 @@ DATASOURCE = DataSourceRef("prometheus", "inference-lab")
 TAG = "inference-lab"
 SECONDS, RATIO, PLAIN = "s", "percentunit", "short"
 TOKENS, TOKENS_PER_S, PER_S = "suffix:tok", "suffix:tok/s", "suffix:/s"
+FLOP_PER_S, DOLLARS, JOULES = "flops", "currencyUSD", "joule"
 TIMES = "suffix:x"  # of a ratio
 STEP = "5s"  # $__rate_interval is four steps: few requests end in less on a slow machine
 Panel = series.Panel | barchart.Panel | table.Panel

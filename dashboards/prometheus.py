@@ -409,7 +409,7 @@ def watch(port: int) -> Watch:
 def adopt(port: int, pid: int, own: bool) -> Watch:
     """Make labs record into this process from now on."""
     adopted = Watch(port, pid, _started(pid), own)
-    (HOME / "watch.json").write_text(json.dumps(asdict(adopted)))
+    whole.write(HOME / "watch.json", json.dumps(asdict(adopted)))
     return adopted
 
 

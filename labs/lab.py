@@ -7,12 +7,10 @@ repeats: a variant (an engine configuration) under a workload (what is sent) wit
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
 import re
-import textwrap
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
@@ -32,6 +30,10 @@ from pydantic import (
 )
 
 from labs import theory
+from labs.changes import in_words, known_names, parts_kept, set_field
+from labs.errors import LabError as LabError  # a part of the vocabulary
+from labs.errors import NotApplicable as NotApplicable
+from labs.errors import did_you_mean
 from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay
 from loadtests.trace import TraceRow
 from loadtests.workload import Fixed, Name, Workload
@@ -109,7 +111,11 @@ class Point:
 
     @property
     def flags(self) -> VllmFlags:
-        """The variant's flags with typed access by vLLM's names."""
+        """The variant's flags with typed access by vLLM's names.
+
+        Another engine's flags have other names, so that of such a variant this gives vLLM's
+        defaults, and raises KeyError where vLLM's flag has none.
+        """
         return VllmFlags(self.variant.flags)
 
     @property
@@ -281,14 +287,6 @@ class SLO(BaseModel, frozen=True, extra="forbid"):
         """Map `ttft`, `tpot` and, where it is set, `itl` to their limits in seconds."""
         limits_s = {"ttft": self.ttft_s, "tpot": self.tpot_s, "itl": self.itl_s}
         return {name: limit_s for name, limit_s in limits_s.items() if limit_s is not None}
-
-
-class LabError(Exception):
-    """The reader asked for something that is not possible; the message says what is."""
-
-
-class NotApplicable(LabError):
-    """The lab's question has no meaning with random weights, or on this kind of machine."""
 
 
 NO_CAPACITY = (
@@ -485,7 +483,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         lab = self._changed(OF_KIND.get(kind, {}), *own, *brief)
         if kind == "gpu":
             lab = lab.model_copy(update={"flags": {**gpu_flags(scale), **lab.flags}})
-        changes, kept = _parts_kept(changes or {})
+        changes, kept = parts_kept(changes or {})
         if not dummy:
             return lab._changed(changes)._keeping(**kept)
         lab = lab._without(self.needs_text)
@@ -503,8 +501,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         """
         if variants is None and workloads is None:
             return self
-        names = _known_names("variants", variants, [v.name for v in self.variants])
-        sent = _known_names("workloads", workloads, [w.name for w in self.workloads])
+        names = known_names("variants", variants, [v.name for v in self.variants])
+        sent = known_names("workloads", workloads, [w.name for w in self.workloads])
         remaining = [
             w.model_copy(update={"only": tuple(name for name in w.only if name in names)})
             for w in self.workloads
@@ -572,12 +570,12 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
                 if info.exclude_if:
                     plain.setdefault(name, info.get_default())  # what a digest leaves out
         for path, value in (item for layer in layers for item in layer.items()):
-            _set(fields, path, copy.deepcopy(value))  # a later path may lead into it
+            set_field(fields, path, copy.deepcopy(value))  # a later path may lead into it
         beside = {n: getattr(self, n) for n in NOT_FILED}
         try:
             return Lab.model_validate(fields | beside)
         except ValidationError as error:
-            raise LabError(_sentence(error, fields)) from error
+            raise LabError(in_words(error, fields)) from error
 
     def against_itself(self) -> Lab:
         """Make an A/A lab: the first claim's baseline against a twin of it.
@@ -841,106 +839,3 @@ def knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
             for c in settings[part]
         ]
     return settings
-
-
-def parse_changes(text: str) -> dict[str, Any]:
-    """Read `window_s=4 workloads.fixed.output_tokens.tokens=16` as {path: value}.
-
-    A value is read as JSON where that is possible, and is text otherwise. Raises LabError for an
-    item without an equals sign.
-    """
-    changes: dict[str, Any] = {}
-    for item in text.split():
-        path, equals, value = item.partition("=")
-        if not equals:
-            raise LabError(f"SET: {item!r} is not field=value")
-        try:
-            changes[path] = json.loads(value)
-        except json.JSONDecodeError:
-            changes[path] = value
-    return changes
-
-
-def _set(fields: dict[str, Any], path: str, value: Any) -> None:
-    """Change an existing field in place; the items of a list are addressed by their names."""
-    *parents, last = path.split(".")
-    at: Any = fields
-
-    def require(step: str, free: bool) -> dict[str, Any]:
-        known = _steps(at)
-        if step not in known and not free:
-            names = ", ".join(known) or "none"
-            raise LabError(f"{path}: no field {step!r}{did_you_mean(step, known)} here: {names}")
-        return known
-
-    for place, step in enumerate(parents, 1):
-        known = require(step, free=False)
-        at = at[step] if isinstance(at, dict) else at[known[step]]
-        if at is None:
-            whole = ".".join(parents[:place])
-            raise LabError(f"{path}: there is no {step} here yet: give all of it, {whole}={{JSON}}")
-    require(last, free=bool(parents) and parents[-1] == "flags")  # vLLM knows its flags
-    if not isinstance(at, dict):
-        raise LabError(f"{path}: give one of its fields, {path}.<field>=")
-    at[last] = value
-
-
-def _parts_kept(changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """Part the changes from the lists of names that say which variants and workloads are kept."""
-
-    def is_list_of_names(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-    kept = {k: changes[k] for k in ("variants", "workloads") if is_list_of_names(changes.get(k))}
-    return {k: v for k, v in changes.items() if k not in kept}, kept
-
-
-def _known_names(part: str, wanted: Collection[str] | None, known: Sequence[str]) -> set[str]:
-    """Return the wanted names, all by default. Raises LabError for one that is not known."""
-    for name in wanted or ():
-        if name not in known:
-            raise LabError(
-                f"{part}: no {name!r}{did_you_mean(name, known)} here: {', '.join(known)}"
-            )
-    if wanted is not None and not wanted:
-        raise LabError(f"{part}: keep at least one; known here: {', '.join(known)}")
-    return set(known if wanted is None else wanted)
-
-
-def _sentence(error: ValidationError, fields: Mapping[str, Any]) -> str:
-    """Word the first error, with the items of a list called by name as in a change's path."""
-    first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list in JSON")
-    if not first["loc"]:
-        return message
-    at: Any = fields
-    steps = []
-    for step in first["loc"]:
-        if isinstance(at, dict):
-            at = at.get(step)
-        else:
-            at = at[step] if isinstance(at, list | tuple) and isinstance(step, int) else None
-        steps.append(str(at["name"] if isinstance(at, dict) and isinstance(step, int) else step))
-    value = textwrap.shorten(repr(first["input"]), 80, placeholder=" ..")
-    return f"{'.'.join(steps)}: {message} (given {value})"
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Suggest the known name closest to a misspelled one.
-
-    Returns the middle of a sentence that goes on with the known names.
-    """
-    matches = difflib.get_close_matches(name, list(known), 1)
-    return f": did you mean {matches[0]}? Known" if matches else "; known"
-
-
-def _steps(at: Any) -> dict[str, Any]:
-    if isinstance(at, dict):
-        return {key: key for key in at}
-    if isinstance(at, list | tuple):
-        return {
-            item["name"]: i
-            for i, item in enumerate(at)
-            if isinstance(item, dict) and "name" in item
-        }
-    return {}

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import os
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -139,12 +140,16 @@ def _line(record: RequestRecord) -> bytes:
 
 
 def _pack(path: Path, lines: Iterable[bytes]) -> None:
-    half = path.with_name(f".{path.name}.half")
-    # mtime=0: the same records give the same bytes
-    with half.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
-        for line in lines:
-            file.write(line)
-    half.rename(path)
+    # as serving/whole.py writes a file, which nothing here may import
+    half = path.with_name(f".{path.name}.{os.getpid()}.half")
+    try:
+        # mtime=0: the same records give the same bytes
+        with half.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+            for line in lines:
+                file.write(line)
+        half.rename(path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 class Spool:

@@ -186,7 +186,7 @@ def make(base: Path, out: Path, prompts: Path, count: int, rank: int, seed: int)
             "seconds": round(time.monotonic() - start, 1),
             "seed": seed,
         }
-        (half / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        making.write_record(half, about)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

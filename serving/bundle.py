@@ -287,7 +287,8 @@ class Parts:
         view = memoryview(data)
         while view:
             if self._file is None:
-                self._file, self._hash = (self._folder / "part.half").open("wb"), hashlib.sha256()
+                half = whole.half_name(self._folder / self._name)
+                self._file, self._hash = half.open("wb"), hashlib.sha256()
             piece = view[: self._part_bytes - self._file.tell()]
             self._file.write(piece)
             self._hash.update(piece)
@@ -296,11 +297,16 @@ class Parts:
                 self._end_part()
         return len(data)
 
+    @property
+    def _name(self) -> str:
+        """The name of the part that is being written."""
+        return f"lab.tar.{len(self.manifest):03}"
+
     def _end_part(self) -> None:
         assert self._file
         self._file.close()
         half, digest = Path(self._file.name), self._hash.hexdigest()
-        path = self._folder / f"lab.tar.{len(self.manifest):03}"
+        path = self._folder / self._name
         if path.exists() and sha256(path) == digest:
             half.unlink()
             self.unchanged += 1

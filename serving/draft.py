@@ -19,7 +19,6 @@ width: target and draft share the output matrix that turns it into a distributio
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections import Counter
@@ -246,7 +245,7 @@ def make(target: Path, out: Path, prompts: Path, layers: int, epochs: int, seed:
             "seconds": round(time.monotonic() - began, 1),
             "seed": seed,
         }
-        (half / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        making.write_record(half, about)
     print(f"{about['acceptance']:.0%} of held-out tokens are guessed", flush=True)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from serving import gpus, models, whole
+from serving import gpus, making, models, whole
 from serving.kv_heads import kv_heads_of
 from serving.machine import Machine
 from serving.models import RANDOM, TOKENIZER, Model, ModelError, Shape
@@ -146,7 +146,7 @@ def _adapters(name: str, config: dict[str, Any]) -> Path:
                          None if tenant == 0 else half / f"tenant-0{suffix}")  # fmt: skip
         params = adapter_params(models.shape_of(config), RANKS[0])
         about = {"rank": RANKS[0], "params_per_adapter": params, "weights": "random"}
-        (half / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        making.write_record(half, about)
     return folder
 
 

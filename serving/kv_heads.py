@@ -70,7 +70,7 @@ def make(method: str, base: Path, out: Path) -> None:
         now = kv_heads_of(method, config)
         _write(half / "config.json", {**config, "num_key_value_heads": now})
         about = {"method": method, "heads": heads, "kv_heads": now, "kv_heads_before": kv_heads}
-        _write(half / "about.json", about)
+        making.write_record(half, about)
         if (half / INDEX).exists():
             index = json.loads((half / INDEX).read_text())
             _write(half / INDEX, {**index, "metadata": {"total_size": size_bytes}})

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from serving import whole
-from serving.models import MISTRALS, routed_experts
+from serving.models import MISTRALS, RECORD, routed_experts
 
 OTHER_FILES = ("*.json", "*.txt", "*.jinja")  # config, tokenizer, chat template, index
 
@@ -143,6 +143,11 @@ def copy_others(base: Path, out: Path) -> None:
     for path in (path for kind in OTHER_FILES for path in base.glob(kind)):
         if not any(path.match(pattern) for pattern in MISTRALS):
             shutil.copyfile(path, out / path.name)
+
+
+def write_record(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write what was made, from what and how, into the model's folder: `models.RECORD`."""
+    (folder / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
 
 
 @contextmanager

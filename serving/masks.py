@@ -56,7 +56,7 @@ def make(base: Path, out: Path, structures: Path) -> None:
             "vocabulary": config.model_config.get_vocab_size(),
             "seconds": round(time.monotonic() - began, 1),
         }
-        (half / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        making.write_record(half, about)
     print(f"timed in {about['seconds']:.0f} s", flush=True)
 
 

@@ -18,7 +18,6 @@ served kernels' own quality is measured by the labs, on the engine.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -231,7 +230,7 @@ def make(base: Path, out: Path, text: Path) -> None:
             "text": text.name,
             "seconds": round(time.monotonic() - began, 1),
         }
-        (half / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        making.write_record(half, about)
     print(f"measured in {about['seconds']:.0f} s", flush=True)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -212,7 +211,7 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
             "calibration_tokens": sequences.numel() if wanted.by == "wanda" else 0,
             "seconds": round(time.monotonic() - began, 1),
         }
-        (half / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        making.write_record(half, about)
     print(f"{written.share:.1%} of {written.weights / 1e6:,.0f} M weights are zero", flush=True)
 
 

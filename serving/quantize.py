@@ -314,22 +314,25 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
         )
     python = environment(recipe.tool)
     start = time.monotonic()
-    half = out.with_name(f".{out.name}.{os.getpid()}.half")
-    result, job = half / "made", half / "job.json"
-    half.mkdir()
-    try:
+    with making.folder(out) as half:
+        work = half / "work"  # some tools write beside their result
+        work.mkdir()
+        result, job = work / "made", work / "job.json"
         size = group_size(config)
         source = base
         if recipe.tool.transformers < 5:
-            source = with_older_config(base, config, half / "base")
+            source = with_older_config(base, config, work / "base")
         task = {"method": method, "samples": samples, "group_size": size}
         folders = {"base": str(source.resolve()), "out": str(result.resolve())}
         job.write_text(json.dumps(task | folders))
         print(f"quantizing with {recipe.tool.name}", flush=True)
         run_tool(recipe.tool, python, job, recipe.tool.home / f"{method}.log")
+        for path in result.iterdir():
+            shutil.move(path, half)
+        shutil.rmtree(work)
         for pattern in (*TOKENIZER_FILES, GENERATION):
             for path in base.glob(pattern):
-                shutil.copy(path, result)
+                shutil.copy(path, half)
         about: dict[str, Any] = {
             "method": method,
             "tool": recipe.tool.name,
@@ -339,13 +342,10 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
             "bits": recipe.bits,
             "group_size": size if recipe.bits == 4 else None,
             "seconds": round(time.monotonic() - start, 1),
-            "bytes": sum(path.stat().st_size for path in result.glob("*.safetensors")),
+            "bytes": sum(path.stat().st_size for path in half.glob("*.safetensors")),
         }
-        (result / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-        result.rename(out)
-        print(f"made in {about['seconds']:.0f} s, {about['bytes'] / 1e6:.0f} MB", flush=True)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
+        making.write_record(half, about)
+    print(f"made in {about['seconds']:.0f} s, {about['bytes'] / 1e6:.0f} MB", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

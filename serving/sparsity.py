@@ -139,7 +139,7 @@ def make(base: Path, out: Path, texts: Path, methods: Sequence[str] = METHODS) -
             "calibration_tokens": sequences.numel(),
             "seconds": round(time.monotonic() - began, 1),
         }
-        (half / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+        making.write_record(half, about)
     print(f"measured in {about['seconds']:.0f} s", flush=True)
 
 

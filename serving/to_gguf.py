@@ -130,8 +130,7 @@ def make(base: Path, out: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        about = {"format": "GGUF", "dtype": "bfloat16"}
-        (half / "about.json").write_text(json.dumps(about, indent=1))
+        making.write_record(half, {"format": "GGUF", "dtype": "bfloat16"})
 
 
 def _add_tokenizer(writer: Any, base: Path, size: int) -> None:

@@ -36,7 +36,7 @@ def file(path: Path) -> Iterator[Path]:
     except FileExistsError as error:  # "File exists" would not say what is wrong with it
         code = errno.ENOTDIR
         raise NotADirectoryError(code, os.strerror(code), str(path.parent)) from error
-    half = _half(path)
+    half = half_name(path)
     half.unlink(missing_ok=True)
     try:
         yield half
@@ -51,7 +51,7 @@ def folder(path: Path) -> Iterator[Path]:
 
     Raises OSError where `path` is a folder that is not empty.
     """
-    half = _half(path)
+    half = half_name(path)
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
     try:
@@ -61,5 +61,6 @@ def folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(half, ignore_errors=True)
 
 
-def _half(path: Path) -> Path:
+def half_name(path: Path) -> Path:
+    """Return the name under which this process writes `path` until it is complete."""
     return path.with_name(f".{path.name}.{os.getpid()}.half")

@@ -15,8 +15,9 @@ import requests
 from dashboards import boards
 from dashboards.prometheus import Prometheus
 from labs import LABS
+from labs.changes import parse_changes
 from labs.filing.results import MachineFile, Run, RunFolder, write_json
-from labs.lab import Lab, parse_changes
+from labs.lab import Lab
 from labs.running.counts import ENGINE_METRICS
 from labs.running.resolve import require_compiler
 from serving import machine, metrics

@@ -2,7 +2,8 @@
 import { overridden } from "./frames.js";
 
 const TICK_FORMATS = { percentunit: ".1~%" };
-const UNITS = { watt: "W", hertz: "Hz", bytes: "B", short: "", percentunit: "" };
+const UNITS = { watt: "W", hertz: "Hz", bytes: "B", flops: "FLOP/s", joule: "J", currencyUSD: "USD",
+                short: "", percentunit: "" };
 const INVISIBLE = "rgba(0,0,0,0)";
 
 /** A function name, properties -> colour: the one its dashboard gives, else one that it keeps. */

@@ -14,9 +14,10 @@ from pydantic import BaseModel
 
 from labs import FIRST, LABS
 from labs.comparing import leaderboards
+from labs.errors import did_you_mean
 from labs.filing.bounded import DamagedError
 from labs.filing.results import RESULTS, RunFolder, read_json, write_json
-from labs.lab import LabError, did_you_mean
+from labs.lab import LabError
 from labs.running.clock import Clock
 from labs.running.resolve import RunRequest
 from serving import machine as machines

@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from labs import LABS
+from labs.changes import parse_changes
 from labs.commands import (
     all_labs,
     diagnosing,
@@ -71,9 +72,10 @@ from labs.commands.terminal import (
     shown_path,
 )
 from labs.comparing import compare, reproduction, side_by_side
+from labs.errors import did_you_mean
 from labs.filing import archive, manifest, results
 from labs.filing.results import RunFolder, open_run
-from labs.lab import Lab, LabError, NotApplicable, did_you_mean, parse_changes
+from labs.lab import Lab, LabError, NotApplicable
 from labs.questions import QUESTIONS
 from labs.running import derived_models, reproduce
 from labs.running.clock import Clock, TimeUsedUp

@@ -21,7 +21,8 @@ from labs.commands.options import (
     trace_of,
 )
 from labs.commands.terminal import ConsoleProgress, reported_errors
-from labs.lab import LabError, did_you_mean
+from labs.errors import did_you_mean
+from labs.lab import LabError
 from labs.running.capacity_plan import (
     MOST_REPLICAS,
     PRECISIONS,

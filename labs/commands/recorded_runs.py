@@ -12,17 +12,10 @@ from rich.markup import escape
 from labs.commands.terminal import console, reported_errors, show, show_path, shown_path
 from labs.comparing import compare, gate, leaderboards, page, reproduction, side_by_side
 from labs.filing import export, manifest, score
+from labs.filing.checks import problems, unreadable
 from labs.filing.committed import committed_runs
 from labs.filing.export import Format as ExportFormat
-from labs.filing.results import (
-    RESULTS,
-    RunFolder,
-    all_runs,
-    open_run,
-    problems,
-    readable,
-    unreadable,
-)
+from labs.filing.results import RESULTS, RunFolder, all_runs, open_run, readable
 from labs.lab import LabError
 from labs.telling import pages, report
 from labs.telling.document import bullets, section, table_of

@@ -28,17 +28,10 @@ from scipy import stats
 
 from labs.filing import manifest
 from labs.filing.bounded import DamagedError
+from labs.filing.checks import unreadable
 from labs.filing.manifest import Fact
 from labs.filing.newest import newest_of
-from labs.filing.results import (
-    Run,
-    RunFolder,
-    Summary,
-    fresh_knobs,
-    open_run,
-    readable,
-    unreadable,
-)
+from labs.filing.results import Run, RunFolder, Summary, fresh_knobs, open_run, readable
 from labs.judging.judge import (
     CONFIDENCE,
     Caveat,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from labs import LABS
+from labs.filing.checks import unreadable
 from labs.filing.committed import committed_runs
-from labs.filing.results import Run, RunFolder, all_runs, unreadable
+from labs.filing.results import Run, RunFolder, all_runs
 
 
 def newest_runs(quick: bool = False, committed: bool = False) -> list[RunFolder]:

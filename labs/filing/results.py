@@ -26,9 +26,7 @@ import gzip
 import json
 import math
 import os
-import re
 import shutil
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -48,7 +46,6 @@ from pydantic import (
 
 from labs.filing import bounded
 from labs.filing.bounded import DamagedError
-from labs.filing.tracked import tracked_names
 from labs.judging.judge import (
     Caveat,
     ForecastAtPoint,
@@ -72,13 +69,12 @@ from labs.lab import (
     LabError,
     Point,
     Prediction,
-    digest_of,
     knobs,
 )
 from loadtests import records
 from loadtests.plan import TrialSummary
 from loadtests.workload import Name
-from serving import masking, metrics, telemetry, whole
+from serving import metrics, telemetry, whole
 from serving.attention import AttentionTimes
 from serving.machine import Ceilings, Environment, Machine
 from serving.metrics import Histogram, KvUse, Snapshot
@@ -133,11 +129,12 @@ def readable(folder: RunFolder) -> Iterator[None]:
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise DamagedError(f"{folder.path} cannot be read: {reason}") from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the beginning of what an error says, at most a line."""
     return str(error).strip().partition("\n")[0][:300]
 
 
@@ -761,84 +758,3 @@ def open_run(path: Path) -> RunFolder:
             f"{path} is not a run: give a folder with run.json, results/<machine>/<lab>/<run>"
         )
     return RunFolder(folder.resolve())  # names of machine, lab and run come from the whole path
-
-
-def contradictions(folder: RunFolder) -> list[str]:
-    """List where a run's files cannot be read or contradict each other; empty where they agree.
-
-    What is missing of a run that was not finished is no contradiction.
-    """
-    messages = []
-    try:
-        run = folder.run()
-        lab, points = run.rebuilt_lab(), run.points()
-        folder.predictions(), folder.summary()
-        if run.digest != digest_of(run.lab):
-            messages.append("its lab was changed after the run: the digest is another")
-        if folder.complete:
-            for point in points:
-                for repeat in range(1, lab.repeats_of(point) + 1):
-                    result, trial = folder.trial_result(point, repeat), f"{point.key}/{repeat}"
-                    if result is None:
-                        messages.append(f"trial {trial} is missing")
-                    elif result.failed:
-                        messages.append(f"trial {trial} failed, and yet it is COMPLETE")
-        deque(folder.trials(points, lab), maxlen=0)  # each is read, none is kept
-    except UNREADABLE as error:
-        messages.append(f"it cannot be read: {_first_line(error)}")
-    return messages
-
-
-def unreadable(folder: RunFolder) -> str:
-    """Say why the files that tables and pages rest on cannot be read; empty where they can."""
-    try:
-        with readable(folder):
-            folder.run().points()
-            if folder.complete:
-                folder.predictions(), folder.summary()
-    except (DamagedError, OSError) as error:
-        return _first_line(error)
-    return ""
-
-
-def problems(folder: RunFolder) -> list[str]:
-    """List what is wrong with a run on file; the list is empty when it is well formed."""
-    messages = contradictions(folder)
-    with contextlib.suppress(DamagedError):  # it is listed already
-        run = folder.run()
-        if run.digest not in folder.path.name:
-            messages.append("its folder does not carry its digest")
-        if run.machine.slug != folder.path.parent.parent.name:
-            messages.append("its folder is under another machine's name")
-    if not folder.complete:
-        messages.append("it has no COMPLETE")
-    return [*messages, *_unfit_to_publish(folder.path)]
-
-
-MOST_BYTES = 10 * 2**20  # of a run, since a collection is cloned as a whole
-SECRET = re.compile(masking.PATTERN.encode())
-HOME = re.compile(rb"(?<![\w.~])/(?:home/[^/\s\"']+|Users/[^/\s\"']+|root)/")
-
-
-def _unfit_to_publish(run: Path) -> list[str]:
-    """List secrets, names of home folders, logs that git tracks, and an excessive size."""
-    unfit = []
-    files = [p for p in sorted(run.rglob("*")) if p.is_file() and not p.is_symlink()]
-    size = sum(p.stat().st_size for p in files if p.suffix != ".log")
-    if size > MOST_BYTES:
-        unfit.append(f"it has {size / 2**20:.1f} MiB, a run may have {MOST_BYTES / 2**20:.0f}")
-    for path in files:
-        if path.stat().st_size > MOST_BYTES:
-            unfit.append(f"{path.relative_to(run)} is too large to be searched for secrets")
-            continue
-        try:
-            content = bounded.unpacked(path) if path.suffix == ".gz" else path.read_bytes()
-        except (OSError, DamagedError):
-            continue  # a damaged file is reported where it is read
-        name = path.relative_to(run)
-        if SECRET.search(content):  # the message must not repeat it
-            unfit.append(f"{name} holds what looks like a secret: revoke it, then remove it")
-        if path.suffix != ".log" and (home := HOME.search(content)):
-            unfit.append(f"{name} names a home folder, {home[0].decode(errors='replace')}..")
-    logs = tracked_names(run, "*.log")
-    return [*unfit, *(f"{name} is a log that git keeps: remove it" for name in logs)]

@@ -86,6 +86,10 @@ class Metric:
     by_engine: bool = False  # counted by the engine over the whole trial, whatever its window
     # by the engine's scheduler in virtual time, at every point: in files alone, or in reports too
     forecast: Literal["", "kept", "shown"] = ""
+    # what the dashboards *Compare* (after "Lower is better; ") and *Machines* say of it; empty: it
+    # has no panel there
+    compare_panel: str = ""
+    machines_panel: str = ""
 
     def of(self, trial: Trial) -> float | None:
         """Compute the metric of a trial, or None where it cannot be measured."""
@@ -142,18 +146,27 @@ def _table(*rows: Metric) -> dict[str, Metric]:
 # fmt: off
 METRICS: dict[str, Metric] = _table(
     Metric("output_tokens_per_s", "Output throughput", "tok/s", HIGH, rate(output_tokens_per_s),
-           column=10, main=True, compared=True, forecast="shown"),
+           column=10, main=True, compared=True, forecast="shown",
+           compare_panel="see at which load the variants part.",
+           machines_panel="Absolute figures are a machine's own; the order of variants is what may"
+           " carry over."),
     Metric("requests_per_s", "Requests completed", "req/s", HIGH, rate(requests_per_s),
            forecast="kept"),
     Metric("goodput_per_s", "Goodput", "req/s", HIGH, rate(goodput_per_s),
-           column=70, compared=True, forecast="kept"),
+           column=70, compared=True, forecast="kept",
+           compare_panel="requests/s that met the SLO: the throughput for which nobody waited too"
+           " long."),
     Metric("ttft_mean_s", "TTFT, mean", "s", LOW, mean_of(TTFT), forecast="shown"),
     Metric("ttft_p50_s", "TTFT, p50", "s", LOW, percentile_of(TTFT, 50),
-           column=20, main=True, compared=True, forecast="kept"),
+           column=20, main=True, compared=True, forecast="kept",
+           compare_panel="prefill and queueing.",
+           machines_panel="Prefill, which arithmetic bounds, and the time in the queue."),
     Metric("ttft_p90_s", "TTFT, p90", "s", LOW, percentile_of(TTFT, 90), column=30, compared=True),
     Metric("ttft_p99_s", "TTFT, p99", "s", LOW, percentile_of(TTFT, 99)),
     Metric("tpot_mean_s", "TPOT, mean", "s", LOW, mean_of(TPOT),
-           column=40, main=True, compared=True, token_times=True, forecast="shown"),
+           column=40, main=True, compared=True, token_times=True, forecast="shown",
+           compare_panel="the pace of an answer.",
+           machines_panel="Decode is bound by memory bandwidth, so this follows it."),
     Metric("tpot_p50_s", "TPOT, p50", "s", LOW, percentile_of(TPOT, 50), token_times=True),
     Metric("tpot_p90_s", "TPOT, p90", "s", LOW, percentile_of(TPOT, 90),
            exported=False, each_trial=False, token_times=True),
@@ -163,11 +176,13 @@ METRICS: dict[str, Metric] = _table(
     Metric("itl_p90_s", "ITL, p90", "s", LOW, percentile_of(ITL, 90),
            exported=False, each_trial=False, token_times=True),
     Metric("itl_p99_s", "ITL, p99", "s", LOW, percentile_of(ITL, 99),
-           column=50, compared=True, token_times=True),
+           column=50, compared=True, token_times=True,
+           compare_panel="how long a stream stands still."),
     Metric("chunk_gap_p99_s", "Chunk gap, p99", "s", LOW,
            percentile_of(CHUNK_GAP, 99, pooled=False), token_times=True),
     Metric("e2e_p50_s", "E2E, p50", "s", LOW, percentile_of(E2E, 50),
-           column=60, main=True, compared=True, forecast="kept"),
+           column=60, main=True, compared=True, forecast="kept",
+           compare_panel="the whole answer."),
     Metric("e2e_p90_s", "E2E, p90", "s", LOW, percentile_of(E2E, 90),
            exported=False, each_trial=False),
     Metric("e2e_p99_s", "E2E, p99", "s", LOW, percentile_of(E2E, 99)),
@@ -178,7 +193,9 @@ METRICS: dict[str, Metric] = _table(
     Metric("batch", "Requests in decode, mean", "1", HIGH, average("trial", batch),
            across_machines="compared", forecast="kept"),
     Metric("mbu", "MBU", "share", HIGH, ratio(mbu),
-           column=170, main=True, compared=True, across_machines="listed"),
+           column=170, main=True, compared=True, across_machines="listed",
+           machines_panel="Share of the measured bandwidth that decode needs: what is left is"
+           " overhead."),
     Metric("mfu", "MFU", "share", HIGH, ratio(mfu),
            column=180, compared=True, across_machines="listed"),
     Metric("intensity", "FLOP per byte", "1", HIGH, ratio(intensity), across_machines="compared"),
@@ -260,6 +277,14 @@ def columns() -> list[str]:
 def main_columns() -> list[str]:
     """Name those of the columns that a terminal has room for."""
     return [name for name in columns() if METRICS[name].main]
+
+
+def shown_first() -> list[str]:
+    """Name the figures that a page draws unless its reader chooses others.
+
+    They are the main columns, those with an interval before percentiles of all samples together.
+    """
+    return sorted(main_columns(), key=lambda name: METRICS[name].statistic.pooled)
 
 
 def compared_metrics() -> list[str]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from labs.errors import did_you_mean
 from labs.filing.results import RESULTS, MachineFile, read_json, require_room, write_json
 from labs.findings.parts import parts_of
 from labs.judging.metrics import trial_metrics
 from labs.judging.text import ceilings_text
-from labs.lab import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Point, did_you_mean
+from labs.lab import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Point
 from labs.running import derived_models
 from labs.running.chat_writer import writer_of
 from labs.running.clock import Clock

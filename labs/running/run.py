@@ -44,7 +44,7 @@ from labs.telling import pages, report, tables
 from labs.telling.document import bullets, section
 from labs.telling.summary import summarise
 from loadtests.plan import sent_sha256
-from serving import models
+from serving import models, whole
 from serving.engines import ENGINES
 from serving.install import scratch_of
 from serving.masking import recordable
@@ -150,7 +150,7 @@ def _finish(folder: RunFolder, session: Session, progress: ProgressDisplay, repo
         except (PrometheusError, OSError) as error:  # the run itself is whole
             progress.message(f"{error}; `make import RUN={folder.path}` tries again")
     if not summary.failed and not summary.missing:
-        (folder.path / "COMPLETE").write_text(datetime.now(UTC).isoformat() + "\n")
+        whole.write(folder.path / "COMPLETE", datetime.now(UTC).isoformat() + "\n")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from labs.filing.results import all_runs, unreadable
+from labs.filing.checks import unreadable
+from labs.filing.results import all_runs
 from labs.judging.machine_speed import MachineSpeed, usual_spread
 from labs.lab import Point, Variant
 from labs.running.forecaster import Forecaster

@@ -15,7 +15,7 @@ from dashboards.palette import BOUND, VARIANTS
 from labs.filing.results import Run, RunFolder, Summary, TrialResult
 from labs.judging.judge import Interval, borne_out_between
 from labs.judging.measure import Trial
-from labs.judging.metrics import METRICS, Metric, by_repeat, columns
+from labs.judging.metrics import METRICS, Metric, by_repeat, columns, shown_first
 from labs.judging.text import claim_outcome, outcome_text, point_label, verdict_text
 from labs.lab import Lab, Point, Prediction
 from labs.telling.document import parse, plain_text
@@ -74,6 +74,7 @@ def data(folder: RunFolder, run: Run, summary: Summary, room: Room = ALONE) -> d
             ITL.attribute: lab.slo.itl_s, CHUNK_GAP.attribute: lab.slo.itl_s,
         },
         "metrics": {n: _described(METRICS[n]) for n in figures},
+        "shown_first": [n for n in shown_first() if n in figures],
         "points": [
             {
                 "key": p.key,

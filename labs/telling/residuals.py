@@ -16,9 +16,10 @@ from statistics import median
 from typing import Literal
 
 from labs import LABS
+from labs.filing.checks import unreadable
 from labs.filing.committed import committed_runs
 from labs.filing.newest import newest_of
-from labs.filing.results import RunFolder, all_runs, unreadable
+from labs.filing.results import RunFolder, all_runs
 from labs.judging.judge import AGREEMENT, Interval, in_band
 from labs.judging.metrics import METRICS
 from labs.judging.text import number, point_label, ratio_number

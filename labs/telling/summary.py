@@ -9,16 +9,8 @@ from dataclasses import dataclass
 
 from labs.filing import engine_series
 from labs.filing.bounded import DamagedError
-from labs.filing.results import (
-    Predictions,
-    Run,
-    RunFolder,
-    Session,
-    Summary,
-    contradictions,
-    readable,
-    write_json,
-)
+from labs.filing.checks import contradictions
+from labs.filing.results import Predictions, Run, RunFolder, Session, Summary, readable, write_json
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import answers, parts_of
 from labs.judging.judge import Caveat, ForecastAtPoint, judge, judge_forecast, over_repeats

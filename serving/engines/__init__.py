@@ -4,14 +4,26 @@
 started.
 """
 
+from __future__ import annotations
+
+import importlib
+
 from serving.engines.base import Engine
-from serving.engines.llama_cpp import LlamaCpp
-from serving.engines.transformers import Transformers
-from serving.engines.vllm import Vllm
+
+
+def _engine(module: str) -> tuple[str, type[Engine]]:
+    """Import the `ENGINE` that `serving/engines/<module>.py` defines."""
+    engine = importlib.import_module(f"serving.engines.{module}").ENGINE
+    if not (isinstance(engine, type) and issubclass(engine, Engine)):
+        raise TypeError(f"serving.engines.{module}.ENGINE is no Engine")
+    return module.replace("_", "-"), engine
+
 
 DEFAULT_ENGINE = "vllm"
-ENGINES: dict[str, type[Engine]] = {
-    "vllm": Vllm,
-    "transformers": Transformers,
-    "llama-cpp": LlamaCpp,
-}
+ENGINES: dict[str, type[Engine]] = dict(
+    (
+        _engine("vllm"),
+        _engine("transformers"),
+        _engine("llama_cpp"),
+    )
+)

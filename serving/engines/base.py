@@ -9,6 +9,7 @@ started and maps its metrics to the lab's (`serving/metrics.py`), and a line in
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import json
 import os
@@ -360,6 +361,40 @@ class Engine(Server):
 
     def stop(self) -> None:
         self._process.stop()
+
+
+def check_names(
+    title: str,
+    flag_sets: Sequence[Flags],
+    typed: Mapping[str, type],
+    others: Sequence[str],
+    set_by_lab: Sequence[str],
+) -> None:
+    """Check flags against lists of those that a server has. Raises EngineError."""
+    known = (*typed, *others)
+    for name, value in (item for flags in flag_sets for item in flags.items()):
+        if name in set_by_lab:
+            raise EngineError(f"the lab sets {name} itself: leave it out")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"did you mean --{near[0]}?" if near else f"it has {', '.join(known)}"
+            raise EngineError(f"{title} has no flag --{name}: {hint}")
+        if name in typed and not _is(value, typed[name]):
+            raise EngineError(f"{title}: --{name} takes {typed[name].__name__}, not {value!r}")
+
+
+def harmful(title: str, flags: Flags, typed: Mapping[str, type]) -> str:
+    """Say which flag is not among those of a list, or not of its type; empty where all are."""
+    for name, value in flags.items():
+        if name not in typed or not _is(value, typed[name]):
+            return f"{name} is not among {title}'s flags that are known to be harmless"
+    return ""
+
+
+def _is(value: FlagValue, kind: type) -> bool:
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def metrics_text(url: str) -> str | None:

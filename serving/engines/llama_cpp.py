@@ -18,8 +18,7 @@ from typing import ClassVar
 
 from serving import llama_server, metrics, to_gguf
 from serving import machine as machines
-from serving.engines.base import Engine, EngineError, Flags, TypedFlags
-from serving.engines.transformers import check_names, harmful
+from serving.engines.base import Engine, EngineError, Flags, TypedFlags, check_names, harmful
 from serving.making import MakerError
 from serving.models import Model, Shape
 from serving.ports import LOOPBACK
@@ -120,3 +119,6 @@ class LlamaCpp(Engine):
                 f" tokens a slot (ctx-size={size} / parallel={slots}): lower the lengths or raise"
                 " ctx-size with SET="
             )
+
+
+ENGINE = LlamaCpp

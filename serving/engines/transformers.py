@@ -9,7 +9,6 @@ Source: `transformers serve --help` and its module `transformers.cli.serving`; o
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import sys
@@ -17,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from serving import machine as machines
-from serving.engines.base import Engine, EngineError, Flags, FlagValue, TypedFlags
+from serving.engines.base import Engine, EngineError, Flags, TypedFlags, check_names, harmful
 from serving.models import Model, Shape
 from serving.ports import LOOPBACK
 
@@ -113,35 +112,4 @@ class Transformers(Engine):
         return harmful(cls.title, flags, HARMLESS)
 
 
-def check_names(
-    title: str,
-    flag_sets: Sequence[Flags],
-    typed: Mapping[str, type],
-    others: Sequence[str],
-    set_by_lab: Sequence[str],
-) -> None:
-    """Check flags against lists of those that a server has. Raises EngineError."""
-    known = (*typed, *others)
-    for name, value in (item for flags in flag_sets for item in flags.items()):
-        if name in set_by_lab:
-            raise EngineError(f"the lab sets {name} itself: leave it out")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.5)
-            hint = f"did you mean --{near[0]}?" if near else f"it has {', '.join(known)}"
-            raise EngineError(f"{title} has no flag --{name}: {hint}")
-        if name in typed and not _is(value, typed[name]):
-            raise EngineError(f"{title}: --{name} takes {typed[name].__name__}, not {value!r}")
-
-
-def harmful(title: str, flags: Flags, typed: Mapping[str, type]) -> str:
-    """Say which flag is not among those of a list, or not of its type; empty where all are."""
-    for name, value in flags.items():
-        if name not in typed or not _is(value, typed[name]):
-            return f"{name} is not among {title}'s flags that are known to be harmless"
-    return ""
-
-
-def _is(value: FlagValue, kind: type) -> bool:
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+ENGINE = Transformers

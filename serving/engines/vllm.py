@@ -28,7 +28,7 @@ import requests
 
 from serving import guard, metrics, random_weights, whole
 from serving import machine as machines
-from serving.engines import harmless
+from serving.engines import vllm_harmless
 from serving.engines.base import (
     Engine,
     EngineError,
@@ -324,7 +324,7 @@ class Vllm(Engine):
         words for a value out of range. The parser does not check what is known only when the engine
         starts, such as whether a length fits memory.
         """
-        for name in (n for flags in flag_sets for n in flags if n in harmless.SET_BY_LAB):
+        for name in (n for flags in flag_sets for n in flags if n in vllm_harmless.SET_BY_LAB):
             raise EngineError(f"the lab sets {name} itself: leave it out")
         argvs = {_digest(argv): argv for argv in map(cls.flag_argv, flag_sets)}
         memory = CACHE / f"vllm-{cls.version()}-flags.json"
@@ -349,7 +349,7 @@ class Vllm(Engine):
 
     @classmethod
     def refusal(cls, flags: Flags) -> str:
-        return harmless.refusal(flags)
+        return vllm_harmless.refusal(flags)
 
     @classmethod
     def gpus_used(cls, flags: Flags) -> int | None:
@@ -603,3 +603,6 @@ def resolved(lines: str) -> dict[str, str]:
     """Read setting -> value from the lines in which an engine logs its configuration."""
     matches = {name: pattern.search(lines) for name, pattern in _RESOLVED.items()}
     return {name: match[1] for name, match in matches.items() if match}
+
+
+ENGINE = Vllm

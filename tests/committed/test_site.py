@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from labs import LABS
+from labs.changes import parse_changes
 from labs.filing import engine_series, results
 from labs.filing.results import RunFolder, write_gzip
 from labs.findings.parts import ARITHMETIC, parts_of
-from labs.lab import Lab, parse_changes
+from labs.lab import Lab
 from labs.questions import QUESTIONS, TOPICS
 from labs.telling import chart_data, dials, glossary, replay, residuals
 from labs.telling.document import Figure, parse, plain_text

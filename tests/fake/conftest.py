@@ -25,8 +25,8 @@ import psutil
 import pytest
 
 from labs import LABS as EVERY_LAB
+from labs.changes import parse_changes
 from labs.filing.results import MachineFile, RunFolder, write_json
-from labs.lab import parse_changes
 from serving import gpus, machine
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.vllm import Vllm

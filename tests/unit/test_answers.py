@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs import LABS, theory
+from labs import LABS, findings, theory
 from labs.filing.results import Agreement, Finding, Session, Summary, write_json
 from labs.findings.chunked_prefill import chunks_solve
 from labs.findings.context import Context, JudgedRun
@@ -30,6 +30,8 @@ from serving import metrics
 from serving.metrics import Histogram, Snapshot
 from tests.unit.builders import CEILINGS, PREDICTION, SHAPE, make_lab, make_workload
 from tests.unit.test_findings import ABOUT, context, guessing, played, withheld
+
+FINDINGS = Path(findings.__file__).parent
 
 
 def judged_run(context: Context, judgements: Sequence[Judgement] = ()) -> JudgedRun:
@@ -79,7 +81,9 @@ def judged(claim: str, value: float, **fields: Any) -> Judgement:
 
 @pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
 def test_every_question_of_a_lab_has_an_answer_and_no_other(lab: Lab) -> None:
-    assert parts_of(lab.name).answers.keys() == set(lab.answers)
+    """A lab without a file of findings leaves all of them unanswered."""
+    tells = (FINDINGS / f"{lab.name.replace('-', '_')}.py").exists()
+    assert parts_of(lab.name).answers.keys() == (set(lab.answers) if tells else set())
 
 
 @pytest.mark.parametrize("lab", LABS.values(), ids=LABS)

@@ -23,7 +23,7 @@ from labs.commands import cli, environment, monitoring
 from labs.commands.cli import app
 from labs.commands.terminal import reported_errors
 from labs.filing import results
-from labs.lab import LabError, NotApplicable
+from labs.lab import Lab, LabError, NotApplicable
 from labs.questions import QUESTIONS
 from labs.running import backfill
 from labs.running.resolve import RunRequest
@@ -144,12 +144,18 @@ def test_unknown_variant_lists_the_known_ones() -> None:
     assert f"{LAB} has no variant 'best'; it has {names}" in said
 
 
-def test_list_shows_every_lab_and_the_questions_it_answers() -> None:
+@pytest.fixture(scope="module")
+def listed() -> str:
+    """All labs."""
     code, said = labs("list")
     assert code == 0
-    for lab in LABS.values():
-        assert f"make lab-{lab.name}" in said
-        assert all(f"{id} {QUESTIONS[id][:20]}" in said for id in lab.answers)
+    return said
+
+
+@pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
+def test_list_shows_every_lab_and_the_questions_it_answers(lab: Lab, listed: str) -> None:
+    assert f"make lab-{lab.name}" in listed
+    assert all(f"{id} {QUESTIONS[id][:20]}" in listed for id in lab.answers)
 
 
 @pytest.mark.parametrize(("refusal", "code"), [(NotApplicable, 0), (LabError, 1)])

@@ -32,8 +32,8 @@ from labs.judging import retrieval
 from labs.judging.evaluation import DEPTHS, EvaluationClient
 from labs.judging.retrieval import Needle, adds_up, by_text, margin, margin_change, text_lengths
 from labs.lab import Evidence, Lab, Point
-from serving.engines.harmless import refusal
 from serving.engines.vllm import VllmFlags
+from serving.engines.vllm_harmless import refusal
 from serving.models import Shape
 from tests.fake.engine.kv_cache import KVCache
 from tests.fake.engine.metrics import Metrics

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dashboards import palette
 from labs import FIRST, LABS
+from labs.changes import parse_changes
 from labs.findings.parts import parts_of
 from labs.judging.metrics import trial_metrics
 from labs.judging.validity import ECHOED
@@ -25,7 +26,6 @@ from labs.lab import (
     Point,
     Variant,
     factors,
-    parse_changes,
 )
 from labs.questions import QUESTIONS
 from labs.running.probes import PROBES, TEXT_PROBES
@@ -120,16 +120,6 @@ def test_a_class_of_memory_lies_over_the_gpu_sizes() -> None:
     assert [(at.window_s, at.repeats) for at in resolved] == [(20, 5), (9, 5), (20, 5)]
 
 
-def test_a_quick_run_on_a_gpu_has_repeats_enough_for_an_interval() -> None:
-    """Most of its time goes into engine starts; one repeat gave next to no claim a verdict."""
-    for lab in LABS.values():
-        for scale in ("gpu", *CLASSES):
-            quick = lab.at(scale, quick=True)
-            assert (quick.repeats, quick.starts, quick.looks) == (3, 1, 1), (lab.name, scale)
-        assert lab.at("cpu", quick=True).repeats == lab.quick["repeats"] < 3
-    assert LABS["single-stream"].at("gpu-80", True, {"repeats": 1}).repeats == 1
-
-
 def test_a_quick_run_on_a_gpu_may_have_sizes_of_its_own() -> None:
     own = {"gpu-24": {"window_s": 9}, "gpu-quick": {"window_s": 5}}
     lab = make_lab(scales=own, quick={"window_s": 1, "repeats": 2})
@@ -147,11 +137,6 @@ def test_labs_go_on_until_their_claims_are_decided_but_not_where_quick() -> None
     ]  # fmt: skip
     longer = make_lab(scales={"gpu": {"most_s": 60}}, quick={"starts": 2})
     assert (longer.at("gpu", False).most_s, longer.at("cpu", True).starts) == (60, 2)
-    for every in LABS.values():
-        resolved = every.at("cpu", False)
-        assert 3 <= resolved.repeats <= 5, every.name  # of which the simulations speak
-        # a lab that has no time for a second look spends its time on what it compares
-        assert (resolved.looks == 1) == (resolved.curve_repeats > 0), every.name
 
 
 def test_points_that_no_claim_compares_may_be_played_fewer_times() -> None:
@@ -544,6 +529,25 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
     assert all(bool(e.label) == (e.kind == "echoes") for e in lab.evidence)
     assert set(lab.scales) <= {"cpu", "gpu", "gpu-quick", *CLASSES}
     assert set(lab.limits) == {"cpu", "gpu"}
+
+
+@EVERY
+def test_a_quick_run_on_a_gpu_has_repeats_enough_for_an_interval(lab: Lab) -> None:
+    """Most of its time goes into engine starts; one repeat gave next to no claim a verdict."""
+    for scale in ("gpu", *CLASSES):
+        quick = lab.at(scale, quick=True)
+        assert (quick.repeats, quick.starts, quick.looks) == (3, 1, 1), scale
+    assert lab.at("gpu-80", True, {"repeats": 1}).repeats == 1
+    assert lab.at("cpu", quick=True).repeats == lab.quick.get("repeats", lab.repeats)
+    assert lab.quick.get("repeats", 0) < 3
+
+
+@EVERY
+def test_a_lab_repeats_as_often_as_its_intervals_were_tried_for(lab: Lab) -> None:
+    resolved = lab.at("cpu", quick=False)
+    assert 3 <= resolved.repeats <= 5  # of which the simulations speak
+    # a lab that has no time for a second look spends its time on what it compares
+    assert (resolved.looks == 1) == (resolved.curve_repeats > 0)
 
 
 @EVERY

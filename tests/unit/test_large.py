@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from labs.filing import export, results
-from labs.filing.results import RunFolder, problems
+from labs.filing.checks import problems
+from labs.filing.results import RunFolder
 from labs.findings.drawing import MOST_DRAWN, thinned
 from labs.judging.measure import Trial
 from labs.running import backfill

@@ -19,4 +19,4 @@ def test_every_lab_has_a_lesson_of_whole_sentences(lab: str) -> None:
 
 
 def test_a_lab_that_is_not_here_has_none() -> None:
-    assert lesson("abacus-beads") == []
+    assert lesson("no-such-lab") == []

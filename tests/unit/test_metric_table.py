@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from dashboards import prometheus, series
+from dashboards import boards, prometheus, series
 from labs.comparing import compare, gate, side_by_side
 from labs.filing import export
 from labs.judging.judge import Interval, figure, judge, over_repeats
@@ -15,11 +18,13 @@ from labs.judging.metrics import (
     METRICS,
     Metric,
     Repeats,
+    Unit,
     compared_metrics,
     count,
     main_columns,
     percentile_of,
     pooled_percentiles,
+    shown_first,
     trial_metrics,
 )
 from labs.running import backfill
@@ -32,6 +37,7 @@ TOKENS = Metric(
     "answer_tokens", "Tokens of all answers", "tok", "higher",
     count(lambda trial: sum(r.output_tokens or 0 for r in trial.records)),
     column=15, main=True, compared=True,
+    compare_panel="all that is written.", machines_panel="However fast.",
 )  # fmt: skip
 
 
@@ -57,6 +63,13 @@ def test_a_row_of_the_table_is_all_that_a_metric_takes(
     comparison = compare.compare(compare.read_side(str(folder.path)), slowed)
     assert TOKENS.name in {row.figure for row in comparison.rows}
     assert TOKENS.title in {row[0] for row in side_by_side.figure_table(comparison.rows).rows}
+
+    written = boards.files([], METRICS)
+    for board, says in (("compare", "Higher is better; all"), ("machines", "However fast. At")):
+        panels = boards.panels(json.loads(written[boards.FOLDER / f"{board}.json"]))
+        (panel,) = (p for p in panels if p["title"] == TOKENS.title)
+        assert panel["description"].startswith(says)
+        assert panel["fieldConfig"]["defaults"]["unit"] == boards.UNITS["tok"]
 
     limits = tmp_path / "thresholds.toml"
     limits.write_text(f"[worse]\ndefault = 0.1\n{TOKENS.name} = 0.3\n")
@@ -118,6 +131,20 @@ def test_percentiles_of_a_point_are_those_that_its_samples_support() -> None:
 def test_the_gates_own_margins_are_of_figures_that_a_comparison_has() -> None:
     own = gate.thresholds().worse.keys() - {"default", "effect", "measured"}
     assert own <= {*compared_metrics()}
+
+
+def test_every_unit_is_one_that_grafana_and_the_live_page_know() -> None:
+    assert {*get_args(Unit)} == boards.UNITS.keys()
+    charts = (boards.FOLDER.parent / "page" / "charts.js").read_text()
+    (known,) = re.findall(r"^const UNITS = \{([^}]+)\}", charts, re.M)
+    plain = {unit for unit in boards.UNITS.values() if not unit.startswith("suffix:")}
+    assert plain <= {*re.findall(r"(\w+):", known), "s"}
+
+
+def test_the_figures_drawn_first_have_an_interval_where_there_is_one() -> None:
+    first = shown_first()
+    assert first[:2] == ["output_tokens_per_s", "tpot_mean_s"]
+    assert {*first} == {*main_columns()}
 
 
 def test_no_column_is_given_twice_and_a_short_table_holds_no_other() -> None:

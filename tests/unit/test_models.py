@@ -14,7 +14,8 @@ from huggingface_hub import errors
 from huggingface_hub.utils._paths import filter_repo_objects
 
 from labs import LABS
-from labs.lab import Lab, LabError, NotApplicable, parse_changes
+from labs.changes import parse_changes
+from labs.lab import Lab, LabError, NotApplicable
 from labs.running.derived_models import NEED_NO_WEIGHTS, RECIPES
 from labs.running.resolve import model_of, require_devices, require_memory, require_sizes
 from serving import dummy, models
@@ -228,9 +229,9 @@ def test_what_to_turn_next_can_be_turned_on_every_gpu(
 ) -> None:
     resolved, machine, model = of_the_class(lab, c, random)
     for knob in resolved.next_knobs:
-        setting = re.match(r"""SET=(["'])(.+?)\1 """, knob)
+        setting = re.match(r"""SET=(?:(["'])(.+?)\1|(\S+)) """, knob)
         assert setting, knob
-        changes = parse_changes(setting[2])
+        changes = parse_changes(setting[2] or setting[3])
         turned = LABS[lab].at(models.scale_of(machine), False, changes, random)
         assert turned.digest() != resolved.digest(), knob
         require_sizes(turned, model)

@@ -1,7 +1,7 @@
-"""A lab is one file and one line: in a copy of the house a new one is added by just these.
+"""A lab is one file and one line, and so is an engine: in a copy of the house they are added so.
 
 Nothing else is touched, and the command line's checks, the reports, the README's course, the
-Makefile's help and the tests take it. What it tells beyond its claims is one more file.
+Makefile's help and the tests take them. What a lab tells beyond its claims is one more file.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HOUSE = ("labs", "serving", "loadtests", "dashboards", "bench", "tests", "Makefile",
-         "docs", "pyproject.toml", "README.md")  # fmt: skip
-LINE = '        _lab("abacus_beads"),\n'
-LAST = '        _lab("quantization_tools"),\n'
+HOUSE = ("labs", "serving", "loadtests", "dashboards", "tests", "Makefile", "pyproject.toml",
+         "README.md")  # fmt: skip
+LEFT_OUT = ("node_modules", "golden", "weights", "committed", "*.test.js", "locks")
+"""What no part of the check reads."""
+LAST_LAB, LAST_ENGINE = '        _lab("quantization_tools"),\n', '        _engine("llama_cpp"),\n'
 LAB = '''
-"""Abacus beads: does a cached prefix spare counting?"""
+"""NAME: does a cached prefix spare counting?
+
+Whoever has counted the beads of a row once need not count them again. So a prompt that begins like
+an earlier one is counted from where it differs.
+"""
 
 from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
 from loadtests.arrivals import Concurrent
@@ -36,8 +41,8 @@ def twice(treatment: Point, baseline: Point) -> Prediction:
 
 
 LAB = Lab(
-    name="abacus-beads",
-    title="Abacus beads",
+    name="NAME",
+    title="TITLE",
     question="Does a cached prefix spare counting?",
     answers=("SO-4",),
     variants=(OFF, OFF.but("on", {"enable-prefix-caching": True})),
@@ -71,14 +76,11 @@ LAB = Lab(
     requests=8,
     warmup_s=1,
     window_s=4,
-    repeats=2,
-    most_repeats=0,
+    scales={"cpu": {"flags.enforce-eager": True}},
     limits={"cpu": "Beads of wood.", "gpu": "Beads of glass."},
     next_knobs=("SET=window_s=8 counts longer",),
 )
 '''
-PLAIN = LAB.replace("FINDINGS", "()").replace("PLOTS", '("variants",)')
-TELLING = LAB.replace("FINDINGS", '("beads",)').replace("PLOTS", '("variants", "rods")')
 PARTS = '''
 """What the beads tell."""
 
@@ -124,93 +126,172 @@ PARTS = ReportParts(
     published={"claims": {"faster": (Published(figure="9x", source="Al-Khwarizmi, 820"),)}},
 )
 '''
-TELLS = """
+ENGINE = '''
+"""The abacus: it counts what it has answered, and nothing else."""
+
+import sys
+from collections.abc import Mapping
+from typing import ClassVar
+
+from serving import metrics
+from serving.engines.base import Engine, Flags
+from serving.models import Model
+
+
+class Abacus(Engine):
+    """A server of beads."""
+
+    title = "Abacus"
+    command = (sys.executable, "-m", "abacus")
+    metric_names: ClassVar[Mapping[str, str]] = {"abacus:answers_total": metrics.REQUESTS}
+
+    @classmethod
+    def server_argv(cls, model: Model, flags: Flags, port: int) -> list[str]:
+        return [str(port), *cls.flag_argv(flags)]
+
+
+ENGINE = Abacus
+'''
+CHECK = """
 import sys
 from pathlib import Path
 
-from labs import LABS
-from labs.comparing.leaderboards import generated_parts
-from labs.running.resolve import require_known_names
-from labs.telling import report
-from tests.unit.builders import write_run
-
-lab = LABS["abacus-beads"]
-require_known_names(lab.at("cpu", quick=True))
-folder = write_run(Path(sys.argv[1]), **dict(lab))
-print(report.write(folder).read_text())
-print("drawn:", *sorted(path.name for path in folder.path.glob("*.svg")))
-print(generated_parts(Path("README.md").read_text(), []))
-"""
-TIERS = ("tests/cpu/test_labs.py", "tests/fake/test_run.py", "tests/gpu/test_labs.py")
-TESTS = """
-import sys
-
 import pytest
 
-files = [f"tests/unit/test_{name}.py" for name in ("lab", "answers", "published", "imports")]
-failed = pytest.main(["-p", "no:cacheprovider", "-rA", *files, "-k", "abacus"])
-print("collected:")
-sys.exit(failed or pytest.main(["-p", "no:cacheprovider", "--collect-only", *sys.argv[1:]]))
+from dashboards import prometheus
+from labs import LABS
+from labs.comparing.leaderboards import generated_parts
+from labs.filing.results import RESULTS
+from labs.lab import Variant
+from labs.running.resolve import check_flags, require_harmless, require_known_names
+from labs.telling import report
+from serving.engines import ENGINES
+from tests.unit.builders import make_lab, write_run
+
+for name in ("abacus-beads", "abacus-rods"):
+    lab = LABS[name]
+    require_known_names(lab.at("cpu", quick=True))
+    folder = write_run(RESULTS, **dict(lab))
+    print(report.write(folder).read_text())
+    print("drawn:", *sorted(path.name for path in folder.path.glob("*.svg")))
+    print("next:")
+print(generated_parts(Path("README.md").read_text(), []))
+print("next:")
+
+counting = Variant(name="counting", engine="abacus")
+lab = make_lab(variants=(counting,), claims=(), evidence=())
+check_flags(lab)
+require_harmless(lab)
+print(ENGINES[counting.engine].title, lab.flags_of(counting), prometheus.config())
+print("next:", flush=True)
+
+tests = ("lab", "answers", "published", "imports", "lesson", "models", "gpu_sizes")
+files = [f"tests/unit/test_{name}.py" for name in tests]
+options = ["-p", "no:cacheprovider", "--no-header"]
+failed = pytest.main([*options, "-rA", *files, "-k", "abacus"])
+print("next:", flush=True)
+sys.exit(failed or pytest.main([*options, "--collect-only", *sys.argv[1:]]))
 """
+TIERS = ("tests/cpu/test_labs.py", "tests/fake/test_run.py", "tests/gpu/test_labs.py")
 
 
-@pytest.fixture
-def house(tmp_path: Path) -> Path:
-    """A copy of what labs are made of, without results."""
+def lab(name: str, findings: str = "()", plots: str = '("variants",)') -> str:
+    """The file of a lab of that name."""
+    title = name.replace("-", " ").capitalize()
+    parts = {"NAME": name, "TITLE": title, "FINDINGS": findings, "PLOTS": plots}
+    return re.sub("|".join(parts), lambda found: parts[found[0]], LAB)
+
+
+def add(module: Path, text: str, after: str) -> None:
+    """One file, and one line."""
+    module.write_text(text)
+    listing = module.parent / "__init__.py"
+    assert listing.read_text().count(after) == 1
+    line = re.sub('".*"', f'"{module.stem}"', after)
+    listing.write_text(listing.read_text().replace(after, after + line))
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what labs are made of, without results, with what is added."""
+    home = tmp_path_factory.mktemp("house")
     for name in HOUSE:
         if (ROOT / name).is_dir():
-            built = shutil.ignore_patterns("node_modules")
-            shutil.copytree(ROOT / name, tmp_path / name, ignore=built)
+            shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
         else:
-            shutil.copy(ROOT / name, tmp_path / name)
-    return tmp_path
-
-
-def add(house: Path, lab: str) -> None:
-    """One file, and one line."""
-    (house / "labs" / "abacus_beads.py").write_text(lab)
-    listing = house / "labs" / "__init__.py"
-    assert listing.read_text().count(LAST) == 1
-    listing.write_text(listing.read_text().replace(LAST, LAST + LINE))
+            shutil.copy(ROOT / name, home / name)
+    add(home / "labs" / "abacus_beads.py", lab("abacus-beads"), LAST_LAB)
+    rods = lab("abacus-rods", '("beads",)', '("variants", "rods")')
+    add(home / "labs" / "abacus_rods.py", rods, LAST_LAB)
+    (home / "labs" / "findings" / "abacus_rods.py").write_text(PARTS)
+    add(home / "serving" / "engines" / "abacus.py", ENGINE, LAST_ENGINE)
+    return home
 
 
 def said(house: Path, *argv: str) -> str:
     environment = {
-        **os.environ, "PYTHONPATH": str(house), "LABS_RESULTS": str(house / "results")
+        **os.environ, "PYTHONPATH": str(house), "LABS_RESULTS": str(house / "runs")
     }  # fmt: skip
     done = subprocess.run(argv, cwd=house, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_a_lab_is_one_file_and_one_line(house: Path) -> None:
-    add(house, PLAIN)
-    told = said(house, sys.executable, "-c", TELLS, str(house / "results"))
-    assert "# Abacus beads on Abacus" in told
-    assert "(SO-4) This run lacks the figures that would answer it." in told
-    assert "| On is faster (Output throughput: on, 1 user / off, 1 user) | 2.9" in told
-    assert "drawn: effects.svg variants.svg" in told
+@pytest.fixture(scope="module")
+def told(house: Path) -> list[str]:
+    """Of one process: the two labs' reports, the course, the engine, the tests, and the tiers."""
+    return said(house, sys.executable, "-c", CHECK, *TIERS).split("next:\n")
+
+
+def not_passed(tests: str, *names: str) -> list[str]:
+    """Those of these unit tests that did not pass in the copy."""
+    return [name for name in names if f"PASSED tests/unit/{name}" not in tests]
+
+
+def test_a_lab_is_one_file_and_one_line(house: Path, told: list[str]) -> None:
+    report, _, course, _, tests, collected = told
+    assert "# Abacus beads on Abacus" in report
+    assert "(SO-4) This run lacks the figures that would answer it." in report
+    assert "| On is faster (Output throughput: on, 1 user / off, 1 user) | 2.9" in report
+    assert "drawn: effects.svg variants.svg" in report
     link = "[`abacus-beads`](labs/abacus_beads.py)"
-    assert f"| {link} | Does a cached prefix spare counting? |" in told
+    assert f"| {link} | Does a cached prefix spare counting? |" in course
     assert "make lab-abacus-beads" in said(house, "make", "help")
-
-
-def test_what_it_tells_beyond_that_is_one_more_file_and_the_tests_take_it(house: Path) -> None:
-    add(house, TELLING)
-    (house / "labs" / "findings" / "abacus_beads.py").write_text(PARTS)
-    told = said(house, sys.executable, "-c", TELLS, str(house / "results"))
-    assert "(SO-4) With 4 beads: 2.9" in told
-    assert "## How many beads?\n\n- There are 4." in told
-    assert "drawn: effects.svg rods.svg variants.svg" in told
-    assert "- On is faster: 9x (Al-Khwarizmi, 820)" in told
-    passed, collected = said(house, sys.executable, "-c", TESTS, *TIERS).split("collected:\n")
-    for test in (
+    missing = not_passed(
+        tests,
         "test_lab.py::test_every_claim_has_a_pair_and_a_prediction[abacus-beads-gpu-80-dummy]",
         "test_lab.py::test_what_to_turn_next_can_be_turned[abacus-beads]",
+        "test_lab.py::test_a_quick_run_on_a_gpu_has_repeats_enough_for_an_interval[abacus-beads]",
         "test_answers.py::test_every_question_of_a_lab_has_an_answer_and_no_other[abacus-beads]",
-        "test_published.py::test_each_entry_is_about_a_part_of_a_lab[abacus-beads]",
-        "test_imports.py::test_rooms_import_those_below_them[labs/findings/abacus_beads.py]",
-    ):
-        assert f"PASSED tests/unit/{test}" in passed
+        "test_lesson.py::test_every_lab_has_a_lesson_of_whole_sentences[abacus-beads]",
+        "test_imports.py::test_a_lab_file_speaks_the_lab_vocabulary_only[abacus-beads]",
+        "test_gpu_sizes.py::test_an_objective_on_a_gpu_is_no_cpus_and_can_be_met[abacus-beads]",
+        "test_models.py::test_every_lab_fits_every_class_of_gpu[abacus-beads-80-real]",
+    )
+    assert not missing, tests
     for tier in TIERS:
         assert re.search(rf"^{re.escape(tier)}.*\[abacus-beads\]", collected, re.M), collected
+
+
+def test_what_it_tells_beyond_that_is_one_more_file(told: list[str]) -> None:
+    _, report, _, _, tests, _ = told
+    assert "(SO-4) With 4 beads: 2.9" in report
+    assert "## How many beads?\n\n- There are 4." in report
+    assert "drawn: effects.svg rods.svg variants.svg" in report
+    assert "- On is faster: 9x (Al-Khwarizmi, 820)" in report
+    missing = not_passed(
+        tests,
+        "test_answers.py::test_every_question_of_a_lab_has_an_answer_and_no_other[abacus-rods]",
+        "test_answers.py::test_findings_answers_and_plots_bear_what_is_left_out[abacus-rods]",
+        "test_published.py::test_each_entry_is_about_a_part_of_a_lab[abacus-rods]",
+        "test_imports.py::test_rooms_import_those_below_them[labs/findings/abacus_rods.py]",
+    )
+    assert not missing, tests
+
+
+def test_an_engine_is_one_file_and_one_line(told: list[str]) -> None:
+    _, _, _, engine, tests, _ = told
+    assert engine.startswith("Abacus {} ")
+    assert "abacus:answers_total" in engine
+    one_way = "test_imports.py::test_imports_go_one_way[serving/engines/abacus.py]"
+    assert not_passed(tests, one_way) == []

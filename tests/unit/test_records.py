@@ -164,7 +164,23 @@ def test_interrupted_writing_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(read(tmp_path / "r.gz")) == [OPEN]
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "new.gz", interrupted())
-    assert not (tmp_path / "new.gz").exists()
+    assert list(tmp_path.iterdir()) == [tmp_path / "r.gz"]
+
+
+def test_two_processes_that_write_one_file_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / "r.gz", os.getpid() + 1
+
+    def meanwhile() -> Iterator[RequestRecord]:
+        yield CLOSED
+        monkeypatch.setattr(os, "getpid", lambda: other)
+        write(path, [OPEN])
+        assert list(read(path)) == [OPEN]
+
+    write(path, meanwhile())
+    assert list(read(path)) == [CLOSED]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_records_that_come_one_by_one_are_in_the_same_file_and_not_in_memory(

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from labs import LABS
 from labs.commands.cli import app
 from labs.comparing import leaderboards, reproduction
-from labs.filing import manifest, results
+from labs.filing import checks, manifest, results
 from labs.filing.results import Run, RunFolder, write_json
 from labs.judging.judge import Interval
 from labs.lab import NOT_FILED, LabError
@@ -117,7 +117,7 @@ def test_a_copy_is_reproduced_and_says_so_on_disk(folder: RunFolder) -> None:
     on_disk = json.loads((again.path / "reproduction.json").read_text())
     assert on_disk["outcome"] == "reproduced"
     assert "The run as a whole: reproduced" in (again.path / "reproduction.md").read_text()
-    assert results.problems(again) == []
+    assert checks.problems(again) == []
 
 
 def test_a_slower_copy_differs_and_its_likeliest_cause_is_named(folder: RunFolder) -> None:
@@ -186,7 +186,7 @@ def test_an_answer_is_filed_with_the_original_and_needs_no_records(folder: RunFo
     assert path.parent.parent == folder.path
     (found,) = reproduction.filed_with(folder)
     assert (found.outcome, found.day) == ("reproduced", "2026-01-01")
-    assert results.problems(folder) + reproduction.problems(folder) == []
+    assert checks.problems(folder) + reproduction.problems(folder) == []
     page = (path.parent / leaderboards.PAGE).read_text()
     assert "## 2026-01-01: reproduced" in page
     same = "helps, 2.97x (2.84 to 3.10)"

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from labs.filing import results
+from labs.filing import checks, results
+from labs.filing.checks import problems
 from labs.filing.results import (
     RunFolder,
     TrialResult,
     all_runs,
     open_run,
-    problems,
     require_room,
     snapshot_from_json,
     snapshot_json,
@@ -236,7 +236,7 @@ def text_of(text: str) -> Callable[[RunFolder], None]:
 
 def large(folder: RunFolder) -> None:
     with (folder.path / "plot.svg").open("wb") as file:
-        file.truncate(results.MOST_BYTES)
+        file.truncate(checks.MOST_BYTES)
 
 
 def kept_log(folder: RunFolder) -> None:

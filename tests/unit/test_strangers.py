@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from labs import LABS
 from labs.commands.cli import app
 from labs.commands.terminal import ConsoleProgress
-from labs.filing import bounded, engine_series, manifest, results
+from labs.filing import bounded, checks, engine_series, manifest, results
 from labs.filing.bounded import DamagedError
 from labs.filing.results import Run, RunFolder, lab_from_resolved, write_json
 from labs.filing.tracked import tracked_names
@@ -33,8 +33,8 @@ from labs.running.resolve import RunRequest, require_harmless, resolve
 from labs.telling import markdown, site
 from serving import models, unbundle
 from serving.engines.base import EngineError
-from serving.engines.harmless import refusal
 from serving.engines.vllm import Vllm
+from serving.engines.vllm_harmless import refusal
 from serving.models import ModelError
 from serving.unbundle import UnbundleError
 from tests.unit.builders import write_run, write_slowed
@@ -424,9 +424,9 @@ def test_a_token_in_a_log_is_found_and_a_large_run_is_searched_too(
     (folder.path / "logs").mkdir()
     (folder.path / "logs" / "engine-on.log").write_text("/root/x hf_" + "a1B2" * 8)
     secret = "logs/engine-on.log holds what looks like a secret: revoke it, then remove it"
-    assert results.problems(folder) == [secret]
-    monkeypatch.setattr(results, "MOST_BYTES", 9000)
-    found = results.problems(folder)
+    assert checks.problems(folder) == [secret]
+    monkeypatch.setattr(checks, "MOST_BYTES", 9000)
+    found = checks.problems(folder)
     assert secret in found
     assert any("a run may have" in message for message in found)
 

@@ -45,7 +45,7 @@ from loadtests.structures import (
 )
 from loadtests.workload import Asked, Fixed
 from serving import masks
-from serving.engines.harmless import refusal
+from serving.engines.vllm_harmless import refusal
 from serving.forecasting.step import mask_threads
 from serving.making import MakerError
 from tests.unit.builders import CEILINGS, SHAPE, make_record, make_trial, make_workload

@@ -43,7 +43,7 @@ from labs.tiled_attention import (
 )
 from serving import attention, gpus
 from serving.attention import AttentionTimes, Kernel, KernelTimes
-from serving.engines.harmless import refusal
+from serving.engines.vllm_harmless import refusal
 from tests.unit.builders import CEILINGS, MACHINE, SHAPE
 from tests.unit.test_answers import judged, judged_run
 from tests.unit.test_findings import cells, context

@@ -81,9 +81,8 @@ def test_git_ignores_what_a_killed_process_leaves(tmp_path: Path) -> None:
 @pytest.mark.parametrize("house", ["labs", "serving", "dashboards", "bench", "loadtests"])
 def test_only_one_place_renames_what_it_has_written(house: str) -> None:
     """`unbundle.py` runs alone on a machine without the rest, and `records.py` knows nothing of
-    serving; parts of a bundle are named when their digest is known, and a quantized model is a
-    part of the folder that its tool works in."""
-    apart = {"whole.py", "unbundle.py", "records.py", "bundle.py", "quantize.py"}
+    serving; a part of a bundle whose content is there already is left as it is."""
+    apart = {"whole.py", "unbundle.py", "records.py", "bundle.py"}
     calls = {
         path.name
         for path in (ROOT / house).rglob("*.py")
@@ -91,6 +90,11 @@ def test_only_one_place_renames_what_it_has_written(house: str) -> None:
         if isinstance(node, ast.Attribute) and node.attr == "rename"
     }
     assert calls <= apart
+
+
+def test_a_makers_record_is_named_and_written_in_one_place() -> None:
+    sources = {path.name: path.read_text() for path in (ROOT / "serving").rglob("*.py")}
+    assert {name for name, text in sources.items() if '"about.json"' in text} == {"models.py"}
 
 
 def test_a_file_in_the_place_of_its_folder_is_named(tmp_path: Path) -> None:

@@ -15,9 +15,8 @@
   const options = Object.entries(data.metrics).map(([name, of]) => [name, of.title]);
   const left = choice("left-metric", options, both);
   const right = choice("right-metric", options, both);
-  if ("output_tokens_per_s" in data.metrics) left.value = "output_tokens_per_s";
-  const beside = [data.claims[0]?.metric, "tpot_mean_s", "ttft_mean_s", "ttft_p50_s",
-                  ...Object.keys(data.metrics)]
+  if (data.shown_first.length) left.value = data.shown_first[0];
+  const beside = [data.claims[0]?.metric, ...data.shown_first, ...Object.keys(data.metrics)]
     .find((name) => name in data.metrics && name !== left.value);
   if (beside) right.value = beside;
   redraws.push(both);
