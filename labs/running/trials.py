@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
+import psutil
 import requests
 
 from labs.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
 from labs.judging.measure import Trial, output_tokens_per_s, ran_out, requests_per_s
 from labs.judging.text import point_label
-from labs.judging.validity import disturbances_of
+from labs.judging.validity import disturbances_of, speed_jumped_within
 from labs.lab import LabError, Point, Variant
 from labs.running.counts import Counts, counted_since
 from labs.running.engines import Engines
@@ -251,12 +252,21 @@ class Trials:
             return Played(result, f"failed: {str(error).splitlines()[0]}", [], None)
 
     def _disturbed(self, point: Point, result: TrialResult) -> Discarded | None:
-        """Say what disturbed an attempt so that it allows no verdict; None where nothing did."""
+        """Say what disturbed an attempt so that it is to be measured again; None: nothing did.
+
+        Whatever allows no verdict does, and a large jump of the machine's speed, which allows one.
+        """
         trial = self._folder.trial(point, result, self._setup.lab)
         if trial is None:
             return None
-        expected = self._folder.run().expected(self._folder.predictions())
+        own = [p for p in self._setup.points if p.variant.name == point.variant.name]
+        expected = replace(
+            self._folder.run().expected(self._folder.predictions()),
+            transport_s=self._folder.transports_s(own, self._setup.lab),
+        )
         reasons = {c.name: c.text for c in disturbances_of(trial, expected) if c.blocks}
+        jumps = speed_jumped_within(result.timed) if result.timed else []
+        reasons |= {c.name: c.text for c in jumps}
         if not reasons:
             return None
         return Discarded(
@@ -367,6 +377,7 @@ class Trials:
             cpu_others=shares.other_processes,
             cpu_engine=shares.engine,
             gpu_others=foreign_processes,
+            cpu_cores=psutil.cpu_count(),
             took_s=round(time.monotonic() - began, 3),
         )
         return Played(result, rate, succeeded, engine_counters)
