@@ -63,7 +63,13 @@ from labs.judging.machine_speed import MachineSpeed, TimedTrial
 from labs.judging.measure import OtherWork, Trial
 from labs.judging.signals import Watch
 from labs.judging.timeline import Timeline
-from labs.judging.validity import Expected, Served, is_one_stream, transport_s
+from labs.judging.validity import (
+    Expected,
+    Served,
+    is_one_stream,
+    transport_s,
+    usual_transport_s,
+)
 from labs.lab import (
     NOT_FILED,
     OF_FORECASTS,
@@ -223,7 +229,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
                 and self.machine.kind == "gpu"
                 and self.started_at >= UNSEEN_HARDWARE_SINCE
             ),
-            gpu_part=self.machine.parts is not False,
+            gpu_part=self.endpoint is None and self.machine.parts is not False,
             model="" if self.endpoint else self.model,
             template_tokens=self.template_tokens,
             served=self.served,
@@ -596,19 +602,14 @@ class RunFolder:
 
         Raises DamagedError.
         """
-        found: dict[str, float] = {}
-        for variant in {p.variant.name for p in points}:
-            trials = (
-                self.trial(point, result, lab)
-                for point in points
-                if point.variant.name == variant and is_one_stream(point)
-                for repeat in range(1, lab.rounds + 1)
-                if (result := self.trial_result(point, repeat)) is not None
-            )
-            took_s = transport_s(trial for trial in trials if trial is not None)
-            if took_s is not None:
-                found[variant] = took_s
-        return found
+        found: dict[str, list[float]] = {}
+        for point in filter(is_one_stream, points):
+            for repeat in range(1, lab.rounds + 1):
+                result = self.trial_result(point, repeat)
+                trial = None if result is None else self.trial(point, result, lab)
+                if trial and (took_s := transport_s(trial)) is not None:
+                    found.setdefault(point.variant.name, []).append(took_s)
+        return {variant: usual_transport_s(found_s) for variant, found_s in found.items()}
 
     def _results(self, points: Sequence[Point], lab: Lab) -> list[TrialResult]:
         trials = ((point, r) for point in points for r in range(1, lab.rounds + 1))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -296,20 +296,26 @@ def is_one_stream(point: Point) -> bool:
     return point.load.kind in ("concurrent", "waves") and point.sequences == 1
 
 
-def transport_s(one_stream: Iterable[Trial]) -> float | None:
-    """Measure how long transport takes, from trials of one variant at one stream, in seconds.
+def transport_s(one_stream: Trial) -> float | None:
+    """Measure how long transport takes, in a trial at one stream, in seconds.
 
-    It is the median over the trials of what the client's mean TTFT has beyond the engine's and
-    beyond tokenizing: from 0 to TRANSPORT_S, as a late client is late at one stream, too. None
-    where no trial is whole.
+    It is what the client's mean TTFT has beyond the engine's and beyond tokenizing. None where the
+    two are not of the same requests.
     """
-    found_s = []
-    for trial in one_stream:
-        engine_s, client_s = engine_ttft_mean_s(trial), client_ttft_mean_s(trial)
-        histogram = trial.engine and trial.engine.histograms.get(metrics.TTFT)
-        if engine_s and client_s and histogram and histogram.count == len(trial.records):
-            found_s.append(client_s - engine_s - _tokenizing_s(trial))
-    return min(TRANSPORT_S, max(0.0, median(found_s))) if found_s else None
+    engine_s, client_s = engine_ttft_mean_s(one_stream), client_ttft_mean_s(one_stream)
+    histogram = one_stream.engine and one_stream.engine.histograms.get(metrics.TTFT)
+    if not engine_s or not client_s or not histogram:
+        return None
+    whole = histogram.count == len(one_stream.records) and not one_stream.failed
+    return client_s - engine_s - _tokenizing_s(one_stream) if whole else None
+
+
+def usual_transport_s(found_s: Sequence[float]) -> float:
+    """Take the median of what was found at one stream, from 0 to TRANSPORT_S.
+
+    A client that is always late is late at one stream, too.
+    """
+    return min(TRANSPORT_S, max(0.0, median(found_s)))
 
 
 def _throttled(trial: Trial) -> Iterator[Caveat]:

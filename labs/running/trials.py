@@ -18,7 +18,13 @@ import requests
 from labs.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
 from labs.judging.measure import Trial, output_tokens_per_s, ran_out, requests_per_s
 from labs.judging.text import point_label
-from labs.judging.validity import disturbances_of, speed_jumped_within
+from labs.judging.validity import (
+    disturbances_of,
+    is_one_stream,
+    speed_jumped_within,
+    transport_s,
+    usual_transport_s,
+)
 from labs.lab import LabError, Point, Variant
 from labs.running.counts import Counts, counted_since
 from labs.running.engines import Engines
@@ -149,6 +155,7 @@ class Trials:
         self._played = self._again = 0  # trials of this sitting; attempts that were discarded
         self._sent = 0  # requests, in all attempts at this trial
         self._took_s = 0.0  # all of them
+        self._transports_s: dict[str, list[float]] = {}  # by variant, of its trials at one stream
         self._beside_s = PER_TRIAL_S  # the most that a trial took beside warm-up and window
 
     def due(self, trials: Iterable[tuple[Point, int]]) -> list[tuple[Point, int]]:
@@ -259,15 +266,18 @@ class Trials:
         trial = self._folder.trial(point, result, self._setup.lab)
         if trial is None:
             return None
-        own = [p for p in self._setup.points if p.variant.name == point.variant.name]
+        variant = point.variant.name
+        found_s = self._transports_s.get(variant, [])
         expected = replace(
             self._folder.run().expected(self._folder.predictions()),
-            transport_s=self._folder.transports_s(own, self._setup.lab),
+            transport_s={variant: usual_transport_s(found_s)} if found_s else {},
         )
         reasons = {c.name: c.text for c in disturbances_of(trial, expected) if c.blocks}
         jumps = speed_jumped_within(result.timed) if result.timed else []
         reasons |= {c.name: c.text for c in jumps}
         if not reasons:
+            took_s = transport_s(trial) if is_one_stream(point) else None
+            self._transports_s[variant] = [*found_s, *([] if took_s is None else [took_s])]
             return None
         return Discarded(
             reasons=reasons,

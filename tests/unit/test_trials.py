@@ -175,6 +175,19 @@ def test_a_machine_that_jumps_each_time_leaves_the_caveat_that_it_is(tmp_path: P
     report.write(folder)
 
 
+def test_what_transport_takes_is_known_from_the_variants_undisturbed_trials_at_one_stream(
+    tmp_path: Path,
+) -> None:
+    folder = write_run(tmp_path)
+    one, two = (p for p in folder.run().points() if p.variant.name == "on")
+    trials = Script(folder, [2.5, 0.01, 0.01])
+    for point in (one, two):
+        trials.play(point, 1)
+    ((variant, found_s),) = trials._transports_s.items()
+    assert variant == "on"
+    assert found_s == pytest.approx([0.001], abs=5e-5)
+
+
 def test_what_was_discarded_counts_as_time_of_the_run(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     lab, points = folder.run().rebuilt_lab(), folder.run().points()
